@@ -121,12 +121,7 @@ def measured(name: str, backend: str, compress: float, folder: Path) -> Row:
     begun_s = time.monotonic()
     with tempfile.TemporaryDirectory() as home:
         done = subprocess.run(
-            [*command, "--home", home],
-            env=os.environ,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=LONGEST_S,
+            [*command, "--home", home], env=os.environ, capture_output=True, text=True, check=False, timeout=LONGEST_S
         )
     # Red is no failure: waits of tens of milliseconds are not what a compressed second is about.
     if done.returncode not in (0, 1):
@@ -136,9 +131,7 @@ def measured(name: str, backend: str, compress: float, folder: Path) -> Row:
     if said["cut"] or any(row["measured"] for row in lost):
         raise SystemExit(f"{name}: {said['cut'] or lost}")
     if said["comparison"] is None:
-        raise SystemExit(
-            f"{name}: it was replayed, and there is no forecast. {done.stderr[-2000:]}"
-        )
+        raise SystemExit(f"{name}: it was replayed, and there is no forecast. {done.stderr[-2000:]}")
     whole = [one for one in said["comparison"]["differences"] if not one["template"]]
     told = {one["measure"]: one for one in whole}
     if told["makespan"]["relative"] is None or told["peak_fleet"]["absolute"] is None:

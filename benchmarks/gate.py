@@ -69,8 +69,7 @@ def measured(
     pool = runs[POOL]
     return {
         backend: {
-            name: round(MEASURES[name].of(runs[backend][name]["median"], pool[name]["median"]), 4)
-            for name in workloads
+            name: round(MEASURES[name].of(runs[backend][name]["median"], pool[name]["median"]), 4) for name in workloads
         }
         for backend in backends
     }

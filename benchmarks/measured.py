@@ -47,11 +47,7 @@ def rss_mb() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def run(
-    doc: str | None,
-    parts: Mapping[str, Part],
-    choose: Callable[[bool], Sequence[tuple[str, list[Any]]]],
-) -> None:
+def run(doc: str | None, parts: Mapping[str, Part], choose: Callable[[bool], Sequence[tuple[str, list[Any]]]]) -> None:
     """The main program of a benchmark: run the (part, arguments) of `choose(is_small)`, each in a
     process of its own so that its memory is its own, and print their figures as a table."""
     parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])

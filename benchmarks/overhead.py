@@ -221,10 +221,7 @@ def measure(folder: Path, *, small: bool) -> list[dict[str, Any]]:
         Job("no-op tasks", [0.0] * (500 if small else 2_000), 0.0),
         Job("tasks of 50 ms", naps_s, sum(naps_s) / SLOTS),
     ]
-    with (
-        up("local", folder / "local") as local,
-        up("localstack", folder / "localstack") as remote,
-    ):
+    with up("local", folder / "local") as local, up("localstack", folder / "localstack") as remote:
         grids = {"local": local, "localstack": remote}
         manager = Home(folder / "local").record()
         assert manager

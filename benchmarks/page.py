@@ -165,8 +165,7 @@ def table(found: list[Figure]) -> str:
     for one in found:
         bare = f"{one.bare_p50_ms:.1f}, {one.bare_p95_ms:.1f}"
         lines.append(
-            f"| {one.view} | {one.kib:,.0f} | {one.p50_ms:.1f} | {one.p95_ms:.1f} | {bare} | "
-            f"{one.ratio:.1f} |"
+            f"| {one.view} | {one.kib:,.0f} | {one.p50_ms:.1f} | {one.p95_ms:.1f} | {bare} | {one.ratio:.1f} |"
         )
     return "\n".join(lines)
 

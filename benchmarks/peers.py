@@ -87,9 +87,7 @@ def versions(venvs: Path) -> str:
         if python.exists():
             names = [package.partition("[")[0] for package in packages]
             code = f"import importlib.metadata as m; print(*map(m.version, {names!r}))"
-            run = subprocess.run(
-                [str(python), "-c", code], capture_output=True, text=True, check=True
-            )
+            run = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=True)
             told += [f"{n} {v}" for n, v in zip(names, run.stdout.split(), strict=True)]
     return ", ".join(told)
 
@@ -154,9 +152,7 @@ def main() -> None:
     options = parser.parse_args()
     unknown = set(options.peers.split(",")) - {*OURS, *PEERS}
     if unknown:
-        sys.exit(
-            f"No such peer: {', '.join(sorted(unknown))}; there are {', '.join((*OURS, *PEERS))}."
-        )
+        sys.exit(f"No such peer: {', '.join(sorted(unknown))}; there are {', '.join((*OURS, *PEERS))}.")
     harness.there(options.harness)
     options.venvs.mkdir(parents=True, exist_ok=True)
     if options.install:

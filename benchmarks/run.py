@@ -44,9 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     harness.add_to(parser)
     parser.add_argument("--venvs", type=Path, help="the peers' virtual environments")
-    parser.add_argument(
-        "--peers", default=",".join(PEERS), help="comma list, as the harness has it"
-    )
+    parser.add_argument("--peers", default=",".join(PEERS), help="comma list, as the harness has it")
     parser.add_argument("--workloads", default="all", help="comma list of W1 … W7N, or all")
     parser.add_argument("--json", type=Path, default=HERE / "results" / "latest.json")
     options, others = parser.parse_known_args()

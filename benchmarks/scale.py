@@ -43,9 +43,7 @@ ITEMS_AT_ONCE = 4096
 # As on a grid of thousands: everything that is paid per worker and second is slower than on a
 # laptop. A cancellation then takes up to a minute to be acknowledged.
 LEASE_S = 60.0
-MANAGER = ManagerSettings(
-    control_lease_s=LEASE_S, visibility_s=600.0, silence_s=600.0, tick_s=5.0, lease_ttl_s=60.0
-)
+MANAGER = ManagerSettings(control_lease_s=LEASE_S, visibility_s=600.0, silence_s=600.0, tick_s=5.0, lease_ttl_s=60.0)
 WORKER = WorkerSettings(control_lease_s=LEASE_S, visibility_s=600.0, beat_s=60.0, beat_gap_s=5.0)
 
 
@@ -97,12 +95,7 @@ async def _main(loop: SimLoop, tasks: int, workers: int) -> Row:
         await asyncio.sleep(1.0)
     started_s, since_s = time.perf_counter() - begun, loop.time()
     job = JobDef(
-        JobId("job"),
-        "job",
-        (StageDef(STAGE, handler="sim:task", bundle=BUNDLE),),
-        EPOCH_S,
-        items=tasks,
-        token="t",
+        JobId("job"), "job", (StageDef(STAGE, handler="sim:task", bundle=BUNDLE),), EPOCH_S, items=tasks, token="t"
     )
     writer = PartWriter(world.objects, Patience(world.rng("client")), job.id, STAGE, 0)
     for start in range(0, tasks, ITEMS_AT_ONCE):
@@ -119,17 +112,7 @@ async def _main(loop: SimLoop, tasks: int, workers: int) -> Row:
     await world.ledger.close()
     wall_s = time.perf_counter() - begun
     peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return Row(
-        tasks,
-        workers,
-        bundles,
-        virtual_s,
-        started_s,
-        wall_s,
-        time.process_time(),
-        loop.steps,
-        peak_mib,
-    )
+    return Row(tasks, workers, bundles, virtual_s, started_s, wall_s, time.process_time(), loop.steps, peak_mib)
 
 
 def apart(tasks: int, workers: int) -> Row:

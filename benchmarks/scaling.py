@@ -111,10 +111,7 @@ def picture(runs: list[Run]) -> str:
             Line("measured", _points(seen, "backlog_tasks"), 0),
             Line("forecast", _points(told, "backlog_tasks"), 1, dashed=True),
         )
-        panels += [
-            Panel(run.name, "instances", instances),
-            Panel("Backlog", "tasks", work, height=70),
-        ]
+        panels += [Panel(run.name, "instances", instances), Panel("Backlog", "tasks", work, height=70)]
     return svg(panels, "Desired capacity, instances, and backlog over time, measured and forecast")
 
 

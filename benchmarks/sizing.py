@@ -124,14 +124,7 @@ async def _main(loop: SimLoop, name: str, slots: int, seed: int, durations: list
     while not (world.manager and len(world.manager.registry.workers) == slots):  # noqa: ASYNC110
         await asyncio.sleep(1.0)
     await asyncio.sleep(5.0)  # a tick later the manager knows how many slots it has
-    job = JobDef(
-        JobId("job"),
-        "job",
-        (StageDef(STAGE, handler="sim:task"),),
-        EPOCH_S,
-        items=len(durations),
-        token="t",
-    )
+    job = JobDef(JobId("job"), "job", (StageDef(STAGE, handler="sim:task"),), EPOCH_S, items=len(durations), token="t")
     await bring_items(world, job)
     before, since_s = sum(faults.calls.values()), loop.time()
     await world.submit(job)

@@ -80,8 +80,7 @@ def _panel(panel: Panel) -> str:
     parts.append(f'<path class="a" d="M{LEFT} {top}V{bottom}H{WIDTH - RIGHT}"/>')
     middle = (top + bottom) / 2
     parts.append(
-        f'<text transform="translate(14 {middle:g}) rotate(-90)" text-anchor="middle">'
-        f"{escape(panel.unit)}</text>"
+        f'<text transform="translate(14 {middle:g}) rotate(-90)" text-anchor="middle">{escape(panel.unit)}</text>'
     )
     for n, line in enumerate(panel.lines):
         look = f"s c{line.colour}{' d' if line.dashed else ''}"

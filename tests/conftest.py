@@ -101,9 +101,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     process of a run does the same, since xdist compares their lists."""
     if not config.option.all_tests:
         given = selection.given_paths(config)
-        left_out = [
-            one for one in items if selection.is_slow(one) and not selection.is_named(one, given)
-        ]
+        left_out = [one for one in items if selection.is_slow(one) and not selection.is_named(one, given)]
         config.hook.pytest_deselected(items=left_out)
         dropped = set(left_out)
         items[:] = [one for one in items if one not in dropped]

@@ -17,14 +17,7 @@ from batchlab.core.atomic_write import Sync
 from batchlab.core.atomic_write import check_key as check_key
 from batchlab.core.atomic_write import check_prefix as check_prefix
 from batchlab.core.errors import TooLarge
-from batchlab.core.ports import (
-    MAX_BATCH,
-    MAX_DELAY_S,
-    MAX_MESSAGE_BYTES,
-    MAX_VISIBILITY_S,
-    MAX_WAIT_S,
-    Outgoing,
-)
+from batchlab.core.ports import MAX_BATCH, MAX_DELAY_S, MAX_MESSAGE_BYTES, MAX_VISIBILITY_S, MAX_WAIT_S, Outgoing
 from batchlab.core.pricing.request_costs import Tally
 
 if TYPE_CHECKING:

@@ -65,11 +65,7 @@ class Deliveries:
 
     def __init__(self, clock: Clock, endpoint_of: Callable[[str], Endpoint]) -> None:
 
-        self._ways = {
-            "webhook": Webhooks(clock).post,
-            "sns": Topics(endpoint_of).publish,
-            "command": run,
-        }
+        self._ways = {"webhook": Webhooks(clock).post, "sns": Topics(endpoint_of).publish, "command": run}
 
     async def __call__(self, target: Target, one: Notification) -> None:
         """Deliver a notification, or raise NotDelivered."""
@@ -162,9 +158,7 @@ async def run(target: Target, one: Notification) -> None:
                 start_new_session=True,
             )
         except OSError as error:
-            raise NotDelivered(
-                f"The program {target.command[0]!r} cannot be run: {error.strerror}."
-            ) from error
+            raise NotDelivered(f"The program {target.command[0]!r} cannot be run: {error.strerror}.") from error
         try:
             async with asyncio.timeout(WHOLE_S):
                 await _told(process, one.body.encode())
@@ -195,7 +189,7 @@ def _last_line(file: int) -> str:
     return next((line for line in reversed(lines) if line), "")[:200].rstrip(".")
 
 
-WEBHOOK_WHOLE_S = 15.0
+WEBHOOK_TIMEOUT_S = 15.0
 """Maximum time in seconds from the name lookup to the answer's status."""
 GONE = 410
 
@@ -239,17 +233,15 @@ class Webhooks:
             raise NotDelivered(wrong, final=True)
         parts = urlsplit(target.to)
         try:
-            async with asyncio.timeout(WEBHOOK_WHOLE_S):
+            async with asyncio.timeout(WEBHOOK_TIMEOUT_S):
                 address = await resolved(parts, stays_out=target.stays_out)
                 status = await self._posted(parts, address, self._headers(target, one), one.body)
         except TimeoutError:
-            raise NotDelivered(f"It did not answer within {WEBHOOK_WHOLE_S:.0f} s.") from None
+            raise NotDelivered(f"It did not answer within {WEBHOOK_TIMEOUT_S:.0f} s.") from None
         if 200 <= status < 300:
             return
         if 300 <= status < 400:
-            raise NotDelivered(
-                f"It answered with a redirect (HTTP {status}), and none is followed.", final=True
-            )
+            raise NotDelivered(f"It answered with a redirect (HTTP {status}), and none is followed.", final=True)
         raise NotDelivered(f"It answered with HTTP {status}.", final=status == GONE)
 
     def _headers(self, target: Target, one: Notification) -> dict[str, str]:
@@ -268,9 +260,7 @@ class Webhooks:
             headers["Batchlab-Signature"] = signature(key, at_s, one.body.encode())
         return headers
 
-    async def _posted(
-        self, parts: SplitResult, address: str, headers: Mapping[str, str], body: str
-    ) -> int:
+    async def _posted(self, parts: SplitResult, address: str, headers: Mapping[str, str], body: str) -> int:
         import httpx
 
         host, port = parts.hostname or "", parts.port or PORTS[parts.scheme]
@@ -292,7 +282,7 @@ class Webhooks:
                 response = await client.send(request, stream=True)
                 await response.aclose()
             except httpx.TransportError as error:
-                raise NotDelivered(f"It cannot be reached: {_told_webhook(error)}.") from error
+                raise NotDelivered(f"It cannot be reached: {_webhook_answer(error)}.") from error
         return response.status_code
 
     async def _client(self) -> httpx.AsyncClient:
@@ -301,9 +291,7 @@ class Webhooks:
         if self._tls is None:
             # This call reads all of the system's certificates.
             self._tls = await asyncio.to_thread(ssl.create_default_context)
-        return httpx.AsyncClient(
-            verify=self._tls, trust_env=False, follow_redirects=False, timeout=WEBHOOK_WHOLE_S
-        )
+        return httpx.AsyncClient(verify=self._tls, trust_env=False, follow_redirects=False, timeout=WEBHOOK_TIMEOUT_S)
 
 
 async def resolved(parts: SplitResult, *, stays_out: bool) -> str:
@@ -317,9 +305,7 @@ async def resolved(parts: SplitResult, *, stays_out: bool) -> str:
     try:
         found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
-        raise NotDelivered(
-            f"The name {host} cannot be looked up: {_told_webhook(error)}."
-        ) from error
+        raise NotDelivered(f"The name {host} cannot be looked up: {_webhook_answer(error)}.") from error
     addresses = list(dict.fromkeys(str(one[4][0]) for one in found))
     for address in addresses:
         if wrong := address_refusal(address):
@@ -331,9 +317,7 @@ async def resolved(parts: SplitResult, *, stays_out: bool) -> str:
                 final=True,
             )
         if parts.scheme == "http" and not is_loopback(address):
-            raise NotDelivered(
-                f"{host} is not this machine, so only https may be used.", final=True
-            )
+            raise NotDelivered(f"{host} is not this machine, so only https may be used.", final=True)
     return addresses[0]
 
 
@@ -350,5 +334,5 @@ def is_own(address: str) -> bool:
         return str(asked.getsockname()[0]) == address
 
 
-def _told_webhook(error: Exception) -> str:
+def _webhook_answer(error: Exception) -> str:
     return (getattr(error, "strerror", None) or str(error) or type(error).__name__).rstrip(".")

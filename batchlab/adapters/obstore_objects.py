@@ -20,12 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import obstore
-from obstore.exceptions import (
-    AlreadyExistsError,
-    BaseError,
-    NotModifiedError,
-    PreconditionError,
-)
+from obstore.exceptions import AlreadyExistsError, BaseError, NotModifiedError, PreconditionError
 
 from batchlab.adapters.aws.endpoint import CONNECT_S, loopback
 from batchlab.adapters.limits import check_key, check_prefix, check_size
@@ -134,9 +129,7 @@ class ObstoreObjects:
 
     # --- The port --------------------------------------------------------------------------------
 
-    async def put(
-        self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None
-    ) -> str:
+    async def put(self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> str:
         check_key(key)
         mode: PutMode = "create" if if_absent else "overwrite"
         result = await self._do(key, partial(self._put, key, data, mode, if_match))
@@ -169,8 +162,7 @@ class ObstoreObjects:
             self._tally.get()
             try:
                 return await self._do(
-                    key,
-                    lambda: bytes(obstore.get_range(self._store, key, start=start, length=length)),
+                    key, lambda: bytes(obstore.get_range(self._store, key, start=start, length=length))
                 )
             except (NotFound, Throttled, Unreachable):
                 raise
@@ -238,14 +230,7 @@ class ObstoreObjects:
         chunk_bytes = max(_PART_BYTES, size // _MAX_PARTS + 1)
         self._tally.put(_puts(size, chunk_bytes))
         if not if_absent:
-            call = partial(
-                obstore.put,
-                self._store,
-                key,
-                path,
-                chunk_size=chunk_bytes,
-                max_concurrency=PARTS_AT_ONCE,
-            )
+            call = partial(obstore.put, self._store, key, path, chunk_size=chunk_bytes, max_concurrency=PARTS_AT_ONCE)
             await self._do(key, call)
         elif size <= chunk_bytes:
             await self._do(key, lambda: obstore.put(self._store, key, path, mode="create"))

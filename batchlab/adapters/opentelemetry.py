@@ -59,9 +59,7 @@ class _Recorded:
         self._span = span
         at = span.get_span_context()
         # The parent's context replaces that of a span that the sampler has dropped.
-        self.context = (
-            f"00-{at.trace_id:032x}-{at.span_id:016x}-01" if span.is_recording() else parent
-        )
+        self.context = f"00-{at.trace_id:032x}-{at.span_id:016x}-01" if span.is_recording() else parent
 
     def note(self, **attributes: Attribute) -> None:
         self._span.set_attributes(_named(attributes))
@@ -83,9 +81,7 @@ class OtelTracer:
         # The SDK's own shutdown at exit would delay the exit while the receiver is down.
         self._provider = TracerProvider(resource=Resource.create(own), shutdown_on_exit=False)
         delay_ms = None if os.environ.get("OTEL_BSP_SCHEDULE_DELAY") else SEND_S * 1000
-        self._provider.add_span_processor(
-            BatchSpanProcessor(OTLPSpanExporter(), schedule_delay_millis=delay_ms)
-        )
+        self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(), schedule_delay_millis=delay_ms))
         self._tracer = self._provider.get_tracer("batchlab", __version__)
         # The SDK logs each batch that a receiver does not accept.
         logging.getLogger("opentelemetry").setLevel(logging.ERROR)

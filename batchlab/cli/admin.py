@@ -81,14 +81,9 @@ def schema() -> None:
 
 
 def gc(
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only list what would be removed.")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be removed.")] = False,
     aws: Annotated[
-        bool,
-        typer.Option(
-            "--aws", help="List leftovers of stacks on AWS. They are removed only with --yes."
-        ),
+        bool, typer.Option("--aws", help="List leftovers of stacks on AWS. They are removed only with --yes.")
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", help="With --aws: remove the leftovers.")] = False,
     name: Annotated[
@@ -124,10 +119,7 @@ def gc(
         _sweep_aws(where, name or (), removing=yes and not dry_run, json=json)
         return
     if yes or region or name or home:
-        raise UsageError(
-            "--yes, --name, --region, and --home need --aws.",
-            remedy="Add --aws, or leave them out.",
-        )
+        raise UsageError("--yes, --name, --region, and --home need --aws.", remedy="Add --aws, or leave them out.")
     _sweep_docker(dry_run=dry_run, json=json)
 
 
@@ -324,9 +316,7 @@ def try_(
 
 @app.command()
 def log(
-    limit: Annotated[
-        int, typer.Option("--limit", min=1, max=1000, help="Most notifications.")
-    ] = 20,
+    limit: Annotated[int, typer.Option("--limit", min=1, max=1000, help="Most notifications.")] = 20,
     home: HomeOption = None,
     json: JsonOption = False,
 ) -> None:

@@ -60,17 +60,12 @@ def bill_of(home: Home, job: str, types: Mapping[str, str]) -> tuple[JobView, Bi
         for name, slots in facts.use["pools"].items()
     }
     per_task = facts.use["slots"]
-    stages = [
-        StageUse(s["name"], s["pool"], s["run_s"], per_task.get(s["name"], 1))
-        for s in facts.job["stages"]
-    ]
+    stages = [StageUse(s["name"], s["pool"], s["run_s"], per_task.get(s["name"], 1)) for s in facts.job["stages"]]
     shown = facts.use["account"]
     account = _retyped(account_of(shown), types) if shown else None
     size = asyncio.run(_stored_bytes(backend.open_objects(home), facts.job["id"]))
     moved = Moved(fetches.total_bytes(home, facts.job["id"]), _egress(home, facts.backend))
-    return facts.job, bill(
-        stages, account, pools, book, stored_bytes=size, pace=backend.pace, moved=moved
-    )
+    return facts.job, bill(stages, account, pools, book, stored_bytes=size, pace=backend.pace, moved=moved)
 
 
 def _egress(home: Home, backend: str) -> str:
@@ -91,9 +86,7 @@ def _retyped(account: Account, types: Mapping[str, str]) -> Account:
 
 def facts_of(home: Home, job: str) -> Facts:
     """Return a job and its usage; raise UsageError if it does not exist. The grid may be down."""
-    return (
-        _facts_of_manager(home, job) if home.record() else asyncio.run(_facts_in_folder(home, job))
-    )
+    return _facts_of_manager(home, job) if home.record() else asyncio.run(_facts_in_folder(home, job))
 
 
 def _facts_of_manager(home: Home, job: str) -> Facts:
@@ -208,10 +201,7 @@ class LiveCost:
     def grid(self, client: Client) -> dict[str, object]:
         """Return the cost per hour, the cost so far, and the cap of the grid, in USD."""
         view = client.use()
-        living = {
-            Kind(one["pool"], one["type"], Market(one["market"])): one["instances"]
-            for one in view["living"]
-        }
+        living = {Kind(one["pool"], one["type"], Market(one["market"])): one["instances"] for one in view["living"]}
         now = burn_usd_h(living, {}, self._prices())
         spent = spent_usd(account_of(view["total"]), {}, self._prices())
         return {
@@ -219,9 +209,7 @@ class LiveCost:
             "spent_usd": range_json(spent),
             "max_cost_usd": view["max_cost_usd"],
             "capped": view["capped"],
-            "text": self._text(
-                now, spent, view["max_cost_usd"], "; ".join(view["capped"].values())
-            ),
+            "text": self._text(now, spent, view["max_cost_usd"], "; ".join(view["capped"].values())),
         }
 
     def job(self, client: Client, job: str, grid: GridView | None = None) -> dict[str, object]:

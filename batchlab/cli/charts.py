@@ -47,21 +47,14 @@ def text(scenario: Scenario, curve: Curve, *, fancy: bool = True) -> str:
             + _fits(ask)
         )
     jobs = [float(one.jobs) for one in curve.columns]
-    parts.append(
-        f"Jobs that arrive in {column}\n"
-        + chart(jobs, _LOW, fancy=fancy)
-        + "\n"
-        + _axis(curve.span_s, width)
-    )
+    parts.append(f"Jobs that arrive in {column}\n" + chart(jobs, _LOW, fancy=fancy) + "\n" + _axis(curve.span_s, width))
     if scenario.faults:
         told = [f"  {_mark(i)}  {fault_text(one)}" for i, one in enumerate(scenario.faults)]
         parts.append("\n".join(["What breaks", *told]))
     return "\n\n".join(parts)
 
 
-def chart(
-    values: Sequence[float], rows: int, *, fancy: bool, line: float | None = None, says: str = ""
-) -> str:
+def chart(values: Sequence[float], rows: int, *, fancy: bool, line: float | None = None, says: str = "") -> str:
     """Return a chart of columns, `rows` lines high, with a horizontal line at `line`."""
     peak = max(*values, 0.0, 1e-9)
     # A line far above all columns would make them too low to read.
@@ -167,13 +160,7 @@ def fault_text(fault: Fault) -> str:
         told += f" ({fault.rate:.0%})"
     if fault.name is FaultName.ZONE_LOSS:
         told += f" (zone {fault.zone or 'a'})"
-    if fault.name in (
-        FaultName.KILL,
-        FaultName.PAUSE,
-        FaultName.PARTITION,
-        FaultName.SPOT_WAVE,
-        FaultName.SLOW_DISK,
-    ):
+    if fault.name in (FaultName.KILL, FaultName.PAUSE, FaultName.PARTITION, FaultName.SPOT_WAVE, FaultName.SLOW_DISK):
         whose = f" of {fault.pool}" if fault.pool else ""
         many = f"{fault.share:.0%}" if fault.count is None else str(fault.count)
         told += f" ({many}{whose})"
@@ -192,9 +179,7 @@ class Chart:
     A maximum of 0 counts as 1. A later mark replaces an earlier one.
     """
 
-    def __init__(
-        self, most_x: float, most_y: float, *, width: int = WIDTH, height: int = HEIGHT
-    ) -> None:
+    def __init__(self, most_x: float, most_y: float, *, width: int = WIDTH, height: int = HEIGHT) -> None:
         self.width = width
         self._height = height
         self._most_x = most_x if most_x > 0.0 else 1.0
@@ -231,10 +216,7 @@ class Chart:
         top, bottom = y(self._most_y), y(0.0)
         margin = max(len(top), len(bottom))
         names = [top, *[""] * (self._height - 2), bottom]
-        lines = [
-            f"{name.rjust(margin)} │{''.join(row)}".rstrip()
-            for name, row in zip(names, self._rows, strict=True)
-        ]
+        lines = [f"{name.rjust(margin)} │{''.join(row)}".rstrip() for name, row in zip(names, self._rows, strict=True)]
         first, last = x(0.0), x(self._most_x)
         gap = max(1, self.width - len(first) - len(last))
         lines.append(f"{' ' * margin} └{'─' * self.width}")
@@ -254,14 +236,7 @@ def verdict_text(rows: Sequence[VerdictRow]) -> str:
     if not rows:
         return "The scenario expects nothing, so nothing is judged."
     cells = [
-        (
-            row.measure,
-            row.template or "all",
-            _expected(row),
-            number(row.measured, row.unit),
-            row.colour.value,
-            row.why,
-        )
+        (row.measure, row.template or "all", _expected(row), number(row.measured, row.unit), row.colour.value, row.why)
         for row in rows
     ]
     columns = ("measure", "jobs", "expected", "measured", "verdict", "why")

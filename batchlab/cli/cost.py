@@ -18,15 +18,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from batchlab.cli import output
-from batchlab.cli.options import (
-    FileArgument,
-    HomeOption,
-    JobArgument,
-    JsonOption,
-    PoolOption,
-    SetOption,
-    home_of,
-)
+from batchlab.cli.options import FileArgument, HomeOption, JobArgument, JsonOption, PoolOption, SetOption, home_of
 from batchlab.core.errors import BackendError, UsageError
 from batchlab.core.pricing.estimate import MEASURED, Estimate, Policy, PoolPlan, Three, loads
 from batchlab.core.pricing.estimate import estimate as compute_estimate
@@ -94,16 +86,13 @@ def estimate(
     ] = None,
     pool: PoolOption = None,
     instance_type: TypesOption = None,
-    spot: Annotated[
-        float, typer.Option("--spot", min=0, max=100, help="Percentage of Spot instances.")
-    ] = 0.0,
+    spot: Annotated[float, typer.Option("--spot", min=0, max=100, help="Percentage of Spot instances.")] = 0.0,
     results: Annotated[
         str,
         typer.Option(
             "--results",
             metavar="SIZE",
-            help="Size of the results that will be fetched, such as 500MB. Default: as at the last "
-            "fetch.",
+            help="Size of the results that will be fetched, such as 500MB. Default: as at the last fetch.",
             show_default=False,
         ),
     ] = "",
@@ -119,8 +108,7 @@ def estimate(
 
     if 0 < spot < 1:
         raise UsageError(
-            f"--spot is a percentage, and {spot:g} is less than 1%.",
-            remedy=f"Write --spot {spot * 100:g}.",
+            f"--spot is a percentage, and {spot:g} is less than 1%.", remedy=f"Write --spot {spot * 100:g}."
         )
     request = EstimateRequest(
         file,
@@ -142,10 +130,7 @@ def estimate(
 
 @app.command()
 def bill(
-    job: JobArgument,
-    instance_type: TypesOption = None,
-    home: HomeOption = None,
-    json: JsonOption = False,
+    job: JobArgument, instance_type: TypesOption = None, home: HomeOption = None, json: JsonOption = False
 ) -> None:
     """Show the bill of a job on AWS, or what it would have cost there.
 
@@ -198,9 +183,7 @@ def estimate_job(request: EstimateRequest) -> Estimate:
     from batchlab.runtime import factory
 
     jobfile = job_file.load(request.file, request.overrides, needs_input=not request.tasks)
-    job = compile_job(
-        jobfile, job_id=JobId("estimate"), token="", code_key=None, input_keys=(), submitted_s=0.0
-    )
+    job = compile_job(jobfile, job_id=JobId("estimate"), token="", code_key=None, input_keys=(), submitted_s=0.0)
     names = [str(stage.name) for stage in job.stages]
     roots = [str(stage.name) for stage in job.roots()]
     given = {n: _whole(text) for n, text in by_name(request.tasks, names, all_=roots).items()}
@@ -229,9 +212,7 @@ def estimate_job(request: EstimateRequest) -> Estimate:
     )
 
 
-def by_name(
-    texts: Sequence[str], names: Sequence[str], *, all_: Sequence[str] | None = None
-) -> dict[str, str]:
+def by_name(texts: Sequence[str], names: Sequence[str], *, all_: Sequence[str] | None = None) -> dict[str, str]:
     """Parse `NAME=VALUE` for one name and `VALUE` for all others (or for `all_`).
 
     Raise UsageError for an unknown name.
@@ -241,8 +222,7 @@ def by_name(
         name, equals, value = text.rpartition("=")
         if equals and name not in names:
             raise UsageError(
-                f"{text!r} names {name!r}, which does not exist.",
-                remedy=f"Name one of {', '.join(names)}.",
+                f"{text!r} names {name!r}, which does not exist.", remedy=f"Name one of {', '.join(names)}."
             )
         if equals:
             found[name] = value
@@ -285,10 +265,7 @@ def _seconds(text: str) -> Three:
     except ValueError:
         span = (0.0, 0.0)
     if not 0 < span[0] <= span[1] < 1e8:
-        raise UsageError(
-            f"{text!r} is not a number of seconds.",
-            remedy="Write for example 2.5, or a range: 1-4.",
-        )
+        raise UsageError(f"{text!r} is not a number of seconds.", remedy="Write for example 2.5, or a range: 1-4.")
     return (span[0], (span[0] * span[1]) ** 0.5, span[1])
 
 
@@ -307,8 +284,7 @@ async def count(jobfile: JobFile) -> tuple[int, int, int]:
     for file in jobfile.files:
         if not isinstance(file, Path):
             raise UsageError(
-                f"The tasks of {file} cannot be counted from here.",
-                remedy="Say how many there are with --tasks N.",
+                f"The tasks of {file} cannot be counted from here.", remedy="Say how many there are with --tasks N."
             )
         size_bytes += file.stat().st_size
         if how is SplitBy.FILE:
@@ -372,9 +348,7 @@ async def _in_ledger(home: Home, name: str) -> list[tuple[str, dict[str, float]]
 # --- Pools ---------------------------------------------------------------------------------------
 
 
-def plan_pools(
-    request: EstimateRequest, backend: Backend, names: Sequence[str], assumed: list[str]
-) -> list[PoolPlan]:
+def plan_pools(request: EstimateRequest, backend: Backend, names: Sequence[str], assumed: list[str]) -> list[PoolPlan]:
     """Return the job's pools as they would be on AWS. Note assumptions in `assumed`."""
     from batchlab.cli.options import parse_pools
     from batchlab.core import instance_types
@@ -393,9 +367,7 @@ def plan_pools(
         if base is None:
             slots = row.vcpu if row else 2
             plan = PoolPlan(name, kind, slots, 0, 10)
-            assumed.append(
-                f"pool {name} has up to 10 instances of {slots} slots, unless --pool says otherwise"
-            )
+            assumed.append(f"pool {name} has up to 10 instances of {slots} slots, unless --pool says otherwise")
         else:
             plan = PoolPlan(name, kind, base.slots, base.min_size, base.max_size, base.boot_s)
         found.append(replace(plan, spot_share=request.spot))
@@ -405,11 +377,7 @@ def plan_pools(
 def text(found: Estimate) -> str:
     """Return the estimate as text."""
     rows = [
-        (
-            item.what,
-            *(f"{usd:.4f}" for usd in (item.usd.low, item.usd.typical, item.usd.high)),
-            item.how,
-        )
+        (item.what, *(f"{usd:.4f}" for usd in (item.usd.low, item.usd.typical, item.usd.high)), item.how)
         for item in found.items
     ]
     usd = found.usd
@@ -444,8 +412,7 @@ def prices() -> None:
 @app.command()
 def show(
     types: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="TYPE", help="Only these instance types.", show_default=False),
+        list[str] | None, typer.Argument(metavar="TYPE", help="Only these instance types.", show_default=False)
     ] = None,
     home: HomeOption = None,
     json: JsonOption = False,
@@ -501,14 +468,8 @@ def _text(book: PriceBook, types: list[str] | None) -> str:
         for name, block in book.blocks.items()
         for key, price in block.prices.items()
     ]
-    others += [
-        ("rds", f"{name} USD per hour", f"{price:g}")
-        for name, price in book.blocks["rds"].table.items()
-    ]
-    sources = [
-        (name, block.region, block.date.isoformat(), block.source)
-        for name, block in book.blocks.items()
-    ]
+    others += [("rds", f"{name} USD per hour", f"{price:g}") for name, price in book.blocks["rds"].table.items()]
+    sources = [(name, block.region, block.date.isoformat(), block.source) for name, block in book.blocks.items()]
     parts = [output.table(columns, instances)]
     if types is None:
         parts.append(output.table(("block", "price", "amount"), others))
@@ -528,9 +489,7 @@ def refresh(
             show_default=False,
         ),
     ],
-    region: Annotated[
-        str, typer.Option("--region", help="Region, if the file has several.", show_default=False)
-    ] = "",
+    region: Annotated[str, typer.Option("--region", help="Region, if the file has several.", show_default=False)] = "",
     date: Annotated[
         datetime | None,
         typer.Option(
@@ -577,7 +536,4 @@ def refresh(
     )
     others = sorted(b.name for b in book.blocks.values() if b.region != found.region)
     if others:
-        output.say(
-            f"Still of another region: {', '.join(others)}. Their prices are few: write them "
-            f"into that file."
-        )
+        output.say(f"Still of another region: {', '.join(others)}. Their prices are few: write them into that file.")

@@ -39,9 +39,7 @@ def example_files(name: str) -> dict[str, bytes]:
     root = installation.folder("examples")
     names = sorted(path.parent.name for path in root.glob("*/job.yaml"))
     if name not in names:
-        raise UsageError(
-            f"The example {name!r} does not exist.", remedy=f"Name one of {', '.join(names)}."
-        )
+        raise UsageError(f"The example {name!r} does not exist.", remedy=f"Name one of {', '.join(names)}.")
     return {
         path.relative_to(root / name).as_posix(): path.read_bytes()
         for path in sorted((root / name).rglob("*"))
@@ -57,9 +55,7 @@ def make_data(name: str, folder: Path) -> str:
     try:
         return _MAKERS[name](folder)
     except OSError as error:
-        raise UsageError(
-            f"{folder} cannot be written: {error.strerror}.", remedy="Name another folder."
-        ) from error
+        raise UsageError(f"{folder} cannot be written: {error.strerror}.", remedy="Name another folder.") from error
 
 
 def _claims(folder: Path) -> str:
@@ -115,10 +111,7 @@ def _video(folder: Path) -> str:
     )
     if made.returncode:
         reason = (made.stderr.strip().splitlines() or ["no error text"])[-1].rstrip(".")
-        raise UsageError(
-            f"ffmpeg cannot make a video: {reason}.",
-            remedy=f"Put an .mp4 of your own into {folder}.",
-        )
+        raise UsageError(f"ffmpeg cannot make a video: {reason}.", remedy=f"Put an .mp4 of your own into {folder}.")
     return f"a video of {_VIDEO_S} s"
 
 
@@ -129,9 +122,7 @@ def check_free(folder: Path, names: Iterable[str]) -> None:
     """Raise UsageError if one of the names exists in the folder."""
     existing = [name for name in names if (folder / name).exists()]
     if existing:
-        raise UsageError(
-            f"{folder / existing[0]} already exists.", remedy="Name another folder, or remove it."
-        )
+        raise UsageError(f"{folder / existing[0]} already exists.", remedy="Name another folder, or remove it.")
 
 
 def write(folder: Path, files: Mapping[str, bytes]) -> list[str]:
@@ -143,9 +134,7 @@ def write(folder: Path, files: Mapping[str, bytes]) -> list[str]:
             with (folder / name).open("xb") as file:
                 file.write(content)
     except OSError as error:
-        raise UsageError(
-            f"{folder} cannot be written: {error.strerror}.", remedy="Name another folder."
-        ) from error
+        raise UsageError(f"{folder} cannot be written: {error.strerror}.", remedy="Name another folder.") from error
     return list(files)
 
 
@@ -175,9 +164,7 @@ def prepare(home: Home, *, seed: int, files: int, claims_per_file: int) -> Prepa
         if not facts_file.exists():
             from batchlab.cli.example_data import write_claims
 
-            made = write_claims(
-                folder / "data", seed=seed, files=files, claims_per_file=claims_per_file
-            )
+            made = write_claims(folder / "data", seed=seed, files=files, claims_per_file=claims_per_file)
             facts = {payer: asdict(one) for payer, one in made.payers.items()}
             staged = facts_file.with_suffix(".part")
             staged.write_text(json.dumps(facts))
@@ -238,9 +225,7 @@ def check(prepared: Prepared, summary: Summary) -> TotalsCheck:
     for payer in sorted(found.keys() | prepared.facts.keys()):
         one, fact = found.get(payer), prepared.facts.get(payer)
         if one is None or fact is None:
-            differences.append(
-                f"payer {payer} is in {'the facts' if one is None else 'the totals'} only"
-            )
+            differences.append(f"payer {payer} is in {'the facts' if one is None else 'the totals'} only")
             continue
         differences += [
             f"payer {payer}: {key} is {one[key]}, the generator says {value}"

@@ -93,12 +93,7 @@ def plan(
         stack,
         region,
         parameter,
-        {
-            "Ledger": ledger,
-            "Egress": egress,
-            "BudgetUsd": budget,
-            "AlarmEmail": alarm_email,
-        },
+        {"Ledger": ledger, "Egress": egress, "BudgetUsd": budget, "AlarmEmail": alarm_email},
         {"PoolOnDemandBase": on_demand_base, "PoolOnDemandPercent": on_demand_percent},
         package,
         database_ca,
@@ -195,12 +190,7 @@ def apply(
         stack,
         region,
         parameter,
-        {
-            "Ledger": ledger,
-            "Egress": egress,
-            "BudgetUsd": budget,
-            "AlarmEmail": alarm_email,
-        },
+        {"Ledger": ledger, "Egress": egress, "BudgetUsd": budget, "AlarmEmail": alarm_email},
         {"PoolOnDemandBase": on_demand_base, "PoolOnDemandPercent": on_demand_percent},
         package,
         database_ca,
@@ -219,17 +209,13 @@ def apply(
         output.show_json({"plan": changes, "deployment": done.document()})
     else:
         output.say(
-            f"The stack {done.stack} is up in {done.region}; `batchlab run FILE --backend "
-            "aws` runs a job on it."
+            f"The stack {done.stack} is up in {done.region}; `batchlab run FILE --backend aws` runs a job on it."
         )
 
 
 @app.command()
 def status(
-    stack: StackOption = None,
-    region: RegionOption = None,
-    home: HomeOption = None,
-    json: JsonOption = False,
+    stack: StackOption = None, region: RegionOption = None, home: HomeOption = None, json: JsonOption = False
 ) -> None:
     """Show the stack with its groups, queues, and alarms.
 
@@ -278,15 +264,7 @@ def _show(found: Status, where: str) -> None:
     if found.groups:
         columns = ("group", "min", "max", "desired", "inservice", "others", "refresh")
         rows = [
-            (
-                one.name,
-                one.smallest,
-                one.largest,
-                one.desired,
-                len(one.instances),
-                one.others,
-                one.refresh or "-",
-            )
+            (one.name, one.smallest, one.largest, one.desired, len(one.instances), one.others, one.refresh or "-")
             for one in found.groups
         ]
         output.show("\n" + output.table(columns, rows))
@@ -301,11 +279,7 @@ def _show(found: Status, where: str) -> None:
 @app.command()
 def destroy(
     delete_data: Annotated[
-        bool,
-        typer.Option(
-            "--delete-data",
-            help="Also delete the bucket with all objects, and the ledger's database.",
-        ),
+        bool, typer.Option("--delete-data", help="Also delete the bucket with all objects, and the ledger's database.")
     ] = False,
     stack: StackOption = None,
     region: RegionOption = None,
@@ -337,12 +311,7 @@ def destroy(
     if known and known.stack == name:
         aws_deployment.forget(where)
     if json:
-        output.show_json(
-            {
-                "stack": name,
-                "kept": [{"id": o.id, "type": o.type, "physical": o.physical} for o in stays],
-            }
-        )
+        output.show_json({"stack": name, "kept": [{"id": o.id, "type": o.type, "physical": o.physical} for o in stays]})
         return
     output.say(f"The stack {name} is gone.")
     for one in stays:

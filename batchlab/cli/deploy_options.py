@@ -31,9 +31,7 @@ if TYPE_CHECKING:
 
 StackOption = Annotated[
     str | None,
-    typer.Option(
-        "--stack", metavar="NAME", help="Name of the stack. Default: batchlab.", show_default=False
-    ),
+    typer.Option("--stack", metavar="NAME", help="Name of the stack. Default: batchlab.", show_default=False),
 ]
 RegionOption = Annotated[
     str | None,
@@ -256,12 +254,7 @@ def _with_arguments(found: Settings, arguments: DeployArguments) -> Settings:
         found = replace(
             found,
             pools=tuple(
-                replace(
-                    one,
-                    parameters=tuple(
-                        sorted({**dict(one.parameters), **arguments.pool_parameters}.items())
-                    ),
-                )
+                replace(one, parameters=tuple(sorted({**dict(one.parameters), **arguments.pool_parameters}.items())))
                 for one in found.pools
             ),
         )
@@ -282,13 +275,7 @@ def _pools(texts: Sequence[str], before: Settings) -> tuple[PoolSettings, ...]:
         pool, types = parse_typed_pool(text)
         old = known.get(pool.name, PoolSettings(pool.name))
         found.append(
-            replace(
-                old,
-                min_size=pool.min_size,
-                max_size=pool.max_size,
-                slots=pool.slots,
-                types=types or old.types,
-            )
+            replace(old, min_size=pool.min_size, max_size=pool.max_size, slots=pool.slots, types=types or old.types)
         )
     return tuple(found)
 
@@ -313,8 +300,7 @@ def release_archive(wanted: Settings, archive: Path | None, home: Home) -> Path:
         content = archive.read_bytes()
     except OSError as error:
         raise UsageError(
-            f"{archive} cannot be read: {error.strerror}.",
-            remedy="Name an existing file that can be read.",
+            f"{archive} cannot be read: {error.strerror}.", remedy="Name an existing file that can be read."
         ) from error
     if hashlib.sha256(content).hexdigest() != release.release_of(archive):
         raise UsageError(
@@ -353,9 +339,7 @@ class Person:
         if self.yes:
             return True
         if not sys.stdin.isatty():
-            raise UsageError(
-                "The question needs a terminal.", remedy="Add --yes to agree without a question."
-            )
+            raise UsageError("The question needs a terminal.", remedy="Add --yes to agree without a question.")
         how = f"type {self.typed} to go on" if self.typed else "y/N"
         print(f"{output.clean(question)} [{how}] ", end="", file=sys.stderr, flush=True)  # noqa: T201
         try:

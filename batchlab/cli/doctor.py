@@ -65,12 +65,7 @@ class Finding:
     remedy: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "check": self.about,
-            "level": self.level.value,
-            "text": self.text,
-            "remedy": self.remedy,
-        }
+        return {"check": self.about, "level": self.level.value, "text": self.text, "remedy": self.remedy}
 
 
 def backend_findings(home: Home, name: str, endpoint: str | None) -> Iterator[Finding]:
@@ -108,14 +103,7 @@ def _endpoint(home: Home, backend: Backend) -> Iterator[Finding]:
     if named := backend.named_place(home):
         yield from _endpoint_findings(backend.endpoint_at(home, named), "named")
         return
-    from batchlab.adapters.local.ministack import (
-        VERSION,
-        Emulator,
-        environment,
-        find,
-        installed_version,
-        provide,
-    )
+    from batchlab.adapters.local.ministack import VERSION, Emulator, environment, find, installed_version, provide
 
     python = find()
     if python is None:
@@ -131,10 +119,7 @@ def _endpoint(home: Home, backend: Backend) -> Iterator[Finding]:
     if record and record.backend == backend.name and place:
         yield from _endpoint_findings(backend.endpoint_at(home, place), "of the grid that is up")
         return
-    with (
-        tempfile.TemporaryDirectory(prefix="batchlab-doctor-") as folder,
-        Emulator(python, Path(folder)) as emulator,
-    ):
+    with tempfile.TemporaryDirectory(prefix="batchlab-doctor-") as folder, Emulator(python, Path(folder)) as emulator:
         yield from _endpoint_findings(emulator.endpoint, "started for this check")
 
 
@@ -342,9 +327,7 @@ def _image(variable: str, default: str) -> Finding:
 def _parts(home: Home) -> Iterator[Finding]:
     at = compose_deployment.read(home)
     if at is None:
-        subnet = compose_deployment.free_subnet(
-            compose_project.networks(), compose_project.name_for(home)
-        )
+        subnet = compose_deployment.free_subnet(compose_project.networks(), compose_project.name_for(home))
         yield Finding("network", Level.OK, f"the network {subnet}.0/24 is free")
     else:
         states = compose_project.Project(home, at, settings={}).states()
@@ -373,7 +356,7 @@ def _localstack(storage: str) -> Finding:
 PYTHON = (3, 11)
 SQLITE = (3, 35)
 """First SQLite version with RETURNING, which a fold of the ledger uses."""
-DOCTOR_FAIL_BELOW_BYTES = 200 * 2**20
+FAIL_BELOW_FREE_BYTES = 200 * 2**20
 WARN_BELOW_BYTES = 2 * 2**30
 SANE_S = 1_700_000_000.0
 SKEW_S = 2.0
@@ -390,9 +373,7 @@ def doctor(
     home: HomeOption = None,
     backend: BackendOption = "local",
     endpoint: EndpointOption = None,
-    repair: Annotated[
-        bool, typer.Option("--repair", help="Move damaged objects of the backend local away.")
-    ] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="Move damaged objects of the backend local away.")] = False,
     json: JsonOption = False,
 ) -> None:
     """Check that a grid can run on this machine.
@@ -415,9 +396,7 @@ def doctor(
         raise typer.Exit(1)
 
 
-def examine(
-    home: Home, backend: str, endpoint: str | None = None, *, repair: bool = False
-) -> list[Finding]:
+def examine(home: Home, backend: str, endpoint: str | None = None, *, repair: bool = False) -> list[Finding]:
     """Run all checks in order. With `repair`, move damaged objects away."""
     checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
         ("python", _python),
@@ -477,7 +456,7 @@ def _folder(home: Home) -> Iterator[Finding]:
             return
     free_bytes = shutil.disk_usage(home.path).free
     text = f"{home.path} can be written, {free_bytes / 2**30:.1f} GiB free"
-    if free_bytes < DOCTOR_FAIL_BELOW_BYTES:
+    if free_bytes < FAIL_BELOW_FREE_BYTES:
         yield Finding("folder", Level.FAIL, text, "Free some space, or name another with --home.")
     elif free_bytes < WARN_BELOW_BYTES:
         yield Finding("folder", Level.WARN, text, "Little room for inputs and results.")
@@ -602,10 +581,7 @@ def _manager(home: Home) -> Iterator[Finding]:
 
 
 def _programs() -> Iterator[Finding]:
-    for name, use in (
-        ("ffmpeg", "the media example runs it"),
-        ("docker", "the localstack backend runs workers in it"),
-    ):
+    for name, use in (("ffmpeg", "the media example runs it"), ("docker", "the localstack backend runs workers in it")):
         where = shutil.which(name)
         text = f"{name}: {where}" if where else f"{name}: not found, and only needed if {use}"
         yield Finding("programs", Level.OK, text)

@@ -74,8 +74,7 @@ def conform(
         ),
     ] = None,
     region: Annotated[
-        str | None,
-        typer.Option("--region", metavar="REGION", help="AWS region.", show_default=False),
+        str | None, typer.Option("--region", metavar="REGION", help="AWS region.", show_default=False)
     ] = None,
     bucket: Annotated[
         str | None,
@@ -91,18 +90,12 @@ def conform(
         typer.Option(
             "--template",
             metavar="NAME",
-            help="With --service autoscaling: use this existing launch template instead of a "
-            "temporary one.",
+            help="With --service autoscaling: use this existing launch template instead of a temporary one.",
             show_default=False,
         ),
     ] = None,
-    only: Annotated[
-        str,
-        typer.Option("--only", metavar="PATTERN", help="Only checks with these names: 's3-*'."),
-    ] = "*",
-    needed: Annotated[
-        bool, typer.Option("--needed", help="Only checks that batchlab needs.")
-    ] = False,
+    only: Annotated[str, typer.Option("--only", metavar="PATTERN", help="Only checks with these names: 's3-*'.")] = "*",
+    needed: Annotated[bool, typer.Option("--needed", help="Only checks that batchlab needs.")] = False,
     every: Annotated[bool, typer.Option("--all", help="List passed checks too.")] = False,
     name: Annotated[
         str | None,
@@ -173,9 +166,7 @@ def _check_target(endpoint: str | None, *, aws: bool, service: str | None) -> No
         )
 
 
-def _selected(
-    service: str | None, *, only: str, needed: bool, markdown: Path | None
-) -> Sequence[Check]:
+def _selected(service: str | None, *, only: str, needed: bool, markdown: Path | None) -> Sequence[Check]:
     from batchlab.conform.check import Severity
     from batchlab.conform.check_table import ASG_CHECKS, CHECKS, SERVICES, matching, of_service
 
@@ -224,9 +215,7 @@ def _interruptible() -> Iterator[None]:
 
 
 @contextmanager
-def _target(
-    url: str | None, region: str | None, bucket: str | None, template: str | None
-) -> Iterator[Target]:
+def _target(url: str | None, region: str | None, bucket: str | None, template: str | None) -> Iterator[Target]:
     from batchlab.adapters.aws.endpoint import translated
     from batchlab.adapters.clock import WallClock
     from batchlab.conform.target import Target, endpoint
@@ -234,9 +223,7 @@ def _target(
     run = f"batchlab-conform-{uuid.uuid4().hex[:8]}"
     with translated("AWS"):
         place = endpoint(url, region)
-        target = Target(
-            place, run=run, clock=WallClock(), bucket=bucket or "", template=template or ""
-        )
+        target = Target(place, run=run, clock=WallClock(), bucket=bucket or "", template=template or "")
     try:
         yield target
     except output.Stopped:
@@ -289,11 +276,7 @@ def _show(name: str, results: Sequence[Result], took_s: float, *, json: bool, ev
         )
         return
     rows = [
-        (
-            service,
-            severity,
-            *(check_table.of(results, verdict, severity, service) for verdict in Verdict),
-        )
+        (service, severity, *(check_table.of(results, verdict, severity, service) for verdict in Verdict))
         for service in dict.fromkeys(one.check.service for one in results)
         for severity in Severity
         if any((service, severity) == (one.check.service, one.check.severity) for one in results)
@@ -301,9 +284,7 @@ def _show(name: str, results: Sequence[Result], took_s: float, *, json: bool, ev
     output.show(output.table(("service", "severity", *Verdict), rows))
     if every:
         held = [
-            (one.check.name, one.check.severity, one.check.rule)
-            for one in results
-            if one.verdict is Verdict.AGREES
+            (one.check.name, one.check.severity, one.check.rule) for one in results if one.verdict is Verdict.AGREES
         ]
         output.show("\n" + output.table(("agrees", "severity", "AWS's rule"), held))
     for verdict in (Verdict.DIFFERS, Verdict.UNTRIED):
@@ -316,11 +297,7 @@ def _show(name: str, results: Sequence[Result], took_s: float, *, json: bool, ev
 def _difference(result: Result) -> str:
     check = result.check
     lines = [f"{result.verdict.upper()}  {check.name} ({check.severity})"]
-    for title, text in (
-        ("AWS", f"{check.rule} [{check.source}]"),
-        ("here", result.observed),
-        ("so", check.follows),
-    ):
+    for title, text in (("AWS", f"{check.rule} [{check.source}]"), ("here", result.observed), ("so", check.follows)):
         lines.append(f"  {title:<5} {output.clean(text)}")
     return "\n".join(lines)
 
@@ -334,9 +311,7 @@ def _write(path: Path, name: str, results: Sequence[Result]) -> None:
         page = merged(page, ALL_CHECKS, list_section([one.check for one in results]))
         path.write_text(page, encoding="utf-8")
     except OSError as error:
-        raise UsageError(
-            f"{path} cannot be written: {error.strerror}.", remedy="Name another file."
-        ) from error
+        raise UsageError(f"{path} cannot be written: {error.strerror}.", remedy="Name another file.") from error
     output.say(f"The report is in {path}.")
 
 
@@ -371,34 +346,22 @@ def serve(
             show_default=False,
         ),
     ],
-    state: Annotated[
-        Path, typer.Option("--state", metavar="DIR", help="Folder for the state of the groups.")
-    ] = Path(".batchlab/asg"),
+    state: Annotated[Path, typer.Option("--state", metavar="DIR", help="Folder for the state of the groups.")] = Path(
+        ".batchlab/asg"
+    ),
     launcher: Annotated[
-        str,
-        typer.Option("--launcher", metavar="NAME", help="Kind of instances: process or docker."),
+        str, typer.Option("--launcher", metavar="NAME", help="Kind of instances: process or docker.")
     ] = "process",
-    host: Annotated[
-        str, typer.Option("--host", metavar="ADDRESS", help="Address to listen on.")
-    ] = "127.0.0.1",
-    port: Annotated[
-        int,
-        typer.Option("--port", metavar="N", min=0, help="Port to listen on; 0 for any free one."),
-    ] = 0,
+    host: Annotated[str, typer.Option("--host", metavar="ADDRESS", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", metavar="N", min=0, help="Port to listen on; 0 for any free one.")] = 0,
     drain: Annotated[
-        str,
-        typer.Option("--drain", metavar="DURATION", help="Time that an instance may take to end."),
+        str, typer.Option("--drain", metavar="DURATION", help="Time that an instance may take to end.")
     ] = "30s",
-    grid: Annotated[
-        str, typer.Option("--grid", metavar="NAME", help="Name of the grid in container labels.")
-    ] = "asg",
+    grid: Annotated[str, typer.Option("--grid", metavar="NAME", help="Name of the grid in container labels.")] = "asg",
     label: Annotated[
         list[str] | None,
         typer.Option(
-            "--label",
-            metavar="KEY=VALUE",
-            help="Another label for containers. May be repeated.",
-            show_default=False,
+            "--label", metavar="KEY=VALUE", help="Another label for containers. May be repeated.", show_default=False
         ),
     ] = None,
     image: Annotated[
@@ -434,9 +397,7 @@ def serve(
     signed: Annotated[
         bool,
         typer.Option(
-            "--signed",
-            help="Accept only requests signed with the keys in AWS_ACCESS_KEY_ID and "
-            "AWS_SECRET_ACCESS_KEY.",
+            "--signed", help="Accept only requests signed with the keys in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
         ),
     ] = False,
     keys: Annotated[
@@ -483,9 +444,7 @@ def serve(
         metadata_port=metadata_port,
     )
     if host not in _HERE and settings.key is None:
-        output.say(
-            f"Every client that reaches {host} can start and end instances: --signed requires keys."
-        )
+        output.say(f"Every client that reaches {host} can start and end instances: --signed requires keys.")
 
     def up(url: str) -> None:
         if json:
@@ -501,9 +460,7 @@ def _labels(given: Sequence[str]) -> dict[str, str]:
     for one in given:
         key, equals, value = one.partition("=")
         if not key or not equals:
-            raise UsageError(
-                f"The label {one!r} is not KEY=VALUE.", remedy="Say --label KEY=VALUE."
-            )
+            raise UsageError(f"The label {one!r} is not KEY=VALUE.", remedy="Say --label KEY=VALUE.")
         found[key] = value
     return found
 
@@ -511,14 +468,8 @@ def _labels(given: Sequence[str]) -> dict[str, str]:
 @app.command()
 def interrupt(
     instance: Annotated[str, typer.Argument(metavar="INSTANCE", help="The instance's id.")],
-    notice: Annotated[
-        str,
-        typer.Option("--notice", metavar="DURATION", help="Time until the interruption."),
-    ] = "2m",
-    rebalance: Annotated[
-        bool,
-        typer.Option("--rebalance", help="Send a rebalance recommendation instead."),
-    ] = False,
+    notice: Annotated[str, typer.Option("--notice", metavar="DURATION", help="Time until the interruption.")] = "2m",
+    rebalance: Annotated[bool, typer.Option("--rebalance", help="Send a rebalance recommendation instead.")] = False,
     endpoint: Annotated[
         str | None,
         typer.Option(
@@ -567,10 +518,7 @@ def _keys_in(file: Path) -> Keys:
 
     if found := access_keys.read(file):
         return found
-    raise UsageError(
-        f"{file} does not exist.",
-        remedy="Name a file with access_key and secret_key as a JSON object.",
-    )
+    raise UsageError(f"{file} does not exist.", remedy="Name a file with access_key and secret_key as a JSON object.")
 
 
 def _keys_of_environment() -> Keys:

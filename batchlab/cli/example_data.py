@@ -265,9 +265,7 @@ class _Text:
         return "".join(segment + end for segment in self._segments).encode("ascii")
 
 
-def write_claims(
-    folder: Path, *, seed: int = 1, files: int = 200, claims_per_file: int = 40
-) -> ClaimsFacts:
+def write_claims(folder: Path, *, seed: int = 1, files: int = 200, claims_per_file: int = 40) -> ClaimsFacts:
     """Write month-end claims in X12 837P (005010X222A1) into `folder` and return their facts.
 
     The files are `claims-0000.837` and so on, and replace files of the same name. About 1 in 12
@@ -363,9 +361,7 @@ def _interchange(batches: Sequence[tuple[_Provider, list[_Claim]]], file: int) -
     return text.encode()
 
 
-def _transaction(
-    text: _Text, number: str, control: str, provider: _Provider, claims: Sequence[_Claim]
-) -> None:
+def _transaction(text: _Text, number: str, control: str, provider: _Provider, claims: Sequence[_Claim]) -> None:
     start = text.mark()
     text.add("ST", "837", number, "005010X222A1")
     text.add("BHT", "0019", "00", f"{control}{number}", "20240131", "2300", "CH")

@@ -49,17 +49,7 @@ if TYPE_CHECKING:
 
 WATCH_S = 1.0
 
-_POOL_COLUMNS = (
-    "pool",
-    "min",
-    "max",
-    "desired",
-    "inservice",
-    "pending",
-    "slots",
-    "backlog",
-    "set by",
-)
+_POOL_COLUMNS = ("pool", "min", "max", "desired", "inservice", "pending", "slots", "backlog", "set by")
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -212,9 +202,7 @@ def status(
                 output.show("")
 
 
-def _show_grid(
-    view: GridView, home: Home, *, json: bool, cost: Mapping[str, object] | None = None
-) -> None:
+def _show_grid(view: GridView, home: Home, *, json: bool, cost: Mapping[str, object] | None = None) -> None:
     if json:
         output.show_json({**view, "cost": cost} if cost else view)
         return
@@ -301,8 +289,7 @@ def env(home: HomeOption = None, json: JsonOption = False) -> None:
     if not variables:
         raise UsageError(
             f"A grid on {backend.name} has no endpoint.",
-            remedy=f"Its bucket is the folder {place.objects}, which job files call "
-            f"s3://{backend.bucket(place)}/.",
+            remedy=f"Its bucket is the folder {place.objects}, which job files call s3://{backend.bucket(place)}/.",
         )
     if json:
         output.show_json(variables)
@@ -349,13 +336,8 @@ def workers(home: HomeOption = None, json: JsonOption = False) -> None:
 
 @app.command()
 def activities(
-    pool: Annotated[
-        str | None,
-        typer.Argument(metavar="POOL", help="Only of this pool.", show_default=False),
-    ] = None,
-    limit: Annotated[
-        int, typer.Option("--limit", min=1, help="Most activities, newest first.")
-    ] = 50,
+    pool: Annotated[str | None, typer.Argument(metavar="POOL", help="Only of this pool.", show_default=False)] = None,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Most activities, newest first.")] = 50,
     home: HomeOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -373,22 +355,15 @@ def activities(
     elif not found:
         output.say("There has been no scaling activity.")
     else:
-        rows = [
-            (output.moment(a["at_s"]), a["pool"], a["status"], a["description"], a["cause"])
-            for a in found
-        ]
+        rows = [(output.moment(a["at_s"]), a["pool"], a["status"], a["description"], a["cause"]) for a in found]
         output.show(output.table(("at", "pool", "status", "what", "why"), rows))
 
 
 @app.command()
 def scale(
     pool: Annotated[str, typer.Argument(metavar="POOL", help="The pool.")],
-    smallest: Annotated[
-        int | None, typer.Option("--min", min=0, help="Least instances.", show_default=False)
-    ] = None,
-    largest: Annotated[
-        int | None, typer.Option("--max", min=0, help="Most instances.", show_default=False)
-    ] = None,
+    smallest: Annotated[int | None, typer.Option("--min", min=0, help="Least instances.", show_default=False)] = None,
+    largest: Annotated[int | None, typer.Option("--max", min=0, help="Most instances.", show_default=False)] = None,
     desired: Annotated[
         int | None,
         typer.Option(
@@ -398,9 +373,7 @@ def scale(
             show_default=False,
         ),
     ] = None,
-    auto: Annotated[
-        bool, typer.Option("--auto", help="Return the pool to the scaling policy.")
-    ] = False,
+    auto: Annotated[bool, typer.Option("--auto", help="Return the pool to the scaling policy.")] = False,
     home: HomeOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -417,18 +390,13 @@ def scale(
     if desired is not None and auto:
         raise UsageError("--desired and --auto exclude each other.", remedy="Say one of them.")
     with connect(home_of(home)) as client:
-        view = client.scale(
-            pool, min=smallest, max=largest, desired=desired, auto=True if auto else None
-        )
+        view = client.scale(pool, min=smallest, max=largest, desired=desired, auto=True if auto else None)
     _show_pools([view], view, json=json)
 
 
 @app.command()
 def drain(
-    pool: Annotated[
-        str | None,
-        typer.Argument(metavar="POOL", help="Only this pool. Default: all pools."),
-    ] = None,
+    pool: Annotated[str | None, typer.Argument(metavar="POOL", help="Only this pool. Default: all pools.")] = None,
     home: HomeOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -491,11 +459,7 @@ _PAGE = """\
 
 def open_(
     browser: Annotated[
-        bool,
-        typer.Option(
-            "--browser/--no-browser",
-            help="Open the page in a browser, or only print its address.",
-        ),
+        bool, typer.Option("--browser/--no-browser", help="Open the page in a browser, or only print its address.")
     ] = True,
     home: HomeOption = None,
     json: JsonOption = False,
@@ -568,9 +532,7 @@ def _redirect(home: Home, url: str, valid_s: float) -> Path:
 
 def _has_screen() -> bool:
     """Whether a browser can open a window. A text browser would use the terminal."""
-    return sys.platform == "darwin" or any(
-        os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER")
-    )
+    return sys.platform == "darwin" or any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER"))
 
 
 def _opened(address: str) -> bool:

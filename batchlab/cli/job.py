@@ -82,9 +82,7 @@ def submit(
 
 @app.command("list")
 def list_(
-    active: Annotated[
-        bool, typer.Option("--active", help="Only jobs that have not ended.")
-    ] = False,
+    active: Annotated[bool, typer.Option("--active", help="Only jobs that have not ended.")] = False,
     limit: Annotated[int, typer.Option("--limit", min=1, help="Most jobs, newest first.")] = 20,
     home: HomeOption = None,
     json: JsonOption = False,
@@ -134,12 +132,7 @@ def _done(stages: list[StageView]) -> str:
 
 
 @app.command()
-def show(
-    job: JobArgument,
-    as_if_aws: AsIfOption = False,
-    home: HomeOption = None,
-    json: JsonOption = False,
-) -> None:
+def show(job: JobArgument, as_if_aws: AsIfOption = False, home: HomeOption = None, json: JsonOption = False) -> None:
     """Show a job with its stages, and why it is waiting.
 
     \b
@@ -217,10 +210,7 @@ def watch(job: JobArgument, as_if_aws: AsIfOption = False, home: HomeOption = No
 
 
 def _unwritten(view: JobView) -> str:
-    return (
-        f"its performance data is not written: {view['report']}; "
-        f"`batchlab report write {view['id']}` tries again"
-    )
+    return f"its performance data is not written: {view['report']}; `batchlab report write {view['id']}` tries again"
 
 
 def _tell(job: str, home: Path | None, verb: Callable[[Client, str], JobView], json: bool) -> None:
@@ -343,9 +333,7 @@ def check(file: FileArgument, set_: SetOption = None, json: JsonOption = False) 
 
 
 @app.command()
-def cap(
-    job: JobArgument, amount: CapArgument, home: HomeOption = None, json: JsonOption = False
-) -> None:
+def cap(job: JobArgument, amount: CapArgument, home: HomeOption = None, json: JsonOption = False) -> None:
     """Cap the cost of a job on AWS. Beyond it no instance is launched, and running tasks finish.
 
     A job that has reached its cap continues when the cap is raised.

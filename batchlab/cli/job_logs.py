@@ -36,16 +36,12 @@ def logs(
         ),
     ] = None,
     stage: Annotated[
-        str | None,
-        typer.Option("--stage", metavar="NAME", help="Only this stage.", show_default=False),
+        str | None, typer.Option("--stage", metavar="NAME", help="Only this stage.", show_default=False)
     ] = None,
     follow: Annotated[
-        bool,
-        typer.Option("--follow", "-f", help="Print lines as they come until the job ends."),
+        bool, typer.Option("--follow", "-f", help="Print lines as they come until the job ends.")
     ] = False,
-    failed: Annotated[
-        bool, typer.Option("--failed", help="Only tasks that failed for good.")
-    ] = False,
+    failed: Annotated[bool, typer.Option("--failed", help="Only tasks that failed for good.")] = False,
     since: Annotated[
         str | None,
         typer.Option(
@@ -55,9 +51,7 @@ def logs(
             show_default=False,
         ),
     ] = None,
-    limit: Annotated[
-        int, typer.Option("--limit", min=1, help="Most attempts without --follow.")
-    ] = 100,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Most attempts without --follow.")] = 100,
     home: HomeOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -75,8 +69,7 @@ def logs(
     if task is not None:
         if stage is not None:
             raise UsageError(
-                "A task and --stage exclude each other.",
-                remedy="Write the stage and the index, such as parse/3.",
+                "A task and --stage exclude each other.", remedy="Write the stage and the index, such as parse/3."
             )
         stage, index = parse_task(task)
     which = LogFilter(stage, index, failed, seconds_of("--since", since) if since else None)
@@ -206,11 +199,7 @@ class Follower:
     """Prints the output of a job as it comes. `ask` calls the manager, or waits for a new one."""
 
     def __init__(
-        self,
-        job: str,
-        which: LogFilter,
-        ask: Callable[[Callable[[Client], Any]], Any],
-        tell: Callable[[Line], None],
+        self, job: str, which: LogFilter, ask: Callable[[Callable[[Client], Any]], Any], tell: Callable[[Line], None]
     ) -> None:
         self._job = job
         self._which = which

@@ -16,14 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from batchlab.cli import output
-from batchlab.cli.options import (
-    AnyBackendOption,
-    HomeOption,
-    JobArgument,
-    JsonOption,
-    TaskArgument,
-    home_of,
-)
+from batchlab.cli.options import AnyBackendOption, HomeOption, JobArgument, JsonOption, TaskArgument, home_of
 from batchlab.core.errors import UsageError
 from batchlab.core.job_definition import parse_task, task_name
 
@@ -58,26 +51,17 @@ def replay_task(
     job: JobArgument,
     task: TaskArgument,
     local: Annotated[
-        bool,
-        typer.Option(
-            "--local",
-            help="Run on this machine, which is the only choice.",
-            show_default=False,
-        ),
+        bool, typer.Option("--local", help="Run on this machine, which is the only choice.", show_default=False)
     ] = True,
     attempt: AttemptOption = None,
     round_: RoundOption = None,
     debug: Annotated[
         bool | None,
         typer.Option(
-            "--debug/--no-debug",
-            help="Start pdb at a failure. Default: only in a terminal.",
-            show_default=False,
+            "--debug/--no-debug", help="Start pdb at a failure. Default: only in a terminal.", show_default=False
         ),
     ] = None,
-    break_: Annotated[
-        bool, typer.Option("--break", help="Start pdb at the handler's first line too.")
-    ] = False,
+    break_: Annotated[bool, typer.Option("--break", help="Start pdb at the handler's first line too.")] = False,
     debugpy: Annotated[
         int | None,
         typer.Option(
@@ -89,16 +73,11 @@ def replay_task(
             show_default=False,
         ),
     ] = None,
-    shell: Annotated[
-        bool, typer.Option("--shell", help="Open a shell in the place of a task's command.")
-    ] = False,
+    shell: Annotated[bool, typer.Option("--shell", help="Open a shell in the place of a task's command.")] = False,
     keep: Annotated[
         Path | None,
         typer.Option(
-            "--keep",
-            metavar="DIR",
-            help="Only prepare this folder with input, code, and a README.",
-            show_default=False,
+            "--keep", metavar="DIR", help="Only prepare this folder with input, code, and a README.", show_default=False
         ),
     ] = None,
     no_limits: Annotated[
@@ -147,26 +126,17 @@ def replay_task(
             _run(task_folder, how, json=json)
 
 
-def _how(
-    *, debug: bool | None, at_start: bool, debugpy: int | None, no_limits: bool, json: bool
-) -> How:
+def _how(*, debug: bool | None, at_start: bool, debugpy: int | None, no_limits: bool, json: bool) -> How:
     from batchlab.client.debug.foreground import How
 
     if debugpy is not None and find_spec("debugpy") is None:
         raise UsageError(
             "debugpy is not installed for this Python.",
-            remedy=f"`{shlex.quote(sys.executable)} -m pip install debugpy` installs it; --debug "
-            "needs nothing.",
+            remedy=f"`{shlex.quote(sys.executable)} -m pip install debugpy` installs it; --debug needs nothing.",
         )
     if debug is None:
         debug = at_start or (sys.stdin.isatty() and sys.stdout.isatty() and not json)
-    return How(
-        pdb=debug and debugpy is None,
-        at_start=at_start,
-        debugpy=debugpy,
-        no_limits=no_limits,
-        aside=json,
-    )
+    return How(pdb=debug and debugpy is None, at_start=at_start, debugpy=debugpy, no_limits=no_limits, aside=json)
 
 
 def _variables(names: Iterable[str]) -> tuple[str, ...]:
@@ -174,10 +144,7 @@ def _variables(names: Iterable[str]) -> tuple[str, ...]:
     found = tuple(names)
     for name in found:
         if name not in os.environ:
-            raise UsageError(
-                f"The environment variable {name!r} is not set.",
-                remedy="Set it, or leave out --env.",
-            )
+            raise UsageError(f"The environment variable {name!r} is not set.", remedy="Set it, or leave out --env.")
     return found
 
 
@@ -204,12 +171,7 @@ def _folder(keep: Path | None) -> Iterator[Path]:
 
 
 def _fetched(
-    bucket: Bucket,
-    stage: str | None,
-    task: int,
-    folder: Path,
-    attempt: int | None,
-    round_: int | None,
+    bucket: Bucket, stage: str | None, task: int, folder: Path, attempt: int | None, round_: int | None
 ) -> Told:
     from batchlab.cli.session import stage_of
     from batchlab.client.debug.prepare import bring
@@ -220,14 +182,7 @@ def _fetched(
     try:
         return bucket.read(
             lambda objects, patience: bring(
-                objects,
-                JobId(bucket.job),
-                name,
-                task,
-                folder,
-                patience=patience,
-                number=attempt,
-                round_=round_,
+                objects, JobId(bucket.job), name, task, folder, patience=patience, number=attempt, round_=round_
             )
         )
     except OSError as error:
@@ -242,9 +197,7 @@ def _show_folder(told: Told, *, json: bool) -> None:
 
     command = f"{shlex.quote(sys.executable)} {shlex.quote(str(told.folder / RUN))}"
     if json:
-        output.show_json(
-            {"folder": str(told.folder), "command": command, "readme": str(told.folder / README)}
-        )
+        output.show_json({"folder": str(told.folder), "command": command, "readme": str(told.folder / README)})
         return
     output.show(command)
     debugging = "" if told.is_command else " (--pdb and --break debug it)"

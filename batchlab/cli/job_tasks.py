@@ -9,14 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from batchlab.cli import output
-from batchlab.cli.options import (
-    AnyBackendOption,
-    HomeOption,
-    JobArgument,
-    JsonOption,
-    TaskArgument,
-    home_of,
-)
+from batchlab.cli.options import AnyBackendOption, HomeOption, JobArgument, JsonOption, TaskArgument, home_of
 from batchlab.core.job_definition import parse_task, parse_tasks, task_name
 
 if TYPE_CHECKING:
@@ -65,11 +58,7 @@ def show_task(
         found = await attempts.attempts(objects, spec, name, index, patience)
         given: str
         try:
-            bundle = (
-                found[-1].bundle
-                if found
-                else await attempts.task_bundle(objects, spec, name, index, patience)
-            )
+            bundle = found[-1].bundle if found else await attempts.task_bundle(objects, spec, name, index, patience)
             given = attempts.describe(await attempts.task_input(objects, spec, bundle, patience))
         except NoSuchTask as error:
             raise UsageError(error.message, remedy=error.remedy) from error
@@ -221,9 +210,7 @@ def _last_lines(logs: Sequence[LogView]) -> list[str]:
 
 def failures(
     job: JobArgument,
-    each: Annotated[
-        bool, typer.Option("--each", help="List every failed task instead of one line per cause.")
-    ] = False,
+    each: Annotated[bool, typer.Option("--each", help="List every failed task instead of one line per cause.")] = False,
     fingerprint: Annotated[
         str | None,
         typer.Option(
@@ -233,9 +220,7 @@ def failures(
             show_default=False,
         ),
     ] = None,
-    limit: Annotated[
-        int, typer.Option("--limit", min=1, help="Most tasks with --each or --fingerprint.")
-    ] = 100,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Most tasks with --each or --fingerprint.")] = 100,
     home: HomeOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -288,14 +273,7 @@ def _show_each(found: list[FailureView], limit: int, json: bool) -> None:
         return
     columns = ("task", "attempt", "kind", "exit", "fingerprint", "reason")
     rows = [
-        (
-            task_name(f["stage"], f["task"]),
-            f["attempt"],
-            f["kind"],
-            _exit(f),
-            f["fingerprint"],
-            f["reason"],
-        )
+        (task_name(f["stage"], f["task"]), f["attempt"], f["kind"], _exit(f), f["fingerprint"], f["reason"])
         for f in found
     ]
     output.show(output.table(columns, rows))

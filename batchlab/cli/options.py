@@ -110,13 +110,7 @@ HomeOption = Annotated[
     ),
 ]
 BackendOption = Annotated[
-    str,
-    typer.Option(
-        "--backend",
-        metavar="NAME",
-        help="The backend of the grid.",
-        autocompletion=backends,
-    ),
+    str, typer.Option("--backend", metavar="NAME", help="The backend of the grid.", autocompletion=backends)
 ]
 EndpointOption = Annotated[
     str | None,
@@ -140,10 +134,7 @@ ScenarioArgument = Annotated[
 LikeOption = Annotated[
     str,
     typer.Option(
-        "--like",
-        metavar="BACKEND",
-        help="Backend whose settings the simulated grid uses.",
-        autocompletion=backends,
+        "--like", metavar="BACKEND", help="Backend whose settings the simulated grid uses.", autocompletion=backends
     ),
 ]
 CalibrationOption = Annotated[
@@ -159,34 +150,24 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for progra
 OutOption = Annotated[
     Path | None,
     typer.Option(
-        "--out",
-        metavar="DIR",
-        help="Folder for the results. Default: out/<job name> here.",
-        show_default=False,
+        "--out", metavar="DIR", help="Folder for the results. Default: out/<job name> here.", show_default=False
     ),
 ]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="KEY=VALUE",
-        help="Set a parameter of the job. May be repeated.",
-        show_default=False,
-    ),
+    typer.Option("--set", metavar="KEY=VALUE", help="Set a parameter of the job. May be repeated.", show_default=False),
 ]
 PoolOption = Annotated[
     list[str] | None,
     typer.Option(
         "--pool",
         metavar="NAME:MIN-MAXxSLOTS",
-        help="A pool of workers, such as default:0-4x1, instead of the backend's own. May be "
-        "repeated.",
+        help="A pool of workers, such as default:0-4x1, instead of the backend's own. May be repeated.",
         show_default=False,
     ),
 ]
 AsIfOption = Annotated[
-    bool,
-    typer.Option("--as-if-aws", help="Show the cost on AWS also on backends that cost nothing."),
+    bool, typer.Option("--as-if-aws", help="Show the cost on AWS also on backends that cost nothing.")
 ]
 MaxCostOption = Annotated[
     str | None,
@@ -207,28 +188,16 @@ LogFormatOption = Annotated[
     ),
 ]
 PortOption = Annotated[
-    int,
-    typer.Option(
-        "--port", min=0, max=65535, help="Port of the manager on 127.0.0.1; 0 for any free one."
-    ),
+    int, typer.Option("--port", min=0, max=65535, help="Port of the manager on 127.0.0.1; 0 for any free one.")
 ]
-CapArgument = Annotated[
-    str, typer.Argument(metavar="AMOUNT", help="Such as 5USD, or 'none'.", show_default=False)
-]
+CapArgument = Annotated[str, typer.Argument(metavar="AMOUNT", help="Such as 5USD, or 'none'.", show_default=False)]
 JobArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="JOB",
-        help="Id of a job, beginning of an id, or 'last'.",
-        autocompletion=jobs,
-    ),
+    str, typer.Argument(metavar="JOB", help="Id of a job, beginning of an id, or 'last'.", autocompletion=jobs)
 ]
 TaskArgument = Annotated[
     str,
     typer.Argument(
-        metavar="TASK",
-        help="A task, such as parse/3, or only 3 if the job has one stage.",
-        show_default=False,
+        metavar="TASK", help="A task, such as parse/3, or only 3 if the job has one stage.", show_default=False
     ),
 ]
 AnyBackendOption = Annotated[
@@ -251,9 +220,7 @@ BucketBackendOption = Annotated[
         show_default=False,
     ),
 ]
-FileArgument = Annotated[
-    Path, typer.Argument(metavar="FILE", help="The job file.", show_default=False)
-]
+FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="The job file.", show_default=False)]
 
 
 def home_of(option: Path | None) -> Home:
@@ -272,9 +239,7 @@ def seconds_of(option: str, text: str, *, least_s: float = 0.0) -> float:
     except ValueError as error:
         raise UsageError(f"{option}: {error}.", remedy=f"Write {DURATION_FORMS}.") from error
     if found < least_s:
-        raise UsageError(
-            f"{option}: {shown(text)} is too short.", remedy=f"Write {least_s:g}s or more."
-        )
+        raise UsageError(f"{option}: {shown(text)} is too short.", remedy=f"Write {least_s:g}s or more.")
     return found
 
 
@@ -343,8 +308,7 @@ def parse_pool(text: str) -> Pool:
     pool = Pool(found[1], smallest, largest, slots)
     if pool.min_size > pool.max_size or pool.slots < 1:
         raise UsageError(
-            f"The pool {text!r} needs MIN ≤ MAX and at least one slot.",
-            remedy="Write for example default:0-4x1.",
+            f"The pool {text!r} needs MIN ≤ MAX and at least one slot.", remedy="Write for example default:0-4x1."
         )
     return pool
 
@@ -367,7 +331,5 @@ def parse_pools(texts: Iterable[str]) -> list[Pool]:
     names = [pool.name for pool in pools]
     for name in names:
         if names.count(name) > 1:
-            raise UsageError(
-                f"The pool {name!r} is given twice.", remedy="Give each pool one --pool."
-            )
+            raise UsageError(f"The pool {name!r} is given twice.", remedy="Give each pool one --pool.")
     return pools

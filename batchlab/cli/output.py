@@ -86,9 +86,7 @@ def check_writable(file: Path, *, folder: bool = False) -> None:
     try:
         _try_to_write(file, folder=folder)
     except OSError as error:
-        raise UsageError(
-            f"{file} cannot be written: {error.strerror}.", remedy="Name another file."
-        ) from error
+        raise UsageError(f"{file} cannot be written: {error.strerror}.", remedy="Name another file.") from error
 
 
 def check_folder(folder: Path) -> None:
@@ -97,8 +95,7 @@ def check_folder(folder: Path) -> None:
         _try_to_write(folder / "summary.json", folder=True)
     except OSError as error:
         raise UsageError(
-            f"The results cannot be written to {folder}: {error.strerror}.",
-            remedy="Name another folder with --out.",
+            f"The results cannot be written to {folder}: {error.strerror}.", remedy="Name another folder with --out."
         ) from error
 
 

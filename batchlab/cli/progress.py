@@ -76,9 +76,7 @@ class Display:
             from rich.live import Live
 
             self._live = Live(
-                console=Console(stderr=True),
-                get_renderable=self.draw,
-                refresh_per_second=self.refreshes_per_s,
+                console=Console(stderr=True), get_renderable=self.draw, refresh_per_second=self.refreshes_per_s
             )
             self._live.start()
         return self
@@ -100,20 +98,9 @@ def bar(every_s: float = LINE_EVERY_S) -> Iterator[Callable[[int, int, str], Non
         yield lambda _done, _total, text: sometimes.say(text)
         return
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=None)
         updated_s = float("-inf")
@@ -229,9 +216,7 @@ class JobDisplay(Display):
             rate, left_s = self._rates.of(stage), self._rates.left_s(stage)
             table.add_row(
                 Text(output.clean(stage["name"])),
-                ProgressBar(
-                    total=max(planned or 1, 1), completed=done, width=24, finished_style="green"
-                ),
+                ProgressBar(total=max(planned or 1, 1), completed=done, width=24, finished_style="green"),
                 f"{done:,}/{'?' if planned is None else format(planned, ',')}",
                 Text(f"{stage['failed']} failed", "red") if stage["failed"] else "",
                 f"{stage['running']} running" if stage["running"] else "",
@@ -285,9 +270,7 @@ class ReplayDisplay(Display):
         if state is None:
             return Text("preparing the first jobs")
         head = Table.grid(padding=(0, 2))
-        jobs = ProgressBar(
-            total=max(1, state.jobs), completed=state.ended, width=32, finished_style="green"
-        )
+        jobs = ProgressBar(total=max(1, state.jobs), completed=state.ended, width=32, finished_style="green")
         head.add_row(output.span(state.at_s), jobs, _jobs_text(state))
         below = [_grid_text(state), *_notes(state)]
         return Group(head, *(Text(line, "red" if "broken" in line else "") for line in below))
@@ -305,9 +288,7 @@ def _grid_text(state: ReplayProgress) -> str:
     in_service = sum(pool.in_service for pool in pools)
     desired = sum(pool.desired for pool in pools)
     waiting, in_flight = state.sample.waiting, state.sample.in_flight
-    return (
-        f"{waiting:,} messages waiting, {in_flight:,} in flight; {in_service}/{desired} instances"
-    )
+    return f"{waiting:,} messages waiting, {in_flight:,} in flight; {in_service}/{desired} instances"
 
 
 def _notes(state: ReplayProgress) -> list[str]:

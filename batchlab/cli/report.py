@@ -21,13 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from batchlab.cli import options, output
-from batchlab.cli.options import (
-    BucketBackendOption,
-    EndpointOption,
-    HomeOption,
-    JsonOption,
-    home_of,
-)
+from batchlab.cli.options import BucketBackendOption, EndpointOption, HomeOption, JsonOption, home_of
 from batchlab.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -51,16 +45,10 @@ RunArgument = Annotated[
 OutOption = Annotated[
     Path | None,
     typer.Option(
-        "--out",
-        metavar="FILE",
-        help="File to write. Default: the job's id with .html, here.",
-        show_default=False,
+        "--out", metavar="FILE", help="File to write. Default: the job's id with .html, here.", show_default=False
     ),
 ]
-NoLogsOption = Annotated[
-    bool,
-    typer.Option("--no-logs", help="Leave out tracebacks and logs of failed tasks."),
-]
+NoLogsOption = Annotated[bool, typer.Option("--no-logs", help="Leave out tracebacks and logs of failed tasks.")]
 BackendOption = Annotated[
     str,
     typer.Option(
@@ -203,8 +191,7 @@ PulledArgument = Annotated[
     list[str],
     typer.Argument(
         metavar="JOB...",
-        help="Id of a job, beginning of an id, or 'last'; or the record of a `scenario replay` for "
-        "all of its jobs.",
+        help="Id of a job, beginning of an id, or 'last'; or the record of a `scenario replay` for all of its jobs.",
         autocompletion=options.jobs,
         show_default=False,
     ),
@@ -256,9 +243,7 @@ def queries(json: JsonOption = False) -> None:
 
     every = known().values()
     if json:
-        output.show_json(
-            {"queries": [{"name": q.name, "answers": q.meaning, "sql": q.sql} for q in every]}
-        )
+        output.show_json({"queries": [{"name": q.name, "answers": q.meaning, "sql": q.sql} for q in every]})
         return
     output.show(output.table(("query", "what it answers"), [(q.name, q.meaning) for q in every]))
 
@@ -290,9 +275,7 @@ def query(
 @app.command()
 def pull(
     jobs: PulledArgument,
-    out: Annotated[
-        Path, typer.Option("--out", metavar="DIR", help="Folder that gets a folder for each job.")
-    ] = Path(),
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder that gets a folder for each job.")] = Path(),
     backend: BucketBackendOption = "",
     endpoint: EndpointOption = None,
     home: HomeOption = None,
@@ -352,9 +335,7 @@ def write(
         if not json:
             ended = "" if index.is_final else ", which has not ended"
             size = output.size(sum(index.sizes.values()))
-            output.show(
-                f"{output.count(index.rows['tasks'], 'task')} of {job}{ended}: {size} in {key}"
-            )
+            output.show(f"{output.count(index.rows['tasks'], 'task')} of {job}{ended}: {size} in {key}")
     if json:
         output.show_json({"written": written})
 
@@ -362,9 +343,7 @@ def write(
 app.command()(html)
 
 
-def show(
-    names: Sequence[str], rows: Sequence[Sequence[Any]], *, json: bool = False, csv: bool = False
-) -> None:
+def show(names: Sequence[str], rows: Sequence[Sequence[Any]], *, json: bool = False, csv: bool = False) -> None:
     """Print the rows as a table, as CSV, or as JSON: a list of objects under `rows`."""
     if json and csv:
         raise UsageError("--json and --csv are two answers.", remedy="Leave one of them out.")
@@ -424,13 +403,8 @@ _SIDE = "A run, several runs separated by commas, or a folder of runs."
 
 
 def diff(
-    a: Annotated[
-        str,
-        typer.Argument(metavar="A", help=f"Runs before the change. {_SIDE}", show_default=False),
-    ],
-    b: Annotated[
-        str, typer.Argument(metavar="B", help=f"Runs after the change. {_SIDE}", show_default=False)
-    ],
+    a: Annotated[str, typer.Argument(metavar="A", help=f"Runs before the change. {_SIDE}", show_default=False)],
+    b: Annotated[str, typer.Argument(metavar="B", help=f"Runs after the change. {_SIDE}", show_default=False)],
     threshold: Annotated[
         str | None,
         typer.Option(
@@ -451,12 +425,8 @@ def diff(
             show_default=False,
         ),
     ] = None,
-    seed: Annotated[
-        int, typer.Option("--seed", help="Seed of the resampling for confidence intervals.")
-    ] = 0,
-    markdown: Annotated[
-        bool, typer.Option("--markdown", help="Print Markdown, for a pull request.")
-    ] = False,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the resampling for confidence intervals.")] = 0,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown, for a pull request.")] = False,
     backend: BucketBackendOption = "",
     endpoint: EndpointOption = None,
     home: HomeOption = None,
@@ -506,8 +476,8 @@ def _rows(found: Comparison) -> list[tuple[str, ...]]:
             (
                 one.stage or "all",
                 one.measure.name,
-                _shown_report_diff(one, one.a),
-                _shown_report_diff(one, one.b),
+                _difference_text(one, one.a),
+                _difference_text(one, one.b),
                 _relative(one),
                 between,
                 verdict,
@@ -516,7 +486,7 @@ def _rows(found: Comparison) -> list[tuple[str, ...]]:
     return rows
 
 
-def _shown_report_diff(change: Change, value: float) -> str:
+def _difference_text(change: Change, value: float) -> str:
     if change.measure.unit == "s":
         return output.span(value)
     if change.measure.unit == "usd":
@@ -552,17 +522,9 @@ def _broken(change: Change) -> str:
 
 
 def _text(found: Comparison) -> str:
-    told = [
-        f"{output.clean(_sides(found))}: {_headline(found)}",
-        "",
-        output.table(_COLUMNS, _rows(found)),
-    ]
+    told = [f"{output.clean(_sides(found))}: {_headline(found)}", "", output.table(_COLUMNS, _rows(found))]
     if found.causes:
-        told += [
-            "",
-            "What got worse, and why",
-            *(f"  {output.clean(cause)}" for cause in found.causes),
-        ]
+        told += ["", "What got worse, and why", *(f"  {output.clean(cause)}" for cause in found.causes)]
     if found.notes:
         told += ["", *(f"Note: {output.clean(note)}." for note in found.notes)]
     return "\n".join(told)
@@ -576,10 +538,7 @@ def _markdown(found: Comparison, *, gated: bool) -> str:
         told.append("")
     head = ("stage", "measure", "A", "B", "change", "95% between", "verdict")
     rows = [head, ("---",) * len(head), *_rows(found)]
-    lines = [
-        f"| {' | '.join(_md(cell) if row is not rows[1] else cell for cell in row)} |"
-        for row in rows
-    ]
+    lines = [f"| {' | '.join(_md(cell) if row is not rows[1] else cell for cell in row)} |" for row in rows]
     told += ["<details><summary>All measures</summary>", "", *lines, "", "</details>"]
     told += ["", *(f"*{_md(note)}.*" for note in found.notes)] if found.notes else []
     return "\n".join(told)

@@ -87,8 +87,7 @@ def _folder(source: Source, run: str, stack: ExitStack) -> Path:
         return path
     if "/" in run:
         raise UsageError(
-            f"The folder {run} does not exist.",
-            remedy="Name a folder that `batchlab report pull` has made, or a job.",
+            f"The folder {run} does not exist.", remedy="Name a folder that `batchlab report pull` has made, or a job."
         )
     job = job_of(source, run)
     return asyncio.run(_of_job(source, job, stack))
@@ -114,9 +113,7 @@ async def _of_job(source: Source, job: JobId, stack: ExitStack) -> Path:
     return cached
 
 
-async def _written(
-    source: Source, backend: Backend, objects: Objects, job: JobId, stack: ExitStack
-) -> Path:
+async def _written(source: Source, backend: Backend, objects: Objects, job: JobId, stack: ExitStack) -> Path:
     """Write the data into a temporary folder, and into the bucket if the job has ended."""
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="batchlab-report-")))
     writer = writer_of(source, backend, objects)
@@ -232,7 +229,5 @@ def job_of(source: Source, text: str) -> JobId:
             remedy="Write the job's whole id, or bring the grid up.",
         )
     if not _ID.fullmatch(text):
-        raise UsageError(
-            f"{text!r} is not the id of a job.", remedy="An id looks like month-end-0123456789."
-        )
+        raise UsageError(f"{text!r} is not the id of a job.", remedy="An id looks like month-end-0123456789.")
     return JobId(text)

@@ -30,9 +30,7 @@ from batchlab.core.errors import UsageError
 if TYPE_CHECKING:
     from batchlab.cli.run_job import Summary
 
-ResumeOption = Annotated[
-    bool, typer.Option("--resume", help="Resume the interrupted run, if there is one.")
-]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Resume the interrupted run, if there is one.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -47,26 +45,18 @@ def run(
     set_: SetOption = None,
     resume: ResumeOption = False,
     cache: Annotated[
-        bool,
-        typer.Option("--cache", help="Use the results of the last run if nothing has changed."),
+        bool, typer.Option("--cache", help="Use the results of the last run if nothing has changed.")
     ] = False,
     workers: Annotated[
-        int | None,
-        typer.Option(
-            "--workers", min=1, help="Most workers per pool. Default: the number of CPUs."
-        ),
+        int | None, typer.Option("--workers", min=1, help="Most workers per pool. Default: the number of CPUs.")
     ] = None,
-    keep_up: Annotated[
-        bool, typer.Option("--keep-up", help="Keep the grid running for the next job.")
-    ] = False,
+    keep_up: Annotated[bool, typer.Option("--keep-up", help="Keep the grid running for the next job.")] = False,
     home: HomeOption = None,
     backend: BackendOption = "local",
     endpoint: EndpointOption = None,
     max_cost: MaxCostOption = None,
     as_if_aws: AsIfOption = False,
-    seed: Annotated[
-        int, typer.Option("--seed", help="Seed of a simulated run (--backend sim).")
-    ] = 1,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of a simulated run (--backend sim).")] = 1,
     json: JsonOption = False,
 ) -> None:
     """Run a job file to its end and fetch its results.
@@ -84,8 +74,7 @@ def run(
     if capabilities_of(backend).simulated:
         if resume or cache or keep_up:
             raise UsageError(
-                "A simulated run cannot be resumed or reused.",
-                remedy="Leave out --resume, --cache and --keep-up.",
+                "A simulated run cannot be resumed or reused.", remedy="Leave out --resume, --cache and --keep-up."
             )
         if max_cost or as_if_aws:
             raise UsageError(
@@ -139,9 +128,7 @@ def demo(
     out: OutOption = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the generated claims.")] = 1,
     files: Annotated[int, typer.Option("--files", min=1, help="Number of files of claims.")] = 100,
-    claims_per_file: Annotated[
-        int, typer.Option("--claims-per-file", min=1, help="Claims in each file.")
-    ] = 40,
+    claims_per_file: Annotated[int, typer.Option("--claims-per-file", min=1, help="Claims in each file.")] = 40,
     resume: ResumeOption = False,
     home: HomeOption = None,
     backend: BackendOption = "local",
@@ -162,9 +149,7 @@ def demo(
 
     phases = Phases.of_process()
     with phases.phase("data"):
-        prepared = claims_demo.prepare(
-            home_of(home), seed=seed, files=files, claims_per_file=claims_per_file
-        )
+        prepared = claims_demo.prepare(home_of(home), seed=seed, files=files, claims_per_file=claims_per_file)
     request = run_job.RunRequest(
         file=prepared.job_file,
         home=home_of(home),
@@ -185,9 +170,7 @@ def demo(
 
 
 def init(
-    folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Folder for the files.", show_default="here")
-    ] = Path(),
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder for the files.", show_default="here")] = Path(),
     example: Annotated[
         str | None,
         typer.Option(

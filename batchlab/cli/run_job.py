@@ -21,14 +21,7 @@ from batchlab.cli.output import Stopped
 from batchlab.cli.progress import JobDisplay
 from batchlab.cli.session import Session
 from batchlab.cli.startup import START_S
-from batchlab.cli.submission import (
-    EarlierRun,
-    Submission,
-    default_folder,
-    fetch_results,
-    submit_capped,
-    watch,
-)
+from batchlab.cli.submission import EarlierRun, Submission, default_folder, fetch_results, submit_capped, watch
 from batchlab.core.api_types import FailureView, JobView, StageView
 from batchlab.core.errors import Refused, UsageError
 from batchlab.core.job_definition import JobDef, task_name, without_task
@@ -178,10 +171,7 @@ class Summary:
         if causes:
             job, more = self.job["id"], failed - len(causes)
             rest = f"{more:,} more: `batchlab job failures {job}`; " if more > 0 else ""
-            yield (
-                f"  {rest}what tasks printed: `batchlab job logs {job}`; while a grid is up "
-                f"(`batchlab grid up`)"
-            )
+            yield (f"  {rest}what tasks printed: `batchlab job logs {job}`; while a grid is up (`batchlab grid up`)")
 
     def _times(self) -> Iterator[str]:
         yield "Where the time went"
@@ -270,9 +260,7 @@ def run(request: RunRequest, phases: Phases) -> Summary:
                 earlier = asyncio.run(submission.latest())
                 number = choose(earlier, resume=request.resume, cache=request.cache)
                 if request.resume and earlier is None:
-                    output.say(
-                        "There is no run of this file, code and data to go on with: all of it runs."
-                    )
+                    output.say("There is no run of this file, code and data to go on with: all of it runs.")
                 output.check_folder(request.out or default_folder(submission.jobfile.job.name))
             summary = _Runner(request, submission, session, phases).run(earlier, number)
         except Stopped:
@@ -337,8 +325,7 @@ def pools_for(backend: Backend, jobfile: JobFile, workers: int | None = None) ->
         pools[stage.pool] = replace(pool, slots=max(pool.slots, stage.resources.slots))
     if workers is not None:
         pools = {
-            name: replace(pool, min_size=min(pool.min_size, workers), max_size=workers)
-            for name, pool in pools.items()
+            name: replace(pool, min_size=min(pool.min_size, workers), max_size=workers) for name, pool in pools.items()
         }
     made = tuple(pools.values())
     return () if made == backend.pools else made

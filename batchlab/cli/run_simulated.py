@@ -24,13 +24,7 @@ PRINTED = "printed.log"
 
 
 def run_simulated(
-    file: Path,
-    out: Path | None,
-    overrides: Mapping[str, str],
-    *,
-    workers: int | None,
-    seed: int,
-    json: bool,
+    file: Path, out: Path | None, overrides: Mapping[str, str], *, workers: int | None, seed: int, json: bool
 ) -> None:
     """Run a job in the simulator and print its end; exit with 1 unless it succeeded."""
     jobfile = load(file, overrides)

@@ -55,9 +55,7 @@ def list_(json: JsonOption = False) -> None:
 
     found = loader.shipped_scenarios()
     if json:
-        output.show_json(
-            [{"name": one.name, "teaches": one.teaches, "file": str(one.path)} for one in found]
-        )
+        output.show_json([{"name": one.name, "teaches": one.teaches, "file": str(one.path)} for one in found])
         return
     output.show(output.table(("name", "teaches"), [(one.name, one.teaches) for one in found]))
 
@@ -68,11 +66,7 @@ def check(
     seed: Annotated[
         int | None,
         typer.Option(
-            "--seed",
-            metavar="N",
-            min=0,
-            help="Seed of the arrivals instead of the scenario's.",
-            show_default=False,
+            "--seed", metavar="N", min=0, help="Seed of the arrivals instead of the scenario's.", show_default=False
         ),
     ] = None,
     json: JsonOption = False,

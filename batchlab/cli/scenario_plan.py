@@ -30,12 +30,7 @@ from batchlab.cli.scenario_simulate import calibrated
 from batchlab.core.pricing.price_book import shown
 from batchlab.scenarios.model.expansion import expand
 from batchlab.scenarios.model.values import Prewarm, Scenario
-from batchlab.scenarios.planner.candidates import (
-    QUANTILES,
-    Candidate,
-    EvaluatedCandidate,
-    quantiles,
-)
+from batchlab.scenarios.planner.candidates import QUANTILES, Candidate, EvaluatedCandidate, quantiles
 from batchlab.scenarios.planner.plan import REQUIRED_SHARE, Plan, SeedShare, is_enough
 
 if TYPE_CHECKING:
@@ -65,20 +60,12 @@ def plan(
     ],
     budget: Annotated[
         str | None,
-        typer.Option(
-            "--budget",
-            metavar="AMOUNT",
-            help="Most a run may cost, such as '12 USD'.",
-            show_default=False,
-        ),
+        typer.Option("--budget", metavar="AMOUNT", help="Most a run may cost, such as '12 USD'.", show_default=False),
     ] = None,
     seeds: Annotated[
         int,
         typer.Option(
-            "--seeds",
-            metavar="N",
-            min=1,
-            help="Number of fresh seeds that confirm the answer, with a run each.",
+            "--seeds", metavar="N", min=1, help="Number of fresh seeds that confirm the answer, with a run each."
         ),
     ] = 20,
     jobs: Annotated[
@@ -91,10 +78,7 @@ def plan(
             show_default="as many as CPUs",
         ),
     ] = None,
-    runs: Annotated[
-        int,
-        typer.Option("--runs", metavar="N", min=2, help="Most runs that are simulated in all."),
-    ] = 300,
+    runs: Annotated[int, typer.Option("--runs", metavar="N", min=2, help="Most runs that are simulated in all.")] = 300,
     like: LikeOption = "aws",
     calibration: CalibrationOption = None,
     home: HomeOption = None,
@@ -126,20 +110,13 @@ def plan(
 
 
 def forecast(
-    scenario: Scenario,
-    seed: int,
-    *,
-    backend: str,
-    calibration: Calibration | None,
-    book: PriceBook | None = None,
+    scenario: Scenario, seed: int, *, backend: str, calibration: Calibration | None, book: PriceBook | None = None
 ) -> Record:
     """Simulate one run. Worker processes call this too."""
     from batchlab.runtime import factory
     from batchlab.scenarios.forecast.simulate import simulate
 
-    return simulate(
-        scenario, seed=seed, like=factory.load(backend), calibration=calibration, book=book
-    )
+    return simulate(scenario, seed=seed, like=factory.load(backend), calibration=calibration, book=book)
 
 
 def search_and_show(search: Search, *, json: bool) -> int:
@@ -154,9 +131,7 @@ def search_and_show(search: Search, *, json: bool) -> int:
         search.cut = "it was interrupted"
     answer = search.answer()
     if answer is None:
-        output.say(
-            "Nothing is known yet: it was interrupted before a first candidate had been tried."
-        )
+        output.say("Nothing is known yet: it was interrupted before a first candidate had been tried.")
         return INTERRUPTED
     if json:
         output.show_json({**answer.to_json(), "yaml": as_yaml(answer.planned) + "\n"})
@@ -244,8 +219,7 @@ def _verdict(plan: Plan) -> str:
         if not any(map(plan.goal.in_time, (*outcomes, *plan.chosen.outcomes))):
             return f"No fleet meets the deadline of {deadline}.{_cannot(plan)} {nearest}"
         return (
-            f"No fleet was found that meets the deadline of {deadline} in "
-            f"{REQUIRED_SHARE:.0%} of all seeds. {nearest}"
+            f"No fleet was found that meets the deadline of {deadline} in {REQUIRED_SHARE:.0%} of all seeds. {nearest}"
         )
     if not is_enough(plan.met):
         return _too_dear(plan)
@@ -261,10 +235,7 @@ def _cannot(plan: Plan) -> str:
     span_s = jobs[-1].due_s - jobs[0].due_s if jobs else 0.0
     if span_s < plan.goal.deadline_s:
         return ""
-    return (
-        f" None can: the last job is due {output.span(span_s)} after the first, from which the "
-        "deadline counts."
-    )
+    return f" None can: the last job is due {output.span(span_s)} after the first, from which the deadline counts."
 
 
 def _met(plan: Plan) -> str:
@@ -280,10 +251,7 @@ def _undone(plan: Plan) -> str:
     if lost:
         why.append(f"up to {output.count(lost, 'task')} are not done")
     told = f": {' and '.join(why)}" if why else ""
-    return (
-        f"No fleet that was tried does all of the work{told}. `batchlab scenario simulate` says "
-        "more of one run."
-    )
+    return f"No fleet that was tried does all of the work{told}. `batchlab scenario simulate` says more of one run."
 
 
 def _too_dear(plan: Plan) -> str:
@@ -320,8 +288,7 @@ def _drain(candidate: Candidate) -> str:
 
 def _warm(candidate: Candidate) -> str:
     told = (
-        f"{one.min_size} in pool {one.pool} from {output.span(one.at_s)} "
-        f"until {output.span(one.until_s)}"
+        f"{one.min_size} in pool {one.pool} from {output.span(one.at_s)} until {output.span(one.until_s)}"
         for one in candidate.prewarm
     )
     return "; ".join(told) or "nothing"
@@ -334,8 +301,7 @@ def _sure(plan: Plan) -> Iterator[str]:
         yield f"In time {_share(plan, plan.in_time)}; within the budget {_share(plan, share)}."
     if plan.failed:
         yield (
-            f"Before it {output.count(plan.failed, 'candidate')} had been put to other fresh seeds "
-            "and had not held."
+            f"Before it {output.count(plan.failed, 'candidate')} had been put to other fresh seeds and had not held."
         )
     if plan.undone:
         yield f"Not all of the work is done in {plan.undone} of {len(outcomes)} seeds."
@@ -436,11 +402,7 @@ def as_yaml(scenario: Scenario) -> str:
         for plan in scenario.pools
     }
     policy = scenario.policy
-    times = {
-        "drain_target": policy.drain_target_s,
-        "cooldown_in": policy.cooldown_in_s,
-        "idle": policy.idle_s,
-    }
+    times = {"drain_target": policy.drain_target_s, "cooldown_in": policy.cooldown_in_s, "idle": policy.idle_s}
     if told := {name: duration(s) for name, s in times.items() if s is not None}:
         doc["policy"] = told
     if scenario.prewarm:
@@ -454,9 +416,4 @@ def _filled(**values: object) -> Mapping[str, object]:
 
 
 def _prewarmed(one: Prewarm) -> Mapping[str, object]:
-    return {
-        "pool": one.pool,
-        "min": one.min_size,
-        "at": duration(one.at_s),
-        "until": duration(one.until_s),
-    }
+    return {"pool": one.pool, "min": one.min_size, "at": duration(one.at_s), "until": duration(one.until_s)}

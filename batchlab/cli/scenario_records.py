@@ -59,17 +59,13 @@ def write_scenario(request: RecordRequest, *, json: bool) -> None:
     from batchlab.scenarios.replay import recording
 
     if request.jobs and request.record:
-        raise UsageError(
-            "Either jobs are recorded or a replay is.", remedy="Leave out --from, or the jobs."
-        )
+        raise UsageError("Either jobs are recorded or a replay is.", remedy="Leave out --from, or the jobs.")
     past = _of_record(request) if request.record else _of_jobs(request)
     path = request.out or Path(f"{past.name}.yaml")
     if path.exists() and request.out is None:
         raise Refused(f"There is a file {path} already.", remedy="Name one with --out.")
     if request.record and _is_same(request.record, path):
-        raise UsageError(
-            f"{path} is the record that is read.", remedy="Name another file with --out."
-        )
+        raise UsageError(f"{path} is the record that is read.", remedy="Name another file with --out.")
     written = recording.write(past, path)
     if json:
         output.show_json(
@@ -89,9 +85,7 @@ def write_scenario(request: RecordRequest, *, json: bool) -> None:
         f"its arrivals are in {written.trace}."
     )
     if written.left_out:
-        output.say(
-            f"Left out: {output.count(written.left_out, 'job')} of which too little is known."
-        )
+        output.say(f"Left out: {output.count(written.left_out, 'job')} of which too little is known.")
 
 
 def _is_same(record: Path, path: Path) -> bool:
@@ -119,8 +113,7 @@ def _of_jobs(request: RecordRequest) -> RecordedWorkload:
     for view in views.values():
         if view["state"] not in ENDED:
             raise UsageError(
-                f"The job {view['id']} has not ended.",
-                remedy="Wait for it with `batchlab job watch`, or cancel it.",
+                f"The job {view['id']} has not ended.", remedy="Wait for it with `batchlab job watch`, or cancel it."
             )
     backend = factory.load(facts[0].backend)
     jobs, measured = asyncio.run(_measured(backend, home, views))
@@ -174,36 +167,23 @@ def _name(text: str) -> str:
 def record(
     job: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="[JOB]...",
-            help="Ids of ended jobs, beginnings of ids, or 'last'.",
-            show_default=False,
-        ),
+        typer.Argument(metavar="[JOB]...", help="Ids of ended jobs, beginnings of ids, or 'last'.", show_default=False),
     ] = None,
     from_: Annotated[
         Path | None,
-        typer.Option(
-            "--from",
-            metavar="RECORD",
-            help="Record of a replay, instead of jobs.",
-            show_default=False,
-        ),
+        typer.Option("--from", metavar="RECORD", help="Record of a replay, instead of jobs.", show_default=False),
     ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
             "--out",
             metavar="FILE",
-            help="Scenario file. Its trace is written next to it, with the suffix .jsonl. Default: "
-            "NAME.yaml here.",
+            help="Scenario file. Its trace is written next to it, with the suffix .jsonl. Default: NAME.yaml here.",
             show_default=False,
         ),
     ] = None,
     name: Annotated[
-        str | None,
-        typer.Option(
-            "--name", help="Name of the scenario. Default: that of the job.", show_default=False
-        ),
+        str | None, typer.Option("--name", help="Name of the scenario. Default: that of the job.", show_default=False)
     ] = None,
     home: HomeOption = None,
     json: JsonOption = False,
@@ -240,9 +220,7 @@ def compare(
 
 
 def calibrate(
-    records: Annotated[
-        list[Path], typer.Argument(metavar="RECORD...", help=RECORD, show_default=False)
-    ],
+    records: Annotated[list[Path], typer.Argument(metavar="RECORD...", help=RECORD, show_default=False)],
     out: Annotated[
         Path | None,
         typer.Option(
@@ -351,10 +329,7 @@ def _signed(value: float | None, unit: Unit) -> str:
 def _drawn(curves: CurvePair) -> str:
     most = max((level for _, level in (*curves.forecast, *curves.fact)), default=0.0)
     relative = "" if curves.relative is None else f", {curves.relative:.1%} of the fact's mean"
-    title = (
-        f"{curves.what} ({LINE} forecast, {AREA} fact); on average {curves.mean_error:,.3g} "
-        f"apart{relative}"
-    )
+    title = f"{curves.what} ({LINE} forecast, {AREA} fact); on average {curves.mean_error:,.3g} apart{relative}"
     if not most:
         return f"{curves.what}: none at any time in either"
     chart = Chart(curves.until_s, most)

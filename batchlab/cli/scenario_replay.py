@@ -83,9 +83,7 @@ def run(request: ReplayRequest, *, json: bool) -> None:
 
     backend = factory.load(request.backend, request.endpoint)
     if backend.capabilities.simulated:
-        raise UsageError(
-            "A replay needs a real grid.", remedy="`batchlab scenario simulate` is in virtual time."
-        )
+        raise UsageError("A replay needs a real grid.", remedy="`batchlab scenario simulate` is in virtual time.")
     whole = loader.load(loader.find(request.scenario))
     factor = whole.compress if request.compress is None else request.compress
     scenario = compress_scenario(whole, factor)
@@ -197,24 +195,19 @@ def _replayed(request: ReplayRequest, backend: Backend, scenario: Scenario, path
 
 
 @contextmanager
-def _fronted(
-    request: ReplayRequest, backend: Backend
-) -> Iterator[tuple[Backend, FaultProxy | None]]:
+def _fronted(request: ReplayRequest, backend: Backend) -> Iterator[tuple[Backend, FaultProxy | None]]:
     from batchlab.scenarios.faults.proxy import with_proxy
 
     if backend.emulator and request.keep_up:
         raise UsageError(
-            f"On {backend.name} what breaks S3 stands before its endpoint, and would go with this "
-            "command.",
+            f"On {backend.name} what breaks S3 stands before its endpoint, and would go with this command.",
             remedy="Leave out --keep-up, or bring the grid up before with `batchlab grid up`.",
         )
     with with_proxy(backend, request.home, output.say) as found:
         yield found
 
 
-async def _run(
-    request: ReplayRequest, session: Session, scenario: Scenario, front: FaultProxy | None
-) -> Record:
+async def _run(request: ReplayRequest, session: Session, scenario: Scenario, front: FaultProxy | None) -> Record:
     from batchlab.client.http import Client
     from batchlab.runtime.factory import patience
     from batchlab.scenarios.faults.fault_injection import FaultInjector, injector_for
@@ -225,20 +218,11 @@ async def _run(
     assert found
 
     # Faults start replacement managers at the same address, so the client works with each of them.
-    with (
-        Client.of(home, found) as client,
-        _stopping() as stop,
-        ReplayDisplay() as shown,
-    ):
+    with Client.of(home, found) as client, _stopping() as stop, ReplayDisplay() as shown:
 
         def injector() -> FaultInjector:
             return injector_for(
-                backend,
-                home,
-                client,
-                pools=[plan.pool for plan in scenario.pools],
-                parent=session.ours,
-                front=front,
+                backend, home, client, pools=[plan.pool for plan in scenario.pools], parent=session.ours, front=front
             )
 
         return await driver.replay(
@@ -291,11 +275,7 @@ def _note_late(found: Record) -> None:
 
 
 def _compared(
-    request: ReplayRequest,
-    backend: Backend,
-    scenario: Scenario,
-    found: Record,
-    calibration: Calibration | None,
+    request: ReplayRequest, backend: Backend, scenario: Scenario, found: Record, calibration: Calibration | None
 ) -> Comparison | None:
     """Return the comparison with a forecast, or print a note and return None if that fails."""
     from batchlab.core.pricing import price_book
@@ -340,10 +320,7 @@ def replay(
         ),
     ] = None,
     seed: Annotated[
-        int | None,
-        typer.Option(
-            "--seed", metavar="N", help="Seed instead of the file's own.", show_default=False
-        ),
+        int | None, typer.Option("--seed", metavar="N", help="Seed instead of the file's own.", show_default=False)
     ] = None,
     home: HomeOption = None,
     endpoint: EndpointOption = None,
@@ -367,15 +344,10 @@ def replay(
         ),
     ] = None,
     forecast: Annotated[
-        bool,
-        typer.Option(
-            "--forecast/--no-forecast", help="Simulate the scenario too, and compare both."
-        ),
+        bool, typer.Option("--forecast/--no-forecast", help="Simulate the scenario too, and compare both.")
     ] = True,
     calibration: CalibrationOption = None,
-    keep_up: Annotated[
-        bool, typer.Option("--keep-up", help="Keep the grid running afterwards.")
-    ] = False,
+    keep_up: Annotated[bool, typer.Option("--keep-up", help="Keep the grid running afterwards.")] = False,
     json: JsonOption = False,
 ) -> None:
     """Run a scenario in real time, and judge what it expects.

@@ -14,14 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from batchlab.cli import options, output
-from batchlab.cli.options import (
-    CalibrationOption,
-    HomeOption,
-    JsonOption,
-    LikeOption,
-    ScenarioArgument,
-    home_of,
-)
+from batchlab.cli.options import CalibrationOption, HomeOption, JsonOption, LikeOption, ScenarioArgument, home_of
 from batchlab.cli.output import Stopped
 from batchlab.cli.progress import bar
 from batchlab.core.errors import UsageError
@@ -53,34 +46,21 @@ def simulate(
     scenario: ScenarioArgument,
     seed: Annotated[
         int | None,
-        typer.Option(
-            "--seed",
-            metavar="N",
-            min=0,
-            help="Seed instead of the scenario's.",
-            show_default=False,
-        ),
+        typer.Option("--seed", metavar="N", min=0, help="Seed instead of the scenario's.", show_default=False),
     ] = None,
     compress: Annotated[
-        float,
-        typer.Option("--compress", metavar="K", help="Divide all times by K, like a replay."),
+        float, typer.Option("--compress", metavar="K", help="Divide all times by K, like a replay.")
     ] = 1.0,
     like: LikeOption = "aws",
     calibration: CalibrationOption = None,
     home: HomeOption = None,
     log: Annotated[
-        Path | None,
-        typer.Option(
-            "--log", metavar="FILE", help="Write the whole event log.", show_default=False
-        ),
+        Path | None, typer.Option("--log", metavar="FILE", help="Write the whole event log.", show_default=False)
     ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out",
-            metavar="FILE",
-            help="Write the record for `scenario compare` and programs.",
-            show_default=False,
+            "--out", metavar="FILE", help="Write the record for `scenario compare` and programs.", show_default=False
         ),
     ] = None,
     json: JsonOption = False,
@@ -111,15 +91,7 @@ def simulate(
     lines: list[str] | None = [] if log else None
     try:
         with _progress() as progress:
-            made = run(
-                found,
-                seed=seed,
-                like=backend,
-                calibration=measured,
-                log=lines,
-                progress=progress,
-                book=book,
-            )
+            made = run(found, seed=seed, like=backend, calibration=measured, log=lines, progress=progress, book=book)
     except Stopped:
         let_the_dead_rest()
         output.say("Stopped: an unfinished forecast has no result, so nothing is kept.")
@@ -176,10 +148,7 @@ def _suggest_plan(scenario: str, made: Record, rows: list[VerdictRow]) -> None:
         # The deadline of a compressed run is compressed, but a plan is for real time.
         most_s = next((row.most for row in rows if row.measure == "makespan" and row.most), None)
         deadline = "TIME" if most_s is None or made.compressed != 1 else duration(most_s)
-        output.say(
-            f"`batchlab scenario plan {scenario} --deadline {deadline}` looks for a fleet that is "
-            "in time."
-        )
+        output.say(f"`batchlab scenario plan {scenario} --deadline {deadline}` looks for a fleet that is in time.")
 
 
 def _facts(made: Record, rows: list[VerdictRow]) -> dict[str, object]:
@@ -243,8 +212,7 @@ def _text(made: Record, rows: list[VerdictRow]) -> str:
     parts = [head, output.table(("measure", "all jobs", "meaning"), measured)]
     if made.faults:
         told = [
-            (one.name, output.span(one.at_s), one.evidence or f"impossible: {one.impossible}")
-            for one in made.faults
+            (one.name, output.span(one.at_s), one.evidence or f"impossible: {one.impossible}") for one in made.faults
         ]
         parts.append(output.table(("fault", "at", "what was seen of it"), told))
     parts.append(charts.verdict_text(rows))
@@ -255,9 +223,7 @@ def _text(made: Record, rows: list[VerdictRow]) -> str:
 def _progress() -> Iterator[Callable[[Seen], None]]:
     with bar(LINE_EVERY_S) as show:
         yield lambda seen: show(
-            seen.ended,
-            seen.jobs,
-            f"{output.span(seen.at_s)}: {seen.ended:,} of {output.count(seen.jobs, 'job')} ended",
+            seen.ended, seen.jobs, f"{output.span(seen.at_s)}: {seen.ended:,} of {output.count(seen.jobs, 'job')} ended"
         )
 
 
@@ -265,11 +231,7 @@ def faults(
     backend: Annotated[
         str | None,
         typer.Option(
-            "--backend",
-            metavar="NAME",
-            help="Only this backend.",
-            show_default=False,
-            autocompletion=options.backends,
+            "--backend", metavar="NAME", help="Only this backend.", show_default=False, autocompletion=options.backends
         ),
     ] = None,
     json: JsonOption = False,
@@ -308,21 +270,14 @@ def faults(
     if backend:
         table = output.table(
             ("fault", "there", "how, or why not"),
-            [
-                (fault.value, "yes" if cell.possible else "no", cell.how or cell.why_not)
-                for fault, _, cell in found
-            ],
+            [(fault.value, "yes" if cell.possible else "no", cell.how or cell.why_not) for fault, _, cell in found],
         )
     else:
         yes = {(fault, there): cell.possible for fault, there, cell in found}
         table = output.table(
             ("fault", *BACKENDS, "what happens"),
             [
-                (
-                    fault.value,
-                    *("yes" if yes[fault, one] else "no" for one in BACKENDS),
-                    fault.meaning,
-                )
+                (fault.value, *("yes" if yes[fault, one] else "no" for one in BACKENDS), fault.meaning)
                 for fault in FaultName
             ],
         )

@@ -8,7 +8,6 @@ is reported, and used only after `schedule add --replace`.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -49,12 +48,7 @@ def register(root: typer.Typer) -> None:
 
 NameArgument = Annotated[
     str,
-    typer.Argument(
-        metavar="NAME",
-        help="The schedule's name.",
-        show_default=False,
-        autocompletion=options.schedules,
-    ),
+    typer.Argument(metavar="NAME", help="The schedule's name.", show_default=False, autocompletion=options.schedules),
 ]
 
 
@@ -82,28 +76,20 @@ def add(
     at: Annotated[
         str | None,
         typer.Option(
-            "--at",
-            metavar="TIME",
-            help="Run once: +10m, or a time such as 2026-03-29T06:00.",
-            show_default=False,
+            "--at", metavar="TIME", help="Run once: +10m, or a time such as 2026-03-29T06:00.", show_default=False
         ),
     ] = None,
     timezone: Annotated[
         str | None,
         typer.Option(
-            "--timezone",
-            metavar="ZONE",
-            help="IANA time zone of the due times. Default: UTC.",
-            show_default=False,
+            "--timezone", metavar="ZONE", help="IANA time zone of the due times. Default: UTC.", show_default=False
         ),
     ] = None,
     name: Annotated[
-        str | None,
-        typer.Option("--name", metavar="NAME", help="Default: the job's name.", show_default=False),
+        str | None, typer.Option("--name", metavar="NAME", help="Default: the job's name.", show_default=False)
     ] = None,
     missed: Annotated[
-        Missed,
-        typer.Option("--missed", help="Policy for due times while no manager was running."),
+        Missed, typer.Option("--missed", help="Policy for due times while no manager was running.")
     ] = Missed.RUN_ONCE,
     missed_within: Annotated[
         str | None,
@@ -115,8 +101,7 @@ def add(
         ),
     ] = None,
     overlap: Annotated[
-        Overlap,
-        typer.Option("--overlap", help="Policy while the previous run is active."),
+        Overlap, typer.Option("--overlap", help="Policy while the previous run is active.")
     ] = Overlap.SKIP,
     prewarm: Annotated[
         str | None,
@@ -149,17 +134,12 @@ def add(
     due_param: Annotated[
         str | None,
         typer.Option(
-            "--due-param",
-            metavar="KEY",
-            help="Parameter of the job that receives the due time.",
-            show_default=False,
+            "--due-param", metavar="KEY", help="Parameter of the job that receives the due time.", show_default=False
         ),
     ] = None,
     set_: SetOption = None,
     max_cost: MaxCostOption = None,
-    replace: Annotated[
-        bool, typer.Option("--replace", help="Replace the schedule of the same name.")
-    ] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace the schedule of the same name.")] = False,
     home: HomeOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -186,7 +166,7 @@ def add(
         due_param=due_param,
         max_cost_usd=cap_of(max_cost) if max_cost else None,
     )
-    view = add_schedule_upload(home_of(home), file, set_ or (), given, replacing=replace)
+    view = add_with_upload(home_of(home), file, set_ or (), given, replacing=replace)
     if json:
         output.show_json(view)
         return
@@ -305,9 +285,7 @@ def _run_row(view: ScheduleView, run: RunView) -> tuple[object, ...]:
 @app.command("next")
 def next_(
     name: NameArgument,
-    count: Annotated[
-        int, typer.Option("--count", min=1, max=1000, help="Number of due times.")
-    ] = 10,
+    count: Annotated[int, typer.Option("--count", min=1, max=1000, help="Number of due times.")] = 10,
     home: HomeOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -359,9 +337,7 @@ def remove(name: NameArgument, home: HomeOption = None, json: JsonOption = False
     _change(home, lambda client: client.remove_schedule(name), json, "is removed")
 
 
-def _change(
-    home: Path | None, verb: Callable[[Client], ScheduleView], json: bool, did: str = ""
-) -> None:
+def _change(home: Path | None, verb: Callable[[Client], ScheduleView], json: bool, did: str = "") -> None:
     from batchlab.cli.session import connect
 
     with connect(home_of(home)) as client:
@@ -422,7 +398,7 @@ class ScheduleArguments:
     max_cost_usd: float | None = None
 
 
-def add_schedule_upload(
+def add_with_upload(
     home: Home, file: Path, sets: Iterable[str], given: ScheduleArguments, *, replacing: bool
 ) -> ScheduleView:
     """Upload the files of a job file and add a schedule to the running grid."""
@@ -437,11 +413,7 @@ def add_schedule_upload(
         backend = session.backend
         clock = backend.open_clock()
         jobfile = job_file.load(file, changes, needs_input=given.input is None)
-        keys = (
-            own_keys(jobfile, backend.bucket(home))
-            if given.input is None
-            else [_prefix(given.input)]
-        )
+        keys = own_keys(jobfile, backend.bucket(home)) if given.input is None else [_prefix(given.input)]
         packed = code_digest(jobfile)
         name = given.name or jobfile.job.name
         schedule = _described(jobfile, given, name, clock.now_s())
@@ -463,15 +435,15 @@ def add_schedule_upload(
             keys=keys,
             recurring=True,
         )
+        import asyncio
+
         job: JobDef = asyncio.run(preparing)
         if given.max_cost_usd is not None:
             job = replace(job, max_cost_usd=given.max_cost_usd)
         return session.call(lambda client: client.add_schedule(schedule, job, replace=replacing))
 
 
-def _described(
-    jobfile: JobFile, given: ScheduleArguments, name: str, now_s: float
-) -> dict[str, Json]:
+def _described(jobfile: JobFile, given: ScheduleArguments, name: str, now_s: float) -> dict[str, Json]:
     if given.cron and given.at:
         raise UsageError("--cron and --at exclude each other.", remedy="Say one of them.")
     said = jobfile.job
@@ -484,9 +456,7 @@ def _described(
         )
     zone = given.timezone or said.timezone
     if given.capacity is not None and given.prewarm is None:
-        raise UsageError(
-            "--capacity is what --prewarm has ready.", remedy="Say --prewarm 10m as well."
-        )
+        raise UsageError("--capacity is what --prewarm has ready.", remedy="Say --prewarm 10m as well.")
     return {
         "name": name,
         "cron": cron or "",

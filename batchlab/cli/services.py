@@ -44,14 +44,7 @@ def _manager(asked: argparse.Namespace) -> None:
     home = find_home(asked.home)
     backend = factory.load(asked.backend, asked.endpoint)
     backend = settings.applied(factory.with_pools(backend, parse_pools(asked.pool)), home)
-    manager_main(
-        home,
-        backend,
-        host=asked.host,
-        port=asked.port,
-        parent=asked.parent,
-        hosts=asked.page_host,
-    )
+    manager_main(home, backend, host=asked.host, port=asked.port, parent=asked.parent, hosts=asked.page_host)
 
 
 def _connection(asked: argparse.Namespace) -> None:
@@ -69,11 +62,7 @@ def _worker(asked: argparse.Namespace) -> None:
     from batchlab.server.worker_service import worker_main
 
     worker_main(
-        find_home(asked.home),
-        factory.load(asked.backend),
-        pool=asked.pool,
-        slots=asked.slots,
-        instance=asked.instance,
+        find_home(asked.home), factory.load(asked.backend), pool=asked.pool, slots=asked.slots, instance=asked.instance
     )
 
 
@@ -91,9 +80,7 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     )
     manager.add_argument("--endpoint", metavar="URL", help="URL of S3 and SQS, or of the bucket")
     manager.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    manager.add_argument(
-        "--port", type=int, default=0, help="port to listen on; 0 for any free one"
-    )
+    manager.add_argument("--port", type=int, default=0, help="port to listen on; 0 for any free one")
     manager.add_argument(
         "--page-host",
         action="append",
@@ -101,13 +88,9 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
         metavar="NAME",
         help="another host name of the web page; may be repeated",
     )
-    connection = _service(
-        services, "connect", "Hold a connection to a manager on AWS, until SIGTERM."
-    )
+    connection = _service(services, "connect", "Hold a connection to a manager on AWS, until SIGTERM.")
     for one in (manager, connection):
-        one.add_argument(
-            "--parent", type=int, default=0, metavar="PID", help="stop when this process ends"
-        )
+        one.add_argument("--parent", type=int, default=0, metavar="PID", help="stop when this process ends")
     worker = _service(services, "worker", "Run one instance's worker, until SIGTERM.")
     known = "; default: as in the instance metadata"
     worker.add_argument("--pool", default="", help=f"pool of the worker{known}")
@@ -120,13 +103,9 @@ def _service(
     services: argparse._SubParsersAction[argparse.ArgumentParser], name: str, about: str
 ) -> argparse.ArgumentParser:
     parser = services.add_parser(name, description=about)
-    parser.add_argument(
-        "--home", type=Path, help="the grid's folder; default: $BATCHLAB_HOME, else .batchlab here"
-    )
+    parser.add_argument("--home", type=Path, help="the grid's folder; default: $BATCHLAB_HOME, else .batchlab here")
     parser.add_argument("--backend", default="local", help="backend of the grid")
     parser.add_argument(
-        "--log-format",
-        choices=logs.FORMATS,
-        help=f"format of the logs; default: ${logs.FORMAT_VARIABLE}, else text",
+        "--log-format", choices=logs.FORMATS, help=f"format of the logs; default: ${logs.FORMAT_VARIABLE}, else text"
     )
     return parser

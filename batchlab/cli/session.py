@@ -84,9 +84,7 @@ def resolve(client: Client, text: str) -> JobView:
     if len(found) == 1:
         return found[0]
     if not found:
-        raise UsageError(
-            f"The job {text!r} does not exist.", remedy="`batchlab job list` lists the jobs."
-        )
+        raise UsageError(f"The job {text!r} does not exist.", remedy="`batchlab job list` lists the jobs.")
     ids = ", ".join(one["id"] for one in found[:3])
     raise UsageError(
         f"{text!r} could be any of {len(found)} jobs: {ids}{', …' if len(found) > 3 else ''}.",
@@ -152,10 +150,7 @@ class Session:
         if self._client is not None:
             return
         if self._port and not self.backend.capabilities.local_manager:
-            raise UsageError(
-                f"On {self.backend.name} the manager has a port of its own.",
-                remedy="Leave out --port.",
-            )
+            raise UsageError(f"On {self.backend.name} the manager has a port of its own.", remedy="Leave out --port.")
         self.backend.check_installed()
         record = self.home.record()
         # Containers may run without a manager for a moment, and contain the objects of all jobs.
@@ -179,9 +174,7 @@ class Session:
     def _bring_up(self) -> None:
         from batchlab.runtime.manager_process import has_started, start_manager
 
-        self.backend.named_place(
-            self.home
-        )  # raises an error for an endpoint other than that of the folder
+        self.backend.named_place(self.home)  # raises an error for an endpoint other than that of the folder
         record = self.home.record()
         if record is None:
             # Set before the start: from now on there may be a process to stop.
@@ -192,12 +185,7 @@ class Session:
                 else f"Starting a grid in {self.home.path}."
             )
             record = start_manager(
-                self.home,
-                self.backend,
-                pools=self._pools,
-                parent=not self._stands,
-                port=self._port,
-                say=output.say,
+                self.home, self.backend, pools=self._pools, parent=not self._stands, port=self._port, say=output.say
             )
         # Another command may have started its manager first.
         self.ours = not self._stands and has_started(self.home, record)
@@ -268,10 +256,7 @@ class Session:
         return self
 
     def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        where: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
         from batchlab.runtime.manager_process import has_started, stop_manager
 
@@ -331,14 +316,9 @@ def find(home: Home, backend: str | None, job: str) -> Bucket:
             return Bucket(home, factory.load(record.backend), resolve(client, job)["id"])
     loaded = factory.load(backend or "local")
     if loaded.capabilities.simulated:
-        raise UsageError(
-            "The simulator keeps no tasks.", remedy="Run the job on --backend local first."
-        )
+        raise UsageError("The simulator keeps no tasks.", remedy="Run the job on --backend local first.")
     if loaded.capabilities.local_bucket and not home.objects.is_dir():
-        raise UsageError(
-            f"{home.path} is not the folder of a grid.",
-            remedy="Name the folder of the grid with --home.",
-        )
+        raise UsageError(f"{home.path} is not the folder of a grid.", remedy="Name the folder of the grid with --home.")
     if job == "last" or not _BUCKET_ID.fullmatch(job):
         raise UsageError(
             f"No grid is up in {home.path}, so the job {job!r} is unknown.",
@@ -354,9 +334,7 @@ def stage_of(bucket: Bucket, stage: str | None) -> StageName:
     from batchlab.jobs import attempts
 
     try:
-        job = bucket.read(
-            lambda objects, patience: attempts.definition(objects, JobId(bucket.job), patience)
-        )
+        job = bucket.read(lambda objects, patience: attempts.definition(objects, JobId(bucket.job), patience))
     except NotFound as error:
         raise UsageError(
             f"The bucket does not contain the job {bucket.job}, or its objects have been removed.",

@@ -63,30 +63,18 @@ def sim_() -> None:
 
 @app.command()
 def fuzz(
-    seeds: Annotated[
-        int, typer.Option("--seeds", metavar="N", min=1, help="Number of seeds.")
-    ] = 500,
+    seeds: Annotated[int, typer.Option("--seeds", metavar="N", min=1, help="Number of seeds.")] = 500,
     first: Annotated[int, typer.Option("--from", metavar="SEED", min=0, help="First seed.")] = 0,
     jobs: Annotated[
         int | None,
-        typer.Option(
-            "--jobs",
-            metavar="N",
-            min=1,
-            help="Number of seeds in parallel.",
-            show_default="as many as CPUs",
-        ),
+        typer.Option("--jobs", metavar="N", min=1, help="Number of seeds in parallel.", show_default="as many as CPUs"),
     ] = None,
     weather: WeatherOption = "all",
     stop_after: Annotated[
-        int,
-        typer.Option("--stop-after", metavar="N", min=1, help="Stop after this many failed seeds."),
+        int, typer.Option("--stop-after", metavar="N", min=1, help="Stop after this many failed seeds.")
     ] = 10,
     report: Annotated[
-        Path | None,
-        typer.Option(
-            "--report", metavar="FILE", help="Also write Markdown tables.", show_default=False
-        ),
+        Path | None, typer.Option("--report", metavar="FILE", help="Also write Markdown tables.", show_default=False)
     ] = None,
     json: JsonOption = False,
 ) -> None:
@@ -125,9 +113,7 @@ def _known(weather: str) -> None:
     from batchlab.sim.fuzz import WEATHERS
 
     if weather not in WEATHERS:
-        raise UsageError(
-            f"The weather {weather!r} does not exist.", remedy=f"Name one of {', '.join(WEATHERS)}."
-        )
+        raise UsageError(f"The weather {weather!r} does not exist.", remedy=f"Name one of {', '.join(WEATHERS)}.")
 
 
 def _try_all(campaign: Campaign, stop_after: int) -> None:
@@ -183,10 +169,7 @@ def replay(
     ] = None,
     weather: WeatherOption = "all",
     log: Annotated[
-        Path | None,
-        typer.Option(
-            "--log", metavar="FILE", help="Write the whole event log.", show_default=False
-        ),
+        Path | None, typer.Option("--log", metavar="FILE", help="Write the whole event log.", show_default=False)
     ] = None,
 ) -> None:
     """Run the world of one seed again and show its end. The exit code is 1 if a promise is broken.
@@ -313,11 +296,7 @@ class Campaign:
 
     def _verdict(self) -> str:
         failed = len(self.failures)
-        verdict = (
-            f"{output.count(failed, 'seed')} broke a promise."
-            if failed
-            else "Every promise was kept."
-        )
+        verdict = f"{output.count(failed, 'seed')} broke a promise." if failed else "Every promise was kept."
         cut = f" {self.cut} {self.wanted - self.tally.seeds:,} seeds were not tried."
         return verdict + (cut if self.cut else "")
 
@@ -369,10 +348,7 @@ class Campaign:
             "managers": tally.managers,
             "virtual_s": tally.virtual_ms / 1000,
             "wall_s": round(self.wall_s, 3),
-            "faults": {
-                kind.value: {"times": tally.times[kind], "seeds": tally.worlds[kind]}
-                for kind in FaultKind
-            },
+            "faults": {kind.value: {"times": tally.times[kind], "seeds": tally.worlds[kind]} for kind in FaultKind},
             "failures": [self._failure(one) for one in self.failures],
         }
 

@@ -54,9 +54,7 @@ def token(source_digest: str, number: int) -> str:
     return source_digest if number == 1 else f"{source_digest}#{number}"
 
 
-async def latest(
-    objects: Objects, name: str, source_digest: str, patience: Patience
-) -> EarlierRun | None:
+async def latest(objects: Objects, name: str, source_digest: str, patience: Patience) -> EarlierRun | None:
     """Return the last run with this source digest, if any."""
     number = 0
     job: JobId | None = None
@@ -87,9 +85,7 @@ def overrides(texts: Iterable[str]) -> dict[str, str]:
     for text in texts:
         key, equals, value = text.partition("=")
         if not equals or not key:
-            raise UsageError(
-                f"--set {text} is not KEY=VALUE.", remedy="Write for example --set year=2026."
-            )
+            raise UsageError(f"--set {text} is not KEY=VALUE.", remedy="Write for example --set year=2026.")
         found[key] = value
     return found
 
@@ -181,9 +177,7 @@ class Submission:
         return job, f"{output.count(last.of, 'file')}, {output.size(last.size_bytes)} in {took}"
 
 
-def submit(
-    home: Home, file: Path, sets: Iterable[str], *, max_cost_usd: float | None = None
-) -> JobView:
+def submit(home: Home, file: Path, sets: Iterable[str], *, max_cost_usd: float | None = None) -> JobView:
     """Submit a job file to the running grid and return the job.
 
     If the same submission is still active, it is returned. `max_cost_usd` caps either.
@@ -199,9 +193,7 @@ def submit(
         if earlier and earlier.ended is None:
             job = asyncio.run(definition(submission.objects, earlier.job, patience()))
         else:
-            job, told = asyncio.run(
-                submission.prepare(earlier.number + 1 if earlier else 1, max_cost_usd)
-            )
+            job, told = asyncio.run(submission.prepare(earlier.number + 1 if earlier else 1, max_cost_usd))
             output.say(f"Uploaded {told}.")
         return session.call(partial(submit_capped, job, max_cost_usd))
 
@@ -223,11 +215,7 @@ GAP_S = 0.1
 
 
 def watch(
-    session: Session,
-    view: JobView,
-    shown: JobDisplay,
-    slots: dict[str, int],
-    live_cost: LiveCost | None = None,
+    session: Session, view: JobView, shown: JobDisplay, slots: dict[str, int], live_cost: LiveCost | None = None
 ) -> JobView:
     """Show the job until it ends, with its cost if that applies, and return its last view.
 
@@ -266,15 +254,11 @@ def default_folder(job: str) -> Path:
     return Path("out") / job
 
 
-def fetch_results(
-    session: Session, view: JobView, out: Path | None, stages: Sequence[str] = ()
-) -> Fetched:
+def fetch_results(session: Session, view: JobView, out: Path | None, stages: Sequence[str] = ()) -> Fetched:
     """Fetch the results of succeeded tasks into `out`, or else into out/<job name>."""
     from batchlab.runtime.factory import patience
 
-    listing = listed(
-        lambda after: session.call(partial(Client.outcomes, job=view["id"], after=after))
-    )
+    listing = listed(lambda after: session.call(partial(Client.outcomes, job=view["id"], after=after)))
     objects = session.backend.open_objects(session.home)
     folder = out or default_folder(view["name"])
     notes = output.Sometimes()
@@ -282,8 +266,6 @@ def fetch_results(
     def note(done: int, of: int) -> None:
         notes.say(f"Fetching results: {done:,} of {of:,} outcomes are read.")
 
-    found = asyncio.run(
-        fetch(objects, view, listing, folder, patience=patience(), stages=stages, progress=note)
-    )
+    found = asyncio.run(fetch(objects, view, listing, folder, patience=patience(), stages=stages, progress=note))
     fetches.note(session.home, view["id"], found.read_bytes)
     return found

@@ -84,20 +84,13 @@ def _say(home: Home, backend: Backend, url: str) -> None:
 def _check(url: str) -> None:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UsageError(
-            f"{VARIABLE} is {url!r}, which is no URL.",
-            remedy="Write for example http://127.0.0.1:8080.",
-        )
+        raise UsageError(f"{VARIABLE} is {url!r}, which is no URL.", remedy="Write for example http://127.0.0.1:8080.")
 
 
-async def _opened(
-    home: Home, at: AwsDeployment, port: int, manager: Client
-) -> subprocess.Popen[bytes]:
+async def _opened(home: Home, at: AwsDeployment, port: int, manager: Client) -> subprocess.Popen[bytes]:
     """Open a session through which the manager answers. Raise Unreachable if it does not answer."""
     instance = await asyncio.to_thread(aws_session.manager_instance, at)
-    session = await asyncio.to_thread(
-        aws_session.open_session, at, instance, port, home.manager_log
-    )
+    session = await asyncio.to_thread(aws_session.open_session, at, instance, port, home.manager_log)
     try:
         async with asyncio.timeout(OPEN_S):
             while session.poll() is None:

@@ -18,15 +18,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from batchlab.client import thread_cache
-from batchlab.client.futures import (
-    Batch,
-    BrokenGridExecutor,
-    Call,
-    CallFuture,
-    Sender,
-    death,
-    revived,
-)
+from batchlab.client.futures import Batch, BrokenGridExecutor, Call, CallFuture, Sender, death, revived
 from batchlab.client.grid_link import Link
 from batchlab.client.job_watch import Watch
 from batchlab.client.results import decoded
@@ -58,12 +50,7 @@ class Dispatch:
     and it refers to the grid, so the grid stays open."""
 
     def __init__(
-        self,
-        owner: object,
-        link: Link,
-        outgoing: Outgoing,
-        name: str | None,
-        initializer: Initializer | None,
+        self, owner: object, link: Link, outgoing: Outgoing, name: str | None, initializer: Initializer | None
     ) -> None:
         """`owner` closes `link` when no reference to it exists. `name` is the name of the jobs."""
         self._owner = owner
@@ -403,13 +390,7 @@ def _nothing() -> None:
     """Do nothing. This event only wakes the thread."""
 
 
-def _end(
-    future: CallFuture,
-    value: Any = None,
-    error: BaseException | None = None,
-    *,
-    withdrawn: bool = False,
-) -> None:
+def _end(future: CallFuture, value: Any = None, error: BaseException | None = None, *, withdrawn: bool = False) -> None:
     if future.batch:
         future.batch.settle(future)
     try:

@@ -139,10 +139,7 @@ class GridExecutor(Executor):
         self._dispatch.shutdown(wait=wait, cancel=cancel_futures)
 
     def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        where: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
         if kind is not None and issubclass(kind, KeyboardInterrupt):
             self._dispatch.abandon()

@@ -115,9 +115,7 @@ class Packer:
         return {key: (data, shared[data]) for key, data in found.items()}
 
 
-def _reference(
-    function: Callable[..., Any], known: tuple[bytes, bool] | None, table: dict[bytes, int]
-) -> Json:
+def _reference(function: Callable[..., Any], known: tuple[bytes, bool] | None, table: dict[bytes, int]) -> Json:
     if not callable(function):
         raise TypeError(f"{function!r} is not callable")
     # An unknown function could not be pickled. Each of its calls gets its own error here.
@@ -220,9 +218,7 @@ class CallFuture(Future[Any]):
 class Batch:
     """Calls that form one job."""
 
-    def __init__(
-        self, look: Callable[[Batch], None], *, bundle: int | None = None, whole: bool = False
-    ) -> None:
+    def __init__(self, look: Callable[[Batch], None], *, bundle: int | None = None, whole: bool = False) -> None:
         """`look` is called, on any thread, when no result of the batch is wanted any longer.
         `bundle` sets the number of calls in a bundle. No call can join a `whole` batch."""
         self.calls: list[Call] = []
@@ -296,18 +292,14 @@ Tell = Callable[[str, Outcome], None]
 class Sender:
     """Sender of the batches of one executor. Each call runs on the caller's thread."""
 
-    def __init__(
-        self, link: Link, outgoing: Outgoing, name: str | None, initializer: Initializer | None
-    ) -> None:
+    def __init__(self, link: Link, outgoing: Outgoing, name: str | None, initializer: Initializer | None) -> None:
         """`name` is the name of the jobs."""
         self._link = link
         self._outgoing = outgoing
         self._packer = Packer(outgoing.shipping, initializer)
         self._name = name
 
-    def send(
-        self, batch: Batch, calls: Sequence[Call], accepted: Callable[[], None], tell: Tell
-    ) -> int | None:
+    def send(self, batch: Batch, calls: Sequence[Call], accepted: Callable[[], None], tell: Tell) -> int | None:
         """Submit the calls as the batch's job, if any of them can be packed. Return the seq of the
         last outcome that `tell` received.
 

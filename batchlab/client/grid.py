@@ -121,10 +121,7 @@ class Grid:
         )
 
     def starmap(
-        self,
-        function: Callable[..., Any],
-        items: Iterable[Iterable[Any]],
-        **options: Unpack[MapOptions],
+        self, function: Callable[..., Any], items: Iterable[Iterable[Any]], **options: Unpack[MapOptions]
     ) -> Generator[Any, None, None]:
         """Return the results of `function(*item)` for every item, a sequence of arguments.
         Otherwise like `map`."""
@@ -146,21 +143,14 @@ class Grid:
         _check_positive(timeout_s=timeout_s, bundle=bundle)
         stage = StageDef(MAP, timeout_s=timeout_s, retry=_rule(retry), bundle=bundle)
         job = self._outgoing.submit(
-            job_name(function, name),
-            function,
-            items,
-            stage,
-            tolerant=return_exceptions,
-            starred=starred,
+            job_name(function, name), function, items, stage, tolerant=return_exceptions, starred=starred
         )
         results = self._results(job, ordered=ordered, return_exceptions=return_exceptions)
         # The generator is started, so that its `finally` block runs even if no result is read.
         next(results)
         return results
 
-    def _results(
-        self, job: JobDef | None, *, ordered: bool, return_exceptions: bool
-    ) -> Generator[Any, None, None]:
+    def _results(self, job: JobDef | None, *, ordered: bool, return_exceptions: bool) -> Generator[Any, None, None]:
         """Yield the results of a map. As a method, it refers to the grid, so that the grid is not
         closed during a map."""
         if job is None:
@@ -184,11 +174,7 @@ class Grid:
             link.leave(job.id, cancel=not done)
 
     def executor(
-        self,
-        *,
-        name: str | None = None,
-        initializer: Callable[..., object] | None = None,
-        initargs: Iterable[Any] = (),
+        self, *, name: str | None = None, initializer: Callable[..., object] | None = None, initargs: Iterable[Any] = ()
     ) -> GridExecutor:
         """Return a `concurrent.futures.Executor` whose calls run on the grid's workers.
 
@@ -198,14 +184,7 @@ class Grid:
         """
         from batchlab.client.executor import GridExecutor
 
-        return GridExecutor(
-            self,
-            self._link,
-            self._outgoing,
-            name=name,
-            initializer=initializer,
-            initargs=initargs,
-        )
+        return GridExecutor(self, self._link, self._outgoing, name=name, initializer=initializer, initargs=initargs)
 
     def run(
         self,
@@ -239,11 +218,7 @@ class Grid:
         return result
 
     def submit(
-        self,
-        job: PathText | JobDef,
-        *,
-        params: Mapping[str, Any] | None = None,
-        max_cost_usd: float | None = None,
+        self, job: PathText | JobDef, *, params: Mapping[str, Any] | None = None, max_cost_usd: float | None = None
     ) -> str:
         """Submit a job file as `run` does, or a JobDef, without waiting. Return the job's id."""
         made = job if isinstance(job, JobDef) else self._prepared(Path(job), params or {})
@@ -300,17 +275,12 @@ class Grid:
         return self
 
     def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        where: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
         self.close()
 
 
-def _sized(
-    own: Sequence[Pool], workers: int | None, pools: Sequence[Pool], *, warm: bool
-) -> Sequence[Pool]:
+def _sized(own: Sequence[Pool], workers: int | None, pools: Sequence[Pool], *, warm: bool) -> Sequence[Pool]:
     """Return the pools of a grid to start, or an empty sequence for the backend's own pools."""
     _check_positive(workers=workers)
     if workers is not None and pools:
@@ -341,8 +311,7 @@ def _text(value: Any) -> str:
     if value is None or isinstance(value, bool | int | float):
         return json.dumps(value)
     raise UsageError(
-        f"A parameter cannot be of type {type(value).__name__}.",
-        remedy="Give text, a number, True, False or None.",
+        f"A parameter cannot be of type {type(value).__name__}.", remedy="Give text, a number, True, False or None."
     )
 
 

@@ -84,9 +84,7 @@ class Link:
         self.backend.named_place(self.home)  # raises if the home belongs to another endpoint
         record = self.home.record()
         if record is None:
-            record = manager_process.start_manager(
-                self.home, self.backend, pools=self._pools, parent=True
-            )
+            record = manager_process.start_manager(self.home, self.backend, pools=self._pools, parent=True)
             # Another process may have started the manager at the same time.
             self.ours = self._has_started(record)
         elif self._pools and not self.ours:
@@ -269,11 +267,7 @@ class Link:
             wait(cancelling)
         undone = set(cancelling.values())
         if not is_stuck:  # a stuck loop may hold the lock of a future forever
-            undone = {
-                job
-                for future, job in cancelling.items()
-                if not future.cancelled() and future.exception()
-            }
+            undone = {job for future, job in cancelling.items() if not future.cancelled() and future.exception()}
         for job in undone | self._live:
             # On this thread, because no thread can be started while Python exits.
             self._cancel(job)
@@ -299,9 +293,7 @@ class Link:
         try:
             for view in client.jobs(active=True):
                 while (
-                    view["id"] in self._ending
-                    and view["state"] not in ENDED
-                    and self.clock.monotonic_s() < give_up_s
+                    view["id"] in self._ending and view["state"] not in ENDED and self.clock.monotonic_s() < give_up_s
                 ):
                     view = client.job(view["id"], version=view["version"], wait_s=ENDING_S)
         except BackendError as error:

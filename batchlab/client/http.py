@@ -33,14 +33,7 @@ if TYPE_CHECKING:
         TaskView,
         TestedView,
     )
-    from batchlab.core.api_usage_types import (
-        DueView,
-        JobUseView,
-        RunView,
-        SchedulesView,
-        ScheduleView,
-        UseView,
-    )
+    from batchlab.core.api_usage_types import DueView, JobUseView, RunView, SchedulesView, ScheduleView, UseView
     from batchlab.core.job_definition import JobDef
     from batchlab.core.model import Json
 
@@ -50,9 +43,7 @@ _ALL = "/v1/schedules"
 class ScheduleCalls(Calls):
     """The calls of `Client` for schedules."""
 
-    def add_schedule(
-        self, schedule: Mapping[str, Json], job: JobDef, *, replace: bool = False
-    ) -> ScheduleView:
+    def add_schedule(self, schedule: Mapping[str, Json], job: JobDef, *, replace: bool = False) -> ScheduleView:
         """Add a schedule, in the form of POST /v1/schedules, with the job that it runs.
 
         Raise Refused if a schedule with this name exists and `replace` is False."""
@@ -71,9 +62,7 @@ class ScheduleCalls(Calls):
 
     def coming(self, name: str, *, count: int = 10) -> list[DueView]:
         """Return the next due times of a schedule."""
-        return cast(
-            "list[DueView]", self._call("GET", _schedule_path(name, "/next"), count=count)["times"]
-        )
+        return cast("list[DueView]", self._call("GET", _schedule_path(name, "/next"), count=count)["times"])
 
     def pause_schedule(self, name: str) -> ScheduleView:
         """Pause a schedule. Due times during the pause start no runs."""
@@ -89,9 +78,7 @@ class ScheduleCalls(Calls):
 
     def run_schedule(self, name: str, token: str) -> RunView:
         """Run the job of a schedule now. A repetition with the same token returns the same run."""
-        return cast(
-            "RunView", self._call("POST", _schedule_path(name, "/run"), body={"token": token})
-        )
+        return cast("RunView", self._call("POST", _schedule_path(name, "/run"), body={"token": token}))
 
 
 def _schedule_path(name: str, what: str = "") -> str:
@@ -145,12 +132,7 @@ class Client(ScheduleCalls):
         return cast("JobView", self._call("POST", "/v1/jobs", body=_submission(job, items)))
 
     def submit_and_hear(
-        self,
-        job: JobDef,
-        items: Sequence[Json] | None,
-        accepted: Callable[[], None],
-        *,
-        wait_s: float,
+        self, job: JobDef, items: Sequence[Json] | None, accepted: Callable[[], None], *, wait_s: float
     ) -> OutcomesView:
         """Submit a job as `submit` does, and wait up to `wait_s` for its first outcomes. `accepted`
         is called when the grid has accepted the job."""
@@ -160,9 +142,7 @@ class Client(ScheduleCalls):
             accepted()
             return cast("OutcomesView", self._document(answer.read()))
 
-    def jobs(
-        self, *, limit: int = 100, before: str | None = None, active: bool = False
-    ) -> list[JobView]:
+    def jobs(self, *, limit: int = 100, before: str | None = None, active: bool = False) -> list[JobView]:
         """Return jobs, newest first. `before` is the id of the last job of the previous page."""
         answer = self._call("GET", "/v1/jobs", limit=limit, before=before, active=active)
         return cast("list[JobView]", answer["jobs"])
@@ -208,13 +188,7 @@ class Client(ScheduleCalls):
         return str(self._call("GET", _job_path(job, "/why"))["why"])
 
     def outcomes(
-        self,
-        job: str,
-        *,
-        stage: str | None = None,
-        after: int | None = None,
-        limit: int = 1000,
-        wait_s: float = 0.0,
+        self, job: str, *, stage: str | None = None, after: int | None = None, limit: int = 1000, wait_s: float = 0.0
     ) -> OutcomesView:
         """Return outcomes with a seq above `after`, in the order of their seq. Wait up to `wait_s`
         for the first one."""
@@ -222,9 +196,7 @@ class Client(ScheduleCalls):
         answer = self._call("GET", path, stage=stage, after=after, limit=limit, wait_s=wait_s)
         return cast("OutcomesView", answer)
 
-    def failures(
-        self, job: str, *, limit: int = 100, fingerprint: str | None = None
-    ) -> list[FailureView]:
+    def failures(self, job: str, *, limit: int = 100, fingerprint: str | None = None) -> list[FailureView]:
         """Return tasks that failed permanently. `fingerprint` selects one cause."""
         found: list[FailureView] = []
         after: str | None = None
@@ -268,13 +240,7 @@ class Client(ScheduleCalls):
         that failed permanently. `since_s` selects attempts that ended within this number of
         seconds."""
         answer = self._call(
-            "GET",
-            _job_path(job, "/logs"),
-            stage=stage,
-            task=task,
-            limit=limit,
-            failed=failed or None,
-            since_s=since_s,
+            "GET", _job_path(job, "/logs"), stage=stage, task=task, limit=limit, failed=failed or None, since_s=since_s
         )
         return cast("list[LogView]", answer["logs"])
 
@@ -331,9 +297,7 @@ class Client(ScheduleCalls):
         """Set the limits of a pool, and its desired capacity manually. `auto` True returns the pool
         to the autoscaler."""
         body = {"min": min, "max": max, "desired": desired, "auto": auto}
-        return cast(
-            "PoolView", self._call("POST", f"/v1/grid/pools/{quote(pool, safe='')}", body=body)
-        )
+        return cast("PoolView", self._call("POST", f"/v1/grid/pools/{quote(pool, safe='')}", body=body))
 
     def drain(self, pool: str | None = None) -> GridView:
         """Scale one pool or all pools to zero instances, and keep them there."""

@@ -99,9 +99,7 @@ class Watch:
             async with self._asking():
                 view = await self._hear(job, after)
         except asyncio.CancelledError:  # the loop is ending
-            self._listener.lost(
-                job, Unreachable("The grid was closed.", remedy="Make another Grid.")
-            )
+            self._listener.lost(job, Unreachable("The grid was closed.", remedy="Make another Grid."))
             raise
         except Exception as error:  # noqa: BLE001 - any error ends the watch
             self._listener.lost(job, error)
@@ -122,9 +120,7 @@ class Watch:
             async for outcome in outcomes(self._link, listed):
                 self._listener.outcome(job, outcome)
             after = listed[-1]["seq"] if listed else after
-            await asyncio.sleep(
-                max(0.0, answered_s + gap_s(answered_s - began_s, most_s=GAP_S) - now_s())
-            )
+            await asyncio.sleep(max(0.0, answered_s + gap_s(answered_s - began_s, most_s=GAP_S) - now_s()))
         return None
 
     async def _page(self, job: str, after: int | None) -> OutcomesView:
@@ -189,9 +185,7 @@ class Watch:
                 return
             await asyncio.sleep(0.05)
             query = {"version": view["version"], "wait_s": CROWDED_S / 2}
-            view = await self._ask(
-                f"/v1/jobs/{quote(job, safe='')}", query, lambda client: client.job(job)
-            )
+            view = await self._ask(f"/v1/jobs/{quote(job, safe='')}", query, lambda client: client.job(job))
 
 
 def _tell_of_bugs(doing: Future[None]) -> None:

@@ -28,9 +28,7 @@ except ModuleNotFoundError as error:
     if (error.name or "").partition(".")[0] != "joblib":
         raise
     raise ModuleNotFoundError(
-        "batchlab.client.joblib needs joblib, which is not installed: "
-        "pip install joblib brings it.",
-        name="joblib",
+        "batchlab.client.joblib needs joblib, which is not installed: pip install joblib brings it.", name="joblib"
     ) from None
 
 NAME = "batchlab"
@@ -57,8 +55,7 @@ class GridBackend(_Base):
         super().__init__(nesting_level=nesting_level)
         if grid is None:
             raise UsageError(
-                "The joblib backend needs a grid.",
-                remedy='Say joblib.parallel_config("batchlab", grid=grid).',
+                "The joblib backend needs a grid.", remedy='Say joblib.parallel_config("batchlab", grid=grid).'
             )
         self._grid = grid
         self._executor: GridExecutor | None = None
@@ -82,9 +79,7 @@ class GridBackend(_Base):
         self.parallel = parallel
         return self.effective_n_jobs(n_jobs)
 
-    def submit(
-        self, func: Callable[[], Any], callback: Callable[[Future[Any]], Any] | None = None
-    ) -> Future[Any]:
+    def submit(self, func: Callable[[], Any], callback: Callable[[Future[Any]], Any] | None = None) -> Future[Any]:
         future: Future[Any] = self._workers().submit(Timed(func))
         if callback is not None:
             future.add_done_callback(callback)

@@ -2,8 +2,6 @@
 
 Invariant: the module must be fast to import and its objects fast to create, because every command
 uses it. Every failure is an error class of batchlab.
-
-Signing of an httpx client's requests to a manager.
 """
 
 from __future__ import annotations
@@ -11,24 +9,15 @@ from __future__ import annotations
 import json
 import os
 import ssl
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.client import HTTPConnection, HTTPException, HTTPResponse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urlencode, urlsplit
 
-import httpx
-
 from batchlab.core import http_connections
-from batchlab.core.errors import (
-    BackendError,
-    BatchlabError,
-    NotFound,
-    Refused,
-    Unreachable,
-    UsageError,
-)
+from batchlab.core.errors import BackendError, BatchlabError, NotFound, Refused, Unreachable, UsageError
 from batchlab.core.http_connections import PROOF, Connections, Expected, Signed, Unproven
 
 if TYPE_CHECKING:
@@ -89,9 +78,7 @@ class Calls:
         self._headers = {"Authorization": f"Bearer {token}"} if unix else {}
         if above := _trace(os.environ.get(TRACE_VARIABLE, "")):
             self._headers["traceparent"] = above
-        self._connections = Connections(
-            parts.netloc, self._tls, connect_s=CONNECT_S, idle_s=IDLE_S, unix=self._unix
-        )
+        self._connections = Connections(parts.netloc, self._tls, connect_s=CONNECT_S, idle_s=IDLE_S, unix=self._unix)
 
     @classmethod
     def of(cls, home: Home, record: ManagerRecord) -> Self:
@@ -102,6 +89,8 @@ class Calls:
         """Return a client of the same manager for an event loop. The caller closes it. Its requests
         share this number of connections."""
         import httpx
+
+        from batchlab.client.signed_http import Signing
 
         limits = httpx.Limits(max_connections=connections, keepalive_expiry=IDLE_S)
         # This context trusts no certificate, so a redirect to https fails safely.
@@ -129,13 +118,7 @@ class Calls:
         return self._call("GET", path, answer_s=answer_s)
 
     def _call(
-        self,
-        method: str,
-        path: str,
-        *,
-        body: Any = None,
-        answer_s: float = ANSWER_S,
-        **query: str | float | None,
+        self, method: str, path: str, *, body: Any = None, answer_s: float = ANSWER_S, **query: str | float | None
     ) -> Any:
         """Return the JSON of the answer. None values in `query` are left out."""
         with self._answer(method, path, body, answer_s, query) as answer:
@@ -149,12 +132,7 @@ class Calls:
 
     @contextmanager
     def _answer(
-        self,
-        method: str,
-        path: str,
-        body: Any,
-        answer_s: float,
-        query: Mapping[str, str | float | None],
+        self, method: str, path: str, body: Any, answer_s: float, query: Mapping[str, str | float | None]
     ) -> Iterator[_Answer]:
         """Yield the answer to a successful request. If it is read to its end, its connection is
         reused."""
@@ -204,11 +182,7 @@ class _Answer:
     def __init__(self, token: str, signed: Signed | None, response: HTTPResponse) -> None:
         self._response = response
         self._line = b""
-        self._expected = (
-            Expected(token, signed, response.status, response.headers.get(PROOF))
-            if signed
-            else None
-        )
+        self._expected = Expected(token, signed, response.status, response.headers.get(PROOF)) if signed else None
 
     def line(self) -> bytes:
         """Return the first line as soon as it arrives. `read` checks its signature."""
@@ -247,32 +221,9 @@ def _error(url: str, status: int, content: bytes) -> BatchlabError:
 
 def _no_manager(url: str, status: int) -> BackendError:
     return BackendError(
-        f"{url} answered with HTTP {status}, but not as a manager does.",
-        remedy="Is another program listening there?",
+        f"{url} answered with HTTP {status}, but not as a manager does.", remedy="Is another program listening there?"
     )
 
 
 def _text(value: str | float) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-class Signing(httpx.Auth):
-    """Signs each request with the grid's token, and checks the signature of each answer."""
-
-    requires_request_body = True
-    requires_response_body = True
-
-    def __init__(self, token: str) -> None:
-        self._token = token
-
-    def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
-        target = request.url.raw_path.decode("ascii")
-        signed = http_connections.sign(self._token, request.method, target, request.content)
-        request.headers["Authorization"] = signed.header
-        response = yield request
-        try:
-            status, proof = response.status_code, response.headers.get(PROOF)
-            Expected(self._token, signed, status, proof).checked(response.content)
-        except Unproven:
-            message = "The program that answered does not prove that it is the manager."
-            raise httpx.RemoteProtocolError(message, request=request) from None

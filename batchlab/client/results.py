@@ -108,9 +108,7 @@ class Incoming:
         left = (self._count - self._heard) / self._heard if self._heard else math.inf
         pause_s = gap_s(self._answered_s - self._began_s, left)
         time.sleep(max(0.0, self._answered_s + pause_s - now_s()))
-        page = self._link.call(
-            lambda client: client.outcomes(self._job, after=self._after, wait_s=POLL_S)
-        )
+        page = self._link.call(lambda client: client.outcomes(self._job, after=self._after, wait_s=POLL_S))
         self._answered_s = now_s()
         for one in page["outcomes"]:
             self._after = one["seq"]
@@ -124,8 +122,7 @@ class Incoming:
             view = self._link.call(lambda client: client.job(self._job))
             reason = f" ({view['reason']})" if view["reason"] else ""
             raise JobFailed(
-                f"Job {self._job} ended {view['state']}{reason} with {given} of {self._count} "
-                "results given."
+                f"Job {self._job} ended {view['state']}{reason} with {given} of {self._count} results given."
             )
 
 
@@ -190,12 +187,7 @@ def failed(outcome: Outcome, failure: Failure, kind: type[TaskFailed] = TaskFail
 
 
 def decoded(
-    link: Link,
-    where: str,
-    stage: str,
-    tasks: Sequence[int],
-    encoded: Sequence[Json | TaskFailed],
-    own: Own,
+    link: Link, where: str, stage: str, tasks: Sequence[int], encoded: Sequence[Json | TaskFailed], own: Own
 ) -> Iterator[Any]:
     """Decode the values of these tasks of a stage, and fetch their files and large values into the
     folder `where`.
@@ -212,9 +204,7 @@ def decoded(
         needy = [(task, one) for task, one in some.items() if _refers(one)]
         if needy:
             folder = link.folder / where
-            inputs = materialization.Inputs(
-                link.objects, folder, asyncio.to_thread, own, link.files
-            )
+            inputs = materialization.Inputs(link.objects, folder, asyncio.to_thread, own, link.files)
             some |= dict(link.run(inputs.fetch(needy)))
         for task, one in some.items():
             yield _decoded(stage, task, one, pickles=own.is_python)
@@ -232,10 +222,7 @@ def _decoded(stage: str, task: int, encoded: Json | Failure | TaskFailed, *, pic
         return values.decode(encoded, _file, pickles=pickles)
     except Exception as error:  # noqa: BLE001 - unpickling runs whatever code the value names
         name = task_name(stage, task)
-        told = TaskFailed(
-            f"The result of task {name} cannot be read here: {type(error).__name__}: {error}",
-            task=task,
-        )
+        told = TaskFailed(f"The result of task {name} cannot be read here: {type(error).__name__}: {error}", task=task)
         told.__cause__ = error
         return told
 
@@ -264,9 +251,7 @@ class JobResult:
         self.failures: list[FailureView] = []
         """The first 100 tasks that failed permanently."""
         if any(stage["failed"] for stage in view["stages"]):
-            self.failures = link.call(
-                lambda client: client.failures(view["id"], limit=SHOWN_FAILURES)
-            )
+            self.failures = link.call(lambda client: client.failures(view["id"], limit=SHOWN_FAILURES))
 
     def __repr__(self) -> str:
         return f"<JobResult {self.id} {self.state}>"
@@ -302,9 +287,7 @@ class JobResult:
         job = link.run(attempts.definition(link.objects, JobId(self.id), link.patience))
         names = [one.name for one in job.stages]
         if stage is not None and stage not in names:
-            raise UsageError(
-                f"Job {self.id} has no stage {stage!r}.", remedy=f"It has {', '.join(names)}."
-            )
+            raise UsageError(f"Job {self.id} has no stage {stage!r}.", remedy=f"It has {', '.join(names)}.")
         chosen = results.final_stages(job) if stage is None else [StageName(stage)]
         return self._values(chosen, Own.of(job))
 
@@ -320,9 +303,7 @@ class JobResult:
                         raise value
                     yield value
 
-    async def _encoded(
-        self, stage: StageName, listing: Sequence[Listed]
-    ) -> AsyncIterator[tuple[int, Json]]:
+    async def _encoded(self, stage: StageName, listing: Sequence[Listed]) -> AsyncIterator[tuple[int, Json]]:
         objects, patience = self._link.objects, self._link.patience
         chosen = results.of_stage(stage, listing)
         async for pair in results.in_task_order(objects, chosen, patience):
@@ -332,9 +313,7 @@ class JobResult:
         """Write the final stages' results and their files into the folder `out`."""
         link = self._link
         listing = list_outcomes(link, self.id)
-        self.fetched = link.run(
-            results.fetch(link.objects, self.view, listing, out, patience=link.patience)
-        )
+        self.fetched = link.run(results.fetch(link.objects, self.view, listing, out, patience=link.patience))
         home.note(link.home, self.id, self.fetched.read_bytes)
         return self.fetched
 

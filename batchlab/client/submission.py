@@ -103,15 +103,12 @@ class Shipping:
                 return pickled(function)
             except Exception as error:
                 raise UsageError(
-                    f"The function {name} cannot be sent to the workers: "
-                    f"{type(error).__name__}: {error}.",
+                    f"The function {name} cannot be sent to the workers: {type(error).__name__}: {error}.",
                     remedy="Let it make what it cannot carry (connections, locks, open files), "
                     "instead of using the ones that are here.",
                 ) from error
 
-    def items(
-        self, items: Sequence[Any], first: int, file: Callable[[File], Json], *, starred: bool
-    ) -> list[Json]:
+    def items(self, items: Sequence[Any], first: int, file: Callable[[File], Json], *, starred: bool) -> list[Json]:
         """Return encoded items, or for `starred` lists of encoded arguments. If an item cannot be
         encoded, raise UsageError with its number, counted from `first`."""
         done: list[Json] = []
@@ -123,8 +120,7 @@ class Shipping:
             except values.NotAValue as error:
                 # The number of encoded items is the index of the failed one.
                 raise UsageError(
-                    f"Item {first + len(done)} cannot be sent to the workers: "
-                    f"{error.message.rstrip('.')}.",
+                    f"Item {first + len(done)} cannot be sent to the workers: {error.message.rstrip('.')}.",
                     remedy="Nothing was submitted. Send plain data, or what makes the object.",
                 ) from error
         return done
@@ -149,9 +145,7 @@ class Shipping:
         """Check the modules that were imported since the last call."""
         fresh = sys.modules.keys() - self._seen
         places = {
-            name: place
-            for name in fresh
-            if "." not in name and (place := _place(name)) and not _is_installed(place)
+            name: place for name in fresh if "." not in name and (place := _place(name)) and not _is_installed(place)
         }
         if places:
             theirs = _workers_places(list(places))
@@ -185,9 +179,7 @@ def _is_installed(place: str) -> bool:
 def _workers_places(names: Sequence[str]) -> dict[str, str | None]:
     """Return the paths from which a worker would load these modules. As in a task's process, -P
     excludes the current folder and the script's folder from the path."""
-    answer = subprocess.run(
-        [sys.executable, "-P", "-c", _ASK, *names], capture_output=True, text=True, check=True
-    )
+    answer = subprocess.run([sys.executable, "-P", "-c", _ASK, *names], capture_output=True, text=True, check=True)
     found: dict[str, str | None] = json.loads(answer.stdout.splitlines()[-1])
     return found
 
@@ -267,13 +259,7 @@ class Outgoing:
         return JobDef(job, name, (stage,), link.clock.now_s())
 
     def send(
-        self,
-        draft: JobDef,
-        pickled: bytes,
-        chunks: Iterable[Chunk],
-        accepted: Callable[[], None],
-        *,
-        wait_s: float,
+        self, draft: JobDef, pickled: bytes, chunks: Iterable[Chunk], accepted: Callable[[], None], *, wait_s: float
     ) -> OutcomesView | None:
         """Submit the job with its encoded items and its pickled handler, as `submit` does. The job
         is tolerant. Wait up to `wait_s` for its first outcomes. `accepted` may be called twice."""
@@ -281,13 +267,10 @@ class Outgoing:
         if made is None:
             return None
         return self._submitted(
-            made.job,
-            lambda client: client.submit_and_hear(made.job, made.few, accepted, wait_s=wait_s),
+            made.job, lambda client: client.submit_and_hear(made.job, made.few, accepted, wait_s=wait_s)
         )
 
-    def _made(
-        self, draft: JobDef, pickled: bytes, chunks: Iterable[Chunk], *, tolerant: bool
-    ) -> _Made | None:
+    def _made(self, draft: JobDef, pickled: bytes, chunks: Iterable[Chunk], *, tolerant: bool) -> _Made | None:
         """Store the job's objects in the bucket and return the job. Return None if it would be
         empty."""
         link, job = self._link, draft.id
@@ -301,10 +284,7 @@ class Outgoing:
         if not count:
             return None
         made = replace(
-            draft,
-            stages=(replace(stage, handler=f"pickle:{key}"),),
-            items=count,
-            max_failures=count if tolerant else 0,
+            draft, stages=(replace(stage, handler=f"pickle:{key}"),), items=count, max_failures=count if tolerant else 0
         )
         return _Made(made, few)
 
@@ -322,9 +302,7 @@ class Outgoing:
             link.leave(job.id, cancel=True)
             raise
 
-    def _bring(
-        self, job: JobId, key: str, pickled: bytes, chunks: Iterable[Chunk]
-    ) -> tuple[int, list[Json] | None]:
+    def _bring(self, job: JobId, key: str, pickled: bytes, chunks: Iterable[Chunk]) -> tuple[int, list[Json] | None]:
         """Store the handler in the bucket, and also the items if they are many. Return the number
         of items, and the items if they are few enough for the submission."""
         run = self._link.run
@@ -376,7 +354,7 @@ class Outgoing:
             data = json_format.to_bytes(chunk.items[number])
             if len(data) <= ITEM_BYTES:
                 return
-            key = object_keys.item(job, MAP, 0, object_keys.digest_object_keys(data))
+            key = object_keys.item(job, MAP, 0, object_keys.name_digest(data))
             async with limit:
                 await patience(partial(objects.put, key, data))
             chunk.items[number] = values.value_ref(key)
@@ -392,9 +370,7 @@ class Outgoing:
         )
         await writer.add(*chunk.items)
 
-    async def _commit(
-        self, writer: PartWriter, job: JobId, last: Sequence[Chunk], key: str, pickled: bytes
-    ) -> None:
+    async def _commit(self, writer: PartWriter, job: JobId, last: Sequence[Chunk], key: str, pickled: bytes) -> None:
         await self._write(writer, job, *last)
         if key not in self._stored:
             await self._store(key, pickled)
@@ -435,7 +411,6 @@ def job_name(function: Callable[..., Any], name: str | None) -> str:
         return re.sub(r"[^a-z0-9]+", "-", text).strip("-")[:40] or "map"
     if not _NAME.fullmatch(name):
         raise UsageError(
-            f"{name!r} cannot name a job.",
-            remedy="Use up to 40 lower case letters, digits, - and _, no - or _ first.",
+            f"{name!r} cannot name a job.", remedy="Use up to 40 lower case letters, digits, - and _, no - or _ first."
         )
     return name

@@ -18,8 +18,7 @@ ASG_GROUPS = Table()
 @ASG_GROUPS.check(
     "autoscaling-create",
     NEEDED,
-    rule="A group is created with the name of a launch template, and its description shows "
-    "the requested values.",
+    rule="A group is created with the name of a launch template, and its description shows the requested values.",
     source="Auto Scaling API, CreateAutoScalingGroup, DescribeAutoScalingGroups",
     promise="Fleet.ensure: a pool is a group",
     otherwise="pools cannot be created",
@@ -157,8 +156,7 @@ def token_nonsense(site: Site) -> None:
 @ASG_GROUPS.check(
     "autoscaling-desired",
     NEEDED,
-    rule="After SetDesiredCapacity, the group launches or terminates instances until this "
-    "number is InService.",
+    rule="After SetDesiredCapacity, the group launches or terminates instances until this number is InService.",
     source="Auto Scaling API, SetDesiredCapacity; Auto Scaling User Guide, instance lifecycle",
     promise="Fleet.set_desired: a pool grows and shrinks",
     otherwise="pools do not scale",
@@ -175,8 +173,7 @@ def desired(site: Site) -> None:
     "autoscaling-desired-outside",
     NOTED,
     rule=f"A desired capacity below MinSize or above MaxSize returns 400 {REFUSED}.",
-    source="Auto Scaling API, SetDesiredCapacity, common errors;"
-    " Auto Scaling User Guide, scaling limits",
+    source="Auto Scaling API, SetDesiredCapacity, common errors; Auto Scaling User Guide, scaling limits",
     promise="none: the adapter refuses it",
     otherwise="nothing",
 )
@@ -224,8 +221,7 @@ def cooldown_ignored(site: Site) -> None:
 @ASG_GROUPS.check(
     "autoscaling-cooldown-honoured",
     NOTED,
-    rule="SetDesiredCapacity with HonorCooldown during a cooldown returns 400"
-    " ScalingActivityInProgress.",
+    rule="SetDesiredCapacity with HonorCooldown during a cooldown returns 400 ScalingActivityInProgress.",
     source="Auto Scaling API, SetDesiredCapacity; Auto Scaling User Guide, scaling cooldowns",
     promise="none: the adapter never uses HonorCooldown",
     otherwise="nothing",

@@ -81,8 +81,7 @@ def hook_put_again(site: Site) -> None:
 @ASG_INSTANCES.check(
     "autoscaling-hook-gone",
     NEEDED,
-    rule="CompleteLifecycleAction for an instance that is not in a hook returns 400"
-    f' {REFUSED}, "{NO_ACTION} …".',
+    rule=f'CompleteLifecycleAction for an instance that is not in a hook returns 400 {REFUSED}, "{NO_ACTION} …".',
     source="Auto Scaling API, CompleteLifecycleAction, common errors; the reference does not say",
     promise="a late Fleet.ready is harmless",
     otherwise="a worker that reports when its hook times out causes an error",
@@ -135,10 +134,8 @@ def terminate_replace(site: Site) -> None:
 @ASG_INSTANCES.check(
     "autoscaling-terminate-unknown",
     NOTED,
-    rule=f"Terminating an instance outside of all groups returns 400 {REFUSED}. So does setting its"
-    " health.",
-    source="Auto Scaling API, TerminateInstanceInAutoScalingGroup, SetInstanceHealth,"
-    " common errors",
+    rule=f"Terminating an instance outside of all groups returns 400 {REFUSED}. So does setting its health.",
+    source="Auto Scaling API, TerminateInstanceInAutoScalingGroup, SetInstanceHealth, common errors",
     promise="none: the adapter names only instances that it has seen",
     otherwise="the error message is less clear",
 )
@@ -162,10 +159,7 @@ def unhealthy(site: Site) -> None:
     group = OwnGroup(site)
     first, second = group.grown(2)
     group.ask(
-        "SetInstanceHealth",
-        InstanceId=first,
-        HealthStatus="Unhealthy",
-        ShouldRespectGracePeriod=False,
+        "SetInstanceHealth", InstanceId=first, HealthStatus="Unhealthy", ShouldRespectGracePeriod=False
     ).accepted()
     _replaced(group, first, beside=second)
 

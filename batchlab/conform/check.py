@@ -94,14 +94,7 @@ class Table(list[Check]):
     """Checks of one file, in order. `Table.check` is a decorator that adds a function."""
 
     def check(
-        self,
-        name: str,
-        severity: Severity,
-        *,
-        rule: str,
-        source: str,
-        promise: str,
-        otherwise: str,
+        self, name: str, severity: Severity, *, rule: str, source: str, promise: str, otherwise: str
     ) -> Callable[[Run], Run]:
         def add(run: Run) -> Run:
             self.append(Check(name, severity, rule, source, promise, otherwise, run))
@@ -169,11 +162,7 @@ _SQS = "https://docs.aws.amazon.com/AWSSimpleQueueService/latest"
 
 _ASG = "https://docs.aws.amazon.com/autoscaling/ec2"
 
-_APIS = {
-    "S3 API": f"{_S3}/API",
-    "SQS API": f"{_SQS}/APIReference",
-    "Auto Scaling API": f"{_ASG}/APIReference",
-}
+_APIS = {"S3 API": f"{_S3}/API", "SQS API": f"{_SQS}/APIReference", "Auto Scaling API": f"{_ASG}/APIReference"}
 _API_PAGES = {"error responses": "ErrorResponses", "common errors": "CommonErrors"}
 """Pages of an API that are not about one action or type."""
 

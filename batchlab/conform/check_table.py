@@ -62,23 +62,17 @@ ALL_CHECKS = "every check"
 """Name of the section that lists all checks."""
 
 
-def of(
-    results: Sequence[Result], verdict: Verdict, severity: str | None = None, service: str = ""
-) -> int:
+def of(results: Sequence[Result], verdict: Verdict, severity: str | None = None, service: str = "") -> int:
     """Return the number of results with this verdict, severity, and service."""
     return sum(
-        one.verdict is verdict
-        and severity in (None, one.check.severity)
-        and service in ("", one.check.service)
+        one.verdict is verdict and severity in (None, one.check.severity) and service in ("", one.check.service)
         for one in results
     )
 
 
 def relied_on(results: Sequence[Result]) -> bool:
     """Return whether all rules that batchlab needs hold."""
-    return all(
-        one.verdict is Verdict.AGREES or one.check.severity is Severity.NOTED for one in results
-    )
+    return all(one.verdict is Verdict.AGREES or one.check.severity is Severity.NOTED for one in results)
 
 
 def agrees(results: Sequence[Result]) -> bool:
@@ -107,10 +101,7 @@ def to_json(result: Result) -> dict[str, Any]:
 def verdict_text(results: Sequence[Result]) -> str:
     """Return a summary of the run in one or two sentences."""
     parts = []
-    for severity, what in (
-        (Severity.NEEDED, "needed"),
-        (Severity.NOTED, "noted"),
-    ):
+    for severity, what in ((Severity.NEEDED, "needed"), (Severity.NOTED, "noted")):
         some = [one for one in results if one.check.severity is severity]
         held = of(some, Verdict.AGREES)
         if some:
@@ -124,13 +115,7 @@ def section(name: str, results: Sequence[Result]) -> str:
     lines = [f"### {name}", "", verdict_text(results)]
     for verdict, title in ((Verdict.DIFFERS, "observed"), (Verdict.UNTRIED, "why not tested")):
         rows = [
-            (
-                f"`{one.check.name}`",
-                one.check.severity.value,
-                one.check.rule,
-                one.observed,
-                one.check.follows,
-            )
+            (f"`{one.check.name}`", one.check.severity.value, one.check.rule, one.observed, one.check.follows)
             for one in results
             if one.verdict is verdict
         ]
@@ -142,10 +127,7 @@ def section(name: str, results: Sequence[Result]) -> str:
 
 def list_section(checks: Iterable[Check]) -> str:
     """Return the list of checks as a section of the page."""
-    rows = [
-        (f"`{one.name}`", one.severity.value, one.rule, linked(one.source), one.promise)
-        for one in checks
-    ]
+    rows = [(f"`{one.name}`", one.severity.value, one.rule, linked(one.source), one.promise) for one in checks]
     head = ("check", "", "AWS's rule", "AWS documentation", "use in batchlab")
     return "\n".join([f"### {ALL_CHECKS.capitalize()}", "", *_table(head, rows)])
 

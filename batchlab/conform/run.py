@@ -15,12 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
-from botocore.exceptions import (
-    BotoCoreError,
-    ClientError,
-    FlexibleChecksumError,
-    IncompleteReadError,
-)
+from botocore.exceptions import BotoCoreError, ClientError, FlexibleChecksumError, IncompleteReadError
 from botocore.parsers import ResponseParserError
 
 from batchlab.conform.check import FAILURES, LIMIT_S, Check, Differs, Failed, Untried, Verdict
@@ -69,9 +64,7 @@ def run(
             # Use daemon threads. The process would wait for the threads of an executor when it
             # exits.
             threading.Thread(
-                target=lambda check=check: ended.put(_tried(target, check)),
-                name=f"conform-{check.name}",
-                daemon=True,
+                target=lambda check=check: ended.put(_tried(target, check)), name=f"conform-{check.name}", daemon=True
             ).start()
         for result in (*_next(ended), *_overdue(running, limit_s)):
             # An abandoned check may still end. Ignore its result.

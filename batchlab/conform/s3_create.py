@@ -107,10 +107,7 @@ def _one_winner(site: Site, key: str, answers: Mapping[int, Answer]) -> None:
         site.put(key, b"again", if_absent=True).accepted()
         return
     expect(len(winners) == 1, "more than one won" if winners else "nobody won")
-    expect(
-        site.get(key).accepted().body == str(winners[0]).encode(),
-        "the object is not the winner's",
-    )
+    expect(site.get(key).accepted().body == str(winners[0]).encode(), "the object is not the winner's")
 
 
 @S3_CREATE.check(
@@ -235,8 +232,7 @@ def etag_changes(site: Site) -> None:
 @S3_CREATE.check(
     "s3-etag-md5",
     NOTED,
-    rule="The ETag of an object from one PutObject is the MD5 of its bytes, in quotes "
-    "(except with SSE-C and SSE-KMS).",
+    rule="The ETag of an object from one PutObject is the MD5 of its bytes, in quotes (except with SSE-C and SSE-KMS).",
     source="S3 API, Object",
     promise="none: an ETag is opaque to batchlab",
     otherwise="nothing",
@@ -252,8 +248,7 @@ def etag_md5(site: Site) -> None:
 @S3_CREATE.check(
     "s3-put-damaged",
     NOTED,
-    rule="PutObject with a CRC32 that does not match the body returns 400 BadDigest and "
-    "stores nothing.",
+    rule="PutObject with a CRC32 that does not match the body returns 400 BadDigest and stores nothing.",
     source="S3 User Guide, checking object integrity",
     promise="results arrive as they were computed",
     otherwise="a body that was damaged in transit is stored",
@@ -355,8 +350,7 @@ async def list_1000(site: Site) -> None:
 @S3_LIST.check(
     "s3-list-after",
     NEEDED,
-    rule="StartAfter skips all keys up to and including the given key, which does not need "
-    "to exist.",
+    rule="StartAfter skips all keys up to and including the given key, which does not need to exist.",
     source="S3 API, ListObjectsV2",
     promise="Objects.list(after)",
     otherwise="the collector misses outcomes, or reads all of them every time",

@@ -21,8 +21,7 @@ S3_READ = Table()
 @S3_READ.check(
     "s3-read-own-write",
     NEEDED,
-    rule="GetObject, HeadObject, and ListObjectsV2 return a new object at once, over any "
-    "connection.",
+    rule="GetObject, HeadObject, and ListObjectsV2 return a new object at once, over any connection.",
     source="S3 User Guide, data consistency model",
     promise="Objects: read-after-write",
     otherwise="a worker does not find the inputs or the outcome that a message names",
@@ -106,17 +105,14 @@ def head_missing(site: Site) -> None:
 def bucket_missing(site: Site) -> None:
     bucket = f"{site.target.run}-nothing"
     s3 = site.target.s3
-    answer("GetObject", lambda: dict(s3.get_object(Bucket=bucket, Key="a"))).refused(
-        404, "NoSuchBucket"
-    )
+    answer("GetObject", lambda: dict(s3.get_object(Bucket=bucket, Key="a"))).refused(404, "NoSuchBucket")
     answer("ListObjectsV2", lambda: s3.list_objects_v2(Bucket=bucket)).refused(404, "NoSuchBucket")
 
 
 @S3_READ.check(
     "s3-range",
     NEEDED,
-    rule="GetObject with Range: bytes=3-5 returns 206 with the bytes 3 to 5, both included, "
-    "and their Content-Range.",
+    rule="GetObject with Range: bytes=3-5 returns 206 with the bytes 3 to 5, both included, and their Content-Range.",
     source="S3 API, GetObject",
     promise="Objects.get_range",
     otherwise="a worker reads the wrong part of its input",
@@ -247,10 +243,7 @@ class Upload:
     def part(self, data: bytes) -> Answer:
         """Upload the next part."""
         number = len(self._parts) + 1
-        found = answer(
-            "UploadPart",
-            lambda: self._s3.upload_part(**self._named, PartNumber=number, Body=data),
-        )
+        found = answer("UploadPart", lambda: self._s3.upload_part(**self._named, PartNumber=number, Body=data))
         self._parts.append({"PartNumber": number, "ETag": found.data.get("ETag")})
         return found
 
@@ -262,16 +255,12 @@ class Upload:
         more = {"IfNoneMatch": "*"} if if_absent else {}
         return answer(
             "CompleteMultipartUpload",
-            lambda: self._s3.complete_multipart_upload(
-                **self._named, MultipartUpload={"Parts": parts}, **more
-            ),
+            lambda: self._s3.complete_multipart_upload(**self._named, MultipartUpload={"Parts": parts}, **more),
         )
 
     def abort(self) -> Answer:
         """Call AbortMultipartUpload."""
-        return answer(
-            "AbortMultipartUpload", lambda: self._s3.abort_multipart_upload(**self._named)
-        )
+        return answer("AbortMultipartUpload", lambda: self._s3.abort_multipart_upload(**self._named))
 
 
 def _begun(site: Site, key: str, *parts: bytes) -> Upload:
@@ -299,8 +288,7 @@ def multipart_whole(site: Site) -> None:
 @S3_UPLOAD.check(
     "s3-multipart-unseen",
     NEEDED,
-    rule="Until an upload is completed, no read or listing returns it, and the previous "
-    "object still exists.",
+    rule="Until an upload is completed, no read or listing returns it, and the previous object still exists.",
     source="S3 User Guide, multipart upload",
     promise="Objects: a key has one complete object or none",
     otherwise="a worker reads an incomplete input",
@@ -319,8 +307,7 @@ def multipart_unseen(site: Site) -> None:
 @S3_UPLOAD.check(
     "s3-multipart-abort",
     NOTED,
-    rule="After AbortMultipartUpload, the object does not exist, and UploadPart returns 404 "
-    "NoSuchUpload.",
+    rule="After AbortMultipartUpload, the object does not exist, and UploadPart returns 404 NoSuchUpload.",
     source="S3 API, AbortMultipartUpload",
     promise="a failed Objects.upload leaves nothing behind",
     otherwise="invisible parts are billed",

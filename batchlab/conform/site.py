@@ -98,8 +98,7 @@ class Site:
         objects: Any = [{"Key": self._prefix + key} for key in keys]
         bucket = self.target.bucket
         return answer(
-            "DeleteObjects",
-            lambda: self.target.s3.delete_objects(Bucket=bucket, Delete={"Objects": objects}),
+            "DeleteObjects", lambda: self.target.s3.delete_objects(Bucket=bucket, Delete={"Objects": objects})
         )
 
     def page(self, prefix: str = "", *, after: str = "", token: str = "", most: int = 0) -> Answer:
@@ -111,9 +110,7 @@ class Site:
             request["ContinuationToken"] = token
         if most:
             request["MaxKeys"] = most
-        return answer(
-            "ListObjectsV2", lambda: self.target.other_s3.list_objects_v2(**request)
-        ).accepted()
+        return answer("ListObjectsV2", lambda: self.target.other_s3.list_objects_v2(**request)).accepted()
 
     def keys_of(self, page: Answer) -> list[str]:
         """Return the keys of a page without the check's prefix."""
@@ -249,9 +246,7 @@ class OwnQueue:
 
     def hide(self, receipt: str, seconds: int) -> Answer:
         """Call ChangeMessageVisibility."""
-        return self.call(
-            "ChangeMessageVisibility", ReceiptHandle=receipt, VisibilityTimeout=seconds
-        )
+        return self.call("ChangeMessageVisibility", ReceiptHandle=receipt, VisibilityTimeout=seconds)
 
     def attributes(self) -> Mapping[str, str]:
         """Return all attributes from GetQueueAttributes."""
@@ -341,24 +336,17 @@ class OwnGroup:
     def terminate(self, instance: str, *, decrement: bool) -> Answer:
         """Call TerminateInstanceInAutoScalingGroup."""
         return self.ask(
-            "TerminateInstanceInAutoScalingGroup",
-            InstanceId=instance,
-            ShouldDecrementDesiredCapacity=decrement,
+            "TerminateInstanceInAutoScalingGroup", InstanceId=instance, ShouldDecrementDesiredCapacity=decrement
         )
 
     def protect(self, *instances: str) -> Answer:
         """Call SetInstanceProtection to protect the instances."""
-        return self.call(
-            "SetInstanceProtection", InstanceIds=list(instances), ProtectedFromScaleIn=True
-        )
+        return self.call("SetInstanceProtection", InstanceIds=list(instances), ProtectedFromScaleIn=True)
 
     def complete(self, hook: str, instance: str) -> Answer:
         """Call CompleteLifecycleAction with CONTINUE."""
         return self.call(
-            "CompleteLifecycleAction",
-            LifecycleHookName=hook,
-            InstanceId=instance,
-            LifecycleActionResult="CONTINUE",
+            "CompleteLifecycleAction", LifecycleHookName=hook, InstanceId=instance, LifecycleActionResult="CONTINUE"
         )
 
     # --- Queries ----------------------------------------------------------------------------------

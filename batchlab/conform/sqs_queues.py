@@ -24,8 +24,7 @@ def _create(site: Site, name: str, **attributes: str) -> Answer:
 @SQS_QUEUES.check(
     "sqs-create-same",
     NEEDED,
-    rule="CreateQueue with the name and attributes of an existing queue returns its URL and "
-    "keeps its messages.",
+    rule="CreateQueue with the name and attributes of an existing queue returns its URL and keeps its messages.",
     source="SQS API, CreateQueue",
     promise="Queue.ensure may be repeated",
     otherwise="a restarted manager fails, or loses messages",
@@ -42,8 +41,7 @@ def create_same(site: Site) -> None:
 @SQS_QUEUES.check(
     "sqs-create-different",
     NEEDED,
-    rule="CreateQueue with the name of an existing queue and other attributes returns 400 "
-    "QueueAlreadyExists.",
+    rule="CreateQueue with the name of an existing queue and other attributes returns 400 QueueAlreadyExists.",
     source="SQS API, CreateQueue; recorded answers of AWS",
     promise="Queue.ensure sets the required attributes",
     otherwise="a changed visibility timeout never takes effect",
@@ -110,8 +108,7 @@ def queue_url_host(site: Site) -> None:
 @SQS_QUEUES.check(
     "sqs-queue-name",
     NOTED,
-    rule="A queue's name has 1 to 80 letters, digits, -, or _. Other names return 400 "
-    "InvalidParameterValue.",
+    rule="A queue's name has 1 to 80 letters, digits, -, or _. Other names return 400 InvalidParameterValue.",
     source="SQS API, CreateQueue",
     promise="none: the adapter refuses others",
     otherwise="nothing",
@@ -144,8 +141,7 @@ def attributes_update(site: Site) -> None:
 @SQS_QUEUES.check(
     "sqs-attributes-refused",
     NOTED,
-    rule="A VisibilityTimeout over 12 h or a retention under 60 s returns 400"
-    " InvalidAttributeValue.",
+    rule="A VisibilityTimeout over 12 h or a retention under 60 s returns 400 InvalidAttributeValue.",
     source="SQS API, SetQueueAttributes",
     promise="none: the grid's settings stay within the limits",
     otherwise="a setting that works here fails on AWS",
@@ -160,8 +156,7 @@ def attributes_refused(site: Site) -> None:
 @SQS_QUEUES.check(
     "sqs-counts",
     NEEDED,
-    rule="The counts of visible, in-flight, and delayed messages are approximate and current"
-    " within a minute.",
+    rule="The counts of visible, in-flight, and delayed messages are approximate and current within a minute.",
     source="SQS Developer Guide, available CloudWatch metrics; SQS API, GetQueueAttributes",
     promise="Queue.depth: the autoscaler's backlog",
     otherwise="the fleet does not grow, or never shrinks",
@@ -292,9 +287,7 @@ def dead_letter_history(site: Site) -> None:
 def dead_letter_source(site: Site) -> None:
     queue, dead, _ = _dead(site, 1)
     facts = _corpse(queue, dead).raw.get("Attributes", {})
-    expect(
-        facts.get("DeadLetterQueueSourceArn") == queue.arn(), "it does not name the source queue"
-    )
+    expect(facts.get("DeadLetterQueueSourceArn") == queue.arn(), "it does not name the source queue")
 
 
 @SQS_QUEUES.check(

@@ -42,8 +42,7 @@ def hidden(site: Site) -> None:
 @SQS_RECEIVE.check(
     "sqs-redelivery",
     NEEDED,
-    rule="A message that was not deleted is received again after its visibility timeout, "
-    "with the same id and body.",
+    rule="A message that was not deleted is received again after its visibility timeout, with the same id and body.",
     source="SQS Developer Guide, visibility timeout",
     promise="I2: the bundles of a killed worker are received again",
     otherwise="the bundles of a killed worker are lost",
@@ -222,8 +221,7 @@ def wake_given_back(site: Site) -> None:
 @SQS_RECEIVE.check(
     "sqs-wake-due",
     NEEDED,
-    rule="A long poll ends when a delayed message becomes due, or when the timeout of a "
-    "hidden message ends.",
+    rule="A long poll ends when a delayed message becomes due, or when the timeout of a hidden message ends.",
     source="SQS Developer Guide, short and long polling",
     promise="Queue.receive(wait_s)",
     otherwise="retries and the bundles of a killed worker wait up to 20 s longer",
@@ -247,8 +245,7 @@ def wake_due(site: Site) -> None:
 @SQS_RECEIVE.check(
     "sqs-wait-empty",
     NEEDED,
-    rule="A long poll of an empty queue ends without messages after WaitTimeSeconds, and not"
-    " before.",
+    rule="A long poll of an empty queue ends without messages after WaitTimeSeconds, and not before.",
     source="SQS Developer Guide, short and long polling",
     promise="requests are billed: an idle worker sends three a minute",
     otherwise="idle workers poll without a pause",
@@ -396,8 +393,7 @@ def delete(site: Site) -> None:
 @SQS_RECEIPTS.check(
     "sqs-delete-expired",
     NOTED,
-    rule="After its timeout, a receipt still deletes the message if no other receiver has "
-    "received it.",
+    rule="After its timeout, a receipt still deletes the message if no other receiver has received it.",
     source="SQS API, DeleteMessage; recorded answers of AWS",
     promise="none: a late worker may find its message visible again",
     otherwise="a slightly late bundle is received again, although its outcome exists",
@@ -465,10 +461,7 @@ def delete_foreign(site: Site) -> None:
 )
 def delete_batch_partial(site: Site) -> None:
     queue, held = _held(site, VisibilityTimeout="2")
-    entries = [
-        {"Id": "good", "ReceiptHandle": held.receipt},
-        {"Id": "bad", "ReceiptHandle": "nonsense"},
-    ]
+    entries = [{"Id": "good", "ReceiptHandle": held.receipt}, {"Id": "bad", "ReceiptHandle": "nonsense"}]
     found = queue.call("DeleteMessageBatch", Entries=entries).accepted().data
     _one_failed(found.get("Failed", ()))
     expect([one["Id"] for one in found.get("Successful", ())] == ["good"], "the good one fails")

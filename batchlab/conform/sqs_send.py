@@ -42,8 +42,7 @@ def body(site: Site) -> None:
 @SQS_SEND.check(
     "sqs-body-control",
     NOTED,
-    rule="A body with a control character other than tabs and line breaks returns 400 "
-    "InvalidMessageContents.",
+    rule="A body with a control character other than tabs and line breaks returns 400 InvalidMessageContents.",
     source="SQS API, SendMessage",
     promise="none: JSON escapes them",
     otherwise="a body that works here fails on AWS",
@@ -109,8 +108,7 @@ def body_over_own_limit(site: Site) -> None:
 @SQS_SEND.check(
     "sqs-batch-10",
     NEEDED,
-    rule="A batch of 10 messages is sent completely, and the response contains the id of "
-    "each entry.",
+    rule="A batch of 10 messages is sent completely, and the response contains the id of each entry.",
     source="SQS API, SendMessageBatch",
     promise="Queue.send",
     otherwise="bundles are lost, or sent twice",
@@ -128,8 +126,7 @@ def batch_10(site: Site) -> None:
 @SQS_SEND.check(
     "sqs-batch-11",
     NOTED,
-    rule="A batch of more than 10 messages returns 400 "
-    "AWS.SimpleQueueService.TooManyEntriesInBatchRequest.",
+    rule="A batch of more than 10 messages returns 400 AWS.SimpleQueueService.TooManyEntriesInBatchRequest.",
     source="SQS API, SendMessageBatch",
     promise="none: the adapter refuses more than 10",
     otherwise="nothing",
@@ -142,8 +139,7 @@ def batch_11(site: Site) -> None:
 @SQS_SEND.check(
     "sqs-batch-same-ids",
     NOTED,
-    rule="A batch with two entries of the same id returns 400 "
-    "AWS.SimpleQueueService.BatchEntryIdsNotDistinct.",
+    rule="A batch with two entries of the same id returns 400 AWS.SimpleQueueService.BatchEntryIdsNotDistinct.",
     source="SQS API, SendMessageBatch",
     promise="none: the adapter numbers its entries",
     otherwise="nothing",
@@ -186,8 +182,7 @@ def batch_256k(site: Site) -> None:
 @SQS_SEND.check(
     "sqs-batch-over-1m",
     NOTED,
-    rule="A batch of more than 1 MiB in total returns 400 "
-    "AWS.SimpleQueueService.BatchRequestTooLong.",
+    rule="A batch of more than 1 MiB in total returns 400 AWS.SimpleQueueService.BatchRequestTooLong.",
     source="SQS Developer Guide, message quotas",
     promise="none: the adapter refuses more than 256 KiB",
     otherwise="nothing",
@@ -224,8 +219,7 @@ def _first_refused(site: Site) -> tuple[OwnQueue, Any]:
 @SQS_SEND.check(
     "sqs-batch-told",
     NEEDED,
-    rule="The response reports each entry of a batch that was not sent: under Failed, or by "
-    "refusing the batch.",
+    rule="The response reports each entry of a batch that was not sent: under Failed, or by refusing the batch.",
     source="SQS API, SendMessageBatch",
     promise="Queue.send: all or an exception",
     otherwise="a bundle that was not sent counts as sent until the reconciler sends it again",
@@ -262,8 +256,7 @@ def batch_partial(site: Site) -> None:
 @SQS_SEND.check(
     "sqs-batch-fault",
     NOTED,
-    rule="An entry under Failed states whether the error is the sender's fault, such as an "
-    "invalid body.",
+    rule="An entry under Failed states whether the error is the sender's fault, such as an invalid body.",
     source="SQS API, BatchResultErrorEntry",
     promise="none: the adapter also recognizes an invalid body by its error code",
     otherwise="a permanent error looks like a temporary one",
@@ -276,8 +269,7 @@ def batch_fault(site: Site) -> None:
 @SQS_SEND.check(
     "sqs-message-attributes",
     NOTED,
-    rule="Message attributes do not change the body and its MD5, and a receiver gets them "
-    "only on request.",
+    rule="Message attributes do not change the body and its MD5, and a receiver gets them only on request.",
     source="SQS Developer Guide, message metadata",
     promise="none: the grid uses no message attributes",
     otherwise="the grid cannot read messages of other programs",

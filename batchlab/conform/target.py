@@ -165,9 +165,7 @@ def endpoint(url: str | None, region: str | None) -> Endpoint:
     invalid URL.
     """
     if region and not re.fullmatch("[a-z0-9-]+", region):
-        raise UsageError(
-            f"{region} is not the name of a region.", remedy="Write for example eu-west-1."
-        )
+        raise UsageError(f"{region} is not the name of a region.", remedy="Write for example eu-west-1.")
     if url is None:
         return _in_aws(region)
     try:
@@ -181,9 +179,7 @@ def endpoint(url: str | None, region: str | None) -> Endpoint:
             remedy="It is http:// or https://, a host and perhaps a port: http://127.0.0.1:4566.",
         )
     if (parts.hostname or "").endswith((".amazonaws.com", ".amazonaws.com.cn", ".api.aws")):
-        raise UsageError(
-            f"{url} is AWS itself.", remedy="If that is meant, say --aws in its place."
-        )
+        raise UsageError(f"{url} is AWS itself.", remedy="If that is meant, say --aws in its place.")
     env = os.environ.get
     place = region or env("AWS_REGION") or env("AWS_DEFAULT_REGION") or "us-east-1"
     keys = (env("AWS_ACCESS_KEY_ID") or "", env("AWS_SECRET_ACCESS_KEY") or "")
@@ -194,8 +190,7 @@ def _in_aws(region: str | None) -> Endpoint:
     session = boto3.Session(region_name=region)
     if session.get_credentials() is None:
         raise UsageError(
-            "There are no AWS credentials.",
-            remedy="Set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.",
+            "There are no AWS credentials.", remedy="Set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
         )
     return aws.Endpoint(None, session.region_name or "us-east-1")
 
@@ -208,9 +203,7 @@ class Target:
     template.
     """
 
-    def __init__(
-        self, endpoint: Endpoint, *, run: str, clock: Clock, bucket: str = "", template: str = ""
-    ) -> None:
+    def __init__(self, endpoint: Endpoint, *, run: str, clock: Clock, bucket: str = "", template: str = "") -> None:
         self.endpoint = endpoint
         self.run = run
         self.clock = clock
@@ -264,8 +257,7 @@ class Target:
         """
         if "s3" in services:
             self.s3, self.other_s3 = (
-                self._own(aws.client(self.endpoint, "s3", connections=CONNECTIONS))
-                for _ in range(2)
+                self._own(aws.client(self.endpoint, "s3", connections=CONNECTIONS)) for _ in range(2)
             )
             self._objects = open_s3(self.endpoint, self.bucket)
             with self._answering("S3"):
@@ -308,8 +300,7 @@ class Target:
         except ClientError as error:
             self._template_made = False
             raise UsageError(
-                f"No launch template can be made at {self.place}: {error.operation_name} returns"
-                f" {aws.code_of(error)}.",
+                f"No launch template can be made at {self.place}: {error.operation_name} returns {aws.code_of(error)}.",
                 remedy="Name one that is there with --template NAME.",
             ) from error
 

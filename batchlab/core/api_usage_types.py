@@ -140,12 +140,7 @@ def use_view(spending: Spending) -> UseView:
 
 
 def job_use_view(
-    job: JobDef,
-    account: Account | None,
-    pools: Iterable[Pool],
-    *,
-    max_cost_usd: float | None,
-    capped: str = "",
+    job: JobDef, account: Account | None, pools: Iterable[Pool], *, max_cost_usd: float | None, capped: str = ""
 ) -> JobUseView:
     known = list(pools)
     return {
@@ -277,8 +272,6 @@ def coming(schedule: Schedule, now_s: float, count: int) -> list[DueView]:
     found: list[DueView] = []
     due_s = when.next_after(max(now_s, schedule.through_s))
     while due_s is not None and len(found) < count:
-        found.append(
-            {"at_s": due_s, "local": due_times.iso(due_s, when.tz), "utc": due_times.iso(due_s)}
-        )
+        found.append({"at_s": due_s, "local": due_times.iso(due_s, when.tz), "utc": due_times.iso(due_s)})
         due_s = when.next_after(due_s)
     return found

@@ -36,9 +36,7 @@ _CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP)
 """Errors of file systems that write names at once, or that cannot sync a folder."""
 
 
-def write_whole(
-    path: Path, content: str | bytes, *, mode: int = PRIVATE, durable: bool = True
-) -> None:
+def write_whole(path: Path, content: str | bytes, *, mode: int = PRIVATE, durable: bool = True) -> None:
     """Replace the file's content and set its permissions. The file's folder must exist.
 
     The file is never readable for more users than `mode` allows. Without `durable`, the content
@@ -122,8 +120,7 @@ def read_sync(environ: Mapping[str, str] = os.environ) -> Sync:
         return Sync(value)
     except ValueError as error:
         raise UsageError(
-            f"{VARIABLE} is {value!r}, which is not a choice.",
-            remedy=f"Use one of {', '.join(Sync)}.",
+            f"{VARIABLE} is {value!r}, which is not a choice.", remedy=f"Use one of {', '.join(Sync)}."
         ) from error
 
 

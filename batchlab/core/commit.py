@@ -66,9 +66,7 @@ def outcome_at(name: str, data: bytes, key: CommitKey) -> Outcome:
     return outcome
 
 
-async def committed(
-    objects: Objects, bundle: Bundle, patience: Patience, key: CommitKey
-) -> Outcome | None:
+async def committed(objects: Objects, bundle: Bundle, patience: Patience, key: CommitKey) -> Outcome | None:
     """Return the committed outcome of `bundle`, or None if there is none yet.
 
     If its object cannot be read, return the replacement that the manager committed. Raise Malformed
@@ -106,9 +104,7 @@ async def uncommitted(
 
     A committed outcome proves that its message was received.
     """
-    there = [
-        await patience(partial(objects.head, object_keys.outcome(f.bundle, key))) for f in follows
-    ]
+    there = [await patience(partial(objects.head, object_keys.outcome(f.bundle, key))) for f in follows]
     return tuple(f for f, outcome in zip(follows, there, strict=True) if outcome is None)
 
 
@@ -141,12 +137,7 @@ def address(
         items = None
     body = task_message(
         TaskMessage(
-            bundle,
-            items,
-            now_s + delay_s if delay_s > MAX_DELAY_S else None,
-            watchdog,
-            trace or job.trace,
-            key,
+            bundle, items, now_s + delay_s if delay_s > MAX_DELAY_S else None, watchdog, trace or job.trace, key
         )
     )
     pool = job.stage(bundle.stage).pool
@@ -214,9 +205,7 @@ def by_queue(messages: Iterable[Addressed]) -> dict[str, list[Outgoing]]:
     return found
 
 
-async def send_to(
-    queue: Queue, name: str, messages: Sequence[Outgoing], patience: Patience
-) -> None:
+async def send_to(queue: Queue, name: str, messages: Sequence[Outgoing], patience: Patience) -> None:
     """Send every message to one queue, in as few calls as the limits allow."""
     for call in batches(messages):
         await patience(partial(queue.send, name, call))
@@ -263,14 +252,10 @@ async def spoken(objects: Objects, job: JobId, patience: Patience) -> Spoken | N
 
 async def word_of(objects: Objects, job: JobId, patience: Patience) -> Word:
     """Return the word. Raise NotFound if it does not exist."""
-    return json_format.word_from_bytes(
-        await patience(partial(objects.get, object_keys.control(job)))
-    )
+    return json_format.word_from_bytes(await patience(partial(objects.get, object_keys.control(job))))
 
 
-async def say(
-    objects: Objects, job: JobId, word: Word, patience: Patience, *, over: Spoken | None
-) -> bool:
+async def say(objects: Objects, job: JobId, word: Word, patience: Patience, *, over: Spoken | None) -> bool:
     """Replace the word `over` by `word`, and return whether this succeeded.
 
     Return False if the object has changed since it was read. The new word may be a cancellation, or
@@ -307,9 +292,7 @@ async def insist(objects: Objects, job: JobId, word: Word, patience: Patience) -
             return word
 
 
-async def mend(
-    objects: Objects, job: JobId, control: Control, round: int, patience: Patience
-) -> None:
+async def mend(objects: Objects, job: JobId, control: Control, round: int, patience: Patience) -> None:
     """Write the word of the ledger if the control object is missing or cannot be read.
 
     A word that another manager wrote in between stays.

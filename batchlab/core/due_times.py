@@ -69,8 +69,7 @@ def zone_of(name: str) -> ZoneInfo:
     # a name that is a folder of the time zone database raises OSError
     except (KeyError, ValueError, OSError) as error:
         raise UsageError(
-            f"There is no time zone {name!r}.",
-            remedy="Write an IANA name such as Europe/Berlin or UTC.",
+            f"There is no time zone {name!r}.", remedy="Write an IANA name such as Europe/Berlin or UTC."
         ) from error
 
 
@@ -80,14 +79,10 @@ def check(expression: str, zone: str) -> None:
     fields = len(expression.split())
     if fields != FIELDS:
         raise UsageError(
-            f"The cron expression {expression[:60]!r} has {count(fields, 'field')}, not {FIELDS}.",
-            remedy=_NEVER,
+            f"The cron expression {expression[:60]!r} has {count(fields, 'field')}, not {FIELDS}.", remedy=_NEVER
         )
     if len(expression) > _LONGEST:
-        raise UsageError(
-            f"A cron expression has at most {_LONGEST} characters.",
-            remedy="Write ranges and steps.",
-        )
+        raise UsageError(f"A cron expression has at most {_LONGEST} characters.", remedy="Write ranges and steps.")
     if next_after(expression, known, 0.0) is None:
         raise UsageError(f"The cron expression {expression!r} is never due.", remedy=_NEVER)
 
@@ -116,9 +111,7 @@ def due_times(expression: str, zone: ZoneInfo, after_s: float) -> Iterator[float
         after_s = found
 
 
-def latest(
-    expression: str, zone: ZoneInfo, after_s: float, until_s: float, most: int
-) -> tuple[list[float], bool]:
+def latest(expression: str, zone: ZoneInfo, after_s: float, until_s: float, most: int) -> tuple[list[float], bool]:
     """Return the last due times in (after_s, until_s], and whether there are more.
 
     They are in order, at most `most`. The search in a year takes no longer than in a week.
@@ -208,6 +201,4 @@ def _cron(expression: str, after: datetime) -> Iterator[datetime]:
     try:
         return local_times(expression, after)
     except ValueError as error:
-        raise UsageError(
-            f"{expression[:60]!r} is no cron expression: {error}.", remedy=_NEVER
-        ) from error
+        raise UsageError(f"{expression[:60]!r} is no cron expression: {error}.", remedy=_NEVER) from error

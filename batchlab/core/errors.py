@@ -54,17 +54,13 @@ class JobFileError(UsageError):
     """A job file or scenario is wrong. `file` and `line` give the place, and `remedy` the
     correction."""
 
-    def __init__(
-        self, message: str, *, file: str = "", line: int | None = None, remedy: str = ""
-    ) -> None:
+    def __init__(self, message: str, *, file: str = "", line: int | None = None, remedy: str = "") -> None:
         super().__init__(message, remedy=remedy)
         self.file = file
         self.line = line
 
     def __str__(self) -> str:
-        where = (
-            f"{self.file}:{self.line}: " if self.line else (f"{self.file}: " if self.file else "")
-        )
+        where = f"{self.file}:{self.line}: " if self.line else (f"{self.file}: " if self.file else "")
         return where + super().__str__()
 
 

@@ -39,10 +39,7 @@ class Pace:
         if not tasks:
             return self
         return Pace(
-            self.bundles + 1,
-            self.tasks + tasks,
-            self.seconds + seconds,
-            self.squares + seconds * seconds / tasks,
+            self.bundles + 1, self.tasks + tasks, self.seconds + seconds, self.squares + seconds * seconds / tasks
         )
 
     @property

@@ -34,13 +34,7 @@ class Connections:
     """Connections to one host, usable from several threads."""
 
     def __init__(
-        self,
-        host: str,
-        tls: ssl.SSLContext | None,
-        *,
-        connect_s: float,
-        idle_s: float = math.inf,
-        unix: str = "",
+        self, host: str, tls: ssl.SSLContext | None, *, connect_s: float, idle_s: float = math.inf, unix: str = ""
     ) -> None:
         """Create an empty pool.
 

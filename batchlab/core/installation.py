@@ -66,10 +66,7 @@ def need(extra: str, what: str, *modules: str) -> None:
 
 def sentence(extra: str, what: str, module: str) -> str:
     """Return the error text for a missing `module` of the extra."""
-    return (
-        f"{what} needs batchlab's extra `{extra}`, which is not installed: "
-        f"there is no package {module!r}."
-    )
+    return f"{what} needs batchlab's extra `{extra}`, which is not installed: there is no package {module!r}."
 
 
 def remedy(*extras: str) -> str:

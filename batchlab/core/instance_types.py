@@ -64,10 +64,7 @@ class Catalogue:
         Memory is at least LEAST_MEMORY_MIB. Raise UsageError unless 0 < scale ≤ 1.
         """
         if not 0.0 < scale <= 1.0:
-            raise UsageError(
-                f"Instances cannot be scaled by {scale:g}.",
-                remedy="Give a number above 0 and up to 1.",
-            )
+            raise UsageError(f"Instances cannot be scaled by {scale:g}.", remedy="Give a number above 0 and up to 1.")
         kind = self.of(name)
         memory_mib = max(LEAST_MEMORY_MIB, round(kind.memory_mib * scale))
         return Share(kind.vcpu * scale, memory_mib)
@@ -83,8 +80,7 @@ def load(path: Path | None = None) -> Catalogue:
         doc = tomllib.loads(path.read_text())
     except OSError as error:
         raise UsageError(
-            f"{path} cannot be read: {error.strerror}.",
-            remedy="Name a file that is there and can be read.",
+            f"{path} cannot be read: {error.strerror}.", remedy="Name a file that is there and can be read."
         ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not TOML: {error}.", remedy="Put that line right.") from error
@@ -112,8 +108,7 @@ def _type(path: Path, name: str, row: Any) -> InstanceType:
             )
     if row["architecture"] not in ARCHITECTURES:
         raise UsageError(
-            f"{path}: architecture of {name!r} is {row['architecture']!r},"
-            f" not {' or '.join(ARCHITECTURES)}.",
+            f"{path}: architecture of {name!r} is {row['architecture']!r}, not {' or '.join(ARCHITECTURES)}.",
             remedy="Write one of these.",
         )
     return InstanceType(name, **row)

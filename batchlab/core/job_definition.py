@@ -215,9 +215,7 @@ def parse_task(text: str) -> tuple[StageName | None, int]:
     """
     found = _TASK.fullmatch(text.strip())
     if found is None:
-        raise UsageError(
-            f"{text!r} names no task.", remedy="Write the stage and the index, such as parse/3."
-        )
+        raise UsageError(f"{text!r} names no task.", remedy="Write the stage and the index, such as parse/3.")
     return StageName(found["stage"]) if found["stage"] else None, int(found["index"])
 
 

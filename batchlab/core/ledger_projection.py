@@ -165,9 +165,7 @@ class Projection:
         return replace(self, stages={name: replace(one) for name, one in self.stages.items()})
 
     def rows(self, stamp: str | int = "") -> JobRows:
-        record = JobRecord(
-            self.job, self.state, self.reason, self.control, self.round, self.ended_s
-        )
+        record = JobRecord(self.job, self.state, self.reason, self.control, self.round, self.ended_s)
         return JobRows(record, tuple(s.record(name) for name, s in self.stages.items()), stamp)
 
     def stage(self, name: StageName) -> Stage:
@@ -191,8 +189,7 @@ class Projection:
             "at": self.at,
             "last_seq": self.last_seq,
             "stages": [
-                [name, {**asdict(s), "uncut": json_format.tasks_to_json(s.uncut)}]
-                for name, s in self.stages.items()
+                [name, {**asdict(s), "uncut": json_format.tasks_to_json(s.uncut)}] for name, s in self.stages.items()
             ],
         }
 
@@ -358,12 +355,7 @@ def keys_of(change: Fold, positions: Iterable[int], *, with_follows: bool = True
 
 
 def fold(
-    projection: Projection,
-    change: Fold,
-    positions: Sequence[int],
-    known: Known,
-    *,
-    first_seq: int,
+    projection: Projection, change: Fold, positions: Sequence[int], known: Known, *, first_seq: int
 ) -> tuple[list[int], list[BundleRow] | None]:
     """Fold one job's completions. The completion at position i gets the seq `first_seq` + i.
 

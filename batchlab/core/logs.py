@@ -47,8 +47,7 @@ LEAST_HIDDEN = 6
 make every other line unreadable."""
 KEPT_JOBS = 1000
 _SECRET_NAME = re.compile(
-    r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|PRIVATE_KEY|API_?KEY|ACCESS_KEY|OTLP.*HEADERS|^BATCHLAB_NOTIFY_",
-    re.I,
+    r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|PRIVATE_KEY|API_?KEY|ACCESS_KEY|OTLP.*HEADERS|^BATCHLAB_NOTIFY_", re.I
 )
 
 _about: ContextVar[Mapping[str, str | int]] = ContextVar("batchlab_log_fields")
@@ -157,8 +156,7 @@ def set_up(**process: str | int) -> None:
     level = os.environ.get(LEVEL_VARIABLE) or "INFO"
     if not isinstance(logging.getLevelName(level.upper()), int):
         raise UsageError(
-            f"{LEVEL_VARIABLE} is {level!r}, which is no level.",
-            remedy="Write DEBUG, INFO, WARNING or ERROR.",
+            f"{LEVEL_VARIABLE} is {level!r}, which is no level.", remedy="Write DEBUG, INFO, WARNING or ERROR."
         )
     formatter = JsonLines() if log_format() == "json" else Text()
     _process.clear()
@@ -176,9 +174,7 @@ def set_up(**process: str | int) -> None:
     sys.excepthook = _unexpected
 
 
-def _unexpected(
-    kind: type[BaseException], error: BaseException, where: TracebackType | None
-) -> None:
+def _unexpected(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
     if not issubclass(kind, Exception):
         sys.__excepthook__(kind, error, where)
         return
@@ -201,9 +197,7 @@ def log_format() -> str:
 
 def _known(format_: str, where: str) -> str:
     if format_ not in FORMATS:
-        raise UsageError(
-            f"{where} is {format_!r}, which is no format.", remedy="Write text or json."
-        )
+        raise UsageError(f"{where} is {format_!r}, which is no format.", remedy="Write text or json.")
     return format_
 
 

@@ -40,9 +40,7 @@ class JobState(StrEnum):
 
 
 ENDED = frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED})
-_ACTIVE = frozenset(
-    {JobState.PENDING, JobState.RUNNABLE, JobState.STARTING, JobState.RUNNING, JobState.PAUSED}
-)
+_ACTIVE = frozenset({JobState.PENDING, JobState.RUNNABLE, JobState.STARTING, JobState.RUNNING, JobState.PAUSED})
 
 MOVES: dict[JobState, frozenset[JobState]] = {
     JobState.SCHEDULED: frozenset({JobState.SUBMITTED, JobState.CANCELLED}),
@@ -123,11 +121,7 @@ class TaskSet:
             yield from range(start, stop)
 
     def __contains__(self, index: object) -> bool:
-        return (
-            any(start <= index < stop for start, stop in self.ranges)
-            if isinstance(index, int)
-            else False
-        )
+        return any(start <= index < stop for start, stop in self.ranges) if isinstance(index, int) else False
 
     def __sub__(self, other: TaskSet) -> TaskSet:
         left: list[tuple[int, int]] = []

@@ -131,17 +131,7 @@ def targets_of(job: JobDef) -> list[Target]:
 
 
 def own_target(job: str, number: int, one: NotifyDef) -> Target:
-    return Target(
-        f"{job}#{number}",
-        one.kind,
-        one.to,
-        (),
-        one.on,
-        one.secret,
-        one.failures,
-        one.stuck_s,
-        job,
-    )
+    return Target(f"{job}#{number}", one.kind, one.to, (), one.on, one.secret, one.failures, one.stuck_s, job)
 
 
 def derived_id(target: Target, job: str, round_: int, moment: str, key: str = "") -> str:
@@ -154,20 +144,11 @@ def derived_id(target: Target, job: str, round_: int, moment: str, key: str = ""
 
 
 def made(
-    target: Target,
-    job: JobDef,
-    round_: int,
-    moment: str,
-    body: Mapping[str, Json],
-    *,
-    at_s: float,
-    key: str = "",
+    target: Target, job: JobDef, round_: int, moment: str, body: Mapping[str, Json], *, at_s: float, key: str = ""
 ) -> Notification:
     """Return a notification of this moment."""
     id_ = derived_id(target, job.id, round_, moment, key)
-    text = json_format.dumps(
-        {"v": json_format.VERSION, "id": id_, "moment": moment, "at_s": at_s, **body}
-    )
+    text = json_format.dumps({"v": json_format.VERSION, "id": id_, "moment": moment, "at_s": at_s, **body})
     own = job.notify[int(target.name.rpartition("#")[2]) - 1] if target.job else None
     return Notification(id_, moment, job.id, target.name, own, text, at_s)
 
@@ -212,8 +193,7 @@ def problem(one: NotifyDef) -> str:
         return f"A job cannot notify by {one.kind!r}: only the grid's own settings name commands."
     if one.secret and (one.kind != "webhook" or not _JOB_ENV.fullmatch(one.secret)):
         return (
-            "The secret of a job's webhook is named as env:"
-            f"{SECRET_PREFIX}…, a variable of the manager's environment."
+            f"The secret of a job's webhook is named as env:{SECRET_PREFIX}…, a variable of the manager's environment."
         )
     return address_problem(one.kind, one.to) or _figures(one.on, one.failures, one.stuck_s)
 
@@ -231,9 +211,7 @@ def target_problem(target: Target) -> str:
     if target.jobs and target.kind == "command":
         return "Jobs may not name a command: say jobs = true of a webhook or a topic."
     # A target that exists only for jobs does not need moments of its own.
-    return _figures(
-        target.on or (("ended",) if target.jobs else ()), target.failures, target.stuck_s
-    )
+    return _figures(target.on or (("ended",) if target.jobs else ()), target.failures, target.stuck_s)
 
 
 def address_problem(kind: str, to: str) -> str:
@@ -274,10 +252,7 @@ def is_loopback(host: str) -> bool:
 
 
 _METADATA = frozenset(
-    map(
-        ipaddress.ip_address,
-        ("169.254.169.254", "169.254.170.2", "fd00:ec2::254", "fd00:ec2::23", "100.100.100.200"),
-    )
+    map(ipaddress.ip_address, ("169.254.169.254", "169.254.170.2", "fd00:ec2::254", "fd00:ec2::23", "100.100.100.200"))
 )
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _LOCAL_NAT64 = ipaddress.ip_network("64:ff9b:1::/48")
@@ -298,9 +273,7 @@ def address_refusal(address: str) -> str:
     return ""
 
 
-def _within(
-    address: ipaddress.IPv4Address | ipaddress.IPv6Address,
-) -> list[ipaddress.IPv4Address]:
+def _within(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> list[ipaddress.IPv4Address]:
     """Return the IPv4 addresses that packets for an IPv6 address may reach."""
     if isinstance(address, ipaddress.IPv4Address):
         return []

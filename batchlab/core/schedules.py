@@ -268,10 +268,7 @@ def _definition_from_json(doc: dict[str, Any]) -> Definition:
 def _schedule_to_json(schedule: Schedule) -> dict[str, Json]:
     definition, when = schedule.definition, schedule.definition.when
     return {
-        "definition": {
-            **json_format.fields(definition),
-            "when": json_format.fields(when),
-        },
+        "definition": {**json_format.fields(definition), "when": json_format.fields(when)},
         "generation": schedule.generation,
         "added_s": schedule.added_s,
         "through_s": schedule.through_s,
@@ -340,9 +337,7 @@ def _rewound(schedule: Schedule, now_s: float) -> Schedule:
     return replace(schedule, through_s=now_s)
 
 
-def _chosen(
-    schedule: Schedule, due: Sequence[float], more: bool, now_s: float
-) -> tuple[list[_Fire], Run | None]:
+def _chosen(schedule: Schedule, due: Sequence[float], more: bool, now_s: float) -> tuple[list[_Fire], Run | None]:
     """Return the due times that will run, and a skipped run that stands for the others, if any."""
     definition = schedule.definition
     on_time = [_Fire(one) for one in due if now_s - one <= ON_TIME_S]
@@ -451,10 +446,7 @@ def replaced(schedule: Schedule) -> Run | None:
     """Return the run whose job is to be canceled because another run waits, or None."""
     if schedule.removed or schedule.definition.overlap is not Overlap.REPLACE:
         return None
-    waits = any(
-        one.state is RunState.WAITING and (one.asked or not schedule.paused)
-        for one in schedule.runs
-    )
+    waits = any(one.state is RunState.WAITING and (one.asked or not schedule.paused) for one in schedule.runs)
     return schedule.running if waits else None
 
 

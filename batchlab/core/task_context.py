@@ -94,15 +94,7 @@ class Context:
     """
 
     def __init__(
-        self,
-        *,
-        job: str,
-        stage: str,
-        task: int,
-        attempt: int,
-        params_json: str,
-        folder: str,
-        cwd: str,
+        self, *, job: str, stage: str, task: int, attempt: int, params_json: str, folder: str, cwd: str
     ) -> None:
         self.job = job
         self.stage = stage

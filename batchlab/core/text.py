@@ -165,9 +165,7 @@ def seconds(value: object) -> float:
         number: float = sum(float(n) * _SECONDS[unit] for n, unit in _PIECE.findall(value))
     elif isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
         is_clock = isinstance(value, str) and _CLOCK.match(value)
-        raise ValueError(
-            f"{shown(value)} is not a duration{', but a time of day or a date' if is_clock else ''}"
-        )
+        raise ValueError(f"{shown(value)} is not a duration{', but a time of day or a date' if is_clock else ''}")
     else:
         number = value
     if number > LONGEST_S:

@@ -24,9 +24,7 @@ DOCS = "docs/deploy.md"
 """Documentation of the permissions that a deployer needs."""
 
 _REGION = re.compile(r"[a-z]{2}(-[a-z]+){1,2}-\d")
-_NOT_ALLOWED = re.compile(
-    r"(?:User: (?P<who>\S+) is )?not authorized to perform: (?P<action>[\w-]+:\w+)"
-)
+_NOT_ALLOWED = re.compile(r"(?:User: (?P<who>\S+) is )?not authorized to perform: (?P<action>[\w-]+:\w+)")
 _NO_ACCESS = {"AccessDenied", "AccessDeniedException", "UnauthorizedOperation", "AuthFailure"}
 _BAD_KEYS = {"InvalidClientTokenId", "UnrecognizedClient", "SignatureDoesNotMatch"}
 _OLD_KEYS = {"ExpiredToken", "RequestExpired", "TokenRefreshRequired"}
@@ -51,9 +49,7 @@ class Account:
     _clients: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def open(
-        cls, region: str | None = None, *, notes: Callable[[], Notes] | None = None
-    ) -> Account:
+    def open(cls, region: str | None = None, *, notes: Callable[[], Notes] | None = None) -> Account:
         """Return the account of the environment's credentials, read from STS. Raises UsageError
         without a region or credentials."""
         account = cls(chosen_region(region), notes=notes)
@@ -115,10 +111,7 @@ def chosen_region(named: str | None) -> str:
     except ProfileNotFound as error:
         raise UsageError(f"{error}.", remedy="Set AWS_PROFILE to one of ~/.aws/config.") from error
     if not region:
-        raise UsageError(
-            "No region is set.",
-            remedy="Say --region eu-west-1, set AWS_REGION, or run `aws configure`.",
-        )
+        raise UsageError("No region is set.", remedy="Say --region eu-west-1, set AWS_REGION, or run `aws configure`.")
     return region
 
 
@@ -146,9 +139,7 @@ def _tell_of_tries(client: Any, notes: Callable[[], Notes]) -> None:
     def begin(**_: Any) -> None:
         now[:] = [notes()]
 
-    def tried(
-        attempts: int, endpoint: Any, caught_exception: Exception | None = None, **_: Any
-    ) -> None:
+    def tried(attempts: int, endpoint: Any, caught_exception: Exception | None = None, **_: Any) -> None:
         # An error response is also an answer. The last attempt raises an error itself.
         if caught_exception is not None and attempts < ATTEMPTS:
             for one in now:
@@ -200,13 +191,9 @@ def asked(what: str, is_missing: Callable[[str, str], bool] = _never) -> Iterato
                 "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.",
             ) from error
         except ProfileNotFound as error:
-            raise UsageError(
-                f"{error}.", remedy="Set AWS_PROFILE to one of ~/.aws/config."
-            ) from error
+            raise UsageError(f"{error}.", remedy="Set AWS_PROFILE to one of ~/.aws/config.") from error
         except (SSOError, TokenRetrievalError) as error:
-            raise UsageError(
-                "The sign-in to AWS has run out.", remedy="Run `aws sso login`."
-            ) from error
+            raise UsageError("The sign-in to AWS has run out.", remedy="Run `aws sso login`.") from error
 
 
 @contextmanager
@@ -236,8 +223,7 @@ def refusal(error: Any) -> BackendError | UsageError | None:
     operation = error.operation_name
     if code in _OLD_KEYS:
         return UsageError(
-            "The credentials for AWS have run out.",
-            remedy="Run `aws sso login`, or get new ones where you got these.",
+            "The credentials for AWS have run out.", remedy="Run `aws sso login`, or get new ones where you got these."
         )
     if code in _BAD_KEYS:
         return UsageError(
@@ -249,7 +235,6 @@ def refusal(error: Any) -> BackendError | UsageError | None:
         action = found["action"] if found else operation
         who = (found["who"] if found else "") or "The caller"
         return BackendError(
-            f"{who} may not do {action}.",
-            remedy=f"Allow it that action: {DOCS} lists all that deploying needs.",
+            f"{who} may not do {action}.", remedy=f"Allow it that action: {DOCS} lists all that deploying needs."
         )
     return None

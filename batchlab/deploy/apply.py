@@ -22,14 +22,7 @@ from batchlab.deploy.account import Missing, asked
 from batchlab.deploy.plan import Plan, planned
 from batchlab.deploy.settings import RELEASE, Settings
 from batchlab.deploy.stack import Stack
-from batchlab.deploy.stack_records import (
-    Cause,
-    Event,
-    State,
-    must_go,
-    next_step,
-    refuse_unchangeable,
-)
+from batchlab.deploy.stack_records import Cause, Event, State, must_go, next_step, refuse_unchangeable
 from batchlab.deploy.template import Template
 from batchlab.runtime import aws_deployment, factory
 from batchlab.runtime.aws_deployment import AwsDeployment
@@ -56,10 +49,7 @@ class StackFailed(BackendError):
     def __init__(self, state: State, cause: Cause | None) -> None:
         why = f": {cause.resource} ({cause.type}): {cause.reason.rstrip('.')}" if cause else ""
         remedies = [cause.remedy if cause else "", next_step(state)]
-        super().__init__(
-            f"The stack {state.name} is {state.status}{why}.",
-            remedy=" ".join(filter(None, remedies)),
-        )
+        super().__init__(f"The stack {state.name} is {state.status}{why}.", remedy=" ".join(filter(None, remedies)))
         self.cause = cause
 
 
@@ -116,8 +106,7 @@ class Apply:
             self._explain(state)
             if not self.front.agrees("Have the rollback go on?"):
                 raise Refused(
-                    f"The stack {state.name} stays {state.status}.",
-                    remedy="`batchlab deploy apply` asks again.",
+                    f"The stack {state.name} stays {state.status}.", remedy="`batchlab deploy apply` asks again."
                 )
             since = self.stack.mark(state.id)
             self.stack.resume_rollback()
@@ -131,8 +120,7 @@ class Apply:
         self._explain(state)
         if state.status != "ROLLBACK_COMPLETE":
             raise Refused(
-                f"The stack {state.name} is {state.status}, and may still have parts.",
-                remedy=next_step(state),
+                f"The stack {state.name} is {state.status}, and may still have parts.", remedy=next_step(state)
             )
         if not self.front.agrees(f"Delete the empty stack {state.name}, to begin anew?"):
             return False
@@ -146,16 +134,13 @@ class Apply:
     def _explain(self, state: State) -> None:
         if cause := self.stack.cause(state.id, self.stack.last_operation(state.id)[1]):
             self.front.say(
-                f"{state.name} is {state.status}. What failed first: {cause.resource} "
-                f"({cause.type}): {cause.reason}"
+                f"{state.name} is {state.status}. What failed first: {cause.resource} ({cause.type}): {cause.reason}"
             )
 
     # --- The two phases --------------------------------------------------------------------------
 
     def _created(self, state: State | None) -> State | None:
-        with planned(
-            self.stack, self.wanted, self.source, state, home=self.home, release=""
-        ) as plan:
+        with planned(self.stack, self.wanted, self.source, state, home=self.home, release="") as plan:
             self.front.show(plan)
             if not self.front.agrees(f"Create the stack {self.stack.name}?"):
                 return None
@@ -169,9 +154,7 @@ class Apply:
     def _released(self, state: State, *, ask: bool) -> State | None:
         archive = self.archive()
         sha = release.release_of(archive)
-        with planned(
-            self.stack, self.wanted, self.source, state, home=self.home, release=sha
-        ) as plan:
+        with planned(self.stack, self.wanted, self.source, state, home=self.home, release=sha) as plan:
             if ask:
                 self.front.show(plan)
             if not plan.changes:
@@ -195,9 +178,7 @@ class Apply:
         self.stack.execute(plan.change_set)
         return self._followed(plan.change_set.stack_id, since, what, len(plan.changes))
 
-    def _followed(
-        self, stack_id: str, since: str, what: str, total: int, *, must_succeed: bool = True
-    ) -> State:
+    def _followed(self, stack_id: str, since: str, what: str, total: int, *, must_succeed: bool = True) -> State:
         with self.front.watching(what, total) as see:
             state = self.stack.follow(stack_id, since, see)
         if must_succeed and not state.has_succeeded:
@@ -213,10 +194,7 @@ class Apply:
         scaling = self.stack.account.client("autoscaling")
         groups = [status.of(state, "ManagerGroup"), *status.pool_groups(state)]
         told = self.stack.account.pages(
-            "autoscaling",
-            "describe_auto_scaling_groups",
-            "AutoScalingGroups",
-            AutoScalingGroupNames=groups,
+            "autoscaling", "describe_auto_scaling_groups", "AutoScalingGroups", AutoScalingGroupNames=groups
         )
         for group in told:
             if not group.get("Instances"):
@@ -258,7 +236,6 @@ def python_of(archive: Path) -> str:
             lines = member.read().decode().splitlines() if member else []
     except (tarfile.TarError, KeyError, OSError) as error:
         raise UsageError(
-            f"{archive} is not a release: {error}.",
-            remedy="Name an archive from aws/releases in the grid's folder.",
+            f"{archive} is not a release: {error}.", remedy="Name an archive from aws/releases in the grid's folder."
         ) from error
     return next((one.partition("=")[2] for one in lines if one.startswith("PYTHON=")), "")

@@ -118,8 +118,7 @@ class Destroy:
         if not self.delete_data:
             kept = [one for one in held if one.fate != "deleted"]
             stays = ", ".join(
-                f"{one.resource.physical} "
-                + ("stays" if one.fate == "kept" else "leaves a last snapshot")
+                f"{one.resource.physical} " + ("stays" if one.fate == "kept" else "leaves a last snapshot")
                 for one in kept
             )
             return f"Destroy the stack {state.name}{f' ({stays})' if stays else ''}?"
@@ -185,10 +184,7 @@ class Destroy:
         if not names:
             return []
         told = self.stack.account.pages(
-            "autoscaling",
-            "describe_auto_scaling_groups",
-            "AutoScalingGroups",
-            AutoScalingGroupNames=names,
+            "autoscaling", "describe_auto_scaling_groups", "AutoScalingGroups", AutoScalingGroupNames=names
         )
         return list(told)
 
@@ -203,9 +199,7 @@ class Destroy:
             with suppress(Missing), asked(f"Database {name!r}", _is_gone):
                 (told,) = rds.describe_db_instances(DBInstanceIdentifier=name)["DBInstances"]
                 if told.get("DeletionProtection"):
-                    rds.modify_db_instance(
-                        DBInstanceIdentifier=name, DeletionProtection=False, ApplyImmediately=True
-                    )
+                    rds.modify_db_instance(DBInstanceIdentifier=name, DeletionProtection=False, ApplyImmediately=True)
 
     def _emptied(self, held: list[Holding]) -> None:
         """Empty the buckets that CloudFormation must delete. A bucket with nothing but releases
@@ -254,9 +248,7 @@ class Destroy:
                 continue
             prefix = f"/aws/rds/instance/{one.resource.physical}/"
             try:
-                for told in account.pages(
-                    "logs", "describe_log_groups", "logGroups", logGroupNamePrefix=prefix
-                ):
+                for told in account.pages("logs", "describe_log_groups", "logGroups", logGroupNamePrefix=prefix):
                     name = told["logGroupName"]
                     thing = Thing(name, "logs:log-group", name, self.stack.name)
                     leftovers.remove(account, thing, self.front.say)
@@ -275,9 +267,7 @@ class Destroy:
         ):
             return False
         name = resource.physical
-        leftovers.remove(
-            self.stack.account, Thing(name, kind, name, self.stack.name), self.front.say
-        )
+        leftovers.remove(self.stack.account, Thing(name, kind, name, self.stack.name), self.front.say)
         return True
 
 

@@ -61,10 +61,7 @@ def remove(account: Account, thing: Thing, say: Say) -> None:
     themselves."""
     remover = _REMOVERS.get(thing.kind)
     if remover is None:
-        raise BackendError(
-            f"{thing.arn} is not of a kind that is removed here.",
-            remedy="Remove it in the console.",
-        )
+        raise BackendError(f"{thing.arn} is not of a kind that is removed here.", remedy="Remove it in the console.")
     remover(account, thing, say)
 
 
@@ -90,9 +87,7 @@ def empty(account: Account, bucket: str, say: Say) -> int:
     s3 = account.client("s3")
     count = 0
     with suppress(NotFound), asked(f"Bucket {bucket!r}"):
-        pages = s3.get_paginator("list_object_versions").paginate(
-            Bucket=bucket, PaginationConfig={"PageSize": BATCH}
-        )
+        pages = s3.get_paginator("list_object_versions").paginate(Bucket=bucket, PaginationConfig={"PageSize": BATCH})
         for page in pages:
             batch = [
                 {"Key": one["Key"], "VersionId": one["VersionId"]}
@@ -112,7 +107,7 @@ def _delete(s3: Any, bucket: str, batch: list[dict[str, str]]) -> None:
     for failed in told.get("Errors") or ():
         raise BackendError(
             f"Bucket {bucket!r}: {failed['Key']!r} cannot be deleted: "
-            f"{failed.get('Message', '').rstrip('.')} ({failed.get('Code', '')}).",
+            f"{failed.get('Message', '').rstrip('.')} ({failed.get('Code', '')})."
         )
 
 
@@ -130,9 +125,7 @@ def _queue(account: Account, thing: Thing, _say: Say) -> None:
 
 def _group(account: Account, thing: Thing, _say: Say) -> None:
     with asked(f"Auto Scaling group {thing.name!r}"):
-        account.client("autoscaling").delete_auto_scaling_group(
-            AutoScalingGroupName=thing.name, ForceDelete=True
-        )
+        account.client("autoscaling").delete_auto_scaling_group(AutoScalingGroupName=thing.name, ForceDelete=True)
 
 
 def _calling(service: str, operation: str, parameter: str, **more: Any) -> Callable[..., None]:
@@ -160,9 +153,7 @@ _REMOVERS: Mapping[str, Callable[[Account, Thing, Say], None]] = {
     "rds:snapshot": _calling("rds", "delete_db_snapshot", "DBSnapshotIdentifier"),
     "sdb:domain": _calling("sdb", "delete_domain", "DomainName"),
     # The secret can be restored for seven days.
-    "secretsmanager:secret": _calling(
-        "secretsmanager", "delete_secret", "SecretId", RecoveryWindowInDays=7
-    ),
+    "secretsmanager:secret": _calling("secretsmanager", "delete_secret", "SecretId", RecoveryWindowInDays=7),
     "sns:topic": _calling("sns", "delete_topic", "TopicArn"),
 }
 
@@ -195,10 +186,7 @@ class Leftovers:
         """Yield the resources with a batchlab stack's tag, from AWS's list of tagged resources. It
         does not contain IAM roles or resources that cannot have tags."""
         for one in self._account.pages(
-            "resourcegroupstaggingapi",
-            "get_resources",
-            "ResourceTagMappingList",
-            TagFilters=[{"Key": TAG}],
+            "resourcegroupstaggingapi", "get_resources", "ResourceTagMappingList", TagFilters=[{"Key": TAG}]
         ):
             tags = {tag["Key"]: tag["Value"] for tag in one.get("Tags", ())}
             thing = thing_of(one["ResourceARN"], tags.get(TAG, ""))
@@ -266,9 +254,7 @@ def chosen(found: Sequence[Left], names: Sequence[str]) -> list[Left]:
                 f"{name} is in use by the stack {guessed[name].thing.stack}.",
                 remedy="`batchlab deploy destroy --delete-data` ends both.",
             )
-    return [
-        one for one in found if not one.is_used and (not one.is_guessed or one.thing.name in names)
-    ]
+    return [one for one in found if not one.is_used and (not one.is_guessed or one.thing.name in names)]
 
 
 def _is_used(thing: Thing, owned: list[str] | None) -> bool:

@@ -141,8 +141,7 @@ def _check_region(region: str, ledger: str) -> None:
     if ledger == "simpledb" and region not in WITH_SIMPLEDB:
         raise UsageError(
             f"SimpleDB does not exist in {region}.",
-            remedy="Say --ledger postgres or sqlite, or one of the regions that have it: "
-            f"{', '.join(WITH_SIMPLEDB)}.",
+            remedy=f"Say --ledger postgres or sqlite, or one of the regions that have it: {', '.join(WITH_SIMPLEDB)}.",
         )
 
 
@@ -168,10 +167,7 @@ def _effective(expanded: Template, given: Mapping[str, str]) -> dict[str, str]:
 
 def shape_of(made: Template) -> StackShape:
     """Return the numbers of resources in the template that are billed per unit."""
-    kinds = [
-        (one["Type"], one.get("Properties", {}).get("VpcEndpointType"))
-        for one in made["Resources"].values()
-    ]
+    kinds = [(one["Type"], one.get("Properties", {}).get("VpcEndpointType")) for one in made["Resources"].values()]
     return StackShape(
         interface_endpoints=kinds.count(("AWS::EC2::VPCEndpoint", "Interface")),
         alarms=kinds.count(("AWS::CloudWatch::Alarm", None)),
@@ -244,8 +240,7 @@ def _lent_bucket(account: Account, stack: str) -> Iterator[str]:
     place = {"LocationConstraint": account.region}
     with asked(f"Bucket {bucket!r}"):
         s3.create_bucket(
-            Bucket=bucket,
-            **({} if account.region == "us-east-1" else {"CreateBucketConfiguration": place}),
+            Bucket=bucket, **({} if account.region == "us-east-1" else {"CreateBucketConfiguration": place})
         )
     try:
         with asked(f"Bucket {bucket!r}"):

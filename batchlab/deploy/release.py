@@ -74,10 +74,7 @@ class Target:
                 remedy=f"Name one of {', '.join(ARCHITECTURES)}.",
             )
         if python not in PYTHONS:
-            raise UsageError(
-                f"Instances do not run Python {python}.",
-                remedy=f"Name one of {', '.join(PYTHONS)}.",
-            )
+            raise UsageError(f"Instances do not run Python {python}.", remedy=f"Name one of {', '.join(PYTHONS)}.")
         return cls(architecture, python)
 
     def __str__(self) -> str:
@@ -123,14 +120,10 @@ def own_wheel(folder: Path) -> Path:
     info = f"batchlab-{version}.dist-info"
     content = {name: path.read_bytes() for name, path in installation.files()}
     content |= {
-        file.as_posix(): file.read_binary()
-        for file in installed.files or ()
-        if file.parts[:2] == (info, "licenses")
+        file.as_posix(): file.read_binary() for file in installed.files or () if file.parts[:2] == (info, "licenses")
     }
     content[f"{info}/METADATA"] = (installed.read_text("METADATA") or "").encode()
-    content[f"{info}/WHEEL"] = (
-        b"Wheel-Version: 1.0\nGenerator: batchlab\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-    )
+    content[f"{info}/WHEEL"] = b"Wheel-Version: 1.0\nGenerator: batchlab\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
     content[f"{info}/entry_points.txt"] = (installed.read_text("entry_points.txt") or "").encode()
     record = [f"{name},{_digest(body)},{len(body)}" for name, body in sorted(content.items())]
     record.append(f"{info}/RECORD,,\n")
@@ -161,9 +154,7 @@ def fetch(folder: Path, target: Target, packages: Sequence[str] = ()) -> list[st
     return sorted([*pins, *missing, INSTALLER])
 
 
-def _closure(
-    roots: Sequence[str], target: Target, pip: _Pip
-) -> tuple[Sequence[str], Sequence[str]]:
+def _closure(roots: Sequence[str], target: Target, pip: _Pip) -> tuple[Sequence[str], Sequence[str]]:
     """Return the dependencies for the target: pins of those that are installed here, and those of
     the others, which are downloaded to read their metadata."""
     pins: dict[str, str] = {}
@@ -307,8 +298,7 @@ class _Pip:
         )
         if done.returncode:
             raise BackendError(
-                "pip is missing, so packages cannot be downloaded: "
-                f"{pip_reason(done.stdout.strip())}.",
+                f"pip is missing, so packages cannot be downloaded: {pip_reason(done.stdout.strip())}.",
                 remedy=f"Install pip for {sys.executable}.",
             )
         self._python = os.fspath(Path(self._made.name) / "bin" / "python")
@@ -401,11 +391,7 @@ def upload(objects: Objects, archive: Path, patience: Patience, say: Callable[[s
 
 def _boot_files() -> dict[str, bytes]:
     root = installation.folder("backends") / "aws" / "boot"
-    return {
-        path.relative_to(root).as_posix(): path.read_bytes()
-        for path in root.rglob("*")
-        if path.is_file()
-    }
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
 def _version(target: Target) -> bytes:
@@ -423,8 +409,7 @@ def _read(certificates: Path) -> bytes:
         found = certificates.read_bytes()
     except OSError as error:
         raise UsageError(
-            f"{certificates} cannot be read: {error.strerror}.",
-            remedy="Name a file that is there and can be read.",
+            f"{certificates} cannot be read: {error.strerror}.", remedy="Name a file that is there and can be read."
         ) from error
     if b"-----BEGIN CERTIFICATE-----" not in found:
         raise UsageError(

@@ -125,13 +125,10 @@ def read(home: Home) -> Settings | None:
         return None
     except OSError as error:
         raise BackendError(
-            f"{path} cannot be read: {error.strerror}.",
-            remedy="Name a file that is there and can be read.",
+            f"{path} cannot be read: {error.strerror}.", remedy="Name a file that is there and can be read."
         ) from error
     except ValueError as error:
-        raise UsageError(
-            f"{path} is not JSON: {error}.", remedy="Delete it: the stack itself has the same."
-        ) from error
+        raise UsageError(f"{path} is not JSON: {error}.", remedy="Delete it: the stack itself has the same.") from error
 
 
 def write(home: Home, settings: Settings) -> None:
@@ -148,8 +145,7 @@ def load(path: Path) -> Settings:
         found = yaml.safe_load(path.read_text())
     except OSError as error:
         raise UsageError(
-            f"{path} cannot be read: {error.strerror}.",
-            remedy="Name a file that is there and can be read.",
+            f"{path} cannot be read: {error.strerror}.", remedy="Name a file that is there and can be read."
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not YAML: {error}.", remedy="Put that line right.") from error
@@ -179,15 +175,12 @@ def parse(found: Any, where: str) -> Settings:
             # In Python, True is an int.
             if figure in pool and type(pool[figure]) is not int:
                 raise UsageError(
-                    f"{where}: {figure} is {pool[figure]!r}, not a whole number.",
-                    remedy="Write a whole number.",
+                    f"{where}: {figure} is {pool[figure]!r}, not a whole number.", remedy="Write a whole number."
                 )
         pool["types"] = _texts(pool.pop("types", None), f"{where}: types")
         pool["parameters"] = _parameters(pool.pop("parameters", None), where)
         if "name" not in pool:
-            raise UsageError(
-                f"{where}: a pool lacks a name.", remedy="Say name: in each of the pools."
-            )
+            raise UsageError(f"{where}: a pool lacks a name.", remedy="Say name: in each of the pools.")
         pools.append(PoolSettings(**{**pool, "name": str(pool["name"])}))
     fields["parameters"] = _parameters(fields.pop("parameters", None), where)
     variables = fields.pop("environment", None)
@@ -211,13 +204,11 @@ def _texts(found: Any, where: str) -> tuple[str, ...]:
 def _object(found: Any, known: set[str], where: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UsageError(
-            f"{where} is not an object with {', '.join(sorted(known))}.",
-            remedy="Write `name: value` lines.",
+            f"{where} is not an object with {', '.join(sorted(known))}.", remedy="Write `name: value` lines."
         )
     if unknown := set(found) - known:
         raise UsageError(
-            f"{where} has {', '.join(map(repr, sorted(map(str, unknown))))}, "
-            "which is not a setting.",
+            f"{where} has {', '.join(map(repr, sorted(map(str, unknown))))}, which is not a setting.",
             remedy=f"There are {', '.join(sorted(known))}.",
         )
     return dict(found)
@@ -226,8 +217,7 @@ def _object(found: Any, known: set[str], where: str) -> dict[str, Any]:
 def _parameters(found: Any, where: str) -> tuple[tuple[str, str], ...]:
     if not isinstance(found or {}, dict):
         raise UsageError(
-            f"{where}: parameters is {found!r}, not names with values.",
-            remedy="Write `Name: value` lines.",
+            f"{where}: parameters is {found!r}, not names with values.", remedy="Write `Name: value` lines."
         )
     return tuple(sorted((str(name), text_of(value)) for name, value in (found or {}).items()))
 
@@ -296,9 +286,7 @@ def values(settings: Settings, template: Template, base: str = BASE) -> dict[str
     return given
 
 
-def _check_machines(
-    settings: Settings, given: Mapping[str, str], declared: Mapping[str, Mapping[str, Any]]
-) -> None:
+def _check_machines(settings: Settings, given: Mapping[str, str], declared: Mapping[str, Mapping[str, Any]]) -> None:
     """Raise UsageError if the images or the manager have another processor than the pools' types.
     Such an instance could not launch, or not boot the release. An AMI given by its id is not
     checked."""
@@ -326,9 +314,7 @@ def _no_parameter(name: str, known: Sequence[str]) -> UsageError:
     import difflib
 
     near = difflib.get_close_matches(name, known, n=3) or sorted(known)
-    return UsageError(
-        f"The stack has no parameter {name!r}.", remedy=f"There are {', '.join(near)}."
-    )
+    return UsageError(f"The stack has no parameter {name!r}.", remedy=f"There are {', '.join(near)}.")
 
 
 def _accepted(name: str, value: str, form: Mapping[str, Any]) -> str:
@@ -364,28 +350,22 @@ def check(settings: Settings) -> None:
         word = found[1]
         other = settings.stack.rpartition(f"-{word}")[0]
         raise UsageError(
-            f"The stack cannot be called {settings.stack!r}: a stack called {other!r} could use "
-            "its queues and groups.",
+            f"The stack cannot be called {settings.stack!r}: a stack called {other!r} could use its queues and groups.",
             remedy=f"Use a name without -{word}.",
         )
     names = [pool.name for pool in settings.pools]
     for pool in settings.pools:
         if not _POOL_NAME.fullmatch(pool.name):
             raise UsageError(
-                f"A pool cannot be called {pool.name!r}.",
-                remedy="Use up to 40 small letters, digits, '-' and '_'.",
+                f"A pool cannot be called {pool.name!r}.", remedy="Use up to 40 small letters, digits, '-' and '_'."
             )
         if pool.name.endswith("-dead"):
             raise UsageError(
-                f"A pool cannot be called {pool.name!r}: another pool's dead letters could have "
-                "the same queue.",
+                f"A pool cannot be called {pool.name!r}: another pool's dead letters could have the same queue.",
                 remedy="Use a name that does not end in -dead.",
             )
         if names.count(pool.name) > 1:
-            raise UsageError(
-                f"The pool {pool.name!r} is given twice.",
-                remedy="Give each pool a name of its own.",
-            )
+            raise UsageError(f"The pool {pool.name!r} is given twice.", remedy="Give each pool a name of its own.")
         if not 0 <= pool.min_size <= pool.max_size or pool.max_size < 1 or pool.slots < 1:
             raise UsageError(
                 f"The pool {pool.name!r} cannot have {pool.min_size} to {pool.max_size} instances "
@@ -394,9 +374,7 @@ def check(settings: Settings) -> None:
             )
         for one in pool.types:
             if not _TYPE.fullmatch(one):
-                raise UsageError(
-                    f"{one!r} is not an instance type.", remedy="Write for example m7i.large."
-                )
+                raise UsageError(f"{one!r} is not an instance type.", remedy="Write for example m7i.large.")
     _check_architectures(settings)
 
 

@@ -82,18 +82,10 @@ class Stack:
     def resources(self) -> list[Resource]:
         """Return the resources of the stack. Raises BackendError."""
         told = self.account.pages(
-            "cloudformation",
-            "list_stack_resources",
-            "StackResourceSummaries",
-            StackName=self.name,
+            "cloudformation", "list_stack_resources", "StackResourceSummaries", StackName=self.name
         )
         return [
-            Resource(
-                one["LogicalResourceId"],
-                one["ResourceType"],
-                one["PhysicalResourceId"],
-                one["ResourceStatus"],
-            )
+            Resource(one["LogicalResourceId"], one["ResourceType"], one["PhysicalResourceId"], one["ResourceStatus"])
             for one in told
             # A resource without an id was never created.
             if one["ResourceStatus"] != "DELETE_COMPLETE" and one.get("PhysicalResourceId")
@@ -110,11 +102,7 @@ class Stack:
     # --- Change sets -----------------------------------------------------------------------------
 
     def propose(
-        self,
-        template: Mapping[str, str],
-        parameters: Sequence[Mapping[str, Any]],
-        *,
-        is_new: bool,
+        self, template: Mapping[str, str], parameters: Sequence[Mapping[str, Any]], *, is_new: bool
     ) -> ChangeSet:
         """Create a change set, and return it once AWS has computed it. It is empty if it changes
         nothing. `template` is TemplateBody or TemplateURL. Raises BackendError with AWS's reason if
@@ -155,14 +143,11 @@ class Stack:
         while True:
             try:
                 with asked("DescribeChangeSet", _is_missing):
-                    told = self._cloud.describe_change_set(
-                        StackName=self.name, ChangeSetName=change_set
-                    )
+                    told = self._cloud.describe_change_set(StackName=self.name, ChangeSetName=change_set)
             except Missing as error:
                 if self._clock() - begun_s > SETTLES_S:
                     raise Unreachable(
-                        "CloudFormation does not find the change set that it has created: "
-                        f"{error.message}"
+                        f"CloudFormation does not find the change set that it has created: {error.message}"
                     ) from error
             else:
                 if told["Status"] in ("CREATE_COMPLETE", "FAILED"):
@@ -171,11 +156,7 @@ class Stack:
 
     def _changes(self, change_set: str) -> Iterator[Change]:
         for one in self.account.pages(
-            "cloudformation",
-            "describe_change_set",
-            "Changes",
-            StackName=self.name,
-            ChangeSetName=change_set,
+            "cloudformation", "describe_change_set", "Changes", StackName=self.name, ChangeSetName=change_set
         ):
             yield change_of(one["ResourceChange"])
 
@@ -211,17 +192,13 @@ class Stack:
         self._executed.add(change_set.id)
         with asked("ExecuteChangeSet"):
             self._cloud.execute_change_set(
-                StackName=self.name,
-                ChangeSetName=change_set.id,
-                ClientRequestToken=_token("execute"),
+                StackName=self.name, ChangeSetName=change_set.id, ClientRequestToken=_token("execute")
             )
 
     def protect(self, *, on: bool) -> None:
         """Turn termination protection on or off."""
         with asked("UpdateTerminationProtection"):
-            self._cloud.update_termination_protection(
-                StackName=self.name, EnableTerminationProtection=on
-            )
+            self._cloud.update_termination_protection(StackName=self.name, EnableTerminationProtection=on)
 
     def delete(self, stack_id: str, retain: Sequence[str] = ()) -> None:
         """Begin to delete the stack. `retain` are logical ids to keep, for a stack whose deletion
@@ -236,9 +213,7 @@ class Stack:
     def resume_rollback(self) -> None:
         """Continue a rollback that has failed."""
         with asked("ContinueUpdateRollback"):
-            self._cloud.continue_update_rollback(
-                StackName=self.name, ClientRequestToken=_token("rollback")
-            )
+            self._cloud.continue_update_rollback(StackName=self.name, ClientRequestToken=_token("rollback"))
 
     # --- Events ----------------------------------------------------------------------------------
 
@@ -326,8 +301,7 @@ def _lacking() -> Iterator[None]:
             raise
         raise Refused(
             error.message,
-            remedy="The emulator of AWS lacks them: try --egress endpoints, --ledger "
-            "sqlite and --budget 0 there.",
+            remedy="The emulator of AWS lacks them: try --egress endpoints, --ledger sqlite and --budget 0 there.",
         ) from error
 
 

@@ -62,12 +62,7 @@ class Cause:
     remedy: str
 
     def to_json(self) -> dict[str, str]:
-        return {
-            "resource": self.resource,
-            "type": self.type,
-            "reason": self.reason,
-            "remedy": self.remedy,
-        }
+        return {"resource": self.resource, "type": self.type, "reason": self.reason, "remedy": self.remedy}
 
 
 _KINDS = [
@@ -113,10 +108,7 @@ _KINDS = [
         r"bucket you tried to delete is not empty|BucketNotEmpty",
         "The bucket has objects: `batchlab deploy destroy --delete-data` empties it first.",
     ),
-    (
-        r"Throttling|Rate exceeded",
-        "AWS has refused too many requests at once, which passes: apply again.",
-    ),
+    (r"Throttling|Rate exceeded", "AWS has refused too many requests at once, which passes: apply again."),
     (
         r"has a dependent object|DependencyViolation|currently in use|is in use",
         "Something outside of the stack uses it: remove that first, then do the same again.",
@@ -268,11 +260,7 @@ def change_of(told: Mapping[str, Any]) -> Change:
         told["LogicalResourceId"],
         told["ResourceType"],
         told.get("Replacement", ""),
-        tuple(
-            f"{what} ({', '.join(sorted(causes))})" if causes else what
-            for what, causes in why.items()
-            if what
-        ),
+        tuple(f"{what} ({', '.join(sorted(causes))})" if causes else what for what, causes in why.items() if what),
         told.get("PhysicalResourceId", ""),
     )
 

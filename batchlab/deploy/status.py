@@ -217,17 +217,14 @@ def _groups(account: Account, names: list[str]) -> Iterator[Group]:
         return
     scaling = account.client("autoscaling")
     for told in account.pages(
-        "autoscaling",
-        "describe_auto_scaling_groups",
-        "AutoScalingGroups",
-        AutoScalingGroupNames=names,
+        "autoscaling", "describe_auto_scaling_groups", "AutoScalingGroups", AutoScalingGroupNames=names
     ):
         name, instances = told["AutoScalingGroupName"], told.get("Instances") or ()
         serving = [one for one in instances if one["LifecycleState"] == "InService"]
         with asked(f"Auto Scaling group {name!r}"):
-            refreshes = scaling.describe_instance_refreshes(
-                AutoScalingGroupName=name, MaxRecords=1
-            ).get("InstanceRefreshes")
+            refreshes = scaling.describe_instance_refreshes(AutoScalingGroupName=name, MaxRecords=1).get(
+                "InstanceRefreshes"
+            )
         yield Group(
             name,
             told["MinSize"],
@@ -241,11 +238,7 @@ def _groups(account: Account, names: list[str]) -> Iterator[Group]:
 
 def _queues(account: Account, found: AwsDeployment) -> Iterator[Queue]:
     pools = [pool.name for pool in found.pools]
-    ours = [
-        object_keys.EVENTS,
-        *map(object_keys.tasks_queue, pools),
-        *map(object_keys.dead_letters, pools),
-    ]
+    ours = [object_keys.EVENTS, *map(object_keys.tasks_queue, pools), *map(object_keys.dead_letters, pools)]
     names = {f"{found.prefix}{one}" for one in ours}
     sqs = account.client("sqs")
     counts = (
@@ -266,9 +259,7 @@ def _queues(account: Account, found: AwsDeployment) -> Iterator[Queue]:
 def _alarms(account: Account, found: AwsDeployment) -> Iterator[Alarm]:
     groups = [found.manager_group, *(f"{found.groups_prefix}{pool.name}" for pool in found.pools)]
     names = {f"{group}-{what}" for group in groups for what in ALARMS}
-    for told in account.pages(
-        "cloudwatch", "describe_alarms", "MetricAlarms", AlarmNamePrefix=found.prefix
-    ):
+    for told in account.pages("cloudwatch", "describe_alarms", "MetricAlarms", AlarmNamePrefix=found.prefix):
         if told["AlarmName"] not in names:
             continue
         yield Alarm(told["AlarmName"], told["StateValue"], told.get("StateReason", ""))

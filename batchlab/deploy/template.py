@@ -84,8 +84,7 @@ def load(path: Path) -> Template:
         return parse(path.read_text(), str(path))
     except OSError as error:
         raise UsageError(
-            f"{path} cannot be read: {error.strerror}.",
-            remedy="Name a file that is there and can be read.",
+            f"{path} cannot be read: {error.strerror}.", remedy="Name a file that is there and can be read."
         ) from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not YAML: {error}.", remedy="Put that line right.") from error
@@ -99,8 +98,7 @@ def parse(text: str, where: str) -> Template:
         raise UsageError(f"{where} is not YAML: {error}.", remedy="Put that line right.") from error
     if not isinstance(found, dict) or not isinstance(found.get("Resources"), dict):
         raise UsageError(
-            f"{where} is not a CloudFormation template: it lacks Resources.",
-            remedy="backends/aws/stack.yaml is one.",
+            f"{where} is not a CloudFormation template: it lacks Resources.", remedy="backends/aws/stack.yaml is one."
         )
     return found
 
@@ -116,8 +114,7 @@ def body(template: Template) -> str:
     text = json.dumps(template, separators=(",", ":"), ensure_ascii=False)
     if (size := len(text.encode())) > STORED_BYTES:
         raise UsageError(
-            f"The stack's template would have {size:,} bytes; CloudFormation takes "
-            f"{STORED_BYTES:,}.",
+            f"The stack's template would have {size:,} bytes; CloudFormation takes {STORED_BYTES:,}.",
             remedy="Have fewer pools in one stack.",
         )
     return text
@@ -214,7 +211,7 @@ PREFIX = "Pool"
 _Rename = Callable[[str], str]
 
 _INTERFACE = "AWS::CloudFormation::Interface"
-_POOL_TEMPLATES_NAMED = re.compile(r"\$\{(?!!)\s*([A-Za-z0-9:]+)([^}]*)\}")
+_NAMED_TEMPLATES = re.compile(r"\$\{(?!!)\s*([A-Za-z0-9:]+)([^}]*)\}")
 
 
 def word(pool: str) -> str:
@@ -252,9 +249,7 @@ class _Expansion:
         self._template = template
         self._pools = pools
         self._base = base
-        self._resources = {
-            name for name, one in template["Resources"].items() if _is_per_pool(name, one)
-        }
+        self._resources = {name for name, one in template["Resources"].items() if _is_per_pool(name, one)}
         self._per_pool = self._resources | {
             name
             for section in ("Parameters", "Conditions", "Rules")
@@ -291,8 +286,7 @@ class _Expansion:
             for key, value in found:
                 if key in made or (key != name and key in held):
                     raise UsageError(
-                        f"The pools {', '.join(self._pools)} cannot be in one stack: two things "
-                        f"would be called {key}.",
+                        f"The pools {', '.join(self._pools)} cannot be in one stack: two things would be called {key}.",
                         remedy="Give a pool another name.",
                     )
                 made[key] = value
@@ -405,7 +399,7 @@ def _mentions(key: str, value: Any, rename: _Rename) -> Any:
             name = found[1] if found[1] in own else rename(found[1])
             return f"${{{name}{found[2]}}}"
 
-        text = _POOL_TEMPLATES_NAMED.sub(put, text)
+        text = _NAMED_TEMPLATES.sub(put, text)
         return text if isinstance(value, str) else [text, own]
     return value
 

@@ -55,17 +55,14 @@ class RefreshRequests(Requests):
         group, asg = self._changeable(name)
         if asg.rolling is not None:
             raise InstanceRefreshInProgress(
-                "An Instance Refresh is already in progress and blocks the execution of this"
-                " Instance Refresh."
+                "An Instance Refresh is already in progress and blocks the execution of this Instance Refresh."
             )
         if strategy != "Rolling":
             raise ValidationError(f"The strategy {strategy} is not supported; Rolling is.")
         _check(preferences, desired_configuration)
         if desired_configuration is not None:
             wanted = placement.apply(
-                asg.config,
-                desired_configuration.launch_template,
-                desired_configuration.mixed_instances_policy,
+                asg.config, desired_configuration.launch_template, desired_configuration.mixed_instances_policy
             )
             placement.check(wanted, self._facts)
         started = InstanceRefresh(
@@ -104,24 +101,16 @@ class RefreshRequests(Requests):
             )
         own = _template(asg.config)
         if own is not None and own.version in _STEPLESS:
-            raise IrreversibleInstanceRefresh(
-                f"The group's own launch template version is {own.version}, which moves."
-            )
+            raise IrreversibleInstanceRefresh(f"The group's own launch template version is {own.version}, which moves.")
         instance_refresh.roll_back(self._changes, group, asg.rolling)
         self._save()
         return asg.rolling.refresh.instance_refresh_id
 
-    def describe_instance_refreshes(
-        self, name: str, refresh_ids: Sequence[str] = ()
-    ) -> Sequence[InstanceRefresh]:
+    def describe_instance_refreshes(self, name: str, refresh_ids: Sequence[str] = ()) -> Sequence[InstanceRefresh]:
         """Return refreshes, newest first."""
         _, asg = self._named(name)
         running = [asg.rolling.refresh] if asg.rolling else []
-        return [
-            one
-            for one in running + asg.refreshes
-            if not refresh_ids or one.instance_refresh_id in refresh_ids
-        ]
+        return [one for one in running + asg.refreshes if not refresh_ids or one.instance_refresh_id in refresh_ids]
 
 
 def _template(config: GroupConfig) -> LaunchTemplate | None:
@@ -163,9 +152,7 @@ class WarmPoolRequests(Requests):
         """Create or change the warm pool. Instances in the pool keep their state."""
         _, asg = self._changeable(name)
         if asg.rolling is not None:
-            raise InstanceRefreshInProgress(
-                "The warm pool cannot be changed while an instance refresh is in progress."
-            )
+            raise InstanceRefreshInProgress("The warm pool cannot be changed while an instance refresh is in progress.")
         request_base.one_of("PoolState", warm_pool.pool_state, tuple(warm.RESTED))
         prepared = warm_pool.max_group_prepared_capacity
         # AWS's -1 turns the setting off.
@@ -174,8 +161,7 @@ class WarmPoolRequests(Requests):
             raise ValidationError("MinSize must not be negative.")
         if prepared is not None and prepared < max(warm_pool.min_size, asg.config.min_size):
             raise ValidationError(
-                "MaxGroupPreparedCapacity must not be less than the MinSize of the warm pool or"
-                " that of the group."
+                "MaxGroupPreparedCapacity must not be less than the MinSize of the warm pool or that of the group."
             )
         if warm_pool.pool_state != "Running" and not isinstance(self._launcher, Resting):
             raise ValidationError(
@@ -207,12 +193,6 @@ class WarmPoolRequests(Requests):
 
 
 class AutoScaling(
-    GroupRequests,
-    InstanceRequests,
-    HookRequests,
-    PolicyRequests,
-    ScheduleRequests,
-    RefreshRequests,
-    WarmPoolRequests,
+    GroupRequests, InstanceRequests, HookRequests, PolicyRequests, ScheduleRequests, RefreshRequests, WarmPoolRequests
 ):
     """All requests, with AWS's names in snake case."""

@@ -23,16 +23,7 @@ from batchlab.core.model import Instance, LifecycleState, Pool
 from batchlab.core.ports import KEEP_TERMINATED_S, Clock, Ids
 from batchlab.fleet import lifecycle_hooks, warm_pool
 from batchlab.fleet.api_types import LAUNCHING, TERMINATING, LifecycleNotification, Process
-from batchlab.fleet.group_state import (
-    ON_STANDBY,
-    STARTING,
-    WARMING,
-    ActivityLog,
-    Asg,
-    Group,
-    Member,
-    weigh,
-)
+from batchlab.fleet.group_state import ON_STANDBY, STARTING, WARMING, ActivityLog, Asg, Group, Member, weigh
 from batchlab.fleet.placement import Placement
 from batchlab.fleet.termination import CRASH_LOOP, victims, wait_s
 
@@ -84,9 +75,7 @@ class Record:
         self.unsaved = True
         return self.log.add(pool, self.now_s(), description, cause, status)
 
-    def settle(
-        self, group: Group, activity: int, status: str, *, more: str = "", message: str = ""
-    ) -> None:
+    def settle(self, group: Group, activity: int, status: str, *, more: str = "", message: str = "") -> None:
         """Give an activity its final status."""
         self.unsaved = True
         name, now_s = group.pool.name, self.now_s()
@@ -184,9 +173,7 @@ class Changes(Record):
             f"an instance was started in response to {growing}",
             "InProgress",
         )
-        instance = Instance(
-            name, group.pool.name, LifecycleState.PENDING, self._clock.now_s(), note=note
-        )
+        instance = Instance(name, group.pool.name, LifecycleState.PENDING, self._clock.now_s(), note=note)
         member = group.members[name] = Member(instance, launch, since_s=now_s)
         return member
 
@@ -202,10 +189,7 @@ class Changes(Record):
         elif asg.replacing:
             reason = asg.replacing.pop(0)
         launch = self.note(
-            group.pool.name,
-            f"Launching a new EC2 instance: {name}",
-            self.told(asg, reason),
-            "PreInService",
+            group.pool.name, f"Launching a new EC2 instance: {name}", self.told(asg, reason), "PreInService"
         )
         instance = Instance(
             name,
@@ -263,23 +247,13 @@ class Changes(Record):
         member.move(state, note=member.instance.note)
         self.unsaved = True
 
-    def fail(
-        self,
-        group: Group,
-        member: Member,
-        how: str,
-        *,
-        note: str,
-        why: str = "",
-        dead: bool = False,
-    ) -> None:
+    def fail(self, group: Group, member: Member, how: str, *, note: str, why: str = "", dead: bool = False) -> None:
         """Take an unhealthy instance out of service. Hooks do not run for a dead instance."""
         self._stumble(group, member, how, dead=dead)
         member.instance = replace(member.instance, healthy=False)
         if group.asg is not None and member.staying:
             group.asg.replacing.append(
-                "an instance was launched in response to an unhealthy instance needing to be"
-                " replaced"
+                "an instance was launched in response to an unhealthy instance needing to be replaced"
             )
         self.retire(group, member, why=why or f"a health check: {how}", note=note, hooked=not dead)
 
@@ -295,9 +269,7 @@ class Changes(Record):
         why = "a lifecycle action that was abandoned"
         self.retire(group, member, why=why, note=f"terminated: {how}")
 
-    def retire(
-        self, group: Group, member: Member, *, why: str, note: str, hooked: bool = True
-    ) -> None:
+    def retire(self, group: Group, member: Member, *, why: str, note: str, hooked: bool = True) -> None:
         """Start the termination of an instance, protected or not.
 
         Protection applies only to scale-in. Termination hooks run only for instances that have been
@@ -377,8 +349,7 @@ class Changes(Record):
         old = [
             name
             for name, member in group.members.items()
-            if member.state is LifecycleState.TERMINATED
-            and now_s - member.since_s > KEEP_TERMINATED_S
+            if member.state is LifecycleState.TERMINATED and now_s - member.since_s > KEEP_TERMINATED_S
         ]
         for name in old:
             del group.members[name]

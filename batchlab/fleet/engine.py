@@ -22,14 +22,7 @@ from dataclasses import dataclass
 from batchlab.core.errors import BackendError
 from batchlab.core.model import Instance, LifecycleState
 from batchlab.core.ports import Clock, Ids, Launcher
-from batchlab.fleet import (
-    health,
-    instance_refresh,
-    lifecycle_hooks,
-    placement,
-    scaling_policies,
-    warm_pool,
-)
+from batchlab.fleet import health, instance_refresh, lifecycle_hooks, placement, scaling_policies, warm_pool
 from batchlab.fleet import warm_pool as warm
 from batchlab.fleet.api_types import Fault, Metrics, Process, Resting
 from batchlab.fleet.changes import Changes
@@ -50,9 +43,7 @@ class Fresh:
     """The instance is stopped in the warm pool and must be started."""
 
 
-def admit(
-    changes: Changes, group: Group, missing: int, now_s: float, sources: Sources | None
-) -> list[Fresh]:
+def admit(changes: Changes, group: Group, missing: int, now_s: float, sources: Sources | None) -> list[Fresh]:
     """Add members for `missing` units of capacity and for the warm pool."""
     if group.asg is None or sources is None:
         size = len(group.counted())
@@ -99,9 +90,7 @@ def _no_template(changes: Changes, group: Group, fault: Fault) -> None:
     # Recorded once for every wait of the crash loop, like any failed launch.
     changes.stumble(group, reason)
     what = f"Launching a new EC2 instance.  Status Reason: {reason}"
-    changes.note(
-        group.pool.name, what, changes.told(group.asg, "an instance was started"), "Failed"
-    )
+    changes.note(group.pool.name, what, changes.told(group.asg, "an instance was started"), "Failed")
 
 
 def failed(changes: Changes, fresh: Fresh, error: str) -> None:
@@ -114,13 +103,7 @@ def failed(changes: Changes, fresh: Fresh, error: str) -> None:
         changes.fail_launch(group, member, f"its launch failed: {error}")
 
 
-def attend(
-    changes: Changes,
-    group: Group,
-    sources: Sources,
-    metrics: Metrics | None,
-    alarm_period_s: float,
-) -> None:
+def attend(changes: Changes, group: Group, sources: Sources, metrics: Metrics | None, alarm_period_s: float) -> None:
     """Run all processes of an Auto Scaling group once, in a fixed order."""
     asg = group.asg
     assert asg is not None
@@ -150,8 +133,7 @@ def _rest(changes: Changes, group: Group) -> None:
         asg.cause, asg.replacing = "", []
         changes.unsaved = True
     if group.failures and any(
-        lifecycle_hooks.settled(member, now_s)
-        and (member.bond.in_service_s or 0.0) >= group.stumbled_s
+        lifecycle_hooks.settled(member, now_s) and (member.bond.in_service_s or 0.0) >= group.stumbled_s
         for member in members
     ):
         group.calm()
@@ -241,9 +223,7 @@ class Engine:
         The state may be older than the instances, or a launch started an instance although it was
         reported as failed.
         """
-        ours = {
-            m.instance.id for _, m in self._members() if m.state is not LifecycleState.TERMINATED
-        }
+        ours = {m.instance.id for _, m in self._members() if m.state is not LifecycleState.TERMINATED}
         strangers = [name for name, ended in known.items() if ended is None and name not in ours]
         return [name for name in strangers if name not in self._disowned]
 
@@ -266,9 +246,7 @@ class Engine:
         forced = [
             member
             for _, member in self._members()
-            if member.bond.force
-            and not member.killed
-            and member.state is not LifecycleState.TERMINATED
+            if member.bond.force and not member.killed and member.state is not LifecycleState.TERMINATED
         ]
         ending = [
             member

@@ -46,9 +46,7 @@ class ManagedFleet(Engine):
         self._changes.want(group, desired, cause)
         self._save()
 
-    async def terminate(
-        self, pool: str, instances: Sequence[str], *, decrement: bool, cause: str
-    ) -> None:
+    async def terminate(self, pool: str, instances: Sequence[str], *, decrement: bool, cause: str) -> None:
         """See the port. Protected instances are terminated too.
 
         Raise Refused and change nothing if an instance is unknown, or if `decrement` would lower
@@ -107,9 +105,7 @@ class ManagedFleet(Engine):
 
     def _group(self, pool: str) -> Group:
         if pool not in self._groups:
-            raise Refused(
-                f"there is no pool {pool!r}", remedy="`batchlab grid status` lists the pools."
-            )
+            raise Refused(f"there is no pool {pool!r}", remedy="`batchlab grid status` lists the pools.")
         return self._groups[pool]
 
     def _member(self, group: Group, instance: str) -> Member:

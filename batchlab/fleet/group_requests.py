@@ -49,8 +49,7 @@ class GroupRequests(Requests):
         name = config.auto_scaling_group_name
         if name in self._groups:
             raise AlreadyExists(
-                "AutoScalingGroup by this name already exists - A group with the name"
-                f" {name} already exists"
+                f"AutoScalingGroup by this name already exists - A group with the name {name} already exists"
             )
         config = self._checked(config)
         desired = config.min_size if desired_capacity is None else desired_capacity
@@ -150,9 +149,7 @@ class GroupRequests(Requests):
             warm_pool_size=len(warm) if asg.warm_pool else None,
         )
 
-    def describe_auto_scaling_instances(
-        self, instance_ids: Sequence[str] = ()
-    ) -> Sequence[InstanceDetails]:
+    def describe_auto_scaling_instances(self, instance_ids: Sequence[str] = ()) -> Sequence[InstanceDetails]:
         """Return all instances, including warm ones, or the existing ones with these ids."""
         return [
             instance_details(group, member)
@@ -162,9 +159,7 @@ class GroupRequests(Requests):
             and (not instance_ids or member.instance.id in instance_ids)
         ]
 
-    def set_desired_capacity(
-        self, name: str, desired_capacity: int, *, honor_cooldown: bool = False
-    ) -> None:
+    def set_desired_capacity(self, name: str, desired_capacity: int, *, honor_cooldown: bool = False) -> None:
         """Set desired capacity. Raise ScalingActivityInProgress if a cooldown applies."""
         group, asg = self._changeable(name)
         limits = (("above max", asg.config.max_size), ("below min", asg.config.min_size))
@@ -196,11 +191,7 @@ class GroupRequests(Requests):
         self._save()
 
     def describe_scaling_activities(
-        self,
-        name: str | None = None,
-        *,
-        activity_ids: Sequence[str] = (),
-        include_deleted_groups: bool = False,
+        self, name: str | None = None, *, activity_ids: Sequence[str] = (), include_deleted_groups: bool = False
     ) -> Sequence[ActivityDetails]:
         """Return the last 200 activities of each group, newest first."""
         if name is not None and not include_deleted_groups:

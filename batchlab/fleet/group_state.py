@@ -108,18 +108,10 @@ MOVES: dict[LifecycleState, frozenset[LifecycleState]] = {
     S.ENTERING_STANDBY: frozenset({S.STANDBY, S.TERMINATING}),
     S.STANDBY: frozenset({S.PENDING, S.TERMINATING}),
     S.WARMED_PENDING: frozenset(
-        {
-            S.WARMED_PENDING_WAIT,
-            S.WARMED_RUNNING,
-            S.WARMED_STOPPED,
-            S.WARMED_HIBERNATED,
-            S.TERMINATING,
-        }
+        {S.WARMED_PENDING_WAIT, S.WARMED_RUNNING, S.WARMED_STOPPED, S.WARMED_HIBERNATED, S.TERMINATING}
     ),
     S.WARMED_PENDING_WAIT: frozenset({S.WARMED_PENDING_PROCEED, S.TERMINATING}),
-    S.WARMED_PENDING_PROCEED: frozenset(
-        {S.WARMED_RUNNING, S.WARMED_STOPPED, S.WARMED_HIBERNATED, S.TERMINATING}
-    ),
+    S.WARMED_PENDING_PROCEED: frozenset({S.WARMED_RUNNING, S.WARMED_STOPPED, S.WARMED_HIBERNATED, S.TERMINATING}),
     S.WARMED_RUNNING: frozenset({S.PENDING, S.TERMINATING}),
     S.WARMED_STOPPED: frozenset({S.PENDING, S.TERMINATING}),
     S.WARMED_HIBERNATED: frozenset({S.PENDING, S.TERMINATING}),
@@ -282,9 +274,7 @@ class Group:
         return self.asg is not None and process in self.asg.suspended
 
     def view(self) -> GroupView:
-        return GroupView(
-            self.pool, self.desired, tuple(member.instance for member in self.members.values())
-        )
+        return GroupView(self.pool, self.desired, tuple(member.instance for member in self.members.values()))
 
     def calm(self) -> None:
         """End a crash loop, because an instance became ready or the pool was changed."""
@@ -315,9 +305,7 @@ class ActivityLog:
             del kept[next(iter(kept))]
         return number
 
-    def settle(
-        self, pool: str, number: int, status: str, at_s: float, *, more: str = "", message: str = ""
-    ) -> None:
+    def settle(self, pool: str, number: int, status: str, at_s: float, *, more: str = "", message: str = "") -> None:
         """Give an activity in progress its final status, and append `more` to its cause.
 
         Ignore an activity that has ended or is no longer stored.

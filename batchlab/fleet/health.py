@@ -125,9 +125,7 @@ def _release(changes: Changes, group: Group, asg: Asg) -> None:
     """Terminate replaced instances. During a refresh, replacements must also have warmed up."""
     in_service = [m for m in group.counted() if m.state is LifecycleState.IN_SERVICE]
     rolling, now_s = asg.rolling, changes.steady.now_s()
-    able = [
-        m for m in in_service if rolling is None or instance_refresh.is_ready(m, rolling, now_s)
-    ]
+    able = [m for m in in_service if rolling is None or instance_refresh.is_ready(m, rolling, now_s)]
     surplus = weigh(able) - group.desired
     for member in in_service:
         if member.bond.leaving and member.bond.weight <= surplus:
@@ -166,13 +164,7 @@ def _balance(changes: Changes, group: Group, asg: Asg, zones: tuple[str, ...]) -
     busy = any(member.state in STARTING or member.state in ENDING for member in members)
     staying, now_s = group.staying(), changes.steady.now_s()
     usable = set(zones) - placement.barren_zones(asg, now_s)
-    if (
-        not usable
-        or busy
-        or group.failures >= CRASH_LOOP
-        or weigh(staying) != group.desired
-        or _room(group) < 1
-    ):
+    if not usable or busy or group.failures >= CRASH_LOOP or weigh(staying) != group.desired or _room(group) < 1:
         return
     sizes = Counter(member.instance.machine.zone for member in staying)
     least = min(sizes[zone] for zone in usable)

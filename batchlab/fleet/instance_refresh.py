@@ -96,10 +96,7 @@ def is_ready(member: Member, rolling: Rolling, now_s: float) -> bool:
 def _measure(changes: Changes, group: Group, rolling: Rolling, now_s: float) -> None:
     left = min(rolling.total, len(rolling.old) + _unready(group, rolling, now_s))
     complete = 100 if not rolling.total else 100 * (rolling.total - left) // rolling.total
-    if (complete, left) != (
-        rolling.refresh.percentage_complete,
-        rolling.refresh.instances_to_update,
-    ):
+    if (complete, left) != (rolling.refresh.percentage_complete, rolling.refresh.instances_to_update):
         rolling.moved_s = now_s
         _set(changes, rolling, percentage_complete=complete, instances_to_update=left)
 
@@ -138,9 +135,7 @@ def _succeed(changes: Changes, group: Group, asg: Asg, rolling: Rolling) -> None
 def finish(changes: Changes, asg: Asg, status: str, reason: str) -> None:
     """End the refresh with a status."""
     assert asg.rolling is not None
-    ended = replace(
-        asg.rolling.refresh, status=status, status_reason=reason, end_time=changes.now_s()
-    )
+    ended = replace(asg.rolling.refresh, status=status, status_reason=reason, end_time=changes.now_s())
     asg.refreshes.insert(0, ended)
     asg.rolling = None
     changes.unsaved = True
@@ -232,9 +227,7 @@ def _until_checkpoint(rolling: Rolling) -> int:
     return max(0, target - (rolling.total - len(rolling.old)))
 
 
-def begin(
-    changes: Changes, group: Group, asg: Asg, refresh: InstanceRefresh, sources: Sources
-) -> None:
+def begin(changes: Changes, group: Group, asg: Asg, refresh: InstanceRefresh, sources: Sources) -> None:
     """Start a validated refresh."""
     members = group.members.values()
     here = [m for m in members if m.counted or m.state in ON_STANDBY]

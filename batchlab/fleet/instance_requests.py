@@ -95,9 +95,7 @@ class InstanceRequests(Requests):
             return grace_s > 0
         return self._changes.steady.now_s() - since_s < grace_s
 
-    def set_instance_protection(
-        self, name: str, instance_ids: Sequence[str], *, protected_from_scale_in: bool
-    ) -> None:
+    def set_instance_protection(self, name: str, instance_ids: Sequence[str], *, protected_from_scale_in: bool) -> None:
         """Set the scale-in protection of all these instances, which must be in service or on
         standby."""
         group, _ = self._changeable(name)
@@ -105,8 +103,7 @@ class InstanceRequests(Requests):
         for member in members:
             if member.state is not LifecycleState.IN_SERVICE and member.state not in ON_STANDBY:
                 raise ValidationError(
-                    f"The instance {member.instance.id} is not in InService or EnteringStandby or"
-                    " Standby."
+                    f"The instance {member.instance.id} is not in InService or EnteringStandby or Standby."
                 )
         for member in members:
             self._changes.protect(member, on=protected_from_scale_in)
@@ -121,9 +118,7 @@ class InstanceRequests(Requests):
         members = self._instances(group, instance_ids)
         for member in members:
             if member.state is not LifecycleState.IN_SERVICE:
-                raise ValidationError(
-                    f"The instance {member.instance.id} is not in InService state."
-                )
+                raise ValidationError(f"The instance {member.instance.id} is not in InService state.")
         lower = should_decrement_desired_capacity
         if lower and group.desired - weigh(members) < asg.config.min_size:
             raise ValidationError(_sizes(group, "place into", len(members)))
@@ -140,9 +135,7 @@ class InstanceRequests(Requests):
             if member.state is not LifecycleState.STANDBY:
                 raise ValidationError(f"The instance {member.instance.id} is not in Standby state.")
         if group.suspended(Process.LAUNCH):
-            raise ValidationError(
-                "An instance cannot leave Standby while the Launch process is suspended."
-            )
+            raise ValidationError("An instance cannot leave Standby while the Launch process is suspended.")
         if group.desired + weigh(members) > asg.config.max_size:
             raise ValidationError(_sizes(group, "bring out of", len(members)))
         moved = [health.leave(self._changes, group, member) for member in members]
@@ -153,8 +146,7 @@ class InstanceRequests(Requests):
         """Raise ValidationError, because this endpoint has no instances outside of groups."""
         self._changeable(name)
         raise ValidationError(
-            f"Invalid Instance ID(s): {list(instance_ids)}. This endpoint has no instances but"
-            " those its groups launch."
+            f"Invalid Instance ID(s): {list(instance_ids)}. This endpoint has no instances but those its groups launch."
         )
 
     def detach_instances(
@@ -197,9 +189,7 @@ class InstanceRequests(Requests):
     def _spot(self, instance_id: str) -> tuple[Group, Asg, Member]:
         group, asg, member = self._instance(instance_id)
         if member.instance.machine.market is not Market.SPOT:
-            raise ValidationError(
-                f"The instance {instance_id} is not a Spot Instance; only those are interrupted."
-            )
+            raise ValidationError(f"The instance {instance_id} is not a Spot Instance; only those are interrupted.")
         return group, asg, member
 
     def metadata(self, instance_id: str) -> Metadata:
@@ -261,21 +251,16 @@ class HookRequests(Requests):
         hook = asg.hooks.pop(lifecycle_hook_name, None)
         if hook is None:
             raise ValidationError(
-                f"No Lifecycle Hook found with name: {lifecycle_hook_name} and AutoScalingGroup:"
-                f" {name}"
+                f"No Lifecycle Hook found with name: {lifecycle_hook_name} and AutoScalingGroup: {name}"
             )
         self._changes.unsaved = True
         lifecycle_hooks.drop(self._changes, group, hook)
         self._save()
 
-    def describe_lifecycle_hooks(
-        self, name: str, hook_names: Sequence[str] = ()
-    ) -> Sequence[LifecycleHook]:
+    def describe_lifecycle_hooks(self, name: str, hook_names: Sequence[str] = ()) -> Sequence[LifecycleHook]:
         """Return the group's hooks, sorted by name. Ignore names that do not exist."""
         _, asg = self._named(name)
-        return [
-            asg.hooks[hook] for hook in sorted(asg.hooks) if not hook_names or hook in hook_names
-        ]
+        return [asg.hooks[hook] for hook in sorted(asg.hooks) if not hook_names or hook in hook_names]
 
     def complete_lifecycle_action(
         self,
@@ -288,9 +273,7 @@ class HookRequests(Requests):
     ) -> None:
         """Complete an action, given by its instance or its token."""
         request_base.result("LifecycleActionResult", lifecycle_action_result)
-        group, member, wait = self._action(
-            name, lifecycle_hook_name, instance_id, lifecycle_action_token
-        )
+        group, member, wait = self._action(name, lifecycle_hook_name, instance_id, lifecycle_action_token)
         how = f"Lifecycle Action Completed with {lifecycle_action_result} Result"
         if lifecycle_action_result == CONTINUE and wait.hook.lifecycle_transition == LAUNCHING:
             member.bond.vouched = True
@@ -306,20 +289,14 @@ class HookRequests(Requests):
         lifecycle_action_token: str | None = None,
     ) -> None:
         """Restart the heartbeat timeout of an action, within the global timeout."""
-        _, member, wait = self._action(
-            name, lifecycle_hook_name, instance_id, lifecycle_action_token
-        )
+        _, member, wait = self._action(name, lifecycle_hook_name, instance_id, lifecycle_action_token)
         lifecycle_hooks.heartbeat(self._changes, member, wait)
         self._save()
 
-    def _action(
-        self, name: str, hook: str, instance_id: str | None, token: str | None
-    ) -> tuple[Group, Member, Wait]:
+    def _action(self, name: str, hook: str, instance_id: str | None, token: str | None) -> tuple[Group, Member, Wait]:
         group, _ = self._named(name)
         if not instance_id and not token:
-            raise ValidationError(
-                "Valid requests must contain either InstanceId or LifecycleActionToken parameter."
-            )
+            raise ValidationError("Valid requests must contain either InstanceId or LifecycleActionToken parameter.")
         found = lifecycle_hooks.find(group, hook, instance=instance_id, token=token)
         if found is None:
             by = f"token {token}" if token else f"instance ID {instance_id}"

@@ -10,13 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from batchlab.core.model import LifecycleState
-from batchlab.fleet.api_types import (
-    ABANDON,
-    CONTINUE,
-    LAUNCHING,
-    LifecycleHook,
-    LifecycleNotification,
-)
+from batchlab.fleet.api_types import ABANDON, CONTINUE, LAUNCHING, LifecycleHook, LifecycleNotification
 from batchlab.fleet.group_state import Group, Member, Wait
 
 if TYPE_CHECKING:
@@ -56,9 +50,7 @@ def begin(changes: Changes, group: Group, member: Member, transition: str) -> bo
         member.bond.waits.append(wait)
         origin, destination = _ends(member, transition)
         changes.notices.append(
-            LifecycleNotification(
-                hook, member.instance.id, token, changes.now_s(), origin, destination
-            )
+            LifecycleNotification(hook, member.instance.id, token, changes.now_s(), origin, destination)
         )
     return bool(member.bond.waits)
 
@@ -93,9 +85,7 @@ def heartbeat(changes: Changes, member: Member, wait: Wait) -> None:
     changes.unsaved = True
 
 
-def complete(
-    changes: Changes, group: Group, member: Member, wait: Wait, result: str, how: str
-) -> None:
+def complete(changes: Changes, group: Group, member: Member, wait: Wait, result: str, how: str) -> None:
     """Close an action. The instance proceeds after the last one or after ABANDON."""
     waits = member.bond.waits
     waits.remove(wait)

@@ -103,9 +103,7 @@ def preferred(
     return _fewest(overrides, members)
 
 
-def _cheapest(
-    overrides: Sequence[Override], zone: str, market: Market, prices: Prices | None
-) -> list[Override]:
+def _cheapest(overrides: Sequence[Override], zone: str, market: Market, prices: Prices | None) -> list[Override]:
     """Sort by price per unit. Overrides without a price come last, in their order."""
 
     def cost(override: Override) -> float:
@@ -151,18 +149,9 @@ def configuration(asg: Asg) -> GroupConfig:
     return apply(asg.config, wanted.launch_template, wanted.mixed_instances_policy)
 
 
-def apply(
-    config: GroupConfig,
-    template: LaunchTemplate | None,
-    mixed: MixedInstancesPolicy | None,
-) -> GroupConfig:
+def apply(config: GroupConfig, template: LaunchTemplate | None, mixed: MixedInstancesPolicy | None) -> GroupConfig:
     """Return the configuration with its template or policy replaced."""
-    return replace(
-        config,
-        launch_template=template,
-        mixed_instances_policy=mixed,
-        launch_configuration_name="",
-    )
+    return replace(config, launch_template=template, mixed_instances_policy=mixed, launch_configuration_name="")
 
 
 def template_of(config: GroupConfig, templates: Templates) -> Template:
@@ -193,8 +182,7 @@ def choose(group: Group, asg: Asg, sources: Sources, now_s: float, *, warm: bool
     else:
         options = _mixed(group, mixed, template, zones, sources.prices)
     override, zone, market = next(
-        (o for o in options if not is_barren(asg, Machine(o[0].instance_type, *o[1:]), now_s)),
-        options[0],
+        (o for o in options if not is_barren(asg, Machine(o[0].instance_type, *o[1:]), now_s)), options[0]
     )
     special = override.launch_template_specification
     if special is not None:
@@ -229,11 +217,7 @@ def _emptiest(group: Group, zones: Sequence[str], market: Market | None = None) 
 
 
 def _mixed(
-    group: Group,
-    mixed: MixedInstancesPolicy,
-    template: Template,
-    zones: Sequence[str],
-    prices: Prices | None,
+    group: Group, mixed: MixedInstancesPolicy, template: Template, zones: Sequence[str], prices: Prices | None
 ) -> list[tuple[Override, str, Market]]:
     """Return every capacity pool of the next market, sorted by zone and then by type."""
     members, shares = group.staying(), mixed.instances_distribution

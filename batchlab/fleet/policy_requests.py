@@ -12,13 +12,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from batchlab.core import due_times
 from batchlab.fleet import request_base, scaling_policies
-from batchlab.fleet.api_types import (
-    AlreadyExists,
-    LimitExceeded,
-    ScalingPolicy,
-    ScheduledAction,
-    ValidationError,
-)
+from batchlab.fleet.api_types import AlreadyExists, LimitExceeded, ScalingPolicy, ScheduledAction, ValidationError
 from batchlab.fleet.group_state import Alarm, Asg, Group
 from batchlab.fleet.request_base import Requests
 
@@ -57,11 +51,7 @@ class PolicyRequests(Requests):
         self._save()
 
     def describe_policies(
-        self,
-        name: str | None = None,
-        *,
-        policy_names: Sequence[str] = (),
-        policy_types: Sequence[str] = (),
+        self, name: str | None = None, *, policy_names: Sequence[str] = (), policy_types: Sequence[str] = ()
     ) -> Sequence[ScalingPolicy]:
         """Return policies sorted by group and name. `policy_names` may be ARNs."""
         groups = [self._named(name)[0]] if name else [g for _, g in sorted(self._groups.items())]
@@ -98,17 +88,9 @@ class PolicyRequests(Requests):
             if honor_cooldown:
                 self._honour_cooldown(group, asg)
             assert policy.scaling_adjustment is not None
-            self._set(
-                group,
-                policy,
-                policy.scaling_adjustment,
-                group.desired,
-                cooldown=policy.cooldown,
-            )
+            self._set(group, policy, policy.scaling_adjustment, group.desired, cooldown=policy.cooldown)
         elif metric_value is None or breach_threshold is None:
-            raise ValidationError(
-                "MetricValue and BreachThreshold are needed for a policy of type StepScaling."
-            )
+            raise ValidationError("MetricValue and BreachThreshold are needed for a policy of type StepScaling.")
         else:
             self._step(group, asg, policy, metric_value - breach_threshold)
         self._save()
@@ -126,21 +108,13 @@ class PolicyRequests(Requests):
         warm_after_s = scaling_policies.warmup_s(asg.config, policy)
         base = scaling_policies.warm_capacity(group, warm_after_s, now_s)
         warming = scaling_policies.is_warming(group, warm_after_s, now_s)
-        wanted = scaling_policies.adjusted(
-            group, policy, step.scaling_adjustment, base if warming else group.desired
-        )
+        wanted = scaling_policies.adjusted(group, policy, step.scaling_adjustment, base if warming else group.desired)
         shrinks = step.scaling_adjustment < 0 or wanted < group.desired
         if not (warming and shrinks):
             self._set(group, policy, step.scaling_adjustment, base if warming else group.desired)
 
     def _set(
-        self,
-        group: Group,
-        policy: ScalingPolicy,
-        adjustment: int,
-        base: int,
-        *,
-        cooldown: int | None = None,
+        self, group: Group, policy: ScalingPolicy, adjustment: int, base: int, *, cooldown: int | None = None
     ) -> None:
         wanted = scaling_policies.adjusted(group, policy, adjustment, base)
         cause = f"a user request executed policy {policy.policy_name}"
@@ -205,9 +179,7 @@ class ScheduleRequests(Requests):
         now_s = self._changes.now_s()
         sizes = (action.min_size, action.max_size, action.desired_capacity)
         if all(size is None for size in sizes):
-            raise ValidationError(
-                "At least one of MinSize, MaxSize and DesiredCapacity must be provided."
-            )
+            raise ValidationError("At least one of MinSize, MaxSize and DesiredCapacity must be provided.")
         if any(size is not None and size < 0 for size in sizes):
             raise ValidationError("Sizes must not be negative.")
         if action.start_time is None and not action.recurrence:

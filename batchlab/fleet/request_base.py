@@ -87,17 +87,13 @@ class Requests(Engine):
     def _named(self, name: str) -> tuple[Group, Asg]:
         group = self._groups.get(name)
         if group is None or group.asg is None:
-            raise ValidationError(
-                f"AutoScalingGroup name not found - AutoScalingGroup: {name} not found"
-            )
+            raise ValidationError(f"AutoScalingGroup name not found - AutoScalingGroup: {name} not found")
         return group, group.asg
 
     def _changeable(self, name: str) -> tuple[Group, Asg]:
         group, asg = self._named(name)
         if asg.deleting:
-            raise ValidationError(
-                "The AutoScaling group may not be modified while it is pending delete"
-            )
+            raise ValidationError("The AutoScaling group may not be modified while it is pending delete")
         return group, asg
 
     def _instance(self, instance_id: str) -> tuple[Group, Asg, Member]:
@@ -106,27 +102,21 @@ class Requests(Engine):
             group, member = found
             if group.asg is not None and member.state is not LifecycleState.TERMINATED:
                 return group, group.asg, member
-        raise ValidationError(
-            f"Instance Id not found - No managed instance found for instance ID: {instance_id}"
-        )
+        raise ValidationError(f"Instance Id not found - No managed instance found for instance ID: {instance_id}")
 
     def _instances(self, group: Group, instance_ids: Sequence[str]) -> list[Member]:
         """Return these instances, each once, in the given order."""
         for one in instance_ids:
             member = group.members.get(one)
             if member is None or member.state is LifecycleState.TERMINATED:
-                raise ValidationError(
-                    f"The instance {one} is not part of Auto Scaling group {group.pool.name}."
-                )
+                raise ValidationError(f"The instance {one} is not part of Auto Scaling group {group.pool.name}.")
         return [group.members[one] for one in dict.fromkeys(instance_ids)]
 
     def _honour_cooldown(self, group: Group, asg: Asg) -> None:
         if asg.cooling or self._changes.steady.now_s() < asg.cooled_s:
             newest = self._changes.log.newest(group.pool.name, 1)
             which = activity_id(newest[0]) if newest else "of a cooldown"
-            raise ScalingActivityInProgress(
-                f"Scaling activity {which} is in progress and blocks this action"
-            )
+            raise ScalingActivityInProgress(f"Scaling activity {which} is in progress and blocks this action")
 
     def _arn(self, kind: str, group: str, rest: str) -> str:
         unique = uuid5(NAMESPACE_URL, f"{self._account}/{kind}/{group}/{rest}")
@@ -145,9 +135,7 @@ def group(config: GroupConfig, zones: Sequence[str], shortest_lifetime_s: int) -
     if low < 0 or high > MOST_INSTANCES:
         raise ValidationError(f"Sizes must be between 0 and {MOST_INSTANCES}.")
     if high < low:
-        raise ValidationError(
-            f"Max bound, {high}, must be greater than or equal to min bound, {low}"
-        )
+        raise ValidationError(f"Max bound, {high}, must be greater than or equal to min bound, {low}")
     if not config.availability_zones and not config.vpc_zone_identifier:
         raise ValidationError("At least one Availability Zone or VPC Subnet is required.")
     wrong = [zone for zone in config.availability_zones if zones and zone not in zones]
@@ -163,8 +151,7 @@ def group(config: GroupConfig, zones: Sequence[str], shortest_lifetime_s: int) -
     lifetime = config.max_instance_lifetime or None
     if lifetime is not None and not shortest_lifetime_s <= lifetime <= LONGEST_LIFETIME_S:
         raise ValidationError(
-            f"MaxInstanceLifetime must be 0 or between {shortest_lifetime_s} and"
-            f" {LONGEST_LIFETIME_S} seconds."
+            f"MaxInstanceLifetime must be 0 or between {shortest_lifetime_s} and {LONGEST_LIFETIME_S} seconds."
         )
     warmup = config.default_instance_warmup
     return replace(
@@ -181,20 +168,11 @@ def _shares(shares: InstancesDistribution) -> None:
     if not 0 <= percentage <= 100:
         raise ValidationError("OnDemandPercentageAboveBaseCapacity must be between 0 and 100.")
     _seconds("OnDemandBaseCapacity", shares.on_demand_base_capacity)
-    one_of(
-        "OnDemandAllocationStrategy",
-        shares.on_demand_allocation_strategy,
-        ("prioritized", "lowest-price"),
-    )
+    one_of("OnDemandAllocationStrategy", shares.on_demand_allocation_strategy, ("prioritized", "lowest-price"))
     one_of(
         "SpotAllocationStrategy",
         shares.spot_allocation_strategy,
-        (
-            "lowest-price",
-            "capacity-optimized",
-            "capacity-optimized-prioritized",
-            "price-capacity-optimized",
-        ),
+        ("lowest-price", "capacity-optimized", "capacity-optimized-prioritized", "price-capacity-optimized"),
     )
 
 

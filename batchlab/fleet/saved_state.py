@@ -32,11 +32,7 @@ def _bond_adapter() -> TypeAdapter[Bond]:
 
 def encode(groups: dict[str, Group], log: ActivityLog) -> bytes:
     """Encode the state as JSON."""
-    state = {
-        "format": _FORMAT,
-        "next_activity": log.following,
-        "groups": [_group(group) for group in groups.values()],
-    }
+    state = {"format": _FORMAT, "next_activity": log.following, "groups": [_group(group) for group in groups.values()]}
     activities = ",".join(log.written(_activity_text))
     return f'{_dumps(state)[:-1]},"activities":[{activities}]}}'.encode()
 
@@ -55,9 +51,7 @@ def decode(data: bytes) -> tuple[dict[str, Group], ActivityLog]:
         if state["format"] not in (1, _FORMAT):
             raise ValueError(f"format {state['format']}, not {_FORMAT}")
         groups = [_regroup(saved) for saved in state["groups"]]
-        log = ActivityLog.restore(
-            [_activity(*saved) for saved in state["activities"]], state["next_activity"]
-        )
+        log = ActivityLog.restore([_activity(*saved) for saved in state["activities"]], state["next_activity"])
     except (ValueError, KeyError, TypeError, ValidationError) as error:
         raise BackendError(
             f"The fleet's saved state cannot be read: {error}.",
@@ -100,17 +94,7 @@ def _pool(pool: Pool) -> dict[str, Any]:
 
 def _member(m: Member) -> list[Any]:
     i = m.instance
-    saved: list[Any] = [
-        i.id,
-        i.state,
-        i.launched_s,
-        i.healthy,
-        i.protected,
-        i.note,
-        m.launch,
-        m.end,
-        m.ready,
-    ]
+    saved: list[Any] = [i.id, i.state, i.launched_s, i.healthy, i.protected, i.note, m.launch, m.end, m.ready]
     if i.machine != Machine() or m.bond != _PLAIN:
         machine = [i.machine.type, i.machine.zone, i.machine.market]
         saved += [machine, _bond_adapter().dump_python(m.bond, mode="json")]

@@ -24,14 +24,7 @@ from zoneinfo import ZoneInfo
 from batchlab.core import due_times
 from batchlab.core.errors import Refused
 from batchlab.core.model import LifecycleState, Pool
-from batchlab.fleet.api_types import (
-    GroupConfig,
-    Metrics,
-    Process,
-    ScalingPolicy,
-    ScheduledAction,
-    StepAdjustment,
-)
+from batchlab.fleet.api_types import GroupConfig, Metrics, Process, ScalingPolicy, ScheduledAction, StepAdjustment
 from batchlab.fleet.changes import Changes
 from batchlab.fleet.group_state import COUNTED, Alarm, Asg, Group, Member, weigh
 from batchlab.fleet.termination import clamp
@@ -104,9 +97,7 @@ LOW_PERIODS = 15
 LOW_SHARE = 0.9
 
 
-def track(
-    changes: Changes, group: Group, asg: Asg, metrics: Metrics | None, period_s: float
-) -> None:
+def track(changes: Changes, group: Group, asg: Asg, metrics: Metrics | None, period_s: float) -> None:
     """Evaluate all target-tracking policies and change desired capacity."""
     if group.suspended(Process.ALARM_NOTIFICATION) or asg.deleting:
         return
@@ -124,9 +115,7 @@ def track(
         _scale_in(changes, group, asg, policies, wanted, period_s)
 
 
-def _observe(
-    alarm: Alarm, policy: ScalingPolicy, metrics: Metrics | None, now_s: float
-) -> float | None:
+def _observe(alarm: Alarm, policy: ScalingPolicy, metrics: Metrics | None, now_s: float) -> float | None:
     """Read the metric, and record since when it is above or below the target."""
     value = metrics.value(policy) if metrics is not None else None
     target = _target(policy)
@@ -158,12 +147,7 @@ def _due(alarm: Alarm, since_s: float | None, periods: int, now_s: float, period
 
 
 def _scale_out(
-    changes: Changes,
-    group: Group,
-    asg: Asg,
-    policies: Sequence[ScalingPolicy],
-    wanted: dict[str, int],
-    period_s: float,
+    changes: Changes, group: Group, asg: Asg, policies: Sequence[ScalingPolicy], wanted: dict[str, int], period_s: float
 ) -> bool:
     now_s = changes.steady.now_s()
 
@@ -181,23 +165,14 @@ def _scale_out(
 
 
 def _scale_in(
-    changes: Changes,
-    group: Group,
-    asg: Asg,
-    policies: Sequence[ScalingPolicy],
-    wanted: dict[str, int],
-    period_s: float,
+    changes: Changes, group: Group, asg: Asg, policies: Sequence[ScalingPolicy], wanted: dict[str, int], period_s: float
 ) -> None:
     now_s = changes.steady.now_s()
     able = [policy for policy in policies if not _no_scale_in(policy)]
     for policy in able:
         alarm = asg.alarms[policy.policy_name]
         if policy.policy_name not in wanted or not _due(
-            alarm=alarm,
-            since_s=alarm.below_since_s,
-            periods=LOW_PERIODS,
-            now_s=now_s,
-            period_s=period_s,
+            alarm=alarm, since_s=alarm.below_since_s, periods=LOW_PERIODS, now_s=now_s, period_s=period_s
         ):
             return
         if is_warming(group, warmup_s(asg.config, policy), now_s):
@@ -212,9 +187,7 @@ def _no_scale_in(policy: ScalingPolicy) -> bool:
     return policy.target_tracking_configuration.disable_scale_in
 
 
-def _act(
-    changes: Changes, group: Group, asg: Asg, policy: ScalingPolicy, desired: int, *, high: bool
-) -> None:
+def _act(changes: Changes, group: Group, asg: Asg, policy: ScalingPolicy, desired: int, *, high: bool) -> None:
     asg.alarms[policy.policy_name].acted_s = changes.steady.now_s()
     name = policy.alarms[0 if high else 1]
     cause = f"a monitor alarm {name} in state ALARM triggered policy {policy.policy_name}"
@@ -230,8 +203,7 @@ def check_limits(pool: Pool, *, most: int = MOST_INSTANCES) -> str:
     limits = f"min: {pool.min_size}, max: {pool.max_size}"
     if not 0 <= pool.min_size <= pool.max_size <= most:
         raise Refused(
-            f"The pool {pool.name!r} cannot have the limits {limits}.",
-            remedy=f"Give it 0 ≤ min ≤ max ≤ {most}.",
+            f"The pool {pool.name!r} cannot have the limits {limits}.", remedy=f"Give it 0 ≤ min ≤ max ≤ {most}."
         )
     return limits
 
@@ -240,8 +212,7 @@ def check_desired(pool: Pool, desired: int) -> None:
     """Raise Refused if `desired` is outside the pool's limits."""
     if clamp(pool, desired) != desired:
         raise Refused(
-            f"desired capacity {desired} of pool {pool.name!r} is outside"
-            f" [{pool.min_size}, {pool.max_size}]",
+            f"desired capacity {desired} of pool {pool.name!r} is outside [{pool.min_size}, {pool.max_size}]",
             remedy="`batchlab grid scale --min N --max N` changes the limits.",
         )
 
@@ -256,13 +227,7 @@ def check_decrement(pool: Pool, desired: int, leaving: int) -> None:
 
 
 def set_limits(
-    changes: Changes,
-    group: Group,
-    min_size: int | None,
-    max_size: int | None,
-    desired: int | None,
-    *,
-    cause: str,
+    changes: Changes, group: Group, min_size: int | None, max_size: int | None, desired: int | None, *, cause: str
 ) -> None:
     """Set the sizes that are not None, and move desired capacity into the limits.
 

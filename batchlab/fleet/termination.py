@@ -48,11 +48,7 @@ def choose(group: Group, asg: Asg, now_s: float) -> list[Member]:
     taken: list[Member] = []
     while True:
         excess = weigh(staying) - group.desired
-        able = [
-            member
-            for member in staying
-            if not member.instance.protected and member.bond.weight <= excess
-        ]
+        able = [member for member in staying if not member.instance.protected and member.bond.weight <= excess]
         if excess <= 0 or not able:
             return taken
         one = _pick(asg, staying, able, now_s)
@@ -142,9 +138,7 @@ def _oldest_configuration(asg: Asg, members: Sequence[Member], now_s: float) -> 
     """Return the oldest member with another launch configuration than the current one."""
     current = configuration(asg).launch_configuration_name
     others = [
-        member
-        for member in members
-        if member.bond.launch_configuration and member.bond.launch_configuration != current
+        member for member in members if member.bond.launch_configuration and member.bond.launch_configuration != current
     ]
     return _oldest(asg, others, now_s) if others else members
 

@@ -89,9 +89,7 @@ async def definition(objects: Objects, job: JobId, patience: Patience) -> JobDef
     return json_format.job_from_json(json_format.loads(data))
 
 
-async def attempts(
-    objects: Objects, job: JobDef, stage: StageName, task: int, patience: Patience
-) -> list[Attempt]:
+async def attempts(objects: Objects, job: JobDef, stage: StageName, task: int, patience: Patience) -> list[Attempt]:
     """Return every finished attempt of a task in order.
 
     The function lists the stage's outcomes, with one request per 1000. It reads those whose bundles
@@ -125,9 +123,7 @@ def attempt_in(outcome: Outcome, task: int) -> Attempt | None:
     return Attempt(task, outcome) if ended else None
 
 
-def chosen(
-    found: Sequence[Attempt], number: int | None = None, round_: int | None = None
-) -> Attempt | None:
+def chosen(found: Sequence[Attempt], number: int | None = None, round_: int | None = None) -> Attempt | None:
     """Return one of the attempts, or None if none matches.
 
     `number` and `round_` restrict the choice. The function returns the last failed attempt that
@@ -143,9 +139,7 @@ def chosen(
 # --- Output and input -----------------------------------------------------------------------------
 
 
-async def printed(
-    objects: Objects, outcome: Outcome, tasks: Iterable[int], patience: Patience
-) -> dict[int, bytes]:
+async def printed(objects: Objects, outcome: Outcome, tasks: Iterable[int], patience: Patience) -> dict[int, bytes]:
     """Return the output of each task in an outcome. It is b"" for a task without output.
 
     Outputs that are close to each other are read in one request. Raise NotFound if the log is not
@@ -186,9 +180,7 @@ async def log_end(
     return b"".join(reversed(parts)), before
 
 
-async def task_bundle(
-    objects: Objects, job: JobDef, stage: StageName, task: int, patience: Patience
-) -> Bundle:
+async def task_bundle(objects: Objects, job: JobDef, stage: StageName, task: int, patience: Patience) -> Bundle:
     """Return the bundle of a task that has not finished. The bundle locates the task's input.
 
     Raise UsageError if the upstream task does not have a result yet. Raise NoSuchTask if the plan
@@ -215,9 +207,7 @@ async def task_bundle(
     return replace(alone, source=BundleId(source))
 
 
-async def _check_head(
-    objects: Objects, job: JobDef, step: StageDef, task: int, patience: Patience
-) -> None:
+async def _check_head(objects: Objects, job: JobDef, step: StageDef, task: int, patience: Patience) -> None:
     """Raise NoSuchTask if the first stage of a chain is planned without this task."""
     head = step
     while head.chained:
@@ -227,9 +217,7 @@ async def _check_head(
         await Inputs(objects, patience).check(job, bundle)
     except NoSuchTask as error:
         name = task_name(step.name, task)
-        raise NoSuchTask(
-            f"The plan of job {job.id} has no task {name}.", remedy=error.remedy
-        ) from error
+        raise NoSuchTask(f"The plan of job {job.id} has no task {name}.", remedy=error.remedy) from error
     except NotFound:
         return  # the plan does not exist yet or was removed, so the answer is unknown
 

@@ -229,14 +229,7 @@ def notify_def(one: NotifySpec) -> NotifyDef:
     ways = (("webhook", one.webhook), ("sns", one.sns), (notifications.NAMED, one.target))
     # The default is never used, because `_notify` refuses a target without an address.
     kind, to = next(((kind, to) for kind, to in ways if to is not None), ("", ""))
-    return NotifyDef(
-        kind,
-        to,
-        tuple(one.on),
-        one.secret or "",
-        one.failures,
-        one.stuck_after,
-    )
+    return NotifyDef(kind, to, tuple(one.on), one.secret or "", one.failures, one.stuck_after)
 
 
 _ANY = ("stages", "*")

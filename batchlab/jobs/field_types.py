@@ -89,11 +89,7 @@ def _task_size(value: object) -> int | str:
 def _allowance(value: object) -> int | str:
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST_TASKS:
         return value
-    if (
-        isinstance(value, str)
-        and re.match(_SHARE_PATTERN, value)
-        and float(value.strip(" %")) <= 100
-    ):
+    if isinstance(value, str) and re.match(_SHARE_PATTERN, value) and float(value.strip(" %")) <= 100:
         return value
     raise ValueError(f"{units.shown(value)} is no number of tasks")
 
@@ -154,9 +150,7 @@ Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN, max_length=40)]
 ParamName = Annotated[str, StringConstraints(pattern=PARAM_PATTERN)]
 OutputName = Annotated[str, AfterValidator(_output)]
 Handler = Annotated[str, StringConstraints(pattern=HANDLER_PATTERN)]
-OneOrMany = Annotated[
-    list[str], BeforeValidator(one_or_many, json_schema_input_type=str | list[str])
-]
+OneOrMany = Annotated[list[str], BeforeValidator(one_or_many, json_schema_input_type=str | list[str])]
 Duration = Annotated[
     float,
     BeforeValidator(_check(units.seconds, units.DURATION_FORMS)),
@@ -187,9 +181,7 @@ Cost = Annotated[
     BeforeValidator(_check(_cost, "an amount with its currency such as 5USD")),
     WithJsonSchema({"type": "string", "pattern": price_book.PATTERN}),
 ]
-Start = Annotated[
-    str, BeforeValidator(_check(_start, units.AT_FORMS)), WithJsonSchema({"type": "string"})
-]
+Start = Annotated[str, BeforeValidator(_check(_start, units.AT_FORMS)), WithJsonSchema({"type": "string"})]
 Cron = Annotated[str, BeforeValidator(_cron), WithJsonSchema({"type": "string"})]
 Zone = Annotated[str, BeforeValidator(_zone), WithJsonSchema({"type": "string"})]
 BundleSize = Annotated[
@@ -221,9 +213,7 @@ class NotifySpec(BaseModel):
         examples=["https://hooks.example.org/batch"],
     )
     sns: str | None = Field(
-        default=None,
-        description="ARN of an SNS topic.",
-        examples=["arn:aws:sns:eu-central-1:123456789012:batch"],
+        default=None, description="ARN of an SNS topic.", examples=["arn:aws:sns:eu-central-1:123456789012:batch"]
     )
     target: str | None = Field(
         default=None,
@@ -231,10 +221,7 @@ class NotifySpec(BaseModel):
         "contain the target's address and secret.",
         examples=["chat"],
     )
-    on: Annotated[
-        list[Moment],
-        BeforeValidator(one_or_many, json_schema_input_type=Moment | list[Moment]),
-    ] = Field(
+    on: Annotated[list[Moment], BeforeValidator(one_or_many, json_schema_input_type=Moment | list[Moment])] = Field(
         default_factory=_ended,
         description="Moments: `ended` (default), or one of `succeeded`, `failed`, `cancelled`; "
         "`failures` (a number of tasks has failed), `stuck` (the job has not progressed for a "
@@ -257,8 +244,7 @@ class NotifySpec(BaseModel):
     )
     stuck_after: Timeout = Field(
         default=600.0,
-        description="Time without progress before `stuck` is sent, in seconds or as text with a "
-        "unit.",
+        description="Time without progress before `stuck` is sent, in seconds or as text with a unit.",
         examples=["10m"],
     )
 

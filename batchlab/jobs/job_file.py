@@ -2,8 +2,6 @@
 
 Invariants: a JobFile has passed every check. Only its content, its files, and the arguments
 determine the resulting job.
-
-Job file: load, validate, explain, and compile. None of this runs the user's code.
 """
 
 from __future__ import annotations
@@ -20,10 +18,9 @@ from batchlab.core.job_definition import InputDef, JobDef, RetryRule, SplitBy, S
 from batchlab.core.model import FailureKind, JobId, Json, StageName
 from batchlab.core.pricing import price_book
 from batchlab.jobs import checks, handler_lookup, yaml_source
-from batchlab.jobs.schema import SHAPE, JobSpec, RetrySpec, StageSpec, is_text, json_schema
-from batchlab.jobs.starter import starter
+from batchlab.jobs.schema import SHAPE, JobSpec, RetrySpec, StageSpec, is_text
 from batchlab.jobs.validation import validate
-from batchlab.jobs.yaml_source import JobFileErrors, Problem, suggest
+from batchlab.jobs.yaml_source import Problem, suggest
 
 _NONE = "Write its path, or make one with `batchlab init`."
 _TASK_SIZES = {"file": 1, "lines": 1000, "bytes": 8 * 1024 * 1024, "items": 1}
@@ -56,9 +53,7 @@ class JobFile:
         return Path(os.path.relpath(file, self.path.parent)).as_posix()
 
 
-def load(
-    path: Path, overrides: Mapping[str, str] | None = None, *, needs_input: bool = True
-) -> JobFile:
+def load(path: Path, overrides: Mapping[str, str] | None = None, *, needs_input: bool = True) -> JobFile:
     """Read and check the job file at `path`.
 
     `overrides` (`--set`) replace parameters. The input files need to exist only if `needs_input` is
@@ -86,23 +81,11 @@ def load(
             problems += refused
     if problems or job is None:
         raise yaml_source.errors(path, document, problems)
-    return JobFile(
-        path,
-        job,
-        checks.Subject(job, path.parent).code,
-        params,
-        _files(job, path.parent),
-    )
+    return JobFile(path, job, checks.Subject(job, path.parent).code, params, _files(job, path.parent))
 
 
 def compile_job(
-    jobfile: JobFile,
-    *,
-    job_id: JobId,
-    token: str,
-    code_key: str | None,
-    input_keys: Sequence[str],
-    submitted_s: float,
+    jobfile: JobFile, *, job_id: JobId, token: str, code_key: str | None, input_keys: Sequence[str], submitted_s: float
 ) -> JobDef:
     """Return the job in the form that the grid runs.
 
@@ -116,9 +99,7 @@ def compile_job(
         name=job.name,
         stages=tuple(_stage(stage, job.upstream(i)) for i, stage in enumerate(job.stages)),
         submitted_s=submitted_s,
-        input=InputDef(
-            tuple(input_keys), SplitBy(job.input.split), task_size(job), job.input.header
-        ),
+        input=InputDef(tuple(input_keys), SplitBy(job.input.split), task_size(job), job.input.header),
         code=code_key,
         params=tuple(jobfile.params.items()),
         max_failures=float(most.strip(" %")) if isinstance(most, str) else most,
@@ -153,9 +134,7 @@ def source_digest(jobfile: JobFile, code_digest: str) -> str:
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
 
-def _override(
-    declared: Mapping[str, Json], overrides: Mapping[str, str]
-) -> tuple[dict[str, Json], list[Problem]]:
+def _override(declared: Mapping[str, Json], overrides: Mapping[str, str]) -> tuple[dict[str, Json], list[Problem]]:
     params: dict[str, Json] = dict(declared)
     problems = []
     for key, text in overrides.items():
@@ -217,14 +196,3 @@ def retry_rule(retry: RetrySpec) -> RetryRule:
         exit_codes=tuple(retry.exit_codes),
         exceptions=tuple(retry.exceptions),
     )
-
-
-__all__ = [
-    "JobFile",
-    "JobFileErrors",
-    "compile",
-    "json_schema",
-    "load",
-    "source_digest",
-    "starter",
-]

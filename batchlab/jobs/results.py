@@ -67,9 +67,7 @@ class Within:
     def too_large(self, most_bytes: int | None = None) -> UsageError:
         """Return the error for a result that is too large."""
         most = size(self.value_bytes if most_bytes is None else most_bytes)
-        return UsageError(
-            f"One of the results is larger than {most}, without being a file.", remedy=self.remedy
-        )
+        return UsageError(f"One of the results is larger than {most}, without being a file.", remedy=self.remedy)
 
 
 def plain(encoded: Json, found: Mapping[str, Json]) -> Json:
@@ -83,10 +81,7 @@ def plain(encoded: Json, found: Mapping[str, Json]) -> Json:
         return encoded
     kind = values.kind(encoded)
     if kind is None:
-        return {
-            key[1:] if key.startswith("$") else key: plain(one, found)
-            for key, one in encoded.items()
-        }
+        return {key[1:] if key.startswith("$") else key: plain(one, found) for key, one in encoded.items()}
     return encoded if kind == "$pickle" else found[_id(encoded)]
 
 
@@ -195,9 +190,7 @@ class Files:
         The size in the reference is not trusted, because every writer of outcomes may have written
         it.
         """
-        whole = await self.patience(
-            partial(self.objects.head, reference.get("$file") or reference["$part"])
-        )
+        whole = await self.patience(partial(self.objects.head, reference.get("$file") or reference["$part"]))
         if whole is None:
             return 0
         if values.kind(reference) == "$file":
@@ -362,19 +355,14 @@ def _known(job: JobDef, stages: Iterable[str]) -> list[StageName]:
     names = [stage.name for stage in job.stages]
     for name in stages:
         if name not in names:
-            raise UsageError(
-                f"Job {job.id} has no stage {name!r}.", remedy=f"It has {', '.join(names)}."
-            )
+            raise UsageError(f"Job {job.id} has no stage {name!r}.", remedy=f"It has {', '.join(names)}.")
     return [StageName(name) for name in stages]
 
 
 def _write_summary(view: JobView, fetched: Fetched) -> None:
     summary = {
         "job": view,
-        "results": {
-            stage: {"file": f"{stage}.jsonl", "results": count}
-            for stage, count in fetched.results.items()
-        },
+        "results": {stage: {"file": f"{stage}.jsonl", "results": count} for stage, count in fetched.results.items()},
         "files": fetched.files,
         "size_bytes": fetched.size_bytes,
     }
@@ -465,9 +453,7 @@ async def in_task_order(
         await _drop(fetching)
 
 
-async def _outcome(
-    objects: Objects, key: str, patience: Patience, within: Within | None
-) -> tuple[Outcome, int]:
+async def _outcome(objects: Objects, key: str, patience: Patience, within: Within | None) -> tuple[Outcome, int]:
     if within:
         data = await within.read(objects, key, OUTCOME_WEIGHT, patience)
     else:

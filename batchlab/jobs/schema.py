@@ -48,9 +48,7 @@ def _gather(value: Any) -> Any:
 
 def _group(value: Any) -> Any:
     if value == "*":
-        raise field_types.refusal(
-            "'*' is no name of a field.", "Write gather: all for one task of all."
-        )
+        raise field_types.refusal("'*' is no name of a field.", "Write gather: all for one task of all.")
     return value
 
 
@@ -104,11 +102,7 @@ class RetrySpec(Keys):
     """
 
     attempts: int = Field(
-        default=_RULE.attempts,
-        ge=1,
-        le=9999,
-        description="Total number of attempts; 1 means no retry.",
-        examples=[3],
+        default=_RULE.attempts, ge=1, le=9999, description="Total number of attempts; 1 means no retry.", examples=[3]
     )
     backoff: field_types.Duration = Field(
         default=_RULE.backoff_s,
@@ -116,16 +110,10 @@ class RetrySpec(Keys):
         examples=["2s"],
     )
     factor: float = Field(
-        default=_RULE.factor,
-        ge=1,
-        le=1000,
-        description="Factor by which each further wait grows.",
-        examples=[2.0],
+        default=_RULE.factor, ge=1, le=1000, description="Factor by which each further wait grows.", examples=[2.0]
     )
     max_backoff: field_types.Duration = Field(
-        default=_RULE.max_backoff_s,
-        description="Longest wait, in seconds or as text with a unit.",
-        examples=["15m"],
+        default=_RULE.max_backoff_s, description="Longest wait, in seconds or as text with a unit.", examples=["15m"]
     )
     jitter: float = Field(
         default=_RULE.jitter,
@@ -135,10 +123,7 @@ class RetrySpec(Keys):
         examples=[0.25],
     )
     on: Annotated[
-        list[RetryKind],
-        BeforeValidator(
-            field_types.one_or_many, json_schema_input_type=RetryKind | list[RetryKind]
-        ),
+        list[RetryKind], BeforeValidator(field_types.one_or_many, json_schema_input_type=RetryKind | list[RetryKind])
     ] = Field(
         default_factory=list,
         description="Kinds of failure that are tried again: `exception` (the handler raised one), "
@@ -148,8 +133,7 @@ class RetrySpec(Keys):
     )
     exit_codes: list[int] = Field(
         default_factory=list,
-        description="Only these exit statuses of a command are tried again; a negative number "
-        "means a signal.",
+        description="Only these exit statuses of a command are tried again; a negative number means a signal.",
         examples=[[75]],
     )
     exceptions: list[str] = Field(
@@ -192,8 +176,7 @@ Slots = Annotated[
     Field(
         ge=1,
         le=9999,
-        description="Task slots that a task uses. A worker has one slot per CPU, or the number "
-        "that its pool defines.",
+        description="Task slots that a task uses. A worker has one slot per CPU, or the number that its pool defines.",
         examples=[2],
     ),
 ]
@@ -213,14 +196,8 @@ Bundle = Annotated[
         examples=[100],
     ),
 ]
-Pool = Annotated[
-    field_types.Name,
-    Field(description="Pool of workers that runs the stage.", examples=["big-memory"]),
-]
-Priority = Annotated[
-    int,
-    Field(ge=-1000, le=1000, description="Jobs with a higher number start first.", examples=[10]),
-]
+Pool = Annotated[field_types.Name, Field(description="Pool of workers that runs the stage.", examples=["big-memory"])]
+Priority = Annotated[int, Field(ge=-1000, le=1000, description="Jobs with a higher number start first.", examples=[10])]
 
 
 class ResourcesSpec(Keys):
@@ -270,8 +247,7 @@ class StageSpec(Keys):
     )
     after: After = None
     gather: Annotated[
-        GatherSpec | None,
-        BeforeValidator(_gather, json_schema_input_type=Literal["all"] | GatherSpec),
+        GatherSpec | None, BeforeValidator(_gather, json_schema_input_type=Literal["all"] | GatherSpec)
     ] = Field(
         default=None,
         description="Wait for all tasks of the previous stages. `all` creates one task for all "
@@ -281,15 +257,12 @@ class StageSpec(Keys):
     )
     timeout: field_types.Timeout | None = Field(
         default=None,
-        description="Longest run time of one task, in seconds or as text with a unit. Default: no "
-        "limit.",
+        description="Longest run time of one task, in seconds or as text with a unit. Default: no limit.",
         examples=["5m"],
     )
     retry: Retry
     resources: ResourcesSpec = Field(
-        default_factory=ResourcesSpec,
-        description="Resources that one task needs.",
-        examples=[{"memory": "512 MiB"}],
+        default_factory=ResourcesSpec, description="Resources that one task needs.", examples=[{"memory": "512 MiB"}]
     )
     bundle: Bundle = None
     pool: Pool = "default"
@@ -329,9 +302,7 @@ class JobSpec(Keys):
     )
     input: InputSpec = Field(description="The job's input.", examples=[{"files": "data/*.csv"}])
     stages: list[StageSpec] = Field(
-        min_length=1,
-        description="The steps, in order.",
-        examples=[[{"name": "total", "python": "handlers:total"}]],
+        min_length=1, description="The steps, in order.", examples=[[{"name": "total", "python": "handlers:total"}]]
     )
     failure: FailureSpec = Field(
         default_factory=FailureSpec,
@@ -360,8 +331,7 @@ class JobSpec(Keys):
     )
     at: field_types.Start | None = Field(
         default=None,
-        description="Start time: a wait such as `+10m`, or an ISO 8601 time with its time zone. "
-        "Default: immediately.",
+        description="Start time: a wait such as `+10m`, or an ISO 8601 time with its time zone. Default: immediately.",
         examples=["2026-01-31T06:00:00Z"],
     )
     cron: field_types.Cron | None = Field(
@@ -372,9 +342,7 @@ class JobSpec(Keys):
         examples=["0 2 * * 1-5"],
     )
     timezone: field_types.Zone = Field(
-        default="UTC",
-        description="IANA name of the time zone of `cron`.",
-        examples=["Europe/Berlin"],
+        default="UTC", description="IANA name of the time zone of `cron`.", examples=["Europe/Berlin"]
     )
 
     def upstream(self, stage: int) -> tuple[str, ...]:

@@ -47,9 +47,7 @@ def code_digest(jobfile: JobFile, most_bytes: int | None = None) -> tuple[bytes,
 
     Raise UsageError if it exceeds `most_bytes` or the limit of the workers.
     """
-    data = code_cache.pack(
-        jobfile.code, [f for f in jobfile.input_files() if isinstance(f, Path)], most_bytes
-    )
+    data = code_cache.pack(jobfile.code, [f for f in jobfile.input_files() if isinstance(f, Path)], most_bytes)
     return data, hashlib.sha256(data).hexdigest()
 
 
@@ -100,12 +98,7 @@ async def prepare(
     if keys is None:
         keys = await _upload(jobfile, object_keys.raw(job_id), objects, progress)
     return compile_job(
-        jobfile,
-        job_id=job_id,
-        token=token,
-        code_key=code_key,
-        input_keys=keys,
-        submitted_s=clock.now_s(),
+        jobfile, job_id=job_id, token=token, code_key=code_key, input_keys=keys, submitted_s=clock.now_s()
     )
 
 
@@ -136,9 +129,7 @@ def check_key(shown: str, key: str) -> None:
             remedy="Write a prefix such as raw/incoming/, which ends in a slash.",
         )
     if why := handler_lookup.unfit(key):
-        raise UsageError(
-            f"The input {shown!r} {why}.", remedy="Give the objects other names, and name those."
-        )
+        raise UsageError(f"The input {shown!r} {why}.", remedy="Give the objects other names, and name those.")
 
 
 def own_keys(jobfile: JobFile, bucket: str) -> list[str] | None:
@@ -166,8 +157,7 @@ def own_keys(jobfile: JobFile, bucket: str) -> list[str] | None:
     if others:
         raise UsageError(
             f"The grid cannot read the input {others[0]}: its own bucket is s3://{bucket}/.",
-            remedy=f"Copy it to s3://{bucket}/raw/ and name it there, or name local files, which "
-            "are uploaded.",
+            remedy=f"Copy it to s3://{bucket}/raw/ and name it there, or name local files, which are uploaded.",
         )
     keys = [_parts(url)[1] for url in urls]
     # Drop keys below one of the prefixes, so that each object is used once.
@@ -175,9 +165,7 @@ def own_keys(jobfile: JobFile, bucket: str) -> list[str] | None:
     return [key for key in keys if not any(key != w and key.startswith(w) for w in wider)]
 
 
-async def contents(
-    objects: Objects, keys: Sequence[str], patience: Patience
-) -> tuple[str, list[str]]:
+async def contents(objects: Objects, keys: Sequence[str], patience: Patience) -> tuple[str, list[str]]:
     """Return a sha256 of the input objects, and their keys.
 
     The hash covers names, sizes, and ETags. If there are more than MANY_FILES objects, `keys` is
@@ -197,10 +185,7 @@ async def contents(
 
 
 async def _look(
-    objects: Objects,
-    key: str,
-    patience: Patience,
-    note: Callable[[ObjectInfo], None] | None = None,
+    objects: Objects, key: str, patience: Patience, note: Callable[[ObjectInfo], None] | None = None
 ) -> None:
     """Call `note` for each object that `key` means. Without `note`, check that one exists."""
     is_empty = True
@@ -219,9 +204,7 @@ async def _look(
         )
 
 
-async def _pages(
-    objects: Objects, key: str, patience: Patience
-) -> AsyncIterator[Sequence[ObjectInfo]]:
+async def _pages(objects: Objects, key: str, patience: Patience) -> AsyncIterator[Sequence[ObjectInfo]]:
     """Yield pages of the objects that a key or prefix means, without empty pages."""
     if not key.endswith("/"):
         if info := await patience(partial(objects.head, key)):
@@ -241,10 +224,7 @@ def _parts(url: str) -> tuple[str, str]:
 
 
 async def _upload(
-    jobfile: JobFile,
-    prefix: str,
-    objects: Objects,
-    progress: Callable[[Uploaded], None] | None,
+    jobfile: JobFile, prefix: str, objects: Objects, progress: Callable[[Uploaded], None] | None
 ) -> list[str]:
     files = [file for file in jobfile.files if isinstance(file, Path)]
     many = len(files) > MANY_FILES
@@ -258,10 +238,7 @@ async def _upload(
 
 
 async def _upload_all(
-    files: Sequence[tuple[Path, str]],
-    prefix: str,
-    objects: Objects,
-    progress: Callable[[Uploaded], None] | None,
+    files: Sequence[tuple[Path, str]], prefix: str, objects: Objects, progress: Callable[[Uploaded], None] | None
 ) -> None:
     waiting = iter(files)
     done = size_bytes = 0
@@ -273,9 +250,7 @@ async def _upload_all(
                 # `+=` with await would use the value that the sum had before the wait.
                 uploaded_bytes = await objects.upload(prefix + name, path)
             except FileNotFoundError as error:
-                raise UsageError(
-                    f"The input file {path} has vanished.", remedy="Put it back, or run again."
-                ) from error
+                raise UsageError(f"The input file {path} has vanished.", remedy="Put it back, or run again.") from error
             except PermissionError as error:
                 raise UsageError(
                     f"The input file {path} may not be read.", remedy="Make it readable for you."

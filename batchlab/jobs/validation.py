@@ -35,9 +35,7 @@ _KINDS = {
 }
 
 _PATTERNS = {
-    field_types.NAME_PATTERN: (
-        "lower case letters, digits, - and _, beginning with a letter or digit"
-    ),
+    field_types.NAME_PATTERN: ("lower case letters, digits, - and _, beginning with a letter or digit"),
     field_types.PARAM_PATTERN: "letters, digits and _, beginning with a letter",
     field_types.HANDLER_PATTERN: "module:function",
 }
@@ -114,11 +112,7 @@ def _related(loc: Loc, place: Loc) -> bool:
 
 
 def _drop_empty(
-    data: Any,
-    loc: Loc,
-    found: Structure[M],
-    refused: Collection[Loc | None],
-    free: Collection[Loc],
+    data: Any, loc: Loc, found: Structure[M], refused: Collection[Loc | None], free: Collection[Loc]
 ) -> None:
     """Report keys without a value. A missing value is a mistake and does not mean the default."""
     if loc in free:
@@ -230,9 +224,7 @@ def _explain(shape: Shape[M], error: ErrorDetails) -> Problem:
         return Problem(loc, context["message"], context["remedy"])
     if kind == "literal_error":
         words = re.findall(r"'([^']*)'", context["expected"])
-        return Problem(
-            loc, f"'{name}' cannot be {shown(value)}.", suggest(str(value), words, "values")
-        )
+        return Problem(loc, f"'{name}' cannot be {shown(value)}.", suggest(str(value), words, "values"))
     if kind == "string_pattern_mismatch":
         return _pattern(shape, loc, name, str(value), context["pattern"])
     if kind == "string_too_long":
@@ -254,11 +246,7 @@ def _explain(shape: Shape[M], error: ErrorDetails) -> Problem:
     return Problem(loc, f"{what} must be {wanted}, not {_kind_of(value)}.", _example(shape, loc))
 
 
-_BOUNDS = {
-    "greater_than_equal": "at least",
-    "less_than_equal": "at most",
-    "greater_than": "above",
-}
+_BOUNDS = {"greater_than_equal": "at least", "less_than_equal": "at most", "greater_than": "above"}
 
 
 def _pattern(shape: Shape[M], loc: Loc, name: str, value: str, pattern: str) -> Problem:

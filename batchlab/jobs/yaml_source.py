@@ -31,8 +31,7 @@ Loc = tuple[str | int, ...]
 def lies(loc: Loc, places: Collection[Loc]) -> bool:
     """Return whether `loc` is one of `places`, where "*" is any index or key."""
     return any(
-        len(loc) == len(place) and all(b in (a, "*") for a, b in zip(loc, place, strict=True))
-        for place in places
+        len(loc) == len(place) and all(b in (a, "*") for a, b in zip(loc, place, strict=True)) for place in places
     )
 
 
@@ -102,9 +101,7 @@ for _name, _regex, _first in (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("merge", r"<<", "<"),
 ):
-    yaml.add_implicit_resolver(
-        _TAG + _name, re.compile(rf"^(?:{_regex})$"), list(_first), Loader=_Loader
-    )
+    yaml.add_implicit_resolver(_TAG + _name, re.compile(rf"^(?:{_regex})$"), list(_first), Loader=_Loader)
 
 
 class ScalarRefused(ValueError):
@@ -208,8 +205,7 @@ def _scalar(node: ScalarNode) -> Json:
         truth = _TRUTH_OF_YAML_1_1.get(text.lower()) if node.style is None else None
         if truth:
             raise ScalarRefused(
-                f"{text} is text in YAML 1.2 but {truth} in YAML 1.1.",
-                f"Write {truth}, or '{text}' in quotes.",
+                f"{text} is text in YAML 1.2 but {truth} in YAML 1.1.", f"Write {truth}, or '{text}' in quotes."
             )
         return text
     if node.tag == _TAG + "null":
@@ -326,15 +322,9 @@ def text_of(path: Path, what: str, none: str) -> str:
         with path.open(encoding="utf-8") as file:
             return file.read(MAX_CHARACTERS + 1)
     except FileNotFoundError as error:
-        raise JobFileError(
-            f"There is no such {what}.",
-            file=str(path),
-            remedy=none,
-        ) from error
+        raise JobFileError(f"There is no such {what}.", file=str(path), remedy=none) from error
     except UnicodeDecodeError as error:
-        raise _unreadable(
-            path, what, f"it is not UTF-8 text, from byte {error.start} on"
-        ) from error
+        raise _unreadable(path, what, f"it is not UTF-8 text, from byte {error.start} on") from error
     except (OSError, ValueError) as error:
         raise _unreadable(path, what, getattr(error, "strerror", None) or str(error)) from error
 
@@ -347,9 +337,7 @@ def _inside(path: Path) -> str:
 
 def _unreadable(path: Path, what: str, why: str, remedy: str = "") -> JobFileError:
     return JobFileError(
-        f"The {what} cannot be read: {why}.",
-        file=str(path),
-        remedy=remedy or "Write the path of a text file in UTF-8.",
+        f"The {what} cannot be read: {why}.", file=str(path), remedy=remedy or "Write the path of a text file in UTF-8."
     )
 
 
@@ -364,13 +352,9 @@ def errors(path: Path, document: Document, problems: Sequence[Problem]) -> JobFi
     for problem in problems:
         line = document.line(problem)
         # Aliases repeat a mistake in an anchored part, so report it once.
-        found[line, problem.message] = JobFileError(
-            problem.message, file=str(path), line=line, remedy=problem.remedy
-        )
+        found[line, problem.message] = JobFileError(problem.message, file=str(path), line=line, remedy=problem.remedy)
     told = [found[key] for key in sorted(found, key=lambda key: key[0] or 0)]
     if len(told) > _MOST_TOLD:
         more = f"There are {len(told) - _MOST_TOLD} more mistakes."
-        told[_MOST_TOLD:] = [
-            JobFileError(more, file=str(path), remedy="Mend the first ones first.")
-        ]
+        told[_MOST_TOLD:] = [JobFileError(more, file=str(path), remedy="Mend the first ones first.")]
     return JobFileErrors(told)

@@ -59,8 +59,7 @@ def admit(job: JobDef, pools: Mapping[str, int], directory: Directory | None = N
         earlier.add(stage.name)
     if len(job.notify) > notifications.MOST_TARGETS:
         raise UsageError(
-            f"Job {job.name} notifies {len(job.notify)} targets.",
-            remedy=f"It may name {notifications.MOST_TARGETS}.",
+            f"Job {job.name} notifies {len(job.notify)} targets.", remedy=f"It may name {notifications.MOST_TARGETS}."
         )
     for one in job.notify:
         if wrong := notifications.problem(one):
@@ -81,19 +80,14 @@ def _admit_texts(job: JobDef) -> None:
                 remedy="Leave out line breaks, escape sequences and the like.",
             )
         if len(text) > most:
-            raise UsageError(
-                f"{what} has {len(text):,} characters.", remedy=f"Write {most} at the most."
-            )
+            raise UsageError(f"{what} has {len(text):,} characters.", remedy=f"Write {most} at the most.")
 
 
 def _admit_numbers(job: JobDef) -> None:
     """Raise UsageError for a number that no clock, column, or page can represent."""
     for what, number, least, most in _numbers(job):
         if number is not None and not least <= number <= most:  # also rejects NaN
-            raise UsageError(
-                f"{what} is {number!r:.40}.",
-                remedy=f"Write {least:g} to {most:g}, or leave it out.",
-            )
+            raise UsageError(f"{what} is {number!r:.40}.", remedy=f"Write {least:g} to {most:g}, or leave it out.")
 
 
 def _numbers(job: JobDef) -> Iterator[tuple[str, float | None, float, float]]:
@@ -125,18 +119,14 @@ def _admit_key(key: str) -> None:
     except ValueError as error:
         raise UsageError(f"The input names no object: {error}.", remedy="Mend the key.") from error
     if key.startswith(object_keys.GRID):
-        raise UsageError(
-            f"The input names {key!r}, which is the grid's own.",
-            remedy="Let the job read its own data.",
-        )
+        raise UsageError(f"The input names {key!r}, which is the grid's own.", remedy="Let the job read its own data.")
 
 
 def _admit_stage(stage: StageDef, earlier: set[str]) -> None:
     # Stages are folders, and some file systems do not distinguish "Map" from "map".
     if stage.name.casefold() in {name.casefold() for name in earlier}:
         raise UsageError(
-            f"Two stages are named {stage.name!r}.",
-            remedy="Give each a name of its own, upper and lower case apart.",
+            f"Two stages are named {stage.name!r}.", remedy="Give each a name of its own, upper and lower case apart."
         )
     if stage.name.casefold() in object_keys.NO_STAGES:
         raise UsageError(
@@ -151,8 +141,7 @@ def _admit_stage(stage: StageDef, earlier: set[str]) -> None:
             )
     if (stage.handler is None) != bool(stage.command):
         raise UsageError(
-            f"Stage {stage.name} must have either a handler or a command.",
-            remedy="Give it exactly one of the two.",
+            f"Stage {stage.name} must have either a handler or a command.", remedy="Give it exactly one of the two."
         )
     if stage.handler is not None:
         try:
@@ -222,6 +211,4 @@ async def restore_addresses(ports: Ports, job: JobDef) -> JobDef:
 
 
 def _address_document(job: JobDef) -> bytes:
-    return json_format.to_bytes(
-        {"v": json_format.VERSION, "job": job.id, "to": [one.to for one in job.notify]}
-    )
+    return json_format.to_bytes({"v": json_format.VERSION, "job": job.id, "to": [one.to for one in job.notify]})

@@ -13,15 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from batchlab.core import logs
-from batchlab.core.errors import (
-    BackendError,
-    Malformed,
-    NotFound,
-    Throttled,
-    TooNew,
-    Unreachable,
-    UsageError,
-)
+from batchlab.core.errors import BackendError, Malformed, NotFound, Throttled, TooNew, Unreachable, UsageError
 from batchlab.core.job_definition import JobDef
 from batchlab.core.model import JobId, JobState
 from batchlab.core.port_retries import heed_cancellation
@@ -35,14 +27,7 @@ from batchlab.manager.quarantine import Quarantine, UnreadableObject
 from batchlab.manager.recorder import Recorder
 from batchlab.manager.retry_rounds import cuts_of_round
 from batchlab.manager.spending import Spending
-from batchlab.manager.state import (
-    LiveJob,
-    ManagerSettings,
-    Ports,
-    Superseded,
-    list_jobs,
-    set_job_state,
-)
+from batchlab.manager.state import LiveJob, ManagerSettings, Ports, Superseded, list_jobs, set_job_state
 
 SET_BACK_S = 60.0
 """Tolerance for wall clock changes. A larger set-back does not delay scheduled jobs further."""
@@ -162,9 +147,7 @@ class Adoption:
             heard_s = self._ports.clock.monotonic_s() - 0.75 * self._settings.silence_s
             # The silence of a retry begins at the end of its backoff.
             now_s = self._ports.clock.now_s()
-            live.expect(
-                (r.bundle, heard_s + settlement.wait_s(job, r.bundle, now_s)) for r in planned
-            )
+            live.expect((r.bundle, heard_s + settlement.wait_s(job, r.bundle, now_s)) for r in planned)
         if self._spending:
             await self._spending.open(live, is_new=found.is_new)
         if self._recorder:
@@ -200,9 +183,7 @@ class Adoption:
             return None
         try:
             get = partial(self._ports.objects.get, object_keys.spec(job))
-            self._admit(
-                json_format.job_from_json(json_format.loads(await self._ports.patience(get)))
-            )
+            self._admit(json_format.job_from_json(json_format.loads(await self._ports.patience(get))))
             await restore(self._ports, job)
         except NotFound:
             return None

@@ -63,9 +63,7 @@ class _PoolLaunches:
 class LaunchBreaker:
     """Counts failed launches, and limits further launches."""
 
-    def __init__(
-        self, clock: Clock, settings: ManagerSettings, has_reported: Callable[[str], bool]
-    ) -> None:
+    def __init__(self, clock: Clock, settings: ManagerSettings, has_reported: Callable[[str], bool]) -> None:
         """`has_reported` returns whether an instance's worker has ever sent a beat."""
         self._clock = clock
         self._tries = settings.boot_tries
@@ -94,9 +92,7 @@ class LaunchBreaker:
 
     def _came_up(self, name: str, pool: _PoolLaunches) -> None:
         if pool.pause_s:
-            log.warning(
-                "pool %s starts instances again, and scaling continues", name, extra={"pool": name}
-            )
+            log.warning("pool %s starts instances again, and scaling continues", name, extra={"pool": name})
         pool.failures, pool.pause_s, pool.last = 0, 0.0, ""
 
     def _failed(self, name: str, pool: _PoolLaunches, instance: Instance, since_s: float) -> None:
@@ -122,8 +118,7 @@ class LaunchBreaker:
         # Instances launched together with the failed ones may be healthy: a Spot interruption may
         # take only some instances that boot.
         kept = sum(
-            one.state is LifecycleState.IN_SERVICE
-            or pool.booting.get(one.id, pool.stopped_s) < pool.stopped_s
+            one.state is LifecycleState.IN_SERVICE or pool.booting.get(one.id, pool.stopped_s) < pool.stopped_s
             for one in view.instances
         )
         trial = int(self._clock.monotonic_s() >= pool.retry_s)
@@ -341,13 +336,7 @@ _THERE = (LifecycleState.PENDING, LifecycleState.IN_SERVICE)
 class Prewarm:
     """Called by the autoscaler at each tick. Uses no port."""
 
-    def __init__(
-        self,
-        clock: Clock,
-        settings: ManagerSettings,
-        scheduler: Scheduler,
-        caps: CostCaps | None,
-    ) -> None:
+    def __init__(self, clock: Clock, settings: ManagerSettings, scheduler: Scheduler, caps: CostCaps | None) -> None:
         self._clock = clock
         self._settings = settings
         self._scheduler = scheduler
@@ -416,9 +405,7 @@ class Prewarm:
         count, _ = desired_capacity(backlog, view, self._settings.drain_target_s)
         return count, f"{count}, for its {tasks} tasks"
 
-    def _paid(
-        self, schedule: Schedule, template: JobDef, view: GroupView, count: int, due_s: float
-    ) -> int:
+    def _paid(self, schedule: Schedule, template: JobDef, view: GroupView, count: int, due_s: float) -> int:
         """Return how many of the instances the cost caps pay for until the due time."""
         if self._caps is None:
             return count

@@ -21,11 +21,7 @@ class Bundler:
     have."""
 
     def __init__(
-        self,
-        clock: Clock,
-        lives: Mapping[JobId, LiveJob],
-        slots_of: Mapping[str, int],
-        window: int = WINDOW,
+        self, clock: Clock, lives: Mapping[JobId, LiveJob], slots_of: Mapping[str, int], window: int = WINDOW
     ) -> None:
         """`window` is the number of outstanding bundles per slot."""
         self._clock = clock
@@ -46,9 +42,7 @@ class Bundler:
         bundles, left = self.wave(live, stage, TaskSet.span(0, len(items)), 0)
         return commit_keys.Opening(items, Cut(job.id, stage.name, 0, 0, bundles, left, len(items)))
 
-    def wave(
-        self, live: LiveJob, stage: StageDef, left: TaskSet, round_: int
-    ) -> tuple[tuple[Bundle, ...], TaskSet]:
+    def wave(self, live: LiveJob, stage: StageDef, left: TaskSet, round_: int) -> tuple[tuple[Bundle, ...], TaskSet]:
         """Return the bundles of the next cut that there is room for, and the tasks left after
         it."""
         if not left:
@@ -104,27 +98,16 @@ class Bundler:
         """Yield other jobs of at least this priority with uncut tasks in the pool."""
         least = live.job.priority
         for one in self._lives.values():
-            if (
-                one.job.priority >= least
-                and one is not live
-                and one.is_left(pool)
-                and _may_cut(one)
-            ):
+            if one.job.priority >= least and one is not live and one.is_left(pool) and _may_cut(one):
                 yield one
 
     def _unpaused(self) -> Mapping[JobId, LiveJob]:
         """Return the jobs whose bundles workers have or will receive. Workers drop bundles of
         paused jobs, so these must not fill the window."""
-        return {
-            job: live
-            for job, live in self._lives.items()
-            if live.record.control is not Control.PAUSE
-        }
+        return {job: live for job, live in self._lives.items() if live.record.control is not Control.PAUSE}
 
 
-def _affordable_sizes(
-    live: LiveJob, stage: StageDef, budget: Budget, sizes: list[int]
-) -> list[int]:
+def _affordable_sizes(live: LiveJob, stage: StageDef, budget: Budget, sizes: list[int]) -> list[int]:
     """Return the sizes of the bundles that a cost cap allows."""
     mean_s = live.stages[stage.name].counts.mean_s
     if mean_s is not None:

@@ -32,13 +32,7 @@ from batchlab.core.protocol.object_keys import UNSEALED, proves, summary
 from batchlab.manager.counters import Counters
 from batchlab.manager.ledger_writer import BundleKey, LedgerWriter
 from batchlab.manager.quarantine import Quarantine
-from batchlab.manager.state import (
-    LiveJob,
-    ManagerSettings,
-    Ports,
-    RetainedOutcome,
-    RetainedOutcomes,
-)
+from batchlab.manager.state import LiveJob, ManagerSettings, Ports, RetainedOutcome, RetainedOutcomes
 from batchlab.manager.worker_registry import WorkerRegistry
 
 
@@ -85,9 +79,7 @@ class EventVerifier:
         self._job_of = job_of
         self._quarantine = quarantine
 
-    async def sift(
-        self, events: Events, text: str, proofs: Mapping[str, str], id_: str
-    ) -> tuple[Events, set[JobId]]:
+    async def sift(self, events: Events, text: str, proofs: Mapping[str, str], id_: str) -> tuple[Events, set[JobId]]:
         """Return the facts in message `id_` that its sender may assert, and the trusted jobs."""
         jobs = jobs_in(events)
         if not jobs:
@@ -106,15 +98,9 @@ class EventVerifier:
                 untrue.add(job)
         sifted = replace(
             events,
-            completions=tuple(
-                one for one in events.completions if _is_one_job(trusted, one.bundle, one.follows)
-            ),
-            outcomes=tuple(
-                one for one in events.outcomes if _is_one_job(trusted, one.bundle, one.follows)
-            ),
-            committed=tuple(
-                [one for one in events.committed if await self._is_genuine(one, trusted, genuine)]
-            ),
+            completions=tuple(one for one in events.completions if _is_one_job(trusted, one.bundle, one.follows)),
+            outcomes=tuple(one for one in events.outcomes if _is_one_job(trusted, one.bundle, one.follows)),
+            committed=tuple([one for one in events.committed if await self._is_genuine(one, trusted, genuine)]),
             duplicates=tuple(one for one in events.duplicates if one.job in trusted),
             traces=tuple(one for one in events.traces if one[0] in trusted),
         )
@@ -129,8 +115,7 @@ class EventVerifier:
         return {
             job
             for job in sorted(jobs)
-            if (given := proofs.get(job))
-            and proves(await self._ports.keys.new(job), of_text, given)
+            if (given := proofs.get(job)) and proves(await self._ports.keys.new(job), of_text, given)
         }
 
     async def _is_genuine(self, name: str, trusted: set[JobId], proven: set[JobId]) -> bool:
@@ -284,10 +269,7 @@ class Collector:
     async def _receive(self, wait_s: float) -> Sequence[Message]:
         try:
             return await self._ports.queue.receive(
-                object_keys.EVENTS,
-                max_messages=MAX_BATCH,
-                wait_s=wait_s,
-                visibility_s=self._settings.visibility_s,
+                object_keys.EVENTS, max_messages=MAX_BATCH, wait_s=wait_s, visibility_s=self._settings.visibility_s
             )
         except BackendError:
             # Set at once, because the retries of `patience` may take minutes.
@@ -357,14 +339,11 @@ class Collector:
             if heard.get(asked.worker) == asked.instance:
                 self._registry.told(asked)
 
-    def _retained(
-        self, outcomes: Sequence[Outcome], size_bytes: int
-    ) -> dict[BundleKey, RetainedOutcome]:
+    def _retained(self, outcomes: Sequence[Outcome], size_bytes: int) -> dict[BundleKey, RetainedOutcome]:
         """Retain the outcomes of a message in memory for waiting clients."""
         share_bytes = size_bytes // max(1, len(outcomes))
         return {
-            (one.bundle.job, one.bundle.stage, one.bundle.id): self._memory.add(one, share_bytes)
-            for one in outcomes
+            (one.bundle.job, one.bundle.stage, one.bundle.id): self._memory.add(one, share_bytes) for one in outcomes
         }
 
     def _tell(self, outcomes: Iterable[RetainedOutcome]) -> bool:

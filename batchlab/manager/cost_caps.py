@@ -14,17 +14,7 @@ from batchlab.core.errors import Refused
 from batchlab.core.model import GroupView, JobId, LifecycleState, Pool
 from batchlab.core.ports import Clock
 from batchlab.core.pricing.price_book import shown
-from batchlab.core.pricing.usage import (
-    Account,
-    Accounting,
-    Budget,
-    Kind,
-    Meter,
-    Purse,
-    Rates,
-    launch_usd,
-    launches,
-)
+from batchlab.core.pricing.usage import Account, Accounting, Budget, Kind, Meter, Purse, Rates, launch_usd, launches
 from batchlab.manager.state import LiveJob, ManagerSettings
 from batchlab.manager.worker_registry import WorkerRegistry
 
@@ -129,8 +119,7 @@ class CostCaps:
 
     def _fill_purses(self, rates: Rates, views: Sequence[GroupView]) -> None:
         slot_usd_s = {
-            pool.name: self._pool_usd_h(pool) / 3600 / max(1, pool.slots) / USED_SHARE
-            for pool in self._pools.values()
+            pool.name: self._pool_usd_h(pool) / 3600 / max(1, pool.slots) / USED_SHARE for pool in self._pools.values()
         }
         slots = {name: max(1, pool.slots) for name, pool in self._pools.items()}
         owed = {job: self._work_usd(live, slot_usd_s) for job, live in self._lives.items()}
@@ -218,9 +207,7 @@ class CostCaps:
         """Return the cost of planned tasks that are in no bundle yet."""
         now_s = self._clock.monotonic_s()
         return sum(
-            len(live.stages[stage.name].left)
-            * live.task_s(stage, now_s)
-            * slot_usd_s.get(stage.pool, 0.0)
+            len(live.stages[stage.name].left) * live.task_s(stage, now_s) * slot_usd_s.get(stage.pool, 0.0)
             for stage in live.job.stages
         )
 
@@ -277,10 +264,7 @@ class CostCaps:
         if count == wanted:
             return desired, why
         dry = min(purses, key=lambda purse: purse.left_usd)
-        told = (
-            f"{why}; but a cap on cost allows {count} more, each for {shown(each)} "
-            f"at least: {dry.text()}"
-        )
+        told = f"{why}; but a cap on cost allows {count} more, each for {shown(each)} at least: {dry.text()}"
         self.capped[pool.name] = told
         if not was:
             log.info("%s", told, extra={"pool": pool.name})

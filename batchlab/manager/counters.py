@@ -22,10 +22,7 @@ WORKERS_KEPT = 20_000
 TICK_BOUNDS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 DUPLICATE = "duplicate"
 WORKER_COUNTERS = frozenset(
-    {
-        DUPLICATE,
-        *(f"{what}.{k}" for what in ("retried", "failed") for k in json_format.FAILURE_KINDS),
-    }
+    {DUPLICATE, *(f"{what}.{k}" for what in ("retried", "failed") for k in json_format.FAILURE_KINDS)}
 )
 """Names of the counts that workers report (see worker/outbox.py). Other names are ignored,
 because a worker may run another program."""
@@ -99,11 +96,7 @@ class Counters:
         """Count an outcome that the ledger accepted."""
         self.bundles += 1
         kind = stage_kind(stage)
-        for state, tasks in (
-            ("succeeded", done.succeeded),
-            ("failed", done.failed),
-            ("cancelled", done.cancelled),
-        ):
+        for state, tasks in (("succeeded", done.succeeded), ("failed", done.failed), ("cancelled", done.cancelled)):
             if tasks:
                 self.tasks[kind, state] += len(tasks)
 

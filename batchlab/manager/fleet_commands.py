@@ -29,9 +29,7 @@ async def group(manager: Manager, pool: str) -> GroupView:
     """Return the group of a pool. Raises NotFound."""
     found = await groups(manager)
     if pool not in found:
-        raise NotFound(
-            f"There is no pool {pool!r}.", remedy=f"The pools are {', '.join(sorted(found))}."
-        )
+        raise NotFound(f"There is no pool {pool!r}.", remedy=f"The pools are {', '.join(sorted(found))}.")
     return found[pool]
 
 
@@ -48,9 +46,7 @@ async def scale(
     `auto`. `auto=False` holds the current capacity. Refused if the numbers contradict each other.
     """
     if auto and desired is not None:
-        raise UsageError(
-            "A pool is either scaled by hand or by the policy.", remedy="Leave one of the two out."
-        )
+        raise UsageError("A pool is either scaled by hand or by the policy.", remedy="Leave one of the two out.")
     view = await group(manager, pool)
     await manager.autoscaler.protect_the_busy(view)
     if min_size is not None or max_size is not None:
@@ -66,9 +62,7 @@ async def scale(
     return await group(manager, pool)
 
 
-async def _limit(
-    manager: Manager, view: GroupView, min_size: int | None, max_size: int | None
-) -> None:
+async def _limit(manager: Manager, view: GroupView, min_size: int | None, max_size: int | None) -> None:
     pool = replace(
         view.pool,
         min_size=view.pool.min_size if min_size is None else min_size,

@@ -55,9 +55,7 @@ async def _objects(objects: Objects, keys: Sequence[str]) -> AsyncIterator[Objec
     """Yield every input object in order. A key that ends in "/" stands for all objects below it."""
     for first in range(0, len(keys), _HEADS):
         window = keys[first : first + _HEADS]
-        known = iter(
-            await asyncio.gather(*(objects.head(key) for key in window if not key.endswith("/")))
-        )
+        known = iter(await asyncio.gather(*(objects.head(key) for key in window if not key.endswith("/"))))
         for key in window:
             if key.endswith("/"):
                 async for info in _under(objects, key):
@@ -78,9 +76,7 @@ async def _under(objects: Objects, prefix: str) -> AsyncIterator[ObjectInfo]:
                 empty = False
                 yield info
     if empty:
-        raise UsageError(
-            f"There is no input object under {prefix}.", remedy="Check the prefix, then run again."
-        )
+        raise UsageError(f"There is no input object under {prefix}.", remedy="Check the prefix, then run again.")
 
 
 def _missing_object(key: str) -> UsageError:
@@ -93,9 +89,7 @@ def _missing_object(key: str) -> UsageError:
 # --- Parts of text -------------------------------------------------------------------------------
 
 
-async def _parts(
-    objects: Objects, info: ObjectInfo, how: InputDef
-) -> AsyncIterator[tuple[int, int, int]]:
+async def _parts(objects: Objects, info: ObjectInfo, how: InputDef) -> AsyncIterator[tuple[int, int, int]]:
     """Yield (start, stop, end of the header or 0) of each part."""
     peek = how.split is SplitBy.BYTES and how.size >= _PEEK_FROM
     text = _Text(objects, info, PEEK_BYTES if peek else READ_BYTES)
@@ -153,9 +147,7 @@ class _Text:
 
     async def _load(self, at: int, length: int) -> None:
         try:
-            data = await self._objects.get_range(
-                self._info.key, at, min(at + length, self._info.size)
-            )
+            data = await self._objects.get_range(self._info.key, at, min(at + length, self._info.size))
         except NotFound as error:
             raise _missing_object(self._info.key) from error
         if not data:

@@ -104,12 +104,7 @@ class JobCommands:
         return True
 
     async def _accept(
-        self,
-        job: JobDef,
-        opening: commit_keys.Opening | None,
-        *,
-        is_ours: bool = True,
-        is_sent: bool | None = None,
+        self, job: JobDef, opening: commit_keys.Opening | None, *, is_ours: bool = True, is_sent: bool | None = None
     ) -> Written:
         """Write the job to the ledger, conduct it, and send its first bundles unless `is_sent`
         (None: not tried). If sending failed, or another request made the job, some bundles may be
@@ -162,8 +157,7 @@ class JobCommands:
                 known, its = await read_stored(self._ports, key, _read_definition)
             except UnreadableObject as error:
                 raise Refused(
-                    f"A job with the id {job.id} is in the bucket, and its definition cannot be "
-                    f"read: {error.message}",
+                    f"A job with the id {job.id} is in the bucket, and its definition cannot be read: {error.message}",
                     remedy=f"Remove the object {key}, or submit the job under another name.",
                 ) from error
             if _comparable(admission.hide_addresses(known), its) != _comparable(hidden, opening):
@@ -256,8 +250,7 @@ class JobCommands:
         live = self._lives.get(job)
         if live is None or live.ended.is_set():
             raise Refused(
-                f"Job {job} is not running, so it cannot be {verb}.",
-                remedy="`batchlab job list` shows the jobs.",
+                f"Job {job} is not running, so it cannot be {verb}.", remedy="`batchlab job list` shows the jobs."
             )
         return live
 

@@ -151,9 +151,7 @@ class JobCoordinator:
             # between, the stage would never end.
             upstream = live.stages[stage.after[0]].counts.planned
             if upstream is not None:
-                await self._ledger_writer.write(
-                    live, SetPlanned(live.id, stage.name, upstream, live.round)
-                )
+                await self._ledger_writer.write(live, SetPlanned(live.id, stage.name, upstream, live.round))
             return
         # The raw input is the same in each round. Gathered results may change.
         round_ = live.round if stage.after else 0
@@ -181,10 +179,7 @@ class JobCoordinator:
             counts = {u: live.stages[u].counts for u in stage.after}
             manifest = await self.plans.of_stages(live.job, stage, round_, counts)
         if manifest is None:
-            plan, spec = (
-                object_keys.manifest(live.id, stage.name, round_),
-                object_keys.spec(live.id),
-            )
+            plan, spec = (object_keys.manifest(live.id, stage.name, round_), object_keys.spec(live.id))
             raise UsageError(
                 f"Job {live.id} has items of its own, but neither {plan} nor {spec} contains them.",
                 remedy="Submit it through the Python API, or give it an input.",
@@ -198,17 +193,13 @@ class JobCoordinator:
         cut = Cut(live.id, stage.name, round_, 0, bundles, left, len(tasks), now_s)
         await self._commit_and_send(live, cut)
         about = {"job": live.id, "stage": stage.name}
-        log.info(
-            "planned %d tasks, the first %d bundles sent", len(tasks), len(bundles), extra=about
-        )
+        log.info("planned %d tasks, the first %d bundles sent", len(tasks), len(bundles), extra=about)
         self._on_plan(stage.pool)
 
     def _doomed(self, live: LiveJob) -> bool:
         return judge(live.job, [s.counts for s in live.stages.values()]).failed
 
-    async def send_opening(
-        self, job: JobDef, opening: commit_keys.Opening, *, again: bool = False
-    ) -> None:
+    async def send_opening(self, job: JobDef, opening: commit_keys.Opening, *, again: bool = False) -> None:
         """Send the bundles of the opening. With `again` send copies, for which workers first look
         for an outcome."""
         assert opening.cut
@@ -249,11 +240,7 @@ class JobCoordinator:
         key = object_keys.cut(cut.job, cut.stage, cut.round, cut.seq)
         objects, patience = self._ports.objects, self._ports.patience
         try:
-            await patience(
-                lambda: objects.put(
-                    key, json_format.to_bytes(json_format.cut_to_json(cut)), if_absent=True
-                )
-            )
+            await patience(lambda: objects.put(key, json_format.to_bytes(json_format.cut_to_json(cut)), if_absent=True))
         except AlreadyExists:
             return await read_cut(self._ports, key)
         return cut
@@ -270,13 +257,7 @@ class JobCoordinator:
             bundles = tuple(replace(one, losses=1) for one in bundles)
         await self.send(live.job, bundles, trace=cutting.context)
 
-    async def send(
-        self,
-        job: JobDef,
-        bundles: Sequence[Bundle],
-        *,
-        trace: str = "",
-    ) -> None:
+    async def send(self, job: JobDef, bundles: Sequence[Bundle], *, trace: str = "") -> None:
         """Put bundles on their pool's queue, with their inputs if these are small."""
         above, about = trace or job.trace, Subject(job.id)
         with span(self._tracer, "send", above, about, bundles=len(bundles)) as sending:
@@ -294,9 +275,7 @@ class JobCoordinator:
                 except NotFound:
                     items = None  # the worker finds the same and reports it in an outcome
             wait_s = settlement.wait_s(job, bundle, now_s)
-            messages.append(
-                address(job, bundle, key, items=items, delay_s=wait_s, now_s=now_s, trace=trace)
-            )
+            messages.append(address(job, bundle, key, items=items, delay_s=wait_s, now_s=now_s, trace=trace))
         await send_all(self._ports.queue, messages, self._ports.patience)
 
     # --- Ending ----------------------------------------------------------------------------------
@@ -396,9 +375,7 @@ class JobCoordinator:
             if word.control is live.record.control or word.round > live.round:
                 return
             about = {"job": live.id}
-            log.warning(
-                "the control word is %s, and the ledger did not have it", word.control, extra=about
-            )
+            log.warning("the control word is %s, and the ledger did not have it", word.control, extra=about)
             await self.record_control(live, word.control)
         if word.control is not Control.CANCEL:
             paused = word.control is Control.PAUSE
@@ -438,13 +415,8 @@ class JobCoordinator:
         who = f"manager-{live.round}"
         while outstanding := live.all_outstanding()[:SEALED_AT_ONCE]:
             now_s = self._ports.clock.now_s()
-            drafts = [
-                settlement.sealed(one.bundle, execution=who, worker=who, now_s=now_s)
-                for one in outstanding
-            ]
-            outcomes = await asyncio.gather(
-                *(self._outcomes.commit(live.job, draft) for draft in drafts)
-            )
+            drafts = [settlement.sealed(one.bundle, execution=who, worker=who, now_s=now_s) for one in outstanding]
+            outcomes = await asyncio.gather(*(self._outcomes.commit(live.job, draft) for draft in drafts))
             await self._ledger_writer.fold([settlement.completion(outcome) for outcome in outcomes])
         return _uncut_tasks(live)
 
@@ -460,16 +432,12 @@ class JobCoordinator:
                 return
             seq += 1
 
-    async def _finish(
-        self, live: LiveJob, state: JobState, reason: str, closed: Mapping[StageName, int]
-    ) -> None:
+    async def _finish(self, live: LiveJob, state: JobState, reason: str, closed: Mapping[StageName, int]) -> None:
         about = Subject(live.id)
         with span(self._tracer, "end", live.job.trace, about, state=state.value):
             await self._end(live, state, reason, closed)
 
-    async def _end(
-        self, live: LiveJob, state: JobState, reason: str, closed: Mapping[StageName, int]
-    ) -> None:
+    async def _end(self, live: LiveJob, state: JobState, reason: str, closed: Mapping[StageName, int]) -> None:
         some = {name: tasks for name, tasks in closed.items() if tasks}
         ending = Ending(state, reason, self._ports.clock.now_s(), some)
         data = json_format.to_bytes(json_format.ending_to_json(ending))
@@ -480,9 +448,7 @@ class JobCoordinator:
                 await patience(lambda: objects.put(key, data, if_absent=True))
         except AlreadyExists:
             try:
-                ending = json_format.ending_from_json(
-                    json_format.loads(await patience(lambda: objects.get(key)))
-                )
+                ending = json_format.ending_from_json(json_format.loads(await patience(lambda: objects.get(key))))
             except Malformed as error:
                 self._quarantine.object(key, error, live.id, "object")
         await self._record(live, ending)
@@ -513,9 +479,7 @@ class JobCoordinator:
                 break  # the outcome was readable when it was counted
             for failure in outcome.failed if outcome else ():
                 if failure.final:
-                    return with_task(
-                        verdict.reason, record.bundle.stage, failure.task, failure.reason
-                    )
+                    return with_task(verdict.reason, record.bundle.stage, failure.task, failure.reason)
         return verdict.reason
 
     async def _accounted(self, live: LiveJob) -> bool:
@@ -526,9 +490,7 @@ class JobCoordinator:
         events of its halves, or never (I3).
         """
         while outstanding := live.all_outstanding()[:SEALED_AT_ONCE]:
-            found = await asyncio.gather(
-                *(self._outcomes.of(live.job, one.bundle) for one in outstanding)
-            )
+            found = await asyncio.gather(*(self._outcomes.of(live.job, one.bundle) for one in outstanding))
             outcomes = [outcome for outcome in found if outcome]
             await self._ledger_writer.fold([settlement.completion(outcome) for outcome in outcomes])
             if len(outcomes) < len(outstanding):
@@ -543,7 +505,4 @@ async def _leave_unchanged(_: LiveJob) -> None:
 def _uncut_tasks(live: LiveJob) -> Mapping[StageName, int]:
     """Return the number of tasks of each stage without an end, once no bundle is outstanding.
     Forged outcomes may count more tasks than were planned."""
-    return {
-        name: max(0, (record.counts.planned or 0) - record.counts.terminal)
-        for name, record in live.stages.items()
-    }
+    return {name: max(0, (record.counts.planned or 0) - record.counts.terminal) for name, record in live.stages.items()}

@@ -98,10 +98,7 @@ async def restore(ports: Ports, job: JobId) -> dict[str, str]:
         past, unreadable = await _read_history(ports, job)
         if await ports.ledger.restore(past, over=before):
             return unreadable
-    raise Unreachable(
-        f"Job {job} changes faster than the bucket can be read.",
-        remedy="Start the rebuild again.",
-    )
+    raise Unreachable(f"Job {job} changes faster than the bucket can be read.", remedy="Start the rebuild again.")
 
 
 async def _rows(ports: Ports, job: JobId) -> JobRows | None:
@@ -205,9 +202,7 @@ async def _rounds(ports: Ports, job: JobDef, found: _JobObjects) -> Sequence[Rou
 
 
 async def _round(ports: Ports, job: JobDef, number: int, retry: Retry, found: _JobObjects) -> Round:
-    cuts = sorted(
-        (cut for cut in found.cuts if cut.round == number), key=lambda cut: (cut.stage, cut.seq)
-    )
+    cuts = sorted((cut for cut in found.cuts if cut.round == number), key=lambda cut: (cut.stage, cut.seq))
     planned: dict[StageName, int] = {}
     for cut in cuts:
         if cut.planned is not None:

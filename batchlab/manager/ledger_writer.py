@@ -57,10 +57,7 @@ class LedgerWriter:
         """Sequence number of the next completion, unless another manager folds."""
 
     async def fold(
-        self,
-        completions: Sequence[Completion],
-        whole: OutcomesByBundle = EMPTY,
-        traces: Traces = EMPTY,
+        self, completions: Sequence[Completion], whole: OutcomesByBundle = EMPTY, traces: Traces = EMPTY
     ) -> None:
         """Fold completions, some with outcomes in `whole`, and poke their jobs."""
         known = await self._known(completions)
@@ -115,12 +112,7 @@ class LedgerWriter:
                 live.doubtful = True
         return known
 
-    def _note(
-        self,
-        completions: Sequence[Completion],
-        folded: Folded,
-        whole: OutcomesByBundle,
-    ) -> list[LiveJob]:
+    def _note(self, completions: Sequence[Completion], folded: Folded, whole: OutcomesByBundle) -> list[LiveJob]:
         """Update outstanding bundles and recent outcomes, and return the live jobs concerned."""
         if folded.first_seq != self._next_seq:
             # Another leader folds too, or the response of an earlier fold was lost.

@@ -139,8 +139,4 @@ class LiveLogs:
 
 def _running_only(live: LiveJob, tails: Sequence[Tail]) -> list[Tail]:
     """Return the output of outstanding bundles."""
-    return [
-        tail
-        for tail in tails
-        if BundleId(tail.bundle) in live.outstanding.get(StageName(tail.stage), {})
-    ]
+    return [tail for tail in tails if BundleId(tail.bundle) in live.outstanding.get(StageName(tail.stage), {})]

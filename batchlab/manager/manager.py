@@ -46,13 +46,7 @@ from batchlab.manager.reconciler import Reconciler
 from batchlab.manager.recorder import Recorder, ReportQueue
 from batchlab.manager.schedule_commands import ScheduleCommands
 from batchlab.manager.spending import Spending
-from batchlab.manager.state import (
-    LiveJob,
-    ManagerSettings,
-    Ports,
-    outstanding_in_pool,
-    set_job_state,
-)
+from batchlab.manager.state import LiveJob, ManagerSettings, Ports, outstanding_in_pool, set_job_state
 from batchlab.manager.unresponsive_workers import UnresponsiveWorkers, WorkEvidence
 from batchlab.manager.worker_registry import WorkerRegistry
 
@@ -188,18 +182,10 @@ class Manager:
         self.recorder = recorder
         repeated = recorder.repeated if recorder else _ignore
         ledger_writer = LedgerWriter(
-            ports,
-            self.lives,
-            lambda job: self._adoption.restored(job),
-            repeated,
-            counts,
-            tracer,
-            evidence.authors.add,
+            ports, self.lives, lambda job: self._adoption.restored(job), repeated, counts, tracer, evidence.authors.add
         )
         self.notifier = (
-            Notifier(ports, self.lives, self.registry.workers, outlets, counts, self._caps_of)
-            if outlets
-            else None
+            Notifier(ports, self.lives, self.registry.workers, outlets, counts, self._caps_of) if outlets else None
         )
         on_end = self.notifier.ended if self.notifier else None
         bundler = Bundler(ports.clock, self.lives, self._slots, settings.window)
@@ -291,9 +277,7 @@ class Manager:
             counts=counts,
             quarantine=quarantine,
         )
-        self._reconciler = Reconciler(
-            ports, settings, self.lives, ledger_writer, self.coordinator, quarantine
-        )
+        self._reconciler = Reconciler(ports, settings, self.lives, ledger_writer, self.coordinator, quarantine)
 
     async def known(self, job: JobId) -> JobRecord:
         """Return the job from the ledger, restored from the bucket if the ledger does not have it.
@@ -384,9 +368,7 @@ class Manager:
         """Read from the ledger what other leaders have planned, started, and ended."""
         if not self._others_led:
             return
-        log.warning(
-            "another manager led while %s was paused: all jobs are adopted again", self.owner
-        )
+        log.warning("another manager led while %s was paused: all jobs are adopted again", self.owner)
         # first, because another manager may lead meanwhile
         self._others_led = self._retries_searched = False
         if self.scheduler:
@@ -529,9 +511,7 @@ class Manager:
             await self._reconciler.look_for_the_silent(self.depths)
         except BackendError:
             if self.lives:
-                self._looked_s = (
-                    -IDLE_QUEUE_CHECK_S
-                )  # the next tick checks again and reports the outage
+                self._looked_s = -IDLE_QUEUE_CHECK_S  # the next tick checks again and reports the outage
             raise
 
     async def _show_start(self, live: LiveJob) -> None:

@@ -43,10 +43,7 @@ class NotificationTriggers:
     """Triggers of the jobs that one manager conducts."""
 
     def __init__(
-        self,
-        clock: Clock,
-        workers: Mapping[str, WorkerStatus],
-        cap_of: Callable[[LiveJob], str] = lambda _: "",
+        self, clock: Clock, workers: Mapping[str, WorkerStatus], cap_of: Callable[[LiveJob], str] = lambda _: ""
     ) -> None:
         """`cap_of` names the caps of a job. A change of the name triggers again."""
         self._clock = clock
@@ -242,12 +239,7 @@ class Notifier:
         state, reason, at_s = ending.state, ending.reason, ending.ended_s
         record = replace(live.record, state=state, reason=reason, ended_s=at_s, round=live.round)
         body = notifications.body_of(record, list(live.stages.values()))
-        await self._add(
-            [
-                notifications.made(one, live.job, live.round, moment, body, at_s=at_s)
-                for one in wanted
-            ]
-        )
+        await self._add([notifications.made(one, live.job, live.round, moment, body, at_s=at_s) for one in wanted])
 
     async def observe(self) -> None:
         """Add notifications for live jobs whose triggers have fired."""
@@ -471,13 +463,7 @@ class Notifier:
         wait_s = _pause_s(tried)
         if one.id in self.book.pending:  # otherwise another leader has delivered it
             self.book.pending[one.id] = replace(tried, due_s=now_s + wait_s)
-        log.warning(
-            "a notification to %s is tried again in %.0f s: %s",
-            shown,
-            wait_s,
-            error.message,
-            extra=about,
-        )
+        log.warning("a notification to %s is tried again in %.0f s: %s", shown, wait_s, error.message, extra=about)
 
     def _close(self, one: Notification, state: str, error: str) -> None:
         ended_s = self._ports.clock.now_s()

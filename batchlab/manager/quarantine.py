@@ -41,9 +41,7 @@ class Quarantine:
         self._known: OrderedDict[str, None] = OrderedDict()
         self._jobs: OrderedDict[JobId, dict[str, str]] = OrderedDict()
 
-    def message(
-        self, kind: str, id_: str, length: int, error: Exception, job: JobId | None = None
-    ) -> None:
+    def message(self, kind: str, id_: str, length: int, error: Exception, job: JobId | None = None) -> None:
         """Report a dropped message of the kind "event" or "dead letter" with `length`
         characters."""
         # The content is not logged, because it may be a user's.
@@ -131,9 +129,7 @@ async def read_stored(ports: Ports, key: str, read: Callable[[bytes], T]) -> T:
 async def read_cut(ports: Ports, key: str) -> Cut:
     """Return the cut with this key. Raises NotFound, or UnreadableObject also if it is another
     cut."""
-    cut = await read_stored(
-        ports, key, lambda data: json_format.cut_from_json(json_format.loads(data))
-    )
+    cut = await read_stored(ports, key, lambda data: json_format.cut_from_json(json_format.loads(data)))
     if object_keys.cut(cut.job, cut.stage, cut.round, cut.seq) != key:
         raise UnreadableObject(key, "It is another cut.")
     return cut
@@ -154,9 +150,7 @@ class OutcomeStore:
             found = await committed(self._ports.objects, bundle, self._ports.patience, key)
             return _check_fit(job, found, key) if found else None
         except Malformed as error:
-            draft = settlement.unreadable(
-                job, bundle, error.message, now_s=self._ports.clock.now_s()
-            )
+            draft = settlement.unreadable(job, bundle, error.message, now_s=self._ports.clock.now_s())
             return await self._replaced(job, draft, error)
 
     async def commit(self, job: JobDef, draft: Outcome) -> Outcome:

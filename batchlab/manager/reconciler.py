@@ -24,14 +24,7 @@ from batchlab.core.protocol.messages import read_task_message
 from batchlab.manager.job_coordinator import JobCoordinator
 from batchlab.manager.ledger_writer import LedgerWriter
 from batchlab.manager.quarantine import OutcomeStore, Quarantine, UnreadableObject, read_stored
-from batchlab.manager.state import (
-    LiveJob,
-    ManagerSettings,
-    Outstanding,
-    Ports,
-    Superseded,
-    outstanding_in_pool,
-)
+from batchlab.manager.state import LiveJob, ManagerSettings, Outstanding, Ports, Superseded, outstanding_in_pool
 
 log = logging.getLogger(__name__)
 
@@ -196,9 +189,7 @@ class Reconciler:
         name = object_keys.dead_letters(pool)
         queue, patience = self._ports.queue, self._ports.patience
         for _ in range(DEAD_LETTER_BATCHES):
-            messages = await patience(
-                partial(queue.receive, name, max_messages=MAX_BATCH, wait_s=0)
-            )
+            messages = await patience(partial(queue.receive, name, max_messages=MAX_BATCH, wait_s=0))
             if not messages:
                 return
             for message in messages:
@@ -256,7 +247,5 @@ class Reconciler:
                 f"was delivered {deliveries} times, the last {message.receive_count - 1} within "
                 f"{now_s - message.sent_s:.0f} s, and never came to an outcome"
             )
-            draft = settlement.poisoned(
-                bundle, reason, execution=execution, worker="manager", now_s=now_s
-            )
+            draft = settlement.poisoned(bundle, reason, execution=execution, worker="manager", now_s=now_s)
         return await self._outcomes.commit(job, draft)

@@ -39,10 +39,7 @@ def job_part(doc: RecordedData, job: JobId) -> RecordedData:
     mine = {name: pool for name, pool in doc["pools"].items() if name in own["pools"]}
     part = {
         "pools": {
-            name: {
-                **pool,
-                "series": pool["series"][bisect_right(pool["series"], since_s, key=_at) :],
-            }
+            name: {**pool, "series": pool["series"][bisect_right(pool["series"], since_s, key=_at) :]}
             for name, pool in mine.items()
         },
         "scaling": _decisions(doc["scaling"], mine, since_s - BEFORE_S),
@@ -51,11 +48,7 @@ def job_part(doc: RecordedData, job: JobId) -> RecordedData:
             for name, one in doc["instances"].items()
             if one[0] in mine and (one[6] is None or one[6] >= since_s)
         },
-        "workers": {
-            name: list(one)
-            for name, one in doc["workers"].items()
-            if one[1] in mine and one[4] >= since_s
-        },
+        "workers": {name: list(one) for name, one in doc["workers"].items() if one[1] in mine and one[4] >= since_s},
         "requests": list(own["requests"]),
         "duplicates": {
             stage: {kind: list(counted) for kind, counted in kinds.items()}
@@ -69,23 +62,14 @@ def _at(point: Sequence[Any]) -> float:
     return float(point[0])
 
 
-def _decisions(
-    every: Sequence[Sequence[Any]], pools: Collection[str], since_s: float
-) -> list[list[Any]]:
+def _decisions(every: Sequence[Sequence[Any]], pools: Collection[str], since_s: float) -> list[list[Any]]:
     recent = takewhile(lambda one: one[1] > since_s, reversed(every))
     return [list(one) for one in recent if one[0] in pools][::-1]
 
 
 def empty_part() -> RecordedData:
     """Return the part of a job that was not recorded."""
-    return {
-        "pools": {},
-        "scaling": [],
-        "instances": {},
-        "workers": {},
-        "requests": [],
-        "duplicates": {},
-    }
+    return {"pools": {}, "scaling": [], "instances": {}, "workers": {}, "requests": [], "duplicates": {}}
 
 
 def join_rounds(a: RecordedData, b: RecordedData) -> RecordedData:
@@ -209,9 +193,7 @@ class TimeSeries:
     """Points in order of time. Older points are merged into longer steps. `merge` makes one point
     of two neighbors, and need not handle their times."""
 
-    def __init__(
-        self, merge: Callable[[Point, Point], Point], points: Sequence[Point] = ()
-    ) -> None:
+    def __init__(self, merge: Callable[[Point, Point], Point], points: Sequence[Point] = ()) -> None:
         self._merge = merge
         self.points: list[Point] = [list(point) for point in points]
         self._new = 0
@@ -263,15 +245,7 @@ def latest_point(_a: Point, b: Point) -> Point:
 def request_point(account: Account, now_s: float, step_s: float) -> Point:
     """Return a point of a job's request counts."""
     made = account.requests
-    return [
-        round(now_s, 3),
-        round(step_s, 3),
-        made.sqs,
-        made.sqs_empty,
-        made.s3_puts,
-        made.s3_gets,
-        made.s3_deletes,
-    ]
+    return [round(now_s, 3), round(step_s, 3), made.sqs, made.sqs_empty, made.s3_puts, made.s3_gets, made.s3_deletes]
 
 
 MOST_INSTANCES = 20_000
@@ -291,9 +265,7 @@ class InstanceHistory:
         self.workers: dict[str, list[Any]] = {}
         """Workers, the most recently seen last."""
 
-    def note_instances(
-        self, views: Iterable[GroupView], now_s: float, since_s: Callable[[], float]
-    ) -> None:
+    def note_instances(self, views: Iterable[GroupView], now_s: float, since_s: Callable[[], float]) -> None:
         """Record the instances of the groups. `since_s()` is when recording began."""
         there: set[str] = set()
         for view in views:
@@ -304,9 +276,7 @@ class InstanceHistory:
             self.living[one][7] = _GONE.value
             self._end(one, now_s)
 
-    def _note(
-        self, instance: Instance, view: GroupView, now_s: float, since_s: Callable[[], float]
-    ) -> None:
+    def _note(self, instance: Instance, view: GroupView, now_s: float, since_s: Callable[[], float]) -> None:
         known = self.living.get(instance.id) or self.ended.get(instance.id)
         if known is None:
             if instance.state is _GONE and instance.launched_s < since_s():

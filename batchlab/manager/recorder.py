@@ -59,16 +59,8 @@ MOST_JOBS = 200
 """Jobs whose requests are sampled. For other jobs, only the total is recorded."""
 HEARD = 4_096
 """Duplicates that are remembered, so that each is counted once."""
-_BOOTING = {
-    LifecycleState.PENDING,
-    LifecycleState.PENDING_WAIT,
-    LifecycleState.PENDING_PROCEED,
-}
-_LEAVING = {
-    LifecycleState.TERMINATING,
-    LifecycleState.TERMINATING_WAIT,
-    LifecycleState.TERMINATING_PROCEED,
-}
+_BOOTING = {LifecycleState.PENDING, LifecycleState.PENDING_WAIT, LifecycleState.PENDING_PROCEED}
+_LEAVING = {LifecycleState.TERMINATING, LifecycleState.TERMINATING_WAIT, LifecycleState.TERMINATING_PROCEED}
 
 
 class _LiveRecording:
@@ -110,9 +102,7 @@ class _LiveRecording:
 class Recorder:
     """The leader's recorder."""
 
-    def __init__(
-        self, ports: Ports, lives: Mapping[JobId, LiveJob], registry: WorkerRegistry
-    ) -> None:
+    def __init__(self, ports: Ports, lives: Mapping[JobId, LiveJob], registry: WorkerRegistry) -> None:
         self._ports = ports
         self._lives = lives
         self._registry = registry
@@ -134,10 +124,7 @@ class Recorder:
     # --- Samples ----------------------------------------------------------------------------------
 
     def observe(
-        self,
-        views: Mapping[str, GroupView],
-        depths: Mapping[str, Depth],
-        backlog_of: Callable[[str], Backlog],
+        self, views: Mapping[str, GroupView], depths: Mapping[str, Depth], backlog_of: Callable[[str], Backlog]
     ) -> None:
         """Take a sample if one is due."""
         now_s, monotonic_s = self._ports.clock.now_s(), self._ports.clock.monotonic_s()
@@ -181,9 +168,7 @@ class Recorder:
 
     def _begin(self, live: LiveJob) -> _LiveRecording:
         now_s = round(self._ports.clock.now_s(), 3)
-        seen = self._jobs[live.id] = _LiveRecording(
-            now_s, (stage.pool for stage in live.job.stages)
-        )
+        seen = self._jobs[live.id] = _LiveRecording(now_s, (stage.pool for stage in live.job.stages))
         seen.begun_s = self._ports.clock.monotonic_s()
         seen.live = live
         return seen
@@ -206,10 +191,7 @@ class Recorder:
 
     def _part(self, job: JobId, seen: _LiveRecording | None, took_s: float) -> RecordedData:
         """Return the data of the job. Older data is not read, because there may be many jobs."""
-        doc: RecordedData = {
-            "jobs": {},
-            "earlier": {job: self._earlier[job]} if job in self._earlier else {},
-        }
+        doc: RecordedData = {"jobs": {}, "earlier": {job: self._earlier[job]} if job in self._earlier else {}}
         if seen:
             # Most jobs are short, and each would include the whole fleet.
             most = FEW if took_s < SHORT_S else None
@@ -221,9 +203,7 @@ class Recorder:
             }
         return job_part(doc, job)
 
-    def _point(
-        self, view: GroupView, depth: Depth, backlog: Backlog, now_s: float, step_s: float
-    ) -> Point:
+    def _point(self, view: GroupView, depth: Depth, backlog: Backlog, now_s: float, step_s: float) -> Point:
         states = [instance.state for instance in view.instances]
         in_service = sum(state is LifecycleState.IN_SERVICE for state in states)
         holding, busy_slots = self._busy(view.pool.name)
@@ -273,16 +253,7 @@ class Recorder:
         now_s = round(self._ports.clock.now_s(), 3)
         in_service = sum(one.state is LifecycleState.IN_SERVICE for one in view.instances)
         self._decisions.append(
-            [
-                view.pool.name,
-                now_s,
-                view.desired,
-                desired,
-                in_service,
-                backlog.tasks,
-                round(backlog.seconds, 3),
-                why,
-            ]
+            [view.pool.name, now_s, view.desired, desired, in_service, backlog.tasks, round(backlog.seconds, 3), why]
         )
         self._is_due = True
 
@@ -373,10 +344,7 @@ class Recorder:
         return True
 
     def _take_over(self, doc: RecordedData) -> None:
-        pools = {
-            name: TimeSeries(merge_pool_points, pool["series"])
-            for name, pool in doc["pools"].items()
-        }
+        pools = {name: TimeSeries(merge_pool_points, pool["series"]) for name, pool in doc["pools"].items()}
         slots = {name: (pool["slots"], pool["type"]) for name, pool in doc["pools"].items()}
         history = InstanceHistory.from_doc(doc, self._registry)
         jobs: dict[JobId, _LiveRecording] = {}

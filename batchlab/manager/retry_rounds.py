@@ -59,9 +59,7 @@ class Retry:
     def redone(self, stage: StageName) -> TaskSet:
         """Return the tasks of the stage that this retry runs again or plans again."""
         mine = [cut for cut in self.cuts if cut.stage == stage]
-        return TaskSet.union(
-            [*(cut.left for cut in mine), *(b.tasks for cut in mine for b in cut.bundles)]
-        )
+        return TaskSet.union([*(cut.left for cut in mine), *(b.tasks for cut in mine for b in cut.bundles)])
 
 
 async def cuts_of_round(ports: Ports, record: JobRecord) -> tuple[Cut, ...]:
@@ -193,25 +191,16 @@ class RetryPlanner:
                 remedy="`batchlab job failures` lists the failed tasks.",
             )
         kept = {name: tasks - chosen.get(name, TaskSet()) for name, tasks in failed.items()}
-        left = [
-            replace(one.counts, failed=len(kept.get(name, TaskSet())))
-            for name, one in stages.items()
-        ]
+        left = [replace(one.counts, failed=len(kept.get(name, TaskSet()))) for name, one in stages.items()]
         if (verdict := judge(record.job, left)).stop:
             raise Refused(
-                f"The remaining failures would stop job {record.job.id} at once, by its own "
-                f"policy: {verdict.reason}.",
+                f"The remaining failures would stop job {record.job.id} at once, by its own policy: {verdict.reason}.",
                 remedy="Retry all of them together.",
             )
         return kept
 
     async def _redo(
-        self,
-        record: JobRecord,
-        stage: StageDef,
-        stages: Mapping[StageName, StageRecord],
-        round_: int,
-        out: TaskSet,
+        self, record: JobRecord, stage: StageDef, stages: Mapping[StageName, StageRecord], round_: int, out: TaskSet
     ) -> Cut | None:
         job, before, now_s = record.job, stages[stage.name], self._ports.clock.now_s()
         mine = await self._succeeded(job.id, before.counts)
@@ -234,9 +223,7 @@ class RetryPlanner:
         rows = await successful_bundles(self._ports, job, counts)
         return TaskSet.union(r.completion.succeeded for r in rows if r.completion)
 
-    async def _planned_tasks(
-        self, record: JobRecord, stage: StageDef, counts: StageCounts
-    ) -> TaskSet:
+    async def _planned_tasks(self, record: JobRecord, stage: StageDef, counts: StageCounts) -> TaskSet:
         for earlier in range(record.round, -1, -1):
             manifest = await self._plans.existing(record.job, stage.name, earlier)
             if manifest:

@@ -36,9 +36,7 @@ class ScheduleCommands(Scheduler):
                         if self._is_read.is_set():
                             return
         except TimeoutError:
-            raise BackendError(
-                "The schedules have not been read yet.", remedy="Try again in some seconds."
-            ) from None
+            raise BackendError("The schedules have not been read yet.", remedy="Try again in some seconds.") from None
 
     async def all(self) -> list[Schedule]:
         """Return the schedules that are not removed, by name."""
@@ -63,15 +61,10 @@ class ScheduleCommands(Scheduler):
     def _known(self, name: str) -> Schedule:
         found = self.store.schedules.get(name)
         if found is None or found.removed:
-            raise NotFound(
-                f"There is no schedule {name!r}.",
-                remedy="`batchlab schedule list` shows the schedules.",
-            )
+            raise NotFound(f"There is no schedule {name!r}.", remedy="`batchlab schedule list` shows the schedules.")
         return found
 
-    async def add(
-        self, definition: Definition, job: JobDef, *, replacing: bool
-    ) -> tuple[Schedule, bool]:
+    async def add(self, definition: Definition, job: JobDef, *, replacing: bool) -> tuple[Schedule, bool]:
         """Store a schedule, and return whether it has changed. Refused if another schedule has the
         name, unless `replacing`."""
         when = definition.when
@@ -128,10 +121,7 @@ class ScheduleCommands(Scheduler):
 
         def change(schedule: Schedule, now_s: float) -> Schedule:
             if schedule.paused:
-                raise Refused(
-                    f"Schedule {name} is paused already.",
-                    remedy="`batchlab schedule resume` resumes it.",
-                )
+                raise Refused(f"Schedule {name} is paused already.", remedy="`batchlab schedule resume` resumes it.")
             return replace(schedules.settled(schedule, now_s), paused=True)
 
         return await self._change(name, change)
@@ -142,8 +132,7 @@ class ScheduleCommands(Scheduler):
         def change(schedule: Schedule, now_s: float) -> Schedule:
             if not schedule.paused:
                 raise Refused(
-                    f"Schedule {name} is not paused.",
-                    remedy="`batchlab schedule show` shows when it is due.",
+                    f"Schedule {name} is not paused.", remedy="`batchlab schedule show` shows when it is due."
                 )
             return replace(schedules.settled(schedule, now_s), paused=False)
 

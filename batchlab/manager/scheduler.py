@@ -81,11 +81,7 @@ class ScheduleStore:
         etag, before = self._etags.get(name), self.schedules.get(name)
         schedule = replace(schedule, number=before.number + 1 if before else 0)
         put = partial(
-            objects.put,
-            object_keys.schedule(name),
-            schedules.to_bytes(schedule),
-            if_absent=etag is None,
-            if_match=etag,
+            objects.put, object_keys.schedule(name), schedules.to_bytes(schedule), if_absent=etag is None, if_match=etag
         )
         try:
             self._etags[name] = await self._ports.patience(put)
@@ -298,9 +294,7 @@ class Scheduler:
                 continue
             if await self.store.is_empty(template):
                 where = ", ".join(template.input.keys if template.input else ())
-                schedule = schedules.skipped(
-                    schedule, run, now_s, f"there was no object in {where}"
-                )
+                schedule = schedules.skipped(schedule, run, now_s, f"there was no object in {where}")
                 continue
             schedule = schedules.started(schedule, run, now_s)
         return schedule
@@ -396,9 +390,7 @@ class Scheduler:
                 log.warning("%s is not cancelled: %s", job, error)
                 self._cancelling.pop(job, None)  # tried again if the job still runs
 
-        self._cancelling[job] = asyncio.get_running_loop().create_task(
-            cancel(), name=f"replace {job}"
-        )
+        self._cancelling[job] = asyncio.get_running_loop().create_task(cancel(), name=f"replace {job}")
 
     def _tell(self, before: Schedule, after: Schedule) -> None:
         """Log the decisions, and keep notes about missed runs for the command that started this

@@ -13,14 +13,7 @@ from functools import partial
 from operator import itemgetter
 
 from batchlab.core.commit import read_outcome
-from batchlab.core.errors import (
-    AlreadyExists,
-    Malformed,
-    NotFound,
-    TooLarge,
-    Unreachable,
-    UsageError,
-)
+from batchlab.core.errors import AlreadyExists, Malformed, NotFound, TooLarge, Unreachable, UsageError
 from batchlab.core.job_definition import JobDef, StageDef, task_name
 from batchlab.core.model import JobId, Json, Outcome, StageCounts, StageName, TaskSet
 from batchlab.core.port_retries import Patience
@@ -106,9 +99,7 @@ class StagePlans:
         """Plan a root stage from the job's raw input. Raises UsageError if the input is
         malformed."""
         assert job.input is not None
-        return await self._write(
-            job, stage.name, 0, input_split.items(self._ports.objects, job.input)
-        )
+        return await self._write(job, stage.name, 0, input_split.items(self._ports.objects, job.input))
 
     async def of_stages(
         self, job: JobDef, stage: StageDef, round: int, counts: Mapping[StageName, StageCounts]
@@ -136,11 +127,7 @@ class StagePlans:
         yield {"$gather": bundles}
 
     async def _gather_by(
-        self,
-        job: JobDef,
-        stage: StageDef,
-        field: str,
-        counts: Mapping[StageName, StageCounts],
+        self, job: JobDef, stage: StageDef, field: str, counts: Mapping[StageName, StageCounts]
     ) -> AsyncIterator[Json]:
         groups: dict[str, list[Json]] = {}
         for upstream in stage.after:
@@ -211,13 +198,7 @@ class StagePlans:
             raise _missing_results(stage, json_format.unreadable(key, error)) from error
 
     async def _write(
-        self,
-        job: JobDef,
-        stage: StageName,
-        round: int,
-        items: AsyncIterator[Json],
-        *,
-        skipped: TaskSet | None = None,
+        self, job: JobDef, stage: StageName, round: int, items: AsyncIterator[Json], *, skipped: TaskSet | None = None
     ) -> Manifest:
         writer = PartWriter(self._ports.objects, self._ports.patience, job.id, stage, round)
         async for item in items:
@@ -228,9 +209,7 @@ class StagePlans:
 class PartWriter:
     """Writes a plan's parts in constant memory, and its manifest at the end."""
 
-    def __init__(
-        self, objects: Objects, patience: Patience, job: JobId, stage: StageName, round: int
-    ) -> None:
+    def __init__(self, objects: Objects, patience: Patience, job: JobId, stage: StageName, round: int) -> None:
         self._objects = objects
         self._patience = patience
         self._job = job
@@ -260,9 +239,7 @@ class PartWriter:
         data = json_format.to_bytes(item)
         if len(data) <= ITEM_BYTES:
             return item, len(data)
-        key = object_keys.item(
-            self._job, self._stage, self._round, object_keys.digest_object_keys(data)
-        )
+        key = object_keys.item(self._job, self._stage, self._round, object_keys.name_digest(data))
         await self._patience(partial(self._objects.put, key, data))
         return values.value_ref(key), 0
 
@@ -283,7 +260,7 @@ class PartWriter:
         if not self._items:
             return
         data = json_format.to_bytes({"v": json_format.VERSION, "items": self._items})
-        self._parts.append(object_keys.digest_object_keys(data))
+        self._parts.append(object_keys.name_digest(data))
         key = object_keys.part(self._job, self._stage, self._round, self._parts[-1])
         await self._patience(partial(self._objects.put, key, data))
         self._items, self._bytes = [], 0
@@ -294,10 +271,7 @@ class PartWriter:
 
 def _missing_results(stage: StageName, error: Exception) -> UsageError:
     how = "have vanished from" if isinstance(error, NotFound) else "cannot be read from"
-    return UsageError(
-        f"The results of stage {stage} {how} the bucket: {error}",
-        remedy="Submit the job again.",
-    )
+    return UsageError(f"The results of stage {stage} {how} the bucket: {error}", remedy="Submit the job again.")
 
 
 async def _each(rows: Iterable[Json]) -> AsyncIterator[Json]:

@@ -19,16 +19,7 @@ from dataclasses import dataclass, field, replace
 from batchlab.core.errors import Malformed, NotFound, Refused
 from batchlab.core.eta import Pace
 from batchlab.core.job_definition import JobDef, StageDef
-from batchlab.core.model import (
-    Bundle,
-    BundleId,
-    Completion,
-    Control,
-    JobId,
-    JobState,
-    Outcome,
-    StageName,
-)
+from batchlab.core.model import Bundle, BundleId, Completion, Control, JobId, JobState, Outcome, StageName
 from batchlab.core.port_retries import Patience
 from batchlab.core.ports import (
     BundleRecord,
@@ -303,11 +294,7 @@ class LiveJob:
         """Return the outcomes folded after `seq`, or None if only the ledger has all of them."""
         if self.known_after is None or (seq or 0) < self.known_after:
             return None
-        return [
-            (record, one.outcome if one else None)
-            for record, one in self.recent
-            if (record.seq or 0) > (seq or 0)
-        ]
+        return [(record, one.outcome if one else None) for record, one in self.recent if (record.seq or 0) > (seq or 0)]
 
     def expect(self, bundles: Iterable[tuple[Bundle, float]]) -> None:
         """Record pairs of bundle and due time (monotonic) as outstanding."""
@@ -366,10 +353,7 @@ class LiveJob:
 
     def is_left(self, pool: str) -> bool:
         """Return whether planned tasks of stages in `pool` are not yet cut into bundles."""
-        for stage in self.record.job.stages:  # called for every job whenever a job is to be cut
-            if stage.pool == pool and self.stages[stage.name].left.ranges:
-                return True
-        return False
+        return any(stage.pool == pool and self.stages[stage.name].left.ranges for stage in self.record.job.stages)
 
 
 class Superseded(Refused):

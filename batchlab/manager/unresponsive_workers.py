@@ -96,11 +96,7 @@ class WorkEvidence:
         depth = self._depths.get(pool)
         if depth is None or not depth.visible:
             return False
-        held = {
-            (one.job, one.stage, one.bundle)
-            for seen in self._registry.workers.values()
-            for one in seen.beat.held
-        }
+        held = {(one.job, one.stage, one.bundle) for seen in self._registry.workers.values() for one in seen.beat.held}
         return any(self._has_due(live, pool, held) for live in self._lives.values())
 
     def _has_due(self, live: LiveJob, pool: str, held: Collection[tuple[str, str, str]]) -> bool:
@@ -129,11 +125,7 @@ class UnresponsiveWorkers:
     """Silence of each instance in service, and time without evidence of work."""
 
     def __init__(
-        self,
-        ports: Ports,
-        settings: ManagerSettings,
-        registry: WorkerRegistry,
-        evidence: WorkEvidence,
+        self, ports: Ports, settings: ManagerSettings, registry: WorkerRegistry, evidence: WorkEvidence
     ) -> None:
         self._ports = ports
         self._registry = registry
@@ -164,8 +156,7 @@ class UnresponsiveWorkers:
             if instance.state is LifecycleState.IN_SERVICE
         }
         self._quiet_s = {
-            one: 0.0 if self._heard(one, since_s) else self._quiet_s.get(one, 0.0) + step_s
-            for one in pools
+            one: 0.0 if self._heard(one, since_s) else self._quiet_s.get(one, 0.0) + step_s for one in pools
         }
         for one in self._overdue(self._quiet_s, pools):
             cause = f"its worker has been silent for {self._quiet_s[one]:.0f} s"
@@ -176,9 +167,7 @@ class UnresponsiveWorkers:
         # Few instances are silent for long, so the stored value rarely changes.
         self._registry.instances.note_quiet({one: s for one, s in stored_s.items() if s})
         missing = self._evidence.missing(pools)
-        self._useless_s = {
-            one: self._useless_s.get(one, 0.0) + step_s if one in missing else 0.0 for one in pools
-        }
+        self._useless_s = {one: self._useless_s.get(one, 0.0) + step_s if one in missing else 0.0 for one in pools}
         for one in self._overdue(self._useless_s, pools):
             cause = f"{missing[one]} for {self._useless_s[one]:.0f} s"
             if await self._is_refuted(one, pools[one], cause):

@@ -45,13 +45,7 @@ class VersionedDocument:
         """
         for left in reversed(range(REWRITES)):
             data = made()
-            put = partial(
-                self._ports.objects.put,
-                self._key,
-                data,
-                if_absent=self._etag is None,
-                if_match=self._etag,
-            )
+            put = partial(self._ports.objects.put, self._key, data, if_absent=self._etag is None, if_match=self._etag)
             try:
                 self._etag = await self._ports.patience(put)
             except (AlreadyExists, NotFound):

@@ -202,18 +202,11 @@ class WorkerRegistry:
     returned already.
     """
 
-    def __init__(
-        self,
-        ports: Ports,
-        lives: Mapping[JobId, LiveJob],
-        quarantine: Quarantine | None = None,
-    ) -> None:
+    def __init__(self, ports: Ports, lives: Mapping[JobId, LiveJob], quarantine: Quarantine | None = None) -> None:
         self._ports = ports
         self._lives = lives
         self._quarantine = quarantine or Quarantine(Counters())
-        self.instances = InstanceKeys(
-            VersionedDocument(ports, object_keys.INSTANCES), self._quarantine.beat
-        )
+        self.instances = InstanceKeys(VersionedDocument(ports, object_keys.INSTANCES), self._quarantine.beat)
         self.workers: dict[str, WorkerStatus] = {}
         """Last beat by instance."""
         self.named: dict[str, str] = {}
@@ -273,9 +266,7 @@ class WorkerRegistry:
         of its pool. Their receipts are used only on that pool's task queue."""
         queue = object_keys.tasks_queue(beat.pool)
         return tuple(
-            one
-            for one in beat.held
-            if one.queue == queue and one.job in trusted and self._is_in(one, beat.pool)
+            one for one in beat.held if one.queue == queue and one.job in trusted and self._is_in(one, beat.pool)
         )
 
     def _is_in(self, held: Held, pool: str) -> bool:

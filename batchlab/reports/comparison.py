@@ -120,9 +120,7 @@ def _rng(*of: object) -> random.Random:
     return random.Random("/".join(map(str, of)))  # noqa: S311 - statistics
 
 
-def _rows(
-    connection: DuckDBPyConnection, sql: str, parameters: Sequence[object] = ()
-) -> Iterator[dict[str, Any]]:
+def _rows(connection: DuckDBPyConnection, sql: str, parameters: Sequence[object] = ()) -> Iterator[dict[str, Any]]:
     done = connection.execute(sql, list(parameters))
     names = [column[0] for column in done.description or ()]
     for row in done.fetchall():
@@ -151,9 +149,7 @@ def _stages(connection: DuckDBPyConnection, run: Run, seed: int) -> None:
             run.put("span", stage, row["ended_s"] - row["started_s"])
 
 
-def _per_1000(
-    run: Run, stage: str, row: Mapping[str, Any], wasted_s: float, rng: random.Random
-) -> None:
+def _per_1000(run: Run, stage: str, row: Mapping[str, Any], wasted_s: float, rng: random.Random) -> None:
     run.put("tasks", stage, row["planned"])
     if row["planned"]:
         run.count("retries", stage, row["retried"], row["planned"], rng)
@@ -333,9 +329,7 @@ def gates(threshold: str | None, fail_on: Sequence[str]) -> list[Gate]:
     if threshold is not None:
         share = _SHARE.fullmatch(threshold)
         if share is None:
-            raise UsageError(
-                f"{threshold!r} is not a percentage.", remedy="Write for example --threshold 10%."
-            )
+            raise UsageError(f"{threshold!r} is not a percentage.", remedy="Write for example --threshold 10%.")
         found += [Gate(name, "", float(share["share"]) / 100) for name in GATED]
     for text in fail_on:
         told = _GATE.fullmatch(text)
@@ -355,21 +349,16 @@ def _number(text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise UsageError(
-            f"{text!r} is not a number.", remedy="Write a number, such as 10."
-        ) from None
+        raise UsageError(f"{text!r} is not a number.", remedy="Write a number, such as 10.") from None
 
 
-def compare(
-    a: Sequence[Run], b: Sequence[Run], wanted: Sequence[Gate] = (), *, seed: int = 0
-) -> Comparison:
+def compare(a: Sequence[Run], b: Sequence[Run], wanted: Sequence[Gate] = (), *, seed: int = 0) -> Comparison:
     """Compare B with A. Raise UsageError if a gate names a stage that neither side has."""
     stages = list(dict.fromkeys(stage for run in (*b, *a) for stage in run.stages))
     unknown = next((gate for gate in wanted if gate.stage and gate.stage not in stages), None)
     if unknown:
         raise UsageError(
-            f"There is no stage {unknown.stage!r} to fail on.",
-            remedy=f"The stages are {', '.join(stages)}.",
+            f"There is no stage {unknown.stage!r} to fail on.", remedy=f"The stages are {', '.join(stages)}."
         )
     changes = [
         change

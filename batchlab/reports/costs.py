@@ -88,9 +88,7 @@ def parts(
 def _of_pool(
     pool: str, billed: Billed, uses: Sequence[Use], account: Account | None
 ) -> dict[str, tuple[str, str | None, float | None, Mapping[str | None, float]]]:
-    useful: dict[str | None, float] = {
-        use.stage.name: use.stage.run_s * use.stage.slots for use in uses
-    }
+    useful: dict[str | None, float] = {use.stage.name: use.stage.run_s * use.stage.slots for use in uses}
     wasted: dict[str | None, float] = {use.stage.name: use.failed_slot_s for use in uses}
     if account and (lost_s := account.lost_s.get(pool)):
         wasted[None] = lost_s
@@ -101,9 +99,7 @@ def _of_pool(
     }
 
 
-def split(
-    usd: Decimal, weights: Mapping[str | None, float]
-) -> dict[str | None, tuple[float, Decimal]]:
+def split(usd: Decimal, weights: Mapping[str | None, float]) -> dict[str | None, tuple[float, Decimal]]:
     """Split `usd` in proportion to the weights, and return each share of 1 with its amount.
 
     The amounts add up to `usd`, because the heaviest entry receives the rounding difference.
@@ -115,8 +111,7 @@ def split(
     whole = sum(some.values())
     shares = {name: weight / whole for name, weight in some.items()}
     found = {
-        name: (share, (usd * Decimal(repr(share))).quantize(DIGIT, ROUND_HALF_EVEN))
-        for name, share in shares.items()
+        name: (share, (usd * Decimal(repr(share))).quantize(DIGIT, ROUND_HALF_EVEN)) for name, share in shares.items()
     }
     heaviest = max(some, key=lambda name: some[name])
     share, part = found[heaviest]

@@ -42,9 +42,7 @@ def manager_instance(at: AwsDeployment) -> str:
     scaling = client(Endpoint(region=at.region), "autoscaling", connections=1)
     try:
         with translated(f"Auto Scaling group {at.manager_group!r}"):
-            groups = scaling.describe_auto_scaling_groups(AutoScalingGroupNames=[at.manager_group])[
-                "AutoScalingGroups"
-            ]
+            groups = scaling.describe_auto_scaling_groups(AutoScalingGroupNames=[at.manager_group])["AutoScalingGroups"]
     finally:
         scaling.close()
     if not groups:
@@ -92,9 +90,7 @@ def open_session(at: AwsDeployment, instance: str, port: int, log: Path) -> subp
     argv = [plugin, _GRANTED, at.region, "StartSession", "", json.dumps(wanted), url]
     env = {**os.environ, _GRANTED: json.dumps(granted)}
     with log.open("ab") as output:
-        return subprocess.Popen(
-            argv, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output
-        )
+        return subprocess.Popen(argv, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
 
 
 def open_ledger(at: AwsDeployment, file: Path) -> Ledger:
@@ -119,7 +115,5 @@ def _postgres(at: Database, aws: Endpoint) -> Ledger:
     return open_postgres(
         f"postgresql://{at.host}:{at.port}/{at.name}",
         ca=Path(at.ca) if at.ca else None,
-        logins=IamLogins(aws, host=at.host, port=at.port, user=at.user)
-        if at.iam
-        else SecretLogins(aws, at.secret),
+        logins=IamLogins(aws, host=at.host, port=at.port, user=at.user) if at.iam else SecretLogins(aws, at.secret),
     )

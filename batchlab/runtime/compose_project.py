@@ -127,10 +127,7 @@ def _extras() -> list[str]:
 
     The extra `otel` is left out. Users who want traces add its packages to the image.
     """
-    return [
-        "",
-        *(one for one in installation.MODULES if one != "otel" and not installation.missing(one)),
-    ]
+    return ["", *(one for one in installation.MODULES if one != "otel" and not installation.missing(one))]
 
 
 def constraints() -> list[str]:
@@ -209,11 +206,7 @@ def docker(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the Docker command line client. Raise UsageError if it is not installed."""
     try:
         return subprocess.run(
-            ["docker", *arguments],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            check=False,
+            ["docker", *arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
         )
     except FileNotFoundError as error:
         raise UsageError(
@@ -256,14 +249,7 @@ def networks() -> list[str]:
 class Project:
     """Compose project of one home."""
 
-    def __init__(
-        self,
-        home: Home,
-        at: Deployment,
-        *,
-        settings: Mapping[str, str],
-        passed: Sequence[str] = (),
-    ) -> None:
+    def __init__(self, home: Home, at: Deployment, *, settings: Mapping[str, str], passed: Sequence[str] = ()) -> None:
         """Create the project.
 
         `passed` names variables of this process's environment that the manager receives.
@@ -323,18 +309,12 @@ class Project:
 
     def _inspected(self) -> dict[str, Any]:
         ids = checked(
-            "ps",
-            "-aq",
-            "--filter",
-            f"label={LABEL}={self._at.project}",
-            "--filter",
-            "label=com.docker.compose.service",
+            "ps", "-aq", "--filter", f"label={LABEL}={self._at.project}", "--filter", "label=com.docker.compose.service"
         ).split()
         if not ids:
             return {}
         return {
-            one["Config"]["Labels"]["com.docker.compose.service"]: one
-            for one in json.loads(checked("inspect", *ids))
+            one["Config"]["Labels"]["com.docker.compose.service"]: one for one in json.loads(checked("inspect", *ids))
         }
 
     def last_line(self, service: str) -> str:
@@ -357,15 +337,7 @@ class Project:
         self._run("kill", "asg")
         sweep_instances(self._at.project, drain_s=drain_s)
         # Compose does not remove a network that still has containers. The sweep below removes it.
-        self._run(
-            "--profile",
-            "localstack",
-            "down",
-            "--timeout",
-            _STOP_S,
-            "--volumes",
-            "--remove-orphans",
-        )
+        self._run("--profile", "localstack", "down", "--timeout", _STOP_S, "--volumes", "--remove-orphans")
         sweep(self._at.project)
 
     def _keep_logs(self) -> Path:

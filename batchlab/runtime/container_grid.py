@@ -31,9 +31,7 @@ _WORKER = ["worker", "--backend", compose_deployment.NAME, "--home", "/tmp/batch
 _NOBODY = 10001
 
 
-def up(
-    home: Home, backend: Backend, pools: Sequence[Pool], say: Callable[[str], None]
-) -> ManagerRecord:
+def up(home: Home, backend: Backend, pools: Sequence[Pool], say: Callable[[str], None]) -> ManagerRecord:
     """Start the grid with the installed code, or restart its stopped parts.
 
     The function returns when the manager is the leader or is about to be. Raise BackendError if a
@@ -59,11 +57,7 @@ def up(
 
 
 def _up(
-    home: Home,
-    backend: Backend,
-    pools: Sequence[Pool],
-    named: Place | None,
-    say: Callable[[str], None],
+    home: Home, backend: Backend, pools: Sequence[Pool], named: Place | None, say: Callable[[str], None]
 ) -> ManagerRecord:
     passed = notification_settings.variables(home)  # check notify.toml before anything starts
     known = compose_deployment.read(home)
@@ -119,10 +113,7 @@ def _plan(
     image = compose_project.provide(recipe, home.of(backend.name) / "image.log", say)
     if known is None:
         name = name_for(home)
-        subnet, python = (
-            compose_deployment.free_subnet(networks(), name),
-            compose_project.python_of(image),
-        )
+        subnet, python = (compose_deployment.free_subnet(networks(), name), compose_project.python_of(image))
         at = Deployment(name, subnet, image, _user(), python)
     else:
         at = replace(known, image=image, python=compose_project.python_of(image))
@@ -149,17 +140,10 @@ def _plan(
 
 
 def templates_for(
-    at: Deployment,
-    place: Place,
-    pools: Sequence[Pool],
-    more: Mapping[str, str] = MappingProxyType({}),
+    at: Deployment, place: Place, pools: Sequence[Pool], more: Mapping[str, str] = MappingProxyType({})
 ) -> str:
     """Return the launch templates of the pools for `asg serve`, with `more` in the environment."""
-    env = {
-        **more,
-        VARIABLE: f"{place.url}/{place.bucket}",
-        "AWS_EC2_METADATA_SERVICE_ENDPOINT": at.metadata_url,
-    }
+    env = {**more, VARIABLE: f"{place.url}/{place.bucket}", "AWS_EC2_METADATA_SERVICE_ENDPOINT": at.metadata_url}
     table = ", ".join(f"{key} = {json.dumps(value)}" for key, value in env.items())
     lines = []
     for pool in pools:
@@ -207,8 +191,7 @@ def _refuse_foreign(home: Home) -> None:
     is_grids = not here.exists() or (here / object_keys.MADE).exists()
     if not os.getuid() and not is_grids and {one.name for one in here.iterdir()} - ours:
         raise UsageError(
-            f"{here} has other things in it, and root's grid in containers gives its folder to "
-            "another user.",
+            f"{here} has other things in it, and root's grid in containers gives its folder to another user.",
             remedy="Name a new or an empty folder with --home, or do not be root.",
         )
 

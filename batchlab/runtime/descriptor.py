@@ -19,13 +19,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from batchlab.core import logs
-from batchlab.core.capabilities import (
-    NO_CAPABILITIES,
-    Capabilities,
-    backend_names,
-    capabilities_in,
-    read_descriptor,
-)
+from batchlab.core.capabilities import NO_CAPABILITIES, Capabilities, backend_names, capabilities_in, read_descriptor
 from batchlab.core.errors import UsageError
 from batchlab.core.model import Pool
 from batchlab.core.pricing.request_costs import Pace
@@ -71,9 +65,7 @@ class Calibration:
 VARIABLE = "BATCHLAB_ENDPOINT"
 """Environment variable that names an endpoint if no option does."""
 
-_ENDPOINT = re.compile(
-    r"(?P<url>https?://[^/?#@\s]+)/?(?P<bucket>[a-z0-9][a-z0-9-]{1,26}[a-z0-9])?/?"
-)
+_ENDPOINT = re.compile(r"(?P<url>https?://[^/?#@\s]+)/?(?P<bucket>[a-z0-9][a-z0-9-]{1,26}[a-z0-9])?/?")
 # The names of the queues start with the bucket's name. SQS allows 80 characters without dots, and
 # the rest of the name of a pool's dead-letter queue takes up to 51 of them.
 
@@ -168,9 +160,7 @@ def read(kind: type[D], name: str, endpoint: str | None = None) -> D:
     unknown name and for an endpoint that the backend cannot use.
     """
     if name not in backend_names():
-        raise UsageError(
-            f"There is no backend {name!r}.", remedy=f"There are {', '.join(backend_names())}."
-        )
+        raise UsageError(f"There is no backend {name!r}.", remedy=f"There are {', '.join(backend_names())}.")
     doc = read_descriptor(name)
     emulator = doc.get("emulator")
     capabilities = capabilities_in(doc)
@@ -258,8 +248,7 @@ def check(variables: Mapping[str, str], where: str) -> None:
     for name, value in variables.items():
         if not _NAME.fullmatch(name):
             raise UsageError(
-                f"{where}: {name!r} is no name of a variable.",
-                remedy="Use capital letters, digits and _.",
+                f"{where}: {name!r} is no name of a variable.", remedy="Use capital letters, digits and _."
             )
         if list(logs.secrets_of({name: value})):
             raise UsageError(

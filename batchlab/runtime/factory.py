@@ -47,10 +47,7 @@ if TYPE_CHECKING:
 
 
 def open_asg_launcher(
-    settings: AsgSettings,
-    templates: TemplateFile,
-    clock: Clock,
-    signals: Callable[[str], Signals],
+    settings: AsgSettings, templates: TemplateFile, clock: Clock, signals: Callable[[str], Signals]
 ) -> ProcessLauncher | ContainerLauncher:
     """Return the launcher that `asg serve --launcher` names. Raise UsageError for an unknown name.
 
@@ -62,8 +59,7 @@ def open_asg_launcher(
         return ProcessLauncher(settings.state, templates.argv, clock, dict(os.environ))
     if settings.launcher != "docker":
         raise UsageError(
-            f"There is no launcher {settings.launcher!r}.",
-            remedy="Say --launcher process or --launcher docker.",
+            f"There is no launcher {settings.launcher!r}.", remedy="Say --launcher process or --launcher docker."
         )
     from batchlab.adapters.docker.container import Template
     from batchlab.adapters.docker.launcher import ContainerLauncher
@@ -196,9 +192,7 @@ class Backend(Placed):
                 )
         return self.open_objects(home)
 
-    def open_queue(
-        self, home: Home, clock: Clock, tally: Tally | None = None
-    ) -> SqliteQueue | RungQueue | SqsQueue:
+    def open_queue(self, home: Home, clock: Clock, tally: Tally | None = None) -> SqliteQueue | RungQueue | SqsQueue:
         """Open the queues.
 
         `tally` counts requests. Raise Unreachable if the grid has never been up.
@@ -227,16 +221,12 @@ class Backend(Placed):
             from batchlab.adapters.sql import open_postgres
 
             at = self.deployment(home)
-            return open_postgres(
-                at.postgres_url(compose_deployment.password_file(home).read_text())
-            )
+            return open_postgres(at.postgres_url(compose_deployment.password_file(home).read_text()))
         if self.ledger == "deployed":
             from batchlab.runtime.aws_session import open_ledger
 
             aws_deployment.folder(home).mkdir(parents=True, exist_ok=True)
-            return open_ledger(
-                self.stack(home), aws_deployment.folder(home) / home.ledger_file.name
-            )
+            return open_ledger(self.stack(home), aws_deployment.folder(home) / home.ledger_file.name)
         _only("ledger", self.ledger, "sqlite")
         from batchlab.adapters.sql import open_sqlite
 
@@ -244,9 +234,7 @@ class Backend(Placed):
         folder = self.folder(home)
         folder.mkdir(exist_ok=True)
         path = folder / home.ledger_file.name
-        return (
-            open_sqlite(path, read_sync()) if self.capabilities.local_bucket else open_sqlite(path)
-        )
+        return open_sqlite(path, read_sync()) if self.capabilities.local_bucket else open_sqlite(path)
 
     def open_launcher(self, home: Home, clock: Clock) -> ProcessLauncher | None:
         """Return the launcher of instances, or None if an Auto Scaling service launches them."""
@@ -261,17 +249,7 @@ class Backend(Placed):
         program = [*python, "batchlab"]
 
         def argv(pool: Pool, instance: str) -> Sequence[str]:
-            return [
-                *program,
-                "worker",
-                *whose,
-                "--pool",
-                pool.name,
-                "--slots",
-                str(pool.slots),
-                "--instance",
-                instance,
-            ]
+            return [*program, "worker", *whose, "--pool", pool.name, "--slots", str(pool.slots), "--instance", instance]
 
         log = home.fleet / "logs" / "nursery.log"
         nursery = Nursery([*python, "batchlab.cli.fork_server_main", *whose], program, log)
@@ -305,11 +283,7 @@ class Backend(Placed):
         from batchlab.fleet.fleet_port import ManagedFleet
 
         return ManagedFleet(
-            launcher,
-            clock,
-            self.open_ids(),
-            StateFile(home.fleet / "groups.json"),
-            drain_s=self.worker.drain_s + 5.0,
+            launcher, clock, self.open_ids(), StateFile(home.fleet / "groups.json"), drain_s=self.worker.drain_s + 5.0
         )
 
     def open_drain_hook(self, home: Home, pool: str, imds: Imds) -> DrainHook | None:
@@ -347,21 +321,15 @@ def load(name: str, endpoint: str | None = None) -> Backend:
 
 def _is_traced(environ: Mapping[str, str]) -> bool:
     """Return whether the OTEL_* variables enable traces in the supported protocol."""
-    endpoint = environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") or environ.get(
-        "OTEL_EXPORTER_OTLP_ENDPOINT"
-    )
+    endpoint = environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") or environ.get("OTEL_EXPORTER_OTLP_ENDPOINT")
     is_off = environ.get("OTEL_SDK_DISABLED", "").lower() == "true"
     if not endpoint or is_off or environ.get("OTEL_TRACES_EXPORTER", "otlp") != "otlp":
         return False
-    protocol = environ.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL") or environ.get(
-        "OTEL_EXPORTER_OTLP_PROTOCOL"
-    )
+    protocol = environ.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL") or environ.get("OTEL_EXPORTER_OTLP_PROTOCOL")
     if protocol in (None, "", "http/protobuf"):
         return True
     log.warning(
-        "traces are sent by http/protobuf only, and OTEL_EXPORTER_OTLP_PROTOCOL says %s, so there "
-        "are none",
-        protocol,
+        "traces are sent by http/protobuf only, and OTEL_EXPORTER_OTLP_PROTOCOL says %s, so there are none", protocol
     )
     return False
 

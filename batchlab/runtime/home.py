@@ -93,9 +93,7 @@ class Place:
     @property
     def address(self) -> str:
         """URL of the bucket."""
-        return (
-            f"{self.url}{self.bucket}" if self.url.endswith("//") else f"{self.url}/{self.bucket}"
-        )
+        return f"{self.url}{self.bucket}" if self.url.endswith("//") else f"{self.url}/{self.bucket}"
 
     @property
     def unfronted(self) -> Place:
@@ -176,10 +174,7 @@ class Home:
     def check_backend(self, record: ManagerRecord, wanted: str, remedy: str) -> None:
         """Raise UsageError if the manager here runs on another backend."""
         if record.backend != wanted:
-            raise UsageError(
-                f"The grid in {self.path} runs on backend {record.backend}, not {wanted}.",
-                remedy=remedy,
-            )
+            raise UsageError(f"The grid in {self.path} runs on backend {record.backend}, not {wanted}.", remedy=remedy)
 
     def place(self, backend: str) -> Place | None:
         """Return the location of this backend's bucket and queues, or None if it has never been up.
@@ -213,8 +208,7 @@ class Home:
                 made.touch()
         except OSError as error:
             raise UsageError(
-                f"The grid's folder {error.filename or self.path} cannot be written: "
-                f"{error.strerror}.",
+                f"The grid's folder {error.filename or self.path} cannot be written: {error.strerror}.",
                 remedy="Name another with --home or BATCHLAB_HOME.",
             ) from error
 
@@ -248,13 +242,10 @@ class Home:
         except (OSError, ValueError) as error:
             raise UsageError(
                 f"The grid's token {path} cannot be read: {getattr(error, 'strerror', 'no text')}.",
-                remedy="Only who has made the grid can use it; a damaged token may be deleted "
-                "while the grid is down.",
+                remedy="Only who has made the grid can use it; a damaged token may be deleted while the grid is down.",
             ) from error
         if not found:
-            raise UsageError(
-                f"The grid's token {path} is empty.", remedy="Delete it while the grid is down."
-            )
+            raise UsageError(f"The grid's token {path} is empty.", remedy="Delete it while the grid is down.")
         return found
 
     def keep_token(self, token: str) -> None:

@@ -78,9 +78,7 @@ class Placed(Descriptor):
         if self.capabilities.container_manager:
             at = compose_deployment.read(home)
             there = at.python if at else ""
-            remedy = (
-                "Name an image with Python {here} by BATCHLAB_BASE_IMAGE before the grid comes up"
-            )
+            remedy = "Name an image with Python {here} by BATCHLAB_BASE_IMAGE before the grid comes up"
         elif self.capabilities.stack:
             there = self.stack(home).python
             remedy = "Deploy a release for Python {here} with `batchlab deploy apply`"
@@ -103,8 +101,7 @@ class Placed(Descriptor):
             return at
         raise Unreachable(
             f"No stack is known in {home.path}.",
-            remedy="`batchlab deploy apply` makes one, `batchlab deploy status --stack NAME` finds "
-            "one that is there.",
+            remedy="`batchlab deploy apply` makes one, `batchlab deploy status --stack NAME` finds one that is there.",
         )
 
     def pools_in(self, home: Home) -> tuple[Pool, ...]:
@@ -261,11 +258,7 @@ def client_environment(backend: Placed, home: Home) -> dict[str, str]:
         return {"BATCHLAB_BUCKET": backend.bucket(home)}
     there = backend.services(home)
     at = there.endpoint
-    found = {
-        "AWS_DEFAULT_REGION": at.region,
-        "BATCHLAB_BUCKET": there.bucket,
-        "BATCHLAB_QUEUES": there.queue_prefix,
-    }
+    found = {"AWS_DEFAULT_REGION": at.region, "BATCHLAB_BUCKET": there.bucket, "BATCHLAB_QUEUES": there.queue_prefix}
     if at.url is None:  # On AWS itself, clients use their own credentials.
         return found
     return {

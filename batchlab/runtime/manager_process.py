@@ -85,9 +85,7 @@ def start_manager(
         argv += ["--port", str(port)]
     with open(home.manager_log, "ab", opener=private) as output:
         # Start a new session, so that Ctrl-C in the terminal does not reach the manager.
-        process = subprocess.Popen(
-            argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
-        )
+        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True)
     _STARTED[process.pid] = process
     try:
         if backend.capabilities.remote_manager:
@@ -101,17 +99,11 @@ def start_manager(
         raise
     if record:
         return record
-    raise Unreachable(
-        f"{what}: {_last_line(home.manager_log).rstrip('.')}.",
-        remedy=f"Its log is {home.manager_log}.",
-    )
+    raise Unreachable(f"{what}: {_last_line(home.manager_log).rstrip('.')}.", remedy=f"Its log is {home.manager_log}.")
 
 
 def _awaited(
-    home: Home,
-    process: subprocess.Popen[bytes],
-    within_s: float,
-    say: Callable[[str], None] | None = None,
+    home: Home, process: subprocess.Popen[bytes], within_s: float, say: Callable[[str], None] | None = None
 ) -> ManagerRecord | None:
     """Return the record of `process`, or of a manager that another command has started meanwhile.
 
@@ -137,8 +129,7 @@ def _refuse_pools(backend: Backend, home: Home, pools: Sequence[Pool]) -> None:
     if pools:
         raise UsageError(
             f"The stack {stack!r} has its own pools, which are not sized from here.",
-            remedy="`batchlab deploy apply --pool` changes them, `batchlab grid scale` their "
-            "limits.",
+            remedy="`batchlab deploy apply --pool` changes them, `batchlab grid scale` their limits.",
         )
 
 

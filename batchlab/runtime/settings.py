@@ -46,14 +46,7 @@ from urllib.parse import urlsplit
 from batchlab.core import notifications
 from batchlab.core.atomic_write import write_whole
 from batchlab.core.errors import UsageError
-from batchlab.core.notifications import (
-    KINDS,
-    MOMENTS,
-    SECRET_PREFIX,
-    TARGET_NAME,
-    Directory,
-    Target,
-)
+from batchlab.core.notifications import KINDS, MOMENTS, SECRET_PREFIX, TARGET_NAME, Directory, Target
 from batchlab.manager.state import ManagerSettings
 from batchlab.runtime.factory import Backend
 from batchlab.runtime.home import Home
@@ -96,20 +89,17 @@ def read(home: Home) -> dict[str, float]:
         ) from error
     for name in doc.keys() - {TABLE}:
         raise UsageError(
-            f"{path} has {name!r}, which is nothing that a grid can be told.",
-            remedy=f"Write settings below [{TABLE}].",
+            f"{path} has {name!r}, which is nothing that a grid can be told.", remedy=f"Write settings below [{TABLE}]."
         )
     found: dict[str, float] = {}
     if not isinstance(said_here := doc.get(TABLE, {}), dict):
         raise UsageError(
-            f"{path} says {TABLE} = {said_here!r}, which is no table.",
-            remedy=f"Write settings below [{TABLE}].",
+            f"{path} says {TABLE} = {said_here!r}, which is no table.", remedy=f"Write settings below [{TABLE}]."
         )
     for name, value in said_here.items():
         if name not in _NAMES:
             raise UsageError(
-                f"{path} has {name!r}, which is no setting of a manager.",
-                remedy=f"There are {', '.join(_NAMES)}.",
+                f"{path} has {name!r}, which is no setting of a manager.", remedy=f"There are {', '.join(_NAMES)}."
             )
         if not _is_setting(name, value):
             raise UsageError(
@@ -129,9 +119,7 @@ def _is_setting(name: str, value: object) -> bool:
 
 
 @contextmanager
-def said(
-    home: Home, values: Mapping[str, float], *, why: str, keep: bool = False
-) -> Iterator[None]:
+def said(home: Home, values: Mapping[str, float], *, why: str, keep: bool = False) -> Iterator[None]:
     """Write these settings to the home's file for the duration of the context.
 
     They are merged with the existing settings. Afterwards the previous file is restored, unless
@@ -165,9 +153,7 @@ JOBS = "jobs"
 """Name of the table with the limits of jobs' targets. All other tables are targets."""
 
 
-def read_notification_settings(
-    home: Home, environ: Mapping[str, str] = os.environ, *, in_container: bool = False
-) -> Directory:
+def read_notifications(home: Home, environ: Mapping[str, str] = os.environ, *, in_container: bool = False) -> Directory:
     """Return the settings, which are empty without a file. Raise UsageError if the file is invalid.
 
     A manager in a container can write this file, but must not choose a command for its user. If the
@@ -188,8 +174,7 @@ def read_notification_settings(
     if not in_container and home.of(CONTAINERS).exists() and any(one.command for one in found):
         raise UsageError(
             f"{path} names a command, and a manager in a container could have written it.",
-            remedy=f"Name another folder with --home, or read the file and delete "
-            f"{home.of(CONTAINERS)}.",
+            remedy=f"Name another folder with --home, or read the file and delete {home.of(CONTAINERS)}.",
         )
     return Directory(tuple(found), local, secrets)
 
@@ -200,7 +185,7 @@ def variables(home: Home, environ: Mapping[str, str] = os.environ) -> list[str]:
     These are the variables that the grid's targets name, and those that jobs may name. Raise
     UsageError if the file is invalid.
     """
-    read_notification_settings(home, environ, in_container=True)
+    read_notifications(home, environ, in_container=True)
     doc = tomllib.loads(home.notify_file.read_text()) if home.notify_file.exists() else {}
     texts = [text for fields in doc.values() for text in fields.values() if isinstance(text, str)]
     named = {text.removeprefix(_ENV) for text in texts if text.startswith(_ENV)}
@@ -258,7 +243,7 @@ def watched(home: Home, *, in_container: bool = False) -> Callable[[], Directory
     returns the previous settings.
     """
     seen: tuple[int, int] | None = None
-    known = read_notification_settings(home, in_container=in_container)
+    known = read_notifications(home, in_container=in_container)
 
     def now() -> Directory:
         nonlocal seen, known
@@ -270,7 +255,7 @@ def watched(home: Home, *, in_container: bool = False) -> Callable[[], Directory
         if state != seen:
             seen = state
             try:
-                known = read_notification_settings(home, in_container=in_container)
+                known = read_notifications(home, in_container=in_container)
             except UsageError as error:
                 log.warning("the targets stay what they were: %s", error)
         return known
@@ -325,9 +310,7 @@ def _command(given: Any) -> tuple[str, ...] | None:
     return tuple(given) if fits else None
 
 
-def _looked_up(
-    text: str, environ: Mapping[str, str], wrong: Callable[[str, str], UsageError]
-) -> str:
+def _looked_up(text: str, environ: Mapping[str, str], wrong: Callable[[str, str], UsageError]) -> str:
     """Return an address, or the value of the variable that it names. Some addresses are secrets."""
     if not text.startswith(_ENV):
         return text

@@ -207,9 +207,7 @@ def read(path: Path) -> Record:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise UsageError(
-            f"The record {path} cannot be read: {error.strerror}.", remedy=_REMEDY
-        ) from error
+        raise UsageError(f"The record {path} cannot be read: {error.strerror}.", remedy=_REMEDY) from error
     return parse(data, path)
 
 
@@ -220,8 +218,7 @@ def parse(data: bytes, path: Path) -> Record:
     except ValidationError as error:
         _check_version(_version(data), path)
         raise UsageError(
-            f"{path} is not a record of a scenario's run "
-            f"({count(error.error_count(), 'mistake')} in it).",
+            f"{path} is not a record of a scenario's run ({count(error.error_count(), 'mistake')} in it).",
             remedy=_REMEDY,
         ) from error
     _check_version(found.version, path)

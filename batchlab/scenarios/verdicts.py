@@ -84,15 +84,10 @@ def waits_s(record: Record, template: str) -> list[float]:
 
 def turnarounds_s(record: Record, template: str) -> list[float]:
     """Return each job's time from its due time to its end."""
-    return [
-        math.inf if job.ended_s is None else max(0.0, job.ended_s - job.due_s)
-        for job in _jobs(record, template)
-    ]
+    return [math.inf if job.ended_s is None else max(0.0, job.ended_s - job.due_s) for job in _jobs(record, template)]
 
 
-def _quantile_measure(
-    share: float, times_s: Callable[[Record, str], list[float]]
-) -> Callable[[Record, str], Measured]:
+def _quantile_measure(share: float, times_s: Callable[[Record, str], list[float]]) -> Callable[[Record, str], Measured]:
     def of(record: Record, template: str) -> Measured:
         found = times_s(record, template)
         return quantile(found, share) if found else Unknown("no such job has begun")
@@ -146,10 +141,7 @@ def fleet_sizes(record: Record) -> list[tuple[float, int]]:
     Without samples, it comes from the instances' own times.
     """
     if record.samples:
-        return [
-            (sample.at_s, sum(pool.in_service for pool in sample.pools.values()))
-            for sample in record.samples
-        ]
+        return [(sample.at_s, sum(pool.in_service for pool in sample.pools.values())) for sample in record.samples]
     changes: list[tuple[float, int]] = []
     for one in record.instances:
         if one.ready_s is not None:
@@ -174,9 +166,7 @@ def _least_fleet(record: Record, _: str) -> Measured:
     first = next((i for i, (_, count) in enumerate(found) if count), None)
     if first is None:
         return Unknown("no instance was ever in service")
-    return float(
-        min(count for at_s, count in found[first:] if at_s <= max(last_s, found[first][0]))
-    )
+    return float(min(count for at_s, count in found[first:] if at_s <= max(last_s, found[first][0])))
 
 
 def _flapping(record: Record, _: str) -> Measured:
@@ -204,11 +194,7 @@ def lifetimes_s(record: Record) -> Iterator[tuple[InstanceRun, float]]:
 
 
 def _idle_share(record: Record, _: str) -> Measured:
-    there_s = sum(
-        life_s * record.pools[one.pool][2]
-        for one, life_s in lifetimes_s(record)
-        if one.pool in record.pools
-    )
+    there_s = sum(life_s * record.pools[one.pool][2] for one, life_s in lifetimes_s(record) if one.pool in record.pools)
     if not there_s:
         return Unknown("no instance was ever there")
     if record.again_s is None:
@@ -223,9 +209,7 @@ def _cost(record: Record, _: str) -> Measured:
 
 _TIME, _NUMBER = Unit.SECONDS, Unit.NUMBER
 _ALL = (
-    Measure(
-        "makespan", _TIME, "from the first job's due time to the last one's end", _makespan, True
-    ),
+    Measure("makespan", _TIME, "from the first job's due time to the last one's end", _makespan, True),
     Measure(
         "p50_wait",
         _TIME,
@@ -256,17 +240,9 @@ _ALL = (
     ),
     Measure("late", _NUMBER, "jobs that missed their deadline", _late, True),
     Measure("cost", Unit.USD, "instances and requests at AWS's list prices", _cost),
+    Measure("lost", _NUMBER, "tasks without a known result", lambda record, _: float(record.lost)),
     Measure(
-        "lost",
-        _NUMBER,
-        "tasks without a known result",
-        lambda record, _: float(record.lost),
-    ),
-    Measure(
-        "duplicates",
-        _NUMBER,
-        "tasks with more than one committed result",
-        lambda record, _: float(record.duplicates),
+        "duplicates", _NUMBER, "tasks with more than one committed result", lambda record, _: float(record.duplicates)
     ),
     Measure("failed_tasks", _NUMBER, "tasks that failed for good", _failed_tasks, True),
     Measure("failed_jobs", _NUMBER, "jobs that failed or were cancelled", _failed_jobs, True),
@@ -278,10 +254,7 @@ _ALL = (
         _least_fleet,
     ),
     Measure(
-        "flapping",
-        _NUMBER,
-        "times that desired capacity turned within two cooldowns of its last change",
-        _flapping,
+        "flapping", _NUMBER, "times that desired capacity turned within two cooldowns of its last change", _flapping
     ),
     Measure(
         "again",
@@ -289,12 +262,7 @@ _ALL = (
         "slot time of runs that were thrown away or failed",
         lambda record, _: _WASTE_UNKNOWN if record.again_s is None else record.again_s,
     ),
-    Measure(
-        "idle_share",
-        Unit.SHARE,
-        "of the slots' time from launch to end, that without a task",
-        _idle_share,
-    ),
+    Measure("idle_share", Unit.SHARE, "of the slots' time from launch to end, that without a task", _idle_share),
 )
 
 MEASURES: Mapping[str, Measure] = {measure.name: measure for measure in _ALL}
@@ -386,9 +354,7 @@ def measure_of(name: str, template: str = "") -> Measure:
     """Return the measure. Raise UsageError if it does not exist, or not for one template."""
     measure = MEASURES.get(name)
     if measure is None:
-        raise UsageError(
-            f"There is no measure {name!r}.", remedy=f"There are {', '.join(MEASURES)}."
-        )
+        raise UsageError(f"There is no measure {name!r}.", remedy=f"There are {', '.join(MEASURES)}.")
     if template and not measure.by_template:
         raise UsageError(
             f"{name} is of a whole run, not of one job template ({template}).",
@@ -402,21 +368,10 @@ def _judge_one(record: Record, wanted: Expectation) -> VerdictRow:
     measured = measure.of(record, wanted.template)
     number = None if isinstance(measured, Unknown) else measured
     colour, why = _color(record, measure, wanted, measured)
-    return VerdictRow(
-        wanted.measure,
-        wanted.template,
-        measure.unit,
-        wanted.least,
-        wanted.most,
-        number,
-        colour,
-        why,
-    )
+    return VerdictRow(wanted.measure, wanted.template, measure.unit, wanted.least, wanted.most, number, colour, why)
 
 
-def _color(
-    record: Record, measure: Measure, wanted: Expectation, measured: float | Unknown
-) -> tuple[Color, str]:
+def _color(record: Record, measure: Measure, wanted: Expectation, measured: float | Unknown) -> tuple[Color, str]:
     if measure.unit is Unit.USD and record.compressed != 1:
         return Color.NOT_JUDGED, "money is not judged in a compressed run"
     if isinstance(measured, Unknown):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from batchlab.core.protocol import json_format, object_keys
 from batchlab.core.protocol.settlement import fingerprint
-from batchlab.worker import live_logs
+from batchlab.worker import task_log
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -89,10 +89,7 @@ def running_tasks(live: LiveJob, workers: Iterable[WorkerStatus]) -> Mapping[str
     """Return the number of running tasks by stage, according to the heartbeats. Each bundle counts
     once."""
     bundles = {
-        (one.stage, one.bundle)
-        for seen in workers
-        for one in seen.beat.held
-        if one.running and one.job == live.id
+        (one.stage, one.bundle) for seen in workers for one in seen.beat.held if one.running and one.job == live.id
     }
     found: dict[str, int] = {}
     for stage, bundle in bundles:
@@ -102,9 +99,7 @@ def running_tasks(live: LiveJob, workers: Iterable[WorkerStatus]) -> Mapping[str
     return found
 
 
-def outcome_view(
-    record: BundleRecord, key: CommitKey, outcome: Outcome | None = None
-) -> OutcomeView:
+def outcome_view(record: BundleRecord, key: CommitKey, outcome: Outcome | None = None) -> OutcomeView:
     """Return the view of a folded bundle. `key` is the commit key of its job. Raise ValueError if
     the bundle is only planned."""
     if record.completion is None or record.seq is None:
@@ -147,7 +142,7 @@ def log_view(attempt: Attempt, text: bytes, stored: bool = True) -> LogView:
         "state": attempt.state,
         "ended_s": outcome.ended_s,
         "stored": stored,
-        "text": live_logs.text(text),
+        "text": task_log.text(text),
     }
 
 
@@ -168,12 +163,7 @@ def tail_view(tail: Tail) -> TailView:
 
 
 def pool_view(
-    view: GroupView,
-    backlog: Backlog,
-    workers: Mapping[str, WorkerStatus],
-    *,
-    held: bool,
-    trouble: str = "",
+    view: GroupView, backlog: Backlog, workers: Mapping[str, WorkerStatus], *, held: bool, trouble: str = ""
 ) -> PoolView:
     """Return the view of a pool: its group, its work, and its workers."""
     pool = view.pool
@@ -209,12 +199,7 @@ def _instance_view(instance: Instance, seen: WorkerStatus | None) -> InstanceVie
 
 
 def queue_view(name: str, depth: Depth) -> QueueView:
-    return {
-        "name": name,
-        "visible": depth.visible,
-        "in_flight": depth.in_flight,
-        "delayed": depth.delayed,
-    }
+    return {"name": name, "visible": depth.visible, "in_flight": depth.in_flight, "delayed": depth.delayed}
 
 
 def activity_view(activity: Activity) -> ActivityView:

@@ -45,13 +45,7 @@ notifications."""
 
 
 def manager_main(
-    home: Home,
-    backend: Backend,
-    *,
-    host: str = "127.0.0.1",
-    port: int = 0,
-    parent: int = 0,
-    hosts: Sequence[str] = (),
+    home: Home, backend: Backend, *, host: str = "127.0.0.1", port: int = 0, parent: int = 0, hosts: Sequence[str] = ()
 ) -> None:
     """Run a manager until SIGTERM, SIGINT, a shutdown request, or the end of process `parent`. Its
     web page answers to the names of this machine, to `host`, and to `hosts`."""
@@ -60,9 +54,7 @@ def manager_main(
         asyncio.run(_manage(home, backend, host, port, parent, hosts))
 
 
-async def _manage(
-    home: Home, backend: Backend, host: str, port: int, parent: int, hosts: Sequence[str]
-) -> None:
+async def _manage(home: Home, backend: Backend, host: str, port: int, parent: int, hosts: Sequence[str]) -> None:
     stop = stop_by_signal()
     async with _standing(home, backend):
         await _lead(home, backend, host, port, parent, [host, *hosts], stop)
@@ -92,13 +84,7 @@ async def _standing(home: Home, backend: Backend) -> AsyncIterator[None]:
 
 
 async def _lead(
-    home: Home,
-    backend: Backend,
-    host: str,
-    port: int,
-    parent: int,
-    hosts: Sequence[str],
-    stop: asyncio.Event,
+    home: Home, backend: Backend, host: str, port: int, parent: int, hosts: Sequence[str], stop: asyncio.Event
 ) -> None:
     from batchlab.manager.collector import events_queue
     from batchlab.manager.counters import Counters
@@ -233,12 +219,7 @@ class _Lead:
 
 
 def _server(
-    lead: _Lead,
-    token: str,
-    backend: Backend,
-    on_shutdown: Callable[[], None],
-    hosts: Sequence[str],
-    home: Home,
+    lead: _Lead, token: str, backend: Backend, on_shutdown: Callable[[], None], hosts: Sequence[str], home: Home
 ) -> tuple[uvicorn.Server, Served]:
     """Create the server with the API and the web page. Their imports and routes take half of a
     grid's start-up time."""

@@ -53,12 +53,7 @@ def exposition(manager: Manager, backend: str, accept: str) -> tuple[bytes, str]
 def families(manager: Manager, backend: str) -> Iterator[Metric]:
     """Return every metric with its samples."""
     yield _gauge("manager_leader", "Whether this manager leads.", manager.is_leader.is_set())
-    yield _by(
-        "build_info",
-        "Always 1; what runs here.",
-        ("version", "backend"),
-        {(__version__, backend): 1},
-    )
+    yield _by("build_info", "Always 1; what runs here.", ("version", "backend"), {(__version__, backend): 1})
     yield from _jobs(manager)
     yield from _work(manager)
     yield from _pools(manager)
@@ -98,8 +93,7 @@ def _work(manager: Manager) -> Iterator[Metric]:
     counts = manager.counts
     yield _by(
         "tasks",
-        "Tasks of jobs that have not ended, by kind of stage: waiting for their turn, sent to a "
-        "queue, or running.",
+        "Tasks of jobs that have not ended, by kind of stage: waiting for their turn, sent to a queue, or running.",
         ("stage_kind", "state"),
         {(kind, state): tasks[kind, state] for kind in STAGE_KINDS for state in TASK_STATES},
     )
@@ -116,11 +110,7 @@ def _work(manager: Manager) -> Iterator[Metric]:
     yield _count(
         "attempts_failed",
         "Attempts of tasks that failed, by reason and by what followed, as workers tell.",
-        {
-            (reason, then): counts.attempts[reason, then]
-            for reason in sorted(FAILURE_KINDS)
-            for then in FOLLOWED
-        },
+        {(reason, then): counts.attempts[reason, then] for reason in sorted(FAILURE_KINDS) for then in FOLLOWED},
         ("reason", "followed"),
     )
     yield _count("bundles_committed", "Outcomes that the ledger has taken.", {(): counts.bundles})
@@ -153,20 +143,13 @@ def _count_tasks(manager: Manager, live: LiveJob, tasks: Counter[tuple[str, str]
 def _pools(manager: Manager) -> Iterator[Metric]:
     groups = {name: view for name, view in manager.groups.items() if name in manager.pools}
     instances: dict[tuple[str, ...], float] = {
-        (name, state.value): 0
-        for name in groups
-        for state in (LifecycleState.PENDING, LifecycleState.IN_SERVICE)
+        (name, state.value): 0 for name in groups for state in (LifecycleState.PENDING, LifecycleState.IN_SERVICE)
     }
     for name, view in groups.items():
         for one in view.instances:
             key = (name, one.state.value)
             instances[key] = instances.get(key, 0) + 1
-    yield _by(
-        "instances",
-        "Instances by pool and lifecycle state, in EC2's words.",
-        ("pool", "state"),
-        instances,
-    )
+    yield _by("instances", "Instances by pool and lifecycle state, in EC2's words.", ("pool", "state"), instances)
     sizes = {n: (v.desired, v.pool.min_size, v.pool.max_size) for n, v in groups.items()}
     words = ("Desired capacity", "Least instances", "Most instances")
     for i, what in enumerate(("desired", "min", "max")):
@@ -283,12 +266,7 @@ def _use(manager: Manager) -> Iterator[Metric]:
         if kind.pool in manager.pools:
             key = (kind.pool, kind.market.value)
             billed[key] = billed.get(key, 0.0) + seconds
-    yield _count(
-        "instance_billed_seconds",
-        "Instance seconds as AWS bills them.",
-        billed,
-        ("pool", "market"),
-    )
+    yield _count("instance_billed_seconds", "Instance seconds as AWS bills them.", billed, ("pool", "market"))
     if (spent := books.spent_usd()) is not None:
         yield _count(
             "cost_usd",
@@ -326,12 +304,7 @@ def _by(name: str, help_: str, labels: tuple[str, ...], samples: Samples) -> Met
     return family
 
 
-def _count(
-    name: str,
-    help_: str,
-    samples: Samples,
-    labels: tuple[str, ...] = (),
-) -> Metric:
+def _count(name: str, help_: str, samples: Samples, labels: tuple[str, ...] = ()) -> Metric:
     """Return a counter. The client library appends `_total` to its name."""
     from prometheus_client.core import CounterMetricFamily
 

@@ -26,12 +26,7 @@ def open_reporter(backend: Backend, home: Home, objects: Objects, pools: Sequenc
     scratch = home.scratch / "reports"
     shutil.rmtree(scratch, ignore_errors=True)  # may contain files of a killed manager
     return open_writer(
-        backend,
-        home,
-        objects,
-        pools,
-        lambda error: log.warning("job performance data has no cost: %s", error),
-        scratch,
+        backend, home, objects, pools, lambda error: log.warning("job performance data has no cost: %s", error), scratch
     )
 
 
@@ -54,6 +49,4 @@ def open_writer(
         book = price_book.load(home.path)
     except UsageError as error:
         unpriced(error)
-    return Writer(
-        objects, patience(), Setting(backend.name, tuple(pools), backend.pace, book), scratch
-    )
+    return Writer(objects, patience(), Setting(backend.name, tuple(pools), backend.pace, book), scratch)

@@ -71,10 +71,7 @@ def _paused(f: Facts) -> str | None:
     if f.record.control is not Control.PAUSE:
         return None
     still = f"; {count(len(f.running), 'bundle')} that had begun may still end" if f.running else ""
-    return (
-        f"Its user has paused it: {_progress(f)}{still}; "
-        f"`batchlab job resume {f.record.job.id}` lets it go on."
-    )
+    return f"Its user has paused it: {_progress(f)}{still}; `batchlab job resume {f.record.job.id}` lets it go on."
 
 
 def _stopping(f: Facts) -> str | None:
@@ -210,10 +207,7 @@ def _no_instance(f: Facts) -> str | None:
         group = f.groups[pool]
         if f.in_service(pool):
             continue
-        text = (
-            f"It is waiting for capacity: pool {pool} has 0 of max {group.pool.max_size} instances "
-            f"in service"
-        )
+        text = f"It is waiting for capacity: pool {pool} has 0 of max {group.pool.max_size} instances in service"
         if pending := f.pending(pool):
             age_s = f.now_s - min(i.launched_s for i in pending)
             text += f", {len(pending)} launched, the first {whole(age_s)} ago"

@@ -34,9 +34,7 @@ ORPHAN_S = 15.0
 that no process remains."""
 
 
-def worker_main(
-    home: Home, backend: Backend, *, pool: str = "", slots: int = 0, instance: str = ""
-) -> None:
+def worker_main(home: Home, backend: Backend, *, pool: str = "", slots: int = 0, instance: str = "") -> None:
     """Run a worker until SIGTERM or a notice. A worker on the manager's machine also ends when the
     manager has been gone for ORPHAN_S.
 

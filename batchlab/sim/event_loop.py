@@ -183,13 +183,7 @@ class SimLoop(asyncio.BaseEventLoop):
     def __del__(self) -> None:
         """Suppress the base class's warning about loops that were not closed."""
 
-    def run(
-        self,
-        main: Coroutine[Any, Any, T],
-        *,
-        limit_s: float | None = None,
-        limit_steps: int | None = None,
-    ) -> T:
+    def run(self, main: Coroutine[Any, Any, T], *, limit_s: float | None = None, limit_steps: int | None = None) -> T:
         """Run `main` to its end, then stop all other tasks, as if the machine were switched off.
 
         `limit_s` (virtual seconds) and `limit_steps` (callbacks) count from now. Raises the
@@ -232,11 +226,7 @@ class SimLoop(asyncio.BaseEventLoop):
         return handle
 
     def call_at(
-        self,
-        when: float,
-        callback: Callable[[*Ts], object],
-        *args: *Ts,
-        context: Context | None = None,
+        self, when: float, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
     ) -> asyncio.TimerHandle:
         """Schedule a callback after a delay, as asyncio does."""
         timer = SimTimer(when, callback, args, self, context)
@@ -244,11 +234,7 @@ class SimLoop(asyncio.BaseEventLoop):
         return timer
 
     def call_later(
-        self,
-        delay: float,
-        callback: Callable[[*Ts], object],
-        *args: *Ts,
-        context: Context | None = None,
+        self, delay: float, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
     ) -> asyncio.TimerHandle:
         """Schedule a callback at a time, as asyncio does."""
         timer = SimTimer(self._now_s + delay, callback, args, self, context)
@@ -287,9 +273,7 @@ class SimLoop(asyncio.BaseEventLoop):
         before = self.steps
         self.steps = after = before + count
         if after > self._limit_steps:
-            raise StepLimit(
-                f"No end after {before} steps, at {self._now_s:.3f} s. {self._waiting()}"
-            )
+            raise StepLimit(f"No end after {before} steps, at {self._now_s:.3f} s. {self._waiting()}")
         take, frozen = ready.popleft, self._frozen
         for _ in range(count):
             handle = take()
@@ -302,9 +286,7 @@ class SimLoop(asyncio.BaseEventLoop):
                     raise
                 except BaseException as error:  # noqa: BLE001 - as asyncio's, for `run` to raise
                     message = f"Exception in callback {handle._callback!r}"
-                    self.call_exception_handler(
-                        {"message": message, "exception": error, "handle": handle}
-                    )
+                    self.call_exception_handler({"message": message, "exception": error, "handle": handle})
                 # A failed task's traceback may hold this handle. Without a reference back to the
                 # task there is no cycle, so the failure is reported at once.
                 handle._callback = None
@@ -328,9 +310,7 @@ class SimLoop(asyncio.BaseEventLoop):
             self._now_s = self._limit_s
             raise TimeLimit(f"No end within the limit, at {self._limit_s:.3f} s. {self._waiting()}")
         if when == math.inf:
-            raise Deadlock(
-                f"deadlock: nothing is scheduled at {self._now_s:.3f} s. {self._waiting()}"
-            )
+            raise Deadlock(f"deadlock: nothing is scheduled at {self._now_s:.3f} s. {self._waiting()}")
         if when > self._now_s:
             self._now_s = when
 
@@ -441,9 +421,7 @@ class SimLoop(asyncio.BaseEventLoop):
             if task_left is not None and task_left._log_traceback:
                 message = "task exception was never retrieved"
                 error = task_left.exception()
-                self.call_exception_handler(
-                    {"message": message, "exception": error, "task": task_left}
-                )
+                self.call_exception_handler({"message": message, "exception": error, "task": task_left})
         self._failed.clear()
         self._timers.clear()
         self._timers_cancelled = 0
@@ -482,9 +460,7 @@ class SimLoop(asyncio.BaseEventLoop):
             raise SimulationError("Another thread called the simulation.")
         return self.call_soon(callback, *args, context=context)
 
-    def run_in_executor(
-        self, _executor: object, func: Callable[[*Ts], T], *args: *Ts
-    ) -> asyncio.Future[T]:
+    def run_in_executor(self, _executor: object, func: Callable[[*Ts], T], *args: *Ts) -> asyncio.Future[T]:
         """Raise SimulationError, or with `inline_executor` run `func` before returning."""
         if not self._inline_executor:
             raise SimulationError(f"The simulation cannot run {func!r}: it has no threads.")

@@ -53,11 +53,7 @@ class FaultKind(StrEnum):
         return kind
 
     KILL_BEFORE = "kill_before", "", "a process is killed before its port call takes effect"
-    KILL_AFTER = (
-        "kill_after",
-        "",
-        "a process is killed after its port call's effect, before it sees the answer",
-    )
+    KILL_AFTER = ("kill_after", "", "a process is killed after its port call's effect, before it sees the answer")
     THROTTLED = "throttled", "", "a port call is refused for now (S3 503, SQS throttling)"
     UNREACHABLE = "unreachable", "", "a port call is not answered and does not take effect"
     ANSWER_LOST = "answer_lost", "", "a port call takes effect, but its answer is lost"
@@ -67,11 +63,7 @@ class FaultKind(StrEnum):
     LOST = "lost", "queue.send", "a sent message never arrives, although the call succeeds"
     LATE = "late", "queue.send", "a sent message arrives up to five minutes late"
     DROPPED = "dropped", "queue.receive", "messages are received, but the answer arrives empty"
-    REDELIVERED = (
-        "redelivered",
-        SKY,
-        "a message is delivered again although its worker still holds it",
-    )
+    REDELIVERED = ("redelivered", SKY, "a message is delivered again although its worker still holds it")
     VANISHED = "vanished", SKY, "a message is lost from its queue"
     PURGED = "purged", SKY, "a queue is purged: tasks, events, or dead letters"
     EXPIRED = "expired", SKY, "a queue's older messages exceed their retention and are deleted"
@@ -80,11 +72,7 @@ class FaultKind(StrEnum):
     CLOCK_JUMPED = "clock_jumped", SKY, "a process's wall clock jumps forwards or backwards"
     STALLED = "stalled", SKY, "a process freezes for 5 to 60 s and then continues"
     CRASHED = "crashed", SKY, "a booting, idle, or busy instance dies"
-    SPOT_NOTICE = (
-        "spot_notice",
-        SKY,
-        "an instance receives a Spot notice, and is killed 120 s later",
-    )
+    SPOT_NOTICE = ("spot_notice", SKY, "an instance receives a Spot notice, and is killed 120 s later")
     SPOT_KILL = "spot_kill", SKY, "a Spot instance is terminated without a notice"
     NO_CAPACITY = "no_capacity", SKY, "no instance can be launched for a while"
     SCALED_IN = "scaled_in", SKY, "a person terminates an instance, busy or not"
@@ -103,11 +91,7 @@ class FaultKind(StrEnum):
     TORN = "torn", SKY, "the store keeps only the beginning of an object"
     MISSING = "missing", SKY, "the store loses an object"
     ROTTED = "rotted", SKY, "the store changes one bit of an object"
-    UNSYNCED = (
-        "unsynced",
-        SKY,
-        "the power fails: every process ends, and unacknowledged writes may be lost",
-    )
+    UNSYNCED = ("unsynced", SKY, "the power fails: every process ends, and unacknowledged writes may be lost")
     FROZEN = "frozen", SKY, "a worker freezes for ever"
 
     def applies(self, label: str) -> bool:
@@ -181,16 +165,12 @@ class Weather:
         """Return this weather for one seed: `varied` chooses its kinds and their rates."""
         if not self.varied:
             return self
-        rates: dict[str, Any] = {
-            k.value: self.rate(k) * rng.choice(_SHARES) * heaviness for k in FaultKind
-        }
+        rates: dict[str, Any] = {k.value: self.rate(k) * rng.choice(_SHARES) * heaviness for k in FaultKind}
         drawn = replace(self, **rates, varied=False)
         if self.lies:
             drawn = replace(drawn, corrupted=self.corrupted)
         if self.storage:
-            damages: dict[str, Any] = {
-                kind.value: self.rate(kind) for kind in (*DAMAGES, FaultKind.UNSYNCED)
-            }
+            damages: dict[str, Any] = {kind.value: self.rate(kind) for kind in (*DAMAGES, FaultKind.UNSYNCED)}
             drawn = replace(drawn, **damages)
         return drawn
 

@@ -142,14 +142,7 @@ class _Watched(ManagedFleet):
 
 
 class _WatchedChanges(Changes):
-    def __init__(
-        self,
-        log: ActivityLog,
-        clock: Clock,
-        ids: Ids,
-        report: Fail,
-        busy_and_idle: BusyAndIdle,
-    ) -> None:
+    def __init__(self, log: ActivityLog, clock: Clock, ids: Ids, report: Fail, busy_and_idle: BusyAndIdle) -> None:
         super().__init__(log, clock, ids)
         self._report = report
         self._busy_and_idle = busy_and_idle

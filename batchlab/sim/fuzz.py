@@ -163,9 +163,7 @@ def try_seed(seed: int, weather: str) -> Tried:
     return replay(seed, weather, None)
 
 
-def replay(
-    seed: int, weather: str, only: Iterable[Fault] | None, log: list[str] | None = None
-) -> Tried:
+def replay(seed: int, weather: str, only: Iterable[Fault] | None, log: list[str] | None = None) -> Tried:
     """Run a seed's world with `only` these faults, or with those that the weather draws if it is
     None. Faults that fit no call do not happen. The lines of the event log are appended to
     `log`."""
@@ -314,10 +312,7 @@ def _read(part: str) -> Fault:
     actor, call, kind = found.groups()
     kinds = {one.value: one for one in FaultKind}
     if kind not in kinds:
-        raise UsageError(
-            f"The kind of fault {kind!r} does not exist.",
-            remedy=f"The kinds are {', '.join(kinds)}.",
-        )
+        raise UsageError(f"The kind of fault {kind!r} does not exist.", remedy=f"The kinds are {', '.join(kinds)}.")
     return Fault(actor.replace("+", " "), int(call), kinds[kind])
 
 

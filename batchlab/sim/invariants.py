@@ -13,16 +13,7 @@ from typing import TYPE_CHECKING, cast
 from batchlab.adapters.sql.ledger import open_memory
 from batchlab.core.commit import outcome_at
 from batchlab.core.job_definition import JobDef, task_name
-from batchlab.core.model import (
-    FailureKind,
-    GroupView,
-    Instance,
-    JobId,
-    JobState,
-    Json,
-    Outcome,
-    StageCounts,
-)
+from batchlab.core.model import FailureKind, GroupView, Instance, JobId, JobState, Json, Outcome, StageCounts
 from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Fleet, JobRecord, Ledger, Objects
 from batchlab.core.protocol import object_keys, settlement
@@ -118,9 +109,7 @@ async def check_end(world: World, job: JobDef) -> None:
     _require(right[record.state], "ends", f"{job.id} is {record.state} ({record.reason}; {facts})")
 
 
-def _check_cancelled(
-    world: World, job: JobDef, record: JobRecord, counts: Mapping[str, StageCounts]
-) -> None:
+def _check_cancelled(world: World, job: JobDef, record: JobRecord, counts: Mapping[str, StageCounts]) -> None:
     """Check that, without a cancellation in the last round, tasks are CANCELLED only if an input is
     missing."""
     if world.watch.controls.was_cancelled(job.id, record.round):
@@ -151,9 +140,7 @@ async def outcomes_of(objects: Objects, job: JobId, forged: Collection[str] = ()
     """Return every committed outcome of a job, in key order, without the `forged` keys."""
     key = await CommitKeys(objects).stored(job)
     pages = objects.list(object_keys.committed(job))
-    names = [
-        one.key async for page in pages for one in page if object_keys.is_genuine(one.key, key)
-    ]
+    names = [one.key async for page in pages for one in page if object_keys.is_genuine(one.key, key)]
     return [outcome_at(name, await objects.get(name), key) for name in names if name not in forged]
 
 
@@ -192,16 +179,11 @@ def check_attempts(job: JobId, outcomes: Sequence[Outcome]) -> None:
     """Check that worker loss, Spot interruption, and throttling never count as attempts: before
     attempt n, a task has n - 1 committed failures of its own."""
     failed = {
-        (o.bundle.stage, o.bundle.round, f.task, o.bundle.attempt)
-        for o in outcomes
-        for f in o.failed
-        if not f.final
+        (o.bundle.stage, o.bundle.round, f.task, o.bundle.attempt) for o in outcomes for f in o.failed if not f.final
     }
     for bundle in (o.bundle for o in outcomes if o.bundle.attempt > 1):
         before = {
-            (bundle.stage, bundle.round, task, attempt)
-            for task in bundle.tasks
-            for attempt in range(1, bundle.attempt)
+            (bundle.stage, bundle.round, task, attempt) for task in bundle.tasks for attempt in range(1, bundle.attempt)
         }
         _require(before <= failed, "Attempts", f"{job}: {bundle.id} counts what was no failure")
 
@@ -239,9 +221,7 @@ async def check_rebuild(world: World) -> RebuildResult:
     return rebuilt_jobs
 
 
-def _untouched(
-    dump: Mapping[str, Json], touched: Collection[str]
-) -> dict[str, list[dict[str, Json]]]:
+def _untouched(dump: Mapping[str, Json], touched: Collection[str]) -> dict[str, list[dict[str, Json]]]:
     """Return the rows of jobs that no lying worker has touched."""
     return {
         table: [row for row in rows if row["id" if table == "jobs" else "job"] not in touched]
@@ -291,11 +271,7 @@ def check_at_rest(groups: Sequence[GroupView]) -> None:
 def missing_queues(world: World) -> list[str]:
     """Return the queues that the grid needs and that do not exist."""
     pools = [pool.name for pool in world.pools]
-    needed = {
-        object_keys.EVENTS,
-        *map(object_keys.tasks_queue, pools),
-        *map(object_keys.dead_letters, pools),
-    }
+    needed = {object_keys.EVENTS, *map(object_keys.tasks_queue, pools), *map(object_keys.dead_letters, pools)}
     return sorted(needed.difference(world.queue.names()))
 
 
@@ -359,9 +335,7 @@ def check_failures(world: World, fates: Fates, job: JobDef, outcomes: Sequence[O
             _require(spent or not failure.final, "Attempts", told)
 
 
-async def results_of(
-    objects: Objects, ledger: Ledger, job: JobId, stage: str
-) -> Mapping[int, Json]:
+async def results_of(objects: Objects, ledger: Ledger, job: JobId, stage: str) -> Mapping[int, Json]:
     """Return the encoded result by task, read as a user would: by the ledger's list of bundles."""
     values: dict[int, Json] = {}
     key = await CommitKeys(objects).stored(job)

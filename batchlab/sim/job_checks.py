@@ -158,9 +158,7 @@ CLOSE_S = 0.001
 """Sums of seconds are equal if they differ by less."""
 
 
-async def check_account(
-    world: World, job: JobDef, outcomes: Sequence[Outcome], *, undisturbed: bool
-) -> None:
+async def check_account(world: World, job: JobDef, outcomes: Sequence[Outcome], *, undisturbed: bool) -> None:
     """Compare the account that is stored at the end of a job with the job's outcomes."""
     if not outcomes:
         return  # the job may have begun and ended between two ticks
@@ -186,18 +184,11 @@ async def check_account(
     exact = account.bundles == len(outcomes) and told_s >= failed_s - CLOSE_S
     _require(exact or not undisturbed, "accounts", facts)
     used_s = [*account.billed_s.values(), *account.failed_s.values(), *account.lost_s.values()]
-    _require(
-        all(seconds >= 0.0 for seconds in used_s),
-        "accounts",
-        f"the usage of {job.id} is negative",
-    )
+    _require(all(seconds >= 0.0 for seconds in used_s), "accounts", f"the usage of {job.id} is negative")
 
 
 def check_rounds(
-    job: str,
-    retries: Sequence[Retry],
-    outcomes: Sequence[Outcome],
-    choices: Sequence[TaskSelection | None],
+    job: str, retries: Sequence[Retry], outcomes: Sequence[Outcome], choices: Sequence[TaskSelection | None]
 ) -> None:
     """Check that each retry runs the choice of one request. A choice of None is all failures."""
     for round_, retry in enumerate(retries, start=1):
@@ -212,9 +203,7 @@ def check_rounds(
             raise Violated(f"retries is violated: {facts}")
 
 
-def _standing(
-    earlier: Sequence[Retry], outcomes: Sequence[Outcome], round_: int
-) -> dict[StageName, TaskSet]:
+def _standing(earlier: Sequence[Retry], outcomes: Sequence[Outcome], round_: int) -> dict[StageName, TaskSet]:
     """Return the failures of the rounds before `round_` that no earlier retry has taken back."""
     found: dict[StageName, TaskSet] = {}
     for outcome in outcomes:

@@ -55,9 +55,7 @@ class Simulated:
     """Number of instances launched."""
 
 
-def run_job(
-    jobfile: JobFile, pools: Sequence[Pool], *, seed: int, out: Path, setting: Setting
-) -> Simulated:
+def run_job(jobfile: JobFile, pools: Sequence[Pool], *, seed: int, out: Path, setting: Setting) -> Simulated:
     """Run the job to its end in virtual time. Write its results to `out`, and its performance data
     to a folder in it."""
     loop = SimLoop(inline_executor=True)
@@ -66,12 +64,7 @@ def run_job(
 
 
 async def _main(
-    jobfile: JobFile,
-    pools: Sequence[Pool],
-    seed: int,
-    out: Path,
-    setting: Setting,
-    children: InlineChildren,
+    jobfile: JobFile, pools: Sequence[Pool], seed: int, out: Path, setting: Setting, children: InlineChildren
 ) -> Simulated:
     world = World(
         seed=seed,
@@ -85,11 +78,7 @@ async def _main(
     supervisor = asyncio.create_task(world.supervise(), name="supervisor")
     patience = Patience(world.rng("client"))
     job = await submission.prepare(
-        jobfile,
-        objects=world.objects,
-        clock=world.clock,
-        patience=patience,
-        token=f"seed-{seed}",
+        jobfile, objects=world.objects, clock=world.clock, patience=patience, token=f"seed-{seed}"
     )
     admit(job, {pool.name: pool.slots for pool in pools})
     await world.submit(job)
@@ -122,8 +111,6 @@ async def _told(world: World, job: JobDef) -> tuple[JobView, list[Listed]]:
     return view, [Listed.of(outcome_view(row, key)) for row in rows]
 
 
-def _real_handlers(
-    children: InlineChildren, world: World, _die: Callable[[], None], objects: Objects
-) -> Runner:
+def _real_handlers(children: InlineChildren, world: World, _die: Callable[[], None], objects: Objects) -> Runner:
     rng = world.rng("durations")
     return InlineRunner(objects, world.clock, lambda _work, _task: rng.uniform(*TASK_S), children)

@@ -74,9 +74,7 @@ class Insider:
         bodies = [body for queue, body in self._means.bodies() if queue != object_keys.EVENTS]
         if self._takes and self._rng.random() < 0.3:
             queue = object_keys.tasks_queue(self._means.who.pool)
-            taken: Sequence[Message] = await self._means.queue.receive(
-                queue, max_messages=2, wait_s=0.0
-            )
+            taken: Sequence[Message] = await self._means.queue.receive(queue, max_messages=2, wait_s=0.0)
             bodies += [message.body for message in taken]
         for doc in map(loaded, bodies):
             # Other liars send malformed messages.

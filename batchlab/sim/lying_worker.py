@@ -50,15 +50,7 @@ ODD: tuple[Any, ...] = (
     "\u0000",
 )
 """Values that a reader must limit or reject."""
-UNREADABLE: tuple[str | bytes, ...] = (
-    '{"v":1}',
-    "",
-    "{",
-    "[" * 5_000,
-    '{"v":9}',
-    "null",
-    b"\xff\xfe",
-)
+UNREADABLE: tuple[str | bytes, ...] = ('{"v":1}', "", "{", "[" * 5_000, '{"v":9}', "null", b"\xff\xfe")
 NUMBERS: tuple[Any, ...] = (10**9, 10**30, 1, 0, -1, 1e300, "7")
 
 
@@ -515,17 +507,13 @@ class Liar:
             doc = self._rng.choice(own)
             for one in self._rng.choices(list(dicts(doc)), k=2):
                 one[self._rng.choice(sorted(one) or ["x"])] = self._rng.choice(ODD)
-            await self._means.send(
-                object_keys.EVENTS if events else self.tasks_queue(), json.dumps(doc)
-            )
+            await self._means.send(object_keys.EVENTS if events else self.tasks_queue(), json.dumps(doc))
 
     async def _noise(self) -> None:
         queue = self._rng.choice((object_keys.EVENTS, self.tasks_queue()))
         letters = [chr(self._rng.randrange(32, 255)) for _ in range(self._rng.choice((1, 40, 900)))]
         deep = "[" * self._rng.choice((100, 5_000, 60_000))
-        body = self._rng.choice(
-            ("".join(letters), deep, f'{{"v":1,"h":{deep}', '{"v":1e999}', '{"v":1,"o":{}}', "{}")
-        )
+        body = self._rng.choice(("".join(letters), deep, f'{{"v":1,"h":{deep}', '{"v":1e999}', '{"v":1,"o":{}}', "{}"))
         await self._means.send(queue, body)
 
     async def _steal(self) -> None:

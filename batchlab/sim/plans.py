@@ -129,12 +129,7 @@ def _settings(rng: random.Random) -> tuple[ManagerSettings, WorkerSettings]:
         cooldown_in_s=rng.choice([1.0, 10.0]),
         max_receives=rng.choice([2, 5, 10]),
     )
-    worker = replace(
-        WORKER,
-        visibility_s=visibility_s,
-        wait_s=wait_s,
-        drain_s=rng.choice([1.0, 20.0]),
-    )
+    worker = replace(WORKER, visibility_s=visibility_s, wait_s=wait_s, drain_s=rng.choice([1.0, 20.0]))
     return manager, worker
 
 
@@ -142,19 +137,10 @@ def _long(seed: int, rng: random.Random) -> Plan:
     """Return a plan of many hours, with slow polling. With normal polling, most of its calls would
     be polls."""
     pools = [Pool("default", 0, 2, rng.choice([1, 2]), boot_s=20)]
-    stages = rng.choice(
-        [(_stage(A, rng, pools),), (_stage(A, rng, pools), _stage(B, rng, pools, A))]
-    )
-    job = JobDef(
-        JobId("job-0"), "job-0", stages, EPOCH_S, items=rng.choice([1, 2, 3]), token=f"{seed}"
-    )
+    stages = rng.choice([(_stage(A, rng, pools),), (_stage(A, rng, pools), _stage(B, rng, pools, A))])
+    job = JobDef(JobId("job-0"), "job-0", stages, EPOCH_S, items=rng.choice([1, 2, 3]), token=f"{seed}")
     manager = replace(
-        MANAGER,
-        visibility_s=900.0,
-        silence_s=1800.0,
-        tick_s=120.0,
-        lease_ttl_s=600.0,
-        control_lease_s=300.0,
+        MANAGER, visibility_s=900.0, silence_s=1800.0, tick_s=120.0, lease_ttl_s=600.0, control_lease_s=300.0
     )
     return Plan(
         tuple(pools),
@@ -170,11 +156,7 @@ def _long(seed: int, rng: random.Random) -> Plan:
 
 
 def _stage(
-    name: StageName,
-    rng: random.Random,
-    pools: Sequence[Pool],
-    *after: StageName,
-    gather: str | None = None,
+    name: StageName, rng: random.Random, pools: Sequence[Pool], *after: StageName, gather: str | None = None
 ) -> StageDef:
     pool = rng.choice(pools)
     return StageDef(
@@ -252,9 +234,7 @@ class Focus(StrEnum):
 
 
 WEATHERS = {
-    Focus.STEADY: Weather(
-        vanished=0.1, lost=0.01, frozen=0.1, crashed=0.02, manager_stopped=0.02, kill_after=0.0003
-    ),
+    Focus.STEADY: Weather(vanished=0.1, lost=0.01, frozen=0.1, crashed=0.02, manager_stopped=0.02, kill_after=0.0003),
     Focus.WORDS: Weather(
         cancelled=0.06,
         paused=0.25,
@@ -301,13 +281,9 @@ def _steady(rng: random.Random, plan: Plan) -> Plan:
     pool = Pool("default", 0, 2, 1, boot_s=5)
     job = _with_stages(plan.jobs[0], pool, rng.choice([1, 1, 2]), RetryRule(3, 10.0), bundle=1)
     job = replace(job, items=90 // len(job.stages), max_failures=1000, start_at_s=None)
-    manager = replace(
-        plan.manager, silence_s=30.0, visibility_s=30.0, wait_s=20.0, tick_s=5.0, lease_ttl_s=20.0
-    )
+    manager = replace(plan.manager, silence_s=30.0, visibility_s=30.0, wait_s=20.0, tick_s=5.0, lease_ttl_s=20.0)
     worker = replace(plan.worker, visibility_s=30.0, wait_s=20.0)
-    return replace(
-        plan, pools=(pool,), jobs=(job,), run_s=(5.0, 15.0, 25.0), manager=manager, worker=worker
-    )
+    return replace(plan, pools=(pool,), jobs=(job,), run_s=(5.0, 15.0, 25.0), manager=manager, worker=worker)
 
 
 def _words(rng: random.Random, plan: Plan) -> Plan:
@@ -327,14 +303,7 @@ def _words(rng: random.Random, plan: Plan) -> Plan:
     slow_looks_s = rng.choice([None, (4.0, 12.0)])
     run_s = rng.choice([(0.3, 1.0, 2.0), (0.3, 1.0, 1.0, 10.0)])
     manager = replace(plan.manager, tick_s=3.0)
-    return replace(
-        plan,
-        pools=(pool,),
-        jobs=jobs,
-        run_s=run_s,
-        manager=manager,
-        slow_looks_s=slow_looks_s,
-    )
+    return replace(plan, pools=(pool,), jobs=jobs, run_s=run_s, manager=manager, slow_looks_s=slow_looks_s)
 
 
 def _rivals(rng: random.Random, plan: Plan) -> Plan:
@@ -353,8 +322,6 @@ def _rivals(rng: random.Random, plan: Plan) -> Plan:
 
 
 def _with_stages(job: JobDef, pool: Pool, number: int, rule: RetryRule, bundle: int) -> JobDef:
-    first = replace(
-        job.stages[0], name=A, after=(), gather=None, retry=rule, slots=1, bundle=bundle
-    )
+    first = replace(job.stages[0], name=A, after=(), gather=None, retry=rule, slots=1, bundle=bundle)
     first = replace(first, pool=pool.name)
     return replace(job, stages=(first, replace(first, name=B, after=(A,)))[:number])

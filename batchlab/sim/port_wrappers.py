@@ -110,9 +110,7 @@ class _Port:
 
         return call
 
-    async def _pages(
-        self, label: str, inner: AsyncIterator[Any], shown: tuple[Any, Any]
-    ) -> AsyncIterator[Any]:
+    async def _pages(self, label: str, inner: AsyncIterator[Any], shown: tuple[Any, Any]) -> AsyncIterator[Any]:
         # Each page is a separate request, so each is a separate fault point.
         step = partial(anext, inner, _Mark.END)
         try:
@@ -183,9 +181,7 @@ class _Port:
         if label == "objects.put" and self._watch is not None:
             self._watch.unsynced.acknowledged(args[0])
 
-    async def _answer(
-        self, takes_s: float, extra_s: float, args: tuple[Any, ...], taken: Sequence[Any]
-    ) -> None:
+    async def _answer(self, takes_s: float, extra_s: float, args: tuple[Any, ...], taken: Sequence[Any]) -> None:
         if extra_s:
             # Log it again: a receive has waited for a message since the fault was drawn.
             self._disturbed(extra_s)
@@ -203,24 +199,18 @@ class _Port:
         if self._rights is not None:
             self._rights.check(label, args, conditional=conditional)
 
-    def _held(
-        self, target: Callable[..., Awaitable[Any]], label: str, point: Point
-    ) -> Callable[..., Awaitable[Any]]:
+    def _held(self, target: Callable[..., Awaitable[Any]], label: str, point: Point) -> Callable[..., Awaitable[Any]]:
         """Call `target`, through the Hold if stall points are enumerated."""
         hold = self._faults.hold if self._faults is not None else None
         if hold is None:
             return target
-        return lambda *args, **kwargs: hold.perform(
-            self._actor, point.call, label, partial(target, *args, **kwargs)
-        )
+        return lambda *args, **kwargs: hold.perform(self._actor, point.call, label, partial(target, *args, **kwargs))
 
     def _disturbed(self, for_s: float) -> None:
         if self._watch is not None:
             self._watch.disturbed(self._actor, for_s)
 
-    async def _before(
-        self, point: Point, kind: FaultKind, late_s: float, label: str, shown: Any
-    ) -> None:
+    async def _before(self, point: Point, kind: FaultKind, late_s: float, label: str, shown: Any) -> None:
         if late_s:
             await asyncio.sleep(late_s)
         if kind is FaultKind.KILL_BEFORE:
@@ -241,9 +231,7 @@ class _Port:
         self._actor.kill()
         raise ActorKilled(self._actor.name)
 
-    def _note(
-        self, point: Point, kind: FaultKind | None, label: str, shown: Any, result: object
-    ) -> None:
+    def _note(self, point: Point, kind: FaultKind | None, label: str, shown: Any, result: object) -> None:
         if self._log is None or not self._actor.alive:
             return
         args, kwargs = shown
@@ -251,9 +239,7 @@ class _Port:
         told += [f"{name}={brief(value)}" for name, value in kwargs.items()]
         fault = f" !{kind.value}" if kind is not None else ""
         answer = result.value if isinstance(result, _Mark) else brief(result)
-        self._log.add(
-            self._actor.name, f"#{point.call} {label}({', '.join(told)}){fault} -> {answer}"
-        )
+        self._log.add(self._actor.name, f"#{point.call} {label}({', '.join(told)}){fault} -> {answer}")
 
 
 async def _effect(
@@ -273,11 +259,7 @@ async def _effect(
 
 
 async def _send(
-    kind: FaultKind,
-    point: Point,
-    target: Callable[..., Awaitable[Any]],
-    queue: str,
-    messages: Sequence[Any],
+    kind: FaultKind, point: Point, target: Callable[..., Awaitable[Any]], queue: str, messages: Sequence[Any]
 ) -> None:
     chosen, fraction = divmod(point.pick * len(messages), 1)
     one = messages[int(chosen)]

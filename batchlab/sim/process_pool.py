@@ -85,9 +85,7 @@ class Crew(Generic[T, R]):
             pipe.send(item)
 
 
-def spread(
-    work: Callable[[T], R], items: Iterable[T], processes: int
-) -> Generator[tuple[T, R | Died], None, None]:
+def spread(work: Callable[[T], R], items: Iterable[T], processes: int) -> Generator[tuple[T, R | Died], None, None]:
     """Run `work` on these items as Crew.each does, with processes for this call only."""
     with closing(Crew(work, processes)) as crew:
         yield from crew.each(items)

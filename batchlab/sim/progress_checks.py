@@ -81,8 +81,7 @@ class Leads:
         self.require(
             now_s - told_s <= (patience_s if disturbed else SLACK_S),
             "lead",
-            f"{actor.name} calls {label} {now_s - told_s:.1f} s after it learned that another "
-            "manager has the lease",
+            f"{actor.name} calls {label} {now_s - told_s:.1f} s after it learned that another manager has the lease",
         )
 
 
@@ -136,8 +135,7 @@ class Silences:
             self.require(
                 self.stopped[actor] <= limit_s,
                 "silence",
-                f"{actor.name} has stopped for ever, and keeps its instance after "
-                f"{self.stopped[actor]:.0f} s",
+                f"{actor.name} has stopped for ever, and keeps its instance after {self.stopped[actor]:.0f} s",
                 None,
             )
 
@@ -202,7 +200,7 @@ class StartTimes:
         )
 
 
-OraclesRequire = Callable[[bool, str, str, str], None]
+RequireOracle = Callable[[bool, str, str, str], None]
 """A check with the arguments (holds, promise, facts, job)."""
 
 LEAVING_S = 0.2
@@ -222,7 +220,7 @@ KNOWN_S = 10.0
 class Oracles:
     """Record of commits, sends, dead letters, and draining workers."""
 
-    require: OraclesRequire
+    require: RequireOracle
     _committed_s: dict[Name, float] = field(default_factory=dict)
     _leaves_s: dict[Actor, float] = field(default_factory=dict)
     _begun: set[tuple[Actor, Name]] = field(default_factory=set)
@@ -252,9 +250,7 @@ class Oracles:
         """Record that a worker starts to drain."""
         self._leaves_s.setdefault(actor, now_s)
 
-    def started(
-        self, bundle: Bundle, now_s: float, actor: Actor | None, *, disturbed: bool
-    ) -> None:
+    def started(self, bundle: Bundle, now_s: float, actor: Actor | None, *, disturbed: bool) -> None:
         """Check the start of a task of the bundle. A `disturbed` worker may have been about to
         start it."""
         name = name_of_bundle(bundle)
@@ -269,9 +265,7 @@ class Oracles:
             bundle.job,
         )
 
-    def begins_again(
-        self, actor: Actor, bundle: Bundle, received_s: float, deliveries: int
-    ) -> None:
+    def begins_again(self, actor: Actor, bundle: Bundle, received_s: float, deliveries: int) -> None:
         """Check that a worker begins a bundle, received at `received_s`, rightly. After earlier
         deliveries, or for a retry, it must have looked for an outcome."""
         name = name_of_bundle(bundle)
@@ -291,9 +285,7 @@ class Oracles:
         """Return whether the worker has begun a task of the bundle."""
         return (actor, name) in self._begun
 
-    def cut(
-        self, cut: Cut, now_s: float, since_s: float, live_since_s: Callable[[str], float]
-    ) -> None:
+    def cut(self, cut: Cut, now_s: float, since_s: float, live_since_s: Callable[[str], float]) -> None:
         """Check the cut of bundles by a manager that is undisturbed since `since_s`. Jobs of a
         higher priority in the same pool come first. `live_since_s` gives when a job began or was
         last resumed."""
@@ -309,8 +301,7 @@ class Oracles:
                     or rival.start_at_s is not None
                     or now_s - known_s < KNOWN_S,
                     "priority",
-                    f"{cut.job}/{cut.stage} is cut while {name}/{stage} has tasks left, whose "
-                    "priority is higher",
+                    f"{cut.job}/{cut.stage} is cut while {name}/{stage} has tasks left, whose priority is higher",
                     cut.job,
                 )
         self._left_s.pop((cut.job, cut.stage), None)

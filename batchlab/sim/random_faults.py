@@ -277,12 +277,8 @@ class Sky:
         if chosen is None:
             return None
         fleet, decrement = post.manager.ports.fleet, rng.random() < 0.5
-        call = fleet.terminate(
-            chosen.pool, [chosen.id], decrement=decrement, cause=fleet_commands.CAUSE
-        )
-        with suppress(
-            Refused, BackendError
-        ):  # The group would go below min, or the manager is not the leader.
+        call = fleet.terminate(chosen.pool, [chosen.id], decrement=decrement, cause=fleet_commands.CAUSE)
+        with suppress(Refused, BackendError):  # The group would go below min, or the manager is not the leader.
             await call
         return chosen.id
 
@@ -298,14 +294,11 @@ class Sky:
                 await self._world.ask(lambda m: fleet_commands.drain(m, pool.name), "drain")
             else:
                 await self._world.ask(
-                    lambda m: fleet_commands.scale(m, pool.name, max_size=most, desired=desired),
-                    "scale",
+                    lambda m: fleet_commands.scale(m, pool.name, max_size=most, desired=desired), "scale"
                 )
             await asyncio.sleep(seconds)
             await self._world.ask(
-                lambda m: fleet_commands.scale(
-                    m, pool.name, min_size=pool.min_size, max_size=pool.max_size, auto=True
-                ),
+                lambda m: fleet_commands.scale(m, pool.name, min_size=pool.min_size, max_size=pool.max_size, auto=True),
                 "hand back",
             )
 

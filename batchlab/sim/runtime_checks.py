@@ -373,9 +373,7 @@ class Watch:
         if name in self._opened or self.oracles.has_dead_letters(led_s):
             return  # Their outcomes are forwarded again.
         holds = [one for one in self._holds.values() if one.bundle == name]
-        are_well = all(
-            one.actor.alive and not self._excused(one.actor, one.received_s) for one in holds
-        )
+        are_well = all(one.actor.alive and not self._excused(one.actor, one.received_s) for one in holds)
         # Workers drop the messages of a paused job, so a resume sends all of its bundles.
         since_s = min((one.received_s for one in holds), default=now_s)
         self._require(
@@ -473,9 +471,7 @@ class Watch:
         sent = self._in_queues() if names else set()
         lost = sorted(name for name in names if name not in held and name not in sent)
         since_s = [
-            max(self.leads.led_s(one), self._disturbed_s.get(one, 0.0))
-            for one in leaders
-            if not self.frozen(one)
+            max(self.leads.led_s(one), self._disturbed_s.get(one, 0.0)) for one in leaders if not self.frozen(one)
         ]
         self.silences.look(lost, max(since_s, default=None), self.clock.monotonic_s())
 
@@ -552,8 +548,7 @@ class Watch:
         no heartbeat from it, a fault has hit it, or it runs only copies of bundles that have ended
         (with or without an outcome)."""
         is_needed = any(
-            name not in self._committed and self.controls.is_live(name[0])
-            for name in self._begun.get(actor, ())
+            name not in self._committed and self.controls.is_live(name[0]) for name in self._begun.get(actor, ())
         )
         recent_s = self.clock.monotonic_s() - RECENT_S
         self._require(
@@ -576,14 +571,11 @@ class Watch:
         lost = {
             start.actor
             for start in self.starts
-            if (start.job, start.stage, start.task, start.round) == where
-            and self._came_to_grief(start)
+            if (start.job, start.stage, start.task, start.round) == where and self._came_to_grief(start)
         }
         for key, (actor, at_s) in self._written.items():
             died_s = self._killed_s.get(actor, math.inf)
-            if key.startswith(object_keys.starts(bundle)) and (
-                died_s <= at_s + BEGIN_S or self._excused(actor, at_s)
-            ):
+            if key.startswith(object_keys.starts(bundle)) and (died_s <= at_s + BEGIN_S or self._excused(actor, at_s)):
                 lost.add(actor)
         return len(lost)
 

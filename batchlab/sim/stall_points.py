@@ -55,9 +55,7 @@ class Hold:
     _effect: Callable[[], Awaitable[Any]] | None = None
     _answer: asyncio.Future[Any] | None = None
 
-    async def perform(
-        self, actor: Actor, call: int, label: str, effect: Callable[[], Awaitable[Any]]
-    ) -> Any:
+    async def perform(self, actor: Actor, call: int, label: str, effect: Callable[[], Awaitable[Any]]) -> Any:
         """Perform the effect of an actor's call. If it is the call to hold, freeze the actor, and
         return the answer once the call has taken effect."""
         if actor.name == FIRST:

@@ -69,11 +69,7 @@ class Damage:
 
     def standing(self, kinds: Collection[FaultKind]) -> list[str]:
         """Return the damaged objects of these kinds whose content has not changed since."""
-        return [
-            key
-            for key, (kind, data) in self.hit.items()
-            if kind in kinds and self.objects.content(key) == data
-        ]
+        return [key for key, (kind, data) in self.hit.items() if kind in kinds and self.objects.content(key) == data]
 
 
 def job_of(key: str) -> JobId:

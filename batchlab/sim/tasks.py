@@ -53,11 +53,7 @@ class ScriptedRunner:
     at the task's end. A task that kills its worker calls `die`."""
 
     def __init__(
-        self,
-        script: Script,
-        clock: Clock,
-        started: Callable[[Scene], Callable[[], None]],
-        die: Callable[[], None],
+        self, script: Script, clock: Clock, started: Callable[[Scene], Callable[[], None]], die: Callable[[], None]
     ) -> None:
         self._script = script
         self._clock = clock
@@ -152,9 +148,7 @@ class Fates:
         return Play(fate.run_s, value)
 
 
-def inputs_of(
-    job: JobDef, stage: StageDef, done: Mapping[str, Mapping[int, Json]]
-) -> dict[int, Json]:
+def inputs_of(job: JobDef, stage: StageDef, done: Mapping[str, Mapping[int, Json]]) -> dict[int, Json]:
     """Return the input of each task of `stage` that could run, from the results `done` of earlier
     stages. This computation is independent of the grid."""
     if not stage.after:
@@ -191,12 +185,7 @@ class TimedRunner:
     """
 
     def __init__(
-        self,
-        durations: Durations,
-        clock: Clock,
-        *,
-        together_s: float = TOGETHER_S,
-        look_s: float = 0.0,
+        self, durations: Durations, clock: Clock, *, together_s: float = TOGETHER_S, look_s: float = 0.0
     ) -> None:
         self._durations = durations
         self._clock = clock

@@ -21,16 +21,7 @@ from batchlab.core.job_definition import InputDef, JobDef, RetryRule, SplitBy, S
 from batchlab.core.model import Control, JobId, JobState, Json, StageName, TaskSet
 from batchlab.core.port_retries import Patience
 from batchlab.core.protocol import object_keys
-from batchlab.core.schedules import (
-    MOST_MISSED,
-    Definition,
-    Missed,
-    Overlap,
-    RunState,
-    Schedule,
-    When,
-    token_of,
-)
+from batchlab.core.schedules import MOST_MISSED, Definition, Missed, Overlap, RunState, Schedule, When, token_of
 from batchlab.manager.manager import Manager
 from batchlab.manager.retry_rounds import failed_tasks
 from batchlab.manager.schedule_commands import ScheduleCommands
@@ -81,9 +72,7 @@ class User:
     """The user of one job. `pace` stretches the pauses between requests. A `choosy` user retries
     only some of the failed tasks, or asks for two retries at once."""
 
-    def __init__(
-        self, world: World, job: JobDef, faults: Faults, pace: float, is_choosy: bool = False
-    ) -> None:
+    def __init__(self, world: World, job: JobDef, faults: Faults, pace: float, is_choosy: bool = False) -> None:
         self._world = world
         self._choices = world.rng(f"{USER} {job.id} chooses") if is_choosy else None
         self._job = job
@@ -198,17 +187,11 @@ class User:
         """Return some of the failed tasks. None, for all of them, if no task failed."""
         rng = random.Random(seed)  # noqa: S311 - simulation
         failed = await failed_tasks(manager.ports, await manager.ports.ledger.job(self._job.id))
-        some = {
-            stage: TaskSet.of(task for task in tasks if rng.random() < 0.5)
-            for stage, tasks in failed.items()
-        }
+        some = {stage: TaskSet.of(task for task in tasks if rng.random() < 0.5) for stage, tasks in failed.items()}
         return {stage: tasks for stage, tasks in some.items() if tasks} or None
 
     def _start(
-        self,
-        call: Callable[[Manager], object],
-        verb: str,
-        told: Callable[[object], None],
+        self, call: Callable[[Manager], object], verb: str, told: Callable[[object], None]
     ) -> asyncio.Task[object]:
         async def asked(manager: Manager) -> object:
             try:
@@ -247,9 +230,7 @@ class Keeper:
         rng = world.rng("schedule")
         self._period_min = rng.choice([1, 1, 2, 5])
         overlap = rng.choice(list(Overlap))
-        missed = rng.choice(
-            [m for m in Missed if (m, overlap) != (Missed.RUN_ALL, Overlap.REPLACE)]
-        )
+        missed = rng.choice([m for m in Missed if (m, overlap) != (Missed.RUN_ALL, Overlap.REPLACE)])
         self._definition = Definition(
             NAME,
             NAME,
@@ -262,9 +243,7 @@ class Keeper:
         )
         self._lasts_s = rng.uniform(100.0, 900.0)
         pool = rng.choice(plan.pools)
-        stage = StageDef(
-            StageName("a"), handler="sim:task", retry=RetryRule(attempts=2), pool=pool.name
-        )
+        stage = StageDef(StageName("a"), handler="sim:task", retry=RetryRule(attempts=2), pool=pool.name)
         raw = InputDef((INPUT,), SplitBy.ITEMS)
         self._job = JobDef(JobId("timed-template"), NAME, (stage,), 0.0, input=raw, max_failures=9)
         self._items = rng.choice([1, 3])

@@ -37,13 +37,7 @@ READS = (
     "jobs/*/*/running/*",
     "raw/*",
 )
-WRITES = (
-    "files/*",
-    "logs/*",
-    "jobs/*/*/outcomes/*",
-    "jobs/*/*/running/*",
-    "jobs/*/*/starts/*",
-)
+WRITES = ("files/*", "logs/*", "jobs/*/*/outcomes/*", "jobs/*/*/running/*", "jobs/*/*/starts/*")
 CONDITIONAL = ("files/*", "logs/*.log", "jobs/*/*/outcomes/*", "jobs/*/*/starts/*")
 """Keys that the bucket's policy protects from overwriting."""
 
@@ -70,9 +64,7 @@ def _takes(queue: str, pool: str, _conditional: bool) -> bool:
 
 
 def _sends(queue: str, _pool: str, _conditional: bool) -> bool:
-    return queue == object_keys.EVENTS or (
-        queue.startswith("tasks-") and not queue.endswith("-dead")
-    )
+    return queue == object_keys.EVENTS or (queue.startswith("tasks-") and not queue.endswith("-dead"))
 
 
 def _anything(_name: str, _pool: str, _conditional: bool) -> bool:
@@ -219,9 +211,7 @@ class Trust:
             f"{actor.name} reads {key} whole, which has {size} bytes",
         )
         self.require(
-            key not in self.baits or actor in self._liars,
-            "I8",
-            f"{actor.name} reads {key}, which only a lie names",
+            key not in self.baits or actor in self._liars, "I8", f"{actor.name} reads {key}, which only a lie names"
         )
 
     # --- What a manager believes -----------------------------------------------------------------

@@ -147,9 +147,7 @@ class World:
             lead_ttl_s=lead_ttl_s,
             silence_s=silence_s,
         )
-        self.damage = Damage(
-            self.objects, self.ledger, self.watch.trust.touched, self.watch.damaged
-        )
+        self.damage = Damage(self.objects, self.ledger, self.watch.trust.touched, self.watch.damaged)
         self.watch.are_looks_slow = bool(self.faults and self.faults.slow_looks_s)
         if self.watched:
             self.objects.written = self.watch.written
@@ -227,9 +225,7 @@ class World:
             owner=owner,
             accounting=self.accounting,
             reports=self.reports,
-            outlets=NotificationChannels(lambda: DIRECTORY, self._notified)
-            if self.notifies
-            else None,
+            outlets=NotificationChannels(lambda: DIRECTORY, self._notified) if self.notifies else None,
             schedules=self.schedules,
         )
         fleet.registry = manager.registry
@@ -244,11 +240,7 @@ class World:
         round_ = json.loads(one.body)["job"]["round"]
         key = object_keys.final(JobId(one.job), round_)
         there = await self.objects.head(key)
-        ending = (
-            json_format.ending_from_json(json_format.loads(await self.objects.get(key)))
-            if there
-            else None
-        )
+        ending = json_format.ending_from_json(json_format.loads(await self.objects.get(key))) if there else None
         self.watch.notified(one.job, one.moment, ending)
 
     def _replaced(self, instance: str, cause: str) -> None:
@@ -397,13 +389,7 @@ class SimWorker:
         queue = world._wrapped(world.queue, "queue", self.actor, rights)
         self.who = Identity(f"w-{instance}", instance, pool.name, pool.slots, f"key-{instance}")
         self.worker = Worker(
-            self.who,
-            objects,
-            queue,
-            self.clock,
-            world.runner(self._die, objects),
-            Patience(rng),
-            world.worker_settings,
+            self.who, objects, queue, self.clock, world.runner(self._die, objects), Patience(rng), world.worker_settings
         )
         life = self.actor.spawn(self.worker.run(), name=f"worker {instance}")
         life.add_done_callback(self._over)

@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 from typing import IO, Any, TypedDict
 
-from batchlab.worker import handlers, live_logs
+from batchlab.worker import handlers, task_log
 from batchlab.worker.shared_memory import IMPORTING, ChildState
 from batchlab.worker.task_executor import ExecutionRequest, TaskExecutor
 
@@ -135,9 +135,7 @@ class Child:
             extra["span"] = (log_at, end)
         if executor.touched:
             extra["folder"] = True
-        self._answer(
-            f'["{word}",{task},{run_s:.6f},{text},{json.dumps(extra) if extra else "null"}]'
-        )
+        self._answer(f'["{word}",{task},{run_s:.6f},{text},{json.dumps(extra) if extra else "null"}]')
         return end
 
     def _exit_if_forked(self) -> None:
@@ -221,18 +219,14 @@ class Output:
                 sys.stdout, sys.stderr = out, err
             first = os.fstat(1)
             if first.st_ino == self._inode == os.fstat(2).st_ino:
-                return (
-                    live_logs.trim(self._log, log_at)
-                    if self._large(first, log_at)
-                    else first.st_size
-                )
+                return task_log.trim(self._log, log_at) if self._large(first, log_at) else first.st_size
         except (OSError, ValueError):
             os.makedirs(self._cwd, exist_ok=True)  # noqa: PTH103 - the task may have removed it
         self.attach(self._log, self._cwd)
         return self.size()
 
     def _large(self, info: os.stat_result, log_at: int) -> bool:
-        return info.st_size - log_at > live_logs.share(log_at)
+        return info.st_size - log_at > task_log.share(log_at)
 
 
 def _stream(fd: int) -> IO[str]:

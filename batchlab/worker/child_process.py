@@ -466,9 +466,7 @@ class Limits:
         if task == IMPORTING and self._timeout_s is not None:
             limit_s = max(self._timeout_s, _IMPORT_S)
             reason = f"took longer than {limit_s:g} s"
-            return (
-                Termination(task, FailureKind.TIMEOUT, reason, ran_s) if ran_s > limit_s else None
-            )
+            return Termination(task, FailureKind.TIMEOUT, reason, ran_s) if ran_s > limit_s else None
         if task < 0:
             return None
         if self._timeout_s is not None and ran_s >= self._timeout_s:

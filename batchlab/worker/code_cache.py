@@ -31,9 +31,7 @@ from batchlab.worker.materialization import OffLoop
 MAX_BYTES = 512 * 1024 * 1024
 MAX_FILES = 20_000
 
-_SKIPPED = frozenset(
-    {"__pycache__", ".git", ".venv", ".batchlab", ".mypy_cache", ".pytest_cache", ".ruff_cache"}
-)
+_SKIPPED = frozenset({"__pycache__", ".git", ".venv", ".batchlab", ".mypy_cache", ".pytest_cache", ".ruff_cache"})
 _MARKS = ("pyvenv.cfg", object_keys.MADE)
 """Files that identify a virtual environment, a grid's home folder, and fetched results. Such
 folders are skipped under any name, because they would change a job's code with every run."""
@@ -54,11 +52,7 @@ def key(data: bytes) -> str:
 def digest_of(code_key: str) -> str:
     """Return the digest in the key of a code zip. Raise UsageError for any other key."""
     digest = code_key.removeprefix("code/").removesuffix(".zip")
-    if (
-        code_key != object_keys.code(digest)
-        or len(digest) != 64
-        or set(digest) - set("0123456789abcdef")
-    ):
+    if code_key != object_keys.code(digest) or len(digest) != 64 or set(digest) - set("0123456789abcdef"):
         raise UsageError(f"{code_key!r} is not the key of a code zip.")
     return digest
 
@@ -75,8 +69,7 @@ def pack(folder: Path, data: Collection[Path] = (), most_bytes: int | None = Non
     root = folder.resolve()
     if not root.is_dir():
         raise UsageError(
-            f"The code folder {folder} does not exist.",
-            remedy="Name the folder that contains the job's code.",
+            f"The code folder {folder} does not exist.", remedy="Name the folder that contains the job's code."
         )
     left_out = {path.resolve() for path in data}
     try:
@@ -171,9 +164,7 @@ def unpack(data: bytes, digest: str, target: Path) -> None:
         # If the folder exists now, another process has unpacked the same digest.
         if not target.is_dir():
             if error.errno in _BAD_NAMES:
-                raise UsageError(
-                    f"The code zip cannot be unpacked: {error.strerror or error}."
-                ) from error
+                raise UsageError(f"The code zip cannot be unpacked: {error.strerror or error}.") from error
             raise
     finally:
         shutil.rmtree(staged, ignore_errors=True)  # It exists only after a failure.

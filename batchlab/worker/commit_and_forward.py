@@ -46,18 +46,14 @@ Ended = tuple[Ran, float]
 """A result and its end time in seconds since the epoch."""
 
 
-async def with_end_times(
-    runs: AsyncIterator[Ran], ended: list[Ended], clock: Clock
-) -> AsyncIterator[Ran]:
+async def with_end_times(runs: AsyncIterator[Ran], ended: list[Ended], clock: Clock) -> AsyncIterator[Ran]:
     """Yield the results, and append each with its end time to `ended`."""
     async for ran in runs:
         ended.append((ran, clock.now_s()))
         yield ran
 
 
-def record_task_spans(
-    tracer: Tracer, running: Span, bundle: Bundle, ended: Sequence[Ended], started_s: float
-) -> None:
+def record_task_spans(tracer: Tracer, running: Span, bundle: Bundle, ended: Sequence[Ended], started_s: float) -> None:
     """Record totals in the span `running`, which began at `started_s`, and spans of tasks."""
     failed = sum(ran.failure is not None for ran, _ in ended)
     running.note(
@@ -142,13 +138,7 @@ class BundleFinisher:
         self._tracer = tracer
 
     async def commit(
-        self,
-        inflight: InflightMessage,
-        job: JobDef,
-        started_s: float,
-        ran: Sequence[Ran],
-        *,
-        cancelled: bool = False,
+        self, inflight: InflightMessage, job: JobDef, started_s: float, ran: Sequence[Ran], *, cancelled: bool = False
     ) -> Outcome:
         """Commit the results. Return the outcome that counts, which may be another worker's."""
         spans = [s for s in inflight.handle.log_spans if s[0] in inflight.bundle.tasks]
@@ -177,10 +167,7 @@ class BundleFinisher:
         """
         spans = [s for s in inflight.handle.log_spans if s[0] not in kept.tasks]
         # The log itself is stored when the run has ended.
-        log = (
-            object_keys.log(inflight.bundle, inflight.execution, inflight.key) if spans else "",
-            spans,
-        )
+        log = (object_keys.log(inflight.bundle, inflight.execution, inflight.key) if spans else "", spans)
         draft = self._settled(inflight, job, started_s, ran, log, kept=kept.tasks)
         outcome = await self._commit(inflight, draft)
         if outcome != draft:
@@ -226,16 +213,10 @@ class BundleFinisher:
 
     def _met_twice(self, inflight: InflightMessage, kind: str, slot_s: float) -> None:
         bundle = inflight.bundle
-        self._outbox.met_twice(
-            Duplicate(bundle.job, bundle.stage, kind, inflight.execution, slot_s)
-        )
+        self._outbox.met_twice(Duplicate(bundle.job, bundle.stage, kind, inflight.execution, slot_s))
 
     async def finish(
-        self,
-        inflight: InflightMessage,
-        job: JobDef,
-        outcome: Outcome,
-        items: Sequence[Json] | None = None,
+        self, inflight: InflightMessage, job: JobDef, outcome: Outcome, items: Sequence[Json] | None = None
     ) -> None:
         """Forward the committed outcome, which may be another worker's, and delete the message."""
         await self._forward(inflight, job, outcome, outcome, items, goes_along=True)
@@ -276,9 +257,7 @@ class BundleFinisher:
             # follow-ups have been sent, and it learns of them from this event.
             await self._outbox.send(messages)
             # Another running bundle causes a heartbeat soon, which can carry the event.
-            others = goes_along and any(
-                not (one.committing or one is inflight) for one in self._inflight.values()
-            )
+            others = goes_along and any(not (one.committing or one is inflight) for one in self._inflight.values())
             await self._outbox.event(outcome, trace, hurry=not others)
 
     # --- Left to others ---------------------------------------------------------------------------
@@ -348,12 +327,7 @@ class WorkHandoff:
         self._finisher = finisher
 
     async def run(
-        self,
-        inflight: InflightMessage,
-        job: JobDef,
-        items: Sequence[Json],
-        started_s: float,
-        runs: AsyncIterator[Ran],
+        self, inflight: InflightMessage, job: JobDef, items: Sequence[Json], started_s: float, runs: AsyncIterator[Ran]
     ) -> list[Ran]:
         """Collect the results of the tasks that stay here: all tasks, or those of `inflight.part`.
 
@@ -375,12 +349,7 @@ class WorkHandoff:
         return [one for one in ran if one.task in inflight.bundle.tasks]
 
     async def _watch(
-        self,
-        inflight: InflightMessage,
-        job: JobDef,
-        items: Sequence[Json],
-        ran: Sequence[Ran],
-        started_s: float,
+        self, inflight: InflightMessage, job: JobDef, items: Sequence[Json], ran: Sequence[Ran], started_s: float
     ) -> None:
         """Hand off the tasks behind the running one once the budget is used up."""
         await asyncio.sleep(BUDGET_S)

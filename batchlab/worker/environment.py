@@ -180,9 +180,7 @@ def _metadata(folder: str) -> list[str]:
 # --- Storage -------------------------------------------------------------------------------------
 
 
-async def record(
-    objects: Objects, worker: str, environment: Environment, patience: Patience
-) -> None:
+async def record(objects: Objects, worker: str, environment: Environment, patience: Patience) -> None:
     """Store the environment of `worker` with one request."""
     data = json_format.to_bytes(to_json(environment))
     await patience(partial(objects.put, object_keys.environment(worker), data))
@@ -244,9 +242,7 @@ def differences(there: Environment, now: Environment) -> list[str]:
             found.append(f"{name} is {_shown(other)} here and was {_shown(one)} there.")
     if missing := [name for name in there.variables if name not in now.variables]:
         are = "is" if len(missing) == 1 else "are"
-        found.append(
-            f"{_some(missing)} {are} not set here and had a value there, which is not stored."
-        )
+        found.append(f"{_some(missing)} {are} not set here and had a value there, which is not stored.")
     return found
 
 

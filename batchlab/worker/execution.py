@@ -23,7 +23,7 @@ from batchlab.core.ports import Clock, LocalFiles, Objects
 from batchlab.core.protocol import object_keys
 from batchlab.core.protocol.bundle_inputs import Own
 from batchlab.core.protocol.settlement import LOSS_LIMIT
-from batchlab.worker import live_logs, materialization
+from batchlab.worker import materialization, task_log
 from batchlab.worker.child import RequestLine
 from batchlab.worker.child_process import (
     TICK_S,
@@ -163,11 +163,7 @@ class Execution:
         function = self._code_cache.at_hand(key) if key else None
         if self._work.job.code or (key and function is None):
             return None
-        return (
-            materialization.request(self._work, self._folder, function=function, code=None),
-            "",
-            None,
-        )
+        return (materialization.request(self._work, self._folder, function=function, code=None), "", None)
 
     async def _prepare(self) -> tuple[ExecutionRequest, str, Path | None]:
         digest, code = await self._code_cache.code(self._work.job.code)
@@ -250,9 +246,7 @@ class Execution:
             # Two requests ended without a running task. The first pending task is failed, because
             # the execution would otherwise never end.
             reason = "ended its process before it could begin"
-            self._blame(
-                Termination(next(iter(self._pending)), FailureKind.CRASH, reason, 0.0), None
-            )
+            self._blame(Termination(next(iter(self._pending)), FailureKind.CRASH, reason, 0.0), None)
         return True
 
     async def _drop_child(self) -> None:
@@ -296,12 +290,8 @@ class Execution:
     async def _cut_log(self, child: ChildProcess) -> None:
         """Trim the output of the running task, so that it does not fill the disk."""
         task, log_at = child.board.task, child.board.log_at
-        if (
-            task >= 0
-            and live_logs.overflowing(self._log_size(), log_at)
-            and child.board.task == task
-        ):
-            await asyncio.to_thread(live_logs.trim, str(self._log), log_at)
+        if task >= 0 and task_log.overflowing(self._log_size(), log_at) and child.board.task == task:
+            await asyncio.to_thread(task_log.trim, str(self._log), log_at)
 
     async def _lost(self, child: ChildProcess, verdict: Termination | None) -> str:
         """Kill a child that has died or broke a limit, and fail the task that caused it."""
@@ -323,10 +313,7 @@ class Execution:
                 if self._slain[task] < LOSS_LIMIT:
                     return "slain"
             verdict = Termination(
-                task,
-                FailureKind.CRASH,
-                describe_crash(code, self._slain[task]),
-                monotonic_s() - since_s,
+                task, FailureKind.CRASH, describe_crash(code, self._slain[task]), monotonic_s() - since_s
             )
         exit_code = code if verdict.kind is FailureKind.CRASH else None
         if verdict.task == IMPORTING:
@@ -339,7 +326,7 @@ class Execution:
     def _span(self, task: int, log_at: int) -> None:
         """Record the output of a task that did not end."""
         if task >= 0 and task in self._pending and self._log_size() > log_at:
-            end = live_logs.trim(str(self._log), log_at)
+            end = task_log.trim(str(self._log), log_at)
             self._handle.log_spans.append((task, log_at, end))
 
     def _peek(self, most: int) -> Peek | None:
@@ -351,7 +338,7 @@ class Execution:
         if task < 0 or size < log_at:
             return None
         start = max(log_at, size - most)
-        data = live_logs.read(str(self._log), start, size - start)
+        data = task_log.read(str(self._log), start, size - start)
         # If the running task changed, the data may contain the next task's output.
         return Peek(task, log_at, start, data) if child.board.task == task else None
 
@@ -421,9 +408,7 @@ class Execution:
 
     def _fail_left(self, why: Fault) -> None:
         """Fail every task that has not ended."""
-        self.ended.put_nowait(
-            [Ran(task, 0.0, failure=materialization.failure(task, why, 0.0)) for task in self._left]
-        )
+        self.ended.put_nowait([Ran(task, 0.0, failure=materialization.failure(task, why, 0.0)) for task in self._left])
         self._left.clear()
         self._pending.clear()
 

@@ -34,14 +34,7 @@ class Problem(Exception):
         self.fault = fault(kind, reason, error=error, exit_code=code)
 
 
-def fault(
-    kind: str,
-    reason: str,
-    *,
-    error: str = "",
-    traceback: str = "",
-    exit_code: int | None = None,
-) -> Fault:
+def fault(kind: str, reason: str, *, error: str = "", traceback: str = "", exit_code: int | None = None) -> Fault:
     """Return the fields of a Failure. Texts are shortened, and unprintable characters escaped."""
     return {
         "kind": kind,
@@ -79,9 +72,7 @@ def load(handler: str, function: str | None) -> Call:
     try:
         found = find(handler, function)
         if not callable(found):
-            raise Problem(
-                "import", f"{handler} is not a function: its type is {type(found).__name__}."
-            )
+            raise Problem("import", f"{handler} is not a function: its type is {type(found).__name__}.")
         # The handler name of a pickled function is an object key, which means nothing to users.
         return _adapted("The function" if function else handler, found)
     except Problem:
@@ -104,9 +95,7 @@ def _imported(handler: str) -> Any:
     for part in name.split("."):
         if not hasattr(found, part):
             raise Problem(
-                "import",
-                f"The module {module_name} has no function {name!r}{_instead(found)}.",
-                error="AttributeError",
+                "import", f"The module {module_name} has no function {name!r}{_instead(found)}.", error="AttributeError"
             )
         found = getattr(found, part)
     return found
@@ -162,9 +151,7 @@ def _adapted(handler: str, found: Callable[..., Any]) -> Call:
     places = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     by_place = [p for p in parameters if p.kind in places]
     required = [p for p in by_place if p.default is p.empty]
-    stray = [
-        p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY and p.default is p.empty
-    ]
+    stray = [p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY and p.default is p.empty]
     any_number = any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
     if len(required) > 2 or stray or not (by_place or any_number):
         raise Problem(
@@ -202,12 +189,7 @@ def _explain(error: BaseException) -> Fault:
             traceback=user_traceback(error),
             exit_code=number,
         )
-    return fault(
-        "exception",
-        _one_line(error),
-        error=type(error).__name__,
-        traceback=user_traceback(error),
-    )
+    return fault("exception", _one_line(error), error=type(error).__name__, traceback=user_traceback(error))
 
 
 def _one_line(error: BaseException) -> str:

@@ -89,9 +89,7 @@ class Heartbeats:
             await asyncio.sleep(self._settings.beat_gap_s)
             with suppress(TimeoutError):
                 held = self._told is None or self._told.held
-                async with asyncio.timeout(
-                    self._settings.beat_s if held else self._settings.idle_beat_s
-                ):
+                async with asyncio.timeout(self._settings.beat_s if held else self._settings.idle_beat_s):
                     await self._change()
 
     async def _change(self) -> None:
@@ -246,9 +244,7 @@ class VisibilityHeartbeat:
 
     async def _mark(self, inflight: InflightMessage) -> None:
         name = object_keys.running(inflight.bundle, inflight.key)
-        await self._objects.put(
-            name, marker(inflight.execution, self._clock.now_s(), name, inflight.key)
-        )
+        await self._objects.put(name, marker(inflight.execution, self._clock.now_s(), name, inflight.key))
         inflight.marked_s = self._clock.monotonic_s()
 
     async def give_back_later(self, inflight: InflightMessage) -> None:

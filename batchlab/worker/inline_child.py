@@ -106,9 +106,7 @@ class InlineChildren:
             await self._children.bury(child)
         return answer
 
-    async def _answer(
-        self, stage: StageDef, child: ChildProcess, request: RequestLine
-    ) -> tuple[Answer | None, bool]:
+    async def _answer(self, stage: StageDef, child: ChildProcess, request: RequestLine) -> tuple[Answer | None, bool]:
         """Return the answer, and whether the child is still alive."""
         limits = Limits(stage, self._sampler)
         child.board.allow(stop=False, until_s=math.inf)
@@ -123,9 +121,7 @@ class InlineChildren:
             if verdict or child.spoilt or (not lines and child.ended):
                 return await self._lost(child, verdict, answers), False
 
-    async def _lost(
-        self, child: ChildProcess, verdict: Termination | None, answers: list[Answer]
-    ) -> Answer:
+    async def _lost(self, child: ChildProcess, verdict: Termination | None, answers: list[Answer]) -> Answer:
         exit_code, last = await child.kill()
         child.check_booted(exit_code)
         task, since_s = child.board.running()
@@ -165,11 +161,7 @@ class InlineRunner:
     virtual duration of the task."""
 
     def __init__(
-        self,
-        objects: Objects,
-        clock: Clock,
-        duration_s: Callable[[Work, int], float],
-        children: InlineChildren,
+        self, objects: Objects, clock: Clock, duration_s: Callable[[Work, int], float], children: InlineChildren
     ) -> None:
         self._objects = objects
         self._clock = clock

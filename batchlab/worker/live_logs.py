@@ -3,19 +3,12 @@
 Invariant: live logs cause no requests unless a client follows them. The client's request is part of
 the control object, which a worker reads anyway, and is valid for ASKED_S from that read. A worker
 then makes at most one PUT per job and step, and none without new output.
-
-Log file of one execution, to which the output of all its tasks is appended.
-
-Invariant: the output of a task is trimmed to its share, so a task cannot fill the disk. Every child
-process imports this module.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -25,69 +18,12 @@ from batchlab.core.port_retries import heed_cancellation
 from batchlab.core.ports import Clock, Objects
 from batchlab.core.protocol import object_keys
 from batchlab.core.protocol.messages import ASKED_S, Tail, to_bytes
+from batchlab.worker import task_log
 from batchlab.worker.inflight_message import InflightMessage
-
-TASK_BYTES = 1024 * 1024
-"""Size limit of one task's output. The first and the last half of this size are kept."""
-_EXECUTION_BYTES = 64 * 1024 * 1024
-_LEAST_BYTES = 4096
-_STRAY = re.compile("[\udc80-\udcff]")
-# The output of a running task may reach this multiple of its share before the worker trims it.
-_SLACK = 16
-
-
-def share(start: int) -> int:
-    """Return the size limit of output that begins at `start`. It is small in a long log."""
-    return min(TASK_BYTES, max(_LEAST_BYTES, _EXECUTION_BYTES - start))
-
-
-def read(path: str, start: int, length: int) -> bytes:
-    """Return a part of a log, or b"" if the log does not exist yet."""
-    try:
-        fd = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        return b""
-    try:
-        return os.pread(fd, length, start)
-    finally:
-        os.close(fd)
-
-
-def text(data: bytes) -> str:
-    """Decode output as text of the same number of bytes. Invalid UTF-8 bytes become `?`."""
-    return _STRAY.sub("?", data.decode("utf-8", "surrogateescape"))
-
-
-def overflowing(size: int, start: int) -> bool:
-    """Return whether a running task has printed so much that its output must be trimmed now."""
-    return size - start > _SLACK * share(start)
-
-
-def trim(path: str, start: int) -> int:
-    """Trim the output after `start` to its share, head and tail. Return the new size of the log.
-
-    All writers append (O_APPEND), so output written meanwhile follows the tail. Output written
-    between reading the size and truncating is lost with the middle.
-    """
-    fd = os.open(path, os.O_RDWR | os.O_APPEND)
-    try:
-        size = os.fstat(fd).st_size
-        half = share(start) // 2
-        if size - start <= 2 * half:
-            return size
-        tail = os.pread(fd, half, size - half)
-        cut = size - start - 2 * half
-        os.ftruncate(fd, start + half)
-        os.write(fd, b"\n[... batchlab left out %d bytes ...]\n" % cut)
-        os.write(fd, tail)
-        return os.fstat(fd).st_size
-    finally:
-        os.close(fd)
-
 
 log = logging.getLogger(__name__)
 
-LIVE_LOGS_TASK_BYTES = 64 * 1024
+MAX_LOG_BYTES_PER_TASK = 64 * 1024
 """Size limit of the stored output of one running task. The end of the output is stored."""
 WORKER_BYTES = 256 * 1024
 """Size limit of the stored output of all tasks that a worker runs for one job."""
@@ -160,10 +96,8 @@ class LiveLogs:
         asked.stored = tails
 
     def _now(self, job: JobId) -> list[Tail]:
-        inflight_messages = [
-            h for h in self._inflight.values() if h.bundle.job == job and h.running
-        ]
-        most = min(LIVE_LOGS_TASK_BYTES, WORKER_BYTES // max(1, len(inflight_messages)))
+        inflight_messages = [h for h in self._inflight.values() if h.bundle.job == job and h.running]
+        most = min(MAX_LOG_BYTES_PER_TASK, WORKER_BYTES // max(1, len(inflight_messages)))
         return [tail for inflight in inflight_messages if (tail := _tail(inflight, most))]
 
 
@@ -183,5 +117,5 @@ def _tail(inflight: InflightMessage, most: int) -> Tail | None:
         inflight.execution,
         start,
         start + len(found.data),
-        text(found.data),
+        task_log.text(found.data),
     )

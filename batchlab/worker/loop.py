@@ -85,11 +85,7 @@ class Shutdown:
     """
 
     def __init__(
-        self,
-        clock: Clock,
-        drain_s: float,
-        inflight_messages: Mapping[str, InflightMessage],
-        slots: Slots,
+        self, clock: Clock, drain_s: float, inflight_messages: Mapping[str, InflightMessage], slots: Slots
     ) -> None:
         self._clock = clock
         self._drain_s = drain_s
@@ -172,9 +168,7 @@ class Worker:
         self._outbox = Outbox(queue, patience, tally, self._counters, self._jobs.key_of)
         self._inputs = Inputs(objects, patience)
         self._inflight: dict[str, InflightMessage] = {}
-        self._live_logs = LiveLogs(
-            who.worker, self._inflight, objects, clock, every_s=settings.control_lease_s
-        )
+        self._live_logs = LiveLogs(who.worker, self._inflight, objects, clock, every_s=settings.control_lease_s)
         self._controls = ControlPoller(
             objects=objects,
             clock=clock,
@@ -185,9 +179,7 @@ class Worker:
         self._slots = Slots(who.slots)
         self._heartbeats = Heartbeats(who, self._inflight, self._outbox, clock, settings)
         self._shutdown = Shutdown(clock, settings.drain_s, self._inflight, self._slots)
-        self._visibility = VisibilityHeartbeat(
-            self._inflight, queue, objects, clock, self._outbox, settings
-        )
+        self._visibility = VisibilityHeartbeat(self._inflight, queue, objects, clock, self._outbox, settings)
         self._finisher = BundleFinisher(
             worker=who.worker,
             inflight_messages=self._inflight,
@@ -231,9 +223,7 @@ class Worker:
                 group.create_task(self._live_logs.keep(), name="live logs"),
             ]
             if self._notices is not None:
-                others.append(
-                    group.create_task(poll_notices(self._notices, self.drain), name="notices")
-                )
+                others.append(group.create_task(poll_notices(self._notices, self.drain), name="notices"))
             await self._draining.wait()
             fetcher.cancel()
             await self._leave()
@@ -287,9 +277,7 @@ class Worker:
     @property
     def _busy(self) -> int:
         """Number of slots in use or requested. A bundle that is being committed uses no slot."""
-        return sum(
-            inflight.slots for inflight in self._inflight.values() if not inflight.committing
-        )
+        return sum(inflight.slots for inflight in self._inflight.values() if not inflight.committing)
 
     def _free_hands(self) -> int:
         """Return how many more messages may be received. Commits in progress are limited too."""
@@ -310,9 +298,7 @@ class Worker:
         now_s = self._clock.monotonic_s()
         self._executions += 1
         execution = f"{self.who.worker}-{self._executions}"
-        inflight = InflightMessage(
-            self._tasks_queue, message, task, execution, now_s, now_s, message.receipt
-        )
+        inflight = InflightMessage(self._tasks_queue, message, task, execution, now_s, now_s, message.receipt)
         self._inflight[execution] = inflight
         self._empty.clear()
         self._heartbeats.due()
@@ -396,9 +382,7 @@ class Worker:
             if inflight.task.watchdog and await self._poison_detector.runs_elsewhere(
                 inflight, self._settings.marker_stale_s
             ):
-                await self._finisher.send_again(
-                    inflight, job, delay_s=self._settings.watchdog_s, watchdog=True
-                )
+                await self._finisher.send_again(inflight, job, delay_s=self._settings.watchdog_s, watchdog=True)
                 return
             try:
                 done = await self._poison_detector.verdict(inflight)
@@ -408,9 +392,7 @@ class Worker:
             if done:
                 await self._finisher.forward_again(inflight, job, done)
                 return
-        elif inflight.bundle.attempt > 1 and (
-            done := await self._poison_detector.outcome(inflight)
-        ):
+        elif inflight.bundle.attempt > 1 and (done := await self._poison_detector.outcome(inflight)):
             # A retry waits in the queue for its backoff. A copy of it may have finished meanwhile.
             await self._finisher.forward_again(inflight, job, done)
             return
@@ -431,9 +413,7 @@ class Worker:
         with span(self._tracer, "fetch input", inflight.trace, inflight.bundle):
             return await self._inputs.resolve(job, inflight.bundle, inflight.key)
 
-    async def _in_slots(
-        self, inflight: InflightMessage, job: JobDef, stage: StageDef, items: Sequence[Json]
-    ) -> None:
+    async def _in_slots(self, inflight: InflightMessage, job: JobDef, stage: StageDef, items: Sequence[Json]) -> None:
         beside = min(stage.slots, self._slots.total)
         is_apart = False
         if inflight.alone and beside < self._slots.total:
@@ -487,12 +467,7 @@ class Worker:
         return await inflight.waiting
 
     async def _run(
-        self,
-        inflight: InflightMessage,
-        job: JobDef,
-        stage: StageDef,
-        items: Sequence[Json],
-        started_s: float,
+        self, inflight: InflightMessage, job: JobDef, stage: StageDef, items: Sequence[Json], started_s: float
     ) -> list[Ran]:
         if inflight.suspicion:
             await self._poison_detector.begin(inflight)
@@ -504,9 +479,7 @@ class Worker:
         runs = self._runner.run(work, inflight.handle)
         if not inflight.trace:
             return await self._ran(inflight, job, items, started_s, runs, budget_s)
-        with span(
-            self._tracer, "run", inflight.trace, inflight.bundle, start_s=started_s
-        ) as running:
+        with span(self._tracer, "run", inflight.trace, inflight.bundle, start_s=started_s) as running:
             ended: list[Ended] = []
             runs = with_end_times(runs, ended, self._clock)
             ran = await self._ran(inflight, job, items, started_s, runs, budget_s)
@@ -550,11 +523,7 @@ class Worker:
         if wait_s <= 0.5:
             return False
         await self._finisher.send_again(
-            inflight,
-            job,
-            items=inflight.task.items,
-            delay_s=wait_s,
-            watchdog=inflight.task.watchdog,
+            inflight, job, items=inflight.task.items, delay_s=wait_s, watchdog=inflight.task.watchdog
         )
         return True
 

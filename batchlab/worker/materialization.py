@@ -36,9 +36,7 @@ _CHUNK_BYTES = 256 * 1024 * 1024
 _DEEPEST = 8
 
 
-def request(
-    work: Work, folder: Path, *, function: Path | None, code: Path | None
-) -> ExecutionRequest:
+def request(work: Work, folder: Path, *, function: Path | None, code: Path | None) -> ExecutionRequest:
     """Return the common request for the tasks of `work`. A child runs in `folder`/cwd."""
     stage = work.stage
     return ExecutionRequest(
@@ -103,12 +101,7 @@ class Inputs:
     """
 
     def __init__(
-        self,
-        objects: Objects,
-        folder: Path,
-        off_loop: OffLoop,
-        own: Own,
-        files: LocalFiles | None = None,
+        self, objects: Objects, folder: Path, off_loop: OffLoop, own: Own, files: LocalFiles | None = None
     ) -> None:
         self._objects = objects
         self._files = files
@@ -151,8 +144,7 @@ class Inputs:
         if found and not depth:
             raise ValueError(f"it refers to objects more than {_DEEPEST} deep")
         fetched = await _all(
-            self._reference(reference, folder / str(number), depth)
-            for number, reference in enumerate(found.values())
+            self._reference(reference, folder / str(number), depth) for number, reference in enumerate(found.values())
         )
         by_reference = dict(zip(found, fetched, strict=True))
         return values.replace(item, lambda ref: by_reference[json.dumps(ref, sort_keys=True)])

@@ -87,9 +87,7 @@ class HeartbeatSource(Protocol):
 class _Batcher(Generic[T]):
     """Batches of entries. `flush` gets all entries since the last flush, one flush at a time."""
 
-    def __init__(
-        self, flush: Callable[[Sequence[T]], Awaitable[None]], linger_s: float = LINGER_S
-    ) -> None:
+    def __init__(self, flush: Callable[[Sequence[T]], Awaitable[None]], linger_s: float = LINGER_S) -> None:
         self._flush = flush
         self._linger_s = linger_s
         self._waiting: list[tuple[T, asyncio.Future[None]]] = []
@@ -209,9 +207,7 @@ class Outbox:
         counters = self._counters.news() if self._counters and beats else {}
         if counters:
             packed[at] = replace(packed[at], told=(Told(beats[-1].worker, counters),))
-        bodies = [
-            Outgoing(with_proofs(events_message(e), jobs_in(e), self._key_of)) for e in packed
-        ]
+        bodies = [Outgoing(with_proofs(events_message(e), jobs_in(e), self._key_of)) for e in packed]
         await send_to(self._queue, object_keys.EVENTS, bodies, self._patience)
         # Removed only after the send. The manager counts a repeated report once.
         del self._duplicates[: len(duplicates)]

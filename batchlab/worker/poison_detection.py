@@ -64,13 +64,7 @@ class PoisonDetector:
     """Poison detection of one worker."""
 
     def __init__(
-        self,
-        objects: Objects,
-        clock: Clock,
-        patience: Patience,
-        worker: str,
-        stale_s: float,
-        leaving: asyncio.Event,
+        self, objects: Objects, clock: Clock, patience: Patience, worker: str, stale_s: float, leaving: asyncio.Event
     ) -> None:
         """Treat a start that is not renewed for `stale_s` as one of a dead worker.
 
@@ -116,9 +110,7 @@ class PoisonDetector:
         now_s = self._clock.now_s()
         if len(bundle.tasks) > 1:
             if inflight.suspicion > 1:
-                judged = settlement.bisect(
-                    bundle, execution=inflight.execution, worker=self._worker, now_s=now_s
-                )
+                judged = settlement.bisect(bundle, execution=inflight.execution, worker=self._worker, now_s=now_s)
         else:
             killed = await self._killed(inflight)
             inflight.alone = killed == settlement.LOSS_LIMIT - 1

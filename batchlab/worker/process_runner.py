@@ -26,12 +26,7 @@ class ProcessRunner:
     """The Runner of every backend except the simulator."""
 
     def __init__(
-        self,
-        objects: Objects,
-        scratch: Scratch,
-        clock: Clock,
-        slots: int,
-        files: LocalFiles | None = None,
+        self, objects: Objects, scratch: Scratch, clock: Clock, slots: int, files: LocalFiles | None = None
     ) -> None:
         # Children have other current folders, so paths must be absolute.
         scratch = Scratch(scratch.root.absolute())

@@ -52,9 +52,7 @@ class Call(NamedTuple):
     outputs: list[str]
 
 
-def prepare(
-    template: Sequence[str], stdout: str | None, code: str, item: Any, ctx: Context
-) -> Call:
+def prepare(template: Sequence[str], stdout: str | None, code: str, item: Any, ctx: Context) -> Call:
     """Prepare the arguments, environment, and folders of a program. Raise Problem on failure."""
     if problems := placeholders.check(template):
         raise Problem("import", problems[0])
@@ -63,9 +61,7 @@ def prepare(
         names.append(stdout)
     out = ctx.made("out")
     for name in names:
-        (out / name if name.endswith("/") else (out / name).parent).mkdir(
-            parents=True, exist_ok=True
-        )
+        (out / name if name.endswith("/") else (out / name).parent).mkdir(parents=True, exist_ok=True)
     arguments = _arguments(template, code, item, ctx)
     target = out / stdout if stdout is not None else None
     return Call(arguments, _environment(code), ctx.scratch, target, names)
@@ -81,9 +77,7 @@ def _arguments(template: Sequence[str], code: str, item: Any, ctx: Context) -> l
         values["input"] = _path(item, "item.json", ctx)
     if "inputs" in used or "inputs_list" in used:
         several = item if isinstance(item, list) else [item]
-        inputs = [
-            _path(one, f"{number}.json", ctx) for number, one in enumerate(_flat(several), start=1)
-        ]
+        inputs = [_path(one, f"{number}.json", ctx) for number, one in enumerate(_flat(several), start=1)]
     if "inputs_list" in used:
         listing = ctx.made("in") / "inputs.txt"
         listing.write_text("".join(f"{path}\n" for path in inputs))
@@ -144,9 +138,7 @@ def _execute(call: Call) -> None:
 
     program, *arguments = call.arguments
     with ExitStack() as stack:
-        target: IO[bytes] | None = (
-            stack.enter_context(call.stdout.open("wb")) if call.stdout else None
-        )
+        target: IO[bytes] | None = stack.enter_context(call.stdout.open("wb")) if call.stdout else None
         try:
             process = stack.enter_context(
                 subprocess.Popen(
@@ -182,9 +174,7 @@ def _cannot_run(name: str, error: OSError) -> Problem:
     if error.errno == errno.ENOENT:
         reason = f"program {name!r} is not installed on the worker"
     elif error.errno == errno.E2BIG:
-        reason = (
-            f"the arguments of program {name!r} are too long for the system: use {{inputs_list}}"
-        )
+        reason = f"the arguments of program {name!r} are too long for the system: use {{inputs_list}}"
     else:
         reason = f"program {name!r} cannot run: {error.strerror}"
     return Problem("import", reason, error=type(error).__name__)

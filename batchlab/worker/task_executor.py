@@ -89,9 +89,7 @@ class TaskExecutor:
         """Run one task. `item` is encoded with local references. User exceptions propagate."""
         ctx = context(self._request, task)
         try:
-            value = self._call(
-                item if type(item) in _PLAIN else decoded(item, pickles=self._pickles), ctx
-            )
+            value = self._call(item if type(item) in _PLAIN else decoded(item, pickles=self._pickles), ctx)
             if type(value) is int and not ctx.saved and -_SHORT < value < _SHORT:
                 return TaskResult(str(value), _NOTHING)
             return self._keep(value, ctx)

@@ -94,10 +94,7 @@ _TELLS: tuple[tuple[str, Callable[[Backend], str]], ...] = (
     ("starts its own emulator", lambda one: one.emulator or _yes(_in_containers(one))),
     ("needs Docker", lambda one: _yes(_in_containers(one))),
     ("needs an account and costs money", lambda one: _yes(one.capabilities.billed)),
-    (
-        "the AWS CLI and other clients can use its bucket and queues",
-        lambda one: _yes(one.queue == "sqs"),
-    ),
+    ("the AWS CLI and other clients can use its bucket and queues", lambda one: _yes(one.queue == "sqs")),
     (
         "the bucket can be read without a running grid, by users of its folder",
         lambda one: _yes(one.capabilities.local_bucket),
@@ -106,10 +103,7 @@ _TELLS: tuple[tuple[str, Callable[[Backend], str]], ...] = (
         "a grid runs for many jobs (`grid up`), and survives the loss of its manager",
         lambda one: _yes(not one.capabilities.simulated),
     ),
-    (
-        "instances have a market (Spot, On-Demand) and a zone",
-        lambda one: _yes(not one.capabilities.one_machine),
-    ),
+    ("instances have a market (Spot, On-Demand) and a zone", lambda one: _yes(not one.capabilities.one_machine)),
     (
         "functions sent from Python need the same Python version on the workers",
         lambda one: _yes(not one.capabilities.local_manager),
@@ -144,11 +138,7 @@ def _faults() -> str:
     from batchlab.scenarios.faults.fault_injection import BACKENDS, TABLE
 
     rows = [
-        (
-            f"`{fault.value}`",
-            fault.meaning,
-            *(_yes(cells[name].possible) for name in BACKENDS),
-        )
+        (f"`{fault.value}`", fault.meaning, *(_yes(cells[name].possible) for name in BACKENDS))
         for fault, cells in TABLE.items()
     ]
     return table(("fault", "meaning", *(f"`{name}`" for name in BACKENDS)), rows)

@@ -63,11 +63,7 @@ def _of_service(service: argparse.ArgumentParser) -> Iterator[tuple[str, str, st
         form = "|".join(one.choices or ()) or one.metavar or _FORMS.get(one.type) or "TEXT"
         shown = ", ".join(f"`{name} {form}`" for name in one.option_strings)
         meaning = one.help or ""
-        yield (
-            shown,
-            f"`{one.default}`" if one.default else "",
-            text(f"{meaning[:1].upper()}{meaning[1:]}."),
-        )
+        yield (shown, f"`{one.default}`" if one.default else "", text(f"{meaning[:1].upper()}{meaning[1:]}."))
 
 
 def _walk(command: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:

@@ -42,10 +42,7 @@ def reference() -> str:
         for path, methods in document["paths"].items()
         for method, operation in methods.items()
     ]
-    rows = [
-        (f"[`{method} {path}`](#{_anchor(one)})", text(_paragraphs(one)[0]))
-        for method, path, one in operations
-    ]
+    rows = [(f"[`{method} {path}`](#{_anchor(one)})", text(_paragraphs(one)[0])) for method, path, one in operations]
     pages = [head("the API's OpenAPI document"), _WORDS, table(("request", "effect"), rows)]
     pages.append("\n## Requests\n")
     pages += [_operation(method, path, one) for method, path, one in operations]
@@ -68,10 +65,7 @@ def _operation(method: str, path: str, one: dict[str, Any]) -> str:
     lines = [f"\n### {one['summary']}\n", f"```text\n{method} {path}\n```\n"]
     lines += [text(words) + "\n" for words in _paragraphs(one)]
     if parameters := one.get("parameters"):
-        rows = [
-            (f"`{p['name']}`", p["in"], _form(p["schema"]), text(p.get("description", "")))
-            for p in parameters
-        ]
+        rows = [(f"`{p['name']}`", p["in"], _form(p["schema"]), text(p.get("description", ""))) for p in parameters]
         lines.append(table(("parameter", "in", "form", "meaning"), rows))
     if body := one.get("requestBody"):
         lines.append(f"The body is {_content(body['content'])}.\n")

@@ -22,9 +22,7 @@ def floors() -> list[list[str]]:
     """The rooms of each floor, the top floor first, from the layers contract in pyproject.toml."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     (layers,) = (
-        contract["layers"]
-        for contract in project["tool"]["importlinter"]["contracts"]
-        if contract["type"] == "layers"
+        contract["layers"] for contract in project["tool"]["importlinter"]["contracts"] if contract["type"] == "layers"
     )
     return [[room.strip() for room in layer.split("|")] for layer in layers]
 
@@ -61,8 +59,5 @@ def picture() -> str:
     label = "Rooms of the package by floor. A room imports only rooms on lower floors."
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {top}" width="{WIDTH}" '
-        f'height="{top}" role="img" aria-label="{label}">\n'
-        + _STYLE
-        + "\n".join(parts)
-        + "\n</svg>\n"
+        f'height="{top}" role="img" aria-label="{label}">\n' + _STYLE + "\n".join(parts) + "\n</svg>\n"
     )

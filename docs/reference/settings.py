@@ -16,8 +16,7 @@ from docs.reference.markdown import head, table
 MANAGER: Mapping[str, str] = {
     "control_lease_s": "how long a worker may start tasks of a job after it last read the job's "
     "control object; a cancellation is acknowledged after that time",
-    "visibility_s": "visibility timeout of a received message; the worker extends it after each "
-    "third of it",
+    "visibility_s": "visibility timeout of a received message; the worker extends it after each third of it",
     "silence_s": "the manager searches for a planned bundle without an outcome that has been "
     "silent for this time, and sends it again; must be longer than a worker's `beat_s`. It "
     "replaces an instance that is silent for three times as long, and for at least 300 s",
@@ -54,10 +53,8 @@ WORKER: Mapping[str, str] = {
 
 VARIABLES: Mapping[str, Mapping[str, str]] = {
     "Location of the grid": {
-        "BATCHLAB_HOME": "the grid's folder if `--home` is not given; default `.batchlab` in the "
-        "current folder",
-        "BATCHLAB_ENDPOINT": "endpoint of S3 and SQS on `ministack` and `localstack`, as "
-        "`--endpoint`",
+        "BATCHLAB_HOME": "the grid's folder if `--home` is not given; default `.batchlab` in the current folder",
+        "BATCHLAB_ENDPOINT": "endpoint of S3 and SQS on `ministack` and `localstack`, as `--endpoint`",
         "BATCHLAB_MANAGER_URL": "address of the manager of a stack on AWS, instead of a connection "
         "through Session Manager",
         "BATCHLAB_MINISTACK": "the program of an installed MiniStack, instead of the one that "
@@ -87,7 +84,7 @@ VARIABLES: Mapping[str, Mapping[str, str]] = {
     "Notifications": {
         "BATCHLAB_NOTIFY_SECRET": "contains a webhook's secret, for `secret: "
         "env:BATCHLAB_NOTIFY_SECRET`; any other name that begins with `BATCHLAB_NOTIFY_` is "
-        "possible",
+        "possible"
     },
     "`localstack`": {
         "BATCHLAB_IMAGE": "the project's image, instead of a new build",
@@ -113,8 +110,7 @@ VARIABLES: Mapping[str, Mapping[str, str]] = {
     "`aws`": {
         "AWS_PROFILE": "profile of the credentials; all other variables of AWS's tools work too",
         "AWS_REGION": "the region if `--region` is not given",
-        "AWS_ENDPOINT_URL": "endpoint that replaces AWS; `AWS_ENDPOINT_URL_SQS` and the like "
-        "replace one service",
+        "AWS_ENDPOINT_URL": "endpoint that replaces AWS; `AWS_ENDPOINT_URL_SQS` and the like replace one service",
         "AWS_EC2_METADATA_SERVICE_ENDPOINT": "endpoint of the instance metadata service",
         "AWS_EC2_METADATA_SERVICE_ENDPOINT_MODE": "`IPv6` if that endpoint uses IPv6",
     },
@@ -207,7 +203,4 @@ def reference() -> str:
 
 
 def _rows(meanings: Mapping[str, str], of: list[dict[str, float]]) -> list[tuple[str, ...]]:
-    return [
-        (f"`{name}`", *(f"{one[name]:g}" for one in of), meaning)
-        for name, meaning in meanings.items()
-    ]
+    return [(f"`{name}`", *(f"{one[name]:g}" for one in of), meaning) for name, meaning in meanings.items()]

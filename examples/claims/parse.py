@@ -30,11 +30,7 @@ def parse(item: File) -> dict[str, Any]:
         reader.feed(segment)
     envelopes.close()
     findings = envelopes.findings + reader.findings + compare(reader.claims)
-    print(
-        f"{item.name}: {len(reader.claims)} claims, {len(findings)} findings",
-        *findings[:5],
-        sep="\n  ",
-    )
+    print(f"{item.name}: {len(reader.claims)} claims, {len(findings)} findings", *findings[:5], sep="\n  ")
     return {
         "file": item.name,
         "segments": len(found),

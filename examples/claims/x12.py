@@ -118,8 +118,6 @@ class Envelopes:
         envelope = self._open.pop()
         stated, control = segment.element(1), segment.element(2).strip()
         if stated.zfill(9) != f"{envelope.holds:09d}":
-            self.findings.append(
-                f"{envelope}: {segment.name}01 says {stated}, counted {envelope.holds}"
-            )
+            self.findings.append(f"{envelope}: {segment.name}01 says {stated}, counted {envelope.holds}")
         if control != envelope.control:
             self.findings.append(f"{envelope}: {segment.name}02 says {control}")

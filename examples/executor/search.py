@@ -12,9 +12,7 @@ from batchlab import Grid
 def search() -> GridSearchCV:
     choices = {"n_neighbors": [1, 5, 9, 13], "weights": ["uniform", "distance"]}
     flowers = load_iris()
-    return GridSearchCV(KNeighborsClassifier(), choices, cv=5, n_jobs=-1).fit(
-        flowers.data, flowers.target
-    )
+    return GridSearchCV(KNeighborsClassifier(), choices, cv=5, n_jobs=-1).fit(flowers.data, flowers.target)
 
 
 if __name__ == "__main__":

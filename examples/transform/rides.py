@@ -43,9 +43,7 @@ def convert(item: File, ctx: Context) -> list[dict[str, Any]]:
         [str(item.path), COLUMNS],
     )
     results = []
-    for month, rows in db.execute(
-        "SELECT month, count(*) FROM part GROUP BY month ORDER BY month"
-    ).fetchall():
+    for month, rows in db.execute("SELECT month, count(*) FROM part GROUP BY month ORDER BY month").fetchall():
         path = ctx.scratch / f"{month}.parquet"
         own = db.table("part").filter(f"month = '{month}'").project("* EXCLUDE (month)")
         own.write_parquet(str(path))
@@ -63,8 +61,7 @@ def partition(item: list[dict[str, Any]], ctx: Context) -> dict[str, Any]:
     path = ctx.scratch / f"rides-{month}.parquet"
     db.table("rides").write_parquet(str(path), compression="zstd")
     rows, fare, tip, total, unpaid = db.execute(
-        "SELECT count(*), sum(fare), sum(tip), sum(total), count(*) FILTER (payment IS NULL)"
-        " FROM rides"
+        "SELECT count(*), sum(fare), sum(tip), sum(total), count(*) FILTER (payment IS NULL) FROM rides"
     ).fetchall()[0]
     expected = sum(part["rows"] for part in item)
     if rows != expected:
@@ -83,6 +80,4 @@ def partition(item: list[dict[str, Any]], ctx: Context) -> dict[str, Any]:
 def database(ctx: Context) -> duckdb.DuckDBPyConnection:
     """DuckDB kept within what the task may use: one slot, and half of its memory."""
     scratch = str(ctx.scratch)
-    return duckdb.connect(
-        config={"threads": 1, "memory_limit": "512 MiB", "temp_directory": scratch}
-    )
+    return duckdb.connect(config={"threads": 1, "memory_limit": "512 MiB", "temp_directory": scratch})

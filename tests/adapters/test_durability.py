@@ -51,9 +51,7 @@ def test_the_default_is_safe_for_jobs_and_fast_for_single_calls() -> None:
         assert [one.waits for one in (Sync.ALL, Sync.JOBS, Sync.NONE)] == [True, True, False]
 
 
-def test_a_file_is_on_the_disk_before_its_name_and_its_name_before_the_answer(
-    tmp_path: Path, calls: list[str]
-) -> None:
+def test_a_file_is_on_the_disk_before_its_name_and_its_name_before_the_answer(tmp_path: Path, calls: list[str]) -> None:
     objects = open_local(tmp_path)
     asyncio.run(objects.put(SPEC, b"{}", if_absent=True))
     # The content together with the names of the two new folders, then the name.
@@ -65,9 +63,7 @@ def test_a_file_is_on_the_disk_before_its_name_and_its_name_before_the_answer(
 
 
 @pytest.mark.parametrize("size", [10, 100_000])
-def test_a_single_call_and_a_marker_do_not_wait(
-    tmp_path: Path, calls: list[str], size: int
-) -> None:
+def test_a_single_call_and_a_marker_do_not_wait(tmp_path: Path, calls: list[str], size: int) -> None:
     async def act() -> None:
         objects = open_local(tmp_path)
         await objects.put("jobs/j-1/map/running/0.json", b"x" * size)
@@ -91,9 +87,7 @@ def test_callers_that_wait_at_once_share_a_flush(tmp_path: Path, calls: list[str
     assert calls.count("fdatasync") == 1
 
 
-def test_a_write_that_the_next_manager_repeats_waits_for_no_disk(
-    tmp_path: Path, calls: list[str]
-) -> None:
+def test_a_write_that_the_next_manager_repeats_waits_for_no_disk(tmp_path: Path, calls: list[str]) -> None:
     async def act() -> None:
         with repeated():
             await open_local(tmp_path, Sync.ALL).put(SPEC, b"{}", if_absent=True)
@@ -102,9 +96,7 @@ def test_a_write_that_the_next_manager_repeats_waits_for_no_disk(
     assert calls == ["link"]
 
 
-def test_a_job_that_is_restored_or_forgotten_is_so_after_a_power_cut(
-    tmp_path: Path, calls: list[str]
-) -> None:
+def test_a_job_that_is_restored_or_forgotten_is_so_after_a_power_cut(tmp_path: Path, calls: list[str]) -> None:
     """A rebuild of the ledger is acknowledged when it has ended."""
     job = JobDef(JobId("sums"), "sums", (StageDef(StageName("s"), handler="a:b"),), 0.0, items=1)
 

@@ -108,9 +108,7 @@ def test_a_copy_is_told_which_instance_it_is(tmp_path: Path) -> None:
 
 
 @in_loop
-async def test_a_pool_with_an_environment_gets_processes_that_read_it_as_they_begin(
-    tmp_path: Path,
-) -> None:
+async def test_a_pool_with_an_environment_gets_processes_that_read_it_as_they_begin(tmp_path: Path) -> None:
     async with launcher_in(tmp_path) as (launcher, home):
         await launcher.launch(replace(POOL, env=(("PYTHONHASHSEED", "7"),)), "w-1")
         pid = living(home.fleet)["w-1"]
@@ -120,9 +118,7 @@ async def test_a_pool_with_an_environment_gets_processes_that_read_it_as_they_be
 
 
 @in_loop
-async def test_copies_go_on_without_what_they_are_copies_of(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_copies_go_on_without_what_they_are_copies_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async with launcher_in(tmp_path) as (launcher, home):
         await launcher.launch(POOL, "w-1")
         pid = await begun(home, "w-1")
@@ -132,9 +128,7 @@ async def test_copies_go_on_without_what_they_are_copies_of(
         await working(home, "w-2")
         assert set(living(home.fleet)) == {"w-1", "w-2"}
         await launcher.terminate("w-1", grace_s=30)
-        assert await end(launcher, "w-1") == (
-            "exited; its code is unknown, because what had started it has ended"
-        )
+        assert await end(launcher, "w-1") == ("exited; its code is unknown, because what had started it has ended")
         await launcher.terminate("w-2", grace_s=30)
         assert await end(launcher, "w-2") == "exit 0"
 
@@ -147,9 +141,7 @@ async def test_where_there_can_be_none_instances_start_without(
     home.make()
     backend = factory.load("local")
     nursery = Nursery(["/nowhere/python"], [], tmp_path / "nursery.log")
-    launcher = ProcessLauncher(
-        home.fleet, lambda *_: ["sleep", "60"], backend.open_clock(), dict(os.environ), nursery
-    )
+    launcher = ProcessLauncher(home.fleet, lambda *_: ["sleep", "60"], backend.open_clock(), dict(os.environ), nursery)
     try:
         await launcher.launch(POOL, "w-1")
         assert parent(living(home.fleet)["w-1"]) == os.getpid()

@@ -42,10 +42,7 @@ GIVEN_UP = [
     told("Launching a new EC2 instance: i1", message=ABANDONED),
 ]
 GIVEN_UP_TOLD_AT_ONCE = [told(f"Launching a new EC2 instance: i1.  Status Reason: {ABANDONED}")]
-STOPPED = [
-    told("Terminating EC2 instance: i1", "in response to an EC2 health check: it has stopped."),
-    LAUNCHED,
-]
+STOPPED = [told("Terminating EC2 instance: i1", "in response to an EC2 health check: it has stopped."), LAUNCHED]
 SHRUNK = [told("Terminating EC2 instance: i1", "shrinking the capacity from 1 to 0."), LAUNCHED]
 
 
@@ -121,11 +118,7 @@ def test_one_that_a_look_had_missed_is_not_forgotten_a_minute_later() -> None:
     for at_s in (1010.0, 1005.0 + KEEP_TERMINATED_S + 1, 1080.0):
         assert seen.look(group(1, i1="InService"), at_s) == []
         (found,) = seen.view().instances
-        assert (found.id, found.state, found.launched_s) == (
-            "i1",
-            LifecycleState.IN_SERVICE,
-            1000.0,
-        )
+        assert (found.id, found.state, found.launched_s) == ("i1", LifecycleState.IN_SERVICE, 1000.0)
 
 
 def test_one_that_is_listed_as_terminated_is_told_once() -> None:

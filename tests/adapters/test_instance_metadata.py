@@ -106,9 +106,7 @@ def test_a_service_that_is_away_is_unreachable_and_may_come_back(service: Servic
     assert here.instance_id() == SPOT.instance
 
 
-def test_a_proxy_of_the_environment_is_not_asked(
-    service: Service, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_proxy_of_the_environment_is_not_asked(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     assert Imds(service.url).instance_id() == SPOT.instance
 
@@ -124,10 +122,7 @@ def test_an_address_that_is_none_is_refused(url: str) -> None:
     [
         ({}, "169.254.169.254"),
         ({instance_metadata.MODE: "IPv6"}, "fd00:ec2::254"),
-        (
-            {instance_metadata.ENDPOINT: "http://10.0.0.1:80/", instance_metadata.MODE: "IPv6"},
-            "10.0.0.1",
-        ),
+        ({instance_metadata.ENDPOINT: "http://10.0.0.1:80/", instance_metadata.MODE: "IPv6"}, "10.0.0.1"),
     ],
 )
 def test_it_is_looked_for_where_awss_sdks_look(environ: dict[str, str], host: str) -> None:

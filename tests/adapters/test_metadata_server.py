@@ -14,14 +14,7 @@ from urllib.parse import urlsplit
 import pytest
 from botocore.utils import InstanceMetadataFetcher, InstanceMetadataRegionFetcher
 
-from batchlab.adapters.aws.metadata_server import (
-    Interruption,
-    Metadata,
-    MetadataServer,
-    Signals,
-    answer,
-    tree,
-)
+from batchlab.adapters.aws.metadata_server import Interruption, Metadata, MetadataServer, Signals, answer, tree
 from batchlab.core.errors import UsageError
 from batchlab.core.model import Machine
 from tests.support.aws.metadata_service import HERE, SPOT, TOKEN, TTL, Service, Source
@@ -101,8 +94,7 @@ def test_while_nobody_knows_who_asks_it_is_to_ask_again(service: Service) -> Non
 
 
 @pytest.mark.parametrize(
-    ("method", "path"),
-    [("POST", "/latest/api/token"), ("DELETE", f"{ROOT}/"), ("PUT", f"{ROOT}/instance-id")],
+    ("method", "path"), [("POST", "/latest/api/token"), ("DELETE", f"{ROOT}/"), ("PUT", f"{ROOT}/instance-id")]
 )
 def test_other_methods_are_not_allowed(service: Service, method: str, path: str) -> None:
     assert service.ask(method, path, {TTL: "60", TOKEN: service.token()})[0] == 405
@@ -181,9 +173,7 @@ def test_an_instance_that_is_stopped_has_no_time_of_termination() -> None:
 
 
 def test_a_rebalance_recommendation_and_a_lifecycle_state_are_told(service: Service) -> None:
-    service.source.known[HERE] = replace(
-        SPOT, signals=Signals("Terminated", rebalance_s=1_700_000_000.0)
-    )
+    service.source.known[HERE] = replace(SPOT, signals=Signals("Terminated", rebalance_s=1_700_000_000.0))
     _, content = service.get(f"{ROOT}/events/recommendations/rebalance")
     assert json.loads(content) == {"noticeTime": "2023-11-14T22:13:20Z"}
     assert service.get(f"{ROOT}/autoscaling/target-lifecycle-state") == (200, "Terminated")
@@ -294,18 +284,14 @@ def raw(service: Service, *parts: bytes) -> bytes:
         b"GET / HTTP/1.1\r\nA: " + b"b" * 20_000 + b"\r\n\r\n",
     ],
 )
-def test_what_is_no_request_is_refused_and_the_connection_closed(
-    service: Service, request_: bytes
-) -> None:
+def test_what_is_no_request_is_refused_and_the_connection_closed(service: Service, request_: bytes) -> None:
     received = raw(service, request_)
     assert received.startswith(b"HTTP/1.1 400 ")
     assert b"Connection: close" in received
     assert service.get(f"{ROOT}/instance-id")[0] == 200
 
 
-def test_a_connection_carries_several_requests_and_a_body_is_not_the_next_one(
-    service: Service,
-) -> None:
+def test_a_connection_carries_several_requests_and_a_body_is_not_the_next_one(service: Service) -> None:
     head = f"PUT /latest/api/token HTTP/1.1\r\n{TTL}: 60\r\nContent-Length: 4\r\n\r\n"
     put = head.encode() + b"GET "
     last = b"PUT / HTTP/1.1\r\nConnection: close\r\n\r\n"

@@ -82,14 +82,11 @@ def test_both_ways_say_the_same_to_postgresql() -> None:
     created: list[str] = []
     dialect = make_url("postgresql+psycopg://").get_dialect()()
     engine = create_mock_engine(
-        "postgresql+psycopg://",
-        lambda sql, *_, **__: created.append(str(sql.compile(dialect=dialect))),
+        "postgresql+psycopg://", lambda sql, *_, **__: created.append(str(sql.compile(dialect=dialect)))
     )
     metadata.create_all(engine, checkfirst=False)
     output = io.StringIO()
-    context = MigrationContext.configure(
-        dialect_name="postgresql", opts={"as_sql": True, "output_buffer": output}
-    )
+    context = MigrationContext.configure(dialect_name="postgresql", opts={"as_sql": True, "output_buffer": output})
     with Operations.context(context):
         for script in reversed(list(_scripts().walk_revisions())):
             script.module.upgrade()
@@ -111,9 +108,7 @@ def test_migrations_are_numbered_in_one_line_up_to_the_head() -> None:
 @pytest.mark.parametrize("failed", [False, True])
 @pytest.mark.parametrize("after_seq", [None, 7])
 @pytest.mark.parametrize("done", [None, False, True])
-def test_bundles_are_read_in_the_order_of_an_index(
-    done: bool | None, after_seq: int | None, failed: bool
-) -> None:
+def test_bundles_are_read_in_the_order_of_an_index(done: bool | None, after_seq: int | None, failed: bool) -> None:
     """A job may have millions: none of the port's queries may sort them, or scan other jobs'."""
     engine = _created()
     query = select_bundles(JobId("j"), None, done, after_seq, failed).limit(10)
@@ -161,9 +156,7 @@ def test_a_database_of_a_newer_batchlab_is_refused_and_not_touched(tmp_path: Pat
     assert "bundles" not in tables
 
 
-def test_a_schema_is_made_whole_or_not_at_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_schema_is_made_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     create = engines.create
 
     def create_and_fail(connection: Connection) -> None:

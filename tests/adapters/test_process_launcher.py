@@ -66,17 +66,12 @@ asyncio.run(main(Path(sys.argv[1]), sys.argv[2]))
 
 def killed_manager(root: Path, what: str) -> None:
     """A manager that launched instances (`steady-1,stubborn-2`, or a `fleet`) and was killed."""
-    done = subprocess.run(
-        [sys.executable, "-c", _MANAGER, str(root), what], capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", _MANAGER, str(root), what], capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 
 def with_launcher(
-    root: Path,
-    check: Callable[[ProcessLauncher], Awaitable[None]],
-    *,
-    clock: ManualClock | None = None,
+    root: Path, check: Callable[[ProcessLauncher], Awaitable[None]], *, clock: ManualClock | None = None
 ) -> None:
     async def main() -> None:
         launcher = process_launcher(root, clock)
@@ -126,9 +121,7 @@ async def end_of(launcher: ProcessLauncher, instance: str) -> str:
 
 
 @contextmanager
-def stranger(
-    env: dict[str, str] | None = None, *, leader: bool = True
-) -> Iterator[subprocess.Popen[bytes]]:
+def stranger(env: dict[str, str] | None = None, *, leader: bool = True) -> Iterator[subprocess.Popen[bytes]]:
     """A process that no launcher started."""
     with subprocess.Popen(["sleep", "100"], env=env, start_new_session=leader) as process:
         try:
@@ -159,9 +152,7 @@ def start_ticks(pid: int) -> int:
 # --- Launch ---------------------------------------------------------------------------------------
 
 
-def test_a_launch_that_fails_leaves_neither_record_nor_process(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_launch_that_fails_leaves_neither_record_nor_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pain 11: what nobody knows, nobody stops."""
     pids = []
 
@@ -182,9 +173,7 @@ def test_a_launch_that_fails_leaves_neither_record_nor_process(
     assert list((tmp_path / "instances").iterdir()) == []
 
 
-def test_an_instance_gets_its_environment_and_nothing_of_ours(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_instance_gets_its_environment_and_nothing_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LEAKED", "yes")
 
     async def main() -> None:
@@ -324,9 +313,7 @@ def test_instances_outlive_their_manager_and_are_adopted(tmp_path: Path) -> None
         os.kill(pid_of(tmp_path, "steady-3"), signal.SIGKILL)
         for name in ("steady-1", "stubborn-2", "steady-3"):
             # Where the orphans' new parent is this process, the kernel does tell it their codes.
-            assert (await end_of(launcher, name)).startswith(
-                ("exited; its code is unknown", "exit ")
-            )
+            assert (await end_of(launcher, name)).startswith(("exited; its code is unknown", "exit "))
             assert not alive(pid_of(tmp_path, name))
 
     with_launcher(tmp_path, check)
@@ -384,9 +371,7 @@ def test_what_a_dead_instance_left_running_is_ended_on_adoption(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("cut", [False, True], ids=["no pid yet", "cut short"])
-def test_an_instance_whose_record_is_unfinished_is_found_all_the_same(
-    tmp_path: Path, cut: bool
-) -> None:
+def test_an_instance_whose_record_is_unfinished_is_found_all_the_same(tmp_path: Path, cut: bool) -> None:
     """The manager died between starting it and writing down its pid."""
     write_record(tmp_path, "w-1")
     write_record(tmp_path, "w-2")

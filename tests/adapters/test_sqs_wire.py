@@ -21,12 +21,7 @@ import pytest
 from botocore.auth import SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
-from botocore.exceptions import (
-    ClientError,
-    EndpointConnectionError,
-    HTTPClientError,
-    NoCredentialsError,
-)
+from botocore.exceptions import ClientError, EndpointConnectionError, HTTPClientError, NoCredentialsError
 from botocore.parsers import ResponseParserError
 from hypothesis import given
 from hypothesis import strategies as st
@@ -56,18 +51,12 @@ def test_a_request_is_signed_as_botocore_signs_it(
 ) -> None:
     at = datetime.fromtimestamp(at_s, UTC)
     url = f"https://sqs.{region}.amazonaws.com/"
-    headers = {
-        "Content-Type": "application/x-amz-json-1.0",
-        "X-Amz-Target": "AmazonSQS.SendMessageBatch",
-    }
+    headers = {"Content-Type": "application/x-amz-json-1.0", "X-Amz-Target": "AmazonSQS.SendMessageBatch"}
     request = AWSRequest("POST", url, headers, body)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(botocore.auth, "get_current_datetime", lambda: at)
         SigV4Auth(Credentials("AKID", secret, token), "sqs", region).add_auth(request)
-    ours = headers | {
-        "Host": f"sqs.{region}.amazonaws.com",
-        "X-Amz-Date": at.strftime("%Y%m%dT%H%M%SZ"),
-    }
+    ours = headers | {"Host": f"sqs.{region}.amazonaws.com", "X-Amz-Date": at.strftime("%Y%m%dT%H%M%SZ")}
     if token is not None:
         ours["X-Amz-Security-Token"] = token
     assert ours["X-Amz-Date"] == request.headers["X-Amz-Date"]
@@ -174,11 +163,7 @@ def test_one_that_is_to_be_closed_is_not_kept(service: Service, wire: SqsWire) -
 @pytest.mark.parametrize(
     ("answer", "code", "message"),
     [
-        (
-            (400, '{"__type": "com.amazonaws.sqs#OverLimit", "message": "No."}', {}),
-            "OverLimit",
-            "No.",
-        ),
+        ((400, '{"__type": "com.amazonaws.sqs#OverLimit", "message": "No."}', {}), "OverLimit", "No."),
         ((403, '{"__type": "AccessDenied", "Message": "No."}', {}), "AccessDenied", "No."),
         (
             (
@@ -189,21 +174,13 @@ def test_one_that_is_to_be_closed_is_not_kept(service: Service, wire: SqsWire) -
             "NonExistentQueue",
             "No.",
         ),
-        (
-            (400, '{"__type": "com.amazonaws.sqs#Throttling:http://internal.amazon.com/"}', {}),
-            "Throttling",
-            "",
-        ),
+        ((400, '{"__type": "com.amazonaws.sqs#Throttling:http://internal.amazon.com/"}', {}), "Throttling", ""),
         ((502, "<html>", {}), "502", ""),
         ((500, "[]", {}), "500", ""),
     ],
 )
 def test_a_refusal_is_botocore_s_error(
-    service: Service,
-    wire: SqsWire,
-    answer: tuple[int, str, dict[str, str]],
-    code: str,
-    message: str,
+    service: Service, wire: SqsWire, answer: tuple[int, str, dict[str, str]], code: str, message: str
 ) -> None:
     service.answer = answer
     with pytest.raises(ClientError) as caught:
@@ -215,9 +192,7 @@ def test_a_refusal_is_botocore_s_error(
 
 
 @pytest.mark.parametrize("body", ["<html>", "[]", '"text"'])
-def test_an_answer_that_is_not_one_of_sqs_is_told_as_such(
-    service: Service, wire: SqsWire, body: str
-) -> None:
+def test_an_answer_that_is_not_one_of_sqs_is_told_as_such(service: Service, wire: SqsWire, body: str) -> None:
     service.answer = (200, body, {})
     with pytest.raises(ResponseParserError):
         wire.call("ReceiveMessage", {})
@@ -229,9 +204,7 @@ def test_what_is_null_is_not_there(service: Service, wire: SqsWire) -> None:
     assert wire.call("ReceiveMessage", {}) == {"Failed": []}
 
 
-def test_a_connection_beyond_the_first_thousand_files_is_kept_too(
-    service: Service, wire: SqsWire
-) -> None:
+def test_a_connection_beyond_the_first_thousand_files_is_kept_too(service: Service, wire: SqsWire) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
     held: list[int] = []
@@ -295,9 +268,7 @@ def test_over_a_proxy_boto3_asks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert opened(session(), url, loopback=False) is not None
 
 
-def test_certificates_are_those_that_boto3_trusts(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_certificates_are_those_that_boto3_trusts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     url = "https://sqs.example"
     for name in ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "https_proxy", "HTTPS_PROXY"):
         monkeypatch.delenv(name, raising=False)

@@ -49,9 +49,7 @@ def hook(service: Service, endpoint: Endpoint, group: str, instance: str, state:
     return asyncio.run(drained.complete(Patience(random.Random(1), limit_s=0.1)))
 
 
-def test_an_instance_that_has_drained_does_not_wait_for_its_hook(
-    service: Service, wire: tuple[Wire, Endpoint]
-) -> None:
+def test_an_instance_that_has_drained_does_not_wait_for_its_hook(service: Service, wire: tuple[Wire, Endpoint]) -> None:
     group, endpoint = wire
     (instance,) = group.grow(1, LifecycleHookSpecificationList=[HOOK])
     group.asg.set_desired_capacity(AutoScalingGroupName=group.name, DesiredCapacity=0)

@@ -47,11 +47,7 @@ def at(hook: Hook, secret: str = "") -> Target:
 
 
 def test_a_receiver_gets_the_notification(caplog: pytest.LogCaptureFixture) -> None:
-    with (
-        Hook(204) as hook,
-        caplog.at_level(logging.DEBUG, "batchlab"),
-        caplog.at_level(logging.INFO),
-    ):
+    with Hook(204) as hook, caplog.at_level(logging.DEBUG, "batchlab"), caplog.at_level(logging.INFO):
         deliver(at(hook))
     (call,) = hook.calls
     assert (call.path, call.body.decode()) == (f"/{PATH}", ONE.body)
@@ -74,17 +70,12 @@ def snippet() -> Callable[..., bool]:
     return genuine
 
 
-def test_the_documented_snippet_verifies_what_is_sent(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_documented_snippet_verifies_what_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     is_genuine = snippet()
     file = tmp_path / "secret"
     file.write_text("of the file\n")
     monkeypatch.setenv("HOOK_SECRET", "of the environment")
-    for named, key in (
-        ("env:HOOK_SECRET", b"of the environment"),
-        (f"file:{file}", b"of the file"),
-    ):
+    for named, key in (("env:HOOK_SECRET", b"of the environment"), (f"file:{file}", b"of the file")):
         with Hook() as hook:
             deliver(at(hook, named))
         (call,) = hook.calls
@@ -98,8 +89,7 @@ def test_the_documented_snippet_verifies_what_is_sent(
 
 
 @pytest.mark.parametrize(
-    ("secret", "told"),
-    [("env:NOT_SET_HERE", "no variable NOT_SET_HERE"), ("file:/no/such/file", "cannot be read")],
+    ("secret", "told"), [("env:NOT_SET_HERE", "no variable NOT_SET_HERE"), ("file:/no/such/file", "cannot be read")]
 )
 def test_without_its_secret_nothing_is_sent(secret: str, told: str) -> None:
     with Hook() as hook:
@@ -112,12 +102,8 @@ def test_without_its_secret_nothing_is_sent(secret: str, told: str) -> None:
 # --- What goes wrong -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("status", "is_final"), [(301, True), (307, True), (404, False), (410, True), (500, False)]
-)
-def test_no_other_status_is_success_and_no_redirect_is_followed(
-    status: int, is_final: bool
-) -> None:
+@pytest.mark.parametrize(("status", "is_final"), [(301, True), (307, True), (404, False), (410, True), (500, False)])
+def test_no_other_status_is_success_and_no_redirect_is_followed(status: int, is_final: bool) -> None:
     with Hook(status, 200) as hook:
         error = refused(at(hook))
     assert f"HTTP {status}" in error.message
@@ -162,10 +148,7 @@ def lead(monkeypatch: pytest.MonkeyPatch, **names: list[str]) -> None:
     async def getaddrinfo(self: Any, host: str, port: int, **_: Any) -> list[Any]:
         found = names[host.replace(".", "_")]
         kinds = [socket.AF_INET6 if ":" in one else socket.AF_INET for one in found]
-        return [
-            (kind, socket.SOCK_STREAM, 6, "", (one, port))
-            for kind, one in zip(kinds, found, strict=True)
-        ]
+        return [(kind, socket.SOCK_STREAM, 6, "", (one, port)) for kind, one in zip(kinds, found, strict=True)]
 
     monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", getaddrinfo)
 
@@ -181,9 +164,7 @@ def lead(monkeypatch: pytest.MonkeyPatch, **names: list[str]) -> None:
         ["0.0.0.0"],
     ],
 )
-def test_a_name_that_leads_to_metadata_is_refused(
-    monkeypatch: pytest.MonkeyPatch, addresses: list[str]
-) -> None:
+def test_a_name_that_leads_to_metadata_is_refused(monkeypatch: pytest.MonkeyPatch, addresses: list[str]) -> None:
     lead(monkeypatch, evil_example=addresses)
     error = refused(Target("ops", "webhook", "https://evil.example/"))
     assert "leads astray" in error.message
@@ -204,12 +185,8 @@ def own_address() -> str:
         return str(asked.getsockname()[0])
 
 
-@pytest.mark.parametrize(
-    "address", ["127.0.0.1", "127.8.8.8", "::1", "::ffff:127.0.0.1", "64:ff9b::7f00:1", "here"]
-)
-def test_a_name_by_which_a_job_reaches_this_machine_is_refused(
-    monkeypatch: pytest.MonkeyPatch, address: str
-) -> None:
+@pytest.mark.parametrize("address", ["127.0.0.1", "127.8.8.8", "::1", "::ffff:127.0.0.1", "64:ff9b::7f00:1", "here"])
+def test_a_name_by_which_a_job_reaches_this_machine_is_refused(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
     address = own_address() if address == "here" else address
     lead(monkeypatch, evil_example=["192.0.2.1", address])
     error = refused(of_a_job("https://evil.example/"))
@@ -250,11 +227,7 @@ def test_the_address_that_was_checked_is_connected_to_by_the_names_certificate(
 
 
 @pytest.mark.parametrize(
-    "own",
-    [
-        NotifyDef("command", "id"),
-        NotifyDef("webhook", "https://h.example/", secret="file:/etc/shadow"),
-    ],
+    "own", [NotifyDef("command", "id"), NotifyDef("webhook", "https://h.example/", secret="file:/etc/shadow")]
 )
 def test_what_a_job_must_not_name_is_not_done_whoever_wrote_it_down(own: NotifyDef) -> None:
     target = Target("sums-1#1", own.kind, own.to, ("id",), secret=own.secret, job="sums-1")
@@ -288,9 +261,7 @@ def test_a_command_that_fails_says_why() -> None:
     assert "No such file" in refused(Target("p", "command", "", ("/no/such/program",))).message
 
 
-def test_a_command_that_hangs_ends_with_all_it_has_started(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_command_that_hangs_ends_with_all_it_has_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(notifications, "WHOLE_S", 1.0)
     pid = tmp_path / "pid"
     error = refused(
@@ -321,9 +292,7 @@ def test_a_command_that_does_not_read_is_no_error() -> None:
     deliver(script("pass"), big)
 
 
-def test_a_bug_on_the_way_is_told_and_takes_nothing_with_it(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_a_bug_on_the_way_is_told_and_takes_nothing_with_it(caplog: pytest.LogCaptureFixture) -> None:
     error = refused(Target("odd", "carrier pigeon"))
     assert error.message == "An error inside the manager: KeyError."
     assert "met a bug" in caplog.text

@@ -32,9 +32,7 @@ async def liar_of(world: World) -> SimWorker:
     return liar
 
 
-async def beat(
-    world: World, liar: SimWorker, held: Iterable[Held], number: int, name: str = ""
-) -> None:
+async def beat(world: World, liar: SimWorker, held: Iterable[Held], number: int, name: str = "") -> None:
     """Report that the instance runs one bundle, with the proofs of the jobs in `held`, and under
     the `name` of another worker."""
     who, held = liar.who, tuple(held)
@@ -57,9 +55,7 @@ async def beat(
     await world.queue.send(object_keys.EVENTS, [Outgoing(text)])
 
 
-async def claim_for_ever(
-    world: World, liar: SimWorker, held: Iterable[Held], name: str = ""
-) -> None:
+async def claim_for_ever(world: World, liar: SimWorker, held: Iterable[Held], name: str = "") -> None:
     for number in range(10**6, 2 * 10**6):
         await beat(world, liar, held, number, name)
         await asyncio.sleep(10.0)
@@ -144,9 +140,7 @@ def test_a_worker_that_runs_one_task_for_long_keeps_its_instance() -> None:
     assert scenes.in_world(act, script=scenes.takes(LONG_S), pools=ONE) == 1
 
 
-def test_messages_that_nobody_can_run_cost_no_idle_instance(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_messages_that_nobody_can_run_cost_no_idle_instance(monkeypatch: pytest.MonkeyPatch) -> None:
     """A queue stays full of messages that no worker can run, while another instance is idle. Only
     a due bundle that no worker holds counts as waiting work."""
 

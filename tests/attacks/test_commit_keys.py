@@ -86,9 +86,7 @@ def test_forged_messages_of_another_job_are_dropped(bring_up: Bring, tmp_path: P
     assert not touched.exists()
 
 
-def test_a_worker_of_one_job_changes_nothing_of_another_on_ministack(
-    bring_up: Bring, tmp_path: Path
-) -> None:
+def test_a_worker_of_one_job_changes_nothing_of_another_on_ministack(bring_up: Bring, tmp_path: Path) -> None:
     """Findings 2, 4, and 5, over the real S3 and SQS APIs: a worker that has the commit key of its
     own job forges outcomes of another job, swaps the jobs in task messages, and replays messages
     of both jobs after their ends."""
@@ -222,9 +220,7 @@ def test_a_forged_running_marker_does_not_keep_a_bundle_from_being_run_again() -
     SimLoop().run(main())
 
 
-def test_a_message_runs_under_the_key_of_its_own_job_alone(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_a_message_runs_under_the_key_of_its_own_job_alone(caplog: pytest.LogCaptureFixture) -> None:
     """Finding 4: the commit key of one job does not open another one, and what a worker has cached
     of a job does not let a later message pass."""
     caplog.set_level(logging.WARNING, "batchlab")

@@ -55,9 +55,7 @@ def in_manager(at: compose_deployment.Deployment, *command: str) -> tuple[int, s
     return done.returncode, done.stdout + done.stderr
 
 
-def test_the_manager_cannot_choose_what_docker_starts(
-    grid: LocalGrid, at: compose_deployment.Deployment
-) -> None:
+def test_the_manager_cannot_choose_what_docker_starts(grid: LocalGrid, at: compose_deployment.Deployment) -> None:
     """Finding 10: `asg`, which has Docker's socket, launches what templates.toml says."""
     ours = compose_deployment.folder(grid.home)
     before = {path: path.read_bytes() for path in ours.rglob("*") if path.is_file()}
@@ -80,9 +78,7 @@ def test_the_manager_cannot_choose_what_docker_starts(
     assert "worker-default" in (ours / "templates.toml").read_text()
 
 
-def test_the_endpoint_launches_no_image_of_another(
-    grid: LocalGrid, at: compose_deployment.Deployment
-) -> None:
+def test_the_endpoint_launches_no_image_of_another(grid: LocalGrid, at: compose_deployment.Deployment) -> None:
     """Finding 10: a writer of templates.toml chooses neither image nor rights of a container. Here
     the host's user writes what a manager would write."""
     path = compose_deployment.folder(grid.home) / "templates.toml"
@@ -109,9 +105,7 @@ def test_the_endpoint_launches_no_image_of_another(
         path.write_text(template)
 
 
-def test_only_signed_requests_change_groups(
-    grid: LocalGrid, at: compose_deployment.Deployment
-) -> None:
+def test_only_signed_requests_change_groups(grid: LocalGrid, at: compose_deployment.Deployment) -> None:
     """Finding 16: a worker's container could start and end every instance of the grid."""
     own = compose_deployment.autoscaling(grid.home, at)
     group = f"{at.project}-default"
@@ -119,17 +113,12 @@ def test_only_signed_requests_change_groups(
     honest.set_desired_capacity(AutoScalingGroupName=group, DesiredCapacity=1)
 
     def instances() -> list[str]:
-        (found,) = honest.describe_auto_scaling_groups(AutoScalingGroupNames=[group])[
-            "AutoScalingGroups"
-        ]
+        (found,) = honest.describe_auto_scaling_groups(AutoScalingGroupNames=[group])["AutoScalingGroups"]
         return [one["InstanceId"] for one in found["Instances"]]
 
     until(lambda: len(instances()) == 1, 30.0)
     (instance,) = instances()
-    strangers = [
-        Endpoint(at.autoscaling_url),
-        Endpoint(at.autoscaling_url, access_key=own.access_key),
-    ]
+    strangers = [Endpoint(at.autoscaling_url), Endpoint(at.autoscaling_url, access_key=own.access_key)]
     for stranger in strangers:
         scaling: Any = aws(stranger, "autoscaling")
         for call, asked in (
@@ -172,13 +161,13 @@ def test_a_manager_on_the_host_runs_no_command_that_a_container_has_written(tmp_
     home = Home(tmp_path / "home")
     home.make()
     home.notify_file.write_text('[mine]\ncommand = ["touch", "/tmp/x"]\n')
-    assert settings.read_notification_settings(home).targets[0].command
+    assert settings.read_notifications(home).targets[0].command
     compose_deployment.folder(home).mkdir()  # the manager's container cannot remove it
     with pytest.raises(UsageError, match="a manager in a container could have written it"):
-        settings.read_notification_settings(home)
-    assert settings.read_notification_settings(home, in_container=True).targets[0].command
+        settings.read_notifications(home)
+    assert settings.read_notifications(home, in_container=True).targets[0].command
     home.notify_file.write_text('[mine]\nwebhook = "https://hooks.example.org"\n')
-    assert not settings.read_notification_settings(home).targets[0].command
+    assert not settings.read_notifications(home).targets[0].command
 
 
 def test_no_service_publishes_a_port() -> None:

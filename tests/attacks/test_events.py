@@ -153,9 +153,7 @@ def take(rig: Rig, *messages: str) -> None:
     rig.run(collector._take([Message("m", one, "r", 1, 0.0, 0.0) for one in messages]))
 
 
-def test_only_the_first_key_of_an_instance_is_believed(
-    rig: Rig, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_only_the_first_key_of_an_instance_is_believed(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
     """Finding 5: the first beat of an instance binds it to a key; a later beat needs that key, a
     restarted worker has it, and the next leader knows it. Beats with other keys are logged once and
     counted."""
@@ -176,10 +174,7 @@ def test_only_the_first_key_of_an_instance_is_believed(
     assert registry.workers[instance].beat == again
     assert b"own" not in rig.run(rig.objects.get(object_keys.INSTANCES))
     refused: list[tuple[str, str]] = []
-    later = InstanceKeys(
-        VersionedDocument(rig.manager.ports, object_keys.INSTANCES),
-        lambda *one: refused.append(one),
-    )
+    later = InstanceKeys(VersionedDocument(rig.manager.ports, object_keys.INSTANCES), lambda *one: refused.append(one))
     rig.run(later.load())
     later.see({one.id: one for view in rig.manager.groups.values() for one in view.instances})
     assert later.admits(own)
@@ -187,9 +182,7 @@ def test_only_the_first_key_of_an_instance_is_believed(
     assert [one for one, _ in refused] == [instance]
 
 
-def test_a_first_beat_counts_once_its_key_is_stored(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_first_beat_counts_once_its_key_is_stored(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Finding 5: a manager that dies between a first beat and the store of its key has not acted on
     that beat, so the next one may bind the instance to the same key or to none."""
     rig.submit(job(tasks=1))
@@ -247,9 +240,7 @@ def test_a_fact_of_two_jobs_is_a_fact_of_neither(rig: Rig) -> None:
         failed=TaskSet(),
         cancelled=TaskSet(),
         run_s=0.1,
-        follows=(
-            json_format._follow_from_json({"b": json_format.bundle_to_json(follow), "d": 0.0}),
-        ),
+        follows=(json_format._follow_from_json({"b": json_format.bundle_to_json(follow), "d": 0.0}),),
     )
     key = rig.run(rig.manager.ports.keys.stored(mine))
     text = events_message(Events(completions=(done,)))
@@ -264,14 +255,7 @@ def test_events_that_a_worker_repeats_count_once(rig: Rig) -> None:
     name = JobId(rig.submit(job(tasks=1)))
     (bundle,) = (one.bundle for one in rig.outstanding(name, 1))
     key = rig.run(rig.manager.ports.keys.stored(name))
-    failed = Outcome(
-        bundle,
-        "evil-1",
-        "evil",
-        1.0,
-        2.0,
-        failed=(Failure(0, FailureKind.EXCEPTION, "no"),),
-    )
+    failed = Outcome(bundle, "evil-1", "evil", 1.0, 2.0, failed=(Failure(0, FailureKind.EXCEPTION, "no"),))
     text = events_message(Events(completions=(settlement.completion(failed),)))
     old = with_proofs(text, {name}, lambda _: key)
     rig.run(commit(rig.objects, failed, rig.manager.ports.patience, key))
@@ -304,9 +288,7 @@ def test_what_was_counted_and_not_committed_is_not_the_end(rig: Rig, tasks: int)
     assert (view["state"], view["stages"][0]["succeeded"]) == ("SUCCEEDED", tasks)
 
 
-def test_a_definition_below_the_markers_of_a_job_is_not_restored(
-    rig: Rig, worker: WorkerRights
-) -> None:
+def test_a_definition_below_the_markers_of_a_job_is_not_restored(rig: Rig, worker: WorkerRights) -> None:
     """Finding 4: an event with the id `job/stage/running/x` makes no job of what a worker wrote
     there, and a restored job passes admission."""
     name = rig.submit(job(tasks=1))

@@ -27,16 +27,7 @@ from batchlab.adapters.sql import open_memory
 from batchlab.core.commit import follow_ups
 from batchlab.core.errors import Malformed, TooLarge, TooNew
 from batchlab.core.job_definition import JobDef, RetryRule, StageDef
-from batchlab.core.model import (
-    Bundle,
-    Failure,
-    FailureKind,
-    JobId,
-    JobState,
-    Ran,
-    StageName,
-    TaskSet,
-)
+from batchlab.core.model import Bundle, Failure, FailureKind, JobId, JobState, Ran, StageName, TaskSet
 from batchlab.core.port_retries import Patience
 from batchlab.core.ports import AddJob, Cut, Message, QueueSpec
 from batchlab.core.pricing.request_costs import Asked, Requests
@@ -73,10 +64,7 @@ MAP, NEXT = StageName("map"), StageName("next")
 JOB = JobDef(
     JobId("sums-0123456789"),
     "sums",
-    (
-        StageDef(MAP, handler="m:f", retry=RetryRule(attempts=2)),
-        StageDef(NEXT, after=(MAP,), handler="m:g"),
-    ),
+    (StageDef(MAP, handler="m:f", retry=RetryRule(attempts=2)), StageDef(NEXT, after=(MAP,), handler="m:g")),
     1.0,
     items=10,
 )
@@ -201,18 +189,11 @@ def outcome_text() -> str:
     return json_format.outcome_text(OUTCOME)
 
 
-many = settings(
-    max_examples=EXAMPLES,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=list(HealthCheck),
-)
+many = settings(max_examples=EXAMPLES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
 def outcome_of(text: str) -> Any:
-    return json_format.outcome_from_bytes(
-        text.encode(errors="surrogatepass"), object_keys.outcome(BUNDLE, UNSEALED)
-    )
+    return json_format.outcome_from_bytes(text.encode(errors="surrogatepass"), object_keys.outcome(BUNDLE, UNSEALED))
 
 
 READERS: Sequence[tuple[str, Callable[[str], Any], Callable[[Any], str]]] = [
@@ -296,9 +277,7 @@ class Desk:
 
     async def take(self, *bodies: str, first: int = 0) -> None:
         """Let the collector take messages with these bodies."""
-        messages = [
-            Message(f"m-{first + n}", body, "r", 1, 0.0, 0.0) for n, body in enumerate(bodies)
-        ]
+        messages = [Message(f"m-{first + n}", body, "r", 1, 0.0, 0.0) for n, body in enumerate(bodies)]
         await self.collector._take(messages)
 
 
@@ -310,9 +289,7 @@ def is_malformed(text: str) -> bool:
     return False
 
 
-def test_the_manager_counts_nothing_of_malformed_events_and_reports_each_once(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_the_manager_counts_nothing_of_malformed_events_and_reports_each_once(caplog: pytest.LogCaptureFixture) -> None:
     """Finding 3: each batch of malformed events comes twice, with an event that is well formed."""
     seen = 0
     caplog.set_level(logging.ERROR)
@@ -354,9 +331,7 @@ def drive(loop: asyncio.AbstractEventLoop, work: Any) -> Any:
     return asyncio.run_coroutine_threadsafe(work, loop).result(60)
 
 
-def test_an_unreadable_outcome_is_replaced_and_a_rebuild_goes_on(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_an_unreadable_outcome_is_replaced_and_a_rebuild_goes_on(caplog: pytest.LogCaptureFixture) -> None:
     """Findings 3 and I7: whatever is at an outcome's key, the job goes on, and a rebuild restores
     the job with what its manager has counted."""
     caplog.set_level(logging.ERROR)
@@ -545,9 +520,7 @@ BAD_EVENTS += [
 
 
 @pytest.mark.parametrize("stored", [b'{"v":1}', b'{"v":99}'], ids=["empty", "of a later release"])
-def test_the_manager_goes_on_whatever_a_worker_sends_and_stores(
-    rig: Rig, worker: WorkerRights, stored: bytes
-) -> None:
+def test_the_manager_goes_on_whatever_a_worker_sends_and_stores(rig: Rig, worker: WorkerRights, stored: bytes) -> None:
     """Findings 3, 4 and 6: bad events and a bad outcome object; both jobs come to their ends."""
     spared = rig.submit(job("spared", tasks=2))
     hurt = rig.submit(job("hurt", "u", tasks=1, retry=RetryRule(attempts=2, backoff_s=0.0)))

@@ -16,9 +16,7 @@ def wheel(folder: Path, name: str, version: str) -> None:
     """A wheel of that name whose code is another's."""
     stem = f"{name.replace('-', '_')}-{version}"
     with zipfile.ZipFile(folder / f"{stem}-py3-none-any.whl", "w") as file:
-        file.writestr(
-            f"{name.replace('-', '_')}.py", "raise SystemExit('the code of somebody else')"
-        )
+        file.writestr(f"{name.replace('-', '_')}.py", "raise SystemExit('the code of somebody else')")
         head = "Wheel-Version: 1.0\nGenerator: x\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
         file.writestr(f"{stem}.dist-info/WHEEL", head)
         about = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
@@ -27,9 +25,7 @@ def wheel(folder: Path, name: str, version: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_file_that_is_not_the_one_on_record_is_not_installed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_is_not_the_one_on_record_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Finding 15: whatever the index served as MiniStack was installed, and run."""
     served = tmp_path / "served"
     served.mkdir()

@@ -73,9 +73,7 @@ def document(token: str) -> Any:
     return json.loads(json.dumps(json_format.job_to_json(made)))
 
 
-def test_no_value_of_a_job_fails_the_manager_or_a_listing(
-    rig: Rig, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_no_value_of_a_job_fails_the_manager_or_a_listing(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
     """Every value of a job is replaced by every odd one, and each answer is no failure."""
     accepted = 0
     for number, at in enumerate(places(document("t"))):
@@ -108,9 +106,7 @@ def test_no_value_of_a_job_fails_the_manager_or_a_listing(
         ("stages", 0, "retry", "factor"),
     ],
 )
-def test_a_number_beyond_all_clocks_is_refused_with_a_sentence(
-    rig: Rig, at: tuple[Any, ...], odd: str
-) -> None:
+def test_a_number_beyond_all_clocks_is_refused_with_a_sentence(rig: Rig, at: tuple[Any, ...], odd: str) -> None:
     found = post(rig, with_hole(document("numbers"), at).replace(HOLE, odd))
     assert found.status_code == 422, found.text
     assert "leave it out" in found.json()["remedy"] or "not valid at" in found.json()["error"]
@@ -140,8 +136,7 @@ def test_odd_numbers_of_an_input_are_refused(rig: Rig) -> None:
 
 
 @pytest.mark.parametrize(
-    "key",
-    ["../../x", "raw//x", "raw/\x00", "raw/\x1b[2J", "/", "", "grid/notifications.json", "grid/"],
+    "key", ["../../x", "raw//x", "raw/\x00", "raw/\x1b[2J", "/", "", "grid/notifications.json", "grid/"]
 )
 def test_input_that_no_bucket_holds_or_that_is_the_grids_is_refused(rig: Rig, key: str) -> None:
     """A job with it would never end, or would read what only the manager may read."""
@@ -152,9 +147,7 @@ def test_input_that_no_bucket_holds_or_that_is_the_grids_is_refused(rig: Rig, ke
     assert "The input names" in found.json()["error"]
 
 
-@pytest.mark.parametrize(
-    "names", [("map", "Map"), ("map", "map"), ("spec.json",), ("Control.json",)]
-)
+@pytest.mark.parametrize("names", [("map", "Map"), ("map", "map"), ("spec.json",), ("Control.json",)])
 def test_stages_whose_folders_would_be_one_are_refused(rig: Rig, names: tuple[str, ...]) -> None:
     """On a file system that ignores case, or where a file of the job has that name."""
     stages = [{**document("t")["stages"][0], "name": name} for name in names]

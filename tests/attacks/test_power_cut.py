@@ -76,9 +76,7 @@ class Recorded(LocalObjects):
         super().__init__(root, sync)
         self._told = told
 
-    async def put(
-        self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None
-    ) -> str:
+    async def put(self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> str:
         etag = await super().put(key, data, if_absent=if_absent, if_match=if_match)
         if object_keys.is_outcome(key):
             self._told.outcomes[key] = data
@@ -203,11 +201,7 @@ async def _scale(grid: InProcess, told: Acknowledged) -> None:
 async def check_comes_back(folder: Path, told: Acknowledged) -> None:
     """Nothing acknowledged is lost, a grid comes up, and each task has one result at the end."""
     home = Home(folder)
-    torn = [
-        info.key
-        for info in local_files.walk(home.objects, "", "")
-        if local_files.damage(home.objects, info.key)
-    ]
+    torn = [info.key for info in local_files.walk(home.objects, "", "") if local_files.damage(home.objects, info.key)]
     assert torn == []
     _check_outcomes(home, told)
     async with grid_in(folder, Sync.JOBS, again := Acknowledged()) as grid:
@@ -251,9 +245,7 @@ def _check_results(home: Home, job: JobId) -> None:
 # --- The tests -----------------------------------------------------------------------------------
 
 
-async def _cut_often(
-    tmp_path: Path, gate: Gate, sync: Sync, cuts: int
-) -> list[tuple[Path, Acknowledged]]:
+async def _cut_often(tmp_path: Path, gate: Gate, sync: Sync, cuts: int) -> list[tuple[Path, Acknowledged]]:
     """Use a grid, and cut its power at so many random moments."""
     rng, told, found = random.Random(32), Acknowledged(), []
     image = tmp_path / "disk.img"
@@ -275,9 +267,7 @@ async def _cut_often(
 
 
 @needs_loop
-def test_what_is_acknowledged_outlives_a_power_cut(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_acknowledged_outlives_a_power_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The power is cut at 30 random moments of running jobs."""
     gate = Gate(monkeypatch)
     few = asyncio.Semaphore(6)

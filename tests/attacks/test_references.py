@@ -20,16 +20,7 @@ from batchlab.client.results import decoded
 from batchlab.core.commit import commit
 from batchlab.core.errors import TaskFailed, UsageError
 from batchlab.core.job_definition import InputDef, JobDef, StageDef
-from batchlab.core.model import (
-    Bundle,
-    Failure,
-    JobId,
-    Json,
-    Outcome,
-    StageCounts,
-    StageName,
-    TaskSet,
-)
+from batchlab.core.model import Bundle, Failure, JobId, Json, Outcome, StageCounts, StageName, TaskSet
 from batchlab.core.port_retries import Patience
 from batchlab.core.ports import BundleRecord
 from batchlab.core.protocol import settlement, values
@@ -188,12 +179,9 @@ class OneOutcome:
 
 
 @pytest.mark.parametrize(
-    "data",
-    [b'"' + b"x" * 2_000 + b'"', b"[" + b",".join([b"[]"] * 100) + b"]", b"[" * 600, b"{", b"\xff"],
+    "data", [b'"' + b"x" * 2_000 + b'"', b"[" + b",".join([b"[]"] * 100) + b"]", b"[" * 600, b"{", b"\xff"]
 )
-def test_a_large_result_is_bounded_and_may_be_unreadable(
-    monkeypatch: pytest.MonkeyPatch, data: bytes
-) -> None:
+def test_a_large_result_is_bounded_and_may_be_unreadable(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
     """Finding 6: a result that a worker stored as an object of its own, and that the manager reads
     to gather by a field, is as large or as odd as the worker likes. The stage fails."""
     monkeypatch.setattr(stage_plans, "RESULT_WEIGHT", 1_500)

@@ -51,9 +51,7 @@ def test_large_outcomes_of_several_jobs_leave_the_memory(rig: Rig) -> None:
     assert rig.manager._collector._memory.size_bytes <= MOST_BYTES
     # A client reads a released one from the bucket, where the honest commit counts.
     released = pages[0][0]
-    stored = json_format.outcome_from_json(
-        json_format.loads(rig.run(rig.objects.get(released["key"])))
-    )
+    stored = json_format.outcome_from_json(json_format.loads(rig.run(rig.objects.get(released["key"]))))
     assert LARGE not in stored.values
 
 

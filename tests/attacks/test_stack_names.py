@@ -37,12 +37,7 @@ def test_a_stack_whose_parts_another_stack_could_use_is_refused(name: str) -> No
         settings.parameters(Settings(name), source())
     assert caught.value.remedy
     others = {name[:end] for end in range(1, len(name)) if name[end] == "-"}
-    assert any(
-        fnmatchcase(part, pattern)
-        for part in names(name)
-        for other in others
-        for pattern in patterns(other)
-    )
+    assert any(fnmatchcase(part, pattern) for part in names(name) for other in others for pattern in patterns(other))
 
 
 @pytest.mark.parametrize("name", DISTINCT)

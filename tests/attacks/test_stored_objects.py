@@ -78,11 +78,7 @@ def readers() -> dict[str, Reader]:
     spec = document(commit_keys.from_json)
     there = text_of(environment.to_json)
     return {
-        "control": (
-            json_format.word_to_bytes(word),
-            json_format.word_from_bytes,
-            json_format.word_to_bytes,
-        ),
+        "control": (json_format.word_to_bytes(word), json_format.word_from_bytes, json_format.word_to_bytes),
         "cut": (cut(CUT), document(json_format.cut_from_json), cut),
         "end": (end(ending), document(json_format.ending_from_json), end),
         "retry": (retry.to_bytes(), Retry.from_bytes, Retry.to_bytes),
@@ -99,13 +95,9 @@ READERS = readers()
 
 @many
 @given(
-    st.sampled_from(sorted(READERS)).flatmap(
-        lambda kind: st.tuples(st.just(kind), mutated(READERS[kind][0].decode()))
-    )
+    st.sampled_from(sorted(READERS)).flatmap(lambda kind: st.tuples(st.just(kind), mutated(READERS[kind][0].decode())))
 )
-def test_a_stored_object_is_a_value_that_can_be_written_again_or_one_error(
-    given_: tuple[str, str],
-) -> None:
+def test_a_stored_object_is_a_value_that_can_be_written_again_or_one_error(given_: tuple[str, str]) -> None:
     kind, text = given_
     _, read, write = READERS[kind]
     try:
@@ -129,9 +121,7 @@ def test_a_running_marker_that_cannot_be_read_counts_for_nothing() -> None:
     """Finding 5: any worker that lists the bucket can overwrite a running marker. Before, a marker
     without a time ended each worker that read it."""
     name = object_keys.running(BUNDLE, KEY)
-    assert (
-        poison_detection.marked_s(poison_detection.marker("w-1", 5.0, name, KEY), name, KEY) == 5.0
-    )
+    assert poison_detection.marked_s(poison_detection.marker("w-1", 5.0, name, KEY), name, KEY) == 5.0
     for data in (*GARBAGE, poison_detection.marker("w-1", 5.0, "other", KEY)):
         assert poison_detection.marked_s(data, name, KEY) is None
 
@@ -217,9 +207,7 @@ def test_a_plan_that_names_a_lost_part_has_no_items_of_the_definition() -> None:
 
     async def main() -> None:
         objects = SimObjects()
-        await objects.put(
-            object_keys.spec(JOB.id), commit_keys.to_bytes(JOB, commit_keys.Opening([0] * 10))
-        )
+        await objects.put(object_keys.spec(JOB.id), commit_keys.to_bytes(JOB, commit_keys.Opening([0] * 10)))
         plan = Manifest(10, (0,), parts=("lost",))
         await objects.put(object_keys.manifest(JOB.id, MAP, 0), plan.to_bytes())
         with pytest.raises(NotFound, match="lost"):
@@ -229,8 +217,7 @@ def test_a_plan_that_names_a_lost_part_has_no_items_of_the_definition() -> None:
 
 
 @pytest.mark.parametrize(
-    "gather",
-    [5, {"map": 5}, {"map": [5]}, {"map": [["../x", [[0, 1]]]]}, {"map": [[BUNDLE.id, [[0]]]]}],
+    "gather", [5, {"map": 5}, {"map": [5]}, {"map": [["../x", [[0, 1]]]]}, {"map": [[BUNDLE.id, [[0]]]]}]
 )
 def test_a_task_whose_gathered_input_cannot_be_read_has_no_input(gather: Any) -> None:
     """Before, an AttributeError ended each worker that read such an input."""
@@ -249,11 +236,7 @@ def test_a_task_whose_gathered_input_cannot_be_read_has_no_input(gather: Any) ->
 
 @pytest.mark.parametrize(
     "stranger",
-    [
-        replace(BUNDLE, job=JobId("other")),
-        replace(BUNDLE, stage=StageName("next")),
-        replace(BUNDLE, round=1),
-    ],
+    [replace(BUNDLE, job=JobId("other")), replace(BUNDLE, stage=StageName("next")), replace(BUNDLE, round=1)],
 )
 def test_a_cut_with_a_bundle_of_another_job_stage_or_round_is_refused(stranger: Bundle) -> None:
     with pytest.raises(Malformed, match="another job, stage or round"):
@@ -273,9 +256,7 @@ def test_a_rebuild_does_not_count_a_cut_under_the_key_of_another() -> None:
         keys = AsyncMock()
         keys.of.return_value = UNSEALED
         clock = SimpleNamespace(now_s=lambda: 1.0)
-        ports: Any = SimpleNamespace(
-            objects=objects, patience=PATIENCE, keys=keys, ledger=AsyncMock(), clock=clock
-        )
+        ports: Any = SimpleNamespace(objects=objects, patience=PATIENCE, keys=keys, ledger=AsyncMock(), clock=clock)
         key = object_keys.cut(JOB.id, MAP, 0, 1)
         await objects.put(object_keys.spec(JOB.id), commit_keys.to_bytes(JOB))
         await objects.put(key, json_format.to_bytes(json_format.cut_to_json(CUT)))

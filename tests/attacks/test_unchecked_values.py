@@ -37,10 +37,7 @@ def test_an_item_or_a_parameter_that_is_nested_too_deeply_is_refused(rig: Rig) -
     deep: Any = 0
     for _ in range(400):
         deep = [deep]
-    submissions = (
-        {**_posted(items=1, input=None), "items": [deep]},
-        _posted(params=[["a", deep]]),
-    )
+    submissions = ({**_posted(items=1, input=None), "items": [deep]}, _posted(params=[["a", deep]]))
     for body in submissions:
         answer = post(rig, "/v1/jobs", body)
         assert answer.status_code == 422, answer.text

@@ -50,9 +50,7 @@ def test_no_object_that_a_worker_reads_has_the_address(tmp_path: Path) -> None:
 
 
 def spec_of(rig: Rig, name: str) -> JobDef:
-    return json_format.job_from_json(
-        json_format.loads(rig.run(rig.objects.get(object_keys.spec(JobId(name)))))
-    )
+    return json_format.job_from_json(json_format.loads(rig.run(rig.objects.get(object_keys.spec(JobId(name))))))
 
 
 def test_a_rebuilt_ledger_knows_the_address(rig: Rig) -> None:

@@ -19,12 +19,7 @@ WRITES = (
     f"jobs/{JOB}/map/running/x.json",
     f"jobs/{JOB}/map/starts/x",
 )
-WRITE_ONCE = (
-    f"files/{JOB}/x",
-    f"logs/{JOB}/x.log",
-    f"jobs/{JOB}/map/outcomes/aa/x.json",
-    f"jobs/{JOB}/map/starts/x",
-)
+WRITE_ONCE = (f"files/{JOB}/x", f"logs/{JOB}/x.log", f"jobs/{JOB}/map/outcomes/aa/x.json", f"jobs/{JOB}/map/starts/x")
 NOT_WRITTEN = (
     f"jobs/{JOB}/spec.json",
     f"jobs/{JOB}/control.json",
@@ -71,12 +66,7 @@ def test_a_worker_uses_task_queues_and_only_sends_events(rig: Rig, worker: Worke
     worker.delete(tasks, again.receipt)
     worker.send(tasks, again.body)
     worker.send_events("{}")
-    others = (
-        object_keys.EVENTS,
-        object_keys.dead_letters("default"),
-        object_keys.tasks_queue("gpu"),
-        "other",
-    )
+    others = (object_keys.EVENTS, object_keys.dead_letters("default"), object_keys.tasks_queue("gpu"), "other")
     for queue in others:
         with pytest.raises(Forbidden):
             worker.receive(queue)

@@ -71,9 +71,7 @@ def folder_of(place: Path, name: str, numbers: int) -> Path:
     (place / name / "data").mkdir(parents=True)
     (place / name / "job.yaml").write_text(JOB.format(name=name))
     (place / name / "handlers.py").write_text(CODE)
-    (place / name / "data" / "numbers.txt").write_text(
-        "".join(f"{number}\n" for number in range(1, numbers + 1))
-    )
+    (place / name / "data" / "numbers.txt").write_text("".join(f"{number}\n" for number in range(1, numbers + 1)))
     return place / name
 
 
@@ -96,15 +94,10 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
 
 
 @contextmanager
-def logged_in(
-    scene: Scene, browser: Browser, path: str = "/", **context: Any
-) -> Iterator[tuple[Page, Seen]]:
+def logged_in(scene: Scene, browser: Browser, path: str = "/", **context: Any) -> Iterator[tuple[Page, Seen]]:
     """A page as `grid open` opens it, gone on to `path`; checked at its end."""
     client = scene.grid.client
-    with opened(browser, client.url + client.open_session()["path"], **(context or DESKTOP)) as (
-        page,
-        seen,
-    ):
+    with opened(browser, client.url + client.open_session()["path"], **(context or DESKTOP)) as (page, seen):
         page.wait_for_url("**/ui/s/*/")
         if path != "/":
             page.goto(f"{place_of(page)}{path}")
@@ -184,9 +177,7 @@ def test_a_job_that_runs_moves_before_ones_eyes(scene: Scene, browser: Browser) 
     with logged_in(scene, browser, f"/jobs/{scene.runs}") as (page, seen):
         ended = page.locator(".figure dd").first
         before = ended.inner_text()
-        page.wait_for_function(
-            "before => document.querySelector('.figure dd').innerText !== before", arg=before
-        )
+        page.wait_for_function("before => document.querySelector('.figure dd').innerText !== before", arg=before)
         assert len([one for one in seen.requests if one.endswith(f"/jobs/{scene.runs}")]) == 1
         assert page.get_by_text("Still to go").is_visible()
         assert page.locator("#content .why").inner_text()
@@ -196,9 +187,7 @@ def test_the_curves_are_drawn(scene: Scene, browser: Browser) -> None:
     with logged_in(scene, browser, "/grid") as (page, _):
         fleet = page.locator("#curve-fleet")
         fleet.locator("canvas").wait_for()
-        assert re.search(
-            r"Now: Desired \d+, In service \d+", fleet.get_attribute("aria-label") or ""
-        )
+        assert re.search(r"Now: Desired \d+, In service \d+", fleet.get_attribute("aria-label") or "")
         page.locator("#theme").click()
         fleet.locator("canvas").wait_for()
         assert page.locator("#curve-queue canvas").count() == 1
@@ -287,9 +276,7 @@ def test_failures_are_looked_at_and_some_of_them_run_again(scene: Scene, browser
         assert scene.grid.wait(scene.failed, until=lambda v: v["round"] == 2)
 
 
-def test_a_job_is_sent_and_its_results_are_taken_away(
-    scene: Scene, browser: Browser, tmp_path: Path
-) -> None:
+def test_a_job_is_sent_and_its_results_are_taken_away(scene: Scene, browser: Browser, tmp_path: Path) -> None:
     folder = folder_of(tmp_path, "sent", 3)
     (folder / "data" / "numbers.txt").unlink()
     more = tmp_path / "more.txt"
@@ -311,9 +298,7 @@ def test_a_job_is_sent_and_its_results_are_taken_away(
             assert archive.read(total) == b'{"task":0,"value":9}\n'
 
 
-def test_what_makes_no_job_is_told_with_its_line(
-    scene: Scene, browser: Browser, tmp_path: Path
-) -> None:
+def test_what_makes_no_job_is_told_with_its_line(scene: Scene, browser: Browser, tmp_path: Path) -> None:
     folder = folder_of(tmp_path, "wrong", 1)
     (folder / "job.yaml").write_text("name: wrong\nstages: []\nimput: x\n")
     with logged_in(scene, browser, "/submit") as (page, seen):

@@ -78,10 +78,7 @@ class Scene:
 
 def logged_in(browser: Browser, grid: StillGrid) -> Iterator[Scene]:
     url = grid.url + grid.client.open_session()["path"]
-    with (
-        opened(browser, url, timezone_id="Europe/Berlin", reduced_motion="reduce") as (page, _),
-        eye_of(page) as eye,
-    ):
+    with opened(browser, url, timezone_id="Europe/Berlin", reduced_motion="reduce") as (page, _), eye_of(page) as eye:
         page.wait_for_url("**/ui/s/*/")
         yield Scene(grid, page, eye)
 
@@ -148,9 +145,7 @@ def test_where_there_is_nothing_it_says_so(nothing: Scene, looks: Looks, view: s
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("size", WIDTHS)
-def test_the_curves_are_drawn_in_the_colours_of_their_legends(
-    scene: Scene, size: str, scheme: Scheme
-) -> None:
+def test_the_curves_are_drawn_in_the_colours_of_their_legends(scene: Scene, size: str, scheme: Scheme) -> None:
     page = scene.page
     page.emulate_media(color_scheme=scheme)
     page.set_viewport_size({"width": WIDTHS[size], "height": 844})
@@ -261,9 +256,7 @@ def test_the_login_is_whole(browser: Browser, still: StillGrid, looks: Looks) ->
         ("schedule", "#remove"),
     ],
 )
-def test_a_question_opens_and_closes_by_keyboard(
-    scene: Scene, size: str, view: str, link: str
-) -> None:
+def test_a_question_opens_and_closes_by_keyboard(scene: Scene, size: str, view: str, link: str) -> None:
     """What has the focus is within it while it is open, and the link again once it is closed."""
     page = scene.page
     page.emulate_media(color_scheme="light")

@@ -64,9 +64,7 @@ def desk(browser: Browser, file: Path) -> Iterator[Page]:
 
 
 def test_it_asks_for_nothing_and_has_every_section(desk: Page) -> None:
-    assert desk.evaluate("[...document.querySelectorAll('main > section')].map(s => s.id)") == [
-        *SECTIONS
-    ]
+    assert desk.evaluate("[...document.querySelectorAll('main > section')].map(s => s.id)") == [*SECTIONS]
     links = desk.evaluate("[...document.querySelectorAll('nav a')].map(a => a.hash)")
     assert links == [f"#{name}" for name in SECTIONS]
     assert desk.locator("script, iframe, object, form, img, link[rel=stylesheet]").count() == 0
@@ -82,9 +80,7 @@ def test_its_policy_lets_nothing_in_but_its_own_style(desk: Page) -> None:
     assert desk.evaluate("getComputedStyle(document.querySelector('.tiles')).display") == "grid"
 
 
-@pytest.mark.parametrize(
-    ("size", "scheme"), [(PHONE, "light"), (DESK, "dark")], ids=["phone-light", "desk-dark"]
-)
+@pytest.mark.parametrize(("size", "scheme"), [(PHONE, "light"), (DESK, "dark")], ids=["phone-light", "desk-dark"])
 def test_axe_finds_nothing(browser: Browser, file: Path, size: dict[str, int], scheme: str) -> None:
     """Contrast among it, in both schemes, with all that can be opened open."""
     with shown(browser, file.as_uri(), viewport=size, color_scheme=scheme) as (page, seen):
@@ -107,15 +103,7 @@ def test_dark_is_dark(browser: Browser, file: Path) -> None:
 def test_the_keyboard_goes_through_it_in_order(desk: Page) -> None:
     stops = tab_stops(desk)
     assert stops[0] == "Skip to the summary"
-    assert stops[1:8] == [
-        "Summary",
-        "What to change",
-        "Workers",
-        "Load and fleet",
-        "Times",
-        "Cost",
-        "Failures",
-    ]
+    assert stops[1:8] == ["Summary", "What to change", "Workers", "Load and fleet", "Times", "Cost", "Failures"]
     tops = desk.evaluate(
         """() => [...document.querySelectorAll('main a, main summary, main [tabindex="0"]')]
           .filter(one => one.checkVisibility())
@@ -214,8 +202,7 @@ def test_hostile_names_are_harmless(browser: Browser, tmp_path: Path) -> None:
             "jobs": f'{evil} AS name, {turned} AS reason, \'{{"<b>": "\\u202e"}}\' AS tags, '
             f"{evil} AS prices, {evil} AS backend",
             "stages": f"{both}, {evil} AS pool",
-            "tasks": f"{both}, CASE WHEN fingerprint IS NULL THEN NULL ELSE {evil} END "
-            "AS fingerprint",
+            "tasks": f"{both}, CASE WHEN fingerprint IS NULL THEN NULL ELSE {evil} END AS fingerprint",
             "attempts": f"{both}, {evil} AS error, {evil} AS reason, CASE WHEN fingerprint IS NULL "
             f"THEN NULL ELSE {evil} END AS fingerprint, {turned} AS kind",
             "bundles": both,
@@ -242,9 +229,7 @@ def test_hostile_names_are_harmless(browser: Browser, tmp_path: Path) -> None:
         assert f"\u2068{RTL}\u2069" in page.locator("bdi").all_inner_texts()
 
 
-def test_a_run_of_100_000_tasks_on_1_000_workers_is_a_small_page(
-    browser: Browser, tmp_path: Path
-) -> None:
+def test_a_run_of_100_000_tasks_on_1_000_workers_is_a_small_page(browser: Browser, tmp_path: Path) -> None:
     run = Made(tasks=50_000, per_bundle=10, workers=1_000)
     file = _written(write_run(tmp_path / "run", run), tmp_path / "report.html")
     assert file.stat().st_size < 500_000
@@ -256,9 +241,7 @@ def test_a_run_of_100_000_tasks_on_1_000_workers_is_a_small_page(
 
 
 @pytest.mark.parametrize("left", ["jobs only", "running"])
-def test_a_run_of_which_little_is_known_has_a_page_too(
-    browser: Browser, tmp_path: Path, left: str
-) -> None:
+def test_a_run_of_which_little_is_known_has_a_page_too(browser: Browser, tmp_path: Path, left: str) -> None:
     source = write_run(tmp_path / "run")
     if left == "jobs only":
         folder = tmp_path / "some"

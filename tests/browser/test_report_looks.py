@@ -32,9 +32,7 @@ RUNS = {
 
 
 def _sample(case: Case) -> Sample:
-    return Sample(
-        f"Traceback (most recent call last):\n  task {case.task}\nValueError", "row\n" * 9
-    )
+    return Sample(f"Traceback (most recent call last):\n  task {case.task}\nValueError", "row\n" * 9)
 
 
 @pytest.fixture(scope="module")
@@ -57,13 +55,8 @@ def looks() -> Iterator[Looks]:
 
 
 @pytest.fixture(scope="module", params=RUNS)
-def seen(
-    request: pytest.FixtureRequest, browser: Browser, files: dict[str, Path]
-) -> Iterator[tuple[Page, Eye, str]]:
-    with (
-        shown(browser, files[request.param].as_uri(), reduced_motion="reduce") as (page, _),
-        eye_of(page) as eye,
-    ):
+def seen(request: pytest.FixtureRequest, browser: Browser, files: dict[str, Path]) -> Iterator[tuple[Page, Eye, str]]:
+    with shown(browser, files[request.param].as_uri(), reduced_motion="reduce") as (page, _), eye_of(page) as eye:
         yield page, eye, request.param
 
 
@@ -93,9 +86,7 @@ def test_with_all_that_opens_open_it_is_whole_too(seen: tuple[Page, Eye, str]) -
 
 @pytest.mark.parametrize("size", ["desk", "phone"])
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_each_chart_has_the_colours_of_its_legend(
-    seen: tuple[Page, Eye, str], size: str, scheme: Scheme
-) -> None:
+def test_each_chart_has_the_colours_of_its_legend(seen: tuple[Page, Eye, str], size: str, scheme: Scheme) -> None:
     page, eye, name = seen
     page.emulate_media(color_scheme=scheme)
     fit(page, WIDTHS[size])

@@ -101,9 +101,7 @@ def test_a_spot_notice_hands_the_task_to_another_within_the_notice(
         grid.client.scale("default", min=0, auto=True)
 
 
-def test_what_is_cancelled_starts_no_more(
-    containers: Containers, teller: Teller, tmp_path: Path
-) -> None:
+def test_what_is_cancelled_starts_no_more(containers: Containers, teller: Teller, tmp_path: Path) -> None:
     """I4, by the word of the tasks themselves."""
     grid = containers.grid
     path = write_job(tmp_path / "job", teller, 300, seconds=0.2)
@@ -209,12 +207,7 @@ def check(containers: Containers, job: str, view: JobView, out: Path, told: Coun
 
 def counts(grid: LocalGrid, job: str) -> dict[str, tuple[int, ...]]:
     return {
-        stage["name"]: (
-            stage["planned"] or 0,
-            stage["succeeded"],
-            stage["failed"],
-            stage["cancelled"],
-        )
+        stage["name"]: (stage["planned"] or 0, stage["succeeded"], stage["failed"], stage["cancelled"])
         for stage in grid.client.job(job)["stages"]
     }
 

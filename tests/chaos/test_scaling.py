@@ -31,10 +31,7 @@ def containers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Containers]
 
 @pytest.mark.parametrize("naps_s", [BURST_S, WITH_A_TAIL_S], ids=["burst", "tail"])
 def test_a_pool_follows_a_burst_and_comes_back_as_foretold(
-    containers: Containers,
-    naps_s: list[float],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    containers: Containers, naps_s: list[float], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     backend = containers.grid.backend
     seen = watch_burst(containers, tmp_path / "job", naps_s)

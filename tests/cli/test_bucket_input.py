@@ -51,10 +51,7 @@ def submitted(manager: type[FakeClient], run: Run, folder: Path, files: str) -> 
     ("files", "keys"),
     [
         ("s3://local/raw/in/", ("raw/in/a.csv", "raw/in/more/b.csv")),
-        (
-            "[s3://local/raw/alone.csv, s3://local/raw/in/more/]",
-            ("raw/alone.csv", "raw/in/more/b.csv"),
-        ),
+        ("[s3://local/raw/alone.csv, s3://local/raw/in/more/]", ("raw/alone.csv", "raw/in/more/b.csv")),
         ("[s3://local/raw/in/a.csv, s3://local/raw/in/]", ("raw/in/a.csv", "raw/in/more/b.csv")),
     ],
 )
@@ -81,9 +78,7 @@ def test_objects_that_are_there_become_the_jobs_input_and_of_many_their_prefixes
     assert (objects / (job.code or "")).is_file()
 
 
-def test_another_object_there_makes_another_run(
-    manager: type[FakeClient], run: Run, folder: Path
-) -> None:
+def test_another_object_there_makes_another_run(manager: type[FakeClient], run: Run, folder: Path) -> None:
     """What --resume and --cache go by."""
     objects = Home(folder / "h").objects
     files = "[s3://local/raw/in/, s3://local/raw/alone.csv]"
@@ -116,12 +111,7 @@ def test_another_object_there_makes_another_run(
     ],
 )
 def test_what_cannot_be_the_input_is_told_and_nothing_is_uploaded(
-    manager: type[FakeClient],
-    run: Run,
-    folder: Path,
-    command: tuple[str, ...],
-    files: str,
-    told: str,
+    manager: type[FakeClient], run: Run, folder: Path, command: tuple[str, ...], files: str, told: str
 ) -> None:
     says(folder, files)
     code, out, err = run(*command, folder / "job.yaml", "--home", folder / "h")

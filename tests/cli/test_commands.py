@@ -38,9 +38,7 @@ def test_an_error_is_a_sentence_a_remedy_and_its_own_exit_code(
     assert run("grid", "status") == (code, "", f"Error: {sentence}\n  {remedy}\n")
 
 
-def test_an_unexpected_error_shows_its_traceback_only_with_debug(
-    manager: type[FakeClient], run: Run
-) -> None:
+def test_an_unexpected_error_shows_its_traceback_only_with_debug(manager: type[FakeClient], run: Run) -> None:
     manager.answers = {"grid": ZeroDivisionError("oh")}
     code, _, err = run("grid", "status")
     assert code == app.UNEXPECTED
@@ -72,11 +70,7 @@ def test_job_list_is_a_table_and_json(manager: type[FakeClient], run: Run) -> No
 def test_job_show_says_why(manager: type[FakeClient], run: Run) -> None:
     """Pain 1: stuck, and no reason given."""
     eta = {"low_s": 60.0, "high_s": 120.0, "unmeasured": [], "text": "60 s to 2 min left"}
-    manager.answers = {
-        "job": a_job("sums-0123456789"),
-        "why": "It waits for capacity.",
-        "eta": eta,
-    }
+    manager.answers = {"job": a_job("sums-0123456789"), "why": "It waits for capacity.", "eta": eta}
     code, out, _ = run("job", "show", "sums-0123456789")
     assert code == 0
     assert re.search(r"^why +It waits for capacity\.$", out, re.MULTILINE)
@@ -155,9 +149,7 @@ def test_failures_are_told_by_cause(manager: type[FakeClient], run: Run) -> None
     assert "No task has failed" in run("job", "failures", "sums-0123456789")[2]
 
 
-def test_each_failure_is_listed_with_one_traceback_for_each_cause(
-    manager: type[FakeClient], run: Run
-) -> None:
+def test_each_failure_is_listed_with_one_traceback_for_each_cause(manager: type[FakeClient], run: Run) -> None:
     found = [{**A_FAILURE, "task": task} for task in range(3)]
     manager.answers = {"job": a_job("sums-0123456789"), "failures": found}
     code, out, _ = run("job", "failures", "sums-0123456789", "--each")
@@ -169,36 +161,16 @@ def test_each_failure_is_listed_with_one_traceback_for_each_cause(
 
 
 def test_a_retry_may_be_of_some_failures(manager: type[FakeClient], run: Run) -> None:
-    manager.answers = {
-        "job": a_job("sums-0123456789"),
-        "retry": a_job("sums-0123456789", "PENDING"),
-    }
+    manager.answers = {"job": a_job("sums-0123456789"), "retry": a_job("sums-0123456789", "PENDING")}
     code, _, _ = run(
-        "job",
-        "retry",
-        "sums-0123456789",
-        "--fingerprint",
-        "0123456789",
-        "--tasks",
-        "parse/3,7-9",
-        "--tasks",
-        "price/0",
+        "job", "retry", "sums-0123456789", "--fingerprint", "0123456789", "--tasks", "parse/3,7-9", "--tasks", "price/0"
     )
     assert code == 0
     assert manager.asked[-1][2] == {
         "fingerprints": ["0123456789"],
         "tasks": {"parse": [(3, 4), (7, 10)], "price": [(0, 1)]},
     }
-    for wrong in (
-        "parse",
-        "parse/",
-        "/3",
-        "parse/9-7",
-        "parse/x",
-        "parse/1,,2",
-        "parse/-1",
-        "parse:3",
-    ):
+    for wrong in ("parse", "parse/", "/3", "parse/9-7", "parse/x", "parse/1,,2", "parse/-1", "parse:3"):
         code, _, err = run("job", "retry", "sums-0123456789", "--tasks", wrong)
         assert code == 2, wrong
         assert "parse/3,7-9" in err
@@ -218,14 +190,7 @@ def test_no_command_lets_a_job_write_to_the_terminal(
     """From a manager that knew a job before such names were refused."""
     job = a_job("sums-0123456789", name=EVIL, reason=EVIL, tags={EVIL: EVIL})
     log = {"stage": EVIL, "task": 1, "attempt": 1, "text": EVIL, "worker": "w", "execution": "x"}
-    manager.answers = {
-        "jobs": [job],
-        "job": job,
-        "logs": [log],
-        "why": EVIL,
-        "eta": ETA,
-        "grid": {},
-    }
+    manager.answers = {"jobs": [job], "job": job, "logs": [log], "why": EVIL, "eta": ETA, "grid": {}}
     code, out, err = run("job", *words, *(["--json"] if json_ else []))
     assert all(c.isprintable() or c in "\n\t" for c in out + err), out + err
     assert code == 0, err
@@ -280,9 +245,7 @@ def test_grid_open_shows_an_address_that_works_once(
     assert len(opened) == 2
 
 
-def test_why_tells_of_each_reason_once_and_how_to_bring_it_home(
-    manager: type[FakeClient], run: Run
-) -> None:
+def test_why_tells_of_each_reason_once_and_how_to_bring_it_home(manager: type[FakeClient], run: Run) -> None:
     def failure(task: int, fingerprint: str) -> dict[str, Any]:
         where = {"stage": "parse", "task": task, "attempt": 2, "kind": "exception"}
         return {**where, "reason": f"bad {fingerprint}", "fingerprint": fingerprint}
@@ -398,16 +361,12 @@ def test_grid_scale_asks_only_for_what_was_said(manager: type[FakeClient], run: 
 
 
 @pytest.mark.parametrize("arguments", [[], ["--desired", "1", "--auto"]])
-def test_grid_scale_refuses_what_means_nothing(
-    manager: type[FakeClient], run: Run, arguments: list[str]
-) -> None:
+def test_grid_scale_refuses_what_means_nothing(manager: type[FakeClient], run: Run, arguments: list[str]) -> None:
     assert run("grid", "scale", "default", *arguments)[0] == 2
     assert not manager.asked
 
 
-def test_grid_up_with_other_pools_is_refused_while_one_is_up(
-    manager: type[FakeClient], run: Run
-) -> None:
+def test_grid_up_with_other_pools_is_refused_while_one_is_up(manager: type[FakeClient], run: Run) -> None:
     code, _, err = run("grid", "up", "--pool", "big:0-2x4")
     assert code == 2
     assert "grid scale" in err
@@ -428,12 +387,7 @@ def test_ledger_rebuild_says_how_many(manager: type[FakeClient], run: Run) -> No
     ],
 )
 def test_what_goes_with_a_grid_is_said_when_it_goes(
-    manager: type[FakeClient],
-    run: Run,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    named: bool,
-    said: list[str],
+    manager: type[FakeClient], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: bool, said: list[str]
 ) -> None:
     """The bucket of a LocalStack of the grid's own, and all that is in it."""
     home = Home(tmp_path)

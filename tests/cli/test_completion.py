@@ -53,9 +53,7 @@ def test_backends_scenarios_and_examples(complete: Complete) -> None:
     assert complete("batchlab init --example ") == ["claims", "media", "sort", "transform"]
 
 
-def test_jobs_of_a_grid_that_is_down_are_those_of_its_bucket(
-    complete: Complete, tmp_path: Path
-) -> None:
+def test_jobs_of_a_grid_that_is_down_are_those_of_its_bucket(complete: Complete, tmp_path: Path) -> None:
     for age, name in enumerate(["sums-0000000001", "sums-0000000002", "other-0000000003"]):
         folder = tmp_path / "g" / "objects" / "jobs" / name
         folder.mkdir(parents=True)
@@ -131,11 +129,7 @@ def test_each_shell_takes_its_script(shell: str, tmp_path: Path) -> None:
     program.chmod(0o755)
     env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     source = subprocess.run(
-        ["batchlab"],
-        env={**env, "_BATCHLAB_COMPLETE": f"source_{shell}"},
-        capture_output=True,
-        text=True,
-        check=True,
+        ["batchlab"], env={**env, "_BATCHLAB_COMPLETE": f"source_{shell}"}, capture_output=True, text=True, check=True
     ).stdout
     assert f"_BATCHLAB_COMPLETE=complete_{shell}" in source
     if shutil.which(shell) is None:
@@ -143,13 +137,8 @@ def test_each_shell_takes_its_script(shell: str, tmp_path: Path) -> None:
     read = subprocess.run([shell, "-n"], input=source, text=True, capture_output=True)
     assert not read.returncode, read.stderr
     if shell == "bash":
-        ask = (
-            "COMP_WORDS=(batchlab scenario check spot); COMP_CWORD=3; _batchlab_completion batchlab"
-        )
+        ask = "COMP_WORDS=(batchlab scenario check spot); COMP_CWORD=3; _batchlab_completion batchlab"
         told = subprocess.run(
-            ["bash", "-c", f"{source}\n{ask}; echo ${{COMPREPLY[@]}}"],
-            env=env,
-            capture_output=True,
-            text=True,
+            ["bash", "-c", f"{source}\n{ask}; echo ${{COMPREPLY[@]}}"], env=env, capture_output=True, text=True
         )
         assert told.stdout.split() == ["spot-wave"], told.stderr

@@ -153,9 +153,7 @@ def test_what_is_wrong_is_a_sentence(run: Run, folder: Path, options: list[str],
     assert "Traceback" not in err
 
 
-def test_results_that_are_fetched_home_are_in_it_once_their_size_is_known(
-    run: Run, folder: Path
-) -> None:
+def test_results_that_are_fetched_home_are_in_it_once_their_size_is_known(run: Run, folder: Path) -> None:
     home = Home(folder / "grid")
     ask = ("cost", "estimate", folder / "job.yaml", "--seconds", "2", "--json", "--home", home.path)
 
@@ -204,9 +202,7 @@ def test_input_that_does_not_exist_yet_needs_only_a_number(run: Run, folder: Pat
     assert run(*arguments, "--tasks", "total=1")[0] == 2, "nobody says how many come first"
 
 
-def test_an_earlier_run_says_how_long_tasks_take(
-    manager: type[FakeClient], run: Run, folder: Path
-) -> None:
+def test_an_earlier_run_says_how_long_tasks_take(manager: type[FakeClient], run: Run, folder: Path) -> None:
     stages = [{"name": "add", "mean_s": 2.0}, {"name": "total", "mean_s": 4.0}]
     earlier = {**a_job("sums-0123456789"), "stages": stages}
     manager.answers = {"jobs": [{**a_job("other-0123456789")}, earlier]}
@@ -218,9 +214,7 @@ def test_an_earlier_run_says_how_long_tasks_take(
 # --- Bill and burn -------------------------------------------------------------------------------
 
 
-def test_a_bill_of_a_job_in_a_grid_that_is_up(
-    manager: type[FakeClient], run: Run, tmp_path: Path
-) -> None:
+def test_a_bill_of_a_job_in_a_grid_that_is_up(manager: type[FakeClient], run: Run, tmp_path: Path) -> None:
     manager.answers = {"jobs": [a_job("sums-0123456789", "SUCCEEDED")], "job_use": job_use()}
     code, out, _ = run("cost", "bill", "last", "--home", tmp_path / "g", "--json")
     assert code == 0
@@ -228,9 +222,7 @@ def test_a_bill_of_a_job_in_a_grid_that_is_up(
     disk = 50 * 0.08 / 730
     assert lines["compute, pool default"] == pytest.approx((0.1008 + disk) / 3600)  # 2 s, two slots
     assert lines["idle, pool default"] == pytest.approx((0.1008 + disk) * 3599 / 3600)
-    code, out, _ = run(
-        "cost", "bill", "last", "--home", tmp_path / "g", "--instance-type", "c7g.large"
-    )
+    code, out, _ = run("cost", "bill", "last", "--home", tmp_path / "g", "--instance-type", "c7g.large")
     assert code == 0
     assert "c7g.large on-demand" in out
     code, _, err = run("cost", "bill", "last", "--home", tmp_path / "g", "--instance-type", "z.z")
@@ -257,9 +249,7 @@ def test_a_bill_on_a_stack_has_the_data_that_was_counted(
     fetches.note(home, "sums-0123456789", 1024**3)
     used = account(requests={"sqs": 1e6, "sqs_bytes": 20 * 1024**3})
     job: Any = a_job("sums-0123456789", "SUCCEEDED")
-    monkeypatch.setattr(
-        bills, "facts_of", lambda *_: bills.Facts(job, job_use(account=used), "aws")
-    )
+    monkeypatch.setattr(bills, "facts_of", lambda *_: bills.Facts(job, job_use(account=used), "aws"))
 
     async def stored(*_: object) -> int:
         return 0
@@ -289,9 +279,7 @@ def test_a_bill_where_nothing_has_run(run: Run, tmp_path: Path) -> None:
     assert "knows of no jobs" in err
 
 
-def test_status_says_what_it_costs_only_where_that_makes_sense(
-    manager: type[FakeClient], run: Run
-) -> None:
+def test_status_says_what_it_costs_only_where_that_makes_sense(manager: type[FakeClient], run: Run) -> None:
     manager.answers = {"grid": a_grid(), "use": grid_use(max_cost_usd=50.0)}
     _, out, _ = run("grid", "status")
     assert "USD" not in out
@@ -304,9 +292,7 @@ def test_status_says_what_it_costs_only_where_that_makes_sense(
     assert "It costs 0.302 USD an hour now" in out
 
 
-def test_a_job_shows_its_cost_and_that_its_cap_is_reached(
-    manager: type[FakeClient], run: Run
-) -> None:
+def test_a_job_shows_its_cost_and_that_its_cap_is_reached(manager: type[FakeClient], run: Run) -> None:
     manager.answers = {
         "jobs": [a_job("sums-0123456789")],
         "why": "Nothing more is launched for it.",
@@ -322,11 +308,7 @@ def test_a_job_shows_its_cost_and_that_its_cap_is_reached(
 
 
 def test_caps_are_set_and_taken_away(manager: type[FakeClient], run: Run) -> None:
-    manager.answers = {
-        "jobs": [a_job("sums-0123456789")],
-        "cap_job": job_use(),
-        "cap_grid": grid_use(),
-    }
+    manager.answers = {"jobs": [a_job("sums-0123456789")], "cap_job": job_use(), "cap_grid": grid_use()}
     assert run("job", "cap", "last", "2.50USD")[0] == 0
     assert run("job", "cap", "last", "none")[0] == 0
     assert run("grid", "cap", "50 usd", "--json")[0] == 0
@@ -378,12 +360,8 @@ def test_prices_are_shown_and_refreshed(run: Run, tmp_path: Path) -> None:
     assert code == 0
     assert "0.1008" in out
     assert "2026-07-20" in out
-    (tmp_path / "new.csv").write_text(
-        "region,instance_type,linux_on_demand_usd_per_hour\nus-east-1,m7i.large,0.2\n"
-    )
-    code, out, _ = run(
-        "prices", "refresh", "--from", tmp_path / "new.csv", "--date", "2026-10-01", "--home", home
-    )
+    (tmp_path / "new.csv").write_text("region,instance_type,linux_on_demand_usd_per_hour\nus-east-1,m7i.large,0.2\n")
+    code, out, _ = run("prices", "refresh", "--from", tmp_path / "new.csv", "--date", "2026-10-01", "--home", home)
     assert code == 0
     code, out, _ = run("prices", "show", "--home", home, "--json")
     doc = json.loads(out)

@@ -14,9 +14,7 @@ from batchlab.runtime import aws_deployment, factory
 from batchlab.runtime.aws_deployment import AwsDeployment
 from batchlab.runtime.home import Home
 
-KNOWN = AwsDeployment(
-    "grid", "eu-west-1", "bucket", "grid-", "grid-manager", "arn:aws:secretsmanager:::s", ()
-)
+KNOWN = AwsDeployment("grid", "eu-west-1", "bucket", "grid-", "grid-manager", "arn:aws:secretsmanager:::s", ())
 
 
 @pytest.fixture
@@ -46,10 +44,7 @@ def test_before_there_is_a_stack_all_that_is_missing_is_told(tmp_path: Path) -> 
 def test_without_credentials_a_known_stack_is_not_asked_for(tmp_path: Path) -> None:
     home = Home(tmp_path)
     aws_deployment.write(home, KNOWN)
-    assert [one.about for one in stack_findings(home, factory.load("aws"))] == [
-        "account",
-        "session",
-    ]
+    assert [one.about for one in stack_findings(home, factory.load("aws"))] == ["account", "session"]
 
 
 @pytest.mark.usefixtures("nobody")

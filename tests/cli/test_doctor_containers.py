@@ -56,9 +56,7 @@ def examined(
     return {one.about: one for one in found}
 
 
-def test_nothing_is_wrong_where_all_is_well(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_nothing_is_wrong_where_all_is_well(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(doctor, "FAIL_BELOW_BYTES", 0)
     found = examined(monkeypatch, tmp_path)
     assert {one.level for one in found.values()} == {Level.OK}
@@ -92,18 +90,14 @@ def test_what_is_wrong_is_named_with_a_remedy(
     assert one.remedy
 
 
-def test_a_token_is_enough_for_a_newer_image(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_token_is_enough_for_a_newer_image(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     env = {"BATCHLAB_LOCALSTACK_IMAGE": "localstack/localstack:5.1", "LOCALSTACK_AUTH_TOKEN": "x"}
     one = examined(monkeypatch, tmp_path, env=env)["token"]
     assert one.level is Level.OK
     assert "x" not in one.text.split()
 
 
-def test_an_image_that_is_not_here_and_a_full_disk_are_told(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_an_image_that_is_not_here_and_a_full_disk_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(doctor, "FAIL_BELOW_BYTES", 2**80)
     found = examined(monkeypatch, tmp_path, broken={"image": "No such image"})
     assert found["image"].level is Level.WARN
@@ -112,10 +106,7 @@ def test_an_image_that_is_not_here_and_a_full_disk_are_told(
 
 
 def test_what_was_left_behind_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    labels = {
-        compose_project.LABEL: "batchlab-1",
-        compose_project.HOME_LABEL: str(tmp_path / "gone"),
-    }
+    labels = {compose_project.LABEL: "batchlab-1", compose_project.HOME_LABEL: str(tmp_path / "gone")}
     volume = Found("volume", "1", "postgres", labels)
     one = examined(monkeypatch, tmp_path, left=[volume])["orphans"]
     assert one.level is Level.WARN

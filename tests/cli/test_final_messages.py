@@ -222,9 +222,7 @@ def test_the_doctor_finds_what_is_wrong(tmp_path: Path, monkeypatch: pytest.Monk
     assert found["folder"] == found["port"] == found["clock"] == {Level.FAIL}
 
 
-def test_the_doctor_tells_of_a_manager_that_does_not_answer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_doctor_tells_of_a_manager_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record = ManagerRecord("http://127.0.0.1:9", 1, "m", "local")
     monkeypatch.setattr(Home, "record", lambda _: record)
     assert levels(Home(tmp_path))["manager"] == {Level.FAIL}

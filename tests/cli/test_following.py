@@ -111,9 +111,7 @@ def test_of_one_task_or_of_failed_ones_only() -> None:
     assert manager.asked[0][1]["since_s"] == 60.0
 
 
-def test_a_manager_that_does_not_wait_is_not_asked_without_end(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_manager_that_does_not_wait_is_not_asked_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(job_logs, "GAP_S", 0.05)
     began_s = time.monotonic()
     followed(Manager({}, {}, {}, {"ended": True}))

@@ -92,13 +92,8 @@ def test_a_format_that_there_is_not_is_refused_before_anything_starts(
     assert (code, err.splitlines()[0]) == (2, "Error: --log-format is 'xml', which is no format.")
 
 
-def test_only_a_manager_of_this_machine_takes_a_port(
-    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_only_a_manager_of_this_machine_takes_a_port(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(Home, "record", lambda self: None)
     home = str(tmp_path / "home")
     code, _, err = run("grid", "up", "--backend", "localstack", "--port", "8080", "--home", home)
-    assert (code, err.splitlines()[0]) == (
-        2,
-        "Error: On localstack the manager has a port of its own.",
-    )
+    assert (code, err.splitlines()[0]) == (2, "Error: On localstack the manager has a port of its own.")

@@ -19,9 +19,7 @@ def test_a_replays_limit_is_a_duration_or_a_number_of_seconds(
     run: Run, monkeypatch: pytest.MonkeyPatch, text: str, limit_s: float
 ) -> None:
     found: list[ReplayRequest] = []
-    monkeypatch.setattr(
-        "batchlab.cli.scenario_replay.run", lambda request, **_: found.append(request)
-    )
+    monkeypatch.setattr("batchlab.cli.scenario_replay.run", lambda request, **_: found.append(request))
     assert run("scenario", "replay", "claims-month-end", "--limit", text)[0] == 0
     assert [one.limit_s for one in found] == [limit_s]
 
@@ -31,13 +29,8 @@ def test_the_notice_and_the_drain_of_an_auto_scaling_endpoint_are_durations(
 ) -> None:
     noticed: list[Any] = []
     served: list[AsgSettings] = []
-    monkeypatch.setattr(
-        "batchlab.server.autoscaling_api.metadata.give", lambda *given, **_: noticed.append(given)
-    )
-    monkeypatch.setattr(
-        "batchlab.server.autoscaling_api.engine_loop.asg_main",
-        lambda given, _: served.append(given),
-    )
+    monkeypatch.setattr("batchlab.server.autoscaling_api.metadata.give", lambda *given, **_: noticed.append(given))
+    monkeypatch.setattr("batchlab.server.autoscaling_api.engine_loop.asg_main", lambda given, _: served.append(given))
     interrupt = ("asg", "interrupt", "i-1", "--endpoint", "http://here")
     serve = ("asg", "serve", "--templates", tmp_path / "templates.toml")
     for more in ((), ("--notice", "1m30s"), ("--notice", 30)):
@@ -90,11 +83,7 @@ def test_what_is_no_duration_is_refused_with_how_to_write_one(
             "--workers is a whole number from 1 on, not two.",
             "Write for example --workers 1.",
         ),
-        (
-            ("job", "list", "--limit", "-5"),
-            "--limit is a number from 1 on, not -5.",
-            "Write for example --limit 20.",
-        ),
+        (("job", "list", "--limit", "-5"), "--limit is a number from 1 on, not -5.", "Write for example --limit 20."),
         (
             ("cost", "estimate", "job.yaml", "--spot", "120"),
             "--spot is a number from 0 to 100, not 120.",
@@ -110,11 +99,7 @@ def test_what_is_no_duration_is_refused_with_how_to_write_one(
             "--seed is a whole number, not 1.5.",
             "Write for example --seed 1.",
         ),
-        (
-            ("sim", "replay", "many"),
-            "SEED is a whole number from 0 on, not many.",
-            "Write for example 1.",
-        ),
+        (("sim", "replay", "many"), "SEED is a whole number from 0 on, not many.", "Write for example 1."),
     ],
 )
 def test_a_number_that_cannot_be_is_refused_in_a_sentence(

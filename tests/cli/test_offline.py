@@ -73,9 +73,7 @@ def test_version(run: Run) -> None:
 
 OF_EXTRAS = frozenset(module for modules in installation.MODULES.values() for module in modules)
 HEAVY = frozenset(
-    REQUIRED_MODULES - {"typer"}
-    | OF_EXTRAS
-    | {"asyncio", "opentelemetry", "ssl", "http.client", "socket"}
+    REQUIRED_MODULES - {"typer"} | OF_EXTRAS | {"asyncio", "opentelemetry", "ssl", "http.client", "socket"}
 )
 """What no command pays for that does not use it; the help, and what starts for each instance."""
 
@@ -86,16 +84,7 @@ def test_help_and_services_import_nothing_heavy(arguments: list[str]) -> None:
     imported = imported_by(*arguments)
     if arguments == ["--help"]:
         ours = {name for name in imported if name.startswith("batchlab.")}
-        names = (
-            "cli",
-            "cli.app",
-            "cli.output",
-            "cli.signals",
-            "cli.startup",
-            "core",
-            "core.errors",
-            "core.text",
-        )
+        names = ("cli", "cli.app", "cli.output", "cli.signals", "cli.startup", "core", "core.errors", "core.text")
         assert ours == {f"batchlab.{name}" for name in names}
         assert imported.isdisjoint(HEAVY), imported & HEAVY
     else:
@@ -123,13 +112,7 @@ def test_a_worker_imports_nothing_of_the_manager_and_nothing_of_the_job_file() -
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     imported = set(told.stdout.split())
     assert "batchlab.worker.loop" in imported
-    others = (
-        "batchlab.manager.",
-        "batchlab.server.http",
-        "batchlab.jobs",
-        "batchlab.reports",
-        "pydantic",
-    )
+    others = ("batchlab.manager.", "batchlab.server.http", "batchlab.jobs", "batchlab.reports", "pydantic")
     of_others = {name for name in imported if name.startswith(others)}
     assert of_others == {"batchlab.manager.state"}
 
@@ -174,9 +157,7 @@ def test_what_every_installation_has_is_what_it_asks_for() -> None:
     homes = metadata.packages_distributions()
     asked = {canonicalize_name(Requirement(one).name) for one in metadata.requires("batchlab") or ()
              if "extra ==" not in one}  # fmt: skip
-    given = {
-        canonicalize_name(name) for module in REQUIRED_MODULES for name in homes.get(module, ())
-    }
+    given = {canonicalize_name(name) for module in REQUIRED_MODULES for name in homes.get(module, ())}
     assert asked == given
 
 
@@ -198,12 +179,9 @@ def test_wrong_usage_exits_with_two(run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "meant"),
-    [("submit", "'job submit'"), ("check", "'job check' or 'scenario check'"), ("rum", "'run'")],
+    ("given", "meant"), [("submit", "'job submit'"), ("check", "'job check' or 'scenario check'"), ("rum", "'run'")]
 )
-def test_a_command_that_is_not_there_names_the_one_that_is(
-    run: Run, given: str, meant: str
-) -> None:
+def test_a_command_that_is_not_there_names_the_one_that_is(run: Run, given: str, meant: str) -> None:
     code, _, err = run(given)
     assert code == 2
     assert f"No such command '{given}'. Did you mean {meant}?" in err
@@ -219,9 +197,7 @@ def test_a_folder_in_place_of_its_job_file_names_the_file(run: Run, tmp_path: Pa
     assert "Did you mean" not in run("job", "check", tmp_path)[2]
 
 
-def test_results_that_find_no_folder_are_refused_before_the_job_runs(
-    run: Run, tmp_path: Path
-) -> None:
+def test_results_that_find_no_folder_are_refused_before_the_job_runs(run: Run, tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("")
     demo.write(tmp_path, demo.starter_files())
     for backend in ("local", "sim"):
@@ -234,9 +210,7 @@ def test_results_that_find_no_folder_are_refused_before_the_job_runs(
 
 def test_every_mistake_of_a_job_file_is_told_with_its_line(run: Run, tmp_path: Path) -> None:
     file = tmp_path / "job.yaml"
-    file.write_text(
-        "name: x\ninput: {files: nothing-*.csv}\nstages:\n  - name: a\n    pythn: b:c\n"
-    )
+    file.write_text("name: x\ninput: {files: nothing-*.csv}\nstages:\n  - name: a\n    pythn: b:c\n")
     code, out, err = run("job", "check", file)
     assert (code, out) == (2, "")
     told = [line for line in err.splitlines() if line.startswith(f"{file}:")]
@@ -244,9 +218,7 @@ def test_every_mistake_of_a_job_file_is_told_with_its_line(run: Run, tmp_path: P
     assert any(line.startswith(f"{file}:5: ") for line in told)
 
 
-def test_complaints_keep_a_jobs_own_control_characters_off_the_terminal(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_complaints_keep_a_jobs_own_control_characters_off_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     output.complain(Refused("bad \x1b[31mred\x07\nline", remedy="\x9b2J"))
     err = capsys.readouterr().err
     assert not set(err) & {"\x1b", "\x07", "\x9b"}
@@ -310,9 +282,7 @@ def test_init_of_the_media_job_makes_a_video(run: Run, tmp_path: Path, ffmpeg: N
     assert (tmp_path / "m/data/test.mp4").stat().st_size > 10_000
 
 
-def test_init_of_what_cannot_run_here_writes_nothing(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_init_of_what_cannot_run_here_writes_nothing(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     code, _, err = run("init", tmp_path / "m", "--example", "media")
     assert code == 2

@@ -79,12 +79,7 @@ def test_no_text_of_a_job_reaches_the_terminal_as_it_is(run: Run, made: str) -> 
     ],
 )
 def test_mistakes_are_said_in_a_sentence(
-    arguments: tuple[str, ...],
-    said: str,
-    run: Run,
-    made: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[str, ...], said: str, run: Run, made: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("BATCHLAB_HOME", raising=False)
@@ -105,9 +100,7 @@ def test_mistakes_are_said_in_a_sentence(
         ("job", "replay-task", "sums-0123456789", "add/0"),
     ],
 )
-def test_a_bucket_that_went_with_its_grid_is_not_waited_for(
-    command: tuple[str, ...], run: Run, tmp_path: Path
-) -> None:
+def test_a_bucket_that_went_with_its_grid_is_not_waited_for(command: tuple[str, ...], run: Run, tmp_path: Path) -> None:
     home = Home(tmp_path)
     home.of("ministack").mkdir()
     # Nothing listens there; what did has ended with the grid.
@@ -135,9 +128,7 @@ def test_a_folder_that_is_no_run_is_not_written_over(
     assert (mine / "thesis.txt").exists()
 
 
-def test_a_replays_record_stands_for_all_of_its_jobs(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_replays_record_stands_for_all_of_its_jobs(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     runs = [write_run(tmp_path / name, Made(job=name, tasks=4)).name for name in ("a", "b")]
     fact = a_record(*(replayed(n, id=name) for n, name in enumerate(runs)))
@@ -158,9 +149,7 @@ def test_a_damaged_folder_is_told(run: Run, made: str, tmp_path: Path) -> None:
     assert "cannot be read" in err
 
 
-def test_a_report_that_could_not_be_written_is_told_with_its_job(
-    run: Run, manager: type[FakeClient]
-) -> None:
+def test_a_report_that_could_not_be_written_is_told_with_its_job(run: Run, manager: type[FakeClient]) -> None:
     job = a_job("sums-0123456789", "SUCCEEDED", report="the disk is full")
     manager.answers = {"job": job, "why": "it has ended", "eta": {"text": "it has ended"}}
     code, out, _ = run("job", "show", "sums-0123456789")

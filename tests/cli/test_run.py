@@ -213,9 +213,7 @@ def test_a_manager_that_dies_is_replaced_and_the_question_asked_again(
     assert all(one["parent"] for one in made.options), "each must end with the command"
 
 
-def test_managers_that_keep_dying_are_given_up_with_exit_code_three(
-    managers: Callable[[list[int]], Managers],
-) -> None:
+def test_managers_that_keep_dying_are_given_up_with_exit_code_three(managers: Callable[[list[int]], Managers]) -> None:
     made = managers([1] * 10)
     grid = Session(made.home, factory.load("local"))
     with grid:
@@ -228,9 +226,7 @@ def test_managers_that_keep_dying_are_given_up_with_exit_code_three(
     assert error.value.exit_code == 3
 
 
-def test_the_next_manager_of_a_standing_grid_stays_up_too(
-    managers: Callable[[list[int]], Managers],
-) -> None:
+def test_the_next_manager_of_a_standing_grid_stays_up_too(managers: Callable[[list[int]], Managers]) -> None:
     made = managers([1, 2])
     made.started = 1
     with Session(made.home, factory.load("local"), [Pool("big", 0, 9, 9)]) as grid:
@@ -243,9 +239,7 @@ def test_the_next_manager_of_a_standing_grid_stays_up_too(
     assert options["pools"] == [Pool("default", 0, 4, 2)], "the job's pools are not the grid's"
 
 
-def test_containers_that_stand_without_a_manager_are_not_taken_down(
-    managers: Callable[[list[int]], Managers],
-) -> None:
+def test_containers_that_stand_without_a_manager_are_not_taken_down(managers: Callable[[list[int]], Managers]) -> None:
     """Everybody's objects are in their LocalStack."""
     made = managers([2, 2])
     made.backend = "localstack"
@@ -284,9 +278,7 @@ def test_a_manager_that_another_command_started_meanwhile_is_left_to_that(
     assert made.stopped == 0
 
 
-def test_a_manager_that_docker_starts_again_is_waited_for(
-    managers: Callable[[list[int]], Managers],
-) -> None:
+def test_a_manager_that_docker_starts_again_is_waited_for(managers: Callable[[list[int]], Managers]) -> None:
     """A command that did not start the grid does not start its manager either."""
     made = managers([1, 1])
     made.started = 1
@@ -323,9 +315,7 @@ def test_a_grid_that_was_up_is_left_up(managers: Callable[[list[int]], Managers]
     assert (made.started, made.stopped) == (1, 0)
 
 
-def test_a_manager_that_does_not_lead_yet_is_waited_for(
-    managers: Callable[[list[int]], Managers],
-) -> None:
+def test_a_manager_that_does_not_lead_yet_is_waited_for(managers: Callable[[list[int]], Managers]) -> None:
     made = managers([5])
     refusals = iter([BackendError("It does not lead."), BackendError("It does not lead.")])
 
@@ -345,10 +335,7 @@ def test_another_backends_grid_is_not_taken(
     made = managers([5])
     record = ManagerRecord("http://1", 1, "m", "ministack")
     monkeypatch.setattr(Home, "record", lambda _: record)
-    with (
-        pytest.raises(UsageError, match="--backend ministack"),
-        Session(made.home, factory.load("local")) as grid,
-    ):
+    with pytest.raises(UsageError, match="--backend ministack"), Session(made.home, factory.load("local")) as grid:
         grid.start()
     assert made.stopped == 0
 
@@ -356,9 +343,7 @@ def test_another_backends_grid_is_not_taken(
 # --- Progress ------------------------------------------------------------------------------------
 
 
-def test_plain_progress_has_no_control_codes_and_says_only_what_is_new(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_plain_progress_has_no_control_codes_and_says_only_what_is_new(capsys: pytest.CaptureFixture[str]) -> None:
     """Pain 13 and CI logs: a line has to read well without a terminal."""
     grid = cast("GridView", a_grid())
     with progress.JobDisplay(is_live=False, every_s=60) as lines:
@@ -371,9 +356,7 @@ def test_plain_progress_has_no_control_codes_and_says_only_what_is_new(
     assert told[0].endswith("sums-0123456789 RUNNING: parse 5/10 (1 failed); 1/1 workers")
 
 
-def test_plain_progress_is_told_again_after_a_while_if_there_is_news(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_plain_progress_is_told_again_after_a_while_if_there_is_news(capsys: pytest.CaptureFixture[str]) -> None:
     with progress.JobDisplay(is_live=False, every_s=0) as lines:
         job = view()
         lines.show(job, None)

@@ -29,9 +29,7 @@ def test_the_shipped_ones_are_listed_with_what_they_teach(run: Run) -> None:
     assert [one["name"] for one in json.loads(out)] == loader.names()
 
 
-def test_a_check_tells_the_prose_draws_the_peak_and_names_the_faults(
-    run: Run, tmp_path: Path
-) -> None:
+def test_a_check_tells_the_prose_draws_the_peak_and_names_the_faults(run: Run, tmp_path: Path) -> None:
     file = tmp_path / "s.yaml"
     file.write_text(FULL)
     code, out, err = run("scenario", "check", str(file))
@@ -69,9 +67,7 @@ def test_mistakes_are_told_with_file_and_line_and_nothing_else(run: Run, tmp_pat
 def test_odd_records_are_counted_by_kind(run: Run, tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("at\n0\nx\ny\n\n5\n")
     file = tmp_path / "s.yaml"
-    file.write_text(
-        changed("poisson: {per_hour: 60, until: 1h}", "trace: {file: t.csv, columns: {at: at}}")
-    )
+    file.write_text(changed("poisson: {per_hour: 60, until: 1h}", "trace: {file: t.csv, columns: {at: at}}"))
     code, _, err = run("scenario", "check", str(file))
     assert code == 0
     assert "3 odd records in traces:" in err
@@ -83,9 +79,7 @@ def test_odd_records_are_counted_by_kind(run: Run, tmp_path: Path) -> None:
 def test_of_a_trace_it_is_told_what_is_used_and_what_time_it_was(run: Run, tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("at\n2026-10-30 18:05:00\nsoon\n2026-10-30 18:30:00\n")
     file = tmp_path / "s.yaml"
-    file.write_text(
-        changed("poisson: {per_hour: 60, until: 1h}", "trace: {file: t.csv, columns: {at: at}}")
-    )
+    file.write_text(changed("poisson: {per_hour: 60, until: 1h}", "trace: {file: t.csv, columns: {at: at}}"))
     _, out, _ = run("scenario", "check", str(file))
     told = "2 of 3 records can be used; the scenario begins at 2026-10-30T18:05:00 of its clock"
     assert f"Trace t.csv: {told}\n" in out
@@ -113,9 +107,7 @@ def test_a_scenario_and_a_job_file_are_not_taken_for_each_other(run: Run, tmp_pa
 def test_a_trace_without_a_usable_record_is_refused(run: Run, tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("at\nx\n")
     file = tmp_path / "s.yaml"
-    file.write_text(
-        changed("poisson: {per_hour: 60, until: 1h}", "trace: {file: t.csv, columns: {at: at}}")
-    )
+    file.write_text(changed("poisson: {per_hour: 60, until: 1h}", "trace: {file: t.csv, columns: {at: at}}"))
     code, _, err = run("scenario", "check", str(file))
     assert code == 2
     assert "None of the 1 records" in err
@@ -130,9 +122,7 @@ def test_a_trace_without_a_usable_record_is_refused(run: Run, tmp_path: Path) ->
         ("at: 10m, until: 20m", "at: 9d, until: 10d", "The prewarm of 'default' at 9 days comes"),
     ],
 )
-def test_what_a_run_would_not_show_is_asked_about(
-    run: Run, tmp_path: Path, old: str, new: str, doubt: str
-) -> None:
+def test_what_a_run_would_not_show_is_asked_about(run: Run, tmp_path: Path, old: str, new: str, doubt: str) -> None:
     file = tmp_path / "s.yaml"
     text = changed(old, new).replace("expect: {late: 0, cost: 2 USD, ", "expect: {late: 0, ")
     file.write_text(text)

@@ -93,9 +93,7 @@ def refused(run: Run, folder: Path, *options: str) -> str:
 # --- Adding --------------------------------------------------------------------------------------
 
 
-def test_a_job_file_is_uploaded_and_described(
-    manager: type[FakeClient], run: Run, folder: Path
-) -> None:
+def test_a_job_file_is_uploaded_and_described(manager: type[FakeClient], run: Run, folder: Path) -> None:
     schedule, job = added(
         manager,
         run,
@@ -143,9 +141,7 @@ def test_a_job_file_is_uploaded_and_described(
     assert added(manager, run, folder, "--cron", "30 2 * * *", "--name", "nightly")[1].id == job.id
 
 
-def test_a_span_may_be_a_number_of_seconds(
-    manager: type[FakeClient], run: Run, folder: Path
-) -> None:
+def test_a_span_may_be_a_number_of_seconds(manager: type[FakeClient], run: Run, folder: Path) -> None:
     """As the sentence says that refuses what is none."""
     when = ("--cron", "30 2 * * *", "--prewarm", "600", "--missed-within", "90.5")
     schedule, _ = added(manager, run, folder, *when)
@@ -243,9 +239,7 @@ def test_the_list_says_what_is_next_and_what_was_last(manager: type[FakeClient],
     assert "batchlab schedule add FILE" in run("schedule", "list")[2]
 
 
-def test_a_schedule_shows_its_runs_and_why_one_was_skipped(
-    manager: type[FakeClient], run: Run
-) -> None:
+def test_a_schedule_shows_its_runs_and_why_one_was_skipped(manager: type[FakeClient], run: Run) -> None:
     why = "the run of \x1b[31mtoday had not ended"
     runs = [a_run(state="skipped", result="", reason=why, job=None, started_s=None), a_run()]
     manager.answers = {"schedule": a_schedule(runs=runs)}
@@ -262,9 +256,7 @@ def test_a_schedule_shows_its_runs_and_why_one_was_skipped(
     assert shown["changed"] == ""
 
 
-def test_a_job_file_that_has_changed_since_is_told_of(
-    manager: type[FakeClient], run: Run, folder: Path
-) -> None:
+def test_a_job_file_that_has_changed_since_is_told_of(manager: type[FakeClient], run: Run, folder: Path) -> None:
     said, _ = added(manager, run, folder, "--cron", "30 2 * * *")
     view: Any = a_schedule(source=said["source"], source_digest=said["source_digest"])
     assert schedule_upload.since(view) == ""
@@ -294,9 +286,7 @@ def test_due_times_are_listed_in_the_zone_and_in_utc(manager: type[FakeClient], 
 
 
 @pytest.mark.parametrize("verb", ["pause", "resume", "remove"])
-def test_verbs_of_schedules_go_to_the_manager(
-    manager: type[FakeClient], run: Run, verb: str
-) -> None:
+def test_verbs_of_schedules_go_to_the_manager(manager: type[FakeClient], run: Run, verb: str) -> None:
     runs = [a_run(state="running", result="")]
     manager.answers = {f"{verb}_schedule": a_schedule(state="paused", runs=runs)}
     code, out, err = run("schedule", verb, "nightly")
@@ -306,9 +296,7 @@ def test_verbs_of_schedules_go_to_the_manager(
     assert manager.asked[-1] == (f"{verb}_schedule", ("nightly",), {})
 
 
-def test_run_prints_the_job_and_asks_with_a_token_of_its_own(
-    manager: type[FakeClient], run: Run
-) -> None:
+def test_run_prints_the_job_and_asks_with_a_token_of_its_own(manager: type[FakeClient], run: Run) -> None:
     manager.answers = {"run_schedule": a_run(by_hand=True)}
     assert run("schedule", "run", "nightly")[:2] == (0, "j-0123456789\n")
     assert run("schedule", "run", "nightly")[0] == 0
@@ -330,9 +318,7 @@ def test_run_prints_the_job_and_asks_with_a_token_of_its_own(
         Refused("There is a schedule 'x' already.", remedy="Say --replace to change it."),
     ],
 )
-def test_what_the_manager_declines_is_a_sentence(
-    manager: type[FakeClient], run: Run, error: Exception
-) -> None:
+def test_what_the_manager_declines_is_a_sentence(manager: type[FakeClient], run: Run, error: Exception) -> None:
     manager.answers = {"pause_schedule": error}
     code, out, err = run("schedule", "pause", "x")
     assert (code, out) == (2, "")

@@ -73,10 +73,7 @@ def test_other_errors_of_finalizers_are_told_as_ever(capsys: pytest.CaptureFixtu
 
 @pytest.mark.parametrize("place", ["", "    "], ids=["import", "task"])
 def test_ctrl_c_ends_a_simulated_run_whatever_it_hits(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    place: str,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], place: str
 ) -> None:
     """The command waits for a task process at that moment. What that process raises is a failure
     of its task, and ends no command."""

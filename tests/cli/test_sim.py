@@ -64,18 +64,7 @@ def rows(text: str) -> dict[str, list[str]]:
 def test_a_campaign_shows_what_happened_and_how_often(run: Run, tmp_path: Path) -> None:
     file = tmp_path / "report.md"
     code, out, err = run(
-        "sim",
-        "fuzz",
-        "--seeds",
-        3,
-        "--from",
-        5,
-        "--weather",
-        "crashes",
-        "--jobs",
-        2,
-        "--report",
-        file,
+        "sim", "fuzz", "--seeds", 3, "--from", 5, "--weather", "crashes", "--jobs", 2, "--report", file
     )
     assert code == 0
     assert "Traceback" not in err  # how far it is, where it takes long
@@ -101,9 +90,7 @@ def test_json_says_the_same(run: Run) -> None:
 
 
 @pytest.mark.usefixtures("failing")
-def test_failures_come_with_the_promise_the_fewest_faults_and_the_command(
-    run: Run, tmp_path: Path
-) -> None:
+def test_failures_come_with_the_promise_the_fewest_faults_and_the_command(run: Run, tmp_path: Path) -> None:
     file = tmp_path / "report.md"
     code, out, _ = run("sim", "fuzz", "--seeds", 7, "--weather", "storm", "--report", file)
     assert code == 1
@@ -154,9 +141,7 @@ def test_it_stops_after_so_many_failures(run: Run) -> None:
     assert "2 seeds broke a promise. It stopped there. 995 seeds were not tried." in out
 
 
-def test_an_interrupted_campaign_tells_what_it_knows(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_campaign_tells_what_it_knows(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def campaign(seeds: Iterable[int], weather: str, jobs: int) -> Generator[Tried, None, None]:
         yield Tried(0, (LOST,), None, None)
         raise Stopped(130)
@@ -171,25 +156,17 @@ def test_an_interrupted_campaign_tells_what_it_knows(
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (
-            ("fuzz", "--weather", "fog"),
-            "The weather 'fog' does not exist.\n  Name one of accounts, all,",
-        ),
+        (("fuzz", "--weather", "fog"), "The weather 'fog' does not exist.\n  Name one of accounts, all,"),
         (("fuzz", "--report", "/nowhere/a.md"), "/nowhere/a.md cannot be written"),
         (("fuzz", "--seeds", "0"), "--seeds"),
         (("replay", "7", "--weather", "fog"), "The weather 'fog' does not exist."),
         (("replay", "7", "--log", "/nowhere/a.log"), "/nowhere/a.log cannot be written"),
-        (
-            ("replay", "7", "--only", "manager:3:spilled"),
-            "The kind of fault 'spilled' does not exist.",
-        ),
+        (("replay", "7", "--only", "manager:3:spilled"), "The kind of fault 'spilled' does not exist."),
         (("replay", "7", "--only", "manager"), "'manager' is not a fault"),
         (("replay", "seven"), "SEED"),
     ],
 )
-def test_a_wrong_command_line_is_refused_before_anything_runs(
-    run: Run, arguments: Sequence[str], told: str
-) -> None:
+def test_a_wrong_command_line_is_refused_before_anything_runs(run: Run, arguments: Sequence[str], told: str) -> None:
     code, out, err = run("sim", *arguments)
     assert (code, out) == (2, "")
     assert told in err
@@ -232,9 +209,7 @@ def test_a_broken_promise_is_shown_with_the_end_of_the_log(
     assert file.read_text().splitlines()[-20:] == log[1:]
 
 
-def test_an_error_nobody_foresaw_is_shown_with_its_place(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_nobody_foresaw_is_shown_with_its_place(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     async def broken(world: World, jobs: Sequence[JobId]) -> None:
         raise KeyError("oh")
 

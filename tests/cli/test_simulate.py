@@ -40,9 +40,7 @@ def peak(folder: Path, makespan: str = "2m") -> Path:
     return path
 
 
-def test_a_scenario_that_holds_is_green_and_leaves_its_record_and_log(
-    run: Run, tmp_path: Path
-) -> None:
+def test_a_scenario_that_holds_is_green_and_leaves_its_record_and_log(run: Run, tmp_path: Path) -> None:
     out, log = tmp_path / "peak.json", tmp_path / "peak.log"
     code, said, told = run("scenario", "simulate", peak(tmp_path), "--out", out, "--log", log)
     assert code == 0, told
@@ -96,22 +94,13 @@ def test_a_program_is_told_the_same(run: Run, tmp_path: Path) -> None:
 def test_another_backends_numbers_are_refused(run: Run, tmp_path: Path) -> None:
     write(Calibration("local", bundle_s=1.0), tmp_path / "numbers.json")
     for what in (("simulate",), ("plan", "--deadline", "1h")):
-        code, _, told = run(
-            "scenario",
-            what[0],
-            peak(tmp_path),
-            *what[1:],
-            "--calibration",
-            tmp_path / "numbers.json",
-        )
+        code, _, told = run("scenario", what[0], peak(tmp_path), *what[1:], "--calibration", tmp_path / "numbers.json")
         assert code == 2
         assert "was measured on local, and the forecast is to be as on aws" in told
         assert "--like local" in told
 
 
-def test_a_place_that_cannot_be_written_is_told_before_anything_runs(
-    run: Run, tmp_path: Path
-) -> None:
+def test_a_place_that_cannot_be_written_is_told_before_anything_runs(run: Run, tmp_path: Path) -> None:
     code, _, told = run("scenario", "simulate", peak(tmp_path), "--out", tmp_path / "no" / "x")
     assert code != 0
     assert "cannot be written" in told
@@ -143,9 +132,7 @@ def test_an_interrupted_forecast_ends_at_once_in_a_sentence(tmp_path: Path) -> N
     assert "Traceback" not in rest
 
 
-def test_how_long_many_tasks_take_is_told_before(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_how_long_many_tasks_take_is_told_before(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, _, told = run("scenario", "simulate", peak(tmp_path))
     assert "to simulate" not in told
     monkeypatch.setattr("batchlab.cli.scenario_simulate.MANY_TASKS", 8)
@@ -153,17 +140,13 @@ def test_how_long_many_tasks_take_is_told_before(
     assert "8 tasks take up to about 16 ms to simulate; Ctrl-C ends it." in told
 
 
-def test_who_replays_a_night_in_real_time_is_told_so_before(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_who_replays_a_night_in_real_time_is_told_so_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = peak(tmp_path)
     scenario_replay._note_duration(loader.load(path), None)
     assert capsys.readouterr().err == ""
     path.write_text(path.read_text().replace("[0s, 30s]", "[0s, 9h]"))
     scenario_replay._note_duration(loader.load(path), None)
-    assert "peak runs in real time, for at least 9 h 00 min; --compress 100" in (
-        capsys.readouterr().err
-    )
+    assert "peak runs in real time, for at least 9 h 00 min; --compress 100" in (capsys.readouterr().err)
 
 
 def test_who_replays_with_a_fleet_too_large_for_one_machine_is_told_so_before(

@@ -68,15 +68,7 @@ class FakeGrid:
     def run(self, doing: Coroutine[Any, Any, Any]) -> None:
         asyncio.run(doing)
 
-    def send(
-        self,
-        draft: JobDef,
-        pickled: bytes,
-        chunks: Any,
-        accepted: Callable[[], None],
-        *,
-        wait_s: float,
-    ) -> Any:
+    def send(self, draft: JobDef, pickled: bytes, chunks: Any, accepted: Callable[[], None], *, wait_s: float) -> Any:
         assert self.go.wait(WAIT_S)
         if self.problem:
             raise self.problem
@@ -131,9 +123,7 @@ def test_a_batch_that_was_accepted_is_watched_whatever_comes_after(
     assert future.result(WAIT_S) == 7
 
 
-def test_results_come_once_however_often_they_are_listed(
-    grid: FakeGrid, dispatch: Dispatch
-) -> None:
+def test_results_come_once_however_often_they_are_listed(grid: FakeGrid, dispatch: Dispatch) -> None:
     calls = [Call(CallFuture(), abs, (i,), {}) for i in range(3)]
     dispatch.submit_all(calls, bundle=None)
     grid.wait_for_job()
@@ -157,9 +147,7 @@ def test_calls_gather_while_others_are_on_their_way(grid: FakeGrid, dispatch: Di
     assert grid.sent == [("job-0", 1), ("job-1", 50)]
 
 
-def test_a_job_that_is_refused_fails_its_calls_and_no_others(
-    grid: FakeGrid, dispatch: Dispatch
-) -> None:
+def test_a_job_that_is_refused_fails_its_calls_and_no_others(grid: FakeGrid, dispatch: Dispatch) -> None:
     grid.problem = UsageError("No.", remedy="Yes.")
     with pytest.raises(JobFailed, match="The call is lost: No"):
         submit(dispatch).result(WAIT_S)
@@ -170,9 +158,7 @@ def test_a_job_that_is_refused_fails_its_calls_and_no_others(
     assert call.result(WAIT_S) == 5
 
 
-def test_a_manager_that_does_not_answer_breaks_the_executor(
-    grid: FakeGrid, dispatch: Dispatch
-) -> None:
+def test_a_manager_that_does_not_answer_breaks_the_executor(grid: FakeGrid, dispatch: Dispatch) -> None:
     call = submit(dispatch)
     grid.wait_for_job()
     dispatch.lost(JOB, Unreachable("It does not answer."))
@@ -196,9 +182,7 @@ def test_what_has_not_been_sent_is_broken_too(grid: FakeGrid, dispatch: Dispatch
     assert second.cancelled()
 
 
-def test_whatever_goes_wrong_while_sending_ends_the_calls(
-    grid: FakeGrid, dispatch: Dispatch
-) -> None:
+def test_whatever_goes_wrong_while_sending_ends_the_calls(grid: FakeGrid, dispatch: Dispatch) -> None:
     grid.problem = MemoryError("none left")
     with pytest.raises(JobFailed, match="none left"):
         submit(dispatch).result(WAIT_S)
@@ -233,9 +217,7 @@ def test_a_job_that_ends_early_says_how(grid: FakeGrid, dispatch: Dispatch) -> N
         call.result(WAIT_S)
 
 
-@pytest.mark.parametrize(
-    ("kind", "error"), [(FailureKind.EXIT, WorkerDied), (FailureKind.TIMEOUT, TaskFailed)]
-)
+@pytest.mark.parametrize(("kind", "error"), [(FailureKind.EXIT, WorkerDied), (FailureKind.TIMEOUT, TaskFailed)])
 def test_a_failure_is_its_own_calls_only(
     grid: FakeGrid, dispatch: Dispatch, kind: FailureKind, error: type[TaskFailed]
 ) -> None:
@@ -309,9 +291,7 @@ def test_a_forked_child_waits_for_nothing(grid: FakeGrid, dispatch: Dispatch) ->
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_a_forked_child_ends_while_its_parent_has_calls_out(
-    grid: FakeGrid, dispatch: Dispatch
-) -> None:
+def test_a_forked_child_ends_while_its_parent_has_calls_out(grid: FakeGrid, dispatch: Dispatch) -> None:
     call = submit(dispatch)
     grid.wait_for_job()
     child = os.fork()
@@ -350,9 +330,7 @@ def test_what_is_listed_once_more_is_not_read_once_more(
     assert read == [[0], [1]]
 
 
-def test_no_call_is_taken_while_python_ends(
-    dispatch: Dispatch, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_call_is_taken_while_python_ends(dispatch: Dispatch, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(thread_cache, "begun", lambda: True)
     with pytest.raises(RuntimeError, match="after interpreter shutdown"):
         submit(dispatch)

@@ -13,15 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchlab.client.futures import (
-    Batch,
-    Call,
-    CallFuture,
-    Packed,
-    Packer,
-    RemoteTraceback,
-    revived,
-)
+from batchlab.client.futures import Batch, Call, CallFuture, Packed, Packer, RemoteTraceback, revived
 from batchlab.client.submission import Shipping
 from batchlab.core.errors import TaskFailed
 from batchlab.core.model import JobId
@@ -48,11 +40,7 @@ def made(packed: Packed) -> list[Any]:
     """What a worker would make of them."""
     handler = pickle.loads(packed.handler)
     return [
-        handler(
-            [values.decode(part, no_file, pickles=True) for part in item]
-            if type(item) is list
-            else item
-        )
+        handler([values.decode(part, no_file, pickles=True) for part in item] if type(item) is list else item)
         for chunk in packed.chunks
         for item in chunk.items
     ]
@@ -72,9 +60,7 @@ def packer(shipping: Shipping) -> Packer:
 
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
 # Larger ones say no more of the way, and take a hundred times as long to make as to send.
-ANY = st.recursive(
-    PLAIN | st.binary(), lambda inner: st.lists(inner) | st.tuples(inner), max_leaves=10
-)
+ANY = st.recursive(PLAIN | st.binary(), lambda inner: st.lists(inner) | st.tuples(inner), max_leaves=10)
 
 
 @given(st.lists(st.tuples(st.lists(ANY), st.dictionaries(st.text(), ANY)), max_size=5))
@@ -118,10 +104,7 @@ def test_many_calls_are_cut_into_chunks_that_name_their_first(packer: Packer) ->
     calls = [call(abs, i) for i in range(PART_ITEMS + 1)]
     calls.insert(0, call(abs, threading.Lock()))
     packed = packer.pack(JOB, calls)
-    assert [(one.first, len(one.items)) for one in packed.chunks] == [
-        (0, PART_ITEMS),
-        (PART_ITEMS, 1),
-    ]
+    assert [(one.first, len(one.items)) for one in packed.chunks] == [(0, PART_ITEMS), (PART_ITEMS, 1)]
 
 
 def test_nothing_that_can_be_sent_makes_no_chunk(packer: Packer) -> None:

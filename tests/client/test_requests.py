@@ -28,9 +28,7 @@ def client() -> Iterator[Client]:
         yield client
 
 
-def test_an_interrupt_while_an_answer_is_put_away_is_not_lost(
-    client: Client, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupt_while_an_answer_is_put_away_is_not_lost(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a finalizer, which closes what nobody has closed, Python drops whatever is raised."""
     close, left = HTTPResponse.close, [signal.SIGINT]
 

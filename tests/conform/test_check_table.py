@@ -159,9 +159,7 @@ def test_an_answer_is_what_was_expected_or_a_difference() -> None:
         (Severity.NOTED, Verdict.UNTRIED, True, True),
     ],
 )
-def test_what_counts_as_agreement(
-    severity: Severity, verdict: Verdict, relied_on: bool, agrees: bool
-) -> None:
+def test_what_counts_as_agreement(severity: Severity, verdict: Verdict, relied_on: bool, agrees: bool) -> None:
     results = [a_result(Verdict.AGREES), a_result(verdict, severity)]
     assert (check_table.relied_on(results), check_table.agrees(results)) == (relied_on, agrees)
 
@@ -202,9 +200,7 @@ def test_a_page_keeps_all_but_the_section_that_is_written() -> None:
 
 def test_programs_are_told_all_about_a_check() -> None:
     told = check_table.to_json(a_result(Verdict.DIFFERS))
-    assert told.pop("pages") == [
-        "https://docs.aws.amazon.com/AmazonS3/latest/API/API_GetObject.html"
-    ]
+    assert told.pop("pages") == ["https://docs.aws.amazon.com/AmazonS3/latest/API/API_GetObject.html"]
     assert told == {
         "check": "s3-a",
         "service": "s3",
@@ -234,13 +230,7 @@ def test_a_page_lists_every_check_as_it_is(page: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("page", "name"),
-    [
-        (page, name)
-        for page in PAGES
-        for name in page_sections(page)
-        if name != check_table.ALL_CHECKS
-    ],
+    ("page", "name"), [(page, name) for page in PAGES for name in page_sections(page) if name != check_table.ALL_CHECKS]
 )
 def test_a_section_of_a_page_speaks_of_the_checks_as_they_are(page: str, name: str) -> None:
     """Whether what was seen is still so takes the emulator: see tests/system/test_conform.py.
@@ -268,8 +258,4 @@ def test_the_page_is_right_about_what_is_needed() -> None:
         for name, text in page_sections("emulators.md").items()
         if name != check_table.ALL_CHECKS
     }
-    assert needed == {
-        "MiniStack 1.5.33": [],
-        "LocalStack 4.14.0": ["s3-list-pages-unicode"],
-        "moto 5.2.5": [],
-    }
+    assert needed == {"MiniStack 1.5.33": [], "LocalStack 4.14.0": ["s3-list-pages-unicode"], "moto 5.2.5": []}

@@ -64,10 +64,7 @@ def verdicts(monkeypatch: pytest.MonkeyPatch) -> dict[str, Verdict]:
         (("--endpoint", "http://a", "--service", "ec2"), "The service 'ec2' has no checks"),
         (("--aws", "--service", "autoscaling"), "would launch instances in an AWS account"),
         (("--endpoint", "http://a", "--template", "t"), "--template is for --service autoscaling"),
-        (
-            ("--endpoint", "http://a", "--service", "autoscaling", "--only", "s3-*"),
-            "No check has a name like s3-*",
-        ),
+        (("--endpoint", "http://a", "--service", "autoscaling", "--only", "s3-*"), "No check has a name like s3-*"),
         (("--endpoint", "http://a", "--service", "s3", "--markdown", "x.md"), "Leave out --only"),
     ],
 )
@@ -92,8 +89,7 @@ def test_where_nothing_answers_it_says_so(run: Run) -> None:
             code, out, err = run("conform", "--endpoint", url, *options)
             assert (code, out) == (3, "")
             assert err == (
-                f"Error: No {service} answers at {url}.\n"
-                "  Start what should answer there, or correct the address.\n"
+                f"Error: No {service} answers at {url}.\n  Start what should answer there, or correct the address.\n"
             )
 
 
@@ -111,12 +107,7 @@ def test_where_nothing_answers_it_says_so(run: Run) -> None:
     ],
 )
 def test_its_exit_code(
-    name: str,
-    verdict: Verdict,
-    options: tuple[str, ...],
-    code: int,
-    run: Run,
-    verdicts: dict[str, Verdict],
+    name: str, verdict: Verdict, options: tuple[str, ...], code: int, run: Run, verdicts: dict[str, Verdict]
 ) -> None:
     verdicts[name] = verdict
     assert run("conform", "--endpoint", "http://127.0.0.1:9", *options)[0] == code
@@ -135,16 +126,13 @@ def test_what_a_person_is_told(run: Run, verdicts: dict[str, Verdict]) -> None:
     ]
     assert difference.splitlines() == [
         "DIFFERS  s3-range-behind (noted)",
-        "  AWS   A range that starts after the end of the object returns 416 InvalidRange."
-        " [S3 API, GetObject]",
+        "  AWS   A range that starts after the end of the object returns 416 InvalidRange. [S3 API, GetObject]",
         "  here  something else",
         "  so    one more request for an empty part",
     ]
     assert summary.startswith("Mine: 2 of 2 needed rules hold; 0 of 1 noted rules hold. (")
     _, out, _ = run(*call, "--all")
-    assert (
-        "s3-range-cut  needed    A range that ends after the end of the object is shortened." in out
-    )
+    assert "s3-range-cut  needed    A range that ends after the end of the object is shortened." in out
 
 
 def test_what_a_program_is_told(run: Run, verdicts: dict[str, Verdict]) -> None:
@@ -157,9 +145,7 @@ def test_what_a_program_is_told(run: Run, verdicts: dict[str, Verdict]) -> None:
     assert [one["check"] for one in told["checks"]] == [one.name for one in CHECKS]
 
 
-def test_a_page_is_written_and_written_again(
-    run: Run, verdicts: dict[str, Verdict], tmp_path: Path
-) -> None:
+def test_a_page_is_written_and_written_again(run: Run, verdicts: dict[str, Verdict], tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     call = ("conform", "--endpoint", "http://127.0.0.1:9", "--name", "Mine", "--markdown", page)
     verdicts["sqs-wake"] = Verdict.DIFFERS
@@ -203,10 +189,6 @@ def test_only_the_first_interrupt_that_is_heard_counts(
         signal.raise_signal(number)
 
     monkeypatch.setattr(Target, "close", close)
-    with (
-        pytest.raises(Stopped),
-        endpoints._interruptible(),
-        endpoints._target(NOWHERE.url, None, None, None),
-    ):
+    with pytest.raises(Stopped), endpoints._interruptible(), endpoints._target(NOWHERE.url, None, None, None):
         work()
     assert cleaned == ["all"]

@@ -49,32 +49,18 @@ def _client_error(status: int, code: str) -> ClientError:
         (Untried("it cannot"), Verdict.UNTRIED, "it cannot"),
         (_client_error(400, "Bad"), Verdict.DIFFERS, "PutObject returns 400 Bad"),
         (_client_error(503, "SlowDown"), Verdict.UNTRIED, "PutObject returns 503 SlowDown"),
-        (
-            FlexibleChecksumError(error_msg="other"),
-            Verdict.DIFFERS,
-            "an object arrives damaged",
-        ),
+        (FlexibleChecksumError(error_msg="other"), Verdict.DIFFERS, "an object arrives damaged"),
         (ResponseParserError("?"), Verdict.DIFFERS, "boto3 cannot parse the response"),
-        (
-            EndpointConnectionError(endpoint_url="x"),
-            Verdict.UNTRIED,
-            "there is no answer: EndpointConnectionError",
-        ),
+        (EndpointConnectionError(endpoint_url="x"), Verdict.UNTRIED, "there is no answer: EndpointConnectionError"),
         (Unreachable("No."), Verdict.UNTRIED, "there is no answer: Unreachable"),
         (Throttled("Later."), Verdict.UNTRIED, "there is no answer: Throttled"),
         (AlreadyExists("Taken."), Verdict.DIFFERS, "Taken."),
         (KeyError("ETag"), Verdict.DIFFERS, "an answer is malformed: KeyError: 'ETag'"),
-        (
-            ZeroDivisionError("of ours"),
-            Verdict.UNTRIED,
-            "the check itself fails: ZeroDivisionError: of ours",
-        ),
+        (ZeroDivisionError("of ours"), Verdict.UNTRIED, "the check itself fails: ZeroDivisionError: of ours"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )
-def test_how_a_check_comes_out(
-    raised: Exception, verdict: Verdict, observed: str, target: Target
-) -> None:
+def test_how_a_check_comes_out(raised: Exception, verdict: Verdict, observed: str, target: Target) -> None:
     def fails(_: Site) -> None:
         raise raised
 
@@ -145,11 +131,7 @@ def _raise(error: Exception) -> None:
 
 def test_after_the_end_nothing_is_made_any_more(target: Target) -> None:
     assert target.close() == []
-    for make in (
-        lambda: target.create_queue("a", {}),
-        lambda: target.create_group("a", {}),
-        lambda: target.objects,
-    ):
+    for make in (lambda: target.create_queue("a", {}), lambda: target.create_group("a", {}), lambda: target.objects):
         with pytest.raises(Untried, match="the run has ended"):
             make()
     (result,) = running.run(target, [_check("s3-a", lambda _: None)])
@@ -212,8 +194,7 @@ def test_what_is_no_address_of_an_endpoint(url: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "url",
-    ["https://s3.amazonaws.com", "https://sqs.eu-west-1.amazonaws.com/", "https://a.b.api.aws"],
+    "url", ["https://s3.amazonaws.com", "https://sqs.eu-west-1.amazonaws.com/", "https://a.b.api.aws"]
 )
 def test_aws_itself_is_not_reached_by_its_address(url: str) -> None:
     with pytest.raises(UsageError, match="is AWS itself") as told:

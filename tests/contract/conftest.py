@@ -24,9 +24,7 @@ def _queue_checks(world: str) -> Callable[..., Iterator[SideBySide[QueueWorld]]]
         ahead = [
             CHECKS[item.function]
             for item in request.session.items
-            if isinstance(item, pytest.Function)
-            and item.function in CHECKS
-            and item.callspec.params["world"] == world
+            if isinstance(item, pytest.Function) and item.function in CHECKS and item.callspec.params["world"] == world
         ]
         side_by_side = SideBySide(at_emulator(world, queue), ahead)
         yield side_by_side

@@ -17,14 +17,7 @@ from batchlab.adapters.aws import endpoint
 from batchlab.adapters.aws.fleet import Ec2Fleet
 from batchlab.adapters.aws.group_descriptions import DRAIN_HOOK, READY_HOOK, GroupForm
 from batchlab.adapters.clock import WallClock
-from batchlab.core.errors import (
-    AlreadyExists,
-    BackendError,
-    NotFound,
-    Refused,
-    Throttled,
-    Unreachable,
-)
+from batchlab.core.errors import AlreadyExists, BackendError, NotFound, Refused, Throttled, Unreachable
 from batchlab.core.model import LifecycleState
 from tests.support.aws.autoscaling_api import TEMPLATE, ZONE, Behaving, Served, autoscaling, served
 from tests.support.fleet import STEADY, FleetRig, TableLauncher, in_service, names
@@ -61,9 +54,7 @@ class Counted:
         return await asyncio.to_thread(getattr(self.asg, action), **asked)
 
 
-def run(
-    check: Callable[[Counted], Awaitable[None]], folder: Path, form: GroupForm | None = None
-) -> None:
+def run(check: Callable[[Counted], Awaitable[None]], folder: Path, form: GroupForm | None = None) -> None:
     form = form or GroupForm(TEMPLATE, zones=(ZONE,), drain_s=0)
 
     async def main() -> None:
@@ -143,9 +134,7 @@ def test_an_instance_drains_in_its_hook(tmp_path: Path) -> None:
     async def check(at: Counted) -> None:
         (instance,) = await at.rig.grow(STEADY, 1)
         await at.fleet.set_desired(POOL, 0, cause="a test")
-        view = await at.rig.until(
-            lambda view: view.instances[0].state is LifecycleState.TERMINATING
-        )
+        view = await at.rig.until(lambda view: view.instances[0].state is LifecycleState.TERMINATING)
         assert view.instances[0].note == "terminated: scale-in"
         # Its worker has read of it from the metadata service, handed back its work, and ends.
         at.launcher.crash(instance, "exit 0")
@@ -159,9 +148,7 @@ def test_a_group_that_is_there_is_taken_over_with_its_instances(tmp_path: Path) 
     async def check(at: Counted) -> None:
         before = await at.rig.grow(STEADY, 2)
         group = at.prefix + POOL
-        await at.ask(
-            "delete_lifecycle_hook", AutoScalingGroupName=group, LifecycleHookName=READY_HOOK
-        )
+        await at.ask("delete_lifecycle_hook", AutoScalingGroupName=group, LifecycleHookName=READY_HOOK)
         form = GroupForm(TEMPLATE, zones=(ZONE,))
         later = Ec2Fleet(at.up.endpoint, WallClock(), form, prefix=at.prefix)
         try:
@@ -227,9 +214,7 @@ def test_one_group_that_is_gone_hides_nothing_of_the_others(tmp_path: Path) -> N
         (instance,) = await at.rig.grow(STEADY, 1)
         group = f"{at.prefix}a"
         await at.ask("delete_auto_scaling_group", AutoScalingGroupName=group, ForceDelete=True)
-        await at.ask(
-            "set_desired_capacity", AutoScalingGroupName=at.prefix + POOL, DesiredCapacity=0
-        )
+        await at.ask("set_desired_capacity", AutoScalingGroupName=at.prefix + POOL, DesiredCapacity=0)
         for _ in range(100):
             with pytest.raises(NotFound):
                 await at.fleet.tick()
@@ -270,10 +255,7 @@ MEANT = {
 @pytest.mark.parametrize("code", MEANT)
 def test_an_error_of_the_service_is_one_of_ours(code: str) -> None:
     status = 500 if code in ("InternalFailure", "ResourceContention") else 400
-    answer: Any = {
-        "Error": {"Code": code, "Message": "why"},
-        "ResponseMetadata": {"HTTPStatusCode": status},
-    }
+    answer: Any = {"Error": {"Code": code, "Message": "why"}, "ResponseMetadata": {"HTTPStatusCode": status}}
     with pytest.raises(MEANT[code]) as told, endpoint.translated("Pool 'p'"):
         raise ClientError(answer, "SetDesiredCapacity")
     assert str(told.value).startswith(f"Pool 'p': why ({code}).")

@@ -138,9 +138,7 @@ def test_desired_capacity_follows_new_limits(wire: Wire) -> None:
 
 def test_an_update_changes_only_what_it_names(wire: Wire) -> None:
     wire.create(DefaultCooldown=7, TargetGroupARNs=["arn:aws:elasticloadbalancing:x"])
-    wire.asg.update_auto_scaling_group(
-        AutoScalingGroupName=wire.name, HealthCheckGracePeriod=9, PlacementGroup="near"
-    )
+    wire.asg.update_auto_scaling_group(AutoScalingGroupName=wire.name, HealthCheckGracePeriod=9, PlacementGroup="near")
     group = wire.group()
     assert (group["DefaultCooldown"], group["HealthCheckGracePeriod"]) == (7, 9)
     assert group["PlacementGroup"] == "near"
@@ -183,9 +181,7 @@ def test_a_mixed_instances_policy_comes_back_whole(wire: Wire) -> None:
     found = wire.group()["MixedInstancesPolicy"]
     assert found["LaunchTemplate"]["Overrides"] == policy["LaunchTemplate"]["Overrides"]
     shares = found["InstancesDistribution"]
-    assert {k: shares[k] for k in policy["InstancesDistribution"]} == policy[
-        "InstancesDistribution"
-    ]
+    assert {k: shares[k] for k in policy["InstancesDistribution"]} == policy["InstancesDistribution"]
     wanted = policy["LaunchTemplate"]["LaunchTemplateSpecification"]
     told = found["LaunchTemplate"]["LaunchTemplateSpecification"]
     assert {name: told[name] for name in wanted} == wanted
@@ -212,16 +208,12 @@ def test_a_cooldown_that_is_honoured_refuses(wire: Wire) -> None:
     wire.asg.set_desired_capacity(AutoScalingGroupName=wire.name, DesiredCapacity=2)
     wire.until(lambda: len(wire.instances()) == 2)
     with refused("ScalingActivityInProgress"):
-        wire.asg.set_desired_capacity(
-            AutoScalingGroupName=wire.name, DesiredCapacity=3, HonorCooldown=True
-        )
+        wire.asg.set_desired_capacity(AutoScalingGroupName=wire.name, DesiredCapacity=3, HonorCooldown=True)
 
 
 def test_instances_are_described_by_themselves(wire: Wire) -> None:
     first, second = wire.grow(2)
-    wire.asg.set_instance_protection(
-        AutoScalingGroupName=wire.name, InstanceIds=[second], ProtectedFromScaleIn=True
-    )
+    wire.asg.set_instance_protection(AutoScalingGroupName=wire.name, InstanceIds=[second], ProtectedFromScaleIn=True)
     found = wire.asg.describe_auto_scaling_instances(InstanceIds=[first, second])
     told = {one["InstanceId"]: one for one in found["AutoScalingInstances"]}
     assert {one["AutoScalingGroupName"] for one in told.values()} == {wire.name}
@@ -232,9 +224,7 @@ def test_instances_are_described_by_themselves(wire: Wire) -> None:
 
 def test_a_named_instance_goes(wire: Wire) -> None:
     first, second = wire.grow(2)
-    answer = wire.asg.terminate_instance_in_auto_scaling_group(
-        InstanceId=first, ShouldDecrementDesiredCapacity=True
-    )
+    answer = wire.asg.terminate_instance_in_auto_scaling_group(InstanceId=first, ShouldDecrementDesiredCapacity=True)
     assert first in answer["Activity"]["Description"]
     assert answer["Activity"]["AutoScalingGroupName"] == wire.name
     wire.until(lambda: wire.instances() == [second])
@@ -259,17 +249,13 @@ def test_an_instance_that_dies_is_replaced(wire: Wire) -> None:
 
 def test_an_unhealthy_instance_is_replaced(wire: Wire) -> None:
     (only,) = wire.grow(1)
-    wire.asg.set_instance_health(
-        InstanceId=only, HealthStatus="Unhealthy", ShouldRespectGracePeriod=False
-    )
+    wire.asg.set_instance_health(InstanceId=only, HealthStatus="Unhealthy", ShouldRespectGracePeriod=False)
     wire.until(lambda: len(found := wire.instances()) == 1 and only not in found)
 
 
 def test_protection_keeps_an_instance(wire: Wire) -> None:
     before = wire.grow(3)
-    wire.asg.set_instance_protection(
-        AutoScalingGroupName=wire.name, InstanceIds=before[:2], ProtectedFromScaleIn=True
-    )
+    wire.asg.set_instance_protection(AutoScalingGroupName=wire.name, InstanceIds=before[:2], ProtectedFromScaleIn=True)
     wire.asg.set_desired_capacity(AutoScalingGroupName=wire.name, DesiredCapacity=2)
     wire.until(lambda: sorted(wire.instances()) == sorted(before[:2]))
 
@@ -322,9 +308,7 @@ def test_activities_say_what_happened_newest_first(wire: Wire) -> None:
     assert oldest["StartTime"] <= oldest["EndTime"] <= newest["EndTime"]
     for status, number in (("Successful", len(told())), ("Failed", 0)):
         filters: Any = [{"Name": "Status", "Values": [status]}]
-        found = wire.asg.describe_scaling_activities(
-            AutoScalingGroupName=wire.name, Filters=filters
-        )
+        found = wire.asg.describe_scaling_activities(AutoScalingGroupName=wire.name, Filters=filters)
         assert len(found["Activities"]) == number
     filters = [{"Name": "Colour", "Values": ["red"]}]
     with refused("ValidationError", "Filter type Colour is not correct"):

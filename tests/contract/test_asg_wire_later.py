@@ -39,19 +39,13 @@ MOTO_LACKS = {
 def hook(wire: Wire, name: str, transition: str, **more: Any) -> None:
     asked = {"HeartbeatTimeout": 60, "DefaultResult": "CONTINUE", **more}
     wire.asg.put_lifecycle_hook(
-        AutoScalingGroupName=wire.name,
-        LifecycleHookName=name,
-        LifecycleTransition=transition,
-        **asked,
+        AutoScalingGroupName=wire.name, LifecycleHookName=name, LifecycleTransition=transition, **asked
     )
 
 
 def complete(wire: Wire, name: str, instance: str, result: str = "CONTINUE") -> None:
     wire.asg.complete_lifecycle_action(
-        AutoScalingGroupName=wire.name,
-        LifecycleHookName=name,
-        InstanceId=instance,
-        LifecycleActionResult=result,
+        AutoScalingGroupName=wire.name, LifecycleHookName=name, InstanceId=instance, LifecycleActionResult=result
     )
 
 
@@ -73,12 +67,10 @@ def test_hooks_are_described_as_they_were_put(wire: Wire) -> None:
 def test_a_hook_that_is_put_again_keeps_what_is_not_named(wire: Wire) -> None:
     wire.create()
     hook(wire, "up", LAUNCHING, NotificationMetadata="hello")
-    wire.asg.put_lifecycle_hook(
-        AutoScalingGroupName=wire.name, LifecycleHookName="up", HeartbeatTimeout=99
-    )
-    (found,) = wire.asg.describe_lifecycle_hooks(
-        AutoScalingGroupName=wire.name, LifecycleHookNames=["up"]
-    )["LifecycleHooks"]
+    wire.asg.put_lifecycle_hook(AutoScalingGroupName=wire.name, LifecycleHookName="up", HeartbeatTimeout=99)
+    (found,) = wire.asg.describe_lifecycle_hooks(AutoScalingGroupName=wire.name, LifecycleHookNames=["up"])[
+        "LifecycleHooks"
+    ]
     assert (found["HeartbeatTimeout"], found["NotificationMetadata"]) == (99, "hello")
     assert found["LifecycleTransition"] == LAUNCHING
 
@@ -87,9 +79,7 @@ def test_an_instance_waits_until_its_launch_is_completed(wire: Wire) -> None:
     spec = {"LifecycleHookName": "up", "LifecycleTransition": LAUNCHING, "HeartbeatTimeout": 60}
     wire.create(DesiredCapacity=1, LifecycleHookSpecificationList=[spec])
     (only,) = wire.until(lambda: wire.instances("Pending:Wait"))
-    wire.asg.record_lifecycle_action_heartbeat(
-        AutoScalingGroupName=wire.name, LifecycleHookName="up", InstanceId=only
-    )
+    wire.asg.record_lifecycle_action_heartbeat(AutoScalingGroupName=wire.name, LifecycleHookName="up", InstanceId=only)
     complete(wire, "up", only)
     wire.until(lambda: wire.instances() == [only])
     with refused("ValidationError", f"No active Lifecycle Action found with instance ID {only}"):
@@ -102,9 +92,7 @@ def test_a_launch_that_is_abandoned_is_tried_anew(wire: Wire) -> None:
     wire.asg.set_desired_capacity(AutoScalingGroupName=wire.name, DesiredCapacity=1)
     (first,) = wire.until(lambda: wire.instances("Pending:Wait"))
     complete(wire, "up", first, "ABANDON")
-    (second,) = wire.until(
-        lambda: [name for name in wire.instances("Pending:Wait") if name != first]
-    )
+    (second,) = wire.until(lambda: [name for name in wire.instances("Pending:Wait") if name != first])
     complete(wire, "up", second)
     wire.until(lambda: wire.instances() == [second])
 
@@ -155,9 +143,7 @@ def test_a_recurrence_that_is_put_again_sets_the_next_run(wire: Wire) -> None:
     wire.create()
 
     def put(**more: Any) -> datetime:
-        wire.asg.put_scheduled_update_group_action(
-            AutoScalingGroupName=wire.name, ScheduledActionName="peak", **more
-        )
+        wire.asg.put_scheduled_update_group_action(AutoScalingGroupName=wire.name, ScheduledActionName="peak", **more)
         found = wire.asg.describe_scheduled_actions(AutoScalingGroupName=wire.name)
         (one,) = found["ScheduledUpdateGroupActions"]
         start: datetime = one["StartTime"]
@@ -261,15 +247,11 @@ def test_a_refresh_replaces_every_instance(wire: Wire) -> None:
     found = wire.asg.start_instance_refresh(
         AutoScalingGroupName=wire.name,
         Preferences={"MinHealthyPercentage": 0, "InstanceWarmup": 0},
-        DesiredConfiguration={
-            "LaunchTemplate": {"LaunchTemplateName": TEMPLATE, "Version": "$Latest"}
-        },
+        DesiredConfiguration={"LaunchTemplate": {"LaunchTemplateName": TEMPLATE, "Version": "$Latest"}},
     )["InstanceRefreshId"]
 
     def ended() -> bool:
-        (refresh,) = wire.asg.describe_instance_refreshes(AutoScalingGroupName=wire.name)[
-            "InstanceRefreshes"
-        ]
+        (refresh,) = wire.asg.describe_instance_refreshes(AutoScalingGroupName=wire.name)["InstanceRefreshes"]
         assert refresh["InstanceRefreshId"] == found
         return refresh["Status"] == "Successful"
 
@@ -285,8 +267,7 @@ def test_a_preference_that_is_not_served_is_refused_and_not_dropped(our: Wire) -
     our.grow(1)
     with refused("ValidationError", "not served here: AlarmSpecification, BakeTime."):
         our.asg.start_instance_refresh(
-            AutoScalingGroupName=our.name,
-            Preferences={"BakeTime": 60, "AlarmSpecification": {"Alarms": ["a"]}},
+            AutoScalingGroupName=our.name, Preferences={"BakeTime": 60, "AlarmSpecification": {"Alarms": ["a"]}}
         )
 
 

@@ -8,16 +8,7 @@ import pytest
 
 from batchlab.core.errors import Refused
 from batchlab.core.model import LifecycleState
-from tests.support.fleet import (
-    FLEET_WORLDS,
-    STEADY,
-    STUBBORN,
-    FleetRig,
-    counted,
-    everywhere,
-    in_service,
-    names,
-)
+from tests.support.fleet import FLEET_WORLDS, STEADY, STUBBORN, FleetRig, counted, everywhere, in_service, names
 
 on_every_fleet = everywhere(FLEET_WORLDS)
 POOL = STEADY.name

@@ -7,15 +7,7 @@ import asyncio
 import pytest
 
 from batchlab.core.errors import AlreadyExists, BackendError
-from tests.support.fleet import (
-    ABSENT,
-    BROKEN,
-    LAUNCHER_WORLDS,
-    STEADY,
-    STUBBORN,
-    LauncherRig,
-    everywhere,
-)
+from tests.support.fleet import ABSENT, BROKEN, LAUNCHER_WORLDS, STEADY, STUBBORN, LauncherRig, everywhere
 
 on_every_launcher = everywhere(LAUNCHER_WORLDS)
 

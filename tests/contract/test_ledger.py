@@ -10,17 +10,7 @@ import pytest
 
 from batchlab.core.errors import NotFound
 from batchlab.core.job_definition import InputDef, JobDef, RetryRule, SplitBy, StageDef
-from batchlab.core.model import (
-    ENDED,
-    Control,
-    FailureKind,
-    JobId,
-    JobState,
-    StageCounts,
-    StageName,
-    TaskSet,
-    may_move,
-)
+from batchlab.core.model import ENDED, Control, FailureKind, JobId, JobState, StageCounts, StageName, TaskSet, may_move
 from batchlab.core.ports import (
     AddCut,
     AddJob,
@@ -145,15 +135,11 @@ async def test_jobs_without_a_token_are_different_jobs(ledger: DumpingLedger) ->
 
 def _jobs(count: int) -> list[JobDef]:
     """Pairs submitted at the same moment."""
-    return [
-        replace(JOB, id=JobId(f"j-{i:02d}"), submitted_s=1_000.0 + i // 2) for i in range(count)
-    ]
+    return [replace(JOB, id=JobId(f"j-{i:02d}"), submitted_s=1_000.0 + i // 2) for i in range(count)]
 
 
 @on_every_ledger
-async def test_jobs_are_listed_newest_first_and_by_id_within_a_moment(
-    ledger: DumpingLedger,
-) -> None:
+async def test_jobs_are_listed_newest_first_and_by_id_within_a_moment(ledger: DumpingLedger) -> None:
     for job in sorted(_jobs(6), key=lambda job: str(job.id)[::-1], reverse=True):
         await submit(ledger, job)
     listed = [r.job.id for r in await ledger.jobs()]
@@ -214,20 +200,13 @@ async def test_a_cut_plans_its_bundles_and_says_what_is_left(ledger: DumpingLedg
     left = TaskSet(((30, 40), (50, 90)))
     planned = replace(cut(0, one, other, left=left), planned=90)
     assert (await ledger.apply(AddCut(planned))).is_new
-    assert await stage_of(ledger) == StageRecord(
-        StageCounts(RESIZE, planned=90), cut_seq=0, left=left
-    )
+    assert await stage_of(ledger) == StageRecord(StageCounts(RESIZE, planned=90), cut_seq=0, left=left)
     records = await ledger.bundles(JOB.id)
-    assert [(r.bundle, r.completion, r.seq) for r in records] == [
-        (one, None, None),
-        (other, None, None),
-    ]
+    assert [(r.bundle, r.completion, r.seq) for r in records] == [(one, None, None), (other, None, None)]
 
 
 @on_every_ledger
-async def test_a_cut_makes_a_job_runnable_and_an_outcome_makes_it_running(
-    ledger: DumpingLedger,
-) -> None:
+async def test_a_cut_makes_a_job_runnable_and_an_outcome_makes_it_running(ledger: DumpingLedger) -> None:
     """By what has happened, not by who remembers to say so; what somebody has decided stays."""
     for state in (one for one in JobState if not one.ended):
         job, of = replace(JOB, id=JobId(state.lower())), bundle(0, 5)
@@ -256,9 +235,7 @@ async def test_a_cut_that_is_known_or_older_changes_nothing(ledger: DumpingLedge
 
 
 @on_every_ledger
-async def test_a_later_rounds_cut_takes_over_and_counts_from_its_own(
-    ledger: DumpingLedger,
-) -> None:
+async def test_a_later_rounds_cut_takes_over_and_counts_from_its_own(ledger: DumpingLedger) -> None:
     await submit(ledger)
     await ledger.apply(AddCut(replace(cut(0), planned=40)))
     await ledger.apply(AddCut(cut(7)))

@@ -11,15 +11,7 @@ import pytest
 
 from batchlab.adapters import clock
 from batchlab.core.errors import BackendError, Unreachable
-from tests.support.contract.ledger_suite import (
-    JOB,
-    bundle,
-    counts_of,
-    done,
-    fold,
-    ledger_in,
-    submit,
-)
+from tests.support.contract.ledger_suite import JOB, bundle, counts_of, done, fold, ledger_in, submit
 
 
 def _lock(path: Path) -> sqlite3.Connection:
@@ -45,9 +37,7 @@ def test_a_lock_that_is_given_up_in_time_is_waited_for(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_a_lock_that_is_not_given_up_is_an_outage(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lock_that_is_not_given_up_is_an_outage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clock, "_BUSY_S", 0.05)
     path = tmp_path / "ledger.sqlite"
 

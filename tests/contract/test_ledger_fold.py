@@ -43,22 +43,13 @@ async def test_counters_grow_by_what_the_outcomes_say(ledger: DumpingLedger) -> 
     other = done(bundle(10, 12), run_s=0.5, started_s=90.0)
     assert await fold(ledger, one, other) == [True, True]
     assert await counts_of(ledger) == StageCounts(
-        RESIZE,
-        succeeded=9,
-        failed=2,
-        cancelled=1,
-        retried=4,
-        run_s=3.75,
-        first_start_s=90.0,
-        last_end_s=102.5,
+        RESIZE, succeeded=9, failed=2, cancelled=1, retried=4, run_s=3.75, first_start_s=90.0, last_end_s=102.5
     )
     assert await counts_of(ledger, INDEX) == StageCounts(INDEX)
 
 
 @on_every_ledger
-async def test_the_first_start_and_the_last_end_are_kept_in_any_order(
-    ledger: DumpingLedger,
-) -> None:
+async def test_the_first_start_and_the_last_end_are_kept_in_any_order(ledger: DumpingLedger) -> None:
     await submit(ledger)
     for i, started_s in enumerate((100.0, 300.0, 50.0, 200.0)):
         await fold(ledger, done(bundle(i, i + 1), started_s=started_s))
@@ -80,9 +71,7 @@ async def test_an_outcome_counts_once_however_often_it_comes(ledger: DumpingLedg
 
 
 @on_every_ledger
-async def test_what_was_folded_stays_when_another_outcome_of_the_bundle_comes(
-    ledger: DumpingLedger,
-) -> None:
+async def test_what_was_folded_stays_when_another_outcome_of_the_bundle_comes(ledger: DumpingLedger) -> None:
     await submit(ledger)
     await fold(ledger, done(bundle(0, 5)))
     before = await ledger.dump()
@@ -101,9 +90,7 @@ async def test_follows_become_planned(ledger: DumpingLedger) -> None:
 
 
 @on_every_ledger
-async def test_a_follow_that_was_folded_before_its_parent_stays_done(
-    ledger: DumpingLedger,
-) -> None:
+async def test_a_follow_that_was_folded_before_its_parent_stays_done(ledger: DumpingLedger) -> None:
     await submit(ledger)
     follow = bundle(0, 5, stage=INDEX)
     assert await fold(ledger, done(follow)) == [True]
@@ -114,9 +101,7 @@ async def test_a_follow_that_was_folded_before_its_parent_stays_done(
 
 
 @on_every_ledger
-async def test_parent_and_follow_may_come_in_one_call_in_either_order(
-    ledger: DumpingLedger,
-) -> None:
+async def test_parent_and_follow_may_come_in_one_call_in_either_order(ledger: DumpingLedger) -> None:
     await submit(ledger)
     for start, parent_first in ((0, True), (5, False)):
         follow = bundle(start, start + 5, stage=INDEX)
@@ -127,9 +112,7 @@ async def test_parent_and_follow_may_come_in_one_call_in_either_order(
 
 
 @on_every_ledger
-async def test_an_outcome_of_a_bundle_that_was_never_planned_is_folded(
-    ledger: DumpingLedger,
-) -> None:
+async def test_an_outcome_of_a_bundle_that_was_never_planned_is_folded(ledger: DumpingLedger) -> None:
     await submit(ledger)
     unplanned = done(bundle(3, 4, attempt=2))
     assert await fold(ledger, unplanned) == [True]
@@ -207,12 +190,8 @@ async def test_one_call_may_fold_several_jobs(ledger: DumpingLedger) -> None:
 async def test_a_bundle_comes_back_as_it_was_written(ledger: DumpingLedger) -> None:
     await submit(ledger)
     scattered = TaskSet(((0, 1), (7, 9), (10**8, 10**8 + 3)))
-    planned = replace(
-        bundle(0, 1), tasks=scattered, attempt=3, round=2, losses=1, source=BundleId("x")
-    )
-    completion = done(
-        replace(planned, stage=INDEX, losses=2), planned, failed=1, cancelled=2, run_s=0.123456
-    )
+    planned = replace(bundle(0, 1), tasks=scattered, attempt=3, round=2, losses=1, source=BundleId("x"))
+    completion = done(replace(planned, stage=INDEX, losses=2), planned, failed=1, cancelled=2, run_s=0.123456)
     await fold(ledger, completion)
     done_record, planned_record = await ledger.bundles(JOB.id)
     assert planned_record == BundleRecord(planned)
@@ -220,9 +199,7 @@ async def test_a_bundle_comes_back_as_it_was_written(ledger: DumpingLedger) -> N
 
 
 @on_every_ledger
-async def test_bundles_are_in_the_order_of_folding_and_planned_ones_last(
-    ledger: DumpingLedger,
-) -> None:
+async def test_bundles_are_in_the_order_of_folding_and_planned_ones_last(ledger: DumpingLedger) -> None:
     await submit(ledger)
     b, a, c = bundle(1, 2), bundle(0, 1), bundle(2, 3)
     later = bundle(0, 9, stage=INDEX)
@@ -284,9 +261,7 @@ async def test_pages_of_bundles_visit_each_completion_once(ledger: DumpingLedger
 @pytest.mark.parametrize("make", [open_memory, SimLedger])
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.randoms(use_true_random=False), st.integers(1, 25))
-def test_the_order_of_events_leaves_no_trace(
-    make: Callable[[], DumpingLedger], rng: Random, tasks: int
-) -> None:
+def test_the_order_of_events_leaves_no_trace(make: Callable[[], DumpingLedger], rng: Random, tasks: int) -> None:
     """Pain 6 and 14: events come twice, late and in any order, and the sums are the same.
 
     The reference folds one at a time, parents first. I2 holds for both.

@@ -11,17 +11,7 @@ import pytest
 from batchlab.adapters.memory.ledger import SimLedger
 from batchlab.core.errors import NotFound
 from batchlab.core.model import Completion, Control, JobId, JobState, StageName
-from batchlab.core.ports import (
-    AddJob,
-    Ending,
-    Fold,
-    JobRows,
-    Ledger,
-    Past,
-    Reopen,
-    Reopening,
-    Round,
-)
+from batchlab.core.ports import AddJob, Ending, Fold, JobRows, Ledger, Past, Reopen, Reopening, Round
 from batchlab.core.protocol import json_format, settlement
 from batchlab.sim.event_loop import SimLoop
 from tests.support.contract.ledger_lives import Call, answer, anything
@@ -91,9 +81,7 @@ def _more(rng: Random) -> Call:
         lambda of: of.apply(Fold(some, lost)),
         lambda of: of.apply(Fold(some, lost)),
         lambda of: of.apply(AddJob(token, JobState.SCHEDULED)),
-        lambda of: of.apply(
-            Reopen(job, round_, [Reopening(RESIZE, 1), Reopening(INDEX, replan=True)])
-        ),
+        lambda of: of.apply(Reopen(job, round_, [Reopening(RESIZE, 1), Reopening(INDEX, replan=True)])),
         lambda of: of.release("leader", owner),
         lambda of: of.forget(),
         lambda of: of.jobs(before=job),
@@ -112,15 +100,7 @@ def _completion(rng: Random, job: JobId) -> Completion:
     failed, dropped = rng.choice(((0, 0), (1, 0), (0, 1)))
     follows = [replace(of, stage=INDEX)] if rng.random() < 0.4 else []
     run_s, retried = rng.randint(0, 10**7) / 1e6, rng.randint(0, 2)
-    return done(
-        of,
-        *follows,
-        failed=failed,
-        cancelled=dropped,
-        run_s=run_s,
-        started_s=1e9 - start,
-        retried=retried,
-    )
+    return done(of, *follows, failed=failed, cancelled=dropped, run_s=run_s, started_s=1e9 - start, retried=retried)
 
 
 def _past(rng: Random) -> Past:
@@ -151,9 +131,7 @@ def _reads(rng: Random) -> Sequence[Call]:
         lambda of: of.rows(job),
         lambda of: of.job(job),
         lambda of: of.jobs(active=failed, limit=limit or 9, before=last),
-        lambda of: of.bundles(
-            job, stage=stage, done=done_, after_seq=after, failed=failed, limit=limit
-        ),
+        lambda of: of.bundles(job, stage=stage, done=done_, after_seq=after, failed=failed, limit=limit),
     )
 
 

@@ -44,18 +44,11 @@ from tests.support.contract.ledger_suite import (
 )
 
 
-async def _finish(
-    ledger: DumpingLedger, state: JobState = JobState.FAILED, *, round: int = 0, **closed: int
-) -> bool:
+async def _finish(ledger: DumpingLedger, state: JobState = JobState.FAILED, *, round: int = 0, **closed: int) -> bool:
     written = await ledger.apply(
         Finish(
             JOB.id,
-            Ending(
-                state,
-                f"end of {round}",
-                50.0 + round,
-                {StageName(name): count for name, count in closed.items()},
-            ),
+            Ending(state, f"end of {round}", 50.0 + round, {StageName(name): count for name, count in closed.items()}),
             round,
         )
     )
@@ -127,9 +120,7 @@ async def test_a_change_for_another_round_changes_nothing(ledger: DumpingLedger)
     """I. Trust, stale leaders: a call that was on its way while the job was retried comes too
     late, and one for a round that the ledger does not know comes too early."""
     await _failed_job(ledger)
-    await ledger.apply(
-        Reopen(JOB.id, 1, [Reopening(RESIZE, 4, 1, 5), Reopening(INDEX, replan=True)])
-    )
+    await ledger.apply(Reopen(JOB.id, 1, [Reopening(RESIZE, 4, 1, 5), Reopening(INDEX, replan=True)]))
     before = await ledger.dump()
     for round_ in (0, 2):
         assert not await set_control(ledger, Control.CANCEL, round=round_)
@@ -168,11 +159,7 @@ async def test_a_new_round_takes_back_what_it_will_do_again(ledger: DumpingLedge
     """Pain 13: the failed part of a job runs again, and only that."""
     await _failed_job(ledger)
     assert (
-        await ledger.apply(
-            Reopen(
-                JOB.id, 1, [Reopening(RESIZE, failed=1, cancelled=5), Reopening(INDEX, cancelled=6)]
-            )
-        )
+        await ledger.apply(Reopen(JOB.id, 1, [Reopening(RESIZE, failed=1, cancelled=5), Reopening(INDEX, cancelled=6)]))
     ).is_new
     assert await ledger.job(JOB.id) == JobRecord(JOB, JobState.PENDING, round=1)
     resize, index = await counts_of(ledger), await counts_of(ledger, INDEX)
@@ -190,9 +177,7 @@ async def test_a_round_begins_once(ledger: DumpingLedger) -> None:
         assert not (await ledger.apply(Reopen(JOB.id, round_, taken_back))).is_new
     assert await ledger.dump() == before
     await _finish(ledger, round=1)
-    assert not (await ledger.apply(Reopen(JOB.id, 1, taken_back))).is_new, (
-        "nor after that round's end"
-    )
+    assert not (await ledger.apply(Reopen(JOB.id, 1, taken_back))).is_new, "nor after that round's end"
 
 
 @on_every_ledger
@@ -213,9 +198,7 @@ async def test_a_void_plan_is_unknown_again_and_its_cuts_stay_out(ledger: Dumpin
     assert record.counts.terminal == 0
     assert (record.cut_seq, record.left) == (-1, TaskSet())
     assert not (await ledger.apply(AddCut(replace(cut(0, bundle(0, 5)), planned=10)))).is_new
-    assert (
-        await ledger.apply(AddCut(replace(cut(0, round=1, left=TaskSet.span(0, 8)), planned=8)))
-    ).is_new
+    assert (await ledger.apply(AddCut(replace(cut(0, round=1, left=TaskSet.span(0, 8)), planned=8)))).is_new
     record = await stage_of(ledger)
     assert (record.plan_round, record.cut_seq, record.counts.planned) == (1, 0, 8)
 
@@ -242,17 +225,13 @@ async def test_rounds_may_follow_each_other_until_all_is_done(ledger: DumpingLed
     await fold(ledger, done(bundle(0, 4), failed=4))
     await _finish(ledger)
     for round_ in range(1, 5):
-        assert (
-            await ledger.apply(Reopen(JOB.id, round_, [Reopening(RESIZE, failed=5 - round_)]))
-        ).is_new
+        assert (await ledger.apply(Reopen(JOB.id, round_, [Reopening(RESIZE, failed=5 - round_)]))).is_new
         again = replace(bundle(0, 5 - round_), round=round_)
         assert (await ledger.apply(AddCut(cut(0, again, round=round_)))).is_new
         await fold(ledger, done(again, failed=4 - round_))
         counts = await counts_of(ledger)
         assert (counts.planned, counts.terminal, counts.succeeded) == (4, 4, round_)
-        assert await _finish(
-            ledger, JobState.SUCCEEDED if round_ == 4 else JobState.FAILED, round=round_
-        )
+        assert await _finish(ledger, JobState.SUCCEEDED if round_ == 4 else JobState.FAILED, round=round_)
     assert not (await ledger.apply(Reopen(JOB.id, 5, []))).is_new
 
 
@@ -295,9 +274,7 @@ async def _lived(ledger: DumpingLedger) -> None:
     await ledger.apply(SetPlanned(JOB.id, INDEX, 10, 0))
     await ledger.apply(Fold(first.completions, first.casualties))
     assert first.ending
-    await ledger.apply(
-        Finish(JOB.id, Ending(JobState.FAILED, "no luck", 50.0, first.ending.closed), 0)
-    )
+    await ledger.apply(Finish(JOB.id, Ending(JobState.FAILED, "no luck", 50.0, first.ending.closed), 0))
     await ledger.apply(Reopen(JOB.id, 1, PAST.rounds[1].reopened))
     await ledger.apply(SetControl(JOB.id, Control.PAUSE, 1))
     await ledger.apply(MoveJob(JOB.id, JobState.PAUSED, 1))

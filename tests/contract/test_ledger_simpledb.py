@@ -58,21 +58,14 @@ LIFE: list[tuple[str, Call]] = [
     ("add", lambda of: of.apply(AddJob(_TOKEN, JobState.SUBMITTED, cut(0, bundle(0, 5))))),
     *((f"call {n}", call) for n, call in enumerate(CALLS) if n),
     ("restore", _restore),
-    (
-        "fold",
-        lambda of: of.apply(
-            Fold([done(bundle(n, n + 1, attempt=9)) for n in range(30)], [{}] * 30)
-        ),
-    ),
+    ("fold", lambda of: of.apply(Fold([done(bundle(n, n + 1, attempt=9)) for n in range(30)], [{}] * 30))),
     ("forget", lambda of: of.forget([JOB.id])),
     ("add again", lambda of: of.apply(AddJob(_TOKEN, JobState.SUBMITTED))),
     ("forget all", lambda of: of.forget()),
 ]
 
 
-def test_a_process_may_end_between_any_two_calls(
-    simpledb: Sdb, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_process_may_end_between_any_two_calls(simpledb: Sdb, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pain 6: whatever it was about to do has happened or has not, and can be done again. In the
     end there is nothing left of all those deaths."""
     monkeypatch.setattr(domain, "PATIENCE_S", 0.0)
@@ -90,11 +83,7 @@ def test_a_process_may_end_between_any_two_calls(
 
     async def main() -> int:
         deaths = 0
-        async with (
-            ledger_in(None) as reference,
-            ledger_in(simpledb) as mortal,
-            ledger_in(simpledb) as survivor,
-        ):
+        async with ledger_in(None) as reference, ledger_in(simpledb) as mortal, ledger_in(simpledb) as survivor:
             before = await survivor.dump()
             for name, call in LIFE:
                 await call(reference)
@@ -152,11 +141,7 @@ def test_random_lives_are_those_of_the_sql_ledger(seed: int, rough_simpledb: Sdb
     rng = Random(seed)
 
     async def main() -> None:
-        async with (
-            ledger_in(None) as reference,
-            ledger_in(rough_simpledb) as one,
-            ledger_in(rough_simpledb) as other,
-        ):
+        async with ledger_in(None) as reference, ledger_in(rough_simpledb) as one, ledger_in(rough_simpledb) as other:
             ledgers = [one, other]
             for _ in range(40):
                 call = anything(rng)
@@ -170,9 +155,7 @@ def test_random_lives_are_those_of_the_sql_ledger(seed: int, rough_simpledb: Sdb
 def test_many_writers_and_a_reader_keep_the_sums(simpledb: Sdb) -> None:
     """Each of them believes that it leads; what a reader sees is whole, all the time."""
     simpledb.weather(throttle=0.05, lose=0.02, short=0.1)
-    outcomes = [
-        done(bundle(n, n + 1), bundle(n, n + 1, stage=INDEX), failed=n % 2) for n in range(120)
-    ]
+    outcomes = [done(bundle(n, n + 1), bundle(n, n + 1, stage=INDEX), failed=n % 2) for n in range(120)]
 
     async def write(seed: int, of: DumpingLedger) -> int:
         mine, new = Random(seed).sample(outcomes, len(outcomes)), 0

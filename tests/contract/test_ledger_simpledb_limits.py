@@ -9,27 +9,11 @@ import pytest
 
 from batchlab.adapters.aws.endpoint import Endpoint
 from batchlab.adapters.simpledb import domain, open_simpledb
-from batchlab.core.errors import (
-    BackendError,
-    NotFound,
-    Throttled,
-    TooLarge,
-    Unreachable,
-    UsageError,
-)
+from batchlab.core.errors import BackendError, NotFound, Throttled, TooLarge, Unreachable, UsageError
 from batchlab.core.job_definition import InputDef, SplitBy
 from batchlab.core.model import JobId, JobState, TaskSet
 from batchlab.core.ports import AddCut, Ending, Finish
-from tests.support.contract.ledger_suite import (
-    JOB,
-    bundle,
-    cut,
-    done,
-    fold,
-    ledger_in,
-    stage_of,
-    submit,
-)
+from tests.support.contract.ledger_suite import JOB, bundle, cut, done, fold, ledger_in, stage_of, submit
 from tests.support.simpledb.fixtures import FAIR, Sdb
 
 SCATTERED = TaskSet.of(range(0, 30_000, 2))
@@ -105,9 +89,7 @@ def test_a_region_without_simpledb_is_told_at_once(monkeypatch: pytest.MonkeyPat
         asyncio.run(open_simpledb(Endpoint(region=region), "ledger").close())
 
 
-def test_on_aws_the_users_own_configuration_is_used(
-    simpledb: Sdb, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_on_aws_the_users_own_configuration_is_used(simpledb: Sdb, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL_SIMPLEDB", simpledb.url)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "k")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s")
@@ -121,9 +103,7 @@ def test_on_aws_the_users_own_configuration_is_used(
     assert f"job/{JOB.id}" in simpledb.items()
 
 
-def test_a_service_that_refuses_for_long_is_throttled(
-    simpledb: Sdb, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_service_that_refuses_for_long_is_throttled(simpledb: Sdb, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(domain, "PATIENCE_S", 0.2)
 
     async def main() -> None:

@@ -50,9 +50,7 @@ async def test_put_head_list_and_get_agree_on_size_and_etag(world: ObjectsWorld)
 
 
 @on_every_bucket
-async def test_a_conditional_create_loses_against_an_object_that_is_there(
-    world: ObjectsWorld,
-) -> None:
+async def test_a_conditional_create_loses_against_an_object_that_is_there(world: ObjectsWorld) -> None:
     etag = await world.objects.put("outcome", b"first", if_absent=True)
     with pytest.raises(AlreadyExists) as caught:
         await world.objects.put("outcome", b"second", if_absent=True)
@@ -193,9 +191,7 @@ async def test_a_prefix_need_not_end_at_a_slash(world: ObjectsWorld) -> None:
 
 
 @on_every_bucket
-async def test_long_listings_come_in_pages_that_miss_and_repeat_nothing(
-    world: ObjectsWorld,
-) -> None:
+async def test_long_listings_come_in_pages_that_miss_and_repeat_nothing(world: ObjectsWorld) -> None:
     keys = [f"outcomes/{number % 7:02x}/{number:05d}.json" for number in range(world.many)]
     await world.fill(keys)
     pages = [list(page) async for page in world.objects.list("outcomes/")]
@@ -229,9 +225,7 @@ async def test_a_listing_goes_on_while_objects_come_and_go(world: ObjectsWorld) 
 
 
 @on_every_bucket
-async def test_delete_takes_many_keys_and_does_not_mind_those_that_are_gone(
-    world: ObjectsWorld,
-) -> None:
+async def test_delete_takes_many_keys_and_does_not_mind_those_that_are_gone(world: ObjectsWorld) -> None:
     keys = [f"d/{number:04d}" for number in range(world.many)]
     await world.fill(keys)
     await world.objects.delete([])
@@ -293,9 +287,7 @@ async def test_a_download_replaces_the_file_or_leaves_it_alone(world: ObjectsWor
 
 
 @on_every_bucket
-async def test_uploading_a_file_that_is_not_there_says_so_and_stores_nothing(
-    world: ObjectsWorld,
-) -> None:
+async def test_uploading_a_file_that_is_not_there_says_so_and_stores_nothing(world: ObjectsWorld) -> None:
     with pytest.raises(FileNotFoundError):
         await world.objects.upload("raw/a", world.folder / "missing")
     assert await world.keys() == []
@@ -305,9 +297,7 @@ BAD_KEYS = ["", "/a", "a/", "a//b", "../a", "a/../b", "a/..", "./a", "a/.", "a\0
 
 
 @on_every_bucket
-async def test_keys_that_some_store_cannot_hold_are_refused_everywhere(
-    world: ObjectsWorld,
-) -> None:
+async def test_keys_that_some_store_cannot_hold_are_refused_everywhere(world: ObjectsWorld) -> None:
     for key in BAD_KEYS:
         calls: list[Callable[[], Awaitable[object]]] = [
             partial(world.objects.put, key, b""),
@@ -330,18 +320,7 @@ async def test_keys_that_some_store_cannot_hold_are_refused_everywhere(
 
 @on_every_bucket
 async def test_unusual_keys_are_keys(world: ObjectsWorld) -> None:
-    keys = [
-        "a b",
-        "grüße/日本",
-        "100%25",
-        "a+b=c&d",
-        "x#y",
-        "#1/z",
-        "q?*[]",
-        "t~'\"<>|",
-        "..a",
-        "\\",
-    ]
+    keys = ["a b", "grüße/日本", "100%25", "a+b=c&d", "x#y", "#1/z", "q?*[]", "t~'\"<>|", "..a", "\\"]
     for key in keys:
         await world.objects.put(key, key.encode())
     for key in keys:

@@ -67,10 +67,7 @@ asyncio.run(put(*sys.argv[1:]))
 
 def _start(script: str, *args: object) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", script, *map(str, args)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
+        [sys.executable, "-c", script, *map(str, args)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
 
 
@@ -185,9 +182,7 @@ TEMPLATE = f"grid/templates/{hashlib.sha256(b'[]').hexdigest()}.json"
         ("jobs/j/spec.json", b"\0" * 4096, b"{}"),
     ],
 )
-def test_a_torn_object_gives_way_to_a_conditional_create(
-    tmp_path: Path, key: str, torn: bytes, whole: bytes
-) -> None:
+def test_a_torn_object_gives_way_to_a_conditional_create(tmp_path: Path, key: str, torn: bytes, whole: bytes) -> None:
     async def check() -> None:
         objects = open_local(tmp_path)
         (tmp_path / key).parent.mkdir(parents=True)

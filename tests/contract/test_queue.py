@@ -72,9 +72,7 @@ async def test_a_deleted_message_never_comes_again(world: QueueWorld) -> None:
 
 
 @on_every_queue
-async def test_an_expired_receipt_still_deletes_what_nobody_else_has_received(
-    world: QueueWorld,
-) -> None:
+async def test_an_expired_receipt_still_deletes_what_nobody_else_has_received(world: QueueWorld) -> None:
     name = await world.make(visibility_s=1)
     await world.send(name, "a")
     (message,) = await world.receive(name)
@@ -85,9 +83,7 @@ async def test_an_expired_receipt_still_deletes_what_nobody_else_has_received(
 
 
 @on_every_queue
-async def test_every_receive_has_its_own_receipt_and_an_old_one_cannot_delete(
-    world: QueueWorld,
-) -> None:
+async def test_every_receive_has_its_own_receipt_and_an_old_one_cannot_delete(world: QueueWorld) -> None:
     """Pain 6: deleting with a stale receipt must not lose the message somebody else works on."""
     name = await world.make(visibility_s=1)
     await world.send(name, "a")
@@ -213,9 +209,7 @@ async def test_the_12_hours_begin_anew_with_each_receive(world: QueueWorld) -> N
     await world.advance(2 * HOUR_S)
     (message,) = await world.receive(name, visibility_s=10)
     assert list(await world.queue.change_visibility(name, [(message.receipt, 11.9 * HOUR_S)])) == []
-    assert list(await world.queue.change_visibility(name, [(message.receipt, 13 * HOUR_S)])) == [
-        message.receipt
-    ]
+    assert list(await world.queue.change_visibility(name, [(message.receipt, 13 * HOUR_S)])) == [message.receipt]
 
 
 @on_every_queue
@@ -338,9 +332,7 @@ async def test_what_is_too_old_is_gone(world: QueueWorld) -> None:
 
 
 @on_every_queue
-async def test_ensuring_a_queue_again_keeps_its_messages_and_takes_the_new_attributes(
-    world: QueueWorld,
-) -> None:
+async def test_ensuring_a_queue_again_keeps_its_messages_and_takes_the_new_attributes(world: QueueWorld) -> None:
     name = await world.make(visibility_s=1000)
     await world.send(name, "a")
     await world.queue.ensure(QueueSpec(name, visibility_s=1))
@@ -366,9 +358,7 @@ async def test_a_purge_drops_everything(world: QueueWorld) -> None:
 
 
 @on_every_queue
-async def test_a_queue_made_again_is_empty_and_old_receipts_mean_nothing_to_it(
-    world: QueueWorld,
-) -> None:
+async def test_a_queue_made_again_is_empty_and_old_receipts_mean_nothing_to_it(world: QueueWorld) -> None:
     name = await world.make(visibility_s=1)
     await world.send(name, "a", "b")
     old = await world.receive(name, 2)

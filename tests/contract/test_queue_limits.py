@@ -78,9 +78,7 @@ async def test_a_queue_that_is_not_there_is_not_found(world: QueueWorld) -> None
 
 
 @on_every_queue
-async def test_past_the_limit_of_messages_in_flight_nothing_more_is_given_out(
-    world: QueueWorld,
-) -> None:
+async def test_past_the_limit_of_messages_in_flight_nothing_more_is_given_out(world: QueueWorld) -> None:
     if not world.exact or world.patient:
         pytest.skip(f"the limit is not {IN_FLIGHT} here, or nobody is told")
     name = await world.make(visibility_s=5)

@@ -17,9 +17,7 @@ from tests.support.contract.queue_worlds import LoopClock, bodies, receipts
 T = TypeVar("T")
 
 
-def _run(
-    scenario: Callable[[SimQueue], Coroutine[Any, Any, T]], *, seed: int = 1, **options: Any
-) -> T:
+def _run(scenario: Callable[[SimQueue], Coroutine[Any, Any, T]], *, seed: int = 1, **options: Any) -> T:
     async def run() -> T:
         queue = SimQueue(LoopClock(), random.Random(seed), **options)
         await queue.ensure(QueueSpec("dead"))

@@ -183,9 +183,7 @@ def test_a_killed_sleeper_does_not_take_a_wake_up_with_it(tmp_path: Path) -> Non
     _run(tmp_path, scenario)
 
 
-def test_killed_senders_leave_whole_batches_and_lose_none_that_was_confirmed(
-    tmp_path: Path,
-) -> None:
+def test_killed_senders_leave_whole_batches_and_lose_none_that_was_confirmed(tmp_path: Path) -> None:
     """Pain 6: nothing falls into the seam between queue and sender, whenever it dies."""
 
     async def scenario(queue: SqliteQueue, path: Path, _: SteppedClock) -> None:
@@ -275,9 +273,7 @@ def test_a_new_file_may_be_opened_by_many_at_the_same_instant(tmp_path: Path) ->
                 one.result()
 
 
-def test_a_sleeping_receive_looks_next_to_never(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_sleeping_receive_looks_next_to_never(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     looks: list[str] = []
     look = SqliteMessages.receive
 

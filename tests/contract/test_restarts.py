@@ -20,13 +20,7 @@ from batchlab.adapters.aws.sqs import SqsQueue
 from batchlab.adapters.local.ministack import Emulator
 from batchlab.core.errors import NotFound, Unreachable
 from batchlab.core.ports import Outgoing, QueueSpec
-from tests.support.aws.emulators import (
-    EMULATORS,
-    localstack_python,
-    localstack_server,
-    ministack_python,
-    moto_server,
-)
+from tests.support.aws.emulators import EMULATORS, localstack_python, localstack_server, ministack_python, moto_server
 
 pytestmark = pytest.mark.slow
 

@@ -213,11 +213,7 @@ def test_a_queue_that_is_there_gets_all_its_attributes_anew() -> None:
 
     spec = QueueSpec("q", visibility_s=29.5, retention_s=60, dead_letters="dead", max_receives=3)
     _, asked = _asked(answer, lambda queue: queue.ensure(spec))
-    assert [operation for operation, _ in asked] == [
-        "GetQueueAttributes",
-        "CreateQueue",
-        "SetQueueAttributes",
-    ]
+    assert [operation for operation, _ in asked] == ["GetQueueAttributes", "CreateQueue", "SetQueueAttributes"]
     create, change = asked[1][1], asked[2][1]
     assert create["QueueName"] == "grid-q"
     assert change["QueueUrl"].endswith("/grid-q")
@@ -234,9 +230,7 @@ def test_a_queue_that_is_there_gets_all_its_attributes_anew() -> None:
     )
 
 
-def test_nothing_of_the_users_aws_configuration_reaches_an_endpoint(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_nothing_of_the_users_aws_configuration_reaches_an_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {
         "AWS_ACCESS_KEY_ID": "AKIAREAL",
         "AWS_SECRET_ACCESS_KEY": "secret",
@@ -291,9 +285,6 @@ def test_a_cancelled_receive_gives_back_what_its_request_still_brings() -> None:
             answered.set()
 
     _, asked = _asked(answer, calls)
-    assert [operation for operation, _ in asked] == [
-        "ReceiveMessage",
-        "ChangeMessageVisibilityBatch",
-    ]
+    assert [operation for operation, _ in asked] == ["ReceiveMessage", "ChangeMessageVisibilityBatch"]
     (entry,) = asked[1][1]["Entries"]
     assert (entry["ReceiptHandle"], entry["VisibilityTimeout"]) == ("held", 0)

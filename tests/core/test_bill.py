@@ -31,9 +31,7 @@ def see(
     shares: dict[JobId, float] | None = None,
     accounts: dict[JobId, Account] | None = None,
 ) -> None:
-    meter.see(
-        POOL, instance, now_s=at_s, monotonic_s=at_s, shares=shares or {}, accounts=accounts or {}
-    )
+    meter.see(POOL, instance, now_s=at_s, monotonic_s=at_s, shares=shares or {}, accounts=accounts or {})
 
 
 # --- The meter -----------------------------------------------------------------------------------
@@ -90,15 +88,7 @@ def test_an_instance_is_billed_as_spot_from_when_it_has_told() -> None:
     """Describing a group does not say who is Spot: until the worker has, it counts as dearer."""
     meter = Meter()
     see(meter, up("i"), 0.0)
-    meter.see(
-        POOL,
-        up("i"),
-        now_s=100.0,
-        monotonic_s=100.0,
-        shares={},
-        accounts={},
-        is_spot=True,
-    )
+    meter.see(POOL, up("i"), now_s=100.0, monotonic_s=100.0, shares={}, accounts={}, is_spot=True)
     assert meter.total.billed_s == {ON_DEMAND: 60.0, SPOT: 40.0}
 
 
@@ -106,9 +96,7 @@ def test_another_process_goes_on_where_the_one_before_stopped() -> None:
     meter = Meter()
     see(meter, up("i", launched_s=1000.0), 1100.0)
     again = Meter.from_json(meter.to_json())
-    again.see(
-        POOL, up("i", launched_s=1000.0), now_s=1300.0, monotonic_s=5.0, shares={}, accounts={}
-    )
+    again.see(POOL, up("i", launched_s=1000.0), now_s=1300.0, monotonic_s=5.0, shares={}, accounts={})
     assert again.total.billed_s[ON_DEMAND] == 300.0
     assert again.keep({"i"}) is False
     assert again.keep(set()) is True
@@ -155,9 +143,7 @@ def test_a_tally_counts_steps_and_empty_receives() -> None:
     tally.put(3)
     tally.get()
     tally.delete()
-    assert tally.read() == Requests(
-        sqs=8, sqs_empty=1, s3_puts=3, s3_gets=1, s3_deletes=1, sqs_bytes=270_000
-    )
+    assert tally.read() == Requests(sqs=8, sqs_empty=1, s3_puts=3, s3_gets=1, s3_deletes=1, sqs_bytes=270_000)
 
 
 # --- The bill ------------------------------------------------------------------------------------

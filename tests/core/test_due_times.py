@@ -86,27 +86,17 @@ def test_what_has_a_fixed_time_is_due_once_a_day_for_each_where_there_is_any(
     found = between(cron, zone, after_s, until_s)
     local = [datetime.fromtimestamp(one, ZoneInfo(zone)).replace(tzinfo=None) for one in found]
     assert len(set(local)) == len(local)
-    fits = {
-        datetime.fromtimestamp(one, ZoneInfo(zone)) for one in walked(cron, zone, after_s, until_s)
-    }
+    fits = {datetime.fromtimestamp(one, ZoneInfo(zone)) for one in walked(cron, zone, after_s, until_s)}
     there = {one.replace(tzinfo=None) for one in fits}
     # All that there are; and the first minute after a time that is left out.
     assert there <= set(local)
     for one in set(local) - there:
         before = datetime.fromtimestamp(found[local.index(one)] - 60, ZoneInfo(zone))
-        assert (
-            before.utcoffset()
-            != datetime.fromtimestamp(found[local.index(one)], ZoneInfo(zone)).utcoffset()
-        )
+        assert before.utcoffset() != datetime.fromtimestamp(found[local.index(one)], ZoneInfo(zone)).utcoffset()
 
 
 @settings(max_examples=80, deadline=None)
-@given(
-    minute=minutes,
-    hour=hours,
-    change=st.sampled_from(CHANGES),
-    off_s=st.integers(-6 * 3600, 6 * 3600),
-)
+@given(minute=minutes, hour=hours, change=st.sampled_from(CHANGES), off_s=st.integers(-6 * 3600, 6 * 3600))
 def test_due_times_are_the_same_from_wherever_they_are_looked_at(
     minute: str, hour: str, change: tuple[str, str], off_s: int
 ) -> None:

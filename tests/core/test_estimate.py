@@ -24,9 +24,7 @@ def stage(tasks: float, seconds: float, **more: object) -> StageLoad:
     return StageLoad("a", same(tasks), same(seconds), **more)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    ("payload_bytes", "billed"), [(0, 1), (1, 1), (65_536, 1), (65_537, 2), (262_144, 4)]
-)
+@pytest.mark.parametrize(("payload_bytes", "billed"), [(0, 1), (1, 1), (65_536, 1), (65_537, 2), (262_144, 4)])
 def test_sqs_bills_every_64_kib_and_never_less_than_one(payload_bytes: int, billed: int) -> None:
     assert steps(payload_bytes) == billed
 
@@ -38,9 +36,7 @@ def test_a_million_requests_cost_what_the_pricing_pages_say() -> None:
     assert request_costs.usd_of(Requests(s3_gets=1e6), BOOK) == pytest.approx((0.0, 0.40))
     assert request_costs.usd_of(Requests(s3_deletes=1e6), BOOK) == (0.0, 0.0)
     # An empty receive is a receive: it is in `sqs` and not billed twice.
-    assert request_costs.usd_of(Requests(sqs=1e6, sqs_empty=1e6), BOOK) == pytest.approx(
-        (0.40, 0.0)
-    )
+    assert request_costs.usd_of(Requests(sqs=1e6, sqs_empty=1e6), BOOK) == pytest.approx((0.40, 0.0))
 
 
 def test_compute_and_idle_by_hand() -> None:
@@ -109,9 +105,7 @@ def test_requests_follow_bundles_and_time() -> None:
         (0, 4, 1.0, None),
     ],
 )
-def test_bundles_are_counted_as_the_manager_cuts_them(
-    tasks: int, slots: int, mean_s: float, fixed: int | None
-) -> None:
+def test_bundles_are_counted_as_the_manager_cuts_them(tasks: int, slots: int, mean_s: float, fixed: int | None) -> None:
     window = 3 * slots + 1
     first = [] if fixed is not None else settlement.wave(tasks, slots, None, None, window)
     left, count = tasks - sum(first), len(first)

@@ -159,8 +159,7 @@ def test_the_band_is_never_upside_down() -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0.2, "1 s"), (60, "60 s"), (600, "10 min"), (9000, "2.5 h"), (200_000, "2.3 days")],
+    ("seconds", "text"), [(0.2, "1 s"), (60, "60 s"), (600, "10 min"), (9000, "2.5 h"), (200_000, "2.3 days")]
 )
 def test_a_span_has_the_precision_of_an_estimate(seconds: float, text: str) -> None:
     assert about(seconds) == text

@@ -74,10 +74,7 @@ def test_where_the_code_was_unpacked_and_which_python_ran_it_do_not_matter() -> 
 @pytest.mark.parametrize(
     ("one", "other"),
     [
-        (
-            "exit code 3: cat: /a/b/in/0/x.csv: No such file",
-            "exit code 3: cat: /c/y.csv: No such file",
-        ),
+        ("exit code 3: cat: /a/b/in/0/x.csv: No such file", "exit code 3: cat: /c/y.csv: No such file"),
         ("ran longer than its timeout of 0.5 s", "ran longer than its timeout of 60 s"),
         ("KeyError: 'a'", "KeyError: 'b c'"),
         ("claim CLM-0041 has no total", "claim CLM-99 has no total"),

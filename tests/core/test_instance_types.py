@@ -66,9 +66,7 @@ def test_a_type_that_is_not_there_is_refused_with_what_is_near() -> None:
         (f"[types]\n{ROW.replace('x86_64', 'amd64')}", "'amd64', not x86_64 or arm64"),
     ],
 )
-def test_a_file_that_is_wrong_is_refused_with_its_place(
-    tmp_path: Path, content: str, wrong: str
-) -> None:
+def test_a_file_that_is_wrong_is_refused_with_its_place(tmp_path: Path, content: str, wrong: str) -> None:
     path = tmp_path / "types.toml"
     path.write_text(content)
     with pytest.raises(UsageError, match=wrong) as refused:

@@ -20,9 +20,7 @@ Written = Callable[[], str]
 
 
 @pytest.fixture
-def written(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Written]:
+def written(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Written]:
     """What a process has logged that calls `set_up`."""
     root = logging.getLogger()
     before, level = root.handlers[:], root.level
@@ -45,9 +43,7 @@ def lines(written: Written) -> list[dict[str, object]]:
     return [json.loads(line) for line in written().splitlines()]
 
 
-def test_text_is_what_is_written_unless_said(
-    written: Written, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_text_is_what_is_written_unless_said(written: Written, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(logs.FORMAT_VARIABLE, raising=False)
     begin(service="worker", instance="i-1")
 
@@ -63,9 +59,7 @@ def test_text_is_what_is_written_unless_said(
     assert "i-1" not in line, "the file is the instance's"
 
 
-def test_json_has_the_fields_of_process_task_and_line(
-    written: Written, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_json_has_the_fields_of_process_task_and_line(written: Written, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(logs.FORMAT_VARIABLE, "json")
     begin(service="worker")
     logs.is_from(worker="w-1", instance="i-1")
@@ -98,9 +92,7 @@ def test_json_has_the_fields_of_process_task_and_line(
 
 
 @pytest.mark.parametrize("format_", logs.FORMATS)
-def test_nothing_in_a_line_moves_a_terminal(
-    written: Written, monkeypatch: pytest.MonkeyPatch, format_: str
-) -> None:
+def test_nothing_in_a_line_moves_a_terminal(written: Written, monkeypatch: pytest.MonkeyPatch, format_: str) -> None:
     monkeypatch.setenv(logs.FORMAT_VARIABLE, format_)
     begin(service="worker")
     try:
@@ -113,9 +105,7 @@ def test_nothing_in_a_line_moves_a_terminal(
     assert "title" in text
 
 
-def test_an_exception_is_one_line_of_json(
-    written: Written, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_exception_is_one_line_of_json(written: Written, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(logs.FORMAT_VARIABLE, "json")
     begin()
     try:
@@ -126,9 +116,7 @@ def test_an_exception_is_one_line_of_json(
     assert str(line["exception"]).startswith("Traceback")
 
 
-def test_what_ends_a_process_is_logged_like_anything_else(
-    written: Written, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_ends_a_process_is_logged_like_anything_else(written: Written, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(logs.FORMAT_VARIABLE, "json")
     monkeypatch.setenv("MY_TOKEN", "of-mine-alone")
     begin(service="manager")
@@ -157,11 +145,7 @@ def test_no_secret_leaves(written: Written, monkeypatch: pytest.MonkeyPatch, for
     try:
         raise RuntimeError(f"with {os.environ['AWS_SECRET_ACCESS_KEY']} in it")
     except RuntimeError:
-        log.exception(
-            "sent correct horse battery and %s",
-            "api-key=0123456789",
-            extra={"job": "correct horse"},
-        )
+        log.exception("sent correct horse battery and %s", "api-key=0123456789", extra={"job": "correct horse"})
     log.info("a test is none")
     told = written()
     for secret in ("wJalr", "FEMI", "0123456789", "correct horse", "battery"):
@@ -169,9 +153,7 @@ def test_no_secret_leaves(written: Written, monkeypatch: pytest.MonkeyPatch, for
     assert "a test is none" in told
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [(logs.FORMAT_VARIABLE, "xml"), (logs.LEVEL_VARIABLE, "LOUD")]
-)
+@pytest.mark.parametrize(("name", "value"), [(logs.FORMAT_VARIABLE, "xml"), (logs.LEVEL_VARIABLE, "LOUD")])
 def test_what_there_is_not_is_told_in_a_sentence(
     written: Written, monkeypatch: pytest.MonkeyPatch, name: str, value: str
 ) -> None:
@@ -180,9 +162,7 @@ def test_what_there_is_not_is_told_in_a_sentence(
         begin()
 
 
-def test_the_last_words_are_read_in_either_format(
-    written: Written, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_last_words_are_read_in_either_format(written: Written, monkeypatch: pytest.MonkeyPatch) -> None:
     for format_ in logs.FORMATS:
         monkeypatch.setenv(logs.FORMAT_VARIABLE, format_)
         logs.last_words("The port is taken. Name another.")

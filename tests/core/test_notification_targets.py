@@ -68,10 +68,7 @@ def test_what_a_job_may_name(one: NotifyDef) -> None:
         (NotifyDef("webhook", "https://h.example.org/\r\nX: y"), "no URL"),
         (NotifyDef("webhook", "https://h.example.org/" + "x" * 3000), "no URL"),
         (NotifyDef("webhook", "https://me:pw@h.example.org/"), "no user and password"),
-        (
-            NotifyDef("webhook", "https://169.254.169.254/latest/meta-data"),
-            "link-local or metadata",
-        ),
+        (NotifyDef("webhook", "https://169.254.169.254/latest/meta-data"), "link-local or metadata"),
         (NotifyDef("webhook", "http://169.254.169.254/"), "http is only for this machine"),
         (NotifyDef("webhook", "https://[fe80::1]/"), "link-local or metadata"),
         (NotifyDef("webhook", "https://[::ffff:169.254.169.254]/"), "link-local or metadata"),
@@ -101,8 +98,7 @@ def test_what_a_job_may_not_name(one: NotifyDef, told: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "bad",
-    ["a\x1b[2Jb", "two\nlines", "a\rb", "\x9b31m", "\u202egnp.exe", "zero\u200bwidth", "\x7f"],
+    "bad", ["a\x1b[2Jb", "two\nlines", "a\rb", "\x9b31m", "\u202egnp.exe", "zero\u200bwidth", "\x7f"]
 )
 def test_what_people_read_of_a_job_holds_no_control_characters(bad: str) -> None:
     named, tagged = replace(a_job(), name=bad), replace(a_job(), tags=(("team", bad),))
@@ -272,7 +268,7 @@ failures = 10
 command = ["/usr/local/bin/page", "--urgent"]
 """,
     )
-    read = settings.read_notification_settings(home, {"CHAT_URL": "https://chat.example/x"})
+    read = settings.read_notifications(home, {"CHAT_URL": "https://chat.example/x"})
     found = {one.name: one for one in read.targets}
     assert found == {
         "ops": Target(
@@ -289,13 +285,11 @@ command = ["/usr/local/bin/page", "--urgent"]
         "pager": Target("pager", "command", "", ("/usr/local/bin/page", "--urgent")),
     }
     assert read.local == {"http://127.0.0.1:8000", "http://localhost:80"}
-    assert read.secrets == {
-        "BATCHLAB_NOTIFY_A": {"https://hooks.example.org:443", "https://[2001:db8::1]:8443"}
-    }
+    assert read.secrets == {"BATCHLAB_NOTIFY_A": {"https://hooks.example.org:443", "https://[2001:db8::1]:8443"}}
 
 
 def test_no_file_is_nobody(tmp_path: Path) -> None:
-    assert settings.read_notification_settings(at(tmp_path, None)) == Directory()
+    assert settings.read_notifications(at(tmp_path, None)) == Directory()
 
 
 @pytest.mark.parametrize(
@@ -331,7 +325,7 @@ def test_no_file_is_nobody(tmp_path: Path) -> None:
 )
 def test_a_mistake_is_told_in_a_sentence(tmp_path: Path, text: str, told: str) -> None:
     with pytest.raises(UsageError) as caught:
-        settings.read_notification_settings(at(tmp_path, text))
+        settings.read_notifications(at(tmp_path, text))
     assert told in str(caught.value)
     assert "hunter2" not in str(caught.value)
 
@@ -348,9 +342,7 @@ def test_the_manager_needs_the_variables_that_are_named(tmp_path: Path) -> None:
         settings.variables(home, environ)
 
 
-def test_the_file_is_read_again_when_it_changes(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_file_is_read_again_when_it_changes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     home = at(tmp_path, "[a]\ncommand = ['x']\n")
     now = settings.watched(home)
 

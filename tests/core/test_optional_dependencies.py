@@ -62,9 +62,7 @@ def test_a_clone_has_all_of_them() -> None:
     assert found["tool"]["uv"]["default-groups"] == ["all", "dev"]
     (every,) = map(Requirement, found["dependency-groups"]["all"])
     assert every.extras == set(EXTRAS) - {"otel"}
-    (dev,) = (
-        one for one in map(Requirement, found["dependency-groups"]["dev"]) if one.name == "batchlab"
-    )
+    (dev,) = (one for one in map(Requirement, found["dependency-groups"]["dev"]) if one.name == "batchlab")
     assert dev.extras == set(EXTRAS)
 
 
@@ -115,12 +113,7 @@ def test_the_main_job_needs_none_of_them(tmp_path: Path) -> None:
     ],
 )
 def test_who_uses_a_part_without_its_extra_gets_one_sentence(
-    run: Run,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    module: str,
-    extra: str,
-    command: str,
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, module: str, extra: str, command: str
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.chdir(tmp_path)
@@ -137,18 +130,14 @@ def test_who_uses_a_part_without_its_extra_gets_one_sentence(
 
 
 @pytest.mark.parametrize("backend", ["ministack", "localstack", "aws"])
-def test_from_python_it_is_a_usage_error(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, backend: str
-) -> None:
+def test_from_python_it_is_a_usage_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, backend: str) -> None:
     monkeypatch.setitem(sys.modules, "boto3", None)
     with pytest.raises(UsageError, match=f"The backend {backend} needs batchlab's extra"):
         _ = Grid(backend, home=tmp_path).client
     assert not [one for one in tmp_path.iterdir() if one.suffix == ".log"], "nothing was started"
 
 
-def test_an_import_that_nobody_has_asked_about_is_told_likewise(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_an_import_that_nobody_has_asked_about_is_told_likewise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(installation, "_origin", dict)
     told = missing_module_message(ModuleNotFoundError(name="docker.errors"))
     assert told is not None
@@ -158,9 +147,7 @@ def test_an_import_that_nobody_has_asked_about_is_told_likewise(
     assert missing_module_message(ModuleNotFoundError()) is None
 
 
-def test_the_doctor_names_what_is_missing(
-    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_the_doctor_names_what_is_missing(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "jinja2", None)
     monkeypatch.setitem(sys.modules, "boto3", None)
     monkeypatch.setattr(installation, "_origin", dict)
@@ -214,9 +201,7 @@ def test_every_backend_says_what_it_needs() -> None:
     }
 
 
-def test_a_topic_without_the_sdk_is_told_and_not_tried_again(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_topic_without_the_sdk_is_told_and_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "boto3", None)
     target = Target("ops", "sns", "arn:aws:sns:eu-west-1:123456789012:ops")
     one = Notification("n", "ended", "sums-1", "ops", None, "{}", 0.0)
@@ -225,9 +210,7 @@ def test_a_topic_without_the_sdk_is_told_and_not_tried_again(
     assert told.value.final
 
 
-def test_images_and_releases_have_the_extras_that_are_here(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_images_and_releases_have_the_extras_that_are_here(monkeypatch: pytest.MonkeyPatch) -> None:
     every = {line.partition("=")[0].partition("[")[0] for line in compose_project.requirements()}
     asked = project()["project"]
     brought = [line for extra, lines in asked["optional-dependencies"].items()

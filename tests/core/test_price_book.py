@@ -34,10 +34,7 @@ def test_every_instance_type_of_the_catalogue_has_a_price_and_a_day() -> None:
 @pytest.mark.skipif(not DATA.exists(), reason="the prices of others are not at hand")
 def test_the_prices_are_those_that_others_list_for_that_day() -> None:
     with DATA.open() as file:
-        listed = {
-            row["instance_type"]: float(row["linux_on_demand_usd_per_hour"])
-            for row in csv.DictReader(file)
-        }
+        listed = {row["instance_type"]: float(row["linux_on_demand_usd_per_hour"]) for row in csv.DictReader(file)}
     assert SHIPPED.blocks["on_demand"].date == date(2026, 7, 20)
     for name, usd_h in SHIPPED.blocks["on_demand"].table.items():
         assert usd_h == pytest.approx(listed[name], abs=1e-9), name
@@ -109,9 +106,7 @@ def test_a_book_of_before_there_was_a_block_says_where_to_take_it_from(tmp_path:
 # --- Money ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("text", "usd"), [("5USD", 5.0), ("0.50 usd", 0.5), (" 12.5 USD ", 12.5), (".5USD", 0.5)]
-)
+@pytest.mark.parametrize(("text", "usd"), [("5USD", 5.0), ("0.50 usd", 0.5), (" 12.5 USD ", 12.5), (".5USD", 0.5)])
 def test_an_amount_needs_its_currency(text: str, usd: float) -> None:
     assert parse(text) == usd
 
@@ -123,9 +118,7 @@ def test_an_amount_without_it_is_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize(("text", "converts"), [("5", False), ("5 EUR", True), ("$5", True)])
-def test_of_another_currency_it_is_said_that_nothing_is_converted(
-    text: str, converts: bool
-) -> None:
+def test_of_another_currency_it_is_said_that_nothing_is_converted(text: str, converts: bool) -> None:
     with pytest.raises(UsageError) as told:
         parse(text)
     assert told.value.remedy
@@ -147,11 +140,7 @@ def test_amounts_are_shown_with_their_currency_and_the_digits_that_count() -> No
 
 # --- Per hour ------------------------------------------------------------------------------------
 
-SMALL = {
-    "ManagerInstanceType": "t4g.small",
-    "PoolInstanceTypes": "m7i.large",
-    "PoolName": "default",
-}
+SMALL = {"ManagerInstanceType": "t4g.small", "PoolInstanceTypes": "m7i.large", "PoolName": "default"}
 
 
 def test_the_smallest_stack_by_hand() -> None:
@@ -201,11 +190,7 @@ def test_a_database_a_nat_and_least_workers_by_hand() -> None:
 
 
 def test_each_pool_has_its_own_line_and_its_own_alarms() -> None:
-    stack = {
-        **SMALL,
-        "PoolBigInstanceTypes": "c7i.xlarge, c7i.2xlarge",
-        "PoolBigName": "big",
-    }
+    stack = {**SMALL, "PoolBigInstanceTypes": "c7i.xlarge, c7i.2xlarge", "PoolBigName": "big"}
     found = hourly_cost(stack, SHIPPED, region="us-east-1", shape=StackShape(interface_endpoints=5))
     assert [worker.pool for worker in found.workers] == ["default", "big"]
     assert found.workers[1].instance_type == "c7i.xlarge and 1 more"
@@ -236,9 +221,7 @@ def test_a_network_of_ones_own_costs_the_stack_nothing() -> None:
         ("SQLite, your own network", {"VpcId": "vpc-1", "SubnetIds": "subnet-a,subnet-b"}),
     ],
 )
-def test_the_docs_say_what_a_stack_costs_while_nothing_runs(
-    row: str, parameters: dict[str, str]
-) -> None:
+def test_the_docs_say_what_a_stack_costs_while_nothing_runs(row: str, parameters: dict[str, str]) -> None:
     """The template's own defaults, at the prices that ship."""
     found = hourly_cost({"PoolInstanceTypes": "m7i.large", **parameters}, SHIPPED)
     month = f"{found.idle_usd_h.typical * 730:.0f}"

@@ -120,13 +120,7 @@ def test_awss_own_price_list_as_json(tmp_path: Path) -> None:
         },
         "terms": {
             "OnDemand": {
-                sku: {
-                    f"{sku}.T": {
-                        "priceDimensions": {
-                            f"{sku}.T.R": {"unit": "Hrs", "pricePerUnit": {"USD": usd}}
-                        }
-                    }
-                }
+                sku: {f"{sku}.T": {"priceDimensions": {f"{sku}.T.R": {"unit": "Hrs", "pricePerUnit": {"USD": usd}}}}}
                 for sku, usd in (("A1", "0.2390"), ("A2", "0.9"))
             }
         },
@@ -179,9 +173,7 @@ OUT = "EU-DataTransfer-Out-Bytes"
 ZONES = "EU-DataTransfer-Regional-Bytes"
 
 
-def test_the_price_list_of_data_transfer_gives_the_first_tier_that_is_billed(
-    tmp_path: Path,
-) -> None:
+def test_the_price_list_of_data_transfer_gives_the_first_tier_that_is_billed(tmp_path: Path) -> None:
     path = wrote(
         tmp_path,
         TRANSFER
@@ -201,10 +193,7 @@ def test_the_price_list_of_data_transfer_gives_the_first_tier_that_is_billed(
     book = refreshed(SHIPPED, found)
     assert book.of("transfer", "internet_usd_per_gb") == 0.092
     assert book.of("transfer", "zone_usd_per_gb_each_way") == 0.011
-    assert (book.blocks["transfer"].region, book.blocks["transfer"].date) == (
-        "eu-west-1",
-        date(2026, 9, 1),
-    )
+    assert (book.blocks["transfer"].region, book.blocks["transfer"].date) == ("eu-west-1", date(2026, 9, 1))
     assert book.blocks["network"] == SHIPPED.blocks["network"]
     (tmp_path / price_book.NAME).write_text(price_book.write(book))
     assert price_book.load(tmp_path).blocks == book.blocks
@@ -218,10 +207,7 @@ def test_the_price_list_of_data_transfer_as_json(tmp_path: Path) -> None:
         "offerCode": "AWSDataTransfer",
         "publicationDate": "2026-09-02T00:00:00Z",
         "products": {
-            usage: {
-                "productFamily": "Data Transfer",
-                "attributes": {"usagetype": usage, "fromRegionCode": "us-east-1"},
-            }
+            usage: {"productFamily": "Data Transfer", "attributes": {"usagetype": usage, "fromRegionCode": "us-east-1"}}
             for usage in prices_of
         },
         "terms": {
@@ -263,10 +249,7 @@ def test_spot_history_makes_a_range_of_what_was_paid(tmp_path: Path) -> None:
 
 
 def test_a_small_csv_needs_its_day_and_of_several_regions_one(tmp_path: Path) -> None:
-    text = (
-        "region,instance_type,linux_on_demand_usd_per_hour\n"
-        "us-east-1,m7i.large,0.11\neu-west-1,m7i.large,0.12\n"
-    )
+    text = "region,instance_type,linux_on_demand_usd_per_hour\nus-east-1,m7i.large,0.11\neu-west-1,m7i.large,0.12\n"
     path = wrote(tmp_path, text)
     with pytest.raises(UsageError, match="of which day") as caught:
         find(path, region="us-east-1")
@@ -298,9 +281,7 @@ def test_a_small_csv_needs_its_day_and_of_several_regions_one(tmp_path: Path) ->
         (OFFER.replace("2026-09-01T12", "soon") + row("m7i.large", "1"), "of which day"),
     ],
 )
-def test_what_is_no_price_list_is_refused_in_a_sentence(
-    tmp_path: Path, text: str, told: str
-) -> None:
+def test_what_is_no_price_list_is_refused_in_a_sentence(tmp_path: Path, text: str, told: str) -> None:
     with pytest.raises(UsageError, match=told):
         find(wrote(tmp_path, text))
 

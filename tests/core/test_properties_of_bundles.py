@@ -9,16 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchlab.core.job_definition import InputDef, JobDef, RetryRule, SplitBy, StageDef
-from batchlab.core.model import (
-    Bundle,
-    Failure,
-    FailureKind,
-    JobId,
-    Outcome,
-    Ran,
-    StageName,
-    TaskSet,
-)
+from batchlab.core.model import Bundle, Failure, FailureKind, JobId, Outcome, Ran, StageName, TaskSet
 from batchlab.core.protocol import json_format, object_keys, settlement
 from batchlab.core.protocol.object_keys import CommitKey
 from tests.support.properties import PROPERTY, SLOW
@@ -92,22 +83,17 @@ class Course:
                 else Ran(task, 0.1, failure=Failure(task, FailureKind.EXCEPTION, "no"))
                 for task in tasks[:done]
             ]
-            outcome = settlement.settle(
-                JOB, bundle, ran, execution="x", worker="w", started_s=0.0, ended_s=1.0
-            )
+            outcome = settlement.settle(JOB, bundle, ran, execution="x", worker="w", started_s=0.0, ended_s=1.0)
         self.outcomes.append(outcome)
         return [follow.bundle for follow in outcome.follows]
 
 
 @SLOW
 @given(st.integers(1, 12), st.integers(1, 5), st.data())
-def test_each_task_ends_once_by_whatever_course(
-    planned: int, size: int, data: st.DataObject
-) -> None:
+def test_each_task_ends_once_by_whatever_course(planned: int, size: int, data: st.DataObject) -> None:
     """I1 and I2 of two stages, over splits, retries, lost workers and poison."""
     waiting = [
-        Bundle(JOB.id, ONE, TaskSet.span(start, min(start + size, planned)))
-        for start in range(0, planned, size)
+        Bundle(JOB.id, ONE, TaskSet.span(start, min(start + size, planned))) for start in range(0, planned, size)
     ]
     course = Course(data)
     while waiting:

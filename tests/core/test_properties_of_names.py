@@ -35,9 +35,7 @@ TASKS = st.sets(st.integers(0, 10**9), min_size=1, max_size=5).map(TaskSet.of)
 
 
 def bundles(job: JobId, stage: StageName) -> st.SearchStrategy[Bundle]:
-    return st.builds(
-        Bundle, st.just(job), st.just(stage), TASKS, st.integers(1, 99), st.integers(0, 99)
-    )
+    return st.builds(Bundle, st.just(job), st.just(stage), TASKS, st.integers(1, 99), st.integers(0, 99))
 
 
 def keys_of(job: JobId, stage: StageName, number: int, bundle: Bundle) -> list[str]:
@@ -61,9 +59,7 @@ def keys_of(job: JobId, stage: StageName, number: int, bundle: Bundle) -> list[s
 
 @SLOW
 @given(st.lists(st.tuples(NAME, NAME, COUNT), min_size=1, max_size=4, unique=True), st.data())
-def test_keys_are_distinct_and_stay_below_their_job(
-    things: list[tuple[str, str, int]], data: st.DataObject
-) -> None:
+def test_keys_are_distinct_and_stay_below_their_job(things: list[tuple[str, str, int]], data: st.DataObject) -> None:
     seen: dict[str, tuple[int, str, str, str]] = {}
     for name, stage, number in things:
         job = object_keys.job_id(name, "token")
@@ -78,11 +74,7 @@ def test_keys_are_distinct_and_stay_below_their_job(
             what = (kind, name, stage if kind >= 4 else "", which)
             assert seen.setdefault(key, what) == what, f"{key} is of two things"
         # Without its slash the prefix of one bundle would be that of another as well.
-        for prefix in (
-            object_keys.raw(job),
-            object_keys.files(bundle, "w-1", KEY),
-            object_keys.starts(bundle),
-        ):
+        for prefix in (object_keys.raw(job), object_keys.files(bundle, "w-1", KEY), object_keys.starts(bundle)):
             assert prefix.endswith("/")
     prefixes = [key for key in seen if key.endswith("/")]
     for prefix, key in product(prefixes, seen):
@@ -116,12 +108,7 @@ def test_queues_are_distinct_and_fit_their_service(pool: str, other: str, bucket
 def test_a_bundles_id_says_what_it_holds(tasks: TaskSet, attempt: int, round: int) -> None:
     bundle = Bundle(JobId("j"), StageName("s"), tasks, attempt, round)
     first, last, again, tries = re.split(r"[-.]", bundle.id)
-    assert (int(first), int(last), int(again), int(tries)) == (
-        tasks.first,
-        tasks.last,
-        round,
-        attempt,
-    )
+    assert (int(first), int(last), int(again), int(tries)) == (tasks.first, tasks.last, round, attempt)
 
 
 @PROPERTY
@@ -149,9 +136,7 @@ def test_a_name_that_is_safe_stays_in_its_folder(name: str) -> None:
 
 @PROPERTY
 @given(st.lists(st.tuples(ODD, st.integers(0, 3)), max_size=8))
-def test_fetched_files_neither_leave_their_folder_nor_hide_each_other(
-    named: list[tuple[str, int]],
-) -> None:
+def test_fetched_files_neither_leave_their_folder_nor_hide_each_other(named: list[tuple[str, int]]) -> None:
     names = Names("files/s/0")
     found: dict[str, tuple[str, int]] = {}
     for name, number in named:

@@ -36,9 +36,7 @@ def tried(call: Callable[[], Any], kind: type[E]) -> tuple[Any, E | None]:
 
 def nested(leaves: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     return st.recursive(
-        leaves,
-        lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=4),
-        max_leaves=15,
+        leaves, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=4), max_leaves=15
     )
 
 
@@ -73,14 +71,10 @@ def test_a_value_with_files_comes_back(value: Any) -> None:
         found = list(values.references(encoded))
         assert all(values.kind(one) == "$file" for one in found)
         moved = values.replace(encoded, lambda ref: {**ref, "$file": f"there/{ref['$file']}"})
-        assert [one["$file"] for one in values.references(moved)] == [
-            f"there/{one['$file']}" for one in found
-        ]
+        assert [one["$file"] for one in values.references(moved)] == [f"there/{one['$file']}" for one in found]
 
 
-ANYTHING = nested(
-    st.floats() | st.binary(max_size=3) | st.complex_numbers() | st.text(max_size=3) | PLAIN
-)
+ANYTHING = nested(st.floats() | st.binary(max_size=3) | st.complex_numbers() | st.text(max_size=3) | PLAIN)
 
 
 @PROPERTY
@@ -119,9 +113,7 @@ PIECES = st.sampled_from(
     ]
 )
 COMMANDS = st.lists(st.lists(PIECES | TEXT, max_size=4).map("".join), max_size=4)
-KNOWN = {
-    name: f"<{name}>" for name in ("input", "inputs_list", "task", "scratch", "code", "params.k")
-}
+KNOWN = {name: f"<{name}>" for name in ("input", "inputs_list", "task", "scratch", "code", "params.k")}
 
 
 @PROPERTY

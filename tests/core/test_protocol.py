@@ -11,16 +11,7 @@ from hypothesis import strategies as st
 
 from batchlab.core.errors import BackendError, Malformed
 from batchlab.core.job_definition import InputDef, JobDef, RetryRule, SplitBy, StageDef
-from batchlab.core.model import (
-    Bundle,
-    Failure,
-    FailureKind,
-    JobId,
-    Outcome,
-    Ran,
-    StageName,
-    TaskSet,
-)
+from batchlab.core.model import Bundle, Failure, FailureKind, JobId, Outcome, Ran, StageName, TaskSet
 from batchlab.core.ports import Cut
 from batchlab.core.pricing.request_costs import Asked, Requests
 from batchlab.core.protocol import commit_keys, json_format, object_keys, settlement
@@ -59,25 +50,12 @@ def failed(task: int, kind: FailureKind = FailureKind.EXCEPTION, **kw: object) -
 
 def settled(ran: list[Ran], bundle: Bundle = BUNDLE, *, cancelled: bool = False) -> Outcome:
     return settlement.settle(
-        JOB,
-        bundle,
-        ran,
-        execution="x",
-        worker="w",
-        started_s=1.0,
-        ended_s=2.0,
-        cancelled=cancelled,
+        JOB, bundle, ran, execution="x", worker="w", started_s=1.0, ended_s=2.0, cancelled=cancelled
     )
 
 
-@given(
-    st.lists(st.sampled_from(["ok", "no", "import"]), max_size=10),
-    st.booleans(),
-    st.integers(1, 3),
-)
-def test_every_task_of_a_bundle_goes_exactly_one_way(
-    ends: list[str], cancelled: bool, attempt: int
-) -> None:
+@given(st.lists(st.sampled_from(["ok", "no", "import"]), max_size=10), st.booleans(), st.integers(1, 3))
+def test_every_task_of_a_bundle_goes_exactly_one_way(ends: list[str], cancelled: bool, attempt: int) -> None:
     """I1 and I2 in the small: terminal here, or in one follow of the same stage."""
     kinds = {"no": FailureKind.EXCEPTION, "import": FailureKind.IMPORT}
     ran = [Ran(i, 0.1, i) if e == "ok" else failed(i, kinds[e]) for i, e in enumerate(ends)]
@@ -128,16 +106,8 @@ def test_the_last_attempt_is_final() -> None:
         (RetryRule(kinds=(FailureKind.TIMEOUT,)), Failure(0, FailureKind.TIMEOUT, ""), True),
         (RetryRule(exit_codes=(75,)), Failure(0, FailureKind.EXIT, "", exit_code=75), True),
         (RetryRule(exit_codes=(75,)), Failure(0, FailureKind.EXIT, "", exit_code=1), False),
-        (
-            RetryRule(exceptions=("OSError",)),
-            Failure(0, FailureKind.EXCEPTION, "", "OSError"),
-            True,
-        ),
-        (
-            RetryRule(exceptions=("OSError",)),
-            Failure(0, FailureKind.EXCEPTION, "", "KeyError"),
-            False,
-        ),
+        (RetryRule(exceptions=("OSError",)), Failure(0, FailureKind.EXCEPTION, "", "OSError"), True),
+        (RetryRule(exceptions=("OSError",)), Failure(0, FailureKind.EXCEPTION, "", "KeyError"), False),
         (RetryRule(exceptions=("OSError",)), Failure(0, FailureKind.TIMEOUT, ""), True),
     ],
 )
@@ -243,25 +213,13 @@ def test_the_last_fraction_of_a_second_is_cut_once_and_evenly() -> None:
 def test_what_is_written_is_what_is_read() -> None:
     ran = [Ran(0, 0.25, {"x": [1, None]}), failed(1), failed(2, FailureKind.IMPORT, error="E")]
     outcome = settled(ran)
-    again = json_format.outcome_from_json(
-        json_format.loads(json_format.to_bytes(json_format.outcome_to_json(outcome)))
-    )
+    again = json_format.outcome_from_json(json_format.loads(json_format.to_bytes(json_format.outcome_to_json(outcome))))
     assert again == outcome
     done = settlement.completion(outcome)
     assert json_format.completion_from_json(json_format.completion_to_json(done)) == done
-    assert (
-        json_format.job_from_json(
-            json_format.loads(json_format.to_bytes(json_format.job_to_json(JOB)))
-        )
-        == JOB
-    )
+    assert json_format.job_from_json(json_format.loads(json_format.to_bytes(json_format.job_to_json(JOB)))) == JOB
     cut = Cut(JOB.id, A, 1, 3, (replace(BUNDLE, round=1),), TaskSet.span(10, 20), 20)
-    assert (
-        json_format.cut_from_json(
-            json_format.loads(json_format.to_bytes(json_format.cut_to_json(cut)))
-        )
-        == cut
-    )
+    assert json_format.cut_from_json(json_format.loads(json_format.to_bytes(json_format.cut_to_json(cut)))) == cut
     source = replace(BUNDLE, stage=B, source=BUNDLE.id, round=2, losses=1)
     message = TaskMessage(source, list(range(10)), 12.5, True)
     assert read_task_message(task_message(message)) == message
@@ -285,12 +243,7 @@ def test_what_nobody_asks_for_changes_no_message() -> None:
     assert "max_cost_usd" not in json_format.job_to_json(JOB)
     assert json_format.job_to_json(replace(JOB, max_cost_usd=5.0))["max_cost_usd"] == 5.0
     capped = replace(JOB, max_cost_usd=5.0)
-    assert (
-        json_format.job_from_json(
-            json_format.loads(json_format.to_bytes(json_format.job_to_json(capped)))
-        )
-        == capped
-    )
+    assert json_format.job_from_json(json_format.loads(json_format.to_bytes(json_format.job_to_json(capped)))) == capped
     # What an earlier worker sends has no counts, and what an earlier manager reads it skips.
     assert read_events_message(events_message(Events())).asked == ()
     assert "q" not in json_format.loads(events_message(Events()))

@@ -117,9 +117,7 @@ def test_a_paused_schedule_starts_only_what_is_asked_for() -> None:
 
 def test_a_schedule_comes_back_from_the_bucket_as_it_went() -> None:
     made = schedules.lapse(schedule(overlap=Overlap.QUEUE, missed_within_s=5.0), BEGIN_S + HOUR)
-    run = replace(
-        made.runs[0], state=RunState.ENDED, result="FAILED", peak=(("default", 3),), tasks=7
-    )
+    run = replace(made.runs[0], state=RunState.ENDED, result="FAILED", peak=(("default", 3),), tasks=7)
     made = made.with_run(run).with_run(Run(1.0, "t", RunState.WAITING, 2.0, asked="mine"))
     assert schedules.from_bytes(schedules.to_bytes(made)) == made
     with pytest.raises(BackendError):

@@ -14,12 +14,7 @@ from batchlab.core.job_definition import attempt_name, parse_task, parse_tasks, 
 PACKAGE = Path(batchlab.__file__).parent
 TASK = r"\{(\w+\.)*(\w+\[['\"])?task(['\"]\])?\}"
 OTHERWISE = re.compile(rf"\}}[\[/: ]{TASK}|task {TASK} of ", re.IGNORECASE)
-PLACES = {
-    "sim/tasks.py",
-    "jobs/results.py",
-    "client/debug/task_folder.py",
-    "worker/task_executor.py",
-}
+PLACES = {"sim/tasks.py", "jobs/results.py", "client/debug/task_folder.py", "worker/task_executor.py"}
 """Folders and seeds, which are no names for a person."""
 
 
@@ -31,9 +26,7 @@ def test_what_is_written_is_read() -> None:
     assert parse_tasks("parse/3,7-9") == ("parse", [(3, 4), (7, 10)])
 
 
-@pytest.mark.parametrize(
-    "text", ["", "parse", "parse/", "/3", "parse[3]", "parse:3", "parse/-3", "parse/3/4", "a/²"]
-)
+@pytest.mark.parametrize("text", ["", "parse", "parse/", "/3", "parse[3]", "parse:3", "parse/-3", "parse/3/4", "a/²"])
 def test_what_is_no_task_is_refused_in_either_way(text: str) -> None:
     with pytest.raises(UsageError, match="names no task"):
         parse_task(text)
@@ -49,8 +42,6 @@ def test_what_is_no_range_is_refused(text: str) -> None:
 
 def test_no_other_place_spells_a_task() -> None:
     found = {
-        path.relative_to(PACKAGE).as_posix()
-        for path in PACKAGE.rglob("*.py")
-        if OTHERWISE.search(path.read_text())
+        path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py") if OTHERWISE.search(path.read_text())
     }
     assert found - PLACES == {"core/job_definition.py"}

@@ -44,8 +44,6 @@ def test_halves_differ_from_the_whole_in_first_or_last(members: set[int]) -> Non
 
 
 @pytest.mark.parametrize("ranges", [((3, 3),), ((0, 2), (2, 4)), ((5, 6), (0, 1)), ((2, 1),)])
-def test_ranges_that_are_not_in_normal_form_are_refused(
-    ranges: tuple[tuple[int, int], ...],
-) -> None:
+def test_ranges_that_are_not_in_normal_form_are_refused(ranges: tuple[tuple[int, int], ...]) -> None:
     with pytest.raises(ValueError, match="disjoint"):
         TaskSet(ranges)

@@ -22,12 +22,7 @@ from batchlab.core.commit import address
 from batchlab.core.job_definition import JobDef, StageDef
 from batchlab.core.model import Bundle, Failure, FailureKind, JobId, Ran, StageName, TaskSet
 from batchlab.core.protocol import json_format
-from batchlab.core.protocol.messages import (
-    Events,
-    events_message,
-    read_events_message,
-    read_task_message,
-)
+from batchlab.core.protocol.messages import Events, events_message, read_events_message, read_task_message
 from batchlab.core.protocol.object_keys import UNSEALED
 from batchlab.core.tracing import NOBODY, Subject
 from batchlab.runtime import factory
@@ -98,8 +93,7 @@ def test_the_context_travels_in_job_message_and_event() -> None:
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["", "nonsense", ABOVE[:-1], ABOVE + "-x", ABOVE.upper(), f"00-{'0' * 32}-{'1' * 16}-01"],
+    "text", ["", "nonsense", ABOVE[:-1], ABOVE + "-x", ABOVE.upper(), f"00-{'0' * 32}-{'1' * 16}-01"]
 )
 def test_what_is_no_context_is_none(text: str) -> None:
     assert not tracing.is_context(text)
@@ -107,11 +101,7 @@ def test_what_is_no_context_is_none(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [
-        ("OTEL_SDK_DISABLED", "true"),
-        ("OTEL_TRACES_EXPORTER", "none"),
-        ("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc"),
-    ],
+    [("OTEL_SDK_DISABLED", "true"), ("OTEL_TRACES_EXPORTER", "none"), ("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")],
 )
 def test_what_otels_own_variables_turn_off_is_off(
     environment: pytest.MonkeyPatch, name: str, value: str, caplog: pytest.LogCaptureFixture
@@ -121,9 +111,7 @@ def test_what_otels_own_variables_turn_off_is_off(
     assert ("http/protobuf only" in caplog.text) == (value == "grpc")
 
 
-def test_a_missing_extra_is_one_sentence(
-    environment: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_missing_extra_is_one_sentence(environment: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     real = builtins.__import__
 
     def no_otel(name: str, *args: Any, **kwargs: Any) -> Any:
@@ -168,9 +156,7 @@ def test_a_tree_reaches_the_receiver(environment: pytest.MonkeyPatch) -> None:
             pass
         asyncio.run(tracer.close())
         spans = receiver.spans()
-    (submit,), (cut,), (fold,), (gather,) = (
-        named(spans, name) for name in ("submit", "cut", "fold", "gather")
-    )
+    (submit,), (cut,), (fold,), (gather,) = (named(spans, name) for name in ("submit", "cut", "fold", "gather"))
     assert (submit.parent, cut.parent, fold.parent) == ("", submit.id, submit.id)
     assert (submit.service, submit.process) == ("batchlab-manager", "manager-1")
     assert (cut.error, cut.attributes["batchlab.stage"]) == ("ValueError", "map")

@@ -18,17 +18,9 @@ from batchlab.core.protocol import values
 from batchlab.core.task_context import Context, File, name_problem
 
 TEXT = st.text(st.characters(codec="utf-8"))
-KEYS = st.one_of(
-    TEXT, st.sampled_from(["$file", "$part", "$value", "$pickle", "$", "$$", "$$file"])
-)
+KEYS = st.one_of(TEXT, st.sampled_from(["$file", "$part", "$value", "$pickle", "$", "$$", "$$file"]))
 JSON = st.recursive(
-    st.one_of(
-        st.none(),
-        st.booleans(),
-        st.integers(),
-        st.floats(allow_nan=False, allow_infinity=False),
-        TEXT,
-    ),
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False, allow_infinity=False), TEXT),
     lambda inner: st.one_of(st.lists(inner), st.dictionaries(KEYS, inner)),
     max_leaves=20,
 )
@@ -164,18 +156,10 @@ def test_files_at_any_depth_become_references_and_files_again(encode: Any, tmp_p
         return values.file_ref(f"files/{one.name}", one.name, one.size)
 
     encoded = wire(encode([{"deep": [file]}, 1], stored))
-    assert list(values.references(encoded)) == [
-        {"$file": "files/a.txt", "name": "a.txt", "size": 1}
-    ]
+    assert list(values.references(encoded)) == [{"$file": "files/a.txt", "name": "a.txt", "size": 1}]
     moved = values.replace(encoded, lambda ref: {**ref, "$file": "elsewhere"})
-    assert values.decode(moved, lambda ref: ref["$file"], pickles=True) == [
-        {"deep": ["elsewhere"]},
-        1,
-    ]
-    assert values.decode(encoded, lambda ref: ref["$file"], pickles=True) == [
-        {"deep": ["files/a.txt"]},
-        1,
-    ]
+    assert values.decode(moved, lambda ref: ref["$file"], pickles=True) == [{"deep": ["elsewhere"]}, 1]
+    assert values.decode(encoded, lambda ref: ref["$file"], pickles=True) == [{"deep": ["files/a.txt"]}, 1]
 
 
 def test_a_file_where_none_may_be_is_refused() -> None:
@@ -195,19 +179,12 @@ def test_replacing_nothing_changes_nothing(value: Any) -> None:
 
 def a_context(folder: Path, cwd: Path | None = None) -> Context:
     return Context(
-        job="j",
-        stage="s",
-        task=3,
-        attempt=1,
-        params_json='{"deep": [1]}',
-        folder=str(folder),
-        cwd=str(cwd or ""),
+        job="j", stage="s", task=3, attempt=1, params_json='{"deep": [1]}', folder=str(folder), cwd=str(cwd or "")
     )
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["", "/etc/passwd", "../x", "a/../b", "a//b", "./a", "a\\b", "a\nb", "x" * 300, "part#1"],
+    "name", ["", "/etc/passwd", "../x", "a/../b", "a//b", "./a", "a\\b", "a\nb", "x" * 300, "part#1"]
 )
 def test_an_unsafe_output_name_is_refused(name: str, tmp_path: Path) -> None:
     assert name_problem(name)

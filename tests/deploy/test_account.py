@@ -190,9 +190,7 @@ def test_without_credentials_there_is_a_sentence(nobody: pytest.MonkeyPatch) -> 
 
 def test_half_of_the_credentials_are_none(nobody: pytest.MonkeyPatch) -> None:
     nobody.setenv("AWS_ACCESS_KEY_ID", "a")
-    with pytest.raises(
-        UsageError, match=r"A part of the AWS credentials is missing: AWS_SECRET_ACCESS_KEY\."
-    ):
+    with pytest.raises(UsageError, match=r"A part of the AWS credentials is missing: AWS_SECRET_ACCESS_KEY\."):
         Account.open("eu-west-1")
 
 

@@ -25,9 +25,7 @@ def nobody(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
     return runner(monkeypatch, capsys)
 
 
-def test_the_template_is_printed_with_what_was_said_and_what_it_costs(
-    nobody: Run, tmp_path: Path
-) -> None:
+def test_the_template_is_printed_with_what_was_said_and_what_it_costs(nobody: Run, tmp_path: Path) -> None:
     home = tmp_path / "home"
     code, out, err = nobody(
         "deploy",
@@ -105,9 +103,7 @@ def test_what_the_stack_itself_may_make_right_is_left_to_aws(nobody: Run, tmp_pa
     assert "--set ManagerInstanceType=t4g.small" in err
 
 
-def test_leftovers_are_looked_for_where_the_folder_knows_a_stack(
-    nobody: Run, tmp_path: Path
-) -> None:
+def test_leftovers_are_looked_for_where_the_folder_knows_a_stack(nobody: Run, tmp_path: Path) -> None:
     settings.write(Home(tmp_path), Settings("grid", "eu-south-2"))
     _, _, err = nobody("gc", "--aws", "--home", tmp_path)
     assert "AWS is asked, in eu-south-2" in err

@@ -53,11 +53,7 @@ def test_the_manager_knows_its_ledger() -> None:
     assert found["endpoints"].ledger == "sqlite"
     assert found["simpledb"].domain == "<LedgerDomain>"
     by_password = Database(
-        "<Database.Endpoint.Address>",
-        5432,
-        "batchlab",
-        "<Database.MasterUserSecret.SecretArn>",
-        ca="@DATABASE_CA@",
+        "<Database.Endpoint.Address>", 5432, "batchlab", "<Database.MasterUserSecret.SecretArn>", ca="@DATABASE_CA@"
     )
     assert found["postgres"].database == by_password
     by_iam = found["own-network"].database

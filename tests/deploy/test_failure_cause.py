@@ -13,9 +13,7 @@ STACK = "AWS::CloudFormation::Stack"
 
 def events(*rows: tuple[str, str, str, str], newest_first: bool = True) -> list[Event]:
     """Rows of resource, type, status, reason in the order of time, listed as AWS lists them."""
-    made = [
-        Event(f"e{n}", float(n), *row, is_of_stack=row[1] == STACK) for n, row in enumerate(rows)
-    ]
+    made = [Event(f"e{n}", float(n), *row, is_of_stack=row[1] == STACK) for n, row in enumerate(rows)]
     return made[::-1] if newest_first else made
 
 
@@ -37,8 +35,7 @@ ROLLED_BACK = events(
         "grid",
         STACK,
         "ROLLBACK_IN_PROGRESS",
-        "The following resource(s) failed to create: [Database, Vpc, PoolTasks]. "
-        "Rollback requested by user.",
+        "The following resource(s) failed to create: [Database, Vpc, PoolTasks]. Rollback requested by user.",
     ),
     ("Bucket", "AWS::S3::Bucket", "DELETE_COMPLETE", ""),
     ("grid", STACK, "ROLLBACK_COMPLETE", ""),
@@ -98,9 +95,7 @@ def test_where_nothing_but_the_stack_has_failed_its_own_reason_counts() -> None:
 
 
 def test_where_all_were_cancelled_something_is_said_all_the_same() -> None:
-    cause = root_cause(
-        events(("A", "AWS::SQS::Queue", "CREATE_FAILED", "Resource creation cancelled"))
-    )
+    cause = root_cause(events(("A", "AWS::SQS::Queue", "CREATE_FAILED", "Resource creation cancelled")))
     assert cause is not None
     assert cause.resource == "A"
 
@@ -114,34 +109,19 @@ def test_where_nothing_has_failed_there_is_no_cause() -> None:
     ("reason", "says"),
     [
         ("Requires capabilities : [CAPABILITY_NAMED_IAM]", "CAPABILITY_NAMED_IAM"),
-        (
-            "The maximum number of VPCs has been reached. (Service: Ec2, Status Code: 400)",
-            "Service Quotas",
-        ),
-        (
-            "You have requested more vCPU capacity than your current vCPU limit of 32 allows",
-            "Service Quotas",
-        ),
+        ("The maximum number of VPCs has been reached. (Service: Ec2, Status Code: 400)", "Service Quotas"),
+        ("You have requested more vCPU capacity than your current vCPU limit of 32 allows", "Service Quotas"),
         ("Cannot exceed quota for RolesPerAccount: 1000", "Service Quotas"),
-        (
-            "Resource of type 'AWS::Logs::LogGroup' with identifier '/batchlab/g' already exists.",
-            "gc --aws",
-        ),
+        ("Resource of type 'AWS::Logs::LogGroup' with identifier '/batchlab/g' already exists.", "gc --aws"),
         ("batchlab-role (Service: Iam, HandlerErrorCode: AlreadyExists)", "another name"),
-        (
-            "You must wait 60 seconds after deleting a queue before you can create another",
-            "in a minute",
-        ),
+        ("You must wait 60 seconds after deleting a queue before you can create another", "in a minute"),
         (
             "User: arn:aws:iam::1:user/eve is not authorized to perform: ec2:CreateVpc on "
             "resource: * because no identity-based policy allows the ec2:CreateVpc action",
             "Allow the deployer ec2:CreateVpc",
         ),
         ("API: s3:PutBucketPolicy Access Denied", "docs/deploy.md"),
-        (
-            "We currently do not have sufficient m7i.large capacity in the Availability Zone",
-            "more instance types",
-        ),
+        ("We currently do not have sufficient m7i.large capacity in the Availability Zone", "more instance types"),
         ("InsufficientInstanceCapacity: Insufficient capacity.", "more instance types"),
         (
             "RDS does not support creating a DB instance with the following combination: "

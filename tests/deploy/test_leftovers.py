@@ -131,9 +131,7 @@ def test_logs_of_a_database_that_is_there_are_nobodys_leftovers(cloud: Cloud) ->
         "/aws/rds/instance/tagged-ledger/upgrade",
         "/aws/rds/instance/a-ledger/error",
     )
-    cloud.tells(
-        "rds", "describe_db_instances", DBInstances=[{"DBInstanceIdentifier": "payments-ledger"}]
-    )
+    cloud.tells("rds", "describe_db_instances", DBInstances=[{"DBInstanceIdentifier": "payments-ledger"}])
     cloud.has_no_stack()
     found, said = named(cloud, "/aws/rds/instance/tagged-ledger/upgrade")
     assert [(one.thing.name, one.thing.kind, one.thing.stack) for one in found] == [
@@ -145,10 +143,7 @@ def test_logs_of_a_database_that_is_there_are_nobodys_leftovers(cloud: Cloud) ->
 
 def test_what_cannot_be_asked_for_is_said_and_the_rest_is_listed(cloud: Cloud) -> None:
     cloud.refuses(
-        "sdb",
-        "list_domains",
-        "AuthorizationFailure",
-        "User: eve is not authorized to perform: sdb:ListDomains",
+        "sdb", "list_domains", "AuthorizationFailure", "User: eve is not authorized to perform: sdb:ListDomains"
     )
     cloud.has_logs("/aws/rds/instance/gone-ledger/upgrade")
     cloud.tells("rds", "describe_db_instances", DBInstances=[])

@@ -92,9 +92,7 @@ def test_where_the_price_book_is_of_another_region_its_prices_are_shown_and_said
 # --- Events --------------------------------------------------------------------------------------
 
 
-def test_without_a_terminal_there_is_a_line_for_what_ends(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_without_a_terminal_there_is_a_line_for_what_ends(capsys: pytest.CaptureFixture[str]) -> None:
     lines = StackDisplay("creating", 3, is_live=False)
     for event in (
         an_event("grid", "CREATE_IN_PROGRESS", "User Initiated"),
@@ -157,9 +155,7 @@ def test_many_things_at_once_do_not_fill_the_screen() -> None:
         ("grid", "Grid", False),
     ],
 )
-def test_what_agrees(
-    monkeypatch: pytest.MonkeyPatch, typed: str, answer: str, agrees: bool
-) -> None:
+def test_what_agrees(monkeypatch: pytest.MonkeyPatch, typed: str, answer: str, agrees: bool) -> None:
     monkeypatch.setattr("sys.stdin.isatty", lambda: True)
     monkeypatch.setattr("builtins.input", lambda: answer)
     assert Person(typed=typed).agrees("Go on?") is agrees
@@ -232,11 +228,7 @@ def test_a_release_that_was_renamed_is_none(tmp_path: Path) -> None:
         ),
         ("arn:aws:ec2:eu-west-1:1:launch-template/lt-1", "ec2:launch-template", "lt-1"),
         ("arn:aws:ec2:eu-west-1:1:instance/i-1", "ec2:instance", "i-1"),
-        (
-            "arn:aws:secretsmanager:eu-west-1:1:secret:TokenSecret-x-a1",
-            "secretsmanager:secret",
-            "TokenSecret-x-a1",
-        ),
+        ("arn:aws:secretsmanager:eu-west-1:1:secret:TokenSecret-x-a1", "secretsmanager:secret", "TokenSecret-x-a1"),
         ("arn:aws:cloudwatch:eu-west-1:1:alarm:grid-down", "cloudwatch:alarm", "grid-down"),
         ("arn:aws:rds:eu-west-1:1:snapshot:grid-1", "rds:snapshot", "grid-1"),
         ("arn:aws:sns:eu-west-1:1:grid-alarms", "sns:topic", "grid-alarms"),
@@ -250,9 +242,7 @@ def test_what_an_arn_names(arn: str, kind: str, name: str) -> None:
 
 def test_a_topic_is_deleted_by_its_arn() -> None:
     arn = "arn:aws:sns:eu-west-1:1:grid-alarms"
-    sns: Any = boto3.client(
-        "sns", region_name="eu-west-1", aws_access_key_id="a", aws_secret_access_key="b"
-    )
+    sns: Any = boto3.client("sns", region_name="eu-west-1", aws_access_key_id="a", aws_secret_access_key="b")
     account = Account("eu-west-1", "1")
     account._clients["sns"] = sns
     with Stubber(sns) as stub:

@@ -43,16 +43,12 @@ def test_with_its_own_pool_the_template_says_the_same(path: Path) -> None:
         theirs = {key: value for key, value in resource.items() if key != "Metadata"}
         if isinstance(theirs.get("DependsOn"), str):
             theirs["DependsOn"] = [theirs["DependsOn"]]
-            ours["DependsOn"] = list(
-                [ours["DependsOn"]] if isinstance(ours["DependsOn"], str) else ours["DependsOn"]
-            )
+            ours["DependsOn"] = list([ours["DependsOn"]] if isinstance(ours["DependsOn"], str) else ours["DependsOn"])
         assert ours == theirs
 
 
 @pytest.mark.parametrize("path", [SMALL, REAL], ids=["small", "real"])
-@pytest.mark.parametrize(
-    "pools", [["default", "gpu-large"], ["gpu-large"], ["a", "b_1", "c", "default"]], ids=str
-)
+@pytest.mark.parametrize("pools", [["default", "gpu-large"], ["gpu-large"], ["a", "b_1", "c", "default"]], ids=str)
 def test_every_reference_of_a_pool_follows_it(path: Path, pools: list[str]) -> None:
     source = template.load(path)
     per_pool = {
@@ -63,10 +59,7 @@ def test_every_reference_of_a_pool_follows_it(path: Path, pools: list[str]) -> N
     assert len(per_pool) >= 5
     made = template.expand(source, pools)
     follows = per_pool | {
-        name
-        for section in ("Parameters", "Conditions")
-        for name in source[section]
-        if name.startswith("Pool")
+        name for section in ("Parameters", "Conditions") for name in source[section] if name.startswith("Pool")
     }
     # Of an Fn::Sub's own.
     variables = {n for n in named_in(source) if n.startswith("Pool")} - follows
@@ -77,9 +70,7 @@ def test_every_reference_of_a_pool_follows_it(path: Path, pools: list[str]) -> N
             here = named_in(made["Resources"][template.renamed(name, pool)])
             assert {template.renamed(n, pool) for n in there} <= here
             assert (
-                not {n for n in here if n.startswith("Pool")}
-                - variables
-                - {template.renamed(n, pool) for n in there}
+                not {n for n in here if n.startswith("Pool")} - variables - {template.renamed(n, pool) for n in there}
             )
     known = {name for section in SECTIONS for name in made.get(section, {})}
     for section in ("Resources", "Outputs", "Conditions", "Rules"):
@@ -92,17 +83,9 @@ def test_what_is_shared_names_every_pool() -> None:
     made = template.expand(template.load(SMALL), ["default", "big"])
     reads = made["Resources"]["Reads"]
     assert reads["DependsOn"] == ["PoolTasks", "PoolBigTasks"]
-    assert reads["Properties"]["Queues"] == [
-        {"Ref": "Events"},
-        {"Ref": "PoolTasks"},
-        {"Ref": "PoolBigTasks"},
-    ]
+    assert reads["Properties"]["Queues"] == [{"Ref": "Events"}, {"Ref": "PoolTasks"}, {"Ref": "PoolBigTasks"}]
     (statement,) = reads["Properties"]["PolicyDocument"]["Statement"]
-    assert [one["Fn::GetAtt"][0] for one in statement["Resource"]] == [
-        "Events",
-        "PoolTasks",
-        "PoolBigTasks",
-    ]
+    assert [one["Fn::GetAtt"][0] for one in statement["Resource"]] == ["Events", "PoolTasks", "PoolBigTasks"]
     groups = made["Outputs"]["PoolGroups"]["Value"]
     assert groups == {"Fn::Join": [",", [{"Ref": "PoolGroup"}, {"Ref": "PoolBigGroup"}]]}
 
@@ -176,10 +159,7 @@ def test_a_template_with_two_pools_is_one_that_cfn_lint_takes(path: Path) -> Non
     excused = {
         check
         for one in source["Resources"].values()
-        for check in one.get("Metadata", {})
-        .get("cfn-lint", {})
-        .get("config", {})
-        .get("ignore_checks", ())
+        for check in one.get("Metadata", {}).get("cfn-lint", {}).get("config", {}).get("ignore_checks", ())
     }
     wanted = ManualArgs(regions=["us-east-1"], ignore_checks=["I", *excused])
     before = {one.rule.id for one in lint(path.read_text(), config=wanted)}

@@ -70,9 +70,7 @@ class Pip(release._Pip):
                 make(self._folder)
 
 
-def test_what_is_needed_is_what_the_target_needs_in_the_versions_that_are_here(
-    tmp_path: Path,
-) -> None:
+def test_what_is_needed_is_what_the_target_needs_in_the_versions_that_are_here(tmp_path: Path) -> None:
     Pip.index = {
         "absent<2,>=1": lambda folder: wheel(
             folder,
@@ -147,9 +145,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return asked
 
 
-def test_a_release_is_named_by_its_content_and_the_same_each_time(
-    tmp_path: Path, made: list[str]
-) -> None:
+def test_a_release_is_named_by_its_content_and_the_same_each_time(tmp_path: Path, made: list[str]) -> None:
     said: list[str] = []
     first = release.build_release(tmp_path / "a", python="3.12", say=said.append)
     second = release.build_release(tmp_path / "b", python="3.12", packages=["duckdb"])
@@ -258,9 +254,7 @@ def test_the_scripts_and_the_code_agree_on_names_and_times() -> None:
     assert stop_s > GroupForm("t").drain_s, "systemd would end the worker while its group waits"
     for role in ("worker", "manager"):
         one = unit(role)
-        assert one["ExecStart"].startswith(
-            f"/opt/batchlab/current/venv/bin/batchlab {role} --backend aws "
-        )
+        assert one["ExecStart"].startswith(f"/opt/batchlab/current/venv/bin/batchlab {role} --backend aws ")
         assert one["KillMode"] == "mixed", "children are the worker's to drain"
         assert one["NoNewPrivileges"] == "yes"
         assert one["ProtectSystem"] == "strict"
@@ -302,19 +296,13 @@ def test_the_image_is_made_of_the_package_and_of_pinned_packages_alone(tmp_path:
     made = {path.name for path in tmp_path.iterdir()}
     assert made == {"Dockerfile", "batchlab", "constraints.txt", "requirements.txt"}
     recipe = (tmp_path / "Dockerfile").read_text()
-    copied = {
-        name
-        for line in re.findall(r"^(?:COPY|ADD) (.+)$", recipe, re.MULTILINE)
-        for name in line.split()[:-1]
-    }
+    copied = {name for line in re.findall(r"^(?:COPY|ADD) (.+)$", recipe, re.MULTILINE) for name in line.split()[:-1]}
     assert copied == made - {"Dockerfile"}
     users = re.findall(r"^USER (.+)$", recipe, re.MULTILINE)
     assert users
     assert all(re.fullmatch(r"[1-9]\d*:[1-9]\d*", one) for one in users), "root, or a name"
     assert "-c /opt/batchlab/constraints.txt" in recipe
-    pinned = {
-        line.partition("==")[0] for line in (tmp_path / "constraints.txt").read_text().splitlines()
-    }
+    pinned = {line.partition("==")[0] for line in (tmp_path / "constraints.txt").read_text().splitlines()}
     wanted = (tmp_path / "requirements.txt").read_text()
     direct = {line.partition("==")[0].partition("[")[0] for line in wanted.splitlines()}
     assert direct <= pinned

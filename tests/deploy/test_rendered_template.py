@@ -78,11 +78,7 @@ def small(conditions: dict[str, Any]) -> template.Template:
         ({"Fn::Not": [{"Fn::Equals": [{"Fn::Sub": "${A}-b"}, "a-b"]}]}, "a", False),
         ({"Fn::And": [{"Condition": "D"}, {"Fn::Equals": [{"Ref": "A"}, "d"]}]}, "d", True),
         ({"Fn::Or": [{"Condition": "D"}, {"Fn::Equals": [{"Ref": "A"}, "e"]}]}, "e", True),
-        (
-            {"Fn::Equals": [{"Fn::Select": ["1", {"Fn::Split": [",", {"Ref": "A"}]}]}, "q"]},
-            "p,q",
-            True,
-        ),
+        ({"Fn::Equals": [{"Fn::Select": ["1", {"Fn::Split": [",", {"Ref": "A"}]}]}, "q"]}, "p,q", True),
         ({"Fn::Equals": [{"Fn::Join": ["-", ["a", {"Ref": "A"}]]}, "a-b"]}, "b", True),
     ],
     ids=str,

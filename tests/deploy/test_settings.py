@@ -117,9 +117,7 @@ def test_a_stack_tells_the_settings_that_it_was_made_with(base: str) -> None:
     given = settings.parameters(FULL, source(), base)
     found, found_base = settings.from_stack("grid", "eu-west-1", {**given, "Release": "abc"})
     assert found_base == base
-    assert sorted(found.pools, key=lambda one: one.name) == sorted(
-        FULL.pools, key=lambda one: one.name
-    )
+    assert sorted(found.pools, key=lambda one: one.name) == sorted(FULL.pools, key=lambda one: one.name)
     assert found.parameters == FULL.parameters
 
 
@@ -127,11 +125,7 @@ def test_pools_whose_names_begin_alike_are_told_apart() -> None:
     pools = (PoolSettings("big"), PoolSettings("bigger", slots=3), PoolSettings("default"))
     given = settings.parameters(Settings(pools=pools), source())
     found, _ = settings.from_stack("batchlab", "", given)
-    assert {(one.name, one.slots) for one in found.pools} == {
-        ("big", 2),
-        ("bigger", 3),
-        ("default", 2),
-    }
+    assert {(one.name, one.slots) for one in found.pools} == {("big", 2), ("bigger", 3), ("default", 2)}
     assert all(not one.parameters for one in found.pools)
 
 
@@ -146,10 +140,7 @@ def test_pools_whose_names_begin_alike_are_told_apart() -> None:
         ({"pools": (PoolSettings("a", 3, 2),)}, "3 to 2 instances"),
         ({"pools": (PoolSettings("a", 0, 0),)}, "0 to 0 instances"),
         ({"pools": (PoolSettings("a", types=("m7i",)),)}, "not an instance type"),
-        (
-            {"pools": (PoolSettings("a", types=("m7i.large", "m7g.large")),)},
-            "different processors (x86_64 and arm64)",
-        ),
+        ({"pools": (PoolSettings("a", types=("m7i.large", "m7g.large")),)}, "different processors (x86_64 and arm64)"),
         ({"parameters": (("Ledgr", "x"),)}, "There are Ledger"),
         ({"parameters": (("PoolMin", "1"),)}, "no parameter 'PoolMin'"),
         ({"parameters": (("Release", "1"),)}, "no parameter 'Release'"),
@@ -158,10 +149,7 @@ def test_pools_whose_names_begin_alike_are_told_apart() -> None:
         ({"parameters": (("BudgetUsd", "-1"),)}, "from 0 to"),
         ({"parameters": (("BudgetUsd", "many"),)}, "not a number"),
         ({"parameters": (("AlarmEmail", "me"),)}, "It is An address"),
-        (
-            {"pools": (PoolSettings("a", parameters=(("PoolMx", "1"),)),)},
-            "no parameter 'PoolMx'",
-        ),
+        ({"pools": (PoolSettings("a", parameters=(("PoolMx", "1"),)),)}, "no parameter 'PoolMx'"),
     ],
 )
 def test_what_aws_would_refuse_is_refused_before(wrong: dict[str, Any], says: str) -> None:
@@ -184,8 +172,7 @@ def test_graviton_needs_images_and_a_manager_of_its_own() -> None:
     with pytest.raises(UsageError) as told:
         settings.parameters(arm, whole)
     assert told.value.message == (
-        "The pools' instance types are arm64, and WorkerImage and ManagerImage and "
-        "ManagerInstanceType are not."
+        "The pools' instance types are arm64, and WorkerImage and ManagerImage and ManagerInstanceType are not."
     )
     begin = "resolve:ssm:/aws/service/ami-amazon-linux-latest/al2023-ami-kernel-default-"
     assert f"--set WorkerImage={begin}arm64 --set ManagerImage={begin}arm64" in told.value.remedy
@@ -234,12 +221,7 @@ def test_a_parameter_without_a_default_must_be_given() -> None:
 
 @pytest.mark.parametrize(
     ("types", "architecture"),
-    [
-        ((), "x86_64"),
-        (("m7g.large",), "arm64"),
-        (("m7i.large",), "x86_64"),
-        (("q9.big",), "x86_64"),
-    ],
+    [((), "x86_64"), (("m7g.large",), "arm64"), (("m7i.large",), "x86_64"), (("q9.big",), "x86_64")],
 )
 def test_a_release_is_for_the_pools_processors(types: tuple[str, ...], architecture: str) -> None:
     assert Settings(pools=(PoolSettings("a", types=types),)).architecture == architecture

@@ -37,10 +37,7 @@ class Clock:
 @pytest.fixture
 def stub() -> Iterator[Stubber]:
     client: Any = boto3.client(
-        "cloudformation",
-        region_name="us-east-1",
-        aws_access_key_id="a",
-        aws_secret_access_key="b",
+        "cloudformation", region_name="us-east-1", aws_access_key_id="a", aws_secret_access_key="b"
     )
     with Stubber(client) as stubber:
         yield stubber
@@ -82,9 +79,7 @@ def missing(stub: Stubber, method: str, code: str = "ValidationError") -> None:
 # --- What it has not heard of yet ----------------------------------------------------------------
 
 
-def test_a_change_set_that_is_not_found_right_after_it_was_made_is_asked_for_again(
-    stack: Stack, stub: Stubber
-) -> None:
+def test_a_change_set_that_is_not_found_right_after_it_was_made_is_asked_for_again(stack: Stack, stub: Stubber) -> None:
     stub.add_response("create_change_set", {"Id": SET, "StackId": ID})
     missing(stub, "describe_change_set", "ChangeSetNotFound")
     missing(stub, "describe_change_set")
@@ -103,9 +98,7 @@ def test_one_that_is_never_found_is_told_and_nothing_is_left(stack: Stack, stub:
         stack.propose({"TemplateBody": "{}"}, [], is_new=True)
 
 
-def test_a_stack_that_describe_does_not_know_yet_is_followed_all_the_same(
-    stack: Stack, stub: Stubber
-) -> None:
+def test_a_stack_that_describe_does_not_know_yet_is_followed_all_the_same(stack: Stack, stub: Stubber) -> None:
     """Right after ExecuteChangeSet neither events nor the stack may be known, and then the state
     is the old one for a while."""
     missing(stub, "describe_stack_events")
@@ -122,9 +115,7 @@ def test_a_stack_that_describe_does_not_know_yet_is_followed_all_the_same(
     assert [one.id for one in seen] == ["e1", "e2"]
 
 
-def test_a_deleted_stack_is_none_by_its_name_and_there_by_its_id(
-    stack: Stack, stub: Stubber
-) -> None:
+def test_a_deleted_stack_is_none_by_its_name_and_there_by_its_id(stack: Stack, stub: Stubber) -> None:
     stub.add_response("describe_stacks", told("DELETE_COMPLETE"), {"StackName": "grid"})
     stub.add_response("describe_stacks", told("DELETE_COMPLETE"), {"StackName": ID})
     missing(stub, "describe_stacks")
@@ -148,10 +139,7 @@ def test_changes_come_from_all_pages_with_what_causes_them(stack: Stack, stub: S
                 "ResourceType": "AWS::SQS::Queue",
                 "Replacement": "Conditional",
                 "Details": [
-                    {
-                        "Target": {"Attribute": "Properties", "Name": what},
-                        **({"CausingEntity": cause} if cause else {}),
-                    }
+                    {"Target": {"Attribute": "Properties", "Name": what}, **({"CausingEntity": cause} if cause else {})}
                     for what, cause in details
                 ],
             },
@@ -176,8 +164,7 @@ def test_changes_come_from_all_pages_with_what_causes_them(stack: Stack, stub: S
 @pytest.mark.parametrize(
     "reason",
     [
-        "The submitted information didn't contain changes. Submit different information to create "
-        "a change set.",
+        "The submitted information didn't contain changes. Submit different information to create a change set.",
         "No updates are to be performed.",
     ],
 )
@@ -200,9 +187,7 @@ def test_one_that_aws_cannot_work_out_is_told_and_taken_back(stack: Stack, stub:
         stack.propose({"TemplateBody": "{}"}, [], is_new=True)
 
 
-def test_what_aws_refuses_before_it_begins_is_told_by_its_own_reason(
-    stack: Stack, stub: Stubber
-) -> None:
+def test_what_aws_refuses_before_it_begins_is_told_by_its_own_reason(stack: Stack, stub: Stubber) -> None:
     """The change set's reason only points to another call (early validation)."""
     stub.add_response("create_change_set", {"Id": SET, "StackId": ID})
     points_on = (
@@ -228,9 +213,7 @@ def test_what_aws_refuses_before_it_begins_is_told_by_its_own_reason(
     assert "gc --aws" in refused.value.remedy
 
 
-def test_a_stack_that_was_executed_meanwhile_is_not_deleted_as_an_empty_one(
-    stack: Stack, stub: Stubber
-) -> None:
+def test_a_stack_that_was_executed_meanwhile_is_not_deleted_as_an_empty_one(stack: Stack, stub: Stubber) -> None:
     stub.add_response("create_change_set", {"Id": SET, "StackId": ID})
     stub.add_response("describe_change_set", {"Status": "CREATE_COMPLETE"})
     stub.add_response("describe_change_set", {"Changes": []})
@@ -327,9 +310,7 @@ def test_who_may_not_is_told_which_action_and_where_to_read(stack: Stack, stub: 
     )
     with pytest.raises(BackendError) as refused:
         stack.propose({"TemplateBody": "{}"}, [], is_new=True)
-    assert refused.value.message == (
-        "arn:aws:iam::1:user/eve may not do cloudformation:CreateChangeSet."
-    )
+    assert refused.value.message == ("arn:aws:iam::1:user/eve may not do cloudformation:CreateChangeSet.")
     assert "docs/deploy.md" in refused.value.remedy
 
 
@@ -343,9 +324,7 @@ def test_who_may_not_is_told_which_action_and_where_to_read(stack: Stack, stub: 
         ("UnrecognizedClientException", "does not know these credentials"),
     ],
 )
-def test_credentials_that_are_none_are_told(
-    stack: Stack, stub: Stubber, code: str, says: str
-) -> None:
+def test_credentials_that_are_none_are_told(stack: Stack, stub: Stubber, code: str, says: str) -> None:
     stub.add_client_error("describe_stacks", code, "no", http_status_code=403)
     with pytest.raises(UsageError, match=says) as refused:
         stack.state()
@@ -359,9 +338,7 @@ def test_what_is_missing_is_only_what_was_asked_for(stub: Stubber) -> None:
         client.describe_stacks(StackName="x")
 
 
-def test_types_that_an_emulator_lacks_are_told_with_what_to_leave_out(
-    stack: Stack, stub: Stubber
-) -> None:
+def test_types_that_an_emulator_lacks_are_told_with_what_to_leave_out(stack: Stack, stub: Stubber) -> None:
     lacks = "Template format error: Unrecognized resource types: [AWS::Budgets::Budget]"
     stub.add_client_error("create_change_set", "ValidationError", lacks, http_status_code=400)
     with pytest.raises(Refused, match=r"AWS::Budgets::Budget") as refused:

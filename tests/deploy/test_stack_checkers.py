@@ -58,9 +58,7 @@ def skipped(checker: str) -> set[tuple[str, str]]:
 def test_checkov_finds_nothing_but_what_the_template_explains(checkov: Path) -> None:
     # Without the flag it asks its makers for texts about the checks.
     command = [checkov, "-f", cfn.stack_file(), "--framework", "cloudformation", "-o", "json"]
-    done = subprocess.run(
-        [*map(str, command), "--skip-download"], capture_output=True, text=True, timeout=300
-    )
+    done = subprocess.run([*map(str, command), "--skip-download"], capture_output=True, text=True, timeout=300)
     report = json.loads(done.stdout)
     results = report["results"]
     assert report["summary"]["parsing_errors"] == 0
@@ -78,27 +76,14 @@ def _judged(guard: Path, rules: Path, folder: Path) -> dict[str, tuple[int, Brok
     """For each template in the folder, how many rules hold, and what does not."""
     program = guard / "bin" / "ubuntu" / os.uname().machine / "cfn-guard"
     done = subprocess.run(
-        [
-            program,
-            "validate",
-            "--data",
-            folder,
-            "--rules",
-            rules,
-            "-S",
-            "none",
-            "--structured",
-            "-o",
-            "json",
-        ],
+        [program, "validate", "--data", folder, "--rules", rules, "-S", "none", "--structured", "-o", "json"],
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert done.returncode in (0, 19), done.stderr
     return {
-        Path(report["name"]).stem: (len(report["compliant"]), _broken(report))
-        for report in json.loads(done.stdout)
+        Path(report["name"]).stem: (len(report["compliant"]), _broken(report)) for report in json.loads(done.stdout)
     }
 
 

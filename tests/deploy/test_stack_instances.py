@@ -8,13 +8,7 @@ import re
 
 import pytest
 
-from batchlab.adapters.aws.group_descriptions import (
-    DRAIN_HOOK,
-    POOL_TAG,
-    READY_HOOK,
-    SLOTS_TAG,
-    GroupForm,
-)
+from batchlab.adapters.aws.group_descriptions import DRAIN_HOOK, POOL_TAG, READY_HOOK, SLOTS_TAG, GroupForm
 from batchlab.core.model import Pool
 from batchlab.runtime.aws_deployment import AwsDeployment, Database, parse
 from tests.support.aws import cfn
@@ -54,15 +48,9 @@ def test_its_hooks_end_as_they_should() -> None:
 
 def test_workers_are_spot_and_on_demand_of_several_types() -> None:
     policy = cfn.Rendered(
-        TEMPLATE,
-        PoolInstanceTypes="c7i.xlarge,c6i.xlarge",
-        PoolOnDemandBase=2,
-        PoolOnDemandPercent=25,
+        TEMPLATE, PoolInstanceTypes="c7i.xlarge,c6i.xlarge", PoolOnDemandBase=2, PoolOnDemandPercent=25
     ).properties("PoolGroup")["MixedInstancesPolicy"]
-    assert policy["LaunchTemplate"]["Overrides"] == [
-        {"InstanceType": "c7i.xlarge"},
-        {"InstanceType": "c6i.xlarge"},
-    ]
+    assert policy["LaunchTemplate"]["Overrides"] == [{"InstanceType": "c7i.xlarge"}, {"InstanceType": "c6i.xlarge"}]
     assert policy["InstancesDistribution"] == {
         "OnDemandAllocationStrategy": "prioritized",
         "OnDemandBaseCapacity": 2,

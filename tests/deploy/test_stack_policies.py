@@ -158,9 +158,7 @@ def test_bounds_and_further_policies_are_attached_where_they_are_asked_for() -> 
     for role in ("PoolRole", "ManagerRole"):
         assert own.properties(role)["PermissionsBoundary"].endswith(":policy/boundary")
         assert "PermissionsBoundary" not in plain.properties(role)
-    assert own.properties("PoolRole")["ManagedPolicyArns"] == [
-        "arn:aws:iam::aws:policy/AmazonS3ReadOnlyAccess"
-    ]
+    assert own.properties("PoolRole")["ManagedPolicyArns"] == ["arn:aws:iam::aws:policy/AmazonS3ReadOnlyAccess"]
     assert "ManagedPolicyArns" not in own.properties("ManagerRole"), "tasks do not run there"
 
 
@@ -237,12 +235,7 @@ def test_commits_are_protected_and_nothing_else_is(
         assert not may("PoolRole", "s3:PutObject", key)
         # A job that comes by the page is put into the bucket by the manager.
         assert may("ManagerRole", "s3:PutObject", key) != key.startswith("boot/")
-    of_the_grid = (
-        object_keys.USE,
-        object_keys.used(job),
-        object_keys.NOTIFICATIONS,
-        object_keys.RECORD,
-    )
+    of_the_grid = (object_keys.USE, object_keys.used(job), object_keys.NOTIFICATIONS, object_keys.RECORD)
     of_schedules = (object_keys.schedule(name), object_keys.template("0123"))
     for key in (*of_the_grid, *of_schedules, object_keys.reports(job) + "report.json"):
         assert may("ManagerRole", "s3:PutObject", key)
@@ -293,9 +286,7 @@ def test_users_may_open_a_way_to_the_manager_and_no_shell_on_it() -> None:
     """Where no document is named AWS starts a shell, unless each statement has that condition."""
     page = ROOT / "docs" / "aws-security.md"
     (policy,) = re.findall(r"```json\n(.*?)```", page.read_text(), re.DOTALL)
-    sessions = [
-        one for one in json.loads(policy)["Statement"] if "ssm:StartSession" in one["Action"]
-    ]
+    sessions = [one for one in json.loads(policy)["Statement"] if "ssm:StartSession" in one["Action"]]
     assert [one["Resource"].rpartition(":")[2] for one in sessions] == [
         "instance/*",
         "document/AWS-StartPortForwardingSession",

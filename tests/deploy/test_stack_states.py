@@ -64,9 +64,7 @@ TABLE = {
     "UPDATE_ROLLBACK_COMPLETE_CLEANUP_IN_PROGRESS": Case("update", FOLLOWED),
     "IMPORT_IN_PROGRESS": Case("update", FOLLOWED),
     "IMPORT_ROLLBACK_IN_PROGRESS": Case("update", FOLLOWED),
-    "ROLLBACK_IN_PROGRESS": Case(
-        "create", FOLLOWED, ("unprotect", "delete"), "Delete the empty stack grid"
-    ),
+    "ROLLBACK_IN_PROGRESS": Case("create", FOLLOWED, ("unprotect", "delete"), "Delete the empty stack grid"),
     "DELETE_IN_PROGRESS": Case("create", FOLLOWED, ending=()),
 }
 
@@ -78,9 +76,7 @@ class ReachedError(Exception):
 @pytest.fixture(autouse=True)
 def _plans(monkeypatch: pytest.MonkeyPatch) -> None:
     @contextmanager
-    def planned(
-        _stack: Stack, _wanted: Settings, _source: object, state: State | None, **_: object
-    ) -> Iterator[None]:
+    def planned(_stack: Stack, _wanted: Settings, _source: object, state: State | None, **_: object) -> Iterator[None]:
         raise ReachedError("create" if state is None or state.is_new else "update")
         yield
 
@@ -182,9 +178,7 @@ def test_what_was_never_made_is_neither_looked_into_nor_emptied() -> None:
 
 
 def test_what_somebody_has_deleted_by_hand_is_in_nobodys_way() -> None:
-    s3: Any = boto3.client(
-        "s3", region_name="us-east-1", aws_access_key_id="a", aws_secret_access_key="b"
-    )
+    s3: Any = boto3.client("s3", region_name="us-east-1", aws_access_key_id="a", aws_secret_access_key="b")
     from botocore.stub import Stubber
 
     parts = [("Bucket", "AWS::S3::Bucket", "gone", "DELETE_FAILED")]

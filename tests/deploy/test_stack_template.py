@@ -34,11 +34,7 @@ def shape(request: pytest.FixtureRequest) -> cfn.Rendered:
 def test_cfn_lint_has_nothing_to_say() -> None:
     """Its exceptions are in .cfnlintrc.yaml, and beside the resources."""
     done = subprocess.run(
-        [str(Path(sys.executable).with_name("cfn-lint"))],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
+        [str(Path(sys.executable).with_name("cfn-lint"))], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
@@ -90,9 +86,7 @@ def test_no_condition_and_no_parameter_is_left_over() -> None:
         ({"ContainerImage": "me/grid:1"}, "ContainerImage needs Egress nat"),
     ],
 )
-def test_parameters_that_do_not_go_together_are_refused(
-    parameters: dict[str, Any], told: str
-) -> None:
+def test_parameters_that_do_not_go_together_are_refused(parameters: dict[str, Any], told: str) -> None:
     (broken,) = cfn.Rendered(TEMPLATE, **parameters).broken_rules()
     assert broken.startswith(told)
 
@@ -187,23 +181,12 @@ def test_nobody_comes_in_from_outside(shape: cfn.Rendered) -> None:
 
 
 def services(shape: cfn.Rendered) -> set[str]:
-    return {
-        one["ServiceName"].rpartition(".")[2]
-        for one in shape.of_type("AWS::EC2::VPCEndpoint").values()
-    }
+    return {one["ServiceName"].rpartition(".")[2] for one in shape.of_type("AWS::EC2::VPCEndpoint").values()}
 
 
 def test_private_subnets_reach_aws_by_endpoints_or_by_a_nat() -> None:
     by_endpoints, by_nat = SHOWN["endpoints"], SHOWN["postgres"]
-    assert services(by_endpoints) == {
-        "s3",
-        "sqs",
-        "autoscaling",
-        "logs",
-        "secretsmanager",
-        "ssm",
-        "ssmmessages",
-    }
+    assert services(by_endpoints) == {"s3", "sqs", "autoscaling", "logs", "secretsmanager", "ssm", "ssmmessages"}
     assert by_endpoints.of_type("AWS::EC2::NatGateway") == {}
     assert by_endpoints.of_type("AWS::EC2::Route") == {}
     assert by_endpoints.of_type("AWS::EC2::InternetGateway") == {}

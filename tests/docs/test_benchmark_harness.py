@@ -57,9 +57,7 @@ def made(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("program", ["run.py", "peers.py", "gate.py"])
-def test_a_harness_that_is_not_there_is_told_before_anything_is_done(
-    program: str, tmp_path: Path
-) -> None:
+def test_a_harness_that_is_not_there_is_told_before_anything_is_done(program: str, tmp_path: Path) -> None:
     more = ("--install", "--venvs", tmp_path / "venvs") if program == "peers.py" else ()
     done = ran(program, "--harness", tmp_path / "none", *more)
     assert done.returncode == 1

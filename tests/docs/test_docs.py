@@ -138,8 +138,7 @@ def test_the_readmes_job_file_is_one(tmp_path: Path) -> None:
 def test_the_start_page_says_what_the_readme_says() -> None:
     """CI runs the README's first two blocks, so that these of the page are run too."""
     readme, start = (
-        re.findall(r"```sh\n(.*?)```", (ROOT / page).read_text(), re.S)
-        for page in ("README.md", "docs/start.md")
+        re.findall(r"```sh\n(.*?)```", (ROOT / page).read_text(), re.S) for page in ("README.md", "docs/start.md")
     )
     assert readme[0] == start[0]
     assert readme[1] == start[-1]

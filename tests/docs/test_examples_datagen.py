@@ -47,9 +47,7 @@ def test_claims_facts_are_what_the_text_says(tmp_path: Path) -> None:
     charges = [Decimal(s[2]) for s in segments if s[0] == "CLM"]
     assert len(charges) == facts.claims == 300
     assert sum(charges) * 100 == facts.charge_cents
-    assert sum(payer.lines for payer in facts.payers.values()) == sum(
-        s[0] == "SV1" for s in segments
-    )
+    assert sum(payer.lines for payer in facts.payers.values()) == sum(s[0] == "SV1" for s in segments)
     assert sum(payer.zero_charge for payer in facts.payers.values()) > 0
     assert len(list(tmp_path.iterdir())) == facts.files
 
@@ -61,9 +59,7 @@ def test_every_claims_file_has_correct_counts_in_its_envelopes(tmp_path: Path) -
         names = [s[0] for s in segments]
         starts = [i for i, name in enumerate(names) if name == "ST"]
         ends = [i for i, name in enumerate(names) if name == "SE"]
-        assert [int(segments[e][1]) for e in ends] == [
-            e - s + 1 for s, e in zip(starts, ends, strict=True)
-        ]
+        assert [int(segments[e][1]) for e in ends] == [e - s + 1 for s, e in zip(starts, ends, strict=True)]
         assert names[-2:] == ["GE", "IEA"]
         assert int(segments[-2][1]) == len(starts)
 

@@ -47,9 +47,7 @@ def times(path: Path) -> list[float]:
 def likeness(result: Path, source: Path) -> list[float]:
     """How like the source's each picture of the result is, at 96x72: PSNR in dB."""
     scaled = "[1:v]scale=96:72[small];[0:v][small]psnr=stats_file=-"
-    found = output(
-        "ffmpeg", "-v", "error", "-i", result, "-i", source, "-lavfi", scaled, "-f", "null", "-"
-    )
+    found = output("ffmpeg", "-v", "error", "-i", result, "-i", source, "-lavfi", scaled, "-f", "null", "-")
     values = re.findall(r"psnr_avg:(\S+)", found)
     return [float(value) for value in values]
 
@@ -128,7 +126,5 @@ def test_a_real_video_keeps_its_pictures_and_its_length(shared_data: Path, tmp_p
     assert after["video"]["duration"] == before["video"]["duration"]
     assert after["video"]["codec_name"] == "h264"
     assert after["audio"]["channels"] == 2
-    assert float(after["audio"]["duration"]) == pytest.approx(
-        float(before["audio"]["duration"]), abs=0.05
-    )
+    assert float(after["audio"]["duration"]) == pytest.approx(float(before["audio"]["duration"]), abs=0.05)
     assert result.size < source.size / 5

@@ -24,9 +24,7 @@ def run(path: Path, folder: Path, size: int) -> tuple[int, bytes]:
 
 
 def by_sort(path: Path) -> bytes:
-    return subprocess.run(
-        ["sort", path], env={"LC_ALL": "C"}, check=True, capture_output=True
-    ).stdout
+    return subprocess.run(["sort", path], env={"LC_ALL": "C"}, check=True, capture_output=True).stdout
 
 
 @pytest.mark.parametrize("size", [1_000, 37_000, 10**9])

@@ -10,12 +10,7 @@ import pytest
 
 from batchlab.cli.example_data import write_rides
 from batchlab.core.task_context import File
-from tests.support.examples import (
-    contexts,
-    gathered,
-    handler,
-    parts_of_lines,
-)
+from tests.support.examples import contexts, gathered, handler, parts_of_lines
 
 convert = handler("transform", "rides:convert")
 partition = handler("transform", "rides:partition")
@@ -63,8 +58,7 @@ def test_real_rides_lose_no_value_on_the_way(shared_data: Path, tmp_path: Path) 
     db.read_csv(str(csv)).create_view("original")
     db.read_parquet(files).create_view("written")
     columns = "* EXCLUDE (distance, fare, tip, tolls, total)" + "".join(
-        f", {name}::DECIMAL(9,2) AS {name}"
-        for name in ("distance", "fare", "tip", "tolls", "total")
+        f", {name}::DECIMAL(9,2) AS {name}" for name in ("distance", "fare", "tip", "tolls", "total")
     )
     for one, other in (("original", "written"), ("written", "original")):
         query = f"FROM (SELECT {columns} FROM {one} EXCEPT ALL SELECT {columns} FROM {other})"

@@ -17,9 +17,7 @@ from tests.support.public_api import ACCEPT, FILE, MODULES, text
 def test_the_published_api_is_the_one_that_was_accepted() -> None:
     accepted, now = FILE.read_text(), text()
     changes = "\n".join(
-        difflib.unified_diff(
-            accepted.splitlines(), now.splitlines(), "accepted", "now", lineterm="", n=2
-        )
+        difflib.unified_diff(accepted.splitlines(), now.splitlines(), "accepted", "now", lineterm="", n=2)
     )
     assert not changes, (
         f"The published Python API has changed:\n{changes}\n"
@@ -28,9 +26,7 @@ def test_the_published_api_is_the_one_that_was_accepted() -> None:
     )
 
 
-def test_it_is_accepted_by_the_command_that_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_is_accepted_by_the_command_that_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(public_api, "FILE", tmp_path / "python-api.txt")
     monkeypatch.setattr(sys, "argv", ["tests.support.public_api", *ACCEPT.split()[3:]])
     public_api.main()

@@ -29,14 +29,10 @@ DOCS = ROOT / "docs"
 def test_a_page_is_what_the_code_says(path: str) -> None:
     """Made again by `python -m docs.reference docs`."""
     made = reference.PAGES[path](DOCS)
-    assert (DOCS / path).read_text() == made, (
-        f"docs/{path} is stale; make it again: python -m docs.reference docs"
-    )
+    assert (DOCS / path).read_text() == made, f"docs/{path} is stale; make it again: python -m docs.reference docs"
 
 
-def test_the_pages_are_written_where_they_differ(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_pages_are_written_where_they_differ(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "decisions").mkdir()
     (tmp_path / "decisions" / "0001-a.md").write_text("# Why a|b\n\nBecause.\n")
     assert __main__.main([]) == 2

@@ -70,9 +70,7 @@ def test_the_counts_are_as_the_page_says(tmp_path: Path) -> None:
 
 def test_the_examples_are_all_formats() -> None:
     assert len(EXAMPLES) == 5
-    assert set(re.findall(r"`(\w+)`", PAGE.split("Their names here are", 1)[1])) >= set(
-        formats.SWF_FIELDS
-    )
+    assert set(re.findall(r"`(\w+)`", PAGE.split("Their names here are", 1)[1])) >= set(formats.SWF_FIELDS)
 
 
 def test_the_maps_read_the_real_files(tmp_path: Path, shared_data: Path) -> None:
@@ -121,15 +119,12 @@ def texts(node: ast.expr) -> Iterator[str]:
 
 
 _STANDS_FOR = defaultdict(
-    lambda: "COLUMN",
-    {"number": "-1", "'has a' if kind is TimestampKind.ZONED else 'has no'": "has a"},
+    lambda: "COLUMN", {"number": "-1", "'has a' if kind is TimestampKind.ZONED else 'has no'": "has a"}
 )
 
 
 def test_the_page_lists_all_that_is_odd() -> None:
     said_odd = set(whats())
     assert len(said_odd) > 20
-    listed = set(
-        re.findall(r"`([^`]+)`", PAGE.split("## Reports about bad records")[1].split("\n## ")[0])
-    )
+    listed = set(re.findall(r"`([^`]+)`", PAGE.split("## Reports about bad records")[1].split("\n## ")[0]))
     assert said_odd <= listed

@@ -283,10 +283,7 @@ async def test_suspended_processes_are_listed_with_their_reason(w: World) -> Non
     await w.group()
     w.asg.suspend_processes(GROUP, ["HealthCheck", "AddToLoadBalancer"])
     reason = "User suspended at 2023-11-14T22:30:00Z"
-    assert w.view().suspended_processes == (
-        (Process.ADD_TO_LOAD_BALANCER, reason),
-        (Process.HEALTH_CHECK, reason),
-    )
+    assert w.view().suspended_processes == ((Process.ADD_TO_LOAD_BALANCER, reason), (Process.HEALTH_CHECK, reason))
     w.asg.suspend_processes(GROUP)
     assert len(w.view().suspended_processes) == len(Process)
     with pytest.raises(ValidationError, match="Nonsense"):

@@ -45,9 +45,7 @@ MIXED = replace(
     mixed_instances_policy=MixedInstancesPolicy(
         LaunchTemplate("", "workers"),
         (Override("m.large"), Override("c.large")),
-        InstancesDistribution(
-            on_demand_base_capacity=1, on_demand_percentage_above_base_capacity=40
-        ),
+        InstancesDistribution(on_demand_base_capacity=1, on_demand_percentage_above_base_capacity=40),
     ),
 )
 
@@ -89,18 +87,13 @@ def _hooks(w: World, rng: Random, name: str) -> None:
         case 0:
             kind = rng.choice([LAUNCHING, TERMINATING])
             result = rng.choice([CONTINUE, ABANDON])
-            w.asg.put_lifecycle_hook(
-                hook(kind[-9:], kind, heartbeat_timeout=30, default_result=result)
-            )
+            w.asg.put_lifecycle_hook(hook(kind[-9:], kind, heartbeat_timeout=30, default_result=result))
         case 1:
             w.asg.delete_lifecycle_hook(GROUP, rng.choice([LAUNCHING, TERMINATING])[-9:])
         case _:
             for which in w.asg.describe_lifecycle_hooks(GROUP):
                 w.asg.complete_lifecycle_action(
-                    GROUP,
-                    which.lifecycle_hook_name,
-                    rng.choice([CONTINUE, CONTINUE, ABANDON]),
-                    instance_id=name,
+                    GROUP, which.lifecycle_hook_name, rng.choice([CONTINUE, CONTINUE, ABANDON]), instance_id=name
                 )
 
 
@@ -161,9 +154,7 @@ async def random_step(w: World, rng: Random) -> None:
         case 0:
             w.asg.set_desired_capacity(GROUP, rng.randint(-1, 9))
         case 1:
-            w.asg.terminate_instance_in_auto_scaling_group(
-                name, should_decrement_desired_capacity=rng.random() < 0.5
-            )
+            w.asg.terminate_instance_in_auto_scaling_group(name, should_decrement_desired_capacity=rng.random() < 0.5)
         case 2:
             w.launcher.known[name] = w.launcher.known.get(name) or "exit -9"
         case 3:
@@ -207,9 +198,7 @@ async def settle(w: World) -> None:
     with suppress(Fault):
         w.asg.delete_warm_pool(GROUP)
     for name in w.ids_in(LifecycleState.STANDBY, LifecycleState.ENTERING_STANDBY):
-        w.asg.terminate_instance_in_auto_scaling_group(
-            name, should_decrement_desired_capacity=False
-        )
+        w.asg.terminate_instance_in_auto_scaling_group(name, should_decrement_desired_capacity=False)
     for _ in range(100):
         asked = {name for name, _ in w.launcher.terminated}
         for name, how in w.launcher.known.items():
@@ -256,14 +245,7 @@ FORMAT_1: dict[str, Any] = {
     "next_activity": 4,
     "groups": [
         {
-            "pool": {
-                "name": "p",
-                "min_size": 0,
-                "max_size": 4,
-                "slots": 1,
-                "boot_s": 0.0,
-                "env": [["A", "b"]],
-            },
+            "pool": {"name": "p", "min_size": 0, "max_size": 4, "slots": 1, "boot_s": 0.0, "env": [["A", "b"]]},
             "desired": 2,
             "members": [
                 ["w-1", "InService", 7.0, True, True, "", 2, 0, True],
@@ -301,9 +283,7 @@ def test_a_state_of_the_first_format_is_read_and_goes_on() -> None:
     asyncio.run(main())
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"groups": [{**FORMAT_1["groups"][0], "asg": 1}]}, {"format": 3}]
-)
+@pytest.mark.parametrize("wrong", [{"groups": [{**FORMAT_1["groups"][0], "asg": 1}]}, {"format": 3}])
 def test_a_state_that_makes_no_sense_is_not_taken_for_another(wrong: dict[str, Any]) -> None:
     with pytest.raises(BackendError, match="saved state cannot be read"):
         _managed({**FORMAT_1, **wrong})

@@ -36,10 +36,7 @@ async def test_an_instance_called_unhealthy_is_replaced(w: World) -> None:
     assert w.one(name).health_status == "Unhealthy"
     await w.tick(times=2)
     assert name not in w.ids_in(LifecycleState.IN_SERVICE)
-    assert (
-        "taken out of service in response to a user health-check."
-        in w.causes()[f"Terminating EC2 instance: {name}"]
-    )
+    assert "taken out of service in response to a user health-check." in w.causes()[f"Terminating EC2 instance: {name}"]
 
 
 @in_aws
@@ -56,9 +53,7 @@ async def test_one_called_healthy_again_in_time_stays(w: World) -> None:
 
 
 @in_aws
-async def test_within_the_grace_period_unhealthy_is_heard_only_when_it_is_not_respected(
-    w: World,
-) -> None:
+async def test_within_the_grace_period_unhealthy_is_heard_only_when_it_is_not_respected(w: World) -> None:
     (name,) = await w.group(1, replace(CONFIG, health_check_grace_period=100))
     await w.tick(99.0)
     w.asg.set_instance_health(name, "Unhealthy")
@@ -84,9 +79,7 @@ async def test_the_grace_period_does_not_save_an_instance_that_is_gone(w: World)
 
 
 @in_aws
-async def test_without_health_checks_a_dead_instance_stays_and_a_custom_check_counts(
-    w: World,
-) -> None:
+async def test_without_health_checks_a_dead_instance_stays_and_a_custom_check_counts(w: World) -> None:
     dead, called = await w.group(2)
     w.asg.suspend_processes(GROUP, ["HealthCheck"])
     w.launcher.crash(dead)
@@ -134,9 +127,7 @@ async def test_instances_that_die_at_once_make_a_crash_loop(w: World) -> None:
 
 
 @in_aws
-async def test_older_instances_that_are_well_do_not_end_the_crash_loop_of_new_ones(
-    w: World,
-) -> None:
+async def test_older_instances_that_are_well_do_not_end_the_crash_loop_of_new_ones(w: World) -> None:
     await w.group(2)
     await w.tick(100.0)
     w.asg.set_desired_capacity(GROUP, 3)
@@ -153,16 +144,10 @@ async def test_older_instances_that_are_well_do_not_end_the_crash_loop_of_new_on
 @in_aws
 async def test_a_named_instance_goes_with_or_without_its_place(w: World) -> None:
     first, second, third = await w.group(3)
-    activity = w.asg.terminate_instance_in_auto_scaling_group(
-        first, should_decrement_desired_capacity=True
-    )
+    activity = w.asg.terminate_instance_in_auto_scaling_group(first, should_decrement_desired_capacity=True)
     assert activity.description == f"Terminating EC2 instance: {first}"
-    assert activity.cause.endswith(
-        "in response to a user request, shrinking the capacity from 3 to 2."
-    )
-    again = w.asg.terminate_instance_in_auto_scaling_group(
-        first, should_decrement_desired_capacity=True
-    )
+    assert activity.cause.endswith("in response to a user request, shrinking the capacity from 3 to 2.")
+    again = w.asg.terminate_instance_in_auto_scaling_group(first, should_decrement_desired_capacity=True)
     assert again.activity_id == activity.activity_id
     assert w.view().desired_capacity == 2
     w.asg.terminate_instance_in_auto_scaling_group(second, should_decrement_desired_capacity=False)
@@ -212,8 +197,7 @@ async def test_standby_with_its_place_lowers_desired_capacity_until_it_returns(w
     (out,) = w.asg.enter_standby(GROUP, [first], should_decrement_desired_capacity=True)
     assert (out.status_code, out.progress) == ("InProgress", 50)
     assert out.cause.endswith(
-        f"instance {first} was moved to standby in response to a user request, shrinking the"
-        " capacity from 2 to 1."
+        f"instance {first} was moved to standby in response to a user request, shrinking the capacity from 2 to 1."
     )
     assert w.states() == ["EnteringStandby", "InService"]
     await w.tick()
@@ -229,9 +213,7 @@ async def test_standby_with_its_place_lowers_desired_capacity_until_it_returns(w
 
 
 @in_aws
-async def test_standby_without_its_place_is_replaced_and_its_return_is_one_too_many(
-    w: World,
-) -> None:
+async def test_standby_without_its_place_is_replaced_and_its_return_is_one_too_many(w: World) -> None:
     first, _ = await w.group(2)
     w.asg.enter_standby(GROUP, [first], should_decrement_desired_capacity=False)
     await w.tick(times=2)

@@ -113,9 +113,7 @@ async def test_a_launch_that_is_abandoned_is_ended_and_replaced(w: World) -> Non
     assert w.states() == ["Pending:Wait"]
     (launch,) = [a for a in w.activities() if a.status_code == "Cancelled"]
     assert launch.status_message.startswith("Instance failed to complete user's Lifecycle Action")
-    assert launch.status_message.endswith(
-        "abandoned: Lifecycle Action Completed with ABANDON Result"
-    )
+    assert launch.status_message.endswith("abandoned: Lifecycle Action Completed with ABANDON Result")
     with pytest.raises(ValidationError):
         w.asg.complete_lifecycle_action(GROUP, "more", CONTINUE, instance_id=name)
 
@@ -239,9 +237,7 @@ async def test_hooks_are_put_described_and_deleted(w: World) -> None:
     w.asg.put_lifecycle_hook(hook("b"))
     w.asg.put_lifecycle_hook(hook("a", heartbeat_timeout=60))
     w.asg.put_lifecycle_hook(hook("a", heartbeat_timeout=90))
-    names = [
-        (h.lifecycle_hook_name, h.heartbeat_timeout) for h in w.asg.describe_lifecycle_hooks(GROUP)
-    ]
+    names = [(h.lifecycle_hook_name, h.heartbeat_timeout) for h in w.asg.describe_lifecycle_hooks(GROUP)]
     assert names == [("a", 90), ("b", 3600)]
     assert w.asg.describe_lifecycle_hooks(GROUP, ["b", "c"]) == [hook("b")]
     w.asg.delete_lifecycle_hook(GROUP, "a")
@@ -298,9 +294,7 @@ async def test_waiting_survives_a_restart_with_what_is_left_of_its_time(w: World
     assert w.states() == ["Pending:Wait"]
     await w.tick(99.0)
     assert w.states() == ["Pending:Wait"]
-    w.asg.record_lifecycle_action_heartbeat(
-        GROUP, "boot", lifecycle_action_token=notice.lifecycle_action_token
-    )
+    w.asg.record_lifecycle_action_heartbeat(GROUP, "boot", lifecycle_action_token=notice.lifecycle_action_token)
     await w.tick(3_599.0)
     assert w.states() == ["Pending:Wait"]
     await w.tick(1.0)

@@ -27,15 +27,8 @@ OD, SPOT = Market.ON_DEMAND, Market.SPOT
 
 def mixed(*overrides: str | Override, zones: int = 1, **shares: Any) -> GroupConfig:
     kinds = [Override(o) if isinstance(o, str) else o for o in overrides]
-    policy = MixedInstancesPolicy(
-        LaunchTemplate("", "workers"), tuple(kinds), InstancesDistribution(**shares)
-    )
-    return replace(
-        CONFIG,
-        launch_template=None,
-        mixed_instances_policy=policy,
-        availability_zones=ZONES[:zones],
-    )
+    policy = MixedInstancesPolicy(LaunchTemplate("", "workers"), tuple(kinds), InstancesDistribution(**shares))
+    return replace(CONFIG, launch_template=None, mixed_instances_policy=policy, availability_zones=ZONES[:zones])
 
 
 @dataclass(frozen=True)
@@ -136,28 +129,16 @@ async def test_a_group_that_names_subnets_uses_the_zones_there_are(w: World) -> 
 
 @pytest.mark.parametrize(
     ("base", "percentage", "wanted"),
-    [
-        (0, 100, [1, 2, 3, 4]),
-        (0, 0, [0, 0, 0, 0]),
-        (0, 50, [1, 1, 2, 2]),
-        (2, 0, [1, 2, 2, 2]),
-        (2, 50, [1, 2, 3, 3]),
-    ],
+    [(0, 100, [1, 2, 3, 4]), (0, 0, [0, 0, 0, 0]), (0, 50, [1, 1, 2, 2]), (2, 0, [1, 2, 2, 2]), (2, 50, [1, 2, 3, 3])],
 )
-def test_on_demand_is_the_base_and_a_share_of_the_rest(
-    base: int, percentage: int, wanted: list[int]
-) -> None:
-    shares = InstancesDistribution(
-        on_demand_base_capacity=base, on_demand_percentage_above_base_capacity=percentage
-    )
+def test_on_demand_is_the_base_and_a_share_of_the_rest(base: int, percentage: int, wanted: list[int]) -> None:
+    shares = InstancesDistribution(on_demand_base_capacity=base, on_demand_percentage_above_base_capacity=percentage)
     assert [wanted_on_demand(shares, n) for n in (1, 2, 3, 4)] == wanted
 
 
 @in_aws
 async def test_the_shares_hold_at_every_size(w: World) -> None:
-    config = mixed(
-        "m.large", on_demand_base_capacity=1, on_demand_percentage_above_base_capacity=25
-    )
+    config = mixed("m.large", on_demand_base_capacity=1, on_demand_percentage_above_base_capacity=25)
     await w.group(0, config)
     for size, on_demand in ((1, 1), (2, 2), (5, 2), (9, 3), (5, 2), (2, 2), (1, 1)):
         await w.resize(size)
@@ -225,9 +206,7 @@ async def test_an_override_may_have_its_own_template(w: World) -> None:
     assert seen.launch_template_name == "special"
     gone = Override("g.large", launch_template_specification=LaunchTemplate("", "nothing"))
     with pytest.raises(ValidationError, match="does not exist"):
-        w.asg.update_auto_scaling_group(
-            GROUP, {"mixed_instances_policy": mixed(gone).mixed_instances_policy}
-        )
+        w.asg.update_auto_scaling_group(GROUP, {"mixed_instances_policy": mixed(gone).mixed_instances_policy})
 
 
 # --- Weights --------------------------------------------------------------------------------------

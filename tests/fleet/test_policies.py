@@ -25,9 +25,7 @@ MINUTE_S = 60.0
 
 
 def simple(adjustment: int, kind: str = "ChangeInCapacity", **facts: Any) -> ScalingPolicy:
-    return ScalingPolicy(
-        GROUP, "simple", adjustment_type=kind, scaling_adjustment=adjustment, **facts
-    )
+    return ScalingPolicy(GROUP, "simple", adjustment_type=kind, scaling_adjustment=adjustment, **facts)
 
 
 def stepped(*steps: tuple[float | None, float | None, int], **facts: Any) -> ScalingPolicy:
@@ -44,13 +42,9 @@ def stepped(*steps: tuple[float | None, float | None, int], **facts: Any) -> Sca
 
 def tracking(target: float = 50.0, name: str = "cpu", **facts: Any) -> ScalingPolicy:
     wanted = TargetTracking(
-        target,
-        predefined_metric_type="ASGAverageCPUUtilization",
-        disable_scale_in=facts.pop("disable_scale_in", False),
+        target, predefined_metric_type="ASGAverageCPUUtilization", disable_scale_in=facts.pop("disable_scale_in", False)
     )
-    return ScalingPolicy(
-        GROUP, name, "TargetTrackingScaling", target_tracking_configuration=wanted, **facts
-    )
+    return ScalingPolicy(GROUP, name, "TargetTrackingScaling", target_tracking_configuration=wanted, **facts)
 
 
 def desired(w: World) -> int:
@@ -117,9 +111,7 @@ async def test_a_policys_own_cooldown_takes_the_groups_place(w: World) -> None:
 # --- Step -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("breach", "by"), [(0.0, 1), (9.9, 1), (10.0, 2), (99.0, 2), (-5.0, -1), (-10.0, -3)]
-)
+@pytest.mark.parametrize(("breach", "by"), [(0.0, 1), (9.9, 1), (10.0, 2), (99.0, 2), (-5.0, -1), (-10.0, -3)])
 def test_bounds_belong_to_the_step_nearer_the_threshold(breach: float, by: int) -> None:
     policy = stepped((0, 10, 1), (10, None, 2), (-10, 0, -1), (None, -10, -3))
     step = step_for(policy, breach)
@@ -142,9 +134,7 @@ async def test_a_step_policy_takes_the_step_of_the_breach(w: World) -> None:
 @in_aws
 async def test_breaches_while_instances_warm_up_add_only_what_is_missing(w: World) -> None:
     await w.group(2)
-    w.asg.put_scaling_policy(
-        stepped((0, 10, 1), (10, None, 3), (None, 0, -1), estimated_instance_warmup=100)
-    )
+    w.asg.put_scaling_policy(stepped((0, 10, 1), (10, None, 3), (None, 0, -1), estimated_instance_warmup=100))
     await w.tick(100.0)
 
     def breach(by: float) -> int:

@@ -233,10 +233,7 @@ async def test_one_refresh_at_a_time_and_none_to_cancel_afterwards(w: World) -> 
         with pytest.raises(ActiveInstanceRefreshNotFound, match="No in progress or pending"):
             ask(GROUP)
     second = start(w)
-    assert [one.status for one in w.asg.describe_instance_refreshes(GROUP)] == [
-        "Pending",
-        "Successful",
-    ]
+    assert [one.status for one in w.asg.describe_instance_refreshes(GROUP)] == ["Pending", "Successful"]
     assert len(w.asg.describe_instance_refreshes(GROUP, [second])) == 1
 
 

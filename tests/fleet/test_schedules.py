@@ -61,8 +61,7 @@ def test_cron_follows_the_clocks_of_its_zone() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong",
-    ["* * * *", "60 * * * *", "* * * FOO *", "5-1 * * * *", "*/0 * * * *", "a * * * *", " "],
+    "wrong", ["* * * *", "60 * * * *", "* * * FOO *", "5-1 * * * *", "*/0 * * * *", "a * * * *", " "]
 )
 def test_what_is_no_cron_is_refused(wrong: str) -> None:
     with pytest.raises(ValueError, match=r"fields|Bad (minute|month)"):
@@ -79,16 +78,13 @@ async def test_an_action_runs_once_at_its_time(w: World) -> None:
     w.asg.put_scheduled_update_group_action(action(start_time=at_s, desired_capacity=3))
     (listed,) = w.asg.describe_scheduled_actions(GROUP)
     assert listed.start_time == at_s
-    assert listed.scheduled_action_arn.endswith(
-        f"autoScalingGroupName/{GROUP}:scheduledActionName/peak"
-    )
+    assert listed.scheduled_action_arn.endswith(f"autoScalingGroupName/{GROUP}:scheduledActionName/peak")
     await w.tick(99.0)
     assert w.view().desired_capacity == 1
     await w.tick(1.0)
     assert w.view().desired_capacity == 3
-    assert (
-        "a scheduled action update of AutoScalingGroup constraints to min: 0, max: 10, desired: 3"
-        in (w.activities()[0].cause)
+    assert "a scheduled action update of AutoScalingGroup constraints to min: 0, max: 10, desired: 3" in (
+        w.activities()[0].cause
     )
     assert w.asg.describe_scheduled_actions(GROUP) == []
     await w.resize(1)
@@ -101,9 +97,7 @@ async def test_a_recurring_action_runs_until_its_end(w: World) -> None:
     """The clock starts at 22:30."""
     await w.group(0)
     end_s = w.clock.now_s() + 3 * 86_400
-    w.asg.put_scheduled_update_group_action(
-        action(recurrence="0 23 * * *", desired_capacity=2, end_time=end_s)
-    )
+    w.asg.put_scheduled_update_group_action(action(recurrence="0 23 * * *", desired_capacity=2, end_time=end_s))
     for _ in range(3):
         await w.tick(1_800.0)
         assert w.view().desired_capacity == 2
@@ -117,9 +111,7 @@ async def test_a_recurring_action_runs_until_its_end(w: World) -> None:
 async def test_a_recurring_action_runs_first_at_its_start(w: World) -> None:
     await w.group(0)
     start_s = w.clock.now_s() + 60.0
-    w.asg.put_scheduled_update_group_action(
-        action(recurrence="0 23 * * *", start_time=start_s, desired_capacity=1)
-    )
+    w.asg.put_scheduled_update_group_action(action(recurrence="0 23 * * *", start_time=start_s, desired_capacity=1))
     await w.tick(60.0)
     assert w.view().desired_capacity == 1
     (listed,) = w.asg.describe_scheduled_actions(GROUP)
@@ -131,9 +123,7 @@ async def test_limits_move_too_and_desired_capacity_with_them(w: World) -> None:
     await w.group(2)
     now_s = w.clock.now_s()
     w.asg.put_scheduled_update_group_action(action("low", start_time=now_s + 1, max_size=1))
-    w.asg.put_scheduled_update_group_action(
-        action("high", start_time=now_s + 2, min_size=3, max_size=5)
-    )
+    w.asg.put_scheduled_update_group_action(action("high", start_time=now_s + 2, min_size=3, max_size=5))
     await w.tick(1.0)
     assert (w.view().config.max_size, w.view().desired_capacity) == (1, 1)
     await w.tick(1.0)
@@ -200,9 +190,7 @@ async def test_actions_are_replaced_listed_and_deleted(w: World) -> None:
     with pytest.raises(ValidationError, match="not found"):
         w.asg.delete_scheduled_action(GROUP, "a")
     for n in range(124):
-        w.asg.put_scheduled_update_group_action(
-            action(f"n{n}", start_time=now_s + 100 + n, min_size=1)
-        )
+        w.asg.put_scheduled_update_group_action(action(f"n{n}", start_time=now_s + 100 + n, min_size=1))
     with pytest.raises(LimitExceeded):
         w.asg.put_scheduled_update_group_action(action("more", start_time=now_s + 50, min_size=1))
 

@@ -66,10 +66,7 @@ async def test_with_capacity_rebalancing_the_successor_comes_first(w: World) -> 
     await w.tick()
     assert w.states() == ["Terminating:Wait", "InService"]
     assert w.view().desired_capacity == 1
-    assert (
-        "an EC2 instance rebalance recommendation"
-        in w.causes()[f"Terminating EC2 instance: {name}"]
-    )
+    assert "an EC2 instance rebalance recommendation" in w.causes()[f"Terminating EC2 instance: {name}"]
 
 
 @in_aws

@@ -79,9 +79,7 @@ async def test_the_oldest_launch_configuration(w: World) -> None:
     names = [i.launch_configuration_name for i in w.instances()]
     assert names == ["lc-1", "lc-2"]
     w.asg.update_auto_scaling_group(GROUP, {"termination_policies": ("NewestInstance",)})
-    w.asg.update_auto_scaling_group(
-        GROUP, {"termination_policies": ("OldestLaunchConfiguration", "NewestInstance")}
-    )
+    w.asg.update_auto_scaling_group(GROUP, {"termination_policies": ("OldestLaunchConfiguration", "NewestInstance")})
     assert await _gone(w, before, 1) == before[:1]
 
 
@@ -146,11 +144,7 @@ async def test_the_market_that_has_too_many_comes_first(w: World) -> None:
     config = mixed("m.large", on_demand_percentage_above_base_capacity=50)
     await w.group(4, policies("NewestInstance", config=config))
     await w.resize(3)
-    assert sorted(market for _, market in w.machines()) == [
-        Market.ON_DEMAND,
-        Market.ON_DEMAND,
-        Market.SPOT,
-    ]
+    assert sorted(market for _, market in w.machines()) == [Market.ON_DEMAND, Market.ON_DEMAND, Market.SPOT]
     await w.resize(2)
     assert sorted(market for _, market in w.machines()) == [Market.ON_DEMAND, Market.SPOT]
 

@@ -70,9 +70,7 @@ async def warmed(w: World, size: int, warm_pool: WarmPool = RUNNING, **options: 
         (replace(RUNNING, max_group_prepared_capacity=2, min_size=2), 2),
     ],
 )
-def test_the_pool_holds_what_is_prepared_beyond_desired_capacity(
-    warm_pool: WarmPool, expected: int
-) -> None:
+def test_the_pool_holds_what_is_prepared_beyond_desired_capacity(warm_pool: WarmPool, expected: int) -> None:
     @in_aws
     async def check(w: World) -> None:
         await warmed(w, 1, warm_pool)
@@ -246,9 +244,7 @@ async def test_a_pools_instance_is_not_terminated_by_name(w: World) -> None:
     await warmed(w, 3)
     (name,) = [one.instance_id for one in pool(w)]
     with pytest.raises(ValidationError, match="in a warm pool"):
-        w.asg.terminate_instance_in_auto_scaling_group(
-            name, should_decrement_desired_capacity=False
-        )
+        w.asg.terminate_instance_in_auto_scaling_group(name, should_decrement_desired_capacity=False)
     assert pool_states(w) == ["Warmed:Running"]
 
 

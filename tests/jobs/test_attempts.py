@@ -13,16 +13,7 @@ import pytest
 from batchlab.adapters.memory.objects import SimObjects
 from batchlab.core.errors import NotFound, UsageError
 from batchlab.core.job_definition import JobDef, StageDef
-from batchlab.core.model import (
-    Bundle,
-    Failure,
-    FailureKind,
-    Follow,
-    JobId,
-    Outcome,
-    StageName,
-    TaskSet,
-)
+from batchlab.core.model import Bundle, Failure, FailureKind, Follow, JobId, Outcome, StageName, TaskSet
 from batchlab.core.port_retries import Patience
 from batchlab.core.protocol import commit_keys, json_format, object_keys, values
 from batchlab.core.protocol.bundle_inputs import Manifest
@@ -86,8 +77,7 @@ async def a_bucket() -> SimObjects:
 
 async def _commit(objects: SimObjects, outcome: Outcome) -> None:
     await objects.put(
-        object_keys.outcome(outcome.bundle, UNSEALED),
-        json_format.to_bytes(json_format.outcome_to_json(outcome)),
+        object_keys.outcome(outcome.bundle, UNSEALED), json_format.to_bytes(json_format.outcome_to_json(outcome))
     )
 
 
@@ -130,11 +120,7 @@ def test_a_task_is_given_what_its_worker_was_given() -> None:
         async def given(stage: StageName, task: int) -> Any:
             found = await attempts.attempts(objects, JOB, stage, task, PATIENCE)
             one = attempts.chosen(found)
-            bundle = (
-                one.bundle
-                if one
-                else await attempts.task_bundle(objects, JOB, stage, task, PATIENCE)
-            )
+            bundle = one.bundle if one else await attempts.task_bundle(objects, JOB, stage, task, PATIENCE)
             return await attempts.task_input(objects, JOB, bundle, PATIENCE)
 
         assert await given(MAP, 2) == {"c": 1}

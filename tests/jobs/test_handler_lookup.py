@@ -42,26 +42,15 @@ def folder(tmp_path: Path) -> Path:
     ],
 )
 def test_a_handler_is_found_in_every_form_it_can_have(folder: Path, source: str) -> None:
-    write(
-        folder, {"pkg/deep.py": source, "pkg/other.py": "def go(item): ...", "other.py": "go = 1"}
-    )
+    write(folder, {"pkg/deep.py": source, "pkg/other.py": "def go(item): ...", "other.py": "go = 1"})
     assert load(folder, MINIMAL.replace("work:one", "pkg.deep:go"))
 
 
 @pytest.mark.parametrize(
     "source",
-    [
-        "def other(): go = 1",
-        "class A:\n    def go(self): ...",
-        "go.x = 1",
-        "print('go')",
-        "from other import *",
-        "",
-    ],
+    ["def other(): go = 1", "class A:\n    def go(self): ...", "go.x = 1", "print('go')", "from other import *", ""],
 )
-def test_a_handler_that_does_not_exist_is_refused_before_anything_is_queued(
-    folder: Path, source: str
-) -> None:
+def test_a_handler_that_does_not_exist_is_refused_before_anything_is_queued(folder: Path, source: str) -> None:
     """Pain 1: without this, the job would be accepted and every task would fail."""
     write(folder, {"deep.py": source, "other.py": "go_ = 2\nfrom deep import *"})
     [(line, text)] = told(refused(folder, MINIMAL.replace("work:one", "deep:go")))
@@ -107,9 +96,7 @@ def test_the_current_folder_does_not_count_as_installed(
         ("bad:one", "Mend the module."),
     ],
 )
-def test_the_remedy_for_a_missing_handler_names_the_nearest(
-    folder: Path, handler: str, remedy: str
-) -> None:
+def test_the_remedy_for_a_missing_handler_names_the_nearest(folder: Path, handler: str, remedy: str) -> None:
     write(folder, {"bad.py": "def one(:\n"})
     [error] = refused(folder, MINIMAL.replace("work:one", handler))
     assert (error.line, error.remedy) == (4, remedy)

@@ -16,8 +16,10 @@ from batchlab.core.job_definition import InputDef, JobDef, RetryRule, SplitBy, S
 from batchlab.core.model import FailureKind, JobId, StageName
 from batchlab.core.protocol import values
 from batchlab.core.task_context import File
-from batchlab.jobs import job_file as api
-from batchlab.jobs.schema import SECTIONS
+from batchlab.jobs.job_file import load as load_file
+from batchlab.jobs.job_file import source_digest
+from batchlab.jobs.schema import SECTIONS, json_schema
+from batchlab.jobs.starter import starter
 from docs.reference import job_file
 from tests.support.job_files import FOLDER, FULL, MINIMAL, WORK, compiled, load, write
 
@@ -126,16 +128,13 @@ def test_every_key_reaches_the_job(folder: Path) -> None:
         ("split: items, size: 20", SplitBy.ITEMS, 20),
     ],
 )
-def test_the_size_of_a_task_has_a_default_per_split(
-    folder: Path, given: str, split: SplitBy, size: int
-) -> None:
+def test_the_size_of_a_task_has_a_default_per_split(folder: Path, given: str, split: SplitBy, size: int) -> None:
     jobfile = load(folder, MINIMAL.replace("data/*}", f"data/*, {given}}}"))
     assert compiled(jobfile).input == InputDef(("raw/j-1/a",), split, size)
 
 
 @pytest.mark.parametrize(
-    ("text", "expected_s"),
-    [("+10m", 700.0), ("+0s", 100.0), ("1970-01-01T00:10:00Z", 600.0), (None, None)],
+    ("text", "expected_s"), [("+10m", 700.0), ("+0s", 100.0), ("1970-01-01T00:10:00Z", 600.0), (None, None)]
 )
 def test_a_start_time_counts_from_the_submission_or_is_absolute(
     folder: Path, text: str | None, expected_s: float | None
@@ -175,23 +174,12 @@ def test_anchors_and_merge_keys_work_and_own_keys_win(folder: Path) -> None:
 
 def test_globs_cross_folders_skip_hidden_files_and_may_lead_out(tmp_path: Path) -> None:
     write(
-        tmp_path,
-        {
-            "here/work.py": WORK,
-            "in/x/1.csv": "",
-            "in/2.csv": "",
-            "in/.hidden/3.csv": "",
-            "in/[odd].csv": "",
-        },
+        tmp_path, {"here/work.py": WORK, "in/x/1.csv": "", "in/2.csv": "", "in/.hidden/3.csv": "", "in/[odd].csv": ""}
     )
     out = load(tmp_path / "here", MINIMAL.replace("data/*", '["../in/[odd].csv", "../in/**"]'))
     names = [tmp_path / "in" / name for name in ("[odd].csv", "2.csv", "x/1.csv")]
     assert out.input_files() == names
-    assert [out.name_of(name) for name in names] == [
-        "../in/[odd].csv",
-        "../in/2.csv",
-        "../in/x/1.csv",
-    ]
+    assert [out.name_of(name) for name in names] == ["../in/[odd].csv", "../in/2.csv", "../in/x/1.csv"]
 
 
 def test_an_absolute_pattern_is_taken_as_it_is(folder: Path, tmp_path: Path) -> None:
@@ -204,7 +192,7 @@ def test_an_absolute_pattern_is_taken_as_it_is(folder: Path, tmp_path: Path) -> 
 
 def test_the_source_digest_changes_with_whatever_changes_the_work(folder: Path) -> None:
     def digest(text: str = FULL, code: str = "c", **overrides: str) -> str:
-        return api.source_digest(load(folder, text, **overrides), code)
+        return source_digest(load(folder, text, **overrides), code)
 
     first = digest()
     assert digest() == first
@@ -234,18 +222,16 @@ def test_the_source_digest_is_that_of_the_content_not_of_the_place(tmp_path: Pat
     for name in ("x", "y"):
         write(tmp_path / name, {"work.py": WORK, "data/a": "1"})
         os.utime(tmp_path / name / "data/a", ns=(5, 5))
-        digests.add(api.source_digest(load(tmp_path / name, FULL), "c"))
+        digests.add(source_digest(load(tmp_path / name, FULL), "c"))
     assert len(digests) == 1
 
 
 # --- What comes with it --------------------------------------------------------------------------
 
 
-def test_the_starter_job_loads_and_its_handlers_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write(tmp_path, api.starter())
-    jobfile = api.load(tmp_path / "job.yaml", {"min_cents": "0"})
+def test_the_starter_job_loads_and_its_handlers_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, starter())
+    jobfile = load_file(tmp_path / "job.yaml", {"min_cents": "0"})
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "handlers", raising=False)
     handlers = importlib.import_module("handlers")
@@ -255,7 +241,7 @@ def test_the_starter_job_loads_and_its_handlers_work(
     results = handlers.summarise(File(source), context)
     groups = [handlers.total([result]) for result in results]
     assert [(one["state"], one["claims"]) for one in groups] == [("CA", 4), ("NY", 4), ("TX", 4)]
-    rows = [row.split(",") for row in api.starter()["data/claims.csv"].splitlines()[1:]]
+    rows = [row.split(",") for row in starter()["data/claims.csv"].splitlines()[1:]]
     assert sum(one["cents"] for one in groups) == sum(round(float(r[2]) * 100) for r in rows)
 
 
@@ -266,15 +252,13 @@ def test_every_key_is_described_with_an_example_that_is_accepted() -> None:
             assert field.description.endswith("."), (loc, key)
             assert field.examples, (loc, key)
             needed = {
-                name: (one.examples or [None])[0]
-                for name, one in model.model_fields.items()
-                if one.is_required()
+                name: (one.examples or [None])[0] for name, one in model.model_fields.items() if one.is_required()
             }
             model.model_validate({**needed, key: field.examples[0]})
 
 
 def test_the_schema_is_plain_json_that_forbids_unknown_keys() -> None:
-    schema = api.json_schema()
+    schema = json_schema()
     assert json.loads(json.dumps(schema)) == schema
     for own in (schema, *schema["$defs"].values()):
         assert own == {} or own["additionalProperties"] is False
@@ -292,4 +276,4 @@ def test_the_page_names_every_placeholder_and_only_those() -> None:
 
 def test_the_page_shows_the_starter_job_as_it_is() -> None:
     shown = job_file.reference().split("```yaml\n")[1].split("```")[0]
-    assert yaml.safe_load(shown) == yaml.safe_load(api.starter()["job.yaml"])
+    assert yaml.safe_load(shown) == yaml.safe_load(starter()["job.yaml"])

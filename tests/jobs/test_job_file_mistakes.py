@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 
 from batchlab.core.errors import JobFileError, UsageError
 from batchlab.jobs import job_file
+from batchlab.jobs.yaml_source import JobFileErrors
 from tests.support.job_files import FOLDER, FULL, MINIMAL, load, refused, told, write
 from tests.support.mistakes import altered, complete, mangled
 
@@ -69,20 +70,10 @@ def folder(tmp_path: Path) -> Path:
         ("    python: work:one", "    python: work:one\n    command: [a]", 8, "both python and co"),
         ("    python: work:one", "    python: work:one\n    stdout: a", 8, "goes with a command"),
         ("    python: work:one", "    python: work:one\n    gather: all", 8, "nothing to gather"),
-        (
-            "    python: work:one",
-            "    python: work:one\n    bundle: big",
-            8,
-            "Write auto, or a num",
-        ),
+        ("    python: work:one", "    python: work:one\n    bundle: big", 8, "Write auto, or a num"),
         ("    python: work:one", "    python: work:one\n    bundle: 0", 8, "at least 1, not 0"),
         ("    python: work:one", "    python: work:one\n    timeout: 5", None, ""),
-        (
-            "    python: work:one",
-            "    python: work:one\n    timeout: 5 x",
-            8,
-            "Write 30s, 5m, 1h30",
-        ),
+        ("    python: work:one", "    python: work:one\n    timeout: 5 x", 8, "Write 30s, 5m, 1h30"),
         ("    python: work:one", "    python: work:one\n    timeout: 0", 8, "no time to run"),
         ("    python: work:one", "    python: work:one\n    timeout: -1", 8, "is not a duration"),
         ("    python: work:one", "    python: work:one\n    timeout: .inf", 8, "not a duration"),
@@ -106,12 +97,7 @@ def folder(tmp_path: Path) -> Path:
             9,
             "less than the 16 MiB",
         ),
-        (
-            "    python: work:one",
-            "    python: work:one\n    resources:\n      memory: 512",
-            9,
-            "512 is less than",
-        ),
+        ("    python: work:one", "    python: work:one\n    resources:\n      memory: 512", 9, "512 is less than"),
         (
             "    python: work:one",
             "    python: work:one\n    resources:\n      memory: 512 M",
@@ -138,12 +124,7 @@ def folder(tmp_path: Path) -> Path:
         ('[wc, "{input}"]', "wc -l", 9, "'command' must be a list, not text. Write for example `c"),
         ("name: j", "name: j\nname: k", 2, "'name' is already on line 1."),
         ("name: j", "name: !!python/name:os.system j", 1, "The tag tag:yaml.org"),
-        (
-            "params: {limit: 1}",
-            'params: {limit: "\\ud800"}',
-            4,
-            "a character that no text may have",
-        ),
+        ("params: {limit: 1}", 'params: {limit: "\\ud800"}', 4, "a character that no text may have"),
         ('"{input}"', '"a\\0"', 9, "a character that no text may have"),
         ("  files: data/*", "  files: " + "x" * 300, 3, "No file matches"),
         ("params: {limit: 1}", "code: " + "x" * 300, 4, "does not exist"),
@@ -234,8 +215,7 @@ def test_the_text_of_the_exception_shows_each_mistake_on_its_own_line(folder: Pa
     path = folder / "job.yaml"
     assert str(caught.value).splitlines() == [
         f"{path}:1: There is no key 'nmae' here. Did you mean 'name'?",
-        f"{path}:2: 'stages' is empty. "
-        "Write for example `stages: [{name: total, python: handlers:total}]`.",
+        f"{path}:2: 'stages' is empty. Write for example `stages: [{{name: total, python: handlers:total}}]`.",
     ]
     assert caught.value.exit_code == 2
 
@@ -268,12 +248,9 @@ def test_a_cycle_is_shown_in_the_direction_of_the_data(folder: Path) -> None:
 @pytest.mark.parametrize(
     "bomb",
     [
+        "\n".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9) if i else 'x'}]" for i in range(12)),
         "\n".join(
-            f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9) if i else 'x'}]" for i in range(12)
-        ),
-        "\n".join(
-            f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}" if i else "a0: &a0 {x: 1}"
-            for i in range(12)
+            f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}" if i else "a0: &a0 {x: 1}" for i in range(12)
         ),
         "a: &a {<<: *a}",
         "a: &a {b: *a}",
@@ -329,11 +306,9 @@ SPOILT = FULL + "    retry: {attempts: 3, on: [exit]}\nfailure: {then: stop}\n"
 
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=mangled(SPOILT) | altered(SPOILT))
-def test_whatever_is_done_to_a_file_it_loads_or_is_refused_with_lines_and_remedies(
-    folder: Path, text: str
-) -> None:
+def test_whatever_is_done_to_a_file_it_loads_or_is_refused_with_lines_and_remedies(folder: Path, text: str) -> None:
     try:
         load(folder, text)
-    except job_file.JobFileErrors as errors:
+    except JobFileErrors as errors:
         for error in complete(errors.errors, folder / "job.yaml", text):
             assert error.line is not None, error

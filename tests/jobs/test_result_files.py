@@ -16,28 +16,12 @@ from batchlab.adapters.memory.objects import SimObjects
 from batchlab.core.api_types import JobView
 from batchlab.core.errors import UsageError
 from batchlab.core.job_definition import JobDef, StageDef
-from batchlab.core.model import (
-    Bundle,
-    Failure,
-    FailureKind,
-    JobId,
-    Json,
-    Outcome,
-    StageName,
-    TaskSet,
-)
+from batchlab.core.model import Bundle, Failure, FailureKind, JobId, Json, Outcome, StageName, TaskSet
 from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Objects
 from batchlab.core.protocol import json_format, object_keys, values
 from batchlab.core.protocol.object_keys import UNSEALED
-from batchlab.jobs.results import (
-    OUTCOMES_AT_ONCE,
-    Fetched,
-    Listed,
-    fetch,
-    final_stages,
-    in_task_order,
-)
+from batchlab.jobs.results import OUTCOMES_AT_ONCE, Fetched, Listed, fetch, final_stages, in_task_order
 from batchlab.runtime.home import Home
 from batchlab.worker import code_cache
 
@@ -109,9 +93,7 @@ class Bucket:
         self.listing.append(Listed(stage, object_keys.outcome(bundle, UNSEALED), outcome.succeeded))
 
     def fetch(self, out: Path, round_: int = 0, stages: Sequence[str] = ()) -> Fetched:
-        return asyncio.run(
-            fetch(self.objects, view(round_), self.listing, out, patience=PATIENCE, stages=stages)
-        )
+        return asyncio.run(fetch(self.objects, view(round_), self.listing, out, patience=PATIENCE, stages=stages))
 
 
 @pytest.fixture
@@ -148,10 +130,7 @@ def test_failed_tasks_leave_no_line(bucket: Bucket, tmp_path: Path) -> None:
 
 
 def test_only_stages_that_nothing_comes_after_are_fetched_unless_named(tmp_path: Path) -> None:
-    whole = job(
-        StageDef(PARSE, handler="m:f"),
-        StageDef(TOTAL, after=(PARSE,), gather="*", handler="m:g"),
-    )
+    whole = job(StageDef(PARSE, handler="m:f"), StageDef(TOTAL, after=(PARSE,), gather="*", handler="m:g"))
     assert final_stages(whole) == ["total"]
     bucket = Bucket(open_local(tmp_path / "bucket"), whole)
     bucket.outcome([0], {0: "part"})
@@ -180,9 +159,7 @@ def test_files_are_fetched_and_values_name_them(bucket: Bucket, tmp_path: Path) 
 
 def test_files_that_are_fetched_at_once_are_all_counted(bucket: Bucket, tmp_path: Path) -> None:
     refs = {
-        task: values.file_ref(
-            bucket.put(f"files/{JOB}/{task}", b"x" * (70_000 + task)), "x", 70_000 + task
-        )
+        task: values.file_ref(bucket.put(f"files/{JOB}/{task}", b"x" * (70_000 + task)), "x", 70_000 + task)
         for task in range(20)
     }
     bucket.outcome(range(20), refs)
@@ -203,9 +180,7 @@ def test_large_values_are_put_in_place_however_deep(bucket: Bucket, tmp_path: Pa
     outer = bucket.put(f"files/{JOB}/v/1", json.dumps([values.value_ref(inner)]).encode())
     bucket.outcome([0], {0: values.value_ref(outer)})
     bucket.fetch(tmp_path / "out")
-    assert lines(tmp_path / "out/parse.jsonl")[0]["value"] == [
-        {"numbers": [1, 2], "file": "files/parse/0/x.bin"}
-    ]
+    assert lines(tmp_path / "out/parse.jsonl")[0]["value"] == [{"numbers": [1, 2], "file": "files/parse/0/x.bin"}]
 
 
 def test_a_users_own_dollar_keys_come_back_as_they_were(bucket: Bucket, tmp_path: Path) -> None:
@@ -224,8 +199,7 @@ def test_pickled_objects_are_left_alone(bucket: Bucket, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["../../evil", "/etc/evil", "a/../../evil", "..\\evil", "", ".", "..", "a\0b", "x" * 5000],
+    "name", ["../../evil", "/etc/evil", "a/../../evil", "..\\evil", "", ".", "..", "a\0b", "x" * 5000]
 )
 def test_no_name_leads_out_of_the_folder(bucket: Bucket, tmp_path: Path, name: str) -> None:
     bucket.outcome([0], {0: values.file_ref(bucket.put(f"files/{JOB}/1", b"data"), name, 4)})
@@ -235,17 +209,12 @@ def test_no_name_leads_out_of_the_folder(bucket: Bucket, tmp_path: Path, name: s
     path = (tmp_path / "out" / value).resolve()
     assert path.is_relative_to(tmp_path / "out/files/parse/0")
     assert path.read_bytes() == b"data"
-    assert tree(tmp_path) - {f"out/{n}" for n in tree(tmp_path / "out")} == {
-        f"bucket/{n}" for n in before
-    }
+    assert tree(tmp_path) - {f"out/{n}" for n in tree(tmp_path / "out")} == {f"bucket/{n}" for n in before}
 
 
 def test_files_of_one_task_never_replace_each_other(bucket: Bucket, tmp_path: Path) -> None:
     names = ["part.csv", "part.csv", "PART.csv", "a", "a/b", "b/c", "b"]
-    refs = [
-        values.file_ref(bucket.put(f"files/{JOB}/{i}", str(i).encode()), name, 1)
-        for i, name in enumerate(names)
-    ]
+    refs = [values.file_ref(bucket.put(f"files/{JOB}/{i}", str(i).encode()), name, 1) for i, name in enumerate(names)]
     bucket.outcome([0], {0: [*refs, refs[0]]})
     fetched = bucket.fetch(tmp_path / "out")
     paths = lines(tmp_path / "out/parse.jsonl")[0]["value"]
@@ -306,9 +275,7 @@ def test_what_fails_half_way_leaves_the_results_of_before(bucket: Bucket, tmp_pa
     assert not [name for name in tree(tmp_path / "out") if name.endswith(".part")]
 
 
-def test_a_folder_that_cannot_be_written_is_an_error_with_a_remedy(
-    bucket: Bucket, tmp_path: Path
-) -> None:
+def test_a_folder_that_cannot_be_written_is_an_error_with_a_remedy(bucket: Bucket, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("a file")
     bucket.outcome([0], {0: 1})
     with pytest.raises(UsageError, match=r"cannot be written.*--out"):

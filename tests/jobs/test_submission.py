@@ -80,9 +80,7 @@ def test_a_few_files_are_named_one_by_one(tmp_path: Path, few: int) -> None:
     assert names_of(job, bucket) == [f"{number:02d}.csv" for number in range(few)]
 
 
-def test_many_files_are_named_by_their_folder_and_keep_their_order(
-    tmp_path: Path, few: int
-) -> None:
+def test_many_files_are_named_by_their_folder_and_keep_their_order(tmp_path: Path, few: int) -> None:
     job_of(tmp_path, few + 1)
     bucket = open_local(tmp_path / "bucket")
     job = asyncio.run(prepared(tmp_path, bucket))
@@ -91,9 +89,7 @@ def test_many_files_are_named_by_their_folder_and_keep_their_order(
     assert names_of(job, bucket) == [f"{number:02d}.csv" for number in range(few + 1)]
 
 
-def test_the_same_files_again_make_the_same_definition_and_others_another(
-    tmp_path: Path, few: int
-) -> None:
+def test_the_same_files_again_make_the_same_definition_and_others_another(tmp_path: Path, few: int) -> None:
     job_of(tmp_path, few + 2)
     bucket = open_local(tmp_path / "bucket")
     first = asyncio.run(prepared(tmp_path, bucket))
@@ -125,11 +121,5 @@ def test_a_file_that_vanishes_is_told_in_one_sentence(tmp_path: Path) -> None:
     bucket = cast(Objects, open_local(tmp_path / "bucket"))
     with pytest.raises(UsageError, match=r"01\.csv has vanished"):
         asyncio.run(
-            submission.prepare(
-                file,
-                objects=bucket,
-                clock=WallClock(),
-                patience=Patience(Random(1)),
-                token="t",
-            )
+            submission.prepare(file, objects=bucket, clock=WallClock(), patience=Patience(Random(1)), token="t")
         )

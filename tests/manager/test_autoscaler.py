@@ -59,9 +59,7 @@ class Recorder:
         assert cause
         self.desired.append(desired)
 
-    async def terminate(
-        self, _pool: str, instances: Sequence[str], *, decrement: bool, cause: str
-    ) -> None:
+    async def terminate(self, _pool: str, instances: Sequence[str], *, decrement: bool, cause: str) -> None:
         assert decrement
         assert cause
         self.terminated += instances

@@ -31,9 +31,7 @@ class _Lives(dict[JobId, LiveJob]):
 
 def _live(n: int) -> LiveJob:
     job = JobDef(JobId(f"j{n}"), "j", (STAGE,), 0.0, items=5)
-    return LiveJob(
-        JobRecord(job, JobState.RUNNING), {STAGE.name: StageRecord(StageCounts(STAGE.name, 5))}
-    )
+    return LiveJob(JobRecord(job, JobState.RUNNING), {STAGE.name: StageRecord(StageCounts(STAGE.name, 5))})
 
 
 def test_a_job_with_nothing_left_to_cut_looks_at_no_other_job() -> None:

@@ -21,18 +21,7 @@ from batchlab.core.errors import BackendError, Unreachable
 from batchlab.core.job_definition import JobDef, StageDef
 from batchlab.core.model import Bundle, Completion, JobId, JobState, StageName, TaskSet
 from batchlab.core.port_retries import Patience
-from batchlab.core.ports import (
-    MAX_BATCH,
-    AddCut,
-    AddJob,
-    Cut,
-    Depth,
-    Fold,
-    Folded,
-    Message,
-    Outgoing,
-    Written,
-)
+from batchlab.core.ports import MAX_BATCH, AddCut, AddJob, Cut, Depth, Fold, Folded, Message, Outgoing, Written
 from batchlab.core.protocol import object_keys
 from batchlab.core.protocol.messages import Duplicate, Events, events_message
 from batchlab.manager.collector import Collector, PendingSubmissions, events_queue
@@ -67,19 +56,12 @@ class Failing(SqliteQueue):
     _receives = -1
 
     async def receive(
-        self,
-        queue: str,
-        *,
-        max_messages: int = 10,
-        wait_s: float = 20.0,
-        visibility_s: float | None = None,
+        self, queue: str, *, max_messages: int = 10, wait_s: float = 20.0, visibility_s: float | None = None
     ) -> Sequence[Message]:
         self._receives += 1
         if self._receives in self.fails:
             raise Unreachable("The queue is away.")
-        return await super().receive(
-            queue, max_messages=max_messages, wait_s=wait_s, visibility_s=visibility_s
-        )
+        return await super().receive(queue, max_messages=max_messages, wait_s=wait_s, visibility_s=visibility_s)
 
 
 async def nobody(_: JobId) -> JobDef | None:
@@ -113,9 +95,7 @@ async def collected(ledger_writer: Path, fails: Sequence[int]) -> list[int]:
     live = LiveJob(written.rows.job, {s.counts.stage: s for s in written.rows.stages})
     lives = {JOB.id: live}
     folder_, registry = LedgerWriter(ports, lives, nobody), WorkerRegistry(ports, lives)
-    collector = Collector(
-        ports, settings, lives, folder_, registry, asyncio.Lock(), PendingSubmissions()
-    )
+    collector = Collector(ports, settings, lives, folder_, registry, asyncio.Lock(), PendingSubmissions())
     collecting = asyncio.create_task(collector.collect())
     while sum(counting.sizes) < EVENTS or await queue.depth(object_keys.EVENTS) != Depth(0, 0, 0):
         assert not collecting.done()
@@ -134,9 +114,7 @@ async def collected(ledger_writer: Path, fails: Sequence[int]) -> list[int]:
         pytest.param((1,), [MAX_BATCH, EVENTS - MAX_BATCH], id="what came does not wait"),
     ],
 )
-def test_a_backlog_is_folded_together(
-    tmp_path: Path, fails: Sequence[int], folds: Sequence[int]
-) -> None:
+def test_a_backlog_is_folded_together(tmp_path: Path, fails: Sequence[int], folds: Sequence[int]) -> None:
     assert asyncio.run(collected(tmp_path, fails)) == folds
 
 
@@ -150,9 +128,7 @@ def test_it_says_when_nobody_can_be_heard(tmp_path: Path, monkeypatch: pytest.Mo
         settings = replace(ManagerSettings(), wait_s=0.0, tick_s=0.1)
         registry = WorkerRegistry(ports, lives)
         ledger_writer = LedgerWriter(ports, lives, nobody)
-        collector = Collector(
-            ports, settings, lives, ledger_writer, registry, asyncio.Lock(), PendingSubmissions()
-        )
+        collector = Collector(ports, settings, lives, ledger_writer, registry, asyncio.Lock(), PendingSubmissions())
         await queue.ensure(events_queue(settings))
         some = [Outgoing(events_message(Events())) for _ in range(MAX_BATCH)]
         await queue.send(object_keys.EVENTS, some)

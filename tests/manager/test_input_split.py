@@ -46,9 +46,7 @@ class Bucket:
             yield [ObjectInfo(key, len(self.content[key]), "")]
 
 
-def tasks(
-    content: dict[str, bytes] | Bucket, by: SplitBy, size: int = 1, **more: Any
-) -> list[Json]:
+def tasks(content: dict[str, bytes] | Bucket, by: SplitBy, size: int = 1, **more: Any) -> list[Json]:
     bucket = content if isinstance(content, Bucket) else Bucket(content)
     keys = more.pop("keys", tuple(bucket.content))
 
@@ -73,15 +71,11 @@ mixed = st.builds(
     st.sampled_from([b"", b"\n", b"\r\n", b"\n\n"]),
 )
 content = mixed | st.text("a\n", max_size=120).map(str.encode)
-ranges = st.sampled_from(
-    [(1, 1, 1), (3, 2, 5), (16, 4, 8), (64, 8, 1), (1 << 20, 1 << 16, 1 << 20)]
-)
+ranges = st.sampled_from([(1, 1, 1), (3, 2, 5), (16, 4, 8), (64, 8, 1), (1 << 20, 1 << 16, 1 << 20)])
 """(READ_BYTES, PEEK_BYTES, smallest size that is peeked): so small that every search crosses."""
 
 
-def parts_of(
-    data: bytes, by: SplitBy, size: int, header: bool, ranges: tuple[int, int, int]
-) -> list[Json]:
+def parts_of(data: bytes, by: SplitBy, size: int, header: bool, ranges: tuple[int, int, int]) -> list[Json]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(input_split, "READ_BYTES", ranges[0])
         patch.setattr(input_split, "PEEK_BYTES", ranges[1])
@@ -134,16 +128,10 @@ def test_lines_that_end_with_their_range_leave_what_follows_to_the_next_part() -
 
 
 json_values = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(),
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
     lambda inner: (
         st.lists(inner, max_size=3)
-        | st.dictionaries(
-            st.text(max_size=3) | st.sampled_from(["$file", "$$x"]), inner, max_size=3
-        )
+        | st.dictionaries(st.text(max_size=3) | st.sampled_from(["$file", "$$x"]), inner, max_size=3)
     ),
     max_leaves=5,
 )
@@ -196,11 +184,7 @@ def test_a_file_of_a_header_alone_gives_no_part(by: SplitBy, data: bytes) -> Non
 
 def test_files_keep_their_order_and_a_part_never_spans_two() -> None:
     found = tasks({"b": b"1\n2\n3\n", "a": b"4\n"}, SplitBy.LINES, 2)
-    assert [(item["$part"], item["start"], item["stop"]) for item in found] == [
-        ("b", 0, 4),
-        ("b", 4, 6),
-        ("a", 0, 2),
-    ]
+    assert [(item["$part"], item["start"], item["stop"]) for item in found] == [("b", 0, 4), ("b", 4, 6), ("a", 0, 2)]
 
 
 def test_more_keys_than_are_looked_up_at_once_keep_their_order() -> None:
@@ -228,9 +212,7 @@ def test_a_vanished_object_is_an_error_that_names_it(by: SplitBy) -> None:
 
 @pytest.mark.parametrize("by", [SplitBy.LINES, SplitBy.BYTES, SplitBy.ITEMS])
 @pytest.mark.parametrize("left", [b"", None])
-def test_an_object_that_shrinks_or_vanishes_while_it_is_read_is_an_error(
-    by: SplitBy, left: bytes | None
-) -> None:
+def test_an_object_that_shrinks_or_vanishes_while_it_is_read_is_an_error(by: SplitBy, left: bytes | None) -> None:
     class Shrinking(Bucket):
         async def head(self, key: str) -> ObjectInfo | None:
             info = await super().head(key)
@@ -257,9 +239,7 @@ def test_an_object_that_shrinks_or_vanishes_while_it_is_read_is_an_error(
         (b"9" * 5000, 1, "4300 digits"),
     ],
 )
-def test_a_malformed_line_is_named_with_its_number_and_reason(
-    data: bytes, number: int, reason: str
-) -> None:
+def test_a_malformed_line_is_named_with_its_number_and_reason(data: bytes, number: int, reason: str) -> None:
     with pytest.raises(UsageError) as caught:
         tasks({"raw/a.jsonl": data}, SplitBy.ITEMS)
     assert f"Line {number} of raw/a.jsonl" in str(caught.value)

@@ -138,10 +138,7 @@ def test_a_job_is_told_to_one_of_the_grids_targets_that_it_may_name() -> None:
     [
         (NotifyDef("target", "ops", ("failed",)), "no target 'ops' that jobs may name"),
         (NotifyDef("webhook", "http://127.0.0.1/"), "the manager's own machine"),
-        (
-            NotifyDef("webhook", "https://h.example/", secret="env:BATCHLAB_NOTIFY_A"),
-            "BATCHLAB_NOTIFY_A may not sign",
-        ),
+        (NotifyDef("webhook", "https://h.example/", secret="env:BATCHLAB_NOTIFY_A"), "BATCHLAB_NOTIFY_A may not sign"),
     ],
 )
 def test_what_the_operator_does_not_allow_any_more_is_given_up(own: NotifyDef, told: str) -> None:

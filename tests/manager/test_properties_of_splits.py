@@ -127,9 +127,7 @@ def test_bytes(files: list[bytes], size: int) -> None:
 
 @SLOW
 @given(FILES, st.integers(1, 80), st.sampled_from([SplitBy.LINES, SplitBy.BYTES]))
-def test_a_header_is_in_every_part_and_all_else_in_one(
-    files: list[bytes], size: int, by: SplitBy
-) -> None:
+def test_a_header_is_in_every_part_and_all_else_in_one(files: list[bytes], size: int, by: SplitBy) -> None:
     for content, parts in zip(files, read(files, by, size, header=True), strict=True):
         first, newline, rest = content.partition(b"\n")
         header = first + newline

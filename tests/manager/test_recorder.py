@@ -82,10 +82,7 @@ def whole() -> dict[str, Any]:
             "i-gone": ["default", "", "", "on-demand", -50.0, -40.0, 1.0, "Terminated", "", 2],
             "i-here": ["default", "", "", "on-demand", 0.0, 2.0, None, "InService", "", 2],
         },
-        "workers": {
-            "w-1": ["i-here", "default", 2, 2.0, 9.0],
-            "w-0": ["i-gone", "default", 2, 0, 1],
-        },
+        "workers": {"w-1": ["i-here", "default", 2, 2.0, 9.0], "w-0": ["i-gone", "default", 2, 0, 1]},
         "jobs": {
             "a": {
                 "since_s": 4.0,
@@ -304,9 +301,7 @@ def closed(history: int, seconds: float) -> tuple[dict[str, Any], int]:
     recorder = Recorder(cast(Ports, ports), {}, cast(WorkerRegistry, FakeRegistry()))
     instances = recorder._history
     recorder._slots["default"] = 2, ""
-    recorder._pools["default"] = TimeSeries(
-        merge_pool_points, [pool_point(n * 900 / history) for n in range(history)]
-    )
+    recorder._pools["default"] = TimeSeries(merge_pool_points, [pool_point(n * 900 / history) for n in range(history)])
     for n in range(history):
         name, since_s = f"{n}", n / 1000
         instances.ended[name] = Row(["default", "", "", "", since_s, since_s, since_s, "", "", 2])

@@ -13,9 +13,7 @@ from batchlab.core.schedules import Definition, Schedule, When
 from batchlab.manager.scheduler import ScheduleStore
 from batchlab.manager.state import Ports
 
-SCHEDULE = Schedule(
-    Definition("daily", "sums", When("0 2 * * *"), "grid/templates/x.json"), 1, 0, 0
-)
+SCHEDULE = Schedule(Definition("daily", "sums", When("0 2 * * *"), "grid/templates/x.json"), 1, 0, 0)
 
 
 def test_a_late_change_is_refused_although_the_schedule_is_as_it_was_again() -> None:

@@ -18,9 +18,7 @@ from batchlab.manager import stage_plans
 
 
 @pytest.mark.parametrize(("parts", "turns"), [(3, 0), (4, 1), (9, 2)])
-def test_others_have_a_turn_after_every_few_parts(
-    monkeypatch: pytest.MonkeyPatch, parts: int, turns: int
-) -> None:
+def test_others_have_a_turn_after_every_few_parts(monkeypatch: pytest.MonkeyPatch, parts: int, turns: int) -> None:
     monkeypatch.setattr(stage_plans, "PART_ITEMS", 10)
     had = 0
 
@@ -34,9 +32,7 @@ def test_others_have_a_turn_after_every_few_parts(
         waiting = asyncio.create_task(other())
         await asyncio.sleep(0)
         # A bucket that never waits, as a folder of small objects.
-        writer = stage_plans.PartWriter(
-            SimObjects(), Patience(Random(1)), JobId("j"), StageName("s"), 0
-        )
+        writer = stage_plans.PartWriter(SimObjects(), Patience(Random(1)), JobId("j"), StageName("s"), 0)
         await writer.add(*range(10 * parts))
         meanwhile = had
         manifest = await writer.commit(TaskSet())
@@ -57,9 +53,7 @@ def test_a_planner_that_stood_still_replaces_nothing_of_the_plan_that_counts() -
 
     async def main() -> None:
         objects, patience = SimObjects(), Patience(Random(1))
-        stale, leader = (
-            stage_plans.PartWriter(objects, patience, job.id, StageName("s"), 0) for _ in range(2)
-        )
+        stale, leader = (stage_plans.PartWriter(objects, patience, job.id, StageName("s"), 0) for _ in range(2))
         await leader.add("b", "c", large + "d")
         committed = await leader.commit(TaskSet())
         await stale.add("a", "b", large + "c")

@@ -257,9 +257,7 @@ def test_what_a_later_release_has_written_of_a_job_is_left_alone(there: bytes) -
     play(main)
 
 
-@pytest.mark.parametrize(
-    "there", [b"", b'{"v":1}', b'{"v":1,"meter":{},"own":[],"cap":null,"caps":{},"jobs":{}}']
-)
+@pytest.mark.parametrize("there", [b"", b'{"v":1}', b'{"v":1,"meter":{},"own":[],"cap":null,"caps":{},"jobs":{}}'])
 def test_books_that_cannot_be_read_keep_nobody_from_leading(there: bytes) -> None:
     async def main() -> None:
         scene = Scene()
@@ -328,10 +326,7 @@ def test_of_two_who_have_seen_the_same_nothing_is_lost_and_nothing_counts_twice(
 
 
 def test_what_the_other_leader_has_thinned_is_not_told_in_full_once_more() -> None:
-    assert times(recorded_data.merge_parts(part((4, 4), (5, 1)), part((1, 1), (2, 1), (3, 1)))) == [
-        4,
-        5,
-    ]
+    assert times(recorded_data.merge_parts(part((4, 4), (5, 1)), part((1, 1), (2, 1), (3, 1)))) == [4, 5]
 
 
 def test_whole_documents_are_joined_with_our_live_jobs() -> None:

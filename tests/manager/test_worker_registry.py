@@ -128,18 +128,14 @@ def test_an_instance_that_is_in_service_again_is_heard_again(how: str) -> None:
 
 
 @pytest.mark.parametrize(("silent_s", "given_back"), [(1.0, ["r-1"]), (LOST_S, [])])
-def test_what_an_instance_held_that_was_long_silent_is_not_given_back(
-    silent_s: float, given_back: list[str]
-) -> None:
+def test_what_an_instance_held_that_was_long_silent_is_not_given_back(silent_s: float, given_back: list[str]) -> None:
     """Its messages had come back by themselves, and others ran them: there were two of each."""
 
     async def main() -> None:
         returned: list[str] = []
 
         class Returning:
-            async def change_visibility(
-                self, _: str, receipts: Sequence[tuple[str, float]]
-            ) -> None:
+            async def change_visibility(self, _: str, receipts: Sequence[tuple[str, float]]) -> None:
                 returned.extend(receipt for receipt, _ in receipts)
 
         registry = registry_of(ports(NoFleet(), Returning()))  # type: ignore[arg-type]
@@ -174,9 +170,7 @@ def test_a_group_that_cannot_be_told_is_told_with_the_next_beat(error: BatchlabE
     SimLoop().run(main())
 
 
-def test_a_worker_that_still_tells_what_it_has_done_is_not_forgotten(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_worker_that_still_tells_what_it_has_done_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("batchlab.manager.counters.WORKERS_KEPT", 3)
     counts = Counters()
     for n in range(1, 10):

@@ -14,17 +14,7 @@ import pytest
 
 from batchlab.cli import report
 from batchlab.core.errors import UsageError
-from batchlab.reports.comparison import (
-    MEASURES,
-    Change,
-    Comparison,
-    Gate,
-    Run,
-    Sample,
-    compare,
-    gates,
-    runs,
-)
+from batchlab.reports.comparison import MEASURES, Change, Comparison, Gate, Run, Sample, compare, gates, runs
 from tests.support.cli import run
 from tests.support.reports.made import Made, write_run
 
@@ -178,9 +168,7 @@ def test_what_is_not_sure_breaks_no_gate() -> None:
     assert change(0.0, 2.0, "failed").relative == math.inf
 
 
-@pytest.mark.parametrize(
-    "text", ["p95", "p95 > ten%", "p95 < 10%", "speed > 10%", "tasks > 1%", "p95 > 1.2.3%", ""]
-)
+@pytest.mark.parametrize("text", ["p95", "p95 > ten%", "p95 < 10%", "speed > 10%", "tasks > 1%", "p95 > 1.2.3%", ""])
 def test_what_is_no_gate_is_said(text: str) -> None:
     with pytest.raises(UsageError):
         gates(None, [text])
@@ -189,18 +177,12 @@ def test_what_is_no_gate_is_said(text: str) -> None:
 def test_a_threshold_and_a_stage_that_are_none(sides: dict[str, Path]) -> None:
     with pytest.raises(UsageError, match="not a percentage"):
         gates("-3", [])
-    assert [str(gate) for gate in gates("10", [])] == [
-        "p95 > 10%",
-        "tasks_per_s > 10%",
-        "cost > 10%",
-    ]
+    assert [str(gate) for gate in gates("10", [])] == ["p95 > 10%", "tasks_per_s > 10%", "cost > 10%"]
     with pytest.raises(UsageError, match="no stage 'parse'"):
         compared(sides, "main", "again", *gates(None, ["parse.p95 > 10%"]))
 
 
-def test_runs_that_cannot_quite_be_compared_are_told(
-    sides: dict[str, Path], tmp_path: Path
-) -> None:
+def test_runs_that_cannot_quite_be_compared_are_told(sides: dict[str, Path], tmp_path: Path) -> None:
     other = write_run(tmp_path / "other", Made(job="other", name="other", tasks=16))
     (other / "stages.parquet").unlink()
     found = compare(read(sides["main"]), runs([other], SEED))

@@ -21,20 +21,8 @@ def test_a_good_run_has_nothing_to_change_and_says_what_was_looked_at() -> None:
 
 HIT = [
     # (check, level, signs that it finds, figures that it names, setting that it names)
-    (
-        "task size",
-        Level.NOTE,
-        of_stage(tiny=900, median_s=0.02),
-        ("20 ms", "90%", "1.0 of them"),
-        "`size`",
-    ),
-    (
-        "task size",
-        Level.ACT,
-        of_stage(tiny=900, median_s=0.02, took_s=60.0, overhead_s=40.0),
-        ("67%",),
-        "about 50",
-    ),
+    ("task size", Level.NOTE, of_stage(tiny=900, median_s=0.02), ("20 ms", "90%", "1.0 of them"), "`size`"),
+    ("task size", Level.ACT, of_stage(tiny=900, median_s=0.02, took_s=60.0, overhead_s=40.0), ("67%",), "about 50"),
     ("overhead", Level.ACT, of_stage(took_s=2600.0, overhead_s=600.0), ("23%", "600 ms"), "bundle"),
     (
         "long tasks on Spot",
@@ -43,13 +31,7 @@ HIT = [
         ("3 tasks", "31 min 40 s"),
         "--on-demand-percent",
     ),
-    (
-        "task length",
-        Level.ACT,
-        of_stage(too_long=1, longest_s=41_000.0),
-        ("1 task", "11 h 23 min"),
-        "`size`",
-    ),
+    ("task length", Level.ACT, of_stage(too_long=1, longest_s=41_000.0), ("1 task", "11 h 23 min"), "`size`"),
     (
         "shared slots",
         Level.ACT,
@@ -60,13 +42,7 @@ HIT = [
     ("idle slots", Level.NOTE, signs(filled=0.5), ("50%", "2 slots"), "MIN-MAXxSLOTS"),
     ("scaling lag", Level.ACT, signs(first_wait_s=120.0), ("20%", "30.0 s"), "default --min N"),
     ("fleet too small", Level.NOTE, signs(full_s=400.0), ("67%", "3 min 20 s"), "--max N"),
-    (
-        "fleet too large",
-        Level.NOTE,
-        signs(busy_s=1200.0),
-        ("50%", "20 min 00 s", "4 instances ran some"),
-        "`idle_s`",
-    ),
+    ("fleet too large", Level.NOTE, signs(busy_s=1200.0), ("50%", "20 min 00 s", "4 instances ran some"), "`idle_s`"),
     ("fleet too large", Level.ACT, signs(busy_s=240.0), ("90%",), "--max N"),
     ("fleet too large", Level.ACT, signs(unused=2), ("2 of 4 instances",), "`drain_target_s`"),
     (
@@ -111,9 +87,7 @@ def test_each_finding_names_its_figure_and_its_setting(
         signs(unused=1),
         signs(tail_s=149.0),
         signs(failed_s=100.0),
-        signs(
-            stages=(), busy_s=0.0, slot_s=0.0, starved_s=0.0, tail_s=0.0, peak_slots=0.0, full_s=0.0
-        ),
+        signs(stages=(), busy_s=0.0, slot_s=0.0, starved_s=0.0, tail_s=0.0, peak_slots=0.0, full_s=0.0),
         signs(total=Decimal(0), compute=Decimal(0), requests=Decimal(0), idle=Decimal(0)),
     ],
 )

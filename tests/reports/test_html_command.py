@@ -74,14 +74,10 @@ def _case(folder: Path) -> Case:
 async def _commit(objects: Objects, case: Case, log: bytes | None) -> None:
     """An outcome as a worker commits it, and what its tasks have printed."""
     first, last = (int(n) for n in case.bundle.split(".")[0].split("-"))
-    bundle = Bundle(
-        JobId(JOB), StageName(case.stage), TaskSet.span(first, last + 1), attempt=case.attempt
-    )
+    bundle = Bundle(JobId(JOB), StageName(case.stage), TaskSet.span(first, last + 1), attempt=case.attempt)
     assert bundle.id == case.bundle
     key = object_keys.log(bundle, case.execution, UNSEALED)
-    failure = Failure(
-        case.task, FailureKind.EXCEPTION, "no price", "ValueError", traceback="In <price>: line 7"
-    )
+    failure = Failure(case.task, FailureKind.EXCEPTION, "no price", "ValueError", traceback="In <price>: line 7")
     outcome = Outcome(
         bundle,
         case.execution,

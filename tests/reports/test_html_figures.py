@@ -71,9 +71,7 @@ def test_the_time_axis_is_the_jobs(run: Run, folder: Path) -> None:
     assert run.end_s == job["ended_s"]
 
 
-def test_slots_busy_and_in_service_and_tasks_waiting(
-    run: Run, folder: Path, bundles: list[Row]
-) -> None:
+def test_slots_busy_and_in_service_and_tasks_waiting(run: Run, folder: Path, bundles: list[Row]) -> None:
     found = load.series(run)
     edges = (run.start_s, run.end_s, load.BINS)
     for stage, levels in found.running.items():
@@ -85,9 +83,7 @@ def test_slots_busy_and_in_service_and_tasks_waiting(
     assert found.waiting == pytest.approx(means(ready, *edges), rel=1e-9, abs=1e-6)
 
 
-def test_the_time_under_the_running_tasks_is_that_of_the_bundles(
-    run: Run, bundles: list[Row]
-) -> None:
+def test_the_time_under_the_running_tasks_is_that_of_the_bundles(run: Run, bundles: list[Row]) -> None:
     part_s = run.span_s / load.BINS
     whole_s = sum(b["took_s"] * b["slots"] for b in bundles)
     assert sum(load.series(run).in_flight) * part_s == pytest.approx(whole_s)
@@ -112,9 +108,7 @@ def test_the_fleet_is_as_it_was_last_seen(run: Run, folder: Path) -> None:
         assert found.pending[k] == last["pending"]
 
 
-def test_what_is_left_of_all_jobs_is_shown_where_there_are_others(
-    run: Run, folder: Path, tmp_path: Path
-) -> None:
+def test_what_is_left_of_all_jobs_is_shown_where_there_are_others(run: Run, folder: Path, tmp_path: Path) -> None:
     found = load.series(run)
     looks = sorted(rows_of(folder, "queues"), key=lambda row: row["at_s"])
     last = [row for row in looks if row["at_s"] <= run.start_s + run.span_s / 2][-1]
@@ -153,9 +147,7 @@ def test_percentiles_and_histograms(run: Run, tasks: list[Row], column: str) -> 
         for percent, seconds in one.percentiles_s.items():
             assert seconds == pytest.approx(percentile(values, percent / 100))
         least_s = durations.LEAST_S[column]
-        bins = Counter(
-            math.floor(math.log10(max(value, least_s)) * LogAxis.PER_DECADE) for value in values
-        )
+        bins = Counter(math.floor(math.log10(max(value, least_s)) * LogAxis.PER_DECADE) for value in values)
         assert one.bins == bins
         assert sum(one.bins.values()) == one.tasks
 
@@ -209,17 +201,12 @@ def test_of_many_instances_a_few_share_a_lane(tmp_path: Path) -> None:
 
 def _groups(folder: Path, each: int) -> list[set[str]]:
     """The workers of so many instances together, in the order of their launch."""
-    order = sorted(
-        rows_of(folder, "instances"), key=lambda row: (row["launched_s"], row["in_service_s"])
-    )
+    order = sorted(rows_of(folder, "instances"), key=lambda row: (row["launched_s"], row["in_service_s"]))
     workers = defaultdict(set)
     for row in rows_of(folder, "workers"):
         workers[row["instance"]].add(row["worker"])
     names = [row["instance"] for row in order]
-    return [
-        set().union(*(workers[name] for name in names[k : k + each]))
-        for k in range(0, len(names), each)
-    ]
+    return [set().union(*(workers[name] for name in names[k : k + each])) for k in range(0, len(names), each)]
 
 
 # --- Signs ---------------------------------------------------------------------------------------
@@ -228,8 +215,7 @@ def _groups(folder: Path, each: int) -> list[set[str]]:
 def test_signs_of_the_fleet(run: Run, seen: Signs, folder: Path, bundles: list[Row]) -> None:
     places = _places(folder, bundles)
     whole_s = sum(
-        slots * (min(end_s, run.end_s) - max(begin_s, run.start_s))
-        for begin_s, end_s, slots in places.values()
+        slots * (min(end_s, run.end_s) - max(begin_s, run.start_s)) for begin_s, end_s, slots in places.values()
     )
     assert seen.slot_s == pytest.approx(whole_s)
     assert (seen.instances, seen.noun) == (len(places), "instance")
@@ -283,8 +269,7 @@ def test_what_tasks_took_beside_others(folder: Path, tmp_path: Path) -> None:
             assert stage.alone_s is None
             continue
         means_s = {
-            side: sum(b["run_s"] for b in rows) / sum(b["succeeded"] for b in rows)
-            for side, rows in sides.items()
+            side: sum(b["run_s"] for b in rows) / sum(b["succeeded"] for b in rows) for side, rows in sides.items()
         }
         assert stage.alone_s == pytest.approx(means_s[False])
         assert stage.crowded_s == pytest.approx(means_s[True])
@@ -325,11 +310,7 @@ def test_the_bill_is_split_in_three_ways_that_add_up(run: Run, folder: Path) -> 
     assert found
     assert found.total == job["cost_usd"] == sum(row["cost_usd"] for row in rows)
     shown = Decimal(found.shown.removesuffix(" USD").replace(",", ""))
-    for parts, column in (
-        (found.kinds, "kind"),
-        (found.stages, "stage"),
-        (found.lines, "line"),
-    ):
+    for parts, column in ((found.kinds, "kind"), (found.stages, "stage"), (found.lines, "line")):
         assert sum(part.usd for part in parts) == found.total
         assert sum(Decimal(part.shown.replace(",", "")) for part in parts) == shown
         sums: dict[str | None, Decimal] = defaultdict(Decimal)
@@ -371,9 +352,6 @@ def test_what_came_twice(run: Run, folder: Path) -> None:
     table = failures.twice(run)
     assert table
     assert [row[1:4] for row in table.rows] == [
-        tuple(
-            str(sum(one[name] for one in rows if one["kind"] == kind))
-            for name in ("seen", "harmless", "harmful")
-        )
+        tuple(str(sum(one[name] for one in rows if one["kind"] == kind)) for name in ("seen", "harmless", "harmful"))
         for kind in sorted({one["kind"] for one in rows})
     ]

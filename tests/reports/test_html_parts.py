@@ -14,15 +14,7 @@ from hypothesis import strategies as st
 from batchlab.core.text import listed
 from batchlab.reports.html import charts
 from batchlab.reports.html.charts import LogAxis, count_ticks, number_label, time_ticks
-from batchlab.reports.html.source import (
-    END,
-    ISOLATE,
-    adding_up,
-    offset,
-    share,
-    visible,
-    visible_lines,
-)
+from batchlab.reports.html.source import END, ISOLATE, adding_up, offset, share, visible, visible_lines
 
 times_s = st.floats(0.001, 1e8)
 levels = st.lists(st.floats(0, 1e6), min_size=1, max_size=50)
@@ -62,13 +54,7 @@ def test_an_axis_of_numbers_has_room_for_all(most: float) -> None:
 
 
 def test_numbers_with_little_room() -> None:
-    assert [number_label(n) for n in (0, 950, 12_000, 150_000, 2.5e6)] == [
-        "0",
-        "950",
-        "12,000",
-        "150k",
-        "2.5M",
-    ]
+    assert [number_label(n) for n in (0, 950, 12_000, 150_000, 2.5e6)] == ["0", "950", "12,000", "150k", "2.5M"]
 
 
 @given(st.floats(1e-4, 1e6))

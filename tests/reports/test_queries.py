@@ -78,10 +78,7 @@ def test_the_slowest_and_the_stragglers(connection: DuckDBPyConnection) -> None:
     every = column(connection, "SELECT run_s FROM tasks WHERE run_s IS NOT NULL")
     assert [row["run_s"] for row in slowest] == sorted(every, reverse=True)[:20]
     for row in rows(connection, "stragglers"):
-        runs = column(
-            connection,
-            f"SELECT run_s FROM tasks WHERE job = '{row['job']}' AND stage = '{row['stage']}'",
-        )
+        runs = column(connection, f"SELECT run_s FROM tasks WHERE job = '{row['job']}' AND stage = '{row['stage']}'")
         median = statistics.median(runs)
         beyond = [run - median for run in runs if run > 3 * median]
         assert row["stragglers"] == len(beyond)

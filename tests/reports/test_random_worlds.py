@@ -38,9 +38,7 @@ async def lived(seed: int, folder: Path) -> list[JobRows]:
     )
     supervisor = asyncio.create_task(world.supervise())
     sky = Sky(world, faults, plan.pace)
-    await asyncio.gather(
-        sky.change(), *(User(world, job, faults, plan.pace).use() for job in plan.jobs)
-    )
+    await asyncio.gather(sky.change(), *(User(world, job, faults, plan.pace).use() for job in plan.jobs))
     await trial._rest(world, max(plan.run_s))
     found = []
     for job in plan.jobs:

@@ -131,9 +131,7 @@ def test_a_query_can_only_read_the_runs(
         "SELECT 1 UNION ALL (WITH x AS ({}) SELECT 1)",
     ],
 )
-def test_a_copy_within_a_query_does_not_write_over_the_run(
-    sql: str, made_run: Path, tmp_path: Path
-) -> None:
+def test_a_copy_within_a_query_does_not_write_over_the_run(sql: str, made_run: Path, tmp_path: Path) -> None:
     shutil.copytree(made_run, tmp_path / "run")
     before = (tmp_path / "run" / "jobs.parquet").read_bytes()
     copy = f"COPY (SELECT 3 AS x) TO '{tmp_path}/run/jobs.parquet' (USE_TMP_FILE false)"

@@ -28,18 +28,7 @@ from batchlab.sim.tasks import Play, Scene
 from batchlab.sim.world import World
 from tests.support.reports import simulated_run as told
 from tests.support.reports.simulated_run import answers, one
-from tests.support.sim.scenes import (
-    A,
-    B,
-    C,
-    ended,
-    in_world,
-    job,
-    kill_manager,
-    leader,
-    stage,
-    submitted,
-)
+from tests.support.sim.scenes import A, B, C, ended, in_world, job, kill_manager, leader, stage, submitted
 
 POOLS = (Pool("default", 0, 3, 2, instance_type="m7i.large"),)
 AGAIN = RetryRule(attempts=3, backoff_s=1.0, jitter=0.0)
@@ -74,11 +63,7 @@ def moody(scene: Scene) -> Play:
     return Play(run_s, scene.task)
 
 
-STAGES = (
-    stage(A, retry=AGAIN),
-    stage(B, A, retry=replace(AGAIN, attempts=2)),
-    stage(C, A, gather="*"),
-)
+STAGES = (stage(A, retry=AGAIN), stage(B, A, retry=replace(AGAIN, attempts=2)), stage(C, A, gather="*"))
 
 
 def test_a_job_with_retries_failures_and_a_gather(tmp_path: Path) -> None:
@@ -102,8 +87,7 @@ def test_a_job_with_retries_failures_and_a_gather(tmp_path: Path) -> None:
         # Attempts, and what failures are known by.
         assert one(ask, "SELECT count(*) FROM attempts WHERE stage = 'a' AND state = 'FAILED'") == 8
         prints = ask(
-            "SELECT stage, fingerprint, count(*) AS n FROM attempts "
-            "WHERE state = 'FAILED' GROUP BY ALL ORDER BY ALL"
+            "SELECT stage, fingerprint, count(*) AS n FROM attempts WHERE state = 'FAILED' GROUP BY ALL ORDER BY ALL"
         )
         assert prints == [
             {"stage": "a", "fingerprint": prints[0]["fingerprint"], "n": 8},
@@ -130,9 +114,7 @@ def test_a_job_with_retries_failures_and_a_gather(tmp_path: Path) -> None:
         )
         assert backoff == pytest.approx(1.0)
         # Bundles of one worker's slots do not overlap: their slot time is no more than there was.
-        (use,) = ask(
-            "SELECT sum(took_s * slots) AS busy, max(ended_s) - min(started_s) AS span FROM bundles"
-        )
+        (use,) = ask("SELECT sum(took_s * slots) AS busy, max(ended_s) - min(started_s) AS span FROM bundles")
         assert use["busy"] <= use["span"] * 3 * 2 + 1e-6
         assert one(ask, "SELECT tags FROM jobs") == '{"team": "shop"}'
 
@@ -140,9 +122,7 @@ def test_a_job_with_retries_failures_and_a_gather(tmp_path: Path) -> None:
         assert one(ask, "SELECT count(*) FROM workers WHERE instance IS NULL") == 0
         known = {row["instance"] for row in ask("SELECT instance FROM instances")}
         assert {row["instance"] for row in ask("SELECT instance FROM workers")} <= known
-        assert not ask(
-            "SELECT * FROM instances WHERE boot_s < 0 OR slots <> 2 OR type <> 'm7i.large'"
-        )
+        assert not ask("SELECT * FROM instances WHERE boot_s < 0 OR slots <> 2 OR type <> 'm7i.large'")
         (first, *_) = ask("SELECT * FROM scaling ORDER BY at_s")
         assert (first["before"], first["pool"]) == (0, "default")
         assert "a backlog of" in first["reason"]
@@ -203,9 +183,7 @@ def test_a_retry_and_a_gather_that_is_planned_anew(tmp_path: Path) -> None:
         assert one(ask, "SELECT attempts FROM tasks WHERE stage = 'a' AND task = 3") == 2
         assert one(ask, "SELECT took_s < ended_s - submitted_s FROM jobs")
         # What was recorded of the first round is still there.
-        assert one(
-            ask, "SELECT min(f.at_s) < max(b.ended_s) FROM fleet f, bundles b WHERE b.round = 0"
-        )
+        assert one(ask, "SELECT min(f.at_s) < max(b.ended_s) FROM fleet f, bundles b WHERE b.round = 0")
 
 
 def test_a_job_that_is_cancelled(tmp_path: Path) -> None:
@@ -287,9 +265,7 @@ def test_what_was_seen_survives_the_manager(tmp_path: Path) -> None:
         # Nothing stands for time that nobody looked at, and nothing comes twice.
         assert one(ask, "SELECT count(*) = count(DISTINCT at_s) FROM fleet")
         gap = one(
-            ask,
-            "SELECT max(at_s - before) FROM (SELECT at_s, lag(at_s) OVER (ORDER BY "
-            "at_s) AS before FROM fleet)",
+            ask, "SELECT max(at_s - before) FROM (SELECT at_s, lag(at_s) OVER (ORDER BY at_s) AS before FROM fleet)"
         )
         assert gap < 90
 

@@ -21,23 +21,9 @@ from batchlab.core import installation
 from batchlab.core.errors import BackendError, Unreachable, UsageError
 from batchlab.core.model import Pool
 from batchlab.fleet.api_types import LaunchTemplate
-from batchlab.runtime import (
-    compose_deployment,
-    compose_project,
-    container_grid,
-    descriptor,
-    factory,
-    manager_process,
-)
+from batchlab.runtime import compose_deployment, compose_project, container_grid, descriptor, factory, manager_process
 from batchlab.runtime.compose_deployment import Deployment
-from batchlab.runtime.compose_project import (
-    Found,
-    Project,
-    Recipe,
-    name_for,
-    requirements,
-    unpulled_of,
-)
+from batchlab.runtime.compose_project import Found, Project, Recipe, name_for, requirements, unpulled_of
 from batchlab.runtime.home import Home, ManagerRecord, Place
 from batchlab.server.autoscaling_api.launch_templates import TemplateFile
 
@@ -138,9 +124,7 @@ def test_how_a_grid_is_observed_is_passed_on(tmp_path: Path) -> None:
     assert not {"HOME", "OTEL_X"} & env.keys()
 
 
-def test_what_notifications_need_is_passed_on_by_its_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_notifications_need_is_passed_on_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[list[str]] = []
 
     def run(argv: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
@@ -152,9 +136,7 @@ def test_what_notifications_need_is_passed_on_by_its_name(
     Project(Home(tmp_path), AT, settings={}, passed=["OPS_HOOK_URL"]).up(print, storage=False)
     (argv,) = asked
     more = Path([argv[n + 1] for n, word in enumerate(argv) if word == "--file"][1])
-    assert yaml.safe_load(more.read_text()) == {
-        "services": {"manager": {"environment": {"OPS_HOOK_URL": None}}}
-    }
+    assert yaml.safe_load(more.read_text()) == {"services": {"manager": {"environment": {"OPS_HOOK_URL": None}}}}
 
 
 def test_a_mistake_in_notify_toml_is_told_before_anything_is_started(
@@ -294,9 +276,7 @@ class Brought:
             container_grid.up(home, self.backend, pools, print)
 
 
-def test_a_grid_that_has_stopped_comes_back_with_todays_code(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_grid_that_has_stopped_comes_back_with_todays_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home, brought = Home(tmp_path), Brought(monkeypatch)
     brought.up(home, Pool("big", 0, 1, 4))
     place, path = home.place("localstack"), compose_deployment.folder(home) / "templates.toml"
@@ -313,9 +293,7 @@ def test_a_grid_that_has_stopped_comes_back_with_todays_code(
     assert "worker-default" in path.read_text()
 
 
-def test_only_a_grid_that_was_not_there_before_is_taken_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_a_grid_that_was_not_there_before_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home, brought = Home(tmp_path), Brought(monkeypatch)
     brought.fails = True
     brought.up(home)
@@ -340,9 +318,7 @@ def test_a_manager_in_a_container_gets_no_signal_by_its_number_there(
             manager_process.stop_manager(home)
 
 
-def test_containers_without_a_manager_are_taken_down_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_containers_without_a_manager_are_taken_down_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home, brought = Home(tmp_path), Brought(monkeypatch)
     brought.up(home)
     grid.down(home=tmp_path)
@@ -350,9 +326,7 @@ def test_containers_without_a_manager_are_taken_down_too(
     assert compose_deployment.read(home) is None
 
 
-def test_a_service_that_ends_again_and_again_is_not_waited_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_service_that_ends_again_and_again_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = iter(range(7, 100))  # it has a past
 
     def inspected(_: Project) -> dict[str, Any]:
@@ -369,9 +343,7 @@ def test_a_service_that_ends_again_and_again_is_not_waited_for(
     assert next(seen) == 11
 
 
-def test_root_does_not_give_away_a_folder_that_is_no_grids(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_root_does_not_give_away_a_folder_that_is_no_grids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.getuid", lambda: 0)
     (tmp_path / "letters").write_text("mine")
     with pytest.raises(UsageError, match="has other things in it"):

@@ -37,9 +37,7 @@ def test_the_last_fetch_of_a_job_of_that_name(home: Home) -> None:
     assert fetches.last_of(home, "su.s") is None
 
 
-def test_a_line_that_is_none_is_told_and_passed_over(
-    home: Home, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_line_that_is_none_is_told_and_passed_over(home: Home, caplog: pytest.LogCaptureFixture) -> None:
     fetches.note(home, JOB, 100)
     with home.fetched_file.open("a") as file:
         file.write('{"job": "sums\n[]\n{"job": "x"}\n')

@@ -96,13 +96,7 @@ def test_on_and_off_is_burstier_than_poisson_at_the_same_mean() -> None:
 
 def test_regular_on_and_off_keeps_its_hours() -> None:
     source = OnOff(
-        template="j",
-        per_hour=600,
-        idle_per_hour=60,
-        on_s=HOUR_S,
-        off_s=3 * HOUR_S,
-        regular=True,
-        until_s=400 * HOUR_S,
+        template="j", per_hour=600, idle_per_hour=60, on_s=HOUR_S, off_s=3 * HOUR_S, regular=True, until_s=400 * HOUR_S
     )
     counts = by_hour(times(source))
     busy = sum(count for hour, count in counts.items() if hour % 4 == 0)
@@ -120,11 +114,7 @@ def test_a_daily_profile_has_its_rate_in_every_hour_of_the_day() -> None:
 
 def test_a_weekly_profile_has_its_factor_on_every_day() -> None:
     source = Profile(
-        template="j",
-        daily=(10.0,) * 24,
-        weekly=WEEKLY,
-        begins_s=parse_week_time_s("wed"),
-        until_s=20 * 7 * DAY_S,
+        template="j", daily=(10.0,) * 24, weekly=WEEKLY, begins_s=parse_week_time_s("wed"), until_s=20 * 7 * DAY_S
     )
     days = Counter(int(at // DAY_S + 2) % 7 for at in times(source))
     assert days[6] == 0
@@ -138,9 +128,7 @@ def test_a_profile_of_weights_has_its_mean_over_a_week() -> None:
 
 def test_a_profile_may_begin_within_an_hour() -> None:
     daily = (0.0,) * 7 + (6000.0,) + (0.0,) * 16
-    source = Profile(
-        template="j", daily=daily, begins_s=parse_week_time_s("mon 06:30"), until_s=DAY_S
-    )
+    source = Profile(template="j", daily=daily, begins_s=parse_week_time_s("mon 06:30"), until_s=DAY_S)
     found = times(source)
     assert near(len(found), 6000)
     assert 1800 <= found[0] <= 1810
@@ -191,9 +179,7 @@ def test_a_step_changes_the_rate_at_its_moment() -> None:
     assert 10 * HOUR_S <= found[0] < 10.1 * HOUR_S
     assert near(sum(at < 20 * HOUR_S for at in found), 10_000)
     assert near(sum(at >= 20 * HOUR_S for at in found), 2000)
-    late = Step(
-        template="j", per_hour=50, steps=((HOUR_S, 900.0),), from_s=DAY_S, until_s=2 * DAY_S
-    )
+    late = Step(template="j", per_hour=50, steps=((HOUR_S, 900.0),), from_s=DAY_S, until_s=2 * DAY_S)
     assert near(len(times(late)), 24 * 900)
 
 
@@ -252,21 +238,13 @@ def test_working_days() -> None:
         (lambda: Poisson(template="j", per_hour=1, until_s=inf), "must be after"),
         (lambda: OnOff(template="j", per_hour=1, on_s=0, off_s=1, until_s=9.0), "above 0"),
         (lambda: Profile(template="j", daily=(1.0,), until_s=9.0), "24 hours and 7 days"),
-        (
-            lambda: Profile(template="j", daily=(0.0,) * 24, per_hour=1, until_s=9.0),
-            "zeros alone",
-        ),
+        (lambda: Profile(template="j", daily=(0.0,) * 24, per_hour=1, until_s=9.0), "zeros alone"),
         (lambda: Profile(template="j", daily=DAILY, begins_s=-1, until_s=9.0), "cannot begin"),
         (
-            lambda: MonthEnd(
-                template="j", per_hour=1, begins=date(2026, 1, 1), daily=(), until_s=9.0
-            ),
+            lambda: MonthEnd(template="j", per_hour=1, begins=date(2026, 1, 1), daily=(), until_s=9.0),
             "must be 24 numbers",
         ),
-        (
-            lambda: Step(template="j", per_hour=1, steps=((2.0, 1.0), (1.0, 1.0)), until_s=9.0),
-            "in order of time",
-        ),
+        (lambda: Step(template="j", per_hour=1, steps=((2.0, 1.0), (1.0, 1.0)), until_s=9.0), "in order of time"),
         (lambda: FixedTimes(template="j", moments=((-1.0, 1),)), "before the beginning"),
         (lambda: FixedTimes(template="j", moments=((1.0, -1),)), "arrive -1 times"),
     ],

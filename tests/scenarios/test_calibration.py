@@ -34,9 +34,7 @@ def a_run(seed: int, *, stretch: float = STRETCH) -> Record:
         begun_s = at_s + (30.0 if i == 3 else about(SUBMIT_S))
         done_s = begun_s + 10.0
         end_s = done_s + (20.0 if i == 5 else about(END_S))
-        jobs.append(
-            a_job(i, due_s=at_s, submitted_s=at_s, started_s=begun_s, done_s=done_s, ended_s=end_s)
-        )
+        jobs.append(a_job(i, due_s=at_s, submitted_s=at_s, started_s=begun_s, done_s=done_s, ended_s=end_s))
     boots = [about(BOOT_S) for _ in range(9)] + [600.0]
     instances = [an_instance(i, ready_s=boot_s, ended_s=None) for i, boot_s in enumerate(boots)]
     lost = an_instance(99, ready_s=None, ended_s=5.0)
@@ -78,13 +76,7 @@ def test_parameters_are_recovered_whatever_a_few_outliers_say() -> None:
     assert (made.backend, made.runs) == ("local", 5)
     told = by_name(found)
     counts = {name: one.observations for name, one in told.items()}
-    assert counts == {
-        "boot default": 50,
-        "bundle": 200,
-        "submit": 60,
-        "end": 60,
-        "stretch claims/parse": 600,
-    }
+    assert counts == {"boot default": 50, "bundle": 200, "submit": 60, "end": 60, "stretch claims/parse": 600}
     for one in told.values():
         assert one.value is not None
         assert one.low is not None

@@ -110,10 +110,4 @@ def test_a_chart_is_what_it_shows() -> None:
     chart.area([0.0, 1.0, 2.0, 0.0], "#")
     chart.line([2.0, 2.0, 1.0, 0.0], "o")
     chart.wall(3.0, "|")
-    assert chart.text(str, str).splitlines() == [
-        "2.0 │oo#|",
-        "    │ #o|",
-        "0.0 │ ##o",
-        "    └────",
-        "     0.0 3.0",
-    ]
+    assert chart.text(str, str).splitlines() == ["2.0 │oo#|", "    │ #o|", "0.0 │ ##o", "    └────", "     0.0 3.0"]

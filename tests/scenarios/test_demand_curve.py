@@ -49,9 +49,7 @@ def test_how_far_the_largest_fleet_falls_behind_is_that_of_a_fluid(tmp_path: Pat
     assert ask.idle_from_s == pytest.approx(3600 + 2000 / 8)
 
 
-@pytest.mark.parametrize(
-    ("span_s", "width_s"), [(1, 0.1), (71, 1), (3600, 60), (8 * 3600, 600), (7 * 86_400, 10_800)]
-)
+@pytest.mark.parametrize(("span_s", "width_s"), [(1, 0.1), (71, 1), (3600, 60), (8 * 3600, 600), (7 * 86_400, 10_800)])
 def test_columns_are_as_wide_as_a_person_counts(span_s: float, width_s: float) -> None:
     assert expansion.column_width_s(span_s, 72) == width_s
 
@@ -68,13 +66,7 @@ def test_a_trace_that_says_how_long_tasks_take_is_believed(tmp_path: Path) -> No
 
 def test_the_chart_is_as_high_as_the_peak_and_has_the_fleet_as_a_line() -> None:
     drawn = charts.chart([0, 5, 10, 2.5], 4, fancy=True, line=5, says="fleet").splitlines()
-    assert drawn == [
-        "     10   █",
-        "          █",
-        "      5 ┄██┄ fleet",
-        "         ███",
-        "      0 ────",
-    ]
+    assert drawn == ["     10   █", "          █", "      5 ┄██┄ fleet", "         ███", "      0 ────"]
 
 
 def test_a_fleet_far_above_the_peak_is_told_in_place_of_a_line() -> None:
@@ -102,9 +94,7 @@ def test_the_charts_show_faults_where_they_are_and_name_them(tmp_path: Path) -> 
 
 def test_plain_text_has_nothing_but_ascii(tmp_path: Path) -> None:
     scenario = load(tmp_path, BURST)
-    text = charts.text(
-        scenario, expansion.build_curve(scenario, expand(scenario).jobs), fancy=False
-    )
+    text = charts.text(scenario, expansion.build_curve(scenario, expand(scenario).jobs), fancy=False)
     assert text.isascii()
     assert "#" in text
 

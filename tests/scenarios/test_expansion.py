@@ -136,9 +136,7 @@ def test_compressed_divides_every_time_and_nothing_else() -> None:
 
 @PROPERTY
 @given(st.floats(0.01, 1000.0), st.floats(0.5, 20.0))
-def test_a_compressed_scenario_has_the_same_jobs_and_tasks_sooner(
-    first: float, then: float
-) -> None:
+def test_a_compressed_scenario_has_the_same_jobs_and_tasks_sooner(first: float, then: float) -> None:
     plain = expand(SCENARIO).jobs
     fast = expand(compress_scenario(compress_scenario(SCENARIO, first), then)).jobs
     assert len(fast) == len(plain)
@@ -192,10 +190,5 @@ def test_the_share_that_fails_is_as_declared_and_each_attempt_is_new() -> None:
 
 def test_the_first_tasks_are_the_poisonous_ones() -> None:
     encode = MEDIA.stages[0]
-    assert [expansion.kills_worker(job(MEDIA), encode, task) for task in range(4)] == [
-        True,
-        True,
-        False,
-        False,
-    ]
+    assert [expansion.kills_worker(job(MEDIA), encode, task) for task in range(4)] == [True, True, False, False]
     assert not expansion.kills_worker(job(), CLAIMS.stages[0], 0)

@@ -13,14 +13,7 @@ from batchlab.runtime.descriptor import Calibration
 from batchlab.scenarios.forecast.simulate import simulate
 from batchlab.scenarios.model.distributions import Constant
 from batchlab.scenarios.model.expansion import expand
-from batchlab.scenarios.model.values import (
-    Fault,
-    FaultName,
-    PoolPlan,
-    Prewarm,
-    Scenario,
-    StageTemplate,
-)
+from batchlab.scenarios.model.values import Fault, FaultName, PoolPlan, Prewarm, Scenario, StageTemplate
 from batchlab.scenarios.planner import fast_model, work_units
 from batchlab.scenarios.planner.candidates import Goal
 from batchlab.scenarios.planner.fast_model import FastModel

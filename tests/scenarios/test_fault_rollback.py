@@ -16,12 +16,7 @@ from batchlab.runtime import compose_deployment, factory
 from batchlab.runtime.home import Home, Place
 from batchlab.scenarios.faults import proxy, target_grid
 from batchlab.scenarios.faults.fault_injection import FaultInjector, injector_for
-from batchlab.scenarios.faults.target_grid import (
-    EffectNotSeen,
-    FaultResult,
-    Rollback,
-    RollbackFailed,
-)
+from batchlab.scenarios.faults.target_grid import EffectNotSeen, FaultResult, Rollback, RollbackFailed
 from batchlab.scenarios.model.values import Fault, FaultName
 from batchlab.scenarios.record import InjectedFault
 from tests.support.docker.memory_engine import AT, DockerWorld
@@ -132,12 +127,7 @@ def harm_of(name: FaultName) -> Callable[[DockerWorld], Coroutine[Any, Any, Faul
     return do
 
 
-IN_CONTAINERS = [
-    FaultName.PAUSE,
-    FaultName.PARTITION,
-    FaultName.S3_ERRORS,
-    FaultName.MANAGER_CRASH,
-]
+IN_CONTAINERS = [FaultName.PAUSE, FaultName.PARTITION, FaultName.S3_ERRORS, FaultName.MANAGER_CRASH]
 
 
 @pytest.fixture
@@ -148,9 +138,7 @@ def place(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", IN_CONTAINERS)
-def test_in_containers_nothing_stands_wherever_it_is_cancelled(
-    name: FaultName, tmp_path: Path, place: None
-) -> None:
+def test_in_containers_nothing_stands_wherever_it_is_cancelled(name: FaultName, tmp_path: Path, place: None) -> None:
     assert at_every_wait(lambda: DockerWorld(tmp_path), harm_of(name)) > 5
 
 

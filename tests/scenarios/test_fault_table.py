@@ -15,13 +15,7 @@ from batchlab.core.errors import UsageError
 from batchlab.runtime import factory
 from batchlab.runtime.home import Home
 from batchlab.scenarios.faults import aws_stack, processes
-from batchlab.scenarios.faults.fault_injection import (
-    BACKENDS,
-    TABLE,
-    impossible,
-    injector_for,
-    rows,
-)
+from batchlab.scenarios.faults.fault_injection import BACKENDS, TABLE, impossible, injector_for, rows
 from batchlab.scenarios.faults.proxy import FaultProxy
 from batchlab.scenarios.faults.target_grid import TargetGrid, select_targets
 from batchlab.scenarios.model.values import Fault, FaultName
@@ -75,9 +69,7 @@ def test_what_the_table_promises_there_is(name: str, tmp_path: Path) -> None:
     assert set(found) == {fault for fault, there, cell in rows((name,)) if cell.possible}
 
 
-def test_what_the_table_promises_of_containers_and_aws(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_the_table_promises_of_containers_and_aws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from batchlab.scenarios.faults import containers
 
     for name, module in (("localstack", containers), ("aws", aws_stack)):

@@ -73,9 +73,7 @@ def test_the_digest_is_that_of_the_text(tmp_path: Path) -> None:
         ("{empirical: [4s, 1m, 4s]}", distributions.Empirical((4, 4, 60))),
         (
             "{mixture: [{weight: 9, constant: 4s}, {weight: 1, exponential: {mean: 1m}}]}",
-            distributions.Mixture(
-                ((9, distributions.Constant(4)), (1, distributions.Exponential(60)))
-            ),
+            distributions.Mixture(((9, distributions.Constant(4)), (1, distributions.Exponential(60)))),
         ),
     ],
 )
@@ -94,24 +92,15 @@ DAILY = tuple(float(hour) for hour in range(24))
         (
             "on_off: {per_hour: 9, on: 5m, off: 1h, idle_per_hour: 1, regular: true, until: 2h}",
             arrivals.OnOff(
-                template="claims",
-                per_hour=9,
-                on_s=300,
-                off_s=3600,
-                idle_per_hour=1,
-                regular=True,
-                until_s=7200,
+                template="claims", per_hour=9, on_s=300, off_s=3600, idle_per_hour=1, regular=True, until_s=7200
             ),
         ),
         (
             f"profile: {{daily: {list(range(24))}, begins: tue 06:30, from: 1h, until: 1d}}",
-            arrivals.Profile(
-                template="claims", daily=DAILY, begins_s=30.5 * 3600, from_s=3600, until_s=86_400
-            ),
+            arrivals.Profile(template="claims", daily=DAILY, begins_s=30.5 * 3600, from_s=3600, until_s=86_400),
         ),
         (
-            "month_end: {per_hour: 2, begins: 2026-01-26, last: [5, 2], holidays: [2026-01-28], "
-            "until: 7d}",
+            "month_end: {per_hour: 2, begins: 2026-01-26, last: [5, 2], holidays: [2026-01-28], until: 7d}",
             arrivals.MonthEnd(
                 template="claims",
                 per_hour=2,
@@ -149,25 +138,19 @@ def test_a_trace_is_read_with_the_map_of_its_columns(tmp_path: Path) -> None:
 def test_a_tab_may_be_written_with_two_characters(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("a b\ta\n1\t2\n")
     for delimiter in (r"'\t'", r'"\t"'):
-        text = changed(
-            POISSON, f"trace: {{file: t.csv, columns: {{at: a}}, delimiter: {delimiter}}}"
-        )
+        text = changed(POISSON, f"trace: {{file: t.csv, columns: {{at: a}}, delimiter: {delimiter}}}")
         assert len(expand(load(tmp_path, text)).jobs) == 5
 
 
 def test_a_format_follows_from_the_name_and_brings_its_columns(tmp_path: Path) -> None:
-    (tmp_path / "log.swf").write_text(
-        "; a comment\n" + "1 0 5 60 4 -1 -1 4 -1 -1 1 3 1 1 1 -1 -1 -1\n"
-    )
+    (tmp_path / "log.swf").write_text("; a comment\n" + "1 0 5 60 4 -1 -1 4 -1 -1 1 3 1 1 1 -1 -1 -1\n")
     text = changed(POISSON, "trace: {file: log.swf, columns: {tasks: processors, tenant: user}}")
     [job] = [one for one in expand(load(tmp_path, text)).jobs if one.template.name == "claims"]
     assert (job.tasks, job.task_s, job.tenant, job.label) == (4, 60, "3", "1")
 
 
 def test_only_a_trace_may_leave_the_job_to_its_records(tmp_path: Path) -> None:
-    (tmp_path / "runs.jsonl").write_text(
-        '{"due_s": 1, "tasks": 2, "label": "", "tenant": "", "template": "small"}\n'
-    )
+    (tmp_path / "runs.jsonl").write_text('{"due_s": 1, "tasks": 2, "label": "", "tenant": "", "template": "small"}\n')
     text = changed(f"job: claims, {POISSON}", "trace: {file: runs.jsonl}")
     scenario = load(tmp_path, text)
     assert isinstance(scenario.arrivals[0], Trace)
@@ -261,11 +244,7 @@ def test_every_key_is_described_with_an_example_that_is_accepted() -> None:
     models = _models(schema.ScenarioSpec)
     assert len(models) > 25
     for name, model in models.items():
-        needed = {
-            key: (field.examples or [None])[0]
-            for key, field in keys(model).items()
-            if field.is_required()
-        }
+        needed = {key: (field.examples or [None])[0] for key, field in keys(model).items() if field.is_required()}
         for key, field in keys(model).items():
             assert field.description, (name, key)
             assert field.description.endswith("."), (name, key)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchlab.jobs.job_file import JobFileErrors
+from batchlab.jobs.yaml_source import JobFileErrors
 from batchlab.scenarios.model import loader
 from tests.support.mistakes import altered, complete, mangled
 from tests.support.properties import SLOW

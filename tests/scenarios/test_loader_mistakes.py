@@ -36,12 +36,7 @@ TASKS = "{lognormal: {median: 20, sigma: 0.5}}"
         # Jobs
         ("  small: {task", "  Small: {task", 11, "A name in 'jobs' cannot be 'Small'"),
         ("deadline: 1h", "deadline: 06:00", 7, "'06:00' is not a duration, but a time of day"),
-        (
-            "deadline: 1h",
-            "deadline: 31.10.2026",
-            7,
-            "is not a duration, but a time of day or a date",
-        ),
+        ("deadline: 1h", "deadline: 31.10.2026", 7, "is not a duration, but a time of day or a date"),
         ("deadline: 1h", "deadline: soon", 7, "'soon' is not a duration. Write 30s, 5m"),
         ("deadline: 1h", "deadline: 0s", 7, "leaves no time to run"),
         ("deadline: 1h", "tenat: a", 7, "Did you mean 'tenant'?"),
@@ -55,12 +50,7 @@ TASKS = "{lognormal: {median: 20, sigma: 0.5}}"
         ),
         ("small: {task: 2s}", "small: {task: 2 x}", 11, "'2 x' is not a duration"),
         ("small: {task: 2s}", "small: {task: [2]}", 11, "'task' must be a mapping of keys"),
-        (
-            "small: {task: 2s}",
-            "small: {task: {}}",
-            11,
-            "There must be one distribution, but there is no distribution.",
-        ),
+        ("small: {task: 2s}", "small: {task: {}}", 11, "There must be one distribution, but there is no distribution."),
         (
             "small: {task: 2s}",
             "small: {task: {constant: 1, exponential: {mean: 2s}}}",
@@ -68,12 +58,7 @@ TASKS = "{lognormal: {median: 20, sigma: 0.5}}"
             "There must be one distribution, but there is more than one: constant, exponential.",
         ),
         ("small: {task: 2s}", "small: {task: {lognormla: 1}}", 11, "Did you mean 'lognormal'?"),
-        (
-            "small: {task: 2s}",
-            "small: {task: {lognormal: {median: 2s}}}",
-            11,
-            "'sigma' is missing.",
-        ),
+        ("small: {task: 2s}", "small: {task: {lognormal: {median: 2s}}}", 11, "'sigma' is missing."),
         (
             "small: {task: 2s}",
             "small: {task: {lognormal: {median: 0s, sigma: 1}}}",
@@ -99,12 +84,7 @@ TASKS = "{lognormal: {median: 20, sigma: 0.5}}"
             11,
             "There must be one distribution, but there is no distribution.",
         ),
-        (
-            "small: {task: 2s}",
-            "small: {task: {mixture: [{constant: 4s}]}}",
-            11,
-            "'weight' is missing.",
-        ),
+        ("small: {task: 2s}", "small: {task: {mixture: [{constant: 4s}]}}", 11, "'weight' is missing."),
         (TASKS, "many", 6, "'many' is not a number."),
         (TASKS, "-1", 6, "must be at least 0, not -1"),
         (TASKS, "{lognormal: {median: 20, sigma: 1000000}}", 6, "This cannot be: "),
@@ -166,12 +146,7 @@ TASKS = "{lognormal: {median: 20, sigma: 0.5}}"
         (POISSON, "month_end: {per_hour: 1, begins: 9999-12-31, until: 1h}", 13, "too far away"),
         (POISSON, "month_end: {per_hour: 1, begins: 0001-01-01, until: 1h}", 13, "too far away"),
         (POISSON, "poisson: {per_hour: 1010000, until: 1h}", 13, "more than the 1,000,000"),
-        (
-            POISSON,
-            "ramp: {per_hour: 0, to_per_hour: 1e8, until: 1h}",
-            13,
-            "more than the 1,000,000",
-        ),
+        (POISSON, "ramp: {per_hour: 0, to_per_hour: 1e8, until: 1h}", 13, "more than the 1,000,000"),
         (
             POISSON,
             "on_off: {per_hour: 2e9, idle_per_hour: 1e9, on: 1s, off: 1s, until: 1h}",
@@ -190,12 +165,7 @@ TASKS = "{lognormal: {median: 20, sigma: 0.5}}"
             13,
             "Two steps are at 3600 s.",
         ),
-        (
-            POISSON,
-            "step: {per_hour: 1, steps: [{at: 3h, per_hour: 1}], until: 3h}",
-            13,
-            "this step never comes",
-        ),
+        (POISSON, "step: {per_hour: 1, steps: [{at: 3h, per_hour: 1}], until: 3h}", 13, "this step never comes"),
         (POISSON, "ramp: {per_hour: 1, until: 3h}", 13, "'to_per_hour' is missing."),
         (POISSON, "trace: {file: nowhere.swf}", 13, "nowhere.swf' is not there."),
         (POISSON, "trace: {file: /etc/passwd}", 13, "is not a path relative to the scenario"),
@@ -206,20 +176,10 @@ TASKS = "{lognormal: {median: 20, sigma: 0.5}}"
         (POISSON, "trace: {file: t.csv, columns: {att: a}}", 13, "Did you mean 'at'?"),
         (POISSON, "trace: {file: t.csv, columns: {at: a, unit: h}}", 13, "The unit must be one of"),
         (POISSON, "trace: {file: t.csv, columns: {at: a, unit: '%Q'}}", 13, "bad directive"),
-        (
-            POISSON,
-            "trace: {file: t.csv, columns: {at: a, unit: '%d %d'}}",
-            13,
-            "repeats a directive",
-        ),
+        (POISSON, "trace: {file: t.csv, columns: {at: a, unit: '%d %d'}}", 13, "repeats a directive"),
         (POISSON, "trace: {file: t.csv, columns: {at: a, unit: '%Y %'}}", 13, "stray %"),
         (POISSON, "trace: {file: t.csv, delimiter: '::', columns: {at: a}}", 13, "one character"),
-        (
-            POISSON,
-            """trace: {file: t.csv, delimiter: '"', columns: {at: a}}""",
-            13,
-            "between field",
-        ),
+        (POISSON, """trace: {file: t.csv, delimiter: '"', columns: {at: a}}""", 13, "between field"),
         (POISSON, "trace: {file: t.csv, delimiter: '', columns: {at: a}}", 13, "between fields"),
         (POISSON, "trace: {file: t.csv, format: swf, names: [a]}", 13, "'names' means nothing in"),
         (POISSON, "trace: {file: t.csv, columns: {at: a, every: 5m}}", 13, "without count"),
@@ -229,19 +189,9 @@ TASKS = "{lognormal: {median: 20, sigma: 0.5}}"
             13,
             "'job' means nothing because the arrival names the job.",
         ),
-        (
-            POISSON,
-            "trace: {file: t.csv, columns: {at: a, count: b, scale: 0}}",
-            13,
-            "'scale' must be above 0, not 0.",
-        ),
+        (POISSON, "trace: {file: t.csv, columns: {at: a, count: b, scale: 0}}", 13, "'scale' must be above 0, not 0."),
         (POISSON, "trace: {file: t.csv, format: csv}", 13, "Write one of the values: swf"),
-        (
-            POISSON,
-            "trace: {file: t.csv, columns: {at: a, tasks: {columns: b, per: 0}}}",
-            13,
-            "It must be above 0.",
-        ),
+        (POISSON, "trace: {file: t.csv, columns: {at: a, tasks: {columns: b, per: 0}}}", 13, "It must be above 0."),
         (AT, "at: [0s, {at: 5m, count: 1000000}]", 14, "more than the 1,000,000 of a whole"),
         (AT, "at: [0s, soon]", 14, "'soon' is not a duration"),
         (AT, "at: [{at: 0s, count: many}]", 14, "'count' must be a whole number"),
@@ -360,9 +310,7 @@ def test_a_spot_wave_needs_something_to_take(tmp_path: Path) -> None:
         ("at: 1m, fault: pause, pool: default", "at: 1m, fault: pause, pool: other", False),
     ],
 )
-def test_faults_of_one_kind_do_not_overlap(
-    tmp_path: Path, first: str, second: str, at_once: bool
-) -> None:
+def test_faults_of_one_kind_do_not_overlap(tmp_path: Path, first: str, second: str, at_once: bool) -> None:
     text = changed(f"faults: [{KILL}]", f"faults:\n  - {{{first}}}\n  - {{{second}}}")
     text = text.replace("pools:\n", "pools:\n  other: {max: 1, instance_type: m7i.large}\n")
     if not at_once:
@@ -375,9 +323,7 @@ def test_faults_of_one_kind_do_not_overlap(
 
 def test_the_times_of_a_job_files_stages_are_looked_at(tmp_path: Path) -> None:
     (tmp_path / "work.py").write_text("def one(item): ...\n")
-    (tmp_path / "job.yaml").write_text(
-        "name: j\ninput: {files: later/*}\nstages: [{name: one, python: 'work:one'}]\n"
-    )
+    (tmp_path / "job.yaml").write_text("name: j\ninput: {files: later/*}\nstages: [{name: one, python: 'work:one'}]\n")
     small = "small: {task: 2s}"
     for new, words in (
         ("small: {file: job.yaml, task: {oen: 4s}}", "Did you mean 'one'?"),

@@ -26,9 +26,7 @@ from tests.support.scenarios.records import a_record
         (1.0, 9, 5, 5),
     ],
 )
-def test_a_share_is_rounded_up_and_by_no_hair_more(
-    share: float, count: int | None, there: int, hit: int
-) -> None:
+def test_a_share_is_rounded_up_and_by_no_hair_more(share: float, count: int | None, there: int, hit: int) -> None:
     assert Fault(FaultName.KILL, 0.0, share=share, count=count).among(there) == hit
 
 

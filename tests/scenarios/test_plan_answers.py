@@ -10,14 +10,7 @@ import pytest
 from batchlab.cli import scenario_plan
 from batchlab.scenarios.model.arrivals import FixedTimes
 from batchlab.scenarios.model.distributions import Constant
-from batchlab.scenarios.model.values import (
-    Expectation,
-    Fault,
-    FaultName,
-    JobTemplate,
-    Prewarm,
-    Scenario,
-)
+from batchlab.scenarios.model.values import Expectation, Fault, FaultName, JobTemplate, Prewarm, Scenario
 from batchlab.scenarios.planner.candidates import (
     Candidate,
     EvaluatedCandidate,
@@ -50,18 +43,11 @@ def a_run(**failed: int) -> Record:
         # Ten of the one may fail, and none of the other.
         ((Expectation("failed_jobs", most=10.0, template="odd"),), {"odd": 10}, {"claims": 1}),
         (
-            (
-                Expectation("failed_jobs", most=9.0),
-                Expectation("failed_jobs", most=1.0, template="odd"),
-            ),
+            (Expectation("failed_jobs", most=9.0), Expectation("failed_jobs", most=1.0, template="odd")),
             {"odd": 1, "claims": 8},
             {"odd": 2},
         ),
-        (
-            (Expectation("failed_jobs", most=3.0), Expectation("failed_jobs", most=1.0)),
-            {"odd": 1},
-            {"odd": 2},
-        ),
+        ((Expectation("failed_jobs", most=3.0), Expectation("failed_jobs", most=1.0)), {"odd": 1}, {"odd": 2}),
     ],
 )
 def test_jobs_may_fail_as_their_own_template_is_expected_to(
@@ -90,9 +76,7 @@ def test_nothing_is_pre_warmed_that_is_there_anyway() -> None:
 
 
 def a_plan(scenario: Scenario, *fleets: PoolConfig) -> Plan:
-    point = EvaluatedCandidate(
-        Candidate(fleets, 300.0), (TrialResult(7, 50.0, 0.5, 0, 0, 0, 2, {}, None),)
-    )
+    point = EvaluatedCandidate(Candidate(fleets, 300.0), (TrialResult(7, 50.0, 0.5, 0, 0, 0, 2, {}, None),))
     return Plan(scenario, Goal(100.0), point, (point,), 20, 23, 1, False)
 
 
@@ -114,9 +98,7 @@ def test_a_wave_that_has_no_spot_instance_to_take_is_to_be_deleted() -> None:
 
 
 @pytest.mark.parametrize(("deadline_s", "cannot"), [(1200.0, True), (1201.0, False)])
-def test_a_deadline_before_the_last_arrival_is_said_to_be_met_by_no_fleet(
-    deadline_s: float, cannot: bool
-) -> None:
+def test_a_deadline_before_the_last_arrival_is_said_to_be_met_by_no_fleet(deadline_s: float, cannot: bool) -> None:
     arrivals = (FixedTimes(template="plain", moments=((300.0, 1), (1500.0, 1))),)
     late = (TrialResult(7, 1600.0, 0.5, 0, 0, 0, 2, {}, None),)
     jobs = {"plain": JobTemplate("plain", (stage("work", 30.0),), Constant(1))}

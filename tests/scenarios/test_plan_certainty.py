@@ -9,14 +9,7 @@ import yaml
 
 from batchlab.cli import output, scenario_plan
 from batchlab.core.model import Market, Pool
-from batchlab.scenarios.model.values import (
-    Expectation,
-    FaultName,
-    Policy,
-    PoolPlan,
-    Prewarm,
-    Scenario,
-)
+from batchlab.scenarios.model.values import Expectation, FaultName, Policy, PoolPlan, Prewarm, Scenario
 from batchlab.scenarios.planner.candidates import (
     Candidate,
     EvaluatedCandidate,
@@ -71,9 +64,7 @@ class Failing(Grid):
 
 
 @pytest.mark.parametrize("how", ["fails", "loses"])
-def test_a_fleet_whose_jobs_fail_is_cheap_and_not_to_be_had(
-    how: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_fleet_whose_jobs_fail_is_cheap_and_not_to_be_had(how: str, capsys: pytest.CaptureFixture[str]) -> None:
     grid = Failing(240, 30.0)
     grid.how = how
     found = a_plan(grid, Goal(660.0))
@@ -96,9 +87,7 @@ def an_outcome(seed: int, finish_s: float, usd: float, hit: bool | None = None) 
 
 
 def told_of(outcomes: list[TrialResult], goal: Goal) -> tuple[Plan, str]:
-    point = EvaluatedCandidate(
-        Candidate((PoolConfig("default", 0, 2, 0.5),), 300.0), (an_outcome(7, 50.0, 0.5),)
-    )
+    point = EvaluatedCandidate(Candidate((PoolConfig("default", 0, 2, 0.5),), 300.0), (an_outcome(7, 50.0, 0.5),))
     made = Plan(a_scenario(), goal, point, (point,), 20, 23, 1, True, fresh=tuple(outcomes))
     return made, scenario_plan.text(made)
 
@@ -153,9 +142,7 @@ def test_a_minimum_is_priced_as_what_it_is() -> None:
     """Of three instances the two on Spot have gone; who stays until the deadline is the other."""
     spot = [an_instance(n, market="spot", ended_s=60.0) for n in (1, 2)]
     stays = an_instance(0, ended_s=None)
-    made = a_record(
-        a_job(), instances=(stays, *spot), pools={"default": (1, 3, 2)}, usd=9.0, instance_s=180.0
-    )
+    made = a_record(a_job(), instances=(stays, *spot), pools={"default": (1, 3, 2)}, usd=9.0, instance_s=180.0)
     hour = BOOK.instance_usd_h("m7i.large").typical
     disk = BOOK.of("ebs", "gp3_usd_per_gb_month") * 50 / 730
     # The run is over when its last instance has gone, at 60 s.
@@ -174,21 +161,14 @@ def test_a_minimum_is_priced_as_what_it_is() -> None:
 
 def test_a_candidate_changes_fleet_and_policy_and_nothing_else() -> None:
     scenario = a_scenario(policy=Policy(300.0, 120.0, 60.0), prewarm=(Prewarm("default", 1, 0, 9),))
-    made = apply_candidate(
-        scenario, Candidate((PoolConfig("default", 1, 9, 0.5),), 60.0), wave_s=50.0
-    )
+    made = apply_candidate(scenario, Candidate((PoolConfig("default", 1, 9, 0.5),), 60.0), wave_s=50.0)
     (plan,) = made.pools
     assert (plan.pool.min_size, plan.pool.max_size, plan.spot) == (1, 9, 0.5)
     assert (plan.pool.slots, plan.pool.boot_s) == (2, 60.0)
     assert made.policy == Policy(60.0, 120.0, 60.0)
     assert made.prewarm == ()
     assert [(one.name, one.at_s) for one in made.faults] == [(FaultName.SPOT_WAVE, 50.0)]
-    assert (
-        apply_candidate(
-            scenario, Candidate((PoolConfig("default", 1, 9),), 60.0), wave_s=50.0
-        ).faults
-        == ()
-    )
+    assert apply_candidate(scenario, Candidate((PoolConfig("default", 1, 9),), 60.0), wave_s=50.0).faults == ()
     assert replace(made, pools=(), policy=Policy(), prewarm=(), faults=()) == replace(
         scenario, pools=(), policy=Policy(), prewarm=(), faults=()
     )
@@ -200,14 +180,7 @@ def test_what_it_prints_is_read_back_from_yaml() -> None:
     scenario = a_scenario(pools=(plan,), policy=Policy(600.0, None, 45.5), prewarm=(warm,))
     assert yaml.safe_load(scenario_plan.as_yaml(scenario)) == {
         "pools": {
-            "default": {
-                "min": 1,
-                "max": 9,
-                "slots": 4,
-                "boot": "90s",
-                "instance_type": "m7i.large",
-                "spot": 0.5,
-            }
+            "default": {"min": 1, "max": 9, "slots": 4, "boot": "90s", "instance_type": "m7i.large", "spot": 0.5}
         },
         "policy": {"drain_target": "10m", "idle": "45.5s"},
         "prewarm": [{"pool": "default", "min": 5, "at": "7h", "until": "32400.5s"}],
@@ -215,9 +188,7 @@ def test_what_it_prints_is_read_back_from_yaml() -> None:
 
 
 def test_a_person_reads_the_answer(capsys: pytest.CaptureFixture[str]) -> None:
-    code = scenario_plan.search_and_show(
-        Search(a_scenario(faults=WAVE), Goal(600.0, 5.0), Grid(200, 30.0)), json=False
-    )
+    code = scenario_plan.search_and_show(Search(a_scenario(faults=WAVE), Goal(600.0, 5.0), Grid(200, 30.0)), json=False)
     told = capsys.readouterr().out
     assert code == 0
     for part in ("Recommended:", "drain target", "pre-warm", "◆", "┊", "P50", "pools:", "Assumed:"):

@@ -34,12 +34,7 @@ def test_no_point_is_beaten_and_every_other_one_is(points: list[Point]) -> None:
 
 @pytest.mark.parametrize(
     ("met", "of", "low", "high"),
-    [
-        (20, 20, 0.8389, 1.0),
-        (19, 20, 0.7639, 0.9911),
-        (0, 10, 0.0, 0.2775),
-        (5, 10, 0.2366, 0.7634),
-    ],
+    [(20, 20, 0.8389, 1.0), (19, 20, 0.7639, 0.9911), (0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634)],
 )
 def test_the_interval_is_wilsons(met: int, of: int, low: float, high: float) -> None:
     """As R's `binom::binom.wilson` and statsmodels' `proportion_confint` give it."""

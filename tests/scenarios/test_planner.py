@@ -18,13 +18,7 @@ from batchlab.core.errors import UsageError
 from batchlab.core.model import Pool
 from batchlab.scenarios.model.values import PoolPlan, Scenario
 from batchlab.scenarios.planner import candidates
-from batchlab.scenarios.planner.candidates import (
-    Candidate,
-    Goal,
-    PoolConfig,
-    apply_candidate,
-    trial_result,
-)
+from batchlab.scenarios.planner.candidates import Candidate, Goal, PoolConfig, apply_candidate, trial_result
 from batchlab.scenarios.planner.planner import Search, SearchProgress
 from batchlab.scenarios.record import Record
 from batchlab.sim.process_pool import Crew
@@ -50,12 +44,9 @@ def test_as_many_instances_as_the_work_needs(tasks: int, task_s: float, deadline
 
 
 @pytest.mark.parametrize(
-    ("tasks", "task_s", "deadline_s"),
-    [(200, 30.0, 600.0), (97, 50.0, 400.0), (1500, 3.0, 400.0), (60, 100.0, 450.0)],
+    ("tasks", "task_s", "deadline_s"), [(200, 30.0, 600.0), (97, 50.0, 400.0), (1500, 3.0, 400.0), (60, 100.0, 450.0)]
 )
-def test_as_cheap_as_the_cheapest_of_all_there_are(
-    tasks: int, task_s: float, deadline_s: float
-) -> None:
+def test_as_cheap_as_the_cheapest_of_all_there_are(tasks: int, task_s: float, deadline_s: float) -> None:
     """Against every size and every Spot share, where a wave costs what was bought on Spot."""
     scenario, grid = a_scenario(faults=WAVE), Grid(tasks, task_s)
     cheapest = math.inf
@@ -94,9 +85,7 @@ def test_each_pool_has_its_own_size() -> None:
         records = []
         for plan, grid in zip(scenario.pools, (small, large), strict=True):
             alone = replace(plan, pool=replace(plan.pool, name="default"))
-            warm = tuple(
-                replace(w, pool="default") for w in scenario.prewarm if w.pool == plan.pool.name
-            )
+            warm = tuple(replace(w, pool="default") for w in scenario.prewarm if w.pool == plan.pool.name)
             records.append(grid(replace(scenario, pools=(alone,), prewarm=warm), seed))
         first, second = records
         names = [plan.pool.name for plan in scenario.pools]
@@ -104,12 +93,8 @@ def test_each_pool_has_its_own_size() -> None:
             first,
             pools=dict.fromkeys(names, (0, 3, 2)),
             jobs=(*first.jobs, *second.jobs),
-            stages=tuple(
-                replace(r.stages[0], pool=name) for name, r in zip(names, records, strict=True)
-            ),
-            instances=tuple(
-                replace(r.instances[0], pool=name) for name, r in zip(names, records, strict=True)
-            ),
+            stages=tuple(replace(r.stages[0], pool=name) for name, r in zip(names, records, strict=True)),
+            instances=tuple(replace(r.instances[0], pool=name) for name, r in zip(names, records, strict=True)),
             samples=tuple(
                 replace(a, pools={"small": a.pools["default"], "large": b.pools["default"]})
                 for a, b in zip(first.samples, second.samples, strict=True)
@@ -166,9 +151,7 @@ def test_what_is_recommended_is_on_the_frontier_that_is_shown() -> None:
 
 
 def test_a_deadline_that_nothing_meets(capsys: pytest.CaptureFixture[str]) -> None:
-    code = scenario_plan.search_and_show(
-        Search(a_scenario(), Goal(80.0), Grid(100, 30.0)), json=False
-    )
+    code = scenario_plan.search_and_show(Search(a_scenario(), Goal(80.0), Grid(100, 30.0)), json=False)
     told = capsys.readouterr().out
     assert code == 1
     assert "No fleet meets the deadline of 80.0 s." in told
@@ -195,9 +178,7 @@ def test_a_budget_that_is_too_small(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 1
     assert "No fleet was found that is in time for" in told
     assert "For that budget the fastest is done after" in told
-    assert (
-        scenario_plan.search_and_show(Search(scenario, Goal(360.0, 0.0001), grid), json=False) == 1
-    )
+    assert scenario_plan.search_and_show(Search(scenario, Goal(360.0, 0.0001), grid), json=False) == 1
     assert "Nothing that was tried costs so little" in capsys.readouterr().out
     assert scenario_plan.search_and_show(Search(scenario, Goal(360.0, 50.0), grid), json=False) == 0
     assert "In time and within the budget in 20 of 20 fresh seeds" in capsys.readouterr().out
@@ -230,10 +211,7 @@ def test_all_candidates_live_through_the_same_seeds() -> None:
 
 def test_the_same_seed_gives_the_same_plan_whoever_computes_it() -> None:
     scenario, goal = a_scenario(), Goal(600.0)
-    first, second = (
-        a_plan(Grid(200, 30.0, noise=0.2), goal, scenario, seeds=6, runs=60, processes=n)
-        for n in (1, 2)
-    )
+    first, second = (a_plan(Grid(200, 30.0, noise=0.2), goal, scenario, seeds=6, runs=60, processes=n) for n in (1, 2))
     assert first.to_json() == second.to_json()
     other = a_plan(Grid(200, 30.0, noise=0.2), goal, replace(scenario, seed=8), seeds=6, runs=60)
     assert other.to_json() != first.to_json()
@@ -252,9 +230,7 @@ def test_no_tie_goes_to_the_process_that_was_faster(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("is_stopped", [False, True])
-def test_one_crew_lives_through_all_rounds(
-    is_stopped: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_crew_lives_through_all_rounds(is_stopped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Crew[Any, Any]] = []
 
     def hired(work: Any, processes: int) -> Crew[Any, Any]:
@@ -299,12 +275,8 @@ class Impatient(Grid):
         return super().__call__(scenario, seed)
 
 
-@pytest.mark.parametrize(
-    ("at", "said"), [(0, "Nothing is known yet"), (1, "interrupted"), (50, "interrupted")]
-)
-def test_ctrl_c_ends_it_with_what_is_known(
-    at: int, said: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize(("at", "said"), [(0, "Nothing is known yet"), (1, "interrupted"), (50, "interrupted")])
+def test_ctrl_c_ends_it_with_what_is_known(at: int, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     grid = Impatient(200, 30.0)
     grid.at = at
     code = scenario_plan.search_and_show(Search(a_scenario(), Goal(600.0), grid), json=False)

@@ -98,10 +98,7 @@ def test_known_parameters_are_recovered_from_simulated_runs(facts: list[Record])
     assert made.bundle_s == pytest.approx(1.5, abs=0.01)
     assert made.submit_s == pytest.approx(6.0, abs=0.05)
     assert made.end_s == pytest.approx(4.0, abs=0.05)
-    assert made.stretch == {
-        "claims/parse": pytest.approx(1.4, rel=1e-6),
-        "claims/sum": pytest.approx(0.8, rel=1e-6),
-    }
+    assert made.stretch == {"claims/parse": pytest.approx(1.4, rel=1e-6), "claims/sum": pytest.approx(0.8, rel=1e-6)}
 
 
 def test_a_calibrated_forecast_is_closer_to_the_fact(facts: list[Record]) -> None:
@@ -122,15 +119,11 @@ def test_a_calibrated_forecast_is_closer_to_the_fact(facts: list[Record]) -> Non
         assert error(plain, name) > 0.02
         assert error(better, name) < 0.4 * error(plain, name)
     for curve in range(len(plain[0].curves)):
-        before, after = (
-            statistics.fmean(one.curves[curve].mean_error for one in of) for of in (plain, better)
-        )
+        before, after = (statistics.fmean(one.curves[curve].mean_error for one in of) for of in (plain, better))
         assert after < 0.4 * before
 
 
-def test_runs_are_calibrated_and_compared_from_files(
-    facts: list[Record], run: Run, tmp_path: Path
-) -> None:
+def test_runs_are_calibrated_and_compared_from_files(facts: list[Record], run: Run, tmp_path: Path) -> None:
     files = []
     for fact in facts:
         files.append(tmp_path / f"{fact.seed}.json")
@@ -154,11 +147,7 @@ def test_runs_are_calibrated_and_compared_from_files(
     makespan = next(d for d in json.loads(told)["differences"] if d["measure"] == "makespan")
     assert abs(makespan["relative"]) < 0.01
     record.write(replace(facts[1], scenario="other"), files[1])
-    for call in (
-        ("compare", files[0], files[1]),
-        ("compare", files[0], tmp_path / "none.json"),
-        ("calibrate", out),
-    ):
+    for call in (("compare", files[0], files[1]), ("compare", files[0], tmp_path / "none.json"), ("calibrate", out)):
         code, _, said = run("scenario", *call)
         assert (code, said.count("Traceback")) == (2, 0)
         assert said.startswith("Error: ")
@@ -209,9 +198,7 @@ def test_a_plan_from_file_to_exit_code(run: Run, tmp_path: Path) -> None:
     code, told, _ = run("scenario", "plan", file, "--deadline", "70s", *few)
     assert code == 1
     assert "No fleet meets the deadline of 70.0 s." in told
-    code, told, _ = run(
-        "scenario", "plan", file, "--deadline", "20m", "--budget", "0.001 USD", *few
-    )
+    code, told, _ = run("scenario", "plan", file, "--deadline", "20m", "--budget", "0.001 USD", *few)
     assert code == 1
     assert "No fleet was found that is in time for 0.001 USD" in told
 
@@ -247,9 +234,7 @@ def test_a_forecast_and_a_plan_cost_what_the_grids_own_prices_say(run: Run, tmp_
         (("--deadline", "1h", "--calibration", "none.json"), "cannot be read"),
     ],
 )
-def test_what_makes_no_sense_is_refused(
-    options: tuple[str, ...], why: str, run: Run, tmp_path: Path
-) -> None:
+def test_what_makes_no_sense_is_refused(options: tuple[str, ...], why: str, run: Run, tmp_path: Path) -> None:
     file = tmp_path / "plain.yaml"
     file.write_text(PLAIN)
     code, _, said = run("scenario", "plan", file, *options)

@@ -15,11 +15,7 @@ from tests.support.properties import PROPERTY
 def test_a_stream_is_what_it_was_in_every_earlier_version() -> None:
     """Else a recorded run could not be repeated. Computed by a plain SplitMix64."""
     stream = Stream(7, "tasks", 0, "work")
-    assert [stream.unit(i) for i in (0, 1, 10**7)] == [
-        0.702721095486368,
-        0.43210571291805444,
-        0.218675104799522,
-    ]
+    assert [stream.unit(i) for i in (0, 1, 10**7)] == [0.702721095486368, 0.43210571291805444, 0.218675104799522]
 
 
 def test_it_is_splitmix64() -> None:
@@ -34,9 +30,7 @@ def test_it_is_splitmix64() -> None:
 @given(st.integers(), st.text(max_size=5), st.integers(0, 2**40), st.integers(0, 700))
 def test_many_at_once_are_what_each_is(seed: int, name: str, start: int, count: int) -> None:
     stream = Stream(seed, name)
-    assert stream.units(start, start + count) == [
-        stream.unit(i) for i in range(start, start + count)
-    ]
+    assert stream.units(start, start + count) == [stream.unit(i) for i in range(start, start + count)]
 
 
 @PROPERTY

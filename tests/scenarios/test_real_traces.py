@@ -30,12 +30,7 @@ def arrivals(trace: Trace) -> list[Arrival]:
 
 
 def swf(path: Path, tasks: str = "") -> Trace:
-    columns = Columns(
-        "submit",
-        task_s=ColumnSum(("run",)),
-        label="job",
-        tasks=ColumnSum((tasks,)) if tasks else None,
-    )
+    columns = Columns("submit", task_s=ColumnSum(("run",)), label="job", tasks=ColumnSum((tasks,)) if tasks else None)
     return Trace(template="job", path=path, format=TraceFormat.SWF, columns=columns)
 
 
@@ -69,10 +64,7 @@ def test_nasa_ipsc_leaves_no_wait_to_be_read(traces: Path) -> None:
     """Its waits are all -1: a map that asks for them is told so, for every record."""
     path = traces / "NASA-iPSC-1993-3.1-cln.swf.gz"
     trace = Trace(
-        template="job",
-        path=path,
-        format=TraceFormat.SWF,
-        columns=Columns("submit", task_s=ColumnSum(("wait", "run"))),
+        template="job", path=path, format=TraceFormat.SWF, columns=Columns("submit", task_s=ColumnSum(("wait", "run")))
     )
     (kind,) = summarize(trace.odd())
     assert (kind.what, kind.done, kind.count) == ("wait is unknown (-1)", "left out", 18_239)
@@ -91,9 +83,7 @@ def test_hpc2n(traces: Path) -> None:
     assert len(jobs) == 3145
     submitted = [
         job.at_s
-        for job in arrivals(
-            Trace(template="job", path=path, format=TraceFormat.SWF, columns=Columns("submit"))
-        )
+        for job in arrivals(Trace(template="job", path=path, format=TraceFormat.SWF, columns=Columns("submit")))
     ]
     assert len(submitted) == 3170
     assert submitted[-1] / DAY_S == pytest.approx(57.3, abs=0.05)
@@ -106,10 +96,7 @@ def test_the_golden_sums_of_the_logs(traces: Path, shared_data: Path) -> None:
     """What a replay of them starts from: jobs and run time as two other programs counted them."""
     golden = (shared_data / "reference" / "fifo_replay_golden.csv").read_text().splitlines()
     known = {row.split(",")[0]: row.split(",")[2:4] for row in golden[1:]}
-    for name, file in (
-        ("nasa-ipsc", "NASA-iPSC-1993-3.1-cln.swf.gz"),
-        ("hpc2n-head", "hpc2n-2002-head.swf"),
-    ):
+    for name, file in (("nasa-ipsc", "NASA-iPSC-1993-3.1-cln.swf.gz"), ("hpc2n-head", "hpc2n-2002-head.swf")):
         jobs = arrivals(swf(traces / file))
         assert [str(len(jobs)), f"{sum(job.task_s or 0 for job in jobs):.0f}"] == known[name]
 
@@ -137,9 +124,7 @@ def test_facebook(traces: Path) -> None:
 
 def test_facebook_has_jobs_too_large_for_tasks_of_a_byte(traces: Path) -> None:
     path = traces / "FB-2009_samples_24_times_1hr_0.tsv"
-    trace = table(
-        path, Columns("submit", tasks=ColumnSum(("input", "shuffle", "output"))), FACEBOOK
-    )
+    trace = table(path, Columns("submit", tasks=ColumnSum(("input", "shuffle", "output"))), FACEBOOK)
     kinds = {(kind.what, kind.done): kind.count for kind in summarize(trace.odd())}
     rows = [line.split("\t") for line in path.read_text().splitlines()]
     sums = [sum(map(int, row[3:])) for row in rows]
@@ -225,9 +210,7 @@ def test_taxi_counts(traces: Path) -> None:
 
 
 def test_a_count_can_be_one_large_job_instead(traces: Path) -> None:
-    jobs = arrivals(
-        table(traces / "nyc_taxi.csv", Columns("timestamp", tasks=ColumnSum(("value",))))
-    )
+    jobs = arrivals(table(traces / "nyc_taxi.csv", Columns("timestamp", tasks=ColumnSum(("value",)))))
     assert len(jobs) == 10_320
     assert max(job.tasks or 0 for job in jobs) == 39_197
 

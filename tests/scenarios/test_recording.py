@@ -35,12 +35,7 @@ def _record(compressed_: float = 1.0) -> Record:
         "by": [rng.uniform(1, 9) for _ in range(3 * JOBS)],
         "sum": [rng.expovariate(0.2) for _ in range(JOBS)],
     }
-    shapes = {
-        "parse": ((), None),
-        "price": (("parse",), None),
-        "by": (("price",), "key"),
-        "sum": (("by",), "*"),
-    }
+    shapes = {"parse": ((), None), "price": (("parse",), None), "by": (("price",), "key"), "sum": (("by",), "*")}
     jobs = tuple(
         JobRun(
             index=number,
@@ -94,9 +89,7 @@ def _record(compressed_: float = 1.0) -> Record:
     )
 
 
-def test_the_scenario_has_the_same_jobs_and_tasks_which_take_as_long_in_all(
-    tmp_path: Path,
-) -> None:
+def test_the_scenario_has_the_same_jobs_and_tasks_which_take_as_long_in_all(tmp_path: Path) -> None:
     past = _record()
     written = recording.write(recording.from_record(past, "again"), tmp_path / "again.yaml")
     assert (written.jobs, written.tasks) == (JOBS, 44 * JOBS)
@@ -156,9 +149,7 @@ ODD = InstanceRun("i-3", "default", "x9.enormous", "on-demand", "a", 1.0, None, 
 def test_a_record_of_any_backend_is_a_scenario_that_is_fine_and_its_jobs_are_a_trace(
     tmp_path: Path, backend: str, machines: tuple[InstanceRun, ...]
 ) -> None:
-    few = replace(
-        _record(), jobs=_record().jobs[:2], backend=backend, instances=machines, pools=POOLS
-    )
+    few = replace(_record(), jobs=_record().jobs[:2], backend=backend, instances=machines, pools=POOLS)
     path, kept = tmp_path / "again.yaml", tmp_path / "run.json"
     records.write(few, kept)
     written = recording.write(recording.from_record(records.read(kept), "again"), path)
@@ -199,14 +190,7 @@ def test_no_file_of_anothers_is_written_over_by_the_trace(tmp_path: Path) -> Non
         recording.write(past, tmp_path / "x.jsonl")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "y.jsonl").write_text("somebody's\n")
-    for text in (
-        "",
-        "arrivals: [{at: 0s}]",
-        "arrivals: [{trace: {file: z.jsonl}}]",
-        "5",
-        "{",
-        None,
-    ):
+    for text in ("", "arrivals: [{at: 0s}]", "arrivals: [{trace: {file: z.jsonl}}]", "5", "{", None):
         if text is None:
             (tmp_path / "y.yaml").unlink()
         else:
@@ -224,16 +208,7 @@ def test_the_file_is_one_that_a_person_can_read(tmp_path: Path) -> None:
     text = path.read_text()
     assert max(map(len, text.splitlines())) <= 110
     assert len(text.splitlines()) < 90
-    assert list(yaml.safe_load(text)) == [
-        "name",
-        "about",
-        "seed",
-        "jobs",
-        "arrivals",
-        "pools",
-        "policy",
-        "expect",
-    ]
+    assert list(yaml.safe_load(text)) == ["name", "about", "seed", "jobs", "arrivals", "pools", "policy", "expect"]
 
 
 def test_a_sample_is_evenly_spread() -> None:
@@ -247,7 +222,5 @@ def test_the_record_that_is_read_is_not_written_over(tmp_path: Path) -> None:
     before = path.read_bytes()
     for out in (path, tmp_path / "x" / ".." / "run.json"):
         with pytest.raises(UsageError, match="is the record that is read"):
-            scenario_records.write_scenario(
-                RecordRequest((), path, out, None, Home(tmp_path)), json=True
-            )
+            scenario_records.write_scenario(RecordRequest((), path, out, None, Home(tmp_path)), json=True)
     assert path.read_bytes() == before

@@ -9,17 +9,7 @@ import pytest
 
 from batchlab.core.api_types import JobView
 from batchlab.core.errors import Refused
-from batchlab.core.model import (
-    Bundle,
-    Failure,
-    FailureKind,
-    JobId,
-    Market,
-    Outcome,
-    Pool,
-    StageName,
-    TaskSet,
-)
+from batchlab.core.model import Bundle, Failure, FailureKind, JobId, Market, Outcome, Pool, StageName, TaskSet
 from batchlab.core.pricing import price_book
 from batchlab.core.pricing.price_book import HOURS_A_MONTH, WORKER_DISK_GB
 from batchlab.core.pricing.request_costs import Requests
@@ -33,9 +23,7 @@ from batchlab.scenarios.replay.run_state import GridSampler, ManagerConnection
 from tests.support.cli import a_grid, a_job
 
 
-def outcome(
-    tasks: range, *, attempt: int = 1, round_: int = 0, failed: int | None = None
-) -> Outcome:
+def outcome(tasks: range, *, attempt: int = 1, round_: int = 0, failed: int | None = None) -> Outcome:
     good = TaskSet.of(task for task in tasks if task != failed)
     bad = () if failed is None else (Failure(failed, FailureKind.EXCEPTION, "so"),)
     return Outcome(
@@ -79,8 +67,7 @@ def _grid(*instances: tuple[str, str, float]) -> dict[str, Any]:
     (pool,) = grid["pools"]
     (one,) = pool["instances"]
     pool["instances"] = [
-        {**one, "id": name, "state": state, "launched_s": launched_s}
-        for name, state, launched_s in instances
+        {**one, "id": name, "state": state, "launched_s": launched_s} for name, state, launched_s in instances
     ]
     return grid
 

@@ -101,15 +101,11 @@ class Maker:
         self.good -= 1
         template = due.template
         stages = tuple(map(stage_def, template.stages))
-        return PreparedJob(
-            due, JobDef(cast("Any", due.id), template.name, stages, 0.0, items=1), [None]
-        )
+        return PreparedJob(due, JobDef(cast("Any", due.id), template.name, stages, 0.0, items=1), [None])
 
 
 class World:
-    def __init__(
-        self, folder: Path, wanted: Scenario, maker: Maker | None = None, **manager: Any
-    ) -> None:
+    def __init__(self, folder: Path, wanted: Scenario, maker: Maker | None = None, **manager: Any) -> None:
         self.manager = Manager(**manager)
         self.link = Line(folder, self.manager)
         self.course = RunState(wanted, 1, expand(wanted, 1).jobs)
@@ -172,9 +168,7 @@ def test_a_bucket_that_is_away_while_jobs_run_cuts_the_run(tmp_path: Path) -> No
     assert world.manager.cancelled == world.manager.taken
 
 
-def test_a_submission_that_is_under_way_at_ctrl_c_is_recorded_and_cancelled(
-    tmp_path: Path,
-) -> None:
+def test_a_submission_that_is_under_way_at_ctrl_c_is_recorded_and_cancelled(tmp_path: Path) -> None:
     world = World(tmp_path, scenario(QUICK), slow_s=0.4)
     world.go(stop_when=lambda state: state.at_s > 0.05)
     assert world.course.cut == INTERRUPTED
@@ -183,9 +177,7 @@ def test_a_submission_that_is_under_way_at_ctrl_c_is_recorded_and_cancelled(
     assert world.course.told()
 
 
-def test_a_submission_that_nobody_answers_is_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_submission_that_nobody_answers_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(running, "LAST_S", 0.1)
 
     class Mute(Manager):

@@ -137,9 +137,7 @@ def led_after_s(record: Record) -> float:
         ("aws", 120.0, 260.0),
     ],
 )
-def test_a_dead_manager_is_followed_as_its_backend_does_it(
-    like: str, least_s: float, most_s: float
-) -> None:
+def test_a_dead_manager_is_followed_as_its_backend_does_it(like: str, least_s: float, most_s: float) -> None:
     record = struck(Fault(FaultName.MANAGER_CRASH, AT_S, FOR_S), like=like)
     assert least_s <= led_after_s(record) <= most_s
 
@@ -209,8 +207,5 @@ def test_a_slow_disk_is_that_of_the_instances_it_is_said_to_hit() -> None:
 
 def test_a_pause_that_begins_as_another_ends_holds_on() -> None:
     first, second = (Fault(FaultName.PAUSE, at_s, 15.0, count=1) for at_s in (AT_S, AT_S + 15.0))
-    steps = [
-        int(re.findall(r"(\d+) of their steps", one.evidence)[0])
-        for one in struck(first, second).faults
-    ]
+    steps = [int(re.findall(r"(\d+) of their steps", one.evidence)[0]) for one in struck(first, second).faults]
     assert steps[1] >= steps[0] > 0, "who had been let go between the two would have fewer"

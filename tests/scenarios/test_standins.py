@@ -20,13 +20,7 @@ from batchlab.runtime.home import Home
 from batchlab.scenarios.model import expansion
 from batchlab.scenarios.model.distributions import Constant, Lognormal
 from batchlab.scenarios.model.values import Job, JobTemplate, StageTemplate
-from batchlab.scenarios.replay.jobs import (
-    JobPreparer,
-    declared_s,
-    job_items,
-    stage_def,
-    stage_parameters,
-)
+from batchlab.scenarios.replay.jobs import JobPreparer, declared_s, job_items, stage_def, stage_parameters
 from batchlab.scenarios.replay.standin import standins
 from tests.support.scenarios.replay import claims, stage
 
@@ -80,9 +74,7 @@ def test_cpu_is_used_and_memory_is_held_and_disk_is_written(tmp_path: Path) -> N
     )
     told = json.dumps({"stages": {"w": shape("memory", hold=48 << 20)}})
     folder = str(Path(standins.__file__).parent)
-    done = subprocess.run(
-        [sys.executable, "-c", code, folder, told], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code, folder, told], capture_output=True, text=True, check=True)
     assert int(done.stdout) > 40 * 1024, "in KiB"
     run(item, "work", {"work": shape("io")}, scratch=tmp_path)
     assert 0 < (tmp_path / "written").stat().st_size <= standins.FILE_BYTES
@@ -111,9 +103,7 @@ def test_poison_kills_the_worker_and_not_the_task_alone(tmp_path: Path) -> None:
     )
     begun_s = time.monotonic()
     with subprocess.Popen(
-        [sys.executable, "-c", worker, code, str(Path(standins.__file__).parent)],
-        stdout=subprocess.PIPE,
-        text=True,
+        [sys.executable, "-c", worker, code, str(Path(standins.__file__).parent)], stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None
         task = int(process.stdout.readline())
@@ -132,13 +122,7 @@ def test_a_jobs_items_carry_what_the_scenario_draws_through_every_kind_of_stage(
         for one in (parse, price):
             seconds = expansion.task_s(7, job, one, task)
             assert item["t"][one.name] == [pytest.approx(seconds, abs=1e-6), [], False]
-    assert expansion.stage_sizes(template, 12) == {
-        "parse": 12,
-        "price": 12,
-        "by": 3,
-        "sum": 1,
-        "last": 1,
-    }
+    assert expansion.stage_sizes(template, 12) == {"parse": 12, "price": 12, "by": 3, "sum": 1, "last": 1}
     assert [set(one) for one in shapes["by"]["tasks"]] == [{"by"}] * 3
     assert [set(one) for one in shapes["sum"]["tasks"]] == [{"sum", "last"}]
     assert shapes["price"]["groups"] == {"group_by": 3}
@@ -153,10 +137,7 @@ def test_results_hand_on_what_the_next_stages_need_and_nothing_else() -> None:
     quick = claims(4)
     quick = JobTemplate(
         quick.name,
-        tuple(
-            StageTemplate(one.name, Constant(0.0), one.after, one.gather, one.groups)
-            for one in quick.stages
-        ),
+        tuple(StageTemplate(one.name, Constant(0.0), one.after, one.gather, one.groups) for one in quick.stages),
         quick.tasks,
     )
     job = Job(0, "j", quick, 0.0, 4)
@@ -203,9 +184,7 @@ def test_failures_and_deaths_are_drawn_as_the_simulator_draws_them() -> None:
         assert kills == (task < 2)
 
 
-@pytest.mark.parametrize(
-    ("wanted", "found"), [(0, (5.0, True)), (3, (3, False))], ids=["the file's", "the scenario's"]
-)
+@pytest.mark.parametrize(("wanted", "found"), [(0, (5.0, True)), (3, (3, False))], ids=["the file's", "the scenario's"])
 def test_real_work_survives_as_many_failures_as_the_scenario_says(
     wanted: int, found: tuple[float, bool], tmp_path: Path
 ) -> None:
@@ -224,26 +203,12 @@ def test_real_work_survives_as_many_failures_as_the_scenario_says(
         clock=backend.open_clock(),
         patience=factory.patience(),
     )
-    one = JobTemplate(
-        "real",
-        (stage("work", 1.0),),
-        Constant(2),
-        max_failures=wanted,
-        file=tmp_path / "job.yaml",
-    )
+    one = JobTemplate("real", (stage("work", 1.0),), Constant(2), max_failures=wanted, file=tmp_path / "job.yaml")
     ready = asyncio.run(preparer.prepare(Job(0, "j", one, 0.0, 2)))
     assert (ready.job.max_failures, ready.job.max_failures_percent) == found
 
 
 def test_a_stage_keeps_what_the_grid_goes_by() -> None:
-    one = stage_def(
-        stage("by", 1.0, gather="key", groups=3, after=("a",), slots=2, bundle=5, pool="big")
-    )
-    assert (one.gather, one.after, one.slots, one.bundle, one.pool) == (
-        "group_by",
-        ("a",),
-        2,
-        5,
-        "big",
-    )
+    one = stage_def(stage("by", 1.0, gather="key", groups=3, after=("a",), slots=2, bundle=5, pool="big"))
+    assert (one.gather, one.after, one.slots, one.bundle, one.pool) == ("group_by", ("a",), 2, 5, "big")
     assert stage_def(stage("sum", 1.0, gather="*", after=("a",))).gather == "*"

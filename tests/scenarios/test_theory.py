@@ -33,10 +33,7 @@ from tests.support.scenarios.ideal_grid import IN_ORDER, LIKE, NOTHING, servers
 ALL = "BATCHLAB_GOLDEN"
 """Environment variable that asks for every row, which takes minutes."""
 
-FILES = {
-    "nasa-ipsc": "NASA-iPSC-1993-3.1-cln.swf.gz",
-    "hpc2n-head": "hpc2n-2002-head.swf",
-}
+FILES = {"nasa-ipsc": "NASA-iPSC-1993-3.1-cln.swf.gz", "hpc2n-head": "hpc2n-2002-head.swf"}
 
 
 def rows(shared_data: Path, name: str) -> list[dict[str, str]]:
@@ -98,18 +95,9 @@ def waits_of(record: Record) -> list[float]:
 
 @pytest.mark.parametrize(
     ("trace", "slots"),
-    [
-        ("hpc2n-head", 16),
-        ("hpc2n-head", 8),
-        ("nasa-ipsc", 8),
-        ("nasa-ipsc", 4),
-        ("nasa-ipsc", 3),
-        ("nasa-ipsc", 2),
-    ],
+    [("hpc2n-head", 16), ("hpc2n-head", 8), ("nasa-ipsc", 8), ("nasa-ipsc", 4), ("nasa-ipsc", 3), ("nasa-ipsc", 2)],
 )
-def test_a_trace_waits_as_two_independent_replays_say(
-    shared_data: Path, trace: str, slots: int
-) -> None:
+def test_a_trace_waits_as_two_independent_replays_say(shared_data: Path, trace: str, slots: int) -> None:
     """The reference is SimPy's and the Kiefer-Wolfowitz recursion's, which agree on every job."""
     if (trace, slots) not in QUICK and not os.environ.get(ALL):
         pytest.skip(f"takes minutes: {ALL} asks for it")
@@ -138,9 +126,7 @@ def recursion(plan: Scenario, slots: int, task_s: float = 0.0) -> Iterator[float
 
 
 @pytest.mark.parametrize("slots", [8, 4, 3, 2])
-def test_the_recursion_says_of_a_whole_trace_what_the_reference_says(
-    shared_data: Path, slots: int
-) -> None:
+def test_the_recursion_says_of_a_whole_trace_what_the_reference_says(shared_data: Path, slots: int) -> None:
     """So it may stand for the reference where that has no row."""
     row = golden(shared_data, "nasa-ipsc", slots)
     waits_s = sorted(recursion(servers(source(shared_data, "nasa-ipsc"), slots), slots))
@@ -216,9 +202,7 @@ def test_jobs_wait_as_erlang_says(shared_data: Path) -> None:
         record = simulate(plan, seed=seed, like=LIKE, calibration=NOTHING, options=IN_ORDER)
         # The first half hour finds an empty grid.
         waits_s = [
-            job.started_s - job.due_s
-            for job in record.jobs
-            if job.started_s is not None and job.due_s >= WARMUP_S
+            job.started_s - job.due_s for job in record.jobs if job.started_s is not None and job.due_s >= WARMUP_S
         ]
         waiting.append(fmean(wait_s > 1e-6 for wait_s in waits_s))
         mean_s.append(fmean(waits_s))
@@ -268,10 +252,7 @@ def test_the_grids_own_policy_adds_what_aws_adds(shared_data: Path) -> None:
     example, told = Example(), published(shared_data)
     assert example.target == told["acceptable backlog per instance (target)"]
     assert example.backlog == told["current backlog per instance"]
-    alive = tuple(
-        Instance(f"i-{n}", "default", LifecycleState.IN_SERVICE, 0.0)
-        for n in range(example.instances)
-    )
+    alive = tuple(Instance(f"i-{n}", "default", LifecycleState.IN_SERVICE, 0.0) for n in range(example.instances))
     view = GroupView(Pool("default", 0, 100, 1), example.instances, alive)
     backlog = Backlog(example.messages * example.message_s, example.messages)
     desired, why = desired_capacity(backlog, view, example.latency_s)
@@ -286,9 +267,7 @@ def test_target_tracking_adds_what_aws_adds(shared_data: Path) -> None:
         await w.group(example.instances, replace(CONFIG, max_size=100, default_instance_warmup=0))
         metric = '{"MetricName": "backlog", "Namespace": "x", "Statistic": "Average"}'
         tracking = TargetTracking(example.target, customized_metric_specification=metric)
-        policy = ScalingPolicy(
-            GROUP, "backlog", "TargetTrackingScaling", target_tracking_configuration=tracking
-        )
+        policy = ScalingPolicy(GROUP, "backlog", "TargetTrackingScaling", target_tracking_configuration=tracking)
         w.asg.put_scaling_policy(policy)
         for _ in range(4):
             w.metrics.put("backlog", example.backlog)

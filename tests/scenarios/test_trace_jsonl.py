@@ -19,12 +19,7 @@ from batchlab.scenarios.model.expansion import compress_scenario, expand
 from batchlab.scenarios.model.values import Arrival, JobTemplate, PoolPlan, Scenario, StageTemplate
 from batchlab.scenarios.traces.rows import RECORD_COLUMNS, Columns, ColumnSum
 from tests.support.scenarios.records import a_job, a_record
-from tests.support.scenarios.trace_files import (
-    arrivals,
-    jsonl,
-    odd,
-    written,
-)
+from tests.support.scenarios.trace_files import arrivals, jsonl, odd, written
 
 
 def test_jobs_of_a_record_as_lines(tmp_path: Path) -> None:
@@ -34,13 +29,8 @@ def test_jobs_of_a_record_as_lines(tmp_path: Path) -> None:
     ]
     text = "\n".join(json.dumps(one) for one in record_jobs(a_record(*runs)))
     trace = jsonl(written(tmp_path, text), template="")
-    assert arrivals(trace) == [
-        Arrival(0.0, "claims", 5, None, "first", "a"),
-        Arrival(15.0, "media", 6),
-    ]
-    assert odd(trace) == [
-        (2, "no count of its first stage's tasks", "that of all stages was taken", "")
-    ]
+    assert arrivals(trace) == [Arrival(0.0, "claims", 5, None, "first", "a"), Arrival(15.0, "media", 6)]
+    assert odd(trace) == [(2, "no count of its first stage's tasks", "that of all stages was taken", "")]
     assert {one.template for one in arrivals(jsonl(trace.path))} == {"j"}
 
 
@@ -50,9 +40,7 @@ def record_jobs(run: record.Record) -> list[dict[str, object]]:
 
 
 def test_a_whole_record_is_stretched_to_its_own_time(tmp_path: Path) -> None:
-    run = replace(
-        a_record(a_job(0, due_s=1.0, tasks=5), a_job(1, due_s=3.0, tasks=4)), compressed=60.0
-    )
+    run = replace(a_record(a_job(0, due_s=1.0, tasks=5), a_job(1, due_s=3.0, tasks=4)), compressed=60.0)
     path = tmp_path / "run.json"
     record.write(run, path)
     assert [(one.at_s, one.tasks) for one in arrivals(jsonl(path))] == [(0.0, 5), (120.0, 4)]
@@ -65,10 +53,7 @@ def test_a_whole_record_is_stretched_to_its_own_time(tmp_path: Path) -> None:
 def test_what_a_forecast_has_recorded_can_be_played_again(tmp_path: Path) -> None:
     template = JobTemplate(
         "claims",
-        (
-            StageTemplate("parse", Constant(4.0)),
-            StageTemplate("sum", Constant(2.0), after=("parse",), gather="*"),
-        ),
+        (StageTemplate("parse", Constant(4.0)), StageTemplate("sum", Constant(2.0), after=("parse",), gather="*")),
         Uniform(3.0, 30.0),
         tenant="a",
     )
@@ -89,9 +74,7 @@ def test_what_a_forecast_has_recorded_can_be_played_again(tmp_path: Path) -> Non
     assert [(job.tasks, job.template, job.tenant) for job in again.jobs] == [
         (job.tasks, job.template, job.tenant) for job in jobs
     ]
-    assert [job.due_s + jobs[0].due_s for job in again.jobs] == pytest.approx(
-        [job.due_s for job in jobs]
-    )
+    assert [job.due_s + jobs[0].due_s for job in again.jobs] == pytest.approx([job.due_s for job in jobs])
 
 
 def test_lines_of_ones_own_are_mapped(tmp_path: Path) -> None:
@@ -99,14 +82,9 @@ def test_lines_of_ones_own_are_mapped(tmp_path: Path) -> None:
         {"when": {"start": "2026-01-01T00:00:00Z"}, "n": "12", "sec": 2},
         {"when": {"start": "2026-01-01T00:01:00Z"}, "n": 3, "sec": 0.5, "who": 7},
     ]
-    columns = Columns(
-        "when.start", tasks=ColumnSum(("n",), per=4), task_s=ColumnSum(("sec",)), tenant="who"
-    )
+    columns = Columns("when.start", tasks=ColumnSum(("n",), per=4), task_s=ColumnSum(("sec",)), tenant="who")
     trace = jsonl(written(tmp_path, "\n".join(map(json.dumps, lines))), columns)
-    assert arrivals(trace) == [
-        Arrival(0.0, "j", 3, 2.0),
-        Arrival(60.0, "j", 1, 0.5, "", "7"),
-    ]
+    assert arrivals(trace) == [Arrival(0.0, "j", 3, 2.0), Arrival(60.0, "j", 1, 0.5, "", "7")]
     with pytest.raises(UsageError, match=r"No record of the trace .* has 'size'") as caught:
         arrivals(jsonl(trace.path, Columns("when.start", tasks=ColumnSum(("size",)))))
     assert "when, n, sec" in caught.value.remedy

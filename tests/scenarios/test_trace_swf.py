@@ -12,15 +12,7 @@ import pytest
 
 from batchlab.scenarios.model.values import Arrival
 from batchlab.scenarios.traces.rows import SWF_COLUMNS, ColumnSum
-from tests.support.scenarios.trace_files import (
-    JOB,
-    PROCESSORS,
-    arrivals,
-    job,
-    odd,
-    swf,
-    written,
-)
+from tests.support.scenarios.trace_files import JOB, PROCESSORS, arrivals, job, odd, swf, written
 
 
 def test_swf_fields_become_a_job(tmp_path: Path) -> None:
@@ -42,13 +34,7 @@ def test_swf_is_gzip_whatever_its_name_says(tmp_path: Path) -> None:
 
 
 def test_swf_with_other_numbers_of_fields(tmp_path: Path) -> None:
-    lines = [
-        job(1),
-        f"{job(2)} 1 2 3",
-        "3 20 -1 5",
-        "4 30",
-        f"{job(5)} 9",
-    ]
+    lines = [job(1), f"{job(2)} 1 2 3", "3 20 -1 5", "4 30", f"{job(5)} 9"]
     trace = swf(written(tmp_path, "\n".join(lines)))
     assert [one.label for one in arrivals(trace)] == ["1", "2", "5", "3"]
     assert odd(trace) == [
@@ -68,13 +54,7 @@ def test_a_short_record_is_kept_where_it_lacks_only_a_name(tmp_path: Path) -> No
 
 
 def test_swf_with_run_times_that_are_none(tmp_path: Path) -> None:
-    lines = [
-        job(1, 0, -1),
-        job(2, 1, -50),
-        job(3, 2, 0),
-        JOB.format(n=4, at=3, run="x"),
-        job(5, -1),
-    ]
+    lines = [job(1, 0, -1), job(2, 1, -50), job(3, 2, 0), JOB.format(n=4, at=3, run="x"), job(5, -1)]
     trace = swf(written(tmp_path, "\n".join(lines)))
     assert [one.label for one in arrivals(trace)] == ["3"]
     assert odd(trace) == [
@@ -124,12 +104,7 @@ def test_blank_lines_at_the_end_are_nothing_and_between_records_odd(tmp_path: Pa
 def test_a_header_that_promises_more(tmp_path: Path) -> None:
     trace = swf(written(tmp_path, f"; MaxJobs: 9\n; MaxRecords: 2000\n{job(1)}\n"))
     assert odd(trace) == [
-        (
-            2,
-            "the header promises another number of records",
-            "those that are there were read",
-            "2,000, not 1",
-        )
+        (2, "the header promises another number of records", "those that are there were read", "2,000, not 1")
     ]
     assert not swf(written(tmp_path, f"; MaxJobs: 9\n; MaxRecords: 1\n{job(1)}\n", "b")).odd()
 
@@ -149,9 +124,7 @@ def cut(whole: int, end: bytes) -> bytes:
 
 @pytest.mark.parametrize("whole", [len(ROWS) // 3, len(ROWS)])
 @pytest.mark.parametrize("end", [b"", b"\xff" * 400])
-def test_of_a_gzip_file_all_rows_before_its_damage_are_read(
-    tmp_path: Path, whole: int, end: bytes
-) -> None:
+def test_of_a_gzip_file_all_rows_before_its_damage_are_read(tmp_path: Path, whole: int, end: bytes) -> None:
     trace = swf(written(tmp_path, cut(whole, end)))
     rows = ROWS[:whole].count(b"\n")
     assert [f"{one.task_s:.0f}" for one in arrivals(trace)] == [
@@ -172,9 +145,7 @@ def test_of_a_gzip_file_all_rows_before_its_damage_are_read(
         (PACKED[:-4] + b"\1" * 4, 2000, (2001, *SUM)),
     ],
 )
-def test_what_is_behind_a_gzip_file(
-    tmp_path: Path, data: bytes, jobs: int, told: tuple[int, str, str] | None
-) -> None:
+def test_what_is_behind_a_gzip_file(tmp_path: Path, data: bytes, jobs: int, told: tuple[int, str, str] | None) -> None:
     trace = swf(written(tmp_path, data))
     assert len(arrivals(trace)) == jobs
     odds = [one[:3] for one in odd(trace) if "before" not in one[1]]

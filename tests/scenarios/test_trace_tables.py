@@ -11,13 +11,7 @@ import pytest
 from batchlab.core.errors import UsageError
 from batchlab.scenarios.model.values import Arrival
 from batchlab.scenarios.traces.rows import Columns, ColumnSum
-from tests.support.scenarios.trace_files import (
-    LOG,
-    arrivals,
-    odd,
-    table,
-    written,
-)
+from tests.support.scenarios.trace_files import LOG, arrivals, odd, table, written
 
 
 @pytest.mark.parametrize("delimiter", [",", "\t", ";", "|"])
@@ -95,9 +89,7 @@ def test_odd_rows_of_a_table(tmp_path: Path) -> None:
         ("-5", "5", "s", 10.0),
     ],
 )
-def test_forms_of_timestamps(
-    tmp_path: Path, first: str, second: str, unit: str, gap_s: float
-) -> None:
+def test_forms_of_timestamps(tmp_path: Path, first: str, second: str, unit: str, gap_s: float) -> None:
     trace = table(written(tmp_path, f"at;n\n{first};1\n{second};2\n"), Columns("at", unit=unit))
     assert [one.at_s for one in arrivals(trace)] == pytest.approx([0.0, gap_s], abs=2e-6)
     assert not trace.odd()
@@ -108,12 +100,7 @@ def test_a_zone_unlike_the_first_is_odd(tmp_path: Path) -> None:
     trace = table(written(tmp_path, text), Columns("at"))
     assert [one.at_s for one in arrivals(trace)] == [0.0, 3600.0, 7200.0]
     assert odd(trace) == [
-        (
-            3,
-            "at has a zone, unlike the first",
-            "what has none is read as UTC",
-            "'2026-01-01T02:00+01:00'",
-        )
+        (3, "at has a zone, unlike the first", "what has none is read as UTC", "'2026-01-01T02:00+01:00'")
     ]
 
 

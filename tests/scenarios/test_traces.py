@@ -18,24 +18,13 @@ from batchlab.scenarios.model.values import Anomaly
 from batchlab.scenarios.traces.rows import AnomalyKind, Columns, ColumnSum, describe, summarize
 from batchlab.scenarios.traces.source import Trace, TraceFormat
 from tests.support.properties import PROPERTY
-from tests.support.scenarios.trace_files import (
-    LOG,
-    PROCESSORS,
-    arrivals,
-    job,
-    jsonl,
-    swf,
-    table,
-    written,
-)
+from tests.support.scenarios.trace_files import LOG, PROCESSORS, arrivals, job, jsonl, swf, table, written
 
 
 def test_a_part_of_a_trace(tmp_path: Path) -> None:
     path = written(tmp_path, "\n".join(job(n, 100 + 10 * n, 6) for n in range(20)))
     part = replace(swf(path), from_s=50.0, until_s=100.0, starts_s=1000.0)
-    assert [(one.at_s, one.label) for one in arrivals(part)] == [
-        (1000.0 + 10 * n, str(5 + n)) for n in range(5)
-    ]
+    assert [(one.at_s, one.label) for one in arrivals(part)] == [(1000.0 + 10 * n, str(5 + n)) for n in range(5)]
     assert len(arrivals(replace(part, limit=2))) == 2
     assert [(one.at_s, one.task_s) for one in arrivals(replace(part, limit=2).compressed(10))] == [
         (100.0, 0.6),
@@ -54,9 +43,7 @@ def test_a_part_of_a_trace(tmp_path: Path) -> None:
         ({"template": ""}, "names the job"),
     ],
 )
-def test_what_makes_no_trace_is_refused(
-    tmp_path: Path, change: dict[str, object], message: str
-) -> None:
+def test_what_makes_no_trace_is_refused(tmp_path: Path, change: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(swf(tmp_path), **change)  # type: ignore[arg-type]
 
@@ -171,12 +158,8 @@ TRACES: dict[str, Callable[[Path], Trace]] = {
 @given(
     lines=st.lists(
         ANY
-        | st.lists(
-            st.sampled_from(["-1", "0", "7", "1e3", "x", "", "nan", '"', "{", "5.5"]), max_size=22
-        ).map(" ".join)
-        | st.lists(st.sampled_from(["-1", "0", "7", "x", "", '"', "2026-01-01"]), max_size=6).map(
-            ",".join
-        )
+        | st.lists(st.sampled_from(["-1", "0", "7", "1e3", "x", "", "nan", '"', "{", "5.5"]), max_size=22).map(" ".join)
+        | st.lists(st.sampled_from(["-1", "0", "7", "x", "", '"', "2026-01-01"]), max_size=6).map(",".join)
         | st.fixed_dictionaries(
             {},
             optional={
@@ -206,6 +189,4 @@ def test_every_line_is_a_job_or_is_reported(tmp_path: Path, form: str, lines: li
     assert reading.records == len(text) - blank - comments
     last = max((n for n, line in enumerate(text, 1) if line and not line.isspace()), default=0)
     skipped = {one.line for one in reading.odd if one.what == "a blank line"}
-    assert skipped == {
-        n for n, line in enumerate(text, 1) if n < last and (not line or line.isspace())
-    }
+    assert skipped == {n for n, line in enumerate(text, 1) if n < last and (not line or line.isspace())}

@@ -21,9 +21,7 @@ def measured(name: str, record: Record, template: str = "") -> Any:
     return MEASURES[name].of(record, template)
 
 
-TWENTY = a_record(
-    *(a_job(i, due_s=10.0 * i, started_s=11.0 * i, ended_s=10.0 * i + 100) for i in range(1, 21))
-)
+TWENTY = a_record(*(a_job(i, due_s=10.0 * i, started_s=11.0 * i, ended_s=10.0 * i + 100) for i in range(1, 21)))
 
 
 def test_a_quantile_is_a_number_that_was_seen() -> None:
@@ -36,13 +34,7 @@ def test_a_quantile_is_a_number_that_was_seen() -> None:
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [
-        ("makespan", 290.0),
-        ("p50_wait", 10.0),
-        ("p95_wait", 19.0),
-        ("max_wait", 20.0),
-        ("p95_turnaround", 100.0),
-    ],
+    [("makespan", 290.0), ("p50_wait", 10.0), ("p95_wait", 19.0), ("max_wait", 20.0), ("p95_turnaround", 100.0)],
 )
 def test_times_are_from_when_a_job_was_due(name: str, expected: float) -> None:
     assert measured(name, TWENTY) == expected

@@ -15,13 +15,7 @@ from batchlab.core.model import Pool
 from batchlab.runtime import aws_deployment, factory
 from batchlab.runtime.aws_deployment import AwsDeployment, Database
 from batchlab.runtime.home import Home
-from batchlab.scenarios.faults.aws_stack import (
-    StackFaults,
-    ZoneOutage,
-    _count_waiting,
-    _Group,
-    _launched_elsewhere,
-)
+from batchlab.scenarios.faults.aws_stack import StackFaults, ZoneOutage, _count_waiting, _Group, _launched_elsewhere
 from batchlab.scenarios.faults.target_grid import FaultResult, TargetGrid
 from batchlab.scenarios.model.values import Fault, FaultName
 from tests.scenarios.test_fault_table import grid
@@ -51,14 +45,10 @@ def make(moto: Endpoint) -> tuple[Any, list[str]]:
     ec2, scaling = aws(moto, "ec2"), aws(moto, "autoscaling")
     vpc = ec2.create_vpc(CidrBlock="10.9.0.0/16")["Vpc"]["VpcId"]
     subnets = [
-        ec2.create_subnet(VpcId=vpc, CidrBlock=f"10.9.{n}.0/24", AvailabilityZone=zone)["Subnet"][
-            "SubnetId"
-        ]
+        ec2.create_subnet(VpcId=vpc, CidrBlock=f"10.9.{n}.0/24", AvailabilityZone=zone)["Subnet"]["SubnetId"]
         for n, zone in enumerate(("us-east-1a", "us-east-1b"))
     ]
-    ec2.create_launch_template(
-        LaunchTemplateName="tpl", LaunchTemplateData={"ImageId": "ami-12c6146b"}
-    )
+    ec2.create_launch_template(LaunchTemplateName="tpl", LaunchTemplateData={"ImageId": "ami-12c6146b"})
     for name, where in (("wide", subnets), ("narrow", subnets[:1])):
         scaling.create_auto_scaling_group(
             AutoScalingGroupName=f"s-{name}",
@@ -102,19 +92,12 @@ def test_subnets_of_a_lost_zone_are_taken_and_given_back(moto: Endpoint, tmp_pat
     try:
         seen = asyncio.run(lose(zone="a"))  # as a scenario says it
         assert seen.targets == ("i-us-east-1a",)
-        assert meanwhile[0] == {
-            "s-wide": ({subnets[1]}, []),
-            "s-narrow": ({subnets[0]}, ["Launch"]),
-        }
+        assert meanwhile[0] == {"s-wide": ({subnets[1]}, []), "s-narrow": ({subnets[0]}, ["Launch"])}
         assert state() == before
-        assert (
-            "launched in us-east-1b only, and then in us-east-1a, us-east-1b again" in seen.evidence
-        )
+        assert "launched in us-east-1b only, and then in us-east-1a, us-east-1b again" in seen.evidence
         assert "There are" not in seen.impossible
         empty = asyncio.run(lose())
-        assert empty.impossible.startswith(
-            "No instance was in us-east-1a, and no launch was pending"
-        )
+        assert empty.impossible.startswith("No instance was in us-east-1a, and no launch was pending")
         assert state() == before
         nowhere = asyncio.run(lose(zone="f"))
         assert nowhere.impossible.startswith("No group launches in the zone 'f'")
@@ -136,10 +119,7 @@ def test_launches_that_go_elsewhere_or_wait_are_what_is_seen_of_an_empty_zone() 
     ]
     assert _launched_elsewhere(before, now, "z-a") == {"i2"}
     assert _count_waiting(before, now) == 2
-    assert (_launched_elsewhere(before, before, "z-a"), _count_waiting(before, before)) == (
-        set(),
-        0,
-    )
+    assert (_launched_elsewhere(before, before, "z-a"), _count_waiting(before, before)) == (set(), 0)
 
 
 def test_rds_is_rebooted_and_the_ledger_rebuilt(

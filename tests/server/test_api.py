@@ -15,14 +15,7 @@ import httpx
 import pytest
 
 from batchlab.client.http import Client
-from batchlab.core.errors import (
-    BackendError,
-    BatchlabError,
-    NotFound,
-    Refused,
-    Unreachable,
-    UsageError,
-)
+from batchlab.core.errors import BackendError, BatchlabError, NotFound, Refused, Unreachable, UsageError
 from batchlab.core.job_definition import RetryRule, StageDef
 from batchlab.core.model import StageName
 from batchlab.core.protocol import json_format
@@ -118,10 +111,7 @@ def test_a_job_arrives_as_it_was_sent(rig: Rig) -> None:
 
 BAD: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a missing field": (lambda doc: doc.pop("name"), "not valid at body.job.name"),
-    "a wrong type": (
-        lambda doc: doc["stages"][0].update(slots="many"),
-        "not valid at body.job.stages.0.slots",
-    ),
+    "a wrong type": (lambda doc: doc["stages"][0].update(slots="many"), "not valid at body.job.stages.0.slots"),
     "an unknown failure kind": (
         lambda doc: doc["stages"][0]["retry"].update(kinds=["bad luck"]),
         "body.job.stages.0.retry.kinds.0",
@@ -307,9 +297,7 @@ def test_of_a_request_without_the_token_no_body_is_read(rig: Rig, given: dict[st
     assert read
 
 
-def test_a_body_that_is_read_as_a_whole_has_a_limit(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_body_that_is_read_as_a_whole_has_a_limit(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(authentication, "MOST_BYTES", 2**20)
 
     def chunks() -> Iterator[bytes]:

@@ -75,9 +75,7 @@ def test_failures_come_in_pages_each_once(rig: Rig, monkeypatch: pytest.MonkeyPa
 def test_where_a_page_ends_is_checked(rig: Rig, after: str) -> None:
     name = rig.submit(job(token="ends"))
     answer = rig.http.get(
-        f"/v1/jobs/{name}/failures",
-        params={"after": after},
-        headers={"Authorization": "Bearer correct horse"},
+        f"/v1/jobs/{name}/failures", params={"after": after}, headers={"Authorization": "Bearer correct horse"}
     )
     assert answer.status_code == 422
     assert answer.json()["remedy"] == "Give `next` of the page before."

@@ -52,10 +52,7 @@ def _nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
 
 
 def send(
-    rig: Rig,
-    files: Sequence[tuple[str, str]] = FILES,
-    data: Sequence[tuple[str, str]] = (),
-    **fields: Any,
+    rig: Rig, files: Sequence[tuple[str, str]] = FILES, data: Sequence[tuple[str, str]] = (), **fields: Any
 ) -> httpx.Response:
     parts = [("files", (name, text.encode())) for name, text in files]
     parts += [("data", (name, text.encode())) for name, text in data]
@@ -66,9 +63,7 @@ def test_a_folder_becomes_a_job(rig: Rig) -> None:
     answer = send(rig, set=["year=2026"], token="one")
     assert answer.status_code == 201, answer.text
     view = answer.json()
-    spec = json_format.job_from_json(
-        json_format.loads(rig.run(rig.objects.get(object_keys.spec(JobId(view["id"])))))
-    )
+    spec = json_format.job_from_json(json_format.loads(rig.run(rig.objects.get(object_keys.spec(JobId(view["id"]))))))
     assert dict(spec.params) == {"year": 2026}
     assert spec.input
     assert rig.run(rig.objects.get(spec.input.keys[0])) == b"1\n2\n3\n"
@@ -134,9 +129,7 @@ def test_what_makes_no_job_is_refused_in_words(
 ) -> None:
     if not files:
         fields = {"token": "x"}
-        answer = rig.http.post(
-            "/v1/jobs/files", files=[("other", ("x", b""))], data=fields, headers=AUTH
-        )
+        answer = rig.http.post("/v1/jobs/files", files=[("other", ("x", b""))], data=fields, headers=AUTH)
     else:
         answer = send(rig, files, **fields)
     assert answer.status_code == 422, answer.text
@@ -161,9 +154,7 @@ def test_a_job_file_names_nothing_but_what_came_along(rig: Rig, line: str) -> No
     assert "not among the files that came along" in answer.json()["error"]
 
 
-def test_an_upload_says_how_long_it_is_and_is_not_too_long(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_upload_says_how_long_it_is_and_is_not_too_long(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     def chunks() -> Iterator[bytes]:
         yield b"x"
 
@@ -203,9 +194,7 @@ def test_an_upload_is_on_the_disk_while_it_comes_and_there_must_be_room(
     assert "job submit" in answer.json()["remedy"]
 
 
-def test_code_that_is_sent_to_the_manager_has_a_limit(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_code_that_is_sent_to_the_manager_has_a_limit(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(job_files, "MOST_CODE_BYTES", 1000)
     data = ("sums/data/b.txt", "1\n" * 5000)
     assert send(rig, [*FILES, data]).status_code == 201, "data is not code"
@@ -299,15 +288,11 @@ def test_an_archive_is_no_larger_than_its_budget_whatever_a_result_says(
     monkeypatch.setattr(grid.objects, "download", None)  # it is refused before it is read
     answer = fetched(grid, large)
     assert answer.status_code == 422
-    assert answer.json()["error"] == (
-        "The job has more than 9.8 KiB of results, too much for an archive."
-    )
+    assert answer.json()["error"] == ("The job has more than 9.8 KiB of results, too much for an archive.")
     assert "`batchlab job results` fetches them" in answer.json()["remedy"]
 
 
-@pytest.mark.parametrize(
-    "value", [VALUE, [VALUE, {"$value": "files/w"}]], ids=["one", "several of one result"]
-)
+@pytest.mark.parametrize("value", [VALUE, [VALUE, {"$value": "files/w"}]], ids=["one", "several of one result"])
 def test_a_value_is_read_no_further_than_memory_is_granted(
     grid: Rig, monkeypatch: pytest.MonkeyPatch, value: Any
 ) -> None:

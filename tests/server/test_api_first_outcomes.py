@@ -58,9 +58,7 @@ def test_they_are_told_as_soon_as_they_are_committed_and_counted_later(
     one = replace(job(), items=2, input=None)
     accepted = threading.Event()
     with ThreadPoolExecutor() as threads:
-        asked = threads.submit(
-            rig.client.submit_and_hear, one, [1, 2], accepted.set, wait_s=DEADLINE_S
-        )
+        asked = threads.submit(rig.client.submit_and_hear, one, [1, 2], accepted.set, wait_s=DEADLINE_S)
         assert accepted.wait(DEADLINE_S)
         first, second = outcomes_of(rig, one.id, 2)
         rig.until(lambda: rig.manager.lives[one.id].listeners, "whoever waits")

@@ -115,9 +115,7 @@ def test_a_shutdown_is_passed_on_after_its_answer(rig: Rig) -> None:
 def test_why_follows_a_job_through_its_life(rig: Rig) -> None:
     """At every moment there is a reason, and it is the right one."""
     last = StageDef(StageName("sum"), after=(MAP,), gather="*", handler="m:g")
-    name = rig.submit(
-        job(tasks=1, after=[last], retry=RetryRule(attempts=2, backoff_s=600.0, jitter=0.0))
-    )
+    name = rig.submit(job(tasks=1, after=[last], retry=RetryRule(attempts=2, backoff_s=600.0, jitter=0.0)))
     rig.outstanding(name, 1)
     (instance,) = rig.instances(1, "Pending")
     assert "pool default has 0 of max 2 instances in service, 1 launched" in rig.client.why(name)
@@ -135,16 +133,12 @@ def test_why_tells_that_instances_cannot_be_launched() -> None:
     with Rig() as rig:
         rig.launcher.refuse = lambda _pool, _instance: "the image is missing"
         name = rig.submit(job(tasks=1))
-        answer = rig.until(
-            lambda: text if "missing" in (text := rig.client.why(name)) else "", "the failure"
-        )
+        answer = rig.until(lambda: text if "missing" in (text := rig.client.why(name)) else "", "the failure")
         assert "It is waiting for capacity: workers of pool default do not come up" in answer
         assert "its launch failed: the image is missing" in answer
 
 
-def test_why_tells_of_a_backend_that_does_not_answer(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_why_tells_of_a_backend_that_does_not_answer(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> GroupView:
         raise Unreachable("Docker does not answer.")
 

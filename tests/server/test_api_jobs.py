@@ -155,9 +155,7 @@ def test_outcomes_come_in_the_order_of_their_folding_and_once(rig: Rig) -> None:
     by_task = sorted(seen, key=lambda one: one["bundle"])
     tasks = [(one["tasks"], one["failed"]) for one in by_task]
     assert tasks == [([[0, 1]], 0), ([], 1), ([[2, 3]], 0), ([[3, 4]], 0)]
-    outcome = json_format.outcome_from_json(
-        json_format.loads(rig.run(rig.objects.get(by_task[2]["key"])))
-    )
+    outcome = json_format.outcome_from_json(json_format.loads(rig.run(rig.objects.get(by_task[2]["key"]))))
     assert outcome.values == (2,)
     assert rig.client.outcomes(name, stage="other")["outcomes"] == []
 
@@ -229,9 +227,7 @@ def test_an_answer_holds_only_so_much_of_logs_and_says_what_it_leaves_out(
     assert all("left out" in texts[n] for n in (2, 3))
     # With both, nothing is left out.
     monkeypatch.setattr(logs, "MOST_BYTES", size * 4)
-    assert [log["text"] for log in rig.client.logs(name)] == [
-        f"task {n}, try 1\n" for n in range(4)
-    ]
+    assert [log["text"] for log in rig.client.logs(name)] == [f"task {n}, try 1\n" for n in range(4)]
     monkeypatch.setattr(logs, "MOST_BYTES", size * 2)
     # Whoever follows gets the rest in the next answer.
     followed: list[str] = []
@@ -251,9 +247,7 @@ def test_tails_are_asked_for_by_the_word_that_workers_read(rig: Rig) -> None:
     def word() -> json_format.Word:
         return json_format.word_from_bytes(rig.run(rig.objects.get(key)))
 
-    tails = [
-        Tail("map", o.bundle.tasks.first, 1, 0, o.bundle.id, "x", 0, 5, "hello") for o in bundles
-    ]
+    tails = [Tail("map", o.bundle.tasks.first, 1, 0, o.bundle.id, "x", 0, 5, "hello") for o in bundles]
     rig.run(rig.objects.put(object_keys.tail(JobId(name), "w-1"), to_bytes(tails)))
     rig.until(lambda: rig.client.tails(name)["tails"], "the tails")
     assert replace(word(), tail_s=None) == json_format.Word(Control.RUN, tail=1)

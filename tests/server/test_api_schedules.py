@@ -26,9 +26,7 @@ def test_a_schedule_is_kept_shown_steered_and_removed(rig: Rig) -> None:
     assert client.add_schedule(described(), job()) == view
     with pytest.raises(Refused, match="when it is due"):
         client.add_schedule(described(cron="0 3 * * *"), job())
-    assert (
-        client.add_schedule(described(cron="0 3 * * *"), job(), replace=True)["cron"] == "0 3 * * *"
-    )
+    assert client.add_schedule(described(cron="0 3 * * *"), job(), replace=True)["cron"] == "0 3 * * *"
     assert client.pause_schedule("nightly")["state"] == "paused"
     with pytest.raises(Refused, match="paused already"):
         client.pause_schedule("nightly")
@@ -48,9 +46,7 @@ def test_a_run_by_hand_is_a_job_with_the_schedules_name_in_its_tags(rig: Rig) ->
     assert rig.client.run_schedule("nightly", "mine") == run
     rig.work(run["job"], 4)
     assert rig.ended(run["job"])["tags"]["schedule"] == "nightly"
-    rig.until(
-        lambda: rig.client.schedule("nightly")["runs"][0]["result"] == "SUCCEEDED", "its result"
-    )
+    rig.until(lambda: rig.client.schedule("nightly")["runs"][0]["result"] == "SUCCEEDED", "its result")
     (seen,) = rig.client.schedule("nightly")["runs"]
     assert (seen["by_hand"], seen["tasks"]) == (True, 4)
 
@@ -82,9 +78,7 @@ def test_one_time_comes(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
         ({"cron": "", "at_s": 1.0}, "The time is in the past."),
     ],
 )
-def test_what_is_no_schedule_is_refused_in_a_sentence(
-    rig: Rig, changes: dict[str, Any], told: str
-) -> None:
+def test_what_is_no_schedule_is_refused_in_a_sentence(rig: Rig, changes: dict[str, Any], told: str) -> None:
     with pytest.raises(UsageError) as caught:
         rig.client.add_schedule(described(**changes), job())
     assert told in str(caught.value)

@@ -56,13 +56,7 @@ async def _open() -> tuple[FastAPI, Callable[[], Any]]:
     manager = Manager(ports, SETTINGS, [Pool("default")], "manager-1")
     await manager._prepare()
     manager.is_leader.set()
-    app, _ = create_app(
-        manager,
-        token=TOKEN,
-        backend_name="memory",
-        on_shutdown=lambda: None,
-        hosts=["testserver"],
-    )
+    app, _ = create_app(manager, token=TOKEN, backend_name="memory", on_shutdown=lambda: None, hosts=["testserver"])
     return app, ledger.close
 
 
@@ -119,12 +113,7 @@ def test_with_it_every_operation_is_as_described(operations: Sequence[Any], mode
     )
 
     load_all_checks()
-    checks = [
-        not_a_server_error,
-        status_code_conformance,
-        content_type_conformance,
-        response_schema_conformance,
-    ]
+    checks = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 
     def check(case: Any) -> None:
         case.call_and_validate(headers=AUTH, checks=checks)

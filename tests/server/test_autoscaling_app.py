@@ -73,9 +73,7 @@ class Answered:
         return self.status, error["Code"], error["Message"]
 
 
-def ask(
-    to: App, headers: Headers, body: bytes = TAGS, *, method: str = "POST", chunk: int = 1 << 20
-) -> Answered:
+def ask(to: App, headers: Headers, body: bytes = TAGS, *, method: str = "POST", chunk: int = 1 << 20) -> Answered:
     sent: list[MutableMapping[str, Any]] = []
     parts = [body[i : i + chunk] for i in range(0, len(body), chunk)] or [b""]
 
@@ -102,9 +100,7 @@ def signed(body: bytes = TAGS, key: Keys = KEY, service: str = SERVED) -> Header
     request.headers["Content-Type"] = "application/x-www-form-urlencoded; charset=utf-8"
     request.headers["User-Agent"] = "somebody"
     request.headers["Host"] = "127.0.0.1:8080"
-    SigV4Auth(Credentials(key.access_key, key.secret_key), service, "eu-central-1").add_auth(
-        request
-    )
+    SigV4Auth(Credentials(key.access_key, key.secret_key), service, "eu-central-1").add_auth(request)
     return dict(request.headers.items())
 
 
@@ -176,11 +172,7 @@ def test_a_body_that_is_no_form_is_refused() -> None:
 
 
 def test_a_fault_has_the_status_of_the_model() -> None:
-    assert ask(app(), signed(), TAGS + b"&NextToken=refuse").error == (
-        500,
-        "ResourceContention",
-        "busy",
-    )
+    assert ask(app(), signed(), TAGS + b"&NextToken=refuse").error == (500, "ResourceContention", "busy")
 
 
 def test_a_defect_of_ours_is_not_told_to_the_client(caplog: pytest.LogCaptureFixture) -> None:

@@ -93,9 +93,7 @@ def test_a_fault_is_told_so_that_botocore_finds_its_code() -> None:
     parsed = create_parser("json").parse(response, PUT.output_shape)  # type: ignore[arg-type]
     assert parsed["Error"]["Code"] == "ValidationError"
     assert parsed["Error"]["Message"] == "The parameter MetricData is required."
-    told = ask(
-        CloudWatch(MetricStore(ManualClock())), b"{}", "GraniteServiceVersion20100801.ListMetrics"
-    )
+    told = ask(CloudWatch(MetricStore(ManualClock())), b"{}", "GraniteServiceVersion20100801.ListMetrics")
     assert (told.status, json.loads(told.body)["__type"]) == (501, "NotImplemented")
 
 

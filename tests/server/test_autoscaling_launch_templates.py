@@ -55,9 +55,7 @@ def test_the_words_of_a_command_are_filled_in(path: Path) -> None:
     assert templates.argv(pool, "i-1") == ["new", "i-1", "--in=g", "3"]
 
 
-@pytest.mark.parametrize(
-    ("version", "number"), [("", 2), ("$Default", 2), ("$Latest", 3), ("1", 1)]
-)
+@pytest.mark.parametrize(("version", "number"), [("", 2), ("$Default", 2), ("$Latest", 3), ("1", 1)])
 def test_a_version_may_be_named_or_not(path: Path, version: str, number: int) -> None:
     templates = TemplateFile(path)
     by_name = templates.template(named(version))

@@ -151,13 +151,7 @@ def test_whatever_is_sent_is_understood_or_refused(data: st.DataObject) -> None:
     assert refusal(sent) in {"", *REFUSALS}
 
 
-REFUSALS = (
-    "InvalidAction",
-    "MalformedInput",
-    "MalformedQueryString",
-    "MissingAction",
-    "ValidationError",
-)
+REFUSALS = ("InvalidAction", "MalformedInput", "MalformedQueryString", "MissingAction", "ValidationError")
 
 
 def refusal(sent: str) -> str:
@@ -172,16 +166,11 @@ def refusal(sent: str) -> str:
 def test_the_entries_of_a_list_come_in_the_order_of_their_numbers() -> None:
     names = "&".join(f"AutoScalingGroupNames.member.{n}=g{n}" for n in (10, 2, 1))
     sent = f"Action=DescribeAutoScalingGroups&Version=2011-01-01&{names}"
-    assert query_protocol.parse(AUTOSCALING, sent)[1] == {
-        "AutoScalingGroupNames": ["g1", "g2", "g10"]
-    }
+    assert query_protocol.parse(AUTOSCALING, sent)[1] == {"AutoScalingGroupNames": ["g1", "g2", "g10"]}
 
 
 def test_a_parameter_that_the_model_lacks_is_left_out() -> None:
-    assert (
-        query_protocol.parse(AUTOSCALING, "Action=DescribeTags&Version=2011-01-01&Colour=red")[1]
-        == {}
-    )
+    assert query_protocol.parse(AUTOSCALING, "Action=DescribeTags&Version=2011-01-01&Colour=red")[1] == {}
 
 
 def test_times_may_be_told_in_any_zone_and_are_utc_without_one() -> None:
@@ -205,11 +194,7 @@ def test_every_fault_of_the_model_is_told_as_the_model_says(shape: StructureShap
 
 def test_an_answer_that_is_not_of_its_shape_is_a_defect() -> None:
     tags = AUTOSCALING.operation_model("DescribeTags")
-    wrong: tuple[dict[str, Any], ...] = (
-        {"Tag": []},
-        {"Tags": [{"Colour": "red"}]},
-        {"Tags": [{"Key": 3}]},
-    )
+    wrong: tuple[dict[str, Any], ...] = ({"Tag": []}, {"Tags": [{"Colour": "red"}]}, {"Tags": [{"Key": 3}]})
     for answer in wrong:
         with pytest.raises(ValueError, match=r"unknown|is a string"):
             query_protocol.result(tags, answer, "id")
@@ -279,8 +264,7 @@ def test_what_the_model_forbids_is_refused_in_the_words_of_aws(violation: str) -
 def test_all_violations_are_told_at_once() -> None:
     with pytest.raises(Fault, match=r"2 validation errors detected: .*; Value null at 'maxSize'"):
         parameters.check(
-            AUTOSCALING.operation_model("CreateAutoScalingGroup"),
-            {"MinSize": 0, "AutoScalingGroupName": ""},
+            AUTOSCALING.operation_model("CreateAutoScalingGroup"), {"MinSize": 0, "AutoScalingGroupName": ""}
         )
 
 

@@ -14,13 +14,10 @@ from tests.support.fleet import ManualClock
 POOL = Pool("default", max_size=9)
 
 
-def manager(
-    clock: ManualClock, *, recorder: Any = None, pools: tuple[str, ...] = ("default",)
-) -> Manager:
+def manager(clock: ManualClock, *, recorder: Any = None, pools: tuple[str, ...] = ("default",)) -> Manager:
     """What a look sees: two instances of which one boots, a worker with three tasks."""
     instances = tuple(
-        Instance(f"i-{state}", "default", state, 0.0)
-        for state in (LifecycleState.IN_SERVICE, LifecycleState.PENDING)
+        Instance(f"i-{state}", "default", state, 0.0) for state in (LifecycleState.IN_SERVICE, LifecycleState.PENDING)
     )
     beat = SimpleNamespace(pool="default", busy=3)
     return cast(

@@ -42,9 +42,7 @@ def test_an_error_that_comes_with_its_end_keeps_no_manager_alive() -> None:
     first, second = Leading(), Leading(errors=False)
 
     async def act() -> None:
-        leading = asyncio.create_task(
-            manager_service._lead_on(lead_of(first), lambda: cast(Manager, second))
-        )
+        leading = asyncio.create_task(manager_service._lead_on(lead_of(first), lambda: cast(Manager, second)))
         await asyncio.sleep(0.01)
         leading.cancel()
         await asyncio.wait({leading}, timeout=10)

@@ -36,9 +36,7 @@ def samples(rig: Rig) -> Mapping[tuple[str, frozenset[tuple[str, str]]], float]:
     }
 
 
-def at(
-    found: Mapping[tuple[str, frozenset[tuple[str, str]]], float], name: str, **labels: str
-) -> float:
+def at(found: Mapping[tuple[str, frozenset[tuple[str, str]]], float], name: str, **labels: str) -> float:
     return found[name, frozenset(labels.items())]
 
 

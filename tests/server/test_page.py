@@ -131,11 +131,7 @@ def test_the_page_answers_to_its_own_names_only(visitor: Visitor, host: str, sta
 
 def test_a_manager_that_listens_everywhere_does_not_answer_to_that(rig: Rig) -> None:
     _, served = create_app(
-        rig.manager,
-        token=TOKEN,
-        backend_name="memory",
-        on_shutdown=lambda: None,
-        hosts=["0.0.0.0", "::"],
+        rig.manager, token=TOKEN, backend_name="memory", on_shutdown=lambda: None, hosts=["0.0.0.0", "::"]
     )
     assert served.hosts == OWN_NAMES
 
@@ -159,9 +155,7 @@ def test_a_manager_that_listens_everywhere_does_not_answer_to_that(rig: Rig) -> 
         ({}, 403),
     ],
 )
-def test_a_form_comes_from_a_page_of_ours(
-    rig: Rig, visitor: Visitor, headers: dict[str, str], status: int
-) -> None:
+def test_a_form_comes_from_a_page_of_ours(rig: Rig, visitor: Visitor, headers: dict[str, str], status: int) -> None:
     sent = {name: text.format(url=rig.url) for name, text in headers.items()}
     data = {"form_token": visitor.token()}
     answer = visitor.http.post(f"{visitor.root}/jobs/x/cancel", data=data, headers=sent)
@@ -174,9 +168,7 @@ def test_every_form_carries_its_sessions_token(rig: Rig, visitor: Visitor, other
     other.log_in()
     for path in posts:
         for data in ({}, {"form_token": ""}, {"form_token": other.token()}):
-            answer = visitor.http.post(
-                f"{visitor.root}{path}", data={"sure": "yes", **data}, headers=OURS
-            )
+            answer = visitor.http.post(f"{visitor.root}{path}", data={"sure": "yes", **data}, headers=OURS)
             assert answer.status_code == 409, path
             assert "The form" in answer.text
     assert visitor.get("/").status_code == 200  # nobody was logged out
@@ -198,9 +190,7 @@ def test_a_question_is_asked_before_what_cannot_be_taken_back(rig: Rig, visitor:
     assert "<html" in question.text
     assert "<html" not in visitor.get(f"/jobs/{name}/cancel", **{"HX-Request": "true"}).text
     assert visitor.post("/grid/drain").headers["location"] == f"{visitor.root}/grid/drain"
-    assert visitor.post("/grid/drain", pool="a&b").headers["location"] == (
-        f"{visitor.root}/grid/drain?pool=a%26b"
-    )
+    assert visitor.post("/grid/drain", pool="a&b").headers["location"] == (f"{visitor.root}/grid/drain?pool=a%26b")
     assert not rig.manager.autoscaler.held
     assert visitor.post(f"/jobs/{name}/cancel", sure="yes").status_code == 303
     assert rig.ended(name)["state"] == "CANCELLED"

@@ -23,9 +23,7 @@ def test_every_answer_carries_the_policy(rig: Rig, visitor: Visitor, stranger: V
         for path in paths:
             answer = who.get(path)
             for name, value in HEADERS.items():
-                expected = (
-                    "no-cache" if name == "Cache-Control" and path == "/static/page.js" else value
-                )
+                expected = "no-cache" if name == "Cache-Control" and path == "/static/page.js" else value
                 assert answer.headers[name] == expected, (path, name)
     refused = visitor.get("/", Host="evil.example")
     assert refused.headers["Content-Security-Policy"] == HEADERS["Content-Security-Policy"]
@@ -40,11 +38,7 @@ def test_only_what_was_shipped_is_a_static_file(visitor: Visitor) -> None:
 
 
 def test_hostile_names_stay_text(rig: Rig, visitor: Visitor) -> None:
-    one = replace(
-        job(token="nasty", tasks=1),
-        name=NASTY,
-        tags=((NASTY, NASTY),),
-    )
+    one = replace(job(token="nasty", tasks=1), name=NASTY, tags=((NASTY, NASTY),))
     name = rig.submit(one)
     rig.work(name, 1, bad=[0])
     rig.ended(name)
@@ -70,15 +64,7 @@ def test_hostile_names_stay_text(rig: Rig, visitor: Visitor) -> None:
 
 def test_what_changes_of_a_page_is_a_part_of_it(rig: Rig, visitor: Visitor) -> None:
     name = rig.submit(job(token="live"))
-    for path in (
-        "/",
-        "/?active=true",
-        f"/jobs/{name}",
-        "/failures",
-        "/schedules",
-        "/grid",
-        "/costs",
-    ):
+    for path in ("/", "/?active=true", f"/jobs/{name}", "/failures", "/schedules", "/grid", "/costs"):
         whole = visitor.get(path)
         found = re.search(r'hx-get="([^"]+)"', whole.text)
         assert found, path
@@ -107,18 +93,13 @@ def test_the_root_leads_to_the_page(rig: Rig) -> None:
 def test_curves_are_of_what_was_seen(rig: Rig, visitor: Visitor) -> None:
     rig.served.history.look(rig.manager)
     found = visitor.get("/history.json").json()
-    assert (
-        found
-        == rig.http.get("/v1/grid/history", headers={"Authorization": f"Bearer {TOKEN}"}).json()
-    )
+    assert found == rig.http.get("/v1/grid/history", headers={"Authorization": f"Bearer {TOKEN}"}).json()
     (pool,) = found["pools"]
     assert pool["name"] == "default"
     assert {len(pool[name]) for name in pool if name != "name"} == {len(found["at_s"])}
 
 
-def test_a_manager_that_does_not_lead_says_so_on_a_page(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_manager_that_does_not_lead_says_so_on_a_page(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("batchlab.server.http.common.LEADS_WITHIN_S", 0.02)
     with Rig(lead=False) as rig:
         visitor = Visitor(rig)

@@ -43,24 +43,16 @@ def test_spans(seconds: float | None, text: str) -> None:
 
 def test_numbers_and_counts() -> None:
     assert words.number(1_234_567) == "1,234,567"
-    assert (words.number(None), words.count(1, "task"), words.count(2, "task")) == (
-        "–",
-        "1 task",
-        "2 tasks",
-    )
+    assert (words.number(None), words.count(1, "task"), words.count(2, "task")) == ("–", "1 task", "2 tasks")
 
 
 def test_commands_in_a_sentence_are_code_and_all_else_is_escaped() -> None:
     text = words.ticks("<b>It</b> waits: `batchlab grid scale <x> --auto`.")
-    assert text == (
-        "&lt;b&gt;It&lt;/b&gt; waits: <code>batchlab grid scale &lt;x&gt; --auto</code>."
-    )
+    assert text == ("&lt;b&gt;It&lt;/b&gt; waits: <code>batchlab grid scale &lt;x&gt; --auto</code>.")
 
 
 def test_a_moment_is_told_to_people_and_machines() -> None:
-    assert words.when(0.0) == (
-        '<local-time datetime="1970-01-01T00:00:00+00:00">1970-01-01 00:00:00 UTC</local-time>'
-    )
+    assert words.when(0.0) == ('<local-time datetime="1970-01-01T00:00:00+00:00">1970-01-01 00:00:00 UTC</local-time>')
     assert isinstance(words.when(None), Markup)
 
 
@@ -123,9 +115,7 @@ def test_our_own_files_ask_nobody_else_and_run_no_text_as_code() -> None:
         if not one.is_file():
             continue
         text = one.read_text().replace('xmlns="http://www.w3.org/2000/svg"', "")
-        assert not re.search(
-            r"https?://|eval\(|new Function|innerHTML\s*=|hx-on|javascript:", text
-        ), one
+        assert not re.search(r"https?://|eval\(|new Function|innerHTML\s*=|hx-on|javascript:", text), one
         if one.name.endswith(".html"):
             assert not re.search(r"\sstyle=|\son[a-z]+=|<style|<script>|\|\s*safe", text), one
             for form in re.findall(r"<form method=\"post\".*?</form>", text, re.DOTALL):

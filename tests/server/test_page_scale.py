@@ -11,16 +11,7 @@ import pytest
 
 from batchlab.core.commit import commit
 from batchlab.core.job_definition import InputDef, JobDef, StageDef
-from batchlab.core.model import (
-    Bundle,
-    Failure,
-    FailureKind,
-    JobId,
-    JobState,
-    Outcome,
-    StageName,
-    TaskSet,
-)
+from batchlab.core.model import Bundle, Failure, FailureKind, JobId, JobState, Outcome, StageName, TaskSet
 from batchlab.core.ports import AddCut, AddJob, Cut, Fold
 from batchlab.core.protocol import settlement
 from batchlab.core.protocol.object_keys import UNSEALED
@@ -32,10 +23,7 @@ BUNDLES, TASKS, BAD = 2000, 50, 5
 JOB = JobDef(
     JobId("large-0123456789"),
     "large",
-    (
-        StageDef(MAP, handler="m:f"),
-        StageDef(StageName("sum"), after=(MAP,), gather="*", handler="m:g"),
-    ),
+    (StageDef(MAP, handler="m:f"), StageDef(StageName("sum"), after=(MAP,), gather="*", handler="m:g")),
     1_700_000_000.0,
     input=InputDef(keys=("raw/x",)),
     max_failures=10_000,
@@ -47,8 +35,7 @@ def outcome(number: int) -> Outcome:
     bad = tasks.take(BAD)[0] if number % 2 else TaskSet()
     good = tasks - bad
     failures = tuple(
-        Failure(task, FailureKind.EXCEPTION, f"row {task} of kind {'ab'[task % 2]}", "ValueError")
-        for task in bad
+        Failure(task, FailureKind.EXCEPTION, f"row {task} of kind {'ab'[task % 2]}", "ValueError") for task in bad
     )
     return Outcome(
         Bundle(JOB.id, MAP, tasks),

@@ -84,9 +84,7 @@ def test_another_grid_or_another_token_knows_nothing_of_it(clock: ManualClock) -
     assert not other.has_sent(session, mine.form_token(session))
 
 
-def test_a_manager_that_was_started_again_knows_who_came_and_who_has_gone(
-    clock: ManualClock, tmp_path: Path
-) -> None:
+def test_a_manager_that_was_started_again_knows_who_came_and_who_has_gone(clock: ManualClock, tmp_path: Path) -> None:
     kept = StateFile(tmp_path / "sessions.json")
     before = Sessions(TOKEN, clock, kept)
     session, cookie = before.begin()
@@ -99,12 +97,8 @@ def test_a_manager_that_was_started_again_knows_who_came_and_who_has_gone(
     assert TOKEN not in (tmp_path / "sessions.json").read_text()
 
 
-@pytest.mark.parametrize(
-    "damage", [b"", b"{", b"[]", b'{"seed": "x"}', b'{"seed":"x","closed":[]}']
-)
-def test_who_has_lost_who_has_gone_has_lost_who_came(
-    clock: ManualClock, tmp_path: Path, damage: bytes
-) -> None:
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"seed": "x"}', b'{"seed":"x","closed":[]}'])
+def test_who_has_lost_who_has_gone_has_lost_who_came(clock: ManualClock, tmp_path: Path, damage: bytes) -> None:
     file = tmp_path / "sessions.json"
     before = Sessions(TOKEN, clock, StateFile(file))
     begun = [before.begin(), before.begin()]

@@ -73,10 +73,7 @@ def test_an_ended_job_has_version_zero_and_a_live_one_its_own() -> None:
 
 def test_stages_come_in_the_order_of_the_job_with_their_pools() -> None:
     shown = view(live_job())
-    assert [(s["name"], s["pool"]) for s in shown["stages"]] == [
-        ("map", "default"),
-        ("sum", "default"),
-    ]
+    assert [(s["name"], s["pool"]) for s in shown["stages"]] == [("map", "default"), ("sum", "default")]
     assert shown["tags"] == {"team": "blue"}
 
 

@@ -53,14 +53,9 @@ SITUATIONS: dict[str, tuple[Situation, Sequence[str]]] = {
         Situation(JobState.SCHEDULED, start_at_s=NOW_S + 7500),
         ["scheduled for 2023-11-15 00:18:20 UTC, in 2 h 5 min"],
     ),
-    "scheduled and due": (
-        Situation(JobState.SCHEDULED, start_at_s=NOW_S - 1),
-        ["starts at the manager's next tick"],
-    ),
+    "scheduled and due": (Situation(JobState.SCHEDULED, start_at_s=NOW_S - 1), ["starts at the manager's next tick"]),
     "paused": (
-        Situation(
-            JobState.PAUSED, Control.PAUSE, out=QUEUED, workers={"w-1": worker("w-1", bundle())}
-        ),
+        Situation(JobState.PAUSED, Control.PAUSE, out=QUEUED, workers={"w-1": worker("w-1", bundle())}),
         ["Its user has paused it", "0 of 10 tasks", "1 bundle that had begun", "job resume job-1"],
     ),
     "being cancelled": (
@@ -75,10 +70,7 @@ SITUATIONS: dict[str, tuple[Situation, Sequence[str]]] = {
         Situation(JobState.PENDING, counts=[StageCounts(MAP), StageCounts(SUM)]),
         ["planning its input: stage map gets 2 keys of raw data, split by file"],
     ),
-    "planning a gather": (
-        Situation(counts=DONE),
-        ["planning stage sum from 10 results of map"],
-    ),
+    "planning a gather": (Situation(counts=DONE), ["planning stage sum from 10 results of map"]),
     "pool gone": (
         Situation(stages=(StageDef(MAP, handler="m:f", pool="gpu"), STAGES[1])),
         ["Stage map runs in pool gpu, which this grid does not have", "its pools are default"],
@@ -149,20 +141,12 @@ SITUATIONS: dict[str, tuple[Situation, Sequence[str]]] = {
         ["4 jobs of higher priority are ahead of it in pool default: a, b, c and 1 more"],
     ),
     "all slots busy": (
-        Situation(
-            out=QUEUED,
-            instances=[instance("w-1")],
-            workers={"w-1": BUSY_ELSEWHERE},
-            others=[other("b")],
-        ),
+        Situation(out=QUEUED, instances=[instance("w-1")], workers={"w-1": BUSY_ELSEWHERE}, others=[other("b")]),
         ["All slots of pool default are busy with 1 other job: b", "1 bundle of this one"],
     ),
     "sharing": (
         Situation(
-            left=TaskSet.span(0, 10),
-            instances=[instance("w-1")],
-            workers={"w-1": worker("w-1")},
-            others=[other("b")],
+            left=TaskSet.span(0, 10), instances=[instance("w-1")], workers={"w-1": worker("w-1")}, others=[other("b")]
         ),
         ["10 tasks of stage map wait for room in pool default, which 1 other job shares: b"],
     ),
@@ -171,20 +155,12 @@ SITUATIONS: dict[str, tuple[Situation, Sequence[str]]] = {
         ["10 tasks of stage map wait for room", "sends the next bundles within 1 s"],
     ),
     "backoff": (
-        Situation(
-            out=[(bundle(JOB, 1, 2), -12.0), (bundle(JOB, 7), -40.0)], instances=[instance("w-1")]
-        ),
+        Situation(out=[(bundle(JOB, 1, 2), -12.0), (bundle(JOB, 7), -40.0)], instances=[instance("w-1")]),
         ["3 tasks wait for their retries, next due in 12 s"],
     ),
     "backoff of the last task before a gather": (
-        Situation(
-            counts=[StageCounts(MAP, planned=10, succeeded=9), StageCounts(SUM)],
-            out=[(bundle(), -4.0)],
-        ),
-        [
-            "1 task waits for its retry, next due in 4 s",
-            "stage sum waits for stage map (9 of 10 tasks ended)",
-        ],
+        Situation(counts=[StageCounts(MAP, planned=10, succeeded=9), StageCounts(SUM)], out=[(bundle(), -4.0)]),
+        ["1 task waits for its retry, next due in 4 s", "stage sum waits for stage map (9 of 10 tasks ended)"],
     ),
     "running": (
         Situation(
@@ -239,10 +215,7 @@ def test_the_oldest_running_bundle_is_named() -> None:
     situation = Situation(
         out=[(young, 0.0), (old, 0.0)],
         instances=[instance("w-1"), instance("w-2")],
-        workers={
-            "w-1": worker("w-1", young, since_s=MONO_S - 5),
-            "w-2": worker("w-2", old, since_s=MONO_S - 4000),
-        },
+        workers={"w-1": worker("w-1", young, since_s=MONO_S - 5), "w-2": worker("w-2", old, since_s=MONO_S - 4000)},
     )
     answer = why(situation.facts())
     assert "w-2) for 66 min" in answer
@@ -276,17 +249,12 @@ _some: Mapping[str, st.SearchStrategy[Any]] = {
     "left": st.sampled_from([TaskSet(), TaskSet.span(3, 10)]),
     "start_at_s": st.sampled_from([None, NOW_S - 1, NOW_S + 1e6]),
     "out": st.lists(
-        st.sampled_from(
-            [(bundle(), 3.0), (bundle(JOB, 4), -9.0), (bundle(JOB, 0, stage=SUM), 1e6)]
-        ),
-        max_size=3,
+        st.sampled_from([(bundle(), 3.0), (bundle(JOB, 4), -9.0), (bundle(JOB, 0, stage=SUM), 1e6)]), max_size=3
     ),
     "pool": st.sampled_from([CPU, Pool("default", max_size=0), Pool("gpu"), Pool("default")]),
     "desired": st.integers(0, 4),
     "instances": st.lists(st.sampled_from([instance("w-1"), PENDING, DEAD]), max_size=3),
-    "workers": st.sampled_from(
-        [{}, {"w-1": worker("w-1")}, {"w-1": worker("w-1", bundle())}, {"w-1": BUSY_ELSEWHERE}]
-    ),
+    "workers": st.sampled_from([{}, {"w-1": worker("w-1")}, {"w-1": worker("w-1", bundle())}, {"w-1": BUSY_ELSEWHERE}]),
     "held": st.sampled_from([{}, {"default": 0}, {"default": 2}]),
     "activities": st.sampled_from([[], CRASHES, [UP, *CRASHES]]),
     "others": st.sampled_from([[], [other("b")], [other("b", 5), other("c")]]),
@@ -305,9 +273,7 @@ def test_there_is_always_one_line_of_answer(situation: Situation) -> None:
     assert "unknown" not in answer.lower()
 
 
-@pytest.mark.parametrize(
-    ("tasks", "verb"), [(1, "waits for its retry"), (2, "wait for their retries")]
-)
+@pytest.mark.parametrize(("tasks", "verb"), [(1, "waits for its retry"), (2, "wait for their retries")])
 def test_one_and_many_are_told_apart(tasks: int, verb: str) -> None:
     make: Callable[[int], Bundle] = lambda n: bundle(JOB, *range(n))  # noqa: E731 - a fixture's worth
     assert verb in why(Situation(out=[(make(tasks), -5.0)]).facts())

@@ -47,9 +47,7 @@ def test_a_look_asks_again_once_something_was_written(monkeypatch: pytest.Monkey
     asyncio.run(act())
 
 
-def test_what_is_written_while_a_look_is_under_way_is_seen_by_the_next(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_what_is_written_while_a_look_is_under_way_is_seen_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     async def act() -> None:
         ledger = open_memory_as(FollowedLedger)
         original = ledger.job

@@ -31,9 +31,7 @@ from tests.support import ROOT
 EXAMPLE = ROOT / "examples" / "claims"
 
 
-def real_handlers(
-    children: InlineChildren, world: World, die: Callable[[], None], objects: Objects
-) -> Runner:
+def real_handlers(children: InlineChildren, world: World, die: Callable[[], None], objects: Objects) -> Runner:
     rng = world.rng("durations")
     return InlineRunner(objects, world.clock, lambda _work, _task: rng.uniform(0.1, 2.0), children)
 
@@ -42,9 +40,7 @@ def real_handlers(
 def test_claims_in_virtual_time_add_up(tmp_path: Path, crashes: bool) -> None:
     job_file = shutil.copytree(EXAMPLE, tmp_path / "claims") / "job.yaml"
     facts = write_claims(tmp_path / "claims" / "data", seed=4, files=30, claims_per_file=10)
-    faults = (
-        Faults(random.Random(7), trial.CRASHES, budget=trial.BUDGET) if crashes else trial.calm(7)
-    )
+    faults = Faults(random.Random(7), trial.CRASHES, budget=trial.BUDGET) if crashes else trial.calm(7)
 
     async def main(children: InlineChildren) -> None:
         pools = (Pool("default", 0, 3, 1, boot_s=10.0),)
@@ -81,10 +77,7 @@ def test_run_with_the_sim_backend_gives_the_same_results(tmp_path: Path) -> None
     command = [sys.executable, "-m", "batchlab", "run", str(job_file), "--backend", "sim"]
     answers = [
         subprocess.run(
-            [*command, "--out", str(tmp_path / out), "--json"],
-            capture_output=True,
-            check=True,
-            text=True,
+            [*command, "--out", str(tmp_path / out), "--json"], capture_output=True, check=True, text=True
         ).stdout
         for out in ("one", "other")
     ]
@@ -93,9 +86,7 @@ def test_run_with_the_sim_backend_gives_the_same_results(tmp_path: Path) -> None
     assert one["virtual_s"] == other["virtual_s"] > 10
     lines = (tmp_path / "one" / "totals.jsonl").read_text().splitlines()
     rows = [json.loads(line)["value"] for line in lines]
-    assert {r["payer"]: r["claims"] for r in rows} == {
-        payer: truth.claims for payer, truth in facts.payers.items()
-    }
+    assert {r["payer"]: r["claims"] for r in rows} == {payer: truth.claims for payer, truth in facts.payers.items()}
 
 
 def test_run_with_the_sim_backend_reports_a_handler_that_ends_its_process(tmp_path: Path) -> None:

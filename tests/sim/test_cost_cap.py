@@ -17,18 +17,7 @@ from batchlab.server import job_facts, metrics
 from batchlab.server.http.history import eta_of
 from batchlab.server.wait_reasons import why
 from batchlab.sim.world import World
-from tests.support.sim.scenes import (
-    A,
-    B,
-    ended,
-    in_world,
-    job,
-    kill_manager,
-    leader,
-    stage,
-    submitted,
-    takes,
-)
+from tests.support.sim.scenes import A, B, ended, in_world, job, kill_manager, leader, stage, submitted, takes
 
 BOOK = price_book.load()
 MINUTE_USD = 0.1008 / 60

@@ -27,11 +27,7 @@ OTHER = scenes.job(scenes.stage(scenes.A), id=JobId("other"), token="other", ite
 async def strike(world: World, group: str, kind: FaultKind) -> str:
     """Wait for the only object of the job in that group, damage it, and return its key."""
     while True:
-        keys = [
-            key
-            for key in world.objects.names()
-            if key.startswith("jobs/job/") and group_of(key) == group
-        ]
+        keys = [key for key in world.objects.names() if key.startswith("jobs/job/") and group_of(key) == group]
         if keys:
             break
         await asyncio.sleep(0.01)
@@ -45,9 +41,7 @@ async def strike(world: World, group: str, kind: FaultKind) -> str:
 
 
 @pytest.mark.parametrize("kind", [TORN, MISSING])
-def test_a_job_whose_definition_is_damaged_fails_by_its_name_and_no_other_job_does(
-    kind: FaultKind,
-) -> None:
+def test_a_job_whose_definition_is_damaged_fails_by_its_name_and_no_other_job_does(kind: FaultKind) -> None:
     async def act(world: World) -> None:
         await scenes.submitted(world, JOB)
         key = await strike(world, "spec.json", kind)
@@ -245,9 +239,7 @@ def test_a_power_cut_takes_back_only_what_nobody_knows_to_be_written() -> None:
 
 def test_every_world_of_the_weather_may_have_damage() -> None:
     for kind in (*DAMAGES, FaultKind.UNSYNCED):
-        assert {trial.weather_of(n, trial.STORAGE).rate(kind) for n in range(20)} == {
-            trial.STORAGE.rate(kind)
-        }
+        assert {trial.weather_of(n, trial.STORAGE).rate(kind) for n in range(20)} == {trial.STORAGE.rate(kind)}
 
 
 @pytest.mark.parametrize("first", range(0, 10, 5))

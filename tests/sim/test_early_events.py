@@ -35,11 +35,7 @@ SENT, WRITTEN = "sent", "written"
 async def staffed(world: World) -> Manager:
     """The leader, once it has instances in service."""
     manager = await leader(world)
-    while not any(
-        one.state is LifecycleState.IN_SERVICE
-        for g in manager.groups.values()
-        for one in g.instances
-    ):
+    while not any(one.state is LifecycleState.IN_SERVICE for g in manager.groups.values() for one in g.instances):
         await asyncio.sleep(1.0)
     return manager
 
@@ -71,9 +67,7 @@ def test_a_token_that_may_name_another_job_is_asked_for_first(
     in_world(act, script=takes(1.0), pools=WARM)
 
 
-def test_a_job_is_known_by_its_first_completion_where_who_accepted_it_has_died(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_job_is_known_by_its_first_completion_where_who_accepted_it_has_died(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody asks for it again, and the ledger has never heard of it."""
 
     async def act(world: World) -> None:
@@ -130,9 +124,7 @@ def test_a_completion_waits_for_the_row_of_its_job(monkeypatch: pytest.MonkeyPat
     in_world(act, script=takes(0.1), pools=WARM)
 
 
-def test_what_cannot_be_sent_is_sent_when_the_ledger_has_the_job(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_what_cannot_be_sent_is_sent_when_the_ledger_has_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
     async def act(world: World) -> None:
         written = asyncio.Event()
 
@@ -185,9 +177,7 @@ def test_who_asks_again_has_nothing_run_twice(monkeypatch: pytest.MonkeyPatch) -
     in_world(act, script=takes(0.1), pools=WARM)
 
 
-def test_who_was_told_of_an_error_can_cancel_what_has_begun(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_who_was_told_of_an_error_can_cancel_what_has_begun(monkeypatch: pytest.MonkeyPatch) -> None:
     async def act(world: World) -> None:
         async def add_job(*_: Any) -> object:
             raise BackendError("The ledger refuses.")

@@ -81,10 +81,7 @@ def test_order_is_kept_when_many_timers_are_cancelled() -> None:
 
     async def main() -> None:
         loop = asyncio.get_running_loop()
-        timers = [
-            (when, loop.call_at(when, seen.append, when))
-            for when in rng.choices(range(999), k=2_000)
-        ]
+        timers = [(when, loop.call_at(when, seen.append, when)) for when in rng.choices(range(999), k=2_000)]
         for when, timer in timers:
             if rng.random() < 0.7:
                 timer.cancel()
@@ -156,8 +153,7 @@ def test_a_deadlock_is_told_with_the_names_of_those_who_wait() -> None:
         event = asyncio.Event()
         await asyncio.sleep(2)
         await asyncio.gather(
-            asyncio.create_task(starve(event), name="left"),
-            Actor("w-1").spawn(starve(event), name="right"),
+            asyncio.create_task(starve(event), name="left"), Actor("w-1").spawn(starve(event), name="right")
         )
 
     with pytest.raises(Deadlock, match=r"nothing is scheduled at 2\.000 s") as caught:

@@ -76,9 +76,7 @@ def test_what_main_raises_comes_first_and_other_losses_are_noted() -> None:
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
-def test_an_interrupt_ends_all_tasks_however_many_wait_for_the_one_it_hits(
-    kind: type[BaseException],
-) -> None:
+def test_an_interrupt_ends_all_tasks_however_many_wait_for_the_one_it_hits(kind: type[BaseException]) -> None:
     ended: list[str] = []
 
     async def interrupted() -> None:
@@ -103,9 +101,7 @@ def test_an_interrupt_ends_all_tasks_however_many_wait_for_the_one_it_hits(
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
 @pytest.mark.parametrize("failing", [False, True])
-def test_an_interrupt_that_hits_the_end_of_a_run_is_raised(
-    kind: type[BaseException], failing: bool
-) -> None:
+def test_an_interrupt_that_hits_the_end_of_a_run_is_raised(kind: type[BaseException], failing: bool) -> None:
     ended: list[str] = []
 
     async def lingering(name: str, raised: type[BaseException] | None) -> None:

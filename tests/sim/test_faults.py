@@ -25,9 +25,7 @@ from tests.support.sim.toy_grid import ToyQueue, ToyStore
         (FaultKind.ANSWER_LOST, Unreachable, True),
     ],
 )
-def test_an_error_is_raised_before_or_after_the_effect(
-    kind: FaultKind, error: type[Exception], stored: bool
-) -> None:
+def test_an_error_is_raised_before_or_after_the_effect(kind: FaultKind, error: type[Exception], stored: bool) -> None:
     store, faults = ToyStore(), at(2, kind)
 
     async def main() -> None:
@@ -59,9 +57,7 @@ def test_a_delayed_call_is_late_with_its_effect_or_with_its_answer() -> None:
 
     async def main(seed: int) -> tuple[bool, float]:
         store, loop = ToyStore(), asyncio.get_running_loop()
-        faults = Faults.from_list(
-            [Fault("a", 1, FaultKind.DELAYED)], random.Random(seed), delay_s=(10.0, 60.0)
-        )
+        faults = Faults.from_list([Fault("a", 1, FaultKind.DELAYED)], random.Random(seed), delay_s=(10.0, 60.0))
         call = asyncio.create_task(wrap(store, "objects", Actor("a"), faults).put("k", "v"))
         await asyncio.sleep(1)
         early = "k" in store.objects
@@ -73,9 +69,7 @@ def test_a_delayed_call_is_late_with_its_effect_or_with_its_answer() -> None:
     assert all(10 < end_s < 61 for _, end_s in runs)
 
 
-@pytest.mark.parametrize(
-    ("kind", "copies"), [(FaultKind.DUPLICATED, [1, 1, 2]), (FaultKind.LOST, [0, 1, 1])]
-)
+@pytest.mark.parametrize(("kind", "copies"), [(FaultKind.DUPLICATED, [1, 1, 2]), (FaultKind.LOST, [0, 1, 1])])
 def test_one_message_of_a_send_is_doubled_or_lost(kind: FaultKind, copies: list[int]) -> None:
     queue = ToyQueue()
 

@@ -45,10 +45,7 @@ from tests.support.sim.scenes import (
 
 
 def test_the_same_seed_gives_the_same_event_log_byte_for_byte() -> None:
-    program = (
-        "from batchlab.sim import trial;"
-        "print([trial.run(seed, logged=True).digest for seed in (1, 2, 3)])"
-    )
+    program = "from batchlab.sim import trial;print([trial.run(seed, logged=True).digest for seed in (1, 2, 3)])"
     answers = {
         subprocess.run(
             [sys.executable, "-c", program],
@@ -80,9 +77,7 @@ def test_a_task_longer_than_twelve_hours_runs_once_and_is_handed_over_in_time() 
     in_world(act, script=takes(14 * 3600.0), **UNHURRIED)
 
 
-def test_a_hand_over_that_a_queue_did_not_take_is_tried_again(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_hand_over_that_a_queue_did_not_take_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """It was taken for done: at the cap the message came back, and the task ran twice."""
 
     async def act(world: World) -> None:
@@ -171,11 +166,7 @@ def test_a_scale_in_gives_work_back_at_once() -> None:
         await submitted(world, made)
         await asyncio.sleep(20)
         groups = await world.groups()
-        victim = next(
-            i.id
-            for i in groups[0].instances
-            if i.state is LifecycleState.IN_SERVICE and i.protected
-        )
+        victim = next(i.id for i in groups[0].instances if i.state is LifecycleState.IN_SERVICE and i.protected)
         started_s = world.clock.monotonic_s()
         assert world.manager is not None
         fleet = world.manager.ports.fleet

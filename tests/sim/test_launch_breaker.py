@@ -17,18 +17,7 @@ from batchlab.manager.autoscaler import LONGEST_PAUSE_S
 from batchlab.server import job_facts
 from batchlab.server.wait_reasons import why
 from batchlab.sim.world import World
-from tests.support.sim.scenes import (
-    UNHURRIED,
-    A,
-    around,
-    ended,
-    in_world,
-    job,
-    leader,
-    stage,
-    submitted,
-    takes,
-)
+from tests.support.sim.scenes import UNHURRIED, A, around, ended, in_world, job, leader, stage, submitted, takes
 
 POOL = Pool("default", 0, 4, 1, boot_s=30.0)
 PAUSE_S = 200.0
@@ -58,9 +47,7 @@ class Machines:
         self.launched: list[float] = []
         self._whole = world.launcher._start
         self._launcher = world.launcher
-        world.launcher.launched = lambda _pool, _instance: self.launched.append(
-            world.clock.monotonic_s()
-        )
+        world.launcher.launched = lambda _pool, _instance: self.launched.append(world.clock.monotonic_s())
         self.break_all()
 
     def break_all(self) -> None:
@@ -223,9 +210,7 @@ def test_instances_that_nobody_wants_any_more_are_no_failures() -> None:
     scene(act)
 
 
-def test_one_that_a_look_at_its_group_had_missed_while_it_booted_is_heard(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_one_that_a_look_at_its_group_had_missed_while_it_booted_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only those in service were heard again: it never got there, ran into its launch hook's end,
     and was replaced."""
 

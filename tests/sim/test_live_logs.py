@@ -46,11 +46,7 @@ def test_following_breaks_no_promise() -> None:
         said.append(await say(tails, live))
         return said[-1]
 
-    with (
-        patch.object(User, "use", use_and_follow),
-        patch.object(LiveLogs, "_say", counted),
-        fuzz.silence(),
-    ):
+    with patch.object(User, "use", use_and_follow), patch.object(LiveLogs, "_say", counted), fuzz.silence():
         for seed in SEEDS:
             if failure := fuzz.try_seed(seed, "all").failure:
                 pytest.fail(f"seed {seed}: {failure.text}\n{failure.trace}")

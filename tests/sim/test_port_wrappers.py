@@ -26,12 +26,8 @@ from tests.support.sim.toy_grid import Entry, ToyQueue, ToyStore
 # --- kills ---
 
 
-@pytest.mark.parametrize(
-    ("kind", "stored"), [(FaultKind.KILL_BEFORE, False), (FaultKind.KILL_AFTER, True)]
-)
-def test_a_kill_falls_before_or_after_the_effect_and_hides_the_answer(
-    kind: FaultKind, stored: bool
-) -> None:
+@pytest.mark.parametrize(("kind", "stored"), [(FaultKind.KILL_BEFORE, False), (FaultKind.KILL_AFTER, True)])
+def test_a_kill_falls_before_or_after_the_effect_and_hides_the_answer(kind: FaultKind, stored: bool) -> None:
     store, answered = ToyStore(), list[str]()
 
     async def main(actor: Actor) -> None:
@@ -117,9 +113,7 @@ def test_a_call_that_waits_for_its_answer_when_the_actor_dies_never_returns() ->
     assert [entry.visible_s for entry in queue.entries.values()] == [0.0]
 
 
-def test_an_answer_does_not_reach_the_dead_even_from_behind_a_port_that_cannot_be_cancelled() -> (
-    None
-):
+def test_an_answer_does_not_reach_the_dead_even_from_behind_a_port_that_cannot_be_cancelled() -> None:
     class Deaf:
         async def ask(self) -> str:
             with contextlib.suppress(asyncio.CancelledError):
@@ -233,9 +227,7 @@ def test_a_call_writes_one_line_with_time_actor_arguments_and_answer() -> None:
     log = EventLog(loop.time)
 
     async def main() -> None:
-        faults = Faults.from_list(
-            [Fault("a", 2, FaultKind.THROTTLED)], random.Random(1), latency_s=(2.0, 2.0)
-        )
+        faults = Faults.from_list([Fault("a", 2, FaultKind.THROTTLED)], random.Random(1), latency_s=(2.0, 2.0))
         port = wrap(ToyStore(), "objects", Actor("a"), faults, log)
         await port.put("k", "v", if_absent=True)
         await caught(port.put("k", "v"))

@@ -66,18 +66,14 @@ def test_cancelling_a_scheduled_job_ends_it_at_once() -> None:
 
 
 @pytest.mark.parametrize("slow_s", [1.5, 3.0])
-def test_a_slow_resume_does_not_undo_an_acknowledged_cancel(
-    slow_s: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_slow_resume_does_not_undo_an_acknowledged_cancel(slow_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """I4 was broken: the resume's "run" reached the bucket after the cancel's word."""
 
     async def act(world: World) -> None:
         slow: list[float] = []
 
         async def put(real: Any, key: str, data: bytes, **options: Any) -> object:
-            word = (
-                json_format.word_from_bytes(data).control if key.endswith("control.json") else None
-            )
+            word = json_format.word_from_bytes(data).control if key.endswith("control.json") else None
             if word is Control.RUN and slow:
                 await asyncio.sleep(slow.pop())
             return await real(key, data, **options)
@@ -166,9 +162,7 @@ def test_counters_are_right_when_the_leader_dies_before_feeding_a_stage_of_a_can
             if not died:
                 died.append(world.managers)
                 word = json_format.Word(Control.CANCEL, JobState.CANCELLED, "cancelled by its user")
-                await world.objects.put(
-                    object_keys.control(change.job_id), json_format.word_to_bytes(word)
-                )
+                await world.objects.put(object_keys.control(change.job_id), json_format.word_to_bytes(word))
                 await world.ledger.apply(SetControl(change.job_id, Control.CANCEL, 0))
                 kill_manager(world)
                 await asyncio.sleep(0)
@@ -258,9 +252,7 @@ def test_a_retry_is_finished_by_the_next_leader(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("off_s", [-3600.0, 3600.0])
-def test_two_managers_whose_clocks_stay_apart_do_not_take_the_lead_from_each_other(
-    off_s: float,
-) -> None:
+def test_two_managers_whose_clocks_stay_apart_do_not_take_the_lead_from_each_other(off_s: float) -> None:
     """Simulator, seed 223: they did for ever, and neither came to shrink the fleet."""
 
     async def act(world: World) -> None:
@@ -297,9 +289,7 @@ def test_the_lead_is_taken_over_although_the_clock_was_set_back_by_an_hour() -> 
     in_world(act, script=takes(0.5))
 
 
-def test_the_ledger_may_be_rebuilt_at_any_time_while_a_job_runs(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_ledger_may_be_rebuilt_at_any_time_while_a_job_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cut or a fold that came between the clearing and the replay made earlier cuts look known:
     their bundles were lost to the ledger, and the job hung or broke I3."""
 

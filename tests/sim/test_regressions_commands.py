@@ -66,9 +66,7 @@ def test_a_manager_that_leads_no_more_does_not_undo_a_cancellation(verb: str) ->
     in_world(act, script=takes(30.0))
 
 
-def test_a_cancellation_between_the_look_at_the_word_and_the_next_one_stays(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_cancellation_between_the_look_at_the_word_and_the_next_one_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     async def act(world: World) -> None:
         made = job(stage(A), items=3)
 
@@ -88,9 +86,7 @@ def test_a_cancellation_between_the_look_at_the_word_and_the_next_one_stays(
     in_world(act, script=takes(30.0))
 
 
-def test_a_retry_that_is_carried_out_twice_does_not_undo_a_cancellation(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_retry_that_is_carried_out_twice_does_not_undo_a_cancellation(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second time it said "run" when the round had already been cancelled (I4)."""
 
     async def act(world: World) -> None:
@@ -122,9 +118,7 @@ def test_a_retry_that_is_carried_out_twice_does_not_undo_a_cancellation(
 # --- Retries that nobody asks for again ----------------------------------------------------------
 
 
-def test_a_retry_whose_manager_dies_is_finished_by_the_next_one(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_retry_whose_manager_dies_is_finished_by_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """It was in the bucket and not in the ledger. Its user did not ask again: the job stayed as it
     was, but not in a ledger rebuilt from the bucket (I3)."""
 

@@ -72,9 +72,7 @@ def test_a_request_by_hand_spares_who_has_become_busy_since_the_last_tick() -> N
         while len(manager.registry.busy("default")) < 3:
             await asyncio.sleep(0.1)
         (idle,) = manager.registry.idle("default")
-        await world.ask(
-            lambda m: fleet_commands.scale(m, "default", min_size=0, desired=3), "scale"
-        )
+        await world.ask(lambda m: fleet_commands.scale(m, "default", min_size=0, desired=3), "scale")
         await ended_well(world, made)
         assert len(world.starts) == 3
         assert [name for name, one in world.workers.items() if one.ended] == [idle]
@@ -84,9 +82,7 @@ def test_a_request_by_hand_spares_who_has_become_busy_since_the_last_tick() -> N
     in_world(act, script=takes(40.0), pools=pools, manager_settings=seldom)
 
 
-def test_a_scheduled_job_starts_although_the_answer_to_its_move_was_lost(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_scheduled_job_starts_although_the_answer_to_its_move_was_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second try was told that there was nothing to move, so the manager went on to believe the
     job to be SCHEDULED, and never conducted it."""
 
@@ -107,9 +103,7 @@ def test_a_scheduled_job_starts_although_the_answer_to_its_move_was_lost(
     in_world(act, script=takes(1.0))
 
 
-def test_a_cancellation_is_not_forgotten_by_a_read_that_was_under_way(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_cancellation_is_not_forgotten_by_a_read_that_was_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """The manager read a job from the ledger, the user's cancellation was acknowledged meanwhile,
     and what had been read took its place: no worker ran the job, and it never ended."""
 
@@ -132,9 +126,7 @@ def test_a_cancellation_is_not_forgotten_by_a_read_that_was_under_way(
     in_world(act, script=takes(1.0))
 
 
-def test_a_retry_that_comes_right_after_the_end_is_conducted(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_retry_that_comes_right_after_the_end_is_conducted(monkeypatch: pytest.MonkeyPatch) -> None:
     """The manager had ended the job in the ledger and not heard so yet. It took the new round for
     the one that it was about to end, and the job never ended."""
 
@@ -166,10 +158,7 @@ def test_a_job_that_another_manager_has_begun_is_conducted() -> None:
         await bring_items(world, made)
         for key, data in (
             (object_keys.spec(made.id), json_format.to_bytes(json_format.job_to_json(made))),
-            (
-                object_keys.control(made.id),
-                json_format.word_to_bytes(json_format.Word(Control.RUN)),
-            ),
+            (object_keys.control(made.id), json_format.word_to_bytes(json_format.Word(Control.RUN))),
         ):
             await world.objects.put(key, data, if_absent=True)
         await world.ledger.apply(AddJob(made, JobState.SUBMITTED))
@@ -197,9 +186,7 @@ def test_an_events_queue_that_is_gone_is_made_again() -> None:
     in_world(act, script=takes(5.0))
 
 
-def test_rebuilds_that_are_asked_for_at_once_come_one_after_the_other(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_rebuilds_that_are_asked_for_at_once_come_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first one still adopted its jobs when the second had begun, and cut tasks that the second
     one had not planned yet."""
 
@@ -300,9 +287,7 @@ def test_a_resume_that_only_the_workers_have_heard_of_reaches_the_leader() -> No
     in_world(act, script=takes(5.0))
 
 
-def test_a_cancelled_stage_is_fed_by_a_cut_that_only_the_bucket_has(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_cancelled_stage_is_fed_by_a_cut_that_only_the_bucket_has(monkeypatch: pytest.MonkeyPatch) -> None:
     """The next leader found the first cut when it closed the stage, and went on by what it had read
     before: the stage that follows had no tasks, and 20 in a ledger rebuilt from the bucket (I3)."""
 
@@ -313,8 +298,7 @@ def test_a_cancelled_stage_is_fed_by_a_cut_that_only_the_bucket_has(
             answer = await original(key, *args, **kwargs)
             if key == object_keys.cut(made.id, A, 0, 0) and world.managers == 1:
                 await original(
-                    object_keys.control(made.id),
-                    json_format.word_to_bytes(json_format.Word(Control.CANCEL)),
+                    object_keys.control(made.id), json_format.word_to_bytes(json_format.Word(Control.CANCEL))
                 )
                 kill_manager(world)
                 await asyncio.sleep(0)
@@ -323,10 +307,7 @@ def test_a_cancelled_stage_is_fed_by_a_cut_that_only_the_bucket_has(
         around(monkeypatch, world.objects, "put", put)
         await submitted(world, made)
         assert (await ended(world, made)).state is JobState.CANCELLED
-        counts = [
-            (s.counts.planned, s.counts.cancelled)
-            for s in (await world.ledger.rows(made.id)).stages
-        ]
+        counts = [(s.counts.planned, s.counts.cancelled) for s in (await world.ledger.rows(made.id)).stages]
         assert counts == [(20, 20)] * 3
         await invariants.check_all(world, [made.id])
 

@@ -87,9 +87,7 @@ def test_a_leader_that_stood_still_while_another_one_led_adopts_its_jobs_anew(
     in_world(act, script=takes(30.0))
 
 
-def test_a_leader_that_stood_still_finishes_the_retry_that_another_one_began(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_leader_that_stood_still_finishes_the_retry_that_another_one_began(monkeypatch: pytest.MonkeyPatch) -> None:
     """It looked back once only, when it first led: a retry of which the other one had written no
     more than the object waited until its user asked again."""
 
@@ -122,9 +120,7 @@ def test_a_leader_that_stood_still_finishes_the_retry_that_another_one_began(
     in_world(act, script=takes(5.0))
 
 
-def test_a_leader_that_nobody_has_replaced_adopts_nothing_anew(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_leader_that_nobody_has_replaced_adopts_nothing_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     async def act(world: World) -> None:
         first = await leader(world)
         made = job(stage(A), items=3)

@@ -25,17 +25,7 @@ from batchlab.sim.tasks import Fates, Play, Scene, value_of
 from batchlab.sim.world import World
 from batchlab.worker.inflight_message import InflightMessage
 from batchlab.worker.poison_detection import PoisonDetector
-from tests.support.sim.scenes import (
-    A,
-    around,
-    ended,
-    in_world,
-    job,
-    leader,
-    stage,
-    submitted,
-    takes,
-)
+from tests.support.sim.scenes import A, around, ended, in_world, job, leader, stage, submitted, takes
 
 STALE_S = 20.0
 
@@ -54,9 +44,7 @@ def beginner(world: World, worker: str) -> PoisonDetector:
     return PoisonDetector(world.objects, world.clock, patience, worker, STALE_S, asyncio.Event())
 
 
-def test_a_start_that_is_withdrawn_while_it_is_renewed_does_not_come_back(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_start_that_is_withdrawn_while_it_is_renewed_does_not_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """The renewal was written after the withdrawal. What was left looked like the start of a worker
     that has died: three of them, and an innocent task was FAILED as poison."""
     bundle = suspect(0)
@@ -88,9 +76,7 @@ def test_a_start_that_is_withdrawn_while_it_is_renewed_does_not_come_back(
     in_world(act, script=takes(1.0))
 
 
-def test_a_worker_killed_between_a_written_start_and_the_task_has_lost_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_worker_killed_between_a_written_start_and_the_task_has_lost_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """A neighbour killed the worker as the start was being acknowledged. The grid holds that
     against the task, as it must; the check saw only tasks that ran, and called it a mistake."""
 
@@ -128,9 +114,7 @@ def test_a_start_counts_only_where_its_worker_died_at_once() -> None:
             actor, key = Actor(worker), object_keys.starts(bundle) + worker
             world.watch.called(actor, "objects.put", (key, b""), '"1"')
             if withdrawn:
-                world.watch.called(
-                    actor, "objects.put", (f"{key}.{object_keys.WITHDRAWN}", b""), '"2"'
-                )
+                world.watch.called(actor, "objects.put", (f"{key}.{object_keys.WITHDRAWN}", b""), '"2"')
             await asyncio.sleep(after_s)
             world.watch.killed(actor)
             return world.watch.lost_starts(bundle, 0)
@@ -165,9 +149,7 @@ def test_who_works_beside_a_poisonous_task_is_not_called_poison(kills_after_s: f
     in_world(act, script=script, pools=(Pool("default", 0, 2, 4),))
 
 
-def test_who_waits_in_vain_for_a_whole_worker_leaves_the_rest_of_it_to_others(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_who_waits_in_vain_for_a_whole_worker_leaves_the_rest_of_it_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """A suspect that could not have all slots kept the worker from receiving: two stood idle until
     somebody ended."""
     lasts_s = {"neighbour": 4000.0, "suspect": 3500.0}
@@ -175,9 +157,7 @@ def test_who_waits_in_vain_for_a_whole_worker_leaves_the_rest_of_it_to_others(
     monkeypatch.setattr(
         InflightMessage,
         "suspicion",
-        property(
-            lambda inflight: 1 if inflight.bundle.job == "suspect" else suspicion.__get__(inflight)
-        ),
+        property(lambda inflight: 1 if inflight.bundle.job == "suspect" else suspicion.__get__(inflight)),
     )
 
     async def act(world: World) -> None:

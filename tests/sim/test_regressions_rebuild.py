@@ -12,24 +12,10 @@ import pytest
 
 from batchlab.core.model import JobId, JobState
 from batchlab.sim.world import World
-from tests.support.sim.scenes import (
-    A,
-    B,
-    around,
-    ended,
-    ended_well,
-    in_world,
-    job,
-    leader,
-    stage,
-    submitted,
-    takes,
-)
+from tests.support.sim.scenes import A, B, around, ended, ended_well, in_world, job, leader, stage, submitted, takes
 
 
-def test_a_retry_that_comes_during_a_rebuild_is_neither_refused_nor_lost(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_retry_that_comes_during_a_rebuild_is_neither_refused_nor_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     """Simulator, seed 2286: what the ledger had of the job was put together one object after the
     other, over half a minute. A retry, and a manager that did not know yet that another one led,
     took the part for the whole (I2)."""

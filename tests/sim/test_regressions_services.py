@@ -15,16 +15,7 @@ import pytest
 
 from batchlab.core.errors import Throttled, Unreachable
 from batchlab.core.job_definition import RetryRule
-from batchlab.core.model import (
-    BundleId,
-    Failure,
-    FailureKind,
-    Instance,
-    JobId,
-    JobState,
-    LifecycleState,
-    Pool,
-)
+from batchlab.core.model import BundleId, Failure, FailureKind, Instance, JobId, JobState, LifecycleState, Pool
 from batchlab.core.ports import MAX_MESSAGE_BYTES, Outgoing
 from batchlab.core.protocol import object_keys, settlement
 from batchlab.core.protocol.commit_keys import CommitKeys, jobs_in, with_proofs
@@ -303,9 +294,4 @@ def test_instances_that_boot_slowly_do_not_call_for_more_of_them() -> None:
         assert len(launched) <= 2, [one.cause for one in activities]
 
     pool = Pool("default", 0, 10, 2, boot_s=90.0)
-    in_world(
-        act,
-        script=takes(0.05),
-        pools=(pool,),
-        manager_settings=replace(MANAGER, drain_target_s=120.0),
-    )
+    in_world(act, script=takes(0.05), pools=(pool,), manager_settings=replace(MANAGER, drain_target_s=120.0))

@@ -66,9 +66,7 @@ def test_a_cancellation_finds_the_first_cut_in_the_definition() -> None:
     in_world(act, script=takes(30.0))
 
 
-def test_what_follows_from_the_first_bundle_may_come_before_the_control_object(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_what_follows_from_the_first_bundle_may_come_before_the_control_object(monkeypatch: pytest.MonkeyPatch) -> None:
     """Simulator, seed 567: whoever got it took the job for removed, and dropped it (step 4)."""
 
     async def act(world: World) -> None:

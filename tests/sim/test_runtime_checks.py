@@ -22,9 +22,7 @@ VISIBILITY_S = 3 * RETURN_S
 SHORT = replace(WORKER, visibility_s=VISIBILITY_S)
 
 
-def test_a_message_given_back_for_as_long_as_its_timeout_has_not_run_out(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_message_given_back_for_as_long_as_its_timeout_has_not_run_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """The events queue was gone for a while. At its third receive the message was given back for
     just as long as a heartbeat asks for, later for longer, and its worker was blamed for it."""
 

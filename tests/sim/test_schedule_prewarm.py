@@ -93,9 +93,7 @@ def test_capacity_is_given_back_where_no_job_comes(paused: bool) -> None:
     in_time(act, pools=WIDE)
 
 
-def test_unless_said_it_is_what_the_last_runs_used_and_before_that_what_their_tasks_ask_for() -> (
-    None
-):
+def test_unless_said_it_is_what_the_last_runs_used_and_before_that_what_their_tasks_ask_for() -> None:
     async def act(world: World) -> None:
         begins(world, "2026-03-02T09:30:00")
         keys = tuple(f"raw/{number}" for number in range(30))

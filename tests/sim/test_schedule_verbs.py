@@ -44,11 +44,7 @@ def test_what_falls_due_while_it_is_paused_is_not_run() -> None:
         await until(world, "2026-03-02T10:18:00")
         await ask(world, lambda s: s.resume("nightly"))
         await until(world, "2026-03-02T10:21:00")
-        assert states(await shown(world)) == [
-            "10:00 SUCCEEDED",
-            "10:17 SUCCEEDED",
-            "10:20 SUCCEEDED",
-        ]
+        assert states(await shown(world)) == ["10:00 SUCCEEDED", "10:17 SUCCEEDED", "10:20 SUCCEEDED"]
 
     in_time(act)
 
@@ -76,9 +72,7 @@ def test_a_schedule_is_changed_only_where_that_is_meant_and_keeps_its_runs() -> 
         begins(world, "2026-03-02T09:58:30")
         await added(world, definition("*/5 * * * *"))
         await until(world, "2026-03-02T10:01:00")
-        same = await ask(
-            world, lambda s: s.add(definition("*/5 * * * *"), template(), replacing=False)
-        )
+        same = await ask(world, lambda s: s.add(definition("*/5 * * * *"), template(), replacing=False))
         assert same[1] is False
         other = definition("*/2 * * * *", source_digest="f")
         refused = await ask(world, lambda s: s.add(other, template(), replacing=False))
@@ -86,11 +80,7 @@ def test_a_schedule_is_changed_only_where_that_is_meant_and_keeps_its_runs() -> 
         assert "when it is due and the job file, or what it names" in refused.message
         await ask(world, lambda s: s.add(other, template(priority=5), replacing=True))
         await until(world, "2026-03-02T10:04:30")
-        assert states(await shown(world)) == [
-            "10:00 SUCCEEDED",
-            "10:02 SUCCEEDED",
-            "10:04 SUCCEEDED",
-        ]
+        assert states(await shown(world)) == ["10:00 SUCCEEDED", "10:02 SUCCEEDED", "10:04 SUCCEEDED"]
         newest = (await world.ledger.jobs(limit=1))[0].job
         assert newest.priority == 5
 

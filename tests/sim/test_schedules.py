@@ -110,9 +110,7 @@ def test_once_is_once() -> None:
 
 
 @pytest.mark.parametrize("call", range(8))
-def test_a_manager_killed_around_a_due_time_leaves_one_run_of_it(
-    call: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_manager_killed_around_a_due_time_leaves_one_run_of_it(call: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """It dies right before or after the n-th thing that it does with the bucket from then on."""
 
     async def act(world: World) -> None:
@@ -156,11 +154,7 @@ def test_two_managers_that_both_believe_to_lead_run_a_due_time_once() -> None:
         await until(world, "2026-03-02T10:12:00")
         rival.cancel()
         assert first.is_leader.is_set()
-        assert states(await shown(world)) == [
-            "10:00 SUCCEEDED",
-            "10:05 SUCCEEDED",
-            "10:10 SUCCEEDED",
-        ]
+        assert states(await shown(world)) == ["10:00 SUCCEEDED", "10:05 SUCCEEDED", "10:10 SUCCEEDED"]
         assert len(await jobs(world)) == 3
 
     in_time(act)
@@ -267,13 +261,7 @@ def overlapped(policy: Overlap) -> Schedule:
 
 def test_a_run_that_comes_too_soon_is_skipped() -> None:
     schedule = overlapped(Overlap.SKIP)
-    assert states(schedule) == [
-        "10:00 SUCCEEDED",
-        "10:01 skipped",
-        "10:02 skipped",
-        "10:03 SUCCEEDED",
-        "10:04 skipped",
-    ]
+    assert states(schedule) == ["10:00 SUCCEEDED", "10:01 skipped", "10:02 skipped", "10:03 SUCCEEDED", "10:04 skipped"]
     assert schedule.runs[1].reason == "the run of 2026-03-02 10:00:00 UTC had not ended"
 
 
@@ -327,9 +315,7 @@ def test_a_clock_that_is_set_back_runs_nothing_twice_and_loses_nothing(back_s: f
         schedule = await shown(world)
         due = await jobs(world)
         assert len(due) == len(set(due))
-        assert {
-            f"2026-03-02T{at}:00+00:00" for at in ("09:00", "09:50", "10:00", "10:10", "10:20")
-        } <= set(due)
+        assert {f"2026-03-02T{at}:00+00:00" for at in ("09:00", "09:50", "10:00", "10:10", "10:20")} <= set(due)
         assert len(world.starts) == len({one[1:] for one in world.starts}) == len(due)
         assert all(run.result == "SUCCEEDED" for run in schedule.runs)
 

@@ -55,9 +55,7 @@ def test_exactly_what_is_needed_is_left(size: int, data: st.DataObject) -> None:
 
 
 @given(st.integers(1, 40), st.integers())
-def test_of_what_is_left_nothing_can_be_spared_even_where_less_is_not_simpler(
-    size: int, seed: int
-) -> None:
+def test_of_what_is_left_nothing_can_be_spared_even_where_less_is_not_simpler(size: int, seed: int) -> None:
     """A fault left out moves those after it, so a subset may do what a larger one does not."""
 
     def attempt(parts: tuple[int, ...]) -> Sequence[int] | None:
@@ -131,12 +129,7 @@ def replayed(only: str) -> str:
         "print(json.dumps(failure and [failure.text, fuzz.written(failure.faults)]))"
     )
     answer = subprocess.run(
-        [sys.executable, "-c", program, only],
-        cwd=ROOT,
-        capture_output=True,
-        check=True,
-        text=True,
-        timeout=120,
+        [sys.executable, "-c", program, only], cwd=ROOT, capture_output=True, check=True, text=True, timeout=120
     )
     return answer.stdout
 

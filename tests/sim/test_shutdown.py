@@ -11,18 +11,7 @@ from batchlab.core.errors import Unreachable
 from batchlab.core.model import JobState, Pool
 from batchlab.sim import invariants, port_wrappers
 from batchlab.sim.world import World
-from tests.support.sim.scenes import (
-    A,
-    B,
-    around,
-    ended,
-    in_world,
-    job,
-    leader,
-    stage,
-    submitted,
-    takes,
-)
+from tests.support.sim.scenes import A, B, around, ended, in_world, job, leader, stage, submitted, takes
 
 LONG_S = 120.0
 """Virtual seconds, twice those for which anybody has patience."""
@@ -44,9 +33,7 @@ def spoiled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("after_s", [0.4, 1.5, 3.3, 4.1, 5.2, 7.0, 9.3, 13.7])
-def test_an_error_in_place_of_the_cancellation_keeps_no_manager_alive(
-    after_s: float,
-) -> None:
+def test_an_error_in_place_of_the_cancellation_keeps_no_manager_alive(after_s: float) -> None:
     """It went on, as after any outage, beside its successor, and nobody could end it."""
 
     async def act(world: World) -> None:

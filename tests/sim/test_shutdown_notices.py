@@ -87,9 +87,7 @@ async def leaves(worker: SimWorker) -> float:
     return loop.time() - begun_s
 
 
-def test_after_a_spot_notice_the_running_task_is_finished_and_the_rest_given_back_at_once(
-    platform: Platform,
-) -> None:
+def test_after_a_spot_notice_the_running_task_is_finished_and_the_rest_given_back_at_once(platform: Platform) -> None:
     """Pain 7: work lost with an instance although there was a notice of two minutes."""
     run_s = 60.0  # more than a SIGTERM would leave it, less than the notice
 
@@ -105,9 +103,7 @@ def test_after_a_spot_notice_the_running_task_is_finished_and_the_rest_given_bac
     in_world(act, script=takes(run_s), pools=POOLS)
 
 
-def test_what_does_not_fit_into_the_notice_is_ended_in_time_and_runs_elsewhere_at_once(
-    platform: Platform,
-) -> None:
+def test_what_does_not_fit_into_the_notice_is_ended_in_time_and_runs_elsewhere_at_once(platform: Platform) -> None:
     async def act(world: World) -> None:
         worker = await one_of_two_busy(world)
         platform.told[worker.instance] = spot_notice(worker)
@@ -135,9 +131,7 @@ def test_a_notice_without_a_time_leaves_what_a_drain_does_and_a_late_one_nothing
     in_world(act, script=takes(LONG_S), pools=POOLS)
 
 
-def test_a_sigterm_during_the_notice_shortens_it_and_a_second_one_changes_nothing(
-    platform: Platform,
-) -> None:
+def test_a_sigterm_during_the_notice_shortens_it_and_a_second_one_changes_nothing(platform: Platform) -> None:
     async def act(world: World) -> None:
         worker = await one_of_two_busy(world)
         platform.told[worker.instance] = spot_notice(worker)
@@ -187,9 +181,7 @@ def test_it_is_asked_every_five_seconds_until_there_is_a_notice() -> None:
     assert script.asked_s == [0.0, POLL_S, 2 * POLL_S, 3 * POLL_S]
 
 
-def test_who_does_not_answer_is_asked_again_and_named_once(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_who_does_not_answer_is_asked_again_and_named_once(caplog: pytest.LogCaptureFixture) -> None:
     away = Unreachable("No metadata service answers.")
     script = Script(away, away, None, away, away, away, Notice("the end", 5.0))
     heard: list[Notice] = []

@@ -217,16 +217,10 @@ def controlled_in_any_round(patch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("plant", "name", "label"),
-    [
-        (planned_in_any_round, "retry", "ledger.SetPlanned"),
-        (controlled_in_any_round, "cancel", "ledger.SetControl"),
-    ],
+    [(planned_in_any_round, "retry", "ledger.SetPlanned"), (controlled_in_any_round, "cancel", "ledger.SetControl")],
 )
 def test_the_stall_points_show_a_write_that_is_not_fenced(
-    plant: Callable[[pytest.MonkeyPatch], None],
-    name: str,
-    label: str,
-    monkeypatch: pytest.MonkeyPatch,
+    plant: Callable[[pytest.MonkeyPatch], None], name: str, label: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = [n for n, one in enumerate(SCENES[name].calls(), 1) if one == label]
     plant(monkeypatch)

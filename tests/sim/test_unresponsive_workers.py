@@ -77,10 +77,7 @@ class Group(NoFleet):
         up = [Instance(one, "default", LifecycleState.IN_SERVICE, 0.0) for one in self.instances]
         boots = Instance("i-boots", "default", LifecycleState.PENDING, 0.0)
         there = [Instance(one, "other", LifecycleState.IN_SERVICE, 0.0) for one in self.others]
-        return (
-            GroupView(POOL, len(up), (*up, boots)),
-            GroupView(OTHER, len(there), tuple(there)),
-        )
+        return (GroupView(POOL, len(up), (*up, boots)), GroupView(OTHER, len(there), tuple(there)))
 
 
 class Scene:
@@ -208,15 +205,10 @@ def test_a_new_leader_goes_on_with_the_silence_that_the_one_before_has_counted()
     play(main)
 
 
-def test_one_that_cannot_be_replaced_is_tried_again_and_stops_nothing(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_one_that_cannot_be_replaced_is_tried_again_and_stops_nothing(caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
         scene = Scene("i-beats", "i-1", "i-2", "i-3")
-        scene.fleet.errors = {
-            "i-1": Refused("there is no such instance"),
-            "i-2": BackendError("access denied"),
-        }
+        scene.fleet.errors = {"i-1": Refused("there is no such instance"), "i-2": BackendError("access denied")}
         with caplog.at_level(logging.INFO):
             assert await scene.looks(int(LOST_S) + 2, "i-beats") == ["i-3"]
         for error in scene.fleet.errors.values():

@@ -30,13 +30,7 @@ from tests.support.fleet import CountedIds, ManualClock, TableLauncher, checked_
 GROUP = "g"
 ZONES = ("us-east-1a", "us-east-1b", "us-east-1c")
 TEMPLATE = LaunchTemplate("lt-1", "workers", "1")
-CONFIG = GroupConfig(
-    GROUP,
-    min_size=0,
-    max_size=10,
-    launch_template=TEMPLATE,
-    availability_zones=ZONES,
-)
+CONFIG = GroupConfig(GROUP, min_size=0, max_size=10, launch_template=TEMPLATE, availability_zones=ZONES)
 
 
 @dataclass
@@ -164,9 +158,7 @@ class World:
 
     def zones(self) -> list[str]:
         """The last letters of the zones of those in service, sorted."""
-        return sorted(
-            i.availability_zone[-1] for i in self.instances() if i.lifecycle_state == "InService"
-        )
+        return sorted(i.availability_zone[-1] for i in self.instances() if i.lifecycle_state == "InService")
 
     def machines(self) -> list[tuple[str, Market]]:
         return [(i.instance_type, i.market) for i in self.instances()]

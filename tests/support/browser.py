@@ -49,9 +49,7 @@ def browser() -> Iterator[Browser]:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(
-            executable_path=str(found), args=_ARGUMENTS, timeout=TIMEOUT_MS
-        )
+        chromium = playwright.chromium.launch(executable_path=str(found), args=_ARGUMENTS, timeout=TIMEOUT_MS)
         try:
             yield chromium
         finally:
@@ -95,9 +93,7 @@ def opened(browser: Browser, url: str, **context: Any) -> Iterator[tuple[Page, S
         place.close()
 
 
-def offences(
-    page: Page, within: str | None = None, *, without: str = "", rules: Sequence[str] = ()
-) -> list[str]:
+def offences(page: Page, within: str | None = None, *, without: str = "", rules: Sequence[str] = ()) -> list[str]:
     """What axe-core finds wrong with a page, or with what a selector names, `without` what another
     names, by all `rules` or these alone: a line for each rule, with the elements. Its time follows
     the number of elements."""

@@ -110,11 +110,7 @@ class Shell:
             done = subprocess.run(argv, cwd=self.folder, capture_output=True, text=True)
             return done.returncode, done.stdout, done.stderr
         out, err = io.StringIO(), io.StringIO()
-        with (
-            contextlib.redirect_stdout(out),
-            contextlib.redirect_stderr(err),
-            pytest.raises(SystemExit) as ended,
-        ):
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as ended:
             app.start(argv[1:])
         code = ended.value.code
         return (code if isinstance(code, int) else 0), out.getvalue(), err.getvalue()

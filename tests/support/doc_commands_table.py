@@ -152,16 +152,7 @@ batchlab sim replay 7 --log events.log
 ? batchlab sim replay 1234 --only manager-1:41:kill_after,worker-w-1f0c2d3e4a5b6978:7:lost => batchlab sim replay 1234 --only manager-1:41:kill_after,worker-w-1f0c2d3e4a5b6978:7:lost
 """
 
-HERE = (
-    FIRST,
-    STANDING,
-    FAILURES,
-    REPORTS,
-    SCHEDULES,
-    PRICES_AND_PEAKS,
-    COMPARED,
-    SIMULATED,
-)
+HERE = (FIRST, STANDING, FAILURES, REPORTS, SCHEDULES, PRICES_AND_PEAKS, COMPARED, SIMULATED)
 
 IN_TESTS = (
     "batchlab --install-completion",
@@ -193,29 +184,24 @@ ELSEWHERE = {
     "batchlab run myjob/job.yaml --backend ministack --out results": (
         "tests/system/test_ministack.py test_run_from_nothing_leaves_nothing_running"
     ),
-    "batchlab demo --backend ministack": "tests/system/test_ministack.py"
-    " test_run_from_nothing_leaves_nothing_running",
-    "batchlab doctor --backend ministack": "tests/system/test_ministack.py"
-    " test_doctor_tries_the_emulator_for_real",
+    "batchlab demo --backend ministack": "tests/system/test_ministack.py test_run_from_nothing_leaves_nothing_running",
+    "batchlab doctor --backend ministack": "tests/system/test_ministack.py test_doctor_tries_the_emulator_for_real",
     "batchlab grid up --backend ministack --endpoint http://127.0.0.1:4566": (
         "tests/system/test_ministack.py test_a_grid_at_a_named_endpoint_starts_no_emulator"
     ),
-    "batchlab grid up --backend ministack --endpoint http://127.0.0.1:4566/month-end"
-    " --home month-end": (
+    "batchlab grid up --backend ministack --endpoint http://127.0.0.1:4566/month-end --home month-end": (
         "tests/system/test_ministack.py test_a_grid_at_a_named_endpoint_starts_no_emulator"
     ),
     "batchlab conform --endpoint http://127.0.0.1:4566": "tests/system/test_conform.py"
     " test_the_page_says_what_this_emulator_does",
     "batchlab conform --endpoint http://127.0.0.1:4566 --name 'MiniStack 1.5.33'"
-    " --markdown docs/emulators.md": "tests/system/test_conform.py"
-    " test_the_page_says_what_this_emulator_does",
+    " --markdown docs/emulators.md": "tests/system/test_conform.py test_the_page_says_what_this_emulator_does",
     "batchlab conform --endpoint http://127.0.0.1:4566 --needed": "tests/system/test_conform.py"
     " test_it_uses_a_bucket_that_is_there_and_leaves_the_rest_of_it_alone",
     "batchlab conform --endpoint http://127.0.0.1:9000 --only 's3-*' --json": (
         "tests/system/test_conform.py test_an_endpoint_that_breaks_down_on_the_way_is_no_difference"
     ),
-    "aws sns create-topic --name batch": "tests/system/test_tour.py"
-    " test_a_topic_of_the_emulators_own_is_told",
+    "aws sns create-topic --name batch": "tests/system/test_tour.py test_a_topic_of_the_emulators_own_is_told",
     # In containers.
     "batchlab run myjob/job.yaml --backend localstack --out results": (
         "tests/system/test_same_results.py test_the_examples_come_to_the_same_everywhere"
@@ -224,10 +210,8 @@ ELSEWHERE = {
     " test_a_grid_comes_works_with_the_aws_cli_and_leaves_nothing",
     "batchlab grid up --backend localstack": "tests/system/test_containers.py"
     " test_a_grid_comes_works_with_the_aws_cli_and_leaves_nothing",
-    "batchlab gc": "tests/system/test_containers.py"
-    " test_a_grid_comes_works_with_the_aws_cli_and_leaves_nothing",
-    "batchlab gc --dry-run": "tests/system/test_containers.py"
-    " test_what_a_grid_left_behind_is_swept",
+    "batchlab gc": "tests/system/test_containers.py test_a_grid_comes_works_with_the_aws_cli_and_leaves_nothing",
+    "batchlab gc --dry-run": "tests/system/test_containers.py test_what_a_grid_left_behind_is_swept",
     'eval "$(compose/offline/build.sh)"': ".ci/run images",
     "batchlab scenario replay peak.yaml --backend localstack --compress 60 --out peak.json": (
         "tests/system/test_replay_localstack.py test_a_scenario_with_its_policy_and_a_kill_on_localstack"
@@ -254,16 +238,13 @@ ELSEWHERE = {
         "tests/system/test_doc_pages.py test_a_page_can_be_followed"
     ),
     "batchlab scenario replay peak.yaml --json > verdict.json || echo red": (
-        "tests/system/test_replay_cli.py"
-        " test_a_replay_is_judged_compared_and_recorded_as_a_scenario"
+        "tests/system/test_replay_cli.py test_a_replay_is_judged_compared_and_recorded_as_a_scenario"
     ),
     "batchlab scenario replay long-tail --compress 120": (
-        "tests/system/test_replay_cli.py"
-        " test_a_replay_is_judged_compared_and_recorded_as_a_scenario"
+        "tests/system/test_replay_cli.py test_a_replay_is_judged_compared_and_recorded_as_a_scenario"
     ),
     "batchlab scenario replay claims-month-end --compress 600": (
-        "tests/system/test_replay_cli.py"
-        " test_a_replay_is_judged_compared_and_recorded_as_a_scenario"
+        "tests/system/test_replay_cli.py test_a_replay_is_judged_compared_and_recorded_as_a_scenario"
     ),
     "batchlab scenario replay month-end.yaml --compress 200": (
         "tests/system/test_doc_pages.py test_a_page_can_be_followed"
@@ -291,14 +272,10 @@ ELSEWHERE = {
 """The test that gives it, or one in its place with a shorter input: the file, and a name in it."""
 
 WHOLE = {
-    "docs/backends.md ## The AWS CLI": "tests/system/test_real_clients.py"
-    " test_the_commands_of_the_docs_work",
-    "examples/sort/README.md": "tests/system/test_examples_end_to_end.py"
-    " test_sort_of_one_large_file",
-    "examples/media/README.md": "tests/system/test_examples_end_to_end.py"
-    " test_media_keeps_every_frame",
-    "examples/transform/README.md": "tests/system/test_examples_end_to_end.py"
-    " test_transform_keeps_every_ride",
+    "docs/backends.md ## The AWS CLI": "tests/system/test_real_clients.py test_the_commands_of_the_docs_work",
+    "examples/sort/README.md": "tests/system/test_examples_end_to_end.py test_sort_of_one_large_file",
+    "examples/media/README.md": "tests/system/test_examples_end_to_end.py test_media_keeps_every_frame",
+    "examples/transform/README.md": "tests/system/test_examples_end_to_end.py test_transform_keeps_every_ride",
     "examples/claims/README.md": "tests/system/test_examples_end_to_end.py"
     " test_claims_add_up_to_what_the_generator_says",
 }
@@ -319,8 +296,7 @@ DEVELOPERS = (
     ".venv/bin/pytest --all",
     "BATCHLAB_AWS_BUDGET_USD=5 .venv/bin/pytest --all -m aws",
     "BATCHLAB_FROM=500 BATCHLAB_SEEDS=2000 pytest -n auto tests/sim/test_fuzz.py",
-    "BATCHLAB_LOOKS=write python -m pytest tests/browser/test_page_looks.py"
-    " tests/browser/test_report_looks.py",
+    "BATCHLAB_LOOKS=write python -m pytest tests/browser/test_page_looks.py tests/browser/test_report_looks.py",
     "python benchmarks/page.py --docs",
     "python benchmarks/run.py --harness FOLDER --peers batchlab_local,batchlab_ministack",
     "python benchmarks/peers.py --harness FOLDER --install --docs",

@@ -130,10 +130,7 @@ class ScriptedInstance:
         self.ended = self.ended or reason
 
 
-_SHELL = {
-    STUBBORN.name: "trap '' TERM; echo up; exec sleep 100",
-    BROKEN.name: "exit 3",
-}
+_SHELL = {STUBBORN.name: "trap '' TERM; echo up; exec sleep 100", BROKEN.name: "exit 3"}
 _DRAINS = "trap 'exit 0' TERM; echo up; sleep 100 & wait"
 
 
@@ -158,9 +155,7 @@ def sim_launcher(started: list[str] | None = None) -> SimLauncher:
 
 
 def process_launcher(
-    root: Path,
-    clock: Clock | None = None,
-    argv: Callable[[Pool, str], Sequence[str]] = worker_argv,
+    root: Path, clock: Clock | None = None, argv: Callable[[Pool, str], Sequence[str]] = worker_argv
 ) -> ProcessLauncher:
     env = {"PATH": os.environ["PATH"]}
     return ProcessLauncher(root, argv, clock or LoopClock(), env)
@@ -186,9 +181,7 @@ class FleetRig:
     dead: list[Instance] = field(default_factory=list)
     """All that the ticks returned."""
 
-    async def until(
-        self, condition: Callable[[GroupView], bool], pool: str = STEADY.name
-    ) -> GroupView:
+    async def until(self, condition: Callable[[GroupView], bool], pool: str = STEADY.name) -> GroupView:
         """Tick and report Pending instances until the pool's group fulfils the condition."""
         view = None
         for _ in range(500):
@@ -255,10 +248,7 @@ def _process_world(check: FleetCheck, root: Path) -> None:
         try:
             await check(
                 FleetRig(
-                    fleet,
-                    lambda instance: os.kill(pid_of(root, instance), 9),
-                    fleet.ready,
-                    lambda: asyncio.sleep(0.01),
+                    fleet, lambda instance: os.kill(pid_of(root, instance), 9), fleet.ready, lambda: asyncio.sleep(0.01)
                 )
             )
         finally:
@@ -298,9 +288,7 @@ class LauncherRig:
         known = await self.until(lambda known: known[instance] is not None)
         return str(known[instance])
 
-    async def until(
-        self, condition: Callable[[Mapping[str, str | None]], bool]
-    ) -> Mapping[str, str | None]:
+    async def until(self, condition: Callable[[Mapping[str, str | None]], bool]) -> Mapping[str, str | None]:
         loop = asyncio.get_running_loop()
         deadline_s = loop.time() + DEADLINE_S
         while True:
@@ -319,11 +307,7 @@ def _sim_launcher_world(check: LauncherCheck, _: Path) -> None:
     async def main() -> None:
         started: list[str] = []
         launcher = sim_launcher(started)
-        await check(
-            LauncherRig(
-                launcher, launcher.changed, launcher.crash, started.__contains__, slack_s=0.0
-            )
-        )
+        await check(LauncherRig(launcher, launcher.changed, launcher.crash, started.__contains__, slack_s=0.0))
 
     SimLoop().run(main(), limit_s=3_600)
 
@@ -364,9 +348,7 @@ def _container_launcher_world(check: LauncherCheck, root: Path) -> None:
             return grid.printed(instance) == "up\n"
 
         try:
-            await check(
-                LauncherRig(launcher, launcher.changed, crash, up, slack_s=8.0, moment_s=1.0)
-            )
+            await check(LauncherRig(launcher, launcher.changed, crash, up, slack_s=8.0, moment_s=1.0))
         finally:
             await launcher.close(kill=True)
 
@@ -400,9 +382,7 @@ def names(instances: Sequence[Instance]) -> list[str]:
     return [instance.id for instance in instances]
 
 
-def checked_in(
-    make: Callable[[], W],
-) -> Callable[[Callable[[W], Awaitable[None]]], Callable[[], None]]:
+def checked_in(make: Callable[[], W]) -> Callable[[Callable[[W], Awaitable[None]]], Callable[[], None]]:
     """A decorator that turns an async check of what `make` gives into a test."""
 
     def decorate(check: Callable[[W], Awaitable[None]]) -> Callable[[], None]:

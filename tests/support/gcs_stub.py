@@ -64,9 +64,7 @@ class Stub:
             raise Refused(404, "NoSuchKey")
         return found
 
-    def write(
-        self, bucket: str, key: str, data: bytes, condition: str | None, etag: str = ""
-    ) -> Stored:
+    def write(self, bucket: str, key: str, data: bytes, condition: str | None, etag: str = "") -> Stored:
         """Store the data if the object has the generation that `condition` names, 0 for none."""
         with self.lock:
             objects = self.bucket(bucket)
@@ -160,9 +158,7 @@ class _Handler(BaseHTTPRequestHandler):
         after = query.get("continuation-token") or query.get("start-after", "")
         most = min(int(query.get("max-keys") or _PAGE), _PAGE)
         with self.stub.lock:
-            keys = sorted(
-                key for key in objects if key > after and key.startswith(query.get("prefix", ""))
-            )
+            keys = sorted(key for key in objects if key > after and key.startswith(query.get("prefix", "")))
             rows = "".join(_row(key, objects[key]) for key in keys[:most])
         more = len(keys) > most
         token = ""
@@ -205,9 +201,7 @@ class _Handler(BaseHTTPRequestHandler):
                 {"x-goog-generation": str(stored.generation)},
             )
 
-    def _send(
-        self, status: int, body: bytes = b"", headers: Mapping[str, str] | None = None
-    ) -> None:
+    def _send(self, status: int, body: bytes = b"", headers: Mapping[str, str] | None = None) -> None:
         self.send_response(status)
         for name, value in (headers or {}).items():
             self.send_header(name, value)
@@ -222,11 +216,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _headers(found: Stored) -> dict[str, str]:
-    return {
-        "ETag": found.etag,
-        "x-goog-generation": str(found.generation),
-        "Last-Modified": formatdate(0, usegmt=True),
-    }
+    return {"ETag": found.etag, "x-goog-generation": str(found.generation), "Last-Modified": formatdate(0, usegmt=True)}
 
 
 def _row(key: str, found: Stored) -> str:

@@ -62,10 +62,7 @@ class Listening:
         return self
 
     def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        where: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
         self._server.shutdown()
         self._server.server_close()
@@ -93,9 +90,7 @@ def forward(target: str, request: Request) -> Answer:
         if parts.scheme == "https"
         else HTTPConnection(host, parts.port, timeout=60)
     ) as connection:
-        connection.putrequest(
-            request.method, request.path, skip_host=True, skip_accept_encoding=True
-        )
+        connection.putrequest(request.method, request.path, skip_host=True, skip_accept_encoding=True)
         for name, value in request.headers.items():
             if name.lower() not in _HOP:
                 connection.putheader(name, value)

@@ -12,6 +12,7 @@ from batchlab.core.errors import JobFileError
 from batchlab.core.job_definition import JobDef
 from batchlab.core.model import JobId
 from batchlab.jobs import job_file
+from batchlab.jobs.yaml_source import JobFileErrors
 from tests.support.mistakes import complete
 
 MINIMAL = """\
@@ -51,7 +52,7 @@ def load(folder: Path, text: str, **overrides: str) -> job_file.JobFile:
 
 def refused(folder: Path, text: str, **overrides: str) -> list[JobFileError]:
     """The mistakes of the file, each with all that a person needs."""
-    with pytest.raises(job_file.JobFileErrors) as caught:
+    with pytest.raises(JobFileErrors) as caught:
         load(folder, text, **overrides)
     return list(complete(caught.value.errors, folder / "job.yaml", textwrap.dedent(text)))
 
@@ -61,7 +62,7 @@ def told(errors: list[JobFileError]) -> list[tuple[int | None, str]]:
 
 
 def compiled(jobfile: job_file.JobFile, submitted_s: float = 0.0) -> JobDef:
-    return job_file.compile(
+    return job_file.compile_job(
         jobfile,
         job_id=JobId("j-1"),
         token="t",

@@ -30,9 +30,7 @@ MODULES: Mapping[str, tuple[str, ...]] = {
     "batchlab": tuple(batchlab.__all__),
     "batchlab.client": ("Client",),
     "batchlab.client.joblib": ("NAME",),
-    "batchlab.errors": tuple(
-        name for name, one in vars(errors).items() if isinstance(one, type) and name[0] != "_"
-    ),
+    "batchlab.errors": tuple(name for name, one in vars(errors).items() if isinstance(one, type) and name[0] != "_"),
     "batchlab.grid.executor": ("GridExecutor",),
     "batchlab.grid.joblib": ("NAME",),
     "batchlab.grid.result": ("JobResult",),
@@ -47,10 +45,7 @@ def text() -> str:
     """All of it: a line for each name, class members indented below their class."""
     lines: list[str] = []
     for module, names in MODULES.items():
-        lines += [
-            module,
-            *(f"    {line}" for name in sorted(names) for line in _told(module, name)),
-        ]
+        lines += [module, *(f"    {line}" for name in sorted(names) for line in _told(module, name))]
     return "\n".join([*lines, ""])
 
 

@@ -60,9 +60,6 @@ def is_named(item: pytest.Item, given: Iterable[Path]) -> bool:
     """Return whether the paths `given` name the file of a test, or a folder of slow tests."""
     return any(
         path == item.path
-        or (
-            any(path.is_relative_to(folder) for folder in SLOW_FOLDERS)
-            and item.path.is_relative_to(path)
-        )
+        or (any(path.is_relative_to(folder) for folder in SLOW_FOLDERS) and item.path.is_relative_to(path))
         for path in given
     )

@@ -85,9 +85,7 @@ def licence(found: metadata.Distribution) -> str:
     if short and len(short) < 40:  # some have the whole text there
         return _IN_SPDX.get(short, short)
     names = {
-        one.rpartition(" :: ")[2]
-        for one in told.get_all("Classifier", [])
-        if one.startswith("License :: OSI Approved")
+        one.rpartition(" :: ")[2] for one in told.get_all("Classifier", []) if one.startswith("License :: OSI Approved")
     }
     return " AND ".join(sorted(_IN_SPDX.get(one, one) for one in names))
 
@@ -95,8 +93,7 @@ def licence(found: metadata.Distribution) -> str:
 def is_allowed(expression: str) -> bool:
     """Whether what it says can be kept: each part of an AND, one of an OR."""
     return bool(expression) and all(
-        any(one.strip(" ()") in ALLOWED for one in part.split(" OR "))
-        for part in expression.split(" AND ")
+        any(one.strip(" ()") in ALLOWED for one in part.split(" OR ")) for part in expression.split(" AND ")
     )
 
 
@@ -142,9 +139,7 @@ def bill(uv: str) -> dict[str, Any]:
 def main() -> None:
     uv = os.environ.get("BATCHLAB_UV") or shutil.which("uv")
     if len(sys.argv) != 2 or uv is None:
-        sys.exit(
-            "Usage: python -m tests.support.supply FILE, with uv on the path or in BATCHLAB_UV"
-        )
+        sys.exit("Usage: python -m tests.support.supply FILE, with uv on the path or in BATCHLAB_UV")
     made = bill(uv)
     Path(sys.argv[1]).write_text(json.dumps(made, indent=1) + "\n")
     print(f"{sys.argv[1]}: {len(made['components'])} components")

@@ -27,25 +27,12 @@ SAMPLE = {
         Keyword="Book|Paperback",
         Rating="*****|5 stars|Excellent",
     ),
-    CANCER: _item(
-        "Tropic of Cancer", "Henry Miller", "1934", Pages="00318", Keyword="Book", Rating="****"
-    ),
+    CANCER: _item("Tropic of Cancer", "Henry Miller", "1934", Pages="00318", Keyword="Book", Rating="****"),
     STUFF: _item(
-        "The Right Stuff",
-        "Tom Wolfe",
-        "1979",
-        Pages="00304",
-        Keyword="Book|Hardcover|American",
-        Rating="****|4 stars",
+        "The Right Stuff", "Tom Wolfe", "1979", Pages="00304", Keyword="Book|Hardcover|American", Rating="****|4 stars"
     ),
     BETWEEN: _item("In Between", "Paul Van Dyk", "2007", Keyword="CD|Trance", Rating="4 stars"),
-    THREE_HUNDRED: _item(
-        "300",
-        "Zack Snyder",
-        "2007",
-        Keyword="DVD|Action|Frank Miller",
-        Rating="***|3 stars|Not bad",
-    ),
+    THREE_HUNDRED: _item("300", "Zack Snyder", "2007", Keyword="DVD|Action|Frank Miller", Rating="***|3 stars|Not bad"),
     HEAVEN: _item("Heaven's Gonna Burn Your Eyes", "Thievery Corporation", "2002", Rating="*****"),
 }
 
@@ -149,8 +136,7 @@ def test_an_attribute_that_is_sorted_by_must_be_asked_for() -> None:
         assert caught.value.code == "InvalidSortExpression"
     for text in (
         "select * from mydomain where Year < '1980' order by Year asc",
-        "select * from mydomain where Year = '2007' intersection Author is not null "
-        "order by Author desc",
+        "select * from mydomain where Year = '2007' intersection Author is not null order by Author desc",
         "select * from mydomain where author is null and title is not null order by title",
         "select * from mydomain where itemName() > 'B' order by itemName() limit 2500",
     ):

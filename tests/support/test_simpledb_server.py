@@ -53,13 +53,9 @@ def test_replace_replaces_and_the_rest_adds(sdb: Any, simpledb: Sdb) -> None:
     _put(sdb, simpledb, "I", a="1", b=["2", "3"])
     _put(sdb, simpledb, "I", b="4")
     assert _get(sdb, simpledb, "I") == {"a": {"1"}, "b": {"4"}}
-    sdb.put_attributes(
-        DomainName=simpledb.domain, ItemName="I", Attributes=[{"Name": "b", "Value": "5"}]
-    )
+    sdb.put_attributes(DomainName=simpledb.domain, ItemName="I", Attributes=[{"Name": "b", "Value": "5"}])
     assert _get(sdb, simpledb, "I")["b"] == {"4", "5"}
-    sdb.delete_attributes(
-        DomainName=simpledb.domain, ItemName="I", Attributes=[{"Name": "b", "Value": "4"}]
-    )
+    sdb.delete_attributes(DomainName=simpledb.domain, ItemName="I", Attributes=[{"Name": "b", "Value": "4"}])
     assert _get(sdb, simpledb, "I")["b"] == {"5"}
     sdb.delete_attributes(DomainName=simpledb.domain, ItemName="I")
     sdb.delete_attributes(DomainName=simpledb.domain, ItemName="I")
@@ -71,21 +67,11 @@ def test_a_condition_is_kept(sdb: Any, simpledb: Sdb) -> None:
     _put(sdb, simpledb, "I", absent, v="1")
     text = _refused(409, "ConditionalCheckFailed", lambda: _put(sdb, simpledb, "I", absent, v="2"))
     assert text == "Conditional check failed. Attribute (v) value exists"
-    text = _refused(
-        409,
-        "ConditionalCheckFailed",
-        lambda: _put(sdb, simpledb, "I", {"Name": "v", "Value": "2"}, v="3"),
-    )
+    text = _refused(409, "ConditionalCheckFailed", lambda: _put(sdb, simpledb, "I", {"Name": "v", "Value": "2"}, v="3"))
     assert "value is (1) but was expected (2)" in text
     _put(sdb, simpledb, "I", {"Name": "v", "Value": "1", "Exists": True}, v="2")
     given = {"DomainName": simpledb.domain, "ItemName": "I"}
-    _refused(
-        409,
-        "ConditionalCheckFailed",
-        sdb.delete_attributes,
-        **given,
-        Expected={"Name": "v", "Value": "1"},
-    )
+    _refused(409, "ConditionalCheckFailed", sdb.delete_attributes, **given, Expected={"Name": "v", "Value": "1"})
     assert _get(sdb, simpledb, "I") == {"v": {"2"}}
     sdb.delete_attributes(**given, Expected={"Name": "v", "Value": "2"})
     assert _get(sdb, simpledb, "I") == {}
@@ -109,11 +95,7 @@ def test_a_condition_that_cannot_be_held_is_refused(sdb: Any, simpledb: Sdb) -> 
 
 def test_limits_of_an_item_are_kept(sdb: Any, simpledb: Sdb) -> None:
     _put(sdb, simpledb, "ä" * 512, **{"ö" * 512: "ü" * 512})
-    for item, name, value in (
-        ("x" * 1025, "n", "v"),
-        ("i", "x" * 1025, "v"),
-        ("i", "n", "é" * 513),
-    ):
+    for item, name, value in (("x" * 1025, "n", "v"), ("i", "x" * 1025, "v"), ("i", "n", "é" * 513)):
         with pytest.raises(ClientError, match="InvalidParameterValue"):
             _put(sdb, simpledb, item, **{name: value})
     _put(sdb, simpledb, "full", many=[str(n) for n in range(256)])
@@ -126,9 +108,7 @@ def test_limits_of_an_item_are_kept(sdb: Any, simpledb: Sdb) -> None:
 
 def test_a_batch_is_of_25_items_and_all_of_it_or_nothing(sdb: Any, simpledb: Sdb) -> None:
     def batch(count: int, value: str = "v") -> list[dict[str, Any]]:
-        return [
-            {"Name": f"i{n}", "Attributes": [{"Name": "n", "Value": value}]} for n in range(count)
-        ]
+        return [{"Name": f"i{n}", "Attributes": [{"Name": "n", "Value": value}]} for n in range(count)]
 
     put, domain = sdb.batch_put_attributes, simpledb.domain
     put(DomainName=domain, Items=batch(25))
@@ -140,8 +120,7 @@ def test_a_batch_is_of_25_items_and_all_of_it_or_nothing(sdb: Any, simpledb: Sdb
     _refused(400, "InvalidParameterValue", put, DomainName=domain, Items=bad)
     assert simpledb.items()["i0"] == {"n": ["v"]}
     large = [
-        {"Name": f"l{n}", "Attributes": [{"Name": str(m), "Value": "x" * 1000} for m in range(50)]}
-        for n in range(25)
+        {"Name": f"l{n}", "Attributes": [{"Name": str(m), "Value": "x" * 1000} for m in range(50)]} for n in range(25)
     ]
     _refused(400, "InvalidParameterValue", put, DomainName=domain, Items=large)
     names = [{"Name": f"i{n}"} for n in range(25)]
@@ -200,10 +179,7 @@ def test_pages_have_the_guides_sizes(sdb: Any, simpledb: Sdb) -> None:
         sdb.batch_put_attributes(
             DomainName=simpledb.domain,
             Items=[
-                {
-                    "Name": f"i{n:03d}",
-                    "Attributes": [{"Name": f"{m:02d}", "Value": "x" * 1000} for m in range(20)],
-                }
+                {"Name": f"i{n:03d}", "Attributes": [{"Name": f"{m:02d}", "Value": "x" * 1000} for m in range(20)]}
                 for n in range(start, start + 25)
             ],
         )
@@ -216,9 +192,7 @@ def test_pages_have_the_guides_sizes(sdb: Any, simpledb: Sdb) -> None:
     page = _select(sdb, f"{everything} limit 2500")
     assert 40 <= len(page["Items"]) < 53, "1 MB"
     counted = _select(sdb, f"select count(*) from `{simpledb.domain}`")
-    assert counted["Items"] == [
-        {"Name": "Domain", "Attributes": [{"Name": "Count", "Value": "150"}]}
-    ]
+    assert counted["Items"] == [{"Name": "Domain", "Attributes": [{"Name": "Count", "Value": "150"}]}]
     tenth = _select(sdb, f"select count(*) from `{simpledb.domain}` limit 10")
     after = _select(sdb, f"{everything} limit 2", NextToken=tenth["NextToken"])
     assert len(after["Items"]) == 2

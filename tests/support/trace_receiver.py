@@ -78,9 +78,7 @@ class Receiver(Listening):
         with self._lock:
             return list(self._spans)
 
-    def until(
-        self, enough: Callable[[list[Received]], object], *, within_s: float = 20.0
-    ) -> list[Received]:
+    def until(self, enough: Callable[[list[Received]], object], *, within_s: float = 20.0) -> list[Received]:
         """The spans, as soon as there are enough."""
         end_s = time.monotonic() + within_s
         while not enough(found := self.spans()):

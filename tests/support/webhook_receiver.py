@@ -31,9 +31,7 @@ class Call:
 class Hook(Listening):
     """A context manager. Answers with `statuses` in turn, the last one for ever."""
 
-    def __init__(
-        self, *statuses: int, wait_s: float = 0.0, tls: tuple[Path, Path] | None = None
-    ) -> None:
+    def __init__(self, *statuses: int, wait_s: float = 0.0, tls: tuple[Path, Path] | None = None) -> None:
         self.statuses: Sequence[int] = statuses or (200,)
         self.wait_s = wait_s
         self.calls: list[Call] = []

@@ -160,9 +160,7 @@ def test_the_aws_cli_makes_processes_appear_and_vanish(server: Server) -> None:
     until(lambda: not server.pids(), 10.0)
     assert server.log(instance) == told + "bye\n"
     activities = aws("describe-scaling-activities", *named, "--max-items", "2")[1]["Activities"]
-    assert [one["Description"].partition(":")[0] for one in activities] == [
-        "Terminating EC2 instance"
-    ] * 2
+    assert [one["Description"].partition(":")[0] for one in activities] == ["Terminating EC2 instance"] * 2
 
 
 def test_a_server_that_is_killed_leaves_its_instances_to_the_next(server: Server) -> None:
@@ -214,11 +212,8 @@ def test_keys_are_asked_for_where_that_is_wanted(server: Server) -> None:
 def test_templates_that_are_none_are_told_in_a_sentence(tmp_path: Path) -> None:
     file = tmp_path / "templates.toml"
     argv = [sys.executable, "-m", "batchlab", "asg", "serve", "--state", str(tmp_path / "state")]
-    done = subprocess.run(
-        [*argv, "--templates", str(file)], capture_output=True, text=True, timeout=60
-    )
+    done = subprocess.run([*argv, "--templates", str(file)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert done.stderr == (
-        f"Error: {file} cannot be read: No such file or directory.\n"
-        "  Name a file that is there and can be read.\n"
+        f"Error: {file} cannot be read: No such file or directory.\n  Name a file that is there and can be read.\n"
     )

@@ -63,9 +63,7 @@ def test_a_job_runs_on_what_the_stack_has_made(there: Account, tmp_path: Path) -
     home = there.home()
     until(there.manager_pid, 60)
     job = job_of(tmp_path / "job", 60)
-    _, said = batchlab(
-        there, "run", job, "--backend", "aws", "--home", home.path, "--out", tmp_path / "out"
-    )
+    _, said = batchlab(there, "run", job, "--backend", "aws", "--home", home.path, "--out", tmp_path / "out")
     assert f"Connecting to the stack {STACK}" in said
     assert total(tmp_path / "out") == sum(i * i for i in range(60))
     assert "The grid is stopped" not in said, "a stack goes on"
@@ -94,9 +92,7 @@ def test_a_connection_outlives_the_managers_instance(there: Account, tmp_path: P
     assert there.manager_pid()
 
 
-def test_a_job_stops_at_its_cap_says_so_and_goes_on_with_a_higher_one(
-    there: Account, tmp_path: Path
-) -> None:
+def test_a_job_stops_at_its_cap_says_so_and_goes_on_with_a_higher_one(there: Account, tmp_path: Path) -> None:
     home = there.home()
     until(there.manager_pid, 60)
     job = job_of(tmp_path / "job", 20)
@@ -124,18 +120,7 @@ def test_what_is_missing_is_said_in_a_sentence(there: Account, tmp_path: Path) -
     assert "No stack is known" in said
     assert "deploy apply" in said
     home = there.home()
-    _, said = batchlab(
-        there,
-        "grid",
-        "up",
-        "--backend",
-        "aws",
-        "--home",
-        home.path,
-        "--pool",
-        "default:0-4x1",
-        code=2,
-    )
+    _, said = batchlab(there, "grid", "up", "--backend", "aws", "--home", home.path, "--pool", "default:0-4x1", code=2)
     assert "has its own pools" in said
     until(there.manager_pid, 60)
     (there.folder / "bin" / "session-manager-plugin").unlink()

@@ -82,10 +82,7 @@ def in_service(there: Account) -> int:
 
 @pytest.mark.parametrize(
     ("command", "said"),
-    [
-        (["/nowhere/at-all"], "cannot be started"),
-        (["/bin/sleep", "600"], "was abandoned: Heartbeat Timeout"),
-    ],
+    [(["/nowhere/at-all"], "cannot be started"), (["/bin/sleep", "600"], "was abandoned: Heartbeat Timeout")],
     ids=["no-capacity", "never-comes-up"],
 )
 def test_what_cannot_come_up_is_told_and_tried_again_without_a_loop(
@@ -97,9 +94,7 @@ def test_what_cannot_come_up_is_told_and_tried_again_without_a_loop(
         home, job = there.home(), job_of(tmp_path / "job", 20)
         batchlab(there, "grid", "up", "--backend", "aws", "--home", home.path)
         batchlab(there, "job", "submit", job, "--home", home.path)
-        until(
-            lambda: any(a["StatusCode"] in ("Failed", "Cancelled") for a in activities(there)), 90
-        )
+        until(lambda: any(a["StatusCode"] in ("Failed", "Cancelled") for a in activities(there)), 90)
         shown, _ = batchlab(there, "grid", "activities", "--home", home.path, "--json")
         told = [f"{one['description']} {one['cause']}" for one in json.loads(shown)]
         assert any(said in one for one in told), told

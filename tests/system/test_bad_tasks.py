@@ -115,9 +115,7 @@ def test_a_handler_that_is_not_there_is_refused_before_anything_is_queued(tmp_pa
 def test_cancel_pause_and_resume(bring_up: Bring, tmp_path: Path) -> None:
     folder = tmp_path / "job"
     path = job_file(folder, "slow")
-    (folder / "bad.py").write_text(
-        "import time\ndef slow(item):\n    time.sleep(0.05)\n    return item\n"
-    )
+    (folder / "bad.py").write_text("import time\ndef slow(item):\n    time.sleep(0.05)\n    return item\n")
     grid = bring_up(TWO)
     job = grid.submit(path)["id"]
     grid.wait(job, until=lambda v: v["stages"][0]["succeeded"] > 5)

@@ -39,9 +39,7 @@ def trusted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trusting]:
 
 
 @pytest.fixture(scope="module")
-def there(
-    archive: Path, trusted: Trusting, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Fleet]:
+def there(archive: Path, trusted: Trusting, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     # Its image is older, so it goes after its containers: else it would stay, without a name.
     with fleet(tmp_path_factory.mktemp("account"), archive) as found:
         yield found
@@ -51,9 +49,7 @@ def batchlab(there: Fleet, *arguments: object) -> str:
     return command(*arguments, env=there.account.env)[0]
 
 
-def test_a_job_completes_on_instances_that_booted_by_user_data(
-    there: Fleet, tmp_path: Path
-) -> None:
+def test_a_job_completes_on_instances_that_booted_by_user_data(there: Fleet, tmp_path: Path) -> None:
     (manager,) = until(lambda: there.instances(there.account.at.manager_group), 60)
     until(lambda: there.is_active(manager, "manager"), BOOT_S, pause_s=1.0)
     home, out = there.account.home(), tmp_path / "out"

@@ -32,11 +32,7 @@ if TYPE_CHECKING:
 
 PAGE = ROOT / "docs" / "emulators.md"
 
-NAMES = {
-    "ministack": f"MiniStack {VERSION}",
-    "localstack": "LocalStack 4.14.0",
-    "moto": f"moto {version('moto')}",
-}
+NAMES = {"ministack": f"MiniStack {VERSION}", "localstack": "LocalStack 4.14.0", "moto": f"moto {version('moto')}"}
 """The sections of the page, by the fixtures."""
 
 WAIT_S = 60.0
@@ -84,16 +80,7 @@ def test_the_page_says_what_this_emulator_does(
     endpoint: Endpoint = request.getfixturevalue(emulator)
     page = tmp_path / "emulators.md"
     page.write_text(PAGE.read_text(encoding="utf-8"), encoding="utf-8")
-    code, out, err = run(
-        "conform",
-        "--endpoint",
-        endpoint.url,
-        "--name",
-        NAMES[emulator],
-        "--markdown",
-        page,
-        "--json",
-    )
+    code, out, err = run("conform", "--endpoint", endpoint.url, "--name", NAMES[emulator], "--markdown", page, "--json")
     assert "Left behind" not in err
     told = json.loads(out)
     differing = [one["check"] for one in told["checks"] if one["verdict"] == "differs"]
@@ -102,22 +89,12 @@ def test_the_page_says_what_this_emulator_does(
     assert _made(endpoint) == []
 
 
-def test_it_uses_a_bucket_that_is_there_and_leaves_the_rest_of_it_alone(
-    ministack: Endpoint, run: Run
-) -> None:
+def test_it_uses_a_bucket_that_is_there_and_leaves_the_rest_of_it_alone(ministack: Endpoint, run: Run) -> None:
     s3 = _s3(ministack)
     s3.create_bucket(Bucket="of-ours")
     s3.put_object(Bucket="of-ours", Key="batchlab-conform-keep", Body=b"precious")
     code, out, err = run(
-        "conform",
-        "--endpoint",
-        ministack.url,
-        "--bucket",
-        "of-ours",
-        "--only",
-        "s3-create-[ft]*",
-        "--needed",
-        "--json",
+        "conform", "--endpoint", ministack.url, "--bucket", "of-ours", "--only", "s3-create-[ft]*", "--needed", "--json"
     )
     assert (code, err) == (0, "")
     assert json.loads(out)["needed_agree"]
@@ -149,9 +126,7 @@ def process(ministack: Endpoint) -> Iterator[subprocess.Popen[str]]:
     started.communicate()
 
 
-def test_ctrl_c_leaves_nothing_behind_even_twice(
-    ministack: Endpoint, process: subprocess.Popen[str]
-) -> None:
+def test_ctrl_c_leaves_nothing_behind_even_twice(ministack: Endpoint, process: subprocess.Popen[str]) -> None:
     deadline_s = time.monotonic() + WAIT_S
     while not _made(ministack):
         assert process.poll() is None

@@ -151,8 +151,7 @@ def test_an_endpoint_without_auto_scaling_is_told_in_one_line(run: Run) -> None:
         code, out, err = run("conform", "--service", "autoscaling", "--endpoint", address)
     assert (code, out) == (3, "")
     assert err == (
-        f"Error: There is no Auto Scaling at {address}: DescribeAutoScalingGroups returns 501"
-        " InternalFailure.\n"
+        f"Error: There is no Auto Scaling at {address}: DescribeAutoScalingGroups returns 501 InternalFailure.\n"
     )
 
 
@@ -198,9 +197,7 @@ def _unexpected(
     assert endpoint.url is not None
     checks = [check for check in ASG_CHECKS if check.name in names]
     with proxy(endpoint.url, sabotage) as address:
-        target = Target(
-            Endpoint(address), run=f"sabotage-{number}", clock=WallClock(), template=TEMPLATE
-        )
+        target = Target(Endpoint(address), run=f"sabotage-{number}", clock=WallClock(), template=TEMPLATE)
         # What is waited for in vain need not be waited for long.
         target.appears_s = 5.0 if expected is Verdict.DIFFERS else 20.0
         try:
@@ -211,11 +208,7 @@ def _unexpected(
             # What the sabotage kept from being removed.
             left = Cleaner(endpoint).groups(sorted(target._groups))
     assert left == []
-    return {
-        one.check.name: f"{one.verdict.value} {one.observed}"
-        for one in results
-        if one.verdict is not expected
-    }
+    return {one.check.name: f"{one.verdict.value} {one.observed}" for one in results if one.verdict is not expected}
 
 
 def test_every_check_that_is_needed_is_spoiled() -> None:

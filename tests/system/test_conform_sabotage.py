@@ -68,9 +68,7 @@ def _tried(moto: Endpoint, name: str, layer: Mapping[str, str], names: Set[str])
             target.close()
 
 
-def _unexpected(
-    moto: Endpoint, number: int, layer: Mapping[str, str], names: Set[str]
-) -> dict[str, str]:
+def _unexpected(moto: Endpoint, number: int, layer: Mapping[str, str], names: Set[str]) -> dict[str, str]:
     """What came out otherwise than it should, by the names of the checks."""
     expected = Verdict.DIFFERS if layer else Verdict.AGREES
     found: dict[str, str] = {}
@@ -101,10 +99,7 @@ def test_what_is_spoiled_is_noticed_and_nothing_else_is(moto: Endpoint) -> None:
     assert every == set().union(*(names for _, names in SABOTAGES.values()))
     tried = [(every, {}), *((layer.keys(), layer) for layer in layers)]
     with ThreadPoolExecutor(len(tried)) as threads:
-        runs = [
-            threads.submit(_unexpected, moto, number, layer, names)
-            for number, (names, layer) in enumerate(tried)
-        ]
+        runs = [threads.submit(_unexpected, moto, number, layer, names) for number, (names, layer) in enumerate(tried)]
     unspoiled, *spoiled = [one.result() for one in runs]
     assert unspoiled == {}
     assert spoiled == [{} for _ in layers]

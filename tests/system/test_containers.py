@@ -115,13 +115,7 @@ def desired_capacity_makes_containers(home: Home, at: compose_deployment.Deploym
         "Key=batchlab:pool,Value=default,PropagateAtLaunch=true",
         "Key=batchlab:slots,Value=1,PropagateAtLaunch=true",
     )
-    aws(
-        "set-desired-capacity",
-        "--auto-scaling-group-name",
-        group,
-        "--desired-capacity",
-        "2",
-    )
+    aws("set-desired-capacity", "--auto-scaling-group-name", group, "--desired-capacity", "2")
     until(lambda: len(containers()) == 2, 60.0, pause_s=0.3)
     described = json.loads(aws("describe-auto-scaling-groups", "--auto-scaling-group-names", group))
     (found,) = described["AutoScalingGroups"]

@@ -147,9 +147,7 @@ def test_of_an_auto_scaling_endpoint(tmp_path: Path) -> None:
         assert said.stdout.count("Launching a new EC2 instance") >= 3, said.stdout
         instance = next(iter(server.pids()))
         asked = ["asg", "interrupt", instance, "--notice", "30", "--endpoint", server.url]
-        given = subprocess.run(
-            [sys.executable, "-m", "batchlab", *asked], capture_output=True, text=True
-        )
+        given = subprocess.run([sys.executable, "-m", "batchlab", *asked], capture_output=True, text=True)
         assert (given.returncode, given.stderr) == (0, f"{instance} has its notice.\n")
     finally:
         if server.process is not None and server.process.poll() is None:
@@ -195,9 +193,7 @@ def whole() -> set[str]:
 def test_no_command_is_left_out() -> None:
     """A new one of a page fails here until a test gives it, or until doc_commands_table.py says who
     does."""
-    given = {
-        one for script in table.HERE for line in doc_commands.lines(script) for one in line.told
-    }
+    given = {one for script in table.HERE for line in doc_commands.lines(script) for one in line.told}
     listed = {*given, *table.ELSEWHERE, *table.DEVELOPERS, *table.IN_TESTS}
     left = TOLD - followed() - listed - whole()
     assert not [one for one in left if not table.NEEDS_ACCOUNT.match(one)], "no test gives these"

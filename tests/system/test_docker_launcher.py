@@ -244,9 +244,7 @@ def test_a_task_that_runs_out_of_memory_is_not_the_end_of_its_instance(grid: Doc
     run(main)
 
 
-def test_what_an_ended_instance_printed_is_kept_and_in_time_its_container_goes(
-    grid: DockerGrid,
-) -> None:
+def test_what_an_ended_instance_printed_is_kept_and_in_time_its_container_goes(grid: DockerGrid) -> None:
     clock = ManualClock()
 
     async def main() -> None:
@@ -358,9 +356,7 @@ def test_a_container_without_its_network_lives(grid: DockerGrid) -> None:
     async def main() -> None:
         with Engine() as engine:
             ensure_network(engine, grid.id, grid.labels)
-        launcher = grid.launcher(
-            lambda _: shell("echo up; sleep 100", network=grid.id), LoopClock()
-        )
+        launcher = grid.launcher(lambda _: shell("echo up; sleep 100", network=grid.id), LoopClock())
         try:
             await launcher.launch(STEADY, "i-1")
             await up(grid, "i-1")

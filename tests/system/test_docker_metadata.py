@@ -102,9 +102,7 @@ def in_scene(grid: DockerGrid, script: str, check: Callable[[Scene], Awaitable[N
         def template(_: Pool) -> Template:
             return python(script, network=grid.id, env={"AWS_EC2_METADATA_SERVICE_ENDPOINT": url})
 
-        launcher = grid.launcher(
-            template, WallClock(), signals=lambda name: signals.get(name, Signals())
-        )
+        launcher = grid.launcher(template, WallClock(), signals=lambda name: signals.get(name, Signals()))
         server = MetadataServer(launcher, WallClock())
         try:
             url = await server.start(here)

@@ -188,9 +188,7 @@ def test_a_fleet_goes_on_after_its_manager_was_killed(grid: DockerGrid) -> None:
 # --- Docker that is away --------------------------------------------------------------------------
 
 
-def test_no_docker_at_all_is_told_in_a_sentence(
-    grid: DockerGrid, tmp_path: Path, refused: None
-) -> None:
+def test_no_docker_at_all_is_told_in_a_sentence(grid: DockerGrid, tmp_path: Path, refused: None) -> None:
     async def main() -> None:
         engine = Engine(f"unix://{tmp_path}/none.sock")
         launcher = grid.launcher(behaving, LoopClock(), engine=engine)
@@ -201,9 +199,7 @@ def test_no_docker_at_all_is_told_in_a_sentence(
                 launcher.terminate("i-1", grace_s=0.0),
                 launcher.metadata("172.17.0.2"),
             ):
-                with pytest.raises(
-                    Unreachable, match=r"Docker does not answer \(No such file.*\)\. Start Docker"
-                ):
+                with pytest.raises(Unreachable, match=r"Docker does not answer \(No such file.*\)\. Start Docker"):
                     await call
         finally:
             await launcher.close(kill=False)
@@ -263,9 +259,7 @@ def test_a_sweep_takes_everything_with_the_labels_and_nothing_else(grid: DockerG
                 grid.api.create_volume(name, labels=labels)
                 host = grid.api.create_host_config(network_mode=name)
                 image, command = shell("").image, ["sleep", "100"]
-                grid.api.create_container(
-                    image, command, name=name, labels=labels, host_config=host
-                )
+                grid.api.create_container(image, command, name=name, labels=labels, host_config=host)
                 grid.api.start(name)
             # A stranger in the network must not keep it.
             grid.api.connect_container_to_network(f"{grid.id}-1", f"{grid.id}-0")

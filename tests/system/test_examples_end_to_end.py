@@ -68,9 +68,7 @@ def test_transform_keeps_every_ride(bring_up: Bring, tmp_path: Path, shared_data
     grid.results(view, tmp_path / "out")
     with duckdb.connect() as db:
         written = str(tmp_path / "out" / "files" / "**" / "*.parquet")
-        got = db.execute(
-            f"select count(*), count(payment) from read_parquet('{written}')"
-        ).fetchone()
+        got = db.execute(f"select count(*), count(payment) from read_parquet('{written}')").fetchone()
         want = db.execute(f"select count(*), count(payment) from read_csv('{csv}')").fetchone()
     assert got == want
     assert got is not None

@@ -48,10 +48,7 @@ def test_arguments_come_as_they_were_given(executor: GridExecutor) -> None:
     assert executor.submit(capture).result() == ((), {})
     assert executor.submit(capture, (1,)).result() == (((1,),), {})
     assert executor.submit(capture, ((1,), {})).result() == ((((1,), {}),), {})
-    assert executor.submit(capture, [1, {"$file": None}], b"\0").result() == (
-        ([1, {"$file": None}], b"\0"),
-        {},
-    )
+    assert executor.submit(capture, [1, {"$file": None}], b"\0").result() == (([1, {"$file": None}], b"\0"), {})
     strange = (float("inf"), "\ud800", 10**5000, None, True)
     assert executor.submit(capture, *strange).result() == (strange, {})
 
@@ -178,9 +175,7 @@ def test_map_refuses_a_chunksize_below_one(executor: GridExecutor) -> None:
         executor.map(pow, range(4), range(4), chunksize=-1)
 
 
-def test_map_draws_its_arguments_at_once_and_runs_unasked(
-    executor: GridExecutor, tmp_path: Path
-) -> None:
+def test_map_draws_its_arguments_at_once_and_runs_unasked(executor: GridExecutor, tmp_path: Path) -> None:
     drawn = []
 
     def items() -> Iterator[Path]:
@@ -222,9 +217,7 @@ def test_map_raises_a_calls_exception_in_its_place(executor: GridExecutor) -> No
     assert list(results) == []
 
 
-def test_map_raises_when_a_result_is_not_there_in_time(
-    executor: GridExecutor, tmp_path: Path
-) -> None:
+def test_map_raises_when_a_result_is_not_there_in_time(executor: GridExecutor, tmp_path: Path) -> None:
     gate = Gate(tmp_path)
     with pytest.raises(TimeoutError):
         next(executor.map(gate.wait, [1], timeout=0))
@@ -243,9 +236,7 @@ def is_gone(seen: weakref.ref[Any]) -> bool:
     return seen() is None
 
 
-def test_a_map_that_is_left_early_does_not_run_on(
-    grid: Grid, executor: GridExecutor, tmp_path: Path
-) -> None:
+def test_a_map_that_is_left_early_does_not_run_on(grid: Grid, executor: GridExecutor, tmp_path: Path) -> None:
     """Pain 11: jobs that run on after nobody wants them."""
 
     def note(i: int) -> None:
@@ -296,9 +287,7 @@ def test_callbacks_run_once_with_their_future_on_another_thread(executor: GridEx
     assert seen[2] == (good, threading.get_ident())
 
 
-def test_a_callback_that_raises_harms_nobody(
-    executor: GridExecutor, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_callback_that_raises_harms_nobody(executor: GridExecutor, caplog: pytest.LogCaptureFixture) -> None:
     def fail(error: BaseException, _: Any) -> None:
         raise error
 
@@ -327,9 +316,7 @@ def test_wait_returns_when_it_shall(executor: GridExecutor, tmp_path: Path) -> N
     assert (done, left) == ({bad, late, early}, set())
 
 
-def test_as_completed_gives_each_future_once_as_it_comes(
-    executor: GridExecutor, tmp_path: Path
-) -> None:
+def test_as_completed_gives_each_future_once_as_it_comes(executor: GridExecutor, tmp_path: Path) -> None:
     gate = Gate(tmp_path)
     late = executor.submit(gate.wait)
     early = [executor.submit(abs, i) for i in range(20)]

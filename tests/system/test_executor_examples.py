@@ -26,9 +26,7 @@ from tests.support.waiting import until
 FOLDER = ROOT / "examples" / "executor"
 SHOWN = dict(
     re.findall(
-        r"```sh\npython examples/executor/(\S+)\n```\n+```text\n(.*?)```",
-        (FOLDER / "README.md").read_text(),
-        re.DOTALL,
+        r"```sh\npython examples/executor/(\S+)\n```\n+```text\n(.*?)```", (FOLDER / "README.md").read_text(), re.DOTALL
     )
 )
 
@@ -49,9 +47,7 @@ def test_the_readme_shows_every_program() -> None:
 
 
 @pytest.mark.parametrize("program", sorted(SHOWN))
-def test_a_program_prints_what_the_readme_says(
-    grid: Grid, home: Path, tmp_path: Path, program: str
-) -> None:
+def test_a_program_prints_what_the_readme_says(grid: Grid, home: Path, tmp_path: Path, program: str) -> None:
     assert grid.client.health()["leader"]
     run = subprocess.run(
         [sys.executable, "-W", "error", FOLDER / program],
@@ -83,12 +79,8 @@ def square(i: int) -> int:
 
 def test_parallel_gives_results_in_order(grid: Grid) -> None:
     with joblib.parallel_config(NAME, grid=grid):
-        assert joblib.Parallel()(joblib.delayed(square)(i) for i in range(50)) == [
-            i * i for i in range(50)
-        ]
-        coming = joblib.Parallel(n_jobs=2, return_as="generator")(
-            joblib.delayed(square)(i) for i in range(5)
-        )
+        assert joblib.Parallel()(joblib.delayed(square)(i) for i in range(50)) == [i * i for i in range(50)]
+        coming = joblib.Parallel(n_jobs=2, return_as="generator")(joblib.delayed(square)(i) for i in range(5))
         assert list(coming) == [0, 1, 4, 9, 16]
 
 

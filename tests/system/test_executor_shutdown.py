@@ -136,9 +136,7 @@ def test_a_callback_may_shut_its_executor_down(grid: Grid) -> None:
 
 
 @pytest.mark.parametrize("cancel", [False, True])
-def test_what_is_submitted_during_shutdown_is_refused_or_comes_to_its_end(
-    grid: Grid, *, cancel: bool
-) -> None:
+def test_what_is_submitted_during_shutdown_is_refused_or_comes_to_its_end(grid: Grid, *, cancel: bool) -> None:
     executor = grid.executor()
     calls: list[list[Future[int]]] = [[] for _ in range(4)]
     refused: list[str] = []
@@ -261,9 +259,7 @@ def late_calls(grid: str, last: str) -> str:
     """
 
 
-def test_what_was_submitted_is_done_before_python_ends(
-    grid: Grid, home: Path, tmp_path: Path
-) -> None:
+def test_what_was_submitted_is_done_before_python_ends(grid: Grid, home: Path, tmp_path: Path) -> None:
     script = late_calls(f"home={str(home)!r}", "executor.shutdown(wait=False)")
     assert sorted(output(tmp_path, script)) == ["\n", "\n", "\n", "0", "1", "2"]
     states = {one["state"] for one in grid.client.jobs() if one["name"] == "late"}
@@ -304,9 +300,7 @@ def test_nothing_can_be_submitted_while_python_ends(grid: Grid, home: Path, tmp_
     ]
 
 
-def test_a_forked_process_is_refused_and_does_no_harm(
-    grid: Grid, home: Path, tmp_path: Path
-) -> None:
+def test_a_forked_process_is_refused_and_does_no_harm(grid: Grid, home: Path, tmp_path: Path) -> None:
     script = f"""
         import os, warnings
         warnings.simplefilter("ignore")  # of forking with threads

@@ -29,9 +29,7 @@ HASTY = "[manager]\ntick_s = 1\nlease_ttl_s = 6\n"
 
 
 @pytest.fixture(scope="module")
-def there(
-    ministack: Endpoint, moto: Endpoint, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Account]:
+def there(ministack: Endpoint, moto: Endpoint, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Account]:
     folder = tmp_path_factory.mktemp("harm") / "account"
     with account(ministack, moto, folder, settings=HASTY) as found:
         found.write_templates(found.hasty_worker(visibility_s=10.0))
@@ -88,9 +86,7 @@ def test_a_wave_tells_instances_to_leave(bench: Bench) -> None:
     right(bench)
 
 
-def test_a_group_with_one_zone_launches_nothing_while_that_is_lost(
-    there: Account, bench: Bench
-) -> None:
+def test_a_group_with_one_zone_launches_nothing_while_that_is_lost(there: Account, bench: Bench) -> None:
     until(lambda: len(bench.in_service()) == 2, 90, pause_s=0.2)
     seen = Work(bench.grid, None, "").hurt(FaultName.ZONE_LOSS, for_s=3.0)
     assert len(seen.targets) == 2
@@ -130,10 +126,7 @@ def test_a_file_of_a_ledger_is_lost_with_it_and_rebuilt(there: Account, bench: B
     right(bench)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [FaultName.PAUSE, FaultName.PARTITION, FaultName.S3_ERRORS, FaultName.SLOW_DISK],
-)
+@pytest.mark.parametrize("name", [FaultName.PAUSE, FaultName.PARTITION, FaultName.S3_ERRORS, FaultName.SLOW_DISK])
 def test_what_aws_gives_no_means_for_is_said(bench: Bench, name: FaultName) -> None:
     seen = Work(bench.grid, None, "").hurt(name)
     assert seen.impossible + "." == TABLE[name]["aws"].why_not

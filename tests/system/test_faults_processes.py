@@ -27,9 +27,7 @@ POOLS = (Pool("default", 2, 2, 1),)
 
 
 @pytest.fixture(scope="module", params=["local", "ministack"])
-def bench(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Bench]:
+def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     name, folder = request.param, tmp_path_factory.mktemp("harm")
     if name == "ministack":
         ministack_python()
@@ -61,9 +59,7 @@ def test_paused_instances_stand_still_and_go_on(bench: Bench) -> None:
         pids = living(bench.grid.home.fleet)
 
         async def pause(injector: FaultInjector) -> InjectedFault:
-            doing = asyncio.ensure_future(
-                injector.inject(Fault(FaultName.PAUSE, 0, for_s=2.0, share=1.0), 0)
-            )
+            doing = asyncio.ensure_future(injector.inject(Fault(FaultName.PAUSE, 0, for_s=2.0, share=1.0), 0))
             await until_async(lambda: stand_still(pids.values()), "the pause")
             return await doing
 
@@ -79,9 +75,7 @@ def test_a_replay_that_is_cancelled_lets_them_go_on(bench: Bench) -> None:
         pids = living(bench.grid.home.fleet)
 
         async def cancel(injector: FaultInjector) -> None:
-            doing = asyncio.ensure_future(
-                injector.inject(Fault(FaultName.PAUSE, 0, for_s=600.0), 0)
-            )
+            doing = asyncio.ensure_future(injector.inject(Fault(FaultName.PAUSE, 0, for_s=600.0), 0))
             await until_async(lambda: stand_still(pids.values()), "the pause")
             doing.cancel()
             with pytest.raises(asyncio.CancelledError):
@@ -96,9 +90,7 @@ def test_what_is_undone_says_what_was_seen_until_then(bench: Bench) -> None:
         pids = living(bench.grid.home.fleet)
 
         async def undo(injector: FaultInjector) -> InjectedFault:
-            doing = asyncio.ensure_future(
-                injector.inject(Fault(FaultName.PAUSE, 0, for_s=600.0, count=1), 0)
-            )
+            doing = asyncio.ensure_future(injector.inject(Fault(FaultName.PAUSE, 0, for_s=600.0, count=1), 0))
             await until_async(lambda: any(stand_still([pid]) for pid in pids.values()), "the pause")
             await injector.undo()
             return await doing
@@ -167,10 +159,7 @@ def test_a_disk_is_slow(bench: Bench) -> None:
         else:
             before = number(r"took ([\d.]+) ms before", seen)
             assert number(r"and ([\d.]+) ms during", seen) >= 1.9 * before
-        assert not any(
-            processes.WRITER_PROGRAM in words
-            for words in processes_of(bench.grid.home.scratch).values()
-        )
+        assert not any(processes.WRITER_PROGRAM in words for words in processes_of(bench.grid.home.scratch).values())
 
 
 def test_a_manager_crashes_and_another_leads(bench: Bench) -> None:

@@ -140,9 +140,7 @@ def settled(backend: Backend, home: Home) -> Place:
     return found
 
 
-def test_a_home_with_a_named_endpoint_has_a_front_when_it_needs_one(
-    ministack: Endpoint, tmp_path: Path
-) -> None:
+def test_a_home_with_a_named_endpoint_has_a_front_when_it_needs_one(ministack: Endpoint, tmp_path: Path) -> None:
     home = Home(tmp_path)
     named = factory.load("ministack", f"{ministack.url}/my-bucket")
     place = Place(str(ministack.url), "my-bucket", named=True)
@@ -184,9 +182,7 @@ async def _noted(objects: Objects, key: str) -> list[str]:
     return [one.key async for page in objects.list("") for one in page]
 
 
-def test_a_front_before_a_grid_that_never_came_up_is_forgotten(
-    ministack: Endpoint, tmp_path: Path
-) -> None:
+def test_a_front_before_a_grid_that_never_came_up_is_forgotten(ministack: Endpoint, tmp_path: Path) -> None:
     home = Home(tmp_path)
     with with_proxy(factory.load("ministack", f"{ministack.url}/one"), home, print):
         assert home.place("ministack")
@@ -197,9 +193,7 @@ def test_a_front_before_a_grid_that_never_came_up_is_forgotten(
     assert home.place("ministack") == Place(str(ministack.url), "other", named=True)
 
 
-def test_what_a_killed_replay_has_left_of_its_front_is_in_nobodys_way(
-    ministack: Endpoint, tmp_path: Path
-) -> None:
+def test_what_a_killed_replay_has_left_of_its_front_is_in_nobodys_way(ministack: Endpoint, tmp_path: Path) -> None:
     home = Home(tmp_path)
     place = Place(str(ministack.url), "my-bucket", named=True)
     for name in ("ministack", f"{ministack.url}/my-bucket"):

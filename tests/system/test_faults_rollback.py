@@ -70,10 +70,7 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
         one.kill()
 
 
-@pytest.mark.parametrize(
-    "name",
-    [FaultName.PAUSE, FaultName.PARTITION, FaultName.S3_ERRORS, FaultName.SLOW_DISK],
-)
+@pytest.mark.parametrize("name", [FaultName.PAUSE, FaultName.PARTITION, FaultName.S3_ERRORS, FaultName.SLOW_DISK])
 def test_of_processes_nothing_stands_wherever_it_is_cancelled(
     name: FaultName, tmp_path: Path, worker: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,16 +91,12 @@ def test_of_processes_nothing_stands_wherever_it_is_cancelled(
     assert at_every_wait(lambda: Machine(tmp_path, worker), do) > 1
 
 
-def test_a_disk_that_is_no_slower_or_full_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_that_is_no_slower_or_full_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "WRITER_COUNTS", (1,))
     monkeypatch.setattr(processes, "fsync_s", lambda _: 0.004)
     there = target_grid.TargetGrid(factory.load("local"), Home(tmp_path), Manager("w-1"))
     fault = Fault(FaultName.SLOW_DISK, 0.0, for_s=SHORT)
-    with pytest.raises(
-        EffectNotSeen, match=r"not 2 times as slow: .* 4.00 ms before and 4.00 ms during"
-    ):
+    with pytest.raises(EffectNotSeen, match=r"not 2 times as slow: .* 4.00 ms before and 4.00 ms during"):
         asyncio.run(processes.slow_disk(there, fault))
 
     def full(_: Path) -> float:
@@ -173,9 +166,7 @@ def test_a_manager_and_a_ledger_come_back_wherever_it_is_cancelled(
     assert at_every_wait(world, lambda there: services.lose_ledger(there.scene, fault)) > 4
 
 
-def test_a_ledger_that_knows_no_job_is_left_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_ledger_that_knows_no_job_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def none(**_: object) -> list[str]:
         return []
 
@@ -186,9 +177,7 @@ def test_a_ledger_that_knows_no_job_is_left_alone(
     assert (books.lost_at, books.client.rebuilds) == (-1, 0)
 
 
-def test_a_database_of_aws_is_rebuilt_wherever_it_is_cancelled(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_database_of_aws_is_rebuilt_wherever_it_is_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fault = Fault(FaultName.DATABASE_LOSS, 0.0, for_s=SHORT)
     home = Home(tmp_path)
     at = AwsDeployment(
@@ -246,9 +235,7 @@ class Groups:
         }
 
     def describe_subnets(self, **_: object) -> Any:
-        return {
-            "Subnets": [{"SubnetId": f"n-{one}", "AvailabilityZone": one} for one in ("a", "b")]
-        }
+        return {"Subnets": [{"SubnetId": f"n-{one}", "AvailabilityZone": one} for one in ("a", "b")]}
 
     def update_auto_scaling_group(
         self,
@@ -302,9 +289,7 @@ class Post:
 
     def __init__(self, folder: Path) -> None:
         Post.number += 1
-        self.scene = target_grid.TargetGrid(
-            factory.load("local"), Home(folder / str(Post.number)), Manager("w-1")
-        )
+        self.scene = target_grid.TargetGrid(factory.load("local"), Home(folder / str(Post.number)), Manager("w-1"))
         asyncio.run(self._fill())
 
     number = 0

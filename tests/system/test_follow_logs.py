@@ -51,10 +51,7 @@ class Following:
     def __init__(self, grid: LocalGrid, job: str, *words: str) -> None:
         argv = [sys.executable, "-P", "-u", "-m", "batchlab", "job", "logs", job, *words]
         self._process = subprocess.Popen(
-            [*argv, "--home", str(grid.home.path)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+            [*argv, "--home", str(grid.home.path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
 
     def line(self) -> str:
@@ -76,9 +73,7 @@ def _of(stream: IO[str] | None) -> IO[str]:
 
 
 @pytest.mark.parametrize("backend", ["local", "ministack"])
-def test_what_tasks_print_is_seen_while_they_run(
-    bring_up: Bring, tmp_path: Path, backend: str
-) -> None:
+def test_what_tasks_print_is_seen_while_they_run(bring_up: Bring, tmp_path: Path, backend: str) -> None:
     if backend == "ministack":
         ministack_python()
     (tmp_path / "gates").mkdir()
@@ -90,10 +85,7 @@ def test_what_tasks_print_is_seen_while_they_run(
     everything, one = Following(grid, job, "--follow"), Following(grid, job, "talk/1", "--follow")
     failed = Following(grid, job, "--failed", "--follow", "--json")
     # Neither has ended.
-    assert {everything.line(), everything.line()} == {
-        "talk/0 | hello from good",
-        "talk/1 | hello from bad",
-    }
+    assert {everything.line(), everything.line()} == {"talk/0 | hello from good", "talk/1 | hello from bad"}
     assert one.line() == "talk/1 | hello from bad"
     one.interrupt()
     code, rest, err = one.end()

@@ -31,23 +31,17 @@ def test_files_and_results_travel_through_the_bucket(stub: Stub, tmp_path: Path)
     home = Home(tmp_path / "home")
     with Grid("gcs", home=home.path, workers=2) as grid:
         files = [File(tmp_path / f"{number}.txt") for number in range(4)]
-        assert list(grid.map(lambda file: file.read_text().upper(), files)) == [
-            text.upper() for text in texts
-        ]
+        assert list(grid.map(lambda file: file.read_text().upper(), files)) == [text.upper() for text in texts]
     assert [key for key in stub.buckets["my-bucket"] if "/outcomes/" in key]
     assert not home.objects.exists()
-    assert {"endpoint.json", "ledger.sqlite", "queue.sqlite"} <= {
-        path.name for path in home.of("gcs").iterdir()
-    }
+    assert {"endpoint.json", "ledger.sqlite", "queue.sqlite"} <= {path.name for path in home.of("gcs").iterdir()}
     # The home records the bucket, so the next command need not name it.
     backend = factory.load("gcs", "gs://another")
     with pytest.raises(UsageError, match="has its bucket at gs://my-bucket, not at gs://another"):
         backend.named_place(home)
 
 
-def test_a_bucket_that_cannot_be_listed_is_refused_before_a_manager_starts(
-    stub: Stub, tmp_path: Path
-) -> None:
+def test_a_bucket_that_cannot_be_listed_is_refused_before_a_manager_starts(stub: Stub, tmp_path: Path) -> None:
     backend = factory.load("gcs", "gs://another")
     with pytest.raises(BackendError) as caught:
         backend.provide(Home(tmp_path), lambda _: None)
@@ -56,9 +50,7 @@ def test_a_bucket_that_cannot_be_listed_is_refused_before_a_manager_starts(
     assert list(stub.buckets) == ["my-bucket"]
 
 
-def test_a_grid_needs_the_address_of_a_bucket(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_grid_needs_the_address_of_a_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("BATCHLAB_ENDPOINT", raising=False)
     with pytest.raises(UsageError, match="The backend gcs needs a bucket"):
         factory.load("gcs").provide(Home(tmp_path), lambda _: None)

@@ -70,9 +70,7 @@ def test_the_wheel_has_what_was_written_and_nothing_else(built: Built) -> None:
     own = {one for one in content if not one.startswith(f"{info}/")}
     data = {f"{DATA}/{one}" for one in written(*FOLDERS)}
     assert own == written("batchlab") | data
-    assert own == {name for name, _ in installation.files()}, (
-        "of these images and releases are made"
-    )
+    assert own == {name for name, _ in installation.files()}, "of these images and releases are made"
     for name in own:
         source = name.removeprefix(f"{DATA}/")
         assert content[name] == (ROOT / source).read_bytes(), name
@@ -100,9 +98,7 @@ def test_the_metadata_says_what_an_index_shows(built: Built) -> None:
     assert told["Requires-Python"] == ">=3.11"
     assert told["License-Expression"] == "Apache-2.0 AND MIT AND 0BSD"
     vendored = json.loads((ROOT / "batchlab/server/web/static/vendor/versions.json").read_text())
-    assert {one["licence"] for one in vendored} | {"Apache-2.0"} == set(
-        told["License-Expression"].split(" AND ")
-    )
+    assert {one["licence"] for one in vendored} | {"Apache-2.0"} == set(told["License-Expression"].split(" AND "))
     assert told["Description-Content-Type"] == "text/markdown"
     assert str(told.get_payload()).startswith("# batchlab\n")
     classifiers = told.get_all("Classifier", [])
@@ -154,9 +150,7 @@ class Installed:
 
 
 @pytest.fixture(scope="module")
-def installed(
-    built: Built, uv: Uv, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Installed]:
+def installed(built: Built, uv: Uv, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installed]:
     """Without any extra, in the versions of the lock file, for the Python of the tests."""
     folder = tmp_path_factory.mktemp("installed")
     environment, pins = folder / "environment", folder / "pins.txt"
@@ -176,9 +170,7 @@ def installed(
 
 def of_extras(installed: Installed) -> dict[str, str]:
     """What the doctor says of them."""
-    (found,) = (
-        one for one in json.loads(installed("doctor", "--json")) if one["check"] == "extras"
-    )
+    (found,) = (one for one in json.loads(installed("doctor", "--json")) if one["check"] == "extras")
     told: dict[str, str] = found
     return told
 

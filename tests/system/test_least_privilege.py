@@ -47,9 +47,7 @@ ELSEWHERE = {
     "autoscaling:SetInstanceHealth": "the manager, of an instance that does not answer",
 }
 """What is allowed, and called by something that does not run here, or not on a good day."""
-WORKERS_ELSEWHERE = {
-    "autoscaling:CompleteLifecycleAction": "a worker that drains (test_boot.py)",
-}
+WORKERS_ELSEWHERE = {"autoscaling:CompleteLifecycleAction": "a worker that drains (test_boot.py)"}
 
 
 GATED = """\
@@ -121,13 +119,7 @@ def deployment_of(stack: Stack) -> AwsDeployment:
     outputs = stack.outputs()
     name = stack.name
     return AwsDeployment(
-        name,
-        REGION,
-        outputs["Bucket"],
-        f"{name}-",
-        f"{name}-manager",
-        outputs["TokenSecret"],
-        (POOL,),
+        name, REGION, outputs["Bucket"], f"{name}-", f"{name}-manager", outputs["TokenSecret"], (POOL,)
     )
 
 
@@ -216,12 +208,7 @@ def test_the_grid_needs_what_its_roles_may_and_no_more(trial: Trial, tmp_path: P
 def test_a_stolen_worker_role_reaches_no_secret_and_no_definition(trial: Trial) -> None:
     """Findings 4 and 5: the commit secret, definitions, and finals are the manager's alone."""
     bucket, s3 = trial.there.at.bucket, trial.stolen.client("s3")
-    for key in (
-        object_keys.COMMIT_SECRET,
-        object_keys.INSTANCES,
-        object_keys.NOTIFICATIONS,
-        object_keys.USE,
-    ):
+    for key in (object_keys.COMMIT_SECRET, object_keys.INSTANCES, object_keys.NOTIFICATIONS, object_keys.USE):
         with pytest.raises(ClientError, match="AccessDenied"):
             s3.get_object(Bucket=bucket, Key=key)
     job = JobId("victim-0123456789")

@@ -30,12 +30,7 @@ from tests.system.test_examples_end_to_end import (
     test_sort_of_one_large_file,
     test_transform_keeps_every_ride,
 )
-from tests.system.test_rough_treatment import (
-    check,
-    claims,
-    contents,
-    under_way,
-)
+from tests.system.test_rough_treatment import check, claims, contents, under_way
 
 # The same jobs and the same checks as on `local`: `bring_up` below makes the difference.
 __all__ = [
@@ -85,9 +80,7 @@ def test_an_emulator_killed_in_the_middle_costs_nothing(
     assert grid.home.place("ministack") == place, "whoever uses it must find the next one there"
 
 
-def test_a_killed_emulator_has_every_object_that_it_acknowledged(
-    python: Path, tmp_path: Path
-) -> None:
+def test_a_killed_emulator_has_every_object_that_it_acknowledged(python: Path, tmp_path: Path) -> None:
     """The commit point is worth what the bucket is worth."""
     acknowledged: dict[str, bytes] = {}
     stop = threading.Event()

@@ -79,10 +79,7 @@ def test_an_endpoint_that_is_not_s3(cli: Cli) -> None:
 
 
 def test_an_endpoint_of_s3_alone() -> None:
-    with (
-        serving(NO_BUCKETS) as endpoint,
-        pytest.raises(Unreachable, match="does not answer as SQS does"),
-    ):
+    with serving(NO_BUCKETS) as endpoint, pytest.raises(Unreachable, match="does not answer as SQS does"):
         check(Endpoint(endpoint))
 
 
@@ -119,10 +116,7 @@ def test_a_port_that_is_taken_meanwhile_costs_nothing(tmp_path: Path) -> None:
     with Emulator(python, tmp_path) as emulator:
         before = emulator.url
         asyncio.run(put(emulator))
-    with (
-        socket.create_server(("127.0.0.1", int(before.rpartition(":")[2]))),
-        Emulator(python, tmp_path) as emulator,
-    ):
+    with socket.create_server(("127.0.0.1", int(before.rpartition(":")[2]))), Emulator(python, tmp_path) as emulator:
         assert emulator.url != before
         assert asyncio.run(get(emulator)) == b"content"
 

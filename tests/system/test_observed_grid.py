@@ -223,9 +223,7 @@ def test_a_task_is_followed_from_its_submission_to_its_result(spans: Sequence[Re
 
 
 def test_a_retry_goes_on_below_the_attempt_that_failed(spans: Sequence[Received]) -> None:
-    first, second = sorted(
-        named(spans, "task", stage="double", task=3), key=lambda one: one.start_ns
-    )
+    first, second = sorted(named(spans, "task", stage="double", task=3), key=lambda one: one.start_ns)
     assert first.error == "exception"
     assert not second.error
     assert second.attributes["batchlab.attempt"] == 2

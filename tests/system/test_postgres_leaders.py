@@ -14,24 +14,13 @@ from batchlab.core.model import JobState
 from batchlab.manager.ledger_rebuild import rebuild
 from batchlab.manager.manager import LEASE
 from tests.support.contract.ledger_suite import ledger_in
-from tests.support.postgres.managers import (
-    LEASE_S,
-    TAKEN_OVER_S,
-    check_bucket,
-    done,
-    ended,
-    manager,
-    ports_in,
-    workers,
-)
+from tests.support.postgres.managers import LEASE_S, TAKEN_OVER_S, check_bucket, done, ended, manager, ports_in, workers
 from tests.support.postgres.server import Postgres, PostgresServer
 
 AWAY_S = LEASE_S * 2
 
 
-def test_leaders_are_paused_and_killed_and_the_job_completes(
-    postgres: Postgres, tmp_path: Path
-) -> None:
+def test_leaders_are_paused_and_killed_and_the_job_completes(postgres: Postgres, tmp_path: Path) -> None:
     async def main() -> None:
         async with AsyncExitStack() as stack:
             start = partial(manager, tmp_path, postgres.url, postgres.schema)

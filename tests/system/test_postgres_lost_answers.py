@@ -14,16 +14,7 @@ from batchlab.adapters.sql.ledger import SqlLedger, open_postgres
 from batchlab.core.errors import Unreachable
 from batchlab.core.model import JobState
 from batchlab.core.ports import Fold, Lease, MoveJob
-from tests.support.contract.ledger_suite import (
-    CALLS,
-    JOB,
-    bundle,
-    counts_of,
-    done,
-    fold,
-    ledger_in,
-    submit,
-)
+from tests.support.contract.ledger_suite import CALLS, JOB, bundle, counts_of, done, fold, ledger_in, submit
 from tests.support.postgres.cut_connection import Cut, Wire, wire_to
 from tests.support.postgres.server import Postgres
 
@@ -54,9 +45,7 @@ def test_a_call_whose_commit_is_cut_off_is_made_again(cut: Cut, postgres: Postgr
                         await call(ledger)
                     assert wire.cut is None
                     await call(once)
-                    assert await ledger.dump() == (
-                        before if cut is Cut.BEFORE else await once.dump()
-                    )
+                    assert await ledger.dump() == (before if cut is Cut.BEFORE else await once.dump())
                     await call(ledger)
                     assert await ledger.dump() == await once.dump()
 
@@ -88,9 +77,7 @@ def test_what_is_new_and_its_seqs_after_a_lost_answer(cut: Cut, postgres: Postgr
 
 
 @pytest.mark.parametrize("cut", [Cut.BEFORE, Cut.AFTER])
-def test_a_lease_is_taken_renewed_and_given_back_though_answers_are_lost(
-    cut: Cut, postgres: Postgres
-) -> None:
+def test_a_lease_is_taken_renewed_and_given_back_though_answers_are_lost(cut: Cut, postgres: Postgres) -> None:
     async def main() -> None:
         with wire_to(postgres.server.port) as wire:
             async with behind(wire, postgres) as ledger, ledger_in(postgres) as rival:

@@ -89,9 +89,7 @@ def test_a_password_is_in_no_text_and_in_no_log(
     wrong = server.url(password="wr0ng/+ one").replace("postgresql", scheme)
     refused = _error(wrong)
     absent = _error(server.url(port=free_port()).replace("postgresql", scheme))
-    told = caplog.text + "".join(
-        "".join(traceback.format_exception(error)) for error in (refused, absent)
-    )
+    told = caplog.text + "".join("".join(traceback.format_exception(error)) for error in (refused, absent))
     for secret in ("wr0ng", PASSWORD, PASSWORD.split("/")[0], "p%40ss"):
         assert secret not in told
     assert not isinstance(refused, Unreachable), "it does not pass by itself"
@@ -126,9 +124,7 @@ def test_options_of_the_url_go_before_our_own(postgres: Postgres) -> None:
     assert ("mine",) in [tuple(name) for name in names]
 
 
-def test_a_certificate_is_checked_where_the_url_asks_for_it(
-    frail_server: PostgresServer,
-) -> None:
+def test_a_certificate_is_checked_where_the_url_asks_for_it(frail_server: PostgresServer) -> None:
     """As for RDS: sslmode=verify-full and the service's root certificates."""
     refused = _error(frail_server.url(sslmode="require"))
     assert not isinstance(refused, Unreachable)
@@ -197,9 +193,7 @@ def test_nothing_is_put_anywhere_else(postgres: Postgres) -> None:
     assert postgres.server.execute(query) == before
 
 
-def test_a_user_without_rights_is_told_and_one_with_a_schema_needs_no_more(
-    postgres: Postgres,
-) -> None:
+def test_a_user_without_rights_is_told_and_one_with_a_schema_needs_no_more(postgres: Postgres) -> None:
     server = postgres.server
     server.execute("CREATE USER poor PASSWORD 'x'")
     url = server.url(password="x").replace(f"//{USER}:", "//poor:")
@@ -248,8 +242,7 @@ def _described(engine: Engine, schema: str) -> list[tuple[object, ...]]:
         "FROM information_schema.columns WHERE table_schema = %(schema)s ORDER BY 1, 2",
         "SELECT conname, pg_get_constraintdef(oid) FROM pg_constraint "
         "WHERE connamespace = %(schema)s::regnamespace ORDER BY 1",
-        "SELECT indexname, replace(indexdef, %(schema)s, '') FROM pg_indexes "
-        "WHERE schemaname = %(schema)s ORDER BY 1",
+        "SELECT indexname, replace(indexdef, %(schema)s, '') FROM pg_indexes WHERE schemaname = %(schema)s ORDER BY 1",
     )
     with transaction(engine) as connection:
         # As a literal of an identifier, for ::regnamespace.
@@ -257,8 +250,7 @@ def _described(engine: Engine, schema: str) -> list[tuple[object, ...]]:
             tuple(row)
             for query in queries
             for row in connection.exec_driver_sql(
-                query.replace("%(schema)s::reg", "%(quoted)s::reg"),
-                {"schema": schema, "quoted": f'"{schema}"'},
+                query.replace("%(schema)s::reg", "%(quoted)s::reg"), {"schema": schema, "quoted": f'"{schema}"'}
             )
         ]
 
@@ -273,8 +265,7 @@ def test_a_schema_that_is_behind_becomes_what_a_fresh_one_is(postgres: Postgres)
     engines.ensure(old)
     found = _described(old, other)
     assert [tuple(str(f).replace(other, "") for f in row) for row in found] == [
-        tuple(str(f).replace(postgres.schema, "") for f in row)
-        for row in _described(engine, postgres.schema)
+        tuple(str(f).replace(postgres.schema, "") for f in row) for row in _described(engine, postgres.schema)
     ]
     assert len(found) > 40
     with transaction(old) as connection:
@@ -286,9 +277,7 @@ def test_a_schema_that_is_behind_becomes_what_a_fresh_one_is(postgres: Postgres)
     old.dispose()
 
 
-def test_a_schema_is_made_whole_or_not_at_all(
-    postgres: Postgres, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_schema_is_made_whole_or_not_at_all(postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
     create = engines.create
 
     def create_and_fail(connection: Connection) -> None:

@@ -89,9 +89,7 @@ def test_sessions_that_are_ended_all_the_time_leave_no_trace(postgres: Postgres)
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGQUIT], ids=["restart", "crash"])
-def test_a_server_that_comes_back_finds_whom_it_left(
-    frail_server: PostgresServer, how: signal.Signals
-) -> None:
+def test_a_server_that_comes_back_finds_whom_it_left(frail_server: PostgresServer, how: signal.Signals) -> None:
     place = Postgres(frail_server, "grid")
 
     async def main() -> None:
@@ -153,9 +151,7 @@ def test_a_server_that_freezes_is_an_outage_and_the_loop_goes_on(
     asyncio.run(main())
 
 
-def test_a_lock_that_is_not_given_up_is_an_outage(
-    postgres: Postgres, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lock_that_is_not_given_up_is_an_outage(postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sql_postgres, "LOCK_S", 0.2)
 
     async def main() -> None:
@@ -171,9 +167,7 @@ def test_a_lock_that_is_not_given_up_is_an_outage(
     asyncio.run(main())
 
 
-def test_who_sleeps_in_a_transaction_loses_it(
-    postgres: Postgres, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_who_sleeps_in_a_transaction_loses_it(postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
     """A leader that is paused while it writes must not keep another from leading, and what it
     was about to write is not written when it wakes."""
     monkeypatch.setattr(sql_postgres, "SLEEP_S", 0.3)
@@ -223,9 +217,7 @@ def test_a_server_that_may_not_be_written_to_is_waited_for(postgres: Postgres) -
     asyncio.run(main())
 
 
-def test_a_long_listing_holds_up_nobody(
-    postgres: Postgres, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_long_listing_holds_up_nobody(postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
     listing, go_on = threading.Event(), threading.Event()
     real = rows.records
 

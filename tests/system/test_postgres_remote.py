@@ -16,7 +16,7 @@ import pytest
 
 from batchlab.adapters.aws.endpoint import Endpoint, client
 from batchlab.adapters.sql import IamLogins, Login, Logins, SecretLogins, SqlLedger, open_postgres
-from batchlab.adapters.sql.postgres import in_secret
+from batchlab.adapters.sql.logins import in_secret
 from batchlab.core.errors import BackendError, NotFound, Unreachable
 from batchlab.core.model import JobState
 from batchlab.manager.manager import Manager
@@ -79,9 +79,7 @@ def secret(remote: Remote, moto: Endpoint) -> Iterator[Secret]:
     made.close()
 
 
-def test_a_rotation_is_survived_call_by_call(
-    secret: Secret, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_rotation_is_survived_call_by_call(secret: Secret, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
 
     async def main() -> str:
@@ -144,9 +142,7 @@ def test_a_login_that_never_worked_is_told_at_once(secret: Secret) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "pa55word", '["pa55word"]', '{"username": "u"}', "{"])
-def test_a_secret_that_holds_no_login_is_told_and_not_repeated(
-    text: str, moto: Endpoint, remote: Remote
-) -> None:
+def test_a_secret_that_holds_no_login_is_told_and_not_repeated(text: str, moto: Endpoint, remote: Remote) -> None:
     name, manager = f"broken-{secrets.token_hex(4)}", client(moto, "secretsmanager", connections=1)
     if text:
         manager.create_secret(Name=name, SecretString=text)
@@ -169,9 +165,7 @@ def test_the_manager_leads_on_through_a_rotation(
 ) -> None:
     """With the password changed, all sessions ended and the secret late, in the middle of a job."""
     caplog.set_level(logging.DEBUG)
-    settings = ManagerSettings(
-        lease_ttl_s=30.0, tick_s=0.2, silence_s=6.0, visibility_s=3.0, wait_s=0.5
-    )
+    settings = ManagerSettings(lease_ttl_s=30.0, tick_s=0.2, silence_s=6.0, visibility_s=3.0, wait_s=0.5)
 
     async def succeeded(ledger: SqlLedger, at_least: int) -> None:
         async with asyncio.timeout(60):
@@ -233,9 +227,7 @@ class Checked:
         return login
 
 
-def test_each_connection_brings_a_token_of_its_own(
-    remote: Remote, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_each_connection_brings_a_token_of_its_own(remote: Remote, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     remote.role("by_token", "nothing")
     # Signed with the keys of this endpoint; nobody is asked.

@@ -24,14 +24,9 @@ def test_a_server_of_our_authority_and_that_name_is_taken(remote: Remote) -> Non
 
 @pytest.mark.parametrize(
     ("host", "ca", "why"),
-    [
-        ("127.0.0.1", "ca", "does not match host name"),
-        ("localhost", "strange_ca", "certificate verify failed"),
-    ],
+    [("127.0.0.1", "ca", "does not match host name"), ("localhost", "strange_ca", "certificate verify failed")],
 )
-def test_another_name_or_authority_is_refused_for_good(
-    host: str, ca: str, why: str, remote: Remote
-) -> None:
+def test_another_name_or_authority_is_refused_for_good(host: str, ca: str, why: str, remote: Remote) -> None:
     """Not an outage, which would be tried again and again."""
     logins = Fixed("keeper", "x1")
     error = error_at(remote.url(host), ca=getattr(remote, ca), logins=logins)

@@ -152,9 +152,7 @@ def fail_at_three(x: int) -> int:
 def test_a_failed_task_raises_in_its_place_with_the_remote_traceback(grid: Grid) -> None:
     results = grid.map(fail_at_three, range(6))
     assert [next(results) for _ in range(3)] == [0, 1, 2]
-    with pytest.raises(
-        TaskFailed, match=r"Task map/3 of job fail-at-three-.* three is bad"
-    ) as caught:
+    with pytest.raises(TaskFailed, match=r"Task map/3 of job fail-at-three-.* three is bad") as caught:
         next(results)
     assert caught.value.task == 3
     assert f'File "{__file__}"' in caught.value.traceback
@@ -186,9 +184,7 @@ def test_failures_come_once_each_in_either_order(grid: Grid) -> None:
         assert told == sorted(told) or not ordered
 
 
-def test_an_argument_that_cannot_be_pickled_is_named_before_anything_is_queued(
-    grid: Grid, home: Path
-) -> None:
+def test_an_argument_that_cannot_be_pickled_is_named_before_anything_is_queued(grid: Grid, home: Path) -> None:
     # Results are told before their job has ended.
     until(lambda: not grid.client.jobs(active=True))
     jobs, before = len(grid.client.jobs()), objects(home)
@@ -248,9 +244,7 @@ def test_a_task_that_runs_too_long_fails(grid: Grid) -> None:
         list(grid.map(lambda s: time.sleep(s), [30], timeout_s=0.2))
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"timeout_s": 0}, {"bundle": 0}, {"retry": -1}, {"name": "No Name"}]
-)
+@pytest.mark.parametrize("wrong", [{"timeout_s": 0}, {"bundle": 0}, {"retry": -1}, {"name": "No Name"}])
 def test_arguments_that_make_no_sense_are_refused(grid: Grid, wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=str(next(iter(wrong.values())))):
         grid.map(lambda x: x, [1], **wrong)

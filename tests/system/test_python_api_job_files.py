@@ -117,9 +117,7 @@ def test_input_that_lies_in_the_bucket_is_run_over_where_it_is(grid: Grid, job_f
         grid.run(job_file)
 
 
-def test_the_documented_program_prints_what_its_documentation_says(
-    job_file: Path, tmp_path: Path
-) -> None:
+def test_the_documented_program_prints_what_its_documentation_says(job_file: Path, tmp_path: Path) -> None:
     document = (ROOT / "docs" / "python-api.md").read_text()
     blocks = re.findall(r"```(python|text)\n(.*?)```", document, re.DOTALL)
     assert len(blocks) > 6

@@ -53,9 +53,7 @@ def output(folder: Path, script: str) -> str:
     # Not pipes: what a script leaves running would keep them open.
     with (folder / "out").open("w+") as out, (folder / "err").open("w+") as err:
         command = [sys.executable, path.name]
-        code = subprocess.run(
-            command, cwd=folder, stdout=out, stderr=err, timeout=60, check=False
-        ).returncode
+        code = subprocess.run(command, cwd=folder, stdout=out, stderr=err, timeout=60, check=False).returncode
     assert (code, (folder / "err").read_text()) == (0, "")
     return (folder / "out").read_text()
 
@@ -118,9 +116,7 @@ def test_a_grid_left_open_is_closed_when_python_ends(tmp_path: Path) -> None:
     assert sorted(ended(tmp_path / "home")) == ["CANCELLED", "SUCCEEDED"]
 
 
-def test_a_program_that_ends_of_a_failure_says_nothing_more_and_has_the_rest_cancelled(
-    tmp_path: Path,
-) -> None:
+def test_a_program_that_ends_of_a_failure_says_nothing_more_and_has_the_rest_cancelled(tmp_path: Path) -> None:
     """No thread can be started any more by then, and the failed map asks for one."""
     script = """
         import sys
@@ -214,9 +210,7 @@ def test_connecting_to_a_grid_leaves_it_up(grid: Grid, home: Path) -> None:
         Grid("moon", home=home)
 
 
-def test_a_grid_that_somebody_else_was_faster_to_bring_up_stays_up(
-    grid: Grid, home: Path, tmp_path: Path
-) -> None:
+def test_a_grid_that_somebody_else_was_faster_to_bring_up_stays_up(grid: Grid, home: Path, tmp_path: Path) -> None:
     assert grid.client.health()["leader"]
     script = f"""
         from batchlab import Grid
@@ -234,9 +228,7 @@ def test_a_grid_that_somebody_else_was_faster_to_bring_up_stays_up(
     assert Home(home).record() == before
 
 
-def test_a_script_maps_its_own_functions_and_those_of_modules_beside_it(
-    grid: Grid, home: Path, tmp_path: Path
-) -> None:
+def test_a_script_maps_its_own_functions_and_those_of_modules_beside_it(grid: Grid, home: Path, tmp_path: Path) -> None:
     (tmp_path / "shapes").mkdir()
     (tmp_path / "shapes" / "__init__.py").write_text("from shapes.square import Square\n")
     (tmp_path / "shapes" / "square.py").write_text(
@@ -308,17 +300,12 @@ def test_commands_that_start_a_grid_at_once_share_one_manager(tmp_path: Path) ->
     home = Home(tmp_path / "home")
     batchlab = [sys.executable, "-P", "-m", "batchlab", "grid"]
     up = [*batchlab, "up", "--pool", "default:0-1x1", "--home", str(home.path)]
-    begun = [
-        subprocess.Popen(up, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for _ in range(3)
-    ]
+    begun = [subprocess.Popen(up, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(3)]
     try:
         said = [one.communicate(timeout=60)[0] for one in begun]
         assert [one.returncode for one in begun] == [0] * 3, said
         record = home.record()
         assert record
-        assert [pid for pid, words in processes_of(home.path).items() if "manager" in words] == [
-            record.pid
-        ]
+        assert [pid for pid, words in processes_of(home.path).items() if "manager" in words] == [record.pid]
     finally:
         subprocess.run([*batchlab, "down", "--home", str(home.path)], check=True, timeout=60)

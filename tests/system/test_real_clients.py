@@ -62,23 +62,14 @@ class Seen:
         self.cli = cli
         code, out, err = cli("grid", "env")
         assert code == 0, err
-        self.env = {
-            name: value.strip("'")
-            for name, value in re.findall(r"^export (\w+)=(.*)$", out, re.MULTILINE)
-        }
+        self.env = {name: value.strip("'") for name, value in re.findall(r"^export (\w+)=(.*)$", out, re.MULTILINE)}
         self.bucket = self.env["BATCHLAB_BUCKET"]
 
     def run(self, *argv: str) -> bytes:
         """What the program prints, given what `grid env` says and nothing of the user's own."""
         nobody = {"PATH": os.environ["PATH"], "HOME": str(self.cli.folder), "AWS_PAGER": ""}
         here = {"BATCHLAB_HOME": str(self.cli.home.path)}
-        done = subprocess.run(
-            argv,
-            cwd=self.cli.folder,
-            env=nobody | here | self.env,
-            capture_output=True,
-            timeout=120,
-        )
+        done = subprocess.run(argv, cwd=self.cli.folder, env=nobody | here | self.env, capture_output=True, timeout=120)
         assert done.returncode == 0, done.stderr.decode()
         return done.stdout
 
@@ -130,9 +121,7 @@ def test_the_aws_cli_reads_the_attributes_of_a_queue(aws: str, seen: Seen) -> No
     assert isinstance(listed, list)
     assert {url.rpartition(prefix)[2] for url in listed} >= {"events", "tasks-default"}
     url = sqs("get-queue-url", "--queue-name", f"{prefix}tasks-default")["QueueUrl"]
-    attributes = sqs("get-queue-attributes", "--queue-url", str(url), "--attribute-names", "All")[
-        "Attributes"
-    ]
+    attributes = sqs("get-queue-attributes", "--queue-url", str(url), "--attribute-names", "All")["Attributes"]
     assert isinstance(attributes, Mapping)
     assert attributes["VisibilityTimeout"] == "6", "as backends/ministack says"
     assert attributes["ApproximateNumberOfMessages"] == "0", "the job has ended"
@@ -172,11 +161,7 @@ def test_the_commands_of_the_docs_work(aws: str, s3cmd: str, seen: Seen) -> None
     assert len(blocks) == 3
     programs = [Path(sys.executable).parent, Path(aws).parent, Path(s3cmd).parent]
     printed = seen.run(
-        "bash",
-        "-euo",
-        "pipefail",
-        "-c",
-        f"PATH={':'.join(map(str, programs))}:$PATH\n{''.join(blocks)}",
+        "bash", "-euo", "pipefail", "-c", f"PATH={':'.join(map(str, programs))}:$PATH\n{''.join(blocks)}"
     ).decode()
     assert "PRE seen-" in printed, "the job, in the listing of the bucket"
     assert '"succeeded"' in printed, "an outcome"

@@ -28,9 +28,7 @@ TRIES = 3
 measured by the replay that has just been, as a user would do it."""
 
 
-def replayed(
-    name: str, backend: str, compress: int, folder: Path, *options: str
-) -> Mapping[str, Any]:
+def replayed(name: str, backend: str, compress: int, folder: Path, *options: str) -> Mapping[str, Any]:
     """The differences of the whole run by measure, after looking at what must be right anyway."""
     out = folder / "record.json"
     words = [
@@ -51,9 +49,7 @@ def replayed(
         "--json",
         *options,
     ]
-    done = subprocess.run(
-        words, env=os.environ, capture_output=True, text=True, check=False, timeout=400
-    )
+    done = subprocess.run(words, env=os.environ, capture_output=True, text=True, check=False, timeout=400)
     # Waits of tens of milliseconds are not what a compressed second is about: red is no failure.
     assert done.returncode in (0, 1), done.stderr[-3000:]
     run = record.read(out)
@@ -83,14 +79,9 @@ def test_the_forecast_of_a_shipped_scenario_holds(
         folder = tmp_path / str(number)
         told = replayed(name, backend, compress, folder, *measured)
         makespan, fleet = told["makespan"]["relative"], told["peak_fleet"]["absolute"]
-        seen.append(
-            f"{makespan:+.1%} off in makespan and {fleet:+g} instances in its largest fleet"
-        )
+        seen.append(f"{makespan:+.1%} off in makespan and {fleet:+g} instances in its largest fleet")
         with capsys.disabled():
-            print(
-                f"\n{name} on {backend}, 1/{compress} of its time: the forecast is {seen[-1]}",
-                flush=True,
-            )
+            print(f"\n{name} on {backend}, 1/{compress} of its time: the forecast is {seen[-1]}", flush=True)
         if abs(makespan) <= MAKESPAN and abs(fleet) <= FLEET:
             return
         numbers = folder / "calibration.json"

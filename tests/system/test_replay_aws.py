@@ -34,9 +34,7 @@ SCENARIO = {
 }
 
 
-def test_a_scenario_with_a_kill_is_replayed_on_a_stack(
-    ministack: Endpoint, moto: Endpoint, tmp_path: Path
-) -> None:
+def test_a_scenario_with_a_kill_is_replayed_on_a_stack(ministack: Endpoint, moto: Endpoint, tmp_path: Path) -> None:
     out, path = tmp_path / "record.json", tmp_path / "one-dies.yaml"
     path.write_text(yaml.safe_dump(SCENARIO))
     # Nobody pays by the minute here: half of the test would be waiting for the idle time.

@@ -58,9 +58,7 @@ def write(folder: Path, **changes: Any) -> Path:
 
 def test_a_replay_is_judged_compared_and_recorded_as_a_scenario(tmp_path: Path) -> None:
     home, out = tmp_path / "home", tmp_path / "record.json"
-    told, said = command(
-        "scenario", "replay", write(tmp_path), "--home", home, "--out", out, "--json"
-    )
+    told, said = command("scenario", "replay", write(tmp_path), "--home", home, "--out", out, "--json")
     answer = json.loads(told)
     assert (answer["record"], answer["red"], answer["cut"]) == (str(out), False, "")
     assert [row["verdict"] for row in answer["verdict"]] == ["green"] * 4
@@ -73,9 +71,7 @@ def test_a_replay_is_judged_compared_and_recorded_as_a_scenario(tmp_path: Path) 
 
     run = record.read(out)
     assert (run.compressed, run.seed, run.backend) == (10.0, 3, "local")
-    told, _ = command(
-        "scenario", "record", "--from", out, "--out", tmp_path / "again.yaml", "--json"
-    )
+    told, _ = command("scenario", "record", "--from", out, "--out", tmp_path / "again.yaml", "--json")
     again = json.loads(told)
     assert (again["jobs"], again["tasks"]) == (2, sum(job.planned for job in run.jobs))
     measured_s = 10 * sum(stage.run_s for stage in run.stages)
@@ -83,9 +79,7 @@ def test_a_replay_is_judged_compared_and_recorded_as_a_scenario(tmp_path: Path) 
 
     # The home's own jobs, one by one and without its grid.
     ids = [job.id for job in run.jobs]
-    told, _ = command(
-        "scenario", "record", *ids, "--home", home, "--out", tmp_path / "jobs.yaml", "--json"
-    )
+    told, _ = command("scenario", "record", *ids, "--home", home, "--out", tmp_path / "jobs.yaml", "--json")
     of_jobs = json.loads(told)
     assert (of_jobs["jobs"], of_jobs["tasks"]) == (2, again["tasks"])
     assert of_jobs["task_s"] == pytest.approx(measured_s / 10, rel=0.01)
@@ -95,9 +89,7 @@ def test_a_replay_is_judged_compared_and_recorded_as_a_scenario(tmp_path: Path) 
 
 def test_red_ends_with_1_and_a_person_reads_why(tmp_path: Path) -> None:
     path = write(tmp_path, expect={"makespan": "1s", "lost": 0})
-    told, said = command(
-        "scenario", "replay", path, "--home", tmp_path / "home", "--no-forecast", code=1
-    )
+    told, said = command("scenario", "replay", path, "--home", tmp_path / "home", "--no-forecast", code=1)
     assert "more than expected" in told
     assert "Red: 1 green, 1 red." in told
     kept = tmp_path / "home" / "records" / "small-1.json"
@@ -109,12 +101,7 @@ def test_real_work_does_what_its_job_file_says(tmp_path: Path) -> None:
     shutil.copytree(EXAMPLES / "claims", tmp_path / "claims")
     facts = write_claims(tmp_path / "claims" / "data", seed=5, files=12, claims_per_file=5)
     times = {"parse": "50ms", "adjudicate": "50ms", "totals": "50ms"}
-    job = {
-        "file": "claims/job.yaml",
-        "tasks": 12,
-        "task": times,
-        "groups": {"totals": len(facts.payers)},
-    }
+    job = {"file": "claims/job.yaml", "tasks": 12, "task": times, "groups": {"totals": len(facts.payers)}}
     path = write(
         tmp_path,
         compress=1,
@@ -174,10 +161,7 @@ def test_ctrl_c_keeps_the_record_and_leaves_nothing_behind(tmp_path: Path) -> No
     path = write(tmp_path, jobs={"claims": {"task": "10m", "tasks": 4}}, arrivals=SMALL["arrivals"])
     words = ("scenario", "replay", path, "--home", home, "--out", out)
     with subprocess.Popen(
-        [sys.executable, "-m", "batchlab", *map(str, words)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+        [sys.executable, "-m", "batchlab", *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         assert process.stderr is not None
         said = ""

@@ -60,9 +60,7 @@ def test_faults_have_their_times_and_are_undone_at_the_end(tmp_path: Path) -> No
         return notes[-1]
 
     with up(home, wanted) as backend:
-        run = asyncio.run(
-            driver.replay(wanted, home, backend, patience=factory.patience(), injector=injector)
-        )
+        run = asyncio.run(driver.replay(wanted, home, backend, patience=factory.patience(), injector=injector))
     (asked,) = notes
     names = [name for name, _ in asked.asked]
     assert names == [FaultName.KILL, FaultName.SLOW_DISK, FaultName.PAUSE]
@@ -80,23 +78,11 @@ def test_faults_have_their_times_and_are_undone_at_the_end(tmp_path: Path) -> No
 
 
 def test_a_killed_instance_and_a_crashed_manager_cost_only_time(tmp_path: Path) -> None:
-    faults = [
-        {"at": "40s", "fault": "kill", "count": 1},
-        {"at": "60s", "fault": "manager-crash", "for": "10s"},
-    ]
+    faults = [{"at": "40s", "fault": "kill", "count": 1}, {"at": "60s", "fault": "manager-crash", "for": "10s"}]
     jobs = {"claims": {"tasks": 16, "task": "15s"}}
     out = tmp_path / "record.json"
     path = write(tmp_path, faults=faults, jobs=jobs)
-    command(
-        "scenario",
-        "replay",
-        path,
-        "--home",
-        tmp_path / "home",
-        "--out",
-        out,
-        "--no-forecast",
-    )
+    command("scenario", "replay", path, "--home", tmp_path / "home", "--out", out, "--no-forecast")
     run = record.read(out)
     kill, crash = run.faults
     assert (kill.name, len(kill.targets), kill.impossible) == ("kill", 1, "")

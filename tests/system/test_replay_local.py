@@ -28,9 +28,7 @@ from tests.support.waiting import until
 
 def test_every_kind_of_stage_and_of_work_takes_its_time_and_is_recorded(tmp_path: Path) -> None:
     wanted = scenario(
-        claims(),
-        at=((0.0, 1), (2.0, 2)),
-        expect=(Expectation("makespan", most=40.0), Expectation("lost", most=0.0)),
+        claims(), at=((0.0, 1), (2.0, 2)), expect=(Expectation("makespan", most=40.0), Expectation("lost", most=0.0))
     )
     states: list[ReplayProgress] = []
     run = replay(tmp_path / "home", wanted, progress=states.append)
@@ -82,9 +80,7 @@ def test_every_kind_of_stage_and_of_work_takes_its_time_and_is_recorded(tmp_path
     assert processes_of(tmp_path / "home") == {}, "something still runs"
 
 
-def test_the_same_scenario_again_in_the_same_home_runs_anew_with_the_same_times(
-    tmp_path: Path,
-) -> None:
+def test_the_same_scenario_again_in_the_same_home_runs_anew_with_the_same_times(tmp_path: Path) -> None:
     wanted = scenario(claims(4))
     one, two = (replay(tmp_path / "home", wanted) for _ in range(2))
     assert one.jobs[0].id != two.jobs[0].id
@@ -178,9 +174,7 @@ def test_a_manager_that_is_gone_for_good_cuts_the_run_and_nothing_is_lost_of_the
             os.kill(found.pid, signal.SIGKILL)
 
     with up(home, wanted) as backend:
-        run = asyncio.run(
-            driver.replay(wanted, home, backend, patience=factory.patience(), progress=kill)
-        )
+        run = asyncio.run(driver.replay(wanted, home, backend, patience=factory.patience(), progress=kill))
     assert "has ended" in run.cut
     assert (run.usd, run.again_s) == (None, None), "nobody could be asked for the account"
     assert len(run.jobs) == 1
@@ -188,9 +182,7 @@ def test_a_manager_that_is_gone_for_good_cuts_the_run_and_nothing_is_lost_of_the
 
 def test_prewarm_has_instances_there_before_the_job(tmp_path: Path) -> None:
     quick = JobTemplate("quick", (stage("work", 0.1),), Constant(4))
-    wanted = scenario(
-        quick, at=((5.0, 1),), prewarm=(Prewarm("default", 2, at_s=1.0, until_s=5.5),)
-    )
+    wanted = scenario(quick, at=((5.0, 1),), prewarm=(Prewarm("default", 2, at_s=1.0, until_s=5.5),))
     run = replay(tmp_path / "home", wanted)
     assert [one.ready_s is not None and one.ready_s < 5 for one in run.instances] == [True, True]
     wait = verdicts.MEASURES["max_wait"].of(run, "")

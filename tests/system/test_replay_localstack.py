@@ -22,18 +22,7 @@ def test_a_scenario_with_its_policy_and_a_kill_on_localstack(tmp_path: Path) -> 
         faults=[{"at": "25s", "fault": "kill", "count": 1}],
         expect={"lost": 0, "duplicates": 0, "failed_jobs": 0},
     )
-    command(
-        "scenario",
-        "replay",
-        path,
-        "--backend",
-        "localstack",
-        "--home",
-        home,
-        "--out",
-        out,
-        within_s=580,
-    )
+    command("scenario", "replay", path, "--backend", "localstack", "--home", home, "--out", out, within_s=580)
     run = record.read(out)
     assert run.cut == ""
     # The manager in its container was told the scenario's policy, and not the backend's own.

@@ -38,9 +38,7 @@ __all__ = ["anywhere", "grids", "here", "quick", "verdict"]
 
 
 def test_it_fails_here_as_it_did_there_under_pdb(anywhere: Ran) -> None:
-    done = anywhere.cli(
-        "replay-task", "parse/1", "--local", "--debug", typed="p text\nu\np line\nq\n"
-    )
+    done = anywhere.cli("replay-task", "parse/1", "--local", "--debug", typed="p text\nu\np line\nq\n")
     assert done.returncode == 1, done.stderr
     # The item that nobody had thought of, in the frame where it hurts.
     assert "'four'" in done.stdout
@@ -52,22 +50,15 @@ def test_it_fails_here_as_it_did_there_under_pdb(anywhere: Ran) -> None:
     assert "attempt 2" in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("task", "kind"),
-    [("check/0", "a command"), ("gathered/0", "results of other tasks")],
-)
-def test_every_kind_of_input_comes_along(
-    anywhere: Ran, verdict: Verdict, task: str, kind: str
-) -> None:
+@pytest.mark.parametrize(("task", "kind"), [("check/0", "a command"), ("gathered/0", "results of other tasks")])
+def test_every_kind_of_input_comes_along(anywhere: Ran, verdict: Verdict, task: str, kind: str) -> None:
     found = verdict(anywhere, task)
     assert found["verdict"] == "same", (kind, found)
     assert found["fingerprint"] == found["fingerprint_on_grid"]
     assert found["differences"] == []
 
 
-def test_a_chained_task_that_succeeded_succeeds_with_the_same_result(
-    here: Ran, verdict: Verdict
-) -> None:
+def test_a_chained_task_that_succeeded_succeeds_with_the_same_result(here: Ran, verdict: Verdict) -> None:
     found = verdict(here, "double/0")
     assert found["verdict"] == "succeeded"
     assert found["sentence"].endswith("as on the grid, with the same result.")
@@ -99,9 +90,7 @@ def test_a_task_is_shown_with_its_attempts_and_where_it_ran(here: Ran, quick: Qu
 
 
 @pytest.mark.parametrize("task", ["hang/0", "die/0", "eat/0"])
-def test_time_memory_and_crashes_are_judged_as_on_a_worker(
-    here: Ran, verdict: Verdict, task: str
-) -> None:
+def test_time_memory_and_crashes_are_judged_as_on_a_worker(here: Ran, verdict: Verdict, task: str) -> None:
     found = verdict(here, task)
     assert found["verdict"] == "same", found
     # Where it was when it was ended.
@@ -193,9 +182,7 @@ def test_an_ide_is_waited_for_and_debugpy_told_of_where_it_is_missing(
     assert "-m pip install debugpy" in err
 
 
-def test_a_command_gets_a_shell_where_it_would_run(
-    here: Ran, monkeypatch: pytest.MonkeyPatch, quick: Quick
-) -> None:
+def test_a_command_gets_a_shell_where_it_would_run(here: Ran, monkeypatch: pytest.MonkeyPatch, quick: Quick) -> None:
     monkeypatch.setenv("SHELL", "/bin/sh")
     done = here.cli("replay-task", "check/0", "--shell", typed="pwd\ncommand -v show.sh\n")
     assert done.returncode == 0, done.stderr
@@ -212,9 +199,7 @@ def test_a_command_gets_a_shell_where_it_would_run(
 # --- Kept ----------------------------------------------------------------------------------------
 
 
-def test_a_folder_can_be_kept_moved_and_run_by_an_ide(
-    here: Ran, tmp_path: Path, quick: Quick
-) -> None:
+def test_a_folder_can_be_kept_moved_and_run_by_an_ide(here: Ran, tmp_path: Path, quick: Quick) -> None:
     folder = tmp_path / "a" / "task"
     code, out, err = quick(here, "replay-task", "parse/1", "--keep", str(folder))
     assert (code, out.split()[-1]) == (0, str(folder / "run.py")), err
@@ -222,29 +207,21 @@ def test_a_folder_can_be_kept_moved_and_run_by_an_ide(
     text = (folder / "README.md").read_text()
     assert "`handlers:parse`" in text
     assert "invalid literal for int()" in text
-    assert (folder / "run" / "1" / "in" / "0" / "amounts.csv").read_text() == (
-        "name,amount\nc,3\nd,four\n"
-    )
+    assert (folder / "run" / "1" / "in" / "0" / "amounts.csv").read_text() == ("name,amount\nc,3\nd,four\n")
     moved = tmp_path / "moved"
     folder.rename(moved)
     for _ in range(2):
-        done = subprocess.run(
-            [sys.executable, str(moved / "run.py")], capture_output=True, text=True, check=False
-        )
+        done = subprocess.run([sys.executable, str(moved / "run.py")], capture_output=True, text=True, check=False)
         assert done.returncode == 1
         assert "failed the same way" in done.stderr, done
     # Mended here, before it is mended there.
     handlers = moved / "code" / "handlers.py"
     handlers.write_text(handlers.read_text().replace("int(text)", "len(text)"))
-    done = subprocess.run(
-        [sys.executable, str(moved / "run.py")], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, str(moved / "run.py")], capture_output=True, text=True, check=False)
     assert (done.returncode, "did not fail here" in done.stderr) == (0, True)
 
 
-def test_a_folder_with_something_else_in_it_is_left_alone(
-    here: Ran, tmp_path: Path, quick: Quick
-) -> None:
+def test_a_folder_with_something_else_in_it_is_left_alone(here: Ran, tmp_path: Path, quick: Quick) -> None:
     (tmp_path / "precious").write_text("x")
     code, _, err = quick(here, "replay-task", "parse/1", "--keep", str(tmp_path))
     assert code == 2
@@ -285,9 +262,7 @@ def test_a_task_is_given_no_secret_that_is_not_named(here: Ran) -> None:
 
 
 @pytest.mark.usefixtures("secrets")
-def test_a_commands_shell_and_a_kept_folder_are_given_none_either(
-    here: Ran, tmp_path: Path, quick: Quick
-) -> None:
+def test_a_commands_shell_and_a_kept_folder_are_given_none_either(here: Ran, tmp_path: Path, quick: Quick) -> None:
     done = here.cli("replay-task", "check/0", "--shell", "--env", "AWS_PROFILE", typed="env\n")
     assert "the-profile" in done.stdout
     assert "the-plain" not in done.stdout
@@ -322,10 +297,7 @@ def test_a_function_of_the_python_api_comes_home_too(tmp_path: Path) -> None:
         job = grid.client.jobs(limit=1)[0]["id"]
         words = ("job", "replay-task", job, "1", "--json", "--home", str(tmp_path / "home"))
         done = subprocess.run(
-            [sys.executable, "-P", "-m", "batchlab", *words],
-            capture_output=True,
-            text=True,
-            check=False,
+            [sys.executable, "-P", "-m", "batchlab", *words], capture_output=True, text=True, check=False
         )
     found = json.loads(done.stdout)
     assert found["verdict"] == "same", found
@@ -335,9 +307,7 @@ def test_a_function_of_the_python_api_comes_home_too(tmp_path: Path) -> None:
 # --- The grid ------------------------------------------------------------------------------------
 
 
-def test_nothing_of_the_grid_is_changed_and_none_need_be_up(
-    here: Ran, tmp_path: Path, quick: Quick
-) -> None:
+def test_nothing_of_the_grid_is_changed_and_none_need_be_up(here: Ran, tmp_path: Path, quick: Quick) -> None:
     # No manager runs in the copy of its folder.
     shutil.copytree(here.home / "objects", tmp_path / "objects")
     down = here.moved(tmp_path)

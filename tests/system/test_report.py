@@ -126,9 +126,7 @@ def check(ask: Any, run: Run, view: JobView, home: tuple[str, str]) -> None:
     code, out, err = run("cost", "bill", view["id"], *home, "--json")
     assert code == 0, err
     bill = json.loads(out)
-    lines = {
-        r["line"]: r["usd"] for r in ask("SELECT line, sum(cost_usd) AS usd FROM cost GROUP BY 1")
-    }
+    lines = {r["line"]: r["usd"] for r in ask("SELECT line, sum(cost_usd) AS usd FROM cost GROUP BY 1")}
     assert set(lines) == {item["what"] for item in bill["items"]}
     for item in bill["items"]:
         assert float(lines[item["what"]]) == pytest.approx(item["usd"]["typical"], abs=1e-9), item

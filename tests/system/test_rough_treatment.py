@@ -89,9 +89,7 @@ def test_a_grid_taken_down_in_the_middle_goes_on_when_it_is_up_again(
     check(grid, grid.wait(job), tmp_path / "out", facts)
 
 
-def test_a_deleted_ledger_is_rebuilt_equal(
-    bring_up: Bring, claims: tuple[Path, ClaimsFacts], tmp_path: Path
-) -> None:
+def test_a_deleted_ledger_is_rebuilt_equal(bring_up: Bring, claims: tuple[Path, ClaimsFacts], tmp_path: Path) -> None:
     """I3, on real files."""
     path, facts = claims
     grid = bring_up(TWO)
@@ -123,9 +121,7 @@ def contents(ledger_file: Path) -> object:
 def test_two_pools_from_zero_and_back_to_zero(bring_up: Bring, tmp_path: Path) -> None:
     folder = tmp_path / "job"
     folder.mkdir()
-    (folder / "work.py").write_text(
-        "import time\ndef nap(item):\n    time.sleep(0.02)\n    return item\n"
-    )
+    (folder / "work.py").write_text("import time\ndef nap(item):\n    time.sleep(0.02)\n    return item\n")
     (folder / "items.jsonl").write_text("\n".join(str(i) for i in range(60)))
     (folder / "job.yaml").write_text(
         "name: pools\n"
@@ -152,10 +148,7 @@ def test_two_pools_from_zero_and_back_to_zero(bring_up: Bring, tmp_path: Path) -
 
 def alive(grid: LocalGrid) -> list[dict[str, object]]:
     return [
-        {
-            "desired": pool["desired"],
-            "instances": [i for i in pool["instances"] if i["state"] != "Terminated"],
-        }
+        {"desired": pool["desired"], "instances": [i for i in pool["instances"] if i["state"] != "Terminated"]}
         for pool in grid.client.grid()["pools"]
     ]
 

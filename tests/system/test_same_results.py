@@ -118,9 +118,7 @@ WORLDS: dict[str, Callable[..., AbstractContextManager[World]]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "backend", ["sim", "localstack", "emulated", pytest.param("aws", marks=pytest.mark.aws)]
-)
+@pytest.mark.parametrize("backend", ["sim", "localstack", "emulated", pytest.param("aws", marks=pytest.mark.aws)])
 def test_the_examples_come_to_the_same_everywhere(
     backend: str,
     jobs: dict[str, Path],
@@ -181,9 +179,9 @@ def end_one(world: World, stop: threading.Event, ended: list[str]) -> None:
     scaling = world.aws("autoscaling")
     prefix = json.loads((world.home / "aws" / "deployment.json").read_text())["prefix"]
     while not stop.wait(0.5) and not ended:
-        groups = scaling.describe_auto_scaling_groups(
-            AutoScalingGroupNames=[f"{prefix}pool-default"]
-        )["AutoScalingGroups"]
+        groups = scaling.describe_auto_scaling_groups(AutoScalingGroupNames=[f"{prefix}pool-default"])[
+            "AutoScalingGroups"
+        ]
         for one in groups[0]["Instances"]:
             if one["LifecycleState"] == "InService" and not ended:
                 scaling.terminate_instance_in_auto_scaling_group(

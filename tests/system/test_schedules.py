@@ -27,9 +27,7 @@ stages:
 """
 
 
-def test_a_manager_killed_at_a_due_time_leaves_one_run_of_it(
-    bring_up: Bring, tmp_path: Path
-) -> None:
+def test_a_manager_killed_at_a_due_time_leaves_one_run_of_it(bring_up: Bring, tmp_path: Path) -> None:
     grid = bring_up((Pool("default", 1, 1, 1),))
     starts = tmp_path / "starts"
     folder = tmp_path / "job"

@@ -14,16 +14,7 @@ from batchlab.core.model import JobState
 from batchlab.manager.ledger_rebuild import rebuild
 from batchlab.manager.manager import LEASE
 from tests.support.contract.ledger_suite import ledger_in
-from tests.support.postgres.managers import (
-    LEASE_S,
-    TAKEN_OVER_S,
-    check_bucket,
-    done,
-    ended,
-    manager,
-    ports_in,
-    workers,
-)
+from tests.support.postgres.managers import LEASE_S, TAKEN_OVER_S, check_bucket, done, ended, manager, ports_in, workers
 from tests.support.simpledb.fixtures import FAIR, Sdb
 
 WEATHER = {"throttle": 0.05, "lose": 0.01, "lag_s": 0.5, "short": 0.1}
@@ -65,9 +56,7 @@ def test_leaders_are_paused_and_killed_and_the_job_completes(simpledb: Sdb, tmp_
     asyncio.run(main())
 
 
-def test_a_service_that_is_away_for_longer_than_a_lease_costs_only_time(
-    simpledb: Sdb, tmp_path: Path
-) -> None:
+def test_a_service_that_is_away_for_longer_than_a_lease_costs_only_time(simpledb: Sdb, tmp_path: Path) -> None:
     """The leader stops leading, and leads again."""
 
     async def main() -> None:

@@ -34,10 +34,7 @@ def request(name: str, template: str) -> dict[str, Any]:
         del made[other]
     made["DefaultCooldown"] = int(made.pop("Cooldown"))
     specification = made["MixedInstancesPolicy"]["LaunchTemplate"]["LaunchTemplateSpecification"]
-    assert specification == {
-        "LaunchTemplateId": "<PoolTemplate>",
-        "Version": "<PoolTemplate.LatestVersionNumber>",
-    }
+    assert specification == {"LaunchTemplateId": "<PoolTemplate>", "Version": "<PoolTemplate.LatestVersionNumber>"}
     specification.clear()
     specification |= {"LaunchTemplateName": template, "Version": "$Latest"}
     made["Tags"] = [{**tag, "Value": str(tag["Value"])} for tag in made["Tags"]]
@@ -59,11 +56,7 @@ def judged(asg: Any, name: str) -> None:
     # moto takes 0 for unset.
     assert group["DefaultCooldown"] == (300 if name == AT_MOTO else 0)
     hooks = {
-        one["LifecycleHookName"]: (
-            one["LifecycleTransition"],
-            one["HeartbeatTimeout"],
-            one["DefaultResult"],
-        )
+        one["LifecycleHookName"]: (one["LifecycleTransition"], one["HeartbeatTimeout"], one["DefaultResult"])
         for one in asg.describe_lifecycle_hooks(AutoScalingGroupName=name)["LifecycleHooks"]
     }
     wanted = {
@@ -86,11 +79,7 @@ def test_our_endpoint_takes_the_group_and_its_instances_wait_in_its_hooks(tmp_pa
             return [one["LifecycleState"] for one in found]
 
         until(lambda: states() not in ([], ["Pending"]))
-        tags = {
-            tag["Key"]: tag["Value"]
-            for tag in asg.describe_tags()["Tags"]
-            if tag["PropagateAtLaunch"]
-        }
+        tags = {tag["Key"]: tag["Value"] for tag in asg.describe_tags()["Tags"] if tag["PropagateAtLaunch"]}
         assert (tags["batchlab:pool"], tags["batchlab:slots"]) == ("default", "2")
         return states()
 
@@ -111,17 +100,13 @@ def test_moto_takes_the_group_and_the_launch_template(moto: Endpoint) -> None:
     # References to what this test does not make.
     del data["IamInstanceProfile"], data["NetworkInterfaces"]
     ec2.create_launch_template(LaunchTemplateName=AT_MOTO, LaunchTemplateData=data)
-    (version,) = ec2.describe_launch_template_versions(LaunchTemplateName=AT_MOTO)[
-        "LaunchTemplateVersions"
-    ]
+    (version,) = ec2.describe_launch_template_versions(LaunchTemplateName=AT_MOTO)["LaunchTemplateVersions"]
     assert version["LaunchTemplateData"]["MetadataOptions"]["HttpTokens"] == "required"
     asg.create_auto_scaling_group(**request(AT_MOTO, AT_MOTO))
     try:
         judged(asg, AT_MOTO)
         asg.set_desired_capacity(AutoScalingGroupName=AT_MOTO, DesiredCapacity=2)
-        (group,) = asg.describe_auto_scaling_groups(AutoScalingGroupNames=[AT_MOTO])[
-            "AutoScalingGroups"
-        ]
+        (group,) = asg.describe_auto_scaling_groups(AutoScalingGroupNames=[AT_MOTO])["AutoScalingGroups"]
         ids = [one["InstanceId"] for one in group["Instances"]]
         assert ids, "one of the two: moto rounds both shares down"
         for reservation in ec2.describe_instances(InstanceIds=ids)["Reservations"]:

@@ -23,9 +23,7 @@ def plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plane]:
         yield plane
 
 
-def test_a_release_is_a_change_set_that_touches_what_runs_and_nothing_that_keeps(
-    plane: Plane,
-) -> None:
+def test_a_release_is_a_change_set_that_touches_what_runs_and_nothing_that_keeps(plane: Plane) -> None:
     stack, asg = Stack(plane, "two-phases"), plane.client("autoscaling")
     empty = cfn.for_ministack(WHOLE)
     assert stack.create(empty) == "CREATE_COMPLETE"
@@ -34,10 +32,7 @@ def test_a_release_is_a_change_set_that_touches_what_runs_and_nothing_that_keeps
     def sizes() -> dict[str, tuple[int, int]]:
         names = ["two-phases-manager", "two-phases-pool-default"]
         found = asg.describe_auto_scaling_groups(AutoScalingGroupNames=names)
-        return {
-            one["AutoScalingGroupName"]: (one["MinSize"], one["MaxSize"])
-            for one in found["AutoScalingGroups"]
-        }
+        return {one["AutoScalingGroupName"]: (one["MinSize"], one["MaxSize"]) for one in found["AutoScalingGroups"]}
 
     assert set(sizes().values()) == {(0, 0)}
     changes = stack.change_set("release", empty, Release=RELEASE)
@@ -54,9 +49,7 @@ def test_a_release_is_a_change_set_that_touches_what_runs_and_nothing_that_keeps
     assert {name: after[name] for name in before} == before, "nothing was replaced"
     assert stack.update(empty, Release="f" * 64, PoolMax=3, LogDays=7) == "UPDATE_COMPLETE"
     assert sizes()["two-phases-pool-default"] == (0, 3)
-    (group,) = plane.client("logs").describe_log_groups(logGroupNamePrefix="/batchlab/two-phases")[
-        "logGroups"
-    ]
+    (group,) = plane.client("logs").describe_log_groups(logGroupNamePrefix="/batchlab/two-phases")["logGroups"]
     assert group["retentionInDays"] == 7
     with pytest.raises(ClientError, match="No updates are to be performed"):
         stack.update(empty, Release="f" * 64, PoolMax=3, LogDays=7)
@@ -143,6 +136,4 @@ def test_ministack_still_lacks_what_the_template_is_reduced_by(plane: Plane) -> 
     for kind in cfn.MINISTACK_LACKS.values():
         one = {"Resources": {"One": {"Type": kind}}}
         with pytest.raises(ClientError, match="Unrecognized resource types"):
-            plane.client("cloudformation").create_stack(
-                StackName="one", TemplateBody=json.dumps(one)
-            )
+            plane.client("cloudformation").create_stack(StackName="one", TemplateBody=json.dumps(one))

@@ -85,10 +85,7 @@ def test_the_bucket(plane: Plane, ids: dict[str, str]) -> None:
     assert owned["Rules"] == [{"ObjectOwnership": "BucketOwnerEnforced"}]
     policy = json.loads(s3.get_bucket_policy(Bucket=bucket)["Policy"])
     by_sid = {one["Sid"]: one for one in policy["Statement"]}
-    assert by_sid["OnlyByTls"]["Resource"] == [
-        f"arn:aws:s3:::{bucket}",
-        f"arn:aws:s3:::{bucket}/*",
-    ]
+    assert by_sid["OnlyByTls"]["Resource"] == [f"arn:aws:s3:::{bucket}", f"arn:aws:s3:::{bucket}/*"]
     outcomes = f"arn:aws:s3:::{bucket}/jobs/*/*/outcomes/*"
     assert outcomes in by_sid["CommitsAreConditional"]["Resource"]
 
@@ -161,9 +158,7 @@ def test_the_queues(plane: Plane, ids: dict[str, str]) -> None:
         assert sqs.list_queue_tags(QueueUrl=url)["Tags"]["batchlab.stack"] == "batchlab"
 
 
-def test_a_message_goes_to_the_dead_letters_after_ten_receives(
-    plane: Plane, ids: dict[str, str]
-) -> None:
+def test_a_message_goes_to_the_dead_letters_after_ten_receives(plane: Plane, ids: dict[str, str]) -> None:
     sqs = plane.client("sqs")
     sqs.send_message(QueueUrl=ids["PoolTasks"], MessageBody="poison")
     for _ in range(10):
@@ -201,10 +196,7 @@ def test_the_launch_templates(plane: Plane, ids: dict[str, str], name: str, who:
 
 def test_the_groups(plane: Plane, ids: dict[str, str]) -> None:
     asg = plane.client("autoscaling")
-    found = {
-        one["AutoScalingGroupName"]: one
-        for one in asg.describe_auto_scaling_groups()["AutoScalingGroups"]
-    }
+    found = {one["AutoScalingGroupName"]: one for one in asg.describe_auto_scaling_groups()["AutoScalingGroups"]}
     pool, manager = found["batchlab-pool-default"], found["batchlab-manager"]
     assert (pool["MinSize"], pool["MaxSize"]) == (1, 10)
     assert {manager[size] for size in ("MinSize", "MaxSize", "DesiredCapacity")} == {1}
@@ -218,10 +210,7 @@ def test_the_groups(plane: Plane, ids: dict[str, str]) -> None:
     assert tags["batchlab:slots"] == "2"
     assert tags["batchlab.stack"] == "batchlab"
     scheduled = asg.describe_scheduled_actions()["ScheduledUpdateGroupActions"]
-    assert sorted((one["MinSize"], one["Recurrence"]) for one in scheduled) == [
-        (1, "0 18 * * 1-5"),
-        (3, "0 8 * * 1-5"),
-    ]
+    assert sorted((one["MinSize"], one["Recurrence"]) for one in scheduled) == [(1, "0 18 * * 1-5"), (3, "0 8 * * 1-5")]
 
 
 # --- Network, roles, the rest --------------------------------------------------------------------
@@ -270,9 +259,7 @@ def test_the_roles(plane: Plane, ids: dict[str, str], who: str) -> None:
     assert [one["Sid"] for one in kept["Statement"]] == [one["Sid"] for one in wanted]
     assert [one["Action"] for one in kept["Statement"]] == [one["Action"] for one in wanted]
     assert "<" not in json.dumps(kept), "a reference that nobody has followed"
-    profile = iam.get_instance_profile(InstanceProfileName=ids[f"{who}Profile"].rpartition("/")[2])[
-        "InstanceProfile"
-    ]
+    profile = iam.get_instance_profile(InstanceProfileName=ids[f"{who}Profile"].rpartition("/")[2])["InstanceProfile"]
     assert [one["RoleName"] for one in profile["Roles"]] == [name]
 
 
@@ -289,16 +276,10 @@ def test_the_database(plane: Plane, ids: dict[str, str]) -> None:
     assert group["VpcSecurityGroupId"] == ids["DatabaseSecurityGroup"]
     (parameters,) = found["DBParameterGroups"]
     assert parameters["DBParameterGroupName"] == ids["DatabaseParameters"]
-    pages = rds.get_paginator("describe_db_parameters").paginate(
-        DBParameterGroupName=ids["DatabaseParameters"]
-    )
-    values = {
-        p["ParameterName"]: p.get("ParameterValue") for page in pages for p in page["Parameters"]
-    }
+    pages = rds.get_paginator("describe_db_parameters").paginate(DBParameterGroupName=ids["DatabaseParameters"])
+    values = {p["ParameterName"]: p.get("ParameterValue") for page in pages for p in page["Parameters"]}
     assert values["rds.force_ssl"] == "1"
-    (subnets,) = rds.describe_db_subnet_groups(DBSubnetGroupName=ids["DatabaseSubnets"])[
-        "DBSubnetGroups"
-    ]
+    (subnets,) = rds.describe_db_subnet_groups(DBSubnetGroupName=ids["DatabaseSubnets"])["DBSubnetGroups"]
     assert len({one["SubnetAvailabilityZone"]["Name"] for one in subnets["Subnets"]}) == 2
 
 
@@ -311,10 +292,7 @@ def test_token_logs_and_alarms(plane: Plane, ids: dict[str, str]) -> None:
         "/aws/rds/instance/batchlab-ledger/postgresql": 14,
         "/aws/rds/instance/batchlab-ledger/upgrade": 14,
     }
-    alarms = {
-        one["AlarmName"]: one
-        for one in plane.client("cloudwatch").describe_alarms()["MetricAlarms"]
-    }
+    alarms = {one["AlarmName"]: one for one in plane.client("cloudwatch").describe_alarms()["MetricAlarms"]}
     assert alarms.keys() == {
         "batchlab-pool-default-waits",
         "batchlab-pool-default-dead-letters",

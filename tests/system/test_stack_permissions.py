@@ -71,10 +71,7 @@ def user_of(root: Plane, stack: Stack) -> Plane:
     iam.create_user(UserName="ada")
     iam.put_user_policy(UserName="ada", PolicyName="grid", PolicyDocument=policy)
     key = iam.create_access_key(UserName="ada")["AccessKey"]
-    keys = {
-        "aws_access_key_id": key["AccessKeyId"],
-        "aws_secret_access_key": key["SecretAccessKey"],
-    }
+    keys = {"aws_access_key_id": key["AccessKeyId"], "aws_secret_access_key": key["SecretAccessKey"]}
     return Plane(root.url, root.ca, keys)
 
 

@@ -15,13 +15,7 @@ from tests.support.aws.autoscaling_api import aws
 from tests.support.aws.emulators import ministack_python
 from tests.support.grid.backends import World
 from tests.support.grid.local_grid import processes_of
-from tests.support.grid.tour import (
-    WARM,
-    asked,
-    schedules_outlive_the_manager,
-    submitted,
-    what_is_told_of_it,
-)
+from tests.support.grid.tour import WARM, asked, schedules_outlive_the_manager, submitted, what_is_told_of_it
 from tests.support.waiting import until
 
 

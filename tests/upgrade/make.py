@@ -75,11 +75,7 @@ class Earlier:
 
     def __init__(self, checkout: Path, folder: Path) -> None:
         self.folder = folder
-        self._env = {
-            **os.environ,
-            "PYTHONPATH": str(checkout),
-            "BATCHLAB_HOME": str(folder / HOME),
-        }
+        self._env = {**os.environ, "PYTHONPATH": str(checkout), "BATCHLAB_HOME": str(folder / HOME)}
 
     def __call__(self, *arguments: str) -> str:
         done = subprocess.run(
@@ -205,9 +201,7 @@ def _is_left_out(name: Path) -> bool:
 
 
 def _git(*arguments: str) -> str:
-    done = subprocess.run(
-        ["git", *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
-    )
+    done = subprocess.run(["git", *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     return done.stdout.strip()
 
 

@@ -69,12 +69,7 @@ def test_a_job_of_an_earlier_release_is_read_and_written_as_it_was() -> None:
     assert job.stage("b").command == ("wc", "-l")
     assert job.input
     assert job.input.split is SplitBy.LINES
-    assert (job.params, job.tags, job.notify, job.trace) == (
-        (("n", 3),),
-        (("team", "blue"),),
-        (),
-        "",
-    )
+    assert (job.params, job.tags, job.notify, job.trace) == ((("n", 3),), (("team", "blue"),), (), "")
     assert json.loads(json_format.dumps(json_format.job_to_json(job))) == before("job")
 
 
@@ -88,17 +83,13 @@ def test_messages_and_outcomes_of_an_earlier_release_are_read() -> None:
     assert [one.execution for one in events.duplicates] == ["w-1-1"]
     assert events.asked[0].requests.sqs_bytes == 6
     assert events.beats[0].held[0].bundle == BUNDLE.id
-    assert (
-        json_format.word_from_bytes((BEFORE / "word.json").read_bytes()).control is Control.CANCEL
-    )
+    assert json_format.word_from_bytes((BEFORE / "word.json").read_bytes()).control is Control.CANCEL
     for name in ("message", "events", "outcome", "word"):
         made = {
             "message": lambda: json.loads(task_message(message)),
             "events": lambda: json.loads(events_message(events)),
             "outcome": lambda: json.loads(json_format.dumps(json_format.outcome_to_json(outcome))),
-            "word": lambda: json.loads(
-                json_format.word_to_bytes(json_format.Word(Control.CANCEL, reason="x"))
-            ),
+            "word": lambda: json.loads(json_format.word_to_bytes(json_format.Word(Control.CANCEL, reason="x"))),
         }[name]()
         known = before(name)
         known.pop("job", None)  # a worker reads the definition itself
@@ -109,17 +100,13 @@ def test_messages_and_outcomes_of_an_earlier_release_are_read() -> None:
 
 
 def test_what_a_later_release_has_added_is_passed_over() -> None:
-    assert json_format.job_from_json(later(before("job"))) == json_format.job_from_json(
-        before("job")
-    )
+    assert json_format.job_from_json(later(before("job"))) == json_format.job_from_json(before("job"))
     told = replace(JOB, notify=(NotifyDef("sns", "arn:x"),), trace=ABOVE, max_cost_usd=1.0)
     doc = json.loads(json_format.dumps(json_format.job_to_json(told)))
     assert json_format.job_from_json(later(doc)) == told
     found = read_task_message(json.dumps(later(before("message"))))
     assert found == read_task_message((BEFORE / "message.json").read_text())
-    assert json_format.outcome_from_json(later(before("outcome"))) == json_format.outcome_from_json(
-        before("outcome")
-    )
+    assert json_format.outcome_from_json(later(before("outcome"))) == json_format.outcome_from_json(before("outcome"))
     doc = before("events")
     del doc["m"]  # names and numbers by any name; see Counts
     known = read_events_message(json.dumps(doc))
@@ -218,9 +205,7 @@ class Scene:
             await self.queue.ensure(spec)
         await self.queue.ensure(QueueSpec(self.tasks, dead_letters=dead, max_receives=3))
 
-    async def send(
-        self, job: JobDef, change: Callable[[dict[str, Any], dict[str, Any]], None]
-    ) -> str:
+    async def send(self, job: JobDef, change: Callable[[dict[str, Any], dict[str, Any]], None]) -> str:
         bundle = replace(BUNDLE, job=job.id)
         doc = json.loads(task_message(TaskMessage(bundle, [1, 2])))
         spec = json.loads(commit_keys.to_bytes(job))
@@ -296,14 +281,7 @@ def test_what_others_have_received_without_an_end_stays_a_suspect() -> None:
 
 # --- What is no event ----------------------------------------------------------------------------
 
-HELD = {
-    "queue": "q",
-    "receipt": "r",
-    "job": "j",
-    "stage": "s",
-    "bundle": "00000000-00000009.0.1",
-    "running": True,
-}
+HELD = {"queue": "q", "receipt": "r", "job": "j", "stage": "s", "bundle": "00000000-00000009.0.1", "running": True}
 BEAT = {"worker": "w", "instance": "i", "pool": "p", "at_s": 1.0, "slots": 1, "busy": 0}
 DONE = {"b": {"j": "j", "s": "a", "t": [[0, 1]], "a": 1}, "w": "w", "t0": 1.0, "t1": 2.0}
 DONE |= {"ok": [[0, 1]], "no": [], "x": [], "run": 0.1, "next": [], "re": 0}

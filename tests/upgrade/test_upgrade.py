@@ -48,9 +48,7 @@ def test_there_is_something_to_upgrade_from() -> None:
     assert all(path.stat().st_size < 100_000 for path in KEPT)
 
 
-def test_what_an_earlier_version_left_is_gone_on_with(
-    kept: Kept, bring_up: Bring, tmp_path: Path
-) -> None:
+def test_what_an_earlier_version_left_is_gone_on_with(kept: Kept, bring_up: Bring, tmp_path: Path) -> None:
     grid = bring_up(folder=kept.home)
     now = {one["name"]: one for one in grid.client.jobs()}
     assert set(now) == {"ended", "paused", "working"}
@@ -76,9 +74,7 @@ def test_what_an_earlier_version_left_is_gone_on_with(
 
     before = sorted(grid.client.jobs(), key=lambda one: one["id"])
     assert grid.client.rebuild() == 3
-    for one, again in zip(
-        before, sorted(grid.client.jobs(), key=lambda one: one["id"]), strict=True
-    ):
+    for one, again in zip(before, sorted(grid.client.jobs(), key=lambda one: one["id"]), strict=True):
         same(one, again)
     if kept.told["schedules"]:
         (schedule,) = grid.client.schedules()["schedules"]
@@ -91,9 +87,7 @@ def same(before: Any, now: Any) -> None:
     assert {name: now[name] for name in SAME} == {name: before[name] for name in SAME}
     assert now["state"] == before["state"]
     counts = ("name", "pool", "planned", "succeeded", "failed", "cancelled")
-    told = [
-        [{name: stage[name] for name in counts} for stage in one["stages"]] for one in (before, now)
-    ]
+    told = [[{name: stage[name] for name in counts} for stage in one["stages"]] for one in (before, now)]
     assert told[0] == told[1]
 
 

@@ -56,10 +56,7 @@ def copy(file: Path, postgres: Postgres, found: str) -> None:
     source: Engine = sqlite_engine(file)
     target = postgres_engine(postgres.url, postgres.schema)
     try:
-        with (
-            transaction(source) as old,
-            transaction(target, writes=True, lasts=True) as new,
-        ):
+        with transaction(source) as old, transaction(target, writes=True, lasts=True) as new:
             engines._make_room(new)
             config = Config(attributes={"connection": new})
             config.set_main_option("script_location", str(engines.MIGRATIONS))

@@ -13,15 +13,7 @@ import pytest
 from batchlab.adapters.memory.objects import SimObjects
 from batchlab.core.errors import BackendError, Unreachable
 from batchlab.worker.inflight_message import Handle
-from tests.support.worker.runner import (
-    USER_CODE,
-    alive,
-    children_of,
-    collect,
-    go,
-    opened,
-    until,
-)
+from tests.support.worker.runner import USER_CODE, alive, children_of, collect, go, opened, until
 
 
 def test_children_are_reused_for_the_same_code_and_only_for_it(tmp_path: Path) -> None:
@@ -137,9 +129,7 @@ def test_children_and_their_programs_die_with_the_worker(tmp_path: Path, number:
     go(main())
 
 
-def test_a_child_that_cannot_start_is_nobodys_failure(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_child_that_cannot_start_is_nobodys_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         async with opened(tmp_path) as rig:
             monkeypatch.setattr(sys, "executable", "/bin/false")

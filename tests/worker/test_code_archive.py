@@ -131,9 +131,7 @@ def test_a_damaged_zip_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_bomb_is_refused_by_what_comes_out_of_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bomb_is_refused_by_what_comes_out_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(code_cache, "MAX_BYTES", 1_000_000)
     data = a_zip("a", "b", content=bytes(600_000))
     assert len(data) < 10_000

@@ -10,13 +10,7 @@ import pytest
 
 from batchlab.core.model import FailureKind, Json
 from batchlab.core.protocol import values
-from tests.support.worker.runner import (
-    Rig,
-    alive,
-    go,
-    opened,
-    until,
-)
+from tests.support.worker.runner import Rig, alive, go, opened, until
 
 SHOW = (sys.executable, "-c", "import json, sys; print(json.dumps(sys.argv[1:]))")
 
@@ -35,9 +29,7 @@ def test_a_command_reads_its_input_and_its_only_output_is_its_value(tmp_path: Pa
         async with opened(tmp_path) as rig:
             files = [await put(rig, f"raw/j/{n}.txt", f"{n} words here\n") for n in range(3)]
             got = await rig.values(files, command=("cp", "{input}", "{output:copies/out.txt}"))
-            assert [await stored(rig, ref) for ref in got] == [
-                f"{n} words here\n" for n in range(3)
-            ]
+            assert [await stored(rig, ref) for ref in got] == [f"{n} words here\n" for n in range(3)]
             assert got[0]["name"] == "copies/out.txt"
             counted = await rig.values(files, command=("wc", "-w", "{input}"), stdout="n.txt")
             assert [(await stored(rig, ref)).split()[0] for ref in counted] == ["3"] * 3
@@ -128,9 +120,7 @@ def test_a_command_runs_in_its_tasks_scratch_folder(tmp_path: Path) -> None:
         async with opened(tmp_path) as rig:
             command = ("sh", "-c", "pwd; ls; touch left-behind")
             refs = await rig.values([0, 1], command=command, stdout="out")
-            assert [
-                (await stored(rig, ref)).endswith(f"/{n}/scratch\n") for n, ref in enumerate(refs)
-            ]
+            assert [(await stored(rig, ref)).endswith(f"/{n}/scratch\n") for n, ref in enumerate(refs)]
 
     go(main())
 
@@ -177,11 +167,7 @@ def test_an_exit_code_is_a_failure_with_the_last_line_of_stderr(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("command", "kind", "says"),
     [
-        (
-            ("no-such-program",),
-            "import",
-            "program 'no-such-program' is not installed on the worker",
-        ),
+        (("no-such-program",), "import", "program 'no-such-program' is not installed on the worker"),
         (("/no/such/program",), "import", "is not installed on the worker"),
         (("/etc/passwd",), "import", "cannot run: Permission denied"),
         (("true", "{output:a}"), "result", "The command did not write its output 'a'."),
@@ -190,9 +176,7 @@ def test_an_exit_code_is_a_failure_with_the_last_line_of_stderr(tmp_path: Path) 
     ],
     ids=str,
 )
-def test_a_command_that_cannot_work_says_why(
-    tmp_path: Path, command: tuple[str, ...], kind: str, says: str
-) -> None:
+def test_a_command_that_cannot_work_says_why(tmp_path: Path, command: tuple[str, ...], kind: str, says: str) -> None:
     async def main() -> None:
         async with opened(tmp_path) as rig:
             failure = await rig.failure(0, command=command)
@@ -241,9 +225,7 @@ def test_a_commands_memory_counts(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened(tmp_path) as rig:
             code = "import time; x = b'x' * (300 << 20); time.sleep(30)"
-            got = await rig.values(
-                [0], command=(sys.executable, "-c", code), memory_bytes=150 * 2**20
-            )
+            got = await rig.values([0], command=(sys.executable, "-c", code), memory_bytes=150 * 2**20)
             assert got == ["memory: used more than its memory limit of 150 MiB"]
 
     go(main())

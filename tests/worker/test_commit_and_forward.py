@@ -17,12 +17,7 @@ from batchlab.core.model import Bundle, Failure, FailureKind, JobId, Json, Ran, 
 from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Message, Outgoing, Queue
 from batchlab.core.protocol import object_keys
-from batchlab.core.protocol.messages import (
-    Events,
-    TaskMessage,
-    read_events_message,
-    read_task_message,
-)
+from batchlab.core.protocol.messages import Events, TaskMessage, read_events_message, read_task_message
 from batchlab.core.protocol.object_keys import UNSEALED
 from batchlab.core.tracing import NOBODY, Attribute, Span, Subject
 from batchlab.sim.actors import SimClock
@@ -87,12 +82,7 @@ class Rig:
     """One worker's way out, and a bundle of six tasks in its hand, of which two have run."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.objects, self.sent, self.counters, self.spans = (
-            SimObjects(),
-            Sent(),
-            WorkerCounters(),
-            Spans(),
-        )
+        self.objects, self.sent, self.counters, self.spans = (SimObjects(), Sent(), WorkerCounters(), Spans())
         self.clock = SimClock(loop, 1_700_000_000.0)
         self.patience = Patience(Random(1), limit_s=0.0)
         self.inflight_messages: dict[str, InflightMessage] = {}
@@ -114,9 +104,7 @@ class Rig:
 
     def inflight(self, execution: str) -> InflightMessage:
         message = Message("m-1", "", "receipt", 1, 1.0, 1.0)
-        inflight = InflightMessage(
-            "tasks-default", message, TaskMessage(BUNDLE), execution, 1.0, 1.0, "receipt"
-        )
+        inflight = InflightMessage("tasks-default", message, TaskMessage(BUNDLE), execution, 1.0, 1.0, "receipt")
         inflight.trace = ABOVE
         inflight.handle.log_spans += [(0, 0, 3), (1, 3, 6)]
         self.inflight_messages[execution] = inflight
@@ -134,9 +122,7 @@ def in_rig(act: Callable[[Rig], Coroutine[None, None, None]]) -> None:
     SimLoop().run(main())
 
 
-def test_what_is_shed_is_committed_told_of_and_traced_as_a_whole_bundle_is(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_what_is_shed_is_committed_told_of_and_traced_as_a_whole_bundle_is(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "batchlab")
 
     async def act(rig: Rig) -> None:
@@ -150,9 +136,7 @@ def test_what_is_shed_is_committed_told_of_and_traced_as_a_whole_bundle_is(
         told = {task: item for pair in pairs for task, item in pair}
         assert told == {1: "b", 3: "d", 4: "e", 5: "f"}, "what is kept needs no message"
         assert rig.sent.events[-1].outcomes == (outcome,)
-        assert rig.inflight_messages["w-1-1"].receipt == "receipt", (
-            "whoever gets it forwards once more"
-        )
+        assert rig.inflight_messages["w-1-1"].receipt == "receipt", "whoever gets it forwards once more"
         # Each hop is a span of its own, and what follows goes on below the last one.
         assert rig.spans.names == ["commit", "forward"]
         assert {message.trace for message in rig.sent.tasks} == {BELOW}

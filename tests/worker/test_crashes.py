@@ -15,13 +15,7 @@ from batchlab.core.protocol.settlement import LOSS_LIMIT
 from batchlab.worker.child import EXIT_PIPE_LOST
 from batchlab.worker.child_process import describe_exit
 from batchlab.worker.inflight_message import Handle
-from tests.support.worker.runner import (
-    alive,
-    collect,
-    go,
-    opened,
-    until,
-)
+from tests.support.worker.runner import alive, collect, go, opened, until
 
 # --- Failures that take the process along --------------------------------------------------------
 
@@ -39,9 +33,7 @@ from tests.support.worker.runner import (
     ],
     ids=str,
 )
-def test_a_crash_costs_exactly_the_task_that_crashed(
-    tmp_path: Path, item: list[Any], code: int
-) -> None:
+def test_a_crash_costs_exactly_the_task_that_crashed(tmp_path: Path, item: list[Any], code: int) -> None:
     """Pain 6: one bad task must not make its bundle run twice. Every task ran exactly once."""
 
     async def main() -> None:
@@ -118,9 +110,7 @@ def test_what_a_task_does_to_its_process_does_not_reach_its_neighbour(
     go(main())
 
 
-def test_a_process_that_ends_between_tasks_or_at_any_time_ends_the_job_all_the_same(
-    tmp_path: Path,
-) -> None:
+def test_a_process_that_ends_between_tasks_or_at_any_time_ends_the_job_all_the_same(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened(tmp_path) as rig:
             ran = await rig.run([["thread_exit"], *[["sleep", 0.005]] * 10])
@@ -166,9 +156,7 @@ def test_processes_that_only_ever_end_between_tasks_do_not_go_on_for_ever(tmp_pa
 SLOW_IMPORT = "import time\ntime.sleep(0.5)\ndef run(item): return item"
 
 
-def test_loading_a_handler_has_a_longer_limit_of_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_loading_a_handler_has_a_longer_limit_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         folder = tmp_path / "code"
         folder.mkdir()
@@ -306,9 +294,7 @@ def test_no_task_starts_without_a_fresh_look_at_the_control_object(tmp_path: Pat
             assert 1 <= len(got) <= 4
 
             moved = Handle(until_s=rig.clock.monotonic_s() + 1.0)
-            running = asyncio.create_task(
-                collect(rig, await rig.work([["sleep", 0.25]] * 6), moved)
-            )
+            running = asyncio.create_task(collect(rig, await rig.work([["sleep", 0.25]] * 6), moved))
             while not running.done():
                 moved.until_s = rig.clock.monotonic_s() + 1.0
                 await asyncio.sleep(0.02)

@@ -85,14 +85,7 @@ class Sim:
         await self.objects.put(code_cache.key(data), data)
         return code_cache.key(data)
 
-    def work(
-        self,
-        items: list[Json],
-        *,
-        code: str | None = None,
-        budget_s: float | None = None,
-        **stage: Any,
-    ) -> Work:
+    def work(self, items: list[Json], *, code: str | None = None, budget_s: float | None = None, **stage: Any) -> Work:
         step = StageDef(StageName("s"), **{"handler": "handlers:shout", **stage})
         job = JobDef(JobId("j"), "j", (step,), 0.0, code=code)
         bundle = Bundle(job.id, step.name, TaskSet.span(0, len(items)))
@@ -288,14 +281,7 @@ def test_a_handler_that_ends_its_process_loops_or_eats_memory_fails_alone(
 
     ran = sim.go(main())
     kinds = [one.failure.kind if one.failure else one.value for one in ran]
-    assert kinds == [
-        FailureKind.CRASH,
-        1,
-        FailureKind.TIMEOUT,
-        "print",
-        FailureKind.MEMORY,
-        2,
-    ]
+    assert kinds == [FailureKind.CRASH, 1, FailureKind.TIMEOUT, "print", FailureKind.MEMORY, 2]
     assert ran[0].failure is not None
     assert ran[0].failure.exit_code == 0
     assert "said by a handler" in capsys.readouterr().err

@@ -24,7 +24,7 @@ from batchlab.manager import live_logs
 from batchlab.manager.state import LiveJob, ManagerSettings, Ports
 from batchlab.sim.actors import SimClock, SimIds
 from batchlab.sim.event_loop import SimLoop
-from batchlab.worker import live_logs as task_log
+from batchlab.worker import task_log
 from batchlab.worker.inflight_message import InflightMessage, Peek
 from batchlab.worker.job_cache import CLOCKS_S, ControlPoller
 from batchlab.worker.live_logs import WORKER_BYTES, LiveLogs
@@ -62,9 +62,7 @@ class Bucket(SimObjects):
 class Talk:
     """A task that has printed `data`."""
 
-    def __init__(
-        self, inflight_messages: dict[str, InflightMessage], task: int, job: JobId = JOB
-    ) -> None:
+    def __init__(self, inflight_messages: dict[str, InflightMessage], task: int, job: JobId = JOB) -> None:
         self.data = b""
         self.task: int | None = task
         bundle = Bundle(job, StageName("talk"), TaskSet.of([task]), attempt=2)
@@ -173,15 +171,11 @@ def test_the_request_comes_with_the_word_that_is_read_anyway() -> None:
         controls = ControlPoller(objects, _clock(), 1.0, lambda *_: None, asked.append)
         await controls.look(JOB)
         assert not asked
-        await objects.put(
-            object_keys.control(JOB), json_format.word_to_bytes(replace(word, tail=1))
-        )
+        await objects.put(object_keys.control(JOB), json_format.word_to_bytes(replace(word, tail=1)))
         for _ in range(3):
             assert (await controls.look(JOB))[0] is Control.RUN
         assert asked == [JOB]
-        await objects.put(
-            object_keys.control(JOB), json_format.word_to_bytes(replace(word, tail=2))
-        )
+        await objects.put(object_keys.control(JOB), json_format.word_to_bytes(replace(word, tail=2)))
         await controls.look(JOB)
         assert asked == [JOB, JOB]
 
@@ -189,12 +183,9 @@ def test_the_request_comes_with_the_word_that_is_read_anyway() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ago_s", "is_heard"),
-    [(0.0, True), (ASKED_S, True), (-CLOCKS_S, True), (3600.0, False), (-3600.0, False)],
+    ("ago_s", "is_heard"), [(0.0, True), (ASKED_S, True), (-CLOCKS_S, True), (3600.0, False), (-3600.0, False)]
 )
-def test_who_has_asked_long_ago_is_not_heard_by_a_worker_that_comes_now(
-    ago_s: float, is_heard: bool
-) -> None:
+def test_who_has_asked_long_ago_is_not_heard_by_a_worker_that_comes_now(ago_s: float, is_heard: bool) -> None:
     """It stored for 30 s for nobody, each worker that met the job, and again after each pause."""
 
     async def main() -> None:
@@ -213,9 +204,7 @@ def test_who_has_asked_long_ago_is_not_heard_by_a_worker_that_comes_now(
         assert asked[is_heard:] == [JOB]
         # And after a pause it may be old again.
         await asyncio.sleep(30.0)
-        await objects.put(
-            object_keys.control(JOB), json_format.word_to_bytes(replace(word, tail=9))
-        )
+        await objects.put(object_keys.control(JOB), json_format.word_to_bytes(replace(word, tail=9)))
         await controls.look(JOB)
         assert len(asked) == 1 + 2 * is_heard - (is_heard and ago_s + 30.0 > ASKED_S + CLOCKS_S)
 
@@ -298,9 +287,7 @@ def test_a_manager_forgets_what_nobody_follows_any_more() -> None:
     _in_virtual_time(main())
 
 
-def test_what_a_manager_keeps_of_very_many_workers_is_bounded(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_what_a_manager_keeps_of_very_many_workers_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(live_logs, "JOB_BYTES", 10_000)
     monkeypatch.setattr(live_logs, "ALL_BYTES", 25_000)
 
@@ -324,9 +311,7 @@ def test_what_a_manager_keeps_of_very_many_workers_is_bounded(
     _in_virtual_time(main())
 
 
-def test_of_bundles_that_have_ended_nothing_is_kept_and_others_get_their_room(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_of_bundles_that_have_ended_nothing_is_kept_and_others_get_their_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(live_logs, "JOB_BYTES", 1_500)
 
     async def main() -> None:
@@ -342,10 +327,7 @@ def test_of_bundles_that_have_ended_nothing_is_kept_and_others_get_their_room(
 
 
 def test_a_word_without_a_tail_is_written_as_before() -> None:
-    for word in (
-        json_format.Word(Control.RUN),
-        json_format.Word(Control.CANCEL, reason="x", round=1),
-    ):
+    for word in (json_format.Word(Control.RUN), json_format.Word(Control.CANCEL, reason="x", round=1)):
         assert "tail" not in json.loads(json_format.word_to_bytes(word))
         assert json_format.word_from_bytes(json_format.word_to_bytes(word)) == word
         more = replace(word, tail=7)

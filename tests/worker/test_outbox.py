@@ -107,10 +107,7 @@ def test_what_comes_while_a_send_is_under_way_is_told_by_the_next_one() -> None:
         goes_on.set()
         await first
         await outbox.event(beat(2))
-        assert [[one.execution for one in events.duplicates] for events in sent.events] == [
-            ["w-1-1"],
-            ["w-1-2"],
-        ]
+        assert [[one.execution for one in events.duplicates] for events in sent.events] == [["w-1-1"], ["w-1-2"]]
         assert [events.told[0].counts["duplicate"] for events in sent.events] == [1, 2]
 
     asyncio.run(main())

@@ -42,16 +42,12 @@ class World:
         self.queue = SimQueue(self.clock, Random(1))
         self.outbox = Outbox(self.queue, Patience(Random(1)))
         who = Identity("w-1", "i-1", "default", 1)
-        self.beats = Heartbeats(
-            who, self.inflight_messages, self.outbox, self.clock, WorkerSettings()
-        )
+        self.beats = Heartbeats(who, self.inflight_messages, self.outbox, self.clock, WorkerSettings())
 
     def take(self, task: int) -> None:
         bundle = Bundle(JOB, STAGE, TaskSet.of([task]))
         message = Message(f"m-{task}", "", f"r-{task}", 1, 0.0, 0.0)
-        taken = InflightMessage(
-            "tasks-default", message, TaskMessage(bundle), "w-1-7", 0.0, 0.0, "r-7"
-        )
+        taken = InflightMessage("tasks-default", message, TaskMessage(bundle), "w-1-7", 0.0, 0.0, "r-7")
         self.inflight_messages[str(task)] = taken
         self.beats.due()
 
@@ -108,9 +104,7 @@ def test_what_is_held_is_told_along_with_an_outcome_and_not_once_more() -> None:
         world.take(7)
         await world.outbox.event(outcome(1))
         (events,) = await world.heard()
-        assert [held.bundle for beat in events.beats for held in beat.held] == [
-            Bundle(JOB, STAGE, TaskSet.of([7])).id
-        ]
+        assert [held.bundle for beat in events.beats for held in beat.held] == [Bundle(JOB, STAGE, TaskSet.of([7])).id]
         await asyncio.sleep(WorkerSettings().beat_gap_s * 3)
         assert await world.heard() == []
         # A change is still told by itself.

@@ -15,11 +15,7 @@ import pytest
 from batchlab.core.model import FailureKind
 from batchlab.core.protocol import values
 from batchlab.worker.inflight_message import Handle
-from tests.support.worker.runner import (
-    children_of,
-    go,
-    opened,
-)
+from tests.support.worker.runner import children_of, go, opened
 
 # --- Handlers ------------------------------------------------------------------------------------
 
@@ -44,17 +40,9 @@ def test_results_come_in_order_with_what_the_context_says(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("handler", "value"),
-    [
-        ("same", 5),
-        ("optional", [5, False]),
-        ("by_name", [5, 0]),
-        ("instance", [5, 0]),
-    ],
+    ("handler", "value"), [("same", 5), ("optional", [5, False]), ("by_name", [5, 0]), ("instance", [5, 0])]
 )
-def test_the_signature_decides_how_a_handler_is_called(
-    tmp_path: Path, handler: str, value: Any
-) -> None:
+def test_the_signature_decides_how_a_handler_is_called(tmp_path: Path, handler: str, value: Any) -> None:
     async def main() -> None:
         async with opened(tmp_path) as rig:
             assert await rig.values([5], handler=f"acts:{handler}") == [value]
@@ -126,15 +114,9 @@ def test_exceptions_are_failures_with_the_users_frames_only(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("args", "code", "reason"),
-    [
-        ([], 0, "called sys.exit()"),
-        ([3], 3, "called sys.exit(3)"),
-        (["no disk"], 1, "called sys.exit('no disk')"),
-    ],
+    [([], 0, "called sys.exit()"), ([3], 3, "called sys.exit(3)"), (["no disk"], 1, "called sys.exit('no disk')")],
 )
-def test_sys_exit_is_a_failure_with_its_code(
-    tmp_path: Path, args: list[Any], code: int, reason: str
-) -> None:
+def test_sys_exit_is_a_failure_with_its_code(tmp_path: Path, args: list[Any], code: int, reason: str) -> None:
     async def main() -> None:
         async with opened(tmp_path) as rig:
             ran = await rig.run([["exit", *args], "fine"])
@@ -159,9 +141,7 @@ def test_sys_exit_is_a_failure_with_its_code(
         ("folder", "0/scratch, which is not a regular file"),
     ],
 )
-def test_a_result_that_cannot_travel_is_a_failure_that_says_why(
-    tmp_path: Path, what: str, says: str
-) -> None:
+def test_a_result_that_cannot_travel_is_a_failure_that_says_why(tmp_path: Path, what: str, says: str) -> None:
     """Pain: unpicklable and odd results must end as FAILED tasks with a reason (I7)."""
 
     async def main() -> None:
@@ -227,9 +207,7 @@ def test_a_module_that_kills_its_process_fails_the_bundle_at_once(tmp_path: Path
         async with opened(tmp_path) as rig:
             ran = await rig.run([1] * 500, handler="deadly:run", folder=folder)
             reasons = {(one.failure.kind, one.failure.reason) for one in ran if one.failure}
-            assert reasons == {
-                (FailureKind.CRASH, "Loading the handler killed its process: exit 5.")
-            }
+            assert reasons == {(FailureKind.CRASH, "Loading the handler killed its process: exit 5.")}
             assert len(ran) == 500
 
     go(main())
@@ -244,8 +222,7 @@ def test_a_module_that_is_killed_while_it_loads_is_not_said_to_have_run(tmp_path
             [ran] = await rig.run([1], handler="deadly:run", folder=folder)
             assert ran.failure is not None
             assert ran.failure.reason == (
-                "Loading the handler killed its process: exit -9 (SIGKILL); "
-                "the machine may have run out of memory."
+                "Loading the handler killed its process: exit -9 (SIGKILL); the machine may have run out of memory."
             )
 
     go(main())
@@ -311,9 +288,7 @@ def test_an_unpicklable_result_is_a_failure(tmp_path: Path) -> None:
     go(main())
 
 
-def test_environment_of_the_worker_reaches_its_tasks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_environment_of_the_worker_reaches_its_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         monkeypatch.setenv("SETTING", "on")
         async with opened(tmp_path) as rig:

@@ -14,14 +14,10 @@ from batchlab.worker import code_cache
 from tests.support.properties import SLOW
 
 NAME = st.one_of(
-    st.sampled_from(
-        [":", "C:", "-", "~", "...", "a.py", "A.PY", "é", "e\u0301", "\udce9", "\\", "\n"]
-    ),
+    st.sampled_from([":", "C:", "-", "~", "...", "a.py", "A.PY", "é", "e\u0301", "\udce9", "\\", "\n"]),
     st.text(st.characters(exclude_characters="/\0", codec="utf-8"), min_size=1, max_size=8),
 ).filter(lambda name: name not in (".", ".."))
-TREE = st.dictionaries(
-    st.lists(NAME, min_size=1, max_size=3).map("/".join), st.binary(max_size=20), max_size=5
-)
+TREE = st.dictionaries(st.lists(NAME, min_size=1, max_size=3).map("/".join), st.binary(max_size=20), max_size=5)
 
 
 def lay(folder: Path, tree: dict[str, bytes]) -> dict[str, bytes]:
@@ -37,11 +33,7 @@ def lay(folder: Path, tree: dict[str, bytes]) -> dict[str, bytes]:
 
 
 def found(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @SLOW

@@ -12,9 +12,7 @@ from batchlab.worker.shared_memory import ChildState
 
 
 @pytest.mark.skipif(not hasattr(time, "CLOCK_BOOTTIME"), reason="the system has no such clock")
-def test_a_lease_runs_out_while_the_machine_is_suspended(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lease_runs_out_while_the_machine_is_suspended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """CLOCK_MONOTONIC stands still in suspend. A worker that woke up went on by a lease from
     before, though a cancellation had been acknowledged meanwhile."""
     suspended_s = 0.0

@@ -19,13 +19,7 @@ from batchlab.core.model import FailureKind, Json
 from batchlab.core.protocol import values
 from batchlab.worker import materialization
 from batchlab.worker.inflight_message import Handle
-from tests.support.worker.runner import (
-    Rig,
-    collect,
-    go,
-    opened,
-    until,
-)
+from tests.support.worker.runner import Rig, collect, go, opened, until
 
 
 async def put(rig: Rig, key: str, content: str, name: str = "") -> Json:
@@ -73,10 +67,7 @@ def test_the_header_of_a_file_is_read_once_for_all_its_parts(tmp_path: Path) -> 
         objects = Counting()
         async with opened(tmp_path, objects) as rig:
             await put(rig, "raw/j/a", "head\n" + "x\n" * 8)
-            parts = [
-                values.part_ref("raw/j/a", 5 + 4 * n, 9 + 4 * n, name="a", header=(0, 5))
-                for n in range(4)
-            ]
+            parts = [values.part_ref("raw/j/a", 5 + 4 * n, 9 + 4 * n, name="a", header=(0, 5)) for n in range(4)]
             got = await rig.values(parts, handler="acts:read")
             assert {text for _, _, text, _ in got} == {"head\nx\nx\n"}
             assert objects.ranges.count((0, 5)) == 1
@@ -190,16 +181,12 @@ def test_a_full_disk_is_a_failure_that_says_so(tmp_path: Path, bare: bool) -> No
             failures = [one.failure for one in ran if one.failure]
             assert len(ran) == 2
             assert [one.kind for one in failures] == [FailureKind.INPUT]
-            assert failures[0].reason == (
-                "Its input does not fit on the worker: No space left on device"
-            )
+            assert failures[0].reason == ("Its input does not fit on the worker: No space left on device")
 
     go(main())
 
 
-def test_no_room_for_the_runs_own_folder_fails_the_bundle(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_room_for_the_runs_own_folder_fails_the_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -244,9 +231,7 @@ def test_a_value_of_more_than_32_kib_becomes_an_object(tmp_path: Path) -> None:
             assert stored == {"text": "x" * 40_000}
             [small] = await rig.values(["x" * 32_000])
             assert small == "x" * 32_000
-            assert await rig.values([ref], handler="acts:same") != [stored], (
-                "stored again, not inline"
-            )
+            assert await rig.values([ref], handler="acts:same") != [stored], "stored again, not inline"
 
     go(main())
 
@@ -351,9 +336,7 @@ def test_a_tasks_folder_is_removed_as_soon_as_its_result_is_stored(tmp_path: Pat
             run = asyncio.create_task(collect(rig, work, handle))
             await until(mark.exists, "the last task's start")
             folder = rig.scratch.execution(work.execution)
-            await until(
-                lambda: {p.name for p in folder.iterdir()} == {"cwd", "log"}, "the folders' end"
-            )
+            await until(lambda: {p.name for p in folder.iterdir()} == {"cwd", "log"}, "the folders' end")
             handle.kill = True
             assert len(await run) == 2
 

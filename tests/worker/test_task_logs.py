@@ -5,13 +5,9 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from batchlab.worker import live_logs
+from batchlab.worker import task_log
 from batchlab.worker.inflight_message import Handle
-from tests.support.worker.runner import (
-    collect,
-    go,
-    opened,
-)
+from tests.support.worker.runner import collect, go, opened
 
 
 def test_everything_a_task_prints_is_its_own(tmp_path: Path) -> None:
@@ -44,7 +40,7 @@ def test_a_chatty_task_keeps_the_head_and_the_tail_of_its_output(tmp_path: Path)
         async with opened(tmp_path) as rig:
             await rig.values([["print", "before"], ["chatter", 30_000], ["print", "after"]])
             text = await rig.log(1)
-            assert len(text) < live_logs.TASK_BYTES + 100
+            assert len(text) < task_log.TASK_BYTES + 100
             assert text.startswith(f"{0:099d}\n{1:099d}\n")
             assert text.endswith(f"{29_998:099d}\n{29_999:099d}\n")
             assert "batchlab left out 1951424 bytes" in text
@@ -65,11 +61,11 @@ def test_a_task_that_never_stops_printing_does_not_fill_the_disk(tmp_path: Path)
             while not run.done():
                 await asyncio.sleep(0.01)
                 largest = max(largest, log.stat().st_size if log.exists() else 0)
-            assert largest > 2 * live_logs.TASK_BYTES
-            assert largest < 100 * live_logs.TASK_BYTES
+            assert largest > 2 * task_log.TASK_BYTES
+            assert largest < 100 * task_log.TASK_BYTES
             [(_, start, end)] = handle.log_spans
             assert start == 0
-            assert end < live_logs.TASK_BYTES + 100
+            assert end < task_log.TASK_BYTES + 100
 
     go(main())
 
@@ -81,15 +77,12 @@ def test_many_chatty_tasks_share_what_one_execution_may_keep(tmp_path: Path) -> 
     start = log.stat().st_size
     with log.open("ab") as file:
         file.write(b"h" * 10_000 + b"t" * 10_000)
-    assert live_logs.share(0) == live_logs.TASK_BYTES
-    end = live_logs.trim(str(log), start)
+    assert task_log.share(0) == task_log.TASK_BYTES
+    end = task_log.trim(str(log), start)
     assert end == log.stat().st_size
     with log.open("rb") as file:
         file.seek(start)
-        assert file.read() == b"%b\n[... batchlab left out 15904 bytes ...]\n%b" % (
-            b"h" * 2048,
-            b"t" * 2048,
-        )
+        assert file.read() == b"%b\n[... batchlab left out 15904 bytes ...]\n%b" % (b"h" * 2048, b"t" * 2048)
 
 
 def test_what_a_running_task_has_printed_can_be_peeked_at(tmp_path: Path) -> None:

@@ -119,30 +119,19 @@ def credentials(endpoint: Endpoint) -> S3CredentialProvider:
 
 @overload
 def client(
-    endpoint: Endpoint,
-    service: Literal["sqs"],
-    *,
-    connections: int,
-    made: boto3.Session | None = None,
+    endpoint: Endpoint, service: Literal["sqs"], *, connections: int, made: boto3.Session | None = None
 ) -> SQSClient: ...
 @overload
 def client(endpoint: Endpoint, service: Literal["s3"], *, connections: int) -> S3Client: ...
 @overload
-def client(
-    endpoint: Endpoint, service: Literal["autoscaling"], *, connections: int
-) -> AutoScalingClient: ...
+def client(endpoint: Endpoint, service: Literal["autoscaling"], *, connections: int) -> AutoScalingClient: ...
 @overload
 def client(
-    endpoint: Endpoint,
-    service: Literal["ec2", "rds", "sdb", "secretsmanager", "sns", "ssm"],
-    *,
-    connections: int,
+    endpoint: Endpoint, service: Literal["ec2", "rds", "sdb", "secretsmanager", "sns", "ssm"], *, connections: int
 ) -> Any: ...
 def client(
     endpoint: Endpoint,
-    service: Literal[
-        "sqs", "s3", "autoscaling", "ec2", "rds", "sdb", "secretsmanager", "sns", "ssm"
-    ],
+    service: Literal["sqs", "s3", "autoscaling", "ec2", "rds", "sdb", "secretsmanager", "sns", "ssm"],
     *,
     connections: int,
     made: boto3.Session | None = None,
@@ -269,12 +258,7 @@ def check(endpoint: Endpoint) -> None:
 
 
 def _answers(endpoint: Endpoint, service: str, ask: Callable[[], object]) -> None:
-    from botocore.exceptions import (
-        BotoCoreError,
-        ClientError,
-        HTTPClientError,
-        ReadTimeoutError,
-    )
+    from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, ReadTimeoutError
     from botocore.exceptions import ConnectionError as NoConnection
     from botocore.parsers import ResponseParserError
 
@@ -291,9 +275,7 @@ def _answers(endpoint: Endpoint, service: str, ask: Callable[[], object]) -> Non
         # botocore uses the HTTP status as the code of an answer that it cannot parse.
         told = f" (it says {code})" if code and not code.isdigit() else ""
         cause, text = error, f"{endpoint.url} does not answer as {service} does{told}."
-    raise Unreachable(
-        text, remedy="Start an emulator of S3 and SQS there, or name the URL of another."
-    ) from cause
+    raise Unreachable(text, remedy="Start an emulator of S3 and SQS there, or name the URL of another.") from cause
 
 
 def create_bucket(endpoint: Endpoint, bucket: str) -> None:

@@ -65,9 +65,7 @@ class Ec2Fleet:
     Without a `form` it creates no groups, so a stack must have created them.
     """
 
-    def __init__(
-        self, endpoint: Endpoint, clock: Clock, form: GroupForm | None, *, prefix: str
-    ) -> None:
+    def __init__(self, endpoint: Endpoint, clock: Clock, form: GroupForm | None, *, prefix: str) -> None:
         self._asg: AutoScalingClient = client(endpoint, "autoscaling", connections=_CALLS)
         self._clock = clock
         self._form = form
@@ -93,10 +91,7 @@ class Ec2Fleet:
         """Delete the pool's group with its instances. Raise Refused if the pool is unknown."""
         self._group(pool)
         await self._call(
-            pool,
-            lambda name: self._asg.delete_auto_scaling_group(
-                AutoScalingGroupName=name, ForceDelete=True
-            ),
+            pool, lambda name: self._asg.delete_auto_scaling_group(AutoScalingGroupName=name, ForceDelete=True)
         )
         del self._seen[pool]
 
@@ -154,10 +149,7 @@ class Ec2Fleet:
             return
         limits = f"min: {pool.min_size}, max: {pool.max_size}, desired: {pool.min_size}"
         self._journal.note(
-            pool.name,
-            self._clock.now_s(),
-            "Creating group",
-            f"a user request created the group with {limits}",
+            pool.name, self._clock.now_s(), "Creating group", f"a user request created the group with {limits}"
         )
 
     async def _adopt(self, pool: Pool) -> None:
@@ -217,16 +209,12 @@ class Ec2Fleet:
         return self._journal.newest(pool, limit)
 
     def _activities(self, name: str) -> Sequence[ActivityTypeDef]:
-        answer = self._asg.describe_scaling_activities(
-            AutoScalingGroupName=name, MaxRecords=_ACTIVITIES
-        )
+        answer = self._asg.describe_scaling_activities(AutoScalingGroupName=name, MaxRecords=_ACTIVITIES)
         return answer["Activities"]
 
     # --- Instances --------------------------------------------------------------------------------
 
-    async def terminate(
-        self, pool: str, instances: Sequence[str], *, decrement: bool, cause: str
-    ) -> None:
+    async def terminate(self, pool: str, instances: Sequence[str], *, decrement: bool, cause: str) -> None:
         """Terminate the instances with one request each. Raise Refused where `ManagedFleet` does.
 
         If a request fails, the earlier ones have taken effect, and the call may be repeated.
@@ -266,9 +254,7 @@ class Ec2Fleet:
         )
 
     def _protect(self, instances: Sequence[str], on: bool, group: str) -> None:
-        self._asg.set_instance_protection(
-            AutoScalingGroupName=group, InstanceIds=instances, ProtectedFromScaleIn=on
-        )
+        self._asg.set_instance_protection(AutoScalingGroupName=group, InstanceIds=instances, ProtectedFromScaleIn=on)
 
     async def ready(self, instance: str) -> None:
         """Complete the launch hook of the instance, now or as soon as the instance waits in it."""
@@ -309,10 +295,7 @@ class Ec2Fleet:
         )
         seen.ends[instance] = f"unhealthy: {cause}"
         self._journal.note(
-            pool,
-            self._clock.now_s(),
-            f"Setting health of {instance} to Unhealthy",
-            f"a health check: {cause}",
+            pool, self._clock.now_s(), f"Setting health of {instance} to Unhealthy", f"a health check: {cause}"
         )
 
     async def tick(self) -> Sequence[Instance]:
@@ -366,20 +349,12 @@ class Ec2Fleet:
 
     def _described(self, _: str) -> dict[str, AutoScalingGroupTypeDef]:
         names = [self._prefix + pool for pool in self._seen]
-        pages = self._asg.get_paginator("describe_auto_scaling_groups").paginate(
-            AutoScalingGroupNames=names
-        )
-        return {
-            group["AutoScalingGroupName"]: group
-            for page in pages
-            for group in page["AutoScalingGroups"]
-        }
+        pages = self._asg.get_paginator("describe_auto_scaling_groups").paginate(AutoScalingGroupNames=names)
+        return {group["AutoScalingGroupName"]: group for page in pages for group in page["AutoScalingGroups"]}
 
     def _group(self, pool: str) -> Seen:
         if pool not in self._seen:
-            raise Refused(
-                f"there is no pool {pool!r}", remedy="`batchlab grid status` lists those there are."
-            )
+            raise Refused(f"there is no pool {pool!r}", remedy="`batchlab grid status` lists those there are.")
         return self._seen[pool]
 
     async def _current(self, pool: str, instances: Sequence[str] = ()) -> Seen:

@@ -243,9 +243,7 @@ def _activity(pool: str, told: ActivityTypeDef) -> Activity:
     description = told.get("Description", "")
     if message := told.get("StatusMessage"):
         description = f"{description}: {message}" if description else message
-    return Activity(
-        0, pool, told["StartTime"].timestamp(), description, told["Cause"], told["StatusCode"]
-    )
+    return Activity(0, pool, told["StartTime"].timestamp(), description, told["Cause"], told["StatusCode"])
 
 
 POOL_TAG = "batchlab:pool"
@@ -295,10 +293,7 @@ class GroupForm:
             # The newest instance has the least warm state (code, child processes) to lose.
             "TerminationPolicies": ["NewestInstance"],
             "LifecycleHookSpecificationList": self.hooks(pool),
-            "Tags": [
-                _tag(POOL_TAG, pool.name),
-                _tag(SLOTS_TAG, str(pool.slots)),
-            ],
+            "Tags": [_tag(POOL_TAG, pool.name), _tag(SLOTS_TAG, str(pool.slots))],
         }
         if self.subnets:
             request["VPCZoneIdentifier"] = ",".join(self.subnets)

@@ -128,9 +128,7 @@ class Imds:
 
     def _ask(self, method: str, path: str, headers: Mapping[str, str]) -> tuple[int, bytes]:
         # The request bypasses proxies: a proxy could not reach the service, and must not.
-        with closing(
-            http.client.HTTPConnection(self._host, self._port, timeout=ANSWER_S)
-        ) as connection:
+        with closing(http.client.HTTPConnection(self._host, self._port, timeout=ANSWER_S)) as connection:
             try:
                 connection.request(method, f"/latest/{path}", headers=dict(headers))
                 response = connection.getresponse()

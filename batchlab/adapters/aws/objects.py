@@ -26,9 +26,7 @@ log = logging.getLogger(__name__)
 class S3Objects(ObstoreObjects):
     """Objects port over one S3 bucket."""
 
-    def __init__(
-        self, store: ObjectStore, endpoint: Endpoint, bucket: str, tally: Tally | None = None
-    ) -> None:
+    def __init__(self, store: ObjectStore, endpoint: Endpoint, bucket: str, tally: Tally | None = None) -> None:
         super().__init__(store, tally)
         self._endpoint = endpoint
         self._bucket = bucket
@@ -75,9 +73,7 @@ def open_s3(endpoint: Endpoint, bucket: str, tally: Tally | None = None) -> S3Ob
     return S3Objects(store, endpoint, bucket, tally)
 
 
-def _create_in_parts(
-    endpoint: Endpoint, bucket: str, key: str, path: Path, part_bytes: int
-) -> None:
+def _create_in_parts(endpoint: Endpoint, bucket: str, key: str, path: Path, part_bytes: int) -> None:
     """Upload a file in parts. Raise AlreadyExists if the object exists at the end."""
     from batchlab.adapters.aws import endpoint as aws
 
@@ -85,26 +81,17 @@ def _create_in_parts(
         with path.open("rb") as file:
             file.seek((number - 1) * part_bytes)
             data = file.read(part_bytes)
-        part = s3.upload_part(
-            Bucket=bucket, Key=key, UploadId=upload_id, PartNumber=number, Body=data
-        )
+        part = s3.upload_part(Bucket=bucket, Key=key, UploadId=upload_id, PartNumber=number, Body=data)
         return {"PartNumber": number, "ETag": part["ETag"]}
 
-    with (
-        closing(aws.client(endpoint, "s3", connections=PARTS_AT_ONCE)) as s3,
-        aws.translated(f"Object {key!r}"),
-    ):
+    with closing(aws.client(endpoint, "s3", connections=PARTS_AT_ONCE)) as s3, aws.translated(f"Object {key!r}"):
         upload_id = s3.create_multipart_upload(Bucket=bucket, Key=key)["UploadId"]
         count = -(-path.stat().st_size // part_bytes)
         try:
             with ThreadPoolExecutor(PARTS_AT_ONCE) as threads:
                 parts = [*threads.map(upload, range(1, count + 1))]
             s3.complete_multipart_upload(
-                Bucket=bucket,
-                Key=key,
-                UploadId=upload_id,
-                MultipartUpload={"Parts": parts},
-                IfNoneMatch="*",
+                Bucket=bucket, Key=key, UploadId=upload_id, MultipartUpload={"Parts": parts}, IfNoneMatch="*"
             )
         except s3.exceptions.NoSuchUpload as error:
             # boto3 may have repeated the request, and its first attempt may have completed the

@@ -18,24 +18,10 @@ from botocore.exceptions import ClientError
 
 from batchlab.adapters.aws.endpoint import Endpoint, client, code_of, plain, session_of, translated
 from batchlab.adapters.aws.sqs_wire import opened
-from batchlab.adapters.limits import (
-    body_bytes,
-    check_batch,
-    check_changes,
-    check_queue_name,
-    check_receive,
-    check_send,
-)
+from batchlab.adapters.limits import body_bytes, check_batch, check_changes, check_queue_name, check_receive, check_send
 from batchlab.adapters.local.local_wakeup_queue import Quiet
 from batchlab.core.errors import BackendError, NotFound, Throttled
-from batchlab.core.ports import (
-    MAX_MESSAGE_BYTES,
-    MAX_VISIBILITY_S,
-    Depth,
-    Message,
-    Outgoing,
-    QueueSpec,
-)
+from batchlab.core.ports import MAX_MESSAGE_BYTES, MAX_VISIBILITY_S, Depth, Message, Outgoing, QueueSpec
 from batchlab.core.pricing.request_costs import Tally
 
 if TYPE_CHECKING:
@@ -76,12 +62,7 @@ _RECEIVES = 32
 _CALLS = 16
 
 # Codes of SQS and its emulators for a receipt that does not belong to a message in flight.
-_BAD_RECEIPT = {
-    "InvalidParameterValue",
-    "MessageNotInflight",
-    "MissingParameter",
-    "ReceiptHandleIsInvalid",
-}
+_BAD_RECEIPT = {"InvalidParameterValue", "MessageNotInflight", "MissingParameter", "ReceiptHandleIsInvalid"}
 # LocalStack reports this error as its own fault, although the message causes it.
 _BAD_BODY = {"InvalidMessageContents"}
 
@@ -94,14 +75,7 @@ class SqsQueue:
     up.
     """
 
-    def __init__(
-        self,
-        endpoint: Endpoint,
-        *,
-        prefix: str = "",
-        makes: bool = True,
-        tally: Tally | None = None,
-    ) -> None:
+    def __init__(self, endpoint: Endpoint, *, prefix: str = "", makes: bool = True, tally: Tally | None = None) -> None:
         """With `makes`, `ensure` creates queues. Otherwise a stack must have created them.
 
         `tally` counts every request, also failed ones, because AWS bills them.
@@ -191,9 +165,7 @@ class SqsQueue:
         with translated(f"Queue {spec.name!r}"):
             try:
                 self._tally.sqs()
-                answer = self._sqs.create_queue(
-                    QueueName=self._prefix + spec.name, Attributes=wanted
-                )
+                answer = self._sqs.create_queue(QueueName=self._prefix + spec.name, Attributes=wanted)
                 self._urls[spec.name] = answer["QueueUrl"]
                 if redrive:
                     return
@@ -204,9 +176,7 @@ class SqsQueue:
         # CreateQueue does not compare attributes that a request leaves out.
         wanted["RedrivePolicy"] = redrive
         self._tally.sqs()
-        self._at(
-            spec.name, lambda url: self._sqs.set_queue_attributes(QueueUrl=url, Attributes=wanted)
-        )
+        self._at(spec.name, lambda url: self._sqs.set_queue_attributes(QueueUrl=url, Attributes=wanted))
 
     async def send(self, queue: str, messages: Sequence[Outgoing]) -> None:
         check_send(messages)
@@ -216,26 +186,15 @@ class SqsQueue:
     def _send(self, url: str, messages: Sequence[Outgoing]) -> None:
         self._tally.sqs(sum(body_bytes(message.body) for message in messages))
         entries: list[SendMessageBatchRequestEntryTypeDef] = [
-            {
-                "Id": str(number),
-                "MessageBody": message.body,
-                "DelaySeconds": math.ceil(message.delay_s),
-            }
+            {"Id": str(number), "MessageBody": message.body, "DelaySeconds": math.ceil(message.delay_s)}
             for number, message in enumerate(messages)
         ]
-        answer: SendMessageBatchResultTypeDef = self._call(
-            "SendMessageBatch", {"QueueUrl": url, "Entries": entries}
-        )
+        answer: SendMessageBatchResultTypeDef = self._call("SendMessageBatch", {"QueueUrl": url, "Entries": entries})
         for failed in answer.get("Failed", ()):
             raise _failure(failed)
 
     async def receive(
-        self,
-        queue: str,
-        *,
-        max_messages: int = 10,
-        wait_s: float = 20.0,
-        visibility_s: float | None = None,
+        self, queue: str, *, max_messages: int = 10, wait_s: float = 20.0, visibility_s: float | None = None
     ) -> Sequence[Message]:
         check_receive(max_messages, wait_s, visibility_s)
         whole_s, fraction_s = divmod(wait_s, 1)
@@ -259,12 +218,8 @@ class SqsQueue:
             return FREE_POLL_S
         return IDLE_POLL_S if quiet_s > QUIET_S else BILLED_POLL_S
 
-    async def _take(
-        self, queue: str, limit: int, poll_s: int, visibility_s: float | None
-    ) -> list[Message]:
-        taking = self._receiving.submit(
-            self._at, queue, lambda url: self._take_now(url, limit, poll_s, visibility_s)
-        )
+    async def _take(self, queue: str, limit: int, poll_s: int, visibility_s: float | None) -> list[Message]:
+        taking = self._receiving.submit(self._at, queue, lambda url: self._take_now(url, limit, poll_s, visibility_s))
         try:
             return await asyncio.wrap_future(taking)
         except asyncio.CancelledError:
@@ -274,9 +229,7 @@ class SqsQueue:
             self._receiving.submit(self._take_back, queue, taking)
             raise
 
-    def _take_now(
-        self, url: str, limit: int, poll_s: int, visibility_s: float | None
-    ) -> list[Message]:
+    def _take_now(self, url: str, limit: int, poll_s: int, visibility_s: float | None) -> list[Message]:
         request: ReceiveMessageRequestTypeDef = {
             "QueueUrl": url,
             "MaxNumberOfMessages": limit,
@@ -325,22 +278,14 @@ class SqsQueue:
 
         return _refused(delete, receipts)
 
-    async def change_visibility(
-        self, queue: str, changes: Sequence[tuple[str, float]]
-    ) -> Sequence[str]:
+    async def change_visibility(self, queue: str, changes: Sequence[tuple[str, float]]) -> Sequence[str]:
         check_changes(changes)
         return await self._run(queue, lambda url: self._change(url, changes))
 
     def _change(self, url: str, changes: Sequence[tuple[str, float]]) -> list[str]:
-        def change(
-            some: Sequence[tuple[str, float]],
-        ) -> Sequence[BatchResultErrorEntryTypeDef]:
+        def change(some: Sequence[tuple[str, float]]) -> Sequence[BatchResultErrorEntryTypeDef]:
             entries: list[ChangeMessageVisibilityBatchRequestEntryTypeDef] = [
-                {
-                    "Id": str(number),
-                    "ReceiptHandle": receipt,
-                    "VisibilityTimeout": math.ceil(visibility_s),
-                }
+                {"Id": str(number), "ReceiptHandle": receipt, "VisibilityTimeout": math.ceil(visibility_s)}
                 for number, (receipt, visibility_s) in enumerate(some)
             ]
             self._tally.sqs()
@@ -404,9 +349,7 @@ def _failure(failed: BatchResultErrorEntryTypeDef) -> BackendError:
     return (BackendError if ours else Throttled)(f"SQS refused a part of a call: {text}.")
 
 
-def _refused(
-    call: Callable[[Sequence[T]], Sequence[BatchResultErrorEntryTypeDef]], entries: Sequence[T]
-) -> list[T]:
+def _refused(call: Callable[[Sequence[T]], Sequence[BatchResultErrorEntryTypeDef]], entries: Sequence[T]) -> list[T]:
     """Return the entries whose receipts the service refuses."""
     if not entries:
         return []

@@ -56,9 +56,7 @@ def opened(made: boto3.Session, url: str, *, loopback: bool) -> SqsWire | None:
     parts = urlsplit(url)
     if not loopback and parts.scheme in get_environ_proxies(url):
         return None
-    tls = (
-        _trust(made._session.get_config_variable("ca_bundle")) if parts.scheme == "https" else None
-    )
+    tls = _trust(made._session.get_config_variable("ca_bundle")) if parts.scheme == "https" else None
     return SqsWire(url, made.region_name or "", made.get_credentials(), tls)
 
 
@@ -86,9 +84,7 @@ def _trust(named: str | None) -> ssl.SSLContext:
 class SqsWire:
     """Connections to one SQS endpoint. Threads may share them."""
 
-    def __init__(
-        self, url: str, region: str, credentials: Credentials | None, tls: ssl.SSLContext | None
-    ) -> None:
+    def __init__(self, url: str, region: str, credentials: Credentials | None, tls: ssl.SSLContext | None) -> None:
         """Set the url of the service and the credentials, which may change during use."""
         self._url = url
         self._host = urlsplit(url).netloc
@@ -167,9 +163,7 @@ class SqsWire:
         return connection
 
 
-def authorization(
-    headers: Mapping[str, str], path: str, body: bytes, region: str, access_key: str, secret: str
-) -> str:
+def authorization(headers: Mapping[str, str], path: str, body: bytes, region: str, access_key: str, secret: str) -> str:
     """Return the Authorization header of a POST (Signature Version 4).
 
     It signs all these headers.
@@ -182,10 +176,7 @@ def authorization(
     scope = f"{at[:8]}/{region}/sqs/aws4_request"
     text = f"AWS4-HMAC-SHA256\n{at}\n{scope}\n{hashlib.sha256(canonical.encode()).hexdigest()}"
     signature = hmac.digest(_key(secret, at[:8], region), text.encode(), "sha256").hex()
-    return (
-        f"AWS4-HMAC-SHA256 Credential={access_key}/{scope}, SignedHeaders={names}, "
-        f"Signature={signature}"
-    )
+    return f"AWS4-HMAC-SHA256 Credential={access_key}/{scope}, SignedHeaders={names}, Signature={signature}"
 
 
 @lru_cache(maxsize=8)
@@ -201,8 +192,5 @@ def _refused(operation: str, status: int, told: str, found: Mapping[str, Any]) -
     code = told.partition(";")[0] or kind or str(status)
     message = str(found.get("message") or found.get("Message") or "")
     # These are the fields of the type that callers read.
-    answer: Any = {
-        "Error": {"Code": code, "Message": message},
-        "ResponseMetadata": {"HTTPStatusCode": status},
-    }
+    answer: Any = {"Error": {"Code": code, "Message": message}, "ResponseMetadata": {"HTTPStatusCode": status}}
     return ClientError(answer, operation)

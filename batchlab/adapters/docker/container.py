@@ -103,9 +103,7 @@ class Template:
         return "SIGRTMIN+4" if self.system else "SIGTERM"
 
 
-def environment(
-    template: Template, pool: Pool, instance: str, machine: Machine, kind: str
-) -> dict[str, str]:
+def environment(template: Template, pool: Pool, instance: str, machine: Machine, kind: str) -> dict[str, str]:
     """Return the environment of a container. `kind` is its instance type."""
     return {
         **template.env,
@@ -135,11 +133,7 @@ def labels(
 
 
 def settings(
-    template: Template,
-    instance: str,
-    share: Share | None,
-    env: Mapping[str, str],
-    tags: Mapping[str, str],
+    template: Template, instance: str, share: Share | None, env: Mapping[str, str], tags: Mapping[str, str]
 ) -> dict[str, Any]:
     """Return the parameters for Docker, in the SDK's form.
 
@@ -155,10 +149,7 @@ def settings(
         "init": template.init,
         "extra_hosts": dict(template.extra_hosts),
         # The default log of an Engine grows without a limit.
-        "log_config": {
-            "type": "json-file",
-            "config": {"max-size": _LOG_SIZE, "max-file": _LOG_FILES},
-        },
+        "log_config": {"type": "json-file", "config": {"max-size": _LOG_SIZE, "max-file": _LOG_FILES}},
     }
     if template.system:
         host |= _SYSTEM

@@ -111,9 +111,7 @@ def translated(what: str) -> Iterator[None]:
         while root.__cause__ or root.__context__:
             root = root.__cause__ or root.__context__ or root
         why = getattr(root, "strerror", None) or str(root)
-        raise Unreachable(
-            f"{what}: Docker does not answer ({why}).", remedy=START_REMEDY
-        ) from error
+        raise Unreachable(f"{what}: Docker does not answer ({why}).", remedy=START_REMEDY) from error
 
 
 def told(error: Any) -> str:
@@ -154,10 +152,7 @@ class EventStream:
             self._thread.join(0.05)
 
     def _follow(self) -> None:
-        filters = {
-            "type": ["container", "network"],
-            "event": ["start", "die", "destroy", "connect", "disconnect"],
-        }
+        filters = {"type": ["container", "network"], "event": ["start", "die", "destroy", "connect", "disconnect"]}
 
         def open_stream(api: APIClient) -> CancellableStream[dict[str, Any]]:
             return api.events(decode=True, filters=filters)
@@ -201,14 +196,10 @@ def find(engine: Engine, labels: Mapping[str, str | None]) -> Sequence[Found]:
 
     def look(api: APIClient) -> list[Found]:
         found = [
-            Found(
-                "container", c["Id"], c["Names"][0].lstrip("/") if c["Names"] else "", c["Labels"]
-            )
+            Found("container", c["Id"], c["Names"][0].lstrip("/") if c["Names"] else "", c["Labels"])
             for c in api.containers(all=True, filters=filters)
         ]
-        found += [
-            Found("network", n["Id"], n["Name"], n["Labels"]) for n in api.networks(filters=filters)
-        ]
+        found += [Found("network", n["Id"], n["Name"], n["Labels"]) for n in api.networks(filters=filters)]
         volumes = api.volumes(filters=filters)["Volumes"] or []
         return found + [Found("volume", v["Name"], v["Name"], v["Labels"] or {}) for v in volumes]
 

@@ -52,9 +52,7 @@ class Endings:
             self._folder.mkdir(parents=True, exist_ok=True)
             write_whole(self._path(instance), json.dumps(note))
         except OSError as error:
-            log.warning(
-                "when it has to be gone is not kept: %s", error, extra={"instance": instance}
-            )
+            log.warning("when it has to be gone is not kept: %s", error, extra={"instance": instance})
 
     def left_s(self, instance: str, container: str) -> float | None:
         """Return the seconds until the deadline of the instance, None without a deadline."""
@@ -172,9 +170,7 @@ class ContainerLauncher:
         container = _Container(instance, booted_s=booted_s, stop=asked["stop_signal"])
         self._known[instance] = container
         try:
-            container.id = await self.engine.run(
-                f"The container {name}", partial(calls.create, name, asked)
-            )
+            container.id = await self.engine.run(f"The container {name}", partial(calls.create, name, asked))
         except BaseException:
             del self._known[instance]
             raise
@@ -254,9 +250,7 @@ class ContainerLauncher:
 
     # --- Creating and starting -------------------------------------------------------------------
 
-    def _settings(
-        self, pool: Pool, instance: str, machine: Machine, booted_s: float
-    ) -> Mapping[str, Any]:
+    def _settings(self, pool: Pool, instance: str, machine: Machine, booted_s: float) -> Mapping[str, Any]:
         template = self._template(pool)
         kind = machine.type or template.type
         try:
@@ -266,9 +260,7 @@ class ContainerLauncher:
             raise BackendError(error.message, remedy=error.remedy) from error
         env = calls.environment(template, pool, instance, machine, kind)
         tags = calls.labels(pool, instance, machine, kind, self._clock.now_s(), booted_s)
-        return calls.settings(
-            template, instance, share, env, {**template.labels, **self._labels, **tags}
-        )
+        return calls.settings(template, instance, share, env, {**template.labels, **self._labels, **tags})
 
     def _boot(self, container: _Container) -> None:
         container.asleep = True
@@ -389,9 +381,7 @@ class ContainerLauncher:
     async def _list(self, *, all_: bool) -> Sequence[Mapping[str, Any]]:
         wanted = [f"{name}={value}" for name, value in self._labels.items()]
         filters = {"label": [*wanted, calls.INSTANCE]}
-        return await self.engine.run(
-            "The instances", lambda api: api.containers(all=all_, filters=filters)
-        )
+        return await self.engine.run("The instances", lambda api: api.containers(all=all_, filters=filters))
 
     async def _see(self, row: Mapping[str, Any]) -> None:
         container = self._known.get(row["Labels"][calls.INSTANCE])
@@ -415,9 +405,7 @@ class ContainerLauncher:
 
     def _adopt(self, row: Mapping[str, Any]) -> _Container:
         labels = row["Labels"]
-        container = _Container(
-            labels[calls.INSTANCE], row["Id"], float(labels.get(calls.BOOTED, 0))
-        )
+        container = _Container(labels[calls.INSTANCE], row["Id"], float(labels.get(calls.BOOTED, 0)))
         container.stop = labels.get(calls.STOP, "SIGTERM")
         self._known[container.instance] = container
         left_s = self._endings.left_s(container.instance, container.id)

@@ -114,9 +114,7 @@ class Nursery:
             if not waiting.done():
                 waiting.set_exception(Gone("The nursery has ended."))
 
-    async def _ask(
-        self, question: dict[str, Any], descriptors: Sequence[int] = ()
-    ) -> dict[str, Any]:
+    async def _ask(self, question: dict[str, Any], descriptors: Sequence[int] = ()) -> dict[str, Any]:
         answer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         try:
             here = self._open()

@@ -83,9 +83,7 @@ def _settle(rung: asyncio.Future[bool], has_rung: bool) -> None:
 
 
 async def listen(
-    folder: Path,
-    look: Callable[[], Awaitable[tuple[Sequence[Message], float]]],
-    ends_s: float,
+    folder: Path, look: Callable[[], Awaitable[tuple[Sequence[Message], float]]], ends_s: float
 ) -> Sequence[Message]:
     """Return what `look` finds first, or what it finds at the loop's time `ends_s`.
 
@@ -228,20 +226,13 @@ class RungQueue:
                 loop.call_later(delay_s, ring, self._folder / queue, count)
 
     async def receive(
-        self,
-        queue: str,
-        *,
-        max_messages: int = 10,
-        wait_s: float = 20.0,
-        visibility_s: float | None = None,
+        self, queue: str, *, max_messages: int = 10, wait_s: float = 20.0, visibility_s: float | None = None
     ) -> Sequence[Message]:
         check_receive(max_messages, wait_s, visibility_s)
 
         async def look() -> Sequence[Message]:
             try:
-                return await self._queue.receive(
-                    queue, max_messages=max_messages, wait_s=0, visibility_s=visibility_s
-                )
+                return await self._queue.receive(queue, max_messages=max_messages, wait_s=0, visibility_s=visibility_s)
             except Throttled:
                 if not wait_s:
                     raise
@@ -281,9 +272,7 @@ class RungQueue:
     async def delete(self, queue: str, receipts: Sequence[str]) -> Sequence[str]:
         return await self._queue.delete(queue, receipts)
 
-    async def change_visibility(
-        self, queue: str, changes: Sequence[tuple[str, float]]
-    ) -> Sequence[str]:
+    async def change_visibility(self, queue: str, changes: Sequence[tuple[str, float]]) -> Sequence[str]:
         refused = await self._queue.change_visibility(queue, changes)
         ring(self._folder / queue, sum(visibility_s < LOOK_S for _, visibility_s in changes))
         return refused
@@ -316,10 +305,7 @@ class _Ear:
         self._looked_s = 0.0
 
     async def listen(
-        self,
-        look: Callable[[], Awaitable[Sequence[Message]]],
-        again_s: Callable[[], float],
-        ends_s: float,
+        self, look: Callable[[], Awaitable[Sequence[Message]]], again_s: Callable[[], float], ends_s: float
     ) -> Sequence[Message]:
         """Return what `look` finds first, or what it finds at the loop's time `ends_s`.
 

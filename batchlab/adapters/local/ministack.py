@@ -216,9 +216,7 @@ class Emulator:
     after the death of its owner.
     """
 
-    def __init__(
-        self, python: Path, folder: Path, *, port: int = 0, orphan_s: float = ORPHAN_S
-    ) -> None:
+    def __init__(self, python: Path, folder: Path, *, port: int = 0, orphan_s: float = ORPHAN_S) -> None:
         self.folder = folder.absolute()
         self.log = self.folder / "emulator.log"
         self._python = python
@@ -274,8 +272,7 @@ class Emulator:
         self._spawn()
         if not self._answers():
             raise Unreachable(
-                f"The emulator did not start: {_last_line(self.log).rstrip('.')}.",
-                remedy=f"Its log is {self.log}.",
+                f"The emulator did not start: {_last_line(self.log).rstrip('.')}.", remedy=f"Its log is {self.log}."
             )
 
     def _is_usable(self) -> bool:
@@ -413,9 +410,7 @@ class Emulator:
 
     def _environment(self, port: int) -> dict[str, str]:
         """Return the complete environment. Inherited AWS_* variables would affect the emulator."""
-        kept = {
-            name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ
-        }
+        kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
         return kept | {
             "HOME": str(self.folder),
             "TMPDIR": str(self.folder / "tmp"),
@@ -436,9 +431,7 @@ class Emulator:
                 return socket.create_server((_HOST, port), backlog=256)
             except OSError:
                 continue  # the port is in use
-        raise Unreachable(
-            f"The emulator finds no free port on {_HOST}.", remedy="End what else listens there."
-        )
+        raise Unreachable(f"The emulator finds no free port on {_HOST}.", remedy="End what else listens there.")
 
     def _ports(self) -> Iterable[int]:
         known = self._record.port if self._record else self._port

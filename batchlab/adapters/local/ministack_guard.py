@@ -54,9 +54,7 @@ App = Callable[[Event, Receive, Send], Awaitable[None]]
 
 _HEALTH = "/_ministack/health"
 _HOST = re.compile(rb"(127\.0\.0\.1|localhost|\[::1\])(:[0-9]{1,5})?")
-_AUTHORIZATION = re.compile(
-    r"AWS4-HMAC-SHA256 +Credential=([^,\s]+),\s*SignedHeaders=([^,\s]+),\s*Signature=([^,\s]+)"
-)
+_AUTHORIZATION = re.compile(r"AWS4-HMAC-SHA256 +Credential=([^,\s]+),\s*SignedHeaders=([^,\s]+),\s*Signature=([^,\s]+)")
 _CREDENTIAL = re.compile(r"([^/]+)/([0-9]{8})/([a-z0-9-]+)/([a-z0-9-]+)/aws4_request")
 _SHA256 = re.compile("[0-9a-f]{64}")
 _PLAIN = re.compile(rb"[A-Za-z0-9/_.~-]*")
@@ -146,17 +144,13 @@ class Signed:
         async def send_without_cors(event: Event) -> None:
             if event["type"] == "http.response.start":
                 event["headers"] = [
-                    (name, value)
-                    for name, value in event["headers"]
-                    if not name.lower().startswith(b"access-control-")
+                    (name, value) for name, value in event["headers"] if not name.lower().startswith(b"access-control-")
                 ]
             await send(event)
 
         await self._app(scope, receive, send_without_cors)
 
-    async def _checked(
-        self, scope: Event, headers: Mapping[bytes, bytes], receive: Receive
-    ) -> Receive:
+    async def _checked(self, scope: Event, headers: Mapping[bytes, bytes], receive: Receive) -> Receive:
         """Return a source of the request's body. Raise Refusal unless the request is signed."""
         asked_query = scope["query_string"].decode("latin-1")
         query = parse_qsl(asked_query, keep_blank_values=True) if asked_query else []
@@ -192,19 +186,14 @@ class Signed:
     ) -> None:
         names = asked.headers.split(";")
         pairs = sorted(
-            (quote(name, safe="-_.~"), quote(value, safe="-_.~"))
-            for name, value in query
-            if name != "X-Amz-Signature"
+            (quote(name, safe="-_.~"), quote(value, safe="-_.~")) for name, value in query if name != "X-Amz-Signature"
         )
         canonical = "\n".join(
             (
                 scope["method"],
                 _path(scope["raw_path"], asked.service),
                 "&".join(f"{name}={value}" for name, value in pairs),
-                *(
-                    f"{name}:{headers.get(name.encode(), b'').decode('utf-8', 'surrogateescape')}"
-                    for name in names
-                ),
+                *(f"{name}:{headers.get(name.encode(), b'').decode('utf-8', 'surrogateescape')}" for name in names),
                 "",
                 asked.headers,
                 payload,
@@ -249,10 +238,7 @@ def _signature(headers: Mapping[bytes, bytes], query: Mapping[str, str]) -> _Sig
         stamp, expires = headers.get(b"x-amz-date", b"").decode("latin-1"), str(int(MAX_SKEW_S))
     found = _CREDENTIAL.fullmatch(credential)
     if not has_all or not found or not value.isascii():
-        raise Refusal(
-            "AccessDenied",
-            "The request has no signature of version 4. `batchlab grid env` prints the keys.",
-        )
+        raise Refusal("AccessDenied", "The request has no signature of version 4. `batchlab grid env` prints the keys.")
     key, date, region, service = found.groups()
     return _Signature(key, date, region, service, signed, value, stamp, float(expires), is_in_query)
 

@@ -31,15 +31,7 @@ from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 from batchlab.adapters.limits import Bucket, check_key, check_prefix, check_size
-from batchlab.core.atomic_write import (
-    NEVER_EMPTY,
-    STAGED,
-    VOLATILE,
-    Sync,
-    make_folder,
-    private,
-    sync_folder,
-)
+from batchlab.core.atomic_write import NEVER_EMPTY, STAGED, VOLATILE, Sync, make_folder, private, sync_folder
 from batchlab.core.errors import AlreadyExists, BackendError, NotFound, Unreachable
 from batchlab.core.ports import ObjectInfo
 
@@ -329,9 +321,7 @@ class LocalObjects:
     def _is_durable(self, key: str) -> bool:
         return self._sync.waits and VOLATILE.match(key) is None
 
-    async def put(
-        self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None
-    ) -> str:
+    async def put(self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> str:
         check_key(key)
         durable = self._is_durable(key)
         write: Callable[..., str] = self._writer.create if if_absent else self._writer.replace

@@ -255,9 +255,7 @@ class ProcessLauncher:
             with self._log_of(instance) as output:
                 return await self._nursery.bear(argv, {INSTANCE_VARIABLE: instance}, output)
         except Gone as error:
-            log.warning(
-                "instances start more slowly, since what they are copies of is gone: %s", error
-            )
+            log.warning("instances start more slowly, since what they are copies of is gone: %s", error)
             return None
 
     def _log_of(self, instance: str) -> BinaryIO:
@@ -270,12 +268,7 @@ class ProcessLauncher:
             # os.posix_spawn cannot close the descriptors that the manager inherited. A worker that
             # holds the pipe of `batchlab up | tee` would keep it open.
             child = subprocess.Popen(
-                argv,
-                env=env,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
+                argv, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
         # This class waits for the end of the process. Popen must not warn when it is deleted.
         child.returncode = 0

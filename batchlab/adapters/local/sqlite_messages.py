@@ -100,15 +100,7 @@ class Taken:
 class _Queue:
     """A row of `queues`, with the time at which its first message is or becomes visible."""
 
-    __slots__ = (
-        "dead_letters",
-        "first_s",
-        "id",
-        "max_receives",
-        "retention_s",
-        "total",
-        "visibility_s",
-    )
+    __slots__ = ("dead_letters", "first_s", "id", "max_receives", "retention_s", "total", "visibility_s")
 
     def __init__(self, row: tuple[int, float, float, str | None, int, int, float | None]) -> None:
         (
@@ -169,9 +161,7 @@ class SqliteMessages:
             if self._turn < 0:
                 self._turn = private(f"{self._path}-turn", os.O_CREAT | os.O_RDWR)
             make_private(self._path)
-            db = sqlite3.connect(
-                self._path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False
-            )
+            db = sqlite3.connect(self._path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
             try:
                 # Two processes that create the file at the same time would find it locked.
                 with self._my_turn():
@@ -196,9 +186,7 @@ class SqliteMessages:
         try:
             fcntl.flock(self._turn, fcntl.LOCK_EX if self._waits else _AT_ONCE)
         except BlockingIOError as error:
-            raise Throttled(
-                f"It is somebody else's turn at the queue file {self._path}."
-            ) from error
+            raise Throttled(f"It is somebody else's turn at the queue file {self._path}.") from error
         try:
             yield
         finally:
@@ -258,9 +246,7 @@ class SqliteMessages:
     def _due_in_s(self, queue: _Queue) -> float | None:
         return None if queue.first_s is None else queue.first_s - self._clock.now_s()
 
-    def _take(
-        self, db: sqlite3.Connection, queue: _Queue, limit: int, visibility_s: float | None
-    ) -> Taken:
+    def _take(self, db: sqlite3.Connection, queue: _Queue, limit: int, visibility_s: float | None) -> Taken:
         now_s = self._clock.now_s()
         if queue.total >= self._max_in_flight:
             (held,) = db.execute(_HELD, (queue.id, now_s)).fetchone()
@@ -309,9 +295,7 @@ class SqliteMessages:
     def _dead_letters(self, queue: _Queue) -> int | None:
         if queue.dead_letters is None:
             return None
-        row = self._db.execute(
-            "SELECT id FROM queues WHERE name = ?", (queue.dead_letters,)
-        ).fetchone()
+        row = self._db.execute("SELECT id FROM queues WHERE name = ?", (queue.dead_letters,)).fetchone()
         # If the dead-letter queue was removed, receives continue, as with SQS. No message is lost.
         return None if row is None else int(row[0])
 
@@ -331,8 +315,7 @@ class SqliteMessages:
             queue = self._queue(name)
             for receipt in receipts:
                 done = db.execute(
-                    "DELETE FROM messages WHERE id = ? AND receives = ? AND queue = ?",
-                    (*_parsed(receipt), queue.id),
+                    "DELETE FROM messages WHERE id = ? AND receives = ? AND queue = ?", (*_parsed(receipt), queue.id)
                 )
                 if not done.rowcount:
                     refused.append(receipt)
@@ -349,13 +332,7 @@ class SqliteMessages:
                 done = db.execute(
                     "UPDATE messages SET visible_s = ? WHERE id = ? AND receives = ? AND queue = ?"
                     " AND visible_s > ? AND received_s >= ?",
-                    (
-                        now_s + visibility_s,
-                        *_parsed(receipt),
-                        queue.id,
-                        now_s,
-                        now_s + visibility_s - MAX_VISIBILITY_S,
-                    ),
+                    (now_s + visibility_s, *_parsed(receipt), queue.id, now_s, now_s + visibility_s - MAX_VISIBILITY_S),
                 )
                 if not done.rowcount:
                     refused.append(receipt)
@@ -385,9 +362,7 @@ class SqliteMessages:
 
     def remove(self, name: str) -> None:
         with self._transaction() as db:
-            db.execute(
-                "DELETE FROM messages WHERE queue = (SELECT id FROM queues WHERE name = ?)", (name,)
-            )
+            db.execute("DELETE FROM messages WHERE queue = (SELECT id FROM queues WHERE name = ?)", (name,))
             db.execute("DELETE FROM queues WHERE name = ?", (name,))
 
 
@@ -418,7 +393,5 @@ def _translated(path: Path) -> Iterator[None]:
         damaged = code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT)
         raise kinds.get(code, BackendError)(
             f"The queue file {path} cannot be used: {error}.",
-            remedy="Move it away and start the grid again: what was in it is sent anew."
-            if damaged
-            else "",
+            remedy="Move it away and start the grid again: what was in it is sent anew." if damaged else "",
         ) from error

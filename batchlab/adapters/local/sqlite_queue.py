@@ -96,12 +96,7 @@ class SqliteQueue:
         ring(self._wake / queue, count)
 
     async def receive(
-        self,
-        queue: str,
-        *,
-        max_messages: int = 10,
-        wait_s: float = 20.0,
-        visibility_s: float | None = None,
+        self, queue: str, *, max_messages: int = 10, wait_s: float = 20.0, visibility_s: float | None = None
     ) -> Sequence[Message]:
         check_receive(max_messages, wait_s, visibility_s)
         ends_s = asyncio.get_running_loop().time() + wait_s
@@ -164,9 +159,7 @@ class SqliteQueue:
         check_batch(receipts)
         return await self._run(self._messages.delete, queue, receipts)
 
-    async def change_visibility(
-        self, queue: str, changes: Sequence[tuple[str, float]]
-    ) -> Sequence[str]:
+    async def change_visibility(self, queue: str, changes: Sequence[tuple[str, float]]) -> Sequence[str]:
         check_changes(changes)
         return await self._run(self._change_visibility, queue, changes)
 

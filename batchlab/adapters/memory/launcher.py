@@ -78,9 +78,7 @@ class SimLauncher:
             raise BackendError(reason)
         delay_s = pool.boot_s * self._rng.uniform(0.75, 1.25)
         loop = asyncio.get_running_loop()
-        self._slots[instance] = _Slot(
-            loop.call_later(delay_s, self._boot, pool, instance, context=self._context)
-        )
+        self._slots[instance] = _Slot(loop.call_later(delay_s, self._boot, pool, instance, context=self._context))
         self.launched(pool, instance)
 
     async def terminate(self, instance: str, *, grace_s: float) -> None:
@@ -102,9 +100,7 @@ class SimLauncher:
         if slot.kill is None or due_s < slot.kill.when():
             if slot.kill is not None:
                 slot.kill.cancel()
-            slot.kill = loop.call_at(
-                due_s, self._end, instance, slot, "exit -9", context=self._context
-            )
+            slot.kill = loop.call_at(due_s, self._end, instance, slot, "exit -9", context=self._context)
 
     async def running(self) -> Mapping[str, str | None]:
         """Return how each instance ended, None while it runs.

@@ -19,18 +19,7 @@ from batchlab.core import ledger_projection
 from batchlab.core.errors import NotFound
 from batchlab.core.ledger_projection import BundleRow, Key, Known, Projection
 from batchlab.core.model import JobId, Json, StageName
-from batchlab.core.ports import (
-    AddJob,
-    BundleRecord,
-    Fold,
-    Folded,
-    JobChange,
-    JobRecord,
-    JobRows,
-    Lease,
-    Past,
-    Written,
-)
+from batchlab.core.ports import AddJob, BundleRecord, Fold, Folded, JobChange, JobRecord, JobRows, Lease, Past, Written
 from batchlab.core.protocol import json_format
 
 
@@ -94,9 +83,7 @@ def _bundle(projection: Projection, row: BundleRow) -> dict[str, Json]:
         "seq": done is not None,
         "failed": len(done.failed) if done else 0,
         "void": int(projection.is_void(row)),
-        "body": json_format.completion_to_json(done)
-        if done
-        else json_format.bundle_to_json(record.bundle),
+        "body": json_format.completion_to_json(done) if done else json_format.bundle_to_json(record.bundle),
     }
 
 
@@ -210,9 +197,7 @@ class SimLedger:
         new = [False] * count
         for name, job in jobs.items():
             job.projection.at = self._writes + 1
-            fresh, rows = ledger_projection.fold(
-                job.projection, change, positions[name], job.known, first_seq=first
-            )
+            fresh, rows = ledger_projection.fold(job.projection, change, positions[name], job.known, first_seq=first)
             self._end_write(job, rows)
             for position in fresh:
                 new[position] = True
@@ -248,9 +233,7 @@ class SimLedger:
     async def job(self, job: JobId) -> JobRecord:
         return self._job(job).rows.job
 
-    async def jobs(
-        self, *, active: bool = False, limit: int = 100, before: str | None = None
-    ) -> Sequence[JobRecord]:
+    async def jobs(self, *, active: bool = False, limit: int = 100, before: str | None = None) -> Sequence[JobRecord]:
         last = self._order(JobId(before)) if before is not None else None
         orders = sorted(map(self._order, self._active if active else self._jobs), reverse=True)
         older = (job for at_s, job in orders if last is None or (at_s, job) < last)

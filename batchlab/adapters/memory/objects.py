@@ -35,9 +35,7 @@ class SimObjects:
         self.written: Callable[[str, bytes | None, bytes, bool], None] = lambda *_: None
         """Called with (key, earlier content or None, data, if_absent) for each write."""
 
-    async def put(
-        self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None
-    ) -> str:
+    async def put(self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> str:
         check_key(key)
         if if_match is not None and self._stored(key)[1] != if_match:
             raise AlreadyExists(f"Object {key!r} is another one by now.")

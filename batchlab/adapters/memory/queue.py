@@ -23,15 +23,7 @@ from batchlab.adapters.limits import (
     check_send,
 )
 from batchlab.core.errors import NotFound, Throttled
-from batchlab.core.ports import (
-    MAX_VISIBILITY_S,
-    MAX_WAIT_S,
-    Clock,
-    Depth,
-    Message,
-    Outgoing,
-    QueueSpec,
-)
+from batchlab.core.ports import MAX_VISIBILITY_S, MAX_WAIT_S, Clock, Depth, Message, Outgoing, QueueSpec
 
 
 @dataclass(slots=True, eq=False)
@@ -262,12 +254,7 @@ class SimQueue:
         queue.everyone.add(entry.number)
 
     async def receive(
-        self,
-        queue: str,
-        *,
-        max_messages: int = 10,
-        wait_s: float = 20.0,
-        visibility_s: float | None = None,
+        self, queue: str, *, max_messages: int = 10, wait_s: float = 20.0, visibility_s: float | None = None
     ) -> Sequence[Message]:
         check_receive(max_messages, wait_s, visibility_s, max_wait_s=self._max_wait_s)
         found = self._found(queue)
@@ -279,9 +266,7 @@ class SimQueue:
             raise Throttled(f"Queue {queue!r} has too many messages in flight.")
         return messages
 
-    async def _wait(
-        self, name: str, wait_s: float, limit: int, visibility_s: float | None
-    ) -> list[Message]:
+    async def _wait(self, name: str, wait_s: float, limit: int, visibility_s: float | None) -> list[Message]:
         loop, queue = asyncio.get_running_loop(), self._queues[name]
         self._waits += 1
         number, waiter = self._waits, Waiter(limit, visibility_s, loop.create_future())
@@ -373,9 +358,7 @@ class SimQueue:
         self._stir(found)
         return refused
 
-    async def change_visibility(
-        self, queue: str, changes: Sequence[tuple[str, float]]
-    ) -> Sequence[str]:
+    async def change_visibility(self, queue: str, changes: Sequence[tuple[str, float]]) -> Sequence[str]:
         check_changes(changes)
         found, now_s = self._found(queue), self._clock.now_s()
         refused = []

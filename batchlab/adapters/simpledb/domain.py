@@ -97,9 +97,7 @@ class Store:
         """Return these items, which are requested concurrently."""
         return list(self._threads.map(self.get, names))
 
-    def put_if(
-        self, name: str, pairs: Pairs, key: str, value: str | None, *, more: Pairs = ()
-    ) -> bool | None:
+    def put_if(self, name: str, pairs: Pairs, key: str, value: str | None, *, more: Pairs = ()) -> bool | None:
         """Write `pairs` if `key` has `value` now. None as `value` means that `key` must not exist.
 
         `pairs` must give `key` a value that it never had before. Return False if the condition
@@ -117,9 +115,7 @@ class Store:
         def put() -> bool | None:
             nonlocal doubtful
             try:
-                self._call(
-                    "put_attributes", ItemName=name, Attributes=attributes, Expected=expected
-                )
+                self._call("put_attributes", ItemName=name, Attributes=attributes, Expected=expected)
             except _ConditionFailed:
                 if not doubtful:
                     return False
@@ -169,18 +165,14 @@ class Store:
 
     # --- Select -----------------------------------------------------------------------------------
 
-    def select(
-        self, output: str, where: str, *, order: str = "", page: int = MAX_PAGE
-    ) -> Iterator[tuple[str, Item]]:
+    def select(self, output: str, where: str, *, order: str = "", page: int = MAX_PAGE) -> Iterator[tuple[str, Item]]:
         """Yield (name, item) of all results. Each request asks for `page` of them."""
         expression = f"select {output} from {self.table} where {where}"  # noqa: S608
         expression += f" order by {order}" if order else ""
         expression += f" limit {max(1, min(page, MAX_PAGE))}"
         more: dict[str, str] = {}
         while True:
-            answer = self._ask(
-                "select", SelectExpression=expression, ConsistentRead=True, domain=False, **more
-            )
+            answer = self._ask("select", SelectExpression=expression, ConsistentRead=True, domain=False, **more)
             for found in answer.get("Items", ()):
                 yield found["Name"], _item(found.get("Attributes", ()))
             # A page may be short, even empty, without being the last one.
@@ -242,8 +234,7 @@ class Store:
                     ) from error
                 if code in _FULL:
                     raise BackendError(
-                        f"The SimpleDB domain {self.domain} is full ({code}): it holds 10 GB and "
-                        "10^9 attributes.",
+                        f"The SimpleDB domain {self.domain} is full ({code}): it holds 10 GB and 10^9 attributes.",
                         remedy="Deploy the stack with Ledger=postgres; `batchlab ledger rebuild` "
                         "then makes the ledger anew from the bucket.",
                     ) from error
@@ -259,8 +250,7 @@ def _check_region(sdb: Any, region: str) -> None:
     regions = boto3.Session().get_available_regions("sdb")
     if region not in regions:
         raise UsageError(
-            f"There is no SimpleDB in {region}.",
-            remedy=f"Take another ledger, or one of {', '.join(regions)}.",
+            f"There is no SimpleDB in {region}.", remedy=f"Take another ledger, or one of {', '.join(regions)}."
         )
 
 
@@ -269,8 +259,7 @@ def check(name: str, pairs: Pairs) -> None:
     for text in (name, *(part for pair in pairs for part in pair)):
         if len(text.encode()) > MAX_BYTES:
             raise TooLarge(
-                f"{text[:60]!r}… has {len(text.encode())} bytes: SimpleDB takes {MAX_BYTES} in a "
-                "name or value.",
+                f"{text[:60]!r}… has {len(text.encode())} bytes: SimpleDB takes {MAX_BYTES} in a name or value.",
                 remedy="Take shorter names, or another ledger.",
             )
     if len(pairs) > MAX_PAIRS:
@@ -344,9 +333,7 @@ def names(item: Item, prefix: str) -> list[str]:
     return [f"{name}/{prefix}{n:06d}" for n in range(ceil(int(count) / _PER_ITEM))] if name else []
 
 
-def read(
-    item: Item, prefix: str, get_all: Callable[[Iterable[str]], list[Item | None]]
-) -> str | None:
+def read(item: Item, prefix: str, get_all: Callable[[Iterable[str]], list[Item | None]]) -> str | None:
     """Return the text, or None if one of its further items no longer exists."""
     count, _, elsewhere = item[prefix].partition("@")
     if not elsewhere:

@@ -78,14 +78,7 @@ class Rows:
         return {names[name]: "done" in item for name, item in found.items()}
 
     def folded(
-        self,
-        gen: str,
-        projection: Projection,
-        *,
-        stage: StageName | None,
-        after: int,
-        failed: bool,
-        page: int,
+        self, gen: str, projection: Projection, *, stage: StageName | None, after: int, failed: bool, page: int
     ) -> Iterator[BundleRow]:
         """Return the bundles that were folded after the seq `after`, as of `projection`."""
         key = "fail" if failed else "done"
@@ -99,9 +92,7 @@ class Rows:
             if not projection.is_void(row):
                 yield row
 
-    def planned(
-        self, gen: str, projection: Projection, *, stage: StageName | None
-    ) -> list[BundleRow]:
+    def planned(self, gen: str, projection: Projection, *, stage: StageName | None) -> list[BundleRow]:
         """Return the bundles that are not folded as of `projection`, by stage and id."""
         where = f"gen = {quoted(gen)} and "
         where += f"stage = {quoted(stage)}" if stage else "stage is not null"
@@ -250,9 +241,7 @@ class Heads:
         for name, item in self._store.select("*", where, order=f"{key} desc", page=limit):
             if len(found) == limit:
                 break
-            head = self._read(name, item) or self.get(
-                JobId(name.removeprefix("job/")), settle=False
-            )
+            head = self._read(name, item) or self.get(JobId(name.removeprefix("job/")), settle=False)
             if head and head.projection:
                 found.append(head.projection)
         return found
@@ -274,9 +263,7 @@ class Heads:
         pairs, extra = self._state(projection, gen, stamp)
         redo: dict[str, Pairs] = {}
         if items:
-            told, redo = domain.lay(
-                f"{gen}/redo/{stamp}", "redo", domain.dumps(items), gen, inline=0
-            )
+            told, redo = domain.lay(f"{gen}/redo/{stamp}", "redo", domain.dumps(items), gen, inline=0)
             pairs += told
         else:
             pairs.append(("redo", NOBODY))
@@ -291,9 +278,7 @@ class Heads:
         self._store.delete_all(domain.names(head.item, "s"))
         return True
 
-    def install(
-        self, job: JobId, head: Head | None, projection: Projection, rows: Sequence[BundleRow]
-    ) -> bool:
+    def install(self, job: JobId, head: Head | None, projection: Projection, rows: Sequence[BundleRow]) -> bool:
         """Replace the job and its bundles.
 
         Return False if the job has changed since it was read.
@@ -367,9 +352,7 @@ class Heads:
             self.sweep(gen)
             self._store.drop_value(name, "gens", gen)
 
-    def _state(
-        self, projection: Projection, gen: str, stamp: str
-    ) -> tuple[list[tuple[str, str]], dict[str, Pairs]]:
+    def _state(self, projection: Projection, gen: str, stamp: str) -> tuple[list[tuple[str, str]], dict[str, Pairs]]:
         """Return the attributes that change with every write, and further items for long texts."""
         order = order_of(projection.job)
         text = domain.dumps(projection.to_json())

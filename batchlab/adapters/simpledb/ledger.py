@@ -21,18 +21,7 @@ from batchlab.core import ledger_projection
 from batchlab.core.errors import NotFound, Throttled
 from batchlab.core.ledger_projection import Projection
 from batchlab.core.model import JobId, Json, StageName
-from batchlab.core.ports import (
-    AddJob,
-    BundleRecord,
-    Fold,
-    Folded,
-    JobChange,
-    JobRecord,
-    JobRows,
-    Lease,
-    Past,
-    Written,
-)
+from batchlab.core.ports import AddJob, BundleRecord, Fold, Folded, JobChange, JobRecord, JobRows, Lease, Past, Written
 
 _BLOCK = 1000
 _STAMP = "v"
@@ -241,9 +230,7 @@ class SimpleDbLedger:
             if projection.last_seq >= first:
                 return None
             known = self._rows.known(head.gen, keys)
-            new, rows = ledger_projection.fold(
-                projection, change, positions, known, first_seq=first
-            )
+            new, rows = ledger_projection.fold(projection, change, positions, known, first_seq=first)
             if rows is None:
                 return new, _rows_of(head)
             is_done = self._heads.commit(head, projection, rows)
@@ -255,9 +242,7 @@ class SimpleDbLedger:
 
     def _has(self, head: Head, first: int, last: int) -> bool:
         """Return whether a completion of the job has one of these seqs."""
-        found = self._rows.folded(
-            head.gen, _projection_of(head), stage=None, after=first - 1, failed=False, page=1
-        )
+        found = self._rows.folded(head.gen, _projection_of(head), stage=None, after=first - 1, failed=False, page=1)
         row = next(found, None)
         return row is not None and row.seq is not None and row.seq <= last
 
@@ -272,9 +257,7 @@ class SimpleDbLedger:
     async def job(self, job: JobId) -> JobRecord:
         return (await self.rows(job)).job
 
-    async def jobs(
-        self, *, active: bool = False, limit: int = 100, before: str | None = None
-    ) -> Sequence[JobRecord]:
+    async def jobs(self, *, active: bool = False, limit: int = 100, before: str | None = None) -> Sequence[JobRecord]:
         """Return a page of jobs. Raise NotFound if the job `before` does not exist."""
 
         def page() -> list[JobRecord]:
@@ -308,9 +291,7 @@ class SimpleDbLedger:
             if done is not False:
                 after = -1 if after_seq is None else after_seq
                 page = 2500 if limit is None else limit
-                for row in self._rows.folded(
-                    gen, projection, stage=stage, after=after, failed=failed, page=page
-                ):
+                for row in self._rows.folded(gen, projection, stage=stage, after=after, failed=failed, page=page):
                     if len(found) == limit:
                         break
                     found.append(row.record(projection.last_seq))
@@ -324,9 +305,7 @@ class SimpleDbLedger:
     # --- The rest --------------------------------------------------------------------------------
 
     async def lease(self, name: str, owner: str, *, over: Lease | None = None) -> Lease:
-        return await self._run_lease(
-            lambda: self._leases.take(name, owner, over), writes=True, quick=True
-        )
+        return await self._run_lease(lambda: self._leases.take(name, owner, over), writes=True, quick=True)
 
     async def release(self, name: str, owner: str) -> None:
         await self._run_lease(lambda: self._leases.give_back(name, owner), writes=True, quick=True)
@@ -366,9 +345,7 @@ class SimpleDbLedger:
     def _dump(self) -> dict[str, Json]:
         heads = (self._heads.get(JobId(n.removeprefix("job/"))) for n in self._heads.names())
         # Jobs are read one at a time. The bundles of a job are read as its head describes them.
-        return dumped(
-            (h.projection, self._rows.all(h.gen, h.projection)) for h in heads if h and h.projection
-        )
+        return dumped((h.projection, self._rows.all(h.gen, h.projection)) for h in heads if h and h.projection)
 
     async def close(self) -> None:
         """Wait for running calls. No other call may follow."""

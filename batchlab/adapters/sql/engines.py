@@ -25,24 +25,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
-from sqlalchemy import (
-    URL,
-    Connection,
-    Engine,
-    StaticPool,
-    create_engine,
-    event,
-    insert,
-    inspect,
-    select,
-)
-from sqlalchemy.exc import (
-    DBAPIError,
-    IntegrityError,
-    InterfaceError,
-    OperationalError,
-    SQLAlchemyError,
-)
+from sqlalchemy import URL, Connection, Engine, StaticPool, create_engine, event, insert, inspect, select
+from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, OperationalError, SQLAlchemyError
 from sqlalchemy.schema import CreateSchema
 
 from batchlab.adapters.clock import Busy
@@ -77,9 +61,7 @@ class Begin(Protocol):
 
 
 @contextmanager
-def transaction(
-    engine: Engine, *, writes: bool = False, lasts: bool = False
-) -> Iterator[Connection]:
+def transaction(engine: Engine, *, writes: bool = False, lasts: bool = False) -> Iterator[Connection]:
     """Run a transaction. Commit at the end, or roll back after an exception.
 
     All work on an engine happens in such transactions.
@@ -159,18 +141,11 @@ _REMEDIES = (
     ),
     (
         ('relation "',),
-        "Its tables are gone. Start the manager again; `batchlab ledger rebuild` then makes them "
-        "anew from the bucket.",
+        "Its tables are gone. Start the manager again; `batchlab ledger rebuild` then makes them anew from the bucket.",
     ),
     (("does not exist",), "Make it with `createdb` and `createuser`, or name another one."),
-    (
-        ("invalid connection option",),
-        "Look at what follows the question mark in the ledger's URL.",
-    ),
-    (
-        ("permission denied",),
-        "The ledger's user must own its schema, or may CREATE one in the database.",
-    ),
+    (("invalid connection option",), "Look at what follows the question mark in the ledger's URL."),
+    (("permission denied",), "The ledger's user must own its schema, or may CREATE one in the database."),
 )
 
 
@@ -212,16 +187,13 @@ def _from_sqlite(engine: Engine, error: SQLAlchemyError, said: sqlite3.Error) ->
     damaged = code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT)
     return BackendError(
         f"The ledger {name_of(engine)} cannot be used: {said}.",
-        remedy="Move it away and start the grid again; `batchlab ledger rebuild` then makes it "
-        "anew from the bucket."
+        remedy="Move it away and start the grid again; `batchlab ledger rebuild` then makes it anew from the bucket."
         if damaged
         else "",
     )
 
 
-def _from_postgresql(
-    engine: Engine, error: SQLAlchemyError, said: BaseException | None
-) -> BackendError:
+def _from_postgresql(engine: Engine, error: SQLAlchemyError, said: BaseException | None) -> BackendError:
     state = getattr(said, "sqlstate", None) or ""
     text = plain(said)
     remedy = next((what for signs, what in _REMEDIES if any(s in text for s in signs)), "")

@@ -21,7 +21,7 @@ from batchlab.adapters.sql import engines
 from batchlab.adapters.sql import rows as bundle_rows
 from batchlab.adapters.sql import rows as job_rows
 from batchlab.adapters.sql.engines import sqlite_engine, transaction, translated
-from batchlab.adapters.sql.postgres import Logins
+from batchlab.adapters.sql.logins import Logins
 from batchlab.adapters.sql.rows import Snapshot
 from batchlab.adapters.sql.tables import NOBODY, Upserts, bundles, jobs, leases, stages
 from batchlab.core import ledger_projection
@@ -113,13 +113,7 @@ class SqlLedger:
     batchlab.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        run: Run,
-        sync: Sync = Sync.NONE,
-        flush: WalFlush | None = None,
-    ) -> None:
+    def __init__(self, engine: Engine, run: Run, sync: Sync = Sync.NONE, flush: WalFlush | None = None) -> None:
         """Take over `engine`, which must have the transactions of `engines`, without opening it.
 
         `flush` waits for the disk if a commit of the engine does not.
@@ -169,7 +163,7 @@ class SqlLedger:
         existing = job_rows.add(connection, self._upserts, projection)
         if existing is not None:
             return Written(job_rows.load(connection, existing).rows(), is_new=False)
-        bundle_rows.store_bundle_rows(connection, self._upserts, projection, rows)
+        bundle_rows.store_bundle(connection, self._upserts, projection, rows)
         return Written(projection.rows(), is_new=True)
 
     def _fold(self, connection: Connection, change: Fold) -> Folded:
@@ -190,9 +184,7 @@ class SqlLedger:
         first, new = last - count + 1, [False] * count
         for job, projection in loaded.items():
             before = Snapshot.of(projection)
-            fresh, rows = ledger_projection.fold(
-                projection, change, positions[job], known[job], first_seq=first
-            )
+            fresh, rows = ledger_projection.fold(projection, change, positions[job], known[job], first_seq=first)
             if rows is not None:
                 self._store(connection, projection, before, rows)
             for position in fresh:
@@ -200,25 +192,19 @@ class SqlLedger:
         return Folded(new, first, {job: one.rows() for job, one in loaded.items()})
 
     def _store(
-        self,
-        connection: Connection,
-        projection: Projection,
-        before: Snapshot,
-        rows: Iterable[BundleRow],
+        self, connection: Connection, projection: Projection, before: Snapshot, rows: Iterable[BundleRow]
     ) -> None:
         job_rows.store(connection, projection, before)
         void = [name for name, one in projection.stages.items() if one.void_at != NEVER]
         bundle_rows.make_void(connection, projection.job.id, void)
-        bundle_rows.store_bundle_rows(connection, self._upserts, projection, rows)
+        bundle_rows.store_bundle(connection, self._upserts, projection, rows)
 
     # --- Reads -----------------------------------------------------------------------------------
 
     async def job(self, job: JobId) -> JobRecord:
         return await self._read(lambda c: job_rows.find_job(c, job), quick=True)
 
-    async def jobs(
-        self, *, active: bool = False, limit: int = 100, before: str | None = None
-    ) -> Sequence[JobRecord]:
+    async def jobs(self, *, active: bool = False, limit: int = 100, before: str | None = None) -> Sequence[JobRecord]:
         """Return a page of jobs. Raise NotFound if the job `before` does not exist."""
         return await self._read(lambda c: job_rows.page_of_jobs(c, active, limit, before))
 
@@ -255,9 +241,7 @@ class SqlLedger:
         await self._write(lambda c: c.execute(_release, {"b_name": name, "b_owner": owner}))
 
     async def restore(self, past: Past, *, over: JobRows | None) -> bool:
-        return await self._on_disk(
-            await self._write(lambda c: self._restore(c, past, over), quick=False)
-        )
+        return await self._on_disk(await self._write(lambda c: self._restore(c, past, over), quick=False))
 
     def _restore(self, connection: Connection, past: Past, over: JobRows | None) -> bool:
         job = past.job.id
@@ -273,7 +257,7 @@ class SqlLedger:
         projection, rows = ledger_projection.restore(past, last - count + 1)
         if job_rows.add(connection, self._upserts, projection) is not None:
             raise NotFound(f"The ledger has no job {job}: another job has its token.")
-        bundle_rows.store_bundle_rows(connection, self._upserts, projection, rows)
+        bundle_rows.store_bundle(connection, self._upserts, projection, rows)
         return True
 
     async def forget(self, jobs: Sequence[JobId] | None = None) -> None:
@@ -286,9 +270,7 @@ class SqlLedger:
         Two ledgers with the same history are equal, in whatever order they received it. `seq` is
         this order.
         """
-        return await self._read(
-            lambda c: {table.name: _dump(c, table) for table in (jobs, stages, bundles)}
-        )
+        return await self._read(lambda c: {table.name: _dump(c, table) for table in (jobs, stages, bundles)})
 
     async def close(self) -> None:
         """Wait for running calls. No other call may follow."""

@@ -3,26 +3,17 @@
 Invariant: a writing transaction first takes the one lock of the schema. Each of its statements sees
 everything committed before. A reading transaction sees one state. Every wait has a limit: for the
 server's answer, for the lock, and for a suspended client that holds the lock.
-
-Logins at a remote PostgreSQL that change at run time: a rotated secret or a short-lived token.
-
-Invariant: no message and no `repr` contains a password.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import logging
 import re
 import select
-import threading
 import time
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Generator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import psycopg
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
@@ -30,147 +21,8 @@ from sqlalchemy.exc import ArgumentError, DisconnectionError
 
 from batchlab.adapters.clock import Threads
 from batchlab.adapters.sql.engines import BEGIN, SCHEMA, is_refusal, name_of, plain
+from batchlab.adapters.sql.logins import Login, Logins
 from batchlab.core.errors import BackendError, Unreachable, UsageError
-
-if TYPE_CHECKING:
-    from batchlab.adapters.aws.endpoint import Endpoint
-
-
-_here = threading.local()
-
-
-class _Hush(logging.Filter):
-    """Log filter that drops all records of a thread while it receives a secret."""
-
-    def filter(self, record: logging.LogRecord) -> bool:  # noqa: ARG002
-        return not getattr(_here, "is_told_a_secret", False)
-
-
-_hush = _Hush()
-
-
-@contextmanager
-def in_secret() -> Iterator[None]:
-    """Suppress boto3's log records of this thread.
-
-    At level DEBUG, botocore logs answers and signatures.
-    """
-    for name in list(logging.root.manager.loggerDict):
-        if name.startswith(("boto", "urllib3")):
-            logging.getLogger(name).addFilter(_hush)
-    _here.is_told_a_secret = True
-    try:
-        yield
-    finally:
-        _here.is_told_a_secret = False
-
-
-@dataclass(frozen=True, slots=True)
-class Login:
-    """A database user and its password."""
-
-    user: str
-    password: str = field(repr=False)
-
-
-class Logins(Protocol):
-    """Source of logins. It is asked for each new connection, from any thread."""
-
-    @property
-    def where(self) -> str:
-        """Return the name of the source, as in "the password of ..."."""
-
-    def login(self, *, refused: Login | None = None) -> Login:
-        """Return the login for a new connection. Raise the errors of the AWS adapters.
-
-        `refused` is the login that the database refused, so a newer one may exist.
-        """
-
-
-class SecretLogins:
-    """Login in a secret of Secrets Manager.
-
-    The secret is JSON with `username` and `password`, as RDS creates and rotates it.
-
-    It is fetched once, and again when the database refuses the fetched login.
-    """
-
-    def __init__(self, endpoint: Endpoint, secret: str) -> None:
-        """Set the name or ARN of the secret, without fetching it."""
-        self._endpoint = endpoint
-        self._secret = secret
-        self._found: Login | None = None
-        self._lock = threading.Lock()
-
-    @property
-    def where(self) -> str:
-        return f"the secret {self._secret}"
-
-    def login(self, *, refused: Login | None = None) -> Login:
-        with self._lock:
-            # Another thread may have fetched it since the refused login was returned.
-            if self._found is None or self._found == refused:
-                self._found = self._fetch()
-            return self._found
-
-    def _fetch(self) -> Login:
-        from batchlab.adapters.aws.endpoint import client, translated
-
-        manager = client(self._endpoint, "secretsmanager", connections=1)
-        try:
-            with translated(f"The secret {self._secret}"), in_secret():
-                answer = manager.get_secret_value(SecretId=self._secret)
-        finally:
-            manager.close()
-        return self._read(answer)
-
-    def _read(self, answer: dict[str, Any]) -> Login:
-        try:
-            doc = json.loads(answer.get("SecretString", ""))
-            user, password = doc["username"], doc["password"]
-        except (ValueError, KeyError, TypeError):
-            doc = None
-        if doc is None or not isinstance(user, str) or not isinstance(password, str):
-            # The error omits its cause, whose text might contain the secret.
-            raise BackendError(
-                f"The secret {self._secret} holds no login.",
-                remedy='It must be JSON: {"username": ..., "password": ...}.',
-            )
-        return Login(user, password)
-
-
-class IamLogins:
-    """Tokens of IAM database authentication, signed for each connection.
-
-    RDS accepts a token for 15 minutes, and checks it only when a connection is opened.
-    """
-
-    def __init__(self, endpoint: Endpoint, *, host: str, port: int, user: str) -> None:
-        """Set the host and port that the client connects to. A token is valid only for them."""
-        self._endpoint = endpoint
-        self._host, self._port, self._user = host, port, user
-        self._rds: Any = None
-        self._lock = threading.Lock()
-
-    @property
-    def where(self) -> str:
-        return f"IAM for the user {self._user}"
-
-    def login(self, *, refused: Login | None = None) -> Login:  # noqa: ARG002
-        from batchlab.adapters.aws.endpoint import client, translated
-
-        with self._lock, translated("A token for the database"):
-            if self._rds is None:
-                self._rds = client(self._endpoint, "rds", connections=1)
-            with in_secret():
-                token: str = self._rds.generate_db_auth_token(
-                    DBHostname=self._host,
-                    Port=self._port,
-                    DBUsername=self._user,
-                    Region=self._endpoint.region,
-                )
-        return Login(self._user, token)
-
 
 LOCK_S = 10.0
 """Maximum wait for the lock in seconds."""
@@ -202,9 +54,7 @@ _DEFAULTS = {
 }
 
 
-def postgres_engine(
-    url: str, schema: str, *, ca: Path | None = None, logins: Logins | None = None
-) -> Engine:
+def postgres_engine(url: str, schema: str, *, ca: Path | None = None, logins: Logins | None = None) -> Engine:
     """Return an engine for this schema of this database. See `open_postgres`.
 
     Raise UsageError if the URL or the schema name is invalid.
@@ -261,8 +111,7 @@ def _tls(parsed: URL, ca: Path | None, *, is_remote: bool) -> dict[str, str]:
     if not ca.is_file():
         raise UsageError(
             f"There is no CA bundle {ca}.",
-            remedy="For RDS download https://truststore.pki.rds.amazonaws.com/global/"
-            "global-bundle.pem.",
+            remedy="For RDS download https://truststore.pki.rds.amazonaws.com/global/global-bundle.pem.",
         )
     return {"sslmode": "verify-full", "sslrootcert": str(ca)}
 
@@ -337,8 +186,7 @@ class Connect:
                 # The database already has the new password, but the secret still has the old one.
                 raise Unreachable(f"{text}; it is being changed.") from error
             raise BackendError(
-                f"{text}: {plain(error)}.",
-                remedy="Look at what it holds, and at whether that user may log in.",
+                f"{text}: {plain(error)}.", remedy="Look at what it holds, and at whether that user may log in."
             ) from error
 
     def _connected(self, login: Login, args: Any, options: Any) -> _Bounded:

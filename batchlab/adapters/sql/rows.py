@@ -18,18 +18,7 @@ from functools import lru_cache
 from operator import attrgetter
 from typing import Any
 
-from sqlalchemy import (
-    Connection,
-    RowMapping,
-    Select,
-    bindparam,
-    case,
-    func,
-    insert,
-    select,
-    tuple_,
-    update,
-)
+from sqlalchemy import Connection, RowMapping, Select, bindparam, case, func, insert, select, tuple_, update
 
 from batchlab.adapters.sql.tables import Upserts, bundles, jobs, stages
 from batchlab.core.errors import NotFound
@@ -41,21 +30,11 @@ from batchlab.core.protocol import json_format
 
 _JOB = ("state", "reason", "control", "round", "ended_s")
 _PLAN = ("planned", "plan_round", "cut_seq", "uncut")
-_COUNTERS = (
-    "succeeded",
-    "failed",
-    "cancelled",
-    "retried",
-    "run_us",
-    "first_start_s",
-    "last_end_s",
-)
+_COUNTERS = ("succeeded", "failed", "cancelled", "retried", "run_us", "first_start_s", "last_end_s")
 
 _job = select(jobs).where(jobs.c.id == bindparam("job"))
 _by_token = select(jobs.c.id).where(jobs.c.token == bindparam("token"))
-_newest = (
-    select(jobs).order_by(jobs.c.submitted_s.desc(), jobs.c.id.desc()).limit(bindparam("limit"))
-)
+_newest = select(jobs).order_by(jobs.c.submitted_s.desc(), jobs.c.id.desc()).limit(bindparam("limit"))
 _active = _newest.where(jobs.c.state.not_in(sorted(ENDED)))
 _STAGE = [one.name for one in fields(Stage) if one.name in stages.c and one.name != "uncut"]
 """Columns in the order of the arguments of Stage, before `uncut`."""
@@ -74,20 +53,12 @@ _job_with_stages = (
 )
 _last_seq = select(func.max(bundles.c.seq)).where(bundles.c.job == bindparam("job"))
 _insert_stages = insert(stages)
-_store_job = (
-    update(jobs)
-    .where(jobs.c.id == bindparam("b_job"))
-    .values({name: bindparam(name) for name in _JOB})
-)
-_stage = update(stages).where(
-    stages.c.job == bindparam("b_job"), stages.c.stage == bindparam("b_stage")
-)
+_store_job = update(jobs).where(jobs.c.id == bindparam("b_job")).values({name: bindparam(name) for name in _JOB})
+_stage = update(stages).where(stages.c.job == bindparam("b_job"), stages.c.stage == bindparam("b_stage"))
 _get_job = attrgetter(*_JOB)
 _GROUPS = tuple((attrgetter(*columns), columns) for columns in (_PLAN, _COUNTERS))
 """Columns of a stage that change together, and a function that gets their values."""
-_STORE = {
-    columns: _stage.values({name: bindparam(name) for name in columns}) for _, columns in _GROUPS
-}
+_STORE = {columns: _stage.values({name: bindparam(name) for name in columns}) for _, columns in _GROUPS}
 
 
 # --- Loading --------------------------------------------------------------------------------------
@@ -118,15 +89,11 @@ def find_job(connection: Connection, name: JobId) -> JobRecord:
     return _record(_row(connection, name))
 
 
-def page_of_jobs(
-    connection: Connection, active: bool, limit: int, before: str | None
-) -> list[JobRecord]:
+def page_of_jobs(connection: Connection, active: bool, limit: int, before: str | None) -> list[JobRecord]:
     query, values = _active if active else _newest, {"limit": limit}
     if before is not None:
         last = _row(connection, JobId(before))
-        query = query.where(
-            tuple_(jobs.c.submitted_s, jobs.c.id) < (last["submitted_s"], last["id"])
-        )
+        query = query.where(tuple_(jobs.c.submitted_s, jobs.c.id) < (last["submitted_s"], last["id"]))
     return [_record(row) for row in connection.execute(query, values).mappings()]
 
 
@@ -141,9 +108,7 @@ def _no_job(name: JobId) -> NotFound:
     return NotFound(f"The ledger has no job {name}.")
 
 
-def _projection(
-    spec: str, state: str, reason: str, control: str, round_: int, ended_s: float | None
-) -> Projection:
+def _projection(spec: str, state: str, reason: str, control: str, round_: int, ended_s: float | None) -> Projection:
     return Projection(_job_def(spec), JobState(state), reason, Control(control), round_, ended_s)
 
 
@@ -180,9 +145,7 @@ def add(connection: Connection, upserts: Upserts, projection: Projection) -> Job
     connection.execute(
         _insert_stages,
         [
-            {"job": job.id, "stage": name, "position": position}
-            | _values(stage, _PLAN)
-            | _values(stage, _COUNTERS)
+            {"job": job.id, "stage": name, "position": position} | _values(stage, _PLAN) | _values(stage, _COUNTERS)
             for position, (name, stage) in enumerate(projection.stages.items())
         ],
     )
@@ -237,15 +200,11 @@ def _values(stage: Stage, columns: Sequence[str]) -> dict[str, Any]:
 
 
 _make_void = (
-    update(bundles)
-    .where(bundles.c.job == bindparam("b_job"), bundles.c.stage == bindparam("b_stage"))
-    .values(void=1)
+    update(bundles).where(bundles.c.job == bindparam("b_job"), bundles.c.stage == bindparam("b_stage")).values(void=1)
 )
 
 
-def load_known(
-    connection: Connection, upserts: Upserts, keys: Sequence[tuple[JobId, Key]]
-) -> dict[JobId, Known]:
+def load_known(connection: Connection, upserts: Upserts, keys: Sequence[tuple[JobId, Key]]) -> dict[JobId, Known]:
     """Return which of these bundles exist, and whether each is done."""
     known: dict[JobId, Known] = {job: {} for job, _ in keys}
     rows = upserts.known(connection, [(job, *key) for job, key in keys])
@@ -260,19 +219,14 @@ def make_void(connection: Connection, job: JobId, names: Iterable[StageName]) ->
         connection.execute(_make_void, {"b_job": job, "b_stage": name})
 
 
-def store_bundle_rows(
-    connection: Connection, upserts: Upserts, projection: Projection, rows: Iterable[BundleRow]
-) -> None:
+def store_bundle(connection: Connection, upserts: Upserts, projection: Projection, rows: Iterable[BundleRow]) -> None:
     """Store these rows. Leave a row that is done or that would be planned a second time."""
     job = projection.job.id
     values = []
     for row in rows:
         void = int(projection.is_void(row))
         if row.completion:
-            body, failed = (
-                json_format.completion_to_json(row.completion),
-                len(row.completion.failed),
-            )
+            body, failed = (json_format.completion_to_json(row.completion), len(row.completion.failed))
         else:
             assert row.planned
             body, failed = json_format.bundle_to_json(row.planned), 0
@@ -301,10 +255,10 @@ def select_bundles(
 
 
 def records(connection: Connection, query: Select[int | None, str]) -> list[BundleRecord]:
-    return [_record_bundle_rows(seq, body) for seq, body in connection.execute(query)]
+    return [_bundle_record(seq, body) for seq, body in connection.execute(query)]
 
 
-def _record_bundle_rows(seq: int | None, body: str) -> BundleRecord:
+def _bundle_record(seq: int | None, body: str) -> BundleRecord:
     doc = json.loads(body)
     if seq is None:
         return BundleRecord(json_format.bundle_from_json(doc))

@@ -110,14 +110,7 @@ bundles = Table(
 # The index has the order in which bundles are read and the columns that filter them. So no query of
 # the port sorts, and a search for failed bundles reads no other rows. (An index of only the failed
 # bundles would need the import of PostgreSQL's dialect for its declaration.)
-Index(
-    "bundles_read",
-    bundles.c.job,
-    bundles.c.seq,
-    bundles.c.stage,
-    bundles.c.id,
-    bundles.c.failed,
-)
+Index("bundles_read", bundles.c.job, bundles.c.seq, bundles.c.stage, bundles.c.id, bundles.c.failed)
 
 # The last `seq` that was given. max(seq) would start again after `forget`, and a reader that goes
 # on after the last seq it saw would then miss everything.
@@ -199,8 +192,7 @@ class Upserts:
             _known_on_postgresql() if is_postgresql else _known_on_sqlite,
             _stored_on_postgresql(store) if is_postgresql else _stored_on_sqlite(store),
             take_seqs.on_conflict_do_update(
-                index_elements=[*counters.primary_key],
-                set_={"value": counters.c.value + take_seqs.excluded.value},
+                index_elements=[*counters.primary_key], set_={"value": counters.c.value + take_seqs.excluded.value}
             ).returning(counters.c.value),
             lease.values({"name": bindparam("name"), "owner": bindparam("owner"), "beat": 1})
             .on_conflict_do_update(
@@ -209,10 +201,7 @@ class Upserts:
                 where=or_(
                     leases.c.owner == lease.excluded.owner,
                     leases.c.owner == NOBODY,
-                    and_(
-                        leases.c.owner == bindparam("over_owner"),
-                        leases.c.beat == bindparam("over_beat"),
-                    ),
+                    and_(leases.c.owner == bindparam("over_owner"), leases.c.beat == bindparam("over_beat")),
                 ),
             )
             .returning(leases.c.owner, leases.c.beat),
@@ -284,9 +273,7 @@ def _stored_on_sqlite(store: Any) -> Callable[[Connection, Sequence[BundleValues
     return lambda connection, rows: _in_parts(connection, before, one, after, rows)
 
 
-def _in_parts(
-    connection: Connection, before: str, one: str, after: str, rows: Sequence[Sequence[Any]]
-) -> list[Any]:
+def _in_parts(connection: Connection, before: str, one: str, after: str, rows: Sequence[Sequence[Any]]) -> list[Any]:
     """Execute the statement with some of the rows at a time, each written as `one`."""
     returned: list[Any] = []
     for at in range(0, len(rows), _ROWS_AT_ONCE):

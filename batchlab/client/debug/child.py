@@ -77,9 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="run.py", description="Run a task of a job again, here.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--pdb", action="store_true", help="Debug where it fails.")
-    parser.add_argument(
-        "--break", dest="at_start", action="store_true", help="Stop at the handler's first line."
-    )
+    parser.add_argument("--break", dest="at_start", action="store_true", help="Stop at the handler's first line.")
     parser.add_argument("--debugpy", type=int, metavar="PORT", help="Wait for an IDE there.")
     parser.add_argument(
         "--env",

@@ -60,10 +60,7 @@ def told(names: list[str]) -> str:
         return ""
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     are = "is" if len(names) == 1 else "are"
-    return (
-        f"{', '.join(names[:NAMED])}{more} {are} set here and {are} not given to it: --env NAME "
-        "gives it one."
-    )
+    return f"{', '.join(names[:NAMED])}{more} {are} set here and {are} not given to it: --env NAME gives it one."
 
 
 _LOOK_S = 0.2
@@ -230,13 +227,10 @@ def shell(told: Told, passed: Collection[str] = ()) -> Shell:
     request = told.request
     try:
         item: Any = decoded(told.item, pickles=told.request["objects"])
-        call = programs.prepare(
-            request["command"], request["stdout"], request["code"], item, told.context
-        )
+        call = programs.prepare(request["command"], request["stdout"], request["code"], item, told.context)
     except Problem as problem:
         raise UsageError(
-            f"The command of {told.name} cannot be made: {problem}.",
-            remedy="It fails so on the grid too.",
+            f"The command of {told.name} cannot be made: {problem}.", remedy="It fails so on the grid too."
         ) from problem
     return Shell(typed(call), call._replace(environment=given(call.environment, passed)))
 
@@ -251,8 +245,5 @@ def open_shell(ready: Shell) -> int:
     """Run the user's shell in the folder of the command, and return its exit code."""
     with _left_to_it():
         return subprocess.run(
-            [os.environ.get("SHELL") or "/bin/sh"],
-            cwd=ready.call.cwd,
-            env=ready.call.environment,
-            check=False,
+            [os.environ.get("SHELL") or "/bin/sh"], cwd=ready.call.cwd, env=ready.call.environment, check=False
         ).returncode

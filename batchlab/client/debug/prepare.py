@@ -57,9 +57,7 @@ class ReadOnly:
     async def download(self, key: str, path: Path) -> int:
         return await self._patience(lambda: self._objects.download(key, path))
 
-    async def put(
-        self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None
-    ) -> str:
+    async def put(self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> str:
         del data, if_absent, if_match
         raise _only_reads(key)
 
@@ -139,11 +137,7 @@ async def _bring(
     if attempt is None and (number, round_) != (None, None):
         raise _no_such_attempt(stage, task, found)
     try:
-        bundle = (
-            attempt.bundle
-            if attempt
-            else await attempts.task_bundle(reading, job, stage, task, patience)
-        )
+        bundle = attempt.bundle if attempt else await attempts.task_bundle(reading, job, stage, task, patience)
         item = await attempts.task_input(reading, job, bundle, patience)
     except NoSuchTask as error:
         raise UsageError(error.message, remedy=error.remedy) from error
@@ -237,10 +231,7 @@ def _notes(attempt: Attempt | None, there: Environment | None, *, is_pickled: bo
             "stored none, or they have expired."
         )
     if is_pickled and there and there.minor != environment.current().minor:
-        notes.append(
-            f"Its function was pickled for Python {there.minor}, which no other version is sure to "
-            "run."
-        )
+        notes.append(f"Its function was pickled for Python {there.minor}, which no other version is sure to run.")
     if attempt and attempt.failure and attempt.failure.kind is FailureKind.LOST:
         notes.append("On the grid nobody saw it fail: its workers were gone each time.")
     return notes
@@ -252,17 +243,14 @@ def _gone(what: str, stage: str, task: int, reason: str) -> UsageError:
         remedy = "Submit the job again from its folder: that uploads its code again."
     elif "'files/" in reason:
         remedy = (
-            "Files that tasks have written expire where the stack says so (AttemptDays); run the "
-            "stage before it again."
+            "Files that tasks have written expire where the stack says so (AttemptDays); run the stage before it again."
         )
     elif "'raw/" in reason:
         remedy = "Submit the job again: that uploads its input again."
     else:
         remedy = f"`batchlab job show-task JOB {task_name(stage, task)}` shows what is left of it."
     text = reason.rstrip(".")
-    return UsageError(
-        f"The {what} of {task_name(stage, task)} cannot be had: {text}.", remedy=remedy
-    )
+    return UsageError(f"The {what} of {task_name(stage, task)} cannot be had: {text}.", remedy=remedy)
 
 
 def room(folder: Path) -> None:
@@ -272,8 +260,7 @@ def room(folder: Path) -> None:
         if folder.is_dir() and any(folder.iterdir()):
             if not ((folder / object_keys.MADE).is_file() and (folder / TASK).is_file()):
                 raise UsageError(
-                    f"{folder} is not empty, and not the folder of a task.",
-                    remedy="Name another folder with --keep.",
+                    f"{folder} is not empty, and not the folder of a task.", remedy="Name another folder with --keep."
                 )
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)

@@ -107,10 +107,7 @@ def write(told: Told) -> None:
     doc = {
         "v": VERSION,
         **{name: value for name, value in json_format.fields(told).items() if name != "folder"},
-        "request": {
-            key: one.removeprefix(root) if isinstance(one, str) else one
-            for key, one in told.request.items()
-        },
+        "request": {key: one.removeprefix(root) if isinstance(one, str) else one for key, one in told.request.items()},
         "item": values.replace(told.item, lambda ref: _moved(ref, lambda p: p.removeprefix(root))),
     }
     (told.folder / TASK).write_text(json.dumps(doc, indent=2) + "\n")
@@ -188,11 +185,7 @@ class Verdict:
         """Return the result as lines for the user."""
         if not self.differences:
             return [self.sentence]
-        return [
-            self.sentence,
-            "What is known to be different here:",
-            *(f"  - {one}" for one in self.differences),
-        ]
+        return [self.sentence, "What is known to be different here:", *(f"  - {one}" for one in self.differences)]
 
 
 def failure_of(told: dict[str, Any] | None) -> Failure | None:
@@ -213,12 +206,7 @@ def judge(told: Told, ended: Ended, environ: Mapping[str, str] = os.environ) -> 
 
 
 def _word(
-    told: Told,
-    ended: Ended,
-    there: Failure | None,
-    here: Failure | None,
-    print_here: str,
-    print_there: str,
+    told: Told, ended: Ended, there: Failure | None, here: Failure | None, print_here: str, print_there: str
 ) -> tuple[str, str]:
     name = told.name
     if ended.left:
@@ -227,13 +215,10 @@ def _word(
         if print_here == print_there:
             return SAME, f"{name} failed the same way as on the grid ({print_here}): {here.reason}"
         return DIFFERENT, (
-            f"{name} failed differently. Here ({print_here}): {here.reason} On the grid "
-            f"({print_there}): {there.reason}"
+            f"{name} failed differently. Here ({print_here}): {here.reason} On the grid ({print_there}): {there.reason}"
         )
     if there:
-        return NOT_AT_ALL, (
-            f"{name} did not fail here. On the grid it did ({print_there}): {there.reason}"
-        )
+        return NOT_AT_ALL, (f"{name} did not fail here. On the grid it did ({print_there}): {there.reason}")
     on_grid = "succeeded" if told.state == "SUCCEEDED" else "has not come to an end"
     if here:
         return FAILED, f"{name} failed here ({print_here}): {here.reason} On the grid it {on_grid}."
@@ -259,17 +244,14 @@ def text(told: Told, given: str) -> str:
     """Return the text of the README. `given` describes the input."""
     script = f"{shlex.quote(sys.executable)} {shlex.quote(str(told.folder / RUN))}"
     what = "Its command" if told.is_command else f"The handler `{told.request['handler']}`"
-    files = (
-        f"`{EXECUTION}/{told.task}/in`" if _has_files(told) else f"`item` in `task.json`: {given}"
-    )
+    files = f"`{EXECUTION}/{told.task}/in`" if _has_files(told) else f"`item` in `task.json`: {given}"
     lines = [
         f"# {told.name} of {told.job}",
         "",
         f"Attempt {told.attempt} of round {told.round}, to be run again here. {_on_grid(told)}",
         "Nothing of a run here reaches the grid.",
         "",
-        f"- {what}, code in `{CODE}/`"
-        + ("" if told.request["code"] else " (the job brought none)"),
+        f"- {what}, code in `{CODE}/`" + ("" if told.request["code"] else " (the job brought none)"),
         f"- input: {given}" + (f", in {files}" if _has_files(told) else ""),
         f"- limits on the grid: {limits(told)}; a run by `{RUN}` has none",
         "",

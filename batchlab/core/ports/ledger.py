@@ -14,16 +14,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, overload
 
 from batchlab.core.job_definition import JobDef
-from batchlab.core.model import (
-    Bundle,
-    Completion,
-    Control,
-    JobId,
-    JobState,
-    StageCounts,
-    StageName,
-    TaskSet,
-)
+from batchlab.core.model import Bundle, Completion, Control, JobId, JobState, StageCounts, StageName, TaskSet
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,9 +311,7 @@ class Ledger(Protocol):
     async def job(self, job: JobId) -> JobRecord:
         """Return one job. Raise NotFound if it does not exist."""
 
-    async def jobs(
-        self, *, active: bool = False, limit: int = 100, before: str | None = None
-    ) -> Sequence[JobRecord]:
+    async def jobs(self, *, active: bool = False, limit: int = 100, before: str | None = None) -> Sequence[JobRecord]:
         """Return jobs, newest first by (submitted_s, id). `active` excludes jobs that have ended.
 
         `before` is the id of the last job of the previous page. Raise NotFound if it does not

@@ -51,9 +51,7 @@ class ObjectInfo:
 class Objects(Protocol):
     """A bucket with read-after-write consistency. Keys are UTF-8, `/`-separated, without `..`."""
 
-    async def put(
-        self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None
-    ) -> str:
+    async def put(self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> str:
         """Store `data` and return its ETag.
 
         With `if_absent`, raise AlreadyExists if the object exists. With `if_match`, raise
@@ -166,21 +164,14 @@ class Queue(Protocol):
         """Send up to 10 messages. After an exception, some may have been sent."""
 
     async def receive(
-        self,
-        queue: str,
-        *,
-        max_messages: int = 10,
-        wait_s: float = 20.0,
-        visibility_s: float | None = None,
+        self, queue: str, *, max_messages: int = 10, wait_s: float = 20.0, visibility_s: float | None = None
     ) -> Sequence[Message]:
         """Receive up to `max_messages` (≤ 10), and wait up to `wait_s` (≤ 20) for the first."""
 
     async def delete(self, queue: str, receipts: Sequence[str]) -> Sequence[str]:
         """Delete up to 10 messages, and return the receipts that were refused."""
 
-    async def change_visibility(
-        self, queue: str, changes: Sequence[tuple[str, float]]
-    ) -> Sequence[str]:
+    async def change_visibility(self, queue: str, changes: Sequence[tuple[str, float]]) -> Sequence[str]:
         """Set up to 10 visibility timeouts, as (receipt, seconds from now), and return the receipts
         that were refused."""
 
@@ -214,9 +205,7 @@ class Fleet(Protocol):
     async def set_desired(self, pool: str, desired: int, *, cause: str) -> None:
         """Set the desired capacity. Raise Refused if it is outside [min, max]."""
 
-    async def terminate(
-        self, pool: str, instances: Sequence[str], *, decrement: bool, cause: str
-    ) -> None:
+    async def terminate(self, pool: str, instances: Sequence[str], *, decrement: bool, cause: str) -> None:
         """Terminate the instances gracefully. With `decrement`, desired capacity falls as well."""
 
     async def protect(self, pool: str, instances: Sequence[str], *, on: bool) -> None:

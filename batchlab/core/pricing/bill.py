@@ -104,10 +104,7 @@ def bill(
     account = account or Account(is_whole=False)
     derived = not account.is_whole
     if derived:
-        notes.append(
-            f"not all of its instance time was counted: derived from task times, with "
-            f"{UNUSED:.0%} of it idle"
-        )
+        notes.append(f"not all of its instance time was counted: derived from task times, with {UNUSED:.0%} of it idle")
     used: dict[str, Billed] = {}
     items: list[Item] = []
     for name, facts in pools.items():
@@ -123,9 +120,7 @@ def bill(
     items += _requests(account, used, pace or Pace(), book, notes)
     if stored_bytes is not None:
         month = stored_bytes / GB * book.of("s3", "usd_per_gb_month")
-        items.append(
-            Item("S3 storage", Usd.exactly(month), f"{stored_bytes / GB:,.3f} GB for a month")
-        )
+        items.append(Item("S3 storage", Usd.exactly(month), f"{stored_bytes / GB:,.3f} GB for a month"))
     if moved is not None:
         items += _moved(moved, account, book, notes)
     day = max(block.date for block in book.blocks.values()).isoformat()
@@ -133,9 +128,7 @@ def bill(
     return Bill(tuple(items), tuple(notes), said)
 
 
-def seconds(
-    pool: str, facts: PoolFacts, stages: Sequence[StageUse], account: Account | None
-) -> Billed:
+def seconds(pool: str, facts: PoolFacts, stages: Sequence[StageUse], account: Account | None) -> Billed:
     """Return the billed seconds of one pool's instances.
 
     They are derived if not all of them were counted.
@@ -187,11 +180,7 @@ def _hours(seconds: float) -> str:
 
 
 def _requests(
-    account: Account,
-    used: Mapping[str, Billed],
-    pace: Pace,
-    book: PriceBook,
-    notes: list[str],
+    account: Account, used: Mapping[str, Billed], pace: Pace, book: PriceBook, notes: list[str]
 ) -> list[Item]:
     counted = account.requests
     if counted:

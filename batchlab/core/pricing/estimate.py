@@ -128,10 +128,7 @@ def bundles_of(tasks: int, slots: int, mean_s: float, fixed: int | None) -> int:
 
 
 def loads(
-    stages: Sequence[StageDef],
-    root_tasks: int,
-    seconds: Mapping[str, Three],
-    given: Mapping[str, int],
+    stages: Sequence[StageDef], root_tasks: int, seconds: Mapping[str, Three], given: Mapping[str, int]
 ) -> tuple[list[StageLoad], list[str]]:
     """Return the work of each stage, and the assumptions.
 
@@ -228,12 +225,7 @@ class _Case:
     """One of the three cases. `which` is 0 for the best and 2 for the worst."""
 
     def __init__(
-        self,
-        which: int,
-        stages: Sequence[StageLoad],
-        pools: Sequence[PoolPlan],
-        policy: Policy,
-        input_files: int,
+        self, which: int, stages: Sequence[StageLoad], pools: Sequence[PoolPlan], policy: Policy, input_files: int
     ) -> None:
         self.which = which
         self._stages = stages

@@ -12,15 +12,7 @@ from dataclasses import dataclass
 from batchlab.core.errors import UsageError
 from batchlab.core.model import Market
 from batchlab.core.pricing import request_costs
-from batchlab.core.pricing.price_book import (
-    HOURS_A_MONTH,
-    WORKER_DISK_GB,
-    Item,
-    PriceBook,
-    Usd,
-    range_json,
-    total,
-)
+from batchlab.core.pricing.price_book import HOURS_A_MONTH, WORKER_DISK_GB, Item, PriceBook, Usd, range_json, total
 
 EGRESS = (request_costs.ENDPOINTS, request_costs.NAT)
 LEDGERS = ("sqlite", "postgres", "simpledb")
@@ -121,11 +113,7 @@ class Hourly:
 
 
 def hourly_cost(
-    parameters: Mapping[str, object],
-    prices: PriceBook,
-    *,
-    region: str = "",
-    shape: StackShape | None = None,
+    parameters: Mapping[str, object], prices: PriceBook, *, region: str = "", shape: StackShape | None = None
 ) -> Hourly:
     """Return the hourly cost of a stack with these parameters in `region`.
 
@@ -208,17 +196,12 @@ def _network(p: Mapping[str, object], prices: PriceBook, shape: StackShape) -> l
     return [Item("VPC endpoints", Usd.exactly(usd), f"{count} in each of {zones} zones")]
 
 
-def _monthly(
-    p: Mapping[str, object], prices: PriceBook, shape: StackShape, pools: int
-) -> list[Item]:
+def _monthly(p: Mapping[str, object], prices: PriceBook, shape: StackShape, pools: int) -> list[Item]:
     secrets = shape.secrets + (p.get("Ledger") == "postgres")
     alarms = shape.alarms + shape.pool_alarms * max(1, pools)
     of_secrets = prices.of("secrets", "usd_per_secret_month") * secrets / HOURS_A_MONTH
     of_alarms = prices.of("cloudwatch", "usd_per_alarm_month") * alarms / HOURS_A_MONTH
-    return [
-        Item("secrets", Usd.exactly(of_secrets), f"{secrets}"),
-        Item("alarms", Usd.exactly(of_alarms), f"{alarms}"),
-    ]
+    return [Item("secrets", Usd.exactly(of_secrets), f"{secrets}"), Item("alarms", Usd.exactly(of_alarms), f"{alarms}")]
 
 
 def _disk_usd_h(prices: PriceBook, size_gb: float) -> float:
@@ -236,9 +219,7 @@ def _workers(p: Mapping[str, object], prices: PriceBook) -> list[Worker]:
         prefix = key.removesuffix("InstanceTypes")
         names = [one.strip() for one in str(p[key]).split(",") if one.strip()]
         if not names:
-            raise UsageError(
-                f"{key} names no instance type.", remedy="Write for example m7i.large."
-            )
+            raise UsageError(f"{key} names no instance type.", remedy="Write for example m7i.large.")
         # The template's defaults are an on-demand base of 0 and Spot for all other instances.
         percent = _number(p, f"{prefix}OnDemandPercent", 0.0)
         disk = Usd.exactly(_disk_usd_h(prices, _number(p, f"{prefix}DiskGiB", WORKER_DISK_GB)))

@@ -142,11 +142,7 @@ BLOCKS: Mapping[str, Sequence[str]] = {
 }
 """Names of the prices in each block."""
 
-TABLES: Mapping[str, str] = {
-    "on_demand": "usd_per_hour",
-    "rds": "usd_per_hour",
-    "spot": "usd_per_hour",
-}
+TABLES: Mapping[str, str] = {"on_demand": "usd_per_hour", "rds": "usd_per_hour", "spot": "usd_per_hour"}
 """Blocks with a table of prices by instance type or class. The table of `spot` is optional."""
 
 AS_IF = "m7i.large"
@@ -191,8 +187,7 @@ class PriceBook:
         if others:
             names = ", ".join(n for n, b in self.blocks.items() if b.region != region)
             raise UsageError(
-                f"The price book has no prices for {region}: its blocks {names} are of "
-                f"{', '.join(others)}.",
+                f"The price book has no prices for {region}: its blocks {names} are of {', '.join(others)}.",
                 remedy=f"Write those of {region} into a {NAME} in the grid's folder. {HOW}",
             )
         return self
@@ -237,9 +232,7 @@ class PriceBook:
             return float(known.table[name])
         near = difflib.get_close_matches(name, known.table, n=3)
         hint = f"Did you mean {' or '.join(near)}? " if near else ""
-        raise UsageError(
-            f"The price book of {known.region} has no {kind} {name!r}.", remedy=f"{hint}{HOW}"
-        )
+        raise UsageError(f"The price book of {known.region} has no {kind} {name!r}.", remedy=f"{hint}{HOW}")
 
 
 def load(home: Path | None = None) -> PriceBook:
@@ -263,8 +256,7 @@ def read(path: Path) -> PriceBook:
         doc = tomllib.loads(path.read_text())
     except OSError as error:
         raise UsageError(
-            f"{path} cannot be read: {error.strerror}.",
-            remedy="Name a file that is there and can be read.",
+            f"{path} cannot be read: {error.strerror}.", remedy="Name a file that is there and can be read."
         ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not TOML: {error}.", remedy="Put that line right.") from error
@@ -301,8 +293,7 @@ def _block(path: Path, name: str, doc: Any) -> Block:
     # datetime is a subclass of date in Python.
     if type(doc.get("date")) is not date:
         raise UsageError(
-            f"{path}: [{name}] does not say of which day its prices are.",
-            remedy="Write date = 2026-07-20.",
+            f"{path}: [{name}] does not say of which day its prices are.", remedy="Write date = 2026-07-20."
         )
     table_name = TABLES.get(name)
     table = doc.get(table_name, {} if name == "spot" else None) if table_name else {}
@@ -324,17 +315,14 @@ def _block(path: Path, name: str, doc: Any) -> Block:
 def _number(path: Path, block: str, key: str, value: Any) -> Any:
     # bool is a subclass of int in Python.
     if type(value) not in (int, float) or not 0 <= value < 1e9:
-        raise UsageError(
-            f"{path}: {key} of [{block}] is {value!r}, not a price at or above 0.", remedy=HOW
-        )
+        raise UsageError(f"{path}: {key} of [{block}] is {value!r}, not a price at or above 0.", remedy=HOW)
     return float(value)
 
 
 def _range(path: Path, block: str, key: str, value: Any) -> Any:
     if not isinstance(value, list) or len(value) != 3:
         raise UsageError(
-            f"{path}: {key} of [{block}] is {value!r}, not the lowest, typical and highest price.",
-            remedy=HOW,
+            f"{path}: {key} of [{block}] is {value!r}, not the lowest, typical and highest price.", remedy=HOW
         )
     found = tuple(_number(path, block, key, one) for one in value)
     if list(found) != sorted(found):
@@ -349,9 +337,7 @@ def _check_spot(path: Path, prices: Mapping[str, float]) -> None:
     found = [prices[key] for key in BLOCKS["spot"]]
     if found != sorted(found) or found[-1] > 1:
         raise UsageError(
-            f"{path}: the discounts of [spot] must be shares of 1, from the smallest to the "
-            f"largest.",
-            remedy=HOW,
+            f"{path}: the discounts of [spot] must be shares of 1, from the smallest to the largest.", remedy=HOW
         )
 
 

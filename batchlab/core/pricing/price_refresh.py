@@ -22,9 +22,7 @@ SMALL = ("region", "instance_type", "linux_on_demand_usd_per_hour")
 """Columns of a small CSV."""
 FORMS = (
     "Give the offer file of AmazonEC2, AmazonRDS or AWSDataTransfer from AWS's price list (CSV or "
-    "JSON), the output of `aws ec2 describe-spot-price-history`, or a CSV with the columns "
-    + ",".join(SMALL)
-    + "."
+    "JSON), the output of `aws ec2 describe-spot-price-history`, or a CSV with the columns " + ",".join(SMALL) + "."
 )
 _METADATA_ROWS = 5
 
@@ -82,8 +80,7 @@ def find(path: Path, *, region: str = "", day: date | None = None) -> Found:
             return _of_csv(csv.reader(file), path, region, day)
     except OSError as error:
         raise UsageError(
-            f"{path} cannot be read: {error.strerror}.",
-            remedy="Name a file that is there and can be read.",
+            f"{path} cannot be read: {error.strerror}.", remedy="Name a file that is there and can be read."
         ) from error
     except (ValueError, csv.Error) as error:
         raise UsageError(f"{path} cannot be read as prices: {error}.", remedy=FORMS) from error
@@ -104,9 +101,7 @@ def _of_csv(rows: Iterator[list[str]], path: Path, region: str, day: date | None
         return _small((dict(zip(SMALL, row, strict=True)) for row in rows), path, region, day)
     if first[:1] != ["FormatVersion"]:
         raise UsageError(f"{path} is not a list of prices.", remedy=FORMS)
-    facts = {
-        row[0]: row[1] for row in [next(rows, []) for _ in range(_METADATA_ROWS - 1)] if row[1:]
-    }
+    facts = {row[0]: row[1] for row in [next(rows, []) for _ in range(_METADATA_ROWS - 1)] if row[1:]}
     columns = [_plain(name) for name in next(rows, [])]
     found = (dict(zip(columns, row, strict=False)) for row in rows)
     published = facts.get("Publication Date", "")
@@ -116,8 +111,7 @@ def _of_csv(rows: Iterator[list[str]], path: Path, region: str, day: date | None
 def _small(rows: Iterable[Mapping[str, str]], path: Path, region: str, day: date | None) -> Found:
     if day is None:
         raise UsageError(
-            f"{path} does not say of which day its prices are.",
-            remedy="Say it with --date, as in --date 2026-07-20.",
+            f"{path} does not say of which day its prices are.", remedy="Say it with --date, as in --date 2026-07-20."
         )
     table: dict[str, dict[str, float]] = {}
     for row in rows:
@@ -132,28 +126,17 @@ def _small(rows: Iterable[Mapping[str, str]], path: Path, region: str, day: date
 _OFFERS: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "AmazonEC2": (
         "on_demand",
-        {
-            "operatingsystem": "Linux",
-            "tenancy": "Shared",
-            "preinstalledsw": "NA",
-            "capacitystatus": "Used",
-        },
+        {"operatingsystem": "Linux", "tenancy": "Shared", "preinstalledsw": "NA", "capacitystatus": "Used"},
     ),
     "AmazonRDS": (
         "rds",
-        {
-            "databaseengine": "PostgreSQL",
-            "deploymentoption": "Single-AZ",
-            "productfamily": "Database Instance",
-        },
+        {"databaseengine": "PostgreSQL", "deploymentoption": "Single-AZ", "productfamily": "Database Instance"},
     ),
 }
 """Block of each offer, and the attributes that a row must have."""
 
 
-def _offer(
-    code: str, published: str, rows: Iterable[Mapping[str, str]], path: Path, region: str
-) -> Found:
+def _offer(code: str, published: str, rows: Iterable[Mapping[str, str]], path: Path, region: str) -> Found:
     if code == "AWSDataTransfer":
         return _transfer(published, rows, path, region)
     if code not in _OFFERS:
@@ -253,10 +236,7 @@ def _spot(history: Iterable[Mapping[str, Any]], path: Path, region: str) -> Foun
         seen.setdefault(place, {}).setdefault(str(one.get("InstanceType")), []).append(usd_h)
         newest = max(newest, str(one.get("Timestamp", "")))
     region = _only_region(seen, path, region)
-    table = {
-        name: (min(found), statistics.median(found), max(found))
-        for name, found in seen[region].items()
-    }
+    table = {name: (min(found), statistics.median(found), max(found)) for name, found in seen[region].items()}
     source = f"Spot price history, {path.name}: lowest, median and highest of each type"
     return Found("spot", region, _day(newest, path), source, table)
 
@@ -268,13 +248,10 @@ def _only_region(table: Mapping[str, Any], path: Path, region: str) -> str:
     if not table:
         raise UsageError(f"{path} has no price that the price book has a place for.", remedy=FORMS)
     if region and region not in table:
-        raise UsageError(
-            f"{path} has no prices for {region}.", remedy=f"It has {', '.join(sorted(table))}."
-        )
+        raise UsageError(f"{path} has no prices for {region}.", remedy=f"It has {', '.join(sorted(table))}.")
     if not region and len(table) > 1:
         raise UsageError(
-            f"{path} has prices for {len(table)} regions.",
-            remedy=f"Say --region; it has {', '.join(sorted(table))}.",
+            f"{path} has prices for {len(table)} regions.", remedy=f"Say --region; it has {', '.join(sorted(table))}."
         )
     return region or next(iter(table))
 
@@ -293,6 +270,4 @@ def _day(text: str, path: Path) -> date:
     try:
         return datetime.fromisoformat(text).date()
     except ValueError:
-        raise UsageError(
-            f"{path} does not say of which day its prices are.", remedy=FORMS
-        ) from None
+        raise UsageError(f"{path} does not say of which day its prices are.", remedy=FORMS) from None

@@ -111,9 +111,7 @@ class Tally:
     def read(self) -> Requests:
         """Return the current counts."""
         with self._lock:
-            return Requests(
-                self._sqs, self._empty, self._puts, self._gets, self._deletes, self._sqs_bytes
-            )
+            return Requests(self._sqs, self._empty, self._puts, self._gets, self._deletes, self._sqs_bytes)
 
 
 PER_BUNDLE = Requests(sqs=7.5, s3_puts=1.5, s3_gets=1.0)
@@ -156,10 +154,7 @@ def of_workers(busy_s: float, bundle_s: float, pace: Pace) -> Requests:
     """
     extended = busy_s / (pace.visibility_s / 3) if bundle_s > pace.visibility_s / 3 else 0.0
     beats = busy_s / pace.beat_s if bundle_s > pace.beat_s else 0.0
-    return Requests(
-        sqs=extended + beats * EVENT_REQUESTS,
-        s3_gets=busy_s * LOOKS_A_LEASE / pace.control_lease_s,
-    )
+    return Requests(sqs=extended + beats * EVENT_REQUESTS, s3_gets=busy_s * LOOKS_A_LEASE / pace.control_lease_s)
 
 
 def of_idle_workers(idle_s: float) -> Requests:
@@ -269,7 +264,5 @@ def rates(prices: PriceBook, egress: str) -> str:
         return f"{said}, {shown(prices.of('network', 'endpoint_usd_per_gb'))} through endpoints"
     if egress == NAT:
         low, _, high = nat_usd_gb(prices)
-        return (
-            f"{said}, {shown(low)} through NAT and {shown(high)} where it comes from another zone"
-        )
+        return f"{said}, {shown(low)} through NAT and {shown(high)} where it comes from another zone"
     return said

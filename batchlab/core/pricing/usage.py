@@ -24,11 +24,7 @@ K = TypeVar("K")
 HEARD_KEPT = 20_000
 """Maximum number of processes whose request counts are stored. The process without a report for the
 longest time is dropped first."""
-_FREE = {
-    LifecycleState.TERMINATED,
-    LifecycleState.WARMED_STOPPED,
-    LifecycleState.WARMED_HIBERNATED,
-}
+_FREE = {LifecycleState.TERMINATED, LifecycleState.WARMED_STOPPED, LifecycleState.WARMED_HIBERNATED}
 """States in which AWS does not bill an instance."""
 
 
@@ -204,11 +200,7 @@ class Meter:
         return bool(gone)
 
     def hear(
-        self,
-        process: str,
-        so_far: Requests,
-        shares: Mapping[JobId, float],
-        accounts: Mapping[JobId, Account],
+        self, process: str, so_far: Requests, shares: Mapping[JobId, float], accounts: Mapping[JobId, Account]
     ) -> None:
         """Count the requests of a process, which reports its total since its start.
 

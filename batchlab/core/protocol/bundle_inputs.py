@@ -25,15 +25,7 @@ from batchlab.core.model import Bundle, BundleId, JobId, Json, Outcome, StageNam
 from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Objects
 from batchlab.core.protocol import commit_keys, json_format, object_keys, values
-from batchlab.core.protocol.field_checks import (
-    MOST_TASKS,
-    UNREADABLE,
-    bundle_name,
-    listed,
-    name,
-    text,
-    whole,
-)
+from batchlab.core.protocol.field_checks import MOST_TASKS, UNREADABLE, bundle_name, listed, name, text, whole
 from batchlab.core.protocol.object_keys import CommitKey
 from batchlab.core.text import count
 
@@ -93,9 +85,7 @@ class Manifest:
                 )
             )
         except UNREADABLE as error:
-            raise Malformed(
-                f"A stage's plan cannot be read: {json_format.brief(error)}."
-            ) from error
+            raise Malformed(f"A stage's plan cannot be read: {json_format.brief(error)}.") from error
 
 
 def _consistent(plan: Manifest) -> Manifest:
@@ -242,9 +232,7 @@ class Inputs:
             self._manifests.popitem(last=False)
         return manifest
 
-    async def _part(
-        self, job: JobDef, bundle: Bundle, manifest: Manifest, number: int
-    ) -> Sequence[Json]:
+    async def _part(self, job: JobDef, bundle: Bundle, manifest: Manifest, number: int) -> Sequence[Json]:
         key = object_keys.part(bundle.job, bundle.stage, manifest.round, manifest.part(number))
         if key not in self._parts:
             try:
@@ -277,10 +265,7 @@ def _whole(key: str, data: bytes, read: Callable[[bytes], T]) -> T:
 
 def _items(name: str, data: bytes) -> Sequence[Json]:
     """Return the items of the part of a plan with that name, which is the digest of its content."""
-    if (
-        len(name) == len(object_keys.digest_object_keys(b""))
-        and object_keys.digest_object_keys(data) != name
-    ):
+    if len(name) == len(object_keys.name_digest(b"")) and object_keys.name_digest(data) != name:
         raise Malformed("It is not the content that it is named by.")
     try:
         return listed(json_format.loads(data)["items"])
@@ -350,8 +335,7 @@ class Own:
         name = reference.get(values.kind(reference) or "")
         if not isinstance(name, str) or not self._has(name):
             raise ForeignReference(
-                f"A reference names {str(name)[:200]!r}, which is not an object of job "
-                f"{self._job}.",
+                f"A reference names {str(name)[:200]!r}, which is not an object of job {self._job}.",
                 remedy="No task writes such a reference by itself; see who may write the bucket.",
             )
         return name
@@ -372,9 +356,7 @@ class Own:
     def _has(self, key: str) -> bool:
         if key in self._keys:
             return True
-        return key.startswith(self._prefixes) and not any(
-            part in ("", ".", "..") for part in key.split("/")
-        )
+        return key.startswith(self._prefixes) and not any(part in ("", ".", "..") for part in key.split("/"))
 
 
 def is_python(job: JobDef) -> bool:

@@ -30,15 +30,7 @@ from batchlab.core.ports import Cut, Ids, Objects
 from batchlab.core.protocol import json_format, object_keys
 from batchlab.core.protocol.field_checks import UNREADABLE, listed
 from batchlab.core.protocol.messages import Events
-from batchlab.core.protocol.object_keys import (
-    UNSEALED,
-    CommitKey,
-    commit_key,
-    digest,
-    opens,
-    proof,
-    summary,
-)
+from batchlab.core.protocol.object_keys import UNSEALED, CommitKey, commit_key, digest, opens, proof, summary
 
 KEPT = 4096
 """Maximum number of keys in memory."""
@@ -58,9 +50,7 @@ async def _once(call: Callable[[], Awaitable[T]]) -> T:
 class CommitKeys:
     """Commit keys of one grid. The secret is read at the first use."""
 
-    def __init__(
-        self, objects: Objects, patience: Patience | None = None, ids: Ids | None = None
-    ) -> None:
+    def __init__(self, objects: Objects, patience: Patience | None = None, ids: Ids | None = None) -> None:
         """Without `patience`, failed calls are not retried. With `ids`, which a manager passes, a
         missing secret is created."""
         self._objects = objects

@@ -17,15 +17,7 @@ from batchlab.core.atomic_write import check_key
 
 T = TypeVar("T")
 
-UNREADABLE = (
-    AttributeError,
-    IndexError,
-    KeyError,
-    OverflowError,
-    RecursionError,
-    TypeError,
-    ValueError,
-)
+UNREADABLE = (AttributeError, IndexError, KeyError, OverflowError, RecursionError, TypeError, ValueError)
 """Exceptions that a malformed document causes. Every reader turns them into Malformed."""
 
 MOST_TASKS = 1 << 40
@@ -166,9 +158,7 @@ def figures(value: Any, most: float = MOST_S) -> tuple[float, ...]:
     # Loops in C are faster than one in Python, and `sum` is faster than `max`. `json_format.loads`
     # has already refused NaN.
     if found and not (
-        _NUMBERS.issuperset(map(type, found))
-        and min(found) >= 0
-        and (sum(found) <= most or max(found) <= most)
+        _NUMBERS.issuperset(map(type, found)) and min(found) >= 0 and (sum(found) <= most or max(found) <= most)
     ):
         raise ValueError(f"numbers from 0 to {most:g} are expected")
     return found
@@ -229,10 +219,7 @@ def shallow(values: Sequence[Any]) -> None:
         if kinds.isdisjoint(_CONTAINERS):
             return
         layer = [
-            inner
-            for one in layer
-            if type(one) in _CONTAINERS
-            for inner in (one.values() if type(one) is dict else one)
+            inner for one in layer if type(one) in _CONTAINERS for inner in (one.values() if type(one) is dict else one)
         ]
     raise ValueError(f"a value is nested deeper than {MOST_DEPTH} levels")
 

@@ -69,9 +69,7 @@ FAILURE_KINDS = frozenset(kind.value for kind in FailureKind)
 WORDS = frozenset(word.value for word in Control)
 NO_TASKS = TaskSet()
 # Cycles are detected earlier, when values are encoded.
-_encode = json.JSONEncoder(
-    separators=(",", ":"), ensure_ascii=False, allow_nan=False, check_circular=False
-).encode
+_encode = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False, check_circular=False).encode
 
 
 def dumps(value: Json) -> str:
@@ -231,20 +229,14 @@ def _span_from_json(doc: Sequence[Any]) -> tuple[int, int, int]:
 
 
 def check_parts(
-    bundle: Bundle,
-    succeeded: TaskSet,
-    failed: TaskSet,
-    cancelled: TaskSet,
-    follows: Sequence[Follow],
+    bundle: Bundle, succeeded: TaskSet, failed: TaskSet, cancelled: TaskSet, follows: Sequence[Follow]
 ) -> None:
     """Raise ValueError unless every task of the bundle has exactly one result.
 
     A task succeeded, failed for good, was canceled, or is in one follow-up of the same stage (see
     `settlement.settle`).
     """
-    if succeeded.ranges == bundle.tasks.ranges and not (
-        follows or failed.ranges or cancelled.ranges
-    ):
+    if succeeded.ranges == bundle.tasks.ranges and not (follows or failed.ranges or cancelled.ranges):
         return
     parts = [succeeded]
     if failed.ranges:
@@ -514,13 +506,10 @@ def _job_from_json(doc: dict[str, Any]) -> JobDef:
         split = SplitBy(source["split"])
         made = fitted(InputDef(tuple(source["keys"]), split, source["size"], source["header"]))
     notify = tuple(
-        fitted(NotifyDef(**{**known(NotifyDef, one), "on": tuple(one["on"])}))
-        for one in fields.pop("notify", ())
+        fitted(NotifyDef(**{**known(NotifyDef, one), "on": tuple(one["on"])})) for one in fields.pop("notify", ())
     )
     name(fields["id"])
-    return fitted(
-        JobDef(**fields, stages=stages, input=made, params=params, tags=tags, notify=notify)
-    )
+    return fitted(JobDef(**fields, stages=stages, input=made, params=params, tags=tags, notify=notify))
 
 
 def _stage_from_json(doc: dict[str, Any]) -> StageDef:

@@ -228,9 +228,7 @@ def events_message(e: Events) -> str:
     if e.outcomes:
         texts["o"] = f"[{','.join(map(outcome_text, e.outcomes))}]"
     if e.asked:
-        texts["q"] = dumps(
-            [[a.worker, a.instance, a.is_spot, *astuple(a.requests)] for a in e.asked]
-        )
+        texts["q"] = dumps([[a.worker, a.instance, a.is_spot, *astuple(a.requests)] for a in e.asked])
     if e.duplicates:
         texts["d"] = dumps([list(astuple(d)) for d in e.duplicates])
     if e.told:
@@ -290,9 +288,7 @@ def _asked_from_json(doc: Sequence[Any]) -> Asked:
 
 def _duplicate_from_json(doc: Sequence[Any]) -> Duplicate:
     job, stage, kind, execution, slot_s, *_ = listed(doc)
-    return Duplicate(
-        JobId(name(job)), StageName(name(stage)), label(kind), label(execution), figure(slot_s)
-    )
+    return Duplicate(JobId(name(job)), StageName(name(stage)), label(kind), label(execution), figure(slot_s))
 
 
 def _told_from_json(doc: Sequence[Any]) -> Told:
@@ -302,12 +298,7 @@ def _told_from_json(doc: Sequence[Any]) -> Told:
 
 def _trace_from_json(doc: Sequence[Any]) -> tuple[JobId, StageName, BundleId, str]:
     job, stage, bundle, trace = listed(doc)
-    return (
-        JobId(name(job)),
-        StageName(name(stage)),
-        BundleId(bundle_name(bundle)),
-        text(trace, MOST_TRACE),
-    )
+    return (JobId(name(job)), StageName(name(stage)), BundleId(bundle_name(bundle)), text(trace, MOST_TRACE))
 
 
 def _key_from_json(value: Any) -> str:
@@ -359,9 +350,7 @@ class Tail:
 
 
 def to_bytes(tails: list[Tail]) -> bytes:
-    return json_format.to_bytes(
-        {"v": json_format.VERSION, "tails": [json_format.fields(one) for one in tails]}
-    )
+    return json_format.to_bytes({"v": json_format.VERSION, "tails": [json_format.fields(one) for one in tails]})
 
 
 def from_bytes(data: bytes) -> list[Tail]:

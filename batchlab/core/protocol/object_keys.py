@@ -206,7 +206,7 @@ def manifest(job: JobId, stage: StageName, round: int) -> str:
     return f"jobs/{job}/{stage}/plan/{round:04d}/manifest.json"
 
 
-def digest_object_keys(data: bytes) -> str:
+def name_digest(data: bytes) -> str:
     """Return the name of an object that is named by its content."""
     return hashlib.sha256(data).hexdigest()[:32]
 

@@ -216,9 +216,7 @@ def bisect(bundle: Bundle, *, execution: str, worker: str, now_s: float) -> Outc
     """
     first, second = bundle.tasks.halves()
     halves = [replace(bundle, tasks=part, losses=1) for part in (first, second)]
-    return Outcome(
-        bundle, execution, worker, now_s, now_s, follows=tuple(Follow(half) for half in halves)
-    )
+    return Outcome(bundle, execution, worker, now_s, now_s, follows=tuple(Follow(half) for half in halves))
 
 
 def poisoned(bundle: Bundle, reason: str, *, execution: str, worker: str, now_s: float) -> Outcome:
@@ -244,10 +242,7 @@ def unreadable(job: JobDef, bundle: Bundle, reason: str, *, now_s: float) -> Out
 def vanished(bundle: Bundle, error: str) -> list[Ran]:
     """Return the results of tasks whose input does not exist."""
     reason = f"its input is gone: {error}"
-    return [
-        Ran(task, 0.0, failure=Failure(task, FailureKind.INPUT, reason, error="NotFound"))
-        for task in bundle.tasks
-    ]
+    return [Ran(task, 0.0, failure=Failure(task, FailureKind.INPUT, reason, error="NotFound")) for task in bundle.tasks]
 
 
 def sealed(bundle: Bundle, *, execution: str, worker: str, now_s: float) -> Outcome:

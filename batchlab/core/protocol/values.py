@@ -79,20 +79,12 @@ def file_ref(key: str, name: str, size: int) -> Json:
     return {"$file": key, "name": name, "size": size}
 
 
-def part_ref(
-    key: str, start: int, stop: int, *, name: str, header: tuple[int, int] | None = None
-) -> Json:
+def part_ref(key: str, start: int, stop: int, *, name: str, header: tuple[int, int] | None = None) -> Json:
     """Return a reference to the bytes [start, stop) of an object as one File.
 
     The bytes [a, b) of `header` come first.
     """
-    return {
-        "$part": key,
-        "start": start,
-        "stop": stop,
-        "header": list(header) if header else None,
-        "name": name,
-    }
+    return {"$part": key, "start": start, "stop": stop, "header": list(header) if header else None, "name": name}
 
 
 def value_ref(key: str, sha256: str | None = None) -> Json:
@@ -186,8 +178,7 @@ def encode(value: object, file: Callable[[File], Json] = no_files, *, what: str 
         where = what + "".join(path)
         raise NotAValue(
             f"{where} is {odd.what}.",
-            remedy="JSON knows null, true, false, numbers, text, lists and dicts; "
-            "a File may stand for anything else.",
+            remedy="JSON knows null, true, false, numbers, text, lists and dicts; a File may stand for anything else.",
         ) from None
 
 
@@ -296,9 +287,7 @@ def _pickle(value: object, file: Callable[[File], Json]) -> Json:
         raise
     except Exception as error:
         where = type_name(type(value))
-        raise NotAValue(
-            f"A value of type {where} cannot be pickled: {type(error).__name__}: {error}"
-        ) from error
+        raise NotAValue(f"A value of type {where} cannot be pickled: {type(error).__name__}: {error}") from error
     encoded = {"$pickle": base64.b64encode(buffer.getvalue()).decode()}
     return {**encoded, "files": files} if files else encoded
 
@@ -332,8 +321,7 @@ def decode(encoded: Json, file: Callable[[Json], Any], *, pickles: bool) -> Any:
     name = kind(encoded)
     if name is None:
         return {
-            key[1:] if key.startswith("$") else key: decode(one, file, pickles=pickles)
-            for key, one in encoded.items()
+            key[1:] if key.startswith("$") else key: decode(one, file, pickles=pickles) for key, one in encoded.items()
         }
     if name != "$pickle":
         return file(encoded)
@@ -415,10 +403,7 @@ def _names(template: Sequence[str]) -> Iterator[str]:
 
 
 def expand(
-    template: Sequence[str],
-    values: Mapping[str, str],
-    inputs: Sequence[str],
-    output: Callable[[str], str],
+    template: Sequence[str], values: Mapping[str, str], inputs: Sequence[str], output: Callable[[str], str]
 ) -> list[str]:
     """Return the arguments of a command.
 

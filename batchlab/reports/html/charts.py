@@ -83,9 +83,7 @@ def time_ticks(span_s: float) -> tuple[Tick, ...]:
     # Label half hours in hours: 0.5 h, 1 h, 1.5 h.
     unit_s = 3600.0 if unit_s == 60.0 and step_s >= 1800 else unit_s
     number = int(span_s / step_s * (1 + 1e-9))
-    return tuple(
-        Tick(n * step_s / span_s, time_label(n * step_s, unit_s)) for n in range(number + 1)
-    )
+    return tuple(Tick(n * step_s / span_s, time_label(n * step_s, unit_s)) for n in range(number + 1))
 
 
 def count_ticks(most: float, ticks: int = 4) -> tuple[float, tuple[Tick, ...]]:
@@ -306,6 +304,4 @@ def _box(x: float, y: float, width: float, height: float) -> str:
 def cells(runs: Iterable[tuple[int, int, float]], bins: int, height: float) -> str:
     """Return the path of equal cells in lanes: (first bin, bin after the last, top of the lane)."""
     width = WIDTH / bins
-    return "".join(
-        _box(first * width, top, (after - first) * width, height) for first, after, top in runs
-    )
+    return "".join(_box(first * width, top, (after - first) * width, height) for first, after, top in runs)

@@ -130,8 +130,7 @@ def overhead(signs: Signs) -> Iterator[Finding]:
         yield good(
             "overhead",
             "Bundles are mostly tasks",
-            f"{share(spent_s, took_s)} of the slot time of bundles went to something else than "
-            "tasks.",
+            f"{share(spent_s, took_s)} of the slot time of bundles went to something else than tasks.",
         )
 
 
@@ -170,9 +169,7 @@ def too_long(signs: Signs) -> Iterator[Finding]:
         )
     if not hit:
         longest_s = max((one.longest_s for one in signs.stages), default=0.0)
-        yield good(
-            "task length", "No task took longer than 11 h", f"The longest took {span(longest_s)}."
-        )
+        yield good("task length", "No task took longer than 11 h", f"The longest took {span(longest_s)}.")
 
 
 def crowding(signs: Signs) -> Iterator[Finding]:
@@ -197,9 +194,7 @@ def crowding(signs: Signs) -> Iterator[Finding]:
         )
     if not hit:
         told = [
-            f"{name(one.name)} {crowded / alone:.2f} times as long"
-            for one, alone, crowded in known[:TOLD]
-            if alone
+            f"{name(one.name)} {crowded / alone:.2f} times as long" for one, alone, crowded in known[:TOLD] if alone
         ]
         yield good(
             "shared slots",
@@ -226,8 +221,7 @@ def idle_slots(signs: Signs) -> Iterator[Finding]:
         yield good("idle slots", "No instance is half idle", "Each has one slot, or ran nothing.")
         return
     figure = (
-        f"While an instance ran anything of this job, {share(signs.filled, 1)} of its "
-        f"{signs.slots_each} slots did."
+        f"While an instance ran anything of this job, {share(signs.filled, 1)} of its {signs.slots_each} slots did."
     )
     if signs.filled < FILLED and signs.busy_s > MATTERS_S:
         yield Finding(
@@ -251,10 +245,7 @@ def lag(signs: Signs) -> Iterator[Finding]:
             f" {count(signs.boots, 'instance')} booted, half of them in at most "
             f"{span(signs.boot_s)}, the slowest in {span(signs.longest_boot_s or 0.0)}."
         )
-    figure = (
-        f"The first task began {span(wait_s)} after it was ready: "
-        f"{share(wait_s, signs.span_s)} of the run.{boots}"
-    )
+    figure = f"The first task began {span(wait_s)} after it was ready: {share(wait_s, signs.span_s)} of the run.{boots}"
     if wait_s > max(LAG * signs.span_s, MATTERS_S):
         yield Finding(
             "scaling lag",
@@ -282,8 +273,7 @@ def too_small(signs: Signs) -> Iterator[Finding]:
             "A larger fleet would have ended it sooner",
             f"{figure} Twice as many would have saved up to {span(signs.full_s / 2)}, for about "
             "the same instance time.",
-            f"A higher maximum ({limits(signs.pool, '--max')}), or a shorter `drain_target_s` in "
-            "`settings.toml`.",
+            f"A higher maximum ({limits(signs.pool, '--max')}), or a shorter `drain_target_s` in `settings.toml`.",
         )
     else:
         yield good("fleet too small", "The fleet was not too small", figure)
@@ -295,8 +285,7 @@ def too_large(signs: Signs) -> Iterator[Finding]:
     of = count(signs.instances, signs.noun)
     ran = f"{signs.unused:,} of {of} never ran any." if signs.unused else f"{of} ran some of it."
     figure = (
-        f"{share(idle_s, signs.slot_s)} of the slot time in service, {span(idle_s)}, was not used "
-        f"by this job; {ran}"
+        f"{share(idle_s, signs.slot_s)} of the slot time in service, {span(idle_s)}, was not used by this job; {ran}"
     )
     unused = signs.unused > UNUSED * signs.instances
     if signs.slot_s and (unused or idle_s > max(IDLE * signs.slot_s, MATTERS_S)):
@@ -389,8 +378,7 @@ def wasted(signs: Signs) -> Iterator[Finding]:
             Level.WRONG,
             "A task has two results",
             f"{count(signs.harmful, 'task')} got a second committed result, which must never be.",
-            "Report it as a bug, with this page; `batchlab ledger rebuild` counts anew what the "
-            "bucket says.",
+            "Report it as a bug, with this page; `batchlab ledger rebuild` counts anew what the bucket says.",
         )
     all_s = signs.busy_s + signs.lost_s + signs.repeated_s
     figure = (
@@ -417,10 +405,7 @@ def _mend(signs: Signs) -> str:
             "the job file's `input`), and on fewer Spot instances (`--on-demand-percent` of "
             "`batchlab deploy apply`)."
         )
-    return (
-        "A longer `visibility_s` in `settings.toml`, where workers are too busy to extend it in "
-        "time."
-    )
+    return "A longer `visibility_s` in `settings.toml`, where workers are too busy to extend it in time."
 
 
 def requests(signs: Signs) -> Iterator[Finding]:

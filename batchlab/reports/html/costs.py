@@ -88,18 +88,9 @@ def cost(run: Run) -> Cost | None:
     for row in rows:
         by_kind[row["kind"]] = by_kind.get(row["kind"], ZERO) + row["usd"]
     order = [*KINDS, *sorted(by_kind.keys() - KINDS.keys())]
-    kinds = [
-        (looks.get(k, "c6"), KINDS.get(k, visible(k, 40)), by_kind[k], "")
-        for k in order
-        if k in by_kind
-    ]
+    kinds = [(looks.get(k, "c6"), KINDS.get(k, visible(k, 40)), by_kind[k], "") for k in order if k in by_kind]
     lines = [
-        (
-            looks.get(row["kind"], "c6"),
-            visible(row["line"], 80),
-            row["usd"],
-            _how(row["how"], row["seconds"]),
-        )
+        (looks.get(row["kind"], "c6"), visible(row["line"], 80), row["usd"], _how(row["how"], row["seconds"]))
         for row in rows
     ]
     of_stages = run.rows(
@@ -124,9 +115,7 @@ def cost(run: Run) -> Cost | None:
         _parts(lines, decimals),
         _parts(stages, decimals),
         _bar(parts),
-        "What the run cost, by what it was for: "
-        + ", ".join(f"{part.name} {part.share}" for part in parts)
-        + ".",
+        "What the run cost, by what it was for: " + ", ".join(f"{part.name} {part.share}" for part in parts) + ".",
         visible(run.job["prices"] or "", 300),
         bool(run.job["is_whole"]),
     )

@@ -65,11 +65,7 @@ def spreads(run: Run, column: str) -> list[Spread]:
     ):
         bins.setdefault(row["stage"], {})[row["bin"]] = row["tasks"]
     found = {row["stage"]: row for row in rows}
-    return [
-        _spread(found[stage], bins[stage])
-        for stage in (row["stage"] for row in run.stages)
-        if stage in found
-    ]
+    return [_spread(found[stage], bins[stage]) for stage in (row["stage"] for row in run.stages) if stage in found]
 
 
 def _spread(row: Row, bins: Mapping[int, int]) -> Spread:
@@ -171,10 +167,7 @@ def _histogram(run: Run, one: Spread, axis: LogAxis, column: str) -> Chart:
         axis.ticks(),
         y,
         tuple(shapes),
-        keys=(
-            Key("stroke strong", f"median {span(p[50])}"),
-            Key("stroke dashed", f"95% {span(p[95])}"),
-        ),
+        keys=(Key("stroke strong", f"median {span(p[50])}"), Key("stroke dashed", f"95% {span(p[95])}")),
         data=Data(("from – to", "# tasks", "# share"), tuple(rows)),
         quiet=True,
     )

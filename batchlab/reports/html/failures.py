@@ -111,13 +111,7 @@ def failures(run: Run, samples: Samples | None = None) -> Failures:
             f"{count(len(rest), 'more cause')}, with {count(tasks, 'failed task')} and "
             f"{count(attempts, 'failed attempt')}, not shown here."
         )
-    return Failures(
-        tuple(shown),
-        sum(r["tasks"] for r in rows),
-        sum(r["attempts"] for r in rows),
-        len(rows),
-        more,
-    )
+    return Failures(tuple(shown), sum(r["tasks"] for r in rows), sum(r["attempts"] for r in rows), len(rows), more)
 
 
 _GROUPS = """
@@ -159,10 +153,8 @@ def _group(run: Run, row: Row, samples: Samples | None) -> Group:
     reason = str(one.get("reason") or "No attempt of these tasks has told why.")
     case, missing, sample = "", "", Sample()
     if one:
-        case = (
-            f"task {task_name(visible(str(one['stage']), 60), int(str(one['task'])))}, "
-            f"attempt {one['attempt']}"
-            + (f" of round {one['round']}" if run.job["rounds"] > 1 else "")
+        case = f"task {task_name(visible(str(one['stage']), 60), int(str(one['task'])))}, attempt {one['attempt']}" + (
+            f" of round {one['round']}" if run.job["rounds"] > 1 else ""
         )
         found = samples(_case(one)) if samples else None
         sample = found or Sample()
@@ -259,9 +251,7 @@ async def samples(objects: Objects, job: str, cases: Iterable[Case]) -> dict[Cas
             outcome = outcome_at(name, await objects.get(name), key)
         except NotFound:
             continue
-        found[case] = Sample(
-            _traceback(outcome, case.task), await _log(objects, outcome, case.task)
-        )
+        found[case] = Sample(_traceback(outcome, case.task), await _log(objects, outcome, case.task))
     return found
 
 
@@ -271,9 +261,7 @@ def _traceback(outcome: Outcome, task: int) -> str:
 
 async def _log(objects: Objects, outcome: Outcome, task: int) -> str:
     try:
-        data, before = await log_end(
-            outcome, task, LOG_BYTES, partial(objects.get_range, outcome.log)
-        )
+        data, before = await log_end(outcome, task, LOG_BYTES, partial(objects.get_range, outcome.log))
     except NotFound:
         return ""
     text = data.decode(errors="replace")

@@ -68,10 +68,7 @@ def _bars(run: Run, places: Sequence[Row]) -> Chart:
     ]
     number = {(lane.places[0], lane.slot): n for n, lane in enumerate(lanes)}
     tall = _tall(len(lanes))
-    tops = {
-        row["place"]: (number[row["place"], 0] * tall + 1, row["slots"] * tall - 2)
-        for row in places
-    }
+    tops = {row["place"]: (number[row["place"], 0] * tall + 1, row["slots"] * tall - 2) for row in places}
     shapes = _living(run, places, tops)
     first: list[tuple[str, ...]] = []
     feet: list[str] = []
@@ -94,11 +91,7 @@ def _bars(run: Run, places: Sequence[Row]) -> Chart:
         shapes,
         "Each bar is a bundle of tasks on the slot that ran it, in the colour of its stage; one "
         "with a dark foot had tasks that failed.",
-        Data(
-            ("instance", "slot", "# start", "# took", "stage", "# tasks", "# failed"),
-            tuple(first),
-            note,
-        ),
+        Data(("instance", "slot", "# start", "# took", "stage", "# tasks", "# failed"), tuple(first), note),
     )
 
 
@@ -217,9 +210,7 @@ def _busy_s(run: Run, busy: Busy, lane: int) -> float:
 # --- Both forms ----------------------------------------------------------------------------------
 
 
-def _living(
-    run: Run, places: Sequence[Row], tops: Mapping[str, tuple[float, float]]
-) -> list[Shape]:
+def _living(run: Run, places: Sequence[Row], tops: Mapping[str, tuple[float, float]]) -> list[Shape]:
     """Return shapes for the time in service and the boot time of each instance.
 
     `tops` contains the top and the height of each instance's lanes.
@@ -234,11 +225,7 @@ def _living(
         ready_s = end_s if begin_s is None else begin_s
         if launched_s is not None and launched_s < ready_s and ready_s > run.start_s:
             boots.append(charts.box(*_between(run, launched_s, ready_s), top, height))
-    return [
-        Shape("".join(paths), look)
-        for paths, look in ((there, "fill there"), (boots, "fill boot"))
-        if paths
-    ]
+    return [Shape("".join(paths), look) for paths, look in ((there, "fill there"), (boots, "fill boot")) if paths]
 
 
 def _there(run: Run, lanes: Sequence[Lane], tall: float) -> list[Shape]:
@@ -255,8 +242,7 @@ def _there(run: Run, lanes: Sequence[Lane], tall: float) -> list[Shape]:
             if shades[first]:
                 found[shades[first]].append((first, after, n * tall + 1))
     return [
-        Shape(charts.cells(cells, BINS, tall - 2), f"fill there t{shade}")
-        for shade, cells in sorted(found.items())
+        Shape(charts.cells(cells, BINS, tall - 2), f"fill there t{shade}") for shade, cells in sorted(found.items())
     ]
 
 
@@ -301,9 +287,7 @@ def _tail(place: str) -> str:
     return name if len(name) <= 9 else f"…{name[-8:]}"
 
 
-def _chart(
-    run: Run, lanes: Sequence[Lane], shapes: Iterable[Shape], text: str, data: Data
-) -> Chart:
+def _chart(run: Run, lanes: Sequence[Lane], shapes: Iterable[Shape], text: str, data: Data) -> Chart:
     tall = _tall(len(lanes))
     shapes = tuple(shapes)
     stages = [row["stage"] for row in run.stages]

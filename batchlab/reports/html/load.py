@@ -10,16 +10,7 @@ from dataclasses import dataclass, replace
 
 from batchlab.core.text import count
 from batchlab.reports.html import charts
-from batchlab.reports.html.charts import (
-    Chart,
-    Data,
-    Key,
-    Mark,
-    Shape,
-    Tick,
-    count_ticks,
-    time_ticks,
-)
+from batchlab.reports.html.charts import Chart, Data, Key, Mark, Shape, Tick, count_ticks, time_ticks
 from batchlab.reports.html.source import PLACED, PLACES, Row, Run, at, offset, visible
 
 BINS = 120
@@ -121,10 +112,7 @@ def _seen(run: Run, table: str, columns: Sequence[str]) -> Iterator[Levels]:
     )
     found = {row["bin"]: row for row in rows}
     for name in columns:
-        yield [
-            float(found[k][name]) if k in found and found[k][name] is not None else None
-            for k in range(BINS)
-        ]
+        yield [float(found[k][name]) if k in found and found[k][name] is not None else None for k in range(BINS)]
 
 
 # --- Charts --------------------------------------------------------------------------------------
@@ -156,17 +144,9 @@ def _running(run: Run, found: Series) -> Chart:
     ]
     shapes.append(Shape(charts.line(list(found.slots), top, HEIGHT), "line strong"))
     names = [f"{visible(stage, 40)}" for stage, _ in layers]
-    hover = [
-        f"{at(run, k, BINS)}: {in_flight[k]:,.1f} slots busy of {found.slots[k]:,.1f}"
-        for k in range(BINS)
-    ]
+    hover = [f"{at(run, k, BINS)}: {in_flight[k]:,.1f} slots busy of {found.slots[k]:,.1f}" for k in range(BINS)]
     rows = [
-        (
-            at(run, k, BINS),
-            f"{in_flight[k]:,.1f}",
-            f"{found.slots[k]:,.1f}",
-            _share(in_flight, found.slots, k),
-        )
+        (at(run, k, BINS), f"{in_flight[k]:,.1f}", f"{found.slots[k]:,.1f}", _share(in_flight, found.slots, k))
         for k in _some()
     ]
     peak = max(range(BINS), key=lambda k: in_flight[k])
@@ -181,10 +161,7 @@ def _running(run: Run, found: Series) -> Chart:
         y,
         (*shapes, *_hover(hover)),
         keys=(
-            *(
-                Key(f"box {run.looks.get(s, 's0')}", n)
-                for (s, _), n in zip(layers, names, strict=True)
-            ),
+            *(Key(f"box {run.looks.get(s, 's0')}", n) for (s, _), n in zip(layers, names, strict=True)),
             Key("stroke strong", "slots in service"),
         ),
         data=Data(("time", "# slots busy", "# slots in service", "# share busy"), tuple(rows)),
@@ -242,17 +219,14 @@ def _instances(run: Run, found: Series, decisions: Sequence[Decision]) -> Chart:
     known = [v for levels in (found.desired, found.in_service) for v in levels if v is not None]
     both = [(a or 0.0) + (b or 0.0) for a, b in zip(found.in_service, found.pending, strict=True)]
     top, y = count_ticks(max(*known, *both, 1.0))
-    shapes = charts.stacked(
-        [[v or 0.0 for v in found.in_service], [v or 0.0 for v in found.pending]], top, HEIGHT
-    )
+    shapes = charts.stacked([[v or 0.0 for v in found.in_service], [v or 0.0 for v in found.pending]], top, HEIGHT)
     hover = [
         f"{at(run, k, BINS)}: {_n(found.desired[k])} desired, {_n(found.in_service[k])} in "
         f"service, {_n(found.pending[k])} booting"
         for k in range(BINS)
     ]
     rows = [
-        (at(run, k, BINS), *(_n(of[k]) for of in (found.desired, found.in_service, found.pending)))
-        for k in _some()
+        (at(run, k, BINS), *(_n(of[k]) for of in (found.desired, found.in_service, found.pending))) for k in _some()
     ]
     return Chart(
         "fleet",
@@ -268,15 +242,8 @@ def _instances(run: Run, found: Series, decisions: Sequence[Decision]) -> Chart:
             Shape(charts.line(found.desired, top, HEIGHT), "line strong"),
             *_hover(hover),
         ),
-        keys=(
-            Key("box service", "in service"),
-            Key("box boot", "booting"),
-            Key("stroke strong", "desired"),
-        ),
-        marks=tuple(
-            Mark(one.place, "up" if one.grew else "down", f"{one.at}: {one.change}")
-            for one in decisions
-        ),
+        keys=(Key("box service", "in service"), Key("box boot", "booting"), Key("stroke strong", "desired")),
+        marks=tuple(Mark(one.place, "up" if one.grew else "down", f"{one.at}: {one.change}") for one in decisions),
         data=Data(("time", "# desired", "# in service", "# booting"), tuple(rows)),
     )
 
@@ -290,10 +257,7 @@ def _some() -> range:
 
 
 def _hover(titles: Sequence[str]) -> list[Shape]:
-    return [
-        Shape(charts.box(k / BINS, (k + 1) / BINS, 0, HEIGHT), "hover", title)
-        for k, title in enumerate(titles)
-    ]
+    return [Shape(charts.box(k / BINS, (k + 1) / BINS, 0, HEIGHT), "hover", title) for k, title in enumerate(titles)]
 
 
 # --- Decisions -----------------------------------------------------------------------------------

@@ -109,15 +109,8 @@ def signs(run: Run, found: Series, cost: Cost | None) -> Signs:
     filled = run.one(_FILLED)
     fleet = run.one(_INSTANCES)
     waste = run.one(_WASTE)
-    full = sum(
-        r >= 0.9 * s and waits >= 1
-        for r, s, waits in zip(running, slots, found.waiting, strict=True)
-        if s
-    )
-    starved = [
-        min(waits, max(0.0, s - r))
-        for r, s, waits in zip(running, slots, found.waiting, strict=True)
-    ]
+    full = sum(r >= 0.9 * s and waits >= 1 for r, s, waits in zip(running, slots, found.waiting, strict=True) if s)
+    starved = [min(waits, max(0.0, s - r)) for r, s, waits in zip(running, slots, found.waiting, strict=True)]
     return Signs(
         span_s=run.span_s,
         stages=_stages(run),

@@ -91,8 +91,7 @@ def _ran(found: Found) -> Iterator[str]:
     what = f"{visible(job['name'] or run.id, 60)} ran {count(planned, 'task')} in {stages}"
     if not job["is_final"]:
         yield (
-            f"{what} on the backend {where}, and was {job['state']} after {span(run.span_s)} when "
-            "its data was written."
+            f"{what} on the backend {where}, and was {job['state']} after {span(run.span_s)} when its data was written."
         )
     else:
         yield f"{what} on the backend {where} and ended {job['state']} after {span(run.span_s)}."
@@ -150,13 +149,10 @@ def _wrong(found: Found) -> Iterator[str]:
         of = f"{most.title} in {most.stages}"
         many = f"for {failures.causes:,} causes; most often {of}"
         yield (
-            f"{count(failures.attempts, 'attempt')} failed"
-            f"{f', all with {of}' if failures.causes == 1 else f' {many}'}."
+            f"{count(failures.attempts, 'attempt')} failed{f', all with {of}' if failures.causes == 1 else f' {many}'}."
         )
         bad = count(failures.tasks, "task")
-        yield (
-            f"{bad} failed for good." if failures.tasks else "None of it made a task fail for good."
-        )
+        yield (f"{bad} failed for good." if failures.tasks else "None of it made a task fail for good.")
     waste = []
     if signs.lost_s:
         waste.append(f"{span(signs.lost_s)} of slot time went with instances that ended")
@@ -203,17 +199,11 @@ def tiles(found: Found) -> list[Tile]:
             f"{failed:,} failed for good" if failed else "none failed for good",
             "bad" if failed else "",
         ),
-        Tile(
-            "throughput",
-            f"{succeeded / found.run.span_s:,.3g}",
-            "tasks a second that succeeded",
-        ),
+        Tile("throughput", f"{succeeded / found.run.span_s:,.3g}", "tasks a second that succeeded"),
         Tile(
             "slots busy",
             share(min(signs.busy_s, signs.slot_s), signs.slot_s) if signs.slot_s else "–",
-            f"of at most {signs.peak_slots:,.0f} in service"
-            if signs.slot_s
-            else "no fleet is known",
+            f"of at most {signs.peak_slots:,.0f} in service" if signs.slot_s else "no fleet is known",
         ),
     ]
     if cost:
@@ -238,9 +228,7 @@ def stages(run: Run) -> Data:
     ]
     if len(rows) > 1:
         job = run.job
-        rows.append(
-            ("all", "", *(_whole(job[name]) for name in _COUNTS), span(job["run_s"] or 0.0), "", "")
-        )
+        rows.append(("all", "", *(_whole(job[name]) for name in _COUNTS), span(job["run_s"] or 0.0), "", ""))
     names = ("# tasks", "# succeeded", "# failed", "# cancelled", "# retried", "# bundles")
     columns = ("stage", "pool", *names, "# run time", "# began", "# ended")
     return Data(columns, tuple(rows))
@@ -309,9 +297,7 @@ class Page:
     version: str
 
 
-def page(
-    connection: DuckDBPyConnection, job: str, *, samples: Samples | None = None, version: str = ""
-) -> Page:
+def page(connection: DuckDBPyConnection, job: str, *, samples: Samples | None = None, version: str = "") -> Page:
     """Return the page of a job in an opened store (`batchlab.reports.queries.store.opened`).
 
     `samples` returns tracebacks and logs of failed attempts. `version` is the version of batchlab.
@@ -388,6 +374,4 @@ def _code(text: str) -> Markup:
     parts = [escape(part) for part in text.split("`")]
     if len(parts) % 2 == 0:
         return Markup("`").join(parts)
-    return Markup("").join(
-        Markup("<code>{}</code>").format(part) if n % 2 else part for n, part in enumerate(parts)
-    )
+    return Markup("").join(Markup("<code>{}</code>").format(part) if n % 2 else part for n, part in enumerate(parts))

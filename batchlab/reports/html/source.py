@@ -83,10 +83,7 @@ def only_job(connection: DuckDBPyConnection) -> str:
     """Return the only job of an opened store. Raise UsageError if it does not have exactly one."""
     found = [str(row[0]) for row in connection.execute("SELECT job FROM jobs").fetchall()]
     if len(found) != 1:
-        raise UsageError(
-            f"That holds {len(found)} runs, and a page is of one.",
-            remedy="Name the folder of one run.",
-        )
+        raise UsageError(f"That holds {len(found)} runs, and a page is of one.", remedy="Name the folder of one run.")
     return found[0]
 
 
@@ -101,9 +98,7 @@ class Run:
         self.id = job
         found = self.rows("SELECT * FROM jobs WHERE job = $job")
         if not found:
-            raise UsageError(
-                f"There is no job {job!r} in this data.", remedy="Name one that `jobs` has."
-            )
+            raise UsageError(f"There is no job {job!r} in this data.", remedy="Name one that `jobs` has.")
         self.job: Row = found[0]
 
     def rows(self, sql: str, **values: object) -> list[Row]:
@@ -161,16 +156,7 @@ class Run:
     def span_s(self) -> float:
         return self.end_s - self.start_s
 
-    def over(
-        self,
-        table: str,
-        begin: str,
-        end: str,
-        weight: str,
-        by: str,
-        bins: int,
-        **values: object,
-    ) -> list[Row]:
+    def over(self, table: str, begin: str, end: str, weight: str, by: str, bins: int, **values: object) -> list[Row]:
         """Return rows (`by`, `bin`, `amount`) for `bins` equal intervals of the run.
 
         `amount` is the mean over the interval of the sum of `weight`. A row of `table` counts from
@@ -220,9 +206,7 @@ def visible_lines(text: str, most: int = 4000) -> str:
     If the text is longer than `most` characters, keep its beginning (a third of `most`) and its end
     (two thirds of `most`).
     """
-    shown = "".join(
-        c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text.replace("\r\n", "\n")
-    )
+    shown = "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text.replace("\r\n", "\n"))
     if len(shown) <= most:
         return shown
     head, tail = shown[: most // 3], shown[-(most * 2 // 3) :]

@@ -75,8 +75,7 @@ def opened(folders: Sequence[Path]) -> DuckDBPyConnection:
         connection.close()
         raise UsageError(
             f"The job performance data cannot be read: {_sentence(error)}",
-            remedy="`batchlab report write JOB` makes it anew, `batchlab report pull JOB` fetches "
-            "it again.",
+            remedy="`batchlab report write JOB` makes it anew, `batchlab report pull JOB` fetches it again.",
         ) from error
     except UsageError:
         connection.close()
@@ -95,9 +94,7 @@ def _view(connection: DuckDBPyConnection, table: Table, paths: Sequence[str]) ->
     ).fetchall()
     there = {str(name): int(files) for name, files in rows}
     columns = ", ".join(
-        f'"{c.name}"::{c.type} AS "{c.name}"'
-        if c.name in there
-        else f'NULL::{c.type} AS "{c.name}"'
+        f'"{c.name}"::{c.type} AS "{c.name}"' if c.name in there else f'NULL::{c.type} AS "{c.name}"'
         for c in table.columns
     )
     by_name = ", union_by_name = true" if len(paths) > 1 else ""
@@ -119,9 +116,7 @@ def _check(connection: DuckDBPyConnection, runs: Sequence[Path]) -> None:
     twice = next((job for job in jobs if jobs.count(job) > 1), None)
     if twice is not None:
         named = ", ".join(str(run) for run in runs)
-        raise UsageError(
-            f"Job {twice} comes more than once in {named}.", remedy="Name every run once."
-        )
+        raise UsageError(f"Job {twice} comes more than once in {named}.", remedy="Name every run once.")
 
 
 def _lock(connection: DuckDBPyConnection, paths: Sequence[str]) -> None:
@@ -159,8 +154,7 @@ def asked(
     except duckdb.Error as error:
         raise UsageError(
             f"The query fails: {str(error).strip()}",
-            remedy="`batchlab report queries` lists queries that work, docs/report-data.md the "
-            "tables.",
+            remedy="`batchlab report queries` lists queries that work, docs/report-data.md the tables.",
         ) from error
 
 
@@ -233,10 +227,7 @@ def sections(text: str) -> dict[str, str]:
     """Return the statements of an SQL file by name. A line `-- name:` precedes each statement."""
     heads = list(_NAME.finditer(text))
     ends = [*(head.start() for head in heads[1:]), len(text)]
-    return {
-        head[1]: text[head.end() : end].strip().removesuffix(";")
-        for head, end in zip(heads, ends, strict=True)
-    }
+    return {head[1]: text[head.end() : end].strip().removesuffix(";") for head, end in zip(heads, ends, strict=True)}
 
 
 def _joined(comment: str) -> str:
@@ -249,6 +240,4 @@ def named(name: str) -> Query:
         return query
     near = difflib.get_close_matches(name, known(), n=2)
     hint = f"Did you mean {' or '.join(near)}? " if near else ""
-    raise UsageError(
-        f"There is no query {name!r}.", remedy=f"{hint}`batchlab report queries` lists them."
-    )
+    raise UsageError(f"There is no query {name!r}.", remedy=f"{hint}`batchlab report queries` lists them.")

@@ -32,9 +32,7 @@ ROWS = 122_880
 """Rows of a row group, the unit that DuckDB reads on one core."""
 
 
-def save(
-    connection: DuckDBPyConnection, table: Table, query: str, path: Path, *, ordered: bool = False
-) -> int:
+def save(connection: DuckDBPyConnection, table: Table, query: str, path: Path, *, ordered: bool = False) -> int:
     """Write the rows of a query to a Parquet file and return their number.
 
     The rows are sorted by the table's key, unless `ordered` says that the query already sorts them.
@@ -105,18 +103,7 @@ _POOL_POINT = (
     "slots",
     "busy_slots",
 )
-_INSTANCE = (
-    "pool",
-    "type",
-    "zone",
-    "market",
-    "launched_s",
-    "in_service_s",
-    "ended_s",
-    "state",
-    "note",
-    "slots",
-)
+_INSTANCE = ("pool", "type", "zone", "market", "launched_s", "in_service_s", "ended_s", "state", "note", "slots")
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,9 +198,7 @@ class Building:
             [str(path)],
         )
 
-    def _fill(
-        self, name: str, columns: Mapping[str, str], rows: Iterable[Mapping[str, Any]]
-    ) -> None:
+    def _fill(self, name: str, columns: Mapping[str, str], rows: Iterable[Mapping[str, Any]]) -> None:
         """Create a table from a small number of rows."""
         path = self._scratch / f"{name}.ndjson"
         with path.open("w", encoding="utf-8") as file:
@@ -284,11 +269,7 @@ class Building:
         )
         scaling = ("pool", "at_s", "before", "after", "in_service", "backlog_tasks", "backlog_s")
         self._rows("scaling", (*scaling, "reason"), record["scaling"])
-        self._rows(
-            "instances",
-            ("instance", *_INSTANCE),
-            ([name, *one] for name, one in record["instances"].items()),
-        )
+        self._rows("instances", ("instance", *_INSTANCE), ([name, *one] for name, one in record["instances"].items()))
         self._rows(
             "workers",
             ("worker", "instance", "pool", "slots", "first_s", "last_s"),
@@ -345,8 +326,7 @@ class Building:
 
     def _uses(self) -> list[costs.Use]:
         rows = self._connection.execute(
-            "SELECT stage, pool, run_s, slots, failed_slot_s, bundles FROM stage_sums "
-            "ORDER BY position"
+            "SELECT stage, pool, run_s, slots, failed_slot_s, bundles FROM stage_sums ORDER BY position"
         ).fetchall()
         return [
             costs.Use(StageUse(stage, pool, run_s, slots), failed_slot_s, bundles)

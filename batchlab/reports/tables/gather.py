@@ -74,10 +74,7 @@ class Gatherer:
         spec, opening = json_format.job_from_json(doc), commit_keys.opening_in(doc)
         retries = await self._retries(job)
         void_before = {
-            one.stage: number
-            for number, retry in enumerate(retries, start=1)
-            for one in retry.reopened
-            if one.replan
+            one.stage: number for number, retry in enumerate(retries, start=1) for one in retry.reopened if one.replan
         }
         submitted_s = max(spec.submitted_s, spec.start_at_s or 0.0)
         cuts = [opening.cut] if opening and opening.cut else []
@@ -156,9 +153,7 @@ class Gatherer:
         """Return the usage of the job and the data recorded while it ran."""
         try:
             doc = await self._doc(object_keys.used(job))
-            return Account.from_json(doc["account"]), doc.get(
-                "record"
-            ) or recorded_data.empty_part()
+            return Account.from_json(doc["account"]), doc.get("record") or recorded_data.empty_part()
         except NotFound:
             pass  # the job still runs, or an older manager ended it without a usage object
         account, record = None, recorded_data.empty_part()
@@ -177,12 +172,7 @@ def _take(staging: Staging, found: Sequence[bytes]) -> None:
         staging.outcome(data)
 
 
-def _plan(
-    staging: Staging,
-    cuts: Sequence[Cut],
-    planned: dict[StageName, TaskSet],
-    submitted_s: float,
-) -> None:
+def _plan(staging: Staging, cuts: Sequence[Cut], planned: dict[StageName, TaskSet], submitted_s: float) -> None:
     for cut in cuts:
         staging.cut(cut, submitted_s)
     for stage, tasks in planned.items():

@@ -207,11 +207,7 @@ INSTANCES = _table(
     ("market", "VARCHAR", "on-demand or spot"),
     ("launched_s", "DOUBLE", "when it was launched"),
     ("in_service_s", "DOUBLE", "when it was first seen InService; NULL where it never was"),
-    (
-        "ended_s",
-        "DOUBLE",
-        "when the fleet first did not list it; NULL while it exists",
-    ),
+    ("ended_s", "DOUBLE", "when the fleet first did not list it; NULL while it exists"),
     ("boot_s", "DOUBLE", "from launch to InService"),
     ("state", "VARCHAR", "its lifecycle state, as last seen"),
     ("note", "VARCHAR", "how it ended, as far as the fleet says"),

@@ -105,10 +105,7 @@ class Staging:
         return self
 
     def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        where: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
         for file in self._files.values():
             file.close()
@@ -223,9 +220,7 @@ def _gaps(marks: bytearray, start: int, stop: int) -> Iterator[tuple[int, int]]:
         yield first, at
 
 
-def universe(
-    job: JobDef, cuts: Iterable[Cut], void_before: Mapping[StageName, int]
-) -> dict[StageName, TaskSet]:
+def universe(job: JobDef, cuts: Iterable[Cut], void_before: Mapping[StageName, int]) -> dict[StageName, TaskSet]:
     """Return the tasks of each planned stage, from the stage's first cut.
 
     A chained stage has the same tasks as the stage that it follows.

@@ -68,9 +68,7 @@ class Index:
 class Writer:
     """Writer for one bucket. `scratch` is a folder for temporary files, created when needed."""
 
-    def __init__(
-        self, objects: Objects, patience: Patience, setting: Setting, scratch: Path | None = None
-    ) -> None:
+    def __init__(self, objects: Objects, patience: Patience, setting: Setting, scratch: Path | None = None) -> None:
         self._objects = objects
         self._patience = patience
         self._setting = setting
@@ -151,7 +149,4 @@ async def fetch(objects: Objects, patience: Patience, job: JobId, index: Index, 
         if table.name in index.sizes:
             download = partial(objects.download, prefix + table.file, to / table.file)
             if await patience(download) != index.sizes[table.name]:
-                raise BackendError(
-                    f"The performance data of job {job} changed while it was read.",
-                    remedy="Ask again.",
-                )
+                raise BackendError(f"The performance data of job {job} changed while it was read.", remedy="Ask again.")

@@ -86,8 +86,7 @@ class ZoneOutage:
         hit = [group for group in groups if zone in group.zones]
         if not hit:
             return FaultResult(
-                impossible=f"No group launches in the zone {zone!r}: there are "
-                f"{', '.join(every) or 'none'}."
+                impossible=f"No group launches in the zone {zone!r}: there are {', '.join(every) or 'none'}."
             )
         ended: dict[str, str] = {}
         moved: set[str] = set()
@@ -113,10 +112,7 @@ class ZoneOutage:
                     break
                 waited_s += await scene.hold(min(1.0, fault.for_s - waited_s))
         if not (ended or moved or waited):
-            return FaultResult(
-                impossible=f"No instance was in {zone}, and no launch was pending before its "
-                "return."
-            )
+            return FaultResult(impossible=f"No instance was in {zone}, and no launch was pending before its return.")
         rest = sorted({one for group in left if not group.suspended for one in group.zones})
         how = f" ({first_of(list(ended.values()))})" if ended else ""
         return FaultResult(
@@ -155,9 +151,7 @@ class ZoneOutage:
             if not zones:
                 scaling.suspend_processes(AutoScalingGroupName=group.name, ScalingProcesses=_LAUNCH)
             else:
-                scaling.update_auto_scaling_group(
-                    AutoScalingGroupName=group.name, **_placement(zones, subnets)
-                )
+                scaling.update_auto_scaling_group(AutoScalingGroupName=group.name, **_placement(zones, subnets))
 
     def _return(self, group: _Group, zone: str) -> None:
         scaling = client(self._endpoint, "autoscaling", connections=1)
@@ -174,10 +168,7 @@ class ZoneOutage:
         subnets = [subnet for group in groups for subnet in group.subnets]
         if not subnets:
             return {}
-        with (
-            closing(client(self._endpoint, "ec2", connections=1)) as ec2,
-            translated("The subnets"),
-        ):
+        with closing(client(self._endpoint, "ec2", connections=1)) as ec2, translated("The subnets"):
             told = ec2.describe_subnets(SubnetIds=sorted(set(subnets)))["Subnets"]
         return {one["SubnetId"]: one["AvailabilityZone"] for one in told}
 
@@ -195,12 +186,7 @@ def _find_zone(name: str, zones: Sequence[str]) -> str:
 def _launched_elsewhere(before: Sequence[_Group], now: Sequence[_Group], zone: str) -> set[str]:
     """Return the instances launched in other zones since then."""
     old = {one for group in before for one in group.instances}
-    return {
-        one
-        for group in now
-        for one, where in group.instances.items()
-        if one not in old and where != zone
-    }
+    return {one for group in now for one, where in group.instances.items() if one not in old and where != zone}
 
 
 def _count_waiting(before: Sequence[_Group], now: Sequence[_Group]) -> int:
@@ -243,11 +229,7 @@ def with_spot_shares(backend: Backend, home: Home, spot: Mapping[str, float]) ->
             for pool, share in wanted.items():
                 name = f"{at.project}-{pool}"
                 stack.callback(_update, scaling, name, **_launch_settings(groups[name]))
-                _update(
-                    scaling,
-                    name,
-                    MixedInstancesPolicy=_mixed_policy(_template(groups[name]), share),
-                )
+                _update(scaling, name, MixedInstancesPolicy=_mixed_policy(_template(groups[name]), share))
             yield
 
 
@@ -281,8 +263,7 @@ def _launch_settings(group: Mapping[str, Any]) -> dict[str, Any]:
 def _template(group: Mapping[str, Any]) -> dict[str, str]:
     """Return the launch template by name. AWS accepts a name or an id, but returns both."""
     found = (
-        group.get("LaunchTemplate")
-        or (group["MixedInstancesPolicy"]["LaunchTemplate"]["LaunchTemplateSpecification"])
+        group.get("LaunchTemplate") or (group["MixedInstancesPolicy"]["LaunchTemplate"]["LaunchTemplateSpecification"])
     )
     return {"LaunchTemplateName": found["LaunchTemplateName"], "Version": found["Version"]}
 
@@ -437,10 +418,7 @@ class StackFaults:
 
         other = await wait_for(successor, "another manager's instance", within_s=_BOOT_S)
         leader = await self._scene.leader(after=owner, within_s=_BOOT_S)
-        return (
-            f"{said}; {leader} on {other} led {time.monotonic() - began_s:.0f} s later, where "
-            f"{owner} had"
-        )
+        return f"{said}; {leader} on {other} led {time.monotonic() - began_s:.0f} s later, where {owner} had"
 
     async def lose_database(self, fault: Fault) -> FaultResult:
         """Lose the ledger in the way that its kind allows."""
@@ -504,8 +482,7 @@ class StackFaults:
                     if one.get("Endpoint", {}).get("Address") == host:
                         return str(one["DBInstanceIdentifier"])
         raise BackendError(
-            f"There is no DB instance at {host}.",
-            remedy="`batchlab deploy status` says what the stack has.",
+            f"There is no DB instance at {host}.", remedy="`batchlab deploy status` says what the stack has."
         )
 
 

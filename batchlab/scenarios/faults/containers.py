@@ -185,10 +185,7 @@ class ContainerFaults:
         if not await self.is_running(container) or await self._is_connected(container):
             return
         try:
-            await self.do(
-                "The network",
-                lambda api: api.connect_container_to_network(container, self.at.project),
-            )
+            await self.do("The network", lambda api: api.connect_container_to_network(container, self.at.project))
         except BackendError:
             if await self.is_running(container):  # otherwise it ended during the call
                 raise
@@ -198,9 +195,7 @@ class ContainerFaults:
 
     async def spot_wave(self, fault: Fault) -> FaultResult:
         there = {
-            name: row
-            for name, row in (await self.instances()).items()
-            if row["Labels"].get(MARKET) == Market.SPOT
+            name: row for name, row in (await self.instances()).items() if row["Labels"].get(MARKET) == Market.SPOT
         }
         if not there:
             return FaultResult(
@@ -214,9 +209,7 @@ class ContainerFaults:
         told = [name for name in hit if await self._notice(name, fault.notice_s)]
 
         async def look() -> bool:
-            return self._scene.over.is_set() or not any(
-                [await self.is_running(one) for one in hit.values()]
-            )
+            return self._scene.over.is_set() or not any([await self.is_running(one) for one in hit.values()])
 
         await wait_for(look, "the end of the instances", within_s=fault.notice_s + EFFECT_TIMEOUT_S)
         took_s = time.monotonic() - began_s
@@ -261,9 +254,7 @@ class ContainerFaults:
             state = (await self.look(container)).get("State", {})
             began = state.get("StartedAt", "")
             is_new = state.get("Running") and began != before["State"]["StartedAt"]
-            return f"{service} (pid {pid}) was killed, and runs again (pid {state['Pid']})" * bool(
-                is_new
-            )
+            return f"{service} (pid {pid}) was killed, and runs again (pid {state['Pid']})" * bool(is_new)
 
         return await wait_for(look, f"the restart of {service}")
 
@@ -274,10 +265,7 @@ class ContainerFaults:
             said = await self.crashed("manager", undoing)
         owner = await self._scene.leader(after=before["owner"])
         took_s = time.monotonic() - began_s
-        return FaultResult(
-            (before["owner"],),
-            f"{said}; {owner} led {took_s:.1f} s later, where {before['owner']} had",
-        )
+        return FaultResult((before["owner"],), f"{said}; {owner} led {took_s:.1f} s later, where {before['owner']} had")
 
     async def lose_database(self, fault: Fault) -> FaultResult:
         async def restart(undoing: Rollback) -> str:
@@ -286,9 +274,7 @@ class ContainerFaults:
         return await services.lose_ledger(self._scene, fault, before=restart)
 
     async def zone_loss(self, fault: Fault) -> FaultResult:
-        zones = ZoneOutage(
-            compose_deployment.autoscaling(self._scene.home, self.at), prefix=f"{self.at.project}-"
-        )
+        zones = ZoneOutage(compose_deployment.autoscaling(self._scene.home, self.at), prefix=f"{self.at.project}-")
 
         async def kill(instances: Sequence[str]) -> list[str]:
             there = await self.instances()
@@ -304,8 +290,7 @@ class ContainerFaults:
         place = self._scene.backend.place(self._scene.home)
         if place.named:
             return FaultResult(
-                impossible=f"The endpoint {place.url} is the user's own: the grid "
-                "cannot put a proxy before it."
+                impossible=f"The endpoint {place.url} is the user's own: the grid cannot put a proxy before it."
             )
         storage = await self.service("localstack")
         return await LocalStackProxy(self, storage, place.url).hold(self._scene, fault)

@@ -55,30 +55,20 @@ _ASKED = FaultSupport(
     "SIGTERM, which the launcher also uses to drain an instance, and SIGKILL at the end of the "
     "notice; processes do not have a market, so any of them is hit"
 )
-_RESTARTED = FaultSupport(
-    "SIGKILL to the manager's process; at the end, another manager starts at its address"
-)
-_FORGOTTEN = FaultSupport(
-    "every row of the ledger is deleted; at the end, the manager rebuilds it from the bucket"
-)
-_TWICE = FaultSupport(
-    "messages are received, a copy of each is sent, and the original is returned to the queue"
-)
+_RESTARTED = FaultSupport("SIGKILL to the manager's process; at the end, another manager starts at its address")
+_FORGOTTEN = FaultSupport("every row of the ledger is deleted; at the end, the manager rebuilds it from the bucket")
+_TWICE = FaultSupport("messages are received, a copy of each is sent, and the original is returned to the queue")
 _LATE = FaultSupport("messages are received and kept invisible until the end, at most 15 minutes")
 _UNSUPPORTED = _impossible("No fault is implemented for this backend.")
 _NO_ZONES = _impossible("Instances are processes of one machine, and do not have a zone.")
-_HOG = FaultSupport(
-    "programs that write and fsync without a pause, on the disk of the workers' folders"
-)
+_HOG = FaultSupport("programs that write and fsync without a pause, on the disk of the workers' folders")
 
 TABLE: Mapping[FaultName, Mapping[str, FaultSupport]] = {
     FaultName.KILL: {
         "local": _KILLED,
         "ministack": _KILLED,
         "localstack": FaultSupport("docker kill: SIGKILL to the container's first process"),
-        "aws": FaultSupport(
-            "EC2 TerminateInstances that skips the shutdown of the operating system"
-        ),
+        "aws": FaultSupport("EC2 TerminateInstances that skips the shutdown of the operating system"),
     },
     FaultName.PAUSE: {
         "local": _STOPPED,
@@ -91,12 +81,10 @@ TABLE: Mapping[FaultName, Mapping[str, FaultSupport]] = {
     },
     FaultName.PARTITION: {
         "local": _impossible(
-            "The bucket and the queues are files on the same machine, so a network cannot be "
-            "interrupted."
+            "The bucket and the queues are files on the same machine, so a network cannot be interrupted."
         ),
         "ministack": FaultSupport(
-            "a proxy before the grid's endpoint does not answer requests of the instances until "
-            "the end"
+            "a proxy before the grid's endpoint does not answer requests of the instances until the end"
         ),
         "localstack": FaultSupport("docker network disconnect, docker network connect at the end"),
         "aws": _impossible(
@@ -151,8 +139,7 @@ TABLE: Mapping[FaultName, Mapping[str, FaultSupport]] = {
         "local": _HOG,
         "ministack": _HOG,
         "localstack": _impossible(
-            "An instance writes only to memory (its root is read-only, and /tmp is a tmpfs), so "
-            "it does not use a disk."
+            "An instance writes only to memory (its root is read-only, and /tmp is a tmpfs), so it does not use a disk."
         ),
         "aws": _impossible("The stack does not allow commands on its workers."),
     },
@@ -160,13 +147,9 @@ TABLE: Mapping[FaultName, Mapping[str, FaultSupport]] = {
         "local": _RESTARTED,
         "ministack": _RESTARTED,
         "localstack": FaultSupport(
-            "SIGKILL to the first process of the manager's container, which Docker restarts "
-            "immediately"
+            "SIGKILL to the first process of the manager's container, which Docker restarts immediately"
         ),
-        "aws": FaultSupport(
-            "EC2 TerminateInstances for the manager's instance, which its Auto Scaling group "
-            "replaces"
-        ),
+        "aws": FaultSupport("EC2 TerminateInstances for the manager's instance, which its Auto Scaling group replaces"),
     },
     FaultName.DATABASE_LOSS: {
         "local": _FORGOTTEN,
@@ -191,9 +174,7 @@ def support_of(fault: FaultName, backend: str) -> FaultSupport:
 def impossible(backend: str) -> dict[FaultName, str]:
     """Return the impossible faults of the backend, each with its reason as a part of a sentence."""
     cells = {fault: support_of(fault, backend) for fault in FaultName}
-    return {
-        fault: one.why_not.removesuffix(".") for fault, one in cells.items() if not one.possible
-    }
+    return {fault: one.why_not.removesuffix(".") for fault, one in cells.items() if not one.possible}
 
 
 def rows(backends: tuple[str, ...] = BACKENDS) -> Iterator[tuple[FaultName, str, FaultSupport]]:
@@ -241,9 +222,7 @@ class FaultInjector:
             return InjectedFault(fault.name, at_s, trouble=f"This machine refused it: {error}.")
         finally:
             del self._standing[doing]
-        return InjectedFault(
-            fault.name, at_s, seen.targets, seen.evidence, _clause(seen.impossible)
-        )
+        return InjectedFault(fault.name, at_s, seen.targets, seen.evidence, _clause(seen.impossible))
 
     async def undo(self) -> None:
         """Undo all current faults and inject no more. Every `inject` then returns."""

@@ -72,8 +72,7 @@ async def slow_disk(scene: TargetGrid, fault: Fault) -> FaultResult:
     except OSError as error:
         raise BackendError(
             f"The disk of {folder} could not be kept busy: {error.strerror or error}.",
-            remedy=f"Is there room for {_NEEDED_MIB} MiB on it, and for "
-            f"{WRITER_COUNTS[-1]} processes?",
+            remedy=f"Is there room for {_NEEDED_MIB} MiB on it, and for {WRITER_COUNTS[-1]} processes?",
         ) from error
 
 
@@ -104,9 +103,7 @@ async def _slow(scene: TargetGrid, fault: Fault, folder: Path) -> FaultResult:
         f"during (medians of {_PROBES}), with {len(hogs)} programs that write and fsync"
     )
     if not felt:
-        raise EffectNotSeen(
-            f"The disk of {folder} was not {MIN_SLOWDOWN:g} times as slow: {evidence}."
-        )
+        raise EffectNotSeen(f"The disk of {folder} was not {MIN_SLOWDOWN:g} times as slow: {evidence}.")
     return FaultResult((str(folder),), evidence)
 
 
@@ -172,9 +169,7 @@ class ProcessFaults:
             return FaultResult(impossible=NO_INSTANCE)
         await asyncio.to_thread(self._kill, hit)
         said = await self._gone(hit)
-        return FaultResult(
-            tuple(hit), first_of([f"{one} (pid {hit[one]}): {said[one]}" for one in hit])
-        )
+        return FaultResult(tuple(hit), first_of([f"{one} (pid {hit[one]}): {said[one]}" for one in hit]))
 
     def _kill(self, hit: Mapping[str, int]) -> None:
         for pid in hit.values():
@@ -235,9 +230,7 @@ class ProcessFaults:
         waited_s = 0.0
         while waited_s < fault.notice_s and not await look() and not self._scene.over.is_set():
             waited_s += await self._scene.hold(_GRACE_S)
-        late = {
-            one: pid for one, pid in hit.items() if ticks[one] and start_ticks(pid) == ticks[one]
-        }
+        late = {one: pid for one, pid in hit.items() if ticks[one] and start_ticks(pid) == ticks[one]}
         await asyncio.to_thread(self._kill, late)
         said = await self._gone(hit)
         left = [f"{one}: {how}" for one, how in said.items()]
@@ -269,9 +262,7 @@ class ProcessFaults:
         if not waiting:
             return FaultResult(impossible=NOTHING_HIT.format(one="request of theirs"))
         return FaultResult(
-            tuple(hit),
-            f"{waiting} requests of {first_of(list(hit))} were left without an answer in "
-            f"{held_s:.1f} s",
+            tuple(hit), f"{waiting} requests of {first_of(list(hit))} were left without an answer in {held_s:.1f} s"
         )
 
 
@@ -294,8 +285,7 @@ async def s3_errors(scene: TargetGrid, front: FaultProxy | None, fault: Fault) -
     if not refused:
         return FaultResult(impossible=NOTHING_HIT.format(one="request"))
     return FaultResult(
-        (front.target,),
-        f"{refused} of {asked} requests to S3 were answered 503 SlowDown in {held_s:.1f} s",
+        (front.target,), f"{refused} of {asked} requests to S3 were answered 503 SlowDown in {held_s:.1f} s"
     )
 
 

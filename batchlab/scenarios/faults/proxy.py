@@ -22,16 +22,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import (
-    AsyncIterator,
-    Awaitable,
-    Callable,
-    Collection,
-    Iterator,
-    Mapping,
-    MutableMapping,
-    Sequence,
-)
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -47,14 +38,7 @@ from batchlab.runtime import factory
 from batchlab.runtime.compose_project import HOME_LABEL, LABEL
 from batchlab.runtime.factory import Backend, fresh_bucket
 from batchlab.runtime.home import Home, Place
-from batchlab.scenarios.faults.target_grid import (
-    NOTHING_HIT,
-    FaultResult,
-    Rollback,
-    TargetGrid,
-    complete,
-    wait_for,
-)
+from batchlab.scenarios.faults.target_grid import NOTHING_HIT, FaultResult, Rollback, TargetGrid, complete, wait_for
 from batchlab.scenarios.model.values import Fault
 from batchlab.worker.child_process import family
 
@@ -132,8 +116,7 @@ class FaultProxy:
     def _is_s3(self, scope: Mapping[str, Any]) -> bool:
         headers = dict(scope["headers"])
         return bool(
-            _S3.search(headers.get(b"authorization", b""))
-            or _S3.search(scope["query_string"].replace(b"%2F", b"/"))
+            _S3.search(headers.get(b"authorization", b"")) or _S3.search(scope["query_string"].replace(b"%2F", b"/"))
         )
 
     async def _pass_on(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
@@ -144,21 +127,14 @@ class FaultProxy:
         headers = [(k, v) for k, v in scope["headers"] if k not in _HOP]
         has_body = any(k in (b"content-length", b"transfer-encoding") for k, _ in scope["headers"])
         there = httpx.URL(self.target).copy_with(raw_path=path)
-        asked = httpx.Request(
-            scope["method"],
-            there,
-            headers=headers,
-            content=_body(receive) if has_body else None,
-        )
+        asked = httpx.Request(scope["method"], there, headers=headers, content=_body(receive) if has_body else None)
         try:
             answer = await self._client.send(asked, stream=True)
         except _ClientDisconnected:
             return
         except httpx.TransportError:
             await _drain(receive)
-            await _answer(
-                send, 502, b"text/plain", b"The endpoint behind the proxy does not answer.\n"
-            )
+            await _answer(send, 502, b"text/plain", b"The endpoint behind the proxy does not answer.\n")
             return
         try:
             kept = [(k.lower(), v) for k, v in answer.headers.raw if k.lower() not in _HOP]
@@ -253,9 +229,7 @@ def run_proxy(front: FaultProxy) -> Iterator[FaultProxy]:
 
 
 @contextmanager
-def with_proxy(
-    backend: Backend, home: Home, say: Callable[[str], None]
-) -> Iterator[tuple[Backend, FaultProxy | None]]:
+def with_proxy(backend: Backend, home: Home, say: Callable[[str], None]) -> Iterator[tuple[Backend, FaultProxy | None]]:
     """Run a proxy before the endpoint of a grid that is started later. Yield the backend with the
     proxy's address, and the proxy, which must run as long as the grid. On other backends, yield the
     unchanged backend and None.
@@ -278,9 +252,7 @@ def with_proxy(
             place = Place(url, known.bucket if known else fresh_bucket(), named=False)
         front = stack.enter_context(run_proxy(FaultProxy(place.url)))
         home.of(backend.name).mkdir(exist_ok=True)
-        stack.enter_context(
-            _proxied_home(home, backend.name, place, front.url, is_new=known is None)
-        )
+        stack.enter_context(_proxied_home(home, backend.name, place, front.url, is_new=known is None))
         yield factory.load(backend.name, f"{front.url}/{place.bucket}"), front
 
 
@@ -514,13 +486,9 @@ def main(arguments: Sequence[str]) -> None:
     server = server_of(front)
 
     async def serve() -> None:
-        asyncio.get_running_loop().call_later(
-            float(arguments[3]), lambda: setattr(front, "rate", 0.0)
-        )
+        asyncio.get_running_loop().call_later(float(arguments[3]), lambda: setattr(front, "rate", 0.0))
         stop = asyncio.create_task(server.serve(sockets=[listener]))
-        asyncio.get_running_loop().add_signal_handler(
-            signal.SIGTERM, lambda: setattr(server, "should_exit", True)
-        )
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, lambda: setattr(server, "should_exit", True))
         await stop
         await front.aclose()
 

@@ -159,9 +159,7 @@ async def _give_back(
     return good
 
 
-async def _take(
-    queue: Queue, name: str, met: _QueueState, wait_s: float, hide_s: float
-) -> list[Message]:
+async def _take(queue: Queue, name: str, met: _QueueState, wait_s: float, hide_s: float) -> list[Message]:
     """Receive messages and record them at once as hidden."""
     batch = await queue.receive(name, wait_s=wait_s, visibility_s=hide_s, max_messages=_BATCH)
     met.taken.update({one.receipt: (time.monotonic(), one) for one in batch})
@@ -169,11 +167,7 @@ async def _take(
 
 
 async def _received_batches(
-    queue: Queue,
-    name: str,
-    met: _QueueState,
-    left_s: Callable[[], float],
-    visible_s: Callable[[], float],
+    queue: Queue, name: str, met: _QueueState, left_s: Callable[[], float], visible_s: Callable[[], float]
 ) -> Any:
     """Yield batches of new and of all messages until the time is over."""
     pause_s = _PAUSE_S
@@ -190,9 +184,7 @@ async def _received_batches(
 QueueWork = Callable[[Queue, str, _QueueState, Callable[[], float]], Coroutine[Any, Any, None]]
 
 
-async def _run_on_queues(
-    scene: TargetGrid, fault: Fault, work: QueueWork
-) -> tuple[list[str], list[_QueueState]]:
+async def _run_on_queues(scene: TargetGrid, fault: Fault, work: QueueWork) -> tuple[list[str], list[_QueueState]]:
     """Run the work on the task queues of the fault's pools for its time, and on the events queue if
     the fault names no pool.
     """
@@ -272,11 +264,7 @@ class ManagerProcess:
     def _start(self, url: str) -> ManagerRecord:
         scene = self._scene
         return manager_process.start_manager(
-            scene.home,
-            scene.backend,
-            pools=scene.pools,
-            parent=scene.parent,
-            port=urlsplit(url).port or 0,
+            scene.home, scene.backend, pools=scene.pools, parent=scene.parent, port=urlsplit(url).port or 0
         )
 
     async def lose_ledger(self, fault: Fault) -> FaultResult:

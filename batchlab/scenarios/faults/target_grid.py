@@ -136,9 +136,7 @@ def select_targets(grid: GridView, fault: Fault, among: Collection[str] | None =
     return [one["id"] for one in there[: fault.among(len(there))]]
 
 
-async def wait_for(
-    look: Callable[[], Awaitable[T]], what: str, *, within_s: float = EFFECT_TIMEOUT_S
-) -> T:
+async def wait_for(look: Callable[[], Awaitable[T]], what: str, *, within_s: float = EFFECT_TIMEOUT_S) -> T:
     """Poll `look` until its result is true. Raise EffectNotSeen after `within_s`."""
     give_up_s = time.monotonic() + within_s
     while not (found := await look()):
@@ -202,10 +200,7 @@ class Rollback:
         return self
 
     async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        where: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
         stands: list[tuple[str, BaseException]] = []
         cancelled: asyncio.CancelledError | None = None
@@ -225,9 +220,7 @@ class Rollback:
             raise cancelled from error
 
 
-async def _run_undo(
-    undo: Undo, tries: int
-) -> tuple[BaseException | None, asyncio.CancelledError | None]:
+async def _run_undo(undo: Undo, tries: int) -> tuple[BaseException | None, asyncio.CancelledError | None]:
     """Run an undo. Return its error and a cancellation that arrived meanwhile."""
 
     async def mend() -> None:
@@ -246,9 +239,7 @@ async def _run_undo(
         failures.append(why)
         if len(failures) == tries:
             break
-        cancelled = (
-            await _wait_uncancelled(asyncio.ensure_future(asyncio.sleep(PAUSE_S))) or cancelled
-        )
+        cancelled = await _wait_uncancelled(asyncio.ensure_future(asyncio.sleep(PAUSE_S))) or cancelled
     return failures[-1] if failures else TimeoutError("it was stopped repeatedly"), cancelled
 
 

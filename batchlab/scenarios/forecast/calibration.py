@@ -131,8 +131,7 @@ def check_fit(calibration: Calibration, backend: str, compressed: float) -> str:
     """
     if calibration.backend != backend:
         raise UsageError(
-            f"The calibration was measured on {calibration.backend}, and the forecast is to be as "
-            f"on {backend}.",
+            f"The calibration was measured on {calibration.backend}, and the forecast is to be as on {backend}.",
             remedy=f"Give --like {calibration.backend}, or records of {backend} to calibrate by.",
         )
     if calibration.compressed == compressed:
@@ -250,9 +249,7 @@ def _stretches(records: Sequence[Record]) -> Iterator[CalibratedValue]:
         yield _median("stretch", of, ratios, "tasks", which)
 
 
-def _median(
-    name: str, of: str, observed: Iterable[tuple[float, float]], what: str, which: str
-) -> CalibratedValue:
+def _median(name: str, of: str, observed: Iterable[tuple[float, float]], what: str, which: str) -> CalibratedValue:
     """Return the weighted median and quartiles of (number, weight) pairs."""
     ordered = sorted((value, weight) for value, weight in observed if weight > 0)
     count = round(sum(weight for _, weight in ordered))
@@ -282,8 +279,7 @@ def write(calibration: Calibration, path: Path) -> None:
         path.write_bytes(to_json(calibration))
     except OSError as error:
         raise UsageError(
-            f"The calibration {path} cannot be written: {error.strerror}.",
-            remedy="Name another file.",
+            f"The calibration {path} cannot be written: {error.strerror}.", remedy="Name another file."
         ) from error
 
 
@@ -294,23 +290,17 @@ def read(path: Path) -> Calibration:
         data = path.read_bytes()
         found = _ADAPTER.validate_json(data)
     except OSError as error:
-        raise UsageError(
-            f"The calibration {path} cannot be read: {error.strerror}.", remedy=remedy
-        ) from error
+        raise UsageError(f"The calibration {path} cannot be read: {error.strerror}.", remedy=remedy) from error
     except ValidationError as error:
         raise UsageError(
-            f"{path} is not a calibration ({text.count(error.error_count(), 'mistake')} in it).",
-            remedy=remedy,
+            f"{path} is not a calibration ({text.count(error.error_count(), 'mistake')} in it).", remedy=remedy
         ) from error
     known = [one.name for one in fields(Calibration)]
     for name in json.loads(data):
         if name not in known:
             near = get_close_matches(name, known, n=1)
             hint = f"Did you mean {near[0]}? " if near else ""
-            raise UsageError(
-                f"{path} has the unknown key {name!r}.",
-                remedy=f"{hint}The keys are {', '.join(known)}.",
-            )
+            raise UsageError(f"{path} has the unknown key {name!r}.", remedy=f"{hint}The keys are {', '.join(known)}.")
     low, high = found.call_s
     times = (*found.call_s, found.bundle_s, found.submit_s, found.end_s, *found.boot_s.values())
     times += (found.manager_s, found.bundle_cpu_s, found.other_boot_s or 0.0)
@@ -320,7 +310,5 @@ def read(path: Path) -> Calibration:
     if any(not 0 < one < 1e6 for one in factors):
         raise UsageError(f"{path} has an invalid stretch or compression.", remedy=remedy)
     if not 0 <= found.cores <= MAX_CORES:
-        raise UsageError(
-            f"{path} says {found.cores:,} cores.", remedy=f"Write a number from 0 to {MAX_CORES}."
-        )
+        raise UsageError(f"{path} says {found.cores:,} cores.", remedy=f"Write a number from 0 to {MAX_CORES}.")
     return found

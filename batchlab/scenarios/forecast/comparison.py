@@ -193,8 +193,7 @@ def _queue(record: Record) -> StepCurve:
 
 def _backlog(record: Record) -> StepCurve:
     return [
-        (sample.at_s, float(sum(pool.backlog_tasks for pool in sample.pools.values())))
-        for sample in record.samples
+        (sample.at_s, float(sum(pool.backlog_tasks for pool in sample.pools.values()))) for sample in record.samples
     ]
 
 
@@ -202,9 +201,7 @@ def _fleet(record: Record) -> StepCurve:
     return [(at_s, float(count)) for at_s, count in fleet_sizes(record)]
 
 
-def _curve_pair(
-    what: str, forecast: Record, fact: Record, of: Callable[[Record], StepCurve]
-) -> CurvePair:
+def _curve_pair(what: str, forecast: Record, fact: Record, of: Callable[[Record], StepCurve]) -> CurvePair:
     first, second = of(forecast), of(fact)
     until_s = max(end_s(forecast), end_s(fact))
     pairs = list(zip(sample_curve(first, until_s), sample_curve(second, until_s), strict=True))
@@ -243,10 +240,7 @@ def _notes(forecast: Record, fact: Record) -> Iterator[str]:
     if odd := [name for name in names if forecast.settings[name] != fact.settings[name]]:
         yield f"their settings differ: {', '.join(odd)}"
     told = (
-        f"fault {one.name}: {why}"
-        for record in (forecast, fact)
-        for one in record.faults
-        if (why := uncertainty(one))
+        f"fault {one.name}: {why}" for record in (forecast, fact) for one in record.faults if (why := uncertainty(one))
     )
     yield from dict.fromkeys(told)
     if fact.compressed != 1:

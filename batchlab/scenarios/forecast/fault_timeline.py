@@ -48,9 +48,7 @@ class ServiceFaults:
 class ScenarioCallFaults(Faults):
     """Latencies of a grid's calls, and the call faults of a scenario."""
 
-    def __init__(
-        self, rng: random.Random, trouble: ServiceFaults, *, latency_s: tuple[float, float]
-    ) -> None:
+    def __init__(self, rng: random.Random, trouble: ServiceFaults, *, latency_s: tuple[float, float]) -> None:
         super().__init__(rng, latency_s=latency_s, answers=False)
         self._trouble = trouble
 
@@ -194,8 +192,7 @@ class FaultTimeline:
         names = [
             name
             for name, life in alive.items()
-            if (market is None or life.machine.market is market)
-            and (not zone or life.machine.zone == zone)
+            if (market is None or life.machine.market is market) and (not zone or life.machine.zone == zone)
         ]
         count = len(names) if zone else fault.among(len(names))
         if not count:
@@ -302,9 +299,7 @@ class FaultTimeline:
         here = sum(life.machine.zone == zone for life in launched)
         none = self.machines.refused - refused
         if not (dead or launched or none):
-            raise _NothingHit(
-                f"no instance was in {zone}, and no launch happened before its return"
-            )
+            raise _NothingHit(f"no instance was in {zone}, and no launch happened before its return")
         return dead, (
             f"{_instances(len(dead))} of {zone} died; until it was back {none} launches were "
             f"refused, {len(launched) - here} went to other zones and {here} to it"

@@ -17,12 +17,7 @@ from batchlab.manager.admission import admit
 from batchlab.manager.manager import LEASE, Manager
 from batchlab.runtime.descriptor import Calibration
 from batchlab.runtime.factory import Backend
-from batchlab.scenarios.forecast.fault_timeline import (
-    FaultTimeline,
-    FaultyQueue,
-    ScenarioCallFaults,
-    ServiceFaults,
-)
+from batchlab.scenarios.forecast.fault_timeline import FaultTimeline, FaultyQueue, ScenarioCallFaults, ServiceFaults
 from batchlab.scenarios.forecast.jobs import DeclaredRunner, SimulatedWork, job_def
 from batchlab.scenarios.forecast.machines import Machines, calibrated_pool, zone_names
 from batchlab.scenarios.forecast.results import GridSampler
@@ -70,9 +65,7 @@ class ForecastGrid:
         options: ForecastOptions,
     ) -> None:
         """Build the grid. Raise UsageError for unknown pools and impossible jobs."""
-        self.pools: dict[str, Pool] = {
-            plan.pool.name: calibrated_pool(plan, calibration) for plan in scenario.pools
-        }
+        self.pools: dict[str, Pool] = {plan.pool.name: calibrated_pool(plan, calibration) for plan in scenario.pools}
         self._admit(scenario)
         self._like, self._manager_s = like, calibration.manager_s
         policy = {key: s for key, s in asdict(scenario.policy).items() if s is not None}
@@ -85,14 +78,7 @@ class ForecastGrid:
         launcher.refuse = self.machines.refuse
         launcher.launched, launcher.ended = self.machines.launched, self.machines.ended
         self.timeline = FaultTimeline(
-            scenario,
-            like,
-            self.world,
-            self.machines,
-            self.plays,
-            self._trouble,
-            self.now_s,
-            options.impossible,
+            scenario, like, self.world, self.machines, self.plays, self._trouble, self.now_s, options.impossible
         )
         self.watching = GridSampler(self.world, self.machines, self.manager.tick_s)
         self.base_s = 0.0
@@ -111,12 +97,7 @@ class ForecastGrid:
                 )
 
     def _world(
-        self,
-        scenario: Scenario,
-        seed: int,
-        calibration: Calibration,
-        log: list[str] | None,
-        options: ForecastOptions,
+        self, scenario: Scenario, seed: int, calibration: Calibration, log: list[str] | None, options: ForecastOptions
     ) -> World:
         self._trouble = trouble = ServiceFaults()
         world = World(
@@ -184,8 +165,7 @@ class ForecastGrid:
                 break
             if self.now_s() > limit_s:
                 raise UsageError(
-                    f"Only {len(ready)} of the {least} permanent instances were ready in "
-                    f"{limit_s:.0f} s.",
+                    f"Only {len(ready)} of the {least} permanent instances were ready in {limit_s:.0f} s.",
                     remedy="Give their pools a lower min or a shorter boot time.",
                 )
             await asyncio.sleep(min(1.0, self.manager.tick_s))

@@ -62,9 +62,7 @@ def _stage_def(stage: StageTemplate) -> StageDef:
 def task_result(stages: tuple[StageTemplate, ...], stage: str, task: int) -> Json:
     """Return a task's result: its group, for each stage that gathers it by key."""
     return {
-        one.name: f"{task % one.groups:06d}"
-        for one in stages
-        if one.gather == "key" and stage in one.after
+        one.name: f"{task % one.groups:06d}" for one in stages if one.gather == "key" and stage in one.after
     } or None
 
 
@@ -238,9 +236,7 @@ class DeclaredRunner:
         self._die = die
         self._patient = TimedRunner(plays.take_s, clock, together_s=plays.together_s)
         together_s = min(BUDGETED_BATCH_S, plays.together_s)
-        self._hasty = TimedRunner(
-            plays.take_s, clock, together_s=together_s, look_s=plays.together_s
-        )
+        self._hasty = TimedRunner(plays.take_s, clock, together_s=together_s, look_s=plays.together_s)
 
     async def run(self, work: Work, handle: Handle) -> AsyncIterator[Ran]:
         plays, begun_s = self._plays, self._clock.monotonic_s()
@@ -273,14 +269,10 @@ class DeclaredRunner:
     async def close(self) -> None:
         """Do nothing."""
 
-    async def _ended(
-        self, stage: SimulatedStage, work: Work, runs: AsyncIterator[Ran]
-    ) -> AsyncIterator[Ran]:
+    async def _ended(self, stage: SimulatedStage, work: Work, runs: AsyncIterator[Ran]) -> AsyncIterator[Ran]:
         """Add declared failures and results to the tasks that ran."""
         bundle = work.bundle
-        bad = expansion.failing_tasks(
-            self._plays.seed, stage.job, stage.template, bundle.tasks, bundle.attempt
-        )
+        bad = expansion.failing_tasks(self._plays.seed, stage.job, stage.template, bundle.tasks, bundle.attempt)
         stages, name = stage.job.template.stages, stage.template.name
         async for ran in runs:
             if ran.task in bad:
@@ -293,9 +285,7 @@ class DeclaredRunner:
     ) -> AsyncIterator[Ran]:
         """Run up to the first task that kills the worker, and half of that task."""
         tasks = list(work.bundle.tasks)
-        kills = (
-            n for n, t in enumerate(tasks) if expansion.kills_worker(stage.job, stage.template, t)
-        )
+        kills = (n for n, t in enumerate(tasks) if expansion.kills_worker(stage.job, stage.template, t))
         doomed = next(kills, len(tasks))
         ran_all = True
         if doomed:

@@ -43,9 +43,7 @@ class Machines:
     instances of the pool. `now_s` returns the run's time.
     """
 
-    def __init__(
-        self, plans: Sequence[PoolPlan], zones: Sequence[str], now_s: Callable[[], float]
-    ) -> None:
+    def __init__(self, plans: Sequence[PoolPlan], zones: Sequence[str], now_s: Callable[[], float]) -> None:
         self.lives: dict[str, SimulatedInstance] = {}
         """Instances in launch order."""
         self.lost_zones: list[str] = []
@@ -120,9 +118,7 @@ class Machines:
         for zone in self._zones:
             if name in (zone, zone[-1]):
                 return zone
-        raise UsageError(
-            f"There is no zone {name!r}.", remedy=f"The zones are {', '.join(self._zones)}."
-        )
+        raise UsageError(f"There is no zone {name!r}.", remedy=f"The zones are {', '.join(self._zones)}.")
 
     def booting(self, zone: str) -> list[str]:
         """Return the instances of a zone that are not ready."""

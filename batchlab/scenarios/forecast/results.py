@@ -152,9 +152,7 @@ class ResultCounter:
     (monotonic).
     """
 
-    def __init__(
-        self, objects: Objects, ledger: Ledger, plays: SimulatedWork, begin_s: float, base_s: float
-    ) -> None:
+    def __init__(self, objects: Objects, ledger: Ledger, plays: SimulatedWork, begin_s: float, base_s: float) -> None:
         self._objects = objects
         self._ledger = ledger
         self._plays = plays
@@ -162,12 +160,7 @@ class ResultCounter:
         self._base_s = base_s
         self._results = Results()
 
-    async def all(
-        self,
-        jobs: Sequence[Job],
-        submitted_s: Mapping[str, float],
-        end_s: float,
-    ) -> Results:
+    async def all(self, jobs: Sequence[Job], submitted_s: Mapping[str, float], end_s: float) -> Results:
         """Count these jobs. `submitted_s` has the submission of each in run seconds.
 
         A job ends at least `end_s` after its last task.
@@ -179,9 +172,7 @@ class ResultCounter:
             self._results.thrown_s[pool] = self._results.thrown_s.get(pool, 0.0) + span_s
         return self._results
 
-    async def _job(
-        self, job: Job, submitted_s: float, spans: dict[str, tuple[str, float]], end_s: float
-    ) -> None:
+    async def _job(self, job: Job, submitted_s: float, spans: dict[str, tuple[str, float]], end_s: float) -> None:
         name = JobId(job.id)
         found: dict[str, list[Outcome]] = {}
         last_s = 0.0
@@ -256,13 +247,7 @@ class ResultCounter:
             pool = stage.template.pool
             results.failed_s[pool] = results.failed_s.get(pool, 0.0) + failed_s
 
-    def _compare(
-        self,
-        job: Job,
-        stage: StageTemplate,
-        counts: StageCounts | None,
-        found: Sequence[Outcome],
-    ) -> None:
+    def _compare(self, job: Job, stage: StageTemplate, counts: StageCounts | None, found: Sequence[Outcome]) -> None:
         """Count lost and duplicate tasks of a stage."""
         succeeded = TaskSet.union(one.succeeded for one in found)
         self._results.duplicates += sum(len(one.succeeded) for one in found) - len(succeeded)
@@ -279,11 +264,7 @@ class ResultCounter:
 MAX_QUIET_SAMPLES = 1000
 """Maximum number of unchanged samples. Beyond it, every second one is dropped."""
 
-_PENDING_STATES = {
-    LifecycleState.PENDING,
-    LifecycleState.PENDING_WAIT,
-    LifecycleState.PENDING_PROCEED,
-}
+_PENDING_STATES = {LifecycleState.PENDING, LifecycleState.PENDING_WAIT, LifecycleState.PENDING_PROCEED}
 
 Counts = tuple[int, int, int]
 """Desired capacity, instances in service, and pending instances."""

@@ -149,9 +149,7 @@ class _Simulation:
             if self._progress:
                 sent = len(self._submitted_s)
                 ended = sent - len(self._open)
-                self._progress(
-                    SimulationProgress(grid.now_s(), sent, ended, len(self._schedule.jobs))
-                )
+                self._progress(SimulationProgress(grid.now_s(), sent, ended, len(self._schedule.jobs)))
             if not all(task.done() for task in todo):
                 continue
             if self._open:
@@ -196,14 +194,10 @@ class _Simulation:
         """Set the pool's minimum to the value planned for now."""
         now_s = self._grid.now_s()
         planned = [
-            one.min_size
-            for one in self._scenario.prewarm
-            if one.pool == pool and one.at_s <= now_s < one.until_s
+            one.min_size for one in self._scenario.prewarm if one.pool == pool and one.at_s <= now_s < one.until_s
         ]
         least = max(self._grid.pools[pool].min_size, *planned, 0)
-        await self._grid.ask(
-            lambda m: fleet_commands.scale(m, pool, min_size=least), f"prewarm {pool}"
-        )
+        await self._grid.ask(lambda m: fleet_commands.scale(m, pool, min_size=least), f"prewarm {pool}")
 
     async def _look_for_ends(self) -> None:
         grid, plays = self._grid, self._grid.plays
@@ -221,9 +215,7 @@ class _Simulation:
     def _stands_still(self) -> bool:
         still_s = self._grid.now_s() - self._moved_s
         if still_s >= STALL_LIMIT_S:
-            self._cut = (
-                f"{len(self._open)} jobs had not ended, and nothing had run for {still_s:.0f} s"
-            )
+            self._cut = f"{len(self._open)} jobs had not ended, and nothing had run for {still_s:.0f} s"
         return bool(self._cut)
 
     async def _told(self) -> Record:

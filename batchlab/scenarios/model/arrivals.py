@@ -43,9 +43,7 @@ def parse_week_time_s(text: str) -> float:
     raise ValueError(f"{text!r} is not a time of the week ({WEEK_FORMS})")
 
 
-def split_by_hour(
-    from_s: float, until_s: float, offset_s: float = 0.0
-) -> Iterator[tuple[float, float, int]]:
+def split_by_hour(from_s: float, until_s: float, offset_s: float = 0.0) -> Iterator[tuple[float, float, int]]:
     """Split the span at every full hour into (start, end, hour).
 
     Hour 0 begins `offset_s` before time 0.
@@ -129,8 +127,7 @@ class _PoissonProcess(ABC):
     def __post_init__(self) -> None:
         if not (0 <= self.from_s < self.until_s and isfinite(self.until_s)):
             raise ValueError(
-                f"until ({self.until_s:g} s) must be after from ({self.from_s:g} s), which must "
-                "not be negative"
+                f"until ({self.until_s:g} s) must be after from ({self.from_s:g} s), which must not be negative"
             )
         for rate in self.numbers():
             if not (isfinite(rate) and rate >= 0):
@@ -151,9 +148,7 @@ class _PoissonProcess(ABC):
     def at_least(self) -> float:
         """Return a minimum of jobs that is exceeded except with a chance of one in a billion."""
         found = self.segments(Random(0))  # noqa: S311 - of rates that chance has no part in
-        return _likely_minimum(
-            sum((end - start) * (a + b) / 2 for start, end, a, b in found) / HOUR_S
-        )
+        return _likely_minimum(sum((end - start) * (a + b) / 2 for start, end, a, b in found) / HOUR_S)
 
     def odd(self) -> tuple[Anomaly, ...]:
         return ()
@@ -233,9 +228,7 @@ class Profile(_PoissonProcess):
     def __post_init__(self) -> None:
         _PoissonProcess.__post_init__(self)
         if len(self.daily) != 24 or len(self.weekly) != 7:
-            raise ValueError(
-                f"a profile has 24 hours and 7 days, not {len(self.daily)} and {len(self.weekly)}"
-            )
+            raise ValueError(f"a profile has 24 hours and 7 days, not {len(self.daily)} and {len(self.weekly)}")
         if not (isfinite(self.begins_s) and self.begins_s >= 0):
             raise ValueError(f"the week cannot begin {self.begins_s} s after Monday 00:00")
         if self.per_hour is not None and not (sum(self.daily) and sum(self.weekly)):

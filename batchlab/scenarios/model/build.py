@@ -21,20 +21,8 @@ from batchlab.jobs.validation import Structure
 from batchlab.jobs.yaml_source import Loc, Problem, suggest
 from batchlab.scenarios.model import arrivals, distributions, schema_distributions
 from batchlab.scenarios.model.schema import SOURCES, ArrivalSpec, FaultSpec, ScenarioSpec
-from batchlab.scenarios.model.schema_distributions import (
-    MomentSpec,
-    MonthEndSpec,
-    One,
-    Span,
-    StepSpec,
-)
-from batchlab.scenarios.model.schema_jobs import (
-    ColumnsSpec,
-    GroupsSpec,
-    JobSpec,
-    StageSpec,
-    TraceSpec,
-)
+from batchlab.scenarios.model.schema_distributions import MomentSpec, MonthEndSpec, One, Span, StepSpec
+from batchlab.scenarios.model.schema_jobs import ColumnsSpec, GroupsSpec, JobSpec, StageSpec, TraceSpec
 from batchlab.scenarios.model.values import (
     Distribution,
     Expectation,
@@ -96,12 +84,8 @@ class ScenarioBuilder:
         if kind == "constant":
             return distributions.Constant(value)
         if kind == "mixture":
-            parts = tuple(
-                (part.weight, self.draw(part, (*loc, kind, i))) for i, part in enumerate(value)
-            )
-            return self.made(
-                (*loc, kind), lambda: distributions.Mixture(parts), stand_in, "Change it."
-            )
+            parts = tuple((part.weight, self.draw(part, (*loc, kind, i))) for i, part in enumerate(value))
+            return self.made((*loc, kind), lambda: distributions.Mixture(parts), stand_in, "Change it.")
         if kind == "empirical":
             return distributions.Empirical(tuple(value))
         numbers = value.model_dump()
@@ -145,9 +129,7 @@ class ScenarioBuilder:
         return JobTemplate(
             name=name,
             stages=stages,
-            tasks=distributions.Constant(1.0)
-            if spec.tasks is None
-            else self.draw(spec.tasks, (*loc, "tasks")),
+            tasks=distributions.Constant(1.0) if spec.tasks is None else self.draw(spec.tasks, (*loc, "tasks")),
             tenant=spec.tenant,
             priority=spec.priority,
             deadline_s=spec.deadline,
@@ -298,9 +280,7 @@ def _gather(spec: GatherSpec | GroupsSpec | None) -> str | None:
     return None if spec is None else "*" if spec.by == "*" else "key"
 
 
-def _unused_keys(
-    form: TraceFormat, spec: TraceSpec, job: str
-) -> Iterator[tuple[tuple[str, ...], str]]:
+def _unused_keys(form: TraceFormat, spec: TraceSpec, job: str) -> Iterator[tuple[tuple[str, ...], str]]:
     """Yield keys that have no effect, and the reason."""
     if form is not TraceFormat.TABLE:
         for key in ("names", "delimiter"):
@@ -334,9 +314,7 @@ def _column_map(form: TraceFormat, spec: ColumnsSpec | None) -> Callable[[], Col
             return None
         known = {TraceFormat.SWF: SWF_COLUMNS, TraceFormat.JSONL: RECORD_COLUMNS}
         base = known.get(form)
-        said: dict[str, Any] = {
-            _COLUMN_FIELDS.get(name, name): getattr(spec, name) for name in spec.model_fields_set
-        }
+        said: dict[str, Any] = {_COLUMN_FIELDS.get(name, name): getattr(spec, name) for name in spec.model_fields_set}
         for name in ("tasks", "task_s"):
             if said.get(name) is not None:
                 said[name] = ColumnSum(tuple(said[name].columns), said[name].per)

@@ -83,18 +83,13 @@ def expand(scenario: Scenario, seed: int | None = None) -> Schedule:
         )
         if template.name in joined and (stage := find_unequal_join(template, job.tasks)):
             what = f"A job {template.name!r} of {job.tasks:,} tasks cannot run: "
-            raise UsageError(
-                f"{what}{unequal_join_message(stage)}",
-                remedy=UNEQUAL_JOIN_REMEDY,
-            )
+            raise UsageError(f"{what}{unequal_join_message(stage)}", remedy=UNEQUAL_JOIN_REMEDY)
         jobs.append(job)
     odd: tuple[Anomaly, ...] = tuple(one for source in scenario.arrivals for one in source.odd())
     return Schedule(tuple(jobs), odd)
 
 
-def _numbered_arrivals(
-    source: Source, stream: Stream, number: int
-) -> Iterator[tuple[float, int, int, Arrival]]:
+def _numbered_arrivals(source: Source, stream: Stream, number: int) -> Iterator[tuple[float, int, int, Arrival]]:
     for count, arrival in enumerate(source.arrivals(stream.random())):
         yield arrival.at_s, number, count, arrival
 
@@ -104,8 +99,7 @@ def _template(scenario: Scenario, arrival: Arrival) -> JobTemplate:
         return scenario.jobs[arrival.template]
     except KeyError:
         raise UsageError(
-            f"An arrival of the scenario {scenario.name!r} names the job {arrival.template!r}, "
-            "which it does not have.",
+            f"An arrival of the scenario {scenario.name!r} names the job {arrival.template!r}, which it does not have.",
             remedy=f"Its jobs are: {', '.join(sorted(scenario.jobs))}.",
         ) from None
 
@@ -129,9 +123,7 @@ def compress_scenario(scenario: Scenario, factor: float) -> Scenario:
     Costs, counts, and shares stay the same. Real work of a job file takes as long as before.
     """
     if not 0 < factor < float("inf"):
-        raise UsageError(
-            f"A scenario cannot be compressed {factor:g}-fold.", remedy="Use a number above 0."
-        )
+        raise UsageError(f"A scenario cannot be compressed {factor:g}-fold.", remedy="Use a number above 0.")
     if factor == 1:
         return scenario
     return replace(
@@ -168,9 +160,7 @@ def _stage(stage: StageTemplate, factor: float) -> StageTemplate:
 
 
 def _retry(rule: RetryRule, factor: float) -> RetryRule:
-    return replace(
-        rule, backoff_s=rule.backoff_s / factor, max_backoff_s=rule.max_backoff_s / factor
-    )
+    return replace(rule, backoff_s=rule.backoff_s / factor, max_backoff_s=rule.max_backoff_s / factor)
 
 
 def _pool(plan: PoolPlan, factor: float) -> PoolPlan:
@@ -182,9 +172,7 @@ def _prewarm(one: Prewarm, factor: float) -> Prewarm:
 
 
 def _fault(one: Fault, factor: float) -> Fault:
-    return replace(
-        one, at_s=one.at_s / factor, for_s=one.for_s / factor, notice_s=one.notice_s / factor
-    )
+    return replace(one, at_s=one.at_s / factor, for_s=one.for_s / factor, notice_s=one.notice_s / factor)
 
 
 def _expectation(one: Expectation, factor: float) -> Expectation:
@@ -232,9 +220,7 @@ def attempt_fails(seed: int, job: Job, stage: StageTemplate, task: int, attempt:
     return _stream(seed, "fails", job.index, stage.name, attempt).unit(task) < stage.fails
 
 
-def failing_tasks(
-    seed: int, job: Job, stage: StageTemplate, tasks: TaskSet, attempt: int
-) -> frozenset[int]:
+def failing_tasks(seed: int, job: Job, stage: StageTemplate, tasks: TaskSet, attempt: int) -> frozenset[int]:
     """Return the tasks whose attempt fails."""
     if not stage.fails:
         return frozenset()
@@ -299,8 +285,7 @@ def find_unequal_join(template: JobTemplate, tasks: int) -> StageTemplate | None
 def unequal_join_message(stage: StageTemplate) -> str:
     which = " and ".join(f"'{name}'" for name in stage.after)
     return (
-        f"The stage '{stage.name}' takes the results of {which} "
-        "item by item, but these have unequal numbers of tasks."
+        f"The stage '{stage.name}' takes the results of {which} item by item, but these have unequal numbers of tasks."
     )
 
 

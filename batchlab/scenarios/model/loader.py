@@ -53,13 +53,7 @@ class CheckedScenario:
 ZONES = "abcdef"
 
 _HITS_INSTANCES = frozenset(
-    {
-        FaultName.KILL,
-        FaultName.PAUSE,
-        FaultName.PARTITION,
-        FaultName.SPOT_WAVE,
-        FaultName.SLOW_DISK,
-    }
+    {FaultName.KILL, FaultName.PAUSE, FaultName.PARTITION, FaultName.SPOT_WAVE, FaultName.SLOW_DISK}
 )
 _HITS_CALLS = frozenset({FaultName.S3_ERRORS, FaultName.SQS_DUPLICATES, FaultName.SQS_DELAYS})
 _FAULTS_BY_KEY: Mapping[str, frozenset[FaultName]] = {
@@ -137,10 +131,7 @@ def _stage_location(subject: CheckedScenario, template: JobTemplate, stage: int,
 def _joins(subject: CheckedScenario) -> Iterator[Problem]:
     """Check item-by-item joins, except for jobs whose task counts come from a trace."""
     for template in subject.jobs.values():
-        if any(
-            one.trace is not None and one.job in (None, template.name)
-            for one in subject.spec.arrivals
-        ):
+        if any(one.trace is not None and one.job in (None, template.name) for one in subject.spec.arrivals):
             continue
         always = isinstance(template.tasks, Constant)
         tasks = max(1, int(template.tasks.mean + 0.5)) if always else MOST_TASKS
@@ -159,9 +150,7 @@ def _arrivals(subject: CheckedScenario) -> Iterator[Problem]:
             yield from _steps(arrival.step, ("arrivals", i, "step", "steps"))
         if arrival.job is not None and subject.unknown("jobs", arrival.job):
             message = f"There is no job '{arrival.job}'."
-            yield Problem(
-                ("arrivals", i, "job"), message, suggest(arrival.job, subject.spec.jobs, "jobs")
-            )
+            yield Problem(("arrivals", i, "job"), message, suggest(arrival.job, subject.spec.jobs, "jobs"))
 
 
 def _steps(spec: StepSpec, loc: Loc) -> Iterator[Problem]:
@@ -241,9 +230,7 @@ def _unused_fault_keys(one: FaultSpec, loc: Loc) -> Iterator[Problem]:
             remedy = f"Delete it; it goes with {', '.join(sorted(faults))}."
             yield Problem((*loc, name), message, remedy, at_key=True)
         elif key in _ZERO_MESSAGES and fault not in _MAY_END_AT_ONCE and not getattr(one, key):
-            yield Problem(
-                (*loc, name), _ZERO_MESSAGES[key], "Write more than 0, or delete the fault."
-            )
+            yield Problem((*loc, name), _ZERO_MESSAGES[key], "Write more than 0, or delete the fault.")
     if one.share is not None and one.count is not None:
         message = "It says both a share and a count."
         yield Problem((*loc, "count"), message, "Delete one of the two.", at_key=True)
@@ -251,11 +238,7 @@ def _unused_fault_keys(one: FaultSpec, loc: Loc) -> Iterator[Problem]:
 
 def _without_spot(subject: CheckedScenario, one: FaultSpec, loc: Loc) -> Iterator[Problem]:
     hit = [name for name in subject.spec.pools if one.pool in (None, name)]
-    if (
-        hit
-        and subject.found.sound(("pools",))
-        and not any(subject.spec.pools[name].spot for name in hit)
-    ):
+    if hit and subject.found.sound(("pools",)) and not any(subject.spec.pools[name].spot for name in hit):
         message = "A Spot wave takes Spot instances, and there are none."
         yield Problem((*loc, "fault"), message, "Give a pool a share of them, such as spot: 0.5.")
 
@@ -276,11 +259,7 @@ def _expectations(subject: CheckedScenario) -> Iterator[Problem]:
             message = f"The job '{name}' has no deadline to miss."
             yield Problem((*at, "late"), message, "Give it a deadline.", at_key=True)
     known = subject.found.sound(("jobs",))
-    if (
-        whole.late is not None
-        and known
-        and all(job.deadline_s is None for job in subject.jobs.values())
-    ):
+    if whole.late is not None and known and all(job.deadline_s is None for job in subject.jobs.values()):
         message = "No job has a deadline to miss."
         yield Problem((*loc, "late"), message, "Give one of the jobs a deadline.", at_key=True)
 
@@ -367,9 +346,7 @@ def find(text: str) -> Path:
         return Path(text)
     known = names()
     if text not in known:
-        raise UsageError(
-            f"There is no scenario {text!r}.", remedy=suggest(text, known, "shipped scenarios")
-        )
+        raise UsageError(f"There is no scenario {text!r}.", remedy=suggest(text, known, "shipped scenarios"))
     return installation.folder(FOLDER) / f"{text}{SUFFIX}"
 
 

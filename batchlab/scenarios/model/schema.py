@@ -38,20 +38,16 @@ class ArrivalSpec(Keys):
 
     job: field_types.Name | None = Field(
         default=None,
-        description="Name of the job that arrives. Only a trace whose records name it may omit this"
-        " key.",
+        description="Name of the job that arrives. Only a trace whose records name it may omit this key.",
         examples=["claims"],
     )
     at: Moments | None = Field(
         default=None,
-        description="Fixed times: one or several, each a time from the scenario's start or `{at: "
-        "TIME, count: N}`.",
+        description="Fixed times: one or several, each a time from the scenario's start or `{at: TIME, count: N}`.",
         examples=[["0s", "1h", {"at": "2h", "count": 50}]],
     )
     poisson: PoissonSpec | None = Field(
-        default=None,
-        description="Independent arrivals at one rate.",
-        examples=[{"per_hour": 30, "until": "8h"}],
+        default=None, description="Independent arrivals at one rate.", examples=[{"per_hour": 30, "until": "8h"}]
     )
     on_off: OnOffSpec | None = Field(
         default=None,
@@ -92,22 +88,14 @@ SOURCES = tuple(name for name in ArrivalSpec.model_fields if name != "job")
 class PoolSpec(Keys):
     """A pool of workers."""
 
-    min: int = Field(
-        default=0, ge=0, le=100_000, description="Minimum number of instances.", examples=[2]
-    )
+    min: int = Field(default=0, ge=0, le=100_000, description="Minimum number of instances.", examples=[2])
     max: int = Field(ge=1, le=100_000, description="Maximum number of instances.", examples=[40])
-    slots: int = Field(
-        default=1, ge=1, le=9999, description="Task slots of an instance.", examples=[4]
-    )
+    slots: int = Field(default=1, ge=1, le=9999, description="Task slots of an instance.", examples=[4])
     boot: field_types.Duration = Field(
-        default=0.0,
-        description="Time from an instance's launch until it takes work.",
-        examples=["90s"],
+        default=0.0, description="Time from an instance's launch until it takes work.", examples=["90s"]
     )
     instance_type: str = Field(
-        default="",
-        description="EC2 instance type, which determines the cost.",
-        examples=["m7i.large"],
+        default="", description="EC2 instance type, which determines the cost.", examples=["m7i.large"]
     )
     spot: Share = Field(default=0.0, description="Share of Spot Instances.", examples=[0.5])
 
@@ -121,9 +109,7 @@ class PolicySpec(Keys):
         examples=["10m"],
     )
     cooldown_in: field_types.Duration | None = Field(
-        default=None,
-        description="Time for which demand must be lower before the fleet shrinks.",
-        examples=["2m"],
+        default=None, description="Time for which demand must be lower before the fleet shrinks.", examples=["2m"]
     )
     idle: field_types.Duration | None = Field(
         default=None,
@@ -135,12 +121,8 @@ class PolicySpec(Keys):
 class PrewarmSpec(Keys):
     """Scheduled capacity: a minimum number of instances for some time."""
 
-    pool: field_types.Name = Field(
-        default="default", description="Name of the pool.", examples=["default"]
-    )
-    min: int = Field(
-        ge=0, le=100_000, description="Minimum number of instances in this time.", examples=[10]
-    )
+    pool: field_types.Name = Field(default="default", description="Name of the pool.", examples=["default"])
+    min: int = Field(ge=0, le=100_000, description="Minimum number of instances in this time.", examples=[10])
     at_s: field_types.Duration = Field(alias="at", description="Start time.", examples=["7h"])
     until_s: field_types.Duration = Field(alias="until", description="End time.", examples=["9h"])
 
@@ -150,9 +132,7 @@ class FaultSpec(Keys):
     pools: the end of the first would also end the second.
     """
 
-    at_s: field_types.Duration = Field(
-        alias="at", description="Start time of the fault.", examples=["30m"]
-    )
+    at_s: field_types.Duration = Field(alias="at", description="Start time of the fault.", examples=["30m"])
     fault: Literal[
         "kill",
         "pause",
@@ -166,23 +146,18 @@ class FaultSpec(Keys):
         "manager-crash",
         "database-loss",
     ] = Field(
-        description="What breaks: "
-        + "; ".join(f"`{name.value}`: {name.meaning}" for name in FaultName)
-        + ".",
+        description="What breaks: " + "; ".join(f"`{name.value}`: {name.meaning}" for name in FaultName) + ".",
         examples=["kill"],
     )
     for_s: field_types.Duration = Field(
         alias="for", default=60.0, description="Duration of a fault that lasts.", examples=["5m"]
     )
     pool: field_types.Name | None = Field(
-        default=None,
-        description="Pool whose instances the fault hits. The default is all pools.",
-        examples=["default"],
+        default=None, description="Pool whose instances the fault hits. The default is all pools.", examples=["default"]
     )
     share: Share | None = Field(
         default=None,
-        description="Share of the instances in service that the fault hits, rounded up. The default"
-        " is all.",
+        description="Share of the instances in service that the fault hits, rounded up. The default is all.",
         examples=[0.5],
     )
     count: int | None = Field(
@@ -204,9 +179,7 @@ class FaultSpec(Keys):
         examples=["2m"],
     )
     zone: str | None = Field(
-        default=None,
-        description="Letter of the lost zone: `a`, `b`, and so on. The default is `a`.",
-        examples=["b"],
+        default=None, description="Letter of the lost zone: `a`, `b`, and so on. The default is `a`.", examples=["b"]
     )
 
 
@@ -237,9 +210,7 @@ def _expected(by_template: bool) -> dict[str, Any]:
             continue
         form, example = _FORMS[measure.unit]
         bound: Any = Bound[form]  # type: ignore[valid-type]
-        limit = Annotated[
-            bound | None, BeforeValidator(_bound, json_schema_input_type=form | bound)
-        ]
+        limit = Annotated[bound | None, BeforeValidator(_bound, json_schema_input_type=form | bound)]
         says = f"{measure.meaning[0].upper()}{measure.meaning[1:]}."
         found[name] = (limit, Field(default=None, description=says, examples=[example]))
     return found
@@ -253,9 +224,7 @@ class _Expect(Keys):
     """Expectations: measures, each with its maximum or with `{least: , most: }`."""
 
 
-JobExpectSpec = create_model(
-    "JobExpectSpec", __base__=_JobExpect, __doc__=_JobExpect.__doc__, **_expected(True)
-)
+JobExpectSpec = create_model("JobExpectSpec", __base__=_JobExpect, __doc__=_JobExpect.__doc__, **_expected(True))
 ExpectSpec = create_model(
     "ExpectSpec",
     __base__=_Expect,
@@ -276,8 +245,7 @@ class ScenarioSpec(Keys):
     """The scenario as a whole."""
 
     name: field_types.Name = Field(
-        description="Name of the scenario: lower case letters, digits, `-` and `_`, at most 40 "
-        "characters.",
+        description="Name of the scenario: lower case letters, digits, `-` and `_`, at most 40 characters.",
         examples=["claims-month-end"],
     )
     about: str = Field(
@@ -287,27 +255,17 @@ class ScenarioSpec(Keys):
     )
     seed: int = Field(default=1, ge=0, description="Seed of all random values.", examples=[7])
     compress: Annotated[float, Field(ge=1, le=1_000_000)] = Field(
-        default=1.0,
-        description="Factor by which a replay divides all times by default.",
-        examples=[60],
+        default=1.0, description="Factor by which a replay divides all times by default.", examples=[60]
     )
-    zones: int = Field(
-        default=1, ge=1, le=6, description="Availability zones that the fleet uses.", examples=[2]
-    )
+    zones: int = Field(default=1, ge=1, le=6, description="Availability zones that the fleet uses.", examples=[2])
     jobs: dict[field_types.Name, JobSpec] = Field(
-        min_length=1,
-        description="The job templates, by name.",
-        examples=[{"claims": {"tasks": 200, "task": "4s"}}],
+        min_length=1, description="The job templates, by name.", examples=[{"claims": {"tasks": 200, "task": "4s"}}]
     )
     arrivals: list[ArrivalSpec] = Field(
-        min_length=1,
-        description="Sources of jobs.",
-        examples=[[{"job": "claims", "at": "0s"}]],
+        min_length=1, description="Sources of jobs.", examples=[[{"job": "claims", "at": "0s"}]]
     )
     pools: dict[field_types.Name, PoolSpec] = Field(
-        min_length=1,
-        description="Pools of the fleet, by name.",
-        examples=[{"default": {"max": 10}}],
+        min_length=1, description="Pools of the fleet, by name.", examples=[{"default": {"max": 10}}]
     )
     policy: PolicySpec = Field(
         default_factory=PolicySpec,

@@ -92,12 +92,9 @@ class Exponential(Of[N], Generic[N]):
 class Lognormal(Of[N], Generic[N]):
     """Lognormal distribution, which fits most run times: a peak with a long right tail."""
 
-    median: N = Field(
-        description="Median: half of all values are below it. It must be above 0.", examples=[200]
-    )
+    median: N = Field(description="Median: half of all values are below it. It must be above 0.", examples=[200])
     sigma: Amount = Field(
-        description="Standard deviation of the logarithm: 0.5 is a small spread, 1.5 a large one.",
-        examples=[0.6],
+        description="Standard deviation of the logarithm: 0.5 is a small spread, 1.5 a large one.", examples=[0.6]
     )
 
 
@@ -111,9 +108,7 @@ class Pareto(Of[N], Generic[N]):
         examples=[1.5],
     )
     most: N | None = Field(
-        default=None,
-        description="Maximum value. Without it the distribution has no maximum.",
-        examples=[3600],
+        default=None, description="Maximum value. Without it the distribution has no maximum.", examples=[3600]
     )
 
 
@@ -121,12 +116,10 @@ class Weibull(Of[N], Generic[N]):
     """Weibull distribution: like exponential, with a heavier or lighter tail."""
 
     scale: N = Field(
-        description="Scale: about two thirds of all values are below it. It must be above 0.",
-        examples=[60],
+        description="Scale: about two thirds of all values are below it. It must be above 0.", examples=[60]
     )
     shape: Amount = Field(
-        description="Below 1 the tail is heavier than exponential, above 1 it is lighter.",
-        examples=[0.7],
+        description="Below 1 the tail is heavier than exponential, above 1 it is lighter.", examples=[0.7]
     )
 
 
@@ -135,14 +128,10 @@ class One(Of[N], Generic[N]):
 
     constant: N | None = Field(default=None, description="Constant value.", examples=[4])
     uniform: Uniform[N] | None = Field(
-        default=None,
-        description="Uniform distribution between two numbers.",
-        examples=[{"least": 2, "most": 8}],
+        default=None, description="Uniform distribution between two numbers.", examples=[{"least": 2, "most": 8}]
     )
     exponential: Exponential[N] | None = Field(
-        default=None,
-        description="Exponential distribution with this mean.",
-        examples=[{"mean": 30}],
+        default=None, description="Exponential distribution with this mean.", examples=[{"mean": 30}]
     )
     lognormal: Lognormal[N] | None = Field(
         default=None,
@@ -150,9 +139,7 @@ class One(Of[N], Generic[N]):
         examples=[{"median": 4, "sigma": 0.8}],
     )
     pareto: Pareto[N] | None = Field(
-        default=None,
-        description="Pareto distribution, which has a heavy tail.",
-        examples=[{"least": 10, "alpha": 1.5}],
+        default=None, description="Pareto distribution, which has a heavy tail.", examples=[{"least": 10, "alpha": 1.5}]
     )
     weibull: Weibull[N] | None = Field(
         default=None,
@@ -179,20 +166,15 @@ class Draw(One[N], Generic[N]):
     mixture: list[Part[N]] | None = Field(
         default=None,
         min_length=1,
-        description="Weighted mixture of distributions, for example mostly short times and some "
-        "long ones.",
+        description="Weighted mixture of distributions, for example mostly short times and some long ones.",
         examples=[[{"weight": 9, "constant": 4}, {"weight": 1, "constant": 60}]],
     )
 
 
-Numbers = Annotated[
-    Draw[Amount], BeforeValidator(_constant_if_plain, json_schema_input_type=Amount | Draw[Amount])
-]
+Numbers = Annotated[Draw[Amount], BeforeValidator(_constant_if_plain, json_schema_input_type=Amount | Draw[Amount])]
 Times = Annotated[
     Draw[field_types.Duration],
-    BeforeValidator(
-        _constant_if_plain, json_schema_input_type=field_types.Duration | Draw[field_types.Duration]
-    ),
+    BeforeValidator(_constant_if_plain, json_schema_input_type=field_types.Duration | Draw[field_types.Duration]),
 ]
 """Distributions of numbers and of times as values of a key."""
 
@@ -206,8 +188,7 @@ class TaskTimes(Draw[field_types.Duration]):
 JobTimes = Annotated[
     TaskTimes,
     BeforeValidator(
-        _constant_if_plain,
-        json_schema_input_type=field_types.Duration | Draw[field_types.Duration] | dict[str, Times],
+        _constant_if_plain, json_schema_input_type=field_types.Duration | Draw[field_types.Duration] | dict[str, Times]
     ),
 ]
 
@@ -218,9 +199,7 @@ class Span(Keys):
     from_s: field_types.Duration = Field(
         alias="from", default=0.0, description="Time from which jobs may arrive.", examples=["30m"]
     )
-    until_s: field_types.Duration = Field(
-        alias="until", description="Time from which no jobs arrive.", examples=["8h"]
-    )
+    until_s: field_types.Duration = Field(alias="until", description="Time from which no jobs arrive.", examples=["8h"])
 
 
 _PER_HOUR = "Jobs an hour, on average."
@@ -236,19 +215,11 @@ class OnOffSpec(Span):
     """Bursts and pauses, starting with a burst."""
 
     per_hour: Amount = Field(description="Mean number of jobs per hour in a burst.", examples=[120])
-    on_s: field_types.Duration = Field(
-        alias="on", description="Mean length of a burst.", examples=["5m"]
-    )
-    off_s: field_types.Duration = Field(
-        alias="off", description="Mean length of a pause.", examples=["25m"]
-    )
-    idle_per_hour: Amount = Field(
-        default=0.0, description="Mean number of jobs per hour in a pause.", examples=[2]
-    )
+    on_s: field_types.Duration = Field(alias="on", description="Mean length of a burst.", examples=["5m"])
+    off_s: field_types.Duration = Field(alias="off", description="Mean length of a pause.", examples=["25m"])
+    idle_per_hour: Amount = Field(default=0.0, description="Mean number of jobs per hour in a pause.", examples=[2])
     regular: bool = Field(
-        default=False,
-        description="Whether bursts and pauses always have their mean length.",
-        examples=[True],
+        default=False, description="Whether bursts and pauses always have their mean length.", examples=[True]
     )
 
 
@@ -258,8 +229,7 @@ class ProfileSpec(Span):
     daily: list[Amount] = Field(
         min_length=24,
         max_length=24,
-        description="24 numbers, one for each hour from midnight: jobs per hour, or weights if "
-        "`per_hour` is given.",
+        description="24 numbers, one for each hour from midnight: jobs per hour, or weights if `per_hour` is given.",
         examples=[[2] * 24],
     )
     weekly: list[Amount] = Field(
@@ -275,8 +245,7 @@ class ProfileSpec(Span):
     begins_s: Week = Field(
         alias="begins",
         default_factory=lambda: 0.0,
-        description=f"Time of the week at the scenario's start: {WEEK_FORMS}. The default is "
-        "Monday at midnight.",
+        description=f"Time of the week at the scenario's start: {WEEK_FORMS}. The default is Monday at midnight.",
         examples=["monday 06:00"],
     )
 
@@ -284,12 +253,8 @@ class ProfileSpec(Span):
 class MonthEndSpec(Span):
     """Calendar profile with an ordinary rate and higher rates around the turn of a month."""
 
-    per_hour: Amount = Field(
-        description="Mean number of jobs per hour on an ordinary working day.", examples=[2]
-    )
-    begins: Day = Field(
-        description="Date on which the scenario starts at midnight.", examples=["2026-01-26"]
-    )
+    per_hour: Amount = Field(description="Mean number of jobs per hour on an ordinary working day.", examples=[2])
+    begins: Day = Field(description="Date on which the scenario starts at midnight.", examples=["2026-01-26"])
     last: list[Amount] = Field(
         default_factory=lambda: [6.0, 4.0, 2.0],
         description="Factors for the month's last working day, the one before it, and so on. The "
@@ -298,16 +263,11 @@ class MonthEndSpec(Span):
     )
     first: list[Amount] = Field(
         default_factory=lambda: [3.0],
-        description="Factors for the month's first working day and those after it. The default is "
-        "3.",
+        description="Factors for the month's first working day and those after it. The default is 3.",
         examples=[[3, 1.5]],
     )
-    off: Amount = Field(
-        default=0.1, description="Factor for weekends and holidays.", examples=[0.1]
-    )
-    holidays: list[Day] = Field(
-        default_factory=list, description="Days without work.", examples=[["2026-01-01"]]
-    )
+    off: Amount = Field(default=0.1, description="Factor for weekends and holidays.", examples=[0.1])
+    holidays: list[Day] = Field(default_factory=list, description="Days without work.", examples=[["2026-01-01"]])
     daily: list[Amount] = Field(
         default_factory=lambda: [1.0] * 24,
         min_length=24,
@@ -327,13 +287,9 @@ class StepAt(Keys):
 class StepSpec(Span):
     """A rate that changes at given times."""
 
-    per_hour: Amount = Field(
-        description="Mean number of jobs per hour at the start.", examples=[10]
-    )
+    per_hour: Amount = Field(description="Mean number of jobs per hour at the start.", examples=[10])
     steps: list[StepAt] = Field(
-        min_length=1,
-        description="The changes, in order of time.",
-        examples=[[{"at": "1h", "per_hour": 120}]],
+        min_length=1, description="The changes, in order of time.", examples=[[{"at": "1h", "per_hour": 120}]]
     )
 
 
@@ -347,15 +303,9 @@ class RampSpec(Span):
 class MomentSpec(Keys):
     """A time at which several jobs arrive."""
 
-    at_s: field_types.Duration = Field(
-        alias="at", description="Time of the arrivals.", examples=["2h"]
-    )
+    at_s: field_types.Duration = Field(alias="at", description="Time of the arrivals.", examples=["2h"])
     count: int = Field(
-        default=1,
-        ge=0,
-        le=1_000_000,
-        description="Number of jobs that arrive at this time.",
-        examples=[50],
+        default=1, ge=0, le=1_000_000, description="Number of jobs that arrive at this time.", examples=[50]
     )
 
 
@@ -367,12 +317,7 @@ def _moments(value: Any) -> Any:
     return value if isinstance(value, list) else [value]
 
 
-Moment = Annotated[
-    MomentSpec, BeforeValidator(_moment, json_schema_input_type=field_types.Duration | MomentSpec)
-]
+Moment = Annotated[MomentSpec, BeforeValidator(_moment, json_schema_input_type=field_types.Duration | MomentSpec)]
 Moments = Annotated[
-    list[Moment],
-    BeforeValidator(
-        _moments, json_schema_input_type=field_types.Duration | MomentSpec | list[Moment]
-    ),
+    list[Moment], BeforeValidator(_moments, json_schema_input_type=field_types.Duration | MomentSpec | list[Moment])
 ]

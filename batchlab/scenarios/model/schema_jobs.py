@@ -12,17 +12,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from batchlab.core import text
 from batchlab.jobs import field_types
-from batchlab.jobs.schema import (
-    After,
-    Bundle,
-    Keys,
-    Memory,
-    Pool,
-    Priority,
-    Retry,
-    Slots,
-    StageName,
-)
+from batchlab.jobs.schema import After, Bundle, Keys, Memory, Pool, Priority, Retry, Slots, StageName
 from batchlab.scenarios.model.schema_distributions import JobTimes, Numbers, Share, Times
 from batchlab.scenarios.traces.rows import check_unit
 
@@ -37,28 +27,18 @@ def _gather(value: Any) -> Any:
 class GroupsSpec(Keys):
     """Fan-in: `gather: all` makes one task of all results; this makes one for each group."""
 
-    by: str = Field(
-        min_length=1,
-        description="Name of the field by which results are grouped.",
-        examples=["region"],
-    )
-    groups: int = Field(
-        default=1, ge=1, le=1_000_000, description="Number of groups.", examples=[12]
-    )
+    by: str = Field(min_length=1, description="Name of the field by which results are grouped.", examples=["region"])
+    groups: int = Field(default=1, ge=1, le=1_000_000, description="Number of groups.", examples=[12])
 
 
 class StageSpec(Keys):
     """A step of a job."""
 
     name: StageName
-    task: Times = Field(
-        description="Time of a task: a duration, or a distribution of durations.",
-        examples=["4s"],
-    )
+    task: Times = Field(description="Time of a task: a duration, or a distribution of durations.", examples=["4s"])
     after: After = None
     gather: Annotated[
-        GroupsSpec | None,
-        BeforeValidator(_gather, json_schema_input_type=Literal["all"] | GroupsSpec),
+        GroupsSpec | None, BeforeValidator(_gather, json_schema_input_type=Literal["all"] | GroupsSpec)
     ] = Field(
         default=None,
         description="Wait for every task before: `all` makes one task of all their results, "
@@ -67,26 +47,19 @@ class StageSpec(Keys):
         examples=["all"],
     )
     kind: Literal["sleep", "cpu", "memory", "io"] = Field(
-        default="sleep",
-        description="Work of a stand-in in a replay while its time passes.",
-        examples=["cpu"],
+        default="sleep", description="Work of a stand-in in a replay while its time passes.", examples=["cpu"]
     )
     slots: Slots = 1
     memory: Memory = None
     bundle: Bundle = None
     pool: Pool = "default"
     retry: Retry
-    fails: Share = Field(
-        default=0.0,
-        description="Share of all attempts that end in an exception.",
-        examples=[0.01],
-    )
+    fails: Share = Field(default=0.0, description="Share of all attempts that end in an exception.", examples=[0.01])
     poison: int = Field(
         default=0,
         ge=0,
         le=9999,
-        description="The first tasks of each job, in this number, kill their worker whenever they "
-        "run.",
+        description="The first tasks of each job, in this number, kill their worker whenever they run.",
         examples=[2],
     )
 
@@ -108,10 +81,7 @@ class JobSpec(Keys):
         examples=["4s"],
     )
     stages: list[StageSpec] | None = Field(
-        default=None,
-        min_length=1,
-        description="The steps, in order.",
-        examples=[[{"name": "parse", "task": "4s"}]],
+        default=None, min_length=1, description="The steps, in order.", examples=[[{"name": "parse", "task": "4s"}]]
     )
     file: str | None = Field(
         default=None,
@@ -122,8 +92,7 @@ class JobSpec(Keys):
     )
     groups: dict[str, Annotated[int, Field(ge=1, le=1_000_000)]] = Field(
         default_factory=dict,
-        description="With `file`: number of groups of each stage that gathers by a field. The "
-        "default is 1.",
+        description="With `file`: number of groups of each stage that gathers by a field. The default is 1.",
         examples=[{"total": 12}],
     )
     deadline: field_types.Timeout | None = Field(
@@ -194,9 +163,7 @@ class TakeSpec(Keys):
         min_length=1, description="Columns whose values are added.", examples=["duration_ms"]
     )
     per: Annotated[
-        float,
-        BeforeValidator(_per),
-        WithJsonSchema({"anyOf": [{"type": "number"}, {"type": "string"}]}),
+        float, BeforeValidator(_per), WithJsonSchema({"anyOf": [{"type": "number"}, {"type": "string"}]})
     ] = Field(
         default=1.0,
         description="What that is divided by: a number, or a size where bytes become tasks.",
@@ -204,9 +171,7 @@ class TakeSpec(Keys):
     )
 
 
-Taken = Annotated[
-    TakeSpec, BeforeValidator(_take, json_schema_input_type=str | list[str] | TakeSpec)
-]
+Taken = Annotated[TakeSpec, BeforeValidator(_take, json_schema_input_type=str | list[str] | TakeSpec)]
 
 
 class ColumnsSpec(Keys):
@@ -214,13 +179,9 @@ class ColumnsSpec(Keys):
     JSON object, with dots for nested objects. Columns that a format defines may be omitted.
     """
 
-    at: str | None = Field(
-        default=None, description="Arrival time: a number or a timestamp.", examples=["end"]
-    )
+    at: str | None = Field(default=None, description="Arrival time: a number or a timestamp.", examples=["end"])
     minus: str = Field(
-        default="",
-        description="Seconds before `at` that it arrived, in traces that note ends.",
-        examples=["duration"],
+        default="", description="Seconds before `at` that it arrived, in traces that note ends.", examples=["duration"]
     )
     unit: Annotated[str, BeforeValidator(_unit)] = Field(
         default="s",
@@ -240,11 +201,7 @@ class ColumnsSpec(Keys):
         examples=["5m"],
     )
     scale: float = Field(
-        default=1.0,
-        gt=0,
-        le=field_types.MOST_TASKS,
-        description="With `count`: factor of the counts.",
-        examples=[0.1],
+        default=1.0, gt=0, le=field_types.MOST_TASKS, description="With `count`: factor of the counts.", examples=[0.1]
     )
     tasks: Taken | None = Field(
         default=None,
@@ -253,16 +210,12 @@ class ColumnsSpec(Keys):
         examples=[{"columns": ["input", "shuffle"], "per": "64 MiB"}],
     )
     task_s: Taken | None = Field(
-        default=None,
-        description="Seconds of each root task, in the same forms as `tasks`.",
-        examples=["run"],
+        default=None, description="Seconds of each root task, in the same forms as `tasks`.", examples=["run"]
     )
     label: str = Field(default="", description="Name of the job.", examples=["job"])
     tenant: str = Field(default="", description="Tenant of the job.", examples=["user"])
     job: str = Field(
-        default="",
-        description="Name of the scenario's job, if the arrival does not name it.",
-        examples=["kind"],
+        default="", description="Name of the scenario's job, if the arrival does not name it.", examples=["kind"]
     )
 
 
@@ -281,9 +234,7 @@ class TraceSpec(Keys):
         examples=["swf"],
     )
     columns: ColumnsSpec | None = Field(
-        default=None,
-        description="Column map. A table needs it.",
-        examples=[{"at": "submit"}],
+        default=None, description="Column map. A table needs it.", examples=[{"at": "submit"}]
     )
     names: list[str] = Field(
         default_factory=list,
@@ -307,12 +258,7 @@ class TraceSpec(Keys):
         description="Time after the trace's first job from which records are left out.",
         examples=["8h"],
     )
-    limit: int | None = Field(
-        default=None, ge=1, description="Maximum number of jobs.", examples=[1000]
-    )
+    limit: int | None = Field(default=None, ge=1, description="Maximum number of jobs.", examples=[1000])
     starts_s: field_types.Duration = Field(
-        alias="starts",
-        default=0.0,
-        description="Time in the scenario at which the trace starts.",
-        examples=["1h"],
+        alias="starts", default=0.0, description="Time in the scenario at which the trace starts.", examples=["1h"]
     )

@@ -62,18 +62,10 @@ class Candidate:
 
     def to_json(self) -> dict[str, object]:
         return {
-            "pools": {
-                one.pool: {"min": one.min_size, "max": one.max_size, "spot": one.spot}
-                for one in self.fleets
-            },
+            "pools": {one.pool: {"min": one.min_size, "max": one.max_size, "spot": one.spot} for one in self.fleets},
             "drain_target_s": self.drain_s,
             "prewarm": [
-                {
-                    "pool": one.pool,
-                    "min": one.min_size,
-                    "at_s": one.at_s,
-                    "until_s": one.until_s,
-                }
+                {"pool": one.pool, "min": one.min_size, "at_s": one.at_s, "until_s": one.until_s}
                 for one in self.prewarm
             ],
         }
@@ -82,18 +74,13 @@ class Candidate:
 def current_candidate(scenario: Scenario) -> Candidate:
     """Return the scenario's own fleet and policy."""
     return Candidate(
-        tuple(
-            PoolConfig(plan.pool.name, plan.pool.min_size, plan.pool.max_size, plan.spot)
-            for plan in scenario.pools
-        ),
+        tuple(PoolConfig(plan.pool.name, plan.pool.min_size, plan.pool.max_size, plan.spot) for plan in scenario.pools),
         scenario.policy.drain_target_s,
         scenario.prewarm,
     )
 
 
-def apply_candidate(
-    scenario: Scenario, candidate: Candidate, wave_s: float | None = None
-) -> Scenario:
+def apply_candidate(scenario: Scenario, candidate: Candidate, wave_s: float | None = None) -> Scenario:
     """Return the scenario with this fleet and policy.
 
     If it has Spot Instances, AWS interrupts all of them once at `wave_s`.
@@ -369,12 +356,7 @@ class TrialRunner:
 
     def __post_init__(self) -> None:
         self._work = _TrialTask(
-            self.scenario,
-            self.run,
-            self.sketch,
-            self.book,
-            self.goal.deadline_s,
-            allowed_failures(self.scenario),
+            self.scenario, self.run, self.sketch, self.book, self.goal.deadline_s, allowed_failures(self.scenario)
         )
 
     @property

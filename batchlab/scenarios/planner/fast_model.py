@@ -94,10 +94,7 @@ class _FastRun:
         self._number = 0
         self._jobs: list[JobProgress] = []
         self._open: dict[int, JobProgress] = {}
-        self._pools = {
-            plan.pool.name: ModelPool(calibrated_pool(plan, calibration), 0)
-            for plan in scenario.pools
-        }
+        self._pools = {plan.pool.name: ModelPool(calibrated_pool(plan, calibration), 0) for plan in scenario.pools}
         self._machines = Machines(scenario.pools, zone_names(scenario.zones), lambda: self._now_s)
         self._samples: list[Seen] = []
         self._injected: list[InjectedFault] = []
@@ -147,9 +144,7 @@ class _FastRun:
             befores = [work.stages[places[name]] for name in stage.after]
             waits = len(stage.after) if stage.gather is None else sum(map(len, befores))
             tasks = sum(piece.tasks for piece in pieces)
-            stages.append(
-                StageProgress(stage.name in at_once, tasks, len(pieces), [waits] * len(pieces))
-            )
+            stages.append(StageProgress(stage.name in at_once, tasks, len(pieces), [waits] * len(pieces)))
         job = JobProgress(work, stages)
         self._jobs.append(job)
         self._open[work.job.index] = job
@@ -285,9 +280,7 @@ class _FastRun:
         name = pool.pool.name
         backlog = self._backlog(name)
         limits = replace(pool.pool, min_size=self._least(pool))
-        desired, _ = desired_capacity(
-            backlog, GroupView(limits, pool.desired, ()), self._manager.drain_target_s
-        )
+        desired, _ = desired_capacity(backlog, GroupView(limits, pool.desired, ()), self._manager.drain_target_s)
         if backlog.tasks:
             pool.idle_since_s = None
         if desired > pool.desired:

@@ -14,13 +14,7 @@ from statistics import mean
 from typing import Protocol, TypeVar
 
 from batchlab.scenarios.model.values import Fault, FaultName, Scenario
-from batchlab.scenarios.planner.candidates import (
-    EvaluatedCandidate,
-    Goal,
-    TrialResult,
-    apply_candidate,
-    quantiles,
-)
+from batchlab.scenarios.planner.candidates import EvaluatedCandidate, Goal, TrialResult, apply_candidate, quantiles
 
 Z_95 = 1.959964
 """The normal distribution's quantile of a two-sided 95% interval."""
@@ -157,9 +151,7 @@ class Plan:
         """Return the fastest point of the frontier within the budget, or None."""
         budget_usd = self.goal.budget_usd
         within = [
-            one
-            for one in self.frontier
-            if budget_usd is not None and all(map(self.goal.in_budget, one.outcomes))
+            one for one in self.frontier if budget_usd is not None and all(map(self.goal.in_budget, one.outcomes))
         ]
         return within[-1] if within else None
 
@@ -178,8 +170,7 @@ class Plan:
         return tuple(
             fault
             for fault in self.scenario.faults
-            if fault.name is FaultName.SPOT_WAVE
-            and not (fault.pool in on_spot if fault.pool else on_spot)
+            if fault.name is FaultName.SPOT_WAVE and not (fault.pool in on_spot if fault.pool else on_spot)
         )
 
     @property

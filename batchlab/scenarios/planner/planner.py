@@ -106,17 +106,13 @@ class Search:
                 "seeds, so none is left for the search.",
                 remedy=f"Give --runs more than {self.seeds}, or --seeds less than {self.runs}.",
             )
-        self._trials = TrialRunner(
-            self.scenario, self.goal, self.run, self.sketch, self.processes, self.book
-        )
+        self._trials = TrialRunner(self.scenario, self.goal, self.run, self.sketch, self.processes, self.book)
         searched = min(SEARCH_SEEDS if self.sketch is None else GUIDED_SEEDS, self.seeds)
         # Runs for the confirmation of the best candidate are reserved, and some for the next one.
         limit = max(1, int(EXPLORATION_SHARE * (self.runs - self.seeds)))
         self.real = Evaluations(self._trials, self.goal, list(range(searched)), limit)
         self.real.phase = "the scenario as it is"
-        self._rough = Evaluations(
-            self._trials, self.goal, list(range(SEARCH_SEEDS)), MAX_MODEL_RUNS, rough=True
-        )
+        self._rough = Evaluations(self._trials, self.goal, list(range(SEARCH_SEEDS)), MAX_MODEL_RUNS, rough=True)
         self.real.told = self._rough.told = self._tell
 
     @property
@@ -152,10 +148,7 @@ class Search:
         try:
             call()
         except RunLimitReached:
-            self.cut = (
-                f"of the {self.runs:,} runs that it may make, {self.seeds:,} are kept to confirm "
-                "an answer"
-            )
+            self.cut = f"of the {self.runs:,} runs that it may make, {self.seeds:,} are kept to confirm an answer"
 
     def _tell(self) -> None:
         self.told(SearchProgress(self.done, self.runs, self.real.phase, self.real.best()))
@@ -193,10 +186,7 @@ class Search:
         """
         found: dict[tuple[float, float], Candidate] = {}
         for point in self._rough.ranked():
-            kind = (
-                tolerance_class(point.usd, USD_TOLERANCE),
-                tolerance_class(point.finish_s, TIME_TOLERANCE),
-            )
+            kind = (tolerance_class(point.usd, USD_TOLERANCE), tolerance_class(point.finish_s, TIME_TOLERANCE))
             found.setdefault(kind, point.candidate)
             if len(found) == 4 * PICKED_CANDIDATES:
                 break
@@ -215,8 +205,7 @@ class Search:
         dear = [a.usd / b.usd for a, b in pairs] or [1.0]
         budget_usd = self.goal.budget_usd
         self._rough.goal = Goal(
-            self.goal.deadline_s / median(late),
-            None if budget_usd is None else budget_usd / median(dear),
+            self.goal.deadline_s / median(late), None if budget_usd is None else budget_usd / median(dear)
         )
 
     def _confirm(self, room: SizeLimits) -> None:
@@ -231,11 +220,7 @@ class Search:
             self.real.limit = self.done + self.seeds
             missed = self._missed(best.candidate, fresh)
             self.real.limit = max(1, self.runs - self.seeds)
-            if (
-                missed is None
-                or not self.real.meets(best)
-                or len(self.attempts) == MAX_CONFIRMATIONS
-            ):
+            if missed is None or not self.real.meets(best) or len(self.attempts) == MAX_CONFIRMATIONS:
                 return
             # The failed candidate was lucky before, so all others must pass the failed seed too.
             self.real.phase = "a seed that is harder"
@@ -255,11 +240,7 @@ class Search:
         for indices in (fresh[:FIRST_SEEDS], fresh):
             self.real.measure([candidate], indices)
             outcomes = self.real.known[candidate]
-            missed = [
-                (outcomes[i].finish_s, outcomes[i].usd, -i)
-                for i in indices
-                if not self.goal.met(outcomes[i])
-            ]
+            missed = [(outcomes[i].finish_s, outcomes[i].usd, -i) for i in indices if not self.goal.met(outcomes[i])]
             if len(missed) > (1 - REQUIRED_SHARE) * self.seeds + 1e-9:
                 return -max(missed)[2]
         return None
@@ -302,8 +283,7 @@ class Search:
             self.seeds,
             self.done,
             len(chosen.outcomes),
-            self._trials.waves
-            and any(fleet.spot for one in self.real.known for fleet in one.fleets),
+            self._trials.waves and any(fleet.spot for one in self.real.known for fleet in one.fleets),
             fresh=fresh,
             failed=max(0, len(self.attempts) - 1),
             cut=self.cut,
@@ -316,9 +296,7 @@ class Search:
             outcomes = self.real.known[candidate]
             fresh = tuple(outcomes[i] for i in indices if i in outcomes)
             share = sum(map(self.goal.met, fresh)) / len(fresh) if fresh else 0.0
-            found.append(
-                (len(fresh) == self.seeds and share >= REQUIRED_SHARE, share, candidate, fresh)
-            )
+            found.append((len(fresh) == self.seeds and share >= REQUIRED_SHARE, share, candidate, fresh))
         if not found:
             return self.real.best(), ()
         _, _, candidate, fresh = max(found, key=lambda one: one[:2])

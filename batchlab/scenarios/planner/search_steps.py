@@ -83,24 +83,15 @@ def _fit_prewarming(start: Candidate, fleets: Iterable[PoolConfig]) -> Candidate
     """Replace the pools and limit prewarming to sizes between their minimum and maximum."""
     made = tuple(fleets)
     of = {fleet.pool: fleet for fleet in made}
-    warm = (
-        replace(one, min_size=min(one.min_size, of[one.pool].max_size)) for one in start.prewarm
-    )
+    warm = (replace(one, min_size=min(one.min_size, of[one.pool].max_size)) for one in start.prewarm)
     kept = tuple(one for one in warm if one.min_size > of[one.pool].min_size)
     return replace(start, fleets=made, prewarm=kept)
 
 
 def coarse_grid(start: Candidate, room: SizeLimits, deadline_s: float) -> list[Candidate]:
     """Return the initial grid of candidates."""
-    drains = [
-        start.drain_s,
-        *(max(MIN_DRAIN_S, round_to_two_digits(s * deadline_s)) for s in DRAIN_SHARES),
-    ]
-    made = [
-        replace(scale_pools(start, room, factor), drain_s=drain_s)
-        for factor in SIZE_FACTORS
-        for drain_s in drains
-    ]
+    drains = [start.drain_s, *(max(MIN_DRAIN_S, round_to_two_digits(s * deadline_s)) for s in DRAIN_SHARES)]
+    made = [replace(scale_pools(start, room, factor), drain_s=drain_s) for factor in SIZE_FACTORS for drain_s in drains]
     return list(dict.fromkeys([start, *made]))
 
 
@@ -163,9 +154,7 @@ def _size_changes(best: Candidate, room: SizeLimits, step: float) -> Iterator[Ca
 def _drain_changes(best: Candidate, step: float) -> Iterator[Candidate]:
     if best.drain_s is not None:
         for factor in (1 / (1 + step), 1 + step):
-            yield replace(
-                best, drain_s=max(MIN_DRAIN_S, round_to_two_digits(best.drain_s * factor))
-            )
+            yield replace(best, drain_s=max(MIN_DRAIN_S, round_to_two_digits(best.drain_s * factor)))
 
 
 def _spot_changes(best: Candidate, step: float) -> Iterator[Candidate]:
@@ -319,10 +308,7 @@ class Evaluations:
         simplicity. Then come those in time but too expensive, and then the others by lateness and
         unfinished work.
         """
-        usd, finish_s = (
-            tolerance_class(point.usd, USD_TOLERANCE),
-            tolerance_class(point.finish_s, TIME_TOLERANCE),
-        )
+        usd, finish_s = (tolerance_class(point.usd, USD_TOLERANCE), tolerance_class(point.finish_s, TIME_TOLERANCE))
         exactly = (*map(float, point.candidate.simplicity), point.usd, point.finish_s)
         if self.in_time(point):
             return 0.0 if self.meets(point) else 1.0, usd, finish_s, *exactly
@@ -341,9 +327,7 @@ class Evaluations:
         self.phase = "a coarse look"
         grid = coarse_grid(start, room, self.goal.deadline_s)
         looked = self.look(grid)
-        looked = self.look(
-            [*grid, *with_spot_variants(one.candidate for one in self._best_of_each_size(looked))]
-        )
+        looked = self.look([*grid, *with_spot_variants(one.candidate for one in self._best_of_each_size(looked))])
         edge = pick_evenly([one.candidate for one in frontier(looked)], PROMOTED_CANDIDATES)
         self.measure([*(one.candidate for one in looked[:PROMOTED_CANDIDATES]), *edge], self.hard)
         self._grow(room)

@@ -14,14 +14,7 @@ from batchlab.core.model import JobState, Pool, TaskSet
 from batchlab.core.protocol.settlement import TARGET_S
 from batchlab.runtime.descriptor import Calibration
 from batchlab.scenarios.model import expansion
-from batchlab.scenarios.model.values import (
-    LASTING_FAULTS,
-    FaultName,
-    Job,
-    Scenario,
-    Schedule,
-    StageTemplate,
-)
+from batchlab.scenarios.model.values import LASTING_FAULTS, FaultName, Job, Scenario, Schedule, StageTemplate
 from batchlab.scenarios.record import JobRun, StageRun
 
 TARGET_UNITS = 20_000
@@ -59,9 +52,7 @@ def split_jobs(schedule: Schedule, seed: int, calibration: Calibration) -> tuple
     for job in schedule.jobs:
         counts = expansion.stage_sizes(job.template, job.tasks)
         total_s += sum(_mean_s(job, stage) * counts[stage.name] for stage in job.template.stages)
-    return tuple(
-        _split_job(job, seed, calibration, total_s / TARGET_UNITS) for job in schedule.jobs
-    )
+    return tuple(_split_job(job, seed, calibration, total_s / TARGET_UNITS) for job in schedule.jobs)
 
 
 def _mean_s(job: Job, stage: StageTemplate) -> float:
@@ -117,9 +108,7 @@ def _cut(longest_s: list[float], grain_s: float) -> Iterator[tuple[int, int]]:
         yield begin, len(longest_s)
 
 
-def _work_units(
-    job: Job, number: int, cuts: list[tuple[int, int]], takes: list[float]
-) -> Iterator[WorkUnit]:
+def _work_units(job: Job, number: int, cuts: list[tuple[int, int]], takes: list[float]) -> Iterator[WorkUnit]:
     fixed = job.template.stages[number].bundle
     for n, (begin, end) in enumerate(cuts):
         run_s, count = sum(takes[begin:end]), end - begin
@@ -220,9 +209,7 @@ def end_times_s(scenario: Scenario) -> list[float]:
     found = [warm.until_s for warm in scenario.prewarm]
     for fault in scenario.faults:
         lasts_s = fault.for_s if fault.name in LASTING_FAULTS else 0.0
-        found.append(
-            fault.at_s + (fault.notice_s if fault.name is FaultName.SPOT_WAVE else lasts_s)
-        )
+        found.append(fault.at_s + (fault.notice_s if fault.name is FaultName.SPOT_WAVE else lasts_s))
     return found
 
 

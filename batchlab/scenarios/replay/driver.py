@@ -37,13 +37,7 @@ from batchlab.scenarios.record import JobRun, Record, StageRun
 from batchlab.scenarios.replay.jobs import JobPreparer
 from batchlab.scenarios.replay.measurements import Measurements, measure, root_tasks
 from batchlab.scenarios.replay.run import Injector, ReplayRun
-from batchlab.scenarios.replay.run_state import (
-    GridSampler,
-    ManagerConnection,
-    ReplayProgress,
-    RunState,
-    SubmittedJob,
-)
+from batchlab.scenarios.replay.run_state import GridSampler, ManagerConnection, ReplayProgress, RunState, SubmittedJob
 
 T = TypeVar("T")
 
@@ -163,9 +157,7 @@ async def build_record(
     scenario = course.scenario
     kinds = {plan.pool.name: plan.pool.instance_type for plan in scenario.pools}
     # Instances without a type count with the pool's type, as in their cost.
-    instances = tuple(
-        replace(one, type=one.type or kinds.get(one.pool, "")) for one in sampler.instances()
-    )
+    instances = tuple(replace(one, type=one.type or kinds.get(one.pool, "")) for one in sampler.instances())
     stages = measured.runs()
     compute_cost = _run_cost(course, backend, home, before, after, stages)
     return Record(
@@ -174,15 +166,9 @@ async def build_record(
         seed=course.seed,
         backend=backend.name,
         compressed=scenario.compressed,
-        pools={
-            plan.pool.name: (plan.pool.min_size, plan.pool.max_size, plan.pool.slots)
-            for plan in scenario.pools
-        },
+        pools={plan.pool.name: (plan.pool.min_size, plan.pool.max_size, plan.pool.slots) for plan in scenario.pools},
         jobs=tuple(
-            sorted(
-                (job_run(one, course.begun_s) for one in course.running.values()),
-                key=lambda one: one.index,
-            )
+            sorted((job_run(one, course.begun_s) for one in course.running.values()), key=lambda one: one.index)
         ),
         stages=stages,
         samples=tuple(sampler.samples),
@@ -229,12 +215,7 @@ async def _account(link: ManagerConnection, jobs: Sequence[str]) -> Account | No
 
 
 def _run_cost(
-    course: RunState,
-    backend: Backend,
-    home: Home,
-    before: Account,
-    after: Account | None,
-    stages: tuple[StageRun, ...],
+    course: RunState, backend: Backend, home: Home, before: Account, after: Account | None, stages: tuple[StageRun, ...]
 ) -> RunCost | None:
     if after is None:
         return None
@@ -296,11 +277,7 @@ _CLOSE = 1e-6
 
 def policy_settings(policy: Policy) -> Mapping[str, float]:
     """Return the scenario's policy with the manager's setting names."""
-    named = {
-        "drain_target_s": policy.drain_target_s,
-        "cooldown_in_s": policy.cooldown_in_s,
-        "idle_s": policy.idle_s,
-    }
+    named = {"drain_target_s": policy.drain_target_s, "cooldown_in_s": policy.cooldown_in_s, "idle_s": policy.idle_s}
     return {name: value for name, value in named.items() if value is not None}
 
 
@@ -315,8 +292,7 @@ def check_grid(grid: GridView, scenario: Scenario, *, deployed: bool) -> None:
         wanted, found = plan.pool, there.get(plan.pool.name)
         if found is None:
             raise Refused(
-                f"The grid that is up has no pool {wanted.name!r}, which the scenario asks for.",
-                remedy=remedy,
+                f"The grid that is up has no pool {wanted.name!r}, which the scenario asks for.", remedy=remedy
             )
         ours = (wanted.min_size, wanted.max_size, wanted.slots)
         theirs = (found["min"], found["max"], found["slots"])
@@ -336,8 +312,7 @@ def check_grid(grid: GridView, scenario: Scenario, *, deployed: bool) -> None:
         if is_so is None or not math.isclose(is_so, value, rel_tol=_CLOSE):
             shown = "not known" if is_so is None else f"{is_so:g}"
             raise Refused(
-                f"{name} of the grid that is up is {shown}, and the scenario asks for {value:g}.",
-                remedy=remedy,
+                f"{name} of the grid that is up is {shown}, and the scenario asks for {value:g}.", remedy=remedy
             )
 
 
@@ -347,8 +322,7 @@ def check_idle(active: Sequence[JobView]) -> None:
         others = f" and {len(active) - 1} others" if len(active) > 1 else ""
         raise Refused(
             f"The grid has a job that has not ended: {active[0]['id']}{others}.",
-            remedy="Wait for it, cancel it with `batchlab job cancel`, or name another folder "
-            "with --home.",
+            remedy="Wait for it, cancel it with `batchlab job cancel`, or name another folder with --home.",
         )
 
 
@@ -370,13 +344,7 @@ def limit_s(scenario: Scenario, jobs: Sequence[Job]) -> float:
             busy_s = mean_s * counts[stage.name] * stage.slots
             work[stage.pool] = work.get(stage.pool, 0.0) + busy_s
     whole_s = max((s / max(1, slots.get(pool, 1)) for pool, s in work.items()), default=0.0)
-    last_s = max(
-        [
-            *(job.due_s for job in jobs[-1:]),
-            *(fault.at_s + fault.for_s for fault in scenario.faults),
-            0.0,
-        ]
-    )
+    last_s = max([*(job.due_s for job in jobs[-1:]), *(fault.at_s + fault.for_s for fault in scenario.faults), 0.0])
     return last_s + 2 * whole_s + SPARE_S
 
 
@@ -435,6 +403,4 @@ async def replay(
         run = ReplayRun(course, link, preparer, backend.open_clock(), breaker)
         most_s = limit_s(scenario, schedule.jobs) if limit is None else limit
         await run.go(most_s, stop or asyncio.Event(), progress)
-        return await build_record(
-            course, run.sampler, link, backend, home, before, objects, patience
-        )
+        return await build_record(course, run.sampler, link, backend, home, before, objects, patience)

@@ -47,14 +47,7 @@ class JobPreparer:
     """
 
     def __init__(
-        self,
-        *,
-        scenario: str,
-        seed: int,
-        run: str,
-        objects: Objects,
-        clock: Clock,
-        patience: Patience,
+        self, *, scenario: str, seed: int, run: str, objects: Objects, clock: Clock, patience: Patience
     ) -> None:
         self._scenario = scenario
         self._seed = seed
@@ -202,9 +195,7 @@ def stage_parameters(seed: int, due: Job) -> dict[str, Any]:
         if stage.gather is not None:
             count = counts[stage.name]
             columns = {one.name: _task_entries(seed, due, one, count) for one in (stage, *passes)}
-            shape["tasks"] = [
-                {name: column[task] for name, column in columns.items()} for task in range(count)
-            ]
+            shape["tasks"] = [{name: column[task] for name, column in columns.items()} for task in range(count)]
         shapes[stage.name] = shape
     return shapes
 

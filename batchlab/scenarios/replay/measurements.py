@@ -68,9 +68,7 @@ class Measurements:
     def add(self, other: Measurements) -> None:
         """Add the measurements of other jobs."""
         for key, one in other.stages.items():
-            mine = self.stages.setdefault(
-                key, StageTotals(one.pool, one.slots, one.after, one.gather)
-            )
+            mine = self.stages.setdefault(key, StageTotals(one.pool, one.slots, one.after, one.gather))
             mine.tasks += one.tasks
             mine.bundles += one.bundles
             mine.declared_s += one.declared_s
@@ -112,9 +110,7 @@ def even_sample(numbers: Iterable[float], most: int) -> tuple[float, ...]:
     return tuple(ordered[(2 * i + 1) * len(ordered) // (2 * most)] for i in range(most))
 
 
-async def measure(
-    jobs: Sequence[ObservedJob], seed: int, objects: Objects, patience: Patience
-) -> Measurements:
+async def measure(jobs: Sequence[ObservedJob], seed: int, objects: Objects, patience: Patience) -> Measurements:
     """Read the outcomes of these jobs.
 
     `seed` is the run's, for declared times. Raise BackendError.
@@ -130,17 +126,11 @@ async def measure(
 
 
 def _add(
-    found: Measurements,
-    told: ObservedJob,
-    job: JobDef,
-    view: StageView,
-    outcomes: Sequence[Outcome],
-    seed: int,
+    found: Measurements, told: ObservedJob, job: JobDef, view: StageView, outcomes: Sequence[Outcome], seed: int
 ) -> None:
     one = job.stage(view["name"])
     stage = found.stages.setdefault(
-        (told.template, one.name),
-        StageTotals(one.pool, one.slots, tuple(one.after), _gather(one)),
+        (told.template, one.name), StageTotals(one.pool, one.slots, tuple(one.after), _gather(one))
     )
     times = succeeded_s(outcomes)
     stage.tasks += len(times)
@@ -206,9 +196,7 @@ class _OutcomeReader:
         self._keys = CommitKeys(objects, patience)
         self._limit = asyncio.Semaphore(READ_AT_ONCE)
 
-    async def jobs(
-        self, jobs: Iterable[ObservedJob]
-    ) -> list[tuple[JobDef, dict[str, list[Outcome]]]]:
+    async def jobs(self, jobs: Iterable[ObservedJob]) -> list[tuple[JobDef, dict[str, list[Outcome]]]]:
         """Read each job's definition and its outcomes by stage."""
         return await asyncio.gather(*map(self._job, jobs))
 

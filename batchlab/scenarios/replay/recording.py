@@ -102,15 +102,10 @@ def from_record(record: Record, name: str) -> RecordedWorkload:
         name,
         f"What the scenario {record.scenario} came to on {record.backend}, measured.",
         [
-            RecordedArrival(
-                job.submitted_s - begun_s, job.template, job.tasks or 0, job.tenant, job.label
-            )
+            RecordedArrival(job.submitted_s - begun_s, job.template, job.tasks or 0, job.tenant, job.label)
             for job in sorted(jobs, key=lambda one: one.submitted_s)
         ],
-        {
-            name: RecordedTemplate(stages[name], len(found), _deadline_s(found))
-            for name, found in counts.items()
-        },
+        {name: RecordedTemplate(stages[name], len(found), _deadline_s(found)) for name, found in counts.items()},
         _pools(record),
         record.settings,
         record.compressed,
@@ -162,24 +157,17 @@ def from_jobs(
             known[same] = f"{job.name[:37]}-{others + 1}" if others else job.name
         template = known[same]
         one = templates.setdefault(
-            template,
-            RecordedTemplate(
-                [], 0, priority=job.priority, max_failures=_allowed(job), definition=job
-            ),
+            template, RecordedTemplate([], 0, priority=job.priority, max_failures=_allowed(job), definition=job)
         )
         one.jobs += 1
         stages.setdefault(template, Measurements()).add(measured[view["id"]])
         after = {str(stage.name): tuple(stage.after) for stage in job.stages}
         tasks = root_tasks(view, after)
         tenant = dict(job.tags).get(TENANT_TAG, "")
-        arrived.append(
-            RecordedArrival(view["submitted_s"] - begun_s, template, tasks, tenant, view["id"])
-        )
+        arrived.append(RecordedArrival(view["submitted_s"] - begun_s, template, tasks, tenant, view["id"]))
     for template, found in stages.items():
         templates[template].stages = list(found.runs())
-    return RecordedWorkload(
-        name, f"{_describe_jobs(ordered)}, recorded.", arrived, templates, list(pools), policy
-    )
+    return RecordedWorkload(name, f"{_describe_jobs(ordered)}, recorded.", arrived, templates, list(pools), policy)
 
 
 def _allowed(job: JobDef) -> int:
@@ -216,8 +204,7 @@ def write(past: RecordedWorkload, path: Path) -> WrittenScenario:
         path.write_text(_text(past, trace, _scale_factors(past, path)))
     except OSError as error:
         raise UsageError(
-            f"The scenario {path} cannot be written: {error.strerror}.",
-            remedy="Name another file with --out.",
+            f"The scenario {path} cannot be written: {error.strerror}.", remedy="Name another file with --out."
         ) from error
     tasks, task_s = 0, 0.0
     for count, seconds in drawn_times(path).values():
@@ -279,9 +266,7 @@ def _text(past: RecordedWorkload, trace: Path, factors: Mapping[tuple[str, str],
     doc: dict[str, Any] = {"name": past.name, "about": past.about, "seed": past.seed}
     if past.compressed > 1:
         doc["compress"] = past.compressed
-    doc["jobs"] = {
-        name: _job(name, one, past.compressed, factors) for name, one in past.templates.items()
-    }
+    doc["jobs"] = {name: _job(name, one, past.compressed, factors) for name, one in past.templates.items()}
     doc["arrivals"] = [{"trace": {"file": trace.name, "format": "jsonl"}}]
     used = {stage.pool for one in past.templates.values() for stage in one.stages}
     doc["pools"] = {
@@ -309,8 +294,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 _Dumper.add_representer(
-    _FlowList,
-    lambda dumper, data: dumper.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True),
+    _FlowList, lambda dumper, data: dumper.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True)
 )
 
 
@@ -338,10 +322,7 @@ def _job(
         doc["priority"] = one.priority
     if one.max_failures:
         doc["max_failures"] = one.max_failures
-    doc["stages"] = [
-        _stage(stage, one, compressed * factors.get((name, stage.stage), 1.0))
-        for stage in one.stages
-    ]
+    doc["stages"] = [_stage(stage, one, compressed * factors.get((name, stage.stage), 1.0)) for stage in one.stages]
     return doc
 
 

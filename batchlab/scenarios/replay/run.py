@@ -128,12 +128,7 @@ class ReplayRun:
     """One run, for a single call of `go`. `course` and `sampler` then have the measurements."""
 
     def __init__(
-        self,
-        course: RunState,
-        link: ManagerConnection,
-        preparer: JobPreparer,
-        clock: Clock,
-        injector: Injector | None,
+        self, course: RunState, link: ManagerConnection, preparer: JobPreparer, clock: Clock, injector: Injector | None
     ) -> None:
         self.course = course
         self.sampler = GridSampler(link)
@@ -149,9 +144,7 @@ class ReplayRun:
         self._flying: dict[str, tuple[PreparedJob, asyncio.Task[None]]] = {}
         """Submissions in progress by job id."""
 
-    async def go(
-        self, limit_s: float, stop: asyncio.Event, progress: Callable[[ReplayProgress], None]
-    ) -> None:
+    async def go(self, limit_s: float, stop: asyncio.Event, progress: Callable[[ReplayProgress], None]) -> None:
         """Run until all jobs have ended, `stop` is set, or `limit_s` of the run have passed."""
         ready: asyncio.Queue[PreparedJob] = asyncio.Queue(AHEAD)
         preparing = asyncio.create_task(self._prepare(ready))
@@ -200,9 +193,7 @@ class ReplayRun:
         try:
             while not (work.done() or stopped.done()):
                 left_s = limit_s - self.course.at_s()
-                done, _ = await asyncio.wait(
-                    going, timeout=left_s, return_when=asyncio.FIRST_COMPLETED
-                )
+                done, _ = await asyncio.wait(going, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
                 if not done:
                     self.course.cut = f"It was ended after {limit_s:g} s, its limit."
                     return

@@ -103,9 +103,7 @@ class RunState:
         return len(self.running) == len(self.jobs) and not self.open
 
     def told(self) -> list[ObservedJob]:
-        return [
-            ObservedJob(one.due.template.name, one.view, one.due) for one in self.running.values()
-        ]
+        return [ObservedJob(one.due.template.name, one.view, one.due) for one in self.running.values()]
 
     def state(self, sample: Sample | None) -> ReplayProgress:
         """Return the progress."""
@@ -262,10 +260,7 @@ class GridSampler:
         if self.last is None or self.grid is None:
             return False
         gone = LifecycleState.TERMINATED.value
-        living = {
-            pool["name"]: sum(one["state"] != gone for one in pool["instances"])
-            for pool in self.grid["pools"]
-        }
+        living = {pool["name"]: sum(one["state"] != gone for one in pool["instances"]) for pool in self.grid["pools"]}
         return all(
             living.get(name, 0) <= size and self.last.pools[name].desired <= size
             for name, size in least.items()
@@ -303,9 +298,7 @@ class GridSampler:
     async def read_activities(self) -> None:
         """Read the available scaling activities of all pools."""
         for pool in self.grid["pools"] if self.grid else ():
-            found = await self._link.glance(
-                methodcaller("activities", pool=pool["name"], limit=ACTIVITIES)
-            )
+            found = await self._link.glance(methodcaller("activities", pool=pool["name"], limit=ACTIVITIES))
             for one in found or ():
                 self._told[one["pool"], one["id"]] = one
 

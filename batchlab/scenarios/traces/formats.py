@@ -189,9 +189,7 @@ def _decompress_until_damage(unpacker: zlib._Decompress, data: bytes) -> Iterato
 
 def _problem_of(error: zlib.error) -> _ReadProblem:
     if any(check in str(error) for check in _CHECKS):
-        return _ReadProblem(
-            "the file's checksum is wrong here", "what is before was read, and may be spoilt"
-        )
+        return _ReadProblem("the file's checksum is wrong here", "what is before was read, and may be spoilt")
     return _ReadProblem(_DAMAGED, detail=str(error), whole=False)
 
 
@@ -208,9 +206,7 @@ def read_jsonl(path: Path, columns: Columns = RECORD_COLUMNS) -> TraceContent:
     numbered = iter(skip_blank_lines(read_lines(path, odd), path, odd))
     first = list(islice(numbered, 1))
     if first and _is_a_record(first[0][1], path):
-        return mapper.reading(
-            _record_jobs(record.parse(read_unpacked(path), path), columns, mapper)
-        )
+        return mapper.reading(_record_jobs(record.parse(read_unpacked(path), path), columns, mapper))
     return mapper.reading(_json_lines(chain(first, numbered), path, columns, mapper))
 
 
@@ -253,8 +249,7 @@ def _json_lines(
         yield RawRecord(number, values)
     if missing and keys:
         raise UsageError(
-            f"No record of the trace {path} has {min(missing)!r}.",
-            remedy=f"The first one has: {list_names(keys)}.",
+            f"No record of the trace {path} has {min(missing)!r}.", remedy=f"The first one has: {list_names(keys)}."
         )
 
 
@@ -266,9 +261,7 @@ def _parse_json(text: str | bytes) -> Any:
         return None
 
 
-def _selected_values(
-    found: Mapping[str, Any], number: int, columns: Columns, mapper: RowMapper
-) -> dict[str, object]:
+def _selected_values(found: Mapping[str, Any], number: int, columns: Columns, mapper: RowMapper) -> dict[str, object]:
     values: dict[str, object] = {}
     for name in columns.used():
         value = _value(found, name)
@@ -342,9 +335,7 @@ class _SwfReader:
     def records(self) -> Iterator[RawRecord | None]:
         found = 0
         jobs: set[str] = set()
-        for number, line in skip_blank_lines(
-            read_lines(self._path, self._odd), self._path, self._odd
-        ):
+        for number, line in skip_blank_lines(read_lines(self._path, self._odd), self._path, self._odd):
             if line.lstrip().startswith(";"):
                 if match := _RECORDS.fullmatch(line.strip()):
                     self._promised[match[1].lower()] = (number, int(match[2]))
@@ -371,9 +362,7 @@ class _SwfReader:
             if not enough:
                 return None
         elif len(parts) > len(SWF_FIELDS):
-            self._mapper.note(
-                number, "more than 18 fields", "the first 18 were read", str(len(parts))
-            )
+            self._mapper.note(number, "more than 18 fields", "the first 18 were read", str(len(parts)))
         if values.get("status") in _PARTIAL:
             self._mapper.note(
                 number,
@@ -394,9 +383,7 @@ class _SwfReader:
 _DELIMITERS = "\t;|,"
 
 
-def read_table(
-    path: Path, columns: Columns, *, names: tuple[str, ...] = (), delimiter: str = ""
-) -> TraceContent:
+def read_table(path: Path, columns: Columns, *, names: tuple[str, ...] = (), delimiter: str = "") -> TraceContent:
     """Read a table of text. `names` are its column names if it has no header. Without `delimiter`,
     the most frequent of tab, semicolon, bar, and comma in the first line is used.
 
@@ -408,12 +395,7 @@ def read_table(
 
 
 def _table_records(
-    path: Path,
-    columns: Columns,
-    names: tuple[str, ...],
-    delimiter: str,
-    mapper: RowMapper,
-    odd: list[Anomaly],
+    path: Path, columns: Columns, names: tuple[str, ...], delimiter: str, mapper: RowMapper, odd: list[Anomaly]
 ) -> Iterator[RawRecord | None]:
     numbered = iter(skip_blank_lines(read_lines(path, odd), path, odd))
     header = tuple(names)

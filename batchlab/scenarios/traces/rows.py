@@ -199,11 +199,7 @@ time.
 """
 
 RECORD_COLUMNS = Columns(
-    "due_s",
-    tasks=ColumnSum(("tasks",), needed=False),
-    label="label",
-    tenant="tenant",
-    template="template",
+    "due_s", tasks=ColumnSum(("tasks",), needed=False), label="label", tenant="tenant", template="template"
 )
 """The jobs of a record of a forecast or a replay. Lines in other files may have fewer fields."""
 
@@ -270,9 +266,7 @@ class RowMapper:
     `unknown` is the number that stands for a missing value.
     """
 
-    def __init__(
-        self, path: Path, columns: Columns, odd: list[Anomaly], *, unknown: float | None = None
-    ) -> None:
+    def __init__(self, path: Path, columns: Columns, odd: list[Anomaly], *, unknown: float | None = None) -> None:
         self._file = str(path)
         self._columns = columns
         self._odd = odd
@@ -320,9 +314,7 @@ class RowMapper:
         return TraceRow(
             fields.line,
             at_s,
-            _checked_size(self._number(fields, columns.count), columns.count)
-            if columns.count
-            else 1.0,
+            _checked_size(self._number(fields, columns.count), columns.count) if columns.count else 1.0,
             None,
             self._tasks(fields, columns.tasks),
             self._seconds(fields, columns.task_s),
@@ -434,10 +426,7 @@ def check_columns(used: Iterable[str], known: Sequence[str], path: Path) -> None
         if times == 1:
             continue
         fault = "has no column" if not times else f"has {times} columns called"
-        raise UsageError(
-            f"The trace {path} {fault} {name!r}.",
-            remedy=f"Its columns are: {list_names(known)}.",
-        )
+        raise UsageError(f"The trace {path} {fault} {name!r}.", remedy=f"Its columns are: {list_names(known)}.")
 
 
 def list_names(names: Sequence[str]) -> str:
@@ -447,9 +436,7 @@ def list_names(names: Sequence[str]) -> str:
     return f"{few} and {len(names) - _MOST_SHOWN} more" if len(names) > _MOST_SHOWN else few
 
 
-def skip_blank_lines(
-    numbered: Iterable[tuple[int, str]], path: Path, odd: list[Anomaly]
-) -> Iterable[tuple[int, str]]:
+def skip_blank_lines(numbered: Iterable[tuple[int, str]], path: Path, odd: list[Anomaly]) -> Iterable[tuple[int, str]]:
     """Skip blank lines. Blank lines between records are reported, those at the end are not."""
     blank: list[int] = []
     for number, line in numbered:

@@ -61,8 +61,7 @@ class Trace:
         until_s = float("inf") if self.until_s is None else self.until_s
         if not (0 <= self.from_s < until_s and isfinite(self.from_s)):
             raise ValueError(
-                f"until ({until_s:g} s) must be after from ({self.from_s:g} s), which must not be "
-                "negative"
+                f"until ({until_s:g} s) must be after from ({self.from_s:g} s), which must not be negative"
             )
         if not (isfinite(self.starts_s) and self.starts_s >= 0):
             raise ValueError(f"a trace cannot start {self.starts_s:g} s into the scenario")
@@ -133,27 +132,21 @@ class Trace:
 
     def _useless(self, reading: TraceContent) -> UsageError:
         if not reading.records:
-            return UsageError(
-                f"The trace {self.path} has no records.", remedy="Name a file with records."
-            )
+            return UsageError(f"The trace {self.path} has no records.", remedy="Name a file with records.")
         remedy = "Check its format and the map of its columns."
         if any(one.what == f"{self._map().at} is not a time" for one in reading.odd):
             remedy += (
-                " A date that is not written as 2026-10-31 18:05:00 needs its form, such as "
-                'unit: "%d.%m.%Y %H:%M:%S".'
+                ' A date that is not written as 2026-10-31 18:05:00 needs its form, such as unit: "%d.%m.%Y %H:%M:%S".'
             )
         first = f" The first that is odd: {describe(reading.odd[0])}." if reading.odd else ""
         return UsageError(
-            f"None of the {reading.records:,} records of the trace {self.path} can be used.{first}",
-            remedy=remedy,
+            f"None of the {reading.records:,} records of the trace {self.path} can be used.{first}", remedy=remedy
         )
 
     def _map(self) -> Columns:
         return self.columns or (RECORD_COLUMNS if self.format is TraceFormat.JSONL else SWF_COLUMNS)
 
-    def _placed(
-        self, rows: tuple[TraceRow, ...], random: Random
-    ) -> Iterator[tuple[float, TraceRow]]:
+    def _placed(self, rows: tuple[TraceRow, ...], random: Random) -> Iterator[tuple[float, TraceRow]]:
         """Yield each job's arrival in seconds after the first job, in order."""
         begin_s = rows[0].at_s
         scale = self._map().scale

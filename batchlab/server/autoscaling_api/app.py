@@ -125,9 +125,7 @@ def credential(request: Request) -> Credential:
         raise Fault("MissingAuthenticationToken", "Missing Authentication Token")
     found = _AUTHORIZATION.fullmatch(text)
     if found is None:
-        raise Fault(
-            "IncompleteSignature", "The Authorization header is not one of AWS4-HMAC-SHA256."
-        )
+        raise Fault("IncompleteSignature", "The Authorization header is not one of AWS4-HMAC-SHA256.")
     named = found.groupdict()
     headers = tuple(named.pop("headers").split(";"))
     return Credential(**named, headers=headers)
@@ -136,9 +134,7 @@ def credential(request: Request) -> Credential:
 def check(request: Request, asks: Credential, key: Keys, now_s: float) -> None:
     """Raise Fault unless the whole request was signed with `key` within the last five minutes."""
     if not hmac.compare_digest(asks.key.encode(), key.access_key.encode()):
-        raise Fault(
-            "InvalidClientTokenId", "The security token included in the request is invalid."
-        )
+        raise Fault("InvalidClientTokenId", "The security token included in the request is invalid.")
     stamp = request.header("x-amz-date") or ""
     try:
         signed_s = datetime.strptime(stamp, _STAMP).replace(tzinfo=UTC).timestamp()
@@ -148,9 +144,7 @@ def check(request: Request, asks: Credential, key: Keys, now_s: float) -> None:
         raise Fault("IncompleteSignature", "The headers host and x-amz-date must be signed.")
     if abs(now_s - signed_s) > MAX_SKEW_S:
         at = datetime.fromtimestamp(now_s, UTC).strftime(_STAMP)
-        raise Fault(
-            "SignatureDoesNotMatch", f"Signature expired: {stamp} is too far from {at} (5 min.)"
-        )
+        raise Fault("SignatureDoesNotMatch", f"Signature expired: {stamp} is too far from {at} (5 min.)")
     digest = hashlib.sha256(request.body).hexdigest()
     whole = request.header("x-amz-content-sha256") in (None, digest)
     signature = _signature(request, asks, key, stamp)
@@ -173,11 +167,7 @@ class _AsSigned(SigV4Auth):
 def _signature(request: Request, asks: Credential, key: Keys, stamp: str) -> str:
     auth = _AsSigned(Credentials(asks.key, key.secret_key), asks.service, asks.region)
     url = f"http://{request.header('host')}{request.path}"
-    again = AWSRequest(
-        method=request.method,
-        url=f"{url}?{request.query}" if request.query else url,
-        data=request.body,
-    )
+    again = AWSRequest(method=request.method, url=f"{url}?{request.query}" if request.query else url, data=request.body)
     for name, value in _signed(request.headers, asks.headers):
         again.headers[name] = value
     again.context["timestamp"] = stamp
@@ -251,9 +241,7 @@ class App:
         self._request_id = request_id
         self._key = key
 
-    async def __call__(
-        self, scope: MutableMapping[str, Any], receive: _Receive, send: _Send
-    ) -> None:
+    async def __call__(self, scope: MutableMapping[str, Any], receive: _Receive, send: _Send) -> None:
         if scope["type"] != "http":
             raise ValueError(f"asked for {scope['type']}, and speaks http only")
         request_id = self._request_id()

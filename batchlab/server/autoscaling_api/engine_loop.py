@@ -88,12 +88,7 @@ def locked(state: Path) -> Iterator[None]:
 
 
 def application(
-    engine: AutoScaling,
-    clock: Clock,
-    changed: asyncio.Event,
-    *,
-    metrics: MetricStore,
-    key: Keys | None = None,
+    engine: AutoScaling, clock: Clock, changed: asyncio.Event, *, metrics: MetricStore, key: Keys | None = None
 ) -> App:
     """Return the application that answers requests for the engine and stores the metrics that the
     engine reads. Each action sets `changed`."""
@@ -111,11 +106,7 @@ def _request_id() -> str:
 
 
 async def run(
-    engine: AutoScaling,
-    app: App,
-    listener: socket.socket,
-    changed: asyncio.Event,
-    stop: asyncio.Event,
+    engine: AutoScaling, app: App, listener: socket.socket, changed: asyncio.Event, stop: asyncio.Event
 ) -> None:
     """Serve and tick until `stop` is set or SIGTERM or SIGINT arrives. Raise the error of the
     server or of the loop."""
@@ -192,13 +183,7 @@ async def _serve_asg(settings: AsgSettings, on_up: Callable[[str], None]) -> Non
     groups = StateFile(settings.state / "groups.json")
     metrics = MetricStore(clock)
     engine = facts.engine = AutoScaling(
-        launcher,
-        clock,
-        RandomIds(),
-        groups,
-        templates=templates,
-        metrics=metrics,
-        drain_s=settings.drain_s,
+        launcher, clock, RandomIds(), groups, templates=templates, metrics=metrics, drain_s=settings.drain_s
     )
     stop = stop_by_signal()
     listener = listen(settings.host, settings.port)

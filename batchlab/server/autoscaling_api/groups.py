@@ -67,9 +67,7 @@ class Call:
         return shape.members[member]
 
 
-def matching(
-    call: Call, items: Sequence[T], names: Mapping[str, Callable[[T], Sequence[str]]]
-) -> Sequence[T]:
+def matching(call: Call, items: Sequence[T], names: Mapping[str, Callable[[T], Sequence[str]]]) -> Sequence[T]:
     """Return the items that match all filters of the request. An item matches a filter if one of
     the filter's values is among the values that `names` returns for it. A filter named `tag:KEY`
     uses the entry "tag:" of `names`, and its values have the form `KEY=value`."""
@@ -118,9 +116,7 @@ def update(call: Call) -> Answer:
 
 
 def _passive(asked: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    return tuple(
-        (name, json.dumps(value)) for name, value in asked.items() if name not in _NOT_CONFIG
-    )
+    return tuple((name, json.dumps(value)) for name, value in asked.items() if name not in _NOT_CONFIG)
 
 
 def _merged(group: GroupDetails, new: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
@@ -169,8 +165,7 @@ def _group(shape: StructureShape, group: GroupDetails) -> dict[str, Any]:
         **told(shape, group),
         "Tags": [_tag(name_of(group), tag) for tag in group.tags],
         "SuspendedProcesses": [
-            {"ProcessName": str(process), "SuspensionReason": reason}
-            for process, reason in group.suspended_processes
+            {"ProcessName": str(process), "SuspensionReason": reason} for process, reason in group.suspended_processes
         ],
     }
 
@@ -189,9 +184,7 @@ def _tag(group: str, tag: Tag) -> dict[str, Any]:
 
 
 def set_desired_capacity(call: Call) -> Answer:
-    call.engine.set_desired_capacity(
-        call.group, call.asked["DesiredCapacity"], **call.some("HonorCooldown")
-    )
+    call.engine.set_desired_capacity(call.group, call.asked["DesiredCapacity"], **call.some("HonorCooldown"))
     return {}
 
 
@@ -219,11 +212,7 @@ def describe_activities(call: Call) -> Answer:
 def describe_instances(call: Call) -> Answer:
     found = call.engine.describe_auto_scaling_instances(call.asked.get("InstanceIds", ()))
     return call.paged(
-        "AutoScalingInstances",
-        found,
-        lambda instance: instance.instance_id,
-        most=MOST_INSTANCES,
-        tell=_instance,
+        "AutoScalingInstances", found, lambda instance: instance.instance_id, most=MOST_INSTANCES, tell=_instance
     )
 
 
@@ -241,24 +230,18 @@ def terminate(call: Call) -> Answer:
 
 def set_health(call: Call) -> Answer:
     call.engine.set_instance_health(
-        call.asked["InstanceId"],
-        call.asked["HealthStatus"],
-        **call.some("ShouldRespectGracePeriod"),
+        call.asked["InstanceId"], call.asked["HealthStatus"], **call.some("ShouldRespectGracePeriod")
     )
     return {}
 
 
 def set_protection(call: Call) -> Answer:
-    call.engine.set_instance_protection(
-        call.group, _instances(call), **call.some("ProtectedFromScaleIn")
-    )
+    call.engine.set_instance_protection(call.group, _instances(call), **call.some("ProtectedFromScaleIn"))
     return {}
 
 
 def enter_standby(call: Call) -> Answer:
-    activities = call.engine.enter_standby(
-        call.group, _instances(call), **call.some("ShouldDecrementDesiredCapacity")
-    )
+    activities = call.engine.enter_standby(call.group, _instances(call), **call.some("ShouldDecrementDesiredCapacity"))
     return call.told("Activities", activities)
 
 
@@ -312,15 +295,9 @@ def _by_group(call: Call) -> Mapping[str, Sequence[Mapping[str, Any]]]:
 
 
 def describe_tags(call: Call) -> Answer:
-    pairs = [
-        _tag(name_of(group), tag)
-        for group in call.engine.describe_auto_scaling_groups()
-        for tag in group.tags
-    ]
+    pairs = [_tag(name_of(group), tag) for group in call.engine.describe_auto_scaling_groups() for tag in group.tags]
     pairs = list(matching(call, pairs, _TAG_FILTERS))
-    return call.paged(
-        "Tags", pairs, lambda tag: f"{tag['ResourceId']} {tag['Key']}", tell=lambda _, tag: tag
-    )
+    return call.paged("Tags", pairs, lambda tag: f"{tag['ResourceId']} {tag['Key']}", tell=lambda _, tag: tag)
 
 
 _TAG_FILTERS: Mapping[str, Callable[[dict[str, Any]], Sequence[str]]] = {

@@ -183,9 +183,7 @@ class TemplateFile:
             return len(named.version)
         if version.isdecimal() and 1 <= int(version) <= len(named.version):
             return int(version)
-        raise ValidationError(
-            f"{_UNKNOWN} template name {name} and version {version}, does not exist."
-        )
+        raise ValidationError(f"{_UNKNOWN} template name {name} and version {version}, does not exist.")
 
     def _look(self) -> None:
         """Read the file again if it has changed. Raise ValidationError if it is invalid or
@@ -206,19 +204,15 @@ class TemplateFile:
             named = _FILE.validate_python(tomllib.loads(self._path.read_text("utf-8")))
         except OSError as error:
             raise UsageError(
-                f"{self._path} cannot be read: {error.strerror}.",
-                remedy="Name a file that is there and can be read.",
+                f"{self._path} cannot be read: {error.strerror}.", remedy="Name a file that is there and can be read."
             ) from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise UsageError(
-                f"{self._path} is not TOML: {error}.", remedy="Put that line right."
-            ) from error
+            raise UsageError(f"{self._path} is not TOML: {error}.", remedy="Put that line right.") from error
         except Malformed as error:
             first = error.errors()[0]
             place = ".".join(str(step) for step in first["loc"])
             raise UsageError(
-                f"{self._path}: {place}: {first['msg']}.",
-                remedy="docs/asg-endpoint.md shows the form of the file.",
+                f"{self._path}: {place}: {first['msg']}.", remedy="docs/asg-endpoint.md shows the form of the file."
             ) from error
         for name, one in named.items():
             if one.default > len(one.version):

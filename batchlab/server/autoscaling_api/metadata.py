@@ -12,13 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from batchlab.adapters.aws.metadata_server import (
-    Interruption,
-    Metadata,
-    MetadataSource,
-    Signals,
-    iso,
-)
+from batchlab.adapters.aws.metadata_server import Interruption, Metadata, MetadataSource, Signals, iso
 from batchlab.core.errors import BackendError, Unreachable, UsageError
 from batchlab.core.ports import Clock
 from batchlab.fleet import api_types
@@ -59,9 +53,7 @@ class Facts:
 
 
 class _Told:
-    def __init__(
-        self, facts: Facts, launcher: object, templates: TemplateFile, clock: Clock
-    ) -> None:
+    def __init__(self, facts: Facts, launcher: object, templates: TemplateFile, clock: Clock) -> None:
         self._facts = facts
         self._launcher = launcher
         self._templates = templates
@@ -162,9 +154,7 @@ def give(at: Endpoint, instance: str, notice: str, notice_s: float) -> None:
     asked = AWSRequest("POST", url + "/", data=body, headers={"Content-Type": "application/json"})
     SigV4Auth(Credentials(at.access_key, at.secret_key), NAME, "us-east-1").add_auth(asked)
     try:
-        answer = httpx.post(
-            url + "/", content=body, headers=dict(asked.headers.items()), timeout=_ANSWER_S
-        )
+        answer = httpx.post(url + "/", content=body, headers=dict(asked.headers.items()), timeout=_ANSWER_S)
         told: Any = answer.json()
     except httpx.HTTPError as error:
         raise Unreachable(
@@ -173,8 +163,7 @@ def give(at: Endpoint, instance: str, notice: str, notice_s: float) -> None:
         ) from error
     except ValueError as error:
         raise BackendError(
-            f"What answers at {url} is no `batchlab asg serve`.",
-            remedy="Name its address with --endpoint.",
+            f"What answers at {url} is no `batchlab asg serve`.", remedy="Name its address with --endpoint."
         ) from error
     if answer.status_code != 200:
         raise UsageError(f"{told.get('message', 'It is refused')}".rstrip(".") + ".")

@@ -149,9 +149,7 @@ def rest(kind: type, asked: Asked) -> dict[str, Any]:
 def _needed(kind: Any) -> list[str]:
     """Return the fields without a default."""
     return [
-        field.name
-        for field in dataclass_fields(kind)
-        if field.default is MISSING and field.default_factory is MISSING
+        field.name for field in dataclass_fields(kind) if field.default is MISSING and field.default_factory is MISSING
     ]
 
 
@@ -193,10 +191,7 @@ def _tracking_given(asked: Asked) -> Asked:
     return found
 
 
-_GIVEN: dict[Any, Callable[[Asked], Asked]] = {
-    MixedInstancesPolicy: _mixed_given,
-    TargetTracking: _tracking_given,
-}
+_GIVEN: dict[Any, Callable[[Asked], Asked]] = {MixedInstancesPolicy: _mixed_given, TargetTracking: _tracking_given}
 
 
 # --- From dataclasses to answers ------------------------------------------------------------------
@@ -229,22 +224,15 @@ def _mixed_told(shape: StructureShape, value: MixedInstancesPolicy) -> dict[str,
     names = template.members
     return {
         "LaunchTemplate": {
-            "LaunchTemplateSpecification": told(
-                names["LaunchTemplateSpecification"], value.launch_template
-            ),
+            "LaunchTemplateSpecification": told(names["LaunchTemplateSpecification"], value.launch_template),
             "Overrides": told(names["Overrides"], value.overrides),
         },
-        "InstancesDistribution": told(
-            shape.members["InstancesDistribution"], value.instances_distribution
-        ),
+        "InstancesDistribution": told(shape.members["InstancesDistribution"], value.instances_distribution),
     }
 
 
 def _tracking_told(_: StructureShape, value: TargetTracking) -> dict[str, Any]:
-    found: dict[str, Any] = {
-        "TargetValue": value.target_value,
-        "DisableScaleIn": value.disable_scale_in,
-    }
+    found: dict[str, Any] = {"TargetValue": value.target_value, "DisableScaleIn": value.disable_scale_in}
     if value.predefined_metric_type:
         metric = {"PredefinedMetricType": value.predefined_metric_type}
         found["PredefinedMetricSpecification"] = metric

@@ -19,14 +19,7 @@ from urllib.parse import parse_qsl
 from xml.sax.saxutils import escape
 
 from botocore.loaders import Loader
-from botocore.model import (
-    ListShape,
-    MapShape,
-    OperationModel,
-    ServiceModel,
-    Shape,
-    StructureShape,
-)
+from botocore.model import ListShape, MapShape, OperationModel, ServiceModel, Shape, StructureShape
 
 from batchlab.server.autoscaling_api import parameters
 from batchlab.server.autoscaling_api.app import Blame, Fault, Faults, Request, Response, sent_wrong
@@ -54,9 +47,7 @@ def parse(service: ServiceModel, form: str) -> tuple[OperationModel, dict[str, A
     Parameters that the model does not have are ignored, as on AWS.
     """
     try:
-        fields = dict(
-            parse_qsl(form, keep_blank_values=True, max_num_fields=MAX_FIELDS, errors="strict")
-        )
+        fields = dict(parse_qsl(form, keep_blank_values=True, max_num_fields=MAX_FIELDS, errors="strict"))
     except ValueError as error:
         raise Fault("MalformedQueryString", "The query string cannot be read.") from error
     operation = _operation(service, fields.pop("Action", ""), fields.pop("Version", ""))
@@ -69,10 +60,7 @@ def _operation(service: ServiceModel, action: str, version: str) -> OperationMod
     if not action:
         raise Fault("MissingAction", "The request has no action.")
     if action not in service.operation_names or version != service.api_version:
-        raise Fault(
-            "InvalidAction",
-            f"Could not find operation {action} for version {version or 'NO_VERSION'}",
-        )
+        raise Fault("InvalidAction", f"Could not find operation {action} for version {version or 'NO_VERSION'}")
     return service.operation_model(action)
 
 

@@ -43,10 +43,7 @@ def put_hook(call: Call) -> Answer:
     """Create or update a hook. Parameters that are not given keep their value, as in AWS's
     PutLifecycleHook."""
     known = call.engine.describe_lifecycle_hooks(call.group, [call.asked["LifecycleHookName"]])
-    if known:
-        hook = replace(known[0], **fields(LifecycleHook, call.asked))
-    else:
-        hook = given(LifecycleHook, call.asked)
+    hook = replace(known[0], **fields(LifecycleHook, call.asked)) if known else given(LifecycleHook, call.asked)
     call.engine.put_lifecycle_hook(hook)
     return {}
 
@@ -57,9 +54,7 @@ def delete_hook(call: Call) -> Answer:
 
 
 def describe_hooks(call: Call) -> Answer:
-    hooks = call.engine.describe_lifecycle_hooks(
-        call.group, call.asked.get("LifecycleHookNames", ())
-    )
+    hooks = call.engine.describe_lifecycle_hooks(call.group, call.asked.get("LifecycleHookNames", ()))
     return call.told("LifecycleHooks", hooks)
 
 
@@ -75,9 +70,7 @@ def complete(call: Call) -> Answer:
 
 def heartbeat(call: Call) -> Answer:
     call.engine.record_lifecycle_action_heartbeat(
-        call.group,
-        call.asked["LifecycleHookName"],
-        **call.some("InstanceId", "LifecycleActionToken"),
+        call.group, call.asked["LifecycleHookName"], **call.some("InstanceId", "LifecycleActionToken")
     )
     return {}
 
@@ -156,11 +149,7 @@ def delete_many_scheduled(call: Call) -> Answer:
 
 
 def _failed(name: str, fault: EngineFault) -> dict[str, str]:
-    return {
-        "ScheduledActionName": name,
-        "ErrorCode": fault.code,
-        "ErrorMessage": fault.message,
-    }
+    return {"ScheduledActionName": name, "ErrorCode": fault.code, "ErrorMessage": fault.message}
 
 
 def delete_scheduled(call: Call) -> Answer:
@@ -173,9 +162,7 @@ def describe_scheduled(call: Call) -> Answer:
     actions = call.engine.describe_scheduled_actions(
         call.asked.get("AutoScalingGroupName"), **call.some("ScheduledActionNames"), **times
     )
-    return call.paged(
-        "ScheduledUpdateGroupActions", actions, lambda action: action.scheduled_action_arn
-    )
+    return call.paged("ScheduledUpdateGroupActions", actions, lambda action: action.scheduled_action_arn)
 
 
 # --- Instance refresh -----------------------------------------------------------------------------
@@ -184,9 +171,7 @@ def describe_scheduled(call: Call) -> Answer:
 def start_refresh(call: Call) -> Answer:
     more: dict[str, Any] = call.some("Strategy")
     if "DesiredConfiguration" in call.asked:
-        more["desired_configuration"] = given(
-            DesiredConfiguration, call.asked["DesiredConfiguration"]
-        )
+        more["desired_configuration"] = given(DesiredConfiguration, call.asked["DesiredConfiguration"])
     wanted = call.asked.get("Preferences", {})
     if unknown := rest(RefreshPreferences, wanted):
         raise invalid(f"Preferences that are not served here: {', '.join(sorted(unknown))}.")
@@ -204,9 +189,7 @@ def roll_back_refresh(call: Call) -> Answer:
 
 
 def describe_refreshes(call: Call) -> Answer:
-    refreshes = call.engine.describe_instance_refreshes(
-        call.group, call.asked.get("InstanceRefreshIds", ())
-    )
+    refreshes = call.engine.describe_instance_refreshes(call.group, call.asked.get("InstanceRefreshIds", ()))
     return call.paged("InstanceRefreshes", refreshes, lambda refresh: refresh.instance_refresh_id)
 
 
@@ -231,9 +214,7 @@ def delete_warm_pool(call: Call) -> Answer:
 
 def describe_warm_pool(call: Call) -> Answer:
     pool, instances = call.engine.describe_warm_pool(call.group)
-    answer = call.paged(
-        "Instances", instances, lambda instance: instance.instance_id, most=MOST_WARM
-    )
+    answer = call.paged("Instances", instances, lambda instance: instance.instance_id, most=MOST_WARM)
     return {**answer, **call.told("WarmPoolConfiguration", pool)} if pool else answer
 
 
@@ -268,11 +249,7 @@ _LIMITS = {"MaxNumberOfAutoScalingGroups": 500, "MaxNumberOfLaunchConfigurations
 
 def _limits(call: Call) -> Answer:
     number = len(call.engine.describe_auto_scaling_groups())
-    return {
-        **_LIMITS,
-        "NumberOfAutoScalingGroups": number,
-        "NumberOfLaunchConfigurations": 0,
-    }
+    return {**_LIMITS, "NumberOfAutoScalingGroups": number, "NumberOfLaunchConfigurations": 0}
 
 
 def _always(answer: Answer) -> Action:
@@ -283,18 +260,12 @@ ALL_ACTIONS: Mapping[str, Action] = {
     **groups.ACTIONS,
     **ACTIONS,
     "DescribeAccountLimits": _limits,
-    "DescribeAdjustmentTypes": _always(
-        {"AdjustmentTypes": [{"AdjustmentType": name} for name in ADJUSTMENTS]}
-    ),
+    "DescribeAdjustmentTypes": _always({"AdjustmentTypes": [{"AdjustmentType": name} for name in ADJUSTMENTS]}),
     "DescribeLifecycleHookTypes": _always({"LifecycleHookTypes": [LAUNCHING, TERMINATING]}),
     # The endpoint collects no group metrics, so the list is empty.
     "DescribeMetricCollectionTypes": _always({"Metrics": [], "Granularities": []}),
-    "DescribeScalingProcessTypes": _always(
-        {"Processes": [{"ProcessName": str(process)} for process in Process]}
-    ),
-    "DescribeTerminationPolicyTypes": _always(
-        {"TerminationPolicyTypes": sorted(POLICIES.keys() - {PLAIN})}
-    ),
+    "DescribeScalingProcessTypes": _always({"Processes": [{"ProcessName": str(process)} for process in Process]}),
+    "DescribeTerminationPolicyTypes": _always({"TerminationPolicyTypes": sorted(POLICIES.keys() - {PLAIN})}),
 }
 
 

@@ -47,9 +47,7 @@ def create_app(
     app.state.served = served
     for kind in (BatchlabError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, answer)
-    app.add_middleware(
-        Door, token=token, now_s=manager.ports.clock.now_s, hosts=names, failed=_failed
-    )
+    app.add_middleware(Door, token=token, now_s=manager.ports.clock.now_s, hosts=names, failed=_failed)
     return app, served
 
 
@@ -72,18 +70,7 @@ def _routed() -> FastAPI:
         generate_unique_id_function=lambda route: route.name,
     )
     app.include_router(jobs.entrance)
-    for module in (
-        grid,
-        job_files,
-        tasks,
-        jobs,
-        failures,
-        tasks,
-        logs,
-        grid,
-        schedules,
-        metrics,
-    ):
+    for module in (grid, job_files, tasks, jobs, failures, tasks, logs, grid, schedules, metrics):
         app.include_router(module.router)
     app.include_router(grid.public)
     return app

@@ -116,10 +116,7 @@ class Door:
                 "remedy": f"Set the clock right; up to {WINDOW_S} s are allowed.",
             }
         if not self._used.is_first(signed, now_s):
-            return {
-                "error": "A request with this signature was received before.",
-                "remedy": "Sign the request again.",
-            }
+            return {"error": "A request with this signature was received before.", "remedy": "Sign the request again."}
         return None
 
     async def _answered(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -217,9 +214,7 @@ def is_ours(headers: Headers) -> bool:
     if site is not None:
         return site == "same-origin"
     origin = headers.get("origin", "")
-    return urlsplit(origin).scheme in ("http", "https") and (
-        urlsplit(origin).netloc == headers.get("host", "")
-    )
+    return urlsplit(origin).scheme in ("http", "https") and (urlsplit(origin).netloc == headers.get("host", ""))
 
 
 def _refusal(headers: Headers, hosts: frozenset[str] | None) -> Response | None:
@@ -386,10 +381,7 @@ class Sessions:
     def waits(self, name: str) -> bool:
         """Return whether the code with this name is still valid."""
         now_s = self._clock.monotonic_s()
-        return any(
-            name_of_sessions(code) == name and over_s > now_s
-            for code, over_s in self._codes.items()
-        )
+        return any(page_session_name(code) == name and over_s > now_s for code, over_s in self._codes.items())
 
     def opens(self, word: str) -> bool:
         """Return whether the word is the token or a valid code. A code becomes invalid with this
@@ -442,7 +434,7 @@ class Sessions:
         return hmac.new(key, text.encode(), hashlib.sha256).hexdigest()
 
 
-def name_of_sessions(code: str) -> str:
+def page_session_name(code: str) -> str:
     """Return the name of a code, for places where the code itself must stay secret."""
     return hashlib.sha256(code.encode()).hexdigest()[:16]
 

@@ -24,14 +24,7 @@ from batchlab.core import api_types
 from batchlab.core.api_types import FailureView
 from batchlab.core.capabilities import Capabilities
 from batchlab.core.commit import committed
-from batchlab.core.errors import (
-    BackendError,
-    BatchlabError,
-    JobFileError,
-    NotFound,
-    Refused,
-    UsageError,
-)
+from batchlab.core.errors import BackendError, BatchlabError, JobFileError, NotFound, Refused, UsageError
 from batchlab.core.model import JobId, Outcome
 from batchlab.core.port_retries import set_within
 from batchlab.core.ports import BundleRecord
@@ -133,10 +126,7 @@ Given = Annotated[Served, Depends(_served)]
 _bearer = HTTPBearer(auto_error=False)
 
 
-async def authorised(
-    request: Request,
-    given: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
-) -> None:
+async def authorised(request: Request, given: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]) -> None:
     token = _of(request).token
     # The comparison takes constant time, so the response time does not reveal how much of a guess
     # was right.
@@ -155,8 +145,7 @@ async def _leader(request: Request) -> Manager:
         await set_within(manager.is_leader, LEADS_WITHIN_S)
     if not manager.is_leader.is_set():
         raise BackendError(
-            "This manager is not the leader.",
-            remedy="Try again in some seconds, or ask the manager that leads.",
+            "This manager is not the leader.", remedy="Try again in some seconds, or ask the manager that leads."
         )
     return manager
 
@@ -164,17 +153,14 @@ async def _leader(request: Request) -> Manager:
 async def _spending(manager: Annotated[Manager, Depends(_leader)]) -> Spending:
     if manager.spending is None:
         raise Refused(
-            "This manager keeps no account of what its grid uses.",
-            remedy="One that `batchlab grid up` starts does.",
+            "This manager keeps no account of what its grid uses.", remedy="One that `batchlab grid up` starts does."
         )
     return manager.spending
 
 
 async def _scheduler(manager: Annotated[Manager, Depends(_leader)]) -> ScheduleCommands:
     if manager.scheduler is None:
-        raise Refused(
-            "This manager keeps no schedules.", remedy="One that `batchlab grid up` starts does."
-        )
+        raise Refused("This manager keeps no schedules.", remedy="One that `batchlab grid up` starts does.")
     return manager.scheduler
 
 
@@ -204,9 +190,7 @@ def of_our_version(doc: Any) -> Any:
     if not isinstance(doc, dict):
         return doc
     if doc.get("v") != json_format.VERSION:
-        raise ValueError(
-            f"this manager reads version {json_format.VERSION} of a job, not {doc.get('v')!r:.40}"
-        )
+        raise ValueError(f"this manager reads version {json_format.VERSION} of a job, not {doc.get('v')!r:.40}")
     return {key: value for key, value in doc.items() if key != "v"}
 
 
@@ -283,9 +267,7 @@ NOT_STORED = "(not stored until the long task that follows it in its worker has 
 While a long task runs, the outcome of the tasks before it may already exist."""
 
 
-async def outcomes_of(
-    manager: Manager, records: Sequence[BundleRecord]
-) -> AsyncIterator[tuple[BundleRecord, Outcome]]:
+async def outcomes_of(manager: Manager, records: Sequence[BundleRecord]) -> AsyncIterator[tuple[BundleRecord, Outcome]]:
     """Read the outcomes of these bundles of one job in order, READ_AT_ONCE at a time."""
     if not records:
         return

@@ -18,16 +18,7 @@ from batchlab.core.ports import BundleRecord, JobRecord
 from batchlab.manager.manager import Manager
 from batchlab.manager.retry_rounds import RetriedTasks, TaskSelection
 from batchlab.server import job_views
-from batchlab.server.http.common import (
-    OTHERS,
-    Given,
-    Groups,
-    Leader,
-    Limit,
-    Served,
-    guarded,
-    outcomes_of,
-)
+from batchlab.server.http.common import OTHERS, Given, Groups, Leader, Limit, Served, guarded, outcomes_of
 
 router = guarded()
 
@@ -69,10 +60,7 @@ def _cursor(after: str | None) -> tuple[int, int]:
         return 0, 0
     seq, _, at = after.partition(".")
     if not all(part.isascii() and part.isdigit() and len(part) < 18 for part in (seq, at)):
-        raise UsageError(
-            f"{after!r} is not where a page of failures ends.",
-            remedy="Give `next` of the page before.",
-        )
+        raise UsageError(f"{after!r} is not where a page of failures ends.", remedy="Give `next` of the page before.")
     return int(seq), int(at)
 
 
@@ -84,12 +72,7 @@ async def failure_groups(manager: Leader, served: Given, job: JobId) -> api_type
     live = manager.lives.get(job)
     stages = live.stages.values() if live else (await manager.ports.ledger.rows(job)).stages
     groups: list[api_types.FailureGroupView] = [
-        {
-            "fingerprint": fingerprint,
-            "stage": stage,
-            "count": len(tasks),
-            "first": known.first[stage, fingerprint],
-        }
+        {"fingerprint": fingerprint, "stage": stage, "count": len(tasks), "first": known.first[stage, fingerprint]}
         for (stage, fingerprint), tasks in known.tasks.items()
     ]
     return {
@@ -101,11 +84,7 @@ async def failure_groups(manager: Leader, served: Given, job: JobId) -> api_type
 
 
 async def chosen_tasks(
-    manager: Manager,
-    served: Served,
-    job: JobId,
-    fingerprints: Collection[str],
-    tasks: TaskSelection,
+    manager: Manager, served: Served, job: JobId, fingerprints: Collection[str], tasks: TaskSelection
 ) -> TaskSelection:
     """Return the failed tasks with these fingerprints, and `tasks`. Raise Refused for an unknown
     fingerprint."""
@@ -146,9 +125,7 @@ async def _read_on(manager: Manager, served: Served, record: JobRecord) -> tuple
 
 
 async def _rows(manager: Manager, job: JobId, after_seq: int) -> Sequence[BundleRecord]:
-    return await manager.ports.ledger.bundles(
-        job, failed=True, after_seq=max(0, after_seq), limit=BUDGET
-    )
+    return await manager.ports.ledger.bundles(job, failed=True, after_seq=max(0, after_seq), limit=BUDGET)
 
 
 async def _standing(

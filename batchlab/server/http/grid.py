@@ -25,7 +25,7 @@ from batchlab.manager.manager import Manager
 from batchlab.manager.notifier import Notifier
 from batchlab.manager.spending import Spending
 from batchlab.server import job_views
-from batchlab.server.http.authentication import CODE_S, PAGE, name_of_sessions
+from batchlab.server.http.authentication import CODE_S, PAGE, page_session_name
 from batchlab.server.http.common import Books, Given, Leader, Limit, guarded
 
 public = APIRouter(prefix="/v1")
@@ -59,13 +59,10 @@ async def open_session(served: Given) -> api_types.SessionView:
         said = installation.sentence("web", "The grid's page", module)
         # A path of this process helps only a client on the same machine.
         is_here = served.capabilities.local_manager
-        raise Refused(
-            said,
-            remedy=installation.remedy("web") if is_here else installation.for_a_manager("web"),
-        )
+        raise Refused(said, remedy=installation.remedy("web") if is_here else installation.for_a_manager("web"))
     code = served.sessions.code()
     path = f"{PAGE}/login#{code}"
-    return {"code": code, "name": name_of_sessions(code), "path": path, "valid_s": CODE_S}
+    return {"code": code, "name": page_session_name(code), "path": path, "valid_s": CODE_S}
 
 
 @router.get("/sessions/{name}")
@@ -80,10 +77,7 @@ async def rebuild(manager: Leader) -> api_types.RebuiltView:
     """Rebuild the ledger from the bucket. Objects that cannot be read are skipped and listed."""
     rebuilt = await manager.rebuild_ledger()
     told = rebuilt.unreadable.items()
-    return {
-        "jobs": rebuilt.jobs,
-        "unreadable": [{"key": key, "reason": why} for key, why in told],
-    }
+    return {"jobs": rebuilt.jobs, "unreadable": [{"key": key, "reason": why} for key, why in told]}
 
 
 # --- Pools and queues ----------------------------------------------------------------------------
@@ -116,9 +110,7 @@ async def grid(manager: Leader, served: Given) -> api_types.GridView:
 
 
 @router.get("/grid/activities")
-async def activities(
-    manager: Leader, pool: str | None = None, limit: Limit = 50
-) -> api_types.ActivitiesView:
+async def activities(manager: Leader, pool: str | None = None, limit: Limit = 50) -> api_types.ActivitiesView:
     """Return scaling activities with their causes, newest first."""
     found = await manager.ports.fleet.activities(pool, limit=limit)
     return {"activities": [job_views.activity_view(activity) for activity in found]}
@@ -135,12 +127,7 @@ async def history(manager: Leader, served: Given) -> api_types.HistoryView:  # n
 async def scale(manager: Leader, pool: str, scaling: Scaling) -> api_types.PoolView:
     """Change a pool's limits, set its desired capacity manually, or return it to the autoscaler."""
     view = await fleet_commands.scale(
-        manager,
-        pool,
-        min_size=scaling.min,
-        max_size=scaling.max,
-        desired=scaling.desired,
-        auto=scaling.auto,
+        manager, pool, min_size=scaling.min, max_size=scaling.max, desired=scaling.desired, auto=scaling.auto
     )
     return _pool(manager, view)
 
@@ -174,19 +161,13 @@ def _pool(manager: Manager, view: GroupView) -> api_types.PoolView:
     scaler = manager.autoscaler
     workers = manager.registry.workers
     return job_views.pool_view(
-        view,
-        scaler.backlog(name),
-        workers,
-        held=name in scaler.held,
-        trouble=scaler.launch_breaker.trouble(name),
+        view, scaler.backlog(name), workers, held=name in scaler.held, trouble=scaler.launch_breaker.trouble(name)
     )
 
 
 async def _notifying(manager: Leader) -> Notifier:
     if manager.notifier is None:
-        raise Refused(
-            "This manager notifies nobody.", remedy="One that `batchlab grid up` starts does."
-        )
+        raise Refused("This manager notifies nobody.", remedy="One that `batchlab grid up` starts does.")
     return manager.notifier
 
 
@@ -250,9 +231,7 @@ async def job_use(books: Books, manager: Leader, job: JobId) -> api_usage_types.
 
 
 @router.post("/jobs/{job}/cap")
-async def cap_job(
-    books: Books, manager: Leader, job: JobId, cap: Cap
-) -> api_usage_types.JobUseView:
+async def cap_job(books: Books, manager: Leader, job: JobId, cap: Cap) -> api_usage_types.JobUseView:
     """Set the cap on the cost of a job that has not ended."""
     manager.requests.running(job, "capped")
     books.set_cap(job, cap.max_cost_usd)

@@ -35,9 +35,7 @@ _NAMES = ("desired", "in_service", "pending", "running", "waiting", "in_flight")
 class History:
     """Moments in order: the time, and for each pool the values of PoolCurve."""
 
-    moments: deque[tuple[float, dict[str, tuple[int, ...]]]] = field(
-        default_factory=lambda: deque(maxlen=KEPT)
-    )
+    moments: deque[tuple[float, dict[str, tuple[int, ...]]]] = field(default_factory=lambda: deque(maxlen=KEPT))
 
     def look(self, manager: Manager) -> None:
         """Record the current values of the manager."""
@@ -78,9 +76,7 @@ class History:
         names = sorted({name for _, pools in kept for name in pools})
         return {
             "at_s": [round(at_s, 3) for at_s, _ in kept],
-            "pools": [
-                _curve(name, [pools.get(name, _NONE) for _, pools in kept]) for name in names
-            ],
+            "pools": [_curve(name, [pools.get(name, _NONE) for _, pools in kept]) for name in names],
         }
 
 
@@ -133,12 +129,7 @@ def eta_of(manager: Manager, job: JobId) -> EtaView:
     found = eta.estimate(stages, rooms)
     if found is None:
         return _none("nothing of it has been measured yet")
-    return {
-        "low_s": found.low_s,
-        "high_s": found.high_s,
-        "unmeasured": list(found.unmeasured),
-        "text": eta.told(found),
-    }
+    return {"low_s": found.low_s, "high_s": found.high_s, "unmeasured": list(found.unmeasured), "text": eta.told(found)}
 
 
 def _none(why: str) -> EtaView:

@@ -64,17 +64,10 @@ async def form_with_files(
     request. Raise UsageError if the disk does not have room for it."""
     # Twice the size, because the manager copies and packs the upload before it removes it.
     if not has_room(roomy(), 2 * size_bytes):
-        raise UsageError(
-            f"The manager's disk has no room for {size(size_bytes)} that are sent to it.",
-            remedy=remedy,
-        )
+        raise UsageError(f"The manager's disk has no room for {size(size_bytes)} that are sent to it.", remedy=remedy)
     folder = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="batchlab-form-", dir=roomy()))
     parser = _Parser(
-        request.headers,
-        request.stream(),
-        max_files=max_files,
-        max_fields=max_fields,
-        max_part_size=LONGEST_FIELD,
+        request.headers, request.stream(), max_files=max_files, max_fields=max_fields, max_part_size=LONGEST_FIELD
     )
     parser.folder = folder
     try:
@@ -222,22 +215,15 @@ async def submit_files(manager: Leader, request: Request) -> api_types.JobView:
 
 async def read(request: Request, size_bytes: int) -> FormData:
     """Return the form with a job's files. The caller closes it."""
-    return await form_with_files(
-        request, size_bytes, max_files=MOST_FILES, max_fields=MOST_FIELDS, remedy=_BY_HAND
-    )
+    return await form_with_files(request, size_bytes, max_files=MOST_FILES, max_fields=MOST_FIELDS, remedy=_BY_HAND)
 
 
 def check_length(text: str | None, most: int = MOST_BYTES) -> int:
     """Return the length of a body. Raise UsageError if it is missing or above the limit."""
     if text is None or not (text.isascii() and text.isdigit()):
-        raise UsageError(
-            "The request does not say how long its body is.", remedy="Send a Content-Length."
-        )
+        raise UsageError("The request does not say how long its body is.", remedy="Send a Content-Length.")
     if int(text) > most:
-        raise UsageError(
-            f"That is more than the {most / 2**20:,.0f} MiB that a request may bring.",
-            remedy=_BY_HAND,
-        )
+        raise UsageError(f"That is more than the {most / 2**20:,.0f} MiB that a request may bring.", remedy=_BY_HAND)
     return int(text)
 
 
@@ -260,12 +246,7 @@ async def submit_form(manager: Manager, form: FormData) -> api_types.JobView:
         jobfile, packed = await asyncio.to_thread(_loaded, path, folder, overrides)
         ports = manager.ports
         job = await submission.prepare(
-            jobfile,
-            objects=ports.objects,
-            clock=ports.clock,
-            patience=ports.patience,
-            token=token,
-            packed=packed,
+            jobfile, objects=ports.objects, clock=ports.clock, patience=ports.patience, token=token, packed=packed
         )
     written = await accept(manager, job, None)
     return await shown(manager, written.rows.job)
@@ -274,11 +255,7 @@ async def submit_form(manager: Manager, form: FormData) -> api_types.JobView:
 def _sent(form: FormData, name: str) -> list[UploadFile]:
     """Return the files of one field. If the user chose no file, a browser sends one without a
     name."""
-    return [
-        one
-        for one in form.getlist(name)
-        if isinstance(one, UploadFile) and (one.filename or one.size)
-    ]
+    return [one for one in form.getlist(name) if isinstance(one, UploadFile) and (one.filename or one.size)]
 
 
 def _field(form: FormData, name: str) -> str:
@@ -324,9 +301,7 @@ def _placed(files: Sequence[UploadFile], data: Sequence[UploadFile], data_folder
 
 def _safe(name: str) -> str:
     if problem := name_problem(name):
-        raise UsageError(
-            f"A file's name, {name[:200]!r}, {problem}.", remedy="Rename it, or leave it out."
-        )
+        raise UsageError(f"A file's name, {name[:200]!r}, {problem}.", remedy="Rename it, or leave it out.")
     return name
 
 
@@ -344,13 +319,11 @@ def _write(folder: Path, sources: Sequence[tuple[IO[bytes], str]]) -> None:
         ) from error
     except NotADirectoryError as error:
         raise UsageError(
-            f"A file and a folder have the same name, on the way to {name!r}.",
-            remedy="Rename one of the two.",
+            f"A file and a folder have the same name, on the way to {name!r}.", remedy="Rename one of the two."
         ) from error
     except OSError as error:
         raise UsageError(
-            f"The files cannot be kept by the manager: {error.strerror or error}.",
-            remedy=_BY_HAND,
+            f"The files cannot be kept by the manager: {error.strerror or error}.", remedy=_BY_HAND
         ) from error
 
 
@@ -370,9 +343,7 @@ def _job_file(names: Sequence[str], named: str) -> str:
             "None of the files is a job file: a YAML file at the top of the folder.",
             remedy=f"There are {_some(names)}. `batchlab init` writes a job to start from.",
         )
-    raise UsageError(
-        f"Any of {_some(found)} could be the job file.", remedy="Say which of them it is."
-    )
+    raise UsageError(f"Any of {_some(found)} could be the job file.", remedy="Say which of them it is.")
 
 
 def _some(names: Sequence[str]) -> str:
@@ -380,9 +351,7 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + more
 
 
-def _loaded(
-    path: Path, folder: Path, overrides: Mapping[str, str]
-) -> tuple[JobFile, tuple[bytes, str]]:
+def _loaded(path: Path, folder: Path, overrides: Mapping[str, str]) -> tuple[JobFile, tuple[bytes, str]]:
     from batchlab.jobs import job_file, submission
 
     try:
@@ -419,7 +388,7 @@ def _stay_inside(path: Path) -> None:
 
 def _retold(error: JobFileError, folder: Path) -> JobFileError:
     """Return the error without the temporary folder's path, which the user does not know."""
-    from batchlab.jobs.job_file import JobFileErrors
+    from batchlab.jobs.yaml_source import JobFileErrors
 
     return JobFileErrors(
         [

@@ -53,16 +53,11 @@ async def first(manager: Manager, job: JobId, wait_s: float) -> api_types.Outcom
     if live := manager.lives.get(job):
         live.listeners += 1
         try:
-            while not (
-                live.first_outcomes or live.folds or live.record.state.ended or loop.time() >= end_s
-            ):
+            while not (live.first_outcomes or live.folds or live.record.state.ended or loop.time() >= end_s):
                 await news(live, live.version, end_s - loop.time())
             if live.first_outcomes and not live.folds:
                 key = await manager.ports.keys.of(live.job)
-                return {
-                    "outcomes": [_uncounted(one, key) for one in live.first_outcomes],
-                    "ended": False,
-                }
+                return {"outcomes": [_uncounted(one, key) for one in live.first_outcomes], "ended": False}
         finally:
             live.listeners -= 1
             if not live.listeners:
@@ -76,12 +71,7 @@ def _uncounted(outcome: Outcome, key: CommitKey) -> api_types.OutcomeView:
 
 
 async def page(
-    manager: Manager,
-    job: JobId,
-    stage: StageName | None,
-    after: int | None,
-    limit: int,
-    wait_s: float,
+    manager: Manager, job: JobId, stage: StageName | None, after: int | None, limit: int, wait_s: float
 ) -> api_types.OutcomesView:
     """Return outcomes with a seq above `after`, of one stage or of all. The answer waits for the
     first one."""
@@ -106,19 +96,12 @@ async def page(
 
 
 async def _after(
-    manager: Manager,
-    live: LiveJob | None,
-    job: JobId,
-    stage: StageName | None,
-    after: int | None,
-    limit: int,
+    manager: Manager, live: LiveJob | None, job: JobId, stage: StageName | None, after: int | None, limit: int
 ) -> Sequence[tuple[BundleRecord, Outcome | None]]:
     recent = live.outcomes_after(after) if live else None
     if recent is not None:
         return [one for one in recent if stage in (None, one[0].bundle.stage)][:limit]
-    found = await manager.ports.ledger.bundles(
-        job, stage=stage, done=True, after_seq=after, limit=limit
-    )
+    found = await manager.ports.ledger.bundles(job, stage=stage, done=True, after_seq=after, limit=limit)
     return [(one, None) for one in found]
 
 
@@ -177,8 +160,7 @@ def _refuse_capitals(job: JobDef) -> None:
     # On a file system that ignores case, the objects of two jobs would be the same files.
     if job.id != job.id.lower():
         raise UsageError(
-            f"{job.id!r} cannot be the id of a new job: it has capital letters.",
-            remedy="Use small letters.",
+            f"{job.id!r} cannot be the id of a new job: it has capital letters.", remedy="Use small letters."
         )
 
 
@@ -216,10 +198,7 @@ class _Lines(Response):
     media_type = NDJSON
 
     def __init__(
-        self,
-        view: api_types.JobView,
-        heard: Callable[[], Awaitable[api_types.OutcomesView]],
-        status: int,
+        self, view: api_types.JobView, heard: Callable[[], Awaitable[api_types.OutcomesView]], status: int
     ) -> None:
         super().__init__(_line(view), status)
         del self.headers["content-length"]
@@ -237,7 +216,7 @@ def _line(view: api_types.JobView | api_types.OutcomesView) -> bytes:
 
 
 @router.get("/jobs")
-async def jobs_jobs(
+async def list_jobs(
     manager: Leader, limit: Limit = 100, before: str | None = None, active: bool = False
 ) -> api_types.JobsView:
     """Return jobs, newest first. `before` is the id of the last job of the previous page."""
@@ -246,9 +225,7 @@ async def jobs_jobs(
 
 
 @router.get("/jobs/{job}")
-async def job(
-    manager: Leader, job: JobId, version: int | None = None, wait_s: Wait = 0.0
-) -> api_types.JobView:
+async def job(manager: Leader, job: JobId, version: int | None = None, wait_s: Wait = 0.0) -> api_types.JobView:
     """Return one job. With `version`, the answer waits until the version of the job differs."""
     live = manager.lives.get(job)
     if live and version is not None:
@@ -291,17 +268,12 @@ class Choice(BaseModel):
 
 
 @router.post("/jobs/{job}/retry")
-async def retry(
-    manager: Leader, served: Given, job: JobId, choice: Choice | None = None
-) -> api_types.JobView:
+async def retry(manager: Leader, served: Given, job: JobId, choice: Choice | None = None) -> api_types.JobView:
     """Run again all tasks that did not succeed. With a choice, run only the chosen failed tasks and
     the canceled tasks."""
     chosen = None
     if choice is not None:
-        sets = {
-            stage: TaskSet.union(TaskSet.span(*one) for one in ranges)
-            for stage, ranges in choice.tasks.items()
-        }
+        sets = {stage: TaskSet.union(TaskSet.span(*one) for one in ranges) for stage, ranges in choice.tasks.items()}
         chosen = await chosen_tasks(manager, served, job, choice.fingerprints, sets)
     return await shown(manager, await manager.requests.retry(job, chosen))
 

@@ -93,9 +93,7 @@ async def logs_after(
     waited = await page(manager, job, stage, seq, 1, wait_s)
     records: Sequence[BundleRecord] = ()
     if waited["outcomes"]:
-        records = await manager.ports.ledger.bundles(
-            job, stage=stage, done=True, after_seq=seq, limit=PAGE_BUNDLES
-        )
+        records = await manager.ports.ledger.bundles(job, stage=stage, done=True, after_seq=seq, limit=PAGE_BUNDLES)
     last = records[-1].seq if records else seq
     wanted = [r for r in records if task is None or task in r.bundle.tasks]
     found: list[api_types.LogView] = []
@@ -126,15 +124,10 @@ async def tails(manager: Leader, job: JobId) -> api_types.TailsView:
         return {"tails": [], "every_s": manager.tails.every_s}
     found = await manager.tails.of(live)
     shown = sorted((one.stage, one.task, one.attempt, one) for one in found)
-    return {
-        "tails": [job_views.tail_view(one) for *_, one in shown],
-        "every_s": manager.tails.every_s,
-    }
+    return {"tails": [job_views.tail_view(one) for *_, one in shown], "every_s": manager.tails.every_s}
 
 
-def _recent(
-    manager: Manager, records: Sequence[BundleRecord], since_s: float | None
-) -> Sequence[BundleRecord]:
+def _recent(manager: Manager, records: Sequence[BundleRecord], since_s: float | None) -> Sequence[BundleRecord]:
     if since_s is None:
         return records
     begin_s = manager.ports.clock.now_s() - since_s
@@ -158,9 +151,7 @@ async def _of(
     for one in wanted:
         (fits if room.takes(outcome, one) else left_out).append(one)
     for attempt, text in await _texts(manager, outcome, fits):
-        yield job_views.log_view(
-            attempt, text if text is not None else NOT_STORED.encode(), text is not None
-        )
+        yield job_views.log_view(attempt, text if text is not None else NOT_STORED.encode(), text is not None)
     for attempt in left_out:
         yield job_views.log_view(attempt, LEFT_OUT.encode())
 

@@ -67,9 +67,7 @@ class Asking(BaseModel):
 
 
 @router.post("/schedules", status_code=201)
-async def add_schedule(
-    schedules: Timetable, adding: Adding, response: Response
-) -> api_usage_types.ScheduleView:
+async def add_schedule(schedules: Timetable, adding: Adding, response: Response) -> api_usage_types.ScheduleView:
     """Add a schedule. The status is 201 if the schedule is new or changed, and 200 if the same
     schedule exists."""
     schedule, is_new = await schedules.add(
@@ -94,10 +92,7 @@ async def schedule(schedules: Timetable, name: str) -> api_usage_types.ScheduleV
 
 @router.get("/schedules/{name}/next")
 async def coming(
-    schedules: Timetable,
-    manager: Leader,
-    name: str,
-    count: Annotated[int, Query(ge=1, le=COMING)] = 10,
+    schedules: Timetable, manager: Leader, name: str, count: Annotated[int, Query(ge=1, le=COMING)] = 10
 ) -> api_usage_types.ComingView:
     """Return the next due times of a schedule."""
     found = await schedules.one(name)
@@ -130,10 +125,7 @@ async def run_schedule(schedules: Timetable, name: str, asking: Asking) -> api_u
 
 def _definition(timed: Timed, job: JobDef) -> Definition:
     if bool(timed.cron) == (timed.at_s is not None):
-        raise UsageError(
-            "A schedule has either a cron expression or one time.",
-            remedy="Say one of --cron and --at.",
-        )
+        raise UsageError("A schedule has either a cron expression or one time.", remedy="Say one of --cron and --at.")
     return Definition(
         timed.name,
         job.name,

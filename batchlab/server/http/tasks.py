@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import pathlib
 import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path as ArchivePath
 from typing import Annotated
 
 from fastapi import Path, Query
@@ -50,15 +50,11 @@ SHOWN_BYTES = 20_000
 ROWS_AT_ONCE = 2000
 
 Index = Annotated[int, Path(ge=0, le=2**53)]
-Seq = Annotated[
-    int | None, Query(ge=1, le=2**53, description="The outcome that tells of it, where known")
-]
+Seq = Annotated[int | None, Query(ge=1, le=2**53, description="The outcome that tells of it, where known")]
 
 
 @router.get("/jobs/{job}/stages/{stage}/tasks/{task}")
-async def task(
-    manager: Leader, job: JobId, stage: StageName, task: Index, seq: Seq = None
-) -> api_types.TaskView:
+async def task(manager: Leader, job: JobId, stage: StageName, task: Index, seq: Seq = None) -> api_types.TaskView:
     """Return an ended task according to its last outcome, or to the outcome `seq`."""
     record = await manager.ports.ledger.job(job)
     row = await _row(manager, job, stage, task, seq)
@@ -92,9 +88,7 @@ async def task(
     }
 
 
-async def _row(
-    manager: Manager, job: JobId, stage: StageName, task: int, seq: int | None
-) -> BundleRecord | None:
+async def _row(manager: Manager, job: JobId, stage: StageName, task: int, seq: int | None) -> BundleRecord | None:
     """Return the bundle whose outcome contains the task: the one with this `seq`, or the latest."""
     ledger = manager.ports.ledger
     if seq is not None:
@@ -117,9 +111,7 @@ async def _input(manager: Manager, job: JobDef, bundle: Bundle, task: int) -> tu
         # The input has the size of the results of whole stages, which is too large to show.
         return f"All results of {', '.join(job.stage(bundle.stage).after)}.", "", False
     ports = manager.ports
-    one = Bundle(
-        bundle.job, bundle.stage, TaskSet.of([task]), round=bundle.round, source=bundle.source
-    )
+    one = Bundle(bundle.job, bundle.stage, TaskSet.of([task]), round=bundle.round, source=bundle.source)
     try:
         item = await task_input(ports.objects, job, one, ports.patience)
         return await _shown(manager, item, Own.of(job))
@@ -214,9 +206,7 @@ async def archive(
         raise
 
 
-async def _archive(
-    manager: Manager, job: JobId, stages: Sequence[str], over: Callable[[], None]
-) -> FileResponse:
+async def _archive(manager: Manager, job: JobId, stages: Sequence[str], over: Callable[[], None]) -> FileResponse:
     record = await manager.ports.ledger.job(job)
     view = await shown(manager, record)
     key = await manager.ports.keys.of(record.job)
@@ -224,9 +214,7 @@ async def _archive(
     if len(rows) > MOST_OUTCOMES:
         raise _too_much(f"has more than {MOST_OUTCOMES:,} outcomes")
     listing = [Listed.of(job_views.outcome_view(row, key)) for row in rows if row.completion]
-    folder = ArchivePath(
-        await asyncio.to_thread(tempfile.mkdtemp, prefix="batchlab-results-", dir=roomy())
-    )
+    folder = pathlib.Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="batchlab-results-", dir=roomy()))
     try:
         # In an event loop on another thread, because it decodes and writes thousands of results.
         path = await asyncio.to_thread(_pack, manager, view, listing, stages, folder)
@@ -239,9 +227,7 @@ async def _archive(
 class _Archive(FileResponse):
     """Response that sends the archive and removes it afterwards, even after an error."""
 
-    def __init__(
-        self, path: ArchivePath, folder: ArchivePath, over: Callable[[], None], *, filename: str
-    ) -> None:
+    def __init__(self, path: pathlib.Path, folder: pathlib.Path, over: Callable[[], None], *, filename: str) -> None:
         super().__init__(path, media_type="application/zip", filename=filename)
         self._folder = folder
         self._over = over
@@ -259,12 +245,8 @@ def _too_much(why: str) -> UsageError:
 
 
 def _pack(
-    manager: Manager,
-    view: api_types.JobView,
-    listing: Sequence[Listed],
-    stages: Sequence[str],
-    folder: ArchivePath,
-) -> ArchivePath:
+    manager: Manager, view: api_types.JobView, listing: Sequence[Listed], stages: Sequence[str], folder: pathlib.Path
+) -> pathlib.Path:
     taken_bytes = 0
 
     def claim(size_bytes: int) -> None:
@@ -273,18 +255,13 @@ def _pack(
         if taken_bytes > MOST_BYTES:
             raise _too_much(f"has more than {size(MOST_BYTES)} of results")
         if not has_room(folder, size_bytes):
-            raise UsageError(
-                "The manager's disk has no room for an archive of these results.",
-                remedy=_BY_HAND,
-            )
+            raise UsageError("The manager's disk has no room for an archive of these results.", remedy=_BY_HAND)
 
     claim(0)
     objects, patience = manager.ports.objects, manager.ports.patience
     out = folder / "results"
     within = Within(claim, MOST_VALUE_BYTES, remedy=_BY_HAND)
-    asyncio.run(
-        results.fetch(objects, view, listing, out, patience=patience, stages=stages, within=within)
-    )
+    asyncio.run(results.fetch(objects, view, listing, out, patience=patience, stages=stages, within=within))
     path = folder / "results.zip"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as zipped:
         for file in sorted(out.rglob("*")):

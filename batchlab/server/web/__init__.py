@@ -43,11 +43,7 @@ def page_of(served: Served, prices: PriceBook | None) -> FastAPI:
     from batchlab.server.web import actions, views
     from batchlab.server.web.rendering import Assets, State, problem_page
 
-    page = FastAPI(
-        openapi_url=None,
-        docs_url=None,
-        redoc_url=None,
-    )
+    page = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
     page.state.served = served
     page.state.page = State(prices)
     for kind in (BatchlabError, RequestValidationError, HTTPException, Exception):

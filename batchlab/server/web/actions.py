@@ -29,16 +29,7 @@ from batchlab.server.http.common import Books, Given, Leader, Timetable
 from batchlab.server.http.job_files import MOST_BYTES, MOST_FILES, submit_form
 from batchlab.server.web import text
 from batchlab.server.web import text as words
-from batchlab.server.web.rendering import (
-    Page,
-    field_of,
-    form_of,
-    guarded,
-    is_sure,
-    live,
-    render,
-    to,
-)
+from batchlab.server.web.rendering import Page, field_of, form_of, guarded, is_sure, live, render, to
 
 router = guarded()
 
@@ -158,9 +149,7 @@ def _cap(form: FormData) -> spending.Cap:
 
 
 @router.get("/grid/pools/{pool}")
-async def ask_scale(
-    request: Request, manager: Leader, served: Given, page: Page, pool: str
-) -> Response:
+async def ask_scale(request: Request, manager: Leader, served: Given, page: Page, pool: str) -> Response:
     """Ask for the size of a pool."""
     grid = await page.grid(manager, served)
     for one in grid["pools"]:
@@ -189,16 +178,12 @@ def _number(form: FormData, name: str) -> int | None:
     if not text:
         return None
     if not (text.isascii() and text.isdigit() and int(text[:9]) <= LARGEST and len(text) < 9):
-        raise UsageError(
-            f"{text[:40]!r} is no number of instances.", remedy=f"Write one up to {LARGEST:,}."
-        )
+        raise UsageError(f"{text[:40]!r} is no number of instances.", remedy=f"Write one up to {LARGEST:,}.")
     return int(text)
 
 
 @router.get("/grid/drain")
-async def ask_drain(
-    request: Request, manager: Leader, served: Given, page: Page, pool: str | None = None
-) -> Response:
+async def ask_drain(request: Request, manager: Leader, served: Given, page: Page, pool: str | None = None) -> Response:
     """Ask for a confirmation of the drain."""
     grid = await page.grid(manager, served)
     pools = [one for one in grid["pools"] if pool in (None, one["name"])]
@@ -275,14 +260,14 @@ def _shown(view: api_usage_types.ScheduleView, at_s: float) -> str:
 
 
 @router.post("/schedules/{name}/pause")
-async def pause_schedules(request: Request, schedules: Timetable, name: str) -> Response:
+async def pause_schedule(request: Request, schedules: Timetable, name: str) -> Response:
     """Pause the schedule."""
     await api.pause_schedule(schedules, name)
     return to(request, _path(name))
 
 
 @router.post("/schedules/{name}/resume")
-async def resume_schedules(request: Request, schedules: Timetable, name: str) -> Response:
+async def resume_schedule(request: Request, schedules: Timetable, name: str) -> Response:
     """Resume the schedule."""
     await api.resume_schedule(schedules, name)
     return to(request, _path(name))

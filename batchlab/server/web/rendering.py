@@ -20,7 +20,6 @@ from urllib.parse import urlsplit
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import HTMLResponse, RedirectResponse
-from fastapi.responses import Response as SharedResponse
 from starlette.datastructures import FormData, UploadFile
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import Receive, Scope, Send
@@ -39,18 +38,7 @@ from batchlab.server.web.security import SESSION
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-_FILTERS = (
-    "span",
-    "number",
-    "count",
-    "when",
-    "ticks",
-    "path",
-    "tone",
-    "of_stage",
-    "of_job",
-    "to_go",
-)
+_FILTERS = ("span", "number", "count", "when", "ticks", "path", "tone", "of_stage", "of_job", "to_go")
 NAVIGATION = (
     ("jobs", "", "Jobs"),
     ("failures", "failures", "Failures"),
@@ -82,9 +70,7 @@ def _templates() -> Environment:
     return made
 
 
-def render(
-    request: Request, template: str, *, status: int = 200, here: str = "", **values: Any
-) -> HTMLResponse:
+def render(request: Request, template: str, *, status: int = 200, here: str = "", **values: Any) -> HTMLResponse:
     """Render the template as an answer. `here` is the active entry of the navigation."""
     served = cast(Served, request.app.state.served)
     session = request.scope.get(SESSION)
@@ -153,11 +139,7 @@ def _asked_from(request: Request) -> str:
     return said._replace(scheme="", netloc="", fragment="").geturl()
 
 
-_TYPES = {
-    "css": "text/css; charset=utf-8",
-    "js": "text/javascript; charset=utf-8",
-    "svg": "image/svg+xml",
-}
+_TYPES = {"css": "text/css; charset=utf-8", "js": "text/javascript; charset=utf-8", "svg": "image/svg+xml"}
 
 
 class Assets:
@@ -213,9 +195,7 @@ async def form_of(request: Request) -> FormData:
     """Return the request's form. It is read only once."""
     kind = request.headers.get("content-type", "")
     is_upload = request.url.path.endswith("/submit") and kind.startswith("multipart/")
-    size_bytes = check_length(
-        request.headers.get("content-length"), MOST_BYTES if is_upload else MOST_FORM_BYTES
-    )
+    size_bytes = check_length(request.headers.get("content-length"), MOST_BYTES if is_upload else MOST_FORM_BYTES)
     if not is_upload:
         return await request.form(max_files=0, max_fields=10_000)
     if not hasattr(request.state, "form"):
@@ -239,7 +219,7 @@ def guarded() -> APIRouter:
     return APIRouter(dependencies=[Depends(_comes_from_a_form)])
 
 
-def to(request: Request, path: str) -> SharedResponse:
+def to(request: Request, path: str) -> Response:
     """Redirect to a path of the page in the same session."""
     return RedirectResponse(f"{request.scope['root_path']}{path}", 303)
 

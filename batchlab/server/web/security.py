@@ -84,9 +84,7 @@ class Guard:
         refusal = self._refusal(scope["method"], path, headers, session)
         await (refusal or self.app)(scope, receive, send_guarded)
 
-    def _refusal(
-        self, method: str, path: str, headers: Headers, session: Session | None
-    ) -> Response | None:
+    def _refusal(self, method: str, path: str, headers: Headers, session: Session | None) -> Response | None:
         # A foreign DNS name may resolve to this machine. For the browser it is another origin,
         # whose pages could then read these pages (DNS rebinding).
         if name_of(headers.get("host", "")) not in self._hosts:

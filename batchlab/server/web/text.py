@@ -153,13 +153,7 @@ class Progress:
 
 def of_stage(stage: StageView) -> Progress:
     """Return the progress of one stage."""
-    return Progress(
-        stage["planned"],
-        stage["succeeded"],
-        stage["failed"],
-        stage["cancelled"],
-        stage["running"],
-    )
+    return Progress(stage["planned"], stage["succeeded"], stage["failed"], stage["cancelled"], stage["running"])
 
 
 def of_job(job: JobView) -> Progress:

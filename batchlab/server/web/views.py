@@ -36,13 +36,9 @@ LARGEST_GROUPS = 3
 
 
 @router.get("/")
-async def jobs(
-    request: Request, manager: Leader, active: bool = False, before: str | None = None
-) -> Response:
+async def jobs(request: Request, manager: Leader, active: bool = False, before: str | None = None) -> Response:
     """Show the jobs, newest first."""
-    found = (
-        await api_jobs.jobs_jobs(manager, limit=JOBS_PER_PAGE + 1, before=before, active=active)
-    )["jobs"]
+    found = (await api_jobs.list_jobs(manager, limit=JOBS_PER_PAGE + 1, before=before, active=active))["jobs"]
     now_s = manager.ports.clock.now_s()
     rows = [
         {"job": one, "took_s": text.took_s(one, now_s), "eta": await _eta(manager, one)}
@@ -114,12 +110,9 @@ async def costs(request: Request, manager: Leader, served: Given, page: Page) ->
 async def _found(manager: Manager, books: Spending, prices: PriceBook) -> dict[str, object]:
     use = await api_costs.use(books)
     types = {pool.name: pool.instance_type for pool in manager.pools.values()}
-    living = {
-        Kind(one["pool"], one["type"], Market(one["market"])): one["instances"]
-        for one in use["living"]
-    }
+    living = {Kind(one["pool"], one["type"], Market(one["market"])): one["instances"] for one in use["living"]}
     total = api_usage_types.account_of(use["total"])
-    recent = (await api_jobs.jobs_jobs(manager, limit=JOBS))["jobs"]
+    recent = (await api_jobs.list_jobs(manager, limit=JOBS))["jobs"]
     return {
         "now": text.amount(burn_usd_h(living, types, prices)),
         "spent": text.amount(spent_usd(total, types, prices)),
@@ -127,25 +120,16 @@ async def _found(manager: Manager, books: Spending, prices: PriceBook) -> dict[s
         "capped": use["capped"],
         "requests": total.requests,
         "billed": [
-            {
-                "kind": kind,
-                "seconds": seconds,
-                "usd": text.amount(spent_usd(Account({kind: seconds}), types, prices)),
-            }
+            {"kind": kind, "seconds": seconds, "usd": text.amount(spent_usd(Account({kind: seconds}), types, prices))}
             for kind, seconds in sorted(total.billed_s.items(), key=str)
         ],
-        "jobs": [
-            {"job": one, "spent": await _of_job(manager, books, prices, JobId(one["id"]))}
-            for one in recent
-        ],
+        "jobs": [{"job": one, "spent": await _of_job(manager, books, prices, JobId(one["id"]))} for one in recent],
         "region": prices.region,
         "as_of": prices.blocks["on_demand"].date.isoformat(),
     }
 
 
-async def _of_job(
-    manager: Manager, books: Spending, prices: PriceBook, job: JobId
-) -> tuple[str, str]:
+async def _of_job(manager: Manager, books: Spending, prices: PriceBook, job: JobId) -> tuple[str, str]:
     use = await api_costs.job_use(books, manager, job)
     if use["account"] is None:
         return "–", ""
@@ -160,7 +144,7 @@ FAILURES_PER_PAGE = 50
 @router.get("/failures")
 async def failures(request: Request, manager: Leader, served: Given, page: Page) -> Response:
     """Show the jobs with failed tasks, and the depths of the dead-letter queues."""
-    found = (await api_jobs.jobs_jobs(manager, limit=LOOKED_AT))["jobs"]
+    found = (await api_jobs.list_jobs(manager, limit=LOOKED_AT))["jobs"]
     grid = await page.grid(manager, served)
     return live(
         request,
@@ -188,12 +172,7 @@ async def of_job(request: Request, manager: Leader, served: Given, job: JobId) -
 
 @router.get("/jobs/{job}/failures/{fingerprint}")
 async def of_group(
-    request: Request,
-    manager: Leader,
-    served: Given,
-    job: JobId,
-    fingerprint: str,
-    after: str | None = None,
+    request: Request, manager: Leader, served: Given, job: JobId, fingerprint: str, after: str | None = None
 ) -> Response:
     """Show the tasks of one group, page by page."""
     view = await api_jobs.job(manager, job)
@@ -217,11 +196,7 @@ async def of_group(
 
 @router.get("/jobs/{job}/task")
 async def to_task(
-    request: Request,
-    manager: Leader,
-    job: JobId,
-    stage: StageName,
-    task: Annotated[int, Query(ge=0, le=2**53)],
+    request: Request, manager: Leader, job: JobId, stage: StageName, task: Annotated[int, Query(ge=0, le=2**53)]
 ) -> Response:
     """Redirect to the task that the form names."""
     await api_jobs.job(manager, job)
@@ -231,12 +206,7 @@ async def to_task(
 
 @router.get("/jobs/{job}/stages/{stage}/tasks/{task}")
 async def task(
-    request: Request,
-    manager: Leader,
-    job: JobId,
-    stage: StageName,
-    task: tasks.Index,
-    seq: tasks.Seq = None,
+    request: Request, manager: Leader, job: JobId, stage: StageName, task: tasks.Index, seq: tasks.Seq = None
 ) -> Response:
     """Show one task: its end, its input, and its log."""
     view = await api_jobs.job(manager, job)
@@ -273,20 +243,20 @@ async def history(manager: Leader, served: Given) -> Response:
     return JSONResponse(await api_fleet.history(manager, served))
 
 
-router_login = APIRouter()
+login_router = APIRouter()
 """Routes without a form token, because a visitor gets a session only by signing in."""
 inside = guarded()
 
 LONGEST = 200
 
 
-@router_login.get("/login")
+@login_router.get("/login")
 async def login_page(request: Request) -> Response:
     """Ask for the token. The address that `grid open` shows contains a code in its fragment."""
     return render(request, "login.html", refused=False)
 
 
-@router_login.post("/login")
+@login_router.post("/login")
 async def log_in(request: Request, served: Given) -> Response:
     """Start a session."""
     word = field_of(await form_of(request), "word")
@@ -319,4 +289,4 @@ async def log_out(request: Request, served: Given) -> Response:
     return answer
 
 
-router_login.include_router(inside)
+login_router.include_router(inside)

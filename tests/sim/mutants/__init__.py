@@ -7,15 +7,4 @@ Add every real bug that is found later; docs/planted-bugs.md says how.
 from tests.sim.mutants import fleet, ids, leaders, lies, manager, storage, waste, words, worker
 from tests.sim.mutants.kit import MUTANTS
 
-__all__ = [
-    "MUTANTS",
-    "fleet",
-    "ids",
-    "leaders",
-    "lies",
-    "manager",
-    "storage",
-    "waste",
-    "words",
-    "worker",
-]
+__all__ = ["MUTANTS", "fleet", "ids", "leaders", "lies", "manager", "storage", "waste", "words", "worker"]

@@ -33,12 +33,7 @@ def events_counted_without_dedupe(plant: Plant) -> None:
 
     @plant.everywhere(original)
     def fold(
-        projection: Projection,
-        change: Fold,
-        positions: Sequence[int],
-        known: Known,
-        *,
-        first_seq: int,
+        projection: Projection, change: Fold, positions: Sequence[int], known: Known, *, first_seq: int
     ) -> tuple[list[int], list[BundleRow] | None]:
         new, rows = original(projection, change, positions, known, first_seq=first_seq)
         for position in positions:
@@ -55,20 +50,14 @@ def dedupe_across_calls_only(plant: Plant) -> None:
 
     @plant.everywhere(original)
     def fold(
-        projection: Projection,
-        change: Fold,
-        positions: Sequence[int],
-        known: Known,
-        *,
-        first_seq: int,
+        projection: Projection, change: Fold, positions: Sequence[int], known: Known, *, first_seq: int
     ) -> tuple[list[int], list[BundleRow] | None]:
         new, rows = original(projection, change, positions, known, first_seq=first_seq)
         fresh = ledger_projection.keys_of(change, new, with_follows=False)
         again = [
             position
             for position in positions
-            if position not in new
-            and ledger_projection.keys_of(change, [position], with_follows=False)[0] in fresh
+            if position not in new and ledger_projection.keys_of(change, [position], with_follows=False)[0] in fresh
         ]
         for position in again:
             _count(projection, change, position)

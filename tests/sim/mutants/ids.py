@@ -9,16 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from batchlab.core.job_definition import JobDef
-from batchlab.core.model import (
-    Bundle,
-    BundleId,
-    Completion,
-    Follow,
-    Outcome,
-    Ran,
-    StageName,
-    TaskSet,
-)
+from batchlab.core.model import Bundle, BundleId, Completion, Follow, Outcome, Ran, StageName, TaskSet
 from batchlab.core.protocol import settlement
 from batchlab.worker.commit_and_forward import BundleFinisher
 from batchlab.worker.inflight_message import InflightMessage
@@ -76,8 +67,7 @@ def retry_counts_worker_loss(plant: Plant) -> None:
     ) -> Outcome:
         lost = inflight.suspicion
         stages = tuple(
-            replace(stage, retry=replace(stage.retry, attempts=stage.retry.attempts - lost))
-            for stage in job.stages
+            replace(stage, retry=replace(stage.retry, attempts=stage.retry.attempts - lost)) for stage in job.stages
         )
         less = replace(job, stages=stages)
         return await original(self, inflight, less, started_s, ran, cancelled=cancelled)

@@ -100,11 +100,7 @@ class Plant:
 
         @self.everywhere(json_format.check_parts)
         def check_parts(
-            bundle: Bundle,
-            succeeded: TaskSet,
-            failed: TaskSet,
-            cancelled: TaskSet,
-            follows: Sequence[Follow],
+            bundle: Bundle, succeeded: TaskSet, failed: TaskSet, cancelled: TaskSet, follows: Sequence[Follow]
         ) -> None:
             pass
 

@@ -15,14 +15,7 @@ from batchlab.core.job_definition import JobDef
 from batchlab.core.model import BundleId, Completion, JobId, Json, Outcome, StageName
 from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Objects
-from batchlab.core.protocol import (
-    field_checks,
-    json_format,
-    messages,
-    object_keys,
-    settlement,
-    values,
-)
+from batchlab.core.protocol import field_checks, json_format, messages, object_keys, settlement, values
 from batchlab.core.protocol.bundle_inputs import Own
 from batchlab.core.protocol.messages import Beat, Events, Held
 from batchlab.core.protocol.object_keys import CommitKey
@@ -49,9 +42,7 @@ def completions_without_a_proof(plant: Plant) -> None:
     """An event counts for every job that it names. Any worker can end the tasks of any job (I2)."""
 
     @plant.method(EventVerifier, "_proven")
-    async def _proven(
-        self: EventVerifier, jobs: set[JobId], text: str, proofs: Mapping[str, str]
-    ) -> set[JobId]:
+    async def _proven(self: EventVerifier, jobs: set[JobId], text: str, proofs: Mapping[str, str]) -> set[JobId]:
         return jobs
 
 
@@ -65,9 +56,7 @@ def keys_of_events_unchecked(plant: Plant) -> None:
         return str(value)
 
     @plant.method(EventVerifier, "_is_genuine")
-    async def _is_genuine(
-        self: EventVerifier, name: str, trusted: set[JobId], proven: set[JobId]
-    ) -> bool:
+    async def _is_genuine(self: EventVerifier, name: str, trusted: set[JobId], proven: set[JobId]) -> bool:
         return True
 
     @plant.method(Collector, "_fetched")

@@ -37,10 +37,7 @@ def gather_on_message_count(plant: Plant) -> None:
 
     @plant.method(LedgerWriter, "fold")
     async def _fold(
-        self: LedgerWriter,
-        completions: Sequence[Completion],
-        whole: OutcomesByBundle = EMPTY,
-        traces: Traces = EMPTY,
+        self: LedgerWriter, completions: Sequence[Completion], whole: OutcomesByBundle = EMPTY, traces: Traces = EMPTY
     ) -> None:
         for one in completions:
             if not one.bundle.round:
@@ -116,9 +113,7 @@ def chained_stage_planned_once(plant: Plant) -> None:
             await plan(self, live, stage)
 
     @plant.method(JobCoordinator, "_first_cut")
-    async def _first_cut(
-        self: JobCoordinator, live: LiveJob, stage: StageDef, tasks: TaskSet
-    ) -> None:
+    async def _first_cut(self: JobCoordinator, live: LiveJob, stage: StageDef, tasks: TaskSet) -> None:
         await first_cut(self, live, stage, tasks)
         for fed in live.job.fed_by(stage.name):
             await self._ports.ledger.apply(SetPlanned(live.id, fed.name, len(tasks), live.round))
@@ -168,10 +163,7 @@ def seal_that_believes_itself(plant: Plant) -> None:
             key = await self._ports.keys.of(live.job)
             await commit(self._ports.objects, draft, self._ports.patience, key)
             await self._ledger_writer.fold([settlement.completion(draft)])
-        return {
-            name: (record.counts.planned or 0) - record.counts.terminal
-            for name, record in live.stages.items()
-        }
+        return {name: (record.counts.planned or 0) - record.counts.terminal for name, record in live.stages.items()}
 
 
 # --- What a user asks for ------------------------------------------------------------------------
@@ -231,9 +223,7 @@ def reconciler_that_gives_up(plant: Plant) -> None:
     async def _recover(self: Reconciler, live: LiveJob, silent: list[Outstanding]) -> None:
         now_s = self._ports.clock.now_s()
         for one in silent:
-            draft = settlement.poisoned(
-                one.bundle, "not heard of", execution="lost", worker="manager", now_s=now_s
-            )
+            draft = settlement.poisoned(one.bundle, "not heard of", execution="lost", worker="manager", now_s=now_s)
             key = await self._ports.keys.of(live.job)
             outcome = await commit(self._ports.objects, draft, self._ports.patience, key)
             await self.forward(live.job, outcome)
@@ -263,11 +253,7 @@ def rebuild_forgets_casualties(plant: Plant) -> None:
 
     @plant.everywhere(original)
     async def _round(
-        ports: Ports,
-        job: JobDef,
-        number: int,
-        retry: retry_rounds.Retry,
-        found: ledger_rebuild._JobObjects,
+        ports: Ports, job: JobDef, number: int, retry: retry_rounds.Retry, found: ledger_rebuild._JobObjects
     ) -> Round:
         whole = await original(ports, job, number, retry, found)
         return replace(whole, casualties=[{} for _ in whole.casualties])

@@ -50,9 +50,7 @@ def adoption_ends_at_a_lost_retry(plant: Plant) -> None:
     missing. Each later leader does the same, and all jobs of the grid stop (I7)."""
 
     @plant.method(Adoption, "_cuts")
-    async def _cuts(
-        self: Adoption, record: JobRecord
-    ) -> tuple[tuple[Cut, ...], UnreadableObject | None]:
+    async def _cuts(self: Adoption, record: JobRecord) -> tuple[tuple[Cut, ...], UnreadableObject | None]:
         return await cuts_of_round(self._ports, record), None
 
     @plant.method(Adoption, "adopt_active")

@@ -118,11 +118,7 @@ def notification_before_the_commit(plant: Plant) -> None:
 
     @plant.method(JobCoordinator, "_end")
     async def _end(
-        self: JobCoordinator,
-        live: LiveJob,
-        state: JobState,
-        reason: str,
-        closed: Mapping[StageName, int],
+        self: JobCoordinator, live: LiveJob, state: JobState, reason: str, closed: Mapping[StageName, int]
     ) -> None:
         if self._on_end:
             await self._on_end(live, Ending(state, reason, self._ports.clock.now_s(), {}))

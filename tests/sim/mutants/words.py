@@ -39,9 +39,7 @@ def control_lease_from_the_answer(plant: Plant) -> None:
     original = ControlPoller.look
 
     @plant.method(ControlPoller, "look")
-    async def look(
-        self: ControlPoller, job: JobId, *, is_new: bool = False
-    ) -> tuple[Control, float]:
+    async def look(self: ControlPoller, job: JobId, *, is_new: bool = False) -> tuple[Control, float]:
         await original(self, job, is_new=is_new)
         entry = self._entries[job]
         entry.asked_s = self._clock.monotonic_s()
@@ -84,9 +82,7 @@ def retry_that_ignores_the_choice_of_another(plant: Plant) -> None:
     original = JobCommands.retry
 
     @plant.method(JobCommands, "retry")
-    async def retry(
-        self: JobCommands, job: JobId, chosen: TaskSelection | None = None
-    ) -> JobRecord:
+    async def retry(self: JobCommands, job: JobId, chosen: TaskSelection | None = None) -> JobRecord:
         objects, patience = self._ports.objects, self._ports.patience
         record = await self._ports.ledger.job(job)
         if not record.state.ended or record.state is JobState.SUCCEEDED:

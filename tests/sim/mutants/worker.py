@@ -37,9 +37,7 @@ def unconditional_commit(plant: Plant) -> None:
     follow-ups use the first outcome (I3). If two executions split differently, tasks end twice."""
 
     @plant.everywhere(product.commit)
-    async def commit(
-        objects: Objects, outcome: Outcome, patience: Patience, key: CommitKey
-    ) -> Outcome:
+    async def commit(objects: Objects, outcome: Outcome, patience: Patience, key: CommitKey) -> Outcome:
         name = object_keys.outcome(outcome.bundle, key)
         data = json_format.to_bytes(json_format.outcome_to_json(outcome))
         await patience(lambda: objects.put(name, data))
@@ -53,9 +51,7 @@ def loser_forwards_its_own_outcome(plant: Plant) -> None:
     original = product.commit
 
     @plant.everywhere(product.commit)
-    async def commit(
-        objects: Objects, outcome: Outcome, patience: Patience, key: CommitKey
-    ) -> Outcome:
+    async def commit(objects: Objects, outcome: Outcome, patience: Patience, key: CommitKey) -> Outcome:
         await original(objects, outcome, patience, key)
         return outcome
 
@@ -165,12 +161,7 @@ def inputs_by_position(plant: Plant) -> None:
 
         return [
             product.address(
-                job,
-                f.bundle,
-                key,
-                items=inputs(f.bundle.stage, len(f.bundle.tasks)),
-                delay_s=f.delay_s,
-                now_s=now_s,
+                job, f.bundle, key, items=inputs(f.bundle.stage, len(f.bundle.tasks)), delay_s=f.delay_s, now_s=now_s
             )
             for f in outcome.follows
         ]
@@ -197,9 +188,7 @@ def hand_over_after_the_cap(plant: Plant) -> None:
 
     @plant.method(VisibilityHeartbeat, "_hand_over")
     async def _hand_over(
-        self: VisibilityHeartbeat,
-        inflight: InflightMessage,
-        job_of: Callable[[JobId, CommitKey], Awaitable[JobDef]],
+        self: VisibilityHeartbeat, inflight: InflightMessage, job_of: Callable[[JobId, CommitKey], Awaitable[JobDef]]
     ) -> None:
         self._settings = replace(self._settings, hand_over_s=MAX_VISIBILITY_S * 1.05)
         await original(self, inflight, job_of)
@@ -241,9 +230,7 @@ def control_looked_at_once_per_bundle(plant: Plant) -> None:
     current = ControlPoller.current
 
     @plant.method(ControlPoller, "current")
-    async def _current(
-        self: ControlPoller, job: JobId, *, is_new: bool = False
-    ) -> tuple[Control, float]:
+    async def _current(self: ControlPoller, job: JobId, *, is_new: bool = False) -> tuple[Control, float]:
         return (await current(self, job, is_new=is_new))[0], math.inf
 
     @plant.method(ControlPoller, "poll")
@@ -264,9 +251,7 @@ def poison_without_a_limit(plant: Plant) -> None:
         return await product.committed(self._objects, inflight.bundle, self._patience, inflight.key)
 
     @plant.method(Reconciler, "_condemned")
-    async def _condemned(
-        self: Reconciler, job: JobDef, bundle: Bundle, message: Message
-    ) -> Outcome | None:
+    async def _condemned(self: Reconciler, job: JobDef, bundle: Bundle, message: Message) -> Outcome | None:
         return None
 
 
@@ -314,9 +299,7 @@ def receives_counted_as_starts(plant: Plant) -> None:
         condemn = partial(settlement.poisoned, reason="it was received too often")
         judge = settlement.bisect if len(inflight.bundle.tasks) > 1 else condemn
         now_s = self._clock.now_s()
-        judged = judge(
-            inflight.bundle, execution=inflight.execution, worker=self._worker, now_s=now_s
-        )
+        judged = judge(inflight.bundle, execution=inflight.execution, worker=self._worker, now_s=now_s)
         return await product.commit(self._objects, judged, self._patience, inflight.key)
 
 

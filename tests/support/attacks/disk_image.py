@@ -22,8 +22,7 @@ _MKFS = ("mkfs.ext4", "-q", "-F", "-b", "4096", "-J", "size=4", "-m", "0")
 _NOT_LAZY = ("-E", "lazy_itable_init=0,lazy_journal_init=0")
 
 needs_loop = pytest.mark.skipif(
-    os.geteuid() != 0 or not Path("/dev/loop-control").exists(),
-    reason="only root may mount an image",
+    os.geteuid() != 0 or not Path("/dev/loop-control").exists(), reason="only root may mount an image"
 )
 
 

@@ -46,9 +46,7 @@ class WorkerRights:
 
     def readable(self) -> dict[str, bytes]:
         """Return all objects that the role may read, by key."""
-        return {
-            one: self.get(one) for one in self.list() if _allows("s3:GetObject", _object_arn(one))
-        }
+        return {one: self.get(one) for one in self.list() if _allows("s3:GetObject", _object_arn(one))}
 
     def put(self, key: str, data: bytes | str, *, if_absent: bool = False) -> None:
         """Store an object; AlreadyExists if it exists and `if_absent`."""
@@ -110,11 +108,7 @@ class WorkerRights:
 
 def actions() -> set[str]:
     """The actions that the role allows on any resource."""
-    return {
-        action
-        for action, statements in _rights().items()
-        if any(effect == "Allow" for effect, _ in statements)
-    }
+    return {action for action, statements in _rights().items() if any(effect == "Allow" for effect, _ in statements)}
 
 
 @contextmanager
@@ -134,11 +128,7 @@ def _check(action: str, *resources: str) -> None:
 
 
 def _allows(action: str, *resources: str) -> bool:
-    effects = {
-        effect
-        for effect, pattern in _rights().get(action, ())
-        if any(map(pattern.fullmatch, resources))
-    }
+    effects = {effect for effect, pattern in _rights().get(action, ()) if any(map(pattern.fullmatch, resources))}
     return effects == {"Allow"}
 
 
@@ -149,10 +139,7 @@ def _object_arn(key: str) -> str:
 def _queue_arns(queue: str) -> tuple[str, ...]:
     """The names of a queue in the template's policies."""
     arn = f"arn:aws:sqs:us-east-1:123456789012:batchlab-{queue}"
-    references = {
-        object_keys.EVENTS: "EventsQueue",
-        object_keys.tasks_queue("default"): "PoolTasks",
-    }
+    references = {object_keys.EVENTS: "EventsQueue", object_keys.tasks_queue("default"): "PoolTasks"}
     return (arn, f"<{references[queue]}.Arn>") if queue in references else (arn,)
 
 

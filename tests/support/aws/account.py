@@ -113,9 +113,9 @@ class Account:
         return aws(Endpoint(self.env[there], self.at.region), service)
 
     def group(self, name: str) -> Any:
-        (found,) = self.aws("autoscaling").describe_auto_scaling_groups(
-            AutoScalingGroupNames=[name]
-        )["AutoScalingGroups"]
+        (found,) = self.aws("autoscaling").describe_auto_scaling_groups(AutoScalingGroupNames=[name])[
+            "AutoScalingGroups"
+        ]
         return found
 
     def manager_pid(self) -> int:
@@ -134,10 +134,7 @@ class Account:
         pool = [*ours, "worker", *aws, "--home", at[1], "--pool", POOL.name]
         pool += ["--slots", "{slots}", "--instance", "{instance}"]
         lines: list[str] = []
-        for role, name, command in (
-            ("manager", "manager", manager),
-            ("worker", "pool-default", list(worker) or pool),
-        ):
+        for role, name, command in (("manager", "manager", manager), ("worker", "pool-default", list(worker) or pool)):
             env = ", ".join(f"{k} = {json.dumps(v)}" for k, v in self.keys.get(role, {}).items())
             lines += [f"[[{self.at.prefix}{name}.version]]", 'type = "m7i.large"']
             lines += [f"slots = {POOL.slots}", f"command = {json.dumps(command)}"]
@@ -157,9 +154,7 @@ class Account:
         """Of the processes that stand for the pool's instances."""
         records = [json.loads(p.read_text()) for p in self.folder.glob("asg/instances/*.json")]
         pool = f"{self.at.groups_prefix}{POOL.name}"
-        return [
-            one["pid"] for one in records if one["pool"] == pool and one["pid"] and not one["ended"]
-        ]
+        return [one["pid"] for one in records if one["pool"] == pool and one["pid"] and not one["ended"]]
 
     def disconnect(self) -> None:
         """End what a test that failed has left connected."""
@@ -187,12 +182,7 @@ def laptop(folder: Path, urls: Mapping[str, str]) -> dict[str, str]:
 
 @contextmanager
 def account(
-    storage: Endpoint,
-    secrets: Endpoint,
-    folder: Path,
-    *,
-    front: FaultyFront | None = None,
-    settings: str = "",
+    storage: Endpoint, secrets: Endpoint, folder: Path, *, front: FaultyFront | None = None, settings: str = ""
 ) -> Iterator[Account]:
     """The account in `folder`, with its manager up; everything ends with it. With a `front` the
     manager sees Auto Scaling through it; `settings` are what its own settings.toml says."""
@@ -244,9 +234,7 @@ def made(storage: Endpoint, secrets: Endpoint) -> AwsDeployment:
     """The bucket, the queues and the secret of the stack."""
     here = Endpoint(storage.url, REGION)
     bucket = f"{STACK}-{free_port()}"
-    aws(here, "s3").create_bucket(
-        Bucket=bucket, CreateBucketConfiguration={"LocationConstraint": REGION}
-    )
+    aws(here, "s3").create_bucket(Bucket=bucket, CreateBucketConfiguration={"LocationConstraint": REGION})
     sqs = aws(here, "sqs")
     dead = f"{STACK}-{object_keys.dead_letters(POOL.name)}"
     for name in (dead, f"{STACK}-{object_keys.EVENTS}"):
@@ -262,15 +250,7 @@ def made(storage: Endpoint, secrets: Endpoint) -> AwsDeployment:
     secret = aws(Endpoint(secrets.url, REGION), "secretsmanager").create_secret(
         Name=f"{bucket}/token", SecretString=TOKEN
     )
-    return AwsDeployment(
-        STACK,
-        REGION,
-        bucket,
-        f"{STACK}-",
-        f"{STACK}-manager",
-        secret["ARN"],
-        (POOL,),
-    )
+    return AwsDeployment(STACK, REGION, bucket, f"{STACK}-", f"{STACK}-manager", secret["ARN"], (POOL,))
 
 
 @contextmanager

@@ -218,17 +218,14 @@ def launch_template(ec2: Any) -> None:
     if not any(one["LaunchTemplateName"] == TEMPLATE for one in known):
         image = ec2.describe_images(Owners=["amazon"])["Images"][0]["ImageId"]
         ec2.create_launch_template(
-            LaunchTemplateName=TEMPLATE,
-            LaunchTemplateData={"ImageId": image, "InstanceType": "t2.micro"},
+            LaunchTemplateName=TEMPLATE, LaunchTemplateData={"ImageId": image, "InstanceType": "t2.micro"}
         )
 
 
 def checks_of(module: Any) -> Sequence[tuple[str, FleetCheck]]:
     """The checks of a suite that `fleet_rigs.everywhere` has made tests of."""
     return [
-        (name, test.check)
-        for name, test in vars(module).items()
-        if name.startswith("test_") and hasattr(test, "check")
+        (name, test.check) for name, test in vars(module).items() if name.startswith("test_") and hasattr(test, "check")
     ]
 
 

@@ -68,9 +68,7 @@ class Samples:
             told = [one for one in found if one is not None]
             return told if len(told) >= low else None
         if isinstance(shape, MapShape):
-            pairs = [
-                (self.of(shape.key, depth + 1), self.of(shape.value, depth + 1)) for _ in range(2)
-            ]
+            pairs = [(self.of(shape.key, depth + 1), self.of(shape.value, depth + 1)) for _ in range(2)]
             return {key: value for key, value in pairs if value is not None} or None
         return self._scalar(shape)
 

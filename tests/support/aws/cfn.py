@@ -102,14 +102,11 @@ class Rendered:
     everything known put in. What AWS makes up stays "<Logical>" or "<Logical.Attribute>", or with
     `open_ends` the reference that it is, as tools for templates expect."""
 
-    def __init__(
-        self, template: Template, *, open_ends: bool | int | str = False, **parameters: Any
-    ) -> None:
+    def __init__(self, template: Template, *, open_ends: bool | int | str = False, **parameters: Any) -> None:
         self._template = template
         self._open_ends = open_ends
         self._parameters = {
-            name: str(parameters.pop(name, one.get("Default", "")))
-            for name, one in template["Parameters"].items()
+            name: str(parameters.pop(name, one.get("Default", ""))) for name, one in template["Parameters"].items()
         }
         assert not parameters, f"no such parameters: {sorted(parameters)}"
         self.resources: dict[str, dict[str, Any]] = {
@@ -229,11 +226,7 @@ def as_list(value: T | list[T]) -> list[T]:
 
 def statements(role: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Of all inline policies of a role's properties."""
-    return [
-        statement
-        for policy in role.get("Policies", [])
-        for statement in policy["PolicyDocument"]["Statement"]
-    ]
+    return [statement for policy in role.get("Policies", []) for statement in policy["PolicyDocument"]["Statement"]]
 
 
 MINISTACK_LACKS = {

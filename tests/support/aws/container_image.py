@@ -32,9 +32,7 @@ SCRIPT = Path(__file__).with_name("registry.py")
 
 
 def docker(*arguments: str) -> str:
-    done = subprocess.run(
-        ["docker", *arguments], check=True, capture_output=True, text=True, timeout=300
-    )
+    done = subprocess.run(["docker", *arguments], check=True, capture_output=True, text=True, timeout=300)
     return done.stdout
 
 

@@ -77,9 +77,7 @@ class ControlPlane:
                 continue
             if stack is None:
                 for name in self.groups():
-                    self.scaling.delete_auto_scaling_group(
-                        AutoScalingGroupName=name, ForceDelete=True
-                    )
+                    self.scaling.delete_auto_scaling_group(AutoScalingGroupName=name, ForceDelete=True)
             elif stack["StackStatus"] in ("CREATE_COMPLETE", "UPDATE_COMPLETE"):
                 groups, templates = self._described(stack)
                 if _state_of(self._stack()) != state:
@@ -98,16 +96,12 @@ class ControlPlane:
 
     def _described(self, stack: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], str]:
         """The groups of the stack as it is, by name, and the file of their launch templates."""
-        told = self.aws("cloudformation").get_template(
-            StackName=self.name, TemplateStage="Original"
-        )["TemplateBody"]
+        told = self.aws("cloudformation").get_template(StackName=self.name, TemplateStage="Original")["TemplateBody"]
         parameters = {one["ParameterKey"]: one["ParameterValue"] for one in stack["Parameters"]}
         # botocore reads JSON by itself.
         template = cfn.load(told) if isinstance(told, str) else told
         rendered = cfn.Rendered(template, **parameters)
-        groups = {
-            str(one["AutoScalingGroupName"]): one for one in rendered.of_type(_GROUP).values()
-        }
+        groups = {str(one["AutoScalingGroupName"]): one for one in rendered.of_type(_GROUP).values()}
         slots = parameters.get("PoolSlots", "2")
         return groups, "".join(self._launch_template(name, slots) for name in groups)
 
@@ -139,17 +133,14 @@ class ControlPlane:
             "LifecycleHookSpecificationList": [
                 {**hook, "HeartbeatTimeout": int(hook["HeartbeatTimeout"])} for hook in hooks
             ],
-            "Tags": [
-                {**tag, "Value": str(tag["Value"]), "PropagateAtLaunch": True}
-                for tag in one["Tags"]
-            ],
+            "Tags": [{**tag, "Value": str(tag["Value"]), "PropagateAtLaunch": True} for tag in one["Tags"]],
         }
 
     def _launch_template(self, name: str, slots: str) -> str:
         """As the stack's says, but for its AMI."""
-        (version,) = self.aws("ec2").describe_launch_template_versions(
-            LaunchTemplateName=name, Versions=["$Latest"]
-        )["LaunchTemplateVersions"]
+        (version,) = self.aws("ec2").describe_launch_template_versions(LaunchTemplateName=name, Versions=["$Latest"])[
+            "LaunchTemplateVersions"
+        ]
         data = version["LaunchTemplateData"]
         table = ", ".join(f"{key} = {json.dumps(value)}" for key, value in self.inside.items())
         return f"""
@@ -181,10 +172,7 @@ def control_plane(folder: Path, image: str) -> Iterator[ControlPlane]:
         try:
             ministack.start()
             url = str(ministack.endpoint.url)
-            with (
-                instance_boot.auto_scaling(folder, grid, here) as scaling,
-                standing(sessions) as session_manager,
-            ):
+            with instance_boot.auto_scaling(folder, grid, here) as scaling, standing(sessions) as session_manager:
                 instance_boot.install_plugin(folder / "bin", grid)
                 inside = {"AWS_ENDPOINT_URL": url, **scaling}
                 urls = {

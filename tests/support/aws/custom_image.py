@@ -48,19 +48,7 @@ def _make(name: str, archive: Path) -> None:
     script = f"mkdir -p {place} && tar -xzf /archive -C {place} && {place}/boot.sh image"
     mount = f"type=bind,source={archive},target=/archive,readonly"
     try:
-        docker(
-            "run",
-            "--name",
-            name,
-            "--network",
-            "none",
-            "--mount",
-            mount,
-            IMAGE,
-            "sh",
-            "-c",
-            script,
-        )
+        docker("run", "--name", name, "--network", "none", "--mount", mount, IMAGE, "sh", "-c", script)
         docker("commit", "--change", 'CMD ["/usr/local/sbin/begin"]', name, name)
     except BaseException:
         docker("rm", "--force", "--volumes", name)

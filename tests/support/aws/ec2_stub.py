@@ -43,8 +43,7 @@ class Machines:
                     for file in self.disk.parent.glob(f"{self.disk.name}*"):
                         file.unlink()
             items = "".join(
-                f"<item><instanceId>{name}</instanceId>{_state('currentState', 'shutting-down')}"
-                "</item>"
+                f"<item><instanceId>{name}</instanceId>{_state('currentState', 'shutting-down')}</item>"
                 for name in names
             )
             return _answer("TerminateInstances", f"<instancesSet>{items}</instancesSet>")

@@ -49,25 +49,14 @@ class Server:
     """An emulator's process on a port of its own, `start` and `kill` as often as a test likes."""
 
     def __init__(
-        self,
-        command: Sequence[str],
-        folder: Path,
-        *,
-        port: int,
-        env: Mapping[str, str] = {},
-        host: str = "127.0.0.1",
+        self, command: Sequence[str], folder: Path, *, port: int, env: Mapping[str, str] = {}, host: str = "127.0.0.1"
     ) -> None:
         self.endpoint = Endpoint(f"http://{host}:{port}")
         self._command = command
         self._log = folder / "server.log"
         (folder / "tmp").mkdir(parents=True, exist_ok=True)
         # Nothing of the user's AWS_* variables.
-        self._env = {
-            "PATH": os.environ.get("PATH", ""),
-            "HOME": str(folder),
-            "TMPDIR": str(folder / "tmp"),
-            **env,
-        }
+        self._env = {"PATH": os.environ.get("PATH", ""), "HOME": str(folder), "TMPDIR": str(folder / "tmp"), **env}
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:

@@ -212,9 +212,7 @@ user_data = "{base64.b64encode(text).decode()}"
         fresh.replace(path)
 
     def resize(self, group: str, size: int) -> None:
-        self.account.aws("autoscaling").set_desired_capacity(
-            AutoScalingGroupName=group, DesiredCapacity=size
-        )
+        self.account.aws("autoscaling").set_desired_capacity(AutoScalingGroupName=group, DesiredCapacity=size)
 
     def run(self, instance: str, *command: str) -> str:
         """What a command prints in an instance."""
@@ -238,9 +236,7 @@ user_data = "{base64.b64encode(text).decode()}"
 
     def activities(self, group: str) -> list[dict[str, Any]]:
         """Newest first."""
-        answer = self.account.aws("autoscaling").describe_scaling_activities(
-            AutoScalingGroupName=group
-        )
+        answer = self.account.aws("autoscaling").describe_scaling_activities(AutoScalingGroupName=group)
         return list(answer["Activities"])
 
     def logged(self) -> str:

@@ -74,9 +74,7 @@ class Service:
     def stop(self) -> None:
         asyncio.run_coroutine_threadsafe(self._server.close(), self._loop).result()
 
-    def ask(
-        self, method: str, path: str, headers: Mapping[str, str] = {}
-    ) -> tuple[int, str, Mapping[str, str]]:
+    def ask(self, method: str, path: str, headers: Mapping[str, str] = {}) -> tuple[int, str, Mapping[str, str]]:
         """Status, content and headers."""
         connection = http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=5)
         try:

@@ -58,9 +58,7 @@ class Plane:
 
 
 class _TlsServer(Server):
-    def __init__(
-        self, command: Sequence[str], folder: Path, *, port: int, env: Mapping[str, str]
-    ) -> None:
+    def __init__(self, command: Sequence[str], folder: Path, *, port: int, env: Mapping[str, str]) -> None:
         super().__init__(command, folder, port=port, env=env)
         self.endpoint = Endpoint(f"https://127.0.0.1:{port}")
         self._context = ssl.create_default_context(cafile=env["MINISTACK_SSL_CERT"])
@@ -144,9 +142,7 @@ class Stack:
         self._api.update_stack(**self._request(template, parameters))
         return self.ended()
 
-    def change_set(
-        self, name: str, template: cfn.Template, **parameters: Any
-    ) -> list[dict[str, Any]]:
+    def change_set(self, name: str, template: cfn.Template, **parameters: Any) -> list[dict[str, Any]]:
         """Make one, and say what it would change."""
         self._api.create_change_set(ChangeSetName=name, **self._request(template, parameters))
         named = {"ChangeSetName": name, "StackName": self.name}
@@ -205,10 +201,7 @@ class Stack:
             "StackName": self.name,
             **told,
             "Capabilities": ["CAPABILITY_IAM"],
-            "Parameters": [
-                {"ParameterKey": key, "ParameterValue": str(value)}
-                for key, value in parameters.items()
-            ],
+            "Parameters": [{"ParameterKey": key, "ParameterValue": str(value)} for key, value in parameters.items()],
         }
 
     def _lent(self, body: str) -> dict[str, str]:

@@ -21,10 +21,7 @@ def with_conditional_writes(known: Context) -> Context:
     """Wrap MiniStack's function that returns a request's condition keys, and add two keys."""
 
     def context(
-        action: str,
-        query: Mapping[str, Any] | None,
-        path: str = "",
-        headers: Mapping[str, str] | None = None,
+        action: str, query: Mapping[str, Any] | None, path: str = "", headers: Mapping[str, str] | None = None
     ) -> dict[str, Any]:
         found = known(action, query, path, headers)
         if action == "s3:PutObject":

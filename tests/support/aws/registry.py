@@ -34,9 +34,7 @@ class Image:
             assert told
             (listed,) = json.load(told)
             config = self._blob(archive, listed["Config"], f"{_OCI}.config.v1+json")
-            layers = [
-                self._blob(archive, name, f"{_OCI}.layer.v1.tar") for name in listed["Layers"]
-            ]
+            layers = [self._blob(archive, name, f"{_OCI}.layer.v1.tar") for name in listed["Layers"]]
         self.type = f"{_OCI}.manifest.v1+json"
         self.manifest = json.dumps(
             {"schemaVersion": 2, "mediaType": self.type, "config": config, "layers": layers}
@@ -85,9 +83,7 @@ class Registry(BaseHTTPRequestHandler):
         else:
             self._send(404, b"", {})
 
-    def _send(
-        self, status: int, body: bytes | IO[bytes], facts: dict[str, str], size: int = 0
-    ) -> None:
+    def _send(self, status: int, body: bytes | IO[bytes], facts: dict[str, str], size: int = 0) -> None:
         left = len(body) if isinstance(body, bytes) else size
         self.send_response(status)
         for name, value in {"Content-Length": str(left), **facts}.items():

@@ -132,21 +132,15 @@ WORKER_MAY: dict[str, Call] = {
     "find its queue": lambda it: it.sqs.get_queue_url(QueueName="batchlab-tasks-default"),
     "delete a message": lambda it: it.sqs.delete_message(**it.received("PoolTasks")),
     "delete messages": lambda it: together(it, it.sqs.delete_message_batch, {}),
-    "give messages back": lambda it: together(
-        it, it.sqs.change_message_visibility_batch, {"VisibilityTimeout": 0}
-    ),
-    "extend a message": lambda it: it.sqs.change_message_visibility(
-        **it.received("PoolTasks"), VisibilityTimeout=0
-    ),
+    "give messages back": lambda it: together(it, it.sqs.change_message_visibility_batch, {"VisibilityTimeout": 0}),
+    "extend a message": lambda it: it.sqs.change_message_visibility(**it.received("PoolTasks"), VisibilityTimeout=0),
     "send follow-on tasks": lambda it: it.sqs.send_message_batch(
         QueueUrl=it.queue("PoolTasks"), Entries=[{"Id": "0", "MessageBody": "m"}]
     ),
     "send tasks of the next stage to another pool": lambda it: it.sqs.send_message_batch(
         QueueUrl=it.anothers(), Entries=[{"Id": "0", "MessageBody": "m"}]
     ),
-    "send events": lambda it: it.sqs.send_message(
-        QueueUrl=it.queue("EventsQueue"), MessageBody="m"
-    ),
+    "send events": lambda it: it.sqs.send_message(QueueUrl=it.queue("EventsQueue"), MessageBody="m"),
     "find the events queue": lambda it: it.sqs.get_queue_url(QueueName="batchlab-events"),
     "end its wait": lambda it: complete(it, "batchlab-pool-default"),
     "log": lambda it: log_line(it, "worker"),
@@ -168,9 +162,7 @@ MANAGER_MAY: dict[str, Call] = {
     "note who is to be told": lambda it: it.put("grid/notifications.json"),
     "write a report": lambda it: it.put("reports/m/report.json"),
     "send tasks": lambda it: it.sqs.send_message(QueueUrl=it.queue("PoolTasks"), MessageBody="m"),
-    "see depths": lambda it: it.sqs.get_queue_attributes(
-        QueueUrl=it.queue("PoolTasks"), AttributeNames=["All"]
-    ),
+    "see depths": lambda it: it.sqs.get_queue_attributes(QueueUrl=it.queue("PoolTasks"), AttributeNames=["All"]),
     "give back a lost worker's message": lambda it: it.sqs.change_message_visibility(
         **it.received("PoolTasks"), VisibilityTimeout=0
     ),
@@ -196,9 +188,7 @@ USER_MAY: dict[str, Call] = {
     "upload code": lambda it: it.put("code/b.zip", IfNoneMatch="*"),
     "upload raw data": lambda it: it.put("raw/u/0"),
     "write an item of an executor's map": lambda it: it.put("jobs/u/s/plan/0000/part-000000.json"),
-    "commit an executor's map": lambda it: it.put(
-        "jobs/u/s/plan/0000/manifest.json", IfNoneMatch="*"
-    ),
+    "commit an executor's map": lambda it: it.put("jobs/u/s/plan/0000/manifest.json", IfNoneMatch="*"),
     "fetch results": lambda it: it.get("files/j/s/0"),
     "read logs": lambda it: it.get("logs/j/s/0"),
     "list": lambda it: it.s3.list_objects_v2(Bucket=it.bucket, Prefix="jobs/"),
@@ -226,17 +216,13 @@ WORKER_MUST_NOT: dict[str, Call] = {
     "read how a job ended": lambda it: it.get("jobs/j/final/0000.json"),
     "read a cut": lambda it: it.get("jobs/j/s/plan/0000/cuts/00000000.json"),
     "read a start marker": lambda it: it.get("jobs/j/s/starts/b/w-1"),
-    "delete an outcome": lambda it: it.s3.delete_object(
-        Bucket=it.bucket, Key="jobs/j/s/outcomes/ab/b1.json"
-    ),
+    "delete an outcome": lambda it: it.s3.delete_object(Bucket=it.bucket, Key="jobs/j/s/outcomes/ab/b1.json"),
     "overwrite an outcome": lambda it: overwritten(it, "jobs/j/s/outcomes/ab/b9.json"),
     "overwrite a file": lambda it: overwritten(it, "files/j/s/ab/b/w/0/taken.csv"),
     "overwrite a file in parts": lambda it: in_parts(it, "files/j/s/0"),
     "overwrite a log": lambda it: overwritten(it, "logs/j/s/ab/b/taken.log"),
     "overwrite a start marker": lambda it: overwritten(it, "jobs/j/s/starts/b/w-9"),
-    "delete a start marker": lambda it: it.s3.delete_object(
-        Bucket=it.bucket, Key="jobs/j/s/starts/b/w-1"
-    ),
+    "delete a start marker": lambda it: it.s3.delete_object(Bucket=it.bucket, Key="jobs/j/s/starts/b/w-1"),
     "delete files": lambda it: it.s3.delete_object(Bucket=it.bucket, Key="files/j/s/0"),
     "lift the bucket's policy": lambda it: it.s3.delete_bucket_policy(Bucket=it.bucket),
     "open the bucket": lambda it: it.s3.delete_public_access_block(Bucket=it.bucket),
@@ -246,9 +232,7 @@ WORKER_MUST_NOT: dict[str, Call] = {
     "list buckets": lambda it: it.s3.list_buckets(),
     "take events": lambda it: it.sqs.receive_message(QueueUrl=it.queue("EventsQueue")),
     "take dead letters": lambda it: it.sqs.receive_message(QueueUrl=it.queue("PoolDeadLetters")),
-    "send dead letters": lambda it: it.sqs.send_message(
-        QueueUrl=it.queue("PoolDeadLetters"), MessageBody="m"
-    ),
+    "send dead letters": lambda it: it.sqs.send_message(QueueUrl=it.queue("PoolDeadLetters"), MessageBody="m"),
     "send dead letters together": lambda it: it.sqs.send_message_batch(
         QueueUrl=it.queue("PoolDeadLetters"), Entries=[{"Id": "0", "MessageBody": "m"}]
     ),
@@ -285,27 +269,19 @@ WORKER_MUST_NOT: dict[str, Call] = {
         RoleArn=f"arn:aws:iam::000000000000:role/{it.ids['ManagerRole']}", RoleSessionName="me"
     ),
     "change the stack": lambda it: it.cloudformation.delete_stack(StackName="batchlab"),
-    "silence an alarm": lambda it: it.cloudwatch.delete_alarms(
-        AlarmNames=["batchlab-manager-down"]
-    ),
+    "silence an alarm": lambda it: it.cloudwatch.delete_alarms(AlarmNames=["batchlab-manager-down"]),
     "delete the logs": lambda it: it.logs.delete_log_group(logGroupName="/batchlab/batchlab"),
-    "log elsewhere": lambda it: it.logs.create_log_stream(
-        logGroupName="/elsewhere", logStreamName="a"
-    ),
+    "log elsewhere": lambda it: it.logs.create_log_stream(logGroupName="/elsewhere", logStreamName="a"),
 }
 
 MANAGER_MUST_NOT: dict[str, Call] = {
     "change the release": lambda it: it.put("boot/a.tar.gz"),
     "write files": lambda it: it.put("files/j/s/0"),
-    "delete an outcome": lambda it: it.s3.delete_object(
-        Bucket=it.bucket, Key="jobs/j/s/outcomes/ab/b1.json"
-    ),
+    "delete an outcome": lambda it: it.s3.delete_object(Bucket=it.bucket, Key="jobs/j/s/outcomes/ab/b1.json"),
     "tell another topic": lambda it: it.sns.publish(TopicArn=OTHER_TOPIC, Message="m"),
     "delete the bucket": lambda it: it.s3.delete_bucket(Bucket=it.bucket),
     "read another bucket": lambda it: it.s3.get_object(Bucket="somebody-elses", Key="a"),
-    "send events": lambda it: it.sqs.send_message(
-        QueueUrl=it.queue("EventsQueue"), MessageBody="m"
-    ),
+    "send events": lambda it: it.sqs.send_message(QueueUrl=it.queue("EventsQueue"), MessageBody="m"),
     "make a queue": lambda it: it.sqs.create_queue(QueueName="batchlab-tasks-mine"),
     "delete a queue": lambda it: it.sqs.delete_queue(QueueUrl=it.queue("PoolTasks")),
     "purge a queue": lambda it: it.sqs.purge_queue(QueueUrl=it.queue("PoolTasks")),
@@ -316,16 +292,12 @@ MANAGER_MUST_NOT: dict[str, Call] = {
     "change its own group": lambda it: it.autoscaling.update_auto_scaling_group(
         AutoScalingGroupName="batchlab-manager", MaxSize=1000
     ),
-    "delete a pool": lambda it: it.autoscaling.delete_auto_scaling_group(
-        AutoScalingGroupName="batchlab-pool-default"
-    ),
+    "delete a pool": lambda it: it.autoscaling.delete_auto_scaling_group(AutoScalingGroupName="batchlab-pool-default"),
     "launch an instance": lambda it: it.ec2.run_instances(ImageId="ami-1", MinCount=1, MaxCount=1),
     "change a launch template": lambda it: it.ec2.create_launch_template_version(
         LaunchTemplateId=it.ids["PoolTemplate"], LaunchTemplateData={"ImageId": "ami-1"}
     ),
-    "change the token": lambda it: it.secretsmanager.put_secret_value(
-        SecretId=it.ids["TokenSecret"], SecretString="x"
-    ),
+    "change the token": lambda it: it.secretsmanager.put_secret_value(SecretId=it.ids["TokenSecret"], SecretString="x"),
     "know another secret": lambda it: it.secretsmanager.get_secret_value(SecretId="somebody-elses"),
     "read a parameter": lambda it: it.ssm.get_parameter(Name="/somebody/elses"),
     "give itself more": lambda it: it.iam.put_role_policy(

@@ -5,9 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 RELEASE = "0123456789abcdef" * 4
-TOPICS = tuple(
-    f"arn:aws:sns:us-east-1:123456789012:batchlab-{end}" for end in ("ends", "caps.fifo")
-)
+TOPICS = tuple(f"arn:aws:sns:us-east-1:123456789012:batchlab-{end}" for end in ("ends", "caps.fifo"))
 SHAPES: dict[str, dict[str, Any]] = {
     "empty": {},
     "endpoints": {"Release": RELEASE, "AlarmEmail": "ops@example.org", "PoolPeakMin": 2},

@@ -99,10 +99,7 @@ class Cloud:
         return {"TemplateBody": {"Resources": declared}}
 
     def get_paginator(self, operation: str) -> Any:
-        found: dict[str, Any] = {
-            "describe_stack_events": self._events,
-            "list_stack_resources": self._resources,
-        }
+        found: dict[str, Any] = {"describe_stack_events": self._events, "list_stack_resources": self._resources}
         return type("Pages", (), {"paginate": lambda _, **__: found[operation]()})()
 
     def _resources(self) -> Iterator[dict[str, Any]]:

@@ -103,23 +103,12 @@ ASG_SABOTAGES: Mapping[str, tuple[Sabotage, set[str]]] = {
         _asked("CreateAutoScalingGroup", _without("LifecycleHookSpecificationList")),
         {"autoscaling-launch-hook", "autoscaling-drain-hook"},
     ),
-    "tags are lost": (
-        _asked("CreateAutoScalingGroup", _without("Tags")),
-        {"autoscaling-create"},
-    ),
+    "tags are lost": (_asked("CreateAutoScalingGroup", _without("Tags")), {"autoscaling-create"}),
     "completions are swallowed": (
         _swallowed("CompleteLifecycleAction"),
-        {
-            "autoscaling-launch-hook",
-            "autoscaling-drain-hook",
-            "autoscaling-hook-gone",
-            "autoscaling-port",
-        },
+        {"autoscaling-launch-hook", "autoscaling-drain-hook", "autoscaling-hook-gone", "autoscaling-port"},
     ),
-    "a late completion has another text": (
-        _a_late_completion_has_another_text,
-        {"autoscaling-hook-gone"},
-    ),
+    "a late completion has another text": (_a_late_completion_has_another_text, {"autoscaling-hook-gone"}),
     "a name is taken over": (_a_name_is_taken_over, {"autoscaling-create-taken"}),
     "a missing group is an error": (_a_missing_group_is_an_error, {"autoscaling-missing"}),
     "the size of a page is ignored": (
@@ -149,10 +138,7 @@ ASG_SABOTAGES: Mapping[str, tuple[Sabotage, set[str]]] = {
         _asked("SetDesiredCapacity", lambda form: {**form, "HonorCooldown": "false"}),
         {"autoscaling-cooldown-honoured"},
     ),
-    "new limits are ignored": (
-        _swallowed("UpdateAutoScalingGroup"),
-        {"autoscaling-limits-move-desired"},
-    ),
+    "new limits are ignored": (_swallowed("UpdateAutoScalingGroup"), {"autoscaling-limits-move-desired"}),
     "nothing is suspended": (_swallowed("SuspendProcesses"), {"autoscaling-suspend"}),
     "activities have no cause": (
         _told("DescribeScalingActivities", "<Cause>.*?</Cause>", ""),
@@ -163,18 +149,11 @@ ASG_SABOTAGES: Mapping[str, tuple[Sabotage, set[str]]] = {
         _asked("DeleteAutoScalingGroup", lambda form: {**form, "ForceDelete": "true"}),
         {"autoscaling-delete-in-use"},
     ),
-    "force is ignored": (
-        _asked("DeleteAutoScalingGroup", _without("ForceDelete")),
-        {"autoscaling-delete-force"},
-    ),
+    "force is ignored": (_asked("DeleteAutoScalingGroup", _without("ForceDelete")), {"autoscaling-delete-force"}),
     "a hook is put once": (_swallowed("PutLifecycleHook"), {"autoscaling-hook-put-again"}),
     "decrement means the opposite": (
         _asked("TerminateInstanceInAutoScalingGroup", _flipped),
-        {
-            "autoscaling-terminate-decrement",
-            "autoscaling-terminate-replace",
-            "autoscaling-port",
-        },
+        {"autoscaling-terminate-decrement", "autoscaling-terminate-replace", "autoscaling-port"},
     ),
     "a named instance stays": (
         _swallowed("TerminateInstanceInAutoScalingGroup"),
@@ -188,12 +167,7 @@ ASG_SABOTAGES: Mapping[str, tuple[Sabotage, set[str]]] = {
     "health is only noted": (_swallowed("SetInstanceHealth"), {"autoscaling-unhealthy"}),
     "nothing is protected": (
         _swallowed("SetInstanceProtection"),
-        {
-            "autoscaling-protect",
-            "autoscaling-protect-all",
-            "autoscaling-protect-waiting",
-            "autoscaling-protect-51",
-        },
+        {"autoscaling-protect", "autoscaling-protect-all", "autoscaling-protect-waiting", "autoscaling-protect-51"},
     ),
 }
 """What is spoiled, how, and who must notice."""

@@ -71,9 +71,7 @@ class _ReadsAreStale:
 def _listings_end_after_a_page(request: Request, send: Send) -> Response:
     answer = send(request)
     if "list-type=2" in request.query:
-        answer.body = answer.body.replace(
-            b"<IsTruncated>true</IsTruncated>", b"<IsTruncated>false</IsTruncated>"
-        )
+        answer.body = answer.body.replace(b"<IsTruncated>true</IsTruncated>", b"<IsTruncated>false</IsTruncated>")
     return answer
 
 
@@ -163,24 +161,12 @@ S3_SABOTAGES: Mapping[str, tuple[Sabotage, set[str]]] = {
         _puts_lose_their_condition,
         {"s3-create-taken", "s3-create-repeated", "s3-create-race", "s3-port-create"},
     ),
-    "multipart uploads lose their condition": (
-        _multipart_uploads_lose_their_condition,
-        {"s3-multipart-create-taken"},
-    ),
-    "overwrites lose their condition": (
-        _overwrites_lose_their_condition,
-        {"s3-match-stale", "s3-match-missing"},
-    ),
+    "multipart uploads lose their condition": (_multipart_uploads_lose_their_condition, {"s3-multipart-create-taken"}),
+    "overwrites lose their condition": (_overwrites_lose_their_condition, {"s3-match-stale", "s3-match-missing"}),
     "a lost race is an outage": (_a_lost_race_is_an_outage, {"s3-create-taken", "s3-create-race"}),
-    "reads lose their condition": (
-        _reads_lose_their_condition,
-        {"s3-get-unchanged", "s3-port-unchanged"},
-    ),
+    "reads lose their condition": (_reads_lose_their_condition, {"s3-get-unchanged", "s3-port-unchanged"}),
     "ranges are ignored": (_ranges_are_ignored, {"s3-range", "s3-range-cut", "s3-port-ranges"}),
-    "object deletes are swallowed": (
-        _object_deletes_are_swallowed,
-        {"s3-read-own-delete", "s3-create-after-delete"},
-    ),
+    "object deletes are swallowed": (_object_deletes_are_swallowed, {"s3-read-own-delete", "s3-create-after-delete"}),
     "reads are stale": (_ReadsAreStale(), {"s3-read-own-overwrite", "s3-multipart-unseen"}),
     "listings end after a page": (
         _listings_end_after_a_page,
@@ -199,22 +185,13 @@ S3_SABOTAGES: Mapping[str, tuple[Sabotage, set[str]]] = {
         },
     ),
     "empty objects are none": (_empty_objects_are_none, {"s3-put-empty"}),
-    "what is missing cannot be deleted": (
-        _what_is_missing_cannot_be_deleted,
-        {"s3-delete-missing"},
-    ),
+    "what is missing cannot be deleted": (_what_is_missing_cannot_be_deleted, {"s3-delete-missing"}),
     "one is deleted of many": (_one_is_deleted_of_many, {"s3-delete-many"}),
     "listings have etags of their own": (_listings_have_etags_of_their_own, {"s3-etag-agrees"}),
     "nothing ever changes": (_nothing_ever_changes, {"s3-get-changed"}),
-    "listings begin at the beginning": (
-        _listings_begin_at_the_beginning,
-        {"s3-list-after"},
-    ),
+    "listings begin at the beginning": (_listings_begin_at_the_beginning, {"s3-list-after"}),
     "listings are reversed": (_listings_are_reversed, {"s3-list-order", "s3-port-list"}),
-    "what is missing is empty": (
-        _what_is_missing_is_empty,
-        {"s3-get-missing", "s3-head-missing", "s3-port-missing"},
-    ),
+    "what is missing is empty": (_what_is_missing_is_empty, {"s3-get-missing", "s3-head-missing", "s3-port-missing"}),
     "prefixes are folders": (_prefixes_are_folders, {"s3-list-prefix"}),
     "keys have no case": (_keys_have_no_case, {"s3-keys-odd", "s3-port-keys"}),
     "etags never change": (_etags_never_change, {"s3-etag-changes", "s3-port-unchanged"}),

@@ -199,10 +199,7 @@ def _a_missing_queue_is_an_outage(request: Request, send: Send) -> Response:
 
 
 SQS_SABOTAGES: Mapping[str, tuple[Sabotage, set[str]]] = {
-    "nobody is woken": (
-        _nobody_is_woken,
-        {"sqs-wake", "sqs-wake-due", "sqs-wake-given-back", "sqs-wait-partial"},
-    ),
+    "nobody is woken": (_nobody_is_woken, {"sqs-wake", "sqs-wake-due", "sqs-wake-given-back", "sqs-wait-partial"}),
     "bodies are ASCII": (_bodies_are_ascii, {"sqs-body"}),
     "the last of a batch is lost": (
         _the_last_of_a_batch_is_lost,
@@ -222,10 +219,7 @@ SQS_SABOTAGES: Mapping[str, tuple[Sabotage, set[str]]] = {
     "a delete empties the queue": (_a_delete_empties_the_queue, {"sqs-delete-foreign"}),
     "creating again empties the queue": (_creating_again_empties_the_queue, {"sqs-create-same"}),
     "a queue has two urls": (_a_queue_has_two_urls, {"sqs-queue-url"}),
-    "a missing queue is empty": (
-        _a_missing_queue_is_empty,
-        {"sqs-queue-missing", "sqs-port-missing"},
-    ),
+    "a missing queue is empty": (_a_missing_queue_is_empty, {"sqs-queue-missing", "sqs-port-missing"}),
     "nothing is hidden": (_nothing_is_hidden, {"sqs-hidden", "sqs-receive-visibility"}),
     "what is received is gone": (_what_is_received_is_gone, {"sqs-redelivery"}),
     "delays are dropped": (_delays_are_dropped, {"sqs-delay", "sqs-delay-each"}),
@@ -234,10 +228,7 @@ SQS_SABOTAGES: Mapping[str, tuple[Sabotage, set[str]]] = {
         _there_are_no_dead_letters,
         {"sqs-dead-letter", "sqs-dead-letter-neighbours", "sqs-port-ensure"},
     ),
-    "attributes never change": (
-        _attributes_never_change,
-        {"sqs-attributes-update", "sqs-port-ensure"},
-    ),
+    "attributes never change": (_attributes_never_change, {"sqs-attributes-update", "sqs-port-ensure"}),
     "purges are swallowed": (_purges_are_swallowed, {"sqs-purge"}),
     "failed entries are not told": (
         _failed_entries_are_not_told,

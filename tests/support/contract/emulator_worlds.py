@@ -14,9 +14,7 @@ Exceptions = Mapping[str, tuple[str, tuple[str, ...]]]
 """By the name of a check: a reason, and the emulators that it concerns."""
 
 
-def at_emulators(
-    check: Callable[..., Any], differences: Exceptions, untried: Exceptions
-) -> list[ParameterSet]:
+def at_emulators(check: Callable[..., Any], differences: Exceptions, untried: Exceptions) -> list[ParameterSet]:
     """Return one parameter for each emulator.
 
     A check that an emulator is known to break must fail there. A check that is untried at an

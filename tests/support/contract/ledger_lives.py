@@ -52,8 +52,7 @@ def anything(rng: Random) -> Call:
         planned=rng.choice((None, 9)),
     )
     completions = [
-        done(some(), replace(some(), stage=INDEX), failed=rng.randint(0, 1))
-        for _ in range(rng.randint(1, 4))
+        done(some(), replace(some(), stage=INDEX), failed=rng.randint(0, 1)) for _ in range(rng.randint(1, 4))
     ]
     lost = [{TOTAL: rng.randint(0, 2)} for _ in completions]
     state, word = rng.choice(list(JobState)), rng.choice(list(Control))

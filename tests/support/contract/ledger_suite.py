@@ -8,15 +8,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
-from collections.abc import (
-    AsyncIterator,
-    Awaitable,
-    Callable,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -163,10 +155,7 @@ LEDGER_WORLDS: Mapping[str, Callable[[Check, pytest.FixtureRequest], None]] = {
 
 def _params(*parts_of_this_process: str, among: Iterable[str]) -> list[ParameterSet]:
     """Return test parameters; worlds that need a service have the marker `slow`."""
-    return [
-        pytest.param(name, marks=[] if name in parts_of_this_process else [pytest.mark.slow])
-        for name in among
-    ]
+    return [pytest.param(name, marks=[] if name in parts_of_this_process else [pytest.mark.slow]) for name in among]
 
 
 def on_every_ledger(check: Check) -> Callable[[str, pytest.FixtureRequest], None]:
@@ -180,9 +169,7 @@ def on_every_ledger(check: Check) -> Callable[[str, pytest.FixtureRequest], None
     return test
 
 
-@pytest.fixture(
-    params=_params("file", among=["file", "postgres", "simpledb", "rough_simpledb"]),
-)
+@pytest.fixture(params=_params("file", among=["file", "postgres", "simpledb", "rough_simpledb"]))
 def place(request: pytest.FixtureRequest) -> Place:
     """Where a ledger may be that several processes use: nothing is there yet."""
     if request.param != "file":
@@ -212,16 +199,7 @@ def done(
     bad, rest = of.tasks.take(failed)
     dropped, good = rest.take(cancelled)
     return Completion(
-        of,
-        "w-1",
-        started_s,
-        started_s + 2.5,
-        good,
-        bad,
-        dropped,
-        run_s,
-        tuple(Follow(one) for one in follows),
-        retried,
+        of, "w-1", started_s, started_s + 2.5, good, bad, dropped, run_s, tuple(Follow(one) for one in follows), retried
     )
 
 
@@ -260,9 +238,7 @@ async def counts_of(ledger: Ledger, stage: StageName = RESIZE) -> StageCounts:
     return (await stage_of(ledger, stage)).counts
 
 
-async def fold_in_batches(
-    ledger: Ledger, completions: Sequence[Completion], sizes: Callable[[], int]
-) -> None:
+async def fold_in_batches(ledger: Ledger, completions: Sequence[Completion], sizes: Callable[[], int]) -> None:
     """Fold as the manager does, casualties included."""
     i = 0
     while i < len(completions):
@@ -330,9 +306,7 @@ CALLS: Sequence[Callable[[Ledger], Awaitable[object]]] = (
     lambda of: of.apply(MoveJob(JOB.id, JobState.RUNNING, 0)),
     lambda of: of.apply(Fold([done(bundle(0, 5), _CHAINED, failed=1)], [{INDEX: 1}])),
     lambda of: _end(of, JobState.FAILED, 0, resize=3, index=8),
-    lambda of: of.apply(
-        Reopen(JOB.id, 1, [Reopening(RESIZE, 0, 1, 4), Reopening(TOTAL, replan=True)])
-    ),
+    lambda of: of.apply(Reopen(JOB.id, 1, [Reopening(RESIZE, 0, 1, 4), Reopening(TOTAL, replan=True)])),
     lambda of: of.apply(AddCut(cut(0, _AGAIN, round=1, left=TaskSet.span(5, 9)))),
     lambda of: of.apply(Fold([done(_AGAIN)], [{}])),
     lambda of: _end(of, JobState.FAILED, 1, resize=4),
@@ -369,10 +343,7 @@ def line(process: subprocess.Popen[str]) -> str:
 
 def many() -> list[Completion]:
     """Enough to be killed in the middle of."""
-    return [
-        done(bundle(i * 5, i * 5 + 5), bundle(i * 5, i * 5 + 5, stage=INDEX), failed=i % 2)
-        for i in range(10_000)
-    ]
+    return [done(bundle(i * 5, i * 5 + 5), bundle(i * 5, i * 5 + 5, stage=INDEX), failed=i % 2) for i in range(10_000)]
 
 
 async def _fold_many(ledger: Ledger) -> None:

@@ -104,9 +104,7 @@ class QueueWorld:
             some = bodies[start : start + 10]
             await self.queue.send(name, [Outgoing(body, delay_s) for body in some])
 
-    async def receive(
-        self, name: str, count: int = 1, *, visibility_s: float | None = None
-    ) -> list[Message]:
+    async def receive(self, name: str, count: int = 1, *, visibility_s: float | None = None) -> list[Message]:
         """Exactly `count` messages, in any order, within seconds."""
         found: list[Message] = []
         while len(found) < count:
@@ -294,9 +292,7 @@ CHECKS: dict[Callable[..., None], Check] = {}
 """By test: the checks that may run at the same time as others."""
 
 
-def on_every_queue(
-    check: Check, *, alone: bool = False
-) -> Callable[[str, Path, pytest.FixtureRequest], None]:
+def on_every_queue(check: Check, *, alone: bool = False) -> Callable[[str, Path, pytest.FixtureRequest], None]:
     """Turn an async check of a world into a test that runs in each of them.
 
     `alone` says that it measures time, so that no other check may run beside it.

@@ -128,9 +128,7 @@ def python(script: str, **more: Any) -> Template:
     return Template(IMAGE, ("python3", "-u", "-c", script), **more)
 
 
-def ensure_network(
-    engine: Engine, name: str, labels: Mapping[str, str], *, internal: bool = False
-) -> str:
+def ensure_network(engine: Engine, name: str, labels: Mapping[str, str], *, internal: bool = False) -> str:
     """Make the bridge network `name`, unless it is there; returns the address that this machine
     has on it. With `internal` nothing in it reaches further than that."""
 

@@ -113,9 +113,7 @@ class Docker:
 
         self._called(effect)
 
-    def connect_container_to_network(
-        self, name: str, network: str, ipv4_address: str | None = None
-    ) -> None:
+    def connect_container_to_network(self, name: str, network: str, ipv4_address: str | None = None) -> None:
         from docker.errors import APIError
 
         def effect() -> None:
@@ -149,9 +147,7 @@ class Docker:
     def create_host_config(self, **_: object) -> None:
         return
 
-    def create_container(
-        self, _: str, *, name: str, networking_config: dict[str, Any], **more: object
-    ) -> None:
+    def create_container(self, _: str, *, name: str, networking_config: dict[str, Any], **more: object) -> None:
         def effect() -> None:
             self.containers_[name] = container({}, networks=networking_config)
 

@@ -129,10 +129,7 @@ class Timeline:
         """The most that the policy asks for, by its rule, for any backlog that was seen."""
         view = GroupView(self.pool, 0, ())
         target_s = backend.manager.drain_target_s
-        return max(
-            desired_capacity(Backlog(one.backlog_s, one.backlog_tasks), view, target_s)[0]
-            for one in self.looks
-        )
+        return max(desired_capacity(Backlog(one.backlog_s, one.backlog_tasks), view, target_s)[0] for one in self.looks)
 
     def flaps(self, within_s: float) -> int:
         """Changes of desired capacity that turn the one before around less than `within_s` after
@@ -165,9 +162,7 @@ def write_burst(folder: Path, address: tuple[str, int], naps_s: Sequence[float])
     return folder / "job.yaml"
 
 
-def watch_burst(
-    containers: Containers, folder: Path, naps_s: Sequence[float], *, within_s: float = 180.0
-) -> Timeline:
+def watch_burst(containers: Containers, folder: Path, naps_s: Sequence[float], *, within_s: float = 180.0) -> Timeline:
     """Submit that burst to a grid at rest, and look on until its pool is back at its minimum."""
     grid = containers.grid
     (view,) = grid.client.grid()["pools"]
@@ -219,18 +214,14 @@ def _look(containers: Containers, at_s: float) -> Look:
     )
 
 
-def foretold(
-    backend: Backend, pool: Pool, path: Path, naps_s: Sequence[float], *, seed: int = 1
-) -> Timeline:
+def foretold(backend: Backend, pool: Pool, path: Path, naps_s: Sequence[float], *, seed: int = 1) -> Timeline:
     """The same job in the simulator, in virtual time: `backend`'s own settings, `pool` with the
     seconds that a boot takes."""
     loop = SimLoop(inline_executor=True)
     return loop.run(_foretold(backend, pool, path, naps_s, seed))
 
 
-async def _foretold(
-    backend: Backend, pool: Pool, path: Path, naps_s: Sequence[float], seed: int
-) -> Timeline:
+async def _foretold(backend: Backend, pool: Pool, path: Path, naps_s: Sequence[float], seed: int) -> Timeline:
     world = World(
         seed,
         (pool,),
@@ -247,11 +238,7 @@ async def _foretold(
     timeline = Timeline(pool, [_simulated(world, pool, -LOOK_S)])
     begun_s = world.clock.now_s()
     job = await submission.prepare(
-        load(path, {}),
-        objects=world.objects,
-        clock=world.clock,
-        patience=Patience(world.rng("client")),
-        token="t",
+        load(path, {}), objects=world.objects, clock=world.clock, patience=Patience(world.rng("client")), token="t"
     )
     admit(job, {pool.name: pool.slots})
     await world.submit(job)

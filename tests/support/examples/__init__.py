@@ -66,10 +66,7 @@ def parts_of_lines(path: Path, folder: Path, size: int, *, header: bool) -> list
     first, *lines = path.read_bytes().splitlines(keepends=True)
     if not header:
         first, lines = b"", [first, *lines]
-    return [
-        _part(folder, start, first + b"".join(lines[start : start + size]))
-        for start in range(0, len(lines), size)
-    ]
+    return [_part(folder, start, first + b"".join(lines[start : start + size])) for start in range(0, len(lines), size)]
 
 
 def parts_of_bytes(path: Path, folder: Path, size: int) -> list[File]:

@@ -89,11 +89,7 @@ def _flatten(path: Path, claims: list[tuple[Any, ...]], lines: list[tuple[Any, .
     starts = [i for i, segment in enumerate(segments) if segment[0] == "CLM"]
     for start in starts:
         before = segments[:start]
-        end = next(
-            i
-            for i in range(start + 1, len(segments))
-            if segments[i][0] in ("CLM", "HL", "SE", "GE", "IEA")
-        )
+        end = next(i for i in range(start + 1, len(segments)) if segments[i][0] in ("CLM", "HL", "SE", "GE", "IEA"))
         body = segments[start + 1 : end]
         # The nearest before the claim; those of other claims' inner loops are further up.
         payer = _last(before, "NM1", "PR")

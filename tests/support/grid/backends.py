@@ -31,9 +31,7 @@ HOURS = 1.0
 POOL = "default:0-2x2@m7i.large"
 
 
-def command(
-    *arguments: object, env: Mapping[str, str] = {}, within_s: float = 400, code: int = 0
-) -> tuple[str, str]:
+def command(*arguments: object, env: Mapping[str, str] = {}, within_s: float = 400, code: int = 0) -> tuple[str, str]:
     """What `batchlab` with these arguments says on stdout and stderr; it must end with `code`."""
     done = subprocess.run(
         [sys.executable, "-m", "batchlab", *map(str, arguments)],
@@ -92,18 +90,11 @@ def emulated(folder: Path, archive: Path, image: str) -> Iterator[World]:
     with control_plane(folder / "account", image) as plane:
 
         def of_owner(service: str) -> Any:
-            name = (
-                "AWS_ENDPOINT_URL_AUTO_SCALING" if service == "autoscaling" else "AWS_ENDPOINT_URL"
-            )
+            name = "AWS_ENDPOINT_URL_AUTO_SCALING" if service == "autoscaling" else "AWS_ENDPOINT_URL"
             return client(Endpoint(plane.env[name], REGION), service)
 
         world = World(
-            name="emulated",
-            backend="aws",
-            home=folder / "home",
-            env=plane.env,
-            has_ffmpeg=False,
-            aws=of_owner,
+            name="emulated", backend="aws", home=folder / "home", env=plane.env, has_ffmpeg=False, aws=of_owner
         )
         with _deployed(world, "--release", archive):
             yield world

@@ -121,9 +121,7 @@ class Ran:
 
     def cli(self, *words: str, typed: str = "") -> subprocess.CompletedProcess[str]:
         """Run it, with so much on its standard input."""
-        return subprocess.run(
-            self.argv(*words), input=typed, capture_output=True, text=True, timeout=30, check=False
-        )
+        return subprocess.run(self.argv(*words), input=typed, capture_output=True, text=True, timeout=30, check=False)
 
 
 @contextmanager

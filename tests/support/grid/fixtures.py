@@ -20,11 +20,7 @@ def bring_up(tmp_path: Path) -> Iterator[Bring]:
     grids: list[LocalGrid] = []
 
     def bring(
-        pools: Sequence[Pool] = (),
-        folder: Path | None = None,
-        *,
-        backend: str = "local",
-        endpoint: str | None = None,
+        pools: Sequence[Pool] = (), folder: Path | None = None, *, backend: str = "local", endpoint: str | None = None
     ) -> LocalGrid:
         home = folder or tmp_path / f"home-{len(grids)}"
         grids.append(LocalGrid(home, pools, backend=backend, endpoint=endpoint))

@@ -32,12 +32,7 @@ class LocalGrid:
     """A grid in `folder`; `stop` ends it."""
 
     def __init__(
-        self,
-        folder: Path,
-        pools: Sequence[Pool] = (),
-        *,
-        backend: str = "local",
-        endpoint: str | None = None,
+        self, folder: Path, pools: Sequence[Pool] = (), *, backend: str = "local", endpoint: str | None = None
     ) -> None:
         self.home = Home(folder)
         self.backend = factory.load(backend, endpoint)
@@ -51,9 +46,7 @@ class LocalGrid:
 
     def start(self) -> None:
         """Start a manager, and set the client of it."""
-        record = manager_process.start_manager(
-            self.home, self.backend, pools=self.pools, parent=True
-        )
+        record = manager_process.start_manager(self.home, self.backend, pools=self.pools, parent=True)
         self.client = Client.of(self.home, record)
 
     def stop(self) -> None:
@@ -76,11 +69,7 @@ class LocalGrid:
         )
 
     def wait(
-        self,
-        job: str,
-        *,
-        until: Callable[[JobView], bool] = lambda v: v["state"] in ENDED,
-        within_s: float = 60.0,
+        self, job: str, *, until: Callable[[JobView], bool] = lambda v: v["state"] in ENDED, within_s: float = 60.0
     ) -> JobView:
         """The job's view once `until` holds; fails after `within_s`."""
         deadline_s = time.monotonic() + within_s
@@ -103,14 +92,9 @@ class LocalGrid:
                 break
             listing += [Listed.of(one) for one in page["outcomes"]]
             after = page["outcomes"][-1]["seq"]
-        fetched = asyncio.run(
-            results.fetch(self.objects, view, listing, out, patience=factory.patience())
-        )
+        fetched = asyncio.run(results.fetch(self.objects, view, listing, out, patience=factory.patience()))
         return {
-            stage: [
-                json.loads(line)["value"]
-                for line in (out / f"{stage}.jsonl").read_text().splitlines()
-            ]
+            stage: [json.loads(line)["value"] for line in (out / f"{stage}.jsonl").read_text().splitlines()]
             for stage in fetched.results
         }
 

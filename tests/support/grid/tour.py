@@ -62,10 +62,7 @@ def job_in(folder: Path) -> Path:
 
 
 def tour(
-    world: World,
-    folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    meanwhile: Callable[[], None] = lambda: None,
+    world: World, folder: Path, monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[], None] = lambda: None
 ) -> None:
     """Go through all of it, on a grid that is up then. `meanwhile` is what happens while somebody
     follows what the job prints."""
@@ -106,9 +103,7 @@ def asked(world: World, *words: object) -> Any:
 # --- A job ---------------------------------------------------------------------------------------
 
 
-def what_it_prints_is_seen_while_it_runs(
-    world: World, job: str, meanwhile: Callable[[], None]
-) -> None:
+def what_it_prints_is_seen_while_it_runs(world: World, job: str, meanwhile: Callable[[], None]) -> None:
     argv = [sys.executable, "-u", "-m", "batchlab", "job", "logs", job, "--follow"]
     argv += ["--home", str(world.home)]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as following:
@@ -130,9 +125,7 @@ def why_a_task_failed_is_found_here(world: World, job: str) -> None:
     (failed,) = asked(world, "job", "why", job)["failed"]
     assert failed["last_lines"] == ["looks at 3"]
     again = [sys.executable, "-m", "batchlab", "job", "replay-task", job, "look/3", "--json"]
-    done = subprocess.run(
-        [*again, "--home", str(world.home)], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([*again, "--home", str(world.home)], capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
     found = json.loads(done.stdout)
     assert found["verdict"] == "same", found
@@ -226,24 +219,18 @@ def the_page_opens_and_takes_a_job(world: World, http: httpx.Client, folder: Pat
 # --- Schedules -----------------------------------------------------------------------------------
 
 
-def schedules_outlive_the_manager(
-    world: World, folder: Path, other_manager: Callable[[], None]
-) -> None:
+def schedules_outlive_the_manager(world: World, folder: Path, other_manager: Callable[[], None]) -> None:
     """One of them is due while there is no manager; before it the fleet is warmed."""
     file = job_in(folder / "scheduled")
     yearly = ("--cron", "0 0 1 1 *", "--name", "yearly")
     world.batchlab("schedule", "add", file, *yearly)
     soon = ("--at", "+9s", "--name", "soon", "--prewarm", "8s", "--capacity", str(WARM))
     world.batchlab("schedule", "add", file, *soon)
-    until(
-        lambda: f"{WARM} as it asks for" in world.batchlab("grid", "activities")[0], 30, pause_s=0.5
-    )
+    until(lambda: f"{WARM} as it asks for" in world.batchlab("grid", "activities")[0], 30, pause_s=0.5)
     other_manager()
     # Each look is a process of its own.
     until(lambda: came_to(world, "soon") == ["SUCCEEDED"], 90, pause_s=2.0)
-    assert {one["name"]: one["state"] for one in asked(world, "schedule", "list")}[
-        "yearly"
-    ] == "active"
+    assert {one["name"]: one["state"] for one in asked(world, "schedule", "list")}["yearly"] == "active"
 
 
 def came_to(world: World, name: str) -> list[str | None]:

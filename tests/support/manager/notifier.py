@@ -106,12 +106,7 @@ def play(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
 
 def a_job(name: str = "sums", *notify: NotifyDef, planned: int = 10, **counts: int) -> LiveJob:
     job = JobDef(
-        JobId(f"{name}-1"),
-        name,
-        (StageDef(MAP, handler="m:f"),),
-        EPOCH_S,
-        notify=notify,
-        tags=(("team", "blue"),),
+        JobId(f"{name}-1"), name, (StageDef(MAP, handler="m:f"),), EPOCH_S, notify=notify, tags=(("team", "blue"),)
     )
     record = StageRecord(StageCounts(MAP, planned, **counts))
     return LiveJob(JobRecord(job, JobState.RUNNABLE), {MAP: record})

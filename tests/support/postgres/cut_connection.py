@@ -57,10 +57,7 @@ class Wire:
             server = socket.create_connection(("127.0.0.1", self._to_port))
             self._sockets += [client, server]
             quiet = threading.Event()
-            for target, args in (
-                (self._ask, (client, server, quiet)),
-                (self._answer, (client, server, quiet)),
-            ):
+            for target, args in ((self._ask, (client, server, quiet)), (self._answer, (client, server, quiet))):
                 thread = threading.Thread(target=target, args=args)
                 self._threads.append(thread)
                 thread.start()

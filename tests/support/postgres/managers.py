@@ -40,18 +40,13 @@ ITEMS = list(range(400))
 JOB = JobDef(
     JobId("squares-1"),
     "squares",
-    (
-        StageDef(SQUARE, handler="m:square", bundle=2),
-        StageDef(TOTAL, after=(SQUARE,), gather="*", handler="m:total"),
-    ),
+    (StageDef(SQUARE, handler="m:square", bundle=2), StageDef(TOTAL, after=(SQUARE,), gather="*", handler="m:total")),
     submitted_s=1_700_000_000.0,
     items=len(ITEMS),
 )
 POOL = Pool("default", 0, 2, 2)
 LEASE_S = 2.0
-SETTINGS = ManagerSettings(
-    lease_ttl_s=LEASE_S, tick_s=0.2, silence_s=6.0, visibility_s=3.0, wait_s=0.5
-)
+SETTINGS = ManagerSettings(lease_ttl_s=LEASE_S, tick_s=0.2, silence_s=6.0, visibility_s=3.0, wait_s=0.5)
 TASK_S = 0.05
 # A standby looks every third of the lease; the rest is for a machine that is busy.
 TAKEN_OVER_S = LEASE_S * 5 / 3 + 20.0
@@ -85,9 +80,7 @@ async def workers(ports: Ports, count: int) -> AsyncIterator[None]:
     for n in range(count):
         runner = ScriptedRunner(_play, ports.clock, lambda _: lambda: None, lambda: None)
         who = Identity(f"w-{n}", f"i-{n}", POOL.name, POOL.slots)
-        worker = Worker(
-            who, ports.objects, ports.queue, ports.clock, runner, ports.patience, settings
-        )
+        worker = Worker(who, ports.objects, ports.queue, ports.clock, runner, ports.patience, settings)
         crew.append((worker, asyncio.create_task(worker.run())))
     try:
         yield
@@ -129,9 +122,7 @@ async def check_bucket(ports: Ports, ledger: DumpingLedger) -> None:
     async for page in ports.objects.list(f"jobs/{JOB.id}/"):
         for info in page:
             if "/outcomes/" in info.key:
-                outcome = json_format.outcome_from_json(
-                    json_format.loads(await ports.objects.get(info.key))
-                )
+                outcome = json_format.outcome_from_json(json_format.loads(await ports.objects.get(info.key)))
                 values = dict(zip(outcome.succeeded, outcome.values, strict=True))
                 into = squares if outcome.bundle.stage == SQUARE else totals
                 assert not into.keys() & values.keys()
@@ -184,8 +175,7 @@ async def _manage(folder: Path, url: str, schema: str, owner: str) -> None:
             one = Manager(ports, SETTINGS, [POOL], owner)
             leading = asyncio.create_task(one.run())
             await asyncio.wait(
-                [leading, asyncio.create_task(one.is_leader.wait())],
-                return_when=asyncio.FIRST_COMPLETED,
+                [leading, asyncio.create_task(one.is_leader.wait())], return_when=asyncio.FIRST_COMPLETED
             )
             if one.is_leader.is_set():
                 print("leads", flush=True)

@@ -42,9 +42,7 @@ class Remote:
         return f"{where}?{options}" if options else where
 
     def role(self, name: str, password: str) -> None:
-        self.server.execute(
-            f"DO $$ BEGIN CREATE ROLE {name} LOGIN; EXCEPTION WHEN duplicate_object THEN END $$"
-        )
+        self.server.execute(f"DO $$ BEGIN CREATE ROLE {name} LOGIN; EXCEPTION WHEN duplicate_object THEN END $$")
         self.password(name, password)
         self.server.execute(f"GRANT CREATE ON DATABASE {DATABASE} TO {name}")
 

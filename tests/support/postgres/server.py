@@ -29,11 +29,7 @@ BIN = "BATCHLAB_POSTGRES_BIN"
 """Environment variable: the folder of initdb and postgres, where they are not where Debian, Red Hat
 or Homebrew put them."""
 
-PLACES = (
-    "/usr/lib/postgresql/*/bin",
-    "/usr/pgsql-*/bin",
-    "/opt/homebrew/opt/postgresql*/bin",
-)
+PLACES = ("/usr/lib/postgresql/*/bin", "/usr/pgsql-*/bin", "/opt/homebrew/opt/postgresql*/bin")
 START_S = 60.0
 USER, PASSWORD = "grid", "p@ss/w:rd %41"
 DATABASE = "ledgers"
@@ -92,10 +88,7 @@ class PostgresServer:
 
     def _run(self, program: str, *args: str) -> None:
         done = subprocess.run(
-            [*self._as, str(self._binaries / program), *args],
-            cwd=self.folder,
-            capture_output=True,
-            text=True,
+            [*self._as, str(self._binaries / program), *args], cwd=self.folder, capture_output=True, text=True
         )
         if done.returncode:
             pytest.fail(f"{program}: {done.stderr[-2000:]}")
@@ -177,10 +170,7 @@ class PostgresServer:
 
     def end_sessions(self) -> int:
         """End those of batchlab, as an administrator would, and see them gone; how many."""
-        query = (
-            "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity "
-            "WHERE application_name = 'batchlab'"
-        )
+        query = "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE application_name = 'batchlab'"
         return len(self.execute(query))
 
 

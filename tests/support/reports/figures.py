@@ -32,13 +32,8 @@ def overlap_s(a: float, b: float, c: float, d: float) -> float:
     return max(0.0, min(b, d) - max(a, c))
 
 
-def means(
-    spans: Sequence[tuple[float, float, float]], start_s: float, end_s: float, parts: int
-) -> list[float]:
+def means(spans: Sequence[tuple[float, float, float]], start_s: float, end_s: float, parts: int) -> list[float]:
     """Of equal parts of a time, the mean of the weights (begin, end, weight) that were there."""
     width = (end_s - start_s) / parts
     edges = [start_s + k * width for k in range(parts + 1)]
-    return [
-        sum(w * overlap_s(b, e, edges[k], edges[k + 1]) for b, e, w in spans) / width
-        for k in range(parts)
-    ]
+    return [sum(w * overlap_s(b, e, edges[k], edges[k + 1]) for b, e, w in spans) / width for k in range(parts)]

@@ -31,9 +31,7 @@ def setting(pools: tuple[Pool, ...] = (Pool("default"),)) -> Setting:
     return Setting("sim", pools, PACE, BOOK)
 
 
-async def written(
-    objects: Objects, patience: Patience, job: JobId, folder: Path, *pools: Pool
-) -> Index:
+async def written(objects: Objects, patience: Patience, job: JobId, folder: Path, *pools: Pool) -> Index:
     """The job's files, in a folder that is made."""
     folder.mkdir(parents=True, exist_ok=True)
     return await Writer(objects, patience, setting(pools)).make(job, folder)
@@ -64,9 +62,7 @@ def check_against_ledger(ask: Any, ledger: JobRows) -> None:
     for record in ledger.stages:
         counts = record.counts
         (told,) = ask(f"SELECT * FROM stages WHERE job = '{job}' AND stage = '{counts.stage}'")
-        assert {name: told[name] for name in COUNTS} == {
-            name: getattr(counts, name) for name in COUNTS
-        }, counts.stage
+        assert {name: told[name] for name in COUNTS} == {name: getattr(counts, name) for name in COUNTS}, counts.stage
         (by_task,) = ask(
             "SELECT count(*) AS tasks, count(DISTINCT task) AS different, "
             "count(*) FILTER (state = 'SUCCEEDED') AS succeeded, "
@@ -91,10 +87,7 @@ async def bill_of(world: World, ledger: JobRows, pools: tuple[Pool, ...]) -> Bil
     """As `cost bill` reckons it, from the ledger."""
     job = ledger.job.job
     account = await world.ask(lambda m: m.spending and m.spending.account(job.id), "account")
-    uses = [
-        StageUse(s.counts.stage, job.stage(s.counts.stage).pool, s.counts.run_s, 1)
-        for s in ledger.stages
-    ]
+    uses = [StageUse(s.counts.stage, job.stage(s.counts.stage).pool, s.counts.run_s, 1) for s in ledger.stages]
     facts = {pool.name: PoolFacts(pool.slots, pool.instance_type) for pool in pools}
     stored_bytes = 0
     for prefix in (f"jobs/{job.id}/", f"raw/{job.id}/"):
@@ -109,13 +102,9 @@ def check_against_bill(ask: Any, found: Bill) -> None:
     assert isinstance(usd, Decimal)
     assert float(usd) == pytest.approx(found.usd.typical, abs=1e-9)
     assert one(ask, "SELECT sum(cost_usd) FROM cost") == usd
-    lines = {
-        r["line"]: r["usd"] for r in ask("SELECT line, sum(cost_usd) AS usd FROM cost GROUP BY 1")
-    }
+    lines = {r["line"]: r["usd"] for r in ask("SELECT line, sum(cost_usd) AS usd FROM cost GROUP BY 1")}
     assert set(lines) == {item.what for item in found.items}
     for item in found.items:
         assert float(lines[item.what]) == pytest.approx(item.usd.typical, abs=1e-9), item.what
     by_stage = one(ask, "SELECT coalesce(sum(cost_usd), 0) FROM stages")
-    assert by_stage == one(
-        ask, "SELECT coalesce(sum(cost_usd), 0) FROM cost WHERE stage IS NOT NULL"
-    )
+    assert by_stage == one(ask, "SELECT coalesce(sum(cost_usd), 0) FROM cost WHERE stage IS NOT NULL")

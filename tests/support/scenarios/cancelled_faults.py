@@ -95,9 +95,7 @@ def _thrown(inner: Generator[Any, Any, Any], error: BaseException) -> Callable[[
     return lambda: inner.throw(error)
 
 
-def at_every_wait(
-    world: Callable[[], Any], harm: Callable[[Any], Coroutine[Any, Any, FaultResult]]
-) -> int:
+def at_every_wait(world: Callable[[], Any], harm: Callable[[Any], Coroutine[Any, Any, FaultResult]]) -> int:
     """Do that harm to a fresh world again and again, cancelled at its first wait, its second and
     so on until it comes to its end; nothing may stand at any time. How often it waited."""
     at = 1

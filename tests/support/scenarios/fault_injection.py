@@ -94,9 +94,7 @@ class Bench:
     numbers: Iterator[int] = field(default_factory=count)
 
     @contextmanager
-    def work(
-        self, tasks: int, seconds: float, *, up: int = 2, within_s: float = 90.0
-    ) -> Iterator[Work]:
+    def work(self, tasks: int, seconds: float, *, up: int = 2, within_s: float = 90.0) -> Iterator[Work]:
         """A job, once `up` instances are in service; afterwards it has succeeded, and is right."""
         folder = self.folder / f"job-{next(self.numbers)}"
         folder.mkdir()
@@ -117,9 +115,7 @@ class Bench:
             pools = self.grid.client.grid()["pools"]
         except BackendError:  # the last harm has cut its connections
             return []
-        return [
-            one["id"] for pool in pools for one in pool["instances"] if one["state"] == "InService"
-        ]
+        return [one["id"] for pool in pools for one in pool["instances"] if one["state"] == "InService"]
 
     def succeeded(self, job: str) -> int:
         """Tasks of its first stage."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from batchlab.core.errors import JobFileError
-from batchlab.jobs.job_file import JobFileErrors
+from batchlab.jobs.yaml_source import JobFileErrors
 from batchlab.scenarios.model import loader
 from batchlab.scenarios.model.values import Scenario
 from tests.support.mistakes import complete

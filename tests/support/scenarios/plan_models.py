@@ -66,23 +66,12 @@ class Grid:
         useful = math.ceil(self.tasks / pool.slots)
         count = max(pool.min_size, min(pool.max_size, max(1, min(wanted, useful))))
         ready = sorted(self._ready_s(scenario, count))
-        ends = sorted(
-            max(at_s, self.due_s) + self._struck(scenario.faults, plan.spot, task_s)
-            for at_s in ready
-        )
+        ends = sorted(max(at_s, self.due_s) + self._struck(scenario.faults, plan.spot, task_s) for at_s in ready)
         end_s = _finished(self.tasks, task_s, ends, pool.slots)
         paid_s = sum(end_s - (at_s - self.boot_s) for at_s in ready)
         rate = USD_H * (1 - self.spot_off * plan.spot)
-        job = a_job(
-            0,
-            due_s=self.due_s,
-            started_s=max(ready[0], self.due_s),
-            ended_s=end_s,
-            planned=self.tasks,
-        )
-        work = StageRun(
-            "a", "work", "default", 1, self.tasks, 1, self.tasks * task_s, self.tasks * task_s, 0.0
-        )
+        job = a_job(0, due_s=self.due_s, started_s=max(ready[0], self.due_s), ended_s=end_s, planned=self.tasks)
+        work = StageRun("a", "work", "default", 1, self.tasks, 1, self.tasks * task_s, self.tasks * task_s, 0.0)
         samples = (
             Sample(0.0, {"default": PoolSample(pool.min_size, 0, 0, 0, 0.0)}, 0, 0),
             Sample(self.due_s, {"default": PoolSample(count, count, 0, self.tasks, 1.0)}, 0, 0),
@@ -103,16 +92,11 @@ class Grid:
         )
 
     def _ready_s(self, scenario: Scenario, count: int) -> list[float]:
-        warm = sum(
-            one.min_size for one in scenario.prewarm if one.at_s <= self.due_s <= one.until_s
-        )
+        warm = sum(one.min_size for one in scenario.prewarm if one.at_s <= self.due_s <= one.until_s)
         early_s = max((one.at_s for one in scenario.prewarm), default=0.0) + self.boot_s
         there = [self.boot_s] * scenario.pools[0].pool.min_size
         there += [early_s] * max(0, warm - len(there))
-        return [
-            *there[: max(count, warm)],
-            *[self.due_s + self.boot_s] * max(0, count - len(there)),
-        ]
+        return [*there[: max(count, warm)], *[self.due_s + self.boot_s] * max(0, count - len(there))]
 
     def _struck(self, faults: tuple[Fault, ...], spot: float, task_s: float) -> float:
         hit = any(one.name is FaultName.SPOT_WAVE for one in faults)

@@ -14,14 +14,7 @@ from batchlab.runtime import factory, manager_process, settings
 from batchlab.runtime.home import Home
 from batchlab.scenarios.model.arrivals import FixedTimes
 from batchlab.scenarios.model.distributions import Constant, Lognormal
-from batchlab.scenarios.model.values import (
-    JobTemplate,
-    Policy,
-    PoolPlan,
-    Scenario,
-    StageTemplate,
-    WorkKind,
-)
+from batchlab.scenarios.model.values import JobTemplate, Policy, PoolPlan, Scenario, StageTemplate, WorkKind
 from batchlab.scenarios.record import Record
 from batchlab.scenarios.replay import driver
 
@@ -51,9 +44,7 @@ def claims(tasks: int = 12, **fields: Any) -> JobTemplate:
     )
 
 
-def scenario(
-    *jobs: JobTemplate, at: tuple[tuple[float, int], ...] = ((0.0, 1),), **fields: Any
-) -> Scenario:
+def scenario(*jobs: JobTemplate, at: tuple[tuple[float, int], ...] = ((0.0, 1),), **fields: Any) -> Scenario:
     """Those jobs, each arriving at all of these moments."""
     return Scenario(
         "small",

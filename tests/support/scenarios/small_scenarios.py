@@ -5,15 +5,7 @@ from __future__ import annotations
 from batchlab.core.model import Pool
 from batchlab.scenarios.model.arrivals import FixedTimes
 from batchlab.scenarios.model.distributions import Constant, Lognormal
-from batchlab.scenarios.model.values import (
-    Fault,
-    JobTemplate,
-    PoolPlan,
-    Prewarm,
-    Scenario,
-    StageTemplate,
-    WorkKind,
-)
+from batchlab.scenarios.model.values import Fault, JobTemplate, PoolPlan, Prewarm, Scenario, StageTemplate, WorkKind
 
 PARSE = StageTemplate("parse", Lognormal(4.0, 0.8), kind=WorkKind.IO)
 PRICE = StageTemplate("price", Constant(1.0), after=("parse",))

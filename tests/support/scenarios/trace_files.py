@@ -11,9 +11,7 @@ from batchlab.scenarios.traces.rows import SWF_COLUMNS, Columns, ColumnSum
 from batchlab.scenarios.traces.source import Trace, TraceFormat
 
 JOB = "{n} {at} -1 {run} 4 -1 -1 8 -1 -1 1 12 3 -1 0 -1 -1 -1"
-LOG = Columns(
-    "at", tasks=ColumnSum(("size",), per=10), task_s=ColumnSum(("ms",), per=1000), label="name"
-)
+LOG = Columns("at", tasks=ColumnSum(("size",), per=10), task_s=ColumnSum(("ms",), per=1000), label="name")
 PROCESSORS = replace(SWF_COLUMNS, tasks=ColumnSum(("processors",)))
 
 
@@ -32,14 +30,7 @@ def swf(path: Path, columns: Columns = SWF_COLUMNS) -> Trace:
 
 
 def table(path: Path, columns: Columns, names: tuple[str, ...] = (), delimiter: str = "") -> Trace:
-    return Trace(
-        template="j",
-        path=path,
-        format=TraceFormat.TABLE,
-        columns=columns,
-        names=names,
-        delimiter=delimiter,
-    )
+    return Trace(template="j", path=path, format=TraceFormat.TABLE, columns=columns, names=names, delimiter=delimiter)
 
 
 def jsonl(path: Path, columns: Columns | None = None, template: str = "j") -> Trace:

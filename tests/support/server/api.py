@@ -62,12 +62,7 @@ class Machine:
 
 
 def job(
-    name: str = "sums",
-    token: str = "t",
-    *,
-    tasks: int = 4,
-    after: Sequence[StageDef] = (),
-    **stage: Any,
+    name: str = "sums", token: str = "t", *, tasks: int = 4, after: Sequence[StageDef] = (), **stage: Any
 ) -> JobDef:
     """A job of one file per task; nothing is tried twice unless `stage` says so."""
     made = object_keys.job_id(name, token)
@@ -104,10 +99,7 @@ class Rig:
         return self
 
     def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        where: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
         self.client.close()
         self.http.close()
@@ -126,16 +118,10 @@ class Rig:
         ports = Ports(self.objects, self.queue, self.fleet, self.ledger, clock, ids, patience)
         self.manager = Manager(ports, SETTINGS, self.pools, "manager-1", schedules=True)
         self.app, self.served = create_app(
-            self.manager,
-            token=TOKEN,
-            backend_name="memory",
-            on_shutdown=self._count_shutdown,
-            hosts=["grid.example"],
+            self.manager, token=TOKEN, backend_name="memory", on_shutdown=self._count_shutdown, hosts=["grid.example"]
         )
         web.mount(self.app, self.served)
-        config = uvicorn.Config(
-            self.app, log_level="critical", lifespan="off", ws="none", timeout_graceful_shutdown=1
-        )
+        config = uvicorn.Config(self.app, log_level="critical", lifespan="off", ws="none", timeout_graceful_shutdown=1)
         server = uvicorn.Server(config)
         with listen("127.0.0.1", 0) as listener:
             self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -195,9 +181,7 @@ class Rig:
         the manager has folded them."""
         self.work_on(job, count, range(count), bad=bad)
 
-    def work_on(
-        self, job: str, count: int, which: Collection[int], *, bad: Collection[int] = ()
-    ) -> None:
+    def work_on(self, job: str, count: int, which: Collection[int], *, bad: Collection[int] = ()) -> None:
         """The same, but only of these of them, by the order of their tasks."""
         every = sorted(self.outstanding(job, count), key=lambda one: one.bundle.tasks.first)
         found = [every[number] for number in which]
@@ -206,9 +190,7 @@ class Rig:
         ids = _ids(found)
         self.until(lambda: not ids & _ids(live.all_outstanding()), "the fold")
 
-    async def _work(
-        self, live: LiveJob, found: Sequence[Outstanding], bad: Collection[int]
-    ) -> None:
+    async def _work(self, live: LiveJob, found: Sequence[Outstanding], bad: Collection[int]) -> None:
         for one in found:
             bundle = one.bundle
             now_s = time.time()
@@ -221,10 +203,7 @@ class Rig:
             outcome = settlement.settle(
                 live.job,
                 bundle,
-                [
-                    Ran(task, 0.01, task, self.failure(task) if task in bad else None)
-                    for task in texts
-                ],
+                [Ran(task, 0.01, task, self.failure(task) if task in bad else None) for task in texts],
                 execution="x",
                 worker="w",
                 started_s=now_s,
@@ -239,22 +218,12 @@ class Rig:
     def beat(self, instance: str, *runs: Outstanding, pool: str = "default") -> Beat:
         """Let an instance's worker report that it runs these."""
         held = tuple(
-            Held(
-                object_keys.tasks_queue(pool),
-                o.bundle.id,
-                o.bundle.job,
-                o.bundle.stage,
-                o.bundle.id,
-                True,
-            )
+            Held(object_keys.tasks_queue(pool), o.bundle.id, o.bundle.job, o.bundle.stage, o.bundle.id, True)
             for o in runs
         )
         beat = Beat(f"w-{instance}", instance, pool, time.time(), 2, len(held), held, 1)
         self.run(self.tell(Events(beats=(beat,))))
-        self.until(
-            lambda: (seen := self.manager.registry.workers.get(instance)) and seen.beat == beat,
-            "the beat",
-        )
+        self.until(lambda: (seen := self.manager.registry.workers.get(instance)) and seen.beat == beat, "the beat")
         return beat
 
     async def tell(self, events: Events) -> None:

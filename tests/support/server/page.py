@@ -54,9 +54,7 @@ class Visitor:
         return found[1]
 
     def post(self, path: str, **data: Any) -> httpx.Response:
-        return self.http.post(
-            f"{self.root}{path}", data={"form_token": self.token(), **data}, headers=OURS
-        )
+        return self.http.post(f"{self.root}{path}", data={"form_token": self.token(), **data}, headers=OURS)
 
 
 @pytest.fixture

@@ -24,18 +24,7 @@ from batchlab.core.commit import commit
 from batchlab.core.job_definition import JobDef
 from batchlab.core.model import Bundle, Control, JobId, JobState, Market, Ran, TaskSet
 from batchlab.core.port_retries import Patience
-from batchlab.core.ports import (
-    AddCut,
-    AddJob,
-    Cut,
-    Ending,
-    Finish,
-    Fleet,
-    Fold,
-    MoveJob,
-    Queue,
-    SetControl,
-)
+from batchlab.core.ports import AddCut, AddJob, Cut, Ending, Finish, Fleet, Fold, MoveJob, Queue, SetControl
 from batchlab.core.pricing import price_book
 from batchlab.core.pricing.request_costs import Requests, Tally
 from batchlab.core.pricing.usage import Account, Kind, Life
@@ -96,10 +85,7 @@ class StillGrid:
         return self
 
     def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        where: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
         self.client.close()
         self._loop.call_soon_threadsafe(self._stop.set)
@@ -159,9 +145,7 @@ class StillGrid:
         await self._ran(ports, LONG, 10, NOW_S - 199_990, 190.0, total=True)
         await self._ended(ports, LONG, JobState.SUCCEEDED, "", NOW_S - 199_700)
         await self._ran(ports, CANCELLED, 60, NOW_S - 89_990, 12.0, only=20)
-        await self._ended(
-            ports, CANCELLED, JobState.CANCELLED, "its user has cancelled it", NOW_S - 89_000
-        )
+        await self._ended(ports, CANCELLED, JobState.CANCELLED, "its user has cancelled it", NOW_S - 89_000)
         await self._ran(ports, OK, 40, NOW_S - 28_790, 1.2, total=True)
         await self._ended(ports, OK, JobState.SUCCEEDED, "", NOW_S - 28_700)
         await self._ran(ports, FAILED, 24, NOW_S - 5_390, 0.5, bad=range(9))
@@ -239,9 +223,7 @@ class StillGrid:
             await commit(ports.objects, outcome, ports.patience, await ports.keys.of(job))
         await ports.ledger.apply(Fold([settlement.completion(outcome)], [{}]))
 
-    async def _ended(
-        self, ports: Ports, job: JobDef, state: JobState, reason: str, ended_s: float
-    ) -> None:
+    async def _ended(self, ports: Ports, job: JobDef, state: JobState, reason: str, ended_s: float) -> None:
         rows = await ports.ledger.rows(job.id)
         closed = {
             one.counts.stage: (one.counts.planned or 1) - one.counts.terminal
@@ -253,9 +235,7 @@ class StillGrid:
     def _work(self) -> None:
         """Three workers report what they run."""
         manager = self.manager
-        bundles = sorted(
-            manager.lives[RUNS.id].all_outstanding(), key=lambda one: one.bundle.tasks.first
-        )
+        bundles = sorted(manager.lives[RUNS.id].all_outstanding(), key=lambda one: one.bundle.tasks.first)
         for number, instance in enumerate(GROUPS[0].instances[:3]):
             held = tuple(
                 Held("q", None, RUNS.id, PRICES, one.bundle.id, running=turn < 2)

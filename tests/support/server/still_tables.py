@@ -33,10 +33,7 @@ LARGE = 100_000
 """Tasks of the job that runs."""
 DONE, BAD = 61_240, 12
 """Of these so many have ended, and so many of them have failed."""
-MEMORY = (
-    "the process was killed for using 4.2 GiB of memory, more than the 4 GiB that a slot of "
-    "c7g.large has"
-)
+MEMORY = "the process was killed for using 4.2 GiB of memory, more than the 4 GiB that a slot of c7g.large has"
 TRACEBACK = """Traceback (most recent call last):
   File "handlers.py", line 12, in prices
     return price_of(row)
@@ -76,9 +73,7 @@ class StillQueue:
 def _instance(name: str, state: LifecycleState, age_s: float, **more: object) -> Instance:
     zone = f"eu-central-1{'abc'[len(name) % 3]}"
     market = Market.SPOT if name.endswith("7") else Market.ON_DEMAND
-    made = Instance(
-        f"i-{name}", "default", state, NOW_S - age_s, machine=Machine("c7g.large", zone, market)
-    )
+    made = Instance(f"i-{name}", "default", state, NOW_S - age_s, machine=Machine("c7g.large", zone, market))
     return replace(made, **more)  # type: ignore[arg-type]
 
 
@@ -98,11 +93,7 @@ GROUPS = (
                 note="terminated: Spot interruption, at the latest in 2 min",
             ),
             _instance(
-                name="0a83b7d5e9f2c1a64",
-                state=LifecycleState.TERMINATED,
-                age_s=1480,
-                healthy=False,
-                note="exit -9",
+                name="0a83b7d5e9f2c1a64", state=LifecycleState.TERMINATED, age_s=1480, healthy=False, note="exit -9"
             ),
         ),
     ),
@@ -119,8 +110,7 @@ ACTIVITIES = (
         pool="default",
         at_s=NOW_S - 12,
         description="Launching a new EC2 instance: i-0e15f3b6c9d0a7e83",
-        cause="a backlog of 38,760 tasks drains in 120 s on 5 instances: "
-        "desired capacity from 4 to 5",
+        cause="a backlog of 38,760 tasks drains in 120 s on 5 instances: desired capacity from 4 to 5",
         status="InProgress",
     ),
     Activity(
@@ -145,8 +135,7 @@ ACTIVITIES = (
         pool="default",
         at_s=NOW_S - 1500,
         description="Launching a new EC2 instance: i-0b3f9c2a41d6e8f07",
-        cause="a backlog of 100,000 tasks drains in 120 s on 4 instances: "
-        "desired capacity from 0 to 4",
+        cause="a backlog of 100,000 tasks drains in 120 s on 4 instances: desired capacity from 0 to 4",
         ended_s=NOW_S - 1440,
     ),
 )
@@ -165,9 +154,7 @@ def _job(name: str, age_s: float, tasks: int, **more: object) -> JobDef:
             StageDef(TOTAL, after=(PRICES,), gather="*", handler="handlers:total"),
         ),
         NOW_S - age_s,
-        input=InputDef(
-            keys=tuple(f"{object_keys.raw(made)}{n:04}.txt" for n in range(min(tasks, 50)))
-        ),
+        input=InputDef(keys=tuple(f"{object_keys.raw(made)}{n:04}.txt" for n in range(min(tasks, 50)))),
         max_failures=100,
         tags=(("owner", "pricing"), ("month", "2026-03")),
     )
@@ -188,12 +175,7 @@ def failure(task: int) -> Failure:
         return Failure(task, FailureKind.MEMORY, MEMORY, exit_code=-9, run_s=2.0)
     reason = f"KeyError: 'row {task} has no price'"
     return Failure(
-        task=task,
-        kind=FailureKind.EXCEPTION,
-        reason=reason,
-        error="KeyError",
-        traceback=TRACEBACK % task,
-        run_s=0.4,
+        task=task, kind=FailureKind.EXCEPTION, reason=reason, error="KeyError", traceback=TRACEBACK % task, run_s=0.4
     )
 
 

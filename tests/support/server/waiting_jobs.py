@@ -29,10 +29,7 @@ NOW_S = 1_700_000_000.0
 MONO_S = 5_000.0
 JOB = JobId("job-1")
 MAP, SUM = StageName("map"), StageName("sum")
-STAGES = (
-    StageDef(MAP, handler="m:f"),
-    StageDef(SUM, after=(MAP,), gather="*", handler="m:g"),
-)
+STAGES = (StageDef(MAP, handler="m:f"), StageDef(SUM, after=(MAP,), gather="*", handler="m:g"))
 CPU = Pool("default", max_size=4, slots=2)
 
 

@@ -25,12 +25,8 @@ from batchlab.sim.world import EPOCH_S, MANAGER, WORKER, World
 T = TypeVar("T")
 
 UNHURRIED: dict[str, Any] = {
-    "manager_settings": replace(
-        MANAGER, tick_s=20.0, wait_s=20.0, control_lease_s=60.0, lease_ttl_s=60.0
-    ),
-    "worker_settings": replace(
-        WORKER, visibility_s=120.0, wait_s=20.0, control_lease_s=60.0, beat_s=60.0
-    ),
+    "manager_settings": replace(MANAGER, tick_s=20.0, wait_s=20.0, control_lease_s=60.0, lease_ttl_s=60.0),
+    "worker_settings": replace(WORKER, visibility_s=120.0, wait_s=20.0, control_lease_s=60.0, beat_s=60.0),
 }
 """For scenes of many virtual hours, which would otherwise be mostly polling."""
 
@@ -95,12 +91,7 @@ async def looked_for(world: World, made: JobDef, look_s: float) -> JobRecord:
 # --- Getting in between --------------------------------------------------------------------------
 
 
-def around(
-    patch: pytest.MonkeyPatch,
-    target: object,
-    name: str,
-    wrapper: Callable[..., Awaitable[object]],
-) -> None:
+def around(patch: pytest.MonkeyPatch, target: object, name: str, wrapper: Callable[..., Awaitable[object]]) -> None:
     """Replace an async method by `wrapper(original, *args, **kwargs)`.
 
     Actors keep the methods they have used, so this comes before a world's first step.
@@ -114,10 +105,7 @@ def around(
 
 
 def around_change(
-    patch: pytest.MonkeyPatch,
-    ledger: Ledger,
-    kind: type[Change],
-    wrapper: Callable[..., Awaitable[object]],
+    patch: pytest.MonkeyPatch, ledger: Ledger, kind: type[Change], wrapper: Callable[..., Awaitable[object]]
 ) -> None:
     """Have `wrapper(apply, change)` apply each change of that kind. See `around`."""
 

@@ -44,9 +44,7 @@ def definition(cron: str = "* * * * *", zone: str = "UTC", **changes: Any) -> De
 
 def begins(world: World, at: str) -> None:
     """Set the world's clock before anything looks at it."""
-    world.clock.jump(
-        datetime.fromisoformat(at).replace(tzinfo=UTC).timestamp() - world.clock.now_s()
-    )
+    world.clock.jump(datetime.fromisoformat(at).replace(tzinfo=UTC).timestamp() - world.clock.now_s())
 
 
 async def ask(world: World, call: Callable[[ScheduleCommands], Coroutine[Any, Any, Any]]) -> Any:
@@ -87,14 +85,9 @@ async def jobs(world: World) -> list[str]:
 def states(schedule: Schedule) -> list[str]:
     """Of its runs: the time of day and what became of it."""
     zone = schedule.definition.when.tz
-    return [
-        f"{datetime.fromtimestamp(run.due_s, zone):%H:%M} {run.result or run.state.value}"
-        for run in schedule.runs
-    ]
+    return [f"{datetime.fromtimestamp(run.due_s, zone):%H:%M} {run.result or run.state.value}" for run in schedule.runs]
 
 
-def in_time(
-    act: Callable[[World], Coroutine[Any, Any, None]], run_s: float = 1.0, **more: Any
-) -> None:
+def in_time(act: Callable[[World], Coroutine[Any, Any, None]], run_s: float = 1.0, **more: Any) -> None:
     settings: dict[str, Any] = {"manager_settings": BRISK, "sql": False, "schedules": True}
     in_world(act, script=lambda _: Play(run_s, {"n": 1}), **{**settings, **more})

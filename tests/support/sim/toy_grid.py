@@ -116,10 +116,7 @@ class Toy:
     async def _main(self) -> None:
         reconciler = wrap(self.queue, "queue", Actor("main"), log=self.log)
         async with asyncio.TaskGroup() as group:
-            keepers = [
-                group.create_task(self._keep(f"w-{i}"), name=f"keeper-{i}")
-                for i in range(self.workers)
-            ]
+            keepers = [group.create_task(self._keep(f"w-{i}"), name=f"keeper-{i}") for i in range(self.workers)]
             while missing := [str(i) for i in range(self.items) if not self._has(i)]:
                 await reconciler.send("work", missing)
                 await asyncio.sleep(120)

@@ -55,8 +55,7 @@ def check_text(what: str, text: str, *, empty: bool = True) -> None:
         raise Fault(
             400,
             "InvalidParameterValue",
-            f"Value ({text[:40]}...) for parameter {what} is invalid. "
-            "Value exceeds maximum length of 1024.",
+            f"Value ({text[:40]}...) for parameter {what} is invalid. Value exceeds maximum length of 1024.",
         )
     if not text and not empty:
         raise Fault(400, "MissingParameter", f"The request must contain the parameter {what}.")
@@ -88,9 +87,7 @@ class Domain:
             return
         if expected.exists is False and expected.value is not None:
             raise Fault(
-                400,
-                "ExistsAndExpectedValue",
-                "Expected.Exists=false and Expected.Value cannot be specified together",
+                400, "ExistsAndExpectedValue", "Expected.Exists=false and Expected.Value cannot be specified together"
             )
         if expected.exists is not False and expected.value is None:
             raise Fault(
@@ -102,9 +99,7 @@ class Domain:
         if expected.exists is False:
             if values:
                 raise Fault(
-                    409,
-                    "ConditionalCheckFailed",
-                    f"Conditional check failed. Attribute ({expected.name}) value exists",
+                    409, "ConditionalCheckFailed", f"Conditional check failed. Attribute ({expected.name}) value exists"
                 )
             return
         if not values:
@@ -131,9 +126,7 @@ class Domain:
         pairs = sum(_pairs(new) - _pairs(self.items.get(name, {})) for name, new in after.items())
         if self._attributes + pairs > self.max_attributes:
             raise Fault(409, "NumberDomainAttributesExceeded", "Too many attributes in this domain")
-        size = sum(
-            _size(name, new) - _size(name, self.items.get(name)) for name, new in after.items()
-        )
+        size = sum(_size(name, new) - _size(name, self.items.get(name)) for name, new in after.items())
         if self._bytes + size > self.max_bytes:
             raise Fault(409, "NumberDomainBytesExceeded", "Too many bytes in this domain")
         for name, new in after.items():
@@ -144,9 +137,7 @@ class Domain:
         if not puts:
             raise Fault(400, "MissingParameter", "No attributes for an item")
         if len(puts) > MAX_PAIRS:
-            raise Fault(
-                409, "NumberSubmittedAttributesExceeded", "Too many attributes in a single call"
-            )
+            raise Fault(409, "NumberSubmittedAttributesExceeded", "Too many attributes in a single call")
         new: dict[str, frozenset[str]] = dict(self.items.get(name, {}))
         for replaced in {put.name for put in puts if put.replace}:
             new.pop(replaced, None)
@@ -262,10 +253,7 @@ class Domain:
             "AttributeNamesSizeBytes": sum(len(name.encode()) for name in names),
             "AttributeValueCount": self._attributes,
             "AttributeValuesSizeBytes": sum(
-                len(v.encode())
-                for item in self.items.values()
-                for values in item.values()
-                for v in values
+                len(v.encode()) for item in self.items.values() for values in item.values() for v in values
             ),
         }
 
@@ -278,9 +266,7 @@ def _size(name: str, item: Item | None) -> int:
     if not item:
         return 0
     return len(name.encode()) + sum(
-        len(attribute.encode()) + len(value.encode())
-        for attribute, values in item.items()
-        for value in values
+        len(attribute.encode()) + len(value.encode()) for attribute, values in item.items() for value in values
     )
 
 

@@ -51,11 +51,7 @@ class Sdb:
         found: dict[str, dict[str, list[str]]] = {}
         more: dict[str, str] = {}
         while True:
-            page = sdb.select(
-                SelectExpression=f"select * from `{self.domain}` limit 2500",
-                ConsistentRead=True,
-                **more,
-            )
+            page = sdb.select(SelectExpression=f"select * from `{self.domain}` limit 2500", ConsistentRead=True, **more)
             for item in page.get("Items", ()):
                 into = found.setdefault(item["Name"], {})
                 for one in item["Attributes"]:

@@ -100,9 +100,7 @@ class Service:
                 )
             self.weather.stop_after -= self.weather.stop_after > 0
             if action not in self._actions:
-                raise Fault(
-                    400, "InvalidAction", f"The action {action} is not valid for this web service."
-                )
+                raise Fault(400, "InvalidAction", f"The action {action} is not valid for this web service.")
             result = self._actions[action](given)
             lost = self.rng.random() < self.weather.lose
             self.asked["lost"] += lost
@@ -113,9 +111,7 @@ class Service:
             raise Fault(400, "NoSuchVersion", f"Only version {VERSION} is supported")
         if not given.get("AWSAccessKeyId") or not given.get("Signature"):
             raise Fault(
-                403,
-                "AuthMissingFailure",
-                "AWS was not able to authenticate the request: access keys are missing.",
+                403, "AuthMissingFailure", "AWS was not able to authenticate the request: access keys are missing."
             )
         if given.get("SignatureVersion") != "2":
             raise Fault(400, "InvalidParameterValue", "Only signature version 2 is supported")
@@ -125,11 +121,7 @@ class Service:
     def _create_domain(self, given: Parameters) -> str:
         name = _needed(given, "DomainName")
         if not _DOMAIN.fullmatch(name):
-            raise Fault(
-                400,
-                "InvalidParameterValue",
-                f"Value ({name}) for parameter DomainName is invalid.",
-            )
+            raise Fault(400, "InvalidParameterValue", f"Value ({name}) for parameter DomainName is invalid.")
         if name not in self._domains and len(self._domains) >= MAX_DOMAINS:
             raise Fault(409, "NumberDomainsExceeded", "Number of domains limit exceeded")
         self._domains.setdefault(name, Domain(self.rng))
@@ -143,9 +135,7 @@ class Service:
         most = int(given.get("MaxNumberOfDomains", "100"))
         if not 1 <= most <= 100:
             raise Fault(
-                400,
-                "InvalidParameterValue",
-                "Value for parameter MaxNumberOfDomains must be between 1 and 100",
+                400, "InvalidParameterValue", "Value for parameter MaxNumberOfDomains must be between 1 and 100"
             )
         left = sorted(name for name in self._domains if name > given.get("NextToken", ""))
         names = "".join(_tag("DomainName", name) for name in left[:most])
@@ -194,9 +184,7 @@ class Service:
         domain, name = self._domain(given), _needed(given, "ItemName")
         seen = domain.seen(consistent=self._is_consistent(given))
         wanted = {given[key] for key in given if key.startswith("AttributeName.")}
-        return _attributes(
-            {k: v for k, v in seen.get(name, {}).items() if not wanted or k in wanted}
-        )
+        return _attributes({k: v for k, v in seen.get(name, {}).items() if not wanted or k in wanted})
 
     def _select(self, given: Parameters) -> str:
         try:
@@ -206,18 +194,13 @@ class Service:
         domain = self._domain(given, query.domain)
         at_most = self.rng.choice((0, 1, 3)) if self.rng.random() < self.weather.short else None
         page, count, token = domain.select(
-            query,
-            given.get("NextToken"),
-            consistent=self._is_consistent(given),
-            at_most=at_most,
+            query, given.get("NextToken"), consistent=self._is_consistent(given), at_most=at_most
         )
         if query.counts:
             counted = f"<Attribute>{_tag('Name', 'Count')}{_tag('Value', str(count))}</Attribute>"
             items = f"<Item>{_tag('Name', 'Domain')}{counted}</Item>"
         else:
-            items = "".join(
-                f"<Item>{_tag('Name', name)}{_attributes(item)}</Item>" for name, item in page
-            )
+            items = "".join(f"<Item>{_tag('Name', name)}{_attributes(item)}</Item>" for name, item in page)
         return items + (_tag("NextToken", token) if token else "")
 
     def _is_consistent(self, given: Parameters) -> bool:
@@ -245,9 +228,7 @@ def _batch(given: Parameters) -> list[tuple[int, str]]:
     if not names:
         raise Fault(400, "MissingParameter", "No items specified")
     if len(names) > MAX_BATCH:
-        raise Fault(
-            409, "NumberSubmittedItemsExceeded", "Too many items in a single call. Up to 25 items"
-        )
+        raise Fault(409, "NumberSubmittedItemsExceeded", "Too many items in a single call. Up to 25 items")
     if len({name for _, name in names}) < len(names):
         raise Fault(400, "DuplicateItemName", "Item was specified more than once")
     return names
@@ -281,11 +262,7 @@ def _expected(given: Parameters) -> Expected | None:
     if "Expected.Name" not in given:
         return None
     exists = given.get("Expected.Exists")
-    return Expected(
-        given["Expected.Name"],
-        given.get("Expected.Value"),
-        None if exists is None else exists == "true",
-    )
+    return Expected(given["Expected.Name"], given.get("Expected.Value"), None if exists is None else exists == "true")
 
 
 def _tag(name: str, text: str) -> str:

@@ -25,9 +25,7 @@ USER_CODE = Path(__file__).parent / "user_code"
 class Rig:
     """`run` and `values` run one bundle of a stage `s` of a job `j`."""
 
-    def __init__(
-        self, root: Path, objects: Objects, slots: int, files: LocalFiles | None = None
-    ) -> None:
+    def __init__(self, root: Path, objects: Objects, slots: int, files: LocalFiles | None = None) -> None:
         self.scratch = Scratch(root / "scratch")
         self.objects = objects
         self.clock = WallClock()
@@ -72,9 +70,7 @@ class Rig:
         """The values in task order, "kind: reason" in the place of a Failure."""
         ran = await self.run(items, **how)
         assert [one.task for one in ran] == list(range(len(items))), ran
-        return [
-            f"{one.failure.kind}: {one.failure.reason}" if one.failure else one.value for one in ran
-        ]
+        return [f"{one.failure.kind}: {one.failure.reason}" if one.failure else one.value for one in ran]
 
     async def failure(self, item: Json, **how: Any) -> Failure:
         """How the one task with this item fails."""
@@ -91,17 +87,12 @@ class Rig:
     async def log(self, task: int) -> str:
         """What the task printed in the last run."""
         data = await self.objects.get(self.handle.log) if self.handle.log else b""
-        return "".join(
-            data[start:stop].decode() for one, start, stop in self.handle.log_spans if one == task
-        )
+        return "".join(data[start:stop].decode() for one, start, stop in self.handle.log_spans if one == task)
 
 
 @asynccontextmanager
 async def opened(
-    root: Path,
-    objects: Objects | None = None,
-    slots: int = 2,
-    files: LocalFiles | None = None,
+    root: Path, objects: Objects | None = None, slots: int = 2, files: LocalFiles | None = None
 ) -> AsyncIterator[Rig]:
     rig = Rig(root, objects or SimObjects(), slots, files)
     try:

@@ -60,10 +60,7 @@ RESULTS = [
     Act("saves_with_a_newline", "exception", r"cannot save 'a\nb': the name must be printable"),
     Act("saves_twice", "exception", "this task has saved that name before"),
     Act("returns_none"),
-    Act(
-        "returns_odd_but_right",
-        value=[True, -0.0, "", "\0\u2028☃", {"$file": 1, "": {}}, [1, [2]], 10**10],
-    ),
+    Act("returns_odd_but_right", value=[True, -0.0, "", "\0\u2028☃", {"$file": 1, "": {}}, [1, [2]], 10**10]),
     Act("returns_5_mb", value="x" * 5_000_000),
 ]
 

@@ -39,18 +39,9 @@ QUESTIONS = [
         ("job", "show", "nope-0123456789"),
     ),
     Question("no id", "gives an empty id", "could be any of", ("job", "why", "")),
-    Question(
-        "half an id", "gives the beginning of many ids", "could be any of", ("job", "why", "job")
-    ),
-    Question(
-        "a path", "gives a path as id", "does not exist", ("job", "cancel", "../../etc/passwd")
-    ),
-    Question(
-        "odd id",
-        "gives an id with a line break",
-        "does not exist",
-        ("job", "logs", "job\n\x1b[31m"),
-    ),
+    Question("half an id", "gives the beginning of many ids", "could be any of", ("job", "why", "job")),
+    Question("a path", "gives a path as id", "does not exist", ("job", "cancel", "../../etc/passwd")),
+    Question("odd id", "gives an id with a line break", "does not exist", ("job", "logs", "job\n\x1b[31m")),
     Question(
         "cancel",
         "cancels a job that has ended",
@@ -58,29 +49,11 @@ QUESTIONS = [
         ("job", "cancel", "{done}"),
     ),
     Question(
-        "pause",
-        "pauses a job that has ended",
-        "is not running, so it cannot be paused",
-        ("job", "pause", "{done}"),
+        "pause", "pauses a job that has ended", "is not running, so it cannot be paused", ("job", "pause", "{done}")
     ),
-    Question(
-        "resume",
-        "resumes a job that is not paused",
-        "is not paused",
-        ("job", "resume", "{running}"),
-    ),
-    Question(
-        "retry",
-        "retries a job that succeeded",
-        "there is nothing to run again",
-        ("job", "retry", "{done}"),
-    ),
-    Question(
-        "retry running",
-        "retries a job that runs",
-        "Wait, or cancel it first",
-        ("job", "retry", "{running}"),
-    ),
+    Question("resume", "resumes a job that is not paused", "is not paused", ("job", "resume", "{running}")),
+    Question("retry", "retries a job that succeeded", "there is nothing to run again", ("job", "retry", "{done}")),
+    Question("retry running", "retries a job that runs", "Wait, or cancel it first", ("job", "retry", "{running}")),
     Question(
         "early",
         "fetches the results of a job that runs",
@@ -100,53 +73,23 @@ QUESTIONS = [
         "The results cannot be written to job.yaml",
         ("job", "results", "{done}", "--out", "job.yaml"),
     ),
+    Question("failures", "asks a sound job for failures", "No task has failed", ("job", "failures", "{done}"), 0),
     Question(
-        "failures",
-        "asks a sound job for failures",
-        "No task has failed",
-        ("job", "failures", "{done}"),
-        0,
+        "logs", "asks for the output of a silent job", "No task has printed anything", ("job", "logs", "{done}"), 0
     ),
-    Question(
-        "logs",
-        "asks for the output of a silent job",
-        "No task has printed anything",
-        ("job", "logs", "{done}"),
-        0,
-    ),
-    Question(
-        "same file", "submits a job that runs again", "{running}", ("job", "submit", "job.yaml"), 0
-    ),
+    Question("same file", "submits a job that runs again", "{running}", ("job", "submit", "job.yaml"), 0),
     Question("run it", "runs a job that runs already", "has not ended", ("run", "job.yaml")),
+    Question("broken file", "submits a file that is none", "no such job file", ("job", "submit", "jobs.yaml")),
+    Question("pool", "scales a pool that is not there", "big", ("grid", "scale", "big", "--max", "2")),
     Question(
-        "broken file",
-        "submits a file that is none",
-        "no such job file",
-        ("job", "submit", "jobs.yaml"),
+        "order", "scales to a minimum over the maximum", "max", ("grid", "scale", "default", "--min", "5", "--max", "2")
+    ),
+    Question("huge pool", "scales to 10^30 workers", "max", ("grid", "scale", "default", "--max", HUGE)),
+    Question(
+        "up again", "brings the grid up with other pools", "A grid is up in", ("grid", "up", "--pool", "big:0-1x1")
     ),
     Question(
-        "pool", "scales a pool that is not there", "big", ("grid", "scale", "big", "--max", "2")
-    ),
-    Question(
-        "order",
-        "scales to a minimum over the maximum",
-        "max",
-        ("grid", "scale", "default", "--min", "5", "--max", "2"),
-    ),
-    Question(
-        "huge pool", "scales to 10^30 workers", "max", ("grid", "scale", "default", "--max", HUGE)
-    ),
-    Question(
-        "up again",
-        "brings the grid up with other pools",
-        "A grid is up in",
-        ("grid", "up", "--pool", "big:0-1x1"),
-    ),
-    Question(
-        "workers",
-        "sizes a grid that is up",
-        "so --workers cannot size one",
-        ("run", "job.yaml", "--workers", "2"),
+        "workers", "sizes a grid that is up", "so --workers cannot size one", ("run", "job.yaml", "--workers", "2")
     ),
     Question(
         "other backend",

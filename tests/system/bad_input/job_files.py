@@ -38,13 +38,7 @@ NOTATION = [
         "There are 951 more mistakes",
         job(JOB + "".join(f"key{i}: 1\n" for i in range(1001))),
     ),
-    Case(
-        "no file",
-        "names a file that is not there",
-        "no such job file",
-        nothing,
-        ("job", "check", "jobs.yaml"),
-    ),
+    Case("no file", "names a file that is not there", "no such job file", nothing, ("job", "check", "jobs.yaml")),
     Case("a folder", "names a folder", "it is no file", folder_for_a_file),
     Case("a pipe", "names a pipe that nobody writes to", "it is no file", pipe),
     Case("broken", "forgets a bracket", "This is not YAML", swap("data/*", "[data/*")),
@@ -77,37 +71,17 @@ NOTATION = [
 
 VALUES = [
     Case("unknown key", "misspells a key", "Did you mean 'priority'?", job(JOB + "priorty: 1\n")),
-    Case(
-        "missing key",
-        "leaves out the stages",
-        "'stages' is missing",
-        job("name: bad\ninput: {files: data/*}\n"),
-    ),
-    Case(
-        "type",
-        "writes a word for a number",
-        "must be a whole number, not text",
-        job(JOB + "priority: high\n"),
-    ),
+    Case("missing key", "leaves out the stages", "'stages' is missing", job("name: bad\ninput: {files: data/*}\n")),
+    Case("type", "writes a word for a number", "must be a whole number, not text", job(JOB + "priority: high\n")),
     Case("yes", "writes yes for true", "Write true", swap("data/*", "data/*\n  header: yes")),
-    Case(
-        "name",
-        "writes a name with spaces and dots",
-        "cannot be '../Bad Job'",
-        swap("name: bad", "name: ../Bad Job"),
-    ),
+    Case("name", "writes a name with spaces and dots", "cannot be '../Bad Job'", swap("name: bad", "name: ../Bad Job")),
     Case(
         "long name",
         "writes a name of 5,000 letters",
         "more than 40 characters",
         swap("name: bad", "name: " + "b" * 5000),
     ),
-    Case(
-        "newline name",
-        "writes a name with a line break",
-        "cannot be",
-        swap("name: bad", 'name: "b\\nd"'),
-    ),
+    Case("newline name", "writes a name with a line break", "cannot be", swap("name: bad", 'name: "b\\nd"')),
     Case(
         "unknown split",
         "splits by an unknown format",
@@ -180,12 +154,7 @@ VALUES = [
         "is not a duration",
         swap("work:one", "work:one\n    timeout: -1"),
     ),
-    Case(
-        "attempts",
-        "wants 10^30 tries",
-        "must be at most",
-        swap("work:one", f"work:one\n    retry: {10**30}"),
-    ),
+    Case("attempts", "wants 10^30 tries", "must be at most", swap("work:one", f"work:one\n    retry: {10**30}")),
     Case(
         "backoff",
         "multiplies waits by 10^300",
@@ -193,47 +162,14 @@ VALUES = [
         swap("work:one", "work:one\n    retry: {factor: 1.0e300, attempts: 999}"),
     ),
     Case(
-        "5,000 digits",
-        "writes a number of 5,000 digits",
-        "is no value here",
-        swap("limit: 1", "limit: " + "9" * 5000),
+        "5,000 digits", "writes a number of 5,000 digits", "is no value here", swap("limit: 1", "limit: " + "9" * 5000)
     ),
-    Case(
-        "infinite",
-        "writes an infinite number",
-        "1e999 is no value",
-        swap("limit: 1", "limit: 1e999"),
-    ),
-    Case(
-        "failures",
-        "allows 101 % failures",
-        "a share such as 5%",
-        job(JOB + "failure: {max_failures: 101%}\n"),
-    ),
-    Case(
-        "at",
-        "starts it in the year 9999",
-        "is too far away",
-        job(JOB + "at: 9999-12-31T23:59:59Z\n"),
-    ),
-    Case(
-        "no zone",
-        "starts it at a time without a zone",
-        "has no time zone",
-        job(JOB + "at: 2026-01-31T06:00:00\n"),
-    ),
-    Case(
-        "30 February",
-        "starts it on 30 February",
-        "is not a start time",
-        job(JOB + "at: 2026-02-30T06:00:00Z\n"),
-    ),
-    Case(
-        "surrogate",
-        "writes half a character",
-        "no text may have",
-        job(JOB + 'tags: {a: "\\ud83d"}\n'),
-    ),
+    Case("infinite", "writes an infinite number", "1e999 is no value", swap("limit: 1", "limit: 1e999")),
+    Case("failures", "allows 101 % failures", "a share such as 5%", job(JOB + "failure: {max_failures: 101%}\n")),
+    Case("at", "starts it in the year 9999", "is too far away", job(JOB + "at: 9999-12-31T23:59:59Z\n")),
+    Case("no zone", "starts it at a time without a zone", "has no time zone", job(JOB + "at: 2026-01-31T06:00:00\n")),
+    Case("30 February", "starts it on 30 February", "is not a start time", job(JOB + "at: 2026-02-30T06:00:00Z\n")),
+    Case("surrogate", "writes half a character", "no text may have", job(JOB + 'tags: {a: "\\ud83d"}\n')),
 ]
 
 GRAPH = [
@@ -243,30 +179,15 @@ GRAPH = [
         "The stages run in a circle: one → two → one",
         both(swap("after: []", "after: one"), swap("work:one", "work:one\n    after: two")),
     ),
-    Case(
-        "itself",
-        "lets a stage follow itself",
-        "in a circle: two → two",
-        swap("after: []", "after: two"),
-    ),
+    Case("itself", "lets a stage follow itself", "in a circle: two → two", swap("after: []", "after: two")),
     Case(
         "unknown stage",
         "names a stage that is not there",
         "There is no stage 'onne' to come after",
         swap("after: []", "after: onne"),
     ),
-    Case(
-        "no stages",
-        "has no stages",
-        "'stages' is empty",
-        job("name: bad\ninput: {files: data/*}\nstages: []\n"),
-    ),
-    Case(
-        "same name",
-        "gives two stages one name",
-        "is named 'one' already",
-        swap("name: two", "name: one"),
-    ),
+    Case("no stages", "has no stages", "'stages' is empty", job("name: bad\ninput: {files: data/*}\nstages: []\n")),
+    Case("same name", "gives two stages one name", "is named 'one' already", swap("name: two", "name: one")),
     Case(
         "gather nothing",
         "gathers in the first stage",
@@ -279,12 +200,7 @@ GRAPH = [
         "has both python and command",
         swap("work:one", "work:one\n    command: [ls]"),
     ),
-    Case(
-        "placeholder",
-        "misspells a placeholder",
-        "There is no placeholder {inptu}",
-        swap("{input}", "{inptu}"),
-    ),
+    Case("placeholder", "misspells a placeholder", "There is no placeholder {inptu}", swap("{input}", "{inptu}")),
     Case(
         "environment",
         "hopes for an environment variable",

@@ -109,20 +109,7 @@ def more(*stages: str) -> Callable[[Path], None]:
 
 ALL = 'name: all, python: "work:one", gather: all'
 
-ODD = [
-    '"',
-    "$(touch run).csv",
-    "%2e%2e",
-    "'",
-    "*",
-    "-rf",
-    "CON",
-    "[a]",
-    "a b",
-    "a" * 200,
-    "ü☃",
-    "~",
-]
+ODD = ['"', "$(touch run).csv", "%2e%2e", "'", "*", "-rf", "CON", "[a]", "a b", "a" * 200, "ü☃", "~"]
 ODD.sort()
 """Names of files that some program, somewhere, takes for something else."""
 
@@ -178,12 +165,7 @@ LOADING = [
         "The module work has no function 'one'",
         code("from os.path import *"),
     ),
-    Job(
-        "not callable",
-        "names a number as handler",
-        "is not a function: its type is int",
-        code("one = 5"),
-    ),
+    Job("not callable", "names a number as handler", "is not a function: its type is int", code("one = 5")),
     Job(
         "signature",
         "has a handler that takes three arguments",
@@ -198,12 +180,7 @@ LOADING = [
     ),
     Job("folder", "runs a folder", "program '/tmp' cannot run", command("[/tmp]")),
     Job("exit 3", "runs a command that fails", "exit code 3", command("[sh, -c, 'exit 3']")),
-    Job(
-        "signal",
-        "runs a command that is killed",
-        "exit code -9 (SIGKILL)",
-        command("[sh, -c, 'kill -9 $$']"),
-    ),
+    Job("signal", "runs a command that is killed", "exit code -9 (SIGKILL)", command("[sh, -c, 'kill -9 $$']")),
     Job(
         "no output",
         "runs a command that does not write its output",
@@ -220,12 +197,7 @@ INPUT = [
         items("1\n{oops}\n"),
     ),
     Job("NaN", "has a NaN in its items", "is the number nan, which JSON", items("1\nNaN\n")),
-    Job(
-        "items not UTF-8",
-        "has items in Latin-1",
-        "Line 2 of raw/",
-        items(b'1\n"caf\xe9"\n'),
-    ),
+    Job("items not UTF-8", "has items in Latin-1", "Line 2 of raw/", items(b'1\n"caf\xe9"\n')),
     Job("deep item", "has an item of 100,000 lists", "nested too deeply", items("[" * 100_000)),
     Job(
         "lines not UTF-8",
@@ -234,30 +206,12 @@ INPUT = [
         both(items(b"good\n\xff\xfe\nfine\n", "lines, size: 1"), calls("text")),
         kept={"one": ["good\n", "fine\n"]},
     ),
-    Job(
-        "zero bytes",
-        "has a file of no bytes",
-        "SUCCEEDED",
-        both(items("", "file"), calls("size")),
-        0,
-        {"one": [0]},
-    ),
+    Job("zero bytes", "has a file of no bytes", "SUCCEEDED", both(items("", "file"), calls("size")), 0, {"one": [0]}),
     Job("no items", "splits a file of no bytes", "SUCCEEDED", items(""), 0),
     Job(
-        "no items gathered",
-        "gathers what comes of no items",
-        "SUCCEEDED",
-        both(items(""), more(ALL)),
-        0,
-        {"all": [[]]},
+        "no items gathered", "gathers what comes of no items", "SUCCEEDED", both(items(""), more(ALL)), 0, {"all": [[]]}
     ),
-    Job(
-        "only a header",
-        "has a header and no lines",
-        "SUCCEEDED",
-        items("a,b", "lines, header: true"),
-        0,
-    ),
+    Job("only a header", "has a header and no lines", "SUCCEEDED", items("a,b", "lines, header: true"), 0),
     Job(
         "100 MB record",
         "has a record of 100 MB among small ones",
@@ -297,14 +251,7 @@ INPUT = [
         0,
         {"one": [f"files/one/{i}/out.txt" for i in range(len(ODD))]},
     ),
-    Job(
-        "circles",
-        "has links that lead in circles",
-        "SUCCEEDED",
-        circles,
-        0,
-        {"one": [4, 1, 2, 3]},
-    ),
+    Job("circles", "has links that lead in circles", "SUCCEEDED", circles, 0, {"one": [4, 1, 2, 3]}),
 ]
 
 FAN_IN = [
@@ -319,11 +266,7 @@ FAN_IN = [
         "gather over survived",
         "does so, and allows one failure",
         "SUCCEEDED",
-        both(
-            calls("fails_for_two"),
-            more(ALL),
-            swap("name: job\n", "name: job\nfailure: {max_failures: 1}\n"),
-        ),
+        both(calls("fails_for_two"), more(ALL), swap("name: job\n", "name: job\nfailure: {max_failures: 1}\n")),
         0,
         {"all": [[{"number": 1}, {"number": 3}]]},
     ),

@@ -63,14 +63,7 @@ PLACES = [
         nothing,
         (*RUN, "--home", "/proc/grid"),
     ),
-    Case(
-        "list in a file",
-        "asks for the jobs of a file",
-        "No grid is up in",
-        home("", b""),
-        ("job", "list"),
-        3,
-    ),
+    Case("list in a file", "asks for the jobs of a file", "No grid is up in", home("", b""), ("job", "list"), 3),
     Case(
         "objects a file",
         "has a file in place of the bucket",
@@ -117,14 +110,7 @@ PLACES = [
         RUN,
         3,
     ),
-    Case(
-        "empty token",
-        "has an empty token",
-        "is empty. Delete it while the grid is down",
-        home("token", b""),
-        RUN,
-        3,
-    ),
+    Case("empty token", "has an empty token", "is empty. Delete it while the grid is down", home("token", b""), RUN, 3),
     Case(
         "no emulator",
         "names an endpoint at which nobody listens",

@@ -48,13 +48,7 @@ def a_job_file(folder: Path) -> None:
 
 
 CASES = [
-    Case(
-        "scenario nowhere",
-        "names a scenario that is not there",
-        "no such scenario",
-        nothing,
-        CHECK,
-    ),
+    Case("scenario nowhere", "names a scenario that is not there", "no such scenario", nothing, CHECK),
     Case(
         "scenario misspelt",
         "misspells the name of a shipped scenario",
@@ -70,13 +64,7 @@ CASES = [
         scenario(FULL.replace("peak", "Höhe").encode("latin-1")),
         CHECK,
     ),
-    Case(
-        "scenario a job",
-        "takes a job file for a scenario",
-        "There is no key 'input' here",
-        a_job_file,
-        CHECK,
-    ),
+    Case("scenario a job", "takes a job file for a scenario", "There is no key 'input' here", a_job_file, CHECK),
     Case(
         "scenario without jobs",
         "says none of the jobs that arrive",

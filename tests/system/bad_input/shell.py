@@ -27,12 +27,7 @@ _TURN = threading.Lock()
 same time the second is told 255."""
 _COMMANDS = ("running", "jobs", "grid", "scenario", "schedule", "report", "cost", "admin")
 _FORKS.set_forkserver_preload(
-    [
-        "batchlab.cli.app",
-        "batchlab.spec",
-        "batchlab.submission",
-        *(f"batchlab.cli.{name}" for name in _COMMANDS),
-    ]
+    ["batchlab.cli.app", "batchlab.spec", "batchlab.submission", *(f"batchlab.cli.{name}" for name in _COMMANDS)]
 )
 
 
@@ -58,11 +53,7 @@ class Shell:
     def __init__(self, world: Path, folder: Path, **environment: str) -> None:
         self.world = world
         self.folder = folder
-        self._environment = {
-            "BATCHLAB_HOME": str(world / "home"),
-            "AWS_SECRET_ACCESS_KEY": SECRET,
-            **environment,
-        }
+        self._environment = {"BATCHLAB_HOME": str(world / "home"), "AWS_SECRET_ACCESS_KEY": SECRET, **environment}
         self.home = Path(self._environment["BATCHLAB_HOME"])
         self._count = 0
 

@@ -126,27 +126,12 @@ def _client(shell: Shell) -> Client:
 WORK = ("work.py", jobs.HANDLERS)
 
 TAMPERED = [
+    Tampered("input gone", "deletes the input from the bucket", "does not exist", _then(Path.unlink, INPUT)),
     Tampered(
-        "input gone",
-        "deletes the input from the bucket",
-        "does not exist",
-        _then(Path.unlink, INPUT),
+        "code gone", "deletes the code from the bucket", "The job's code cannot be fetched", _then(Path.unlink, CODE)
     ),
-    Tampered(
-        "code gone",
-        "deletes the code from the bucket",
-        "The job's code cannot be fetched",
-        _then(Path.unlink, CODE),
-    ),
-    Tampered(
-        "code cut", "cuts the end of the code off", "does not match its name", _then(_damage, CODE)
-    ),
-    Tampered(
-        "code no zip",
-        "gives text for a zip of code",
-        "The code zip cannot be read",
-        _with(b"no zip"),
-    ),
+    Tampered("code cut", "cuts the end of the code off", "does not match its name", _then(_damage, CODE)),
+    Tampered("code no zip", "gives text for a zip of code", "The code zip cannot be read", _with(b"no zip")),
     Tampered(
         "zip up",
         "has a zip that leaves its folder",
@@ -165,17 +150,9 @@ TAMPERED = [
         "which is outside its folder",
         _with(_zip(WORK, ("..\\evil.py", ""))),
     ),
+    Tampered("zip link", "has a zip with a link", "which is a link or a device", _with(_zip((_link(), "/etc/passwd")))),
     Tampered(
-        "zip link",
-        "has a zip with a link",
-        "which is a link or a device",
-        _with(_zip((_link(), "/etc/passwd"))),
-    ),
-    Tampered(
-        "zip clash",
-        "has a zip with a file as folder",
-        "cannot be unpacked",
-        _with(_zip(WORK, ("work.py/x", ""))),
+        "zip clash", "has a zip with a file as folder", "cannot be unpacked", _with(_zip(WORK, ("work.py/x", "")))
     ),
 ]
 

@@ -11,16 +11,7 @@ from typing import Any
 import pytest
 
 from tests.support.grid.local_grid import processes_of
-from tests.system.bad_input import (
-    acts,
-    asked,
-    folders,
-    job_files,
-    jobs,
-    places,
-    scenarios,
-    tampered,
-)
+from tests.system.bad_input import acts, asked, folders, job_files, jobs, places, scenarios, tampered
 from tests.system.bad_input.acts import Act
 from tests.system.bad_input.asked import Question
 from tests.system.bad_input.case import Case, check, sound
@@ -30,14 +21,7 @@ from tests.system.bad_input.tampered import Tampered
 from tests.system.bad_input.trial import Evidence
 
 REFUSED = [*job_files.CASES, *folders.CASES, *scenarios.CASES]
-CASES: list[Any] = [
-    *REFUSED,
-    *places.PLACES,
-    *jobs.JOBS,
-    *tampered.TAMPERED,
-    *asked.QUESTIONS,
-    *acts.ACTS,
-]
+CASES: list[Any] = [*REFUSED, *places.PLACES, *jobs.JOBS, *tampered.TAMPERED, *asked.QUESTIONS, *acts.ACTS]
 
 
 def by_name(case: Any) -> str:

@@ -100,9 +100,7 @@ def test_a_full_scratch_fails_the_task_that_filled_it(shell: Shell, small_scratc
         file.write("  - {name: fill, python: 'work:fill', gather: all, retry: 1}\n")
         file.write("  - {name: again, python: 'work:again', gather: all, retry: 1}\n")
     told = shell(*RUN, "--json", "--keep-up")
-    failures = {
-        (one["stage"], one["task"]): one["reason"] for one in json.loads(told.out)["failures"]
-    }
+    failures = {(one["stage"], one["task"]): one["reason"] for one in json.loads(told.out)["failures"]}
     assert shell("job", "results", "last", "--stage", "one", "--out", "one").code == 0
     assert shell("grid", "down").code == 0
     assert told.code == 0, told
@@ -124,9 +122,7 @@ def later(path: Path, table: str, *columns: str) -> None:
 
 def test_a_clock_that_went_back_a_day_costs_no_day(shell: Shell) -> None:
     """What was sent yesterday for today is done today, and nothing twice."""
-    put("work.py", "import time\ndef one(item):\n    time.sleep(0.2)\n    return item\n")(
-        shell.folder
-    )
+    put("work.py", "import time\ndef one(item):\n    time.sleep(0.2)\n    return item\n")(shell.folder)
     put(jobs.ITEMS, "".join(f"{i}\n" for i in range(40)))(shell.folder)
     assert shell("grid", "up", "--pool", "default:0-2x1").code == 0
     job = shell("job", "submit", "job.yaml").out.strip()

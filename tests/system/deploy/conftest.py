@@ -30,9 +30,7 @@ def home(tmp_path: Path) -> Home:
 
 
 @pytest.fixture
-def deploy(
-    account: str, home: Home, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Run:
+def deploy(account: str, home: Home, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     run = runner(monkeypatch, capsys)
 
     def deploy(*arguments: object) -> tuple[int, str, str]:

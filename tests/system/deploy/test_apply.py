@@ -17,9 +17,7 @@ from tests.support.aws.deploy import client, group, queues, release, stacks
 from tests.support.cli import Run
 
 
-def test_apply_makes_everything_and_says_where_it_is(
-    deploy: Run, home: Home, tmp_path: Path
-) -> None:
+def test_apply_makes_everything_and_says_where_it_is(deploy: Run, home: Home, tmp_path: Path) -> None:
     archive = release(tmp_path)
     code, out, err = deploy(
         "apply",
@@ -59,10 +57,7 @@ def test_apply_makes_everything_and_says_where_it_is(
         told = sqs.get_queue_attributes(QueueUrl=url, AttributeNames=["RedrivePolicy"])
         redrive = json.loads(told["Attributes"]["RedrivePolicy"])
         assert redrive["deadLetterTargetArn"].endswith(f":batchlab-tasks-{pool}-dead")
-    assert (group("batchlab-pool-default")["MinSize"], group("batchlab-manager")["MinSize"]) == (
-        0,
-        1,
-    )
+    assert (group("batchlab-pool-default")["MinSize"], group("batchlab-manager")["MinSize"]) == (0, 1)
     big = group("batchlab-pool-gpu-big")
     assert (big["MinSize"], big["MaxSize"]) == (1, 2)
     tags = {one["Key"]: one["Value"] for one in big["Tags"]}
@@ -138,9 +133,7 @@ def test_a_large_template_goes_by_the_stacks_own_bucket(
     assert left["KeyCount"] == 0
 
 
-def test_another_release_is_an_update_and_instances_are_replaced(
-    deploy: Run, tmp_path: Path
-) -> None:
+def test_another_release_is_an_update_and_instances_are_replaced(deploy: Run, tmp_path: Path) -> None:
     deploy("apply", "--yes", "--release", release(tmp_path, "one"))
     scaling = client("autoscaling")
     scaling.set_desired_capacity(AutoScalingGroupName="batchlab-manager", DesiredCapacity=1)
@@ -160,9 +153,7 @@ def test_instances_that_are_being_replaced_already_are_no_failure(
     deploy: Run, home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     deploy("apply", "--yes", "--release", release(tmp_path, "one"))
-    client("autoscaling").set_desired_capacity(
-        AutoScalingGroupName="batchlab-manager", DesiredCapacity=1
-    )
+    client("autoscaling").set_desired_capacity(AutoScalingGroupName="batchlab-manager", DesiredCapacity=1)
     real = Account.client
 
     def busy(**_: object) -> tuple[object, dict[str, Any]]:
@@ -171,9 +162,7 @@ def test_instances_that_are_being_replaced_already_are_no_failure(
 
     def answered(self: Account, service: str) -> Any:
         made = real(self, service)
-        made.meta.events.register(
-            "before-call.auto-scaling.StartInstanceRefresh", busy, unique_id="busy"
-        )
+        made.meta.events.register("before-call.auto-scaling.StartInstanceRefresh", busy, unique_id="busy")
         return made
 
     monkeypatch.setattr(Account, "client", answered)
@@ -204,9 +193,7 @@ def test_the_person_in_front_is_asked(
     assert bool(stacks()) == (code == 0)
 
 
-def test_a_release_that_is_damaged_is_refused_before_anything_is_made(
-    deploy: Run, tmp_path: Path
-) -> None:
+def test_a_release_that_is_damaged_is_refused_before_anything_is_made(deploy: Run, tmp_path: Path) -> None:
     archive = release(tmp_path)
     archive.write_bytes(b"x")
     code, _, err = deploy("apply", "--yes", "--release", archive)

@@ -61,9 +61,7 @@ class Scaling:
         return {"AutoScalingGroups": list(self.known.values())}
 
     def create_auto_scaling_group(self, **asked: Any) -> None:
-        (version,) = tomllib.loads(instance_boot.templates_in(self.folder).read_text())["mirrored"][
-            "version"
-        ]
+        (version,) = tomllib.loads(instance_boot.templates_in(self.folder).read_text())["mirrored"]["version"]
         self.known[asked["AutoScalingGroupName"]] = asked
         self.made.append((asked["MinSize"], base64.b64decode(version["user_data"]).decode()))
 
@@ -94,9 +92,7 @@ def mirror_of(cloud: Plane, folder: Path, stack: Stack, waiting: list[Stack]) ->
     return made
 
 
-def test_no_instance_boots_before_its_template_names_the_release(
-    cloud: Plane, tmp_path: Path
-) -> None:
+def test_no_instance_boots_before_its_template_names_the_release(cloud: Plane, tmp_path: Path) -> None:
     stack = Stack(cloud, "mirrored")
     assert stack.create(TEMPLATE) == "CREATE_COMPLETE"
     try:

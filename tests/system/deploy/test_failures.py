@@ -35,16 +35,12 @@ def taken(name: str = "taken") -> str:
     return name
 
 
-def test_a_stack_that_cannot_be_made_is_explained_and_made_anew(
-    deploy: Run, tmp_path: Path
-) -> None:
+def test_a_stack_that_cannot_be_made_is_explained_and_made_anew(deploy: Run, tmp_path: Path) -> None:
     archive = release(tmp_path)
     wreck = f"Wrecked={taken()}"
     code, _, err = deploy("apply", "--yes", "--release", archive, "--set", wreck)
     assert code == 3
-    assert (
-        "Error: The stack batchlab is ROLLBACK_COMPLETE: Wreck (AWS::IAM::InstanceProfile): " in err
-    )
+    assert "Error: The stack batchlab is ROLLBACK_COMPLETE: Wreck (AWS::IAM::InstanceProfile): " in err
     assert "already exists" in err
     assert "gc --aws" in err
     assert "the next `batchlab deploy apply` deletes the empty stack" in err
@@ -86,9 +82,7 @@ def whole(home: Home, front: Front, archive: Path, **parameters: str) -> Apply:
     return Apply(stack, wanted, template.load(SMALL), home, front, lambda: archive)
 
 
-def test_an_apply_that_is_interrupted_is_taken_up_by_the_next(
-    account: str, home: Home, tmp_path: Path
-) -> None:
+def test_an_apply_that_is_interrupted_is_taken_up_by_the_next(account: str, home: Home, tmp_path: Path) -> None:
     """Ctrl-C while the stack is being made: AWS goes on, and what is left is done later."""
     archive = release(tmp_path)
 
@@ -154,9 +148,7 @@ def until(process: subprocess.Popen[str], text: str) -> str:
     pytest.fail(f"it has ended before it said {text!r}: {said}")
 
 
-def test_ctrl_c_leaves_aws_to_go_on_and_another_apply_follows_it(
-    account: str, home: Home, tmp_path: Path
-) -> None:
+def test_ctrl_c_leaves_aws_to_go_on_and_another_apply_follows_it(account: str, home: Home, tmp_path: Path) -> None:
     """The stack takes as long as we like: a part of it waits for a signal."""
     archive = release(tmp_path)
     first = started(home, archive, "--set", "Slow=yes")
@@ -253,10 +245,7 @@ def test_an_operation_that_somebody_else_has_begun_is_followed_first(
     front = Front()
     assert whole(home, front, archive).run() is not None
     assert front.said[0] == "The stack batchlab is UPDATE_IN_PROGRESS: following that first."
-    assert [one.status for one in front.seen if one.is_of_stack] == [
-        "UPDATE_IN_PROGRESS",
-        "UPDATE_COMPLETE",
-    ]
+    assert [one.status for one in front.seen if one.is_of_stack] == ["UPDATE_IN_PROGRESS", "UPDATE_COMPLETE"]
 
 
 def test_a_failure_carries_its_cause(account: str, home: Home, tmp_path: Path) -> None:
@@ -268,9 +257,7 @@ def test_a_failure_carries_its_cause(account: str, home: Home, tmp_path: Path) -
     assert failed.value.exit_code == 3
 
 
-def test_a_busy_aws_only_takes_longer(
-    deploy: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_busy_aws_only_takes_longer(deploy: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every third call is refused for being one too many, from the first to the last command."""
     real, count, refused = Account.client, itertools.count(1), []
     body = (

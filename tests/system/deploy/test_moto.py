@@ -65,18 +65,16 @@ def calls(moto: Endpoint, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tupl
     client("cloudformation").delete_stack(StackName="grid")
 
 
-def test_protected_instances_are_freed_and_the_manager_goes_first(
-    calls: list[tuple[str, Any]],
-) -> None:
+def test_protected_instances_are_freed_and_the_manager_goes_first(calls: list[tuple[str, Any]]) -> None:
     """A manager would protect and launch others; a group with a protected instance stays."""
     client("cloudformation").create_stack(StackName="grid", TemplateBody=TEMPLATE)
     scaling = client("autoscaling")
 
     def instances() -> dict[str, list[Any]]:
         # Others use the same server.
-        told = scaling.describe_auto_scaling_groups(
-            AutoScalingGroupNames=["grid-manager", "grid-pool-default"]
-        )["AutoScalingGroups"]
+        told = scaling.describe_auto_scaling_groups(AutoScalingGroupNames=["grid-manager", "grid-pool-default"])[
+            "AutoScalingGroups"
+        ]
         return {one["AutoScalingGroupName"]: one["Instances"] for one in told}
 
     before = instances()
@@ -85,9 +83,7 @@ def test_protected_instances_are_freed_and_the_manager_goes_first(
 
     front = Front()
     with Account.open() as account:
-        stays = Destroy(
-            Stack(account, "grid"), front, delete_data=False, sleep=lambda _: None
-        ).run()
+        stays = Destroy(Stack(account, "grid"), front, delete_data=False, sleep=lambda _: None).run()
     assert stays == []
     assert instances() == {}
 

@@ -16,9 +16,7 @@ from tests.support.aws.deploy import REGION, client, stacks
 from tests.support.cli import Run
 
 
-def test_a_plan_says_where_what_and_what_it_costs_and_leaves_nothing(
-    deploy: Run, account: str, home: Home
-) -> None:
+def test_a_plan_says_where_what_and_what_it_costs_and_leaves_nothing(deploy: Run, account: str, home: Home) -> None:
     code, out, err = deploy("plan", "--pool", "default:0-4x2@m7i.large")
     assert (code, err) == (0, "")
     assert f"Stack batchlab in {REGION}, account {account}, as arn:aws:iam::{account}:root." in out
@@ -56,9 +54,7 @@ def test_what_was_said_once_need_not_be_said_again(deploy: Run, home: Home, tmp_
     deploy("plan", "--pool", "default:0-9x2", "--on-demand-percent", "50")
     kept = settings.read(home)
     assert kept is not None
-    assert kept.pools == (
-        PoolSettings("default", 0, 9, 2, ("m7i.large",), (("PoolOnDemandPercent", "50"),)),
-    )
+    assert kept.pools == (PoolSettings("default", 0, 9, 2, ("m7i.large",), (("PoolOnDemandPercent", "50"),)),)
     file = tmp_path / "s.yaml"
     file.write_text(yaml.safe_dump({"stack": "other", "pools": [{"name": "only"}]}))
     _, out, _ = deploy("plan", "--json", "--settings", file)
@@ -84,9 +80,7 @@ def test_what_was_said_once_need_not_be_said_again(deploy: Run, home: Home, tmp_
         (("--settings", "/nowhere.yaml"), "cannot be read"),
     ],
 )
-def test_what_cannot_be_is_refused_in_a_sentence(
-    deploy: Run, arguments: tuple[str, ...], says: str
-) -> None:
+def test_what_cannot_be_is_refused_in_a_sentence(deploy: Run, arguments: tuple[str, ...], says: str) -> None:
     code, out, err = deploy("plan", *arguments)
     assert (code, out) == (2, "")
     assert says in err

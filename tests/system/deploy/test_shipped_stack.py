@@ -57,10 +57,7 @@ def test_the_real_stack_with_two_pools_is_made_looked_at_changed_and_gone(
     assert [(one.name, one.max_size) for one in at.pools] == [("default", 4), ("gpu-large", 1)]
     # Every resource that the stack names is there by its own service's word.
     told = client("cloudformation").list_stack_resources(StackName="batchlab")
-    made = {
-        one["LogicalResourceId"]: one["PhysicalResourceId"]
-        for one in told["StackResourceSummaries"]
-    }
+    made = {one["LogicalResourceId"]: one["PhysicalResourceId"] for one in told["StackResourceSummaries"]}
     assert [name for name, id_ in made.items() if id_ in ("", "unknown")] == []
     names = ("tasks-default", "tasks-default-dead", "tasks-gpu-large", "tasks-gpu-large-dead")
     assert {f"batchlab-{one}" for one in (*names, "events")} <= set(queues())
@@ -88,9 +85,7 @@ def test_the_real_stack_with_two_pools_is_made_looked_at_changed_and_gone(
         *(f"{at.groups_prefix}{pool}" for pool in ("default", "gpu-large")),
     }
 
-    code, _, err = deploy(
-        "apply", "--yes", "--release", archive, "--pool", "default:0-8x2@m7i.large"
-    )
+    code, _, err = deploy("apply", "--yes", "--release", archive, "--pool", "default:0-8x2@m7i.large")
     assert code == 0, err
     assert not [name for name in queues() if "gpu" in name]
     assert group(f"{at.groups_prefix}default")["MaxSize"] == 8
@@ -105,9 +100,7 @@ def test_the_real_stack_with_two_pools_is_made_looked_at_changed_and_gone(
 
 def pools_in(name: str) -> list[str]:
     """The pools that the user data of a launch template writes down for an instance."""
-    told = client("ec2").describe_launch_template_versions(
-        LaunchTemplateName=name, Versions=["$Latest"]
-    )
+    told = client("ec2").describe_launch_template_versions(LaunchTemplateName=name, Versions=["$Latest"])
     (version,) = told["LaunchTemplateVersions"]
     text = base64.b64decode(version["LaunchTemplateData"]["UserData"]).decode()
     (found,) = re.findall(r'^ *\{"stack": .*?\n', text, re.M | re.S)
@@ -127,9 +120,7 @@ def deployer(monkeypatch: pytest.MonkeyPatch, policy: object) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", key["SecretAccessKey"])
 
 
-def test_who_may_not_deploy_is_told_the_action(
-    strict: Plane, deploy: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_who_may_not_deploy_is_told_the_action(strict: Plane, deploy: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     account = use(monkeypatch, strict.url)
     only_looks = {
         "Version": "2012-10-17",
@@ -189,19 +180,13 @@ def test_the_documented_policy_reaches_no_other_stack(
 
 
 def test_a_user_of_the_grid_finds_the_stack_from_another_machine(
-    strict: Plane,
-    deploy: Run,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    strict: Plane, deploy: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """By the policy that docs/aws-security.md gives to users, `deploy status` is all it takes."""
     account = use(monkeypatch, strict.url, SMALL)
     code, _, err = deploy("apply", "--yes", "--release", release(tmp_path))
     assert code == 0, err
-    (block,) = re.findall(
-        r"```json\n(.*?)```", DOCS.with_name("aws-security.md").read_text(), re.DOTALL
-    )
+    (block,) = re.findall(r"```json\n(.*?)```", DOCS.with_name("aws-security.md").read_text(), re.DOTALL)
     for name, value in {"ACCOUNT": account, "REGION": REGION, "TOKENSECRET": "*"}.items():
         block = block.replace(name, value)
     deployer(monkeypatch, json.loads(block))

@@ -26,9 +26,7 @@ def stack(simpledb: Sdb, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stack]:
     sdb = simpledb.client()
     for item in ("job", "stage"):
         sdb.put_attributes(
-            DomainName=simpledb.domain,
-            ItemName=item,
-            Attributes=[{"Name": "state", "Value": "SUCCEEDED"}],
+            DomainName=simpledb.domain, ItemName=item, Attributes=[{"Name": "state", "Value": "SUCCEEDED"}]
         )
     parts = [("LedgerDomain", DOMAIN, simpledb.domain, "CREATE_COMPLETE")]
     cloud = Cloud("UPDATE_COMPLETE", parts, kept=frozenset({"LedgerDomain"}))
@@ -58,9 +56,7 @@ def test_a_ledgers_domain_outlives_its_stack_and_is_told(stack: Stack, simpledb:
 def test_with_its_data_the_domain_goes_too(stack: Stack, simpledb: Sdb) -> None:
     front = Front()
     assert Destroy(stack, front, delete_data=True).run() == []
-    assert front.questions == [
-        f"Destroy the stack grid, and with it {simpledb.domain} (a SimpleDB domain)?"
-    ]
+    assert front.questions == [f"Destroy the stack grid, and with it {simpledb.domain} (a SimpleDB domain)?"]
     assert simpledb.domain not in domains(simpledb)
 
 

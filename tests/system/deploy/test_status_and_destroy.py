@@ -19,10 +19,7 @@ from tests.support.simpledb.fixtures import Sdb
 def test_status_shows_groups_queues_and_alarms(deploy: Run, tmp_path: Path) -> None:
     deploy("apply", "--yes", "--release", release(tmp_path), "--pool", "default:1-4x2")
     sqs = client("sqs")
-    sqs.send_message(
-        QueueUrl=sqs.get_queue_url(QueueName="batchlab-tasks-default")["QueueUrl"],
-        MessageBody="x",
-    )
+    sqs.send_message(QueueUrl=sqs.get_queue_url(QueueName="batchlab-tasks-default")["QueueUrl"], MessageBody="x")
     sqs.create_queue(QueueName="batchlab-two-tasks-default")
     client("cloudwatch").put_metric_alarm(
         AlarmName="batchlab-two-manager-down",
@@ -34,9 +31,7 @@ def test_status_shows_groups_queues_and_alarms(deploy: Run, tmp_path: Path) -> N
         Threshold=1.0,
         ComparisonOperator="LessThanThreshold",
     )
-    client("autoscaling").set_desired_capacity(
-        AutoScalingGroupName="batchlab-manager", DesiredCapacity=1
-    )
+    client("autoscaling").set_desired_capacity(AutoScalingGroupName="batchlab-manager", DesiredCapacity=1)
     (instance,) = group("batchlab-manager")["Instances"]
     code, out, err = deploy("status")
     assert (code, err) == (0, "")
@@ -51,15 +46,10 @@ def test_status_shows_groups_queues_and_alarms(deploy: Run, tmp_path: Path) -> N
     assert len(found["alarms"]) == 1
     assert found["manager"] == instance["InstanceId"]
     assert found["drift"] == []
-    assert {one["name"] for one in found["groups"]} == {
-        "batchlab-manager",
-        "batchlab-pool-default",
-    }
+    assert {one["name"] for one in found["groups"]} == {"batchlab-manager", "batchlab-pool-default"}
 
 
-def test_a_home_that_does_not_know_the_stack_is_told(
-    deploy: Run, home: Home, tmp_path: Path
-) -> None:
+def test_a_home_that_does_not_know_the_stack_is_told(deploy: Run, home: Home, tmp_path: Path) -> None:
     """Another laptop: no settings, no deployment, and the stack is found by its name."""
     deploy("apply", "--yes", "--release", release(tmp_path), "--stack", "team")
     known = aws_deployment.read(home)
@@ -102,9 +92,7 @@ def test_status_of_no_stack(deploy: Run) -> None:
 
 def test_a_stack_without_data_goes_wholly(deploy: Run, home: Home, tmp_path: Path) -> None:
     deploy("apply", "--yes", "--release", release(tmp_path))
-    client("autoscaling").set_desired_capacity(
-        AutoScalingGroupName="batchlab-pool-default", DesiredCapacity=3
-    )
+    client("autoscaling").set_desired_capacity(AutoScalingGroupName="batchlab-pool-default", DesiredCapacity=3)
     code, out, err = deploy("destroy", "--yes")
     assert (code, out) == (0, "")
     assert "The stack batchlab is gone." in err
@@ -196,9 +184,7 @@ def test_a_database_that_leaves_no_snapshot_is_data(
         code, _, err = deploy("destroy", "--yes", "--delete-data")
     assert code == 0, err
     assert client("rds").describe_db_instances()["DBInstances"] == []
-    left = [
-        one["DBSnapshotIdentifier"] for one in client("rds").describe_db_snapshots()["DBSnapshots"]
-    ]
+    left = [one["DBSnapshotIdentifier"] for one in client("rds").describe_db_snapshots()["DBSnapshots"]]
     assert len(left) == (policy == "Snapshot")
     assert client("logs").describe_log_groups()["logGroups"] == []
     assert [name for name in left if f"{name} (AWS::RDS::DBSnapshot) stays." in out] == left
@@ -207,12 +193,7 @@ def test_a_database_that_leaves_no_snapshot_is_data(
 
 @pytest.mark.parametrize(("typed", "is_gone"), [("y", False), ("batchlab", True)])
 def test_for_data_the_stacks_name_is_typed(
-    deploy: Run,
-    home: Home,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    typed: str,
-    is_gone: bool,
+    deploy: Run, home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: str, is_gone: bool
 ) -> None:
     deploy("apply", "--yes", "--release", release(tmp_path))
     bucket = filled(home, 1)
@@ -234,11 +215,7 @@ def test_there_is_nothing_to_destroy(deploy: Run) -> None:
 
 
 def test_gc_lists_what_is_left_and_removes_it_only_when_told(
-    deploy: Run,
-    account: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    deploy: Run, account: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     deploy("apply", "--yes", "--release", release(tmp_path))
     tags = {"batchlab.stack": "gone"}
@@ -246,10 +223,7 @@ def test_gc_lists_what_is_left_and_removes_it_only_when_told(
     client("sqs").create_queue(QueueName="somebody-elses")
     s3 = client("s3")
     s3.create_bucket(Bucket=f"gone-{account}")
-    s3.put_bucket_tagging(
-        Bucket=f"gone-{account}",
-        Tagging={"TagSet": [{"Key": "batchlab.stack", "Value": "gone"}]},
-    )
+    s3.put_bucket_tagging(Bucket=f"gone-{account}", Tagging={"TagSet": [{"Key": "batchlab.stack", "Value": "gone"}]})
     s3.put_object(Bucket=f"gone-{account}", Key="jobs/x", Body=b"x")
     run = runner(monkeypatch, capsys)
 
@@ -268,22 +242,14 @@ def test_gc_lists_what_is_left_and_removes_it_only_when_told(
     assert code == 0
     removed = [one["name"] for one in json.loads(out) if one["removed"]]
     assert removed == [f"gone-{account}", "gone-events"]
-    assert queues() == [
-        "batchlab-events",
-        "batchlab-tasks-default",
-        "batchlab-tasks-default-dead",
-        "somebody-elses",
-    ]
+    assert queues() == ["batchlab-events", "batchlab-tasks-default", "batchlab-tasks-default-dead", "somebody-elses"]
     assert f"gone-{account}" not in [one["Name"] for one in s3.list_buckets()["Buckets"]]
     _, _, err = run("gc", "--yes")
     assert "Add --aws" in err
 
 
 def test_what_only_its_name_says_to_be_a_stacks_is_removed_by_that_name(
-    deploy: Run,
-    simpledb: Sdb,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    deploy: Run, simpledb: Sdb, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A SimpleDB domain can have no tag, and what RDS makes itself has none."""
     monkeypatch.setenv("AWS_ENDPOINT_URL_SIMPLEDB", simpledb.url)
@@ -319,10 +285,7 @@ def test_what_only_its_name_says_to_be_a_stacks_is_removed_by_that_name(
 
 
 def test_where_there_is_no_simpledb_the_rest_is_listed(
-    deploy: Run,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    deploy: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     deploy("apply", "--yes", "--release", release(tmp_path))
     code, out, err = runner(monkeypatch, capsys)("gc", "--aws")

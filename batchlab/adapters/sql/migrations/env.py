@@ -10,9 +10,7 @@ from alembic import context
 from batchlab.adapters.sql.tables import metadata
 
 context.configure(
-    connection=context.config.attributes["connection"],
-    target_metadata=metadata,
-    transaction_per_migration=False,
+    connection=context.config.attributes["connection"], target_metadata=metadata, transaction_per_migration=False
 )
 with context.begin_transaction():
     context.run_migrations()

@@ -55,9 +55,7 @@ def upgrade() -> None:
         sa.Column("void", sa.Integer(), nullable=False, server_default="0"),
         sa.Column("body", sa.Text(), nullable=False),
         sa.PrimaryKeyConstraint("job", "stage", "id", name="bundles_pk"),
-        sa.ForeignKeyConstraint(
-            ["job", "stage"], ["stages.job", "stages.stage"], name="bundles_stage"
-        ),
+        sa.ForeignKeyConstraint(["job", "stage"], ["stages.job", "stages.stage"], name="bundles_stage"),
     )
     op.create_index("bundles_read", "bundles", ["job", "seq", "stage", "id", "failed"])
     op.create_table(

@@ -1,0 +1,152 @@
+"""Logins at a remote PostgreSQL that change at run time: a rotated secret or a short-lived token.
+
+Invariant: no message and no `repr` contains a password.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from batchlab.core.errors import BackendError
+
+if TYPE_CHECKING:
+    from batchlab.adapters.aws.endpoint import Endpoint
+
+
+_here = threading.local()
+
+
+class _Hush(logging.Filter):
+    """Log filter that drops all records of a thread while it receives a secret."""
+
+    def filter(self, record: logging.LogRecord) -> bool:  # noqa: ARG002
+        return not getattr(_here, "is_told_a_secret", False)
+
+
+_hush = _Hush()
+
+
+@contextmanager
+def in_secret() -> Iterator[None]:
+    """Suppress boto3's log records of this thread.
+
+    At level DEBUG, botocore logs answers and signatures.
+    """
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith(("boto", "urllib3")):
+            logging.getLogger(name).addFilter(_hush)
+    _here.is_told_a_secret = True
+    try:
+        yield
+    finally:
+        _here.is_told_a_secret = False
+
+
+@dataclass(frozen=True, slots=True)
+class Login:
+    """A database user and its password."""
+
+    user: str
+    password: str = field(repr=False)
+
+
+class Logins(Protocol):
+    """Source of logins. It is asked for each new connection, from any thread."""
+
+    @property
+    def where(self) -> str:
+        """Return the name of the source, as in "the password of ..."."""
+
+    def login(self, *, refused: Login | None = None) -> Login:
+        """Return the login for a new connection. Raise the errors of the AWS adapters.
+
+        `refused` is the login that the database refused, so a newer one may exist.
+        """
+
+
+class SecretLogins:
+    """Login in a secret of Secrets Manager.
+
+    The secret is JSON with `username` and `password`, as RDS creates and rotates it.
+
+    It is fetched once, and again when the database refuses the fetched login.
+    """
+
+    def __init__(self, endpoint: Endpoint, secret: str) -> None:
+        """Set the name or ARN of the secret, without fetching it."""
+        self._endpoint = endpoint
+        self._secret = secret
+        self._found: Login | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def where(self) -> str:
+        return f"the secret {self._secret}"
+
+    def login(self, *, refused: Login | None = None) -> Login:
+        with self._lock:
+            # Another thread may have fetched it since the refused login was returned.
+            if self._found is None or self._found == refused:
+                self._found = self._fetch()
+            return self._found
+
+    def _fetch(self) -> Login:
+        from batchlab.adapters.aws.endpoint import client, translated
+
+        manager = client(self._endpoint, "secretsmanager", connections=1)
+        try:
+            with translated(f"The secret {self._secret}"), in_secret():
+                answer = manager.get_secret_value(SecretId=self._secret)
+        finally:
+            manager.close()
+        return self._read(answer)
+
+    def _read(self, answer: dict[str, Any]) -> Login:
+        try:
+            doc = json.loads(answer.get("SecretString", ""))
+            user, password = doc["username"], doc["password"]
+        except (ValueError, KeyError, TypeError):
+            doc = None
+        if doc is None or not isinstance(user, str) or not isinstance(password, str):
+            # The error omits its cause, whose text might contain the secret.
+            raise BackendError(
+                f"The secret {self._secret} holds no login.",
+                remedy='It must be JSON: {"username": ..., "password": ...}.',
+            )
+        return Login(user, password)
+
+
+class IamLogins:
+    """Tokens of IAM database authentication, signed for each connection.
+
+    RDS accepts a token for 15 minutes, and checks it only when a connection is opened.
+    """
+
+    def __init__(self, endpoint: Endpoint, *, host: str, port: int, user: str) -> None:
+        """Set the host and port that the client connects to. A token is valid only for them."""
+        self._endpoint = endpoint
+        self._host, self._port, self._user = host, port, user
+        self._rds: Any = None
+        self._lock = threading.Lock()
+
+    @property
+    def where(self) -> str:
+        return f"IAM for the user {self._user}"
+
+    def login(self, *, refused: Login | None = None) -> Login:  # noqa: ARG002
+        from batchlab.adapters.aws.endpoint import client, translated
+
+        with self._lock, translated("A token for the database"):
+            if self._rds is None:
+                self._rds = client(self._endpoint, "rds", connections=1)
+            with in_secret():
+                token: str = self._rds.generate_db_auth_token(
+                    DBHostname=self._host, Port=self._port, DBUsername=self._user, Region=self._endpoint.region
+                )
+        return Login(self._user, token)
