@@ -28,13 +28,14 @@ _ABOUT = {
 ledger = typer.Typer(no_args_is_help=True)
 
 
-def register(app: typer.Typer) -> None:
+def register(root: typer.Typer) -> None:
     """Add the commands."""
-    app.add_typer(ledger, name="ledger")
-    app.command()(schema)
-    app.command()(gc)
+    root.add_typer(app, name="notify")
+    root.add_typer(ledger, name="ledger")
+    root.command()(schema)
+    root.command()(gc)
     for name in SERVICES:
-        app.command(name, help=_ABOUT[name], context_settings=_PASSED_ON)(service)
+        root.command(name, help=_ABOUT[name], context_settings=_PASSED_ON)(service)
 
 
 @ledger.callback()
@@ -237,11 +238,6 @@ def _say_how(by_tag: int, by_name: int) -> None:
 
 
 app = typer.Typer(no_args_is_help=True)
-
-
-def register_notify(root: typer.Typer) -> None:
-    """Add the group `notify` to the root command."""
-    root.add_typer(app, name="notify")
 
 
 @app.callback()

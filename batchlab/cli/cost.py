@@ -32,11 +32,13 @@ if TYPE_CHECKING:
     from batchlab.runtime.factory import Backend
 
 app = typer.Typer(no_args_is_help=True)
+prices_app = typer.Typer(no_args_is_help=True)
 
 
 def register(root: typer.Typer) -> None:
-    """Add the group `cost` to the root command."""
+    """Add the groups `cost` and `prices` to the root command."""
     root.add_typer(app, name="cost")
+    root.add_typer(prices_app, name="prices")
 
 
 TypesOption = Annotated[
@@ -395,12 +397,7 @@ def text(found: Estimate) -> str:
     )
 
 
-def register_prices(root: typer.Typer) -> None:
-    """Add the group `prices` to the root command."""
-    root.add_typer(app, name="prices")
-
-
-@app.callback()
+@prices_app.callback()
 def prices() -> None:
     """Show and update the price book.
 
@@ -409,7 +406,7 @@ def prices() -> None:
     """
 
 
-@app.command()
+@prices_app.command()
 def show(
     types: Annotated[
         list[str] | None, typer.Argument(metavar="TYPE", help="Only these instance types.", show_default=False)
@@ -477,7 +474,7 @@ def _text(book: PriceBook, types: list[str] | None) -> str:
     return "\n\n".join([*parts, f"Price book: {book.path}"])
 
 
-@app.command()
+@prices_app.command()
 def refresh(
     from_: Annotated[
         Path,

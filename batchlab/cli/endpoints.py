@@ -40,9 +40,10 @@ if TYPE_CHECKING:
 _BOTH = (signal.SIGINT, signal.SIGTERM)
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command()(conform)
+def register(root: typer.Typer) -> None:
+    """Add the command `conform` and the group `asg` to the root command."""
+    root.command()(conform)
+    root.add_typer(app, name="asg")
 
 
 def conform(
@@ -319,11 +320,6 @@ KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 _HERE = ("127.0.0.1", "::1", "localhost")
 
 app = typer.Typer(no_args_is_help=True)
-
-
-def register_asg(root: typer.Typer) -> None:
-    """Add the group `asg` to the root command."""
-    root.add_typer(app, name="asg")
 
 
 @app.callback()

@@ -70,7 +70,7 @@ def _routed() -> FastAPI:
         generate_unique_id_function=lambda route: route.name,
     )
     app.include_router(jobs.entrance)
-    for module in (grid, job_files, tasks, jobs, failures, tasks, logs, grid, schedules, metrics):
+    for module in (grid, job_files, tasks, jobs, failures, logs, schedules, metrics):
         app.include_router(module.router)
     app.include_router(grid.public)
     return app

@@ -215,7 +215,7 @@ def _line(view: api_types.JobView | api_types.OutcomesView) -> bytes:
     return json_format.dumps(view).encode() + b"\n"
 
 
-@router.get("/jobs")
+@router.get("/jobs", name="jobs")
 async def list_jobs(
     manager: Leader, limit: Limit = 100, before: str | None = None, active: bool = False
 ) -> api_types.JobsView:

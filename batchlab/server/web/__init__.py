@@ -48,8 +48,8 @@ def page_of(served: Served, prices: PriceBook | None) -> FastAPI:
     page.state.page = State(prices)
     for kind in (BatchlabError, RequestValidationError, HTTPException, Exception):
         page.add_exception_handler(kind, problem_page)
-    for module in (views, views, actions, actions):
-        page.include_router(module.router)
+    for router in (views.login_router, views.router, actions.router):
+        page.include_router(router)
     page.mount("/static", Assets())
     return page
 
