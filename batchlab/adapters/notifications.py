@@ -105,10 +105,10 @@ class Topics:
         if module := installation.missing("aws", "boto3"):
             told = installation.sentence("aws", "A topic of SNS", module)
             raise NotDelivered(f"{told} {installation.anywhere('aws')}", final=True)
-        found = TOPIC.fullmatch(target.to)
-        if found is None:
+        match = TOPIC.fullmatch(target.to)
+        if match is None:
             raise NotDelivered("Its target is no topic's ARN.", final=True)
-        region = found[1]
+        region = match[1]
         if region not in self._clients:
             self._clients[region] = client(self._endpoint_of(region), "sns", connections=1)
         more = {}

@@ -201,8 +201,8 @@ class ObstoreObjects:
 
     async def list(self, prefix: str, *, after: str = "") -> AsyncIterator[Sequence[ObjectInfo]]:
         check_prefix(prefix)
-        found = self._listed(prefix, after)
-        while page := await self._do(prefix, lambda: [*islice(found, PAGE)]):
+        object_infos = self._listed(prefix, after)
+        while page := await self._do(prefix, lambda: [*islice(object_infos, PAGE)]):
             yield page
 
     def _listed(self, prefix: str, after: str) -> Iterator[ObjectInfo]:

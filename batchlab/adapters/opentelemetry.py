@@ -87,8 +87,8 @@ class OtelTracer:
         logging.getLogger("opentelemetry").setLevel(logging.ERROR)
 
     def root(self, name: str, about: Subject, *, parent: str = "") -> Span:
-        made = self._begin(name, parent if is_context(parent) else "", about, None, (), {})
-        return made if made.context.endswith("-01") else NO_SPAN
+        recorded = self._begin(name, parent if is_context(parent) else "", about, None, (), {})
+        return recorded if recorded.context.endswith("-01") else NO_SPAN
 
     def begin(
         self,
@@ -117,9 +117,9 @@ class OtelTracer:
     ) -> str:
         if not is_context(parent):
             return ""
-        made = self._begin(name, parent, about, start_s, (), attributes)
-        made.end(error=error, end_s=max(start_s, end_s))
-        return made.context
+        recorded = self._begin(name, parent, about, start_s, (), attributes)
+        recorded.end(error=error, end_s=max(start_s, end_s))
+        return recorded.context
 
     def _begin(
         self,
@@ -139,7 +139,7 @@ class OtelTracer:
             above,
             _KINDS.get(name, SpanKind.INTERNAL),
             {**_of(about), **_named(attributes)},
-            [Link(_read(one)) for one in links if is_context(one)],
+            [Link(_read(link)) for link in links if is_context(link)],
             None if start_s is None else _ns(start_s),
         )
         return _Recorded(span, parent)

@@ -180,13 +180,13 @@ def _sweep_aws(region: str | None, names: Sequence[str], *, removing: bool, json
     from batchlab.deploy.leftovers import Leftovers, chosen, remove_left
 
     with Account.open(region, notes=retry_notes) as account:
-        there = Leftovers(account)
-        tagged = list(there.tagged())
-        named = list(there.named({one.thing.name for one in tagged}, output.say))
-        found = sorted([*tagged, *named], key=lambda one: (one.thing.stack, one.thing.arn))
-        going = chosen(found, names)
+        leftovers = Leftovers(account)
+        tagged = list(leftovers.tagged())
+        named = list(leftovers.named({one.thing.name for one in tagged}, output.say))
+        lefts = sorted([*tagged, *named], key=lambda one: (one.thing.stack, one.thing.arn))
+        going = chosen(lefts, names)
         rows, shown, stays = [], [], 0
-        for one in found:
+        for one in lefts:
             thing = one.thing
             goes = removing and one in going
             why = remove_left(account, one, output.say) if goes else ""

@@ -105,7 +105,7 @@ class _Commands(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args and args[0] not in self.commands and not ctx.resilient_parsing:
-            groups = [one for one in self.commands if args[0] in _subcommands(self.commands[one])]
+            groups = [command for command in self.commands if args[0] in _subcommands(self.commands[command])]
             if groups:
                 suggestions = " or ".join(f"'{group} {args[0]}'" for group in groups)
                 ctx.fail(f"No such command {args[0]!r}. Did you mean {suggestions}?")
@@ -117,13 +117,13 @@ class _Commands(TyperGroup):
         except typer.BadParameter as error:
             from batchlab.cli.options import number_error
 
-            if found := number_error(error):
-                raise found from error
+            if usage_error := number_error(error):
+                raise usage_error from error
             raise
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002 - as above
         with formatter.section("Commands"):
-            formatter.write_dl([(name, one.summary) for name, one in COMMANDS.items()])
+            formatter.write_dl([(name, command.summary) for name, command in COMMANDS.items()])
 
 
 def _subcommands(command: Any) -> Collection[str]:

@@ -72,8 +72,8 @@ def _egress(home: Home, backend: str) -> str:
     """Return how the stack's instances reach AWS, or "" without a stack."""
     from batchlab.runtime import aws_deployment
 
-    known = aws_deployment.read(home) if capabilities_of(backend).stack else None
-    return known.egress if known else ""
+    deployment = aws_deployment.read(home) if capabilities_of(backend).stack else None
+    return deployment.egress if deployment else ""
 
 
 def _retyped(account: Account, types: Mapping[str, str]) -> Account:

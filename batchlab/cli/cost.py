@@ -123,11 +123,11 @@ def estimate(
         spot / 100,
         results,
     )
-    found = estimate_job(request)
+    estimate = estimate_job(request)
     if json:
-        output.show_json(found.to_json())
+        output.show_json(estimate.to_json())
     else:
-        output.show(text(found))
+        output.show(text(estimate))
 
 
 @app.command()
@@ -146,13 +146,13 @@ def bill(
 
     place = home_of(home)
     record = place.record()
-    known = factory.load(record.backend if record else "local").pools
-    types = by_name(instance_type or (), [pool.name for pool in known])
-    view, found = bill_of(place, job, types)
+    pools = factory.load(record.backend if record else "local").pools
+    types = by_name(instance_type or (), [pool.name for pool in pools])
+    view, bill = bill_of(place, job, types)
     if json:
-        output.show_json({"job": view["id"], "state": view["state"], **found.to_json()})
+        output.show_json({"job": view["id"], "state": view["state"], **bill.to_json()})
     else:
-        output.show(bill_text(view, found))
+        output.show(bill_text(view, bill))
 
 
 DEFAULT_TYPE = "m7i.large"
@@ -358,7 +358,7 @@ def plan_pools(request: EstimateRequest, backend: Backend, names: Sequence[str],
     types = by_name(request.types, names)
     known: dict[str, Pool] = {pool.name: pool for pool in backend.pools}
     own = {pool.name: pool for pool in parse_pools(request.pools)}
-    found: list[PoolPlan] = []
+    pool_plans: list[PoolPlan] = []
     for name in names:
         base = own.get(name) or known.get(name)
         kind = types.get(name) or (known[name].instance_type if name in known else "")
@@ -372,8 +372,8 @@ def plan_pools(request: EstimateRequest, backend: Backend, names: Sequence[str],
             assumed.append(f"pool {name} has up to 10 instances of {slots} slots, unless --pool says otherwise")
         else:
             plan = PoolPlan(name, kind, base.slots, base.min_size, base.max_size, base.boot_s)
-        found.append(replace(plan, spot_share=request.spot))
-    return found
+        pool_plans.append(replace(plan, spot_share=request.spot))
+    return pool_plans
 
 
 def text(found: Estimate) -> str:

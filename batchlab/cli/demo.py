@@ -164,8 +164,8 @@ def prepare(home: Home, *, seed: int, files: int, claims_per_file: int) -> Prepa
         if not facts_file.exists():
             from batchlab.cli.example_data import write_claims
 
-            made = write_claims(folder / "data", seed=seed, files=files, claims_per_file=claims_per_file)
-            facts = {payer: asdict(one) for payer, one in made.payers.items()}
+            claims_facts = write_claims(folder / "data", seed=seed, files=files, claims_per_file=claims_per_file)
+            facts = {payer: asdict(payer_facts) for payer, payer_facts in claims_facts.payers.items()}
             staged = facts_file.with_suffix(".part")
             staged.write_text(json.dumps(facts))
             staged.replace(facts_file)
@@ -200,15 +200,15 @@ class TotalsCheck:
     def text(self) -> str:
         rows = [
             (
-                one["payer_name"],
-                one["claims"],
-                _money(one["charge_cents"]),
-                _money(one["paid_cents"]),
-                one["paid"],
-                one["denied"],
-                one["pended"],
+                total["payer_name"],
+                total["claims"],
+                _money(total["charge_cents"]),
+                _money(total["paid_cents"]),
+                total["paid"],
+                total["denied"],
+                total["pended"],
             )
-            for one in self.totals
+            for total in self.totals
         ]
         columns = ("payer", "claims", "charged", "to pay", "paid", "denied", "pended")
         answer = f"totals agree with the generator: {'yes' if self.agrees else 'no'}"
@@ -220,7 +220,7 @@ def check(prepared: Prepared, summary: Summary) -> TotalsCheck:
     assert summary.fetched is not None
     with (summary.fetched.folder / f"{STAGE}.jsonl").open(encoding="utf-8") as file:
         totals = [json.loads(line)["value"] for line in file]
-    found = {one["payer"]: one for one in totals}
+    found = {total["payer"]: total for total in totals}
     differences = []
     for payer in sorted(found.keys() | prepared.facts.keys()):
         one, fact = found.get(payer), prepared.facts.get(payer)

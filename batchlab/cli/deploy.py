@@ -87,7 +87,7 @@ def plan(
     from batchlab.deploy.plan import planned
     from batchlab.deploy.stack_records import refuse_unchangeable
 
-    given = _given(
+    deploy_arguments = _given(
         pool,
         settings,
         stack,
@@ -99,17 +99,17 @@ def plan(
         database_ca,
     )
     where, source = home_of(home), template.load(template.shipped())
-    check_settings(given, where, source)
-    with _stack(given, where) as there:
+    check_settings(deploy_arguments, where, source)
+    with _stack(deploy_arguments, where) as there:
         state = there.state()
         if state:
             refuse_unchangeable(state)
-        wanted = settings_for(given, where, there)
-        with planned(there, wanted, source, state, home=where) as found:
+        wanted = settings_for(deploy_arguments, where, there)
+        with planned(there, wanted, source, state, home=where) as plan:
             if json:
-                output.show_json(found.to_json())
+                output.show_json(plan.to_json())
             else:
-                Person().show(found)
+                Person().show(plan)
         settings_.write(where, wanted)
 
 
@@ -136,9 +136,9 @@ def template_(
     from batchlab.deploy import plan, template
 
     named: dict[str, str | float | None] = {"Ledger": ledger, "Egress": egress}
-    given = _given(pool, settings, stack, region, parameter, named, {}, None, None)
+    deploy_arguments = _given(pool, settings, stack, region, parameter, named, {}, None, None)
     where = home_of(home)
-    wanted = settings_without_aws(given, where)
+    wanted = settings_without_aws(deploy_arguments, where)
     made, costs = plan.on_paper(wanted, template.load(template.shipped()), where)
     output.show_json(made, indent=1)
     output.say("\n".join(cost_lines(costs)))
@@ -184,7 +184,7 @@ def apply(
     from batchlab.deploy import template
     from batchlab.deploy.apply import Apply
 
-    given = _given(
+    deploy_arguments = _given(
         pool,
         settings,
         stack,
@@ -197,9 +197,9 @@ def apply(
     )
     where, person = home_of(home), Person(yes, json)
     source = template.load(template.shipped())
-    check_settings(given, where, source)
-    with _stack(given, where) as there:
-        wanted = settings_for(given, where, there)
+    check_settings(deploy_arguments, where, source)
+    with _stack(deploy_arguments, where) as there:
+        wanted = settings_for(deploy_arguments, where, there)
         archive = cache(partial(release_archive, wanted, release, where))
         done = Apply(there, wanted, source, where, person, archive).run()
     if done is None:
@@ -237,14 +237,14 @@ def status(
                 f"The stack {there.name} does not exist in {there.account.region}.",
                 remedy="`batchlab deploy apply` creates it; --stack and --region name another.",
             )
-        found = look(there, state, where)
+        status = look(there, state, where)
     if json:
-        output.show_json(found.to_json())
+        output.show_json(status.to_json())
     else:
-        _show(found, f"in {there.account.region}, account {there.account.id}")
-    if found.drift and found.deployment and not state.is_moving:
-        aws_deployment.write(where, found.deployment)
-        output.say(f"{aws_deployment.path_in(where)} is written anew ({', '.join(found.drift)}).")
+        _show(status, f"in {there.account.region}, account {there.account.id}")
+    if status.drift and status.deployment and not state.is_moving:
+        aws_deployment.write(where, status.deployment)
+        output.say(f"{aws_deployment.path_in(where)} is written anew ({', '.join(status.drift)}).")
 
 
 def _show(found: Status, where: str) -> None:
@@ -264,15 +264,23 @@ def _show(found: Status, where: str) -> None:
     if found.groups:
         columns = ("group", "min", "max", "desired", "inservice", "others", "refresh")
         rows = [
-            (one.name, one.smallest, one.largest, one.desired, len(one.instances), one.others, one.refresh or "-")
-            for one in found.groups
+            (
+                group.name,
+                group.smallest,
+                group.largest,
+                group.desired,
+                len(group.instances),
+                group.others,
+                group.refresh or "-",
+            )
+            for group in found.groups
         ]
         output.show("\n" + output.table(columns, rows))
     if found.queues:
-        queues = [(one.name, one.visible, one.in_flight, one.delayed) for one in found.queues]
+        queues = [(queue.name, queue.visible, queue.in_flight, queue.delayed) for queue in found.queues]
         output.show("\n" + output.table(("queue", "visible", "in flight", "delayed"), queues))
     if found.alarms:
-        alarms = [(one.name, one.state, one.reason) for one in found.alarms]
+        alarms = [(alarm.name, alarm.state, alarm.reason) for alarm in found.alarms]
         output.show("\n" + output.table(("alarm", "state", "reason"), alarms))
 
 
@@ -307,15 +315,15 @@ def destroy(
         name = there.name
     if stays is None:
         raise typer.Exit(1)
-    known = aws_deployment.read(where)
-    if known and known.stack == name:
+    deployment = aws_deployment.read(where)
+    if deployment and deployment.stack == name:
         aws_deployment.forget(where)
     if json:
         output.show_json({"stack": name, "kept": [{"id": o.id, "type": o.type, "physical": o.physical} for o in stays]})
         return
     output.say(f"The stack {name} is gone.")
-    for one in stays:
-        output.show(f"{one.physical} ({one.type}) stays.")
+    for stay in stays:
+        output.show(f"{stay.physical} ({stay.type}) stays.")
 
 
 @contextmanager

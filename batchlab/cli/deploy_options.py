@@ -170,10 +170,10 @@ class DeployArguments:
 def parse_assignments(arguments: Sequence[str]) -> dict[str, str]:
     """Parse NAME=VALUE arguments; raise UsageError."""
     found = {}
-    for one in arguments:
-        name, equals, value = one.partition("=")
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
         if not name or not equals:
-            raise UsageError(f"{one!r} is not NAME=VALUE.", remedy="Say --set AttemptDays=14.")
+            raise UsageError(f"{argument!r} is not NAME=VALUE.", remedy="Say --set AttemptDays=14.")
         found[name] = value
     return found
 
@@ -189,9 +189,9 @@ def stack_and_region(arguments: DeployArguments, home: Home) -> tuple[str, str |
     region = arguments.region or (said.region if said else None)
     if not region and kept and kept.stack == (name or kept.stack):
         region = kept.region
-    there = aws_deployment.read(home) if name is None else None
-    if there:
-        return there.stack, region or there.region
+    deployment = aws_deployment.read(home) if name is None else None
+    if deployment:
+        return deployment.stack, region or deployment.region
     return name or settings.STACK, region or None
 
 
@@ -254,8 +254,8 @@ def _with_arguments(found: Settings, arguments: DeployArguments) -> Settings:
         found = replace(
             found,
             pools=tuple(
-                replace(one, parameters=tuple(sorted({**dict(one.parameters), **arguments.pool_parameters}.items())))
-                for one in found.pools
+                replace(pool, parameters=tuple(sorted({**dict(pool.parameters), **arguments.pool_parameters}.items())))
+                for pool in found.pools
             ),
         )
     if arguments.packages:
@@ -269,7 +269,7 @@ def _pools(texts: Sequence[str], before: Settings) -> tuple[PoolSettings, ...]:
     from batchlab.cli.options import parse_typed_pool
     from batchlab.deploy.settings import PoolSettings
 
-    known = {one.name: one for one in before.pools}
+    known = {pool_settings.name: pool_settings for pool_settings in before.pools}
     found = []
     for text in texts:
         pool, types = parse_typed_pool(text)
@@ -378,19 +378,19 @@ def plan_text(plan: Plan) -> str:
     verb = "Create" if plan.is_new else "Update"
     rows = [
         (
-            one.action,
-            one.id,
-            one.type.removeprefix("AWS::"),
-            one.replacement or "-",
-            ", ".join(one.why[:_SHOWN_WHY]) + (", …" if len(one.why) > _SHOWN_WHY else "") or "-",
+            change.action,
+            change.id,
+            change.type.removeprefix("AWS::"),
+            change.replacement or "-",
+            ", ".join(change.why[:_SHOWN_WHY]) + (", …" if len(change.why) > _SHOWN_WHY else "") or "-",
         )
-        for one in plan.changes
+        for change in plan.changes
     ]
     if all(row[-1] == "-" for row in rows):
         table = output.table(_PLAN_COLUMNS[:3], [row[:3] for row in rows])
     else:
         table = output.table(_PLAN_COLUMNS, rows)
-    replaced = [one.id for one in plan.changes if one.replacement in ("True", "Conditional")]
+    replaced = [change.id for change in plan.changes if change.replacement in ("True", "Conditional")]
     parts += [f"{verb}, {output.count(len(rows), 'change')}:", table]
     if replaced:
         parts.append(f"Replaced, or perhaps: {', '.join(replaced)}.")

@@ -78,8 +78,8 @@ def backend_findings(home: Home, name: str, endpoint: str | None) -> Iterator[Fi
         yield Finding("extra", Level.FAIL, said, installation.remedy(backend.extra))
     elif backend.capabilities.container_manager:
         yield from container_findings(home, backend)
-        if named := backend.named_place(home):
-            yield from _endpoint_findings(backend.endpoint_at(home, named), "named")
+        if place := backend.named_place(home):
+            yield from _endpoint_findings(backend.endpoint_at(home, place), "named")
     elif backend.capabilities.stack:
         yield from stack_findings(home, backend)
     elif backend.bucket_scheme:
@@ -93,9 +93,9 @@ def _bucket(home: Home, backend: Backend) -> Finding:
         backend.provide(home, lambda _: None)
     except BatchlabError as error:
         return Finding("bucket", Level.FAIL, error.message, error.remedy)
-    named = backend.named_place(home)
-    assert named is not None
-    return Finding("bucket", Level.OK, f"{named.address} can be listed")
+    place = backend.named_place(home)
+    assert place is not None
+    return Finding("bucket", Level.OK, f"{place.address} can be listed")
 
 
 def _endpoint(home: Home, backend: Backend) -> Iterator[Finding]:
@@ -157,7 +157,7 @@ async def _failed_checks(at: Endpoint) -> list[str]:
             faults.append("a conditional create replaces what is there")
         await queue.ensure(QueueSpec(name))
         await queue.send(name, [Outgoing("sent")])
-        if [one.body for one in await queue.receive(name, wait_s=5)] != ["sent"]:
+        if [message.body for message in await queue.receive(name, wait_s=5)] != ["sent"]:
             faults.append("a message that was sent is not received")
     finally:
         with suppress(BackendError):  # the first error is reported, not one of the cleanup
@@ -202,12 +202,12 @@ def stack_findings(home: Home, backend: Backend) -> Iterator[Finding]:
     from batchlab.runtime import aws_deployment, aws_session
 
     try:
-        known = aws_deployment.read(home)
+        deployment = aws_deployment.read(home)
     except BackendError:
-        known = None  # reported below
-    yield (caller := _caller(known.region if known else None))
+        deployment = None  # reported below
+    yield (caller := _caller(deployment.region if deployment else None))
     # Without credentials this check would only fail for the same reason.
-    if caller.level is Level.OK or not known:
+    if caller.level is Level.OK or not deployment:
         yield _stack_manager(home, backend)
     if named := os.environ.get(VARIABLE):
         yield Finding("session", Level.OK, f"the manager is reached at {named}")
@@ -242,8 +242,8 @@ def container_findings(home: Home, backend: Backend) -> Iterator[Finding]:
     yield _plugin("compose", COMPOSE)
     yield _plugin("buildx", (0, 10))
     yield _room()
-    named = backend.named_place(home)
-    if not named:
+    place = backend.named_place(home)
+    if not place:
         yield _token()
         yield _image("BATCHLAB_LOCALSTACK_IMAGE", _LOCALSTACK)
     yield _image("BATCHLAB_POSTGRES_IMAGE", _POSTGRES)
@@ -261,12 +261,12 @@ def _engine(version: str) -> Finding:
 
 def _plugin(name: str, least: tuple[int, int]) -> Finding:
     asked = compose_project.docker(name, "version")
-    found = re.search(r"(\d+)\.(\d+)", asked.stdout)
+    match = re.search(r"(\d+)\.(\d+)", asked.stdout)
     remedy = f"Install Docker's {name} plugin (docker-{name}), {least[0]}.{least[1]} or newer."
-    if asked.returncode or found is None:
+    if asked.returncode or match is None:
         return Finding(name, Level.FAIL, f"There is no `docker {name}`.", remedy)
-    version = (int(found[1]), int(found[2]))
-    text = f"docker {name} {found[0]}"
+    version = (int(match[1]), int(match[2]))
+    text = f"docker {name} {match[0]}"
     return Finding(name, Level.OK, text) if version >= least else _old(name, text, remedy)
 
 
@@ -290,11 +290,11 @@ def _room() -> Finding:
 def _token() -> Finding:
     image = os.environ.get("BATCHLAB_LOCALSTACK_IMAGE") or _LOCALSTACK
     has_token = bool(os.environ.get("LOCALSTACK_AUTH_TOKEN"))
-    found = re.search(r":v?(\d+)\.(\d+)", image)
-    if found is None or has_token:
+    match = re.search(r":v?(\d+)\.(\d+)", image)
+    if match is None or has_token:
         whose = "with LOCALSTACK_AUTH_TOKEN" if has_token else "by its name it needs no token"
         return Finding("token", Level.OK, f"{image}, {whose}")
-    version = (int(found[1]), int(found[2]))
+    version = (int(match[1]), int(match[2]))
     if version > LAST_WITHOUT_TOKEN:
         return Finding(
             "token",
@@ -337,9 +337,9 @@ def _parts(home: Home) -> Iterator[Finding]:
             yield Finding("service", level, f"{service} is {state}", remedy)
         if "localstack" in states and (place := home.place(compose_deployment.NAME)):
             yield _localstack(place.url)
-    for one in compose_project.projects():
-        if one.is_orphan:
-            text = f"{one.project} has been left behind, with {one.parts} parts"
+    for project in compose_project.projects():
+        if project.is_orphan:
+            text = f"{project.project} has been left behind, with {project.parts} parts"
             yield Finding("orphans", Level.WARN, text, "`batchlab gc` removes it.")
 
 
@@ -386,13 +386,13 @@ def doctor(
     """
     findings = examine(home_of(home), backend, endpoint, repair=repair)
     if json:
-        output.show_json([one.to_json() for one in findings])
+        output.show_json([finding.to_json() for finding in findings])
     else:
-        for one in findings:
-            output.show(f"{one.level:<5} {one.about:<12} {output.clean(one.text)}")
-            if one.remedy:
-                output.show(f"{'':<18} {output.clean(one.remedy)}")
-    if any(one.level is Level.FAIL for one in findings):
+        for finding in findings:
+            output.show(f"{finding.level:<5} {finding.about:<12} {output.clean(finding.text)}")
+            if finding.remedy:
+                output.show(f"{'':<18} {output.clean(finding.remedy)}")
+    if any(finding.level is Level.FAIL for finding in findings):
         raise typer.Exit(1)
 
 

@@ -272,26 +272,28 @@ def _show(name: str, results: Sequence[Result], took_s: float, *, json: bool, ev
                 "needed_agree": check_table.relied_on(results),
                 "seconds": round(took_s, 1),
                 "counts": counts,
-                "checks": [check_table.to_json(one) for one in results],
+                "checks": [check_table.to_json(result) for result in results],
             }
         )
         return
     rows = [
         (service, severity, *(check_table.of(results, verdict, severity, service) for verdict in Verdict))
-        for service in dict.fromkeys(one.check.service for one in results)
+        for service in dict.fromkeys(result.check.service for result in results)
         for severity in Severity
-        if any((service, severity) == (one.check.service, one.check.severity) for one in results)
+        if any((service, severity) == (result.check.service, result.check.severity) for result in results)
     ]
     output.show(output.table(("service", "severity", *Verdict), rows))
     if every:
         held = [
-            (one.check.name, one.check.severity, one.check.rule) for one in results if one.verdict is Verdict.AGREES
+            (result.check.name, result.check.severity, result.check.rule)
+            for result in results
+            if result.verdict is Verdict.AGREES
         ]
         output.show("\n" + output.table(("agrees", "severity", "AWS's rule"), held))
     for verdict in (Verdict.DIFFERS, Verdict.UNTRIED):
-        for one in results:
-            if one.verdict is verdict:
-                output.show(f"\n{_difference(one)}")
+        for result in results:
+            if result.verdict is verdict:
+                output.show(f"\n{_difference(result)}")
     output.show(f"\n{name}: {check_table.verdict_text(results)} ({output.span(took_s)})")
 
 
@@ -309,7 +311,7 @@ def _write(path: Path, name: str, results: Sequence[Result]) -> None:
     try:
         page = path.read_text(encoding="utf-8") if path.exists() else ""
         page = merged(page, name, section(name, results))
-        page = merged(page, ALL_CHECKS, list_section([one.check for one in results]))
+        page = merged(page, ALL_CHECKS, list_section([result.check for result in results]))
         path.write_text(page, encoding="utf-8")
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror}.", remedy="Name another file.") from error
@@ -512,8 +514,8 @@ def _endpoint_of(home: Path | None) -> Endpoint:
 def _keys_in(file: Path) -> Keys:
     from batchlab.adapters.local import access_keys
 
-    if found := access_keys.read(file):
-        return found
+    if keys := access_keys.read(file):
+        return keys
     raise UsageError(f"{file} does not exist.", remedy="Name a file with access_key and secret_key as a JSON object.")
 
 

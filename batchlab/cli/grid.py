@@ -243,11 +243,11 @@ def _troubles(pools: Iterable[PoolView]) -> list[str]:
     """Return a sentence for each pool with instances that do not start."""
     return [
         output.clean(
-            f"{one['trouble'][:1].upper()}{one['trouble'][1:]}. Its instance log says why; "
-            f"`batchlab grid scale {one['name']} --auto` tries at once."
+            f"{pool['trouble'][:1].upper()}{pool['trouble'][1:]}. Its instance log says why; "
+            f"`batchlab grid scale {pool['name']} --auto` tries at once."
         )
-        for one in pools
-        if one["trouble"]
+        for pool in pools
+        if pool["trouble"]
     ]
 
 

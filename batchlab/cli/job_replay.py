@@ -113,11 +113,11 @@ def replay_task(
     del local
     how = _how(debug=debug, at_start=break_, debugpy=debugpy, no_limits=no_limits, json=json)
     how = replace(how, passed=_variables(env or ()))
-    named, index = parse_task(task)
+    stage_name, index = parse_task(task)
     place = home_of(home)
     bucket = find(place, backend, job)
     with _folder(keep) as folder:
-        task_folder = _fetched(bucket, named, index, folder, attempt, round_)
+        task_folder = _fetched(bucket, stage_name, index, folder, attempt, round_)
         if keep:
             _show_folder(task_folder, json=json)
         elif shell:

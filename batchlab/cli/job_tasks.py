@@ -43,10 +43,10 @@ def show_task(
     from batchlab.cli.session import find, stage_of
     from batchlab.core.model import JobId
 
-    named, index = parse_task(task)
+    stage_name, index = parse_task(task)
     place = home_of(home)
     bucket = find(place, backend, job)
-    name = stage_of(bucket, named)
+    name = stage_of(bucket, stage_name)
 
     async def read(objects: Objects, patience: Patience) -> dict[str, Any]:
         from batchlab.core.errors import BackendError, UsageError
@@ -65,9 +65,9 @@ def show_task(
         except (BackendError, UsageError) as error:
             given = f"not to be had: {error.message}"
         rows = []
-        for one in found:
-            there = await environment.load(objects, one.outcome.worker, patience)
-            rows.append(_attempt(one, environment.to_json(there) if there else None))
+        for attempt in found:
+            there = await environment.load(objects, attempt.outcome.worker, patience)
+            rows.append(_attempt(attempt, environment.to_json(there) if there else None))
         return {
             "job": bucket.job,
             "stage": name,

@@ -271,7 +271,7 @@ def number_error(error: BadParameter) -> UsageError | None:
     kind = _KINDS.get(first["type"])
     if kind is None:
         return None
-    name = next((one for one in option.opts if one.startswith("-")), "")
+    name = next((opt for opt in option.opts if opt.startswith("-")), "")
     range_ = _range(option.min, option.max)
     return UsageError(
         f"{name or option.metavar} is {kind}{range_}, not {str(first['input'])[:40]}.",
@@ -297,15 +297,15 @@ def parse_pool(text: str) -> Pool:
     """Parse a pool such as `default:0-4x1`; raise UsageError."""
     from batchlab.core.model import Pool
 
-    found = _POOL_FORM.fullmatch(text)
-    if found is None:
+    match = _POOL_FORM.fullmatch(text)
+    if match is None:
         raise UsageError(
             f"The pool {text!r} is not NAME:MIN-MAXxSLOTS.",
             remedy="Write for example default:0-4x1: no to four instances with one slot each. A "
             "name has up to 40 small letters, digits, '-' and '_'.",
         )
-    smallest, largest, slots = (int(number) for number in found.groups()[1:])
-    pool = Pool(found[1], smallest, largest, slots)
+    smallest, largest, slots = (int(number) for number in match.groups()[1:])
+    pool = Pool(match[1], smallest, largest, slots)
     if pool.min_size > pool.max_size or pool.slots < 1:
         raise UsageError(
             f"The pool {text!r} needs MIN ≤ MAX and at least one slot.", remedy="Write for example default:0-4x1."

@@ -106,9 +106,9 @@ def _try_to_write(file: Path, *, folder: bool) -> None:
         file.open("ab").close()
     else:
         # A dangling link is kept: create and remove its target.
-        made = Path(os.path.realpath(file))
-        made.open("xb").close()
-        made.unlink()
+        path = Path(os.path.realpath(file))
+        path.open("xb").close()
+        path.unlink()
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

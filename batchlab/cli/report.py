@@ -87,7 +87,7 @@ def html(
 
     installation.need("web", "The report as a page")
     source = Source(home_of(home), backend, endpoint)
-    with folders(source, [run]) as found, store.opened(found) as connection:
+    with folders(source, [run]) as paths, store.opened(paths) as connection:
         job = only_job(connection)
         file = out or Path(f"{job}.html")
         output.check_writable(file, folder=True)
@@ -103,7 +103,7 @@ def html(
                 "job": job,
                 "file": str(file),
                 "size_bytes": size_bytes,
-                "to_change": [_finding_json(one) for one in made.to_do],
+                "to_change": [_finding_json(finding) for finding in made.to_do],
             }
         )
         return
@@ -228,7 +228,7 @@ def sql(
     from batchlab.reports.queries import store
 
     source = Source(home_of(home), backend, endpoint)
-    with folders(source, runs or ()) as found, store.opened(found) as connection:
+    with folders(source, runs or ()) as paths, store.opened(paths) as connection:
         show(*store.asked(connection, query), json=json, csv=csv)
 
 
@@ -268,7 +268,7 @@ def query(
 
     asked = store.named(name).sql
     source = Source(home_of(home), backend, endpoint)
-    with folders(source, runs or ()) as found, store.opened(found) as connection:
+    with folders(source, runs or ()) as paths, store.opened(paths) as connection:
         show(*store.asked(connection, asked), json=json, csv=csv)
 
 
@@ -447,12 +447,12 @@ def diff(
     wanted = gates(threshold, fail_on or ())
     source = Source(home_of(home), backend, endpoint)
     with folders(source, _named(a)) as before, folders(source, _named(b)) as after:
-        found = compare(runs(before, seed), runs(after, seed), wanted, seed=seed)
+        comparison = compare(runs(before, seed), runs(after, seed), wanted, seed=seed)
     if json:
-        output.show_json(found.to_json())
+        output.show_json(comparison.to_json())
     else:
-        output.show(_markdown(found, gated=bool(wanted)) if markdown else _text(found))
-    if found.broken:
+        output.show(_markdown(comparison, gated=bool(wanted)) if markdown else _text(comparison))
+    if comparison.broken:
         raise typer.Exit(1)
 
 

@@ -120,7 +120,7 @@ def show_summary(summary: Summary, *, json: bool) -> None:
 
 def again(arguments: Iterable[str]) -> str:
     """Return the command line that resumes this one."""
-    same = [one for one in arguments if one not in ("--resume", "--debug")]
+    same = [argument for argument in arguments if argument not in ("--resume", "--debug")]
     return shlex.join(["batchlab", *same, "--resume"])
 
 

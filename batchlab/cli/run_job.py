@@ -158,10 +158,10 @@ class Summary:
         wall = output.span(self.phases.wall_s)
         yield f"{self.job['id']} {self.job['state']} in {wall}: {', '.join(told)}"
         # Show a task of each cause. Others of the same cause fail in the same way.
-        causes = {(one["stage"], one["fingerprint"]): one for one in reversed(self.failures)}
+        causes = {(failure["stage"], failure["fingerprint"]): failure for failure in reversed(self.failures)}
         reason = self.job["reason"]
-        for one in causes.values():
-            reason = without_task(reason, one["stage"], one["task"], one["reason"])
+        for cause in causes.values():
+            reason = without_task(reason, cause["stage"], cause["task"], cause["reason"])
         if reason:
             yield f"  {output.clean(reason)}"
         for one in reversed(causes.values()):
@@ -340,14 +340,14 @@ class _Runner:
     slots: dict[str, int] = field(default_factory=dict)
 
     def run(self, earlier: EarlierRun | None, number: int) -> Summary:
-        known = earlier if earlier and earlier.number == number else None
-        job = asyncio.run(self._start(number, known))
-        if known and known.ended:
-            output.say(f"Job {job.id} has {known.ended} before, and nothing runs again.")
+        earlier_run = earlier if earlier and earlier.number == number else None
+        job = asyncio.run(self._start(number, earlier_run))
+        if earlier_run and earlier_run.ended:
+            output.say(f"Job {job.id} has {earlier_run.ended} before, and nothing runs again.")
             with self.phases.phase("start"):  # until the manager leads
                 view = self.session.call(lambda client: client.job(job.id))
         else:
-            view = self._watch(job, known)
+            view = self._watch(job, earlier_run)
         with self.phases.phase("fetch"):
             failures = self._failures(view)
             fetched = fetch_results(self.session, view, self.request.out)

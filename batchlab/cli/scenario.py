@@ -53,11 +53,21 @@ def list_(json: JsonOption = False) -> None:
     """
     from batchlab.scenarios.model import loader
 
-    found = loader.shipped_scenarios()
+    shipped_scenarios = loader.shipped_scenarios()
     if json:
-        output.show_json([{"name": one.name, "teaches": one.teaches, "file": str(one.path)} for one in found])
+        output.show_json(
+            [
+                {"name": shipped_scenario.name, "teaches": shipped_scenario.teaches, "file": str(shipped_scenario.path)}
+                for shipped_scenario in shipped_scenarios
+            ]
+        )
         return
-    output.show(output.table(("name", "teaches"), [(one.name, one.teaches) for one in found]))
+    output.show(
+        output.table(
+            ("name", "teaches"),
+            [(shipped_scenario.name, shipped_scenario.teaches) for shipped_scenario in shipped_scenarios],
+        )
+    )
 
 
 @app.command()
@@ -90,24 +100,24 @@ def check(
             remedy="Give its arrivals a higher rate or a later until, or another --seed; from, "
             "until and limit may leave nothing of a trace.",
         )
-    seen = expansion.build_curve(scenario, schedule.jobs)
-    doubts = list(warnings(scenario, schedule, seen))
+    curve = expansion.build_curve(scenario, schedule.jobs)
+    doubts = list(warnings(scenario, schedule, curve))
     if json:
-        output.show_json({**_facts(scenario, schedule, seen), "doubts": doubts})
+        output.show_json({**_facts(scenario, schedule, curve), "doubts": doubts})
         return
-    tasks = sum(column.tasks for column in seen.columns)
+    tasks = sum(column.tasks for column in curve.columns)
     output.show(
         f"{path} {'can be run' if doubts else 'is fine'}: scenario {scenario.name}, "
         f"{output.count(len(schedule.jobs), 'job')}, {output.count(tasks, 'task')}, "
-        f"{output.span(seen.work_s)} of work\n\n"
+        f"{output.span(curve.work_s)} of work\n\n"
         f"{output.visible(scenario.about)}\n"
     )
     if told := list(_traces(scenario)):
         output.show("\n".join(told) + "\n")
-    output.show(charts.text(scenario, seen, fancy=_fancy()))
+    output.show(charts.text(scenario, curve, fancy=_fancy()))
     if doubts:
         output.say("\nIs this meant?")
-    for line in (*(f"  {one}" for one in doubts), *_odd(schedule.odd)):
+    for line in (*(f"  {doubt}" for doubt in doubts), *_odd(schedule.odd)):
         output.say(line)
 
 
@@ -210,6 +220,6 @@ def warnings(scenario: Scenario, schedule: Schedule, curve: Curve) -> Iterator[s
     for fault in scenario.faults:
         if fault.at_s >= done_s:
             yield f"The fault {fault.name.value} at {charts.span(fault.at_s)} {done}."
-    for one in scenario.prewarm:
-        if one.at_s >= done_s:
-            yield f"The prewarm of '{one.pool}' at {charts.span(one.at_s)} {done}."
+    for prewarm in scenario.prewarm:
+        if prewarm.at_s >= done_s:
+            yield f"The prewarm of '{prewarm.pool}' at {charts.span(prewarm.at_s)} {done}."

@@ -243,8 +243,8 @@ def _met(plan: Plan) -> str:
 
 
 def _undone(plan: Plan) -> str:
-    failed = max(one.failed_jobs for one in plan.outcomes)
-    lost = max(one.lost for one in plan.outcomes)
+    failed = max(outcome.failed_jobs for outcome in plan.outcomes)
+    lost = max(outcome.lost for outcome in plan.outcomes)
     why = []
     if failed:
         why.append(f"up to {output.count(failed, 'job')} fail")
@@ -256,7 +256,7 @@ def _undone(plan: Plan) -> str:
 
 def _too_dear(plan: Plan) -> str:
     budget = shown(plan.goal.budget_usd or 0.0)
-    costs = [one.usd for one in plan.outcomes]
+    costs = [outcome.usd for outcome in plan.outcomes]
     told = (
         f"No fleet was found that is in time for {budget} in {REQUIRED_SHARE:.0%} of all seeds. "
         f"The nearest is both in {plan.met.met} of {plan.met.of}: it costs {shown(mean(costs))} "
@@ -276,7 +276,7 @@ def _span(seconds: float) -> str:
 def _candidate(candidate: Candidate) -> Iterator[str]:
     yield output.table(
         ("pool", "minimum", "maximum", "spot"),
-        [(one.pool, one.min_size, one.max_size, f"{one.spot:.0%}") for one in candidate.fleets],
+        [(fleet.pool, fleet.min_size, fleet.max_size, f"{fleet.spot:.0%}") for fleet in candidate.fleets],
     )
     yield f"drain target  {_drain(candidate)}"
     yield f"pre-warm      {_warm(candidate)}"
@@ -288,8 +288,8 @@ def _drain(candidate: Candidate) -> str:
 
 def _warm(candidate: Candidate) -> str:
     told = (
-        f"{one.min_size} in pool {one.pool} from {output.span(one.at_s)} until {output.span(one.until_s)}"
-        for one in candidate.prewarm
+        f"{prewarm.min_size} in pool {prewarm.pool} from {output.span(prewarm.at_s)} until {output.span(prewarm.until_s)}"
+        for prewarm in candidate.prewarm
     )
     return "; ".join(told) or "nothing"
 
@@ -305,15 +305,15 @@ def _sure(plan: Plan) -> Iterator[str]:
         )
     if plan.undone:
         yield f"Not all of the work is done in {plan.undone} of {len(outcomes)} seeds."
-    if (late := max(one.late for one in outcomes)) > 0:
+    if (late := max(outcome.late for outcome in outcomes)) > 0:
         yield f"Up to {output.count(late, 'job')} a run miss their own deadlines."
     if (missed := plan.missed_waves).met:
         yield (
             f"The Spot wave hit no instance in {missed.met} of {missed.of} seeds: what it would "
             "have cost there is not known."
         )
-    finish = quantiles([one.finish_s for one in outcomes])
-    usd = quantiles([one.usd for one in outcomes])
+    finish = quantiles([outcome.finish_s for outcome in outcomes])
+    usd = quantiles([outcome.usd for outcome in outcomes])
     yield output.table(
         ("over seeds", *QUANTILES),
         [
@@ -368,9 +368,9 @@ def _row(point: EvaluatedCandidate, plan: Plan) -> tuple[str, ...]:
         _mark(point, plan),
         shown(point.usd),
         output.span(point.finish_s),
-        ", ".join(str(one.min_size) for one in fleets),
-        ", ".join(str(one.max_size) for one in fleets),
-        ", ".join(f"{one.spot:.0%}" for one in fleets),
+        ", ".join(str(fleet.min_size) for fleet in fleets),
+        ", ".join(str(fleet.max_size) for fleet in fleets),
+        ", ".join(f"{fleet.spot:.0%}" for fleet in fleets),
         _drain(point.candidate),
         _warm(point.candidate),
     )
@@ -406,7 +406,7 @@ def as_yaml(scenario: Scenario) -> str:
     if told := {name: duration(s) for name, s in times.items() if s is not None}:
         doc["policy"] = told
     if scenario.prewarm:
-        doc["prewarm"] = [_prewarmed(one) for one in scenario.prewarm]
+        doc["prewarm"] = [_prewarmed(prewarm) for prewarm in scenario.prewarm]
     found: str = yaml.safe_dump(doc, sort_keys=False, default_flow_style=None, width=100)
     return found.rstrip()
 

@@ -99,8 +99,8 @@ def _of_record(request: RecordRequest) -> RecordedWorkload:
     from batchlab.scenarios.replay import recording
 
     assert request.record
-    found = records.read(request.record)
-    return recording.from_record(found, _name(request.name or f"{found.scenario}-recorded"))
+    record = records.read(request.record)
+    return recording.from_record(record, _name(request.name or f"{record.scenario}-recorded"))
 
 
 def _of_jobs(request: RecordRequest) -> RecordedWorkload:
@@ -109,7 +109,7 @@ def _of_jobs(request: RecordRequest) -> RecordedWorkload:
 
     home = request.home
     facts = [bills.facts_of(home, text) for text in request.jobs or ("last",)]
-    views: dict[str, JobView] = {one.job["id"]: one.job for one in facts}
+    views: dict[str, JobView] = {fact.job["id"]: fact.job for fact in facts}
     for view in views.values():
         if view["state"] not in ENDED:
             raise UsageError(
@@ -153,9 +153,9 @@ def _fleet(home: Home, backend: Backend) -> tuple[list[PoolPlan], Mapping[str, f
         return [PoolPlan(pool) for pool in pools], grid["settings"]
     kept = StateFile(home.fleet / "groups.json").load()
     groups = saved_state.decode(kept)[0] if kept else {}
-    found = [PoolPlan(group.pool) for group in groups.values()]
+    pool_plans = [PoolPlan(group.pool) for group in groups.values()]
     policy = asdict(settings.applied(backend, home).manager)
-    return found or [PoolPlan(pool) for pool in backend.pools], policy
+    return pool_plans or [PoolPlan(pool) for pool in backend.pools], policy
 
 
 def _name(text: str) -> str:
@@ -242,39 +242,41 @@ def calibrate(
     from batchlab.scenarios import record
     from batchlab.scenarios.forecast import calibration
 
-    found = calibration.calibrate([record.read(path) for path in records])
+    calibration_result = calibration.calibrate([record.read(path) for path in records])
     if out is not None:
-        calibration.write(found.calibration, out)
+        calibration.write(calibration_result.calibration, out)
     if json:
         output.show_json(
             {
-                "backend": found.calibration.backend,
-                "runs": found.calibration.runs,
-                "quantities": [one.to_json() for one in found.quantities],
-                "notes": list(found.notes),
+                "backend": calibration_result.calibration.backend,
+                "runs": calibration_result.calibration.runs,
+                "quantities": [quantity.to_json() for quantity in calibration_result.quantities],
+                "notes": list(calibration_result.notes),
             }
         )
     else:
-        output.show(_calibrated(found))
+        output.show(_calibrated(calibration_result))
     if out is not None:
         output.say(f"Written to {out}.")
 
 
 def _calibrated(found: CalibrationResult) -> str:
-    made = found.calibration
+    calibration = found.calibration
     rows = [
         (
-            one.name,
-            one.of or "-",
-            _quantity(one, one.value),
-            "-" if one.low is None else f"{_quantity(one, one.low)} to {_quantity(one, one.high)}",
-            f"{one.observations:,} {one.what}",
-            one.why and f"left out: {one.why}",
+            quantity.name,
+            quantity.of or "-",
+            _quantity(quantity, quantity.value),
+            "-"
+            if quantity.low is None
+            else f"{_quantity(quantity, quantity.low)} to {_quantity(quantity, quantity.high)}",
+            f"{quantity.observations:,} {quantity.what}",
+            quantity.why and f"left out: {quantity.why}",
         )
-        for one in found.quantities
+        for quantity in found.quantities
     ]
     told = [
-        f"Backend {made.backend}, from {output.count(made.runs, 'record')}",
+        f"Backend {calibration.backend}, from {output.count(calibration.runs, 'record')}",
         "",
         output.table(("what", "of", "median", "quartiles", "from", ""), rows),
     ]
@@ -291,8 +293,10 @@ def _quantity(one: CalibratedValue, value: float | None) -> str:
 
 def comparison_text(comparison: Comparison) -> str:
     """Return a comparison as text, for `scenario compare` and `scenario replay`."""
-    known = (one for one in comparison.differences if (one.forecast, one.fact) != (None, None))
-    rows = [_row(one) for one in known]
+    differences = (
+        difference for difference in comparison.differences if (difference.forecast, difference.fact) != (None, None)
+    )
+    rows = [_row(one) for one in differences]
     columns = ("measure", "jobs", "forecast", "fact", "error", "relative")
     compressed = comparison.compressed
     at = "" if compressed == 1 else f", times divided by {compressed:g}"

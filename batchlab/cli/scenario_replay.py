@@ -101,18 +101,18 @@ def run(request: ReplayRequest, *, json: bool) -> None:
     if request.out:
         output.check_writable(request.out, folder=True)
     path = request.out or _free(request.home.records, scenario.name)
-    found = _replayed(request, backend, scenario, path)
-    _note_late(found)
-    rows = verdicts.judge(found, scenario.expect)
+    record = _replayed(request, backend, scenario, path)
+    _note_late(record)
+    rows = verdicts.judge(record, scenario.expect)
     comparison = None
-    if request.forecast and not found.cut:
-        comparison = _compared(request, backend, scenario, found, calibration)
+    if request.forecast and not record.cut:
+        comparison = _compared(request, backend, scenario, record, calibration)
     if json:
         output.show_json(
             {
                 "record": str(path),
                 "red": verdicts.is_red(rows),
-                "cut": found.cut,
+                "cut": record.cut,
                 "verdict": [row.to_json() for row in rows],
                 "comparison": comparison.to_json() if comparison else None,
             }
@@ -127,7 +127,7 @@ def run(request: ReplayRequest, *, json: bool) -> None:
             f"The grid stays up, with the policy that {request.home.settings_file} says; without "
             "that file the next one has the backend's own."
         )
-    if found.cut == INTERRUPTED:
+    if record.cut == INTERRUPTED:
         raise typer.Exit(output.INTERRUPTED)
     if verdicts.is_red(rows):
         raise typer.Exit(1)
@@ -157,9 +157,9 @@ def _note_fleet(scenario: Scenario, backend: Backend) -> None:
 def _free(folder: Path, name: str) -> Path:
     """Return the next free name for a record."""
     numbers = [
-        int(found[1])
+        int(match[1])
         for path in folder.glob(f"{name}-*.json")
-        if (found := re.fullmatch(rf"{re.escape(name)}-(\d+)\.json", path.name))
+        if (match := re.fullmatch(rf"{re.escape(name)}-(\d+)\.json", path.name))
     ]
     return folder / f"{name}-{max(numbers, default=0) + 1}.json"
 
@@ -214,11 +214,11 @@ async def _run(request: ReplayRequest, session: Session, scenario: Scenario, fro
     from batchlab.scenarios.replay import driver
 
     home, backend = session.home, session.backend
-    found = home.record()
-    assert found
+    manager_record = home.record()
+    assert manager_record
 
     # Faults start replacement managers at the same address, so the client works with each of them.
-    with Client.of(home, found) as client, _stopping() as stop, ReplayDisplay() as shown:
+    with Client.of(home, manager_record) as client, _stopping() as stop, ReplayDisplay() as shown:
 
         def injector() -> FaultInjector:
             return injector_for(

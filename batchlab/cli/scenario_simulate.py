@@ -119,10 +119,10 @@ def calibrated(file: Path | None, backend: str, compressed: float) -> Calibratio
 
     if file is None:
         return None
-    found = calibrate.read(file)
-    if note := calibrate.check_fit(found, backend, compressed):
+    calibration = calibrate.read(file)
+    if note := calibrate.check_fit(calibration, backend, compressed):
         output.say(f"Note: {note}.")
-    return found
+    return calibration
 
 
 def _note_duration(scenario: Scenario, seed: int | None) -> None:
@@ -164,13 +164,13 @@ def _facts(made: Record, rows: list[VerdictRow]) -> dict[str, object]:
         "measures": _measures(made),
         "faults": [
             {
-                "fault": one.name,
-                "at_s": one.at_s,
-                "targets": list(one.targets),
-                "evidence": one.evidence,
-                "impossible": one.impossible,
+                "fault": fault.name,
+                "at_s": fault.at_s,
+                "targets": list(fault.targets),
+                "evidence": fault.evidence,
+                "impossible": fault.impossible,
             }
-            for one in made.faults
+            for fault in made.faults
         ],
         "jobs": len(made.jobs),
         "tasks": sum(job.planned for job in made.jobs),
@@ -212,7 +212,8 @@ def _text(made: Record, rows: list[VerdictRow]) -> str:
     parts = [head, output.table(("measure", "all jobs", "meaning"), measured)]
     if made.faults:
         told = [
-            (one.name, output.span(one.at_s), one.evidence or f"impossible: {one.impossible}") for one in made.faults
+            (fault.name, output.span(fault.at_s), fault.evidence or f"impossible: {fault.impossible}")
+            for fault in made.faults
         ]
         parts.append(output.table(("fault", "at", "what was seen of it"), told))
     parts.append(charts.verdict_text(rows))

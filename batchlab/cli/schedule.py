@@ -152,7 +152,7 @@ def add(
     Example: batchlab schedule add job.yaml --cron '0 2 * * *' --missed run-all --prewarm 10m
     """
 
-    given = ScheduleArguments(
+    schedule_arguments = ScheduleArguments(
         name=name,
         cron=cron,
         at=at,
@@ -166,7 +166,7 @@ def add(
         due_param=due_param,
         max_cost_usd=cap_of(max_cost) if max_cost else None,
     )
-    view = add_with_upload(home_of(home), file, set_ or (), given, replacing=replace)
+    view = add_with_upload(home_of(home), file, set_ or (), schedule_arguments, replacing=replace)
     if json:
         output.show_json(view)
         return
@@ -446,15 +446,15 @@ def add_with_upload(
 def _described(jobfile: JobFile, given: ScheduleArguments, name: str, now_s: float) -> dict[str, Json]:
     if given.cron and given.at:
         raise UsageError("--cron and --at exclude each other.", remedy="Say one of them.")
-    said = jobfile.job
-    cron = given.cron or (None if given.at else said.cron)
-    at = given.at or (None if cron else said.at)
+    job_spec = jobfile.job
+    cron = given.cron or (None if given.at else job_spec.cron)
+    at = given.at or (None if cron else job_spec.at)
     if not cron and not at:
         raise UsageError(
             "Nothing says when it is to run.",
             remedy="Say --cron '0 2 * * *' or --at 2026-03-29T06:00, or write cron: in the file.",
         )
-    zone = given.timezone or said.timezone
+    zone = given.timezone or job_spec.timezone
     if given.capacity is not None and given.prewarm is None:
         raise UsageError("--capacity is what --prewarm has ready.", remedy="Say --prewarm 10m as well.")
     return {

@@ -169,7 +169,7 @@ class Session:
         assert self._client is not None
         port = urlsplit(self._client.url).port or 0
         pools = self.call(lambda client: client.grid())["pools"]
-        return [Pool(one["name"], one["min"], one["max"], one["slots"]) for one in pools], port
+        return [Pool(pool["name"], pool["min"], pool["max"], pool["slots"]) for pool in pools], port
 
     def _bring_up(self) -> None:
         from batchlab.runtime.manager_process import has_started, start_manager
@@ -340,7 +340,7 @@ def stage_of(bucket: Bucket, stage: str | None) -> StageName:
             f"The bucket does not contain the job {bucket.job}, or its objects have been removed.",
             remedy="Name the job by its whole id, as `batchlab job list` shows it.",
         ) from error
-    names = [one.name for one in job.stages]
+    names = [stage_def.name for stage_def in job.stages]
     if stage is None and len(names) == 1:
         return names[0]
     if stage in names:

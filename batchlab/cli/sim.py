@@ -257,8 +257,8 @@ class Campaign:
 
     def replay(self, failure: Failure) -> str:
         """Return the command that reproduces a failure with the fewest known faults."""
-        found = self.fewest.get(failure.seed)
-        return command(failure, self.weather, found.parts if found else None)
+        shrunk = self.fewest.get(failure.seed)
+        return command(failure, self.weather, shrunk.parts if shrunk else None)
 
     def text(self) -> str:
         """Return the results as text."""
@@ -302,16 +302,16 @@ class Campaign:
 
     def _of(self, failure: Failure) -> Iterator[str]:
         happened = output.count(len(failure.faults), "fault")
-        found = self.fewest.get(failure.seed)
+        shrunk = self.fewest.get(failure.seed)
         if failure.seed not in self.fewest:
             yield f"after {happened}"
-        elif found is None:
+        elif shrunk is None:
             yield f"after {happened}; a replay of only these does not break it"
-        elif not found.least and len(found.parts) == len(failure.faults):
+        elif not shrunk.least and len(shrunk.parts) == len(failure.faults):
             yield f"after {happened}; no fewer that break it were found in time"
         else:
-            least = "the fewest" if found.least else "the fewest found in time"
-            shown = written(found.parts).replace(",", ", ")
+            least = "the fewest" if shrunk.least else "the fewest found in time"
+            shown = written(shrunk.parts).replace(",", ", ")
             yield f"after {happened}, of which {least} that break it are: {shown}"
         yield self.replay(failure)
 
@@ -349,18 +349,18 @@ class Campaign:
             "virtual_s": tally.virtual_ms / 1000,
             "wall_s": round(self.wall_s, 3),
             "faults": {kind.value: {"times": tally.times[kind], "seeds": tally.worlds[kind]} for kind in FaultKind},
-            "failures": [self._failure(one) for one in self.failures],
+            "failures": [self._failure(failure) for failure in self.failures],
         }
 
     def _failure(self, failure: Failure) -> dict[str, Any]:
-        found = self.fewest.get(failure.seed)
+        shrunk = self.fewest.get(failure.seed)
         return {
             "seed": failure.seed,
             "promise": failure.promise,
             "text": failure.text,
             "faults": _list(failure.faults),
-            "fewest": _list(found.parts) if found else None,
-            "least": found.least if found else None,
+            "fewest": _list(shrunk.parts) if shrunk else None,
+            "least": shrunk.least if shrunk else None,
             "replay": self.replay(failure),
         }
 

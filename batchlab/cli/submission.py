@@ -266,6 +266,6 @@ def fetch_results(session: Session, view: JobView, out: Path | None, stages: Seq
     def note(done: int, of: int) -> None:
         notes.say(f"Fetching results: {done:,} of {of:,} outcomes are read.")
 
-    found = asyncio.run(fetch(objects, view, listing, folder, patience=patience(), stages=stages, progress=note))
-    fetches.note(session.home, view["id"], found.read_bytes)
-    return found
+    fetched = asyncio.run(fetch(objects, view, listing, folder, patience=patience(), stages=stages, progress=note))
+    fetches.note(session.home, view["id"], fetched.read_bytes)
+    return fetched

@@ -127,8 +127,8 @@ def _reference(function: Callable[..., Any], known: tuple[bytes, bool] | None, t
 
 def _arguments(call: Call, chunk: Chunk, job: JobId) -> list[Json]:
     try:
-        if not call.kwargs and all(type(one) in _PLAIN for one in call.args):
-            return [values.encode_object(one) for one in call.args]
+        if not call.kwargs and all(type(arg) in _PLAIN for arg in call.args):
+            return [values.encode_object(arg) for arg in call.args]
         return [values.encode_object((call.args, call.kwargs), chunk.file(job))]
     except values.NotAValue as error:
         if error.__cause__ is None:

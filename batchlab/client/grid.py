@@ -204,15 +204,15 @@ class Grid:
         """
         _check_positive(timeout_s=timeout_s)
         link = self._link
-        made = _capped(self._prepared(Path(job), params or {}), max_cost_usd)
-        link.follow(made.id)
+        job_def = _capped(self._prepared(Path(job), params or {}), max_cost_usd)
+        link.follow(job_def.id)
         ended = False
         try:
-            link.call(lambda client: client.submit(made))
-            result = self._wait(made.id, timeout_s)
+            link.call(lambda client: client.submit(job_def))
+            result = self._wait(job_def.id, timeout_s)
             ended = True
         finally:
-            link.leave(made.id, cancel=not ended)
+            link.leave(job_def.id, cancel=not ended)
         if out is not None:
             result.fetch(Path(out))
         return result
@@ -221,9 +221,9 @@ class Grid:
         self, job: PathText | JobDef, *, params: Mapping[str, Any] | None = None, max_cost_usd: float | None = None
     ) -> str:
         """Submit a job file as `run` does, or a JobDef, without waiting. Return the job's id."""
-        made = job if isinstance(job, JobDef) else self._prepared(Path(job), params or {})
-        made = _capped(made, max_cost_usd)
-        return self._link.call(lambda client: client.submit(made))["id"]
+        job_def = job if isinstance(job, JobDef) else self._prepared(Path(job), params or {})
+        job_def = _capped(job_def, max_cost_usd)
+        return self._link.call(lambda client: client.submit(job_def))["id"]
 
     def _prepared(self, file: Path, params: Mapping[str, Any]) -> JobDef:
         # The imports of pydantic and yaml take longer than a map.

@@ -139,8 +139,12 @@ async def fetched(link: Link, one: OutcomeView) -> Outcome:
     else:
         get = partial(link.objects.get, one["key"])
         outcome = json_format.outcome_from_json(json_format.loads(await link.patience(get)))
-    said, bundle = object_keys.outcome_key(one["key"]), outcome.bundle
-    if said is None or (said.job, said.stage, said.bundle) != (bundle.job, bundle.stage, bundle.id):
+    outcome_key, bundle = object_keys.outcome_key(one["key"]), outcome.bundle
+    if outcome_key is None or (outcome_key.job, outcome_key.stage, outcome_key.bundle) != (
+        bundle.job,
+        bundle.stage,
+        bundle.id,
+    ):
         raise BackendError(f"The outcome {one['key']} is one of another bundle.")
     return outcome
 
@@ -222,9 +226,11 @@ def _decoded(stage: str, task: int, encoded: Json | Failure | TaskFailed, *, pic
         return values.decode(encoded, _file, pickles=pickles)
     except Exception as error:  # noqa: BLE001 - unpickling runs whatever code the value names
         name = task_name(stage, task)
-        told = TaskFailed(f"The result of task {name} cannot be read here: {type(error).__name__}: {error}", task=task)
-        told.__cause__ = error
-        return told
+        task_failed = TaskFailed(
+            f"The result of task {name} cannot be read here: {type(error).__name__}: {error}", task=task
+        )
+        task_failed.__cause__ = error
+        return task_failed
 
 
 def _file(reference: Json) -> File:
@@ -285,7 +291,7 @@ class JobResult:
         that did not succeed are skipped. Raise UsageError for an unknown stage."""
         link = self._link
         job = link.run(attempts.definition(link.objects, JobId(self.id), link.patience))
-        names = [one.name for one in job.stages]
+        names = [stage_def.name for stage_def in job.stages]
         if stage is not None and stage not in names:
             raise UsageError(f"Job {self.id} has no stage {stage!r}.", remedy=f"It has {', '.join(names)}.")
         chosen = results.final_stages(job) if stage is None else [StageName(stage)]
@@ -325,8 +331,8 @@ def list_outcomes(link: Link, job: str) -> list[Listed]:
 
 async def _some(values: AsyncIterator[T], count: int) -> list[T]:
     found: list[T] = []
-    async for one in values:
-        found.append(one)
+    async for value in values:
+        found.append(value)
         if len(found) == count:
             break
     return found

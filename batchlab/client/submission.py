@@ -65,7 +65,7 @@ def _with_file(code: CodeType) -> tuple[Any, ...]:
     """Reduce a code object as cloudpickle does, but keep the file name, so that tracebacks show
     it."""
     make, arguments = cloudpickle.Pickler.dispatch_table[CodeType](code)
-    named = (code.co_filename if one == "<dynamic-code>" else one for one in arguments)
+    named = (code.co_filename if argument == "<dynamic-code>" else argument for argument in arguments)
     return make, tuple(named)
 
 
@@ -133,8 +133,8 @@ class Shipping:
             self._look_around()
             known = cloudpickle.list_registry_pickle_by_value()
             ours = [one for one in self._local if one.__name__ not in known]
-            for one in ours:
-                cloudpickle.register_pickle_by_value(one)
+            for our in ours:
+                cloudpickle.register_pickle_by_value(our)
             try:
                 yield
             finally:
@@ -158,7 +158,7 @@ def _arguments(item: Any, file: Callable[[File], Json]) -> Json:
         arguments = list(item)
     except TypeError:
         raise values.NotAValue(f"It is {item!r:.60}, and not a sequence of arguments.") from None
-    return [values.encode_object(one, file) for one in arguments]
+    return [values.encode_object(argument, file) for argument in arguments]
 
 
 def _place(name: str) -> str | None:
@@ -283,10 +283,10 @@ class Outgoing:
             raise
         if not count:
             return None
-        made = replace(
+        job_def = replace(
             draft, stages=(replace(stage, handler=f"pickle:{key}"),), items=count, max_failures=count if tolerant else 0
         )
-        return _Made(made, few)
+        return _Made(job_def, few)
 
     def _submitted(self, job: JobDef, submit: Callable[[Client], T]) -> T:
         link = self._link
@@ -385,7 +385,7 @@ class Outgoing:
     async def _remove(self, job: JobId) -> None:
         for prefix in object_keys.everything_of(job):
             async for page in self._link.objects.list(prefix):
-                await self._link.objects.delete([one.key for one in page])
+                await self._link.objects.delete([object_info.key for object_info in page])
 
 
 def _reference(prefix: str, files: list[tuple[Path, str]], file: File) -> Json:

@@ -180,12 +180,12 @@ SQS_PORTS = Table()
 
 
 async def _take(queue: SqsQueue, name: str, count: int = 1) -> Sequence[Message]:
-    found: list[Message] = []
+    messages: list[Message] = []
     for _ in range(4):
-        found += await queue.receive(name, max_messages=count - len(found), wait_s=3)
-        if len(found) == count:
-            return found
-    raise Differs(f"{len(found)} of {count} messages came")
+        messages += await queue.receive(name, max_messages=count - len(messages), wait_s=3)
+        if len(messages) == count:
+            return messages
+    raise Differs(f"{len(messages)} of {count} messages came")
 
 
 @SQS_PORTS.check(
@@ -254,12 +254,12 @@ async def port_refused(site: Site) -> None:
     async with site.port() as queue:
         await queue.ensure(QueueSpec("a", visibility_s=300))
         await queue.send("a", [Outgoing("one"), Outgoing("two")])
-        one, two = await _take(queue, "a", 2)
-        changes = [(one.receipt, 0.0), ("nonsense", 0.0), (two.receipt, 300.0)]
+        message, two = await _take(queue, "a", 2)
+        changes = [(message.receipt, 0.0), ("nonsense", 0.0), (two.receipt, 300.0)]
         refused = await queue.change_visibility("a", changes)
         expect(list(refused) == ["nonsense"], "other receipts are refused for a change")
         (again,) = await _take(queue, "a")
-        expect(again.id == one.id, "the good one is not changed")
+        expect(again.id == message.id, "the good one is not changed")
         refused = await queue.delete("a", [again.receipt, "nonsense", two.receipt])
         expect(list(refused) == ["nonsense"], "other receipts are refused for a delete")
         expect(not await queue.receive("a", wait_s=1), "the good ones are not deleted")

@@ -146,8 +146,8 @@ def pages(site: Site) -> None:
     otherwise="nothing",
 )
 def token_nonsense(site: Site) -> None:
-    found = OwnGroup(site).ask("DescribeAutoScalingGroups", NextToken="nonsense")
-    found.refused(400, "InvalidNextToken")
+    answer = OwnGroup(site).ask("DescribeAutoScalingGroups", NextToken="nonsense")
+    answer.refused(400, "InvalidNextToken")
 
 
 # --- Capacity -------------------------------------------------------------------------------------
@@ -271,7 +271,7 @@ def activities(site: Site) -> None:
     group.has(0)
 
     def both() -> list[dict[str, object]]:
-        found = [one for one in group.activities() if only in one["Description"]]
+        found = [activity for activity in group.activities() if only in activity["Description"]]
         return found if len(found) >= 2 else []
 
     newest, oldest = group.until(both, "it does not list both launch and termination")[:2]
@@ -279,7 +279,7 @@ def activities(site: Site) -> None:
     expect(str(oldest["Description"]).startswith("Launching"), "the launch is not told")
     expect(bool(newest.get("Cause") and oldest.get("Cause")), "there is no cause")
     times = newest["StartTime"], oldest["StartTime"]
-    expect(all(isinstance(one, datetime) for one in times), "there is no time")
+    expect(all(isinstance(time, datetime) for time in times), "there is no time")
 
 
 # --- Deletion -------------------------------------------------------------------------------------

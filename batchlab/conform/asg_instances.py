@@ -90,9 +90,9 @@ def hook_gone(site: Site) -> None:
     group = OwnGroup(site)
     (only,) = group.grown(1)
     group.call("PutLifecycleHook", **hook("up", LAUNCHING)).accepted()
-    found = group.complete("up", only)
-    found.refused(400, REFUSED)
-    told = found.data["Error"].get("Message", "")
+    answer = group.complete("up", only)
+    answer.refused(400, REFUSED)
+    told = answer.data["Error"].get("Message", "")
     expect(NO_ACTION in told, f"it says {told!r}")
 
 
@@ -236,8 +236,8 @@ def protect_waiting(site: Site) -> None:
 def protect_51(site: Site) -> None:
     group = OwnGroup(site)
     group.create().accepted()
-    found = group.protect(*(f"i-{number:017x}" for number in range(51)))
-    found.refused(400, REFUSED)
+    answer = group.protect(*(f"i-{number:017x}" for number in range(51)))
+    answer.refused(400, REFUSED)
 
 
 # --- batchlab's own adapter -----------------------------------------------------------------------
@@ -273,8 +273,8 @@ async def port(site: Site) -> None:
         expect(view.desired == 1, f"a second manager sees a desired capacity of {view.desired}")
         expect(_in_service(view) == {second}, "a second manager finds other instances")
     finally:
-        for one in fleets:
-            await one.close()
+        for ec2_fleet in fleets:
+            await ec2_fleet.close()
 
 
 async def _until(site: Site, fleet: Ec2Fleet, members: Callable[[set[str]], bool]) -> list[str]:
@@ -286,16 +286,16 @@ async def _until(site: Site, fleet: Ec2Fleet, members: Callable[[set[str]], bool
     while True:
         await fleet.tick()
         (view,) = await fleet.describe()
-        for one in view.instances:
-            await fleet.ready(one.id)
-        there = {one.id for one in view.instances if one.state is not LifecycleState.TERMINATED}
+        for instance in view.instances:
+            await fleet.ready(instance.id)
+        there = {instance.id for instance in view.instances if instance.state is not LifecycleState.TERMINATED}
         if members(there) and there == _in_service(view):
             return sorted(there)
         if time.monotonic() > ends_s:
-            states = sorted(one.state.value for one in view.instances)
+            states = sorted(instance.state.value for instance in view.instances)
             raise Differs(f"the pool stays at a desired capacity of {view.desired} and {states}")
         await asyncio.sleep(0.1)
 
 
 def _in_service(view: GroupView) -> set[str]:
-    return {one.id for one in view.instances if one.state is LifecycleState.IN_SERVICE}
+    return {instance.id for instance in view.instances if instance.state is LifecycleState.IN_SERVICE}

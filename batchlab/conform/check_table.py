@@ -65,14 +65,16 @@ ALL_CHECKS = "every check"
 def of(results: Sequence[Result], verdict: Verdict, severity: str | None = None, service: str = "") -> int:
     """Return the number of results with this verdict, severity, and service."""
     return sum(
-        one.verdict is verdict and severity in (None, one.check.severity) and service in ("", one.check.service)
-        for one in results
+        result.verdict is verdict
+        and severity in (None, result.check.severity)
+        and service in ("", result.check.service)
+        for result in results
     )
 
 
 def relied_on(results: Sequence[Result]) -> bool:
     """Return whether all rules that batchlab needs hold."""
-    return all(one.verdict is Verdict.AGREES or one.check.severity is Severity.NOTED for one in results)
+    return all(result.verdict is Verdict.AGREES or result.check.severity is Severity.NOTED for result in results)
 
 
 def agrees(results: Sequence[Result]) -> bool:
@@ -102,7 +104,7 @@ def verdict_text(results: Sequence[Result]) -> str:
     """Return a summary of the run in one or two sentences."""
     parts = []
     for severity, what in ((Severity.NEEDED, "needed"), (Severity.NOTED, "noted")):
-        some = [one for one in results if one.check.severity is severity]
+        some = [result for result in results if result.check.severity is severity]
         held = of(some, Verdict.AGREES)
         if some:
             parts.append(f"{held} of {len(some)} {what} rules {'holds' if held == 1 else 'hold'}")
@@ -115,9 +117,15 @@ def section(name: str, results: Sequence[Result]) -> str:
     lines = [f"### {name}", "", verdict_text(results)]
     for verdict, title in ((Verdict.DIFFERS, "observed"), (Verdict.UNTRIED, "why not tested")):
         rows = [
-            (f"`{one.check.name}`", one.check.severity.value, one.check.rule, one.observed, one.check.follows)
-            for one in results
-            if one.verdict is verdict
+            (
+                f"`{result.check.name}`",
+                result.check.severity.value,
+                result.check.rule,
+                result.observed,
+                result.check.follows,
+            )
+            for result in results
+            if result.verdict is verdict
         ]
         if rows:
             head = ("check", "", "AWS's rule", title, "effect on batchlab")
@@ -127,7 +135,9 @@ def section(name: str, results: Sequence[Result]) -> str:
 
 def list_section(checks: Iterable[Check]) -> str:
     """Return the list of checks as a section of the page."""
-    rows = [(f"`{one.name}`", one.severity.value, one.rule, linked(one.source), one.promise) for one in checks]
+    rows = [
+        (f"`{check.name}`", check.severity.value, check.rule, linked(check.source), check.promise) for check in checks
+    ]
     head = ("check", "", "AWS's rule", "AWS documentation", "use in batchlab")
     return "\n".join([f"### {ALL_CHECKS.capitalize()}", "", *_table(head, rows)])
 
@@ -143,7 +153,7 @@ def merged(page: str, name: str, text: str) -> str:
     """Return `page` with the section `name` replaced, or appended if it does not exist."""
     begin, end = f"<!-- conform: {name} -->", "<!-- conform end -->"
     block = f"{begin}\n{text}\n{end}"
-    found = re.search(f"{re.escape(begin)}.*?{re.escape(end)}", page, re.DOTALL)
-    if found is None:
+    match = re.search(f"{re.escape(begin)}.*?{re.escape(end)}", page, re.DOTALL)
+    if match is None:
         return f"{page.rstrip()}\n\n{block}\n".lstrip()
-    return page[: found.start()] + block + page[found.end() :]
+    return page[: match.start()] + block + page[match.end() :]

@@ -65,9 +65,9 @@ def create_taken(site: Site) -> None:
 def create_repeated(site: Site) -> None:
     etag = site.put("a", b"mine", if_absent=True).accepted().data.get("ETag")
     site.put("a", b"mine", if_absent=True).refused(412, "PreconditionFailed")
-    found = site.get("a").accepted()
-    expect(found.body == b"mine", "the first try's content is gone")
-    expect(found.data.get("ETag") == etag, "the ETag is not the first try's")
+    answer = site.get("a").accepted()
+    expect(answer.body == b"mine", "the first try's content is gone")
+    expect(answer.data.get("ETag") == etag, "the ETag is not the first try's")
 
 
 @S3_CREATE.check(
@@ -96,11 +96,11 @@ def create_race(site: Site) -> None:
 def _one_winner(site: Site, key: str, answers: Mapping[int, Answer]) -> None:
     winners = [racer for racer, one in answers.items() if not one.code]
     conflicts = 0
-    for one in answers.values():
-        if one.code == "ConditionalRequestConflict" and one.status == 409:
+    for answer in answers.values():
+        if answer.code == "ConditionalRequestConflict" and answer.status == 409:
             conflicts += 1
-        elif one.code:
-            one.refused(412, "PreconditionFailed")
+        elif answer.code:
+            answer.refused(412, "PreconditionFailed")
     if not winners and conflicts:
         # All calls may get a conflict, which means to try again. The next call is then the only
         # one.
@@ -191,8 +191,8 @@ def overwrite_whole(site: Site) -> None:
 )
 def put_empty(site: Site) -> None:
     site.put("a", b"").accepted()
-    found = site.head("a").accepted()
-    expect(found.data.get("ContentLength") == 0, "its size is not 0")
+    answer = site.head("a").accepted()
+    expect(answer.data.get("ContentLength") == 0, "its size is not 0")
     expect(site.get("a").accepted().body == b"", "it is not empty")
 
 
@@ -450,8 +450,8 @@ def list_changing(site: Site) -> None:
 )
 def keys_odd(site: Site) -> None:
     for key in ODD_KEYS:
-        found = site.put(key, key.encode())
-        expect(not found.code, f"{key!r}: {found}")
+        answer = site.put(key, key.encode())
+        expect(not answer.code, f"{key!r}: {answer}")
     for key in ODD_KEYS:
         expect(site.get(key).body == key.encode(), f"{key!r} does not come back")
     listed = site.keys()

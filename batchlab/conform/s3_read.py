@@ -47,9 +47,9 @@ def read_own_overwrite(site: Site) -> None:
     for number in range(20):
         data = str(number).encode()
         etag = site.put("a", data).accepted().data.get("ETag")
-        found = site.get("a").accepted()
-        expect(found.body == data, "a read right after it gives the old object")
-        expect(found.data.get("ETag") == etag, "a read right after it gives the old ETag")
+        answer = site.get("a").accepted()
+        expect(answer.body == data, "a read right after it gives the old object")
+        expect(answer.data.get("ETag") == etag, "a read right after it gives the old ETag")
 
 
 @S3_READ.check(
@@ -119,10 +119,10 @@ def bucket_missing(site: Site) -> None:
 )
 def range_inside(site: Site) -> None:
     site.put("a", TEN).accepted()
-    found = site.get("a", Range="bytes=3-5").accepted()
-    expect(found.body == b"345", "it gives other bytes")
-    expect(found.status == 206, f"the status is {found.status}")
-    expect(found.data.get("ContentRange") == "bytes 3-5/10", "the Content-Range is another")
+    answer = site.get("a", Range="bytes=3-5").accepted()
+    expect(answer.body == b"345", "it gives other bytes")
+    expect(answer.status == 206, f"the status is {answer.status}")
+    expect(answer.data.get("ContentRange") == "bytes 3-5/10", "the Content-Range is another")
 
 
 @S3_READ.check(
@@ -135,9 +135,9 @@ def range_inside(site: Site) -> None:
 )
 def range_cut(site: Site) -> None:
     site.put("a", TEN).accepted()
-    found = site.get("a", Range="bytes=7-99").accepted()
-    expect(found.body == b"789", "it gives other bytes")
-    expect(found.status == 206, f"the status is {found.status}")
+    answer = site.get("a", Range="bytes=7-99").accepted()
+    expect(answer.body == b"789", "it gives other bytes")
+    expect(answer.status == 206, f"the status is {answer.status}")
 
 
 @S3_READ.check(
@@ -179,8 +179,8 @@ def get_unchanged(site: Site) -> None:
 def get_changed(site: Site) -> None:
     etag = str(site.put("a", b"run").accepted().data.get("ETag"))
     site.put("a", b"cancel").accepted()
-    found = site.get("a", IfNoneMatch=etag).accepted()
-    expect(found.body == b"cancel", "it gives the old object")
+    answer = site.get("a", IfNoneMatch=etag).accepted()
+    expect(answer.body == b"cancel", "it gives the old object")
 
 
 @S3_READ.check(
@@ -192,8 +192,8 @@ def get_changed(site: Site) -> None:
     otherwise="a cleanup cannot be repeated after a crash",
 )
 def delete_missing(site: Site) -> None:
-    found = site.delete("nothing").accepted()
-    expect(found.status == 204, f"the status is {found.status}")
+    answer = site.delete("nothing").accepted()
+    expect(answer.status == 204, f"the status is {answer.status}")
 
 
 @S3_READ.check(

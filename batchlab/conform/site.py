@@ -224,13 +224,13 @@ class OwnQueue:
 
         Raise Differs if they do not arrive.
         """
-        found: list[Received] = []
+        receiveds: list[Received] = []
         ends_s = time.monotonic() + after_s + self.arrives_s
-        while len(found) < count:
-            found += self.receive(min(10, count - len(found)), wait_s=1, **more)
-            if len(found) < count and time.monotonic() > ends_s:
-                raise Differs(f"{len(found)} of {count} messages came")
-        return found
+        while len(receiveds) < count:
+            receiveds += self.receive(min(10, count - len(receiveds)), wait_s=1, **more)
+            if len(receiveds) < count and time.monotonic() > ends_s:
+                raise Differs(f"{len(receiveds)} of {count} messages came")
+        return receiveds
 
     def one(self, **more: Any) -> Received:
         """Receive the next message."""
@@ -353,8 +353,8 @@ class OwnGroup:
 
     def described(self) -> list[dict[str, Any]]:
         """Return the groups with this name from DescribeAutoScalingGroups."""
-        found = self.ask("DescribeAutoScalingGroups", AutoScalingGroupNames=[self.name])
-        return list(found.accepted().data["AutoScalingGroups"])
+        answer = self.ask("DescribeAutoScalingGroups", AutoScalingGroupNames=[self.name])
+        return list(answer.accepted().data["AutoScalingGroups"])
 
     def now(self) -> dict[str, Any]:
         """Return the current description of the group."""

@@ -63,8 +63,8 @@ def queue_missing(site: Site) -> None:
     sqs = site.target.sqs
     name = site.new_name()
     answer("GetQueueUrl", lambda: sqs.get_queue_url(QueueName=name)).refused(400, NO_QUEUE)
-    there = site.queue()
-    nowhere = OwnQueue(site.target, name, there.url.replace(there.name, name))
+    own_queue = site.queue()
+    nowhere = OwnQueue(site.target, name, own_queue.url.replace(own_queue.name, name))
     for found in (
         nowhere.send("a"),
         nowhere.send_batch("a"),
@@ -149,8 +149,8 @@ def attributes_update(site: Site) -> None:
 def attributes_refused(site: Site) -> None:
     queue = site.queue()
     for name, value in (("VisibilityTimeout", "43201"), ("MessageRetentionPeriod", "59")):
-        found = queue.call("SetQueueAttributes", Attributes={name: value})
-        found.refused(400, "InvalidAttributeValue")
+        answer = queue.call("SetQueueAttributes", Attributes={name: value})
+        answer.refused(400, "InvalidAttributeValue")
 
 
 @SQS_QUEUES.check(
@@ -302,8 +302,8 @@ def dead_letter_neighbours(site: Site) -> None:
     dead = site.queue()
     queue = site.queue(VisibilityTimeout="600", RedrivePolicy=_redrive(dead, 1))
     queue.send_batch(*(f"poison-{number}" for number in range(10))).accepted()
-    for one in queue.take(10):
-        queue.hide(one.receipt, 0).accepted()
+    for received in queue.take(10):
+        queue.hide(received.receipt, 0).accepted()
     queue.send("good").accepted()
     expect(queue.one().body == "good", "a dead letter comes in place of the good one")
     arrived: set[str] = set()
@@ -311,7 +311,7 @@ def dead_letter_neighbours(site: Site) -> None:
     while len(arrived) < 10 and time.monotonic() < ends_s:
         # Emulators move the messages only during a receive.
         expect(not queue.receive(), "a dead letter is received once more")
-        arrived |= {one.body for one in dead.receive(wait_s=1)}
+        arrived |= {received.body for received in dead.receive(wait_s=1)}
     expect(len(arrived) == 10, f"{10 - len(arrived)} of 10 do not arrive there")
 
 

@@ -183,10 +183,10 @@ def _woken(queue: OwnQueue, call: Callable[[], Answer]) -> Received:
         time.sleep(0.5)
         begun_s = time.monotonic()
         call().accepted()
-        found = polling.result()
-    expect(bool(found), "a waiting receive ends empty")
+        receiveds = polling.result()
+    expect(bool(receiveds), "a waiting receive ends empty")
     expect(time.monotonic() - begun_s < WAKES_S, "a waiting receive sleeps on")
-    return found[0]
+    return receiveds[0]
 
 
 @SQS_RECEIVE.check(
@@ -338,9 +338,9 @@ def share(site: Site) -> None:
 
     def receiver() -> list[str]:
         got: list[str] = []
-        while found := queue.receive(3, wait_s=1):
-            got += [one.body for one in found]
-            for one in found:
+        while receiveds := queue.receive(3, wait_s=1):
+            got += [one.body for one in receiveds]
+            for one in receiveds:
                 queue.delete(one.receipt).accepted()
         return got
 
@@ -428,8 +428,8 @@ def delete_twice(site: Site) -> None:
     otherwise="nothing",
 )
 def delete_nonsense(site: Site) -> None:
-    found = site.queue().delete("nonsense")
-    expect(found.code == "ReceiptHandleIsInvalid", str(found))
+    answer = site.queue().delete("nonsense")
+    expect(answer.code == "ReceiptHandleIsInvalid", str(answer))
 
 
 @SQS_RECEIPTS.check(
@@ -551,9 +551,9 @@ def stale_change(site: Site) -> None:
 def change_expired(site: Site) -> None:
     queue, held = _held(site, VisibilityTimeout="1")
     time.sleep(2.5)
-    found = queue.hide(held.receipt, 2)
-    if found.code:
-        found.refused(400, "AWS.SimpleQueueService.MessageNotInflight", "MessageNotInflight")
+    answer = queue.hide(held.receipt, 2)
+    if answer.code:
+        answer.refused(400, "AWS.SimpleQueueService.MessageNotInflight", "MessageNotInflight")
     expect(queue.one().id == held.id, "another message comes")
 
 

@@ -34,9 +34,9 @@ def body(site: Site) -> None:
     sent = queue.send(text).accepted().data
     md5 = hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()
     expect(sent.get("MD5OfMessageBody") == md5, "the MD5 answered is not the body's")
-    found = queue.one()
-    expect(found.body == text, "another body arrives")
-    expect(found.id == sent.get("MessageId"), "the message has another id than was answered")
+    received = queue.one()
+    expect(received.body == text, "another body arrives")
+    expect(received.id == sent.get("MessageId"), "the message has another id than was answered")
 
 
 @SQS_SEND.check(
@@ -132,8 +132,8 @@ def batch_10(site: Site) -> None:
     otherwise="nothing",
 )
 def batch_11(site: Site) -> None:
-    found = site.queue().send_batch(*"abcdefghijk")
-    found.refused(400, "AWS.SimpleQueueService.TooManyEntriesInBatchRequest")
+    answer = site.queue().send_batch(*"abcdefghijk")
+    answer.refused(400, "AWS.SimpleQueueService.TooManyEntriesInBatchRequest")
 
 
 @SQS_SEND.check(
@@ -146,8 +146,8 @@ def batch_11(site: Site) -> None:
 )
 def batch_same_ids(site: Site) -> None:
     entries = [{"Id": "a", "MessageBody": "1"}, {"Id": "a", "MessageBody": "2"}]
-    found = site.queue().call("SendMessageBatch", Entries=entries)
-    found.refused(400, "AWS.SimpleQueueService.BatchEntryIdsNotDistinct")
+    answer = site.queue().call("SendMessageBatch", Entries=entries)
+    answer.refused(400, "AWS.SimpleQueueService.BatchEntryIdsNotDistinct")
 
 
 @SQS_SEND.check(
@@ -159,8 +159,8 @@ def batch_same_ids(site: Site) -> None:
     otherwise="nothing",
 )
 def batch_empty(site: Site) -> None:
-    found = site.queue().call("SendMessageBatch", Entries=[])
-    found.refused(400, "AWS.SimpleQueueService.EmptyBatchRequest")
+    answer = site.queue().call("SendMessageBatch", Entries=[])
+    answer.refused(400, "AWS.SimpleQueueService.EmptyBatchRequest")
 
 
 @SQS_SEND.check(
@@ -176,7 +176,7 @@ def batch_256k(site: Site) -> None:
     half = "x" * (MAX_MESSAGE_BYTES // 2)
     sent = queue.send_batch(half, half).accepted().data
     expect(len(sent.get("Successful", ())) == 2, "some entries failed")
-    expect([one.body for one in queue.take(2)] == [half, half], "other bodies arrive")
+    expect([received.body for received in queue.take(2)] == [half, half], "other bodies arrive")
 
 
 @SQS_SEND.check(
@@ -188,8 +188,8 @@ def batch_256k(site: Site) -> None:
     otherwise="nothing",
 )
 def batch_over_1m(site: Site) -> None:
-    found = site.queue().send_batch("x" * (MIB // 2), "x" * (MIB // 2), "y")
-    found.refused(400, "AWS.SimpleQueueService.BatchRequestTooLong")
+    answer = site.queue().send_batch("x" * (MIB // 2), "x" * (MIB // 2), "y")
+    answer.refused(400, "AWS.SimpleQueueService.BatchRequestTooLong")
 
 
 _BAD_ENTRIES: tuple[dict[str, Any], ...] = (
@@ -210,8 +210,8 @@ def _first_refused(site: Site) -> tuple[OwnQueue, Any]:
     # Other checks test which entries are invalid. This one uses the first that the endpoint
     # refuses.
     for bad in _BAD_ENTRIES:
-        queue, found = _half_bad(site, bad)
-        if failed := found.accepted().data.get("Failed"):
+        queue, answer = _half_bad(site, bad)
+        if failed := answer.accepted().data.get("Failed"):
             return queue, failed
     raise Untried("no entry that AWS refuses is refused")
 
@@ -226,10 +226,10 @@ def _first_refused(site: Site) -> tuple[OwnQueue, Any]:
 )
 def batch_told(site: Site) -> None:
     for bad in _BAD_ENTRIES:
-        queue, found = _half_bad(site, bad)
-        if found.code:
+        queue, answer = _half_bad(site, bad)
+        if answer.code:
             continue
-        failed = {one["Id"] for one in found.data.get("Failed", ())}
+        failed = {one["Id"] for one in answer.data.get("Failed", ())}
         expect("good" not in failed, "a good entry fails")
         late = "DelaySeconds" in bad
         told = ["good"] if "bad" in failed or late else [bad["MessageBody"], "good"]
@@ -278,11 +278,11 @@ def message_attributes(site: Site) -> None:
     queue = site.queue()
     attributes = {"trace": {"DataType": "String", "StringValue": "abc"}}
     queue.send("a", MessageAttributes=attributes).accepted()
-    found = queue.one()
+    received = queue.one()
     md5 = hashlib.md5(b"a", usedforsecurity=False).hexdigest()
-    expect(found.body == "a", "another body arrives")
-    expect(found.raw.get("MD5OfBody") == md5, "the MD5 is not the body's")
-    expect("MessageAttributes" not in found.raw, "they come unasked")
+    expect(received.body == "a", "another body arrives")
+    expect(received.raw.get("MD5OfBody") == md5, "the MD5 is not the body's")
+    expect("MessageAttributes" not in received.raw, "they come unasked")
 
 
 @SQS_SEND.check(
@@ -323,11 +323,11 @@ def delay_each(site: Site) -> None:
 
 
 def _only_late(queue: OwnQueue, begun_s: float) -> None:
-    found = queue.take()
-    expect([one.body for one in found] == ["late"], "something else comes")
+    receiveds = queue.take()
+    expect([received.body for received in receiveds] == ["late"], "something else comes")
     expect(time.monotonic() - begun_s > 2 - EARLY_S, "it comes too early")
     # A slow machine may miss a delay of two seconds, but not one of ten minutes.
-    queue.delete(found[0].receipt)
+    queue.delete(receiveds[0].receipt)
     expect(queue.empty(), "one comes that is not due")
 
 

@@ -468,4 +468,4 @@ def notification_view(one: Notification) -> NotificationView:
 def log_view(notifying: Notifier, limit: int) -> NotificationsView:
     """Return at most `limit` notifications of the current log."""
     every = [*notifying.book.pending.values(), *reversed(notifying.book.log)]
-    return {"notifications": [notification_view(one) for one in every[:limit]]}
+    return {"notifications": [notification_view(notification) for notification in every[:limit]]}

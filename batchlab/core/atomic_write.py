@@ -69,10 +69,10 @@ def make_folder(folder: Path) -> None:
     while not folder.exists():
         made.append(folder)
         folder = folder.parent
-    for one in reversed(made):
+    for path in reversed(made):
         # The parents get the permissions of the user's umask.
-        one.mkdir(PRIVATE_FOLDER if one is made[0] else 0o777, exist_ok=True)
-        sync_folder(one.parent)
+        path.mkdir(PRIVATE_FOLDER if path is made[0] else 0o777, exist_ok=True)
+        sync_folder(path.parent)
 
 
 def sync_folder(folder: str | os.PathLike[str]) -> None:

@@ -104,8 +104,8 @@ async def uncommitted(
 
     A committed outcome proves that its message was received.
     """
-    there = [await patience(partial(objects.head, object_keys.outcome(f.bundle, key))) for f in follows]
-    return tuple(f for f, outcome in zip(follows, there, strict=True) if outcome is None)
+    object_infos = [await patience(partial(objects.head, object_keys.outcome(f.bundle, key))) for f in follows]
+    return tuple(f for f, outcome in zip(follows, object_infos, strict=True) if outcome is None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,8 +200,8 @@ def batches(messages: Sequence[Outgoing]) -> list[list[Outgoing]]:
 def by_queue(messages: Iterable[Addressed]) -> dict[str, list[Outgoing]]:
     """Group messages by queue and keep their order."""
     found: dict[str, list[Outgoing]] = {}
-    for one in messages:
-        found.setdefault(one.queue, []).append(one.message)
+    for message in messages:
+        found.setdefault(message.queue, []).append(message.message)
     return found
 
 

@@ -110,11 +110,11 @@ def estimate(stages: Sequence[StageWork], rooms: Mapping[str, Room]) -> Eta | No
 
     Return None if no remaining stage has been measured, or if a pool cannot have any slots.
     """
-    known = [one for one in stages if one.left and one.is_known]
-    unmeasured = tuple(one.name for one in stages if not one.is_known)
-    if unmeasured and not known:
+    stage_works = [stage for stage in stages if stage.left and stage.is_known]
+    unmeasured = tuple(stage.name for stage in stages if not stage.is_known)
+    if unmeasured and not stage_works:
         return None
-    if any(rooms[one.pool].most < 1 for one in known):
+    if any(rooms[stage_work.pool].most < 1 for stage_work in stage_works):
         return None
     low_s = _span_s(stages, rooms, -1.0)
     high_s = max(low_s, _span_s(stages, rooms, 1.0))
@@ -138,20 +138,20 @@ def told(eta: Eta) -> str:
 
 def _span_s(stages: Sequence[StageWork], rooms: Mapping[str, Room], side: float) -> float:
     """Return the seconds at the optimistic (-1) or the pessimistic (+1) end."""
-    by_name = {one.name: one for one in stages}
+    by_name = {stage.name: stage for stage in stages}
     heads: dict[str, str] = {}
     ends_s: dict[str, float] = {}
     members: dict[str, list[StageWork]] = {}
-    for one in stages:
-        head = heads[one.after[0]] if one.chained and one.after else one.name
-        heads[one.name] = head
-        members.setdefault(head, []).append(one)
+    for stage in stages:
+        head = heads[stage.after[0]] if stage.chained and stage.after else stage.name
+        heads[stage.name] = head
+        members.setdefault(head, []).append(stage)
     for head, group in members.items():
         # A stage that waits begins when all of its upstream stages have ended.
         before = {heads[name] for name in by_name[head].after}
         start_s = max((ends_s[name] for name in before), default=0.0)
         ends_s[head] = start_s + _group_s(group, rooms, side)
-    pools = {one.pool for one in stages}
+    pools = {stage.pool for stage in stages}
     crowded_s = max((_pool_s(stages, pool, rooms[pool], side) for pool in pools), default=0.0)
     return max(*ends_s.values(), crowded_s) if ends_s else 0.0
 
@@ -159,13 +159,13 @@ def _span_s(stages: Sequence[StageWork], rooms: Mapping[str, Room], side: float)
 def _group_s(group: Sequence[StageWork], rooms: Mapping[str, Room], side: float) -> float:
     """Return the seconds of stages that feed each other item by item and so run at the same
     time."""
-    open_ = [one for one in group if one.left and one.is_known]
+    open_ = [stage_work for stage_work in group if stage_work.left and stage_work.is_known]
     if not open_:
         return 0.0
-    pools = {one.pool for one in open_}
+    pools = {stage_work.pool for stage_work in open_}
     work_s = max(_pool_s(open_, pool, rooms[pool], side) for pool in pools)
     # However many slots there are, the last item passes through one stage after the other.
-    item_s = sum(_item_s(one, side) for one in open_)
+    item_s = sum(_item_s(stage_work, side) for stage_work in open_)
     return work_s + item_s if side > 0 else max(work_s, item_s)
 
 
@@ -178,19 +178,19 @@ def _item_s(one: StageWork, side: float) -> float:
 
 def _pool_s(stages: Iterable[StageWork], pool: str, room: Room, side: float) -> float:
     """Return the seconds that the pool needs for the work of these stages."""
-    mine = [one for one in stages if one.pool == pool and one.left and one.is_known]
-    if not mine:
+    stage_works = [stage for stage in stages if stage.pool == pool and stage.left and stage.is_known]
+    if not stage_works:
         return 0.0
     if side < 0:
         # The pool may grow to its maximum, but not beyond the number of slots that the tasks need.
-        wanted = sum((one.left or 0) * one.slots for one in mine)
+        wanted = sum((stage_work.left or 0) * stage_work.slots for stage_work in stage_works)
         slots = max(1, min(max(room.now, room.most), wanted))
-        return sum(_work_s(one, side) for one in mine) / slots
+        return sum(_work_s(stage_work, side) for stage_work in stage_works) / slots
     slots, boot_s = room.now, 0.0
     if not slots:
         slots, boot_s = max(1, min(room.per_instance, room.most)), room.boot_s
     fair = max(1.0, slots / (1 + room.rivals))
-    return boot_s + sum(_work_s(one, side) for one in mine) / fair
+    return boot_s + sum(_work_s(stage_work, side) for stage_work in stage_works) / fair
 
 
 def _work_s(one: StageWork, side: float) -> float:

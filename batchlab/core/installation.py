@@ -40,7 +40,7 @@ def missing(extra: str, *modules: str) -> str | None:
 
     If `modules` are given, only these are checked.
     """
-    return next((one for one in modules or MODULES[extra] if not _is_here(one)), None)
+    return next((module for module in modules or MODULES[extra] if not _is_here(module)), None)
 
 
 def _is_here(module: str) -> bool:

@@ -48,8 +48,8 @@ class Catalogue:
 
     def of(self, name: str) -> InstanceType:
         """Return the type called `name`. Raise UsageError if it does not exist."""
-        if found := self.types.get(name):
-            return found
+        if instance_type := self.types.get(name):
+            return instance_type
         near = difflib.get_close_matches(name, self.types, n=3)
         raise UsageError(
             f"The catalogue has no instance type {name!r}.",

@@ -161,9 +161,9 @@ class JobDef:
 
     def stage(self, name: str) -> StageDef:
         """Return the stage with that name. Raise KeyError if it does not exist."""
-        for one in self.stages:
-            if one.name == name:
-                return one
+        for stage_def in self.stages:
+            if stage_def.name == name:
+                return stage_def
         raise KeyError(name)
 
     def roots(self) -> tuple[StageDef, ...]:
@@ -176,12 +176,12 @@ class JobDef:
     def fed_by(self, name: str) -> tuple[StageDef, ...]:
         """Return the stages that stage `name` feeds item by item, directly or indirectly."""
         fed = {name}
-        found: list[StageDef] = []
-        for one in self.stages:
-            if one.chained and one.after[0] in fed:
-                fed.add(one.name)
-                found.append(one)
-        return tuple(found)
+        stage_defs: list[StageDef] = []
+        for stage in self.stages:
+            if stage.chained and stage.after[0] in fed:
+                fed.add(stage.name)
+                stage_defs.append(stage)
+        return tuple(stage_defs)
 
 
 _TASK = re.compile(r"(?:(?P<stage>[^/]+)/)?(?P<index>[0-9]{1,15})")
@@ -213,10 +213,10 @@ def parse_task(text: str) -> tuple[StageName | None, int]:
 
     Raise UsageError if the text is not such a name.
     """
-    found = _TASK.fullmatch(text.strip())
-    if found is None:
+    match = _TASK.fullmatch(text.strip())
+    if match is None:
         raise UsageError(f"{text!r} names no task.", remedy="Write the stage and the index, such as parse/3.")
-    return StageName(found["stage"]) if found["stage"] else None, int(found["index"])
+    return StageName(match["stage"]) if match["stage"] else None, int(match["index"])
 
 
 def parse_tasks(text: str) -> tuple[StageName, list[tuple[int, int]]]:

@@ -162,7 +162,7 @@ class Projection:
     stages: dict[StageName, Stage] = field(default_factory=dict)
 
     def copy(self) -> Projection:
-        return replace(self, stages={name: replace(one) for name, one in self.stages.items()})
+        return replace(self, stages={name: replace(stage) for name, stage in self.stages.items()})
 
     def rows(self, stamp: str | int = "") -> JobRows:
         record = JobRecord(self.job, self.state, self.reason, self.control, self.round, self.ended_s)

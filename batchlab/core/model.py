@@ -100,7 +100,7 @@ class TaskSet:
     def union(cls, sets: Iterable[TaskSet]) -> TaskSet:
         """Return every index that is in at least one of `sets`."""
         merged: list[tuple[int, int]] = []
-        for start, stop in sorted(pair for one in sets for pair in one.ranges):
+        for start, stop in sorted(pair for task_set in sets for pair in task_set.ranges):
             if merged and start <= merged[-1][1]:
                 merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
             else:

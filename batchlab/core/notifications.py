@@ -127,7 +127,7 @@ class Notification:
 
 def targets_of(job: JobDef) -> list[Target]:
     """Return the targets that the job itself defines."""
-    return [own_target(job.id, number, one) for number, one in enumerate(job.notify, start=1)]
+    return [own_target(job.id, number, notify_def) for number, notify_def in enumerate(job.notify, start=1)]
 
 
 def own_target(job: str, number: int, one: NotifyDef) -> Target:
@@ -155,7 +155,7 @@ def made(
 
 def body_of(record: JobRecord, stages: Sequence[StageRecord], **more: Json) -> dict[str, Json]:
     """Return the content of a notification about a job."""
-    counts = [one.counts for one in stages]
+    counts = [stage.counts for stage in stages]
     job = record.job
     return {
         "job": {
@@ -169,10 +169,10 @@ def body_of(record: JobRecord, stages: Sequence[StageRecord], **more: Json) -> d
             "ended_s": record.ended_s,
         },
         "tasks": {
-            "planned": sum(one.planned or 0 for one in counts),
-            "succeeded": sum(one.succeeded for one in counts),
-            "failed": sum(one.failed for one in counts),
-            "cancelled": sum(one.cancelled for one in counts),
+            "planned": sum(count.planned or 0 for count in counts),
+            "succeeded": sum(count.succeeded for count in counts),
+            "failed": sum(count.failed for count in counts),
+            "cancelled": sum(count.cancelled for count in counts),
         },
         **more,
     }
@@ -186,8 +186,8 @@ def problem(one: NotifyDef) -> str:
     if one.kind == NAMED:
         if one.secret:
             return "A target of the grid's own signs by its own secret, so a job names none."
-        named = TARGET_NAME.fullmatch(one.to)
-        wrong = "" if named else "No target of a grid's own can have that name."
+        match = TARGET_NAME.fullmatch(one.to)
+        wrong = "" if match else "No target of a grid's own can have that name."
         return wrong or _figures(one.on, one.failures, one.stuck_s)
     if one.kind not in ("webhook", "sns"):
         return f"A job cannot notify by {one.kind!r}: only the grid's own settings name commands."
@@ -316,8 +316,8 @@ def from_json(doc: Mapping[str, Any]) -> Notification:
     Without this, one such notification would make the whole outbox unreadable.
     """
     own = doc["own"]
-    kept = NotifyDef(**{**known(NotifyDef, own), "on": tuple(own["on"])}) if own else None
-    return replace(Notification(**{**known(Notification, doc), "own": None}), own=kept)
+    notify_def = NotifyDef(**{**known(NotifyDef, own), "on": tuple(own["on"])}) if own else None
+    return replace(Notification(**{**known(Notification, doc), "own": None}), own=notify_def)
 
 
 FILE = "notify.toml"
@@ -357,7 +357,7 @@ class Directory:
 
     def named(self, name: str) -> Target | None:
         """Return the grid's own target with that name."""
-        return next((one for one in self.targets if one.name == name), None)
+        return next((target for target in self.targets if target.name == name), None)
 
     def own(self, job: str, number: int, one: NotifyDef) -> Target:
         """Return the job's target number `number`, with the grid's settings applied.
@@ -367,11 +367,11 @@ class Directory:
         said = own_target(job, number, one)
         if one.kind != NAMED:
             return replace(said, local=_where(one) in self.local)
-        found = self.named(one.to)
-        if found is None or not found.jobs:
+        target = self.named(one.to)
+        if target is None or not target.jobs:
             return said
         # The operator chose the address of this target, so it may be on the manager's machine.
-        return replace(said, kind=found.kind, to=found.to, secret=found.secret, local=True)
+        return replace(said, kind=target.kind, to=target.to, secret=target.secret, local=True)
 
     def refusal(self, one: NotifyDef) -> str:
         """Return the reason why the grid does not use a job's target, or "" if it does.
@@ -400,7 +400,7 @@ class Directory:
         found = self.named(name)
         if found is not None and found.jobs:
             return ""
-        names = ", ".join(one.name for one in self.targets if one.jobs) or "none"
+        names = ", ".join(target.name for target in self.targets if target.jobs) or "none"
         return (
             f"The grid has no target {name!r} that jobs may name; it has {names}. One is there for "
             f"jobs where {FILE} says jobs = true of it."

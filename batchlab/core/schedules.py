@@ -275,8 +275,8 @@ def _schedule_to_json(schedule: Schedule) -> dict[str, Json]:
         "paused": schedule.paused,
         "removed": schedule.removed,
         "runs": [
-            {name: value for name, value in json_format.fields(one).items() if value is not None}
-            for one in schedule.runs
+            {name: value for name, value in json_format.fields(run).items() if value is not None}
+            for run in schedule.runs
         ],
         "number": schedule.number,
     }
@@ -446,7 +446,7 @@ def replaced(schedule: Schedule) -> Run | None:
     """Return the run whose job is to be canceled because another run waits, or None."""
     if schedule.removed or schedule.definition.overlap is not Overlap.REPLACE:
         return None
-    waits = any(one.state is RunState.WAITING and (one.asked or not schedule.paused) for one in schedule.runs)
+    waits = any(run.state is RunState.WAITING and (run.asked or not schedule.paused) for run in schedule.runs)
     return schedule.running if waits else None
 
 

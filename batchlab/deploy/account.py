@@ -231,9 +231,9 @@ def refusal(error: Any) -> BackendError | UsageError | None:
             remedy="Check AWS_PROFILE, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.",
         )
     if code in _NO_ACCESS or "not authorized to perform" in message:
-        found = _NOT_ALLOWED.search(message)
-        action = found["action"] if found else operation
-        who = (found["who"] if found else "") or "The caller"
+        match = _NOT_ALLOWED.search(message)
+        action = match["action"] if match else operation
+        who = (match["who"] if match else "") or "The caller"
         return BackendError(
             f"{who} may not do {action}.", remedy=f"Allow it that action: {DOCS} lists all that deploying needs."
         )

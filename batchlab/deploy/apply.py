@@ -163,13 +163,13 @@ class Apply:
             if ask and not self.front.agrees(f"Update the stack {self.stack.name}?"):
                 return None
             settings.write(self.home, self.wanted)
-            there = Endpoint(region=self.stack.account.region)
-            bucket = open_s3(there, status.of(state, "Bucket"))
+            endpoint = Endpoint(region=self.stack.account.region)
+            bucket = open_s3(endpoint, status.of(state, "Bucket"))
             release.upload(bucket, archive, factory.patience(), self.front.say)
             if not state.is_protected and ask:
                 self.stack.protect(on=True)
             updated = self._executed(plan, "updating")
-        templates = any(one.type == "AWS::EC2::LaunchTemplate" for one in plan.changes)
+        templates = any(change.type == "AWS::EC2::LaunchTemplate" for change in plan.changes)
         self.is_renewed = templates and bool(state.parameters.get(RELEASE))
         return updated
 
@@ -219,9 +219,9 @@ class Apply:
     # --- After -----------------------------------------------------------------------------------
 
     def _kept(self, state: State) -> AwsDeployment:
-        found = status.deployment_of(state, self.stack.account.region, python_of(self.archive()))
-        aws_deployment.write(self.home, found)
-        return found
+        deployment = status.deployment_of(state, self.stack.account.region, python_of(self.archive()))
+        aws_deployment.write(self.home, deployment)
+        return deployment
 
 
 def _is_at_it(code: str, _message: str) -> bool:
@@ -238,4 +238,4 @@ def python_of(archive: Path) -> str:
         raise UsageError(
             f"{archive} is not a release: {error}.", remedy="Name an archive from aws/releases in the grid's folder."
         ) from error
-    return next((one.partition("=")[2] for one in lines if one.startswith("PYTHON=")), "")
+    return next((line.partition("=")[2] for line in lines if line.startswith("PYTHON=")), "")

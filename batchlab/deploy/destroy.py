@@ -49,19 +49,19 @@ def holdings(stack: Stack) -> list[Holding]:
     """Return the resources of the stack that hold data now."""
     declared = stack.template()["Resources"]
     found = []
-    for one in stack.resources():
-        if one.status == "CREATE_FAILED":
+    for resource in stack.resources():
+        if resource.status == "CREATE_FAILED":
             continue  # A resource with this name belongs to another owner.
-        policy = declared.get(one.id, {}).get("DeletionPolicy", "")
+        policy = declared.get(resource.id, {}).get("DeletionPolicy", "")
         # CloudFormation's default is a snapshot for databases, and deletion for all else.
-        usual = "Snapshot" if one.type == _DATABASE else "Delete"
+        usual = "Snapshot" if resource.type == _DATABASE else "Delete"
         fate = _FATES.get(policy or usual, "deleted")
-        if one.type == _BUCKET and leftovers.has_data(stack.account, one.physical):
-            found.append(Holding(one, fate, "objects"))
-        elif one.type == _DATABASE:
-            found.append(Holding(one, fate, "a PostgreSQL database"))
-        elif one.type == _DOMAIN:
-            found.append(Holding(one, fate, "a SimpleDB domain"))
+        if resource.type == _BUCKET and leftovers.has_data(stack.account, resource.physical):
+            found.append(Holding(resource, fate, "objects"))
+        elif resource.type == _DATABASE:
+            found.append(Holding(resource, fate, "a PostgreSQL database"))
+        elif resource.type == _DOMAIN:
+            found.append(Holding(resource, fate, "a SimpleDB domain"))
     return found
 
 
@@ -106,9 +106,9 @@ class Destroy:
         return stays
 
     def _check(self, state: State, held: list[Holding]) -> None:
-        lost = [one for one in held if one.fate == "deleted"]
+        lost = [holding for holding in held if holding.fate == "deleted"]
         if lost and not self.delete_data:
-            named = ", ".join(f"{one.resource.physical} ({one.what})" for one in lost)
+            named = ", ".join(f"{holding.resource.physical} ({holding.what})" for holding in lost)
             raise Refused(
                 f"With the stack {state.name} its data would go: {named}.",
                 remedy="Fetch what you need, then say --delete-data.",
@@ -116,19 +116,19 @@ class Destroy:
 
     def _question(self, state: State, held: list[Holding]) -> str:
         if not self.delete_data:
-            kept = [one for one in held if one.fate != "deleted"]
+            holdings = [holding for holding in held if holding.fate != "deleted"]
             stays = ", ".join(
-                f"{one.resource.physical} " + ("stays" if one.fate == "kept" else "leaves a last snapshot")
-                for one in kept
+                f"{holding.resource.physical} " + ("stays" if holding.fate == "kept" else "leaves a last snapshot")
+                for holding in holdings
             )
             return f"Destroy the stack {state.name}{f' ({stays})' if stays else ''}?"
-        gone = ", ".join(f"{one.resource.physical} ({one.what})" for one in held) or "no data"
+        gone = ", ".join(f"{holding.resource.physical} ({holding.what})" for holding in held) or "no data"
         return f"Destroy the stack {state.name}, and with it {gone}?"
 
     def _quiet(self, state: State) -> None:
         """End all instances. A manager would launch and protect others, a worker would write into a
         bucket that is being emptied, and a protected instance would keep its group."""
-        names = [one.physical for one in self.stack.resources() if one.type == _GROUP]
+        names = [resource.physical for resource in self.stack.resources() if resource.type == _GROUP]
         if not names:
             return
         # The manager ends first, because it sets the capacity of the other groups.
@@ -170,7 +170,7 @@ class Destroy:
     def _unprotected(self, group: Mapping[str, Any]) -> bool:
         """Remove the scale-in protection of instances. Return whether any was protected."""
         scaling = self.stack.account.client("autoscaling")
-        guarded = [one["InstanceId"] for one in _instances(group) if one["ProtectedFromScaleIn"]]
+        guarded = [instance["InstanceId"] for instance in _instances(group) if instance["ProtectedFromScaleIn"]]
         for begin in range(0, len(guarded), BATCH):
             with asked(f"Auto Scaling group {_name(group)!r}"):
                 scaling.set_instance_protection(
@@ -192,10 +192,10 @@ class Destroy:
         """Turn off the deletion protection of databases, without which CloudFormation cannot delete
         them."""
         rds = self.stack.account.client("rds")
-        for one in held:
-            if one.resource.type != _DATABASE or one.fate == "kept":
+        for holding in held:
+            if holding.resource.type != _DATABASE or holding.fate == "kept":
                 continue
-            name = one.resource.physical
+            name = holding.resource.physical
             with suppress(Missing), asked(f"Database {name!r}", _is_gone):
                 (told,) = rds.describe_db_instances(DBInstanceIdentifier=name)["DBInstances"]
                 if told.get("DeletionProtection"):
@@ -204,10 +204,10 @@ class Destroy:
     def _emptied(self, held: list[Holding]) -> None:
         """Empty the buckets that CloudFormation must delete. A bucket with nothing but releases
         holds no data."""
-        kept = [] if self.delete_data else [one.resource for one in held]
-        for one in self.stack.resources():
-            if one.type == _BUCKET and one not in kept and one.status != "CREATE_FAILED":
-                leftovers.empty(self.stack.account, one.physical, self.front.say)
+        resources = [] if self.delete_data else [holding.resource for holding in held]
+        for resource in self.stack.resources():
+            if resource.type == _BUCKET and resource not in resources and resource.status != "CREATE_FAILED":
+                leftovers.empty(self.stack.account, resource.physical, self.front.say)
 
     def _deleted(self, state: State) -> list[Resource]:
         before = self.stack.resources()
@@ -220,33 +220,33 @@ class Destroy:
         events = self.stack.events(state.id, since)
         if ended.status != "DELETE_COMPLETE":
             raise StackFailed(ended, self.stack.cause(state.id, events))
-        skipped = {one.resource for one in events if one.status == "DELETE_SKIPPED"}
-        stays = [one for one in before if one.id in skipped]
-        return [one for one in stays if not self._removed(one)]
+        skipped = {event.resource for event in events if event.status == "DELETE_SKIPPED"}
+        stays = [resource for resource in before if resource.id in skipped]
+        return [stay for stay in stays if not self._removed(stay)]
 
     def _snapshots(self, held: list[Holding]) -> Iterator[Resource]:
         """Yield the last snapshots of deleted databases."""
-        for one in held:
-            if one.fate != "snapshot":
+        for holding in held:
+            if holding.fate != "snapshot":
                 continue
             for told in self.stack.account.pages(
                 "rds",
                 "describe_db_snapshots",
                 "DBSnapshots",
-                DBInstanceIdentifier=one.resource.physical,
+                DBInstanceIdentifier=holding.resource.physical,
                 SnapshotType="manual",
             ):
                 name = told["DBSnapshotIdentifier"]
-                yield Resource(one.resource.id, "AWS::RDS::DBSnapshot", name, told["Status"])
+                yield Resource(holding.resource.id, "AWS::RDS::DBSnapshot", name, told["Status"])
 
     def _forget_logs(self, held: list[Holding]) -> None:
         """Delete the log groups that RDS created again for its last messages, after the stack's own
         were deleted."""
         account = self.stack.account
-        for one in held:
-            if one.resource.type != _DATABASE or one.fate == "kept":
+        for holding in held:
+            if holding.resource.type != _DATABASE or holding.fate == "kept":
                 continue
-            prefix = f"/aws/rds/instance/{one.resource.physical}/"
+            prefix = f"/aws/rds/instance/{holding.resource.physical}/"
             try:
                 for told in account.pages("logs", "describe_log_groups", "logGroups", logGroupNamePrefix=prefix):
                     name = told["logGroupName"]

@@ -185,11 +185,11 @@ class Leftovers:
     def tagged(self) -> Iterator[Left]:
         """Yield the resources with a batchlab stack's tag, from AWS's list of tagged resources. It
         does not contain IAM roles or resources that cannot have tags."""
-        for one in self._account.pages(
+        for page in self._account.pages(
             "resourcegroupstaggingapi", "get_resources", "ResourceTagMappingList", TagFilters=[{"Key": TAG}]
         ):
-            tags = {tag["Key"]: tag["Value"] for tag in one.get("Tags", ())}
-            thing = thing_of(one["ResourceARN"], tags.get(TAG, ""))
+            tags = {tag["Key"]: tag["Value"] for tag in page.get("Tags", ())}
+            thing = thing_of(page["ResourceARN"], tags.get(TAG, ""))
             if thing.kind != "cloudformation:stack":
                 yield Left(thing, _is_used(thing, self._parts_of(thing.stack)))
 
@@ -199,26 +199,26 @@ class Leftovers:
         `say` receives a message for each listing that fails."""
         for what, look in (("SimpleDB domains", self._domains), ("RDS's logs", self._logs)):
             try:
-                found = [one for one in look() if one.name not in known]
+                things = [thing for thing in look() if thing.name not in known]
             except BackendError as error:
                 say(f"{what} are not listed: {error}")
                 continue
-            for one in found:
-                yield Left(one, _is_used(one, self._parts_of(one.stack)), is_guessed=True)
+            for thing in things:
+                yield Left(thing, _is_used(thing, self._parts_of(thing.stack)), is_guessed=True)
 
     def _domains(self) -> Iterator[Thing]:
         if self._account.is_real and self._account.region not in WITH_SIMPLEDB:
             return
         for name in self._account.pages("sdb", "list_domains", "DomainNames"):
-            if found := _DOMAIN.fullmatch(name):
+            if match := _DOMAIN.fullmatch(name):
                 arn = f"{self._account.arn.format('sdb')}domain/{name}"
-                yield Thing(arn, "sdb:domain", name, found["stack"])
+                yield Thing(arn, "sdb:domain", name, match["stack"])
 
     def _logs(self) -> Iterator[Thing]:
         groups = self._account.pages(
             "logs", "describe_log_groups", "logGroups", logGroupNamePrefix="/aws/rds/instance/"
         )
-        named = [(one, _DATABASE_LOG.fullmatch(one["logGroupName"])) for one in groups]
+        named = [(group, _DATABASE_LOG.fullmatch(group["logGroupName"])) for group in groups]
         ours = [(one, match) for one, match in named if match]
         if not ours:
             return
@@ -235,14 +235,14 @@ class Leftovers:
         if name not in self._parts:
             stack = Stack(self._account, name)
             is_there = bool(name) and stack.state() is not None
-            self._parts[name] = [one.physical for one in stack.resources()] if is_there else None
+            self._parts[name] = [resource.physical for resource in stack.resources()] if is_there else None
         return self._parts[name]
 
 
 def chosen(found: Sequence[Left], names: Sequence[str]) -> list[Left]:
     """Return the resources to remove. `names` are the user's choice of resources known only by
     name. Raises NotFound or Refused for a name that is not a leftover."""
-    guessed: Mapping[str, Left] = {one.thing.name: one for one in found if one.is_guessed}
+    guessed: Mapping[str, Left] = {left.thing.name: left for left in found if left.is_guessed}
     for name in names:
         if name not in guessed:
             raise NotFound(
@@ -254,7 +254,7 @@ def chosen(found: Sequence[Left], names: Sequence[str]) -> list[Left]:
                 f"{name} is in use by the stack {guessed[name].thing.stack}.",
                 remedy="`batchlab deploy destroy --delete-data` ends both.",
             )
-    return [one for one in found if not one.is_used and (not one.is_guessed or one.thing.name in names)]
+    return [left for left in found if not left.is_used and (not left.is_guessed or left.thing.name in names)]
 
 
 def _is_used(thing: Thing, owned: list[str] | None) -> bool:

@@ -78,14 +78,14 @@ class Plan:
             "action": "create" if self.is_new else "update" if self.changes else "none",
             "changes": [
                 {
-                    "action": one.action,
-                    "id": one.id,
-                    "type": one.type,
-                    "replacement": one.replacement or None,
-                    "why": list(one.why),
-                    "physical": one.physical or None,
+                    "action": change.action,
+                    "id": change.id,
+                    "type": change.type,
+                    "replacement": change.replacement or None,
+                    "why": list(change.why),
+                    "physical": change.physical or None,
                 }
-                for one in self.changes
+                for change in self.changes
             ],
             "parameters": dict(self.parameters),
             "cost": self.cost.to_json(),

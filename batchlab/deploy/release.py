@@ -378,8 +378,8 @@ def upload(objects: Objects, archive: Path, patience: Patience, say: Callable[[s
     key, size = key_of(release_of(archive)), archive.stat().st_size
 
     async def put() -> None:
-        known = await patience(partial(objects.head, key))
-        if known and known.size == size:
+        object_info = await patience(partial(objects.head, key))
+        if object_info and object_info.size == size:
             say(f"The release {release_of(archive)[:12]} is in the bucket already.")
             return
         say(f"Uploading the release {release_of(archive)[:12]}, {size / _MIB:.0f} MiB.")

@@ -158,9 +158,9 @@ def document(settings: Settings) -> dict[str, Any]:
     made["parameters"] = dict(settings.parameters)
     made["packages"] = list(settings.packages)
     made["environment"] = dict(settings.environment)
-    for pool, one in zip(made["pools"], settings.pools, strict=True):
-        pool["parameters"] = dict(one.parameters)
-        pool["types"] = list(one.types)
+    for pool, pool_settings in zip(made["pools"], settings.pools, strict=True):
+        pool["parameters"] = dict(pool_settings.parameters)
+        pool["types"] = list(pool_settings.types)
     return made
 
 
@@ -346,8 +346,8 @@ def check(settings: Settings) -> None:
             remedy="Use up to 28 small letters, digits and single hyphens, a letter first and no "
             "hyphen last: its bucket, queues, groups and database begin with it.",
         )
-    if found := _TAKEN.fullmatch(settings.stack):
-        word = found[1]
+    if match := _TAKEN.fullmatch(settings.stack):
+        word = match[1]
         other = settings.stack.rpartition(f"-{word}")[0]
         raise UsageError(
             f"The stack cannot be called {settings.stack!r}: a stack called {other!r} could use its queues and groups.",

@@ -117,16 +117,16 @@ class Stack:
                 Tags=[{"Key": TAG, "Value": self.name}],
                 **template,
             )
-        found = ChangeSet(made["Id"], made["StackId"], ())
+        change_set = ChangeSet(made["Id"], made["StackId"], ())
         try:
-            status, reason = self._worked_out(found.id)
+            status, reason = self._worked_out(change_set.id)
             if status == "FAILED" and not any(one in reason for one in _NOTHING_NEW):
-                raise self._impossible(found.id, reason)
-            changes = () if status == "FAILED" else tuple(self._changes(found.id))
+                raise self._impossible(change_set.id, reason)
+            changes = () if status == "FAILED" else tuple(self._changes(change_set.id))
         except BaseException:
-            self.withdraw(found, is_new=is_new)
+            self.withdraw(change_set, is_new=is_new)
             raise
-        return ChangeSet(found.id, found.stack_id, changes)
+        return ChangeSet(change_set.id, change_set.stack_id, changes)
 
     def _impossible(self, change_set: str, reason: str) -> BackendError:
         cause = self._refused(ChangeSetName=change_set) if _POINTS_ON in reason else None
@@ -155,10 +155,10 @@ class Stack:
             self._sleep(self._poll_s)
 
     def _changes(self, change_set: str) -> Iterator[Change]:
-        for one in self.account.pages(
+        for page in self.account.pages(
             "cloudformation", "describe_change_set", "Changes", StackName=self.name, ChangeSetName=change_set
         ):
-            yield change_of(one["ResourceChange"])
+            yield change_of(page["ResourceChange"])
 
     def withdraw(self, change_set: ChangeSet, *, is_new: bool) -> None:
         """Delete the change set, and a stack that was created only for it. AWS deletes an executed
@@ -172,16 +172,16 @@ class Stack:
             return
         if not is_new:
             return
-        there = self.state(change_set.stack_id)
-        if there and there.is_new:
+        state = self.state(change_set.stack_id)
+        if state and state.is_new:
             self.delete(change_set.stack_id)
             self._gone(change_set.stack_id)
 
     def _gone(self, stack_id: str) -> None:
         begun_s = self._clock()
-        while (there := self.state(stack_id)) and there.status != "DELETE_COMPLETE":
+        while (state := self.state(stack_id)) and state.status != "DELETE_COMPLETE":
             if self._clock() - begun_s > SETTLES_S:
-                raise Unreachable(f"The empty stack {self.name} is still {there.status}.")
+                raise Unreachable(f"The empty stack {self.name} is still {state.status}.")
             self._sleep(self._poll_s)
 
     # --- Operations ------------------------------------------------------------------------------
@@ -220,36 +220,36 @@ class Stack:
     def mark(self, stack_id: str) -> str:
         """Return the id of the newest event, from which `follow` continues, or "" without
         events."""
-        return next((one.id for one in self._events(stack_id)), "")
+        return next((event.id for event in self._events(stack_id)), "")
 
     def last_operation(self, stack_id: str) -> tuple[str, list[Event]]:
         """Return the events of the last operation, oldest first, and the id of the event before
         them, or "" without one. A rollback belongs to the operation that it rolls back."""
-        found: list[Event] = []
-        for one in self._events(stack_id):
-            if found and found[-1].begins_operation:
-                return one.id, found[::-1]
-            found.append(one)
-        return "", found[::-1]
+        events: list[Event] = []
+        for event in self._events(stack_id):
+            if events and events[-1].begins_operation:
+                return event.id, events[::-1]
+            events.append(event)
+        return "", events[::-1]
 
     def events(self, stack_id: str, since: str = "") -> list[Event]:
         """Return the events after the event `since`, oldest first."""
         found = []
-        for one in self._events(stack_id):
-            if one.id == since:
+        for event in self._events(stack_id):
+            if event.id == since:
                 break
-            found.append(one)
+            found.append(event)
         return found[::-1]
 
     def cause(self, stack_id: str, events: Sequence[Event]) -> Cause | None:
         """Return the cause of failure of the operation with these events, or None without a
         failure."""
-        found = root_cause(events)
-        if found and (_POINTS_ON in found.reason or "alidation fail" in found.reason):
+        cause = root_cause(events)
+        if cause and (_POINTS_ON in cause.reason or "alidation fail" in cause.reason):
             # CloudFormation validates some resources before it begins, and reports those errors
             # elsewhere.
-            return self._refused(StackName=stack_id) or found
-        return found
+            return self._refused(StackName=stack_id) or cause
+        return cause
 
     def _refused(self, **asking: str) -> Cause | None:
         """Return the first error that CloudFormation has found before it began."""

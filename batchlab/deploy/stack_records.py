@@ -144,8 +144,8 @@ def root_cause(events: Iterable[Event]) -> Cause | None:
         for one in ordered
         if one.is_of_stack and one.reason and ("FAILED" in one.status or "ROLLBACK" in one.status)
     ]
-    for found in (*own, *failed, *whole):
-        return Cause(found.resource, found.type, found.reason, advice(found.reason))
+    for event in (*own, *failed, *whole):
+        return Cause(event.resource, event.type, event.reason, advice(event.reason))
     return None
 
 

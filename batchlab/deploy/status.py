@@ -78,14 +78,14 @@ def _pools(state: State, region: str) -> tuple[Pool, ...]:
     (usual,) = factory.load("aws").pools
     return tuple(
         Pool(
-            one.name,
-            one.min_size,
-            one.max_size,
-            one.slots,
+            pool.name,
+            pool.min_size,
+            pool.max_size,
+            pool.slots,
             usual.boot_s,
-            instance_type=one.types[0] if one.types else usual.instance_type,
+            instance_type=pool.types[0] if pool.types else usual.instance_type,
         )
-        for one in settings.pools
+        for pool in settings.pools
     )
 
 
@@ -142,7 +142,7 @@ class Status:
     def manager(self) -> str:
         """Return the id of the manager's instance, or "" if none is in service."""
         name = self.deployment.manager_group if self.deployment else ""
-        found = (one.instances for one in self.groups if one.name == name and one.instances)
+        found = (group.instances for group in self.groups if group.name == name and group.instances)
         return next(found, ("",))[0]
 
     def to_json(self) -> dict[str, Any]:
@@ -157,9 +157,9 @@ class Status:
             "manager": self.manager or None,
             "drift": list(self.drift),
             "outputs": dict(self.state.outputs),
-            "groups": [_fields(one) for one in self.groups],
-            "queues": [_fields(one) for one in self.queues],
-            "alarms": [_fields(one) for one in self.alarms],
+            "groups": [_fields(group) for group in self.groups],
+            "queues": [_fields(queue) for queue in self.queues],
+            "alarms": [_fields(alarm) for alarm in self.alarms],
         }
 
 
@@ -191,24 +191,24 @@ def look(stack: Stack, state: State, home: Home) -> Status:
 def _python(home: Home) -> str:
     """Return the Python version in the home's deployment file. The stack does not have it."""
     try:
-        kept = aws_deployment.read(home)
+        deployment = aws_deployment.read(home)
     except BackendError:
         return ""
-    return kept.python if kept else ""
+    return deployment.python if deployment else ""
 
 
 def drift(home: Home, found: AwsDeployment) -> Iterator[str]:
     """Yield the fields in which the home's file differs from the stack's outputs."""
     try:
-        kept = aws_deployment.read(home)
+        deployment = aws_deployment.read(home)
     except BackendError:
         yield "the whole file"
         return
-    if kept is None:
+    if deployment is None:
         yield "no file"
         return
     for field in fields(AwsDeployment):
-        if getattr(kept, field.name) != getattr(found, field.name):
+        if getattr(deployment, field.name) != getattr(found, field.name):
             yield field.name
 
 
@@ -220,7 +220,7 @@ def _groups(account: Account, names: list[str]) -> Iterator[Group]:
         "autoscaling", "describe_auto_scaling_groups", "AutoScalingGroups", AutoScalingGroupNames=names
     ):
         name, instances = told["AutoScalingGroupName"], told.get("Instances") or ()
-        serving = [one for one in instances if one["LifecycleState"] == "InService"]
+        serving = [instance for instance in instances if instance["LifecycleState"] == "InService"]
         with asked(f"Auto Scaling group {name!r}"):
             refreshes = scaling.describe_instance_refreshes(AutoScalingGroupName=name, MaxRecords=1).get(
                 "InstanceRefreshes"
@@ -239,7 +239,7 @@ def _groups(account: Account, names: list[str]) -> Iterator[Group]:
 def _queues(account: Account, found: AwsDeployment) -> Iterator[Queue]:
     pools = [pool.name for pool in found.pools]
     ours = [object_keys.EVENTS, *map(object_keys.tasks_queue, pools), *map(object_keys.dead_letters, pools)]
-    names = {f"{found.prefix}{one}" for one in ours}
+    names = {f"{found.prefix}{our}" for our in ours}
     sqs = account.client("sqs")
     counts = (
         "ApproximateNumberOfMessages",

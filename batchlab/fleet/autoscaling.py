@@ -110,7 +110,11 @@ class RefreshRequests(Requests):
         """Return refreshes, newest first."""
         _, asg = self._named(name)
         running = [asg.rolling.refresh] if asg.rolling else []
-        return [one for one in running + asg.refreshes if not refresh_ids or one.instance_refresh_id in refresh_ids]
+        return [
+            instance_refresh
+            for instance_refresh in running + asg.refreshes
+            if not refresh_ids or instance_refresh.instance_refresh_id in refresh_ids
+        ]
 
 
 def _template(config: GroupConfig) -> LaunchTemplate | None:
@@ -189,7 +193,7 @@ class WarmPoolRequests(Requests):
     def describe_warm_pool(self, name: str) -> tuple[WarmPool | None, Sequence[InstanceDetails]]:
         """Return the configuration, or None without a warm pool, and the instances."""
         group, asg = self._named(name)
-        return asg.warm_pool, [instance_details(group, one) for one in warm.members(group)]
+        return asg.warm_pool, [instance_details(group, member) for member in warm.members(group)]
 
 
 class AutoScaling(

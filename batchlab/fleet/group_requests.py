@@ -202,7 +202,7 @@ class GroupRequests(Requests):
             for activity in log.newest(name, log.following)
             if include_deleted_groups or activity.pool in self._groups
         ]
-        return [one for one in details if not activity_ids or one.activity_id in activity_ids]
+        return [detail for detail in details if not activity_ids or detail.activity_id in activity_ids]
 
     def suspend_processes(self, name: str, processes: Sequence[str] = ()) -> None:
         """Suspend the named processes, or all if none is named."""

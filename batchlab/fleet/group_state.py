@@ -335,9 +335,9 @@ class ActivityLog:
     def written(self, write: Callable[[Activity], str]) -> list[str]:
         """Return the text of each activity. Texts are cached, because few activities are new."""
         before, self._written = self._written, {}
-        for one in self:
-            known = before.get(one.id)
-            self._written[one.id] = known if known and known[0] is one else (one, write(one))
+        for activity in self:
+            known = before.get(activity.id)
+            self._written[activity.id] = known if known and known[0] is activity else (activity, write(activity))
         return [text for _, text in self._written.values()]
 
     def __iter__(self) -> Iterator[Activity]:

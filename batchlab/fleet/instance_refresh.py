@@ -157,7 +157,7 @@ def _held(group: Group, rolling: Rolling) -> str:
         "protected from scale-in": [m for m in old if m.instance.protected],
         "on standby": [m for m in old if m.state in ON_STANDBY],
     }
-    said = [f"{len(found)} instances are {what}" for what, found in kinds.items() if found]
+    said = [f"{len(members)} instances are {what}" for what, members in kinds.items() if members]
     return " and ".join(said) or "new instances do not become ready"
 
 

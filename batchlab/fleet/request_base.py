@@ -110,7 +110,7 @@ class Requests(Engine):
             member = group.members.get(one)
             if member is None or member.state is LifecycleState.TERMINATED:
                 raise ValidationError(f"The instance {one} is not part of Auto Scaling group {group.pool.name}.")
-        return [group.members[one] for one in dict.fromkeys(instance_ids)]
+        return [group.members[fromkey] for fromkey in dict.fromkeys(instance_ids)]
 
     def _honour_cooldown(self, group: Group, asg: Asg) -> None:
         if asg.cooling or self._changes.steady.now_s() < asg.cooled_s:

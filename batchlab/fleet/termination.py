@@ -60,9 +60,9 @@ def take_by_default(asg: Asg, members: Sequence[Member], count: int, now_s: floa
     """Choose `count` members by the default policy, regardless of the group's policies."""
     left, taken = list(members), []
     for _ in range(min(count, len(left))):
-        one = _default(asg, left, now_s)[0]
-        left.remove(one)
-        taken.append(one)
+        member = _default(asg, left, now_s)[0]
+        left.remove(member)
+        taken.append(member)
     return taken
 
 
@@ -122,11 +122,11 @@ def _oldest_template(asg: Asg, members: Sequence[Member], now_s: float) -> Seque
 
 
 def _same(member: Member, current: LaunchTemplate) -> bool:
-    mine = member.bond.template
-    assert mine is not None
+    launch_template = member.bond.template
+    assert launch_template is not None
     if current.launch_template_id:
-        return mine.launch_template_id == current.launch_template_id
-    return mine.launch_template_name == current.launch_template_name
+        return launch_template.launch_template_id == current.launch_template_id
+    return launch_template.launch_template_name == current.launch_template_name
 
 
 def _version(member: Member) -> int:

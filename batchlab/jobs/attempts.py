@@ -103,13 +103,13 @@ async def attempts(objects: Objects, job: JobDef, stage: StageName, task: int, p
             if name and name.first <= task <= name.last:
                 ends = TaskSet.of({name.first, name.last})
                 several.append(Bundle(job.id, stage, ends, name.attempt, name.round))
-    found: list[Attempt] = []
+    attempts: list[Attempt] = []
     for start in range(0, len(several), READ_AT_ONCE):
-        some = several[start : start + READ_AT_ONCE]
-        read = await asyncio.gather(*(committed(objects, one, patience, key) for one in some))
-        found += [one for outcome in read if outcome and (one := attempt_in(outcome, task))]
-    found.sort(key=lambda one: (one.outcome.bundle.round, one.outcome.bundle.attempt))
-    return found
+        bundles = several[start : start + READ_AT_ONCE]
+        read = await asyncio.gather(*(committed(objects, one, patience, key) for one in bundles))
+        attempts += [one for outcome in read if outcome and (one := attempt_in(outcome, task))]
+    attempts.sort(key=lambda one: (one.outcome.bundle.round, one.outcome.bundle.attempt))
+    return attempts
 
 
 def attempt_in(outcome: Outcome, task: int) -> Attempt | None:
@@ -129,11 +129,11 @@ def chosen(found: Sequence[Attempt], number: int | None = None, round_: int | No
     `number` and `round_` restrict the choice. The function returns the last failed attempt that
     matches, or else the last attempt that matches.
     """
-    some = [one for one in found if round_ in (None, one.outcome.bundle.round)]
+    attempts = [attempt for attempt in found if round_ in (None, attempt.outcome.bundle.round)]
     if number is not None:
-        some = [one for one in some if one.outcome.bundle.attempt == number]
-    failed = [one for one in some if one.failure]
-    return next(reversed(failed or some), None)
+        attempts = [attempt for attempt in attempts if attempt.outcome.bundle.attempt == number]
+    failed = [attempt for attempt in attempts if attempt.failure]
+    return next(reversed(failed or attempts), None)
 
 
 # --- Output and input -----------------------------------------------------------------------------
@@ -194,7 +194,7 @@ async def task_bundle(objects: Objects, job: JobDef, stage: StageName, task: int
     if not step.chained:
         return alone
     upstream = await attempts(objects, job, step.after[0], task, patience)
-    done = [one for one in upstream if one.state == "SUCCEEDED"]
+    done = [attempt for attempt in upstream if attempt.state == "SUCCEEDED"]
     if not done:
         if not upstream:
             await _check_head(objects, job, step, task, patience)

@@ -65,8 +65,8 @@ def bucket_and_key(url: str) -> tuple[str, str] | None:
 
     The scheme is s3 on every backend. BUCKET is the bucket of the grid.
     """
-    found = _OBJECT_URL.fullmatch(url)
-    return (found[1], found[2] or "") if found else None
+    match = _OBJECT_URL.fullmatch(url)
+    return (match[1], match[2] or "") if match else None
 
 
 def _one_action(subject: Subject) -> Iterator[Problem]:
@@ -161,18 +161,18 @@ def _retries(subject: Subject) -> Iterator[Problem]:
 
 
 def _input_size(subject: Subject) -> Iterator[Problem]:
-    given = subject.job.input
-    if given.size is not None and given.split == "file":
+    input_spec = subject.job.input
+    if input_spec.size is not None and input_spec.split == "file":
         message = "With split: file a task gets a whole file, so size has no meaning."
         remedy = "Delete size, or write split: lines, bytes or items."
         yield Problem(("input", "size"), message, remedy, at_key=True)
-    elif isinstance(given.size, str) and given.split != "bytes":
-        message = f"With split: {given.split} size counts {given.split}, not bytes."
+    elif isinstance(input_spec.size, str) and input_spec.split != "bytes":
+        message = f"With split: {input_spec.split} size counts {input_spec.split}, not bytes."
         yield Problem(("input", "size"), message, "Write a number such as 1000.")
-    elif given.split == "bytes" and given.size is not None and text.size_bytes(given.size) < 1:
+    elif input_spec.split == "bytes" and input_spec.size is not None and text.size_bytes(input_spec.size) < 1:
         yield Problem(("input", "size"), "A part of no bytes is no part.", "Write 8 MiB.")
-    if given.header and given.split not in ("lines", "bytes"):
-        message = f"With split: {given.split} there is no header line to repeat."
+    if input_spec.header and input_spec.split not in ("lines", "bytes"):
+        message = f"With split: {input_spec.split} there is no header line to repeat."
         remedy = "Delete header, or write split: lines or bytes."
         yield Problem(("input", "header"), message, remedy, at_key=True)
 
@@ -199,28 +199,28 @@ def _input_files(subject: Subject) -> Iterator[Problem]:
 
 
 def _matches(loc: Loc, pattern: str, folder: Path) -> Iterator[Problem]:
-    found = handler_lookup.matches(pattern, folder)
-    if not found:
+    paths = handler_lookup.matches(pattern, folder)
+    if not paths:
         message = f"No file matches {text.shown(pattern)}, looked for in {folder}."
         remedy = "Write a pattern relative to the job file, such as data/*.csv."
         if pattern and handler_lookup.is_folder(folder / pattern):
             remedy = f"It is a folder: write '{pattern.rstrip('/')}/*'."
         yield Problem(loc, message, remedy)
     # Report only the first one. Several such names usually have the same reason.
-    unfit = next((path for path in found if handler_lookup.unfit(path.name)), None)
+    unfit = next((path for path in paths if handler_lookup.unfit(path.name)), None)
     if unfit is not None:
         message = f"The name of the input file {str(unfit)!r} {handler_lookup.unfit(unfit.name)}."
         yield Problem(loc, message, "Rename it, or write a pattern that leaves it out.")
 
 
 def _notify(subject: Subject) -> Iterator[Problem]:
-    for i, one in enumerate(subject.job.notify):
+    for i, notify_spec in enumerate(subject.job.notify):
         loc: Loc = ("notify", i)
-        if sum(said is not None for said in (one.webhook, one.sns, one.target)) != 1:
+        if sum(said is not None for said in (notify_spec.webhook, notify_spec.sns, notify_spec.target)) != 1:
             message = "A target of notify says one of webhook, sns and target."
             yield Problem(loc, message, "Write one of the three.")
             continue
-        if problem := notifications.problem(notify_def(one)):
+        if problem := notifications.problem(notify_def(notify_spec)):
             yield Problem(loc, problem, "Mend it, or delete it.")
 
 

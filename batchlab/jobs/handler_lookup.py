@@ -63,11 +63,11 @@ def matches(pattern: str, folder: Path) -> list[Path]:
     parts = [part for part in pattern.split("/") if part]
     parts = [part for i, part in enumerate(parts) if part != "**" or parts[i - 1 : i] != ["**"]]
     names = set(_expand(folder, start, parts)) if parts else set()
-    found = [absolute(folder / name) for name in sorted(names) if is_file(folder / name)]
-    if is_file(folder / pattern) and absolute(folder / pattern) not in found:
+    paths = [absolute(folder / name) for name in sorted(names) if is_file(folder / name)]
+    if is_file(folder / pattern) and absolute(folder / pattern) not in paths:
         # The name contains brackets or similar characters, which are literal here.
         return [absolute(folder / pattern)]
-    return found
+    return paths
 
 
 def _expand(folder: Path, place: str, parts: Sequence[str]) -> Iterator[str]:

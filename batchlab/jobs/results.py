@@ -283,12 +283,12 @@ def listed(page: Callable[[int | None], OutcomesView]) -> list[Listed]:
 
     `page` returns those after a seq, or the first ones.
     """
-    found: list[Listed] = []
+    listeds: list[Listed] = []
     after: int | None = None
     while some := page(after)["outcomes"]:
-        found += map(Listed.of, some)
+        listeds += map(Listed.of, some)
         after = some[-1]["seq"]
-    return found
+    return listeds
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,13 +331,13 @@ async def fetch(
     """
     job = await definition(objects, JobId(view["id"]), patience)
     chosen = {name: of_stage(name, listing) for name in _known(job, stages) or final_stages(job)}
-    steps = _Steps(sum(len(found) for found in chosen.values()), progress)
+    steps = _Steps(sum(len(listeds) for listeds in chosen.values()), progress)
     try:
         _make_room(out, chosen)
         files = Files(objects, out, patience, Own.of(job), within)
         counts: dict[str, int] = {}
-        for name, found in chosen.items():
-            coming = in_task_order(objects, found, patience, steps.step, within)
+        for name, listeds in chosen.items():
+            coming = in_task_order(objects, listeds, patience, steps.step, within)
             counts[name] = await _write(name, coming, files)
         read_bytes = steps.read_bytes + files.value_bytes + files.size_bytes
         fetched = Fetched(out, counts, files.count, files.size_bytes, read_bytes)
@@ -415,8 +415,8 @@ def of_stage(stage: StageName, listing: Iterable[Listed]) -> list[Listed]:
 
     The manager does not list outcomes that a retry made void.
     """
-    found = [one for one in listing if one.stage == stage and one.tasks]
-    return sorted(found, key=lambda one: one.tasks.first)
+    listeds = [one for one in listing if one.stage == stage and one.tasks]
+    return sorted(listeds, key=lambda one: one.tasks.first)
 
 
 async def in_task_order(
@@ -436,8 +436,8 @@ async def in_task_order(
     try:
         for number in range(len(outcomes)):
             most = LIMITED_AT_ONCE if within else OUTCOMES_AT_ONCE
-            while len(fetching) < most and (one := next(coming, None)):
-                reading = _outcome(objects, one.key, patience, within)
+            while len(fetching) < most and (listed := next(coming, None)):
+                reading = _outcome(objects, listed.key, patience, within)
                 fetching.append(asyncio.ensure_future(reading))
             outcome, read_bytes = await fetching[0]
             fetching.popleft()

@@ -212,8 +212,8 @@ async def _pages(objects: Objects, key: str, patience: Patience) -> AsyncIterato
         return
     async for page in objects.list(key):
         # The S3 console represents a folder as an empty object with this name.
-        if found := [info for info in page if not info.key.endswith("/")]:
-            yield found
+        if object_infos := [info for info in page if not info.key.endswith("/")]:
+            yield object_infos
 
 
 def _parts(url: str) -> tuple[str, str]:

@@ -81,30 +81,30 @@ def validate(data: Json, shape: Shape[M], refused: Collection[Loc | None] = ()) 
 
     Problems at the locations `refused` were reported before and are not reported again.
     """
-    found = Structure[M]()
+    structure = Structure[M]()
     if not isinstance(data, dict):
-        found.problems.append(Problem((), f"A {shape.what} is a mapping of keys.", shape.begin))
-        return found
+        structure.problems.append(Problem((), f"A {shape.what} is a mapping of keys.", shape.begin))
+        return structure
     data = deepcopy(data)
-    _drop_empty(data, (), found, refused, shape.free)
+    _drop_empty(data, (), structure, refused, shape.free)
     reported = False
     # Repeat the validation, because removing a value can reveal that a key is missing.
     for _ in range(4):
         try:
-            found.whole = shape.model.model_validate(data)
+            structure.whole = shape.model.model_validate(data)
             break
         except ValidationError as error:
             details = error.errors(include_url=False)
             # Report a misspelled or empty key once, and not also as missing.
-            known = {*found.broken, *(_blamed(shape, e) for e in details if e["type"] != "missing")}
-            for one in details:
-                again = one["loc"] in (known if one["type"] == "missing" else refused)
+            known = {*structure.broken, *(_blamed(shape, e) for e in details if e["type"] != "missing")}
+            for detail in details:
+                again = detail["loc"] in (known if detail["type"] == "missing" else refused)
                 if not reported and not again:
-                    found.problems.append(_explain(shape, one))
-                found.broken.append(_blamed(shape, one))
-                _mend(data, one, shape.stand_ins)
+                    structure.problems.append(_explain(shape, detail))
+                structure.broken.append(_blamed(shape, detail))
+                _mend(data, detail, shape.stand_ins)
             reported = True
-    return found
+    return structure
 
 
 def _related(loc: Loc, place: Loc) -> bool:
@@ -163,8 +163,8 @@ def _bare(annotation: Any) -> Any:
     if get_origin(annotation) is Annotated:
         return _bare(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):
-        forms_ = [_bare(one) for one in get_args(annotation)]
-        parted = [one for one in forms_ if get_origin(one) or _is_model(one)]
+        forms_ = [_bare(arg) for arg in get_args(annotation)]
+        parted = [form for form in forms_ if get_origin(form) or _is_model(form)]
         return parted[0] if parted else forms_[0]
     return annotation
 

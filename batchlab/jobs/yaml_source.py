@@ -331,8 +331,8 @@ def text_of(path: Path, what: str, none: str) -> str:
 
 def _inside(path: Path) -> str:
     """Return a hint if the path is a folder that contains one YAML file."""
-    found = sorted(path.glob("*.yaml")) if path.is_dir() else []
-    return f"Did you mean {found[0]}?" if len(found) == 1 else ""
+    paths = sorted(path.glob("*.yaml")) if path.is_dir() else []
+    return f"Did you mean {paths[0]}?" if len(paths) == 1 else ""
 
 
 def _unreadable(path: Path, what: str, why: str, remedy: str = "") -> JobFileError:
@@ -353,8 +353,8 @@ def errors(path: Path, document: Document, problems: Sequence[Problem]) -> JobFi
         line = document.line(problem)
         # Aliases repeat a mistake in an anchored part, so report it once.
         found[line, problem.message] = JobFileError(problem.message, file=str(path), line=line, remedy=problem.remedy)
-    told = [found[key] for key in sorted(found, key=lambda key: key[0] or 0)]
-    if len(told) > _MOST_TOLD:
-        more = f"There are {len(told) - _MOST_TOLD} more mistakes."
-        told[_MOST_TOLD:] = [JobFileError(more, file=str(path), remedy="Mend the first ones first.")]
-    return JobFileErrors(told)
+    job_file_errors = [found[key] for key in sorted(found, key=lambda key: key[0] or 0)]
+    if len(job_file_errors) > _MOST_TOLD:
+        more = f"There are {len(job_file_errors) - _MOST_TOLD} more mistakes."
+        job_file_errors[_MOST_TOLD:] = [JobFileError(more, file=str(path), remedy="Mend the first ones first.")]
+    return JobFileErrors(job_file_errors)

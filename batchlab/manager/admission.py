@@ -61,10 +61,10 @@ def admit(job: JobDef, pools: Mapping[str, int], directory: Directory | None = N
         raise UsageError(
             f"Job {job.name} notifies {len(job.notify)} targets.", remedy=f"It may name {notifications.MOST_TARGETS}."
         )
-    for one in job.notify:
-        if wrong := notifications.problem(one):
+    for notify_def in job.notify:
+        if wrong := notifications.problem(notify_def):
             raise UsageError(wrong, remedy="Mend `notify` of the job.")
-        if directory and (wrong := directory.refusal(one)):
+        if directory and (wrong := directory.refusal(notify_def)):
             raise UsageError(wrong, remedy="Ask who runs the grid, or leave it out of `notify`.")
 
 
@@ -177,10 +177,10 @@ def hide_addresses(job: JobDef) -> JobDef:
     return replace(
         job,
         notify=tuple(
-            replace(one, to=f"grid:{digest}#{number}")
-            if one.kind == _KIND and not _REFERENCE.fullmatch(one.to)
-            else one
-            for number, one in enumerate(job.notify)
+            replace(notify_def, to=f"grid:{digest}#{number}")
+            if notify_def.kind == _KIND and not _REFERENCE.fullmatch(notify_def.to)
+            else notify_def
+            for number, notify_def in enumerate(job.notify)
         ),
     )
 
@@ -198,17 +198,19 @@ async def restore_addresses(ports: Ports, job: JobDef) -> JobDef:
     """Return the job with its webhook addresses. A reference without an object stays, and nothing
     is sent to it."""
     found = []
-    for one in job.notify:
-        if one.kind == _KIND and (reference := _REFERENCE.fullmatch(one.to)):
+    for notify_def in job.notify:
+        if notify_def.kind == _KIND and (reference := _REFERENCE.fullmatch(notify_def.to)):
             key = object_keys.addresses(job.id, reference[1])
             try:
                 to = json_format.loads(await ports.patience(partial(ports.objects.get, key)))["to"]
-                one = replace(one, to=str(to[int(reference[2])]))
+                notify_def = replace(notify_def, to=str(to[int(reference[2])]))
             except (NotFound, LookupError):
                 pass  # `address_problem` refuses the reference when it is called
-        found.append(one)
+        found.append(notify_def)
     return replace(job, notify=tuple(found))
 
 
 def _address_document(job: JobDef) -> bytes:
-    return json_format.to_bytes({"v": json_format.VERSION, "job": job.id, "to": [one.to for one in job.notify]})
+    return json_format.to_bytes(
+        {"v": json_format.VERSION, "job": job.id, "to": [notify_def.to for notify_def in job.notify]}
+    )

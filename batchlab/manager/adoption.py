@@ -152,11 +152,11 @@ class Adoption:
             await self._spending.open(live, is_new=found.is_new)
         if self._recorder:
             self._recorder.adopt(live)
-        known = self._lives.get(job.id)
+        live_job = self._lives.get(job.id)
         # Two submissions may have used one token. A retry may also have come before the task of the
         # previous round has removed its job; then the new round replaces it.
-        if known and not known.ended.is_set() and known.round >= live.round:
-            return known
+        if live_job and not live_job.ended.is_set() and live_job.round >= live.round:
+            return live_job
         self._lives[job.id] = live
         if self._spending:
             self._spending.refill()

@@ -118,8 +118,9 @@ class LaunchBreaker:
         # Instances launched together with the failed ones may be healthy: a Spot interruption may
         # take only some instances that boot.
         kept = sum(
-            one.state is LifecycleState.IN_SERVICE or pool.booting.get(one.id, pool.stopped_s) < pool.stopped_s
-            for one in view.instances
+            instance.state is LifecycleState.IN_SERVICE
+            or pool.booting.get(instance.id, pool.stopped_s) < pool.stopped_s
+            for instance in view.instances
         )
         trial = int(self._clock.monotonic_s() >= pool.retry_s)
         return max(view.pool.min_size, min(view.pool.max_size, kept + trial))
@@ -344,8 +345,8 @@ class Prewarm:
 
     def __call__(self, view: GroupView) -> MinimumCapacity | None:
         """Return the pool's minimum capacity now, or None if nothing is due soon."""
-        found = [self._of(view, one) for one in self._scheduler.store.schedules.values()]
-        return max((one for one in found if one), key=lambda one: one.count, default=None)
+        minimum_capacities = [self._of(view, schedule) for schedule in self._scheduler.store.schedules.values()]
+        return max((one for one in minimum_capacities if one), key=lambda one: one.count, default=None)
 
     def _of(self, view: GroupView, schedule: Schedule) -> MinimumCapacity | None:
         definition = schedule.definition
@@ -416,7 +417,7 @@ class Prewarm:
         left_usd = caps.left_usd()
         if left_usd is not None:
             still_s = max(0.0, due_s - self._clock.now_s())
-            there = sum(one.state in _THERE for one in view.instances)
+            there = sum(instance.state in _THERE for instance in view.instances)
             count = affordable(count, there, left_usd, *caps.warm_usd(view.pool, still_s))
         return count
 

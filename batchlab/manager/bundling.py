@@ -97,9 +97,14 @@ class Bundler:
     def _rivals(self, live: LiveJob, pool: str) -> Iterator[LiveJob]:
         """Yield other jobs of at least this priority with uncut tasks in the pool."""
         least = live.job.priority
-        for one in self._lives.values():
-            if one.job.priority >= least and one is not live and one.is_left(pool) and _may_cut(one):
-                yield one
+        for live_job in self._lives.values():
+            if (
+                live_job.job.priority >= least
+                and live_job is not live
+                and live_job.is_left(pool)
+                and _may_cut(live_job)
+            ):
+                yield live_job
 
     def _unpaused(self) -> Mapping[JobId, LiveJob]:
         """Return the jobs whose bundles workers have or will receive. Workers drop bundles of

@@ -91,18 +91,24 @@ class EventVerifier:
         untrue: set[JobId] = set()
         for job in sorted(jobs - trusted):
             await self._pending_submissions.ended({job})
-            known = await self._job_of(job)
-            if known and not known.commit_hash:
+            job_def = await self._job_of(job)
+            if job_def and not job_def.commit_hash:
                 trusted.add(job)
-            elif known:
+            elif job_def:
                 untrue.add(job)
         sifted = replace(
             events,
-            completions=tuple(one for one in events.completions if _is_one_job(trusted, one.bundle, one.follows)),
-            outcomes=tuple(one for one in events.outcomes if _is_one_job(trusted, one.bundle, one.follows)),
+            completions=tuple(
+                completion
+                for completion in events.completions
+                if _is_one_job(trusted, completion.bundle, completion.follows)
+            ),
+            outcomes=tuple(
+                outcome for outcome in events.outcomes if _is_one_job(trusted, outcome.bundle, outcome.follows)
+            ),
             committed=tuple([one for one in events.committed if await self._is_genuine(one, trusted, genuine)]),
-            duplicates=tuple(one for one in events.duplicates if one.job in trusted),
-            traces=tuple(one for one in events.traces if one[0] in trusted),
+            duplicates=tuple(duplicate for duplicate in events.duplicates if duplicate.job in trusted),
+            traces=tuple(trace for trace in events.traces if trace[0] in trusted),
         )
         if dropped := _count(events) - _count(sifted):
             self._quarantine.unproven(id_, dropped, untrue)
@@ -119,15 +125,15 @@ class EventVerifier:
         }
 
     async def _is_genuine(self, name: str, trusted: set[JobId], proven: set[JobId]) -> bool:
-        found = object_keys.outcome_key(name)
-        if found is None or found.job not in trusted:
+        outcome_key = object_keys.outcome_key(name)
+        if outcome_key is None or outcome_key.job not in trusted:
             return False
-        key = await self._ports.keys.new(found.job) if found.job in proven else UNSEALED
+        key = await self._ports.keys.new(outcome_key.job) if outcome_key.job in proven else UNSEALED
         return object_keys.is_genuine(name, key)
 
 
 def _is_one_job(trusted: set[JobId], bundle: Bundle, follows: tuple[Follow, ...]) -> bool:
-    return bundle.job in trusted and all(one.bundle.job == bundle.job for one in follows)
+    return bundle.job in trusted and all(follow.bundle.job == bundle.job for follow in follows)
 
 
 def _count(events: Events) -> int:
@@ -232,7 +238,7 @@ class Collector:
         messages = await self._received()
         now_s = self._ports.clock.now_s()
         self._counts.events += len(messages)
-        self._counts.lag_s = max([0.0, *(now_s - one.sent_s for one in messages)])
+        self._counts.lag_s = max([0.0, *(now_s - message.sent_s for message in messages)])
         if messages:
             async with self._ledger_lock:
                 await self._take(messages)
@@ -249,7 +255,7 @@ class Collector:
         """Return the messages of one fold: one receive, and more receives while there is a
         backlog."""
         messages = list(await self._ports.patience(partial(self._receive, self._settings.wait_s)))
-        size = sum(len(one.body) for one in messages)
+        size = sum(len(message.body) for message in messages)
         last = len(messages)
         while last == MAX_BATCH and size < FOLD_BYTES:
             try:
@@ -260,7 +266,7 @@ class Collector:
             messages += more
             size += sum(len(one.body) for one in more)
             last = len(more)
-        oldest_s = min((one.sent_s for one in messages), default=math.inf)
+        oldest_s = min((message.sent_s for message in messages), default=math.inf)
         if last == MAX_BATCH and self._ports.clock.now_s() - oldest_s > self._settings.tick_s:
             # There is still a backlog, so the latest beats are not received yet.
             self._registry.outage_s = self._ports.clock.monotonic_s()
@@ -311,7 +317,7 @@ class Collector:
             completions += events.completions
             completions += done
             whole |= self._retained(events.outcomes, len(message.body))
-        await self._pending_submissions.ended({one.bundle.job for one in completions})
+        await self._pending_submissions.ended({completion.bundle.job for completion in completions})
         if self._tell(whole.values()):
             # A fold takes as long as all other steps together.
             await asyncio.sleep(STEP_BACK_S)
@@ -343,7 +349,8 @@ class Collector:
         """Retain the outcomes of a message in memory for waiting clients."""
         share_bytes = size_bytes // max(1, len(outcomes))
         return {
-            (one.bundle.job, one.bundle.stage, one.bundle.id): self._memory.add(one, share_bytes) for one in outcomes
+            (outcome.bundle.job, outcome.bundle.stage, outcome.bundle.id): self._memory.add(outcome, share_bytes)
+            for outcome in outcomes
         }
 
     def _tell(self, outcomes: Iterable[RetainedOutcome]) -> bool:
@@ -351,21 +358,21 @@ class Collector:
         client waits. The outcomes are committed. The fold that follows updates only the counters.
         """
         heard = False
-        for one in outcomes:
-            live = self._lives.get(one.outcome.bundle.job) if one.outcome else None
-            heard = bool(live and live.tell(one)) or heard
+        for outcome in outcomes:
+            live = self._lives.get(outcome.outcome.bundle.job) if outcome.outcome else None
+            heard = bool(live and live.tell(outcome)) or heard
         return heard
 
     def _subject(self, body: str) -> JobId | None:
         """Return the first live job named in the text of a message, or None."""
         named = islice(_JOB.finditer(body), MAX_NAMES)
-        return next((job for one in named if (job := JobId(one[1])) in self._lives), None)
+        return next((job for match in named if (job := JobId(match[1])) in self._lives), None)
 
     async def _fetched(self, name: str) -> list[Completion]:
         """Return the completion of a committed outcome, or nothing if it does not belong to a known
         job."""
-        named = object_keys.outcome_key(name)
-        job = await self._ledger_writer.job(named.job) if named else None
+        outcome_key = object_keys.outcome_key(name)
+        job = await self._ledger_writer.job(outcome_key.job) if outcome_key else None
         if job is None or not object_keys.is_genuine(name, await self._ports.keys.of(job)):
             return []  # its job was removed, or the key is forged
         try:
@@ -383,8 +390,8 @@ class Collector:
         bundles are not sent again."""
         now_s = self._ports.clock.monotonic_s()
         for live in self._lives.values():
-            for one in live.all_outstanding():
-                one.heard_s = max(one.heard_s, now_s)
+            for outstanding in live.all_outstanding():
+                outstanding.heard_s = max(outstanding.heard_s, now_s)
 
     def _named(self, beat: Beat, trusted: Collection[JobId]) -> None:
         """Reset the silence of the bundles that a worker holds."""
@@ -392,6 +399,6 @@ class Collector:
         for held in beat.held:
             live = self._lives.get(held.job) if held.job in trusted else None
             waiting = live.outstanding.get(held.stage, {}) if live else {}
-            one = waiting.get(held.bundle)
-            if one:
-                one.heard_s = max(one.heard_s, now_s)
+            outstanding = waiting.get(held.bundle)
+            if outstanding:
+                outstanding.heard_s = max(outstanding.heard_s, now_s)

@@ -37,8 +37,8 @@ async def uncommitted_bundles(ports: Ports, live: LiveJob) -> list[Bundle]:
             break
     if len(named) <= FEW:
         heads = [ports.patience(partial(ports.objects.head, name)) for name in named]
-        found = await asyncio.gather(*heads)
-        return [one for one, head in zip(named.values(), found, strict=True) if head is None]
+        object_infos = await asyncio.gather(*heads)
+        return [bundle for bundle, head in zip(named.values(), object_infos, strict=True) if head is None]
     for stage in live.job.stages:
         async for page in ports.objects.list(object_keys.outcomes(live.id, stage.name)):
             for info in page:

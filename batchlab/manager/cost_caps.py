@@ -30,16 +30,16 @@ class UsageAttribution:
         """Return equal shares of the jobs that an idle instance of the pool waits for. If there are
         none, and the pool is above its minimum size, the jobs that a cap holds back."""
         pool = view.pool
-        found = [live.id for live in self._lives.values() if live.has_work(pool.name)]
-        if not found and len(view.instances) > pool.min_size:
+        job_ids = [live.id for live in self._lives.values() if live.has_work(pool.name)]
+        if not job_ids and len(view.instances) > pool.min_size:
             stages = ((live, s) for live in self._lives.values() for s in live.job.stages)
-            found = list({one.id: 0 for one, s in stages if one.is_held and s.pool == pool.name})
-        return dict.fromkeys(found, 1 / len(found)) if found else {}
+            job_ids = list({live_job.id: 0 for live_job, s in stages if live_job.is_held and s.pool == pool.name})
+        return dict.fromkeys(job_ids, 1 / len(job_ids)) if job_ids else {}
 
     def of(self, instance: str, waiting: Mapping[JobId, float]) -> Mapping[JobId, float]:
         """Return the shares of the jobs whose bundles the instance runs or holds."""
-        seen = self._registry.workers.get(instance)
-        held = seen.beat.held if seen else ()
+        worker_status = self._registry.workers.get(instance)
+        held = worker_status.beat.held if worker_status else ()
         jobs = [h.job for h in held if h.running] or [h.job for h in held]
         jobs = [job for job in jobs if job in self._lives]
         if not jobs:
@@ -165,11 +165,11 @@ class CostCaps:
         if live.is_held != bool(empty):
             live.is_held = bool(empty)
             live.poke.set()
-        told = empty
+        purse = empty
         if live.capped and not empty:
             # Each bundle that cost less than estimated frees a part of the budget.
-            told = next((p for p in purses if p.left_usd < uncut_usd), None)
-        text = f"its cost is capped: {told.text()}" if told else ""
+            purse = next((p for p in purses if p.left_usd < uncut_usd), None)
+        text = f"its cost is capped: {purse.text()}" if purse else ""
         if empty and empty.left_usd > 0:
             text += f", while its next task takes {shown(next_usd)}"
         if bool(text) != bool(live.capped):
@@ -248,7 +248,7 @@ class CostCaps:
         launch."""
         assert self._rates is not None
         kinds = {Kind(pool.name, pool.instance_type)}
-        kinds |= {one.kind for one in self._meter.lives.values() if one.kind.pool == pool.name}
+        kinds |= {live.kind for live in self._meter.lives.values() if live.kind.pool == pool.name}
         return max(self._rates(kind) for kind in kinds)
 
     def launches(self, view: GroupView, desired: int, why: str) -> tuple[int, str]:
@@ -273,11 +273,11 @@ class CostCaps:
     def _purses(self, pool: str) -> list[Purse]:
         """Return the budgets that pay for a launch in the pool: the grid's, and those of its jobs
         if all jobs with work for it are capped."""
-        found = [self._grid] if self._grid else []
+        purses = [self._grid] if self._grid else []
         working = [live for live in self._lives.values() if live.has_work(pool)]
         own = [p for live in working if live.budget for p in live.budget.purses]
         own = [purse for purse in own if purse is not self._grid]
         if working and len(own) == len(working):
             left = sum(max(0.0, purse.left_usd) for purse in own)
-            found.append(own[0] if len(own) == 1 else Purse("what its jobs", left))
-        return found
+            purses.append(own[0] if len(own) == 1 else Purse("what its jobs", left))
+        return purses

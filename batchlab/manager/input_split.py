@@ -55,16 +55,16 @@ async def _objects(objects: Objects, keys: Sequence[str]) -> AsyncIterator[Objec
     """Yield every input object in order. A key that ends in "/" stands for all objects below it."""
     for first in range(0, len(keys), _HEADS):
         window = keys[first : first + _HEADS]
-        known = iter(await asyncio.gather(*(objects.head(key) for key in window if not key.endswith("/"))))
+        object_infos = iter(await asyncio.gather(*(objects.head(key) for key in window if not key.endswith("/"))))
         for key in window:
             if key.endswith("/"):
                 async for info in _under(objects, key):
                     yield info
                 continue
-            found = next(known)
-            if found is None:
+            object_info = next(object_infos)
+            if object_info is None:
                 raise _missing_object(key)
-            yield found
+            yield object_info
 
 
 async def _under(objects: Objects, prefix: str) -> AsyncIterator[ObjectInfo]:

@@ -154,19 +154,19 @@ class JobCommands:
                 await patience(lambda: objects.put(key, data, if_absent=True))
         except AlreadyExists:
             try:
-                known, its = await read_stored(self._ports, key, _read_definition)
+                job_def, its = await read_stored(self._ports, key, _read_definition)
             except UnreadableObject as error:
                 raise Refused(
                     f"A job with the id {job.id} is in the bucket, and its definition cannot be read: {error.message}",
                     remedy=f"Remove the object {key}, or submit the job under another name.",
                 ) from error
-            if _comparable(admission.hide_addresses(known), its) != _comparable(hidden, opening):
+            if _comparable(admission.hide_addresses(job_def), its) != _comparable(hidden, opening):
                 by = "client token" if job.token else "id"
                 raise Refused(
                     f"Job {job.id} is another one, submitted with the same {by}.",
                     remedy=f"Give each job {'a token' if job.token else 'an id'} of its own.",
                 ) from None
-            return await admission.restore_addresses(self._ports, known), its, False
+            return await admission.restore_addresses(self._ports, job_def), its, False
         return job, opening, True
 
     async def cancel(self, job: JobId) -> None:
@@ -193,7 +193,7 @@ class JobCommands:
         await set_job_state(self._ports, live, JobState.RUNNABLE)
         # As copies, for which workers look for an outcome, because some messages may not be dropped
         # yet.
-        again = [replace(one.bundle, losses=1) for one in live.all_outstanding()]
+        again = [replace(outstanding.bundle, losses=1) for outstanding in live.all_outstanding()]
         await self._coordinator.send(live.job, again)
         live.poke.set()
 
@@ -210,27 +210,27 @@ class JobCommands:
                 remedy="Submit its file again to run all of it anew.",
             )
         round_ = record.round + 1
-        made = await self._retries.plan(record, chosen)
+        retry = await self._retries.plan(record, chosen)
         # Before the round, because a manager that finds the round must not find it forbidden.
         await commit.permit(objects, job, round_, patience)
         key = object_keys.retry(job, round_)
         self._begun.add(job)
         try:
-            await patience(lambda: objects.put(key, made.to_bytes(), if_absent=True))
+            await patience(lambda: objects.put(key, retry.to_bytes(), if_absent=True))
         except AlreadyExists:
-            made = Retry.from_bytes(await patience(lambda: objects.get(key)))
-        await self._ports.ledger.apply(Reopen(job, round_, made.reopened))
+            retry = Retry.from_bytes(await patience(lambda: objects.get(key)))
+        await self._ports.ledger.apply(Reopen(job, round_, retry.reopened))
         live = await self._adopt(Written(await self._ports.ledger.rows(job), is_new=False))
         self._begun.discard(job)
-        await self._coordinator.send(live.job, [b for cut in made.cuts for b in cut.bundles])
+        await self._coordinator.send(live.job, [b for cut in retry.cuts for b in cut.bundles])
         return live.record
 
     async def look_back(self) -> None:
         """Find jobs whose retry an earlier leader may have begun: those that ended without
         success."""
-        async for one in list_jobs(self._ports):
-            if one.state.ended and one.state is not JobState.SUCCEEDED:
-                self._begun.add(one.job.id)
+        async for job in list_jobs(self._ports):
+            if job.state.ended and job.state is not JobState.SUCCEEDED:
+                self._begun.add(job.job.id)
 
     async def finish_retries(self) -> None:
         """Complete retries that are in the bucket and not in the ledger. The manager that began one
@@ -258,19 +258,19 @@ class JobCommands:
         objects, patience = self._ports.objects, self._ports.patience
         async with live.control_lock:
             while True:
-                found = await commit.spoken(objects, live.id, patience)
-                if found and found.word.round > live.round:
+                spoken = await commit.spoken(objects, live.id, patience)
+                if spoken and spoken.word.round > live.round:
                     raise Superseded(live)
-                if found and found.word.control is Control.CANCEL:
+                if spoken and spoken.word.control is Control.CANCEL:
                     live.doubtful = True  # another leader may have written it
                     live.poke.set()
-                if Control.CANCEL in (live.record.control, found and found.word.control):
+                if Control.CANCEL in (live.record.control, spoken and spoken.word.control):
                     raise Refused(
                         f"Job {live.id} is being cancelled.",
                         remedy="Once it has ended, `batchlab job retry` runs the remaining tasks.",
                     )
                 word = json_format.Word(wanted, round=live.round)
-                if await commit.say(objects, live.id, word, patience, over=found):
+                if await commit.say(objects, live.id, word, patience, over=spoken):
                     break
             await self._coordinator.record_control(live, wanted)
 

@@ -205,7 +205,7 @@ class JobCoordinator:
         assert opening.cut
         self._inputs.keep(job.id, opening.cut.stage, opening.items)
         bundles = opening.cut.bundles
-        copies = [replace(one, losses=1) for one in bundles] if again else bundles
+        copies = [replace(bundle, losses=1) for bundle in bundles] if again else bundles
         await self.send(job, copies)
 
     def begin(self, live: LiveJob, cut: Cut) -> None:
@@ -254,7 +254,7 @@ class JobCoordinator:
         if counts is not cut:
             # An earlier manager may have sent the bundles, and the ledger lost that in a power
             # failure. So they are sent as copies, for which workers first look for an outcome.
-            bundles = tuple(replace(one, losses=1) for one in bundles)
+            bundles = tuple(replace(bundle, losses=1) for bundle in bundles)
         await self.send(live.job, bundles, trace=cutting.context)
 
     async def send(self, job: JobDef, bundles: Sequence[Bundle], *, trace: str = "") -> None:

@@ -49,13 +49,13 @@ async def rebuild(ports: Ports) -> RebuildResult:
     """Restore every job from the bucket, and forget jobs that are not there. Raises Unreachable if
     a job changes all the time."""
     # first, because a job submitted meanwhile must not be forgotten
-    known = await _in_ledger(ports)
-    found = await _in_bucket(ports)
-    gone = sorted(known - found)
+    ids = await _in_ledger(ports)
+    job_ids = await _in_bucket(ports)
+    gone = sorted(ids - job_ids)
     if gone:
         await ports.ledger.forget(gone)
     rebuilt = RebuildResult(0)
-    for job in sorted(found):
+    for job in sorted(job_ids):
         try:
             rebuilt.unreadable |= await restore(ports, job)
             rebuilt.jobs += 1
@@ -71,22 +71,22 @@ async def rebuild(ports: Ports) -> RebuildResult:
 
 
 async def _in_ledger(ports: Ports) -> set[JobId]:
-    known: set[JobId] = set()
+    job_ids: set[JobId] = set()
     last: JobId | None = None
     while page := await ports.ledger.jobs(limit=_PAGE, before=last):
-        known.update(record.job.id for record in page)
+        job_ids.update(record.job.id for record in page)
         last = page[-1].job.id
-    return known
+    return job_ids
 
 
 async def _in_bucket(ports: Ports) -> set[JobId]:
-    found: set[JobId] = set()
+    job_ids: set[JobId] = set()
     async for page in ports.objects.list(object_keys.JOBS):
         for info in page:
             job = JobId(info.key.split("/", 2)[1])
             if info.key == object_keys.spec(job):
-                found.add(job)
-    return found
+                job_ids.add(job)
+    return job_ids
 
 
 async def restore(ports: Ports, job: JobId) -> dict[str, str]:
@@ -142,21 +142,21 @@ class _JobObjects:
     def drop_strangers(self, job: JobDef, key: CommitKey) -> None:
         """Drop completions that do not fit the job."""
         fits = partial(settlement.fits, job)
-        strangers = [one for one in self.completions if not fits(one.bundle, one.follows)]
-        for one in strangers:
-            self.completions.remove(one)
-            name = object_keys.outcome(one.bundle, key)
+        strangers = [completion for completion in self.completions if not fits(completion.bundle, completion.follows)]
+        for stranger in strangers:
+            self.completions.remove(stranger)
+            name = object_keys.outcome(stranger.bundle, key)
             self.unreadable[name] = "It does not fit the stages of its job."
 
 
 async def _read_history(ports: Ports, job: JobId) -> tuple[Past, dict[str, str]]:
-    found = _JobObjects()
+    job_objects = _JobObjects()
     spec, opening = await _read(ports, object_keys.spec(job), commit_keys.from_json)
     if spec.id != job:
         raise UnreadableObject(object_keys.spec(job), f"It defines the job {spec.id}.")
     spec = await admission.restore_addresses(ports, spec)
     if opening and opening.cut:
-        found.cuts.append(opening.cut)
+        job_objects.cuts.append(opening.cut)
     key = await _key_of(ports, spec)
     replacements: list[str] = []
     async for page in ports.objects.list(object_keys.committed(job)):
@@ -164,15 +164,15 @@ async def _read_history(ports: Ports, job: JobId) -> tuple[Past, dict[str, str]]
             if object_keys.is_replacement(info.key):
                 replacements.append(info.key)
             else:
-                await found.take(ports, info, key)
-    found.drop_strangers(spec, key)
+                await job_objects.take(ports, info, key)
+    job_objects.drop_strangers(spec, key)
     for name in replacements:
-        await found.replace(ports, name, key)
+        await job_objects.replace(ports, name, key)
     # A job with a cut has started, even if the clock was set back since.
-    later = not found.cuts and (spec.start_at_s or 0.0) > ports.clock.now_s()
+    later = not job_objects.cuts and (spec.start_at_s or 0.0) > ports.clock.now_s()
     state = JobState.SCHEDULED if later else JobState.SUBMITTED
-    past = Past(spec, state, await _rounds(ports, spec, found), await _control(ports, job, found))
-    return past, found.unreadable
+    past = Past(spec, state, await _rounds(ports, spec, job_objects), await _control(ports, job, job_objects))
+    return past, job_objects.unreadable
 
 
 async def _key_of(ports: Ports, job: JobDef) -> CommitKey:
@@ -212,13 +212,13 @@ async def _round(ports: Ports, job: JobDef, number: int, retry: Retry, found: _J
         if cut.stage not in stages:
             key = object_keys.cut(job.id, cut.stage, cut.round, cut.seq)
             raise UnreadableObject(key, "It is a cut of a stage that the job does not have.")
-    completions = [one for one in found.completions if one.bundle.round == number]
+    completions = [completion for completion in found.completions if completion.bundle.round == number]
     return Round(
         retry.reopened,
         (*retry.cuts, *cuts),
         planned,
         completions,
-        [settlement.casualties(job, one) for one in completions],
+        [settlement.casualties(job, completion) for completion in completions],
         await _ending(ports, job.id, number, found),
     )
 

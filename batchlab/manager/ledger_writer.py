@@ -63,29 +63,32 @@ class LedgerWriter:
         known = await self._known(completions)
         if not known:
             return
-        lives = (self._lives.get(one.bundle.job) for one, _ in known)
+        lives = (self._lives.get(completion.bundle.job) for completion, _ in known)
         before = {live.id: live.record for live in lives if live}
         begun_s = self._ports.clock.now_s() if traces else 0.0
         folded = await self._ports.ledger.apply(
-            Fold([one for one, _ in known], [settlement.casualties(job, one) for one, job in known])
+            Fold(
+                [completion for completion, _ in known],
+                [settlement.casualties(job, completion) for completion, job in known],
+            )
         )
-        for (one, job), is_new in zip(known, folded.new, strict=True):
+        for (completion, job), is_new in zip(known, folded.new, strict=True):
             if is_new:
-                self._counts.folded(job.stage(one.bundle.stage), one)
-                self._on_author(one.worker)
+                self._counts.folded(job.stage(completion.bundle.stage), completion)
+                self._on_author(completion.worker)
             else:
                 self._counts.repeated += 1
         if traces:
-            self._trace([one for one, _ in known], traces, begun_s)
-        touched = self._note([one for one, _ in known], folded, whole)
+            self._trace([completion for completion, _ in known], traces, begun_s)
+        touched = self._note([completion for completion, _ in known], folded, whole)
         for live in touched:
             await self._follow(live, before.get(live.id), folded.jobs[live.id])
             live.poke.set()
 
     def _trace(self, folded: Sequence[Completion], traces: Traces, begun_s: float) -> None:
         now_s = self._ports.clock.now_s()
-        for one in folded:
-            bundle = one.bundle
+        for completion in folded:
+            bundle = completion.bundle
             if parent := traces.get((bundle.job, bundle.stage, bundle.id)):
                 at = self._tracer.record("fold", parent, bundle, start_s=begun_s, end_s=now_s)
                 if live := self._lives.get(bundle.job):
@@ -94,21 +97,21 @@ class LedgerWriter:
     async def _known(self, completions: Sequence[Completion]) -> list[tuple[Completion, JobDef]]:
         """Return the completions that the ledger accepts, with their jobs."""
         known: list[tuple[Completion, JobDef]] = []
-        names = dict.fromkeys(one.bundle.job for one in completions)
+        names = dict.fromkeys(completion.bundle.job for completion in completions)
         jobs = {name: await self.job(name) for name in names}
-        for one in completions:
-            job = jobs[one.bundle.job]
+        for completion in completions:
+            job = jobs[completion.bundle.job]
             if job is None:
                 continue
-            if not settlement.fits(job, one.bundle, one.follows):
+            if not settlement.fits(job, completion.bundle, completion.follows):
                 # The ledger would refuse it together with the rest of its batch.
-                about = {"job": job.id, "bundle": one.bundle.id}
+                about = {"job": job.id, "bundle": completion.bundle.id}
                 log.error("dropped a completion of a stage that the job does not have", extra=about)
                 continue
-            known.append((one, job))
+            known.append((completion, job))
             live = self._lives.get(job.id)
             # Before the fold, so that the stage does not seem to have ended by this completion.
-            if live is not None and one.cancelled and live.record.control is not Control.CANCEL:
+            if live is not None and completion.cancelled and live.record.control is not Control.CANCEL:
                 live.doubtful = True
         return known
 
@@ -121,31 +124,31 @@ class LedgerWriter:
         self._next_seq = folded.first_seq + len(completions)
         now_s = self._ports.clock.monotonic_s()
         touched: dict[JobId, LiveJob] = {}
-        for n, one in enumerate(completions):
-            live = self._lives.get(one.bundle.job)
+        for n, completion in enumerate(completions):
+            live = self._lives.get(completion.bundle.job)
             if live is not None:
                 touched[live.id] = live
                 live.folds += 1
                 if folded.new[n]:
-                    live.timed(one)
-                    record = BundleRecord(one.bundle, one, folded.first_seq + n)
-                    key = (live.id, one.bundle.stage, one.bundle.id)
+                    live.timed(completion)
+                    record = BundleRecord(completion.bundle, completion, folded.first_seq + n)
+                    key = (live.id, completion.bundle.stage, completion.bundle.id)
                     live.remember(record, whole.get(key))
                 else:
-                    self._repeated(live.id, one.bundle.stage)
+                    self._repeated(live.id, completion.bundle.stage)
                 # A completion may be new to this manager only: the response of the first attempt
                 # was lost.
-                if folded.new[n] or one.bundle.id in live.outstanding.get(one.bundle.stage, {}):
+                if folded.new[n] or completion.bundle.id in live.outstanding.get(completion.bundle.stage, {}):
                     live.expect(
                         (f.bundle, now_s + settlement.delay_s(live.job, f))
-                        for f in one.follows
+                        for f in completion.follows
                         if (f.bundle.stage, f.bundle.id) not in live.early
                     )
         # In a second pass, because a follow-up's completion may be in the same batch.
-        for one in completions:
-            live = self._lives.get(one.bundle.job)
+        for completion in completions:
+            live = self._lives.get(completion.bundle.job)
             if live is not None:
-                live.settled(one.bundle)
+                live.settled(completion.bundle)
         return list(touched.values())
 
     async def write(self, live: LiveJob, change: JobChange) -> bool:

@@ -59,12 +59,12 @@ class LiveLogs:
     async def of(self, live: LiveJob) -> list[Tail]:
         """Return the stored output of the job's running tasks, and ask workers to store it from now
         on."""
-        looked = self._jobs[live.id] = self._jobs.pop(live.id, _JobLogs())
-        looked.wanted_s = self._ports.clock.monotonic_s()
-        await self._ask(live, looked)
-        await self._read(live, looked)
+        job_logs = self._jobs[live.id] = self._jobs.pop(live.id, _JobLogs())
+        job_logs.wanted_s = self._ports.clock.monotonic_s()
+        await self._ask(live, job_logs)
+        await self._read(live, job_logs)
         self._make_room()
-        return [tail for one in looked.stored.values() for tail in _running_only(live, one.tails)]
+        return [tail for worker_logs in job_logs.stored.values() for tail in _running_only(live, worker_logs.tails)]
 
     async def _ask(self, live: LiveJob, looked: _JobLogs) -> None:
         now_s = self._ports.clock.monotonic_s()
@@ -78,30 +78,30 @@ class LiveLogs:
         """Write the request, and return whether workers will see it. If not, the next client tries
         again."""
         objects, patience = self._ports.objects, self._ports.patience
-        found = await commit.spoken(objects, live.id, patience)
+        spoken = await commit.spoken(objects, live.id, patience)
         # A job without a control object gets one after a moment.
-        word = found.word if found else json_format.Word(Control.RUN, round=live.round)
+        word = spoken.word if spoken else json_format.Word(Control.RUN, round=live.round)
         if word.control is not live.record.control or word.control is Control.CANCEL:
             return False
         asked = replace(word, tail=word.tail + 1, tail_s=self._ports.clock.now_s())
-        return await commit.say(objects, live.id, asked, patience, over=found)
+        return await commit.say(objects, live.id, asked, patience, over=spoken)
 
     def _make_room(self) -> None:
         """Drop the output of the jobs that were read least recently, above the limit. It is read
         again on demand."""
-        sizes = [sum(one.size for one in looked.stored.values()) for looked in self._jobs.values()]
+        sizes = [sum(worker_logs.size for worker_logs in job_logs.stored.values()) for job_logs in self._jobs.values()]
         too_much = sum(sizes) - ALL_BYTES
-        for looked, size in zip(self._jobs.values(), sizes, strict=True):
+        for job_logs, size in zip(self._jobs.values(), sizes, strict=True):
             if too_much <= 0:
                 return
-            looked.stored, looked.read_s = {}, float("-inf")
+            job_logs.stored, job_logs.read_s = {}, float("-inf")
             too_much -= size
 
     def forget(self) -> None:
         """Drop output that no client has requested lately."""
         now_s = self._ports.clock.monotonic_s()
-        for job, looked in list(self._jobs.items()):
-            if looked.wanted_s < now_s - 2 * ASKED_S:
+        for job, job_logs in list(self._jobs.items()):
+            if job_logs.wanted_s < now_s - 2 * ASKED_S:
                 del self._jobs[job]
 
     async def _read(self, live: LiveJob, looked: _JobLogs) -> None:
@@ -113,16 +113,16 @@ class LiveLogs:
         left = JOB_BYTES
         async for page in self._ports.objects.list(object_keys.tails(live.id)):
             for info in page:
-                known = looked.stored.get(info.key)
-                if known is None or known.etag != info.etag:
+                worker_logs = looked.stored.get(info.key)
+                if worker_logs is None or worker_logs.etag != info.etag:
                     if info.size > left:
                         continue  # for this many workers, the output of some is enough
-                    known = await self._stored(info, left)
-                elif not _running_only(live, known.tails):
-                    known = _WorkerLogs(info.etag, 0, ())  # the bundle or its worker has ended
-                if known.size <= left:
-                    stored[info.key] = known
-                    left -= known.size
+                    worker_logs = await self._stored(info, left)
+                elif not _running_only(live, worker_logs.tails):
+                    worker_logs = _WorkerLogs(info.etag, 0, ())  # the bundle or its worker has ended
+                if worker_logs.size <= left:
+                    stored[info.key] = worker_logs
+                    left -= worker_logs.size
         looked.stored = stored
 
     async def _stored(self, info: ObjectInfo, limit: int) -> _WorkerLogs:

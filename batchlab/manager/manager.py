@@ -451,9 +451,9 @@ class Manager:
         await self._delayed_jobs.look(self.lives)
         described = await self.ports.fleet.describe()
         await self.registry.see(described)
-        there = [one for view in described for one in view.instances]
-        self.registry.keep({one.id for one in there})
-        self.registry.back({one.id for one in there if one.state in _LIVING})
+        instances = [instance for view in described for instance in view.instances]
+        self.registry.keep({one.id for one in instances})
+        self.registry.back({one.id for one in instances if one.state in _LIVING})
         views = [view for view in described if view.pool.name in self.pools]
         self.autoscaler.launch_breaker.observe(views)
         if self.spending:

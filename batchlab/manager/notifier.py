@@ -62,7 +62,7 @@ class NotificationTriggers:
     def of(self, live: LiveJob, target: Target, stood_s: float) -> Iterator[tuple[str, str]]:
         """Yield what has triggered for `target`: the moment, and a key that distinguishes it from
         earlier ones of its kind. `stood_s` is the job's standstill, if the target wants it."""
-        failed = sum(one.counts.failed for one in live.stages.values())
+        failed = sum(stage.counts.failed for stage in live.stages.values())
         if target.wants("failures") and failed >= target.failures:
             yield "failures", str(target.failures)
         if target.wants("capped") and live.capped:
@@ -73,11 +73,11 @@ class NotificationTriggers:
     def stood_s(self, live: LiveJob) -> float:
         """Return the seconds since the job's last progress."""
         now_s = self._clock.monotonic_s()
-        counts = [one.counts for one in live.stages.values()]
+        counts = [stage.counts for stage in live.stages.values()]
         marker = (
             live.round,
-            sum(one.planned is not None for one in counts),
-            sum(one.terminal + one.retried for one in counts),
+            sum(count.planned is not None for count in counts),
+            sum(count.terminal + count.retried for count in counts),
         )
         stand = self._stands.setdefault(live.id, _LastProgress(marker, now_s))
         if stand.marker != marker or self._moves(live, now_s):
@@ -91,7 +91,7 @@ class NotificationTriggers:
             return True
         if live.is_held or any(one.heard_s > now_s for one in live.all_outstanding()):
             return True
-        held = (one for seen in self._workers.values() for one in seen.since_s)
+        held = (one for worker_status in self._workers.values() for one in worker_status.since_s)
         return any(one.job == live.id for one in held)
 
 
@@ -122,22 +122,22 @@ class Outbox:
 
     def merge(self, other: Outbox) -> None:
         """Take over what another manager has written."""
-        for one in other.log:
-            if one.id not in self.done:
-                self.close(one)
+        for notification in other.log:
+            if notification.id not in self.done:
+                self.close(notification)
         for id_ in other.done:
             self.pending.pop(id_, None)
             self.done[id_] = None
-        for id_, one in other.pending.items():
+        for id_, notification in other.pending.items():
             if not self.knows(id_):
-                self.pending[id_] = one
+                self.pending[id_] = notification
 
     def to_bytes(self) -> bytes:
         return json_format.to_bytes(
             {
                 "v": json_format.VERSION,
-                "pending": [notifications.to_json(one) for one in self.pending.values()],
-                "log": [notifications.to_json(one) for one in self.log],
+                "pending": [notifications.to_json(notification) for notification in self.pending.values()],
+                "log": [notifications.to_json(notification) for notification in self.log],
                 "done": list(self.done),
             }
         )
@@ -232,14 +232,16 @@ class Notifier:
         stored yet."""
         moment = ending.state.value.lower()
         every = [*self.directory().targets, *notifications.targets_of(live.job)]
-        wanted = [one for one in every if one.wants(moment)]
+        wanted = [target for target in every if target.wants(moment)]
         self._triggers.forget(live.id)
         if not wanted:
             return
         state, reason, at_s = ending.state, ending.reason, ending.ended_s
         record = replace(live.record, state=state, reason=reason, ended_s=at_s, round=live.round)
         body = notifications.body_of(record, list(live.stages.values()))
-        await self._add([notifications.made(one, live.job, live.round, moment, body, at_s=at_s) for one in wanted])
+        await self._add(
+            [notifications.made(target, live.job, live.round, moment, body, at_s=at_s) for target in wanted]
+        )
 
     async def observe(self) -> None:
         """Add notifications for live jobs whose triggers have fired."""
@@ -311,11 +313,11 @@ class Notifier:
         return True
 
     async def _add(self, some: Sequence[Notification]) -> None:
-        fresh = [one for one in some if not self.book.knows(one.id)]
+        fresh = [notification for notification in some if not self.book.knows(notification.id)]
         if not fresh and self._saved >= self._changes:
             return  # otherwise an earlier change is not in the bucket yet
-        for one in fresh:
-            self.book.pending[one.id] = one
+        for notification in fresh:
+            self.book.pending[notification.id] = notification
         while len(self.book.pending) > MOST_PENDING:
             self._close(next(iter(self.book.pending.values())), "given up", "there are too many")
         try:
@@ -360,14 +362,14 @@ class Notifier:
                 self._due.clear()
                 now_s = self._ports.clock.now_s()
                 waits_s = LONGEST_WAIT_S
-                for one in list(self.book.pending.values()):
-                    if one.id in self._sending:
+                for notification in list(self.book.pending.values()):
+                    if notification.id in self._sending:
                         continue
-                    if one.due_s > now_s:
-                        waits_s = min(waits_s, one.due_s - now_s)
-                    elif self._has_room(_place(one)):
-                        self._sending[one.id] = _place(one)
-                        group.create_task(self._deliver(one), name=f"notification {one.id}")
+                    if notification.due_s > now_s:
+                        waits_s = min(waits_s, notification.due_s - now_s)
+                    elif self._has_room(_place(notification)):
+                        self._sending[notification.id] = _place(notification)
+                        group.create_task(self._deliver(notification), name=f"notification {notification.id}")
                 await set_within(self._due, waits_s)
 
     def _has_room(self, place: str) -> bool:
@@ -378,7 +380,7 @@ class Notifier:
         """Return when every notification was tried, or after `within_s`. For a manager that is
         about to exit."""
         until_s = self._ports.clock.monotonic_s() + within_s
-        while any(not one.attempts for one in self.book.pending.values()):
+        while any(not notification.attempts for notification in self.book.pending.values()):
             if self._ports.clock.monotonic_s() >= until_s:
                 return
             await asyncio.sleep(0.02)
@@ -484,14 +486,14 @@ class Notifier:
         at_s = self._ports.clock.now_s()
         id_ = notifications.derived_id(target, "", 0, "test", self._ports.ids.fresh("test"))
         text = {"v": json_format.VERSION, "id": id_, "moment": "test", "at_s": at_s}
-        one = Notification(id_, "test", "", name, None, json_format.dumps(text), at_s)
+        notification = Notification(id_, "test", "", name, None, json_format.dumps(text), at_s)
         try:
-            await self._outlets.deliver(target, one)
+            await self._outlets.deliver(target, notification)
         except NotDelivered as error:
-            self._close(replace(one, attempts=1), "given up", error.message)
+            self._close(replace(notification, attempts=1), "given up", error.message)
             return error.message
         else:
-            self._close(replace(one, attempts=1), "delivered", "")
+            self._close(replace(notification, attempts=1), "delivered", "")
             return ""
         finally:
             with suppress(BackendError):  # the result is at least in this manager's log

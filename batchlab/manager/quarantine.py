@@ -147,8 +147,8 @@ class OutcomeStore:
         replacement in which its tasks fail or are retried."""
         try:
             key = await self._ports.keys.of(job)
-            found = await committed(self._ports.objects, bundle, self._ports.patience, key)
-            return _check_fit(job, found, key) if found else None
+            outcome = await committed(self._ports.objects, bundle, self._ports.patience, key)
+            return _check_fit(job, outcome, key) if outcome else None
         except Malformed as error:
             draft = settlement.unreadable(job, bundle, error.message, now_s=self._ports.clock.now_s())
             return await self._replaced(job, draft, error)
@@ -158,8 +158,8 @@ class OutcomeStore:
         replaced by `draft`."""
         try:
             key = await self._ports.keys.of(job)
-            found = await commit(self._ports.objects, draft, self._ports.patience, key)
-            return _check_fit(job, found, key)
+            outcome = await commit(self._ports.objects, draft, self._ports.patience, key)
+            return _check_fit(job, outcome, key)
         except Malformed as error:
             return await self._replaced(job, draft, error)
 

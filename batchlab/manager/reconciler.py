@@ -79,10 +79,10 @@ class Reconciler:
                     # beat. The silence so far stays: the manager may send follow-ups before it
                     # learns of their bundle, which would reset the silence of lost bundles
                     # repeatedly.
-                    for one in waiting.values():
-                        one.heard_s = max(one.heard_s, min(now_s, one.heard_s + step_s))
+                    for outstanding in waiting.values():
+                        outstanding.heard_s = max(outstanding.heard_s, min(now_s, outstanding.heard_s + step_s))
                 elif limit_s is not None:
-                    silent += [one for one in waiting.values() if now_s - one.heard_s > limit_s]
+                    silent += [outstanding for outstanding in waiting.values() if now_s - outstanding.heard_s > limit_s]
             if silent:
                 await self._recover_alone(live, silent[:RECOVERED_AT_ONCE])
 
@@ -118,25 +118,25 @@ class Reconciler:
             log.exception("silent bundles of job %s met a bug", live.id, extra={"job": live.id})
             live.trouble = f"an error inside the manager: {error!r}; see its log"
         now_s = self._ports.clock.monotonic_s()
-        for one in silent:
-            one.heard_s = now_s
+        for outstanding in silent:
+            outstanding.heard_s = now_s
 
     async def _recover(self, live: LiveJob, silent: list[Outstanding]) -> None:
         await self.heed(live)
         if live.record.control is not Control.RUN:
             return  # workers drop the messages of such a job, so its bundles are silent
-        if any(one.copies for one in silent) and not await self._is_defined(live):
+        if any(outstanding.copies for outstanding in silent) and not await self._is_defined(live):
             return
         again: list[Bundle] = []
-        for one in silent:
-            outcome = await self._outcomes.of(live.job, one.bundle)
+        for outstanding in silent:
+            outcome = await self._outcomes.of(live.job, outstanding.bundle)
             if outcome:
                 await self.forward(live.job, outcome)
             else:
                 # As a copy, for which the worker looks for an outcome before it runs it.
-                again.append(replace(one.bundle, losses=max(1, one.bundle.losses)))
-                one.heard_s = self._ports.clock.monotonic_s()
-                one.copies += 1
+                again.append(replace(outstanding.bundle, losses=max(1, outstanding.bundle.losses)))
+                outstanding.heard_s = self._ports.clock.monotonic_s()
+                outstanding.copies += 1
         if again:
             log.warning("%d silent bundles are sent again", len(again), extra={"job": live.id})
             await self._coordinator.send(live.job, again)
@@ -147,8 +147,8 @@ class Reconciler:
         key = object_keys.spec(live.id)
 
         def defined(data: bytes) -> None:
-            found = json_format.job_from_json(json_format.loads(data))
-            if (found.id, found.commit_hash) != (live.id, live.job.commit_hash):
+            job_def = json_format.job_from_json(json_format.loads(data))
+            if (job_def.id, job_def.commit_hash) != (live.id, live.job.commit_hash):
                 raise Malformed("It defines another job.")
 
         try:

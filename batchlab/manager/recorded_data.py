@@ -244,8 +244,16 @@ def latest_point(_a: Point, b: Point) -> Point:
 
 def request_point(account: Account, now_s: float, step_s: float) -> Point:
     """Return a point of a job's request counts."""
-    made = account.requests
-    return [round(now_s, 3), round(step_s, 3), made.sqs, made.sqs_empty, made.s3_puts, made.s3_gets, made.s3_deletes]
+    requests = account.requests
+    return [
+        round(now_s, 3),
+        round(step_s, 3),
+        requests.sqs,
+        requests.sqs_empty,
+        requests.s3_puts,
+        requests.s3_gets,
+        requests.s3_deletes,
+    ]
 
 
 MOST_INSTANCES = 20_000
@@ -302,8 +310,8 @@ class InstanceHistory:
 
     def note_workers(self, now_s: float) -> None:
         """Record the workers with beats."""
-        for seen in self._registry.workers.values():
-            beat = seen.beat
+        for worker_status in self._registry.workers.values():
+            beat = worker_status.beat
             known = self.workers.pop(beat.worker, None)
             if known is None:
                 known = [beat.instance, beat.pool, beat.slots, round(now_s, 3), 0.0]
@@ -327,7 +335,7 @@ class InstanceHistory:
             if instance[6] < since_s or too_many > 0:
                 del self.ended[name]
                 too_many -= 1
-        beating = {seen.beat.worker for seen in self._registry.workers.values()}
+        beating = {worker_status.beat.worker for worker_status in self._registry.workers.values()}
         gone = [name for name in self.workers if name not in beating]
         too_many = len(self.workers) - MOST_INSTANCES
         for name in gone:
@@ -342,17 +350,17 @@ class InstanceHistory:
     @classmethod
     def from_doc(cls, doc: Mapping[str, Any], registry: WorkerRegistry) -> InstanceHistory:
         """Read rows written by `to_doc`, possibly of another leader."""
-        found = cls(registry)
-        found.living = {name: list(one) for name, one in doc["instances"].items()}
-        ended = sorted((one[6], name) for name, one in found.living.items() if one[6] is not None)
-        found.ended = {name: found.living.pop(name) for _, name in ended}
+        instance_history = cls(registry)
+        instance_history.living = {name: list(one) for name, one in doc["instances"].items()}
+        ended = sorted((one[6], name) for name, one in instance_history.living.items() if one[6] is not None)
+        instance_history.ended = {name: instance_history.living.pop(name) for _, name in ended}
         workers = sorted((one[4], name) for name, one in doc["workers"].items())
-        found.workers = {name: list(doc["workers"][name]) for _, name in workers}
-        return found
+        instance_history.workers = {name: list(doc["workers"][name]) for _, name in workers}
+        return instance_history
 
 
 def _in_pools(
     rows: Iterable[tuple[str, list[Any]]], pools: Collection[str], column: int
 ) -> Iterator[tuple[str, list[Any]]]:
     """Return the rows whose pool, in that column, is among these."""
-    return (one for one in rows if one[1][column] in pools)
+    return (row for row in rows if row[1][column] in pools)

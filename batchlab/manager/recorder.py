@@ -87,7 +87,7 @@ class _LiveRecording:
             starts = [self.live.retried_s]  # the tasks include those of earlier rounds
         elif self.live:
             starts = [stage.counts.first_start_s for stage in self.live.stages.values()]
-        began_s = min([self.since_s, *(one for one in starts if one is not None)])
+        began_s = min([self.since_s, *(start for start in starts if start is not None)])
         return max(now_s - began_s, monotonic_s - self.begun_s, 0.0)
 
     def to_doc(self) -> RecordedData:
@@ -155,7 +155,7 @@ class Recorder:
         """Add new jobs, and forget ended jobs."""
         for live in self._lives.values():
             self.adopt(live)
-        for job in [one for one in self._jobs if one not in self._lives]:
+        for job in [job_id for job_id in self._jobs if job_id not in self._lives]:
             del self._jobs[job]
             self._earlier.pop(job, None)
 
@@ -168,10 +168,10 @@ class Recorder:
 
     def _begin(self, live: LiveJob) -> _LiveRecording:
         now_s = round(self._ports.clock.now_s(), 3)
-        seen = self._jobs[live.id] = _LiveRecording(now_s, (stage.pool for stage in live.job.stages))
-        seen.begun_s = self._ports.clock.monotonic_s()
-        seen.live = live
-        return seen
+        live_recording = self._jobs[live.id] = _LiveRecording(now_s, (stage.pool for stage in live.job.stages))
+        live_recording.begun_s = self._ports.clock.monotonic_s()
+        live_recording.live = live
+        return live_recording
 
     def close(self, ended: Mapping[JobId, Account]) -> dict[JobId, tuple[float, RecordedData]]:
         """Return the duration of the last round (0 if not observed) and the recorded data of each
@@ -180,10 +180,10 @@ class Recorder:
         self._history.note_workers(now_s)
         found: dict[JobId, tuple[float, RecordedData]] = {}
         for job, account in ended.items():
-            if seen := self._jobs.get(job):
-                seen.requests.add(request_point(account, now_s, 0.0))
-            took_s = seen.took_s(now_s, self._ports.clock.monotonic_s()) if seen else 0.0
-            found[job] = took_s, self._part(job, seen, took_s)
+            if live_recording := self._jobs.get(job):
+                live_recording.requests.add(request_point(account, now_s, 0.0))
+            took_s = live_recording.took_s(now_s, self._ports.clock.monotonic_s()) if live_recording else 0.0
+            found[job] = took_s, self._part(job, live_recording, took_s)
             # Now and not at the next sample, because a retry may begin before that.
             self._jobs.pop(job, None)
             self._earlier.pop(job, None)
@@ -227,20 +227,20 @@ class Recorder:
         """Return the number of instances that hold a bundle, and of slots that run one, by their
         last beats."""
         holding, slots = 0, 0.0
-        for seen in self._registry.workers.values():
-            if seen.beat.pool != pool or not seen.beat.held:
+        for worker_status in self._registry.workers.values():
+            if worker_status.beat.pool != pool or not worker_status.beat.held:
                 continue
             holding += 1
-            for held in seen.beat.held:
+            for held in worker_status.beat.held:
                 live = self._lives.get(held.job)
                 if held.running and live:
                     slots += next((s.slots for s in live.job.stages if s.name == held.stage), 1)
         return holding, slots
 
     def _note_requests(self, now_s: float, step_s: float) -> None:
-        for n, (job, seen) in enumerate(self._jobs.items()):
+        for n, (job, live_recording) in enumerate(self._jobs.items()):
             if n < MOST_JOBS and (live := self._lives.get(job)):
-                seen.requests.add(request_point(live.account, now_s, step_s))
+                live_recording.requests.add(request_point(live.account, now_s, step_s))
 
     def samples(self, since_s: float) -> dict[str, list[Point]]:
         """Return each pool's points after a time, as `_point` makes them."""
@@ -251,7 +251,7 @@ class Recorder:
     def decided(self, view: GroupView, desired: int, why: str, backlog: Backlog) -> None:
         """Record a change of a pool's desired capacity."""
         now_s = round(self._ports.clock.now_s(), 3)
-        in_service = sum(one.state is LifecycleState.IN_SERVICE for one in view.instances)
+        in_service = sum(instance.state is LifecycleState.IN_SERVICE for instance in view.instances)
         self._decisions.append(
             [view.pool.name, now_s, view.desired, desired, in_service, backlog.tasks, round(backlog.seconds, 3), why]
         )
@@ -263,21 +263,21 @@ class Recorder:
 
     def told(self, duplicates: Iterable[Duplicate]) -> None:
         """Count duplicates that workers have met."""
-        for one in duplicates:
-            if one.execution not in self._heard:
-                self._heard[one.execution] = None
-                self._count(one.job, one.stage, one.kind, one.slot_s)
+        for duplicate in duplicates:
+            if duplicate.execution not in self._heard:
+                self._heard[duplicate.execution] = None
+                self._count(duplicate.job, duplicate.stage, duplicate.kind, duplicate.slot_s)
         while len(self._heard) > HEARD:
             del self._heard[next(iter(self._heard))]
 
     def _count(self, job: JobId, stage: StageName, kind: str, slot_s: float) -> None:
-        seen = self._jobs.get(job)
-        if seen is None:
+        live_recording = self._jobs.get(job)
+        if live_recording is None:
             live = self._lives.get(job)
             if live is None:
                 return  # the job's end is recorded
-            seen = self._begin(live)
-        counted = seen.duplicates.setdefault(stage, {}).setdefault(kind, [0, 0.0])
+            live_recording = self._begin(live)
+        counted = live_recording.duplicates.setdefault(stage, {}).setdefault(kind, [0, 0.0])
         counted[0] += 1
         counted[1] = round(counted[1] + slot_s, 6)
 
@@ -289,7 +289,7 @@ class Recorder:
 
     def _since_s(self, now_s: float) -> float:
         """Return the start of the oldest live job (seconds since the epoch), or `now_s`."""
-        return min((seen.since_s for seen in self._jobs.values()), default=now_s)
+        return min((live_recording.since_s for live_recording in self._jobs.values()), default=now_s)
 
     def _forget(self, now_s: float) -> None:
         """Drop data that no live job needs."""
@@ -305,7 +305,7 @@ class Recorder:
             "pools": self._pools_doc(self._slots),
             "scaling": list(self._decisions),
             **self._history.to_doc(),
-            "jobs": {job: seen.to_doc() for job, seen in self._jobs.items()},
+            "jobs": {job: live_recording.to_doc() for job, live_recording in self._jobs.items()},
             "earlier": self._earlier,
         }
 
@@ -349,11 +349,11 @@ class Recorder:
         history = InstanceHistory.from_doc(doc, self._registry)
         jobs: dict[JobId, _LiveRecording] = {}
         for job, one in doc["jobs"].items():
-            seen = jobs[JobId(job)] = _LiveRecording(one["since_s"], one["pools"])
+            live_recording = jobs[JobId(job)] = _LiveRecording(one["since_s"], one["pools"])
             if ours := self._jobs.get(JobId(job)):
-                seen.begun_s, seen.live = ours.begun_s, ours.live
-            seen.requests = TimeSeries(latest_point, one["requests"])
-            seen.duplicates = one["duplicates"]
+                live_recording.begun_s, live_recording.live = ours.begun_s, ours.live
+            live_recording.requests = TimeSeries(latest_point, one["requests"])
+            live_recording.duplicates = one["duplicates"]
         earlier = {JobId(job): one for job, one in doc["earlier"].items()}
         # Only now, after all of the document could be read.
         self._slots, self._pools, self._jobs, self._earlier = slots, pools, jobs, earlier

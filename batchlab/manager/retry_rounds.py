@@ -58,8 +58,8 @@ class Retry:
 
     def redone(self, stage: StageName) -> TaskSet:
         """Return the tasks of the stage that this retry runs again or plans again."""
-        mine = [cut for cut in self.cuts if cut.stage == stage]
-        return TaskSet.union([*(cut.left for cut in mine), *(b.tasks for cut in mine for b in cut.bundles)])
+        cuts = [cut for cut in self.cuts if cut.stage == stage]
+        return TaskSet.union([*(cut.left for cut in cuts), *(b.tasks for cut in cuts for b in cut.bundles)])
 
 
 async def cuts_of_round(ports: Ports, record: JobRecord) -> tuple[Cut, ...]:
@@ -78,7 +78,7 @@ async def read_retry(ports: Ports, job: JobDef, round_: int) -> Retry:
     for cut in retry.cuts:
         if (cut.job, cut.round) != (job.id, round_) or cut.stage not in stages:
             raise UnreadableObject(key, "It has a cut of another job, stage or round.")
-    if any(one.stage not in stages for one in retry.reopened):
+    if any(reopening.stage not in stages for reopening in retry.reopened):
         raise UnreadableObject(key, "It takes back a stage that the job does not have.")
     return retry
 
@@ -151,11 +151,11 @@ class RetryPlanner:
                 reopened.append(_replanned(before))
                 continue
             upstream = walk.out.get(stage.after[0], TaskSet()) if stage.chained else TaskSet()
-            kept = walk.kept.get(stage.name, TaskSet())
-            walk.out[stage.name] = TaskSet.union((upstream, kept))
+            task_set = walk.kept.get(stage.name, TaskSet())
+            walk.out[stage.name] = TaskSet.union((upstream, task_set))
             counts = before.counts
             # Forged outcomes may have counted more tasks than exist.
-            failed = max(0, counts.failed - len(kept))
+            failed = max(0, counts.failed - len(task_set))
             cancelled = max(0, counts.cancelled - len(upstream))
             if counts.planned is not None and not failed and not cancelled:
                 continue
@@ -191,7 +191,9 @@ class RetryPlanner:
                 remedy="`batchlab job failures` lists the failed tasks.",
             )
         kept = {name: tasks - chosen.get(name, TaskSet()) for name, tasks in failed.items()}
-        left = [replace(one.counts, failed=len(kept.get(name, TaskSet()))) for name, one in stages.items()]
+        left = [
+            replace(stage_record.counts, failed=len(kept.get(name, TaskSet()))) for name, stage_record in stages.items()
+        ]
         if (verdict := judge(record.job, left)).stop:
             raise Refused(
                 f"The remaining failures would stop job {record.job.id} at once, by its own policy: {verdict.reason}.",
@@ -203,15 +205,15 @@ class RetryPlanner:
         self, record: JobRecord, stage: StageDef, stages: Mapping[StageName, StageRecord], round_: int, out: TaskSet
     ) -> Cut | None:
         job, before, now_s = record.job, stages[stage.name], self._ports.clock.now_s()
-        mine = await self._succeeded(job.id, before.counts)
+        task_set = await self._succeeded(job.id, before.counts)
         if not stage.chained:
             planned = await self._planned_tasks(record, stage, before.counts)
-            return Cut(job.id, stage.name, round_, 0, (), planned - mine - out, at_s=now_s)
+            return Cut(job.id, stage.name, round_, 0, (), planned - task_set - out, at_s=now_s)
         # Tasks with an input and without a result. The upstream bundles that run again start the
         # others.
         bundles = []
         for row in await successful_bundles(self._ports, job.id, stages[stage.after[0]].counts):
-            tasks = (row.completion.succeeded if row.completion else TaskSet()) - mine - out
+            tasks = (row.completion.succeeded if row.completion else TaskSet()) - task_set - out
             if tasks:
                 source = row.bundle.id
                 bundles.append(Bundle(job.id, stage.name, tasks, round=round_, source=source))

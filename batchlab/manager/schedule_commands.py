@@ -59,10 +59,10 @@ class ScheduleCommands(Scheduler):
         return [key for key in keys if key.endswith("/") and not key.startswith(uploaded)]
 
     def _known(self, name: str) -> Schedule:
-        found = self.store.schedules.get(name)
-        if found is None or found.removed:
+        schedule = self.store.schedules.get(name)
+        if schedule is None or schedule.removed:
             raise NotFound(f"There is no schedule {name!r}.", remedy="`batchlab schedule list` shows the schedules.")
-        return found
+        return schedule
 
     async def add(self, definition: Definition, job: JobDef, *, replacing: bool) -> tuple[Schedule, bool]:
         """Store a schedule, and return whether it has changed. Refused if another schedule has the

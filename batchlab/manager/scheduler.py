@@ -220,7 +220,7 @@ class Scheduler:
     def _pause_s(self) -> float:
         """Return the wait until the next due time, at most one tick."""
         now_s = self._ports.clock.now_s()
-        soon = (self.next_s(one) for one in self.store.schedules.values())
+        soon = (self.next_s(schedule) for schedule in self.store.schedules.values())
         first_s = min((one - now_s for one in soon if one is not None), default=math.inf)
         return max(0.001, min(self._settings.tick_s, first_s))
 
@@ -305,8 +305,8 @@ class Scheduler:
         try:
             await self._ports.ledger.job(run.job)
         except NotFound:
-            if made := await self._made(schedule, run):
-                await self._requests.submit(made)
+            if job_def := await self._made(schedule, run):
+                await self._requests.submit(job_def)
             else:
                 return
         self._submitted.add(run.job)
@@ -316,14 +316,14 @@ class Scheduler:
         assert run.job
         try:
             template = await self.store.template(schedule.definition.template)
-            made = job_of(schedule, run, template, self._ports.clock.now_s())
-            self._admit(made)
+            job_def = job_of(schedule, run, template, self._ports.clock.now_s())
+            self._admit(job_def)
         except (UsageError, NotFound) as error:
             ended = self._over(run, "REFUSED", str(error))
             if await self.store.put(schedule.with_run(ended)):
                 log.warning("schedule %s: its job is refused: %s", schedule.name, error)
             return None
-        return replace(made, id=run.job)
+        return replace(job_def, id=run.job)
 
     async def _ended(self, schedule: Schedule) -> Schedule:
         """Return the schedule with an ended run if the run's job has ended."""
@@ -343,7 +343,7 @@ class Scheduler:
             return schedule
         self._submitted.discard(run.job)
         over = self._over(run, record.state.value, record.reason, record.ended_s)
-        rows = {one.counts.stage: one.counts for one in (await ledger.rows(run.job)).stages}
+        rows = {stage_record.counts.stage: stage_record.counts for stage_record in (await ledger.rows(run.job)).stages}
         planned = [rows[stage.name].planned for stage in record.job.roots()]
         return schedule.with_run(replace(over, tasks=sum(number or 0 for number in planned)))
 
@@ -362,9 +362,9 @@ class Scheduler:
     def _observe(self, live: LiveJob) -> None:
         """Record how many instances work for the job."""
         count: dict[str, int] = {}
-        for seen in self._registry.workers.values():
-            if any(held.job == live.id for held in seen.beat.held):
-                count[seen.beat.pool] = count.get(seen.beat.pool, 0) + 1
+        for worker_status in self._registry.workers.values():
+            if any(held.job == live.id for held in worker_status.beat.held):
+                count[worker_status.beat.pool] = count.get(worker_status.beat.pool, 0) + 1
         peak = self._peaks.setdefault(live.id, {})
         for pool, number in count.items():
             peak[pool] = max(peak.get(pool, 0), number)

@@ -197,8 +197,8 @@ class Spending:
 
     def _count_requests(self) -> None:
         # Includes jobs that have just ended or started.
-        accounts = {**self._known, **{job: one.account for job, one in self._lives.items()}}
-        paused = {job for job, one in self._lives.items() if one.record.control is not Control.RUN}
+        accounts = {**self._known, **{job: live_job.account for job, live_job in self._lives.items()}}
+        paused = {job for job, live_job in self._lives.items() if live_job.record.control is not Control.RUN}
         busy = [job for job in accounts if job not in paused]
         everybody = dict.fromkeys(busy, 1 / len(busy)) if busy else {}
         self.meter.hear(MANAGER, self._own(), everybody, accounts)
@@ -277,19 +277,19 @@ class Spending:
     async def open(self, live: LiveJob, *, is_new: bool) -> None:
         """Find or begin the job's account."""
         closed = self._closed.get(live.id)
-        known = self._known.get(live.id) or (closed.account if closed else None)
+        account = self._known.get(live.id) or (closed.account if closed else None)
         if closed and self._recorder and closed.record is not None:
             self._recorder.reopened(live.id, closed.record)
-        if known is None and not is_new:
-            known = await self._reopened(live.id)
-        if known:
-            live.account = known
+        if account is None and not is_new:
+            account = await self._reopened(live.id)
+        if account:
+            live.account = account
 
     async def _reopened(self, job: JobId) -> Account:
         other = self._others.pop(job, None)
-        kept = VersionedDocument(self._ports, object_keys.used(job))
+        versioned_document = VersionedDocument(self._ports, object_keys.used(job))
         try:
-            data = await kept.read()
+            data = await versioned_document.read()
             used = JobUsage.from_bytes(data) if data is not None else None
         except UNREADABLE:
             used = None
@@ -300,7 +300,7 @@ class Spending:
             used.account.keep_most(other)
         if self._recorder and used.record is not None:
             self._recorder.reopened(job, used.record)
-        self._kept[job] = kept
+        self._kept[job] = versioned_document
         return used.account
 
     async def account(self, job: JobId) -> Account | None:
@@ -308,8 +308,8 @@ class Spending:
         live = self._lives.get(job)
         if live:
             return live.account
-        if known := self._known.get(job):
-            return known
+        if account := self._known.get(job):
+            return account
         if closed := self._closed.get(job):
             return closed.account
         data = await VersionedDocument(self._ports, object_keys.used(job)).read()
@@ -355,8 +355,8 @@ class Spending:
                 return False
             return True
 
-        kept = self._kept.pop(job, None) or VersionedDocument(self._ports, object_keys.used(job))
-        await kept.write(used.to_bytes, meet)
+        versioned_document = self._kept.pop(job, None) or VersionedDocument(self._ports, object_keys.used(job))
+        await versioned_document.write(used.to_bytes, meet)
         self._on_written(job, used.took_s)
 
     def _meet(self, there: bytes) -> bool:

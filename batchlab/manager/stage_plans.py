@@ -47,14 +47,14 @@ async def successful_bundles(ports: Ports, job: JobId, counts: StageCounts) -> l
     """Return a stage's bundles with results, by task. Raises Unreachable if the ledger has fewer
     results than `counts`: during a rebuild, an incomplete plan would stay incomplete."""
     records = await ports.ledger.bundles(job, stage=counts.stage, done=True)
-    found = [r for r in records if r.completion and r.completion.succeeded]
-    if sum(len(r.completion.succeeded) for r in found if r.completion) != counts.succeeded:
+    bundle_records = [r for r in records if r.completion and r.completion.succeeded]
+    if sum(len(r.completion.succeeded) for r in bundle_records if r.completion) != counts.succeeded:
         raise Unreachable(
             f"The ledger lacks results of stage {counts.stage} of job {job}.",
             remedy="If no rebuild is running, start one with `batchlab ledger rebuild`.",
         )
     # By task, because the plan must not depend on the order of arrival.
-    return sorted(found, key=lambda r: r.completion.succeeded.first if r.completion else 0)
+    return sorted(bundle_records, key=lambda r: r.completion.succeeded.first if r.completion else 0)
 
 
 class StagePlans:
@@ -247,14 +247,14 @@ class PartWriter:
         """Commit the manifest, and return the one that counts."""
         await self._flush()
         parts = tuple(self._parts)
-        made = Manifest(self._count, tuple(self._starts), skipped, self._round, parts)
+        manifest = Manifest(self._count, tuple(self._starts), skipped, self._round, parts)
         key = object_keys.manifest(self._job, self._stage, self._round)
         objects, patience = self._objects, self._patience
         try:
-            await patience(lambda: objects.put(key, made.to_bytes(), if_absent=True))
+            await patience(lambda: objects.put(key, manifest.to_bytes(), if_absent=True))
         except AlreadyExists:
             return Manifest.from_bytes(await patience(lambda: objects.get(key)))
-        return made
+        return manifest
 
     async def _flush(self) -> None:
         if not self._items:

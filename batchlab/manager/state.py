@@ -68,14 +68,14 @@ class RetainedOutcomes:
     def add(self, outcome: Outcome, size_bytes: int) -> RetainedOutcome:
         """Retain an outcome with JSON of about `size_bytes`, and release the oldest outcomes above
         the limit."""
-        made = RetainedOutcome(outcome, max(size_bytes, LEAST_BYTES))
-        self._order.append(made)
-        self.size_bytes += made.size_bytes
+        retained_outcome = RetainedOutcome(outcome, max(size_bytes, LEAST_BYTES))
+        self._order.append(retained_outcome)
+        self.size_bytes += retained_outcome.size_bytes
         while self.size_bytes > MOST_BYTES:
             oldest = self._order.popleft()
             oldest.release()
             self.size_bytes -= oldest.size_bytes
-        return made
+        return retained_outcome
 
 
 EARLY = 256
@@ -237,7 +237,7 @@ class LiveJob:
     @property
     def first_outcomes(self) -> list[Outcome]:
         """Return the unfolded outcomes passed to `tell` that are still in memory."""
-        return [one.outcome for one in self.told if one.outcome]
+        return [retained_outcome.outcome for retained_outcome in self.told if retained_outcome.outcome]
 
     @property
     def has_news_of_outcomes(self) -> bool:
@@ -252,9 +252,9 @@ class LiveJob:
 
     def release_outcomes(self) -> None:
         """Remove the outcomes of the job from memory."""
-        for _, one in self.recent:
-            if one:
-                one.release()
+        for _, retained_outcome in self.recent:
+            if retained_outcome:
+                retained_outcome.release()
 
     def timed(self, done: Completion) -> None:
         """Record how long the tasks of a completion took, and its failed attempts."""
@@ -294,7 +294,11 @@ class LiveJob:
         """Return the outcomes folded after `seq`, or None if only the ledger has all of them."""
         if self.known_after is None or (seq or 0) < self.known_after:
             return None
-        return [(record, one.outcome if one else None) for record, one in self.recent if (record.seq or 0) > (seq or 0)]
+        return [
+            (record, retained_outcome.outcome if retained_outcome else None)
+            for record, retained_outcome in self.recent
+            if (record.seq or 0) > (seq or 0)
+        ]
 
     def expect(self, bundles: Iterable[tuple[Bundle, float]]) -> None:
         """Record pairs of bundle and due time (monotonic) as outstanding."""
@@ -309,7 +313,7 @@ class LiveJob:
                 del self.early[next(iter(self.early))]
 
     def all_outstanding(self) -> list[Outstanding]:
-        return [one for stage in self.outstanding.values() for one in stage.values()]
+        return [outstanding for stage in self.outstanding.values() for outstanding in stage.values()]
 
     def task_s(self, stage: StageDef, now_s: float) -> float:
         """Return the slot seconds of one task: the mean, or the time that the first task has run so
@@ -344,12 +348,12 @@ class LiveJob:
         if any(self.outstanding.values()):
             return False
         stages = (self.stages[stage.name] for stage in self.job.stages)
-        first = next((one for one in stages if not one.counts.ended), None)
+        first = next((stage_record for stage_record in stages if not stage_record.counts.ended), None)
         return first is not None and first.counts.planned is not None and not first.left
 
     def cut_tasks(self, stage: StageName) -> int:
         """Return the number of the stage's tasks in outstanding bundles."""
-        return sum(len(one.bundle.tasks) for one in self.outstanding.get(stage, {}).values())
+        return sum(len(outstanding.bundle.tasks) for outstanding in self.outstanding.get(stage, {}).values())
 
     def is_left(self, pool: str) -> bool:
         """Return whether planned tasks of stages in `pool` are not yet cut into bundles."""

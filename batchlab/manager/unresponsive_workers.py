@@ -59,10 +59,10 @@ class WorkEvidence:
         waits = {pool: self._waits(pool) for pool in dict.fromkeys(pools.values())}
         lacking: dict[str, str] = {}
         for instance, pool in pools.items():
-            seen = self._registry.workers.get(instance)
-            if seen is None or self._is_shown(seen.beat):
+            worker_status = self._registry.workers.get(instance)
+            if worker_status is None or self._is_shown(worker_status.beat):
                 continue
-            if seen.beat.busy or seen.beat.held:
+            if worker_status.beat.busy or worker_status.beat.held:
                 lacking[instance] = UNKNOWN_WORK
             elif waits[pool]:
                 lacking[instance] = NO_WORK_TAKEN
@@ -75,8 +75,8 @@ class WorkEvidence:
         This reads the ledger and the bucket, because a manager may have died before it wrote a job
         to the ledger. Raises BackendError.
         """
-        seen = self._registry.workers.get(instance)
-        for job in sorted({one.job for one in seen.beat.held} - self._lives.keys() if seen else ()):
+        worker_status = self._registry.workers.get(instance)
+        for job in sorted({held.job for held in worker_status.beat.held} - self._lives.keys() if worker_status else ()):
             try:
                 if not (await self._known(job)).state.ended:
                     return False
@@ -85,7 +85,7 @@ class WorkEvidence:
         return True
 
     def _is_shown(self, beat: Beat) -> bool:
-        if any(one.job in self._lives for one in beat.held):
+        if any(held.job in self._lives for held in beat.held):
             return True
         is_own = self._registry.named.get(beat.worker) == beat.instance
         return is_own and beat.worker != MANAGER and beat.worker in self.authors
@@ -96,7 +96,11 @@ class WorkEvidence:
         depth = self._depths.get(pool)
         if depth is None or not depth.visible:
             return False
-        held = {(one.job, one.stage, one.bundle) for seen in self._registry.workers.values() for one in seen.beat.held}
+        held = {
+            (one.job, one.stage, one.bundle)
+            for worker_status in self._registry.workers.values()
+            for one in worker_status.beat.held
+        }
         return any(self._has_due(live, pool, held) for live in self._lives.values())
 
     def _has_due(self, live: LiveJob, pool: str, held: Collection[tuple[str, str, str]]) -> bool:
@@ -104,10 +108,10 @@ class WorkEvidence:
             return False
         now_s = self._ports.clock.monotonic_s()
         return any(
-            one.heard_s <= now_s and (live.id, stage, bundle) not in held
+            outstanding.heard_s <= now_s and (live.id, stage, bundle) not in held
             for stage, waiting in live.outstanding.items()
             if live.job.stage(stage).pool == pool
-            for bundle, one in waiting.items()
+            for bundle, outstanding in waiting.items()
         )
 
 
@@ -156,7 +160,7 @@ class UnresponsiveWorkers:
             if instance.state is LifecycleState.IN_SERVICE
         }
         self._quiet_s = {
-            one: 0.0 if self._heard(one, since_s) else self._quiet_s.get(one, 0.0) + step_s for one in pools
+            pool: 0.0 if self._heard(pool, since_s) else self._quiet_s.get(pool, 0.0) + step_s for pool in pools
         }
         for one in self._overdue(self._quiet_s, pools):
             cause = f"its worker has been silent for {self._quiet_s[one]:.0f} s"
@@ -167,7 +171,7 @@ class UnresponsiveWorkers:
         # Few instances are silent for long, so the stored value rarely changes.
         self._registry.instances.note_quiet({one: s for one, s in stored_s.items() if s})
         missing = self._evidence.missing(pools)
-        self._useless_s = {one: self._useless_s.get(one, 0.0) + step_s if one in missing else 0.0 for one in pools}
+        self._useless_s = {pool: self._useless_s.get(pool, 0.0) + step_s if pool in missing else 0.0 for pool in pools}
         for one in self._overdue(self._useless_s, pools):
             cause = f"{missing[one]} for {self._useless_s[one]:.0f} s"
             if await self._is_refuted(one, pools[one], cause):
@@ -180,7 +184,7 @@ class UnresponsiveWorkers:
         overdue: list[str] = []
         for pool in dict.fromkeys(pools.values()):
             members = [one for one in pools if pools[one] == pool]
-            over = [one for one in members if counted_s[one] >= self.limit_s]
+            over = [member for member in members if counted_s[member] >= self.limit_s]
             if len(over) == len(members):
                 counted_s |= dict.fromkeys(over[1:], 0.0)
                 del over[1:]
@@ -188,8 +192,8 @@ class UnresponsiveWorkers:
         return overdue
 
     def _heard(self, instance: str, since_s: float) -> bool:
-        seen = self._registry.workers.get(instance)
-        return seen is not None and seen.heard_s >= since_s
+        worker_status = self._registry.workers.get(instance)
+        return worker_status is not None and worker_status.heard_s >= since_s
 
     async def _is_refuted(self, instance: str, pool: str, cause: str) -> bool:
         try:

@@ -108,7 +108,7 @@ class InstanceKeys:
                 del digests[instance]
                 self._are_changed = True
         self._there = there
-        return [self._strangers.pop(one) for one in list(self._strangers) if one in there]
+        return [self._strangers.pop(stranger) for stranger in list(self._strangers) if stranger in there]
 
     def note_quiet(self, quiet_s: Mapping[str, float]) -> None:
         """Take the silences for the next leader, and store them soon."""
@@ -233,28 +233,28 @@ class WorkerRegistry:
         if not self.instances.admits(beat, trusted):
             return False
         beat = replace(beat, held=self._believed(beat, trusted))
-        known = self.workers.get(beat.instance)
-        if known and known.beat.worker == beat.worker and known.beat.number > beat.number:
+        worker_status = self.workers.get(beat.instance)
+        if worker_status and worker_status.beat.worker == beat.worker and worker_status.beat.number > beat.number:
             return True  # the queue may deliver beats out of order
         gone = self._gone.get(beat.instance)
         if gone and gone.worker in ("", beat.worker):
             return True
         if beat.gone:
-            if known is None or known.beat.worker == beat.worker:
+            if worker_status is None or worker_status.beat.worker == beat.worker:
                 self._leave(beat.instance)
                 self._gone[beat.instance] = _DepartedWorker(beat.worker, told=True)
             return True
         now_s = self._ports.clock.monotonic_s()
-        before = known.since_s if known else {}
-        since_s = {one: before.get(one, now_s) for one in beat.held if one.running}
-        if known and known.beat.worker != beat.worker:
-            self._unname(known.beat)
+        before = worker_status.since_s if worker_status else {}
+        since_s = {held: before.get(held, now_s) for held in beat.held if held.running}
+        if worker_status and worker_status.beat.worker != beat.worker:
+            self._unname(worker_status.beat)
         self.named.setdefault(beat.worker, beat.instance)
         self.workers[beat.instance] = WorkerStatus(beat, now_s, since_s)
-        for one in since_s.keys() - before.keys():
-            if live := self._lives.get(one.job):
-                live.began_s.setdefault(one.stage, now_s)
-        for job in sorted({one.job for one in since_s.keys() ^ before.keys()}):
+        for held in since_s.keys() - before.keys():
+            if live := self._lives.get(held.job):
+                live.began_s.setdefault(held.stage, now_s)
+        for job in sorted({held.job for held in since_s.keys() ^ before.keys()}):
             if live := self._lives.get(job):
                 live.changed()
         if beat.instance not in self._ready:
@@ -266,7 +266,7 @@ class WorkerRegistry:
         of its pool. Their receipts are used only on that pool's task queue."""
         queue = object_keys.tasks_queue(beat.pool)
         return tuple(
-            one for one in beat.held if one.queue == queue and one.job in trusted and self._is_in(one, beat.pool)
+            held for held in beat.held if held.queue == queue and held.job in trusted and self._is_in(held, beat.pool)
         )
 
     def _is_in(self, held: Held, pool: str) -> bool:
@@ -276,7 +276,7 @@ class WorkerRegistry:
 
     async def see(self, views: Iterable[GroupView]) -> None:
         """Take the described instances, and process the beats that waited for them."""
-        there = {one.id: one for view in views for one in view.instances}
+        there = {instance.id: instance for view in views for instance in view.instances}
         waiting = self.instances.see(there)
         await self.instances.bind(beat for beat, _ in waiting)
         for beat, trusted in waiting:
@@ -298,8 +298,8 @@ class WorkerRegistry:
         if launched_s is None:
             return
         most = MOST_PER_S * (GRACE_S + self._ports.clock.now_s() - launched_s)
-        made = replace(asked.requests, sqs_bytes=asked.requests.sqs_bytes / STEP_BYTES)
-        if not all(0 <= one <= most for one in astuple(made)):
+        requests = replace(asked.requests, sqs_bytes=asked.requests.sqs_bytes / STEP_BYTES)
+        if not all(0 <= one <= most for one in astuple(requests)):
             why = "its worker reports more requests than it can have made"
             self._quarantine.beat(asked.instance, why)
             return
@@ -315,21 +315,21 @@ class WorkerRegistry:
 
     def _leave(self, instance: str) -> WorkerStatus | None:
         self._ready.discard(instance)
-        seen = self.workers.pop(instance, None)
-        if seen:
-            self._unname(seen.beat)
+        worker_status = self.workers.pop(instance, None)
+        if worker_status:
+            self._unname(worker_status.beat)
         before = self._gone.pop(instance, _DepartedWorker("", told=False))
-        self._gone[instance] = _DepartedWorker(seen.beat.worker, told=False) if seen else before
+        self._gone[instance] = _DepartedWorker(worker_status.beat.worker, told=False) if worker_status else before
         while len(self._gone) > DEPARTED_KEPT:
             del self._gone[next(iter(self._gone))]
-        return seen
+        return worker_status
 
     def keep(self, there: Collection[str]) -> None:
         """Forget workers that were silent for `LOST_S` on instances that do not exist: another
         leader was informed of their end."""
         since_s = self._ports.clock.monotonic_s() - LOST_S
-        for instance, seen in list(self.workers.items()):
-            if seen.heard_s < since_s and instance not in there:
+        for instance, worker_status in list(self.workers.items()):
+            if worker_status.heard_s < since_s and instance not in there:
                 self._leave(instance)
 
     def back(self, living: Collection[str]) -> None:
@@ -352,53 +352,53 @@ class WorkerRegistry:
 
     def idle(self, pool: str) -> list[str]:
         """Return the pool's instances that hold nothing, longest silent first."""
-        found = [
-            seen.beat
-            for seen in self.workers.values()
-            if seen.beat.pool == pool and not seen.beat.held and not seen.beat.busy
+        beats = [
+            worker_status.beat
+            for worker_status in self.workers.values()
+            if worker_status.beat.pool == pool and not worker_status.beat.held and not worker_status.beat.busy
         ]
-        return [beat.instance for beat in sorted(found, key=lambda b: (b.at_s, b.instance))]
+        return [beat.instance for beat in sorted(beats, key=lambda b: (b.at_s, b.instance))]
 
     def busy(self, pool: str) -> list[str]:
         """Return the pool's instances that hold a bundle."""
         return sorted(
-            seen.beat.instance
-            for seen in self.workers.values()
-            if seen.beat.pool == pool and (seen.beat.held or seen.beat.busy)
+            worker_status.beat.instance
+            for worker_status in self.workers.values()
+            if worker_status.beat.pool == pool and (worker_status.beat.held or worker_status.beat.busy)
         )
 
     async def bury(self, dead: Sequence[Instance]) -> None:
         """Return the messages of dead instances to the queue, unless they have returned already."""
         for instance in dead:
-            seen = self._leave(instance.id)
-            if seen is None or not seen.beat.held:
+            worker_status = self._leave(instance.id)
+            if worker_status is None or not worker_status.beat.held:
                 continue
-            self._lost(seen)
-            if self._ports.clock.monotonic_s() - seen.heard_s >= LOST_S:
+            self._lost(worker_status)
+            if self._ports.clock.monotonic_s() - worker_status.heard_s >= LOST_S:
                 continue  # the messages have returned by themselves, and other workers have them
             explained = instance.note.startswith("terminated")
             about = {"instance": instance.id, "pool": instance.pool}
             log.info("died (%s): its messages are given back", instance.note, extra=about)
             try:
-                await self._give_back(seen.beat.held, explained=explained)
+                await self._give_back(worker_status.beat.held, explained=explained)
             except BackendError as error:
                 log.warning("they return when their visibility runs out: %s", error, extra=about)
 
     def _lost(self, seen: WorkerStatus) -> None:
         """Record the lost run time of the worker's bundles."""
         now_s = self._ports.clock.monotonic_s()
-        for one, since_s in seen.since_s.items():
-            live = self._lives.get(one.job)
-            if live and live.outstanding.get(one.stage, {}).get(one.bundle):
-                stage = live.job.stage(one.stage)
+        for held, since_s in seen.since_s.items():
+            live = self._lives.get(held.job)
+            if live and live.outstanding.get(held.stage, {}).get(held.bundle):
+                stage = live.job.stage(held.stage)
                 live.account.lose(stage.pool, (now_s - since_s) * stage.slots)
 
     async def _give_back(self, held: Sequence[Held], *, explained: bool) -> None:
         ours = [one for one in held if one.receipt]
-        copied = [one for one in ours if explained and self._waiting(one)]
+        copied = [our for our in ours if explained and self._waiting(our)]
         await self._send_copies(copied)
         await self._return(copied, visible=False)
-        await self._return([one for one in ours if one not in copied], visible=True)
+        await self._return([our for our in ours if our not in copied], visible=True)
 
     async def _return(self, held: Sequence[Held], *, visible: bool) -> None:
         """Make messages visible again, or delete messages that were replaced by copies."""
@@ -418,8 +418,8 @@ class WorkerRegistry:
 
     def _waiting(self, held: Held) -> Bundle | None:
         live = self._lives.get(held.job)
-        one = live.outstanding.get(held.stage, {}).get(held.bundle) if live else None
-        return one.bundle if one else None
+        outstanding = live.outstanding.get(held.stage, {}).get(held.bundle) if live else None
+        return outstanding.bundle if outstanding else None
 
     async def _send_copies(self, held: Sequence[Held]) -> None:
         now_s = self._ports.clock.now_s()

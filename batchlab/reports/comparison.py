@@ -195,8 +195,8 @@ def _fleet(connection: DuckDBPyConnection, found: Mapping[str, Run]) -> None:
         found[row["job"]].put("instances", "", row["instances"])
     for row in _rows(connection, store.named("scaling_lag").sql):
         run, lag_s = found[row["job"]], row["lag_p50_s"]
-        known = run.samples.get(("scaling_lag", ""))
-        if lag_s is not None and (known is None or lag_s > known.value):
+        sample = run.samples.get(("scaling_lag", ""))
+        if lag_s is not None and (sample is None or lag_s > sample.value):
             run.put("scaling_lag", "", lag_s)
 
 
@@ -332,16 +332,16 @@ def gates(threshold: str | None, fail_on: Sequence[str]) -> list[Gate]:
             raise UsageError(f"{threshold!r} is not a percentage.", remedy="Write for example --threshold 10%.")
         found += [Gate(name, "", float(share["share"]) / 100) for name in GATED]
     for text in fail_on:
-        told = _GATE.fullmatch(text)
-        known = MEASURES.get(told["name"]) if told else None
-        if told is None or known is None or known.more_is_better is None:
+        match = _GATE.fullmatch(text)
+        measure = MEASURES.get(match["name"]) if match else None
+        if match is None or measure is None or measure.more_is_better is None:
             names = ", ".join(n for n, m in MEASURES.items() if m.more_is_better is not None)
             raise UsageError(
                 f"{text!r} is no gate.",
                 remedy=f"Write a measure and by how much it may get worse, such as 'p95 > 10%', or "
                 f"of one stage, 'parse.p95 > 10%'. Measures are {names}.",
             )
-        found.append(Gate(known.name, told["stage"] or "", _number(told["share"]) / 100))
+        found.append(Gate(measure.name, match["stage"] or "", _number(match["share"]) / 100))
     return found
 
 
@@ -380,21 +380,21 @@ def _breaks(gate: Gate, change: Change) -> bool:
 
 
 def _change(key: Key, a: Sequence[Run], b: Sequence[Run], rng: random.Random) -> Change | None:
-    mine, theirs = _samples(key, a), _samples(key, b)
-    if not mine or not theirs:
+    samples, theirs = _samples(key, a), _samples(key, b)
+    if not samples or not theirs:
         return None
-    before = statistics.median(one.value for one in mine)
-    after = statistics.median(one.value for one in theirs)
-    made = Change(MEASURES[key[0]], key[1], before, after)
-    spreads = all(len(side) > 1 or side[0].draws for side in (mine, theirs))
+    before = statistics.median(sample.value for sample in samples)
+    after = statistics.median(their.value for their in theirs)
+    change = Change(MEASURES[key[0]], key[1], before, after)
+    spreads = all(len(side) > 1 or side[0].draws for side in (samples, theirs))
     if not spreads or not before:
-        return made
-    drawn = sorted(_drawn(mine, theirs, rng))
+        return change
+    drawn = sorted(_drawn(samples, theirs, rng))
     if len(drawn) < RESAMPLES:
-        return made  # some resamples of A are 0, so their ratio is undefined
+        return change  # some resamples of A are 0, so their ratio is undefined
     tail = (1 - SURE) / 2
     low, high = drawn[int(tail * RESAMPLES)], drawn[int((1 - tail) * RESAMPLES) - 1]
-    return Change(made.measure, made.stage, before, after, low, high)
+    return Change(change.measure, change.stage, before, after, low, high)
 
 
 def _samples(key: Key, side: Sequence[Run]) -> list[Sample]:
@@ -415,9 +415,9 @@ def _resampled(side: Sequence[Sample], rng: random.Random) -> float:
     draw, n = rng.random, len(side)
     values = []
     for i in range(n):
-        one = side[int(draw() * n)] if n > 1 else side[i]
-        draws = one.draws
-        values.append(draws[int(draw() * len(draws))] if draws else one.value)
+        sample = side[int(draw() * n)] if n > 1 else side[i]
+        draws = sample.draws
+        values.append(draws[int(draw() * len(draws))] if draws else sample.value)
     values.sort()
     return values[n // 2] if n % 2 else (values[n // 2 - 1] + values[n // 2]) / 2
 
@@ -450,15 +450,15 @@ def _of_stage(known: Mapping[Key, Change], stage: str) -> Iterator[str]:
     if tasks and abs(tasks.relative) > _TELLING:
         yield f"it has {tasks.b:,.0f} tasks in place of {tasks.a:,.0f}"
     for usual, worst, what in (("p50", "p95", "run"), ("wait_p50", "wait_p95", "wait")):
-        one, other = known.get((usual, stage)), known.get((worst, stage))
-        if one and _tells(one):
-            yield f"its tasks {what} longer, {_before_and_now(one)}"
+        change, other = known.get((usual, stage)), known.get((worst, stage))
+        if change and _tells(change):
+            yield f"its tasks {what} longer, {_before_and_now(change)}"
         elif other and _tells(other):
             yield f"its last twentieth {what}s longer, {_before_and_now(other)}"
     for name, what in (("retries", "were tried again"), ("failed", "failed for good")):
-        one = known.get((name, stage))
-        if one and _tells(one):
-            yield f"of 1,000 tasks {one.b:.3g} {what}, {one.a:.3g} before"
+        change = known.get((name, stage))
+        if change and _tells(change):
+            yield f"of 1,000 tasks {change.b:.3g} {what}, {change.a:.3g} before"
 
 
 def _of_fleet(known: Mapping[Key, Change]) -> Iterator[str]:

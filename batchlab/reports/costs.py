@@ -65,7 +65,7 @@ def parts(
     """
     stages = [use.stage for use in uses]
     made = bill(stages, account, pools, book, stored_bytes=stored_bytes, pace=pace)
-    found: list[Part] = []
+    parts: list[Part] = []
     by_bundle: dict[str | None, float] = {use.stage.name: float(use.bundles) for use in uses}
     lines: dict[str, tuple[str, str | None, float | None, Mapping[str | None, float]]] = {
         name: (kind, None, None, by_bundle) for name, kind in _REQUESTS.items()
@@ -81,8 +81,8 @@ def parts(
         usd = Decimal(repr(item.usd.typical)).quantize(DIGIT, ROUND_HALF_EVEN)
         for stage, (share, part) in split(usd, weights).items():
             spent_s = None if seconds_ is None else seconds_ * share
-            found.append(Part(item.what, kind, pool_, stage, spent_s, part, item.how))
-    return made, found
+            parts.append(Part(item.what, kind, pool_, stage, spent_s, part, item.how))
+    return made, parts
 
 
 def _of_pool(

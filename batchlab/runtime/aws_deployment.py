@@ -113,20 +113,20 @@ def parse(fields: Mapping[str, Any]) -> AwsDeployment:
     from batchlab.core.pricing.hourly import LEDGERS
 
     database = fields.get("database")
-    found = AwsDeployment(
+    aws_deployment = AwsDeployment(
         **{
             **fields,
-            "pools": tuple(Pool(**{**one, "env": ()}) for one in fields["pools"]),
+            "pools": tuple(Pool(**{**field, "env": ()}) for field in fields["pools"]),
             "database": Database(**database) if database else None,
         }
     )
-    if found.ledger not in LEDGERS:
-        raise ValueError(f"ledger is {found.ledger!r}, not {', '.join(LEDGERS)}")
-    if (found.ledger == "postgres") != (found.database is not None):
+    if aws_deployment.ledger not in LEDGERS:
+        raise ValueError(f"ledger is {aws_deployment.ledger!r}, not {', '.join(LEDGERS)}")
+    if (aws_deployment.ledger == "postgres") != (aws_deployment.database is not None):
         raise ValueError("a postgres ledger, and no other, has a database")
-    if (found.ledger == "simpledb") != bool(found.domain):
+    if (aws_deployment.ledger == "simpledb") != bool(aws_deployment.domain):
         raise ValueError("a simpledb ledger, and no other, has a domain")
-    return found
+    return aws_deployment
 
 
 def write(home: Home, deployment: AwsDeployment) -> None:

@@ -190,7 +190,7 @@ def free_subnet(taken: Iterable[str], project: str = "") -> str:
     begin = zlib.crc32(project.encode()) % len(_BLOCK)
     for block in _BLOCK[begin:] + _BLOCK[:begin]:
         wanted = ipaddress.ip_network(f"{block}.0/24")
-        if not any(wanted.overlaps(one) for one in networks if one.version == wanted.version):
+        if not any(wanted.overlaps(network) for network in networks if network.version == wanted.version):
             return block
     raise UsageError(
         "All networks from 10.213.64.0/24 to 10.213.255.0/24 are taken.",

@@ -116,7 +116,7 @@ def requirements() -> list[str]:
     found = set()
     for wanted in map(Requirement, metadata.requires("batchlab") or []):
         marker = wanted.marker
-        if marker is None or any(marker.evaluate({"extra": one}) for one in _extras()):
+        if marker is None or any(marker.evaluate({"extra": extra}) for extra in _extras()):
             more = f"[{','.join(sorted(wanted.extras))}]" if wanted.extras else ""
             found.add(f"{wanted.name}{more}=={metadata.version(wanted.name)}")
     return sorted(found)
@@ -314,7 +314,8 @@ class Project:
         if not ids:
             return {}
         return {
-            one["Config"]["Labels"]["com.docker.compose.service"]: one for one in json.loads(checked("inspect", *ids))
+            load["Config"]["Labels"]["com.docker.compose.service"]: load
+            for load in json.loads(checked("inspect", *ids))
         }
 
     def last_line(self, service: str) -> str:
@@ -466,10 +467,10 @@ class Found:
         if not self.home:
             return False
         try:
-            known = compose_deployment.read(Home(Path(self.home)))
+            deployment = compose_deployment.read(Home(Path(self.home)))
         except BackendError:
             return False  # the file is damaged or belongs to another user, so the owner is unknown
-        return known is None or known.project != self.project
+        return deployment is None or deployment.project != self.project
 
 
 def projects() -> list[Found]:

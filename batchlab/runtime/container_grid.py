@@ -37,9 +37,9 @@ def up(home: Home, backend: Backend, pools: Sequence[Pool], say: Callable[[str],
     The function returns when the manager is the leader or is about to be. Raise BackendError if a
     part does not start, and UsageError if the settings or the home are unsuitable.
     """
-    named = backend.named_place(home)
-    if named:
-        _refuse_loopback(named)
+    place = backend.named_place(home)
+    if place:
+        _refuse_loopback(place)
         backend.provide(home, say)
     for name, value in descriptor.taken_over(os.environ).items():
         if "ENDPOINT" in name and loopback(value):
@@ -53,21 +53,21 @@ def up(home: Home, backend: Backend, pools: Sequence[Pool], say: Callable[[str],
     with compose_deployment.locked(home):
         if running := home.record():  # another command has started it in the meantime
             return running
-        return _up(home, backend, pools, named, say)
+        return _up(home, backend, pools, place, say)
 
 
 def _up(
     home: Home, backend: Backend, pools: Sequence[Pool], named: Place | None, say: Callable[[str], None]
 ) -> ManagerRecord:
     passed = notification_settings.variables(home)  # check notify.toml before anything starts
-    known = compose_deployment.read(home)
+    deployment = compose_deployment.read(home)
     try:
-        at = _plan(home, backend, pools, known, named, say)
+        at = _plan(home, backend, pools, deployment, named, say)
         project = Project(home, at, settings=_settings(at), passed=passed)
         project.up(say, storage=named is None)
     except BaseException:
         # Keep a grid that existed before: it has work and a database.
-        if known is None:
+        if deployment is None:
             if begun := compose_deployment.read(home):
                 Project(home, begun, settings={}).down()
             _forget(home, backend)
@@ -127,7 +127,7 @@ def _plan(
     compose_deployment.write(home, at)
     path = compose_deployment.folder(home) / "templates.toml"
     if known and not pools and path.exists():  # the user may have edited the existing templates
-        old, new = (f"image = {json.dumps(one.image)}" for one in (known, at))
+        old, new = (f"image = {json.dumps(deployment.image)}" for deployment in (known, at))
         templates = path.read_text().replace(old, new)
     else:
         more = descriptor.taken_over(os.environ)
@@ -189,7 +189,7 @@ def _refuse_foreign(home: Home) -> None:
     here = home.path
     ours = {object_keys.MADE, home.settings_file.name, home.notify_file.name}
     is_grids = not here.exists() or (here / object_keys.MADE).exists()
-    if not os.getuid() and not is_grids and {one.name for one in here.iterdir()} - ours:
+    if not os.getuid() and not is_grids and {path.name for path in here.iterdir()} - ours:
         raise UsageError(
             f"{here} has other things in it, and root's grid in containers gives its folder to another user.",
             remedy="Name a new or an empty folder with --home, or do not be root.",

@@ -78,8 +78,8 @@ def place_of(endpoint: str, scheme: str = "") -> Place:
     """
     if scheme:
         return _bucket_of(endpoint, scheme)
-    found = _ENDPOINT.fullmatch(endpoint)
-    if found is None:
+    match = _ENDPOINT.fullmatch(endpoint)
+    if match is None:
         # The error must not show the name and password of the URL.
         shown = re.sub(r"//[^/@]*@", "//…@", endpoint)
         raise UsageError(
@@ -87,17 +87,17 @@ def place_of(endpoint: str, scheme: str = "") -> Place:
             remedy="Write for example http://127.0.0.1:4566 or http://127.0.0.1:4566/my-bucket, "
             "with 3 to 28 small letters, digits and hyphens.",
         )
-    return Place(found["url"], found["bucket"] or "", named=True)
+    return Place(match["url"], match["bucket"] or "", named=True)
 
 
 def _bucket_of(address: str, scheme: str) -> Place:
-    found = re.fullmatch(rf"({scheme}://)([a-z0-9][a-z0-9._-]{{1,220}}[a-z0-9])/?", address)
-    if found is None:
+    match = re.fullmatch(rf"({scheme}://)([a-z0-9][a-z0-9._-]{{1,220}}[a-z0-9])/?", address)
+    if match is None:
         raise UsageError(
             f"The endpoint {address!r} is not the address of a bucket.",
             remedy=f"Write for example {scheme}://my-bucket.",
         )
-    return Place(found[1], found[2], named=True)
+    return Place(match[1], match[2], named=True)
 
 
 def fresh_bucket() -> str:

@@ -164,8 +164,8 @@ class Backend(Placed):
         if self.bucket_scheme:
             return Bucket(self.place(home).bucket, tally=tally)
         self.check_installed("boto3")
-        there = self.services(home)
-        return Bucket(there.bucket, endpoint=there.endpoint, tally=tally)
+        services = self.services(home)
+        return Bucket(services.bucket, endpoint=services.endpoint, tally=tally)
 
     def open_local_files(self, home: Home) -> LocalFiles | None:
         """Return the bucket's files, or None if the bucket is not a folder of this machine."""
@@ -209,8 +209,8 @@ class Backend(Placed):
         from batchlab.adapters.aws.sqs import SqsQueue
         from batchlab.adapters.local.local_wakeup_queue import RungQueue
 
-        there, makes = self.services(home), not self.capabilities.stack
-        queue = SqsQueue(there.endpoint, prefix=there.queue_prefix, makes=makes, tally=tally)
+        services, makes = self.services(home), not self.capabilities.stack
+        queue = SqsQueue(services.endpoint, prefix=services.queue_prefix, makes=makes, tally=tally)
         if not self.capabilities.one_machine:
             return queue
         # Instances and clients run on the same machine, so senders can wake receivers locally.
@@ -273,8 +273,8 @@ class Backend(Placed):
                 stack = self.stack(home)
                 from batchlab.adapters.aws.endpoint import Endpoint
 
-                there = Endpoint(region=stack.region)
-                return Ec2Fleet(there, clock, None, prefix=stack.groups_prefix)
+                endpoint = Endpoint(region=stack.region)
+                return Ec2Fleet(endpoint, clock, None, prefix=stack.groups_prefix)
             at = self.deployment(home)
             form = GroupForm(compose_deployment.TEMPLATE, zones=compose_deployment.ZONES)
             here = compose_deployment.autoscaling(home, at)

@@ -201,11 +201,11 @@ class Home:
             for folder in (self.path, self.objects, self.fleet, self.scratch):
                 _check(folder)
             make_folder(self.path)
-            ignore, made = self.path / ".gitignore", self.path / object_keys.MADE
+            ignore, path = self.path / ".gitignore", self.path / object_keys.MADE
             if not ignore.exists():
                 ignore.write_text("*\n")
-            if not made.exists():
-                made.touch()
+            if not path.exists():
+                path.touch()
         except OSError as error:
             raise UsageError(
                 f"The grid's folder {error.filename or self.path} cannot be written: {error.strerror}.",
@@ -218,7 +218,7 @@ class Home:
         Earlier releases created them with the usual permissions. The home itself is changed only if
         it has the default name or if everything in it belongs to the grid.
         """
-        ours = _FOLDERS | {one.name for one in installation.folder("backends").iterdir()}
+        ours = _FOLDERS | {path.name for path in installation.folder("backends").iterdir()}
         is_ours = True
         for entry in self.path.iterdir():
             if entry.name in ours or _FILES.fullmatch(entry.name):

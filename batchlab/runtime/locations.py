@@ -180,13 +180,13 @@ class Placed(Descriptor):
         called with messages about the installation. Raise UsageError or BackendError if something
         is missing.
         """
-        named = self.named_place(home)
+        place = self.named_place(home)
         if self.bucket_scheme:
-            self._check_bucket(named)
-        elif named:
+            self._check_bucket(place)
+        elif place:
             from batchlab.adapters.aws.endpoint import check
 
-            check(self.endpoint_at(home, named))
+            check(self.endpoint_at(home, place))
         elif self.emulator:
             from batchlab.adapters.local.ministack import provide
 
@@ -208,13 +208,13 @@ class Placed(Descriptor):
         endpoint.
         """
         known = home.place(self.name)
-        named = place_of(self.endpoint, self.bucket_scheme) if self.endpoint else None
-        if known and known.behind and not (named and named.url == known.url):
+        place = place_of(self.endpoint, self.bucket_scheme) if self.endpoint else None
+        if known and known.behind and not (place and place.url == known.url):
             known = known.unfronted  # The proxy ended with a replay that was killed.
-        if named is None:
+        if place is None:
             return known if known and known.named else None
-        bucket = named.bucket or (known.bucket if known else fresh_bucket())
-        wanted = replace(named, bucket=bucket)
+        bucket = place.bucket or (known.bucket if known else fresh_bucket())
+        wanted = replace(place, bucket=bucket)
         if known is None:
             return wanted
         if wanted == replace(known, named=known.named or bool(known.behind), behind=""):
@@ -256,9 +256,13 @@ def client_environment(backend: Placed, home: Home) -> dict[str, str]:
         return {}
     if backend.bucket_scheme:
         return {"BATCHLAB_BUCKET": backend.bucket(home)}
-    there = backend.services(home)
-    at = there.endpoint
-    found = {"AWS_DEFAULT_REGION": at.region, "BATCHLAB_BUCKET": there.bucket, "BATCHLAB_QUEUES": there.queue_prefix}
+    services = backend.services(home)
+    at = services.endpoint
+    found = {
+        "AWS_DEFAULT_REGION": at.region,
+        "BATCHLAB_BUCKET": services.bucket,
+        "BATCHLAB_QUEUES": services.queue_prefix,
+    }
     if at.url is None:  # On AWS itself, clients use their own credentials.
         return found
     return {

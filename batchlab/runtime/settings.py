@@ -170,13 +170,13 @@ def read_notifications(home: Home, environ: Mapping[str, str] = os.environ, *, i
             f"The grid's targets {path} cannot be read: {why}.", remedy="Mend or delete the file."
         ) from error
     local, secrets = _of_jobs(str(path), doc.pop(JOBS, {}))
-    found = [_target(str(path), name, fields, environ) for name, fields in doc.items()]
-    if not in_container and home.of(CONTAINERS).exists() and any(one.command for one in found):
+    targets = [_target(str(path), name, fields, environ) for name, fields in doc.items()]
+    if not in_container and home.of(CONTAINERS).exists() and any(target.command for target in targets):
         raise UsageError(
             f"{path} names a command, and a manager in a container could have written it.",
             remedy=f"Name another folder with --home, or read the file and delete {home.of(CONTAINERS)}.",
         )
-    return Directory(tuple(found), local, secrets)
+    return Directory(tuple(targets), local, secrets)
 
 
 def variables(home: Home, environ: Mapping[str, str] = os.environ) -> list[str]:

@@ -214,15 +214,15 @@ def read(path: Path) -> Record:
 def parse(data: bytes, path: Path) -> Record:
     """Parse the record in `path`. Raise UsageError as in `read`."""
     try:
-        found = _ADAPTER.validate_json(data)
+        record = _ADAPTER.validate_json(data)
     except ValidationError as error:
         _check_version(_version(data), path)
         raise UsageError(
             f"{path} is not a record of a scenario's run ({count(error.error_count(), 'mistake')} in it).",
             remedy=_REMEDY,
         ) from error
-    _check_version(found.version, path)
-    return found
+    _check_version(record.version, path)
+    return record
 
 
 def _version(data: bytes) -> int:

@@ -129,7 +129,7 @@ def end_s(record: Record) -> float:
         (
             *(job.ended_s or job.submitted_s for job in record.jobs),
             *(sample.at_s for sample in record.samples),
-            *(one.ended_s or one.launched_s for one in record.instances),
+            *(instance.ended_s or instance.launched_s for instance in record.instances),
         ),
         default=0.0,
     )
@@ -143,11 +143,11 @@ def fleet_sizes(record: Record) -> list[tuple[float, int]]:
     if record.samples:
         return [(sample.at_s, sum(pool.in_service for pool in sample.pools.values())) for sample in record.samples]
     changes: list[tuple[float, int]] = []
-    for one in record.instances:
-        if one.ready_s is not None:
-            changes.append((one.ready_s, 1))
-            if one.ended_s is not None:
-                changes.append((one.ended_s, -1))
+    for instance in record.instances:
+        if instance.ready_s is not None:
+            changes.append((instance.ready_s, 1))
+            if instance.ended_s is not None:
+                changes.append((instance.ended_s, -1))
     found, count = [], 0
     for at_s, change in sorted(changes):
         count += change
@@ -189,12 +189,16 @@ def _count_turns(record: Record, pool: str, within_s: float) -> int:
 def lifetimes_s(record: Record) -> Iterator[tuple[InstanceRun, float]]:
     """Yield each instance with the seconds from its launch to its end, or to the run's end."""
     last_s = end_s(record)
-    for one in record.instances:
-        yield one, one.lived_s(last_s)
+    for instance in record.instances:
+        yield instance, instance.lived_s(last_s)
 
 
 def _idle_share(record: Record, _: str) -> Measured:
-    there_s = sum(life_s * record.pools[one.pool][2] for one, life_s in lifetimes_s(record) if one.pool in record.pools)
+    there_s = sum(
+        life_s * record.pools[instance_run.pool][2]
+        for instance_run, life_s in lifetimes_s(record)
+        if instance_run.pool in record.pools
+    )
     if not there_s:
         return Unknown("no instance was ever there")
     if record.again_s is None:
@@ -323,7 +327,7 @@ def judge(record: Record, expectations: Iterable[Expectation]) -> list[VerdictRo
     Rows about the whole run come first: a cut run is red, and a fault that was not injected as
     planned is not judged. Raise UsageError for an unknown measure.
     """
-    return [*_judge_run(record), *(_judge_one(record, one) for one in expectations)]
+    return [*_judge_run(record), *(_judge_one(record, expectation) for expectation in expectations)]
 
 
 def is_red(rows: Iterable[VerdictRow]) -> bool:

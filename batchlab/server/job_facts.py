@@ -88,34 +88,34 @@ class Facts:
     def running(self) -> Mapping[Key, tuple[float, str]]:
         """Return the start (monotonic) and the instance of each outstanding bundle that runs."""
         found: dict[Key, tuple[float, str]] = {}
-        for instance, seen in self.workers.items():
-            for one, since_s in seen.since_s.items():
-                key = (one.stage, one.bundle)
-                if one.job == self.record.job.id and key in self.outstanding:
+        for instance, worker_status in self.workers.items():
+            for held, since_s in worker_status.since_s.items():
+                key = (held.stage, held.bundle)
+                if held.job == self.record.job.id and key in self.outstanding:
                     found[key] = min(found.get(key, (since_s, instance)), (since_s, instance))
         return found
 
     @cached_property
     def idle(self) -> list[Outstanding]:
         """Return the outstanding bundles that no worker runs."""
-        return [one for key, one in self.outstanding.items() if key not in self.running]
+        return [outstanding for key, outstanding in self.outstanding.items() if key not in self.running]
 
     @cached_property
     def delayed(self) -> list[Outstanding]:
         """Return the idle bundles whose backoff has not expired. The one that is due next comes
         first."""
-        found = [one for one in self.idle if one.heard_s > self.monotonic_s]
-        return sorted(found, key=lambda one: one.heard_s)
+        outstandings = [one for one in self.idle if one.heard_s > self.monotonic_s]
+        return sorted(outstandings, key=lambda one: one.heard_s)
 
     @cached_property
     def queued(self) -> list[Outstanding]:
         """Return the other idle bundles. A worker could receive them now, or has prefetched
         them."""
-        return [one for one in self.idle if one.heard_s <= self.monotonic_s]
+        return [outstanding for outstanding in self.idle if outstanding.heard_s <= self.monotonic_s]
 
     def pools(self) -> list[str]:
         """Return the pools in which tasks of the job could start now, in order."""
-        busy = {self.record.job.stage(one.bundle.stage).pool for one in self.queued}
+        busy = {self.record.job.stage(outstanding.bundle.stage).pool for outstanding in self.queued}
         busy |= {s.pool for s in self.open_stages if self.by_stage[s.name].left}
         return sorted(busy)
 

@@ -89,7 +89,10 @@ def running_tasks(live: LiveJob, workers: Iterable[WorkerStatus]) -> Mapping[str
     """Return the number of running tasks by stage, according to the heartbeats. Each bundle counts
     once."""
     bundles = {
-        (one.stage, one.bundle) for seen in workers for one in seen.beat.held if one.running and one.job == live.id
+        (one.stage, one.bundle)
+        for worker_status in workers
+        for one in worker_status.beat.held
+        if one.running and one.job == live.id
     }
     found: dict[str, int] = {}
     for stage, bundle in bundles:

@@ -146,8 +146,8 @@ def _pools(manager: Manager) -> Iterator[Metric]:
         (name, state.value): 0 for name in groups for state in (LifecycleState.PENDING, LifecycleState.IN_SERVICE)
     }
     for name, view in groups.items():
-        for one in view.instances:
-            key = (name, one.state.value)
+        for instance in view.instances:
+            key = (name, instance.state.value)
             instances[key] = instances.get(key, 0) + 1
     yield _by("instances", "Instances by pool and lifecycle state, in EC2's words.", ("pool", "state"), instances)
     sizes = {n: (v.desired, v.pool.min_size, v.pool.max_size) for n, v in groups.items()}
@@ -159,8 +159,8 @@ def _pools(manager: Manager) -> Iterator[Metric]:
     slots: Counter[tuple[str, ...]] = Counter()
     for name in manager.pools:
         slots[name, "busy"] = slots[name, "free"] = 0
-    for seen in manager.registry.workers.values():
-        beat = seen.beat
+    for worker_status in manager.registry.workers.values():
+        beat = worker_status.beat
         if beat.pool in manager.pools:
             workers[(beat.pool,)] += 1
             busy = min(beat.busy, beat.slots)
@@ -205,13 +205,13 @@ def _queues(manager: Manager) -> Iterator[Metric]:
         "bundles_outstanding",
         "Bundles that were sent and have come to no outcome yet.",
         ("pool",),
-        {(name,): len(some) for name, some in waiting.items()},
+        {(name,): len(outstandings) for name, outstandings in waiting.items()},
     )
     yield _by(
         "oldest_bundle_age_seconds",
         "How long ago the oldest of them was sent, as far as this manager knows.",
         ("pool",),
-        {(n,): max([0.0, *(now_s - o.since_s for o in some)]) for n, some in waiting.items()},
+        {(n,): max([0.0, *(now_s - o.since_s for o in outstandings)]) for n, outstandings in waiting.items()},
     )
 
 
@@ -248,16 +248,16 @@ def _use(manager: Manager) -> Iterator[Metric]:
     books = manager.spending
     if books is None:
         return
-    made = books.meter.total.requests
+    requests = books.meter.total.requests
     yield _count(
         "aws_requests",
         "Requests of S3 and SQS as AWS bills them, those of the workers as they tell them.",
         {
-            ("sqs", "empty_receive"): made.sqs_empty,
-            ("sqs", "other"): max(0.0, made.sqs - made.sqs_empty),
-            ("s3", "put"): made.s3_puts,
-            ("s3", "get"): made.s3_gets,
-            ("s3", "delete"): made.s3_deletes,
+            ("sqs", "empty_receive"): requests.sqs_empty,
+            ("sqs", "other"): max(0.0, requests.sqs - requests.sqs_empty),
+            ("s3", "put"): requests.s3_puts,
+            ("s3", "get"): requests.s3_gets,
+            ("s3", "delete"): requests.s3_deletes,
         },
         ("service", "operation"),
     )

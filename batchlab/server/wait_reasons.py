@@ -224,7 +224,7 @@ def _no_instance(f: Facts) -> str | None:
 def _outranked(f: Facts) -> str | None:
     priority = f.record.job.priority
     for pool in f.pools():
-        ahead = [one for one in f.rivals(pool) if one.job.priority > priority]
+        ahead = [rival for rival in f.rivals(pool) if rival.job.priority > priority]
         if ahead:
             are = _verb(len(ahead), "is", "are")
             return (
@@ -241,16 +241,16 @@ def _queued(f: Facts) -> str | None:
     pool = f.record.job.stage(oldest.bundle.stage).pool
     bundles, wait = count(len(f.queued), "bundle"), _verb(len(f.queued), "waits", "wait")
     instances = {i.id for i in f.in_service(pool)}
-    seen = [f.workers[i] for i in instances if i in f.workers]
-    if not seen:
+    worker_statuses = [f.workers[i] for i in instances if i in f.workers]
+    if not worker_statuses:
         have = _verb(len(instances), "has", "have")
         return (
             f"{bundles} of it {wait} in pool {pool}, whose {count(len(instances), 'instance')} "
             f"in service {have} not reported yet{_then(f)}."
         )
-    others = {one.job for worker in seen for one in worker.since_s} - {f.record.job.id}
+    others = {one.job for worker in worker_statuses for one in worker.since_s} - {f.record.job.id}
     rivals = [f.lives[job] for job in sorted(others) if job in f.lives]
-    if rivals and all(worker.beat.busy >= worker.beat.slots for worker in seen):
+    if rivals and all(worker.beat.busy >= worker.beat.slots for worker in worker_statuses):
         return (
             f"All slots of pool {pool} are busy with {count(len(rivals), 'other job')}: "
             f"{_names(rivals)}; {bundles} of this one {wait} in its queue{_then(f)}."
@@ -258,7 +258,7 @@ def _queued(f: Facts) -> str | None:
     age_s = f.monotonic_s - oldest.heard_s
     return (
         f"{bundles} of it {_verb(len(f.queued), 'is', 'are')} on the way to "
-        f"{count(len(seen), 'worker')} of pool {pool}, the oldest for {whole(age_s)}; what stays "
+        f"{count(len(worker_statuses), 'worker')} of pool {pool}, the oldest for {whole(age_s)}; what stays "
         f"silent for {f.settings.silence_s:g} s is looked for and sent again{_then(f)}."
     )
 
@@ -392,7 +392,7 @@ def _progress(f: Facts) -> str:
 
 
 def _retries(f: Facts) -> str:
-    tasks = sum(len(one.bundle.tasks) for one in f.delayed)
+    tasks = sum(len(outstanding.bundle.tasks) for outstanding in f.delayed)
     due_s = f.delayed[0].heard_s - f.monotonic_s
     waits = _verb(tasks, "waits for its retry", "wait for their retries")
     return f"{count(tasks, 'task')} {waits}, next due in {whole(due_s)}"
@@ -418,4 +418,4 @@ def _verb(number: int, one: str, many: str) -> str:
 
 
 def _names(lives: Sequence[LiveJob]) -> str:
-    return first_of([one.id for one in lives], NAMED)
+    return first_of([live.id for live in lives], NAMED)

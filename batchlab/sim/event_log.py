@@ -130,9 +130,9 @@ def name_in(body: str) -> Name | None:
 def told_in(doc: Mapping[str, Any]) -> list[Name]:
     """Return the bundles whose outcomes an event reports."""
     try:
-        told = [json_format.bundle_from_json(one["b"]) for one in doc.get("c", ())]
-        told += [json_format.bundle_from_json(one["bundle"]) for one in doc.get("o", ())]
+        bundles = [json_format.bundle_from_json(one["b"]) for one in doc.get("c", ())]
+        bundles += [json_format.bundle_from_json(one["bundle"]) for one in doc.get("o", ())]
         keys = map(object_keys.outcome_key, doc.get("k", ()))
-        return [*map(name_of_bundle, told), *((key.job, key.stage, key.bundle) for key in keys if key)]
+        return [*map(name_of_bundle, bundles), *((key.job, key.stage, key.bundle) for key in keys if key)]
     except Exception:  # noqa: BLE001 - as above
         return []

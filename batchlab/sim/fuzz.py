@@ -291,7 +291,7 @@ def all_fewest(
 def written(faults: Sequence[Fault]) -> str:
     """Return `faults` in the form that `read` accepts, without characters that a shell
     interprets."""
-    words = (f"{one.actor.replace(' ', '+')}:{one.call}:{one.kind.value}" for one in faults)
+    words = (f"{fault.actor.replace(' ', '+')}:{fault.call}:{fault.kind.value}" for fault in faults)
     return ",".join(words) or FAIR
 
 
@@ -303,14 +303,14 @@ def read(text: str) -> list[Fault]:
 
 
 def _read(part: str) -> Fault:
-    found = re.fullmatch(r"(\S+):(\d{1,9}):(\w+)", part)
-    if found is None:
+    match = re.fullmatch(r"(\S+):(\d{1,9}):(\w+)", part)
+    if match is None:
         raise UsageError(
             f"{part!r} is not a fault: a fault has the form ACTOR:CALL:KIND.",
             remedy=f"Write for example manager-1:41:kill_after, several with commas, or {FAIR}.",
         )
-    actor, call, kind = found.groups()
-    kinds = {one.value: one for one in FaultKind}
+    actor, call, kind = match.groups()
+    kinds = {fault_kind.value: fault_kind for fault_kind in FaultKind}
     if kind not in kinds:
         raise UsageError(f"The kind of fault {kind!r} does not exist.", remedy=f"The kinds are {', '.join(kinds)}.")
     return Fault(actor.replace("+", " "), int(call), kinds[kind])

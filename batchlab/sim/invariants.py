@@ -140,7 +140,9 @@ async def outcomes_of(objects: Objects, job: JobId, forged: Collection[str] = ()
     """Return every committed outcome of a job, in key order, without the `forged` keys."""
     key = await CommitKeys(objects).stored(job)
     pages = objects.list(object_keys.committed(job))
-    names = [one.key async for page in pages for one in page if object_keys.is_genuine(one.key, key)]
+    names = [
+        object_info.key async for page in pages for object_info in page if object_keys.is_genuine(object_info.key, key)
+    ]
     return [outcome_at(name, await objects.get(name), key) for name in names if name not in forged]
 
 
@@ -290,7 +292,9 @@ async def check_results(world: World, job: JobDef) -> None:
     all tasks.
     """
     record = await world.ledger.job(job.id)
-    ended = {one.counts.stage: one.counts for one in (await world.ledger.rows(job.id)).stages}
+    ended = {
+        stage_record.counts.stage: stage_record.counts for stage_record in (await world.ledger.rows(job.id)).stages
+    }
     found: dict[str, Mapping[int, Json]] = {}
     for stage in job.stages:
         inputs = inputs_of(job, stage, found)

@@ -99,9 +99,9 @@ def _check_named(world: World, rebuilt: RebuildResult) -> None:
 
 
 def _is_replaced(world: World, key: str) -> bool:
-    found = object_keys.outcome_key(key)
-    return found is not None and any(
-        object_keys.is_replacement(name) and found.bundle in name for name in world.objects.names()
+    outcome_key = object_keys.outcome_key(key)
+    return outcome_key is not None and any(
+        object_keys.is_replacement(name) and outcome_key.bundle in name for name in world.objects.names()
     )
 
 
@@ -173,9 +173,9 @@ async def check_account(world: World, job: JobDef, outcomes: Sequence[Outcome], 
         return
     account = JobUsage.from_bytes(data).account
     failed_s = sum(
-        max(0.0, one.ended_s - one.started_s - sum(one.run_s)) * job.stage(one.bundle.stage).slots
-        for one in outcomes
-        if one.failed
+        max(0.0, outcome.ended_s - outcome.started_s - sum(outcome.run_s)) * job.stage(outcome.bundle.stage).slots
+        for outcome in outcomes
+        if outcome.failed
     )
     told_s = sum(account.failed_s.values())
     told = f"{account.bundles} outcomes and {told_s:.3f} s of failed attempts"
@@ -193,12 +193,12 @@ def check_rounds(
     """Check that each retry runs the choice of one request. A choice of None is all failures."""
     for round_, retry in enumerate(retries, start=1):
         standing = _standing(retries[: round_ - 1], outcomes, round_)
-        replanned = {one.stage for one in retry.reopened if one.replan}
+        replanned = {reopening.stage for reopening in retry.reopened if reopening.replan}
         again = {
             stage: tasks if stage in replanned else tasks - (tasks - retry.redone(stage))
             for stage, tasks in standing.items()
         }
-        if not any(_is_choice(one, standing, again, replanned) for one in choices):
+        if not any(_is_choice(choice, standing, again, replanned) for choice in choices):
             facts = f"round {round_} of {job} runs {again} again of {standing}, asked: {choices}"
             raise Violated(f"retries is violated: {facts}")
 
@@ -224,7 +224,7 @@ def _is_choice(
     replanned: set[StageName],
 ) -> bool:
     for stage, tasks in standing.items():
-        asked = tasks if choice is None else choice.get(stage, TaskSet())
-        if asked - again[stage] or (stage not in replanned and again[stage] - asked):
+        task_set = tasks if choice is None else choice.get(stage, TaskSet())
+        if task_set - again[stage] or (stage not in replanned and again[stage] - task_set):
             return False
     return True

@@ -103,7 +103,7 @@ class Insider:
         return where
 
     async def _lying_outcome(self, bundle: Doc, **changes: Any) -> None:
-        key = next(CommitKey(one["ck"]) for one in self._tasks if one["b"] == bundle)
+        key = next(CommitKey(task["ck"]) for task in self._tasks if task["b"] == bundle)
         doc = {**self._liar.outcome(bundle), **changes}
         try:
             where = await self._commit(bundle, key, json.dumps(doc).encode())
@@ -193,7 +193,7 @@ class Insider:
 
     async def _starts(self) -> None:
         """Forge start markers of workers that died, for tasks that are alone in their bundles."""
-        alone = [one for one in self._liar.open_bundles() if tasks_in(one) == 1]
+        alone = [open_bundle for open_bundle in self._liar.open_bundles() if tasks_in(open_bundle) == 1]
         for other in self._rng.sample(alone, min(FORGED_STARTS, len(alone))):
             stage, name = str(other["s"]), bundle_id(other)
             sealed = ""

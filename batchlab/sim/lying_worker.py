@@ -235,7 +235,7 @@ class Liar:
         """Return the known bundles that had no outcome in the last listing of the bucket."""
         done = {key.rpartition("/")[2] for key in self.keys if "/outcomes/" in key}
         names = {".".join(name.split(".")[:3]) for name in done}
-        return [one for one in self._bundles if bundle_id(one) not in names]
+        return [bundle for bundle in self._bundles if bundle_id(bundle) not in names]
 
     @property
     def _job(self) -> str:
@@ -430,7 +430,7 @@ class Liar:
         """Write a spec where the role can write one, and name the job that it would define."""
         folder = self._rng.choice(("outcomes", "running", "starts"))
         job = f"forged/{self._rng.choice('ab')}/{folder}/x{self._rng.getrandbits(16)}"
-        specs = [one for one in self.keys if one.endswith("/spec.json")]
+        specs = [key for key in self.keys if key.endswith("/spec.json")]
         spec = {"v": 1}
         if specs:
             spec = json.loads(await self._objects.get(self._rng.choice(specs)))
@@ -505,8 +505,8 @@ class Liar:
         own = self._remembered(events=events)
         if own:
             doc = self._rng.choice(own)
-            for one in self._rng.choices(list(dicts(doc)), k=2):
-                one[self._rng.choice(sorted(one) or ["x"])] = self._rng.choice(ODD)
+            for choice in self._rng.choices(list(dicts(doc)), k=2):
+                choice[self._rng.choice(sorted(choice) or ["x"])] = self._rng.choice(ODD)
             await self._means.send(object_keys.EVENTS if events else self.tasks_queue(), json.dumps(doc))
 
     async def _noise(self) -> None:
@@ -530,7 +530,7 @@ class Liar:
             await self._queue.delete(queue, receipts)
         elif receipts and self._rng.random() < 0.5:
             wait_s = self._rng.choice((0.0, 600.0))
-            await self._queue.change_visibility(queue, [(one, wait_s) for one in receipts])
+            await self._queue.change_visibility(queue, [(receipt, wait_s) for receipt in receipts])
 
     async def _trespass(self) -> None:
         """Make a call that the role does not allow. The service must refuse it."""

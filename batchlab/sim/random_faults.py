@@ -183,7 +183,7 @@ class Sky:
         """Stop a worker for ever. Its instance runs on until a manager ends it."""
         silences = self._world.watch.silences
         worker = _one(rng, self._workers())
-        if worker is None or any(one.actor in silences.stopped for one in self._workers()):
+        if worker is None or any(sim_worker.actor in silences.stopped for sim_worker in self._workers()):
             return None
         worker.actor.freeze()
         silences.stops(worker.actor)
@@ -191,7 +191,7 @@ class Sky:
 
     async def _corrupt(self, rng: random.Random) -> str | None:
         trust = self._world.watch.trust
-        honest = [one for one in self._workers() if not trust.is_liar(one.actor)]
+        honest = [sim_worker for sim_worker in self._workers() if not trust.is_liar(sim_worker.actor)]
         worker = _one(rng, honest)
         if worker is None:
             return None

@@ -186,9 +186,9 @@ class Watch:
                 word = json_format.word_from_bytes(before or b"")
             self.controls.written(parts[1], word)
         elif object_keys.is_outcome(key):
-            found = object_keys.outcome_key(key)
-            assert found
-            name = found.job, found.stage, found.bundle
+            outcome_key = object_keys.outcome_key(key)
+            assert outcome_key
+            name = outcome_key.job, outcome_key.stage, outcome_key.bundle
             self._committed.discard(name)
             self.oracles.uncommitted(name)
 
@@ -372,10 +372,10 @@ class Watch:
             return
         if name in self._opened or self.oracles.has_dead_letters(led_s):
             return  # Their outcomes are forwarded again.
-        holds = [one for one in self._holds.values() if one.bundle == name]
-        are_well = all(one.actor.alive and not self._excused(one.actor, one.received_s) for one in holds)
+        holds = [hold for hold in self._holds.values() if hold.bundle == name]
+        are_well = all(hold.actor.alive and not self._excused(hold.actor, hold.received_s) for hold in holds)
         # Workers drop the messages of a paused job, so a resume sends all of its bundles.
-        since_s = min((one.received_s for one in holds), default=now_s)
+        since_s = min((hold.received_s for hold in holds), default=now_s)
         self._require(
             since_s >= led_s or not are_well or self.controls.was_stopped(name[0], since_s),
             "waste",
@@ -471,7 +471,9 @@ class Watch:
         sent = self._in_queues() if names else set()
         lost = sorted(name for name in names if name not in held and name not in sent)
         since_s = [
-            max(self.leads.led_s(one), self._disturbed_s.get(one, 0.0)) for one in leaders if not self.frozen(one)
+            max(self.leads.led_s(leader), self._disturbed_s.get(leader, 0.0))
+            for leader in leaders
+            if not self.frozen(leader)
         ]
         self.silences.look(lost, max(since_s, default=None), self.clock.monotonic_s())
 
@@ -533,10 +535,10 @@ class Watch:
         self.oracles.started(bundle, now_s, actor, disturbed=disturbed)
         name = name_of_bundle(bundle)
         # The worker may have received it twice, and starts either message.
-        mine = [one for one in self._holds.values() if one.actor is actor and one.bundle == name]
-        if actor is not None and mine:
-            received_s = min(one.received_s for one in mine)
-            deliveries = min(one.losses + one.receives - 1 for one in mine)
+        holds = [hold for hold in self._holds.values() if hold.actor is actor and hold.bundle == name]
+        if actor is not None and holds:
+            received_s = min(one.received_s for one in holds)
+            deliveries = min(one.losses + one.receives - 1 for one in holds)
             self.oracles.begins_again(actor, bundle, received_s, deliveries)
 
     def killed(self, actor: Actor) -> None:

@@ -145,7 +145,7 @@ async def _hold(world: World, hold: Hold, lands: asyncio.Event) -> None:
 
 async def _another_leads(world: World) -> None:
     while True:
-        others = [one.manager for one in world.posts if one.actor.name != FIRST]
-        if any(one.is_leader.is_set() for one in others):
+        others = [post.manager for post in world.posts if post.actor.name != FIRST]
+        if any(other.is_leader.is_set() for other in others):
             return
         await asyncio.sleep(0.5)

@@ -289,10 +289,10 @@ class Keeper:
         """Check that each job belongs to a due time, that each due time has one job, and that the
         history agrees."""
         schedule = await self._shown()
-        found = await self._world.ledger.jobs(limit=10_000)
-        records = [one for one in found if one.job.token.startswith("schedule/")]
+        job_records = await self._world.ledger.jobs(limit=10_000)
+        records = [job_record for job_record in job_records if job_record.job.token.startswith("schedule/")]
         period_s = self._period_min * 60.0
-        known = {one.job.id: one for one in records}
+        known = {job_record.job.id: job_record for job_record in records}
         for run in schedule.runs:
             if run.job and run.state is RunState.ENDED:
                 record = known.get(run.job)

@@ -197,9 +197,9 @@ class Trust:
     def commits(self, key: str, job: str) -> bool:
         """A manager or an honest worker has written an outcome. Its key has the seal of its job,
         whatever commit key came with a message. Return whether it has."""
-        known = self._keys.get(job)
+        commit_key = self._keys.get(job)
         right = object_keys.outcome_key(key) is not None
-        right = right and (known is None or object_keys.is_genuine(key, known))
+        right = right and (commit_key is None or object_keys.is_genuine(key, commit_key))
         self.require(right, "I8", f"{key} is written, which has not the seal of {job}")
         return right
 
@@ -223,21 +223,21 @@ class Trust:
         if not self._liars:
             return
         for instance, (actor, said) in self._beats.items():
-            seen = registry.workers.get(instance)
+            worker_status = registry.workers.get(instance)
             if actor in self._liars:
-                held = {one.job for one in seen.beat.held} if seen else set()
+                held = {one.job for one in worker_status.beat.held} if worker_status else set()
                 # Lying workers can pass commit keys on to each other.
                 others = sorted(held - self.touched)
                 told = f"a manager believes that {instance} holds bundles of {others}"
                 self.require(not others, "I8", told)
                 continue
-            if seen is not None:
-                sent = said.get((seen.beat.worker, seen.beat.number))
+            if worker_status is not None:
+                sent = said.get((worker_status.beat.worker, worker_status.beat.number))
                 # A manager drops the bundles of jobs whose key the worker does not have.
                 self.require(
-                    sent is not None and len(seen.beat.held) <= len(sent[1]),
+                    sent is not None and len(worker_status.beat.held) <= len(sent[1]),
                     "I8",
-                    f"{instance} never sent the heartbeat that a manager believes: {seen.beat}",
+                    f"{instance} never sent the heartbeat that a manager believes: {worker_status.beat}",
                 )
             elif registry.has_left(instance):
                 left = any(gone for gone, _ in said.values())

@@ -161,7 +161,7 @@ class World:
     @property
     def starts(self) -> list[tuple[float, JobId, str, int]]:
         """(time, job, stage, task) of every task that began."""
-        return [(one.at_s, one.job, one.stage, one.task) for one in self.watch.starts]
+        return [(start.at_s, start.job, start.stage, start.task) for start in self.watch.starts]
 
     def note(self, actor: str, event: str) -> None:
         """Log an event that is not a port call."""
@@ -185,7 +185,7 @@ class World:
 
     def living_leads(self) -> list[Actor]:
         """Return the managers that believe that they lead."""
-        return [one.actor for one in self.posts if one.manager.is_leader.is_set()]
+        return [post.actor for post in self.posts if post.manager.is_leader.is_set()]
 
     @property
     def last_owner(self) -> str:
@@ -239,8 +239,8 @@ class World:
         """Check that the fact of a received notification is already in the bucket."""
         round_ = json.loads(one.body)["job"]["round"]
         key = object_keys.final(JobId(one.job), round_)
-        there = await self.objects.head(key)
-        ending = json_format.ending_from_json(json_format.loads(await self.objects.get(key))) if there else None
+        object_info = await self.objects.head(key)
+        ending = json_format.ending_from_json(json_format.loads(await self.objects.get(key))) if object_info else None
         self.watch.notified(one.job, one.moment, ending)
 
     def _replaced(self, instance: str, cause: str) -> None:

@@ -99,10 +99,10 @@ def set_log_fields(inflight: InflightMessage) -> None:
 
 def log_failures(outcome: Outcome) -> None:
     """Log the failed attempts of an outcome."""
-    for one in outcome.failed[:FAILURES_LOGGED]:
-        what = f"{one.kind}: {one.error}" if one.error else one.kind
-        follows = "for good" if one.final else "and is tried again"
-        log.info("the task failed (%s) %s", what, follows, extra={"task": one.task})
+    for failure in outcome.failed[:FAILURES_LOGGED]:
+        what = f"{failure.kind}: {failure.error}" if failure.error else failure.kind
+        follows = "for good" if failure.final else "and is tried again"
+        log.info("the task failed (%s) %s", what, follows, extra={"task": failure.task})
     more = len(outcome.failed) - FAILURES_LOGGED
     if more > 0:
         log.info("%d more tasks failed", more)
@@ -257,7 +257,10 @@ class BundleFinisher:
             # follow-ups have been sent, and it learns of them from this event.
             await self._outbox.send(messages)
             # Another running bundle causes a heartbeat soon, which can carry the event.
-            others = goes_along and any(not (one.committing or one is inflight) for one in self._inflight.values())
+            others = goes_along and any(
+                not (inflight_message.committing or inflight_message is inflight)
+                for inflight_message in self._inflight.values()
+            )
             await self._outbox.event(outcome, trace, hurry=not others)
 
     # --- Left to others ---------------------------------------------------------------------------

@@ -206,11 +206,11 @@ def from_json(doc: Mapping[str, Any]) -> Environment:
     """
     try:
         fields = known(Environment, doc)
-        made = Environment(**{**fields, "variables": tuple(fields.get("variables", ()))})
-        for texts in (made.packages, made.settings):
-            if type(texts) is not dict or not all(type(one) is str for one in texts.values()):
+        environment = Environment(**{**fields, "variables": tuple(fields.get("variables", ()))})
+        for texts in (environment.packages, environment.settings):
+            if type(texts) is not dict or not all(type(text) is str for text in texts.values()):
                 raise ValueError("texts by name are expected")
-        return fitted(made)
+        return fitted(environment)
     except UNREADABLE as error:
         raise Malformed(f"An environment cannot be read: {json_format.brief(error)}.") from error
 

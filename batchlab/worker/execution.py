@@ -395,8 +395,8 @@ class Execution:
                 await materialization.upload(self._objects, uploads)
         except (NotFound, FileNotFoundError) as error:
             reason = f"Its output disappeared before it could be stored: {error}"
-            found = materialization.failure(ran.task, fault(FailureKind.RESULT, reason), ran.run_s)
-            ran = Ran(ran.task, ran.run_s, failure=found)
+            failure = materialization.failure(ran.task, fault(FailureKind.RESULT, reason), ran.run_s)
+            ran = Ran(ran.task, ran.run_s, failure=failure)
         await asyncio.to_thread(_remove, self._folder / str(ran.task))
         return ran
 

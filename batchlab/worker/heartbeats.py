@@ -107,8 +107,8 @@ class Heartbeats:
         return self._differs(self._held())
 
     def _differs(self, held: tuple[Held, ...]) -> bool:
-        told = self._told
-        return told is None or (told.held, told.leaving) != (held, self.leaving)
+        beat = self._told
+        return beat is None or (beat.held, beat.leaving) != (held, self.leaving)
 
     def news(self) -> Beat | None:
         """See `outbox.HeartbeatSource`."""

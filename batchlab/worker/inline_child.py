@@ -176,7 +176,7 @@ class InlineRunner:
         folder = self._scratch.execution(work.execution)
         try:
             try:
-                one = await self._prepare(work, handle, folder)
+                run = await self._prepare(work, handle, folder)
             except Problem as problem:
                 for task in work.bundle.tasks:
                     yield _failed(task, problem.fault, 0.0)
@@ -186,7 +186,7 @@ class InlineRunner:
                 if not self._may_start(work, handle, began_s, started=started):
                     return
                 started = True
-                ran = await self._task(one, task, item)
+                ran = await self._task(run, task, item)
                 if ran is None:
                     return
                 yield ran
@@ -205,14 +205,14 @@ class InlineRunner:
         request = materialization.request(work, folder, function=function, code=code)
         (folder / "cwd").mkdir(parents=True)
         inputs = materialization.Inputs(self._objects, folder, _here, Own.of(work.job))
-        one = _Run(work, handle, request, code, inputs)
-        answer = self._ask(one, [])
+        run = _Run(work, handle, request, code, inputs)
+        answer = self._ask(run, [])
         if answer:
             # The request had no task, so the answer is the reason why the handler does not load.
             problem = Problem(FailureKind.CRASH, "")
             problem.fault = answer[1] if answer[0] == "import" else answer[3]
             raise problem
-        return one
+        return run
 
     def _ask(self, one: _Run, items: list[tuple[int, Json]]) -> Answer | None:
         folder, stage = Path(one.request["folder"]), one.work.stage

@@ -58,8 +58,8 @@ class JobCache:
 
         NotFound if the job has been removed, WrongKeyError if the key is not the job's.
         """
-        if known := self._known(job, key):
-            return known
+        if job_def := self._known(job, key):
+            return job_def
         lock = self._reading.setdefault(job, asyncio.Lock())
         try:
             async with lock:
@@ -74,22 +74,22 @@ class JobCache:
         A different commit key requires a new read, because the job may have been removed and
         submitted again.
         """
-        known = self._jobs.get(job)
-        return known if known and (key == self.key_of(job) or not known.commit_hash) else None
+        job_def = self._jobs.get(job)
+        return job_def if job_def and (key == self.key_of(job) or not job_def.commit_hash) else None
 
     async def _read(self, job: JobId, key: CommitKey) -> JobDef:
         data = await self._patience(partial(self._objects.get, object_keys.spec(job)))
-        known = json_format.job_from_json(json_format.loads(data))
-        if known.id != job or not opens(key, known):
+        job_def = json_format.job_from_json(json_format.loads(data))
+        if job_def.id != job or not opens(key, job_def):
             raise WrongKeyError(f"A message of job {job} does not have its commit key.")
-        self._jobs[job] = known
+        self._jobs[job] = job_def
         while len(self._jobs) > KEPT:
             del self._jobs[next(iter(self._jobs))]
-        if known.commit_hash:
+        if job_def.commit_hash:
             self._keys[job] = key
             while len(self._keys) > KEYS_KEPT:
                 del self._keys[next(iter(self._keys))]
-        return known
+        return job_def
 
 
 CLOCKS_S = 60.0
@@ -139,10 +139,10 @@ class ControlPoller:
         changed: tuple[Control, str | None, bool] | None = None
         tail = 0
         try:
-            found = await commit.look(self._objects, job, entry.etag if entry else None)
-            if found is not None:
-                word = found.word
-                changed, tail = (word.control, found.etag, False), word.tail
+            spoken = await commit.look(self._objects, job, entry.etag if entry else None)
+            if spoken is not None:
+                word = spoken.word
+                changed, tail = (word.control, spoken.etag, False), word.tail
                 is_news = entry is not None and asked_s - entry.asked_s <= self._lease_s
                 if not is_news and word.tail_s is not None:
                     # The request for live logs may be old. If the clocks differ by more than the
@@ -156,9 +156,9 @@ class ControlPoller:
             changed = (Control.RUN if is_new else Control.CANCEL, None, is_new)
         entry = self._entries.get(job)
         if changed is not None:
-            said, etag, is_new = changed
+            control, etag, is_new = changed
             watchers = entry.watchers if entry else 0
-            entry = self._entries[job] = _Entry(said, etag, asked_s, watchers, is_new)
+            entry = self._entries[job] = _Entry(control, etag, asked_s, watchers, is_new)
         elif entry is None:  # `poll` removed the entry during the request.
             return await self.look(job)
         else:

@@ -70,11 +70,11 @@ class LiveLogs:
             heed_cancellation()
             await self._wanted.wait()
             now_s = self._clock.monotonic_s()
-            for job, asked in list(self._jobs.items()):
-                if now_s >= asked.until_s:
+            for job, follow in list(self._jobs.items()):
+                if now_s >= follow.until_s:
                     del self._jobs[job]
                 else:
-                    await self._store(job, asked)
+                    await self._store(job, follow)
             if not self._jobs:
                 self._wanted.clear()
                 continue

@@ -217,9 +217,9 @@ async def _all(calls: Iterable[Awaitable[Any]]) -> list[Any]:
     calls running after the first error.
     """
     results = await asyncio.gather(*calls, return_exceptions=True)
-    errors = [one for one in results if isinstance(one, BaseException)]
+    errors = [result for result in results if isinstance(result, BaseException)]
     if errors:
-        raise next((one for one in errors if not isinstance(one, NotFound)), errors[0])
+        raise next((error for error in errors if not isinstance(error, NotFound)), errors[0])
     return list(results)
 
 

@@ -43,8 +43,8 @@ class WorkerCounters:
         if counts is not draft and counts.execution != draft.execution:
             self._counts["duplicate"] += 1
             return
-        for one in draft.failed:
-            self._counts[f"{'failed' if one.final else 'retried'}.{one.kind.value}"] += 1
+        for failure in draft.failed:
+            self._counts[f"{'failed' if failure.final else 'retried'}.{failure.kind.value}"] += 1
 
     def news(self) -> Mapping[str, int]:
         """Return all counters if any changed since the last report, else {}."""
@@ -197,9 +197,9 @@ class Outbox:
         packed = _pack(events, self._key_of)
         # The counts go with the heartbeat, because its key lets the manager trust them.
         at = max((n for n, one in enumerate(packed) if one.beats), default=-1)
-        if self._tally and beats and (made := self._tally.read()):
+        if self._tally and beats and (requests := self._tally.read()):
             last = beats[-1]
-            asked = Asked(last.worker, last.instance, made, self._tally.is_spot)
+            asked = Asked(last.worker, last.instance, requests, self._tally.is_spot)
             packed[at] = replace(packed[at], asked=(asked,))
         duplicates = self._duplicates[:DUPLICATES_AT_ONCE]
         if duplicates:

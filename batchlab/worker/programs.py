@@ -91,11 +91,11 @@ def _arguments(template: Sequence[str], code: str, item: Any, ctx: Context) -> l
 
 def _flat(items: list[Any]) -> Iterator[Any]:
     """Yield upstream results in order. Expand each list of Files."""
-    for one in items:
-        if isinstance(one, list) and one and all(isinstance(part, File) for part in one):
-            yield from one
+    for item in items:
+        if isinstance(item, list) and item and all(isinstance(part, File) for part in item):
+            yield from item
         else:
-            yield one
+            yield item
 
 
 def _path(item: Any, name: str, ctx: Context) -> str:
@@ -234,8 +234,8 @@ def _last_line(data: bytes) -> str:
 def _output(out: Path, name: str) -> File | list[File]:
     path = out / name
     if name.endswith("/"):
-        found = sorted(one for one in path.rglob("*") if one.is_file())
-        return [File(one, one.relative_to(out).as_posix()) for one in found]
+        paths = sorted(one for one in path.rglob("*") if one.is_file())
+        return [File(one, one.relative_to(out).as_posix()) for one in paths]
     if not path.is_file():
         raise Problem("result", f"The command did not write its output {name!r}.")
     return File(path, name)

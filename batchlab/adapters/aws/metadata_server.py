@@ -81,8 +81,8 @@ class Metadata:
     @property
     def region(self) -> str:
         """Return the region of the zone: us-west-2 for us-west-2b and for us-west-2-lax-1a."""
-        found = _REGION.match(self.machine.zone)
-        return found[0] if found else ""
+        match = _REGION.match(self.machine.zone)
+        return match[0] if match else ""
 
 
 def tree(of: Metadata) -> dict[str, str]:

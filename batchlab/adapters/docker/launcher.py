@@ -229,8 +229,8 @@ class ContainerLauncher:
 
         Raise Unreachable while Docker does not answer.
         """
-        found = (await self._by_address()).get(address)
-        return found and replace(found, signals=self._signals(found.instance))
+        metadata = (await self._by_address()).get(address)
+        return metadata and replace(metadata, signals=self._signals(metadata.instance))
 
     async def _by_address(self) -> Mapping[str, Metadata]:
         # An address may pass from one container to the next, so the result is valid only until

@@ -55,8 +55,8 @@ def read(path: Path) -> Keys | None:
 
 def provide(path: Path) -> Keys:
     """Return the keys in the file. Create the file if it does not exist. Raise BackendError."""
-    if found := read(path):
-        return found
+    if keys := read(path):
+        return keys
     staged = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
     descriptor = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
@@ -68,6 +68,6 @@ def provide(path: Path) -> Keys:
             path.hardlink_to(staged)
     finally:
         staged.unlink()
-    found = read(path)
-    assert found
-    return found
+    keys = read(path)
+    assert keys
+    return keys

@@ -95,18 +95,18 @@ async def listen(
         if rung:
             # This call precedes the next bell, because the ring usually means that a message has
             # arrived.
-            found, _ = await look()
-            if found:
-                return found
+            messages, _ = await look()
+            if messages:
+                return messages
         bell, rung = Bell(folder), False
         try:
             while not rung:
                 # This call follows the creation of the bell. Otherwise a send in between would be
                 # missed.
-                found, again_s = await look()
+                messages, again_s = await look()
                 left_s = ends_s - clock()
-                if found or left_s <= 0:
-                    return found
+                if messages or left_s <= 0:
+                    return messages
                 rung = await bell.wait(min(left_s, again_s))
         finally:
             if bell.close() and not rung:
@@ -221,7 +221,7 @@ class RungQueue:
         await self._queue.send(queue, messages)
         ring(self._folder / queue, sum(message.delay_s < LOOK_S for message in messages))
         loop = asyncio.get_running_loop()
-        for delay_s, count in Counter(one.delay_s for one in messages).items():
+        for delay_s, count in Counter(outgoing.delay_s for outgoing in messages).items():
             if delay_s >= LOOK_S:
                 loop.call_later(delay_s, ring, self._folder / queue, count)
 
@@ -249,20 +249,20 @@ class RungQueue:
 
         ear = self._ears.pop(queue, None) or _Ear(self._folder / queue)
         try:
-            found = await ear.listen(look, again_s, ends_s)
+            messages = await ear.listen(look, again_s, ends_s)
         except BaseException:
             ear.close()
             raise
-        if found:
+        if messages:
             quiet.broken(clock())
-        if len(found) == max_messages:
+        if len(messages) == max_messages:
             ear.heeded = False  # there may be more messages
         if queue not in self._ears:
             self._ears[queue] = ear
             ear.close_later(lambda: self._forget(queue, ear))
         else:
             ear.close()
-        return found
+        return messages
 
     def _forget(self, queue: str, ear: _Ear) -> None:
         if self._ears.get(queue) is ear:
@@ -314,8 +314,8 @@ class _Ear:
         clock = asyncio.get_running_loop().time
         if self._timer:
             self._timer.cancel()
-        if not self.heeded and (found := await self._heed(look)):
-            return found
+        if not self.heeded and (messages := await self._heed(look)):
+            return messages
         while (left_s := ends_s - clock()) > 0:
             due_s = max(0.0, self._looked_s + again_s() - clock())
             if await self._bell.wait(min(left_s, due_s)):
@@ -323,16 +323,16 @@ class _Ear:
                 self._bell = Bell(self._folder)
             elif left_s < due_s:
                 break
-            if found := await self._heed(look):
-                return found
+            if messages := await self._heed(look):
+                return messages
         return ()
 
     async def _heed(self, look: Callable[[], Awaitable[Sequence[Message]]]) -> Sequence[Message]:
         self.heeded = False
-        found = await look()
+        messages = await look()
         self.heeded = True
         self._looked_s = asyncio.get_running_loop().time()
-        return found
+        return messages
 
     def close_later(self, close: Callable[[], None]) -> None:
         self._timer = asyncio.get_running_loop().call_later(KEPT_S, close)

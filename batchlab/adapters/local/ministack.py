@@ -113,15 +113,15 @@ def install(say: Callable[[str], None]) -> Path:
 
     `say` receives a progress message. Raise BackendError if the installation fails.
     """
-    if found := find():
-        return found
+    if path := find():
+        return path
     folder = environment()
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with (folder.parent / f"{folder.name}.lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if found := find():  # another process created it while this one waited for the lock
-                return found
+            if path := find():  # another process created it while this one waited for the lock
+                return path
             say(f"Fetching MiniStack {VERSION} into {folder}, this once.")
             shutil.rmtree(folder, ignore_errors=True)  # left by a process that was killed
             _make(folder)
@@ -239,8 +239,8 @@ class Emulator:
     @property
     def endpoint(self) -> Endpoint:
         """Return the started emulator with its keys."""
-        known = access_keys.provide(self.folder / access_keys.FILE)
-        return Endpoint(self.url, access_key=known.access_key, secret_key=known.secret_key)
+        keys = access_keys.provide(self.folder / access_keys.FILE)
+        return Endpoint(self.url, access_key=keys.access_key, secret_key=keys.secret_key)
 
     @property
     def pid(self) -> int:
@@ -480,8 +480,8 @@ class Emulator:
 def _readable(descriptors: Iterable[int], within_s: float) -> list[int]:
     """Return the descriptors that become readable. `select` does not support numbers above 1023."""
     poll = select.poll()
-    for one in descriptors:
-        poll.register(one, select.POLLIN)
+    for descriptor in descriptors:
+        poll.register(descriptor, select.POLLIN)
     return [one for one, _ in poll.poll(within_s * 1000)]
 
 

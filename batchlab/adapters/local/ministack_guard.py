@@ -154,19 +154,19 @@ class Signed:
         """Return a source of the request's body. Raise Refusal unless the request is signed."""
         asked_query = scope["query_string"].decode("latin-1")
         query = parse_qsl(asked_query, keep_blank_values=True) if asked_query else []
-        asked = _signature(headers, dict(query))
-        if not hmac.compare_digest(asked.key.encode(), self._access_key.encode()):
+        signature = _signature(headers, dict(query))
+        if not hmac.compare_digest(signature.key.encode(), self._access_key.encode()):
             raise Refusal("InvalidAccessKeyId", "The access key is not a key of this grid.")
-        _check_time(asked)
-        told = "UNSIGNED-PAYLOAD" if asked.is_in_query and asked.service == "s3" else ""
+        _check_time(signature)
+        told = "UNSIGNED-PAYLOAD" if signature.is_in_query and signature.service == "s3" else ""
         told = told or headers.get(b"x-amz-content-sha256", b"").decode("latin-1")
         if told:
-            self._check(scope, headers, query, asked, told)
+            self._check(scope, headers, query, signature, told)
         if told and not _SHA256.fullmatch(told):
             return receive  # without a hash, the signature covers only the headers
         body, digest = await _body(receive, limit=None if told else MAX_UNHASHED_BYTES)
         if not told:
-            self._check(scope, headers, query, asked, digest)
+            self._check(scope, headers, query, signature, digest)
         elif told != digest:
             raise Refusal("XAmzContentSHA256Mismatch", "The body does not match its hash.")
         whole: list[Event] = [{"type": "http.request", "body": body, "more_body": False}]
@@ -236,10 +236,10 @@ def _signature(headers: Mapping[bytes, bytes], query: Mapping[str, str]) -> _Sig
         has_all = _AUTHORIZATION.fullmatch(headers[b"authorization"].decode("latin-1"))
         credential, signed, value = has_all.groups() if has_all else ("", "", "")
         stamp, expires = headers.get(b"x-amz-date", b"").decode("latin-1"), str(int(MAX_SKEW_S))
-    found = _CREDENTIAL.fullmatch(credential)
-    if not has_all or not found or not value.isascii():
+    match = _CREDENTIAL.fullmatch(credential)
+    if not has_all or not match or not value.isascii():
         raise Refusal("AccessDenied", "The request has no signature of version 4. `batchlab grid env` prints the keys.")
-    key, date, region, service = found.groups()
+    key, date, region, service = match.groups()
     return _Signature(key, date, region, service, signed, value, stamp, float(expires), is_in_query)
 
 

@@ -85,7 +85,7 @@ def _below(root: str, folder: str, prefix: str, after: str) -> Iterator[ObjectIn
     try:
         with os.scandir(root + folder) as entries:
             # With its slash, a folder's name sorts like its keys: "a-b" comes before "a/".
-            names = sorted(f"{one.name}/" if one.is_dir() else one.name for one in entries)
+            names = sorted(f"{entry.name}/" if entry.is_dir() else entry.name for entry in entries)
     except (FileNotFoundError, NotADirectoryError):
         return
     for name in names:
@@ -128,10 +128,10 @@ def damage(root: Path, key: str) -> str | None:
     path = root / key
     if is_remains(key, path.stat().st_size):
         return "is empty"
-    if named := _DIGEST.match(key):
+    if match := _DIGEST.match(key):
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
-        return None if found == named[1] else "does not have the content that it is named by"
+        return None if found == match[1] else "does not have the content that it is named by"
     if key.startswith(NEVER_EMPTY) and key.endswith(".json"):
         try:
             json.loads(path.read_bytes())
@@ -337,8 +337,8 @@ class LocalObjects:
         # The lock excludes other conditional puts, but not an unconditional put. The folder has one
         # manager, and this manager makes all puts that need a stronger guarantee.
         with locked(self._root / key):
-            found = head(self._root, key)
-            if found is None or found.etag != etag:
+            object_info = head(self._root, key)
+            if object_info is None or object_info.etag != etag:
                 raise AlreadyExists(f"Object {key!r} is another one by now.")
             return self._writer.replace(key, fill, durable=durable)
 
@@ -352,10 +352,10 @@ class LocalObjects:
         return self._info(key).size
 
     def _info(self, key: str) -> ObjectInfo:
-        found = head(self._root, key)
-        if found is None:
+        object_info = head(self._root, key)
+        if object_info is None:
             raise NotFound(f"No object {key!r}.")
-        return found
+        return object_info
 
     def _read(self, key: str, start: int = 0, length: int = -1) -> bytes:
         with (self._root / key).open("rb") as file:
@@ -389,8 +389,8 @@ class LocalObjects:
 
     async def list(self, prefix: str, *, after: str = "") -> AsyncIterator[Sequence[ObjectInfo]]:
         check_prefix(prefix)
-        found = walk(self._root, prefix, after)
-        while page := await self._do(prefix, lambda: [*islice(found, PAGE)]):
+        object_infos = walk(self._root, prefix, after)
+        while page := await self._do(prefix, lambda: [*islice(object_infos, PAGE)]):
             yield page
 
     async def delete(self, keys: Sequence[str]) -> None:

@@ -230,7 +230,7 @@ class SqliteMessages:
             queue, now_s = self._queue(name), self._clock.now_s()
             db.executemany(
                 "INSERT INTO messages (queue, visible_s, sent_s, body) VALUES (?, ?, ?, ?)",
-                [(queue.id, now_s + one.delay_s, now_s, one.body) for one in messages],
+                [(queue.id, now_s + message.delay_s, now_s, message.body) for message in messages],
             )
             _grow(db, queue.id, len(messages))
 
@@ -277,7 +277,7 @@ class SqliteMessages:
         db.executemany(
             "UPDATE messages SET visible_s = ?, receives = receives + 1, received_s = ?,"
             " first_received_s = ? WHERE id = ?",
-            [(hidden_s, now_s, one.first_received_s, int(one.id)) for one in messages],
+            [(hidden_s, now_s, message.first_received_s, int(message.id)) for message in messages],
         )
         if expired:
             db.executemany("DELETE FROM messages WHERE id = ?", expired)
@@ -306,7 +306,7 @@ class SqliteMessages:
             db.executemany(
                 "UPDATE messages SET visible_s = ?, receives = receives - 1"
                 " WHERE id = ? AND receives = ? AND queue = ?",
-                [(now_s, int(one.id), one.receive_count, queue.id) for one in messages],
+                [(now_s, int(message.id), message.receive_count, queue.id) for message in messages],
             )
 
     def delete(self, name: str, receipts: Sequence[str]) -> list[str]:

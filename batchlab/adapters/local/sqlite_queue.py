@@ -83,7 +83,7 @@ class SqliteQueue:
 
     async def send(self, queue: str, messages: Sequence[Outgoing]) -> None:
         check_send(messages)
-        is_short = sum(len(one.body) for one in messages) <= SHORT_CHARACTERS
+        is_short = sum(len(message.body) for message in messages) <= SHORT_CHARACTERS
         run = self._run if is_short else self._at_length
         await run(self._send, queue, messages)
 

@@ -258,13 +258,13 @@ class SimLedger:
         one = self._jobs.get(job)
         if one is None:
             return []
-        found: list[BundleRow] = []
+        bundle_rows: list[BundleRow] = []
         if done is not False:
             after = _NO_SEQ if after_seq is None else after_seq
-            found += islice(one.done(after, stage, failed), limit)
+            bundle_rows += islice(one.done(after, stage, failed), limit)
         if done is not True and after_seq is None and not failed:
-            found += one.waiting(stage)
-        return [row.record(one.projection.last_seq) for row in found[:limit]]
+            bundle_rows += one.waiting(stage)
+        return [row.record(one.projection.last_seq) for row in bundle_rows[:limit]]
 
     # --- Leases ----------------------------------------------------------------------------------
 

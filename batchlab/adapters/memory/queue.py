@@ -238,16 +238,16 @@ class SimQueue:
 
     async def send(self, queue: str, messages: Sequence[Outgoing]) -> None:
         check_send(messages)
-        found, now_s = self._found(queue), self._clock.now_s()
+        queue_state, now_s = self._found(queue), self._clock.now_s()
         for message in messages:
             self._sent += 1
             entry = Entry(self._sent, message.body, now_s, now_s)
-            self._enter(found, entry)
+            self._enter(queue_state, entry)
             if message.delay_s > 0:
-                self._hide(found, entry, now_s + message.delay_s)
+                self._hide(queue_state, entry, now_s + message.delay_s)
             else:
-                self._show(found, entry)
-        self._stir(found)
+                self._show(queue_state, entry)
+        self._stir(queue_state)
 
     def _enter(self, queue: QueueState, entry: Entry) -> None:
         queue.entries[entry.number] = entry
@@ -257,12 +257,12 @@ class SimQueue:
         self, queue: str, *, max_messages: int = 10, wait_s: float = 20.0, visibility_s: float | None = None
     ) -> Sequence[Message]:
         check_receive(max_messages, wait_s, visibility_s, max_wait_s=self._max_wait_s)
-        found = self._found(queue)
-        messages = self._take(found, max_messages, visibility_s)
-        self._stir(found)
+        queue_state = self._found(queue)
+        messages = self._take(queue_state, max_messages, visibility_s)
+        self._stir(queue_state)
         if not messages and wait_s > _TICK_S:
             return await self._wait(queue, wait_s, max_messages, visibility_s)
-        if not messages and len(found.in_flight) >= self._max_in_flight:
+        if not messages and len(queue_state.in_flight) >= self._max_in_flight:
             raise Throttled(f"Queue {queue!r} has too many messages in flight.")
         return messages
 
@@ -347,48 +347,48 @@ class SimQueue:
 
     async def delete(self, queue: str, receipts: Sequence[str]) -> Sequence[str]:
         check_batch(receipts)
-        found = self._found(queue)
+        queue_state = self._found(queue)
         refused = []
         for receipt in receipts:
-            entry = entry_of(found, receipt)
+            entry = entry_of(queue_state, receipt)
             if entry is None:
                 refused.append(receipt)
             else:
-                self._forget(found, entry)
-        self._stir(found)
+                self._forget(queue_state, entry)
+        self._stir(queue_state)
         return refused
 
     async def change_visibility(self, queue: str, changes: Sequence[tuple[str, float]]) -> Sequence[str]:
         check_changes(changes)
-        found, now_s = self._found(queue), self._clock.now_s()
+        queue_state, now_s = self._found(queue), self._clock.now_s()
         refused = []
         for receipt, visibility_s in changes:
-            entry, until_s = entry_of(found, receipt), now_s + visibility_s
+            entry, until_s = entry_of(queue_state, receipt), now_s + visibility_s
             if entry is None or entry.visible or until_s > entry.received_s + MAX_VISIBILITY_S:
                 refused.append(receipt)
             elif visibility_s > 0:
-                self._hide(found, entry, until_s)
+                self._hide(queue_state, entry, until_s)
             else:
-                self._show(found, entry)
-        self._stir(found)
+                self._show(queue_state, entry)
+        self._stir(queue_state)
         return refused
 
     async def depth(self, queue: str) -> Depth:
-        found = self._found(queue)
-        in_flight = len(found.in_flight)
-        delayed = len(found.entries) - found.visible - in_flight
-        return Depth(visible=found.visible, in_flight=in_flight, delayed=delayed)
+        queue_state = self._found(queue)
+        in_flight = len(queue_state.in_flight)
+        delayed = len(queue_state.entries) - queue_state.visible - in_flight
+        return Depth(visible=queue_state.visible, in_flight=in_flight, delayed=delayed)
 
     async def purge(self, queue: str) -> None:
-        found = self._found(queue)
-        for entry in list(found.entries.values()):
-            self._forget(found, entry)
+        queue_state = self._found(queue)
+        for entry in list(queue_state.entries.values()):
+            self._forget(queue_state, entry)
 
     async def remove(self, queue: str) -> None:
-        found = self._queues.pop(queue, None)
-        if found is not None:
+        queue_state = self._queues.pop(queue, None)
+        if queue_state is not None:
             # Receivers that still wait get the answer that the queue does not exist.
-            for waiter in found.waiters.values():
+            for waiter in queue_state.waiters.values():
                 _settle(waiter.given)
 
     # --- What a test sees and does ---------------------------------------------------------------
@@ -416,29 +416,29 @@ class SimQueue:
 
         Return its id, None if no message is in flight.
         """
-        found = self._found(queue)
-        number = found.in_flight.pick(rng)
+        queue_state = self._found(queue)
+        number = queue_state.in_flight.pick(rng)
         if number is None:
             return None
-        self._show(found, found.entries[number])
-        self._stir(found)
+        self._show(queue_state, queue_state.entries[number])
+        self._stir(queue_state)
         return str(number)
 
     def drop(self, queue: str, rng: random.Random) -> str | None:
         """Inject a fault: lose a random message. Return its id, None if the queue is empty."""
-        found = self._found(queue)
-        number = found.everyone.pick(rng)
+        queue_state = self._found(queue)
+        number = queue_state.everyone.pick(rng)
         if number is None:
             return None
-        self._forget(found, found.entries[number])
+        self._forget(queue_state, queue_state.entries[number])
         return str(number)
 
     def expire(self, queue: str, age_s: float) -> int:
         """Inject a fault: delete messages sent more than `age_s` ago. Return their number."""
-        found, now_s = self._found(queue), self._clock.now_s()
-        old = [entry for entry in found.entries.values() if entry.sent_s + age_s <= now_s]
+        queue_state, now_s = self._found(queue), self._clock.now_s()
+        old = [entry for entry in queue_state.entries.values() if entry.sent_s + age_s <= now_s]
         for entry in old:
-            self._forget(found, entry)
+            self._forget(queue_state, entry)
         return len(old)
 
     def shuffle(self, queue: str, rng: random.Random) -> bool:
@@ -446,10 +446,10 @@ class SimQueue:
 
         Return False if there are fewer than two.
         """
-        found = self._found(queue)
-        waiting = [number for number in (*found.window, *found.ready) if number in found.entries]
+        queue_state = self._found(queue)
+        waiting = [number for number in (*queue_state.window, *queue_state.ready) if number in queue_state.entries]
         rng.shuffle(waiting)
-        found.window, found.ready = [], deque(waiting)
+        queue_state.window, queue_state.ready = [], deque(waiting)
         return len(waiting) > 1
 
 

@@ -268,8 +268,8 @@ def check(name: str, pairs: Pairs) -> None:
 
 def _item(attributes: Iterable[Mapping[str, str]]) -> dict[str, str]:
     found: dict[str, str] = {}
-    for one in attributes:
-        name, value = one["Name"], one.get("Value", "")
+    for attribute in attributes:
+        name, value = attribute["Name"], attribute.get("Value", "")
         found[name] = f"{found[name]},{value}" if name in found else value
     return found
 

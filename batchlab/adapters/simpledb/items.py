@@ -237,14 +237,14 @@ class Heads:
         where = f"{key} > '0'"
         if before:
             where += f" and {key} < {quoted(order_of(before))}"
-        found: list[Projection] = []
+        projections: list[Projection] = []
         for name, item in self._store.select("*", where, order=f"{key} desc", page=limit):
-            if len(found) == limit:
+            if len(projections) == limit:
                 break
             head = self._read(name, item) or self.get(JobId(name.removeprefix("job/")), settle=False)
             if head and head.projection:
-                found.append(head.projection)
-        return found
+                projections.append(head.projection)
+        return projections
 
     def names(self) -> list[str]:
         """Return the names of all items of jobs, also of those without a job."""

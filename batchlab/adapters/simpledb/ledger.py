@@ -242,8 +242,10 @@ class SimpleDbLedger:
 
     def _has(self, head: Head, first: int, last: int) -> bool:
         """Return whether a completion of the job has one of these seqs."""
-        found = self._rows.folded(head.gen, _projection_of(head), stage=None, after=first - 1, failed=False, page=1)
-        row = next(found, None)
+        bundle_rows = self._rows.folded(
+            head.gen, _projection_of(head), stage=None, after=first - 1, failed=False, page=1
+        )
+        row = next(bundle_rows, None)
         return row is not None and row.seq is not None and row.seq <= last
 
     def _head(self, job: JobId, *, settle: bool = True) -> Head:
@@ -264,8 +266,8 @@ class SimpleDbLedger:
             last = None
             if before is not None:
                 last = _projection_of(self._head(JobId(before), settle=False)).job
-            found = self._heads.newest(active=active, limit=limit, before=last)
-            return [one.rows().job for one in found]
+            projections = self._heads.newest(active=active, limit=limit, before=last)
+            return [projection.rows().job for projection in projections]
 
         return await self._read(page)
 
@@ -287,18 +289,18 @@ class SimpleDbLedger:
             if head is None or head.projection is None:
                 return []
             gen, projection = head.gen, head.projection
-            found: list[BundleRecord] = []
+            bundle_records: list[BundleRecord] = []
             if done is not False:
                 after = -1 if after_seq is None else after_seq
                 page = 2500 if limit is None else limit
                 for row in self._rows.folded(gen, projection, stage=stage, after=after, failed=failed, page=page):
-                    if len(found) == limit:
+                    if len(bundle_records) == limit:
                         break
-                    found.append(row.record(projection.last_seq))
-            if done is not True and after_seq is None and not failed and len(found) != limit:
+                    bundle_records.append(row.record(projection.last_seq))
+            if done is not True and after_seq is None and not failed and len(bundle_records) != limit:
                 planned = self._rows.planned(gen, projection, stage=stage)
-                found += [row.record(projection.last_seq) for row in planned]
-            return found[:limit]
+                bundle_records += [row.record(projection.last_seq) for row in planned]
+            return bundle_records[:limit]
 
         return await self._read(read)
 

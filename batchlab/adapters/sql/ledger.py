@@ -195,7 +195,7 @@ class SqlLedger:
         self, connection: Connection, projection: Projection, before: Snapshot, rows: Iterable[BundleRow]
     ) -> None:
         job_rows.store(connection, projection, before)
-        void = [name for name, one in projection.stages.items() if one.void_at != NEVER]
+        void = [name for name, stage in projection.stages.items() if stage.void_at != NEVER]
         bundle_rows.make_void(connection, projection.job.id, void)
         bundle_rows.store_bundle(connection, self._upserts, projection, rows)
 
@@ -227,9 +227,9 @@ class SqlLedger:
     # --- The rest --------------------------------------------------------------------------------
 
     async def lease(self, name: str, owner: str, *, over: Lease | None = None) -> Lease:
-        seen = over or Lease(NOBODY, 0)
+        lease = over or Lease(NOBODY, 0)
         values: dict[str, str | int] = {"name": name, "owner": owner}
-        values |= {"over_owner": seen.owner, "over_beat": seen.beat}
+        values |= {"over_owner": lease.owner, "over_beat": lease.beat}
 
         def take(connection: Connection) -> Lease:
             row = connection.execute(self._upserts.take_lease, values).first()

@@ -36,7 +36,7 @@ _job = select(jobs).where(jobs.c.id == bindparam("job"))
 _by_token = select(jobs.c.id).where(jobs.c.token == bindparam("token"))
 _newest = select(jobs).order_by(jobs.c.submitted_s.desc(), jobs.c.id.desc()).limit(bindparam("limit"))
 _active = _newest.where(jobs.c.state.not_in(sorted(ENDED)))
-_STAGE = [one.name for one in fields(Stage) if one.name in stages.c and one.name != "uncut"]
+_STAGE = [field.name for field in fields(Stage) if field.name in stages.c and field.name != "uncut"]
 """Columns in the order of the arguments of Stage, before `uncut`."""
 _job_with_stages = (
     select(

@@ -148,7 +148,7 @@ class _Memory:
     def resident_bytes(self, group: int, since_s: float) -> int:
         del since_s
         ours = family(group)
-        return sum(one.resident_bytes for one in table() if one.pid in ours)
+        return sum(process.resident_bytes for process in table() if process.pid in ours)
 
 
 def _watch(told: Told, how: How, watched: _Watched, process: subprocess.Popen[bytes]) -> Ended:
@@ -158,14 +158,14 @@ def _watch(told: Told, how: How, watched: _Watched, process: subprocess.Popen[by
         try:
             code = process.wait(limits.wait_s(watched))
         except subprocess.TimeoutExpired:
-            found = limits.broken(watched)
-            if found is None:
+            termination = limits.broken(watched)
+            if termination is None:
                 continue
             # SIGUSR1 prints the stack of the task to stderr.
             os.kill(process.pid, signal.SIGUSR1)
             time.sleep(_LOOK_S)
             _end(process)
-            return Ended(fault(found.kind, found.sentence), run_s=found.ran_s)
+            return Ended(fault(termination.kind, termination.sentence), run_s=termination.ran_s)
         if ended := read_ended(told.folder):
             return ended
         slain = LOSS_LIMIT if code == -signal.SIGKILL else 0

@@ -129,8 +129,8 @@ async def _bring(
     round_: int | None,
 ) -> Told:
     job = await _definition(reading, job_id, patience)
-    if stage not in (one.name for one in job.stages):
-        names = ", ".join(one.name for one in job.stages)
+    if stage not in (stage_def.name for stage_def in job.stages):
+        names = ", ".join(stage_def.name for stage_def in job.stages)
         raise UsageError(f"Job {job_id} has no stage {stage!r}.", remedy=f"It has {names}.")
     found = await attempts.attempts(reading, job, stage, task, patience)
     attempt = attempts.chosen(found, number, round_)

@@ -185,7 +185,11 @@ class Verdict:
         """Return the result as lines for the user."""
         if not self.differences:
             return [self.sentence]
-        return [self.sentence, "What is known to be different here:", *(f"  - {one}" for one in self.differences)]
+        return [
+            self.sentence,
+            "What is known to be different here:",
+            *(f"  - {difference}" for difference in self.differences),
+        ]
 
 
 def failure_of(told: dict[str, Any] | None) -> Failure | None:
@@ -199,9 +203,9 @@ def judge(told: Told, ended: Ended, environ: Mapping[str, str] = os.environ) -> 
     """Compare the local run with the run on the grid. `environ` is the user's environment, from
     which the command withholds variables."""
     differences = [*_differences(told, environ), *told.notes]
-    there, here = failure_of(told.failure), failure_of(ended.failure)
-    prints = (fingerprint(here) if here else "", fingerprint(there) if there else "")
-    word, sentence = _word(told, ended, there, here, *prints)
+    failure, here = failure_of(told.failure), failure_of(ended.failure)
+    prints = (fingerprint(here) if here else "", fingerprint(failure) if failure else "")
+    word, sentence = _word(told, ended, failure, here, *prints)
     return Verdict(word, sentence, *prints, differences)
 
 
@@ -272,7 +276,7 @@ def text(told: Told, given: str) -> str:
         if different := environment.differences(there, environment.current()):
             lines += ["", *(f"- {one}" for one in different)]
     if told.notes:
-        lines += ["", *(f"- {one}" for one in told.notes)]
+        lines += ["", *(f"- {note}" for note in told.notes)]
     if told.failure and told.failure["traceback"]:
         lines += ["", "On the grid:", "", "```", told.failure["traceback"].rstrip(), "```"]
     return "\n".join(lines) + "\n"
@@ -306,7 +310,7 @@ def _has_files(told: Told) -> bool:
 
 
 def _on_grid(told: Told) -> str:
-    there = failure_of(told.failure)
-    if there:
-        return f"On the grid it failed ({fingerprint(there)}): {there.reason}"
+    failure = failure_of(told.failure)
+    if failure:
+        return f"On the grid it failed ({fingerprint(failure)}): {failure.reason}"
     return f"On the grid it ended {told.state}." if told.state else "It has not ended on the grid."

@@ -108,15 +108,15 @@ def bill(
     used: dict[str, Billed] = {}
     items: list[Item] = []
     for name, facts in pools.items():
-        found = seconds(name, facts, stages, account)
-        if not found.all_s:
+        billed = seconds(name, facts, stages, account)
+        if not billed.all_s:
             continue
-        used[name] = found
+        used[name] = billed
         kinds = {k: s for k, s in account.billed_s.items() if k.pool == name}
-        kinds = kinds if kinds and not derived else {Kind(name, facts.instance_type): found.all_s}
+        kinds = kinds if kinds and not derived else {Kind(name, facts.instance_type): billed.all_s}
         if any(not kind.type for kind in kinds) and not facts.instance_type:
             notes.append(f"instances of pool {name} count as {AS_IF}")
-        items += _lines(name, found, usd_per_s(kinds, facts, book), _said(kinds))
+        items += _lines(name, billed, usd_per_s(kinds, facts, book), _said(kinds))
     items += _requests(account, used, pace or Pace(), book, notes)
     if stored_bytes is not None:
         month = stored_bytes / GB * book.of("s3", "usd_per_gb_month")
@@ -185,27 +185,27 @@ def _requests(
     counted = account.requests
     if counted:
         return request_costs.items((counted, counted, counted), book, "counted")
-    made = request_costs.of_bundles(account.bundles)
-    for one in used.values():
-        each_s = one.useful_s / max(1, account.bundles)
-        made += request_costs.of_workers(one.useful_s, each_s, pace)
-        made += request_costs.of_idle_workers(one.idle_s)
-    if made:
+    requests = request_costs.of_bundles(account.bundles)
+    for billed in used.values():
+        each_s = billed.useful_s / max(1, account.bundles)
+        requests += request_costs.of_workers(billed.useful_s, each_s, pace)
+        requests += request_costs.of_idle_workers(billed.idle_s)
+    if requests:
         notes.append("requests are derived from bundles and time: this backend makes none")
-    return request_costs.items((made, made, made), book, "derived")
+    return request_costs.items((requests, requests, requests), book, "derived")
 
 
 def _moved(moved: Moved, account: Account, book: PriceBook, notes: list[str]) -> list[Item]:
-    found: list[Item] = []
+    items: list[Item] = []
     if moved.fetched_bytes:
         how = "results that were fetched to here"
-        found.append(request_costs.out_of_aws(moved.fetched_bytes, book, how))
+        items.append(request_costs.out_of_aws(moved.fetched_bytes, book, how))
     else:
         notes.append("no results were fetched to here, so no data out of AWS is in it")
     if item := request_costs.through(moved.egress, account.requests.sqs_bytes, book):
-        found.append(item)
+        items.append(item)
     notes += request_costs.not_counted(moved.egress)
-    return found
+    return items
 
 
 def burn_usd_h(living: Mapping[Kind, int], types: Mapping[str, str], book: PriceBook) -> Usd:

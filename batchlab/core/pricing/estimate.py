@@ -201,8 +201,8 @@ def estimate(
     items: list[Item] = []
     for pool in used:
         items += _compute(pool, cases, prices)
-    asked = [case.requests() for case in cases]
-    items += request_costs.items(asked, prices, "from measured counts")
+    requestses = [case.requests() for case in cases]
+    items += request_costs.items(requestses, prices, "from measured counts")
     if input_bytes:
         month = input_bytes / GB * prices.of("s3", "usd_per_gb_month")
         how = f"{input_bytes / GB:,.2f} GB of input for a month"
@@ -249,9 +249,9 @@ class _Case:
 
     def _size(self, pool: PoolPlan) -> None:
         which, policy = self.which, self._policy
-        mine = [stage for stage in self._stages if stage.pool == pool.name]
-        work_s = sum(s.tasks[which] * s.seconds[which] * s.slots for s in mine)
-        parallel = max((s.tasks[which] * s.slots for s in mine), default=0.0)
+        stage_loads = [stage for stage in self._stages if stage.pool == pool.name]
+        work_s = sum(s.tasks[which] * s.seconds[which] * s.slots for s in stage_loads)
+        parallel = max((s.tasks[which] * s.slots for s in stage_loads), default=0.0)
         # The calculation is the same as in the autoscaler.
         needed = math.ceil(work_s / (policy.drain_target_s * pool.slots))
         useful = math.ceil(parallel / pool.slots)
@@ -270,7 +270,7 @@ class _Case:
 
     def requests(self) -> Requests:
         """Return all requests to SQS and S3."""
-        found = request_costs.of_bundles(sum(self.bundles.values())).times(REQUESTS[self.which])
+        requests = request_costs.of_bundles(sum(self.bundles.values())).times(REQUESTS[self.which])
         pace = self._policy.pace
         for stage in self._stages:
             slots = max(1, self._slots[stage.pool])
@@ -278,13 +278,13 @@ class _Case:
             # A worker polls once for all of its slots.
             per_worker = slots / self.instances[stage.pool]
             bundle_s = worked_s / max(1.0, self.bundles[stage.name])
-            found += request_costs.of_workers(worked_s / per_worker, bundle_s, pace)
+            requests += request_costs.of_workers(worked_s / per_worker, bundle_s, pace)
             if stage.reads_raw:
-                found += Requests(s3_gets=stage.tasks[self.which])
+                requests += Requests(s3_gets=stage.tasks[self.which])
         for idle_s in self.idle_s.values():
-            found += request_costs.of_idle_workers(idle_s)
-        found += request_costs.of_manager(self.span_s, len(self.instances), pace)
-        return found + Requests(s3_puts=self._input_files + 2, s3_gets=self._input_files)
+            requests += request_costs.of_idle_workers(idle_s)
+        requests += request_costs.of_manager(self.span_s, len(self.instances), pace)
+        return requests + Requests(s3_puts=self._input_files + 2, s3_gets=self._input_files)
 
 
 def _compute(pool: PoolPlan, cases: Sequence[_Case], prices: PriceBook) -> list[Item]:
@@ -304,7 +304,7 @@ def _compute(pool: PoolPlan, cases: Sequence[_Case], prices: PriceBook) -> list[
     busy = [case.busy_s[pool.name] for case in cases]
     idle = [case.idle_s[pool.name] for case in cases]
     wasted = [case.wasted_s[pool.name] for case in cases]
-    found = [
+    items = [
         Item(f"compute, pool {pool.name}", usd(busy), f"{busy[1] / 3600:,.2f} h of {what}"),
         Item(
             f"idle, pool {pool.name}",
@@ -314,8 +314,8 @@ def _compute(pool: PoolPlan, cases: Sequence[_Case], prices: PriceBook) -> list[
     ]
     if pool.spot_share:
         how = f"{wasted[1] / 3600:,.2f} h lost to Spot interruptions"
-        found.append(Item(f"wasted work, pool {pool.name}", usd(wasted), how))
-    return found
+        items.append(Item(f"wasted work, pool {pool.name}", usd(wasted), how))
+    return items
 
 
 def _assumptions(pools: Sequence[PoolPlan], prices: PriceBook, *, knows_results: bool) -> list[str]:

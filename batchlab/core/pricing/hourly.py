@@ -105,9 +105,9 @@ class Hourly:
         month = self.idle_usd_h.times(HOURS_A_MONTH)
         lines.append(f"{'idle, per hour':<{width}}  {self.idle_usd_h}; {month} a month")
         lines += [
-            f"each worker of pool {one.pool} ({one.instance_type}), per hour: on-demand "
-            f"{one.on_demand}, Spot {one.spot}"
-            for one in self.workers
+            f"each worker of pool {worker.pool} ({worker.instance_type}), per hour: on-demand "
+            f"{worker.on_demand}, Spot {worker.spot}"
+            for worker in self.workers
         ]
         return "\n".join([*lines, f"Prices: {self.prices}, {_LIST}. {self.by_use}"])
 
@@ -212,7 +212,7 @@ def _disk_usd_h(prices: PriceBook, size_gb: float) -> float:
 
 
 def _workers(p: Mapping[str, object], prices: PriceBook) -> list[Worker]:
-    found: list[Worker] = []
+    workers: list[Worker] = []
     for key in p:
         if not (key.startswith("Pool") and key.endswith("InstanceTypes")):
             continue
@@ -231,7 +231,7 @@ def _workers(p: Mapping[str, object], prices: PriceBook) -> list[Worker]:
             max(one.high for one in ranges),
         )
         mixed = on_demand.times(percent / 100) + spot.times(1 - percent / 100)
-        found.append(
+        workers.append(
             Worker(
                 _pool_name(p, prefix),
                 names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more",
@@ -242,7 +242,7 @@ def _workers(p: Mapping[str, object], prices: PriceBook) -> list[Worker]:
                 int(_number(p, f"{prefix}OnDemandBase", 0)),
             )
         )
-    return found
+    return workers
 
 
 def _pool_name(p: Mapping[str, object], prefix: str) -> str:

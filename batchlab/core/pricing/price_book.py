@@ -80,10 +80,10 @@ class Item:
 
 def total(items: Iterable[Item]) -> Usd:
     """Return the sum of the lines."""
-    found = NOTHING
+    usd = NOTHING
     for item in items:
-        found += item.usd
-    return found
+        usd += item.usd
+    return usd
 
 
 def range_json(usd: Usd) -> dict[str, float]:
@@ -109,14 +109,14 @@ def parse(text: str) -> float:
 
     Raise UsageError if the text is not such an amount.
     """
-    found = _AMOUNT.fullmatch(text.strip())
-    if found is None or found[2].upper() != CURRENCY:
-        why = "" if found and not found[2] else f"Prices are in {CURRENCY}, nothing is converted: "
+    match = _AMOUNT.fullmatch(text.strip())
+    if match is None or match[2].upper() != CURRENCY:
+        why = "" if match and not match[2] else f"Prices are in {CURRENCY}, nothing is converted: "
         raise UsageError(
             f"{text!r} is not an amount in {CURRENCY}.",
             remedy=f"{why}{'w' if why else 'W'}rite for example 5{CURRENCY} or 0.50{CURRENCY}.",
         )
-    return float(found[1])
+    return float(match[1])
 
 
 NAME = "prices.toml"

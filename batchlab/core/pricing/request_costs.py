@@ -184,7 +184,7 @@ def usd_of(requests: Requests, prices: PriceBook) -> tuple[float, float]:
 def items(cases: Sequence[Requests], prices: PriceBook, said: str) -> list[Item]:
     """Return the two lines of a bill. `cases` are the lowest, the typical, and the highest
     numbers."""
-    (q0, s0), (q1, s1), (q2, s2) = (usd_of(one, prices) for one in cases)
+    (q0, s0), (q1, s1), (q2, s2) = (usd_of(case, prices) for case in cases)
     typical = cases[1]
     how_sqs = f"{typical.sqs:,.0f} requests in steps of 64 KiB, {typical.sqs_empty:,.0f} empty"
     how_s3 = f"{typical.s3_puts:,.0f} PUT and LIST, {typical.s3_gets:,.0f} GET"

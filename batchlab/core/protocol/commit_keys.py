@@ -143,13 +143,13 @@ _START = '{"p":{'
 
 def jobs_in(events: Events) -> set[JobId]:
     """Return the jobs that a message is about."""
-    jobs = {one.bundle.job for one in events.completions}
-    jobs |= {one.bundle.job for one in events.outcomes}
+    jobs = {completion.bundle.job for completion in events.completions}
+    jobs |= {outcome.bundle.job for outcome in events.outcomes}
     jobs |= {held.job for beat in events.beats for held in beat.held}
-    jobs |= {one.job for one in events.duplicates}
+    jobs |= {duplicate.job for duplicate in events.duplicates}
     jobs |= {job for job, *_ in events.traces}
     named = map(object_keys.outcome_key, events.committed)
-    return jobs | {one.job for one in named if one}
+    return jobs | {outcome_key.job for outcome_key in named if outcome_key}
 
 
 def with_proofs(text: str, jobs: Iterable[JobId], key_of: Callable[[JobId], CommitKey]) -> str:
@@ -171,7 +171,7 @@ def split(body: str) -> tuple[str, Mapping[str, str]]:
         return body, {}
     end = body.find("}")
     proofs = json.loads(body[len(_START) - 1 : end + 1])
-    if len(proofs) > MOST_PROOFS or not all(isinstance(one, str) for one in proofs.values()):
+    if len(proofs) > MOST_PROOFS or not all(isinstance(proof, str) for proof in proofs.values()):
         raise ValueError("its proofs cannot be read")
     if body[end + 1 : end + 2] != ",":
         raise ValueError("it has proofs and nothing else")

@@ -189,7 +189,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return True
     kinds, simple = get_args(hint), getattr(hint, "__supertype__", hint)
     if get_origin(hint) in (Union, UnionType):
-        return any(_fits(value, one) for one in kinds)
+        return any(_fits(value, kind) for kind in kinds)
     if get_origin(hint) is tuple:
         if type(value) is not tuple:
             return False
@@ -225,7 +225,7 @@ def shallow(values: Sequence[Any]) -> None:
 
 
 def _are_finite(values: Sequence[Any], kinds: set[type]) -> bool:
-    numbers = values if len(kinds) == 1 else [one for one in values if type(one) is float]
+    numbers = values if len(kinds) == 1 else [value for value in values if type(value) is float]
     # The sum of finite numbers is finite, unless it is too large for a float.
     return isfinite(sum(numbers)) or all(map(isfinite, numbers))
 

@@ -300,7 +300,7 @@ def fitting(outcome: Outcome) -> Outcome:
     """
     if not is_too_heavy(outcome_text(outcome)):
         return outcome
-    return replace(outcome, failed=tuple([replace(one, traceback="") for one in outcome.failed]))
+    return replace(outcome, failed=tuple([replace(failure, traceback="") for failure in outcome.failed]))
 
 
 def outcome_from_json(doc: dict[str, Any]) -> Outcome:
@@ -435,7 +435,7 @@ def cut_from_json(doc: dict[str, Any]) -> Cut:
             None if at_s is None else figure(at_s),
         )
         mine = (cut.job, cut.stage, cut.round)
-        if any((one.job, one.stage, one.round) != mine for one in cut.bundles):
+        if any((bundle.job, bundle.stage, bundle.round) != mine for bundle in cut.bundles):
             raise ValueError("it has a bundle of another job, stage or round")
         return cut
     except UNREADABLE as error:
@@ -471,7 +471,7 @@ def job_to_json(job: JobDef) -> dict[str, Json]:
     else:
         del doc["commit_hash"]
     if job.notify:
-        doc["notify"] = [fields(one) for one in job.notify]
+        doc["notify"] = [fields(notify_def) for notify_def in job.notify]
     else:
         del doc["notify"]
     return doc

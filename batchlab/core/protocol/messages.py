@@ -247,9 +247,9 @@ def _beat_to_json(b: Beat) -> dict[str, Json]:
 
 
 def _completion_from_json(doc: dict[str, Any]) -> Completion:
-    one = completion_from_json(doc)
-    check_parts(one.bundle, one.succeeded, one.failed, one.cancelled, one.follows)
-    return one
+    completion = completion_from_json(doc)
+    check_parts(completion.bundle, completion.succeeded, completion.failed, completion.cancelled, completion.follows)
+    return completion
 
 
 def _beat_from_json(doc: Mapping[str, Any]) -> Beat:
@@ -282,7 +282,7 @@ def _held_from_json(doc: Mapping[str, Any]) -> Held:
 
 def _asked_from_json(doc: Sequence[Any]) -> Asked:
     worker, instance, is_spot, *counts = listed(doc)
-    requests = Requests(*[figure(one, MOST_REQUESTS) for one in counts[:_COUNTED]])
+    requests = Requests(*[figure(count, MOST_REQUESTS) for count in counts[:_COUNTED]])
     return Asked(label(worker), label(instance), requests, flag(is_spot))
 
 
@@ -350,7 +350,7 @@ class Tail:
 
 
 def to_bytes(tails: list[Tail]) -> bytes:
-    return json_format.to_bytes({"v": json_format.VERSION, "tails": [json_format.fields(one) for one in tails]})
+    return json_format.to_bytes({"v": json_format.VERSION, "tails": [json_format.fields(tail) for tail in tails]})
 
 
 def from_bytes(data: bytes) -> list[Tail]:

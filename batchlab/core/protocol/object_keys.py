@@ -328,18 +328,18 @@ class OutcomeKey:
 def is_outcome_of(name: str, bundle: Bundle) -> bool:
     """Return whether `name` is a key for the outcome of `bundle`: with any seal, or a
     replacement."""
-    found = outcome_key(name)
-    if found is None:
+    key = outcome_key(name)
+    if key is None:
         return name == replacement(bundle)
-    return (found.job, found.stage, found.bundle) == (bundle.job, bundle.stage, bundle.id)
+    return (key.job, key.stage, key.bundle) == (bundle.job, bundle.stage, bundle.id)
 
 
 def outcome_key(key: str) -> OutcomeKey | None:
     """Return the parts of an outcome's key, sealed or not. Return None for any other key."""
-    found = _BUNDLE.match(key)
-    if found is None:
+    match = _BUNDLE.match(key)
+    if match is None:
         return None
-    job, stage, bundle, *numbers = found.groups()
+    job, stage, bundle, *numbers = match.groups()
     return OutcomeKey(JobId(job), StageName(stage), BundleId(bundle), *map(int, numbers))
 
 
@@ -385,8 +385,8 @@ def started_by(bundle: Bundle, name: str, key: CommitKey) -> tuple[str, str] | N
     label = name.removeprefix(starts(bundle))
     if key:
         label = label.rpartition(".")[0]
-    found = _STARTED.fullmatch(label)
-    return (found[1], found[2] or "") if found and start(bundle, label, key) == name else None
+    match = _STARTED.fullmatch(label)
+    return (match[1], match[2] or "") if match and start(bundle, label, key) == name else None
 
 
 def running(bundle: Bundle, key: CommitKey) -> str:

@@ -81,7 +81,11 @@ FINER = "Cut the input finer (`size` in the job file's `input`)"
 
 def tiny(signs: Signs) -> Iterator[Finding]:
     """Check for stages with tasks below 100 ms. Each task costs a message, a commit, and a row."""
-    hit = [one for one in signs.stages if one.bundles and one.tiny > TINY_SHARE * one.tasks]
+    hit = [
+        stage_signs
+        for stage_signs in signs.stages
+        if stage_signs.bundles and stage_signs.tiny > TINY_SHARE * stage_signs.tasks
+    ]
     for stage in hit:
         second = max(1, math.ceil(1.0 / max(stage.median_s, 1e-4)))
         yield Finding(
@@ -97,7 +101,7 @@ def tiny(signs: Signs) -> Iterator[Finding]:
             "second of work.",
         )
     if not hit:
-        told = [f"{name(one.name)} {span(one.median_s)}" for one in signs.stages[:TOLD]]
+        told = [f"{name(stage_signs.name)} {span(stage_signs.median_s)}" for stage_signs in signs.stages[:TOLD]]
         figure = f"Median run time: {', '.join(told)}." if told else "No task ran."
         yield good("task size", "No stage is made of tiny tasks", figure)
 
@@ -109,9 +113,11 @@ def _costly(stage: StageSigns) -> bool:
 def overhead(signs: Signs) -> Iterator[Finding]:
     """Check how much of the bundles' time no task ran, for stages without tiny tasks."""
     hit = [
-        one
-        for one in signs.stages
-        if _costly(one) and one.overhead_s > MATTERS_S and one.tiny <= TINY_SHARE * one.tasks
+        stage_signs
+        for stage_signs in signs.stages
+        if _costly(stage_signs)
+        and stage_signs.overhead_s > MATTERS_S
+        and stage_signs.tiny <= TINY_SHARE * stage_signs.tasks
     ]
     for stage in hit:
         yield Finding(
@@ -125,8 +131,8 @@ def overhead(signs: Signs) -> Iterator[Finding]:
             "carry more tasks: `bundle` of the stage.",
         )
     if not hit:
-        took_s = sum(one.took_s for one in signs.stages)
-        spent_s = sum(one.overhead_s for one in signs.stages)
+        took_s = sum(stage_signs.took_s for stage_signs in signs.stages)
+        spent_s = sum(stage_signs.overhead_s for stage_signs in signs.stages)
         yield good(
             "overhead",
             "Bundles are mostly tasks",
@@ -136,7 +142,7 @@ def overhead(signs: Signs) -> Iterator[Finding]:
 
 def long_on_spot(signs: Signs) -> Iterator[Finding]:
     """Check for tasks above 10 minutes on Spot instances, which get a notice of 2 minutes."""
-    hit = [one for one in signs.stages if one.long_on_spot]
+    hit = [stage_signs for stage_signs in signs.stages if stage_signs.long_on_spot]
     for stage in hit:
         yield Finding(
             "long tasks on Spot",
@@ -149,14 +155,14 @@ def long_on_spot(signs: Signs) -> Iterator[Finding]:
             "100` of `batchlab deploy apply`.",
         )
     if not hit:
-        longest_s = max((one.longest_on_spot_s for one in signs.stages), default=0.0)
+        longest_s = max((stage_signs.longest_on_spot_s for stage_signs in signs.stages), default=0.0)
         figure = f"The longest there took {span(longest_s)}." if longest_s else "None ran on Spot."
         yield good("long tasks on Spot", "No task was too long for Spot", figure)
 
 
 def too_long(signs: Signs) -> Iterator[Finding]:
     """Check for tasks above 11 hours. SQS hides a message for at most 12 hours."""
-    hit = [one for one in signs.stages if one.too_long]
+    hit = [stage_signs for stage_signs in signs.stages if stage_signs.too_long]
     for stage in hit:
         yield Finding(
             "task length",
@@ -168,18 +174,18 @@ def too_long(signs: Signs) -> Iterator[Finding]:
             f"{FINER}, or split the stage into two that follow each other.",
         )
     if not hit:
-        longest_s = max((one.longest_s for one in signs.stages), default=0.0)
+        longest_s = max((stage_signs.longest_s for stage_signs in signs.stages), default=0.0)
         yield good("task length", "No task took longer than 11 h", f"The longest took {span(longest_s)}.")
 
 
 def crowding(signs: Signs) -> Iterator[Finding]:
     """Check for tasks that run slower when other tasks share their instance."""
     known = [
-        (one, one.alone_s, one.crowded_s)
-        for one in signs.stages
-        if one.alone_s is not None and one.crowded_s is not None
+        (stage_signs, stage_signs.alone_s, stage_signs.crowded_s)
+        for stage_signs in signs.stages
+        if stage_signs.alone_s is not None and stage_signs.crowded_s is not None
     ]
-    hit = [(one, alone, crowded) for one, alone, crowded in known if crowded > SLOWED * alone]
+    hit = [(stage_signs, alone, crowded) for stage_signs, alone, crowded in known if crowded > SLOWED * alone]
     for stage, alone_s, crowded_s in hit:
         times = f"{crowded_s / alone_s:.1f} times as long" if alone_s else "far longer"
         yield Finding(
@@ -194,7 +200,9 @@ def crowding(signs: Signs) -> Iterator[Finding]:
         )
     if not hit:
         told = [
-            f"{name(one.name)} {crowded / alone:.2f} times as long" for one, alone, crowded in known[:TOLD] if alone
+            f"{name(stage_signs.name)} {crowded / alone:.2f} times as long"
+            for stage_signs, alone, crowded in known[:TOLD]
+            if alone
         ]
         yield good(
             "shared slots",
@@ -451,5 +459,5 @@ CHECKS: tuple[Check, ...] = (
 
 def findings(signs: Signs) -> tuple[Finding, ...]:
     """Return the findings of all checks, most important first. Each check returns at least one."""
-    found = [finding for check in CHECKS for finding in check(signs)]
-    return tuple(sorted(found, key=lambda one: -one.level))
+    findings = [finding for check in CHECKS for finding in check(signs)]
+    return tuple(sorted(findings, key=lambda one: -one.level))

@@ -77,13 +77,13 @@ def table(found: Sequence[Spread]) -> Data:
     """Return the table of all stages with their percentiles."""
     rows = tuple(
         (
-            visible(one.stage, 60),
-            f"{one.tasks:,}",
-            span(one.mean_s),
-            *(span(one.percentiles_s[p]) for p in PERCENTILES),
-            span(one.most_s),
+            visible(spread.stage, 60),
+            f"{spread.tasks:,}",
+            span(spread.mean_s),
+            *(span(spread.percentiles_s[p]) for p in PERCENTILES),
+            span(spread.most_s),
         )
-        for one in found
+        for spread in found
     )
     names = ("# median", *(f"# {p}%" for p in PERCENTILES[1:]))
     return Data(("stage", "# tasks", "# mean", *names, "# longest"), rows)
@@ -125,14 +125,14 @@ def longest(run: Run) -> Data:
 
 def drawn(run: Run, found: Sequence[Spread], column: str) -> list[Chart]:
     """Return a histogram for each of the stages with the most time. All share one axis."""
-    some = [one for one in found if one.tasks >= FEW]
-    if not some:
+    spreads = [one for one in found if one.tasks >= FEW]
+    if not spreads:
         return []
-    keys = [k for one in some for k in one.bins]
+    keys = [k for one in spreads for k in one.bins]
     first, last = min(keys), max(keys)
     axis = LogAxis(first - 1, max(last + 1, first + LogAxis.PER_DECADE))
-    most = sorted(some, key=lambda one: -one.sum_s)[:STAGES]
-    return [_histogram(run, one, axis, column) for one in some if one in most]
+    most = sorted(spreads, key=lambda one: -one.sum_s)[:STAGES]
+    return [_histogram(run, one, axis, column) for one in spreads if one in most]
 
 
 def _histogram(run: Run, one: Spread, axis: LogAxis, column: str) -> Chart:

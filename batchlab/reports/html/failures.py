@@ -256,7 +256,7 @@ async def samples(objects: Objects, job: str, cases: Iterable[Case]) -> dict[Cas
 
 
 def _traceback(outcome: Outcome, task: int) -> str:
-    return next((one.traceback for one in outcome.failed if one.task == task), "")
+    return next((failure.traceback for failure in outcome.failed if failure.task == task), "")
 
 
 async def _log(objects: Objects, outcome: Outcome, task: int) -> str:

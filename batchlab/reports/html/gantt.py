@@ -292,7 +292,7 @@ def _chart(run: Run, lanes: Sequence[Lane], shapes: Iterable[Shape], text: str, 
     shapes = tuple(shapes)
     stages = [row["stage"] for row in run.stages]
     # The chart does not draw boots for groups of instances.
-    boots = [Key("box boot", "booting")] if any(one.look == "fill boot" for one in shapes) else []
+    boots = [Key("box boot", "booting")] if any(shape.look == "fill boot" for shape in shapes) else []
     return Chart(
         "gantt",
         "Workers over time",

@@ -121,10 +121,10 @@ def _seen(run: Run, table: str, columns: Sequence[str]) -> Iterator[Levels]:
 def drawn(run: Run, found: Series, decisions: Sequence[Decision]) -> tuple[Chart, ...]:
     """Return two or three charts over one time axis. The third needs recorded instances."""
     ticks = time_ticks(run.span_s)
-    made = [_running(run, found), _left_over(run, found)]
+    charts = [_running(run, found), _left_over(run, found)]
     if any(one is not None for one in found.desired):
-        made.append(_instances(run, found, decisions))
-    return tuple(_on(ticks, one) for one in made)
+        charts.append(_instances(run, found, decisions))
+    return tuple(_on(ticks, one) for one in charts)
 
 
 def _on(ticks: tuple[Tick, ...], one: Chart) -> Chart:
@@ -243,7 +243,10 @@ def _instances(run: Run, found: Series, decisions: Sequence[Decision]) -> Chart:
             *_hover(hover),
         ),
         keys=(Key("box service", "in service"), Key("box boot", "booting"), Key("stroke strong", "desired")),
-        marks=tuple(Mark(one.place, "up" if one.grew else "down", f"{one.at}: {one.change}") for one in decisions),
+        marks=tuple(
+            Mark(decision.place, "up" if decision.grew else "down", f"{decision.at}: {decision.change}")
+            for decision in decisions
+        ),
         data=Data(("time", "# desired", "# in service", "# booting"), tuple(rows)),
     )
 
@@ -298,7 +301,7 @@ def decisions(run: Run) -> tuple[list[Decision], int]:
            ) ORDER BY at_s, pool""",
         most=DECISIONS,
     )
-    made = [
+    decisions = [
         Decision(
             min(1.0, max(0.0, (row["at_s"] - run.start_s) / run.span_s)),
             offset(row["at_s"] - run.start_s, run.span_s),
@@ -311,4 +314,4 @@ def decisions(run: Run) -> tuple[list[Decision], int]:
         )
         for row in rows
     ]
-    return made, int(rows[0]["n"]) if rows else 0
+    return decisions, int(rows[0]["n"]) if rows else 0

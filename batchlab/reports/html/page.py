@@ -167,7 +167,7 @@ def _wrong(found: Found) -> Iterator[str]:
 
 
 def _next(found: Found) -> Iterator[str]:
-    to_do = [one for one in found.findings if one.level > Level.GOOD]
+    to_do = [finding for finding in found.findings if finding.level > Level.GOOD]
     if not to_do:
         yield "None of the checks found anything to change."
         return
@@ -190,7 +190,7 @@ def tiles(found: Found) -> list[Tile]:
     look = "good" if state in GOOD_STATES else "bad" if state in BAD_STATES else ""
     failed = job["failed"] or 0
     succeeded = job["succeeded"] or 0
-    made = [
+    tiles = [
         Tile("state", state, "" if job["is_final"] else "had not ended", look),
         Tile("took", span(found.run.span_s), f"from {moment(found.run.start_s)}"),
         Tile(
@@ -209,8 +209,8 @@ def tiles(found: Found) -> list[Tile]:
     if cost:
         is_billed = capabilities_of(job["backend"]).billed
         note = "at AWS's list prices" if is_billed else "what AWS would ask for"
-        made.append(Tile("cost", cost.brief, note))
-    return made
+        tiles.append(Tile("cost", cost.brief, note))
+    return tiles
 
 
 def stages(run: Run) -> Data:
@@ -319,8 +319,8 @@ def page(connection: DuckDBPyConnection, job: str, *, samples: Samples | None = 
         words=words(told),
         tiles=tiles(told),
         stages=stages(run),
-        to_do=[one for one in found if one.level > Level.GOOD],
-        good=[one for one in found if one.level is Level.GOOD],
+        to_do=[finding for finding in found if finding.level > Level.GOOD],
+        good=[finding for finding in found if finding.level is Level.GOOD],
         gantt=gantt.drawn(run),
         load=load.drawn(run, over_time, decisions),
         decisions=decisions,

@@ -149,7 +149,7 @@ class Run:
     def end_s(self) -> float:
         """End of the time axis: the end of the job, or of its last recorded bundle."""
         ends = [self.job["ended_s"], self._edges["ended_s"]]
-        known = [one for one in ends if one is not None]
+        known = [end for end in ends if end is not None]
         return max(self.start_s + LEAST_S, *known) if known else self.start_s + LEAST_S
 
     @property

@@ -38,14 +38,14 @@ def runs_in(folder: Path) -> list[Path]:
     """
     if (folder / JOBS.file).is_file():
         return [folder]
-    found = sorted(one.parent for one in folder.glob(f"*/{JOBS.file}")) if folder.is_dir() else []
-    if not found:
+    paths = sorted(path.parent for path in folder.glob(f"*/{JOBS.file}")) if folder.is_dir() else []
+    if not paths:
         raise UsageError(
             f"{folder} holds no job performance data.",
             remedy="`batchlab report pull JOB` fetches a job's, into a folder of that name. A job "
             "that is named like a folder here is meant by its whole id.",
         )
-    return found
+    return paths
 
 
 def opened(folders: Sequence[Path]) -> DuckDBPyConnection:

@@ -207,9 +207,9 @@ class Building:
         self._read(name, columns, path)
 
     def _facts(self) -> None:
-        found, job = self._gathered, self._gathered.job
-        ending = found.ending
-        lost_slot_s = sum(found.account.lost_s.values()) if found.account else 0.0
+        gathered, job = self._gathered, self._gathered.job
+        ending = gathered.ending
+        lost_slot_s = sum(gathered.account.lost_s.values()) if gathered.account else 0.0
         row = {
             "job": job.id,
             "schema_version": VERSION,
@@ -218,14 +218,14 @@ class Building:
             "is_final": ending is not None,
             "state": ending.state.value if ending else "RUNNING",
             "reason": plain(ending.reason) if ending else "",
-            "round": found.round,
+            "round": gathered.round,
             "priority": job.priority,
             "tags": json.dumps(dict(job.tags), ensure_ascii=False),
             "submitted_s": job.submitted_s,
-            "began_s": found.began_s,
+            "began_s": gathered.began_s,
             "ended_s": ending.ended_s if ending else None,
             "lost_slot_s": lost_slot_s,
-            "is_whole": found.account is not None and found.account.is_whole,
+            "is_whole": gathered.account is not None and gathered.account.is_whole,
         }
         self._fill("job", _JOB, [row])
         stages = (
@@ -235,7 +235,7 @@ class Building:
                 "pool": stage.pool,
                 "slots": stage.slots,
                 "after": list(stage.after),
-                "is_planned": stage.name in found.planned,
+                "is_planned": stage.name in gathered.planned,
             }
             for n, stage in enumerate(job.stages)
         )
@@ -288,8 +288,8 @@ class Building:
         """Return the recorded requests. The last row is the total, even if nothing was recorded."""
         found: list[Sequence[Any]] = list(self._gathered.record["requests"])
         if account := self._gathered.account:
-            made = account.requests
-            total = [made.sqs, made.sqs_empty, made.s3_puts, made.s3_gets, made.s3_deletes]
+            requests = account.requests
+            total = [requests.sqs, requests.sqs_empty, requests.s3_puts, requests.s3_gets, requests.s3_deletes]
             ending = self._gathered.ending
             if not found or list(found[-1][2:]) != total:
                 last_s = found[-1][0] if found else self._gathered.began_s
@@ -311,7 +311,7 @@ class Building:
         """Create the lines of the bill. Return the name of the price list, or None without one."""
         prices, rows = None, []
         if self._setting.book:
-            made, parts = costs.parts(
+            bill, parts = costs.parts(
                 self._uses(),
                 self._gathered.account,
                 self._pools(),
@@ -319,7 +319,7 @@ class Building:
                 stored_bytes=self._gathered.stored_bytes,
                 pace=self._setting.pace,
             )
-            prices = made.prices
+            prices = bill.prices
             rows = [{**asdict(part), "cost_usd": f"{part.cost_usd:f}"} for part in parts]
         self._fill("cost_lines", _COST, rows)
         return prices

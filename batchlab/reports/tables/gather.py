@@ -74,7 +74,10 @@ class Gatherer:
         spec, opening = json_format.job_from_json(doc), commit_keys.opening_in(doc)
         retries = await self._retries(job)
         void_before = {
-            one.stage: number for number, retry in enumerate(retries, start=1) for one in retry.reopened if one.replan
+            reopening.stage: number
+            for number, retry in enumerate(retries, start=1)
+            for reopening in retry.reopened
+            if reopening.replan
         }
         submitted_s = max(spec.submitted_s, spec.start_at_s or 0.0)
         cuts = [opening.cut] if opening and opening.cut else []
@@ -102,13 +105,13 @@ class Gatherer:
         return json_format.loads(await self._patience(partial(self._objects.get, key)))
 
     async def _retries(self, job: JobId) -> list[Retry]:
-        found: list[Retry] = []
+        retries: list[Retry] = []
         while True:
-            get = partial(self._objects.get, object_keys.retry(job, len(found) + 1))
+            get = partial(self._objects.get, object_keys.retry(job, len(retries) + 1))
             try:
-                found.append(Retry.from_bytes(await self._patience(get)))
+                retries.append(Retry.from_bytes(await self._patience(get)))
             except NotFound:
-                return found
+                return retries
 
     async def _ending(self, job: JobId, round_: int) -> Ending | None:
         try:

@@ -141,11 +141,11 @@ class ZoneOutage:
 
     def _in_use(self, names: Sequence[str]) -> list[str]:
         groups = self._groups(names)
-        return sorted({zone for one in groups if not one.suspended for zone in one.zones})
+        return sorted({zone for group in groups if not group.suspended for zone in group.zones})
 
     def _leave(self, group: _Group, zone: str, homes: Mapping[str, str]) -> None:
         zones = [one for one in group.zones if one != zone]
-        subnets = [one for one in group.subnets if homes[one] != zone]
+        subnets = [subnet for subnet in group.subnets if homes[subnet] != zone]
         scaling = client(self._endpoint, "autoscaling", connections=1)
         with closing(scaling), translated(f"Group {group.name!r}"):
             if not zones:
@@ -180,12 +180,12 @@ def _find_zone(name: str, zones: Sequence[str]) -> str:
     """
     if not name:
         return zones[0] if zones else ""
-    return next((one for one in zones if name in (one, one[-1])), name)
+    return next((zone for zone in zones if name in (zone, zone[-1])), name)
 
 
 def _launched_elsewhere(before: Sequence[_Group], now: Sequence[_Group], zone: str) -> set[str]:
     """Return the instances launched in other zones since then."""
-    old = {one for group in before for one in group.instances}
+    old = {instance for group in before for instance in group.instances}
     return {one for group in now for one, where in group.instances.items() if one not in old and where != zone}
 
 
@@ -341,10 +341,10 @@ class StackFaults:
 
         async def look() -> dict[str, str]:
             states = await asyncio.to_thread(self._states, instances)
-            return states if all(one in _GOING for one in states.values()) else {}
+            return states if all(state in _GOING for state in states.values()) else {}
 
         states = await wait_for(look, "the end of the instances")
-        return [f"{one}: {states.get(one, 'gone')}" for one in instances]
+        return [f"{instance}: {states.get(instance, 'gone')}" for instance in instances]
 
     async def spot_wave(self, fault: Fault) -> FaultResult:
         hit = await self._scene.hit(fault)
@@ -378,11 +378,11 @@ class StackFaults:
 
     def _ask_to_leave(self, instances: Sequence[str]) -> None:
         with closing(client(self._endpoint, "autoscaling", connections=1)) as scaling:
-            for one in instances:
+            for instance in instances:
                 try:
-                    with translated(f"Instance {one}"):
+                    with translated(f"Instance {instance}"):
                         scaling.terminate_instance_in_auto_scaling_group(
-                            InstanceId=one, ShouldDecrementDesiredCapacity=False
+                            InstanceId=instance, ShouldDecrementDesiredCapacity=False
                         )
                 except Refused as error:
                     if not is_gone(error):  # otherwise it ended before the call
@@ -488,13 +488,13 @@ class StackFaults:
 
 def actions(scene: TargetGrid) -> Mapping[FaultName, FaultAction]:
     """Return the faults that the table declares possible."""
-    there = StackFaults(scene)
+    stack_faults = StackFaults(scene)
     return {
-        FaultName.KILL: there.kill,
-        FaultName.SPOT_WAVE: there.spot_wave,
-        FaultName.ZONE_LOSS: there.zone_loss,
+        FaultName.KILL: stack_faults.kill,
+        FaultName.SPOT_WAVE: stack_faults.spot_wave,
+        FaultName.ZONE_LOSS: stack_faults.zone_loss,
         FaultName.SQS_DUPLICATES: partial(services.duplicates, scene),
         FaultName.SQS_DELAYS: partial(services.delays, scene),
-        FaultName.MANAGER_CRASH: there.crash_manager,
-        FaultName.DATABASE_LOSS: there.lose_database,
+        FaultName.MANAGER_CRASH: stack_faults.crash_manager,
+        FaultName.DATABASE_LOSS: stack_faults.lose_database,
     }

@@ -222,9 +222,9 @@ class ContainerFaults:
         )
 
     async def _notice(self, instance: str, notice_s: float) -> bool:
-        there = compose_deployment.autoscaling(self._scene.home, self.at)
+        endpoint = compose_deployment.autoscaling(self._scene.home, self.at)
         with suppress(UsageError):  # the instance has ended
-            await asyncio.to_thread(give, there, instance, "interruption", notice_s)
+            await asyncio.to_thread(give, endpoint, instance, "interruption", notice_s)
             return True
         return False
 
@@ -278,7 +278,7 @@ class ContainerFaults:
 
         async def kill(instances: Sequence[str]) -> list[str]:
             there = await self.instances()
-            return await self.killed({one: there[one]["Id"] for one in instances if one in there})
+            return await self.killed({instance: there[instance]["Id"] for instance in instances if instance in there})
 
         async def inside(zone: str) -> list[str]:
             rows = (await self.instances()).items()
@@ -319,16 +319,16 @@ def _is_its(pid: int, container: str) -> bool:
 
 def actions(scene: TargetGrid) -> Mapping[FaultName, FaultAction]:
     """Return the faults that the table declares possible."""
-    there = ContainerFaults(scene)
+    container_faults = ContainerFaults(scene)
     return {
-        FaultName.KILL: there.kill,
-        FaultName.PAUSE: there.pause,
-        FaultName.PARTITION: there.partition,
-        FaultName.SPOT_WAVE: there.spot_wave,
-        FaultName.ZONE_LOSS: there.zone_loss,
-        FaultName.S3_ERRORS: there.s3_errors,
+        FaultName.KILL: container_faults.kill,
+        FaultName.PAUSE: container_faults.pause,
+        FaultName.PARTITION: container_faults.partition,
+        FaultName.SPOT_WAVE: container_faults.spot_wave,
+        FaultName.ZONE_LOSS: container_faults.zone_loss,
+        FaultName.S3_ERRORS: container_faults.s3_errors,
         FaultName.SQS_DUPLICATES: partial(services.duplicates, scene),
         FaultName.SQS_DELAYS: partial(services.delays, scene),
-        FaultName.MANAGER_CRASH: there.crash_manager,
-        FaultName.DATABASE_LOSS: there.lose_database,
+        FaultName.MANAGER_CRASH: container_faults.crash_manager,
+        FaultName.DATABASE_LOSS: container_faults.lose_database,
     }

@@ -174,7 +174,11 @@ def support_of(fault: FaultName, backend: str) -> FaultSupport:
 def impossible(backend: str) -> dict[FaultName, str]:
     """Return the impossible faults of the backend, each with its reason as a part of a sentence."""
     cells = {fault: support_of(fault, backend) for fault in FaultName}
-    return {fault: one.why_not.removesuffix(".") for fault, one in cells.items() if not one.possible}
+    return {
+        fault: fault_support.why_not.removesuffix(".")
+        for fault, fault_support in cells.items()
+        if not fault_support.possible
+    }
 
 
 def rows(backends: tuple[str, ...] = BACKENDS) -> Iterator[tuple[FaultName, str, FaultSupport]]:
@@ -204,7 +208,7 @@ class FaultInjector:
         if not row.possible or harm is None:
             return InjectedFault(fault.name, at_s, impossible=_clause(row.why_not))
         came_s = time.monotonic()
-        while before := [one for one, other in self._standing.items() if fault.shares(other)]:
+        while before := [task_ for task_, other in self._standing.items() if fault.shares(other)]:
             await asyncio.wait(before)
             await asyncio.sleep(0)  # lets the other fault's caller run first
             at_s, came_s = at_s + time.monotonic() - came_s, time.monotonic()
@@ -213,7 +217,7 @@ class FaultInjector:
         doing = asyncio.ensure_future(harm(fault))
         self._standing[doing] = fault
         try:
-            seen = await doing
+            fault_result = await doing
         except RunEnded:
             return InjectedFault(fault.name, at_s, impossible=RUN_ENDED)
         except BatchlabError as error:
@@ -222,7 +226,9 @@ class FaultInjector:
             return InjectedFault(fault.name, at_s, trouble=f"This machine refused it: {error}.")
         finally:
             del self._standing[doing]
-        return InjectedFault(fault.name, at_s, seen.targets, seen.evidence, _clause(seen.impossible))
+        return InjectedFault(
+            fault.name, at_s, fault_result.targets, fault_result.evidence, _clause(fault_result.impossible)
+        )
 
     async def undo(self) -> None:
         """Undo all current faults and inject no more. Every `inject` then returns."""

@@ -158,7 +158,7 @@ class ProcessFaults:
         """Wait until all have ended, and return how, by the launcher's records."""
 
         async def look() -> Mapping[str, str]:
-            said = {one: ended(self._root, one) for one in instances}
+            said = {instance: ended(self._root, instance) for instance in instances}
             return said if all(said.values()) else {}
 
         return await wait_for(look, "the end of the instances")

@@ -162,7 +162,7 @@ async def _give_back(
 async def _take(queue: Queue, name: str, met: _QueueState, wait_s: float, hide_s: float) -> list[Message]:
     """Receive messages and record them at once as hidden."""
     batch = await queue.receive(name, wait_s=wait_s, visibility_s=hide_s, max_messages=_BATCH)
-    met.taken.update({one.receipt: (time.monotonic(), one) for one in batch})
+    met.taken.update({message.receipt: (time.monotonic(), message) for message in batch})
     return list(batch)
 
 

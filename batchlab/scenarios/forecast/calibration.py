@@ -89,7 +89,7 @@ def calibrate(records: Sequence[Record]) -> CalibrationResult:
             f"The records' times were divided by different numbers: {told}.",
             remedy="Calibrate each compression by itself: a boot of one is not a boot of another.",
         )
-    found = [
+    calibrated_values = [
         *_boots(records),
         _median(
             "bundle",
@@ -114,14 +114,14 @@ def calibrate(records: Sequence[Record]) -> CalibrationResult:
         ),
         *_stretches(records),
     ]
-    if all(one.value is None for one in found):
+    if all(calibrated_value.value is None for calibrated_value in calibrated_values):
         raise UsageError(
             f"{_subject(records)} too little to calibrate anything by: "
-            f"{'; '.join(dict.fromkeys(one.why for one in found))}.",
+            f"{'; '.join(dict.fromkeys(calibrated_value.why for calibrated_value in calibrated_values))}.",
             remedy="Record a longer run, or several.",
         )
-    made = replace(_calibration(names[0], found, len(records)), compressed=factors[0])
-    return CalibrationResult(made, tuple(found), _notes(records))
+    calibration = replace(_calibration(names[0], calibrated_values, len(records)), compressed=factors[0])
+    return CalibrationResult(calibration, tuple(calibrated_values), _notes(records))
 
 
 def check_fit(calibration: Calibration, backend: str, compressed: float) -> str:
@@ -148,7 +148,11 @@ def _subject(records: Sequence[Record]) -> str:
 
 
 def _calibration(backend: str, found: Iterable[CalibratedValue], runs: int) -> Calibration:
-    known = {(one.name, one.of): one.value for one in found if one.value is not None}
+    known = {
+        (calibrated_value.name, calibrated_value.of): calibrated_value.value
+        for calibrated_value in found
+        if calibrated_value.value is not None
+    }
 
     def by(name: str) -> dict[str, float]:
         return {of: value for (kind, of), value in known.items() if kind == name}
@@ -185,10 +189,10 @@ def _notes(records: Sequence[Record]) -> tuple[str, ...]:
 def _boots(records: Sequence[Record]) -> Iterator[CalibratedValue]:
     for pool in sorted({name for record in records for name in record.pools}):
         boots = (
-            (one.boot_s, 1)
+            (instance.boot_s, 1)
             for record in records
-            for one in record.instances
-            if one.pool == pool and one.boot_s is not None
+            for instance in record.instances
+            if instance.pool == pool and instance.boot_s is not None
         )
         yield _median("boot", pool, boots, "launches", f"in pool {pool} that came into service")
 
@@ -215,8 +219,8 @@ def _submit_delays(record: Record) -> Iterator[float]:
             continue
         at_s = job.submitted_s
         if any(
-            one.ready_s is not None and one.ready_s <= at_s and (one.ended_s or at_s + 1) > at_s
-            for one in record.instances
+            instance.ready_s is not None and instance.ready_s <= at_s and (instance.ended_s or at_s + 1) > at_s
+            for instance in record.instances
         ):
             yield max(0.0, job.started_s - at_s)
 
@@ -288,27 +292,33 @@ def read(path: Path) -> Calibration:
     remedy = "Name the file that `batchlab scenario calibrate RECORD --out FILE` has written."
     try:
         data = path.read_bytes()
-        found = _ADAPTER.validate_json(data)
+        calibration = _ADAPTER.validate_json(data)
     except OSError as error:
         raise UsageError(f"The calibration {path} cannot be read: {error.strerror}.", remedy=remedy) from error
     except ValidationError as error:
         raise UsageError(
             f"{path} is not a calibration ({text.count(error.error_count(), 'mistake')} in it).", remedy=remedy
         ) from error
-    known = [one.name for one in fields(Calibration)]
+    known = [field.name for field in fields(Calibration)]
     for name in json.loads(data):
         if name not in known:
             near = get_close_matches(name, known, n=1)
             hint = f"Did you mean {near[0]}? " if near else ""
             raise UsageError(f"{path} has the unknown key {name!r}.", remedy=f"{hint}The keys are {', '.join(known)}.")
-    low, high = found.call_s
-    times = (*found.call_s, found.bundle_s, found.submit_s, found.end_s, *found.boot_s.values())
-    times += (found.manager_s, found.bundle_cpu_s, found.other_boot_s or 0.0)
-    factors = (found.compressed, *found.stretch.values())
-    if not all(0 <= one < math.inf for one in times) or low > high:
+    low, high = calibration.call_s
+    times = (
+        *calibration.call_s,
+        calibration.bundle_s,
+        calibration.submit_s,
+        calibration.end_s,
+        *calibration.boot_s.values(),
+    )
+    times += (calibration.manager_s, calibration.bundle_cpu_s, calibration.other_boot_s or 0.0)
+    factors = (calibration.compressed, *calibration.stretch.values())
+    if not all(0 <= time < math.inf for time in times) or low > high:
         raise UsageError(f"{path} has a time that is negative or not a number.", remedy=remedy)
-    if any(not 0 < one < 1e6 for one in factors):
+    if any(not 0 < factor < 1e6 for factor in factors):
         raise UsageError(f"{path} has an invalid stretch or compression.", remedy=remedy)
-    if not 0 <= found.cores <= MAX_CORES:
-        raise UsageError(f"{path} says {found.cores:,} cores.", remedy=f"Write a number from 0 to {MAX_CORES}.")
-    return found
+    if not 0 <= calibration.cores <= MAX_CORES:
+        raise UsageError(f"{path} says {calibration.cores:,} cores.", remedy=f"Write a number from 0 to {MAX_CORES}.")
+    return calibration

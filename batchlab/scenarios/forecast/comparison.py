@@ -124,9 +124,9 @@ class Comparison:
 
     def of(self, measure: str, template: str = "") -> Difference:
         """Return the difference of a measure. Raise KeyError if it was not compared."""
-        for one in self.differences:
-            if (one.measure, one.template) == (measure, template):
-                return one
+        for difference in self.differences:
+            if (difference.measure, difference.template) == (measure, template):
+                return difference
         raise KeyError(measure)
 
     def to_json(self) -> dict[str, object]:
@@ -135,8 +135,8 @@ class Comparison:
             "forecast": {"backend": self.forecast_backend},
             "fact": {"backend": self.fact_backend},
             "compressed": self.compressed,
-            "differences": [one.to_json() for one in self.differences],
-            "curves": [one.to_json() for one in self.curves],
+            "differences": [difference.to_json() for difference in self.differences],
+            "curves": [curve.to_json() for curve in self.curves],
             "notes": list(self.notes),
         }
 
@@ -240,7 +240,10 @@ def _notes(forecast: Record, fact: Record) -> Iterator[str]:
     if odd := [name for name in names if forecast.settings[name] != fact.settings[name]]:
         yield f"their settings differ: {', '.join(odd)}"
     told = (
-        f"fault {one.name}: {why}" for record in (forecast, fact) for one in record.faults if (why := uncertainty(one))
+        f"fault {fault.name}: {why}"
+        for record in (forecast, fact)
+        for fault in record.faults
+        if (why := uncertainty(fault))
     )
     yield from dict.fromkeys(told)
     if fact.compressed != 1:

@@ -91,10 +91,10 @@ class FaultyQueue(SimQueue):
         if not self._trouble.duplicates and not self._trouble.delays:
             await super().send(queue, messages)
             return
-        told = list(map(self._late, messages))
+        outgoings = list(map(self._late, messages))
         rate = self._trouble.duplicates
-        twice = [one for one in told if self._luck("duplicates", one).unit() < rate]
-        await super().send(queue, told)
+        twice = [outgoing for outgoing in outgoings if self._luck("duplicates", outgoing).unit() < rate]
+        await super().send(queue, outgoings)
         for start in range(0, len(twice), MAX_BATCH):
             await super().send(queue, twice[start : start + MAX_BATCH])
         self._trouble.hits["duplicates"] += len(twice)

@@ -88,7 +88,7 @@ class ForecastGrid:
         slots = {name: pool.slots for name, pool in self.pools.items()}
         for template in scenario.jobs.values():
             admit(job_def(Job(0, template.name, template, 0.0, 1), 0.0), slots)
-        named = [one.pool for one in scenario.prewarm] + [one.pool for one in scenario.faults]
+        named = [prewarm.pool for prewarm in scenario.prewarm] + [fault.pool for fault in scenario.faults]
         for name in named:
             if name and name not in self.pools:
                 raise UsageError(

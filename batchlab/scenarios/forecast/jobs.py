@@ -62,7 +62,9 @@ def _stage_def(stage: StageTemplate) -> StageDef:
 def task_result(stages: tuple[StageTemplate, ...], stage: str, task: int) -> Json:
     """Return a task's result: its group, for each stage that gathers it by key."""
     return {
-        one.name: f"{task % one.groups:06d}" for one in stages if one.gather == "key" and stage in one.after
+        stage_template.name: f"{task % stage_template.groups:06d}"
+        for stage_template in stages
+        if stage_template.gather == "key" and stage in stage_template.after
     } or None
 
 
@@ -205,13 +207,15 @@ class SimulatedWork:
         self.cores = SharedCores(self.calibration.cores, self.calibration.bundle_cpu_s)
 
     def stage(self, job: JobId, name: str) -> SimulatedStage:
-        found = self._stages.get((job, name))
-        if found is None:
+        simulated_stage = self._stages.get((job, name))
+        if simulated_stage is None:
             scenario_job = self.jobs[job]
-            (template,) = (one for one in scenario_job.template.stages if one.name == name)
+            (template,) = (
+                stage_template for stage_template in scenario_job.template.stages if stage_template.name == name
+            )
             stretch = self.calibration.stretch.get(f"{scenario_job.template.name}/{name}", 1.0)
-            found = self._stages[job, name] = SimulatedStage(scenario_job, template, stretch)
-        return found
+            simulated_stage = self._stages[job, name] = SimulatedStage(scenario_job, template, stretch)
+        return simulated_stage
 
     def take_s(self, work: Work) -> Sequence[float]:
         """Return the seconds of each task of a bundle."""

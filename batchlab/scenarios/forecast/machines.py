@@ -123,16 +123,16 @@ class Machines:
     def booting(self, zone: str) -> list[str]:
         """Return the instances of a zone that are not ready."""
         return [
-            one
+            name
             for names in self._alive.values()
-            for one in names
-            if self.lives[one].ready_s is None and self.lives[one].machine.zone == zone
+            for name in names
+            if self.lives[name].ready_s is None and self.lives[name].machine.zone == zone
         ]
 
     def oldest_first(self, names: Iterable[str]) -> list[str]:
         """Sort instances by launch."""
         wanted = set(names)
-        return [one for one in self.lives if one in wanted]
+        return [live for live in self.lives if live in wanted]
 
     def since(self, at_s: float) -> list[SimulatedInstance]:
         """Return the instances launched since then."""

@@ -194,7 +194,7 @@ class ResultCounter:
             counts = [s.counts for s in (await self._ledger.rows(name)).stages]
         except NotFound:
             record, counts = None, []
-        by_stage = {str(one.stage): one for one in counts}
+        by_stage = {str(count.stage): count for count in counts}
         for stage in job.template.stages:
             self._compare(job, stage, by_stage.get(stage.name), found.get(stage.name, []))
         ended_s = None
@@ -212,11 +212,11 @@ class ResultCounter:
                 None if first_s is None else first_s - self._base_s,
                 ended_s,
                 record.state.value if record else NEVER_SUBMITTED,
-                sum(one.planned or 0 for one in counts),
-                sum(one.succeeded for one in counts),
-                sum(one.failed for one in counts),
-                sum(one.cancelled for one in counts),
-                sum(one.retried for one in counts),
+                sum(count.planned or 0 for count in counts),
+                sum(count.succeeded for count in counts),
+                sum(count.failed for count in counts),
+                sum(count.cancelled for count in counts),
+                sum(count.retried for count in counts),
                 None if job.template.deadline_s is None else job.due_s + job.template.deadline_s,
                 job.label,
                 job.tasks,
@@ -242,7 +242,7 @@ class ResultCounter:
             sums.over.add([max(0.0, span_s - run_s)])
         sums.times.add(outcome.run_s)
         sums.stretch.add([stage.stretch] * len(outcome.run_s))
-        failed_s = sum(one.run_s for one in outcome.failed) * stage.template.slots
+        failed_s = sum(failure.run_s for failure in outcome.failed) * stage.template.slots
         if failed_s:
             pool = stage.template.pool
             results.failed_s[pool] = results.failed_s.get(pool, 0.0) + failed_s
@@ -332,9 +332,9 @@ class GridSampler:
 
     def _thin(self) -> None:
         gone = set(self._quiet[::2])
-        kept = [(n, one) for n, one in enumerate(self.samples) if n not in gone]
+        kept = [(n, sample) for n, sample in enumerate(self.samples) if n not in gone]
         quiet = set(self._quiet) - gone
-        self.samples = [one for _, one in kept]
+        self.samples = [sample for _, sample in kept]
         self._quiet = [place for place, (n, _) in enumerate(kept) if n in quiet]
         self.spacing_s *= 2
 
@@ -351,13 +351,13 @@ def compute_bill(
 ) -> Bill:
     """Compute the bill of a run that ended at `over_s`. Living instances count until then."""
     meter = Meter()
-    for one in instances:
-        last_s = over_s if one.ended_s is None else one.ended_s
-        machine = Machine(one.type, one.zone, Market(one.market))
+    for instance in instances:
+        last_s = over_s if instance.ended_s is None else instance.ended_s
+        machine = Machine(instance.type, instance.zone, Market(instance.market))
         meter.see(
-            pools[one.pool],
-            Instance(one.id, one.pool, LifecycleState.IN_SERVICE, 0.0, machine=machine),
-            now_s=last_s - one.launched_s,
+            pools[instance.pool],
+            Instance(instance.id, instance.pool, LifecycleState.IN_SERVICE, 0.0, machine=machine),
+            now_s=last_s - instance.launched_s,
             monotonic_s=last_s,
             shares={},
             accounts={},
@@ -368,7 +368,7 @@ def compute_bill(
         account.fail(pool, failed_s)
     for pool, thrown_s in results.thrown_s.items():
         account.lose(pool, thrown_s)
-    uses = [StageUse(one.stage, one.pool, one.run_s, one.slots) for one in stages]
+    uses = [StageUse(stage.stage, stage.pool, stage.run_s, stage.slots) for stage in stages]
     facts = {name: PoolFacts(pool.slots, pool.instance_type) for name, pool in pools.items()}
     pace = Pace(worker.control_lease_s, worker.visibility_s, worker.beat_s, manager.tick_s)
     return bill(uses, account, facts, book, pace=pace)
@@ -384,9 +384,13 @@ def minimum_usd(record: Record, until_s: float, book: PriceBook) -> float:
         return 0.0
     usd = 0.0
     for pool, (least, _, slots) in record.pools.items():
-        mine = [one for one in record.instances if one.pool == pool]
-        there = [Kind(pool, one.type, Market(one.market)) for one in mine if one.ended_s is None]
-        usual = Kind(pool, mine[0].type if mine else "")
-        for kind in [*there, *[usual] * least][:least]:
+        instance_runs = [instance for instance in record.instances if instance.pool == pool]
+        kinds = [
+            Kind(pool, instance_run.type, Market(instance_run.market))
+            for instance_run in instance_runs
+            if instance_run.ended_s is None
+        ]
+        usual = Kind(pool, instance_runs[0].type if instance_runs else "")
+        for kind in [*kinds, *[usual] * least][:least]:
             usd += usd_per_s({kind: 1.0}, PoolFacts(slots, kind.type), book).typical * left_s
     return usd

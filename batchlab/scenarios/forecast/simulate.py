@@ -135,7 +135,7 @@ class _Simulation:
         grid = self._grid
         todo = [
             asyncio.create_task(grid.timeline.run(), name="timeline"),
-            *(asyncio.create_task(self._warm(one)) for one in self._scenario.prewarm),
+            *(asyncio.create_task(self._warm(prewarm)) for prewarm in self._scenario.prewarm),
             asyncio.create_task(self._arrive(), name="arrivals"),
         ]
         ended_s: float | None = None
@@ -194,7 +194,9 @@ class _Simulation:
         """Set the pool's minimum to the value planned for now."""
         now_s = self._grid.now_s()
         planned = [
-            one.min_size for one in self._scenario.prewarm if one.pool == pool and one.at_s <= now_s < one.until_s
+            prewarm.min_size
+            for prewarm in self._scenario.prewarm
+            if prewarm.pool == pool and prewarm.at_s <= now_s < prewarm.until_s
         ]
         least = max(self._grid.pools[pool].min_size, *planned, 0)
         await self._grid.ask(lambda m: fleet_commands.scale(m, pool, min_size=least), f"prewarm {pool}")
@@ -255,7 +257,7 @@ class _Simulation:
             tuple(grid.timeline.injected),
             results.lost,
             results.duplicates,
-            sum(one.lived_s(end_s) for one in instances),
+            sum(instance.lived_s(end_s) for instance in instances),
             results.again_s,
             bill.usd.typical,
             {item.what: item.usd.typical for item in bill.items},

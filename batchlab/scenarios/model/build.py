@@ -92,10 +92,10 @@ class ScenarioBuilder:
         make = _DISTRIBUTIONS[kind]
 
         def usable() -> Distribution:
-            found = make(**numbers)
-            if not found.mean <= field_types.MOST_TASKS:
+            distribution = make(**numbers)
+            if not distribution.mean <= field_types.MOST_TASKS:
                 raise ValueError("its mean is too large")
-            return found
+            return distribution
 
         return self.made((*loc, kind), usable, stand_in, "Change its numbers.")
 
@@ -172,7 +172,9 @@ class ScenarioBuilder:
                 message = f"The job file has no stage '{name}'."
                 remedy = suggest(name, names, "stages")
                 self.tell((*loc, key, name), message, remedy, at_key=True)
-        by_field = {one.name for one in stages if one.gather is not None and one.gather.by != "*"}
+        by_field = {
+            stage_spec.name for stage_spec in stages if stage_spec.gather is not None and stage_spec.gather.by != "*"
+        }
         for name in spec.groups:
             if name in names and name not in by_field:
                 message = f"The stage '{name}' does not gather by a field: it has no groups."
@@ -297,7 +299,7 @@ def _unused_keys(form: TraceFormat, spec: TraceSpec, job: str) -> Iterator[tuple
 
 def _format_of(path: Path) -> str:
     """Guess the format from the file name."""
-    suffixes = {one.lower() for one in path.suffixes}
+    suffixes = {suffix.lower() for suffix in path.suffixes}
     if ".swf" in suffixes:
         return "swf"
     return "jsonl" if suffixes & {".jsonl", ".ndjson", ".json"} else "table"
@@ -350,12 +352,14 @@ def _month_end_source(job: str, spec: MonthEndSpec) -> arrivals.Synthetic:
 
 
 def _step_source(job: str, spec: StepSpec) -> arrivals.Synthetic:
-    steps = tuple((one.at_s, one.per_hour) for one in spec.steps)
+    steps = tuple((step.at_s, step.per_hour) for step in spec.steps)
     return arrivals.Step(template=job, **{**_source_fields(spec), "steps": steps})
 
 
 def _fixed_source(job: str, spec: list[MomentSpec]) -> arrivals.Synthetic:
-    return arrivals.FixedTimes(template=job, moments=tuple((one.at_s, one.count) for one in spec))
+    return arrivals.FixedTimes(
+        template=job, moments=tuple((moment_spec.at_s, moment_spec.count) for moment_spec in spec)
+    )
 
 
 _SOURCES: Mapping[str, Callable[[str, Any], arrivals.Synthetic]] = {
@@ -375,9 +379,11 @@ FAULTS: Mapping[str, FaultName] = {name.value: name for name in FaultName}
 def pools(spec: ScenarioSpec) -> tuple[PoolPlan, ...]:
     """Build the pools in the order of the file."""
     found = []
-    for name, one in spec.pools.items():
-        pool = Pool(name, one.min, one.max, one.slots, one.boot, instance_type=one.instance_type)
-        found.append(PoolPlan(pool, one.spot))
+    for name, pool_spec in spec.pools.items():
+        pool = Pool(
+            name, pool_spec.min, pool_spec.max, pool_spec.slots, pool_spec.boot, instance_type=pool_spec.instance_type
+        )
+        found.append(PoolPlan(pool, pool_spec.spot))
     return tuple(found)
 
 
@@ -387,7 +393,10 @@ def policy(spec: ScenarioSpec) -> Policy:
 
 def prewarm(spec: ScenarioSpec) -> tuple[Prewarm, ...]:
     """Build the scheduled capacity in the order of the file."""
-    return tuple(Prewarm(one.pool, one.min, one.at_s, one.until_s) for one in spec.prewarm)
+    return tuple(
+        Prewarm(prewarm_spec.pool, prewarm_spec.min, prewarm_spec.at_s, prewarm_spec.until_s)
+        for prewarm_spec in spec.prewarm
+    )
 
 
 def faults(spec: ScenarioSpec) -> tuple[Fault, ...]:
@@ -412,10 +421,10 @@ def fault(spec: FaultSpec) -> Fault:
 def expectations(spec: ScenarioSpec) -> tuple[Expectation, ...]:
     """Build the expectations. Those of single templates come last."""
     whole: Any = spec.expect
-    found = list(_expectations(whole, ""))
+    expectations = list(_expectations(whole, ""))
     for name, own in whole.jobs.items():
-        found += _expectations(own, name)
-    return tuple(found)
+        expectations += _expectations(own, name)
+    return tuple(expectations)
 
 
 def _expectations(spec: Any, template: str) -> Iterator[Expectation]:
@@ -424,6 +433,6 @@ def _expectations(spec: Any, template: str) -> Iterator[Expectation]:
         if bound is not None:
             limits = [bound.least, bound.most]
             if measure.unit is Unit.USD:
-                limits = [None if one is None else price_book.parse(one) for one in limits]
+                limits = [None if limit is None else price_book.parse(limit) for limit in limits]
             least, most = limits
             yield Expectation(name, least, most, template)

@@ -85,7 +85,7 @@ def expand(scenario: Scenario, seed: int | None = None) -> Schedule:
             what = f"A job {template.name!r} of {job.tasks:,} tasks cannot run: "
             raise UsageError(f"{what}{unequal_join_message(stage)}", remedy=UNEQUAL_JOIN_REMEDY)
         jobs.append(job)
-    odd: tuple[Anomaly, ...] = tuple(one for source in scenario.arrivals for one in source.odd())
+    odd: tuple[Anomaly, ...] = tuple(anomaly for source in scenario.arrivals for anomaly in source.odd())
     return Schedule(tuple(jobs), odd)
 
 
@@ -137,7 +137,7 @@ def compress_scenario(scenario: Scenario, factor: float) -> Scenario:
             _divided(scenario.policy.idle_s, factor),
         ),
         prewarm=tuple(_prewarm(one, factor) for one in scenario.prewarm),
-        faults=tuple(_fault(one, factor) for one in scenario.faults),
+        faults=tuple(_fault(fault, factor) for fault in scenario.faults),
         expect=tuple(_expectation(one, factor) for one in scenario.expect),
         compressed=scenario.compressed * factor,
     )
@@ -279,7 +279,9 @@ def find_unequal_join(template: JobTemplate, tasks: int) -> StageTemplate | None
     """
     joined = item_joins(template)
     sizes = stage_sizes(template, tasks) if joined else {}
-    return next((one for one in joined if len({sizes[name] for name in one.after}) > 1), None)
+    return next(
+        (stage_template for stage_template in joined if len({sizes[name] for name in stage_template.after}) > 1), None
+    )
 
 
 def unequal_join_message(stage: StageTemplate) -> str:
@@ -391,7 +393,7 @@ def _span_s(scenario: Scenario, jobs: Sequence[Job]) -> float:
     """Return the time shortly after the last event of the scenario."""
     ends = [job.due_s * (1 + 1e-9) for job in jobs[-1:]]
     ends += [fault.at_s * (1 + 1e-9) for fault in scenario.faults]
-    ends += [one.until_s for one in scenario.prewarm]
+    ends += [prewarm.until_s for prewarm in scenario.prewarm]
     return max([1.0, *ends])
 
 

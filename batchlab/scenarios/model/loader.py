@@ -85,7 +85,7 @@ def find_problems(found: Structure[ScenarioSpec], jobs: Mapping[str, JobTemplate
     for check, places in _CHECKS:
         if found.sound(*places):
             problems.extend(check(subject))
-    return [one for one in problems if one.loc is None or found.sound(one.loc)]
+    return [problem for problem in problems if problem.loc is None or found.sound(problem.loc)]
 
 
 def _pools(subject: CheckedScenario) -> Iterator[Problem]:
@@ -131,7 +131,7 @@ def _stage_location(subject: CheckedScenario, template: JobTemplate, stage: int,
 def _joins(subject: CheckedScenario) -> Iterator[Problem]:
     """Check item-by-item joins, except for jobs whose task counts come from a trace."""
     for template in subject.jobs.values():
-        if any(one.trace is not None and one.job in (None, template.name) for one in subject.spec.arrivals):
+        if any(arrival.trace is not None and arrival.job in (None, template.name) for arrival in subject.spec.arrivals):
             continue
         always = isinstance(template.tasks, Constant)
         tasks = max(1, int(template.tasks.mean + 0.5)) if always else MOST_TASKS
@@ -155,47 +155,47 @@ def _arrivals(subject: CheckedScenario) -> Iterator[Problem]:
 
 def _steps(spec: StepSpec, loc: Loc) -> Iterator[Problem]:
     """Report steps without an effect."""
-    for i, one in enumerate(spec.steps):
-        if one.at_s >= spec.until_s:
+    for i, step_at in enumerate(spec.steps):
+        if step_at.at_s >= spec.until_s:
             message = f"Nothing arrives from {spec.until_s:g} s on: this step never comes."
             yield Problem((*loc, i, "at"), message, "Write a later until, or delete the step.")
-        elif i and one.at_s == spec.steps[i - 1].at_s:
-            message = f"Two steps are at {one.at_s:g} s."
+        elif i and step_at.at_s == spec.steps[i - 1].at_s:
+            message = f"Two steps are at {step_at.at_s:g} s."
             yield Problem((*loc, i, "at"), message, "Delete one of the two, or write a later at.")
 
 
 def _prewarm(subject: CheckedScenario) -> Iterator[Problem]:
-    for i, one in enumerate(subject.spec.prewarm):
+    for i, prewarm_spec in enumerate(subject.spec.prewarm):
         loc: Loc = ("prewarm", i)
-        pool = subject.spec.pools.get(one.pool)
-        if subject.unknown("pools", one.pool):
-            message = f"There is no pool '{one.pool}' to warm up."
-            yield Problem((*loc, "pool"), message, suggest(one.pool, subject.spec.pools, "pools"))
-        elif pool is not None and one.min > pool.max and subject.whole(one.pool):
-            message = f"The pool '{one.pool}' has {pool.max} instances at the most."
+        pool = subject.spec.pools.get(prewarm_spec.pool)
+        if subject.unknown("pools", prewarm_spec.pool):
+            message = f"There is no pool '{prewarm_spec.pool}' to warm up."
+            yield Problem((*loc, "pool"), message, suggest(prewarm_spec.pool, subject.spec.pools, "pools"))
+        elif pool is not None and prewarm_spec.min > pool.max and subject.whole(prewarm_spec.pool):
+            message = f"The pool '{prewarm_spec.pool}' has {pool.max} instances at the most."
             yield Problem((*loc, "min"), message, f"Write {pool.max} or less, or raise its max.")
-        elif pool is not None and one.min <= pool.min <= pool.max and subject.whole(one.pool):
-            message = f"The pool '{one.pool}' always has {pool.min} instances or more."
+        elif pool is not None and prewarm_spec.min <= pool.min <= pool.max and subject.whole(prewarm_spec.pool):
+            message = f"The pool '{prewarm_spec.pool}' always has {pool.min} instances or more."
             yield Problem((*loc, "min"), message, f"Write {pool.min + 1} or more, or delete it.")
-        if one.until_s <= one.at_s and subject.found.sound((*loc, "at")):
+        if prewarm_spec.until_s <= prewarm_spec.at_s and subject.found.sound((*loc, "at")):
             message = "It ends before it begins."
             yield Problem((*loc, "until"), message, "Write an until that is later than at.")
 
 
 def _faults(subject: CheckedScenario) -> Iterator[Problem]:
-    for i, one in enumerate(subject.spec.faults):
+    for i, fault_spec in enumerate(subject.spec.faults):
         loc: Loc = ("faults", i)
-        yield from _unused_fault_keys(one, loc)
-        if one.pool is not None and subject.unknown("pools", one.pool):
-            message = f"There is no pool '{one.pool}' to break."
-            yield Problem((*loc, "pool"), message, suggest(one.pool, subject.spec.pools, "pools"))
+        yield from _unused_fault_keys(fault_spec, loc)
+        if fault_spec.pool is not None and subject.unknown("pools", fault_spec.pool):
+            message = f"There is no pool '{fault_spec.pool}' to break."
+            yield Problem((*loc, "pool"), message, suggest(fault_spec.pool, subject.spec.pools, "pools"))
         letters = ZONES[: subject.spec.zones]
-        if one.zone is not None and (len(one.zone) != 1 or one.zone not in letters):
-            message = f"There is no zone '{one.zone}': the fleet has {subject.spec.zones}."
+        if fault_spec.zone is not None and (len(fault_spec.zone) != 1 or fault_spec.zone not in letters):
+            message = f"There is no zone '{fault_spec.zone}': the fleet has {subject.spec.zones}."
             remedy = f"Write {' or '.join(letters)}, or raise zones."
             yield Problem((*loc, "zone"), message, remedy)
-        if FAULTS[one.fault] is FaultName.SPOT_WAVE:
-            yield from _without_spot(subject, one, loc)
+        if FAULTS[fault_spec.fault] is FaultName.SPOT_WAVE:
+            yield from _without_spot(subject, fault_spec, loc)
 
 
 def _overlaps(subject: CheckedScenario) -> Iterator[Problem]:
@@ -388,7 +388,7 @@ def _build_scenario(
         name=spec.name,
         about=spec.about.strip(),
         jobs=jobs,
-        arrivals=tuple(one for one in arrivals if one is not None),
+        arrivals=tuple(arrival for arrival in arrivals if arrival is not None),
         pools=build.pools(spec),
         seed=spec.seed,
         policy=build.policy(spec),

@@ -54,19 +54,21 @@ class Candidate:
         """Sort key that prefers the simpler of equally good candidates."""
         return (
             len(self.prewarm),
-            sum(one.min_size for one in self.prewarm),
-            sum(one.min_size for one in self.fleets),
-            sum(one.max_size for one in self.fleets),
-            sum(round(100 * one.spot) for one in self.fleets),
+            sum(prewarm.min_size for prewarm in self.prewarm),
+            sum(fleet.min_size for fleet in self.fleets),
+            sum(fleet.max_size for fleet in self.fleets),
+            sum(round(100 * fleet.spot) for fleet in self.fleets),
         )
 
     def to_json(self) -> dict[str, object]:
         return {
-            "pools": {one.pool: {"min": one.min_size, "max": one.max_size, "spot": one.spot} for one in self.fleets},
+            "pools": {
+                fleet.pool: {"min": fleet.min_size, "max": fleet.max_size, "spot": fleet.spot} for fleet in self.fleets
+            },
             "drain_target_s": self.drain_s,
             "prewarm": [
-                {"pool": one.pool, "min": one.min_size, "at_s": one.at_s, "until_s": one.until_s}
-                for one in self.prewarm
+                {"pool": prewarm.pool, "min": prewarm.min_size, "at_s": prewarm.at_s, "until_s": prewarm.until_s}
+                for prewarm in self.prewarm
             ],
         }
 
@@ -178,7 +180,7 @@ def trial_result(
     if record.cut or record.lost or _has_too_many_failures(record, allowed_failures):
         finish_s = math.inf
     first_s = min((job.due_s for job in record.jobs), default=0.0)
-    waves = [one for one in record.faults if one.name == FaultName.SPOT_WAVE]
+    waves = [fault for fault in record.faults if fault.name == FaultName.SPOT_WAVE]
     return TrialResult(
         record.seed,
         finish_s,
@@ -188,7 +190,7 @@ def trial_result(
         record.lost,
         int(_measure(record, "peak_fleet", 0.0)),
         {name: _pool_demand(record, name) for name in record.pools},
-        any(not one.impossible for one in waves) if waves else None,
+        any(not wave.impossible for wave in waves) if waves else None,
         _busiest_s(record, first_s, deadline_s),
     )
 
@@ -224,9 +226,9 @@ def allowed_failures(scenario: Scenario) -> dict[str, float]:
     expectations. Without an expectation, no job may fail.
     """
     told: dict[str, float] = {}
-    for one in scenario.expect:
-        if one.measure == "failed_jobs" and one.most is not None:
-            told[one.template] = min(one.most, told.get(one.template, math.inf))
+    for expectation in scenario.expect:
+        if expectation.measure == "failed_jobs" and expectation.most is not None:
+            told[expectation.template] = min(expectation.most, told.get(expectation.template, math.inf))
     return told
 
 
@@ -246,8 +248,8 @@ def _pool_demand(record: Record, pool: str) -> PoolDemand:
     desired = [(s.at_s, s.pools[pool].desired) for s in record.samples if pool in s.pools]
     peak = max((count for _, count in desired), default=0)
     rise_s = next((at_s for at_s, count in desired if peak and 2 * count >= peak), None)
-    mine = (one for one in record.instances if one.pool == pool)
-    boots = [one.boot_s for one in mine if one.boot_s is not None]
+    instance_runs = (instance for instance in record.instances if instance.pool == pool)
+    boots = [instance_run.boot_s for instance_run in instance_runs if instance_run.boot_s is not None]
     return PoolDemand(
         sum(stage.run_s * stage.slots for stage in stages),
         sum(stage.tasks * stage.slots for stage in stages),
@@ -266,17 +268,17 @@ class EvaluatedCandidate:
     @property
     def usd(self) -> float:
         """Return the mean cost of a run."""
-        return mean(one.usd for one in self.outcomes)
+        return mean(outcome.usd for outcome in self.outcomes)
 
     @property
     def finish_s(self) -> float:
         """Return the latest finish, because a mean does not show missed deadlines."""
-        return max(one.finish_s for one in self.outcomes)
+        return max(outcome.finish_s for outcome in self.outcomes)
 
     @property
     def peak(self) -> int:
         """Return the largest number of instances in service."""
-        return max(one.peak for one in self.outcomes)
+        return max(outcome.peak for outcome in self.outcomes)
 
     def met(self, goal: Goal) -> int:
         """Count the seeds that meet the goal."""
@@ -333,8 +335,8 @@ class _TrialTask:
     def __call__(self, trial: Trial) -> TrialResult | BatchlabError:
         run = self.sketch if trial.rough and self.sketch is not None else self.run
         try:
-            made = run(apply_candidate(self.scenario, trial.candidate, trial.wave_s), trial.seed)
-            return trial_result(made, self.book, self.deadline_s, self.allowed_failures)
+            record = run(apply_candidate(self.scenario, trial.candidate, trial.wave_s), trial.seed)
+            return trial_result(record, self.book, self.deadline_s, self.allowed_failures)
         except BatchlabError as error:
             return error
 

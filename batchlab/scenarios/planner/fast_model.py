@@ -219,18 +219,18 @@ class _FastRun:
         for number, after in enumerate(job.work.job.template.stages):
             if name in after.after:
                 self._follow(job, number, piece, is_gather=after.gather is not None)
-        if not any(one.pieces for one in job.stages):
+        if not any(stage_progress.pieces for stage_progress in job.stages):
             job.ended_s = self._now_s + self._calibration.end_s
             del self._open[job.work.job.index]
         self._serve()
 
     def _follow(self, job: JobProgress, number: int, piece: WorkUnit, *, is_gather: bool) -> None:
         stage, pieces = job.stages[number], job.work.stages[number]
-        for one in pieces if is_gather else pieces[piece.number : piece.number + 1]:
-            stage.waits[one.number] -= 1
-            if not stage.waits[one.number]:
+        for work_unit in pieces if is_gather else pieces[piece.number : piece.number + 1]:
+            stage.waits[work_unit.number] -= 1
+            if not stage.waits[work_unit.number]:
                 stage.planned = True
-                self._ready(job, one, ahead=not is_gather)
+                self._ready(job, work_unit, ahead=not is_gather)
 
     def _wake(self) -> None:
         """Start the periodic policy checks, until no decision is left."""
@@ -242,7 +242,7 @@ class _FastRun:
         self._see({name: self._scale(pool) for name, pool in self._pools.items()})
         is_quiet = not self._open and all(
             pool.desired == len(pool.alive) == self._least(pool)
-            and all(one.ready_s <= self._now_s for one in pool.alive.values())
+            and all(model_instance.ready_s <= self._now_s for model_instance in pool.alive.values())
             for pool in self._pools.values()
         )
         if self._open and not self._events:
@@ -254,9 +254,9 @@ class _FastRun:
 
     def _least(self, pool: ModelPool) -> int:
         warm = [
-            one.min_size
-            for one in self._scenario.prewarm
-            if one.pool == pool.pool.name and one.at_s <= self._now_s < one.until_s
+            prewarm.min_size
+            for prewarm in self._scenario.prewarm
+            if prewarm.pool == pool.pool.name and prewarm.at_s <= self._now_s < prewarm.until_s
         ]
         return max(pool.pool.min_size, *warm, 0)
 
@@ -286,11 +286,11 @@ class _FastRun:
         if desired > pool.desired:
             pool.desired = desired
         elif desired < pool.desired and self._may_shrink(pool, backlog):
-            idle = [one for one in pool.open.values() if not one.running]
-            coming = [one for one in pool.alive.values() if one.ready_s > self._now_s]
-            for one in [*idle, *coming][: pool.desired - desired]:
+            idle = [model_instance for model_instance in pool.open.values() if not model_instance.running]
+            coming = [model_instance for model_instance in pool.alive.values() if model_instance.ready_s > self._now_s]
+            for model_instance in [*idle, *coming][: pool.desired - desired]:
                 pool.desired -= 1
-                self._end(one)
+                self._end(model_instance)
             pool.shrunk_s = self._now_s
         while len(pool.alive) < pool.desired:
             self._launch(pool, pool.pool.boot_s)
@@ -312,9 +312,9 @@ class _FastRun:
         # Processes have no market, so a wave can hit any of them.
         is_spot = market is Market.SPOT or self._like.capabilities.one_machine
         slots = pool.pool.slots
-        one = ModelInstance(name, pool, slots, self._now_s + boot_s, is_spot)
-        pool.alive[name] = one
-        self._at(one.ready_s, partial(self._booted, one))
+        model_instance = ModelInstance(name, pool, slots, self._now_s + boot_s, is_spot)
+        pool.alive[name] = model_instance
+        self._at(model_instance.ready_s, partial(self._booted, model_instance))
 
     def _booted(self, one: ModelInstance) -> None:
         if one.name not in one.pool.alive:
@@ -335,20 +335,24 @@ class _FastRun:
     def _wave(self, fault: Fault) -> None:
         """Interrupt Spot Instances: they take no more work and end after the notice."""
         pools = [pool for name, pool in self._pools.items() if fault.pool in ("", name)]
-        there = [one for pool in pools for one in pool.alive.values()]
-        hit = [one for one in there if one.is_spot and one.ready_s <= self._now_s]
+        model_instances = [model_instance for pool in pools for model_instance in pool.alive.values()]
+        hit = [
+            model_instance
+            for model_instance in model_instances
+            if model_instance.is_spot and model_instance.ready_s <= self._now_s
+        ]
         hit = hit[: fault.among(len(hit))]
         market = "" if self._like.capabilities.one_machine else " on Spot"
         why = "" if hit else NO_INSTANCE.format(of=market)
-        names = tuple(one.name for one in hit)
+        names = tuple(model_instance.name for model_instance in hit)
         self._injected.append(InjectedFault(fault.name.value, self._now_s, names, impossible=why))
-        for one in hit:
-            one.leaving = True
-            one.pool.open.pop(one.name, None)
-            if one.running:
-                self._at(self._now_s + fault.notice_s, partial(self._taken, one))
+        for model_instance in hit:
+            model_instance.leaving = True
+            model_instance.pool.open.pop(model_instance.name, None)
+            if model_instance.running:
+                self._at(self._now_s + fault.notice_s, partial(self._taken, model_instance))
             else:
-                self._end(one)
+                self._end(model_instance)
         self._wake()
 
     def _taken(self, one: ModelInstance) -> None:
@@ -359,7 +363,7 @@ class _FastRun:
     def _see(self, backlogs: Mapping[str, Backlog]) -> None:
         pools = {}
         for name, pool in self._pools.items():
-            there = sum(one.ready_s <= self._now_s for one in pool.alive.values())
+            there = sum(model_instance.ready_s <= self._now_s for model_instance in pool.alive.values())
             coming, backlog = len(pool.alive) - there, backlogs[name]
             pools[name] = PoolSample(pool.desired, there, coming, backlog.tasks, backlog.seconds)
         self._samples.append(Seen(self._now_s, pools, 0, 0))

@@ -39,7 +39,7 @@ def frontier(points: Iterable[P]) -> list[P]:
     Points without an end or a price are left out.
     """
     found: list[P] = []
-    able = (one for one in points if math.isfinite(one.usd) and math.isfinite(one.finish_s))
+    able = (point for point in points if math.isfinite(point.usd) and math.isfinite(point.finish_s))
     for one in sorted(able, key=lambda one: (one.usd, one.finish_s)):
         if not found or one.finish_s < found[-1].finish_s:
             found.append(one)
@@ -138,12 +138,12 @@ class Plan:
     @property
     def undone(self) -> int:
         """Count the results with unfinished work."""
-        return sum(not one.is_done for one in self.outcomes)
+        return sum(not outcome.is_done for outcome in self.outcomes)
 
     @property
     def missed_waves(self) -> SeedShare:
         """Return the share of results whose Spot wave hit no instance."""
-        had = [one.hit for one in self.outcomes if one.hit is not None]
+        had = [outcome.hit for outcome in self.outcomes if outcome.hit is not None]
         return SeedShare(had.count(False), len(had))
 
     @property
@@ -151,7 +151,9 @@ class Plan:
         """Return the fastest point of the frontier within the budget, or None."""
         budget_usd = self.goal.budget_usd
         within = [
-            one for one in self.frontier if budget_usd is not None and all(map(self.goal.in_budget, one.outcomes))
+            evaluated_candidate
+            for evaluated_candidate in self.frontier
+            if budget_usd is not None and all(map(self.goal.in_budget, evaluated_candidate.outcomes))
         ]
         return within[-1] if within else None
 
@@ -166,7 +168,7 @@ class Plan:
 
         A scenario with such a wave is invalid.
         """
-        on_spot = {one.pool for one in self.chosen.candidate.fleets if one.spot}
+        on_spot = {fleet.pool for fleet in self.chosen.candidate.fleets if fleet.spot}
         return tuple(
             fault
             for fault in self.scenario.faults
@@ -199,16 +201,16 @@ class Plan:
             "budget_usd": self.goal.budget_usd,
             "holds": self.holds,
             "recommended": self.chosen.candidate.to_json(),
-            "fresh_seeds": [one.seed for one in self.fresh],
+            "fresh_seeds": [trial_result.seed for trial_result in self.fresh],
             "met": self.met.to_json(),
             "in_time": self.in_time.to_json(),
             "in_budget": in_budget.to_json() if in_budget else None,
             "not_done": self.undone,
             "failed_before": self.failed,
-            "finish_s": quantiles([one.finish_s for one in outcomes]),
-            "usd": quantiles([one.usd for one in outcomes]),
-            "usd_mean": mean(one.usd for one in outcomes),
-            "late_jobs": max(one.late for one in outcomes),
+            "finish_s": quantiles([outcome.finish_s for outcome in outcomes]),
+            "usd": quantiles([outcome.usd for outcome in outcomes]),
+            "usd_mean": mean(outcome.usd for outcome in outcomes),
+            "late_jobs": max(outcome.late for outcome in outcomes),
             "waves_missed": self.missed_waves.met,
             "idle_waves_at_s": [fault.at_s for fault in self.idle_waves],
             "frontier": [point.to_json() for point in self.frontier],

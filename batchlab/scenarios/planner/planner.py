@@ -157,7 +157,7 @@ class Search:
         """Search in the fast model, simulate its best candidates, correct the model, and repeat."""
         self.real.phase = "a sketch of it"
         _until_run_limit(partial(self._rough.explore, start, room))
-        edge = [one.candidate for one in frontier(self._rough.points())]
+        edge = [evaluated_candidate.candidate for evaluated_candidate in frontier(self._rough.points())]
         self._simulate([*self._worth_it(), *pick_evenly(edge, PICKED_CANDIDATES)])
         for _ in range(MAX_ROUNDS):
             before = self.real.best()
@@ -176,9 +176,9 @@ class Search:
     def _simulate(self, candidates: Sequence[Candidate]) -> None:
         """Simulate with one seed, and the best of them with all seeds."""
         self.real.phase = "the best of a sketch"
-        looked = self.real.look(list(dict.fromkeys(candidates)))
-        good = [*looked[: PICKED_CANDIDATES - 1], *frontier(looked)]
-        self.real.measure([one.candidate for one in good], self.real.hard)
+        evaluated_candidates = self.real.look(list(dict.fromkeys(candidates)))
+        good = [*evaluated_candidates[: PICKED_CANDIDATES - 1], *frontier(evaluated_candidates)]
+        self.real.measure([evaluated_candidate.candidate for evaluated_candidate in good], self.real.hard)
 
     def _worth_it(self) -> list[Candidate]:
         """Return the best candidates of the fast model that were not simulated, no two of them
@@ -190,14 +190,14 @@ class Search:
             found.setdefault(kind, point.candidate)
             if len(found) == 4 * PICKED_CANDIDATES:
                 break
-        return [one for one in found.values() if not self.real.known.get(one)][:PICKED_CANDIDATES]
+        return [candidate for candidate in found.values() if not self.real.known.get(candidate)][:PICKED_CANDIDATES]
 
     def _put_right(self) -> None:
         """Scale the goal of the fast model by its measured errors."""
         pairs = [
-            (found, self._rough.known[candidate][index])
+            (trial_result, self._rough.known[candidate][index])
             for candidate, outcomes in self.real.known.items()
-            for index, found in outcomes.items()
+            for index, trial_result in outcomes.items()
             if index in self._rough.known.get(candidate, {})
         ]
         pairs = [(a, b) for a, b in pairs if a.is_done and b.is_done and b.finish_s and b.usd]
@@ -230,7 +230,11 @@ class Search:
 
     def _candidate(self) -> EvaluatedCandidate | None:
         """Return the best candidate that was not confirmed before, or None."""
-        left = [one for one in self.real.ranked() if one.candidate not in self.attempts]
+        left = [
+            evaluated_candidate
+            for evaluated_candidate in self.real.ranked()
+            if evaluated_candidate.candidate not in self.attempts
+        ]
         if not left or (self.attempts and not self.real.meets(left[0])):
             return None
         return left[0]
@@ -249,17 +253,19 @@ class Search:
         """Add the failed seed: run candidates with it until one passes, then refine."""
         rivals = self.real.ranked()
         self.real.hard.append(missed)
-        for one in rivals:
-            if one.candidate in self.attempts or not self.real.meets(one):
+        for rival in rivals:
+            if rival.candidate in self.attempts or not self.real.meets(rival):
                 continue
-            self.real.measure([one.candidate], [missed])
-            if self.real.meets(self.real.point(one.candidate, self.real.hard)):
+            self.real.measure([rival.candidate], [missed])
+            if self.real.meets(self.real.point(rival.candidate, self.real.hard)):
                 break
         if self.sketch is None:
             self.real.refine(room, STEP_SIZES[1:])
             return
         self._rough.hard.append(missed)
-        again = [one.candidate for one in self._rough.ranked()[: 2 * PROMOTED_CANDIDATES]]
+        again = [
+            evaluated_candidate.candidate for evaluated_candidate in self._rough.ranked()[: 2 * PROMOTED_CANDIDATES]
+        ]
         _until_run_limit(partial(self._rough.measure, again, [missed]))
         self._ask(room)
 
@@ -269,11 +275,11 @@ class Search:
         if chosen is None:
             return None
         others = (
-            one
-            for one in self.real.points()
-            if one.candidate != chosen.candidate
+            point
+            for point in self.real.points()
+            if point.candidate != chosen.candidate
             # The simpler of nearly equal candidates was chosen and represents them.
-            and not (one.usd <= chosen.usd and one.finish_s <= chosen.finish_s)
+            and not (point.usd <= chosen.usd and point.finish_s <= chosen.finish_s)
         )
         return Plan(
             self.scenario,
@@ -283,7 +289,7 @@ class Search:
             self.seeds,
             self.done,
             len(chosen.outcomes),
-            self._trials.waves and any(fleet.spot for one in self.real.known for fleet in one.fleets),
+            self._trials.waves and any(fleet.spot for candidate in self.real.known for fleet in candidate.fleets),
             fresh=fresh,
             failed=max(0, len(self.attempts) - 1),
             cut=self.cut,

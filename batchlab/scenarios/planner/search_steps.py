@@ -81,18 +81,20 @@ def with_max_size(fleet: PoolConfig, most: int) -> PoolConfig:
 
 def _fit_prewarming(start: Candidate, fleets: Iterable[PoolConfig]) -> Candidate:
     """Replace the pools and limit prewarming to sizes between their minimum and maximum."""
-    made = tuple(fleets)
-    of = {fleet.pool: fleet for fleet in made}
-    warm = (replace(one, min_size=min(one.min_size, of[one.pool].max_size)) for one in start.prewarm)
-    kept = tuple(one for one in warm if one.min_size > of[one.pool].min_size)
-    return replace(start, fleets=made, prewarm=kept)
+    pool_configs = tuple(fleets)
+    of = {fleet.pool: fleet for fleet in pool_configs}
+    warm = (replace(prewarm, min_size=min(prewarm.min_size, of[prewarm.pool].max_size)) for prewarm in start.prewarm)
+    prewarms = tuple(prewarm for prewarm in warm if prewarm.min_size > of[prewarm.pool].min_size)
+    return replace(start, fleets=pool_configs, prewarm=prewarms)
 
 
 def coarse_grid(start: Candidate, room: SizeLimits, deadline_s: float) -> list[Candidate]:
     """Return the initial grid of candidates."""
     drains = [start.drain_s, *(max(MIN_DRAIN_S, round_to_two_digits(s * deadline_s)) for s in DRAIN_SHARES)]
-    made = [replace(scale_pools(start, room, factor), drain_s=drain_s) for factor in SIZE_FACTORS for drain_s in drains]
-    return list(dict.fromkeys([start, *made]))
+    candidates = [
+        replace(scale_pools(start, room, factor), drain_s=drain_s) for factor in SIZE_FACTORS for drain_s in drains
+    ]
+    return list(dict.fromkeys([start, *candidates]))
 
 
 def with_spot_variants(candidates: Iterable[Candidate]) -> list[Candidate]:
@@ -102,8 +104,8 @@ def with_spot_variants(candidates: Iterable[Candidate]) -> list[Candidate]:
     lead from one to the other.
     """
     return [
-        replace(one, fleets=tuple(replace(fleet, spot=share) for fleet in one.fleets))
-        for one in candidates
+        replace(candidate, fleets=tuple(replace(fleet, spot=share) for fleet in candidate.fleets))
+        for candidate in candidates
         for share in (0.0, 0.5, 1.0)
     ]
 
@@ -111,8 +113,8 @@ def with_spot_variants(candidates: Iterable[Candidate]) -> list[Candidate]:
 def double_size(start: Candidate, room: SizeLimits) -> Candidate | None:
     """Double the sizes up to the useful size, or return None."""
     fleets = [with_max_size(f, min(room.useful[f.pool], 2 * f.max_size)) for f in start.fleets]
-    made = _fit_prewarming(start, fleets)
-    return None if made == start else made
+    candidate = _fit_prewarming(start, fleets)
+    return None if candidate == start else candidate
 
 
 def neighbors(best: Candidate, room: SizeLimits, step: float) -> list[Candidate]:
@@ -120,7 +122,7 @@ def neighbors(best: Candidate, room: SizeLimits, step: float) -> list[Candidate]
 
     `step` is the relative change, 0.5 at first and then smaller.
     """
-    made = [
+    candidates = [
         *_size_changes(best, room, step),
         *_drain_changes(best, step),
         *_spot_changes(best, step),
@@ -128,7 +130,7 @@ def neighbors(best: Candidate, room: SizeLimits, step: float) -> list[Candidate]
         *_minimum_changes(best, step),
         *_prewarm_changes(best, room, step),
     ]
-    return [one for one in dict.fromkeys(made) if one != best]
+    return [fromkey for fromkey in dict.fromkeys(candidates) if fromkey != best]
 
 
 def _replace_pools(best: Candidate, changed: Mapping[str, PoolConfig]) -> Candidate:
@@ -191,18 +193,18 @@ def _prewarm_changes(best: Candidate, room: SizeLimits, step: float) -> Iterator
     """Remove, shrink, or grow each prewarming, and add the first one of a pool, early enough for
     its rise.
     """
-    for i, one in enumerate(best.prewarm):
+    for i, prewarm in enumerate(best.prewarm):
         others = (*best.prewarm[:i], *best.prewarm[i + 1 :])
         yield replace(best, prewarm=others)
-        change = max(1, round(step * one.min_size))
-        fleet = next(f for f in best.fleets if f.pool == one.pool)
-        for size in (one.min_size - change, min(fleet.max_size, one.min_size + change)):
+        change = max(1, round(step * prewarm.min_size))
+        fleet = next(f for f in best.fleets if f.pool == prewarm.pool)
+        for size in (prewarm.min_size - change, min(fleet.max_size, prewarm.min_size + change)):
             if size > fleet.min_size:
-                changed = replace(one, min_size=size)
+                changed = replace(prewarm, min_size=size)
                 yield replace(best, prewarm=_sorted_prewarms(*others, changed))
     for fleet in best.fleets:
         demand = room.demand[fleet.pool]
-        if demand.rise_s is None or any(one.pool == fleet.pool for one in best.prewarm):
+        if demand.rise_s is None or any(prewarm.pool == fleet.pool for prewarm in best.prewarm):
             continue
         at_s = math.floor(max(0.0, demand.rise_s - 1.1 * demand.boot_s))
         until_s = math.ceil(demand.rise_s + max(MIN_PREWARM_S, demand.boot_s))
@@ -273,8 +275,8 @@ class Evaluations:
             self.known.setdefault(candidate, {})
         may = wanted[: max(0, self.limit - self.done)]
         trials = [self.trials.trial(*one, rough=self.rough) for one in may]
-        for trial, found in self.trials.outcomes(trials):
-            self.known[trial.candidate][trial.index] = found
+        for trial, trial_result in self.trials.outcomes(trials):
+            self.known[trial.candidate][trial.index] = trial_result
             self.done += 1
             self.told()
         if len(may) < len(wanted):
@@ -288,13 +290,13 @@ class Evaluations:
         """Return the candidates with results for all seeds, or for as many as possible."""
         for count in range(len(self.hard), 0, -1):
             indices = self.hard[:count]
-            found = [
+            evaluated_candidates = [
                 self.point(candidate, indices)
                 for candidate, outcomes in self.known.items()
                 if all(i in outcomes for i in indices)
             ]
-            if found:
-                return found
+            if evaluated_candidates:
+                return evaluated_candidates
         return []
 
     def in_time(self, point: EvaluatedCandidate) -> bool:
@@ -312,7 +314,7 @@ class Evaluations:
         exactly = (*map(float, point.candidate.simplicity), point.usd, point.finish_s)
         if self.in_time(point):
             return 0.0 if self.meets(point) else 1.0, usd, finish_s, *exactly
-        undone = sum(one.lost + one.failed_jobs for one in point.outcomes)
+        undone = sum(outcome.lost + outcome.failed_jobs for outcome in point.outcomes)
         return 2.0, finish_s, float(undone) if math.isinf(finish_s) else 0.0, usd, *exactly
 
     def ranked(self) -> list[EvaluatedCandidate]:
@@ -326,17 +328,34 @@ class Evaluations:
         """Run a complete search. Raise RunLimitReached at the limit."""
         self.phase = "a coarse look"
         grid = coarse_grid(start, room, self.goal.deadline_s)
-        looked = self.look(grid)
-        looked = self.look([*grid, *with_spot_variants(one.candidate for one in self._best_of_each_size(looked))])
-        edge = pick_evenly([one.candidate for one in frontier(looked)], PROMOTED_CANDIDATES)
-        self.measure([*(one.candidate for one in looked[:PROMOTED_CANDIDATES]), *edge], self.hard)
+        evaluated_candidates = self.look(grid)
+        evaluated_candidates = self.look(
+            [
+                *grid,
+                *with_spot_variants(
+                    evaluated_candidate.candidate
+                    for evaluated_candidate in self._best_of_each_size(evaluated_candidates)
+                ),
+            ]
+        )
+        edge = pick_evenly(
+            [evaluated_candidate.candidate for evaluated_candidate in frontier(evaluated_candidates)],
+            PROMOTED_CANDIDATES,
+        )
+        self.measure(
+            [
+                *(evaluated_candidate.candidate for evaluated_candidate in evaluated_candidates[:PROMOTED_CANDIDATES]),
+                *edge,
+            ],
+            self.hard,
+        )
         self._grow(room)
         self.refine(room, STEP_SIZES)
 
     def look(self, candidates: Sequence[Candidate]) -> list[EvaluatedCandidate]:
         """Evaluate with the first seed and sort, the best first."""
         self.measure(candidates, self.hard[:1])
-        return sorted((self.point(one, self.hard[:1]) for one in candidates), key=self.rank)
+        return sorted((self.point(candidate, self.hard[:1]) for candidate in candidates), key=self.rank)
 
     def _best_of_each_size(self, looked: Sequence[EvaluatedCandidate]) -> list[EvaluatedCandidate]:
         """Return the best candidate of each observed fleet size that is in time, or the overall
@@ -346,7 +365,7 @@ class Evaluations:
         for point in looked:
             found.setdefault(point.peak, point)
         sizes = list(found.values())
-        return [one for one in sizes if self.in_time(one)][:PROMOTED_CANDIDATES] or sizes[:1]
+        return [size for size in sizes if self.in_time(size)][:PROMOTED_CANDIDATES] or sizes[:1]
 
     def _grow(self, room: SizeLimits) -> None:
         """Double the fleet while no candidate is in time and it still gets faster."""
@@ -369,9 +388,13 @@ class Evaluations:
             for _ in range(2):
                 before = self.best()
                 assert before is not None
-                looked = self.look(neighbors(before.candidate, room, step))
+                evaluated_candidates = self.look(neighbors(before.candidate, room, step))
                 at_first = self.rank(self.point(before.candidate, self.hard[:1]))
-                good = [one.candidate for one in looked if self.rank(one) < at_first]
+                good = [
+                    evaluated_candidate.candidate
+                    for evaluated_candidate in evaluated_candidates
+                    if self.rank(evaluated_candidate) < at_first
+                ]
                 self.measure(good[: PROMOTED_CANDIDATES // 2], self.hard)
                 after = self.best()
                 if after is None or after.candidate == before.candidate:

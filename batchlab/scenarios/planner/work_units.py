@@ -69,7 +69,7 @@ def _split_job(job: Job, seed: int, calibration: Calibration, grain_s: float) ->
         takes = expansion.task_times_s(seed, job, stage, TaskSet.span(0, counts[stage.name]))
         stretch = calibration.stretch.get(f"{job.template.name}/{stage.name}", 1.0)
         again = 1 / (1 - min(MAX_FAILURE_SHARE, stage.fails))
-        lengths.append([one * stretch * again for one in takes])
+        lengths.append([take * stretch * again for take in takes])
     cuts: dict[int, list[tuple[int, int]]] = {}
     for first in dict.fromkeys(base):
         fed = [lengths[n] for n, one in enumerate(base) if one == first]
@@ -173,9 +173,9 @@ def stage_runs(scenario: Scenario, split_jobs: Sequence[JobWork]) -> Iterator[St
         for number, pieces in enumerate(work.stages):
             tasks, bundles, run_s = sums.get((work.job.template.name, number), (0, 0, 0.0))
             sums[work.job.template.name, number] = (
-                tasks + sum(one.tasks for one in pieces),
-                bundles + sum(one.bundles for one in pieces),
-                run_s + sum(one.run_s for one in pieces),
+                tasks + sum(piece.tasks for piece in pieces),
+                bundles + sum(piece.bundles for piece in pieces),
+                run_s + sum(piece.run_s for piece in pieces),
             )
     for (name, number), (tasks, bundles, run_s) in sums.items():
         stage = scenario.jobs[name].stages[number]

@@ -69,7 +69,7 @@ def compute_cost(
     found = bill(
         [StageUse(s.stage, s.pool, s.run_s, s.slots) for s in stages],
         used,
-        {name: PoolFacts(one.pool.slots, one.pool.instance_type) for name, one in plans.items()},
+        {name: PoolFacts(pool_plan.pool.slots, pool_plan.pool.instance_type) for name, pool_plan in plans.items()},
         book,
         pace=backend.pace,
     )
@@ -157,7 +157,9 @@ async def build_record(
     scenario = course.scenario
     kinds = {plan.pool.name: plan.pool.instance_type for plan in scenario.pools}
     # Instances without a type count with the pool's type, as in their cost.
-    instances = tuple(replace(one, type=one.type or kinds.get(one.pool, "")) for one in sampler.instances())
+    instances = tuple(
+        replace(instance, type=instance.type or kinds.get(instance.pool, "")) for instance in sampler.instances()
+    )
     stages = measured.runs()
     compute_cost = _run_cost(course, backend, home, before, after, stages)
     return Record(
@@ -176,7 +178,7 @@ async def build_record(
         faults=tuple(sorted(course.injected, key=lambda one: one.at_s)),
         lost=measured.lost,
         duplicates=measured.duplicates,
-        instance_s=sum(one.lived_s(course.took_s) for one in instances),
+        instance_s=sum(instance.lived_s(course.took_s) for instance in instances),
         again_s=wasted_s(before, after) if after else None,
         usd=compute_cost.usd if compute_cost else None,
         usd_items=compute_cost.items if compute_cost else {},

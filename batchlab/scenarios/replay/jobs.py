@@ -168,7 +168,11 @@ def job_items(seed: int, due: Job) -> Iterator[Json]:
     """Yield the items of the root stages in task order."""
     template = due.template
     roots = [stage for stage in template.stages if not stage.after]
-    fed = {one.name: one for root in roots for one in (root, *item_followers(template, root.name))}
+    fed = {
+        stage_template.name: stage_template
+        for root in roots
+        for stage_template in (root, *item_followers(template, root.name))
+    }
     columns = {stage.name: _task_entries(seed, due, stage, due.tasks) for stage in fed.values()}
     for task in range(due.tasks):
         yield {"t": {name: column[task] for name, column in columns.items()}}
@@ -185,16 +189,19 @@ def stage_parameters(seed: int, due: Job) -> dict[str, Any]:
             "kind": stage.kind.value,
             # The interpreter needs the other half of the limit.
             "hold": stage.memory_bytes // 2 if stage.memory_bytes else None,
-            "passes": [one.name for one in passes],
+            "passes": [stage_template.name for stage_template in passes],
             "groups": {
-                f"group_{one.name}": one.groups
-                for one in template.stages
-                if _gathers_by_key(one) and stage.name in one.after
+                f"group_{stage_template.name}": stage_template.groups
+                for stage_template in template.stages
+                if _gathers_by_key(stage_template) and stage.name in stage_template.after
             },
         }
         if stage.gather is not None:
             count = counts[stage.name]
-            columns = {one.name: _task_entries(seed, due, one, count) for one in (stage, *passes)}
+            columns = {
+                stage_template.name: _task_entries(seed, due, stage_template, count)
+                for stage_template in (stage, *passes)
+            }
             shape["tasks"] = [{name: column[task] for name, column in columns.items()} for task in range(count)]
         shapes[stage.name] = shape
     return shapes
@@ -207,7 +214,7 @@ def _task_entries(seed: int, due: Job, stage: StageTemplate, count: int) -> list
     return [
         [
             round(task_s, 6),
-            [one for one in attempts if expansion.attempt_fails(seed, due, stage, task, one)],
+            [attempt for attempt in attempts if expansion.attempt_fails(seed, due, stage, task, attempt)],
             expansion.kills_worker(due, stage, task),
         ]
         for task, task_s in enumerate(seconds)
@@ -216,7 +223,7 @@ def _task_entries(seed: int, due: Job, stage: StageTemplate, count: int) -> list
 
 def declared_s(seed: int, due: Job, stage: str, tasks: TaskSet) -> dict[int, float]:
     """Return the declared time of each task, or nothing for an unknown stage."""
-    for one in due.template.stages:
-        if one.name == stage:
-            return dict(zip(tasks, expansion.task_times_s(seed, due, one, tasks), strict=True))
+    for stage_template in due.template.stages:
+        if stage_template.name == stage:
+            return dict(zip(tasks, expansion.task_times_s(seed, due, stage_template, tasks), strict=True))
     return {}

@@ -67,15 +67,17 @@ class Measurements:
 
     def add(self, other: Measurements) -> None:
         """Add the measurements of other jobs."""
-        for key, one in other.stages.items():
-            mine = self.stages.setdefault(key, StageTotals(one.pool, one.slots, one.after, one.gather))
-            mine.tasks += one.tasks
-            mine.bundles += one.bundles
-            mine.declared_s += one.declared_s
-            mine.span_s += one.span_s
-            mine.task_s += one.task_s
-            mine.over_s += one.over_s
-            mine.stretch += one.stretch
+        for key, stage_totals in other.stages.items():
+            totals = self.stages.setdefault(
+                key, StageTotals(stage_totals.pool, stage_totals.slots, stage_totals.after, stage_totals.gather)
+            )
+            totals.tasks += stage_totals.tasks
+            totals.bundles += stage_totals.bundles
+            totals.declared_s += stage_totals.declared_s
+            totals.span_s += stage_totals.span_s
+            totals.task_s += stage_totals.task_s
+            totals.over_s += stage_totals.over_s
+            totals.stretch += stage_totals.stretch
         self.lost += other.lost
         self.duplicates += other.duplicates
 
@@ -85,20 +87,20 @@ class Measurements:
             StageRun(
                 template=template,
                 stage=name,
-                pool=one.pool,
-                slots=one.slots,
-                tasks=one.tasks,
-                bundles=one.bundles,
-                run_s=sum(one.task_s),
-                declared_s=one.declared_s,
-                span_s=one.span_s,
-                task_s=even_sample(one.task_s, SAMPLE_SIZE),
-                after=one.after,
-                gather=one.gather,
-                over_s=even_sample(one.over_s, SAMPLE_SIZE),
-                stretch=even_sample(one.stretch, SAMPLE_SIZE),
+                pool=stage_totals.pool,
+                slots=stage_totals.slots,
+                tasks=stage_totals.tasks,
+                bundles=stage_totals.bundles,
+                run_s=sum(stage_totals.task_s),
+                declared_s=stage_totals.declared_s,
+                span_s=stage_totals.span_s,
+                task_s=even_sample(stage_totals.task_s, SAMPLE_SIZE),
+                after=stage_totals.after,
+                gather=stage_totals.gather,
+                over_s=even_sample(stage_totals.over_s, SAMPLE_SIZE),
+                stretch=even_sample(stage_totals.stretch, SAMPLE_SIZE),
             )
-            for (template, name), one in self.stages.items()
+            for (template, name), stage_totals in self.stages.items()
         )
 
 
@@ -115,22 +117,23 @@ async def measure(jobs: Sequence[ObservedJob], seed: int, objects: Objects, pati
 
     `seed` is the run's, for declared times. Raise BackendError.
     """
-    found = Measurements()
+    measurements = Measurements()
     reader = _OutcomeReader(objects, patience)
     for start in range(0, len(jobs), JOBS_AT_ONCE):
-        some = jobs[start : start + JOBS_AT_ONCE]
-        for one, (job, outcomes) in zip(some, await reader.jobs(some), strict=True):
-            for stage in one.view["stages"]:
-                _add(found, one, job, stage, outcomes[stage["name"]], seed)
-    return found
+        observed_jobs = jobs[start : start + JOBS_AT_ONCE]
+        for observed_job, (job, outcomes) in zip(observed_jobs, await reader.jobs(observed_jobs), strict=True):
+            for stage in observed_job.view["stages"]:
+                _add(measurements, observed_job, job, stage, outcomes[stage["name"]], seed)
+    return measurements
 
 
 def _add(
     found: Measurements, told: ObservedJob, job: JobDef, view: StageView, outcomes: Sequence[Outcome], seed: int
 ) -> None:
-    one = job.stage(view["name"])
+    stage_def = job.stage(view["name"])
     stage = found.stages.setdefault(
-        (told.template, one.name), StageTotals(one.pool, one.slots, tuple(one.after), _gather(one))
+        (told.template, stage_def.name),
+        StageTotals(stage_def.pool, stage_def.slots, tuple(stage_def.after), _gather(stage_def)),
     )
     times = succeeded_s(outcomes)
     stage.tasks += len(times)
@@ -140,7 +143,7 @@ def _add(
     stage.span_s += sum(spans)
     stage.over_s += [max(0.0, s - sum(o.run_s)) for s, o in zip(spans, outcomes, strict=True)]
     if told.due:
-        declared = declared_s(seed, told.due, one.name, TaskSet.of(times))
+        declared = declared_s(seed, told.due, stage_def.name, TaskSet.of(times))
         stage.declared_s += sum(declared.values())
         stage.stretch += [times[task] / s for task, s in declared.items() if s > 0]
     found.lost += _lost(told.view, view, len(times))
@@ -203,7 +206,7 @@ class _OutcomeReader:
     async def _job(self, told: ObservedJob) -> tuple[JobDef, dict[str, list[Outcome]]]:
         job = await definition(self._objects, JobId(told.view["id"]), self._patience)
         names = [stage["name"] for stage in told.view["stages"]]
-        found = await asyncio.gather(*(self.outcomes(job, StageName(one)) for one in names))
+        found = await asyncio.gather(*(self.outcomes(job, StageName(name)) for name in names))
         return job, dict(zip(names, found, strict=True))
 
     async def outcomes(self, job: JobDef, stage: StageName) -> list[Outcome]:

@@ -105,7 +105,10 @@ def from_record(record: Record, name: str) -> RecordedWorkload:
             RecordedArrival(job.submitted_s - begun_s, job.template, job.tasks or 0, job.tenant, job.label)
             for job in sorted(jobs, key=lambda one: one.submitted_s)
         ],
-        {name: RecordedTemplate(stages[name], len(found), _deadline_s(found)) for name, found in counts.items()},
+        {
+            name: RecordedTemplate(stages[name], len(job_runs), _deadline_s(job_runs))
+            for name, job_runs in counts.items()
+        },
         _pools(record),
         record.settings,
         record.compressed,
@@ -123,10 +126,10 @@ def _pools(record: Record) -> list[PoolPlan]:
     found = []
     known = instance_types.load().types
     for name, (least, most, slots) in record.pools.items():
-        mine = [one for one in record.instances if one.pool == name]
-        boots = [one.boot_s for one in mine if one.boot_s is not None]
-        spot = sum(one.market == Market.SPOT for one in mine) / max(1, len(mine))
-        kinds = [one.type for one in mine if one.type in known]
+        instance_runs = [instance for instance in record.instances if instance.pool == name]
+        boots = [instance_run.boot_s for instance_run in instance_runs if instance_run.boot_s is not None]
+        spot = sum(instance_run.market == Market.SPOT for instance_run in instance_runs) / max(1, len(instance_runs))
+        kinds = [instance_run.type for instance_run in instance_runs if instance_run.type in known]
         kind = max(kinds, key=kinds.count) if kinds else ""
         boot_s = median(boots) if boots else 0.0
         found.append(PoolPlan(Pool(name, least, most, slots, boot_s, instance_type=kind), spot))
@@ -165,8 +168,8 @@ def from_jobs(
         tasks = root_tasks(view, after)
         tenant = dict(job.tags).get(TENANT_TAG, "")
         arrived.append(RecordedArrival(view["submitted_s"] - begun_s, template, tasks, tenant, view["id"]))
-    for template, found in stages.items():
-        templates[template].stages = list(found.runs())
+    for template, measurements in stages.items():
+        templates[template].stages = list(measurements.runs())
     return RecordedWorkload(name, f"{_describe_jobs(ordered)}, recorded.", arrived, templates, list(pools), policy)
 
 
@@ -198,7 +201,7 @@ def write(past: RecordedWorkload, path: Path) -> WrittenScenario:
         )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = (json.dumps(_line(one, past.compressed)) for one in past.arrived)
+        lines = (json.dumps(_line(recorded_arrival, past.compressed)) for recorded_arrival in past.arrived)
         trace.write_text("".join(f"{line}\n" for line in lines))
         path.write_text(_text(past, trace, {}))
         path.write_text(_text(past, trace, _scale_factors(past, path)))
@@ -244,7 +247,7 @@ def _scale_factors(past: RecordedWorkload, path: Path) -> dict[tuple[str, str], 
     """
     found = {}
     for (template, name), (count, seconds) in drawn_times(path).items():
-        stage = next(one for one in past.templates[template].stages if one.stage == name)
+        stage = next(stage_run for stage_run in past.templates[template].stages if stage_run.stage == name)
         if stage.tasks and seconds:
             mean_s = stage.run_s * past.compressed / stage.tasks
             found[template, name] = mean_s * count / seconds
@@ -266,9 +269,12 @@ def _text(past: RecordedWorkload, trace: Path, factors: Mapping[tuple[str, str],
     doc: dict[str, Any] = {"name": past.name, "about": past.about, "seed": past.seed}
     if past.compressed > 1:
         doc["compress"] = past.compressed
-    doc["jobs"] = {name: _job(name, one, past.compressed, factors) for name, one in past.templates.items()}
+    doc["jobs"] = {
+        name: _job(name, recorded_template, past.compressed, factors)
+        for name, recorded_template in past.templates.items()
+    }
     doc["arrivals"] = [{"trace": {"file": trace.name, "format": "jsonl"}}]
-    used = {stage.pool for one in past.templates.values() for stage in one.stages}
+    used = {stage.pool for template in past.templates.values() for stage in template.stages}
     doc["pools"] = {
         plan.pool.name: _pool(plan, past.compressed)
         for plan in past.pools

@@ -66,7 +66,7 @@ class Prewarmer:
         self._course = course
         self._link = link
         self._sampler = sampler
-        self._own = {one.pool.name: one.pool.min_size for one in course.scenario.pools}
+        self._own = {pool.pool.name: pool.pool.min_size for pool in course.scenario.pools}
         self._wanted: dict[str, list[int]] = defaultdict(list)
         self._told: dict[str, tuple[int, str]] = {}
         """Latest minimum size of each pool, and the leader at that time."""
@@ -87,8 +87,8 @@ class Prewarmer:
         """Restore the minimum sizes of all pools, as far as the manager responds."""
         if self._flying:  # otherwise a call in a thread could arrive after the next one
             _, late = await asyncio.wait(set(self._flying), timeout=within_s)
-            for one in late:
-                one.cancel()
+            for task_ in late:
+                task_.cancel()
         for pool in list(self._told):
             self._wanted[pool].clear()
             # The recorded request may have failed.
@@ -232,22 +232,22 @@ class ReplayRun:
 
     async def _prepare(self, ready: asyncio.Queue[PreparedJob]) -> None:
         for due in self.course.jobs:
-            one = await self._preparer.prepare(due)
+            prepared_job = await self._preparer.prepare(due)
             if ready.full():
                 self._prepared.set()
-            await ready.put(one)
+            await ready.put(prepared_job)
         self._prepared.set()
 
     async def _submit(self, ready: asyncio.Queue[PreparedJob]) -> None:
         room = asyncio.Semaphore(AT_ONCE)
         async with asyncio.TaskGroup() as group:
             for _ in self.course.jobs:
-                one = await ready.get()
-                await self.course.until(one.due.due_s)
+                prepared_job = await ready.get()
+                await self.course.until(prepared_job.due.due_s)
                 await room.acquire()
                 # A separate task, because a call in a thread completes even after a cancellation.
-                flying = asyncio.create_task(self._submit_one(one, room))
-                self._flying[one.job.id] = one, flying
+                flying = asyncio.create_task(self._submit_one(prepared_job, room))
+                self._flying[prepared_job.job.id] = prepared_job, flying
                 group.create_task(_wait_shielded(flying))
 
     async def _submit_one(self, one: PreparedJob, room: asyncio.Semaphore) -> None:
@@ -267,11 +267,11 @@ class ReplayRun:
         if not self._flying:
             return
         await asyncio.wait([flying for _, flying in self._flying.values()], timeout=LAST_S)
-        for job, (one, flying) in list(self._flying.items()):
+        for job, (prepared_job, flying) in list(self._flying.items()):
             flying.cancel()
             with suppress(BatchlabError):  # then its submission is unknown
                 view = await self._link.call(partial(_job, job=job), within_s=LAST_S)
-                self._note(one, view)
+                self._note(prepared_job, view)
 
     async def _watch(self) -> None:
         pause_s = LOOK_S
@@ -299,7 +299,7 @@ class ReplayRun:
                     running[job].view = await self._link.call(lambda client: client.job(job))
                 except NotFound:
                     # A lost ledger has the job again after its rebuild.
-                    if not any(one.name is FaultName.DATABASE_LOSS for one in self._faults):
+                    if not any(fault.name is FaultName.DATABASE_LOSS for fault in self._faults):
                         raise
 
         for job in open_:
@@ -321,7 +321,7 @@ class ReplayRun:
     def _aside(self, progress: Callable[[ReplayProgress], None]) -> list[Coroutine[Any, Any, None]]:
         scenario = self.course.scenario
         found = [self._sample(), self._tell(progress)]
-        found += [self._warmer.warm(one) for one in scenario.prewarm]
+        found += [self._warmer.warm(prewarm) for prewarm in scenario.prewarm]
         if self._injector:
             found += [self._break(self._injector, fault) for fault in scenario.faults]
         return found
@@ -349,8 +349,8 @@ class ReplayRun:
         try:
             await self.course.until(fault.at_s)
         except asyncio.CancelledError:
-            seen = InjectedFault(fault.name, fault.at_s, impossible=RUN_ENDED)
-            self.course.injected.append(seen)
+            injected_fault = InjectedFault(fault.name, fault.at_s, impossible=RUN_ENDED)
+            self.course.injected.append(injected_fault)
             raise
         at_s = self.course.at_s()
         self.course.breaking.append(fault.name)
@@ -358,13 +358,13 @@ class ReplayRun:
         assert task
         self._breaking.add(task)
         try:
-            seen = await injector.inject(fault, at_s)
+            injected_fault = await injector.inject(fault, at_s)
         except BatchlabError as error:
-            seen = InjectedFault(fault.name, at_s, trouble=error.message)
+            injected_fault = InjectedFault(fault.name, at_s, trouble=error.message)
         finally:
             self.course.breaking.remove(fault.name)
             self._breaking.discard(task)
-        self.course.injected.append(seen)
+        self.course.injected.append(injected_fault)
 
     async def _rest(self, stopped: asyncio.Task[Any]) -> None:
         """Wait until the fleet has shrunk to its minimum, because late instances cost money too."""

@@ -96,25 +96,28 @@ class RunState:
     @property
     def open(self) -> list[str]:
         """Return the ids of the unfinished jobs."""
-        return [name for name, one in self.running.items() if not one.has_ended]
+        return [name for name, submitted_job in self.running.items() if not submitted_job.has_ended]
 
     @property
     def is_over(self) -> bool:
         return len(self.running) == len(self.jobs) and not self.open
 
     def told(self) -> list[ObservedJob]:
-        return [ObservedJob(one.due.template.name, one.view, one.due) for one in self.running.values()]
+        return [
+            ObservedJob(submitted_job.due.template.name, submitted_job.view, submitted_job.due)
+            for submitted_job in self.running.values()
+        ]
 
     def state(self, sample: Sample | None) -> ReplayProgress:
         """Return the progress."""
-        ended = [one for one in self.running.values() if one.has_ended]
+        ended = [submitted_job for submitted_job in self.running.values() if submitted_job.has_ended]
         return ReplayProgress(
             self.at_s(),
             len(self.jobs),
             len(self.running),
             len(ended),
-            sum(one.view["state"] != "SUCCEEDED" for one in ended),
-            max((one.at_s - one.due.due_s for one in self.running.values()), default=0.0),
+            sum(submitted_job.view["state"] != "SUCCEEDED" for submitted_job in ended),
+            max((submitted_job.at_s - submitted_job.due.due_s for submitted_job in self.running.values()), default=0.0),
             self._left_s(sample),
             sample,
             tuple(self.breaking),
@@ -335,12 +338,12 @@ class GridSampler:
     def _unseen(self, ended: Mapping[str, float]) -> Iterator[InstanceRun]:
         """Yield instances that lived only between two samples, by their activities."""
         for one in self._told.values():
-            named = _LAUNCH.match(one["description"])
-            if not named or named[1] in self._lives or one["at_s"] < self._begun_s:
+            match = _LAUNCH.match(one["description"])
+            if not match or match[1] in self._lives or one["at_s"] < self._begun_s:
                 continue
-            ready_s, gone_s = one["ended_s"], ended.get(named[1])
+            ready_s, gone_s = one["ended_s"], ended.get(match[1])
             yield InstanceRun(
-                id=named[1],
+                id=match[1],
                 pool=one["pool"],
                 type="",
                 market=Market.ON_DEMAND.value,
@@ -354,9 +357,9 @@ class GridSampler:
         """Return the end of each instance's successful activity of that kind."""
         found: dict[str, float] = {}
         for one in self._told.values():
-            named = what.match(one["description"])
-            if named and one["ended_s"] is not None and one["status"] == "Successful":
-                found[named[1]] = one["ended_s"]
+            match = what.match(one["description"])
+            if match and one["ended_s"] is not None and one["status"] == "Successful":
+                found[match[1]] = one["ended_s"]
         return found
 
 

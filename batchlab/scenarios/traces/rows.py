@@ -367,7 +367,7 @@ class RowMapper:
         return number
 
     def _sum(self, fields: RawRecord, take: ColumnSum | None) -> float | None:
-        if take is None or not (take.needed or any(one in fields.values for one in take.columns)):
+        if take is None or not (take.needed or any(column in fields.values for column in take.columns)):
             return None
         if len(take.columns) == 1:
             return self._number(fields, take.columns[0]) / take.per

@@ -134,7 +134,7 @@ class Trace:
         if not reading.records:
             return UsageError(f"The trace {self.path} has no records.", remedy="Name a file with records.")
         remedy = "Check its format and the map of its columns."
-        if any(one.what == f"{self._map().at} is not a time" for one in reading.odd):
+        if any(anomaly.what == f"{self._map().at} is not a time" for anomaly in reading.odd):
             remedy += (
                 ' A date that is not written as 2026-10-31 18:05:00 needs its form, such as unit: "%d.%m.%Y %H:%M:%S".'
             )

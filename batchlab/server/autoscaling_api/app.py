@@ -123,10 +123,10 @@ def credential(request: Request) -> Credential:
     text = request.header("authorization")
     if text is None:
         raise Fault("MissingAuthenticationToken", "Missing Authentication Token")
-    found = _AUTHORIZATION.fullmatch(text)
-    if found is None:
+    match = _AUTHORIZATION.fullmatch(text)
+    if match is None:
         raise Fault("IncompleteSignature", "The Authorization header is not one of AWS4-HMAC-SHA256.")
-    named = found.groupdict()
+    named = match.groupdict()
     headers = tuple(named.pop("headers").split(";"))
     return Credential(**named, headers=headers)
 

@@ -213,8 +213,8 @@ class MetricStore:
         if "MetricName" not in wanted:
             return None
         now_s = self._clock.now_s()
-        found = self._points.get(_name(wanted.get("Namespace", ""), wanted), [])
-        fresh = [point for point in found if -PERIOD_S <= now_s - point.at_s <= FRESH_S]
+        points = self._points.get(_name(wanted.get("Namespace", ""), wanted), [])
+        fresh = [point for point in points if -PERIOD_S <= now_s - point.at_s <= FRESH_S]
         if not fresh:
             return None
         newest_s = max(point.at_s for point in fresh)
@@ -231,19 +231,19 @@ def _points(one: Asked, now_s: float) -> Sequence[Point]:
     at_s = one["Timestamp"].timestamp() if "Timestamp" in one else now_s
     if "StatisticValues" in one:
         told = one["StatisticValues"]
-        found = [Point(at_s, told["SampleCount"], told["Sum"], told["Minimum"], told["Maximum"])]
+        points = [Point(at_s, told["SampleCount"], told["Sum"], told["Minimum"], told["Maximum"])]
     else:
         values = one.get("Values") or [one[name] for name in ("Value",) if name in one]
         counts = one.get("Counts") or [1.0] * len(values)
         if len(counts) != len(values):
             raise Fault("InvalidParameterValue", "Values and Counts must be equally many.")
-        found = [Point(at_s, n, v * n, v, v) for v, n in zip(values, counts, strict=True)]
-    if not found or any(point.count <= 0 for point in found):
+        points = [Point(at_s, n, v * n, v, v) for v, n in zip(values, counts, strict=True)]
+    if not points or any(point.count <= 0 for point in points):
         raise Fault("InvalidParameterValue", f"{one['MetricName']!r} comes without a value.")
-    numbers = [n for p in found for n in (p.count, p.total / p.count, p.least, p.most)]
+    numbers = [n for p in points for n in (p.count, p.total / p.count, p.least, p.most)]
     if not all(abs(number) <= LARGEST for number in numbers):
         raise Fault("InvalidParameterValue", f"{one['MetricName']!r} is out of range.")
-    return found
+    return points
 
 
 class CloudWatch:

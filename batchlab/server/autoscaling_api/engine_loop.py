@@ -131,10 +131,10 @@ async def _keep(engine: AutoScaling, changed: asyncio.Event) -> None:
         changed.clear()
         try:
             await engine.tick()
-            for one in engine.take_notifications():
-                hook, way = one.hook, f"{one.origin} to {one.destination}"
+            for notification in engine.take_notifications():
+                hook, way = notification.hook, f"{notification.origin} to {notification.destination}"
                 name, group = hook.lifecycle_hook_name, hook.auto_scaling_group_name
-                log.info("%s waits in hook %s of %s (%s)", one.instance_id, name, group, way)
+                log.info("%s waits in hook %s of %s (%s)", notification.instance_id, name, group, way)
             failing = ""
         except Exception as error:
             if repr(error) != failing:

@@ -124,10 +124,10 @@ def _merged(group: GroupDetails, new: Sequence[tuple[str, str]]) -> tuple[tuple[
 
 
 def _one(call: Call, name: str) -> GroupDetails:
-    found = call.engine.describe_auto_scaling_groups([name])
-    if not found:
+    group_detailses = call.engine.describe_auto_scaling_groups([name])
+    if not group_detailses:
         raise invalid("AutoScalingGroup name not found - null")
-    return found[0]
+    return group_detailses[0]
 
 
 def delete(call: Call) -> Answer:
@@ -210,9 +210,13 @@ def describe_activities(call: Call) -> Answer:
 
 
 def describe_instances(call: Call) -> Answer:
-    found = call.engine.describe_auto_scaling_instances(call.asked.get("InstanceIds", ()))
+    instance_detailses = call.engine.describe_auto_scaling_instances(call.asked.get("InstanceIds", ()))
     return call.paged(
-        "AutoScalingInstances", found, lambda instance: instance.instance_id, most=MOST_INSTANCES, tell=_instance
+        "AutoScalingInstances",
+        instance_detailses,
+        lambda instance: instance.instance_id,
+        most=MOST_INSTANCES,
+        tell=_instance,
     )
 
 

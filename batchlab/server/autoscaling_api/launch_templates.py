@@ -155,14 +155,14 @@ class TemplateFile:
         return self._version(name, self._number(name, reference.version))
 
     def _version(self, name: str, number: int) -> Version:
-        found = self._named[name].version[number - 1]
-        is_plain = _PLAIN_USER.fullmatch(found.user) and not found.system
-        if self._images and (found.image not in self._images or not is_plain):
+        version = self._named[name].version[number - 1]
+        is_plain = _PLAIN_USER.fullmatch(version.user) and not version.system
+        if self._images and (version.image not in self._images or not is_plain):
             raise ValidationError(
                 f"This endpoint does not launch version {number} of template {name}: its image, "
                 "user, or system is not allowed here. `asg serve --image` names the images."
             )
-        return found
+        return version
 
     def _name(self, reference: LaunchTemplate) -> str:
         if name := reference.launch_template_name:

@@ -38,13 +38,13 @@ class Facts:
         """Return the signals of an instance. An instance that belongs to no group gets the signal
         that it will end."""
         try:
-            known = self.engine.metadata(instance)
+            metadata = self.engine.metadata(instance)
         except ValidationError:
             return Signals("Terminated")
         interruption = None
-        if known.spot_action and known.spot_time is not None:
-            interruption = Interruption(known.spot_time, known.spot_action)
-        return Signals(known.target_lifecycle_state, interruption, known.rebalance_time)
+        if metadata.spot_action and metadata.spot_time is not None:
+            interruption = Interruption(metadata.spot_time, metadata.spot_action)
+        return Signals(metadata.target_lifecycle_state, interruption, metadata.rebalance_time)
 
     def of(self, launcher: object, templates: TemplateFile, clock: Clock) -> MetadataSource:
         """Return a source of the launcher's metadata with the group's tags, and with the user data
@@ -61,22 +61,22 @@ class _Told:
 
     async def metadata(self, address: str) -> Metadata | None:
         ask = getattr(self._launcher, "metadata", None)
-        found: Metadata | None = await ask(address) if ask else None
-        if found is None:
+        metadata: Metadata | None = await ask(address) if ask else None
+        if metadata is None:
             return None
         try:
-            known = self._facts.engine.metadata(found.instance)
-            (row,) = self._facts.engine.describe_auto_scaling_instances([found.instance])
-            found = replace(found, tags={**found.tags, **dict(known.tags)})
+            known = self._facts.engine.metadata(metadata.instance)
+            (row,) = self._facts.engine.describe_auto_scaling_instances([metadata.instance])
+            metadata = replace(metadata, tags={**metadata.tags, **dict(known.tags)})
             if row.launch_template is None:
-                return found
+                return metadata
             version = self._templates.referred(row.launch_template)
         except (ValidationError, ValueError):
-            return found  # the instance or its template no longer exists
+            return metadata  # the instance or its template no longer exists
         credentials = {}
         if role := version.role:
             credentials[role.name] = _document(role, self._clock.now_s())
-        return replace(found, user_data=version.user_data, credentials=credentials)
+        return replace(metadata, user_data=version.user_data, credentials=credentials)
 
 
 def _document(role: Role, now_s: float) -> Mapping[str, str]:

@@ -42,8 +42,12 @@ MOST_WARM = 50
 def put_hook(call: Call) -> Answer:
     """Create or update a hook. Parameters that are not given keep their value, as in AWS's
     PutLifecycleHook."""
-    known = call.engine.describe_lifecycle_hooks(call.group, [call.asked["LifecycleHookName"]])
-    hook = replace(known[0], **fields(LifecycleHook, call.asked)) if known else given(LifecycleHook, call.asked)
+    lifecycle_hooks = call.engine.describe_lifecycle_hooks(call.group, [call.asked["LifecycleHookName"]])
+    hook = (
+        replace(lifecycle_hooks[0], **fields(LifecycleHook, call.asked))
+        if lifecycle_hooks
+        else given(LifecycleHook, call.asked)
+    )
     call.engine.put_lifecycle_hook(hook)
     return {}
 
@@ -120,8 +124,8 @@ def _schedule(call: Call, asked: Asked) -> None:
         # `Time` is the former name of `StartTime`.
         changes.setdefault("start_time", asked["Time"].timestamp())
     name = asked["ScheduledActionName"]
-    known = call.engine.describe_scheduled_actions(call.group, scheduled_action_names=[name])
-    old = known[0] if known else ScheduledAction(call.group, name)
+    scheduled_actions = call.engine.describe_scheduled_actions(call.group, scheduled_action_names=[name])
+    old = scheduled_actions[0] if scheduled_actions else ScheduledAction(call.group, name)
     if {"recurrence", "time_zone"} & changes.keys():
         # The start time of a described action is its next run according to the old recurrence.
         old = replace(old, start_time=None)
@@ -197,13 +201,13 @@ def describe_refreshes(call: Call) -> Answer:
 
 
 def put_warm_pool(call: Call) -> Answer:
-    known, _ = call.engine.describe_warm_pool(call.group)
+    warm_pool, _ = call.engine.describe_warm_pool(call.group)
     changes = fields(WarmPool, call.asked)
     if changes.get("max_group_prepared_capacity") == -1:
         changes["max_group_prepared_capacity"] = None
     if policy := call.asked.get("InstanceReusePolicy"):
         changes["reuse_on_scale_in"] = policy.get("ReuseOnScaleIn", False)
-    call.engine.put_warm_pool(call.group, replace(known or WarmPool(), **changes))
+    call.engine.put_warm_pool(call.group, replace(warm_pool or WarmPool(), **changes))
     return {}
 
 

@@ -245,7 +245,7 @@ def _target(scope: Scope) -> str:
 
 
 def _with_bearer(headers: Iterable[tuple[bytes, bytes]], token: str) -> list[tuple[bytes, bytes]]:
-    others = [one for one in headers if one[0].lower() != b"authorization"]
+    others = [header for header in headers if header[0].lower() != b"authorization"]
     return [*others, (b"authorization", f"Bearer {token}".encode())]
 
 

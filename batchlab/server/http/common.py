@@ -249,7 +249,7 @@ def _told(error: BatchlabError) -> str:
         return error.message
     first, *others = getattr(error, "errors", (error,))
     where = f"{first.file}:{first.line}: " if first.line else ""
-    more = "".join(f" Also in line {one.line}: {one.message}" for one in others[:MISTAKES])
+    more = "".join(f" Also in line {other.line}: {other.message}" for other in others[:MISTAKES])
     return f"{where}{first.message}{more}"
 
 
@@ -274,8 +274,8 @@ async def outcomes_of(manager: Manager, records: Sequence[BundleRecord]) -> Asyn
     objects, patience = manager.ports.objects, manager.ports.patience
     key = await manager.ports.keys.of((await manager.ports.ledger.job(records[0].bundle.job)).job)
     for first in range(0, len(records), READ_AT_ONCE):
-        some = records[first : first + READ_AT_ONCE]
-        read = await asyncio.gather(*(committed(objects, r.bundle, patience, key) for r in some))
-        for record, outcome in zip(some, read, strict=True):
+        bundle_records = records[first : first + READ_AT_ONCE]
+        read = await asyncio.gather(*(committed(objects, r.bundle, patience, key) for r in bundle_records))
+        for record, outcome in zip(bundle_records, read, strict=True):
             if outcome:
                 yield record, outcome

@@ -88,21 +88,21 @@ async def chosen_tasks(
 ) -> TaskSelection:
     """Return the failed tasks with these fingerprints, and `tasks`. Raise Refused for an unknown
     fingerprint."""
-    chosen: dict[StageName, list[TaskSet]] = {name: [some] for name, some in tasks.items()}
+    chosen: dict[StageName, list[TaskSet]] = {name: [task_set] for name, task_set in tasks.items()}
     record = await manager.ports.ledger.job(job)
     is_whole = not fingerprints
-    known = Groups(record.round)
+    groups = Groups(record.round)
     while not is_whole:
-        known, is_whole = await _read_on(manager, served, record)
-    for one in fingerprints:
-        causes = [cause for cause in known.tasks if cause[1] == one]
+        groups, is_whole = await _read_on(manager, served, record)
+    for fingerprint in fingerprints:
+        causes = [cause for cause in groups.tasks if cause[1] == fingerprint]
         if not causes:
             raise Refused(
-                f"No failed task of job {job} has the fingerprint {one!r}.",
+                f"No failed task of job {job} has the fingerprint {fingerprint!r}.",
                 remedy="`batchlab job failures` lists those that there are.",
             )
         for cause in causes:
-            chosen.setdefault(StageName(cause[0]), []).append(TaskSet.of(known.tasks[cause]))
+            chosen.setdefault(StageName(cause[0]), []).append(TaskSet.of(groups.tasks[cause]))
     return {name: TaskSet.union(sets) for name, sets in chosen.items()}
 
 
@@ -110,18 +110,18 @@ async def _read_on(manager: Manager, served: Served, record: JobRecord) -> tuple
     """Add the next outcomes to the groups. Return the groups, and whether all outcomes were
     read."""
     kept = served.groups
-    known = kept.pop(record.job.id, None)
-    if known is None or known.round != record.round:
-        known = Groups(record.round)
-    kept[record.job.id] = known  # the most recently used job is the last one
+    groups = kept.pop(record.job.id, None)
+    if groups is None or groups.round != record.round:
+        groups = Groups(record.round)
+    kept[record.job.id] = groups  # the most recently used job is the last one
     while len(kept) > KEPT:
         del kept[next(iter(kept))]
-    rows = await _rows(manager, record.job.id, known.seq)
+    rows = await _rows(manager, record.job.id, groups.seq)
     async for _, failure in _standing(manager, record, rows):
-        known.add(failure)
+        groups.add(failure)
     if rows:
-        known.seq = max(known.seq, rows[-1].seq or 0)
-    return known, len(rows) < BUDGET
+        groups.seq = max(groups.seq, rows[-1].seq or 0)
+    return groups, len(rows) < BUDGET
 
 
 async def _rows(manager: Manager, job: JobId, after_seq: int) -> Sequence[BundleRecord]:

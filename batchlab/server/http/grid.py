@@ -112,8 +112,8 @@ async def grid(manager: Leader, served: Given) -> api_types.GridView:
 @router.get("/grid/activities")
 async def activities(manager: Leader, pool: str | None = None, limit: Limit = 50) -> api_types.ActivitiesView:
     """Return scaling activities with their causes, newest first."""
-    found = await manager.ports.fleet.activities(pool, limit=limit)
-    return {"activities": [job_views.activity_view(activity) for activity in found]}
+    activities = await manager.ports.fleet.activities(pool, limit=limit)
+    return {"activities": [job_views.activity_view(activity) for activity in activities]}
 
 
 @router.get("/grid/history")
@@ -183,17 +183,17 @@ async def log(telling: Telling, limit: Limit = 100) -> api_types.NotificationsVi
 @router.get("/notifications/targets")
 async def targets(telling: Telling, manager: Leader) -> api_types.TargetsView:
     """Return the grid's notification targets, and those of jobs that have not ended."""
-    return {"targets": [api_types.target_view(one) for one in _all(telling, manager)]}
+    return {"targets": [api_types.target_view(target) for target in _all(telling, manager)]}
 
 
 def _all(telling: Notifier, manager: Manager) -> list[notifications.Target]:
-    known = telling.directory()
+    directory = telling.directory()
     own = [
-        known.own(live.id, number, one)
+        directory.own(live.id, number, notify_def)
         for live in manager.lives.values()
-        for number, one in enumerate(live.job.notify, start=1)
+        for number, notify_def in enumerate(live.job.notify, start=1)
     ]
-    return [*known.targets, *own]
+    return [*directory.targets, *own]
 
 
 @router.post("/notifications/targets/{target}/test")

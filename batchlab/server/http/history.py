@@ -43,13 +43,13 @@ class History:
         if not self.moments and manager.recorder:
             self._recall(manager.recorder.samples(now_s - KEPT * EVERY_S))
         running: dict[str, int] = {}
-        for seen in manager.registry.workers.values():
-            running[seen.beat.pool] = running.get(seen.beat.pool, 0) + seen.beat.busy
+        for worker_status in manager.registry.workers.values():
+            running[worker_status.beat.pool] = running.get(worker_status.beat.pool, 0) + worker_status.beat.busy
         seen_now: dict[str, tuple[int, ...]] = {}
         for name, group in manager.groups.items():
             if name not in manager.pools:
                 continue
-            states = [one.state for one in group.instances]
+            states = [instance.state for instance in group.instances]
             depth = manager.depths.get(name)
             seen_now[name] = (
                 group.desired,
@@ -124,7 +124,7 @@ def eta_of(manager: Manager, job: JobId) -> EtaView:
         return _none("a cap on cost holds it back")
     stages = _work(manager, live)
     rooms = _rooms(manager, live)
-    if any(one.left and rooms[one.pool].most < 1 for one in stages):
+    if any(stage.left and rooms[stage.pool].most < 1 for stage in stages):
         return _none("its pool may have no instances")
     found = eta.estimate(stages, rooms)
     if found is None:
@@ -138,14 +138,14 @@ def _none(why: str) -> EtaView:
 
 def _work(manager: Manager, live: LiveJob) -> list[StageWork]:
     running = running_tasks(live, manager.registry.workers.values())
-    found: list[StageWork] = []
+    stage_works: list[StageWork] = []
     for stage in live.job.stages:
         counts = live.stages[stage.name].counts
         pace = live.measured.get(stage.name, Pace())
         if pace.bundles < eta.FEW and pace.tasks < counts.succeeded:
             # An earlier manager measured these tasks, and the ledger has only their sum.
             pace = Pace().with_bundle(counts.succeeded, counts.run_s)
-        found.append(
+        stage_works.append(
             StageWork(
                 name=stage.name,
                 pool=stage.pool,
@@ -157,7 +157,7 @@ def _work(manager: Manager, live: LiveJob) -> list[StageWork]:
                 pace=pace,
             )
         )
-    return found
+    return stage_works
 
 
 def _rooms(manager: Manager, live: LiveJob) -> Mapping[str, Room]:
@@ -167,10 +167,10 @@ def _rooms(manager: Manager, live: LiveJob) -> Mapping[str, Room]:
         if known is None:
             found[pool] = Room(0, 0)
             continue
-        states = [one.state for one in group.instances] if group else []
+        states = [instance.state for instance in group.instances] if group else []
         held = manager.autoscaler.held.get(pool)
         most = known.max_size if held is None else held
-        rivals = sum(one.id != live.id and one.has_work(pool) for one in manager.lives.values())
+        rivals = sum(live_job.id != live.id and live_job.has_work(pool) for live_job in manager.lives.values())
         found[pool] = Room(
             now=states.count(LifecycleState.IN_SERVICE) * known.slots,
             most=most * known.slots,

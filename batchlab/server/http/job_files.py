@@ -283,7 +283,7 @@ def _own_folder() -> Iterator[Path]:
 def _placed(files: Sequence[UploadFile], data: Sequence[UploadFile], data_folder: str) -> list[str]:
     """Return the path of each file in the job's folder. Raise UsageError if a path would leave the
     folder, or if two paths are equal."""
-    paths = [PurePosixPath(_safe(one.filename or "")) for one in files]
+    paths = [PurePosixPath(_safe(file.filename or "")) for file in files]
     tops = {path.parts[0] for path in paths}
     if len(tops) == 1 and all(len(path.parts) > 1 for path in paths):
         # If a user chooses a folder, the browser prefixes each name with the folder's name.
@@ -332,7 +332,7 @@ def _job_file(names: Sequence[str], named: str) -> str:
         if named in names:
             return named
         raise UsageError(f"No file {named!r} came along.", remedy=f"There are {_some(names)}.")
-    found = [one for one in names if "/" not in one and one.endswith((".yaml", ".yml"))]
+    found = [name for name in names if "/" not in name and name.endswith((".yaml", ".yml"))]
     for usual in ("job.yaml", "job.yml"):
         if usual in found:
             return usual

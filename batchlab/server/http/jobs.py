@@ -57,7 +57,7 @@ async def first(manager: Manager, job: JobId, wait_s: float) -> api_types.Outcom
                 await news(live, live.version, end_s - loop.time())
             if live.first_outcomes and not live.folds:
                 key = await manager.ports.keys.of(live.job)
-                return {"outcomes": [_uncounted(one, key) for one in live.first_outcomes], "ended": False}
+                return {"outcomes": [_uncounted(outcome, key) for outcome in live.first_outcomes], "ended": False}
         finally:
             live.listeners -= 1
             if not live.listeners:
@@ -88,7 +88,7 @@ async def page(
         if found or ended or live is None or loop.time() >= end_s:
             key = await manager.ports.keys.of(record.job)
             return {
-                "outcomes": [job_views.outcome_view(row, key, one) for row, one in found],
+                "outcomes": [job_views.outcome_view(row, key, outcome) for row, outcome in found],
                 "ended": ended and len(found) < limit,
             }
         while live.folds == folds and not live.record.state.ended and loop.time() < end_s:
@@ -101,8 +101,8 @@ async def _after(
     recent = live.outcomes_after(after) if live else None
     if recent is not None:
         return [one for one in recent if stage in (None, one[0].bundle.stage)][:limit]
-    found = await manager.ports.ledger.bundles(job, stage=stage, done=True, after_seq=after, limit=limit)
-    return [(one, None) for one in found]
+    bundle_records = await manager.ports.ledger.bundles(job, stage=stage, done=True, after_seq=after, limit=limit)
+    return [(one, None) for one in bundle_records]
 
 
 entrance = guarded()
@@ -147,10 +147,10 @@ async def submit(
     status = 201 if written.is_new else 200
     view = await shown(manager, written.rows.job)
     if wait_s:
-        known = JobId(view["id"])
-        heard = partial(first, manager, known, wait_s)
+        job_id = JobId(view["id"])
+        heard = partial(first, manager, job_id, wait_s)
         if not written.is_new:
-            heard = partial(page, manager, known, None, None, MOST, wait_s)
+            heard = partial(page, manager, job_id, None, None, MOST, wait_s)
         return _Lines(view, heard, status)
     response.status_code = status
     return view

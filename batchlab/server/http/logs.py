@@ -37,7 +37,7 @@ class _Room:
 
     def takes(self, outcome: Outcome, attempt: Attempt) -> bool:
         spans = (stop - start for task, start, stop in outcome.log_spans if task == attempt.task)
-        size_bytes = sum(max(0, one) for one in spans)
+        size_bytes = sum(max(0, span) for span in spans)
         if size_bytes > self.left_bytes:
             self.is_over = True
             return False
@@ -99,12 +99,12 @@ async def logs_after(
     found: list[api_types.LogView] = []
     over = False
     room = _Room()
-    kept = {r.bundle.id for r in _recent(manager, wanted, since_s)}
+    bundle_ids = {r.bundle.id for r in _recent(manager, wanted, since_s)}
     async for record, outcome in outcomes_of(manager, wanted):
-        one = attempt_in(outcome, task) if task is not None else None
-        over = over or (one is not None and one.state != "RETRIED")
+        attempt = attempt_in(outcome, task) if task is not None else None
+        over = over or (attempt is not None and attempt.state != "RETRIED")
         current = outcome.bundle.round == round_
-        if outcome.bundle.id in kept and (current or not failed):
+        if outcome.bundle.id in bundle_ids and (current or not failed):
             found += [log async for log in _of(manager, outcome, task, MOST, room, failed=failed)]
         if room.is_over or room.left_bytes < MOST_BYTES / 2:
             last = record.seq  # the next answer contains the other logs
@@ -122,9 +122,9 @@ async def tails(manager: Leader, job: JobId) -> api_types.TailsView:
     if live is None:
         await manager.ports.ledger.job(job)
         return {"tails": [], "every_s": manager.tails.every_s}
-    found = await manager.tails.of(live)
-    shown = sorted((one.stage, one.task, one.attempt, one) for one in found)
-    return {"tails": [job_views.tail_view(one) for *_, one in shown], "every_s": manager.tails.every_s}
+    tails = await manager.tails.of(live)
+    shown = sorted((tail.stage, tail.task, tail.attempt, tail) for tail in tails)
+    return {"tails": [job_views.tail_view(tail) for *_, tail in shown], "every_s": manager.tails.every_s}
 
 
 def _recent(manager: Manager, records: Sequence[BundleRecord], since_s: float | None) -> Sequence[BundleRecord]:
@@ -161,7 +161,7 @@ async def _texts(
 ) -> Sequence[tuple[Attempt, bytes | None]]:
     objects, patience = manager.ports.objects, manager.ports.patience
     try:
-        texts = await printed(objects, outcome, [one.task for one in wanted], patience)
+        texts = await printed(objects, outcome, [attempt.task for attempt in wanted], patience)
     except NotFound:
-        return [(one, None) for one in wanted]
-    return [(one, texts[one.task]) for one in wanted]
+        return [(attempt, None) for attempt in wanted]
+    return [(attempt, texts[attempt.task]) for attempt in wanted]

@@ -80,7 +80,7 @@ async def add_schedule(schedules: Timetable, adding: Adding, response: Response)
 @router.get("/schedules")
 async def list_schedules(schedules: Timetable) -> api_usage_types.SchedulesView:
     """Return all schedules by name, each with its last run."""
-    views = [api_usage_types.schedule_view(one, runs=1) for one in await schedules.all()]
+    views = [api_usage_types.schedule_view(schedule, runs=1) for schedule in await schedules.all()]
     return {"schedules": views, "notes": schedules.notes}
 
 
@@ -95,8 +95,8 @@ async def coming(
     schedules: Timetable, manager: Leader, name: str, count: Annotated[int, Query(ge=1, le=COMING)] = 10
 ) -> api_usage_types.ComingView:
     """Return the next due times of a schedule."""
-    found = await schedules.one(name)
-    return {"times": api_usage_types.coming(found, manager.ports.clock.now_s(), count)}
+    schedule = await schedules.one(name)
+    return {"times": api_usage_types.coming(schedule, manager.ports.clock.now_s(), count)}
 
 
 @router.post("/schedules/{name}/pause")

@@ -94,12 +94,12 @@ async def _row(manager: Manager, job: JobId, stage: StageName, task: int, seq: i
     if seq is not None:
         rows = await ledger.bundles(job, stage=stage, after_seq=seq - 1, limit=1)
         return next((r for r in rows if r.seq == seq and task in r.bundle.tasks), None)
-    found: BundleRecord | None = None
+    bundle_record: BundleRecord | None = None
     last = 0
     while rows := await ledger.bundles(job, stage=stage, after_seq=last, limit=ROWS_AT_ONCE):
-        found = next((r for r in reversed(rows) if task in r.bundle.tasks), found)
+        bundle_record = next((r for r in reversed(rows) if task in r.bundle.tasks), bundle_record)
         last = rows[-1].seq or 0
-    return found
+    return bundle_record
 
 
 # --- Input ----------------------------------------------------------------------------------------

@@ -118,7 +118,7 @@ async def problem_page(request: Request, error: Exception) -> HTMLResponse:
     status, problem = problem_of(request, error)
     # The mistakes in a job file. FastAPI's errors have a method with the same name.
     mistakes = getattr(error, "errors", ()) if isinstance(error, BatchlabError) else ()
-    several = [str(one) for one in mistakes]
+    several = [str(mistake) for mistake in mistakes]
     return render(
         request,
         "problem.html",

@@ -76,10 +76,10 @@ class Guard:
         headers = Headers(scope=scope)
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         session = None
-        if found := _BELOW.match(path):
-            session = self._session(headers, found["place"])
-            path = path.removeprefix(found[0])
-            scope["root_path"] = f"{scope.get('root_path', '')}{found[0]}"
+        if match := _BELOW.match(path):
+            session = self._session(headers, match["place"])
+            path = path.removeprefix(match[0])
+            scope["root_path"] = f"{scope.get('root_path', '')}{match[0]}"
         scope[SESSION] = session
         refusal = self._refusal(scope["method"], path, headers, session)
         await (refusal or self.app)(scope, receive, send_guarded)

@@ -130,15 +130,15 @@ class Progress:
     def parts(self) -> list[Part]:
         """Return the parts of the bar. Each is wide enough to be visible."""
         whole = max(self.planned or 0, self.ended + self.running, 1)
-        found: list[Part] = []
+        parts: list[Part] = []
         at = 0.0
         for kind in ("succeeded", "failed", "cancelled", "running"):
             tasks: int = getattr(self, kind)
             if tasks:
                 width = min(max(tasks * 100 / whole, 0.6), 100 - at)
-                found.append(Part(kind, round(at, 3), round(width, 3)))
+                parts.append(Part(kind, round(at, 3), round(width, 3)))
                 at += width
-        return found
+        return parts
 
     @property
     def told(self) -> str:
@@ -160,12 +160,12 @@ def of_job(job: JobView) -> Progress:
     """Return the progress of all stages of a job."""
     stages = [of_stage(stage) for stage in job["stages"]]
     return Progress(
-        sum(one.planned or 0 for one in stages),
-        sum(one.succeeded for one in stages),
-        sum(one.failed for one in stages),
-        sum(one.cancelled for one in stages),
-        sum(one.running for one in stages),
-        is_open=any(one.planned is None for one in stages),
+        sum(progress.planned or 0 for progress in stages),
+        sum(progress.succeeded for progress in stages),
+        sum(progress.failed for progress in stages),
+        sum(progress.cancelled for progress in stages),
+        sum(progress.running for progress in stages),
+        is_open=any(progress.planned is None for progress in stages),
     )
 
 

@@ -186,7 +186,7 @@ async def of_group(
         here="failures",
         job=view,
         fingerprint=fingerprint,
-        group=next((one for one in groups if one["fingerprint"] == fingerprint), None),
+        group=next((group for group in groups if group["fingerprint"] == fingerprint), None),
         failures=found["failures"],
         next=found["next"],
         is_first=after is None,
