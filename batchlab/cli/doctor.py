@@ -360,7 +360,7 @@ FAIL_BELOW_FREE_BYTES = 200 * 2**20
 WARN_BELOW_BYTES = 2 * 2**30
 SANE_S = 1_700_000_000.0
 SKEW_S = 2.0
-MOST_NAMED = 20
+MAX_NAMED = 20
 """Most damaged objects that are listed."""
 
 
@@ -474,7 +474,7 @@ def _objects(home: Home, *, repair: bool) -> Iterator[Finding]:
     if not found:
         yield Finding("objects", Level.OK, "no object is empty or torn")
     elif not repair:
-        for key, problem in found[:MOST_NAMED]:
+        for key, problem in found[:MAX_NAMED]:
             yield Finding("objects", Level.FAIL, f"{home.objects / key} {problem}.")
         yield Finding(
             "objects",

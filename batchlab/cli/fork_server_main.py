@@ -19,14 +19,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from batchlab.adapters.local.fork_server import MOST_BYTES
+from batchlab.adapters.local.fork_server import MAX_BYTES
 from batchlab.adapters.local.processes import exit_code
 from batchlab.cli.services import serve
 from batchlab.runtime import factory
 from batchlab.server import worker_service  # noqa: F401 - imported once for all forks
 from batchlab.worker import environment  # noqa: F401
 
-MOST_DESCRIPTORS = 2
+MAX_DESCRIPTORS = 2
 NAME = "batchlab-worker"
 """Process name of a fork. The command lines of all forks are the same."""
 
@@ -55,7 +55,7 @@ def serve_forks(connection: socket.socket) -> Sequence[str] | None:
     In a fork, return the arguments of its worker.
     """
     while True:
-        message, descriptors, _, _ = socket.recv_fds(connection, MOST_BYTES, MOST_DESCRIPTORS)
+        message, descriptors, _, _ = socket.recv_fds(connection, MAX_BYTES, MAX_DESCRIPTORS)
         if not message:
             return None
         request = json.loads(message)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 COMPLETION_TIMEOUT_S = 0.5
 """Timeout of a completion's request to the manager, which usually answers much sooner."""
-MOST = 100
+MAX_LISTED = 100
 LAST = "last"
 
 
@@ -44,7 +44,7 @@ def scenarios(incomplete: str) -> list[str]:
 def jobs(ctx: typer.Context, incomplete: str) -> list[str]:
     """Complete ids of jobs, newest first, from the manager or else from the local bucket."""
     home = _home(ctx)
-    known = [str(one["id"]) for one in _asked(home, f"/v1/jobs?limit={MOST}", "jobs")]
+    known = [str(one["id"]) for one in _asked(home, f"/v1/jobs?limit={MAX_LISTED}", "jobs")]
     return _of(incomplete, [LAST, *(known or _left(home))])
 
 
@@ -97,7 +97,7 @@ def _left(home: Home) -> list[str]:
         found = [(path.stat().st_mtime, path.name) for path in (home.objects / "jobs").iterdir()]
     except OSError:
         return []
-    return [name for _, name in sorted(found, reverse=True)[:MOST]]
+    return [name for _, name in sorted(found, reverse=True)[:MAX_LISTED]]
 
 
 HomeOption = Annotated[

@@ -288,7 +288,8 @@ def _drain(candidate: Candidate) -> str:
 
 def _warm(candidate: Candidate) -> str:
     told = (
-        f"{prewarm.min_size} in pool {prewarm.pool} from {output.span(prewarm.at_s)} until {output.span(prewarm.until_s)}"
+        f"{prewarm.min_size} in pool {prewarm.pool} "
+        f"from {output.span(prewarm.at_s)} until {output.span(prewarm.until_s)}"
         for prewarm in candidate.prewarm
     )
     return "; ".join(told) or "nothing"

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MOST = 10_000
+MAX_CALLS = 10_000
 """Limit of the calls in one batch. The first calls run while the next batch is pickled."""
 
 
@@ -83,7 +83,7 @@ class Dispatch:
                 self._waiting.append(Batch(self._look_later))
             batch = self._waiting[-1]
             batch.calls.append(call)
-            batch.whole = len(batch.calls) >= MOST
+            batch.whole = len(batch.calls) >= MAX_CALLS
 
     def submit_all(self, calls: Sequence[Call], *, bundle: int | None) -> None:
         """Send these calls without other calls in their batches. The errors are those of
@@ -91,9 +91,9 @@ class Dispatch:
         self._check_grid()
         with self._lock:
             self._wake()
-            for first in range(0, len(calls), MOST):
+            for first in range(0, len(calls), MAX_CALLS):
                 batch = Batch(self._look_later, bundle=bundle, whole=True)
-                batch.calls += calls[first : first + MOST]
+                batch.calls += calls[first : first + MAX_CALLS]
                 self._waiting.append(batch)
 
     def shutdown(self, *, wait: bool, cancel: bool) -> None:

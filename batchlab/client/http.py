@@ -86,7 +86,7 @@ def _schedule_path(name: str, what: str = "") -> str:
 
 
 REBUILD_S = 3600.0
-MOST = 1000
+MAX_LISTED = 1000
 """Limit of the rows in one answer."""
 
 
@@ -204,7 +204,7 @@ class Client(ScheduleCalls):
             answer = self._call(
                 "GET",
                 _job_path(job, "/failures"),
-                limit=min(limit - len(found), MOST),
+                limit=min(limit - len(found), MAX_LISTED),
                 after=after,
                 fingerprint=fingerprint,
             )

@@ -288,7 +288,7 @@ LAUNCHING = "autoscaling:EC2_INSTANCE_LAUNCHING"
 TERMINATING = "autoscaling:EC2_INSTANCE_TERMINATING"
 
 IN_SERVICE = "InService"
-_MOST = 3
+_MAX_TRIES = 3
 
 
 class OwnGroup:
@@ -305,7 +305,7 @@ class OwnGroup:
         """
         asked = {
             "MinSize": 0,
-            "MaxSize": _MOST,
+            "MaxSize": _MAX_TRIES,
             "AvailabilityZones": [self._target.zone],
             "LaunchTemplate": {"LaunchTemplateName": self._target.template},
             # A cooldown would delay most checks.

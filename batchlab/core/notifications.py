@@ -35,7 +35,7 @@ MOMENTS = ("ended", *ENDS, "failures", "stuck", "capped")
 failed. `stuck`: the job has made no progress for some time. `capped`: a cap on cost holds the job
 back."""
 KINDS = ("webhook", "sns", "command")
-MOST_TARGETS = 10
+MAX_TARGETS = 10
 """Maximum number of targets of one job."""
 NAMED = "target"
 """Kind of a job's target that names one of the grid's own targets."""

@@ -289,9 +289,9 @@ def _run_from_json(doc: dict[str, Any]) -> Run:
 
 ON_TIME_S = 60.0
 """A due time that the manager sees later than this is missed."""
-MOST_MISSED = 100
+MAX_MISSED = 100
 """Maximum number of missed due times that are made up for. The latest ones are taken."""
-MOST_WAITING = 100
+MAX_WAITING = 100
 """Maximum number of runs that wait for the one before them. Further due times are skipped."""
 SET_BACK_S = 60.0
 """If the clock is behind the last decided due time by more than this, it was set back."""
@@ -314,7 +314,7 @@ def lapse(schedule: Schedule, now_s: float) -> Schedule:
     next_s = schedule.next_s()
     if next_s is None or next_s > now_s:
         return schedule
-    found, more = schedule.definition.when.latest(schedule.through_s, now_s, MOST_MISSED)
+    found, more = schedule.definition.when.latest(schedule.through_s, now_s, MAX_MISSED)
     run_already = {run.due_s for run in schedule.runs if run.job and not run.asked}
     due = [one for one in found if one not in run_already]
     schedule = replace(schedule, through_s=found[-1])
@@ -385,7 +385,7 @@ def _overlapped(schedule: Schedule, fire: _Fire, now_s: float) -> Schedule:
             why = f"{named(schedule, run)} took its place before it had begun"
             schedule = schedule.with_run(_skipped(one, now_s, why))
         return schedule.with_run(run)
-    if len(waiting) >= MOST_WAITING:
+    if len(waiting) >= MAX_WAITING:
         why = f"{len(waiting)} runs wait already for the one before them"
         return schedule.with_run(_skipped(run, now_s, why))
     return schedule.with_run(run)
@@ -400,7 +400,7 @@ def by_hand(schedule: Schedule, asked: str, now_s: float) -> Schedule:
         return schedule
     unfinished, overlap = schedule.unfinished, schedule.definition.overlap
     waiting = [one for one in unfinished if one.state is RunState.WAITING]
-    if unfinished and (overlap is Overlap.SKIP or len(waiting) >= MOST_WAITING):
+    if unfinished and (overlap is Overlap.SKIP or len(waiting) >= MAX_WAITING):
         raise Refused(
             f"{named(schedule, unfinished[-1])} of schedule {schedule.name} has not ended.",
             remedy="Wait for its end, or cancel its job first.",

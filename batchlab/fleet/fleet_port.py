@@ -22,7 +22,7 @@ class ManagedFleet(Engine):
     async def ensure(self, pool: Pool) -> None:
         """Create the group with desired = min, or change it.
 
-        Raise Refused unless 0 ≤ min ≤ max ≤ MOST_INSTANCES.
+        Raise Refused unless 0 ≤ min ≤ max ≤ MAX_INSTANCES.
         """
         limits = check_limits(pool)
         group = self._groups.get(pool.name)

@@ -229,7 +229,7 @@ def _sizes(group: Group, move: str, count: int) -> str:
     )
 
 
-MOST_HOOKS = 50
+MAX_HOOKS = 50
 
 
 class HookRequests(Requests):
@@ -239,8 +239,8 @@ class HookRequests(Requests):
         """Create or replace a hook. Instances that already wait in it keep the old timeouts."""
         _, asg = self._changeable(hook.auto_scaling_group_name)
         request_base.hook(hook)
-        if hook.lifecycle_hook_name not in asg.hooks and len(asg.hooks) >= MOST_HOOKS:
-            raise LimitExceeded(f"A group may have {MOST_HOOKS} lifecycle hooks.")
+        if hook.lifecycle_hook_name not in asg.hooks and len(asg.hooks) >= MAX_HOOKS:
+            raise LimitExceeded(f"A group may have {MAX_HOOKS} lifecycle hooks.")
         asg.hooks[hook.lifecycle_hook_name] = hook
         self._changes.unsaved = True
         self._save()

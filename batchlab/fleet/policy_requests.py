@@ -16,7 +16,7 @@ from batchlab.fleet.api_types import AlreadyExists, LimitExceeded, ScalingPolicy
 from batchlab.fleet.group_state import Alarm, Asg, Group
 from batchlab.fleet.request_base import Requests
 
-MOST_POLICIES = 50
+MAX_POLICIES = 50
 SIMPLE, STEP, TRACKING = "SimpleScaling", "StepScaling", "TargetTrackingScaling"
 _TYPES = (SIMPLE, STEP, TRACKING)
 ADJUSTMENTS = ("ChangeInCapacity", "ExactCapacity", "PercentChangeInCapacity")
@@ -30,8 +30,8 @@ class PolicyRequests(Requests):
         name, this = policy.auto_scaling_group_name, policy.policy_name
         _, asg = self._changeable(name)
         _check(policy)
-        if this not in asg.policies and len(asg.policies) >= MOST_POLICIES:
-            raise LimitExceeded(f"A group may have {MOST_POLICIES} scaling policies.")
+        if this not in asg.policies and len(asg.policies) >= MAX_POLICIES:
+            raise LimitExceeded(f"A group may have {MAX_POLICIES} scaling policies.")
         arn = self._arn("scalingPolicy", name, f":policyName/{this}")
         alarms: tuple[str, ...] = ()
         if policy.policy_type == TRACKING:
@@ -149,7 +149,7 @@ def _check(policy: ScalingPolicy) -> None:
         raise ValidationError("StepAdjustments are needed for a policy of type StepScaling.")
 
 
-MOST_ACTIONS = 125
+MAX_ACTIONS = 125
 # The syntax of cron that AWS documents. cronsim accepts more, such as the last day of a month.
 _TERM = r"(\*|(\d+|[A-Z]{3})(-(\d+|[A-Z]{3}))?)(/\d+)?"
 _FIELD = re.compile(rf"{_TERM}(,{_TERM})*", re.ASCII | re.IGNORECASE)
@@ -197,8 +197,8 @@ class ScheduleRequests(Requests):
         except ValueError as error:
             raise ValidationError(f"Given recurrence string:{error} is invalid") from error
         known = action.scheduled_action_name in asg.scheduled
-        if not known and len(asg.scheduled) >= MOST_ACTIONS:
-            raise LimitExceeded(f"A group may have {MOST_ACTIONS} scheduled actions.")
+        if not known and len(asg.scheduled) >= MAX_ACTIONS:
+            raise LimitExceeded(f"A group may have {MAX_ACTIONS} scheduled actions.")
 
     def delete_scheduled_action(self, name: str, scheduled_action_name: str) -> None:
         """Delete a scheduled action. Raise ValidationError if it does not exist."""

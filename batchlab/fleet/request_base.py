@@ -30,7 +30,7 @@ from batchlab.fleet.api_types import (
 from batchlab.fleet.engine import DRAIN_S, Engine
 from batchlab.fleet.group_state import Asg, Group, Member, Store, activity_id
 from batchlab.fleet.placement import Sources
-from batchlab.fleet.scaling_policies import MOST_INSTANCES
+from batchlab.fleet.scaling_policies import MAX_INSTANCES
 from batchlab.fleet.termination import POLICIES
 
 SHORTEST_LIFETIME_S = 86_400
@@ -132,8 +132,8 @@ def group(config: GroupConfig, zones: Sequence[str], shortest_lifetime_s: int) -
     low, high = config.min_size, config.max_size
     if not 1 <= len(config.auto_scaling_group_name) <= 255:
         raise ValidationError("AutoScalingGroupName must have 1 to 255 characters.")
-    if low < 0 or high > MOST_INSTANCES:
-        raise ValidationError(f"Sizes must be between 0 and {MOST_INSTANCES}.")
+    if low < 0 or high > MAX_INSTANCES:
+        raise ValidationError(f"Sizes must be between 0 and {MAX_INSTANCES}.")
     if high < low:
         raise ValidationError(f"Max bound, {high}, must be greater than or equal to min bound, {low}")
     if not config.availability_zones and not config.vpc_zone_identifier:

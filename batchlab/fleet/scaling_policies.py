@@ -194,11 +194,11 @@ def _act(changes: Changes, group: Group, asg: Asg, policy: ScalingPolicy, desire
     changes.want(group, desired, cause)
 
 
-MOST_INSTANCES = 99_999
+MAX_INSTANCES = 99_999
 """Most instances of one group. A larger number is probably a mistake."""
 
 
-def check_limits(pool: Pool, *, most: int = MOST_INSTANCES) -> str:
+def check_limits(pool: Pool, *, most: int = MAX_INSTANCES) -> str:
     """Return the pool's limits as text. Raise Refused unless 0 ≤ min ≤ max ≤ `most`."""
     limits = f"min: {pool.min_size}, max: {pool.max_size}"
     if not 0 <= pool.min_size <= pool.max_size <= most:

@@ -29,13 +29,13 @@ from pydantic_core import PydanticCustomError
 from batchlab.core import due_times
 from batchlab.core import text as units
 from batchlab.core.errors import UsageError
-from batchlab.core.notifications import MOST_TARGETS
+from batchlab.core.notifications import MAX_TARGETS
 from batchlab.core.pricing import price_book
 from batchlab.core.task_context import name_problem
 from batchlab.jobs.yaml_source import Loc, Problem, suggest
 
 MIN_MEMORY_BYTES = 16 * 1024 * 1024
-MOST_TASKS = 10**12
+MAX_TASKS = 10**12
 """Limit for any number of tasks. A larger number is probably a typing error."""
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]*$"
@@ -87,7 +87,7 @@ def _task_size(value: object) -> int | str:
 
 
 def _allowance(value: object) -> int | str:
-    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST_TASKS:
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_TASKS:
         return value
     if isinstance(value, str) and re.match(_SHARE_PATTERN, value) and float(value.strip(" %")) <= 100:
         return value
@@ -238,7 +238,7 @@ class NotifySpec(BaseModel):
     failures: int = Field(
         default=1,
         ge=1,
-        le=MOST_TASKS,
+        le=MAX_TASKS,
         description="Number of failed tasks for `failures`, which is sent once.",
         examples=[10],
     )
@@ -252,7 +252,7 @@ class NotifySpec(BaseModel):
 Notify = Annotated[
     list[NotifySpec],
     Field(
-        max_length=MOST_TARGETS,
+        max_length=MAX_TARGETS,
         description="Receivers of notifications about the job, in addition to those of the grid.",
         examples=[[{"webhook": "https://hooks.example.org/batch", "on": "failed"}]],
     ),

@@ -306,7 +306,7 @@ class _Reader:
         self._document.problems.append(Problem(loc, message, remedy))
 
 
-_MOST_TOLD = 50
+_MAX_TOLD = 50
 """Maximum number of reported mistakes per file. The first one may be the cause of the others."""
 
 
@@ -354,7 +354,7 @@ def errors(path: Path, document: Document, problems: Sequence[Problem]) -> JobFi
         # Aliases repeat a mistake in an anchored part, so report it once.
         found[line, problem.message] = JobFileError(problem.message, file=str(path), line=line, remedy=problem.remedy)
     job_file_errors = [found[key] for key in sorted(found, key=lambda key: key[0] or 0)]
-    if len(job_file_errors) > _MOST_TOLD:
-        more = f"There are {len(job_file_errors) - _MOST_TOLD} more mistakes."
-        job_file_errors[_MOST_TOLD:] = [JobFileError(more, file=str(path), remedy="Mend the first ones first.")]
+    if len(job_file_errors) > _MAX_TOLD:
+        more = f"There are {len(job_file_errors) - _MAX_TOLD} more mistakes."
+        job_file_errors[_MAX_TOLD:] = [JobFileError(more, file=str(path), remedy="Mend the first ones first.")]
     return JobFileErrors(job_file_errors)

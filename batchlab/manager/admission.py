@@ -57,9 +57,9 @@ def admit(job: JobDef, pools: Mapping[str, int], directory: Directory | None = N
         _admit_stage(stage, earlier)
         _admit_to_pool(stage, pools)
         earlier.add(stage.name)
-    if len(job.notify) > notifications.MOST_TARGETS:
+    if len(job.notify) > notifications.MAX_TARGETS:
         raise UsageError(
-            f"Job {job.name} notifies {len(job.notify)} targets.", remedy=f"It may name {notifications.MOST_TARGETS}."
+            f"Job {job.name} notifies {len(job.notify)} targets.", remedy=f"It may name {notifications.MAX_TARGETS}."
         )
     for notify_def in job.notify:
         if wrong := notifications.problem(notify_def):

@@ -171,7 +171,7 @@ LATER_S = 60.0
 CLOSE_S = 1.0
 EXPLAINED_AT_ONCE = 5
 """Stuck jobs explained per tick. Each explanation reads the fleet and the ledger."""
-MOST_PENDING = 2000
+MAX_PENDING = 2000
 """If more notifications are pending, the oldest is given up."""
 
 Deliver = Callable[[Target, Notification], Awaitable[None]]
@@ -318,7 +318,7 @@ class Notifier:
             return  # otherwise an earlier change is not in the bucket yet
         for notification in fresh:
             self.book.pending[notification.id] = notification
-        while len(self.book.pending) > MOST_PENDING:
+        while len(self.book.pending) > MAX_PENDING:
             self._close(next(iter(self.book.pending.values())), "given up", "there are too many")
         try:
             await self._save()

@@ -256,7 +256,7 @@ def request_point(account: Account, now_s: float, step_s: float) -> Point:
     ]
 
 
-MOST_INSTANCES = 20_000
+MAX_INSTANCES = 20_000
 """Limit for instances, and the same limit for workers."""
 _GONE = LifecycleState.TERMINATED
 
@@ -330,14 +330,14 @@ class InstanceHistory:
 
     def forget(self, since_s: float) -> None:
         """Drop rows that ended before `since_s`, and the oldest rows above the limit."""
-        too_many = len(self.living) + len(self.ended) - MOST_INSTANCES
+        too_many = len(self.living) + len(self.ended) - MAX_INSTANCES
         for name, instance in list(self.ended.items()):
             if instance[6] < since_s or too_many > 0:
                 del self.ended[name]
                 too_many -= 1
         beating = {worker_status.beat.worker for worker_status in self._registry.workers.values()}
         gone = [name for name in self.workers if name not in beating]
-        too_many = len(self.workers) - MOST_INSTANCES
+        too_many = len(self.workers) - MAX_INSTANCES
         for name in gone:
             if self.workers[name][4] < since_s or too_many > 0:
                 del self.workers[name]

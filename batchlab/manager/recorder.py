@@ -54,8 +54,8 @@ CLOSE_S = 1.0
 SHORT_S = 5.0
 FEW = 64
 """Instances and workers recorded for a job shorter than `SHORT_S`."""
-MOST_DECISIONS = 2_000
-MOST_JOBS = 200
+MAX_DECISIONS = 2_000
+MAX_JOBS = 200
 """Jobs whose requests are sampled. For other jobs, only the total is recorded."""
 HEARD = 4_096
 """Duplicates that are remembered, so that each is counted once."""
@@ -109,7 +109,7 @@ class Recorder:
         self._pools: dict[str, TimeSeries] = {}
         self._slots: dict[str, tuple[int, str]] = {}
         """Slots and type of an instance, by pool."""
-        self._decisions: deque[list[Any]] = deque(maxlen=MOST_DECISIONS)
+        self._decisions: deque[list[Any]] = deque(maxlen=MAX_DECISIONS)
         self._history = InstanceHistory(registry)
         self._jobs: dict[JobId, _LiveRecording] = {}
         self._earlier: dict[JobId, RecordedData] = {}
@@ -239,7 +239,7 @@ class Recorder:
 
     def _note_requests(self, now_s: float, step_s: float) -> None:
         for n, (job, live_recording) in enumerate(self._jobs.items()):
-            if n < MOST_JOBS and (live := self._lives.get(job)):
+            if n < MAX_JOBS and (live := self._lives.get(job)):
                 live_recording.requests.add(request_point(live.account, now_s, step_s))
 
     def samples(self, since_s: float) -> dict[str, list[Point]]:
@@ -358,7 +358,7 @@ class Recorder:
         # Only now, after all of the document could be read.
         self._slots, self._pools, self._jobs, self._earlier = slots, pools, jobs, earlier
         self._history = history
-        self._decisions = deque(doc["scaling"], maxlen=MOST_DECISIONS)
+        self._decisions = deque(doc["scaling"], maxlen=MAX_DECISIONS)
 
     async def leave(self) -> None:
         """Store the data within `CLOSE_S`, for the next leader."""

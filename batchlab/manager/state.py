@@ -1,7 +1,7 @@
 """In-memory state of the manager: its ports, and each job that has not ended.
 
 Invariant: all of it can be discarded at any moment. A new leader reads it from the ledger. Retained
-outcomes take at most MOST_BYTES, whatever workers send. The oldest outcome is released first, and
+outcomes take at most MAX_BYTES, whatever workers send. The oldest outcome is released first, and
 clients read a released outcome from the bucket.
 
 The manager's time constants. A backend names them in its descriptor.
@@ -40,7 +40,7 @@ from batchlab.core.protocol.commit_keys import CommitKeys
 from batchlab.core.protocol.messages import Beat, Held
 from batchlab.core.tracing import LINKS
 
-MOST_BYTES = 16 * 1024**2
+MAX_BYTES = 16 * 1024**2
 """Limit of retained outcomes of all jobs together, in bytes of JSON."""
 LEAST_BYTES = 1024
 """Minimum size counted for an outcome, which bounds the number of outcomes."""
@@ -71,7 +71,7 @@ class RetainedOutcomes:
         retained_outcome = RetainedOutcome(outcome, max(size_bytes, LEAST_BYTES))
         self._order.append(retained_outcome)
         self.size_bytes += retained_outcome.size_bytes
-        while self.size_bytes > MOST_BYTES:
+        while self.size_bytes > MAX_BYTES:
             oldest = self._order.popleft()
             oldest.release()
             self.size_bytes -= oldest.size_bytes

@@ -175,7 +175,7 @@ def _digest(key: str) -> str:
 
 DEPARTED_KEPT = 1000
 SPOT_KEPT = 20_000
-MOST_PER_S = 5_000.0
+MAX_PER_S = 5_000.0
 """Limit of requests of one kind per second. No worker makes so many."""
 GRACE_S = 3_600.0
 """Added to the age of an instance, because clocks differ."""
@@ -297,7 +297,7 @@ class WorkerRegistry:
         launched_s = self.instances.launched_s(asked.instance)
         if launched_s is None:
             return
-        most = MOST_PER_S * (GRACE_S + self._ports.clock.now_s() - launched_s)
+        most = MAX_PER_S * (GRACE_S + self._ports.clock.now_s() - launched_s)
         requests = replace(asked.requests, sqs_bytes=asked.requests.sqs_bytes / STEP_BYTES)
         if not all(0 <= one <= most for one in astuple(requests)):
             why = "its worker reports more requests than it can have made"

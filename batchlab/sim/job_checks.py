@@ -152,7 +152,7 @@ def _check_failures(world: World, job: JobDef, outcome: Outcome) -> None:
         _require(_names_damage(world, job.id, failure.reason), "causes", told)
 
 
-MOST_TICKS = 120
+MAX_TICKS = 120
 
 CLOSE_S = 0.001
 """Sums of seconds are equal if they differ by less."""
@@ -162,7 +162,7 @@ async def check_account(world: World, job: JobDef, outcomes: Sequence[Outcome], 
     """Compare the account that is stored at the end of a job with the job's outcomes."""
     if not outcomes:
         return  # the job may have begun and ended between two ticks
-    for _ in range(MOST_TICKS):
+    for _ in range(MAX_TICKS):
         # The manager writes the account at its next tick after the end of the job.
         if not undisturbed or world.objects.content(object_keys.used(job.id)):
             break

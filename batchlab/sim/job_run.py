@@ -40,7 +40,7 @@ TASK_S = (0.5, 1.5)
 
 REPORT = "report-data"
 """The folder of Parquet files among the results."""
-MOST_TICKS = 60
+MAX_TICKS = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ async def _main(
 
 async def _accounted(world: World, job: JobId) -> None:
     """Wait until the job's usage is written. The manager writes it at its next tick."""
-    for _ in range(MOST_TICKS):
+    for _ in range(MAX_TICKS):
         if await world.objects.head(object_keys.used(job)):
             return
         await asyncio.sleep(1.0)

@@ -27,7 +27,7 @@ A, B, C, D = (StageName(name) for name in "abcd")
 LONG_SHARE = 0.015
 """Share of seeds with tasks that are longer than the maximum visibility timeout of SQS."""
 
-MOST_WORK_S = 600.0
+MAX_WORK_S = 600.0
 """Approximate time that a world's tasks take on its maximum number of instances. Faults come early,
 and a longer world would only repeat itself."""
 
@@ -74,7 +74,7 @@ def draw(seed: int) -> Plan:
     jobs = tuple(_job(seed, number, rng, pools) for number in range(rng.choice([1, 1, 2, 3])))
     manager, worker = _settings(rng)
     run_s = rng.choice([(0.01, 0.1, 1.0, 1.0, 20.0), (0.1, 1.0, 5.0), (0.5, 15.0, 60.0)])
-    while _work_s(pools, jobs, run_s) > MOST_WORK_S:
+    while _work_s(pools, jobs, run_s) > MAX_WORK_S:
         jobs = tuple(replace(job, items=(job.items or 0) // 2) for job in jobs)
     return Plan(
         tuple(pools),

@@ -33,7 +33,7 @@ LOST_S = (0.5, 20.0)
 HELD_S = (5.0, 60.0)
 MOMENTS, MOMENT_S = 2_000, 0.004
 """Longest wait in seconds of a power cut for a moment with an unacknowledged write."""
-MOST_LOST = 3
+MAX_LOST = 3
 """Largest number of messages that a power cut removes from a queue."""
 AGES_S = (0.0, 10.0, 60.0)
 
@@ -219,7 +219,7 @@ class Sky:
             world.objects.damage(key, before)
             watch.taken_back(key, before)
         for name in world.queue.names():
-            for _ in range(rng.randint(0, MOST_LOST)):
+            for _ in range(rng.randint(0, MAX_LOST)):
                 world.queue.drop(name, rng)
         if rng.random() < 0.5:
             world.damage.lose_folds()

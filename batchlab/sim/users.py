@@ -21,7 +21,7 @@ from batchlab.core.job_definition import InputDef, JobDef, RetryRule, SplitBy, S
 from batchlab.core.model import Control, JobId, JobState, Json, StageName, TaskSet
 from batchlab.core.port_retries import Patience
 from batchlab.core.protocol import object_keys
-from batchlab.core.schedules import MOST_MISSED, Definition, Missed, Overlap, RunState, Schedule, When, token_of
+from batchlab.core.schedules import MAX_MISSED, Definition, Missed, Overlap, RunState, Schedule, When, token_of
 from batchlab.manager.manager import Manager
 from batchlab.manager.retry_rounds import failed_tasks
 from batchlab.manager.schedule_commands import ScheduleCommands
@@ -317,7 +317,7 @@ class Keeper:
             definition.missed is Missed.RUN_ALL
             and definition.overlap is Overlap.QUEUE
             and not self._faults.counts.get(FaultKind.CLOCK_JUMPED, 0)
-            and until_s - first.added_s <= MOST_MISSED * period_s
+            and until_s - first.added_s <= MAX_MISSED * period_s
         )
 
 

@@ -36,8 +36,8 @@ SETTINGS = (
 )
 """Variables that change how programs behave and whose values are not secret."""
 
-MOST_NAMES = 200
-MOST_PACKAGES = 2000
+MAX_NAMES = 200
+MAX_PACKAGES = 2000
 
 _SESSION = frozenset(
     (
@@ -138,7 +138,7 @@ def current(environ: Mapping[str, str] = os.environ, *, image: str = "") -> Envi
         image,
         packages(sys.path),
         {name: environ[name] for name in SETTINGS if name in environ},
-        tuple(sorted(names)[:MOST_NAMES]),
+        tuple(sorted(names)[:MAX_NAMES]),
     )
 
 
@@ -166,7 +166,7 @@ def packages(path: list[str]) -> dict[str, str]:
             name, _, version = stem.partition("-")
             if name and version:
                 found.setdefault(name.lower().replace("_", "-").replace(".", "-"), version)
-    return dict(sorted(found.items())[:MOST_PACKAGES])
+    return dict(sorted(found.items())[:MAX_PACKAGES])
 
 
 def _metadata(folder: str) -> list[str]:

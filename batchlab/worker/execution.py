@@ -46,7 +46,7 @@ Chunk = list[tuple[int, Json | Failure]]
 
 _UPLOADS = 4
 _GATHER_LEAST_S = 0.001
-_GATHER_MOST_S = 0.02
+_MAX_GATHER_S = 0.02
 _GATHER_PART = 1 / 4
 
 
@@ -275,7 +275,7 @@ class Execution:
 
     def _gathering_s(self) -> float:
         left_s = self._left_s()
-        if self._pending and (self._told or (left_s is not None and left_s < 2 * _GATHER_MOST_S)):
+        if self._pending and (self._told or (left_s is not None and left_s < 2 * _MAX_GATHER_S)):
             # Tasks that end or start during a long wait would be handed off and run twice.
             return _GATHER_LEAST_S
         return gathering_s(len(self._pending), self._pace_s)
@@ -431,7 +431,7 @@ def gathering_s(left: int, pace_s: float) -> float:
     """
     if not left:
         return 0.0  # Only the "end" line is missing.
-    return min(_GATHER_MOST_S, max(_GATHER_LEAST_S, left * pace_s * _GATHER_PART))
+    return min(_MAX_GATHER_S, max(_GATHER_LEAST_S, left * pace_s * _GATHER_PART))
 
 
 def _span_of(task: int, extra: dict[str, Any]) -> list[tuple[int, int, int]]:

@@ -47,7 +47,7 @@ Answer = list[Any]
 """An answer line of a child: see `worker.child`."""
 
 
-MOST_CHILDREN = 8
+MAX_CHILDREN = 8
 
 
 class InlineChildren:
@@ -58,7 +58,7 @@ class InlineChildren:
 
     def __init__(self) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="batchlab-children-"))
-        self._children = Children(self._folder, MOST_CHILDREN)
+        self._children = Children(self._folder, MAX_CHILDREN)
         self._sampler = Sampler(monotonic_s, TICK_S / 2)
         # Real pipes need an event loop in real time, and the caller's loop may use virtual time.
         self._loop = asyncio.new_event_loop()

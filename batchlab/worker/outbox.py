@@ -66,7 +66,7 @@ TRACE_BYTES = 250
 """Approximate size of a trace in an event."""
 DUPLICATES_AT_ONCE = 200
 """Most reports of duplicates in one message, so that they fit in with the events."""
-MOST_DUPLICATES = 2_000
+MAX_DUPLICATES = 2_000
 """Most reports of duplicates that wait to be sent."""
 
 LINGER_S = 0.02
@@ -178,7 +178,7 @@ class Outbox:
 
     def met_twice(self, duplicate: Duplicate) -> None:
         """Report a duplicate with the next event. Drop it if too many reports are waiting."""
-        if len(self._duplicates) < MOST_DUPLICATES:
+        if len(self._duplicates) < MAX_DUPLICATES:
             self._duplicates.append(duplicate)
 
     async def _flush_sends(self, queue: str, groups: Sequence[Sequence[Outgoing]]) -> None:

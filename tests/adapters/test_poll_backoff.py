@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from batchlab.adapters.aws.sqs import QUIET_S
-from batchlab.adapters.local.local_wakeup_queue import LOOK_S, MOST_S, QUIET_SHARE, Quiet
+from batchlab.adapters.local.local_wakeup_queue import LOOK_S, MAX_S, QUIET_SHARE, Quiet
 
 
 def test_two_workers_that_only_live_leave_it_quiet() -> None:
@@ -30,8 +30,8 @@ def test_one_message_leaves_at_most_half_of_what_counts() -> None:
     quiet = Quiet(0.0)
     quiet.broken(86_400.0)
 
-    assert quiet.of_s(86_400.0) == MOST_S / 2
-    assert quiet.of_s(86_410.0) == MOST_S / 2 + 10.0
+    assert quiet.of_s(86_400.0) == MAX_S / 2
+    assert quiet.of_s(86_410.0) == MAX_S / 2 + 10.0
 
 
 def test_it_is_not_quiet_at_first() -> None:

@@ -13,7 +13,7 @@ from batchlab.core.protocol import json_format
 from batchlab.core.protocol.messages import Events
 from batchlab.manager import state
 from batchlab.manager.state import LiveJob, RetainedOutcomes
-from batchlab.server.http.common import MOST_CAUSES, OTHERS, Groups
+from batchlab.server.http.common import MAX_CAUSES, OTHERS, Groups
 from tests.server.test_api_first_outcomes import outcomes_of
 from tests.support.server.api import Rig, job
 
@@ -23,7 +23,7 @@ MOST_BYTES = 200_000
 
 @pytest.fixture
 def rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
-    monkeypatch.setattr(state, "MOST_BYTES", MOST_BYTES)
+    monkeypatch.setattr(state, "MAX_BYTES", MOST_BYTES)
     with Rig() as made:
         yield made
 
@@ -70,7 +70,7 @@ def test_a_job_that_has_ended_leaves_nothing_in_memory(rig: Rig) -> None:
 
 def test_many_small_outcomes_are_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Finding 18: each of them takes more memory than its JSON has bytes."""
-    monkeypatch.setattr(state, "MOST_BYTES", MOST_BYTES)
+    monkeypatch.setattr(state, "MAX_BYTES", MOST_BYTES)
     memory = RetainedOutcomes()
     bundle = Bundle(JobId("j"), StageName("s"), TaskSet.of({0}), 1)
     outcome = Outcome(bundle, "x", "w", 0.0, 1.0)
@@ -83,7 +83,7 @@ def test_many_small_outcomes_are_bounded_too(monkeypatch: pytest.MonkeyPatch) ->
 def test_failures_of_many_causes_are_told_apart_up_to_a_bound() -> None:
     """A compromised worker fails each task for a cause of its own, with a long traceback."""
     groups = Groups(0)
-    for task in range(2 * MOST_CAUSES):
+    for task in range(2 * MAX_CAUSES):
         cause = f"{task:016x}"
         groups.add(
             {
@@ -99,8 +99,8 @@ def test_failures_of_many_causes_are_told_apart_up_to_a_bound() -> None:
                 "fingerprint": cause,
             }
         )
-    assert len(groups.first) == len(groups.tasks) == MOST_CAUSES + 1
-    assert groups.tasks["map", OTHERS] == set(range(MOST_CAUSES, 2 * MOST_CAUSES))
-    assert groups.others == {"map": set(range(MOST_CAUSES, 2 * MOST_CAUSES))}
+    assert len(groups.first) == len(groups.tasks) == MAX_CAUSES + 1
+    assert groups.tasks["map", OTHERS] == set(range(MAX_CAUSES, 2 * MAX_CAUSES))
+    assert groups.others == {"map": set(range(MAX_CAUSES, 2 * MAX_CAUSES))}
     told = groups.first["map", OTHERS]["reason"]
-    assert told == f"other causes, the first: reason {MOST_CAUSES}"
+    assert told == f"other causes, the first: reason {MAX_CAUSES}"

@@ -113,7 +113,7 @@ def test_what_people_read_of_a_job_holds_no_control_characters(bad: str) -> None
 
 
 def test_a_job_names_so_many_targets_at_the_most() -> None:
-    many = [NotifyDef("sns", TOPIC)] * (notifications.MOST_TARGETS + 1)
+    many = [NotifyDef("sns", TOPIC)] * (notifications.MAX_TARGETS + 1)
     with pytest.raises(UsageError, match="notifies 11 targets"):
         admit(a_job(*many), {"default": 1})
 

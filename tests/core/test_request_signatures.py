@@ -69,7 +69,7 @@ def test_an_answer_in_parts_ends_with_its_signature() -> None:
 
 
 def test_what_is_remembered_of_requests_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(authentication, "MOST_USED", 3)
+    monkeypatch.setattr(authentication, "MAX_USED", 3)
     used = authentication._Used()
     some = [http_connections.sign("t", "GET", "/", b"", at_s) for at_s in (1, 2, 3, 4, 5)]
     assert [used.is_first(one, 5.0) for one in some] == [True] * 5

@@ -51,7 +51,7 @@ def test_of_many_missed_at_most_a_hundred_run_and_it_is_said_that_there_were_mor
     made = schedule("* * * * *", missed=Missed.RUN_ALL)
     after = schedules.lapse(made, BEGIN_S + 100 * HOUR + 30)
     waiting = [run for run in after.runs if run.state is RunState.WAITING]
-    assert len(waiting) == schedules.MOST_MISSED
+    assert len(waiting) == schedules.MAX_MISSED
     assert waiting[-1].due_s == BEGIN_S + 100 * HOUR
     assert waiting[0].reason.startswith("more than 99 due times were missed")
 
@@ -64,10 +64,10 @@ def test_where_the_latest_is_on_time_run_once_is_that_one() -> None:
 
 def test_what_waits_is_bounded() -> None:
     made = schedule("* * * * *", overlap=Overlap.QUEUE)
-    for minute in range(schedules.MOST_WAITING + 3):
+    for minute in range(schedules.MAX_WAITING + 3):
         made = schedules.lapse(made, BEGIN_S + (minute + 1) * MINUTE)
     states_ = [run.state for run in made.runs]
-    assert states_.count(RunState.WAITING) == schedules.MOST_WAITING
+    assert states_.count(RunState.WAITING) == schedules.MAX_WAITING
     assert made.runs[-1].reason == "100 runs wait already for the one before them"
 
 

@@ -11,7 +11,7 @@ import pytest
 from batchlab.deploy import template as pool_templates
 from batchlab.runtime import aws_deployment
 from batchlab.runtime.aws_deployment import AwsDeployment, Database
-from batchlab.server.autoscaling_api.launch_templates import MOST_USER_DATA
+from batchlab.server.autoscaling_api.launch_templates import MAX_USER_DATA
 from tests.support.aws import cfn
 from tests.support.aws.stack_shapes import RELEASE, SHAPES
 
@@ -35,7 +35,7 @@ def deployed(text: str) -> AwsDeployment:
 def test_nothing_is_left_to_fill_in_and_it_fits(shape: str, name: str) -> None:
     text = script(cfn.Rendered(TEMPLATE, **SHAPES[shape]), name)
     assert "${" not in text
-    assert len(text.encode()) <= MOST_USER_DATA
+    assert len(text.encode()) <= MAX_USER_DATA
     settings = dict(re.findall(r"^([A-Z_]+)='(.*)'$", text, re.M))
     assert settings["ROLE"] == TEMPLATES[name]
     assert settings["RELEASE"] == SHAPES[shape].get("Release", "")

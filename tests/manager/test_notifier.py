@@ -13,7 +13,7 @@ from batchlab.core.errors import NotFound, Unreachable
 from batchlab.core.job_definition import NotifyDef
 from batchlab.core.notifications import NotDelivered, Notification, Target
 from batchlab.core.protocol import object_keys
-from batchlab.manager.notifier import GIVE_UP_S, MOST_PENDING
+from batchlab.manager.notifier import GIVE_UP_S, MAX_PENDING
 from tests.support.manager.notifier import ENDING, EPOCH_S, OPS, Scene, a_job, a_notification, play
 
 # --- Ends ----------------------------------------------------------------------------------------
@@ -274,12 +274,12 @@ def test_what_waits_is_bounded() -> None:
     async def main() -> None:
         scene = Scene(OPS)
         manager = scene.manager()
-        for number in range(MOST_PENDING):
+        for number in range(MAX_PENDING):
             live = a_job(f"j{number}")
             one = replace(a_notification(live), id=str(number))
             manager.book.pending[one.id] = one
         await manager.ended(a_job("last"), ENDING)
-        assert len(manager.book.pending) == MOST_PENDING
+        assert len(manager.book.pending) == MAX_PENDING
         assert [one.id for one in manager.book.log] == ["0"]
 
     play(main)

@@ -298,7 +298,7 @@ def test_of_a_request_without_the_token_no_body_is_read(rig: Rig, given: dict[st
 
 
 def test_a_body_that_is_read_as_a_whole_has_a_limit(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(authentication, "MOST_BYTES", 2**20)
+    monkeypatch.setattr(authentication, "MAX_BYTES", 2**20)
 
     def chunks() -> Iterator[bytes]:
         yield from [b"[" * 2**18] * 5

@@ -163,7 +163,7 @@ def test_an_upload_says_how_long_it_is_and_is_not_too_long(rig: Rig, monkeypatch
     assert (answer.status_code, answer.json()["remedy"]) == (422, "Send a Content-Length.")
     answer = rig.http.post("/v1/jobs/files", json={}, headers=AUTH)
     assert "multipart/form-data" in answer.json()["error"]
-    monkeypatch.setattr(job_files, "MOST_BYTES", 100)
+    monkeypatch.setattr(job_files, "MAX_BYTES", 100)
     monkeypatch.setattr(job_files.check_length, "__defaults__", (100,))
     answer = send(rig)
     assert answer.status_code == 422
@@ -195,7 +195,7 @@ def test_an_upload_is_on_the_disk_while_it_comes_and_there_must_be_room(
 
 
 def test_code_that_is_sent_to_the_manager_has_a_limit(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job_files, "MOST_CODE_BYTES", 1000)
+    monkeypatch.setattr(job_files, "MAX_CODE_BYTES", 1000)
     data = ("sums/data/b.txt", "1\n" * 5000)
     assert send(rig, [*FILES, data]).status_code == 201, "data is not code"
     answer = send(rig, [*FILES, ("sums/model.bin", "x" * 5000)])
@@ -278,8 +278,8 @@ def fetched(rig: Rig, name: str) -> httpx.Response:
 def test_an_archive_is_no_larger_than_its_budget_whatever_a_result_says(
     grid: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tasks, "MOST_BYTES", 10_000)
-    monkeypatch.setattr(tasks, "MOST_VALUE_BYTES", 1000)
+    monkeypatch.setattr(tasks, "MAX_BYTES", 10_000)
+    monkeypatch.setattr(tasks, "MAX_VALUE_BYTES", 1000)
     small = forged(grid, "small", [FILE, VALUE], x=b"x" * 9000, v=b'"fits"')
     assert fetched(grid, small).status_code == 200
     often = forged(grid, "often", [VALUE] * 1000, v=b'"%s"' % (b"v" * 900))
@@ -296,7 +296,7 @@ def test_an_archive_is_no_larger_than_its_budget_whatever_a_result_says(
 def test_a_value_is_read_no_further_than_memory_is_granted(
     grid: Rig, monkeypatch: pytest.MonkeyPatch, value: Any
 ) -> None:
-    monkeypatch.setattr(tasks, "MOST_VALUE_BYTES", 1000)
+    monkeypatch.setattr(tasks, "MAX_VALUE_BYTES", 1000)
     size = 1100 if value is VALUE else 600
     data = json.dumps("v" * (size - 2)).encode()
     name = forged(grid, f"value-{size}", value, v=data, w=data)

@@ -214,21 +214,21 @@ def test_an_answer_holds_only_so_much_of_logs_and_says_what_it_leaves_out(
     name = rig.submit(job(tasks=4, bundle=2))
     rig.work(name, 2)
     size = len("task 0, try 1\n")
-    monkeypatch.setattr(logs, "MOST_BYTES", size * 3)
+    monkeypatch.setattr(logs, "MAX_BYTES", size * 3)
     texts = {log["task"]: log["text"] for log in rig.client.logs(name)}
     assert [texts[n] for n in (0, 1, 2)] == [f"task {n}, try 1\n" for n in (0, 1, 2)]
     assert "left out" in texts[3]
-    monkeypatch.setattr(logs, "MOST_BYTES", size)
+    monkeypatch.setattr(logs, "MAX_BYTES", size)
     assert [log["text"] for log in rig.client.logs(name, task=3)] == ["task 3, try 1\n"]
-    monkeypatch.setattr(logs, "MOST_BYTES", size * 2)
+    monkeypatch.setattr(logs, "MAX_BYTES", size * 2)
     # Full to the last byte with the first bundle: the second one is named all the same.
     texts = {log["task"]: log["text"] for log in rig.client.logs(name)}
     assert [texts[n] for n in (0, 1)] == [f"task {n}, try 1\n" for n in (0, 1)]
     assert all("left out" in texts[n] for n in (2, 3))
     # With both, nothing is left out.
-    monkeypatch.setattr(logs, "MOST_BYTES", size * 4)
+    monkeypatch.setattr(logs, "MAX_BYTES", size * 4)
     assert [log["text"] for log in rig.client.logs(name)] == [f"task {n}, try 1\n" for n in range(4)]
-    monkeypatch.setattr(logs, "MOST_BYTES", size * 2)
+    monkeypatch.setattr(logs, "MAX_BYTES", size * 2)
     # Whoever follows gets the rest in the next answer.
     followed: list[str] = []
     seq = None

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from batchlab.adapters.local.fleet_state_file import StateFile
-from batchlab.server.http.authentication import CODE_S, MOST_CODES, SESSION_S, Sessions
+from batchlab.server.http.authentication import CODE_S, MAX_CODES, SESSION_S, Sessions
 from tests.support.fleet import ManualClock
 
 TOKEN = "the grid's token"
@@ -39,7 +39,7 @@ def test_the_token_opens_and_nothing_like_it(sessions: Sessions) -> None:
 
 
 def test_only_so_many_codes_wait(sessions: Sessions) -> None:
-    codes = [sessions.code() for _ in range(MOST_CODES + 1)]
+    codes = [sessions.code() for _ in range(MAX_CODES + 1)]
     assert not sessions.opens(codes[0])
     assert sessions.opens(codes[1])
 
@@ -113,7 +113,7 @@ def test_who_has_lost_who_has_gone_has_lost_who_came(clock: ManualClock, tmp_pat
 def test_what_is_remembered_of_who_has_gone_is_bounded(
     clock: ManualClock, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("batchlab.server.http.authentication.MOST_CLOSED", 3)
+    monkeypatch.setattr("batchlab.server.http.authentication.MAX_CLOSED", 3)
     sessions = Sessions(TOKEN, clock, StateFile(tmp_path / "sessions.json"))
     every = [sessions.begin() for _ in range(5)]
     for session, _ in every[:4]:

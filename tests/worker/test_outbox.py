@@ -21,7 +21,7 @@ from batchlab.sim.event_loop import SimLoop
 from batchlab.worker.heartbeats import Identity
 from batchlab.worker.inflight_message import Runner, WorkerSettings
 from batchlab.worker.loop import Worker
-from batchlab.worker.outbox import DUPLICATES_AT_ONCE, MOST_DUPLICATES, Outbox, WorkerCounters
+from batchlab.worker.outbox import DUPLICATES_AT_ONCE, MAX_DUPLICATES, Outbox, WorkerCounters
 
 JOB, STAGE = JobId("sums-1"), StageName("map")
 
@@ -116,14 +116,14 @@ def test_what_comes_while_a_send_is_under_way_is_told_by_the_next_one() -> None:
 def test_what_waits_is_bounded_and_fits_into_messages() -> None:
     async def main() -> None:
         sent, _, outbox = made()
-        for number in range(MOST_DUPLICATES + 50):
+        for number in range(MAX_DUPLICATES + 50):
             outbox.met_twice(duplicate(number))
         number = 0
-        while len(sent.duplicates) < MOST_DUPLICATES:
+        while len(sent.duplicates) < MAX_DUPLICATES:
             number += 1
             await outbox.event(beat(number))
             assert len(sent.events[-1].duplicates) == DUPLICATES_AT_ONCE
-        assert sent.duplicates == [f"w-1-{n}" for n in range(MOST_DUPLICATES)]
+        assert sent.duplicates == [f"w-1-{n}" for n in range(MAX_DUPLICATES)]
 
     asyncio.run(main())
 

@@ -50,9 +50,9 @@ POLL_S = 5.0
 
 After a change by this process, the next Describe call comes sooner.
 """
-MOST_PROTECTED = 50
+MAX_PROTECTED = 50
 """Maximum number of instances in one call of SetInstanceProtection."""
-MOST_INSTANCES = 10_000
+MAX_INSTANCES = 10_000
 """Maximum number of instances of one Auto Scaling group."""
 _ACTIVITIES = 100
 _CALLS = 8
@@ -120,7 +120,7 @@ class Ec2Fleet:
 
         Raise Refused unless 0 ≤ min ≤ max.
         """
-        limits = check_limits(pool, most=MOST_INSTANCES)
+        limits = check_limits(pool, most=MAX_INSTANCES)
         if pool.name not in self._seen or pool.name in self._lost:
             await self._found(pool)
             await self._adopt(pool)
@@ -238,8 +238,8 @@ class Ec2Fleet:
         for name in instances:
             if (state := seen.instances[name].state) is not LifecycleState.IN_SERVICE:
                 raise Refused(f"instance {name} is {state}, not InService")
-        for start in range(0, len(instances), MOST_PROTECTED):
-            some = instances[start : start + MOST_PROTECTED]
+        for start in range(0, len(instances), MAX_PROTECTED):
+            some = instances[start : start + MAX_PROTECTED]
             try:
                 await self._call(pool, partial(self._protect, some, on))
             except Refused as error:

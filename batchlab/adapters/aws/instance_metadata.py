@@ -28,7 +28,7 @@ TTL_S = 21_600
 """Requested lifetime of a token in seconds: the longest that the service allows."""
 _RENEW_S = TTL_S / 2
 ANSWER_S = 2.0
-_MOST_BYTES = 1024 * 1024
+_MAX_BYTES = 1024 * 1024
 
 _LEAVING = ("Terminated", "Warmed:Terminated")
 
@@ -132,7 +132,7 @@ class Imds:
             try:
                 connection.request(method, f"/latest/{path}", headers=dict(headers))
                 response = connection.getresponse()
-                return response.status, response.read(_MOST_BYTES)
+                return response.status, response.read(_MAX_BYTES)
             except (OSError, http.client.HTTPException) as error:
                 why = str(error) or type(error).__name__
                 raise Unreachable(

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 
 from batchlab.core.atomic_write import private
 
-MOST_BYTES = 1 << 16
+MAX_BYTES = 1 << 16
 """Maximum size of a message in bytes."""
 PATIENCE_S = 30.0
 """Timeout of a request in seconds. The server answers in milliseconds once its imports are done."""
@@ -159,7 +159,7 @@ class Nursery:
     def _hear(self) -> None:
         assert self._socket is not None
         try:
-            told = self._socket.recv(MOST_BYTES)
+            told = self._socket.recv(MAX_BYTES)
         except BlockingIOError:
             return
         except OSError:

@@ -153,7 +153,7 @@ def _rang(path: Path) -> bool:
     return True
 
 
-MOST_S = 60.0
+MAX_S = 60.0
 """Maximum quiet time in seconds that counts when a message arrives."""
 
 
@@ -172,7 +172,7 @@ class Quiet:
 
         One message leaves half of it. Several in a row, as during a job, leave almost nothing.
         """
-        self._since_s = now_s - min(self.of_s(now_s), MOST_S) / 2
+        self._since_s = now_s - min(self.of_s(now_s), MAX_S) / 2
 
 
 LOOK_S = 1.0

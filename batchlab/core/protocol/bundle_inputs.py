@@ -25,7 +25,7 @@ from batchlab.core.model import Bundle, BundleId, JobId, Json, Outcome, StageNam
 from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Objects
 from batchlab.core.protocol import commit_keys, json_format, object_keys, values
-from batchlab.core.protocol.field_checks import MOST_TASKS, UNREADABLE, bundle_name, listed, name, text, whole
+from batchlab.core.protocol.field_checks import MAX_TASKS, UNREADABLE, bundle_name, listed, name, text, whole
 from batchlab.core.protocol.object_keys import CommitKey
 from batchlab.core.text import count
 
@@ -77,8 +77,8 @@ class Manifest:
         try:
             return _consistent(
                 cls(
-                    whole(doc["count"], MOST_TASKS),
-                    tuple([whole(start, MOST_TASKS) for start in listed(doc["starts"])]),
+                    whole(doc["count"], MAX_TASKS),
+                    tuple([whole(start, MAX_TASKS) for start in listed(doc["starts"])]),
                     json_format.tasks_from_json(doc["skipped"]),
                     whole(doc["round"]),
                     tuple([text(part) for part in listed(doc.get("parts", []))]),

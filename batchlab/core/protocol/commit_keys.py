@@ -136,7 +136,7 @@ class CommitKeys:
             ) from error
 
 
-MOST_PROOFS = 2_000
+MAX_PROOFS = 2_000
 """Maximum number of proofs in a message, and so of the jobs that it is about."""
 _START = '{"p":{'
 
@@ -171,7 +171,7 @@ def split(body: str) -> tuple[str, Mapping[str, str]]:
         return body, {}
     end = body.find("}")
     proofs = json.loads(body[len(_START) - 1 : end + 1])
-    if len(proofs) > MOST_PROOFS or not all(isinstance(proof, str) for proof in proofs.values()):
+    if len(proofs) > MAX_PROOFS or not all(isinstance(proof, str) for proof in proofs.values()):
         raise ValueError("its proofs cannot be read")
     if body[end + 1 : end + 2] != ",":
         raise ValueError("it has proofs and nothing else")

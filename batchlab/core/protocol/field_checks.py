@@ -20,21 +20,21 @@ T = TypeVar("T")
 UNREADABLE = (AttributeError, IndexError, KeyError, OverflowError, RecursionError, TypeError, ValueError)
 """Exceptions that a malformed document causes. Every reader turns them into Malformed."""
 
-MOST_TASKS = 1 << 40
+MAX_TASKS = 1 << 40
 """Upper bound of a task's index."""
-MOST_IN_BUNDLE = 1 << 16
+MAX_IN_BUNDLE = 1 << 16
 """Upper bound of the tasks in one bundle. The planner cuts bundles of at most `bundle_size.CAP`."""
-MOST_ROUNDS = 10_000
+MAX_ROUNDS = 10_000
 """Upper bound of a job's rounds. A worker looks for the plan of a bundle's round, and then for the
 plan of each earlier round."""
-MOST_COUNT = 1 << 53
+MAX_COUNT = 1 << 53
 """Upper bound of every counter. Larger numbers are not exact in JSON and do not fit into SQL
 columns."""
-MOST_S = 1e11
+MAX_S = 1e11
 """Upper bound of every time in seconds. As epoch seconds, it is in the year 5138."""
-MOST_TEXT = 1 << 20
-MOST_KEY = 1024
-MOST_DEPTH = 256
+MAX_TEXT = 1 << 20
+MAX_KEY = 1024
+MAX_DEPTH = 256
 """Maximum nesting of a value. `values.encode` refuses values nested deeper than 200 levels."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
@@ -51,7 +51,7 @@ def known(kind: Any, doc: Mapping[str, Any]) -> dict[str, Any]:
     return {name: doc[name] for name in kind.__slots__ if name in doc}
 
 
-def text(value: Any, most: int = MOST_TEXT) -> str:
+def text(value: Any, most: int = MAX_TEXT) -> str:
     """Return `value`. Raise ValueError if it is not a text of at most `most` characters."""
     if type(value) is str and len(value) <= most:
         return value
@@ -104,7 +104,7 @@ def bundle_name(value: Any) -> str:
 def handler(value: Any) -> str:
     """Return `value`. Raise ValueError if it is neither module:function nor a pickled function's
     key."""
-    kind, _, rest = text(value, MOST_KEY).partition(":")
+    kind, _, rest = text(value, MAX_KEY).partition(":")
     if kind == "pickle":
         check_key(rest)
         if not rest.startswith("code/"):
@@ -121,21 +121,21 @@ def flag(value: Any) -> bool:
     raise ValueError(f"true or false is expected, not {_kind(value)}")
 
 
-def figure(value: Any, most: float = MOST_S) -> float:
+def figure(value: Any, most: float = MAX_S) -> float:
     """Return `value`. Raise ValueError if it is not a number from 0 to `most`."""
     if (type(value) is float or type(value) is int) and 0 <= value <= most:
         return value
     raise ValueError(f"a number from 0 to {most:g} is expected, not {_kind(value)}")
 
 
-def whole(value: Any, most: int = MOST_COUNT) -> int:
+def whole(value: Any, most: int = MAX_COUNT) -> int:
     """Return `value`. Raise ValueError if it is not a whole number from 0 to `most`."""
     if type(value) is int and 0 <= value <= most:
         return value
     raise ValueError(f"a whole number from 0 to {most} is expected, not {_kind(value)}")
 
 
-def integer(value: Any, most: int = MOST_COUNT) -> int:
+def integer(value: Any, most: int = MAX_COUNT) -> int:
     """Return `value`. Raise ValueError if it is not a whole number from -`most` to `most`."""
     if type(value) is int and -most <= value <= most:
         return value
@@ -149,7 +149,7 @@ def listed(value: Any) -> Sequence[Any]:
     raise ValueError(f"a list is expected, not {_kind(value)}")
 
 
-def figures(value: Any, most: float = MOST_S) -> tuple[float, ...]:
+def figures(value: Any, most: float = MAX_S) -> tuple[float, ...]:
     """Return the numbers in the list `value`. Raise ValueError if one is not from 0 to `most`."""
     found = tuple(listed(value))
     if len(found) == 1:
@@ -197,11 +197,11 @@ def _fits(value: Any, hint: Any) -> bool:
             kinds = kinds[:1] * len(value)
         return len(kinds) == len(value) and all(map(_fits, value, kinds))
     if simple is float:
-        return type(value) in _NUMBERS and abs(value) <= MOST_S
+        return type(value) in _NUMBERS and abs(value) <= MAX_S
     if simple is int:
-        return type(value) is int and abs(value) <= MOST_COUNT
+        return type(value) is int and abs(value) <= MAX_COUNT
     if simple is str:
-        return type(value) is str and len(value) <= MOST_TEXT
+        return type(value) is str and len(value) <= MAX_TEXT
     return isinstance(value, get_origin(hint) or simple)
 
 
@@ -209,10 +209,10 @@ def shallow(values: Sequence[Any]) -> None:
     """Raise ValueError if a JSON value is nested too deeply or contains a number that is not
     finite.
 
-    The maximum depth is MOST_DEPTH levels. The number 1e999, for example, is read as infinity.
+    The maximum depth is MAX_DEPTH levels. The number 1e999, for example, is read as infinity.
     """
     layer = values
-    for _ in range(MOST_DEPTH + 1):
+    for _ in range(MAX_DEPTH + 1):
         kinds = set(map(type, layer))
         if float in kinds and not _are_finite(layer, kinds):
             raise ValueError("a value holds a number that is not finite")
@@ -221,7 +221,7 @@ def shallow(values: Sequence[Any]) -> None:
         layer = [
             inner for one in layer if type(one) in _CONTAINERS for inner in (one.values() if type(one) is dict else one)
         ]
-    raise ValueError(f"a value is nested deeper than {MOST_DEPTH} levels")
+    raise ValueError(f"a value is nested deeper than {MAX_DEPTH} levels")
 
 
 def _are_finite(values: Sequence[Any], kinds: set[type]) -> bool:

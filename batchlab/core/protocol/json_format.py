@@ -33,10 +33,10 @@ from batchlab.core.model import (
 from batchlab.core.ports import Cut, Ending, Reopening
 from batchlab.core.protocol import object_keys
 from batchlab.core.protocol.field_checks import (
-    MOST_COUNT,
-    MOST_IN_BUNDLE,
-    MOST_ROUNDS,
-    MOST_TASKS,
+    MAX_COUNT,
+    MAX_IN_BUNDLE,
+    MAX_ROUNDS,
+    MAX_TASKS,
     UNREADABLE,
     figure,
     figures,
@@ -154,7 +154,7 @@ def tasks_from_json(doc: Sequence[Sequence[int]], known: Known | None = None) ->
         return NO_TASKS
     ranges: list[tuple[int, int]] = []
     for start, stop in doc:
-        if type(start) is not int or type(stop) is not int or stop > MOST_TASKS:
+        if type(start) is not int or type(stop) is not int or stop > MAX_TASKS:
             raise ValueError("a range of tasks is expected")
         ranges.append((start, stop))
     return TaskSet(tuple(ranges))
@@ -176,14 +176,14 @@ def bundle_to_json(b: Bundle) -> dict[str, Json]:
 def bundle_from_json(doc: dict[str, Any], known: Known | None = None) -> Bundle:
     source = doc.get("f")
     tasks = tasks_from_json(doc["t"], known)
-    if not 0 < len(tasks) <= MOST_IN_BUNDLE:
-        raise ValueError(f"a bundle of 1 to {MOST_IN_BUNDLE} tasks is expected")
+    if not 0 < len(tasks) <= MAX_IN_BUNDLE:
+        raise ValueError(f"a bundle of 1 to {MAX_IN_BUNDLE} tasks is expected")
     return Bundle(
         JobId(name(doc["j"])),
         StageName(name(doc["s"])),
         tasks,
         whole(doc["a"]),
-        whole(doc["r"], MOST_ROUNDS) if "r" in doc else 0,
+        whole(doc["r"], MAX_ROUNDS) if "r" in doc else 0,
         whole(doc["l"]) if "l" in doc else 0,
         BundleId(new_label(source)) if source else None,
         figure(doc["w"]) if "w" in doc else None,
@@ -210,7 +210,7 @@ def _each(read: Callable[[Any], T], docs: Any) -> tuple[T, ...]:
 def _failure_from_json(doc: dict[str, Any]) -> Failure:
     code = doc.get("exit_code")
     return Failure(
-        whole(doc["task"], MOST_TASKS),
+        whole(doc["task"], MAX_TASKS),
         FailureKind(doc["kind"]),
         text(doc["reason"]),
         text(doc.get("error", "")),
@@ -225,7 +225,7 @@ def _span_from_json(doc: Sequence[Any]) -> tuple[int, int, int]:
     task, start, stop = doc
     if whole(start) > whole(stop):
         raise ValueError("a span of a log ends before it begins")
-    return whole(task, MOST_TASKS), start, stop
+    return whole(task, MAX_TASKS), start, stop
 
 
 def check_parts(
@@ -397,7 +397,7 @@ def completion_from_json(doc: dict[str, Any]) -> Completion:
         tasks_from_json(doc["x"]),
         figure(doc["run"]),
         _follows_from_json(doc["next"], known),
-        whole(doc["re"], MOST_IN_BUNDLE),
+        whole(doc["re"], MAX_IN_BUNDLE),
     )
 
 
@@ -431,7 +431,7 @@ def cut_from_json(doc: dict[str, Any]) -> Cut:
             whole(doc["seq"]),
             tuple([bundle_from_json(b) for b in listed(doc["bundles"])]),
             tasks_from_json(doc["left"]),
-            None if planned is None else whole(planned, MOST_TASKS),
+            None if planned is None else whole(planned, MAX_TASKS),
             None if at_s is None else figure(at_s),
         )
         mine = (cut.job, cut.stage, cut.round)
@@ -603,7 +603,7 @@ def ending_to_json(e: Ending) -> dict[str, Json]:
 def ending_from_json(doc: dict[str, Any]) -> Ending:
     """Return the ending in a document. Raise Malformed if it is not an ending."""
     try:
-        closed = {StageName(name(k)): whole(v, MOST_COUNT) for k, v in doc["closed"].items()}
+        closed = {StageName(name(k)): whole(v, MAX_COUNT) for k, v in doc["closed"].items()}
         state = JobState(doc["state"])
         return Ending(state, text(doc["reason"]), figure(doc["ended_s"]), closed)
     except UNREADABLE as error:

@@ -50,12 +50,12 @@ from batchlab.core.protocol.object_keys import UNSEALED, CommitKey
 
 T = TypeVar("T")
 
-MOST_SLOTS = 1 << 20
-MOST_REQUESTS = 1e15
-MOST_RECEIPT = 2048
+MAX_SLOTS = 1 << 20
+MAX_REQUESTS = 1e15
+MAX_RECEIPT = 2048
 """Maximum length in characters. A receipt handle of SQS has at most 1,024."""
-MOST_TRACE = 200
-MOST_KEY = 1024
+MAX_TRACE = 200
+MAX_KEY = 1024
 _COUNTED = len(Requests.__slots__)
 
 
@@ -113,8 +113,8 @@ def _task_message_from_json(doc: dict[str, Any]) -> TaskMessage:
         items,
         None if not_before_s is None else figure(not_before_s),
         flag(doc.get("wd", False)),
-        text(doc.get("tp", ""), MOST_TRACE),
-        CommitKey(text(doc.get("ck", UNSEALED), MOST_TRACE)),
+        text(doc.get("tp", ""), MAX_TRACE),
+        CommitKey(text(doc.get("ck", UNSEALED), MAX_TRACE)),
     )
 
 
@@ -258,13 +258,13 @@ def _beat_from_json(doc: Mapping[str, Any]) -> Beat:
         label(doc["instance"]),
         label(doc["pool"]),
         figure(doc["at_s"]),
-        whole(doc["slots"], MOST_SLOTS),
-        whole(doc["busy"], MOST_SLOTS),
+        whole(doc["slots"], MAX_SLOTS),
+        whole(doc["busy"], MAX_SLOTS),
         tuple([_held_from_json(h) for h in listed(doc["held"])]),
         whole(doc["number"]),
         flag(doc.get("leaving", False)),
         flag(doc.get("gone", False)),
-        text(doc.get("key", ""), MOST_TRACE),
+        text(doc.get("key", ""), MAX_TRACE),
     )
 
 
@@ -272,7 +272,7 @@ def _held_from_json(doc: Mapping[str, Any]) -> Held:
     receipt = doc["receipt"]
     return Held(
         label(doc["queue"]),
-        None if receipt is None else text(receipt, MOST_RECEIPT),
+        None if receipt is None else text(receipt, MAX_RECEIPT),
         JobId(name(doc["job"])),
         StageName(name(doc["stage"])),
         BundleId(bundle_name(doc["bundle"])),
@@ -282,7 +282,7 @@ def _held_from_json(doc: Mapping[str, Any]) -> Held:
 
 def _asked_from_json(doc: Sequence[Any]) -> Asked:
     worker, instance, is_spot, *counts = listed(doc)
-    requests = Requests(*[figure(count, MOST_REQUESTS) for count in counts[:_COUNTED]])
+    requests = Requests(*[figure(count, MAX_REQUESTS) for count in counts[:_COUNTED]])
     return Asked(label(worker), label(instance), requests, flag(is_spot))
 
 
@@ -298,11 +298,11 @@ def _told_from_json(doc: Sequence[Any]) -> Told:
 
 def _trace_from_json(doc: Sequence[Any]) -> tuple[JobId, StageName, BundleId, str]:
     job, stage, bundle, trace = listed(doc)
-    return (JobId(name(job)), StageName(name(stage)), BundleId(bundle_name(bundle)), text(trace, MOST_TRACE))
+    return (JobId(name(job)), StageName(name(stage)), BundleId(bundle_name(bundle)), text(trace, MAX_TRACE))
 
 
 def _key_from_json(value: Any) -> str:
-    if object_keys.outcome_key(text(value, MOST_KEY)) is None:
+    if object_keys.outcome_key(text(value, MAX_KEY)) is None:
         raise ValueError("a key is not that of an outcome")
     return str(value)
 

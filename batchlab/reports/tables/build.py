@@ -51,7 +51,7 @@ def save(connection: DuckDBPyConnection, table: Table, query: str, path: Path, *
 
 
 MEMORY = "512MB"
-MOST_LINE_BYTES = 64 * 1024 * 1024
+MAX_LINE_BYTES = 64 * 1024 * 1024
 _STEPS = Path(__file__).with_name("tables.sql")
 
 _JOB = {
@@ -194,7 +194,7 @@ class Building:
         self._connection.execute(
             f"CREATE TABLE {name} AS SELECT * FROM read_json(?, "  # noqa: S608 - own names
             f"format = 'newline_delimited', columns = {{{types}}}, "
-            f"maximum_object_size = {MOST_LINE_BYTES})",
+            f"maximum_object_size = {MAX_LINE_BYTES})",
             [str(path)],
         )
 

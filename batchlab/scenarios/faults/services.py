@@ -222,7 +222,7 @@ async def _run_on_queues(scene: TargetGrid, fault: Fault, work: QueueWork) -> tu
     return names, mets
 
 
-_MOST_JOBS = 10_000
+_MAX_JOBS = 10_000
 _PAGE = 1000
 NO_JOB = "The ledger had no jobs."
 
@@ -288,14 +288,14 @@ async def lose_ledger(
         return False
 
     try:
-        had = len(await ledger.jobs(limit=_MOST_JOBS))
+        had = len(await ledger.jobs(limit=_MAX_JOBS))
         if not had:
             return FaultResult(impossible=NO_JOB)
         async with Rollback(scene.over) as undoing:
             add_rebuild(scene, undoing, found)
             told = await before(undoing) if before else ""
             await wait_for(forget, "the ledger's answer", within_s=2 * EFFECT_TIMEOUT_S)
-            left = len(await ledger.jobs(limit=_MOST_JOBS))
+            left = len(await ledger.jobs(limit=_MAX_JOBS))
             away_s = await scene.hold(fault.for_s)
     finally:
         await ledger.close()

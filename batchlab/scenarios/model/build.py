@@ -93,7 +93,7 @@ class ScenarioBuilder:
 
         def usable() -> Distribution:
             distribution = make(**numbers)
-            if not distribution.mean <= field_types.MOST_TASKS:
+            if not distribution.mean <= field_types.MAX_TASKS:
                 raise ValueError("its mean is too large")
             return distribution
 

@@ -24,7 +24,7 @@ from math import ceil
 from batchlab.core.errors import UsageError
 from batchlab.core.job_definition import RetryRule
 from batchlab.core.model import TaskSet
-from batchlab.jobs.field_types import MOST_TASKS
+from batchlab.jobs.field_types import MAX_TASKS
 from batchlab.scenarios.model.arrivals import MAX_JOBS
 from batchlab.scenarios.model.distributions import Constant, Stream
 from batchlab.scenarios.model.values import (
@@ -109,9 +109,9 @@ def _size(template: JobTemplate, arrival: Arrival, unit: float) -> int:
     if arrival.tasks is not None:
         return arrival.tasks
     drawn = template.tasks.at(unit)
-    if drawn > MOST_TASKS:
+    if drawn > MAX_TASKS:
         raise UsageError(
-            f"A job {template.name!r} would have more than {MOST_TASKS:,} tasks.",
+            f"A job {template.name!r} would have more than {MAX_TASKS:,} tasks.",
             remedy="Give its tasks another distribution.",
         )
     return max(1, int(drawn + 0.5))

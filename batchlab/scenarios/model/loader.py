@@ -16,7 +16,7 @@ from batchlab.core import installation, instance_types
 from batchlab.core.errors import UsageError
 from batchlab.core.pricing import price_book
 from batchlab.jobs import handler_lookup, yaml_source
-from batchlab.jobs.field_types import MOST_TASKS
+from batchlab.jobs.field_types import MAX_TASKS
 from batchlab.jobs.validation import Structure, validate
 from batchlab.jobs.yaml_source import Loc, Problem, suggest
 from batchlab.scenarios.model import build, expansion
@@ -134,7 +134,7 @@ def _joins(subject: CheckedScenario) -> Iterator[Problem]:
         if any(arrival.trace is not None and arrival.job in (None, template.name) for arrival in subject.spec.arrivals):
             continue
         always = isinstance(template.tasks, Constant)
-        tasks = max(1, int(template.tasks.mean + 0.5)) if always else MOST_TASKS
+        tasks = max(1, int(template.tasks.mean + 0.5)) if always else MAX_TASKS
         try:
             stage = expansion.find_unequal_join(template, tasks)
         except ValueError:

@@ -20,7 +20,7 @@ _YEARS = range(1000, 9000)
 def _number(value: Any, remedy: str = "Write for example 20.") -> Any:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise field_types.refusal(f"{text.shown(value)} is not a number.", remedy)
-    if not abs(value) <= field_types.MOST_TASKS:
+    if not abs(value) <= field_types.MAX_TASKS:
         raise field_types.refusal(f"{text.shown(value)} is too large.", remedy)
     return float(value)
 

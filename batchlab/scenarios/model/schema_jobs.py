@@ -201,7 +201,7 @@ class ColumnsSpec(Keys):
         examples=["5m"],
     )
     scale: float = Field(
-        default=1.0, gt=0, le=field_types.MOST_TASKS, description="With `count`: factor of the counts.", examples=[0.1]
+        default=1.0, gt=0, le=field_types.MAX_TASKS, description="With `count`: factor of the counts.", examples=[0.1]
     )
     tasks: Taken | None = Field(
         default=None,

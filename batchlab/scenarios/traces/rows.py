@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 from batchlab.core.errors import UsageError
 from batchlab.core.text import shown
-from batchlab.jobs.field_types import MOST_TASKS
+from batchlab.jobs.field_types import MAX_TASKS
 from batchlab.scenarios.model.values import Anomaly
 
 UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
@@ -205,7 +205,7 @@ RECORD_COLUMNS = Columns(
 
 
 LEFT_OUT = "left out"
-_MOST_SHOWN = 20
+_MAX_SHOWN = 20
 
 
 class RawRecord(NamedTuple):
@@ -255,7 +255,7 @@ class _LeftOutError(Exception):
 
 def _checked_size(number: float, *columns: str) -> float:
     """Return `number`, or raise if sums of many such values could overflow."""
-    if abs(number) > MOST_TASKS:
+    if abs(number) > MAX_TASKS:
         raise _LeftOutError(f"{' and '.join(columns)} is too large", number)
     return number
 
@@ -381,7 +381,7 @@ class RowMapper:
         number = self._sum(fields, take)
         if take is None or number is None:
             return None
-        if number > MOST_TASKS:
+        if number > MAX_TASKS:
             raise _LeftOutError("more tasks than a job may have", float(f"{number:g}"))
         if number == 0 and take.per == 1:
             self.note(fields.line, f"{' and '.join(take.columns)} is 0", "counted as one task")
@@ -432,8 +432,8 @@ def check_columns(used: Iterable[str], known: Sequence[str], path: Path) -> None
 def list_names(names: Sequence[str]) -> str:
     """List the names, or only the first of many."""
     clear = (name if name.isprintable() and len(name) <= 40 else shown(name) for name in names)
-    few = ", ".join(islice(clear, _MOST_SHOWN))
-    return f"{few} and {len(names) - _MOST_SHOWN} more" if len(names) > _MOST_SHOWN else few
+    few = ", ".join(islice(clear, _MAX_SHOWN))
+    return f"{few} and {len(names) - _MAX_SHOWN} more" if len(names) > _MAX_SHOWN else few
 
 
 def skip_blank_lines(numbered: Iterable[tuple[int, str]], path: Path, odd: list[Anomaly]) -> Iterable[tuple[int, str]]:

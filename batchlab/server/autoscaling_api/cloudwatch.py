@@ -157,8 +157,8 @@ FRESH_S = 300.0
 """Maximum age in seconds of a data point. Older ones are ignored."""
 LARGEST = 2.0**360
 """Largest absolute value that CloudWatch accepts."""
-MOST_METRICS = 1_000
-MOST_POINTS = 1_000
+MAX_METRICS = 1_000
+MAX_POINTS = 1_000
 
 _Name = tuple[str, str, tuple[tuple[str, str], ...]]
 
@@ -199,10 +199,10 @@ class MetricStore:
         for name, point in fresh:
             points = self._points.setdefault(name, [])
             points.append(point)
-            points[:] = [p for p in points if now_s - p.at_s <= FRESH_S][-MOST_POINTS:]
+            points[:] = [p for p in points if now_s - p.at_s <= FRESH_S][-MAX_POINTS:]
         for name in [name for name, points in self._points.items() if not points]:
             del self._points[name]
-        while len(self._points) > MOST_METRICS:
+        while len(self._points) > MAX_METRICS:
             del self._points[next(iter(self._points))]
 
     def value(self, policy: ScalingPolicy) -> float | None:

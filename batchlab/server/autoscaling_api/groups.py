@@ -17,7 +17,7 @@ from batchlab.fleet.api_types import GroupConfig, GroupDetails, InstanceDetails,
 from batchlab.fleet.autoscaling import AutoScaling
 from batchlab.server.autoscaling_api import parameters
 from batchlab.server.autoscaling_api.app import invalid
-from batchlab.server.autoscaling_api.parameters import MOST, Asked, fields, given, page, rest, told
+from batchlab.server.autoscaling_api.parameters import MAX_ITEMS, Asked, fields, given, page, rest, told
 
 T = TypeVar("T")
 Answer = dict[str, Any]
@@ -51,7 +51,7 @@ class Call:
         items: Sequence[T],
         key: Callable[[T], str],
         *,
-        most: int = MOST,
+        most: int = MAX_ITEMS,
         tell: Callable[[StructureShape, T], Answer] = parameters.told,
     ) -> Answer:
         """Return one page of `items` as an answer. `tell` converts an item into an entry of the
@@ -84,7 +84,7 @@ def matching(call: Call, items: Sequence[T], names: Mapping[str, Callable[[T], S
 
 
 GROUP = "auto-scaling-group"
-MOST_INSTANCES = 50
+MAX_INSTANCES = 50
 _NOT_CONFIG = {"DesiredCapacity", "LifecycleHookSpecificationList", "Tags"}
 
 
@@ -215,7 +215,7 @@ def describe_instances(call: Call) -> Answer:
         "AutoScalingInstances",
         instance_detailses,
         lambda instance: instance.instance_id,
-        most=MOST_INSTANCES,
+        most=MAX_INSTANCES,
         tell=_instance,
     )
 
@@ -267,8 +267,8 @@ def detach(call: Call) -> Answer:
 
 def _instances(call: Call) -> Sequence[str]:
     instances: Sequence[str] = call.asked.get("InstanceIds", ())
-    if len(instances) > MOST_INSTANCES:
-        raise invalid(f"At most {MOST_INSTANCES} instances may be named at a time.")
+    if len(instances) > MAX_INSTANCES:
+        raise invalid(f"At most {MAX_INSTANCES} instances may be named at a time.")
     return instances
 
 

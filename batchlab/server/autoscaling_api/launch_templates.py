@@ -34,7 +34,7 @@ VARIABLE = "BATCHLAB_LAUNCH_TEMPLATE"
 """Environment variable of an instance with its launch template and version, such as `worker:1`. A
 launcher reads from it the fields of the template that the engine does not know."""
 
-MOST_USER_DATA = 16 * 1024
+MAX_USER_DATA = 16 * 1024
 """Limit of user data in bytes, before base64."""
 
 _PLAIN_USER = re.compile(r"[1-9]\d*(:\d+)?")
@@ -46,8 +46,8 @@ _UNKNOWN = "You must use a valid fully-formed launch template. The specified lau
 def _decoded(text: str) -> str:
     try:
         found = base64.b64decode(text, validate=True)
-        if len(found) > MOST_USER_DATA:
-            raise ValueError(f"{len(found)} bytes of user data, and EC2 takes {MOST_USER_DATA}")
+        if len(found) > MAX_USER_DATA:
+            raise ValueError(f"{len(found)} bytes of user data, and EC2 takes {MAX_USER_DATA}")
         return found.decode()
     except (binascii.Error, UnicodeDecodeError) as error:
         raise ValueError("not text in base64") from error

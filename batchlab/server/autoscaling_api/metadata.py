@@ -94,7 +94,7 @@ def _document(role: Role, now_s: float) -> Mapping[str, str]:
 
 NAME = "batchlab"
 """Service name in the signatures of its requests."""
-_MOST_S = 3600.0
+_MAX_S = 3600.0
 _ANSWER_S = 10.0
 
 
@@ -134,8 +134,8 @@ def _asked(body: bytes) -> tuple[str, str, float]:
         raise invalid("notice is interruption or rebalance, instance the id of one.")
     if isinstance(notice_s, bool) or not isinstance(notice_s, (int, float)):
         raise invalid("notice_s is a number of seconds.")
-    if not 0 <= notice_s <= _MOST_S:
-        raise invalid(f"notice_s is from 0 to {_MOST_S:g}.")
+    if not 0 <= notice_s <= _MAX_S:
+        raise invalid(f"notice_s is from 0 to {_MAX_S:g}.")
     return instance, kind, float(notice_s)
 
 

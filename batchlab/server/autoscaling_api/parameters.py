@@ -253,12 +253,12 @@ _TOLD: dict[type, Callable[[StructureShape, Any], dict[str, Any]]] = {
 }
 
 
-MOST = 100
+MAX_ITEMS = 100
 USUAL = 50
 
 
 def page(
-    items: Sequence[T], asked: Mapping[str, Any], key: Callable[[T], str], *, most: int = MOST
+    items: Sequence[T], asked: Mapping[str, Any], key: Callable[[T], str], *, most: int = MAX_ITEMS
 ) -> tuple[Sequence[T], dict[str, Any]]:
     """Return the requested page, and its NextToken if more items follow.
 

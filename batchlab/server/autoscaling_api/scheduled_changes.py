@@ -34,7 +34,7 @@ from batchlab.server.autoscaling_api.groups import Action, Answer, Call
 from batchlab.server.autoscaling_api.parameters import Asked, fields, given, rest
 from batchlab.server.autoscaling_api.query_protocol import Act
 
-MOST_WARM = 50
+MAX_WARM = 50
 
 # --- Lifecycle hooks ------------------------------------------------------------------------------
 
@@ -218,7 +218,7 @@ def delete_warm_pool(call: Call) -> Answer:
 
 def describe_warm_pool(call: Call) -> Answer:
     pool, instances = call.engine.describe_warm_pool(call.group)
-    answer = call.paged("Instances", instances, lambda instance: instance.instance_id, most=MOST_WARM)
+    answer = call.paged("Instances", instances, lambda instance: instance.instance_id, most=MAX_WARM)
     return {**answer, **call.told("WarmPoolConfiguration", pool)} if pool else answer
 
 

@@ -2,7 +2,7 @@
 
 Invariant: the body of a request without the token is not read, so a stranger cannot fill the
 manager's memory. A web page of another origin gets no answer. A signed request gets a signed
-answer. The body of a request with the token has up to MOST_BYTES.
+answer. The body of a request with the token has up to MAX_BYTES.
 
 Sign-in to the web page: one-time codes, and sessions in a signed cookie.
 
@@ -38,9 +38,9 @@ from batchlab.core.errors import BackendError
 from batchlab.core.http_connections import PROOF, WINDOW_S, Signed
 from batchlab.core.ports import Clock
 
-MOST_BYTES = 64 * 1024**2
+MAX_BYTES = 64 * 1024**2
 """Limit of a body. A client stores larger data in the bucket or sends it as files."""
-MOST_USED = 50_000
+MAX_USED = 50_000
 """Number of stored signatures. A signature is accepted only once."""
 PAGE = "/ui"
 """Path of the web page. `Guard` protects it."""
@@ -175,7 +175,7 @@ class Door:
 
 
 class _Used:
-    """Signatures that were received within WINDOW_S, up to MOST_USED."""
+    """Signatures that were received within WINDOW_S, up to MAX_USED."""
 
     def __init__(self) -> None:
         self._known: OrderedDict[bytes, int] = OrderedDict()
@@ -190,7 +190,7 @@ class _Used:
         self._known[mac] = signed.at_s
         while self._known:
             oldest_s = next(iter(self._known.values()))
-            if len(self._known) > MOST_USED:
+            if len(self._known) > MAX_USED:
                 self._floor_s = max(self._floor_s, oldest_s)
             elif oldest_s > now_s - WINDOW_S:
                 break
@@ -272,8 +272,8 @@ def _limited(receive: Receive) -> Receive:
         nonlocal read_bytes
         message = await receive()
         read_bytes += len(message.get("body", b""))
-        if read_bytes > MOST_BYTES:
-            raise HTTPException(413, f"a body has up to {MOST_BYTES / 2**20:.0f} MiB")
+        if read_bytes > MAX_BYTES:
+            raise HTTPException(413, f"a body has up to {MAX_BYTES / 2**20:.0f} MiB")
         return message
 
     return counted
@@ -298,8 +298,8 @@ CODE_S = 60.0
 SESSION_S = 12 * 3600.0
 PLACE_CHARS = 32
 """Length of a session's place in hexadecimal digits."""
-MOST_CODES = 100
-MOST_CLOSED = 1000
+MAX_CODES = 100
+MAX_CLOSED = 1000
 """Limit of stored closed sessions. Above it, all sessions end, and none needs to be stored."""
 
 
@@ -372,7 +372,7 @@ class Sessions:
         """Return a new code that opens one session."""
         now_s = self._clock.monotonic_s()
         self._codes = {code: over_s for code, over_s in self._codes.items() if over_s > now_s}
-        while len(self._codes) >= MOST_CODES:
+        while len(self._codes) >= MAX_CODES:
             del self._codes[next(iter(self._codes))]
         code = secrets.token_urlsafe(24)
         self._codes[code] = now_s + CODE_S
@@ -414,7 +414,7 @@ class Sessions:
         now_s = self._clock.now_s()
         self._closed = {name: end_s for name, end_s in self._closed.items() if end_s > now_s}
         self._closed[session.name] = session.until_s
-        if len(self._closed) > MOST_CLOSED:
+        if len(self._closed) > MAX_CLOSED:
             self._begin_anew()
         else:
             self._save()

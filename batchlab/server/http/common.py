@@ -38,7 +38,7 @@ from batchlab.server.http.history import History
 Cause = tuple[str, str]
 """Stage and fingerprint of a group of failures."""
 
-MOST_CAUSES = 500
+MAX_CAUSES = 500
 """Maximum number of groups of a job. The failures of all further causes form one group per
 stage."""
 OTHERS = "others"
@@ -62,7 +62,7 @@ class Groups:
 
     def add(self, failure: FailureView) -> None:
         cause = failure["stage"], failure["fingerprint"]
-        if cause not in self.first and len(self.first) >= MOST_CAUSES:
+        if cause not in self.first and len(self.first) >= MAX_CAUSES:
             cause = failure["stage"], OTHERS
             reason = f"other causes, the first: {failure['reason'] or failure['error']}"
             failure = {**failure, "fingerprint": OTHERS, "reason": reason}
@@ -80,7 +80,7 @@ LEADS_WITHIN_S = 3.0
 """Time in seconds that a request waits for a manager that is about to become the leader. After it,
 the request gets an error."""
 LONGEST_WAIT_S = 60.0
-MOST = 1000
+MAX_LISTED = 1000
 LONGEST_ERROR = 10_000
 """Limit of an error's text in characters."""
 MISTAKES = 10
@@ -167,7 +167,7 @@ async def _scheduler(manager: Annotated[Manager, Depends(_leader)]) -> ScheduleC
 Books = Annotated[Spending, Depends(_spending)]
 Leader = Annotated[Manager, Depends(_leader)]
 Timetable = Annotated[ScheduleCommands, Depends(_scheduler)]
-Limit = Annotated[int, Query(ge=1, le=MOST)]
+Limit = Annotated[int, Query(ge=1, le=MAX_LISTED)]
 Wait = Annotated[float, Query(ge=0, le=LONGEST_WAIT_S, description="Long poll, seconds")]
 
 # Only the first response defines the model, and the others refer to it. FastAPI makes a validator

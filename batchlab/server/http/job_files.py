@@ -148,12 +148,12 @@ class _File:
 
 router = guarded()
 
-MOST_BYTES = 1024**3
+MAX_BYTES = 1024**3
 """Limit of one upload. `batchlab job submit` stores more data in the bucket directly."""
-MOST_CODE_BYTES = 64 * 1024**2
+MAX_CODE_BYTES = 64 * 1024**2
 """Limit of the code in an upload, because it is packed in memory."""
-MOST_FILES = 5000
-MOST_FIELDS = 200
+MAX_FILES = 5000
+MAX_FIELDS = 200
 
 _BY_HAND = "`batchlab job submit` takes any amount."
 _TEXT = {"type": "string"}
@@ -215,10 +215,10 @@ async def submit_files(manager: Leader, request: Request) -> api_types.JobView:
 
 async def read(request: Request, size_bytes: int) -> FormData:
     """Return the form with a job's files. The caller closes it."""
-    return await form_with_files(request, size_bytes, max_files=MOST_FILES, max_fields=MOST_FIELDS, remedy=_BY_HAND)
+    return await form_with_files(request, size_bytes, max_files=MAX_FILES, max_fields=MAX_FIELDS, remedy=_BY_HAND)
 
 
-def check_length(text: str | None, most: int = MOST_BYTES) -> int:
+def check_length(text: str | None, most: int = MAX_BYTES) -> int:
     """Return the length of a body. Raise UsageError if it is missing or above the limit."""
     if text is None or not (text.isascii() and text.isdigit()):
         raise UsageError("The request does not say how long its body is.", remedy="Send a Content-Length.")
@@ -363,7 +363,7 @@ def _loaded(path: Path, folder: Path, overrides: Mapping[str, str]) -> tuple[Job
         if not one.resolve().is_relative_to(folder):
             raise _leaves(str(one))
     try:
-        return loaded, submission.code_digest(loaded, MOST_CODE_BYTES)
+        return loaded, submission.code_digest(loaded, MAX_CODE_BYTES)
     except UsageError as error:
         told = error.message.replace(str(folder), "that came along")
         raise UsageError(told, remedy=error.remedy) from error

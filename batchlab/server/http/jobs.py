@@ -32,7 +32,7 @@ from batchlab.core.protocol.object_keys import CommitKey
 from batchlab.manager.manager import Manager
 from batchlab.manager.state import LiveJob
 from batchlab.server import job_facts, job_views
-from batchlab.server.http.common import MOST, Given, Leader, Limit, Wait, guarded, of_our_version
+from batchlab.server.http.common import MAX_LISTED, Given, Leader, Limit, Wait, guarded, of_our_version
 from batchlab.server.http.failures import chosen_tasks
 from batchlab.server.http.history import eta_of
 from batchlab.server.wait_reasons import why
@@ -62,7 +62,7 @@ async def first(manager: Manager, job: JobId, wait_s: float) -> api_types.Outcom
             live.listeners -= 1
             if not live.listeners:
                 live.told.clear()
-    return await page(manager, job, None, None, MOST, end_s - loop.time())
+    return await page(manager, job, None, None, MAX_LISTED, end_s - loop.time())
 
 
 def _uncounted(outcome: Outcome, key: CommitKey) -> api_types.OutcomeView:
@@ -150,7 +150,7 @@ async def submit(
         job_id = JobId(view["id"])
         heard = partial(first, manager, job_id, wait_s)
         if not written.is_new:
-            heard = partial(page, manager, job_id, None, None, MOST, wait_s)
+            heard = partial(page, manager, job_id, None, None, MAX_LISTED, wait_s)
         return _Lines(view, heard, status)
     response.status_code = status
     return view
@@ -309,7 +309,7 @@ async def outcomes(
     job: JobId,
     stage: StageName | None = None,
     after: int | None = None,
-    limit: Limit = MOST,
+    limit: Limit = MAX_LISTED,
     wait_s: Wait = 0.0,
 ) -> api_types.OutcomesView:
     """Return outcomes with a seq above `after`, in the order of their seq. With `wait_s`, the

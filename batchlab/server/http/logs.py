@@ -1,7 +1,7 @@
 """Endpoints of task logs: complete logs of ended tasks, and live logs of running tasks.
 
 Invariant: the endpoints read logs from the bucket, and the ledger lists the outcomes. An answer
-contains at most MOST_BYTES of logs, and it marks the logs that are left out.
+contains at most MAX_BYTES of logs, and it marks the logs that are left out.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from batchlab.core.ports import BundleRecord
 from batchlab.jobs.attempts import Attempt, attempt_in, printed
 from batchlab.manager.manager import Manager
 from batchlab.server import job_views
-from batchlab.server.http.common import MOST, NOT_STORED, Leader, Limit, Wait, guarded, outcomes_of
+from batchlab.server.http.common import MAX_LISTED, NOT_STORED, Leader, Limit, Wait, guarded, outcomes_of
 from batchlab.server.http.jobs import page
 
-MOST_BYTES = 32 * 1024**2
+MAX_BYTES = 32 * 1024**2
 LEFT_OUT = "(left out: an answer holds up to 32 MiB. Name this task alone, or ask for fewer.)\n"
 PAGE_BUNDLES = 50
 """Number of outcomes whose logs form one answer to a client that follows a job."""
@@ -31,7 +31,7 @@ router = guarded()
 class _Room:
     """Remaining size of an answer."""
 
-    left_bytes: int = field(default_factory=lambda: MOST_BYTES)
+    left_bytes: int = field(default_factory=lambda: MAX_BYTES)
     is_over: bool = False
     """A log was left out. No further log is added, because it would seem to follow directly."""
 
@@ -105,8 +105,8 @@ async def logs_after(
         over = over or (attempt is not None and attempt.state != "RETRIED")
         current = outcome.bundle.round == round_
         if outcome.bundle.id in bundle_ids and (current or not failed):
-            found += [log async for log in _of(manager, outcome, task, MOST, room, failed=failed)]
-        if room.is_over or room.left_bytes < MOST_BYTES / 2:
+            found += [log async for log in _of(manager, outcome, task, MAX_LISTED, room, failed=failed)]
+        if room.is_over or room.left_bytes < MAX_BYTES / 2:
             last = record.seq  # the next answer contains the other logs
             break
     ended = waited["ended"] and not records

@@ -169,10 +169,10 @@ async def _log(manager: Manager, outcome: Outcome, task: int) -> tuple[str, bool
     return text.decode(errors="replace"), before > 0
 
 
-MOST_BYTES = 2 * 1024**3
+MAX_BYTES = 2 * 1024**3
 """Limit of the contents of an archive. `batchlab job results` fetches larger results."""
-MOST_OUTCOMES = 50_000
-MOST_VALUE_BYTES = 16 * 1024**2
+MAX_OUTCOMES = 50_000
+MAX_VALUE_BYTES = 16 * 1024**2
 """Limit of the inline values of one result, because all of them are in memory at once."""
 WAITS_S = 3.0
 """Time in seconds that a request waits for the archive before it."""
@@ -210,9 +210,9 @@ async def _archive(manager: Manager, job: JobId, stages: Sequence[str], over: Ca
     record = await manager.ports.ledger.job(job)
     view = await shown(manager, record)
     key = await manager.ports.keys.of(record.job)
-    rows = await manager.ports.ledger.bundles(job, done=True, limit=MOST_OUTCOMES + 1)
-    if len(rows) > MOST_OUTCOMES:
-        raise _too_much(f"has more than {MOST_OUTCOMES:,} outcomes")
+    rows = await manager.ports.ledger.bundles(job, done=True, limit=MAX_OUTCOMES + 1)
+    if len(rows) > MAX_OUTCOMES:
+        raise _too_much(f"has more than {MAX_OUTCOMES:,} outcomes")
     listing = [Listed.of(job_views.outcome_view(row, key)) for row in rows if row.completion]
     folder = pathlib.Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="batchlab-results-", dir=roomy()))
     try:
@@ -252,15 +252,15 @@ def _pack(
     def claim(size_bytes: int) -> None:
         nonlocal taken_bytes
         taken_bytes += size_bytes
-        if taken_bytes > MOST_BYTES:
-            raise _too_much(f"has more than {size(MOST_BYTES)} of results")
+        if taken_bytes > MAX_BYTES:
+            raise _too_much(f"has more than {size(MAX_BYTES)} of results")
         if not has_room(folder, size_bytes):
             raise UsageError("The manager's disk has no room for an archive of these results.", remedy=_BY_HAND)
 
     claim(0)
     objects, patience = manager.ports.objects, manager.ports.patience
     out = folder / "results"
-    within = Within(claim, MOST_VALUE_BYTES, remedy=_BY_HAND)
+    within = Within(claim, MAX_VALUE_BYTES, remedy=_BY_HAND)
     asyncio.run(results.fetch(objects, view, listing, out, patience=patience, stages=stages, within=within))
     path = folder / "results.zip"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as zipped:

@@ -26,7 +26,7 @@ from batchlab.server.http import grid as spending
 from batchlab.server.http import jobs
 from batchlab.server.http import schedules as api
 from batchlab.server.http.common import Books, Given, Leader, Timetable
-from batchlab.server.http.job_files import MOST_BYTES, MOST_FILES, submit_form
+from batchlab.server.http.job_files import MAX_BYTES, MAX_FILES, submit_form
 from batchlab.server.web import text
 from batchlab.server.web import text as words
 from batchlab.server.web.rendering import Page, field_of, form_of, guarded, is_sure, live, render, to
@@ -210,8 +210,8 @@ async def submit_page(request: Request) -> Response:
         "submit.html",
         here="submit",
         client_token=secrets.token_urlsafe(16),
-        most_gib=MOST_BYTES // 2**30,
-        most_files=MOST_FILES,
+        most_gib=MAX_BYTES // 2**30,
+        most_files=MAX_FILES,
     )
 
 

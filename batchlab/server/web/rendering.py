@@ -32,7 +32,7 @@ from batchlab.manager.manager import Manager
 from batchlab.server.http import grid
 from batchlab.server.http.authentication import PAGE, SAFE
 from batchlab.server.http.common import Given, Served, problem_of
-from batchlab.server.http.job_files import MOST_BYTES, check_length, read
+from batchlab.server.http.job_files import MAX_BYTES, check_length, read
 from batchlab.server.web.security import SESSION
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ class Assets:
 
 
 FRESH_S = 1.0
-MOST_FORM_BYTES = 1024 * 1024
+MAX_FORM_BYTES = 1024 * 1024
 TOKEN = "form_token"  # noqa: S105 - a field's name
 
 
@@ -195,7 +195,7 @@ async def form_of(request: Request) -> FormData:
     """Return the request's form. It is read only once."""
     kind = request.headers.get("content-type", "")
     is_upload = request.url.path.endswith("/submit") and kind.startswith("multipart/")
-    size_bytes = check_length(request.headers.get("content-length"), MOST_BYTES if is_upload else MOST_FORM_BYTES)
+    size_bytes = check_length(request.headers.get("content-length"), MAX_BYTES if is_upload else MAX_FORM_BYTES)
     if not is_upload:
         return await request.form(max_files=0, max_fields=10_000)
     if not hasattr(request.state, "form"):
