@@ -113,7 +113,7 @@ def test_no_other_status_is_success_and_no_redirect_is_followed(status: int, is_
 
 
 def test_who_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(notifications, "WHOLE_S", 0.2)
+    monkeypatch.setattr(notifications, "WEBHOOK_TIMEOUT_S", 0.2)
     with Hook(wait_s=1.0) as hook:
         begun_s = time.monotonic()
         error = refused(at(hook))
@@ -262,7 +262,7 @@ def test_a_command_that_fails_says_why() -> None:
 
 
 def test_a_command_that_hangs_ends_with_all_it_has_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(notifications, "WHOLE_S", 1.0)
+    monkeypatch.setattr(notifications, "WEBHOOK_TIMEOUT_S", 1.0)
     pid = tmp_path / "pid"
     error = refused(
         script(

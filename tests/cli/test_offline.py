@@ -84,7 +84,7 @@ def test_help_and_services_import_nothing_heavy(arguments: list[str]) -> None:
     imported = imported_by(*arguments)
     if arguments == ["--help"]:
         ours = {name for name in imported if name.startswith("batchlab.")}
-        names = ("cli", "cli.app", "cli.output", "cli.signals", "cli.startup", "core", "core.errors", "core.text")
+        names = ("cli", "cli.app", "cli.output", "cli.startup", "core", "core.errors", "core.text")
         assert ours == {f"batchlab.{name}" for name in names}
         assert imported.isdisjoint(HEAVY), imported & HEAVY
     else:
