@@ -1,4 +1,4 @@
-"""Objects port over a remote store of obstore, shared by S3 and Google Cloud Storage.
+"""Objects port over a remote store of obstore: the base class of each kind of store.
 
 Invariant: a key has one complete object or none, also after a process died while writing it. A
 conditional create has one winner.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import secrets
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ from datetime import timedelta
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, NotModifiedError, PreconditionError
@@ -48,21 +49,32 @@ _CHUNK_BYTES = 5 * 1024 * 1024
 
 _SILENCE = timedelta(seconds=30)
 
-_NO_BUCKET = "NoSuchBucket"
-_BUSY = re.compile(r"status code: (429|503|409)\b")
-_KINDS: tuple[tuple[re.Pattern[str], type[BackendError]], ...] = (
-    (_BUSY, Throttled),
-    (re.compile(r"HTTP error: |status code: 5\d\d\b"), Unreachable),
-    # A full disk during a download is retried like an outage.
-    (re.compile(r"No space left on device"), Unreachable),
-)
+_STAGED = "staged/"
+"""Prefix of files that are uploaded but do not have their key yet."""
+_DELETES_AT_ONCE = 16
+_STATUS = re.compile(r"status code: (\d{3})\b")
+# A full disk during a download is retried like an outage.
+_OUTAGE = re.compile(r"HTTP error: |status code: 5\d\d\b|No space left on device")
 
 
 class ObstoreObjects:
     """The Objects port over one remote store of obstore.
 
-    Each kind of store is a subclass, which overrides the methods where the stores differ.
+    Each kind of store is a subclass. It sets the class attributes and overrides the methods where
+    the stores differ.
     """
+
+    missing_bucket: ClassVar[str] = "NoSuchBucket"
+    """Error code of the service for a bucket that does not exist."""
+    busy_statuses: ClassVar[frozenset[str]] = frozenset({"409", "429", "503"})
+    """HTTP statuses of requests that the caller should repeat later.
+
+    With S3, 409 means that another conditional write is still in progress.
+    """
+    deletes_in_batches: ClassVar[bool] = True
+    """Whether one request deletes many objects."""
+    remedy: ClassVar[str] = ""
+    """Advice for a user whose bucket cannot be listed."""
 
     def __init__(self, store: ObjectStore, tally: Tally | None = None) -> None:
         """Set the store and the counter of requests, which does not count obstore's repetitions."""
@@ -77,11 +89,11 @@ class ObstoreObjects:
 
     def check(self) -> None:
         """Raise BackendError if the service does not answer, or the bucket cannot be listed."""
-        with _translated(""):
+        with self._translated(""):
             self._sure(lambda: next(iter(obstore.list(self._store, chunk_size=1)), None))
 
     async def _do(self, key: str, call: Callable[[], T]) -> T:
-        with _translated(key):
+        with self._translated(key):
             return await asyncio.wrap_future(self._threads.submit(self._sure, call))
 
     def _sure(self, call: Callable[[], T]) -> T:
@@ -90,7 +102,7 @@ class ObstoreObjects:
         try:
             return call()
         except (FileNotFoundError, BaseError, NotFound) as error:
-            if _NO_BUCKET not in str(error):
+            if self.missing_bucket not in str(error):
                 raise
             with self._making:
                 # Another thread may have created it meanwhile.
@@ -119,13 +131,53 @@ class ObstoreObjects:
 
         Raise AlreadyExists if the object exists at the end.
         """
-        del part_bytes
-        obstore.put(self._store, key, path, mode="create")
+        # A copy supports a condition, but an upload in parts does not. The copy moves no data.
+        staged = f"{_STAGED}{secrets.token_hex(16)}"
+        obstore.put(self._store, staged, path, chunk_size=part_bytes, max_concurrency=PARTS_AT_ONCE)
+        try:
+            self._tally.put()
+            obstore.copy(self._store, staged, key, overwrite=False)
+        finally:
+            self._delete([staged])
 
     def _delete(self, keys: Sequence[str]) -> None:
         """Delete at most PAGE objects, and ignore those that do not exist."""
+        if self.deletes_in_batches:
+            self._tally.delete()
+            obstore.delete(self._store, keys)
+        else:
+            with ThreadPoolExecutor(_DELETES_AT_ONCE) as threads:
+                for _ in threads.map(self._delete_one, keys):
+                    pass
+
+    def _delete_one(self, key: str) -> None:
         self._tally.delete()
-        obstore.delete(self._store, keys)
+        try:
+            obstore.delete(self._store, key)
+        except FileNotFoundError as error:
+            if self.missing_bucket in str(error):
+                raise
+
+    @contextmanager
+    def _translated(self, key: str) -> Iterator[None]:
+        """Raise batchlab's errors instead of obstore's. A missing bucket is never NotFound."""
+        try:
+            yield
+        except (BaseError, OSError, NotFound) as error:
+            text = str(error)
+            if self.missing_bucket in text:
+                raise BackendError("The bucket does not exist.") from error
+            if isinstance(error, FileNotFoundError | NotFound):
+                raise NotFound(f"No object {key!r}.") from error
+            is_busy = not self.busy_statuses.isdisjoint(_STATUS.findall(text))
+            if isinstance(error, AlreadyExistsError | PreconditionError):
+                # After a 412, another writer has won. After S3's 409, the race is still open.
+                kind = Throttled if is_busy else AlreadyExists
+                raise kind(f"Object {key!r} exists, or another writer has replaced it.") from error
+            outage = Unreachable if _OUTAGE.search(text) else BackendError
+            subject = f"Object {key!r}: " if key else ""
+            first_line = text.partition("\n")[0]
+            raise (Throttled if is_busy else outage)(f"{subject}{first_line}.") from error
 
     # --- The port --------------------------------------------------------------------------------
 
@@ -283,25 +335,3 @@ def _puts(size_bytes: int, chunk_bytes: int) -> int:
 
 def _info(meta: ObjectMeta) -> ObjectInfo:
     return ObjectInfo(meta["path"], meta["size"], meta["e_tag"] or "")
-
-
-@contextmanager
-def _translated(key: str) -> Iterator[None]:
-    try:
-        yield
-    except (FileNotFoundError, NotFound) as error:
-        if _NO_BUCKET in str(error):
-            raise BackendError("The bucket is not there.") from error
-        raise NotFound(f"No object {key!r}.") from error
-    except (AlreadyExistsError, PreconditionError) as error:
-        # After a 412, another writer has won. After a 409, the race is still open.
-        kind = Throttled if _BUSY.search(str(error)) else AlreadyExists
-        raise kind(f"Object {key!r} exists, or is another one by now.") from error
-    except (BaseError, OSError) as error:
-        text = str(error)
-        if _NO_BUCKET in text:
-            raise BackendError("The bucket is not there.") from error
-        kinds = (kind for pattern, kind in _KINDS if pattern.search(text))
-        first_line = text.partition("\n")[0]
-        subject = f"Object {key!r}: " if key else ""
-        raise next(kinds, BackendError)(f"{subject}{first_line}.") from error

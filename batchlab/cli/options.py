@@ -118,7 +118,8 @@ EndpointOption = Annotated[
         "--endpoint",
         metavar="URL",
         help="URL of S3 and SQS, optionally with a bucket as its path, instead of the grid's own "
-        "emulator. On the backend gcs, gs://BUCKET. Default: $BATCHLAB_ENDPOINT.",
+        "emulator. On a backend with another object store, the address of a bucket, such as gs://BUCKET. "
+        "Default: $BATCHLAB_ENDPOINT.",
         show_default=False,
     ),
 ]

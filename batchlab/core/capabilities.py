@@ -33,7 +33,7 @@ class Capabilities:
     keeps_home: bool = False
     """The next manager finds the home of the previous one and does not need to wait for its
     lease."""
-    takes_endpoint: bool = False
+    s3_endpoint: bool = False
     """`--endpoint` may name the endpoint of S3 and SQS. Otherwise, they are AWS's own."""
     stack: bool = False
     """A CloudFormation stack created the bucket, the queues, and the groups."""

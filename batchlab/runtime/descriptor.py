@@ -124,6 +124,8 @@ class Descriptor:
     description: str
     objects: str
     """Module whose `open_objects` opens the bucket."""
+    objects_name: str
+    """Name of the object store in the documentation."""
     queue: str
     ledger: str
     fleet: str
@@ -165,7 +167,7 @@ def read(kind: type[D], name: str, endpoint: str | None = None) -> D:
     emulator = doc.get("emulator")
     capabilities = capabilities_in(doc)
     scheme = doc.get("bucket_scheme", "")
-    takes_endpoint = capabilities.takes_endpoint or bool(scheme)
+    takes_endpoint = capabilities.s3_endpoint or bool(scheme)
     if endpoint and not takes_endpoint:
         raise UsageError(
             f"The backend {name} has no use for an endpoint.",
@@ -178,6 +180,7 @@ def read(kind: type[D], name: str, endpoint: str | None = None) -> D:
         name,
         doc["description"],
         doc["objects"],
+        doc["objects_name"],
         doc["queue"],
         doc["ledger"],
         doc["fleet"],

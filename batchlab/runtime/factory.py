@@ -135,7 +135,7 @@ class Backend(Placed):
 
         def endpoint_of(region: str) -> Endpoint:
             """Return the grid's own endpoint if it has one, else AWS."""
-            if not self.capabilities.takes_endpoint:
+            if not self.capabilities.s3_endpoint:
                 return Endpoint(None, region)
             return replace(self.services(home).endpoint, region=region)
 
@@ -182,7 +182,7 @@ class Backend(Placed):
         """
         record = home.record()
         is_up = record is not None and record.backend == self.name
-        if self.capabilities.takes_endpoint and not is_up:
+        if self.capabilities.s3_endpoint and not is_up:
             place = self.place(home)
             if not place.named:
                 raise Unreachable(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from batchlab.adapters.limits import Bucket
 from batchlab.adapters.local import access_keys
 from batchlab.core import installation
-from batchlab.core.errors import Unreachable, UsageError
+from batchlab.core.errors import BackendError, Unreachable, UsageError
 from batchlab.core.model import Pool
 from batchlab.runtime import aws_deployment, compose_deployment
 from batchlab.runtime.descriptor import VARIABLE, Descriptor, fresh_bucket, place_of
@@ -25,6 +25,7 @@ from batchlab.runtime.home import Home, Place
 if TYPE_CHECKING:
     from batchlab.adapters.aws.endpoint import Endpoint
     from batchlab.adapters.local.ministack import Emulator
+    from batchlab.adapters.obstore_objects import ObstoreObjects
     from batchlab.runtime.aws_deployment import AwsDeployment
     from batchlab.runtime.compose_deployment import Deployment
 
@@ -198,7 +199,13 @@ class Placed(Descriptor):
                 f"The backend {self.name} needs a bucket.",
                 remedy=f"Name it with --endpoint {self.bucket_scheme}://BUCKET or {VARIABLE}.",
             )
-        import_module(self.objects).check(Bucket(named.bucket))
+        objects: ObstoreObjects = import_module(self.objects).open_objects(Bucket(named.bucket))
+        try:
+            objects.check()
+        except BackendError as error:
+            raise BackendError(
+                f"The bucket {named.address} cannot be listed: {error.message}", remedy=objects.remedy
+            ) from error
 
     def named_place(self, home: Home) -> Place | None:
         """Return the endpoint that the user has named, now or when this home was first used.

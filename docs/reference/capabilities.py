@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from batchlab.core.capabilities import backend_names, read_descriptor
 from batchlab.runtime import factory
 from batchlab.runtime.factory import Backend
 from docs.reference.markdown import head, table
 
-ORDER = ("local", "ministack", "localstack", "aws", "gcs", "sim")
+ORDER = tuple(sorted(backend_names(), key=lambda name: (read_descriptor(name)["order"], name)))
 """Order of the backends on the pages."""
 _ADAPTERS = {
-    "batchlab.adapters.local.objects": "a folder",
-    "batchlab.adapters.aws.objects": "S3",
-    "batchlab.adapters.gcs": "Google Cloud Storage",
-    "batchlab.adapters.memory.objects": "memory",
     "memory": "memory",
     "sqlite": "SQLite",
     "sqs": "SQS",
@@ -24,7 +21,7 @@ _ADAPTERS = {
     "autoscaling": "an Auto Scaling group",
     "simulated": "simulated",
 }
-"""Display names for the values in `backends/*/backend.toml`."""
+"""Display names for the adapters of queues, ledgers, and fleets in `backends/*/backend.toml`."""
 
 _WORDS = """\
 
@@ -76,7 +73,7 @@ def _row(title: str, say: Callable[[Backend], str], found: Sequence[Backend]) ->
 
 _PARTS: tuple[tuple[str, Callable[[Backend], str]], ...] = (
     ("summary", lambda one: one.description),
-    ("objects", lambda one: _ADAPTERS[one.objects]),
+    ("objects", lambda one: one.objects_name),
     ("queue", lambda one: _ADAPTERS[one.queue]),
     ("ledger", lambda one: _ADAPTERS[one.ledger]),
     ("fleet", lambda one: _ADAPTERS[one.fleet]),
@@ -90,7 +87,7 @@ def _yes(is_so: bool) -> str:
 
 _TELLS: tuple[tuple[str, Callable[[Backend], str]], ...] = (
     ("manager and workers run as", lambda one: _where(one)),
-    ("`--endpoint` names another S3 and SQS", lambda one: _yes(one.capabilities.takes_endpoint)),
+    ("`--endpoint` names another S3 and SQS", lambda one: _yes(one.capabilities.s3_endpoint)),
     ("starts its own emulator", lambda one: one.emulator or _yes(_in_containers(one))),
     ("needs Docker", lambda one: _yes(_in_containers(one))),
     ("needs an account and costs money", lambda one: _yes(one.capabilities.billed)),

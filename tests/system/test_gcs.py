@@ -45,7 +45,7 @@ def test_a_bucket_that_cannot_be_listed_is_refused_before_a_manager_starts(stub:
     backend = factory.load("gcs", "gs://another")
     with pytest.raises(BackendError) as caught:
         backend.provide(Home(tmp_path), lambda _: None)
-    assert "gs://another cannot be listed: The bucket is not there." in caught.value.message
+    assert "gs://another cannot be listed: The bucket does not exist." in caught.value.message
     assert "gcloud auth application-default login" in caught.value.remedy
     assert list(stub.buckets) == ["my-bucket"]
 

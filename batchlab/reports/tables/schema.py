@@ -63,7 +63,7 @@ JOBS = _table(
     "job",
     ("schema_version", "INTEGER", "of these tables"),
     ("name", "VARCHAR", "the job's name; several runs of one job file share it"),
-    ("backend", "VARCHAR", "where it ran: sim, local, ministack, localstack, aws, gcs"),
+    ("backend", "VARCHAR", "name of the backend on which the job ran, such as local or aws"),
     ("is_final", "BOOLEAN", "whether it had ended when this was written"),
     ("state", "VARCHAR", "the job's state, such as SUCCEEDED"),
     ("reason", "VARCHAR", "why it ended so; empty where there is nothing to say"),
