@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from batchlab.client.http import Client
     from batchlab.client.results import JobResult
     from batchlab.core.errors import BatchlabError, JobFailed, TaskFailed
-    from batchlab.core.job_definition import RetryRule
     from batchlab.core.model import JobState, Pool
+    from batchlab.core.retry_rule import RetryRule
     from batchlab.core.task_context import Context, File
 
 __version__ = "0.1.0"
@@ -51,7 +51,7 @@ _HOMES = {
     "JobResult": "batchlab.client.results",
     "JobState": "batchlab.core.model",
     "Pool": "batchlab.core.model",
-    "RetryRule": "batchlab.core.job_definition",
+    "RetryRule": "batchlab.core.retry_rule",
     "TaskFailed": "batchlab.core.errors",
 }
 

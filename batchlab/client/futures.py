@@ -25,9 +25,10 @@ from batchlab.client.grid_link import Link
 from batchlab.client.results import failed, outcomes
 from batchlab.client.submission import MAP, Chunk, Outgoing, Shipping, job_name, pickled
 from batchlab.core.errors import BackendError, TaskFailed, UsageError
-from batchlab.core.job_definition import RetryRule, StageDef
+from batchlab.core.job_definition import StageDef
 from batchlab.core.model import Failure, FailureKind, JobId, Json, Outcome
 from batchlab.core.protocol import json_format, values
+from batchlab.core.retry_rule import RetryRule
 from batchlab.manager.stage_plans import PART_ITEMS
 from batchlab.worker.executor_calls import Calls, Initializer, Raised
 

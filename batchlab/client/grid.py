@@ -20,9 +20,10 @@ from batchlab.client.http import Client
 from batchlab.client.results import Incoming, decoded
 from batchlab.client.submission import MAP, Outgoing, job_name
 from batchlab.core.errors import JobFailed, TaskFailed, UsageError
-from batchlab.core.job_definition import JobDef, RetryRule, StageDef
+from batchlab.core.job_definition import JobDef, StageDef
 from batchlab.core.model import ENDED, Pool
 from batchlab.core.protocol.bundle_inputs import Own
+from batchlab.core.retry_rule import RetryRule
 from batchlab.runtime import factory
 from batchlab.runtime.home import find_home
 

@@ -16,27 +16,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from batchlab.core.errors import UsageError
-from batchlab.core.model import FailureKind, JobId, Json, StageName
-
-
-@dataclass(frozen=True, slots=True)
-class RetryRule:
-    """Rule for the retries of a failed task.
-
-    `attempts` counts the first try. The wait before attempt n+1 is `backoff_s · factor^(n-1)`, at
-    most `max_backoff_s`, times a jitter within ±`jitter`. Empty `kinds` means every kind except
-    IMPORT and RESULT, which a retry cannot fix. LOST is always final. Non-empty `exit_codes` or
-    `exceptions` limit the retries of EXIT and EXCEPTION to those named.
-    """
-
-    attempts: int = 3
-    backoff_s: float = 1.0
-    factor: float = 2.0
-    max_backoff_s: float = 900.0
-    jitter: float = 0.25
-    kinds: tuple[FailureKind, ...] = ()
-    exit_codes: tuple[int, ...] = ()
-    exceptions: tuple[str, ...] = ()
+from batchlab.core.model import JobId, Json, StageName
+from batchlab.core.retry_rule import RetryRule
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +62,46 @@ class SplitBy(StrEnum):
     LINES = "lines"
     BYTES = "bytes"
     ITEMS = "items"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Split:
+    """Rules and texts of one way to split input.
+
+    `meaning` describes the input of one task, `size` the unit of the key `size`, and `item` the
+    argument of a handler. If `size` is "", a job file cannot contain the key. If `in_bytes` is
+    true, the size may also be text such as `8 MiB`. If `has_header` is true, each part may begin
+    with the header of its file.
+    """
+
+    meaning: str
+    size: str = ""
+    default_size: int = 1
+    in_bytes: bool = False
+    has_header: bool = False
+    item: str = "a `File` with the task's part"
+
+
+SPLITS: dict[SplitBy, Split] = {
+    SplitBy.FILE: Split(meaning="a whole `file`"),
+    SplitBy.LINES: Split(
+        meaning="some `lines` of a file", size="a number of lines, default 1000", default_size=1000, has_header=True
+    ),
+    SplitBy.BYTES: Split(
+        meaning="a part of about `size` `bytes` that begins and ends between lines",
+        size="bytes or a size, default `8 MiB`; a longer line is a part of its own",
+        default_size=8 * 1024 * 1024,
+        in_bytes=True,
+        has_header=True,
+    ),
+    SplitBy.ITEMS: Split(
+        meaning="or `items`, the JSON values of a JSON Lines file",
+        size="a number of items. With 1 (default), the task receives the item itself, otherwise a list",
+        item="the JSON value, or a list of `size` of them",
+    ),
+}
+"""All ways to split input. The schema of the job file, its checks, and its reference page are made
+from this table. `manager.input_split` has the function that reads the input for each way."""
 
 
 @dataclass(frozen=True, slots=True)

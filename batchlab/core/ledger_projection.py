@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, assert_never
 
 from batchlab.core.errors import NotFound
 from batchlab.core.job_definition import JobDef
@@ -235,8 +235,10 @@ def apply(projection: Projection, change: JobChange, known: Known) -> list[Bundl
         is_new = set_planned(projection, change)
     elif isinstance(change, Reopen):
         is_new = reopen(projection, change)
-    else:
+    elif isinstance(change, Finish):
         is_new = finish(projection, change)
+    else:
+        assert_never(change)
     return [] if is_new else None
 
 

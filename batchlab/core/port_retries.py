@@ -29,7 +29,7 @@ waiting for the same core."""
 def doubled_s(pause_s: float, longest_s: float, times: int = 1) -> float:
     """Return a pause after `times` doublings, at most `longest_s`.
 
-    All retries in this package use it. The retry rules of tasks use `settlement.backoff_s`.
+    All retries in this package use it. The retry rules of tasks use `RetryRule.wait_s`.
     """
     return min(longest_s, pause_s * 2.0 ** min(times, 64))  # 2.0**1024 overflows
 

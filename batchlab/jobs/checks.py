@@ -7,12 +7,12 @@ form a graph without a cycle.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from batchlab.core import notifications, text
-from batchlab.core.job_definition import NotifyDef
+from batchlab.core.job_definition import SPLITS, NotifyDef, SplitBy
 from batchlab.core.protocol import values
 from batchlab.jobs import field_types, handler_lookup
 from batchlab.jobs.field_types import NotifySpec
@@ -153,28 +153,31 @@ def _outputs(subject: Subject) -> Iterator[Problem]:
 
 def _retries(subject: Subject) -> Iterator[Problem]:
     for loc, stage in subject.stages():
-        rule = stage.retry
-        for key, kind in (("exit_codes", "exit"), ("exceptions", "exception")):
-            if getattr(rule, key) and rule.on and kind not in rule.on:
-                message = f"'{key}' has no effect while 'on' leaves out '{kind}'."
-                yield Problem((*loc, "retry", key), message, f"Add {kind} to on.", at_key=True)
+        for key, message, remedy in stage.retry.problems():
+            yield Problem((*loc, "retry", key), message, remedy, at_key=True)
 
 
 def _input_size(subject: Subject) -> Iterator[Problem]:
-    input_spec = subject.job.input
-    if input_spec.size is not None and input_spec.split == "file":
-        message = "With split: file a task gets a whole file, so size has no meaning."
-        remedy = "Delete size, or write split: lines, bytes or items."
+    split, size = subject.job.input.split, subject.job.input.size
+    rules = SPLITS[split]
+    if size is not None and not rules.size:
+        message = f"With split: {split}, size has no meaning, because a task gets {rules.meaning.replace('`', '')}."
+        remedy = f"Delete size, or write split: {_splits(other for other in SPLITS if SPLITS[other].size)}."
         yield Problem(("input", "size"), message, remedy, at_key=True)
-    elif isinstance(input_spec.size, str) and input_spec.split != "bytes":
-        message = f"With split: {input_spec.split} size counts {input_spec.split}, not bytes."
+    elif isinstance(size, str) and not rules.in_bytes:
+        message = f"With split: {split}, size counts {split}, not bytes."
         yield Problem(("input", "size"), message, "Write a number such as 1000.")
-    elif input_spec.split == "bytes" and input_spec.size is not None and text.size_bytes(input_spec.size) < 1:
-        yield Problem(("input", "size"), "A part of no bytes is no part.", "Write 8 MiB.")
-    if input_spec.header and input_spec.split not in ("lines", "bytes"):
-        message = f"With split: {input_spec.split} there is no header line to repeat."
-        remedy = "Delete header, or write split: lines or bytes."
+    elif size is not None and text.size_bytes(size) < 1:
+        yield Problem(("input", "size"), "A part of 0 bytes is empty.", "Write for example 8 MiB.")
+    if subject.job.input.header and not rules.has_header:
+        message = f"With split: {split}, a part cannot begin with a header line."
+        remedy = f"Delete header, or write split: {_splits(other for other in SPLITS if SPLITS[other].has_header)}."
         yield Problem(("input", "header"), message, remedy, at_key=True)
+
+
+def _splits(ways: Iterable[SplitBy]) -> str:
+    *names, last = ways
+    return f"{', '.join(names)} or {last}"
 
 
 def _times(subject: Subject) -> Iterator[Problem]:

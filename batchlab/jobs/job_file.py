@@ -14,16 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from batchlab.core import text as units
-from batchlab.core.job_definition import InputDef, JobDef, RetryRule, SplitBy, StageDef
-from batchlab.core.model import FailureKind, JobId, Json, StageName
+from batchlab.core.job_definition import SPLITS, InputDef, JobDef, StageDef
+from batchlab.core.model import JobId, Json, StageName
 from batchlab.core.pricing import price_book
 from batchlab.jobs import checks, handler_lookup, yaml_source
-from batchlab.jobs.schema import SHAPE, JobSpec, RetrySpec, StageSpec, is_text
+from batchlab.jobs.schema import SHAPE, JobSpec, StageSpec, is_text
 from batchlab.jobs.validation import validate
 from batchlab.jobs.yaml_source import Problem, suggest
 
 _NONE = "Write its path, or make one with `batchlab init`."
-_TASK_SIZES = {"file": 1, "lines": 1000, "bytes": 8 * 1024 * 1024, "items": 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +98,7 @@ def compile_job(
         name=job.name,
         stages=tuple(_stage(stage, job.upstream(i)) for i, stage in enumerate(job.stages)),
         submitted_s=submitted_s,
-        input=InputDef(tuple(input_keys), SplitBy(job.input.split), task_size(job), job.input.header),
+        input=InputDef(tuple(input_keys), job.input.split, task_size(job), job.input.header),
         code=code_key,
         params=tuple(jobfile.params.items()),
         max_failures=float(most.strip(" %")) if isinstance(most, str) else most,
@@ -164,7 +163,7 @@ def _files(job: JobSpec, folder: Path) -> tuple[Path | str, ...]:
 def task_size(job: JobSpec) -> int:
     """Return the amount of input for one task, in lines, bytes, or items."""
     size = job.input.size
-    return _TASK_SIZES[job.input.split] if size is None else units.size_bytes(size)
+    return SPLITS[job.input.split].default_size if size is None else units.size_bytes(size)
 
 
 def _stage(stage: StageSpec, upstream: Sequence[str]) -> StageDef:
@@ -176,23 +175,9 @@ def _stage(stage: StageSpec, upstream: Sequence[str]) -> StageDef:
         command=tuple(stage.command or ()),
         stdout=stage.stdout,
         timeout_s=stage.timeout,
-        retry=retry_rule(stage.retry),
+        retry=stage.retry.rule(),
         slots=stage.resources.slots,
         memory_bytes=stage.resources.memory,
         bundle=stage.bundle,
         pool=stage.pool,
-    )
-
-
-def retry_rule(retry: RetrySpec) -> RetryRule:
-    """Return the retry rule of a stage's `retry`."""
-    return RetryRule(
-        attempts=retry.attempts,
-        backoff_s=retry.backoff,
-        factor=retry.factor,
-        max_backoff_s=retry.max_backoff,
-        jitter=retry.jitter,
-        kinds=tuple(FailureKind(kind) for kind in retry.on),
-        exit_codes=tuple(retry.exit_codes),
-        exceptions=tuple(retry.exceptions),
     )

@@ -9,12 +9,14 @@ JSON Schemas of job files and scenario files, for editors.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, WithJsonSchema
 
-from batchlab.core.job_definition import RetryRule
-from batchlab.core.model import Json
+from batchlab.core.job_definition import SPLITS, SplitBy
+from batchlab.core.model import FailureKind, Json
+from batchlab.core.retry_rule import RetryRule
 from batchlab.jobs import field_types
 from batchlab.jobs.field_types import Notify, NotifySpec
 from batchlab.jobs.validation import Shape
@@ -71,25 +73,24 @@ class InputSpec(Keys):
         "pattern are sorted by path. A file that several patterns match is used once.",
         examples=["data/*.csv"],
     )
-    split: Literal["file", "lines", "bytes", "items"] = Field(
-        default="file",
-        description="Input of one task: a whole `file`; some `lines` of a file; a part of about "
-        "`size` `bytes` that begins and ends between lines; or `items`, the JSON values of a JSON "
-        "Lines file. A task never has parts of several files, and a line is never split.",
+    split: Annotated[
+        SplitBy, Field(strict=False), WithJsonSchema({"type": "string", "enum": [str(way) for way in SplitBy]})
+    ] = Field(
+        default=SplitBy.FILE,
+        description=f"Input of one task: {'; '.join(split.meaning for split in SPLITS.values())}. "
+        "A task never has parts of several files, and a line is never split.",
         examples=["lines"],
     )
     size: field_types.TaskSize | None = Field(
         default=None,
-        description="Amount of input for one task. With `lines`: a number of lines, default 1000. "
-        "With `bytes`: bytes or a size, default `8 MiB`; a longer line is a part of its own. With "
-        "`items`: a number of items. With 1 (default), the task receives the item itself, "
-        "otherwise a list.",
+        description="Amount of input for one task. "
+        + " ".join(f"With `{way}`: {split.size}." for way, split in SPLITS.items() if split.size),
         examples=["8 MiB"],
     )
     header: bool = Field(
         default=False,
         description="Whether the first line of each file is a header. Every part of the file then "
-        "begins with the header. Only with `lines` and `bytes`.",
+        f"begins with the header. Only with {' and '.join(f'`{way}`' for way in SPLITS if SPLITS[way].has_header)}.",
         examples=[True],
     )
 
@@ -141,6 +142,25 @@ class RetrySpec(Keys):
         description="Only exceptions of these class names are tried again.",
         examples=[["ConnectionError"]],
     )
+
+    def problems(self) -> Iterator[tuple[str, str, str]]:
+        """Yield the key, the message, and the remedy of each contradiction between keys."""
+        for key, kind in (("exit_codes", "exit"), ("exceptions", "exception")):
+            if getattr(self, key) and self.on and kind not in self.on:
+                yield key, f"'{key}' has no effect, because 'on' does not contain '{kind}'.", f"Add {kind} to on."
+
+    def rule(self) -> RetryRule:
+        """Return the rule in the form that the grid uses."""
+        return RetryRule(
+            attempts=self.attempts,
+            backoff_s=self.backoff,
+            factor=self.factor,
+            max_backoff_s=self.max_backoff,
+            jitter=self.jitter,
+            kinds=tuple(FailureKind(kind) for kind in self.on),
+            exit_codes=tuple(self.exit_codes),
+            exceptions=tuple(self.exceptions),
+        )
 
 
 # The following types are also used by the stages and jobs of a scenario.

@@ -222,7 +222,7 @@ def _explain(shape: Shape[M], error: ErrorDetails) -> Problem:
         return Problem(loc, f"There is no key '{name}' here.", suggest(name, known, "keys"), True)
     if kind == "refused":
         return Problem(loc, context["message"], context["remedy"])
-    if kind == "literal_error":
+    if kind in ("literal_error", "enum"):
         words = re.findall(r"'([^']*)'", context["expected"])
         return Problem(loc, f"'{name}' cannot be {shown(value)}.", suggest(str(value), words, "values"))
     if kind == "string_pattern_mismatch":

@@ -100,15 +100,12 @@ def _numbers(job: JobDef) -> Iterator[tuple[str, float | None, float, float]]:
     if job.input:
         yield "The size of a part of the input", job.input.size, 1, 2**53
     for stage in job.stages:
-        of, retry = f"of stage {stage.name}", stage.retry
+        of = f"of stage {stage.name}"
         yield f"The timeout {of}", stage.timeout_s, 0, LATEST_S
         yield f"The memory {of}", stage.memory_bytes, 0, 2**53
         yield f"The bundle size {of}", stage.bundle, 1, LARGEST
-        yield f"The number of attempts {of}", retry.attempts, 0, LARGEST
-        yield f"The backoff {of}", retry.backoff_s, 0, LATEST_S
-        yield f"The longest backoff {of}", retry.max_backoff_s, 0, LATEST_S
-        yield f"The factor of the backoff {of}", retry.factor, 0, LARGEST
-        yield f"The jitter of the backoff {of}", retry.jitter, 0, LARGEST
+        for what, number, most in stage.retry.limits():
+            yield f"The {what} {of}", number, 0, most
 
 
 def _admit_key(key: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from io import BytesIO
 
 from batchlab.core.errors import NotFound, UsageError
@@ -38,17 +38,10 @@ async def items(objects: Objects, raw: InputDef) -> AsyncIterator[Json]:
     yields the values of JSON Lines. Raises UsageError if an object does not exist or a line is not
     JSON, and BackendError like the port.
     """
+    read = _READERS[raw.split]
     async for info in _objects(objects, raw.keys):
-        name = info.key.rsplit("/", 1)[-1]
-        if raw.split is SplitBy.FILE:
-            yield values.file_ref(info.key, name, info.size)
-        elif raw.split is SplitBy.ITEMS:
-            async for value in _items(objects, info, raw.size):
-                yield value
-        else:
-            async for start, stop, header in _parts(objects, info, raw):
-                span = (0, header) if header else None
-                yield values.part_ref(info.key, start, stop, name=name, header=span)
+        async for item in read(objects, info, raw):
+            yield item
 
 
 async def _objects(objects: Objects, keys: Sequence[str]) -> AsyncIterator[ObjectInfo]:
@@ -86,24 +79,37 @@ def _missing_object(key: str) -> UsageError:
     )
 
 
-# --- Parts of text -------------------------------------------------------------------------------
+# --- Whole files, and parts of text --------------------------------------------------------------
 
 
-async def _parts(objects: Objects, info: ObjectInfo, how: InputDef) -> AsyncIterator[tuple[int, int, int]]:
-    """Yield (start, stop, end of the header or 0) of each part."""
-    peek = how.split is SplitBy.BYTES and how.size >= _PEEK_FROM
-    text = _Text(objects, info, PEEK_BYTES if peek else READ_BYTES)
-    header = await text.skip(0, 1) if how.header else 0
-    start = header
+async def _files(_objects: Objects, info: ObjectInfo, _raw: InputDef) -> AsyncIterator[Json]:
+    yield values.file_ref(info.key, _name(info), info.size)
+
+
+def _lines(objects: Objects, info: ObjectInfo, raw: InputDef) -> AsyncIterator[Json]:
+    text = _Text(objects, info, READ_BYTES)
+    return _parts(text, info, raw, lambda start: text.skip(start, raw.size))
+
+
+def _bytes(objects: Objects, info: ObjectInfo, raw: InputDef) -> AsyncIterator[Json]:
+    text = _Text(objects, info, PEEK_BYTES if raw.size >= _PEEK_FROM else READ_BYTES)
+    return _parts(text, info, raw, lambda start: text.end_before(start, start + raw.size))
+
+
+async def _parts(
+    text: _Text, info: ObjectInfo, raw: InputDef, end_of: Callable[[int], Awaitable[int]]
+) -> AsyncIterator[Json]:
+    """Yield the parts of a text. `end_of` returns the end of the part that begins at a position."""
+    start = await text.skip(0, 1) if raw.header else 0
+    header = (0, start) if start else None
     while start < info.size:
-        if how.split is SplitBy.LINES:
-            stop = await text.skip(start, how.size)
-        elif start + how.size >= info.size:
-            stop = info.size
-        else:
-            stop = await text.end_before(start, start + how.size)
-        yield start, stop, header
+        stop = await end_of(start)
+        yield values.part_ref(info.key, start, stop, name=_name(info), header=header)
         start = stop
+
+
+def _name(info: ObjectInfo) -> str:
+    return info.key.rsplit("/", 1)[-1]
 
 
 class _Text:
@@ -132,6 +138,8 @@ class _Text:
 
     async def end_before(self, start: int, limit: int) -> int:
         """Return the last record end in (start, limit], or the first one after `limit`."""
+        if limit >= self._info.size:
+            return self._info.size
         length = self._read_bytes
         stop = limit
         while stop > start:
@@ -182,7 +190,8 @@ def _skip_lines(data: bytes, at: int, count: int) -> tuple[int, int]:
 # --- Items ---------------------------------------------------------------------------------------
 
 
-async def _items(objects: Objects, info: ObjectInfo, size: int) -> AsyncIterator[Json]:
+async def _items(objects: Objects, info: ObjectInfo, raw: InputDef) -> AsyncIterator[Json]:
+    size = raw.size
     group: list[Json] = []
     number = 0
     async for block in _blocks(objects, info):
@@ -247,3 +256,12 @@ def _reason(error: Exception) -> str:
     if isinstance(error, UnicodeError):
         return "it is not UTF-8 text"
     return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+
+
+_READERS: dict[SplitBy, Callable[[Objects, ObjectInfo, InputDef], AsyncIterator[Json]]] = {
+    SplitBy.FILE: _files,
+    SplitBy.LINES: _lines,
+    SplitBy.BYTES: _bytes,
+    SplitBy.ITEMS: _items,
+}
+"""For each way to split, the function that yields the items of one object."""

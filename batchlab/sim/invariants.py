@@ -331,7 +331,7 @@ def check_failures(world: World, fates: Fates, job: JobDef, outcomes: Sequence[O
                 continue
             meant = failure.kind is FailureKind.EXCEPTION and bundle.attempt <= fate.unlucky
             _require(meant, "I7", f"{name} failed: {failure.reason}")
-            attempts = job.stage(bundle.stage).retry.attempts
+            attempts = job.stage(bundle.stage).retry.attempts_after(failure)
             told = f"{name} had attempt {bundle.attempt} of {attempts}"
             _require(bundle.attempt <= attempts, "Attempts", told)
             spent = bundle.attempt >= attempts or world.watch.controls.was_cancelled(job.id)

@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from batchlab.core.job_definition import JobDef, RetryRule, StageDef
+from batchlab.core.job_definition import JobDef, StageDef
 from batchlab.core.model import JobId, Pool, StageName
+from batchlab.core.retry_rule import RetryRule
 from batchlab.manager.state import ManagerSettings
 from batchlab.sim.faults import Weather
 from batchlab.sim.world import EPOCH_S, MANAGER, WORKER

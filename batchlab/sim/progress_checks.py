@@ -175,9 +175,8 @@ class StartTimes:
         ]
         if job is None or not again:
             return
-        rule = job.stage(bundle.stage).retry
-        backoff_s = min(rule.max_backoff_s, rule.backoff_s * rule.factor ** (bundle.attempt - 1))
-        due_s = outcome.ended_s + backoff_s * (1 - rule.jitter)
+        shortest_s, _ = job.stage(bundle.stage).retry.wait_range_s(bundle.attempt)
+        due_s = outcome.ended_s + shortest_s
         for one in again:
             for task in one.tasks:
                 self._due_s[one.job, one.stage, one.round, one.attempt, task] = due_s

@@ -17,10 +17,11 @@ from inspect import isawaitable
 from typing import Any
 
 from batchlab.core.errors import Malformed, NotFound, Refused, Unreachable
-from batchlab.core.job_definition import InputDef, JobDef, RetryRule, SplitBy, StageDef
+from batchlab.core.job_definition import InputDef, JobDef, SplitBy, StageDef
 from batchlab.core.model import Control, JobId, JobState, Json, StageName, TaskSet
 from batchlab.core.port_retries import Patience
 from batchlab.core.protocol import object_keys
+from batchlab.core.retry_rule import RetryRule
 from batchlab.core.schedules import MAX_MISSED, Definition, Missed, Overlap, RunState, Schedule, When, token_of
 from batchlab.manager.manager import Manager
 from batchlab.manager.retry_rounds import failed_tasks

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from batchlab.core import text
+from batchlab.core.job_definition import SPLITS
 from batchlab.jobs.schema import SECTIONS, json_schema
 from batchlab.jobs.starter import JOB
 from batchlab.jobs.yaml_source import Loc
@@ -33,6 +34,20 @@ code for that. It reports all mistakes at once, each with its line and what to w
 ```yaml
 """
 
+
+def _items_of_splits() -> str:
+    """Return a table row for each kind of item that a stage reads from the input."""
+    ways: dict[str, list[str]] = {}
+    for way, split in SPLITS.items():
+        ways.setdefault(split.item, []).append(f"`{way}`")
+    rows = []
+    for item, (first, *more) in ways.items():
+        names = [f"`split: {first[1:]}", *more]
+        text = f"{', '.join(names[:-1])}, or {names[-1]}" if more else names[0]
+        rows.append(f"| reads the input, {text} | {item} |")
+    return "\n".join(rows)
+
+
 _NOTES = f"""\
 ## Arguments and results of functions
 
@@ -45,8 +60,7 @@ def parse(item, ctx):
 
 | stage | `item` |
 | --- | --- |
-| reads the input, `split: file`, `lines`, or `bytes` | a `File` with the task's part |
-| reads the input, `split: items` | the JSON value, or a list of `size` of them |
+{_items_of_splits()}
 | follows one stage | the result of that stage's function |
 | follows several stages | a mapping from each stage's name to its result |
 | `gather: all`, `gather: {{by: FIELD}}` | the list of all results, or of the results of one group |

@@ -8,11 +8,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from batchlab.core.commit import commit
-from batchlab.core.job_definition import RetryRule, StageDef
+from batchlab.core.job_definition import StageDef
 from batchlab.core.model import Bundle, Follow, JobId, Outcome, StageName, TaskSet
 from batchlab.core.protocol import json_format, object_keys, settlement
 from batchlab.core.protocol.commit_keys import with_proofs
 from batchlab.core.protocol.messages import Events, events_message
+from batchlab.core.retry_rule import RetryRule
 from tests.attacks.test_events import forged, take
 from tests.support.server.api import MAP, Rig, job
 

@@ -26,7 +26,7 @@ from batchlab.adapters.memory.queue import SimQueue
 from batchlab.adapters.sql import open_memory
 from batchlab.core.commit import follow_ups
 from batchlab.core.errors import Malformed, TooLarge, TooNew
-from batchlab.core.job_definition import JobDef, RetryRule, StageDef
+from batchlab.core.job_definition import JobDef, StageDef
 from batchlab.core.model import Bundle, Failure, FailureKind, JobId, JobState, Ran, StageName, TaskSet
 from batchlab.core.port_retries import Patience
 from batchlab.core.ports import AddJob, Cut, Message, QueueSpec
@@ -46,6 +46,7 @@ from batchlab.core.protocol.messages import (
 )
 from batchlab.core.protocol.object_keys import UNSEALED
 from batchlab.core.protocol.values import OUTCOME_WEIGHT
+from batchlab.core.retry_rule import RetryRule
 from batchlab.manager.collector import Collector, PendingSubmissions
 from batchlab.manager.counters import Counters
 from batchlab.manager.ledger_rebuild import rebuild

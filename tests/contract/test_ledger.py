@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from batchlab.core.errors import NotFound
-from batchlab.core.job_definition import InputDef, JobDef, RetryRule, SplitBy, StageDef
+from batchlab.core.job_definition import InputDef, JobDef, SplitBy, StageDef
 from batchlab.core.model import ENDED, Control, FailureKind, JobId, JobState, StageCounts, StageName, TaskSet, may_move
 from batchlab.core.ports import (
     AddCut,
@@ -27,6 +27,7 @@ from batchlab.core.ports import (
     StageRecord,
     Written,
 )
+from batchlab.core.retry_rule import RetryRule
 from tests.support.contract.ledger_suite import (
     INDEX,
     JOB,

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchlab.core.job_definition import InputDef, JobDef, RetryRule, SplitBy, StageDef
+from batchlab.core.job_definition import InputDef, JobDef, SplitBy, StageDef
 from batchlab.core.model import Bundle, Failure, FailureKind, JobId, Outcome, Ran, StageName, TaskSet
 from batchlab.core.protocol import json_format, object_keys, settlement
 from batchlab.core.protocol.object_keys import CommitKey
+from batchlab.core.retry_rule import RetryRule
 from tests.support.properties import PROPERTY, SLOW
 
 ONE, TWO = StageName("one"), StageName("two")

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchlab.core.errors import BackendError, Malformed
-from batchlab.core.job_definition import InputDef, JobDef, RetryRule, SplitBy, StageDef
+from batchlab.core.job_definition import InputDef, JobDef, SplitBy, StageDef
 from batchlab.core.model import Bundle, Failure, FailureKind, JobId, Outcome, Ran, StageName, TaskSet
 from batchlab.core.ports import Cut
 from batchlab.core.pricing.request_costs import Asked, Requests
@@ -28,6 +28,7 @@ from batchlab.core.protocol.messages import (
 )
 from batchlab.core.protocol.object_keys import UNSEALED, CommitKey
 from batchlab.core.protocol.settlement import judge
+from batchlab.core.retry_rule import RetryRule
 
 A, B, C = StageName("a"), StageName("b"), StageName("c")
 JOB = JobDef(
@@ -112,15 +113,17 @@ def test_the_last_attempt_is_final() -> None:
     ],
 )
 def test_the_retry_rule(rule: RetryRule, failure: Failure, again: bool) -> None:
-    assert settlement.retries(rule, failure, 1) is again
+    assert rule.allows_retry(failure, 1) is again
 
 
 def test_backoff_grows_and_is_the_same_whoever_computes_it() -> None:
     rule = RetryRule(backoff_s=2.0, factor=3.0, jitter=0.0, max_backoff_s=10.0)
-    waits = [settlement.backoff_s(rule, replace(BUNDLE, attempt=n)) for n in (1, 2, 3)]
+    waits = [rule.wait_s(replace(BUNDLE, attempt=n)) for n in (1, 2, 3)]
     assert waits == [2.0, 6.0, 10.0]
     jittered = RetryRule(jitter=0.5)
-    assert settlement.backoff_s(jittered, BUNDLE) == settlement.backoff_s(jittered, BUNDLE)
+    assert jittered.wait_s(BUNDLE) == jittered.wait_s(BUNDLE)
+    shortest_s, longest_s = jittered.wait_range_s(1)
+    assert shortest_s == 0.5 <= jittered.wait_s(BUNDLE) <= longest_s == 1.5
 
 
 def test_a_bisected_bundle_touches_no_task_and_makes_the_next_worker_careful() -> None:

@@ -12,9 +12,10 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from batchlab.core.job_definition import InputDef, JobDef, RetryRule, SplitBy, StageDef
+from batchlab.core.job_definition import InputDef, JobDef, SplitBy, StageDef
 from batchlab.core.model import FailureKind, JobId, StageName
 from batchlab.core.protocol import values
+from batchlab.core.retry_rule import RetryRule
 from batchlab.core.task_context import File
 from batchlab.jobs.job_file import load as load_file
 from batchlab.jobs.job_file import source_digest

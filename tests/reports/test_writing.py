@@ -12,12 +12,12 @@ import pytest
 
 from batchlab.core.commit import address
 from batchlab.core.errors import UsageError
-from batchlab.core.job_definition import RetryRule
 from batchlab.core.model import Failure, FailureKind, JobId, JobState, Pool
 from batchlab.core.port_retries import Patience
 from batchlab.core.pricing.usage import Accounting
 from batchlab.core.protocol import object_keys
 from batchlab.core.protocol.commit_keys import CommitKeys
+from batchlab.core.retry_rule import RetryRule
 from batchlab.manager.recorder import ReportQueue
 from batchlab.reports.queries import store
 from batchlab.reports.tables.build import Building

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchlab.core.errors import UsageError
-from batchlab.core.job_definition import RetryRule
 from batchlab.core.model import Pool, TaskSet
+from batchlab.core.retry_rule import RetryRule
 from batchlab.scenarios.model import expansion
 from batchlab.scenarios.model.arrivals import FixedTimes, OnOff, Poisson
 from batchlab.scenarios.model.distributions import Constant, Exponential, Lognormal

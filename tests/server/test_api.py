@@ -16,9 +16,10 @@ import pytest
 
 from batchlab.client.http import Client
 from batchlab.core.errors import BackendError, BatchlabError, NotFound, Refused, Unreachable, UsageError
-from batchlab.core.job_definition import RetryRule, StageDef
+from batchlab.core.job_definition import StageDef
 from batchlab.core.model import StageName
 from batchlab.core.protocol import json_format
+from batchlab.core.retry_rule import RetryRule
 from batchlab.runtime.home import listen
 from batchlab.server import job_views
 from batchlab.server.http import authentication, common

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from batchlab.core.errors import NotFound, Refused, Unreachable, UsageError
-from batchlab.core.job_definition import RetryRule, StageDef
+from batchlab.core.job_definition import StageDef
 from batchlab.core.model import GroupView, JobId, Pool, StageName
+from batchlab.core.retry_rule import RetryRule
 from batchlab.manager.state import LiveJob
 from tests.support.server.api import MAP, Rig, job, post
 

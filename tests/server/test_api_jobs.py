@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from batchlab.core.errors import NotFound, Refused
-from batchlab.core.job_definition import RetryRule
 from batchlab.core.model import Control, JobId
 from batchlab.core.protocol import commit_keys, json_format, object_keys
 from batchlab.core.protocol.messages import Tail, to_bytes
+from batchlab.core.retry_rule import RetryRule
 from batchlab.server.http import logs
 from tests.support.server.api import Rig, job, later
 

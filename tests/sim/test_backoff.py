@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from batchlab.core.job_definition import JobDef, RetryRule
+from batchlab.core.job_definition import JobDef
 from batchlab.core.model import Bundle, Failure, FailureKind, TaskSet
 from batchlab.core.protocol import settlement
+from batchlab.core.retry_rule import RetryRule
 from batchlab.sim.tasks import Play, Script, value_of
 from batchlab.sim.world import World
 from tests.support.sim.scenes import A, ended_well, in_world, job, kill_manager, stage, submitted

@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 
 from batchlab.core.errors import Unreachable
-from batchlab.core.job_definition import RetryRule
 from batchlab.core.model import Failure, FailureKind, JobId, JobState, LifecycleState, Pool
 from batchlab.core.ports import Outgoing
 from batchlab.core.protocol import object_keys
+from batchlab.core.retry_rule import RetryRule
 from batchlab.manager import state
 from batchlab.sim import invariants
 from batchlab.sim.tasks import Play, Scene, value_of

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 
 from batchlab.core.errors import Throttled, Unreachable
-from batchlab.core.job_definition import RetryRule
 from batchlab.core.model import BundleId, Failure, FailureKind, Instance, JobId, JobState, LifecycleState, Pool
 from batchlab.core.ports import MAX_MESSAGE_BYTES, Outgoing
 from batchlab.core.protocol import object_keys, settlement
 from batchlab.core.protocol.commit_keys import CommitKeys, jobs_in, with_proofs
 from batchlab.core.protocol.messages import Beat, Held, events_message, read_events_message
+from batchlab.core.retry_rule import RetryRule
 from batchlab.sim import invariants
 from batchlab.sim.tasks import Play, Scene
 from batchlab.sim.world import MANAGER, World

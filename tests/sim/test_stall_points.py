@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from batchlab.core import ledger_projection
-from batchlab.core.job_definition import JobDef, RetryRule
+from batchlab.core.job_definition import JobDef
 from batchlab.core.model import Control, Failure, FailureKind, JobState
+from batchlab.core.retry_rule import RetryRule
 from batchlab.sim import invariants
 from batchlab.sim.actors import SimulationError
 from batchlab.sim.stall_points import After, Scene, Story

@@ -14,8 +14,8 @@ import pytest
 
 from batchlab import File, Grid
 from batchlab.core.errors import JobFailed, TaskFailed, UsageError
-from batchlab.core.job_definition import RetryRule
 from batchlab.core.model import JobState
+from batchlab.core.retry_rule import RetryRule
 from tests.support.grid.python_api import newest, warm_grid
 from tests.support.waiting import until
 

@@ -16,7 +16,7 @@ from batchlab.adapters.memory.objects import SimObjects
 from batchlab.adapters.memory.queue import SimQueue
 from batchlab.core.commit import address, committed
 from batchlab.core.errors import BackendError, Malformed, TooNew
-from batchlab.core.job_definition import JobDef, NotifyDef, RetryRule, SplitBy, StageDef
+from batchlab.core.job_definition import JobDef, NotifyDef, SplitBy, StageDef
 from batchlab.core.model import Bundle, Control, FailureKind, JobId, Ran, StageName, TaskSet
 from batchlab.core.notifications import Notification
 from batchlab.core.port_retries import Patience
@@ -33,6 +33,7 @@ from batchlab.core.protocol.messages import (
     to_bytes,
 )
 from batchlab.core.protocol.object_keys import UNSEALED
+from batchlab.core.retry_rule import RetryRule
 from batchlab.manager.notifier import Outbox
 from batchlab.sim.actors import SimClock
 from batchlab.sim.event_loop import SimLoop

@@ -12,13 +12,14 @@ import pytest
 
 from batchlab.adapters.memory.objects import SimObjects
 from batchlab.core.commit import committed
-from batchlab.core.job_definition import JobDef, RetryRule, StageDef
+from batchlab.core.job_definition import JobDef, StageDef
 from batchlab.core.model import Bundle, Failure, FailureKind, JobId, Json, Ran, StageName, TaskSet
 from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Message, Outgoing, Queue
 from batchlab.core.protocol import object_keys
 from batchlab.core.protocol.messages import Events, TaskMessage, read_events_message, read_task_message
 from batchlab.core.protocol.object_keys import UNSEALED
+from batchlab.core.retry_rule import RetryRule
 from batchlab.core.tracing import NOBODY, Attribute, Span, Subject
 from batchlab.sim.actors import SimClock
 from batchlab.sim.event_loop import SimLoop

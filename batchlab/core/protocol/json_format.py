@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from batchlab.core.errors import BatchlabError, Malformed, TooNew
-from batchlab.core.job_definition import InputDef, JobDef, NotifyDef, RetryRule, SplitBy, StageDef
+from batchlab.core.job_definition import InputDef, JobDef, NotifyDef, SplitBy, StageDef
 from batchlab.core.model import (
     Bundle,
     BundleId,
@@ -54,6 +54,7 @@ from batchlab.core.protocol.field_checks import (
     whole,
 )
 from batchlab.core.protocol.values import BRACKET_WEIGHT, OUTCOME_WEIGHT, weight
+from batchlab.core.retry_rule import RetryRule
 
 T = TypeVar("T")
 Known = tuple[Any, TaskSet]

@@ -35,7 +35,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
 
-from batchlab.core.job_definition import JobDef, RetryRule
+from batchlab.core.job_definition import JobDef
 from batchlab.core.model import (
     Bundle,
     Completion,
@@ -48,6 +48,7 @@ from batchlab.core.model import (
     StageName,
     TaskSet,
 )
+from batchlab.core.retry_rule import RetryRule
 
 LOSS_LIMIT = 3
 """Number of times that a task starts alone and ends without an outcome before it is FAILED as a
@@ -55,41 +56,6 @@ poison task."""
 
 _task = attrgetter("task")
 _NO_TASKS = TaskSet()
-_HOPELESS = frozenset({FailureKind.IMPORT, FailureKind.RESULT, FailureKind.LOST})
-
-
-def retries(rule: RetryRule, failure: Failure, attempt: int) -> bool:
-    """Return whether `rule` retries this failure of the `attempt`-th try."""
-    if attempt >= rule.attempts:
-        return False
-    if not rule.kinds and failure.kind in _HOPELESS:
-        return False
-    if rule.kinds and failure.kind not in rule.kinds:
-        return False
-    if rule.exit_codes and failure.kind is FailureKind.EXIT:
-        return failure.exit_code in rule.exit_codes
-    if rule.exceptions and failure.kind is FailureKind.EXCEPTION:
-        return failure.error in rule.exceptions
-    return True
-
-
-def backoff_s(rule: RetryRule, bundle: Bundle) -> float:
-    """Return the wait in seconds before the try after the one of `bundle`.
-
-    The jitter is derived from the bundle's id, so every program calculates the same wait.
-    """
-    base = _base_s(rule, bundle.attempt)
-    digest = hashlib.sha256(f"{bundle.job}/{bundle.stage}/{bundle.id}".encode()).digest()
-    unit = int.from_bytes(digest[:4]) / 2**32
-    return float(base * (1 + rule.jitter * (2 * unit - 1)))
-
-
-def _base_s(rule: RetryRule, attempt: int) -> float:
-    try:
-        # A float is used because an integer power with a forged attempt could fill the memory.
-        return min(rule.max_backoff_s, rule.backoff_s * float(rule.factor) ** (attempt - 1))
-    except OverflowError:
-        return rule.max_backoff_s if rule.backoff_s else 0.0
 
 
 def wait_s(job: JobDef, bundle: Bundle, now_s: float) -> float:
@@ -111,8 +77,7 @@ def delay_s(job: JobDef, follow: Follow) -> float:
 
 
 def _longest_s(job: JobDef, bundle: Bundle) -> float:
-    rule = job.stage(bundle.stage).retry
-    return _base_s(rule, bundle.attempt - 1) * (1 + rule.jitter)
+    return job.stage(bundle.stage).retry.wait_range_s(bundle.attempt - 1)[1]
 
 
 def settle(
@@ -143,7 +108,7 @@ def settle(
     again: list[int] = []
     for r in ran if len(good) < len(ran) else ():
         if r.failure is not None:
-            retry = not cancelled and retries(stage.retry, r.failure, bundle.attempt)
+            retry = not cancelled and stage.retry.allows_retry(r.failure, bundle.attempt)
             failed.append(replace(r.failure, task=r.task, run_s=r.run_s, final=not retry))
             if retry:
                 again.append(r.task)
@@ -176,7 +141,7 @@ def settle(
 
 
 def _again(bundle: Bundle, tasks: TaskSet, rule: RetryRule, ended_s: float) -> Follow:
-    delay_s = backoff_s(rule, bundle)
+    delay_s = rule.wait_s(bundle)
     due_s = round(ended_s + delay_s, 3) if delay_s else None
     retried = replace(bundle, tasks=tasks, attempt=bundle.attempt + 1, losses=0, due_s=due_s)
     return Follow(retried, delay_s)

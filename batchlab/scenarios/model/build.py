@@ -150,7 +150,7 @@ class ScenarioBuilder:
             memory_bytes=spec.memory,
             bundle=spec.bundle,
             pool=spec.pool,
-            retry=job_file.retry_rule(spec.retry),
+            retry=spec.retry.rule(),
             fails=spec.fails,
             poison=spec.poison,
         )
@@ -201,7 +201,7 @@ class ScenarioBuilder:
                 memory_bytes=stage.resources.memory,
                 bundle=stage.bundle,
                 pool=stage.pool,
-                retry=job_file.retry_rule(stage.retry),
+                retry=stage.retry.rule(),
             )
             for i, stage in enumerate(stages)
         )

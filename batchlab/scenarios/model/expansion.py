@@ -22,7 +22,6 @@ from itertools import islice
 from math import ceil
 
 from batchlab.core.errors import UsageError
-from batchlab.core.job_definition import RetryRule
 from batchlab.core.model import TaskSet
 from batchlab.jobs.field_types import MAX_TASKS
 from batchlab.scenarios.model.arrivals import MAX_JOBS
@@ -156,11 +155,7 @@ def _job(template: JobTemplate, factor: float) -> JobTemplate:
 
 
 def _stage(stage: StageTemplate, factor: float) -> StageTemplate:
-    return replace(stage, task_s=stage.task_s.scaled(1 / factor), retry=_retry(stage.retry, factor))
-
-
-def _retry(rule: RetryRule, factor: float) -> RetryRule:
-    return replace(rule, backoff_s=rule.backoff_s / factor, max_backoff_s=rule.max_backoff_s / factor)
+    return replace(stage, task_s=stage.task_s.scaled(1 / factor), retry=stage.retry.divided(factor))
 
 
 def _pool(plan: PoolPlan, factor: float) -> PoolPlan:

@@ -14,8 +14,8 @@ from pathlib import Path
 from random import Random
 from typing import Protocol
 
-from batchlab.core.job_definition import RetryRule
 from batchlab.core.model import Pool
+from batchlab.core.retry_rule import RetryRule
 
 TENANT_TAG = "tenant"
 """Tag of a job with the name of its tenant."""

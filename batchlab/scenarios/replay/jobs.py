@@ -210,7 +210,7 @@ def stage_parameters(seed: int, due: Job) -> dict[str, Any]:
 def _task_entries(seed: int, due: Job, stage: StageTemplate, count: int) -> list[Json]:
     """Return each task's entry: seconds, failing attempts, and whether it kills its worker."""
     seconds = expansion.task_times_s(seed, due, stage, TaskSet.span(0, count))
-    attempts = range(1, stage.retry.attempts + 1) if stage.fails else ()
+    attempts = range(1, stage.retry.max_attempts + 1) if stage.fails else ()
     return [
         [
             round(task_s, 6),

@@ -19,8 +19,9 @@ import yaml
 from batchlab.core import instance_types
 from batchlab.core.api_types import JobView
 from batchlab.core.errors import UsageError
-from batchlab.core.job_definition import JobDef, RetryRule
+from batchlab.core.job_definition import JobDef
 from batchlab.core.model import Market, Pool, TaskSet
+from batchlab.core.retry_rule import RetryRule
 from batchlab.scenarios.model import expansion, loader
 from batchlab.scenarios.model.expansion import expand
 from batchlab.scenarios.model.values import TENANT_TAG, PoolPlan

@@ -10,10 +10,10 @@ from dataclasses import replace
 
 from batchlab.core import commit
 from batchlab.core.errors import AlreadyExists
-from batchlab.core.job_definition import RetryRule
 from batchlab.core.model import Bundle, Control, Follow, JobId, JobState, TaskSet
 from batchlab.core.ports import JobRecord, Reopen, Written
 from batchlab.core.protocol import object_keys, settlement
+from batchlab.core.retry_rule import RetryRule
 from batchlab.manager.job_commands import JobCommands
 from batchlab.manager.retry_rounds import Retry, RetryPlanner, TaskSelection, failed_tasks
 from batchlab.worker.job_cache import ControlPoller

@@ -23,7 +23,7 @@ from batchlab.adapters.memory.ledger import SimLedger
 from batchlab.adapters.simpledb import open_simpledb
 from batchlab.adapters.sql import open_memory, open_postgres, open_sqlite
 from batchlab.core.errors import NotFound
-from batchlab.core.job_definition import JobDef, RetryRule, StageDef
+from batchlab.core.job_definition import JobDef, StageDef
 from batchlab.core.model import (
     Bundle,
     Completion,
@@ -57,6 +57,7 @@ from batchlab.core.ports import (
     StageRecord,
 )
 from batchlab.core.protocol import settlement
+from batchlab.core.retry_rule import RetryRule
 from batchlab.sim.event_loop import SimLoop
 from tests.support import ROOT
 from tests.support.postgres.server import Postgres

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from batchlab.core.job_definition import RetryRule
 from batchlab.core.model import Pool
+from batchlab.core.retry_rule import RetryRule
 from batchlab.runtime import factory, manager_process, settings
 from batchlab.runtime.home import Home
 from batchlab.scenarios.model.arrivals import FixedTimes

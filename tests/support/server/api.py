@@ -26,7 +26,7 @@ from batchlab.adapters.sql import open_memory
 from batchlab.client.http import Client
 from batchlab.core.api_types import JobView
 from batchlab.core.commit import commit
-from batchlab.core.job_definition import InputDef, JobDef, RetryRule, StageDef
+from batchlab.core.job_definition import InputDef, JobDef, StageDef
 from batchlab.core.model import Failure, FailureKind, JobId, Pool, Ran, StageName
 from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Outgoing
@@ -34,6 +34,7 @@ from batchlab.core.protocol import object_keys, settlement
 from batchlab.core.protocol.commit_keys import jobs_in, with_proofs
 from batchlab.core.protocol.messages import Beat, Events, Held, events_message
 from batchlab.core.protocol.object_keys import UNSEALED
+from batchlab.core.retry_rule import RetryRule
 from batchlab.fleet.fleet_port import ManagedFleet
 from batchlab.manager.manager import Manager
 from batchlab.manager.state import LiveJob, ManagerSettings, Outstanding, Ports

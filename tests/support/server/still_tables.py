@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from batchlab.core.job_definition import InputDef, JobDef, RetryRule, StageDef
+from batchlab.core.job_definition import InputDef, JobDef, StageDef
 from batchlab.core.model import (
     Activity,
     Failure,
@@ -21,6 +21,7 @@ from batchlab.core.model import (
 )
 from batchlab.core.ports import Depth
 from batchlab.core.protocol import object_keys
+from batchlab.core.retry_rule import RetryRule
 
 NOW_S = 1_774_864_800.0
 """2026-03-30 10:00:00 UTC, a Monday; in Berlin summer time has begun the day before."""

@@ -1,0 +1,88 @@
+"""Retry rule of a stage: whether a failed task is tried again, and after which backoff.
+
+Invariant: the rule and the failure determine the result, so every program reaches the same one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from batchlab.core.model import Bundle, Failure, FailureKind
+
+_HOPELESS = frozenset({FailureKind.IMPORT, FailureKind.RESULT, FailureKind.LOST})
+_MAX_NUMBER = 2**31 - 1
+_MAX_S = 1e11
+
+
+@dataclass(frozen=True, slots=True)
+class RetryRule:
+    """Rule for the retries of a failed task.
+
+    `attempts` counts the first try. The wait before attempt n+1 is `backoff_s · factor^(n-1)`, at
+    most `max_backoff_s`, times a jitter within ±`jitter`. Empty `kinds` means every kind except
+    IMPORT and RESULT, which a retry cannot fix. LOST is always final. Non-empty `exit_codes` or
+    `exceptions` limit the retries of EXIT and EXCEPTION to those named.
+    """
+
+    attempts: int = 3
+    backoff_s: float = 1.0
+    factor: float = 2.0
+    max_backoff_s: float = 900.0
+    jitter: float = 0.25
+    kinds: tuple[FailureKind, ...] = ()
+    exit_codes: tuple[int, ...] = ()
+    exceptions: tuple[str, ...] = ()
+
+    @property
+    def max_attempts(self) -> int:
+        """Return the maximum number of attempts of a task, whatever its failures are."""
+        return self.attempts
+
+    def attempts_after(self, failure: Failure) -> int:
+        """Return the maximum number of attempts of a task that failed like this."""
+        if failure.kind in _HOPELESS if not self.kinds else failure.kind not in self.kinds:
+            return 1
+        if self.exit_codes and failure.kind is FailureKind.EXIT and failure.exit_code not in self.exit_codes:
+            return 1
+        if self.exceptions and failure.kind is FailureKind.EXCEPTION and failure.error not in self.exceptions:
+            return 1
+        return self.attempts
+
+    def allows_retry(self, failure: Failure, attempt: int) -> bool:
+        """Return whether a further attempt follows this failure of the `attempt`-th one."""
+        return attempt < self.attempts_after(failure)
+
+    def wait_s(self, bundle: Bundle) -> float:
+        """Return the backoff in seconds before the attempt after the one of `bundle`.
+
+        The jitter is derived from the bundle's id, so every program calculates the same wait.
+        """
+        digest = hashlib.sha256(f"{bundle.job}/{bundle.stage}/{bundle.id}".encode()).digest()
+        unit = int.from_bytes(digest[:4]) / 2**32
+        return float(self._base_s(bundle.attempt) * (1 + self.jitter * (2 * unit - 1)))
+
+    def wait_range_s(self, attempt: int) -> tuple[float, float]:
+        """Return the shortest and the longest backoff in seconds after the `attempt`-th attempt."""
+        base = self._base_s(attempt)
+        return base * (1 - self.jitter), base * (1 + self.jitter)
+
+    def _base_s(self, attempt: int) -> float:
+        try:
+            # A float is used because an integer power with a forged attempt could fill the memory.
+            return min(self.max_backoff_s, self.backoff_s * float(self.factor) ** (attempt - 1))
+        except OverflowError:
+            return self.max_backoff_s if self.backoff_s else 0.0
+
+    def divided(self, factor: float) -> RetryRule:
+        """Return the rule with its backoffs divided by `factor`."""
+        return replace(self, backoff_s=self.backoff_s / factor, max_backoff_s=self.max_backoff_s / factor)
+
+    def limits(self) -> Iterator[tuple[str, float, float]]:
+        """Yield each number of the rule with its name and the largest value that a job may have."""
+        yield "number of attempts", self.attempts, _MAX_NUMBER
+        yield "backoff", self.backoff_s, _MAX_S
+        yield "longest backoff", self.max_backoff_s, _MAX_S
+        yield "factor of the backoff", self.factor, _MAX_NUMBER
+        yield "jitter of the backoff", self.jitter, _MAX_NUMBER
