@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from batchlab.cli import output
-from batchlab.cli.deploy_options import RegionOption
-from batchlab.cli.options import HomeOption, JsonOption, home_of
+from batchlab.cli.deploy_options import REGION
+from batchlab.cli.options import HOME, JSON, argument, flag, home_of, option
 from batchlab.cli.startup import SERVICES
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def ledger_() -> None:
 
 
 @ledger.command()
-def rebuild(home: HomeOption = None, json: JsonOption = False) -> None:
+def rebuild(home: Path | None = HOME, json: bool = JSON) -> None:
     """Rebuild the ledger from the bucket, which contains all durable state.
 
     Unreadable objects do not stop the rebuild. They are listed at its end.
@@ -82,23 +83,15 @@ def schema() -> None:
 
 
 def gc(
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be removed.")] = False,
-    aws: Annotated[
-        bool, typer.Option("--aws", help="List leftovers of stacks on AWS. They are removed only with --yes.")
-    ] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="With --aws: remove the leftovers.")] = False,
-    name: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--name",
-            help="With --aws --yes: also remove this resource, which only its name assigns to a "
-            "stack. May be repeated.",
-            show_default=False,
-        ),
-    ] = None,
-    region: RegionOption = None,
-    home: HomeOption = None,
-    json: JsonOption = False,
+    dry_run: bool = flag("Only list what would be removed.", "--dry-run"),
+    aws: bool = flag("List leftovers of stacks on AWS. They are removed only with --yes.", "--aws"),
+    yes: bool = flag("With --aws: remove the leftovers.", "--yes"),
+    name: list[str] | None = option(
+        "With --aws --yes: also remove this resource, which only its name assigns to a stack. May be repeated."
+    ),
+    region: str | None = REGION,
+    home: Path | None = HOME,
+    json: bool = JSON,
 ) -> None:
     """Remove leftovers of deleted grids in Docker or on AWS.
 
@@ -252,7 +245,7 @@ def notify() -> None:
 
 
 @app.command("list")
-def list_(home: HomeOption = None, json: JsonOption = False) -> None:
+def list_(home: Path | None = HOME, json: bool = JSON) -> None:
     """List the targets of the grid and of unfinished jobs.
 
     \b
@@ -287,9 +280,7 @@ def _target_row(one: TargetView) -> tuple[object, ...]:
 
 @app.command("test")
 def try_(
-    target: Annotated[str, typer.Argument(metavar="TARGET", help="One of the grid's own targets.")],
-    home: HomeOption = None,
-    json: JsonOption = False,
+    target: str = argument("One of the grid's own targets.", "TARGET"), home: Path | None = HOME, json: bool = JSON
 ) -> None:
     """Send one test notification to a target. The exit code is 1 if that fails.
 
@@ -312,9 +303,7 @@ def try_(
 
 @app.command()
 def log(
-    limit: Annotated[int, typer.Option("--limit", min=1, max=1000, help="Most notifications.")] = 20,
-    home: HomeOption = None,
-    json: JsonOption = False,
+    limit: int = option("Most notifications.", default=20, min=1, max=1000), home: Path | None = HOME, json: bool = JSON
 ) -> None:
     """List notifications: first the pending ones, then the others with their results.
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Collection, Iterator, MutableMapping, Sequence
 from functools import cache
 from importlib import import_module
-from typing import Annotated, Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -153,10 +153,8 @@ app = typer.Typer(
     "cannot be reached, 130 interrupted."
 )
 def batchlab(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
-    ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an unexpected error.")] = False,
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an unexpected error."),
 ) -> None:
     """Run batch jobs on a grid of workers: on this machine, in a simulator, or on AWS.
 

@@ -13,12 +13,12 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
 from batchlab.cli import output
-from batchlab.cli.options import FileArgument, HomeOption, JobArgument, JsonOption, PoolOption, SetOption, home_of
+from batchlab.cli.options import FILE, HOME, JOB, JSON, POOL, SET, argument, home_of, option
 from batchlab.core.errors import BackendError, UsageError
 from batchlab.core.pricing.estimate import MEASURED, Estimate, Policy, PoolPlan, Three, loads
 from batchlab.core.pricing.estimate import estimate as compute_estimate
@@ -41,15 +41,7 @@ def register(root: typer.Typer) -> None:
     root.add_typer(prices_app, name="prices")
 
 
-TypesOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--instance-type",
-        metavar="[POOL=]TYPE",
-        help="Instance type on AWS of pools without one. May be repeated.",
-        show_default=False,
-    ),
-]
+TYPES = option("Instance type on AWS of pools without one. May be repeated.", "[POOL=]TYPE")
 
 
 @app.callback()
@@ -65,41 +57,23 @@ def cost() -> None:
 
 @app.command()
 def estimate(
-    file: FileArgument,
-    set_: SetOption = None,
-    seconds: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--seconds",
-            metavar="[STAGE=]S[-S]",
-            help="Seconds per task, or a range. May be repeated. Default: as in an earlier run.",
-            show_default=False,
-        ),
-    ] = None,
-    tasks: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--tasks",
-            metavar="[STAGE=]N",
-            help="Number of tasks of the first stages, or of one stage, if the input cannot be "
-            "counted. May be repeated.",
-            show_default=False,
-        ),
-    ] = None,
-    pool: PoolOption = None,
-    instance_type: TypesOption = None,
-    spot: Annotated[float, typer.Option("--spot", min=0, max=100, help="Percentage of Spot instances.")] = 0.0,
-    results: Annotated[
-        str,
-        typer.Option(
-            "--results",
-            metavar="SIZE",
-            help="Size of the results that will be fetched, such as 500MB. Default: as at the last fetch.",
-            show_default=False,
-        ),
-    ] = "",
-    home: HomeOption = None,
-    json: JsonOption = False,
+    file: Path = FILE,
+    set_: list[str] | None = SET,
+    seconds: list[str] | None = option(
+        "Seconds per task, or a range. May be repeated. Default: as in an earlier run.", "[STAGE=]S[-S]"
+    ),
+    tasks: list[str] | None = option(
+        "Number of tasks of the first stages, or of one stage, if the input cannot be counted. May be repeated.",
+        "[STAGE=]N",
+    ),
+    pool: list[str] | None = POOL,
+    instance_type: list[str] | None = TYPES,
+    spot: float = option("Percentage of Spot instances.", default=0.0, min=0, max=100),
+    results: str = option(
+        "Size of the results that will be fetched, such as 500MB. Default: as at the last fetch.", "SIZE", default=""
+    ),
+    home: Path | None = HOME,
+    json: bool = JSON,
 ) -> None:
     """Estimate the cost of a run of a job file, as a range for each item.
 
@@ -131,9 +105,7 @@ def estimate(
 
 
 @app.command()
-def bill(
-    job: JobArgument, instance_type: TypesOption = None, home: HomeOption = None, json: JsonOption = False
-) -> None:
+def bill(job: str = JOB, instance_type: list[str] | None = TYPES, home: Path | None = HOME, json: bool = JSON) -> None:
     """Show the bill of a job on AWS, or what it would have cost there.
 
     The items are compute, wasted work, idle time, requests, storage, and data out of AWS.
@@ -408,11 +380,9 @@ def prices() -> None:
 
 @prices_app.command()
 def show(
-    types: Annotated[
-        list[str] | None, typer.Argument(metavar="TYPE", help="Only these instance types.", show_default=False)
-    ] = None,
-    home: HomeOption = None,
-    json: JsonOption = False,
+    types: list[str] | None = argument("Only these instance types.", "TYPE", default=None),
+    home: Path | None = HOME,
+    json: bool = JSON,
 ) -> None:
     """Show prices with their region, date, and source.
 
@@ -476,28 +446,17 @@ def _text(book: PriceBook, types: list[str] | None) -> str:
 
 @prices_app.command()
 def refresh(
-    from_: Annotated[
-        Path,
-        typer.Option(
-            "--from",
-            metavar="FILE",
-            help="AWS's price list of AmazonEC2, AmazonRDS, or AWSDataTransfer (CSV or JSON), the "
-            "output of `aws ec2 describe-spot-price-history`, or a CSV of on-demand prices.",
-            show_default=False,
-        ),
-    ],
-    region: Annotated[str, typer.Option("--region", help="Region, if the file has several.", show_default=False)] = "",
-    date: Annotated[
-        datetime | None,
-        typer.Option(
-            "--date",
-            formats=["%Y-%m-%d"],
-            help="Date of the prices, if the file does not have one.",
-            show_default=False,
-        ),
-    ] = None,
-    home: HomeOption = None,
-    json: JsonOption = False,
+    from_: Path = option(
+        "AWS's price list of AmazonEC2, AmazonRDS, or AWSDataTransfer (CSV or JSON), the "
+        "output of `aws ec2 describe-spot-price-history`, or a CSV of on-demand prices.",
+        "FILE",
+        "--from",
+        default=...,
+    ),
+    region: str = option("Region, if the file has several.", default=""),
+    date: datetime | None = option("Date of the prices, if the file does not have one.", formats=["%Y-%m-%d"]),
+    home: Path | None = HOME,
+    json: bool = JSON,
 ) -> None:
     """Copy newer prices from a file to the grid's price book, which overrides the shipped one.
 

@@ -9,28 +9,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
 from batchlab.cli import output
 from batchlab.cli.deploy_options import (
-    BaseOption,
-    BudgetOption,
-    CertificatesOption,
-    EgressOption,
-    EmailOption,
-    LedgerOption,
-    PackageOption,
-    ParameterOption,
-    PercentOption,
-    PoolsOption,
-    RegionOption,
-    SettingsOption,
-    StackOption,
-    YesOption,
+    BASE,
+    BUDGET,
+    CERTIFICATES,
+    EGRESS,
+    EMAIL,
+    LEDGER,
+    PACKAGE,
+    PARAMETER,
+    PERCENT,
+    POOLS,
+    REGION,
+    SETTINGS,
+    STACK,
+    YES,
 )
-from batchlab.cli.options import HomeOption, JsonOption, home_of
+from batchlab.cli.options import HOME, JSON, flag, home_of, option
 
 if TYPE_CHECKING:
     from batchlab.cli.deploy_options import DeployArguments
@@ -57,21 +57,21 @@ def deploy_() -> None:
 
 @app.command()
 def plan(
-    pool: PoolsOption = None,
-    settings: SettingsOption = None,
-    stack: StackOption = None,
-    region: RegionOption = None,
-    ledger: LedgerOption = None,
-    egress: EgressOption = None,
-    budget: BudgetOption = None,
-    alarm_email: EmailOption = None,
-    on_demand_base: BaseOption = None,
-    on_demand_percent: PercentOption = None,
-    parameter: ParameterOption = None,
-    package: PackageOption = None,
-    database_ca: CertificatesOption = None,
-    home: HomeOption = None,
-    json: JsonOption = False,
+    pool: list[str] | None = POOLS,
+    settings: Path | None = SETTINGS,
+    stack: str | None = STACK,
+    region: str | None = REGION,
+    ledger: str | None = LEDGER,
+    egress: str | None = EGRESS,
+    budget: float | None = BUDGET,
+    alarm_email: str | None = EMAIL,
+    on_demand_base: int | None = BASE,
+    on_demand_percent: int | None = PERCENT,
+    parameter: list[str] | None = PARAMETER,
+    package: list[str] | None = PACKAGE,
+    database_ca: Path | None = CERTIFICATES,
+    home: Path | None = HOME,
+    json: bool = JSON,
 ) -> None:
     """Show planned changes of the stack and their cost without applying them.
 
@@ -115,14 +115,14 @@ def plan(
 
 @app.command(name="template")
 def template_(
-    pool: PoolsOption = None,
-    settings: SettingsOption = None,
-    stack: StackOption = None,
-    region: RegionOption = None,
-    ledger: LedgerOption = None,
-    egress: EgressOption = None,
-    parameter: ParameterOption = None,
-    home: HomeOption = None,
+    pool: list[str] | None = POOLS,
+    settings: Path | None = SETTINGS,
+    stack: str | None = STACK,
+    region: str | None = REGION,
+    ledger: str | None = LEDGER,
+    egress: str | None = EGRESS,
+    parameter: list[str] | None = PARAMETER,
+    home: Path | None = HOME,
 ) -> None:
     """Print the template of a stack, with the options as its defaults, without a call of AWS.
 
@@ -146,31 +146,23 @@ def template_(
 
 @app.command()
 def apply(
-    pool: PoolsOption = None,
-    settings: SettingsOption = None,
-    stack: StackOption = None,
-    region: RegionOption = None,
-    ledger: LedgerOption = None,
-    egress: EgressOption = None,
-    budget: BudgetOption = None,
-    alarm_email: EmailOption = None,
-    on_demand_base: BaseOption = None,
-    on_demand_percent: PercentOption = None,
-    parameter: ParameterOption = None,
-    package: PackageOption = None,
-    database_ca: CertificatesOption = None,
-    release: Annotated[
-        Path | None,
-        typer.Option(
-            "--release",
-            metavar="FILE.tar.gz",
-            help="Existing release archive to use instead of a new one.",
-            show_default=False,
-        ),
-    ] = None,
-    yes: YesOption = False,
-    home: HomeOption = None,
-    json: JsonOption = False,
+    pool: list[str] | None = POOLS,
+    settings: Path | None = SETTINGS,
+    stack: str | None = STACK,
+    region: str | None = REGION,
+    ledger: str | None = LEDGER,
+    egress: str | None = EGRESS,
+    budget: float | None = BUDGET,
+    alarm_email: str | None = EMAIL,
+    on_demand_base: int | None = BASE,
+    on_demand_percent: int | None = PERCENT,
+    parameter: list[str] | None = PARAMETER,
+    package: list[str] | None = PACKAGE,
+    database_ca: Path | None = CERTIFICATES,
+    release: Path | None = option("Existing release archive to use instead of a new one.", "FILE.tar.gz"),
+    yes: bool = YES,
+    home: Path | None = HOME,
+    json: bool = JSON,
 ) -> None:
     """Create or update the stack after showing the plan.
 
@@ -214,9 +206,7 @@ def apply(
 
 
 @app.command()
-def status(
-    stack: StackOption = None, region: RegionOption = None, home: HomeOption = None, json: JsonOption = False
-) -> None:
+def status(stack: str | None = STACK, region: str | None = REGION, home: Path | None = HOME, json: bool = JSON) -> None:
     """Show the stack with its groups, queues, and alarms.
 
     The command updates the locations of the stack's resources in the grid's folder if they differ.
@@ -286,14 +276,12 @@ def _show(found: Status, where: str) -> None:
 
 @app.command()
 def destroy(
-    delete_data: Annotated[
-        bool, typer.Option("--delete-data", help="Also delete the bucket with all objects, and the ledger's database.")
-    ] = False,
-    stack: StackOption = None,
-    region: RegionOption = None,
-    yes: YesOption = False,
-    home: HomeOption = None,
-    json: JsonOption = False,
+    delete_data: bool = flag("Also delete the bucket with all objects, and the ledger's database.", "--delete-data"),
+    stack: str | None = STACK,
+    region: str | None = REGION,
+    yes: bool = YES,
+    home: Path | None = HOME,
+    json: bool = JSON,
 ) -> None:
     """Delete the stack and all its resources on AWS.
 

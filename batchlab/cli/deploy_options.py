@@ -12,11 +12,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from batchlab.cli import output
+from batchlab.cli.options import flag, option
 from batchlab.cli.output import Stopped
 from batchlab.cli.progress import StackDisplay
 from batchlab.core.errors import UsageError
@@ -29,125 +28,29 @@ if TYPE_CHECKING:
     from batchlab.deploy.template import Template
     from batchlab.runtime.home import Home
 
-StackOption = Annotated[
-    str | None,
-    typer.Option("--stack", metavar="NAME", help="Name of the stack. Default: batchlab.", show_default=False),
-]
-RegionOption = Annotated[
-    str | None,
-    typer.Option(
-        "--region",
-        metavar="REGION",
-        help="AWS region, such as eu-west-1. Default: that of the AWS configuration.",
-        show_default=False,
-    ),
-]
-PoolsOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--pool",
-        metavar="NAME:MIN-MAXxSLOTS@TYPE,TYPE",
-        help="A pool of workers and its instance types, such as "
-        "default:0-10x2@m7i.large,m6i.large. May be repeated. The stack has no other pools.",
-        show_default=False,
-    ),
-]
-SettingsOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--settings",
-        metavar="FILE.yaml",
-        help="File with stack, pools, and parameters, instead of the stored settings.",
-        show_default=False,
-    ),
-]
-LedgerOption = Annotated[
-    str | None,
-    typer.Option(
-        "--ledger",
-        metavar="KIND",
-        help="Database of the ledger: sqlite on the manager's disk, postgres, or simpledb.",
-        show_default=False,
-    ),
-]
-EgressOption = Annotated[
-    str | None,
-    typer.Option(
-        "--egress",
-        metavar="KIND",
-        help="Route of instances to AWS: endpoints in the VPC, or a nat gateway.",
-        show_default=False,
-    ),
-]
-BudgetOption = Annotated[
-    float | None,
-    typer.Option(
-        "--budget",
-        metavar="USD",
-        min=0,
-        help="Send an alarm if a month would cost more. AWS needs the tag batchlab.stack to be "
-        "activated in the account's billing.",
-        show_default=False,
-    ),
-]
-EmailOption = Annotated[
-    str | None,
-    typer.Option(
-        "--alarm-email",
-        metavar="ADDRESS",
-        help="E-mail address for alarms, which must be confirmed. Default: none.",
-        show_default=False,
-    ),
-]
-BaseOption = Annotated[
-    int | None,
-    typer.Option(
-        "--on-demand-base",
-        metavar="N",
-        min=0,
-        help="Number of workers of each pool that are never Spot.",
-        show_default=False,
-    ),
-]
-PercentOption = Annotated[
-    int | None,
-    typer.Option(
-        "--on-demand-percent",
-        metavar="N",
-        min=0,
-        max=100,
-        help="Percentage of the other workers that are not Spot.",
-        show_default=False,
-    ),
-]
-ParameterOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="NAME=VALUE",
-        help="Any other parameter of the stack's template. May be repeated.",
-        show_default=False,
-    ),
-]
-PackageOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--package",
-        metavar="NAME",
-        help="PyPI package that tasks need, such as pandas>=2,<3. May be repeated.",
-        show_default=False,
-    ),
-]
-CertificatesOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--database-ca",
-        metavar="FILE.pem",
-        help="Certificates to verify PostgreSQL: AWS's bundle for the region.",
-        show_default=False,
-    ),
-]
-YesOption = Annotated[bool, typer.Option("--yes", help="Agree without a question.")]
+STACK = option("Name of the stack. Default: batchlab.", "NAME")
+REGION = option("AWS region, such as eu-west-1. Default: that of the AWS configuration.", "REGION")
+POOLS = option(
+    "A pool of workers and its instance types, such as "
+    "default:0-10x2@m7i.large,m6i.large. May be repeated. The stack has no other pools.",
+    "NAME:MIN-MAXxSLOTS@TYPE,TYPE",
+)
+SETTINGS = option("File with stack, pools, and parameters, instead of the stored settings.", "FILE.yaml")
+LEDGER = option("Database of the ledger: sqlite on the manager's disk, postgres, or simpledb.", "KIND")
+EGRESS = option("Route of instances to AWS: endpoints in the VPC, or a nat gateway.", "KIND")
+BUDGET = option(
+    "Send an alarm if a month would cost more. AWS needs the tag batchlab.stack to be "
+    "activated in the account's billing.",
+    "USD",
+    min=0,
+)
+EMAIL = option("E-mail address for alarms, which must be confirmed. Default: none.", "ADDRESS")
+BASE = option("Number of workers of each pool that are never Spot.", "N", min=0)
+PERCENT = option("Percentage of the other workers that are not Spot.", "N", min=0, max=100)
+PARAMETER = option("Any other parameter of the stack's template. May be repeated.", "NAME=VALUE", "--set")
+PACKAGE = option("PyPI package that tasks need, such as pandas>=2,<3. May be repeated.", "NAME")
+CERTIFICATES = option("Certificates to verify PostgreSQL: AWS's bundle for the region.", "FILE.pem")
+YES = flag("Agree without a question.", "--yes")
 
 
 # --- Settings ------------------------------------------------------------------------------------

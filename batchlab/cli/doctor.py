@@ -30,12 +30,12 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from batchlab.cli import output
-from batchlab.cli.options import BackendOption, EndpointOption, HomeOption, JsonOption, home_of
+from batchlab.cli.options import BACKEND, ENDPOINT, HOME, JSON, flag, home_of
 from batchlab.core import installation
 from batchlab.core.errors import AlreadyExists, BackendError, BatchlabError, UsageError
 from batchlab.core.ports import Outgoing, QueueSpec
@@ -370,11 +370,11 @@ def register(root: typer.Typer) -> None:
 
 
 def doctor(
-    home: HomeOption = None,
-    backend: BackendOption = "local",
-    endpoint: EndpointOption = None,
-    repair: Annotated[bool, typer.Option("--repair", help="Move damaged objects of the backend local away.")] = False,
-    json: JsonOption = False,
+    home: Path | None = HOME,
+    backend: str = BACKEND,
+    endpoint: str | None = ENDPOINT,
+    repair: bool = flag("Move damaged objects of the backend local away.", "--repair"),
+    json: bool = JSON,
 ) -> None:
     """Check that a grid can run on this machine.
 

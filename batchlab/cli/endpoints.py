@@ -17,12 +17,12 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
 from batchlab.cli import output
-from batchlab.cli.options import HomeOption, JsonOption, LogFormatOption, home_of, seconds_of
+from batchlab.cli.options import HOME, JSON, LOG_FORMAT, argument, flag, home_of, option, seconds_of
 from batchlab.cli.progress import bar
 from batchlab.core import installation
 from batchlab.core.errors import UsageError
@@ -47,76 +47,29 @@ def register(root: typer.Typer) -> None:
 
 
 def conform(
-    endpoint: Annotated[
-        str | None,
-        typer.Option(
-            "--endpoint",
-            metavar="URL",
-            help="URL of the services, such as http://127.0.0.1:4566. The keys are those in "
-            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, else test and test.",
-            show_default=False,
-        ),
-    ] = None,
-    aws: Annotated[
-        bool,
-        typer.Option(
-            "--aws",
-            help="Check AWS itself. This creates and removes a bucket and about 100 queues in your "
-            "account, for about one cent.",
-        ),
-    ] = False,
-    service: Annotated[
-        str | None,
-        typer.Option(
-            "--service",
-            metavar="NAME",
-            help="Check only this service: s3, sqs, or autoscaling. Default: S3 and SQS.",
-            show_default=False,
-        ),
-    ] = None,
-    region: Annotated[
-        str | None, typer.Option("--region", metavar="REGION", help="AWS region.", show_default=False)
-    ] = None,
-    bucket: Annotated[
-        str | None,
-        typer.Option(
-            "--bucket",
-            metavar="NAME",
-            help="Use this bucket and keep it, instead of a temporary one.",
-            show_default=False,
-        ),
-    ] = None,
-    template: Annotated[
-        str | None,
-        typer.Option(
-            "--template",
-            metavar="NAME",
-            help="With --service autoscaling: use this existing launch template instead of a temporary one.",
-            show_default=False,
-        ),
-    ] = None,
-    only: Annotated[str, typer.Option("--only", metavar="PATTERN", help="Only checks with these names: 's3-*'.")] = "*",
-    needed: Annotated[bool, typer.Option("--needed", help="Only checks that batchlab needs.")] = False,
-    every: Annotated[bool, typer.Option("--all", help="List passed checks too.")] = False,
-    name: Annotated[
-        str | None,
-        typer.Option(
-            "--name",
-            metavar="TEXT",
-            help="Name of the endpoint in the report, such as 'MiniStack 1.5.33'.",
-            show_default=False,
-        ),
-    ] = None,
-    json: JsonOption = False,
-    markdown: Annotated[
-        Path | None,
-        typer.Option(
-            "--markdown",
-            metavar="FILE",
-            help="Write the report into this page. It replaces the section of the same name.",
-            show_default=False,
-        ),
-    ] = None,
+    endpoint: str | None = option(
+        "URL of the services, such as http://127.0.0.1:4566. The keys are those in "
+        "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, else test and test.",
+        "URL",
+    ),
+    aws: bool = flag(
+        "Check AWS itself. This creates and removes a bucket and about 100 queues in your account, for about one cent.",
+        "--aws",
+    ),
+    service: str | None = option("Check only this service: s3, sqs, or autoscaling. Default: S3 and SQS.", "NAME"),
+    region: str | None = option("AWS region.", "REGION"),
+    bucket: str | None = option("Use this bucket and keep it, instead of a temporary one.", "NAME"),
+    template: str | None = option(
+        "With --service autoscaling: use this existing launch template instead of a temporary one.", "NAME"
+    ),
+    only: str = option("Only checks with these names: 's3-*'.", "PATTERN", default="*"),
+    needed: bool = flag("Only checks that batchlab needs.", "--needed"),
+    every: bool = flag("List passed checks too.", "--all"),
+    name: str | None = option("Name of the endpoint in the report, such as 'MiniStack 1.5.33'.", "TEXT"),
+    json: bool = JSON,
+    markdown: Path | None = option(
+        "Write the report into this page. It replaces the section of the same name.", "FILE"
+    ),
 ) -> None:
     """Check that an endpoint behaves like AWS's services.
 
@@ -335,79 +288,29 @@ def asg_() -> None:
 
 @app.command()
 def serve(
-    templates: Annotated[
-        Path,
-        typer.Option(
-            "--templates",
-            metavar="FILE",
-            help="Launch templates as TOML. A changed file is read again.",
-            show_default=False,
-        ),
-    ],
-    state: Annotated[Path, typer.Option("--state", metavar="DIR", help="Folder for the state of the groups.")] = Path(
-        ".batchlab/asg"
+    templates: Path = option("Launch templates as TOML. A changed file is read again.", "FILE", default=...),
+    state: Path = option("Folder for the state of the groups.", "DIR", default=Path(".batchlab/asg")),
+    launcher: str = option("Kind of instances: process or docker.", "NAME", default="process"),
+    host: str = option("Address to listen on.", "ADDRESS", default="127.0.0.1"),
+    port: int = option("Port to listen on; 0 for any free one.", "N", default=0, min=0),
+    drain: str = option("Time that an instance may take to end.", "DURATION", default="30s"),
+    grid: str = option("Name of the grid in container labels.", "NAME", default="asg"),
+    label: list[str] | None = option("Another label for containers. May be repeated.", "KEY=VALUE"),
+    image: list[str] | None = option(
+        "Launch only containers of this image, and none as root. May be repeated.", "NAME"
     ),
-    launcher: Annotated[
-        str, typer.Option("--launcher", metavar="NAME", help="Kind of instances: process or docker.")
-    ] = "process",
-    host: Annotated[str, typer.Option("--host", metavar="ADDRESS", help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", metavar="N", min=0, help="Port to listen on; 0 for any free one.")] = 0,
-    drain: Annotated[
-        str, typer.Option("--drain", metavar="DURATION", help="Time that an instance may take to end.")
-    ] = "30s",
-    grid: Annotated[str, typer.Option("--grid", metavar="NAME", help="Name of the grid in container labels.")] = "asg",
-    label: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--label", metavar="KEY=VALUE", help="Another label for containers. May be repeated.", show_default=False
-        ),
-    ] = None,
-    image: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--image",
-            metavar="NAME",
-            help="Launch only containers of this image, and none as root. May be repeated.",
-            show_default=False,
-        ),
-    ] = None,
-    scale: Annotated[
-        float,
-        typer.Option(
-            "--scale",
-            metavar="SHARE",
-            min=0.01,
-            max=1,
-            help="Share of its instance type's CPUs and memory that a container gets.",
-        ),
-    ] = 1.0,
-    metadata_port: Annotated[
-        int | None,
-        typer.Option(
-            "--metadata-port",
-            metavar="N",
-            min=0,
-            help="Port of the containers' instance metadata service. Default: no service.",
-            show_default=False,
-        ),
-    ] = None,
-    log_format: LogFormatOption = None,
-    signed: Annotated[
-        bool,
-        typer.Option(
-            "--signed", help="Accept only requests signed with the keys in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
-        ),
-    ] = False,
-    keys: Annotated[
-        Path | None,
-        typer.Option(
-            "--keys",
-            metavar="FILE",
-            help="Accept only requests signed with the keys in this JSON file.",
-            show_default=False,
-        ),
-    ] = None,
-    json: JsonOption = False,
+    scale: float = option(
+        "Share of its instance type's CPUs and memory that a container gets.", "SHARE", default=1.0, min=0.01, max=1
+    ),
+    metadata_port: int | None = option(
+        "Port of the containers' instance metadata service. Default: no service.", "N", min=0
+    ),
+    log_format: str | None = LOG_FORMAT,
+    signed: bool = flag(
+        "Accept only requests signed with the keys in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.", "--signed"
+    ),
+    keys: Path | None = option("Accept only requests signed with the keys in this JSON file.", "FILE"),
+    json: bool = JSON,
 ) -> None:
     """Serve the API of EC2 Auto Scaling until Ctrl-C. Its instances end with it.
 
@@ -465,19 +368,11 @@ def _labels(given: Sequence[str]) -> dict[str, str]:
 
 @app.command()
 def interrupt(
-    instance: Annotated[str, typer.Argument(metavar="INSTANCE", help="The instance's id.")],
-    notice: Annotated[str, typer.Option("--notice", metavar="DURATION", help="Time until the interruption.")] = "2m",
-    rebalance: Annotated[bool, typer.Option("--rebalance", help="Send a rebalance recommendation instead.")] = False,
-    endpoint: Annotated[
-        str | None,
-        typer.Option(
-            "--endpoint",
-            metavar="URL",
-            help="URL of the Auto Scaling API. Default: that of the running grid.",
-            show_default=False,
-        ),
-    ] = None,
-    home: HomeOption = None,
+    instance: str = argument("The instance's id.", "INSTANCE"),
+    notice: str = option("Time until the interruption.", "DURATION", default="2m"),
+    rebalance: bool = flag("Send a rebalance recommendation instead.", "--rebalance"),
+    endpoint: str | None = option("URL of the Auto Scaling API. Default: that of the running grid.", "URL"),
+    home: Path | None = HOME,
 ) -> None:
     """Send an interruption notice to a Spot instance, like EC2 when it needs the capacity.
 

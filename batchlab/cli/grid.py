@@ -18,24 +18,26 @@ import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
 from batchlab.cli import output
 from batchlab.cli.options import (
-    AsIfOption,
-    BackendOption,
-    CapArgument,
-    EndpointOption,
-    HomeOption,
-    JsonOption,
-    LogFormatOption,
-    MaxCostOption,
-    PoolOption,
-    PortOption,
+    AS_IF,
+    BACKEND,
+    CAP,
+    ENDPOINT,
+    HOME,
+    JSON,
+    LOG_FORMAT,
+    MAX_COST,
+    POOL,
+    argument,
     cap_of,
+    flag,
     home_of,
+    option,
 )
 from batchlab.core.capabilities import capabilities_of
 from batchlab.core.errors import Refused
@@ -72,14 +74,14 @@ def grid() -> None:
 
 @app.command()
 def up(
-    pool: PoolOption = None,
-    home: HomeOption = None,
-    backend: BackendOption = "local",
-    endpoint: EndpointOption = None,
-    max_cost: MaxCostOption = None,
-    port: PortOption = 0,
-    log_format: LogFormatOption = None,
-    json: JsonOption = False,
+    pool: list[str] | None = POOL,
+    home: Path | None = HOME,
+    backend: str = BACKEND,
+    endpoint: str | None = ENDPOINT,
+    max_cost: str | None = MAX_COST,
+    port: int = option("Port of the manager on 127.0.0.1; 0 for any free one.", default=0, min=0, max=65535),
+    log_format: str | None = LOG_FORMAT,
+    json: bool = JSON,
 ) -> None:
     """Start a grid and keep it running. Unfinished jobs continue.
 
@@ -124,7 +126,7 @@ def up(
 
 
 @app.command()
-def down(home: HomeOption = None) -> None:
+def down(home: Path | None = HOME) -> None:
     """Stop the grid.
 
     Workers return unfinished work. Unfinished jobs continue when a grid is started in the same
@@ -175,10 +177,10 @@ def down(home: HomeOption = None) -> None:
 
 @app.command()
 def status(
-    watch: Annotated[bool, typer.Option("--watch", help="Repeat every second.")] = False,
-    as_if_aws: AsIfOption = False,
-    home: HomeOption = None,
-    json: JsonOption = False,
+    watch: bool = flag("Repeat every second.", "--watch"),
+    as_if_aws: bool = AS_IF,
+    home: Path | None = HOME,
+    json: bool = JSON,
 ) -> None:
     """Show pools and queues, and on AWS their cost.
 
@@ -267,7 +269,7 @@ def _pool_row(pool: PoolView) -> tuple[object, ...]:
 
 
 @app.command()
-def env(home: HomeOption = None, json: JsonOption = False) -> None:
+def env(home: Path | None = HOME, json: bool = JSON) -> None:
     """Print shell variables for the AWS CLI and other clients of the grid's S3 and SQS.
 
     They are the endpoint with its keys, the bucket, and the prefix of the queue names. The backend
@@ -299,7 +301,7 @@ def env(home: HomeOption = None, json: JsonOption = False) -> None:
 
 
 @app.command()
-def workers(home: HomeOption = None, json: JsonOption = False) -> None:
+def workers(home: Path | None = HOME, json: bool = JSON) -> None:
     """List the instances and their workers.
 
     \b
@@ -336,10 +338,10 @@ def workers(home: HomeOption = None, json: JsonOption = False) -> None:
 
 @app.command()
 def activities(
-    pool: Annotated[str | None, typer.Argument(metavar="POOL", help="Only of this pool.", show_default=False)] = None,
-    limit: Annotated[int, typer.Option("--limit", min=1, help="Most activities, newest first.")] = 50,
-    home: HomeOption = None,
-    json: JsonOption = False,
+    pool: str | None = argument("Only of this pool.", "POOL", default=None),
+    limit: int = option("Most activities, newest first.", default=50, min=1),
+    home: Path | None = HOME,
+    json: bool = JSON,
 ) -> None:
     """List scaling activities with their causes, newest first.
 
@@ -361,21 +363,13 @@ def activities(
 
 @app.command()
 def scale(
-    pool: Annotated[str, typer.Argument(metavar="POOL", help="The pool.")],
-    smallest: Annotated[int | None, typer.Option("--min", min=0, help="Least instances.", show_default=False)] = None,
-    largest: Annotated[int | None, typer.Option("--max", min=0, help="Most instances.", show_default=False)] = None,
-    desired: Annotated[
-        int | None,
-        typer.Option(
-            "--desired",
-            min=0,
-            help="Desired capacity. The scaling policy is off for the pool until --auto.",
-            show_default=False,
-        ),
-    ] = None,
-    auto: Annotated[bool, typer.Option("--auto", help="Return the pool to the scaling policy.")] = False,
-    home: HomeOption = None,
-    json: JsonOption = False,
+    pool: str = argument("The pool.", "POOL"),
+    smallest: int | None = option("Least instances.", None, "--min", min=0),
+    largest: int | None = option("Most instances.", None, "--max", min=0),
+    desired: int | None = option("Desired capacity. The scaling policy is off for the pool until --auto.", min=0),
+    auto: bool = flag("Return the pool to the scaling policy.", "--auto"),
+    home: Path | None = HOME,
+    json: bool = JSON,
 ) -> None:
     """Change the limits of a pool, or set its desired capacity.
 
@@ -396,9 +390,9 @@ def scale(
 
 @app.command()
 def drain(
-    pool: Annotated[str | None, typer.Argument(metavar="POOL", help="Only this pool. Default: all pools.")] = None,
-    home: HomeOption = None,
-    json: JsonOption = False,
+    pool: str | None = argument("Only this pool. Default: all pools.", "POOL", default=None),
+    home: Path | None = HOME,
+    json: bool = JSON,
 ) -> None:
     """Stop the workers gracefully and keep the pool empty until `grid scale --auto`.
 
@@ -420,7 +414,7 @@ def _show_pools(pools: list[PoolView], whole: object, *, json: bool) -> None:
 
 
 @app.command()
-def cap(amount: CapArgument, home: HomeOption = None, json: JsonOption = False) -> None:
+def cap(amount: str = CAP, home: Path | None = HOME, json: bool = JSON) -> None:
     """Cap the cost of the grid on AWS. Beyond it no instance is launched, and running tasks finish.
 
     The cap counts from the first day of the grid's account. `grid status` shows the cost so far.
@@ -458,11 +452,11 @@ _PAGE = """\
 
 
 def open_(
-    browser: Annotated[
-        bool, typer.Option("--browser/--no-browser", help="Open the page in a browser, or only print its address.")
-    ] = True,
-    home: HomeOption = None,
-    json: JsonOption = False,
+    browser: bool = option(
+        "Open the page in a browser, or only print its address.", None, "--browser/--no-browser", default=True
+    ),
+    home: Path | None = HOME,
+    json: bool = JSON,
 ) -> None:
     """Open the grid's web page: jobs, failures, fleet, costs.
 

@@ -4,24 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
 from batchlab.cli import output
-from batchlab.cli.options import (
-    AsIfOption,
-    CapArgument,
-    FileArgument,
-    HomeOption,
-    JobArgument,
-    JsonOption,
-    MaxCostOption,
-    OutOption,
-    SetOption,
-    cap_of,
-    home_of,
-)
+from batchlab.cli.options import AS_IF, CAP, FILE, HOME, JOB, JSON, MAX_COST, OUT, SET, cap_of, flag, home_of, option
 
 if TYPE_CHECKING:
     from batchlab.client.http import Client
@@ -56,11 +44,11 @@ def job() -> None:
 
 @app.command()
 def submit(
-    file: FileArgument,
-    set_: SetOption = None,
-    max_cost: MaxCostOption = None,
-    home: HomeOption = None,
-    json: JsonOption = False,
+    file: Path = FILE,
+    set_: list[str] | None = SET,
+    max_cost: str | None = MAX_COST,
+    home: Path | None = HOME,
+    json: bool = JSON,
 ) -> None:
     """Submit a job file to the running grid, and print the job's id.
 
@@ -82,10 +70,10 @@ def submit(
 
 @app.command("list")
 def list_(
-    active: Annotated[bool, typer.Option("--active", help="Only jobs that have not ended.")] = False,
-    limit: Annotated[int, typer.Option("--limit", min=1, help="Most jobs, newest first.")] = 20,
-    home: HomeOption = None,
-    json: JsonOption = False,
+    active: bool = flag("Only jobs that have not ended.", "--active"),
+    limit: int = option("Most jobs, newest first.", default=20, min=1),
+    home: Path | None = HOME,
+    json: bool = JSON,
 ) -> None:
     """List jobs, newest first.
 
@@ -132,7 +120,7 @@ def _done(stages: list[StageView]) -> str:
 
 
 @app.command()
-def show(job: JobArgument, as_if_aws: AsIfOption = False, home: HomeOption = None, json: JsonOption = False) -> None:
+def show(job: str = JOB, as_if_aws: bool = AS_IF, home: Path | None = HOME, json: bool = JSON) -> None:
     """Show a job with its stages, and why it is waiting.
 
     \b
@@ -186,7 +174,7 @@ def show(job: JobArgument, as_if_aws: AsIfOption = False, home: HomeOption = Non
 
 
 @app.command()
-def watch(job: JobArgument, as_if_aws: AsIfOption = False, home: HomeOption = None) -> None:
+def watch(job: str = JOB, as_if_aws: bool = AS_IF, home: Path | None = HOME) -> None:
     """Watch a job until it ends. The exit code is 1 unless it succeeds.
 
     \b
@@ -225,7 +213,7 @@ def _tell(job: str, home: Path | None, verb: Callable[[Client, str], JobView], j
 
 
 @app.command()
-def cancel(job: JobArgument, home: HomeOption = None, json: JsonOption = False) -> None:
+def cancel(job: str = JOB, home: Path | None = HOME, json: bool = JSON) -> None:
     """Cancel a job, and wait until none of its tasks can start.
 
     \b
@@ -235,7 +223,7 @@ def cancel(job: JobArgument, home: HomeOption = None, json: JsonOption = False) 
 
 
 @app.command()
-def pause(job: JobArgument, home: HomeOption = None, json: JsonOption = False) -> None:
+def pause(job: str = JOB, home: Path | None = HOME, json: bool = JSON) -> None:
     """Pause a job: running tasks end, and no task starts until `job resume`.
 
     \b
@@ -245,7 +233,7 @@ def pause(job: JobArgument, home: HomeOption = None, json: JsonOption = False) -
 
 
 @app.command()
-def resume(job: JobArgument, home: HomeOption = None, json: JsonOption = False) -> None:
+def resume(job: str = JOB, home: Path | None = HOME, json: bool = JSON) -> None:
     """Resume a paused job.
 
     \b
@@ -256,19 +244,13 @@ def resume(job: JobArgument, home: HomeOption = None, json: JsonOption = False) 
 
 @app.command()
 def results(
-    job: JobArgument,
-    out: OutOption = None,
-    stage: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--stage",
-            metavar="NAME",
-            help="Stage with the results to fetch. May be repeated. Default: the last stages.",
-            show_default=False,
-        ),
-    ] = None,
-    home: HomeOption = None,
-    json: JsonOption = False,
+    job: str = JOB,
+    out: Path | None = OUT,
+    stage: list[str] | None = option(
+        "Stage with the results to fetch. May be repeated. Default: the last stages.", "NAME"
+    ),
+    home: Path | None = HOME,
+    json: bool = JSON,
 ) -> None:
     """Fetch a job's results into a folder. A running job has those of its succeeded tasks.
 
@@ -299,7 +281,7 @@ def results(
 
 
 @app.command()
-def check(file: FileArgument, set_: SetOption = None, json: JsonOption = False) -> None:
+def check(file: Path = FILE, set_: list[str] | None = SET, json: bool = JSON) -> None:
     """Check a job file, its code, and its input without running them.
 
     \b
@@ -333,7 +315,7 @@ def check(file: FileArgument, set_: SetOption = None, json: JsonOption = False) 
 
 
 @app.command()
-def cap(job: JobArgument, amount: CapArgument, home: HomeOption = None, json: JsonOption = False) -> None:
+def cap(job: str = JOB, amount: str = CAP, home: Path | None = HOME, json: bool = JSON) -> None:
     """Cap the cost of a job on AWS. Beyond it no instance is launched, and running tasks finish.
 
     A job that has reached its cap continues when the cap is raised.

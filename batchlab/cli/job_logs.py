@@ -10,12 +10,11 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from batchlab.cli import output
-from batchlab.cli.options import HomeOption, JobArgument, JsonOption, home_of, seconds_of
+from batchlab.cli.options import HOME, JOB, JSON, argument, flag, home_of, option, seconds_of
 from batchlab.core.errors import UsageError
 from batchlab.core.job_definition import attempt_name
 
@@ -26,34 +25,17 @@ if TYPE_CHECKING:
 
 
 def logs(
-    job: JobArgument,
-    task: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[TASK]",
-            help="Only this task, such as parse/3. A number alone means that task of every stage.",
-            show_default=False,
-        ),
-    ] = None,
-    stage: Annotated[
-        str | None, typer.Option("--stage", metavar="NAME", help="Only this stage.", show_default=False)
-    ] = None,
-    follow: Annotated[
-        bool, typer.Option("--follow", "-f", help="Print lines as they come until the job ends.")
-    ] = False,
-    failed: Annotated[bool, typer.Option("--failed", help="Only tasks that failed for good.")] = False,
-    since: Annotated[
-        str | None,
-        typer.Option(
-            "--since",
-            metavar="DURATION",
-            help="Only attempts that still run or ended within this time, such as 10m.",
-            show_default=False,
-        ),
-    ] = None,
-    limit: Annotated[int, typer.Option("--limit", min=1, help="Most attempts without --follow.")] = 100,
-    home: HomeOption = None,
-    json: JsonOption = False,
+    job: str = JOB,
+    task: str | None = argument(
+        "Only this task, such as parse/3. A number alone means that task of every stage.", "[TASK]", default=None
+    ),
+    stage: str | None = option("Only this stage.", "NAME"),
+    follow: bool = flag("Print lines as they come until the job ends.", "--follow", "-f"),
+    failed: bool = flag("Only tasks that failed for good.", "--failed"),
+    since: str | None = option("Only attempts that still run or ended within this time, such as 10m.", "DURATION"),
+    limit: int = option("Most attempts without --follow.", default=100, min=1),
+    home: Path | None = HOME,
+    json: bool = JSON,
 ) -> None:
     """Print the output of tasks, including failed attempts. --follow prints it as it comes.
 

@@ -11,12 +11,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
 from batchlab.cli import output
-from batchlab.cli.options import AnyBackendOption, HomeOption, JobArgument, JsonOption, TaskArgument, home_of
+from batchlab.cli.options import ANY_BACKEND, HOME, JOB, JSON, TASK, flag, home_of, option
 from batchlab.core.errors import UsageError
 from batchlab.core.job_definition import parse_task, task_name
 
@@ -25,76 +25,25 @@ if TYPE_CHECKING:
     from batchlab.client.debug.foreground import How
     from batchlab.client.debug.task_folder import Told, Verdict
 
-AttemptOption = Annotated[
-    int | None,
-    typer.Option(
-        "--attempt",
-        min=1,
-        metavar="N",
-        help="Number of the attempt. Default: the last failed one, else the last.",
-        show_default=False,
-    ),
-]
-RoundOption = Annotated[
-    int | None,
-    typer.Option(
-        "--round",
-        min=0,
-        metavar="R",
-        help="Round of the attempt: 0 is before the first `job retry`.",
-        show_default=False,
-    ),
-]
-
 
 def replay_task(
-    job: JobArgument,
-    task: TaskArgument,
-    local: Annotated[
-        bool, typer.Option("--local", help="Run on this machine, which is the only choice.", show_default=False)
-    ] = True,
-    attempt: AttemptOption = None,
-    round_: RoundOption = None,
-    debug: Annotated[
-        bool | None,
-        typer.Option(
-            "--debug/--no-debug", help="Start pdb at a failure. Default: only in a terminal.", show_default=False
-        ),
-    ] = None,
-    break_: Annotated[bool, typer.Option("--break", help="Start pdb at the handler's first line too.")] = False,
-    debugpy: Annotated[
-        int | None,
-        typer.Option(
-            "--debugpy",
-            min=1,
-            max=65535,
-            metavar="PORT",
-            help="Wait for an IDE to attach at this local port.",
-            show_default=False,
-        ),
-    ] = None,
-    shell: Annotated[bool, typer.Option("--shell", help="Open a shell in the place of a task's command.")] = False,
-    keep: Annotated[
-        Path | None,
-        typer.Option(
-            "--keep", metavar="DIR", help="Only prepare this folder with input, code, and a README.", show_default=False
-        ),
-    ] = None,
-    no_limits: Annotated[
-        bool, typer.Option("--no-limits", help="Run without the job's time and memory limits.")
-    ] = False,
-    env: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--env",
-            metavar="NAME",
-            help="Pass this environment variable to the task. May be repeated.",
-            show_default=False,
-        ),
-    ] = None,
-    home: HomeOption = None,
-    backend: AnyBackendOption = None,
-    json: JsonOption = False,
+    job: str = JOB,
+    task: str = TASK,
+    local: bool = option(
+        "Run on this machine, which is the only choice.", None, "--local", default=True, show_default=False
+    ),
+    attempt: int | None = option("Number of the attempt. Default: the last failed one, else the last.", "N", min=1),
+    round_: int | None = option("Round of the attempt: 0 is before the first `job retry`.", "R", "--round", min=0),
+    debug: bool | None = option("Start pdb at a failure. Default: only in a terminal.", None, "--debug/--no-debug"),
+    break_: bool = flag("Start pdb at the handler's first line too.", "--break"),
+    debugpy: int | None = option("Wait for an IDE to attach at this local port.", "PORT", min=1, max=65535),
+    shell: bool = flag("Open a shell in the place of a task's command.", "--shell"),
+    keep: Path | None = option("Only prepare this folder with input, code, and a README.", "DIR"),
+    no_limits: bool = flag("Run without the job's time and memory limits.", "--no-limits"),
+    env: list[str] | None = option("Pass this environment variable to the task. May be repeated.", "NAME"),
+    home: Path | None = HOME,
+    backend: str | None = ANY_BACKEND,
+    json: bool = JSON,
 ) -> None:
     """Run a task again on this machine, under a debugger, with its input, code, and limits.
 

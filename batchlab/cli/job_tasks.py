@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from batchlab.cli import output
-from batchlab.cli.options import AnyBackendOption, HomeOption, JobArgument, JsonOption, TaskArgument, home_of
+from batchlab.cli.options import ANY_BACKEND, HOME, JOB, JSON, TASK, flag, home_of, option
 from batchlab.core.job_definition import parse_task, parse_tasks, task_name
 
 if TYPE_CHECKING:
@@ -29,11 +27,7 @@ GROUPS = 3
 
 
 def show_task(
-    job: JobArgument,
-    task: TaskArgument,
-    home: HomeOption = None,
-    backend: AnyBackendOption = None,
-    json: JsonOption = False,
+    job: str = JOB, task: str = TASK, home: Path | None = HOME, backend: str | None = ANY_BACKEND, json: bool = JSON
 ) -> None:
     """Show a task: its input, its attempts with worker and log, and where it ran.
 
@@ -146,7 +140,7 @@ def replay_command(job: str, task: str, home: Path | None) -> str:
 # --- Why -----------------------------------------------------------------------------------------
 
 
-def why(job: JobArgument, home: HomeOption = None, json: JsonOption = False) -> None:
+def why(job: str = JOB, home: Path | None = HOME, json: bool = JSON) -> None:
     """Explain in one line why a job is waiting, and show why tasks failed.
 
     For each fingerprint of tasks that failed for good, the command shows the last lines that one of
@@ -209,20 +203,12 @@ def _last_lines(logs: Sequence[LogView]) -> list[str]:
 
 
 def failures(
-    job: JobArgument,
-    each: Annotated[bool, typer.Option("--each", help="List every failed task instead of one line per cause.")] = False,
-    fingerprint: Annotated[
-        str | None,
-        typer.Option(
-            "--fingerprint",
-            metavar="FINGERPRINT",
-            help="List every task that failed for this cause.",
-            show_default=False,
-        ),
-    ] = None,
-    limit: Annotated[int, typer.Option("--limit", min=1, help="Most tasks with --each or --fingerprint.")] = 100,
-    home: HomeOption = None,
-    json: JsonOption = False,
+    job: str = JOB,
+    each: bool = flag("List every failed task instead of one line per cause.", "--each"),
+    fingerprint: str | None = option("List every task that failed for this cause.", "FINGERPRINT"),
+    limit: int = option("Most tasks with --each or --fingerprint.", default=100, min=1),
+    home: Path | None = HOME,
+    json: bool = JSON,
 ) -> None:
     """Show why tasks failed for good: a line for each cause, with its first traceback.
 
@@ -297,27 +283,11 @@ def _show_traceback(failure: FailureView) -> None:
 
 
 def retry(
-    job: JobArgument,
-    tasks: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--tasks",
-            metavar="TASKS",
-            help="Retry only these failed tasks, such as parse/3,7-9. May be repeated.",
-            show_default=False,
-        ),
-    ] = None,
-    fingerprint: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--fingerprint",
-            metavar="FINGERPRINT",
-            help="Retry only failed tasks with this cause. May be repeated.",
-            show_default=False,
-        ),
-    ] = None,
-    home: HomeOption = None,
-    json: JsonOption = False,
+    job: str = JOB,
+    tasks: list[str] | None = option("Retry only these failed tasks, such as parse/3,7-9. May be repeated.", "TASKS"),
+    fingerprint: list[str] | None = option("Retry only failed tasks with this cause. May be repeated.", "FINGERPRINT"),
+    home: Path | None = HOME,
+    json: bool = JSON,
 ) -> None:
     """Run the unsuccessful tasks of an ended job again. Results of the others are kept.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from typer import BadParameter
@@ -100,128 +100,54 @@ def _left(home: Home) -> list[str]:
     return [name for _, name in sorted(found, reverse=True)[:MAX_LISTED]]
 
 
-HomeOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--home",
-        metavar="DIR",
-        help="The grid's folder. Default: $BATCHLAB_HOME, else .batchlab here.",
-        show_default=False,
-    ),
-]
-BackendOption = Annotated[
-    str, typer.Option("--backend", metavar="NAME", help="The backend of the grid.", autocompletion=backends)
-]
-EndpointOption = Annotated[
-    str | None,
-    typer.Option(
-        "--endpoint",
-        metavar="URL",
-        help="URL of S3 and SQS, optionally with a bucket as its path, instead of the grid's own "
-        "emulator. On a backend with another object store, the address of a bucket, such as gs://BUCKET. "
-        "Default: $BATCHLAB_ENDPOINT.",
-        show_default=False,
-    ),
-]
-ScenarioArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="SCENARIO",
-        help="A scenario file, or the name of a shipped scenario.",
-        autocompletion=scenarios,
-        show_default=False,
-    ),
-]
-LikeOption = Annotated[
-    str,
-    typer.Option(
-        "--like", metavar="BACKEND", help="Backend whose settings the simulated grid uses.", autocompletion=backends
-    ),
-]
-CalibrationOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--calibration",
-        metavar="FILE",
-        help="Measurements of a grid, written by `scenario calibrate`.",
-        show_default=False,
-    ),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
-OutOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--out", metavar="DIR", help="Folder for the results. Default: out/<job name> here.", show_default=False
-    ),
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Set a parameter of the job. May be repeated.", show_default=False),
-]
-PoolOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--pool",
-        metavar="NAME:MIN-MAXxSLOTS",
-        help="A pool of workers, such as default:0-4x1, instead of the backend's own. May be repeated.",
-        show_default=False,
-    ),
-]
-AsIfOption = Annotated[
-    bool, typer.Option("--as-if-aws", help="Show the cost on AWS also on backends that cost nothing.")
-]
-MaxCostOption = Annotated[
-    str | None,
-    typer.Option(
-        "--max-cost",
-        metavar="AMOUNT",
-        help="Launch no more instances once the cost on AWS reaches this, such as 5USD.",
-        show_default=False,
-    ),
-]
-LogFormatOption = Annotated[
-    str | None,
-    typer.Option(
-        "--log-format",
-        metavar="text|json",
-        help="Format of the grid's logs. Default: $BATCHLAB_LOG_FORMAT, else text.",
-        show_default=False,
-    ),
-]
-PortOption = Annotated[
-    int, typer.Option("--port", min=0, max=65535, help="Port of the manager on 127.0.0.1; 0 for any free one.")
-]
-CapArgument = Annotated[str, typer.Argument(metavar="AMOUNT", help="Such as 5USD, or 'none'.", show_default=False)]
-JobArgument = Annotated[
-    str, typer.Argument(metavar="JOB", help="Id of a job, beginning of an id, or 'last'.", autocompletion=jobs)
-]
-TaskArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="TASK", help="A task, such as parse/3, or only 3 if the job has one stage.", show_default=False
-    ),
-]
-AnyBackendOption = Annotated[
-    str | None,
-    typer.Option(
-        "--backend",
-        metavar="NAME",
-        help="Backend of a grid that is not running. Default: local.",
-        autocompletion=backends,
-        show_default=False,
-    ),
-]
-BucketBackendOption = Annotated[
-    str,
-    typer.Option(
-        "--backend",
-        metavar="NAME",
-        help="Backend whose bucket has the job. Default: that of the running grid, else local.",
-        autocompletion=backends,
-        show_default=False,
-    ),
-]
-FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="The job file.", show_default=False)]
+def option(text: str, metavar: str | None = None, *names: str, default: Any = None, **settings: Any) -> Any:
+    """Declare an option with the help `text`. It is named after its parameter unless `names` are given."""
+    settings.setdefault("show_default", default not in (None, ""))
+    return typer.Option(default, *names, metavar=metavar, help=text, **settings)
+
+
+def argument(text: str, metavar: str, *, default: Any = ..., **settings: Any) -> Any:
+    """Declare an argument with the help `text`. It is required unless it has a default."""
+    settings.setdefault("show_default", default not in (..., None, ""))
+    return typer.Argument(default, metavar=metavar, help=text, **settings)
+
+
+def flag(text: str, *names: str) -> Any:
+    """Declare a boolean option that is false unless it is set."""
+    return typer.Option(False, *names, help=text)
+
+
+HOME = option("The grid's folder. Default: $BATCHLAB_HOME, else .batchlab here.", "DIR")
+BACKEND = option("The backend of the grid.", "NAME", default="local", autocompletion=backends)
+ENDPOINT = option(
+    "URL of S3 and SQS, optionally with a bucket as its path, instead of the grid's own emulator. On a backend "
+    "with another object store, the address of a bucket, such as gs://BUCKET. Default: $BATCHLAB_ENDPOINT.",
+    "URL",
+)
+SCENARIO = argument("A scenario file, or the name of a shipped scenario.", "SCENARIO", autocompletion=scenarios)
+LIKE = option("Backend whose settings the simulated grid uses.", "BACKEND", default="aws", autocompletion=backends)
+CALIBRATION = option("Measurements of a grid, written by `scenario calibrate`.", "FILE")
+JSON = flag("Print JSON, for programs.", "--json")
+OUT = option("Folder for the results. Default: out/<job name> here.", "DIR")
+SET = option("Set a parameter of the job. May be repeated.", "KEY=VALUE", "--set")
+POOL = option(
+    "A pool of workers, such as default:0-4x1, instead of the backend's own. May be repeated.", "NAME:MIN-MAXxSLOTS"
+)
+AS_IF = flag("Show the cost on AWS also on backends that cost nothing.", "--as-if-aws")
+MAX_COST = option("Launch no more instances once the cost on AWS reaches this, such as 5USD.", "AMOUNT")
+LOG_FORMAT = option("Format of the grid's logs. Default: $BATCHLAB_LOG_FORMAT, else text.", "text|json")
+
+CAP = argument("Such as 5USD, or 'none'.", "AMOUNT")
+JOB = argument("Id of a job, beginning of an id, or 'last'.", "JOB", autocompletion=jobs)
+TASK = argument("A task, such as parse/3, or only 3 if the job has one stage.", "TASK")
+ANY_BACKEND = option("Backend of a grid that is not running. Default: local.", "NAME", autocompletion=backends)
+BUCKET_BACKEND = option(
+    "Backend whose bucket has the job. Default: that of the running grid, else local.",
+    "NAME",
+    default="",
+    autocompletion=backends,
+)
+FILE = argument("The job file.", "FILE")
 
 
 def home_of(option: Path | None) -> Home:

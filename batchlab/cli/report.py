@@ -16,12 +16,12 @@ import re
 from collections.abc import Sequence
 from decimal import Decimal
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from batchlab.cli import options, output
-from batchlab.cli.options import BucketBackendOption, EndpointOption, HomeOption, JsonOption, home_of
+from batchlab.cli.options import BUCKET_BACKEND, ENDPOINT, HOME, JSON, argument, flag, home_of, option
 from batchlab.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -32,44 +32,27 @@ if TYPE_CHECKING:
     from batchlab.reports.html.checks import Finding
     from batchlab.reports.html.failures import Case, Sample
 
-RunArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="RUN",
-        help="A job of the grid (id, beginning of an id, or 'last'), or a folder of `report pull`. "
-        "Default: the last job.",
-        autocompletion=options.jobs,
-        show_default=False,
-    ),
-]
-OutOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--out", metavar="FILE", help="File to write. Default: the job's id with .html, here.", show_default=False
-    ),
-]
-NoLogsOption = Annotated[bool, typer.Option("--no-logs", help="Leave out tracebacks and logs of failed tasks.")]
-BackendOption = Annotated[
-    str,
-    typer.Option(
-        "--backend",
-        metavar="NAME",
-        help="Backend whose bucket has the job, or the logs of a folder's job. Default: that of "
-        "the running grid, else local.",
-        autocompletion=options.backends,
-        show_default=False,
-    ),
-]
-
 
 def html(
-    run: RunArgument = "last",
-    out: OutOption = None,
-    no_logs: NoLogsOption = False,
-    backend: BackendOption = "",
-    endpoint: EndpointOption = None,
-    home: HomeOption = None,
-    json: JsonOption = False,
+    run: str = argument(
+        "A job of the grid (id, beginning of an id, or 'last'), or a folder of `report pull`. Default: the last job.",
+        "RUN",
+        default="last",
+        show_default=False,
+        autocompletion=options.jobs,
+    ),
+    out: Path | None = option("File to write. Default: the job's id with .html, here.", "FILE"),
+    no_logs: bool = flag("Leave out tracebacks and logs of failed tasks.", "--no-logs"),
+    backend: str = option(
+        "Backend whose bucket has the job, or the logs of a folder's job. Default: that of "
+        "the running grid, else local.",
+        "NAME",
+        default="",
+        autocompletion=options.backends,
+    ),
+    endpoint: str | None = ENDPOINT,
+    home: Path | None = HOME,
+    json: bool = JSON,
 ) -> None:
     """Write the report of a run as one HTML file that needs no network.
 
@@ -168,35 +151,16 @@ def register(root: typer.Typer) -> None:
     root.add_typer(app, name="report")
 
 
-RunsArgument = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="[RUN]...",
-        help="A job of the grid (id, beginning of an id, or 'last'), a folder of `report pull`, or "
-        "the record of a `scenario replay` for all of its jobs. Default: the last job.",
-        autocompletion=options.jobs,
-        show_default=False,
-    ),
-]
-JobsArgument = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="JOB...",
-        help="Id of a job, beginning of an id, or 'last'.",
-        autocompletion=options.jobs,
-        show_default=False,
-    ),
-]
-PulledArgument = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="JOB...",
-        help="Id of a job, beginning of an id, or 'last'; or the record of a `scenario replay` for all of its jobs.",
-        autocompletion=options.jobs,
-        show_default=False,
-    ),
-]
-CsvOption = Annotated[bool, typer.Option("--csv", help="Print CSV, for spreadsheets.")]
+RUNS = argument(
+    "A job of the grid (id, beginning of an id, or 'last'), a folder of `report pull`, or "
+    "the record of a `scenario replay` for all of its jobs. Default: the last job.",
+    "[RUN]...",
+    default=None,
+    autocompletion=options.jobs,
+)
+
+
+CSV = flag("Print CSV, for spreadsheets.", "--csv")
 
 
 @app.callback()
@@ -210,13 +174,13 @@ def report() -> None:
 
 @app.command()
 def sql(
-    query: Annotated[str, typer.Argument(metavar="SELECT", help="One SELECT of DuckDB's SQL.")],
-    runs: RunsArgument = None,
-    backend: BucketBackendOption = "",
-    endpoint: EndpointOption = None,
-    home: HomeOption = None,
-    csv: CsvOption = False,
-    json: JsonOption = False,
+    query: str = argument("One SELECT of DuckDB's SQL.", "SELECT"),
+    runs: list[str] | None = RUNS,
+    backend: str = BUCKET_BACKEND,
+    endpoint: str | None = ENDPOINT,
+    home: Path | None = HOME,
+    csv: bool = CSV,
+    json: bool = JSON,
 ) -> None:
     """Query runs in SQL. The tables are those of docs/report-data.md. Other files cannot be read,
     and nothing can be written.
@@ -233,7 +197,7 @@ def sql(
 
 
 @app.command()
-def queries(json: JsonOption = False) -> None:
+def queries(json: bool = JSON) -> None:
     """List the named queries.
 
     \b
@@ -250,13 +214,13 @@ def queries(json: JsonOption = False) -> None:
 
 @app.command()
 def query(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A query of `report queries`.")],
-    runs: RunsArgument = None,
-    backend: BucketBackendOption = "",
-    endpoint: EndpointOption = None,
-    home: HomeOption = None,
-    csv: CsvOption = False,
-    json: JsonOption = False,
+    name: str = argument("A query of `report queries`.", "NAME"),
+    runs: list[str] | None = RUNS,
+    backend: str = BUCKET_BACKEND,
+    endpoint: str | None = ENDPOINT,
+    home: Path | None = HOME,
+    csv: bool = CSV,
+    json: bool = JSON,
 ) -> None:
     """Run a named query on one or more runs.
 
@@ -274,12 +238,16 @@ def query(
 
 @app.command()
 def pull(
-    jobs: PulledArgument,
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder that gets a folder for each job.")] = Path(),
-    backend: BucketBackendOption = "",
-    endpoint: EndpointOption = None,
-    home: HomeOption = None,
-    json: JsonOption = False,
+    jobs: list[str] = argument(
+        "Id of a job, beginning of an id, or 'last'; or the record of a `scenario replay` for all of its jobs.",
+        "JOB...",
+        autocompletion=options.jobs,
+    ),
+    out: Path = option("Folder that gets a folder for each job.", "DIR", default=Path()),
+    backend: str = BUCKET_BACKEND,
+    endpoint: str | None = ENDPOINT,
+    home: Path | None = HOME,
+    json: bool = JSON,
 ) -> None:
     """Copy the performance data of jobs to folders of Parquet files.
 
@@ -306,11 +274,11 @@ def pull(
 
 @app.command()
 def write(
-    jobs: JobsArgument,
-    backend: BucketBackendOption = "",
-    endpoint: EndpointOption = None,
-    home: HomeOption = None,
-    json: JsonOption = False,
+    jobs: list[str] = argument("Id of a job, beginning of an id, or 'last'.", "JOB...", autocompletion=options.jobs),
+    backend: str = BUCKET_BACKEND,
+    endpoint: str | None = ENDPOINT,
+    home: Path | None = HOME,
+    json: bool = JSON,
 ) -> None:
     """Write the performance data of jobs to the bucket. Only the bucket is read.
 
@@ -403,34 +371,24 @@ _SIDE = "A run, several runs separated by commas, or a folder of runs."
 
 
 def diff(
-    a: Annotated[str, typer.Argument(metavar="A", help=f"Runs before the change. {_SIDE}", show_default=False)],
-    b: Annotated[str, typer.Argument(metavar="B", help=f"Runs after the change. {_SIDE}", show_default=False)],
-    threshold: Annotated[
-        str | None,
-        typer.Option(
-            "--threshold",
-            metavar="PERCENT",
-            help="Exit with 1 if the 95th percentile of a stage's run time, the tasks per second, "
-            "or the cost per 1,000 tasks got worse by more than this.",
-            show_default=False,
-        ),
-    ] = None,
-    fail_on: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--fail-on",
-            metavar="'MEASURE > N%'",
-            help="Exit with 1 if this measure got worse by more than N%. For one stage write "
-            "'STAGE.MEASURE > N%'. May be repeated.",
-            show_default=False,
-        ),
-    ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the resampling for confidence intervals.")] = 0,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown, for a pull request.")] = False,
-    backend: BucketBackendOption = "",
-    endpoint: EndpointOption = None,
-    home: HomeOption = None,
-    json: JsonOption = False,
+    a: str = argument(f"Runs before the change. {_SIDE}", "A"),
+    b: str = argument(f"Runs after the change. {_SIDE}", "B"),
+    threshold: str | None = option(
+        "Exit with 1 if the 95th percentile of a stage's run time, the tasks per second, "
+        "or the cost per 1,000 tasks got worse by more than this.",
+        "PERCENT",
+    ),
+    fail_on: list[str] | None = option(
+        "Exit with 1 if this measure got worse by more than N%. For one stage write "
+        "'STAGE.MEASURE > N%'. May be repeated.",
+        "'MEASURE > N%'",
+    ),
+    seed: int = option("Seed of the resampling for confidence intervals.", default=0),
+    markdown: bool = flag("Print Markdown, for a pull request.", "--markdown"),
+    backend: str = BUCKET_BACKEND,
+    endpoint: str | None = ENDPOINT,
+    home: Path | None = HOME,
+    json: bool = JSON,
 ) -> None:
     """Compare runs: measures that got worse from A to B, the confidence, and the causes.
 

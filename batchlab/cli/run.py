@@ -6,23 +6,26 @@ import shlex
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
 from batchlab.cli import options, output
 from batchlab.cli.options import (
-    AsIfOption,
-    BackendOption,
-    EndpointOption,
-    FileArgument,
-    HomeOption,
-    JsonOption,
-    MaxCostOption,
-    OutOption,
-    SetOption,
+    AS_IF,
+    BACKEND,
+    ENDPOINT,
+    FILE,
+    HOME,
+    JSON,
+    MAX_COST,
+    OUT,
+    SET,
+    argument,
     cap_of,
+    flag,
     home_of,
+    option,
 )
 from batchlab.core.capabilities import capabilities_of
 from batchlab.core.errors import UsageError
@@ -30,7 +33,7 @@ from batchlab.core.errors import UsageError
 if TYPE_CHECKING:
     from batchlab.cli.run_job import Summary
 
-ResumeOption = Annotated[bool, typer.Option("--resume", help="Resume the interrupted run, if there is one.")]
+RESUME = flag("Resume the interrupted run, if there is one.", "--resume")
 
 
 def register(app: typer.Typer) -> None:
@@ -40,24 +43,20 @@ def register(app: typer.Typer) -> None:
 
 
 def run(
-    file: FileArgument,
-    out: OutOption = None,
-    set_: SetOption = None,
-    resume: ResumeOption = False,
-    cache: Annotated[
-        bool, typer.Option("--cache", help="Use the results of the last run if nothing has changed.")
-    ] = False,
-    workers: Annotated[
-        int | None, typer.Option("--workers", min=1, help="Most workers per pool. Default: the number of CPUs.")
-    ] = None,
-    keep_up: Annotated[bool, typer.Option("--keep-up", help="Keep the grid running for the next job.")] = False,
-    home: HomeOption = None,
-    backend: BackendOption = "local",
-    endpoint: EndpointOption = None,
-    max_cost: MaxCostOption = None,
-    as_if_aws: AsIfOption = False,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of a simulated run (--backend sim).")] = 1,
-    json: JsonOption = False,
+    file: Path = FILE,
+    out: Path | None = OUT,
+    set_: list[str] | None = SET,
+    resume: bool = RESUME,
+    cache: bool = flag("Use the results of the last run if nothing has changed.", "--cache"),
+    workers: int | None = option("Most workers per pool. Default: the number of CPUs.", min=1),
+    keep_up: bool = flag("Keep the grid running for the next job.", "--keep-up"),
+    home: Path | None = HOME,
+    backend: str = BACKEND,
+    endpoint: str | None = ENDPOINT,
+    max_cost: str | None = MAX_COST,
+    as_if_aws: bool = AS_IF,
+    seed: int = option("Seed of a simulated run (--backend sim).", default=1),
+    json: bool = JSON,
 ) -> None:
     """Run a job file to its end and fetch its results.
 
@@ -125,15 +124,15 @@ def again(arguments: Iterable[str]) -> str:
 
 
 def demo(
-    out: OutOption = None,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the generated claims.")] = 1,
-    files: Annotated[int, typer.Option("--files", min=1, help="Number of files of claims.")] = 100,
-    claims_per_file: Annotated[int, typer.Option("--claims-per-file", min=1, help="Claims in each file.")] = 40,
-    resume: ResumeOption = False,
-    home: HomeOption = None,
-    backend: BackendOption = "local",
-    endpoint: EndpointOption = None,
-    json: JsonOption = False,
+    out: Path | None = OUT,
+    seed: int = option("Seed of the generated claims.", default=1),
+    files: int = option("Number of files of claims.", default=100, min=1),
+    claims_per_file: int = option("Claims in each file.", default=40, min=1),
+    resume: bool = RESUME,
+    home: Path | None = HOME,
+    backend: str = BACKEND,
+    endpoint: str | None = ENDPOINT,
+    json: bool = JSON,
 ) -> None:
     """Run a demo job on generated insurance claims.
 
@@ -170,18 +169,13 @@ def demo(
 
 
 def init(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder for the files.", show_default="here")] = Path(),
-    example: Annotated[
-        str | None,
-        typer.Option(
-            "--example",
-            metavar="NAME",
-            help="A shipped example instead of the small starter job: claims (three stages), "
-            "transform (CSV to Parquet), media (video), or sort (more than a worker's memory).",
-            autocompletion=options.examples,
-            show_default=False,
-        ),
-    ] = None,
+    folder: Path = argument("Folder for the files.", "DIR", default=Path(), show_default="here"),
+    example: str | None = option(
+        "A shipped example instead of the small starter job: claims (three stages), "
+        "transform (CSV to Parquet), media (video), or sort (more than a worker's memory).",
+        "NAME",
+        autocompletion=options.examples,
+    ),
 ) -> None:
     """Write the files of a first job.
 

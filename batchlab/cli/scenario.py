@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
 from batchlab.cli import charts, output
-from batchlab.cli.options import JsonOption, ScenarioArgument
+from batchlab.cli.options import JSON, SCENARIO, option
 from batchlab.core.errors import UsageError
 from batchlab.scenarios.model.expansion import Curve
 from batchlab.scenarios.model.values import Scenario, Schedule
@@ -45,7 +45,7 @@ ODD_SHOWN = 10
 
 
 @app.command("list")
-def list_(json: JsonOption = False) -> None:
+def list_(json: bool = JSON) -> None:
     """List the shipped scenarios.
 
     \b
@@ -72,14 +72,9 @@ def list_(json: JsonOption = False) -> None:
 
 @app.command()
 def check(
-    name: ScenarioArgument,
-    seed: Annotated[
-        int | None,
-        typer.Option(
-            "--seed", metavar="N", min=0, help="Seed of the arrivals instead of the scenario's.", show_default=False
-        ),
-    ] = None,
-    json: JsonOption = False,
+    name: str = SCENARIO,
+    seed: int | None = option("Seed of the arrivals instead of the scenario's.", "N", min=0),
+    json: bool = JSON,
 ) -> None:
     """Check a scenario and chart its arrivals.
 

@@ -7,23 +7,16 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 import yaml
 
 from batchlab.cli import output
 from batchlab.cli.charts import LINE, Chart, duration
-from batchlab.cli.options import (
-    CalibrationOption,
-    HomeOption,
-    JsonOption,
-    LikeOption,
-    ScenarioArgument,
-    home_of,
-    seconds_of,
-)
+from batchlab.cli.options import CALIBRATION, HOME, JSON, LIKE, SCENARIO, home_of, option, seconds_of
 from batchlab.cli.output import INTERRUPTED, Stopped
 from batchlab.cli.progress import bar
 from batchlab.cli.scenario_simulate import calibrated
@@ -48,41 +41,18 @@ def register(app: typer.Typer) -> None:
 
 
 def plan(
-    scenario: ScenarioArgument,
-    deadline: Annotated[
-        str,
-        typer.Option(
-            "--deadline",
-            metavar="TIME",
-            help="Time from the first due job to the end of all work, such as 6h.",
-            show_default=False,
-        ),
-    ],
-    budget: Annotated[
-        str | None,
-        typer.Option("--budget", metavar="AMOUNT", help="Most a run may cost, such as '12 USD'.", show_default=False),
-    ] = None,
-    seeds: Annotated[
-        int,
-        typer.Option(
-            "--seeds", metavar="N", min=1, help="Number of fresh seeds that confirm the answer, with a run each."
-        ),
-    ] = 20,
-    jobs: Annotated[
-        int | None,
-        typer.Option(
-            "--jobs",
-            metavar="N",
-            min=1,
-            help="Number of runs that are simulated in parallel.",
-            show_default="as many as CPUs",
-        ),
-    ] = None,
-    runs: Annotated[int, typer.Option("--runs", metavar="N", min=2, help="Most runs that are simulated in all.")] = 300,
-    like: LikeOption = "aws",
-    calibration: CalibrationOption = None,
-    home: HomeOption = None,
-    json: JsonOption = False,
+    scenario: str = SCENARIO,
+    deadline: str = option("Time from the first due job to the end of all work, such as 6h.", "TIME", default=...),
+    budget: str | None = option("Most a run may cost, such as '12 USD'.", "AMOUNT"),
+    seeds: int = option("Number of fresh seeds that confirm the answer, with a run each.", "N", default=20, min=1),
+    jobs: int | None = option(
+        "Number of runs that are simulated in parallel.", "N", show_default="as many as CPUs", min=1
+    ),
+    runs: int = option("Most runs that are simulated in all.", "N", default=300, min=2),
+    like: str = LIKE,
+    calibration: Path | None = CALIBRATION,
+    home: Path | None = HOME,
+    json: bool = JSON,
 ) -> None:
     """Find the cheapest fleet and policy that completes a scenario in time.
 

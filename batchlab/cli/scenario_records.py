@@ -10,13 +10,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
 from batchlab.cli import bills, output
 from batchlab.cli.charts import AREA, LINE, Chart, number
-from batchlab.cli.options import HomeOption, JsonOption, home_of
+from batchlab.cli.options import HOME, JSON, argument, home_of, option
 from batchlab.cli.session import connect
 from batchlab.core.errors import Refused, UsageError
 from batchlab.core.model import ENDED, JobId
@@ -165,28 +165,14 @@ def _name(text: str) -> str:
 
 
 def record(
-    job: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[JOB]...", help="Ids of ended jobs, beginnings of ids, or 'last'.", show_default=False),
-    ] = None,
-    from_: Annotated[
-        Path | None,
-        typer.Option("--from", metavar="RECORD", help="Record of a replay, instead of jobs.", show_default=False),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out",
-            metavar="FILE",
-            help="Scenario file. Its trace is written next to it, with the suffix .jsonl. Default: NAME.yaml here.",
-            show_default=False,
-        ),
-    ] = None,
-    name: Annotated[
-        str | None, typer.Option("--name", help="Name of the scenario. Default: that of the job.", show_default=False)
-    ] = None,
-    home: HomeOption = None,
-    json: JsonOption = False,
+    job: list[str] | None = argument("Ids of ended jobs, beginnings of ids, or 'last'.", "[JOB]...", default=None),
+    from_: Path | None = option("Record of a replay, instead of jobs.", "RECORD", "--from"),
+    out: Path | None = option(
+        "Scenario file. Its trace is written next to it, with the suffix .jsonl. Default: NAME.yaml here.", "FILE"
+    ),
+    name: str | None = option("Name of the scenario. Default: that of the job."),
+    home: Path | None = HOME,
+    json: bool = JSON,
 ) -> None:
     """Write a scenario from past jobs, with their arrivals, sizes, and measured task times.
 
@@ -200,9 +186,7 @@ def record(
 
 
 def compare(
-    forecast: Annotated[Path, typer.Argument(metavar="FORECAST", help=RECORD, show_default=False)],
-    fact: Annotated[Path, typer.Argument(metavar="FACT", help=RECORD, show_default=False)],
-    json: JsonOption = False,
+    forecast: Path = argument(RECORD, "FORECAST"), fact: Path = argument(RECORD, "FACT"), json: bool = JSON
 ) -> None:
     """Compare a forecast with a real run: all errors, absolute and relative.
 
@@ -220,17 +204,9 @@ def compare(
 
 
 def calibrate(
-    records: Annotated[list[Path], typer.Argument(metavar="RECORD...", help=RECORD, show_default=False)],
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out",
-            metavar="FILE",
-            help="Write the numbers to this file for `scenario simulate` and `scenario plan`.",
-            show_default=False,
-        ),
-    ] = None,
-    json: JsonOption = False,
+    records: list[Path] = argument(RECORD, "RECORD..."),
+    out: Path | None = option("Write the numbers to this file for `scenario simulate` and `scenario plan`.", "FILE"),
+    json: bool = JSON,
 ) -> None:
     """Compute boot times, overheads, and task times from recorded runs.
 

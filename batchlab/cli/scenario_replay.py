@@ -13,21 +13,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
 from batchlab.cli import charts, output
-from batchlab.cli.options import (
-    BackendOption,
-    CalibrationOption,
-    EndpointOption,
-    HomeOption,
-    JsonOption,
-    ScenarioArgument,
-    home_of,
-    seconds_of,
-)
+from batchlab.cli.options import BACKEND, CALIBRATION, ENDPOINT, HOME, JSON, SCENARIO, flag, home_of, option, seconds_of
 from batchlab.cli.progress import LATE_S, ReplayDisplay
 from batchlab.cli.scenario_records import comparison_text
 from batchlab.cli.session import Session
@@ -307,48 +298,24 @@ def register(app: typer.Typer) -> None:
 
 
 def replay(
-    scenario: ScenarioArgument,
-    backend: BackendOption = "local",
-    compress: Annotated[
-        float | None,
-        typer.Option(
-            "--compress",
-            metavar="K",
-            min=0.001,
-            help="Divide all times by K. Default: the file's own value.",
-            show_default=False,
-        ),
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option("--seed", metavar="N", help="Seed instead of the file's own.", show_default=False)
-    ] = None,
-    home: HomeOption = None,
-    endpoint: EndpointOption = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out",
-            metavar="FILE",
-            help="File for the record. Default: a file in records/ in the grid's folder.",
-            show_default=False,
-        ),
-    ] = None,
-    limit: Annotated[
-        str | None,
-        typer.Option(
-            "--limit",
-            metavar="DURATION",
-            help="Stop the replay after this time, such as 20m. Default: five minutes plus twice "
-            "the time of its work on the whole fleet.",
-            show_default=False,
-        ),
-    ] = None,
-    forecast: Annotated[
-        bool, typer.Option("--forecast/--no-forecast", help="Simulate the scenario too, and compare both.")
-    ] = True,
-    calibration: CalibrationOption = None,
-    keep_up: Annotated[bool, typer.Option("--keep-up", help="Keep the grid running afterwards.")] = False,
-    json: JsonOption = False,
+    scenario: str = SCENARIO,
+    backend: str = BACKEND,
+    compress: float | None = option("Divide all times by K. Default: the file's own value.", "K", min=0.001),
+    seed: int | None = option("Seed instead of the file's own.", "N"),
+    home: Path | None = HOME,
+    endpoint: str | None = ENDPOINT,
+    out: Path | None = option("File for the record. Default: a file in records/ in the grid's folder.", "FILE"),
+    limit: str | None = option(
+        "Stop the replay after this time, such as 20m. Default: five minutes plus twice "
+        "the time of its work on the whole fleet.",
+        "DURATION",
+    ),
+    forecast: bool = option(
+        "Simulate the scenario too, and compare both.", None, "--forecast/--no-forecast", default=True
+    ),
+    calibration: Path | None = CALIBRATION,
+    keep_up: bool = flag("Keep the grid running afterwards.", "--keep-up"),
+    json: bool = JSON,
 ) -> None:
     """Run a scenario in real time, and judge what it expects.
 

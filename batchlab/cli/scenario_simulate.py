@@ -9,12 +9,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
 from batchlab.cli import options, output
-from batchlab.cli.options import CalibrationOption, HomeOption, JsonOption, LikeOption, ScenarioArgument, home_of
+from batchlab.cli.options import CALIBRATION, HOME, JSON, LIKE, SCENARIO, home_of, option
 from batchlab.cli.output import Stopped
 from batchlab.cli.progress import bar
 from batchlab.core.errors import UsageError
@@ -43,27 +43,15 @@ def register(app: typer.Typer) -> None:
 
 
 def simulate(
-    scenario: ScenarioArgument,
-    seed: Annotated[
-        int | None,
-        typer.Option("--seed", metavar="N", min=0, help="Seed instead of the scenario's.", show_default=False),
-    ] = None,
-    compress: Annotated[
-        float, typer.Option("--compress", metavar="K", help="Divide all times by K, like a replay.")
-    ] = 1.0,
-    like: LikeOption = "aws",
-    calibration: CalibrationOption = None,
-    home: HomeOption = None,
-    log: Annotated[
-        Path | None, typer.Option("--log", metavar="FILE", help="Write the whole event log.", show_default=False)
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out", metavar="FILE", help="Write the record for `scenario compare` and programs.", show_default=False
-        ),
-    ] = None,
-    json: JsonOption = False,
+    scenario: str = SCENARIO,
+    seed: int | None = option("Seed instead of the scenario's.", "N", min=0),
+    compress: float = option("Divide all times by K, like a replay.", "K", default=1.0),
+    like: str = LIKE,
+    calibration: Path | None = CALIBRATION,
+    home: Path | None = HOME,
+    log: Path | None = option("Write the whole event log.", "FILE"),
+    out: Path | None = option("Write the record for `scenario compare` and programs.", "FILE"),
+    json: bool = JSON,
 ) -> None:
     """Run a scenario and its faults on the simulated grid, in virtual time, and judge it.
 
@@ -229,13 +217,7 @@ def _progress() -> Iterator[Callable[[Seen], None]]:
 
 
 def faults(
-    backend: Annotated[
-        str | None,
-        typer.Option(
-            "--backend", metavar="NAME", help="Only this backend.", show_default=False, autocompletion=options.backends
-        ),
-    ] = None,
-    json: JsonOption = False,
+    backend: str | None = option("Only this backend.", "NAME", autocompletion=options.backends), json: bool = JSON
 ) -> None:
     """List the faults of scenarios, and how each backend injects them or why it cannot.
 

@@ -12,21 +12,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
 from batchlab.cli import options, output
-from batchlab.cli.options import (
-    FileArgument,
-    HomeOption,
-    JsonOption,
-    MaxCostOption,
-    SetOption,
-    cap_of,
-    home_of,
-    seconds_of,
-)
+from batchlab.cli.options import FILE, HOME, JSON, MAX_COST, SET, argument, cap_of, flag, home_of, option, seconds_of
 from batchlab.core.errors import BatchlabError, NotFound, UsageError
 from batchlab.core.schedules import Missed, Overlap
 
@@ -46,10 +37,7 @@ def register(root: typer.Typer) -> None:
     root.add_typer(app, name="schedule")
 
 
-NameArgument = Annotated[
-    str,
-    typer.Argument(metavar="NAME", help="The schedule's name.", show_default=False, autocompletion=options.schedules),
-]
+NAME = argument("The schedule's name.", "NAME", autocompletion=options.schedules)
 
 
 @app.callback()
@@ -63,85 +51,28 @@ def schedule() -> None:
 
 @app.command()
 def add(
-    file: FileArgument,
-    cron: Annotated[
-        str | None,
-        typer.Option(
-            "--cron",
-            metavar="EXPR",
-            help="Minute, hour, day of month, month, and weekday, such as '0 2 * * 1-5'.",
-            show_default=False,
-        ),
-    ] = None,
-    at: Annotated[
-        str | None,
-        typer.Option(
-            "--at", metavar="TIME", help="Run once: +10m, or a time such as 2026-03-29T06:00.", show_default=False
-        ),
-    ] = None,
-    timezone: Annotated[
-        str | None,
-        typer.Option(
-            "--timezone", metavar="ZONE", help="IANA time zone of the due times. Default: UTC.", show_default=False
-        ),
-    ] = None,
-    name: Annotated[
-        str | None, typer.Option("--name", metavar="NAME", help="Default: the job's name.", show_default=False)
-    ] = None,
-    missed: Annotated[
-        Missed, typer.Option("--missed", help="Policy for due times while no manager was running.")
-    ] = Missed.RUN_ONCE,
-    missed_within: Annotated[
-        str | None,
-        typer.Option(
-            "--missed-within",
-            metavar="SPAN",
-            help="Skip due times that were missed longer ago, such as 6h.",
-            show_default=False,
-        ),
-    ] = None,
-    overlap: Annotated[
-        Overlap, typer.Option("--overlap", help="Policy while the previous run is active.")
-    ] = Overlap.SKIP,
-    prewarm: Annotated[
-        str | None,
-        typer.Option(
-            "--prewarm",
-            metavar="SPAN",
-            help="Prepare the fleet this long before a due time, such as 10m.",
-            show_default=False,
-        ),
-    ] = None,
-    capacity: Annotated[
-        int | None,
-        typer.Option(
-            "--capacity",
-            min=1,
-            help="Instances to prepare. Default: as many as the last runs used.",
-            show_default=False,
-        ),
-    ] = None,
-    input_: Annotated[
-        str | None,
-        typer.Option(
-            "--input",
-            metavar="PREFIX",
-            help="Prefix in the grid's bucket, such as raw/incoming/. Its objects at the due time "
-            "are the input of a run, instead of the file's own.",
-            show_default=False,
-        ),
-    ] = None,
-    due_param: Annotated[
-        str | None,
-        typer.Option(
-            "--due-param", metavar="KEY", help="Parameter of the job that receives the due time.", show_default=False
-        ),
-    ] = None,
-    set_: SetOption = None,
-    max_cost: MaxCostOption = None,
-    replace: Annotated[bool, typer.Option("--replace", help="Replace the schedule of the same name.")] = False,
-    home: HomeOption = None,
-    json: JsonOption = False,
+    file: Path = FILE,
+    cron: str | None = option("Minute, hour, day of month, month, and weekday, such as '0 2 * * 1-5'.", "EXPR"),
+    at: str | None = option("Run once: +10m, or a time such as 2026-03-29T06:00.", "TIME"),
+    timezone: str | None = option("IANA time zone of the due times. Default: UTC.", "ZONE"),
+    name: str | None = option("Default: the job's name.", "NAME"),
+    missed: Missed = option("Policy for due times while no manager was running.", default=Missed.RUN_ONCE),
+    missed_within: str | None = option("Skip due times that were missed longer ago, such as 6h.", "SPAN"),
+    overlap: Overlap = option("Policy while the previous run is active.", default=Overlap.SKIP),
+    prewarm: str | None = option("Prepare the fleet this long before a due time, such as 10m.", "SPAN"),
+    capacity: int | None = option("Instances to prepare. Default: as many as the last runs used.", min=1),
+    input_: str | None = option(
+        "Prefix in the grid's bucket, such as raw/incoming/. Its objects at the due time "
+        "are the input of a run, instead of the file's own.",
+        "PREFIX",
+        "--input",
+    ),
+    due_param: str | None = option("Parameter of the job that receives the due time.", "KEY"),
+    set_: list[str] | None = SET,
+    max_cost: str | None = MAX_COST,
+    replace: bool = flag("Replace the schedule of the same name.", "--replace"),
+    home: Path | None = HOME,
+    json: bool = JSON,
 ) -> None:
     """Add a job file as a schedule to the running grid.
 
@@ -175,7 +106,7 @@ def add(
 
 
 @app.command("list")
-def list_(home: HomeOption = None, json: JsonOption = False) -> None:
+def list_(home: Path | None = HOME, json: bool = JSON) -> None:
     """List the schedules with their next due time and last result.
 
     \b
@@ -227,7 +158,7 @@ def _result(run: RunView) -> str:
 
 
 @app.command()
-def show(name: NameArgument, home: HomeOption = None, json: JsonOption = False) -> None:
+def show(name: str = NAME, home: Path | None = HOME, json: bool = JSON) -> None:
     """Show a schedule with its runs, newest first, and the reasons of skipped due times.
 
     \b
@@ -284,10 +215,10 @@ def _run_row(view: ScheduleView, run: RunView) -> tuple[object, ...]:
 
 @app.command("next")
 def next_(
-    name: NameArgument,
-    count: Annotated[int, typer.Option("--count", min=1, max=1000, help="Number of due times.")] = 10,
-    home: HomeOption = None,
-    json: JsonOption = False,
+    name: str = NAME,
+    count: int = option("Number of due times.", default=10, min=1, max=1000),
+    home: Path | None = HOME,
+    json: bool = JSON,
 ) -> None:
     """List the next due times, in the schedule's zone and in UTC.
 
@@ -308,7 +239,7 @@ def next_(
 
 
 @app.command()
-def pause(name: NameArgument, home: HomeOption = None, json: JsonOption = False) -> None:
+def pause(name: str = NAME, home: Path | None = HOME, json: bool = JSON) -> None:
     """Pause a schedule until `schedule resume`. Due times in between are skipped.
 
     \b
@@ -318,7 +249,7 @@ def pause(name: NameArgument, home: HomeOption = None, json: JsonOption = False)
 
 
 @app.command()
-def resume(name: NameArgument, home: HomeOption = None, json: JsonOption = False) -> None:
+def resume(name: str = NAME, home: Path | None = HOME, json: bool = JSON) -> None:
     """Resume a paused schedule from the next due time on.
 
     \b
@@ -328,7 +259,7 @@ def resume(name: NameArgument, home: HomeOption = None, json: JsonOption = False
 
 
 @app.command()
-def remove(name: NameArgument, home: HomeOption = None, json: JsonOption = False) -> None:
+def remove(name: str = NAME, home: Path | None = HOME, json: bool = JSON) -> None:
     """Remove a schedule. A running job of it continues.
 
     \b
@@ -352,7 +283,7 @@ def _change(home: Path | None, verb: Callable[[Client], ScheduleView], json: boo
 
 
 @app.command()
-def run(name: NameArgument, home: HomeOption = None, json: JsonOption = False) -> None:
+def run(name: str = NAME, home: Path | None = HOME, json: bool = JSON) -> None:
     """Run a schedule's job now, in addition to its due times, and print the job's id.
 
     \b

@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from batchlab import __version__
 from batchlab.cli import output
-from batchlab.cli.options import JsonOption
+from batchlab.cli.options import JSON, argument, option
 from batchlab.cli.output import INTERRUPTED, Stopped
 from batchlab.cli.progress import bar
 from batchlab.core.errors import UsageError
@@ -41,15 +41,12 @@ def register(root: typer.Typer) -> None:
     root.add_typer(app, name="sim")
 
 
-WeatherOption = Annotated[
-    str,
-    typer.Option(
-        "--weather",
-        metavar="NAME",
-        help="Faults to inject: all, crashes (kills only), storm, timed (all, with a schedule), "
-        "lies (lying workers), storage (damaged objects), or accounts (all, with usage).",
-    ),
-]
+WEATHER = option(
+    "Faults to inject: all, crashes (kills only), storm, timed (all, with a schedule), "
+    "lies (lying workers), storage (damaged objects), or accounts (all, with usage).",
+    "NAME",
+    default="all",
+)
 
 
 @app.callback()
@@ -63,20 +60,13 @@ def sim_() -> None:
 
 @app.command()
 def fuzz(
-    seeds: Annotated[int, typer.Option("--seeds", metavar="N", min=1, help="Number of seeds.")] = 500,
-    first: Annotated[int, typer.Option("--from", metavar="SEED", min=0, help="First seed.")] = 0,
-    jobs: Annotated[
-        int | None,
-        typer.Option("--jobs", metavar="N", min=1, help="Number of seeds in parallel.", show_default="as many as CPUs"),
-    ] = None,
-    weather: WeatherOption = "all",
-    stop_after: Annotated[
-        int, typer.Option("--stop-after", metavar="N", min=1, help="Stop after this many failed seeds.")
-    ] = 10,
-    report: Annotated[
-        Path | None, typer.Option("--report", metavar="FILE", help="Also write Markdown tables.", show_default=False)
-    ] = None,
-    json: JsonOption = False,
+    seeds: int = option("Number of seeds.", "N", default=500, min=1),
+    first: int = option("First seed.", "SEED", "--from", default=0, min=0),
+    jobs: int | None = option("Number of seeds in parallel.", "N", show_default="as many as CPUs", min=1),
+    weather: str = WEATHER,
+    stop_after: int = option("Stop after this many failed seeds.", "N", default=10, min=1),
+    report: Path | None = option("Also write Markdown tables.", "FILE"),
+    json: bool = JSON,
 ) -> None:
     """Run a random world per seed, and check every promise in each.
 
@@ -157,20 +147,10 @@ def _progress(total: int) -> Iterator[Callable[[Tally], None]]:
 
 @app.command()
 def replay(
-    seed: Annotated[int, typer.Argument(metavar="SEED", min=0, show_default=False)],
-    only: Annotated[
-        str | None,
-        typer.Option(
-            "--only",
-            metavar="FAULTS",
-            help="ACTOR:CALL:KIND,… or none, instead of the random faults of the weather.",
-            show_default=False,
-        ),
-    ] = None,
-    weather: WeatherOption = "all",
-    log: Annotated[
-        Path | None, typer.Option("--log", metavar="FILE", help="Write the whole event log.", show_default=False)
-    ] = None,
+    seed: int = argument("Seed of the world.", "SEED", min=0),
+    only: str | None = option("ACTOR:CALL:KIND,… or none, instead of the random faults of the weather.", "FAULTS"),
+    weather: str = WEATHER,
+    log: Path | None = option("Write the whole event log.", "FILE"),
 ) -> None:
     """Run the world of one seed again and show its end. The exit code is 1 if a promise is broken.
 
@@ -219,7 +199,7 @@ def _end_of_log(lines: list[str]) -> str:
 
 
 @app.command()
-def faults(json: JsonOption = False) -> None:
+def faults(json: bool = JSON) -> None:
     """List the kinds of faults and their meanings.
 
     \b
