@@ -100,7 +100,7 @@ async def test_instances_are_copies_that_lead_sessions_of_their_own(tmp_path: Pa
             os.kill(first, 0)  # not even a zombie
 
 
-def test_a_copy_is_told_which_instance_it_is(tmp_path: Path) -> None:
+def test_forked_worker_gets_its_instance_id_in_the_environment(tmp_path: Path) -> None:
     """Its tasks' processes find that in their environment."""
     with Grid("local", home=tmp_path, workers=1) as grid:
         (told,) = grid.map(lambda name: os.environ.get(name), [INSTANCE_VARIABLE])
@@ -118,7 +118,7 @@ async def test_a_pool_with_an_environment_gets_processes_that_read_it_as_they_be
 
 
 @in_loop
-async def test_copies_go_on_without_what_they_are_copies_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_instances_survive_the_death_of_the_fork_server(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async with launcher_in(tmp_path) as (launcher, home):
         await launcher.launch(POOL, "w-1")
         pid = await begun(home, "w-1")
@@ -134,7 +134,7 @@ async def test_copies_go_on_without_what_they_are_copies_of(tmp_path: Path, capl
 
 
 @in_loop
-async def test_where_there_can_be_none_instances_start_without(
+async def test_instances_start_without_a_fork_server_that_cannot_start(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     home = Home(tmp_path)
@@ -151,7 +151,7 @@ async def test_where_there_can_be_none_instances_start_without(
 
 
 @in_loop
-async def test_a_copy_that_nobody_has_written_down_ends(tmp_path: Path) -> None:
+async def test_forked_process_without_a_record_exits(tmp_path: Path) -> None:
     nursery = opened(tmp_path)[0]._nursery
     assert nursery
     with (tmp_path / "out").open("wb") as output:
@@ -164,7 +164,7 @@ async def test_a_copy_that_nobody_has_written_down_ends(tmp_path: Path) -> None:
 
 
 @in_loop
-async def test_it_ends_with_its_launcher_and_its_copies_do_not(tmp_path: Path) -> None:
+async def test_fork_server_exits_with_its_launcher_and_instances_do_not(tmp_path: Path) -> None:
     launcher, home = opened(tmp_path)
     try:
         await launcher.launch(POOL, "w-1")

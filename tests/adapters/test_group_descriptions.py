@@ -68,7 +68,7 @@ def test_why_an_instance_never_came_up(activities: list[Any], note: str, last: s
     assert seen.instances["i1"].note == note
 
 
-def test_what_was_not_told_at_the_first_look_is_asked_again_once_it_is_gone() -> None:
+def test_termination_reason_is_requested_again_after_the_instance_disappears() -> None:
     seen = Seen(Pool("default"))
     seen.look(group(1, i1="Pending:Wait"), 1000.0)
     seen.look(group(1, i1="Terminating"), 1005.0)
@@ -78,7 +78,7 @@ def test_what_was_not_told_at_the_first_look_is_asked_again_once_it_is_gone() ->
     assert seen.instances["i1"].note == ABANDONED
 
 
-def test_after_less_capacity_was_asked_for_nobody_calls_that_a_failed_boot() -> None:
+def test_scale_in_during_boot_is_not_a_failed_boot() -> None:
     seen = Seen(Pool("default"))
     seen.look(group(1, i1="Pending:Wait"), 1000.0)
     seen.look(group(0, i1="Pending:Wait"), 1005.0)
@@ -87,7 +87,7 @@ def test_after_less_capacity_was_asked_for_nobody_calls_that_a_failed_boot() -> 
     assert seen.instances["i1"].note == "terminated: scale-in"
 
 
-def test_one_that_had_been_in_service_is_gone_and_not_more() -> None:
+def test_instance_that_was_in_service_is_recorded_as_gone() -> None:
     seen = Seen(Pool("default"))
     seen.look(group(1, i1="InService"), 1000.0)
     seen.look(group(1), 1005.0)
@@ -97,7 +97,7 @@ def test_one_that_had_been_in_service_is_gone_and_not_more() -> None:
 
 
 @pytest.mark.parametrize("state", ["InService", "Terminating:Wait"])
-def test_one_that_a_look_had_missed_lives_on_and_its_end_is_told_again(state: str) -> None:
+def test_instance_missing_from_one_answer_stays_alive_and_its_later_end_is_reported(state: str) -> None:
     """Its second death went untold for a minute, in which it was shown as in service."""
     seen = Seen(Pool("default"))
     seen.look(group(1, i1="InService"), 1000.0)
@@ -121,7 +121,7 @@ def test_one_that_a_look_had_missed_is_not_forgotten_a_minute_later() -> None:
         assert (found.id, found.state, found.launched_s) == ("i1", LifecycleState.IN_SERVICE, 1000.0)
 
 
-def test_one_that_is_listed_as_terminated_is_told_once() -> None:
+def test_terminated_instance_is_reported_once() -> None:
     seen = Seen(Pool("default"))
     seen.look(group(1, i1="InService"), 1000.0)
     told_of = [seen.look(group(1, i1="Terminated"), at_s) for at_s in (1005.0, 1010.0)]

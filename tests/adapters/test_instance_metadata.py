@@ -31,7 +31,7 @@ def notice(service: Service) -> object:
     return asyncio.run(ImdsNotices(Imds(service.url)).notice())
 
 
-def test_an_instance_learns_who_and_where_it_is(service: Service) -> None:
+def test_instance_reads_its_id_type_and_zone(service: Service) -> None:
     here = Imds(environ={instance_metadata.ENDPOINT: service.url})
     assert here.instance_id() == SPOT.instance
     assert here.get("meta-data/instance-type") == "m7i.large"
@@ -44,9 +44,7 @@ def test_an_instance_learns_who_and_where_it_is(service: Service) -> None:
         here.needed_tag("nothing")
 
 
-def test_a_token_is_asked_for_once_and_again_when_half_of_its_time_is_over(
-    service: Service, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_token_is_renewed_after_half_of_its_lifetime(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = 1_000.0
     monkeypatch.setattr(time, "monotonic", lambda: now_s)
     here = Imds(service.url)
@@ -68,7 +66,7 @@ def test_a_token_is_asked_for_once_and_again_when_half_of_its_time_is_over(
     assert tokens == [1_000.0, now_s]
 
 
-def test_a_token_that_the_service_has_forgotten_is_asked_for_again(service: Service) -> None:
+def test_token_that_the_service_forgot_is_requested_again(service: Service) -> None:
     here = Imds(service.url)
     here.instance_id()
     service.stop()
@@ -87,7 +85,7 @@ def test_several_threads_may_ask(service: Service) -> None:
     assert found == [SPOT.instance] * 8
 
 
-def test_who_is_no_instance_hears_a_sentence(service: Service) -> None:
+def test_refused_caller_gets_a_clear_error(service: Service) -> None:
     service.source.known.clear()
     with pytest.raises(BackendError, match="answers with HTTP 403") as refused:
         Imds(service.url).instance_id()
@@ -97,7 +95,7 @@ def test_who_is_no_instance_hears_a_sentence(service: Service) -> None:
         Imds(service.url).instance_id()
 
 
-def test_a_service_that_is_away_is_unreachable_and_may_come_back(service: Service) -> None:
+def test_stopped_service_is_unreachable_until_it_restarts(service: Service) -> None:
     here = Imds(service.url)
     service.stop()
     with pytest.raises(Unreachable, match=r"No metadata service answers at http://127.*hop limit"):
@@ -106,13 +104,13 @@ def test_a_service_that_is_away_is_unreachable_and_may_come_back(service: Servic
     assert here.instance_id() == SPOT.instance
 
 
-def test_a_proxy_of_the_environment_is_not_asked(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_proxy_variables_are_ignored(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     assert Imds(service.url).instance_id() == SPOT.instance
 
 
 @pytest.mark.parametrize("url", ["https://x", "x", "http://", "http://x:y", "file:///etc"])
-def test_an_address_that_is_none_is_refused(url: str) -> None:
+def test_invalid_address_is_refused(url: str) -> None:
     with pytest.raises(UsageError, match="no address of a metadata service"):
         Imds(url)
 
@@ -125,14 +123,14 @@ def test_an_address_that_is_none_is_refused(url: str) -> None:
         ({instance_metadata.ENDPOINT: "http://10.0.0.1:80/", instance_metadata.MODE: "IPv6"}, "10.0.0.1"),
     ],
 )
-def test_it_is_looked_for_where_awss_sdks_look(environ: dict[str, str], host: str) -> None:
+def test_endpoint_follows_the_variables_of_the_aws_sdks(environ: dict[str, str], host: str) -> None:
     assert Imds(environ=environ)._host == host
 
 
 # --- Notices -------------------------------------------------------------------------------------
 
 
-def test_an_instance_that_may_go_on_has_no_notice(service: Service) -> None:
+def test_instance_without_termination_has_no_notice(service: Service) -> None:
     assert notice(service) is None
     tell(service, lifecycle="")
     assert notice(service) is None
@@ -157,12 +155,12 @@ def test_a_group_that_takes_it_out_is_a_notice_without_one(service: Service, sta
 
 
 @pytest.mark.parametrize("state", ["InService", "Standby", "Warmed:Stopped", "Detached"])
-def test_other_states_are_none(service: Service, state: str) -> None:
+def test_other_lifecycle_states_are_no_notice(service: Service, state: str) -> None:
     tell(service, lifecycle=state)
     assert notice(service) is None
 
 
-def test_a_rebalance_recommendation_is_none(service: Service) -> None:
+def test_rebalance_recommendation_is_not_a_notice(service: Service) -> None:
     tell(service, rebalance_s=1_700_000_000.0)
     assert notice(service) is None
 
@@ -174,7 +172,7 @@ def test_a_notice_that_cannot_be_read_is_one_all_the_same(content: str) -> None:
     assert "cannot be read" in found.why
 
 
-def test_nobody_to_ask_is_an_error_for_the_worker(service: Service) -> None:
+def test_unreachable_service_is_an_error_for_the_worker(service: Service) -> None:
     service.stop()
     with pytest.raises(Unreachable):
         notice(service)

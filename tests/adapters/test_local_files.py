@@ -36,7 +36,7 @@ def test_a_copy_makes_the_folders_it_needs(tmp_path: Path) -> None:
     assert keys(tmp_path) == ["a/b/c"]
 
 
-def test_a_copy_passes_by_what_another_writer_has_staged(tmp_path: Path) -> None:
+def test_copy_skips_a_file_that_another_writer_staged(tmp_path: Path) -> None:
     (tmp_path / "key#1").write_bytes(b"half")
     copy_in(io.BytesIO(b"whole"), tmp_path, "key")
     assert (tmp_path / "key#1").read_bytes() == b"half"
@@ -60,16 +60,14 @@ def test_folders_sort_where_their_keys_do(tmp_path: Path) -> None:
     assert keys(tmp_path, "nowhere/") == []
 
 
-def test_a_folder_is_no_object(tmp_path: Path) -> None:
+def test_folder_is_not_an_object(tmp_path: Path) -> None:
     copy_in(io.BytesIO(), tmp_path, "a/b")
     assert objects.head(tmp_path, "a") is None
     assert objects.head(tmp_path, "a/b/c") is None
     assert objects.head(tmp_path, "a/b") is not None
 
 
-def test_a_put_leaves_alone_what_another_writer_stages_meanwhile(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_put_keeps_a_file_that_another_writer_stages_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The name of a staged file is free once the file has its own, and may be taken at once."""
     rename = os.rename
 

@@ -102,7 +102,7 @@ def test_an_end_is_forgotten_in_time() -> None:
     run(check)
 
 
-def test_capacity_can_run_out_and_come_back() -> None:
+def test_capacity_can_run_out_and_return() -> None:
     async def check(launcher: SimLauncher, _: dict[str, float]) -> None:
         launcher.refuse = lambda pool, _: f"InsufficientInstanceCapacity in {pool.name}"
         with pytest.raises(BackendError, match="InsufficientInstanceCapacity in steady"):

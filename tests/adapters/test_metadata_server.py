@@ -40,7 +40,7 @@ def test_a_token_is_given_for_up_to_six_hours(service: Service, ttl: str) -> Non
 
 
 @pytest.mark.parametrize("ttl", [None, "", "0", "-1", "21601", "1e3", "60 s", "9" * 5000])
-def test_a_time_to_live_that_is_none_is_a_bad_request(service: Service, ttl: str | None) -> None:
+def test_invalid_time_to_live_is_a_bad_request(service: Service, ttl: str | None) -> None:
     headers = {} if ttl is None else {TTL: ttl}
     assert service.ask("PUT", "/latest/api/token", headers)[0] == 400
 
@@ -51,7 +51,7 @@ def test_no_token_is_given_through_a_proxy(service: Service) -> None:
 
 
 @pytest.mark.parametrize("token", [None, "", "x", "99999999999.000-ab", "é", "inf-", "nan-0"])
-def test_nothing_is_told_without_a_token(service: Service, token: str | None) -> None:
+def test_request_without_a_token_is_refused(service: Service, token: str | None) -> None:
     headers = {} if token is None else {TOKEN: token}
     for path in (f"{ROOT}/instance-id", f"{ROOT}/", "/latest/", "/", "/nothing"):
         assert service.ask("GET", path, headers)[:2] == (401, "")
@@ -79,14 +79,14 @@ def test_a_token_is_good_for_its_instance_only(service: Service) -> None:
     assert service.get(f"{ROOT}/instance-id") == (200, "i-another")
 
 
-def test_who_is_no_instance_is_told_nothing(service: Service) -> None:
+def test_unknown_caller_is_refused(service: Service) -> None:
     token = service.token()
     service.source.known.clear()
     assert service.ask("PUT", "/latest/api/token", {TTL: "60"})[0] == 403
     assert service.ask("GET", f"{ROOT}/instance-id", {TOKEN: token})[0] == 403
 
 
-def test_while_nobody_knows_who_asks_it_is_to_ask_again(service: Service) -> None:
+def test_request_during_an_outage_of_the_source_may_be_retried(service: Service) -> None:
     service.source.away = True
     assert service.ask("PUT", "/latest/api/token", {TTL: "60"})[0] == 503
     service.source.away = False
@@ -121,11 +121,11 @@ def test_other_methods_are_not_allowed(service: Service, method: str, path: str)
         ("placement/availability-zone/", "us-west-2b"),
     ],
 )
-def test_what_is_at_a_path(service: Service, path: str, content: str) -> None:
+def test_content_of_each_path(service: Service, path: str, content: str) -> None:
     assert service.get(f"{ROOT}/{path}") == (200, content)
 
 
-def test_the_list_names_what_there_is(service: Service) -> None:
+def test_listing_names_the_existing_paths(service: Service) -> None:
     assert service.get("/") == (200, "latest")
     assert service.get("/latest") == (200, "dynamic/\nmeta-data/")
     names = service.get(f"{ROOT}/")[1].split("\n")
@@ -147,16 +147,16 @@ def test_the_list_names_what_there_is(service: Service) -> None:
         "../instance-id",
     ],
 )
-def test_what_is_not_there_is_not_found(service: Service, path: str) -> None:
+def test_missing_path_is_not_found(service: Service, path: str) -> None:
     assert service.get(f"{ROOT}/{path.replace(' ', '%20')}")[0] == 404
 
 
 @pytest.mark.parametrize("path", ["/late", "/latest/user-data", "/2021-07-15/meta-data/"])
-def test_what_is_elsewhere_is_not_found(service: Service, path: str) -> None:
+def test_path_outside_of_the_service_is_not_found(service: Service, path: str) -> None:
     assert service.get(path)[0] == 404
 
 
-def test_a_spot_interruption_is_told_in_both_places(service: Service) -> None:
+def test_spot_interruption_is_shown_under_both_paths(service: Service) -> None:
     notice = Signals(interruption=Interruption(1_700_000_120.9))
     service.source.known[HERE] = replace(SPOT, signals=notice)
     status, content = service.get(f"{ROOT}/spot/instance-action")
@@ -172,7 +172,7 @@ def test_an_instance_that_is_stopped_has_no_time_of_termination() -> None:
     assert answer(paths, "meta-data/spot/termination-time") is None
 
 
-def test_a_rebalance_recommendation_and_a_lifecycle_state_are_told(service: Service) -> None:
+def test_rebalance_recommendation_and_lifecycle_state_are_shown(service: Service) -> None:
     service.source.known[HERE] = replace(SPOT, signals=Signals("Terminated", rebalance_s=1_700_000_000.0))
     _, content = service.get(f"{ROOT}/events/recommendations/rebalance")
     assert json.loads(content) == {"noticeTime": "2023-11-14T22:13:20Z"}
@@ -184,7 +184,7 @@ def test_an_instance_without_a_group_has_no_lifecycle_state() -> None:
     assert answer(paths, "meta-data/autoscaling/target-lifecycle-state") is None
 
 
-def test_user_data_is_told_as_it_is_where_there_is_some(service: Service) -> None:
+def test_user_data_is_returned_unchanged(service: Service) -> None:
     assert service.get("/latest/user-data")[0] == 404
     text = "#!/bin/sh\necho 'grüße'\n"
     service.source.known[HERE] = replace(SPOT, user_data=text)
@@ -284,7 +284,7 @@ def raw(service: Service, *parts: bytes) -> bytes:
         b"GET / HTTP/1.1\r\nA: " + b"b" * 20_000 + b"\r\n\r\n",
     ],
 )
-def test_what_is_no_request_is_refused_and_the_connection_closed(service: Service, request_: bytes) -> None:
+def test_malformed_request_is_refused_and_its_connection_closed(service: Service, request_: bytes) -> None:
     received = raw(service, request_)
     assert received.startswith(b"HTTP/1.1 400 ")
     assert b"Connection: close" in received
@@ -299,12 +299,12 @@ def test_a_connection_carries_several_requests_and_a_body_is_not_the_next_one(se
     assert re.findall(rb"HTTP/1.1 (\d+)", got) == [b"200", b"200", b"405"]
 
 
-def test_who_hangs_up_in_the_middle_harms_nobody(service: Service) -> None:
+def test_client_that_disconnects_early_harms_no_other(service: Service) -> None:
     assert raw(service, b"GET / HT") == b""
     assert service.get(f"{ROOT}/instance-id")[0] == 200
 
 
-def test_an_address_that_cannot_be_had_is_told_in_a_sentence() -> None:
+def test_address_that_cannot_be_bound_is_a_clear_error() -> None:
     async def main() -> None:
         server = MetadataServer(Source(), ManualClock())
         with pytest.raises(UsageError, match=r"cannot listen on 203\.0\.113\.1:0"):

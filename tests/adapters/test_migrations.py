@@ -78,7 +78,7 @@ def _statements(text: str) -> list[str]:
     return sorted(kept)
 
 
-def test_both_ways_say_the_same_to_postgresql() -> None:
+def test_migrations_and_metadata_create_the_same_postgresql_tables() -> None:
     created: list[str] = []
     dialect = make_url("postgresql+psycopg://").get_dialect()()
     engine = create_mock_engine(
@@ -174,7 +174,7 @@ def test_a_schema_is_made_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytes
     _open(path)
 
 
-def test_alembic_is_not_imported_while_there_is_nothing_to_migrate(tmp_path: Path) -> None:
+def test_alembic_is_not_imported_without_a_pending_migration(tmp_path: Path) -> None:
     """The command line opens the ledger often; Alembic takes longer than all the rest."""
     program = """if True:
         import asyncio, pathlib, sys

@@ -17,7 +17,7 @@ def test_two_workers_that_only_live_leave_it_quiet() -> None:
     assert QUIET_SHARE * quiet.of_s(now_s) > 30.0 / 3
 
 
-def test_what_a_job_sends_wakes_it_however_long_it_was_idle() -> None:
+def test_message_wakes_the_receiver_after_any_idle_time() -> None:
     quiet, now_s = Quiet(0.0), 86_400.0
     for _ in range(6):
         now_s += 0.01
@@ -34,5 +34,5 @@ def test_one_message_leaves_at_most_half_of_what_counts() -> None:
     assert quiet.of_s(86_410.0) == MAX_S / 2 + 10.0
 
 
-def test_it_is_not_quiet_at_first() -> None:
+def test_new_queue_is_not_idle() -> None:
     assert Quiet(1000.0).of_s(1000.0) == 0.0

@@ -173,7 +173,7 @@ def test_a_launch_that_fails_leaves_neither_record_nor_process(tmp_path: Path, m
     assert list((tmp_path / "instances").iterdir()) == []
 
 
-def test_an_instance_gets_its_environment_and_nothing_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_instance_gets_only_its_own_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LEAKED", "yes")
 
     async def main() -> None:
@@ -193,7 +193,7 @@ def test_an_instance_gets_its_environment_and_nothing_of_ours(tmp_path: Path, mo
     assert "LEAKED" not in printed
 
 
-def test_what_an_instance_prints_is_in_its_log(tmp_path: Path) -> None:
+def test_output_of_an_instance_is_in_its_log(tmp_path: Path) -> None:
     async def main() -> None:
         def argv(_: Pool, __: str) -> list[str]:
             return ["sh", "-c", "echo out; echo err >&2; exit 7"]
@@ -319,7 +319,7 @@ def test_instances_outlive_their_manager_and_are_adopted(tmp_path: Path) -> None
     with_launcher(tmp_path, check)
 
 
-def test_an_end_in_the_managers_absence_is_known_afterwards(tmp_path: Path) -> None:
+def test_end_during_the_managers_absence_is_reported_afterwards(tmp_path: Path) -> None:
     killed_manager(tmp_path, "steady-1,steady-2")
     pid = pid_of(tmp_path, "steady-1")
     os.kill(pid, signal.SIGKILL)
@@ -349,7 +349,7 @@ def test_a_recycled_pid_is_never_signalled(tmp_path: Path) -> None:
             process.wait(0.1)
 
 
-def test_what_a_dead_instance_left_running_is_ended_on_adoption(tmp_path: Path) -> None:
+def test_processes_of_a_dead_instance_end_at_adoption(tmp_path: Path) -> None:
     async def main() -> None:
         def argv(_: Pool, __: str) -> list[str]:
             return ["sh", "-c", "sleep 100 & echo $! up; wait"]
@@ -371,7 +371,7 @@ def test_what_a_dead_instance_left_running_is_ended_on_adoption(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("cut", [False, True], ids=["no pid yet", "cut short"])
-def test_an_instance_whose_record_is_unfinished_is_found_all_the_same(tmp_path: Path, cut: bool) -> None:
+def test_instance_with_an_unfinished_record_is_adopted(tmp_path: Path, cut: bool) -> None:
     """The manager died between starting it and writing down its pid."""
     write_record(tmp_path, "w-1")
     write_record(tmp_path, "w-2")
@@ -392,7 +392,7 @@ def test_an_instance_whose_record_is_unfinished_is_found_all_the_same(tmp_path: 
         with_launcher(tmp_path, check)
 
 
-def test_a_fleet_goes_on_after_its_manager_was_killed(tmp_path: Path) -> None:
+def test_fleet_continues_after_its_manager_was_killed(tmp_path: Path) -> None:
     """Pain 11: the head died, and its fleet with it or without an owner."""
     killed_manager(tmp_path, "fleet")
     os.kill(pid_of(tmp_path, "w-0001"), signal.SIGKILL)

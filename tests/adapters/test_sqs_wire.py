@@ -139,7 +139,7 @@ def wire(service: Service) -> Iterator[SqsWire]:
     made.close()
 
 
-def test_a_connection_is_kept(service: Service, wire: SqsWire) -> None:
+def test_connection_is_reused(service: Service, wire: SqsWire) -> None:
     service.answer = (200, json.dumps({"Messages": []}), {})
     for _ in range(3):
         assert wire.call("ReceiveMessage", {}) == {"Messages": []}
@@ -153,7 +153,7 @@ def test_one_that_the_service_has_closed_is_not_used_again(service: Service, wir
     assert len(service.connections) == 2
 
 
-def test_one_that_is_to_be_closed_is_not_kept(service: Service, wire: SqsWire) -> None:
+def test_connection_marked_for_closing_is_not_reused(service: Service, wire: SqsWire) -> None:
     service.answer = (200, "{}", {"Connection": "close"})
     wire.call("ReceiveMessage", {})
     wire.call("ReceiveMessage", {})
@@ -192,19 +192,19 @@ def test_a_refusal_is_botocore_s_error(
 
 
 @pytest.mark.parametrize("body", ["<html>", "[]", '"text"'])
-def test_an_answer_that_is_not_one_of_sqs_is_told_as_such(service: Service, wire: SqsWire, body: str) -> None:
+def test_answer_of_another_service_is_reported_as_such(service: Service, wire: SqsWire, body: str) -> None:
     service.answer = (200, body, {})
     with pytest.raises(ResponseParserError):
         wire.call("ReceiveMessage", {})
 
 
-def test_what_is_null_is_not_there(service: Service, wire: SqsWire) -> None:
+def test_null_fields_are_ignored(service: Service, wire: SqsWire) -> None:
     """As boto3 reads it."""
     service.answer = (200, '{"Messages": null, "Failed": []}', {})
     assert wire.call("ReceiveMessage", {}) == {"Failed": []}
 
 
-def test_a_connection_beyond_the_first_thousand_files_is_kept_too(service: Service, wire: SqsWire) -> None:
+def test_connection_with_a_descriptor_above_1000_is_reused(service: Service, wire: SqsWire) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
     held: list[int] = []
@@ -222,13 +222,13 @@ def test_a_connection_beyond_the_first_thousand_files_is_kept_too(service: Servi
 
 
 @pytest.mark.parametrize("secret", ["with a line's end\n", "ключ"])
-def test_what_cannot_be_sent_is_botocore_s_error_too(service: Service, secret: str) -> None:
+def test_send_failure_raises_the_same_error_as_botocore(service: Service, secret: str) -> None:
     keys = Credentials("AKID", "secret", secret)
     with pytest.raises(HTTPClientError):
         SqsWire(service.url, "us-east-1", keys, None).call("ReceiveMessage", {})
 
 
-def test_nobody_there_and_one_that_hangs_up_are_told_apart(service: Service) -> None:
+def test_refused_connection_and_closed_connection_have_different_errors(service: Service) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         nobody = SqsWire(f"http://127.0.0.1:{probe.getsockname()[1]}", "us-east-1", KEYS, None)
@@ -252,7 +252,7 @@ def session() -> boto3.Session:
     return session_of(Endpoint("http://sqs.example:4566"))
 
 
-def test_over_a_proxy_boto3_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_over_a_proxy_use_boto3(monkeypatch: pytest.MonkeyPatch) -> None:
     url = "http://sqs.example:4566"
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
@@ -287,7 +287,7 @@ def test_certificates_are_those_that_boto3_trusts(monkeypatch: pytest.MonkeyPatc
         assert "AWS_CA_BUNDLE" in caught.value.remedy
 
 
-def test_boto3_asks_the_same() -> None:
+def test_boto3_sends_the_same_requests() -> None:
     async def asked(endpoint: Endpoint, *, by_hand: bool) -> None:
         queue = SqsQueue(endpoint)
         if not by_hand:

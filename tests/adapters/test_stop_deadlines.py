@@ -11,7 +11,7 @@ from batchlab.adapters.clock import WallClock
 from batchlab.adapters.docker.launcher import Endings
 
 
-def test_what_is_noted_is_for_one_container(tmp_path: Path) -> None:
+def test_recorded_deadline_applies_to_one_container(tmp_path: Path) -> None:
     endings = Endings(tmp_path / "ending", WallClock())
     endings.note("i-1", "container", 100.0)
     left_s = endings.left_s("i-1", "container")
@@ -22,9 +22,7 @@ def test_what_is_noted_is_for_one_container(tmp_path: Path) -> None:
     assert endings.left_s("i-1", "container") is None
 
 
-def test_a_disk_that_takes_nothing_keeps_nobody_from_ending_an_instance(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_full_disk_does_not_prevent_the_end_of_an_instance(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "ending").touch()
     with caplog.at_level(logging.WARNING):
         Endings(tmp_path / "ending", WallClock()).note("i-1", "container", 100.0)

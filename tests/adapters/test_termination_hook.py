@@ -58,7 +58,7 @@ def test_an_instance_that_has_drained_does_not_wait_for_its_hook(service: Servic
     group.until(lambda: not group.group()["Instances"])
 
 
-def test_one_that_its_group_wants_to_keep_stays(
+def test_instance_that_its_group_keeps_stays(
     service: Service, wire: tuple[Wire, Endpoint], caplog: pytest.LogCaptureFixture
 ) -> None:
     group, endpoint = wire
@@ -71,7 +71,7 @@ def test_one_that_its_group_wants_to_keep_stays(
     assert group.instances() == [instance]
 
 
-def test_who_cannot_be_told_is_logged_and_ends_nothing(
+def test_failed_notification_is_logged_and_ends_no_instance(
     service: Service, wire: tuple[Wire, Endpoint], caplog: pytest.LogCaptureFixture
 ) -> None:
     group, endpoint = wire

@@ -23,7 +23,7 @@ def test_a_quick_call_runs_on_the_spot() -> None:
     asyncio.run(main())
 
 
-def test_a_lock_is_waited_for_in_the_thread() -> None:
+def test_lock_is_awaited_in_the_thread() -> None:
     async def main() -> None:
         thread, here = OneThread(), threading.current_thread()
 
@@ -38,7 +38,7 @@ def test_a_lock_is_waited_for_in_the_thread() -> None:
     asyncio.run(main())
 
 
-def test_nothing_runs_beside_a_call_whose_caller_was_cancelled() -> None:
+def test_no_call_runs_beside_a_call_whose_caller_was_canceled() -> None:
     async def main() -> list[str]:
         thread, began, ends = OneThread(), threading.Event(), threading.Event()
         order: list[str] = []
@@ -63,7 +63,7 @@ def test_nothing_runs_beside_a_call_whose_caller_was_cancelled() -> None:
 
 
 @pytest.mark.parametrize("made", [OneThread, Threads])
-def test_what_is_closed_is_closed_also_where_nobody_waits_for_it(made: Callable[[], Run]) -> None:
+def test_close_completes_without_a_waiting_caller(made: Callable[[], Run]) -> None:
     async def main() -> None:
         threads, ends, closed = made(), threading.Event(), threading.Event()
         busy = asyncio.create_task(threads(ends.wait, writes=True, quick=False))

@@ -112,7 +112,7 @@ def test_no_other_status_is_success_and_no_redirect_is_followed(status: int, is_
     assert "s3cret" not in str(error)
 
 
-def test_who_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_webhook_that_does_not_answer_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(notifications, "WEBHOOK_TIMEOUT_S", 0.2)
     with Hook(wait_s=1.0) as hook:
         begun_s = time.monotonic()
@@ -121,7 +121,7 @@ def test_who_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) 
     assert "did not answer within" in error.message
 
 
-def test_who_is_away_is_told_in_a_sentence() -> None:
+def test_unreachable_webhook_is_a_clear_error() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -131,7 +131,7 @@ def test_who_is_away_is_told_in_a_sentence() -> None:
     assert not error.final
 
 
-def test_a_proxy_of_the_environment_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_proxy_variables_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:9")
     with Hook() as hook:
@@ -194,7 +194,7 @@ def test_a_name_by_which_a_job_reaches_this_machine_is_refused(monkeypatch: pyte
     assert error.final
 
 
-def test_a_jobs_webhook_reaches_this_machine_where_the_operator_says_so() -> None:
+def test_webhook_of_a_job_reaches_this_machine_if_the_operator_allows_it() -> None:
     with Hook() as hook:
         refused(of_a_job(hook.url))
         assert hook.calls == []
@@ -229,7 +229,7 @@ def test_the_address_that_was_checked_is_connected_to_by_the_names_certificate(
 @pytest.mark.parametrize(
     "own", [NotifyDef("command", "id"), NotifyDef("webhook", "https://h.example/", secret="file:/etc/shadow")]
 )
-def test_what_a_job_must_not_name_is_not_done_whoever_wrote_it_down(own: NotifyDef) -> None:
+def test_forbidden_target_of_a_job_is_not_notified(own: NotifyDef) -> None:
     target = Target("sums-1#1", own.kind, own.to, ("id",), secret=own.secret, job="sums-1")
     one = Notification(ONE.id, "failed", "sums-1", target.name, own, "{}", 1.0)
     assert refused(target, one).final
@@ -254,7 +254,7 @@ def test_a_command_gets_the_notification_as_its_input(tmp_path: Path) -> None:
     assert out.read_text() == f"failed {ONE.body}"
 
 
-def test_a_command_that_fails_says_why() -> None:
+def test_failed_command_reports_its_error() -> None:
     error = refused(script("import sys", "print('busy', file=sys.stderr)", "sys.exit(75)"))
     assert error.message == "It ended with status 75: busy."
     assert not error.final
@@ -287,12 +287,12 @@ def _lives(pid: int) -> bool:
     return state != "Z"
 
 
-def test_a_command_that_does_not_read_is_no_error() -> None:
+def test_command_that_does_not_read_its_input_succeeds() -> None:
     big = Notification(ONE.id, "failed", "sums-1", "ops", None, "x" * 1_000_000, 1.0)
     deliver(script("pass"), big)
 
 
-def test_a_bug_on_the_way_is_told_and_takes_nothing_with_it(caplog: pytest.LogCaptureFixture) -> None:
+def test_bug_in_one_delivery_is_reported_and_does_not_stop_others(caplog: pytest.LogCaptureFixture) -> None:
     error = refused(Target("odd", "carrier pigeon"))
     assert error.message == "An error inside the manager: KeyError."
     assert "met a bug" in caplog.text

@@ -72,7 +72,7 @@ async def comes_down(world: World) -> None:
             await asyncio.sleep(5.0)
 
 
-def test_a_worker_that_says_that_it_is_idle_holds_up_no_job() -> None:
+def test_worker_that_claims_to_be_idle_does_not_delay_a_job() -> None:
     """Finding 5: the only instance of a pool reports that it is idle and receives nothing."""
 
     async def act(world: World) -> str:
@@ -86,7 +86,7 @@ def test_a_worker_that_says_that_it_is_idle_holds_up_no_job() -> None:
 
 
 @pytest.mark.parametrize("of_a_job", [False, True])
-def test_a_worker_that_says_that_it_is_busy_keeps_no_instance(of_a_job: bool) -> None:
+def test_worker_that_claims_to_be_busy_does_not_keep_its_instance(of_a_job: bool) -> None:
     """Finding 5: an instance reports for ever that it runs a bundle. The report names no bundle, or
     one of an ended job that the worker was given. Scale-in spares busy instances."""
 
@@ -105,7 +105,7 @@ def test_a_worker_that_says_that_it_is_busy_keeps_no_instance(of_a_job: bool) ->
 
 
 @pytest.mark.parametrize("of_the_manager", [False, True])
-def test_the_name_of_a_worker_that_works_is_no_evidence(of_the_manager: bool) -> None:
+def test_name_of_a_busy_worker_proves_nothing(of_the_manager: bool) -> None:
     """Finding 5: an instance reports for ever that it is busy, under the name of an honest worker
     whose outcomes are counted. Every worker may read that name in the outcomes."""
 
@@ -130,7 +130,7 @@ def test_the_name_of_a_worker_that_works_is_no_evidence(of_the_manager: bool) ->
     assert found.count(UNKNOWN_WORK) == 1
 
 
-def test_a_worker_that_runs_one_task_for_long_keeps_its_instance() -> None:
+def test_worker_with_one_long_task_keeps_its_instance() -> None:
     """An outstanding bundle is enough evidence for the manager."""
 
     async def act(world: World) -> int:
@@ -140,7 +140,7 @@ def test_a_worker_that_runs_one_task_for_long_keeps_its_instance() -> None:
     assert scenes.in_world(act, script=scenes.takes(LONG_S), pools=ONE) == 1
 
 
-def test_messages_that_nobody_can_run_cost_no_idle_instance(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unusable_messages_do_not_keep_an_idle_instance(monkeypatch: pytest.MonkeyPatch) -> None:
     """A queue stays full of messages that no worker can run, while another instance is idle. Only
     a due bundle that no worker holds counts as waiting work."""
 

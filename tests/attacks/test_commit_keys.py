@@ -45,7 +45,7 @@ def forged(bundle: Bundle, value: int) -> bytes:
     return json_format.outcome_text(made).encode()
 
 
-def test_forged_outcomes_of_another_job_count_for_nothing(bring_up: Bring, tmp_path: Path) -> None:
+def test_forged_outcomes_of_another_job_are_not_counted(bring_up: Bring, tmp_path: Path) -> None:
     """Finding 5: outcome objects without the seal of a job are not its outcomes, not for the
     manager, not for its workers, and not for a ledger that is rebuilt."""
     grid = bring_up()
@@ -86,7 +86,7 @@ def test_forged_messages_of_another_job_are_dropped(bring_up: Bring, tmp_path: P
     assert not touched.exists()
 
 
-def test_a_worker_of_one_job_changes_nothing_of_another_on_ministack(bring_up: Bring, tmp_path: Path) -> None:
+def test_worker_of_one_job_cannot_change_another_job_on_ministack(bring_up: Bring, tmp_path: Path) -> None:
     """Findings 2, 4, and 5, over the real S3 and SQS APIs: a worker that has the commit key of its
     own job forges outcomes of another job, swaps the jobs in task messages, and replays messages
     of both jobs after their ends."""
@@ -174,7 +174,7 @@ class Scene:
         return job, await self.keys.of(job)
 
 
-def test_forged_start_markers_condemn_no_task_of_another_job() -> None:
+def test_forged_start_markers_do_not_count_against_tasks_of_another_job() -> None:
     """Finding 5: start markers without the seal of a job are not counted against its tasks."""
 
     async def main() -> None:

@@ -78,7 +78,7 @@ def test_the_manager_cannot_choose_what_docker_starts(grid: LocalGrid, at: compo
     assert "worker-default" in (ours / "templates.toml").read_text()
 
 
-def test_the_endpoint_launches_no_image_of_another(grid: LocalGrid, at: compose_deployment.Deployment) -> None:
+def test_endpoint_does_not_launch_a_foreign_image(grid: LocalGrid, at: compose_deployment.Deployment) -> None:
     """Finding 10: a writer of templates.toml chooses neither image nor rights of a container. Here
     the host's user writes what a manager would write."""
     path = compose_deployment.folder(grid.home) / "templates.toml"

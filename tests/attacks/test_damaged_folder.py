@@ -47,7 +47,7 @@ def test_a_job_runs_again_after_a_power_cut_has_emptied_its_objects(tmp_path: Pa
 
 
 @pytest.mark.parametrize("content", [b"", b'{"v": 1, "torn', b"\0" * 512])
-def test_doctor_names_a_damaged_object_and_moves_it_away(tmp_path: Path, content: bytes) -> None:
+def test_doctor_names_a_damaged_object_and_moves_it(tmp_path: Path, content: bytes) -> None:
     """Doctor found nothing wrong with such a folder before."""
     home = Home(tmp_path / "grid")
     home.make()

@@ -67,7 +67,7 @@ def bodies(events: Events, keys: Mapping[JobId, CommitKey]) -> list[str]:
     return [text, mine, f"{of_others[:-1]},{text[1:]}"]
 
 
-def test_events_about_another_job_count_for_nothing(bring_up: Bring, tmp_path: Path) -> None:
+def test_events_about_another_job_are_not_counted(bring_up: Bring, tmp_path: Path) -> None:
     """Finding 5: completions, outcomes, keys, duplicates, and traces need the proof of the job that
     they are about; the proof of another job does not do."""
     grid = bring_up()
@@ -98,7 +98,7 @@ def beat_of(instance: str, **changes: Any) -> Beat:
     return replace(beat, **changes)
 
 
-def test_beats_of_another_instance_are_not_heard(bring_up: Bring, tmp_path: Path) -> None:
+def test_heartbeats_of_another_instance_are_ignored(bring_up: Bring, tmp_path: Path) -> None:
     """Finding 5: a beat without the key of its instance neither silences nor ends its worker, and
     a beat of an instance that no group has leads to nothing."""
     grid = bring_up()
@@ -201,7 +201,7 @@ def test_a_first_beat_counts_once_its_key_is_stored(rig: Rig, monkeypatch: pytes
     assert registry.workers[instance].beat == own
 
 
-def test_what_a_beat_holds_is_of_jobs_and_queues_of_its_worker(rig: Rig) -> None:
+def test_bundles_and_receipts_of_a_heartbeat_count_only_for_its_worker(rig: Rig) -> None:
     """Finding 5: bundles of other jobs are not kept from being looked for, and receipts are not
     used on other queues."""
     name = JobId(rig.submit(job(tasks=2)))
@@ -271,7 +271,7 @@ def test_events_that_a_worker_repeats_count_once(rig: Rig) -> None:
 
 
 @pytest.mark.parametrize("tasks", [2, 12])
-def test_what_was_counted_and_not_committed_is_not_the_end(rig: Rig, tasks: int) -> None:
+def test_job_with_counted_but_uncommitted_outcomes_restarts_from_the_bucket(rig: Rig, tasks: int) -> None:
     """Finding 5: completions of a worker that has the key, without outcome objects. The job begins
     anew from the bucket, and ends with what is committed."""
     name = JobId(rig.submit(job(tasks=tasks)))

@@ -27,7 +27,7 @@ def commit_and_tell(rig: Rig, name: JobId, *outcomes: Outcome) -> None:
     take(rig, with_proofs(events_message(Events(completions=done)), {name}, lambda _: key))
 
 
-def test_a_job_whose_outcomes_lack_what_follows_ends_as_failed(rig: Rig) -> None:
+def test_job_whose_outcomes_lack_follow_ups_fails(rig: Rig) -> None:
     """Finding 5: nothing hands the results on to the next stage. The manager looks into the bucket
     once, and then the job fails."""
     rig.manager.coordinator._lost._wait_s = 0.0

@@ -332,7 +332,7 @@ def drive(loop: asyncio.AbstractEventLoop, work: Any) -> Any:
     return asyncio.run_coroutine_threadsafe(work, loop).result(60)
 
 
-def test_an_unreadable_outcome_is_replaced_and_a_rebuild_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+def test_unreadable_outcome_is_replaced_and_a_rebuild_continues(caplog: pytest.LogCaptureFixture) -> None:
     """Findings 3 and I7: whatever is at an outcome's key, the job goes on, and a rebuild restores
     the job with what its manager has counted."""
     caplog.set_level(logging.ERROR)
@@ -521,7 +521,7 @@ BAD_EVENTS += [
 
 
 @pytest.mark.parametrize("stored", [b'{"v":1}', b'{"v":99}'], ids=["empty", "of a later release"])
-def test_the_manager_goes_on_whatever_a_worker_sends_and_stores(rig: Rig, worker: WorkerRights, stored: bytes) -> None:
+def test_manager_survives_any_bad_event_and_object(rig: Rig, worker: WorkerRights, stored: bytes) -> None:
     """Findings 3, 4 and 6: bad events and a bad outcome object; both jobs come to their ends."""
     spared = rig.submit(job("spared", tasks=2))
     hurt = rig.submit(job("hurt", "u", tasks=1, retry=RetryRule(attempts=2, backoff_s=0.0)))

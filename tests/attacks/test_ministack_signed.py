@@ -106,7 +106,7 @@ def test_a_job_cannot_be_forged_without_a_signature(grid: LocalGrid, endpoint: E
     assert KEY.removeprefix("/") not in objects(endpoint, bucket_of(grid))
 
 
-def test_queues_are_closed_to_who_has_no_keys(endpoint: Endpoint) -> None:
+def test_queues_refuse_requests_without_keys(endpoint: Endpoint) -> None:
     """Finding 1: an unsigned message reached the events queue, and another's was deleted."""
     status, told, text = ask(endpoint, "POST", "/", b"{}", JSON)
     assert (status, told["content-type"]) == (403, "application/x-amz-json-1.0")

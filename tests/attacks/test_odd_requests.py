@@ -148,7 +148,7 @@ def test_input_that_no_bucket_holds_or_that_is_the_grids_is_refused(rig: Rig, ke
 
 
 @pytest.mark.parametrize("names", [("map", "Map"), ("map", "map"), ("spec.json",), ("Control.json",)])
-def test_stages_whose_folders_would_be_one_are_refused(rig: Rig, names: tuple[str, ...]) -> None:
+def test_stages_with_the_same_folder_are_refused(rig: Rig, names: tuple[str, ...]) -> None:
     """On a file system that ignores case, or where a file of the job has that name."""
     stages = [{**document("t")["stages"][0], "name": name} for name in names]
     found = post(rig, json.dumps({"job": {**document("stages"), "stages": stages}}))
@@ -187,7 +187,7 @@ def test_no_query_fails_the_manager(rig: Rig, value: str) -> None:
             assert found.status_code < 500, (path, name, found.text)
 
 
-def test_an_id_that_differs_from_another_in_case_only_is_refused(rig: Rig) -> None:
+def test_job_id_that_differs_only_in_case_is_refused(rig: Rig) -> None:
     """On a disk that ignores case, the two jobs would share their objects."""
     known = rig.submit(job("victim", "case"))
     doc = json_format.job_to_json(job("victim", "case"))

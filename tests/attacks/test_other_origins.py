@@ -42,7 +42,7 @@ def asked(grid: LocalGrid, http: httpx.Client) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("headers", FOREIGN, ids=str)
-def test_a_page_of_another_origin_gets_nothing(
+def test_page_of_another_origin_gets_no_data(
     grid: LocalGrid, http: httpx.Client, asked: list[tuple[str, str]], headers: dict[str, str]
 ) -> None:
     """Finding 9: with and without the token, and also where the answer is public."""
@@ -55,7 +55,7 @@ def test_a_page_of_another_origin_gets_nothing(
     assert grid.client.health()["leader"]
 
 
-def test_no_answer_allows_another_origin(grid: LocalGrid, http: httpx.Client, asked: list[tuple[str, str]]) -> None:
+def test_no_answer_permits_another_origin(grid: LocalGrid, http: httpx.Client, asked: list[tuple[str, str]]) -> None:
     """Finding 9: a browser asks first, with OPTIONS, before it sends a header of its own."""
     preflight = {
         "Origin": "http://evil.example",

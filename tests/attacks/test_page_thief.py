@@ -63,7 +63,7 @@ def log_in(grid: LocalGrid) -> tuple[str, str]:
     return answer.headers["set-cookie"].partition(";")[0], answer.headers["location"]
 
 
-def test_a_browser_does_not_give_the_cookie_to_another_port(grid: LocalGrid, browser: Browser) -> None:
+def test_browser_does_not_send_the_cookie_to_another_port(grid: LocalGrid, browser: Browser) -> None:
     """Finding 7: the thief's page asks for every path that it can guess."""
     thief = Thief(grid.client.url)
     address = grid.client.url + grid.client.open_session()["path"]

@@ -267,7 +267,7 @@ async def _cut_often(tmp_path: Path, gate: Gate, sync: Sync, cuts: int) -> list[
 
 
 @needs_loop
-def test_what_is_acknowledged_outlives_a_power_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_acknowledged_writes_survive_a_power_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The power is cut at 30 random moments of running jobs."""
     gate = Gate(monkeypatch)
     few = asyncio.Semaphore(6)

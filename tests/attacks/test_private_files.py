@@ -38,7 +38,7 @@ def write_job(folder: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_nobody_else_reads_the_folder_of_a_grid(tmp_path: Path) -> None:
+def test_other_users_cannot_read_the_folder_of_a_grid(tmp_path: Path) -> None:
     """Finding 8: a job has run; its parameters, its input, and the ledger are its user's alone."""
     grid = LocalGrid(tmp_path / "grid")
     try:
@@ -58,7 +58,7 @@ def test_nobody_else_reads_the_folder_of_a_grid(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_what_a_user_fetches_has_the_usual_permissions(tmp_path: Path) -> None:
+def test_downloaded_results_have_the_usual_permissions(tmp_path: Path) -> None:
     """Finding 8: results outside of the grid's folder are as the user's umask says."""
     grid = LocalGrid(tmp_path / "grid")
     try:
@@ -87,7 +87,7 @@ def test_an_older_grid_is_closed_at_its_next_start(tmp_path: Path) -> None:
         assert readable_by_others(home.path) == []
 
 
-def test_a_folder_with_other_things_in_it_stays_as_the_user_made_it(tmp_path: Path) -> None:
+def test_folder_with_other_files_keeps_its_permissions(tmp_path: Path) -> None:
     """Finding 8: `--home .` closes the grid's files, and not the user's project."""
     project = tmp_path / "project"
     project.mkdir(0o755)

@@ -49,7 +49,7 @@ def is_refused(answer: httpx.Response) -> bool:
     return answer.status_code == 401 or answer.headers.get("location") == f"{PAGE}/login"
 
 
-def test_the_public_routes_are_the_listed_ones() -> None:
+def test_public_routes_are_the_listed_ones() -> None:
     """Finding 17: every other route asks for the token or leads to the login page."""
     with Rig() as rig:
         public = {

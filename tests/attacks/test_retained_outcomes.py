@@ -80,7 +80,7 @@ def test_many_small_outcomes_are_bounded_too(monkeypatch: pytest.MonkeyPatch) ->
     assert held == every[-len(held) :]
 
 
-def test_failures_of_many_causes_are_told_apart_up_to_a_bound() -> None:
+def test_failures_with_many_causes_are_grouped_up_to_a_bound() -> None:
     """A compromised worker fails each task for a cause of its own, with a long traceback."""
     groups = Groups(0)
     for task in range(2 * MAX_CAUSES):

@@ -31,7 +31,7 @@ def names(stack: str) -> set[str]:
 
 
 @pytest.mark.parametrize("name", COLLIDING)
-def test_a_stack_whose_parts_another_stack_could_use_is_refused(name: str) -> None:
+def test_stack_name_whose_resources_another_stack_could_use_is_refused(name: str) -> None:
     """Finding 14: the workers of `batchlab` could read the queues of `batchlab-tasks-x`."""
     with pytest.raises(UsageError, match="could use its queues and groups") as caught:
         settings.parameters(Settings(name), source())

@@ -109,7 +109,7 @@ def test_a_stored_object_is_a_value_that_can_be_written_again_or_one_error(given
 
 
 @pytest.mark.parametrize("kind", sorted(READERS))
-def test_what_is_written_is_read(kind: str) -> None:
+def test_written_objects_are_readable(kind: str) -> None:
     data, read, write = READERS[kind]
     assert write(read(data)) == data
 
@@ -126,7 +126,7 @@ def test_a_running_marker_that_cannot_be_read_counts_for_nothing() -> None:
         assert poison_detection.marked_s(data, name, KEY) is None
 
 
-def test_an_environment_that_cannot_be_read_is_not_known() -> None:
+def test_unreadable_environment_is_treated_as_unknown() -> None:
     """A compromised worker overwrites the environment of another worker."""
 
     async def main() -> None:
@@ -142,7 +142,7 @@ def test_an_environment_that_cannot_be_read_is_not_known() -> None:
     asyncio.run(main())
 
 
-def test_live_logs_go_on_without_those_that_cannot_be_read(rig: Rig, worker: WorkerRights) -> None:
+def test_live_logs_skip_unreadable_objects(rig: Rig, worker: WorkerRights) -> None:
     """A compromised worker stores unreadable live logs for another job."""
     name = rig.submit(job(tasks=1))
     rig.outstanding(name, 1)
@@ -153,7 +153,7 @@ def test_live_logs_go_on_without_those_that_cannot_be_read(rig: Rig, worker: Wor
     assert answer.json()["tails"] == []
 
 
-def test_a_definition_with_values_of_another_type_is_refused() -> None:
+def test_definition_with_wrong_types_is_refused() -> None:
     """A definition with wrong types must not end a manager or a worker."""
     for changes in (
         {"priority": "high"},
@@ -219,7 +219,7 @@ def test_a_plan_that_names_a_lost_part_has_no_items_of_the_definition() -> None:
 @pytest.mark.parametrize(
     "gather", [5, {"map": 5}, {"map": [5]}, {"map": [["../x", [[0, 1]]]]}, {"map": [[BUNDLE.id, [[0]]]]}]
 )
-def test_a_task_whose_gathered_input_cannot_be_read_has_no_input(gather: Any) -> None:
+def test_task_with_an_unreadable_gathered_input_has_no_input(gather: Any) -> None:
     """Before, an AttributeError ended each worker that read such an input."""
 
     async def main() -> None:
@@ -238,19 +238,19 @@ def test_a_task_whose_gathered_input_cannot_be_read_has_no_input(gather: Any) ->
     "stranger",
     [replace(BUNDLE, job=JobId("other")), replace(BUNDLE, stage=StageName("next")), replace(BUNDLE, round=1)],
 )
-def test_a_cut_with_a_bundle_of_another_job_stage_or_round_is_refused(stranger: Bundle) -> None:
+def test_cut_with_a_bundle_of_another_job_stage_or_round_is_refused(stranger: Bundle) -> None:
     with pytest.raises(Malformed, match="another job, stage or round"):
         json_format.cut_from_json(json_format.cut_to_json(replace(CUT, bundles=(BUNDLE, stranger))))
 
 
 @pytest.mark.parametrize("cut", [replace(CUT, seq=1), replace(CUT, job=JobId("other"), bundles=())])
-def test_a_definition_with_another_cut_than_the_first_of_its_job_is_refused(cut: Cut) -> None:
+def test_definition_with_a_cut_of_another_job_is_refused(cut: Cut) -> None:
     doc = json_format.loads(commit_keys.to_bytes(JOB, commit_keys.Opening([1], cut)))
     with pytest.raises(Malformed, match="first cut"):
         commit_keys.from_json(doc)
 
 
-def test_a_rebuild_does_not_count_a_cut_under_the_key_of_another() -> None:
+def test_rebuild_does_not_count_a_cut_under_another_key() -> None:
     async def main() -> None:
         objects = SimObjects()
         keys = AsyncMock()

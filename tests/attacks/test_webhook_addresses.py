@@ -53,7 +53,7 @@ def spec_of(rig: Rig, name: str) -> JobDef:
     return json_format.job_from_json(json_format.loads(rig.run(rig.objects.get(object_keys.spec(JobId(name))))))
 
 
-def test_a_rebuilt_ledger_knows_the_address(rig: Rig) -> None:
+def test_rebuilt_ledger_keeps_the_address(rig: Rig) -> None:
     """Finding 18: the ledger comes from the bucket alone, and notifications need the address."""
     name = JobId(rig.client.submit(told("again"))["id"])
     assert rig.client.rebuild() == 1
@@ -73,7 +73,7 @@ def test_the_same_submission_again_is_the_same_job(rig: Rig) -> None:
         rig.client.submit(other)
 
 
-def test_a_job_cannot_name_the_address_of_another_job(rig: Rig) -> None:
+def test_job_cannot_name_the_address_of_another_job(rig: Rig) -> None:
     """Finding 18: a reference is written by the manager and by nobody else."""
     first = rig.client.submit(told("first"))
     spec = spec_of(rig, first["id"])
@@ -90,7 +90,7 @@ def test_a_spec_of_the_first_release_is_read_as_before(rig: Rig) -> None:
     assert rig.client.submit(old)["id"] == old.id
 
 
-def test_a_lost_address_keeps_no_job_from_its_end(rig: Rig) -> None:
+def test_lost_address_does_not_block_the_end_of_a_job(rig: Rig) -> None:
     """Finding 18: nothing is sent to a reference whose object does not exist."""
     name = JobId(rig.client.submit(told("lost"))["id"])
 

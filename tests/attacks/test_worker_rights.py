@@ -32,7 +32,7 @@ NOT_WRITTEN = (
 )
 
 
-def test_a_worker_writes_its_own_prefixes_and_no_others(worker: WorkerRights) -> None:
+def test_worker_can_write_only_its_own_prefixes(worker: WorkerRights) -> None:
     for key in WRITES:
         worker.put(key, b"x", if_absent=True)
         with pytest.raises(AlreadyExists):

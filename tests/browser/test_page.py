@@ -150,7 +150,7 @@ def test_every_view_is_sound(scene: Scene, browser: Browser, context: dict[str, 
             assert seen.errors == [], path
 
 
-def test_the_code_of_an_address_is_gone_once_it_was_used(scene: Scene, browser: Browser) -> None:
+def test_code_of_an_address_works_once(scene: Scene, browser: Browser) -> None:
     with logged_in(scene, browser) as (page, seen):
         assert page.url == f"{place_of(page)}/"
         assert not [one for one in seen.requests[1:] if "#" in one]
@@ -173,7 +173,7 @@ def test_a_file_leads_the_browser_to_the_page(scene: Scene, browser: Browser) ->
     assert not client.code_waits(session["name"])
 
 
-def test_a_job_that_runs_moves_before_ones_eyes(scene: Scene, browser: Browser) -> None:
+def test_page_follows_a_running_job(scene: Scene, browser: Browser) -> None:
     with logged_in(scene, browser, f"/jobs/{scene.runs}") as (page, seen):
         ended = page.locator(".figure dd").first
         before = ended.inner_text()
@@ -202,7 +202,7 @@ def test_light_and_dark_are_remembered(scene: Scene, browser: Browser) -> None:
         assert shade.get_attribute("data-bs-theme") == "dark"
 
 
-def test_a_manager_that_is_away_is_told_of_and_waited_for(scene: Scene, browser: Browser) -> None:
+def test_page_reports_an_unreachable_manager_and_reconnects(scene: Scene, browser: Browser) -> None:
     with logged_in(scene, browser) as (page, seen):
         page.route("**/*part=live*", lambda route: route.abort())
         page.locator("#away").wait_for(state="visible")
@@ -216,7 +216,7 @@ def test_a_manager_that_is_away_is_told_of_and_waited_for(scene: Scene, browser:
 # --- Doing ---------------------------------------------------------------------------------------
 
 
-def test_who_ticks_all_while_the_page_loads_has_ticked_all(scene: Scene, browser: Browser) -> None:
+def test_select_all_during_loading_selects_all(scene: Scene, browser: Browser) -> None:
     (group,) = [one for one in scene.grid.client.failure_groups(scene.failed) if one["count"] == 3]
     path = f"/jobs/{scene.failed}/failures/{group['fingerprint']}"
     held: list[Route] = []
@@ -276,7 +276,7 @@ def test_failures_are_looked_at_and_some_of_them_run_again(scene: Scene, browser
         assert scene.grid.wait(scene.failed, until=lambda v: v["round"] == 2)
 
 
-def test_a_job_is_sent_and_its_results_are_taken_away(scene: Scene, browser: Browser, tmp_path: Path) -> None:
+def test_user_submits_a_job_and_downloads_its_results(scene: Scene, browser: Browser, tmp_path: Path) -> None:
     folder = folder_of(tmp_path, "sent", 3)
     (folder / "data" / "numbers.txt").unlink()
     more = tmp_path / "more.txt"
@@ -298,7 +298,7 @@ def test_a_job_is_sent_and_its_results_are_taken_away(scene: Scene, browser: Bro
             assert archive.read(total) == b'{"task":0,"value":9}\n'
 
 
-def test_what_makes_no_job_is_told_with_its_line(scene: Scene, browser: Browser, tmp_path: Path) -> None:
+def test_invalid_job_file_is_reported_with_its_line(scene: Scene, browser: Browser, tmp_path: Path) -> None:
     folder = folder_of(tmp_path, "wrong", 1)
     (folder / "job.yaml").write_text("name: wrong\nstages: []\nimput: x\n")
     with logged_in(scene, browser, "/submit") as (page, seen):
@@ -357,7 +357,7 @@ def test_the_fleet_is_scaled_and_drained(scene: Scene, browser: Browser) -> None
         assert scene.grid.client.grid()["pools"][0]["held_by_hand"] is False
 
 
-def test_who_logs_out_is_out(scene: Scene, browser: Browser) -> None:
+def test_logout_ends_the_session(scene: Scene, browser: Browser) -> None:
     with logged_in(scene, browser) as (page, _):
         page.get_by_role("button", name="Log out").click()
         page.get_by_role("heading", name="Log in").wait_for()

@@ -132,7 +132,7 @@ def test_pictures_are_compared(scene: Scene, looks: Looks) -> None:
 
 
 @pytest.mark.parametrize("view", EMPTY)
-def test_where_there_is_nothing_it_says_so(nothing: Scene, looks: Looks, view: str) -> None:
+def test_empty_views_explain_themselves(nothing: Scene, looks: Looks, view: str) -> None:
     page = nothing.page
     nothing.show(view)
     for width in WIDTHS.values():
@@ -196,7 +196,7 @@ def test_on_paper_the_page_is_dark_on_white(scene: Scene) -> None:
 
 
 @pytest.mark.parametrize("view", VIEWS)
-def test_the_keyboard_comes_to_everything_and_is_seen(scene: Scene, view: str) -> None:
+def test_keyboard_reaches_every_control_with_visible_focus(scene: Scene, view: str) -> None:
     """Each link, button and field of a view is a stop of the Tab key, and looks different then."""
     page = scene.page
     page.emulate_media(color_scheme="light")

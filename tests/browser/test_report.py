@@ -63,7 +63,7 @@ def desk(browser: Browser, file: Path) -> Iterator[Page]:
         assert seen.requests == [file.as_uri()]
 
 
-def test_it_asks_for_nothing_and_has_every_section(desk: Page) -> None:
+def test_report_is_self_contained_and_has_every_section(desk: Page) -> None:
     assert desk.evaluate("[...document.querySelectorAll('main > section')].map(s => s.id)") == [*SECTIONS]
     links = desk.evaluate("[...document.querySelectorAll('nav a')].map(a => a.hash)")
     assert links == [f"#{name}" for name in SECTIONS]
@@ -100,7 +100,7 @@ def test_dark_is_dark(browser: Browser, file: Path) -> None:
     assert dark < 100
 
 
-def test_the_keyboard_goes_through_it_in_order(desk: Page) -> None:
+def test_keyboard_order_follows_the_report(desk: Page) -> None:
     stops = tab_stops(desk)
     assert stops[0] == "Skip to the summary"
     assert stops[1:8] == ["Summary", "What to change", "Workers", "Load and fleet", "Times", "Cost", "Failures"]
@@ -113,7 +113,7 @@ def test_the_keyboard_goes_through_it_in_order(desk: Page) -> None:
     assert all(before <= after + 200 for before, after in pairwise(tops))
 
 
-def test_a_table_opens_by_keyboard_and_says_what_its_chart_does(desk: Page) -> None:
+def test_table_opens_by_keyboard_and_matches_its_chart(desk: Page) -> None:
     summary = desk.locator("#running summary")
     summary.focus()
     desk.keyboard.press("Enter")
@@ -137,7 +137,7 @@ def test_every_chart_has_words_and_a_table(desk: Page) -> None:
     assert without == ["split"]  # its table stands below it
 
 
-def test_what_is_shown_adds_up(desk: Page) -> None:
+def test_shown_figures_add_up(desk: Page) -> None:
     """The numbers as a reader sees them."""
     stages = _table(desk, "Stages")
     whole = stages.pop()
@@ -241,7 +241,7 @@ def test_a_run_of_100_000_tasks_on_1_000_workers_is_a_small_page(browser: Browse
 
 
 @pytest.mark.parametrize("left", ["jobs only", "running"])
-def test_a_run_of_which_little_is_known_has_a_page_too(browser: Browser, tmp_path: Path, left: str) -> None:
+def test_run_with_little_data_has_a_report(browser: Browser, tmp_path: Path, left: str) -> None:
     source = write_run(tmp_path / "run")
     if left == "jobs only":
         folder = tmp_path / "some"

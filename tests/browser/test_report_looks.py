@@ -60,7 +60,7 @@ def seen(request: pytest.FixtureRequest, browser: Browser, files: dict[str, Path
         yield page, eye, request.param
 
 
-def test_it_is_whole_at_every_width(seen: tuple[Page, Eye, str], looks: Looks) -> None:
+def test_report_fits_every_width(seen: tuple[Page, Eye, str], looks: Looks) -> None:
     page, eye, name = seen
     for size, width in WIDTHS.items():
         for scheme in SCHEMES:

@@ -54,7 +54,7 @@ def teller(containers: Containers) -> Iterator[Teller]:
         yield told
 
 
-def test_nothing_is_lost_whatever_is_taken_away(
+def test_no_task_is_lost_under_any_kill(
     containers: Containers, teller: Teller, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = write_job(tmp_path / "job", teller, TASKS, seconds=TASK_S)
@@ -77,7 +77,7 @@ def test_nothing_is_lost_whatever_is_taken_away(
     assert all(containers.is_gone(starved) for starved in containers.starved)
 
 
-def test_a_spot_notice_hands_the_task_to_another_within_the_notice(
+def test_spot_notice_hands_the_task_to_another_worker_in_time(
     containers: Containers, teller: Teller, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """I6: measured from the notice to the start of the unfinished task on another instance."""
@@ -101,7 +101,7 @@ def test_a_spot_notice_hands_the_task_to_another_within_the_notice(
         grid.client.scale("default", min=0, auto=True)
 
 
-def test_what_is_cancelled_starts_no_more(containers: Containers, teller: Teller, tmp_path: Path) -> None:
+def test_canceled_job_starts_no_task(containers: Containers, teller: Teller, tmp_path: Path) -> None:
     """I4, by the word of the tasks themselves."""
     grid = containers.grid
     path = write_job(tmp_path / "job", teller, 300, seconds=0.2)

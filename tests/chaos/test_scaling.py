@@ -30,7 +30,7 @@ def containers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Containers]
 
 
 @pytest.mark.parametrize("naps_s", [BURST_S, WITH_A_TAIL_S], ids=["burst", "tail"])
-def test_a_pool_follows_a_burst_and_comes_back_as_foretold(
+def test_pool_scales_out_and_in_as_forecast(
     containers: Containers, naps_s: list[float], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     backend = containers.grid.backend

@@ -56,7 +56,7 @@ def submitted(manager: type[FakeClient], run: Run, folder: Path, files: str) -> 
     ],
 )
 @pytest.mark.parametrize("many", [False, True])
-def test_objects_that_are_there_become_the_jobs_input_and_of_many_their_prefixes(
+def test_existing_objects_become_the_jobs_input(
     manager: type[FakeClient],
     run: Run,
     folder: Path,
@@ -78,7 +78,7 @@ def test_objects_that_are_there_become_the_jobs_input_and_of_many_their_prefixes
     assert (objects / (job.code or "")).is_file()
 
 
-def test_another_object_there_makes_another_run(manager: type[FakeClient], run: Run, folder: Path) -> None:
+def test_different_object_makes_a_different_run(manager: type[FakeClient], run: Run, folder: Path) -> None:
     """What --resume and --cache go by."""
     objects = Home(folder / "h").objects
     files = "[s3://local/raw/in/, s3://local/raw/alone.csv]"
@@ -110,7 +110,7 @@ def test_another_object_there_makes_another_run(manager: type[FakeClient], run: 
         ("'s3://local/raw/a#1'", "ends in '#' and digits"),
     ],
 )
-def test_what_cannot_be_the_input_is_told_and_nothing_is_uploaded(
+def test_invalid_bucket_input_is_reported_before_any_upload(
     manager: type[FakeClient], run: Run, folder: Path, command: tuple[str, ...], files: str, told: str
 ) -> None:
     says(folder, files)
@@ -123,7 +123,7 @@ def test_what_cannot_be_the_input_is_told_and_nothing_is_uploaded(
     assert [one.name for one in Home(folder / "h").objects.iterdir()] == ["raw"]
 
 
-def test_a_check_tells_what_no_bucket_would_make_good(run: Run, folder: Path) -> None:
+def test_check_reports_mistakes_without_a_bucket(run: Run, folder: Path) -> None:
     says(folder, "[data/a.csv, s3://local/raw/in/]")
     code, _, err = run("job", "check", folder / "job.yaml")
     assert code == 2

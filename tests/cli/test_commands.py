@@ -67,7 +67,7 @@ def test_job_list_is_a_table_and_json(manager: type[FakeClient], run: Run) -> No
     assert json.loads(out) == jobs
 
 
-def test_job_show_says_why(manager: type[FakeClient], run: Run) -> None:
+def test_job_show_gives_the_wait_reason(manager: type[FakeClient], run: Run) -> None:
     """Pain 1: stuck, and no reason given."""
     eta = {"low_s": 60.0, "high_s": 120.0, "unmeasured": [], "text": "60 s to 2 min left"}
     manager.answers = {"job": a_job("sums-0123456789"), "why": "It waits for capacity.", "eta": eta}
@@ -82,7 +82,7 @@ def test_job_show_says_why(manager: type[FakeClient], run: Run) -> None:
 
 
 @pytest.mark.parametrize("verb", ["cancel", "pause", "resume", "retry"])
-def test_verbs_go_to_the_manager(manager: type[FakeClient], run: Run, verb: str) -> None:
+def test_job_verbs_call_the_manager(manager: type[FakeClient], run: Run, verb: str) -> None:
     manager.answers = {"jobs": [a_job("sums-0123456789")], verb: a_job("sums-0123456789", "PAUSED")}
     code, out, _ = run("job", verb, "last")
     assert (code, out) == (0, "sums-0123456789 PAUSED\n")
@@ -100,7 +100,7 @@ def test_a_job_that_no_listing_has_can_be_cancelled(manager: type[FakeClient], r
     assert err.startswith(f"Error: The job '{name}' does not exist.")
 
 
-def test_logs_show_who_printed_what(manager: type[FakeClient], run: Run) -> None:
+def test_logs_name_the_task_of_each_line(manager: type[FakeClient], run: Run) -> None:
     log = {"stage": "parse", "task": 3, "attempt": 2, "text": "one\n\x1b]0;evil\x07two\n"}
     manager.answers = {"job": a_job("sums-0123456789"), "logs": [log]}
     code, out, _ = run("job", "logs", "sums-0123456789", "parse/3")
@@ -135,7 +135,7 @@ A_FAILURE = {
 }
 
 
-def test_failures_are_told_by_cause(manager: type[FakeClient], run: Run) -> None:
+def test_failures_are_grouped_by_cause(manager: type[FakeClient], run: Run) -> None:
     groups = [{"fingerprint": "0123456789", "stage": "parse", "count": 12, "first": A_FAILURE}]
     manager.answers = {"job": a_job("sums-0123456789"), "failure_groups": groups}
     code, out, err = run("job", "failures", "sums-0123456789")
@@ -245,7 +245,7 @@ def test_grid_open_shows_an_address_that_works_once(
     assert len(opened) == 2
 
 
-def test_why_tells_of_each_reason_once_and_how_to_bring_it_home(manager: type[FakeClient], run: Run) -> None:
+def test_why_lists_each_reason_once_with_a_remedy(manager: type[FakeClient], run: Run) -> None:
     def failure(task: int, fingerprint: str) -> dict[str, Any]:
         where = {"stage": "parse", "task": task, "attempt": 2, "kind": "exception"}
         return {**where, "reason": f"bad {fingerprint}", "fingerprint": fingerprint}
@@ -351,7 +351,7 @@ def test_grid_workers_lists_instances(manager: type[FakeClient], run: Run) -> No
     assert re.search(r"^i-1 +default +InService +Healthy +yes +w-1 +1 +2 ", out, re.MULTILINE)
 
 
-def test_grid_scale_asks_only_for_what_was_said(manager: type[FakeClient], run: Run) -> None:
+def test_grid_scale_sends_only_the_given_limits(manager: type[FakeClient], run: Run) -> None:
     manager.answers = {"scale": a_grid()["pools"][0]}
     assert run("grid", "scale", "default", "--max", 4, "--desired", 2)[0] == 0
     asked = {"min": None, "max": 4, "desired": 2, "auto": None}
@@ -372,7 +372,7 @@ def test_grid_up_with_other_pools_is_refused_while_one_is_up(manager: type[FakeC
     assert "grid scale" in err
 
 
-def test_ledger_rebuild_says_how_many(manager: type[FakeClient], run: Run) -> None:
+def test_ledger_rebuild_prints_the_number_of_jobs(manager: type[FakeClient], run: Run) -> None:
     bad = {"key": "jobs/j/s/outcomes/aa/x.json", "reason": "a field is missing"}
     manager.answers = {"rebuild_ledger": {"jobs": 3, "unreadable": [bad]}}
     said = f"The ledger is rebuilt: 3 jobs.\nNot read: {bad['key']}: {bad['reason']}\n"
@@ -386,7 +386,7 @@ def test_ledger_rebuild_says_how_many(manager: type[FakeClient], run: Run) -> No
         (False, ["1 job not ended, and gone with it", "2 schedules gone with it"]),
     ],
 )
-def test_what_goes_with_a_grid_is_said_when_it_goes(
+def test_grid_down_names_what_it_deletes(
     manager: type[FakeClient], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: bool, said: list[str]
 ) -> None:
     """The bucket of a LocalStack of the grid's own, and all that is in it."""

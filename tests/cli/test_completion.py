@@ -113,7 +113,7 @@ def test_jobs_and_schedules_of_a_grid_that_is_up(
     assert complete("batchlab schedule pause n") == []
 
 
-def test_a_manager_that_does_not_answer_is_not_waited_for(
+def test_completion_does_not_wait_for_a_silent_manager(
     complete: Complete, home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(options, "COMPLETION_TIMEOUT_S", 0.01)

@@ -146,14 +146,14 @@ def test_an_estimate_is_a_range_with_its_lines_and_what_it_rests_on(run: Run, fo
         (["--seconds", "2", "--pool", "default:0-x"], "is not NAME:MIN-MAXxSLOTS"),
     ],
 )
-def test_what_is_wrong_is_a_sentence(run: Run, folder: Path, options: list[str], told: str) -> None:
+def test_mistakes_are_clear_sentences(run: Run, folder: Path, options: list[str], told: str) -> None:
     code, out, err = run("cost", "estimate", folder / "job.yaml", "--home", folder / "g", *options)
     assert (code, out) == (2, "")
     assert told in err
     assert "Traceback" not in err
 
 
-def test_results_that_are_fetched_home_are_in_it_once_their_size_is_known(run: Run, folder: Path) -> None:
+def test_downloaded_results_count_once_their_size_is_known(run: Run, folder: Path) -> None:
     home = Home(folder / "grid")
     ask = ("cost", "estimate", folder / "job.yaml", "--seconds", "2", "--json", "--home", home.path)
 
@@ -202,7 +202,7 @@ def test_input_that_does_not_exist_yet_needs_only_a_number(run: Run, folder: Pat
     assert run(*arguments, "--tasks", "total=1")[0] == 2, "nobody says how many come first"
 
 
-def test_an_earlier_run_says_how_long_tasks_take(manager: type[FakeClient], run: Run, folder: Path) -> None:
+def test_earlier_run_supplies_task_durations(manager: type[FakeClient], run: Run, folder: Path) -> None:
     stages = [{"name": "add", "mean_s": 2.0}, {"name": "total", "mean_s": 4.0}]
     earlier = {**a_job("sums-0123456789"), "stages": stages}
     manager.answers = {"jobs": [{**a_job("other-0123456789")}, earlier]}
@@ -266,7 +266,7 @@ def test_a_bill_on_a_stack_has_the_data_that_was_counted(
     assert "messages alone are counted" in out
 
 
-def test_what_tasks_wrote_and_printed_is_stored_too(tmp_path: Path) -> None:
+def test_stored_outputs_and_logs_are_counted(tmp_path: Path) -> None:
     for n, name in enumerate(("jobs", "raw", "files", "logs", "code"), start=1):
         (tmp_path / name / "j").mkdir(parents=True)
         (tmp_path / name / "j" / "a").write_bytes(b"x" * 10**n)
@@ -279,7 +279,7 @@ def test_a_bill_where_nothing_has_run(run: Run, tmp_path: Path) -> None:
     assert "knows of no jobs" in err
 
 
-def test_status_says_what_it_costs_only_where_that_makes_sense(manager: type[FakeClient], run: Run) -> None:
+def test_status_shows_cost_only_where_it_applies(manager: type[FakeClient], run: Run) -> None:
     manager.answers = {"grid": a_grid(), "use": grid_use(max_cost_usd=50.0)}
     _, out, _ = run("grid", "status")
     assert "USD" not in out
@@ -307,7 +307,7 @@ def test_a_job_shows_its_cost_and_that_its_cap_is_reached(manager: type[FakeClie
 # --- Caps ----------------------------------------------------------------------------------------
 
 
-def test_caps_are_set_and_taken_away(manager: type[FakeClient], run: Run) -> None:
+def test_caps_are_set_and_removed(manager: type[FakeClient], run: Run) -> None:
     manager.answers = {"jobs": [a_job("sums-0123456789")], "cap_job": job_use(), "cap_grid": grid_use()}
     assert run("job", "cap", "last", "2.50USD")[0] == 0
     assert run("job", "cap", "last", "none")[0] == 0
@@ -321,9 +321,7 @@ def test_caps_are_set_and_taken_away(manager: type[FakeClient], run: Run) -> Non
 
 
 @pytest.mark.parametrize("amount", ["5", "5EUR", "five", "-1USD"])
-def test_an_amount_without_usd_is_refused_before_anybody_is_asked(
-    manager: type[FakeClient], run: Run, amount: str
-) -> None:
+def test_amount_without_usd_is_refused_before_any_request(manager: type[FakeClient], run: Run, amount: str) -> None:
     code, _, err = run("grid", "cap", "--", amount)
     assert code == 2
     assert "is not an amount in USD" in err
@@ -345,7 +343,7 @@ def test_a_job_file_has_its_cap_in_usd_and_it_does_not_change_its_digest(folder:
     assert "USD" in str(caught.value.errors[0])
 
 
-def test_the_simulator_keeps_no_account(run: Run, folder: Path) -> None:
+def test_simulator_has_no_cost_account(run: Run, folder: Path) -> None:
     code, _, err = run("run", folder / "job.yaml", "--backend", "sim", "--max-cost", "5USD")
     assert code == 2
     assert "does not record costs" in err

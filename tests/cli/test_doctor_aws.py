@@ -31,7 +31,7 @@ def nobody(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("nobody")
-def test_before_there_is_a_stack_all_that_is_missing_is_told(tmp_path: Path) -> None:
+def test_doctor_lists_missing_parts_before_the_first_stack(tmp_path: Path) -> None:
     found = {one.about: one for one in stack_findings(Home(tmp_path), factory.load("aws"))}
     assert list(found) == ["account", "stack", "session"]
     assert {one.level for one in found.values()} == {Level.FAIL}
@@ -41,14 +41,14 @@ def test_before_there_is_a_stack_all_that_is_missing_is_told(tmp_path: Path) -> 
 
 
 @pytest.mark.usefixtures("nobody")
-def test_without_credentials_a_known_stack_is_not_asked_for(tmp_path: Path) -> None:
+def test_known_stack_is_not_queried_without_credentials(tmp_path: Path) -> None:
     home = Home(tmp_path)
     aws_deployment.write(home, KNOWN)
     assert [one.about for one in stack_findings(home, factory.load("aws"))] == ["account", "session"]
 
 
 @pytest.mark.usefixtures("nobody")
-def test_who_calls_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_caller_identity_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def opened(region: str | None = None, **_: object) -> Account:
         return Account(region or "eu-west-2", "123", "arn:aws:sts::123:assumed-role/ops/me")
 
@@ -58,7 +58,7 @@ def test_who_calls_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert first.text == "123 in eu-west-2, as arn:aws:sts::123:assumed-role/ops/me"
 
 
-def test_a_home_that_knows_a_stack_says_how_to_connect_to_it(tmp_path: Path) -> None:
+def test_home_of_a_stack_explains_how_to_connect(tmp_path: Path) -> None:
     """`grid up` alone would start another grid, on this machine."""
     home = Home(tmp_path)
     with pytest.raises(Unreachable) as told, session.connect(home):

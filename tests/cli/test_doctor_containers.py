@@ -75,7 +75,7 @@ def test_nothing_is_wrong_where_all_is_well(monkeypatch: pytest.MonkeyPatch, tmp
         ("token", {}, {}, {"BATCHLAB_LOCALSTACK_IMAGE": "localstack/localstack:3.8"}, "too old"),
     ],
 )
-def test_what_is_wrong_is_named_with_a_remedy(
+def test_problems_are_named_with_a_remedy(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     about: str,
@@ -97,7 +97,7 @@ def test_a_token_is_enough_for_a_newer_image(monkeypatch: pytest.MonkeyPatch, tm
     assert "x" not in one.text.split()
 
 
-def test_an_image_that_is_not_here_and_a_full_disk_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_image_and_full_disk_are_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(doctor, "FAIL_BELOW_BYTES", 2**80)
     found = examined(monkeypatch, tmp_path, broken={"image": "No such image"})
     assert found["image"].level is Level.WARN
@@ -105,7 +105,7 @@ def test_an_image_that_is_not_here_and_a_full_disk_are_told(monkeypatch: pytest.
     assert found["disk"].level is Level.FAIL
 
 
-def test_what_was_left_behind_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_leftovers_are_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     labels = {compose_project.LABEL: "batchlab-1", compose_project.HOME_LABEL: str(tmp_path / "gone")}
     volume = Found("volume", "1", "postgres", labels)
     one = examined(monkeypatch, tmp_path, left=[volume])["orphans"]

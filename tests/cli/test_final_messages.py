@@ -41,7 +41,7 @@ def a_summary(tmp_path: Path, **more: Any) -> Summary:
     return Summary(view(**more), phases, {"default": 2}, {"parse": 1}, (), fetched)
 
 
-def test_the_summary_says_where_the_time_went(tmp_path: Path) -> None:
+def test_summary_shows_how_the_time_was_spent(tmp_path: Path) -> None:
     text = a_summary(tmp_path, state="FAILED", reason="1 of 10 failed").text()
     assert "sums-0123456789 FAILED in" in text
     assert "10 tasks, 1 failed, 1 retried" in text
@@ -83,7 +83,7 @@ def test_the_summary_of_a_failure_shows_where_each_cause_was_raised(tmp_path: Pa
 
 
 @pytest.mark.parametrize("message", ["bad: 'x'", "bad\n  in two lines", "very bad " * 40])
-def test_the_reason_of_a_failure_is_said_once_and_fully(tmp_path: Path, message: str) -> None:
+def test_failure_reason_is_printed_once_and_in_full(tmp_path: Path, message: str) -> None:
     """Of the job, of the task and in the traceback it is the same."""
 
     try:
@@ -104,7 +104,7 @@ def test_the_reason_of_a_failure_is_said_once_and_fully(tmp_path: Path, message:
     assert summary.to_json()["job"]["reason"] == reason
 
 
-def test_what_the_reason_of_a_failure_leaves_out_stays_in_its_traceback(tmp_path: Path) -> None:
+def test_traceback_keeps_what_the_failure_reason_omits(tmp_path: Path) -> None:
     summary = a_summary(tmp_path, state="FAILED", reason="of another; task parse/9: bad")
     summary.failures = [{**failure(3, "a"), "reason": "SyntaxError: no"}]
     text = summary.text()
@@ -222,7 +222,7 @@ def test_the_doctor_finds_what_is_wrong(tmp_path: Path, monkeypatch: pytest.Monk
     assert found["folder"] == found["port"] == found["clock"] == {Level.FAIL}
 
 
-def test_the_doctor_tells_of_a_manager_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_reports_a_silent_manager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record = ManagerRecord("http://127.0.0.1:9", 1, "m", "local")
     monkeypatch.setattr(Home, "record", lambda _: record)
     assert levels(Home(tmp_path))["manager"] == {Level.FAIL}

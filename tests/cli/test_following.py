@@ -58,14 +58,14 @@ def followed(manager: Manager, which: LogFilter = ALL) -> list[str]:
     return [f"{one.name}{'!' if one.is_note else ':'}{one.text}" for one in lines]
 
 
-def test_lines_come_once_though_they_are_seen_twice() -> None:
+def test_repeated_lines_are_printed_once() -> None:
     manager = Manager({}, {}, {"logs": [log("one\ntwo ü\nthree\nfour")], "seq": 5}, {"ended": True})
     manager.tail_answers = iter([[tail("one\ntwo")], [tail("one\ntwo ü\nth")]])
     assert followed(manager) == ["s/0:one", "s/0:two ü", "s/0:three", "s/0:four"]
     assert [how["seq"] for what, how in manager.asked if what == "news"] == [None, None, None, 5]
 
 
-def test_what_came_too_fast_is_named_and_the_end_is_whole() -> None:
+def test_skipped_output_is_named_and_the_end_is_complete() -> None:
     manager = Manager({}, {}, {"logs": [log("a\n" + "x" * 50 + "\nz\n")]}, {"ended": True})
     manager.tail_answers = iter([[tail("a\nx")], [tail("x\n", 51)]])
     missing = "s/0!48 bytes came too fast to be followed"
@@ -83,13 +83,13 @@ def test_a_log_that_was_cut_is_not_taken_for_what_was_seen() -> None:
     assert len(followed(Manager({"logs": [log(text)]}, {"ended": True}))) == 3
 
 
-def test_a_late_tail_of_a_task_that_has_ended_says_nothing() -> None:
+def test_late_live_log_of_an_ended_task_is_ignored() -> None:
     manager = Manager({"logs": [log("a\n")]}, {}, {"ended": True})
     manager.tail_answers = iter([[tail("a\n")], [tail("a\n")]])
     assert followed(manager) == ["s/0:a"]
 
 
-def test_a_log_that_is_not_stored_yet_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log_that_is_not_stored_yet_is_requested_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(job_logs, "AGAIN_S", 0.0)
     missing = log("(not stored)", stored=False)
     manager = Manager({"logs": [missing]}, {}, {"ended": True})
@@ -99,7 +99,7 @@ def test_a_log_that_is_not_stored_yet_is_asked_for_again(monkeypatch: pytest.Mon
     assert followed(gone) == ["s/0!what it printed was never stored: its worker is gone"]
 
 
-def test_of_one_task_or_of_failed_ones_only() -> None:
+def test_logs_of_one_task_or_of_failed_tasks() -> None:
     manager = Manager({}, {"ended": True})
     manager.tail_answers = iter([[tail("a\n"), tail("b\n", task=1)]])
     assert followed(manager, LogFilter(stage="s", task=1)) == ["s/1:b"]
@@ -111,7 +111,7 @@ def test_of_one_task_or_of_failed_ones_only() -> None:
     assert manager.asked[0][1]["since_s"] == 60.0
 
 
-def test_a_manager_that_does_not_wait_is_not_asked_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_follow_stops_if_the_manager_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(job_logs, "GAP_S", 0.05)
     began_s = time.monotonic()
     followed(Manager({}, {}, {}, {"ended": True}))

@@ -56,14 +56,14 @@ def test_targets_are_listed(run: Run) -> None:
     assert json.loads(run("notify", "list", "--json")[1]) == [TARGET]
 
 
-def test_nobody_is_a_sentence(run: Run) -> None:
+def test_missing_targets_are_a_clear_sentence(run: Run) -> None:
     FakeClient.answers = {"notify_targets": [], "notifications": []}
     assert run("notify", "list")[2].startswith("There are no targets: ")
     assert run("notify", "log")[2] == "There are no notifications yet.\n"
     assert run("notify", "log", "--json")[1] == "[]\n"
 
 
-def test_a_test_that_fails_says_so_and_exits_with_1(run: Run) -> None:
+def test_failed_test_notification_exits_with_1(run: Run) -> None:
     FakeClient.answers = {"notify_test": {"target": "ops", "error": ""}}
     assert run("notify", "test", "ops") == (0, "ops was notified.\n", "")
     FakeClient.answers = {"notify_test": {"target": "ops", "error": "It is away."}}
@@ -84,9 +84,7 @@ def test_the_log_shows_no_control_character(run: Run) -> None:
 # --- How a grid is brought up to be looked at ----------------------------------------------------
 
 
-def test_a_format_that_there_is_not_is_refused_before_anything_starts(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unknown_format_is_refused_before_the_start(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BATCHLAB_LOG_FORMAT", "text")
     code, _, err = run("grid", "up", "--log-format", "xml")
     assert (code, err.splitlines()[0]) == (2, "Error: --log-format is 'xml', which is no format.")

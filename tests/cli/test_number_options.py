@@ -61,7 +61,7 @@ def test_the_notice_and_the_drain_of_an_auto_scaling_endpoint_are_durations(
         ),
     ],
 )
-def test_what_is_no_duration_is_refused_with_how_to_write_one(
+def test_invalid_duration_is_refused_with_the_valid_forms(
     run: Run, arguments: tuple[str, ...], message: str, remedy: str
 ) -> None:
     assert run(*arguments) == (2, "", f"Error: {message}\n  {remedy}\n")
@@ -108,7 +108,7 @@ def test_a_number_that_cannot_be_is_refused_in_a_sentence(
     assert run(*arguments) == (2, "", f"Error: {message}\n  {remedy}\n")
 
 
-def test_what_else_the_parser_refuses_stays_in_its_words(run: Run) -> None:
+def test_other_parser_errors_keep_their_text(run: Run) -> None:
     code, _, err = run("run")
     assert code == 2
     assert "Missing argument 'FILE'" in err

@@ -50,7 +50,7 @@ def test_every_command_has_help_with_one_example(run: Run, command: str) -> None
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_listing_speaks_json(run: Run, command: str) -> None:
+def test_every_listing_has_json(run: Run, command: str) -> None:
     silent = {"init", "schema", "job watch", "grid down"}
     _, out, _ = run(*command.split(), "--help")
     assert ("--json" in out) is (command not in silent)
@@ -91,7 +91,7 @@ def test_help_and_services_import_nothing_heavy(arguments: list[str]) -> None:
         assert not imported & (HEAVY | {"typer", "click"})
 
 
-def test_a_command_imports_no_others() -> None:
+def test_command_imports_no_other_command() -> None:
     imported = imported_by("job", "--help")
     heavy = HEAVY - {"pydantic", "socket", "typing_extensions"}  # typer reads parameters with them
     assert imported.isdisjoint(heavy), imported & heavy
@@ -153,7 +153,7 @@ def test_a_package_that_is_missing_is_named_and_what_to_do(
     assert "Traceback" not in told
 
 
-def test_what_every_installation_has_is_what_it_asks_for() -> None:
+def test_required_dependencies_match_the_installation() -> None:
     homes = metadata.packages_distributions()
     asked = {canonicalize_name(Requirement(one).name) for one in metadata.requires("batchlab") or ()
              if "extra ==" not in one}  # fmt: skip
@@ -181,7 +181,7 @@ def test_wrong_usage_exits_with_two(run: Run) -> None:
 @pytest.mark.parametrize(
     ("given", "meant"), [("submit", "'job submit'"), ("check", "'job check' or 'scenario check'"), ("rum", "'run'")]
 )
-def test_a_command_that_is_not_there_names_the_one_that_is(run: Run, given: str, meant: str) -> None:
+def test_unknown_command_suggests_the_right_one(run: Run, given: str, meant: str) -> None:
     code, _, err = run(given)
     assert code == 2
     assert f"No such command '{given}'. Did you mean {meant}?" in err
@@ -208,7 +208,7 @@ def test_results_that_find_no_folder_are_refused_before_the_job_runs(run: Run, t
         assert "Starting a grid" not in err
 
 
-def test_every_mistake_of_a_job_file_is_told_with_its_line(run: Run, tmp_path: Path) -> None:
+def test_every_mistake_of_a_job_file_has_its_line(run: Run, tmp_path: Path) -> None:
     file = tmp_path / "job.yaml"
     file.write_text("name: x\ninput: {files: nothing-*.csv}\nstages:\n  - name: a\n    pythn: b:c\n")
     code, out, err = run("job", "check", file)
@@ -225,7 +225,7 @@ def test_complaints_keep_a_jobs_own_control_characters_off_the_terminal(capsys: 
     assert err.count("\n") == 2
 
 
-def test_several_errors_are_told_one_by_one(capsys: pytest.CaptureFixture[str]) -> None:
+def test_several_errors_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     first = JobFileError("No name.", file="job.yaml", line=1, remedy="Write one.")
     output.complain(JobFileErrors([first, JobFileError("No stages.", file="job.yaml")]))
     assert capsys.readouterr().err == ("job.yaml:1: No name.\n  Write one.\njob.yaml: No stages.\n")
@@ -260,7 +260,7 @@ def test_init_never_replaces_a_file(run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("example", ["claims", "transform", "sort"])
-def test_init_of_an_example_comes_with_data_that_it_runs_on(
+def test_init_of_an_example_includes_its_data(
     run: Run, tmp_path: Path, example: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(demo, "_RECORDS_BYTES", 2**16)

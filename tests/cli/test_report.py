@@ -41,7 +41,7 @@ def test_rows_are_a_table_json_or_csv(run: Run, made: str) -> None:
     assert "two answers" in err
 
 
-def test_queries_are_listed_and_asked_by_name(run: Run, made: str) -> None:
+def test_queries_are_listed_and_run_by_name(run: Run, made: str) -> None:
     code, out, _ = run("report", "queries")
     assert code == 0
     assert "slowest_tasks" in out
@@ -78,7 +78,7 @@ def test_no_text_of_a_job_reaches_the_terminal_as_it_is(run: Run, made: str) -> 
         (("pull", "last", "--backend", "aws"), "so the last job is unknown"),
     ],
 )
-def test_mistakes_are_said_in_a_sentence(
+def test_mistakes_are_clear_sentences(
     arguments: tuple[str, ...], said: str, run: Run, made: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -100,7 +100,7 @@ def test_mistakes_are_said_in_a_sentence(
         ("job", "replay-task", "sums-0123456789", "add/0"),
     ],
 )
-def test_a_bucket_that_went_with_its_grid_is_not_waited_for(command: tuple[str, ...], run: Run, tmp_path: Path) -> None:
+def test_report_does_not_wait_for_a_deleted_bucket(command: tuple[str, ...], run: Run, tmp_path: Path) -> None:
     home = Home(tmp_path)
     home.of("ministack").mkdir()
     # Nothing listens there; what did has ended with the grid.
@@ -114,7 +114,7 @@ def test_a_bucket_that_went_with_its_grid_is_not_waited_for(command: tuple[str, 
     assert f"No grid on localstack is up in {tmp_path}" in err
 
 
-def test_a_folder_that_is_no_run_is_not_written_over(
+def test_folder_that_is_not_a_run_is_not_overwritten(
     run: Run, manager: type[FakeClient], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -141,7 +141,7 @@ def test_a_replays_record_stands_for_all_of_its_jobs(run: Run, tmp_path: Path, m
     assert "forecast.json is the record of a forecast, whose jobs have not run." in err
 
 
-def test_a_damaged_folder_is_told(run: Run, made: str, tmp_path: Path) -> None:
+def test_damaged_folder_is_reported(run: Run, made: str, tmp_path: Path) -> None:
     shutil.copytree(made, tmp_path / "run")
     (tmp_path / "run" / "tasks.parquet").write_bytes(b"PAR1 and then nothing")
     code, _, err = run("report", "query", "stages", str(tmp_path / "run"))
@@ -149,7 +149,7 @@ def test_a_damaged_folder_is_told(run: Run, made: str, tmp_path: Path) -> None:
     assert "cannot be read" in err
 
 
-def test_a_report_that_could_not_be_written_is_told_with_its_job(run: Run, manager: type[FakeClient]) -> None:
+def test_failed_report_is_named_with_its_job(run: Run, manager: type[FakeClient]) -> None:
     job = a_job("sums-0123456789", "SUCCEEDED", report="the disk is full")
     manager.answers = {"job": job, "why": "it has ended", "eta": {"text": "it has ended"}}
     code, out, _ = run("job", "show", "sums-0123456789")

@@ -67,7 +67,7 @@ def a_run(ended: JobState | None) -> submission.EarlierRun:
 @pytest.mark.parametrize("ended", [None, *sorted(ENDED)])
 @pytest.mark.parametrize("resume", [True, False])
 @pytest.mark.parametrize("cache", [True, False])
-def test_which_run_is_gone_on_with(ended: JobState | None, resume: bool, cache: bool) -> None:
+def test_run_that_resume_continues(ended: JobState | None, resume: bool, cache: bool) -> None:
     failed = ended in (JobState.FAILED, JobState.CANCELLED)
     refused = (resume and failed) or (not resume and ended is None)
     if refused:
@@ -85,7 +85,7 @@ def test_the_first_run_needs_no_earlier_one() -> None:
         assert run_job.choose(None, resume=flag, cache=flag) == 1
 
 
-def test_the_command_to_go_on_with_is_the_one_that_was_given() -> None:
+def test_suggested_resume_command_repeats_the_given_one() -> None:
     given = ["run", "my job.yaml", "--set", "a=b c", "--debug"]
     once = run.again(given)
     assert once == "batchlab run 'my job.yaml' --set 'a=b c' --resume"
@@ -114,7 +114,7 @@ def test_a_job_without_wishes_gets_the_backends_own_pools(jobfile: JobFile) -> N
     assert run_job.pools_for(factory.load("local"), jobfile) == ()
 
 
-def test_the_grid_has_every_pool_and_slot_that_the_job_asks_for(jobfile: JobFile) -> None:
+def test_grid_has_every_pool_and_slot_of_the_job(jobfile: JobFile) -> None:
     """Pain 1: a stage whose pool does not exist waits for ever elsewhere."""
     wish = "timeout: 1m\n    pool: big\n    resources: {slots: 4}\n    retry: 3"
     jobfile = edited(jobfile, "timeout: 1m\n    retry: 3", wish)
@@ -138,7 +138,7 @@ def test_a_pool_reads_as_it_is_written(text: str) -> None:
 @pytest.mark.parametrize(
     "text", ["default", "default:4", "default:4-2x1", "default:0-4x0", "Default:0-4x1", "a:0-4x1 "]
 )
-def test_what_is_no_pool_is_refused_with_an_example(text: str) -> None:
+def test_invalid_pool_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(UsageError, match="default:0-4x1"):
         options.parse_pool(text)
 
@@ -202,9 +202,7 @@ def managers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[
     return make
 
 
-def test_a_manager_that_dies_is_replaced_and_the_question_asked_again(
-    managers: Callable[[list[int]], Managers],
-) -> None:
+def test_dead_manager_is_replaced_and_the_request_repeated(managers: Callable[[list[int]], Managers]) -> None:
     made = managers([1, 1, 3])
     with Session(made.home, factory.load("local")) as grid:
         grid.start()
@@ -226,7 +224,7 @@ def test_managers_that_keep_dying_are_given_up_with_exit_code_three(managers: Ca
     assert error.value.exit_code == 3
 
 
-def test_the_next_manager_of_a_standing_grid_stays_up_too(managers: Callable[[list[int]], Managers]) -> None:
+def test_next_manager_of_a_standing_grid_keeps_running(managers: Callable[[list[int]], Managers]) -> None:
     made = managers([1, 2])
     made.started = 1
     with Session(made.home, factory.load("local"), [Pool("big", 0, 9, 9)]) as grid:
@@ -252,9 +250,7 @@ def test_containers_that_stand_without_a_manager_are_not_taken_down(managers: Ca
     assert not made.options[0]["parent"]
 
 
-def test_after_containers_were_taken_down_the_next_ones_are_the_commands_own(
-    managers: Callable[[list[int]], Managers],
-) -> None:
+def test_containers_after_grid_down_belong_to_the_command(managers: Callable[[list[int]], Managers]) -> None:
     made = managers([1, 2])
     made.backend, made.started = "localstack", 1
     at = Deployment("batchlab-1", "10.213.70", "image:1", "1:1", "3.13")
@@ -267,9 +263,7 @@ def test_after_containers_were_taken_down_the_next_ones_are_the_commands_own(
     assert (made.started, made.stopped) == (2, 1)
 
 
-def test_a_manager_that_another_command_started_meanwhile_is_left_to_that(
-    managers: Callable[[list[int]], Managers],
-) -> None:
+def test_manager_of_another_command_keeps_running(managers: Callable[[list[int]], Managers]) -> None:
     made = managers([2])
     made.is_ours = False
     with Session(made.home, factory.load("local")) as grid:
@@ -278,7 +272,7 @@ def test_a_manager_that_another_command_started_meanwhile_is_left_to_that(
     assert made.stopped == 0
 
 
-def test_a_manager_that_docker_starts_again_is_waited_for(managers: Callable[[list[int]], Managers]) -> None:
+def test_command_waits_for_a_manager_that_docker_restarts(managers: Callable[[list[int]], Managers]) -> None:
     """A command that did not start the grid does not start its manager either."""
     made = managers([1, 1])
     made.started = 1
@@ -315,7 +309,7 @@ def test_a_grid_that_was_up_is_left_up(managers: Callable[[list[int]], Managers]
     assert (made.started, made.stopped) == (1, 0)
 
 
-def test_a_manager_that_does_not_lead_yet_is_waited_for(managers: Callable[[list[int]], Managers]) -> None:
+def test_command_waits_for_a_manager_that_does_not_lead_yet(managers: Callable[[list[int]], Managers]) -> None:
     made = managers([5])
     refusals = iter([BackendError("It does not lead."), BackendError("It does not lead.")])
 
@@ -329,7 +323,7 @@ def test_a_manager_that_does_not_lead_yet_is_waited_for(managers: Callable[[list
         assert grid.call(ask) == "now"
 
 
-def test_another_backends_grid_is_not_taken(
+def test_grid_of_another_backend_is_refused(
     managers: Callable[[list[int]], Managers], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = managers([5])
@@ -343,7 +337,7 @@ def test_another_backends_grid_is_not_taken(
 # --- Progress ------------------------------------------------------------------------------------
 
 
-def test_plain_progress_has_no_control_codes_and_says_only_what_is_new(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plain_progress_has_no_control_codes_and_prints_only_changes(capsys: pytest.CaptureFixture[str]) -> None:
     """Pain 13 and CI logs: a line has to read well without a terminal."""
     grid = cast("GridView", a_grid())
     with progress.JobDisplay(is_live=False, every_s=60) as lines:
@@ -356,7 +350,7 @@ def test_plain_progress_has_no_control_codes_and_says_only_what_is_new(capsys: p
     assert told[0].endswith("sums-0123456789 RUNNING: parse 5/10 (1 failed); 1/1 workers")
 
 
-def test_plain_progress_is_told_again_after_a_while_if_there_is_news(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plain_progress_repeats_changes_after_a_while(capsys: pytest.CaptureFixture[str]) -> None:
     with progress.JobDisplay(is_live=False, every_s=0) as lines:
         job = view()
         lines.show(job, None)

@@ -19,7 +19,7 @@ def test_every_command_has_help_with_one_example(run: Run, command: str) -> None
     assert out.count(f"Example: batchlab scenario {command}") == 1
 
 
-def test_the_shipped_ones_are_listed_with_what_they_teach(run: Run) -> None:
+def test_shipped_scenarios_are_listed_with_their_lessons(run: Run) -> None:
     code, out, _ = run("scenario", "list")
     assert code == 0
     for one in loader.shipped_scenarios():
@@ -29,7 +29,7 @@ def test_the_shipped_ones_are_listed_with_what_they_teach(run: Run) -> None:
     assert [one["name"] for one in json.loads(out)] == loader.names()
 
 
-def test_a_check_tells_the_prose_draws_the_peak_and_names_the_faults(run: Run, tmp_path: Path) -> None:
+def test_check_describes_the_scenario_and_draws_its_peak(run: Run, tmp_path: Path) -> None:
     file = tmp_path / "s.yaml"
     file.write_text(FULL)
     code, out, err = run("scenario", "check", str(file))
@@ -51,7 +51,7 @@ def test_a_seed_draws_other_arrivals(run: Run, tmp_path: Path) -> None:
     assert first["faults"][0]["name"] == "kill"
 
 
-def test_mistakes_are_told_with_file_and_line_and_nothing_else(run: Run, tmp_path: Path) -> None:
+def test_mistakes_have_file_and_line_only(run: Run, tmp_path: Path) -> None:
     file = tmp_path / "s.yaml"
     file.write_text(changed("zones: 2", "zone: 2").replace("max: 4", "max: 0"))
     code, out, err = run("scenario", "check", str(file))
@@ -76,7 +76,7 @@ def test_odd_records_are_counted_by_kind(run: Run, tmp_path: Path) -> None:
     assert [odd["line"] for odd in json.loads(out)["odd"]] == [3, 4, 5]
 
 
-def test_of_a_trace_it_is_told_what_is_used_and_what_time_it_was(run: Run, tmp_path: Path) -> None:
+def test_check_describes_the_used_part_of_a_trace(run: Run, tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("at\n2026-10-30 18:05:00\nsoon\n2026-10-30 18:30:00\n")
     file = tmp_path / "s.yaml"
     file.write_text(changed("poisson: {per_hour: 60, until: 1h}", "trace: {file: t.csv, columns: {at: at}}"))
@@ -122,7 +122,7 @@ def test_a_trace_without_a_usable_record_is_refused(run: Run, tmp_path: Path) ->
         ("at: 10m, until: 20m", "at: 9d, until: 10d", "The prewarm of 'default' at 9 days comes"),
     ],
 )
-def test_what_a_run_would_not_show_is_asked_about(run: Run, tmp_path: Path, old: str, new: str, doubt: str) -> None:
+def test_questions_about_what_a_run_would_not_show(run: Run, tmp_path: Path, old: str, new: str, doubt: str) -> None:
     file = tmp_path / "s.yaml"
     text = changed(old, new).replace("expect: {late: 0, cost: 2 USD, ", "expect: {late: 0, ")
     file.write_text(text)

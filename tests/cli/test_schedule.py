@@ -148,7 +148,7 @@ def test_a_span_may_be_a_number_of_seconds(manager: type[FakeClient], run: Run, 
     assert (schedule["prewarm_s"], schedule["missed_within_s"]) == (600.0, 90.5)
 
 
-def test_what_the_file_says_of_its_times_counts_unless_an_option_does(
+def test_times_of_the_file_apply_unless_an_option_overrides_them(
     manager: type[FakeClient], run: Run, folder: Path
 ) -> None:
     text = jobfiles.MINIMAL + 'cron: "5 4 * * *"\ntimezone: Europe/Berlin\n'
@@ -180,7 +180,7 @@ def test_what_the_file_says_of_its_times_counts_unless_an_option_does(
         (("--cron", "* * * * *", "--set", "year=1"), "there is no parameter 'year'"),
     ],
 )
-def test_a_mistake_is_told_before_the_manager_is_asked(
+def test_mistake_is_reported_before_any_request(
     manager: type[FakeClient], run: Run, folder: Path, options: tuple[str, ...], told: str
 ) -> None:
     assert told in refused(run, folder, *options)
@@ -208,7 +208,7 @@ def test_each_runs_input_may_be_a_prefix_of_the_bucket(
 
 
 @pytest.mark.parametrize("command", [("job", "submit"), ("run",)])
-def test_a_job_that_says_cron_is_not_run_once(
+def test_job_file_with_a_cron_is_not_run_once(
     manager: type[FakeClient], run: Run, folder: Path, command: tuple[str, ...]
 ) -> None:
     (folder / "job.yaml").write_text(jobfiles.MINIMAL + 'cron: "5 4 * * *"\n')
@@ -222,7 +222,7 @@ def test_a_job_that_says_cron_is_not_run_once(
 # --- Looking -------------------------------------------------------------------------------------
 
 
-def test_the_list_says_what_is_next_and_what_was_last(manager: type[FakeClient], run: Run) -> None:
+def test_list_shows_the_next_and_the_last_run(manager: type[FakeClient], run: Run) -> None:
     schedules = [a_schedule(), a_schedule(name="once", cron="", at_s=DUE_S, runs=[], next_s=None)]
     notes = ["schedule nightly: the run of 2026 is skipped: 3 due times were missed"]
     manager.answers = {"schedules": {"schedules": schedules, "notes": notes}}
@@ -256,7 +256,7 @@ def test_a_schedule_shows_its_runs_and_why_one_was_skipped(manager: type[FakeCli
     assert shown["changed"] == ""
 
 
-def test_a_job_file_that_has_changed_since_is_told_of(manager: type[FakeClient], run: Run, folder: Path) -> None:
+def test_changed_job_file_is_reported(manager: type[FakeClient], run: Run, folder: Path) -> None:
     said, _ = added(manager, run, folder, "--cron", "30 2 * * *")
     view: Any = a_schedule(source=said["source"], source_digest=said["source_digest"])
     assert schedule_upload.since(view) == ""
@@ -286,7 +286,7 @@ def test_due_times_are_listed_in_the_zone_and_in_utc(manager: type[FakeClient], 
 
 
 @pytest.mark.parametrize("verb", ["pause", "resume", "remove"])
-def test_verbs_of_schedules_go_to_the_manager(manager: type[FakeClient], run: Run, verb: str) -> None:
+def test_schedule_verbs_call_the_manager(manager: type[FakeClient], run: Run, verb: str) -> None:
     runs = [a_run(state="running", result="")]
     manager.answers = {f"{verb}_schedule": a_schedule(state="paused", runs=runs)}
     code, out, err = run("schedule", verb, "nightly")
@@ -296,7 +296,7 @@ def test_verbs_of_schedules_go_to_the_manager(manager: type[FakeClient], run: Ru
     assert manager.asked[-1] == (f"{verb}_schedule", ("nightly",), {})
 
 
-def test_run_prints_the_job_and_asks_with_a_token_of_its_own(manager: type[FakeClient], run: Run) -> None:
+def test_run_prints_the_job_and_uses_a_new_token(manager: type[FakeClient], run: Run) -> None:
     manager.answers = {"run_schedule": a_run(by_hand=True)}
     assert run("schedule", "run", "nightly")[:2] == (0, "j-0123456789\n")
     assert run("schedule", "run", "nightly")[0] == 0
@@ -318,7 +318,7 @@ def test_run_prints_the_job_and_asks_with_a_token_of_its_own(manager: type[FakeC
         Refused("There is a schedule 'x' already.", remedy="Say --replace to change it."),
     ],
 )
-def test_what_the_manager_declines_is_a_sentence(manager: type[FakeClient], run: Run, error: Exception) -> None:
+def test_refusal_of_the_manager_is_a_clear_sentence(manager: type[FakeClient], run: Run, error: Exception) -> None:
     manager.answers = {"pause_schedule": error}
     code, out, err = run("schedule", "pause", "x")
     assert (code, out) == (2, "")

@@ -64,7 +64,7 @@ def test_one_that_is_dropped_in_code_of_users_is_too(dropping: Callable[[], None
         run()
 
 
-def test_other_errors_of_finalizers_are_told_as_ever(capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_finalizer_errors_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     thing = Thing()
     _kept = weakref.ref(thing, lambda _: 1 / 0)
     del thing
@@ -72,7 +72,7 @@ def test_other_errors_of_finalizers_are_told_as_ever(capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize("place", ["", "    "], ids=["import", "task"])
-def test_ctrl_c_ends_a_simulated_run_whatever_it_hits(
+def test_ctrl_c_ends_a_simulated_run_at_any_point(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], place: str
 ) -> None:
     """The command waits for a task process at that moment. What that process raises is a failure

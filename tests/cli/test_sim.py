@@ -79,7 +79,7 @@ def test_a_campaign_shows_what_happened_and_how_often(run: Run, tmp_path: Path) 
     assert f"| `kill_before` | {told['kill_before'][0]} |" in markdown
 
 
-def test_json_says_the_same(run: Run) -> None:
+def test_json_matches_the_text(run: Run) -> None:
     code, out, _ = run("sim", "fuzz", "--seeds", 2, "--weather", "storm", "--jobs", 1, "--json")
     told = json.loads(out)
     assert code == 0
@@ -90,7 +90,7 @@ def test_json_says_the_same(run: Run) -> None:
 
 
 @pytest.mark.usefixtures("failing")
-def test_failures_come_with_the_promise_the_fewest_faults_and_the_command(run: Run, tmp_path: Path) -> None:
+def test_failures_show_the_promise_the_fewest_faults_and_the_command(run: Run, tmp_path: Path) -> None:
     file = tmp_path / "report.md"
     code, out, _ = run("sim", "fuzz", "--seeds", 7, "--weather", "storm", "--report", file)
     assert code == 1
@@ -107,7 +107,7 @@ def test_failures_come_with_the_promise_the_fewest_faults_and_the_command(run: R
     assert "after 2 faults; no fewer that break it were found in time" in out
 
 
-def test_a_search_for_the_fewest_that_was_cut_short_says_so() -> None:
+def test_aborted_search_for_the_fewest_faults_is_reported() -> None:
     failure = Failure(3, "I2", "I2 is violated: 3 planned, 2+0+0 ended", (LOST, KILLED))
     campaign = Campaign(0, 4, "all", 1)
     campaign.tally.add(Tried(3, failure.faults, None, failure))
@@ -135,13 +135,13 @@ def test_failures_as_json(run: Run) -> None:
 
 
 @pytest.mark.usefixtures("failing")
-def test_it_stops_after_so_many_failures(run: Run) -> None:
+def test_campaign_stops_after_the_given_number_of_failures(run: Run) -> None:
     code, out, _ = run("sim", "fuzz", "--seeds", 1000, "--stop-after", 2)
     assert code == 1
     assert "2 seeds broke a promise. It stopped there. 995 seeds were not tried." in out
 
 
-def test_an_interrupted_campaign_tells_what_it_knows(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_campaign_prints_its_results(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def campaign(seeds: Iterable[int], weather: str, jobs: int) -> Generator[Tried, None, None]:
         yield Tried(0, (LOST,), None, None)
         raise Stopped(130)
@@ -175,7 +175,7 @@ def test_a_wrong_command_line_is_refused_before_anything_runs(run: Run, argument
 # --- replay --------------------------------------------------------------------------------------
 
 
-def test_a_seed_that_keeps_its_promises_exits_with_0(run: Run) -> None:
+def test_seed_without_a_violation_exits_with_0(run: Run) -> None:
     code, out, err = run("sim", "replay", 3, "--weather", "storm")
     assert (code, err) == (0, "")
     assert re.match(r"Seed 3 keeps every promise: [1-9]\d* faults, ", out)
@@ -209,7 +209,7 @@ def test_a_broken_promise_is_shown_with_the_end_of_the_log(
     assert file.read_text().splitlines()[-20:] == log[1:]
 
 
-def test_an_error_nobody_foresaw_is_shown_with_its_place(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unexpected_error_is_shown_with_its_place(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     async def broken(world: World, jobs: Sequence[JobId]) -> None:
         raise KeyError("oh")
 
@@ -221,7 +221,7 @@ def test_an_error_nobody_foresaw_is_shown_with_its_place(run: Run, monkeypatch: 
 
 
 @pytest.mark.usefixtures("failing")
-def test_the_command_that_is_told_can_be_run_as_it_is(run: Run) -> None:
+def test_printed_command_can_be_run_unchanged(run: Run) -> None:
     _, out, _ = run("sim", "fuzz", "--seeds", 4)
     (command,) = re.findall("batchlab (sim replay .*)", out)
     code, out, err = run(*shlex.split(command))

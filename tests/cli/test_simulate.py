@@ -52,7 +52,7 @@ def test_a_scenario_that_holds_is_green_and_leaves_its_record_and_log(run: Run, 
     assert len(log.read_text().splitlines()) > 100
 
 
-def test_what_is_missed_is_red_and_ends_with_1(run: Run, tmp_path: Path) -> None:
+def test_missed_expectation_is_red_and_exits_with_1(run: Run, tmp_path: Path) -> None:
     code, said, told = run("scenario", "simulate", peak(tmp_path, "20s"))
     assert code == 1
     next_ = f"`batchlab scenario plan {tmp_path / 'peak.yaml'} --deadline 20s` looks for a fleet"
@@ -61,7 +61,7 @@ def test_what_is_missed_is_red_and_ends_with_1(run: Run, tmp_path: Path) -> None
     assert "Red: 3 green, 1 red." in said
 
 
-def test_a_program_is_told_the_same(run: Run, tmp_path: Path) -> None:
+def test_json_has_the_same_verdict(run: Run, tmp_path: Path) -> None:
     made = Calibration("localstack", bundle_s=1.0)
     write(made, tmp_path / "numbers.json")
     code, said, told = run(
@@ -91,7 +91,7 @@ def test_a_program_is_told_the_same(run: Run, tmp_path: Path) -> None:
     assert fault["evidence"]
 
 
-def test_another_backends_numbers_are_refused(run: Run, tmp_path: Path) -> None:
+def test_record_of_another_backend_is_refused(run: Run, tmp_path: Path) -> None:
     write(Calibration("local", bundle_s=1.0), tmp_path / "numbers.json")
     for what in (("simulate",), ("plan", "--deadline", "1h")):
         code, _, told = run("scenario", what[0], peak(tmp_path), *what[1:], "--calibration", tmp_path / "numbers.json")
@@ -100,13 +100,13 @@ def test_another_backends_numbers_are_refused(run: Run, tmp_path: Path) -> None:
         assert "--like local" in told
 
 
-def test_a_place_that_cannot_be_written_is_told_before_anything_runs(run: Run, tmp_path: Path) -> None:
+def test_unwritable_path_is_reported_before_the_run(run: Run, tmp_path: Path) -> None:
     code, _, told = run("scenario", "simulate", peak(tmp_path), "--out", tmp_path / "no" / "x")
     assert code != 0
     assert "cannot be written" in told
 
 
-def test_a_scenario_that_there_is_not_is_told(run: Run) -> None:
+def test_unknown_scenario_is_reported(run: Run) -> None:
     code, _, told = run("scenario", "simulate", "no-such")
     assert code != 0
     assert "no-such" in told
@@ -132,7 +132,7 @@ def test_an_interrupted_forecast_ends_at_once_in_a_sentence(tmp_path: Path) -> N
     assert "Traceback" not in rest
 
 
-def test_how_long_many_tasks_take_is_told_before(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_runs_are_announced(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, _, told = run("scenario", "simulate", peak(tmp_path))
     assert "to simulate" not in told
     monkeypatch.setattr("batchlab.cli.scenario_simulate.MANY_TASKS", 8)
@@ -140,7 +140,7 @@ def test_how_long_many_tasks_take_is_told_before(run: Run, tmp_path: Path, monke
     assert "8 tasks take up to about 16 ms to simulate; Ctrl-C ends it." in told
 
 
-def test_who_replays_a_night_in_real_time_is_told_so_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_real_time_replay_of_a_night_is_announced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = peak(tmp_path)
     scenario_replay._note_duration(loader.load(path), None)
     assert capsys.readouterr().err == ""
@@ -149,9 +149,7 @@ def test_who_replays_a_night_in_real_time_is_told_so_before(tmp_path: Path, caps
     assert "peak runs in real time, for at least 9 h 00 min; --compress 100" in (capsys.readouterr().err)
 
 
-def test_who_replays_with_a_fleet_too_large_for_one_machine_is_told_so_before(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_fleet_too_large_for_one_machine_is_announced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = peak(tmp_path)
     scenario_replay._note_fleet(loader.load(path), factory.load("local"))
     path.write_text(path.read_text().replace("max: 2", "max: 800"))

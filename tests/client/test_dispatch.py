@@ -112,9 +112,7 @@ def view(state: str, reason: str = "") -> Any:
 
 
 @pytest.mark.parametrize("error", [Unreachable("it hung up"), UsageError("closed")])
-def test_a_batch_that_was_accepted_is_watched_whatever_comes_after(
-    grid: FakeGrid, dispatch: Dispatch, error: BaseException
-) -> None:
+def test_accepted_batch_is_watched_after_any_error(grid: FakeGrid, dispatch: Dispatch, error: BaseException) -> None:
     grid.hang_up = error
     future = submit(dispatch)
     grid.wait_for_job()
@@ -123,7 +121,7 @@ def test_a_batch_that_was_accepted_is_watched_whatever_comes_after(
     assert future.result(WAIT_S) == 7
 
 
-def test_results_come_once_however_often_they_are_listed(grid: FakeGrid, dispatch: Dispatch) -> None:
+def test_each_result_arrives_once(grid: FakeGrid, dispatch: Dispatch) -> None:
     calls = [Call(CallFuture(), abs, (i,), {}) for i in range(3)]
     dispatch.submit_all(calls, bundle=None)
     grid.wait_for_job()
@@ -135,7 +133,7 @@ def test_results_come_once_however_often_they_are_listed(grid: FakeGrid, dispatc
     assert grid.left == [(JOB, False)]
 
 
-def test_calls_gather_while_others_are_on_their_way(grid: FakeGrid, dispatch: Dispatch) -> None:
+def test_calls_are_batched_during_a_submission(grid: FakeGrid, dispatch: Dispatch) -> None:
     grid.go.clear()
     first = submit(dispatch, abs, 0)
     until(first.running)
@@ -147,7 +145,7 @@ def test_calls_gather_while_others_are_on_their_way(grid: FakeGrid, dispatch: Di
     assert grid.sent == [("job-0", 1), ("job-1", 50)]
 
 
-def test_a_job_that_is_refused_fails_its_calls_and_no_others(grid: FakeGrid, dispatch: Dispatch) -> None:
+def test_refused_job_fails_only_its_own_calls(grid: FakeGrid, dispatch: Dispatch) -> None:
     grid.problem = UsageError("No.", remedy="Yes.")
     with pytest.raises(JobFailed, match="The call is lost: No"):
         submit(dispatch).result(WAIT_S)
@@ -169,7 +167,7 @@ def test_a_manager_that_does_not_answer_breaks_the_executor(grid: FakeGrid, disp
     assert caught.value is not error
 
 
-def test_what_has_not_been_sent_is_broken_too(grid: FakeGrid, dispatch: Dispatch) -> None:
+def test_unsent_calls_fail_too(grid: FakeGrid, dispatch: Dispatch) -> None:
     grid.go.clear()
     grid.problem = Unreachable("It does not answer.")
     first = submit(dispatch)
@@ -182,13 +180,13 @@ def test_what_has_not_been_sent_is_broken_too(grid: FakeGrid, dispatch: Dispatch
     assert second.cancelled()
 
 
-def test_whatever_goes_wrong_while_sending_ends_the_calls(grid: FakeGrid, dispatch: Dispatch) -> None:
+def test_any_error_during_a_submission_ends_the_calls(grid: FakeGrid, dispatch: Dispatch) -> None:
     grid.problem = MemoryError("none left")
     with pytest.raises(JobFailed, match="none left"):
         submit(dispatch).result(WAIT_S)
 
 
-def test_a_mistake_of_our_own_hangs_nobody(
+def test_bug_in_the_dispatch_leaves_no_caller_waiting(
     grid: FakeGrid, dispatch: Dispatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     call = submit(dispatch)
@@ -209,7 +207,7 @@ def test_a_closed_grid_refuses(grid: FakeGrid, dispatch: Dispatch) -> None:
         submit(dispatch)
 
 
-def test_a_job_that_ends_early_says_how(grid: FakeGrid, dispatch: Dispatch) -> None:
+def test_job_that_ends_early_gives_the_reason(grid: FakeGrid, dispatch: Dispatch) -> None:
     call = submit(dispatch)
     grid.wait_for_job()
     dispatch.ended(JOB, view("CANCELLED", "by hand"))
@@ -308,9 +306,7 @@ def test_a_forked_child_ends_while_its_parent_has_calls_out(grid: FakeGrid, disp
     assert call.result(WAIT_S) == 6
 
 
-def test_what_is_listed_once_more_is_not_read_once_more(
-    grid: FakeGrid, dispatch: Dispatch, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_outcome_listed_twice_is_read_once(grid: FakeGrid, dispatch: Dispatch, monkeypatch: pytest.MonkeyPatch) -> None:
     """The answer to a submission brings outcomes that are listed again when they are counted."""
     read: list[Sequence[int]] = []
 

@@ -72,7 +72,7 @@ def test_arguments_arrive_as_they_were_given(
     assert not packed.rejected
 
 
-def test_a_function_of_several_calls_goes_into_the_table_once(packer: Packer) -> None:
+def test_function_of_several_calls_is_stored_once(packer: Packer) -> None:
     packed = packer.pack(JOB, [call(capture, i) for i in range(3)] + [call(abs, -1)])
     items = packed.chunks[0].items
     assert items[:3] == [[0, 0], [0, 1], [0, 2]]
@@ -80,12 +80,12 @@ def test_a_function_of_several_calls_goes_into_the_table_once(packer: Packer) ->
     assert made(packed)[3] == 1
 
 
-def test_a_function_that_was_sent_before_goes_into_the_table(packer: Packer) -> None:
+def test_function_that_was_sent_before_is_stored_once(packer: Packer) -> None:
     assert values.kind(packer.pack(JOB, [call(capture)]).chunks[0].items[0][0]) == "$pickle"
     assert packer.pack(JOB, [call(capture)]).chunks[0].items == [[0]]
 
 
-def test_what_cannot_be_pickled_is_rejected_alone(packer: Packer) -> None:
+def test_only_the_unpicklable_call_is_rejected(packer: Packer) -> None:
     calls = [
         call(capture, 1),
         call(capture, threading.Lock()),
@@ -130,7 +130,7 @@ def raised_by(function: Callable[..., Any], *args: Any) -> Raised:
 
 
 @pytest.mark.parametrize("error", [ValueError("a", 1), SystemExit(3), KeyboardInterrupt()])
-def test_what_a_call_raises_is_its_result_and_is_raised_here(error: BaseException) -> None:
+def test_exception_of_a_call_is_raised_in_the_client(error: BaseException) -> None:
     again = revived(raised_by(fail, error))
     assert (type(again), again.args) == (type(error), error.args)
     assert isinstance(again.__cause__, RemoteTraceback)
@@ -144,18 +144,18 @@ def test_what_a_call_raises_is_its_result_and_is_raised_here(error: BaseExceptio
         pytest.param(ValueError(threading.Lock()), "ValueError: <unlocked", id="not-pickled"),
     ],
 )
-def test_an_exception_that_cannot_travel_is_told_of(error: Exception, told: str) -> None:
+def test_unpicklable_exception_is_described(error: Exception, told: str) -> None:
     again = revived(raised_by(fail, error))
     assert isinstance(again, TaskFailed)
     assert told in str(again)
     assert "raise error" in again.traceback
 
 
-def test_a_pickle_that_is_no_exception_is_not_raised() -> None:
+def test_pickle_that_is_not_an_exception_is_not_raised() -> None:
     assert isinstance(revived(Raised("told", "", pickle.dumps("text"))), TaskFailed)
 
 
-def test_only_what_keeps_nothing_is_kept_from_call_to_call() -> None:
+def test_only_stateless_functions_are_reused() -> None:
     kept: list[int] = []
     counting = functools.partial(kept.append, 1)
     calls = Calls([pickle.dumps(counting), pickle.dumps(capture)], None)
@@ -191,7 +191,7 @@ def test_an_initializer_that_raises_is_tried_before_each_call() -> None:
         assert raised.told.startswith("ZeroDivisionError")
 
 
-def test_a_timed_call_says_how_long_it_ran() -> None:
+def test_timed_call_reports_its_duration() -> None:
     result, took_s = Timed(functools.partial(abs, -2))()
     assert result == 2
     assert took_s > 0

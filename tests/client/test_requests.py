@@ -28,7 +28,7 @@ def client() -> Iterator[Client]:
         yield client
 
 
-def test_an_interrupt_while_an_answer_is_put_away_is_not_lost(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupt_while_an_answer_is_stored_is_not_lost(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a finalizer, which closes what nobody has closed, Python drops whatever is raised."""
     close, left = HTTPResponse.close, [signal.SIGINT]
 
@@ -49,7 +49,7 @@ def test_an_interrupt_while_an_answer_is_put_away_is_not_lost(client: Client, mo
         client.job("nowhere")
 
 
-def test_a_connection_that_was_closed_is_not_asked_again(client: Client) -> None:
+def test_closed_connection_is_not_reused(client: Client) -> None:
     """As by a manager that ends, while its successor listens at the same place."""
     assert client.health()["leader"]
     kept = client._connections._idle[0][1]

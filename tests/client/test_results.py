@@ -33,13 +33,13 @@ def told(folder: Path, encoded: Json) -> TaskFailed:
     return value
 
 
-def test_a_result_that_cannot_be_read_here_says_which_task_s_it_is(tmp_path: Path) -> None:
+def test_unreadable_result_names_its_task(tmp_path: Path) -> None:
     found = told(tmp_path, {"$pickle": "bm90IGEgcGlja2xl"})
     assert str(found).startswith("The result of task parse/3 cannot be read here: ")
     assert found.__cause__
 
 
-def test_a_result_that_is_gone_says_which_task_s_it_is(tmp_path: Path) -> None:
+def test_missing_result_names_its_task(tmp_path: Path) -> None:
     gone = {"$file": "jobs/sums-1/files/x", "name": "x", "size": 1, "origin": ""}
     assert str(told(tmp_path, gone)).startswith("The result of task parse/3 cannot be had: ")
 
@@ -51,7 +51,7 @@ def test_questions_are_as_rare_as_their_answers_may_be_late() -> None:
     assert gap_s(3600.0, most_s=0.05) == 0.05
 
 
-def test_the_last_results_are_asked_for_without_delay() -> None:
+def test_last_results_are_requested_without_delay() -> None:
     """A tenth of what is left at this pace, too: 200 tasks of a tenth of a second, one to come."""
     assert gap_s(20.0, 1 / 199) == 0.1 * 20.0 / 199
     assert gap_s(20.0, 0.0) == 0.0

@@ -59,7 +59,7 @@ def a_result(verdict: Verdict, severity: Severity = Severity.NEEDED) -> Result:
 # --- The table ------------------------------------------------------------------------------------
 
 
-def test_there_are_enough_checks_and_each_is_there_once() -> None:
+def test_checks_are_unique_and_numerous() -> None:
     assert len(CHECKS) >= 40
     assert len(ASG_CHECKS) >= 15
     assert [name for name, n in Counter(one.name for one in EVERY).items() if n > 1] == []
@@ -70,7 +70,7 @@ def test_there_are_enough_checks_and_each_is_there_once() -> None:
 
 
 @pytest.mark.parametrize("check", EVERY, ids=lambda check: check.name)
-def test_every_check_says_all_about_itself(check: Check) -> None:
+def test_every_check_is_fully_described(check: Check) -> None:
     assert re.fullmatch(r"(s3|sqs|autoscaling)-[a-z0-9]+(-[a-z0-9]+)*", check.name)
     assert check.service in SERVICES
     # A queue's name has room for it: run, check, number, and an adapter's own name.
@@ -86,7 +86,7 @@ def test_every_check_says_all_about_itself(check: Check) -> None:
         assert url.startswith("https://docs.aws.amazon.com/") or text in known
 
 
-def test_what_batchlab_stands_on_is_needed() -> None:
+def test_checks_that_batchlab_depends_on_are_needed() -> None:
     needed = {one.name for one in CHECKS if one.severity is Severity.NEEDED}
     assert set(RELIED_ON) <= needed
 
@@ -105,7 +105,7 @@ def test_checks_are_found_by_a_pattern() -> None:
     assert matching("*", ASG_CHECKS) == list(ASG_CHECKS)
 
 
-def test_auto_scaling_is_tried_only_where_it_is_asked_for() -> None:
+def test_auto_scaling_checks_run_only_on_request() -> None:
     assert of_service(None) == CHECKS
     assert {one.service for one in CHECKS} == {"s3", "sqs"}
     for service in SERVICES:
@@ -159,7 +159,7 @@ def test_an_answer_is_what_was_expected_or_a_difference() -> None:
         (Severity.NOTED, Verdict.UNTRIED, True, True),
     ],
 )
-def test_what_counts_as_agreement(severity: Severity, verdict: Verdict, relied_on: bool, agrees: bool) -> None:
+def test_agreement_of_an_answer(severity: Severity, verdict: Verdict, relied_on: bool, agrees: bool) -> None:
     results = [a_result(Verdict.AGREES), a_result(verdict, severity)]
     assert (check_table.relied_on(results), check_table.agrees(results)) == (relied_on, agrees)
 
@@ -187,7 +187,7 @@ def test_a_section_lists_what_differs_and_what_was_not_tried() -> None:
     assert check_table.section("Mine 1.0", [a_result(Verdict.AGREES)]).count("\n\n") == 1
 
 
-def test_a_page_keeps_all_but_the_section_that_is_written() -> None:
+def test_page_keeps_its_other_sections() -> None:
     page = check_table.merged("", "one", "first")
     page = check_table.merged(page, "two", "second")
     page = check_table.merged(f"# Title\n\n{page}\nThe end.\n", "one", "changed \\1")
@@ -198,7 +198,7 @@ def test_a_page_keeps_all_but_the_section_that_is_written() -> None:
     assert check_table.merged(page, "two", "second") == page
 
 
-def test_programs_are_told_all_about_a_check() -> None:
+def test_json_describes_every_check() -> None:
     told = check_table.to_json(a_result(Verdict.DIFFERS))
     assert told.pop("pages") == ["https://docs.aws.amazon.com/AmazonS3/latest/API/API_GetObject.html"]
     assert told == {
@@ -232,7 +232,7 @@ def test_a_page_lists_every_check_as_it_is(page: str) -> None:
 @pytest.mark.parametrize(
     ("page", "name"), [(page, name) for page in PAGES for name in page_sections(page) if name != check_table.ALL_CHECKS]
 )
-def test_a_section_of_a_page_speaks_of_the_checks_as_they_are(page: str, name: str) -> None:
+def test_section_of_the_page_matches_the_checks(page: str, name: str) -> None:
     """Whether what was seen is still so takes the emulator: see tests/system/test_conform.py.
     This holds on a machine without it."""
     seen: dict[str, str] = {}

@@ -68,14 +68,14 @@ def verdicts(monkeypatch: pytest.MonkeyPatch) -> dict[str, Verdict]:
         (("--endpoint", "http://a", "--service", "s3", "--markdown", "x.md"), "Leave out --only"),
     ],
 )
-def test_what_it_refuses(options: tuple[str, ...], message: str, run: Run) -> None:
+def test_refusals(options: tuple[str, ...], message: str, run: Run) -> None:
     code, out, err = run("conform", *options)
     assert (code, out) == (2, "")
     assert message in err
     assert "Traceback" not in err
 
 
-def test_where_nothing_answers_it_says_so(run: Run) -> None:
+def test_silent_endpoint_is_reported(run: Run) -> None:
     with socket.socket() as nobody:
         # Bound, and not listening: refused, and nobody else's meanwhile.
         nobody.bind(("127.0.0.1", 0))
@@ -113,7 +113,7 @@ def test_its_exit_code(
     assert run("conform", "--endpoint", "http://127.0.0.1:9", *options)[0] == code
 
 
-def test_what_a_person_is_told(run: Run, verdicts: dict[str, Verdict]) -> None:
+def test_text_output(run: Run, verdicts: dict[str, Verdict]) -> None:
     verdicts["s3-range-behind"] = Verdict.DIFFERS
     call = ("conform", "--endpoint", "http://127.0.0.1:9", "--only", "s3-range*", "--name", "Mine")
     code, out, err = run(*call)
@@ -135,7 +135,7 @@ def test_what_a_person_is_told(run: Run, verdicts: dict[str, Verdict]) -> None:
     assert "s3-range-cut  needed    A range that ends after the end of the object is shortened." in out
 
 
-def test_what_a_program_is_told(run: Run, verdicts: dict[str, Verdict]) -> None:
+def test_json_output(run: Run, verdicts: dict[str, Verdict]) -> None:
     verdicts["sqs-delay-901"] = Verdict.DIFFERS
     code, out, err = run("conform", "--endpoint", "http://127.0.0.1:9", "--json")
     told = json.loads(out)
@@ -170,7 +170,7 @@ def handlers() -> Iterator[None]:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("dropped", [0, 2])
-def test_only_the_first_interrupt_that_is_heard_counts(
+def test_only_the_first_interrupt_counts(
     number: signal.Signals, dropped: int, handlers: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Python drops what is raised in a finalizer."""

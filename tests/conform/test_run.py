@@ -60,7 +60,7 @@ def _client_error(status: int, code: str) -> ClientError:
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )
-def test_how_a_check_comes_out(raised: Exception, verdict: Verdict, observed: str, target: Target) -> None:
+def test_results_of_a_check(raised: Exception, verdict: Verdict, observed: str, target: Target) -> None:
     def fails(_: Site) -> None:
         raise raised
 
@@ -73,7 +73,7 @@ def test_how_a_check_comes_out(raised: Exception, verdict: Verdict, observed: st
         assert result.check is check
 
 
-def test_a_check_that_hangs_is_given_up_and_holds_up_nobody(target: Target) -> None:
+def test_hanging_check_is_abandoned_and_delays_no_other(target: Target) -> None:
     release = threading.Event()
     ended = threading.Event()
 
@@ -101,9 +101,7 @@ def test_a_check_that_hangs_is_given_up_and_holds_up_nobody(target: Target) -> N
     ],
     ids=["not accepted", "not refused", "of a port"],
 )
-def test_one_failure_of_the_endpoint_says_nothing_of_a_rule_and_two_do(
-    target: Target, failure: Callable[[], object]
-) -> None:
+def test_two_failures_of_the_endpoint_count_and_one_does_not(target: Target, failure: Callable[[], object]) -> None:
     """AWS's services fail too, a few times in a million: whoever asks them asks once more."""
     keys: list[str] = []
 
@@ -188,7 +186,7 @@ def test_keys_and_queues_of_two_checks_are_never_the_same(target: Target) -> Non
         "http://a#b",
     ],
 )
-def test_what_is_no_address_of_an_endpoint(url: str) -> None:
+def test_invalid_endpoint_addresses(url: str) -> None:
     with pytest.raises(UsageError, match="is not the address of an endpoint"):
         endpoint(url, None)
 
@@ -217,7 +215,7 @@ def test_an_endpoint_gets_the_environments_keys_and_nothing_of_a_profile(
     assert endpoint("http://a:1", "eu-west-2").region == "eu-west-2"
 
 
-def test_what_only_calls_itself_aws_is_not_taken_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_host_that_only_resembles_aws_is_not_aws(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     for service in ("s3", "sqs", "autoscaling"):
         target = Target(Endpoint(None), run="conform-test", clock=WallClock())

@@ -20,10 +20,10 @@ _SILENT = "moto keeps no scaling activities"
 MOTO_LACKS = {
     "test_lowering_the_maximum_takes_the_newest_out": _OLDEST,
     "test_less_desired_capacity_takes_the_newest_out": _OLDEST,
-    "test_where_all_are_protected_none_goes_until_one_is_released": _SILENT,
+    "test_protected_instances_stay_until_one_is_released": _SILENT,
     "test_an_instance_that_dies_is_reported_once_and_replaced": _SILENT,
-    "test_every_change_of_capacity_says_who_asked_and_why": _SILENT,
-    "test_an_end_that_the_group_itself_brought_says_so": (
+    "test_change_of_capacity_names_its_requester_and_reason": _SILENT,
+    "test_termination_by_the_group_names_its_cause": (
         "moto's instances are gone at once, never Terminating, and no activity says why"
     ),
     "test_an_unhealthy_instance_is_replaced": "moto notes an instance's health, and leaves it",

@@ -70,7 +70,7 @@ def run(check: Callable[[Counted], Awaitable[None]], folder: Path, form: GroupFo
     asyncio.run(main())
 
 
-def test_a_tick_is_one_request_however_many_pools_there_are(tmp_path: Path) -> None:
+def test_tick_is_one_request_for_any_number_of_pools(tmp_path: Path) -> None:
     async def check(at: Counted) -> None:
         for name in ("a", "b", "c"):
             await at.rig.grow(replace(STEADY, name=name), 2)
@@ -93,7 +93,7 @@ def test_a_change_is_followed_by_one_look(tmp_path: Path) -> None:
     run(check, tmp_path)
 
 
-def test_heartbeats_of_a_worker_that_is_known_cost_nothing(tmp_path: Path) -> None:
+def test_heartbeats_of_a_known_worker_cost_no_request(tmp_path: Path) -> None:
     async def check(at: Counted) -> None:
         (instance,) = await at.rig.grow(STEADY, 1)
         assert await at.during(at.fleet.ready(instance)) == {}
@@ -144,7 +144,7 @@ def test_an_instance_drains_in_its_hook(tmp_path: Path) -> None:
     run(check, tmp_path, GroupForm(TEMPLATE, zones=(ZONE,), drain_s=60))
 
 
-def test_a_group_that_is_there_is_taken_over_with_its_instances(tmp_path: Path) -> None:
+def test_existing_group_is_adopted_with_its_instances(tmp_path: Path) -> None:
     async def check(at: Counted) -> None:
         before = await at.rig.grow(STEADY, 2)
         group = at.prefix + POOL
@@ -164,7 +164,7 @@ def test_a_group_that_is_there_is_taken_over_with_its_instances(tmp_path: Path) 
     run(check, tmp_path)
 
 
-def test_a_group_that_somebody_has_deleted_is_told(tmp_path: Path) -> None:
+def test_deleted_group_is_reported(tmp_path: Path) -> None:
     async def check(at: Counted) -> None:
         await at.fleet.ensure(STEADY)
         group = at.prefix + POOL
@@ -179,7 +179,7 @@ def test_a_group_that_somebody_has_deleted_is_told(tmp_path: Path) -> None:
     run(check, tmp_path)
 
 
-def test_a_death_is_reported_even_where_nobody_can_say_why(tmp_path: Path) -> None:
+def test_unexplained_death_is_reported(tmp_path: Path) -> None:
     async def check(at: Counted) -> None:
         first, _ = await at.rig.grow(STEADY, 2)
         client: Any = at.fleet._asg
@@ -208,7 +208,7 @@ def test_a_death_is_reported_even_where_nobody_can_say_why(tmp_path: Path) -> No
     run(check, tmp_path)
 
 
-def test_one_group_that_is_gone_hides_nothing_of_the_others(tmp_path: Path) -> None:
+def test_missing_group_does_not_hide_the_others(tmp_path: Path) -> None:
     async def check(at: Counted) -> None:
         await at.fleet.ensure(replace(STEADY, name="a"))
         (instance,) = await at.rig.grow(STEADY, 1)
@@ -253,7 +253,7 @@ MEANT = {
 
 
 @pytest.mark.parametrize("code", MEANT)
-def test_an_error_of_the_service_is_one_of_ours(code: str) -> None:
+def test_service_error_becomes_an_error_of_batchlab(code: str) -> None:
     status = 500 if code in ("InternalFailure", "ResourceContention") else 400
     answer: Any = {"Error": {"Code": code, "Message": "why"}, "ResponseMetadata": {"HTTPStatusCode": status}}
     with pytest.raises(MEANT[code]) as told, endpoint.translated("Pool 'p'"):

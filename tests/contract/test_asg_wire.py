@@ -23,17 +23,17 @@ TERMINATING = "autoscaling:EC2_INSTANCE_TERMINATING"
 _500 = "moto answers HTTP 500"
 MOTO_LACKS = {
     "test_a_name_is_taken_once": "moto puts the new group in place of the old one",
-    "test_a_group_that_is_not_there_is_refused": _500,
-    "test_limits_that_are_none_are_refused": "moto takes any limits",
-    "test_a_token_that_is_none_is_refused": _500,
+    "test_missing_group_is_refused": _500,
+    "test_invalid_limits_are_refused": "moto takes any limits",
+    "test_invalid_token_is_refused": _500,
     "test_an_update_changes_only_what_it_names": "moto has no load balancer of that name",
     "test_a_group_with_instances_is_deleted_only_by_force": "moto deletes it with its instances",
     "test_desired_capacity_above_the_maximum_is_refused": "moto takes any number",
     "test_a_cooldown_that_is_honoured_refuses": "moto has no cooldown",
-    "test_an_instance_that_nobody_knows_is_refused": _500,
+    "test_unknown_instance_is_refused": _500,
     "test_an_unhealthy_instance_is_replaced": "moto notes an instance's health, and leaves it",
     "test_a_process_that_is_suspended_waits": "moto launches all the same",
-    "test_activities_say_what_happened_newest_first": "moto keeps no activities",
+    "test_activities_are_listed_newest_first": "moto keeps no activities",
 }
 
 
@@ -68,25 +68,25 @@ def test_a_name_is_taken_once(wire: Wire) -> None:
         wire.create()
 
 
-def test_a_group_that_is_not_there_is_refused(wire: Wire) -> None:
+def test_missing_group_is_refused(wire: Wire) -> None:
     with refused("ValidationError", "not found"):
         wire.asg.set_desired_capacity(AutoScalingGroupName=wire.name, DesiredCapacity=1)
     with refused("ValidationError", "not found"):
         wire.asg.delete_auto_scaling_group(AutoScalingGroupName=wire.name)
 
 
-def test_a_template_that_is_not_there_is_refused(wire: Wire) -> None:
+def test_missing_template_is_refused(wire: Wire) -> None:
     with pytest.raises(ClientError) as told:
         wire.create(LaunchTemplate={"LaunchTemplateName": "no-such-template"})
     assert told.value.response["ResponseMetadata"]["HTTPStatusCode"] == 400
 
 
-def test_limits_that_are_none_are_refused(wire: Wire) -> None:
+def test_invalid_limits_are_refused(wire: Wire) -> None:
     with refused("ValidationError"):
         wire.create(MinSize=3, MaxSize=2)
 
 
-def test_groups_come_in_pages(wire: Wire) -> None:
+def test_groups_are_paged(wire: Wire) -> None:
     names = [wire.create(f"{wire.name}-{n}") for n in range(5)]
     pages = list(
         wire.asg.get_paginator("describe_auto_scaling_groups").paginate(
@@ -98,7 +98,7 @@ def test_groups_come_in_pages(wire: Wire) -> None:
     assert sorted(name for page in found for name in page) == names
 
 
-def test_a_token_that_is_none_is_refused(wire: Wire) -> None:
+def test_invalid_token_is_refused(wire: Wire) -> None:
     with refused("InvalidNextToken"):
         wire.asg.describe_auto_scaling_groups(NextToken="nonsense")
 
@@ -154,7 +154,7 @@ def test_a_group_with_instances_is_deleted_only_by_force(wire: Wire) -> None:
     wire.until(lambda: wire.group() is None)
 
 
-def test_a_mixed_instances_policy_comes_back_whole(wire: Wire) -> None:
+def test_mixed_instances_policy_is_returned_whole(wire: Wire) -> None:
     policy: Any = {
         "LaunchTemplate": {
             "LaunchTemplateSpecification": {"LaunchTemplateName": TEMPLATE, "Version": "$Latest"},
@@ -222,7 +222,7 @@ def test_instances_are_described_by_themselves(wire: Wire) -> None:
     assert told[second]["ProtectedFromScaleIn"]
 
 
-def test_a_named_instance_goes(wire: Wire) -> None:
+def test_named_instance_is_terminated(wire: Wire) -> None:
     first, second = wire.grow(2)
     answer = wire.asg.terminate_instance_in_auto_scaling_group(InstanceId=first, ShouldDecrementDesiredCapacity=True)
     assert first in answer["Activity"]["Description"]
@@ -231,7 +231,7 @@ def test_a_named_instance_goes(wire: Wire) -> None:
     assert wire.group()["DesiredCapacity"] == 1
 
 
-def test_an_instance_that_nobody_knows_is_refused(wire: Wire) -> None:
+def test_unknown_instance_is_refused(wire: Wire) -> None:
     with refused("ValidationError"):
         wire.asg.terminate_instance_in_auto_scaling_group(
             InstanceId="i-00000000000000000", ShouldDecrementDesiredCapacity=False
@@ -253,7 +253,7 @@ def test_an_unhealthy_instance_is_replaced(wire: Wire) -> None:
     wire.until(lambda: len(found := wire.instances()) == 1 and only not in found)
 
 
-def test_protection_keeps_an_instance(wire: Wire) -> None:
+def test_protected_instance_is_kept(wire: Wire) -> None:
     before = wire.grow(3)
     wire.asg.set_instance_protection(AutoScalingGroupName=wire.name, InstanceIds=before[:2], ProtectedFromScaleIn=True)
     wire.asg.set_desired_capacity(AutoScalingGroupName=wire.name, DesiredCapacity=2)
@@ -287,7 +287,7 @@ def test_a_process_that_is_suspended_waits(wire: Wire) -> None:
     assert wire.group()["SuspendedProcesses"] == []
 
 
-def test_activities_say_what_happened_newest_first(wire: Wire) -> None:
+def test_activities_are_listed_newest_first(wire: Wire) -> None:
     (only,) = wire.grow(1)
     wire.asg.set_desired_capacity(AutoScalingGroupName=wire.name, DesiredCapacity=0)
 
@@ -328,11 +328,11 @@ FIXED: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("name", FIXED)
-def test_what_a_client_may_choose_from(name: str, our: Wire) -> None:
+def test_choices_of_a_client(name: str, our: Wire) -> None:
     assert FIXED[name](getattr(our.asg, name)())
 
 
-def test_an_action_that_is_not_served_says_so(our: Wire) -> None:
+def test_unsupported_action_is_refused_by_name(our: Wire) -> None:
     with refused("NotImplemented", "CreateLaunchConfiguration is not served here."):
         our.asg.create_launch_configuration(LaunchConfigurationName="old")
 

@@ -18,16 +18,16 @@ _NO_WAIT = "moto's instances never wait in a hook"
 _NO_METADATA = "moto does not keep a hook's NotificationMetadata"
 MOTO_LACKS = {
     "test_hooks_are_described_as_they_were_put": _NO_METADATA,
-    "test_a_hook_that_is_put_again_keeps_what_is_not_named": _NO_METADATA,
+    "test_repeated_hook_keeps_omitted_fields": _NO_METADATA,
     "test_an_instance_waits_until_its_launch_is_completed": _NO_WAIT,
     "test_a_launch_that_is_abandoned_is_tried_anew": _NO_WAIT,
     "test_an_instance_waits_until_its_end_is_completed": _NO_WAIT,
-    "test_a_hook_that_is_not_there_is_refused": _500,
-    "test_scheduled_actions_are_kept_and_removed": "moto forgets what a second put does not name",
+    "test_missing_hook_is_refused": _500,
+    "test_scheduled_actions_are_stored_and_deleted": "moto forgets what a second put does not name",
     "test_a_recurrence_that_is_put_again_sets_the_next_run": "moto does not tell the next run",
     "test_a_scheduled_action_is_carried_out": "moto's scheduled actions are only kept",
     "test_many_scheduled_actions_are_put_and_removed_at_once": "moto takes any recurrence",
-    "test_a_target_tracking_policy_comes_back_whole": "moto gives no ARN for a policy",
+    "test_target_tracking_policy_is_returned_whole": "moto gives no ARN for a policy",
     "test_a_refresh_replaces_every_instance": _500,
     "test_a_warm_pool_is_filled_and_described": "moto's warm pools stay empty",
 }
@@ -64,7 +64,7 @@ def test_hooks_are_described_as_they_were_put(wire: Wire) -> None:
     assert [one["LifecycleHookName"] for one in found] == ["down"]
 
 
-def test_a_hook_that_is_put_again_keeps_what_is_not_named(wire: Wire) -> None:
+def test_repeated_hook_keeps_omitted_fields(wire: Wire) -> None:
     wire.create()
     hook(wire, "up", LAUNCHING, NotificationMetadata="hello")
     wire.asg.put_lifecycle_hook(AutoScalingGroupName=wire.name, LifecycleHookName="up", HeartbeatTimeout=99)
@@ -106,7 +106,7 @@ def test_an_instance_waits_until_its_end_is_completed(wire: Wire) -> None:
     wire.until(lambda: wire.group()["Instances"] == [])
 
 
-def test_a_hook_that_is_not_there_is_refused(wire: Wire) -> None:
+def test_missing_hook_is_refused(wire: Wire) -> None:
     (only,) = wire.grow(1)
     with refused("ValidationError"):
         complete(wire, "nothing", only)
@@ -115,7 +115,7 @@ def test_a_hook_that_is_not_there_is_refused(wire: Wire) -> None:
 # --- Schedules, policies, refreshes, warm pools ---------------------------------------------------
 
 
-def test_scheduled_actions_are_kept_and_removed(wire: Wire) -> None:
+def test_scheduled_actions_are_stored_and_deleted(wire: Wire) -> None:
     wire.create()
     for name, hour, size in (("night", 22, 0), ("day", 9, 1)):
         wire.asg.put_scheduled_update_group_action(
@@ -197,7 +197,7 @@ TRACKING: Any = {
 }
 
 
-def test_a_target_tracking_policy_comes_back_whole(wire: Wire) -> None:
+def test_target_tracking_policy_is_returned_whole(wire: Wire) -> None:
     wire.create()
     put = wire.asg.put_scaling_policy(
         AutoScalingGroupName=wire.name,

@@ -39,7 +39,7 @@ async def test_ensuring_the_same_pool_again_changes_nothing(rig: FleetRig) -> No
 
 
 @on_every_fleet
-async def test_limits_that_are_none_are_refused(rig: FleetRig) -> None:
+async def test_invalid_limits_are_refused(rig: FleetRig) -> None:
     for low, high in ((3, 2), (-1, 2)):
         with pytest.raises(Refused):
             await rig.fleet.ensure(replace(STEADY, min_size=low, max_size=high))
@@ -118,7 +118,7 @@ async def test_protected_instances_are_not_scaled_in(rig: FleetRig) -> None:
 
 
 @on_every_fleet
-async def test_where_all_are_protected_none_goes_until_one_is_released(rig: FleetRig) -> None:
+async def test_protected_instances_stay_until_one_is_released(rig: FleetRig) -> None:
     """Pain 8: the opposite hurts too, protection that nobody can see."""
     before = await rig.grow(STEADY, 2)
     await rig.fleet.protect(POOL, before, on=True)
@@ -145,7 +145,7 @@ async def test_only_instances_in_service_can_be_protected(rig: FleetRig) -> None
 
 
 @on_every_fleet
-async def test_a_named_instance_goes_and_desired_capacity_with_it(rig: FleetRig) -> None:
+async def test_named_instance_is_terminated_and_desired_capacity_drops(rig: FleetRig) -> None:
     before = await rig.grow(STEADY, 3)
     await rig.fleet.terminate(POOL, before[:2], decrement=True, cause=USER)
     view = await rig.until(lambda v: [i.state for i in v.instances][:2] == ["Terminated"] * 2)
@@ -181,7 +181,7 @@ async def test_capacity_is_not_lowered_below_the_minimum(rig: FleetRig) -> None:
 
 
 @on_every_fleet
-async def test_an_unknown_instance_spoils_the_whole_request(rig: FleetRig) -> None:
+async def test_unknown_instance_fails_the_whole_request(rig: FleetRig) -> None:
     before = await rig.grow(STEADY, 2)
     with pytest.raises(Refused):
         await rig.fleet.terminate(POOL, [before[0], "nobody"], decrement=True, cause=USER)
@@ -191,7 +191,7 @@ async def test_an_unknown_instance_spoils_the_whole_request(rig: FleetRig) -> No
 
 
 @on_every_fleet
-async def test_an_instance_asked_to_end_twice_lowers_capacity_once(rig: FleetRig) -> None:
+async def test_repeated_termination_lowers_capacity_once(rig: FleetRig) -> None:
     before = await rig.grow(STEADY, 3)
     for chosen in (before[:1] * 2, before[:1]):
         await rig.fleet.terminate(POOL, chosen, decrement=True, cause=USER)
@@ -225,7 +225,7 @@ async def test_all_instances_dying_at_once_are_all_replaced(rig: FleetRig) -> No
 
 
 @on_every_fleet
-async def test_an_end_that_the_group_itself_brought_says_so(rig: FleetRig) -> None:
+async def test_termination_by_the_group_names_its_cause(rig: FleetRig) -> None:
     await rig.grow(STEADY, 1)
     await rig.fleet.set_desired(POOL, 0, cause=USER)
     await rig.until(lambda _: bool(rig.dead))
@@ -243,7 +243,7 @@ async def test_an_unhealthy_instance_is_replaced(rig: FleetRig) -> None:
 
 
 @on_every_fleet
-async def test_a_healthy_instance_that_is_called_healthy_stays(rig: FleetRig) -> None:
+async def test_healthy_instance_set_healthy_stays(rig: FleetRig) -> None:
     before = await rig.grow(STEADY, 1)
     await rig.fleet.set_health(before[0], healthy=True, cause=USER)
     await rig.fleet.tick()
@@ -269,7 +269,7 @@ async def test_pools_do_not_touch_each_other(rig: FleetRig) -> None:
 
 
 @on_every_fleet
-async def test_an_instance_of_another_pool_is_refused(rig: FleetRig) -> None:
+async def test_instance_of_another_pool_is_refused(rig: FleetRig) -> None:
     ours = await rig.grow(STEADY, 1)
     await rig.fleet.ensure(replace(STEADY, name="other"))
     with pytest.raises(Refused):
@@ -287,7 +287,7 @@ async def test_a_worker_that_still_drains_does_not_count(rig: FleetRig) -> None:
 
 
 @on_every_fleet
-async def test_activities_come_newest_first_and_no_more_than_asked(rig: FleetRig) -> None:
+async def test_activities_are_limited_and_newest_first(rig: FleetRig) -> None:
     await rig.grow(STEADY, 2)
     everything = await rig.fleet.activities()
     assert [a.id for a in everything] == sorted((a.id for a in everything), reverse=True)
@@ -296,7 +296,7 @@ async def test_activities_come_newest_first_and_no_more_than_asked(rig: FleetRig
 
 
 @on_every_fleet
-async def test_every_change_of_capacity_says_who_asked_and_why(rig: FleetRig) -> None:
+async def test_change_of_capacity_names_its_requester_and_reason(rig: FleetRig) -> None:
     """Pain 1: nothing happens, and no reason is given."""
     await rig.grow(STEADY, 2)
     await rig.fleet.set_desired(POOL, 1, cause="an idle pool")

@@ -13,7 +13,7 @@ on_every_launcher = everywhere(LAUNCHER_WORLDS)
 
 
 @on_every_launcher
-async def test_nothing_is_known_before_the_first_launch(rig: LauncherRig) -> None:
+async def test_no_instance_exists_before_the_first_launch(rig: LauncherRig) -> None:
     assert await rig.launcher.running() == {}
 
 
@@ -40,7 +40,7 @@ async def test_an_id_is_used_once(rig: LauncherRig) -> None:
 
 
 @on_every_launcher
-async def test_a_launch_that_fails_says_why_and_leaves_nothing(rig: LauncherRig) -> None:
+async def test_failed_launch_gives_its_reason_and_leaves_no_instance(rig: LauncherRig) -> None:
     """Pain 1: stuck, and no reason given."""
     with pytest.raises(BackendError, match=r"no capacity|No such (file|image)"):
         await rig.launcher.launch(ABSENT, "w-1")
@@ -49,7 +49,7 @@ async def test_a_launch_that_fails_says_why_and_leaves_nothing(rig: LauncherRig)
 
 
 @on_every_launcher
-async def test_an_instance_that_is_asked_to_end_drains(rig: LauncherRig) -> None:
+async def test_terminated_instance_drains(rig: LauncherRig) -> None:
     await rig.start(STEADY, "w-1")
     await rig.launcher.terminate("w-1", grace_s=60.0)
     assert await rig.ended("w-1") == "exit 0"
@@ -86,14 +86,14 @@ async def test_terminating_what_ended_or_never_was_changes_nothing(rig: Launcher
 
 
 @on_every_launcher
-async def test_an_instance_that_ends_by_itself_says_how(rig: LauncherRig) -> None:
+async def test_instance_that_exits_reports_its_exit(rig: LauncherRig) -> None:
     """Pain 7: no exit code, so nobody can tell what happened."""
     await rig.launcher.launch(BROKEN, "w-1")
     assert await rig.ended("w-1") == "exit 3"
 
 
 @on_every_launcher
-async def test_an_instance_that_is_killed_says_how_and_wakes_who_waits(rig: LauncherRig) -> None:
+async def test_killed_instance_reports_its_exit_and_wakes_waiters(rig: LauncherRig) -> None:
     await rig.start(STEADY, "w-1")
     await rig.start(STEADY, "w-2")
     rig.changed.clear()
@@ -103,7 +103,7 @@ async def test_an_instance_that_is_killed_says_how_and_wakes_who_waits(rig: Laun
 
 
 @on_every_launcher
-async def test_an_end_stays_known_until_a_fleet_has_surely_seen_it(rig: LauncherRig) -> None:
+async def test_end_of_an_instance_is_reported_until_it_was_read(rig: LauncherRig) -> None:
     await rig.launcher.launch(BROKEN, "w-1")
     await rig.ended("w-1")
     assert await rig.launcher.running() == {"w-1": "exit 3"}

@@ -52,7 +52,7 @@ NOBODY = JobId("nobody")
 
 
 @on_every_ledger
-async def test_a_new_job_is_there_with_its_stages_in_order(ledger: DumpingLedger) -> None:
+async def test_new_job_has_its_stages_in_order(ledger: DumpingLedger) -> None:
     written = await ledger.apply(AddJob(JOB, JobState.SUBMITTED))
     assert await ledger.job(JOB.id) == JobRecord(JOB, JobState.SUBMITTED)
     stages = tuple(StageRecord(StageCounts(name)) for name in (RESIZE, INDEX, TOTAL))
@@ -62,7 +62,7 @@ async def test_a_new_job_is_there_with_its_stages_in_order(ledger: DumpingLedger
 
 
 @on_every_ledger
-async def test_a_job_comes_back_as_it_was_defined(ledger: DumpingLedger) -> None:
+async def test_job_is_returned_as_defined(ledger: DumpingLedger) -> None:
     rule = RetryRule(5, 0.1, kinds=(FailureKind.EXIT,), exit_codes=(75,), exceptions=("OSError",))
     job = JobDef(
         JobId("rich"),
@@ -84,7 +84,7 @@ async def test_a_job_comes_back_as_it_was_defined(ledger: DumpingLedger) -> None
 
 
 @on_every_ledger
-async def test_a_job_that_is_not_there_is_not_found(ledger: DumpingLedger) -> None:
+async def test_missing_job_is_not_found(ledger: DumpingLedger) -> None:
     await submit(ledger)
     stranger = replace(bundle(0, 1), job=NOBODY)
     for call in (
@@ -148,7 +148,7 @@ async def test_jobs_are_listed_newest_first_and_by_id_within_a_moment(ledger: Du
 
 
 @on_every_ledger
-async def test_pages_of_jobs_visit_each_once_while_new_ones_come(ledger: DumpingLedger) -> None:
+async def test_pages_of_jobs_list_each_job_once_during_submissions(ledger: DumpingLedger) -> None:
     for job in _jobs(7):
         await submit(ledger, job)
     seen: list[str] = []
@@ -184,7 +184,7 @@ def test_a_job_moves_by_the_table_of_moves(before: JobState, tmp_path: Path) -> 
 
 
 @on_every_ledger
-async def test_the_control_says_what_it_was_last_set_to(ledger: DumpingLedger) -> None:
+async def test_control_is_the_last_one_set(ledger: DumpingLedger) -> None:
     await submit(ledger)
     for control in (Control.PAUSE, Control.PAUSE, Control.RUN, Control.CANCEL):
         await ledger.apply(SetControl(JOB.id, control, 0))
@@ -195,7 +195,7 @@ async def test_the_control_says_what_it_was_last_set_to(ledger: DumpingLedger) -
 
 
 @on_every_ledger
-async def test_a_cut_plans_its_bundles_and_says_what_is_left(ledger: DumpingLedger) -> None:
+async def test_cut_plans_its_bundles_and_updates_the_rest(ledger: DumpingLedger) -> None:
     await submit(ledger)
     one, other = bundle(0, 10), bundle(20, 30)
     left = TaskSet(((30, 40), (50, 90)))
@@ -223,7 +223,7 @@ async def test_a_cut_makes_a_job_runnable_and_an_outcome_makes_it_running(ledger
 
 
 @on_every_ledger
-async def test_a_cut_that_is_known_or_older_changes_nothing(ledger: DumpingLedger) -> None:
+async def test_repeated_or_older_cut_changes_nothing(ledger: DumpingLedger) -> None:
     await submit(ledger)
     first = replace(cut(0, bundle(0, 5), left=TaskSet.span(5, 9)), planned=9)
     second = cut(1, bundle(5, 7), left=TaskSet.span(7, 9))
@@ -263,7 +263,7 @@ async def test_a_cut_leaves_a_bundle_that_is_done_already(ledger: DumpingLedger)
 
 
 @on_every_ledger
-async def test_planned_is_set_where_it_is_not_known(ledger: DumpingLedger) -> None:
+async def test_planned_count_is_set_if_it_was_unknown(ledger: DumpingLedger) -> None:
     await submit(ledger)
     await ledger.apply(SetPlanned(JOB.id, INDEX, 5, 0))
     await ledger.apply(SetPlanned(JOB.id, INDEX, 6, 0))
@@ -275,7 +275,7 @@ async def test_planned_is_set_where_it_is_not_known(ledger: DumpingLedger) -> No
 
 
 @on_every_ledger
-async def test_a_lease_is_its_owners_who_renews_it(ledger: DumpingLedger) -> None:
+async def test_only_the_owner_renews_a_lease(ledger: DumpingLedger) -> None:
     first = await ledger.lease("leader", "a")
     assert first.owner == "a"
     assert await ledger.lease("leader", "b") == first, "b is told, and nothing changes"
@@ -305,7 +305,7 @@ async def test_a_lease_given_back_is_free_at_once(ledger: DumpingLedger) -> None
 
 
 @on_every_ledger
-async def test_the_beat_of_a_lease_tells_whether_others_have_had_it(ledger: DumpingLedger) -> None:
+async def test_beat_of_a_lease_shows_a_change_of_owner(ledger: DumpingLedger) -> None:
     first = await ledger.lease("leader", "a")
     assert (await ledger.lease("leader", "a")).beat == first.beat + 1
     await ledger.release("leader", "a")

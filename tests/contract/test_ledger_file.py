@@ -21,7 +21,7 @@ def _lock(path: Path) -> sqlite3.Connection:
     return connection
 
 
-def test_a_lock_that_is_given_up_in_time_is_waited_for(tmp_path: Path) -> None:
+def test_lock_released_in_time_is_awaited(tmp_path: Path) -> None:
     """The event loop goes on meanwhile, and so do readers."""
     path = tmp_path / "ledger.sqlite"
 
@@ -65,7 +65,7 @@ def test_a_file_that_cannot_be_opened_is_an_outage(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_a_file_that_is_no_database_is_not_touched(tmp_path: Path) -> None:
+def test_file_that_is_not_a_database_is_unchanged(tmp_path: Path) -> None:
     path = tmp_path / "ledger.sqlite"
     path.write_bytes(b"somebody's letter, not a database. " * 100)
     before = path.read_bytes()

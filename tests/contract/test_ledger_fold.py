@@ -37,7 +37,7 @@ from tests.support.contract.ledger_suite import (
 
 
 @on_every_ledger
-async def test_counters_grow_by_what_the_outcomes_say(ledger: DumpingLedger) -> None:
+async def test_counters_grow_with_the_outcomes(ledger: DumpingLedger) -> None:
     await submit(ledger)
     one = done(bundle(0, 10), failed=2, cancelled=1, run_s=3.25, started_s=100.0, retried=4)
     other = done(bundle(10, 12), run_s=0.5, started_s=90.0)
@@ -49,7 +49,7 @@ async def test_counters_grow_by_what_the_outcomes_say(ledger: DumpingLedger) -> 
 
 
 @on_every_ledger
-async def test_the_first_start_and_the_last_end_are_kept_in_any_order(ledger: DumpingLedger) -> None:
+async def test_first_start_and_last_end_are_stored_in_any_order(ledger: DumpingLedger) -> None:
     await submit(ledger)
     for i, started_s in enumerate((100.0, 300.0, 50.0, 200.0)):
         await fold(ledger, done(bundle(i, i + 1), started_s=started_s))
@@ -58,7 +58,7 @@ async def test_the_first_start_and_the_last_end_are_kept_in_any_order(ledger: Du
 
 
 @on_every_ledger
-async def test_an_outcome_counts_once_however_often_it_comes(ledger: DumpingLedger) -> None:
+async def test_repeated_outcome_counts_once(ledger: DumpingLedger) -> None:
     """Pain 6: events come at least once; duplicates are seen and harmless."""
     await submit(ledger)
     one, other = done(bundle(0, 5)), done(bundle(5, 7))
@@ -71,7 +71,7 @@ async def test_an_outcome_counts_once_however_often_it_comes(ledger: DumpingLedg
 
 
 @on_every_ledger
-async def test_what_was_folded_stays_when_another_outcome_of_the_bundle_comes(ledger: DumpingLedger) -> None:
+async def test_second_outcome_of_a_bundle_changes_nothing(ledger: DumpingLedger) -> None:
     await submit(ledger)
     await fold(ledger, done(bundle(0, 5)))
     before = await ledger.dump()
@@ -90,7 +90,7 @@ async def test_follows_become_planned(ledger: DumpingLedger) -> None:
 
 
 @on_every_ledger
-async def test_a_follow_that_was_folded_before_its_parent_stays_done(ledger: DumpingLedger) -> None:
+async def test_follow_up_folded_before_its_parent_stays_done(ledger: DumpingLedger) -> None:
     await submit(ledger)
     follow = bundle(0, 5, stage=INDEX)
     assert await fold(ledger, done(follow)) == [True]
@@ -101,7 +101,7 @@ async def test_a_follow_that_was_folded_before_its_parent_stays_done(ledger: Dum
 
 
 @on_every_ledger
-async def test_parent_and_follow_may_come_in_one_call_in_either_order(ledger: DumpingLedger) -> None:
+async def test_parent_and_follow_up_may_be_folded_together_in_any_order(ledger: DumpingLedger) -> None:
     await submit(ledger)
     for start, parent_first in ((0, True), (5, False)):
         follow = bundle(start, start + 5, stage=INDEX)
@@ -133,7 +133,7 @@ async def test_casualties_count_as_cancelled_once(ledger: DumpingLedger) -> None
 
 
 @on_every_ledger
-async def test_an_answer_says_which_seqs_it_gave(ledger: DumpingLedger) -> None:
+async def test_answer_lists_the_assigned_sequence_numbers(ledger: DumpingLedger) -> None:
     """Whoever waits for outcomes goes on after the last seq that it was told."""
     await submit(ledger)
     for start in (0, 3):
@@ -187,7 +187,7 @@ async def test_one_call_may_fold_several_jobs(ledger: DumpingLedger) -> None:
 
 
 @on_every_ledger
-async def test_a_bundle_comes_back_as_it_was_written(ledger: DumpingLedger) -> None:
+async def test_bundle_is_returned_as_written(ledger: DumpingLedger) -> None:
     await submit(ledger)
     scattered = TaskSet(((0, 1), (7, 9), (10**8, 10**8 + 3)))
     planned = replace(bundle(0, 1), tasks=scattered, attempt=3, round=2, losses=1, source=BundleId("x"))
@@ -199,7 +199,7 @@ async def test_a_bundle_comes_back_as_it_was_written(ledger: DumpingLedger) -> N
 
 
 @on_every_ledger
-async def test_bundles_are_in_the_order_of_folding_and_planned_ones_last(ledger: DumpingLedger) -> None:
+async def test_folded_bundles_are_listed_in_order_before_planned_ones(ledger: DumpingLedger) -> None:
     await submit(ledger)
     b, a, c = bundle(1, 2), bundle(0, 1), bundle(2, 3)
     later = bundle(0, 9, stage=INDEX)

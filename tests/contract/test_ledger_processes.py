@@ -39,7 +39,7 @@ async def _check_sums(ledger: DumpingLedger) -> int:
     return len(bodies)
 
 
-def test_what_was_folded_is_there_when_it_is_opened_again(place: Place) -> None:
+def test_folded_rows_survive_a_restart(place: Place) -> None:
     async def main() -> None:
         async with ledger_in(place) as ledger:
             await submit(ledger)
@@ -76,7 +76,7 @@ def test_a_killed_process_leaves_whole_calls_and_nothing_else(place: Place) -> N
     asyncio.run(main())
 
 
-def test_of_processes_racing_for_the_lease_one_gets_it(place: Place) -> None:
+def test_only_one_of_several_processes_gets_the_lease(place: Place) -> None:
     """They race for making the schema of the fresh database too."""
     with ExitStack() as stack:
         rivals = [stack.enter_context(second_process("race", place, f"m-{i}")) for i in range(3)]
@@ -97,7 +97,7 @@ def test_of_processes_racing_for_the_lease_one_gets_it(place: Place) -> None:
     asyncio.run(main())
 
 
-def test_a_reader_sees_whole_transactions_of_another_process(place: Place) -> None:
+def test_reader_sees_whole_transactions_of_another_process(place: Place) -> None:
     looks: set[int] = set()
 
     async def look_on(writer: subprocess.Popen[str]) -> None:

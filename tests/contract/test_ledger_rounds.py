@@ -106,7 +106,7 @@ async def test_a_reason_may_hold_any_text(ledger: DumpingLedger) -> None:
 
 
 @on_every_ledger
-async def test_nothing_is_asked_of_a_job_that_has_ended(ledger: DumpingLedger) -> None:
+async def test_ended_job_ignores_changes(ledger: DumpingLedger) -> None:
     """A pause that comes too late must not show: whether it did depended on who was faster."""
     await submit(ledger)
     await ledger.apply(SetControl(JOB.id, Control.CANCEL, 0))
@@ -116,7 +116,7 @@ async def test_nothing_is_asked_of_a_job_that_has_ended(ledger: DumpingLedger) -
 
 
 @on_every_ledger
-async def test_a_change_for_another_round_changes_nothing(ledger: DumpingLedger) -> None:
+async def test_change_for_another_round_has_no_effect(ledger: DumpingLedger) -> None:
     """I. Trust, stale leaders: a call that was on its way while the job was retried comes too
     late, and one for a round that the ledger does not know comes too early."""
     await _failed_job(ledger)
@@ -155,7 +155,7 @@ async def _failed_job(ledger: DumpingLedger) -> None:
 
 
 @on_every_ledger
-async def test_a_new_round_takes_back_what_it_will_do_again(ledger: DumpingLedger) -> None:
+async def test_new_round_subtracts_what_it_repeats(ledger: DumpingLedger) -> None:
     """Pain 13: the failed part of a job runs again, and only that."""
     await _failed_job(ledger)
     assert (
@@ -168,7 +168,7 @@ async def test_a_new_round_takes_back_what_it_will_do_again(ledger: DumpingLedge
 
 
 @on_every_ledger
-async def test_a_round_begins_once(ledger: DumpingLedger) -> None:
+async def test_round_begins_once(ledger: DumpingLedger) -> None:
     await _failed_job(ledger)
     taken_back = [Reopening(RESIZE, failed=1, cancelled=5)]
     assert (await ledger.apply(Reopen(JOB.id, 1, taken_back))).is_new
@@ -204,7 +204,7 @@ async def test_a_void_plan_is_unknown_again_and_its_cuts_stay_out(ledger: Dumpin
 
 
 @on_every_ledger
-async def test_bundles_of_a_void_plan_are_in_no_listing_but_known(ledger: DumpingLedger) -> None:
+async def test_bundles_of_a_void_plan_are_unlisted_but_stored(ledger: DumpingLedger) -> None:
     await _failed_job(ledger)
     await ledger.apply(Reopen(JOB.id, 1, [Reopening(RESIZE, 4, 1, 5, replan=True)]))
     listed = [r.bundle.stage for r in await ledger.bundles(JOB.id)]

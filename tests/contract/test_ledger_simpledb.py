@@ -103,9 +103,7 @@ def test_a_process_may_end_between_any_two_calls(simpledb: Sdb, monkeypatch: pyt
     assert left == {"counter"}, "of a job there is nothing"
 
 
-def test_a_fold_whose_answer_is_lost_is_new_though_another_has_folded_since(
-    simpledb: Sdb, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fold_with_a_lost_answer_is_new_after_another_fold(simpledb: Sdb, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two leaders of whom each believed that the other had been first."""
     one, two, three = (bundle(n, n + 1) for n in range(3))
 
@@ -203,7 +201,7 @@ async def _patiently_fold(of: Ledger, some: Any) -> list[bool]:
             await asyncio.sleep(0.05)
 
 
-def test_who_is_overtaken_after_a_first_job_is_told_to_repeat(simpledb: Sdb) -> None:
+def test_overtaken_writer_is_asked_to_repeat(simpledb: Sdb) -> None:
     """A call over several jobs is one transaction for each."""
     twin = replace(JOB, id=JobId("photos-2"))
     mine, its = done(bundle(0, 5)), done(replace(bundle(0, 5), job=twin.id))

@@ -20,7 +20,7 @@ SCATTERED = TaskSet.of(range(0, 30_000, 2))
 """200 KB as JSON: too much to stay in an item that has other texts too."""
 
 
-def test_texts_of_any_length_are_kept(rough_simpledb: Sdb) -> None:
+def test_texts_of_any_length_are_stored(rough_simpledb: Sdb) -> None:
     keys = tuple(f"raw/{n:06d}-ä" for n in range(20_000))
     job = replace(JOB, input=InputDef(keys, SplitBy.LINES, 100, header=False))
     large = replace(bundle(0, 1), tasks=SCATTERED)
@@ -59,7 +59,7 @@ def test_a_name_that_is_too_long_is_refused_and_nothing_is_written(simpledb: Sdb
     asyncio.run(main())
 
 
-def test_a_domain_that_is_not_there_or_full_is_told(simpledb: Sdb) -> None:
+def test_missing_or_full_domain_is_reported(simpledb: Sdb) -> None:
     async def main() -> None:
         nowhere = open_simpledb(simpledb.endpoint, "nowhere")
         with pytest.raises(BackendError, match="There is no SimpleDB domain nowhere") as caught:
@@ -79,7 +79,7 @@ def test_a_domain_that_is_not_there_or_full_is_told(simpledb: Sdb) -> None:
     asyncio.run(main())
 
 
-def test_a_region_without_simpledb_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_region_without_simpledb_is_reported_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_SIMPLEDB"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(UsageError, match="no SimpleDB in eu-central-1") as caught:

@@ -17,7 +17,7 @@ EVERY_BYTE = bytes(range(256)) * 3
 
 
 @on_every_bucket
-async def test_an_object_comes_back_as_it_was_put(world: ObjectsWorld) -> None:
+async def test_object_is_returned_as_stored(world: ObjectsWorld) -> None:
     await world.objects.put("a/b/c.bin", EVERY_BYTE)
     assert await world.objects.get("a/b/c.bin") == EVERY_BYTE
 
@@ -50,7 +50,7 @@ async def test_put_head_list_and_get_agree_on_size_and_etag(world: ObjectsWorld)
 
 
 @on_every_bucket
-async def test_a_conditional_create_loses_against_an_object_that_is_there(world: ObjectsWorld) -> None:
+async def test_conditional_create_fails_for_an_existing_object(world: ObjectsWorld) -> None:
     etag = await world.objects.put("outcome", b"first", if_absent=True)
     with pytest.raises(AlreadyExists) as caught:
         await world.objects.put("outcome", b"second", if_absent=True)
@@ -67,7 +67,7 @@ async def test_a_large_conditional_create_loses_too(world: ObjectsWorld) -> None
 
 
 @on_every_bucket
-async def test_of_16_conditional_creates_at_once_one_wins(world: ObjectsWorld) -> None:
+async def test_one_of_16_concurrent_conditional_creates_wins(world: ObjectsWorld) -> None:
     """Pain 6: two workers that hold the same bundle must not both commit it."""
     for size in (10, 200_000):
         key = f"outcome-{size}"
@@ -103,7 +103,7 @@ async def test_an_object_is_overwritten_as_it_was_seen_or_not_at_all(world: Obje
 
 
 @on_every_bucket
-async def test_of_16_who_overwrite_what_they_have_seen_one_wins(world: ObjectsWorld) -> None:
+async def test_one_of_16_concurrent_conditional_overwrites_wins(world: ObjectsWorld) -> None:
     for size in (10, 200_000):
         seen = await world.objects.put("control", b"run")
 
@@ -130,7 +130,7 @@ async def test_a_deleted_key_may_be_created_again(world: ObjectsWorld) -> None:
 
 
 @on_every_bucket
-async def test_what_is_not_there_is_not_found(world: ObjectsWorld) -> None:
+async def test_missing_object_is_not_found(world: ObjectsWorld) -> None:
     await world.objects.put("folder/object", b"1")
     # The last three are none on any store: a folder, a folder's folder, a key below an object.
     for key in ("nothing", "folder", "folder/nothing", "folder/object/below"):
@@ -191,7 +191,7 @@ async def test_a_prefix_need_not_end_at_a_slash(world: ObjectsWorld) -> None:
 
 
 @on_every_bucket
-async def test_long_listings_come_in_pages_that_miss_and_repeat_nothing(world: ObjectsWorld) -> None:
+async def test_long_listings_are_paged_without_gaps_or_repetitions(world: ObjectsWorld) -> None:
     keys = [f"outcomes/{number % 7:02x}/{number:05d}.json" for number in range(world.many)]
     await world.fill(keys)
     pages = [list(page) async for page in world.objects.list("outcomes/")]
@@ -211,7 +211,7 @@ async def test_listing_nothing_gives_no_page(world: ObjectsWorld) -> None:
 
 
 @on_every_bucket
-async def test_a_listing_goes_on_while_objects_come_and_go(world: ObjectsWorld) -> None:
+async def test_listing_continues_during_puts_and_deletes(world: ObjectsWorld) -> None:
     keys = [f"k/{number:05d}" for number in range(world.many)]
     await world.fill(keys)
     seen: list[str] = []
@@ -225,7 +225,7 @@ async def test_a_listing_goes_on_while_objects_come_and_go(world: ObjectsWorld) 
 
 
 @on_every_bucket
-async def test_delete_takes_many_keys_and_does_not_mind_those_that_are_gone(world: ObjectsWorld) -> None:
+async def test_delete_accepts_many_keys_and_ignores_missing_ones(world: ObjectsWorld) -> None:
     keys = [f"d/{number:04d}" for number in range(world.many)]
     await world.fill(keys)
     await world.objects.delete([])
@@ -287,7 +287,7 @@ async def test_a_download_replaces_the_file_or_leaves_it_alone(world: ObjectsWor
 
 
 @on_every_bucket
-async def test_uploading_a_file_that_is_not_there_says_so_and_stores_nothing(world: ObjectsWorld) -> None:
+async def test_upload_of_a_missing_file_fails_and_stores_nothing(world: ObjectsWorld) -> None:
     with pytest.raises(FileNotFoundError):
         await world.objects.upload("raw/a", world.folder / "missing")
     assert await world.keys() == []

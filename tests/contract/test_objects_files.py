@@ -124,7 +124,7 @@ async def _all_whole(bucket: Path) -> None:
     assert seen == set(sizes)
 
 
-def test_leftovers_of_a_killed_put_are_not_listed_and_block_nobody(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_put_are_hidden_and_block_no_writer(tmp_path: Path) -> None:
     async def check() -> None:
         objects = open_local(tmp_path)
         (tmp_path / "o").mkdir()
@@ -308,7 +308,7 @@ def s3() -> Iterator[ObstoreObjects]:
         (403, BackendError),
     ],
 )
-def test_a_refused_conditional_create_says_what_to_do_next(
+def test_refused_conditional_create_suggests_a_remedy(
     s3: ObstoreObjects, status: int, kind: type[BackendError]
 ) -> None:
     with pytest.raises(BackendError) as caught:
@@ -317,7 +317,7 @@ def test_a_refused_conditional_create_says_what_to_do_next(
     assert caught.value.__cause__ is not None
 
 
-def test_reads_tell_busy_from_missing(s3: ObstoreObjects) -> None:
+def test_reads_distinguish_busy_from_missing(s3: ObstoreObjects) -> None:
     with pytest.raises(Throttled):
         asyncio.run(s3.get("a/503"))
     with pytest.raises(NotFound):

@@ -61,7 +61,7 @@ async def test_a_timeout_of_zero_leaves_the_message_visible(world: QueueWorld) -
 
 
 @on_every_queue
-async def test_a_deleted_message_never_comes_again(world: QueueWorld) -> None:
+async def test_deleted_message_is_never_received_again(world: QueueWorld) -> None:
     name = await world.make(visibility_s=1)
     await world.send(name, "a", "b")
     held = await world.receive(name, 2)
@@ -72,7 +72,7 @@ async def test_a_deleted_message_never_comes_again(world: QueueWorld) -> None:
 
 
 @on_every_queue
-async def test_an_expired_receipt_still_deletes_what_nobody_else_has_received(world: QueueWorld) -> None:
+async def test_expired_receipt_still_deletes_an_unreceived_message(world: QueueWorld) -> None:
     name = await world.make(visibility_s=1)
     await world.send(name, "a")
     (message,) = await world.receive(name)
@@ -116,7 +116,7 @@ async def test_an_old_receipt_cannot_change_visibility(world: QueueWorld) -> Non
 
 
 @on_every_queue
-async def test_deleting_twice_and_deleting_nonsense_is_no_error(world: QueueWorld) -> None:
+async def test_repeated_and_invalid_deletes_succeed(world: QueueWorld) -> None:
     name = await world.make()
     await world.send(name, "a", "b")
     first, second = await world.receive(name, 2)
@@ -242,7 +242,7 @@ async def test_depth_counts_visible_in_flight_and_delayed(world: QueueWorld) -> 
 
 
 @on_every_queue
-async def test_a_receive_takes_no_more_than_it_asks_for(world: QueueWorld) -> None:
+async def test_receive_returns_at_most_the_requested_number(world: QueueWorld) -> None:
     name = await world.make()
     await world.send(name, *map(str, range(15)))
     seen: set[str] = set()
@@ -270,7 +270,7 @@ async def test_receivers_at_the_same_time_share_no_message(world: QueueWorld) ->
 
 
 @on_every_queue
-async def test_a_message_received_too_often_goes_to_the_dead_letters(world: QueueWorld) -> None:
+async def test_message_received_too_often_moves_to_the_dead_letter_queue(world: QueueWorld) -> None:
     """Pain 13: what failed for good is found in one place, with its history."""
     dead = await world.make()
     name = await world.make(visibility_s=1, dead_letters=dead, max_receives=2)
@@ -306,7 +306,7 @@ async def test_dead_letters_do_not_hold_up_their_neighbours(world: QueueWorld) -
 
 
 @on_every_queue
-async def test_without_dead_letters_a_message_keeps_coming(world: QueueWorld) -> None:
+async def test_message_is_redelivered_without_a_dead_letter_queue(world: QueueWorld) -> None:
     name = await world.make(visibility_s=1, max_receives=1)
     await world.send(name, "a")
     for count in (1, 2, 3):
@@ -315,7 +315,7 @@ async def test_without_dead_letters_a_message_keeps_coming(world: QueueWorld) ->
 
 
 @on_every_queue
-async def test_what_is_too_old_is_gone(world: QueueWorld) -> None:
+async def test_expired_message_is_dropped(world: QueueWorld) -> None:
     if not world.jumps:
         pytest.skip("hours cannot pass here")
     name = await world.make(retention_s=HOUR_S)
@@ -332,7 +332,7 @@ async def test_what_is_too_old_is_gone(world: QueueWorld) -> None:
 
 
 @on_every_queue
-async def test_ensuring_a_queue_again_keeps_its_messages_and_takes_the_new_attributes(world: QueueWorld) -> None:
+async def test_ensure_keeps_messages_and_updates_attributes(world: QueueWorld) -> None:
     name = await world.make(visibility_s=1000)
     await world.send(name, "a")
     await world.queue.ensure(QueueSpec(name, visibility_s=1))

@@ -39,7 +39,7 @@ async def test_a_call_carries_256_kib(world: QueueWorld) -> None:
 
 
 @on_every_queue
-async def test_what_sqs_would_refuse_is_a_value_error(world: QueueWorld) -> None:
+async def test_requests_that_sqs_refuses_raise_value_error(world: QueueWorld) -> None:
     name = await world.make()
     calls: list[Callable[[], Awaitable[object]]] = [
         partial(world.queue.send, name, [Outgoing("a", 901)]),
@@ -59,7 +59,7 @@ async def test_what_sqs_would_refuse_is_a_value_error(world: QueueWorld) -> None
 
 
 @on_every_queue
-async def test_a_queue_that_is_not_there_is_not_found(world: QueueWorld) -> None:
+async def test_missing_queue_is_not_found(world: QueueWorld) -> None:
     calls: list[Callable[[], Awaitable[object]]] = [
         partial(world.queue.send, "nowhere", [Outgoing("a")]),
         partial(world.queue.receive, "nowhere", wait_s=0),

@@ -55,12 +55,12 @@ def _history(seed: int) -> list[tuple[float, int, str, int]]:
     return seen
 
 
-def test_the_same_seed_gives_the_same_history_and_another_seed_another() -> None:
+def test_history_depends_only_on_the_seed() -> None:
     assert _history(1) == _history(1)
     assert _history(1) != _history(2)
 
 
-def test_messages_come_in_loose_order() -> None:
+def test_messages_arrive_in_loose_order() -> None:
     async def scenario(queue: SimQueue) -> list[int]:
         await _send(queue, 1000)
         order: list[int] = []
@@ -77,7 +77,7 @@ def test_messages_come_in_loose_order() -> None:
     assert sum(lag > 100 for lag in early) < 50
 
 
-def test_100_000_messages_and_10_000_waiting_receivers_are_no_trouble() -> None:
+def test_queue_handles_100_000_messages_and_10_000_receivers() -> None:
     messages_in_all, receivers_in_all = 100_000, 10_000
 
     async def scenario(queue: SimQueue) -> tuple[int, Depth]:
@@ -99,7 +99,7 @@ def test_100_000_messages_and_10_000_waiting_receivers_are_no_trouble() -> None:
     assert _run(scenario) == (messages_in_all, Depth(0, 0, 0))
 
 
-def test_a_redelivered_message_comes_early_and_a_second_time() -> None:
+def test_redelivered_message_arrives_early_and_twice() -> None:
     async def scenario(queue: SimQueue) -> None:
         rng = random.Random(3)
         assert queue.redeliver("q", rng) is None
@@ -135,7 +135,7 @@ def test_a_redelivered_message_wakes_a_waiting_receive_and_its_holder_may_still_
     _run(scenario)
 
 
-def test_a_dropped_message_is_gone_wherever_it_was() -> None:
+def test_dropped_message_disappears_in_any_state() -> None:
     async def scenario(queue: SimQueue) -> None:
         rng = random.Random(5)
         await _send(queue, 30)

@@ -136,7 +136,7 @@ async def _drained(queue: SqliteQueue) -> list[str]:
     return found
 
 
-def test_a_send_from_another_process_wakes_a_sleeping_receive(
+def test_send_from_another_process_wakes_a_receiver(
     tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     async def scenario(queue: SqliteQueue, path: Path, _: SteppedClock) -> None:
@@ -209,7 +209,7 @@ def test_killed_senders_leave_whole_batches_and_lose_none_that_was_confirmed(tmp
     db.close()
 
 
-def test_what_killed_workers_held_comes_back_at_the_timeout(tmp_path: Path) -> None:
+def test_messages_of_killed_workers_return_at_the_timeout(tmp_path: Path) -> None:
     async def scenario(queue: SqliteQueue, path: Path, clock: SteppedClock) -> None:
         sent = [str(number) for number in range(3000)]
         for start in range(0, len(sent), 10):
@@ -324,7 +324,7 @@ def test_every_query_is_a_range_of_an_index(tmp_path: Path) -> None:
     assert [plan for plan in plans if plan.startswith("SCAN") or "TEMP B-TREE" in plan] == []
 
 
-def test_what_is_no_queue_file_is_a_backend_error(tmp_path: Path) -> None:
+def test_file_that_is_not_a_queue_is_a_backend_error(tmp_path: Path) -> None:
     (tmp_path / "queue.db").write_bytes(b"this is not a database" * 100)
 
     async def check() -> None:

@@ -94,7 +94,7 @@ async def test_giving_a_message_back_wakes_a_waiting_receive(world: QueueWorld) 
 
 
 @on_every_queue_alone
-async def test_dead_letters_wake_who_waits_for_them(world: QueueWorld) -> None:
+async def test_dead_letters_wake_their_receivers(world: QueueWorld) -> None:
     dead = await world.make()
     name = await world.make(visibility_s=1, dead_letters=dead, max_receives=1)
     await world.send(name, "poison")

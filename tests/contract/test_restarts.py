@@ -60,7 +60,7 @@ def world(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[World]:
         server.kill()
 
 
-def test_what_a_killed_emulator_has_lost_is_missed_and_may_be_made_again(world: World) -> None:
+def test_resources_lost_by_a_killed_emulator_can_be_created_again(world: World) -> None:
     async def go_on() -> None:
         bucket = f"kept-{os.getpid()}"
         objects, queue = open_s3(world.endpoint, bucket), SqsQueue(world.endpoint)

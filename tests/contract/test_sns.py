@@ -66,14 +66,14 @@ def test_a_fifo_topic_is_given_what_it_deduplicates_by(moto: Endpoint) -> None:
     assert len(received(moto, url)) == 1
 
 
-def test_a_topic_that_is_not_there_is_told_in_a_sentence(moto: Endpoint) -> None:
+def test_missing_topic_is_a_clear_error(moto: Endpoint) -> None:
     with pytest.raises(NotDelivered) as caught:
         publish(moto, f"arn:aws:sns:{REGION}:123456789012:missing")
     assert caught.value.message.startswith("SNS: ")
     assert not caught.value.final
 
 
-def test_an_endpoint_that_is_away_is_told_likewise() -> None:
+def test_unreachable_endpoint_is_a_clear_error() -> None:
     with pytest.raises(NotDelivered) as caught:
         publish(Endpoint("http://127.0.0.1:9"), f"arn:aws:sns:{REGION}:123456789012:x")
     assert not caught.value.final

@@ -59,7 +59,7 @@ def _says(*answer: Any) -> Script:
         (refusal("UnsupportedOperation"), BackendError),
     ],
 )
-def test_a_refusal_says_what_to_do_next(answer: Answer, kind: type[BackendError]) -> None:
+def test_refusal_suggests_a_remedy(answer: Answer, kind: type[BackendError]) -> None:
     with pytest.raises(BackendError) as caught:
         _asked(_says(*answer), lambda queue: queue.depth("q"))
     assert type(caught.value) is kind
@@ -68,7 +68,7 @@ def test_a_refusal_says_what_to_do_next(answer: Answer, kind: type[BackendError]
     assert "\n" not in str(caught.value)
 
 
-def test_who_is_denied_is_told_to_look_at_the_credentials() -> None:
+def test_denied_caller_is_told_to_check_its_credentials() -> None:
     with pytest.raises(BackendError, match="credentials"):
         _asked(_says(*refusal("AccessDenied", 403)), lambda queue: queue.depth("q"))
 
@@ -105,7 +105,7 @@ def test_a_batch_sent_in_part_is_not_sent(failed: dict[str, Any], kind: type[Bac
     assert type(caught.value) is kind
 
 
-def test_refused_receipts_are_told_apart_from_a_service_that_fails() -> None:
+def test_invalid_receipts_and_service_failures_are_different_errors() -> None:
     def answer(code: str, *, ours: bool) -> Script:
         failed = [{"Id": "1", "Code": code, "SenderFault": ours}]
         return _says(200, {"Successful": [{"Id": "0"}], "Failed": failed})
@@ -121,7 +121,7 @@ def test_refused_receipts_are_told_apart_from_a_service_that_fails() -> None:
             _asked(answer("InternalError", ours=False), call)
 
 
-def test_a_receipt_that_spoils_the_call_does_not_spoil_the_others() -> None:
+def test_one_invalid_receipt_does_not_fail_the_others() -> None:
     def answer(_: str, sent: dict[str, Any]) -> Answer:
         if any(entry["ReceiptHandle"] == "bad" for entry in sent["Entries"]):
             return refusal("ReceiptHandleIsInvalid", 404)
@@ -148,7 +148,7 @@ def test_times_are_whole_seconds_and_rounded_up() -> None:
     assert asked[2][1]["VisibilityTimeout"] == 30
 
 
-def test_more_than_12_hours_are_refused_without_being_asked_for() -> None:
+def test_timeout_above_12_hours_is_refused_without_a_request() -> None:
     def answer(_: str, sent: dict[str, Any]) -> Answer:
         return 200, {"Successful": [{"Id": entry["Id"]} for entry in sent["Entries"]]}
 
@@ -192,7 +192,7 @@ def test_receives_that_wait_keep_no_other_call_waiting() -> None:
     assert _asked(answer, calls)[0] == Depth(0, 0, 0)
 
 
-def test_nothing_is_asked_for_no_entries() -> None:
+def test_empty_batch_sends_no_request() -> None:
     async def calls(queue: SqsQueue) -> None:
         await queue.send("q", [])
         assert list(await queue.delete("q", [])) == []
@@ -205,7 +205,7 @@ def test_a_purge_that_is_under_way_is_a_purge() -> None:
     _asked(_says(*refusal("PurgeQueueInProgress", 403)), lambda queue: queue.purge("q"))
 
 
-def test_a_queue_that_is_there_gets_all_its_attributes_anew() -> None:
+def test_existing_queue_gets_all_attributes_again() -> None:
     def answer(operation: str, _: dict[str, Any]) -> Answer:
         if operation == "CreateQueue":
             return refusal("QueueNameExists")

@@ -47,7 +47,7 @@ def test_an_instance_is_billed_a_minute_at_once_and_by_the_second_after_it() -> 
     assert meter.nobody.billed_s == meter.total.billed_s
 
 
-def test_it_counts_from_the_launch_also_where_it_is_seen_late() -> None:
+def test_billing_starts_at_the_launch_even_if_it_is_seen_late() -> None:
     meter = Meter()
     see(meter, up("i", launched_s=-200.0), 0.0)
     assert meter.total.billed_s[ON_DEMAND] == 200.0
@@ -60,14 +60,14 @@ def test_a_clock_that_jumps_takes_nothing_back_and_adds_nothing() -> None:
     assert meter.total.billed_s[ON_DEMAND] == 200.0
 
 
-def test_what_is_stopped_or_terminated_is_not_billed() -> None:
+def test_stopped_and_terminated_instances_are_not_billed() -> None:
     meter = Meter()
     for state in (LifecycleState.TERMINATED, LifecycleState.WARMED_STOPPED):
         see(meter, Instance("i", "default", state, 0.0), 1000.0)
     assert meter.total.billed_s == {}
 
 
-def test_seconds_go_to_the_jobs_by_their_shares_and_the_rest_to_nobody() -> None:
+def test_seconds_are_split_among_jobs_by_share() -> None:
     meter, accounts = Meter(), {A: Account(), B: Account()}
     see(meter, up("i"), 0.0, {A: 1.0}, accounts)
     see(meter, up("i"), 100.0, {A: 0.25, B: 0.5, JobId("gone"): 0.25}, accounts)
@@ -77,14 +77,14 @@ def test_seconds_go_to_the_jobs_by_their_shares_and_the_rest_to_nobody() -> None
     assert meter.total.billed_s[ON_DEMAND] == 100.0
 
 
-def test_the_machine_says_what_it_is_where_it_knows() -> None:
+def test_instance_type_of_the_machine_is_used_if_known() -> None:
     meter = Meter()
     machine = Machine("c7g.large", "us-east-1a", Market.SPOT)
     see(meter, up("i", machine=machine), 0.0)
     assert list(meter.total.billed_s) == [Kind("default", "c7g.large", Market.SPOT)]
 
 
-def test_an_instance_is_billed_as_spot_from_when_it_has_told() -> None:
+def test_instance_is_billed_as_spot_after_its_report() -> None:
     """Describing a group does not say who is Spot: until the worker has, it counts as dearer."""
     meter = Meter()
     see(meter, up("i"), 0.0)
@@ -92,7 +92,7 @@ def test_an_instance_is_billed_as_spot_from_when_it_has_told() -> None:
     assert meter.total.billed_s == {ON_DEMAND: 60.0, SPOT: 40.0}
 
 
-def test_another_process_goes_on_where_the_one_before_stopped() -> None:
+def test_next_process_continues_the_bill() -> None:
     meter = Meter()
     see(meter, up("i", launched_s=1000.0), 1100.0)
     again = Meter.from_json(meter.to_json())
@@ -103,7 +103,7 @@ def test_another_process_goes_on_where_the_one_before_stopped() -> None:
 
 
 @pytest.mark.parametrize("stood_s", [0.0, 150.0])
-def test_time_that_another_leader_has_billed_meanwhile_is_not_billed_again(stood_s: float) -> None:
+def test_time_billed_by_another_leader_is_not_billed_again(stood_s: float) -> None:
     """Also where the watch of the one that was frozen stood still for so long."""
     frozen, accounts = Meter(), {A: Account()}
     see(frozen, up("i"), 100.0, {A: 1.0}, accounts)
@@ -124,7 +124,7 @@ def test_time_that_another_leader_has_billed_meanwhile_is_not_billed_again(stood
     assert accounts[A].billed_s[ON_DEMAND] == 110.0
 
 
-def test_requests_are_told_as_sums_so_that_nothing_counts_twice() -> None:
+def test_request_totals_are_not_counted_twice() -> None:
     meter, accounts = Meter(), {A: Account()}
     for so_far in (Requests(sqs=10), Requests(sqs=25), Requests(sqs=10), Requests(sqs=25)):
         meter.hear("w", so_far, {A: 1.0}, accounts)
@@ -149,7 +149,7 @@ def test_a_tally_counts_steps_and_empty_receives() -> None:
 # --- The bill ------------------------------------------------------------------------------------
 
 
-def test_a_bill_by_hand() -> None:
+def test_bill_matches_a_hand_computation() -> None:
     """Two hours on-demand and one on Spot. Of 3 × 2 slot hours tasks used 8,000 s and took 1,000 s
     for attempts that failed, and 800 s went with an instance: 4,000 s, and 900 s of instances. The
     rest is idle. A million and a half of SQS, half of it empty; 100,000 PUT, 200,000 GET."""
@@ -176,7 +176,7 @@ def test_a_bill_by_hand() -> None:
     assert found.notes == ()
 
 
-def test_without_an_account_it_is_derived_and_says_so() -> None:
+def test_bill_without_an_account_is_derived_and_marked() -> None:
     """8,500 s of work on two slots are 4,250 s, which are 85 % of what is billed."""
     found = bill([StageUse("a", "default", 8500.0, 1)], None, FACTS, BOOK)
     instances = sum(i.usd.typical for i in found.items if "pool" in i.what)
@@ -193,7 +193,7 @@ def test_requests_of_a_backend_without_any_are_derived_from_bundles() -> None:
     assert any("derived from bundles" in note for note in found.notes)
 
 
-def test_more_work_than_was_billed_is_no_negative_idle() -> None:
+def test_work_beyond_the_billed_time_gives_no_negative_idle_time() -> None:
     account = Account({ON_DEMAND: 60.0}, bundles=1)
     found = bill([StageUse("a", "default", 130.0, 1)], account, FACTS, BOOK)
     assert all(item.usd.low >= 0 for item in found.items)
@@ -215,19 +215,19 @@ def moved(moved: Moved) -> tuple[dict[str, tuple[float, float, float]], list[str
     return {i.what: (i.usd.low, i.usd.typical, i.usd.high) for i in added}, list(found.notes)
 
 
-def test_what_was_fetched_home_left_aws() -> None:
+def test_downloaded_results_count_as_egress() -> None:
     lines, notes = moved(Moved(fetched_bytes=5 * GB))
     assert lines == {"data out of AWS": pytest.approx((0.45, 0.45, 0.45))}
     assert notes == []
 
 
-def test_what_nobody_has_fetched_to_here_is_not_guessed_at() -> None:
+def test_downloads_are_not_guessed() -> None:
     lines, (note,) = moved(Moved())
     assert lines == {}
     assert "no data out of AWS is in it" in note
 
 
-def test_messages_through_a_nat_gateway_may_come_from_the_other_zone() -> None:
+def test_messages_through_a_nat_gateway_may_cross_zones() -> None:
     """20 GB at 0.045; a GB that crosses zones is billed 0.01 where it is sent and where it is
     received. Half of the instances are in the gateway's zone, or all, or none."""
     lines, notes = moved(Moved(GB, "nat"))
@@ -241,7 +241,7 @@ def test_messages_through_endpoints_are_billed_by_the_gb() -> None:
     assert any("messages alone are counted" in note for note in notes)
 
 
-def test_a_network_of_ones_own_is_told_and_not_priced() -> None:
+def test_own_network_is_listed_without_a_price() -> None:
     lines, notes = moved(Moved(GB, "own"))
     assert lines.keys() == {"data out of AWS"}
     assert any("your own network" in note for note in notes)
@@ -255,7 +255,7 @@ def test_a_network_of_ones_own_is_told_and_not_priced() -> None:
         ({"Egress": "nat", "VpcId": "vpc-1"}, "(0.09 USD per GB out of AWS) are billed by use"),
     ],
 )
-def test_a_plan_says_what_a_gb_costs(parameters: dict[str, str], told: str) -> None:
+def test_plan_gives_the_price_of_a_gb(parameters: dict[str, str], told: str) -> None:
     found = hourly_cost({"PoolInstanceTypes": "m7i.large", **parameters}, BOOK)
     assert told in found.text()
     assert told in str(found.to_json()["by_use"])

@@ -58,9 +58,7 @@ def walked(cron: str, zone: str, after_s: float, until_s: float) -> list[float]:
 
 @settings(max_examples=80, deadline=None)
 @given(minute=minutes, hour=hours, change=st.sampled_from(CHANGES))
-def test_what_follows_the_clock_is_due_whenever_the_clock_says_so(
-    minute: str, hour: str, change: tuple[str, str]
-) -> None:
+def test_clock_schedules_are_due_at_each_matching_time(minute: str, hour: str, change: tuple[str, str]) -> None:
     if not (minute.startswith("*") or hour.startswith("*")):
         minute = "*/5"
     zone, middle = change
@@ -75,9 +73,7 @@ def test_what_follows_the_clock_is_due_whenever_the_clock_says_so(
     hour=st.sampled_from(["1", "2", "3", "0,2", "1-3"]),
     change=st.sampled_from(CHANGES),
 )
-def test_what_has_a_fixed_time_is_due_once_a_day_for_each_where_there_is_any(
-    minute: str, hour: str, change: tuple[str, str]
-) -> None:
+def test_fixed_times_are_due_once_a_day(minute: str, hour: str, change: tuple[str, str]) -> None:
     zone, middle = change
     begin = datetime.fromtimestamp(at(middle), ZoneInfo(zone)).replace(hour=0, minute=0)
     after_s = begin.timestamp() - 60
@@ -97,7 +93,7 @@ def test_what_has_a_fixed_time_is_due_once_a_day_for_each_where_there_is_any(
 
 @settings(max_examples=80, deadline=None)
 @given(minute=minutes, hour=hours, change=st.sampled_from(CHANGES), off_s=st.integers(-6 * 3600, 6 * 3600))
-def test_due_times_are_the_same_from_wherever_they_are_looked_at(
+def test_due_times_do_not_depend_on_the_current_time(
     minute: str, hour: str, change: tuple[str, str], off_s: int
 ) -> None:
     zone, middle = change
@@ -153,7 +149,7 @@ def test_the_end_of_a_month_as_docs_have_it(cron: str, days: list[str]) -> None:
         ("* * * * *", "", "no time zone"),
     ],
 )
-def test_what_is_no_due_time_is_told_in_a_sentence(cron: str, zone: str, told: str) -> None:
+def test_invalid_due_time_is_a_clear_error(cron: str, zone: str, told: str) -> None:
     with pytest.raises(UsageError) as caught:
         due_times.check(cron, zone)
     assert told in caught.value.message

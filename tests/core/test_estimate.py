@@ -29,7 +29,7 @@ def test_sqs_bills_every_64_kib_and_never_less_than_one(payload_bytes: int, bill
     assert steps(payload_bytes) == billed
 
 
-def test_a_million_requests_cost_what_the_pricing_pages_say() -> None:
+def test_price_of_a_million_requests_matches_the_pricing_pages() -> None:
     """0.40 for a million of SQS; 5 for a million PUT, 0.40 for a million GET; DELETE is free."""
     assert request_costs.usd_of(Requests(sqs=1e6), BOOK) == pytest.approx((0.40, 0.0))
     assert request_costs.usd_of(Requests(s3_puts=1e6), BOOK) == pytest.approx((0.0, 5.0))
@@ -39,7 +39,7 @@ def test_a_million_requests_cost_what_the_pricing_pages_say() -> None:
     assert request_costs.usd_of(Requests(sqs=1e6, sqs_empty=1e6), BOOK) == pytest.approx((0.40, 0.0))
 
 
-def test_compute_and_idle_by_hand() -> None:
+def test_compute_and_idle_cost_match_a_hand_computation() -> None:
     """1,000 tasks of 60 s are 60,000 s on slots, 30,000 s on instances of two: as 60,000 / (300 ×
     2) = 100 would be wanted, all ten come. Usually 90 % of their time is used: 33,333 s, and 60 s
     of boot and of tail each. m7i.large costs 0.1008 per hour."""
@@ -137,7 +137,7 @@ def test_a_chain_has_as_many_tasks_and_bundles_and_a_gather_one() -> None:
     assert estimated.bundles == 2 * alone.bundles + 1
 
 
-def test_a_gather_by_a_field_is_a_range_that_is_told_unless_it_is_given() -> None:
+def test_gather_by_a_field_is_estimated_as_a_range() -> None:
     stages = [StageDef(A), StageDef(B, after=(A,), gather="region")]
     seconds = {"a": same(1.0), "b": same(1.0)}
     found, assumed = loads(stages, 400, seconds, {})
@@ -148,7 +148,7 @@ def test_a_gather_by_a_field_is_a_range_that_is_told_unless_it_is_given() -> Non
     assert not assumed
 
 
-def test_what_is_not_known_is_asked_for() -> None:
+def test_unknown_quantities_are_requested() -> None:
     with pytest.raises(UsageError, match="how long a task of stage a takes") as caught:
         loads([StageDef(A)], 1, {}, {})
     assert "--seconds a=" in caught.value.remedy
@@ -159,7 +159,7 @@ def test_what_is_not_known_is_asked_for() -> None:
         estimate([stage(1, 1.0)], [nameless], BOOK)
 
 
-def test_results_are_fetched_home_where_somebody_knows_how_large_they_are() -> None:
+def test_download_is_priced_if_its_size_is_known() -> None:
     known = estimate([stage(1, 1.0)], [POOL], BOOK, result_bytes=10 * 1024**3)
     line = next(item for item in known.items if item.what == "data out of AWS")
     assert line.usd.low == line.usd.high == pytest.approx(0.90)
@@ -171,7 +171,7 @@ def test_results_are_fetched_home_where_somebody_knows_how_large_they_are() -> N
         assert any("NAT gateway" in one for one in found.assumed), "nobody knows it before"
 
 
-def test_what_is_stored_is_priced_by_the_gb_and_month() -> None:
+def test_storage_is_priced_per_gb_and_month() -> None:
     found = estimate([stage(1, 1.0)], [POOL], BOOK, input_files=1, input_bytes=2 * 1024**3)
     storage = next(item for item in found.items if item.what == "S3 storage")
     assert storage.usd.typical == pytest.approx(2 * 0.023)

@@ -37,7 +37,7 @@ def band(*stages: StageWork, rooms: dict[str, Room] | None = None) -> Eta:
     return found
 
 
-def test_even_tasks_on_a_fleet_that_stays_make_a_narrow_band() -> None:
+def test_even_tasks_on_a_stable_fleet_give_a_narrow_band() -> None:
     found = band(work())
     assert found.low_s == pytest.approx(50.0)
     assert found.high_s == pytest.approx(52.0)  # and the last task begins late
@@ -82,7 +82,7 @@ def test_a_fleet_that_may_grow_lowers_the_hopeful_end_only() -> None:
     assert told(found) == "5 s to 52 s left"
 
 
-def test_a_fleet_is_never_hoped_to_be_larger_than_there_are_tasks_for() -> None:
+def test_assumed_fleet_is_no_larger_than_the_tasks_need() -> None:
     found = band(work(left=2), rooms={"default": Room(now=1, most=1000)})
     assert found.low_s == pytest.approx(2.0)
 
@@ -99,7 +99,7 @@ def test_other_jobs_widen_the_band() -> None:
     assert beside.high_s == pytest.approx(102.0)
 
 
-def test_stages_that_feed_each_other_run_together_and_what_waits_comes_after() -> None:
+def test_pipelined_stages_overlap_and_waiting_stages_follow() -> None:
     chained = work("next", after=("map",), chained=True)
     assert band(work(), chained).low_s == pytest.approx(100.0)  # one pool does both
     rooms = {**FOUR, "big": Room(now=4, most=4)}
@@ -117,12 +117,12 @@ def test_slots_of_a_task_count() -> None:
     assert band(work(slots=2)).low_s == pytest.approx(100.0)
 
 
-def test_what_runs_has_some_of_it_behind_it() -> None:
+def test_running_tasks_count_as_partly_done() -> None:
     assert band(work(left=4, running=4)).low_s == pytest.approx(1.0)
     assert band(work(left=4, running=4)).high_s == pytest.approx(4.0)
 
 
-def test_what_nobody_has_measured_is_named() -> None:
+def test_unmeasured_stages_are_named() -> None:
     found = band(work(), work("total", None, after=("map",), pace=Pace()))
     assert found.unmeasured == ("total",)
     assert told(found) == "more than 50 s left; stage total not measured yet"
@@ -130,12 +130,12 @@ def test_what_nobody_has_measured_is_named() -> None:
     assert told(found).endswith("stages a, b not measured yet")
 
 
-def test_nothing_measured_is_no_band() -> None:
+def test_estimate_without_measurements_is_missing() -> None:
     assert estimate([work(pace=Pace())], FOUR) is None
     assert estimate([work(), work(pool="none")], {**FOUR, "none": Room(0, 0)}) is None
 
 
-def test_a_job_whose_tasks_have_ended_takes_no_time() -> None:
+def test_ended_job_takes_no_more_time() -> None:
     assert estimate([work(left=0)], FOUR) == Eta(0.0, 0.0)
 
 

@@ -34,7 +34,7 @@ def raised(item: object, *, folder: str = "", kind: str = "first") -> Failure:
     raise AssertionError("it did not fail")
 
 
-def test_it_is_short_and_always_the_same() -> None:
+def test_fingerprint_is_short_and_stable() -> None:
     one = raised("x")
     assert fingerprint(one) == fingerprint(raised("x"))
     assert len(fingerprint(one)) == LENGTH
@@ -47,7 +47,7 @@ def test_the_task_the_message_and_the_time_do_not_matter() -> None:
     assert fingerprint(one) == fingerprint(other)
 
 
-def test_another_line_or_another_exception_is_another_reason() -> None:
+def test_other_line_or_exception_gives_another_fingerprint() -> None:
     prints = {
         fingerprint(raised("x")),
         fingerprint(raised("y")),
@@ -58,7 +58,7 @@ def test_another_line_or_another_exception_is_another_reason() -> None:
     assert len(prints) == 5
 
 
-def test_where_the_code_was_unpacked_and_which_python_ran_it_do_not_matter() -> None:
+def test_code_folder_and_python_version_do_not_change_the_fingerprint() -> None:
     one = raised("{", folder="/srv/scratch/i-1/code/3f/")
     assert fingerprint(one) == fingerprint(raised("{"))
     # json's own lines differ from version to version; the user's do not.

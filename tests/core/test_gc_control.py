@@ -27,13 +27,13 @@ assert gc.get_freeze_count() > 1000
 """
 
 
-def test_what_is_there_by_the_end_is_looked_through_no_more() -> None:
+def test_objects_that_exist_after_loading_are_frozen() -> None:
     """In a process of its own: it is for good."""
     subprocess.run([sys.executable, "-c", SCRIPT], check=True)
 
 
 @pytest.mark.parametrize("service", SERVICES)
-def test_every_service_says_when_it_is_loaded(service: str) -> None:
+def test_every_service_reports_the_end_of_its_loading(service: str) -> None:
     """Else it would never give its memory back."""
     module = importlib.import_module(SERVICE_MODULES[service])
     assert "gc_control.ended()" in inspect.getsource(module)

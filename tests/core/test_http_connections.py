@@ -54,7 +54,7 @@ def test_one_that_was_idle_for_too_long_is_not(server: socket.socket) -> None:
         assert one.sock is None
 
 
-def test_what_nobody_uses_is_closed(server: socket.socket) -> None:
+def test_idle_connection_is_closed(server: socket.socket) -> None:
     some = connections(server)
     one = some.take()
     some.give_back(one)
@@ -62,7 +62,7 @@ def test_what_nobody_uses_is_closed(server: socket.socket) -> None:
     assert one.sock is None
 
 
-def test_what_is_given_back_after_the_end_is_closed(server: socket.socket) -> None:
+def test_connection_returned_after_close_is_closed(server: socket.socket) -> None:
     some = connections(server)
     one = some.take()
     some.close()
@@ -71,7 +71,7 @@ def test_what_is_given_back_after_the_end_is_closed(server: socket.socket) -> No
     assert one.sock is None
 
 
-def test_nobody_there_is_an_error_of_the_system() -> None:
+def test_refused_connection_is_an_os_error() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         with pytest.raises(OSError, match="refused"):

@@ -13,7 +13,7 @@ from batchlab.core.instance_types import LEAST_MEMORY_MIB, InstanceType, Share
 ROW = '"x.large" = { vcpu = 2, memory_mib = 8192, architecture = "x86_64" }'
 
 
-def test_what_ships_loads_and_knows_the_common_types() -> None:
+def test_shipped_table_knows_the_common_types() -> None:
     types = instance_types.load().types
     assert len(types) >= 30
     assert types["m7i.large"] == InstanceType("m7i.large", 2, 8192, "x86_64")
@@ -21,7 +21,7 @@ def test_what_ships_loads_and_knows_the_common_types() -> None:
     assert types["t3.nano"].memory_mib == 512
 
 
-def test_within_a_family_twice_the_cpus_come_with_twice_the_memory() -> None:
+def test_memory_doubles_with_cpus_within_a_family() -> None:
     """A slip in the table would show here; burstable types are the ones of which it is not true."""
     types = [t for t in instance_types.load().types.values() if not t.name.startswith("t")]
     ratios: dict[str, set[float]] = {}
@@ -39,12 +39,12 @@ def test_a_share_is_the_types_figures_times_the_scale() -> None:
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, 1.5, float("nan")])
-def test_a_scale_that_is_none_is_refused(scale: float) -> None:
+def test_invalid_scale_is_refused(scale: float) -> None:
     with pytest.raises(UsageError, match="above 0 and up to 1"):
         instance_types.load().share("m7i.large", scale)
 
 
-def test_a_type_that_is_not_there_is_refused_with_what_is_near() -> None:
+def test_unknown_type_is_refused_with_similar_names() -> None:
     with pytest.raises(UsageError, match=r"no instance type 'm7i.lrge'.*Did you mean.*m7i.large"):
         instance_types.load().of("m7i.lrge")
     with pytest.raises(UsageError, match=r"instance-types.toml lists"):
@@ -74,6 +74,6 @@ def test_a_file_that_is_wrong_is_refused_with_its_place(tmp_path: Path, content:
     assert str(path) in str(refused.value)
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"types.toml cannot be read: No such file"):
         instance_types.load(tmp_path / "types.toml")

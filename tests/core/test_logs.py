@@ -43,7 +43,7 @@ def lines(written: Written) -> list[dict[str, object]]:
     return [json.loads(line) for line in written().splitlines()]
 
 
-def test_text_is_what_is_written_unless_said(written: Written, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_format_is_text(written: Written, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(logs.FORMAT_VARIABLE, raising=False)
     begin(service="worker", instance="i-1")
 
@@ -116,7 +116,7 @@ def test_an_exception_is_one_line_of_json(written: Written, monkeypatch: pytest.
     assert str(line["exception"]).startswith("Traceback")
 
 
-def test_what_ends_a_process_is_logged_like_anything_else(written: Written, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exit_reason_of_a_process_is_logged(written: Written, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(logs.FORMAT_VARIABLE, "json")
     monkeypatch.setenv("MY_TOKEN", "of-mine-alone")
     begin(service="manager")
@@ -127,7 +127,7 @@ def test_what_ends_a_process_is_logged_like_anything_else(written: Written, monk
     assert logs.text_of(text) == "ended by ValueError: with [hidden] in it"
 
 
-def test_a_guest_changes_nothing_of_who_logs_already(written: Written) -> None:
+def test_library_use_keeps_the_hosts_logging(written: Written) -> None:
     handler = logging.NullHandler()
     logging.getLogger().handlers[:] = [handler]
     logs.set_up(service="asg")
@@ -154,7 +154,7 @@ def test_no_secret_leaves(written: Written, monkeypatch: pytest.MonkeyPatch, for
 
 
 @pytest.mark.parametrize(("name", "value"), [(logs.FORMAT_VARIABLE, "xml"), (logs.LEVEL_VARIABLE, "LOUD")])
-def test_what_there_is_not_is_told_in_a_sentence(
+def test_invalid_setting_is_a_clear_error(
     written: Written, monkeypatch: pytest.MonkeyPatch, name: str, value: str
 ) -> None:
     monkeypatch.setenv(name, value)
@@ -172,7 +172,7 @@ def test_the_last_words_are_read_in_either_format(written: Written, monkeypatch:
     assert logs.text_of("17") == "17"
 
 
-def test_the_last_trouble_of_a_job_is_kept_of_so_many(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_last_problem_is_remembered_for_a_bounded_number_of_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
     recent = logs.Recent()
     monkeypatch.setattr(logs, "KEPT_JOBS", 2)
     log.addHandler(recent)

@@ -47,7 +47,7 @@ def a_job(*notify: NotifyDef) -> JobDef:
         NotifyDef("sns", TOPIC + ".fifo", ("capped",), failures=3, stuck_s=1.0),
     ],
 )
-def test_what_a_job_may_name(one: NotifyDef) -> None:
+def test_targets_that_a_job_may_name(one: NotifyDef) -> None:
     assert notifications.problem(one) == ""
     job = a_job(one)
     admit(job, {"default": 1})
@@ -90,7 +90,7 @@ def test_what_a_job_may_name(one: NotifyDef) -> None:
         (NotifyDef("sns", TOPIC, secret="env:BATCHLAB_NOTIFY_X"), "webhook"),
     ],
 )
-def test_what_a_job_may_not_name(one: NotifyDef, told: str) -> None:
+def test_targets_that_a_job_may_not_name(one: NotifyDef, told: str) -> None:
     assert told in notifications.problem(one)
     with pytest.raises(UsageError) as caught:
         admit(a_job(one), {"default": 1})
@@ -100,7 +100,7 @@ def test_what_a_job_may_not_name(one: NotifyDef, told: str) -> None:
 @pytest.mark.parametrize(
     "bad", ["a\x1b[2Jb", "two\nlines", "a\rb", "\x9b31m", "\u202egnp.exe", "zero\u200bwidth", "\x7f"]
 )
-def test_what_people_read_of_a_job_holds_no_control_characters(bad: str) -> None:
+def test_texts_of_a_job_contain_no_control_characters(bad: str) -> None:
     named, tagged = replace(a_job(), name=bad), replace(a_job(), tags=(("team", bad),))
     with pytest.raises(UsageError, match="The job's name holds characters that cannot be printed"):
         admit(named, {"default": 1})
@@ -146,7 +146,7 @@ def test_other_addresses_are_let_through(address: str) -> None:
     assert notifications.address_refusal(address) == ""
 
 
-def test_an_id_tells_apart_what_is_not_the_same() -> None:
+def test_ids_of_different_notifications_differ() -> None:
     one = Target("ops", "webhook", URL)
     ids = {
         notifications.derived_id(one, "j", 0, "failed"),
@@ -195,7 +195,7 @@ KNOWN = Directory(
         (NotifyDef("target", "nobody"), "no target 'nobody'"),
     ],
 )
-def test_what_the_operator_has_not_allowed_is_refused(one: NotifyDef, told: str) -> None:
+def test_target_without_permission_is_refused(one: NotifyDef, told: str) -> None:
     with pytest.raises(UsageError, match=re.escape(told)):
         admit(a_job(one), {"default": 1}, KNOWN)
 
@@ -207,7 +207,7 @@ def test_without_a_word_of_the_operators_jobs_sign_nothing_and_reach_nothing_her
     admit(a_job(NotifyDef("webhook", URL)), {"default": 1}, Directory())
 
 
-def test_what_the_operator_has_allowed() -> None:
+def test_permitted_targets() -> None:
     own = NotifyDef("webhook", "http://127.0.0.1:8000/hook?x=1")
     signed = NotifyDef("webhook", "https://HOOKS.example.org:443/any/path", secret=A)
     named = NotifyDef("target", "chat", ("failed",), failures=3)
@@ -288,7 +288,7 @@ command = ["/usr/local/bin/page", "--urgent"]
     assert read.secrets == {"BATCHLAB_NOTIFY_A": {"https://hooks.example.org:443", "https://[2001:db8::1]:8443"}}
 
 
-def test_no_file_is_nobody(tmp_path: Path) -> None:
+def test_missing_file_means_no_target(tmp_path: Path) -> None:
     assert settings.read_notifications(at(tmp_path, None)) == Directory()
 
 
@@ -323,7 +323,7 @@ def test_no_file_is_nobody(tmp_path: Path) -> None:
         ("[ops]\ncommand = []\n", "a program and its arguments"),
     ],
 )
-def test_a_mistake_is_told_in_a_sentence(tmp_path: Path, text: str, told: str) -> None:
+def test_mistake_is_a_clear_error(tmp_path: Path, text: str, told: str) -> None:
     with pytest.raises(UsageError) as caught:
         settings.read_notifications(at(tmp_path, text))
     assert told in str(caught.value)

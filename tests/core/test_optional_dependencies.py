@@ -42,7 +42,7 @@ def names(lines: list[str]) -> set[str]:
     return {canonicalize_name(Requirement(line).name) for line in lines}
 
 
-def test_the_code_knows_the_extras_that_there_are_and_what_they_bring() -> None:
+def test_extras_of_the_code_match_the_package() -> None:
     asked = project()["project"]["optional-dependencies"]
     assert set(asked) == set(installation.MODULES) == set(EXTRAS)
     homes = metadata.packages_distributions()
@@ -112,7 +112,7 @@ def test_the_main_job_needs_none_of_them(tmp_path: Path) -> None:
         ("jinja2", "web", "report html last"),
     ],
 )
-def test_who_uses_a_part_without_its_extra_gets_one_sentence(
+def test_missing_extra_is_one_clear_sentence(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, module: str, extra: str, command: str
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
@@ -137,7 +137,7 @@ def test_from_python_it_is_a_usage_error(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert not [one for one in tmp_path.iterdir() if one.suffix == ".log"], "nothing was started"
 
 
-def test_an_import_that_nobody_has_asked_about_is_told_likewise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unexpected_missing_import_is_one_clear_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(installation, "_origin", dict)
     told = missing_module_message(ModuleNotFoundError(name="docker.errors"))
     assert told is not None
@@ -180,7 +180,7 @@ WHEEL = "file:///home/a%20b/dist/batchlab-0.1.0-py3-none-any.whl"
         ({}, "'batchlab[web] @ file:///…/batchlab-….whl'"),
     ],
 )
-def test_the_command_installs_from_where_this_has_come_from(
+def test_install_command_uses_the_source_of_the_installation(
     monkeypatch: pytest.MonkeyPatch, origin: dict[str, Any], what: str
 ) -> None:
     monkeypatch.setattr(installation, "_origin", lambda: origin)
@@ -189,13 +189,13 @@ def test_the_command_installs_from_where_this_has_come_from(
     assert installation.remedy("web").startswith(f"`uv pip install --python {sys.executable} ")
 
 
-def test_every_backend_says_what_it_needs() -> None:
+def test_every_backend_names_its_extra() -> None:
     extras = {name: factory.load(name).extra for name in backend_names()}
     needed = {name: extra for name, extra in extras.items() if extra}
     assert needed == {"aws": "aws", "localstack": "docker", "ministack": "ministack"}
 
 
-def test_a_topic_without_the_sdk_is_told_and_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_topic_without_the_sdk_is_reported_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "boto3", None)
     target = Target("ops", "sns", "arn:aws:sns:eu-west-1:123456789012:ops")
     one = Notification("n", "ended", "sums-1", "ops", None, "{}", 0.0)

@@ -32,7 +32,7 @@ def test_every_instance_type_of_the_catalogue_has_a_price_and_a_day() -> None:
 
 
 @pytest.mark.skipif(not DATA.exists(), reason="the prices of others are not at hand")
-def test_the_prices_are_those_that_others_list_for_that_day() -> None:
+def test_prices_match_published_prices_of_the_day() -> None:
     with DATA.open() as file:
         listed = {row["instance_type"]: float(row["linux_on_demand_usd_per_hour"]) for row in csv.DictReader(file)}
     assert SHIPPED.blocks["on_demand"].date == date(2026, 7, 20)
@@ -87,14 +87,14 @@ def test_a_book_that_is_written_is_read_back_the_same(tmp_path: Path) -> None:
         ("[on_demand]", "[on_demand", "not TOML"),
     ],
 )
-def test_what_is_wrong_with_a_book_is_named(tmp_path: Path, old: str, new: str, told: str) -> None:
+def test_flaws_of_a_price_book_are_named(tmp_path: Path, old: str, new: str, told: str) -> None:
     text = price_book.write(SHIPPED).replace(old, new, 1)
     (tmp_path / price_book.NAME).write_text(text)
     with pytest.raises(UsageError, match=told):
         price_book.load(tmp_path)
 
 
-def test_a_book_of_before_there_was_a_block_says_where_to_take_it_from(tmp_path: Path) -> None:
+def test_old_price_book_without_a_block_names_a_source(tmp_path: Path) -> None:
     text = price_book.write(SHIPPED)
     start, end = text.index("[transfer]"), text.index("[secrets]")
     (tmp_path / price_book.NAME).write_text(text[:start] + text[end:])
@@ -118,7 +118,7 @@ def test_an_amount_without_it_is_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize(("text", "converts"), [("5", False), ("5 EUR", True), ("$5", True)])
-def test_of_another_currency_it_is_said_that_nothing_is_converted(text: str, converts: bool) -> None:
+def test_other_currency_is_reported_as_not_converted(text: str, converts: bool) -> None:
     with pytest.raises(UsageError) as told:
         parse(text)
     assert told.value.remedy
@@ -143,7 +143,7 @@ def test_amounts_are_shown_with_their_currency_and_the_digits_that_count() -> No
 SMALL = {"ManagerInstanceType": "t4g.small", "PoolInstanceTypes": "m7i.large", "PoolName": "default"}
 
 
-def test_the_smallest_stack_by_hand() -> None:
+def test_cost_of_the_smallest_stack_matches_a_hand_computation() -> None:
     """Manager 0.0168, its disk 20 GB × 0.08 / 730, 6 endpoints × 2 zones × 0.01, a secret 0.40 a
     month, four alarms 0.10 a month each."""
     found = hourly_cost(SMALL, SHIPPED)
@@ -163,7 +163,7 @@ def test_bills_and_estimates_give_a_worker_the_disk_that_the_stack_does() -> Non
     assert parameter["Default"] == WORKER_DISK_GB
 
 
-def test_a_database_a_nat_and_least_workers_by_hand() -> None:
+def test_cost_of_database_nat_and_minimum_workers_matches_a_hand_computation() -> None:
     """RDS db.t4g.medium 0.065 and 30 GB × 0.115 a month, both in two zones, its secret; NAT 0.045
     and its address 0.005; three workers that stay, with 50 GB each, one of them on-demand, the
     others half of it."""
@@ -203,7 +203,7 @@ def test_each_pool_has_its_own_line_and_its_own_alarms() -> None:
     assert found.to_json()["idle_usd_per_hour"]
 
 
-def test_a_network_of_ones_own_costs_the_stack_nothing() -> None:
+def test_own_network_adds_no_cost() -> None:
     found = hourly_cost({**SMALL, "VpcId": "vpc-1", "SubnetIds": "subnet-a,subnet-b"}, SHIPPED)
     network = next(item for item in found.idle if item.what == "network")
     assert network.usd.typical == 0.0
@@ -221,7 +221,7 @@ def test_a_network_of_ones_own_costs_the_stack_nothing() -> None:
         ("SQLite, your own network", {"VpcId": "vpc-1", "SubnetIds": "subnet-a,subnet-b"}),
     ],
 )
-def test_the_docs_say_what_a_stack_costs_while_nothing_runs(row: str, parameters: dict[str, str]) -> None:
+def test_docs_give_the_cost_of_an_idle_stack(row: str, parameters: dict[str, str]) -> None:
     """The template's own defaults, at the prices that ship."""
     found = hourly_cost({"PoolInstanceTypes": "m7i.large", **parameters}, SHIPPED)
     month = f"{found.idle_usd_h.typical * 730:.0f}"

@@ -281,11 +281,11 @@ def test_a_small_csv_needs_its_day_and_of_several_regions_one(tmp_path: Path) ->
         (OFFER.replace("2026-09-01T12", "soon") + row("m7i.large", "1"), "of which day"),
     ],
 )
-def test_what_is_no_price_list_is_refused_in_a_sentence(tmp_path: Path, text: str, told: str) -> None:
+def test_file_that_is_not_a_price_list_is_a_clear_error(tmp_path: Path, text: str, told: str) -> None:
     with pytest.raises(UsageError, match=told):
         find(wrote(tmp_path, text))
 
 
-def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+def test_missing_file_is_reported(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot be read"):
         find(tmp_path / "none.csv")

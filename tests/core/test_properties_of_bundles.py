@@ -35,7 +35,7 @@ FIXED = st.none() | st.integers(1, 10**30)
 
 @PROPERTY
 @given(st.integers(0, 10**7), st.integers(0, 10**4), MEANS, FIXED, st.integers(0, 200))
-def test_a_wave_takes_what_is_there_and_no_more(
+def test_wave_takes_at_most_the_available_tasks(
     left: int, slots: int, mean_s: float | None, fixed: int | None, room: int
 ) -> None:
     sizes = settlement.wave(left, slots, mean_s, fixed, room)
@@ -91,7 +91,7 @@ class Course:
 
 @SLOW
 @given(st.integers(1, 12), st.integers(1, 5), st.data())
-def test_each_task_ends_once_by_whatever_course(planned: int, size: int, data: st.DataObject) -> None:
+def test_each_task_ends_once_on_any_path(planned: int, size: int, data: st.DataObject) -> None:
     """I1 and I2 of two stages, over splits, retries, lost workers and poison."""
     waiting = [
         Bundle(JOB.id, ONE, TaskSet.span(start, min(start + size, planned))) for start in range(0, planned, size)

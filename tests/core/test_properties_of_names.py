@@ -105,7 +105,7 @@ def test_queues_are_distinct_and_fit_their_service(pool: str, other: str, bucket
 
 @PROPERTY
 @given(TASKS, st.integers(1, 99), st.integers(0, 99))
-def test_a_bundles_id_says_what_it_holds(tasks: TaskSet, attempt: int, round: int) -> None:
+def test_bundle_id_encodes_its_content(tasks: TaskSet, attempt: int, round: int) -> None:
     bundle = Bundle(JobId("j"), StageName("s"), tasks, attempt, round)
     first, last, again, tries = re.split(r"[-.]", bundle.id)
     assert (int(first), int(last), int(again), int(tries)) == (tasks.first, tasks.last, round, attempt)
@@ -128,7 +128,7 @@ ODD = st.text(st.sampled_from("a.#/\\ \n\0é☃\ud83d0-~*"), max_size=12) | st.t
 
 @PROPERTY
 @given(ODD)
-def test_a_name_that_is_safe_stays_in_its_folder(name: str) -> None:
+def test_safe_name_stays_in_its_folder(name: str) -> None:
     if name_problem(name) is None:
         check_key(f"files/j/s/{name}")
         assert handler_lookup.absolute(Path("/folder") / name).is_relative_to("/folder")

@@ -64,7 +64,7 @@ FINITE = PLAIN.filter(lambda value: not isinstance(value, float) or math.isfinit
 
 @PROPERTY
 @given(nested(FINITE | FILES))
-def test_a_value_with_files_comes_back(value: Any) -> None:
+def test_value_with_files_round_trips(value: Any) -> None:
     for encode in (values.encode, values.encode_object):
         encoded = json.loads(json.dumps(encode(value, stored), allow_nan=False))
         assert shape(values.decode(encoded, opened, pickles=True)) == shape(value)
@@ -126,7 +126,7 @@ def test_text_in_double_braces_stands_for_itself(text: str) -> None:
 
 @PROPERTY
 @given(COMMANDS)
-def test_what_passes_the_check_can_be_expanded(command: list[str]) -> None:
+def test_checked_templates_can_be_expanded(command: list[str]) -> None:
     if values.check(command, {"k"}):
         return
     made = values.expand(command, KNOWN, ["/1", "/2"], lambda name: f"/out/{name}")
@@ -159,7 +159,7 @@ def test_a_number_with_a_unit_is_sane_or_refused(value: Any) -> None:
 
 @PROPERTY
 @given(st.integers(0, 10**6), st.sampled_from(["B", "kB", "MB", "KiB", "MiB", "GiB"]))
-def test_a_size_means_what_it_says(number: int, unit: str) -> None:
+def test_size_text_means_its_number(number: int, unit: str) -> None:
     base = 1024 if "i" in unit else 1000
     assert units.size_bytes(f"{number} {unit}") == number * base ** "BKMG".index(unit[0].upper())
 

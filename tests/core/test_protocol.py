@@ -56,7 +56,7 @@ def settled(ran: list[Ran], bundle: Bundle = BUNDLE, *, cancelled: bool = False)
 
 
 @given(st.lists(st.sampled_from(["ok", "no", "import"]), max_size=10), st.booleans(), st.integers(1, 3))
-def test_every_task_of_a_bundle_goes_exactly_one_way(ends: list[str], cancelled: bool, attempt: int) -> None:
+def test_every_task_of_a_bundle_is_settled_exactly_once(ends: list[str], cancelled: bool, attempt: int) -> None:
     """I1 and I2 in the small: terminal here, or in one follow of the same stage."""
     kinds = {"no": FailureKind.EXCEPTION, "import": FailureKind.IMPORT}
     ran = [Ran(i, 0.1, i) if e == "ok" else failed(i, kinds[e]) for i, e in enumerate(ends)]
@@ -74,7 +74,7 @@ def test_every_task_of_a_bundle_goes_exactly_one_way(ends: list[str], cancelled:
         assert len({b.id for b in same_stage}) == len(same_stage)
 
 
-def test_the_rest_of_a_bundle_goes_on_as_halves_of_the_same_attempt() -> None:
+def test_remaining_tasks_continue_as_halves_of_the_same_attempt() -> None:
     outcome = settled([Ran(0, 0.1, "v"), Ran(1, 0.1, "v")])
     rest = [f.bundle for f in outcome.follows if f.bundle.stage == A]
     assert [list(b.tasks) for b in rest] == [[2, 3, 4, 5], [6, 7, 8, 9]]
@@ -116,7 +116,7 @@ def test_the_retry_rule(rule: RetryRule, failure: Failure, again: bool) -> None:
     assert rule.allows_retry(failure, 1) is again
 
 
-def test_backoff_grows_and_is_the_same_whoever_computes_it() -> None:
+def test_backoff_grows_and_is_reproducible() -> None:
     rule = RetryRule(backoff_s=2.0, factor=3.0, jitter=0.0, max_backoff_s=10.0)
     waits = [rule.wait_s(replace(BUNDLE, attempt=n)) for n in (1, 2, 3)]
     assert waits == [2.0, 6.0, 10.0]
@@ -155,7 +155,7 @@ def test_a_wave_never_cuts_more_than_is_left(
         assert sizes
 
 
-def test_a_long_task_counts_no_more_than_it_keeps_its_neighbours() -> None:
+def test_long_task_counts_only_for_its_wait() -> None:
     assert settlement.weight_s(100, 0.5) == 0.5
     assert settlement.weight_s(1, 600.0) == settlement.BUDGET_S
     assert settlement.weight_s(2, 600.0) == 2 * settlement.BUDGET_S
@@ -163,7 +163,7 @@ def test_a_long_task_counts_no_more_than_it_keeps_its_neighbours() -> None:
     assert settlement.weight_s(0, 0.0) == 0.0
 
 
-def test_what_is_kept_is_a_bundle_of_its_own_and_the_rest_goes_on_as_halves() -> None:
+def test_retained_tasks_form_a_bundle_and_the_rest_halves() -> None:
     bundle = replace(BUNDLE, tasks=TaskSet.span(0, 10))
     outcome = settlement.settle(
         JOB,
@@ -191,7 +191,7 @@ def test_sizes_follow_the_measured_time_and_shrink_at_the_end() -> None:
     assert settlement.bundle_size(10_000, 2, 5.0, 64) == 64  # the user's own number
 
 
-def test_the_first_wave_has_a_task_to_measure_and_some_to_go_on_with_for_each_slot() -> None:
+def test_first_wave_gives_each_slot_tasks_to_measure_and_to_continue() -> None:
     assert settlement.wave(2000, 2, None, None, 7) == [1, 1, 8, 8]
     assert settlement.wave(66, 2, None, None, 7) == [1, 1, 4, 4]
     assert settlement.wave(20, 2, None, None, 7) == [1, 1, 1, 1]  # they may take ten minutes each
@@ -213,7 +213,7 @@ def test_the_last_fraction_of_a_second_is_cut_once_and_evenly() -> None:
 # --- The wire ------------------------------------------------------------------------------------
 
 
-def test_what_is_written_is_what_is_read() -> None:
+def test_messages_round_trip() -> None:
     ran = [Ran(0, 0.25, {"x": [1, None]}), failed(1), failed(2, FailureKind.IMPORT, error="E")]
     outcome = settled(ran)
     again = json_format.outcome_from_json(json_format.loads(json_format.to_bytes(json_format.outcome_to_json(outcome))))
@@ -240,7 +240,7 @@ def test_what_is_written_is_what_is_read() -> None:
     assert read_events_message(events_message(replace(events, asked=asked))).asked == asked
 
 
-def test_what_nobody_asks_for_changes_no_message() -> None:
+def test_optional_fields_are_omitted_from_messages() -> None:
     """A grid may be of two versions while it is renewed: what an earlier one does not know it must
     not meet, unless somebody caps a cost."""
     assert "max_cost_usd" not in json_format.job_to_json(JOB)
@@ -274,7 +274,7 @@ def test_the_policy_counts_tasks_or_percent() -> None:
     assert judge(replace(JOB, fail_fast=True), counts).stop
 
 
-def test_what_workers_tell_of_themselves_survives_the_way_and_mischief() -> None:
+def test_worker_reports_round_trip_and_survive_tampering() -> None:
     told = Events(told=(Told("w-1", {"retried.timeout": 2}),))
     assert read_events_message(events_message(told)) == told
     for mischief in ([["w", 3]], [["w", {"a": "x"}]], [["w"]], [["w", {"a": float("inf")}]]):

@@ -42,7 +42,7 @@ def test_no_two_requests_have_one_signature() -> None:
 
 
 @pytest.mark.parametrize("proof", [None, "", "whole", "stream", "whole x", "stream ü", "other x"])
-def test_an_answer_without_a_signature_is_no_answer(proof: str | None) -> None:
+def test_unsigned_answer_is_refused(proof: str | None) -> None:
     with pytest.raises(Unproven):
         Expected("token", SIGNED, 200, proof).checked(b"x" * 100)
 
@@ -68,7 +68,7 @@ def test_an_answer_in_parts_ends_with_its_signature() -> None:
         Expected("token", SIGNED, 200, f"whole {proof.split()[1]}").checked(b"a\nb\n")
 
 
-def test_what_is_remembered_of_requests_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_of_past_requests_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(authentication, "MAX_USED", 3)
     used = authentication._Used()
     some = [http_connections.sign("t", "GET", "/", b"", at_s) for at_s in (1, 2, 3, 4, 5)]

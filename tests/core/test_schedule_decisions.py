@@ -33,7 +33,7 @@ def ended(made: Schedule) -> Schedule:
     return made
 
 
-def test_nothing_due_is_no_change_at_all() -> None:
+def test_nothing_due_changes_nothing() -> None:
     made = schedule()
     assert schedules.lapse(made, BEGIN_S + 29 * MINUTE) is made
     after = schedules.lapse(made, BEGIN_S + 30 * MINUTE)
@@ -47,7 +47,7 @@ def test_late_by_a_minute_is_on_time_and_by_more_is_missed() -> None:
     assert states(schedules.lapse(made, BEGIN_S + 31 * MINUTE + 1)) == ["10:00 skipped"]
 
 
-def test_of_many_missed_at_most_a_hundred_run_and_it_is_said_that_there_were_more() -> None:
+def test_at_most_100_missed_runs_start_and_the_rest_is_reported() -> None:
     made = schedule("* * * * *", missed=Missed.RUN_ALL)
     after = schedules.lapse(made, BEGIN_S + 100 * HOUR + 30)
     waiting = [run for run in after.runs if run.state is RunState.WAITING]
@@ -56,13 +56,13 @@ def test_of_many_missed_at_most_a_hundred_run_and_it_is_said_that_there_were_mor
     assert waiting[0].reason.startswith("more than 99 due times were missed")
 
 
-def test_where_the_latest_is_on_time_run_once_is_that_one() -> None:
+def test_run_once_uses_the_latest_run_that_is_on_time() -> None:
     after = schedules.lapse(schedule(), BEGIN_S + 3 * HOUR + 30 * MINUTE + 5)
     assert states(after) == ["13:00 waiting"]
     assert "3 due times were missed" in after.runs[0].reason
 
 
-def test_what_waits_is_bounded() -> None:
+def test_number_of_waiting_runs_is_bounded() -> None:
     made = schedule("* * * * *", overlap=Overlap.QUEUE)
     for minute in range(schedules.MAX_WAITING + 3):
         made = schedules.lapse(made, BEGIN_S + (minute + 1) * MINUTE)
@@ -96,7 +96,7 @@ def test_a_clock_set_back_brings_back_what_was_skipped_and_not_what_has_run() ->
     assert states(again) == ["10:00 ended", "11:00 waiting"]
 
 
-def test_by_hand_obeys_what_is_said_of_overlaps() -> None:
+def test_manual_run_follows_the_overlap_policy() -> None:
     made = schedules.lapse(schedule(), BEGIN_S + 30 * MINUTE)
     with pytest.raises(Refused, match="has not ended"):
         schedules.by_hand(made, "mine", BEGIN_S + 31 * MINUTE)
@@ -107,7 +107,7 @@ def test_by_hand_obeys_what_is_said_of_overlaps() -> None:
     assert [run.state for run in after.runs] == [RunState.SKIPPED, RunState.WAITING]
 
 
-def test_a_paused_schedule_starts_only_what_is_asked_for() -> None:
+def test_paused_schedule_starts_only_manual_runs() -> None:
     made = replace(schedule(), paused=True)
     assert schedules.lapse(made, BEGIN_S + 10 * HOUR) is made
     run = schedules.startable(schedules.by_hand(made, "mine", BEGIN_S))
@@ -115,7 +115,7 @@ def test_a_paused_schedule_starts_only_what_is_asked_for() -> None:
     assert run.asked == "mine"
 
 
-def test_a_schedule_comes_back_from_the_bucket_as_it_went() -> None:
+def test_stored_schedule_round_trips() -> None:
     made = schedules.lapse(schedule(overlap=Overlap.QUEUE, missed_within_s=5.0), BEGIN_S + HOUR)
     run = replace(made.runs[0], state=RunState.ENDED, result="FAILED", peak=(("default", 3),), tasks=7)
     made = made.with_run(run).with_run(Run(1.0, "t", RunState.WAITING, 2.0, asked="mine"))

@@ -18,7 +18,7 @@ PLACES = {"sim/tasks.py", "jobs/results.py", "client/debug/task_folder.py", "wor
 """Folders and seeds, which are no names for a person."""
 
 
-def test_what_is_written_is_read() -> None:
+def test_task_names_round_trip() -> None:
     assert parse_task(task_name("parse", 3)) == ("parse", 3)
     assert parse_task(" 3 ") == (None, 3)
     assert attempt_name("parse", 3, 1) == task_name("parse", 3) == "parse/3"
@@ -27,7 +27,7 @@ def test_what_is_written_is_read() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "parse", "parse/", "/3", "parse[3]", "parse:3", "parse/-3", "parse/3/4", "a/²"])
-def test_what_is_no_task_is_refused_in_either_way(text: str) -> None:
+def test_invalid_task_name_is_refused_in_both_forms(text: str) -> None:
     with pytest.raises(UsageError, match="names no task"):
         parse_task(text)
     with pytest.raises(UsageError, match="names no tasks"):
@@ -35,7 +35,7 @@ def test_what_is_no_task_is_refused_in_either_way(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["3", "parse/9-7", "parse/1,,2", "parse/1-", "parse/x"])
-def test_what_is_no_range_is_refused(text: str) -> None:
+def test_invalid_range_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="names no tasks"):
         parse_tasks(text)
 

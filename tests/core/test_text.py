@@ -21,7 +21,7 @@ def test_nothing_but_layout_gets_through(text: str) -> None:
 
 
 @given(st.text() | st.lists(st.text()) | st.dictionaries(st.text(), st.text()))
-def test_json_stays_the_same_json(value: object) -> None:
+def test_json_is_unchanged(value: object) -> None:
     for indent in (None, 2):
         text = visible_json(value, indent=indent)
         assert json.loads(text) == value

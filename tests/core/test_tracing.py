@@ -63,7 +63,7 @@ def test_a_command_sends_the_trace_that_it_is_called_in(
     assert Client("http://127.0.0.1:9", "token")._headers.get("traceparent") == sent
 
 
-def test_where_nobody_traces_no_byte_of_it_travels() -> None:
+def test_nothing_is_sent_without_tracing() -> None:
     assert factory.load("local").open_tracer("worker", "w-1") is NOBODY
     assert NOBODY.root("submit", Subject(JOB.id), parent=ABOVE).context == ""
     assert "trace" not in json_format.job_to_json(JOB)
@@ -72,7 +72,7 @@ def test_where_nobody_traces_no_byte_of_it_travels() -> None:
     assert "tp" not in json_format.loads(events_message(Events()))
 
 
-def test_who_does_not_trace_passes_on_what_came_along() -> None:
+def test_process_without_tracing_forwards_the_context() -> None:
     with tracing.span(NOBODY, "run", ABOVE, BUNDLE) as span:
         span.note(failed=1)
     assert span.context == ABOVE
@@ -95,7 +95,7 @@ def test_the_context_travels_in_job_message_and_event() -> None:
 @pytest.mark.parametrize(
     "text", ["", "nonsense", ABOVE[:-1], ABOVE + "-x", ABOVE.upper(), f"00-{'0' * 32}-{'1' * 16}-01"]
 )
-def test_what_is_no_context_is_none(text: str) -> None:
+def test_invalid_context_is_ignored(text: str) -> None:
     assert not tracing.is_context(text)
 
 
@@ -103,7 +103,7 @@ def test_what_is_no_context_is_none(text: str) -> None:
     ("name", "value"),
     [("OTEL_SDK_DISABLED", "true"), ("OTEL_TRACES_EXPORTER", "none"), ("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")],
 )
-def test_what_otels_own_variables_turn_off_is_off(
+def test_otel_variables_disable_tracing(
     environment: pytest.MonkeyPatch, name: str, value: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     environment.setenv(name, value)
@@ -192,7 +192,7 @@ def test_sampling_is_by_job(
     assert names == (["submit", "plan"] if is_traced else [])
 
 
-def test_a_receiver_that_is_away_holds_up_nobody(environment: pytest.MonkeyPatch) -> None:
+def test_unreachable_collector_delays_no_call(environment: pytest.MonkeyPatch) -> None:
     environment.setattr("batchlab.adapters.opentelemetry.CLOSE_S", 0.2)
     environment.setenv("OTEL_EXPORTER_OTLP_TRACES_TIMEOUT", "1")
     tracer = opened("http://127.0.0.1:9", environment)

@@ -49,14 +49,14 @@ def refuse(_: Any) -> Any:
 @given(JSON)
 @example({"$file": {"$$file": [{"$value": "x"}]}})
 @example([-0.0, 1e308, 2**63, "\u2028"])
-def test_json_comes_back_exactly(value: Any) -> None:
+def test_json_round_trips_exactly(value: Any) -> None:
     encoded = values.encode(value)
     assert same(values.decode(wire(encoded), refuse, pickles=True), value)
     assert list(values.references(encoded)) == []
 
 
 @given(JSON)
-def test_any_object_comes_back_exactly_by_the_python_api(value: Any) -> None:
+def test_python_api_objects_round_trip_exactly(value: Any) -> None:
     assert same(values.decode(wire(values.encode_object(value)), refuse, pickles=True), value)
 
 
@@ -139,7 +139,7 @@ def test_a_value_that_contains_itself_is_refused() -> None:
         values.encode(loop)
 
 
-def test_what_cannot_be_pickled_is_refused_with_its_type(tmp_path: Path) -> None:
+def test_unpicklable_value_is_refused_with_its_type(tmp_path: Path) -> None:
     with (
         (tmp_path / "x").open("wb") as file,
         pytest.raises(values.NotAValue, match="list cannot be pickled: TypeError"),
@@ -235,7 +235,7 @@ def test_values_are_not_expanded_again() -> None:
     assert values.expand(["{params.k}"], {"params.k": "{task}"}, [], str) == ["{task}"]
 
 
-def test_outputs_and_used_names_come_in_order_and_once() -> None:
+def test_outputs_and_used_names_are_ordered_and_unique() -> None:
     template = ["{output:b}", "{output:a/}", "{output:b}", "{task}"]
     assert values.outputs(template) == ["b", "a/"]
     assert values.used(template) == ["output:b", "output:a/", "task"]

@@ -23,7 +23,7 @@ def test_a_pause_doubles_up_to_the_longest_however_often() -> None:
     assert doubled_s(1.0, 900.0, 10**6) == 900.0
 
 
-def test_it_says_whether_and_no_later_than_it_was_asked_to() -> None:
+def test_wait_returns_the_state_by_its_deadline() -> None:
     async def main() -> None:
         loop, event = asyncio.get_running_loop(), asyncio.Event()
         assert not await set_within(event, 3.0)
@@ -44,7 +44,7 @@ def test_it_says_whether_and_no_later_than_it_was_asked_to() -> None:
 
 
 @pytest.mark.parametrize("order", ["event first", "cancellation first", "after the time"])
-def test_a_cancellation_that_comes_with_the_event_ends_the_loop(order: str) -> None:
+def test_cancellation_together_with_the_event_ends_the_loop(order: str) -> None:
     async def main() -> None:
         event, rounds = asyncio.Event(), 0
 
@@ -70,7 +70,7 @@ def test_a_cancellation_that_comes_with_the_event_ends_the_loop(order: str) -> N
     play(main)
 
 
-def test_an_endpoint_that_is_told_to_end_when_an_instance_does_ends() -> None:
+def test_endpoint_that_ends_with_its_instance_ends() -> None:
     """Its keeper lost the cancellation, and the process went on for ever."""
 
     async def main() -> None:

@@ -101,7 +101,7 @@ def test_throttled_calls_are_made_again_with_growing_jittered_waits(
     assert len(set(waits)) == 5, "without jitter all who were refused come back together"
 
 
-def test_throttled_for_too_long_is_told(busy: Busy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_throttling_is_reported(busy: Busy, monkeypatch: pytest.MonkeyPatch) -> None:
     waits = waited(monkeypatch)
     busy.refusals = 1000
     with Account("us-east-1") as account, pytest.raises(Throttled, match="Rate exceeded"):
@@ -110,7 +110,7 @@ def test_throttled_for_too_long_is_told(busy: Busy, monkeypatch: pytest.MonkeyPa
     assert len(waits) == 9
 
 
-def test_nothing_at_the_other_end_is_told(busy: Busy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_service_is_reported(busy: Busy, monkeypatch: pytest.MonkeyPatch) -> None:
     waited(monkeypatch)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     with Account("us-east-1") as account, pytest.raises(Unreachable) as told_:
@@ -118,7 +118,7 @@ def test_nothing_at_the_other_end_is_told(busy: Busy, monkeypatch: pytest.Monkey
     assert "AWS_ENDPOINT_URL puts http://127.0.0.1:1 in AWS's place" in told_.value.remedy
 
 
-def test_while_nothing_answers_it_is_said_that_it_is_still_tried(
+def test_retries_are_announced_during_an_outage(
     busy: Busy, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """All the tries together take some twenty seconds."""
@@ -163,7 +163,7 @@ def nobody(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-def test_without_a_region_there_is_a_sentence(nobody: pytest.MonkeyPatch) -> None:
+def test_missing_region_is_a_clear_error(nobody: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match=r"No region is set\.") as told_:
         Account.open()
     assert "--region" in told_.value.remedy
@@ -177,24 +177,24 @@ def test_a_region_may_be_in_either_variable(nobody: pytest.MonkeyPatch) -> None:
     assert chosen_region("ap-northeast-1") == "ap-northeast-1"
 
 
-def test_what_is_no_region_is_refused(nobody: pytest.MonkeyPatch) -> None:
+def test_invalid_region_is_refused(nobody: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="'europe' is not a region"):
         Account.open("europe")
 
 
-def test_without_credentials_there_is_a_sentence(nobody: pytest.MonkeyPatch) -> None:
+def test_missing_credentials_are_a_clear_error(nobody: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="no credentials") as told_:
         Account.open("eu-west-1")
     assert "aws configure" in told_.value.remedy
 
 
-def test_half_of_the_credentials_are_none(nobody: pytest.MonkeyPatch) -> None:
+def test_incomplete_credentials_are_refused(nobody: pytest.MonkeyPatch) -> None:
     nobody.setenv("AWS_ACCESS_KEY_ID", "a")
     with pytest.raises(UsageError, match=r"A part of the AWS credentials is missing: AWS_SECRET_ACCESS_KEY\."):
         Account.open("eu-west-1")
 
 
-def test_a_profile_that_is_none_is_told(nobody: pytest.MonkeyPatch) -> None:
+def test_unknown_profile_is_reported(nobody: pytest.MonkeyPatch) -> None:
     nobody.setenv("AWS_PROFILE", "work")
     with pytest.raises(UsageError, match="work"):
         Account.open("eu-west-1")

@@ -25,7 +25,7 @@ def nobody(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
     return runner(monkeypatch, capsys)
 
 
-def test_the_template_is_printed_with_what_was_said_and_what_it_costs(nobody: Run, tmp_path: Path) -> None:
+def test_template_is_printed_with_its_settings_and_cost(nobody: Run, tmp_path: Path) -> None:
     home = tmp_path / "home"
     code, out, err = nobody(
         "deploy",
@@ -53,7 +53,7 @@ def test_the_template_is_printed_with_what_was_said_and_what_it_costs(nobody: Ru
     assert not home.exists(), "nothing is kept"
 
 
-def test_what_this_home_keeps_of_a_stack_counts(nobody: Run, tmp_path: Path) -> None:
+def test_stored_settings_of_a_stack_apply(nobody: Run, tmp_path: Path) -> None:
     home = Home(tmp_path)
     pools = (PoolSettings("gpu", max_size=3, types=("m7i.large",)),)
     settings.write(home, Settings("grid", "eu-south-2", pools, (("LogDays", "7"),)))
@@ -66,7 +66,7 @@ def test_what_this_home_keeps_of_a_stack_counts(nobody: Run, tmp_path: Path) -> 
     assert json.loads(out)["Parameters"]["LogDays"]["Default"] == 30
 
 
-def test_what_cannot_be_is_refused_without_credentials_too(nobody: Run, tmp_path: Path) -> None:
+def test_impossible_settings_are_refused_without_credentials(nobody: Run, tmp_path: Path) -> None:
     wrong = ("--pool", "default:0-4x2@c8g.large")
     code, out, err = nobody("deploy", "template", "--home", tmp_path, *wrong)
     assert (code, out) == (2, "")
@@ -84,7 +84,7 @@ def test_what_cannot_be_is_refused_without_credentials_too(nobody: Run, tmp_path
         (("--alarm-email", "nobody"), "AlarmEmail cannot be 'nobody'."),
     ],
 )
-def test_what_is_wrong_by_itself_is_refused_before_aws_is_asked(
+def test_local_mistakes_are_refused_before_a_call_to_aws(
     nobody: Run, tmp_path: Path, command: str, wrong: tuple[str, str], said: str
 ) -> None:
     code, out, err = nobody("deploy", command, "--home", tmp_path, *wrong)
@@ -92,7 +92,7 @@ def test_what_is_wrong_by_itself_is_refused_before_aws_is_asked(
     assert err.startswith(f"Error: {said}\n")
 
 
-def test_what_the_stack_itself_may_make_right_is_left_to_aws(nobody: Run, tmp_path: Path) -> None:
+def test_problems_that_the_stack_may_solve_are_left_to_aws(nobody: Run, tmp_path: Path) -> None:
     """In a fresh folder nobody knows yet which images a stack has."""
     graviton = ("deploy", "plan", "--home", tmp_path, "--pool", "default:0-4x2@c8g.large")
     _, _, err = nobody(*graviton)
@@ -103,7 +103,7 @@ def test_what_the_stack_itself_may_make_right_is_left_to_aws(nobody: Run, tmp_pa
     assert "--set ManagerInstanceType=t4g.small" in err
 
 
-def test_leftovers_are_looked_for_where_the_folder_knows_a_stack(nobody: Run, tmp_path: Path) -> None:
+def test_leftovers_are_searched_for_a_known_stack(nobody: Run, tmp_path: Path) -> None:
     settings.write(Home(tmp_path), Settings("grid", "eu-south-2"))
     _, _, err = nobody("gc", "--aws", "--home", tmp_path)
     assert "AWS is asked, in eu-south-2" in err

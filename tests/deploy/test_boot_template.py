@@ -47,7 +47,7 @@ def test_nothing_is_left_to_fill_in_and_it_fits(shape: str, name: str) -> None:
     assert at.groups_prefix + at.pools[0].name == "batchlab-pool-default"
 
 
-def test_the_manager_knows_its_ledger() -> None:
+def test_manager_gets_the_address_of_its_ledger() -> None:
     shown = {name: cfn.Rendered(TEMPLATE, **shape) for name, shape in SHAPES.items()}
     found = {name: deployed(script(one, "ManagerTemplate")) for name, one in shown.items()}
     assert found["endpoints"].ledger == "sqlite"
@@ -62,7 +62,7 @@ def test_the_manager_knows_its_ledger() -> None:
     assert found["endpoints"].token_secret == "<TokenSecret.Id>"
 
 
-def test_the_manager_knows_every_pool_and_a_worker_its_own() -> None:
+def test_manager_gets_every_pool_and_a_worker_its_own() -> None:
     template = pool_templates.expand(TEMPLATE, ["default", "big"])
     shape = cfn.Rendered(template, Release=RELEASE, PoolBigName="big", PoolBigSlots=4)
     default, big = deployed(script(shape, "ManagerTemplate")).pools

@@ -67,7 +67,7 @@ def test_a_cancelled_resource_that_is_first_in_time_is_not_the_cause() -> None:
     assert cause.resource == "B"
 
 
-def test_of_an_update_it_is_the_failure_not_the_rollback_that_fails_after_it() -> None:
+def test_cause_of_a_failed_update_is_not_the_failed_rollback() -> None:
     cause = root_cause(
         events(
             ("grid", STACK, "UPDATE_IN_PROGRESS", "User Initiated"),
@@ -82,7 +82,7 @@ def test_of_an_update_it_is_the_failure_not_the_rollback_that_fails_after_it() -
     assert cause.reason == "quota exceeded"
 
 
-def test_where_nothing_but_the_stack_has_failed_its_own_reason_counts() -> None:
+def test_reason_of_the_stack_is_used_without_a_failed_resource() -> None:
     cause = root_cause(
         events(
             ("grid", STACK, "CREATE_IN_PROGRESS", "User Initiated"),
@@ -94,13 +94,13 @@ def test_where_nothing_but_the_stack_has_failed_its_own_reason_counts() -> None:
     assert (cause.resource, cause.reason) == ("grid", "Template validation failed")
 
 
-def test_where_all_were_cancelled_something_is_said_all_the_same() -> None:
+def test_all_canceled_resources_still_give_a_cause() -> None:
     cause = root_cause(events(("A", "AWS::SQS::Queue", "CREATE_FAILED", "Resource creation cancelled")))
     assert cause is not None
     assert cause.resource == "A"
 
 
-def test_where_nothing_has_failed_there_is_no_cause() -> None:
+def test_success_has_no_cause() -> None:
     assert root_cause([]) is None
     assert root_cause(events(("A", "AWS::SQS::Queue", "CREATE_COMPLETE", ""))) is None
 
@@ -138,5 +138,5 @@ def test_where_nothing_has_failed_there_is_no_cause() -> None:
         ("Something that nobody has seen before", "what the reason names"),
     ],
 )
-def test_the_well_known_kinds_have_advice(reason: str, says: str) -> None:
+def test_known_failures_have_advice(reason: str, says: str) -> None:
     assert re.search(re.escape(says), advice(reason)), advice(reason)

@@ -94,7 +94,7 @@ def named(cloud: Cloud, *known: str) -> tuple[list[Left], list[str]]:
     return list(Leftovers(cloud.account).named(known, said.append)), said
 
 
-def test_a_domain_is_known_by_the_name_that_cloudformation_gives_it(cloud: Cloud) -> None:
+def test_domain_is_recognized_by_its_cloudformation_name(cloud: Cloud) -> None:
     mine = f"{DOMAIN}-extra"
     cloud.has_domains("customers", "LedgerDomain-1", DOMAIN, mine, "two-LedgerDomain-9Z")
     cloud.has_logs()
@@ -112,7 +112,7 @@ def test_a_domain_is_known_by_the_name_that_cloudformation_gives_it(cloud: Cloud
     assert said == []
 
 
-def test_a_stack_of_the_name_that_has_another_domain_leaves_this_one_behind(cloud: Cloud) -> None:
+def test_domain_of_another_stack_generation_is_a_leftover(cloud: Cloud) -> None:
     """One that was destroyed and made anew."""
     cloud.has_domains(DOMAIN)
     cloud.has_logs()
@@ -121,7 +121,7 @@ def test_a_stack_of_the_name_that_has_another_domain_leaves_this_one_behind(clou
     assert not found.is_used
 
 
-def test_logs_of_a_database_that_is_there_are_nobodys_leftovers(cloud: Cloud) -> None:
+def test_logs_of_an_existing_database_are_not_leftovers(cloud: Cloud) -> None:
     cloud.has_domains()
     cloud.has_logs(
         "/aws/rds/instance/gone-ledger/postgresql",
@@ -141,7 +141,7 @@ def test_logs_of_a_database_that_is_there_are_nobodys_leftovers(cloud: Cloud) ->
     assert said == []
 
 
-def test_what_cannot_be_asked_for_is_said_and_the_rest_is_listed(cloud: Cloud) -> None:
+def test_denied_queries_are_reported_and_the_rest_is_listed(cloud: Cloud) -> None:
     cloud.refuses(
         "sdb", "list_domains", "AuthorizationFailure", "User: eve is not authorized to perform: sdb:ListDomains"
     )
@@ -153,7 +153,7 @@ def test_what_cannot_be_asked_for_is_said_and_the_rest_is_listed(cloud: Cloud) -
     assert "SimpleDB domains are not listed: eve may not do sdb:ListDomains." in said
 
 
-def test_a_region_without_simpledb_is_not_asked_for_domains() -> None:
+def test_region_without_simpledb_is_not_queried_for_domains() -> None:
     with ExitStack() as stack:
         cloud = Cloud(stack, "eu-central-1")
         cloud.has_logs()
@@ -175,7 +175,7 @@ def test_a_guess_is_removed_only_by_its_name() -> None:
 
 
 @pytest.mark.parametrize("name", ["tag", "nothing"])
-def test_a_name_that_is_no_guess_is_refused(name: str) -> None:
+def test_ambiguous_name_is_refused(name: str) -> None:
     with pytest.raises(NotFound, match=f"Nothing is called {name}"):
         chosen([left("tag"), left("a", guessed=True)], [name])
 
@@ -201,18 +201,18 @@ def destroying(cloud: Cloud, fate: str) -> list[str]:
 
 
 @pytest.mark.parametrize("fate", ["snapshot", "deleted"])
-def test_what_rds_has_written_after_its_log_groups_went_goes_too(cloud: Cloud, fate: str) -> None:
+def test_late_logs_of_rds_are_deleted_too(cloud: Cloud, fate: str) -> None:
     name = "/aws/rds/instance/grid-ledger/postgresql"
     cloud.has_logs(name)
     cloud.tells("logs", "delete_log_group")
     assert destroying(cloud, fate) == []
 
 
-def test_a_database_that_stays_keeps_its_logs(cloud: Cloud) -> None:
+def test_retained_database_keeps_its_logs(cloud: Cloud) -> None:
     assert destroying(cloud, "kept") == []
 
 
-def test_logs_that_cannot_be_deleted_are_told(cloud: Cloud) -> None:
+def test_undeletable_logs_are_reported(cloud: Cloud) -> None:
     cloud.has_logs("/aws/rds/instance/grid-ledger/postgresql")
     cloud.refuses(
         "logs",

@@ -48,7 +48,7 @@ def an_event(resource: str, status: str, reason: str = "") -> Event:
 # --- Plans ---------------------------------------------------------------------------------------
 
 
-def test_an_update_says_why_and_what_is_replaced() -> None:
+def test_update_lists_reasons_and_replacements() -> None:
     text = plan_text(
         a_plan(
             Change("Modify", "Group", "AWS::X::Y", "False", ("MaxSize (PoolMax)",), "g"),
@@ -66,7 +66,7 @@ def test_an_update_says_why_and_what_is_replaced() -> None:
     assert "Replaced, or perhaps: Queue." in text
 
 
-def test_without_changes_it_says_so() -> None:
+def test_update_without_changes_is_reported() -> None:
     assert plan_text(a_plan()).endswith("No changes: the stack is as it is to be.")
     assert a_plan().to_json()["action"] == "none"
 
@@ -78,7 +78,7 @@ def test_endpoints_and_alarms_are_counted_in_the_template() -> None:
     assert shape_of(template.load(SMALL)).interface_endpoints == 0
 
 
-def test_where_the_price_book_is_of_another_region_its_prices_are_shown_and_said() -> None:
+def test_prices_of_another_region_are_marked() -> None:
     parameters = {"PoolInstanceTypes": "m7i.large", "ManagerInstanceType": "t3.small"}
     there = cost(parameters, "eu-south-2", None, shape_of(template.load(SMALL)))
     assert there.hourly is not None
@@ -92,7 +92,7 @@ def test_where_the_price_book_is_of_another_region_its_prices_are_shown_and_said
 # --- Events --------------------------------------------------------------------------------------
 
 
-def test_without_a_terminal_there_is_a_line_for_what_ends(capsys: pytest.CaptureFixture[str]) -> None:
+def test_output_without_a_terminal_has_a_line_per_finished_resource(capsys: pytest.CaptureFixture[str]) -> None:
     lines = StackDisplay("creating", 3, is_live=False)
     for event in (
         an_event("grid", "CREATE_IN_PROGRESS", "User Initiated"),
@@ -155,13 +155,13 @@ def test_many_things_at_once_do_not_fill_the_screen() -> None:
         ("grid", "Grid", False),
     ],
 )
-def test_what_agrees(monkeypatch: pytest.MonkeyPatch, typed: str, answer: str, agrees: bool) -> None:
+def test_accepted_confirmations(monkeypatch: pytest.MonkeyPatch, typed: str, answer: str, agrees: bool) -> None:
     monkeypatch.setattr("sys.stdin.isatty", lambda: True)
     monkeypatch.setattr("builtins.input", lambda: answer)
     assert Person(typed=typed).agrees("Go on?") is agrees
 
 
-def test_the_end_of_the_input_is_no(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_end_of_input_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
     def nothing() -> str:
         raise EOFError
 
@@ -183,7 +183,7 @@ def test_the_end_of_the_input_is_no(monkeypatch: pytest.MonkeyPatch) -> None:
         ("DELETE_FAILED", "then `batchlab deploy destroy` again"),
     ],
 )
-def test_a_failure_says_what_failed_what_to_do_and_what_is_left(status: str, next_: str) -> None:
+def test_failure_names_its_cause_a_remedy_and_the_remains(status: str, next_: str) -> None:
     state = State("id", "grid", status, {}, {}, False, 0.0)
     error = StackFailed(state, Cause("Queue", "AWS::SQS::Queue", "It exists.", "Remove it."))
     assert error.message == f"The stack grid is {status}: Queue (AWS::SQS::Queue): It exists."
@@ -195,7 +195,7 @@ def test_a_failure_says_what_failed_what_to_do_and_what_is_left(status: str, nex
 # --- Releases and ARNs ---------------------------------------------------------------------------
 
 
-def test_a_release_tells_its_python(tmp_path: Path) -> None:
+def test_release_names_its_python(tmp_path: Path) -> None:
     assert python_of(release(tmp_path)) == "3.12"
     damaged = tmp_path / "x.tar.gz"
     damaged.write_bytes(b"no")
@@ -203,7 +203,7 @@ def test_a_release_tells_its_python(tmp_path: Path) -> None:
         python_of(damaged)
 
 
-def test_a_release_that_was_renamed_is_none(tmp_path: Path) -> None:
+def test_renamed_release_is_refused(tmp_path: Path) -> None:
     archive = release(tmp_path)
     wanted = Settings()
     home = Home(tmp_path)
@@ -235,7 +235,7 @@ def test_a_release_that_was_renamed_is_none(tmp_path: Path) -> None:
         ("arn:aws:cloudformation:eu-west-1:1:stack/grid/u", "cloudformation:stack", "grid/u"),
     ],
 )
-def test_what_an_arn_names(arn: str, kind: str, name: str) -> None:
+def test_names_in_an_arn(arn: str, kind: str, name: str) -> None:
     thing = thing_of(arn, "grid")
     assert (thing.kind, thing.name) == (kind, name)
 

@@ -33,7 +33,7 @@ SECTIONS = ("Parameters", "Resources", "Conditions")
 
 
 @pytest.mark.parametrize("path", [SMALL, REAL], ids=["small", "real"])
-def test_with_its_own_pool_the_template_says_the_same(path: Path) -> None:
+def test_template_for_its_own_pool_is_unchanged(path: Path) -> None:
     source = template.load(path)
     made = template.expand(source, ["default"])
     for section in ("Parameters", "Conditions", "Outputs", "Rules", "Mappings"):
@@ -79,7 +79,7 @@ def test_every_reference_of_a_pool_follows_it(path: Path, pools: list[str]) -> N
             assert not unknown, (section, name, unknown)
 
 
-def test_what_is_shared_names_every_pool() -> None:
+def test_shared_resources_name_every_pool() -> None:
     made = template.expand(template.load(SMALL), ["default", "big"])
     reads = made["Resources"]["Reads"]
     assert reads["DependsOn"] == ["PoolTasks", "PoolBigTasks"]
@@ -108,14 +108,14 @@ def test_the_order_of_pools_and_other_pools_change_no_pools_ids() -> None:
                 assert made[name] == alone[name]
 
 
-def test_a_stack_made_by_hand_keeps_its_ids_whatever_its_pool_is_called() -> None:
+def test_logical_ids_of_an_existing_stack_do_not_change() -> None:
     source = template.load(SMALL)
     made = template.expand(source, ["gpu", "default"], base="gpu")
     assert made["Parameters"]["PoolName"]["Default"] == "gpu"
     assert made["Parameters"]["PoolDefaultName"]["Default"] == "default"
 
 
-def test_sub_keeps_literals_and_its_own_variables() -> None:
+def test_sub_keeps_literals_and_local_variables() -> None:
     made = template.expand(template.load(SMALL), ["big"])
     data = made["Resources"]["PoolBigTemplate"]["Properties"]["LaunchTemplateData"]
     text, own = data["UserData"]["Fn::Base64"]["Fn::Sub"]
@@ -177,14 +177,14 @@ def test_pools_that_would_have_the_same_ids_are_refused(pools: list[str]) -> Non
         template.expand(template.load(SMALL), pools)
 
 
-def test_a_pool_whose_ids_the_template_has_is_refused() -> None:
+def test_pool_with_a_reserved_logical_id_is_refused() -> None:
     source = template.load(SMALL)
     source["Resources"]["PoolBigTasks"] = source["Resources"]["PoolTasks"]
     with pytest.raises(UsageError, match="PoolBigTasks"):
         template.expand(source, ["default", "big"])
 
 
-def test_without_pools_there_is_no_stack() -> None:
+def test_stack_without_pools_is_refused() -> None:
     with pytest.raises(UsageError, match="needs a pool"):
         template.expand(template.load(SMALL), [])
 
@@ -203,7 +203,7 @@ def test_a_pools_part_must_be_called_so() -> None:
         template.expand(source, ["default"])
 
 
-def test_more_than_cloudformation_takes_is_refused_before_it_is_asked() -> None:
+def test_template_above_cloudformations_limits_is_refused_locally() -> None:
     made = template.expand(template.load(REAL), [f"p{n}" for n in range(40)])
     with pytest.raises(UsageError, match="CloudFormation takes"):
         template.body(made)
@@ -233,7 +233,7 @@ def test_short_forms_dates_and_json_are_read_as_aws_reads_them(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("text", ["- 1\n", "a: [", "Resources: 3\n", "Parameters: {}\n"])
-def test_what_is_no_template_is_refused(text: str, tmp_path: Path) -> None:
+def test_invalid_template_is_refused(text: str, tmp_path: Path) -> None:
     file = tmp_path / "t.yaml"
     file.write_text(text)
     with pytest.raises(UsageError, match=re.escape(str(file))):

@@ -70,7 +70,7 @@ class Pip(release._Pip):
                 make(self._folder)
 
 
-def test_what_is_needed_is_what_the_target_needs_in_the_versions_that_are_here(tmp_path: Path) -> None:
+def test_wheels_match_the_target_and_the_local_versions(tmp_path: Path) -> None:
     Pip.index = {
         "absent<2,>=1": lambda folder: wheel(
             folder,
@@ -201,7 +201,7 @@ def test_variables_travel_with_it_and_secrets_do_not(tmp_path: Path, made: list[
         ("A", "x\nB=y", "not everybody reads alike"),
     ],
 )
-def test_what_cannot_travel_with_it_is_told(name: str, value: str, told: str) -> None:
+def test_packages_without_wheels_are_reported(name: str, value: str, told: str) -> None:
     with pytest.raises(UsageError, match=told):
         descriptor.check({name: value}, "settings.yaml: environment")
 
@@ -278,9 +278,7 @@ def test_the_image_has_the_files_that_a_wheel_has(tmp_path: Path) -> None:
         assert (tmp_path / name).read_bytes() == path.read_bytes()
 
 
-def test_what_running_an_example_has_made_is_no_part_of_the_package(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_build_products_of_examples_are_not_packaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = {"batchlab/__init__.py", "examples/claims/job.yaml", "examples/.gitignore"}
     kept |= {f"{name}/x" for name in ("backends", "scenarios", "compose")}
     made = {"data/a.837", "out/totals.jsonl", ".batchlab/token", "__pycache__/parse.pyc"}
@@ -310,7 +308,7 @@ def test_the_image_is_made_of_the_package_and_of_pinned_packages_alone(tmp_path:
     assert "batchlab" not in pinned
 
 
-def test_uploading_tells_what_stands_in_the_way(tmp_path: Path) -> None:
+def test_obstacles_of_an_upload_are_reported(tmp_path: Path) -> None:
     archive = tmp_path / f"{'b' * 64}.tar.gz"
     archive.write_bytes(b"release")
 

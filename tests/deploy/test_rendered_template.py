@@ -30,7 +30,7 @@ def values(made: template.Template, given: dict[str, str]) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("given", SHAPES, ids=str)
-def test_it_makes_what_the_whole_template_makes(given: dict[str, str]) -> None:
+def test_rendered_resources_match_the_template(given: dict[str, str]) -> None:
     source = template.expand(template.load(template.shipped()), ["default"])
     made = rendered(source, values(source, given))
     judge = cfn.Rendered(cfn.load(), **given)
@@ -101,6 +101,6 @@ def test_conditions(condition: dict[str, Any], value: str, holds: bool) -> None:
     ],
     ids=str,
 )
-def test_what_cannot_be_known_is_a_flaw(condition: dict[str, Any]) -> None:
+def test_unknown_values_are_flaws(condition: dict[str, Any]) -> None:
     with pytest.raises(BatchlabError, match="template is flawed"):
         rendered(small({"C": condition}), {"A": "x"})

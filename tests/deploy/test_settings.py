@@ -35,7 +35,7 @@ def source() -> template.Template:
     return template.load(SMALL)
 
 
-def test_a_home_keeps_them_as_they_were(tmp_path: Path) -> None:
+def test_home_stores_settings_unchanged(tmp_path: Path) -> None:
     home = Home(tmp_path)
     assert settings.read(home) is None
     settings.write(home, FULL)
@@ -75,7 +75,7 @@ def test_a_persons_yaml_is_read(tmp_path: Path) -> None:
         ("a: [\n", "is not YAML"),
     ],
 )
-def test_what_is_wrong_in_a_file_is_told(text: str, says: str, tmp_path: Path) -> None:
+def test_flaws_of_a_settings_file_are_reported(text: str, says: str, tmp_path: Path) -> None:
     file = tmp_path / "s.yaml"
     file.write_text(text)
     with pytest.raises(UsageError) as told:
@@ -84,7 +84,7 @@ def test_what_is_wrong_in_a_file_is_told(text: str, says: str, tmp_path: Path) -
     assert str(file) in str(told.value)
 
 
-def test_a_damaged_file_in_the_home_is_told(tmp_path: Path) -> None:
+def test_damaged_settings_file_is_reported(tmp_path: Path) -> None:
     settings.write(Home(tmp_path), FULL)
     settings.path_in(Home(tmp_path)).write_text("{")
     with pytest.raises(UsageError, match="is not JSON"):
@@ -112,7 +112,7 @@ def test_parameters_are_named_as_in_the_expanded_template() -> None:
 
 
 @pytest.mark.parametrize("base", ["default", "big"])
-def test_a_stack_tells_the_settings_that_it_was_made_with(base: str) -> None:
+def test_stack_reports_the_settings_of_its_creation(base: str) -> None:
     """Whoever has no settings.json, on another machine, gets the same."""
     given = settings.parameters(FULL, source(), base)
     found, found_base = settings.from_stack("grid", "eu-west-1", {**given, "Release": "abc"})
@@ -121,7 +121,7 @@ def test_a_stack_tells_the_settings_that_it_was_made_with(base: str) -> None:
     assert found.parameters == FULL.parameters
 
 
-def test_pools_whose_names_begin_alike_are_told_apart() -> None:
+def test_pools_with_similar_names_are_distinguished() -> None:
     pools = (PoolSettings("big"), PoolSettings("bigger", slots=3), PoolSettings("default"))
     given = settings.parameters(Settings(pools=pools), source())
     found, _ = settings.from_stack("batchlab", "", given)
@@ -152,7 +152,7 @@ def test_pools_whose_names_begin_alike_are_told_apart() -> None:
         ({"pools": (PoolSettings("a", parameters=(("PoolMx", "1"),)),)}, "no parameter 'PoolMx'"),
     ],
 )
-def test_what_aws_would_refuse_is_refused_before(wrong: dict[str, Any], says: str) -> None:
+def test_settings_that_aws_would_refuse_are_refused_first(wrong: dict[str, Any], says: str) -> None:
     with pytest.raises(UsageError) as told:
         settings.parameters(Settings(**wrong), source())
     assert says in str(told.value)
@@ -236,7 +236,7 @@ def test_pools_on_the_command_line_may_name_their_types() -> None:
             parse_typed_pool(wrong)
 
 
-def test_what_is_kept_is_json_that_people_can_read(tmp_path: Path) -> None:
+def test_stored_settings_are_readable_json(tmp_path: Path) -> None:
     settings.write(Home(tmp_path), FULL)
     kept = json.loads(settings.path_in(Home(tmp_path)).read_text())
     assert kept["pools"][1]["parameters"] == {"PoolOnDemandBase": "1"}

@@ -79,7 +79,7 @@ def missing(stub: Stubber, method: str, code: str = "ValidationError") -> None:
 # --- What it has not heard of yet ----------------------------------------------------------------
 
 
-def test_a_change_set_that_is_not_found_right_after_it_was_made_is_asked_for_again(stack: Stack, stub: Stubber) -> None:
+def test_new_change_set_that_is_not_found_is_requested_again(stack: Stack, stub: Stubber) -> None:
     stub.add_response("create_change_set", {"Id": SET, "StackId": ID})
     missing(stub, "describe_change_set", "ChangeSetNotFound")
     missing(stub, "describe_change_set")
@@ -89,7 +89,7 @@ def test_a_change_set_that_is_not_found_right_after_it_was_made_is_asked_for_aga
     assert stack.propose({"TemplateBody": "{}"}, [], is_new=True).id == SET
 
 
-def test_one_that_is_never_found_is_told_and_nothing_is_left(stack: Stack, stub: Stubber) -> None:
+def test_change_set_that_is_never_found_is_reported_and_removed(stack: Stack, stub: Stubber) -> None:
     stub.add_response("create_change_set", {"Id": SET, "StackId": ID})
     for _ in range(22):  # 60 s, one every 3 s
         missing(stub, "describe_change_set", "ChangeSetNotFound")
@@ -115,7 +115,7 @@ def test_a_stack_that_describe_does_not_know_yet_is_followed_all_the_same(stack:
     assert [one.id for one in seen] == ["e1", "e2"]
 
 
-def test_a_deleted_stack_is_none_by_its_name_and_there_by_its_id(stack: Stack, stub: Stubber) -> None:
+def test_deleted_stack_is_found_only_by_its_id(stack: Stack, stub: Stubber) -> None:
     stub.add_response("describe_stacks", told("DELETE_COMPLETE"), {"StackName": "grid"})
     stub.add_response("describe_stacks", told("DELETE_COMPLETE"), {"StackName": ID})
     missing(stub, "describe_stacks")
@@ -129,7 +129,7 @@ def test_a_deleted_stack_is_none_by_its_name_and_there_by_its_id(stack: Stack, s
 # --- Change sets ---------------------------------------------------------------------------------
 
 
-def test_changes_come_from_all_pages_with_what_causes_them(stack: Stack, stub: Stubber) -> None:
+def test_changes_of_all_pages_have_their_causes(stack: Stack, stub: Stubber) -> None:
     def change(name: str, *details: tuple[str, str]) -> dict[str, Any]:
         return {
             "Type": "Resource",
@@ -174,7 +174,7 @@ def test_one_without_changes_is_empty(stack: Stack, stub: Stubber, reason: str) 
     assert stack.propose({"TemplateBody": "{}"}, [], is_new=False).changes == ()
 
 
-def test_one_that_aws_cannot_work_out_is_told_and_taken_back(stack: Stack, stub: Stubber) -> None:
+def test_impossible_change_set_is_reported_and_deleted(stack: Stack, stub: Stubber) -> None:
     stub.add_response("create_change_set", {"Id": SET, "StackId": ID})
     reason = "Parameters: [ssm:/x] cannot be found."
     stub.add_response("describe_change_set", {"Status": "FAILED", "StatusReason": reason})
@@ -187,7 +187,7 @@ def test_one_that_aws_cannot_work_out_is_told_and_taken_back(stack: Stack, stub:
         stack.propose({"TemplateBody": "{}"}, [], is_new=True)
 
 
-def test_what_aws_refuses_before_it_begins_is_told_by_its_own_reason(stack: Stack, stub: Stubber) -> None:
+def test_early_refusal_of_aws_is_reported_with_its_reason(stack: Stack, stub: Stubber) -> None:
     """The change set's reason only points to another call (early validation)."""
     stub.add_response("create_change_set", {"Id": SET, "StackId": ID})
     points_on = (
@@ -228,7 +228,7 @@ def test_a_stack_that_was_executed_meanwhile_is_not_deleted_as_an_empty_one(stac
 # --- Events --------------------------------------------------------------------------------------
 
 
-def test_all_pages_of_events_are_read_until_one_that_is_known(stack: Stack, stub: Stubber) -> None:
+def test_events_are_read_until_a_known_one(stack: Stack, stub: Stubber) -> None:
     rows = [event(n, "Q", "CREATE_IN_PROGRESS") for n in range(9, -1, -1)]
     for begin, token in ((0, "a"), (4, "b")):
         page: dict[str, Any] = {"StackEvents": rows[begin : begin + 4], "NextToken": token}
@@ -262,7 +262,7 @@ def test_a_stack_that_fails_is_followed_through_its_rollback(stack: Stack, stub:
     assert (cause.resource, cause.reason) == ("B", "B already exists")
 
 
-def test_the_last_operation_is_told_apart_from_those_before(stack: Stack, stub: Stubber) -> None:
+def test_last_operation_is_separated_from_earlier_ones(stack: Stack, stub: Stubber) -> None:
     rows = [
         event(9, "grid", "UPDATE_ROLLBACK_FAILED"),
         event(8, "grid", "UPDATE_ROLLBACK_IN_PROGRESS"),
@@ -299,7 +299,7 @@ def stack_event(rows: list[dict[str, Any]]) -> list[Event]:
 # --- Refusals ------------------------------------------------------------------------------------
 
 
-def test_who_may_not_is_told_which_action_and_where_to_read(stack: Stack, stub: Stubber) -> None:
+def test_missing_permission_names_the_action_and_the_page(stack: Stack, stub: Stubber) -> None:
     stub.add_client_error(
         "create_change_set",
         "AccessDenied",
@@ -324,21 +324,21 @@ def test_who_may_not_is_told_which_action_and_where_to_read(stack: Stack, stub: 
         ("UnrecognizedClientException", "does not know these credentials"),
     ],
 )
-def test_credentials_that_are_none_are_told(stack: Stack, stub: Stubber, code: str, says: str) -> None:
+def test_invalid_credentials_are_reported(stack: Stack, stub: Stubber, code: str, says: str) -> None:
     stub.add_client_error("describe_stacks", code, "no", http_status_code=403)
     with pytest.raises(UsageError, match=says) as refused:
         stack.state()
     assert refused.value.remedy
 
 
-def test_what_is_missing_is_only_what_was_asked_for(stub: Stubber) -> None:
+def test_only_requested_resources_can_be_missing(stub: Stubber) -> None:
     stub.add_client_error("describe_stacks", "ValidationError", "1 validation error detected")
     client: Any = stub.client
     with pytest.raises(Refused, match="1 validation error"), asked("It", lambda code, _: not code):
         client.describe_stacks(StackName="x")
 
 
-def test_types_that_an_emulator_lacks_are_told_with_what_to_leave_out(stack: Stack, stub: Stubber) -> None:
+def test_types_that_an_emulator_lacks_are_named_with_the_option(stack: Stack, stub: Stubber) -> None:
     lacks = "Template format error: Unrecognized resource types: [AWS::Budgets::Budget]"
     stub.add_client_error("create_change_set", "ValidationError", lacks, http_status_code=400)
     with pytest.raises(Refused, match=r"AWS::Budgets::Budget") as refused:

@@ -82,7 +82,7 @@ def test_nothing_but_the_manager_scales(shape: cfn.Rendered) -> None:
     assert shape.of_type("AWS::AutoScaling::ScalingPolicy") == {}
 
 
-def test_a_peak_is_scheduled_where_it_is_asked_for() -> None:
+def test_peak_is_scheduled_on_request() -> None:
     assert SHOWN["empty"].of_type("AWS::AutoScaling::ScheduledAction") == {}
     begins = SHOWN["endpoints"].properties("PoolPeakBegins")
     ends = SHOWN["endpoints"].properties("PoolPeakEnds")
@@ -117,7 +117,7 @@ def told(shape: cfn.Rendered, template: str) -> AwsDeployment:
     return parse(json.loads(text.replace("<Database.Endpoint.Port>", "5432")))
 
 
-def test_instances_know_of_the_stack_what_its_outputs_say(shape: cfn.Rendered) -> None:
+def test_instances_get_the_outputs_of_the_stack(shape: cfn.Rendered) -> None:
     manager, worker = told(shape, "ManagerTemplate"), told(shape, "PoolTemplate")
     assert manager == worker, "with one pool"
     outputs = shape.outputs

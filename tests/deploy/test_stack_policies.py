@@ -55,14 +55,14 @@ def allowed() -> Iterator[tuple[str, str, dict[str, Any]]]:
                         yield role, action, statement
 
 
-def test_every_action_is_written_out_and_known_to_aws() -> None:
+def test_every_action_is_spelled_out_and_exists_in_aws() -> None:
     for role, action, _ in allowed():
         assert "*" not in action, (role, action)
         service, name = action.split(":")
         assert name.lower() in known()[service], action
 
 
-def test_a_resource_is_whole_only_where_aws_knows_no_other() -> None:
+def test_wildcard_resources_only_where_aws_requires_them() -> None:
     whole = {a for _, a, one in allowed() if "*" in cfn.as_list(one["Resource"])}
     assert whole == WITHOUT_RESOURCE
     for action in WITHOUT_RESOURCE:
@@ -100,7 +100,7 @@ def test_a_worker_may_do_nothing_to_the_fleet_the_stack_or_secrets() -> None:
     assert scaling == {"autoscaling:CompleteLifecycleAction"}
 
 
-def test_nobody_makes_or_removes_queues_groups_and_buckets() -> None:
+def test_no_role_may_create_or_delete_queues_groups_or_buckets() -> None:
     for role in ("PoolRole", "ManagerRole"):
         for action in actions(role):
             name = action.split(":")[1]
@@ -108,7 +108,7 @@ def test_nobody_makes_or_removes_queues_groups_and_buckets() -> None:
             assert not name.startswith(("DeleteAuto", "PutBucket", "DeleteBucket"))
 
 
-def test_of_what_there_is_only_the_limits_of_pools_may_be_changed() -> None:
+def test_only_the_limits_of_pools_may_be_changed() -> None:
     changes = {a for role in ("PoolRole", "ManagerRole") for a in actions(role) if ":Update" in a}
     assert changes == {"ssm:UpdateInstanceInformation", "autoscaling:UpdateAutoScalingGroup"}
 
@@ -153,7 +153,7 @@ def test_no_other_text_names_topics(text: str, fits: bool) -> None:
     assert bool(re.fullmatch(pattern, text)) == fits
 
 
-def test_bounds_and_further_policies_are_attached_where_they_are_asked_for() -> None:
+def test_permissions_boundary_and_extra_policies_are_attached_on_request() -> None:
     own, plain = SHOWN["own-network"], SHOWN["empty"]
     for role in ("PoolRole", "ManagerRole"):
         assert own.properties(role)["PermissionsBoundary"].endswith(":policy/boundary")

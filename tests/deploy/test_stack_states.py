@@ -116,7 +116,7 @@ def test_apply_in_each_state(status: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("status", [name for name, case in TABLE.items() if case.asked])
-def test_whoever_declines_leaves_the_stack_as_it_is(status: str, tmp_path: Path) -> None:
+def test_declined_confirmation_leaves_the_stack_unchanged(status: str, tmp_path: Path) -> None:
     cloud, front = Cloud(status), Front(agreed=False)
     run = Apply(stack_of(cloud), Settings(), {}, Home(tmp_path), front, lambda: tmp_path)
     if status == "UPDATE_ROLLBACK_FAILED":
@@ -147,14 +147,14 @@ def test_destroy_in_each_state(status: str) -> None:
     assert cloud.status == "DELETE_COMPLETE"
 
 
-def test_a_rollback_that_fails_once_more_says_why_and_what_can_be_left_out(tmp_path: Path) -> None:
+def test_failed_rollback_names_its_cause_and_what_can_be_skipped(tmp_path: Path) -> None:
     again = {"UPDATE_ROLLBACK_IN_PROGRESS": "UPDATE_ROLLBACK_FAILED"}
     told = apply_to(Cloud("UPDATE_ROLLBACK_FAILED", fails=again), Front(), tmp_path)
     assert "grid is UPDATE_ROLLBACK_FAILED: Queue (AWS::SQS::Queue): it is in use" in told
     assert "--stack-name grid --resources-to-skip" in told
 
 
-def test_a_deletion_that_fails_says_why_and_what_can_be_left() -> None:
+def test_failed_deletion_names_its_cause_and_what_can_be_retained() -> None:
     cloud = Cloud("CREATE_COMPLETE", fails={"DELETE_IN_PROGRESS": "DELETE_FAILED"})
     with pytest.raises(StackFailed) as failed:
         Destroy(stack_of(cloud), Front(), delete_data=False).run()
@@ -166,7 +166,7 @@ def test_a_deletion_that_fails_says_why_and_what_can_be_left() -> None:
     assert cloud.calls == ["unprotect", "delete", "delete"]
 
 
-def test_what_was_never_made_is_neither_looked_into_nor_emptied() -> None:
+def test_resources_that_were_never_created_are_not_emptied() -> None:
     """A bucket that could not be made because somebody has one of that name."""
     parts = [
         ("Bucket", "AWS::S3::Bucket", "somebody-elses", "CREATE_FAILED"),
@@ -177,7 +177,7 @@ def test_what_was_never_made_is_neither_looked_into_nor_emptied() -> None:
     assert Destroy(stack_of(cloud, rds=None, s3=None), Front(), delete_data=True).run() == []
 
 
-def test_what_somebody_has_deleted_by_hand_is_in_nobodys_way() -> None:
+def test_resources_deleted_by_hand_do_not_block() -> None:
     s3: Any = boto3.client("s3", region_name="us-east-1", aws_access_key_id="a", aws_secret_access_key="b")
     from botocore.stub import Stubber
 

@@ -31,7 +31,7 @@ def shape(request: pytest.FixtureRequest) -> cfn.Rendered:
 # --- The file ------------------------------------------------------------------------------------
 
 
-def test_cfn_lint_has_nothing_to_say() -> None:
+def test_cfn_lint_finds_nothing() -> None:
     """Its exceptions are in .cfnlintrc.yaml, and beside the resources."""
     done = subprocess.run(
         [str(Path(sys.executable).with_name("cfn-lint"))], cwd=ROOT, capture_output=True, text=True, timeout=120
@@ -50,7 +50,7 @@ def test_every_parameter_is_described_and_in_one_group() -> None:
         assert "Default" in one, f"{name} must be said"
 
 
-def test_what_costs_by_the_hour_says_its_price() -> None:
+def test_hourly_costs_are_named() -> None:
     for name in ("Egress", "Ledger", "ManagerInstanceType", "PoolDiskGiB"):
         assert "USD" in TEMPLATE["Parameters"][name]["Description"], name
 
@@ -60,7 +60,7 @@ def test_yaml_aliases_are_not_used() -> None:
     assert not re.search(r"(^|[\s\[{,])[&*][A-Za-z]", cfn.stack_file().read_text(), re.MULTILINE)
 
 
-def test_what_exists_once_per_pool_is_marked_and_named() -> None:
+def test_resources_per_pool_are_marked_and_named() -> None:
     for name, one in TEMPLATE["Resources"].items():
         marked = one.get("Metadata", {}).get("batchlab") == {"per": "pool"}
         assert marked == name.startswith("Pool"), name
@@ -86,7 +86,7 @@ def test_no_condition_and_no_parameter_is_left_over() -> None:
         ({"ContainerImage": "me/grid:1"}, "ContainerImage needs Egress nat"),
     ],
 )
-def test_parameters_that_do_not_go_together_are_refused(parameters: dict[str, Any], told: str) -> None:
+def test_contradictory_parameters_are_refused(parameters: dict[str, Any], told: str) -> None:
     (broken,) = cfn.Rendered(TEMPLATE, **parameters).broken_rules()
     assert broken.startswith(told)
 
@@ -161,7 +161,7 @@ def test_queues_bucket_and_topic_are_reached_by_tls_only(shape: cfn.Rendered) ->
 # --- Network -------------------------------------------------------------------------------------
 
 
-def test_nobody_comes_in_from_outside(shape: cfn.Rendered) -> None:
+def test_no_inbound_access_from_outside(shape: cfn.Rendered) -> None:
     rules: list[dict[str, Any]] = []
     for one in shape.of_type("AWS::EC2::SecurityGroup").values():
         rules += one.get("SecurityGroupIngress", [])
@@ -197,7 +197,7 @@ def test_private_subnets_reach_aws_by_endpoints_or_by_a_nat() -> None:
     assert zones == ["us-east-1a", "us-east-1b"]
 
 
-def test_endpoints_carry_nothing_to_another_account() -> None:
+def test_endpoints_refuse_other_accounts() -> None:
     ours = {"aws:ResourceAccount": "123456789012", "aws:PrincipalAccount": "123456789012"}
     for name, one in SHOWN["endpoints"].of_type("AWS::EC2::VPCEndpoint").items():
         first, *others = one["PolicyDocument"]["Statement"]
@@ -231,7 +231,7 @@ def rules_of(shape: cfn.Rendered) -> dict[str, dict[str, Any]]:
     return {one["Id"]: one for one in rules}
 
 
-def test_the_bucket_forgets_logs_and_where_it_is_asked_for_files() -> None:
+def test_bucket_expires_logs_and_optionally_files() -> None:
     plain, expiring = rules_of(SHOWN["empty"]), rules_of(SHOWN["postgres"])
     assert "files-of-attempts" not in plain
     assert expiring["files-of-attempts"]["ExpirationInDays"] == 30
@@ -256,7 +256,7 @@ def test_the_bucket_is_private_encrypted_and_outlives_the_stack(shape: cfn.Rende
 
 
 @pytest.mark.parametrize("name", ["postgres", "own-network"])
-def test_the_database_is_private_encrypted_and_kept(name: str) -> None:
+def test_database_is_private_encrypted_and_retained(name: str) -> None:
     shape = SHOWN[name]
     database = shape.properties("Database")
     assert database["PubliclyAccessible"] is False
@@ -273,7 +273,7 @@ def test_the_database_is_private_encrypted_and_kept(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["postgres", "own-network"])
-def test_what_the_database_logs_expires_and_goes_with_the_stack(name: str) -> None:
+def test_database_logs_expire_and_are_deleted_with_the_stack(name: str) -> None:
     """RDS calls its log groups after the database, and makes what is not there: for ever."""
     shape = SHOWN[name]
     made = shape.properties("Database")
@@ -346,7 +346,7 @@ NAMES = {
 OF_DATABASE = {"DatabaseHost", "DatabasePort", "DatabaseName", "DatabaseSecret"}
 
 
-def test_the_outputs_say_where_everything_is(shape: cfn.Rendered) -> None:
+def test_outputs_locate_every_resource(shape: cfn.Rendered) -> None:
     wanted = set(NAMES)
     if "Database" in shape.resources:
         wanted |= OF_DATABASE
@@ -375,7 +375,7 @@ UNTAGGED = {
 }
 
 
-def test_what_can_be_tagged_says_whose_it_is(shape: cfn.Rendered) -> None:
+def test_taggable_resources_are_tagged_with_the_owner(shape: cfn.Rendered) -> None:
     for name, one in shape.resources.items():
         if one["Type"] in UNTAGGED:
             continue
@@ -384,7 +384,7 @@ def test_what_can_be_tagged_says_whose_it_is(shape: cfn.Rendered) -> None:
         assert "batchlab" in [t["Value"] for t in tags if t["Key"] == "batchlab.stack"], name
 
 
-def test_status_knows_the_names_of_the_alarms() -> None:
+def test_status_uses_the_names_of_the_alarms() -> None:
     for shown in SHOWN.values():
         for alarm in shown.of_type("AWS::CloudWatch::Alarm").values():
             name = alarm["AlarmName"]

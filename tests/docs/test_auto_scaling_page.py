@@ -20,10 +20,7 @@ ENGINE = (
     "termination",
     "warm_pool",
 )
-FORMATS = {
-    "test_a_state_of_the_first_format_is_read_and_goes_on",
-    "test_a_state_that_makes_no_sense_is_not_taken_for_another",
-}
+FORMATS = {"test_state_of_the_first_format_is_read", "test_inconsistent_state_is_refused"}
 """Tests of the store, which AWS has no rule for."""
 
 

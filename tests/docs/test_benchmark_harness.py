@@ -57,7 +57,7 @@ def made(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("program", ["run.py", "peers.py", "gate.py"])
-def test_a_harness_that_is_not_there_is_told_before_anything_is_done(program: str, tmp_path: Path) -> None:
+def test_missing_harness_is_reported_first(program: str, tmp_path: Path) -> None:
     more = ("--install", "--venvs", tmp_path / "venvs") if program == "peers.py" else ()
     done = ran(program, "--harness", tmp_path / "none", *more)
     assert done.returncode == 1
@@ -69,7 +69,7 @@ def test_a_harness_that_is_not_there_is_told_before_anything_is_done(program: st
     assert not (tmp_path / "venvs").exists()
 
 
-def test_a_folder_that_is_not_whole_is_none(made: Path) -> None:
+def test_incomplete_folder_is_refused(made: Path) -> None:
     (made / "adapters" / "base.py").unlink()
     done = ran("run.py", "--harness", made)
     assert done.returncode == 1
@@ -77,7 +77,7 @@ def test_a_folder_that_is_not_whole_is_none(made: Path) -> None:
 
 
 @pytest.mark.parametrize("program", ["run.py", "peers.py", "gate.py"])
-def test_help_says_what_the_harness_is(program: str) -> None:
+def test_help_describes_the_harness(program: str) -> None:
     told = " ".join(ran(program, "--help").stdout.split())
     assert "--harness FOLDER" in told
     assert "is no part of this repository" in told

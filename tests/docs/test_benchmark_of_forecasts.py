@@ -25,7 +25,7 @@ def difference(measure: str, forecast: float | None) -> dict[str, Any]:
     return {**told, "absolute": off, "relative": None if off is None else off / 4.0}
 
 
-def test_a_replay_without_a_forecast_is_told_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_replay_without_a_forecast_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     replayed(monkeypatch, None)
     with pytest.raises(SystemExit, match=r"long-tail: .* no forecast: so it is"):
         fact.measured("long-tail", "local", 60, tmp_path)

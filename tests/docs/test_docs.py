@@ -53,7 +53,7 @@ def parses(page: str, call: str) -> None:
             assert word.split("=")[0] in known, f"{page}: batchlab {call}"
 
 
-def test_what_python_in_the_docs_imports_of_ours_is_there() -> None:
+def test_imports_in_the_docs_exist() -> None:
     blocks = [
         (page, ast.parse(block))
         for page in PAGES
@@ -71,7 +71,7 @@ def test_what_python_in_the_docs_imports_of_ours_is_there() -> None:
         assert hasattr(importlib.import_module(str(module)), name), f"{page}: {module} {name}"
 
 
-def test_the_architecture_page_names_what_there_is() -> None:
+def test_architecture_page_names_existing_code() -> None:
     page = (ROOT / "docs" / "architecture.md").read_text()
     for path in re.findall(r"`((?:[a-z_]+/)*[a-z_]+\.py)", page):
         candidates = [ROOT / path, *(ROOT / "batchlab").rglob(path.rsplit("/", 1)[-1])]
@@ -102,7 +102,7 @@ def defined(tree: ast.Module) -> set[str]:
     return found
 
 
-def test_a_tasks_life_is_told_in_ten_hops_by_functions_that_there_are() -> None:
+def test_a_tasks_life_has_ten_hops_of_existing_functions() -> None:
     page = (ROOT / "docs" / "a-tasks-life.md").read_text()
     hops = re.split(r"^(?=\d+\. \*\*)", page, flags=re.M)[1:]
     assert [int(hop.partition(".")[0]) for hop in hops] == list(range(1, len(hops) + 1))
@@ -135,7 +135,7 @@ def test_the_readmes_job_file_is_one(tmp_path: Path) -> None:
     assert load(tmp_path / "job.yaml", {}).job.name == "word-count"
 
 
-def test_the_start_page_says_what_the_readme_says() -> None:
+def test_start_page_matches_the_readme() -> None:
     """CI runs the README's first two blocks, so that these of the page are run too."""
     readme, start = (
         re.findall(r"```sh\n(.*?)```", (ROOT / page).read_text(), re.S) for page in ("README.md", "docs/start.md")

@@ -46,7 +46,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ClaimsFacts]:
     return folder, write_claims(folder, seed=7, files=12, claims_per_file=150)
 
 
-def test_totals_agree_with_what_the_generator_knows(made: tuple[Path, ClaimsFacts]) -> None:
+def test_totals_match_the_generator(made: tuple[Path, ClaimsFacts]) -> None:
     folder, facts = made
     found = run(folder)
     assert found.keys() == facts.payers.keys()
@@ -71,7 +71,7 @@ def test_money_agrees_with_the_rules_written_as_sql(made: tuple[Path, ClaimsFact
     assert 0 < found["10001"]["paid_cents"] < found["10001"]["allowed_cents"]
 
 
-def test_generated_files_have_no_findings_but_the_intended_ones(made: tuple[Path, ClaimsFacts]) -> None:
+def test_generated_files_have_only_the_intended_findings(made: tuple[Path, ClaimsFacts]) -> None:
     folder, facts = made
     findings = [f for path in folder.iterdir() for f in parse(File(path))["findings"]]
     assert all("occurs" in f or "its lines sum to" in f for f in findings)
@@ -108,7 +108,7 @@ def test_real_samples_have_the_totals_of_the_sql_rules(shared_data: Path) -> Non
     assert sum(total["claims"] for total in found.values()) == 18
 
 
-def test_the_large_faulty_sample_gives_its_claims_and_says_what_is_wrong(shared_data: Path) -> None:
+def test_large_faulty_sample_yields_claims_and_findings(shared_data: Path) -> None:
     path = shared_data / "claims" / "x12" / "x12_many_claims.txt"
     result = parse(File(path))
     claims = result["claims"]
@@ -168,7 +168,7 @@ def test_a_correct_claim_has_no_findings(tmp_path: Path) -> None:
         ("NM1*PR*2*PAYER*****PI*P1~", "", "claim C1: no payer (NM1*PR) in loop 2010BB"),
     ],
 )
-def test_what_is_wrong_is_a_finding_and_the_claim_is_read(tmp_path: Path, right: str, wrong: str, finding: str) -> None:
+def test_mistake_is_a_finding_and_the_claim_is_read(tmp_path: Path, right: str, wrong: str, finding: str) -> None:
     text = HEAD + CLAIM + TAIL
     assert right in text
     result = parsed(tmp_path, text.replace(right, wrong))
@@ -196,7 +196,7 @@ def test_each_interchange_of_a_file_has_its_own_separators(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("text", ["", "pickup,dropoff\n1,2\n", "ISAAC NEWTON", "ISA*00*", "ISA*" + "x" * 400])
-def test_what_is_not_x12_fails_and_the_message_names_the_file(tmp_path: Path, text: str) -> None:
+def test_file_that_is_not_x12_fails_with_its_name(tmp_path: Path, text: str) -> None:
     """Pain 13: of two thousand files, which one is it?"""
     with pytest.raises(ValueError, match=r"one\.837 is not X12: "):
         parsed(tmp_path, text)
@@ -208,7 +208,7 @@ def test_amounts_are_exact_cents(text: str, expected: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", ".", "-1", "1e3", "NaN", "1_000", "1,00", "٣", "0.001"])
-def test_what_is_no_amount_is_refused(text: str) -> None:
+def test_invalid_amount_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"not an amount|fractions"):
         cents(text)
 

@@ -28,7 +28,7 @@ def test_bytes_are_the_same_on_every_machine_and_version(tmp_path: Path) -> None
     assert digest(tmp_path) == "99d99d9f424694170f6d5c6210265ec352d69e93a5a69a600000a7e59b07847e"
 
 
-def test_another_seed_gives_other_data(tmp_path: Path) -> None:
+def test_other_seed_gives_other_data(tmp_path: Path) -> None:
     for seed in (1, 2):
         write_all(tmp_path / str(seed), seed=seed)
     assert digest(tmp_path / "1") != digest(tmp_path / "2")
@@ -41,7 +41,7 @@ def test_a_file_is_the_same_however_many_are_written(tmp_path: Path) -> None:
         assert path.read_bytes() == (tmp_path / "many" / path.name).read_bytes()
 
 
-def test_claims_facts_are_what_the_text_says(tmp_path: Path) -> None:
+def test_claims_match_the_described_facts(tmp_path: Path) -> None:
     facts = write_claims(tmp_path, seed=4, files=6, claims_per_file=50)
     segments = [s for path in tmp_path.iterdir() for s in split(path.read_text())]
     charges = [Decimal(s[2]) for s in segments if s[0] == "CLM"]
@@ -73,7 +73,7 @@ def test_the_first_segment_has_the_106_characters_of_the_standard(tmp_path: Path
 
 
 @pytest.mark.parametrize("claims", [1, 2, 3])
-def test_small_files_hold_as_many_claims_as_asked(tmp_path: Path, claims: int) -> None:
+def test_small_files_have_the_requested_number_of_claims(tmp_path: Path, claims: int) -> None:
     assert write_claims(tmp_path, files=4, claims_per_file=claims).claims == 4 * claims
 
 

@@ -65,7 +65,7 @@ def test_the_sorted_file_is_larger_than_the_memory_of_its_tasks(tmp_path: Path) 
 
 
 @pytest.mark.usefixtures("ffmpeg")
-def test_the_poster_command_makes_a_picture_of_the_height_asked_for(tmp_path: Path) -> None:
+def test_poster_command_makes_a_picture_of_the_requested_height(tmp_path: Path) -> None:
     job = loaded("media", tmp_path, some_video)
     poster = tmp_path / "poster.png"
     values = {

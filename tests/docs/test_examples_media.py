@@ -101,7 +101,7 @@ def test_a_video_without_sound_and_one_shorter_than_a_segment(tmp_path: Path) ->
     assert len(times(result.path)) == 85
 
 
-def test_videos_of_one_job_are_kept_apart(tmp_path: Path) -> None:
+def test_videos_of_one_job_are_kept_separate(tmp_path: Path) -> None:
     sources = [make(tmp_path / "a.mp4", sound=True), make(tmp_path / "b.mp4", sound=False)]
     results = run(sources, tmp_path)
     assert {result.name: set(probe(result.path)) for result in results} == {
@@ -110,14 +110,14 @@ def test_videos_of_one_job_are_kept_apart(tmp_path: Path) -> None:
     }
 
 
-def test_a_file_that_is_no_video_fails(tmp_path: Path) -> None:
+def test_file_that_is_not_a_video_fails(tmp_path: Path) -> None:
     path = tmp_path / "text.mp4"
     path.write_text("no video")
     with pytest.raises(subprocess.CalledProcessError):
         segment(File(path), next(contexts(tmp_path, segment_s=1)))
 
 
-def test_a_real_video_keeps_its_pictures_and_its_length(shared_data: Path, tmp_path: Path) -> None:
+def test_real_video_keeps_its_pictures_and_length(shared_data: Path, tmp_path: Path) -> None:
     source = File(shared_data / "media" / "bigbuckbunny.mp4")
     before = probe(source.path)
     [result] = run([source], tmp_path)

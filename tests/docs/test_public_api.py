@@ -26,14 +26,14 @@ def test_the_published_api_is_the_one_that_was_accepted() -> None:
     )
 
 
-def test_it_is_accepted_by_the_command_that_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_documented_executor_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(public_api, "FILE", tmp_path / "python-api.txt")
     monkeypatch.setattr(sys, "argv", ["tests.support.public_api", *ACCEPT.split()[3:]])
     public_api.main()
     assert (tmp_path / "python-api.txt").read_text() == FILE.read_text()
 
 
-def test_what_the_docs_import_is_published() -> None:
+def test_documented_imports_are_published() -> None:
     page = (ROOT / "docs" / "python-api.md").read_text()
     imported = {
         (module, name)
@@ -46,7 +46,7 @@ def test_what_the_docs_import_is_published() -> None:
         assert module in MODULES
 
 
-def test_joblibs_backend_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_joblib_backend_names_its_missing_dependency(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("batchlab.client.joblib", "joblib.parallel"):
         monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setitem(sys.modules, "joblib", None)

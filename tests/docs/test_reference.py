@@ -26,7 +26,7 @@ DOCS = ROOT / "docs"
 
 
 @pytest.mark.parametrize("path", reference.PAGES)
-def test_a_page_is_what_the_code_says(path: str) -> None:
+def test_generated_page_matches_the_code(path: str) -> None:
     """Made again by `python -m docs.reference docs`."""
     made = reference.PAGES[path](DOCS)
     assert (DOCS / path).read_text() == made, f"docs/{path} is stale; make it again: python -m docs.reference docs"
@@ -77,7 +77,7 @@ def test_every_setting_has_a_meaning() -> None:
     assert list(settings.WORKER) == [one.name for one in fields(WorkerSettings)]
 
 
-def test_every_variable_of_ours_is_in_the_reference_and_there() -> None:
+def test_every_environment_variable_is_documented_and_exists() -> None:
     told = {name for part in settings.VARIABLES.values() for name in part}
     sources = [
         *(ROOT / "batchlab").rglob("*.py"),

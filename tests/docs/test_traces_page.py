@@ -38,7 +38,7 @@ def scheduled(folder: Path, name: str) -> Schedule:
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_an_example_comes_to_what_the_page_says(tmp_path: Path, name: str) -> None:
+def test_example_gives_the_documented_result(tmp_path: Path, name: str) -> None:
     schedule = scheduled(tmp_path, name)
     rows = re.findall(r"^\| (\d.*) \|$", after(name), re.M)
     shown = [
@@ -60,7 +60,7 @@ def test_an_example_comes_to_what_the_page_says(tmp_path: Path, name: str) -> No
     assert block.splitlines() == [describe(odd).replace(f"{tmp_path}/", "") for odd in schedule.odd]
 
 
-def test_the_counts_are_as_the_page_says(tmp_path: Path) -> None:
+def test_documented_counts_are_right(tmp_path: Path) -> None:
     jobs = scheduled(tmp_path, "requests.yaml").jobs
     columns = [sum(300 * i <= job.due_s < 300 * (i + 1) for job in jobs) for i in range(6)]
     assert columns == [9, 6, 12, 0, 0, 3]

@@ -56,7 +56,7 @@ async def test_a_name_is_taken_once(w: World) -> None:
         ({"auto_scaling_group_name": ""}, "AutoScalingGroupName"),
     ],
 )
-def test_what_is_wrong_is_refused_and_leaves_no_trace(wrong: dict[str, Any], message: str) -> None:
+def test_invalid_request_is_refused_without_effect(wrong: dict[str, Any], message: str) -> None:
     w = World()
     with pytest.raises(ValidationError, match=message):
         w.asg.create_auto_scaling_group(replace(CONFIG, **wrong))
@@ -142,7 +142,7 @@ async def test_a_template_is_read_at_every_launch(w: World) -> None:
 
 
 @in_aws
-async def test_a_template_that_has_gone_fails_the_launch_and_says_so(w: World) -> None:
+async def test_deleted_template_fails_the_launch_with_its_reason(w: World) -> None:
     await w.group(0)
     w.templates.table.clear()
     await w.resize(1)
@@ -154,7 +154,7 @@ async def test_a_template_that_has_gone_fails_the_launch_and_says_so(w: World) -
 
 
 @in_aws
-async def test_tags_come_and_go(w: World) -> None:
+async def test_tags_are_added_and_removed(w: World) -> None:
     await w.group(1, tags=[Tag("team", "a", propagate_at_launch=True), Tag("cost", "x")])
     w.asg.create_or_update_tags(GROUP, [Tag("cost", "y")])
     assert w.view().tags == (Tag("cost", "y"), Tag("team", "a", True))
@@ -203,7 +203,7 @@ async def test_activities_speak_as_aws_does(w: World) -> None:
 
 
 @in_aws
-async def test_a_cause_does_not_grow_for_ever_where_capacity_is_never_reached(w: World) -> None:
+async def test_cause_of_an_unreachable_capacity_is_bounded(w: World) -> None:
     w.launcher.refuse = "no capacity"
     await w.group(1)
     for n in range(100):
@@ -223,7 +223,7 @@ async def test_an_activity_under_way_has_no_end(w: World) -> None:
 
 
 @in_aws
-async def test_a_launch_that_fails_says_why(w: World) -> None:
+async def test_failed_launch_gives_its_reason(w: World) -> None:
     w.launcher.refuse = "no capacity in this zone"
     await w.group(1)
     assert w.states() == []
@@ -233,7 +233,7 @@ async def test_a_launch_that_fails_says_why(w: World) -> None:
 
 
 @in_aws
-async def test_activities_of_a_deleted_group_are_shown_when_asked_for(w: World) -> None:
+async def test_activities_of_a_deleted_group_are_listed_on_request(w: World) -> None:
     await w.group(1)
     w.asg.delete_auto_scaling_group(GROUP, force_delete=True)
     await w.tick(times=3)
@@ -310,7 +310,7 @@ async def test_a_cooldown_that_is_honoured_refuses_until_it_is_over(w: World) ->
 
 
 @in_aws
-async def test_the_cooldown_begins_when_the_activity_has_ended(w: World) -> None:
+async def test_cooldown_begins_at_the_end_of_the_activity(w: World) -> None:
     await w.group(1, replace(CONFIG, default_cooldown=100))
     w.launcher.deaf = True
     await w.resize(0)

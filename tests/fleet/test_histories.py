@@ -210,7 +210,7 @@ async def settle(w: World) -> None:
 
 
 @pytest.mark.parametrize("block", range(6))
-def test_the_limits_hold_and_the_group_converges_whatever_happens(block: int) -> None:
+def test_limits_hold_and_the_group_converges_in_any_history(block: int) -> None:
     async def history(seed: int) -> None:
         rng, w = Random(seed), World()
 
@@ -266,7 +266,7 @@ def _managed(state: object, *living: str) -> ManagedFleet:
     return ManagedFleet(launcher, ManualClock(), CountedIds(), store)
 
 
-def test_a_state_of_the_first_format_is_read_and_goes_on() -> None:
+def test_state_of_the_first_format_is_read() -> None:
     async def main() -> None:
         fleet = _managed(FORMAT_1, "w-1", "w-2")
         (view,) = await fleet.describe()
@@ -284,6 +284,6 @@ def test_a_state_of_the_first_format_is_read_and_goes_on() -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"groups": [{**FORMAT_1["groups"][0], "asg": 1}]}, {"format": 3}])
-def test_a_state_that_makes_no_sense_is_not_taken_for_another(wrong: dict[str, Any]) -> None:
+def test_inconsistent_state_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(BackendError, match="saved state cannot be read"):
         _managed({**FORMAT_1, **wrong})

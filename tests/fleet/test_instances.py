@@ -40,7 +40,7 @@ async def test_an_instance_called_unhealthy_is_replaced(w: World) -> None:
 
 
 @in_aws
-async def test_one_called_healthy_again_in_time_stays(w: World) -> None:
+async def test_instance_set_healthy_in_time_stays(w: World) -> None:
     (name,) = await w.group(1)
     w.asg.set_instance_health(name, "Unhealthy")
     w.asg.set_instance_health(name, "Healthy")
@@ -53,7 +53,7 @@ async def test_one_called_healthy_again_in_time_stays(w: World) -> None:
 
 
 @in_aws
-async def test_within_the_grace_period_unhealthy_is_heard_only_when_it_is_not_respected(w: World) -> None:
+async def test_unhealthy_within_the_grace_period_counts_only_if_it_is_not_respected(w: World) -> None:
     (name,) = await w.group(1, replace(CONFIG, health_check_grace_period=100))
     await w.tick(99.0)
     w.asg.set_instance_health(name, "Unhealthy")
@@ -63,7 +63,7 @@ async def test_within_the_grace_period_unhealthy_is_heard_only_when_it_is_not_re
 
 
 @in_aws
-async def test_after_the_grace_period_unhealthy_is_heard(w: World) -> None:
+async def test_unhealthy_after_the_grace_period_counts(w: World) -> None:
     (name,) = await w.group(1, replace(CONFIG, health_check_grace_period=100))
     await w.tick(100.0)
     w.asg.set_instance_health(name, "Unhealthy")
@@ -71,7 +71,7 @@ async def test_after_the_grace_period_unhealthy_is_heard(w: World) -> None:
 
 
 @in_aws
-async def test_the_grace_period_does_not_save_an_instance_that_is_gone(w: World) -> None:
+async def test_grace_period_does_not_keep_a_dead_instance(w: World) -> None:
     (name,) = await w.group(1, replace(CONFIG, health_check_grace_period=1_000))
     w.launcher.crash(name)
     await w.tick()
@@ -79,7 +79,7 @@ async def test_the_grace_period_does_not_save_an_instance_that_is_gone(w: World)
 
 
 @in_aws
-async def test_without_health_checks_a_dead_instance_stays_and_a_custom_check_counts(w: World) -> None:
+async def test_dead_instance_stays_without_health_checks_and_a_custom_check_counts(w: World) -> None:
     dead, called = await w.group(2)
     w.asg.suspend_processes(GROUP, ["HealthCheck"])
     w.launcher.crash(dead)
@@ -127,7 +127,7 @@ async def test_instances_that_die_at_once_make_a_crash_loop(w: World) -> None:
 
 
 @in_aws
-async def test_older_instances_that_are_well_do_not_end_the_crash_loop_of_new_ones(w: World) -> None:
+async def test_older_healthy_instances_do_not_end_the_crash_loop_of_new_ones(w: World) -> None:
     await w.group(2)
     await w.tick(100.0)
     w.asg.set_desired_capacity(GROUP, 3)
@@ -142,7 +142,7 @@ async def test_older_instances_that_are_well_do_not_end_the_crash_loop_of_new_on
 
 
 @in_aws
-async def test_a_named_instance_goes_with_or_without_its_place(w: World) -> None:
+async def test_named_instance_is_terminated_with_or_without_lower_capacity(w: World) -> None:
     first, second, third = await w.group(3)
     activity = w.asg.terminate_instance_in_auto_scaling_group(first, should_decrement_desired_capacity=True)
     assert activity.description == f"Terminating EC2 instance: {first}"
@@ -157,7 +157,7 @@ async def test_a_named_instance_goes_with_or_without_its_place(w: World) -> None
 
 
 @in_aws
-async def test_a_place_that_the_minimum_needs_is_kept(w: World) -> None:
+async def test_capacity_at_the_minimum_is_kept(w: World) -> None:
     (name,) = await w.group(1, replace(CONFIG, min_size=1))
     with pytest.raises(ValidationError, match=r"Currently, desiredSize equals minSize \(1\)"):
         w.asg.terminate_instance_in_auto_scaling_group(name, should_decrement_desired_capacity=True)
@@ -179,7 +179,7 @@ async def test_protected_instances_are_not_scaled_in_but_may_be_terminated(w: Wo
 
 
 @in_aws
-async def test_instances_neither_come_from_outside_nor_leave_alive(w: World) -> None:
+async def test_instances_are_neither_attached_nor_detached(w: World) -> None:
     (name,) = await w.group(1)
     with pytest.raises(ValidationError, match="no instances but"):
         w.asg.attach_instances(GROUP, ["i-other"])
@@ -226,7 +226,7 @@ async def test_standby_without_its_place_is_replaced_and_its_return_is_one_too_m
 
 
 @in_aws
-async def test_nobody_looks_at_the_health_of_one_on_standby(w: World) -> None:
+async def test_health_of_a_standby_instance_is_not_checked(w: World) -> None:
     (name,) = await w.group(1)
     w.asg.enter_standby(GROUP, [name], should_decrement_desired_capacity=True)
     await w.tick()
@@ -240,7 +240,7 @@ async def test_nobody_looks_at_the_health_of_one_on_standby(w: World) -> None:
 
 
 @in_aws
-async def test_no_hook_runs_for_one_that_comes_back_from_standby(w: World) -> None:
+async def test_instance_leaving_standby_runs_no_hook(w: World) -> None:
     (name,) = await w.group(1)
     w.asg.put_lifecycle_hook(hook())
     w.asg.enter_standby(GROUP, [name], should_decrement_desired_capacity=True)

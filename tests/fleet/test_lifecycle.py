@@ -38,7 +38,7 @@ async def test_a_launch_hook_holds_the_instance_until_it_is_completed(w: World) 
 
 
 @in_aws
-async def test_the_servers_log_tells_once_who_waits_in_a_hook(w: World) -> None:
+async def test_server_log_reports_each_waiting_hook_once(w: World) -> None:
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
@@ -223,7 +223,7 @@ async def test_one_that_was_never_in_service_waits_in_no_termination_hook(w: Wor
 
 
 @in_aws
-async def test_force_delete_ends_whoever_waits(w: World) -> None:
+async def test_force_delete_ends_waiting_instances(w: World) -> None:
     await w.group(2, lifecycle_hooks=[LEAVE])
     await w.resize(1)
     w.asg.delete_auto_scaling_group(GROUP, force_delete=True)

@@ -24,7 +24,7 @@ def test_the_table_of_moves_lets_every_state_but_the_last_be_left() -> None:
 
 
 @pytest.mark.parametrize("before", list(LifecycleState))
-def test_a_member_moves_only_as_the_table_says(before: LifecycleState) -> None:
+def test_member_changes_state_only_by_the_table(before: LifecycleState) -> None:
     for after in LifecycleState:
         member = Member(Instance("w", "p", before, 0.0), launch=1)
         if after in MOVES[before]:
@@ -59,7 +59,7 @@ async def test_a_beat_during_the_launch_is_not_lost(w: World) -> None:
 
 
 @in_a_world
-async def test_a_beat_that_comes_too_late_changes_nothing(w: World) -> None:
+async def test_late_heartbeat_has_no_effect(w: World) -> None:
     (name,) = await w.launch(1)
     await w.fleet.set_desired("p", 0, cause=USER)
     await w.fleet.ready(name)
@@ -84,7 +84,7 @@ async def test_a_terminated_instance_is_listed_for_a_minute(w: World) -> None:
 
 
 @in_a_world
-async def test_scale_in_takes_pending_ones_first_and_then_the_newest(w: World) -> None:
+async def test_scale_in_ends_pending_instances_first_and_then_the_newest(w: World) -> None:
     old, new, pending, newest = await w.launch(4, ready=False)
     for name in (old, new, newest):
         await w.fleet.ready(name)
@@ -98,7 +98,7 @@ async def test_scale_in_takes_pending_ones_first_and_then_the_newest(w: World) -
 
 
 @in_a_world
-async def test_the_launcher_is_asked_once_and_with_the_grace(w: World) -> None:
+async def test_launcher_is_called_once_with_the_grace_period(w: World) -> None:
     (name,) = await w.launch(1)
     w.launcher.deaf = True
     await w.fleet.set_desired("p", 0, cause=USER)
@@ -152,7 +152,7 @@ async def test_an_instance_named_while_it_is_launched_is_ended_at_the_next_tick(
 
 
 @in_a_world
-async def test_a_launch_that_fails_after_it_was_scaled_in_is_no_failure(w: World) -> None:
+async def test_failed_launch_after_a_scale_in_is_not_a_failure(w: World) -> None:
     async def scaled_in_and_failed(_: str) -> None:
         await w.fleet.set_desired("p", 0, cause=USER)
         raise BackendError("no answer in time")
@@ -214,7 +214,7 @@ async def test_a_restarted_manager_gives_the_grace_anew(w: World) -> None:
 
 
 @in_a_world
-async def test_an_instance_that_no_launcher_knows_is_replaced(w: World) -> None:
+async def test_instance_unknown_to_the_launcher_is_replaced(w: World) -> None:
     (name,) = await w.launch(1)
     del w.launcher.known[name]
     (dead,) = await w.tick()
@@ -242,7 +242,7 @@ async def _crash_all(w: World, how: str) -> None:
 
 
 @in_a_world
-async def test_a_crash_loop_is_slowed_down_and_says_why(w: World) -> None:
+async def test_crash_loop_slows_down_and_gives_its_reason(w: World) -> None:
     """Pains 1 and 9: a fleet that starts workers in a loop for ever, and no one can tell why."""
     await w.launch(1, ready=False)
     launched_at_s = []
@@ -292,7 +292,7 @@ async def test_workers_that_die_at_work_make_no_crash_loop(w: World) -> None:
 
 
 @in_a_world
-async def test_a_launch_that_fails_is_tried_again_and_says_why(w: World) -> None:
+async def test_failed_launch_is_retried_and_gives_its_reason(w: World) -> None:
     """Pain 1: AWS reports no capacity, and nobody is told."""
     w.launcher.refuse = "no capacity in this zone"
     await w.launch(1, ready=False)
@@ -307,7 +307,7 @@ async def test_a_launch_that_fails_is_tried_again_and_says_why(w: World) -> None
 
 
 @in_a_world
-async def test_a_changed_pool_is_tried_at_once_whatever_was_before(w: World) -> None:
+async def test_changed_pool_is_retried_at_once(w: World) -> None:
     await w.launch(3, ready=False)
     await _crash_all(w, "exit 1")
     await w.tick()

@@ -23,7 +23,7 @@ from tests.support.managed_fleet import POOL, USER, Crash, World, in_a_world
 
 
 @in_a_world
-async def test_a_restarted_manager_goes_on_where_it_was(w: World) -> None:
+async def test_restarted_manager_continues(w: World) -> None:
     chosen = await w.launch(3)
     await w.tick()
     await w.fleet.protect("p", chosen[:1], on=True)
@@ -37,7 +37,7 @@ async def test_a_restarted_manager_goes_on_where_it_was(w: World) -> None:
 
 
 @in_a_world
-async def test_a_death_in_the_managers_absence_is_reported_and_mended(w: World) -> None:
+async def test_death_during_the_managers_absence_is_reported_and_replaced(w: World) -> None:
     chosen = await w.launch(2)
     w.launcher.crash(chosen[0], "exited while the manager was away")
     w.restart()
@@ -82,7 +82,7 @@ async def test_no_instance_runs_that_the_saved_state_does_not_know(w: World) -> 
 
 
 @in_a_world
-async def test_an_instance_that_was_draining_is_asked_again_after_a_restart(w: World) -> None:
+async def test_draining_instance_is_asked_again_after_a_restart(w: World) -> None:
     """Its kill timer died with the manager, so without this it could drain for ever."""
     (name,) = await w.launch(1)
     w.launcher.deaf = True
@@ -107,7 +107,7 @@ async def test_an_orphan_is_terminated_once_and_noted(w: World) -> None:
 
 
 @in_a_world
-async def test_what_a_failed_launch_left_behind_is_terminated(w: World) -> None:
+async def test_remains_of_a_failed_launch_are_terminated(w: World) -> None:
     async def times_out(_: str) -> None:
         raise BackendError("no answer in time")
 
@@ -140,7 +140,7 @@ async def test_a_quiet_tick_writes_nothing(w: World) -> None:
 
 
 @in_a_world
-async def test_the_last_200_activities_of_each_pool_are_kept(w: World) -> None:
+async def test_last_200_activities_of_each_pool_are_stored(w: World) -> None:
     other = replace(POOL, name="other")
     await w.fleet.ensure(other)
     await w.fleet.ensure(POOL)
@@ -164,7 +164,7 @@ def test_a_state_file_holds_what_was_saved_last(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "fleet").iterdir()] == ["state.json"]
 
 
-def test_a_state_file_that_cannot_be_used_says_so(tmp_path: Path) -> None:
+def test_unusable_state_file_is_reported(tmp_path: Path) -> None:
     (tmp_path / "state.json").mkdir()
     store = StateFile(tmp_path / "state.json")
     with pytest.raises(BackendError, match="cannot be read"):
@@ -238,7 +238,7 @@ async def _settle(w: World) -> None:
 
 
 @pytest.mark.parametrize("block", range(8))
-def test_the_limits_hold_and_the_group_converges_whatever_happens(block: int) -> None:
+def test_limits_hold_and_the_group_converges_in_any_history(block: int) -> None:
     """I5, over 200 random histories of requests, faults and restarts."""
 
     async def history(seed: int) -> None:

@@ -51,7 +51,7 @@ async def test_instances_are_spread_over_the_zones(w: World) -> None:
 
 
 @in_aws
-async def test_the_launcher_is_told_zone_type_and_market(w: World) -> None:
+async def test_launcher_gets_zone_type_and_market(w: World) -> None:
     (name,) = await w.group(1)
     assert w.launcher.machines[name] == Machine("m.large", "us-east-1a", OD)
 
@@ -115,7 +115,7 @@ async def test_protected_instances_are_not_moved(w: World) -> None:
 
 
 @in_aws
-async def test_a_group_that_names_subnets_uses_the_zones_there_are(w: World) -> None:
+async def test_group_with_subnets_uses_their_zones(w: World) -> None:
     w.options["zones"] = ZONES[:2]
     w.restart()
     await w.group(2, replace(CONFIG, availability_zones=(), vpc_zone_identifier="subnet-1"))
@@ -256,7 +256,7 @@ async def test_protection_and_suspension_put_the_end_of_a_lifetime_off(w: World)
 
 
 @in_aws
-async def test_what_is_being_replaced_goes_at_once_when_the_group_shrinks(w: World) -> None:
+async def test_replaced_instances_end_at_once_if_the_group_shrinks(w: World) -> None:
     first, second = await w.group(2, replace(CONFIG, max_instance_lifetime=60))
     w.asg.set_instance_protection(GROUP, [second], protected_from_scale_in=True)
     await w.tick(60.0)

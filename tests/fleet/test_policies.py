@@ -287,7 +287,7 @@ class Gauge:
 
 
 @in_aws
-async def test_the_metric_may_come_from_a_source(w: World) -> None:
+async def test_metric_of_a_target_policy_may_have_a_source(w: World) -> None:
     gauge = Gauge(100.0)
     w.options.update(metrics=gauge, alarm_period_s=1.0)
     w.restart()
@@ -342,7 +342,7 @@ def test_a_policy_that_makes_no_sense_is_refused(wrong: ScalingPolicy, message: 
 
 
 @in_aws
-async def test_what_cannot_be_executed_is_refused(w: World) -> None:
+async def test_unsupported_policies_are_refused(w: World) -> None:
     await w.group()
     w.asg.put_scaling_policy(tracking())
     w.asg.put_scaling_policy(simple(1, enabled=False))

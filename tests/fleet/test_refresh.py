@@ -66,7 +66,7 @@ async def test_every_instance_is_replaced_and_enough_stay_in_service(w: World) -
 
 
 @in_aws
-async def test_the_next_ones_wait_for_the_warm_up_of_the_ones_before(w: World) -> None:
+async def test_next_batch_waits_for_the_warm_up_of_the_previous_one(w: World) -> None:
     await w.group(4, replace(CONFIG, default_instance_warmup=60))
     start(w, min_healthy_percentage=75)
     replaced = []
@@ -101,7 +101,7 @@ async def test_one_at_a_time_at_100_percent_and_all_at_once_at_0(w: World) -> No
 
 
 @in_aws
-async def test_above_100_percent_successors_come_first(w: World) -> None:
+async def test_above_100_percent_replacements_launch_first(w: World) -> None:
     await w.group(4)
     start(w, min_healthy_percentage=100, max_healthy_percentage=150, instance_warmup=30)
     await w.tick(1.0, times=5)
@@ -130,7 +130,7 @@ async def test_the_desired_configuration_is_the_groups_own_once_it_has_succeeded
 
 
 @in_aws
-async def test_what_matches_already_is_skipped(w: World) -> None:
+async def test_matching_instances_are_skipped(w: World) -> None:
     await w.group(1)
     w.templates.put(2, instance_type="m.xlarge")
     w.asg.update_auto_scaling_group(GROUP, {"launch_template": SECOND.launch_template})
@@ -161,7 +161,7 @@ async def test_checkpoints_pause_it(w: World) -> None:
 
 
 @in_aws
-async def test_a_last_checkpoint_below_100_ends_it_there(w: World) -> None:
+async def test_final_checkpoint_below_100_ends_the_refresh(w: World) -> None:
     before = await w.group(4)
     start(w, min_healthy_percentage=50, checkpoint_percentages=(50,))
     ended = await until_ended(w)
@@ -170,7 +170,7 @@ async def test_a_last_checkpoint_below_100_ends_it_there(w: World) -> None:
 
 
 @in_aws
-async def test_it_waits_for_the_protected_and_fails_after_an_hour(w: World) -> None:
+async def test_refresh_waits_for_protected_instances_and_fails_after_an_hour(w: World) -> None:
     first, _ = await w.group(2)
     w.asg.set_instance_protection(GROUP, [first], protected_from_scale_in=True)
     start(w)
@@ -209,7 +209,7 @@ async def test_those_on_standby_may_be_left_alone_or_terminated(w: World) -> Non
 
 
 @in_aws
-async def test_a_cancelled_refresh_finishes_what_it_began_and_no_more(w: World) -> None:
+async def test_canceled_refresh_only_finishes_running_replacements(w: World) -> None:
     before = await w.group(4)
     start(w, min_healthy_percentage=75, instance_warmup=30)
     await w.tick()
@@ -223,7 +223,7 @@ async def test_a_cancelled_refresh_finishes_what_it_began_and_no_more(w: World) 
 
 
 @in_aws
-async def test_one_refresh_at_a_time_and_none_to_cancel_afterwards(w: World) -> None:
+async def test_only_one_refresh_runs_and_an_ended_one_cannot_be_canceled(w: World) -> None:
     await w.group(1)
     start(w)
     with pytest.raises(InstanceRefreshInProgress, match="already in progress and blocks"):
@@ -238,7 +238,7 @@ async def test_one_refresh_at_a_time_and_none_to_cancel_afterwards(w: World) -> 
 
 
 @in_aws
-async def test_a_rollback_goes_back_to_the_groups_own_template(w: World) -> None:
+async def test_rollback_uses_the_groups_own_template(w: World) -> None:
     await w.group(4)
     w.templates.put(2, instance_type="m.xlarge")
     start(w, SECOND, min_healthy_percentage=75, instance_warmup=30)
@@ -265,7 +265,7 @@ async def test_a_refresh_that_fails_may_roll_back_by_itself(w: World) -> None:
 
 
 @in_aws
-async def test_what_cannot_be_undone_is_not(w: World) -> None:
+async def test_impossible_rollback_is_refused(w: World) -> None:
     w.templates.put(2, instance_type="m.xlarge")
     latest = LaunchTemplate("", "workers", "$Latest")
     await w.group(1, replace(CONFIG, launch_template=latest))

@@ -48,7 +48,7 @@ def runs(expression: str, after: str, count: int = 3, zone: str = "UTC") -> list
         ("0 0 31 2 *", "2026-01-01T00:00", []),
     ],
 )
-def test_cron_says_when(expression: str, after: str, expected: list[str]) -> None:
+def test_due_times_of_cron_expressions(expression: str, after: str, expected: list[str]) -> None:
     assert runs(expression, after, 2) == expected
 
 
@@ -63,7 +63,7 @@ def test_cron_follows_the_clocks_of_its_zone() -> None:
 @pytest.mark.parametrize(
     "wrong", ["* * * *", "60 * * * *", "* * * FOO *", "5-1 * * * *", "*/0 * * * *", "a * * * *", " "]
 )
-def test_what_is_no_cron_is_refused(wrong: str) -> None:
+def test_invalid_cron_expression_is_refused(wrong: str) -> None:
     with pytest.raises(ValueError, match=r"fields|Bad (minute|month)"):
         scaling_policies.first_s(action(recurrence=wrong), 0.0)
 
@@ -131,7 +131,7 @@ async def test_limits_move_too_and_desired_capacity_with_them(w: World) -> None:
 
 
 @in_aws
-async def test_limits_that_contradict_each_other_are_told_and_change_nothing(w: World) -> None:
+async def test_contradictory_limits_are_reported_without_effect(w: World) -> None:
     await w.group(2)
     w.asg.put_scheduled_update_group_action(action(start_time=w.clock.now_s() + 1, min_size=99))
     await w.tick(1.0)
@@ -142,7 +142,7 @@ async def test_limits_that_contradict_each_other_are_told_and_change_nothing(w: 
 
 
 @in_aws
-async def test_what_falls_due_while_suspended_is_not_done(w: World) -> None:
+async def test_actions_due_during_a_suspension_are_skipped(w: World) -> None:
     await w.group(0)
     now_s = w.clock.now_s()
     for name, after_s in (("first", 10.0), ("second", 30.0)):
@@ -159,7 +159,7 @@ async def test_what_falls_due_while_suspended_is_not_done(w: World) -> None:
 
 
 @in_aws
-async def test_what_falls_due_while_nobody_looks_is_done_late_and_in_order(w: World) -> None:
+async def test_overdue_actions_run_late_and_in_order(w: World) -> None:
     await w.group(0)
     now_s = w.clock.now_s()
     for name, after_s in (("b", 10.0), ("a", 20.0)):

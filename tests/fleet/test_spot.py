@@ -30,7 +30,7 @@ REBALANCING = replace(SPOT, capacity_rebalance=True)
 
 
 @in_aws
-async def test_an_interrupted_instance_is_told_and_ended_by_force(w: World) -> None:
+async def test_interrupted_instance_gets_a_notice_and_is_killed(w: World) -> None:
     (name,) = await w.group(1, SPOT)
     w.asg.interrupt(name)
     seen = w.asg.metadata(name)
@@ -57,7 +57,7 @@ async def test_an_interruption_waits_for_no_hook(w: World) -> None:
 
 
 @in_aws
-async def test_with_capacity_rebalancing_the_successor_comes_first(w: World) -> None:
+async def test_capacity_rebalancing_launches_the_replacement_first(w: World) -> None:
     (name,) = await w.group(1, REBALANCING, lifecycle_hooks=[hook("bye", TERMINATING)])
     w.asg.rebalance(name)
     assert w.asg.metadata(name).rebalance_time == w.clock.now_s()

@@ -55,7 +55,7 @@ async def test_closest_to_the_next_instance_hour(w: World) -> None:
 
 
 @in_aws
-async def test_the_oldest_launch_template_is_another_one_then_an_older_version(w: World) -> None:
+async def test_oldest_launch_template_is_another_one_before_an_older_version(w: World) -> None:
     w.templates.put(5, name="before", instance_type="m.large")
     other = replace(ONE_ZONE, launch_template=LaunchTemplate("", "before", "5"))
     before = await _one_by_one(w, policies("OldestLaunchTemplate", config=other), 1, 10.0)
@@ -119,7 +119,7 @@ async def test_a_plain_pools_policy_may_be_had_by_name(w: World) -> None:
 
 
 @in_aws
-async def test_the_fullest_zone_comes_before_every_policy(w: World) -> None:
+async def test_fullest_zone_comes_before_every_policy(w: World) -> None:
     before = await _one_by_one(w, policies("OldestInstance", config=CONFIG), 3, 10.0)
     w.asg.suspend_processes(GROUP, ["AZRebalance"])
     w.launcher.exhausted = {("m.large", zone) for zone in ZONES[:2]}
@@ -140,7 +140,7 @@ async def test_a_full_zone_of_protected_instances_is_passed_over(w: World) -> No
 
 
 @in_aws
-async def test_the_market_that_has_too_many_comes_first(w: World) -> None:
+async def test_market_with_too_many_instances_comes_first(w: World) -> None:
     config = mixed("m.large", on_demand_percentage_above_base_capacity=50)
     await w.group(4, policies("NewestInstance", config=config))
     await w.resize(3)
@@ -150,7 +150,7 @@ async def test_the_market_that_has_too_many_comes_first(w: World) -> None:
 
 
 @pytest.mark.parametrize("policy", ["AllocationStrategy", "Default"])
-def test_the_allocation_strategys_last_choice_goes_first(policy: str) -> None:
+def test_last_choice_of_the_allocation_strategy_ends_first(policy: str) -> None:
     @in_aws
     async def check(w: World) -> None:
         await w.group(1, policies(policy, config=mixed("m.large", "c.large")))

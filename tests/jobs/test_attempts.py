@@ -81,7 +81,7 @@ async def _commit(objects: SimObjects, outcome: Outcome) -> None:
     )
 
 
-def test_each_attempt_says_how_it_ended_and_what_it_printed() -> None:
+def test_each_attempt_has_its_end_and_output() -> None:
     async def main() -> None:
         objects = await a_bucket()
         found = await attempts.attempts(objects, JOB, MAP, 1, PATIENCE)
@@ -183,7 +183,7 @@ def test_keys_of_outcomes_are_read_back() -> None:
     assert object_keys.outcome_key(object_keys.manifest(JOB.id, MAP, 0)) is None
 
 
-def test_of_a_log_in_more_than_one_place_there_is_the_end() -> None:
+def test_end_of_a_log_in_several_places_is_found() -> None:
     """A task whose process was lost and started again has printed before and after."""
     log = b"first\nother\nsecond\n"
     outcome = Outcome(
@@ -213,7 +213,7 @@ def test_of_a_log_in_more_than_one_place_there_is_the_end() -> None:
     assert end(5, 100) == (b"", 0)
 
 
-def test_a_task_that_the_plan_has_not_is_refused_with_what_there_is(
+def test_unknown_task_is_refused_with_the_existing_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """`show-task` said that no attempt of it had ended yet, and exited with 0."""

@@ -191,7 +191,7 @@ def test_an_absolute_pattern_is_taken_as_it_is(folder: Path, tmp_path: Path) -> 
 # --- The source digest ---------------------------------------------------------------------------
 
 
-def test_the_source_digest_changes_with_whatever_changes_the_work(folder: Path) -> None:
+def test_source_digest_changes_with_anything_that_changes_the_work(folder: Path) -> None:
     def digest(text: str = FULL, code: str = "c", **overrides: str) -> str:
         return source_digest(load(folder, text, **overrides), code)
 

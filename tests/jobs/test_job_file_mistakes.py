@@ -138,9 +138,7 @@ def folder(tmp_path: Path) -> Path:
         ("name: j", "name: j\x01", 1, "This is not YAML"),
     ],
 )
-def test_a_mistake_is_told_with_its_line_and_a_remedy(
-    folder: Path, old: str, new: str, line: int | None, words: str
-) -> None:
+def test_mistake_has_its_line_and_a_remedy(folder: Path, old: str, new: str, line: int | None, words: str) -> None:
     assert FULL.count(old) >= 1
     text = FULL.replace(old, new, 1)
     if not words:
@@ -152,7 +150,7 @@ def test_a_mistake_is_told_with_its_line_and_a_remedy(
     assert words in errors[0][1]
 
 
-def test_all_mistakes_are_told_at_once_in_the_order_of_their_lines(folder: Path) -> None:
+def test_all_mistakes_are_reported_in_line_order(folder: Path) -> None:
     errors = refused(
         folder,
         """\
@@ -179,7 +177,7 @@ def test_all_mistakes_are_told_at_once_in_the_order_of_their_lines(folder: Path)
     assert "has no 'nope'" in str(errors[3])
 
 
-def test_what_depends_on_a_mistake_is_not_told_as_a_second_one(folder: Path) -> None:
+def test_consequences_of_a_mistake_are_not_reported(folder: Path) -> None:
     text = FULL.replace("params:", "parms:").replace("{input}", "{params.limit}")
     [error] = refused(folder, text.replace("- name: two", "- name: two\n    after: one"))
     assert error.message == "There is no key 'parms' here."
@@ -192,7 +190,7 @@ def test_a_wrong_value_deep_inside_does_not_hide_the_checks_across_keys(folder: 
     assert [error.line for error in refused(folder, text)] == [7, 10]
 
 
-def test_a_mistake_in_an_anchored_part_is_told_once(folder: Path) -> None:
+def test_mistake_in_an_anchor_is_reported_once(folder: Path) -> None:
     text = FULL.replace("  - name: one", "  - &base\n    name: one\n    timeout: soon")
     [error] = refused(folder, text + "  - {<<: *base, name: three}\n")
     assert error.line == 8
@@ -221,7 +219,7 @@ def test_the_text_of_the_exception_shows_each_mistake_on_its_own_line(folder: Pa
 
 
 @pytest.mark.parametrize("text", ["", "[]", "5", "# only a comment", "&a [*a]"])
-def test_a_file_that_is_no_mapping_is_refused(folder: Path, text: str) -> None:
+def test_file_that_is_not_a_mapping_is_refused(folder: Path, text: str) -> None:
     [error] = refused(folder, text)
     assert "mapping" in error.message or "nested" in error.message
 
@@ -291,7 +289,7 @@ def test_an_override_is_one_yaml_scalar(folder: Path, given: str, expected: Any)
         assert load(folder, FULL, limit=given).params == {"limit": expected}
 
 
-def test_an_override_of_text_stays_text(folder: Path) -> None:
+def test_text_override_stays_text(folder: Path) -> None:
     jobfile = load(folder, FULL.replace("limit: 1", "limit: abc"), limit="007")
     assert jobfile.params == {"limit": "007"}
 
@@ -306,7 +304,7 @@ SPOILT = FULL + "    retry: {attempts: 3, on: [exit]}\nfailure: {then: stop}\n"
 
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=mangled(SPOILT) | altered(SPOILT))
-def test_whatever_is_done_to_a_file_it_loads_or_is_refused_with_lines_and_remedies(folder: Path, text: str) -> None:
+def test_mutated_file_loads_or_is_refused_with_lines_and_remedies(folder: Path, text: str) -> None:
     try:
         load(folder, text)
     except JobFileErrors as errors:

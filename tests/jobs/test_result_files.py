@@ -110,7 +110,7 @@ def tree(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in files}
 
 
-def test_lines_come_in_task_order_whatever_was_tried_again(bucket: Bucket, tmp_path: Path) -> None:
+def test_lines_are_in_task_order_after_retries(bucket: Bucket, tmp_path: Path) -> None:
     bucket.outcome([8, 9], {8: "i", 9: "j"})
     bucket.outcome([2, 5], {2: "c", 5: "f"}, attempt=2)
     bucket.outcome(range(8), {t: "abcdefgh"[t] for t in (0, 1, 3, 4, 6, 7)})
@@ -129,7 +129,7 @@ def test_failed_tasks_leave_no_line(bucket: Bucket, tmp_path: Path) -> None:
     assert [one["task"] for one in lines(tmp_path / "out/parse.jsonl")] == [0, 2]
 
 
-def test_only_stages_that_nothing_comes_after_are_fetched_unless_named(tmp_path: Path) -> None:
+def test_only_final_stages_are_downloaded_by_default(tmp_path: Path) -> None:
     whole = job(StageDef(PARSE, handler="m:f"), StageDef(TOTAL, after=(PARSE,), gather="*", handler="m:g"))
     assert final_stages(whole) == ["total"]
     bucket = Bucket(open_local(tmp_path / "bucket"), whole)
@@ -183,7 +183,7 @@ def test_large_values_are_put_in_place_however_deep(bucket: Bucket, tmp_path: Pa
     assert lines(tmp_path / "out/parse.jsonl")[0]["value"] == [{"numbers": [1, 2], "file": "files/parse/0/x.bin"}]
 
 
-def test_a_users_own_dollar_keys_come_back_as_they_were(bucket: Bucket, tmp_path: Path) -> None:
+def test_dollar_keys_of_users_round_trip(bucket: Bucket, tmp_path: Path) -> None:
     mine = {"$file": "not a reference", "$$": 1}
     bucket.outcome([0], {0: values.encode(mine)})
     bucket.fetch(tmp_path / "out")
@@ -237,7 +237,7 @@ def test_fetching_again_leaves_no_file_of_before(bucket: Bucket, tmp_path: Path)
     assert tree(out) == expected
 
 
-def test_a_folder_that_is_not_ours_keeps_its_files(bucket: Bucket, tmp_path: Path) -> None:
+def test_foreign_folder_keeps_its_files(bucket: Bucket, tmp_path: Path) -> None:
     mine = tmp_path / "out/files/parse/9/mine"
     mine.parent.mkdir(parents=True)
     mine.write_text("mine")
@@ -247,7 +247,7 @@ def test_a_folder_that_is_not_ours_keeps_its_files(bucket: Bucket, tmp_path: Pat
     assert mine.read_text() == "mine"
 
 
-def test_results_are_no_code_wherever_they_lie(bucket: Bucket, tmp_path: Path) -> None:
+def test_results_are_never_executed(bucket: Bucket, tmp_path: Path) -> None:
     """Or the second run of a job would be another job than the first; `out` is beside its code."""
     folder = tmp_path / "job"
     folder.mkdir()
@@ -264,7 +264,7 @@ def test_results_are_no_code_wherever_they_lie(bucket: Bucket, tmp_path: Path) -
     assert code_cache.pack(folder) != before
 
 
-def test_what_fails_half_way_leaves_the_results_of_before(bucket: Bucket, tmp_path: Path) -> None:
+def test_failed_download_keeps_the_earlier_results(bucket: Bucket, tmp_path: Path) -> None:
     bucket.outcome([0], {0: "first"})
     bucket.fetch(tmp_path / "out")
     before = (tmp_path / "out/parse.jsonl").read_text()
@@ -297,7 +297,7 @@ class Counting(SimObjects):
         return await super().get(key, limit=limit)
 
 
-def test_outcomes_are_read_several_at_a_time_and_no_more_ahead(tmp_path: Path) -> None:
+def test_outcomes_are_read_concurrently_with_a_bound(tmp_path: Path) -> None:
     """Memory must not grow with the job: what is read ahead of the reader is bounded."""
     objects = Counting()
     bucket = Bucket(objects, job())
@@ -322,7 +322,7 @@ def test_outcomes_are_read_several_at_a_time_and_no_more_ahead(tmp_path: Path) -
     assert 1 < objects.most <= OUTCOMES_AT_ONCE
 
 
-def test_progress_hears_of_every_outcome(bucket: Bucket, tmp_path: Path) -> None:
+def test_progress_counts_every_outcome(bucket: Bucket, tmp_path: Path) -> None:
     for task in range(5):
         bucket.outcome([task], {task: task})
     heard: list[tuple[int, int]] = []

@@ -89,7 +89,7 @@ def test_many_files_are_named_by_their_folder_and_keep_their_order(tmp_path: Pat
     assert names_of(job, bucket) == [f"{number:02d}.csv" for number in range(few + 1)]
 
 
-def test_the_same_files_again_make_the_same_definition_and_others_another(tmp_path: Path, few: int) -> None:
+def test_definition_depends_only_on_the_files(tmp_path: Path, few: int) -> None:
     job_of(tmp_path, few + 2)
     bucket = open_local(tmp_path / "bucket")
     first = asyncio.run(prepared(tmp_path, bucket))
@@ -101,7 +101,7 @@ def test_the_same_files_again_make_the_same_definition_and_others_another(tmp_pa
     assert len(names_of(first, bucket)) == few + 2
 
 
-def test_only_some_files_are_under_way_at_once_and_each_is_told(
+def test_uploads_are_concurrent_with_a_bound_and_each_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job_of(tmp_path, 50)
@@ -114,7 +114,7 @@ def test_only_some_files_are_under_way_at_once_and_each_is_told(
     assert told[-1].of == 50
 
 
-def test_a_file_that_vanishes_is_told_in_one_sentence(tmp_path: Path) -> None:
+def test_vanished_file_is_a_clear_error(tmp_path: Path) -> None:
     job_of(tmp_path, 3)
     file = load(tmp_path / "job.yaml", {})
     (tmp_path / "data" / "01.csv").unlink()

@@ -97,7 +97,7 @@ def test_only_idle_instances_are_named_for_scale_in_and_only_after_the_idle_time
     assert recorder.desired == []
 
 
-def test_what_is_busy_is_protected_and_what_became_idle_is_not_any_more() -> None:
+def test_busy_instances_are_protected_and_idle_ones_released() -> None:
     recorder = Recorder()
     policy = scaler(recorder, busy=["b1"], idle=["i1"])
     asyncio.run(policy.scale(group("b1", "i1")))
@@ -110,7 +110,7 @@ def test_what_is_busy_is_protected_and_what_became_idle_is_not_any_more() -> Non
     assert recorder.protected == [("b1", True), ("b1", False)]
 
 
-def test_a_pool_held_by_hand_is_left_alone() -> None:
+def test_pool_held_by_hand_is_not_scaled() -> None:
     recorder = Recorder()
     policy = scaler(recorder, busy=[], idle=["i1", "i2"])
     policy.held["default"] = 2

@@ -47,7 +47,7 @@ def test_a_job_with_nothing_left_to_cut_looks_at_no_other_job() -> None:
     assert lives.looks > 0
 
 
-def test_a_paused_job_does_not_keep_the_window_from_others() -> None:
+def test_paused_job_does_not_occupy_the_window() -> None:
     """Its bundles are dropped by the workers, and stay outstanding for as long as it is paused."""
     lives = {one.id: one for one in map(_live, range(2))}
     bundler = Bundler(LoopClock(), lives, {"default": 2})

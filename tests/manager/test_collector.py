@@ -118,7 +118,7 @@ def test_a_backlog_is_folded_together(tmp_path: Path, fails: Sequence[int], fold
     assert asyncio.run(collected(tmp_path, fails)) == folds
 
 
-def test_it_says_when_nobody_can_be_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_collector_reports_an_unreachable_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While events are out of reach, or many lie in wait, no worker is silent."""
 
     async def main(queue: SqliteQueue) -> None:
@@ -164,9 +164,7 @@ def test_it_says_when_nobody_can_be_heard(tmp_path: Path, monkeypatch: pytest.Mo
     asyncio.run(main(SqliteQueue(tmp_path / "queues.db", WallClock())))
 
 
-def test_what_is_no_event_is_dropped_and_what_came_with_it_is_not(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_invalid_event_is_dropped_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A duplicate of a shape that nobody had checked ended the manager, each time it led."""
 
     async def main(queue: SqliteQueue) -> None:

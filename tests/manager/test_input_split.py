@@ -144,9 +144,7 @@ json_values = st.recursive(
     st.booleans(),
     st.integers(1, 40),
 )
-def test_items_come_back_equal_and_in_order(
-    given_values: list[Any], size: int, ending: bytes, ended: bool, read: int
-) -> None:
+def test_items_round_trip_in_order(given_values: list[Any], size: int, ending: bytes, ended: bool, read: int) -> None:
     lines = [json.dumps(value, ensure_ascii=False).encode() for value in given_values]
     data = ending.join(lines) + (ending if ended else b"")
     with pytest.MonkeyPatch.context() as patch:

@@ -34,7 +34,7 @@ class Counted(SimObjects):
         return await super().put(key, data, **how)
 
 
-def test_while_a_target_is_away_the_book_is_written_seldom() -> None:
+def test_outbox_is_written_rarely_during_an_outage_of_a_target() -> None:
     """It was written whole after each try: two megabytes, twice a second, for a day."""
 
     async def main() -> None:
@@ -69,7 +69,7 @@ def test_while_a_target_is_away_the_book_is_written_seldom() -> None:
     play(main)
 
 
-def test_what_was_delivered_is_written_at_once_where_nothing_was_just_before() -> None:
+def test_first_delivery_is_written_at_once() -> None:
     async def main() -> None:
         scene = Scene(OPS)
         manager = scene.manager()
@@ -84,7 +84,7 @@ def test_what_was_delivered_is_written_at_once_where_nothing_was_just_before() -
     play(main)
 
 
-def test_a_bucket_that_is_away_meanwhile_gets_it_later() -> None:
+def test_outbox_is_written_after_an_outage_of_the_bucket() -> None:
     async def main() -> None:
         scene = Scene(OPS)
         manager = scene.manager()
@@ -139,7 +139,7 @@ def test_a_delivery_that_meets_a_bug_takes_no_manager_with_it() -> None:
 # --- Other moments -------------------------------------------------------------------------------
 
 
-def test_too_many_failures_are_told_once() -> None:
+def test_too_many_failures_are_notified_once() -> None:
     async def main() -> None:
         scene = Scene(replace(OPS, on=("failures",), failures=3))
         live = scene.lives[JobId("sums-1")] = a_job(failed=2)
@@ -155,7 +155,7 @@ def test_too_many_failures_are_told_once() -> None:
     play(main)
 
 
-def test_a_job_that_stands_still_is_told_once_with_the_reason() -> None:
+def test_stuck_job_is_notified_once_with_its_reason() -> None:
     async def main() -> None:
         scene = Scene(replace(OPS, on=("stuck",), stuck_s=60.0))
         live = scene.lives[JobId("sums-1")] = a_job(succeeded=1)
@@ -196,7 +196,7 @@ def test_a_job_that_is_not_meant_to_move_is_not_stuck(why: str) -> None:
     play(main)
 
 
-def test_a_cap_that_holds_a_job_back_is_told_once() -> None:
+def test_cap_that_delays_a_job_is_notified_once() -> None:
     async def main() -> None:
         scene = Scene(replace(OPS, on=("capped",)))
         live = scene.lives[JobId("sums-1")] = a_job()
@@ -211,7 +211,7 @@ def test_a_cap_that_holds_a_job_back_is_told_once() -> None:
     play(main)
 
 
-def test_who_ends_waits_for_what_was_not_tried_yet_but_not_for_ever() -> None:
+def test_shutdown_waits_for_first_deliveries_up_to_a_limit() -> None:
     async def main() -> None:
         scene = Scene(OPS, replace(OPS, name="hangs", to="https://slow.example.org/"))
         release = asyncio.Event()

@@ -19,7 +19,7 @@ from tests.support.manager.notifier import ENDING, EPOCH_S, OPS, Scene, a_job, a
 # --- Ends ----------------------------------------------------------------------------------------
 
 
-def test_an_end_is_in_the_bucket_before_anybody_goes_on() -> None:
+def test_end_is_stored_before_the_job_continues() -> None:
     async def main() -> None:
         scene = Scene(OPS, replace(OPS, name="happy", on=("succeeded",)))
         live = a_job(succeeded=8, failed=2)
@@ -53,7 +53,7 @@ def test_an_end_is_in_the_bucket_before_anybody_goes_on() -> None:
     play(main)
 
 
-def test_the_same_end_told_again_is_the_same_notification() -> None:
+def test_repeated_end_is_the_same_notification() -> None:
     """A leader that died between the bucket and the ledger has its work repeated."""
 
     async def main() -> None:
@@ -91,7 +91,7 @@ def test_an_end_waits_for_the_bucket() -> None:
     play(main)
 
 
-def test_a_bucket_that_is_gone_is_not_tried_for_ever() -> None:
+def test_missing_bucket_is_not_retried_forever() -> None:
     async def main() -> None:
         scene = Scene(OPS)
         tries = 0
@@ -109,7 +109,7 @@ def test_a_bucket_that_is_gone_is_not_tried_for_ever() -> None:
     play(main)
 
 
-def test_a_job_that_nobody_waits_for_costs_no_request() -> None:
+def test_job_without_targets_costs_no_request() -> None:
     async def main() -> None:
         scene = Scene(replace(OPS, on=("succeeded",)))
         await scene.manager().ended(a_job(), ENDING)
@@ -119,7 +119,7 @@ def test_a_job_that_nobody_waits_for_costs_no_request() -> None:
     play(main)
 
 
-def test_a_job_is_told_to_one_of_the_grids_targets_that_it_may_name() -> None:
+def test_job_is_notified_only_to_permitted_targets() -> None:
     async def main() -> None:
         chat = Target("chat", "webhook", "https://hooks.example.org/s3cret", on=(), jobs=True)
         scene = Scene(chat)
@@ -141,7 +141,7 @@ def test_a_job_is_told_to_one_of_the_grids_targets_that_it_may_name() -> None:
         (NotifyDef("webhook", "https://h.example/", secret="env:BATCHLAB_NOTIFY_A"), "BATCHLAB_NOTIFY_A may not sign"),
     ],
 )
-def test_what_the_operator_does_not_allow_any_more_is_given_up(own: NotifyDef, told: str) -> None:
+def test_target_that_is_no_longer_permitted_is_abandoned(own: NotifyDef, told: str) -> None:
     """Whatever was admitted, and whoever has written it into the bucket."""
 
     async def main() -> None:
@@ -156,7 +156,7 @@ def test_what_the_operator_does_not_allow_any_more_is_given_up(own: NotifyDef, t
     play(main)
 
 
-def test_a_jobs_own_target_is_told_though_the_job_is_forgotten() -> None:
+def test_own_target_of_a_forgotten_job_is_notified() -> None:
     async def main() -> None:
         scene = Scene()
         own = NotifyDef("sns", "arn:aws:sns:eu-central-1:123456789012:batch", ("failed",))
@@ -170,7 +170,7 @@ def test_a_jobs_own_target_is_told_though_the_job_is_forgotten() -> None:
 # --- Tries ---------------------------------------------------------------------------------------
 
 
-def test_tries_come_ever_later_and_survive_the_manager() -> None:
+def test_retries_back_off_and_survive_the_manager() -> None:
     async def main() -> None:
         scene = Scene(OPS)
         scene.answers = lambda n: NotDelivered("It is away.") if n <= 5 else None
@@ -191,7 +191,7 @@ def test_tries_come_ever_later_and_survive_the_manager() -> None:
     play(main)
 
 
-def test_what_no_try_can_mend_is_given_up_at_once() -> None:
+def test_permanent_failure_is_not_retried() -> None:
     async def main() -> None:
         scene = Scene(OPS)
         scene.answers = lambda _: NotDelivered("It is a redirect.", final=True)
@@ -220,7 +220,7 @@ def test_after_a_day_it_is_given_up() -> None:
     play(main)
 
 
-def test_a_target_that_is_gone_is_given_up() -> None:
+def test_deleted_target_is_abandoned() -> None:
     async def main() -> None:
         scene = Scene(OPS)
         await scene.manager().ended(a_job(), ENDING)
@@ -270,7 +270,7 @@ def test_two_leaders_lose_nothing_of_each_other() -> None:
     play(main)
 
 
-def test_what_waits_is_bounded() -> None:
+def test_number_of_pending_notifications_is_bounded() -> None:
     async def main() -> None:
         scene = Scene(OPS)
         manager = scene.manager()

@@ -118,7 +118,7 @@ def test_rounds_are_put_together() -> None:
     assert both["workers"]["w-1"][3:] == [2.0, 9.0]
 
 
-def test_what_came_twice_and_when_a_cut_was_made_travel() -> None:
+def test_duplicates_and_cut_times_are_recorded() -> None:
     told = Duplicate(JobId("a"), StageName("s"), "execution", "w-1-3", 2.5)
     events = Events(duplicates=(told,))
     assert read_events_message(events_message(events)) == events
@@ -148,7 +148,7 @@ class Moody:
 
 
 @pytest.mark.parametrize(("failures", "tries", "trouble"), [(0, 1, ""), (2, 3, ""), (9, 3, "full")])
-def test_what_cannot_be_written_is_tried_again_and_then_told(
+def test_failed_write_is_retried_and_then_reported(
     failures: int, tries: int, trouble: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from batchlab.manager import recorder as report_queue
@@ -177,7 +177,7 @@ def test_what_cannot_be_written_is_tried_again_and_then_told(
     assert bool(reports.troubles) == bool(trouble)
 
 
-def test_a_writer_that_fails_when_it_is_to_end_is_not_asked_again() -> None:
+def test_writer_that_fails_during_shutdown_is_not_called_again() -> None:
     """Its manager did not end any more."""
 
     class Clumsy:
@@ -200,9 +200,7 @@ def test_a_writer_that_fails_when_it_is_to_end_is_not_asked_again() -> None:
 
 
 @pytest.mark.parametrize("latest_s", [60.0, 0.0])
-def test_it_is_written_when_no_job_has_come_for_a_while_or_at_last_all_the_same(
-    latest_s: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_report_is_written_after_a_pause_or_at_the_deadline(latest_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """One call in fifty on an idle grid met the report of the job before, and took 100 ms."""
     from batchlab.manager import recorder as report_queue
 
@@ -226,7 +224,7 @@ def test_it_is_written_when_no_job_has_come_for_a_while_or_at_last_all_the_same(
     asyncio.run(act())
 
 
-def test_an_instance_that_was_gone_before_is_no_job_s() -> None:
+def test_earlier_instances_do_not_count_for_a_job() -> None:
     recorder = Recorder(cast(Ports, FakePorts()), {}, cast(WorkerRegistry, FakeRegistry()))
     old = Instance("i-old", "default", LifecycleState.TERMINATED, 100.0)
     new = Instance("i-new", "default", LifecycleState.IN_SERVICE, 900.0)
@@ -319,7 +317,7 @@ def closed(history: int, seconds: float) -> tuple[dict[str, Any], int]:
 
 
 @pytest.mark.parametrize("seconds", [1.0, 60.0])
-def test_what_a_job_that_ends_costs_does_not_grow_with_what_was_before_it(seconds: float) -> None:
+def test_cost_of_an_ended_job_does_not_grow_with_the_history(seconds: float) -> None:
     few, some_looks = closed(100, seconds)
     many, many_looks = closed(10_000, seconds)
     assert many_looks == some_looks < 50

@@ -18,7 +18,7 @@ from batchlab.manager import stage_plans
 
 
 @pytest.mark.parametrize(("parts", "turns"), [(3, 0), (4, 1), (9, 2)])
-def test_others_have_a_turn_after_every_few_parts(monkeypatch: pytest.MonkeyPatch, parts: int, turns: int) -> None:
+def test_planning_yields_after_a_few_parts(monkeypatch: pytest.MonkeyPatch, parts: int, turns: int) -> None:
     monkeypatch.setattr(stage_plans, "PART_ITEMS", 10)
     had = 0
 

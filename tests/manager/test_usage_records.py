@@ -132,7 +132,7 @@ def play(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
     SimLoop().run(main())
 
 
-def test_a_leader_that_is_killed_between_two_puts_is_followed_by_one_that_knows_less() -> None:
+def test_next_leader_continues_after_a_kill_between_two_puts() -> None:
     async def main() -> None:
         scene = Scene()
         first = scene.leader()
@@ -183,7 +183,7 @@ def test_a_leader_that_stood_still_does_not_write_over_what_the_other_one_has_co
     play(main)
 
 
-def test_a_leader_that_hears_that_others_led_goes_on_from_what_they_have_counted() -> None:
+def test_returning_leader_continues_from_the_stored_usage() -> None:
     async def main() -> None:
         scene = Scene()
         first, second = scene.leader(), scene.leader()
@@ -242,7 +242,7 @@ def test_a_round_more_is_counted_on_top_and_written_over_what_was_read() -> None
 
 
 @pytest.mark.parametrize("there", [b"{}", b'{"v":1}', b'{"v":1,"account":{}}', b'{"v":9}', b"\xff"])
-def test_what_a_later_release_has_written_of_a_job_is_left_alone(there: bytes) -> None:
+def test_usage_record_of_a_later_release_is_unchanged(there: bytes) -> None:
     async def main() -> None:
         scene = Scene()
         await scene.objects.put(object_keys.used(JOB), there)
@@ -258,7 +258,7 @@ def test_what_a_later_release_has_written_of_a_job_is_left_alone(there: bytes) -
 
 
 @pytest.mark.parametrize("there", [b"", b'{"v":1}', b'{"v":1,"meter":{},"own":[],"cap":null,"caps":{},"jobs":{}}'])
-def test_books_that_cannot_be_read_keep_nobody_from_leading(there: bytes) -> None:
+def test_unreadable_usage_records_do_not_prevent_leadership(there: bytes) -> None:
     async def main() -> None:
         scene = Scene()
         await scene.objects.put(object_keys.USE, there)
@@ -270,7 +270,7 @@ def test_books_that_cannot_be_read_keep_nobody_from_leading(there: bytes) -> Non
     play(main)
 
 
-def test_a_bucket_that_is_gone_is_not_tried_for_ever() -> None:
+def test_missing_bucket_is_not_retried_forever() -> None:
     async def main() -> None:
         scene = Scene()
         kept = VersionedDocument(scene.ports, object_keys.USE)
@@ -303,7 +303,7 @@ def times(doc: dict[str, Any]) -> list[float]:
     return [point[0] for point in doc["pools"]["default"]["series"]]
 
 
-def test_of_two_who_have_seen_the_same_nothing_is_lost_and_nothing_counts_twice() -> None:
+def test_conflicting_leaders_lose_and_duplicate_nothing() -> None:
     """One stood still after 4 s; the other began from what had been written at 2 s, and saw the
     job from 6 s on."""
     one = part((1, 1), (2, 1), (3, 1), (4, 1), requests=[[4.0, 1.0, 9, 0, 0, 0, 0]])
@@ -325,11 +325,11 @@ def test_of_two_who_have_seen_the_same_nothing_is_lost_and_nothing_counts_twice(
     assert times(recorded_data.merge_parts(other, one)) == [1, 2, 3, 4, 6, 7]
 
 
-def test_what_the_other_leader_has_thinned_is_not_told_in_full_once_more() -> None:
+def test_samples_thinned_by_another_leader_are_not_repeated() -> None:
     assert times(recorded_data.merge_parts(part((4, 4), (5, 1)), part((1, 1), (2, 1), (3, 1)))) == [4, 5]
 
 
-def test_whole_documents_are_joined_with_our_live_jobs() -> None:
+def test_stored_documents_are_merged_with_live_jobs() -> None:
     job = {"since_s": 3.0, "pools": ["default"], "requests": [], "duplicates": {}}
     ours = {**part((3, 1)), "jobs": {"a": job}, "earlier": {}}
     theirs = {**part((1, 1)), "jobs": {"a": {**job, "since_s": 1.0}}, "earlier": {"a": part()}}
@@ -366,7 +366,7 @@ def test_a_leader_that_wakes_records_what_the_other_one_has_seen() -> None:
 # --- Who has told before -------------------------------------------------------------------------
 
 
-def test_what_is_asked_for_until_a_job_ends_is_the_jobs() -> None:
+def test_requests_until_the_end_of_a_job_belong_to_it() -> None:
     """All of it, where it ends before anybody has counted."""
 
     async def main() -> None:
@@ -384,7 +384,7 @@ def test_what_is_asked_for_until_a_job_ends_is_the_jobs() -> None:
     play(main)
 
 
-def test_who_still_tells_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_worker_that_still_reports_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     """The manager itself is the first that is heard: forgotten, all its requests counted anew."""
     monkeypatch.setattr("batchlab.core.pricing.usage.HEARD_KEPT", 3)
     meter = Meter()
@@ -395,7 +395,7 @@ def test_who_still_tells_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("saves", [False, True])
-def test_a_round_that_was_not_written_down_before_the_next_one_is_told_with_it(saves: bool) -> None:
+def test_unwritten_round_is_reported_with_the_next(saves: bool) -> None:
     """Retried within one save, and again at its end: its first round's record was lost, and that it
     had been a long one. Also where the account is saved while it runs again."""
 

@@ -57,7 +57,7 @@ def ports(fleet: Fleet, queue: Queue = None) -> Ports:  # type: ignore[assignmen
     )
 
 
-def test_a_worker_whose_end_another_leader_heard_of_is_forgotten() -> None:
+def test_worker_whose_end_another_leader_recorded_is_forgotten() -> None:
     """It stood among the busy for ever, and its jobs could not stand still."""
 
     async def main() -> None:
@@ -78,7 +78,7 @@ def test_a_worker_whose_end_another_leader_heard_of_is_forgotten() -> None:
     SimLoop().run(main())
 
 
-def test_a_fresh_worker_on_an_instance_that_had_gone_is_heard() -> None:
+def test_new_worker_on_an_ended_instance_is_accepted() -> None:
     """A reboot drains the worker and brings another on the same instance: it was never heard, and
     replaced while it worked."""
 
@@ -105,7 +105,7 @@ def test_a_fresh_worker_on_an_instance_that_had_gone_is_heard() -> None:
 
 
 @pytest.mark.parametrize("how", ["buried", "missed", "buried unheard"])
-def test_an_instance_that_is_in_service_again_is_heard_again(how: str) -> None:
+def test_instance_in_service_again_is_accepted_again(how: str) -> None:
     """One that comes back from standby, or that a describe had missed, has its worker still."""
 
     async def main() -> None:
@@ -128,7 +128,7 @@ def test_an_instance_that_is_in_service_again_is_heard_again(how: str) -> None:
 
 
 @pytest.mark.parametrize(("silent_s", "given_back"), [(1.0, ["r-1"]), (LOST_S, [])])
-def test_what_an_instance_held_that_was_long_silent_is_not_given_back(silent_s: float, given_back: list[str]) -> None:
+def test_messages_of_a_long_silent_instance_are_not_released(silent_s: float, given_back: list[str]) -> None:
     """Its messages had come back by themselves, and others ran them: there were two of each."""
 
     async def main() -> None:
@@ -149,7 +149,7 @@ def test_what_an_instance_held_that_was_long_silent_is_not_given_back(silent_s: 
 
 
 @pytest.mark.parametrize("error", [Unreachable("It is away."), Refused("There is no such group.")])
-def test_a_group_that_cannot_be_told_is_told_with_the_next_beat(error: BatchlabError) -> None:
+def test_unreachable_group_is_notified_with_the_next_heartbeat(error: BatchlabError) -> None:
     """What had come along with the beat was not counted, a refusal ended the manager, and nobody
     told the group again."""
 
@@ -170,7 +170,7 @@ def test_a_group_that_cannot_be_told_is_told_with_the_next_beat(error: BatchlabE
     SimLoop().run(main())
 
 
-def test_a_worker_that_still_tells_what_it_has_done_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_worker_that_still_reports_its_work_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("batchlab.manager.counters.WORKERS_KEPT", 3)
     counts = Counters()
     for n in range(1, 10):

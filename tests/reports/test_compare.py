@@ -50,7 +50,7 @@ def of(found: Comparison, measure: str, stage: str = "") -> Change:
     return one
 
 
-def test_what_got_slower_is_found_with_its_interval(sides: dict[str, Path]) -> None:
+def test_slower_stages_are_found_with_their_intervals(sides: dict[str, Path]) -> None:
     found = compared(sides, "main", "branch")
     p95 = of(found, "p95", "score")
     assert p95.verdict == "worse"
@@ -82,12 +82,12 @@ def test_the_same_again_breaks_no_gate(sides: dict[str, Path]) -> None:
         assert of(found, "p95", "score").verdict == "same"
 
 
-def test_a_comparison_says_the_same_twice(sides: dict[str, Path]) -> None:
+def test_comparison_is_reproducible(sides: dict[str, Path]) -> None:
     again = compare(runs([sides["main"]], SEED), read(sides["branch"]), seed=SEED)
     assert again.to_json() == compared(sides, "main", "branch").to_json()
 
 
-def test_the_interval_covers_what_is_true_about_as_often_as_it_says() -> None:
+def test_interval_covers_the_truth_at_its_stated_rate() -> None:
     """Of ratios of two medians of runs whose spread is known."""
     rng = random.Random(4)
 
@@ -123,7 +123,7 @@ def test_a_quantiles_spread_within_a_run_is_that_of_resamples(sides: dict[str, P
     assert statistics.mean(quick) == pytest.approx(statistics.mean(slow), rel=0.02)
 
 
-def test_one_run_on_each_side_tells_what_it_can(sides: dict[str, Path]) -> None:
+def test_single_runs_can_be_compared(sides: dict[str, Path]) -> None:
     a, b = read(sides["main"])[:1], read(sides["branch"])[:1]
     found = compare(a, b, gates("10%", []), seed=SEED)
     assert of(found, "p95", "score").is_sure
@@ -159,7 +159,7 @@ def test_gates_are_of_what_got_worse() -> None:
     assert not broken(change(0.001, 0.009), "p95 > 10%")  # less than the machine's own
 
 
-def test_what_is_not_sure_breaks_no_gate() -> None:
+def test_uncertain_difference_breaks_no_gate() -> None:
     unsure = change(1.0, 1.5, low=-0.1, high=1.2)
     assert unsure.is_sure is False
     assert unsure.verdict == "same"
@@ -169,12 +169,12 @@ def test_what_is_not_sure_breaks_no_gate() -> None:
 
 
 @pytest.mark.parametrize("text", ["p95", "p95 > ten%", "p95 < 10%", "speed > 10%", "tasks > 1%", "p95 > 1.2.3%", ""])
-def test_what_is_no_gate_is_said(text: str) -> None:
+def test_invalid_gate_is_reported(text: str) -> None:
     with pytest.raises(UsageError):
         gates(None, [text])
 
 
-def test_a_threshold_and_a_stage_that_are_none(sides: dict[str, Path]) -> None:
+def test_invalid_threshold_and_stage_are_reported(sides: dict[str, Path]) -> None:
     with pytest.raises(UsageError, match="not a percentage"):
         gates("-3", [])
     assert [str(gate) for gate in gates("10", [])] == ["p95 > 10%", "tasks_per_s > 10%", "cost > 10%"]
@@ -182,7 +182,7 @@ def test_a_threshold_and_a_stage_that_are_none(sides: dict[str, Path]) -> None:
         compared(sides, "main", "again", *gates(None, ["parse.p95 > 10%"]))
 
 
-def test_runs_that_cannot_quite_be_compared_are_told(sides: dict[str, Path], tmp_path: Path) -> None:
+def test_limited_comparability_is_reported(sides: dict[str, Path], tmp_path: Path) -> None:
     other = write_run(tmp_path / "other", Made(job="other", name="other", tasks=16))
     (other / "stages.parquet").unlink()
     found = compare(read(sides["main"]), runs([other], SEED))
@@ -237,7 +237,7 @@ def test_runs_are_named_one_by_one_too(sides: dict[str, Path], run: object) -> N
         ("+3.1% & a: b", "+3.1% & a: b"),
     ],
 )
-def test_markdown_calls_for_nobody_and_refers_to_nothing(name: str, shown: str) -> None:
+def test_markdown_has_no_mentions_or_references(name: str, shown: str) -> None:
     assert report._md(name).startswith(shown)
 
 
@@ -256,7 +256,7 @@ def renamed(folder: Path) -> Path:
     return folder
 
 
-def test_markdown_holds_whatever_a_stage_is_called(run: object, tmp_path: Path) -> None:
+def test_markdown_escapes_any_stage_name(run: object, tmp_path: Path) -> None:
     assert callable(run)
     odd = renamed(write_run(tmp_path / "odd", Made(job="odd", tasks=16)))
     slow = renamed(write_run(tmp_path / "slow", Made(job="slow", tasks=16, slow=9.0)))

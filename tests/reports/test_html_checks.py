@@ -11,7 +11,7 @@ from batchlab.reports.html.metrics import Signs
 from tests.support.reports.metrics import SIGNS, of_stage, signs
 
 
-def test_a_good_run_has_nothing_to_change_and_says_what_was_looked_at() -> None:
+def test_good_run_has_no_findings_and_lists_the_checks() -> None:
     found = findings(SIGNS)
     assert [one.title for one in found if one.level is not Level.GOOD] == []
     assert len(found) == len(CHECKS)
@@ -91,18 +91,18 @@ def test_each_finding_names_its_figure_and_its_setting(
         signs(total=Decimal(0), compute=Decimal(0), requests=Decimal(0), idle=Decimal(0)),
     ],
 )
-def test_what_is_within_bounds_is_left_alone(seen: Signs) -> None:
+def test_values_within_bounds_have_no_finding(seen: Signs) -> None:
     assert [one for one in findings(seen) if one.level is not Level.GOOD] == []
 
 
-def test_what_is_wrong_comes_first() -> None:
+def test_problems_are_listed_first() -> None:
     seen = signs(harmful=1, full_s=400.0, lost_s=300.0)
     levels = [one.level for one in findings(seen)]
     assert levels == sorted(levels, reverse=True)
     assert levels[0] is Level.WRONG
 
 
-def test_a_stage_whose_name_has_backticks_cannot_break_a_command() -> None:
+def test_stage_name_with_backticks_cannot_break_a_command() -> None:
     (found,) = [one for one in findings(of_stage(name="a`b", too_long=1)) if one.setting]
     assert "a'b" in found.title
     assert found.setting.count("`") % 2 == 0

@@ -39,7 +39,7 @@ def test_a_folder_is_all_that_a_page_needs(run: Run, made_run: Path, tmp_path: P
     assert sorted(one.name for one in tmp_path.iterdir()) == [file.name]
 
 
-def test_a_program_is_told_what_is_to_be_changed(run: Run, made_run: Path, tmp_path: Path) -> None:
+def test_json_contains_the_suggested_changes(run: Run, made_run: Path, tmp_path: Path) -> None:
     code, out, _ = run("report", "html", made_run, "--out", tmp_path / "new" / "a.html", "--json")
     told = json.loads(out)
     assert code == 0
@@ -49,7 +49,7 @@ def test_a_program_is_told_what_is_to_be_changed(run: Run, made_run: Path, tmp_p
     assert "--max" in told["to_change"][0]["setting"]
 
 
-def test_what_is_no_run_is_refused(run: Run, made_run: Path, tmp_path: Path) -> None:
+def test_folder_that_is_not_a_run_is_refused(run: Run, made_run: Path, tmp_path: Path) -> None:
     code, _, err = run("report", "html", tmp_path / "nowhere")
     assert code == 2
     assert "does not exist" in err
@@ -98,7 +98,7 @@ async def _commit(objects: Objects, case: Case, log: bytes | None) -> None:
         await objects.put(key, b"whatever10" + log + b" and more", if_absent=True)
 
 
-def test_samples_come_from_the_bucket(run: Run, made_run: Path, tmp_path: Path) -> None:
+def test_samples_are_read_from_the_bucket(run: Run, made_run: Path, tmp_path: Path) -> None:
     home = Home(tmp_path / "home")
     home.make()
     asyncio.run(_commit(open_local(home.objects), _case(made_run), b"before <it>\nfailed\n"))
@@ -114,16 +114,14 @@ def test_samples_come_from_the_bucket(run: Run, made_run: Path, tmp_path: Path) 
     assert "not at hand" in page
 
 
-def test_a_bucket_that_cannot_be_asked_is_no_reason_not_to_have_a_page(
-    run: Run, made_run: Path, tmp_path: Path
-) -> None:
+def test_unreachable_bucket_still_gives_a_report(run: Run, made_run: Path, tmp_path: Path) -> None:
     code, out, err = run("report", "html", made_run, "--backend", "ministack")
     assert code == 0
     assert out.startswith(f"{JOB}.html")
     assert "The page has no tracebacks and no logs: " in err
 
 
-def test_what_the_bucket_no_longer_has_is_left_out(made_run: Path, tmp_path: Path) -> None:
+def test_deleted_objects_are_omitted(made_run: Path, tmp_path: Path) -> None:
     objects = open_local(tmp_path)
     case = _case(made_run)
     assert asyncio.run(samples(objects, JOB, [case])) == {}
@@ -132,7 +130,7 @@ def test_what_the_bucket_no_longer_has_is_left_out(made_run: Path, tmp_path: Pat
     assert (found[case].traceback, found[case].log) == ("In <price>: line 7", "")
 
 
-def test_of_a_long_log_there_is_the_end(made_run: Path, tmp_path: Path) -> None:
+def test_end_of_a_long_log_is_shown(made_run: Path, tmp_path: Path) -> None:
     objects = open_local(tmp_path)
     case = _case(made_run)
     asyncio.run(_commit(objects, case, b"x" * 100_000 + b"the end"))

@@ -108,7 +108,7 @@ def test_the_fleet_is_as_it_was_last_seen(run: Run, folder: Path) -> None:
         assert found.pending[k] == last["pending"]
 
 
-def test_what_is_left_of_all_jobs_is_shown_where_there_are_others(run: Run, folder: Path, tmp_path: Path) -> None:
+def test_remaining_work_of_all_jobs_is_shown_if_there_are_several(run: Run, folder: Path, tmp_path: Path) -> None:
     found = load.series(run)
     looks = sorted(rows_of(folder, "queues"), key=lambda row: row["at_s"])
     last = [row for row in looks if row["at_s"] <= run.start_s + run.span_s / 2][-1]
@@ -184,7 +184,7 @@ def test_each_bundle_is_a_bar_and_no_two_share_a_slot(run: Run, bundles: list[Ro
             assert before[1] <= after[0] + 0.75  # to the tenth, and the least width of a bar
 
 
-def test_of_many_instances_a_few_share_a_lane(tmp_path: Path) -> None:
+def test_many_instances_share_lanes(tmp_path: Path) -> None:
     folder = write_run(tmp_path, Made(tasks=2000, per_bundle=2, workers=200))
     bundles = rows_of(folder, "bundles")
     with opened([folder]) as connection:
@@ -243,7 +243,7 @@ def test_signs_of_slots(seen: Signs, folder: Path, bundles: list[Row]) -> None:
     assert seen.filled == pytest.approx(used_s / room_s)
 
 
-def test_what_tasks_took_beside_others(folder: Path, tmp_path: Path) -> None:
+def test_task_durations_beside_other_tasks(folder: Path, tmp_path: Path) -> None:
     """Two workers share an instance; one of the five has its instance for itself."""
     del folder
     folder = write_run(tmp_path, Made(tasks=800, per_bundle=2, workers=5))
@@ -347,7 +347,7 @@ def test_causes_beyond_the_first_are_summed_up(run: Run, monkeypatch: pytest.Mon
     assert [int(n) for n in re.findall(r"\d+", found.more)] == [1, tasks, attempts]
 
 
-def test_what_came_twice(run: Run, folder: Path) -> None:
+def test_duplicates(run: Run, folder: Path) -> None:
     rows = rows_of(folder, "duplicates")
     table = failures.twice(run)
     assert table

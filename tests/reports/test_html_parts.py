@@ -97,7 +97,7 @@ def test_an_area_has_the_height_of_its_levels() -> None:
     assert charts.stacked([[0.0], [0.0]], 10, 100) == ["", ""]
 
 
-def test_what_is_not_0_is_seen() -> None:
+def test_small_values_stay_visible() -> None:
     path = charts.columns([1.0, 0.0, 1e6], 1e6, 100.0)
     assert path.count("M") == 2
     assert "v1.5" in path
@@ -149,7 +149,7 @@ def test_nothing_unseen_gets_through(text: str) -> None:
     assert all(c.isprintable() or c in "\n\t" for c in visible_lines(text))
 
 
-def test_what_is_long_keeps_both_ends() -> None:
+def test_long_text_keeps_both_ends() -> None:
     text = visible_lines("begin" + "x" * 9000 + "end", 3000)
     assert text.startswith("begin")
     assert text.endswith("end")
@@ -184,7 +184,7 @@ def _contrast(one: str, other: str) -> float:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark", "paper"])
-def test_what_is_drawn_can_be_told_from_the_ground(scheme: str) -> None:
+def test_drawn_colors_contrast_with_the_background(scheme: str) -> None:
     """3:1 for shapes that mean something, 4.5:1 for text (WCAG 2, AA)."""
     colours = _schemes()[scheme]
     shapes = [f"s{n}" for n in range(8)] + [f"c{n}" for n in (0, 1, 3, 4, 5, 6)] + ["wait"]

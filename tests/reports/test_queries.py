@@ -37,7 +37,7 @@ def column(connection: DuckDBPyConnection, sql: str) -> list[Any]:
 
 
 @pytest.mark.parametrize("name", list(store.known()))
-def test_each_answers_for_every_job_and_says_so(connection: DuckDBPyConnection, name: str) -> None:
+def test_each_query_answers_for_all_jobs(connection: DuckDBPyConnection, name: str) -> None:
     assert store.known()[name].meaning.endswith(".")
     jobs = {row["job"] for row in rows(connection, name)}
     few = {"failures", "slowest_tasks", "stragglers", "retries"}
@@ -45,7 +45,7 @@ def test_each_answers_for_every_job_and_says_so(connection: DuckDBPyConnection, 
     assert "a" in jobs
 
 
-def test_each_answers_where_there_is_nothing(tmp_path: Path) -> None:
+def test_each_query_answers_without_data(tmp_path: Path) -> None:
     write_run(tmp_path / "a", Made(job="a", tasks=8))
     for name in ("tasks", "bundles", "fleet", "instances", "scaling", "cost", "stages"):
         (tmp_path / "a" / f"{name}.parquet").unlink()
@@ -106,7 +106,7 @@ def test_retries_by_fingerprint(connection: DuckDBPyConnection) -> None:
     assert all("has no price" in row["reason"] for row in reasons)
 
 
-def test_duplicates_are_told_even_where_there_are_none(connection: DuckDBPyConnection) -> None:
+def test_duplicates_are_reported_as_zero(connection: DuckDBPyConnection) -> None:
     found = [row for row in rows(connection, "duplicates") if row["job"] == "a"]
     kinds = ["message", "event", "execution", "result"]
     assert [row["kind"] for row in found] == kinds
@@ -141,7 +141,7 @@ def test_throughput_counts_every_task(connection: DuckDBPyConnection) -> None:
     assert sum(row["tasks"] for row in found) == 801
 
 
-def test_a_name_that_is_none() -> None:
+def test_unknown_query_is_refused() -> None:
     with pytest.raises(UsageError, match="no query 'slowest'") as caught:
         store.named("slowest")
     assert "slowest_tasks" in caught.value.remedy

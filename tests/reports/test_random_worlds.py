@@ -51,7 +51,7 @@ async def lived(seed: int, folder: Path) -> list[JobRows]:
 
 
 @pytest.mark.parametrize("seed", [3, 8])
-def test_the_data_says_what_the_ledger_says(seed: int, tmp_path: Path) -> None:
+def test_tables_match_the_ledger(seed: int, tmp_path: Path) -> None:
     loop = SimLoop(inline_executor=True)
     jobs = loop.run(lived(seed, tmp_path), limit_s=10_000_000, limit_steps=trial.STEPS)
     assert jobs

@@ -15,7 +15,7 @@ def test_no_column_is_removed_or_changed() -> None:
     assert set(now) == set(pinned), "pin what is new: add it to columns.txt"
 
 
-def test_every_column_is_told_in_units_and_words() -> None:
+def test_every_column_has_a_unit_and_a_description() -> None:
     for table in TABLES:
         names = [c.name for c in table.columns]
         assert len(set(names)) == len(names)

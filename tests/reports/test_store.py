@@ -46,7 +46,7 @@ def test_several_runs_and_folders_of_runs(made_run: Path, tmp_path: Path) -> Non
         store.opened([other, tmp_path / "runs"])
 
 
-def test_what_an_older_version_has_not_written_is_null(made_run: Path, tmp_path: Path) -> None:
+def test_columns_missing_in_older_data_are_null(made_run: Path, tmp_path: Path) -> None:
     old = tmp_path / "old"
     shutil.copytree(made_run, old)
     (old / "duplicates.parquet").unlink()
@@ -156,7 +156,7 @@ def test_a_copy_within_a_query_does_not_write_over_the_run(sql: str, made_run: P
         "SELECT t.task FROM tasks t ASOF JOIN fleet f ON t.job = f.job AND t.started_s >= f.at_s;",
     ],
 )
-def test_what_reads_is_let_pass(sql: str, made_run: Path) -> None:
+def test_reading_statements_are_permitted(sql: str, made_run: Path) -> None:
     with store.opened([made_run]) as connection:
         names, rows = store.asked(connection, sql)
     assert names

@@ -132,7 +132,7 @@ def test_a_job_with_retries_failures_and_a_gather(tmp_path: Path) -> None:
         assert not ask("SELECT * FROM duplicates WHERE harmful > 0")
 
 
-def test_writing_again_comes_to_the_same(tmp_path: Path) -> None:
+def test_repeated_write_gives_the_same_files(tmp_path: Path) -> None:
     async def act(world: World) -> None:
         made = job(stage(A), stage(B, A), items=20)
         await submitted(world, made)
@@ -226,7 +226,7 @@ def test_on_demand_while_the_job_runs(tmp_path: Path) -> None:
         assert one(ask, "SELECT count(*) FROM fleet") > 10
 
 
-def test_who_is_to_end_when_it_has_just_ended_hears_nothing_of_it(tmp_path: Path) -> None:
+def test_stop_after_the_end_is_ignored(tmp_path: Path) -> None:
     """A manager that was ended in that moment wrote the report once more, and stayed for ever."""
 
     async def act(world: World) -> None:
@@ -241,7 +241,7 @@ def test_who_is_to_end_when_it_has_just_ended_hears_nothing_of_it(tmp_path: Path
     in_world(act, script=moody, **recorded())
 
 
-def test_what_was_seen_survives_the_manager(tmp_path: Path) -> None:
+def test_recorded_data_survives_the_manager(tmp_path: Path) -> None:
     """At most the last minute is lost with it."""
 
     async def act(world: World) -> Any:
@@ -300,7 +300,7 @@ def test_the_manager_writes_it_at_the_end_of_a_job(tmp_path: Path) -> None:
         assert one(ask, "SELECT succeeded FROM jobs") == 12
 
 
-def test_what_comes_twice_is_counted(tmp_path: Path) -> None:
+def test_duplicates_are_counted(tmp_path: Path) -> None:
     """Two copies of a bundle that is done: one is known for a copy, one runs again for nothing."""
 
     async def act(world: World) -> None:
@@ -329,7 +329,7 @@ def test_what_comes_twice_is_counted(tmp_path: Path) -> None:
         assert one(ask, "SELECT sum(run_s) FROM attempts") == 30 * 40.0
 
 
-def test_a_grid_where_nobody_counts_or_looks(tmp_path: Path) -> None:
+def test_grid_without_accounting_or_sampling_has_tables(tmp_path: Path) -> None:
     """What outcomes say is there all the same, and the bill is derived, as `cost bill` derives;
     whatever an error's text holds."""
     odd = 'a \0 row\'s "price" \\u0000 \N{SNOWMAN}\n' + 600 * "x"
@@ -357,7 +357,7 @@ def test_a_grid_where_nobody_counts_or_looks(tmp_path: Path) -> None:
         assert one(ask, "SELECT count(*) FROM workers") > 0
 
 
-def test_the_bucket_has_it_whole_and_knows_when_it_is_old(tmp_path: Path) -> None:
+def test_bucket_has_complete_tables_and_detects_stale_ones(tmp_path: Path) -> None:
     async def act(world: World) -> None:
         once = RetryRule(attempts=1)
         made = job(stage(A, retry=once), items=6)

@@ -42,7 +42,7 @@ def test_a_network_is_chosen_that_overlaps_none() -> None:
         compose_deployment.free_subnet(["10.0.0.0/8"])
 
 
-def test_a_deployment_is_kept_and_forgotten(tmp_path: Path) -> None:
+def test_deployment_is_stored_and_removed(tmp_path: Path) -> None:
     home = Home(tmp_path)
     assert compose_deployment.read(home) is None
     compose_deployment.write(home, AT)
@@ -60,7 +60,7 @@ def test_a_deployment_is_kept_and_forgotten(tmp_path: Path) -> None:
     assert not secret.exists()
 
 
-def test_a_deployment_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+def test_unreadable_deployment_is_reported(tmp_path: Path) -> None:
     home = Home(tmp_path)
     compose_deployment.write(home, AT)
     (compose_deployment.folder(home) / "deployment.json").write_text('{"project": 1}')
@@ -83,7 +83,7 @@ def test_the_image_has_what_is_installed_here_and_no_extras() -> None:
     assert "opentelemetry-sdk" not in names
 
 
-def test_settings_say_what_else_is_in_the_image() -> None:
+def test_settings_add_packages_to_the_image() -> None:
     image = factory.load("localstack").image
     plain = Recipe.of({}, apt=image.apt, pip=image.pip)
     assert "ffmpeg" in plain.apt
@@ -124,7 +124,7 @@ def test_how_a_grid_is_observed_is_passed_on(tmp_path: Path) -> None:
     assert not {"HOME", "OTEL_X"} & env.keys()
 
 
-def test_what_notifications_need_is_passed_on_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_secrets_of_notifications_are_passed_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[list[str]] = []
 
     def run(argv: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
@@ -139,9 +139,7 @@ def test_what_notifications_need_is_passed_on_by_its_name(tmp_path: Path, monkey
     assert yaml.safe_load(more.read_text()) == {"services": {"manager": {"environment": {"OPS_HOOK_URL": None}}}}
 
 
-def test_a_mistake_in_notify_toml_is_told_before_anything_is_started(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mistake_in_notify_toml_is_reported_before_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home, brought = Home(tmp_path), Brought(monkeypatch)
     home.notify_file.write_text("[ops]\nwebhook = 'env:NOT_SET_HERE'\n")
     with pytest.raises(UsageError, match="NOT_SET_HERE"):
@@ -150,7 +148,7 @@ def test_a_mistake_in_notify_toml_is_told_before_anything_is_started(
     assert compose_deployment.read(home) is None
 
 
-def test_what_the_manager_is_sent_is_not_kept_in_its_memory() -> None:
+def test_uploads_are_not_kept_in_the_managers_memory() -> None:
     """Its /tmp is memory, of which a container has less than one upload may bring."""
     compose = yaml.safe_load((installation.folder("compose") / "compose.yaml").read_text())
     manager = compose["services"]["manager"]
@@ -161,13 +159,13 @@ def test_what_the_manager_is_sent_is_not_kept_in_its_memory() -> None:
     assert "PrivateTmp=yes" in unit, "it is private, and goes with the service"
 
 
-def test_an_instance_knows_its_bucket_from_its_environment_alone(tmp_path: Path) -> None:
+def test_instance_finds_its_bucket_by_environment_only(tmp_path: Path) -> None:
     backend = factory.load("localstack", "http://10.213.70.10:4566/bucket-1")
     place = backend.place(Home(tmp_path))
     assert (place.url, place.bucket) == ("http://10.213.70.10:4566", "bucket-1")
 
 
-def test_what_a_folder_knows_nothing_of_is_an_orphan(tmp_path: Path) -> None:
+def test_resources_without_a_folder_are_orphans(tmp_path: Path) -> None:
     home = Home(tmp_path)
     project = name_for(home)
     assert Found(project, str(tmp_path), 3).is_orphan
@@ -188,7 +186,7 @@ def test_functions_are_sent_to_the_same_python_only(tmp_path: Path) -> None:
     backend.check_python(home)
 
 
-def test_a_folder_that_cannot_be_asked_is_no_orphan(tmp_path: Path) -> None:
+def test_resources_of_an_unreadable_folder_are_not_orphans(tmp_path: Path) -> None:
     home = Home(tmp_path)
     compose_deployment.write(home, AT)
     (compose_deployment.folder(home) / "deployment.json").write_text("[")
@@ -198,7 +196,7 @@ def test_a_folder_that_cannot_be_asked_is_no_orphan(tmp_path: Path) -> None:
     assert compose_deployment.read(Home(no_folder)) is None
 
 
-def test_an_empty_password_is_never_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_empty_password_is_never_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home = Home(tmp_path)
 
     def full(_: int) -> None:
@@ -221,7 +219,7 @@ def test_groups_end_with_their_grid(tmp_path: Path) -> None:
     assert not groups.exists()
 
 
-def test_what_else_is_in_the_folder_stays_whose_it_is(tmp_path: Path) -> None:
+def test_other_files_in_the_folder_keep_their_owner(tmp_path: Path) -> None:
     home = Home(tmp_path)
     home.make()
     home.token()
@@ -239,7 +237,7 @@ def test_an_endpoint_that_containers_cannot_reach_is_refused(tmp_path: Path) -> 
         container_grid.up(Home(tmp_path), backend, [], print)
 
 
-def test_a_service_that_did_not_start_is_no_image_that_cannot_be_pulled() -> None:
+def test_failed_service_is_not_reported_as_a_missing_image() -> None:
     assert unpulled_of([" postgres Error manifest unknown"]) == ["postgres"]
     assert not unpulled_of(["Container x-postgres-1  Error dependency failed to start"])
 
@@ -276,7 +274,7 @@ class Brought:
             container_grid.up(home, self.backend, pools, print)
 
 
-def test_a_grid_that_has_stopped_comes_back_with_todays_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stopped_grid_restarts_with_the_current_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home, brought = Home(tmp_path), Brought(monkeypatch)
     brought.up(home, Pool("big", 0, 1, 4))
     place, path = home.place("localstack"), compose_deployment.folder(home) / "templates.toml"
@@ -293,7 +291,7 @@ def test_a_grid_that_has_stopped_comes_back_with_todays_code(tmp_path: Path, mon
     assert "worker-default" in path.read_text()
 
 
-def test_only_a_grid_that_was_not_there_before_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_start_removes_only_a_new_grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home, brought = Home(tmp_path), Brought(monkeypatch)
     brought.fails = True
     brought.up(home)
@@ -307,9 +305,7 @@ def test_only_a_grid_that_was_not_there_before_is_taken_back(tmp_path: Path, mon
     assert compose_deployment.read(home) is not None
 
 
-def test_a_manager_in_a_container_gets_no_signal_by_its_number_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_manager_in_a_container_is_not_signaled_by_pid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home = Home(tmp_path)
     monkeypatch.setattr(os, "kill", lambda *_: pytest.fail("a signal to somebody else"))
     with home.locked():
@@ -326,7 +322,9 @@ def test_containers_without_a_manager_are_taken_down_too(tmp_path: Path, monkeyp
     assert compose_deployment.read(home) is None
 
 
-def test_a_service_that_ends_again_and_again_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_does_not_wait_for_a_service_that_keeps_exiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen = iter(range(7, 100))  # it has a past
 
     def inspected(_: Project) -> dict[str, Any]:
@@ -343,7 +341,7 @@ def test_a_service_that_ends_again_and_again_is_not_waited_for(tmp_path: Path, m
     assert next(seen) == 11
 
 
-def test_root_does_not_give_away_a_folder_that_is_no_grids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_root_does_not_change_the_owner_of_a_foreign_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.getuid", lambda: 0)
     (tmp_path / "letters").write_text("mine")
     with pytest.raises(UsageError, match="has other things in it"):

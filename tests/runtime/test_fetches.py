@@ -37,7 +37,7 @@ def test_the_last_fetch_of_a_job_of_that_name(home: Home) -> None:
     assert fetches.last_of(home, "su.s") is None
 
 
-def test_a_line_that_is_none_is_told_and_passed_over(home: Home, caplog: pytest.LogCaptureFixture) -> None:
+def test_invalid_line_is_reported_and_skipped(home: Home, caplog: pytest.LogCaptureFixture) -> None:
     fetches.note(home, JOB, 100)
     with home.fetched_file.open("a") as file:
         file.write('{"job": "sums\n[]\n{"job": "x"}\n')
@@ -47,8 +47,6 @@ def test_a_line_that_is_none_is_told_and_passed_over(home: Home, caplog: pytest.
     assert len(caplog.records) == 3
 
 
-def test_where_nothing_can_be_written_the_results_are_there_all_the_same(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_results_arrive_even_if_the_record_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     fetches.note(Home(tmp_path / "nowhere"), JOB, 1)
     assert "cannot be written: No such file" in caplog.text

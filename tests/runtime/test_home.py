@@ -42,7 +42,7 @@ def test_a_second_manager_is_refused(tmp_path: Path) -> None:
         pass
 
 
-def test_looking_never_keeps_a_manager_from_starting(tmp_path: Path) -> None:
+def test_readers_do_not_block_the_start_of_a_manager(tmp_path: Path) -> None:
     """Whoever starts a manager looks for it all the time, and each look takes the lock."""
     home = Home(tmp_path / "h")
     with home.locked():

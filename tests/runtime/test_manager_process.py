@@ -12,7 +12,7 @@ from batchlab.runtime.home import Home
 from tests.support.waiting import until
 
 
-def test_a_manager_that_died_by_itself_is_no_zombie_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exited_manager_is_reaped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with subprocess.Popen(["true"]) as dead, subprocess.Popen(["sleep", "60"]) as living:
         try:
             started = {one.pid: one for one in (dead, living)}

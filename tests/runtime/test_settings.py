@@ -25,7 +25,7 @@ def test_a_home_without_a_file_changes_nothing(tmp_path: Path) -> None:
     assert settings.applied(backend, _home(tmp_path, None)) == backend
 
 
-def test_what_the_file_says_takes_the_place_of_the_backends_own(tmp_path: Path) -> None:
+def test_settings_file_overrides_the_backend(tmp_path: Path) -> None:
     home = _home(tmp_path, "[manager]\ndrain_target_s = 600\nmax_receives = 3\n")
     backend = factory.load("local")
     wanted = replace(backend.manager, drain_target_s=600, max_receives=3)
@@ -47,7 +47,7 @@ def test_what_the_file_says_takes_the_place_of_the_backends_own(tmp_path: Path) 
         ("[manager\n", "cannot be read"),
     ],
 )
-def test_what_is_no_setting_is_told_in_a_sentence(tmp_path: Path, text: str, told: str) -> None:
+def test_invalid_setting_is_a_clear_error(tmp_path: Path, text: str, told: str) -> None:
     with pytest.raises(UsageError, match=told):
         settings.read(_home(tmp_path, text))
 
@@ -63,7 +63,7 @@ def test_a_control_lease_shorter_than_the_workers_is_refused(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("before", [None, "# mine\n[manager]\nidle_s = 7\n"])
-def test_what_is_said_for_a_while_is_taken_back(tmp_path: Path, before: str | None) -> None:
+def test_temporary_setting_is_restored(tmp_path: Path, before: str | None) -> None:
     home = _home(tmp_path, before)
     own = settings.read(home)
     with settings.said(home, {"drain_target_s": 2.5}, why="For a while."):
@@ -76,7 +76,7 @@ def test_what_is_said_for_a_while_is_taken_back(tmp_path: Path, before: str | No
     assert settings.read(home) == {**own, "idle_s": 9.0}
 
 
-def test_nothing_to_say_writes_nothing(tmp_path: Path) -> None:
+def test_empty_settings_write_no_file(tmp_path: Path) -> None:
     home = _home(tmp_path, None)
     with settings.said(home, {}, why="Nothing."):
         assert not home.settings_file.exists()

@@ -94,7 +94,7 @@ def test_on_and_off_is_burstier_than_poisson_at_the_same_mean() -> None:
     assert cv2(gaps(found)) == pytest.approx(1 + 2 * 100 * 4 / (4 + 4 / 3) ** 2, rel=0.12)
 
 
-def test_regular_on_and_off_keeps_its_hours() -> None:
+def test_on_off_arrivals_keep_their_hours() -> None:
     source = OnOff(
         template="j", per_hour=600, idle_per_hour=60, on_s=HOUR_S, off_s=3 * HOUR_S, regular=True, until_s=400 * HOUR_S
     )
@@ -151,7 +151,7 @@ def test_month_end_is_the_last_working_days() -> None:
     assert all(near(counts[day], 2400 * factor) for day, factor in enumerate(expected))
 
 
-def test_month_end_knows_holidays_and_hours() -> None:
+def test_month_end_arrivals_respect_holidays_and_hours() -> None:
     """Thursday 31 December is the last working day; the first one after is Monday 4 January."""
     office = tuple(1.0 if 8 <= hour < 18 else 0.0 for hour in range(24))
     source = MonthEnd(
@@ -249,7 +249,7 @@ def test_working_days() -> None:
         (lambda: FixedTimes(template="j", moments=((1.0, -1),)), "arrive -1 times"),
     ],
 )
-def test_what_makes_no_process_is_refused(make: object, message: str) -> None:
+def test_invalid_arrival_process_is_refused(make: object, message: str) -> None:
     assert callable(make)
     with pytest.raises(ValueError, match=message):
         make()

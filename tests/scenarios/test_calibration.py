@@ -63,7 +63,7 @@ def by_name(found: CalibrationResult) -> dict[str, CalibratedValue]:
     return {f"{one.name} {one.of}".strip(): one for one in found.quantities}
 
 
-def test_parameters_are_recovered_whatever_a_few_outliers_say() -> None:
+def test_parameters_are_recovered_despite_outliers() -> None:
     found = calibration.calibrate([a_run(seed) for seed in range(5)])
     made = found.calibration
     assert made.boot_s == {"default": pytest.approx(BOOT_S, rel=0.03)}
@@ -86,7 +86,7 @@ def test_parameters_are_recovered_whatever_a_few_outliers_say() -> None:
     assert found.notes == ()
 
 
-def test_a_wait_for_others_or_for_a_boot_is_no_overhead() -> None:
+def test_waits_for_slots_or_boots_are_not_overhead() -> None:
     first, second = a_job(0), a_job(1, submitted_s=30.0, started_s=70.0, ended_s=80.0)
     record = a_record(first, second, instances=tuple(an_instance(i) for i in range(3)))
     submit = by_name(calibration.calibrate([record] * 3))["submit"]
@@ -99,7 +99,7 @@ def test_a_wait_for_others_or_for_a_boot_is_no_overhead() -> None:
     assert by_name(calibration.calibrate([record] * 3))["submit"].observations == 0
 
 
-def test_a_template_whose_tasks_failed_says_nothing_of_bundles() -> None:
+def test_failed_tasks_do_not_calibrate_bundles() -> None:
     work = StageRun(
         template="claims",
         stage="parse",
@@ -128,7 +128,7 @@ def test_too_little_is_refused_in_a_sentence() -> None:
         calibration.calibrate([a_run(1), replace(a_run(2), compressed=60.0)])
 
 
-def test_a_record_that_does_not_say_what_each_took_says_no_median() -> None:
+def test_record_without_durations_has_no_median() -> None:
     old = a_run(1)
     bare = tuple(replace(stage, over_s=(), stretch=()) for stage in old.stages)
     told = by_name(calibration.calibrate([replace(old, stages=bare)]))
@@ -136,7 +136,7 @@ def test_a_record_that_does_not_say_what_each_took_says_no_median() -> None:
     assert "in records that say what each took" in told["bundle"].why
 
 
-def test_of_a_sample_each_stands_for_as_many_as_there_were() -> None:
+def test_samples_are_weighted_by_their_population() -> None:
     few = StageRun("a", "b", "default", 1, 6, 6, 6.0, 6.0, 6.0, over_s=(1.0, 1.0, 1.0))
     many = StageRun("a", "c", "default", 1, 900, 900, 9.0, 9.0, 9.0, over_s=(2.0, 2.0, 3.0))
     bundle = by_name(calibration.calibrate([a_record(stages=(few, many))]))["bundle"]
@@ -153,7 +153,7 @@ def test_numbers_are_for_the_backend_and_compression_that_they_are_of() -> None:
     assert "--like local" in refused.value.remedy
 
 
-def test_what_it_holds_for_is_told() -> None:
+def test_scope_of_the_calibration_is_described() -> None:
     plain, fast = a_run(1), a_run(2)
     (note,) = calibration.calibrate([a_record(*plain.jobs, **_of(plain), compressed=60.0)]).notes
     assert "compressed by 60" in note
@@ -165,7 +165,7 @@ def _of(record: Record) -> dict[str, object]:
     return {"instances": record.instances, "stages": record.stages}
 
 
-def test_it_is_read_as_it_was_written(tmp_path: Path) -> None:
+def test_calibration_file_round_trips(tmp_path: Path) -> None:
     made = calibration.calibrate([a_run(1)]).calibration
     file = tmp_path / "deep" / "c.json"
     calibration.write(made, file)
@@ -193,7 +193,7 @@ def test_it_is_read_as_it_was_written(tmp_path: Path) -> None:
         ('{"backend": "local", "bundel_s": 1}', "unknown key 'bundel_s'"),
     ],
 )
-def test_what_is_none_is_refused(text: str | None, why: str, tmp_path: Path) -> None:
+def test_invalid_calibration_is_refused(text: str | None, why: str, tmp_path: Path) -> None:
     file = tmp_path / "c.json"
     if text is not None:
         file.write_text(text)
@@ -205,7 +205,7 @@ def test_what_is_none_is_refused(text: str | None, why: str, tmp_path: Path) -> 
         calibration.write(Calibration("local"), tmp_path)
 
 
-def test_what_was_not_measured_stays_as_the_backend_has_it() -> None:
+def test_unmeasured_values_keep_the_backends_default() -> None:
     usual = factory.load("local").usual
     told = replace(a_run(1), backend="local")
     made = calibration.calibrate([told]).calibration

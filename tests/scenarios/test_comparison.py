@@ -45,7 +45,7 @@ def test_an_error_is_forecast_minus_fact_absolute_and_relative() -> None:
         found.of("makespan", "nobody")
 
 
-def test_what_one_of_them_does_not_say_has_no_error() -> None:
+def test_missing_measure_has_no_error() -> None:
     endless = a_record(a_job(0, ended_s=None), usd=None)
     found = compare(FORECAST, endless)
     assert found.of("makespan").fact is None
@@ -66,7 +66,7 @@ def test_curves_are_compared_over_time() -> None:
     assert sample_curve([(1.0, 5.0), (3.0, 1.0)], 4.0, 4) == [0, 5, 5, 1]
 
 
-def test_what_makes_them_less_alike_is_told() -> None:
+def test_differences_that_reduce_comparability_are_reported() -> None:
     found = compare(
         a_record(seed=1, digest="a", cut="it was interrupted", pools={"default": (0, 9, 2)}),
         a_record(
@@ -85,7 +85,7 @@ def test_what_makes_them_less_alike_is_told() -> None:
     assert compare(FORECAST, FACT).notes == ()
 
 
-def test_what_cannot_be_compared_is_refused() -> None:
+def test_incomparable_records_are_refused() -> None:
     with pytest.raises(UsageError, match="of b"):
         compare(a_record(), a_record(scenario="b"))
     with pytest.raises(UsageError, match="divided by 1, those of the fact by 60"):

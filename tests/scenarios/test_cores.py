@@ -56,7 +56,7 @@ def makespan_s(plan: Scenario, cores: int) -> float:
     return found
 
 
-def test_a_record_says_of_how_many_cores_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_record_stores_the_number_of_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {2, 5, 7}, raising=False)
     plan = claims(StageTemplate("work", Constant(1.0)), jobs=1, tasks=2)
     assert simulate(plan, like=factory.load("local")).settings["cores"] == 3

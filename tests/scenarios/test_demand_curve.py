@@ -54,7 +54,7 @@ def test_columns_are_as_wide_as_a_person_counts(span_s: float, width_s: float) -
     assert expansion.column_width_s(span_s, 72) == width_s
 
 
-def test_a_trace_that_says_how_long_tasks_take_is_believed(tmp_path: Path) -> None:
+def test_durations_of_a_trace_are_used(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("at,s\n0,100\n1,300\n")
     source = "trace: {file: t.csv, columns: {at: at, task_s: s}}"
     text = changed("poisson: {per_hour: 60, until: 1h}", source)
@@ -69,7 +69,7 @@ def test_the_chart_is_as_high_as_the_peak_and_has_the_fleet_as_a_line() -> None:
     assert drawn == ["     10   █", "          █", "      5 ┄██┄ fleet", "         ███", "      0 ────"]
 
 
-def test_a_fleet_far_above_the_peak_is_told_in_place_of_a_line() -> None:
+def test_fleet_far_above_the_peak_is_described_instead_of_drawn() -> None:
     drawn = charts.chart([1, 2], 2, fancy=True, line=100, says="fleet").splitlines()
     assert drawn[0].strip() == "(fleet: 100 slots, above this chart)"
     assert all("┄" not in line for line in drawn)
@@ -92,14 +92,14 @@ def test_the_charts_show_faults_where_they_are_and_name_them(tmp_path: Path) -> 
     assert "the largest fleet has 1 slot, so work waits" in text
 
 
-def test_plain_text_has_nothing_but_ascii(tmp_path: Path) -> None:
+def test_plain_text_is_ascii(tmp_path: Path) -> None:
     scenario = load(tmp_path, BURST)
     text = charts.text(scenario, expansion.build_curve(scenario, expand(scenario).jobs), fancy=False)
     assert text.isascii()
     assert "#" in text
 
 
-def test_a_fault_is_said_with_what_belongs_to_it() -> None:
+def test_fault_is_described_with_its_parameters() -> None:
     said = charts.fault_text(Fault(FaultName.S3_ERRORS, 60, 300, rate=0.25))
     assert said == "60 s: s3-errors, S3 answers a share of all requests with 503 (25%), for 5 min"
     said = charts.fault_text(Fault(FaultName.ZONE_LOSS, 60, 300))

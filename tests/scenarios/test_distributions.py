@@ -71,7 +71,7 @@ def test_a_quantile_grows_with_its_unit(draw: Distribution, units: list[float]) 
     assert all(b >= a * (1 - 1e-12) for a, b in pairwise(drawn))
 
 
-def test_quantiles_by_hand() -> None:
+def test_quantiles_match_hand_computations() -> None:
     assert Uniform(1, 5).at(0.25) == 2.0
     assert Exponential(4.0).at(1 - 1 / e) == pytest.approx(4.0)
     assert Lognormal(4.0, 0.8).at(0.5) == pytest.approx(4.0)
@@ -83,7 +83,7 @@ def test_quantiles_by_hand() -> None:
     assert [Empirical((5.0, 1.0, 9.0)).at(unit) for unit in (0.0, 0.34, 0.99)] == [1.0, 5.0, 9.0]
 
 
-def test_spread_and_tail_are_as_the_books_say() -> None:
+def test_spread_and_tail_match_the_literature() -> None:
     assert cv2(sample(Exponential(4.0))) == pytest.approx(1.0, abs=0.03)
     assert cv2(sample(Lognormal(4.0, 0.8))) == pytest.approx(exp(0.8**2) - 1, rel=0.06)
     assert cv2(sample(Uniform(0.0, 6.0))) == pytest.approx(1 / 3, abs=0.005)
@@ -125,7 +125,7 @@ def test_a_bounded_pareto_of_alpha_one_has_its_own_mean() -> None:
         (lambda: Mixture(((0.0, Constant(1.0)),)), "weight must be"),
     ],
 )
-def test_what_is_no_distribution_is_refused(make: object, message: str) -> None:
+def test_invalid_distribution_is_refused(make: object, message: str) -> None:
     assert callable(make)
     with pytest.raises(ValueError, match=message):
         make()

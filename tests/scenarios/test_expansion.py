@@ -63,7 +63,7 @@ SCENARIO = Scenario(
 )
 
 
-def test_jobs_come_in_order_of_time_with_index_size_and_tenant() -> None:
+def test_jobs_are_sorted_by_arrival_with_index_size_and_tenant() -> None:
     jobs = expand(SCENARIO).jobs
     assert [job.index for job in jobs] == list(range(len(jobs)))
     assert [job.due_s for job in jobs] == sorted(job.due_s for job in jobs)
@@ -74,14 +74,14 @@ def test_jobs_come_in_order_of_time_with_index_size_and_tenant() -> None:
     assert len({job.id for job in jobs}) == len(jobs)
 
 
-def test_the_same_seed_gives_the_same_jobs_and_another_seed_others() -> None:
+def test_jobs_depend_only_on_the_seed() -> None:
     assert expand(SCENARIO) == expand(SCENARIO, seed=7)
     assert expand(SCENARIO, seed=8).jobs != expand(SCENARIO).jobs
     other = {job.id for job in expand(SCENARIO, seed=8).jobs}
     assert not other & {job.id for job in expand(SCENARIO).jobs}
 
 
-def test_another_file_or_compression_gives_its_jobs_other_ids() -> None:
+def test_job_ids_depend_on_the_trace_file() -> None:
     ids = {job.id for job in expand(SCENARIO).jobs}
     assert not ids & {job.id for job in expand(replace(SCENARIO, digest="other")).jobs}
     assert not ids & {job.id for job in expand(compress_scenario(SCENARIO, 60)).jobs}
@@ -96,7 +96,7 @@ def test_a_second_source_changes_nothing_in_what_the_first_sends() -> None:
     assert len(sent(alone)) > 100
 
 
-def test_an_arrival_of_no_job_names_those_there_are() -> None:
+def test_arrival_of_an_unknown_job_lists_the_known_ones() -> None:
     wrong = replace(SCENARIO, arrivals=(FixedTimes(template="claim", moments=((0.0, 1),)),))
     with pytest.raises(UsageError, match="names the job 'claim'") as caught:
         expand(wrong)
@@ -188,7 +188,7 @@ def test_the_share_that_fails_is_as_declared_and_each_attempt_is_new() -> None:
     assert expansion.failing_tasks(7, job(), CLAIMS.stages[1], every, 1) == frozenset()
 
 
-def test_the_first_tasks_are_the_poisonous_ones() -> None:
+def test_first_tasks_are_the_poisonous_ones() -> None:
     encode = MEDIA.stages[0]
     assert [expansion.kills_worker(job(MEDIA), encode, task) for task in range(4)] == [True, True, False, False]
     assert not expansion.kills_worker(job(), CLAIMS.stages[0], 0)

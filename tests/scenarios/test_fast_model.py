@@ -40,7 +40,7 @@ def of(record: Record, name: str) -> float:
     return found
 
 
-def test_instances_that_are_there_do_so_many_rounds() -> None:
+def test_available_instances_run_the_tasks_in_rounds() -> None:
     for size, rounds in ((4, 4), (3, 6), (16, 1)):
         found = sketched(claims(MINUTE, jobs=1, tasks=32, pool=fixed(size)))
         assert of(found, "makespan") == 60.0 * rounds
@@ -50,7 +50,7 @@ def test_instances_that_are_there_do_so_many_rounds() -> None:
         assert all(one.launched_s == 0 and one.ended_s is None for one in found.instances)
 
 
-def test_a_fleet_comes_after_a_boot_and_goes_when_it_is_idle() -> None:
+def test_fleet_grows_after_a_boot_and_shrinks_when_idle() -> None:
     plan = PoolPlan(Pool("default", 0, 2, 2, 90.0, instance_type="m7i.large"))
     found = sketched(claims(MINUTE, jobs=1, tasks=8, pool=plan))
     first, *_ = found.instances
@@ -62,7 +62,7 @@ def test_a_fleet_comes_after_a_boot_and_goes_when_it_is_idle() -> None:
     assert of(sketched(early), "makespan") == 90.0 + 2 * 60.0
 
 
-def test_a_gather_waits_for_all_and_a_chain_goes_on_piece_by_piece() -> None:
+def test_gather_waits_for_all_and_a_chain_continues_by_piece() -> None:
     follows = StageTemplate("price", Constant(60.0), after=("sums",))
     gathers = StageTemplate("all", Constant(5.0), after=("price",), gather="*")
     found = sketched(claims(MINUTE, follows, gathers, jobs=1, tasks=16, pool=fixed(4)))
@@ -71,7 +71,7 @@ def test_a_gather_waits_for_all_and_a_chain_goes_on_piece_by_piece() -> None:
 
 
 @pytest.mark.parametrize("after", [("slow", "quick"), ("quick", "slow"), ("quick", "more")])
-def test_what_follows_several_item_by_item_is_cut_as_all_of_them(after: tuple[str, str]) -> None:
+def test_follow_up_of_several_stages_is_cut_as_one(after: tuple[str, str]) -> None:
     """Long tasks beside short ones: each by itself would be cut into other pieces."""
     stages = (
         StageTemplate("slow", Constant(100.0)),
@@ -114,7 +114,7 @@ def test_a_spot_wave_takes_what_does_not_end_in_time() -> None:
     assert miss.impossible
 
 
-def test_without_a_calibration_it_goes_by_what_is_usual_on_the_backend() -> None:
+def test_defaults_of_the_backend_apply_without_a_calibration() -> None:
     """Processes start at once, whatever the scenario says; and a wave takes any of them."""
     wave = Fault(FaultName.SPOT_WAVE, 30.0, notice_s=10.0)
     plan = claims(MINUTE, jobs=1, tasks=8, faults=(wave,))
@@ -125,7 +125,7 @@ def test_without_a_calibration_it_goes_by_what_is_usual_on_the_backend() -> None
     assert not hit.impossible
 
 
-def test_it_is_not_over_before_the_last_prewarming_and_fault_are() -> None:
+def test_run_ends_after_the_last_prewarming_and_fault() -> None:
     plan = PoolPlan(Pool("default", 0, 4, 2, 90.0, instance_type="m7i.large"))
     warm = (Prewarm("default", 3, 4500.0, 6000.0),)
     late = claims(MINUTE, jobs=1, tasks=2, pool=plan, prewarm=warm)
@@ -140,7 +140,7 @@ def test_it_is_not_over_before_the_last_prewarming_and_fault_are() -> None:
     assert missed.impossible
 
 
-def test_when_the_last_job_is_there_it_looks_at_each_tick() -> None:
+def test_idle_time_after_the_last_job_is_checked_at_each_tick() -> None:
     tick_s = factory.load("aws").manager.tick_s
     plan = claims(MINUTE, jobs=2, gap_s=10 * fast_model.MAX_POLICY_CHECKS * tick_s, tasks=64)
     moments = [one.at_s for one in sketched(plan).samples]
@@ -163,7 +163,7 @@ def test_short_tasks_are_pieces_and_a_long_one_is_its_own(monkeypatch: pytest.Mo
         assert all(a.number + 1 == b.number for a, b in pairwise(parse))
 
 
-def test_it_is_near_what_the_simulator_says() -> None:
+def test_fast_model_is_near_the_simulator() -> None:
     """Stages, boots, a fleet that comes and goes, and Spot that is taken."""
     wave = (Fault(FaultName.SPOT_WAVE, 200.0),)
     plan = claims(jobs=6, tasks=100, faults=wave)
@@ -174,7 +174,7 @@ def test_it_is_near_what_the_simulator_says() -> None:
     assert of(rough, "peak_fleet") == pytest.approx(of(exact, "peak_fleet"), abs=1)
 
 
-def test_what_is_simulated_is_what_the_sketch_finds_worth_it() -> None:
+def test_candidates_of_the_fast_model_are_simulated() -> None:
     """A sketch that is off by a fifth in time and money costs a round more, and not the answer."""
     exact, off = Grid(240, 30.0, noise=0.1), Grid(240, 24.0, noise=0.1)
     plain = Search(a_scenario(), Goal(660.0), exact)

@@ -35,7 +35,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- The ledger of undos --------------------------------------------------------------------------
 
 
-def test_undone_is_what_came_last_first_and_one_that_fails_keeps_nobody() -> None:
+def test_undo_runs_in_reverse_and_continues_after_an_error() -> None:
     done: list[str] = []
 
     def mend(name: str, *, fails: int = 0) -> Callable[[], Awaitable[None]]:
@@ -85,7 +85,7 @@ def test_a_cancellation_waits_for_the_call_that_breaks_and_for_its_undo() -> Non
     assert said == ["broken", "mended"]
 
 
-def test_a_loop_that_is_closed_mends_first() -> None:
+def test_closed_loop_undoes_its_faults_first() -> None:
     """As a second Ctrl-C closes it: all tasks are cancelled, those that mend too."""
     said: list[str] = []
 
@@ -138,7 +138,7 @@ def place(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", IN_CONTAINERS)
-def test_in_containers_nothing_stands_wherever_it_is_cancelled(name: FaultName, tmp_path: Path, place: None) -> None:
+def test_container_faults_are_undone_after_any_cancellation(name: FaultName, tmp_path: Path, place: None) -> None:
     assert at_every_wait(lambda: DockerWorld(tmp_path), harm_of(name)) > 5
 
 
@@ -161,9 +161,7 @@ def test_in_containers_nothing_stands_whichever_call_fails(
     raise AssertionError("it never came to its end")
 
 
-def test_a_break_that_cannot_be_undone_is_told_and_keeps_no_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_undo_is_reported_and_blocks_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     world = DockerWorld(tmp_path)
     unpause = world.docker.unpause
 
@@ -181,7 +179,7 @@ def test_a_break_that_cannot_be_undone_is_told_and_keeps_no_other(
 # --- The injector ---------------------------------------------------------------------------------
 
 
-def test_what_does_not_go_as_it_should_is_told_as_that(tmp_path: Path) -> None:
+def test_unexpected_error_is_reported_as_such(tmp_path: Path) -> None:
     async def nobody_sees(_: Fault) -> FaultResult:
         raise EffectNotSeen("The end of the instances was not seen within 60 s.")
 
@@ -203,7 +201,7 @@ def test_what_does_not_go_as_it_should_is_told_as_that(tmp_path: Path) -> None:
     assert (after.impossible, after.trouble) == ("the run was over before", "")
 
 
-def test_what_breaks_the_same_thing_waits_until_the_first_is_mended(tmp_path: Path) -> None:
+def test_fault_on_the_same_target_waits_for_the_undo(tmp_path: Path) -> None:
     """However long that takes longer than the fault."""
     said: list[str] = []
 
@@ -250,7 +248,7 @@ def test_nothing_is_broken_once_all_is_to_be_undone(tmp_path: Path, name: FaultN
     assert asyncio.run(go()).impossible == "the run was over before"
 
 
-def test_whoever_harm_is_done_by_is_let_go_of(tmp_path: Path) -> None:
+def test_suspended_processes_are_resumed(tmp_path: Path) -> None:
     async def go() -> None:
         home = Home(tmp_path)
         compose_deployment.write(home, AT)

@@ -25,7 +25,7 @@ from tests.support.grid.backends import command as batchlab
 PAGE = ROOT / "docs" / "faults.md"
 
 
-def test_what_cannot_be_is_told_as_a_part_of_a_sentence() -> None:
+def test_impossible_fault_is_a_part_of_a_sentence() -> None:
     told = impossible("local")
     assert set(told) == {FaultName.PARTITION, FaultName.ZONE_LOSS, FaultName.S3_ERRORS}
     assert not any(why.endswith(".") for why in told.values())
@@ -45,7 +45,7 @@ def test_the_docs_print_the_table() -> None:
     assert rendered() in PAGE.read_text(), rendered()
 
 
-def test_the_docs_say_what_each_fault_is() -> None:
+def test_docs_describe_each_fault() -> None:
     text = PAGE.read_text()
     for fault in FaultName:
         assert f"- `{fault}`: {fault.meaning}" in text
@@ -67,12 +67,12 @@ def scene(name: str, tmp_path: Path) -> TargetGrid:
 
 
 @pytest.mark.parametrize("name", ["local", "ministack"])
-def test_what_the_table_promises_there_is(name: str, tmp_path: Path) -> None:
+def test_faults_in_the_table_exist(name: str, tmp_path: Path) -> None:
     found = processes.actions(scene(name, tmp_path), FaultProxy("http://127.0.0.1:1"))
     assert set(found) == {fault for fault, there, cell in rows((name,)) if cell.possible}
 
 
-def test_what_the_table_promises_of_containers_and_aws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_faults_of_containers_and_aws_in_the_table_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from batchlab.scenarios.faults import containers
 
     for name, module in (("localstack", containers), ("aws", aws_stack)):
@@ -83,7 +83,7 @@ def test_what_the_table_promises_of_containers_and_aws(tmp_path: Path, monkeypat
         assert set(found) == {fault for fault, _, cell in rows((name,)) if cell.possible}
 
 
-def test_what_cannot_be_is_said_and_nothing_is_done(tmp_path: Path) -> None:
+def test_impossible_fault_is_reported_without_effect(tmp_path: Path) -> None:
     async def inject(name: str, fault: FaultName) -> str:
         there = scene(name, tmp_path)
         injector = injector_for(there.backend, there.home, there.client)

@@ -182,7 +182,7 @@ def test_whether_jobs_of_a_trace_can_be_joined_follows_from_its_records(tmp_path
         expand(load(tmp_path, text))
 
 
-def test_details_of_stages_and_faults_are_kept(tmp_path: Path) -> None:
+def test_details_of_stages_and_faults_are_loaded(tmp_path: Path) -> None:
     stage = "{name: sum, gather: {by: region, groups: 3}, task: 5s, kind: cpu, retry: 2, poison: 1}"
     text = changed("{name: sum, gather: all, task: 5s}", stage)
     text = text.replace("fault: kill, count: 1", "fault: zone-loss, zone: b, for: 5m")

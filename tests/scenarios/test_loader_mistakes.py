@@ -238,9 +238,7 @@ TASKS = "{lognormal: {median: 20, sigma: 0.5}}"
         ("{claims: {p95_wait: 5m}}", "{small: {late: 0}}", 20, "'small' has no deadline to miss"),
     ],
 )
-def test_a_mistake_is_told_with_its_line_and_a_remedy(
-    tmp_path: Path, old: str, new: str, line: int, words: str
-) -> None:
+def test_mistake_has_its_line_and_a_remedy(tmp_path: Path, old: str, new: str, line: int, words: str) -> None:
     (tmp_path / "t.csv").write_text("a,b\n1,2\n")
     os.mkfifo(tmp_path / "pipe.swf")
     errors = refused(tmp_path, changed(old, new))
@@ -249,7 +247,7 @@ def test_a_mistake_is_told_with_its_line_and_a_remedy(
     assert words in f"{errors[0].message} {errors[0].remedy}"
 
 
-def test_all_mistakes_are_told_at_once_in_the_order_of_their_lines(tmp_path: Path) -> None:
+def test_all_mistakes_are_reported_in_line_order(tmp_path: Path) -> None:
     errors = refused(
         tmp_path,
         """\
@@ -274,7 +272,7 @@ expect: {lsot: 0}
     assert [error.line for error in errors] == [2, 4, 5, 8, 10, 11, 13, 14, 15, 16]
 
 
-def test_what_depends_on_a_mistake_is_not_told_as_a_second_one(tmp_path: Path) -> None:
+def test_consequences_of_a_mistake_are_not_reported(tmp_path: Path) -> None:
     [error] = refused(tmp_path, changed("pools:", "polls:"))
     assert error.message == "There is no key 'polls' here."
     [error] = refused(tmp_path, changed("instance_type: m7i", "instance_tpye: m7i"))
@@ -350,7 +348,7 @@ def test_the_times_of_a_job_files_stages_are_looked_at(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[]", "5", "# only a comment", "&a [*a]"])
-def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None:
+def test_file_that_is_not_a_mapping_is_refused(tmp_path: Path, text: str) -> None:
     [error] = refused(tmp_path, text)
     assert "A scenario is a mapping" in error.message or "nested" in error.message
 

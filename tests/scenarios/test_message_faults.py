@@ -67,7 +67,7 @@ def inject(place: Place, name: FaultName, **more: Any) -> Coroutine[Any, Any, Fa
     return do(place.scene, Fault(name, 0.0, pool="a", **more))
 
 
-async def test_every_message_comes_under_two_ids(place: Place) -> None:
+async def test_every_message_is_delivered_under_two_ids(place: Place) -> None:
     seen = await inject(place, FaultName.SQS_DUPLICATES, rate=1.0, for_s=8.0)
     assert seen.targets == (QUEUE,)
     hit, came, given, again = numbers(seen.evidence)[:4]
@@ -101,7 +101,7 @@ async def test_late_messages_are_nobodys_until_it_is_over(place: Place) -> None:
     assert len(after | meanwhile) == COUNT
 
 
-async def test_what_is_undone_gives_back_at_once(place: Place) -> None:
+async def test_undo_releases_messages_at_once(place: Place) -> None:
     doing = asyncio.ensure_future(inject(place, FaultName.SQS_DELAYS, rate=1.0, for_s=600.0))
     await asyncio.sleep(1.5)
     assert not await place.take()

@@ -30,7 +30,7 @@ def test_a_share_is_rounded_up_and_by_no_hair_more(share: float, count: int | No
     assert Fault(FaultName.KILL, 0.0, share=share, count=count).among(there) == hit
 
 
-def test_a_record_of_another_version_is_refused_as_such(tmp_path: Path) -> None:
+def test_record_of_another_version_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "a.json"
     record.write(a_record(), file)
     assert record.read(file) == a_record()

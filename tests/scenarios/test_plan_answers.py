@@ -64,7 +64,7 @@ def a_room(useful: int) -> SizeLimits:
     return SizeLimits({"default": 4}, {"default": useful}, {"default": demand})
 
 
-def test_nothing_is_pre_warmed_that_is_there_anyway() -> None:
+def test_existing_capacity_is_not_prewarmed() -> None:
     """`check` refuses that: it would change nothing."""
     warm = (Prewarm("default", 3, 60.0, 160.0),)
     for least, step in product((0, 1, 2, 3, 5), (0.5, 0.12)):
@@ -98,7 +98,7 @@ def test_a_wave_that_has_no_spot_instance_to_take_is_to_be_deleted() -> None:
 
 
 @pytest.mark.parametrize(("deadline_s", "cannot"), [(1200.0, True), (1201.0, False)])
-def test_a_deadline_before_the_last_arrival_is_said_to_be_met_by_no_fleet(deadline_s: float, cannot: bool) -> None:
+def test_deadline_before_the_last_arrival_is_impossible(deadline_s: float, cannot: bool) -> None:
     arrivals = (FixedTimes(template="plain", moments=((300.0, 1), (1500.0, 1))),)
     late = (TrialResult(7, 1600.0, 0.5, 0, 0, 0, 2, {}, None),)
     jobs = {"plain": JobTemplate("plain", (stage("work", 30.0),), Constant(1))}

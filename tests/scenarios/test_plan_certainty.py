@@ -64,7 +64,7 @@ class Failing(Grid):
 
 
 @pytest.mark.parametrize("how", ["fails", "loses"])
-def test_a_fleet_whose_jobs_fail_is_cheap_and_not_to_be_had(how: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cheap_fleet_with_failing_jobs_is_excluded(how: str, capsys: pytest.CaptureFixture[str]) -> None:
     grid = Failing(240, 30.0)
     grid.how = how
     found = a_plan(grid, Goal(660.0))
@@ -92,7 +92,7 @@ def told_of(outcomes: list[TrialResult], goal: Goal) -> tuple[Plan, str]:
     return made, scenario_plan.text(made)
 
 
-def test_in_time_and_within_the_budget_are_asked_of_the_same_run() -> None:
+def test_deadline_and_budget_apply_to_the_same_run() -> None:
     """Nineteen of twenty are in time and nineteen within the budget, but not the same ones."""
     runs = [an_outcome(seed, 50.0, 1.0) for seed in range(10, 28)]
     runs += [an_outcome(28, 150.0, 1.0), an_outcome(29, 50.0, 3.0)]
@@ -108,7 +108,7 @@ def test_in_time_and_within_the_budget_are_asked_of_the_same_run() -> None:
     assert "Recommended: 1.05 USD a run, in time and within the budget in 19 of 20 fresh" in told
 
 
-def test_a_wave_that_hit_nobody_is_told() -> None:
+def test_wave_without_effect_is_reported() -> None:
     runs = [an_outcome(seed, 50.0, 1.0, hit=seed >= 13) for seed in range(10, 30)]
     plan, told = told_of(runs, Goal(100.0))
     assert plan.to_json()["waves_missed"] == 3
@@ -117,7 +117,7 @@ def test_a_wave_that_hit_nobody_is_told() -> None:
     assert "hit no instance" not in told
 
 
-def test_the_wave_comes_when_most_are_at_work() -> None:
+def test_wave_hits_at_the_busiest_time() -> None:
     """Not while an hour passes in which nothing is due."""
     grid = Grid(200, 30.0, due_s=3600.0)
     found = a_plan(grid, Goal(600.0))
@@ -174,7 +174,7 @@ def test_a_candidate_changes_fleet_and_policy_and_nothing_else() -> None:
     )
 
 
-def test_what_it_prints_is_read_back_from_yaml() -> None:
+def test_printed_plan_can_be_loaded_from_yaml() -> None:
     plan = PoolPlan(Pool("default", 1, 9, 4, 90.0, instance_type="m7i.large"), 0.5)
     warm = Prewarm("default", 5, 25_200.0, 32_400.5)
     scenario = a_scenario(pools=(plan,), policy=Policy(600.0, None, 45.5), prewarm=(warm,))

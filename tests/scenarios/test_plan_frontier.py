@@ -43,5 +43,5 @@ def test_the_interval_is_wilsons(met: int, of: int, low: float, high: float) -> 
     assert found[1] == pytest.approx(high, abs=5e-5)
 
 
-def test_of_no_seed_nothing_is_known() -> None:
+def test_plan_without_seeds_knows_nothing() -> None:
     assert SeedShare(0, 0).interval == (0.0, 1.0)

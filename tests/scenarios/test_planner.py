@@ -46,7 +46,7 @@ def test_as_many_instances_as_the_work_needs(tasks: int, task_s: float, deadline
 @pytest.mark.parametrize(
     ("tasks", "task_s", "deadline_s"), [(200, 30.0, 600.0), (97, 50.0, 400.0), (1500, 3.0, 400.0), (60, 100.0, 450.0)]
 )
-def test_as_cheap_as_the_cheapest_of_all_there_are(tasks: int, task_s: float, deadline_s: float) -> None:
+def test_plan_is_as_cheap_as_the_cheapest_candidate(tasks: int, task_s: float, deadline_s: float) -> None:
     """Against every size and every Spot share, where a wave costs what was bought on Spot."""
     scenario, grid = a_scenario(faults=WAVE), Grid(tasks, task_s)
     cheapest = math.inf
@@ -62,7 +62,7 @@ def test_as_cheap_as_the_cheapest_of_all_there_are(tasks: int, task_s: float, de
     assert found.chosen.usd <= 1.01 * cheapest
 
 
-def test_what_booting_alone_would_make_late_is_pre_warmed() -> None:
+def test_boot_delay_is_covered_by_prewarming() -> None:
     """Work that is due after an hour and has to be done before an instance could have booted:
     pre-warmed it costs minutes, with a minimum it would cost the whole hour."""
     grid = Grid(20, 40.0, due_s=3600.0)
@@ -128,7 +128,7 @@ def test_a_fleet_is_recommended_that_is_in_time_with_other_luck_too() -> None:
     assert sorted(one.finish_s for one in found.fresh) == sorted(ends)
 
 
-def test_the_frontier_has_no_point_that_another_one_beats() -> None:
+def test_no_point_of_the_frontier_is_dominated() -> None:
     found = a_plan(Grid(200, 30.0), Goal(600.0), a_scenario(faults=WAVE))
     points = found.frontier
     assert len(points) >= 4
@@ -138,7 +138,7 @@ def test_the_frontier_has_no_point_that_another_one_beats() -> None:
     assert ahead == []
 
 
-def test_what_is_recommended_is_on_the_frontier_that_is_shown() -> None:
+def test_recommendation_is_on_the_shown_frontier() -> None:
     """Also where something not so simple is a hair cheaper, for which it is taken."""
     for tasks in (50, 97, 200, 333):
         found = a_plan(Grid(tasks, 30.0, noise=0.1), Goal(600.0), a_scenario(), seeds=8, runs=120)
@@ -184,7 +184,7 @@ def test_a_budget_that_is_too_small(capsys: pytest.CaptureFixture[str]) -> None:
     assert "In time and within the budget in 20 of 20 fresh seeds" in capsys.readouterr().out
 
 
-def test_without_a_price_there_is_no_plan() -> None:
+def test_plan_without_prices_is_refused() -> None:
     grid = Grid(10, 1.0)
     with pytest.raises(UsageError, match="has no cost"):
         a_plan(lambda scenario, seed: replace(grid(scenario, seed), usd=None), Goal(600.0))
@@ -209,7 +209,7 @@ def test_all_candidates_live_through_the_same_seeds() -> None:
     assert all(bool(s.faults) == (s.pools[0].spot > 0) for s, _ in grid.asked)
 
 
-def test_the_same_seed_gives_the_same_plan_whoever_computes_it() -> None:
+def test_plan_depends_only_on_the_seed() -> None:
     scenario, goal = a_scenario(), Goal(600.0)
     first, second = (a_plan(Grid(200, 30.0, noise=0.2), goal, scenario, seeds=6, runs=60, processes=n) for n in (1, 2))
     assert first.to_json() == second.to_json()
@@ -217,7 +217,7 @@ def test_the_same_seed_gives_the_same_plan_whoever_computes_it() -> None:
     assert other.to_json() != first.to_json()
 
 
-def test_no_tie_goes_to_the_process_that_was_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ties_do_not_depend_on_process_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     each = Crew.each
 
     def late_ones_first(self: Crew[Any, Any], items: Any) -> Iterator[Any]:
@@ -255,7 +255,7 @@ def test_one_crew_lives_through_all_rounds(is_stopped: bool, monkeypatch: pytest
     assert search.answer() is not None
 
 
-def test_a_search_that_may_not_go_on_says_so() -> None:
+def test_limited_search_is_reported() -> None:
     grid = Grid(200, 30.0)
     found = a_plan(grid, Goal(600.0), seeds=5, runs=20)
     assert len(grid.asked) == found.runs <= 20
@@ -276,7 +276,7 @@ class Impatient(Grid):
 
 
 @pytest.mark.parametrize(("at", "said"), [(0, "Nothing is known yet"), (1, "interrupted"), (50, "interrupted")])
-def test_ctrl_c_ends_it_with_what_is_known(at: int, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_ends_the_search_with_its_results(at: int, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     grid = Impatient(200, 30.0)
     grid.at = at
     code = scenario_plan.search_and_show(Search(a_scenario(), Goal(600.0), grid), json=False)

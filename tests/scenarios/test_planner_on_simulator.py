@@ -156,7 +156,7 @@ def test_runs_are_calibrated_and_compared_from_files(facts: list[Record], run: R
 # --- Planning ------------------------------------------------------------------------------------
 
 
-def test_the_planner_finds_what_arithmetic_says_of_the_simulated_grid() -> None:
+def test_planner_matches_arithmetic_on_the_simulated_grid() -> None:
     """By 5 min an instance that is there does 4 or 5 rounds of 2 tasks of a minute: 4 instances do
     all 32, 3 do not. A fleet that comes and goes, or Spot, can only make it cheaper."""
     scenario = a_scenario(PLAIN)
@@ -203,7 +203,7 @@ def test_a_plan_from_file_to_exit_code(run: Run, tmp_path: Path) -> None:
     assert "No fleet was found that is in time for 0.001 USD" in told
 
 
-def test_a_forecast_and_a_plan_cost_what_the_grids_own_prices_say(run: Run, tmp_path: Path) -> None:
+def test_forecast_and_plan_use_the_grids_prices(run: Run, tmp_path: Path) -> None:
     """They took the prices that ship, where bill, estimate and replay take those of the home."""
     file, home = tmp_path / "plain.yaml", tmp_path / "home"
     file.write_text(PLAIN)
@@ -234,7 +234,7 @@ def test_a_forecast_and_a_plan_cost_what_the_grids_own_prices_say(run: Run, tmp_
         (("--deadline", "1h", "--calibration", "none.json"), "cannot be read"),
     ],
 )
-def test_what_makes_no_sense_is_refused(options: tuple[str, ...], why: str, run: Run, tmp_path: Path) -> None:
+def test_contradictory_options_are_refused(options: tuple[str, ...], why: str, run: Run, tmp_path: Path) -> None:
     file = tmp_path / "plain.yaml"
     file.write_text(PLAIN)
     code, _, said = run("scenario", "plan", file, *options)

@@ -18,7 +18,7 @@ def test_a_stream_is_what_it_was_in_every_earlier_version() -> None:
     assert [stream.unit(i) for i in (0, 1, 10**7)] == [0.702721095486368, 0.43210571291805444, 0.218675104799522]
 
 
-def test_it_is_splitmix64() -> None:
+def test_generator_is_splitmix64() -> None:
     """The first outputs that the reference implementation gives for the state 1234567."""
     stream = Stream(0)
     object.__setattr__(stream, "_key", (1234567 + 0x9E3779B97F4A7C15) % 2**64)
@@ -68,7 +68,7 @@ def test_a_generator_starts_from_the_stream() -> None:
     assert Stream(1, "a").random().random() != Stream(1, "b").random().random()
 
 
-def test_names_are_told_apart() -> None:
+def test_names_give_independent_streams() -> None:
     assert Stream(1, "a", 1).unit() != Stream(1, "a", 11).unit()
     assert Stream(11, "a").unit() != Stream(1, "1a").unit()
     with pytest.raises(AttributeError):

@@ -140,7 +140,7 @@ def max_bytes(path: Path) -> int:
     return max(int(a) + int(b) + int(c) for _, _, _, a, b, c in rows)
 
 
-def test_facebook_says_where_a_gap_column_is_no_time(traces: Path) -> None:
+def test_gap_column_of_facebook_is_not_a_time(traces: Path) -> None:
     path = traces / "FB-2009_samples_24_times_1hr_0.tsv"
     trace = table(path, Columns("job"), FACEBOOK)
     (kind,) = summarize(trace.odd())

@@ -166,7 +166,7 @@ def test_a_record_of_any_backend_is_a_scenario_that_is_fine_and_its_jobs_are_a_t
         assert [(job.due_s, job.tasks, job.template.name) for job in schedule.jobs] == wanted
 
 
-def test_jobs_of_which_too_little_is_known_are_counted(tmp_path: Path) -> None:
+def test_jobs_with_too_little_data_are_counted(tmp_path: Path) -> None:
     record = _record()
     lacking = replace(record.jobs[0], index=JOBS, tasks=None)
     past = recording.from_record(replace(record, jobs=(*record.jobs, lacking)), "again")
@@ -178,13 +178,13 @@ def test_a_record_without_jobs_is_refused(tmp_path: Path) -> None:
         recording.from_record(replace(_record(), jobs=()), "none")
 
 
-def test_where_nothing_can_be_written_is_told(tmp_path: Path) -> None:
+def test_unwritable_path_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="cannot be written"):
         recording.write(recording.from_record(_record(), "again"), tmp_path / "file" / "again.yaml")
 
 
-def test_no_file_of_anothers_is_written_over_by_the_trace(tmp_path: Path) -> None:
+def test_recorded_trace_overwrites_no_foreign_file(tmp_path: Path) -> None:
     past = recording.from_record(_record(), "again")
     with pytest.raises(UsageError, match=r"x\.jsonl cannot be both the scenario and its trace"):
         recording.write(past, tmp_path / "x.jsonl")

@@ -32,7 +32,7 @@ def digest(seed: int) -> str:
     return record.log_digest
 
 
-def test_the_log_is_the_same_in_another_process_with_another_hash_seed() -> None:
+def test_log_does_not_depend_on_the_hash_seed() -> None:
     program = "from tests.scenarios.test_repeatable import digest; print(digest(3))"
     found = {
         subprocess.run(

@@ -39,7 +39,7 @@ def outcome(tasks: range, *, attempt: int = 1, round_: int = 0, failed: int | No
     )
 
 
-def test_a_task_with_two_results_is_a_duplicate_and_a_retried_one_is_none() -> None:
+def test_task_with_two_results_is_a_duplicate_and_a_retried_one_is_not() -> None:
     assert duplicates([outcome(range(4)), outcome(range(4, 8))]) == 0
     assert duplicates([outcome(range(4)), outcome(range(3, 8))]) == 1
     assert duplicates([outcome(range(4), failed=2), outcome(range(2, 3), attempt=2)]) == 1
@@ -47,7 +47,7 @@ def test_a_task_with_two_results_is_a_duplicate_and_a_retried_one_is_none() -> N
     assert duplicates([outcome(range(4), failed=2), outcome(range(2, 3), round_=1)]) == 0
 
 
-def test_of_a_task_that_ran_in_two_rounds_the_last_counts() -> None:
+def test_last_round_of_a_task_counts() -> None:
     found = succeeded_s([outcome(range(2), round_=1), outcome(range(4))])
     assert found == {0: 2.0, 1: 2.0, 2: 1.0, 3: 1.0}
 
@@ -119,7 +119,7 @@ def test_an_instances_life_is_put_together_from_looks_and_activities() -> None:
     }
 
 
-def test_an_instance_that_a_look_has_missed_goes_on() -> None:
+def test_instance_missing_from_one_sample_continues() -> None:
     there, missing = _grid(("w-1", "InService", 1001.0)), _grid()
     gone = _grid(("w-1", "Terminated", 1001.0))
     sampler = GridSampler(cast("ManagerConnection", FakeLink(there, missing, there, gone, missing)))

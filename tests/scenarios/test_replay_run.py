@@ -137,7 +137,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("good", [0, 1])
-def test_what_cannot_be_prepared_ends_the_run_at_once(tmp_path: Path, good: int) -> None:
+def test_failed_preparation_ends_the_run_at_once(tmp_path: Path, good: int) -> None:
     """Also what nobody has foreseen, and long before the job's own turn."""
     wanted = scenario(QUICK, at=((0.0, 1), (3600.0, 1)))
     for error in (OSError("the disk is gone"), UsageError("The job file is wrong.")):
@@ -149,7 +149,7 @@ def test_what_cannot_be_prepared_ends_the_run_at_once(tmp_path: Path, good: int)
         assert world.course.at_s is not None
 
 
-def test_a_bucket_that_is_away_while_jobs_run_cuts_the_run(tmp_path: Path) -> None:
+def test_unreachable_bucket_stops_the_run(tmp_path: Path) -> None:
     wanted = scenario(QUICK, at=((0.0, 1), (3600.0, 1)))
 
     class Late(Maker):
@@ -177,7 +177,7 @@ def test_a_submission_that_is_under_way_at_ctrl_c_is_recorded_and_cancelled(tmp_
     assert world.course.told()
 
 
-def test_a_submission_that_nobody_answers_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unanswered_submission_is_looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(running, "LAST_S", 0.1)
 
     class Mute(Manager):
@@ -213,7 +213,7 @@ def warmed(folder: Path, *warm: Prewarm, **fields: Any) -> Manager:
     return world.manager
 
 
-def test_of_prewarms_that_overlap_the_largest_counts(tmp_path: Path) -> None:
+def test_largest_of_overlapping_prewarms_applies(tmp_path: Path) -> None:
     manager = warmed(
         tmp_path,
         Prewarm("default", 2, at_s=0.0, until_s=0.3),
@@ -232,7 +232,7 @@ def test_a_pool_is_its_own_size_again_however_the_run_is_left(tmp_path: Path) ->
     assert manager.scaled[-1] == ("default", 1)
 
 
-def test_a_manager_that_takes_over_is_told_again(tmp_path: Path) -> None:
+def test_new_manager_gets_the_settings_again(tmp_path: Path) -> None:
     told = warmed(tmp_path, Prewarm("default", 3, at_s=0.0, until_s=60.0), changes=True).scaled
     first = warmed(tmp_path, Prewarm("default", 3, at_s=0.0, until_s=60.0)).scaled
     assert len(told) > len(first)
@@ -262,9 +262,7 @@ def test_a_pool_is_cooled_also_where_the_first_call_for_that_has_failed(tmp_path
     assert [size for _, size in scaled] == [2, *failed]
 
 
-def test_a_manager_that_was_away_does_not_put_off_the_next_look(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_absence_of_the_manager_does_not_delay_the_next_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is away for 0.3 s, and the job ends meanwhile: no further 1.2 s until that is seen."""
     monkeypatch.setattr("batchlab.scenarios.replay.run_state.AGAIN_S", 0.01)
 

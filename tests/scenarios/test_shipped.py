@@ -12,7 +12,7 @@ from batchlab.scenarios.model import loader
 NAMES = loader.names()
 
 
-def test_there_are_scenarios_to_try() -> None:
+def test_scenarios_are_shipped() -> None:
     assert len(NAMES) >= 10
 
 

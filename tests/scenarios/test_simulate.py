@@ -18,7 +18,7 @@ from batchlab.scenarios.model.values import PoolPlan, Prewarm
 from tests.support.scenarios.small_scenarios import PARSE, PRICE, claims
 
 
-def test_every_job_runs_all_its_stages_on_a_fleet_that_comes_and_goes() -> None:
+def test_every_job_runs_all_stages_on_a_changing_fleet() -> None:
     told: list[SimulationProgress] = []
     record = simulate(claims(), progress=told.append)
     assert [job.state for job in record.jobs] == [JobState.SUCCEEDED] * 6
@@ -37,7 +37,7 @@ def test_every_job_runs_all_its_stages_on_a_fleet_that_comes_and_goes() -> None:
     assert record.usd == pytest.approx(sum(record.usd_items.values()))
 
 
-def test_a_task_takes_what_the_scenario_says_and_what_was_measured() -> None:
+def test_task_duration_combines_scenario_and_calibration() -> None:
     plan = claims(PARSE, jobs=2, tasks=20)
     jobs = expand(plan).jobs
     declared_s = sum(task_s(plan.seed, job, PARSE, n) for job in jobs for n in range(20))
@@ -51,7 +51,7 @@ def test_a_task_takes_what_the_scenario_says_and_what_was_measured() -> None:
     assert stretched.span_s >= stretched.run_s + 0.5 * stretched.bundles - 1e-3
 
 
-def test_attempts_fail_and_poison_kills_as_the_template_says() -> None:
+def test_attempts_fail_and_poison_kills_as_configured() -> None:
     bad = replace(PRICE, after=(), fails=0.3, poison=1)
     plan = claims(bad, jobs=1, tasks=20)
     allowed = {name: replace(job, max_failures=20) for name, job in plan.jobs.items()}
@@ -66,7 +66,7 @@ def test_attempts_fail_and_poison_kills_as_the_template_says() -> None:
     assert (record.again_s or 0.0) > 3 * 0.5
 
 
-def test_instances_are_bought_and_placed_as_the_pool_says() -> None:
+def test_instances_are_purchased_and_placed_as_configured() -> None:
     pool = Pool("default", 5, 5, 2, 30.0, instance_type="m7i.large")
     record = simulate(claims(PRICE_ALONE, jobs=1, pool=PoolPlan(pool, 0.5), zones=3))
     spot = [one for one in record.instances if one.market == Market.SPOT.value]
@@ -80,7 +80,7 @@ def test_instances_are_bought_and_placed_as_the_pool_says() -> None:
     assert dear.usd > record.usd
 
 
-def test_capacity_is_there_for_as_long_as_it_is_planned() -> None:
+def test_capacity_follows_its_plan() -> None:
     plan = claims(PRICE_ALONE, jobs=1, gap_s=0.0, prewarm=(Prewarm("default", 3, 600.0, 1800.0),))
     samples = simulate(plan).samples
     there = {s.at_s: s.pools["default"].desired for s in samples}
@@ -89,7 +89,7 @@ def test_capacity_is_there_for_as_long_as_it_is_planned() -> None:
     assert all(n < 3 for at_s, n in there.items() if 300 < at_s < 600)
 
 
-def test_what_was_measured_of_the_grid_moves_starts_and_ends() -> None:
+def test_calibrated_delays_move_starts_and_ends() -> None:
     pool = PoolPlan(Pool("default", 1, 1, 1))
     stage = replace(PRICE_ALONE, task_s=Constant(10.0))
     plan = claims(stage, jobs=1, tasks=1, pool=pool)

@@ -92,7 +92,7 @@ def test_a_fault_is_injected_and_seen_and_loses_no_task(name: FaultName) -> None
         assert numbers[-1] == 3, "all jobs are in the ledger again"
 
 
-def test_a_fault_that_hits_nobody_says_so() -> None:
+def test_fault_without_a_target_is_reported() -> None:
     nobody = replace(POOL, pool=replace(POOL.pool, min_size=0))
     fault = Fault(FaultName.KILL, 5.0)
     record = simulate(claims(*STAGES, jobs=1, tasks=2, pool=nobody, faults=(fault,)))
@@ -110,7 +110,7 @@ def test_a_pool_in_one_zone_cannot_launch_while_that_is_lost() -> None:
     assert "0 launches were refused" not in record.faults[0].evidence
 
 
-def test_what_cannot_be_on_a_backend_can_be_left_out() -> None:
+def test_impossible_fault_can_be_skipped() -> None:
     why = "there is no network to be cut"
     plan = claims(*STAGES, jobs=1, pool=POOL, faults=(Fault(FaultName.PARTITION, AT_S, FOR_S),))
     record = simulate(plan, options=ForecastOptions(impossible={FaultName.PARTITION: why}))
@@ -143,7 +143,7 @@ def test_a_dead_manager_is_followed_as_its_backend_does_it(like: str, least_s: f
 
 
 @pytest.mark.parametrize(("like", "taken"), [("local", 3), ("aws", 2)])
-def test_a_spot_wave_takes_whom_it_takes_on_that_backend(like: str, taken: int) -> None:
+def test_spot_wave_hits_the_instances_of_its_backend(like: str, taken: int) -> None:
     # Of four instances two are Spot, and processes have no market: there any is taken.
     four = replace(POOL, pool=replace(POOL.pool, max_size=4))
     wave = Fault(FaultName.SPOT_WAVE, AT_S, share=0.75, notice_s=20.0)
@@ -151,7 +151,7 @@ def test_a_spot_wave_takes_whom_it_takes_on_that_backend(like: str, taken: int) 
     assert len(one.targets) == taken
 
 
-def test_instances_in_containers_that_were_there_before_are_no_spot_instances() -> None:
+def test_existing_container_instances_are_not_spot() -> None:
     # A replay has its groups buy the Spot share of what they launch from then on.
     record = struck(like="localstack", pool=replace(POOL, spot=1.0))
     markets = [one.market for one in record.instances]
@@ -164,7 +164,7 @@ def test_the_oldest_instances_are_hit_as_in_a_replay() -> None:
     assert list(record.faults[0].targets) == [one.id for one in record.instances[:2]]
 
 
-def test_one_more_fault_changes_nothing_of_what_others_hit() -> None:
+def test_additional_fault_does_not_change_other_faults() -> None:
     # Nothing is hit at these rates, and no other fault may draw another number for it.
     before = [Fault(FaultName.SQS_DELAYS, AT_S - 1, 20.0, rate=1e-9)]
     before += [Fault(FaultName.SQS_DUPLICATES, AT_S - 1, 0.5, rate=1e-9)]
@@ -174,7 +174,7 @@ def test_one_more_fault_changes_nothing_of_what_others_hit() -> None:
 
 
 @pytest.mark.parametrize("name", list(FaultName))
-def test_a_fault_that_finds_nothing_to_break_is_no_evidence(name: FaultName) -> None:
+def test_fault_without_an_effect_is_not_evidence(name: FaultName) -> None:
     # Nothing is there, nothing runs, and nothing is due for an hour.
     nobody = replace(POOL, pool=replace(POOL.pool, min_size=0))
     fault = Fault(name, 5.0, 10.0, rate=1.0, notice_s=5.0)
@@ -187,12 +187,12 @@ def test_a_fault_that_finds_nothing_to_break_is_no_evidence(name: FaultName) -> 
         assert (one.evidence, one.targets) == ("", ())
 
 
-def test_a_partition_in_which_nobody_calls_is_no_evidence() -> None:
+def test_partition_without_calls_is_not_evidence() -> None:
     record = struck(Fault(FaultName.PARTITION, AT_S, 0.001, count=1))
     assert record.faults[0].impossible == "the instances made no call during the fault"
 
 
-def test_a_slow_disk_is_that_of_the_instances_it_is_said_to_hit() -> None:
+def test_slow_disk_affects_the_selected_instances() -> None:
     def slowed(like: str, *, share: float = 1.0, count: int | None = None) -> list[int]:
         """How many instances had a slow disk, and the bundles that began late there."""
         fault = Fault(FaultName.SLOW_DISK, AT_S, FOR_S, share=share, count=count)
@@ -205,7 +205,7 @@ def test_a_slow_disk_is_that_of_the_instances_it_is_said_to_hit() -> None:
     assert slowed("local", count=1)[0] >= 4, "processes of one machine have one disk"
 
 
-def test_a_pause_that_begins_as_another_ends_holds_on() -> None:
+def test_adjacent_pauses_are_continuous() -> None:
     first, second = (Fault(FaultName.PAUSE, at_s, 15.0, count=1) for at_s in (AT_S, AT_S + 15.0))
     steps = [int(re.findall(r"(\d+) of their steps", one.evidence)[0]) for one in struck(first, second).faults]
     assert steps[1] >= steps[0] > 0, "who had been let go between the two would have fewer"

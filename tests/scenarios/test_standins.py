@@ -185,9 +185,7 @@ def test_failures_and_deaths_are_drawn_as_the_simulator_draws_them() -> None:
 
 
 @pytest.mark.parametrize(("wanted", "found"), [(0, (5.0, True)), (3, (3, False))], ids=["the file's", "the scenario's"])
-def test_real_work_survives_as_many_failures_as_the_scenario_says(
-    wanted: int, found: tuple[float, bool], tmp_path: Path
-) -> None:
+def test_real_work_survives_the_configured_failures(wanted: int, found: tuple[float, bool], tmp_path: Path) -> None:
     (tmp_path / "work.py").write_text("def work(item):\n    return item\n")
     (tmp_path / "items.jsonl").write_text("1\n2\n")
     (tmp_path / "job.yaml").write_text(
@@ -208,7 +206,7 @@ def test_real_work_survives_as_many_failures_as_the_scenario_says(
     assert (ready.job.max_failures, ready.job.max_failures_percent) == found
 
 
-def test_a_stage_keeps_what_the_grid_goes_by() -> None:
+def test_stage_keeps_its_scheduling_properties() -> None:
     one = stage_def(stage("by", 1.0, gather="key", groups=3, after=("a",), slots=2, bundle=5, pool="big"))
     assert (one.gather, one.after, one.slots, one.bundle, one.pool) == ("group_by", ("a",), 2, 5, "big")
     assert stage_def(stage("sum", 1.0, gather="*", after=("a",))).gather == "*"

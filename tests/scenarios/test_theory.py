@@ -97,7 +97,7 @@ def waits_of(record: Record) -> list[float]:
     ("trace", "slots"),
     [("hpc2n-head", 16), ("hpc2n-head", 8), ("nasa-ipsc", 8), ("nasa-ipsc", 4), ("nasa-ipsc", 3), ("nasa-ipsc", 2)],
 )
-def test_a_trace_waits_as_two_independent_replays_say(shared_data: Path, trace: str, slots: int) -> None:
+def test_waits_of_a_trace_match_two_independent_replays(shared_data: Path, trace: str, slots: int) -> None:
     """The reference is SimPy's and the Kiefer-Wolfowitz recursion's, which agree on every job."""
     if (trace, slots) not in QUICK and not os.environ.get(ALL):
         pytest.skip(f"takes minutes: {ALL} asks for it")
@@ -126,7 +126,7 @@ def recursion(plan: Scenario, slots: int, task_s: float = 0.0) -> Iterator[float
 
 
 @pytest.mark.parametrize("slots", [8, 4, 3, 2])
-def test_the_recursion_says_of_a_whole_trace_what_the_reference_says(shared_data: Path, slots: int) -> None:
+def test_recursion_matches_the_reference_for_a_whole_trace(shared_data: Path, slots: int) -> None:
     """So it may stand for the reference where that has no row."""
     row = golden(shared_data, "nasa-ipsc", slots)
     waits_s = sorted(recursion(servers(source(shared_data, "nasa-ipsc"), slots), slots))
@@ -137,7 +137,7 @@ def test_the_recursion_says_of_a_whole_trace_what_the_reference_says(shared_data
 
 
 @pytest.mark.parametrize("slots", [4, 2])
-def test_a_busy_month_waits_as_the_recursion_says(shared_data: Path, slots: int) -> None:
+def test_waits_of_a_busy_month_match_the_recursion(shared_data: Path, slots: int) -> None:
     """Job by job; the three months take minutes."""
     plan = servers(source(shared_data, "nasa-ipsc", 2000), slots)
     record = simulate(plan, like=LIKE, calibration=NOTHING, options=IN_ORDER)
@@ -147,7 +147,7 @@ def test_a_busy_month_waits_as_the_recursion_says(shared_data: Path, slots: int)
 
 
 @pytest.mark.parametrize("slots", [1, 2, 5])
-def test_jobs_of_milliseconds_wait_as_the_recursion_says(slots: int) -> None:
+def test_waits_of_short_jobs_match_the_recursion(slots: int) -> None:
     """Job by job: a slot that becomes free while its worker begins another job takes the next job
     at once."""
     arrivals = Poisson(template="job", per_hour=72_000.0 * slots, until_s=30.0)
@@ -187,7 +187,7 @@ class Interval:
         return abs(number - self.mean) <= self.half
 
 
-def test_jobs_wait_as_erlang_says(shared_data: Path) -> None:
+def test_waits_match_the_erlang_formula(shared_data: Path) -> None:
     """M/M/14: 100 arrivals in half an hour, each of 180 s."""
     published = {
         row["quantity"]: float(row["published"])

@@ -50,7 +50,7 @@ def test_a_whole_record_is_stretched_to_its_own_time(tmp_path: Path) -> None:
         assert arrivals(again) == arrivals(jsonl(path))
 
 
-def test_what_a_forecast_has_recorded_can_be_played_again(tmp_path: Path) -> None:
+def test_recorded_forecast_can_be_replayed(tmp_path: Path) -> None:
     template = JobTemplate(
         "claims",
         (StageTemplate("parse", Constant(4.0)), StageTemplate("sum", Constant(2.0), after=("parse",), gather="*")),
@@ -77,7 +77,7 @@ def test_what_a_forecast_has_recorded_can_be_played_again(tmp_path: Path) -> Non
     assert [job.due_s + jobs[0].due_s for job in again.jobs] == pytest.approx([job.due_s for job in jobs])
 
 
-def test_lines_of_ones_own_are_mapped(tmp_path: Path) -> None:
+def test_custom_fields_are_mapped(tmp_path: Path) -> None:
     lines = [
         {"when": {"start": "2026-01-01T00:00:00Z"}, "n": "12", "sec": 2},
         {"when": {"start": "2026-01-01T00:01:00Z"}, "n": 3, "sec": 0.5, "who": 7},
@@ -90,7 +90,7 @@ def test_lines_of_ones_own_are_mapped(tmp_path: Path) -> None:
     assert "when, n, sec" in caught.value.remedy
 
 
-def test_lines_of_ones_own_may_leave_the_number_of_tasks_to_the_template(tmp_path: Path) -> None:
+def test_task_count_may_come_from_the_template(tmp_path: Path) -> None:
     lines = [{"when": 5}, {"when": 6, "tasks": 4}, {"when": 7, "planned": 3}, {"when": 8, "n": 2}]
     path = written(tmp_path, "\n".join(map(json.dumps, lines)))
     trace = jsonl(path, replace(RECORD_COLUMNS, at="when"))

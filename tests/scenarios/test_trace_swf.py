@@ -26,7 +26,7 @@ def test_swf_fields_become_a_job(tmp_path: Path) -> None:
     assert arrivals(swf(path))[0].tasks is None
 
 
-def test_swf_is_gzip_whatever_its_name_says(tmp_path: Path) -> None:
+def test_swf_gzip_is_detected_under_any_name(tmp_path: Path) -> None:
     text = f"{job(1)}\n{job(2)}\n".encode()
     several = gzip.compress(text) + gzip.compress(job(3, 9).encode())
     assert len(arrivals(swf(written(tmp_path, several)))) == 3
@@ -46,14 +46,14 @@ def test_swf_with_other_numbers_of_fields(tmp_path: Path) -> None:
     ]
 
 
-def test_a_short_record_is_kept_where_it_lacks_only_a_name(tmp_path: Path) -> None:
+def test_short_record_without_a_name_is_accepted(tmp_path: Path) -> None:
     path = written(tmp_path, "1 0 -1 5 2\n2 1 -1")
     trace = swf(path, replace(PROCESSORS, tenant="user"))
     assert arrivals(trace) == [Arrival(0.0, "j", 2, 5.0, "1", "")]
     assert [one.done for one in trace.odd()] == ["those that are there were read", "left out"]
 
 
-def test_swf_with_run_times_that_are_none(tmp_path: Path) -> None:
+def test_invalid_swf_run_times_are_skipped(tmp_path: Path) -> None:
     lines = [job(1, 0, -1), job(2, 1, -50), job(3, 2, 0), JOB.format(n=4, at=3, run="x"), job(5, -1)]
     trace = swf(written(tmp_path, "\n".join(lines)))
     assert [one.label for one in arrivals(trace)] == ["3"]
@@ -65,7 +65,7 @@ def test_swf_with_run_times_that_are_none(tmp_path: Path) -> None:
     ]
 
 
-def test_swf_processors_that_are_none(tmp_path: Path) -> None:
+def test_invalid_swf_processor_counts_are_skipped(tmp_path: Path) -> None:
     lines = [job(1), job(2).replace(" 4 ", " -1 "), job(3).replace(" 4 ", " 0 ")]
     path = written(tmp_path, "\n".join(lines))
     assert [one.tasks for one in arrivals(swf(path, PROCESSORS))] == [4, 1]
@@ -77,7 +77,7 @@ def test_swf_processors_that_are_none(tmp_path: Path) -> None:
     assert [one.tasks for one in arrivals(swf(path, asked))] == [8, 8, 8]
 
 
-def test_swf_parts_of_jobs_twins_and_what_is_no_number(tmp_path: Path) -> None:
+def test_swf_job_parts_duplicates_and_invalid_numbers(tmp_path: Path) -> None:
     part = job(1).replace(" 1 12 ", " 2 12 ")
     lines = [job(1), part, job(1), job(4).replace(" 12 ", " anna ")]
     trace = swf(written(tmp_path, "\n".join(lines)))
@@ -124,7 +124,7 @@ def cut(whole: int, end: bytes) -> bytes:
 
 @pytest.mark.parametrize("whole", [len(ROWS) // 3, len(ROWS)])
 @pytest.mark.parametrize("end", [b"", b"\xff" * 400])
-def test_of_a_gzip_file_all_rows_before_its_damage_are_read(tmp_path: Path, whole: int, end: bytes) -> None:
+def test_rows_before_the_damage_of_a_gzip_file_are_read(tmp_path: Path, whole: int, end: bytes) -> None:
     trace = swf(written(tmp_path, cut(whole, end)))
     rows = ROWS[:whole].count(b"\n")
     assert [f"{one.task_s:.0f}" for one in arrivals(trace)] == [
@@ -145,14 +145,16 @@ def test_of_a_gzip_file_all_rows_before_its_damage_are_read(tmp_path: Path, whol
         (PACKED[:-4] + b"\1" * 4, 2000, (2001, *SUM)),
     ],
 )
-def test_what_is_behind_a_gzip_file(tmp_path: Path, data: bytes, jobs: int, told: tuple[int, str, str] | None) -> None:
+def test_data_after_a_gzip_file_is_handled(
+    tmp_path: Path, data: bytes, jobs: int, told: tuple[int, str, str] | None
+) -> None:
     trace = swf(written(tmp_path, data))
     assert len(arrivals(trace)) == jobs
     odds = [one[:3] for one in odd(trace) if "before" not in one[1]]
     assert odds == ([told] if told else [])
 
 
-def test_bytes_that_are_no_text(tmp_path: Path) -> None:
+def test_bytes_that_are_not_text_are_refused(tmp_path: Path) -> None:
     path = written(tmp_path, job(1).encode() + b"\n" + job(2).replace("12", "").encode() + b" \xff")
     trace = swf(path)
     assert len(arrivals(trace)) == 2

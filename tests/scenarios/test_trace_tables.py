@@ -15,7 +15,7 @@ from tests.support.scenarios.trace_files import LOG, arrivals, odd, table, writt
 
 
 @pytest.mark.parametrize("delimiter", [",", "\t", ";", "|"])
-def test_a_table_tells_its_delimiter(tmp_path: Path, delimiter: str) -> None:
+def test_delimiter_of_a_table_is_detected(tmp_path: Path, delimiter: str) -> None:
     text = "name,at,size,ms\na,5,95,1500\nb,7.5,1e2,0\n".replace(",", delimiter)
     assert arrivals(table(written(tmp_path, text), LOG)) == [
         Arrival(0.0, "j", 10, 1.5, "a"),
@@ -23,7 +23,7 @@ def test_a_table_tells_its_delimiter(tmp_path: Path, delimiter: str) -> None:
     ]
 
 
-def test_a_table_may_have_no_header_or_another_delimiter(tmp_path: Path) -> None:
+def test_table_may_lack_a_header_or_have_another_delimiter(tmp_path: Path) -> None:
     path = written(tmp_path, "a:5:95:1500\nb:6:5:0\n")
     names = ("name", "at", "size", "ms")
     found = arrivals(table(path, LOG, names, delimiter=":"))
@@ -116,9 +116,7 @@ def test_a_zone_unlike_the_first_is_odd(tmp_path: Path) -> None:
         ("at,count\n0,1\n60,0\n120,1e300\n", 1, (4, "count is too large")),
     ],
 )
-def test_what_would_be_nowhere_among_the_others_is_left_out(
-    tmp_path: Path, text: str, kept: int, told: tuple[int, str]
-) -> None:
+def test_outliers_in_time_are_dropped(tmp_path: Path, text: str, kept: int, told: tuple[int, str]) -> None:
     extra = text.split("\n")[0].partition(",")[2]
     columns = Columns("at", **({} if not extra else {extra: _COLUMNS.get(extra, extra)}))
     trace = table(written(tmp_path, text), columns)
@@ -129,20 +127,20 @@ def test_what_would_be_nowhere_among_the_others_is_left_out(
 _COLUMNS: dict[str, Any] = {one: ColumnSum((one,)) for one in ("tasks", "task_s")}
 
 
-def test_a_table_whose_lines_end_in_cr_alone_is_read(tmp_path: Path) -> None:
+def test_table_with_cr_line_ends_is_read(tmp_path: Path) -> None:
     trace = table(written(tmp_path, "at,name\r5,a\r6,b"), Columns("at", label="name"))
     assert [one.label for one in arrivals(trace)] == ["a", "b"]
 
 
 @pytest.mark.parametrize("code", ["utf-16", "utf-16-le", "utf-16-be"])
-def test_a_table_in_utf_16_is_told_as_that(tmp_path: Path, code: str) -> None:
+def test_utf_16_table_is_detected(tmp_path: Path, code: str) -> None:
     path = written(tmp_path, ("at,name\n" + "5,a\n" * 40).encode(code))
     with pytest.raises(UsageError, match="is UTF-16, and only UTF-8 is read") as caught:
         arrivals(table(path, Columns("at")))
     assert "iconv" in caught.value.remedy
 
 
-def test_names_of_columns_are_told_without_what_no_terminal_should_see(tmp_path: Path) -> None:
+def test_column_names_are_printed_without_control_characters(tmp_path: Path) -> None:
     path = written(tmp_path, f"a\x1b[2J,{'b' * 1000}\n1,2\n")
     with pytest.raises(UsageError) as caught:
         arrivals(table(path, Columns("at")))
@@ -168,7 +166,7 @@ def test_counts_become_arrivals_within_their_intervals(tmp_path: Path) -> None:
     ]
 
 
-def test_counts_are_spread_evenly_and_their_sum_kept_at_any_scale(tmp_path: Path) -> None:
+def test_counts_are_spread_evenly_and_sum_up_at_any_scale(tmp_path: Path) -> None:
     rows = "".join(f"{60 * n},{7}\n" for n in range(1000))
     path = written(tmp_path, f"t,n\n{rows}")
     few = arrivals(table(path, Columns("t", count="n", scale=0.01)))
@@ -182,7 +180,7 @@ def test_counts_are_spread_evenly_and_their_sum_kept_at_any_scale(tmp_path: Path
     assert all(abs(count - 1750) < 145 for count in quarters)
 
 
-def test_the_length_of_one_interval_has_to_be_said(tmp_path: Path) -> None:
+def test_length_of_a_single_interval_is_required(tmp_path: Path) -> None:
     path = written(tmp_path, "t,n\n0,2\n")
     with pytest.raises(UsageError, match="cannot be derived") as caught:
         arrivals(table(path, Columns("t", count="n")))

@@ -43,7 +43,7 @@ def test_a_part_of_a_trace(tmp_path: Path) -> None:
         ({"template": ""}, "names the job"),
     ],
 )
-def test_what_makes_no_trace_is_refused(tmp_path: Path, change: dict[str, object], message: str) -> None:
+def test_invalid_trace_is_refused(tmp_path: Path, change: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(swf(tmp_path), **change)  # type: ignore[arg-type]
 
@@ -60,13 +60,13 @@ def test_what_makes_no_trace_is_refused(tmp_path: Path, change: dict[str, object
         (lambda: ColumnSum(("a",), per=0.0), "per must be"),
     ],
 )
-def test_what_makes_no_map_is_refused(make: object, message: str) -> None:
+def test_invalid_map_is_refused(make: object, message: str) -> None:
     assert callable(make)
     with pytest.raises(ValueError, match=message):
         make()
 
 
-def test_a_file_that_is_not_there_or_has_not_the_column(tmp_path: Path) -> None:
+def test_missing_file_or_column_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"trace .*gone cannot be read: No such file"):
         arrivals(swf(tmp_path / "gone"))
     with pytest.raises(UsageError, match="cannot be read: Is a directory"):
@@ -90,7 +90,7 @@ def test_a_trace_of_which_nothing_can_be_used(tmp_path: Path) -> None:
     assert f"{path}:2: at is not a time ('x'): left out" in str(caught.value)
 
 
-def test_a_date_that_is_not_read_is_met_with_how_to_say_its_form(tmp_path: Path) -> None:
+def test_unreadable_date_suggests_a_format(tmp_path: Path) -> None:
     path = written(tmp_path, "at,size\n31.10.2026 18:05:00,3\n")
     with pytest.raises(UsageError) as caught:
         arrivals(table(path, Columns("at")))
@@ -116,7 +116,7 @@ def test_a_trace_with_nothing_below_its_header(tmp_path: Path) -> None:
         ("1793372726", ""),
     ],
 )
-def test_what_time_it_was_when_the_scenario_begins(tmp_path: Path, at: str, begins: str) -> None:
+def test_wall_clock_time_at_the_start_of_a_scenario(tmp_path: Path, at: str, begins: str) -> None:
     path = written(tmp_path, f"at\n{at}\n")
     assert replace(table(path, Columns("at")), starts_s=300.0).begins() == begins
 

@@ -88,7 +88,7 @@ def test_the_fleet_is_what_was_in_service() -> None:
     assert measured("flapping", FLEET) == 2
 
 
-def test_the_fleet_without_samples_is_what_its_instances_say() -> None:
+def test_fleet_without_samples_is_derived_from_its_instances() -> None:
     pair = (an_instance(0), an_instance(1, ready_s=20.0, ended_s=60.0))
     follower = an_instance(2, launched_s=50.0, ready_s=60.0, ended_s=None)
     record = a_record(instances=(*pair, follower), pools={"default": (0, 4, 2)})
@@ -104,7 +104,7 @@ def test_idle_is_what_the_slots_did_not_work() -> None:
     assert isinstance(measured("idle_share", a_record()), Unknown)
 
 
-def test_every_measure_of_an_empty_run_is_a_number_or_says_why_not() -> None:
+def test_every_measure_of_an_empty_run_is_a_number_or_gives_a_reason() -> None:
     empty = a_record(jobs=())
     for name in MEASURES:
         found = measured(name, empty)
@@ -118,7 +118,7 @@ def colours(record: Record, *expected: Expectation) -> list[str]:
     return [row.colour.value for row in judge(record, expected)]
 
 
-def test_bounds_are_kept_to_the_last_digit_but_one() -> None:
+def test_bounds_hold_up_to_the_last_but_one_digit() -> None:
     record = a_record(a_job(ended_s=0.1 + 0.2))
     assert colours(record, Expectation("makespan", most=0.3)) == ["green"]
     assert colours(record, Expectation("makespan", least=0.3)) == ["green"]
@@ -160,7 +160,7 @@ def test_a_job_without_an_end_is_red() -> None:
     assert json.dumps(row.to_json(), allow_nan=False)
 
 
-def test_a_fault_that_could_not_be_injected_is_told() -> None:
+def test_fault_that_was_not_injected_is_reported() -> None:
     record = a_record(faults=(InjectedFault("kill", 1.0, impossible="nothing runs there"),))
     rows = judge(record, [Expectation("makespan", most=100)])
     assert [row.colour for row in rows] == [Color.NOT_JUDGED, Color.GREEN]
@@ -168,7 +168,7 @@ def test_a_fault_that_could_not_be_injected_is_told() -> None:
     assert not is_red(rows)
 
 
-def test_what_cannot_be_measured_is_refused() -> None:
+def test_unmeasurable_expectation_is_refused() -> None:
     with pytest.raises(UsageError, match="no measure 'speed'"):
         judge(a_record(), [Expectation("speed", most=1)])
     with pytest.raises(UsageError, match="whole run"):

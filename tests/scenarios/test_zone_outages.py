@@ -107,7 +107,7 @@ def test_subnets_of_a_lost_zone_are_taken_and_given_back(moto: Endpoint, tmp_pat
             scaling.delete_auto_scaling_group(AutoScalingGroupName=name, ForceDelete=True)
 
 
-def test_launches_that_go_elsewhere_or_wait_are_what_is_seen_of_an_empty_zone() -> None:
+def test_launches_during_a_zone_outage_move_or_wait() -> None:
     def group(name: str, *, suspended: bool = False, desired: int = 0, **there: str) -> _Group:
         return _Group(name, ("z-a",), (), suspended, desired, there)
 

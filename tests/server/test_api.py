@@ -45,7 +45,7 @@ def test_only_health_answers_without_the_token(rig: Rig) -> None:
     assert rig.shutdowns == 0
 
 
-def test_a_client_with_another_token_says_so(rig: Rig) -> None:
+def test_wrong_token_is_reported(rig: Rig) -> None:
     with (
         Client(rig.url, "guess") as client,
         pytest.raises(Unreachable, match="not prove that it is this grid's") as caught,
@@ -54,12 +54,12 @@ def test_a_client_with_another_token_says_so(rig: Rig) -> None:
     assert "another token" in caught.value.remedy
 
 
-def test_health_tells_who_leads(rig: Rig) -> None:
+def test_health_names_the_leader(rig: Rig) -> None:
     assert rig.client.health()["leader"]
     assert rig.client.health()["status"] == "ok"
 
 
-def test_a_manager_that_does_not_lead_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_manager_without_the_lead_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(common, "LEADS_WITHIN_S", 0.02)
     with Rig(lead=False) as rig:
         assert not rig.client.health()["leader"]
@@ -78,7 +78,7 @@ def test_a_manager_that_does_not_lead_says_so(monkeypatch: pytest.MonkeyPatch) -
             assert caught.value.remedy
 
 
-def test_a_request_that_comes_just_before_the_lead_is_answered_once_there_is_one() -> None:
+def test_request_shortly_before_the_lead_is_answered_after_it() -> None:
     with Rig(lead=False) as rig:
         answer = later(rig.client.jobs)
         rig._loop.call_soon_threadsafe(rig.manager.is_leader.set)
@@ -140,14 +140,14 @@ def test_a_job_that_is_wrong_is_refused_and_leaves_nothing_behind(rig: Rig, what
     assert rig.client.jobs() == []
 
 
-def test_items_that_come_along_must_be_as_many_as_the_job_says(rig: Rig) -> None:
+def test_number_of_items_must_match_the_job(rig: Rig) -> None:
     answer = post(rig, "/v1/jobs", {"job": json_format.job_to_json(job()), "items": [1, 2]})
     assert answer.status_code == 422
     assert "comes with 2 items, but says otherwise" in answer.json()["error"]
     assert rig.client.jobs() == []
 
 
-def test_a_job_that_brings_its_items_is_heard_of_in_the_same_answer(rig: Rig) -> None:
+def test_job_with_items_is_announced_in_the_same_answer(rig: Rig) -> None:
     one = replace(job(), items=2, input=None)
     accepted: list[str] = []
 
@@ -206,7 +206,7 @@ def test_an_unknown_job_is_not_found_in_words(rig: Rig) -> None:
         rig.client.job("../grid?x=")
 
 
-def test_what_is_not_served_is_answered_in_the_same_form(rig: Rig) -> None:
+def test_unknown_route_has_the_usual_error_form(rig: Rig) -> None:
     for answer in (get(rig, "/v1/nothing"), post(rig, "/v1/health")):
         assert answer.status_code in (404, 405)
         assert "is not served" in answer.json()["error"]
@@ -231,7 +231,7 @@ def test_a_silent_manager_is_unreachable() -> None:
         assert caught.value.exit_code == 3
 
 
-def test_another_program_on_the_port_is_told_apart() -> None:
+def test_foreign_program_on_the_port_is_detected() -> None:
     class Other(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_error(500)
@@ -252,7 +252,7 @@ def test_another_program_on_the_port_is_told_apart() -> None:
 # --- Speed ---------------------------------------------------------------------------------------
 
 
-def test_answers_over_a_kept_connection_are_sent_at_once() -> None:
+def test_answers_over_a_persistent_connection_are_sent_at_once() -> None:
     """Else each waits 40 ms for an acknowledgement."""
     with listen("127.0.0.1", 0) as listener:
         with socket.create_connection(listener.getsockname()):
@@ -278,7 +278,7 @@ def test_every_answer_is_described(rig: Rig) -> None:
 
 
 @pytest.mark.parametrize("given", [{}, {"Authorization": "Bearer wrong"}])
-def test_of_a_request_without_the_token_no_body_is_read(rig: Rig, given: dict[str, str]) -> None:
+def test_body_of_an_unauthorized_request_is_not_read(rig: Rig, given: dict[str, str]) -> None:
     """Any page that the operator visits may send one."""
     read: list[bytes] = []
 

@@ -49,7 +49,7 @@ def test_failures_of_one_cause_are_one_group(rig: Rig) -> None:
     assert rig.client.failure_groups(rig.submit(job(token="none"))) == []
 
 
-def test_failures_come_in_pages_each_once(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failures_are_paged_once_each(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(failures, "BUDGET", 2)
     name = rig.submit(job(token="pages", tasks=12, bundle=3))
     rig.work(name, 4, bad=range(11))
@@ -72,7 +72,7 @@ def test_failures_come_in_pages_each_once(rig: Rig, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("after", ["", "x", "1", "1.", ".1", "-1.0", "1.-1", "9" * 30 + ".0", "²."])
-def test_where_a_page_ends_is_checked(rig: Rig, after: str) -> None:
+def test_page_marker_is_validated(rig: Rig, after: str) -> None:
     name = rig.submit(job(token="ends"))
     answer = rig.http.get(
         f"/v1/jobs/{name}/failures", params={"after": after}, headers={"Authorization": "Bearer correct horse"}
@@ -123,7 +123,7 @@ def test_only_the_chosen_tasks_run_again_and_what_follows_from_them(rig: Rig) ->
     assert failed(rig, name) == [1]
 
 
-def test_what_was_cancelled_runs_with_any_choice(rig: Rig) -> None:
+def test_canceled_tasks_are_retried_with_any_selection(rig: Rig) -> None:
     one = replace(job(token="cancelled", tasks=6), fail_fast=True, max_failures=1)
     name = rig.submit(one)
     rig.work_on(name, 6, [0, 1], bad=[0, 1])
@@ -162,7 +162,7 @@ def test_a_choice_of_what_has_not_failed_is_refused(rig: Rig) -> None:
     assert rig.client.job(name)["state"] == "FAILED"
 
 
-def test_a_rebuilt_ledger_knows_what_stands(rig: Rig) -> None:
+def test_rebuilt_ledger_knows_the_outcomes(rig: Rig) -> None:
     """I3, with a choice in between."""
     name = rig.submit(job(token="rebuilt", tasks=4))
     rig.work(name, 4, bad=[0, 1, 2])
@@ -195,7 +195,7 @@ def test_a_task_is_shown_with_its_input_and_log(rig: Rig) -> None:
     assert (good["state"], good["failure"]) == ("succeeded", None)
 
 
-def test_of_a_task_that_was_tried_twice_the_last_try_counts(rig: Rig) -> None:
+def test_last_attempt_of_a_retried_task_counts(rig: Rig) -> None:
     name = rig.submit(job(token="twice", tasks=1))
     rig.work(name, 1, bad=[0])
     first = rig.client.failures(name)[0]["seq"]
@@ -209,7 +209,7 @@ def test_of_a_task_that_was_tried_twice_the_last_try_counts(rig: Rig) -> None:
     assert earlier["state"] == "failed"
 
 
-def test_a_task_that_nothing_tells_of_is_not_found(rig: Rig) -> None:
+def test_task_without_a_trace_is_not_found(rig: Rig) -> None:
     name = rig.submit(job(token="untold", tasks=1))
     for stage, task in (("map", 0), ("map", 5), ("nowhere", 0)):
         with pytest.raises(NotFound, match=f"task {stage}/{task} of job"):
@@ -221,7 +221,7 @@ def test_a_task_that_nothing_tells_of_is_not_found(rig: Rig) -> None:
 # --- How long it takes ---------------------------------------------------------------------------
 
 
-def test_what_is_left_is_estimated_once_something_is_measured(rig: Rig) -> None:
+def test_remaining_time_is_estimated_after_a_measurement(rig: Rig) -> None:
     name = rig.submit(job(token="eta", tasks=4))
     assert rig.client.eta(name)["low_s"] is None
     assert "measured" in rig.client.eta(name)["text"]

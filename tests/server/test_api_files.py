@@ -75,7 +75,7 @@ def test_a_folder_becomes_a_job(rig: Rig) -> None:
     assert send(rig).json()["id"] != send(rig).json()["id"]
 
 
-def test_files_need_no_folder_around_them_and_data_may_come_apart(rig: Rig) -> None:
+def test_files_need_no_folder_and_data_may_be_separate(rig: Rig) -> None:
     plain = [("job.yaml", JOB), ("handlers.py", CODE)]
     assert send(rig, plain, [("C/b.txt", "4\n"), ("c.txt", "5\n")]).status_code == 201
     elsewhere = [("my.yml", JOB.replace("data/", "in/put/")), plain[1]]
@@ -83,7 +83,7 @@ def test_files_need_no_folder_around_them_and_data_may_come_apart(rig: Rig) -> N
     assert answer.status_code == 201, answer.text
 
 
-def test_a_field_in_which_nothing_was_chosen_is_no_file(rig: Rig) -> None:
+def test_empty_file_field_is_ignored(rig: Rig) -> None:
     """As browsers send it."""
     boundary = "x" * 20
     parts = [("files", name, text) for name, text in FILES] + [("data", "", "")]
@@ -124,7 +124,7 @@ def test_a_field_in_which_nothing_was_chosen_is_no_file(rig: Rig) -> None:
         ([], {}, "No file came along"),
     ],
 )
-def test_what_makes_no_job_is_refused_in_words(
+def test_invalid_job_file_is_a_clear_error(
     rig: Rig, files: Sequence[tuple[str, str]], fields: dict[str, Any], told: str
 ) -> None:
     if not files:
@@ -154,7 +154,7 @@ def test_a_job_file_names_nothing_but_what_came_along(rig: Rig, line: str) -> No
     assert "not among the files that came along" in answer.json()["error"]
 
 
-def test_an_upload_says_how_long_it_is_and_is_not_too_long(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_upload_must_declare_a_bounded_length(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     def chunks() -> Iterator[bytes]:
         yield b"x"
 
@@ -170,9 +170,7 @@ def test_an_upload_says_how_long_it_is_and_is_not_too_long(rig: Rig, monkeypatch
     assert "job submit" in answer.json()["remedy"]
 
 
-def test_an_upload_is_on_the_disk_while_it_comes_and_there_must_be_room(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_upload_is_streamed_to_disk_and_needs_space(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither in memory nor in as many open files: a part of it is either."""
     most_open = 0
     write = job_files._File.write
@@ -204,7 +202,7 @@ def test_code_that_is_sent_to_the_manager_has_a_limit(rig: Rig, monkeypatch: pyt
     assert "batchlab-upload" not in answer.text
 
 
-def test_a_field_is_no_way_around_it(rig: Rig) -> None:
+def test_form_field_cannot_bypass_the_limit(rig: Rig) -> None:
     answer = send(rig, job_file="x" * 100_000)
     assert answer.status_code == 400
     assert "maximum size" in answer.json()["error"]
@@ -213,7 +211,7 @@ def test_a_field_is_no_way_around_it(rig: Rig) -> None:
 # --- Results -------------------------------------------------------------------------------------
 
 
-def test_results_come_as_one_archive() -> None:
+def test_results_are_one_archive() -> None:
     with Rig() as rig:  # of its own: jobs that nobody works on share the pool's window
         name = rig.submit(job(token="zip", tasks=3))
         rig.work(name, 3, bad=[1])
@@ -227,7 +225,7 @@ def test_results_come_as_one_archive() -> None:
     assert rows == [{"task": 0, "value": 0}, {"task": 2, "value": 2}]
 
 
-def test_an_archive_of_a_stage_that_there_is_not_leaves_nothing(rig: Rig) -> None:
+def test_archive_of_an_unknown_stage_leaves_no_file(rig: Rig) -> None:
     name = rig.submit(job(token="no-zip", tasks=1))
     answer = rig.http.get(f"/v1/jobs/{name}/results", params={"stage": "x"}, headers=AUTH)
     assert answer.status_code == 422
@@ -275,9 +273,7 @@ def fetched(rig: Rig, name: str) -> httpx.Response:
     return rig.http.get(f"/v1/jobs/{name}/results", headers=AUTH)
 
 
-def test_an_archive_is_no_larger_than_its_budget_whatever_a_result_says(
-    grid: Rig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_archive_stays_within_its_budget(grid: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tasks, "MAX_BYTES", 10_000)
     monkeypatch.setattr(tasks, "MAX_VALUE_BYTES", 1000)
     small = forged(grid, "small", [FILE, VALUE], x=b"x" * 9000, v=b'"fits"')

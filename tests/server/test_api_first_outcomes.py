@@ -43,9 +43,7 @@ def outcomes_of(rig: Rig, name: JobId, count: int) -> list[Outcome]:
     return outcomes
 
 
-def test_they_are_told_as_soon_as_they_are_committed_and_counted_later(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_outcomes_are_announced_on_commit_and_counted_later(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     apply, may_fold = rig.ledger.apply, threading.Event()
 
     async def hold_up(change: Any) -> Folded | Written:
@@ -79,7 +77,7 @@ def test_they_are_told_as_soon_as_they_are_committed_and_counted_later(
     assert [tuple(one["tasks"][0]) for one in everything] == [(0, 1), (1, 2)]
 
 
-def test_nobody_is_told_of_what_nobody_waits_for(rig: Rig) -> None:
+def test_outcomes_are_announced_only_to_watchers(rig: Rig) -> None:
     one = replace(job(), items=2, input=None)
     rig.client.submit(one, [1, 2])
     live = rig.manager.lives[one.id]

@@ -32,7 +32,7 @@ def test_the_grid_shows_pools_instances_and_queues(rig: Rig) -> None:
     assert depths["tasks-default"] == 2
 
 
-def test_capacity_is_held_by_hand_until_it_is_handed_back(rig: Rig) -> None:
+def test_capacity_is_held_by_hand_until_its_release(rig: Rig) -> None:
     pool = rig.client.scale("default", min=1, max=3, desired=2)
     assert (pool["min"], pool["max"], pool["desired"]) == (1, 3, 2)
     assert pool["held_by_hand"]
@@ -66,7 +66,7 @@ def test_a_refused_capacity_leaves_an_earlier_one_held(rig: Rig) -> None:
     assert rig.manager.autoscaler.held == {"default": 1}
 
 
-def test_draining_ends_busy_instances_too_and_none_comes_back(rig: Rig) -> None:
+def test_drain_ends_busy_instances_and_launches_none(rig: Rig) -> None:
     name = rig.submit(job(tasks=4))
     bundles = rig.outstanding(name, 4)
     rig.client.scale("default", min=1, desired=2)
@@ -95,7 +95,7 @@ def test_all_pools_are_drained_where_none_is_named() -> None:
             rig.client.drain("c")
 
 
-def test_a_rebuilt_ledger_knows_every_job(rig: Rig) -> None:
+def test_rebuilt_ledger_knows_every_job(rig: Rig) -> None:
     names = [rig.submit(job(token=token, tasks=1)) for token in "ab"]
     for name in names:
         rig.work(name, 1)
@@ -129,7 +129,7 @@ def test_why_follows_a_job_through_its_life(rig: Rig) -> None:
     assert "stage sum waits for stage map (0 of 1 tasks ended)" in answer
 
 
-def test_why_tells_that_instances_cannot_be_launched() -> None:
+def test_why_reports_failed_launches() -> None:
     """A fleet that cannot come up is the reason, not a mystery."""
     with Rig() as rig:
         rig.launcher.refuse = lambda _pool, _instance: "the image is missing"
@@ -139,7 +139,7 @@ def test_why_tells_that_instances_cannot_be_launched() -> None:
         assert "its launch failed: the image is missing" in answer
 
 
-def test_why_tells_of_a_backend_that_does_not_answer(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_why_reports_an_unreachable_backend(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> GroupView:
         raise Unreachable("Docker does not answer.")
 

@@ -51,7 +51,7 @@ def test_a_watcher_with_an_old_version_or_of_an_ended_job_is_answered_at_once(ri
     assert time.monotonic() - begun_s < 8
 
 
-def test_a_watcher_hears_when_a_worker_begins(rig: Rig) -> None:
+def test_watcher_is_notified_when_a_worker_starts(rig: Rig) -> None:
     name = rig.submit(job(tasks=1))
     one = rig.outstanding(name, 1)
     (instance,) = rig.instances(1, "Pending")
@@ -97,7 +97,7 @@ def test_a_job_that_only_the_bucket_has_can_be_cancelled(rig: Rig) -> None:
     assert rig.ended(made.id)["state"] == "CANCELLED"
 
 
-def test_a_paused_job_says_so_and_goes_on(rig: Rig) -> None:
+def test_paused_job_is_shown_as_paused_and_resumes(rig: Rig) -> None:
     name = rig.submit(job(tasks=1))
     rig.outstanding(name, 1)
     assert rig.client.pause(name)["state"] == "PAUSED"
@@ -141,7 +141,7 @@ def test_a_retry_runs_what_failed_and_forgets_its_failures(rig: Rig) -> None:
 # --- What came of the tasks ----------------------------------------------------------------------
 
 
-def test_outcomes_come_in_the_order_of_their_folding_and_once(rig: Rig) -> None:
+def test_outcomes_are_listed_once_in_fold_order(rig: Rig) -> None:
     name = rig.submit(job(tasks=4))
     rig.work(name, 4, bad=[1])
     rig.ended(name)
@@ -160,7 +160,7 @@ def test_outcomes_come_in_the_order_of_their_folding_and_once(rig: Rig) -> None:
     assert rig.client.outcomes(name, stage="other")["outcomes"] == []
 
 
-def test_whoever_waits_for_outcomes_is_woken_by_the_next(rig: Rig) -> None:
+def test_waiting_reader_wakes_at_the_next_outcome(rig: Rig) -> None:
     name = rig.submit(job(tasks=2))
     rig.outstanding(name, 2)
     assert rig.client.outcomes(name) == {"outcomes": [], "ended": False}
@@ -172,7 +172,7 @@ def test_whoever_waits_for_outcomes_is_woken_by_the_next(rig: Rig) -> None:
     assert rig.client.outcomes(name, after=last, wait_s=30) == {"outcomes": [], "ended": True}
 
 
-def test_the_log_of_every_attempt_is_kept(rig: Rig) -> None:
+def test_log_of_every_attempt_is_stored(rig: Rig) -> None:
     """The log of the attempt that failed, not only of the last one."""
     name = rig.submit(job(tasks=2, retry=RetryRule(attempts=2, backoff_s=0.0)))
     rig.work(name, 2, bad=[1])
@@ -190,7 +190,7 @@ def test_the_log_of_every_attempt_is_kept(rig: Rig) -> None:
     assert [log["state"] for log in every] == ["SUCCEEDED", "RETRIED", "SUCCEEDED"]
 
 
-def test_logs_are_handed_out_as_they_come(rig: Rig) -> None:
+def test_logs_are_streamed(rig: Rig) -> None:
     name = rig.submit(job(tasks=3, retry=RetryRule(attempts=1)))
     rig.outstanding(name, 3)
     answer = later(lambda: rig.client.logs_after(name, None, wait_s=30))
@@ -208,9 +208,7 @@ def test_logs_are_handed_out_as_they_come(rig: Rig) -> None:
     assert (one["ended"], [log["task"] for log in one["logs"]]) == (True, [2])
 
 
-def test_an_answer_holds_only_so_much_of_logs_and_says_what_it_leaves_out(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_log_answer_is_bounded_and_reports_omissions(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     name = rig.submit(job(tasks=4, bundle=2))
     rig.work(name, 2)
     size = len("task 0, try 1\n")
@@ -239,7 +237,7 @@ def test_an_answer_holds_only_so_much_of_logs_and_says_what_it_leaves_out(
     assert sorted(followed) == [f"task {n}, try 1\n" for n in range(4)]
 
 
-def test_tails_are_asked_for_by_the_word_that_workers_read(rig: Rig) -> None:
+def test_live_logs_are_requested_through_the_control_object(rig: Rig) -> None:
     name = rig.submit(job(tasks=2))
     bundles = rig.outstanding(name, 2)
     key = object_keys.control(JobId(name))

@@ -15,7 +15,7 @@ def described(**more: Any) -> dict[str, Any]:
     return {"name": "nightly", "cron": "0 2 * * *", "timezone": "Europe/Berlin", **more}
 
 
-def test_a_schedule_is_kept_shown_steered_and_removed(rig: Rig) -> None:
+def test_schedule_is_created_shown_changed_and_removed(rig: Rig) -> None:
     client = rig.client
     view = client.add_schedule(described(), job())
     assert (view["name"], view["job"], view["state"]) == ("nightly", "sums", "active")
@@ -38,7 +38,7 @@ def test_a_schedule_is_kept_shown_steered_and_removed(rig: Rig) -> None:
         client.schedule("nightly")
 
 
-def test_a_run_by_hand_is_a_job_with_the_schedules_name_in_its_tags(rig: Rig) -> None:
+def test_manual_run_is_tagged_with_its_schedule(rig: Rig) -> None:
     rig.submit(job())  # its input is there
     rig.client.add_schedule(described(), job())
     run = rig.client.run_schedule("nightly", "mine")
@@ -51,7 +51,7 @@ def test_a_run_by_hand_is_a_job_with_the_schedules_name_in_its_tags(rig: Rig) ->
     assert (seen["by_hand"], seen["tasks"]) == (True, 4)
 
 
-def test_one_time_comes(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_time_schedule_runs(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     rig.submit(job())
     at_s = time.time() + 3600
     rig.client.add_schedule({"name": "once", "at_s": at_s}, job())
@@ -78,7 +78,7 @@ def test_one_time_comes(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
         ({"cron": "", "at_s": 1.0}, "The time is in the past."),
     ],
 )
-def test_what_is_no_schedule_is_refused_in_a_sentence(rig: Rig, changes: dict[str, Any], told: str) -> None:
+def test_invalid_schedule_is_a_clear_error(rig: Rig, changes: dict[str, Any], told: str) -> None:
     with pytest.raises(UsageError) as caught:
         rig.client.add_schedule(described(**changes), job())
     assert told in str(caught.value)

@@ -113,7 +113,7 @@ def test_an_answer_carries_its_request_id_and_is_xml() -> None:
     assert answered.headers["content-type"] == "text/xml"
 
 
-def test_without_a_key_any_signature_will_do_but_there_must_be_one() -> None:
+def test_endpoint_without_keys_accepts_any_signature() -> None:
     assert ask(app(), signed(key=Keys("who", "ever"))).status == 200
     missing = (403, "MissingAuthenticationToken", "Missing Authentication Token")
     assert ask(app(), {"Host": "x"}).error == missing
@@ -130,7 +130,7 @@ def test_a_key_that_is_not_the_key_is_refused() -> None:
     assert told == (403, "InvalidClientTokenId", expected)
 
 
-def test_whatever_was_signed_and_has_changed_is_noticed() -> None:
+def test_changed_signed_request_is_refused() -> None:
     whole = signed()
     other_secret = signed(key=Keys("AKIDEXAMPLE", "other"))
     changed: tuple[tuple[Headers, bytes], ...] = (
@@ -166,7 +166,7 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_read() -> None:
     assert (status, code) == (413, "RequestEntityTooLarge")
 
 
-def test_a_body_that_is_no_form_is_refused() -> None:
+def test_malformed_form_is_refused() -> None:
     told = ask(app(), signed(), b"\xff").error
     assert told == (400, "MalformedQueryString", "The request is not a form.")
 
@@ -175,7 +175,7 @@ def test_a_fault_has_the_status_of_the_model() -> None:
     assert ask(app(), signed(), TAGS + b"&NextToken=refuse").error == (500, "ResourceContention", "busy")
 
 
-def test_a_defect_of_ours_is_not_told_to_the_client(caplog: pytest.LogCaptureFixture) -> None:
+def test_internal_error_is_not_shown_to_the_client(caplog: pytest.LogCaptureFixture) -> None:
     answered = ask(app(), signed(), TAGS + b"&NextToken=break")
     assert answered.error[:2] == (500, "InternalFailure")
     assert b"secret" not in answered.body
@@ -186,7 +186,7 @@ def test_get_is_for_health_checks_only() -> None:
     assert ask(app(KEY), {}, b"", method="GET").status == 200
 
 
-def test_a_client_that_leaves_early_is_no_error() -> None:
+def test_early_disconnect_is_not_an_error() -> None:
     async def receive() -> MutableMapping[str, Any]:
         return {"type": "http.disconnect"}
 

@@ -72,7 +72,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_what_is_no_request_is_refused(wrong: str) -> None:
+def test_malformed_request_is_refused(wrong: str) -> None:
     target, body, code = WRONG[wrong]
     with pytest.raises(Fault) as refused:
         cloudwatch.parse(CLOUDWATCH, target, body)
@@ -87,7 +87,7 @@ def ask(to: CloudWatch, body: bytes, target: str = TARGET) -> Response:
         return to.refuse(request, fault, "id")
 
 
-def test_a_fault_is_told_so_that_botocore_finds_its_code() -> None:
+def test_fault_code_is_readable_by_botocore() -> None:
     told = ask(CloudWatch(MetricStore(ManualClock())), b'{"Namespace": "a"}')
     response = {"headers": dict(told.headers), "status_code": told.status, "body": told.body}
     parsed = create_parser("json").parse(response, PUT.output_shape)  # type: ignore[arg-type]
@@ -129,7 +129,7 @@ def test_a_statistic_is_taken_over_the_newest_minute() -> None:
     assert kept.value("SampleCount") == 3
 
 
-def test_data_that_is_old_is_none() -> None:
+def test_old_data_is_dropped() -> None:
     kept = Kept()
     kept.put(1)
     kept.clock.time_s += 299
@@ -138,7 +138,7 @@ def test_data_that_is_old_is_none() -> None:
     assert kept.value() is None
 
 
-def test_a_metric_is_another_with_another_name_or_dimension() -> None:
+def test_metric_is_identified_by_name_and_dimensions() -> None:
     kept = Kept()
     kept.put(1)
     assert kept.value(MetricName="Other") is None
@@ -147,7 +147,7 @@ def test_a_metric_is_another_with_another_name_or_dimension() -> None:
     assert kept.value() == 1
 
 
-def test_values_may_come_many_at_a_time_or_summed_up() -> None:
+def test_values_may_be_lists_or_statistics() -> None:
     kept = Kept()
     kept.put(0, Values=[1.0, 4.0], Counts=[2.0, 1.0])
     assert kept.value("Average") == 2
@@ -178,7 +178,7 @@ def test_a_value_may_have_its_own_time() -> None:
         {"StatisticValues": {"SampleCount": 0.0, "Sum": 0.0, "Minimum": 0.0, "Maximum": 0.0}},
     ],
 )
-def test_a_value_that_is_none_is_refused_with_all_that_came_with_it(wrong: Any) -> None:
+def test_invalid_value_refuses_the_whole_request(wrong: Any) -> None:
     store = MetricStore(ManualClock())
     good = {"MetricName": "Backlog", "Dimensions": POOL, "Value": 1.0}
     with pytest.raises(Fault, match="InvalidParameterValue"):
@@ -186,7 +186,7 @@ def test_a_value_that_is_none_is_refused_with_all_that_came_with_it(wrong: Any) 
     assert store.value(policy()) is None
 
 
-def test_what_has_no_data_here_is_none() -> None:
+def test_metric_without_data_is_empty() -> None:
     store = MetricStore(ManualClock())
     predefined = TargetTracking(5.0, predefined_metric_type="ASGAverageCPUUtilization")
     assert store.value(ScalingPolicy("g", "p", target_tracking_configuration=predefined)) is None

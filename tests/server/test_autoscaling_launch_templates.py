@@ -41,7 +41,7 @@ def named(version: str = "$Default") -> LaunchTemplate:
     return LaunchTemplate(launch_template_name="worker", version=version)
 
 
-def test_a_version_says_what_an_instance_is_launched_from(path: Path) -> None:
+def test_template_version_describes_its_instances(path: Path) -> None:
     found = TemplateFile(path).template(named("2"))
     assert found.reference == LaunchTemplate(template_id("worker"), "worker", "2")
     assert (found.instance_type, found.market) == ("m7i.large", Market.SPOT)
@@ -76,7 +76,7 @@ def test_a_version_may_be_named_or_not(path: Path, version: str, number: int) ->
         LaunchTemplate(),
     ],
 )
-def test_a_template_that_is_not_there_is_refused(path: Path, reference: LaunchTemplate) -> None:
+def test_missing_template_is_refused(path: Path, reference: LaunchTemplate) -> None:
     with pytest.raises(ValidationError, match="does not exist"):
         TemplateFile(path).template(reference)
 
@@ -87,7 +87,7 @@ def test_a_file_that_changes_is_read_again(path: Path) -> None:
     assert templates.template(named("$Latest")).reference.version == "4"
 
 
-def test_a_file_that_is_broken_by_a_change_refuses_launches_until_it_is_mended(path: Path) -> None:
+def test_broken_template_file_refuses_launches_until_it_is_fixed(path: Path) -> None:
     templates = TemplateFile(path)
     path.write_text("[worker")
     with pytest.raises(ValidationError, match="is not TOML"):
@@ -128,7 +128,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_a_file_that_is_none_is_told_in_a_sentence(wrong: str, path: Path) -> None:
+def test_missing_template_file_is_a_clear_error(wrong: str, path: Path) -> None:
     content, told = WRONG[wrong]
     path.write_bytes(content.encode("latin-1"))
     with pytest.raises(UsageError) as refused:
@@ -136,7 +136,7 @@ def test_a_file_that_is_none_is_told_in_a_sentence(wrong: str, path: Path) -> No
     assert told in str(refused.value)
 
 
-def test_a_file_that_cannot_be_read_is_told_in_a_sentence(tmp_path: Path) -> None:
+def test_unreadable_template_file_is_a_clear_error(tmp_path: Path) -> None:
     for path in (tmp_path / "nothing", tmp_path):
         with pytest.raises(UsageError, match=f"cannot be read: ({os.strerror(2)}|Is a dir)"):
             TemplateFile(path)

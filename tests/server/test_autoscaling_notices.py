@@ -47,7 +47,7 @@ WRONG: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_what_is_wrong_is_refused_by_its_name(wrong: str) -> None:
+def test_invalid_notice_is_refused_by_name(wrong: str) -> None:
     @in_aws
     async def refused(w: World) -> None:
         await w.group(1, SPOT)
@@ -70,7 +70,7 @@ async def test_an_on_demand_instance_is_never_interrupted(w: World) -> None:
         await service.answer(asked(instance=name, notice="interruption", notice_s=1), "id")
 
 
-def test_an_endpoint_that_is_not_there_is_told() -> None:
+def test_missing_endpoint_is_reported() -> None:
     with pytest.raises(Unreachable, match="No Auto Scaling endpoint answers"):
         give(Endpoint("http://127.0.0.1:9"), "i-1", "interruption", 1)
 
@@ -83,7 +83,7 @@ user_data = "IyEvYmluL3NoCmVjaG8gaGVsbG8K"
 """
 
 
-def test_the_metadata_has_what_group_and_template_say(tmp_path: Path) -> None:
+def test_metadata_matches_group_and_template(tmp_path: Path) -> None:
     @in_aws
     async def told(w: World) -> None:
         (name,) = await w.group(1, SPOT, tags=[Tag("batchlab:pool", "default", True), Tag("own")])

@@ -71,7 +71,7 @@ def test_every_answer_of_auto_scaling_is_read_as_it_was_meant(name: str) -> None
 
 
 @pytest.mark.parametrize("other", query_services())
-def test_the_codec_knows_nothing_of_auto_scaling(other: str) -> None:
+def test_codec_is_independent_of_auto_scaling(other: str) -> None:
     """Flattened lists, maps, blobs: Auto Scaling has none of them, and others do."""
     model = service(other)
     for name in model.operation_names:
@@ -125,7 +125,7 @@ WRONG_FORMS = {
 
 
 @pytest.mark.parametrize("wrong", WRONG_FORMS)
-def test_a_form_that_is_no_request_is_refused(wrong: str) -> None:
+def test_malformed_form_is_refused(wrong: str) -> None:
     sent, code, message = WRONG_FORMS[wrong]
     with pytest.raises(Fault) as refused:
         query_protocol.parse(AUTOSCALING, sent)
@@ -134,7 +134,7 @@ def test_a_form_that_is_no_request_is_refused(wrong: str) -> None:
 
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(st.data())
-def test_whatever_is_sent_is_understood_or_refused(data: st.DataObject) -> None:
+def test_any_request_is_parsed_or_refused(data: st.DataObject) -> None:
     """Names and values of a real request, cut up and put together wrongly."""
     name = data.draw(st.sampled_from(AUTOSCALING.operation_names))
     operation = AUTOSCALING.operation_model(name)
@@ -163,7 +163,7 @@ def refusal(sent: str) -> str:
     return ""
 
 
-def test_the_entries_of_a_list_come_in_the_order_of_their_numbers() -> None:
+def test_list_entries_are_ordered_by_number() -> None:
     names = "&".join(f"AutoScalingGroupNames.member.{n}=g{n}" for n in (10, 2, 1))
     sent = f"Action=DescribeAutoScalingGroups&Version=2011-01-01&{names}"
     assert query_protocol.parse(AUTOSCALING, sent)[1] == {"AutoScalingGroupNames": ["g1", "g2", "g10"]}
@@ -173,7 +173,7 @@ def test_a_parameter_that_the_model_lacks_is_left_out() -> None:
     assert query_protocol.parse(AUTOSCALING, "Action=DescribeTags&Version=2011-01-01&Colour=red")[1] == {}
 
 
-def test_times_may_be_told_in_any_zone_and_are_utc_without_one() -> None:
+def test_times_accept_any_zone_and_default_to_utc() -> None:
     for text in ("2026-01-02T03:04:05Z", "2026-01-02T04:04:05%2B01:00", "2026-01-02T03:04:05"):
         sent = f"Action=DescribeScheduledActions&Version=2011-01-01&StartTime={text}"
         asked = query_protocol.parse(AUTOSCALING, sent)[1]
@@ -181,7 +181,7 @@ def test_times_may_be_told_in_any_zone_and_are_utc_without_one() -> None:
 
 
 @pytest.mark.parametrize("shape", AUTOSCALING.error_shapes, ids=lambda shape: shape.name)
-def test_every_fault_of_the_model_is_told_as_the_model_says(shape: StructureShape) -> None:
+def test_every_fault_of_the_model_is_rendered(shape: StructureShape) -> None:
     error = shape.metadata["error"]
     blame = Faults(AUTOSCALING).blame(Fault(shape.error_code, "<no> & why"))
     assert blame.status == error["httpStatusCode"]
@@ -205,7 +205,7 @@ def test_an_answer_that_is_not_of_its_shape_is_a_defect() -> None:
         query_protocol.result(AUTOSCALING.operation_model("SetDesiredCapacity"), {"Tags": []}, "id")
 
 
-def test_what_xml_cannot_carry_is_replaced() -> None:
+def test_characters_invalid_in_xml_are_replaced() -> None:
     tags = AUTOSCALING.operation_model("DescribeTags")
     body = query_protocol.result(tags, {"Tags": [{"Key": "a\x00b\ud800c\r\n"}]}, "id")
     assert answered(tags, body)["Tags"] == [{"Key": "a\ufffdb\ufffdc\r\n"}]
@@ -253,7 +253,7 @@ VIOLATIONS: dict[str, tuple[str, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("violation", VIOLATIONS)
-def test_what_the_model_forbids_is_refused_in_the_words_of_aws(violation: str) -> None:
+def test_model_violations_are_refused_with_aws_texts(violation: str) -> None:
     action, asked, told = VIOLATIONS[violation]
     with pytest.raises(Fault) as refused:
         parameters.check(AUTOSCALING.operation_model(action), asked)
@@ -261,7 +261,7 @@ def test_what_the_model_forbids_is_refused_in_the_words_of_aws(violation: str) -
     assert refused.value.message == f"1 validation error detected: {told}"
 
 
-def test_all_violations_are_told_at_once() -> None:
+def test_all_violations_are_reported_together() -> None:
     with pytest.raises(Fault, match=r"2 validation errors detected: .*; Value null at 'maxSize'"):
         parameters.check(
             AUTOSCALING.operation_model("CreateAutoScalingGroup"), {"MinSize": 0, "AutoScalingGroupName": ""}

@@ -48,7 +48,7 @@ def test_a_look_notes_what_the_last_tick_has_seen() -> None:
     }
 
 
-def test_what_is_kept_and_what_is_shown_are_bounded() -> None:
+def test_stored_and_shown_history_is_bounded() -> None:
     history, clock = History(), ManualClock()
     for _ in range(KEPT + 50):
         clock.time_s += EVERY_S
@@ -60,18 +60,18 @@ def test_what_is_kept_and_what_is_shown_are_bounded() -> None:
     assert view["at_s"] == sorted(view["at_s"])
 
 
-def test_a_pool_that_was_not_there_before_has_nothing_then() -> None:
+def test_new_pool_has_no_earlier_history() -> None:
     history, clock = History(), ManualClock()
     history.look(manager(clock, pools=()))
     history.look(manager(clock))
     assert history.view()["pools"][0]["desired"] == [0, 4]
 
 
-def test_nothing_seen_is_no_curve() -> None:
+def test_history_without_samples_has_no_curve() -> None:
     assert History().view() == {"at_s": [], "pools": []}
 
 
-def test_what_an_earlier_manager_recorded_comes_first() -> None:
+def test_history_of_an_earlier_manager_comes_first() -> None:
     clock = ManualClock()
     asked: list[float] = []
 

@@ -37,7 +37,7 @@ def lead_of(manager: Leading) -> manager_service._Lead:
     return manager_service._Lead(cast(Manager, manager))
 
 
-def test_an_error_that_comes_with_its_end_keeps_no_manager_alive() -> None:
+def test_error_at_the_end_of_leadership_ends_the_manager() -> None:
     """It led on, and nobody could end it any more."""
     first, second = Leading(), Leading(errors=False)
 
@@ -52,7 +52,7 @@ def test_an_error_that_comes_with_its_end_keeps_no_manager_alive() -> None:
     assert (first.runs, second.runs) == (1, 0)
 
 
-def test_who_has_lost_the_lead_stands_for_it_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_manager_that_lost_the_lead_campaigns_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(manager_service, "AGAIN_S", 0.0)
     first, second = Leading(short=True), Leading(errors=False)
 

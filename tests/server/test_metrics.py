@@ -68,7 +68,7 @@ def test_a_jobs_life_is_counted(rig: Rig) -> None:
     assert at(after, "pool_max_instances", pool="default") == 2
 
 
-def test_what_workers_tell_is_counted_once(rig: Rig) -> None:
+def test_worker_reports_are_counted_once(rig: Rig) -> None:
     from batchlab.core.protocol.messages import Events, Told
 
     rig.submit(job("told", tasks=1))
@@ -89,7 +89,7 @@ def test_what_workers_tell_is_counted_once(rig: Rig) -> None:
     assert not any("x\n" in str(key) for key in after)
 
 
-def test_more_jobs_are_no_more_series(rig: Rig) -> None:
+def test_number_of_series_does_not_grow_with_jobs(rig: Rig) -> None:
     before = samples(rig).keys()
     for number in range(3):
         rig.submit(job(f"many-{number}", f"token-{number}"))
@@ -103,7 +103,7 @@ def test_without_the_token_nothing_answers(rig: Rig) -> None:
         assert "batchlab_" not in answer.text
 
 
-def test_open_metrics_is_spoken_to_who_asks_for_it(rig: Rig) -> None:
+def test_open_metrics_is_served_on_request(rig: Rig) -> None:
     accept = "application/openmetrics-text;version=1.0.0,text/plain;q=0.5"
     answer = rig.http.get("/metrics", headers={**AUTHORISED, "Accept": accept})
     assert answer.headers["content-type"].startswith("application/openmetrics-text")
@@ -111,7 +111,7 @@ def test_open_metrics_is_spoken_to_who_asks_for_it(rig: Rig) -> None:
     assert len(list(parse(answer.text))) > 20
 
 
-def test_a_manager_that_does_not_lead_says_so() -> None:
+def test_manager_without_the_lead_refuses() -> None:
     with Rig(lead=False) as rig:
         assert at(samples(rig), "manager_leader") == 0
 
@@ -123,7 +123,7 @@ def test_names_follow_the_conventions(rig: Rig) -> None:
         assert not re.search(r"_(ms|minutes|hours|count|sum|bucket|total)$", family.name)
 
 
-def test_the_example_alerts_ask_for_what_there_is(rig: Rig) -> None:
+def test_example_alerts_use_existing_metrics(rig: Rig) -> None:
     """Every metric, label and value that an alert names is one that the manager shows."""
     known: dict[str, dict[str, set[str]]] = {}
     for name, labels in samples(rig):

@@ -12,9 +12,7 @@ from batchlab.runtime.home import Home, ManagerRecord
 from batchlab.server import worker_service
 
 
-def test_a_worker_whose_manager_has_been_gone_for_a_while_drains(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_worker_without_a_manager_drains_after_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_service, "ORPHAN_S", 0.1)
     asyncio.run(_watch(Home(tmp_path)))
 

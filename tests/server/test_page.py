@@ -37,7 +37,7 @@ def test_without_a_session_nothing_answers_but_the_login(rig: Rig, stranger: Vis
     assert (parts.status_code, parts.headers["HX-Redirect"]) == (401, "/ui/login")
 
 
-def test_without_its_extra_it_says_so_to_who_may_see_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_page_without_its_extra_explains_itself_to_authorized_users(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with Rig() as bare:
         said = "The grid's page needs batchlab's extra `web`, which is not installed"
@@ -56,7 +56,7 @@ def test_without_its_extra_it_says_so_to_who_may_see_it(monkeypatch: pytest.Monk
             assert visitor.get("/login", Host="evil.example").status_code == 421
 
 
-def test_a_bearer_token_is_no_session(stranger: Visitor) -> None:
+def test_bearer_token_is_not_a_session(stranger: Visitor) -> None:
     assert stranger.get("/", Authorization=f"Bearer {TOKEN}").status_code == 303
 
 
@@ -155,7 +155,7 @@ def test_a_manager_that_listens_everywhere_does_not_answer_to_that(rig: Rig) -> 
         ({}, 403),
     ],
 )
-def test_a_form_comes_from_a_page_of_ours(rig: Rig, visitor: Visitor, headers: dict[str, str], status: int) -> None:
+def test_form_must_come_from_an_own_page(rig: Rig, visitor: Visitor, headers: dict[str, str], status: int) -> None:
     sent = {name: text.format(url=rig.url) for name, text in headers.items()}
     data = {"form_token": visitor.token()}
     answer = visitor.http.post(f"{visitor.root}/jobs/x/cancel", data=data, headers=sent)
@@ -180,7 +180,7 @@ def test_a_form_is_not_long(visitor: Visitor) -> None:
     assert visitor.get("/").status_code == 200
 
 
-def test_a_question_is_asked_before_what_cannot_be_taken_back(rig: Rig, visitor: Visitor) -> None:
+def test_irreversible_action_is_confirmed(rig: Rig, visitor: Visitor) -> None:
     name = rig.submit(job(token="sure"))
     asked = visitor.post(f"/jobs/{name}/cancel")
     assert asked.headers["location"] == f"{visitor.root}/jobs/{name}/cancel"
@@ -236,9 +236,7 @@ def test_forms_do_what_the_api_does(rig: Rig, visitor: Visitor) -> None:
         ("/submit", {}, "No file came along"),
     ],
 )
-def test_what_is_refused_is_told_on_a_page(
-    rig: Rig, visitor: Visitor, path: str, data: dict[str, str], told: str
-) -> None:
+def test_refusal_is_shown_on_a_page(rig: Rig, visitor: Visitor, path: str, data: dict[str, str], told: str) -> None:
     name = rig.submit(job(token="refused"))
     answer = visitor.post(path.format(job=name), **data)
     assert answer.status_code in (404, 409, 422), answer.text

@@ -62,7 +62,7 @@ def test_hostile_names_stay_text(rig: Rig, visitor: Visitor) -> None:
         assert "49" not in re.sub(r"[\w.-]*\d{3}[\w.-]*", "", text), path
 
 
-def test_what_changes_of_a_page_is_a_part_of_it(rig: Rig, visitor: Visitor) -> None:
+def test_update_is_a_part_of_the_page(rig: Rig, visitor: Visitor) -> None:
     name = rig.submit(job(token="live"))
     for path in ("/", "/?active=true", f"/jobs/{name}", "/failures", "/schedules", "/grid", "/costs"):
         whole = visitor.get(path)
@@ -75,7 +75,7 @@ def test_what_changes_of_a_page_is_a_part_of_it(rig: Rig, visitor: Visitor) -> N
         assert "<html" in visitor.http.get(found[1].replace("&amp;", "&")).text
 
 
-def test_jobs_come_in_pages(rig: Rig, visitor: Visitor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jobs_are_paged(rig: Rig, visitor: Visitor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("batchlab.server.web.views.JOBS_PER_PAGE", 2)
     names = [rig.submit(job(token=f"page-{number}")) for number in range(3)]
     first = visitor.get("/").text
@@ -99,7 +99,7 @@ def test_curves_are_of_what_was_seen(rig: Rig, visitor: Visitor) -> None:
     assert {len(pool[name]) for name in pool if name != "name"} == {len(found["at_s"])}
 
 
-def test_a_manager_that_does_not_lead_says_so_on_a_page(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_manager_without_the_lead_answers_with_a_page(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("batchlab.server.http.common.LEADS_WITHIN_S", 0.02)
     with Rig(lead=False) as rig:
         visitor = Visitor(rig)
@@ -155,9 +155,7 @@ def test_a_schedule_is_looked_at_paused_resumed_run_and_removed(rig: Rig, visito
         ("", "/"),
     ],
 )
-def test_who_goes_back_from_an_error_comes_to_where_it_was_asked_from(
-    rig: Rig, visitor: Visitor, said: str, back: str
-) -> None:
+def test_error_page_links_back_to_the_requesting_page(rig: Rig, visitor: Visitor, said: str, back: str) -> None:
     gone = visitor.get("/jobs/nowhere", Referer=said.format(url=rig.url, root=visitor.root))
     assert gone.status_code == 404
     assert f'href="{visitor.root}{back}" data-back' in gone.text

@@ -51,12 +51,12 @@ def test_commands_in_a_sentence_are_code_and_all_else_is_escaped() -> None:
     assert text == ("&lt;b&gt;It&lt;/b&gt; waits: <code>batchlab grid scale &lt;x&gt; --auto</code>.")
 
 
-def test_a_moment_is_told_to_people_and_machines() -> None:
+def test_time_is_shown_for_people_and_machines() -> None:
     assert words.when(0.0) == ('<local-time datetime="1970-01-01T00:00:00+00:00">1970-01-01 00:00:00 UTC</local-time>')
     assert isinstance(words.when(None), Markup)
 
 
-def test_a_moment_of_another_zone_is_told_beside_that() -> None:
+def test_time_of_another_zone_is_shown_beside() -> None:
     assert words.when(0.0, unless="Europe/Berlin", before="here ") == (
         '<local-time unless="Europe/Berlin" before="here " datetime="1970-01-01T00:00:00+00:00">'
         "here 1970-01-01 00:00:00 UTC</local-time>"
@@ -83,7 +83,7 @@ def test_a_bar_shows_every_kind_and_never_more_than_all() -> None:
     assert told == "5 of 10 tasks ended: 4 succeeded, 1 failed, 0 cancelled; 2 running"
 
 
-def test_what_is_still_to_go_is_split_from_what_is_to_be_said_of_it() -> None:
+def test_remaining_time_is_separate_from_its_explanation() -> None:
     known: EtaView = {"low_s": 1.0, "high_s": 2.0, "unmeasured": [], "text": "5 s to 9 s left"}
     assert words.to_go(known) == ("5 s to 9 s", "")
     more: EtaView = {**known, "text": "more than 5 s left; stage a not measured yet"}
@@ -95,7 +95,7 @@ def test_what_is_still_to_go_is_split_from_what_is_to_be_said_of_it() -> None:
 # --- Files ---------------------------------------------------------------------------------------
 
 
-def test_what_is_vendored_is_what_its_list_says() -> None:
+def test_vendored_files_match_their_list() -> None:
     vendor = STATIC / "vendor"
     listed = json.loads((vendor / "versions.json").read_text())
     for one in listed:
@@ -109,7 +109,7 @@ def test_what_is_vendored_is_what_its_list_says() -> None:
     assert {name for name in there if name.endswith((".js", ".css"))} == kept
 
 
-def test_our_own_files_ask_nobody_else_and_run_no_text_as_code() -> None:
+def test_own_files_load_nothing_foreign_and_run_no_text_as_code() -> None:
     """The policy would refuse it in a browser; here it is told by name."""
     for one in [*STATIC.iterdir(), *TEMPLATES.iterdir()]:
         if not one.is_file():

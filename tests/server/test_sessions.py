@@ -54,7 +54,7 @@ def test_a_session_ends_at_its_time(sessions: Sessions, clock: ManualClock) -> N
     assert sessions.of(cookie, place) is None
 
 
-def test_a_cookie_that_was_changed_is_none_of_ours(sessions: Sessions) -> None:
+def test_changed_cookie_is_refused(sessions: Sessions) -> None:
     session, cookie = sessions.begin()
     until, name, mark = cookie.split(".")
     later = f"{int(until) + 1}.{name}.{mark}"
@@ -74,7 +74,7 @@ def test_a_cookie_that_was_changed_is_none_of_ours(sessions: Sessions) -> None:
         assert sessions.of(wrong, sessions.place(session)) is None, wrong
 
 
-def test_another_grid_or_another_token_knows_nothing_of_it(clock: ManualClock) -> None:
+def test_cookie_is_valid_only_for_its_grid_and_token(clock: ManualClock) -> None:
     mine, other = Sessions(TOKEN, clock), Sessions("another", clock)
     session, cookie = mine.begin()
     place = mine.place(session)
@@ -84,7 +84,7 @@ def test_another_grid_or_another_token_knows_nothing_of_it(clock: ManualClock) -
     assert not other.has_sent(session, mine.form_token(session))
 
 
-def test_a_manager_that_was_started_again_knows_who_came_and_who_has_gone(clock: ManualClock, tmp_path: Path) -> None:
+def test_restarted_manager_remembers_sessions_and_logouts(clock: ManualClock, tmp_path: Path) -> None:
     kept = StateFile(tmp_path / "sessions.json")
     before = Sessions(TOKEN, clock, kept)
     session, cookie = before.begin()
@@ -98,7 +98,7 @@ def test_a_manager_that_was_started_again_knows_who_came_and_who_has_gone(clock:
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"seed": "x"}', b'{"seed":"x","closed":[]}'])
-def test_who_has_lost_who_has_gone_has_lost_who_came(clock: ManualClock, tmp_path: Path, damage: bytes) -> None:
+def test_losing_the_list_of_logouts_ends_all_sessions(clock: ManualClock, tmp_path: Path, damage: bytes) -> None:
     file = tmp_path / "sessions.json"
     before = Sessions(TOKEN, clock, StateFile(file))
     begun = [before.begin(), before.begin()]
@@ -110,9 +110,7 @@ def test_who_has_lost_who_has_gone_has_lost_who_came(clock: ManualClock, tmp_pat
         assert again.begin()[1]
 
 
-def test_what_is_remembered_of_who_has_gone_is_bounded(
-    clock: ManualClock, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_list_of_logouts_is_bounded(clock: ManualClock, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("batchlab.server.http.authentication.MAX_CLOSED", 3)
     sessions = Sessions(TOKEN, clock, StateFile(tmp_path / "sessions.json"))
     every = [sessions.begin() for _ in range(5)]
@@ -124,7 +122,7 @@ def test_what_is_remembered_of_who_has_gone_is_bounded(
     assert sessions.of(cookie, sessions.place(session)) == session
 
 
-def test_a_disk_that_is_full_keeps_nobody_from_logging_out(
+def test_full_disk_does_not_prevent_a_login(
     clock: ManualClock, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").touch()
@@ -135,7 +133,7 @@ def test_a_disk_that_is_full_keeps_nobody_from_logging_out(
     assert "known until a restart" in caplog.text
 
 
-def test_who_logs_out_takes_the_cookie_along(sessions: Sessions, clock: ManualClock) -> None:
+def test_logout_deletes_the_cookie(sessions: Sessions, clock: ManualClock) -> None:
     session, cookie = sessions.begin()
     other, kept = sessions.begin()
     sessions.close(session)

@@ -59,7 +59,7 @@ def test_running_counts_the_tasks_of_bundles_that_run_each_once() -> None:
     assert [stage["running"] for stage in stages] == [3, 0]
 
 
-def test_a_bundle_that_has_come_to_its_outcome_runs_no_more() -> None:
+def test_bundle_with_an_outcome_is_not_running() -> None:
     bundle = Bundle(JOB.id, MAP, TaskSet.of([1]))
     assert view(live_job(), seen((bundle, True)))["stages"][0]["running"] == 0
 
@@ -71,13 +71,13 @@ def test_an_ended_job_has_version_zero_and_a_live_one_its_own() -> None:
     assert view(live)["version"] == 0
 
 
-def test_stages_come_in_the_order_of_the_job_with_their_pools() -> None:
+def test_stages_are_listed_in_job_order_with_their_pools() -> None:
     shown = view(live_job())
     assert [(s["name"], s["pool"]) for s in shown["stages"]] == [("map", "default"), ("sum", "default")]
     assert shown["tags"] == {"team": "blue"}
 
 
-def test_an_outcome_names_the_tasks_whose_values_its_object_holds() -> None:
+def test_outcome_names_the_tasks_in_its_object() -> None:
     bundle = Bundle(JOB.id, MAP, TaskSet.span(0, 10))
     good, bad = TaskSet.of([0, 1, 2, 5]), TaskSet.of([4])
     done = Completion(bundle, "w", 0.0, 1.0, good, bad, TaskSet(), 1.0)
@@ -148,7 +148,7 @@ def test_every_watcher_wakes_at_a_change_and_none_without() -> None:
     asyncio.run(scene())
 
 
-def test_news_that_came_before_the_question_is_told_at_once() -> None:
+def test_earlier_change_is_reported_at_once() -> None:
     async def scene() -> None:
         live = live_job()
         live.changed()

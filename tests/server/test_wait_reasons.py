@@ -265,7 +265,7 @@ _some: Mapping[str, st.SearchStrategy[Any]] = {
 
 
 @given(st.fixed_dictionaries(dict(_some)).map(lambda chosen: Situation(**chosen)))
-def test_there_is_always_one_line_of_answer(situation: Situation) -> None:
+def test_wait_reason_always_has_one_line(situation: Situation) -> None:
     """Also for situations that nobody has thought of: no case answers "unknown"."""
     answer = why(situation.facts())
     assert answer.endswith(".")
@@ -274,7 +274,7 @@ def test_there_is_always_one_line_of_answer(situation: Situation) -> None:
 
 
 @pytest.mark.parametrize(("tasks", "verb"), [(1, "waits for its retry"), (2, "wait for their retries")])
-def test_one_and_many_are_told_apart(tasks: int, verb: str) -> None:
+def test_singular_and_plural_texts(tasks: int, verb: str) -> None:
     make: Callable[[int], Bundle] = lambda n: bundle(JOB, *range(n))  # noqa: E731 - a fixture's worth
     assert verb in why(Situation(out=[(make(tasks), -5.0)]).facts())
 
@@ -294,7 +294,7 @@ def beside(situation: Situation, **more: Any) -> str:
     return whole.removeprefix(alone)
 
 
-def test_a_manager_that_is_behind_says_so() -> None:
+def test_delayed_manager_is_a_reason() -> None:
     told = beside(WAITS, lag_s=75.0)
     assert told.startswith(" Also, the manager is 75 s behind")
     assert "`bundle`" in told
@@ -302,7 +302,7 @@ def test_a_manager_that_is_behind_says_so() -> None:
     assert beside(ENDED, lag_s=75.0) == ""
 
 
-def test_what_the_log_has_warned_of_is_told_while_it_is_news() -> None:
+def test_recent_warnings_of_the_log_are_shown() -> None:
     said = (NOW_S - 12.0, "the bundle is given back:\nthe bucket is away.")
     told = beside(WAITS, said=said)
     assert told.startswith(" Also, the manager's log has said of it, 12 s ago: ")
@@ -311,7 +311,7 @@ def test_what_the_log_has_warned_of_is_told_while_it_is_news() -> None:
     assert beside(WAITS, said=(NOW_S - 3600.0, "old")) == ""
 
 
-def test_a_notification_that_does_not_arrive_is_told_of_any_job() -> None:
+def test_undelivered_notification_is_shown_for_any_job() -> None:
     for situation in (WAITS, RUNS, ENDED):
         told = beside(situation, undelivered="a notification of it to x has failed 3 times")
         assert told.endswith("3 times (`batchlab notify log` has more).")

@@ -31,7 +31,7 @@ class World:
             await asyncio.gather(self.linger("left"), asyncio.shield(self.linger("shielded")))
 
 
-def test_a_kill_ends_every_task_the_actor_has_made_and_nobody_elses() -> None:
+def test_kill_ends_every_task_of_its_actor_only() -> None:
     world, loop = World(), SimLoop()
 
     async def main() -> bool:
@@ -62,7 +62,7 @@ def test_a_killed_actors_tasks_end_in_the_order_they_were_spawned() -> None:
     assert world.ends == [f"{i:02d}" for i in range(50)]
 
 
-def test_what_a_dead_actor_raises_is_ignored() -> None:
+def test_error_of_a_dead_actor_is_ignored() -> None:
     async def fails_when_dying() -> None:
         try:
             await forever()
@@ -83,7 +83,7 @@ def test_what_a_dead_actor_raises_is_ignored() -> None:
     SimLoop().run(main())
 
 
-def test_the_echo_of_a_death_in_somebody_elses_future_is_no_crash() -> None:
+def test_cancellation_of_a_foreign_future_by_a_death_is_not_a_crash() -> None:
     async def main() -> None:
         echo = BaseExceptionGroup("gathered", [ActorKilled("a"), ActorKilled("b")])
         asyncio.get_running_loop().create_future().set_exception(echo)
@@ -92,7 +92,7 @@ def test_the_echo_of_a_death_in_somebody_elses_future_is_no_crash() -> None:
     SimLoop().run(main())
 
 
-def test_a_failure_left_unhandled_by_a_death_is_no_crash() -> None:
+def test_failure_left_by_a_death_is_not_a_crash() -> None:
     """A parent that would have looked at its child's failure was killed before it could."""
     kept: list[asyncio.Task[None]] = []
 

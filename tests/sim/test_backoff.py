@@ -60,7 +60,7 @@ async def rebuilt(world: World, made: JobDef) -> None:
 
 
 @pytest.mark.parametrize("happens", [killed, paused, rebuilt])
-def test_a_retry_keeps_its_backoff(happens: Any) -> None:
+def test_retry_keeps_its_backoff(happens: Any) -> None:
     """The next leader took a retry that waits for a silent bundle and sent it again: 600 s became
     45 to 55 s. A resume sent it at once. Later the delayed original ran user code once more."""
 
@@ -72,7 +72,7 @@ def test_a_retry_keeps_its_backoff(happens: Any) -> None:
     in_world(act, script=unlucky_once())
 
 
-def test_a_retry_whose_message_is_lost_is_sent_again_after_its_backoff() -> None:
+def test_retry_with_a_lost_message_is_sent_again_after_its_backoff() -> None:
     async def act(world: World) -> None:
         await failed(world, MADE)
         await world.queue.purge("tasks-default")

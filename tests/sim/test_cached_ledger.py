@@ -14,7 +14,7 @@ from batchlab.sim.cached_ledger import FollowedLedger
 from tests.support.sim.scenes import A, job, stage
 
 
-def test_a_look_asks_again_once_something_was_written(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_read_queries_again_after_a_write(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[JobId] = []
 
     async def act() -> None:
@@ -47,7 +47,7 @@ def test_a_look_asks_again_once_something_was_written(monkeypatch: pytest.Monkey
     asyncio.run(act())
 
 
-def test_what_is_written_while_a_look_is_under_way_is_seen_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_during_a_read_is_seen_by_the_next_read(monkeypatch: pytest.MonkeyPatch) -> None:
     async def act() -> None:
         ledger = open_memory_as(FollowedLedger)
         original = ledger.job

@@ -63,7 +63,7 @@ async def spent_usd(world: World) -> float:
         (0.05, 20.0, 90.0, 4),
     ],
 )
-def test_what_a_job_costs_passes_its_cap_by_no_more_than_a_minute_of_one_instance(
+def test_cost_exceeds_the_cap_by_at_most_a_minute_of_one_instance(
     cap: float, run_s: float, boot_s: float, slots: int
 ) -> None:
     pool = replace(POOLS[0], boot_s=boot_s, slots=slots)
@@ -92,9 +92,7 @@ def test_what_a_job_costs_passes_its_cap_by_no_more_than_a_minute_of_one_instanc
 
 
 @pytest.mark.parametrize(("cap", "boot_s", "slots"), [(0.03, 0.0, 2), (0.05, 90.0, 4)])
-def test_a_job_whose_cap_is_nearly_spent_is_called_capped_and_that_is_that(
-    cap: float, boot_s: float, slots: int
-) -> None:
+def test_job_near_its_cap_is_capped_for_good(cap: float, boot_s: float, slots: int) -> None:
     """Whenever a bundle had been cheaper than reckoned it was capped no longer, for a second: who
     watched it saw that up to thirty times."""
     pool = replace(POOLS[0], boot_s=boot_s, slots=slots)
@@ -144,7 +142,7 @@ def test_a_job_is_capped_no_longer_once_its_cap_pays_for_the_rest() -> None:
     in_world(act, script=takes(2.0), pools=POOLS, accounting=accounting())
 
 
-def test_a_raised_cap_lets_the_job_go_on_to_its_end() -> None:
+def test_raised_cap_lets_the_job_finish() -> None:
     async def act(world: World) -> None:
         made = job(stage(A), stage(B, A), items=300, max_cost_usd=0.005)
         await submitted(world, made)

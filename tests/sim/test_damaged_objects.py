@@ -41,7 +41,7 @@ async def strike(world: World, group: str, kind: FaultKind) -> str:
 
 
 @pytest.mark.parametrize("kind", [TORN, MISSING])
-def test_a_job_whose_definition_is_damaged_fails_by_its_name_and_no_other_job_does(kind: FaultKind) -> None:
+def test_job_with_a_damaged_definition_fails_alone(kind: FaultKind) -> None:
     async def act(world: World) -> None:
         await scenes.submitted(world, JOB)
         key = await strike(world, "spec.json", kind)
@@ -85,7 +85,7 @@ def test_a_job_is_cancelled_although_its_word_is_damaged(kind: FaultKind) -> Non
     scenes.in_world(act, script=scenes.takes(30.0))
 
 
-def test_a_running_job_goes_on_after_its_word_was_torn() -> None:
+def test_running_job_survives_a_torn_control_object() -> None:
     async def act(world: World) -> None:
         await scenes.submitted(world, JOB)
         await strike(world, "control.json", TORN)
@@ -95,7 +95,7 @@ def test_a_running_job_goes_on_after_its_word_was_torn() -> None:
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
-def test_a_task_whose_part_of_the_plan_is_damaged_fails_by_its_name(kind: FaultKind) -> None:
+def test_task_with_a_damaged_part_of_the_plan_fails(kind: FaultKind) -> None:
     """A part is named by its content, so one changed bit is noticed."""
     many = scenes.job(scenes.stage(scenes.A, bundle=1), items=40)
 
@@ -128,7 +128,7 @@ async def next_leader_ends_it(world: World, key: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [TORN, MISSING])
-def test_a_job_whose_retry_is_damaged_fails_by_its_name(kind: FaultKind) -> None:
+def test_job_with_a_damaged_retry_fails(kind: FaultKind) -> None:
     """A leader that cannot read the retry does not know the bundles of the round."""
 
     async def act(world: World) -> None:
@@ -139,7 +139,7 @@ def test_a_job_whose_retry_is_damaged_fails_by_its_name(kind: FaultKind) -> None
     scenes.in_world(act, script=scenes.takes(100.0))
 
 
-def test_a_job_whose_retry_cuts_another_job_fails_by_its_name() -> None:
+def test_job_whose_retry_cuts_another_job_fails() -> None:
     """Before, the next leader failed at the cut each time that it adopted its jobs."""
 
     async def act(world: World) -> None:
@@ -157,7 +157,7 @@ def test_a_job_whose_retry_cuts_another_job_fails_by_its_name() -> None:
     scenes.in_world(act, script=scenes.takes(100.0))
 
 
-def test_a_job_with_another_cut_in_the_place_of_the_next_fails_by_its_name() -> None:
+def test_job_with_a_foreign_cut_fails() -> None:
     many = scenes.job(scenes.stage(scenes.A, bundle=1), items=40)
     key = object_keys.cut(many.id, scenes.A, 0, 1)
 
@@ -175,7 +175,7 @@ def test_a_job_with_another_cut_in_the_place_of_the_next_fails_by_its_name() -> 
 
 
 @pytest.mark.parametrize("kind", [TORN, MISSING])
-def test_a_job_whose_end_is_damaged_ends_again_after_a_rebuild(kind: FaultKind) -> None:
+def test_job_with_a_damaged_end_ends_again_after_a_rebuild(kind: FaultKind) -> None:
     async def act(world: World) -> None:
         await scenes.submitted(world, JOB)
         await scenes.ended(world, JOB)
@@ -215,7 +215,7 @@ def test_only_objects_of_vulnerable_jobs_are_damaged() -> None:
     assert {kind for kind, _ in damage.hit.values()} == set(DAMAGES)
 
 
-def test_a_power_cut_takes_back_only_what_nobody_knows_to_be_written() -> None:
+def test_power_cut_loses_only_unacknowledged_writes() -> None:
     """The power fails while the answer to a put is in flight."""
 
     async def act(world: World) -> tuple[object, object]:

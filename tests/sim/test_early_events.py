@@ -41,7 +41,7 @@ async def staffed(world: World) -> Manager:
 
 
 @pytest.mark.parametrize(("token", "order"), [("", [SENT, WRITTEN]), ("t", [WRITTEN, SENT])])
-def test_a_token_that_may_name_another_job_is_asked_for_first(
+def test_token_that_may_name_another_job_is_checked_first(
     monkeypatch: pytest.MonkeyPatch, token: str, order: list[str]
 ) -> None:
     async def act(world: World) -> None:
@@ -67,7 +67,7 @@ def test_a_token_that_may_name_another_job_is_asked_for_first(
     in_world(act, script=takes(1.0), pools=WARM)
 
 
-def test_a_job_is_known_by_its_first_completion_where_who_accepted_it_has_died(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_job_is_restored_by_its_first_completion_after_the_managers_death(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody asks for it again, and the ledger has never heard of it."""
 
     async def act(world: World) -> None:
@@ -86,7 +86,7 @@ def test_a_job_is_known_by_its_first_completion_where_who_accepted_it_has_died(m
     in_world(act, script=takes(5.0), pools=WARM)
 
 
-def test_what_nobody_waits_for_is_in_the_ledger_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_without_a_watcher_are_stored_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without instances it would lie in a queue, known to nobody who could launch some."""
 
     async def act(world: World) -> None:
@@ -124,7 +124,7 @@ def test_a_completion_waits_for_the_row_of_its_job(monkeypatch: pytest.MonkeyPat
     in_world(act, script=takes(0.1), pools=WARM)
 
 
-def test_what_cannot_be_sent_is_sent_when_the_ledger_has_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsendable_bundle_is_sent_once_the_ledger_has_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
     async def act(world: World) -> None:
         written = asyncio.Event()
 
@@ -149,7 +149,7 @@ def test_what_cannot_be_sent_is_sent_when_the_ledger_has_the_job(monkeypatch: py
     in_world(act, script=takes(0.1), pools=WARM)
 
 
-def test_who_asks_again_has_nothing_run_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_repeated_submission_runs_nothing_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """The bundles are sent once more, since nobody knows whether they were; as copies, which look
     for an outcome first."""
 
@@ -177,7 +177,7 @@ def test_who_asks_again_has_nothing_run_twice(monkeypatch: pytest.MonkeyPatch) -
     in_world(act, script=takes(0.1), pools=WARM)
 
 
-def test_who_was_told_of_an_error_can_cancel_what_has_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_client_can_cancel_after_a_submission_error(monkeypatch: pytest.MonkeyPatch) -> None:
     async def act(world: World) -> None:
         async def add_job(*_: Any) -> object:
             raise BackendError("The ledger refuses.")
@@ -197,7 +197,7 @@ def test_who_was_told_of_an_error_can_cancel_what_has_begun(monkeypatch: pytest.
     in_world(act, script=takes(300.0), pools=WARM)
 
 
-def test_a_job_that_cannot_be_restored_keeps_nobody_from_being_counted() -> None:
+def test_unrestorable_job_does_not_block_the_count_of_others() -> None:
     """Its completion ended the manager, and each one that led after it."""
 
     async def act(world: World) -> None:

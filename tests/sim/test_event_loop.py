@@ -26,7 +26,7 @@ def test_time_jumps_to_the_next_timer_instead_of_waiting() -> None:
     assert time.monotonic() - begun_s < 5
 
 
-def test_equal_times_run_in_the_order_they_were_asked_for() -> None:
+def test_events_at_equal_times_run_in_request_order() -> None:
     seen: list[int] = []
 
     async def main() -> None:
@@ -74,7 +74,7 @@ def test_timers_cancelled_long_before_they_are_due_do_not_pile_up() -> None:
     assert loop.time() < 100
 
 
-def test_order_is_kept_when_many_timers_are_cancelled() -> None:
+def test_order_is_kept_when_many_timers_are_canceled() -> None:
     rng = random.Random(1)
     seen: list[float] = []
     expected: list[float] = []
@@ -117,7 +117,7 @@ def test_the_standard_tools_of_asyncio_work_on_virtual_time() -> None:
     assert SimLoop().run(main()) == [7, "timeout", ["a", "b"], 15.0]
 
 
-def test_a_thread_is_refused_and_runs_inline_where_that_was_asked_for() -> None:
+def test_thread_is_refused_or_runs_inline_as_configured() -> None:
     async def main() -> int:
         return await asyncio.to_thread(len, "four")
 
@@ -143,7 +143,7 @@ def test_the_outside_is_refused(reach: Callable[[], Main]) -> None:
 # --- limits ---
 
 
-def test_a_deadlock_is_told_with_the_names_of_those_who_wait() -> None:
+def test_deadlock_names_the_waiting_tasks() -> None:
     """The simulator leaves nobody stuck without a reason either."""
 
     async def starve(event: asyncio.Event) -> None:
@@ -162,12 +162,12 @@ def test_a_deadlock_is_told_with_the_names_of_those_who_wait() -> None:
     assert "w-1/right (starve:" in str(caught.value)
 
 
-def test_an_infinite_sleep_is_no_way_out_of_a_deadlock() -> None:
+def test_infinite_sleep_does_not_hide_a_deadlock() -> None:
     with pytest.raises(Deadlock):
         SimLoop().run(asyncio.sleep(float("inf")))
 
 
-def test_the_limit_in_virtual_seconds_holds_and_the_loop_can_go_on() -> None:
+def test_limit_in_virtual_seconds_holds_and_the_loop_can_continue() -> None:
     loop = SimLoop()
     with pytest.raises(TimeLimit, match="main"):
         loop.run(asyncio.sleep(100), limit_s=99)

@@ -13,7 +13,7 @@ from batchlab.sim.event_loop import Crashed, SimLoop
 from tests.support.sim.loop import fail_soon, forever, forget
 
 
-def test_an_exception_that_nobody_awaits_ends_the_run_at_once() -> None:
+def test_unawaited_exception_ends_the_run_at_once() -> None:
     loop = SimLoop()
 
     async def main() -> None:
@@ -52,7 +52,7 @@ def test_an_exception_in_a_callback_or_a_future_surfaces_too() -> None:
         assert isinstance(caught.value.__cause__, ValueError)
 
 
-def test_an_exception_that_somebody_handles_is_no_crash() -> None:
+def test_handled_exception_is_not_a_crash() -> None:
     async def main() -> str:
         task = asyncio.create_task(fail_soon())
         await asyncio.sleep(5)
@@ -65,7 +65,7 @@ def test_an_exception_that_somebody_handles_is_no_crash() -> None:
     assert SimLoop().run(main()) == "handled"
 
 
-def test_what_main_raises_comes_first_and_other_losses_are_noted() -> None:
+def test_error_of_main_comes_first_and_other_losses_are_noted() -> None:
     async def main() -> None:
         forget(fail_soon("other"))
         await fail_soon("mine")
@@ -127,7 +127,7 @@ def test_an_interrupt_that_hits_the_end_of_a_run_is_raised(kind: type[BaseExcept
     assert sorted(ended) == ["first", "second", "third"]
 
 
-def test_what_still_runs_when_main_ends_is_ended_at_the_same_instant() -> None:
+def test_tasks_end_at_the_instant_at_which_main_ends() -> None:
     ends: list[str] = []
     loop = SimLoop()
 

@@ -154,7 +154,7 @@ def test_a_failed_seed_counts_by_its_faults_and_is_listed_by_number() -> None:
     assert tally.worlds == {FaultKind.LOST: 2, FaultKind.KILL_AFTER: 1}
 
 
-def test_a_seed_whose_process_dies_is_a_failure() -> None:
+def test_seed_whose_process_dies_is_a_failure() -> None:
     with patch.object(fuzz, "spread", lambda work, seeds, processes: iter([(7, Died(-9))])):
         (tried,) = fuzz.campaign([7], "all", 1)
     assert tried.failure is not None
@@ -199,7 +199,7 @@ def test_faults_can_be_written_and_read_and_a_shell_leaves_them_alone() -> None:
         ("manager:1:spilled", "fault 'spilled' does not exist"),
     ],
 )
-def test_what_is_no_fault_is_refused_with_a_remedy(text: str, told: str) -> None:
+def test_unknown_fault_is_refused_with_a_remedy(text: str, told: str) -> None:
     with pytest.raises(UsageError, match=told) as refused:
         fuzz.read(text)
     assert refused.value.remedy

@@ -180,7 +180,7 @@ def test_a_scale_in_gives_work_back_at_once() -> None:
     in_world(act, script=takes(1.0), worker_settings=long_visibility)
 
 
-def test_the_fleet_comes_up_from_zero_and_goes_back_to_zero() -> None:
+def test_fleet_scales_from_zero_and_back() -> None:
     async def act(world: World) -> None:
         made = job(stage(A), items=200)
         await submitted(world, made)
@@ -274,7 +274,7 @@ def test_jobs_of_equal_priority_share() -> None:
     in_world(act, script=takes(1.0), pools=(Pool("default", 0, 2, 1),))
 
 
-def test_a_gather_by_field_gets_results_in_the_order_of_tasks_whatever_was_retried() -> None:
+def test_gather_by_field_keeps_task_order_after_retries() -> None:
     """Task 0 succeeds last, in a bundle of its own, and is still the first of its group."""
     made = job(stage(A, bundle=6, retry=RetryRule(2, 0.5)), stage(B, A, gather="key"), items=6)
 

@@ -64,7 +64,7 @@ def scene(act: Callable[[World], Awaitable[None]], pool: Pool = POOL) -> None:
     in_world(act, script=takes(20.0), pools=(pool,), **SLOWLY)
 
 
-def test_what_never_comes_up_is_tried_more_and_more_rarely_and_goes_on_once_mended() -> None:
+def test_failing_launches_become_rare_and_resume_after_the_repair() -> None:
     async def act(world: World) -> None:
         machines = Machines(world)
         made = job(stage(A), items=40)
@@ -92,7 +92,7 @@ def test_what_never_comes_up_is_tried_more_and_more_rarely_and_goes_on_once_mend
     scene(act)
 
 
-def test_who_says_that_it_is_mended_need_not_wait() -> None:
+def test_reported_repair_ends_the_wait() -> None:
     async def act(world: World) -> None:
         machines = Machines(world)
         made = job(stage(A), items=4)
@@ -105,7 +105,7 @@ def test_who_says_that_it_is_mended_need_not_wait() -> None:
     scene(act)
 
 
-def test_capacity_that_is_set_by_hand_is_held_back_too_and_comes_back() -> None:
+def test_capacity_set_by_hand_is_held_back_and_restored() -> None:
     async def act(world: World) -> None:
         machines = Machines(world)
         manager = await leader(world)
@@ -120,7 +120,7 @@ def test_capacity_that_is_set_by_hand_is_held_back_too_and_comes_back() -> None:
     scene(act)
 
 
-def test_what_works_in_a_pool_goes_on_while_the_rest_does_not_come_up() -> None:
+def test_working_types_of_a_pool_continue() -> None:
     async def act(world: World) -> None:
         manager = await leader(world)
         made = job(stage(A), items=300)
@@ -140,7 +140,7 @@ def test_what_works_in_a_pool_goes_on_while_the_rest_does_not_come_up() -> None:
     scene(act)
 
 
-def test_a_least_size_cannot_be_held_back_and_is_told_all_the_same() -> None:
+def test_minimum_size_is_not_held_back_but_reported() -> None:
     async def act(world: World) -> None:
         Machines(world)
         await asyncio.sleep(1800.0)
@@ -151,7 +151,7 @@ def test_a_least_size_cannot_be_held_back_and_is_told_all_the_same() -> None:
     scene(act, replace(POOL, min_size=1))
 
 
-def test_those_that_boot_beside_the_ones_that_fail_are_waited_for() -> None:
+def test_booting_instances_beside_failed_ones_are_awaited() -> None:
     """As many as end a pool's launching were taken by a Spot wave while they booted. What had been
     launched with them was ended too."""
     pool = replace(POOL, max_size=8, boot_s=120.0)
@@ -176,7 +176,7 @@ def test_those_that_boot_beside_the_ones_that_fail_are_waited_for() -> None:
     scene(act, pool)
 
 
-def test_a_worker_that_has_reported_and_died_since_did_come_up() -> None:
+def test_worker_that_reported_and_died_had_started() -> None:
     """It died between two looks at the fleet, and counted as one that had not."""
 
     async def act(world: World) -> None:
@@ -195,7 +195,7 @@ def test_a_worker_that_has_reported_and_died_since_did_come_up() -> None:
     scene(act)
 
 
-def test_instances_that_nobody_wants_any_more_are_no_failures() -> None:
+def test_instances_that_are_no_longer_wanted_are_not_failures() -> None:
     """A cancelled job's instances are taken back while they boot."""
 
     async def act(world: World) -> None:
@@ -210,7 +210,7 @@ def test_instances_that_nobody_wants_any_more_are_no_failures() -> None:
     scene(act)
 
 
-def test_one_that_a_look_at_its_group_had_missed_while_it_booted_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_booting_instance_missing_from_one_answer_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only those in service were heard again: it never got there, ran into its launch hook's end,
     and was replaced."""
 

@@ -30,7 +30,7 @@ def test_a_pause_stops_a_bundle_that_runs() -> None:
     in_world(_paused, script=takes(3.0))
 
 
-def test_the_watch_sees_a_pause_that_lets_a_bundle_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_watch_detects_a_pause_that_lets_a_bundle_continue(monkeypatch: pytest.MonkeyPatch) -> None:
     """Planted: a worker heeds a cancellation, and a pause only between two bundles."""
     looked = Worker._looked
 

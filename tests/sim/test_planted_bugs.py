@@ -45,7 +45,7 @@ def test_a_mutant_with_other_parameters_is_an_error(monkeypatch: pytest.MonkeyPa
         Plant(monkeypatch).method(Worker, "_leave")(_leave)
 
 
-def test_a_mutants_own_error_is_no_catch() -> None:
+def test_own_error_of_a_mutant_is_not_a_catch() -> None:
     """Otherwise one that has gone stale would pass for caught, since it crashes its worker."""
 
     def plant(plant: Plant) -> None:
@@ -62,7 +62,7 @@ def test_a_mutant_that_changes_nothing_is_not_caught() -> None:
     assert hunt(idle, range(3)) == Hunt(None, ())
 
 
-def test_a_catch_by_another_promise_does_not_count() -> None:
+def test_catch_by_another_promise_does_not_count() -> None:
     """It would hide that a check for what the mutant breaks has gone."""
     name = "scale in forgotten"
     real = next(one for one in MUTANTS if one.name == name)
@@ -71,7 +71,7 @@ def test_a_catch_by_another_promise_does_not_count() -> None:
     assert [other.promise for other in found.others] == ["I5"]
 
 
-def test_a_world_that_goes_on_for_ever_is_caught_early() -> None:
+def test_endless_world_is_caught_early() -> None:
     """I7, long before its limit of virtual time."""
     name = "poison without a limit"
     hanging = next(one for one in MUTANTS if one.name == name)

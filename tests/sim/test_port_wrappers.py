@@ -50,7 +50,7 @@ def test_a_kill_after_falls_also_where_the_call_fails() -> None:
     killed(main)
 
 
-def test_whatever_a_dead_actors_code_tries_reaches_nothing() -> None:
+def test_dead_actor_cannot_reach_a_port() -> None:
     # Without latency an unguarded call would take effect at once. What the dead raise is ignored,
     # assertions too, so they only take notes.
     store, seen, loop = ToyStore(), list[object](), SimLoop()
@@ -137,7 +137,7 @@ def test_an_answer_does_not_reach_the_dead_even_from_behind_a_port_that_cannot_b
     assert seen == log.lines == []
 
 
-def test_when_the_run_ends_nobody_gets_a_last_word() -> None:
+def test_no_call_passes_after_the_end_of_the_run() -> None:
     store, loop = ToyStore(), SimLoop()
     log = EventLog(loop.time)
 
@@ -159,7 +159,7 @@ def test_when_the_run_ends_nobody_gets_a_last_word() -> None:
     assert log.lines == []
 
 
-def test_a_receive_whose_answer_is_late_is_excused_until_it_comes() -> None:
+def test_late_receive_is_excused_until_it_arrives() -> None:
     """Simulator, seed 2037: the excuse ended as long after the request as the answer took longer,
     but in between the queue was waited on. The message ran out before its worker knew of it."""
     queue, loop, excused_s = ToyQueue(), SimLoop(), list[float]()
@@ -245,7 +245,7 @@ def test_a_call_writes_one_line_with_time_actor_arguments_and_answer() -> None:
     ]
 
 
-def test_without_faults_and_log_there_is_no_wrapper_and_no_kill() -> None:
+def test_no_wrapper_or_kill_exists_without_faults_and_log() -> None:
     store, actor = ToyStore(), Actor("a")
     assert wrap(store, "objects", actor) is store
     with pytest.raises(SimulationError, match="cannot be killed"):
@@ -279,7 +279,7 @@ def test_a_value_reads_the_same_in_every_process(value: object, text: str) -> No
     assert brief(value) == text
 
 
-def test_long_values_are_cut_but_still_told_apart() -> None:
+def test_long_values_are_shortened_and_stay_distinct() -> None:
     one, other = "x" * 500 + "1", "x" * 500 + "2"
     assert len(brief(one)) <= 72
     assert brief(one) != brief(other)

@@ -43,7 +43,7 @@ def mask(item: int) -> bool:
     return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
-def test_every_item_comes_back_with_its_result() -> None:
+def test_every_item_returns_with_its_result() -> None:
     assert dict(spread(square, range(50), 2)) == {item: item * item for item in range(50)}
     assert list(spread(square, [], 2)) == []
 
@@ -100,7 +100,7 @@ def test_nor_does_it_reach_the_very_first_process() -> None:
 
 
 @pytest.mark.parametrize("processes", [1, 3])
-def test_it_ends_at_once_when_the_consumer_fails(processes: int) -> None:
+def test_pool_ends_at_once_if_the_consumer_fails(processes: int) -> None:
     def consume() -> None:
         results = spread(time.sleep, [0.0, 600.0, 600.0, 600.0], processes)
         try:
@@ -120,7 +120,7 @@ def who(_: int) -> int:
     return os.getpid()
 
 
-def test_a_crew_stays_from_one_lot_to_the_next_and_none_is_left_of_it() -> None:
+def test_processes_are_reused_between_batches_and_end_with_the_pool() -> None:
     with closing(Crew(who, 2)) as crew:
         first = {pid for _, pid in crew.each(range(6))}
         second = {pid for _, pid in crew.each(range(6))}

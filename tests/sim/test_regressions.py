@@ -252,7 +252,7 @@ def test_a_retry_is_finished_by_the_next_leader(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("off_s", [-3600.0, 3600.0])
-def test_two_managers_whose_clocks_stay_apart_do_not_take_the_lead_from_each_other(off_s: float) -> None:
+def test_managers_with_different_clocks_do_not_steal_the_lease(off_s: float) -> None:
     """Simulator, seed 223: they did for ever, and neither came to shrink the fleet."""
 
     async def act(world: World) -> None:
@@ -329,7 +329,7 @@ def test_the_ledger_may_be_rebuilt_at_any_time_while_a_job_runs(monkeypatch: pyt
 # --- Vanished inputs -----------------------------------------------------------------------------
 
 
-def test_tasks_whose_inputs_have_vanished_fail_with_a_reason_and_other_jobs_go_on() -> None:
+def test_tasks_with_vanished_inputs_fail_with_a_reason_and_other_jobs_continue() -> None:
     """I7: the manager met the missing part again and again, and no job was cut any more."""
 
     async def act(world: World) -> None:

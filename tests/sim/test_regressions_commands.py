@@ -46,7 +46,7 @@ async def _cancelled(world: World, made: JobDef) -> Manager:
 
 
 @pytest.mark.parametrize("verb", ["resume", "pause"])
-def test_a_manager_that_leads_no_more_does_not_undo_a_cancellation(verb: str) -> None:
+def test_former_leader_does_not_undo_a_cancellation(verb: str) -> None:
     """The leader had written and acknowledged it. Another one, which did not know so, was asked to
     resume the job: "run" took the place of "cancel", and workers started tasks again (I4)."""
 
@@ -66,7 +66,7 @@ def test_a_manager_that_leads_no_more_does_not_undo_a_cancellation(verb: str) ->
     in_world(act, script=takes(30.0))
 
 
-def test_a_cancellation_between_the_look_at_the_word_and_the_next_one_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cancellation_between_two_reads_of_the_control_object_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     async def act(world: World) -> None:
         made = job(stage(A), items=3)
 
@@ -118,7 +118,7 @@ def test_a_retry_that_is_carried_out_twice_does_not_undo_a_cancellation(monkeypa
 # --- Retries that nobody asks for again ----------------------------------------------------------
 
 
-def test_a_retry_whose_manager_dies_is_finished_by_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_retry_of_a_dead_manager_is_completed_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     """It was in the bucket and not in the ledger. Its user did not ask again: the job stayed as it
     was, but not in a ledger rebuilt from the bucket (I3)."""
 

@@ -59,7 +59,7 @@ def test_copies_that_run_side_by_side_do_not_condemn_their_task() -> None:
     in_world(act, script=takes(300.0), pools=(Pool("default", 6, 6, 1),))
 
 
-def test_a_request_by_hand_spares_who_has_become_busy_since_the_last_tick() -> None:
+def test_manual_request_spares_instances_that_became_busy() -> None:
     """The group heard at each tick who is busy. A capacity set by hand in between took an instance
     with work in hand although an idle one was there."""
 
@@ -126,7 +126,7 @@ def test_a_cancellation_is_not_forgotten_by_a_read_that_was_under_way(monkeypatc
     in_world(act, script=takes(1.0))
 
 
-def test_a_retry_that_comes_right_after_the_end_is_conducted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_retry_right_after_the_end_is_coordinated(monkeypatch: pytest.MonkeyPatch) -> None:
     """The manager had ended the job in the ledger and not heard so yet. It took the new round for
     the one that it was about to end, and the job never ended."""
 
@@ -148,7 +148,7 @@ def test_a_retry_that_comes_right_after_the_end_is_conducted(monkeypatch: pytest
     in_world(act, script=takes(5.0))
 
 
-def test_a_job_that_another_manager_has_begun_is_conducted() -> None:
+def test_job_begun_by_another_manager_is_coordinated() -> None:
     """A manager that had lost its lease and did not know so yet re-opened a job, and ended. The
     leader had looked into the ledger before, and the job never ended."""
 
@@ -168,7 +168,7 @@ def test_a_job_that_another_manager_has_begun_is_conducted() -> None:
     in_world(act, script=takes(1.0))
 
 
-def test_an_events_queue_that_is_gone_is_made_again() -> None:
+def test_missing_events_queue_is_created_again() -> None:
     """The manager waited for the tick to notice, which asks the other queues. Nobody was heard any
     more: jobs ended by what the reconciler found, and the fleet never came down."""
 
@@ -186,7 +186,7 @@ def test_an_events_queue_that_is_gone_is_made_again() -> None:
     in_world(act, script=takes(5.0))
 
 
-def test_rebuilds_that_are_asked_for_at_once_come_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_rebuilds_run_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first one still adopted its jobs when the second had begun, and cut tasks that the second
     one had not planned yet."""
 
@@ -227,7 +227,7 @@ async def _written(world: World, made: JobDef, word: json_format.Word) -> None:
 
 
 @pytest.mark.parametrize("dies", [True, False])
-def test_a_cancellation_that_only_the_workers_have_heard_of_ends_the_job(dies: bool) -> None:
+def test_cancellation_known_only_to_workers_ends_the_job(dies: bool) -> None:
     """Its manager had died, or was leader no longer, before it told the ledger. Workers ended tasks
     as CANCELLED and dropped the messages of the others, which the leader sent again, for ever. A
     total was planned over what was left."""
@@ -248,7 +248,7 @@ def test_a_cancellation_that_only_the_workers_have_heard_of_ends_the_job(dies: b
 
 
 @pytest.mark.parametrize("dies", [True, False])
-def test_a_pause_that_only_the_workers_have_heard_of_can_be_resumed(dies: bool) -> None:
+def test_pause_known_only_to_workers_can_be_resumed(dies: bool) -> None:
     """Workers dropped the job's messages, and the leader sent them again, for ever."""
 
     async def act(world: World) -> None:
@@ -271,7 +271,7 @@ def test_a_pause_that_only_the_workers_have_heard_of_can_be_resumed(dies: bool) 
     in_world(act, script=takes(5.0))
 
 
-def test_a_resume_that_only_the_workers_have_heard_of_reaches_the_leader() -> None:
+def test_resume_known_only_to_workers_reaches_the_leader() -> None:
     """A manager that had lost its lease and did not know so yet resumed the job. For the leader it
     stayed paused, and with no worker there was none to be heard of."""
 
@@ -314,7 +314,7 @@ def test_a_cancelled_stage_is_fed_by_a_cut_that_only_the_bucket_has(monkeypatch:
     in_world(act, script=takes(5.0))
 
 
-def test_a_pause_that_comes_too_late_leaves_no_trace() -> None:
+def test_late_pause_leaves_no_trace() -> None:
     """A manager wrote the word and died; the job's last task ended, and so did the job. A ledger
     rebuilt from the bucket said that its user had paused it (I3)."""
 

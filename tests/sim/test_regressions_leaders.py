@@ -49,7 +49,7 @@ async def _another_leads(world: World, *, until: asyncio.Event) -> None:
 
 
 @pytest.mark.parametrize("asked_twice", [False, True])
-def test_a_leader_that_stood_still_while_another_one_led_adopts_its_jobs_anew(
+def test_suspended_leader_adopts_jobs_again_after_another_led(
     monkeypatch: pytest.MonkeyPatch, asked_twice: bool
 ) -> None:
     """Simulator, seed 6760: it renewed a lease that was free, and saw nothing in that. A bundle
@@ -87,7 +87,7 @@ def test_a_leader_that_stood_still_while_another_one_led_adopts_its_jobs_anew(
     in_world(act, script=takes(30.0))
 
 
-def test_a_leader_that_stood_still_finishes_the_retry_that_another_one_began(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_suspended_leader_completes_the_retry_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
     """It looked back once only, when it first led: a retry of which the other one had written no
     more than the object waited until its user asked again."""
 
@@ -120,7 +120,7 @@ def test_a_leader_that_stood_still_finishes_the_retry_that_another_one_began(mon
     in_world(act, script=takes(5.0))
 
 
-def test_a_leader_that_nobody_has_replaced_adopts_nothing_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_leader_without_a_successor_adopts_nothing_again(monkeypatch: pytest.MonkeyPatch) -> None:
     async def act(world: World) -> None:
         first = await leader(world)
         made = job(stage(A), items=3)
@@ -171,7 +171,7 @@ def test_a_scheduled_job_starts_although_the_clock_was_set_back_by_a_day(rebuilt
     in_world(act, script=takes(5.0))
 
 
-def test_a_ledger_that_is_rebuilt_by_a_clock_that_was_set_back_lets_a_job_go_on() -> None:
+def test_ledger_rebuilt_with_an_earlier_clock_lets_a_job_continue() -> None:
     """What ran already was SCHEDULED again by it, and stood still for as long."""
 
     async def act(world: World) -> None:
@@ -188,7 +188,7 @@ def test_a_ledger_that_is_rebuilt_by_a_clock_that_was_set_back_lets_a_job_go_on(
 
 
 @pytest.mark.parametrize("off_s", [-SET_BACK_S / 2, -1.0, 30.0, 400.0, 86_400.0])
-def test_a_clock_that_is_set_right_says_when_a_job_starts(off_s: float) -> None:
+def test_corrected_clock_decides_when_a_job_starts(off_s: float) -> None:
     """Forward by any time, and back by a little: midnight must not come before midnight."""
 
     async def act(world: World) -> None:

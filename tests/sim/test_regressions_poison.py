@@ -44,7 +44,7 @@ def beginner(world: World, worker: str) -> PoisonDetector:
     return PoisonDetector(world.objects, world.clock, patience, worker, STALE_S, asyncio.Event())
 
 
-def test_a_start_that_is_withdrawn_while_it_is_renewed_does_not_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_withdrawn_start_marker_is_not_renewed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The renewal was written after the withdrawal. What was left looked like the start of a worker
     that has died: three of them, and an innocent task was FAILED as poison."""
     bundle = suspect(0)
@@ -128,7 +128,7 @@ def test_a_start_counts_only_where_its_worker_died_at_once() -> None:
 
 
 @pytest.mark.parametrize("kills_after_s", [0.5, 2.0, 6.0])
-def test_who_works_beside_a_poisonous_task_is_not_called_poison(kills_after_s: float) -> None:
+def test_task_beside_a_poisonous_one_is_not_called_poison(kills_after_s: float) -> None:
     """In a worker of several slots a task that was caught three times beside one that kills its
     worker looked as if it had killed three."""
     poison = {3, 17, 30}
@@ -149,7 +149,7 @@ def test_who_works_beside_a_poisonous_task_is_not_called_poison(kills_after_s: f
     in_world(act, script=script, pools=(Pool("default", 0, 2, 4),))
 
 
-def test_who_waits_in_vain_for_a_whole_worker_leaves_the_rest_of_it_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bundle_that_waits_in_vain_for_a_whole_worker_releases_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     """A suspect that could not have all slots kept the worker from receiving: two stood idle until
     somebody ended."""
     lasts_s = {"neighbour": 4000.0, "suspect": 3500.0}

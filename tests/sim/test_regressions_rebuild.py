@@ -15,7 +15,7 @@ from batchlab.sim.world import World
 from tests.support.sim.scenes import A, B, around, ended, ended_well, in_world, job, leader, stage, submitted, takes
 
 
-def test_a_retry_that_comes_during_a_rebuild_is_neither_refused_nor_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_retry_during_a_rebuild_is_neither_refused_nor_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     """Simulator, seed 2286: what the ledger had of the job was put together one object after the
     other, over half a minute. A retry, and a manager that did not know yet that another one led,
     took the part for the whole (I2)."""
@@ -54,9 +54,7 @@ def test_a_retry_that_comes_during_a_rebuild_is_neither_refused_nor_lost(monkeyp
     in_world(act, script=takes(20.0))
 
 
-def test_a_rebuild_forgets_what_the_bucket_does_not_have_and_nothing_that_comes_meanwhile(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_rebuild_drops_only_what_the_bucket_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     async def act(world: World) -> None:
         gone = job(stage(A), items=1)
         late = replace(job(stage(A), items=1, token="other"), id=JobId("late"))

@@ -63,7 +63,7 @@ def test_a_minute_of_503_on_control_objects_fails_no_task(monkeypatch: pytest.Mo
     in_world(act, script=takes(2.0))
 
 
-def test_a_task_whose_storage_fails_is_not_blamed_as_poison() -> None:
+def test_task_with_failing_storage_is_not_called_poison() -> None:
     """Its starts stayed on record though the storage had failed, not the task: after three it was
     FAILED as one that kills its workers, and no worker had died."""
     tries: list[int] = []
@@ -157,9 +157,7 @@ async def _until_empty(world: World, *queues: str) -> None:
                 await asyncio.sleep(1)
 
 
-def test_a_job_whose_split_was_never_heard_of_ends_with_a_ledger_equal_to_its_rebuild(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_job_with_an_unreported_split_matches_its_rebuilt_ledger(monkeypatch: pytest.MonkeyPatch) -> None:
     """I3: its halves made all tasks terminal, the job ended, and the split was never folded."""
     kills: list[int] = []
 
@@ -211,7 +209,7 @@ def _beat(number: int, at_s: float, *held: Held, gone: bool = False) -> Beat:
     return Beat("w", "i", "default", at_s, 1, busy, tuple(held), number, gone=gone)
 
 
-def test_a_worker_whose_clock_was_set_back_is_still_heard_and_a_late_beat_revives_none() -> None:
+def test_worker_with_an_earlier_clock_is_heard_and_a_late_heartbeat_revives_none() -> None:
     """A busy worker passed for idle, and was chosen for scale-in, until its clock had caught up;
     and one that had gone came back to life by a beat that the queue had kept."""
 

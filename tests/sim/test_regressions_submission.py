@@ -42,7 +42,7 @@ async def _half_rebuilt(world: World) -> JobDef:
     return made
 
 
-def test_the_first_cut_in_the_definition_is_found_by_who_does_not_know_of_it() -> None:
+def test_first_cut_in_the_definition_is_found_by_another_manager() -> None:
     """Simulator, seed 110: a rebuild of the ledger was cut short after the job's row, and the next
     leader cut the job's tasks anew, since the place of the first cut was empty (I1)."""
 
@@ -66,7 +66,7 @@ def test_a_cancellation_finds_the_first_cut_in_the_definition() -> None:
     in_world(act, script=takes(30.0))
 
 
-def test_what_follows_from_the_first_bundle_may_come_before_the_control_object(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_follow_ups_of_the_first_bundle_may_precede_the_control_object(monkeypatch: pytest.MonkeyPatch) -> None:
     """Simulator, seed 567: whoever got it took the job for removed, and dropped it (step 4)."""
 
     async def act(world: World) -> None:

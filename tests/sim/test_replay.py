@@ -35,7 +35,7 @@ def test_the_same_seed_writes_the_same_log_in_every_process() -> None:
     assert first.count(b"\n") > 50
 
 
-def test_another_seed_takes_another_course() -> None:
+def test_other_seed_gives_another_run() -> None:
     assert len({rough(seed).log.digest() for seed in range(5)}) == 5
 
 

@@ -46,9 +46,7 @@ def test_a_message_given_back_for_as_long_as_its_timeout_has_not_run_out(monkeyp
     in_world(act, script=takes(1.0), worker_settings=SHORT)
 
 
-def test_a_message_that_nobody_extends_runs_out_also_where_the_timeout_is_short(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_unextended_message_expires_even_with_a_short_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     """The excuse of one that is given back is none for one that is forgotten."""
 
     async def forget(self: VisibilityHeartbeat) -> None:

@@ -52,7 +52,7 @@ def warm(capacity: int | None = None, **changes: Any) -> Definition:
     return definition("0 10 * * *", prewarm_s=10 * MINUTE, capacity=capacity, **changes)
 
 
-def test_the_fleet_is_warm_before_the_peak_says_why_and_is_given_back() -> None:
+def test_fleet_is_warm_before_the_peak_and_released_after_it() -> None:
     async def act(world: World) -> None:
         begins(world, "2026-03-02T09:30:00")
         await added(world, warm(4))
@@ -76,7 +76,7 @@ def test_the_fleet_is_warm_before_the_peak_says_why_and_is_given_back() -> None:
 
 
 @pytest.mark.parametrize("paused", [True, False])
-def test_capacity_is_given_back_where_no_job_comes(paused: bool) -> None:
+def test_prewarmed_capacity_is_released_without_a_job(paused: bool) -> None:
     async def act(world: World) -> None:
         begins(world, "2026-03-02T09:30:00")
         empty = template(input=InputDef(("raw/nothing/",), SplitBy.ITEMS))
@@ -93,7 +93,7 @@ def test_capacity_is_given_back_where_no_job_comes(paused: bool) -> None:
     in_time(act, pools=WIDE)
 
 
-def test_unless_said_it_is_what_the_last_runs_used_and_before_that_what_their_tasks_ask_for() -> None:
+def test_default_prewarm_size_follows_the_last_runs_or_the_tasks() -> None:
     async def act(world: World) -> None:
         begins(world, "2026-03-02T09:30:00")
         keys = tuple(f"raw/{number}" for number in range(30))
@@ -114,7 +114,7 @@ def test_unless_said_it_is_what_the_last_runs_used_and_before_that_what_their_ta
     in_time(act, run_s=40.0, pools=WIDE)
 
 
-def test_the_limit_of_the_pool_and_what_is_set_by_hand_hold() -> None:
+def test_pool_limit_and_manual_capacity_hold() -> None:
     async def act(world: World) -> None:
         begins(world, "2026-03-02T09:30:00")
         await added(world, warm(50))
@@ -158,7 +158,7 @@ def test_a_cap_on_cost_is_not_passed_for_a_warm_fleet(whose: str) -> None:
 # --- What it costs -------------------------------------------------------------------------------
 
 
-def test_while_nothing_is_due_nothing_is_asked_of_the_bucket() -> None:
+def test_schedule_without_a_due_time_sends_no_request() -> None:
     async def act(world: World) -> None:
         begins(world, "2026-03-02T09:00:00")
         await added(world, definition("0 0 1 1 *"))

@@ -29,7 +29,7 @@ from tests.support.sim.schedule_scenes import (
 )
 
 
-def test_what_falls_due_while_it_is_paused_is_not_run() -> None:
+def test_runs_due_during_a_pause_are_skipped() -> None:
     async def act(world: World) -> None:
         begins(world, "2026-03-02T09:58:30")
         await added(world, definition("*/5 * * * *", missed=Missed.RUN_ALL, overlap=Overlap.QUEUE))
@@ -49,7 +49,7 @@ def test_what_falls_due_while_it_is_paused_is_not_run() -> None:
     in_time(act)
 
 
-def test_a_run_by_hand_is_one_however_often_it_is_asked_for() -> None:
+def test_repeated_manual_run_is_one_run() -> None:
     async def act(world: World) -> None:
         begins(world, "2026-03-02T09:58:30")
         await added(world, definition("0 * * * *"))
@@ -67,7 +67,7 @@ def test_a_run_by_hand_is_one_however_often_it_is_asked_for() -> None:
     in_time(act)
 
 
-def test_a_schedule_is_changed_only_where_that_is_meant_and_keeps_its_runs() -> None:
+def test_schedule_changes_only_on_purpose_and_keeps_its_runs() -> None:
     async def act(world: World) -> None:
         begins(world, "2026-03-02T09:58:30")
         await added(world, definition("*/5 * * * *"))
@@ -87,7 +87,7 @@ def test_a_schedule_is_changed_only_where_that_is_meant_and_keeps_its_runs() -> 
     in_time(act)
 
 
-def test_a_schedule_that_was_removed_is_gone_and_its_name_free() -> None:
+def test_removed_schedule_frees_its_name() -> None:
     async def act(world: World) -> None:
         begins(world, "2026-03-02T09:58:30")
         await added(world, definition("*/5 * * * *"))
@@ -109,7 +109,7 @@ def test_a_schedule_that_was_removed_is_gone_and_its_name_free() -> None:
     in_time(act, run_s=20.0)
 
 
-def test_objects_below_a_prefix_are_each_runs_input_and_none_is_no_run() -> None:
+def test_objects_below_a_prefix_are_the_input_of_each_run() -> None:
     async def act(world: World) -> None:
         begins(world, "2026-03-02T09:58:30")
         job = template(input=InputDef(("raw/incoming/",), SplitBy.ITEMS))
@@ -143,7 +143,7 @@ def test_a_job_may_know_when_it_was_due() -> None:
     in_time(act)
 
 
-def test_a_job_that_the_grid_cannot_run_any_more_is_refused_and_told() -> None:
+def test_job_that_no_longer_fits_the_grid_is_refused_and_reported() -> None:
     async def act(world: World) -> None:
         begins(world, "2026-03-02T09:58:30")
         await added(world, definition("*/5 * * * *"))
@@ -157,7 +157,7 @@ def test_a_job_that_the_grid_cannot_run_any_more_is_refused_and_told() -> None:
     in_time(act)
 
 
-def test_a_schedule_that_nobody_can_read_does_not_hold_up_the_others() -> None:
+def test_unreadable_schedule_does_not_block_the_others() -> None:
     async def act(world: World) -> None:
         begins(world, "2026-03-02T09:58:30")
         for name, data in {"later": b'{"v": 99}', "broken": b'{"v": 1}', "none": b"<"}.items():

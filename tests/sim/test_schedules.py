@@ -36,7 +36,7 @@ from tests.support.sim.schedule_scenes import (
 # --- Due times -----------------------------------------------------------------------------------
 
 
-def test_it_runs_at_each_due_time_and_says_how_each_ended() -> None:
+def test_schedule_runs_at_each_due_time_and_records_each_end() -> None:
     async def act(world: World) -> None:
         begins(world, "2026-03-02T09:58:30")
         await added(world, definition("*/5 * * * *"))
@@ -75,9 +75,7 @@ AUTUMN_B, AUTUMN_L = "2026-10-24T23:30", "2026-04-04T13:50"
         (LORD_HOWE, SPRING_L, 3, "*/20 3 4 * *", "04 03:00+1100, 04 03:20+1100, 04 03:40+1100"),
     ],
 )
-def test_where_the_clock_changes_a_manager_does_as_cron_does(
-    zone: str, begin: str, hours: int, cron: str, due: str
-) -> None:
+def test_clock_change_is_handled_as_by_cron(zone: str, begin: str, hours: int, cron: str, due: str) -> None:
     async def act(world: World) -> None:
         begins(world, begin)
         await added(world, definition(cron, zone))
@@ -160,7 +158,7 @@ def test_two_managers_that_both_believe_to_lead_run_a_due_time_once() -> None:
     in_time(act)
 
 
-def test_a_lost_ledger_keeps_the_schedules_and_their_runs() -> None:
+def test_schedules_and_runs_survive_a_lost_ledger() -> None:
     async def act(world: World) -> None:
         begins(world, "2026-03-02T09:58:30")
         await added(world, definition("*/5 * * * *"))
@@ -204,7 +202,7 @@ def missed(policy: Missed, **changes: Any) -> Schedule:
     return left[0]
 
 
-def test_of_what_was_missed_the_latest_runs_once() -> None:
+def test_latest_missed_run_starts_once() -> None:
     schedule = missed(Missed.RUN_ONCE)
     assert states(schedule) == ["10:00 SUCCEEDED", "14:00 SUCCEEDED", "15:00 SUCCEEDED"]
     assert "4 due times were missed" in schedule.runs[1].reason
@@ -220,12 +218,12 @@ def test_all_that_was_missed_runs_one_after_the_other_though_runs_may_not_overla
         assert before.ended_s <= after.started_s
 
 
-def test_what_was_missed_is_skipped_where_it_is_to_be() -> None:
+def test_missed_runs_are_skipped_on_request() -> None:
     schedule = missed(Missed.SKIP)
     assert states(schedule) == ["10:00 SUCCEEDED", "14:00 skipped", "15:00 SUCCEEDED"]
 
 
-def test_what_was_missed_too_long_ago_is_not_made_up_for() -> None:
+def test_runs_missed_long_ago_are_not_started() -> None:
     schedule = missed(Missed.RUN_ONCE, missed_within_s=20 * MINUTE)
     assert states(schedule) == ["10:00 SUCCEEDED", "14:00 skipped", "15:00 SUCCEEDED"]
 
@@ -259,13 +257,13 @@ def overlapped(policy: Overlap) -> Schedule:
     return left[0]
 
 
-def test_a_run_that_comes_too_soon_is_skipped() -> None:
+def test_overlapping_run_is_skipped() -> None:
     schedule = overlapped(Overlap.SKIP)
     assert states(schedule) == ["10:00 SUCCEEDED", "10:01 skipped", "10:02 skipped", "10:03 SUCCEEDED", "10:04 skipped"]
     assert schedule.runs[1].reason == "the run of 2026-03-02 10:00:00 UTC had not ended"
 
 
-def test_runs_that_come_too_soon_wait_in_order() -> None:
+def test_overlapping_runs_wait_in_order() -> None:
     schedule = overlapped(Overlap.QUEUE)
     assert states(schedule) == [f"10:0{minute} SUCCEEDED" for minute in range(5)]
     for before, after in pairwise(schedule.runs):
@@ -289,7 +287,7 @@ def test_a_run_takes_the_place_of_the_one_before_once_that_has_ended() -> None:
         assert before.ended_s <= after.started_s
 
 
-def test_a_replacement_is_gone_on_with_after_a_death_of_the_manager() -> None:
+def test_replacement_continues_after_the_managers_death() -> None:
     async def act(world: World) -> None:
         begins(world, "2026-03-02T09:59:30")
         await added(world, definition("0,1 10 * * *", overlap=Overlap.REPLACE))
@@ -322,7 +320,7 @@ def test_a_clock_that_is_set_back_runs_nothing_twice_and_loses_nothing(back_s: f
     in_time(act, **UNHURRIED)
 
 
-def test_what_a_clock_ahead_has_skipped_runs_once_the_clock_is_right() -> None:
+def test_run_skipped_by_a_fast_clock_starts_after_its_correction() -> None:
     async def act(world: World) -> None:
         begins(world, "2026-03-02T09:30:00")
         await added(world, definition("0 * * * *"))
@@ -338,7 +336,7 @@ def test_what_a_clock_ahead_has_skipped_runs_once_the_clock_is_right() -> None:
     in_time(act, **UNHURRIED)
 
 
-def test_one_due_time_comes_although_the_clock_was_set_back_by_a_day() -> None:
+def test_due_time_starts_once_after_the_clock_goes_back_a_day() -> None:
     """As a job that waits for its time (docs/decisions/0019)."""
 
     async def act(world: World) -> None:

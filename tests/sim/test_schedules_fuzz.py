@@ -17,7 +17,7 @@ WHOLE = 14
 
 
 @pytest.mark.parametrize("seed", [1, 9, 31])
-def test_a_schedule_keeps_its_promise_in_any_weather(seed: int) -> None:
+def test_schedule_keeps_its_promise_under_any_faults(seed: int) -> None:
     trial.run(seed, trial.TIMED, sql=False)
 
 

@@ -37,11 +37,11 @@ class Needs:
         return given if self.parts <= set(given) else None
 
 
-def test_what_needs_nothing_takes_one_try() -> None:
+def test_reproduction_without_faults_takes_one_try() -> None:
     assert shrink(range(100), Needs()) == Shrunk((), 1, least=True)
 
 
-def test_what_the_whole_list_does_not_do_cannot_be_shrunk() -> None:
+def test_list_that_does_not_reproduce_cannot_be_shrunk() -> None:
     assert shrink(range(3), Needs(7)) is None
 
 
@@ -55,7 +55,7 @@ def test_exactly_what_is_needed_is_left(size: int, data: st.DataObject) -> None:
 
 
 @given(st.integers(1, 40), st.integers())
-def test_of_what_is_left_nothing_can_be_spared_even_where_less_is_not_simpler(size: int, seed: int) -> None:
+def test_shrunk_list_is_minimal(size: int, seed: int) -> None:
     """A fault left out moves those after it, so a subset may do what a larger one does not."""
 
     def attempt(parts: tuple[int, ...]) -> Sequence[int] | None:
@@ -78,7 +78,7 @@ def test_one_among_many_takes_few_tries_and_no_list_is_tried_twice() -> None:
     assert found.tries == len(attempt.tried) == len(set(attempt.tried)) < 30
 
 
-def test_parts_that_played_no_role_go_at_once() -> None:
+def test_irrelevant_parts_are_removed_at_once() -> None:
     attempt = Needs(3, 700)
     found = shrink(range(1000), lambda parts: (3, 700) if attempt(parts) else None)
     assert found == Shrunk((3, 700), 4, least=True)
@@ -165,7 +165,7 @@ def test_a_bug_that_needs_no_fault_shrinks_to_none() -> None:
     assert fuzz.command(failure, "all", ()) == f"batchlab sim replay {SEED} --only none"
 
 
-def test_a_failure_of_another_kind_does_not_count() -> None:
+def test_failure_of_another_kind_does_not_count() -> None:
     with planted(), fuzz.silence():
         failure = fuzz.try_seed(SEED, WEATHER).failure
     assert failure is not None

@@ -33,7 +33,7 @@ def spoiled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("after_s", [0.4, 1.5, 3.3, 4.1, 5.2, 7.0, 9.3, 13.7])
-def test_an_error_in_place_of_the_cancellation_keeps_no_manager_alive(after_s: float) -> None:
+def test_error_during_the_cancellation_ends_the_manager(after_s: float) -> None:
     """It went on, as after any outage, beside its successor, and nobody could end it."""
 
     async def act(world: World) -> None:

@@ -103,7 +103,7 @@ def test_after_a_spot_notice_the_running_task_is_finished_and_the_rest_given_bac
     in_world(act, script=takes(run_s), pools=POOLS)
 
 
-def test_what_does_not_fit_into_the_notice_is_ended_in_time_and_runs_elsewhere_at_once(platform: Platform) -> None:
+def test_tasks_longer_than_the_notice_move_at_once(platform: Platform) -> None:
     async def act(world: World) -> None:
         worker = await one_of_two_busy(world)
         platform.told[worker.instance] = spot_notice(worker)
@@ -143,7 +143,7 @@ def test_a_sigterm_during_the_notice_shortens_it_and_a_second_one_changes_nothin
     in_world(act, script=takes(LONG_S), pools=POOLS)
 
 
-def test_an_idle_worker_leaves_as_soon_as_it_hears_of_it(platform: Platform) -> None:
+def test_idle_worker_exits_at_its_notice(platform: Platform) -> None:
     async def act(world: World) -> None:
         while len(world.workers) < 2:
             await asyncio.sleep(0.5)
@@ -172,7 +172,7 @@ class Script:
         return answer
 
 
-def test_it_is_asked_every_five_seconds_until_there_is_a_notice() -> None:
+def test_notice_is_polled_every_five_seconds() -> None:
     script = Script(None, None, None, Notice("the end"))
     heard: list[Notice] = []
     loop = SimLoop()
@@ -181,7 +181,7 @@ def test_it_is_asked_every_five_seconds_until_there_is_a_notice() -> None:
     assert script.asked_s == [0.0, POLL_S, 2 * POLL_S, 3 * POLL_S]
 
 
-def test_who_does_not_answer_is_asked_again_and_named_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_failing_source_of_notices_is_polled_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     away = Unreachable("No metadata service answers.")
     script = Script(away, away, None, away, away, away, Notice("the end", 5.0))
     heard: list[Notice] = []
@@ -194,6 +194,6 @@ def test_who_does_not_answer_is_asked_again_and_named_once(caplog: pytest.LogCap
     assert said[-1] == "leaving: the end"
 
 
-def test_a_bug_in_who_is_asked_is_not_hidden() -> None:
+def test_bug_in_a_source_of_notices_is_raised() -> None:
     with pytest.raises(ZeroDivisionError):
         SimLoop().run(poll_notices(Script(ZeroDivisionError()), lambda _: None))

@@ -31,7 +31,7 @@ POOL = Pool("default", 0, 4)
 OTHER = Pool("other", 0, 4)
 
 
-def test_a_worker_that_stops_for_ever_holds_up_no_job_and_its_instance_goes() -> None:
+def test_hanging_worker_delays_no_job_and_its_instance_is_replaced() -> None:
     """It counted as busy, so that nothing could end it, and as the capacity that the last tasks
     were to have: they waited for it for ever (I7)."""
 
@@ -131,7 +131,7 @@ def play(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
     SimLoop().run(main())
 
 
-def test_only_the_silent_are_replaced_also_those_that_nobody_ever_heard() -> None:
+def test_only_unresponsive_instances_are_replaced() -> None:
     async def main() -> None:
         scene = Scene("i-beats", "i-stopped", "i-unknown")
         await scene.looks(1, "i-beats", "i-stopped")
@@ -142,7 +142,7 @@ def test_only_the_silent_are_replaced_also_those_that_nobody_ever_heard() -> Non
     play(main)
 
 
-def test_where_none_is_heard_of_they_go_one_at_a_time() -> None:
+def test_instances_are_replaced_one_at_a_time_if_none_responds() -> None:
     async def main() -> None:
         scene = Scene("i-1", "i-2", "i-3")
         assert await scene.looks(int(LOST_S) + 2) == ["i-1"]
@@ -152,7 +152,7 @@ def test_where_none_is_heard_of_they_go_one_at_a_time() -> None:
     play(main)
 
 
-def test_that_holds_for_each_pool_by_itself() -> None:
+def test_each_pool_is_judged_separately() -> None:
     async def main() -> None:
         scene = Scene("i-beats", "i-1", "i-2")
         scene.fleet.others = ["i-3", "i-4"]
@@ -161,7 +161,7 @@ def test_that_holds_for_each_pool_by_itself() -> None:
     play(main)
 
 
-def test_time_in_which_nobody_listened_makes_nobody_silent() -> None:
+def test_time_without_a_listening_manager_is_not_silence() -> None:
     async def main() -> None:
         scene = Scene("i-beats", "i-1")
         for _ in range(3):
@@ -174,7 +174,7 @@ def test_time_in_which_nobody_listened_makes_nobody_silent() -> None:
     play(main)
 
 
-def test_time_in_which_nobody_could_be_heard_adds_nothing_and_takes_nothing() -> None:
+def test_time_without_a_reachable_queue_is_not_counted() -> None:
     """Each backlog began the count anew: under steady load nobody was ever replaced."""
 
     async def main() -> None:
@@ -191,7 +191,7 @@ def test_time_in_which_nobody_could_be_heard_adds_nothing_and_takes_nothing() ->
     play(main)
 
 
-def test_a_new_leader_goes_on_with_the_silence_that_the_one_before_has_counted() -> None:
+def test_new_leader_continues_the_count_of_silence() -> None:
     """Each restart of the manager began the count anew: an instance whose worker had stopped was
     kept for 1,500 s and more."""
 

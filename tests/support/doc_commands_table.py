@@ -173,13 +173,13 @@ ELSEWHERE = {
     "uv build": "tests/system/test_installed.py built",
     "uv tool install dist/batchlab-*.whl": "tests/system/test_installed.py installed",
     "pip install 'batchlab[aws,docker,ministack,web] @ file:///…/batchlab-….whl'": (
-        "tests/system/test_installed.py test_the_metadata_says_what_an_index_shows"
+        "tests/system/test_installed.py test_metadata_of_the_package_is_complete"
     ),
     "pip install 'batchlab[otel] @ file:///…/batchlab-….whl'": (
-        "tests/system/test_installed.py test_the_metadata_says_what_an_index_shows"
+        "tests/system/test_installed.py test_metadata_of_the_package_is_complete"
     ),
     ".venv/bin/python -m tests.support.public_api --accept": "tests/docs/test_public_api.py"
-    " test_it_is_accepted_by_the_command_that_is_told",
+    " test_documented_executor_is_accepted",
     # On the emulators.
     "batchlab run myjob/job.yaml --backend ministack --out results": (
         "tests/system/test_ministack.py test_run_from_nothing_leaves_nothing_running"
@@ -192,43 +192,42 @@ ELSEWHERE = {
     "batchlab grid up --backend ministack --endpoint http://127.0.0.1:4566/month-end --home month-end": (
         "tests/system/test_ministack.py test_a_grid_at_a_named_endpoint_starts_no_emulator"
     ),
-    "batchlab conform --endpoint http://127.0.0.1:4566": "tests/system/test_conform.py"
-    " test_the_page_says_what_this_emulator_does",
+    "batchlab conform --endpoint http://127.0.0.1:4566": "tests/system/test_conform.py test_page_matches_the_emulator",
     "batchlab conform --endpoint http://127.0.0.1:4566 --name 'MiniStack 1.5.33'"
-    " --markdown docs/emulators.md": "tests/system/test_conform.py test_the_page_says_what_this_emulator_does",
+    " --markdown docs/emulators.md": "tests/system/test_conform.py test_page_matches_the_emulator",
     "batchlab conform --endpoint http://127.0.0.1:4566 --needed": "tests/system/test_conform.py"
-    " test_it_uses_a_bucket_that_is_there_and_leaves_the_rest_of_it_alone",
+    " test_existing_bucket_is_used_and_its_objects_are_unchanged",
     "batchlab conform --endpoint http://127.0.0.1:9000 --only 's3-*' --json": (
-        "tests/system/test_conform.py test_an_endpoint_that_breaks_down_on_the_way_is_no_difference"
+        "tests/system/test_conform.py test_breakdown_of_the_endpoint_is_not_a_difference"
     ),
-    "aws sns create-topic --name batch": "tests/system/test_tour.py test_a_topic_of_the_emulators_own_is_told",
+    "aws sns create-topic --name batch": "tests/system/test_tour.py test_topic_of_the_emulator_is_notified",
     # In containers.
     "batchlab run myjob/job.yaml --backend localstack --out results": (
-        "tests/system/test_same_results.py test_the_examples_come_to_the_same_everywhere"
+        "tests/system/test_same_results.py test_examples_give_the_same_results_on_every_backend"
     ),
     "batchlab doctor --backend localstack": "tests/system/test_containers.py"
-    " test_a_grid_comes_works_with_the_aws_cli_and_leaves_nothing",
+    " test_grid_works_with_the_aws_cli_and_leaves_nothing",
     "batchlab grid up --backend localstack": "tests/system/test_containers.py"
-    " test_a_grid_comes_works_with_the_aws_cli_and_leaves_nothing",
-    "batchlab gc": "tests/system/test_containers.py test_a_grid_comes_works_with_the_aws_cli_and_leaves_nothing",
-    "batchlab gc --dry-run": "tests/system/test_containers.py test_what_a_grid_left_behind_is_swept",
+    " test_grid_works_with_the_aws_cli_and_leaves_nothing",
+    "batchlab gc": "tests/system/test_containers.py test_grid_works_with_the_aws_cli_and_leaves_nothing",
+    "batchlab gc --dry-run": "tests/system/test_containers.py test_leftovers_of_a_grid_are_removed",
     'eval "$(compose/offline/build.sh)"': ".ci/run images",
     "batchlab scenario replay peak.yaml --backend localstack --compress 60 --out peak.json": (
         "tests/system/test_replay_localstack.py test_a_scenario_with_its_policy_and_a_kill_on_localstack"
     ),
     # Auto Scaling on one machine.
     "batchlab conform --service autoscaling --endpoint http://127.0.0.1:4580 --template worker": (
-        "tests/system/test_conform_asg.py test_our_endpoint_keeps_every_rule"
+        "tests/system/test_conform_asg.py test_own_endpoint_follows_every_rule"
     ),
     "batchlab conform --endpoint http://127.0.0.1:4580 --service autoscaling": (
-        "tests/system/test_conform_asg.py test_without_a_template_or_ec2_it_asks_for_one"
+        "tests/system/test_conform_asg.py test_missing_template_is_requested"
     ),
     "batchlab conform --service autoscaling --endpoint http://127.0.0.1:5000 --needed": (
-        "tests/system/test_conform_asg.py test_the_page_says_what_moto_does"
+        "tests/system/test_conform_asg.py test_page_matches_moto"
     ),
     "batchlab conform --service autoscaling --endpoint http://127.0.0.1:4580 --template worker"
     " --name 'batchlab asg serve' --markdown docs/asg-endpoint.md": (
-        "tests/system/test_conform_asg.py test_our_endpoint_keeps_every_rule"
+        "tests/system/test_conform_asg.py test_own_endpoint_follows_every_rule"
     ),
     # By a page's own command with other options.
     "batchlab scenario plan month-end.yaml --deadline 40m --budget '0.10 USD'": (
@@ -263,11 +262,11 @@ ELSEWHERE = {
         "tests/core/test_price_refresh.py test_awss_own_price_list_as_csv"
     ),
     "python examples/executor/primes.py": "tests/system/test_executor_examples.py"
-    " test_a_program_prints_what_the_readme_says",
+    " test_program_prints_the_documented_output",
     "python examples/executor/bootstrap.py": "tests/system/test_executor_examples.py"
-    " test_a_program_prints_what_the_readme_says",
+    " test_program_prints_the_documented_output",
     "python examples/executor/search.py": "tests/system/test_executor_examples.py"
-    " test_a_program_prints_what_the_readme_says",
+    " test_program_prints_the_documented_output",
 }
 """The test that gives it, or one in its place with a shorter input: the file, and a name in it."""
 
@@ -276,8 +275,7 @@ WHOLE = {
     "examples/sort/README.md": "tests/system/test_examples_end_to_end.py test_sort_of_one_large_file",
     "examples/media/README.md": "tests/system/test_examples_end_to_end.py test_media_keeps_every_frame",
     "examples/transform/README.md": "tests/system/test_examples_end_to_end.py test_transform_keeps_every_ride",
-    "examples/claims/README.md": "tests/system/test_examples_end_to_end.py"
-    " test_claims_add_up_to_what_the_generator_says",
+    "examples/claims/README.md": "tests/system/test_examples_end_to_end.py test_claims_totals_match_the_generator",
 }
 """Of pages, or of one part of a page."""
 

@@ -22,7 +22,7 @@ def cut(processes: int) -> list[list[str]]:
     return parts
 
 
-def test_the_files_that_wait_are_there() -> None:
+def test_files_with_waits_exist() -> None:
     assert not [file for file in WAITS_S if not (ROOT / file).is_file()]
 
 

@@ -85,7 +85,7 @@ def found(where: str) -> set[str]:
         ("`Ti``tle` = 'x'", set()),
     ],
 )
-def test_where_finds_what_the_guide_says(where: str, expected: set[str]) -> None:
+def test_where_clause_follows_the_guide(where: str, expected: set[str]) -> None:
     assert found(where) == expected
 
 
@@ -117,13 +117,13 @@ def test_where_finds_what_the_guide_says(where: str, expected: set[str]) -> None
         "update mydomain",
     ],
 )
-def test_what_is_no_expression_is_refused(text: str) -> None:
+def test_invalid_expression_is_refused(text: str) -> None:
     with pytest.raises(SelectError) as caught:
         parse(text)
     assert caught.value.code == "InvalidQueryExpression"
 
 
-def test_an_attribute_that_is_sorted_by_must_be_asked_for() -> None:
+def test_sort_attribute_must_be_in_the_condition() -> None:
     """Sort: "Because returned results must contain the attribute on which you are sorting"."""
     for text in (
         "select * from mydomain order by Year",

@@ -62,7 +62,7 @@ def test_replace_replaces_and_the_rest_adds(sdb: Any, simpledb: Sdb) -> None:
     assert _get(sdb, simpledb, "I") == {}
 
 
-def test_a_condition_is_kept(sdb: Any, simpledb: Sdb) -> None:
+def test_condition_is_enforced(sdb: Any, simpledb: Sdb) -> None:
     absent = {"Name": "v", "Exists": False}
     _put(sdb, simpledb, "I", absent, v="1")
     text = _refused(409, "ConditionalCheckFailed", lambda: _put(sdb, simpledb, "I", absent, v="2"))
@@ -93,7 +93,7 @@ def test_a_condition_that_cannot_be_held_is_refused(sdb: Any, simpledb: Sdb) -> 
     assert _get(sdb, simpledb, "I") == {"many": {"1", "2"}}
 
 
-def test_limits_of_an_item_are_kept(sdb: Any, simpledb: Sdb) -> None:
+def test_limits_of_an_item_are_enforced(sdb: Any, simpledb: Sdb) -> None:
     _put(sdb, simpledb, "ä" * 512, **{"ö" * 512: "ü" * 512})
     for item, name, value in (("x" * 1025, "n", "v"), ("i", "x" * 1025, "v"), ("i", "n", "é" * 513)):
         with pytest.raises(ClientError, match="InvalidParameterValue"):
@@ -135,7 +135,7 @@ def test_a_batch_is_of_25_items_and_all_of_it_or_nothing(sdb: Any, simpledb: Sdb
     )
 
 
-def test_a_domain_that_is_full_says_so(sdb: Any, simpledb: Sdb) -> None:
+def test_full_domain_is_reported(sdb: Any, simpledb: Sdb) -> None:
     simpledb.weather(max_attributes=3)
     _put(sdb, simpledb, "a", n="1", m="2")
     with pytest.raises(ClientError, match="NumberDomainAttributesExceeded"):
@@ -146,7 +146,7 @@ def test_a_domain_that_is_full_says_so(sdb: Any, simpledb: Sdb) -> None:
         _put(sdb, simpledb, "b", n="x" * 20)
 
 
-def test_domains_come_and_go(sdb: Any, simpledb: Sdb) -> None:
+def test_domains_are_created_and_deleted(sdb: Any, simpledb: Sdb) -> None:
     names = [f"{simpledb.domain}-{n}" for n in range(3)]
     for name in (*names, names[0]):
         sdb.create_domain(DomainName=name)
@@ -202,7 +202,7 @@ def test_pages_have_the_guides_sizes(sdb: Any, simpledb: Sdb) -> None:
         _select(sdb, everything, NextToken="nonsense")
 
 
-def test_sorted_pages_go_on_where_they_were(sdb: Any, simpledb: Sdb) -> None:
+def test_sorted_pages_continue(sdb: Any, simpledb: Sdb) -> None:
     for n in (3, 1, 2, 5, 4):
         _put(sdb, simpledb, f"i{n}", key=f"{n:04d}", other="x")
     query = f"select key from `{simpledb.domain}` where key > '0001' order by key desc limit 2"
@@ -247,7 +247,7 @@ def test_the_weather_is_what_a_test_makes_it(sdb: Any, simpledb: Sdb) -> None:
     assert sizes == {0, 1, 3}, "cut short, and then a token leads on"
 
 
-def test_what_is_not_signed_or_not_known_is_refused(simpledb: Sdb) -> None:
+def test_unsigned_or_unknown_request_is_refused(simpledb: Sdb) -> None:
     def status(**given: str) -> int:
         try:
             urllib.request.urlopen(f"{simpledb.url}/?{urllib.parse.urlencode(given)}").close()
@@ -264,7 +264,7 @@ def test_what_is_not_signed_or_not_known_is_refused(simpledb: Sdb) -> None:
     assert status(Action="Query", **signed) == 400
 
 
-def test_restricted_characters_come_back_as_base64(sdb: Any, simpledb: Sdb) -> None:
+def test_restricted_characters_are_returned_as_base64(sdb: Any, simpledb: Sdb) -> None:
     """As the guide says, and boto3 does not decode it: a client must not write them."""
     _put(sdb, simpledb, "I", n="a\x01b")
     assert _get(sdb, simpledb, "I") == {"n": {"YQFi"}}

@@ -197,7 +197,7 @@ def test_one_server_for_one_folder(server: Server) -> None:
     assert "is served from" in second.stderr
 
 
-def test_keys_are_asked_for_where_that_is_wanted(server: Server) -> None:
+def test_keys_are_required_on_request(server: Server) -> None:
     server.options, server.env = ("--signed",), KEYS
     server.start()
     access_key, secret_key = KEYS.values()
@@ -209,7 +209,7 @@ def test_keys_are_asked_for_where_that_is_wanted(server: Server) -> None:
         autoscaling(Endpoint(server.url)).describe_tags()
 
 
-def test_templates_that_are_none_are_told_in_a_sentence(tmp_path: Path) -> None:
+def test_invalid_templates_are_a_clear_error(tmp_path: Path) -> None:
     file = tmp_path / "templates.toml"
     argv = [sys.executable, "-m", "batchlab", "asg", "serve", "--state", str(tmp_path / "state")]
     done = subprocess.run([*argv, "--templates", str(file)], capture_output=True, text=True, timeout=60)

@@ -92,7 +92,7 @@ def test_a_connection_outlives_the_managers_instance(there: Account, tmp_path: P
     assert there.manager_pid()
 
 
-def test_a_job_stops_at_its_cap_says_so_and_goes_on_with_a_higher_one(there: Account, tmp_path: Path) -> None:
+def test_job_stops_at_its_cap_and_continues_with_a_higher_one(there: Account, tmp_path: Path) -> None:
     home = there.home()
     until(there.manager_pid, 60)
     job = job_of(tmp_path / "job", 20)
@@ -115,7 +115,7 @@ def test_a_job_stops_at_its_cap_says_so_and_goes_on_with_a_higher_one(there: Acc
     batchlab(there, "grid", "down", "--home", home.path)
 
 
-def test_what_is_missing_is_said_in_a_sentence(there: Account, tmp_path: Path) -> None:
+def test_missing_parts_are_a_clear_error(there: Account, tmp_path: Path) -> None:
     _, said = batchlab(there, "grid", "up", "--backend", "aws", "--home", tmp_path / "h", code=3)
     assert "No stack is known" in said
     assert "deploy apply" in said

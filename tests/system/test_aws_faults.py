@@ -85,7 +85,7 @@ def in_service(there: Account) -> int:
     [(["/nowhere/at-all"], "cannot be started"), (["/bin/sleep", "600"], "was abandoned: Heartbeat Timeout")],
     ids=["no-capacity", "never-comes-up"],
 )
-def test_what_cannot_come_up_is_told_and_tried_again_without_a_loop(
+def test_failing_launches_are_reported_and_retried_slowly(
     ministack: Endpoint, moto: Endpoint, tmp_path: Path, command: list[str], said: str
 ) -> None:
     with account(ministack, moto, tmp_path / "account") as there:
@@ -105,7 +105,7 @@ def test_what_cannot_come_up_is_told_and_tried_again_without_a_loop(
         batchlab(there, "grid", "down", "--home", home.path)
 
 
-def test_a_pool_whose_instances_never_come_up_is_stopped_and_goes_on_once_mended(
+def test_pool_with_failing_boots_stops_and_resumes_after_the_repair(
     ministack: Endpoint, moto: Endpoint, tmp_path: Path
 ) -> None:
     """As where user data fails: the instance says why, and powers itself off."""

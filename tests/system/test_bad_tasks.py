@@ -105,7 +105,7 @@ def test_retry_runs_again_only_what_failed(bring_up: Bring, tmp_path: Path) -> N
     assert len((tmp_path / "starts").read_text().split()) == 110
 
 
-def test_a_handler_that_is_not_there_is_refused_before_anything_is_queued(tmp_path: Path) -> None:
+def test_missing_handler_is_refused_before_any_message(tmp_path: Path) -> None:
     path = job_file(tmp_path / "job", "crash")
     path.write_text(path.read_text().replace("bad:crash", "bad:absent"))
     with pytest.raises(JobFileError, match="absent"):

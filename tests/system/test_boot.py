@@ -107,7 +107,7 @@ def check_restraint(there: Fleet, worker: str) -> None:
     assert (lines["NoNewPrivs"], int(lines["CapEff"], 16)) == ("1", 0)
 
 
-def test_a_release_that_is_not_what_its_name_says_is_abandoned(there: Fleet) -> None:
+def test_release_with_a_wrong_name_is_abandoned(there: Fleet) -> None:
     at, wrong = there.account.at, "0" * 64
     there.account.aws("s3").put_object(Bucket=at.bucket, Key=key_of(wrong), Body=b"no such thing")
     group = there.pool(replace(POOL, name="broken"), 1, Release=wrong)

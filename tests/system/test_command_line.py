@@ -127,7 +127,7 @@ def test_the_demo_runs_from_nothing_and_agrees_with_its_facts(cli: Cli) -> None:
     cli.none_left()
 
 
-def test_an_interrupted_run_goes_on_where_it_was(cli: Cli) -> None:
+def test_interrupted_run_resumes(cli: Cli) -> None:
     """What was started is not left running, and stopping loses nothing."""
     cli.inputs(40)
     first = cli.start("run", "job.yaml", "--out", "out", "--set", "seconds=0.1")
@@ -220,7 +220,7 @@ def test_a_run_leaves_a_standing_grid_up_after_its_manager_died(cli: Cli) -> Non
     cli.none_left()
 
 
-def test_a_run_goes_on_when_its_standing_grid_is_taken_down(cli: Cli) -> None:
+def test_run_continues_when_its_standing_grid_is_stopped(cli: Cli) -> None:
     """It starts a grid of its own for the rest, and ends that one."""
     cli.inputs(30)
     assert cli("grid", "up")[0] == 0
@@ -233,7 +233,7 @@ def test_a_run_goes_on_when_its_standing_grid_is_taken_down(cli: Cli) -> None:
     cli.none_left()
 
 
-def test_a_failed_job_says_what_failed_and_keeps_what_succeeded(cli: Cli) -> None:
+def test_failed_job_names_its_failures_and_keeps_its_results(cli: Cli) -> None:
     """Pain 13: partial failure is told, with reasons, and the rest is there."""
     cli.inputs(5)
     (cli.folder / "job.yaml").write_text(JOB.replace("bad: []", "bad: [2, 3]"))

@@ -73,9 +73,7 @@ def _clear(endpoint: Endpoint) -> list[str]:
 
 
 @pytest.mark.parametrize("emulator", EMULATORS)
-def test_the_page_says_what_this_emulator_does(
-    emulator: str, request: pytest.FixtureRequest, run: Run, tmp_path: Path
-) -> None:
+def test_page_matches_the_emulator(emulator: str, request: pytest.FixtureRequest, run: Run, tmp_path: Path) -> None:
     """The page is what the command writes, word by word: it is where the differences are pinned."""
     endpoint: Endpoint = request.getfixturevalue(emulator)
     page = tmp_path / "emulators.md"
@@ -89,7 +87,7 @@ def test_the_page_says_what_this_emulator_does(
     assert _made(endpoint) == []
 
 
-def test_it_uses_a_bucket_that_is_there_and_leaves_the_rest_of_it_alone(ministack: Endpoint, run: Run) -> None:
+def test_existing_bucket_is_used_and_its_objects_are_unchanged(ministack: Endpoint, run: Run) -> None:
     s3 = _s3(ministack)
     s3.create_bucket(Bucket="of-ours")
     s3.put_object(Bucket="of-ours", Key="batchlab-conform-keep", Body=b"precious")
@@ -142,7 +140,7 @@ def test_ctrl_c_leaves_nothing_behind_even_twice(ministack: Endpoint, process: s
     assert _made(ministack) == []
 
 
-def test_what_cannot_be_removed_is_named(moto: Endpoint, run: Run) -> None:
+def test_undeletable_resources_are_named(moto: Endpoint, run: Run) -> None:
     def keeps_everything(request: Request, send: Send) -> Response:
         if request.action == "DeleteQueue":
             return Response(403, b'{"__type": "AccessDenied"}')
@@ -160,7 +158,7 @@ def test_what_cannot_be_removed_is_named(moto: Endpoint, run: Run) -> None:
     assert len(err.splitlines()) == len(queues) + 1
 
 
-def test_an_endpoint_that_breaks_down_on_the_way_is_no_difference(moto: Endpoint, run: Run) -> None:
+def test_breakdown_of_the_endpoint_is_not_a_difference(moto: Endpoint, run: Run) -> None:
     seen: list[Request] = []
 
     def breaks_down(request: Request, send: Send) -> Response:

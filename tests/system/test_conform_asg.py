@@ -117,13 +117,13 @@ def _tried(run: Run, endpoint: Endpoint, name: str, page: Path, *more: str) -> d
     return told
 
 
-def test_our_endpoint_keeps_every_rule(ours: Endpoint, run: Run, tmp_path: Path) -> None:
+def test_own_endpoint_follows_every_rule(ours: Endpoint, run: Run, tmp_path: Path) -> None:
     told = _tried(run, ours, "batchlab asg serve", tmp_path / "page.md", "--template", TEMPLATE)
     assert told["agrees"], told["counts"]
     assert {one["service"] for one in told["checks"]} == {"autoscaling"}
 
 
-def test_the_page_says_what_moto_does(moto: Endpoint, run: Run, tmp_path: Path) -> None:
+def test_page_matches_moto(moto: Endpoint, run: Run, tmp_path: Path) -> None:
     """A gap that moto has closed fails, too: the page is compared word by word."""
     told = _tried(run, moto, f"moto {version('moto')}", tmp_path / "page.md")
     needed = [one for one in told["checks"] if one["severity"] == "needed"]
@@ -134,14 +134,14 @@ def test_the_page_says_what_moto_does(moto: Endpoint, run: Run, tmp_path: Path) 
     assert not [one for one in templates if "conform" in one["LaunchTemplateName"]]
 
 
-def test_without_a_template_or_ec2_it_asks_for_one(ours: Endpoint, run: Run) -> None:
+def test_missing_template_is_requested(ours: Endpoint, run: Run) -> None:
     code, out, err = run("conform", "--service", "autoscaling", "--endpoint", ours.url)
     assert (code, out) == (2, "")
     assert "No launch template can be made" in err
     assert "--template NAME" in err
 
 
-def test_an_endpoint_without_auto_scaling_is_told_in_one_line(run: Run) -> None:
+def test_endpoint_without_auto_scaling_is_reported_in_one_line(run: Run) -> None:
     def not_there(_: Request, __: Send) -> Response:
         """As LocalStack answers for a service that is not part of it."""
         code = b"<ErrorResponse><Error><Code>InternalFailure</Code></Error></ErrorResponse>"
@@ -155,7 +155,7 @@ def test_an_endpoint_without_auto_scaling_is_told_in_one_line(run: Run) -> None:
     )
 
 
-def test_what_cannot_be_removed_is_named(ours: Endpoint, run: Run) -> None:
+def test_undeletable_resources_are_named(ours: Endpoint, run: Run) -> None:
     def keeps_groups(request: Request, send: Send) -> Response:
         if b"Action=DeleteAutoScalingGroup" in request.body:
             code = b"<ErrorResponse><Error><Code>AccessDenied</Code></Error></ErrorResponse>"
@@ -218,7 +218,7 @@ def test_every_check_that_is_needed_is_spoiled() -> None:
     assert spoiled - EVERY == set()
 
 
-def test_what_is_spoiled_is_noticed_and_nothing_else_is(ours: Endpoint) -> None:
+def test_sabotage_is_detected_by_the_right_check(ours: Endpoint) -> None:
     with ThreadPoolExecutor(AT_ONCE) as threads:
         spoiled = {
             what: threads.submit(_unexpected, ours, number, spoil, names, Verdict.DIFFERS)

@@ -93,7 +93,7 @@ def test_every_check_that_is_needed_is_spoiled() -> None:
     assert needed - spoiled == set()
 
 
-def test_what_is_spoiled_is_noticed_and_nothing_else_is(moto: Endpoint) -> None:
+def test_sabotage_is_detected_by_the_right_check(moto: Endpoint) -> None:
     layers = _layers()
     every = set().union(*layers)
     assert every == set().union(*(names for _, names in SABOTAGES.values()))

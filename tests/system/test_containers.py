@@ -26,7 +26,7 @@ def inspected(*filters: str) -> list[dict[str, Any]]:
     return found
 
 
-def test_a_grid_comes_works_with_the_aws_cli_and_leaves_nothing(tmp_path: Path) -> None:
+def test_grid_works_with_the_aws_cli_and_leaves_nothing(tmp_path: Path) -> None:
     need_containers(tmp_path)
     home = Home(tmp_path / "home")
     batchlab("grid", "up", "--backend", "localstack", "--home", home.path)
@@ -124,7 +124,7 @@ def desired_capacity_makes_containers(home: Home, at: compose_deployment.Deploym
     until(lambda: not containers(), 60.0, pause_s=0.3)
 
 
-def test_what_a_grid_left_behind_is_swept(tmp_path: Path) -> None:
+def test_leftovers_of_a_grid_are_removed(tmp_path: Path) -> None:
     need_containers(tmp_path)
     name = f"batchlab-left-{tmp_path.name[-20:].strip('_-')}"
     labels = ["--label", f"batchlab.grid={name}", "--label", f"batchlab.home={tmp_path / 'gone'}"]

@@ -103,7 +103,7 @@ def newest(shell: Shell, name: str) -> list[str]:
     return [one["id"] for one in listed if one["name"] == name]
 
 
-def test_of_a_grid_that_stays_up(shell: Shell) -> None:
+def test_commands_with_a_standing_grid(shell: Shell) -> None:
     shell.follow(table.FIRST)
     Home(shell.folder / ".batchlab").notify_file.write_text(NOTIFY)
     shell.follow(table.STANDING, port=free_port())
@@ -115,16 +115,16 @@ def test_of_a_grid_that_stays_up(shell: Shell) -> None:
     shell.follow(table.SCHEDULES)
 
 
-def test_of_prices_forecasts_and_plans(shell: Shell) -> None:
+def test_commands_for_prices_forecasts_and_plans(shell: Shell) -> None:
     shell.follow(table.PRICES_AND_PEAKS)
     shell.follow(table.COMPARED)
 
 
-def test_of_random_worlds(shell: Shell) -> None:
+def test_commands_for_random_worlds(shell: Shell) -> None:
     shell.follow(table.SIMULATED)
 
 
-def test_of_an_auto_scaling_endpoint(tmp_path: Path) -> None:
+def test_commands_for_an_auto_scaling_endpoint(tmp_path: Path) -> None:
     """Those of docs/asg-endpoint.md, with its templates, and a notice to a Spot instance."""
     program = client("BATCHLAB_AWSCLI", "aws")
     page = (ROOT / "docs" / "asg-endpoint.md").read_text()
@@ -154,7 +154,7 @@ def test_of_an_auto_scaling_endpoint(tmp_path: Path) -> None:
             server.end(signal.SIGTERM)
 
 
-def test_completion_is_installed_for_the_shell_that_asks(tmp_path: Path) -> None:
+def test_completion_is_installed_for_the_current_shell(tmp_path: Path) -> None:
     reader = doc_pages.Reader(tmp_path)
     code, said = reader.run(f"export HOME={tmp_path}\nbatchlab --install-completion\ntrue")
     assert code == 0, said
@@ -201,13 +201,13 @@ def test_no_command_is_left_out() -> None:
 
 
 @pytest.mark.parametrize("where", sorted({*table.ELSEWHERE.values(), *table.WHOLE.values()}))
-def test_what_is_said_to_give_a_command_exists(where: str) -> None:
+def test_named_commands_exist(where: str) -> None:
     file, _, name = where.partition(" ")
     assert re.search(rf"\b{name}", (ROOT / file).read_text()), where
 
 
 @pytest.mark.parametrize("command", [one for one in table.DEVELOPERS if one in TOLD])
-def test_what_is_for_developers_names_what_there_is(command: str) -> None:
+def test_developer_pages_name_existing_code(command: str) -> None:
     for path in re.findall(r"\b(?:tests|benchmarks)/[\w/]+\.py", command):
         assert (ROOT / path).is_file(), path
         for option in re.findall(r" (--\w+)", command):

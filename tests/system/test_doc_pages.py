@@ -45,7 +45,7 @@ def test_a_page_can_be_followed(page: str, tmp_path: Path) -> None:
         ("…\nthree\n…\n", False),
     ],
 )
-def test_what_a_page_tells_is_compared(told: str, agrees: bool) -> None:
+def test_output_on_a_page_is_compared(told: str, agrees: bool) -> None:
     assert doc_pages.agrees(told, "one\ntwo 3 tasks in 270 ms\n") is agrees
 
 

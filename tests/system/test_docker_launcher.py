@@ -139,7 +139,7 @@ def test_a_type_that_is_not_in_the_catalogue_is_a_launch_that_fails(grid: Docker
     run(main)
 
 
-def test_a_program_that_is_not_there_ends_the_instance_with_the_reason(grid: DockerGrid) -> None:
+def test_missing_program_ends_the_instance_with_the_reason(grid: DockerGrid) -> None:
     async def main() -> None:
         template = Template(shell("").image, ("/nonexistent/worker",), init=False)
         launcher = grid.launcher(lambda _: template, LoopClock())
@@ -194,7 +194,7 @@ def test_an_instance_that_still_boots_is_called_off(grid: DockerGrid) -> None:
     run(main)
 
 
-def test_one_that_is_asked_to_end_while_it_starts_hears_of_it(grid: DockerGrid) -> None:
+def test_termination_during_the_start_is_delivered(grid: DockerGrid) -> None:
     async def main() -> None:
         launcher = grid.launcher(behaving, LoopClock())
         try:
@@ -244,7 +244,7 @@ def test_a_task_that_runs_out_of_memory_is_not_the_end_of_its_instance(grid: Doc
     run(main)
 
 
-def test_what_an_ended_instance_printed_is_kept_and_in_time_its_container_goes(grid: DockerGrid) -> None:
+def test_output_of_an_ended_instance_is_kept_and_its_container_removed(grid: DockerGrid) -> None:
     clock = ManualClock()
 
     async def main() -> None:
@@ -270,7 +270,7 @@ def test_what_an_ended_instance_printed_is_kept_and_in_time_its_container_goes(g
     run(main)
 
 
-def test_close_keeps_what_was_printed_and_leaves_no_container(grid: DockerGrid) -> None:
+def test_close_keeps_the_output_and_removes_the_containers(grid: DockerGrid) -> None:
     async def main() -> None:
         launcher = grid.launcher(behaving, LoopClock())
         for n in range(3):
@@ -285,7 +285,7 @@ def test_close_keeps_what_was_printed_and_leaves_no_container(grid: DockerGrid) 
     run(main)
 
 
-def test_a_container_that_somebody_removed_has_ended(grid: DockerGrid) -> None:
+def test_removed_container_has_ended(grid: DockerGrid) -> None:
     async def main() -> None:
         launcher = grid.launcher(behaving, LoopClock())
         try:
@@ -302,9 +302,7 @@ def test_a_container_that_somebody_removed_has_ended(grid: DockerGrid) -> None:
     run(main)
 
 
-def test_one_that_lives_has_not_ended_whatever_dockers_list_says(
-    grid: DockerGrid, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_running_container_missing_from_the_list_is_running(grid: DockerGrid, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a busy machine the list is ahead of what is said of one container, which was then told to
     have ended with exit code 0: what it really ended with comes a moment later."""
     listed = APIClient.containers

@@ -116,7 +116,7 @@ def in_scene(grid: DockerGrid, script: str, check: Callable[[Scene], Awaitable[N
     asyncio.run(main())
 
 
-def test_each_container_is_told_of_itself_and_nobody_without_a_token(grid: DockerGrid) -> None:
+def test_container_reads_only_its_own_metadata_with_a_token(grid: DockerGrid) -> None:
     async def check(scene: Scene) -> None:
         await scene.launcher.launch(POOL, "i-1", SPOT)
         await scene.launcher.launch(Pool("other"), "i-2", ON_DEMAND)
@@ -139,7 +139,7 @@ def test_each_container_is_told_of_itself_and_nobody_without_a_token(grid: Docke
     in_scene(grid, _TELL, check)
 
 
-def test_an_address_that_another_container_had_is_the_new_ones(grid: DockerGrid) -> None:
+def test_reused_address_belongs_to_the_new_container(grid: DockerGrid) -> None:
     async def check(scene: Scene) -> None:
         await scene.launcher.launch(POOL, "i-1", SPOT)
         first = told(await scene.prints("i-1"))

@@ -159,7 +159,7 @@ def test_a_deadline_is_for_one_container_only(grid: DockerGrid) -> None:
     run(main)
 
 
-def test_a_fleet_goes_on_after_its_manager_was_killed(grid: DockerGrid) -> None:
+def test_fleet_continues_after_its_manager_was_killed(grid: DockerGrid) -> None:
     """Pain 11: the head died, and its fleet with it or without an owner."""
     killed_manager(grid, "fleet")
     grid.api.kill(grid.name("w-0001"))
@@ -188,7 +188,7 @@ def test_a_fleet_goes_on_after_its_manager_was_killed(grid: DockerGrid) -> None:
 # --- Docker that is away --------------------------------------------------------------------------
 
 
-def test_no_docker_at_all_is_told_in_a_sentence(grid: DockerGrid, tmp_path: Path, refused: None) -> None:
+def test_missing_docker_is_a_clear_error(grid: DockerGrid, tmp_path: Path, refused: None) -> None:
     async def main() -> None:
         engine = Engine(f"unix://{tmp_path}/none.sock")
         launcher = grid.launcher(behaving, LoopClock(), engine=engine)
@@ -207,7 +207,7 @@ def test_no_docker_at_all_is_told_in_a_sentence(grid: DockerGrid, tmp_path: Path
     run(main)
 
 
-def test_docker_may_go_away_and_come_back(grid: DockerGrid, tmp_path: Path, refused: None) -> None:
+def test_docker_may_stop_and_restart(grid: DockerGrid, tmp_path: Path, refused: None) -> None:
     async def main() -> None:
         with Proxy(tmp_path / "docker.sock") as proxy:
             engine = Engine(proxy.url)
@@ -282,7 +282,7 @@ def kinds(engine: Engine, labels: dict[str, str]) -> list[str]:
     return sorted(one.kind for one in find(engine, labels))
 
 
-def test_no_thread_and_no_file_stays_after_close(grid: DockerGrid) -> None:
+def test_close_leaves_no_thread_and_no_file(grid: DockerGrid) -> None:
     async def main() -> None:
         before = descriptors()
         for _ in range(3):

@@ -42,7 +42,7 @@ def launcher_of(grid: DockerGrid) -> ContainerLauncher:
     return grid.launcher(lambda _: SYSTEM, LoopClock())
 
 
-def test_it_boots_and_stops_its_services_before_it_ends(grid: DockerGrid) -> None:
+def test_instance_boots_and_stops_its_services_before_its_end(grid: DockerGrid) -> None:
     async def begin() -> None:
         launcher = launcher_of(grid)
         await launcher.launch(Pool("p"), "i-1", MACHINE)

@@ -27,7 +27,7 @@ def copy(name: str, folder: Path) -> Path:
     return folder / name
 
 
-def test_claims_add_up_to_what_the_generator_says(bring_up: Bring, tmp_path: Path) -> None:
+def test_claims_totals_match_the_generator(bring_up: Bring, tmp_path: Path) -> None:
     job = copy("claims", tmp_path)
     facts = write_claims(job / "data", seed=5, files=60, claims_per_file=20)
     grid = bring_up(TWO)

@@ -43,7 +43,7 @@ def test_a_call_has_the_result_of_its_function(executor: GridExecutor) -> None:
     assert executor.submit(pow, 2, 8).result() == 256
 
 
-def test_arguments_come_as_they_were_given(executor: GridExecutor) -> None:
+def test_arguments_arrive_unchanged(executor: GridExecutor) -> None:
     assert executor.submit(capture, 1, self=2, fn=3).result() == ((1,), {"self": 2, "fn": 3})
     assert executor.submit(capture).result() == ((), {})
     assert executor.submit(capture, (1,)).result() == (((1,),), {})
@@ -81,7 +81,7 @@ def test_each_call_gets_its_callable_as_it_was_sent(executor: GridExecutor) -> N
     assert counting.count == 0
 
 
-def test_files_go_there_and_come_back(executor: GridExecutor, tmp_path: Path) -> None:
+def test_files_travel_both_ways(executor: GridExecutor, tmp_path: Path) -> None:
     (tmp_path / "in.txt").write_text("some text")
 
     def shout(file: File, *, suffix: str) -> File:
@@ -157,7 +157,7 @@ def test_an_executor_does_not_travel(executor: GridExecutor) -> None:
     assert "executor cannot be pickled" in str(error)
 
 
-def test_how_many_workers_there_are_can_be_read(executor: GridExecutor) -> None:
+def test_number_of_workers_is_readable(executor: GridExecutor) -> None:
     assert executor._max_workers == 2
 
 
@@ -217,7 +217,7 @@ def test_map_raises_a_calls_exception_in_its_place(executor: GridExecutor) -> No
     assert list(results) == []
 
 
-def test_map_raises_when_a_result_is_not_there_in_time(executor: GridExecutor, tmp_path: Path) -> None:
+def test_map_raises_after_its_timeout(executor: GridExecutor, tmp_path: Path) -> None:
     gate = Gate(tmp_path)
     with pytest.raises(TimeoutError):
         next(executor.map(gate.wait, [1], timeout=0))
@@ -225,7 +225,7 @@ def test_map_raises_when_a_result_is_not_there_in_time(executor: GridExecutor, t
     assert list(executor.map(gate.wait, [1, 2], timeout=60)) == [1, 2]
 
 
-def test_map_keeps_no_reference_to_a_result_it_gave(executor: GridExecutor) -> None:
+def test_map_keeps_no_reference_to_a_returned_result(executor: GridExecutor) -> None:
     for made in executor.map(lambda _: Counting(), range(5)):
         seen = weakref.ref(made)
         del made
@@ -255,7 +255,7 @@ def test_a_map_that_is_left_early_does_not_run_on(grid: Grid, executor: GridExec
 # --- Futures -------------------------------------------------------------------------------------
 
 
-def test_a_future_tells_what_becomes_of_its_call(executor: GridExecutor, tmp_path: Path) -> None:
+def test_future_follows_its_call(executor: GridExecutor, tmp_path: Path) -> None:
     gate = Gate(tmp_path)
     call = executor.submit(gate.wait, 7)
     assert isinstance(call, Future)
@@ -274,7 +274,7 @@ def test_a_future_tells_what_becomes_of_its_call(executor: GridExecutor, tmp_pat
     assert not call.cancelled()
 
 
-def test_callbacks_run_once_with_their_future_on_another_thread(executor: GridExecutor) -> None:
+def test_callbacks_run_once_on_another_thread(executor: GridExecutor) -> None:
     seen: list[tuple[Any, int]] = []
     good, bad = executor.submit(abs, -1), executor.submit(divmod, 1, 0)
     for call in (good, bad):
@@ -287,7 +287,7 @@ def test_callbacks_run_once_with_their_future_on_another_thread(executor: GridEx
     assert seen[2] == (good, threading.get_ident())
 
 
-def test_a_callback_that_raises_harms_nobody(executor: GridExecutor, caplog: pytest.LogCaptureFixture) -> None:
+def test_failing_callback_does_not_affect_others(executor: GridExecutor, caplog: pytest.LogCaptureFixture) -> None:
     def fail(error: BaseException, _: Any) -> None:
         raise error
 
@@ -316,7 +316,7 @@ def test_wait_returns_when_it_shall(executor: GridExecutor, tmp_path: Path) -> N
     assert (done, left) == ({bad, late, early}, set())
 
 
-def test_as_completed_gives_each_future_once_as_it_comes(executor: GridExecutor, tmp_path: Path) -> None:
+def test_as_completed_yields_each_future_once_on_completion(executor: GridExecutor, tmp_path: Path) -> None:
     gate = Gate(tmp_path)
     late = executor.submit(gate.wait)
     early = [executor.submit(abs, i) for i in range(20)]
@@ -340,7 +340,7 @@ def test_an_event_loop_runs_calls_in_it(executor: GridExecutor) -> None:
     assert asyncio.run(use()) == [2**i for i in range(10)]
 
 
-def test_an_event_loop_may_cancel_and_go_on(executor: GridExecutor, tmp_path: Path) -> None:
+def test_event_loop_may_cancel_and_continue(executor: GridExecutor, tmp_path: Path) -> None:
     gate = Gate(tmp_path)
 
     async def use() -> int:
@@ -353,7 +353,7 @@ def test_an_event_loop_may_cancel_and_go_on(executor: GridExecutor, tmp_path: Pa
     assert asyncio.run(use()) == 3
 
 
-def test_nothing_is_held_of_a_call_whose_future_was_dropped(executor: GridExecutor) -> None:
+def test_call_with_a_dropped_future_is_not_retained(executor: GridExecutor) -> None:
     counting = Counting()
     gone = weakref.ref(counting)
     executor.submit(counting)

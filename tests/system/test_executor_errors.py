@@ -72,7 +72,7 @@ def test_a_call_that_was_sent_ends_with_its_result(executor: GridExecutor, tmp_p
     assert [call.result() for call in calls] == list(range(30))
 
 
-def test_what_cancel_returns_is_how_a_future_ends(executor: GridExecutor, tmp_path: Path) -> None:
+def test_future_ends_as_cancel_returned(executor: GridExecutor, tmp_path: Path) -> None:
     """Some calls were sent and some were not; each future ends as `cancel` said."""
     gate, seen, held_up = Gate(tmp_path), tmp_path / "seen", HeldUp()
     seen.mkdir()
@@ -101,7 +101,7 @@ def test_what_cancel_returns_is_how_a_future_ends(executor: GridExecutor, tmp_pa
                 ask()
 
 
-def test_a_call_that_somebody_else_cancels_raises(grid: Grid, tmp_path: Path) -> None:
+def test_call_canceled_elsewhere_raises(grid: Grid, tmp_path: Path) -> None:
     gate = Gate(tmp_path)
     with grid.executor(name="victim") as executor:
         call = executor.submit(gate.wait)
@@ -130,7 +130,7 @@ def fail() -> NoReturn:
         raise RuntimeError(123) from None  # a remark
 
 
-def test_a_calls_own_exception_comes_with_the_workers_traceback(executor: GridExecutor) -> None:
+def test_exception_of_a_call_has_the_workers_traceback(executor: GridExecutor) -> None:
     error = executor.submit(fail).exception()
     assert type(error) is RuntimeError
     assert error.args == (123,)
@@ -155,7 +155,7 @@ def test_exceptions_of_the_users_own_arrive_as_they_are(executor: GridExecutor) 
     assert error.__notes__ == ["noted"]
 
 
-def test_an_exception_that_cannot_come_back_is_told_of(executor: GridExecutor) -> None:
+def test_untransferable_exception_is_described(executor: GridExecutor) -> None:
     def own() -> NoReturn:
         raise Mine(1, b=2)
 
@@ -251,7 +251,7 @@ def refuse_at(pid: int) -> Callable[[], Any]:
     return anywhere_but_there
 
 
-def test_a_dead_worker_is_a_broken_executor_to_whoever_asks(executor: GridExecutor) -> None:
+def test_dead_worker_breaks_the_executor_for_every_caller(executor: GridExecutor) -> None:
     with pytest.raises(BrokenExecutor, match="exit 7") as caught:
         executor.submit(die).result()
     assert isinstance(caught.value, TaskFailed)

@@ -47,7 +47,7 @@ def test_the_readme_shows_every_program() -> None:
 
 
 @pytest.mark.parametrize("program", sorted(SHOWN))
-def test_a_program_prints_what_the_readme_says(grid: Grid, home: Path, tmp_path: Path, program: str) -> None:
+def test_program_prints_the_documented_output(grid: Grid, home: Path, tmp_path: Path, program: str) -> None:
     assert grid.client.health()["leader"]
     run = subprocess.run(
         [sys.executable, "-W", "error", FOLDER / program],
@@ -93,7 +93,7 @@ def test_parallel_counts_the_grids_workers(grid: Grid) -> None:
             joblib.effective_n_jobs(0)
 
 
-def test_parallel_in_parallel_stays_on_its_worker(grid: Grid) -> None:
+def test_nested_parallel_stays_on_its_worker(grid: Grid) -> None:
     def outer(i: int) -> list[int]:
         inner: list[int] = joblib.Parallel(n_jobs=2)(joblib.delayed(square)(j) for j in range(i))
         return inner
@@ -117,6 +117,6 @@ def test_parallel_raises_what_a_call_raises_and_drops_the_rest(grid: Grid, tmp_p
     assert len(list(tmp_path.iterdir())) < 299
 
 
-def test_a_backend_without_a_grid_says_what_it_needs() -> None:
+def test_backend_without_a_grid_names_what_it_needs() -> None:
     with pytest.raises(UsageError, match=r"needs a grid.*grid=grid"):
         joblib.parallel_config(NAME)

@@ -77,7 +77,7 @@ def test_shutdown_without_waiting_leaves_the_calls_to_their_end(grid: Grid, tmp_
     assert call.result() == 3
 
 
-def test_shutdown_can_cancel_what_has_not_begun(grid: Grid, tmp_path: Path) -> None:
+def test_shutdown_can_cancel_pending_calls(grid: Grid, tmp_path: Path) -> None:
     gate, seen = tmp_path / "gate", tmp_path / "seen"
     seen.mkdir()
 
@@ -136,7 +136,7 @@ def test_a_callback_may_shut_its_executor_down(grid: Grid) -> None:
 
 
 @pytest.mark.parametrize("cancel", [False, True])
-def test_what_is_submitted_during_shutdown_is_refused_or_comes_to_its_end(grid: Grid, *, cancel: bool) -> None:
+def test_submission_during_shutdown_is_refused_or_completed(grid: Grid, *, cancel: bool) -> None:
     executor = grid.executor()
     calls: list[list[Future[int]]] = [[] for _ in range(4)]
     refused: list[str] = []
@@ -189,7 +189,7 @@ def test_closing_the_grid_breaks_its_executors(tmp_path: Path) -> None:
     assert not processes_of(tmp_path)
 
 
-def test_an_executor_breaks_when_the_manager_is_gone_for_good(bring_up: Bring) -> None:
+def test_executor_breaks_when_the_manager_is_gone_for_good(bring_up: Bring) -> None:
     # Without workers: those end by themselves only some time after their manager.
     there = bring_up((Pool("default", 0, 0, 1),))
     with Grid("local", home=there.home.path) as grid:
@@ -209,7 +209,7 @@ def test_an_executor_breaks_when_the_manager_is_gone_for_good(bring_up: Bring) -
         executor.shutdown()
 
 
-def test_an_executor_goes_on_when_its_own_manager_is_killed(tmp_path: Path) -> None:
+def test_executor_continues_when_its_manager_is_killed(tmp_path: Path) -> None:
     with Grid("local", home=tmp_path, workers=1) as grid, grid.executor() as executor:
         call = executor.submit(wait_for, tmp_path / "gate", 5)
         try:
@@ -259,14 +259,14 @@ def late_calls(grid: str, last: str) -> str:
     """
 
 
-def test_what_was_submitted_is_done_before_python_ends(grid: Grid, home: Path, tmp_path: Path) -> None:
+def test_submitted_calls_complete_before_python_exits(grid: Grid, home: Path, tmp_path: Path) -> None:
     script = late_calls(f"home={str(home)!r}", "executor.shutdown(wait=False)")
     assert sorted(output(tmp_path, script)) == ["\n", "\n", "\n", "0", "1", "2"]
     states = {one["state"] for one in grid.client.jobs() if one["name"] == "late"}
     assert states == {"SUCCEEDED"}
 
 
-def test_a_grid_that_nobody_holds_is_up_until_its_calls_are_done(tmp_path: Path) -> None:
+def test_unreferenced_grid_runs_until_its_calls_complete(tmp_path: Path) -> None:
     script = late_calls('home="home", workers=1', "del grid, executor")
     assert sorted(output(tmp_path, script).split()) == ["0", "1", "2"]
     until(lambda: not processes_of(tmp_path / "home"), 5)

@@ -76,7 +76,7 @@ def test_a_termination_without_a_shutdown_is_a_kill(bench: Bench, machines: Mach
     right(bench)
 
 
-def test_a_wave_tells_instances_to_leave(bench: Bench) -> None:
+def test_wave_gives_instances_a_notice(bench: Bench) -> None:
     until(lambda: len(bench.in_service()) == 2, 90, pause_s=0.2)
     seen = Work(bench.grid, None, "").hurt(FaultName.SPOT_WAVE, count=1, notice_s=60.0)
     (target,) = seen.targets
@@ -97,7 +97,7 @@ def test_a_group_with_one_zone_launches_nothing_while_that_is_lost(there: Accoun
     right(bench)
 
 
-def test_messages_come_twice_and_late(bench: Bench) -> None:
+def test_messages_are_duplicated_and_delayed(bench: Bench) -> None:
     with bench.work(100, 0.2) as work:
         seen = work.hurt(FaultName.SQS_DUPLICATES, rate=1.0, for_s=3.0)
         assert number(r"and (\d+) of those originals", seen) > 0
@@ -127,6 +127,6 @@ def test_a_file_of_a_ledger_is_lost_with_it_and_rebuilt(there: Account, bench: B
 
 
 @pytest.mark.parametrize("name", [FaultName.PAUSE, FaultName.PARTITION, FaultName.S3_ERRORS, FaultName.SLOW_DISK])
-def test_what_aws_gives_no_means_for_is_said(bench: Bench, name: FaultName) -> None:
+def test_faults_that_aws_cannot_inject_are_named(bench: Bench, name: FaultName) -> None:
     seen = Work(bench.grid, None, "").hurt(name)
     assert seen.impossible + "." == TABLE[name]["aws"].why_not

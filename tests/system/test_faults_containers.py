@@ -54,7 +54,7 @@ def groups(grid: LocalGrid) -> list[Any]:
     return found
 
 
-def test_killed_instances_are_gone_and_replaced(bench: Bench) -> None:
+def test_killed_instances_are_replaced(bench: Bench) -> None:
     with bench.work(SMALL, 0.3) as work:
         seen = work.hurt(FaultName.KILL, count=1)
         (target,) = seen.targets
@@ -62,13 +62,13 @@ def test_killed_instances_are_gone_and_replaced(bench: Bench) -> None:
         assert target not in Containers(bench.grid).instances()
 
 
-def test_paused_instances_stand_still_and_go_on(bench: Bench) -> None:
+def test_paused_instances_freeze_and_resume(bench: Bench) -> None:
     with bench.work(SMALL, 0.3) as work:
         seen = work.hurt(FaultName.PAUSE, count=2, for_s=1.5)
         assert seen.evidence.startswith("2 of 2 containers were paused for 1.5 s; 2 go on")
 
 
-def test_instances_that_are_cut_off_reach_nobody_and_come_back(bench: Bench) -> None:
+def test_partitioned_instances_reach_no_service_and_recover(bench: Bench) -> None:
     with bench.work(SMALL, 0.3) as work:
         seen = work.hurt(FaultName.PARTITION, count=1, for_s=1.5)
         assert seen.evidence.startswith("from within, 1 of 1 reached the grid's services no more")
@@ -83,7 +83,7 @@ def test_a_spot_wave_takes_spot_instances(bench: Bench) -> None:
         until(lambda: target not in Containers(bench.grid).instances(), 20)
 
 
-def test_a_zone_is_lost_and_nothing_is_launched_there(bench: Bench) -> None:
+def test_lost_zone_gets_no_launches(bench: Bench) -> None:
     until(lambda: len(bench.in_service()) == 3, 60, pause_s=0.2)
     with bench.work(SMALL, 0.1) as work:
         there = Containers(bench.grid)
@@ -118,20 +118,20 @@ def test_s3_answers_503_and_is_itself_again(bench: Bench) -> None:
     assert "harm.interposed" not in docker("ps", "-a", "--no-trunc")
 
 
-def test_messages_come_twice(bench: Bench) -> None:
+def test_messages_are_duplicated(bench: Bench) -> None:
     with bench.work(80, 0.2) as work:
         seen = work.hurt(FaultName.SQS_DUPLICATES, rate=1.0, for_s=3.0)
         assert number(r"and (\d+) of those originals", seen) > 0
 
 
-def test_messages_come_late(bench: Bench) -> None:
+def test_messages_are_delayed(bench: Bench) -> None:
     with bench.work(80, 0.2) as work:
         seen = work.hurt(FaultName.SQS_DELAYS, rate=0.5, for_s=3.0)
         assert number(r"kept back, (\d+) of them", seen) > 0
         assert number(r"to ([\d.]+) s each", seen) > 1.0
 
 
-def test_a_manager_crashes_and_another_leads(bench: Bench) -> None:
+def test_crashed_manager_is_succeeded(bench: Bench) -> None:
     with bench.work(SMALL, 0.3) as work:
         owner = bench.grid.client.grid()["owner"]
         seen = work.hurt(FaultName.MANAGER_CRASH)
@@ -140,7 +140,7 @@ def test_a_manager_crashes_and_another_leads(bench: Bench) -> None:
         assert "was killed, and runs again" in seen.evidence
 
 
-def test_a_lost_database_comes_back_and_is_rebuilt(bench: Bench) -> None:
+def test_lost_database_is_restored_and_rebuilt(bench: Bench) -> None:
     with bench.work(SMALL, 0.3, up=0) as work:  # a new manager has its own limits again
         jobs = len(bench.grid.client.jobs())
         seen = work.hurt(FaultName.DATABASE_LOSS, for_s=1.0)

@@ -44,7 +44,7 @@ def stand_still(pids: Iterable[int]) -> bool:
     return {stat(pid)[0] for pid in pids} == {b"T"}
 
 
-def test_killed_instances_are_gone_and_replaced(bench: Bench) -> None:
+def test_killed_instances_are_replaced(bench: Bench) -> None:
     with bench.work(20, 0.2) as work:
         before = living(bench.grid.home.fleet)
         seen = work.hurt(FaultName.KILL, count=1)
@@ -54,7 +54,7 @@ def test_killed_instances_are_gone_and_replaced(bench: Bench) -> None:
         until(lambda: len(bench.in_service()) == 2 and target not in bench.in_service(), 30)
 
 
-def test_paused_instances_stand_still_and_go_on(bench: Bench) -> None:
+def test_paused_instances_freeze_and_resume(bench: Bench) -> None:
     with bench.work(20, 0.2) as work:
         pids = living(bench.grid.home.fleet)
 
@@ -70,7 +70,7 @@ def test_paused_instances_stand_still_and_go_on(bench: Bench) -> None:
         assert halted == still > len(pids), "the workers, and what they have started"
 
 
-def test_a_replay_that_is_cancelled_lets_them_go_on(bench: Bench) -> None:
+def test_canceled_replay_resumes_paused_processes(bench: Bench) -> None:
     with bench.work(10, 0.2) as work:
         pids = living(bench.grid.home.fleet)
 
@@ -85,7 +85,7 @@ def test_a_replay_that_is_cancelled_lets_them_go_on(bench: Bench) -> None:
         assert all(stat(pid)[0] != b"T" for pid in pids.values())
 
 
-def test_what_is_undone_says_what_was_seen_until_then(bench: Bench) -> None:
+def test_undo_reports_the_effects_so_far(bench: Bench) -> None:
     with bench.work(10, 0.2) as work:
         pids = living(bench.grid.home.fleet)
 
@@ -100,7 +100,7 @@ def test_what_is_undone_says_what_was_seen_until_then(bench: Bench) -> None:
         assert len(seen.targets) == 1
 
 
-def test_a_spot_wave_lets_instances_leave_and_ends_who_stays(bench: Bench) -> None:
+def test_spot_wave_lets_instances_exit_and_kills_the_rest(bench: Bench) -> None:
     with bench.work(20, 0.2) as work:
         seen = work.hurt(FaultName.SPOT_WAVE, count=1, notice_s=15.0)
         (target,) = seen.targets
@@ -112,7 +112,7 @@ def test_a_spot_wave_lets_instances_leave_and_ends_who_stays(bench: Bench) -> No
         assert killed == seen.evidence.count("exit -9") >= 1, "who has work does not leave in 0.3 s"
 
 
-def test_a_partition_exists_where_there_is_a_network(bench: Bench) -> None:
+def test_partition_needs_a_network(bench: Bench) -> None:
     with bench.work(20, 0.2) as work:
         seen = work.hurt(FaultName.PARTITION, count=1, for_s=4.0)
         if bench.front is None:
@@ -122,7 +122,7 @@ def test_a_partition_exists_where_there_is_a_network(bench: Bench) -> None:
         assert bench.front.counts.kept_waiting > 0
 
 
-def test_s3_answers_503_where_there_is_an_s3(bench: Bench) -> None:
+def test_s3_answers_503_on_backends_with_s3(bench: Bench) -> None:
     with bench.work(60, 0.1) as work:
         seen = work.hurt(FaultName.S3_ERRORS, rate=0.4, for_s=5.0)
         if bench.front is None:
@@ -133,7 +133,7 @@ def test_s3_answers_503_where_there_is_an_s3(bench: Bench) -> None:
         assert refused == bench.front.counts.refused
 
 
-def test_messages_come_twice(bench: Bench) -> None:
+def test_messages_are_duplicated(bench: Bench) -> None:
     with bench.work(80, 0.2) as work:
         seen = work.hurt(FaultName.SQS_DUPLICATES, rate=1.0, for_s=4.0)
         assert seen.targets == ("tasks-default", "events")
@@ -142,7 +142,7 @@ def test_messages_come_twice(bench: Bench) -> None:
         assert number(r"and (\d+) of those originals", seen) == doubled
 
 
-def test_messages_come_late(bench: Bench) -> None:
+def test_messages_are_delayed(bench: Bench) -> None:
     with bench.work(80, 0.2) as work:
         seen = work.hurt(FaultName.SQS_DELAYS, rate=0.5, for_s=4.0)
         late = number(r"^(\d+) of", seen)
@@ -162,7 +162,7 @@ def test_a_disk_is_slow(bench: Bench) -> None:
         assert not any(processes.WRITER_PROGRAM in words for words in processes_of(bench.grid.home.scratch).values())
 
 
-def test_a_manager_crashes_and_another_leads(bench: Bench) -> None:
+def test_crashed_manager_is_succeeded(bench: Bench) -> None:
     with bench.work(30, 0.2) as work:
         before = bench.grid.home.record()
         assert before is not None
@@ -186,7 +186,7 @@ def test_a_lost_ledger_is_rebuilt(bench: Bench) -> None:
         assert len(bench.grid.client.jobs()) == jobs
 
 
-def test_there_is_no_zone_to_lose(bench: Bench) -> None:
+def test_local_grid_has_no_zone_to_lose(bench: Bench) -> None:
     seen = Work(bench.grid, bench.front, "").hurt(FaultName.ZONE_LOSS)
     assert seen.impossible + "." == TABLE[FaultName.ZONE_LOSS][bench.grid.backend.name].why_not
     assert not seen.targets

@@ -97,7 +97,7 @@ async def test_a_share_is_a_share(front: FaultProxy) -> None:
     assert any(went_well)
 
 
-async def test_who_is_cut_off_waits_and_others_do_not(front: FaultProxy) -> None:
+async def test_partitioned_process_waits_and_others_do_not(front: FaultProxy) -> None:
     objects = open_s3(Endpoint(front.url), BUCKET)
     front.cut(lambda port: is_port_of([os.getpid()], port))
     waiting = asyncio.ensure_future(objects.put("a", b"1"))
@@ -110,9 +110,7 @@ async def test_who_is_cut_off_waits_and_others_do_not(front: FaultProxy) -> None
     await objects.delete(["a"])
 
 
-async def test_who_dies_in_the_middle_of_a_request_leaves_no_trace(
-    front: FaultProxy, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_death_during_a_request_leaves_no_trace(front: FaultProxy, caplog: pytest.LogCaptureFixture) -> None:
     half = (
         f"PUT /{BUCKET}/half HTTP/1.1\r\nHost: {front.url[7:]}\r\nContent-Length: 100\r\n"
         "Authorization: AWS4-HMAC-SHA256 Credential=test/20260101/us-east-1/s3/aws4_request\r\n"
@@ -155,7 +153,7 @@ def test_a_home_with_a_named_endpoint_has_a_front_when_it_needs_one(ministack: E
             assert settled(plain, home) == place
 
 
-def test_a_home_keeps_its_own_emulator_with_a_front_and_without(tmp_path: Path) -> None:
+def test_home_keeps_its_emulator_with_and_without_a_proxy(tmp_path: Path) -> None:
     ministack_python()
     home = Home(tmp_path)
     for number, has_front in enumerate((False, True, False, True)):
@@ -193,7 +191,7 @@ def test_a_front_before_a_grid_that_never_came_up_is_forgotten(ministack: Endpoi
     assert home.place("ministack") == Place(str(ministack.url), "other", named=True)
 
 
-def test_what_a_killed_replay_has_left_of_its_front_is_in_nobodys_way(ministack: Endpoint, tmp_path: Path) -> None:
+def test_proxy_left_by_a_killed_replay_does_not_interfere(ministack: Endpoint, tmp_path: Path) -> None:
     home = Home(tmp_path)
     place = Place(str(ministack.url), "my-bucket", named=True)
     for name in ("ministack", f"{ministack.url}/my-bucket"):
@@ -204,7 +202,7 @@ def test_what_a_killed_replay_has_left_of_its_front_is_in_nobodys_way(ministack:
         assert settled(backend, home) == place
 
 
-def test_a_place_of_before_there_were_fronts_is_read(tmp_path: Path) -> None:
+def test_location_file_without_a_proxy_is_readable(tmp_path: Path) -> None:
     home = Home(tmp_path)
     home.of("ministack").mkdir()
     said = {"url": "http://127.0.0.1:9", "bucket": "b-1", "named": True}

@@ -71,7 +71,7 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
 
 
 @pytest.mark.parametrize("name", [FaultName.PAUSE, FaultName.PARTITION, FaultName.S3_ERRORS, FaultName.SLOW_DISK])
-def test_of_processes_nothing_stands_wherever_it_is_cancelled(
+def test_paused_processes_resume_after_any_cancellation(
     name: FaultName, tmp_path: Path, worker: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(processes, "WRITER_COUNTS", (1,))
@@ -91,7 +91,7 @@ def test_of_processes_nothing_stands_wherever_it_is_cancelled(
     assert at_every_wait(lambda: Machine(tmp_path, worker), do) > 1
 
 
-def test_a_disk_that_is_no_slower_or_full_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_and_full_disk_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "WRITER_COUNTS", (1,))
     monkeypatch.setattr(processes, "fsync_s", lambda _: 0.004)
     there = target_grid.TargetGrid(factory.load("local"), Home(tmp_path), Manager("w-1"))
@@ -154,9 +154,7 @@ class Books:
         return [*found, "the ledger is lost"] if lost else found
 
 
-def test_a_manager_and_a_ledger_come_back_wherever_it_is_cancelled(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_manager_and_ledger_recover_after_any_cancellation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fault = Fault(FaultName.MANAGER_CRASH, 0.0, for_s=SHORT)
 
     def world() -> Books:
@@ -166,7 +164,7 @@ def test_a_manager_and_a_ledger_come_back_wherever_it_is_cancelled(
     assert at_every_wait(world, lambda there: services.lose_ledger(there.scene, fault)) > 4
 
 
-def test_a_ledger_that_knows_no_job_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ledger_without_jobs_is_not_rebuilt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def none(**_: object) -> list[str]:
         return []
 
@@ -177,7 +175,7 @@ def test_a_ledger_that_knows_no_job_is_left_alone(tmp_path: Path, monkeypatch: p
     assert (books.lost_at, books.client.rebuilds) == (-1, 0)
 
 
-def test_a_database_of_aws_is_rebuilt_wherever_it_is_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_database_on_aws_is_rebuilt_after_any_cancellation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fault = Fault(FaultName.DATABASE_LOSS, 0.0, for_s=SHORT)
     home = Home(tmp_path)
     at = AwsDeployment(
@@ -262,9 +260,7 @@ class Groups:
         return found + ["a zone is lost"] * (self.subnets["s-wide"] != "n-a,n-b")
 
 
-def test_groups_have_their_zones_again_wherever_it_is_cancelled(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_zones_of_groups_are_restored_after_any_cancellation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fault = Fault(FaultName.ZONE_LOSS, 0.0, for_s=SHORT)
 
     async def inside(_: str) -> list[str]:
@@ -316,6 +312,6 @@ class Post:
 
 
 @pytest.mark.parametrize("do", [services.duplicates, services.delays])
-def test_no_message_is_kept_back_wherever_it_is_cancelled(do: Any, tmp_path: Path) -> None:
+def test_messages_are_released_after_any_cancellation(do: Any, tmp_path: Path) -> None:
     fault = Fault(FaultName.SQS_DELAYS, 0.0, pool="a", for_s=0.15, rate=0.6)
     assert at_every_wait(lambda: Post(tmp_path), lambda there: do(there.scene, fault)) > 3

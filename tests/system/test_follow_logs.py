@@ -73,7 +73,7 @@ def _of(stream: IO[str] | None) -> IO[str]:
 
 
 @pytest.mark.parametrize("backend", ["local", "ministack"])
-def test_what_tasks_print_is_seen_while_they_run(bring_up: Bring, tmp_path: Path, backend: str) -> None:
+def test_output_is_shown_while_tasks_run(bring_up: Bring, tmp_path: Path, backend: str) -> None:
     if backend == "ministack":
         ministack_python()
     (tmp_path / "gates").mkdir()
@@ -104,7 +104,7 @@ def test_what_tasks_print_is_seen_while_they_run(bring_up: Bring, tmp_path: Path
     assert failed.end()[:2] == (0, [])
 
 
-def test_nobody_pays_where_nobody_follows(bring_up: Bring, tmp_path: Path) -> None:
+def test_live_logs_cost_nothing_without_a_follower(bring_up: Bring, tmp_path: Path) -> None:
     (tmp_path / "gates").mkdir()
     (tmp_path / "gates" / "good").touch()
     (tmp_path / "handlers.py").write_text(HANDLERS)

@@ -90,7 +90,7 @@ def test_the_source_distribution_is_enough_and_has_no_tests(built: Built) -> Non
     assert names == made | written("batchlab", *FOLDERS, "docs")
 
 
-def test_the_metadata_says_what_an_index_shows(built: Built) -> None:
+def test_metadata_of_the_package_is_complete(built: Built) -> None:
     with zipfile.ZipFile(built.wheel) as wheel:
         (name,) = (one for one in wheel.namelist() if one.endswith(".dist-info/METADATA"))
         told = email.message_from_bytes(wheel.read(name))
@@ -190,7 +190,7 @@ def with_page(installed: Installed) -> None:
     assert not done.returncode, done.stderr
 
 
-def test_a_part_whose_extra_is_missing_names_it(installed: Installed) -> None:
+def test_missing_extra_is_named(installed: Installed) -> None:
     found = of_extras(installed)
     assert found["text"].startswith("installed: none; not installed")
     assert f"batchlab[{','.join(EXTRAS)}] @ file:///" in found["remedy"]
@@ -206,7 +206,7 @@ def test_a_part_whose_extra_is_missing_names_it(installed: Installed) -> None:
         assert f"'batchlab[{extra}] @ file:///" in said, command
 
 
-def test_it_runs_the_readmes_commands_where_no_source_is(installed: Installed) -> None:
+def test_readme_commands_run_without_the_source(installed: Installed) -> None:
     code = "import batchlab; print(batchlab.__file__)"
     where = installed.call(str(installed.python), "-c", code).strip()
     assert Path(where).is_relative_to(installed.python.parent.parent)

@@ -164,7 +164,7 @@ def what_the_page_sends_runs(home: Home, job: Path) -> None:
         assert http.get(f"{path}/results").headers["content-type"] == "application/zip"
 
 
-def test_the_grid_needs_what_its_roles_may_and_no_more(trial: Trial, tmp_path: Path) -> None:
+def test_roles_have_exactly_the_needed_permissions(trial: Trial, tmp_path: Path) -> None:
     there, home = trial.there, trial.there.home()
     until(there.manager_pid, 60)
     job, out, gate = job_of(tmp_path / "job", 8), tmp_path / "out", tmp_path / "gate"

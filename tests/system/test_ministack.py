@@ -221,7 +221,7 @@ def test_run_from_nothing_leaves_nothing_running(cli: Cli, monkeypatch: pytest.M
     cli.none_left()
 
 
-def test_an_interrupted_run_on_it_goes_on_where_it_was(cli: Cli) -> None:
+def test_interrupted_run_resumes_on_ministack(cli: Cli) -> None:
     cli.inputs(20)
     arguments = ("run", "job.yaml", *MINISTACK, "--out", "out", "--set", "seconds=0.1")
     first = cli.start(*arguments)

@@ -151,7 +151,7 @@ def test_no_network_to_install_it(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> 
     cli.none_left()
 
 
-def test_an_installation_that_is_none(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_installation_is_reported(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     cli.inputs(1)
     for named, sentence in (
         (str(cli.folder / "ministack"), f"is {cli.folder}/ministack, where no MiniStack is"),

@@ -222,7 +222,7 @@ def test_a_task_is_followed_from_its_submission_to_its_result(spans: Sequence[Re
     assert [one.name for one in lineage(spans, end)] == ["end", "submit"]
 
 
-def test_a_retry_goes_on_below_the_attempt_that_failed(spans: Sequence[Received]) -> None:
+def test_retry_is_traced_below_the_failed_attempt(spans: Sequence[Received]) -> None:
     first, second = sorted(named(spans, "task", stage="double", task=3), key=lambda one: one.start_ns)
     assert first.error == "exception"
     assert not second.error
@@ -285,12 +285,12 @@ def test_no_secret_is_in_any_log(observed: Observed) -> None:
 # --- Notifications -------------------------------------------------------------------------------
 
 
-def test_what_the_operator_has_not_named_is_not_reached(observed: Observed) -> None:
+def test_target_not_named_by_the_operator_is_not_reached(observed: Observed) -> None:
     assert "http://127.0.0.1:9 is the manager's own machine" in observed.refused
     assert "admin" not in observed.refused
 
 
-def test_who_asked_is_told_at_last_though_the_manager_was_killed(observed: Observed) -> None:
+def test_notification_arrives_after_the_managers_death(observed: Observed) -> None:
     """Both receivers failed at first, the manager was killed, and the next one told them."""
     calls = observed.hook.calls
     for path in ("/own", "/ops/s3cret-path"):
@@ -308,7 +308,7 @@ def test_who_asked_is_told_at_last_though_the_manager_was_killed(observed: Obser
     assert json.loads(observed.paged.read_text())["moment"] == "succeeded"
 
 
-def test_the_delivery_log_says_what_came_of_it(observed: Observed) -> None:
+def test_delivery_log_shows_each_result(observed: Observed) -> None:
     found = {one["target"]: one for one in observed.log}
     assert found.keys() == {"ops", "pager", f"{observed.view['id']}#1"}
     assert found["pager"]["attempts"] == 1
@@ -318,7 +318,7 @@ def test_the_delivery_log_says_what_came_of_it(observed: Observed) -> None:
     assert [one["to"] for one in observed.targets] == [f"{observed.hook.url}…", "sh"]
 
 
-def test_why_tells_of_what_could_not_be_delivered(observed: Observed) -> None:
+def test_why_reports_undelivered_notifications(observed: Observed) -> None:
     assert observed.why.startswith("It ended SUCCEEDED: ")
     assert f"Also, a notification of it to {observed.hook.url}… has not arrived" in observed.why
     assert "HTTP 500 (`batchlab notify log` has more)." in observed.why
@@ -334,7 +334,7 @@ def test_no_secret_is_in_the_bucket(observed: Observed) -> None:
 # --- Metrics -------------------------------------------------------------------------------------
 
 
-def test_what_the_job_did_is_in_the_metrics(observed: Observed) -> None:
+def test_work_of_a_job_is_in_the_metrics(observed: Observed) -> None:
     for line in (
         'batchlab_jobs_ended_total{state="succeeded"} 1.0',
         'batchlab_tasks_ended_total{stage_kind="input",state="succeeded"} 6.0',

@@ -59,9 +59,7 @@ def test_leaders_are_paused_and_killed_and_the_job_completes(postgres: Postgres,
     postgres.server.execute(f'DROP SCHEMA "{postgres.schema}.again" CASCADE')
 
 
-def test_a_server_that_is_away_for_longer_than_a_lease_costs_only_time(
-    frail_server: PostgresServer, tmp_path: Path
-) -> None:
+def test_outage_longer_than_a_lease_costs_only_time(frail_server: PostgresServer, tmp_path: Path) -> None:
     """The leader stops leading, and leads again."""
     place = Postgres(frail_server, "grid")
 

@@ -32,7 +32,7 @@ async def behind(wire: Wire, place: Postgres) -> AsyncIterator[SqlLedger]:
 
 
 @pytest.mark.parametrize("cut", [Cut.BEFORE, Cut.AFTER])
-def test_a_call_whose_commit_is_cut_off_is_made_again(cut: Cut, postgres: Postgres) -> None:
+def test_call_with_a_cut_off_commit_is_repeated(cut: Cut, postgres: Postgres) -> None:
     """Pain 6: whether it had been done or not, afterwards it is done once."""
 
     async def main() -> None:
@@ -53,7 +53,7 @@ def test_a_call_whose_commit_is_cut_off_is_made_again(cut: Cut, postgres: Postgr
 
 
 @pytest.mark.parametrize("cut", [Cut.BEFORE, Cut.AFTER])
-def test_what_is_new_and_its_seqs_after_a_lost_answer(cut: Cut, postgres: Postgres) -> None:
+def test_answer_after_a_lost_one_lists_the_new_sequence_numbers(cut: Cut, postgres: Postgres) -> None:
     """ "Not new" may be the answer to the second try. No seq is given twice, and who keeps count
     of them sees that some are missing."""
 
@@ -106,9 +106,7 @@ def test_a_lease_is_taken_renewed_and_given_back_though_answers_are_lost(cut: Cu
     asyncio.run(main())
 
 
-def test_a_client_that_is_gone_without_a_word_does_not_keep_the_lock(
-    postgres: Postgres, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_silent_client_does_not_keep_the_lock(postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
     """As when its machine loses power, or its manager is paused, in the midst of a transaction."""
     monkeypatch.setattr(sql_postgres, "SLEEP_S", 0.5)
     monkeypatch.setattr(sql_postgres, "STATEMENT_S", 2.0)

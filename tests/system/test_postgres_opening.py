@@ -66,7 +66,7 @@ def _error(url: str, schema: str = "batchlab") -> BackendError:
         "postgresql+asyncpg://grid:s3cret@host/ledgers",
     ],
 )
-def test_what_is_no_url_is_refused_and_not_repeated(url: str) -> None:
+def test_invalid_url_is_refused_without_repeating_it(url: str) -> None:
     with pytest.raises(UsageError) as caught:
         open_postgres(url)
     assert "postgresql://USER:PASSWORD@HOST:PORT/DATABASE" in str(caught.value)
@@ -74,7 +74,7 @@ def test_what_is_no_url_is_refused_and_not_repeated(url: str) -> None:
 
 
 @pytest.mark.parametrize("schema", ["", "1", "pg_mine", 'a"; DROP', "A", "ä", "x" * 64, "a%s"])
-def test_what_cannot_name_a_schema_is_refused(schema: str) -> None:
+def test_invalid_schema_name_is_refused(schema: str) -> None:
     with pytest.raises(UsageError, match="cannot be the name of a schema"):
         open_postgres("postgresql://host/ledgers", schema=schema)
 
@@ -101,21 +101,21 @@ def test_a_password_is_in_no_text_and_in_no_log(
     assert str(absent).startswith(f"The ledger {DATABASE} on 127.0.0.1:")
 
 
-def test_a_database_that_is_not_there_is_named(postgres: Postgres) -> None:
+def test_missing_database_is_named(postgres: Postgres) -> None:
     error = _error(postgres.url.replace(f"/{DATABASE}", "/elsewhere"))
     assert not isinstance(error, Unreachable)
     assert 'database "elsewhere" does not exist' in str(error)
     assert "createdb" in str(error)
 
 
-def test_an_option_that_does_not_exist_is_told(postgres: Postgres) -> None:
+def test_unknown_option_is_reported(postgres: Postgres) -> None:
     error = _error(postgres.server.url(sslmodus="off"))
     assert not isinstance(error, Unreachable)
     assert "sslmodus" in str(error)
     assert "what follows the question mark" in str(error)
 
 
-def test_options_of_the_url_go_before_our_own(postgres: Postgres) -> None:
+def test_options_of_the_url_override_the_defaults(postgres: Postgres) -> None:
     url = postgres.server.url(application_name="mine", connect_timeout="2")
     engine = postgres_engine(url, postgres.schema)
     with transaction(engine) as connection:
@@ -124,7 +124,7 @@ def test_options_of_the_url_go_before_our_own(postgres: Postgres) -> None:
     assert ("mine",) in [tuple(name) for name in names]
 
 
-def test_a_certificate_is_checked_where_the_url_asks_for_it(frail_server: PostgresServer) -> None:
+def test_certificate_is_verified_if_the_url_requests_it(frail_server: PostgresServer) -> None:
     """As for RDS: sslmode=verify-full and the service's root certificates."""
     refused = _error(frail_server.url(sslmode="require"))
     assert not isinstance(refused, Unreachable)
@@ -193,7 +193,7 @@ def test_nothing_is_put_anywhere_else(postgres: Postgres) -> None:
     assert postgres.server.execute(query) == before
 
 
-def test_a_user_without_rights_is_told_and_one_with_a_schema_needs_no_more(postgres: Postgres) -> None:
+def test_missing_rights_are_reported_and_an_existing_schema_suffices(postgres: Postgres) -> None:
     server = postgres.server
     server.execute("CREATE USER poor PASSWORD 'x'")
     url = server.url(password="x").replace(f"//{USER}:", "//poor:")
@@ -221,7 +221,7 @@ def test_a_schema_of_a_newer_batchlab_is_refused_and_not_touched(postgres: Postg
     assert len(postgres.server.execute(tables)) == 5
 
 
-def test_tables_that_are_gone_are_told(postgres: Postgres) -> None:
+def test_missing_tables_are_reported(postgres: Postgres) -> None:
     async def main() -> None:
         async with ledger_in(postgres) as ledger:
             await submit(ledger)

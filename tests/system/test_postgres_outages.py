@@ -89,7 +89,7 @@ def test_sessions_that_are_ended_all_the_time_leave_no_trace(postgres: Postgres)
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGQUIT], ids=["restart", "crash"])
-def test_a_server_that_comes_back_finds_whom_it_left(frail_server: PostgresServer, how: signal.Signals) -> None:
+def test_restarted_server_finds_its_clients(frail_server: PostgresServer, how: signal.Signals) -> None:
     place = Postgres(frail_server, "grid")
 
     async def main() -> None:
@@ -111,7 +111,7 @@ def test_a_server_that_comes_back_finds_whom_it_left(frail_server: PostgresServe
     asyncio.run(main())
 
 
-def test_a_server_that_freezes_is_an_outage_and_the_loop_goes_on(
+def test_frozen_server_is_an_outage_and_the_loop_continues(
     frail_server: PostgresServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As when its container is paused: connections stand, and nobody answers."""
@@ -167,7 +167,7 @@ def test_a_lock_that_is_not_given_up_is_an_outage(postgres: Postgres, monkeypatc
     asyncio.run(main())
 
 
-def test_who_sleeps_in_a_transaction_loses_it(postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_idle_transaction_is_ended(postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
     """A leader that is paused while it writes must not keep another from leading, and what it
     was about to write is not written when it wakes."""
     monkeypatch.setattr(sql_postgres, "SLEEP_S", 0.3)
@@ -197,7 +197,7 @@ def test_who_sleeps_in_a_transaction_loses_it(postgres: Postgres, monkeypatch: p
     asyncio.run(main())
 
 
-def test_a_server_that_may_not_be_written_to_is_waited_for(postgres: Postgres) -> None:
+def test_read_only_server_is_awaited(postgres: Postgres) -> None:
     """As after a failover, when the address still leads to the old server."""
     server = postgres.server
 
@@ -217,7 +217,7 @@ def test_a_server_that_may_not_be_written_to_is_waited_for(postgres: Postgres) -
     asyncio.run(main())
 
 
-def test_a_long_listing_holds_up_nobody(postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_listing_blocks_no_other_call(postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
     listing, go_on = threading.Event(), threading.Event()
     real = rows.records
 

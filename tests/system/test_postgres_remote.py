@@ -125,7 +125,7 @@ def test_a_secret_is_fetched_once_until_it_is_refused(secret: Secret) -> None:
     assert "s3cret" not in repr((first, second, logins))
 
 
-def test_a_login_that_never_worked_is_told_at_once(secret: Secret) -> None:
+def test_wrong_login_is_reported_at_once(secret: Secret) -> None:
     secret.change()
 
     async def main() -> BackendError:
@@ -142,7 +142,7 @@ def test_a_login_that_never_worked_is_told_at_once(secret: Secret) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "pa55word", '["pa55word"]', '{"username": "u"}', "{"])
-def test_a_secret_that_holds_no_login_is_told_and_not_repeated(text: str, moto: Endpoint, remote: Remote) -> None:
+def test_secret_without_a_login_is_reported_without_its_content(text: str, moto: Endpoint, remote: Remote) -> None:
     name, manager = f"broken-{secrets.token_hex(4)}", client(moto, "secretsmanager", connections=1)
     if text:
         manager.create_secret(Name=name, SecretString=text)
@@ -154,7 +154,7 @@ def test_a_secret_that_holds_no_login_is_told_and_not_repeated(text: str, moto: 
     assert "pa55word" not in "".join(traceback.format_exception(error))
 
 
-def test_a_secret_that_is_not_there_is_told(moto: Endpoint, remote: Remote) -> None:
+def test_missing_secret_is_reported(moto: Endpoint, remote: Remote) -> None:
     error = error_at(remote.url(), ca=remote.ca, logins=SecretLogins(moto, "nowhere"))
     assert not isinstance(error, NotFound | Unreachable)
     assert "The secret nowhere" in str(error)

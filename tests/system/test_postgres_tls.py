@@ -26,7 +26,7 @@ def test_a_server_of_our_authority_and_that_name_is_taken(remote: Remote) -> Non
     ("host", "ca", "why"),
     [("127.0.0.1", "ca", "does not match host name"), ("localhost", "strange_ca", "certificate verify failed")],
 )
-def test_another_name_or_authority_is_refused_for_good(host: str, ca: str, why: str, remote: Remote) -> None:
+def test_wrong_name_or_authority_is_refused_for_good(host: str, ca: str, why: str, remote: Remote) -> None:
     """Not an outage, which would be tried again and again."""
     logins = Fixed("keeper", "x1")
     error = error_at(remote.url(host), ca=getattr(remote, ca), logins=logins)
@@ -35,7 +35,7 @@ def test_another_name_or_authority_is_refused_for_good(host: str, ca: str, why: 
     assert "CA bundle" in error.remedy
 
 
-def test_nobody_talks_in_the_clear(remote: Remote, frail_server: PostgresServer) -> None:
+def test_unencrypted_connections_are_refused(remote: Remote, frail_server: PostgresServer) -> None:
     """The server takes no such client, and the client no such server."""
     error = error_at(remote.url(sslmode="disable"), logins=Fixed("keeper", "x1"))
     assert not isinstance(error, Unreachable)
@@ -46,7 +46,7 @@ def test_nobody_talks_in_the_clear(remote: Remote, frail_server: PostgresServer)
     assert "server does not support SSL" in str(error)
 
 
-def test_with_logins_a_server_is_checked_without_being_told(remote: Remote) -> None:
+def test_server_is_verified_for_dynamic_logins(remote: Remote) -> None:
     strange = {"sslrootcert": str(remote.strange_ca)}
     for url in (remote.url(), remote.url(**strange)):
         error = error_at(url, logins=Fixed("keeper", "x1"))
@@ -54,7 +54,7 @@ def test_with_logins_a_server_is_checked_without_being_told(remote: Remote) -> N
         assert "certificate verify failed" in str(error), "nobody whom we trust has signed it"
 
 
-def test_what_contradicts_the_bundle_is_refused(remote: Remote, tmp_path: Path) -> None:
+def test_option_that_contradicts_the_bundle_is_refused(remote: Remote, tmp_path: Path) -> None:
     for query in ({"sslmode": "require"}, {"sslrootcert": "x"}):
         with pytest.raises(UsageError, match="disagree"):
             open_postgres(remote.url(**query), ca=remote.ca)

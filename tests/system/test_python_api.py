@@ -37,15 +37,15 @@ def grid(home: Path) -> Iterator[Grid]:
         yield grid
 
 
-def test_results_come_in_the_order_of_the_items(grid: Grid) -> None:
+def test_results_are_in_item_order(grid: Grid) -> None:
     assert list(grid.map(lambda x: x * x, range(300))) == [x * x for x in range(300)]
 
 
-def test_results_come_in_order_where_later_ones_are_there_sooner(grid: Grid) -> None:
+def test_results_are_in_order_if_later_ones_complete_first(grid: Grid) -> None:
     assert list(grid.map(napping(), [0.3, 0.0, 0.1, 0.0], bundle=1)) == [0.3, 0.0, 0.1, 0.0]
 
 
-def test_results_come_as_completed_when_order_does_not_matter(grid: Grid) -> None:
+def test_unordered_results_are_yielded_as_completed(grid: Grid) -> None:
     items = [1.0, *range(-20, 0)]
     results = list(grid.map(napping(), items, bundle=1, ordered=False))
     assert results.index(1.0) >= 10
@@ -60,7 +60,7 @@ def napping() -> Callable[[float], float]:
     return nap
 
 
-def test_any_object_makes_the_trip_there_and_back(grid: Grid) -> None:
+def test_any_object_round_trips(grid: Grid) -> None:
     items: list[Any] = [
         None,
         True,
@@ -103,13 +103,13 @@ def test_a_handler_may_ask_for_its_context(grid: Grid) -> None:
     assert list(grid.map(lambda item, ctx: (item, ctx.task), "ab")) == [("a", 0), ("b", 1)]
 
 
-def test_no_items_are_no_job(grid: Grid) -> None:
+def test_empty_map_creates_no_job(grid: Grid) -> None:
     before = len(grid.client.jobs())
     assert list(grid.map(lambda x: x, [])) == []
     assert len(grid.client.jobs()) == before
 
 
-def test_items_may_come_from_a_generator_which_runs_in_this_thread(grid: Grid) -> None:
+def test_items_may_come_from_a_generator_in_this_thread(grid: Grid) -> None:
     drawn: set[int] = set()
 
     def items() -> Iterator[int]:
@@ -121,7 +121,7 @@ def test_items_may_come_from_a_generator_which_runs_in_this_thread(grid: Grid) -
     assert drawn == {threading.get_ident()}
 
 
-def test_an_error_while_items_are_drawn_is_raised_and_nothing_stays(grid: Grid, home: Path) -> None:
+def test_error_in_the_item_generator_is_raised_and_nothing_remains(grid: Grid, home: Path) -> None:
     def items() -> Iterator[int]:
         yield from range(20_000)  # beyond what goes along with a job
         raise LookupError("no more")
@@ -161,7 +161,7 @@ def test_a_failed_task_raises_in_its_place_with_the_remote_traceback(grid: Grid)
     assert list(results) == []
 
 
-def test_a_failed_task_does_not_hide_the_results_of_the_others(grid: Grid) -> None:
+def test_failed_task_does_not_hide_other_results(grid: Grid) -> None:
     """Pain 13: one failed child hides all results."""
     results = list(grid.map(fail_at_three, range(6), return_exceptions=True))
     failed = results.pop(3)
@@ -171,7 +171,7 @@ def test_a_failed_task_does_not_hide_the_results_of_the_others(grid: Grid) -> No
     assert grid.wait(newest(grid)).state is JobState.SUCCEEDED
 
 
-def test_failures_come_once_each_in_either_order(grid: Grid) -> None:
+def test_failures_are_listed_once_in_either_order(grid: Grid) -> None:
     def odd(x: int) -> int:
         if x % 2:
             raise ValueError(x)
@@ -212,12 +212,12 @@ def test_a_result_that_cannot_be_pickled_fails_its_task_by_name(grid: Grid) -> N
     assert caught.value.task == 0
 
 
-def test_a_function_that_takes_no_item_is_not_told_by_the_key_it_was_sent_under(grid: Grid) -> None:
+def test_function_without_an_item_gets_no_internal_key(grid: Grid) -> None:
     with pytest.raises(TaskFailed, match=r"failed: The function cannot .*, and takes \(\)"):
         list(grid.map(lambda: 1, [1]))
 
 
-def test_a_task_is_tried_as_often_as_its_rule_says(grid: Grid, tmp_path: Path) -> None:
+def test_task_has_the_attempts_of_its_rule(grid: Grid, tmp_path: Path) -> None:
     def flaky(name: str) -> int:
         with (tmp_path / name).open("a+") as file:
             file.write("x")
@@ -261,7 +261,7 @@ def test_large_items_and_large_results_make_the_trip(grid: Grid) -> None:
     assert list(grid.map(len, ["x" * 200_000])) == [200_000]
 
 
-def test_files_go_there_and_come_back(grid: Grid, home: Path, tmp_path: Path) -> None:
+def test_files_travel_both_ways(grid: Grid, home: Path, tmp_path: Path) -> None:
     (tmp_path / "in.txt").write_text("some text")
 
     def shout(file: File, ctx: Any) -> Any:
@@ -293,7 +293,7 @@ def test_two_threads_map_at_the_same_time(grid: Grid) -> None:
     assert results == {k: [x * k for x in range(500)] for k in (2, 3)}
 
 
-def test_the_items_of_a_map_may_come_from_another_map(grid: Grid) -> None:
+def test_items_of_a_map_may_come_from_another_map(grid: Grid) -> None:
     inner = grid.map(lambda x: x + 1, range(50))
     assert list(grid.map(lambda x: x * 2, inner)) == [2 * (x + 1) for x in range(50)]
 
@@ -347,7 +347,7 @@ def test_a_failure_cancels_what_is_left(grid: Grid) -> None:
     assert grid.wait(newest(grid)).state is JobState.CANCELLED
 
 
-def test_a_job_that_somebody_else_cancels_raises_instead_of_hanging(grid: Grid) -> None:
+def test_job_canceled_elsewhere_raises(grid: Grid) -> None:
     results = grid.map(lambda _: time.sleep(0.05), range(400))
     next(results)
     grid.client.cancel(newest(grid))

@@ -61,7 +61,7 @@ def test_parameters_change_what_a_job_file_does(grid: Grid, job_file: Path) -> N
         grid.run(job_file, params={"min_cents": [1]})
 
 
-def test_a_job_that_fails_says_why(grid: Grid, job_file: Path) -> None:
+def test_failed_job_gives_its_reason(grid: Grid, job_file: Path) -> None:
     broken = job_file.parent / "handlers.py"
     broken.write_text(broken.read_text().replace("cents = round(", "cents = rund("))
     result = grid.run(job_file)
@@ -90,7 +90,7 @@ def test_a_cap_of_the_call_takes_the_place_of_the_files(grid: Grid, job_file: Pa
         grid.run(job_file, max_cost_usd=0)
 
 
-def test_a_job_may_be_submitted_now_and_waited_for_later(grid: Grid, job_file: Path) -> None:
+def test_job_may_be_submitted_and_awaited_later(grid: Grid, job_file: Path) -> None:
     job = grid.submit(job_file)
     assert grid.wait(job).state is JobState.SUCCEEDED
     assert grid.client.job(job)["state"] in ENDED
@@ -117,7 +117,7 @@ def test_input_that_lies_in_the_bucket_is_run_over_where_it_is(grid: Grid, job_f
         grid.run(job_file)
 
 
-def test_the_documented_program_prints_what_its_documentation_says(job_file: Path, tmp_path: Path) -> None:
+def test_documented_program_prints_the_documented_output(job_file: Path, tmp_path: Path) -> None:
     document = (ROOT / "docs" / "python-api.md").read_text()
     blocks = re.findall(r"```(python|text)\n(.*?)```", document, re.DOTALL)
     assert len(blocks) > 6

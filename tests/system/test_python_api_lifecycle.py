@@ -116,7 +116,7 @@ def test_a_grid_left_open_is_closed_when_python_ends(tmp_path: Path) -> None:
     assert sorted(ended(tmp_path / "home")) == ["CANCELLED", "SUCCEEDED"]
 
 
-def test_a_program_that_ends_of_a_failure_says_nothing_more_and_has_the_rest_cancelled(tmp_path: Path) -> None:
+def test_failing_program_cancels_the_rest_quietly(tmp_path: Path) -> None:
     """No thread can be started any more by then, and the failed map asks for one."""
     script = """
         import sys
@@ -135,7 +135,7 @@ def test_a_program_that_ends_of_a_failure_says_nothing_more_and_has_the_rest_can
     assert ended(tmp_path / "home") == ["CANCELLED"]
 
 
-def test_a_grid_nobody_refers_to_is_closed_but_not_before_its_last_result(tmp_path: Path) -> None:
+def test_unreferenced_grid_is_closed_after_its_last_result(tmp_path: Path) -> None:
     results = Grid("local", home=tmp_path, workers=1).map(lambda x: x, range(50))
     assert list(results) == list(range(50))
     del results
@@ -179,7 +179,7 @@ def test_a_killed_program_leaves_no_grid(tmp_path: Path) -> None:
     until(lambda: not processes_of(tmp_path / "home"))
 
 
-def test_a_map_goes_on_when_its_manager_is_killed(tmp_path: Path) -> None:
+def test_map_continues_when_its_manager_is_killed(tmp_path: Path) -> None:
     def nap(i: int) -> int:
         time.sleep(0.05)
         return i
@@ -210,7 +210,7 @@ def test_connecting_to_a_grid_leaves_it_up(grid: Grid, home: Path) -> None:
         Grid("moon", home=home)
 
 
-def test_a_grid_that_somebody_else_was_faster_to_bring_up_stays_up(grid: Grid, home: Path, tmp_path: Path) -> None:
+def test_grid_started_by_another_program_stays_up(grid: Grid, home: Path, tmp_path: Path) -> None:
     assert grid.client.health()["leader"]
     script = f"""
         from batchlab import Grid

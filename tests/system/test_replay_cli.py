@@ -97,7 +97,7 @@ def test_red_ends_with_1_and_a_person_reads_why(tmp_path: Path) -> None:
     assert record.read(kept).cut == ""
 
 
-def test_real_work_does_what_its_job_file_says(tmp_path: Path) -> None:
+def test_real_work_follows_its_job_file(tmp_path: Path) -> None:
     shutil.copytree(EXAMPLES / "claims", tmp_path / "claims")
     facts = write_claims(tmp_path / "claims" / "data", seed=5, files=12, claims_per_file=5)
     times = {"parse": "50ms", "adjudicate": "50ms", "totals": "50ms"}
@@ -128,7 +128,7 @@ def test_a_picture_is_drawn_while_it_is_entered(capsys: pytest.CaptureFixture[st
     assert "broken now: kill" in shown
 
 
-def test_a_record_that_cannot_be_written_is_told_before_anything_runs(tmp_path: Path) -> None:
+def test_unwritable_record_is_reported_before_the_run(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     replay = ("scenario", "replay", write(tmp_path), "--home", tmp_path / "home", "--out")
     _, said = command(*replay, tmp_path / "file" / "out.json", code=2)
@@ -156,7 +156,7 @@ def test_whether_a_file_can_be_written_leaves_none(tmp_path: Path) -> None:
         output.check_writable(loop)
 
 
-def test_ctrl_c_keeps_the_record_and_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_ctrl_c_keeps_the_record_and_leaves_nothing(tmp_path: Path) -> None:
     home, out = tmp_path / "home", tmp_path / "record.json"
     path = write(tmp_path, jobs={"claims": {"task": "10m", "tasks": 4}}, arrivals=SMALL["arrivals"])
     words = ("scenario", "replay", path, "--home", home, "--out", out)

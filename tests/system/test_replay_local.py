@@ -88,7 +88,7 @@ def test_the_same_scenario_again_in_the_same_home_runs_anew_with_the_same_times(
     assert declared[0] == declared[1]
 
 
-def test_attempts_fail_and_tasks_kill_their_workers_as_the_template_says(tmp_path: Path) -> None:
+def test_attempts_fail_and_tasks_kill_their_workers_as_configured(tmp_path: Path) -> None:
     sound = JobTemplate("frail", (stage("work", 0.05, fails=0.3),), Constant(40))
     deadly = JobTemplate("poison", (stage("work", 0.2, poison=1, bundle=1),), Constant(4))
     # One slot: nothing else runs beside the task that kills its worker.
@@ -104,7 +104,7 @@ def test_attempts_fail_and_tasks_kill_their_workers_as_the_template_says(tmp_pat
     assert run.lost == run.duplicates == 0
 
 
-def test_a_grid_that_is_another_is_refused_in_a_sentence(tmp_path: Path) -> None:
+def test_different_grid_is_refused(tmp_path: Path) -> None:
     home, wanted = Home(tmp_path / "home"), scenario(claims(2))
     others = {
         "0-3x2": replace(wanted, pools=(PoolPlan(Pool("default", 0, 3, 2)),)),
@@ -121,7 +121,7 @@ def test_a_grid_that_is_another_is_refused_in_a_sentence(tmp_path: Path) -> None
             assert client.jobs() == []
 
 
-def test_what_the_grid_does_not_take_ends_the_replay_with_its_sentence(tmp_path: Path) -> None:
+def test_refusal_of_the_grid_ends_the_replay(tmp_path: Path) -> None:
     wide = JobTemplate("wide", (stage("work", 0.1, slots=9),), Constant(2))
     with pytest.raises(UsageError, match="asks for 9 slots"):
         replay(tmp_path / "home", scenario(claims(3), wide))
@@ -142,7 +142,7 @@ def test_a_limit_ends_it_in_good_order(tmp_path: Path) -> None:
     assert processes_of(tmp_path / "home") == {}
 
 
-def test_who_is_asked_to_stop_keeps_the_record_and_cancels_what_runs(tmp_path: Path) -> None:
+def test_stop_keeps_the_record_and_cancels_running_jobs(tmp_path: Path) -> None:
     home = Home(tmp_path / "home")
     wanted = scenario(JobTemplate("long", (stage("work", 6.0),), Constant(40)))
 
@@ -161,7 +161,7 @@ def test_who_is_asked_to_stop_keeps_the_record_and_cancels_what_runs(tmp_path: P
     assert len(run.jobs) == 1
 
 
-def test_a_manager_that_is_gone_for_good_cuts_the_run_and_nothing_is_lost_of_the_record(
+def test_permanent_loss_of_the_manager_stops_the_run_and_keeps_the_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(driver, "AWAY_S", 2.0)
@@ -180,7 +180,7 @@ def test_a_manager_that_is_gone_for_good_cuts_the_run_and_nothing_is_lost_of_the
     assert len(run.jobs) == 1
 
 
-def test_prewarm_has_instances_there_before_the_job(tmp_path: Path) -> None:
+def test_prewarm_starts_instances_before_the_job(tmp_path: Path) -> None:
     quick = JobTemplate("quick", (stage("work", 0.1),), Constant(4))
     wanted = scenario(quick, at=((5.0, 1),), prewarm=(Prewarm("default", 2, at_s=1.0, until_s=5.5),))
     run = replay(tmp_path / "home", wanted)

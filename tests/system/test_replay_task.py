@@ -37,7 +37,7 @@ __all__ = ["anywhere", "grids", "here", "quick", "verdict"]
 # --- The same failure, from any backend ----------------------------------------------------------
 
 
-def test_it_fails_here_as_it_did_there_under_pdb(anywhere: Ran) -> None:
+def test_failure_is_reproduced_under_pdb(anywhere: Ran) -> None:
     done = anywhere.cli("replay-task", "parse/1", "--local", "--debug", typed="p text\nu\np line\nq\n")
     assert done.returncode == 1, done.stderr
     # The item that nobody had thought of, in the frame where it hurts.
@@ -51,7 +51,7 @@ def test_it_fails_here_as_it_did_there_under_pdb(anywhere: Ran) -> None:
 
 
 @pytest.mark.parametrize(("task", "kind"), [("check/0", "a command"), ("gathered/0", "results of other tasks")])
-def test_every_kind_of_input_comes_along(anywhere: Ran, verdict: Verdict, task: str, kind: str) -> None:
+def test_every_kind_of_input_is_downloaded(anywhere: Ran, verdict: Verdict, task: str, kind: str) -> None:
     found = verdict(anywhere, task)
     assert found["verdict"] == "same", (kind, found)
     assert found["fingerprint"] == found["fingerprint_on_grid"]
@@ -97,7 +97,7 @@ def test_time_memory_and_crashes_are_judged_as_on_a_worker(here: Ran, verdict: V
     assert f"in {task.partition('/')[0]}" in found["stderr"]
 
 
-def test_without_limits_it_goes_on_and_says_so(here: Ran, verdict: Verdict) -> None:
+def test_missing_limits_are_reported_and_the_task_runs(here: Ran, verdict: Verdict) -> None:
     found = verdict(here, "eat/0", "--no-limits")
     assert found["verdict"] == "not at all"
     assert "Its memory limit of 128 MiB did not hold." in found["differences"]
@@ -106,14 +106,14 @@ def test_without_limits_it_goes_on_and_says_so(here: Ran, verdict: Verdict) -> N
 # --- Debuggers -----------------------------------------------------------------------------------
 
 
-def test_at_a_terminal_pdb_comes_by_itself(here: Ran) -> None:
+def test_pdb_starts_at_a_terminal(here: Ran) -> None:
     shown = at_a_terminal(here.argv("replay-task", "parse/1"), ["p text\n", "q\n"])
     assert "Post-mortem of ValueError" in shown
     assert "'four'" in shown
     assert "failed the same way as on the grid" in shown
 
 
-def test_it_stops_at_the_handlers_first_line(here: Ran) -> None:
+def test_debugger_stops_at_the_first_line_of_the_handler(here: Ran) -> None:
     typed = "p part.name\nn\np lines\nc\nq\n"
     done = here.cli("replay-task", "parse/1", "--break", typed=typed)
     assert "handlers.py(6)parse()" in done.stdout, done
@@ -123,7 +123,7 @@ def test_it_stops_at_the_handlers_first_line(here: Ran) -> None:
     assert "Its time limit of 30 s did not hold." in done.stdout
 
 
-def test_leaving_the_debugger_is_no_failure_of_the_task(here: Ran) -> None:
+def test_leaving_the_debugger_is_not_a_failure(here: Ran) -> None:
     done = here.cli("replay-task", "parse/0", "--break", typed="q\n")
     assert done.returncode == 1
     assert "was left before its end" in done.stdout
@@ -162,7 +162,7 @@ def _hangs(folder: Path) -> bool:
         return board.task == 0
 
 
-def test_an_ide_is_waited_for_and_debugpy_told_of_where_it_is_missing(
+def test_ide_is_awaited_and_missing_debugpy_is_reported(
     here: Ran, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: Quick
 ) -> None:
     """A stand-in for debugpy, which need not be installed here: what is asked of it counts."""
@@ -199,7 +199,7 @@ def test_a_command_gets_a_shell_where_it_would_run(here: Ran, monkeypatch: pytes
 # --- Kept ----------------------------------------------------------------------------------------
 
 
-def test_a_folder_can_be_kept_moved_and_run_by_an_ide(here: Ran, tmp_path: Path, quick: Quick) -> None:
+def test_folder_can_be_kept_moved_and_run_by_an_ide(here: Ran, tmp_path: Path, quick: Quick) -> None:
     folder = tmp_path / "a" / "task"
     code, out, err = quick(here, "replay-task", "parse/1", "--keep", str(folder))
     assert (code, out.split()[-1]) == (0, str(folder / "run.py")), err
@@ -262,7 +262,7 @@ def test_a_task_is_given_no_secret_that_is_not_named(here: Ran) -> None:
 
 
 @pytest.mark.usefixtures("secrets")
-def test_a_commands_shell_and_a_kept_folder_are_given_none_either(here: Ran, tmp_path: Path, quick: Quick) -> None:
+def test_secrets_are_withheld_from_programs_and_kept_folders(here: Ran, tmp_path: Path, quick: Quick) -> None:
     done = here.cli("replay-task", "check/0", "--shell", "--env", "AWS_PROFILE", typed="env\n")
     assert "the-profile" in done.stdout
     assert "the-plain" not in done.stdout
@@ -278,7 +278,7 @@ def test_a_commands_shell_and_a_kept_folder_are_given_none_either(here: Ran, tmp
     assert "not given to it" in done.stderr
 
 
-def test_a_variable_that_is_not_set_is_told(here: Ran, quick: Quick) -> None:
+def test_unset_variable_is_reported(here: Ran, quick: Quick) -> None:
     code, _, err = quick(here, "replay-task", "parse/1", "--env", "NOT_SET_HERE")
     assert code == 2
     assert "The environment variable 'NOT_SET_HERE' is not set." in err
@@ -287,7 +287,7 @@ def test_a_variable_that_is_not_set_is_told(here: Ran, quick: Quick) -> None:
 # --- Functions from Python -----------------------------------------------------------------------
 
 
-def test_a_function_of_the_python_api_comes_home_too(tmp_path: Path) -> None:
+def test_function_of_the_python_api_is_replayed(tmp_path: Path) -> None:
     def inverse(number: int) -> float:
         return 1 / number
 
@@ -334,7 +334,7 @@ def test_nothing_of_the_grid_is_changed_and_none_need_be_up(here: Ran, tmp_path:
         ("jobs", "parse/1", "The bucket does not contain the job", "job list"),
     ],
 )
-def test_what_is_no_longer_there_is_named(
+def test_missing_objects_are_named(
     here: Ran, tmp_path: Path, quick: Quick, prefix: str, task: str, what: str, remedy: str
 ) -> None:
     shutil.copytree(here.home / "objects", tmp_path / "objects")
@@ -346,9 +346,7 @@ def test_what_is_no_longer_there_is_named(
     assert "Traceback" not in err
 
 
-def test_without_logs_it_still_comes_home_and_says_what_is_not_known(
-    here: Ran, tmp_path: Path, verdict: Verdict
-) -> None:
+def test_task_without_logs_is_replayed_and_unknown_facts_are_named(here: Ran, tmp_path: Path, verdict: Verdict) -> None:
     shutil.copytree(here.home / "objects", tmp_path / "objects")
     shutil.rmtree(tmp_path / "objects" / "logs")
     found = verdict(here.moved(tmp_path), "parse/1")

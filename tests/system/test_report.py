@@ -48,7 +48,7 @@ def total(results):
 """
 
 
-def test_a_run_is_told_the_same_by_its_data_its_ledger_and_its_bill(
+def test_report_ledger_and_bill_agree(
     bring_up: Bring, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "job"

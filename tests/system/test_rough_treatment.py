@@ -77,7 +77,7 @@ def test_a_manager_killed_in_the_middle_costs_nothing(
     check(grid, grid.wait(job), tmp_path / "out", facts)
 
 
-def test_a_grid_taken_down_in_the_middle_goes_on_when_it_is_up_again(
+def test_stopped_grid_continues_after_a_restart(
     bring_up: Bring, claims: tuple[Path, ClaimsFacts], tmp_path: Path
 ) -> None:
     path, facts = claims

@@ -119,7 +119,7 @@ WORLDS: dict[str, Callable[..., AbstractContextManager[World]]] = {
 
 
 @pytest.mark.parametrize("backend", ["sim", "localstack", "emulated", pytest.param("aws", marks=pytest.mark.aws)])
-def test_the_examples_come_to_the_same_everywhere(
+def test_examples_give_the_same_results_on_every_backend(
     backend: str,
     jobs: dict[str, Path],
     expected: dict[str, dict[str, object]],

@@ -56,7 +56,7 @@ def test_leaders_are_paused_and_killed_and_the_job_completes(simpledb: Sdb, tmp_
     asyncio.run(main())
 
 
-def test_a_service_that_is_away_for_longer_than_a_lease_costs_only_time(simpledb: Sdb, tmp_path: Path) -> None:
+def test_outage_longer_than_a_lease_costs_only_time(simpledb: Sdb, tmp_path: Path) -> None:
     """The leader stops leading, and leads again."""
 
     async def main() -> None:

@@ -120,7 +120,7 @@ def test_moto_takes_the_group_and_the_launch_template(moto: Endpoint) -> None:
 
 
 @pytest.mark.parametrize("name", ["PoolGroup", "ManagerGroup"])
-def test_boto3_knows_every_word_of_the_groups(name: str) -> None:
+def test_boto3_knows_every_property_of_the_groups(name: str) -> None:
     """CloudFormation's words that are the API's too are spelt as in it."""
     from botocore.session import Session
 

@@ -23,7 +23,7 @@ def plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plane]:
         yield plane
 
 
-def test_a_release_is_a_change_set_that_touches_what_runs_and_nothing_that_keeps(plane: Plane) -> None:
+def test_release_changes_instances_and_no_stored_data(plane: Plane) -> None:
     stack, asg = Stack(plane, "two-phases"), plane.client("autoscaling")
     empty = cfn.for_ministack(WHOLE)
     assert stack.create(empty) == "CREATE_COMPLETE"
@@ -55,7 +55,7 @@ def test_a_release_is_a_change_set_that_touches_what_runs_and_nothing_that_keeps
         stack.update(empty, Release="f" * 64, PoolMax=3, LogDays=7)
 
 
-def test_what_cannot_be_made_takes_everything_along_but_says_why(plane: Plane) -> None:
+def test_failed_creation_is_rolled_back_with_its_reason(plane: Plane) -> None:
     stack, spoilt = Stack(plane, "spoilt"), deepcopy(cfn.for_ministack(WHOLE))
     spoilt["Resources"]["AlarmTopicPolicy"]["Properties"]["PolicyDocument"]["Id"] = {
         "Fn::GetAtt": ["LogGroup", "Nothing"]

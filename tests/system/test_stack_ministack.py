@@ -59,7 +59,7 @@ def test_all_is_made_that_the_shape_has(ids: dict[str, str]) -> None:
     assert wanted == cfn.Rendered(WHOLE, **SHAPE).resources.keys() - cfn.MINISTACK_LACKS.keys()
 
 
-def test_the_outputs_name_what_is_there(plane: Plane, stack: Stack, ids: dict[str, str]) -> None:
+def test_outputs_name_existing_resources(plane: Plane, stack: Stack, ids: dict[str, str]) -> None:
     outputs = stack.outputs()
     plane.client("s3").head_bucket(Bucket=outputs["Bucket"])
     groups = plane.client("autoscaling").describe_auto_scaling_groups()["AutoScalingGroups"]
@@ -158,7 +158,7 @@ def test_the_queues(plane: Plane, ids: dict[str, str]) -> None:
         assert sqs.list_queue_tags(QueueUrl=url)["Tags"]["batchlab.stack"] == "batchlab"
 
 
-def test_a_message_goes_to_the_dead_letters_after_ten_receives(plane: Plane, ids: dict[str, str]) -> None:
+def test_message_moves_to_the_dead_letter_queue_after_ten_receives(plane: Plane, ids: dict[str, str]) -> None:
     sqs = plane.client("sqs")
     sqs.send_message(QueueUrl=ids["PoolTasks"], MessageBody="poison")
     for _ in range(10):

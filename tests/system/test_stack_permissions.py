@@ -131,7 +131,7 @@ def test_a_user_with_the_documented_policy_must_not(user: Site, call: Call) -> N
     denied(call, user)
 
 
-def test_a_key_that_is_not_there_is_missing_and_not_forbidden(worker: Site, manager: Site) -> None:
+def test_missing_key_is_not_found_instead_of_forbidden(worker: Site, manager: Site) -> None:
     """What the worker takes for "nobody has committed this"."""
     for site in (worker, manager):
         with pytest.raises(ClientError) as missing:

@@ -34,7 +34,7 @@ def test_a_run_is_looked_at(world: World, tmp_path: Path) -> None:
     what_is_told_of_it(world, *submitted(world, tmp_path))
 
 
-def test_a_topic_of_the_emulators_own_is_told(world: World) -> None:
+def test_topic_of_the_emulator_is_notified(world: World) -> None:
     place = Home(world.home).place("ministack")
     assert place
     at = factory.load("ministack").endpoint_at(Home(world.home), place)

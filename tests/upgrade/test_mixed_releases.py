@@ -100,7 +100,7 @@ def test_messages_and_outcomes_of_an_earlier_release_are_read() -> None:
 # --- What a later release has written ------------------------------------------------------------
 
 
-def test_what_a_later_release_has_added_is_passed_over() -> None:
+def test_fields_of_a_later_release_are_ignored() -> None:
     assert json_format.job_from_json(later(before("job"))) == json_format.job_from_json(before("job"))
     told = replace(JOB, notify=(NotifyDef("sns", "arn:x"),), trace=ABOVE, max_cost_usd=1.0)
     doc = json.loads(json_format.dumps(json_format.job_to_json(told)))
@@ -121,7 +121,7 @@ def test_what_a_later_release_has_added_is_passed_over() -> None:
     )
 
 
-def test_what_is_to_be_told_and_what_tasks_print_are_read_as_well() -> None:
+def test_notifications_and_output_of_other_releases_are_readable() -> None:
     own = NotifyDef("sns", "arn:x")
     one = Notification("id-1", "failed", JOB.id, f"{JOB.id}#1", own, "{}", 1.5)
     book = later(json.loads(Outbox({one.id: one}, [replace(one, id="id-0")]).to_bytes()))
@@ -142,18 +142,18 @@ def test_what_is_to_be_told_and_what_tasks_print_are_read_as_well() -> None:
         ({"input": {"keys": [], "split": "by-moon", "size": 1, "header": False}}, "by-moon"),
     ],
 )
-def test_what_one_has_to_know_is_refused(change: dict[str, Any], told: str) -> None:
+def test_required_unknown_field_is_refused(change: dict[str, Any], told: str) -> None:
     data = json.dumps({**before("job"), **change})
     with pytest.raises(TooNew, match=told):
         json_format.job_from_json(json_format.loads(data))
 
 
-def test_a_word_that_is_not_known_allows_nothing() -> None:
+def test_unknown_control_word_permits_nothing() -> None:
     with pytest.raises(BackendError, match="'drain'"):
         json_format.word_from_bytes(b'{"v":1,"control":"drain"}')
 
 
-def test_a_workers_message_says_nothing_that_only_a_manager_needs() -> None:
+def test_worker_message_has_no_field_for_managers_only() -> None:
     secret = "https://hooks.example.org/T0/s3cret"
     job = replace(JOB, notify=(NotifyDef("webhook", secret),), trace=ABOVE, max_cost_usd=1.0)
     body = address(job, BUNDLE, UNSEALED, now_s=1.0).message.body
@@ -233,7 +233,7 @@ def newer_job(doc: dict[str, Any], spec: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("change", [newer_format, newer_job])
-def test_what_needs_a_newer_worker_is_left_for_one(
+def test_job_for_newer_workers_is_left_in_the_queue(
     change: Callable[[dict[str, Any], dict[str, Any]], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     async def main() -> None:
@@ -262,7 +262,7 @@ def test_what_needs_a_newer_worker_is_left_for_one(
     play(main)
 
 
-def test_what_others_have_received_without_an_end_stays_a_suspect() -> None:
+def test_bundle_received_by_older_workers_stays_suspect() -> None:
     async def main() -> None:
         scene = Scene()
         await scene.prepare()
@@ -320,7 +320,7 @@ DONE |= {"ok": [[0, 1]], "no": [], "x": [], "run": 0.1, "next": [], "re": 0}
         {"k": 7},
     ],
 )
-def test_what_has_not_the_shape_of_an_event_is_refused(mischief: dict[str, Any]) -> None:
+def test_event_of_another_shape_is_refused(mischief: dict[str, Any]) -> None:
     assert read_events_message(json.dumps({"v": 1, "c": [DONE]})).completions
     beat = {**BEAT, "number": 1, "held": [HELD]}
     assert read_events_message(json.dumps({"v": 1, "h": [beat]})).beats

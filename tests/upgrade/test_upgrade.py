@@ -43,12 +43,12 @@ def kept(request: pytest.FixtureRequest, tmp_path: Path) -> Kept:
     return Kept(tmp_path / HOME, json.loads((tmp_path / TOLD).read_text()))
 
 
-def test_there_is_something_to_upgrade_from() -> None:
+def test_stored_data_of_earlier_releases_exists() -> None:
     assert len(KEPT) >= 2
     assert all(path.stat().st_size < 100_000 for path in KEPT)
 
 
-def test_what_an_earlier_version_left_is_gone_on_with(kept: Kept, bring_up: Bring, tmp_path: Path) -> None:
+def test_work_of_an_earlier_release_continues(kept: Kept, bring_up: Bring, tmp_path: Path) -> None:
     grid = bring_up(folder=kept.home)
     now = {one["name"]: one for one in grid.client.jobs()}
     assert set(now) == {"ended", "paused", "working"}

@@ -20,7 +20,7 @@ from tests.upgrade.make import HOME
 from tests.upgrade.test_upgrade import KEPT
 
 
-def test_it_is_what_the_same_ledger_in_sqlite_becomes(postgres: Postgres, tmp_path: Path) -> None:
+def test_upgraded_postgresql_ledger_equals_the_sqlite_one(postgres: Postgres, tmp_path: Path) -> None:
     file = tmp_path / HOME / "ledger.sqlite"
     for path in KEPT:
         with tarfile.open(path) as archive:
@@ -73,7 +73,7 @@ def copy(file: Path, postgres: Postgres, found: str) -> None:
 
 
 @pytest.mark.parametrize("path", KEPT, ids=lambda path: path.name.partition(".")[0])
-def test_what_is_kept_is_of_a_schema_that_there_was(path: Path, tmp_path: Path) -> None:
+def test_stored_data_is_of_a_released_schema(path: Path, tmp_path: Path) -> None:
     with tarfile.open(path) as archive:
         archive.extractall(tmp_path, filter="data")
     assert "0001" <= revision(tmp_path / HOME / "ledger.sqlite") <= HEAD

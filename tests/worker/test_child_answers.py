@@ -41,7 +41,7 @@ def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return found
 
 
-def test_what_follows_an_answer_soon_comes_along_with_the_next(slept: list[float]) -> None:
+def test_following_answers_are_batched(slept: list[float]) -> None:
     async def main() -> None:
         pipe = Pipe()
         pipe.coming = [b'["ok",0,0.005,null,null]\n', b'["ok",1,0.005,null,null]\n']

@@ -34,7 +34,7 @@ def test_children_are_reused_for_the_same_code_and_only_for_it(tmp_path: Path) -
     go(main())
 
 
-def test_as_many_runs_as_slots_go_on_at_once(tmp_path: Path) -> None:
+def test_one_task_runs_per_slot(tmp_path: Path) -> None:
     async def main() -> None:
         marks = [tmp_path / str(n) for n in range(3)]
         async with opened(tmp_path, slots=2) as rig:
@@ -49,7 +49,7 @@ def test_as_many_runs_as_slots_go_on_at_once(tmp_path: Path) -> None:
     go(main())
 
 
-def test_the_loop_stays_free_while_tasks_run(tmp_path: Path) -> None:
+def test_event_loop_stays_responsive_while_tasks_run(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened(tmp_path) as rig:
             run = asyncio.create_task(rig.run([["sleep", 0.4]]))

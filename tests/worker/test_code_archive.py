@@ -40,7 +40,7 @@ def a_zip(*names: str, mode: int = stat.S_IFREG | 0o644, content: bytes = b"x") 
     return buffer.getvalue()
 
 
-def test_what_was_packed_is_unpacked_with_its_modes(tmp_path: Path) -> None:
+def test_archive_round_trips_with_file_modes(tmp_path: Path) -> None:
     data = code_cache.pack(a_folder(tmp_path / "code"))
     key = code_cache.key(data)
     assert key == f"code/{digest(data)}.zip"
@@ -83,7 +83,7 @@ def test_a_link_within_the_folder_is_packed_as_its_content(tmp_path: Path) -> No
     assert (tmp_path / "out" / "same.py").read_text() == "x = 1\n"
 
 
-def test_what_is_no_file_or_no_folder_is_refused(tmp_path: Path) -> None:
+def test_special_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="does not exist"):
         code_cache.pack(tmp_path / "missing")
     folder = a_folder(tmp_path / "code")
@@ -131,7 +131,7 @@ def test_a_damaged_zip_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_bomb_is_refused_by_what_comes_out_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_zip_bomb_is_refused_by_its_unpacked_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(code_cache, "MAX_BYTES", 1_000_000)
     data = a_zip("a", "b", content=bytes(600_000))
     assert len(data) < 10_000
@@ -170,7 +170,7 @@ def test_many_may_unpack_the_same_code_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["code/abc.zip", "raw/x", f"code/{'g' * 64}.zip", "code/../x.zip"])
-def test_a_key_that_is_no_code_zips_is_refused(key: str) -> None:
+def test_key_that_is_not_a_code_archive_is_refused(key: str) -> None:
     with pytest.raises(UsageError, match="not the key of a code zip"):
         code_cache.digest_of(key)
 

@@ -176,7 +176,7 @@ def test_an_exit_code_is_a_failure_with_the_last_line_of_stderr(tmp_path: Path) 
     ],
     ids=str,
 )
-def test_a_command_that_cannot_work_says_why(tmp_path: Path, command: tuple[str, ...], kind: str, says: str) -> None:
+def test_impossible_command_gives_its_reason(tmp_path: Path, command: tuple[str, ...], kind: str, says: str) -> None:
     async def main() -> None:
         async with opened(tmp_path) as rig:
             failure = await rig.failure(0, command=command)
@@ -210,7 +210,7 @@ def test_a_commands_whole_family_ends_at_its_timeout(tmp_path: Path) -> None:
     go(main())
 
 
-def test_a_program_that_leaves_another_behind_has_ended_all_the_same(tmp_path: Path) -> None:
+def test_program_with_a_surviving_child_has_ended(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened(tmp_path) as rig:
             script = "echo started >&2; sleep 60 & exit 0"

@@ -123,7 +123,7 @@ def in_rig(act: Callable[[Rig], Coroutine[None, None, None]]) -> None:
     SimLoop().run(main())
 
 
-def test_what_is_shed_is_committed_told_of_and_traced_as_a_whole_bundle_is(caplog: pytest.LogCaptureFixture) -> None:
+def test_handed_over_tasks_are_committed_reported_and_traced(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "batchlab")
 
     async def act(rig: Rig) -> None:
@@ -150,7 +150,7 @@ def test_what_is_shed_is_committed_told_of_and_traced_as_a_whole_bundle_is(caplo
     assert vars(line)["task"] == 1
 
 
-def test_who_finds_another_outcome_sheds_nothing(caplog: pytest.LogCaptureFixture) -> None:
+def test_bundle_with_a_foreign_outcome_hands_over_nothing(caplog: pytest.LogCaptureFixture) -> None:
     """What it comes to is told once, at its end."""
     caplog.set_level(logging.INFO, "batchlab")
 

@@ -60,7 +60,7 @@ def test_a_crash_costs_exactly_the_task_that_crashed(tmp_path: Path, item: list[
     go(main())
 
 
-def test_a_task_whose_process_is_killed_from_outside_is_not_blamed(tmp_path: Path) -> None:
+def test_task_whose_process_is_killed_from_outside_is_not_blamed(tmp_path: Path) -> None:
     async def main() -> None:
         counter = tmp_path / "counter"
         async with opened(tmp_path) as rig:
@@ -98,7 +98,7 @@ def test_a_crash_names_its_signal_and_leaves_its_output(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_what_a_task_does_to_its_process_does_not_reach_its_neighbour(
+def test_effects_of_a_task_on_its_process_do_not_reach_its_neighbor(
     tmp_path: Path, item: list[Any], value: str
 ) -> None:
     async def main() -> None:
@@ -139,7 +139,7 @@ __main__.MemoryGrowth.worn_out = lambda self: os._exit(9)
 """
 
 
-def test_processes_that_only_ever_end_between_tasks_do_not_go_on_for_ever(tmp_path: Path) -> None:
+def test_process_that_keeps_exiting_between_tasks_is_given_up(tmp_path: Path) -> None:
     """I7: a job always ends, also where nobody can be caught in the act."""
 
     async def main() -> None:

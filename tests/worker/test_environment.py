@@ -17,7 +17,7 @@ from batchlab.worker import environment
 PATIENCE = Patience(random.Random(0), limit_s=0.0)
 
 
-def test_it_says_what_is_installed_and_never_what_a_variable_holds() -> None:
+def test_environment_lists_packages_and_hides_values() -> None:
     secret = "hunter2-very-secret"
     environ = {"DB_PASSWORD": secret, "TZ": "UTC", "AWS_SECRET_ACCESS_KEY": secret, "TERM": "x"}
     found = environment.current(environ, image="sha256:1")
@@ -37,7 +37,7 @@ def test_the_first_installed_version_counts_as_it_does_for_an_import(tmp_path: P
     assert environment.packages(path) == {"my-pkg": "1.0", "old": "0.1-py3.11"}
 
 
-def test_it_is_stored_once_per_worker_and_read_back() -> None:
+def test_environment_is_stored_once_per_worker() -> None:
     async def main() -> None:
         objects = SimObjects()
         found = environment.current({"MODEL": "x"})

@@ -130,7 +130,7 @@ def test_two_jobs_with_modules_of_the_same_names_do_not_meet(tmp_path: Path) -> 
     assert not {"handlers", "helper", "helper_of_helper"} & (set(sys.modules) - before)
 
 
-def test_inputs_come_as_files_and_missing_ones_fail_their_task(tmp_path: Path) -> None:
+def test_inputs_become_files_and_missing_ones_fail_their_task(tmp_path: Path) -> None:
     sim = Sim()
 
     async def main() -> None:
@@ -198,7 +198,7 @@ def later(seconds: float, act: Callable[[], None]) -> Awaitable[None]:
 
 
 @pytest.mark.parametrize(("word", "ended"), [("stop", 3), ("kill", 2), ("until_s", 3)])
-def test_it_obeys_its_handle(word: str, ended: int) -> None:
+def test_inline_runner_obeys_its_handle(word: str, ended: int) -> None:
     sim = Sim(seconds=10.0)
 
     async def main() -> None:

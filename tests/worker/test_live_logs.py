@@ -79,7 +79,7 @@ class Talk:
         return Peek(self.task, 1000, 1000 + start, self.data[start:])
 
 
-def test_nobody_pays_where_nobody_looks() -> None:
+def test_live_logs_cost_nothing_without_a_follower() -> None:
     async def main() -> None:
         objects = Bucket()
         inflight_messages: dict[str, InflightMessage] = {}
@@ -143,7 +143,7 @@ def test_a_talkative_worker_stores_the_ends_only() -> None:
     _in_virtual_time(main())
 
 
-def test_a_bucket_that_is_away_costs_a_step_and_no_worker() -> None:
+def test_unreachable_bucket_costs_one_step() -> None:
     async def main() -> None:
         objects = Bucket()
         inflight_messages: dict[str, InflightMessage] = {}
@@ -162,7 +162,7 @@ def test_a_bucket_that_is_away_costs_a_step_and_no_worker() -> None:
     _in_virtual_time(main())
 
 
-def test_the_request_comes_with_the_word_that_is_read_anyway() -> None:
+def test_request_for_live_logs_is_part_of_the_control_object() -> None:
     async def main() -> None:
         objects = SimObjects()
         asked: list[JobId] = []
@@ -185,7 +185,7 @@ def test_the_request_comes_with_the_word_that_is_read_anyway() -> None:
 @pytest.mark.parametrize(
     ("ago_s", "is_heard"), [(0.0, True), (ASKED_S, True), (-CLOCKS_S, True), (3600.0, False), (-3600.0, False)]
 )
-def test_who_has_asked_long_ago_is_not_heard_by_a_worker_that_comes_now(ago_s: float, is_heard: bool) -> None:
+def test_expired_request_is_ignored_by_a_new_worker(ago_s: float, is_heard: bool) -> None:
     """It stored for 30 s for nobody, each worker that met the job, and again after each pause."""
 
     async def main() -> None:
@@ -211,7 +211,7 @@ def test_who_has_asked_long_ago_is_not_heard_by_a_worker_that_comes_now(ago_s: f
     _in_virtual_time(main())
 
 
-def test_the_request_of_an_earlier_manager_says_no_time_and_is_heard() -> None:
+def test_request_of_an_earlier_release_without_a_time_is_valid() -> None:
     async def main() -> None:
         objects = SimObjects()
         asked: list[JobId] = []
@@ -271,7 +271,7 @@ class Followed:
         return sum(one.size for looked in jobs for one in looked.stored.values())
 
 
-def test_a_manager_forgets_what_nobody_follows_any_more() -> None:
+def test_manager_forgets_unfollowed_logs() -> None:
     async def main() -> None:
         scene = Followed()
         await scene.stored(scene.live, "w-1", "hello")
@@ -287,7 +287,7 @@ def test_a_manager_forgets_what_nobody_follows_any_more() -> None:
     _in_virtual_time(main())
 
 
-def test_what_a_manager_keeps_of_very_many_workers_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_live_logs_of_many_workers_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(live_logs, "JOB_BYTES", 10_000)
     monkeypatch.setattr(live_logs, "ALL_BYTES", 25_000)
 
@@ -311,7 +311,7 @@ def test_what_a_manager_keeps_of_very_many_workers_is_bounded(monkeypatch: pytes
     _in_virtual_time(main())
 
 
-def test_of_bundles_that_have_ended_nothing_is_kept_and_others_get_their_room(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_live_logs_of_ended_bundles_free_their_space(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(live_logs, "JOB_BYTES", 1_500)
 
     async def main() -> None:

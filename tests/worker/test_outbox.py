@@ -66,7 +66,7 @@ def made() -> tuple[Sent, WorkerCounters, Outbox]:
     return sent, counters, Outbox(cast(Queue, sent), patience, counters=counters)
 
 
-def test_what_could_not_be_sent_is_told_with_the_next_event() -> None:
+def test_unsent_report_is_part_of_the_next_event() -> None:
     async def main() -> None:
         sent, counters, outbox = made()
         counters.committed(outcome("w-1-1"), outcome("w-2-1"))
@@ -87,7 +87,7 @@ def test_what_could_not_be_sent_is_told_with_the_next_event() -> None:
     asyncio.run(main())
 
 
-def test_what_comes_while_a_send_is_under_way_is_told_by_the_next_one() -> None:
+def test_report_during_a_send_is_part_of_the_next_event() -> None:
     async def main() -> None:
         sent, counters, outbox = made()
         begun, goes_on, send = asyncio.Event(), asyncio.Event(), sent.send
@@ -113,7 +113,7 @@ def test_what_comes_while_a_send_is_under_way_is_told_by_the_next_one() -> None:
     asyncio.run(main())
 
 
-def test_what_waits_is_bounded_and_fits_into_messages() -> None:
+def test_waiting_reports_are_bounded_and_fit_into_messages() -> None:
     async def main() -> None:
         sent, _, outbox = made()
         for number in range(MAX_DUPLICATES + 50):
@@ -128,7 +128,7 @@ def test_what_waits_is_bounded_and_fits_into_messages() -> None:
     asyncio.run(main())
 
 
-def test_a_worker_that_cannot_say_that_it_leaves_ends_its_processes_all_the_same() -> None:
+def test_worker_with_a_failing_last_event_ends_its_processes() -> None:
     """It ended in an error, with its tasks' processes still there."""
 
     async def main() -> None:

@@ -61,7 +61,7 @@ class World:
         await self.queue.ensure(QueueSpec(object_keys.EVENTS))
 
 
-def test_an_event_without_hurry_goes_with_the_next_one() -> None:
+def test_event_that_may_wait_is_sent_with_the_next() -> None:
     world = World()
 
     async def main() -> None:
@@ -79,7 +79,7 @@ def test_an_event_without_hurry_goes_with_the_next_one() -> None:
     world.loop.run(main())
 
 
-def test_an_event_without_hurry_and_without_another_waits_no_longer_than_that() -> None:
+def test_event_that_may_wait_is_sent_alone_after_its_delay() -> None:
     world = World()
 
     async def main() -> None:
@@ -92,7 +92,7 @@ def test_an_event_without_hurry_and_without_another_waits_no_longer_than_that() 
     world.loop.run(main())
 
 
-def test_what_is_held_is_told_along_with_an_outcome_and_not_once_more() -> None:
+def test_held_bundles_are_reported_once_with_an_outcome() -> None:
     world = World()
 
     async def main() -> None:
@@ -128,7 +128,7 @@ def test_answers_are_gathered_for_a_part_of_what_is_left_to_run(left: int, pace_
     assert gathering_s(0, pace_s) == 0
 
 
-def test_deletes_that_come_together_are_one_request() -> None:
+def test_concurrent_deletes_are_one_request() -> None:
     """A moment after what was done with them has been told, which goes first."""
     world = World()
     asked: list[Sequence[str]] = []

@@ -20,7 +20,7 @@ from tests.support.worker.runner import children_of, go, opened
 # --- Handlers ------------------------------------------------------------------------------------
 
 
-def test_results_come_in_order_with_what_the_context_says(tmp_path: Path) -> None:
+def test_results_are_in_order_with_the_context(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened(tmp_path) as rig:
             items = ["a", {"$$k": 1}, [None, 2.5]]
@@ -141,7 +141,7 @@ def test_sys_exit_is_a_failure_with_its_code(tmp_path: Path, args: list[Any], co
         ("folder", "0/scratch, which is not a regular file"),
     ],
 )
-def test_a_result_that_cannot_travel_is_a_failure_that_says_why(tmp_path: Path, what: str, says: str) -> None:
+def test_untransferable_result_is_a_failure_with_its_reason(tmp_path: Path, what: str, says: str) -> None:
     """Pain: unpicklable and odd results must end as FAILED tasks with a reason (I7)."""
 
     async def main() -> None:
@@ -213,7 +213,7 @@ def test_a_module_that_kills_its_process_fails_the_bundle_at_once(tmp_path: Path
     go(main())
 
 
-def test_a_module_that_is_killed_while_it_loads_is_not_said_to_have_run(tmp_path: Path) -> None:
+def test_module_killed_during_its_import_has_not_run(tmp_path: Path) -> None:
     async def main() -> None:
         folder = tmp_path / "code"
         folder.mkdir()

@@ -145,7 +145,7 @@ def test_a_vanished_input_fails_its_own_task_only(tmp_path: Path, reference: str
     go(main())
 
 
-def test_a_large_value_that_is_no_json_is_an_input_failure(tmp_path: Path) -> None:
+def test_large_value_that_is_not_json_is_an_input_failure(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened(tmp_path) as rig:
             await rig.objects.put("raw/j/v", b"not json")
@@ -173,7 +173,7 @@ class Full(SimObjects):
 
 
 @pytest.mark.parametrize("bare", [True, False])
-def test_a_full_disk_is_a_failure_that_says_so(tmp_path: Path, bare: bool) -> None:
+def test_full_disk_is_a_failure_that_names_it(tmp_path: Path, bare: bool) -> None:
     async def main() -> None:
         async with opened(tmp_path, Full(bare=bare)) as rig:
             file = await put(rig, "raw/j/a", "a")
@@ -250,7 +250,7 @@ def test_an_input_that_is_returned_unchanged_is_not_stored_again(tmp_path: Path)
     go(main())
 
 
-def test_a_file_that_every_task_writes_anew_is_kept_for_each(tmp_path: Path) -> None:
+def test_file_rewritten_by_every_task_is_kept_for_each(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened(tmp_path) as rig:
             refs = await rig.values([["write_here", str(n)] for n in range(20)])
@@ -277,7 +277,7 @@ def test_files_of_the_same_name_do_not_overwrite_each_other(tmp_path: Path) -> N
     go(main())
 
 
-def test_an_output_that_is_gone_before_it_is_stored_is_a_failure(tmp_path: Path) -> None:
+def test_vanished_output_is_a_failure(tmp_path: Path) -> None:
     class Late(SimObjects):
         async def upload(self, key: str, path: Path, *, if_absent: bool = False) -> int:
             path.unlink(missing_ok=True)

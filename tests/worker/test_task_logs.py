@@ -25,7 +25,7 @@ def test_everything_a_task_prints_is_its_own(tmp_path: Path) -> None:
     go(main())
 
 
-def test_what_a_task_printed_before_its_timeout_is_kept(tmp_path: Path) -> None:
+def test_output_before_a_timeout_is_kept(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened(tmp_path) as rig:
             items = [["print", "a"], ["print_and_hang", "working"], ["print", "b"]]
@@ -35,7 +35,7 @@ def test_what_a_task_printed_before_its_timeout_is_kept(tmp_path: Path) -> None:
     go(main())
 
 
-def test_a_chatty_task_keeps_the_head_and_the_tail_of_its_output(tmp_path: Path) -> None:
+def test_long_output_keeps_its_head_and_tail(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened(tmp_path) as rig:
             await rig.values([["print", "before"], ["chatter", 30_000], ["print", "after"]])
@@ -85,7 +85,7 @@ def test_many_chatty_tasks_share_what_one_execution_may_keep(tmp_path: Path) -> 
         assert file.read() == b"%b\n[... batchlab left out 15904 bytes ...]\n%b" % (b"h" * 2048, b"t" * 2048)
 
 
-def test_what_a_running_task_has_printed_can_be_peeked_at(tmp_path: Path) -> None:
+def test_output_of_a_running_task_can_be_read(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened(tmp_path) as rig:
             items = [["print", "before"], ["print_and_hang", "working"], ["print", "after"]]

@@ -28,13 +28,13 @@ def by_name(case: Any) -> str:
     return str(case.name)
 
 
-def test_there_are_many_and_each_has_a_name_of_its_own() -> None:
+def test_bad_inputs_are_numerous_and_named() -> None:
     assert all(case.does for case in CASES if not isinstance(case, Act))
     assert len({(type(one), one.name) for one in CASES}) == len(CASES) >= 60
 
 
 @pytest.mark.parametrize("case", REFUSED, ids=by_name)
-def test_it_is_refused_before_anything_happens(case: Case, tmp_path: Path) -> None:
+def test_bad_input_is_refused_before_any_effect(case: Case, tmp_path: Path) -> None:
     folder = tmp_path / "job"
     sound(folder)
     case.make(folder)
@@ -44,7 +44,7 @@ def test_it_is_refused_before_anything_happens(case: Case, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("case", places.PLACES, ids=by_name)
-def test_no_grid_comes_up_and_none_is_left(case: Case, tmp_path: Path) -> None:
+def test_refused_run_starts_no_grid(case: Case, tmp_path: Path) -> None:
     folder = tmp_path / "job"
     sound(folder)
     case.make(folder)
@@ -58,7 +58,7 @@ def test_no_grid_comes_up_and_none_is_left(case: Case, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("job", jobs.JOBS, ids=by_name)
-def test_a_job_ends_with_a_reason_and_keeps_what_it_has(job: Job, evidence: Evidence) -> None:
+def test_failed_job_gives_a_reason_and_keeps_its_results(job: Job, evidence: Evidence) -> None:
     found = evidence[f"job {job.name}"]
     check(Told.of(found["told"]), code=job.code, says=job.says)
     assert found["kept"] == job.kept
@@ -90,7 +90,7 @@ def test_one_token_is_one_job(evidence: Evidence) -> None:
 
 
 @pytest.mark.parametrize("act", acts.ACTS, ids=by_name)
-def test_what_a_task_does_is_its_own_affair(act: Act, evidence: Evidence) -> None:
+def test_effects_of_a_task_stay_with_the_task(act: Act, evidence: Evidence) -> None:
     found = evidence["acts"]
     task = str(2 * acts.ACTS.index(act))
     failure = found["failures"].get(task)

@@ -31,7 +31,7 @@ def shell(tmp_path: Path) -> Shell:
     return Shell(tmp_path, tmp_path / "job")
 
 
-def test_a_lock_that_is_held_is_told(shell: Shell) -> None:
+def test_held_lock_is_reported(shell: Shell) -> None:
     """Another manager that is only just starting, or a copy of the folder on a shared disk."""
     shell.home.mkdir()
     with (shell.home / "manager.lock").open("a") as lock:
@@ -39,7 +39,7 @@ def test_a_lock_that_is_held_is_told(shell: Shell) -> None:
         check(shell(*RUN), code=3, says="A manager runs in")
 
 
-def test_a_port_that_is_taken_is_told(shell: Shell) -> None:
+def test_occupied_port_is_reported(shell: Shell) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         told = shell("manager", "--port", str(port))

@@ -17,7 +17,7 @@ from tests.support.aws.deploy import client, group, queues, release, stacks
 from tests.support.cli import Run
 
 
-def test_apply_makes_everything_and_says_where_it_is(deploy: Run, home: Home, tmp_path: Path) -> None:
+def test_apply_creates_the_stack_and_prints_its_outputs(deploy: Run, home: Home, tmp_path: Path) -> None:
     archive = release(tmp_path)
     code, out, err = deploy(
         "apply",
@@ -79,7 +79,7 @@ def test_apply_makes_everything_and_says_where_it_is(deploy: Run, home: Home, tm
     assert stored["Body"].read() == archive.read_bytes()
 
 
-def test_a_second_apply_changes_nothing_and_a_pool_comes_and_goes_alone(
+def test_second_apply_changes_nothing_and_pools_are_added_and_removed_alone(
     deploy: Run, home: Home, tmp_path: Path
 ) -> None:
     archive = release(tmp_path)
@@ -117,7 +117,7 @@ def test_a_second_apply_changes_nothing_and_a_pool_comes_and_goes_alone(
     assert [one.name for one in found.pools] == ["big"]
 
 
-def test_a_large_template_goes_by_the_stacks_own_bucket(
+def test_large_template_is_uploaded_to_the_stacks_bucket(
     deploy: Run, home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     archive = release(tmp_path)
@@ -133,7 +133,7 @@ def test_a_large_template_goes_by_the_stacks_own_bucket(
     assert left["KeyCount"] == 0
 
 
-def test_another_release_is_an_update_and_instances_are_replaced(deploy: Run, tmp_path: Path) -> None:
+def test_other_release_is_an_update_that_replaces_instances(deploy: Run, tmp_path: Path) -> None:
     deploy("apply", "--yes", "--release", release(tmp_path, "one"))
     scaling = client("autoscaling")
     scaling.set_desired_capacity(AutoScalingGroupName="batchlab-manager", DesiredCapacity=1)
@@ -149,7 +149,7 @@ def test_another_release_is_an_update_and_instances_are_replaced(deploy: Run, tm
     assert json.loads(out)["release"] == second.name.removesuffix(".tar.gz")
 
 
-def test_instances_that_are_being_replaced_already_are_no_failure(
+def test_running_replacement_is_not_a_failure(
     deploy: Run, home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     deploy("apply", "--yes", "--release", release(tmp_path, "one"))
@@ -181,7 +181,7 @@ def test_without_a_terminal_only_yes_agrees(deploy: Run, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(("answer", "code"), [("n", 1), ("", 1), ("y", 0)])
-def test_the_person_in_front_is_asked(
+def test_apply_asks_for_confirmation(
     deploy: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str, code: int
 ) -> None:
     monkeypatch.setattr("sys.stdin.isatty", lambda: True)

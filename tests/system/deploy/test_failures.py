@@ -148,7 +148,9 @@ def until(process: subprocess.Popen[str], text: str) -> str:
     pytest.fail(f"it has ended before it said {text!r}: {said}")
 
 
-def test_ctrl_c_leaves_aws_to_go_on_and_another_apply_follows_it(account: str, home: Home, tmp_path: Path) -> None:
+def test_ctrl_c_leaves_the_operation_running_and_the_next_apply_follows_it(
+    account: str, home: Home, tmp_path: Path
+) -> None:
     """The stack takes as long as we like: a part of it waits for a signal."""
     archive = release(tmp_path)
     first = started(home, archive, "--set", "Slow=yes")
@@ -174,7 +176,7 @@ def test_ctrl_c_leaves_aws_to_go_on_and_another_apply_follows_it(account: str, h
     assert aws_deployment.read(home) is not None
 
 
-def test_a_plan_waits_for_nobody(deploy: Run, home: Home, tmp_path: Path) -> None:
+def test_plan_does_not_wait(deploy: Run, home: Home, tmp_path: Path) -> None:
     archive = release(tmp_path)
     going = started(home, archive, "--set", "Slow=yes")
     until(going, "CREATE_COMPLETE PoolTasks")
@@ -228,7 +230,7 @@ def test_a_rollback_that_hangs_is_resumed(
     assert stacks() == {"batchlab": "UPDATE_COMPLETE"}
 
 
-def test_an_operation_that_somebody_else_has_begun_is_followed_first(
+def test_running_operation_of_another_user_is_followed_first(
     account: str, home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     archive = release(tmp_path)

@@ -65,7 +65,7 @@ def calls(moto: Endpoint, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tupl
     client("cloudformation").delete_stack(StackName="grid")
 
 
-def test_protected_instances_are_freed_and_the_manager_goes_first(calls: list[tuple[str, Any]]) -> None:
+def test_protection_is_removed_and_the_manager_ends_first(calls: list[tuple[str, Any]]) -> None:
     """A manager would protect and launch others; a group with a protected instance stays."""
     client("cloudformation").create_stack(StackName="grid", TemplateBody=TEMPLATE)
     scaling = client("autoscaling")

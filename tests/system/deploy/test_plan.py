@@ -16,7 +16,7 @@ from tests.support.aws.deploy import REGION, client, stacks
 from tests.support.cli import Run
 
 
-def test_a_plan_says_where_what_and_what_it_costs_and_leaves_nothing(deploy: Run, account: str, home: Home) -> None:
+def test_plan_shows_changes_and_cost_and_leaves_nothing(deploy: Run, account: str, home: Home) -> None:
     code, out, err = deploy("plan", "--pool", "default:0-4x2@m7i.large")
     assert (code, err) == (0, "")
     assert f"Stack batchlab in {REGION}, account {account}, as arn:aws:iam::{account}:root." in out
@@ -43,7 +43,7 @@ def test_a_plan_as_json(deploy: Run, account: str) -> None:
     assert worker["pool"] == "default"
 
 
-def test_what_was_said_once_need_not_be_said_again(deploy: Run, home: Home, tmp_path: Path) -> None:
+def test_stored_settings_apply(deploy: Run, home: Home, tmp_path: Path) -> None:
     deploy("plan", "--pool", "default:0-4x2@m7i.large", "--pool", "big:0-1x4", "--set", "LogDays=7")
     code, out, _ = deploy("plan", "--json", "--ledger", "simpledb")
     assert code == 0
@@ -80,7 +80,7 @@ def test_what_was_said_once_need_not_be_said_again(deploy: Run, home: Home, tmp_
         (("--settings", "/nowhere.yaml"), "cannot be read"),
     ],
 )
-def test_what_cannot_be_is_refused_in_a_sentence(deploy: Run, arguments: tuple[str, ...], says: str) -> None:
+def test_impossible_settings_are_refused(deploy: Run, arguments: tuple[str, ...], says: str) -> None:
     code, out, err = deploy("plan", *arguments)
     assert (code, out) == (2, "")
     assert says in err
@@ -88,9 +88,7 @@ def test_what_cannot_be_is_refused_in_a_sentence(deploy: Run, arguments: tuple[s
     assert stacks() == {}
 
 
-def test_a_template_too_large_for_a_request_goes_by_a_bucket_that_is_gone_after(
-    deploy: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_oversized_template_uses_a_temporary_bucket(deploy: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("batchlab.deploy.plan.INLINE_BYTES", 100)
     code, out, err = deploy("plan", "--json")
     assert (code, err) == (0, "")

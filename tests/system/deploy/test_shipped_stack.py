@@ -30,7 +30,7 @@ def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plane]:
         yield plane
 
 
-def test_the_real_stack_with_two_pools_is_made_looked_at_changed_and_gone(
+def test_shipped_stack_with_two_pools_is_created_checked_changed_and_deleted(
     cloud: Plane, deploy: Run, home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use(monkeypatch, cloud.url, cfn.stack_file())
@@ -120,7 +120,7 @@ def deployer(monkeypatch: pytest.MonkeyPatch, policy: object) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", key["SecretAccessKey"])
 
 
-def test_who_may_not_deploy_is_told_the_action(strict: Plane, deploy: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_permission_names_the_action(strict: Plane, deploy: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     account = use(monkeypatch, strict.url)
     only_looks = {
         "Version": "2012-10-17",
@@ -179,7 +179,7 @@ def test_the_documented_policy_reaches_no_other_stack(
         client("iam").create_user(UserName="mallory")
 
 
-def test_a_user_of_the_grid_finds_the_stack_from_another_machine(
+def test_other_machine_finds_the_stack(
     strict: Plane, deploy: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """By the policy that docs/aws-security.md gives to users, `deploy status` is all it takes."""

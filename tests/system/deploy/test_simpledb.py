@@ -45,7 +45,7 @@ def domains(there: Sdb) -> list[str]:
         sdb.close()
 
 
-def test_a_ledgers_domain_outlives_its_stack_and_is_told(stack: Stack, simpledb: Sdb) -> None:
+def test_ledgers_domain_outlives_its_stack_and_is_reported(stack: Stack, simpledb: Sdb) -> None:
     front = Front()
     stays = Destroy(stack, front, delete_data=False).run()
     assert front.questions == [f"Destroy the stack grid ({simpledb.domain} stays)?"]
@@ -53,14 +53,14 @@ def test_a_ledgers_domain_outlives_its_stack_and_is_told(stack: Stack, simpledb:
     assert simpledb.items().keys() == {"job", "stage"}
 
 
-def test_with_its_data_the_domain_goes_too(stack: Stack, simpledb: Sdb) -> None:
+def test_domain_is_deleted_with_its_data(stack: Stack, simpledb: Sdb) -> None:
     front = Front()
     assert Destroy(stack, front, delete_data=True).run() == []
     assert front.questions == [f"Destroy the stack grid, and with it {simpledb.domain} (a SimpleDB domain)?"]
     assert simpledb.domain not in domains(simpledb)
 
 
-def test_a_busy_simpledb_keeps_no_domain(stack: Stack, simpledb: Sdb) -> None:
+def test_busy_simpledb_does_not_keep_the_domain(stack: Stack, simpledb: Sdb) -> None:
     simpledb.weather(throttle=0.4)
     try:
         assert Destroy(stack, Front(), delete_data=True).run() == []
@@ -69,7 +69,7 @@ def test_a_busy_simpledb_keeps_no_domain(stack: Stack, simpledb: Sdb) -> None:
     assert simpledb.domain not in domains(simpledb)
 
 
-def test_who_declines_keeps_stack_and_domain(stack: Stack, simpledb: Sdb) -> None:
+def test_declined_confirmation_keeps_stack_and_domain(stack: Stack, simpledb: Sdb) -> None:
     assert Destroy(stack, Front(agreed=False), delete_data=True).run() is None
     state = stack.state()
     assert state

@@ -49,7 +49,7 @@ def test_status_shows_groups_queues_and_alarms(deploy: Run, tmp_path: Path) -> N
     assert {one["name"] for one in found["groups"]} == {"batchlab-manager", "batchlab-pool-default"}
 
 
-def test_a_home_that_does_not_know_the_stack_is_told(deploy: Run, home: Home, tmp_path: Path) -> None:
+def test_home_without_a_stack_is_reported(deploy: Run, home: Home, tmp_path: Path) -> None:
     """Another laptop: no settings, no deployment, and the stack is found by its name."""
     deploy("apply", "--yes", "--release", release(tmp_path), "--stack", "team")
     known = aws_deployment.read(home)
@@ -70,7 +70,7 @@ def test_a_home_that_does_not_know_the_stack_is_told(deploy: Run, home: Home, tm
     assert "No changes" in out
 
 
-def test_a_file_that_has_drifted_is_told_by_field(deploy: Run, home: Home, tmp_path: Path) -> None:
+def test_drifted_file_is_reported_by_field(deploy: Run, home: Home, tmp_path: Path) -> None:
     deploy("apply", "--yes", "--release", release(tmp_path))
     path = aws_deployment.path_in(home)
     path.write_text(path.read_text().replace('"log_group": "/', '"log_group": "/old/'))
@@ -90,7 +90,7 @@ def test_status_of_no_stack(deploy: Run) -> None:
 # --- destroy --------------------------------------------------------------------------------------
 
 
-def test_a_stack_without_data_goes_wholly(deploy: Run, home: Home, tmp_path: Path) -> None:
+def test_stack_without_data_is_deleted_completely(deploy: Run, home: Home, tmp_path: Path) -> None:
     deploy("apply", "--yes", "--release", release(tmp_path))
     client("autoscaling").set_desired_capacity(AutoScalingGroupName="batchlab-pool-default", DesiredCapacity=3)
     code, out, err = deploy("destroy", "--yes")
@@ -117,7 +117,7 @@ def filled(home: Home, count: int) -> str:
     return found.bucket
 
 
-def test_a_bucket_with_data_stays_and_is_listed(deploy: Run, home: Home, tmp_path: Path) -> None:
+def test_bucket_with_data_is_retained_and_listed(deploy: Run, home: Home, tmp_path: Path) -> None:
     deploy("apply", "--yes", "--release", release(tmp_path))
     bucket = filled(home, 2)
     code, out, _ = deploy("destroy", "--yes")
@@ -128,7 +128,7 @@ def test_a_bucket_with_data_stays_and_is_listed(deploy: Run, home: Home, tmp_pat
     assert (len(told["Versions"]), len(told["DeleteMarkers"])) == (4, 1)
 
 
-def test_with_its_data_everything_goes_in_batches(deploy: Run, home: Home, tmp_path: Path) -> None:
+def test_stack_with_data_is_deleted_in_batches(deploy: Run, home: Home, tmp_path: Path) -> None:
     deploy("apply", "--yes", "--release", release(tmp_path))
     bucket = filled(home, 600)
     code, out, err = deploy("destroy", "--yes", "--delete-data", "--json")
@@ -140,7 +140,7 @@ def test_with_its_data_everything_goes_in_batches(deploy: Run, home: Home, tmp_p
     assert client("s3").list_buckets()["Buckets"] == []
 
 
-def test_data_that_would_be_deleted_is_refused_unless_told(
+def test_deletion_of_data_needs_an_option(
     deploy: Run, home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A template whose bucket does not stay by itself."""
@@ -205,7 +205,7 @@ def test_for_data_the_stacks_name_is_typed(
     assert (stacks() == {}) == is_gone
 
 
-def test_there_is_nothing_to_destroy(deploy: Run) -> None:
+def test_destroy_without_a_stack_has_no_effect(deploy: Run) -> None:
     code, _, err = deploy("destroy", "--yes")
     assert code == 2
     assert "The stack batchlab does not exist in us-east-1." in err
@@ -214,7 +214,7 @@ def test_there_is_nothing_to_destroy(deploy: Run) -> None:
 # --- gc -------------------------------------------------------------------------------------------
 
 
-def test_gc_lists_what_is_left_and_removes_it_only_when_told(
+def test_gc_lists_leftovers_and_removes_them_on_request(
     deploy: Run, account: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     deploy("apply", "--yes", "--release", release(tmp_path))
@@ -248,7 +248,7 @@ def test_gc_lists_what_is_left_and_removes_it_only_when_told(
     assert "Add --aws" in err
 
 
-def test_what_only_its_name_says_to_be_a_stacks_is_removed_by_that_name(
+def test_leftover_known_only_by_name_needs_that_name(
     deploy: Run, simpledb: Sdb, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A SimpleDB domain can have no tag, and what RDS makes itself has none."""
@@ -284,7 +284,7 @@ def test_what_only_its_name_says_to_be_a_stacks_is_removed_by_that_name(
     assert there() == (False, False)
 
 
-def test_where_there_is_no_simpledb_the_rest_is_listed(
+def test_region_without_simpledb_lists_the_rest(
     deploy: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     deploy("apply", "--yes", "--release", release(tmp_path))
