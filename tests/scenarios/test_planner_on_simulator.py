@@ -101,6 +101,7 @@ def test_known_parameters_are_recovered_from_simulated_runs(facts: list[Record])
     assert made.stretch == {"claims/parse": pytest.approx(1.4, rel=1e-6), "claims/sum": pytest.approx(0.8, rel=1e-6)}
 
 
+@pytest.mark.slow
 def test_a_calibrated_forecast_is_closer_to_the_fact(facts: list[Record]) -> None:
     """In the mean of many runs: in one, a boot of another length may let an instance take what
     was another's, and the p95 of five jobs is one job."""

@@ -95,7 +95,11 @@ def waits_of(record: Record) -> list[float]:
 
 @pytest.mark.parametrize(
     ("trace", "slots"),
-    [("hpc2n-head", 16), ("hpc2n-head", 8), ("nasa-ipsc", 8), ("nasa-ipsc", 4), ("nasa-ipsc", 3), ("nasa-ipsc", 2)],
+    [
+        pytest.param("hpc2n-head", 16, marks=pytest.mark.slow),
+        pytest.param("hpc2n-head", 8, marks=pytest.mark.slow),
+        *(("nasa-ipsc", slots) for slots in (8, 4, 3, 2)),
+    ],
 )
 def test_waits_of_a_trace_match_two_independent_replays(shared_data: Path, trace: str, slots: int) -> None:
     """The reference is SimPy's and the Kiefer-Wolfowitz recursion's, which agree on every job."""
