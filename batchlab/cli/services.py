@@ -39,12 +39,12 @@ def _manager(asked: argparse.Namespace) -> None:
     from batchlab.cli.options import parse_pools
     from batchlab.runtime import factory, settings
     from batchlab.runtime.home import find_home
-    from batchlab.server.manager_service import manager_main
+    from batchlab.server.manager_service import ManagerOptions, manager_main
 
     home = find_home(asked.home)
     backend = factory.load(asked.backend, asked.endpoint)
     backend = settings.applied(factory.with_pools(backend, parse_pools(asked.pool)), home)
-    manager_main(home, backend, host=asked.host, port=asked.port, parent=asked.parent, hosts=asked.page_host)
+    manager_main(ManagerOptions(home, backend, asked.host, asked.port, asked.parent, asked.page_host))
 
 
 def _connection(asked: argparse.Namespace) -> None:

@@ -1,7 +1,6 @@
-"""Facts about a job that `wait_reasons` turns into an explanation. They are read once.
+"""Facts about a job that `wait_reasons` turns into an explanation.
 
-Invariant: each fact is a row of the ledger, a heartbeat, or an answer of the fleet. None is a
-guess.
+Invariant: each fact is a row of the ledger, a heartbeat, or an answer of the fleet.
 """
 
 from __future__ import annotations
@@ -27,9 +26,8 @@ from batchlab.manager import fleet_commands
 from batchlab.manager.manager import Manager
 from batchlab.manager.state import LiveJob, ManagerSettings, Outstanding, WorkerStatus
 
-ACTIVITIES = 20
-"""Number of activities that are read per pool. It covers the pauses between the launches of a crash
-loop."""
+MAX_ACTIVITIES = 20
+"""Number of scaling activities that are read per pool. They include several launches of a crash loop."""
 
 Key = tuple[StageName, BundleId]
 
@@ -60,7 +58,7 @@ class Facts:
     trouble: str = ""
     lag_s: float = 0.0
     """Age in seconds of the oldest unprocessed event of the workers."""
-    said: tuple[float, str] | None = None
+    warning: tuple[float, str] | None = None
     """Last warning about this job in the manager's log: its epoch time and its text."""
     unreadable: str = ""
     """Messages and objects of the job that cannot be read, as a clause."""
@@ -87,13 +85,13 @@ class Facts:
     @cached_property
     def running(self) -> Mapping[Key, tuple[float, str]]:
         """Return the start (monotonic) and the instance of each outstanding bundle that runs."""
-        found: dict[Key, tuple[float, str]] = {}
+        running: dict[Key, tuple[float, str]] = {}
         for instance, worker_status in self.workers.items():
             for held, since_s in worker_status.since_s.items():
                 key = (held.stage, held.bundle)
                 if held.job == self.record.job.id and key in self.outstanding:
-                    found[key] = min(found.get(key, (since_s, instance)), (since_s, instance))
-        return found
+                    running[key] = min(running.get(key, (since_s, instance)), (since_s, instance))
+        return running
 
     @cached_property
     def idle(self) -> list[Outstanding]:
@@ -102,15 +100,13 @@ class Facts:
 
     @cached_property
     def delayed(self) -> list[Outstanding]:
-        """Return the idle bundles whose backoff has not expired. The one that is due next comes
-        first."""
-        outstandings = [one for one in self.idle if one.heard_s > self.monotonic_s]
-        return sorted(outstandings, key=lambda one: one.heard_s)
+        """Return the idle bundles whose backoff has not expired, the next due bundle first."""
+        delayed = [outstanding for outstanding in self.idle if outstanding.heard_s > self.monotonic_s]
+        return sorted(delayed, key=lambda outstanding: outstanding.heard_s)
 
     @cached_property
     def queued(self) -> list[Outstanding]:
-        """Return the other idle bundles. A worker could receive them now, or has prefetched
-        them."""
+        """Return the idle bundles without a backoff. A worker can receive them, or has prefetched them."""
         return [outstanding for outstanding in self.idle if outstanding.heard_s <= self.monotonic_s]
 
     def pools(self) -> list[str]:
@@ -120,17 +116,14 @@ class Facts:
         return sorted(busy)
 
     def in_service(self, pool: str) -> list[Instance]:
-        return self._in(pool, LifecycleState.IN_SERVICE)
+        return [i for i in self.groups[pool].instances if i.state is LifecycleState.IN_SERVICE]
 
     def pending(self, pool: str) -> list[Instance]:
-        return self._in(pool, LifecycleState.PENDING)
-
-    def _in(self, pool: str, state: LifecycleState) -> list[Instance]:
-        return [i for i in self.groups[pool].instances if i.state is state]
+        return [i for i in self.groups[pool].instances if i.state is LifecycleState.PENDING]
 
     def rivals(self, pool: str) -> Iterator[LiveJob]:
         """Return the other running jobs that have work for the pool, oldest first."""
-        for live in sorted(self.lives.values(), key=lambda one: (one.job.submitted_s, one.id)):
+        for live in sorted(self.lives.values(), key=lambda live: (live.job.submitted_s, live.id)):
             runs = live.record.control is Control.RUN
             if live.id == self.record.job.id or not runs or live.record.state is JobState.SCHEDULED:
                 continue
@@ -140,12 +133,12 @@ class Facts:
 
 
 async def gather(manager: Manager, job: JobId) -> Facts:
-    """Return the facts about one job. Raise NotFound if it is unknown."""
+    """Return the facts about a job. Raise NotFound if the job is unknown."""
     fleet, ledger = manager.ports.fleet, manager.ports.ledger
     groups = await fleet_commands.groups(manager)
-    activities = {pool: await fleet.activities(pool, limit=ACTIVITIES) for pool in groups}
+    activities = {pool: await fleet.activities(pool, limit=MAX_ACTIVITIES) for pool in groups}
     rows = await ledger.rows(job)
-    # Read last and without waits, so that all facts in memory are from one moment.
+    # No await follows, so that all facts from the manager's memory are from the same moment.
     live = manager.lives.get(job)
     return Facts(
         record=live.record if live else rows.job,
@@ -163,7 +156,7 @@ async def gather(manager: Manager, job: JobId) -> Facts:
         stopped=manager.autoscaler.launch_breaker.stopped(),
         trouble=manager.trouble,
         lag_s=manager.counts.lag_s,
-        said=manager.recent.of(job) if manager.recent else None,
+        warning=manager.recent.of(job) if manager.recent else None,
         unreadable=manager.quarantine.trouble(job),
         undelivered=manager.notifier.trouble(job) if manager.notifier else "",
     )

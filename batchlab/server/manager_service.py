@@ -1,7 +1,7 @@
 """Manager process: its ports, its API and web page, and its workers if it starts them.
 
-Invariant: SIGTERM ends the manager, leaves no process running, and loses no data. After a kill, the
-next start finds everything that remained.
+Invariant: SIGTERM ends the manager, leaves no process running, and loses no data. After a kill, the next
+manager continues with the stored data and with the workers that still run.
 """
 
 from __future__ import annotations
@@ -31,39 +31,47 @@ from batchlab.server.shutdown import end_instances, end_with, stop_by_signal
 if TYPE_CHECKING:
     import uvicorn
 
-    from batchlab.core.pricing.price_book import PriceBook
     from batchlab.manager.manager import Manager
     from batchlab.server.http.common import Served
 
 log = logging.getLogger(__name__)
 
-AGAIN_S = 1.0
-"""Pause in seconds between the loss of the lease and the next attempt to get it."""
-TRIED_S = 3.0
-"""Time in seconds that an ending manager waits for the first delivery attempts of new
-notifications."""
+LEASE_RETRY_S = 1.0
+"""Pause in seconds between the loss of the lease and the next attempt to get the lease."""
+DELIVERY_WAIT_S = 3.0
+"""Time in seconds that an ending manager waits for the first delivery attempts of new notifications."""
 
 
-def manager_main(
-    home: Home, backend: Backend, *, host: str = "127.0.0.1", port: int = 0, parent: int = 0, hosts: Sequence[str] = ()
-) -> None:
-    """Run a manager until SIGTERM, SIGINT, a shutdown request, or the end of process `parent`. Its
-    web page answers to the names of this machine, to `host`, and to `hosts`."""
+@dataclass(frozen=True, slots=True)
+class ManagerOptions:
+    """Options of a manager process. The process ends with the process `parent`, if `parent` is not 0. The web
+    page accepts the names of this machine, `host`, and `hosts` in the Host header."""
+
+    home: Home
+    backend: Backend
+    host: str = "127.0.0.1"
+    port: int = 0
+    parent: int = 0
+    hosts: Sequence[str] = ()
+
+
+def manager_main(options: ManagerOptions) -> None:
+    """Run a manager until SIGTERM, SIGINT, a shutdown request, or the end of its parent process."""
     logs.set_up(service="manager")
-    with home.locked():
-        asyncio.run(_manage(home, backend, host, port, parent, hosts))
 
+    async def manage() -> None:
+        stop = stop_by_signal()
+        async with _emulator_running(options.home, options.backend):
+            await _lead(options, stop)
 
-async def _manage(home: Home, backend: Backend, host: str, port: int, parent: int, hosts: Sequence[str]) -> None:
-    stop = stop_by_signal()
-    async with _standing(home, backend):
-        await _lead(home, backend, host, port, parent, [host, *hosts], stop)
+    with options.home.locked():
+        asyncio.run(manage())
 
 
 @asynccontextmanager
-async def _standing(home: Home, backend: Backend) -> AsyncIterator[None]:
-    """Run the block with the backend's endpoint available. An emulator of the grid is started,
-    supervised, and stopped."""
+async def _emulator_running(home: Home, backend: Backend) -> AsyncIterator[None]:
+    """Run the block while the backend's emulator of AWS runs, if the backend has an emulator. This function
+    starts, supervises, and stops the emulator."""
     emulator = backend.open_emulator(home)
     if emulator is None:
         backend.settle(home, None)
@@ -83,9 +91,7 @@ async def _standing(home: Home, backend: Backend) -> AsyncIterator[None]:
         emulator.stop()
 
 
-async def _lead(
-    home: Home, backend: Backend, host: str, port: int, parent: int, hosts: Sequence[str], stop: asyncio.Event
-) -> None:
+async def _lead(options: ManagerOptions, stop: asyncio.Event) -> None:
     from batchlab.manager.collector import events_queue
     from batchlab.manager.counters import Counters
     from batchlab.manager.manager import LEASE, Manager
@@ -96,6 +102,7 @@ async def _lead(
     from batchlab.runtime.home import leave, listen, listen_locally
     from batchlab.server.report_writer import open_reporter
 
+    home, backend = options.home, options.backend
     clock, ids = backend.open_clock(), backend.open_ids()
     ledger = backend.open_ledger(home)
     launcher = backend.open_launcher(home, clock)
@@ -112,9 +119,8 @@ async def _lead(
     )
     owner = ids.fresh("manager")
     logs.is_from(manager=owner)
-    # The first call to each service reports a damaged or newer file format at once. Later calls
-    # would retry, as in an outage. This process holds the folder's lock, so the previous manager
-    # has ended and its lease can be released.
+    # This call is not retried, so that the user sees a damaged file or a newer file format at once.
+    # This process holds the lock of the folder. So the previous manager has ended, and its lease can be released.
     await ledger.release(LEASE, home.last_owner() or owner)
     if backend.capabilities.local_queue:
         await queue.ensure(events_queue(backend.manager))
@@ -125,7 +131,7 @@ async def _lead(
     tracer = backend.open_tracer("manager", owner)
     recent = logs.Recent()
     logging.getLogger("batchlab").addHandler(recent)
-    fresh = partial(
+    new_manager = partial(
         Manager,
         ports=ports,
         settings=backend.manager,
@@ -144,21 +150,20 @@ async def _lead(
     )
     token = await asyncio.to_thread(backend.api_token, home)
     logs.hide(token, *(value for pool in pools for _, value in pool.env))
-    listeners = [listen(host, port)]
+    listeners = [listen(options.host, options.port)]
     loop = asyncio.get_running_loop()
-    url = f"http://{host}:{listeners[0].getsockname()[1]}"
+    url = f"http://{options.host}:{listeners[0].getsockname()[1]}"
     if backend.capabilities.local_manager and (local := listen_locally(home)):
         listeners.append(local[0])
         home.write_socket(owner, local[1])
     # The record is written before this manager leads, because the next manager must know the owner
     # of the lease. Early requests wait for the server.
-    home.write_record(ManagerRecord(url, os.getpid(), owner, backend.name, parent))
-    lead = _Lead(_explaining(fresh()))
-    leading = loop.create_task(_lead_on(lead, fresh))
+    home.write_record(ManagerRecord(url, os.getpid(), owner, backend.name, options.parent))
+    lead = _Lead(_with_reasons(new_manager()))
+    leading = loop.create_task(_lead_on(lead, new_manager))
     # The server is created while the workers boot, which takes about as long.
-    make = partial(_server, lead, token, backend, stop.set, hosts, home)
     try:
-        server, served = await asyncio.to_thread(make)
+        server, served = await asyncio.to_thread(_server, lead, token, options, stop.set)
     except BaseException:
         leading.cancel()
         await asyncio.gather(leading, return_exceptions=True)
@@ -167,30 +172,29 @@ async def _lead(
         raise
     gc_control.ended()
     lead.serve(served)
-    # This module imports the API, so it is imported only after the thread has done that.
-    from batchlab.server.http.history import keep_looking
+    # The history module imports the API. The thread has just imported the API, so this import is fast.
+    from batchlab.server.http.history import record_history
 
     # uvicorn handles SIGTERM and SIGINT while it serves. Its return ends this process.
     serving = loop.create_task(server.serve(sockets=listeners))
     watching = [
-        loop.create_task(end_with(parent, stop)),
-        loop.create_task(keep_looking(served.history, lambda: lead.manager)),
+        loop.create_task(end_with(options.parent, stop)),
+        loop.create_task(record_history(served.history, lambda: lead.manager)),
     ]
     if launcher:
-        watching.append(loop.create_task(_tell_of_deaths(lead, launcher.changed)))
+        watching.append(loop.create_task(_wake_on_change(lead, launcher.changed)))
     log.info("manager %s listens on %s", owner, url)
     stopping = loop.create_task(stop.wait())
     await asyncio.wait({stopping, leading, serving}, return_when=asyncio.FIRST_COMPLETED)
     log.info("manager %s ends", owner)
-    if (telling := lead.manager.notifier) and lead.manager.is_leader.is_set():
-        # A grid may exist for a single job and end with it, and its user waits for the
-        # notification.
-        await telling.tried(TRIED_S)
+    if (notifier := lead.manager.notifier) and lead.manager.is_leader.is_set():
+        # A grid may run a single job and stop after the job. The user of the job waits for the notification.
+        await notifier.tried(DELIVERY_WAIT_S)
     server.should_exit = True
     for task in (leading, stopping, *watching):
         task.cancel()
     results = await asyncio.gather(leading, serving, stopping, *watching, return_exceptions=True)
-    if launcher:  # otherwise the instances belong to a service and outlive the manager
+    if launcher:  # without a launcher, the instances belong to an AWS service and outlive the manager
         await end_instances(launcher, backend.worker.drain_s)
     leave(home)
     await queue.close()
@@ -203,12 +207,12 @@ async def _lead(
 
 @dataclass
 class _Lead:
-    """The current manager object. The API uses it through `served` once the API exists."""
+    """Current manager object. The API reads the manager from `served`, which is None until the API exists."""
 
     manager: Manager
     served: Served | None = None
 
-    def pass_to(self, manager: Manager) -> None:
+    def replace_manager(self, manager: Manager) -> None:
         self.manager = manager
         if self.served:
             self.served.manager = manager
@@ -219,29 +223,34 @@ class _Lead:
 
 
 def _server(
-    lead: _Lead, token: str, backend: Backend, on_shutdown: Callable[[], None], hosts: Sequence[str], home: Home
+    lead: _Lead, token: str, options: ManagerOptions, on_shutdown: Callable[[], None]
 ) -> tuple[uvicorn.Server, Served]:
-    """Create the server with the API and the web page. Their imports and routes take half of a
-    grid's start-up time."""
+    """Create the server with the API and the web page. Their imports and routes take half of a grid's start-up
+    time."""
     import uvicorn
 
     from batchlab.adapters.local.fleet_state_file import StateFile
     from batchlab.server import web
     from batchlab.server.http import create_app
 
+    home, backend = options.home, options.backend
     app, served = create_app(
         lead.manager,
         token=token,
         backend_name=backend.name,
         capabilities=backend.capabilities,
         on_shutdown=on_shutdown,
-        # Until the next manager starts, another program may listen on this port and receive the
-        # requests of an open page. So the sessions of a manager on this machine end with the
-        # manager.
+        # After a manager on this machine ends, another program may listen on its port and receive the requests
+        # of an open page. So the sessions of such a manager are not stored and end with the manager.
         sessions=StateFile(home.sessions_file) if backend.capabilities.remote_manager else None,
-        hosts=hosts,
+        hosts=[options.host, *options.hosts],
     )
-    web.mount(app, served, prices=_prices(home))
+    try:
+        prices = price_book.load(home.path)
+    except UsageError as error:
+        log.warning("the web page shows no costs: %s", error)
+        prices = None
+    web.mount(app, served, prices=prices)
     config = uvicorn.Config(
         app,
         log_config=None,  # the process sets up its own logs
@@ -253,21 +262,11 @@ def _server(
     return uvicorn.Server(config), served
 
 
-def _prices(home: Home) -> PriceBook | None:
-    from batchlab.core.pricing import price_book
-
-    try:
-        return price_book.load(home.path)
-    except UsageError as error:
-        log.warning("the page shows no costs: %s", error)
-        return None
-
-
-async def _lead_on(lead: _Lead, fresh: Callable[[], Manager]) -> None:
-    """Lead, and start a new manager object after each loss of the lease. A full disk, a long outage
+async def _lead_on(lead: _Lead, new_manager: Callable[[], Manager]) -> None:
+    """Run the manager, and create a new manager object after each loss of the lease. A full disk, a long outage
     of the database, or another manager can cause a loss.
 
-    Raise BackendError if the first attempt to lead fails, so that the user sees the error at once.
+    Raise BackendError if the first attempt to get the lease fails, so that the user sees the error at once.
     """
     has_led = False
     while True:
@@ -276,15 +275,15 @@ async def _lead_on(lead: _Lead, fresh: Callable[[], Manager]) -> None:
         except* BackendError as errors:
             if not (has_led or lead.manager.has_led):
                 raise
-            log.warning("the backend is away: %s", errors.exceptions[0])
+            log.warning("the backend does not respond: %s", errors.exceptions[0])
         heed_cancellation()
         has_led = True
-        await asyncio.sleep(AGAIN_S)
-        log.warning("standing for the lead again")
-        lead.pass_to(_explaining(fresh()))
+        await asyncio.sleep(LEASE_RETRY_S)
+        log.warning("the manager tries to get the lease again")
+        lead.replace_manager(_with_reasons(new_manager()))
 
 
-def _explaining(manager: Manager) -> Manager:
+def _with_reasons(manager: Manager) -> Manager:
     """Give the manager's notifications the function that explains why a job does not progress."""
     from batchlab.server import job_facts
     from batchlab.server.wait_reasons import why
@@ -297,7 +296,7 @@ def _explaining(manager: Manager) -> Manager:
     return manager
 
 
-async def _tell_of_deaths(lead: _Lead, changed: asyncio.Event) -> None:
+async def _wake_on_change(lead: _Lead, changed: asyncio.Event) -> None:
     while True:
         await changed.wait()
         changed.clear()
@@ -305,16 +304,16 @@ async def _tell_of_deaths(lead: _Lead, changed: asyncio.Event) -> None:
 
 
 def accounting_of(home: Home, pools: Sequence[Pool], tally: Tally) -> Accounting:
-    """Return the accounting of the grid. Prices are missing if the price book cannot be read."""
+    """Return the accounting of the grid. Without a readable price book, the accounting has no prices."""
     try:
         book = price_book.load(home.path)
     except UsageError as error:
-        log.warning("nothing has a price, so no cost can be capped: %s", error)
+        log.warning("the grid has no prices, so cost caps have no effect: %s", error)
         return Accounting(tally=tally)
-    own = {pool.name: pool.instance_type for pool in pools}
+    instance_types = {pool.name: pool.instance_type for pool in pools}
     disk_usd_h = book.of("ebs", "gp3_usd_per_gb_month") * WORKER_DISK_GB / HOURS_A_MONTH
 
     def usd_h(kind: Kind) -> float:
-        return book.rate(kind.type, kind.market, own.get(kind.pool, "")).high + disk_usd_h
+        return book.rate(kind.type, kind.market, instance_types.get(kind.pool, "")).high + disk_usd_h
 
     return Accounting(usd_h, lambda requests: sum(usd_of(requests, book)), tally)

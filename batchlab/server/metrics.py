@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING
+from itertools import accumulate, product
+from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Depends, Request, Response
 
@@ -19,18 +20,14 @@ from batchlab.core.notifications import KINDS
 from batchlab.core.protocol.json_format import FAILURE_KINDS
 from batchlab.manager.counters import STAGE_KINDS, UNREADABLE_KINDS, stage_kind
 from batchlab.manager.manager import Manager
-from batchlab.manager.state import LiveJob, Outstanding
+from batchlab.manager.state import Outstanding
 from batchlab.server.http.common import Given, authorised
 from batchlab.server.job_views import running_tasks
 
 if TYPE_CHECKING:
-    from prometheus_client.core import Metric
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-Samples = Mapping[tuple[str, ...], float]
-DECISIONS = ("in", "out")
-DELIVERIES = ("delivered", "failed", "given_up")
-FOLLOWED = ("failed", "retried")
-TARGETS = tuple(sorted(KINDS))
+Samples = Mapping[Any, float]
 TASK_STATES = ("waiting", "sent", "running")
 
 
@@ -40,27 +37,35 @@ def exposition(manager: Manager, backend: str, accept: str) -> tuple[bytes, str]
     from prometheus_client.exposition import choose_encoder
     from prometheus_client.registry import Collector
 
-    class Now(Collector):
+    class ManagerCollector(Collector):
         def collect(self) -> Iterable[Metric]:
             return families(manager, backend)
 
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(Now())
+    registry.register(ManagerCollector())
     encode, content_type = choose_encoder(accept)
     return encode(registry), content_type
 
 
 def families(manager: Manager, backend: str) -> Iterator[Metric]:
     """Return every metric with its samples."""
-    yield _gauge("manager_leader", "Whether this manager leads.", manager.is_leader.is_set())
-    yield _by("build_info", "Always 1; what runs here.", ("version", "backend"), {(__version__, backend): 1})
+    yield _gauge("manager_leader", "1 if this manager is the leader, else 0.", manager.is_leader.is_set())
+    build = {(__version__, backend): 1}
+    yield _gauge("build_info", "Always 1. The labels name the version and the backend.", build, "version", "backend")
     yield from _jobs(manager)
-    yield from _work(manager)
+    yield from _tasks(manager)
     yield from _pools(manager)
     yield from _queues(manager)
-    yield from _heart(manager)
-    yield from _use(manager)
-    yield from _notifications(manager)
+    yield from _events_and_ticks(manager)
+    yield from _usage(manager)
+    deliveries = _each(manager.counts.deliveries, sorted(KINDS), ("delivered", "failed", "given_up"))
+    yield _counter(
+        "notification_attempts",
+        "Attempts to deliver a notification, by kind of target and outcome.",
+        deliveries,
+        "target",
+        "outcome",
+    )
 
 
 # --- Jobs and tasks ------------------------------------------------------------------------------
@@ -68,73 +73,54 @@ def families(manager: Manager, backend: str) -> Iterator[Metric]:
 
 def _jobs(manager: Manager) -> Iterator[Metric]:
     states = Counter(live.record.state for live in manager.lives.values())
+    active = {(s.value.lower(),): states[s] for s in JobState if s not in ENDED}
+    yield _gauge("jobs", "Jobs that have not ended, by state.", active, "state")
+    capped = sum(live.is_held for live in manager.lives.values())
+    yield _gauge("jobs_capped", "Jobs that start no more tasks because of a cost cap.", capped)
+    yield _counter("jobs_submitted", "Jobs that the manager has accepted.", manager.counts.submitted)
+    ended = {(s.value.lower(),): manager.counts.jobs[s.value.lower()] for s in sorted(ENDED)}
+    yield _counter("jobs_ended", "Jobs that have ended, by final state.", ended, "state")
+
+
+def _tasks(manager: Manager) -> Iterator[Metric]:
     counts = manager.counts
-    yield _by(
-        "jobs",
-        "Jobs that have not ended, by state.",
-        ("state",),
-        {(s.value.lower(),): states[s] for s in JobState if s not in ENDED},
-    )
-    held = sum(live.is_held for live in manager.lives.values())
-    yield _gauge("jobs_capped", "Jobs that a cap on cost holds back.", held)
-    yield _count("jobs_submitted", "Jobs that were accepted.", {(): counts.submitted})
-    yield _count(
-        "jobs_ended",
-        "Jobs that have ended, by state.",
-        {(s.value.lower(),): counts.jobs[s.value.lower()] for s in sorted(ENDED)},
-        ("state",),
-    )
-
-
-def _work(manager: Manager) -> Iterator[Metric]:
-    tasks: Counter[tuple[str, str]] = Counter()
+    tasks: Counter[tuple[str, ...]] = Counter()
     for live in manager.lives.values():
-        _count_tasks(manager, live, tasks)
-    counts = manager.counts
-    yield _by(
+        running = running_tasks(live, manager.registry.workers.values())
+        for stage in live.job.stages:
+            kind, record = stage_kind(stage), live.stages[stage.name].counts
+            runs, sent = running.get(stage.name, 0), live.cut_tasks(stage.name)
+            open_tasks = max(0, (record.planned or 0) - record.terminal)
+            tasks[kind, "running"] += runs
+            tasks[kind, "sent"] += max(0, sent - runs)
+            tasks[kind, "waiting"] += max(0, open_tasks - sent)
+    yield _gauge(
         "tasks",
-        "Tasks of jobs that have not ended, by kind of stage: waiting for their turn, sent to a queue, or running.",
-        ("stage_kind", "state"),
-        {(kind, state): tasks[kind, state] for kind in STAGE_KINDS for state in TASK_STATES},
+        "Tasks of jobs that have not ended, by kind of stage and state: not sent yet, sent to a queue, or running.",
+        _each(tasks, STAGE_KINDS, TASK_STATES),
+        "stage_kind",
+        "state",
     )
-    yield _count(
-        "tasks_ended",
-        "Tasks that have come to their end, by kind of stage and state.",
-        {
-            (kind, state): counts.tasks[kind, state]
-            for kind in STAGE_KINDS
-            for state in ("succeeded", "failed", "cancelled")
-        },
-        ("stage_kind", "state"),
-    )
-    yield _count(
+    ended = _each(counts.tasks, STAGE_KINDS, ("succeeded", "failed", "cancelled"))
+    yield _counter("tasks_ended", "Tasks that have ended, by kind of stage and state.", ended, "stage_kind", "state")
+    yield _counter(
         "attempts_failed",
-        "Attempts of tasks that failed, by reason and by what followed, as workers tell.",
-        {(reason, then): counts.attempts[reason, then] for reason in sorted(FAILURE_KINDS) for then in FOLLOWED},
-        ("reason", "followed"),
+        "Failed attempts that workers have reported, by reason and by consequence: the task failed or was retried.",
+        _each(counts.attempts, sorted(FAILURE_KINDS), ("failed", "retried")),
+        "reason",
+        "followed",
     )
-    yield _count("bundles_committed", "Outcomes that the ledger has taken.", {(): counts.bundles})
-    yield _count(
+    yield _counter("bundles_committed", "Bundles whose outcome the ledger has recorded.", counts.bundles)
+    yield _counter(
         "duplicate_completions",
-        "Completions of bundles whose outcome the ledger had taken before.",
-        {(): counts.repeated},
+        "Repeated reports of a bundle whose outcome the ledger had already recorded.",
+        counts.repeated,
     )
-    yield _count(
+    yield _counter(
         "duplicate_executions",
-        "Bundles that a worker ran for nothing, because another's outcome came first.",
-        {(): counts.duplicates},
+        "Bundles that a worker ran in vain, because another worker had committed the outcome first.",
+        counts.duplicates,
     )
-
-
-def _count_tasks(manager: Manager, live: LiveJob, tasks: Counter[tuple[str, str]]) -> None:
-    running = running_tasks(live, manager.registry.workers.values())
-    for stage in live.job.stages:
-        kind, record = stage_kind(stage), live.stages[stage.name].counts
-        runs, sent = running.get(stage.name, 0), live.cut_tasks(stage.name)
-        left = max(0, (record.planned or 0) - record.terminal)
-        tasks[kind, "running"] += runs
-        tasks[kind, "sent"] += max(0, sent - runs)
-        tasks[kind, "waiting"] += max(0, left - sent)
 
 
 # --- Pools and queues ----------------------------------------------------------------------------
@@ -142,23 +128,20 @@ def _count_tasks(manager: Manager, live: LiveJob, tasks: Counter[tuple[str, str]
 
 def _pools(manager: Manager) -> Iterator[Metric]:
     groups = {name: view for name, view in manager.groups.items() if name in manager.pools}
-    instances: dict[tuple[str, ...], float] = {
-        (name, state.value): 0 for name in groups for state in (LifecycleState.PENDING, LifecycleState.IN_SERVICE)
+    states = [state.value for state in (LifecycleState.PENDING, LifecycleState.IN_SERVICE)]
+    instances: Counter[tuple[str, ...]] = Counter({(name, state): 0 for name in groups for state in states})
+    instances.update((name, instance.state.value) for name, view in groups.items() for instance in view.instances)
+    yield _gauge("instances", "Instances by pool and EC2 Auto Scaling lifecycle state.", instances, "pool", "state")
+    sizes = {
+        "desired": ("Desired capacity", [view.desired for view in groups.values()]),
+        "min": ("Minimum number of instances", [view.pool.min_size for view in groups.values()]),
+        "max": ("Maximum number of instances", [view.pool.max_size for view in groups.values()]),
     }
-    for name, view in groups.items():
-        for instance in view.instances:
-            key = (name, instance.state.value)
-            instances[key] = instances.get(key, 0) + 1
-    yield _by("instances", "Instances by pool and lifecycle state, in EC2's words.", ("pool", "state"), instances)
-    sizes = {n: (v.desired, v.pool.min_size, v.pool.max_size) for n, v in groups.items()}
-    words = ("Desired capacity", "Least instances", "Most instances")
-    for i, what in enumerate(("desired", "min", "max")):
-        name, help_ = f"pool_{what}_instances", f"{words[i]} of the pool."
-        yield _by(name, help_, ("pool",), {(n,): size[i] for n, size in sizes.items()})
+    for size, (help_, values) in sizes.items():
+        samples = {(name,): value for name, value in zip(groups, values, strict=True)}
+        yield _gauge(f"pool_{size}_instances", f"{help_} of the pool.", samples, "pool")
     workers: Counter[tuple[str, ...]] = Counter({(name,): 0 for name in manager.pools})
-    slots: Counter[tuple[str, ...]] = Counter()
-    for name in manager.pools:
-        slots[name, "busy"] = slots[name, "free"] = 0
+    slots: Counter[tuple[str, ...]] = Counter(dict.fromkeys(product(manager.pools, ("busy", "free")), 0))
     for worker_status in manager.registry.workers.values():
         beat = worker_status.beat
         if beat.pool in manager.pools:
@@ -166,92 +149,83 @@ def _pools(manager: Manager) -> Iterator[Metric]:
             busy = min(beat.busy, beat.slots)
             slots[beat.pool, "busy"] += busy
             slots[beat.pool, "free"] += beat.slots - busy
-    yield _by("workers", "Workers that have reported, by pool.", ("pool",), workers)
-    yield _by("slots", "Slots of those workers.", ("pool", "state"), slots)
-    yield _count(
+    yield _gauge("workers", "Workers that send heartbeats, by pool.", workers, "pool")
+    yield _gauge("slots", "Slots of the workers that send heartbeats, by pool and state.", slots, "pool", "state")
+    decisions = _each(manager.counts.decisions, manager.pools, ("in", "out"))
+    yield _counter(
         "scaling_decisions",
-        "Decisions of the policy to change desired capacity.",
-        {(n, way): manager.counts.decisions[n, way] for n in manager.pools for way in DECISIONS},
-        ("pool", "direction"),
+        "Changes of desired capacity by the autoscaler, by pool and direction.",
+        decisions,
+        "pool",
+        "direction",
     )
     stopped = manager.autoscaler.launch_breaker.stopped()
-    yield _by(
+    yield _gauge(
         "pool_launching_stopped",
-        "Whether nothing more is launched in the pool, because its instances do not come up.",
-        ("pool",),
+        "1 if the manager launches no instances in the pool because recent launches failed, else 0.",
         {(name,): name in stopped for name in manager.pools},
+        "pool",
     )
 
 
 def _queues(manager: Manager) -> Iterator[Metric]:
-    depths = manager.depths
-    yield _by(
+    fields = ("visible", "in_flight", "delayed")
+    depths = {(name, field): getattr(depth, field) for name, depth in manager.depths.items() for field in fields}
+    yield _gauge(
         "queue_messages",
-        "Messages in the queue of a pool, by state, as of the manager's last look.",
-        ("pool", "state"),
-        {
-            (name, state): getattr(depth, state)
-            for name, depth in depths.items()
-            for state in ("visible", "in_flight", "delayed")
-        },
+        "Messages in the task queue of the pool, by state. The manager reads the depth regularly.",
+        depths,
+        "pool",
+        "state",
     )
     now_s = manager.ports.clock.monotonic_s()
-    waiting: dict[str, list[Outstanding]] = {name: [] for name in manager.pools}
+    sent: dict[str, list[Outstanding]] = {name: [] for name in manager.pools}
     for live in manager.lives.values():
         for stage in live.job.stages:
-            if stage.pool in waiting:
-                waiting[stage.pool] += live.outstanding.get(stage.name, {}).values()
-    yield _by(
-        "bundles_outstanding",
-        "Bundles that were sent and have come to no outcome yet.",
-        ("pool",),
-        {(name,): len(outstandings) for name, outstandings in waiting.items()},
-    )
-    yield _by(
+            if stage.pool in sent:
+                sent[stage.pool] += live.outstanding.get(stage.name, {}).values()
+    numbers = {(name,): len(bundles) for name, bundles in sent.items()}
+    yield _gauge("bundles_outstanding", "Bundles that were sent and have no outcome yet, by pool.", numbers, "pool")
+    ages_s = {(name,): max([0.0, *(now_s - o.since_s for o in bundles)]) for name, bundles in sent.items()}
+    yield _gauge(
         "oldest_bundle_age_seconds",
-        "How long ago the oldest of them was sent, as far as this manager knows.",
-        ("pool",),
-        {(n,): max([0.0, *(now_s - o.since_s for o in outstandings)]) for n, outstandings in waiting.items()},
+        "Time since the oldest bundle without an outcome was sent, or since this manager first saw the bundle.",
+        ages_s,
+        "pool",
     )
 
 
-# --- Manager -------------------------------------------------------------------------------------
+# --- Manager and usage ---------------------------------------------------------------------------
 
 
-def _heart(manager: Manager) -> Iterator[Metric]:
+def _events_and_ticks(manager: Manager) -> Iterator[Metric]:
     from prometheus_client.core import HistogramMetricFamily
 
     counts = manager.counts
-    yield _gauge("event_lag_seconds", "Age of the oldest event in the last receive.", counts.lag_s)
-    yield _count("event_messages", "Messages received from the events queue.", {(): counts.events})
-    yield _count(
-        "unreadable",
-        "Messages and objects that could not be read, by kind.",
-        {(kind,): counts.unreadable[kind] for kind in UNREADABLE_KINDS},
-        ("kind",),
-    )
-    yield _count("ticks_skipped", "Ticks that the backend cut short.", {(): counts.skipped})
-    total, buckets = 0, []
+    yield _gauge("event_lag_seconds", "Age of the oldest worker event in the most recent receive.", counts.lag_s)
+    yield _counter("event_messages", "Messages received from the events queue.", counts.events)
+    unreadable = {(kind,): counts.unreadable[kind] for kind in UNREADABLE_KINDS}
+    yield _counter("unreadable", "Messages and objects that could not be read, by kind.", unreadable, "kind")
+    yield _counter("ticks_skipped", "Manager ticks that a backend error interrupted.", counts.skipped)
     bounds = [*map(str, counts.ticks.bounds_s), "+Inf"]
-    for bound, number in zip(bounds, counts.ticks.counts, strict=True):
-        total += number
-        buckets.append((bound, float(total)))
+    totals = map(float, accumulate(counts.ticks.counts))
     yield HistogramMetricFamily(
         "batchlab_tick_duration_seconds",
-        "How long the manager's ticks took.",
-        buckets=buckets,
+        "Duration of the manager's ticks.",
+        buckets=list(zip(bounds, totals, strict=True)),
         sum_value=counts.ticks.sum_s,
     )
 
 
-def _use(manager: Manager) -> Iterator[Metric]:
-    books = manager.spending
-    if books is None:
+def _usage(manager: Manager) -> Iterator[Metric]:
+    spending = manager.spending
+    if spending is None:
         return
-    requests = books.meter.total.requests
-    yield _count(
+    total = spending.meter.total
+    requests = total.requests
+    yield _counter(
         "aws_requests",
-        "Requests of S3 and SQS as AWS bills them, those of the workers as they tell them.",
+        "Billed S3 and SQS requests of the manager and of the workers, which report their own requests.",
         {
             ("sqs", "empty_receive"): requests.sqs_empty,
             ("sqs", "other"): max(0.0, requests.sqs - requests.sqs_empty),
@@ -259,57 +233,50 @@ def _use(manager: Manager) -> Iterator[Metric]:
             ("s3", "get"): requests.s3_gets,
             ("s3", "delete"): requests.s3_deletes,
         },
-        ("service", "operation"),
+        "service",
+        "operation",
     )
     billed: dict[tuple[str, ...], float] = {}
-    for kind, seconds in books.meter.total.billed_s.items():
+    for kind, seconds in total.billed_s.items():
         if kind.pool in manager.pools:
             key = (kind.pool, kind.market.value)
             billed[key] = billed.get(key, 0.0) + seconds
-    yield _count("instance_billed_seconds", "Instance seconds as AWS bills them.", billed, ("pool", "market"))
-    if (spent := books.spent_usd()) is not None:
-        yield _count(
+    help_ = "Billed time of instances, computed by the billing rules of AWS."
+    yield _counter("instance_billed_seconds", help_, billed, "pool", "market")
+    if (spent := spending.spent_usd()) is not None:
+        yield _counter(
             "cost_usd",
-            "What the grid has cost since its account was opened, in USD at list prices; where "
-            "nothing is billed, what AWS would have asked.",
-            {(): spent},
+            "Cost of the grid in USD at list prices since its account was opened. A grid outside of AWS shows the "
+            "price of the same usage on AWS.",
+            spent,
         )
-    if books.caps.max_cost_usd is not None:
-        yield _gauge("cost_cap_usd", "The cap on that.", books.caps.max_cost_usd)
-
-
-def _notifications(manager: Manager) -> Iterator[Metric]:
-    counts = manager.counts.deliveries
-    yield _count(
-        "notification_attempts",
-        "Tries to deliver a notification, by kind of target and what came of it.",
-        {(kind, what): counts[kind, what] for kind in TARGETS for what in DELIVERIES},
-        ("target", "outcome"),
-    )
+    if spending.caps.max_cost_usd is not None:
+        yield _gauge("cost_cap_usd", "Cap on the cost of the grid in USD.", spending.caps.max_cost_usd)
 
 
 # --- Metric families -----------------------------------------------------------------------------
 
 
-def _gauge(name: str, help_: str, value: float) -> Metric:
-    return _by(name, help_, (), {(): value})
+def _each(counter: Counter[Any], *values: Iterable[str]) -> Samples:
+    """Return one sample for every combination of the label values."""
+    return {key: counter[key] for key in product(*values)}
 
 
-def _by(name: str, help_: str, labels: tuple[str, ...], samples: Samples) -> Metric:
+def _gauge(name: str, help_: str, samples: float | Samples, *labels: str) -> Metric:
     from prometheus_client.core import GaugeMetricFamily
 
-    family = GaugeMetricFamily(f"batchlab_{name}", help_, labels=labels)
-    for values, number in samples.items():
-        family.add_metric(values, float(number))
-    return family
+    return _filled(GaugeMetricFamily(f"batchlab_{name}", help_, labels=labels), samples)
 
 
-def _count(name: str, help_: str, samples: Samples, labels: tuple[str, ...] = ()) -> Metric:
+def _counter(name: str, help_: str, samples: float | Samples, *labels: str) -> Metric:
     """Return a counter. The client library appends `_total` to its name."""
     from prometheus_client.core import CounterMetricFamily
 
-    family = CounterMetricFamily(f"batchlab_{name}", help_, labels=labels)
-    for values, number in samples.items():
+    return _filled(CounterMetricFamily(f"batchlab_{name}", help_, labels=labels), samples)
+
+
+def _filled(family: GaugeMetricFamily | CounterMetricFamily, samples: float | Samples) -> Metric:
+    for values, number in samples.items() if isinstance(samples, Mapping) else [((), samples)]:
         family.add_metric(values, float(number))
     return family
 
@@ -320,7 +287,6 @@ router = APIRouter(dependencies=[Depends(authorised)])
 @router.get("/metrics", include_in_schema=False)
 async def metrics(served: Given, request: Request) -> Response:
     """Return the metrics. A manager that is not the leader also returns them."""
-
     accept = request.headers.get("accept", "")
     content, kind = exposition(served.manager, served.backend_name, accept)
     # FastAPI would add a charset to `media_type`, which already has one.

@@ -83,7 +83,7 @@ def test_drain_ends_busy_instances_and_launches_none(rig: Rig) -> None:
     assert (pool["min"], pool["desired"], pool["held_by_hand"]) == (0, 0, True)
     rig.instances(2, "Terminated")
     answer = rig.client.why(name)
-    assert "held at 0 instances by hand" in answer
+    assert "a user has set pool default to 0 instances" in answer
     rig.client.scale("default", auto=True)
     rig.until(lambda: rig.client.grid()["pools"][0]["desired"], "the policy to ask for capacity")
 
@@ -126,7 +126,7 @@ def test_why_follows_a_job_through_its_life(rig: Rig) -> None:
     rig.work(name, 1, bad=[0])
     answer = rig.client.why(name)
     assert "1 task waits for its retry, next due in 10 min" in answer
-    assert "stage sum waits for stage map (0 of 1 tasks ended)" in answer
+    assert "Stage sum waits for stage map (0 of 1 tasks ended)" in answer
 
 
 def test_why_reports_failed_launches() -> None:
@@ -135,7 +135,7 @@ def test_why_reports_failed_launches() -> None:
         rig.launcher.refuse = lambda _pool, _instance: "the image is missing"
         name = rig.submit(job(tasks=1))
         answer = rig.until(lambda: text if "missing" in (text := rig.client.why(name)) else "", "the failure")
-        assert "It is waiting for capacity: workers of pool default do not come up" in answer
+        assert "The job waits for capacity: workers of pool default do not start" in answer
         assert "its launch failed: the image is missing" in answer
 
 

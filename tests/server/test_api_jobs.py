@@ -71,7 +71,7 @@ def test_a_job_is_followed_to_its_end(rig: Rig) -> None:
     assert (view["state"], view["reason"]) == ("SUCCEEDED", "")
     (stage,) = view["stages"]
     assert (stage["planned"], stage["succeeded"], stage["running"]) == (3, 3, 0)
-    assert rig.client.why(name) == "It ended SUCCEEDED: 3 tasks succeeded."
+    assert rig.client.why(name) == "The job ended SUCCEEDED: 3 tasks succeeded."
 
 
 def test_a_cancelled_job_takes_no_second_cancellation(rig: Rig) -> None:
@@ -101,7 +101,7 @@ def test_paused_job_is_shown_as_paused_and_resumes(rig: Rig) -> None:
     name = rig.submit(job(tasks=1))
     rig.outstanding(name, 1)
     assert rig.client.pause(name)["state"] == "PAUSED"
-    assert "Its user has paused it" in rig.client.why(name)
+    assert "A user has paused the job" in rig.client.why(name)
     assert rig.client.resume(name)["state"] == "RUNNABLE"
     rig.work(name, 1)
     assert rig.ended(name)["state"] == "SUCCEEDED"

@@ -53,7 +53,7 @@ def test_error_at_the_end_of_leadership_ends_the_manager() -> None:
 
 
 def test_manager_that_lost_the_lead_campaigns_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(manager_service, "AGAIN_S", 0.0)
+    monkeypatch.setattr(manager_service, "LEASE_RETRY_S", 0.0)
     first, second = Leading(short=True), Leading(errors=False)
 
     async def act() -> None:

@@ -42,13 +42,13 @@ SITUATIONS: dict[str, tuple[Situation, Sequence[str]]] = {
     ),
     "succeeded in spite of failures": (
         Situation(JobState.SUCCEEDED, counts=[StageCounts(MAP, planned=3, succeeded=2, failed=1)]),
-        ["2 tasks succeeded", "1 task failed, as its failure policy allows"],
+        ["2 tasks succeeded", "1 task failed, as the failure policy of the job allows"],
     ),
     "failed": (
         Situation(JobState.FAILED, reason="1 task failed (task 3:\n  ValueError)"),
         ["ended FAILED: 1 task failed (task 3: ValueError)."],
     ),
-    "not adopted yet": (Situation(conducted=False), ["about to take it over"]),
+    "not adopted yet": (Situation(conducted=False), ["The manager will load the job soon"]),
     "scheduled": (
         Situation(JobState.SCHEDULED, start_at_s=NOW_S + 7500),
         ["scheduled for 2023-11-15 00:18:20 UTC, in 2 h 5 min"],
@@ -56,36 +56,36 @@ SITUATIONS: dict[str, tuple[Situation, Sequence[str]]] = {
     "scheduled and due": (Situation(JobState.SCHEDULED, start_at_s=NOW_S - 1), ["starts at the manager's next tick"]),
     "paused": (
         Situation(JobState.PAUSED, Control.PAUSE, out=QUEUED, workers={"w-1": worker("w-1", bundle())}),
-        ["Its user has paused it", "0 of 10 tasks", "1 bundle that had begun", "job resume job-1"],
+        ["A user has paused the job", "0 of 10 tasks", "1 bundle that had begun", "job resume job-1"],
     ),
     "being cancelled": (
         Situation(control=Control.CANCEL, out=QUEUED),
-        ["being cancelled: its workers notice within 1 s"],
+        ["being canceled. Its workers notice within 1 s"],
     ),
     "being sealed": (
         Situation(control=Control.CANCEL, out=QUEUED, forbidden=True),
-        ["being cancelled: 1 outstanding bundle will be closed"],
+        ["being canceled. The manager will record 1 outstanding bundle as canceled"],
     ),
     "planning its input": (
         Situation(JobState.PENDING, counts=[StageCounts(MAP), StageCounts(SUM)]),
-        ["planning its input: stage map gets 2 keys of raw data, split by file"],
+        ["plans the input: stage map gets 2 keys of raw data, split by file"],
     ),
-    "planning a gather": (Situation(counts=DONE), ["planning stage sum from 10 results of map"]),
+    "planning a gather": (Situation(counts=DONE), ["plans stage sum from 10 results of map"]),
     "pool gone": (
         Situation(stages=(StageDef(MAP, handler="m:f", pool="gpu"), STAGES[1])),
-        ["Stage map runs in pool gpu, which this grid does not have", "its pools are default"],
+        ["Stage map runs in pool gpu, but this grid only has the pools default"],
     ),
     "instances too small": (
         Situation(stages=(StageDef(MAP, handler="m:f", slots=8), STAGES[1])),
-        ["asks for 8 slots per task", "pool default has 2"],
+        ["needs 8 slots per task", "pool default has 2"],
     ),
     "max of zero": (
         Situation(out=QUEUED, pool=Pool("default", max_size=0)),
-        ["waiting for capacity: pool default has a max of 0", "grid scale default --max"],
+        ["waits for capacity: pool default has a maximum of 0", "grid scale default --max"],
     ),
     "held at zero": (
         Situation(out=QUEUED, held={"default": 0}),
-        ["held at 0 instances by hand", "grid scale default --auto"],
+        ["a user has set pool default to 0 instances", "grid scale default --auto"],
     ),
     "no instance asked for": (
         Situation(out=QUEUED),
@@ -93,31 +93,34 @@ SITUATIONS: dict[str, tuple[Situation, Sequence[str]]] = {
     ),
     "launch is next": (
         Situation(out=QUEUED, desired=2, activities=CRASHES[2:]),
-        ["desired capacity is 2", "last activity: Setting desired capacity to 1, because policy"],
+        [
+            "desired capacity is 2, and the group will launch instances soon",
+            "last scaling activity was: Setting desired capacity to 1, because policy",
+        ],
     ),
     "booting": (
         Situation(out=QUEUED, desired=1, instances=[PENDING]),
-        ["0 of max 4 instances in service, 1 launched, the first 9 s ago"],
+        ["0 of max 4 instances in service. The group has launched 1 instance, the first one 9 s ago"],
     ),
     "crash loop": (
         Situation(out=QUEUED, instances=[DEAD, PENDING], activities=CRASHES),
         [
-            "workers of pool default keep dying before they are ready: exit 1",
-            "see the instance log of w-1",
-            "1 more launched",
+            "workers of pool default repeatedly end before they are ready: exit 1",
+            "The instance log of w-1",
+            "1 more instance",
         ],
     ),
     "no more launched": (
         Situation(out=QUEUED, activities=CRASHES, stopped={"default": "the last 3 did not"}),
-        ["waiting for capacity: the last 3 did not; ", "`batchlab grid scale default --auto`"],
+        ["waits for capacity: the last 3 did not. ", "`batchlab grid scale default --auto`"],
     ),
     "one crash": (
         Situation(out=QUEUED, instances=[DEAD], activities=CRASHES[1:]),
-        ["a worker of pool default died before it was ready: exit 1"],
+        ["a worker of pool default ended before it was ready: exit 1"],
     ),
     "crash loop, long ago": (
         Situation(out=QUEUED, activities=CRASHES),
-        ["workers of pool default do not come up: 3 instances in a row ended: exit 1"],
+        ["workers of pool default do not start: 3 instances in a row ended: exit 1"],
     ),
     "mended crash loop": (
         Situation(out=QUEUED, instances=[DEAD], activities=[UP, *CRASHES]),
@@ -125,11 +128,13 @@ SITUATIONS: dict[str, tuple[Situation, Sequence[str]]] = {
     ),
     "no reports yet": (
         Situation(out=QUEUED, instances=[instance("w-1")]),
-        ["1 bundle of it waits in pool default, whose 1 instance in service has not reported yet"],
+        [
+            "1 bundle of the job waits in pool default. 1 instance of the pool has started, but has not sent a heartbeat yet"
+        ],
     ),
     "on the way": (
         Situation(out=QUEUED, instances=[instance("w-1")], workers={"w-1": worker("w-1")}),
-        ["1 bundle of it is on the way to 1 worker", "for 3 s", "silent for 90 s"],
+        ["1 bundle of the job is on the way to 1 worker", "for 3 s", "no worker reports it for 90 s"],
     ),
     "outranked": (
         Situation(
@@ -138,29 +143,29 @@ SITUATIONS: dict[str, tuple[Situation, Sequence[str]]] = {
             workers={"w-1": worker("w-1")},
             others=[other(name, 5) for name in "abcd"],
         ),
-        ["4 jobs of higher priority are ahead of it in pool default: a, b, c and 1 more"],
+        ["4 jobs of higher priority come first in pool default: a, b, c and 1 more"],
     ),
     "all slots busy": (
         Situation(out=QUEUED, instances=[instance("w-1")], workers={"w-1": BUSY_ELSEWHERE}, others=[other("b")]),
-        ["All slots of pool default are busy with 1 other job: b", "1 bundle of this one"],
+        ["All slots of pool default are busy with 1 other job: b", "1 bundle of this job"],
     ),
     "sharing": (
         Situation(
             left=TaskSet.span(0, 10), instances=[instance("w-1")], workers={"w-1": worker("w-1")}, others=[other("b")]
         ),
-        ["10 tasks of stage map wait for room in pool default, which 1 other job shares: b"],
+        ["10 tasks of stage map wait for pool default, which 1 other job also uses: b"],
     ),
     "about to be cut": (
         Situation(left=TaskSet.span(0, 10), instances=[instance("w-1")]),
-        ["10 tasks of stage map wait for room", "sends the next bundles within 1 s"],
+        ["10 tasks of stage map wait for pool default. ", "sends the next bundles within 1 s"],
     ),
     "backoff": (
         Situation(out=[(bundle(JOB, 1, 2), -12.0), (bundle(JOB, 7), -40.0)], instances=[instance("w-1")]),
-        ["3 tasks wait for their retries, next due in 12 s"],
+        ["3 tasks wait for their retries, the next in 12 s"],
     ),
     "backoff of the last task before a gather": (
         Situation(counts=[StageCounts(MAP, planned=10, succeeded=9), StageCounts(SUM)], out=[(bundle(), -4.0)]),
-        ["1 task waits for its retry, next due in 4 s", "stage sum waits for stage map (9 of 10 tasks ended)"],
+        ["1 task waits for its retry, the next in 4 s", "Stage sum waits for stage map (9 of 10 tasks ended)"],
     ),
     "running": (
         Situation(
@@ -170,28 +175,28 @@ SITUATIONS: dict[str, tuple[Situation, Sequence[str]]] = {
             workers={"w-1": worker("w-1", bundle(JOB, 0, 1))},
         ),
         [
-            "running 2 tasks in 1 bundle on 1 worker",
-            "the oldest bundle (stage map, w-1) for 14 s",
+            "runs 2 tasks in 1 bundle on 1 worker",
+            "The oldest bundle (stage map, w-1) has run for 14 s",
             "0 of 10 tasks planned so far have ended",
-            "1 task waits for its retry, next due in 3 s",
-            "stage sum waits for stage map",
+            "1 task waits for its retry, the next in 3 s",
+            "Stage sum waits for stage map",
         ],
     ),
     "backend down": (
         Situation(trouble="S3 does not answer.", counts=[StageCounts(MAP), StageCounts(SUM)]),
-        ["The manager cannot go on: S3 does not answer; it keeps trying"],
+        ["The manager cannot continue the job and retries: S3 does not answer."],
     ),
     "ticks fail": (
         Situation(out=QUEUED, tick_trouble="Docker does not answer"),
-        ["cannot go on: Docker does not answer"],
+        ["cannot continue the job and retries: Docker does not answer"],
     ),
     "closing": (
         Situation(counts=[*DONE[:1], StageCounts(SUM, planned=1, succeeded=1)]),
-        ["All of its 11 tasks have ended", "writing down its end"],
+        ["All 11 tasks of the job have ended", "records the end of the job"],
     ),
     "between bundles": (
         Situation(instances=[instance("w-1")]),
-        ["0 of 10 tasks planned so far have ended and no bundle is outstanding"],
+        ["0 of 10 tasks planned so far have ended, and no bundle is outstanding"],
     ),
 }
 
@@ -218,8 +223,8 @@ def test_the_oldest_running_bundle_is_named() -> None:
         workers={"w-1": worker("w-1", young, since_s=MONO_S - 5), "w-2": worker("w-2", old, since_s=MONO_S - 4000)},
     )
     answer = why(situation.facts())
-    assert "w-2) for 66 min" in answer
-    assert f"`batchlab job logs {JOB} --follow` shows what it prints" in answer
+    assert "w-2) has run for 66 min" in answer
+    assert f"`batchlab job logs {JOB} --follow` shows the output" in answer
     situation.workers = {"w-1": worker("w-1", young, since_s=MONO_S - 5)}
     assert "--follow" not in why(situation.facts())
 
@@ -229,7 +234,7 @@ def test_a_bundle_that_two_workers_run_counts_once() -> None:
     one = bundle(JOB, 1, 2, 3)
     workers = {name: worker(name, one) for name in ("w-1", "w-2")}
     answer = why(Situation(out=[(one, 0.0)], workers=workers).facts())
-    assert "running 3 tasks in 1 bundle on 1 worker" in answer
+    assert "runs 3 tasks in 1 bundle on 1 worker" in answer
 
 
 _some: Mapping[str, st.SearchStrategy[Any]] = {
@@ -303,15 +308,15 @@ def test_delayed_manager_is_a_reason() -> None:
 
 
 def test_recent_warnings_of_the_log_are_shown() -> None:
-    said = (NOW_S - 12.0, "the bundle is given back:\nthe bucket is away.")
-    told = beside(WAITS, said=said)
-    assert told.startswith(" Also, the manager's log has said of it, 12 s ago: ")
+    warning = (NOW_S - 12.0, "the bundle is given back:\nthe bucket is away.")
+    told = beside(WAITS, warning=warning)
+    assert told.startswith(" Also, the manager logged this warning about the job 12 s ago: ")
     assert told.endswith("the bundle is given back: the bucket is away.")
-    assert beside(RUNS, said=said) == "", "it runs: nobody need act on that"
-    assert beside(WAITS, said=(NOW_S - 3600.0, "old")) == ""
+    assert beside(RUNS, warning=warning) == "", "it runs: nobody need act on that"
+    assert beside(WAITS, warning=(NOW_S - 3600.0, "old")) == ""
 
 
 def test_undelivered_notification_is_shown_for_any_job() -> None:
     for situation in (WAITS, RUNS, ENDED):
         told = beside(situation, undelivered="a notification of it to x has failed 3 times")
-        assert told.endswith("3 times (`batchlab notify log` has more).")
+        assert told.endswith("3 times. `batchlab notify log` shows the attempts.")

@@ -319,9 +319,9 @@ def test_delivery_log_shows_each_result(observed: Observed) -> None:
 
 
 def test_why_reports_undelivered_notifications(observed: Observed) -> None:
-    assert observed.why.startswith("It ended SUCCEEDED: ")
+    assert observed.why.startswith("The job ended SUCCEEDED: ")
     assert f"Also, a notification of it to {observed.hook.url}… has not arrived" in observed.why
-    assert "HTTP 500 (`batchlab notify log` has more)." in observed.why
+    assert "HTTP 500. `batchlab notify log` shows the attempts." in observed.why
 
 
 def test_no_secret_is_in_the_bucket(observed: Observed) -> None:

@@ -167,7 +167,7 @@ def test_a_manager_that_has_lost_the_lead_stands_for_it_again(
     view = grid.wait(job, within_s=90)
     check(grid, view, tmp_path / "out", facts)
     assert grid.home.record() == before, "the same process leads, at the same address"
-    assert "standing for the lead again" in grid.home.manager_log.read_text()
+    assert "the manager tries to get the lease again" in grid.home.manager_log.read_text()
 
 
 def _leads(grid: LocalGrid) -> bool:

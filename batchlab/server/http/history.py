@@ -101,7 +101,7 @@ def _curve(name: str, rows: list[tuple[int, ...]]) -> PoolCurve:
     }
 
 
-async def keep_looking(history: History, manager: Callable[[], Manager]) -> None:
+async def record_history(history: History, manager: Callable[[], Manager]) -> None:
     """Record a moment of the current manager every EVERY_S seconds. Never return."""
     while True:
         if (now := manager()).is_leader.is_set():
