@@ -379,11 +379,11 @@ def interrupt(
     \b
     Example: batchlab asg interrupt i-0123456789abcdef0 --notice 30
     """
-    from batchlab.server.autoscaling_api.metadata import give
+    from batchlab.server.autoscaling_api.metadata import send_notice
 
     kind, notice_s = "rebalance" if rebalance else "interruption", seconds_of("--notice", notice)
     at = _named(endpoint) if endpoint else _endpoint_of(home)
-    give(at, instance, kind, notice_s)
+    send_notice(at, instance, kind, notice_s)
     output.say(f"{instance} has its notice.")
 
 

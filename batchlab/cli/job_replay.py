@@ -22,8 +22,8 @@ from batchlab.core.job_definition import parse_task, task_name
 
 if TYPE_CHECKING:
     from batchlab.cli.session import Bucket
-    from batchlab.client.debug.foreground import How
-    from batchlab.client.debug.task_folder import Told, Verdict
+    from batchlab.client.debug.foreground import RunOptions
+    from batchlab.client.debug.task_folder import Comparison, TaskRun
 
 
 def replay_task(
@@ -75,8 +75,8 @@ def replay_task(
             _run(task_folder, how, json=json)
 
 
-def _how(*, debug: bool | None, at_start: bool, debugpy: int | None, no_limits: bool, json: bool) -> How:
-    from batchlab.client.debug.foreground import How
+def _how(*, debug: bool | None, at_start: bool, debugpy: int | None, no_limits: bool, json: bool) -> RunOptions:
+    from batchlab.client.debug.foreground import RunOptions
 
     if debugpy is not None and find_spec("debugpy") is None:
         raise UsageError(
@@ -85,7 +85,9 @@ def _how(*, debug: bool | None, at_start: bool, debugpy: int | None, no_limits: 
         )
     if debug is None:
         debug = at_start or (sys.stdin.isatty() and sys.stdout.isatty() and not json)
-    return How(pdb=debug and debugpy is None, at_start=at_start, debugpy=debugpy, no_limits=no_limits, aside=json)
+    return RunOptions(
+        pdb=debug and debugpy is None, at_start=at_start, debugpy=debugpy, no_limits=no_limits, aside=json
+    )
 
 
 def _variables(names: Iterable[str]) -> tuple[str, ...]:
@@ -97,40 +99,40 @@ def _variables(names: Iterable[str]) -> tuple[str, ...]:
     return found
 
 
-def _warning(how: How) -> str:
+def _warning(how: RunOptions) -> str:
     """Return the warning before a job's code runs on this machine."""
-    from batchlab.client.debug.foreground import told, withheld
+    from batchlab.client.debug.foreground import withheld, withheld_text
 
-    kept_back = told(withheld(os.environ, how.passed))
+    kept_back = withheld_text(withheld(os.environ, how.passed))
     return "It is the job's code, and runs with your rights." + (f" {kept_back}" * bool(kept_back))
 
 
 @contextmanager
 def _folder(keep: Path | None) -> Iterator[Path]:
     """Yield the folder to prepare: the user's, or a temporary one."""
-    from batchlab.client.debug.prepare import room
+    from batchlab.client.debug.prepare import make_folder
 
     if keep is None:
         with tempfile.TemporaryDirectory(prefix="batchlab-task-") as made:
             yield Path(made)
         return
     folder = keep.absolute()
-    room(folder)
+    make_folder(folder)
     yield folder
 
 
 def _fetched(
     bucket: Bucket, stage: str | None, task: int, folder: Path, attempt: int | None, round_: int | None
-) -> Told:
+) -> TaskRun:
     from batchlab.cli.session import stage_of
-    from batchlab.client.debug.prepare import bring
+    from batchlab.client.debug.prepare import prepare_task
     from batchlab.core.model import JobId
 
     name = stage_of(bucket, stage)
     output.say(f"Fetching {task_name(name, task)} of {bucket.job}.")
     try:
         return bucket.read(
-            lambda objects, patience: bring(
+            lambda objects, patience: prepare_task(
                 objects, JobId(bucket.job), name, task, folder, patience=patience, number=attempt, round_=round_
             )
         )
@@ -141,22 +143,22 @@ def _fetched(
         ) from error
 
 
-def _show_folder(told: Told, *, json: bool) -> None:
+def _show_folder(prepared: TaskRun, *, json: bool) -> None:
     from batchlab.client.debug.task_folder import README, RUN
 
-    command = f"{shlex.quote(sys.executable)} {shlex.quote(str(told.folder / RUN))}"
+    command = f"{shlex.quote(sys.executable)} {shlex.quote(str(prepared.folder / RUN))}"
     if json:
-        output.show_json({"folder": str(told.folder), "command": command, "readme": str(told.folder / README)})
+        output.show_json({"folder": str(prepared.folder), "command": command, "readme": str(prepared.folder / README)})
         return
     output.show(command)
-    debugging = "" if told.is_command else " (--pdb and --break debug it)"
-    output.say(f"{told.name} is in {told.folder}; this runs it{debugging}. {README} says more.")
+    debugging = "" if prepared.is_command else " (--pdb and --break debug it)"
+    output.say(f"{prepared.name} is in {prepared.folder}; this runs it{debugging}. {README} says more.")
 
 
-def _shell(told: Told, how: How) -> None:
+def _shell(prepared: TaskRun, how: RunOptions) -> None:
     from batchlab.client.debug import foreground
 
-    ready = foreground.shell(told, how.passed)
+    ready = foreground.shell(prepared, how.passed)
     output.say(_warning(how))
     output.say("A shell where the command would run; `exit` leaves it, and removes the folder.")
     output.show(output.visible(ready.command))
@@ -165,18 +167,18 @@ def _shell(told: Told, how: How) -> None:
         raise typer.Exit(1)
 
 
-def _run(told: Told, how: How, *, json: bool) -> None:
+def _run(prepared: TaskRun, how: RunOptions, *, json: bool) -> None:
     from batchlab.client.debug import foreground
     from batchlab.client.debug import task_folder as verdict
 
-    limits = "" if how.no_limits else _limits(told)
-    output.say(f"Running {told.name}, attempt {told.attempt}, on this machine{limits}.")
+    limits = "" if how.no_limits else _limits(prepared)
+    output.say(f"Running {prepared.name}, attempt {prepared.attempt}, on this machine{limits}.")
     output.say(_warning(how))
-    ended = foreground.run(told, how)
-    found = verdict.judge(told, ended)
-    found.differences.extend(foreground.not_applied(told, how))
+    ended = foreground.run(prepared, how)
+    found = verdict.judge(prepared, ended)
+    found.differences.extend(foreground.not_applied(prepared, how))
     if json:
-        output.show_json(_document(told, found))
+        output.show_json(_document(prepared, found))
     else:
         sentence, *more = found.lines
         output.show(output.clean(sentence))
@@ -186,20 +188,20 @@ def _run(told: Told, how: How, *, json: bool) -> None:
         raise typer.Exit(1)
 
 
-def _limits(told: Told) -> str:
+def _limits(prepared: TaskRun) -> str:
     from batchlab.client.debug.task_folder import limits
 
-    text = limits(told)
+    text = limits(prepared)
     return "" if text == "none" else f", within {text}"
 
 
-def _document(told: Told, found: Verdict) -> dict[str, object]:
+def _document(prepared: TaskRun, found: Comparison) -> dict[str, object]:
     return {
-        "job": told.job,
-        "stage": told.stage,
-        "task": told.task,
-        "attempt": told.attempt,
-        "round": told.round,
+        "job": prepared.job,
+        "stage": prepared.stage,
+        "task": prepared.task,
+        "attempt": prepared.attempt,
+        "round": prepared.round,
         "verdict": found.word,
         "sentence": found.sentence,
         "fingerprint": found.here or None,

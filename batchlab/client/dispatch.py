@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 from batchlab.client import thread_cache
 from batchlab.client.futures import Batch, BrokenGridExecutor, Call, CallFuture, Sender, death, revived
 from batchlab.client.grid_link import Link
-from batchlab.client.job_watch import Watch
+from batchlab.client.job_watch import JobWatch
 from batchlab.client.results import decoded
-from batchlab.client.submission import MAP, Outgoing
+from batchlab.client.submission import MAP, JobSubmitter
 from batchlab.core.errors import BackendError, JobFailed, TaskFailed, Unreachable, UsageError
 from batchlab.core.model import JobId, Json, Outcome
 from batchlab.core.protocol.bundle_inputs import Own
@@ -37,7 +37,7 @@ MAX_CALLS = 10_000
 """Limit of the calls in one batch. The first calls run while the next batch is pickled."""
 
 
-class Turn:
+class _ThreadRun:
     """Lifetime of the thread: from the first call until no work is left."""
 
     def __init__(self) -> None:
@@ -50,7 +50,7 @@ class Dispatch:
     and it refers to the grid, so the grid stays open."""
 
     def __init__(
-        self, owner: object, link: Link, outgoing: Outgoing, name: str | None, initializer: Initializer | None
+        self, owner: object, link: Link, outgoing: JobSubmitter, name: str | None, initializer: Initializer | None
     ) -> None:
         """`owner` closes `link` when no reference to it exists. `name` is the name of the jobs."""
         self._owner = owner
@@ -61,12 +61,12 @@ class Dispatch:
         self._sending = False
         self._shut = False
         self._broken: tuple[str, BaseException] | None = None
-        self._turn: Turn | None = None
+        self._turn: _ThreadRun | None = None
         self._events: SimpleQueue[Callable[[], None]] = SimpleQueue()
         """Actions for the thread."""
         self._batches: dict[str, Batch] = {}
         """Batches on the grid, by job."""
-        self._watch: Watch | None = None
+        self._watch: JobWatch | None = None
         """Exists only while the thread runs, because it refers to this object."""
         self._giving_up = False
         self._abandoned = False
@@ -137,7 +137,7 @@ class Dispatch:
             raise self._error()
         if self._shut:
             raise RuntimeError("cannot schedule new futures after shutdown")
-        if thread_cache.begun():
+        if thread_cache.is_exiting():
             raise RuntimeError("cannot schedule new futures after interpreter shutdown")
         if not self._sending:
             self._events.put(_nothing)
@@ -145,12 +145,12 @@ class Dispatch:
             self._start()
 
     def _start(self) -> None:
-        self._turn = turn = Turn()
+        self._turn = turn = _ThreadRun()
         try:
             # `over` is set only after the thread has dropped its reference to this object, because
             # that may close the grid.
             thread_cache.run(partial(self._run, turn), turn.over.set)
-            thread_cache.put_off_for(turn.over)
+            thread_cache.delay_exit_until(turn.over)
         except BaseException:
             # Ctrl-C may interrupt the start of the thread. If the thread runs anyway, it ends at
             # once.
@@ -168,7 +168,7 @@ class Dispatch:
 
     # --- The executor's thread -------------------------------------------------------------------
 
-    def _run(self, turn: Turn) -> None:
+    def _run(self, turn: _ThreadRun) -> None:
         turn.thread = threading.current_thread()
         with self._lock:
             if self._turn is not turn:
@@ -238,7 +238,7 @@ class Dispatch:
             self._lost(batch, problem)
         elif batch.open:
             self._batches[batch.job] = batch
-            self._watch = self._watch or Watch(self._link, self)
+            self._watch = self._watch or JobWatch(self._link, self)
             if self._broken:
                 self._fail(batch, self._error)
             elif self._abandoned:
@@ -247,7 +247,7 @@ class Dispatch:
                 self._look(batch)
 
     def _watch_on(self, batch: Batch, after: int | None) -> None:
-        """Watch the batch for outcomes after that seq."""
+        """JobWatch the batch for outcomes after that seq."""
         if batch.job in self._batches and self._watch:
             self._watch.add(batch.job, after)
 

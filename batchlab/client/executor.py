@@ -19,7 +19,7 @@ from batchlab.worker.executor_calls import Initializer
 
 if TYPE_CHECKING:
     from batchlab.client.grid_link import Link
-    from batchlab.client.submission import Outgoing
+    from batchlab.client.submission import JobSubmitter
 
 T = TypeVar("T")
 
@@ -48,7 +48,7 @@ class GridExecutor(Executor):
         self,
         owner: object,
         link: Link,
-        outgoing: Outgoing,
+        outgoing: JobSubmitter,
         *,
         name: str | None,
         initializer: Callable[..., object] | None,

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from batchlab.client.grid_link import Link
 from batchlab.client.results import failed, outcomes
-from batchlab.client.submission import MAP, Chunk, Outgoing, Shipping, job_name, pickled
+from batchlab.client.submission import MAP, Chunk, JobSubmitter, ObjectPickler, job_name, pickled
 from batchlab.core.errors import BackendError, TaskFailed, UsageError
 from batchlab.core.job_definition import StageDef
 from batchlab.core.model import Failure, FailureKind, JobId, Json, Outcome
@@ -35,7 +35,7 @@ from batchlab.worker.executor_calls import Calls, Initializer, Raised
 if TYPE_CHECKING:
     from batchlab.core.api_types import OutcomesView
 
-KNOWN = 4096
+MAX_KNOWN_FUNCTIONS = 4096
 """Number of functions that are remembered as sent."""
 
 _PLAIN = frozenset({type(None), bool, int, float, str})
@@ -64,7 +64,7 @@ class Packed:
 class Packer:
     """Packer of the calls of one executor."""
 
-    def __init__(self, shipping: Shipping, initializer: Initializer | None) -> None:
+    def __init__(self, shipping: ObjectPickler, initializer: Initializer | None) -> None:
         self._shipping = shipping
         self._initializer = initializer
         self._known: dict[bytes, None] = {}
@@ -111,7 +111,7 @@ class Packer:
             digest = hashlib.sha256(data).digest()
             shared[data] = count > 1 or digest in self._known
             self._known[digest] = None
-        while len(self._known) > KNOWN:
+        while len(self._known) > MAX_KNOWN_FUNCTIONS:
             del self._known[next(iter(self._known))]
         return {key: (data, shared[data]) for key, data in found.items()}
 
@@ -293,7 +293,7 @@ Tell = Callable[[str, Outcome], None]
 class Sender:
     """Sender of the batches of one executor. Each call runs on the caller's thread."""
 
-    def __init__(self, link: Link, outgoing: Outgoing, name: str | None, initializer: Initializer | None) -> None:
+    def __init__(self, link: Link, outgoing: JobSubmitter, name: str | None, initializer: Initializer | None) -> None:
         """`name` is the name of the jobs."""
         self._link = link
         self._outgoing = outgoing

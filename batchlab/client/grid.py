@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
 
 from batchlab.client.grid_link import POLL_S, Link
 from batchlab.client.http import Client
-from batchlab.client.results import Incoming, decoded
-from batchlab.client.submission import MAP, Outgoing, job_name
+from batchlab.client.results import MapResults, decoded
+from batchlab.client.submission import MAP, JobSubmitter, job_name
 from batchlab.core.errors import JobFailed, TaskFailed, UsageError
 from batchlab.core.job_definition import JobDef, StageDef
 from batchlab.core.model import ENDED, Pool
@@ -77,7 +77,7 @@ class Grid:
         self._link = Link(descriptor, find_home(Path(home) if home else None), sized)
         # Unlike __del__, a finalizer also runs when Python exits.
         self._end = weakref.finalize(self, self._link.close)
-        self._outgoing = Outgoing(self._link)
+        self._outgoing = JobSubmitter(self._link)
 
     @property
     def client(self) -> Client:
@@ -159,7 +159,7 @@ class Grid:
             return
         link, done = self._link, False
         own = Own.of(job)
-        incoming = Incoming(link, job.id, job.items or 0, ordered=ordered)
+        incoming = MapResults(link, job.id, job.items or 0, ordered=ordered)
         try:
             yield None
             for first, encoded in incoming.runs():

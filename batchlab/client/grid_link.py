@@ -33,12 +33,12 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 POLL_S = 20.0
-LOOK_S = 0.1
+RECORD_POLL_S = 0.1
 _OURS = "batchlab-grid"
 """Prefix of the names of the event loop's thread and of the threads of its pool."""
-STUCK_S = 10.0
+LOOP_TIMEOUT_S = 10.0
 """Time in seconds after which an event loop that does not respond is considered stuck."""
-ENDING_S = 3.0
+JOB_END_WAIT_S = 3.0
 """Time in seconds that closing waits for the end of jobs to become visible."""
 
 
@@ -156,7 +156,7 @@ class Link:
             if record is None and not self.ours:
                 if not self._is_restarted:
                     raise error
-                time.sleep(LOOK_S)
+                time.sleep(RECORD_POLL_S)
                 return
             if record is None or record.url != client.url:
                 log.warning("the manager has ended; going on with another one")
@@ -223,7 +223,7 @@ class Link:
 
     def _cancelled(self, cancelling: Future[None]) -> None:
         error = None if cancelling.cancelled() else cancelling.exception()
-        if error and thread_cache.begun():
+        if error and thread_cache.is_exiting():
             # Python is exiting, so no thread can be started. The job goes back to `_live` before it
             # leaves `_cancelling`, so that `close`, which runs next, always finds it.
             self._live.add(self._cancelling[cancelling])
@@ -280,7 +280,7 @@ class Link:
         of the loop can leave the lock of this future held. The loop then waits for this lock."""
         answered = threading.Event()
         self._loop.call_soon_threadsafe(answered.set)
-        if answered.wait(STUCK_S):
+        if answered.wait(LOOP_TIMEOUT_S):
             return False
         log.warning("the grid's event loop is stuck, and left behind")
         return True
@@ -289,13 +289,13 @@ class Link:
         """Wait until the manager shows the jobs as ended. If the grid stopped earlier, it would
         show a finished job as running."""
         client = self._clients[-1]
-        give_up_s = self.clock.monotonic_s() + ENDING_S
+        give_up_s = self.clock.monotonic_s() + JOB_END_WAIT_S
         try:
             for view in client.jobs(active=True):
                 while (
                     view["id"] in self._ending and view["state"] not in ENDED and self.clock.monotonic_s() < give_up_s
                 ):
-                    view = client.job(view["id"], version=view["version"], wait_s=ENDING_S)
+                    view = client.job(view["id"], version=view["version"], wait_s=JOB_END_WAIT_S)
         except BackendError as error:
             log.warning("the grid is stopped without knowing that its jobs have ended: %s", error)
 

@@ -1,4 +1,4 @@
-"""Watch of many jobs at once, on the event loop of the grid's link.
+"""JobWatch of many jobs at once, on the event loop of the grid's link.
 
 Invariant: a listener receives each outcome with results once. At last it receives the end of the
 job, or the reason why the watch ended.
@@ -31,12 +31,12 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 CONNECTIONS = 64
-CROWDED_S = 1.0
+SHORT_POLL_S = 1.0
 """Duration in seconds of a long poll if more jobs are watched than there are connections."""
 GAP_S = 0.05
 """Maximum pause in seconds between two polls of a job. A program may base its next call on a
 result."""
-BEATS_S = 1.0
+HEARTBEATS_S = 1.0
 """Time in seconds after which, in addition to the control lease, heartbeats have reported every
 task that has begun."""
 
@@ -50,8 +50,8 @@ class Listener(Protocol):
         """Handle the end of the watch. The job may not have ended."""
 
 
-class Watch:
-    """Watch of jobs for one listener. It can be called from any thread."""
+class JobWatch:
+    """JobWatch of jobs for one listener. It can be called from any thread."""
 
     def __init__(self, link: Link, listener: Listener) -> None:
         self._link = link
@@ -63,7 +63,7 @@ class Watch:
         self._url = ""
 
     def add(self, job: str, after: int | None) -> None:
-        """Watch this job for outcomes with a seq above `after`, or for all outcomes. Raise
+        """JobWatch this job for outcomes with a seq above `after`, or for all outcomes. Raise
         UsageError after the link was closed."""
         self._link.check_open()
         self._jobs.add(job)
@@ -125,7 +125,7 @@ class Watch:
 
     async def _page(self, job: str, after: int | None) -> OutcomesView:
         give_up_s = self._link.clock.monotonic_s() + PATIENCE_S
-        wait_s = POLL_S if self._count <= CONNECTIONS else CROWDED_S
+        wait_s = POLL_S if self._count <= CONNECTIONS else SHORT_POLL_S
         while True:
             try:
                 return await self._ask(
@@ -178,13 +178,13 @@ class Watch:
         view = await self._again(lambda client: client.pause(job))
         # A worker that read the control object just before the pause may start tasks until this
         # time.
-        sure_s = now_s() + self._link.backend.manager.control_lease_s + BEATS_S
+        sure_s = now_s() + self._link.backend.manager.control_lease_s + HEARTBEATS_S
         while view["state"] not in ENDED:
             if now_s() > sure_s and not any(stage["running"] for stage in view["stages"]):
                 await self._again(lambda client: client.cancel(job))
                 return
             await asyncio.sleep(0.05)
-            query = {"version": view["version"], "wait_s": CROWDED_S / 2}
+            query = {"version": view["version"], "wait_s": SHORT_POLL_S / 2}
             view = await self._ask(f"/v1/jobs/{quote(job, safe='')}", query, lambda client: client.job(job))
 
 

@@ -40,7 +40,7 @@ RESTARTED_S = 60.0
 
 TRACE_VARIABLE = "TRACEPARENT"
 """Environment variable with the W3C trace context in which the command was called."""
-BAD = 300
+MIN_ERROR_STATUS = 300
 """Lowest HTTP status that is an error. The manager does not send redirects."""
 
 _JSON = {"Content-Type": "application/json"}
@@ -153,7 +153,7 @@ class Calls:
             # arrives while it runs.
             with connection.getresponse() as response:
                 answer = _Answer(self._token, signed, response)
-                if response.status >= BAD:
+                if response.status >= MIN_ERROR_STATUS:
                     raise _error(f"{self.url}{target}", response.status, answer.read())
                 yield answer
                 is_read = response.isclosed()

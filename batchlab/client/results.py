@@ -37,7 +37,7 @@ from batchlab.worker import materialization
 if TYPE_CHECKING:
     from batchlab.core.api_types import FailureView, JobView
 
-AHEAD = 4
+MAX_FETCHES = 4
 """Number of outcomes that are fetched in advance."""
 GAP_S = 0.2
 GAP_SHARE = 0.1
@@ -52,7 +52,7 @@ Run = tuple[int, list[Json | TaskFailed]]
 failure."""
 
 
-class Incoming:
+class MapResults:
     """Results of one map, as an iterator of encoded values."""
 
     def __init__(self, link: Link, job: str, count: int, *, ordered: bool) -> None:
@@ -94,7 +94,7 @@ class Incoming:
         """Return the next outcome that may contain a needed result, or None until another outcome
         is listed."""
         listed, coming = self._listed, self._coming
-        while listed and (len(coming) < AHEAD or listed[0][0] <= needed < coming[0][0]):
+        while listed and (len(coming) < MAX_FETCHES or listed[0][0] <= needed < coming[0][0]):
             at, seq, view = heappop(listed)
             heappush(coming, (at, seq, self._link.start(fetched(self._link, view))))
         if not coming or coming[0][0] > needed:
@@ -153,8 +153,8 @@ async def outcomes(link: Link, listed: Sequence[OutcomeView]) -> AsyncIterator[O
     """Read these outcomes, several at a time."""
     # Other outcomes contain no result: all of their tasks are retried, split off, or canceled.
     wanted = [one for one in listed if one["tasks"] or one["failed"]]
-    for first in range(0, len(wanted), AHEAD):
-        some = (fetched(link, one) for one in wanted[first : first + AHEAD])
+    for first in range(0, len(wanted), MAX_FETCHES):
+        some = (fetched(link, one) for one in wanted[first : first + MAX_FETCHES])
         for outcome in await asyncio.gather(*some):
             yield outcome
 
@@ -239,7 +239,7 @@ def _file(reference: Json) -> File:
 
 T = TypeVar("T")
 
-AT_ONCE = 256
+MAX_VALUES_READ = 256
 SHOWN_FAILURES = 100
 
 
@@ -301,7 +301,7 @@ class JobResult:
         link = self._link
         for stage in stages:
             coming = self._encoded(stage, list_outcomes(link, self.id))
-            while some := link.run(_some(coming, AT_ONCE)):
+            while some := link.run(_some(coming, MAX_VALUES_READ)):
                 tasks, encoded = zip(*some, strict=True)
                 where = f"{self.id}/{stage}"
                 for value in decoded(link, where, stage, tasks, encoded, own):

@@ -79,13 +79,13 @@ _Pickler = type(
 
 
 def pickled(function: Callable[..., Any]) -> bytes:
-    """Pickle a function within `Shipping.by_value`. Raise the error of the pickling."""
+    """Pickle a function within `ObjectPickler.by_value`. Raise the error of the pickling."""
     buffer = io.BytesIO()
     _Pickler(buffer).dump(function)
     return buffer.getvalue()
 
 
-class Shipping:
+class ObjectPickler:
     """Pickling of objects with the knowledge of which modules of this process the workers lack."""
 
     def __init__(self) -> None:
@@ -188,7 +188,7 @@ T = TypeVar("T")
 
 MAP = StageName("map")
 
-UPLOADS_AT_ONCE = 16
+MAX_PARALLEL_UPLOADS = 16
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
 
@@ -207,19 +207,19 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True)
-class _Made:
+class _PreparedJob:
     """A job to submit, and its items if they are few."""
 
     job: JobDef
     few: list[Json] | None
 
 
-class Outgoing:
+class JobSubmitter:
     """Submits the jobs of one grid that bring their own items."""
 
     def __init__(self, link: Link) -> None:
         self._link = link
-        self.shipping = Shipping()
+        self.shipping = ObjectPickler()
         self._stored: set[str] = set()
         """Keys of the functions that are in the bucket."""
 
@@ -270,7 +270,7 @@ class Outgoing:
             made.job, lambda client: client.submit_and_hear(made.job, made.few, accepted, wait_s=wait_s)
         )
 
-    def _made(self, draft: JobDef, pickled: bytes, chunks: Iterable[Chunk], *, tolerant: bool) -> _Made | None:
+    def _made(self, draft: JobDef, pickled: bytes, chunks: Iterable[Chunk], *, tolerant: bool) -> _PreparedJob | None:
         """Store the job's objects in the bucket and return the job. Return None if it would be
         empty."""
         link, job = self._link, draft.id
@@ -286,7 +286,7 @@ class Outgoing:
         job_def = replace(
             draft, stages=(replace(stage, handler=f"pickle:{key}"),), items=count, max_failures=count if tolerant else 0
         )
-        return _Made(job_def, few)
+        return _PreparedJob(job_def, few)
 
     def _submitted(self, job: JobDef, submit: Callable[[Client], T]) -> T:
         link = self._link
@@ -343,7 +343,7 @@ class Outgoing:
             await self._write_one(writer, job, chunk)
 
     async def _write_one(self, writer: PartWriter, job: JobId, chunk: Chunk) -> None:
-        limit = asyncio.Semaphore(UPLOADS_AT_ONCE)
+        limit = asyncio.Semaphore(MAX_PARALLEL_UPLOADS)
         objects, patience = self._link.objects, self._link.patience
 
         async def upload(path: Path, key: str) -> None:

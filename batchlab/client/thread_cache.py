@@ -2,7 +2,7 @@
 is done.
 
 The start of a thread takes a noticeable part of a short call on an idle grid. Invariant: a spare
-thread does not refer to its past work and does not delay the exit of Python. After `begun` returns
+thread does not refer to its past work and does not delay the exit of Python. After `is_exiting` returns
 True, executors accept no new work, and the accepted work is still done.
 """
 
@@ -20,7 +20,7 @@ from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from weakref import WeakSet
 
-SPARE_S = 1.0
+MAX_IDLE_S = 1.0
 """Time in seconds that a spare thread waits for more work."""
 
 Work = Callable[[], None]
@@ -30,10 +30,10 @@ def _nothing() -> None:
     pass
 
 
-class Spares:
+class ThreadCache:
     """Pool of daemon threads."""
 
-    def __init__(self, name: str, spare_s: float = SPARE_S) -> None:
+    def __init__(self, name: str, spare_s: float = MAX_IDLE_S) -> None:
         self._name = name
         self._spare_s = spare_s
         self._lock = threading.Lock()
@@ -86,7 +86,7 @@ class Spares:
                     self._spare.append(inbox)
 
 
-_spares = Spares("batchlab-executor")
+_spares = ThreadCache("batchlab-executor")
 run = _spares.run
 """Run work on a spare thread of this process."""
 
@@ -96,10 +96,10 @@ os.register_at_fork(after_in_child=_spares.forget)
 _awaited: WeakSet[threading.Event] = WeakSet()
 _begun = threading.Event()
 
-begun = _begun.is_set
+is_exiting = _begun.is_set
 
 
-def put_off_for(end: threading.Event) -> None:
+def delay_exit_until(end: threading.Event) -> None:
     """Delay the exit of Python until `end` is set. In a forked child, the exit is not delayed."""
     _awaited.add(end)
 

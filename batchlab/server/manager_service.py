@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import uvicorn
 
     from batchlab.manager.manager import Manager
-    from batchlab.server.http.common import Served
+    from batchlab.server.http.common import ServerState
 
 log = logging.getLogger(__name__)
 
@@ -210,21 +210,21 @@ class _Lead:
     """Current manager object. The API reads the manager from `served`, which is None until the API exists."""
 
     manager: Manager
-    served: Served | None = None
+    served: ServerState | None = None
 
     def replace_manager(self, manager: Manager) -> None:
         self.manager = manager
         if self.served:
             self.served.manager = manager
 
-    def serve(self, served: Served) -> None:
+    def serve(self, served: ServerState) -> None:
         self.served = served
         served.manager = self.manager
 
 
 def _server(
     lead: _Lead, token: str, options: ManagerOptions, on_shutdown: Callable[[], None]
-) -> tuple[uvicorn.Server, Served]:
+) -> tuple[uvicorn.Server, ServerState]:
     """Create the server with the API and the web page. Their imports and routes take half of a grid's start-up
     time."""
     import uvicorn

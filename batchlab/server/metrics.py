@@ -21,7 +21,7 @@ from batchlab.core.protocol.json_format import FAILURE_KINDS
 from batchlab.manager.counters import STAGE_KINDS, UNREADABLE_KINDS, stage_kind
 from batchlab.manager.manager import Manager
 from batchlab.manager.state import Outstanding
-from batchlab.server.http.common import Given, authorised
+from batchlab.server.http.common import StateDep, require_token
 from batchlab.server.job_views import running_tasks
 
 if TYPE_CHECKING:
@@ -281,11 +281,11 @@ def _filled(family: GaugeMetricFamily | CounterMetricFamily, samples: float | Sa
     return family
 
 
-router = APIRouter(dependencies=[Depends(authorised)])
+router = APIRouter(dependencies=[Depends(require_token)])
 
 
 @router.get("/metrics", include_in_schema=False)
-async def metrics(served: Given, request: Request) -> Response:
+async def metrics(served: StateDep, request: Request) -> Response:
     """Return the metrics. A manager that is not the leader also returns them."""
     accept = request.headers.get("accept", "")
     content, kind = exposition(served.manager, served.backend_name, accept)

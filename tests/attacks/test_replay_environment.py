@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from batchlab.client.debug.foreground import given, withheld
+from batchlab.client.debug.foreground import task_environment, withheld
 
 SECRETS = (
     "ANTHROPIC_AUTH",
@@ -56,7 +56,7 @@ ORDINARY = {
 def test_no_secret_of_the_user_reaches_a_task() -> None:
     """Finding 13: 18 of 26 variables with a secret in them reached the code of a job."""
     environ = ORDINARY | dict.fromkeys(SECRETS, "the-secret")
-    assert given(environ) == ORDINARY
+    assert task_environment(environ) == ORDINARY
     assert withheld(environ) == sorted(SECRETS)
 
 
@@ -70,4 +70,4 @@ def test_a_password_in_an_address_reaches_no_task() -> None:
 def test_only_the_user_gives_a_variable(name: str) -> None:
     """Finding 13: `--env NAME` is the one way for a variable to reach the task."""
     environ = ORDINARY | dict.fromkeys(SECRETS, "the-secret")
-    assert given(environ, [name]) == ORDINARY | {name: "the-secret"}
+    assert task_environment(environ, [name]) == ORDINARY | {name: "the-secret"}

@@ -29,7 +29,9 @@ def test_the_notice_and_the_drain_of_an_auto_scaling_endpoint_are_durations(
 ) -> None:
     noticed: list[Any] = []
     served: list[AsgSettings] = []
-    monkeypatch.setattr("batchlab.server.autoscaling_api.metadata.give", lambda *given, **_: noticed.append(given))
+    monkeypatch.setattr(
+        "batchlab.server.autoscaling_api.metadata.send_notice", lambda *given, **_: noticed.append(given)
+    )
     monkeypatch.setattr("batchlab.server.autoscaling_api.engine_loop.asg_main", lambda given, _: served.append(given))
     interrupt = ("asg", "interrupt", "i-1", "--endpoint", "http://here")
     serve = ("asg", "serve", "--templates", tmp_path / "templates.toml")

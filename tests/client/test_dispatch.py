@@ -16,7 +16,7 @@ import pytest
 from batchlab.client import results, thread_cache
 from batchlab.client.dispatch import Dispatch
 from batchlab.client.futures import BrokenGridExecutor, Call, CallFuture, WorkerDied
-from batchlab.client.submission import Shipping
+from batchlab.client.submission import ObjectPickler
 from batchlab.core.errors import JobFailed, TaskFailed, Unreachable, UsageError
 from batchlab.core.job_definition import JobDef, StageDef
 from batchlab.core.model import Bundle, Failure, FailureKind, JobId, Outcome, StageName, TaskSet
@@ -30,7 +30,7 @@ class FakeGrid:
     """Stands for link and outgoing: takes jobs, or fails as told, and never runs any."""
 
     def __init__(self) -> None:
-        self.shipping = Shipping()
+        self.shipping = ObjectPickler()
         self.forked = False
         self.closed = False
         self.problem: BaseException | None = None
@@ -267,7 +267,7 @@ def test_a_thread_that_is_interrupted_while_it_starts_is_not_counted_on(
         late.append(thread)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(thread_cache, "run", thread_cache.Spares("interrupted", 0.01).run)
+    monkeypatch.setattr(thread_cache, "run", thread_cache.ThreadCache("interrupted", 0.01).run)
     monkeypatch.setattr(threading.Thread, "start", interrupted)
     with pytest.raises(KeyboardInterrupt):
         submit(dispatch)
@@ -327,6 +327,6 @@ def test_outcome_listed_twice_is_read_once(grid: FakeGrid, dispatch: Dispatch, m
 
 
 def test_no_call_is_taken_while_python_ends(dispatch: Dispatch, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(thread_cache, "begun", lambda: True)
+    monkeypatch.setattr(thread_cache, "is_exiting", lambda: True)
     with pytest.raises(RuntimeError, match="after interpreter shutdown"):
         submit(dispatch)

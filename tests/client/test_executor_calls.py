@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchlab.client.futures import Batch, Call, CallFuture, Packed, Packer, RemoteTraceback, revived
-from batchlab.client.submission import Shipping
+from batchlab.client.submission import ObjectPickler
 from batchlab.core.errors import TaskFailed
 from batchlab.core.model import JobId
 from batchlab.core.protocol import values
@@ -47,12 +47,12 @@ def made(packed: Packed) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def shipping() -> Shipping:
-    return Shipping()
+def shipping() -> ObjectPickler:
+    return ObjectPickler()
 
 
 @pytest.fixture
-def packer(shipping: Shipping) -> Packer:
+def packer(shipping: ObjectPickler) -> Packer:
     return Packer(shipping, None)
 
 
@@ -65,7 +65,7 @@ ANY = st.recursive(PLAIN | st.binary(), lambda inner: st.lists(inner) | st.tuple
 
 @given(st.lists(st.tuples(st.lists(ANY), st.dictionaries(st.text(), ANY)), max_size=5))
 def test_arguments_arrive_as_they_were_given(
-    shipping: Shipping, arguments: list[tuple[list[Any], dict[str, Any]]]
+    shipping: ObjectPickler, arguments: list[tuple[list[Any], dict[str, Any]]]
 ) -> None:
     packed = Packer(shipping, None).pack(JOB, [call(capture, *a, **k) for a, k in arguments])
     assert made(packed) == [(tuple(args), kwargs) for args, kwargs in arguments]

@@ -60,7 +60,7 @@ def test_they_are_even_where_an_interrupt_has_left_a_lock_taken(
     link: Link, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It hits between a lock's being taken and its being let go, which Python cannot rule out."""
-    monkeypatch.setattr(grid_link, "STUCK_S", 0.05)
+    monkeypatch.setattr(grid_link, "LOOP_TIMEOUT_S", 0.05)
     lock = threading.Lock()
     lock.acquire()
     link._loop.call_soon_threadsafe(lock.acquire)

@@ -11,22 +11,22 @@ from typing import Any, NoReturn
 
 import pytest
 
-from batchlab.client.thread_cache import Spares
+from batchlab.client.thread_cache import ThreadCache
 from tests.support.waiting import until
 
 WAIT_S = 10.0
 
 
 @pytest.fixture
-def spares() -> Spares:
-    return Spares("spare")
+def spares() -> ThreadCache:
+    return ThreadCache("spare")
 
 
 def _wait_for(event: threading.Event) -> None:
     assert event.wait(WAIT_S)
 
 
-def ran_by(spares: Spares) -> threading.Thread:
+def ran_by(spares: ThreadCache) -> threading.Thread:
     """The thread that does the next piece of work."""
     found: list[threading.Thread] = []
     spares.run(lambda: found.append(threading.current_thread()))
@@ -34,14 +34,14 @@ def ran_by(spares: Spares) -> threading.Thread:
     return found[0]
 
 
-def test_a_thread_that_has_done_its_work_does_the_next(spares: Spares) -> None:
+def test_a_thread_that_has_done_its_work_does_the_next(spares: ThreadCache) -> None:
     first = ran_by(spares)
     until(lambda: spares.count == 1)
     assert ran_by(spares) is first
     assert first.daemon
 
 
-def test_work_that_lasts_holds_up_no_other(spares: Spares) -> None:
+def test_work_that_lasts_holds_up_no_other(spares: ThreadCache) -> None:
     go = threading.Event()
     try:
         spares.run(lambda: _wait_for(go))
@@ -53,7 +53,7 @@ def test_work_that_lasts_holds_up_no_other(spares: Spares) -> None:
 
 
 def test_one_that_gets_nothing_to_do_ends() -> None:
-    spares = Spares("spare", spare_s=0.01)
+    spares = ThreadCache("spare", spare_s=0.01)
     first = ran_by(spares)
     first.join(WAIT_S)
     assert not first.is_alive()
@@ -100,7 +100,7 @@ class Interrupted(list[Any]):
         raise KeyboardInterrupt
 
 
-def test_an_interrupt_loses_neither_the_work_nor_the_thread(spares: Spares) -> None:
+def test_an_interrupt_loses_neither_the_work_nor_the_thread(spares: ThreadCache) -> None:
     first = ran_by(spares)
     until(lambda: spares.count == 1)
     held, done, go = spares._spare, threading.Event(), threading.Event()
@@ -130,7 +130,7 @@ def test_an_interrupt_loses_neither_the_work_nor_the_thread(spares: Spares) -> N
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_a_forked_child_starts_its_own(spares: Spares) -> None:
+def test_a_forked_child_starts_its_own(spares: ThreadCache) -> None:
     ran_by(spares)
     until(lambda: spares.count == 1)
     child = os.fork()

@@ -69,8 +69,8 @@ def test_an_answer_in_parts_ends_with_its_signature() -> None:
 
 
 def test_memory_of_past_requests_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(authentication, "MAX_USED", 3)
-    used = authentication._Used()
+    monkeypatch.setattr(authentication, "MAX_SIGNATURES", 3)
+    used = authentication._Signatures()
     some = [http_connections.sign("t", "GET", "/", b"", at_s) for at_s in (1, 2, 3, 4, 5)]
     assert [used.is_first(one, 5.0) for one in some] == [True] * 5
     assert len(used._known) == 3

@@ -60,7 +60,7 @@ def test_health_names_the_leader(rig: Rig) -> None:
 
 
 def test_manager_without_the_lead_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(common, "LEADS_WITHIN_S", 0.02)
+    monkeypatch.setattr(common, "LEADER_WAIT_S", 0.02)
     with Rig(lead=False) as rig:
         assert not rig.client.health()["leader"]
         calls: list[Callable[[], object]] = [

@@ -50,7 +50,7 @@ def test_failures_of_one_cause_are_one_group(rig: Rig) -> None:
 
 
 def test_failures_are_paged_once_each(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(failures, "BUDGET", 2)
+    monkeypatch.setattr(failures, "MAX_OUTCOMES_READ", 2)
     name = rig.submit(job(token="pages", tasks=12, bundle=3))
     rig.work(name, 4, bad=range(11))
     found: list[int] = []

@@ -185,7 +185,7 @@ def test_upload_is_streamed_to_disk_and_needs_space(rig: Rig, monkeypatch: pytes
     many = [(f"sums/data/{number}.txt", "1\n" * 1000) for number in range(200)]
     assert send(rig, [*FILES, *many]).status_code == 201
     assert most_open < before + 20
-    monkeypatch.setattr(job_files, "KEPT_FREE_BYTES", 2**62)
+    monkeypatch.setattr(job_files, "MIN_FREE_BYTES", 2**62)
     answer = send(rig)
     assert answer.status_code == 422
     assert "no room" in answer.json()["error"]
@@ -235,7 +235,7 @@ def test_archive_of_an_unknown_stage_leaves_no_file(rig: Rig) -> None:
 
 def test_an_archive_leaves_room_on_the_disk(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     name = rig.submit(job(token="room", tasks=1))
-    monkeypatch.setattr(job_files, "KEPT_FREE_BYTES", 2**62)
+    monkeypatch.setattr(job_files, "MIN_FREE_BYTES", 2**62)
     answer = rig.http.get(f"/v1/jobs/{name}/results", headers=AUTH)
     assert answer.status_code == 422
     assert "job results" in answer.json()["remedy"]
@@ -334,7 +334,7 @@ def test_one_archive_is_made_at_a_time(grid: Rig, monkeypatch: pytest.MonkeyPatc
     first = later(lambda: httpx.get(f"{grid.url}/v1/jobs/{name}/results", headers=AUTH))
     assert begun.wait(10)
     with monkeypatch.context() as hurried:
-        hurried.setattr(tasks, "WAITS_S", 0.05)
+        hurried.setattr(tasks, "ARCHIVE_WAIT_S", 0.05)
         refused = fetched(grid, name)
     go_on.set()
     assert first().status_code == 200

@@ -119,13 +119,13 @@ def test_why_follows_a_job_through_its_life(rig: Rig) -> None:
     name = rig.submit(job(tasks=1, after=[last], retry=RetryRule(attempts=2, backoff_s=600.0, jitter=0.0)))
     rig.outstanding(name, 1)
     (instance,) = rig.instances(1, "Pending")
-    assert "pool default has 0 of max 2 instances in service, 1 launched" in rig.client.why(name)
+    assert "pool default has 0 of max 2 instances in service. The group has launched 1 instance" in rig.client.why(name)
     rig.beat(instance)
     rig.instances(1)
     assert "on the way to 1 worker of pool default" in rig.client.why(name)
     rig.work(name, 1, bad=[0])
     answer = rig.client.why(name)
-    assert "1 task waits for its retry, next due in 10 min" in answer
+    assert "1 task waits for its retry, the next in 10 min" in answer
     assert "Stage sum waits for stage map (0 of 1 tasks ended)" in answer
 
 

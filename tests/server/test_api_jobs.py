@@ -61,7 +61,7 @@ def test_watcher_is_notified_when_a_worker_starts(rig: Rig) -> None:
     answer = later(lambda: rig.client.job(name, version=view["version"], wait_s=30))
     rig.beat(instance, *one)
     assert answer()["stages"][0]["running"] == 1
-    assert "is running 1 task in 1 bundle on 1 worker" in rig.client.why(name)
+    assert "runs 1 task in 1 bundle on 1 worker" in rig.client.why(name)
 
 
 def test_a_job_is_followed_to_its_end(rig: Rig) -> None:

@@ -15,7 +15,7 @@ from batchlab.core.errors import Unreachable
 from batchlab.fleet.api_types import Tag
 from batchlab.server.autoscaling_api.app import Fault, Request
 from batchlab.server.autoscaling_api.launch_templates import TemplateFile
-from batchlab.server.autoscaling_api.metadata import CREDENTIALS_S, Facts, NoticeService, give
+from batchlab.server.autoscaling_api.metadata import CREDENTIALS_S, InstanceFacts, NoticeService, send_notice
 from tests.fleet.test_spot import SPOT
 from tests.support.autoscaling_group import World, in_aws
 
@@ -72,7 +72,7 @@ async def test_an_on_demand_instance_is_never_interrupted(w: World) -> None:
 
 def test_missing_endpoint_is_reported() -> None:
     with pytest.raises(Unreachable, match="No Auto Scaling endpoint answers"):
-        give(Endpoint("http://127.0.0.1:9"), "i-1", "interruption", 1)
+        send_notice(Endpoint("http://127.0.0.1:9"), "i-1", "interruption", 1)
 
 
 TEMPLATES = """\
@@ -87,7 +87,7 @@ def test_metadata_matches_group_and_template(tmp_path: Path) -> None:
     @in_aws
     async def told(w: World) -> None:
         (name,) = await w.group(1, SPOT, tags=[Tag("batchlab:pool", "default", True), Tag("own")])
-        facts = Facts()
+        facts = InstanceFacts()
         facts.engine = w.asg
         assert facts.signals(name) == Signals("InService")
         assert facts.signals("i-none") == Signals("Terminated")

@@ -8,7 +8,7 @@ from typing import Any, cast
 from batchlab.core.model import GroupView, Instance, LifecycleState, Pool
 from batchlab.core.ports import Depth
 from batchlab.manager.manager import Manager
-from batchlab.server.http.history import EVERY_S, KEPT, SHOWN, History
+from batchlab.server.http.history import INTERVAL_S, MAX_MOMENTS, MAX_SHOWN_MOMENTS, History
 from tests.support.fleet import ManualClock
 
 POOL = Pool("default", max_size=9)
@@ -50,12 +50,12 @@ def test_a_look_notes_what_the_last_tick_has_seen() -> None:
 
 def test_stored_and_shown_history_is_bounded() -> None:
     history, clock = History(), ManualClock()
-    for _ in range(KEPT + 50):
-        clock.time_s += EVERY_S
+    for _ in range(MAX_MOMENTS + 50):
+        clock.time_s += INTERVAL_S
         history.look(manager(clock))
     view = history.view()
-    assert len(history.moments) == KEPT
-    assert SHOWN / 2 < len(view["at_s"]) <= SHOWN
+    assert len(history.moments) == MAX_MOMENTS
+    assert MAX_SHOWN_MOMENTS / 2 < len(view["at_s"]) <= MAX_SHOWN_MOMENTS
     assert view["at_s"][-1] == clock.now_s()  # the newest is never left out
     assert view["at_s"] == sorted(view["at_s"])
 
@@ -82,7 +82,7 @@ def test_history_of_an_earlier_manager_comes_first() -> None:
     history = History()
     for _ in range(2):
         history.look(manager(clock, recorder=SimpleNamespace(samples=samples)))
-    assert asked == [clock.now_s() - KEPT * EVERY_S]
+    assert asked == [clock.now_s() - MAX_MOMENTS * INTERVAL_S]
     (pool,) = history.view()["pools"]
     assert (pool["desired"][0], pool["in_service"][0], pool["pending"][0]) == (4, 3, 2)
     assert (pool["running"][0], pool["waiting"][0], pool["in_flight"][0]) == (3, 6, 6)

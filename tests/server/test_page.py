@@ -10,7 +10,7 @@ import pytest
 
 from batchlab.core.errors import Refused
 from batchlab.server.http import create_app
-from batchlab.server.http.authentication import OWN_NAMES, SESSION_S
+from batchlab.server.http.authentication import LOCAL_NAMES, SESSION_S
 from tests.support.server.api import TOKEN, Rig, job
 from tests.support.server.page import OURS, Visitor, other, rig, routes, stranger, visitor
 
@@ -133,7 +133,7 @@ def test_a_manager_that_listens_everywhere_does_not_answer_to_that(rig: Rig) -> 
     _, served = create_app(
         rig.manager, token=TOKEN, backend_name="memory", on_shutdown=lambda: None, hosts=["0.0.0.0", "::"]
     )
-    assert served.hosts == OWN_NAMES
+    assert served.hosts == LOCAL_NAMES
 
 
 # --- What forms may do ---------------------------------------------------------------------------

@@ -100,7 +100,7 @@ def test_curves_are_of_what_was_seen(rig: Rig, visitor: Visitor) -> None:
 
 
 def test_manager_without_the_lead_answers_with_a_page(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("batchlab.server.http.common.LEADS_WITHIN_S", 0.02)
+    monkeypatch.setattr("batchlab.server.http.common.LEADER_WAIT_S", 0.02)
     with Rig(lead=False) as rig:
         visitor = Visitor(rig)
         with visitor.http:

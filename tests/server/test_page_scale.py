@@ -15,7 +15,7 @@ from batchlab.core.model import Bundle, Failure, FailureKind, JobId, JobState, O
 from batchlab.core.ports import AddCut, AddJob, Cut, Fold
 from batchlab.core.protocol import settlement
 from batchlab.core.protocol.object_keys import UNSEALED
-from batchlab.server.http.failures import BUDGET
+from batchlab.server.http.failures import MAX_OUTCOMES_READ
 from tests.support.server.api import MAP, TOKEN, Rig
 
 BUNDLES, TASKS, BAD = 2000, 50, 5
@@ -94,7 +94,7 @@ def asked(rig: Rig, path: str) -> httpx.Response:
 def test_failures_are_read_some_at_a_time(rig: Rig, reads: list[str]) -> None:
     path = f"/v1/jobs/{JOB.id}/failures/groups"
     first = asked(rig, path).json()
-    assert (len(reads), first["read"], first["failed"]) == (BUDGET, BUDGET * BAD, 5000)
+    assert (len(reads), first["read"], first["failed"]) == (MAX_OUTCOMES_READ, MAX_OUTCOMES_READ * BAD, 5000)
     assert not first["is_whole"]
     asked(rig, path)
     whole = asked(rig, path).json()

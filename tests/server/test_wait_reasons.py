@@ -128,9 +128,7 @@ SITUATIONS: dict[str, tuple[Situation, Sequence[str]]] = {
     ),
     "no reports yet": (
         Situation(out=QUEUED, instances=[instance("w-1")]),
-        [
-            "1 bundle of the job waits in pool default. 1 instance of the pool has started, but has not sent a heartbeat yet"
-        ],
+        ["1 bundle of the job waits in pool default. 1 instance of the pool has started, but has not sent a"],
     ),
     "on the way": (
         Situation(out=QUEUED, instances=[instance("w-1")], workers={"w-1": worker("w-1")}),

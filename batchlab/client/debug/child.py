@@ -23,14 +23,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from batchlab.client.debug import debuggers, foreground, task_folder
-from batchlab.client.debug.task_folder import Ended, Told, Unknown, read, write_ended
+from batchlab.client.debug.task_folder import NotATaskFolder, RunResult, TaskRun, read, write_ended
 from batchlab.worker import handlers
 from batchlab.worker.shared_memory import IMPORTING, ChildState
 from batchlab.worker.task_executor import TaskExecutor
 
 _PR_SET_PDEATHSIG = 1
 
-LEFT = (bdb.BdbQuit, KeyboardInterrupt)
+USER_LEFT = (bdb.BdbQuit, KeyboardInterrupt)
 """Exceptions that mean that the user left the task before its end."""
 
 
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.dont_write_bytecode = True
     try:
         told = read(given.folder)
-    except Unknown as error:
+    except NotATaskFolder as error:
         sys.exit(f"Error: {error}")
     if given.supervised:
         # The supervisor leaves Ctrl-C to this process. This process must not outlive the
@@ -97,10 +97,10 @@ def _keep_back(passed: Sequence[str]) -> None:
     for name in names:
         del os.environ[name]
     if names:
-        _say(foreground.told(names))
+        _say(foreground.withheld_text(names))
 
 
-def run(told: Told, debugger: debuggers.Debugger, board: ChildState | None) -> Ended:
+def run(told: TaskRun, debugger: debuggers.Debugger, board: ChildState | None) -> RunResult:
     """Run the task, and pass its exceptions to the debugger."""
     began_s = time.monotonic()
 
@@ -120,27 +120,27 @@ def run(told: Told, debugger: debuggers.Debugger, board: ChildState | None) -> E
         rest()
         _tell(problem.fault)
         debugger.failed(problem.__cause__)
-        return Ended(problem.fault)
+        return RunResult(problem.fault)
     rest()
     debugger.begin(told)
     mark(told.task)
     try:
         with debugger.around(told):
             done = executor.run(told.task, told.item)
-    except LEFT as error:
+    except USER_LEFT as error:
         rest()
         if (told.failure or {}).get("error") == type(error).__name__:
-            return Ended(executor.explain(error), run_s=time.monotonic() - began_s)
-        return Ended(left=True)
+            return RunResult(executor.explain(error), run_s=time.monotonic() - began_s)
+        return RunResult(left=True)
     except BaseException as error:  # noqa: BLE001 - every way to fail is the task's failure
         run_s = time.monotonic() - began_s
         rest()
         fault = executor.explain(error)
         _tell(fault)
         debugger.failed(None if isinstance(error, handlers.Problem) else error)
-        return Ended(fault, run_s=run_s)
+        return RunResult(fault, run_s=run_s)
     rest()
-    return Ended(value=json.loads(done.text), run_s=time.monotonic() - began_s)
+    return RunResult(value=json.loads(done.text), run_s=time.monotonic() - began_s)
 
 
 def _tell(fault: handlers.Fault) -> None:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from types import CodeType, FrameType
 from typing import Any
 
-from batchlab.client.debug.task_folder import Told
+from batchlab.client.debug.task_folder import TaskRun
 from batchlab.worker import handlers
 
 HOST = "127.0.0.1"
@@ -23,11 +23,11 @@ HOST = "127.0.0.1"
 class Debugger:
     """No debugger: the task just runs."""
 
-    def begin(self, told: Told) -> None:
+    def begin(self, told: TaskRun) -> None:
         """Prepare for the call of the loaded handler."""
 
     @contextmanager
-    def around(self, told: Told) -> Iterator[None]:
+    def around(self, told: TaskRun) -> Iterator[None]:
         """Wrap the handler's call."""
         del told
         yield
@@ -44,12 +44,12 @@ class Pdb(Debugger):
     def __init__(self, *, at_start: bool) -> None:
         self._at_start = at_start
 
-    def begin(self, told: Told) -> None:
+    def begin(self, told: TaskRun) -> None:
         if self._at_start and _code(told) is None:
             _say("There is no first line to stop at: the handler is not a function of Python.")
 
     @contextmanager
-    def around(self, told: Told) -> Iterator[None]:
+    def around(self, told: TaskRun) -> Iterator[None]:
         code = _code(told) if self._at_start else None
         if code is None:
             yield
@@ -96,7 +96,7 @@ class Ide(Debugger):
         self._port = port
         self._at_start = at_start
 
-    def begin(self, told: Told) -> None:
+    def begin(self, told: TaskRun) -> None:
         debugpy = importlib.import_module("debugpy")
         debugpy.listen((HOST, self._port))
         code = told.request["code"]
@@ -116,7 +116,7 @@ def choose(*, pdb: bool, at_start: bool, port: int | None) -> Debugger:
     return Pdb(at_start=at_start) if pdb or at_start else Debugger()
 
 
-def _code(told: Told) -> CodeType | None:
+def _code(told: TaskRun) -> CodeType | None:
     """Return the code of the user's function without its decorators, or None."""
     handler = told.request["handler"]
     if not handler:

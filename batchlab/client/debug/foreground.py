@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from batchlab.client.debug.task_folder import ENDED, Ended, Told, read_ended
+from batchlab.client.debug.task_folder import ENDED, RunResult, TaskRun, read_ended
 from batchlab.core.errors import UsageError
 from batchlab.core.job_definition import StageDef
 from batchlab.core.model import FailureKind, StageName
@@ -48,13 +48,13 @@ def withheld(environ: Mapping[str, str], passed: Collection[str] = ()) -> list[s
     )
 
 
-def given(environ: Mapping[str, str], passed: Collection[str] = ()) -> dict[str, str]:
+def task_environment(environ: Mapping[str, str], passed: Collection[str] = ()) -> dict[str, str]:
     """Return the environment without the withheld variables."""
     kept_back = frozenset(withheld(environ, passed))
     return {name: value for name, value in environ.items() if name not in kept_back}
 
 
-def told(names: list[str]) -> str:
+def withheld_text(names: list[str]) -> str:
     """Return a sentence about the withheld variables, or "" if there are none."""
     if not names:
         return ""
@@ -68,7 +68,7 @@ _LOOK_S = 0.2
 
 
 @dataclass(frozen=True, slots=True)
-class How:
+class RunOptions:
     """The user's options for a run.
 
     `pdb` debugs at the exception, `at_start` also at the first line, and `debugpy` is the port for
@@ -94,33 +94,33 @@ class How:
         return self.at_start or self.debugpy is not None
 
 
-def run(told: Told, how: How) -> Ended:
+def run(withheld_text: TaskRun, how: RunOptions) -> RunResult:
     """Run the task to its end in a separate process."""
-    (told.folder / ENDED).unlink(missing_ok=True)
-    board = ChildState(told.board, create=True)
+    (withheld_text.folder / ENDED).unlink(missing_ok=True)
+    board = ChildState(withheld_text.board, create=True)
     with _left_to_it():
         process = subprocess.Popen(
-            argv(told, how),
-            env=given(os.environ, how.passed),
+            argv(withheld_text, how),
+            env=task_environment(os.environ, how.passed),
             # A task on a worker cannot read from stdin either.
             stdin=None if how.is_interactive else subprocess.DEVNULL,
             stdout=2 if how.aside else None,
         )
         try:
-            return _watch(told, how, _Watched(process.pid, board), process)
+            return _watch(withheld_text, how, _Watched(process.pid, board), process)
         finally:
             _end(process)
             board.close()
 
 
-def argv(told: Told, how: How) -> list[str]:
+def argv(withheld_text: TaskRun, how: RunOptions) -> list[str]:
     """Return the command of the task's process."""
     debugging = [
         *(["--pdb"] if how.pdb else []),
         *(["--break"] if how.at_start else []),
         *(["--debugpy", str(how.debugpy)] if how.debugpy is not None else []),
     ]
-    inside = ("-P", "-m", "batchlab.client.debug.child", str(told.folder), "--supervised")
+    inside = ("-P", "-m", "batchlab.client.debug.child", str(withheld_text.folder), "--supervised")
     return [sys.executable, *inside, *debugging]
 
 
@@ -151,8 +151,8 @@ class _Memory:
         return sum(process.resident_bytes for process in table() if process.pid in ours)
 
 
-def _watch(told: Told, how: How, watched: _Watched, process: subprocess.Popen[bytes]) -> Ended:
-    limits = Limits(_limited(told, how), _Memory())
+def _watch(withheld_text: TaskRun, how: RunOptions, watched: _Watched, process: subprocess.Popen[bytes]) -> RunResult:
+    limits = Limits(_limited(withheld_text, how), _Memory())
     began_s = time.monotonic()
     while True:
         try:
@@ -165,13 +165,13 @@ def _watch(told: Told, how: How, watched: _Watched, process: subprocess.Popen[by
             os.kill(process.pid, signal.SIGUSR1)
             time.sleep(_LOOK_S)
             _end(process)
-            return Ended(fault(termination.kind, termination.sentence), run_s=termination.ran_s)
-        if ended := read_ended(told.folder):
+            return RunResult(fault(termination.kind, termination.sentence), run_s=termination.ran_s)
+        if ended := read_ended(withheld_text.folder):
             return ended
         slain = LOSS_LIMIT if code == -signal.SIGKILL else 0
         reason = describe_crash(code, slain)
         failure = fault(FailureKind.CRASH, reason, exit_code=code)
-        return Ended(failure, run_s=time.monotonic() - began_s)
+        return RunResult(failure, run_s=time.monotonic() - began_s)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -184,23 +184,23 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _limited(told: Told, how: How) -> StageDef:
+def _limited(withheld_text: TaskRun, how: RunOptions) -> StageDef:
     unlimited = how.no_limits
     return StageDef(
-        StageName(told.stage),
-        handler=told.request["handler"],
-        timeout_s=None if unlimited or how.takes_time else told.timeout_s,
-        memory_bytes=None if unlimited else told.memory_bytes,
+        StageName(withheld_text.stage),
+        handler=withheld_text.request["handler"],
+        timeout_s=None if unlimited or how.takes_time else withheld_text.timeout_s,
+        memory_bytes=None if unlimited else withheld_text.memory_bytes,
     )
 
 
-def not_applied(told: Told, how: How) -> list[str]:
+def not_applied(withheld_text: TaskRun, how: RunOptions) -> list[str]:
     """Return one sentence for each limit of the job that does not apply to such a run."""
     found = []
-    if told.timeout_s is not None and (how.no_limits or how.takes_time):
-        found.append(f"Its time limit of {told.timeout_s:g} s did not hold.")
-    if told.memory_bytes is not None and how.no_limits:
-        found.append(f"Its memory limit of {told.memory_bytes / 2**20:g} MiB did not hold.")
+    if withheld_text.timeout_s is not None and (how.no_limits or how.takes_time):
+        found.append(f"Its time limit of {withheld_text.timeout_s:g} s did not hold.")
+    if withheld_text.memory_bytes is not None and how.no_limits:
+        found.append(f"Its memory limit of {withheld_text.memory_bytes / 2**20:g} MiB did not hold.")
     return found
 
 
@@ -215,24 +215,24 @@ class Shell:
     call: programs.Call
 
 
-def shell(told: Told, passed: Collection[str] = ()) -> Shell:
+def shell(withheld_text: TaskRun, passed: Collection[str] = ()) -> Shell:
     """Prepare the task for a shell. Raise UsageError if it is not a command, or if its command
-    cannot be built. `passed` is as in How."""
-    if not told.is_command:
+    cannot be built. `passed` is as in RunOptions."""
+    if not withheld_text.is_command:
         raise UsageError(
-            f"{told.name} is a Python function, not a command.",
+            f"{withheld_text.name} is a Python function, not a command.",
             remedy="Leave out --shell to debug it, or say --keep DIR.",
         )
-    told.clean()
-    request = told.request
+    withheld_text.clean()
+    request = withheld_text.request
     try:
-        item: Any = decoded(told.item, pickles=told.request["objects"])
-        call = programs.prepare(request["command"], request["stdout"], request["code"], item, told.context)
+        item: Any = decoded(withheld_text.item, pickles=withheld_text.request["objects"])
+        call = programs.prepare(request["command"], request["stdout"], request["code"], item, withheld_text.context)
     except Problem as problem:
         raise UsageError(
-            f"The command of {told.name} cannot be made: {problem}.", remedy="It fails so on the grid too."
+            f"The command of {withheld_text.name} cannot be made: {problem}.", remedy="It fails so on the grid too."
         ) from problem
-    return Shell(typed(call), call._replace(environment=given(call.environment, passed)))
+    return Shell(typed(call), call._replace(environment=task_environment(call.environment, passed)))
 
 
 def typed(call: programs.Call) -> str:

@@ -1,6 +1,6 @@
 """Copy of a task's input and code from the bucket into a folder, made with the worker's code.
 
-Invariant: `ReadOnly` reads the bucket and cannot write to it. The folder contains copies, so
+Invariant: `ReadOnlyObjects` reads the bucket and cannot write to it. The folder contains copies, so
 debugging cannot change the grid.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 from batchlab.client.debug import task_folder
-from batchlab.client.debug.task_folder import CODE, EXECUTION, README, RUN, TASK, Told, write
+from batchlab.client.debug.task_folder import CODE, EXECUTION, README, RUN, TASK, TaskRun, write
 from batchlab.core.errors import BackendError, NotFound, Refused, UsageError
 from batchlab.core.job_definition import JobDef, task_name
 from batchlab.core.model import Bundle, Failure, FailureKind, JobId, Json, StageName
@@ -31,7 +31,7 @@ from batchlab.worker.inflight_message import Scratch, Work
 _FORBIDDEN = ("403", "AccessDenied", "Access Denied", "PermissionDenied", "Forbidden")
 
 
-class ReadOnly:
+class ReadOnlyObjects:
     """Objects port that only reads."""
 
     def __init__(self, objects: Objects, patience: Patience) -> None:
@@ -85,7 +85,7 @@ class _Layout(Scratch):
         return self.root / EXECUTION
 
 
-async def bring(
+async def prepare_task(
     objects: Objects,
     job: JobId,
     stage: StageName,
@@ -95,7 +95,7 @@ async def bring(
     patience: Patience,
     number: int | None = None,
     round_: int | None = None,
-) -> Told:
+) -> TaskRun:
     """Prepare `folder` for a task.
 
     The attempt is the named one, else the last failed one, else the last one. A task without an
@@ -103,7 +103,7 @@ async def bring(
     not exist, or if one of its objects was deleted. Raise BackendError if the bucket cannot be
     read.
     """
-    reading = ReadOnly(objects, patience)
+    reading = ReadOnlyObjects(objects, patience)
     try:
         return await _bring(reading, job, stage, task, folder, patience, number, round_)
     except (NotFound, UsageError):
@@ -127,7 +127,7 @@ async def _bring(
     patience: Patience,
     number: int | None,
     round_: int | None,
-) -> Told:
+) -> TaskRun:
     job = await _definition(reading, job_id, patience)
     if stage not in (stage_def.name for stage_def in job.stages):
         names = ", ".join(stage_def.name for stage_def in job.stages)
@@ -180,7 +180,7 @@ async def _fetched(
     folder: Path,
     attempt: Attempt | None,
     there: Environment | None,
-) -> Told:
+) -> TaskRun:
     step, task = job.stage(bundle.stage), bundle.tasks.first
     layout = _Layout(folder)
     code_cache = CodeCache(reading, layout, asyncio.to_thread)
@@ -198,7 +198,7 @@ async def _fetched(
     failure = attempt.failure if attempt else None
     if isinstance(ready, Failure):
         raise _gone("input", bundle.stage, task, ready.reason)
-    return Told(
+    return TaskRun(
         folder,
         job.id,
         bundle.stage,
@@ -253,7 +253,7 @@ def _gone(what: str, stage: str, task: int, reason: str) -> UsageError:
     return UsageError(f"The {what} of {task_name(stage, task)} cannot be had: {text}.", remedy=remedy)
 
 
-def room(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
     """Create `folder`, or empty it if it is the folder of an earlier task. Raise UsageError if it
     has other contents or cannot be created."""
     try:

@@ -45,12 +45,12 @@ TASK, ENDED, README, RUN, BOARD = "task.json", "ended.json", "README.md", "run.p
 CODE, EXECUTION = "code", "run"
 
 
-class Unknown(Exception):
+class NotATaskFolder(Exception):
     """The folder is not a task folder, or another version of batchlab made it."""
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class TaskRun:
     """Contents of `task.json`.
 
     The paths in `request` and `item` are those of the folder's current place. `state` is the
@@ -102,7 +102,7 @@ class Told:
         (self.folder / ENDED).unlink(missing_ok=True)
 
 
-def write(told: Told) -> None:
+def write(told: TaskRun) -> None:
     root = f"{told.folder}/"
     doc = {
         "v": VERSION,
@@ -113,22 +113,22 @@ def write(told: Told) -> None:
     (told.folder / TASK).write_text(json.dumps(doc, indent=2) + "\n")
 
 
-def read(folder: Path) -> Told:
-    """Return the run that a folder describes. Raise Unknown if it is not a task folder."""
+def read(folder: Path) -> TaskRun:
+    """Return the run that a folder describes. Raise NotATaskFolder if it is not a task folder."""
     folder = folder.absolute()
     try:
         doc = json.loads((folder / TASK).read_text())
         version = doc.pop("v")
     except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise Unknown(f"{folder} holds no task: there is no {TASK} to be read.") from error
+        raise NotATaskFolder(f"{folder} holds no task: there is no {TASK} to be read.") from error
     if version != VERSION:
-        raise Unknown(f"{folder} was made by another batchlab.")
+        raise NotATaskFolder(f"{folder} was made by another batchlab.")
     request = doc["request"]
     for key in ("folder", "cwd", "code", "function"):
         if request[key]:
             request[key] = str(folder / request[key])
     item = values.replace(doc["item"], lambda ref: _moved(ref, lambda p: str(folder / p)))
-    return Told(**{**doc, "folder": folder, "request": request, "item": item})
+    return TaskRun(**{**doc, "folder": folder, "request": request, "item": item})
 
 
 def _moved(reference: Json, move: Any) -> Json:
@@ -136,7 +136,7 @@ def _moved(reference: Json, move: Any) -> Json:
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
+class RunResult:
     """End of a local run: `failure` (the fields of a Failure) or the encoded `value`. `left` is
     True if the user left the debugger before the end."""
 
@@ -146,17 +146,17 @@ class Ended:
     left: bool = False
 
 
-def write_ended(folder: Path, ended: Ended) -> None:
+def write_ended(folder: Path, ended: RunResult) -> None:
     """Write the end of a run atomically."""
     staged = folder / f".{ENDED}"
     staged.write_text(json.dumps(json_format.fields(ended)))
     staged.replace(folder / ENDED)
 
 
-def read_ended(folder: Path) -> Ended | None:
+def read_ended(folder: Path) -> RunResult | None:
     """Return the end of the last run, or None if it recorded none."""
     try:
-        return Ended(**json.loads((folder / ENDED).read_text()))
+        return RunResult(**json.loads((folder / ENDED).read_text()))
     except FileNotFoundError:
         return None
 
@@ -166,7 +166,7 @@ SUCCEEDED, FAILED, LEFT = "succeeded", "failed", "left"
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class Comparison:
     """Result of the comparison.
 
     `word` is "same" (it failed as on the grid), "different", or "not at all" (it did not fail). It
@@ -199,18 +199,18 @@ def failure_of(told: dict[str, Any] | None) -> Failure | None:
     return Failure(**{"task": 0, **told, "kind": FailureKind(told["kind"])})
 
 
-def judge(told: Told, ended: Ended, environ: Mapping[str, str] = os.environ) -> Verdict:
+def judge(told: TaskRun, ended: RunResult, environ: Mapping[str, str] = os.environ) -> Comparison:
     """Compare the local run with the run on the grid. `environ` is the user's environment, from
     which the command withholds variables."""
     differences = [*_differences(told, environ), *told.notes]
     failure, here = failure_of(told.failure), failure_of(ended.failure)
     prints = (fingerprint(here) if here else "", fingerprint(failure) if failure else "")
     word, sentence = _word(told, ended, failure, here, *prints)
-    return Verdict(word, sentence, *prints, differences)
+    return Comparison(word, sentence, *prints, differences)
 
 
 def _word(
-    told: Told, ended: Ended, there: Failure | None, here: Failure | None, print_here: str, print_there: str
+    told: TaskRun, ended: RunResult, there: Failure | None, here: Failure | None, print_here: str, print_there: str
 ) -> tuple[str, str]:
     name = told.name
     if ended.left:
@@ -231,20 +231,20 @@ def _word(
     return SUCCEEDED, f"{name} succeeded, as on the grid{_result(told, ended)}."
 
 
-def _result(told: Told, ended: Ended) -> str:
+def _result(told: TaskRun, ended: RunResult) -> str:
     for value in (told.value, ended.value):
         if next(values.references(value), None) is not None or values.kind(value):
             return ""  # the names of files and pickled objects always differ
     return ", with the same result" if told.value == ended.value else ", with another result"
 
 
-def _differences(told: Told, environ: Mapping[str, str]) -> list[str]:
+def _differences(told: TaskRun, environ: Mapping[str, str]) -> list[str]:
     if told.there is None:
         return []
     return environment.differences(environment.from_json(told.there), environment.current(environ))
 
 
-def text(told: Told, given: str) -> str:
+def text(told: TaskRun, given: str) -> str:
     """Return the text of the README. `given` describes the input."""
     script = f"{shlex.quote(sys.executable)} {shlex.quote(str(told.folder / RUN))}"
     what = "Its command" if told.is_command else f"The handler `{told.request['handler']}`"
@@ -282,7 +282,7 @@ def text(told: Told, given: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def script(told: Told) -> str:
+def script(told: TaskRun) -> str:
     """Return the text of `run.py`."""
     here = str(Path(batchlab.__file__).resolve().parent.parent)
     return (
@@ -295,7 +295,7 @@ def script(told: Told) -> str:
     )
 
 
-def limits(told: Told) -> str:
+def limits(told: TaskRun) -> str:
     """Return the job's limits in words."""
     found = []
     if told.timeout_s is not None:
@@ -305,11 +305,11 @@ def limits(told: Told) -> str:
     return " and ".join(found) or "none"
 
 
-def _has_files(told: Told) -> bool:
+def _has_files(told: TaskRun) -> bool:
     return (told.folder / EXECUTION / str(told.task) / "in").is_dir()
 
 
-def _on_grid(told: Told) -> str:
+def _on_grid(told: TaskRun) -> str:
     failure = failure_of(told.failure)
     if failure:
         return f"On the grid it failed ({fingerprint(failure)}): {failure.reason}"

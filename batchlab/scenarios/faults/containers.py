@@ -38,7 +38,7 @@ from batchlab.scenarios.faults.target_grid import (
     wait_for,
 )
 from batchlab.scenarios.model.values import Fault, FaultName
-from batchlab.server.autoscaling_api.metadata import give
+from batchlab.server.autoscaling_api.metadata import send_notice
 
 if TYPE_CHECKING:
     from docker import APIClient
@@ -224,7 +224,7 @@ class ContainerFaults:
     async def _notice(self, instance: str, notice_s: float) -> bool:
         endpoint = compose_deployment.autoscaling(self._scene.home, self.at)
         with suppress(UsageError):  # the instance has ended
-            await asyncio.to_thread(give, endpoint, instance, "interruption", notice_s)
+            await asyncio.to_thread(send_notice, endpoint, instance, "interruption", notice_s)
             return True
         return False
 

@@ -65,7 +65,7 @@ def invalid(message: str) -> Fault:
 
 
 @dataclass(frozen=True, slots=True)
-class Blame:
+class FaultStatus:
     """HTTP status of a fault, and whether the sender caused it."""
 
     status: int
@@ -76,19 +76,19 @@ class Faults:
     """Statuses of the faults of one service, by their code."""
 
     def __init__(self, service: ServiceModel) -> None:
-        self._known = {code: Blame(status, status < 500) for code, status in _COMMON.items()}
+        self._known = {code: FaultStatus(status, status < 500) for code, status in _COMMON.items()}
         for shape in service.error_shapes:
             error = shape.metadata.get("error", {})
             status = int(error.get("httpStatusCode", 400))
             is_senders = bool(error.get("senderFault", status < 500))
-            self._known[error.get("code", shape.name)] = Blame(status, is_senders)
+            self._known[error.get("code", shape.name)] = FaultStatus(status, is_senders)
 
-    def blame(self, fault: Fault) -> Blame:
-        return self._known.get(fault.code, Blame(400, True))
+    def blame(self, fault: Fault) -> FaultStatus:
+        return self._known.get(fault.code, FaultStatus(400, True))
 
 
 @contextmanager
-def sent_wrong(where: str) -> Iterator[None]:
+def input_errors(where: str) -> Iterator[None]:
     """Convert a ValueError or OverflowError of a value at `where` into AWS's fault for malformed
     input."""
     try:
@@ -97,7 +97,7 @@ def sent_wrong(where: str) -> Iterator[None]:
         raise Fault("MalformedInput", f"The value at {where!r} cannot be read.") from error
 
 
-MAX_SKEW_S = 300.0
+MAX_CLOCK_SKEW_S = 300.0
 _STAMP = "%Y%m%dT%H%M%SZ"
 _AUTHORIZATION = re.compile(
     r"AWS4-HMAC-SHA256\s+Credential=(?P<key>[^/,\s]+)/(?P<date>\d{8})/(?P<region>[\w-]+)"
@@ -142,7 +142,7 @@ def check(request: Request, asks: Credential, key: Keys, now_s: float) -> None:
         raise Fault("IncompleteSignature", "The request has no valid X-Amz-Date header.") from error
     if not {"host", "x-amz-date"} <= set(asks.headers):
         raise Fault("IncompleteSignature", "The headers host and x-amz-date must be signed.")
-    if abs(now_s - signed_s) > MAX_SKEW_S:
+    if abs(now_s - signed_s) > MAX_CLOCK_SKEW_S:
         at = datetime.fromtimestamp(now_s, UTC).strftime(_STAMP)
         raise Fault("SignatureDoesNotMatch", f"Signature expired: {stamp} is too far from {at} (5 min.)")
     digest = hashlib.sha256(request.body).hexdigest()

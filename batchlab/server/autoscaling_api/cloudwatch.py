@@ -1,7 +1,7 @@
 """The part of CloudWatch that target tracking needs: clients put custom metrics, and scaling
 policies read them.
 
-Metrics stay in memory for FRESH_S. Their senders put new values regularly, so a restart loses
+Metrics stay in memory for MAX_POINT_AGE_S. Their senders put new values regularly, so a restart loses
 little.
 
 Server side of AWS's JSON protocol, driven by the service model.
@@ -24,8 +24,8 @@ from botocore.model import ListShape, MapShape, OperationModel, ServiceModel, Sh
 from batchlab.core.ports import Clock
 from batchlab.fleet.api_types import ScalingPolicy
 from batchlab.server.autoscaling_api import parameters
-from batchlab.server.autoscaling_api.app import Blame, Fault, Faults, Request, Response, invalid
-from batchlab.server.autoscaling_api.parameters import Asked
+from batchlab.server.autoscaling_api.app import Fault, Faults, FaultStatus, Request, Response, invalid
+from batchlab.server.autoscaling_api.parameters import Parameters
 from batchlab.server.autoscaling_api.query_protocol import Act, QueryService, model
 
 TARGET = "x-amz-target"
@@ -57,7 +57,7 @@ class JsonService:
         return Response(200, result(operation, await self._act(operation, asked)), _TYPE)
 
     def refuse(self, _request: Request, fault: Fault, _request_id: str) -> Response:
-        blame: Blame = self._faults.blame(fault)
+        blame: FaultStatus = self._faults.blame(fault)
         body = json.dumps({"__type": fault.code, "message": fault.message}).encode()
         whose = "Sender" if blame.is_senders else "Receiver"
         headers = (("x-amzn-query-error", f"{fault.code};{whose}"),)
@@ -153,9 +153,9 @@ def _write(shape: Shape, value: Any) -> Any:
 
 PERIOD_S = 60.0
 """Length in seconds of the period that a statistic covers. It ends with the newest data point."""
-FRESH_S = 300.0
+MAX_POINT_AGE_S = 300.0
 """Maximum age in seconds of a data point. Older ones are ignored."""
-LARGEST = 2.0**360
+MAX_VALUE = 2.0**360
 """Largest absolute value that CloudWatch accepts."""
 MAX_METRICS = 1_000
 MAX_POINTS = 1_000
@@ -191,7 +191,7 @@ class MetricStore:
         self._clock = clock
         self._points: dict[_Name, list[Point]] = {}
 
-    def put(self, namespace: str, data: Sequence[Asked]) -> None:
+    def put(self, namespace: str, data: Sequence[Parameters]) -> None:
         """Store the data of a PutMetricData request. Raise Fault and store nothing if a part of it
         is invalid."""
         now_s = self._clock.now_s()
@@ -199,7 +199,7 @@ class MetricStore:
         for name, point in fresh:
             points = self._points.setdefault(name, [])
             points.append(point)
-            points[:] = [p for p in points if now_s - p.at_s <= FRESH_S][-MAX_POINTS:]
+            points[:] = [p for p in points if now_s - p.at_s <= MAX_POINT_AGE_S][-MAX_POINTS:]
         for name in [name for name, points in self._points.items() if not points]:
             del self._points[name]
         while len(self._points) > MAX_METRICS:
@@ -214,7 +214,7 @@ class MetricStore:
             return None
         now_s = self._clock.now_s()
         points = self._points.get(_name(wanted.get("Namespace", ""), wanted), [])
-        fresh = [point for point in points if -PERIOD_S <= now_s - point.at_s <= FRESH_S]
+        fresh = [point for point in points if -PERIOD_S <= now_s - point.at_s <= MAX_POINT_AGE_S]
         if not fresh:
             return None
         newest_s = max(point.at_s for point in fresh)
@@ -222,12 +222,12 @@ class MetricStore:
         return statistic([point for point in fresh if newest_s - point.at_s < PERIOD_S])
 
 
-def _name(namespace: str, told: Asked) -> _Name:
+def _name(namespace: str, told: Parameters) -> _Name:
     dimensions = tuple(sorted((one["Name"], one["Value"]) for one in told.get("Dimensions", ())))
     return namespace, told["MetricName"], dimensions
 
 
-def _points(one: Asked, now_s: float) -> Sequence[Point]:
+def _points(one: Parameters, now_s: float) -> Sequence[Point]:
     at_s = one["Timestamp"].timestamp() if "Timestamp" in one else now_s
     if "StatisticValues" in one:
         told = one["StatisticValues"]
@@ -241,7 +241,7 @@ def _points(one: Asked, now_s: float) -> Sequence[Point]:
     if not points or any(point.count <= 0 for point in points):
         raise Fault("InvalidParameterValue", f"{one['MetricName']!r} comes without a value.")
     numbers = [n for p in points for n in (p.count, p.total / p.count, p.least, p.most)]
-    if not all(abs(number) <= LARGEST for number in numbers):
+    if not all(abs(number) <= MAX_VALUE for number in numbers):
         raise Fault("InvalidParameterValue", f"{one['MetricName']!r} is out of range.")
     return points
 
@@ -250,7 +250,7 @@ class CloudWatch:
     """PutMetricData in the two protocols that clients use here: JSON and query."""
 
     def __init__(self, store: MetricStore) -> None:
-        async def act(operation: OperationModel, asked: Asked) -> Mapping[str, Any]:
+        async def act(operation: OperationModel, asked: Parameters) -> Mapping[str, Any]:
             if operation.name != "PutMetricData":
                 raise Fault("NotImplemented", f"{operation.name} is not served here.")
             if "MetricData" not in asked:

@@ -33,7 +33,7 @@ from batchlab.server.autoscaling_api import metadata
 from batchlab.server.autoscaling_api.app import App, Service
 from batchlab.server.autoscaling_api.cloudwatch import CloudWatch, MetricStore
 from batchlab.server.autoscaling_api.launch_templates import TemplateFile
-from batchlab.server.autoscaling_api.metadata import Facts, NoticeService
+from batchlab.server.autoscaling_api.metadata import InstanceFacts, NoticeService
 from batchlab.server.autoscaling_api.query_protocol import QueryService, model
 from batchlab.server.autoscaling_api.scheduled_changes import act
 from batchlab.server.shutdown import end_instances, stop_by_signal
@@ -177,7 +177,7 @@ def asg_main(settings: AsgSettings, on_up: Callable[[str], None]) -> None:
 
 
 async def _serve_asg(settings: AsgSettings, on_up: Callable[[str], None]) -> None:
-    clock, facts = WallClock(), Facts()
+    clock, facts = WallClock(), InstanceFacts()
     templates = TemplateFile(settings.templates, settings.images)
     launcher = factory.open_asg_launcher(settings, templates, clock, facts.signals)
     groups = StateFile(settings.state / "groups.json")

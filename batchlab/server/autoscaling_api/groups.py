@@ -17,7 +17,15 @@ from batchlab.fleet.api_types import GroupConfig, GroupDetails, InstanceDetails,
 from batchlab.fleet.autoscaling import AutoScaling
 from batchlab.server.autoscaling_api import parameters
 from batchlab.server.autoscaling_api.app import invalid
-from batchlab.server.autoscaling_api.parameters import MAX_ITEMS, Asked, fields, given, page, rest, told
+from batchlab.server.autoscaling_api.parameters import (
+    MAX_ITEMS,
+    Parameters,
+    fields,
+    other_parameters,
+    page,
+    parse_into,
+    to_answer,
+)
 
 T = TypeVar("T")
 Answer = dict[str, Any]
@@ -30,7 +38,7 @@ class Call:
 
     engine: AutoScaling
     operation: OperationModel
-    asked: Asked
+    asked: Parameters
 
     @property
     def group(self) -> str:
@@ -41,9 +49,9 @@ class Call:
         """Return the given ones of these parameters, by the engine's names."""
         return {xform_name(name): self.asked[name] for name in names if name in self.asked}
 
-    def told(self, member: str, value: Any) -> Answer:
+    def answer(self, member: str, value: Any) -> Answer:
         """Return an answer with this member only."""
-        return {member: parameters.told(self._shape(member), value)}
+        return {member: parameters.to_answer(self._shape(member), value)}
 
     def paged(
         self,
@@ -52,7 +60,7 @@ class Call:
         key: Callable[[T], str],
         *,
         most: int = MAX_ITEMS,
-        tell: Callable[[StructureShape, T], Answer] = parameters.told,
+        tell: Callable[[StructureShape, T], Answer] = parameters.to_answer,
     ) -> Answer:
         """Return one page of `items` as an answer. `tell` converts an item into an entry of the
         answer."""
@@ -93,13 +101,13 @@ def create(call: Call) -> Answer:
     if "InstanceId" in asked:
         raise invalid("A group is not made from an instance here: name a launch template.")
     hooks = [
-        given(LifecycleHook, hook, auto_scaling_group_name=call.group)
+        parse_into(LifecycleHook, hook, auto_scaling_group_name=call.group)
         for hook in asked.get("LifecycleHookSpecificationList", ())
     ]
     call.engine.create_auto_scaling_group(
-        given(GroupConfig, asked, passive=_passive(rest(GroupConfig, asked))),
+        parse_into(GroupConfig, asked, passive=_passive(other_parameters(GroupConfig, asked))),
         desired_capacity=asked.get("DesiredCapacity"),
-        tags=[given(Tag, tag) for tag in asked.get("Tags", ())],
+        tags=[parse_into(Tag, tag) for tag in asked.get("Tags", ())],
         lifecycle_hooks=hooks,
     )
     return {}
@@ -108,7 +116,7 @@ def create(call: Call) -> Answer:
 def update(call: Call) -> Answer:
     changes = fields(GroupConfig, call.asked)
     del changes["auto_scaling_group_name"]
-    if passive := _passive(rest(GroupConfig, call.asked)):
+    if passive := _passive(other_parameters(GroupConfig, call.asked)):
         changes["passive"] = _merged(_one(call, call.group), passive)
     desired = call.asked.get("DesiredCapacity")
     call.engine.update_auto_scaling_group(call.group, changes, desired_capacity=desired)
@@ -161,8 +169,8 @@ def _group(shape: StructureShape, group: GroupDetails) -> dict[str, Any]:
     known = {name: value for name, value in passive.items() if name in shape.members}
     return {
         **known,
-        **told(shape, group.config),
-        **told(shape, group),
+        **to_answer(shape, group.config),
+        **to_answer(shape, group),
         "Tags": [_tag(name_of(group), tag) for tag in group.tags],
         "SuspendedProcesses": [
             {"ProcessName": str(process), "SuspensionReason": reason} for process, reason in group.suspended_processes
@@ -222,14 +230,14 @@ def describe_instances(call: Call) -> Answer:
 
 def _instance(shape: StructureShape, instance: InstanceDetails) -> dict[str, Any]:
     # AWS writes this value in capitals here, but not in DescribeAutoScalingGroups.
-    return {**told(shape, instance), "HealthStatus": instance.health_status.upper()}
+    return {**to_answer(shape, instance), "HealthStatus": instance.health_status.upper()}
 
 
 def terminate(call: Call) -> Answer:
     activity = call.engine.terminate_instance_in_auto_scaling_group(
         call.asked["InstanceId"], **call.some("ShouldDecrementDesiredCapacity")
     )
-    return call.told("Activity", activity)
+    return call.answer("Activity", activity)
 
 
 def set_health(call: Call) -> Answer:
@@ -246,11 +254,11 @@ def set_protection(call: Call) -> Answer:
 
 def enter_standby(call: Call) -> Answer:
     activities = call.engine.enter_standby(call.group, _instances(call), **call.some("ShouldDecrementDesiredCapacity"))
-    return call.told("Activities", activities)
+    return call.answer("Activities", activities)
 
 
 def exit_standby(call: Call) -> Answer:
-    return call.told("Activities", call.engine.exit_standby(call.group, _instances(call)))
+    return call.answer("Activities", call.engine.exit_standby(call.group, _instances(call)))
 
 
 def attach(call: Call) -> Answer:
@@ -262,7 +270,7 @@ def detach(call: Call) -> Answer:
     activities = call.engine.detach_instances(
         call.group, _instances(call), **call.some("ShouldDecrementDesiredCapacity")
     )
-    return call.told("Activities", activities)
+    return call.answer("Activities", activities)
 
 
 def _instances(call: Call) -> Sequence[str]:
@@ -277,7 +285,7 @@ def _instances(call: Call) -> Sequence[str]:
 
 def put_tags(call: Call) -> Answer:
     for group, tags in _by_group(call).items():
-        call.engine.create_or_update_tags(group, [given(Tag, tag) for tag in tags])
+        call.engine.create_or_update_tags(group, [parse_into(Tag, tag) for tag in tags])
     return {}
 
 

@@ -29,8 +29,8 @@ CREDENTIALS_S = 6 * 3600.0
 """Lifetime of a role's credentials in seconds, as on EC2."""
 
 
-class Facts:
-    """Facts of the engine about an instance. `engine` is set after the launcher is created."""
+class InstanceFacts:
+    """InstanceFacts of the engine about an instance. `engine` is set after the launcher is created."""
 
     engine: AutoScaling
 
@@ -53,7 +53,7 @@ class Facts:
 
 
 class _Told:
-    def __init__(self, facts: Facts, launcher: object, templates: TemplateFile, clock: Clock) -> None:
+    def __init__(self, facts: InstanceFacts, launcher: object, templates: TemplateFile, clock: Clock) -> None:
         self._facts = facts
         self._launcher = launcher
         self._templates = templates
@@ -139,7 +139,7 @@ def _asked(body: bytes) -> tuple[str, str, float]:
     return instance, kind, float(notice_s)
 
 
-def give(at: Endpoint, instance: str, notice: str, notice_s: float) -> None:
+def send_notice(at: Endpoint, instance: str, notice: str, notice_s: float) -> None:
     """Request a notice ("interruption" or "rebalance") to an instance from the endpoint.
 
     Raise UsageError if the endpoint refuses, and Unreachable if it does not answer.

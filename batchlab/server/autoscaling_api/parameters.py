@@ -1,7 +1,7 @@
 """Parameters of requests and answers.
 
 `check` tests the model's constraints (required, lengths, ranges, patterns, enums) and reports
-violations in AWS's words. `given` and `told` convert between AWS's parameters and the engine's
+violations in AWS's words. `parse_into` and `to_answer` convert between AWS's parameters and the engine's
 dataclasses, field by field. A field has AWS's name in snake case, as botocore writes it. Only types
 that differ in structure from AWS have a conversion of their own. `page` splits long answers by
 MaxRecords and NextToken.
@@ -89,8 +89,8 @@ def _range(shape: Shape, value: Any, place: str, number: float, what: str) -> It
 
 
 def _wrong(value: Any, place: str, constraint: str) -> str:
-    told = "null" if value is None else f"'{_told(value)}'"
-    return f"Value {told} at '{place}' failed to satisfy constraint: {constraint}"
+    text = "null" if value is None else f"'{_told(value)}'"
+    return f"Value {text} at '{place}' failed to satisfy constraint: {constraint}"
 
 
 def _told(value: Any) -> str:
@@ -116,13 +116,13 @@ def _joined(pair: re.Match[str]) -> str:
 
 
 T = TypeVar("T")
-Asked = Mapping[str, Any]
+Parameters = Mapping[str, Any]
 
 
 # --- From AWS's parameters to dataclasses ---------------------------------------------------------
 
 
-def given(kind: type[T], asked: Asked, **more: Any) -> T:
+def parse_into(kind: type[T], asked: Parameters, **more: Any) -> T:
     """Create the dataclass from `more` and from the parameters that are its fields. Raise Fault if
     the engine needs a parameter that is optional in AWS's model and was not given."""
     found = {**fields(kind, asked), **more}
@@ -133,14 +133,14 @@ def given(kind: type[T], asked: Asked, **more: Any) -> T:
     return kind(**found)
 
 
-def fields(kind: type, asked: Asked) -> dict[str, Any]:
+def fields(kind: type, asked: Parameters) -> dict[str, Any]:
     """Return the parameters that are fields of the dataclass, by field name."""
     hints = _hints(kind)
     named = {xform_name(name): value for name, value in asked.items()}
     return {name: _field(hints[name], value) for name, value in named.items() if name in hints}
 
 
-def rest(kind: type, asked: Asked) -> dict[str, Any]:
+def other_parameters(kind: type, asked: Parameters) -> dict[str, Any]:
     """Return the parameters that are not fields of the dataclass."""
     return {name: value for name, value in asked.items() if xform_name(name) not in _hints(kind)}
 
@@ -166,14 +166,14 @@ def _field(hint: Any, value: Any) -> Any:
         return tuple(_field(inner, one) for one in value)
     if isinstance(value, dict):
         kind: Any = next(one for one in (hint, *get_args(hint)) if is_dataclass(one))
-        return given(kind, _GIVEN.get(kind, dict)(value))
+        return parse_into(kind, _GIVEN.get(kind, dict)(value))
     if isinstance(value, str) and int in (hint, *get_args(hint)):
         # Weights are strings in requests.
         return int(value)
     return value
 
 
-def _mixed_given(asked: Asked) -> Asked:
+def _mixed_given(asked: Parameters) -> Parameters:
     template = asked.get("LaunchTemplate", {})
     return {
         "LaunchTemplate": template.get("LaunchTemplateSpecification", {}),
@@ -182,7 +182,7 @@ def _mixed_given(asked: Asked) -> Asked:
     }
 
 
-def _tracking_given(asked: Asked) -> Asked:
+def _tracking_given(asked: Parameters) -> Parameters:
     found = dict(asked)
     if predefined := found.pop("PredefinedMetricSpecification", None):
         found["PredefinedMetricType"] = predefined["PredefinedMetricType"]
@@ -191,20 +191,23 @@ def _tracking_given(asked: Asked) -> Asked:
     return found
 
 
-_GIVEN: dict[Any, Callable[[Asked], Asked]] = {MixedInstancesPolicy: _mixed_given, TargetTracking: _tracking_given}
+_GIVEN: dict[Any, Callable[[Parameters], Parameters]] = {
+    MixedInstancesPolicy: _mixed_given,
+    TargetTracking: _tracking_given,
+}
 
 
 # --- From dataclasses to answers ------------------------------------------------------------------
 
 
-def told(shape: Shape, value: Any) -> Any:
+def to_answer(shape: Shape, value: Any) -> Any:
     """Convert the value into an answer of the shape. None and "" are left out unless the shape
     requires them. Members without a field in the value are left out."""
     if isinstance(shape, StructureShape):
         special = _TOLD.get(type(value))
         return special(shape, value) if special else _answer_structure(shape, value)
     if isinstance(shape, ListShape):
-        return [told(shape.member, one) for one in value]
+        return [to_answer(shape.member, one) for one in value]
     if shape.type_name == "timestamp":
         return datetime.fromtimestamp(value, UTC)
     return str(value) if shape.type_name == "string" else value
@@ -215,7 +218,7 @@ def _answer_structure(shape: StructureShape, value: Any) -> dict[str, Any]:
     for name, member in shape.members.items():
         one = getattr(value, xform_name(name), None)
         if one is not None and (one != "" or name in shape.required_members):
-            found[name] = told(member, one)
+            found[name] = to_answer(member, one)
     return found
 
 
@@ -224,10 +227,10 @@ def _mixed_told(shape: StructureShape, value: MixedInstancesPolicy) -> dict[str,
     names = template.members
     return {
         "LaunchTemplate": {
-            "LaunchTemplateSpecification": told(names["LaunchTemplateSpecification"], value.launch_template),
-            "Overrides": told(names["Overrides"], value.overrides),
+            "LaunchTemplateSpecification": to_answer(names["LaunchTemplateSpecification"], value.launch_template),
+            "Overrides": to_answer(names["Overrides"], value.overrides),
         },
-        "InstancesDistribution": told(shape.members["InstancesDistribution"], value.instances_distribution),
+        "InstancesDistribution": to_answer(shape.members["InstancesDistribution"], value.instances_distribution),
     }
 
 
@@ -254,7 +257,7 @@ _TOLD: dict[type, Callable[[StructureShape, Any], dict[str, Any]]] = {
 
 
 MAX_ITEMS = 100
-USUAL = 50
+DEFAULT_ITEMS = 50
 
 
 def page(
@@ -265,7 +268,7 @@ def page(
     `key` identifies an item. A token contains the key and the number of the last item. The next
     page starts after that item, or at its number if the item no longer exists.
     """
-    size = asked.get("MaxRecords", min(USUAL, most))
+    size = asked.get("MaxRecords", min(DEFAULT_ITEMS, most))
     if not 1 <= size <= most:
         raise invalid(f"MaxRecords must be between 1 and {most}.")
     start = 0

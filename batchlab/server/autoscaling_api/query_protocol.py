@@ -22,7 +22,7 @@ from botocore.loaders import Loader
 from botocore.model import ListShape, MapShape, OperationModel, ServiceModel, Shape, StructureShape
 
 from batchlab.server.autoscaling_api import parameters
-from batchlab.server.autoscaling_api.app import Blame, Fault, Faults, Request, Response, sent_wrong
+from batchlab.server.autoscaling_api.app import Fault, Faults, FaultStatus, Request, Response, input_errors
 
 MAX_FIELDS = 10_000
 MAX_DEPTH = 32
@@ -87,7 +87,7 @@ def _value(shape: Shape, node: _Node, path: str) -> Any:
         return _map(shape, node, path)
     if node.text is None:
         return None
-    with sent_wrong(path):
+    with input_errors(path):
         return _scalar(shape, node.text)
 
 
@@ -134,7 +134,7 @@ def _map(shape: MapShape, node: _Node, path: str) -> dict[str, Any] | None:
 
 
 def _numbered(entries: _Node, path: str) -> list[_Node]:
-    with sent_wrong(path):
+    with input_errors(path):
         numbered = [(_whole(number), entry) for number, entry in entries.parts.items()]
     return [entry for _, entry in sorted(numbered, key=lambda pair: pair[0])]
 
@@ -181,7 +181,7 @@ def result(operation: OperationModel, answer: Mapping[str, Any], request_id: str
     return _document(f"{name}Response", operation.service_model, inner + told)
 
 
-def refusal(service: ServiceModel, fault: Fault, blame: Blame, request_id: str) -> bytes:
+def refusal(service: ServiceModel, fault: Fault, blame: FaultStatus, request_id: str) -> bytes:
     """Return the body of an error answer."""
     kind = "Sender" if blame.is_senders else "Receiver"
     error = f"<Type>{kind}</Type><Code>{_text(fault.code)}</Code>"

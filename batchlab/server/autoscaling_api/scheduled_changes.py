@@ -31,7 +31,7 @@ from batchlab.fleet.termination import PLAIN, POLICIES
 from batchlab.server.autoscaling_api import groups
 from batchlab.server.autoscaling_api.app import Fault, invalid
 from batchlab.server.autoscaling_api.groups import Action, Answer, Call
-from batchlab.server.autoscaling_api.parameters import Asked, fields, given, rest
+from batchlab.server.autoscaling_api.parameters import Parameters, fields, other_parameters, parse_into
 from batchlab.server.autoscaling_api.query_protocol import Act
 
 MAX_WARM = 50
@@ -46,7 +46,7 @@ def put_hook(call: Call) -> Answer:
     hook = (
         replace(lifecycle_hooks[0], **fields(LifecycleHook, call.asked))
         if lifecycle_hooks
-        else given(LifecycleHook, call.asked)
+        else parse_into(LifecycleHook, call.asked)
     )
     call.engine.put_lifecycle_hook(hook)
     return {}
@@ -59,7 +59,7 @@ def delete_hook(call: Call) -> Answer:
 
 def describe_hooks(call: Call) -> Answer:
     hooks = call.engine.describe_lifecycle_hooks(call.group, call.asked.get("LifecycleHookNames", ()))
-    return call.told("LifecycleHooks", hooks)
+    return call.answer("LifecycleHooks", hooks)
 
 
 def complete(call: Call) -> Answer:
@@ -83,7 +83,7 @@ def heartbeat(call: Call) -> Answer:
 
 
 def put_policy(call: Call) -> Answer:
-    policy = call.engine.put_scaling_policy(given(ScalingPolicy, call.asked))
+    policy = call.engine.put_scaling_policy(parse_into(ScalingPolicy, call.asked))
     # The list of alarms is empty, because the engine reads the metric itself, without CloudWatch.
     return {"PolicyARN": policy.policy_arn, "Alarms": []}
 
@@ -117,7 +117,7 @@ def put_scheduled(call: Call) -> Answer:
     return {}
 
 
-def _schedule(call: Call, asked: Asked) -> None:
+def _schedule(call: Call, asked: Parameters) -> None:
     """Create or update a scheduled action. Fields that are not given keep their value."""
     changes = fields(ScheduledAction, asked)
     if "Time" in asked:
@@ -175,11 +175,11 @@ def describe_scheduled(call: Call) -> Answer:
 def start_refresh(call: Call) -> Answer:
     more: dict[str, Any] = call.some("Strategy")
     if "DesiredConfiguration" in call.asked:
-        more["desired_configuration"] = given(DesiredConfiguration, call.asked["DesiredConfiguration"])
+        more["desired_configuration"] = parse_into(DesiredConfiguration, call.asked["DesiredConfiguration"])
     wanted = call.asked.get("Preferences", {})
-    if unknown := rest(RefreshPreferences, wanted):
+    if unknown := other_parameters(RefreshPreferences, wanted):
         raise invalid(f"Preferences that are not served here: {', '.join(sorted(unknown))}.")
-    preferences = given(RefreshPreferences, wanted)
+    preferences = parse_into(RefreshPreferences, wanted)
     found = call.engine.start_instance_refresh(call.group, preferences=preferences, **more)
     return {"InstanceRefreshId": found}
 
@@ -219,7 +219,7 @@ def delete_warm_pool(call: Call) -> Answer:
 def describe_warm_pool(call: Call) -> Answer:
     pool, instances = call.engine.describe_warm_pool(call.group)
     answer = call.paged("Instances", instances, lambda instance: instance.instance_id, most=MAX_WARM)
-    return {**answer, **call.told("WarmPoolConfiguration", pool)} if pool else answer
+    return {**answer, **call.answer("WarmPoolConfiguration", pool)} if pool else answer
 
 
 ACTIONS: Mapping[str, Action] = {
@@ -277,7 +277,7 @@ def act(engine: AutoScaling, changed: Callable[[], None]) -> Act:
     """Return the function that performs the actions on this engine. It calls `changed` after each
     action that may change something, so that the engine ticks soon."""
 
-    async def do(operation: OperationModel, asked: Asked) -> Answer:
+    async def do(operation: OperationModel, asked: Parameters) -> Answer:
         action = ALL_ACTIONS.get(operation.name)
         if action is None:
             raise Fault("NotImplemented", f"{operation.name} is not served here.")

@@ -21,8 +21,8 @@ from batchlab.core.errors import BatchlabError
 from batchlab.manager.manager import Manager
 from batchlab.server import metrics
 from batchlab.server.http import failures, grid, job_files, jobs, logs, schedules, tasks
-from batchlab.server.http.authentication import OWN_NAMES, Door, Sessions, Store
-from batchlab.server.http.common import Served, answer
+from batchlab.server.http.authentication import LOCAL_NAMES, AccessCheck, Sessions, SessionStore
+from batchlab.server.http.common import ServerState, error_response
 
 _ANY_ADDRESS = frozenset({"0.0.0.0", "::", ""})  # noqa: S104 - compared, not listened on
 
@@ -34,25 +34,25 @@ def create_app(
     backend_name: str,
     capabilities: Capabilities = NO_CAPABILITIES,
     on_shutdown: Callable[[], None],
-    sessions: Store | None = None,
+    sessions: SessionStore | None = None,
     hosts: Iterable[str] = (),
-) -> tuple[FastAPI, Served]:
+) -> tuple[FastAPI, ServerState]:
     """Return the application and its replaceable parts. `on_shutdown` is called in the event loop
     after the answer to a shutdown request was sent. `sessions` stores the sessions of the web page.
     A request without the token must use a name of this machine or of `hosts`."""
     app = _routed()
     known = Sessions(token, manager.ports.clock, sessions)
-    names = OWN_NAMES | {host.lower() for host in hosts} - _ANY_ADDRESS
-    served = Served(manager, token, backend_name, capabilities, on_shutdown, known, names)
+    names = LOCAL_NAMES | {host.lower() for host in hosts} - _ANY_ADDRESS
+    served = ServerState(manager, token, backend_name, capabilities, on_shutdown, known, names)
     app.state.served = served
     for kind in (BatchlabError, RequestValidationError, HTTPException, Exception):
-        app.add_exception_handler(kind, answer)
-    app.add_middleware(Door, token=token, now_s=manager.ports.clock.now_s, hosts=names, failed=_failed)
+        app.add_exception_handler(kind, error_response)
+    app.add_middleware(AccessCheck, token=token, now_s=manager.ports.clock.now_s, hosts=names, failed=_failed)
     return app, served
 
 
 def _failed(scope: Scope, error: Exception) -> JSONResponse:
-    return answer(Request(scope), error)
+    return error_response(Request(scope), error)
 
 
 def description() -> dict[str, Any]:

@@ -40,19 +40,19 @@ from batchlab.core.ports import Clock
 
 MAX_BYTES = 64 * 1024**2
 """Limit of a body. A client stores larger data in the bucket or sends it as files."""
-MAX_USED = 50_000
+MAX_SIGNATURES = 50_000
 """Number of stored signatures. A signature is accepted only once."""
 PAGE = "/ui"
 """Path of the web page. `Guard` protects it."""
-OWN_NAMES = frozenset({"127.0.0.1", "localhost", "::1"})
-SAFE = frozenset({"GET", "HEAD"})
+LOCAL_NAMES = frozenset({"127.0.0.1", "localhost", "::1"})
+SAFE_METHODS = frozenset({"GET", "HEAD"})
 """Methods that change nothing."""
 
 _PATHS = ("/v1/", "/metrics")
 _FILES = "/v1/jobs/files"
 
 
-class Door:
+class AccessCheck:
     """Middleware before the API. The application sees a signed request as one with the bearer
     token, and a request without the token as one with an empty body."""
 
@@ -72,7 +72,7 @@ class Door:
         self._now_s = now_s
         self._hosts = hosts
         self._failed = failed
-        self._used = _Used()
+        self._used = _Signatures()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or _is_page(scope["path"]):
@@ -174,8 +174,8 @@ class Door:
         return proving
 
 
-class _Used:
-    """Signatures that were received within WINDOW_S, up to MAX_USED."""
+class _Signatures:
+    """Signatures that were received within WINDOW_S, up to MAX_SIGNATURES."""
 
     def __init__(self) -> None:
         self._known: OrderedDict[bytes, int] = OrderedDict()
@@ -190,7 +190,7 @@ class _Used:
         self._known[mac] = signed.at_s
         while self._known:
             oldest_s = next(iter(self._known.values()))
-            if len(self._known) > MAX_USED:
+            if len(self._known) > MAX_SIGNATURES:
                 self._floor_s = max(self._floor_s, oldest_s)
             elif oldest_s > now_s - WINDOW_S:
                 break
@@ -198,7 +198,7 @@ class _Used:
         return True
 
 
-def name_of(host: str) -> str:
+def host_name(host: str) -> str:
     """Return the name in a `Host` header in lower case, or "" if the header has none."""
     try:
         return (urlsplit(f"//{host}").hostname or "").lower()
@@ -206,7 +206,7 @@ def name_of(host: str) -> str:
         return ""
 
 
-def is_ours(headers: Headers) -> bool:
+def is_same_origin(headers: Headers) -> bool:
     """Return whether a page of the manager sent the request. A browser sends `Sec-Fetch-Site` to a
     trusted origin. For another origin, such as a container's address, the `Origin` must be the
     manager's own."""
@@ -222,10 +222,10 @@ def _refusal(headers: Headers, hosts: frozenset[str] | None) -> Response | None:
     allowed names, or None for a request with the token, which no web page has."""
     # A foreign name may resolve to this machine, and then the browser lets the pages of that name
     # read the answers (DNS rebinding). An IP address cannot be rebound.
-    if hosts is not None and not _is_named(name_of(headers.get("host", "")), hosts):
+    if hosts is not None and not _is_named(host_name(headers.get("host", "")), hosts):
         return PlainTextResponse("The manager does not answer to that name.\n", 421)
     is_typed = "origin" not in headers and headers.get("sec-fetch-site", "none") == "none"
-    if not is_typed and not is_ours(headers):
+    if not is_typed and not is_same_origin(headers):
         return PlainTextResponse("The request comes from another page.\n", 403)
     return None
 
@@ -303,7 +303,7 @@ MAX_CLOSED = 1000
 """Limit of stored closed sessions. Above it, all sessions end, and none needs to be stored."""
 
 
-class Store(Protocol):
+class SessionStore(Protocol):
     """Storage of the sessions. Its methods raise BackendError if they fail."""
 
     def load(self) -> bytes | None: ...
@@ -322,7 +322,7 @@ class Session:
 class Sessions:
     """All sessions of one manager. With `kept`, they survive its restart."""
 
-    def __init__(self, token: str, clock: Clock, kept: Store | None = None) -> None:
+    def __init__(self, token: str, clock: Clock, kept: SessionStore | None = None) -> None:
         self._clock = clock
         self._token = token
         self._kept = kept
@@ -405,9 +405,9 @@ class Sessions:
         if not (until.isascii() and until.isdigit() and len(until) < 15 and name):
             return None
         session = Session(name, int(until))
-        is_ours = _is(mark, self._sign("session", session)) and _is(place, self.place(session))
+        is_same_origin = _is(mark, self._sign("session", session)) and _is(place, self.place(session))
         is_over = session.until_s <= self._clock.now_s() or name in self._closed
-        return session if is_ours and not is_over else None
+        return session if is_same_origin and not is_over else None
 
     def close(self, session: Session) -> None:
         """End a session before its expiry."""

@@ -76,23 +76,23 @@ for _view in vars(api_types).values():
     if is_typeddict(_view):
         _view.__pydantic_config__ = ConfigDict(defer_build=True)
 
-LEADS_WITHIN_S = 3.0
+LEADER_WAIT_S = 3.0
 """Time in seconds that a request waits for a manager that is about to become the leader. After it,
 the request gets an error."""
-LONGEST_WAIT_S = 60.0
+MAX_WAIT_S = 60.0
 MAX_LISTED = 1000
-LONGEST_ERROR = 10_000
+MAX_ERROR_CHARS = 10_000
 """Limit of an error's text in characters."""
-MISTAKES = 10
+MAX_MISTAKES = 10
 """Number of mistakes in a job file that an error lists after the first one."""
 
 
-class _Unauthorised(BatchlabError):
+class _Unauthorized(BatchlabError):
     """The bearer token is missing or wrong."""
 
 
 @dataclass(slots=True)
-class Served:
+class ServerState:
     """Arguments of `create_app`, and the state that the endpoints share."""
 
     manager: Manager
@@ -114,24 +114,26 @@ class Served:
 # All dependencies are coroutines, because FastAPI runs a plain function on a thread, which takes
 # longer. A dependency of every request depends only on the request, because each nested dependency
 # takes 1% of a short call.
-async def _served(request: Request) -> Served:
+async def _served(request: Request) -> ServerState:
     return _of(request)
 
 
-def _of(request: Request) -> Served:
-    return cast(Served, request.app.state.served)
+def _of(request: Request) -> ServerState:
+    return cast(ServerState, request.app.state.served)
 
 
-Given = Annotated[Served, Depends(_served)]
+StateDep = Annotated[ServerState, Depends(_served)]
 _bearer = HTTPBearer(auto_error=False)
 
 
-async def authorised(request: Request, given: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]) -> None:
+async def require_token(
+    request: Request, given: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
+) -> None:
     token = _of(request).token
     # The comparison takes constant time, so the response time does not reveal how much of a guess
     # was right.
     if given is None or not compare_digest(given.credentials.encode(), token.encode()):
-        raise _Unauthorised(
+        raise _Unauthorized(
             "The bearer token is missing or wrong.",
             remedy="Send `Authorization: Bearer TOKEN`; the token is in the grid's folder.",
         )
@@ -142,7 +144,7 @@ async def _leader(request: Request) -> Manager:
     if not manager.is_leader.is_set():
         # A manager that has just started becomes the leader in a moment, and its first client may
         # already wait.
-        await set_within(manager.is_leader, LEADS_WITHIN_S)
+        await set_within(manager.is_leader, LEADER_WAIT_S)
     if not manager.is_leader.is_set():
         raise BackendError(
             "This manager is not the leader.", remedy="Try again in some seconds, or ask the manager that leads."
@@ -164,11 +166,11 @@ async def _scheduler(manager: Annotated[Manager, Depends(_leader)]) -> ScheduleC
     return manager.scheduler
 
 
-Books = Annotated[Spending, Depends(_spending)]
+SpendingDep = Annotated[Spending, Depends(_spending)]
 Leader = Annotated[Manager, Depends(_leader)]
-Timetable = Annotated[ScheduleCommands, Depends(_scheduler)]
+SchedulesDep = Annotated[ScheduleCommands, Depends(_scheduler)]
 Limit = Annotated[int, Query(ge=1, le=MAX_LISTED)]
-Wait = Annotated[float, Query(ge=0, le=LONGEST_WAIT_S, description="Long poll, seconds")]
+Wait = Annotated[float, Query(ge=0, le=MAX_WAIT_S, description="Long poll, seconds")]
 
 # Only the first response defines the model, and the others refer to it. FastAPI makes a validator
 # for every model of every endpoint. The validators of these responses took 10% of a manager's
@@ -181,10 +183,10 @@ for _code in (400, 401, 404, 409, 413, 503):
 
 def guarded() -> APIRouter:
     """Return a router whose endpoints require the token."""
-    return APIRouter(prefix="/v1", dependencies=[Depends(authorised)], responses=_PROBLEMS)
+    return APIRouter(prefix="/v1", dependencies=[Depends(require_token)], responses=_PROBLEMS)
 
 
-def of_our_version(doc: Any) -> Any:
+def without_version(doc: Any) -> Any:
     """Return a posted job without its format version. Raise ValueError if the version is not this
     manager's."""
     if not isinstance(doc, dict):
@@ -197,7 +199,7 @@ def of_our_version(doc: Any) -> Any:
 # --- Errors --------------------------------------------------------------------------------------
 
 _STATUS: tuple[tuple[type[BatchlabError], int], ...] = (
-    (_Unauthorised, 401),
+    (_Unauthorized, 401),
     (NotFound, 404),
     (Refused, 409),
     (UsageError, 422),
@@ -205,7 +207,7 @@ _STATUS: tuple[tuple[type[BatchlabError], int], ...] = (
 )
 
 
-def answer(request: Request, error: Exception) -> JSONResponse:
+def error_response(request: Request, error: Exception) -> JSONResponse:
     """Return the answer to an error: a status, a sentence, and a remedy."""
     status, problem = problem_of(request, error)
     return JSONResponse(problem, status, {"WWW-Authenticate": "Bearer"} if status == 401 else None)
@@ -213,9 +215,9 @@ def answer(request: Request, error: Exception) -> JSONResponse:
 
 def problem_of(request: Request, error: Exception) -> tuple[int, api_types.ProblemView]:
     """Return the status and the description of an error. The description may contain text of the
-    request. It is cut to LONGEST_ERROR, and a lone surrogate becomes a question mark."""
+    request. It is cut to MAX_ERROR_CHARS, and a lone surrogate becomes a question mark."""
     status, problem = _problem_of(request, error)
-    problem["error"] = problem["error"].encode(errors="replace").decode()[:LONGEST_ERROR]
+    problem["error"] = problem["error"].encode(errors="replace").decode()[:MAX_ERROR_CHARS]
     return status, problem
 
 
@@ -249,7 +251,7 @@ def _told(error: BatchlabError) -> str:
         return error.message
     first, *others = getattr(error, "errors", (error,))
     where = f"{first.file}:{first.line}: " if first.line else ""
-    more = "".join(f" Also in line {other.line}: {other.message}" for other in others[:MISTAKES])
+    more = "".join(f" Also in line {other.line}: {other.message}" for other in others[:MAX_MISTAKES])
     return f"{where}{first.message}{more}"
 
 
@@ -260,7 +262,7 @@ def _invalid(error: RequestValidationError) -> str:
     return f"The request is not valid at {where}: {first['msg']}{more}."
 
 
-READ_AT_ONCE = 16
+MAX_PARALLEL_READS = 16
 
 NOT_STORED = "(not stored until the long task that follows it in its worker has ended)\n"
 """Text for a log that is not stored yet. A bundle's log is stored after the bundle's last task.
@@ -268,13 +270,13 @@ While a long task runs, the outcome of the tasks before it may already exist."""
 
 
 async def outcomes_of(manager: Manager, records: Sequence[BundleRecord]) -> AsyncIterator[tuple[BundleRecord, Outcome]]:
-    """Read the outcomes of these bundles of one job in order, READ_AT_ONCE at a time."""
+    """Read the outcomes of these bundles of one job in order, MAX_PARALLEL_READS at a time."""
     if not records:
         return
     objects, patience = manager.ports.objects, manager.ports.patience
     key = await manager.ports.keys.of((await manager.ports.ledger.job(records[0].bundle.job)).job)
-    for first in range(0, len(records), READ_AT_ONCE):
-        bundle_records = records[first : first + READ_AT_ONCE]
+    for first in range(0, len(records), MAX_PARALLEL_READS):
+        bundle_records = records[first : first + MAX_PARALLEL_READS]
         read = await asyncio.gather(*(committed(objects, r.bundle, patience, key) for r in bundle_records))
         for record, outcome in zip(bundle_records, read, strict=True):
             if outcome:

@@ -1,6 +1,6 @@
 """Endpoints of failed tasks: page by page, and grouped by cause.
 
-Invariant: the endpoints read failures from the outcomes in the bucket, at most BUDGET outcomes in
+Invariant: the endpoints read failures from the outcomes in the bucket, at most MAX_OUTCOMES_READ outcomes in
 one request. The groups that they store between requests are a cache.
 """
 
@@ -18,19 +18,19 @@ from batchlab.core.ports import BundleRecord, JobRecord
 from batchlab.manager.manager import Manager
 from batchlab.manager.retry_rounds import RetriedTasks, TaskSelection
 from batchlab.server import job_views
-from batchlab.server.http.common import OTHERS, Given, Groups, Leader, Limit, Served, guarded, outcomes_of
+from batchlab.server.http.common import OTHERS, Groups, Leader, Limit, ServerState, StateDep, guarded, outcomes_of
 
 router = guarded()
 
-BUDGET = 500
-KEPT = 8
+MAX_OUTCOMES_READ = 500
+MAX_CACHED_JOBS = 8
 """Number of jobs whose groups are cached."""
 
 
 @router.get("/jobs/{job}/failures")
 async def failures(
     manager: Leader,
-    served: Given,
+    served: StateDep,
     job: JobId,
     limit: Limit = 100,
     after: Annotated[str | None, Query(description="`next` of the page before")] = None,
@@ -51,7 +51,7 @@ async def failures(
         if len(found) == limit:
             return {"failures": found, "next": f"{at[0]}.{at[1]}"}
         found.append(failure)
-    more = len(rows) == BUDGET
+    more = len(rows) == MAX_OUTCOMES_READ
     return {"failures": found, "next": f"{(rows[-1].seq or 0) + 1}.0" if more else None}
 
 
@@ -65,7 +65,7 @@ def _cursor(after: str | None) -> tuple[int, int]:
 
 
 @router.get("/jobs/{job}/failures/groups")
-async def failure_groups(manager: Leader, served: Given, job: JobId) -> api_types.FailureGroupsView:
+async def failure_groups(manager: Leader, served: StateDep, job: JobId) -> api_types.FailureGroupsView:
     """Return the failed tasks, grouped by stage and fingerprint."""
     record = await manager.ports.ledger.job(job)
     known, is_whole = await _read_on(manager, served, record)
@@ -84,7 +84,7 @@ async def failure_groups(manager: Leader, served: Given, job: JobId) -> api_type
 
 
 async def chosen_tasks(
-    manager: Manager, served: Served, job: JobId, fingerprints: Collection[str], tasks: TaskSelection
+    manager: Manager, served: ServerState, job: JobId, fingerprints: Collection[str], tasks: TaskSelection
 ) -> TaskSelection:
     """Return the failed tasks with these fingerprints, and `tasks`. Raise Refused for an unknown
     fingerprint."""
@@ -106,7 +106,7 @@ async def chosen_tasks(
     return {name: TaskSet.union(sets) for name, sets in chosen.items()}
 
 
-async def _read_on(manager: Manager, served: Served, record: JobRecord) -> tuple[Groups, bool]:
+async def _read_on(manager: Manager, served: ServerState, record: JobRecord) -> tuple[Groups, bool]:
     """Add the next outcomes to the groups. Return the groups, and whether all outcomes were
     read."""
     kept = served.groups
@@ -114,18 +114,18 @@ async def _read_on(manager: Manager, served: Served, record: JobRecord) -> tuple
     if groups is None or groups.round != record.round:
         groups = Groups(record.round)
     kept[record.job.id] = groups  # the most recently used job is the last one
-    while len(kept) > KEPT:
+    while len(kept) > MAX_CACHED_JOBS:
         del kept[next(iter(kept))]
     rows = await _rows(manager, record.job.id, groups.seq)
     async for _, failure in _standing(manager, record, rows):
         groups.add(failure)
     if rows:
         groups.seq = max(groups.seq, rows[-1].seq or 0)
-    return groups, len(rows) < BUDGET
+    return groups, len(rows) < MAX_OUTCOMES_READ
 
 
 async def _rows(manager: Manager, job: JobId, after_seq: int) -> Sequence[BundleRecord]:
-    return await manager.ports.ledger.bundles(job, failed=True, after_seq=max(0, after_seq), limit=BUDGET)
+    return await manager.ports.ledger.bundles(job, failed=True, after_seq=max(0, after_seq), limit=MAX_OUTCOMES_READ)
 
 
 async def _standing(

@@ -26,21 +26,21 @@ from batchlab.manager.notifier import Notifier
 from batchlab.manager.spending import Spending
 from batchlab.server import job_views
 from batchlab.server.http.authentication import CODE_S, PAGE, page_session_name
-from batchlab.server.http.common import Books, Given, Leader, Limit, guarded
+from batchlab.server.http.common import Leader, Limit, SpendingDep, StateDep, guarded
 
 public = APIRouter(prefix="/v1")
 router = guarded()
 
 
 @public.get("/health")
-async def health(served: Given) -> api_types.HealthView:
+async def health(served: StateDep) -> api_types.HealthView:
     """Return whether the manager responds, and whether it is the leader."""
     leads = served.manager.is_leader.is_set()
     return {"status": "ok", "version": __version__, "leader": leads}
 
 
 @router.post("/shutdown", status_code=202)
-async def shutdown(served: Given, after: BackgroundTasks) -> api_types.HealthView:
+async def shutdown(served: StateDep, after: BackgroundTasks) -> api_types.HealthView:
     """End the manager and the processes that it started."""
 
     async def end() -> None:  # a coroutine, because a plain function would run on another thread
@@ -52,7 +52,7 @@ async def shutdown(served: Given, after: BackgroundTasks) -> api_types.HealthVie
 
 
 @router.post("/sessions", status_code=201)
-async def open_session(served: Given) -> api_types.SessionView:
+async def open_session(served: StateDep) -> api_types.SessionView:
     """Return a code that opens the web page once. The token itself must not be a part of an
     address."""
     if module := installation.missing("web"):
@@ -66,7 +66,7 @@ async def open_session(served: Given) -> api_types.SessionView:
 
 
 @router.get("/sessions/{name}")
-async def session_code(served: Given, name: str) -> api_types.CodeView:
+async def session_code(served: StateDep, name: str) -> api_types.CodeView:
     """Return whether the code with this name is still valid. A code becomes invalid after its use
     or at its expiry."""
     return {"name": name, "waits": served.sessions.waits(name)}
@@ -104,7 +104,7 @@ class Draining(BaseModel):
 
 
 @router.get("/grid")
-async def grid(manager: Leader, served: Given) -> api_types.GridView:
+async def grid(manager: Leader, served: StateDep) -> api_types.GridView:
     """Return the pools with their instances, and the queues with their depths."""
     return await _grid(manager, served.backend_name)
 
@@ -117,7 +117,7 @@ async def activities(manager: Leader, pool: str | None = None, limit: Limit = 50
 
 
 @router.get("/grid/history")
-async def history(manager: Leader, served: Given) -> api_types.HistoryView:  # noqa: ARG001 - requires the leader
+async def history(manager: Leader, served: StateDep) -> api_types.HistoryView:  # noqa: ARG001 - requires the leader
     """Return the instances, running bundles, and waiting work of each pool during the last half
     hour."""
     return served.history.view()
@@ -133,7 +133,7 @@ async def scale(manager: Leader, pool: str, scaling: Scaling) -> api_types.PoolV
 
 
 @router.post("/grid/drain")
-async def drain(manager: Leader, draining: Draining, served: Given) -> api_types.GridView:
+async def drain(manager: Leader, draining: Draining, served: StateDep) -> api_types.GridView:
     """Scale one pool or all pools to zero instances, and keep them there."""
     await fleet_commands.drain(manager, draining.pool)
     return await _grid(manager, served.backend_name)
@@ -171,17 +171,17 @@ async def _notifying(manager: Leader) -> Notifier:
     return manager.notifier
 
 
-Telling = Annotated[Notifier, Depends(_notifying)]
+NotifierDep = Annotated[Notifier, Depends(_notifying)]
 
 
 @router.get("/notifications")
-async def log(telling: Telling, limit: Limit = 100) -> api_types.NotificationsView:
+async def log(telling: NotifierDep, limit: Limit = 100) -> api_types.NotificationsView:
     """Return pending notifications, and the results of recent ones."""
     return api_types.log_view(telling, limit)
 
 
 @router.get("/notifications/targets")
-async def targets(telling: Telling, manager: Leader) -> api_types.TargetsView:
+async def targets(telling: NotifierDep, manager: Leader) -> api_types.TargetsView:
     """Return the grid's notification targets, and those of jobs that have not ended."""
     return {"targets": [api_types.target_view(target) for target in _all(telling, manager)]}
 
@@ -197,7 +197,7 @@ def _all(telling: Notifier, manager: Manager) -> list[notifications.Target]:
 
 
 @router.post("/notifications/targets/{target}/test")
-async def test(telling: Telling, target: str) -> api_types.TestedView:
+async def test(telling: NotifierDep, target: str) -> api_types.TestedView:
     """Send one test notification to one of the grid's own targets."""
     return {"target": target, "error": await telling.test(target)}
 
@@ -211,13 +211,13 @@ class Cap(BaseModel):
 
 
 @router.get("/use")
-async def use(books: Books) -> api_usage_types.UseView:
+async def use(books: SpendingDep) -> api_usage_types.UseView:
     """Return the grid's usage, as AWS bills it, and the instances that are billed now."""
     return api_usage_types.use_view(books)
 
 
 @router.post("/use/cap")
-async def cap_grid(books: Books, manager: Leader, cap: Cap) -> api_usage_types.UseView:
+async def cap_grid(books: SpendingDep, manager: Leader, cap: Cap) -> api_usage_types.UseView:
     """Set the cap on the grid's cost since its account was opened."""
     books.set_cap(None, cap.max_cost_usd)
     manager.wake()
@@ -225,13 +225,13 @@ async def cap_grid(books: Books, manager: Leader, cap: Cap) -> api_usage_types.U
 
 
 @router.get("/jobs/{job}/use")
-async def job_use(books: Books, manager: Leader, job: JobId) -> api_usage_types.JobUseView:
+async def job_use(books: SpendingDep, manager: Leader, job: JobId) -> api_usage_types.JobUseView:
     """Return the usage of a job."""
     return await _job_use(books, manager, job)
 
 
 @router.post("/jobs/{job}/cap")
-async def cap_job(books: Books, manager: Leader, job: JobId, cap: Cap) -> api_usage_types.JobUseView:
+async def cap_job(books: SpendingDep, manager: Leader, job: JobId, cap: Cap) -> api_usage_types.JobUseView:
     """Set the cap on the cost of a job that has not ended."""
     manager.requests.running(job, "capped")
     books.set_cap(job, cap.max_cost_usd)

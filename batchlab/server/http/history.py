@@ -20,10 +20,10 @@ from batchlab.manager.recorded_data import Point
 from batchlab.manager.state import LiveJob
 from batchlab.server.job_views import running_tasks
 
-EVERY_S = 2.0
-KEPT = 900
+INTERVAL_S = 2.0
+MAX_MOMENTS = 900
 """Number of stored moments, which cover half an hour."""
-SHOWN = 300
+MAX_SHOWN_MOMENTS = 300
 """Maximum number of moments in one answer. If there are more, only every second or third one is
 included."""
 
@@ -35,13 +35,13 @@ _NAMES = ("desired", "in_service", "pending", "running", "waiting", "in_flight")
 class History:
     """Moments in order: the time, and for each pool the values of PoolCurve."""
 
-    moments: deque[tuple[float, dict[str, tuple[int, ...]]]] = field(default_factory=lambda: deque(maxlen=KEPT))
+    moments: deque[tuple[float, dict[str, tuple[int, ...]]]] = field(default_factory=lambda: deque(maxlen=MAX_MOMENTS))
 
     def look(self, manager: Manager) -> None:
         """Record the current values of the manager."""
         now_s = manager.ports.clock.now_s()
         if not self.moments and manager.recorder:
-            self._recall(manager.recorder.samples(now_s - KEPT * EVERY_S))
+            self._recall(manager.recorder.samples(now_s - MAX_MOMENTS * INTERVAL_S))
         running: dict[str, int] = {}
         for worker_status in manager.registry.workers.values():
             running[worker_status.beat.pool] = running.get(worker_status.beat.pool, 0) + worker_status.beat.busy
@@ -70,8 +70,8 @@ class History:
         self.moments.extend(sorted(earlier.items()))
 
     def view(self) -> HistoryView:
-        """Return the curves with at most SHOWN moments. The newest moment is always included."""
-        step = -(-len(self.moments) // SHOWN) or 1
+        """Return the curves with at most MAX_SHOWN_MOMENTS moments. The newest moment is always included."""
+        step = -(-len(self.moments) // MAX_SHOWN_MOMENTS) or 1
         kept = list(self.moments)[::-1][::step][::-1]
         names = sorted({name for _, pools in kept for name in pools})
         return {
@@ -102,11 +102,11 @@ def _curve(name: str, rows: list[tuple[int, ...]]) -> PoolCurve:
 
 
 async def record_history(history: History, manager: Callable[[], Manager]) -> None:
-    """Record a moment of the current manager every EVERY_S seconds. Never return."""
+    """Record a moment of the current manager every INTERVAL_S seconds. Never return."""
     while True:
         if (now := manager()).is_leader.is_set():
             history.look(now)
-        await asyncio.sleep(EVERY_S)
+        await asyncio.sleep(INTERVAL_S)
 
 
 def eta_of(manager: Manager, job: JobId) -> EtaView:

@@ -38,13 +38,13 @@ from batchlab.server.http.jobs import accept, shown
 if TYPE_CHECKING:
     from batchlab.jobs.job_file import JobFile
 
-KEPT_FREE_BYTES = 512 * 1024**2
+MIN_FREE_BYTES = 512 * 1024**2
 """Free space on the manager's disk that uploads and downloads never use, in bytes."""
-LONGEST_FIELD = 64 * 1024
+MAX_FIELD_BYTES = 64 * 1024
 _ROOMY = "/var/tmp"  # noqa: S108 - mkdtemp creates a folder in it
 
 
-def roomy() -> str:
+def disk_folder() -> str:
     """Return the folder for large temporary files. On many systems, the default temporary folder is
     in memory."""
     said = tempfile.tempdir or any(name in os.environ for name in ("TMPDIR", "TEMP", "TMP"))
@@ -53,8 +53,8 @@ def roomy() -> str:
 
 
 def has_room(folder: Path | str, size_bytes: int) -> bool:
-    """Return whether KEPT_FREE_BYTES stay free after `size_bytes` more are written."""
-    return shutil.disk_usage(folder).free - size_bytes >= KEPT_FREE_BYTES
+    """Return whether MIN_FREE_BYTES stay free after `size_bytes` more are written."""
+    return shutil.disk_usage(folder).free - size_bytes >= MIN_FREE_BYTES
 
 
 async def form_with_files(
@@ -63,11 +63,11 @@ async def form_with_files(
     """Return the request's form, which the caller closes. `size_bytes` is the declared size of the
     request. Raise UsageError if the disk does not have room for it."""
     # Twice the size, because the manager copies and packs the upload before it removes it.
-    if not has_room(roomy(), 2 * size_bytes):
+    if not has_room(disk_folder(), 2 * size_bytes):
         raise UsageError(f"The manager's disk has no room for {size(size_bytes)} that are sent to it.", remedy=remedy)
-    folder = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="batchlab-form-", dir=roomy()))
+    folder = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="batchlab-form-", dir=disk_folder()))
     parser = _Parser(
-        request.headers, request.stream(), max_files=max_files, max_fields=max_fields, max_part_size=LONGEST_FIELD
+        request.headers, request.stream(), max_files=max_files, max_fields=max_fields, max_part_size=MAX_FIELD_BYTES
     )
     parser.folder = folder
     try:
@@ -206,14 +206,14 @@ async def submit_files(manager: Leader, request: Request) -> api_types.JobView:
             f"A job's files come as multipart/form-data, not as {kind or 'nothing'}.",
             remedy="curl -F 'files=@job.yaml' does that.",
         )
-    form = await read(request, size_bytes)
+    form = await read_form(request, size_bytes)
     try:
         return await submit_form(manager, form)
     finally:
         await form.close()
 
 
-async def read(request: Request, size_bytes: int) -> FormData:
+async def read_form(request: Request, size_bytes: int) -> FormData:
     """Return the form with a job's files. The caller closes it."""
     return await form_with_files(request, size_bytes, max_files=MAX_FILES, max_fields=MAX_FIELDS, remedy=_BY_HAND)
 
@@ -276,7 +276,7 @@ def _overrides(texts: Iterable[str]) -> dict[str, str]:
 
 @contextmanager
 def _own_folder() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="batchlab-upload-", dir=roomy()) as name:
+    with tempfile.TemporaryDirectory(prefix="batchlab-upload-", dir=disk_folder()) as name:
         yield Path(name).resolve()
 
 

@@ -32,7 +32,7 @@ from batchlab.core.protocol.object_keys import CommitKey
 from batchlab.manager.manager import Manager
 from batchlab.manager.state import LiveJob
 from batchlab.server import job_facts, job_views
-from batchlab.server.http.common import MAX_LISTED, Given, Leader, Limit, Wait, guarded, of_our_version
+from batchlab.server.http.common import MAX_LISTED, Leader, Limit, StateDep, Wait, guarded, without_version
 from batchlab.server.http.failures import chosen_tasks
 from batchlab.server.http.history import eta_of
 from batchlab.server.wait_reasons import why
@@ -113,7 +113,7 @@ router = guarded()
 NDJSON = "application/x-ndjson"
 
 
-PostedJob = Annotated[JobDef, BeforeValidator(of_our_version), Body(embed=True)]
+PostedJob = Annotated[JobDef, BeforeValidator(without_version), Body(embed=True)]
 Edge = Annotated[int, Field(ge=0, le=2**53)]
 Range = tuple[Edge, Edge]
 Items = Annotated[list[Any] | None, Body(embed=True)]
@@ -268,7 +268,7 @@ class Choice(BaseModel):
 
 
 @router.post("/jobs/{job}/retry")
-async def retry(manager: Leader, served: Given, job: JobId, choice: Choice | None = None) -> api_types.JobView:
+async def retry(manager: Leader, served: StateDep, job: JobId, choice: Choice | None = None) -> api_types.JobView:
     """Run again all tasks that did not succeed. With a choice, run only the chosen failed tasks and
     the canceled tasks."""
     chosen = None

@@ -15,15 +15,15 @@ from batchlab.core.errors import UsageError
 from batchlab.core.job_definition import JobDef
 from batchlab.core.schedules import Definition, Missed, Overlap, Schedule, When
 from batchlab.manager.schedule_commands import ScheduleCommands
-from batchlab.server.http.common import Leader, Timetable, guarded, of_our_version
+from batchlab.server.http.common import Leader, SchedulesDep, guarded, without_version
 
 router = guarded()
 
-LAST_S = 253_000_000_000
+MAX_TIME_S = 253_000_000_000
 """Latest allowed time, in the year 9987. Calendars cannot represent much later times."""
-LONGEST_S = 10 * 366 * 86_400.0
-LONGEST_WARM_S = 86_400.0
-COMING = 1000
+MAX_MISSED_WITHIN_S = 10 * 366 * 86_400.0
+MAX_PREWARM_S = 86_400.0
+MAX_DUE_TIMES = 1000
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=40)]
 
@@ -37,11 +37,11 @@ class Timed(BaseModel):
     name: Name
     cron: Annotated[str, Field(max_length=200)] = ""
     timezone: Annotated[str, Field(max_length=60)] = "UTC"
-    at_s: Annotated[float | None, Field(ge=0, le=LAST_S, allow_inf_nan=False)] = None
+    at_s: Annotated[float | None, Field(ge=0, le=MAX_TIME_S, allow_inf_nan=False)] = None
     missed: Missed = Missed.RUN_ONCE
-    missed_within_s: Annotated[float | None, Field(ge=0, le=LONGEST_S)] = None
+    missed_within_s: Annotated[float | None, Field(ge=0, le=MAX_MISSED_WITHIN_S)] = None
     overlap: Overlap = Overlap.SKIP
-    prewarm_s: Annotated[float, Field(ge=0, le=LONGEST_WARM_S)] = 0.0
+    prewarm_s: Annotated[float, Field(ge=0, le=MAX_PREWARM_S)] = 0.0
     capacity: Annotated[int | None, Field(ge=1, le=99_999)] = None
     due_param: Annotated[str, Field(max_length=200)] = ""
     source: Annotated[str, Field(max_length=4096)] = ""
@@ -54,7 +54,7 @@ class Adding(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     schedule: Timed
-    job: Annotated[JobDef, BeforeValidator(of_our_version)]
+    job: Annotated[JobDef, BeforeValidator(without_version)]
     replace: bool = False
 
 
@@ -67,7 +67,7 @@ class Asking(BaseModel):
 
 
 @router.post("/schedules", status_code=201)
-async def add_schedule(schedules: Timetable, adding: Adding, response: Response) -> api_usage_types.ScheduleView:
+async def add_schedule(schedules: SchedulesDep, adding: Adding, response: Response) -> api_usage_types.ScheduleView:
     """Add a schedule. The status is 201 if the schedule is new or changed, and 200 if the same
     schedule exists."""
     schedule, is_new = await schedules.add(
@@ -78,21 +78,21 @@ async def add_schedule(schedules: Timetable, adding: Adding, response: Response)
 
 
 @router.get("/schedules")
-async def list_schedules(schedules: Timetable) -> api_usage_types.SchedulesView:
+async def list_schedules(schedules: SchedulesDep) -> api_usage_types.SchedulesView:
     """Return all schedules by name, each with its last run."""
     views = [api_usage_types.schedule_view(schedule, runs=1) for schedule in await schedules.all()]
     return {"schedules": views, "notes": schedules.notes}
 
 
 @router.get("/schedules/{name}")
-async def schedule(schedules: Timetable, name: str) -> api_usage_types.ScheduleView:
+async def schedule(schedules: SchedulesDep, name: str) -> api_usage_types.ScheduleView:
     """Return one schedule with its runs."""
     return await _view(schedules, await schedules.one(name))
 
 
 @router.get("/schedules/{name}/next")
 async def coming(
-    schedules: Timetable, manager: Leader, name: str, count: Annotated[int, Query(ge=1, le=COMING)] = 10
+    schedules: SchedulesDep, manager: Leader, name: str, count: Annotated[int, Query(ge=1, le=MAX_DUE_TIMES)] = 10
 ) -> api_usage_types.ComingView:
     """Return the next due times of a schedule."""
     schedule = await schedules.one(name)
@@ -100,25 +100,25 @@ async def coming(
 
 
 @router.post("/schedules/{name}/pause")
-async def pause_schedule(schedules: Timetable, name: str) -> api_usage_types.ScheduleView:
+async def pause_schedule(schedules: SchedulesDep, name: str) -> api_usage_types.ScheduleView:
     """Pause a schedule. Due times during the pause start no runs."""
     return await _view(schedules, await schedules.pause(name))
 
 
 @router.post("/schedules/{name}/resume")
-async def resume_schedule(schedules: Timetable, name: str) -> api_usage_types.ScheduleView:
+async def resume_schedule(schedules: SchedulesDep, name: str) -> api_usage_types.ScheduleView:
     """Resume a schedule. It runs at its next due time."""
     return await _view(schedules, await schedules.resume(name))
 
 
 @router.post("/schedules/{name}/remove")
-async def remove_schedule(schedules: Timetable, name: str) -> api_usage_types.ScheduleView:
+async def remove_schedule(schedules: SchedulesDep, name: str) -> api_usage_types.ScheduleView:
     """Remove a schedule. A running job of the schedule continues."""
     return await _view(schedules, await schedules.remove(name))
 
 
 @router.post("/schedules/{name}/run")
-async def run_schedule(schedules: Timetable, name: str, asking: Asking) -> api_usage_types.RunView:
+async def run_schedule(schedules: SchedulesDep, name: str, asking: Asking) -> api_usage_types.RunView:
     """Run the job of a schedule now, in addition to its due times."""
     return api_usage_types.run_view(*await schedules.run_now(name, asking.token))
 

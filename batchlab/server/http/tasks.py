@@ -1,7 +1,7 @@
 """Endpoint of one task: its end, its input, and its log.
 
 Invariant: the endpoint never unpickles a value, because that could run code. An answer contains at
-most SHOWN_BYTES of the input and of the log.
+most MAX_SHOWN_BYTES of the input and of the log.
 
 Endpoint that returns the results of a job as one archive.
 
@@ -40,14 +40,14 @@ from batchlab.jobs.attempts import attempt_in, log_end, task_input
 from batchlab.jobs.results import Listed, Within
 from batchlab.manager.manager import Manager
 from batchlab.server import job_views
-from batchlab.server.http.common import NOT_STORED, Given, Leader, guarded
-from batchlab.server.http.job_files import has_room, roomy
+from batchlab.server.http.common import NOT_STORED, Leader, StateDep, guarded
+from batchlab.server.http.job_files import disk_folder, has_room
 from batchlab.server.http.jobs import shown
 
 router = guarded()
 
-SHOWN_BYTES = 20_000
-ROWS_AT_ONCE = 2000
+MAX_SHOWN_BYTES = 20_000
+PAGE_ROWS = 2000
 
 Index = Annotated[int, Path(ge=0, le=2**53)]
 Seq = Annotated[int | None, Query(ge=1, le=2**53, description="The outcome that tells of it, where known")]
@@ -96,7 +96,7 @@ async def _row(manager: Manager, job: JobId, stage: StageName, task: int, seq: i
         return next((r for r in rows if r.seq == seq and task in r.bundle.tasks), None)
     bundle_record: BundleRecord | None = None
     last = 0
-    while rows := await ledger.bundles(job, stage=stage, after_seq=last, limit=ROWS_AT_ONCE):
+    while rows := await ledger.bundles(job, stage=stage, after_seq=last, limit=PAGE_ROWS):
         bundle_record = next((r for r in reversed(rows) if task in r.bundle.tasks), bundle_record)
         last = rows[-1].seq or 0
     return bundle_record
@@ -127,14 +127,14 @@ async def _shown(manager: Manager, item: Json, own: Own) -> tuple[str, str, bool
         return "A pickled Python object, which only the task's own code can read.", "", False
     if kind in ("$file", "$part", "$value"):
         start = item["start"] if kind == "$part" else 0
-        stop = item["stop"] if kind == "$part" else start + SHOWN_BYTES + 1
-        end = min(stop, start + SHOWN_BYTES + 1)
+        stop = item["stop"] if kind == "$part" else start + MAX_SHOWN_BYTES + 1
+        end = min(stop, start + MAX_SHOWN_BYTES + 1)
         get = partial(manager.ports.objects.get_range, own.key(item), start, end)
         data = await manager.ports.patience(get) if end > start else b""
         text, is_cut = _text(data)
         return text, _of(item, kind), is_cut
     text = json.dumps(item, indent=2, ensure_ascii=False)
-    return text[:SHOWN_BYTES], "", len(text) > SHOWN_BYTES
+    return text[:MAX_SHOWN_BYTES], "", len(text) > MAX_SHOWN_BYTES
 
 
 def _of(item: Json, kind: str) -> str:
@@ -145,10 +145,10 @@ def _of(item: Json, kind: str) -> str:
 
 
 def _text(data: bytes) -> tuple[str, bool]:
-    shown = data[:SHOWN_BYTES]
+    shown = data[:MAX_SHOWN_BYTES]
     if b"\0" in shown:
         return f"Not text; it begins with the bytes {shown[:32].hex(' ')}.", False
-    return shown.decode(errors="replace"), len(data) > SHOWN_BYTES
+    return shown.decode(errors="replace"), len(data) > MAX_SHOWN_BYTES
 
 
 # --- Log ------------------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ async def _log(manager: Manager, outcome: Outcome, task: int) -> tuple[str, bool
         text, before = await log_end(
             outcome=outcome,
             task=task,
-            limit=SHOWN_BYTES,
+            limit=MAX_SHOWN_BYTES,
             read=lambda start, stop: patience(partial(objects.get_range, outcome.log, start, stop)),
         )
     except NotFound:
@@ -174,7 +174,7 @@ MAX_BYTES = 2 * 1024**3
 MAX_OUTCOMES = 50_000
 MAX_VALUE_BYTES = 16 * 1024**2
 """Limit of the inline values of one result, because all of them are in memory at once."""
-WAITS_S = 3.0
+ARCHIVE_WAIT_S = 3.0
 """Time in seconds that a request waits for the archive before it."""
 
 _BY_HAND = "`batchlab job results` fetches them from the bucket itself, however many there are."
@@ -186,13 +186,13 @@ _BY_HAND = "`batchlab job results` fetches them from the bucket itself, however 
     responses={200: {"content": {"application/zip": {}}, "description": "A ZIP archive"}},
 )
 async def archive(
-    manager: Leader, served: Given, job: JobId, stage: Annotated[list[str] | None, Query()] = None
+    manager: Leader, served: StateDep, job: JobId, stage: Annotated[list[str] | None, Query()] = None
 ) -> FileResponse:
     """Return the job's results as a ZIP archive of the files that `batchlab job results` writes.
     For a job that still runs, the archive contains the results so far. An archive has up to 2 GiB.
     While one archive is made or sent, another request gets status 503."""
     try:
-        async with asyncio.timeout(WAITS_S):
+        async with asyncio.timeout(ARCHIVE_WAIT_S):
             await served.archiving.acquire()
     except TimeoutError:
         raise BackendError(
@@ -214,7 +214,7 @@ async def _archive(manager: Manager, job: JobId, stages: Sequence[str], over: Ca
     if len(rows) > MAX_OUTCOMES:
         raise _too_much(f"has more than {MAX_OUTCOMES:,} outcomes")
     listing = [Listed.of(job_views.outcome_view(row, key)) for row in rows if row.completion]
-    folder = pathlib.Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="batchlab-results-", dir=roomy()))
+    folder = pathlib.Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="batchlab-results-", dir=disk_folder()))
     try:
         # In an event loop on another thread, because it decodes and writes thousands of results.
         path = await asyncio.to_thread(_pack, manager, view, listing, stages, folder)

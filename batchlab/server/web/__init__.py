@@ -20,11 +20,11 @@ from batchlab.core import installation
 from batchlab.core.errors import BatchlabError
 from batchlab.core.pricing.price_book import PriceBook
 from batchlab.server.http.authentication import PAGE
-from batchlab.server.http.common import Served
+from batchlab.server.http.common import ServerState
 from batchlab.server.web.security import Guard
 
 
-def mount(app: FastAPI, served: Served, *, prices: PriceBook | None = None) -> None:
+def mount(app: FastAPI, served: ServerState, *, prices: PriceBook | None = None) -> None:
     """Serve the page below PAGE of `app`. Without `prices`, the page shows no costs. Without the
     extra `web`, it shows only that the extra is missing."""
 
@@ -38,14 +38,14 @@ def mount(app: FastAPI, served: Served, *, prices: PriceBook | None = None) -> N
     app.mount(PAGE, Guard(page, served.sessions, served.hosts))
 
 
-def page_of(served: Served, prices: PriceBook | None) -> FastAPI:
+def page_of(served: ServerState, prices: PriceBook | None) -> FastAPI:
     """Return the application that the Guard protects."""
     from batchlab.server.web import actions, views
-    from batchlab.server.web.rendering import Assets, State, problem_page
+    from batchlab.server.web.rendering import Assets, PageState, problem_page
 
     page = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
     page.state.served = served
-    page.state.page = State(prices)
+    page.state.page = PageState(prices)
     for kind in (BatchlabError, RequestValidationError, HTTPException, Exception):
         page.add_exception_handler(kind, problem_page)
     for router in (views.login_router, views.router, actions.router):

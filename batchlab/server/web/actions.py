@@ -25,15 +25,15 @@ from batchlab.server.http import grid as api_grid
 from batchlab.server.http import grid as spending
 from batchlab.server.http import jobs
 from batchlab.server.http import schedules as api
-from batchlab.server.http.common import Books, Given, Leader, Timetable
+from batchlab.server.http.common import Leader, SchedulesDep, SpendingDep, StateDep
 from batchlab.server.http.job_files import MAX_BYTES, MAX_FILES, submit_form
 from batchlab.server.web import text
 from batchlab.server.web import text as words
-from batchlab.server.web.rendering import Page, field_of, form_of, guarded, is_sure, live, render, to
+from batchlab.server.web.rendering import PageDep, field_of, form_of, guarded, is_confirmed, live, redirect, render
 
 router = guarded()
 
-LARGEST = 100_000
+MAX_INSTANCES = 100_000
 
 
 def _job(job: str) -> str:
@@ -53,33 +53,33 @@ async def ask_cancel(request: Request, manager: Leader, job: JobId) -> Response:
 @router.post("/jobs/{job}/cancel")
 async def cancel(request: Request, manager: Leader, job: JobId) -> Response:
     """Cancel the job if the form contains the confirmation."""
-    if not is_sure(await form_of(request)):
-        return to(request, f"{_job(job)}/cancel")
+    if not is_confirmed(await form_of(request)):
+        return redirect(request, f"{_job(job)}/cancel")
     await jobs.cancel(manager, job)
-    return to(request, _job(job))
+    return redirect(request, _job(job))
 
 
 @router.post("/jobs/{job}/pause")
 async def pause(request: Request, manager: Leader, job: JobId) -> Response:
     """Pause the job."""
     await jobs.pause(manager, job)
-    return to(request, _job(job))
+    return redirect(request, _job(job))
 
 
 @router.post("/jobs/{job}/resume")
 async def resume(request: Request, manager: Leader, job: JobId) -> Response:
     """Resume the job."""
     await jobs.resume(manager, job)
-    return to(request, _job(job))
+    return redirect(request, _job(job))
 
 
 @router.post("/jobs/{job}/retry")
-async def retry(request: Request, manager: Leader, served: Given, job: JobId) -> Response:
+async def retry(request: Request, manager: Leader, served: StateDep, job: JobId) -> Response:
     """Run tasks again: all that did not succeed, or the selected groups and tasks."""
     form = await form_of(request)
     choice = _choice(form) if field_of(form, "which") != "all" else None
     await jobs.retry(manager, served, job, choice)
-    return to(request, _job(job))
+    return redirect(request, _job(job))
 
 
 def _choice(form: FormData) -> jobs.Choice:
@@ -94,7 +94,7 @@ def _choice(form: FormData) -> jobs.Choice:
 
 
 @router.get("/jobs/{job}/cap")
-async def ask_cap(request: Request, manager: Leader, books: Books, job: JobId) -> Response:
+async def ask_cap(request: Request, manager: Leader, books: SpendingDep, job: JobId) -> Response:
     """Ask for the cost cap of the job."""
     use = await spending.job_use(books, manager, job)
     return render(
@@ -109,14 +109,14 @@ async def ask_cap(request: Request, manager: Leader, books: Books, job: JobId) -
 
 
 @router.post("/jobs/{job}/cap")
-async def cap(request: Request, manager: Leader, books: Books, job: JobId) -> Response:
+async def cap(request: Request, manager: Leader, books: SpendingDep, job: JobId) -> Response:
     """Set the cost cap of the job."""
     await spending.cap_job(books, manager, job, _cap(await form_of(request)))
-    return to(request, _job(job))
+    return redirect(request, _job(job))
 
 
 @router.get("/costs/cap")
-async def ask_grid_cap(request: Request, books: Books) -> Response:
+async def ask_grid_cap(request: Request, books: SpendingDep) -> Response:
     """Ask for the cost cap of the grid."""
     use = await spending.use(books)
     return render(
@@ -131,10 +131,10 @@ async def ask_grid_cap(request: Request, books: Books) -> Response:
 
 
 @router.post("/costs/cap")
-async def grid_cap(request: Request, manager: Leader, books: Books) -> Response:
+async def grid_cap(request: Request, manager: Leader, books: SpendingDep) -> Response:
     """Set the cost cap of the grid."""
     await spending.cap_grid(books, manager, _cap(await form_of(request)))
-    return to(request, "/costs")
+    return redirect(request, "/costs")
 
 
 def _cap(form: FormData) -> spending.Cap:
@@ -149,7 +149,7 @@ def _cap(form: FormData) -> spending.Cap:
 
 
 @router.get("/grid/pools/{pool}")
-async def ask_scale(request: Request, manager: Leader, served: Given, page: Page, pool: str) -> Response:
+async def ask_scale(request: Request, manager: Leader, served: StateDep, page: PageDep, pool: str) -> Response:
     """Ask for the size of a pool."""
     grid = await page.grid(manager, served)
     for one in grid["pools"]:
@@ -170,20 +170,22 @@ async def scale(request: Request, manager: Leader, pool: str) -> Response:
         auto=None if by_hand else True,
     )
     await api_grid.scale(manager, pool, scaling)
-    return to(request, "/grid")
+    return redirect(request, "/grid")
 
 
 def _number(form: FormData, name: str) -> int | None:
     text = field_of(form, name)
     if not text:
         return None
-    if not (text.isascii() and text.isdigit() and int(text[:9]) <= LARGEST and len(text) < 9):
-        raise UsageError(f"{text[:40]!r} is no number of instances.", remedy=f"Write one up to {LARGEST:,}.")
+    if not (text.isascii() and text.isdigit() and int(text[:9]) <= MAX_INSTANCES and len(text) < 9):
+        raise UsageError(f"{text[:40]!r} is no number of instances.", remedy=f"Write one up to {MAX_INSTANCES:,}.")
     return int(text)
 
 
 @router.get("/grid/drain")
-async def ask_drain(request: Request, manager: Leader, served: Given, page: Page, pool: str | None = None) -> Response:
+async def ask_drain(
+    request: Request, manager: Leader, served: StateDep, page: PageDep, pool: str | None = None
+) -> Response:
     """Ask for a confirmation of the drain."""
     grid = await page.grid(manager, served)
     pools = [one for one in grid["pools"] if pool in (None, one["name"])]
@@ -191,14 +193,14 @@ async def ask_drain(request: Request, manager: Leader, served: Given, page: Page
 
 
 @router.post("/grid/drain")
-async def drain(request: Request, manager: Leader, served: Given) -> Response:
+async def drain(request: Request, manager: Leader, served: StateDep) -> Response:
     """Drain one pool or all pools if the form contains the confirmation."""
     form = await form_of(request)
     pool = field_of(form, "pool") or None
-    if not is_sure(form):
-        return to(request, f"/grid/drain?pool={words.path(pool)}" if pool else "/grid/drain")
+    if not is_confirmed(form):
+        return redirect(request, f"/grid/drain?pool={words.path(pool)}" if pool else "/grid/drain")
     await api_grid.drain(manager, api_grid.Draining(pool=pool), served)
-    return to(request, "/grid")
+    return redirect(request, "/grid")
 
 
 @router.get("/submit")
@@ -223,10 +225,10 @@ async def submit(request: Request, manager: Leader) -> Response:
         view = await submit_form(manager, form)
     finally:
         await form.close()
-    return to(request, f"/jobs/{words.path(view['id'])}")
+    return redirect(request, f"/jobs/{words.path(view['id'])}")
 
 
-COMING = 5
+SHOWN_DUE_TIMES = 5
 
 
 @router.get("/schedules")
@@ -239,10 +241,10 @@ async def schedules(request: Request, manager: Leader) -> Response:
 
 
 @router.get("/schedules/{name}")
-async def schedule(request: Request, manager: Leader, schedules: Timetable, name: str) -> Response:
+async def schedule(request: Request, manager: Leader, schedules: SchedulesDep, name: str) -> Response:
     """Show one schedule with its runs and its next due times."""
     view = await api.schedule(schedules, name)
-    coming = await api.coming(schedules, manager, name, COMING)
+    coming = await api.coming(schedules, manager, name, SHOWN_DUE_TIMES)
     return live(
         request,
         "schedule",
@@ -260,21 +262,21 @@ def _shown(view: api_usage_types.ScheduleView, at_s: float) -> str:
 
 
 @router.post("/schedules/{name}/pause")
-async def pause_schedule(request: Request, schedules: Timetable, name: str) -> Response:
+async def pause_schedule(request: Request, schedules: SchedulesDep, name: str) -> Response:
     """Pause the schedule."""
     await api.pause_schedule(schedules, name)
-    return to(request, _path(name))
+    return redirect(request, _path(name))
 
 
 @router.post("/schedules/{name}/resume")
-async def resume_schedule(request: Request, schedules: Timetable, name: str) -> Response:
+async def resume_schedule(request: Request, schedules: SchedulesDep, name: str) -> Response:
     """Resume the schedule."""
     await api.resume_schedule(schedules, name)
-    return to(request, _path(name))
+    return redirect(request, _path(name))
 
 
 @router.post("/schedules/{name}/run")
-async def run(request: Request, schedules: Timetable, name: str) -> Response:
+async def run(request: Request, schedules: SchedulesDep, name: str) -> Response:
     """Run the job of the schedule now. The form contains a token, so a repeated submission is the
     same run."""
     token = field_of(await form_of(request), "token") or secrets.token_urlsafe(16)
@@ -283,23 +285,23 @@ async def run(request: Request, schedules: Timetable, name: str) -> Response:
     except ValidationError as error:
         raise UsageError("The form is none of this page's.", remedy="Load it anew.") from error
     await api.run_schedule(schedules, name, asking)
-    return to(request, _path(name))
+    return redirect(request, _path(name))
 
 
 @router.get("/schedules/{name}/remove")
-async def ask_remove(request: Request, schedules: Timetable, name: str) -> Response:
+async def ask_remove(request: Request, schedules: SchedulesDep, name: str) -> Response:
     """Ask for a confirmation of the removal."""
     view = await api.schedule(schedules, name)
     return render(request, "ask_remove.html", here="schedules", schedule=view)
 
 
 @router.post("/schedules/{name}/remove")
-async def remove(request: Request, schedules: Timetable, name: str) -> Response:
+async def remove(request: Request, schedules: SchedulesDep, name: str) -> Response:
     """Remove the schedule if the form contains the confirmation."""
-    if not is_sure(await form_of(request)):
-        return to(request, f"{_path(name)}/remove")
+    if not is_confirmed(await form_of(request)):
+        return redirect(request, f"{_path(name)}/remove")
     await api.remove_schedule(schedules, name)
-    return to(request, "/schedules")
+    return redirect(request, "/schedules")
 
 
 def _path(name: str) -> str:

@@ -6,7 +6,7 @@ value fails. Only files of this package's `static` folder are served.
 Shared parts of the page's routes: its state, its forms, and the cached view of the grid.
 
 Invariant: a form is used only after its token was checked. The fleet and the queues are queried at
-most once in FRESH_S, regardless of the number of browsers.
+most once in GRID_CACHE_S, regardless of the number of browsers.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from batchlab.core.errors import BatchlabError, Refused
 from batchlab.core.pricing.price_book import PriceBook
 from batchlab.manager.manager import Manager
 from batchlab.server.http import grid
-from batchlab.server.http.authentication import PAGE, SAFE
-from batchlab.server.http.common import Given, Served, problem_of
-from batchlab.server.http.job_files import MAX_BYTES, check_length, read
+from batchlab.server.http.authentication import PAGE, SAFE_METHODS
+from batchlab.server.http.common import ServerState, StateDep, problem_of
+from batchlab.server.http.job_files import MAX_BYTES, check_length, read_form
 from batchlab.server.web.security import SESSION
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def _templates() -> Environment:
 
 def render(request: Request, template: str, *, status: int = 200, here: str = "", **values: Any) -> HTMLResponse:
     """Render the template as an answer. `here` is the active entry of the navigation."""
-    served = cast(Served, request.app.state.served)
+    served = cast(ServerState, request.app.state.served)
     session = request.scope.get(SESSION)
     text = (
         _templates()
@@ -162,33 +162,33 @@ class Assets:
         await (found or PlainTextResponse("There is no such file.\n", 404))(scope, receive, send)
 
 
-FRESH_S = 1.0
+GRID_CACHE_S = 1.0
 MAX_FORM_BYTES = 1024 * 1024
 TOKEN = "form_token"  # noqa: S105 - a field's name
 
 
 @dataclass(slots=True)
-class State:
-    """State that the page keeps between requests."""
+class PageState:
+    """PageState that the page keeps between requests."""
 
     prices: PriceBook | None
     _grid: tuple[float, api_types.GridView] | None = None
     _asking: asyncio.Lock = field(default_factory=asyncio.Lock)
 
-    async def grid(self, manager: Manager, served: Served) -> api_types.GridView:
-        """Return the pools, instances, and queues. The view is at most FRESH_S old."""
+    async def grid(self, manager: Manager, served: ServerState) -> api_types.GridView:
+        """Return the pools, instances, and queues. The view is at most GRID_CACHE_S old."""
         async with self._asking:
             now_s = manager.ports.clock.monotonic_s()
-            if self._grid is None or now_s - self._grid[0] > FRESH_S:
+            if self._grid is None or now_s - self._grid[0] > GRID_CACHE_S:
                 self._grid = (now_s, await grid.grid(manager, served))
             return self._grid[1]
 
 
-async def _state(request: Request) -> State:
-    return cast(State, request.app.state.page)
+async def _state(request: Request) -> PageState:
+    return cast(PageState, request.app.state.page)
 
 
-Page = Annotated[State, Depends(_state)]
+PageDep = Annotated[PageState, Depends(_state)]
 
 
 async def form_of(request: Request) -> FormData:
@@ -199,12 +199,12 @@ async def form_of(request: Request) -> FormData:
     if not is_upload:
         return await request.form(max_files=0, max_fields=10_000)
     if not hasattr(request.state, "form"):
-        request.state.form = await read(request, size_bytes)
+        request.state.form = await read_form(request, size_bytes)
     return cast(FormData, request.state.form)
 
 
-async def _comes_from_a_form(request: Request, served: Given) -> None:
-    if request.method in SAFE:
+async def _comes_from_a_form(request: Request, served: StateDep) -> None:
+    if request.method in SAFE_METHODS:
         return
     session = request.scope[SESSION]
     given = (await form_of(request)).get(TOKEN)
@@ -219,7 +219,7 @@ def guarded() -> APIRouter:
     return APIRouter(dependencies=[Depends(_comes_from_a_form)])
 
 
-def to(request: Request, path: str) -> Response:
+def redirect(request: Request, path: str) -> Response:
     """Redirect to a path of the page in the same session."""
     return RedirectResponse(f"{request.scope['root_path']}{path}", 303)
 
@@ -230,6 +230,6 @@ def field_of(form: FormData, name: str) -> str:
     return "" if value is None or isinstance(value, UploadFile) else value.strip()
 
 
-def is_sure(form: FormData) -> bool:
+def is_confirmed(form: FormData) -> bool:
     """Return whether the form contains the user's confirmation."""
     return field_of(form, "sure") == "yes"

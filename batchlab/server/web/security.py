@@ -14,7 +14,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from batchlab.server.http.authentication import PAGE, SAFE, Session, Sessions, is_ours, name_of
+from batchlab.server.http.authentication import PAGE, SAFE_METHODS, Session, Sessions, host_name, is_same_origin
 
 HEADERS = MappingProxyType(
     {
@@ -87,9 +87,9 @@ class Guard:
     def _refusal(self, method: str, path: str, headers: Headers, session: Session | None) -> Response | None:
         # A foreign DNS name may resolve to this machine. For the browser it is another origin,
         # whose pages could then read these pages (DNS rebinding).
-        if name_of(headers.get("host", "")) not in self._hosts:
+        if host_name(headers.get("host", "")) not in self._hosts:
             return PlainTextResponse("This page does not answer to that name.\n", 421)
-        if method not in SAFE and not is_ours(headers):
+        if method not in SAFE_METHODS and not is_same_origin(headers):
             return PlainTextResponse("The request comes from another page.\n", 403)
         if session is None and not (path == _OPEN[0] or path.startswith(_OPEN[1])):
             return _log_in(method, headers)
@@ -107,5 +107,5 @@ def _log_in(method: str, headers: Headers) -> Response:
     to = f"{PAGE}/login"
     if "hx-request" in headers:
         return PlainTextResponse("", 401, {"HX-Redirect": to})
-    wants_page = method in SAFE and "application/json" not in headers.get("accept", "")
+    wants_page = method in SAFE_METHODS and "application/json" not in headers.get("accept", "")
     return RedirectResponse(to, 303) if wants_page else PlainTextResponse("Log in first.\n", 401)

@@ -24,15 +24,15 @@ from batchlab.server.http import grid as spending
 from batchlab.server.http import jobs as api_jobs
 from batchlab.server.http import tasks
 from batchlab.server.http.authentication import PAGE, SESSION_S
-from batchlab.server.http.common import Given, Leader
+from batchlab.server.http.common import Leader, StateDep
 from batchlab.server.web import text
-from batchlab.server.web.rendering import Page, State, field_of, form_of, guarded, live, render, to
+from batchlab.server.web.rendering import PageDep, PageState, field_of, form_of, guarded, live, redirect, render
 from batchlab.server.web.security import SESSION, below
 
 router = guarded()
 
 JOBS_PER_PAGE = 25
-LARGEST_GROUPS = 3
+SHOWN_GROUPS = 3
 
 
 @router.get("/")
@@ -53,7 +53,7 @@ async def _eta(manager: Manager, job: api_types.JobView) -> api_types.EtaView | 
 
 
 @router.get("/jobs/{job}")
-async def job(request: Request, manager: Leader, served: Given, page: Page, job: JobId) -> Response:
+async def job(request: Request, manager: Leader, served: StateDep, page: PageDep, job: JobId) -> Response:
     """Show one job."""
     view = await api_jobs.job(manager, job)
     groups = None
@@ -69,13 +69,13 @@ async def job(request: Request, manager: Leader, served: Given, page: Page, job:
         eta=await _eta(manager, view),
         took_s=text.took_s(view, manager.ports.clock.now_s()),
         groups=groups,
-        shown_groups=LARGEST_GROUPS,
+        shown_groups=SHOWN_GROUPS,
         cost=await _cost(manager, page, job),
         is_final=view["state"] in ENDED,
     )
 
 
-async def _cost(manager: Manager, page: State, job: JobId) -> dict[str, object] | None:
+async def _cost(manager: Manager, page: PageState, job: JobId) -> dict[str, object] | None:
     """Return the costs and the cap of the job. Return None if the account or the prices are
     missing."""
     if manager.spending is None or page.prices is None:
@@ -89,16 +89,16 @@ async def _cost(manager: Manager, page: State, job: JobId) -> dict[str, object] 
 
 
 @router.get("/jobs/{job}/results.zip")
-async def results(manager: Leader, served: Given, job: JobId) -> Response:
+async def results(manager: Leader, served: StateDep, job: JobId) -> Response:
     """Return the job's results as an archive."""
     return await tasks.archive(manager, served, job)
 
 
-JOBS = 10
+SHOWN_JOBS = 10
 
 
 @router.get("/costs")
-async def costs(request: Request, manager: Leader, served: Given, page: Page) -> Response:
+async def costs(request: Request, manager: Leader, served: StateDep, page: PageDep) -> Response:
     """Show the billed usage by pool and by job."""
     found = None
     if manager.spending is not None and page.prices is not None:
@@ -112,7 +112,7 @@ async def _found(manager: Manager, books: Spending, prices: PriceBook) -> dict[s
     types = {pool.name: pool.instance_type for pool in manager.pools.values()}
     living = {Kind(one["pool"], one["type"], Market(one["market"])): one["instances"] for one in use["living"]}
     total = api_usage_types.account_of(use["total"])
-    recent = (await api_jobs.list_jobs(manager, limit=JOBS))["jobs"]
+    recent = (await api_jobs.list_jobs(manager, limit=SHOWN_JOBS))["jobs"]
     return {
         "now": text.amount(burn_usd_h(living, types, prices)),
         "spent": text.amount(spent_usd(total, types, prices)),
@@ -136,15 +136,15 @@ async def _of_job(manager: Manager, books: Spending, prices: PriceBook, job: Job
     return text.amount(spent_usd(api_usage_types.account_of(use["account"]), use["types"], prices))
 
 
-LOOKED_AT = 200
+CHECKED_JOBS = 200
 """Number of recent jobs that the page checks for failures."""
 FAILURES_PER_PAGE = 50
 
 
 @router.get("/failures")
-async def failures(request: Request, manager: Leader, served: Given, page: Page) -> Response:
+async def failures(request: Request, manager: Leader, served: StateDep, page: PageDep) -> Response:
     """Show the jobs with failed tasks, and the depths of the dead-letter queues."""
-    found = (await api_jobs.list_jobs(manager, limit=LOOKED_AT))["jobs"]
+    found = (await api_jobs.list_jobs(manager, limit=CHECKED_JOBS))["jobs"]
     grid = await page.grid(manager, served)
     return live(
         request,
@@ -157,7 +157,7 @@ async def failures(request: Request, manager: Leader, served: Given, page: Page)
 
 
 @router.get("/jobs/{job}/failures")
-async def of_job(request: Request, manager: Leader, served: Given, job: JobId) -> Response:
+async def of_job(request: Request, manager: Leader, served: StateDep, job: JobId) -> Response:
     """Show a job's failures by fingerprint."""
     view = await api_jobs.job(manager, job)
     return render(
@@ -172,7 +172,7 @@ async def of_job(request: Request, manager: Leader, served: Given, job: JobId) -
 
 @router.get("/jobs/{job}/failures/{fingerprint}")
 async def of_group(
-    request: Request, manager: Leader, served: Given, job: JobId, fingerprint: str, after: str | None = None
+    request: Request, manager: Leader, served: StateDep, job: JobId, fingerprint: str, after: str | None = None
 ) -> Response:
     """Show the tasks of one group, page by page."""
     view = await api_jobs.job(manager, job)
@@ -201,7 +201,7 @@ async def to_task(
     """Redirect to the task that the form names."""
     await api_jobs.job(manager, job)
     path = f"/jobs/{text.path(job)}/stages/{text.path(stage)}/tasks/{task}"
-    return to(request, path)
+    return redirect(request, path)
 
 
 @router.get("/jobs/{job}/stages/{stage}/tasks/{task}")
@@ -221,24 +221,24 @@ async def task(
     )
 
 
-ACTIVITIES = 20
+SHOWN_ACTIVITIES = 20
 
 
 @router.get("/grid")
-async def grid(request: Request, manager: Leader, served: Given, page: Page) -> Response:
+async def grid(request: Request, manager: Leader, served: StateDep, page: PageDep) -> Response:
     """Show the current fleet."""
     return live(
         request,
         "grid",
         here="grid",
         grid=await page.grid(manager, served),
-        activities=(await api_fleet.activities(manager, limit=ACTIVITIES))["activities"],
+        activities=(await api_fleet.activities(manager, limit=SHOWN_ACTIVITIES))["activities"],
         now_s=manager.ports.clock.now_s(),
     )
 
 
 @router.get("/history.json")
-async def history(manager: Leader, served: Given) -> Response:
+async def history(manager: Leader, served: StateDep) -> Response:
     """Return the data of the curves."""
     return JSONResponse(await api_fleet.history(manager, served))
 
@@ -247,7 +247,7 @@ login_router = APIRouter()
 """Routes without a form token, because a visitor gets a session only by signing in."""
 inside = guarded()
 
-LONGEST = 200
+MAX_WORD_CHARS = 200
 
 
 @login_router.get("/login")
@@ -257,10 +257,10 @@ async def login_page(request: Request) -> Response:
 
 
 @login_router.post("/login")
-async def log_in(request: Request, served: Given) -> Response:
+async def log_in(request: Request, served: StateDep) -> Response:
     """Start a session."""
     word = field_of(await form_of(request), "word")
-    if not word or len(word) > LONGEST or not served.sessions.opens(word):
+    if not word or len(word) > MAX_WORD_CHARS or not served.sessions.opens(word):
         return render(request, "login.html", status=403, refused=True)
     session, value = served.sessions.begin()
     place = served.sessions.place(session)
@@ -278,7 +278,7 @@ async def log_in(request: Request, served: Given) -> Response:
 
 
 @inside.post("/logout")
-async def log_out(request: Request, served: Given) -> Response:
+async def log_out(request: Request, served: StateDep) -> Response:
     """End the session. Its cookie becomes invalid in every browser."""
     session = request.scope[SESSION]
     place = served.sessions.place(session)

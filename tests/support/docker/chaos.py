@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Self
 
 from batchlab.runtime import compose_deployment
-from batchlab.server.autoscaling_api.metadata import give
+from batchlab.server.autoscaling_api.metadata import send_notice
 from tests.support.grid.local_grid import LocalGrid
 from tests.support.waiting import until
 
@@ -199,7 +199,7 @@ class Containers:
     def interrupt(self, instance: str, *, notice_s: float) -> None:
         """Give a Spot instance its notice."""
         there = compose_deployment.autoscaling(self.grid.home, self.at)
-        give(there, instance, "interruption", notice_s)
+        send_notice(there, instance, "interruption", notice_s)
 
 
 def docker(*arguments: str) -> str:
