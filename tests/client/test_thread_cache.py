@@ -61,7 +61,7 @@ def test_one_that_gets_nothing_to_do_ends() -> None:
     assert ran_by(spares) is not first
 
 
-def test_thread_keeps_no_reference_to_finished_work(spares: Spares) -> None:
+def test_thread_keeps_no_reference_to_finished_work(spares: ThreadCache) -> None:
     class Thing:
         def use(self) -> None:
             pass
@@ -75,7 +75,7 @@ def test_thread_keeps_no_reference_to_finished_work(spares: Spares) -> None:
     assert gone() is None
 
 
-def test_finalizers_run_before_the_end_is_reported(spares: Spares) -> None:
+def test_finalizers_run_before_the_end_is_reported(spares: ThreadCache) -> None:
     told: list[str] = []
     handed_over = threading.Event()
 
