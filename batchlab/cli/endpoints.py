@@ -195,7 +195,7 @@ def _run(target: Target, checks: Sequence[Check]) -> Sequence[Result]:
     from batchlab.conform.run import run
 
     with _progress(len(checks)) as report:
-        return run(target, checks, tell=report)
+        return run(target, checks, on_result=report)
 
 
 @contextmanager
@@ -217,12 +217,12 @@ def _show(name: str, results: Sequence[Result], took_s: float, *, json: bool, ev
     from batchlab.conform.check import Severity, Verdict
 
     if json:
-        counts = {verdict.value: check_table.of(results, verdict) for verdict in Verdict}
+        counts = {verdict.value: check_table.count_results(results, verdict) for verdict in Verdict}
         output.show_json(
             {
                 "name": name,
                 "agrees": check_table.agrees(results),
-                "needed_agree": check_table.relied_on(results),
+                "needed_agree": check_table.needed_rules_hold(results),
                 "seconds": round(took_s, 1),
                 "counts": counts,
                 "checks": [check_table.to_json(result) for result in results],
@@ -230,7 +230,7 @@ def _show(name: str, results: Sequence[Result], took_s: float, *, json: bool, ev
         )
         return
     rows = [
-        (service, severity, *(check_table.of(results, verdict, severity, service) for verdict in Verdict))
+        (service, severity, *(check_table.count_results(results, verdict, severity, service) for verdict in Verdict))
         for service in dict.fromkeys(result.check.service for result in results)
         for severity in Severity
         if any((service, severity) == (result.check.service, result.check.severity) for result in results)

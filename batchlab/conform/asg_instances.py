@@ -1,6 +1,4 @@
-"""Auto Scaling checks: instances, lifecycle hooks, protection, health, and batchlab's
-own adapter.
-"""
+"""Auto Scaling checks: instances, lifecycle hooks, protection, health, and batchlab's own adapter."""
 
 from __future__ import annotations
 
@@ -10,152 +8,141 @@ from collections.abc import Callable
 
 from batchlab.adapters.aws.fleet import Ec2Fleet
 from batchlab.adapters.aws.group_descriptions import GroupForm
-from batchlab.conform.check import Differs, Severity, Table, expect
+from batchlab.conform.check import Differs, Table, expect
 from batchlab.conform.site import LAUNCHING, QUIET_S, TERMINATING, OwnGroup, Site, hook
 from batchlab.core.model import GroupView, LifecycleState, Pool
-
-NEEDED, NOTED = Severity.NEEDED, Severity.NOTED
 
 REFUSED = "ValidationError"
 NO_ACTION = "No active Lifecycle Action"
 
-ASG_INSTANCES = Table()
+ASG_INSTANCES = Table("autoscaling")
 
 
-@ASG_INSTANCES.check(
-    "autoscaling-launch-hook",
-    NEEDED,
-    rule="A launch hook keeps a new instance in Pending:Wait. CompleteLifecycleAction with "
-    "CONTINUE moves it to InService.",
-    source="Auto Scaling User Guide, lifecycle hooks, completing a lifecycle action;"
-    " Auto Scaling API, CompleteLifecycleAction",
+@ASG_INSTANCES.needed(
+    source=(
+        "Auto Scaling User Guide, lifecycle hooks, completing a lifecycle action; Auto Scaling "
+        "API, CompleteLifecycleAction"
+    ),
     promise="Fleet.ready: an instance counts when its worker has reported",
     otherwise="instances without a running worker count as capacity",
 )
 def launch_hook(site: Site) -> None:
+    """A launch hook keeps a new instance in Pending:Wait. CompleteLifecycleAction with CONTINUE moves it
+    to InService.
+    """
     group = OwnGroup(site)
     hooks = [hook("up", LAUNCHING)]
     group.create(DesiredCapacity=1, LifecycleHookSpecificationList=hooks).accepted()
-    only = group.waits("Pending:Wait")
-    group.complete("up", only).accepted()
-    expect(group.has(1) == [only], "another one comes into service")
+    instance = group.waits("Pending:Wait")
+    group.complete("up", instance).accepted()
+    expect(group.has(1) == [instance], "another instance reaches InService")
 
 
-@ASG_INSTANCES.check(
-    "autoscaling-drain-hook",
-    NEEDED,
-    rule="A termination hook keeps an instance in Terminating:Wait. CompleteLifecycleAction "
-    "with CONTINUE terminates it.",
-    source="Auto Scaling User Guide, lifecycle hooks, completing a lifecycle action;"
-    " Auto Scaling API, CompleteLifecycleAction",
+@ASG_INSTANCES.needed(
+    source=(
+        "Auto Scaling User Guide, lifecycle hooks, completing a lifecycle action; Auto Scaling "
+        "API, CompleteLifecycleAction"
+    ),
     promise="a worker returns its work before its instance ends",
     otherwise="running work is noticed only after the visibility timeout, and repeated",
 )
 def drain_hook(site: Site) -> None:
+    """A termination hook keeps an instance in Terminating:Wait. CompleteLifecycleAction with CONTINUE terminates it."""
     group = OwnGroup(site)
-    (only,) = group.grown(1, LifecycleHookSpecificationList=[hook("down", TERMINATING)])
+    (instance,) = group.grown(1, LifecycleHookSpecificationList=[hook("down", TERMINATING)])
     group.size(0).accepted()
-    expect(group.waits("Terminating:Wait") == only, "another one waits")
-    group.complete("down", only).accepted()
+    expect(group.waits("Terminating:Wait") == instance, "another instance reaches Terminating:Wait")
+    group.complete("down", instance).accepted()
     group.has(0)
 
 
-@ASG_INSTANCES.check(
-    "autoscaling-hook-put-again",
-    NEEDED,
-    rule="PutLifecycleHook with the name of an existing hook changes this hook.",
+@ASG_INSTANCES.needed(
     source="Auto Scaling API, PutLifecycleHook",
     promise="Fleet.ensure of an existing group sets its hooks",
     otherwise="a restarted manager fails, or uses old timeouts",
 )
 def hook_put_again(site: Site) -> None:
-    group = OwnGroup(site)
-    group.create(LifecycleHookSpecificationList=[hook("up", LAUNCHING)]).accepted()
+    """PutLifecycleHook with the name of an existing hook changes this hook."""
+    group = OwnGroup.created(site, LifecycleHookSpecificationList=[hook("up", LAUNCHING)])
     changed = {**hook("up", LAUNCHING), "HeartbeatTimeout": 90, "DefaultResult": "ABANDON"}
     group.call("PutLifecycleHook", **changed).accepted()
-    found = group.call("DescribeLifecycleHooks").accepted().data["LifecycleHooks"]
-    told = [{name: one.get(name) for name in changed} for one in found]
-    expect(told == [changed], "another hook is described")
+    hooks = group.call("DescribeLifecycleHooks").accepted().data["LifecycleHooks"]
+    descriptions = [{name: description.get(name) for name in changed} for description in hooks]
+    expect(descriptions == [changed], "DescribeLifecycleHooks returns another hook")
 
 
-@ASG_INSTANCES.check(
-    "autoscaling-hook-gone",
-    NEEDED,
-    rule=f'CompleteLifecycleAction for an instance that is not in a hook returns 400 {REFUSED}, "{NO_ACTION} …".',
+@ASG_INSTANCES.needed(
     source="Auto Scaling API, CompleteLifecycleAction, common errors; the reference does not say",
     promise="a late Fleet.ready is harmless",
     otherwise="a worker that reports when its hook times out causes an error",
 )
 def hook_gone(site: Site) -> None:
+    """CompleteLifecycleAction for an instance that is not in a hook returns 400 ValidationError, "No active Lifecycle
+    Action …".
+    """
     group = OwnGroup(site)
-    (only,) = group.grown(1)
+    (instance,) = group.grown(1)
     group.call("PutLifecycleHook", **hook("up", LAUNCHING)).accepted()
-    answer = group.complete("up", only)
+    answer = group.complete("up", instance)
     answer.refused(400, REFUSED)
-    told = answer.data["Error"].get("Message", "")
-    expect(NO_ACTION in told, f"it says {told!r}")
+    message = answer.data["Error"].get("Message", "")
+    expect(NO_ACTION in message, f"the error message is {message!r}")
 
 
-@ASG_INSTANCES.check(
-    "autoscaling-terminate-decrement",
-    NEEDED,
-    rule="TerminateInstanceInAutoScalingGroup with ShouldDecrementDesiredCapacity terminates"
-    " the instance without a replacement.",
+@ASG_INSTANCES.needed(
     source="Auto Scaling API, TerminateInstanceInAutoScalingGroup",
     promise="Fleet.terminate: a pool shrinks by its idle instance",
     otherwise="scaling in terminates busy instances, or is undone at once",
 )
 def terminate_decrement(site: Site) -> None:
+    """TerminateInstanceInAutoScalingGroup with ShouldDecrementDesiredCapacity terminates the instance without a
+    replacement.
+    """
     group = OwnGroup(site)
     first, second = group.grown(2)
     group.terminate(first, decrement=True).accepted()
-    group.until(lambda: first not in group.ids(), "the instance does not end")
+    group.until(lambda: first not in group.ids(), "the instance is not terminated")
     expect(group.desired == 1, f"the desired capacity is {group.desired}")
     time.sleep(QUIET_S)
-    expect(group.ids() == [second], "other instances are there afterwards")
+    expect(group.ids() == [second], "the group has other instances afterwards")
 
 
-@ASG_INSTANCES.check(
-    "autoscaling-terminate-replace",
-    NEEDED,
-    rule="TerminateInstanceInAutoScalingGroup without ShouldDecrementDesiredCapacity "
-    "terminates the instance, and the group launches a replacement.",
+@ASG_INSTANCES.needed(
     source="Auto Scaling API, TerminateInstanceInAutoScalingGroup",
     promise="Fleet.terminate: a faulty instance is replaced",
     otherwise="a pool becomes smaller than requested",
 )
 def terminate_replace(site: Site) -> None:
+    """TerminateInstanceInAutoScalingGroup without ShouldDecrementDesiredCapacity terminates the instance, and the group
+    launches a replacement.
+    """
     group = OwnGroup(site)
     first, second = group.grown(2)
     group.terminate(first, decrement=False).accepted()
     _replaced(group, first, beside=second)
 
 
-@ASG_INSTANCES.check(
-    "autoscaling-terminate-unknown",
-    NOTED,
-    rule=f"Terminating an instance outside of all groups returns 400 {REFUSED}. So does setting its health.",
+@ASG_INSTANCES.noted(
     source="Auto Scaling API, TerminateInstanceInAutoScalingGroup, SetInstanceHealth, common errors",
     promise="none: the adapter names only instances that it has seen",
     otherwise="the error message is less clear",
 )
 def terminate_unknown(site: Site) -> None:
+    """Terminating an instance outside of all groups returns 400 ValidationError. So does setting its health."""
     group = OwnGroup(site)
-    nobody = "i-00000000000000000"
-    group.terminate(nobody, decrement=False).refused(400, REFUSED)
-    found = group.ask("SetInstanceHealth", InstanceId=nobody, HealthStatus="Unhealthy")
-    found.refused(400, REFUSED)
+    unknown = "i-00000000000000000"
+    group.terminate(unknown, decrement=False).refused(400, REFUSED)
+    answer = group.ask("SetInstanceHealth", InstanceId=unknown, HealthStatus="Unhealthy")
+    answer.refused(400, REFUSED)
 
 
-@ASG_INSTANCES.check(
-    "autoscaling-unhealthy",
-    NEEDED,
-    rule="The group terminates and replaces an instance whose health is set to Unhealthy.",
+@ASG_INSTANCES.needed(
     source="Auto Scaling API, SetInstanceHealth; Auto Scaling User Guide, health checks",
     promise="Fleet.set_health: an instance whose worker is silent is replaced",
     otherwise="an idle instance stays and costs money",
 )
 def unhealthy(site: Site) -> None:
+    """The group terminates and replaces an instance whose health is set to Unhealthy."""
     group = OwnGroup(site)
     first, second = group.grown(2)
     group.ask(
@@ -165,77 +152,65 @@ def unhealthy(site: Site) -> None:
 
 
 def _replaced(group: OwnGroup, instance: str, *, beside: str) -> None:
-    group.until(lambda: instance not in group.ids(), "the instance does not end")
+    group.until(lambda: instance not in group.ids(), "the instance is not terminated")
     after = group.has(2)
-    expect(beside in after, "its neighbour ends too")
+    expect(beside in after, "another instance is terminated, too")
     expect(group.desired == 2, f"the desired capacity is {group.desired}")
 
 
 # --- Protection -----------------------------------------------------------------------------------
 
 
-@ASG_INSTANCES.check(
-    "autoscaling-protect",
-    NEEDED,
-    rule="Scaling in does not terminate protected instances, with any termination policy.",
+@ASG_INSTANCES.needed(
     source="Auto Scaling User Guide, scale-in protection; Auto Scaling API, SetInstanceProtection",
     promise="Fleet.protect: scaling in does not terminate an instance with work",
     otherwise="a lower desired capacity stops running tasks",
 )
 def protect(site: Site) -> None:
+    """Scaling in does not terminate protected instances, with any termination policy."""
     group = OwnGroup(site)
     before = group.grown(2, TerminationPolicies=["OldestInstance"])
     group.size(3).accepted()
     (newest,) = set(group.has(3)) - set(before)
     group.protect(*before).accepted()
     group.size(2).accepted()
-    group.until(lambda: newest not in group.ids(), "the one that is not protected stays")
-    expect(sorted(group.has(2)) == sorted(before), "a protected one ends")
+    group.until(lambda: newest not in group.ids(), "the unprotected instance is not terminated")
+    expect(sorted(group.has(2)) == sorted(before), "a protected instance is terminated")
 
 
-@ASG_INSTANCES.check(
-    "autoscaling-protect-all",
-    NEEDED,
-    rule="If all instances are protected, a lower desired capacity terminates none of them.",
+@ASG_INSTANCES.needed(
     source="Auto Scaling User Guide, scale-in protection",
     promise="Fleet.protect: scaling in does not terminate an instance with work",
     otherwise="a lower desired capacity stops running tasks if all instances are busy",
 )
 def protect_all(site: Site) -> None:
+    """If all instances are protected, a lower desired capacity terminates none of them."""
     group = OwnGroup(site)
     before = group.grown(2)
     group.protect(*before).accepted()
     group.size(1).accepted()
     time.sleep(QUIET_S)
-    expect(sorted(group.ids("InService")) == sorted(before), "one of them ends")
+    expect(sorted(group.ids("InService")) == sorted(before), "a protected instance is terminated")
 
 
-@ASG_INSTANCES.check(
-    "autoscaling-protect-waiting",
-    NOTED,
-    rule=f"SetInstanceProtection of an instance that is not InService returns 400 {REFUSED}.",
+@ASG_INSTANCES.noted(
     source="Auto Scaling API, SetInstanceProtection, common errors; the reference does not say",
     promise="none: the adapter refuses it",
-    otherwise="nothing",
 )
 def protect_waiting(site: Site) -> None:
+    """SetInstanceProtection of an instance that is not InService returns 400 ValidationError."""
     group = OwnGroup(site)
     hooks = [hook("up", LAUNCHING)]
     group.create(DesiredCapacity=1, LifecycleHookSpecificationList=hooks).accepted()
     group.protect(group.waits("Pending:Wait")).refused(400, REFUSED)
 
 
-@ASG_INSTANCES.check(
-    "autoscaling-protect-51",
-    NOTED,
-    rule=f"SetInstanceProtection of more than 50 instances returns 400 {REFUSED}.",
-    source="Auto Scaling API, SetInstanceProtection",
-    promise="none: the adapter sends at most 50 at a time",
-    otherwise="nothing",
+@ASG_INSTANCES.noted(
+    source="Auto Scaling API, SetInstanceProtection", promise="none: the adapter sends at most 50 at a time"
 )
 def protect_51(site: Site) -> None:
-    group = OwnGroup(site)
-    group.create().accepted()
+    """SetInstanceProtection of more than 50 instances returns 400 ValidationError."""
+    group = OwnGroup.created(site)
     answer = group.protect(*(f"i-{number:017x}" for number in range(51)))
     answer.refused(400, REFUSED)
 
@@ -243,16 +218,15 @@ def protect_51(site: Site) -> None:
 # --- batchlab's own adapter -----------------------------------------------------------------------
 
 
-@ASG_INSTANCES.check(
-    "autoscaling-port",
-    NEEDED,
-    rule="A pool grows, its instances count when they report, a named instance ends, and a "
-    "second manager sees the same pool.",
+@ASG_INSTANCES.needed(
     source="Auto Scaling User Guide, instance lifecycle",
     promise="Fleet",
     otherwise="a grid's pools cannot run on this endpoint",
 )
 async def port(site: Site) -> None:
+    """A pool grows, its instances count when they report, a named instance ends, and a second manager sees the same
+    pool.
+    """
     target = site.target
     prefix = f"{site.new_name()}-"
     pool = Pool("a", 0, 3)
@@ -260,14 +234,14 @@ async def port(site: Site) -> None:
     fleets = [Ec2Fleet(target.endpoint, target.clock, form, prefix=prefix) for _ in range(2)]
     try:
         fleet, other = fleets
-        with target.making():
-            target.remember_group(prefix + pool.name)
+        with target.creating():
+            target.record_group(prefix + pool.name)
             await fleet.ensure(pool)
         await fleet.set_desired("a", 2, cause="a check")
-        first, second = await _until(site, fleet, lambda there: len(there) == 2)
+        first, second = await _until(site, fleet, lambda ids: len(ids) == 2)
         await fleet.terminate("a", [first], decrement=True, cause="a check")
-        await _until(site, fleet, lambda there: there == {second})
-        with target.making():
+        await _until(site, fleet, lambda ids: ids == {second})
+        with target.creating():
             await other.ensure(pool)
         (view,) = await other.describe()
         expect(view.desired == 1, f"a second manager sees a desired capacity of {view.desired}")
@@ -288,9 +262,9 @@ async def _until(site: Site, fleet: Ec2Fleet, members: Callable[[set[str]], bool
         (view,) = await fleet.describe()
         for instance in view.instances:
             await fleet.ready(instance.id)
-        there = {instance.id for instance in view.instances if instance.state is not LifecycleState.TERMINATED}
-        if members(there) and there == _in_service(view):
-            return sorted(there)
+        ids = {instance.id for instance in view.instances if instance.state is not LifecycleState.TERMINATED}
+        if members(ids) and ids == _in_service(view):
+            return sorted(ids)
         if time.monotonic() > ends_s:
             states = sorted(instance.state.value for instance in view.instances)
             raise Differs(f"the pool stays at a desired capacity of {view.desired} and {states}")

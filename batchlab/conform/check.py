@@ -1,10 +1,10 @@
 """Conformance check, its verdicts, and the AWS pages that state its rule.
 
-Invariant: a check tests one rule of AWS. It ends normally if the endpoint agrees, with Differs and
-the observed behavior, or with Untried and the reason why the rule could not be tested.
+Invariant: a check tests one rule of AWS. The function of a check returns if the endpoint agrees. It
+raises Differs with the observed behavior, or Untried with the reason why the rule was not tested.
 
-A source of a check consists of parts `BOOK, TOPIC, TOPIC ...`, separated by semicolons. The topics
-of an API are its actions and types. A part without an AWS page (an RFC, recorded answers) is text.
+The source of a check has parts `BOOK, TOPIC, TOPIC ...`, separated by semicolons. The topics of an
+API are its actions and types. A part without an AWS page, such as an RFC, is plain text.
 """
 
 from __future__ import annotations
@@ -22,11 +22,9 @@ if TYPE_CHECKING:
 Run = Callable[["Site"], Coroutine[Any, Any, None] | None]
 """Function of a check. It is a coroutine function if it uses a port."""
 
-LIMIT_S = 40.0
-"""Timeout of a check in seconds. The time for which counts settle is added."""
-
-
-FAILURES = 500
+TIMEOUT_S = 40.0
+"""Timeout of a check in seconds, before the time for which counts settle is added."""
+MIN_SERVER_ERROR = 500
 """Lowest HTTP status of a server error."""
 
 
@@ -37,8 +35,7 @@ class Differs(Exception):
 class Failed(Differs):
     """Server error (5xx) of the endpoint.
 
-    One such error does not disprove a rule. AWS's services return them at times, and clients repeat
-    the call.
+    One server error does not disprove a rule. AWS's services sometimes return one, and clients repeat the call.
     """
 
 
@@ -47,16 +44,13 @@ class Untried(Exception):
 
 
 class Severity(StrEnum):
-    """Whether batchlab needs the rule to keep its promises."""
+    """Importance of a rule. batchlab keeps its promises without a NOTED rule, but not without a NEEDED one."""
 
     NEEDED = "needed"
     NOTED = "noted"
-    """batchlab works either way, or refuses by itself what the service should refuse."""
 
 
 class Verdict(StrEnum):
-    """Result of a check."""
-
     AGREES = "agrees"
     DIFFERS = "differs"
     UNTRIED = "untried"
@@ -64,10 +58,10 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """Rule with its check.
+    """Rule with the function that tests it.
 
-    `source` names AWS's page about the rule. `promise` names the part of batchlab that needs the
-    rule, and `otherwise` is the effect if the rule does not hold.
+    `source` names AWS's page about the rule. `promise` names the part of batchlab that needs the rule.
+    `otherwise` is the effect on batchlab if the rule does not hold.
     """
 
     name: str
@@ -80,24 +74,37 @@ class Check:
 
     @property
     def follows(self) -> str:
-        """Effect on batchlab if the rule does not hold, or the reason why nothing happens."""
+        """Effect on batchlab if the rule does not hold, or the reason why there is no effect."""
         why = self.promise.removeprefix("none: ")
         return f"nothing: {why}" if self.otherwise == "nothing" else self.otherwise
 
     @property
     def service(self) -> str:
-        """Service of the check: `s3`, `sqs`, or `autoscaling`."""
         return self.name.partition("-")[0]
 
 
 class Table(list[Check]):
-    """Checks of one file, in order. `Table.check` is a decorator that adds a function."""
+    """Checks of one service in one file. The decorators `needed` and `noted` add a check.
 
-    def check(
-        self, name: str, severity: Severity, *, rule: str, source: str, promise: str, otherwise: str
-    ) -> Callable[[Run], Run]:
+    The docstring of the check's function is the rule. The name of the function becomes the name of
+    the check, unless `name` replaces it.
+    """
+
+    def __init__(self, service: str) -> None:
+        super().__init__()
+        self._service = service
+
+    def needed(self, *, source: str, promise: str, otherwise: str, name: str = "") -> Callable[[Run], Run]:
+        return self._adder(Severity.NEEDED, name, source, promise, otherwise)
+
+    def noted(self, *, source: str, promise: str, otherwise: str = "nothing", name: str = "") -> Callable[[Run], Run]:
+        return self._adder(Severity.NOTED, name, source, promise, otherwise)
+
+    def _adder(self, severity: Severity, name: str, source: str, promise: str, otherwise: str) -> Callable[[Run], Run]:
         def add(run: Run) -> Run:
-            self.append(Check(name, severity, rule, source, promise, otherwise, run))
+            full_name = f"{self._service}-{name or run.__name__.replace('_', '-')}"
+            rule = " ".join((run.__doc__ or "").split())
+            self.append(Check(full_name, severity, rule, source, promise, otherwise, run))
             return run
 
         return add
@@ -105,7 +112,7 @@ class Table(list[Check]):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Response to a call. `code` is the error code, and it is empty for an accepted call."""
+    """Response to a call. `code` is the error code. It is empty for an accepted call."""
 
     call: str
     status: int
@@ -116,23 +123,23 @@ class Answer:
     def __str__(self) -> str:
         if not self.code:
             return f"{self.call} is accepted"
-        # Without a body (HEAD, 304), boto3 uses the status as the code.
-        told = self.code if self.code == str(self.status) else f"{self.status} {self.code}"
-        return f"{self.call} returns {told}"
+        # For a response without a body (HEAD, 304), boto3 uses the status as the code.
+        error = self.code if self.code == str(self.status) else f"{self.status} {self.code}"
+        return f"{self.call} returns {error}"
 
     def accepted(self) -> Answer:
         """Return the response. Raise Differs if the call was refused."""
         if self.code:
-            raise self._otherwise()
+            raise self._difference()
         return self
 
     def refused(self, status: int, *codes: str) -> None:
         """Raise Differs unless the call was refused with this status and one of these codes."""
         if not self.code or self.status != status or (codes and self.code not in codes):
-            raise self._otherwise()
+            raise self._difference()
 
-    def _otherwise(self) -> Differs:
-        return (Failed if self.status >= FAILURES else Differs)(str(self))
+    def _difference(self) -> Differs:
+        return (Failed if self.status >= MIN_SERVER_ERROR else Differs)(str(self))
 
 
 def answer(call: str, request: Callable[[], Mapping[str, Any]]) -> Answer:
@@ -214,9 +221,9 @@ _GUIDES = {
 
 
 def page(book: str, topic: str) -> str:
-    """Return the URL of AWS's page about a topic, or "" for a book that is not from AWS.
+    """Return the URL of AWS's page about a topic, or "" for a book of another publisher.
 
-    Raise KeyError for an unknown topic.
+    Raise KeyError if the topic is unknown.
     """
     if book in _APIS:
         return f"{_APIS[book]}/{_API_PAGES.get(topic, f'API_{topic}')}.html"
@@ -227,19 +234,16 @@ def page(book: str, topic: str) -> str:
 
 
 def pages(source: str) -> list[tuple[str, str]]:
-    """Return the parts of a source in order, with their URLs.
-
-    A part without a page has the URL "".
-    """
-    found = []
+    """Return the parts of a source in order, with their URLs. A part without a page has the URL ""."""
+    linked_parts = []
     for part in source.split("; "):
         book, *topics = part.split(", ")
         if book not in _APIS and book not in _GUIDES:
-            found.append((part, ""))
+            linked_parts.append((part, ""))
             continue
         for number, topic in enumerate(topics):
-            found.append((topic if number else f"{book}, {topic}", page(book, topic)))
-    return found
+            linked_parts.append((topic if number else f"{book}, {topic}", page(book, topic)))
+    return linked_parts
 
 
 def linked(source: str) -> str:

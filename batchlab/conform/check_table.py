@@ -1,11 +1,7 @@
-"""Table of all checks.
+"""Table of all checks, and the report of a run as JSON and as sections of the page about emulators.
 
-Invariant: names are unique and begin with the name of the service.
-
-Report of a run, as JSON and as sections of the page about emulators.
-
-Invariant: the report changes only if the endpoint changes. A page with the report can therefore be
-compared with a new run.
+Invariants: the names of checks are unique and begin with the name of the service. A report changes
+only if the endpoint changes, so a test can compare the page with a new run.
 """
 
 from __future__ import annotations
@@ -62,7 +58,7 @@ ALL_CHECKS = "every check"
 """Name of the section that lists all checks."""
 
 
-def of(results: Sequence[Result], verdict: Verdict, severity: str | None = None, service: str = "") -> int:
+def count_results(results: Sequence[Result], verdict: Verdict, severity: str | None = None, service: str = "") -> int:
     """Return the number of results with this verdict, severity, and service."""
     return sum(
         result.verdict is verdict
@@ -72,18 +68,16 @@ def of(results: Sequence[Result], verdict: Verdict, severity: str | None = None,
     )
 
 
-def relied_on(results: Sequence[Result]) -> bool:
-    """Return whether all rules that batchlab needs hold."""
+def needed_rules_hold(results: Sequence[Result]) -> bool:
     return all(result.verdict is Verdict.AGREES or result.check.severity is Severity.NOTED for result in results)
 
 
 def agrees(results: Sequence[Result]) -> bool:
     """Return whether all needed rules hold and no other rule differs."""
-    return relied_on(results) and not of(results, Verdict.DIFFERS)
+    return needed_rules_hold(results) and not count_results(results, Verdict.DIFFERS)
 
 
 def to_json(result: Result) -> dict[str, Any]:
-    """Return the result of a check as a JSON object."""
     check = result.check
     return {
         "check": check.name,
@@ -104,11 +98,11 @@ def verdict_text(results: Sequence[Result]) -> str:
     """Return a summary of the run in one or two sentences."""
     parts = []
     for severity, what in ((Severity.NEEDED, "needed"), (Severity.NOTED, "noted")):
-        some = [result for result in results if result.check.severity is severity]
-        held = of(some, Verdict.AGREES)
-        if some:
-            parts.append(f"{held} of {len(some)} {what} rules {'holds' if held == 1 else 'hold'}")
-    untried = of(results, Verdict.UNTRIED)
+        rules = [result for result in results if result.check.severity is severity]
+        holding = count_results(rules, Verdict.AGREES)
+        if rules:
+            parts.append(f"{holding} of {len(rules)} {what} rules {'holds' if holding == 1 else 'hold'}")
+    untried = count_results(results, Verdict.UNTRIED)
     return "; ".join(parts) + "." + (f" {untried} could not be tested." if untried else "")
 
 

@@ -1,4 +1,4 @@
-"""Concurrent execution of checks. Most checks spend their time waiting.
+"""Concurrent execution of checks. Most checks wait most of the time.
 
 Invariant: a check cannot delay the run or make another check fail. Each check has its own thread,
 which is abandoned if it takes too long. A check that ended with a 5xx response is repeated once.
@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from botocore.exceptions import BotoCoreError, ClientError, FlexibleChecksumError, IncompleteReadError
 from botocore.parsers import ResponseParserError
 
-from batchlab.conform.check import FAILURES, LIMIT_S, Check, Differs, Failed, Untried, Verdict
+from batchlab.conform.check import MIN_SERVER_ERROR, TIMEOUT_S, Check, Differs, Failed, Untried, Verdict
 from batchlab.conform.site import Site
 from batchlab.conform.target import Target
 from batchlab.core.errors import BatchlabError, Throttled, Unreachable
 
-AT_ONCE = 32
+MAX_RUNNING_CHECKS = 32
 
 _THROTTLING = ("SlowDown", "RequestThrottled", "ThrottlingException", "Throttling")
 
@@ -42,16 +42,15 @@ def run(
     target: Target,
     checks: Sequence[Check],
     *,
-    tell: Callable[[Result], None] = lambda _: None,
-    at_once: int = AT_ONCE,
+    on_result: Callable[[Result], None] = lambda _: None,
+    at_once: int = MAX_RUNNING_CHECKS,
     limit_s: float | None = None,
 ) -> list[Result]:
     """Run all checks, at most `at_once` at a time. Return the results in the order of `checks`.
 
-    `tell` is called with each result. A check that takes longer than `limit_s` seconds is
-    abandoned.
+    `on_result` receives each result. A check that takes longer than `limit_s` seconds is abandoned.
     """
-    limit_s = LIMIT_S + 2 * target.settles_s if limit_s is None else limit_s
+    limit_s = TIMEOUT_S + 2 * target.settles_s if limit_s is None else limit_s
     # Start the checks of SQS first, because they mostly wait. The checks of S3 run in the meantime.
     waiting = deque(sorted(checks, key=lambda check: check.service, reverse=True))
     running: dict[str, tuple[Check, float]] = {}
@@ -61,16 +60,21 @@ def run(
         while waiting and len(running) < at_once:
             check = waiting.popleft()
             running[check.name] = (check, time.monotonic())
-            # Use daemon threads. The process would wait for the threads of an executor when it
-            # exits.
+            # At its exit, the process would wait for the threads of an executor, but not for daemon threads.
             threading.Thread(
                 target=lambda check=check: ended.put(_tried(target, check)), name=f"conform-{check.name}", daemon=True
             ).start()
-        for result in (*_next(ended), *_overdue(running, limit_s)):
+        now_s = time.monotonic()
+        overdue = [
+            Result(check, Verdict.UNTRIED, f"the check takes longer than {limit_s:.0f} s", now_s - begun_s)
+            for check, begun_s in running.values()
+            if now_s - begun_s > limit_s
+        ]
+        for result in (*_next(ended), *overdue):
             # An abandoned check may still end. Ignore its result.
             if running.pop(result.check.name, None) is not None:
                 results[result.check.name] = result
-                tell(result)
+                on_result(result)
     return [results[check.name] for check in checks]
 
 
@@ -79,15 +83,6 @@ def _next(ended: queue.SimpleQueue[Result]) -> Iterator[Result]:
         yield ended.get(timeout=0.2)
     except queue.Empty:
         return
-
-
-def _overdue(running: dict[str, tuple[Check, float]], limit_s: float) -> list[Result]:
-    now_s = time.monotonic()
-    return [
-        Result(check, Verdict.UNTRIED, f"it takes longer than {limit_s:.0f} s", now_s - begun_s)
-        for check, begun_s in running.values()
-        if now_s - begun_s > limit_s
-    ]
 
 
 def _tried(target: Target, check: Check) -> Result:
@@ -103,12 +98,9 @@ def _tried(target: Target, check: Check) -> Result:
 
 
 def _verdict(target: Target, check: Check, site: Site) -> tuple[Verdict, str]:
-    """Run a check and return the verdict and the observed behavior.
-
-    Raise Failed for a 5xx response.
-    """
+    """Run a check and return the verdict and the observed behavior. Raise Failed for a 5xx response."""
     try:
-        with target.making() if check.service == "s3" else nullcontext():
+        with target.creating() if check.service == "s3" else nullcontext():
             coroutine = check.run(site)
             if coroutine is not None:
                 asyncio.run(coroutine)
@@ -125,11 +117,11 @@ def _verdict(target: Target, check: Check, site: Site) -> tuple[Verdict, str]:
     except ResponseParserError:
         return Verdict.DIFFERS, "boto3 cannot parse the response"
     except (BotoCoreError, Throttled, Unreachable) as error:
-        return Verdict.UNTRIED, f"there is no answer: {type(error).__name__}"
+        return Verdict.UNTRIED, f"the endpoint does not respond: {type(error).__name__}"
     except BatchlabError as error:
         return Verdict.DIFFERS, str(error)
     except (LookupError, TypeError, ValueError) as error:
-        return Verdict.DIFFERS, f"an answer is malformed: {type(error).__name__}: {error}"
+        return Verdict.DIFFERS, f"a response is malformed: {type(error).__name__}: {error}"
     except Exception as error:  # noqa: BLE001 - reported as the reason of the verdict
         return Verdict.UNTRIED, f"the check itself fails: {type(error).__name__}: {error}"
     return Verdict.AGREES, ""
@@ -141,6 +133,6 @@ def _refused(error: ClientError) -> tuple[Verdict, str]:
     observed = f"{error.operation_name} returns {status} {code}"
     if code in _THROTTLING:
         return Verdict.UNTRIED, observed
-    if status >= FAILURES:
+    if status >= MIN_SERVER_ERROR:
         raise Failed(observed) from error
     return Verdict.DIFFERS, observed

@@ -1,7 +1,4 @@
-"""S3 checks: conditional creates, overwrites, and ETags, which commits depend on.
-
-S3 checks: the order and the pages of listings, and valid keys.
-"""
+"""S3 checks: conditional creates, overwrites, ETags, listings, and valid keys."""
 
 from __future__ import annotations
 
@@ -12,74 +9,65 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
-from batchlab.conform.check import Answer, Differs, Severity, Table, Untried, expect
+from batchlab.conform.check import Answer, Differs, Table, Untried, expect
 from batchlab.conform.site import Site
-
-NEEDED, NOTED = Severity.NEEDED, Severity.NOTED
 
 RACERS = 16
 ROUNDS = 12
 
-S3_CREATE = Table()
+S3_CREATE = Table("s3")
 
 
-@S3_CREATE.check(
-    "s3-create-free",
-    NEEDED,
-    rule="PutObject with If-None-Match: * on a free key stores the object.",
-    source="S3 User Guide, conditional writes",
-    promise="Objects.put(if_absent)",
-    otherwise="commits fail",
+@S3_CREATE.needed(
+    source="S3 User Guide, conditional writes", promise="Objects.put(if_absent)", otherwise="commits fail"
 )
 def create_free(site: Site) -> None:
+    """PutObject with If-None-Match: * on a free key stores the object."""
     site.put("a", b"first", if_absent=True).accepted()
-    expect(site.get("a").accepted().body == b"first", "the object has another content")
+    expect(site.get("a").accepted().body == b"first", "GetObject returns other content")
 
 
-@S3_CREATE.check(
-    "s3-create-taken",
-    NEEDED,
-    rule="PutObject with If-None-Match: * on an existing key returns 412 PreconditionFailed "
-    "and does not change the object, even if it is empty or has the same content.",
+@S3_CREATE.needed(
     source="S3 User Guide, conditional writes",
     promise="I1, Objects.put(if_absent)",
     otherwise="two workers both commit one bundle",
 )
 def create_taken(site: Site) -> None:
+    """PutObject with If-None-Match: * on an existing key returns 412 PreconditionFailed and does not change the object,
+    even if it is empty or has the same content.
+    """
     for key, before in (("full", b"first"), ("empty", b"")):
         site.put(key, before).accepted()
         for data in (b"second", before):
             site.put(key, data, if_absent=True).refused(412, "PreconditionFailed")
-        expect(site.get(key).accepted().body == before, "refused, but the object has changed")
+        expect(site.get(key).accepted().body == before, "PutObject is refused, but changes the object")
 
 
-@S3_CREATE.check(
-    "s3-create-repeated",
-    NEEDED,
-    rule="A conditional PutObject that is repeated after its success is refused, and a read "
-    "returns the content of the first call.",
+@S3_CREATE.needed(
     source="S3 User Guide, conditional writes",
     promise="I1, commit() after a lost response",
     otherwise="a worker cannot recognize its own commit after a lost response",
 )
 def create_repeated(site: Site) -> None:
+    """A conditional PutObject that is repeated after its success is refused, and a read returns the content of the
+    first call.
+    """
     etag = site.put("a", b"mine", if_absent=True).accepted().data.get("ETag")
     site.put("a", b"mine", if_absent=True).refused(412, "PreconditionFailed")
     answer = site.get("a").accepted()
-    expect(answer.body == b"mine", "the first try's content is gone")
-    expect(answer.data.get("ETag") == etag, "the ETag is not the first try's")
+    expect(answer.body == b"mine", "GetObject does not return the content of the first call")
+    expect(answer.data.get("ETag") == etag, "the ETag differs from the ETag of the first call")
 
 
-@S3_CREATE.check(
-    "s3-create-race",
-    NEEDED,
-    rule="When 16 conditional PutObject calls race for one key, one succeeds. The others get"
-    " 412, or 409 ConditionalRequestConflict, which is retried.",
+@S3_CREATE.needed(
     source="S3 User Guide, conditional writes",
     promise="I1, Objects.put(if_absent)",
     otherwise="two workers both commit one bundle",
 )
 def create_race(site: Site) -> None:
+    """When 16 conditional PutObject calls race for one key, one succeeds. The others get 412, or 409
+    ConditionalRequestConflict, which is retried.
+    """
     start = threading.Barrier(RACERS, timeout=20)
 
     def race(racer: int, key: str) -> Answer:
@@ -94,7 +82,7 @@ def create_race(site: Site) -> None:
 
 
 def _one_winner(site: Site, key: str, answers: Mapping[int, Answer]) -> None:
-    winners = [racer for racer, one in answers.items() if not one.code]
+    winners = [racer for racer, answer in answers.items() if not answer.code]
     conflicts = 0
     for answer in answers.values():
         if answer.code == "ConditionalRequestConflict" and answer.status == 409:
@@ -102,66 +90,60 @@ def _one_winner(site: Site, key: str, answers: Mapping[int, Answer]) -> None:
         elif answer.code:
             answer.refused(412, "PreconditionFailed")
     if not winners and conflicts:
-        # All calls may get a conflict, which means to try again. The next call is then the only
-        # one.
+        # A conflict asks the caller to retry, and every racer may get one. The retry has no competitor.
         site.put(key, b"again", if_absent=True).accepted()
         return
-    expect(len(winners) == 1, "more than one won" if winners else "nobody won")
-    expect(site.get(key).accepted().body == str(winners[0]).encode(), "the object is not the winner's")
+    expect(len(winners) == 1, "more than one call succeeds" if winners else "no call succeeds")
+    expect(
+        site.get(key).accepted().body == str(winners[0]).encode(),
+        "GetObject does not return the content of the successful call",
+    )
 
 
-@S3_CREATE.check(
-    "s3-create-after-delete",
-    NEEDED,
-    rule="In a bucket without versioning, a conditional PutObject succeeds on a deleted key.",
+@S3_CREATE.needed(
     source="S3 User Guide, conditional writes",
     promise="Objects.put(if_absent)",
     otherwise="a deleted object can never be written again",
 )
 def create_after_delete(site: Site) -> None:
+    """In a bucket without versioning, a conditional PutObject succeeds on a deleted key."""
     site.put("a", b"1", if_absent=True).accepted()
     site.delete("a").accepted()
     site.put("a", b"2", if_absent=True).accepted()
-    expect(site.get("a").accepted().body == b"2", "the object has another content")
+    expect(site.get("a").accepted().body == b"2", "GetObject returns other content")
 
 
-@S3_CREATE.check(
-    "s3-match-stale",
-    NEEDED,
-    rule="PutObject with an If-Match that is not the object's ETag returns 412 PreconditionFailed.",
+@S3_CREATE.needed(
     source="S3 User Guide, conditional writes",
     promise="I4, Objects.put(if_match)",
     otherwise="a late resume undoes a cancellation",
 )
 def match_stale(site: Site) -> None:
+    """PutObject with an If-Match that is not the object's ETag returns 412 PreconditionFailed."""
     stale = str(site.put("a", b"1").accepted().data.get("ETag"))
     current = str(site.put("a", b"2").accepted().data.get("ETag"))
     site.put("a", b"3", IfMatch=stale).refused(412, "PreconditionFailed")
     site.put("a", b"4", IfMatch=current).accepted()
 
 
-@S3_CREATE.check(
-    "s3-match-missing",
-    NEEDED,
-    rule="PutObject with If-Match on a free key returns 404 NoSuchKey.",
+@S3_CREATE.needed(
     source="S3 User Guide, conditional writes",
     promise="I4, Objects.put(if_match)",
     otherwise="a late resume undoes a cancellation",
 )
 def match_missing(site: Site) -> None:
+    """PutObject with If-Match on a free key returns 404 NoSuchKey."""
     etag = hashlib.md5(b"1", usedforsecurity=False).hexdigest()
     site.put("a", b"1", IfMatch=f'"{etag}"').refused(404, "NoSuchKey")
 
 
-@S3_CREATE.check(
-    "s3-overwrite-whole",
-    NEEDED,
-    rule="A read during an overwrite returns the old or the new object, never a mixture.",
+@S3_CREATE.needed(
     source="S3 User Guide, data consistency model",
     promise="Objects: a key has one complete object or none",
     otherwise="a worker may read half a control object",
 )
 def overwrite_whole(site: Site) -> None:
+    """A read during an overwrite returns the old or the new object, never a mixture."""
     size = 200_000
     site.put("a", b"\0" * size).accepted()
     done = threading.Event()
@@ -177,86 +159,66 @@ def overwrite_whole(site: Site) -> None:
         writing = threads.submit(write)
         while not done.is_set():
             body = site.get("a").accepted().body
-            expect(len(body) == size and len(set(body)) == 1, "a read gives a mixture")
+            expect(len(body) == size and len(set(body)) == 1, "GetObject returns a mixture of two objects")
         writing.result()
 
 
-@S3_CREATE.check(
-    "s3-put-empty",
-    NEEDED,
-    rule="An object may have zero bytes.",
-    source="S3 API, PutObject",
-    promise="Objects.put",
-    otherwise="empty inputs and results are lost",
-)
+@S3_CREATE.needed(source="S3 API, PutObject", promise="Objects.put", otherwise="empty inputs and results are lost")
 def put_empty(site: Site) -> None:
+    """An object may have zero bytes."""
     site.put("a", b"").accepted()
     answer = site.head("a").accepted()
-    expect(answer.data.get("ContentLength") == 0, "its size is not 0")
-    expect(site.get("a").accepted().body == b"", "it is not empty")
+    expect(answer.data.get("ContentLength") == 0, "HeadObject returns a size other than 0")
+    expect(site.get("a").accepted().body == b"", "GetObject returns a body that is not empty")
 
 
-@S3_CREATE.check(
-    "s3-etag-agrees",
-    NEEDED,
-    rule="PutObject, HeadObject, GetObject, and ListObjectsV2 return the same ETag.",
+@S3_CREATE.needed(
     source="S3 API, Object",
     promise="Objects.head, list, and get_if_changed",
     otherwise="workers read the control object every time, or never again",
 )
 def etag_agrees(site: Site) -> None:
+    """PutObject, HeadObject, GetObject, and ListObjectsV2 return the same ETag."""
     etag = site.put("a", b"1").accepted().data.get("ETag")
-    expect(bool(etag), "PutObject gives none")
+    expect(bool(etag), "PutObject returns no ETag")
     listed = site.page().data.get("Contents", ({},))[0]
     for call, data in (
         ("HeadObject", site.head("a").accepted().data),
         ("GetObject", site.get("a").accepted().data),
         ("ListObjectsV2", listed),
     ):
-        expect(data.get("ETag") == etag, f"{call} gives another one")
+        expect(data.get("ETag") == etag, f"{call} returns another ETag")
 
 
-@S3_CREATE.check(
-    "s3-etag-changes",
-    NEEDED,
-    rule="An overwrite with different content changes the ETag.",
-    source="S3 API, Object",
-    promise="I4, Objects.get_if_changed",
-    otherwise="workers do not notice a cancellation",
+@S3_CREATE.needed(
+    source="S3 API, Object", promise="I4, Objects.get_if_changed", otherwise="workers do not notice a cancellation"
 )
 def etag_changes(site: Site) -> None:
+    """An overwrite with different content changes the ETag."""
     etags = {site.put("a", word).accepted().data.get("ETag") for word in (b"run", b"cancel")}
-    expect(len(etags) == 2, "it stays the same")
+    expect(len(etags) == 2, "the ETag stays the same")
 
 
-@S3_CREATE.check(
-    "s3-etag-md5",
-    NOTED,
-    rule="The ETag of an object from one PutObject is the MD5 of its bytes, in quotes (except with SSE-C and SSE-KMS).",
-    source="S3 API, Object",
-    promise="none: an ETag is opaque to batchlab",
-    otherwise="nothing",
-)
+@S3_CREATE.noted(source="S3 API, Object", promise="none: an ETag is opaque to batchlab")
 def etag_md5(site: Site) -> None:
+    """The ETag of an object from one PutObject is the MD5 of its bytes, in quotes (except with SSE-C and SSE-KMS)."""
     md5 = hashlib.md5(b"1", usedforsecurity=False).hexdigest()
-    found = site.put("a", b"1").accepted().data
-    if str(found.get("ServerSideEncryption", "AES256")) != "AES256":
-        raise Untried("the bucket encrypts by KMS")
-    expect(found.get("ETag") == f'"{md5}"', "it is something else")
+    response = site.put("a", b"1").accepted().data
+    if str(response.get("ServerSideEncryption", "AES256")) != "AES256":
+        raise Untried("the bucket encrypts with KMS")
+    expect(response.get("ETag") == f'"{md5}"', "the ETag is not the MD5")
 
 
-@S3_CREATE.check(
-    "s3-put-damaged",
-    NOTED,
-    rule="PutObject with a CRC32 that does not match the body returns 400 BadDigest and stores nothing.",
+@S3_CREATE.noted(
     source="S3 User Guide, checking object integrity",
     promise="results arrive as they were computed",
     otherwise="a body that was damaged in transit is stored",
 )
 def put_damaged(site: Site) -> None:
+    """PutObject with a CRC32 that does not match the body returns 400 BadDigest and stores nothing."""
     site.put("a", b"1", ChecksumCRC32="AAAAAA==").refused(400, "BadDigest")
     if site.head("a").status != 404:
-        raise Differs("refused, but stored")
+        raise Differs("PutObject is refused, but stores the object")
 
 
 MANY = 1100
@@ -282,11 +244,11 @@ ODD_KEYS = (
     "é",
     "e\u0301",
 )
-"""Keys with unusual characters. The last two look alike but differ."""
+"""Keys with unusual characters. The last two look the same, but have different characters."""
 
 ORDERED = ("A", "B", "a", "a!", "a-b/x", "a.b", "a/b", "a0", "aa/b", "b/1", "b/10", "b/2")
 
-S3_LIST = Table()
+S3_LIST = Table("s3")
 
 
 def _fill(site: Site, *keys: str) -> None:
@@ -294,198 +256,174 @@ def _fill(site: Site, *keys: str) -> None:
         site.put(key, b"1").accepted()
 
 
-@S3_LIST.check(
-    "s3-list-order",
-    NEEDED,
-    rule="ListObjectsV2 returns keys in ascending order of their UTF-8 bytes.",
+@S3_LIST.needed(
     source="S3 User Guide, listing object keys",
     promise="Objects.list in key order",
     otherwise="a listing that continues after the last key skips objects",
 )
 def list_order(site: Site) -> None:
+    """ListObjectsV2 returns keys in ascending order of their UTF-8 bytes."""
     _fill(site, *reversed(ORDERED))
-    expect(site.keys() == sorted(ORDERED), "the order is another")
+    expect(site.keys() == sorted(ORDERED), "the keys have another order")
 
 
-@S3_LIST.check(
-    "s3-list-pages",
-    NEEDED,
-    rule="A page has at most MaxKeys keys. IsTruncated and NextContinuationToken lead to the"
-    " next page, and all pages together contain each key once.",
-    source="S3 API, ListObjectsV2",
-    promise="Objects.list, I3",
-    otherwise="a rebuilt ledger misses outcomes",
+@S3_LIST.needed(
+    source="S3 API, ListObjectsV2", promise="Objects.list, I3", otherwise="a rebuilt ledger misses outcomes"
 )
 def list_pages(site: Site) -> None:
+    """A page has at most MaxKeys keys. IsTruncated and NextContinuationToken lead to the next page, and all pages
+    together contain each key once.
+    """
     keys = [f"{number % 3}/{number:02d}" for number in range(25)]
     _fill(site, *keys)
     first = site.page(most=7)
-    expect(len(site.keys_of(first)) == 7, "the first page does not hold MaxKeys keys")
-    expect(bool(first.data.get("IsTruncated")), "a page that is not the last says it is")
-    expect(bool(first.data.get("NextContinuationToken")), "it gives no token for the next page")
+    expect(len(site.keys_of(first)) == 7, "the first page does not contain MaxKeys keys")
+    expect(bool(first.data.get("IsTruncated")), "IsTruncated is false on a page that is not the last")
+    expect(bool(first.data.get("NextContinuationToken")), "NextContinuationToken is missing")
     expect(site.keys(most=7) == sorted(keys), "the pages miss or repeat keys")
 
 
-@S3_LIST.check(
-    "s3-list-1000",
-    NEEDED,
-    rule="A page has at most 1,000 keys, and the next page continues after it.",
-    source="S3 API, ListObjectsV2",
-    promise="Objects.list, I3",
-    otherwise="a rebuilt ledger misses outcomes",
+@S3_LIST.needed(
+    source="S3 API, ListObjectsV2", promise="Objects.list, I3", otherwise="a rebuilt ledger misses outcomes"
 )
 async def list_1000(site: Site) -> None:
+    """A page has at most 1,000 keys, and the next page continues after it."""
     keys = [f"{number % 7}/{number:04d}" for number in range(MANY)]
-    # Use the adapter, because boto3 would need more time for 1,100 objects than all other checks.
+    # boto3 would need more time for 1,100 objects than all other checks. The adapter is faster.
     for start in range(0, MANY, AT_ONCE):
-        some = keys[start : start + AT_ONCE]
-        await asyncio.gather(*(site.objects.put(site.own(key), b"1") for key in some))
+        chunk = keys[start : start + AT_ONCE]
+        await asyncio.gather(*(site.objects.put(site.own(key), b"1") for key in chunk))
     first = site.page()
-    expect(len(site.keys_of(first)) <= 1000, "a page holds more than 1,000 keys")
-    found = site.keys()
-    expect(all(a < b for a, b in pairwise(found)), "pages repeat keys, or are not in order")
-    expect(found == sorted(keys), "the pages miss keys")
+    expect(len(site.keys_of(first)) <= 1000, "a page contains more than 1,000 keys")
+    listed = site.keys()
+    expect(all(a < b for a, b in pairwise(listed)), "pages repeat keys, or are not in order")
+    expect(listed == sorted(keys), "the pages miss keys")
 
 
-@S3_LIST.check(
-    "s3-list-after",
-    NEEDED,
-    rule="StartAfter skips all keys up to and including the given key, which does not need to exist.",
+@S3_LIST.needed(
     source="S3 API, ListObjectsV2",
     promise="Objects.list(after)",
     otherwise="the collector misses outcomes, or reads all of them every time",
 )
 def list_after(site: Site) -> None:
+    """StartAfter skips all keys up to and including the given key, which does not need to exist."""
     _fill(site, *ORDERED)
     for after in (*ORDERED, "a/", "b/1/", "zzz"):
         expected = [key for key in sorted(ORDERED) if key > after]
-        expect(site.keys(after=after) == expected, "it skips other keys")
+        expect(site.keys(after=after) == expected, "StartAfter skips other keys")
     expected = [key for key in sorted(ORDERED) if key > "a"]
     expect(site.keys(after="a", most=3) == expected, "the pages after the first are wrong")
 
 
-@S3_LIST.check(
-    "s3-list-after-unicode",
-    NOTED,
-    rule="StartAfter compares keys by their UTF-8 bytes, also for non-ASCII keys.",
+@S3_LIST.noted(
     source="S3 User Guide, listing object keys",
     promise="Objects.list(after): the grid uses only its own keys here, which are ASCII",
     otherwise="a listing that continues after the name of an input file misses some files",
 )
 def list_after_unicode(site: Site) -> None:
+    """StartAfter compares keys by their UTF-8 bytes, also for non-ASCII keys."""
     keys = ("a!", "aa", "aß", "日", "😀")
     _fill(site, *keys)
     for after in (*keys, "a", "a-"):
         expected = [key for key in sorted(keys, key=str.encode) if key.encode() > after.encode()]
-        expect(site.keys(after=after) == expected, "it skips other keys")
+        expect(site.keys(after=after) == expected, "StartAfter skips other keys")
 
 
-@S3_LIST.check(
-    "s3-list-pages-unicode",
-    NEEDED,
-    rule="Pages contain each key once and in order, also for non-ASCII keys.",
+@S3_LIST.needed(
     source="S3 API, ListObjectsV2",
     promise="Objects.list, I2: users name their input files",
     otherwise="input files are missed or read twice",
 )
 def list_pages_unicode(site: Site) -> None:
+    """Pages contain each key once and in order, also for non-ASCII keys."""
     keys = sorted((*ODD_KEYS, *(f"ß{n}" for n in range(9)), "a!", "日"), key=str.encode)
     _fill(site, *keys)
     for most in (2, 5):
         expect(site.keys(most=most) == keys, "the pages miss or repeat keys, or are not in order")
 
 
-@S3_LIST.check(
-    "s3-list-prefix",
-    NEEDED,
-    rule="Prefix is compared by character and does not need to end with a slash.",
+@S3_LIST.needed(
     source="S3 API, ListObjectsV2",
     promise="Objects.list(prefix)",
     otherwise="a job's listing contains objects of other jobs, or misses its own",
 )
 def list_prefix(site: Site) -> None:
+    """Prefix is compared by character and does not need to end with a slash."""
     keys = ("p/a/1", "p/a/2", "p/ab/3", "p/b", "pa")
     _fill(site, *keys)
     for prefix in ("p", "p/", "p/a", "p/a/", "p/ab", "p/b", "p/a/2"):
         expected = [key for key in keys if key.startswith(prefix)]
-        expect(site.keys(prefix) == expected, "it gives other keys")
-    found = site.page("q/").data
-    expect(not found.get("Contents") and found.get("KeyCount") == 0, "nothing is not nothing")
+        expect(site.keys(prefix) == expected, "the listing contains other keys")
+    response = site.page("q/").data
+    expect(not response.get("Contents") and response.get("KeyCount") == 0, "a listing without matches is not empty")
 
 
-@S3_LIST.check(
-    "s3-list-changing",
-    NEEDED,
-    rule="While other objects are created and deleted, a listing contains each unchanged key once.",
+@S3_LIST.needed(
     source="S3 API, ListObjectsV2; S3 User Guide, data consistency model",
     promise="Objects.list, I3",
     otherwise="a ledger rebuilt while jobs run misses outcomes",
 )
 def list_changing(site: Site) -> None:
+    """While other objects are created and deleted, a listing contains each unchanged key once."""
     keys = [f"k/{number:02d}" for number in range(20)]
     _fill(site, *keys)
     first = site.page(most=8)
     site.delete_many(keys[:5]).accepted()
     site.put("k/00.5", b"1").accepted()
     site.put("z", b"1").accepted()
-    found = site.keys_of(first)
+    listed = site.keys_of(first)
     token = first.data.get("NextContinuationToken", "")
     for _ in range(10):
         if not token:
             break
         page = site.page(most=8, token=token)
-        found += site.keys_of(page)
+        listed += site.keys_of(page)
         token = page.data.get("NextContinuationToken", "")
-    expect([key for key in found if key in keys] == keys, "it misses or repeats keys")
+    expect([key for key in listed if key in keys] == keys, "the pages miss or repeat keys")
 
 
-@S3_LIST.check(
-    "s3-keys-odd",
-    NEEDED,
-    rule="A key is any sequence of Unicode characters. It is returned as it was written, "
-    "without changes of case, accents, or encoding.",
+@S3_LIST.needed(
     source="S3 User Guide, naming objects",
     promise="Objects: keys are UTF-8",
     otherwise="inputs and results with such names are lost or confused",
 )
 def keys_odd(site: Site) -> None:
+    """A key is any sequence of Unicode characters. It is returned as it was written, without changes of case, accents,
+    or encoding.
+    """
     for key in ODD_KEYS:
         answer = site.put(key, key.encode())
         expect(not answer.code, f"{key!r}: {answer}")
     for key in ODD_KEYS:
-        expect(site.get(key).body == key.encode(), f"{key!r} does not come back")
+        expect(site.get(key).body == key.encode(), f"GetObject does not return {key!r}")
     listed = site.keys()
-    expect(set(listed) == set(ODD_KEYS), "a listing gives other names")
+    expect(set(listed) == set(ODD_KEYS), "the listing contains other names")
     site.delete_many(ODD_KEYS).accepted()
-    expect(site.keys() == [], "some cannot be deleted by their names")
+    expect(site.keys() == [], "some keys cannot be deleted by name")
 
 
-@S3_LIST.check(
-    "s3-key-length",
-    NOTED,
-    rule="A key has at most 1,024 bytes. A longer key returns 400 KeyTooLongError.",
+@S3_LIST.noted(
     source="S3 User Guide, naming objects",
     promise="none: the keys of a grid are short, but users name input files",
     otherwise="a name that works here fails on AWS",
 )
 def key_length(site: Site) -> None:
-    # Use segments, because some endpoints store each segment as a file with its name.
+    """A key has at most 1,024 bytes. A longer key returns 400 KeyTooLongError."""
+    # The key has segments, because some endpoints store each segment as a file with the same name.
     room = 1024 - len(site.named("")["Key"].encode())
     longest = ("x" * 99 + "/") * (room // 100) + "y" * (room % 100)
     site.put(longest, b"1").accepted()
     site.put(longest + "z", b"1").refused(400, "KeyTooLongError")
 
 
-@S3_LIST.check(
-    "s3-key-below",
-    NOTED,
-    rule="The objects a and a/b may exist together, because a key is a name and not a path.",
+@S3_LIST.noted(
     source="S3 User Guide, naming objects",
     promise="none: the grid never uses a key and the same key with a suffix after a slash",
     otherwise="raw data with such names cannot be uploaded",
 )
 def key_below(site: Site) -> None:
+    """The objects a and a/b may exist together, because a key is a name and not a path."""
     site.put("a", b"1").accepted()
     site.put("a/b", b"2").accepted()
-    expect(site.get("a").body == b"1" and site.get("a/b").body == b"2", "one is lost")
-    expect(site.keys() == ["a", "a/b"], "one is not listed")
+    expect(site.get("a").body == b"1" and site.get("a/b").body == b"2", "an object is lost")
+    expect(site.keys() == ["a", "a/b"], "an object is not listed")

@@ -1,233 +1,189 @@
-"""S3 checks: reads, ranges, conditional reads, and deletes.
-
-S3 checks: completed, aborted, and conditional multipart uploads.
-"""
+"""S3 checks: reads, ranges, conditional reads, deletes, and multipart uploads."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from batchlab.conform.check import Answer, Severity, Table, answer, expect
+from batchlab.conform.check import Answer, Table, answer, expect
 from batchlab.conform.site import Site
-
-NEEDED, NOTED = Severity.NEEDED, Severity.NOTED
 
 TEN = b"0123456789"
 
-S3_READ = Table()
+S3_READ = Table("s3")
 
 
-@S3_READ.check(
-    "s3-read-own-write",
-    NEEDED,
-    rule="GetObject, HeadObject, and ListObjectsV2 return a new object at once, over any connection.",
+@S3_READ.needed(
     source="S3 User Guide, data consistency model",
     promise="Objects: read-after-write",
     otherwise="a worker does not find the inputs or the outcome that a message names",
 )
 def read_own_write(site: Site) -> None:
+    """GetObject, HeadObject, and ListObjectsV2 return a new object at once, over any connection."""
     for number in range(20):
         key, data = f"{number:02d}", str(number).encode()
         site.put(key, data).accepted()
-        expect(site.get(key).body == data, "a read right after the write misses it")
-        expect(not site.head(key).code, "a head right after the write misses it")
-        expect(site.keys(key) == [key], "a listing right after the write misses it")
+        expect(site.get(key).body == data, "GetObject right after the write misses the object")
+        expect(not site.head(key).code, "HeadObject right after the write misses the object")
+        expect(site.keys(key) == [key], "a listing right after the write misses the object")
 
 
-@S3_READ.check(
-    "s3-read-own-overwrite",
-    NEEDED,
-    rule="After the response to an overwrite, every read returns the new object.",
+@S3_READ.needed(
     source="S3 User Guide, data consistency model",
     promise="I4, Objects: read-after-write",
     otherwise="a worker starts tasks of a job whose cancellation was acknowledged",
 )
 def read_own_overwrite(site: Site) -> None:
+    """After the response to an overwrite, every read returns the new object."""
     for number in range(20):
         data = str(number).encode()
         etag = site.put("a", data).accepted().data.get("ETag")
         answer = site.get("a").accepted()
-        expect(answer.body == data, "a read right after it gives the old object")
-        expect(answer.data.get("ETag") == etag, "a read right after it gives the old ETag")
+        expect(answer.body == data, "GetObject right after the overwrite returns the old object")
+        expect(answer.data.get("ETag") == etag, "GetObject right after the overwrite returns the old ETag")
 
 
-@S3_READ.check(
-    "s3-read-own-delete",
-    NEEDED,
-    rule="After the response to a delete, no read or listing returns the object.",
-    source="S3 User Guide, data consistency model",
-    promise="Objects.delete",
-    otherwise="a deleted object appears again",
+@S3_READ.needed(
+    source="S3 User Guide, data consistency model", promise="Objects.delete", otherwise="a deleted object appears again"
 )
 def read_own_delete(site: Site) -> None:
+    """After the response to a delete, no read or listing returns the object."""
     for number in range(10):
         key = f"{number:02d}"
         site.put(key, b"1").accepted()
         site.delete(key).accepted()
         site.get(key).refused(404, "NoSuchKey")
-        expect(site.keys(key) == [], "it is still listed")
+        expect(site.keys(key) == [], "a deleted object is listed")
 
 
-@S3_READ.check(
-    "s3-get-missing",
-    NEEDED,
-    rule="GetObject of a missing key returns 404 NoSuchKey.",
+@S3_READ.needed(
     source="S3 API, GetObject",
     promise="Objects.get raises NotFound",
     otherwise="a bundle without an outcome looks like an outage",
 )
 def get_missing(site: Site) -> None:
+    """GetObject of a missing key returns 404 NoSuchKey."""
     site.get("nothing").refused(404, "NoSuchKey")
     site.get("nothing", IfNoneMatch='"0123"').refused(404, "NoSuchKey")
 
 
-@S3_READ.check(
-    "s3-head-missing",
-    NEEDED,
-    rule="HeadObject of a missing key returns 404 without a body.",
-    source="S3 API, HeadObject",
-    promise="Objects.head returns None",
-    otherwise="a missing object looks like an outage",
+@S3_READ.needed(
+    source="S3 API, HeadObject", promise="Objects.head returns None", otherwise="a missing object looks like an outage"
 )
 def head_missing(site: Site) -> None:
+    """HeadObject of a missing key returns 404 without a body."""
     site.head("nothing").refused(404)
 
 
-@S3_READ.check(
-    "s3-bucket-missing",
-    NOTED,
-    rule="Every read of a missing bucket returns 404 NoSuchBucket.",
+@S3_READ.noted(
     source="S3 API, error responses",
     promise="errors name the missing bucket or object",
     otherwise="a wrong bucket name is reported as a missing object",
 )
 def bucket_missing(site: Site) -> None:
+    """Every read of a missing bucket returns 404 NoSuchBucket."""
     bucket = f"{site.target.run}-nothing"
     s3 = site.target.s3
     answer("GetObject", lambda: dict(s3.get_object(Bucket=bucket, Key="a"))).refused(404, "NoSuchBucket")
     answer("ListObjectsV2", lambda: s3.list_objects_v2(Bucket=bucket)).refused(404, "NoSuchBucket")
 
 
-@S3_READ.check(
-    "s3-range",
-    NEEDED,
-    rule="GetObject with Range: bytes=3-5 returns 206 with the bytes 3 to 5, both included, and their Content-Range.",
+@S3_READ.needed(
+    name="range",
     source="S3 API, GetObject",
     promise="Objects.get_range",
     otherwise="a worker reads the wrong part of its input",
 )
 def range_inside(site: Site) -> None:
+    """GetObject with Range: bytes=3-5 returns 206 with the bytes 3 to 5, both included, and their Content-Range."""
     site.put("a", TEN).accepted()
     answer = site.get("a", Range="bytes=3-5").accepted()
-    expect(answer.body == b"345", "it gives other bytes")
+    expect(answer.body == b"345", "GetObject returns other bytes")
     expect(answer.status == 206, f"the status is {answer.status}")
-    expect(answer.data.get("ContentRange") == "bytes 3-5/10", "the Content-Range is another")
+    expect(answer.data.get("ContentRange") == "bytes 3-5/10", "the Content-Range is wrong")
 
 
-@S3_READ.check(
-    "s3-range-cut",
-    NEEDED,
-    rule="A range that ends after the end of the object is shortened.",
+@S3_READ.needed(
     source="S3 API, GetObject; RFC 9110, range requests",
     promise="Objects.get_range",
     otherwise="the last part of an input cannot be read",
 )
 def range_cut(site: Site) -> None:
+    """A range that ends after the end of the object is shortened."""
     site.put("a", TEN).accepted()
     answer = site.get("a", Range="bytes=7-99").accepted()
-    expect(answer.body == b"789", "it gives other bytes")
+    expect(answer.body == b"789", "GetObject returns other bytes")
     expect(answer.status == 206, f"the status is {answer.status}")
 
 
-@S3_READ.check(
-    "s3-range-behind",
-    NOTED,
-    rule="A range that starts after the end of the object returns 416 InvalidRange.",
+@S3_READ.noted(
     source="S3 API, GetObject",
     promise="Objects.get_range: the adapter checks the size itself",
     otherwise="one more request for an empty part",
 )
 def range_behind(site: Site) -> None:
+    """A range that starts after the end of the object returns 416 InvalidRange."""
     site.put("a", TEN).accepted()
     site.put("empty", b"").accepted()
     site.get("a", Range="bytes=100-200").refused(416, "InvalidRange")
     site.get("empty", Range="bytes=0-9").refused(416, "InvalidRange")
 
 
-@S3_READ.check(
-    "s3-get-unchanged",
-    NEEDED,
-    rule="GetObject with If-None-Match and the current ETag returns 304 without the body.",
+@S3_READ.needed(
     source="S3 User Guide, conditional reads",
     promise="Objects.get_if_changed",
     otherwise="workers fetch the control object every time",
 )
 def get_unchanged(site: Site) -> None:
+    """GetObject with If-None-Match and the current ETag returns 304 without the body."""
     etag = str(site.put("a", b"1").accepted().data.get("ETag"))
     site.get("a", IfNoneMatch=etag).refused(304)
 
 
-@S3_READ.check(
-    "s3-get-changed",
-    NEEDED,
-    rule="GetObject with If-None-Match and an older ETag returns the new object.",
+@S3_READ.needed(
     source="S3 User Guide, conditional reads",
     promise="I4, Objects.get_if_changed",
     otherwise="workers do not notice a cancellation",
 )
 def get_changed(site: Site) -> None:
+    """GetObject with If-None-Match and an older ETag returns the new object."""
     etag = str(site.put("a", b"run").accepted().data.get("ETag"))
     site.put("a", b"cancel").accepted()
     answer = site.get("a", IfNoneMatch=etag).accepted()
-    expect(answer.body == b"cancel", "it gives the old object")
+    expect(answer.body == b"cancel", "GetObject returns the old object")
 
 
-@S3_READ.check(
-    "s3-delete-missing",
-    NEEDED,
-    rule="DeleteObject of a missing key returns 204, as for an existing key.",
-    source="S3 API, DeleteObject",
-    promise="Objects.delete",
-    otherwise="a cleanup cannot be repeated after a crash",
+@S3_READ.needed(
+    source="S3 API, DeleteObject", promise="Objects.delete", otherwise="a cleanup cannot be repeated after a crash"
 )
 def delete_missing(site: Site) -> None:
+    """DeleteObject of a missing key returns 204, as for an existing key."""
     answer = site.delete("nothing").accepted()
     expect(answer.status == 204, f"the status is {answer.status}")
 
 
-@S3_READ.check(
-    "s3-delete-many",
-    NEEDED,
-    rule="DeleteObjects removes the named keys, and reports a missing key as deleted.",
-    source="S3 API, DeleteObjects",
-    promise="Objects.delete",
-    otherwise="a cleanup stops halfway, or cannot be repeated",
+@S3_READ.needed(
+    source="S3 API, DeleteObjects", promise="Objects.delete", otherwise="a cleanup stops halfway, or cannot be repeated"
 )
 def delete_many(site: Site) -> None:
+    """DeleteObjects removes the named keys, and reports a missing key as deleted."""
     for key in ("a", "b", "c"):
         site.put(key, b"1").accepted()
     done = site.delete_many(["a", "nothing", "c"]).accepted().data
-    expect(not done.get("Errors"), "a key that is not there is an error")
-    expect(len(done.get("Deleted", ())) == 3, "it does not report every key as deleted")
-    expect(site.keys() == ["b"], "other objects are left than should be")
+    expect(not done.get("Errors"), "a missing key is an error")
+    expect(len(done.get("Deleted", ())) == 3, "DeleteObjects does not report every key as deleted")
+    expect(site.keys() == ["b"], "the remaining objects are wrong")
 
 
-@S3_READ.check(
-    "s3-delete-over-1000",
-    NOTED,
-    rule="DeleteObjects with more than 1,000 keys returns 400 MalformedXML.",
-    source="S3 API, DeleteObjects",
-    promise="none: the adapter sends at most 1,000",
-    otherwise="nothing",
-)
+@S3_READ.noted(source="S3 API, DeleteObjects", promise="none: the adapter sends at most 1,000")
 def delete_over_1000(site: Site) -> None:
+    """DeleteObjects with more than 1,000 keys returns 400 MalformedXML."""
     site.delete_many([f"{n:04d}" for n in range(1001)]).refused(400, "MalformedXML")
 
 
 SMALLEST_PART = 5 * 1024 * 1024
 
-S3_UPLOAD = Table()
+S3_UPLOAD = Table("s3")
 
 
 class Upload:
@@ -243,15 +199,15 @@ class Upload:
     def part(self, data: bytes) -> Answer:
         """Upload the next part."""
         number = len(self._parts) + 1
-        found = answer("UploadPart", lambda: self._s3.upload_part(**self._named, PartNumber=number, Body=data))
-        self._parts.append({"PartNumber": number, "ETag": found.data.get("ETag")})
-        return found
+        response = answer("UploadPart", lambda: self._s3.upload_part(**self._named, PartNumber=number, Body=data))
+        self._parts.append({"PartNumber": number, "ETag": response.data.get("ETag")})
+        return response
 
     def complete(self, *, if_absent: bool = False, etags: Sequence[str] = ()) -> Answer:
         """Call CompleteMultipartUpload. `etags` replaces the ETags that UploadPart returned."""
         parts = self._parts
         if etags:
-            parts = [{**one, "ETag": etag} for one, etag in zip(parts, etags, strict=True)]
+            parts = [{**part, "ETag": etag} for part, etag in zip(parts, etags, strict=True)]
         more = {"IfNoneMatch": "*"} if if_absent else {}
         return answer(
             "CompleteMultipartUpload",
@@ -270,121 +226,105 @@ def _begun(site: Site, key: str, *parts: bytes) -> Upload:
     return upload
 
 
-@S3_UPLOAD.check(
-    "s3-multipart-whole",
-    NEEDED,
-    rule="A completed multipart upload is one object with its parts in the order of their numbers.",
-    source="S3 User Guide, multipart upload",
-    promise="Objects.upload",
-    otherwise="large inputs and results are damaged",
+@S3_UPLOAD.needed(
+    source="S3 User Guide, multipart upload", promise="Objects.upload", otherwise="large inputs and results are damaged"
 )
 def multipart_whole(site: Site) -> None:
+    """A completed multipart upload is one object with its parts in the order of their numbers."""
     parts = (b"1" * SMALLEST_PART, b"2" * SMALLEST_PART, b"three")
     _begun(site, "a", *parts).complete().accepted()
-    expect(site.get("a").accepted().body == b"".join(parts), "it has another content")
-    expect(site.get("a", Range="bytes=5242879-5242880").body == b"12", "ranges are off")
+    expect(site.get("a").accepted().body == b"".join(parts), "GetObject returns other content")
+    expect(site.get("a", Range="bytes=5242879-5242880").body == b"12", "a range returns other bytes")
 
 
-@S3_UPLOAD.check(
-    "s3-multipart-unseen",
-    NEEDED,
-    rule="Until an upload is completed, no read or listing returns it, and the previous object still exists.",
+@S3_UPLOAD.needed(
     source="S3 User Guide, multipart upload",
     promise="Objects: a key has one complete object or none",
     otherwise="a worker reads an incomplete input",
 )
 def multipart_unseen(site: Site) -> None:
+    """Until an upload is completed, no read or listing returns it, and the previous object still exists."""
     upload = _begun(site, "new")
     site.get("new").refused(404, "NoSuchKey")
-    expect(site.keys() == [], "it is listed")
+    expect(site.keys() == [], "an incomplete upload is listed")
     upload.complete().accepted()
     replacing = _begun(site, "new", b"other")
-    expect(site.get("new").body == b"data", "what it will replace is gone")
+    expect(site.get("new").body == b"data", "the previous object is missing before the upload is completed")
     replacing.complete().accepted()
-    expect(site.get("new").body == b"other", "what it should replace is still there")
+    expect(site.get("new").body == b"other", "the completed upload does not replace the object")
 
 
-@S3_UPLOAD.check(
-    "s3-multipart-abort",
-    NOTED,
-    rule="After AbortMultipartUpload, the object does not exist, and UploadPart returns 404 NoSuchUpload.",
+@S3_UPLOAD.noted(
     source="S3 API, AbortMultipartUpload",
     promise="a failed Objects.upload leaves nothing behind",
     otherwise="invisible parts are billed",
 )
 def multipart_abort(site: Site) -> None:
+    """After AbortMultipartUpload, the object does not exist, and UploadPart returns 404 NoSuchUpload."""
     upload = _begun(site, "a")
     upload.abort().accepted()
     site.get("a").refused(404, "NoSuchKey")
     upload.part(b"more").refused(404, "NoSuchUpload")
 
 
-@S3_UPLOAD.check(
-    "s3-multipart-small-part",
-    NOTED,
-    rule="Every part except the last one has at least 5 MiB. Otherwise "
-    "CompleteMultipartUpload returns 400 EntityTooSmall.",
+@S3_UPLOAD.noted(
     source="S3 User Guide, multipart upload limits",
     promise="none: the adapter's parts have 8 MiB",
     otherwise="an upload that works here fails on AWS",
 )
 def multipart_small_part(site: Site) -> None:
+    """Every part except the last one has at least 5 MiB. Otherwise CompleteMultipartUpload returns 400
+    EntityTooSmall.
+    """
     _begun(site, "a", b"1", b"2").complete().refused(400, "EntityTooSmall")
 
 
-@S3_UPLOAD.check(
-    "s3-multipart-wrong-part",
-    NOTED,
-    rule="CompleteMultipartUpload with a wrong ETag of a part returns 400 InvalidPart.",
+@S3_UPLOAD.noted(
     source="S3 API, CompleteMultipartUpload",
     promise="Objects.upload",
     otherwise="a part that was overwritten in between is not noticed",
 )
 def multipart_wrong_part(site: Site) -> None:
+    """CompleteMultipartUpload with a wrong ETag of a part returns 400 InvalidPart."""
     upload = _begun(site, "a")
     upload.complete(etags=['"00000000000000000000000000000000"']).refused(400, "InvalidPart")
 
 
-@S3_UPLOAD.check(
-    "s3-multipart-create-taken",
-    NEEDED,
-    rule="CompleteMultipartUpload with If-None-Match: * on a key that exists by then returns"
-    " 412 PreconditionFailed and does not change the object.",
+@S3_UPLOAD.needed(
     source="S3 User Guide, conditional writes",
     promise="a large file of a task is stored once, and never overwritten",
     otherwise="a worker can overwrite a file of another job",
 )
 def multipart_create_taken(site: Site) -> None:
+    """CompleteMultipartUpload with If-None-Match: * on a key that exists by then returns 412 PreconditionFailed and
+    does not change the object.
+    """
     upload = _begun(site, "a")
     site.put("a", b"first").accepted()
     upload.complete(if_absent=True).refused(412, "PreconditionFailed")
-    expect(site.get("a").body == b"first", "refused, but the object has changed")
+    expect(site.get("a").body == b"first", "CompleteMultipartUpload is refused, but changes the object")
 
 
-@S3_UPLOAD.check(
-    "s3-multipart-create-free",
-    NEEDED,
-    rule="CompleteMultipartUpload with If-None-Match: * on a free key stores the object.",
+@S3_UPLOAD.needed(
     source="S3 User Guide, conditional writes",
     promise="a large file of a task is stored once, and never overwritten",
     otherwise="a task with a large file fails",
 )
 def multipart_create_free(site: Site) -> None:
+    """CompleteMultipartUpload with If-None-Match: * on a free key stores the object."""
     _begun(site, "a").complete(if_absent=True).accepted()
-    expect(site.get("a").body == b"data", "it has another content")
+    expect(site.get("a").body == b"data", "GetObject returns other content")
 
 
-@S3_UPLOAD.check(
-    "s3-multipart-create-conflict",
-    NOTED,
-    rule="CompleteMultipartUpload with If-None-Match: * returns 409 "
-    "ConditionalRequestConflict if the key was deleted during the upload. The upload "
-    "must be repeated.",
+@S3_UPLOAD.noted(
     source="S3 User Guide, conditional writes",
     promise="the adapter raises Throttled for 409, and the call is repeated",
     otherwise="batchlab sees 409 for the first time in production",
 )
 def multipart_create_conflict(site: Site) -> None:
+    """CompleteMultipartUpload with If-None-Match: * returns 409 ConditionalRequestConflict if the key was deleted
+    during the upload. The upload must be repeated.
+    """
     site.put("a", b"first").accepted()
     upload = _begun(site, "a")
     site.delete("a").accepted()

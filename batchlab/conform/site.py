@@ -1,11 +1,7 @@
-"""Endpoint as a single check uses it: its own keys and queues, and short methods for the calls.
+"""Access of a single check to the endpoint: keys, queues, and Auto Scaling groups of the check.
 
-Invariant: checks do not share keys or queues, so they can run at the same time and in any order.
-
-Auto Scaling group of a single check, with short methods for the calls.
-
-Invariants: checks do not share groups. Every wait has a deadline. An event that must not happen is
-watched for `QUIET_S` seconds.
+Invariants: checks do not share resources, so they can run at the same time and in any order. Every
+wait has a deadline. A check watches for `QUIET_S` seconds for an event that must not happen.
 """
 
 from __future__ import annotations
@@ -31,8 +27,7 @@ WAKES_S = 8.0
 It includes a reserve for a busy machine. A receive that takes longer counts as not woken.
 """
 
-_MANY = 1_000
-"""No check uses as many queues."""
+T = TypeVar("T")
 
 _COUNTS = {
     "ApproximateNumberOfMessages": "visible",
@@ -43,14 +38,13 @@ _COUNTS = {
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """Message as it was received."""
+    """Message from one receive. `times_ms` are the times of the send and of the first receive."""
 
     id: str
     body: str
     receipt: str
     count: int
     times_ms: tuple[int, int]
-    """Times of the send and of the first receive, in milliseconds."""
     raw: Mapping[str, Any]
 
 
@@ -63,7 +57,7 @@ class Site:
         self.arrives_s = target.arrives_s
         self._name = name
         self._prefix = f"{target.run}/{name}/{'again/' if again else ''}"
-        self._numbers = itertools.count(_MANY if again else 0)
+        self._numbers = itertools.count(1_000 if again else 0)
 
     # --- S3 ---------------------------------------------------------------------------------------
 
@@ -95,11 +89,8 @@ class Site:
 
     def delete_many(self, keys: Sequence[str]) -> Answer:
         """Call DeleteObjects."""
-        objects: Any = [{"Key": self._prefix + key} for key in keys]
-        bucket = self.target.bucket
-        return answer(
-            "DeleteObjects", lambda: self.target.s3.delete_objects(Bucket=bucket, Delete={"Objects": objects})
-        )
+        request: Any = {"Bucket": self.target.bucket, "Delete": {"Objects": [{"Key": self.own(key)} for key in keys]}}
+        return answer("DeleteObjects", lambda: self.target.s3.delete_objects(**request))
 
     def page(self, prefix: str = "", *, after: str = "", token: str = "", most: int = 0) -> Answer:
         """Call ListObjectsV2 for one page of this check's keys."""
@@ -114,19 +105,19 @@ class Site:
 
     def keys_of(self, page: Answer) -> list[str]:
         """Return the keys of a page without the check's prefix."""
-        return [one["Key"].removeprefix(self._prefix) for one in page.data.get("Contents", ())]
+        return [entry["Key"].removeprefix(self._prefix) for entry in page.data.get("Contents", ())]
 
     def keys(self, prefix: str = "", *, after: str = "", most: int = 0) -> list[str]:
         """Return the keys of all pages."""
-        found: list[str] = []
+        keys: list[str] = []
         token = ""
         for _ in range(200):
             page = self.page(prefix, after=after, token=token, most=most)
-            found += self.keys_of(page)
+            keys += self.keys_of(page)
             token = page.data.get("NextContinuationToken", "")
             if not page.data.get("IsTruncated"):
-                return found
-        raise Differs("a listing has no end")
+                return keys
+        raise Differs("the pages of a listing never end")
 
     def own(self, key: str) -> str:
         """Return the full key of one of this check's objects, for the adapter."""
@@ -134,7 +125,6 @@ class Site:
 
     @property
     def objects(self) -> ObstoreObjects:
-        """batchlab's own adapter for the bucket."""
         return self.target.objects
 
     # --- SQS --------------------------------------------------------------------------------------
@@ -144,10 +134,20 @@ class Site:
         return f"{self.target.run}-{self._name}-{next(self._numbers)}"
 
     def queue(self, name: str = "", **attributes: str) -> OwnQueue:
-        """Create a queue with these attributes."""
         name = name or self.new_name()
-        made = self.target.create_queue(name, attributes)
-        return OwnQueue(self.target, name, made["QueueUrl"])
+        response = self.target.create_queue(name, attributes)
+        return OwnQueue(self.target, name, response["QueueUrl"])
+
+    def queue_with(self, *bodies: str, name: str = "", **attributes: str) -> OwnQueue:
+        """Create a queue and send these messages."""
+        queue = self.queue(name, **attributes)
+        (queue.send(bodies[0]) if len(bodies) == 1 else queue.send_batch(*bodies)).accepted()
+        return queue
+
+    def received_message(self, **attributes: str) -> tuple[OwnQueue, Received]:
+        """Create a queue, send a message, and receive it."""
+        queue = self.queue_with("a", **attributes)
+        return queue, queue.one()
 
     @asynccontextmanager
     async def port(self) -> AsyncIterator[SqsQueue]:
@@ -159,10 +159,7 @@ class Site:
             await queue.close()
 
     def until(self, holds: Callable[[], bool]) -> bool:
-        """Wait until `holds` returns true, while counts and attributes settle.
-
-        Return whether it did.
-        """
+        """Wait at most `settles_s` seconds for `holds` to return true. Return whether it did."""
         ends_s = time.monotonic() + self.target.settles_s
         while not holds():
             if time.monotonic() > ends_s:
@@ -172,7 +169,7 @@ class Site:
 
 
 class _PortQueue(SqsQueue):
-    """Adapter that records its queues for removal."""
+    """Adapter that records each new queue for removal."""
 
     def __init__(self, target: Target, prefix: str) -> None:
         super().__init__(target.endpoint, prefix=prefix)
@@ -180,13 +177,13 @@ class _PortQueue(SqsQueue):
         self._prefix_of_all = prefix
 
     async def ensure(self, spec: QueueSpec) -> None:
-        with self._target.making():
-            self._target.remember(self._prefix_of_all + spec.name)
+        with self._target.creating():
+            self._target.record_queue(self._prefix_of_all + spec.name)
             await super().ensure(spec)
 
 
 class OwnQueue:
-    """Queue of a single check."""
+    """Queue of a single check. The methods return the endpoint's response, even if it is an error."""
 
     def __init__(self, target: Target, name: str, url: str) -> None:
         self.sqs = target.sqs
@@ -200,7 +197,6 @@ class OwnQueue:
         return answer(name, lambda: method(QueueUrl=self.url, **request))
 
     def send(self, body: str, **more: Any) -> Answer:
-        """Call SendMessage."""
         return self.call("SendMessage", MessageBody=body, **more)
 
     def send_batch(self, *bodies: str, **more: Any) -> Answer:
@@ -210,60 +206,51 @@ class OwnQueue:
 
     def receive(self, most: int = 10, *, wait_s: int = 0, **more: Any) -> list[Received]:
         """Call ReceiveMessage once."""
-        got = self.call(
+        response = self.call(
             "ReceiveMessage",
             MaxNumberOfMessages=most,
             WaitTimeSeconds=wait_s,
             MessageSystemAttributeNames=["All"],
             **more,
         ).accepted()
-        return [_received(one) for one in got.data.get("Messages", ())]
+        return [_received(message) for message in response.data.get("Messages", ())]
 
     def take(self, count: int = 1, *, after_s: float = 0.0, **more: Any) -> list[Received]:
-        """Receive `count` messages that become visible in `after_s` seconds.
-
-        Raise Differs if they do not arrive.
-        """
-        receiveds: list[Received] = []
+        """Receive `count` messages that become visible in `after_s` seconds. Raise Differs without them."""
+        messages: list[Received] = []
         ends_s = time.monotonic() + after_s + self.arrives_s
-        while len(receiveds) < count:
-            receiveds += self.receive(min(10, count - len(receiveds)), wait_s=1, **more)
-            if len(receiveds) < count and time.monotonic() > ends_s:
-                raise Differs(f"{len(receiveds)} of {count} messages came")
-        return receiveds
+        while len(messages) < count:
+            messages += self.receive(min(10, count - len(messages)), wait_s=1, **more)
+            if len(messages) < count and time.monotonic() > ends_s:
+                raise Differs(f"{len(messages)} of {count} messages arrive")
+        return messages
 
     def one(self, **more: Any) -> Received:
-        """Receive the next message."""
         return self.take(**more)[0]
 
     def empty(self, wait_s: int = 1) -> bool:
-        """Return whether a receive returns no message."""
         return not self.receive(wait_s=wait_s)
 
     def delete(self, receipt: str) -> Answer:
-        """Call DeleteMessage."""
         return self.call("DeleteMessage", ReceiptHandle=receipt)
 
     def hide(self, receipt: str, seconds: int) -> Answer:
-        """Call ChangeMessageVisibility."""
         return self.call("ChangeMessageVisibility", ReceiptHandle=receipt, VisibilityTimeout=seconds)
 
     def attributes(self) -> Mapping[str, str]:
-        """Return all attributes from GetQueueAttributes."""
-        got = self.call("GetQueueAttributes", AttributeNames=["All"]).accepted()
-        return cast("Mapping[str, str]", got.data.get("Attributes", {}))
+        response = self.call("GetQueueAttributes", AttributeNames=["All"]).accepted()
+        return cast("Mapping[str, str]", response.data.get("Attributes", {}))
 
     def counts(self) -> dict[str, int]:
-        """Return the three approximate counts."""
-        found = self.attributes()
-        return {name: int(found.get(key, -1)) for key, name in _COUNTS.items()}
+        attributes = self.attributes()
+        return {name: int(attributes.get(key, -1)) for key, name in _COUNTS.items()}
 
     def arn(self) -> str:
         """Return the queue's ARN for a redrive policy."""
-        found = self.attributes().get("QueueArn")
-        if found is None:
-            raise Untried("the queue's attributes lack its ARN")
-        return found
+        arn = self.attributes().get("QueueArn")
+        if arn is None:
+            raise Untried("GetQueueAttributes does not return QueueArn")
+        return arn
 
 
 def _received(raw: Mapping[str, Any]) -> Received:
@@ -279,8 +266,6 @@ def _received(raw: Mapping[str, Any]) -> Received:
     )
 
 
-T = TypeVar("T")
-
 QUIET_S = 2.0
 """If an event does not happen within this time in seconds, it counts as not happening."""
 
@@ -288,24 +273,26 @@ LAUNCHING = "autoscaling:EC2_INSTANCE_LAUNCHING"
 TERMINATING = "autoscaling:EC2_INSTANCE_TERMINATING"
 
 IN_SERVICE = "InService"
-_MAX_TRIES = 3
 
 
 class OwnGroup:
-    """Group of a single check. It may not exist yet."""
+    """Group of a single check. The constructor does not create the group at the endpoint."""
 
     def __init__(self, site: Site) -> None:
         self._target = site.target
         self.name = site.new_name()
 
-    def create(self, **more: Any) -> Answer:
-        """Call CreateAutoScalingGroup.
+    @classmethod
+    def created(cls, site: Site, **more: Any) -> OwnGroup:
+        group = cls(site)
+        group.create(**more).accepted()
+        return group
 
-        The defaults are 0 to 3 instances from the run's template.
-        """
-        asked = {
+    def create(self, **more: Any) -> Answer:
+        """Call CreateAutoScalingGroup. The default is 0 to 3 instances from the run's template."""
+        request = {
             "MinSize": 0,
-            "MaxSize": _MAX_TRIES,
+            "MaxSize": 3,
             "AvailabilityZones": [self._target.zone],
             "LaunchTemplate": {"LaunchTemplateName": self._target.template},
             # A cooldown would delay most checks.
@@ -313,7 +300,7 @@ class OwnGroup:
             "HealthCheckGracePeriod": 0,
             **more,
         }
-        return answer("CreateAutoScalingGroup", lambda: self._target.create_group(self.name, asked))
+        return answer("CreateAutoScalingGroup", lambda: self._target.create_group(self.name, request))
 
     def grown(self, size: int, **more: Any) -> list[str]:
         """Create the group with `size` instances. Return their ids when all are InService."""
@@ -330,17 +317,14 @@ class OwnGroup:
         return answer(action, lambda: method(**request))
 
     def size(self, desired: int, *, cooldown: bool = False) -> Answer:
-        """Call SetDesiredCapacity. `cooldown` sets HonorCooldown."""
         return self.call("SetDesiredCapacity", DesiredCapacity=desired, HonorCooldown=cooldown)
 
     def terminate(self, instance: str, *, decrement: bool) -> Answer:
-        """Call TerminateInstanceInAutoScalingGroup."""
         return self.ask(
             "TerminateInstanceInAutoScalingGroup", InstanceId=instance, ShouldDecrementDesiredCapacity=decrement
         )
 
     def protect(self, *instances: str) -> Answer:
-        """Call SetInstanceProtection to protect the instances."""
         return self.call("SetInstanceProtection", InstanceIds=list(instances), ProtectedFromScaleIn=True)
 
     def complete(self, hook: str, instance: str) -> Answer:
@@ -349,19 +333,17 @@ class OwnGroup:
             "CompleteLifecycleAction", LifecycleHookName=hook, InstanceId=instance, LifecycleActionResult="CONTINUE"
         )
 
-    # --- Queries ----------------------------------------------------------------------------------
-
     def described(self) -> list[dict[str, Any]]:
         """Return the groups with this name from DescribeAutoScalingGroups."""
-        answer = self.ask("DescribeAutoScalingGroups", AutoScalingGroupNames=[self.name])
-        return list(answer.accepted().data["AutoScalingGroups"])
+        response = self.ask("DescribeAutoScalingGroups", AutoScalingGroupNames=[self.name])
+        return list(response.accepted().data["AutoScalingGroups"])
 
     def now(self) -> dict[str, Any]:
         """Return the current description of the group."""
-        found = self.described()
-        if len(found) != 1:
-            raise Differs(f"{len(found)} groups of its name are described")
-        return found[0]
+        groups = self.described()
+        if len(groups) != 1:
+            raise Differs(f"DescribeAutoScalingGroups returns {len(groups)} groups for one name")
+        return groups[0]
 
     @property
     def desired(self) -> int:
@@ -369,45 +351,37 @@ class OwnGroup:
 
     def ids(self, state: str = "") -> list[str]:
         """Return the ids of the instances in this state, or of all instances."""
-        some = self.now().get("Instances", ())
-        return [one["InstanceId"] for one in some if state in ("", one["LifecycleState"])]
+        instances = self.now().get("Instances", ())
+        return [instance["InstanceId"] for instance in instances if state in ("", instance["LifecycleState"])]
 
     def until(self, holds: Callable[[], T], otherwise: str) -> T:
-        """Return the first true value of `holds`.
-
-        Raise Differs(otherwise) if there is none in time.
-        """
+        """Return the first true value of `holds`. Raise Differs(otherwise) after the deadline."""
         ends_s = time.monotonic() + self._target.appears_s
-        while not (found := holds()):
+        while not (value := holds()):
             if time.monotonic() > ends_s:
                 raise Differs(otherwise)
             time.sleep(0.1)
-        return found
+        return value
 
     def has(self, size: int) -> list[str]:
         """Wait until the group has exactly `size` instances, all InService. Return their ids."""
-
-        def all_so() -> bool:
-            return len(self.ids()) == len(self.ids(IN_SERVICE)) == size
-
-        self.until(all_so, f"it never has {size} in all, {IN_SERVICE}")
+        self.until(
+            lambda: len(self.ids()) == len(self.ids(IN_SERVICE)) == size,
+            f"the group never has exactly {size} instances, all {IN_SERVICE}",
+        )
         return self.ids(IN_SERVICE)
 
     def waits(self, state: str) -> str:
-        """Return the only instance that reaches this state and stays in it for
-        `QUIET_S` seconds.
-        """
+        """Return the only instance that reaches this state and stays in it for `QUIET_S` seconds."""
         self.until(lambda: self.ids(state), f"no instance reaches {state}")
         time.sleep(QUIET_S)
-        found = self.ids(state)
-        if len(found) != 1:
-            raise Differs(f"it does not stay in {state}")
-        return found[0]
+        ids = self.ids(state)
+        if len(ids) != 1:
+            raise Differs(f"the instance does not stay in {state}")
+        return ids[0]
 
     def activities(self) -> Sequence[dict[str, Any]]:
-        """Return the activities from DescribeScalingActivities."""
-        found = self.call("DescribeScalingActivities").accepted().data
-        return list(found["Activities"])
+        return list(self.call("DescribeScalingActivities").accepted().data["Activities"])
 
 
 def hook(name: str, transition: str) -> dict[str, Any]:

@@ -7,218 +7,179 @@ import time
 from functools import partial
 from urllib.parse import urlsplit
 
-from batchlab.conform.check import Answer, Differs, Severity, Table, Untried, answer, expect
+from batchlab.conform.check import Answer, Differs, Table, Untried, answer, expect
 from batchlab.conform.site import OwnQueue, Received, Site
-
-NEEDED, NOTED = Severity.NEEDED, Severity.NOTED
 
 NO_QUEUE = "AWS.SimpleQueueService.NonExistentQueue"
 
-SQS_QUEUES = Table()
+SQS_QUEUES = Table("sqs")
 
 
 def _create(site: Site, name: str, **attributes: str) -> Answer:
     return answer("CreateQueue", partial(site.target.create_queue, name, attributes))
 
 
-@SQS_QUEUES.check(
-    "sqs-create-same",
-    NEEDED,
-    rule="CreateQueue with the name and attributes of an existing queue returns its URL and keeps its messages.",
+@SQS_QUEUES.needed(
     source="SQS API, CreateQueue",
     promise="Queue.ensure may be repeated",
     otherwise="a restarted manager fails, or loses messages",
 )
 def create_same(site: Site) -> None:
+    """CreateQueue with the name and attributes of an existing queue returns its URL and keeps its messages."""
     name = site.new_name()
-    first = site.queue(name, VisibilityTimeout="40")
-    first.send("a").accepted()
+    first = site.queue_with("a", name=name, VisibilityTimeout="40")
     second = site.queue(name, VisibilityTimeout="40")
-    expect(second.url == first.url, "it gives another URL")
+    expect(second.url == first.url, "CreateQueue returns another URL")
     second.one()
 
 
-@SQS_QUEUES.check(
-    "sqs-create-different",
-    NEEDED,
-    rule="CreateQueue with the name of an existing queue and other attributes returns 400 QueueAlreadyExists.",
+@SQS_QUEUES.needed(
     source="SQS API, CreateQueue; recorded answers of AWS",
     promise="Queue.ensure sets the required attributes",
     otherwise="a changed visibility timeout never takes effect",
 )
 def create_different(site: Site) -> None:
+    """CreateQueue with the name of an existing queue and other attributes returns 400 QueueAlreadyExists."""
     queue = site.queue(VisibilityTimeout="40")
     _create(site, queue.name, VisibilityTimeout="41").refused(400, "QueueAlreadyExists")
 
 
-@SQS_QUEUES.check(
-    "sqs-queue-missing",
-    NEEDED,
-    rule=f"Every action on a missing queue returns 400 {NO_QUEUE}.",
+@SQS_QUEUES.needed(
     source="SQS API, common errors; recorded answers of AWS",
     promise="Queue raises NotFound",
     otherwise="a removed queue looks like an outage, and callers wait for it",
 )
 def queue_missing(site: Site) -> None:
+    """Every action on a missing queue returns 400 AWS.SimpleQueueService.NonExistentQueue."""
     sqs = site.target.sqs
     name = site.new_name()
     answer("GetQueueUrl", lambda: sqs.get_queue_url(QueueName=name)).refused(400, NO_QUEUE)
-    own_queue = site.queue()
-    nowhere = OwnQueue(site.target, name, own_queue.url.replace(own_queue.name, name))
-    for found in (
-        nowhere.send("a"),
-        nowhere.send_batch("a"),
-        nowhere.call("ReceiveMessage"),
-        nowhere.call("GetQueueAttributes", AttributeNames=["All"]),
-        nowhere.call("PurgeQueue"),
-        nowhere.call("DeleteQueue"),
+    existing = site.queue()
+    missing = OwnQueue(site.target, name, existing.url.replace(existing.name, name))
+    for response in (
+        missing.send("a"),
+        missing.send_batch("a"),
+        missing.call("ReceiveMessage"),
+        missing.call("GetQueueAttributes", AttributeNames=["All"]),
+        missing.call("PurgeQueue"),
+        missing.call("DeleteQueue"),
     ):
-        found.refused(400, NO_QUEUE)
+        response.refused(400, NO_QUEUE)
 
 
-@SQS_QUEUES.check(
-    "sqs-queue-url",
-    NEEDED,
-    rule="GetQueueUrl returns the same URL as CreateQueue.",
+@SQS_QUEUES.needed(
     source="SQS API, GetQueueUrl",
     promise="Queue: queues are addressed by name",
     otherwise="manager and workers use different queues",
 )
 def queue_url(site: Site) -> None:
+    """GetQueueUrl returns the same URL as CreateQueue."""
     queue = site.queue()
-    found = site.target.sqs.get_queue_url(QueueName=queue.name)["QueueUrl"]
-    expect(found == queue.url, "it gives another one")
+    url = site.target.sqs.get_queue_url(QueueName=queue.name)["QueueUrl"]
+    expect(url == queue.url, "GetQueueUrl returns another URL")
 
 
-@SQS_QUEUES.check(
-    "sqs-queue-url-host",
-    NOTED,
-    rule="A queue's URL works without changes.",
+@SQS_QUEUES.noted(
     source="SQS Developer Guide, queue and message identifiers",
     promise="none: boto3 calls the configured endpoint",
     otherwise="other clients cannot reach the queue",
 )
 def queue_url_host(site: Site) -> None:
+    """A queue's URL works without changes."""
     if site.target.endpoint.url is None:
-        raise Untried("the URLs of AWS's own queues are what they are")
+        raise Untried("the check does not apply to AWS itself")
     host = urlsplit(site.queue().url).netloc
-    expect(host == urlsplit(site.target.endpoint.url).netloc, "it names another host or port")
+    expect(host == urlsplit(site.target.endpoint.url).netloc, "the queue's URL has another host or port")
 
 
-@SQS_QUEUES.check(
-    "sqs-queue-name",
-    NOTED,
-    rule="A queue's name has 1 to 80 letters, digits, -, or _. Other names return 400 InvalidParameterValue.",
-    source="SQS API, CreateQueue",
-    promise="none: the adapter refuses others",
-    otherwise="nothing",
-)
+@SQS_QUEUES.noted(source="SQS API, CreateQueue", promise="none: the adapter refuses others")
 def queue_name(site: Site) -> None:
+    """A queue's name has 1 to 80 letters, digits, -, or _. Other names return 400 InvalidParameterValue."""
     run = site.target.run
     for name in (f"{run} spaces", f"{run}.dot", f"{run}-{'x' * (80 - len(run))}"):
         _create(site, name).refused(400, "InvalidParameterValue")
 
 
-@SQS_QUEUES.check(
-    "sqs-attributes-update",
-    NEEDED,
-    rule="SetQueueAttributes applies to all later receives (within a minute).",
+@SQS_QUEUES.needed(
     source="SQS API, SetQueueAttributes",
     promise="Queue.ensure sets the required attributes",
     otherwise="a changed visibility timeout never takes effect",
 )
 def attributes_update(site: Site) -> None:
+    """SetQueueAttributes applies to all later receives (within a minute)."""
     queue = site.queue(VisibilityTimeout="600")
     queue.call("SetQueueAttributes", Attributes={"VisibilityTimeout": "1"}).accepted()
-    seen = site.until(lambda: queue.attributes().get("VisibilityTimeout") == "1")
-    expect(seen, "GetQueueAttributes gives the old one")
+    is_current = site.until(lambda: queue.attributes().get("VisibilityTimeout") == "1")
+    expect(is_current, "GetQueueAttributes returns the old timeout")
     time.sleep(site.lag_s)
     queue.send("a").accepted()
     first = queue.one()
-    expect(queue.one().id == first.id, "the old timeout counts")
+    expect(queue.one().id == first.id, "the old timeout applies")
 
 
-@SQS_QUEUES.check(
-    "sqs-attributes-refused",
-    NOTED,
-    rule="A VisibilityTimeout over 12 h or a retention under 60 s returns 400 InvalidAttributeValue.",
+@SQS_QUEUES.noted(
     source="SQS API, SetQueueAttributes",
     promise="none: the grid's settings stay within the limits",
     otherwise="a setting that works here fails on AWS",
 )
 def attributes_refused(site: Site) -> None:
+    """A VisibilityTimeout over 12 h or a retention under 60 s returns 400 InvalidAttributeValue."""
     queue = site.queue()
     for name, value in (("VisibilityTimeout", "43201"), ("MessageRetentionPeriod", "59")):
         answer = queue.call("SetQueueAttributes", Attributes={name: value})
         answer.refused(400, "InvalidAttributeValue")
 
 
-@SQS_QUEUES.check(
-    "sqs-counts",
-    NEEDED,
-    rule="The counts of visible, in-flight, and delayed messages are approximate and current within a minute.",
+@SQS_QUEUES.needed(
     source="SQS Developer Guide, available CloudWatch metrics; SQS API, GetQueueAttributes",
     promise="Queue.depth: the autoscaler's backlog",
     otherwise="the fleet does not grow, or never shrinks",
 )
 def counts(site: Site) -> None:
-    queue = site.queue(VisibilityTimeout="300")
-    queue.send_batch("a", "b", "c", "d", "e").accepted()
+    """The counts of visible, in-flight, and delayed messages are approximate and current within a minute."""
+    queue = site.queue_with("a", "b", "c", "d", "e", VisibilityTimeout="300")
     queue.send_batch("late", "later", DelaySeconds=300).accepted()
-    held = queue.take(2)
+    messages = queue.take(2)
     expected = {"visible": 3, "in flight": 2, "delayed": 2}
-    expect(site.until(lambda: queue.counts() == expected), "other counts, of 3, 2 and 2")
-    queue.delete(held[0].receipt).accepted()
-    queue.hide(held[1].receipt, 0).accepted()
+    expect(site.until(lambda: queue.counts() == expected), "the counts are not 3 visible, 2 in flight, and 2 delayed")
+    queue.delete(messages[0].receipt).accepted()
+    queue.hide(messages[1].receipt, 0).accepted()
     expected = {"visible": 4, "in flight": 0, "delayed": 2}
-    expect(site.until(lambda: queue.counts() == expected), "other counts, of 4, 0 and 2")
+    expect(site.until(lambda: queue.counts() == expected), "the counts are not 4 visible, 0 in flight, and 2 delayed")
 
 
-@SQS_QUEUES.check(
-    "sqs-purge",
-    NEEDED,
-    rule="PurgeQueue deletes every message, including hidden and delayed ones (within a "
-    "minute). Later messages arrive.",
-    source="SQS API, PurgeQueue",
-    promise="Queue.purge",
-    otherwise="messages of a purged grid appear again",
+@SQS_QUEUES.needed(
+    source="SQS API, PurgeQueue", promise="Queue.purge", otherwise="messages of a purged grid appear again"
 )
 def purge(site: Site) -> None:
-    queue = site.queue(VisibilityTimeout="2")
-    queue.send_batch("a", "b", "c").accepted()
+    """PurgeQueue deletes every message, including hidden and delayed ones (within a minute). Later messages arrive."""
+    queue = site.queue_with("a", "b", "c", VisibilityTimeout="2")
     queue.send("late", DelaySeconds=2).accepted()
     queue.one()
     queue.call("PurgeQueue").accepted()
     time.sleep(site.lag_s)
-    expect(queue.empty(wait_s=4), "some come after it")
+    expect(queue.empty(wait_s=4), "messages from before PurgeQueue are received")
     queue.send("after").accepted()
-    expect(queue.one().body == "after", "something else comes after it")
+    expect(queue.one().body == "after", "another message is received after PurgeQueue")
 
 
-@SQS_QUEUES.check(
-    "sqs-purge-twice",
-    NOTED,
-    rule="A second PurgeQueue within 60 s returns 403 AWS.SimpleQueueService.PurgeQueueInProgress.",
-    source="SQS API, PurgeQueue",
-    promise="none: only an operator purges queues",
-    otherwise="nothing",
-)
+@SQS_QUEUES.noted(source="SQS API, PurgeQueue", promise="none: only an operator purges queues")
 def purge_twice(site: Site) -> None:
+    """A second PurgeQueue within 60 s returns 403 AWS.SimpleQueueService.PurgeQueueInProgress."""
     queue = site.queue()
     queue.call("PurgeQueue").accepted()
     queue.call("PurgeQueue").refused(403, "AWS.SimpleQueueService.PurgeQueueInProgress")
 
 
-@SQS_QUEUES.check(
-    "sqs-recreate",
-    NOTED,
-    rule="For 60 s after DeleteQueue, CreateQueue with the same name returns 400 "
-    "AWS.SimpleQueueService.QueueDeletedRecently.",
+@SQS_QUEUES.noted(
     source="SQS API, CreateQueue",
     promise="none yet: a grid keeps its queues",
     otherwise="a restart of a grid within a minute fails only on AWS",
 )
 def recreate(site: Site) -> None:
+    """For 60 s after DeleteQueue, CreateQueue with the same name returns 400
+    AWS.SimpleQueueService.QueueDeletedRecently.
+    """
     queue = site.queue()
     queue.call("DeleteQueue").accepted()
     _create(site, queue.name).refused(400, "AWS.SimpleQueueService.QueueDeletedRecently")
@@ -231,131 +192,111 @@ def _redrive(dead: OwnQueue, receives: int) -> str:
 def _dead(site: Site, receives: int) -> tuple[OwnQueue, OwnQueue, Received]:
     """Create two queues and receive a message `receives` times without deleting it."""
     dead = site.queue()
-    queue = site.queue(VisibilityTimeout="0", RedrivePolicy=_redrive(dead, receives))
-    queue.send("poison").accepted()
+    queue = site.queue_with("poison", VisibilityTimeout="0", RedrivePolicy=_redrive(dead, receives))
     for number in range(1, receives + 1):
-        held = queue.one()
-        expect(held.count == number, f"receive {number} counts {held.count}")
-    return queue, dead, held
+        message = queue.one()
+        expect(message.count == number, f"ApproximateReceiveCount is {message.count} at receive {number}")
+    return queue, dead, message
 
 
 def _corpse(queue: OwnQueue, dead: OwnQueue) -> Received:
-    # Emulators move the message at the next receive, and AWS moves it by itself.
-    expect(queue.empty(), "it is received more often than maxReceiveCount")
+    # AWS moves the message by itself. Emulators move the message at the next receive.
+    expect(queue.empty(), "the message is received more often than maxReceiveCount")
     return dead.one()
 
 
-@SQS_QUEUES.check(
-    "sqs-dead-letter",
-    NEEDED,
-    rule="A message that was received maxReceiveCount times moves to the dead-letter queue "
-    "with its body, instead of being received again.",
+@SQS_QUEUES.needed(
     source="SQS Developer Guide, dead-letter queues",
     promise="I7: poison tasks end as FAILED",
     otherwise="an unreadable bundle circulates forever",
 )
 def dead_letter(site: Site) -> None:
+    """A message that was received maxReceiveCount times moves to the dead-letter queue with its body, instead of being
+    received again.
+    """
     queue, dead, _ = _dead(site, 2)
-    expect(_corpse(queue, dead).body == "poison", "another body arrives there")
-    expect(queue.empty(), "it is in both queues")
+    expect(_corpse(queue, dead).body == "poison", "the dead letter has another body")
+    expect(queue.empty(), "the message is in both queues")
 
 
-@SQS_QUEUES.check(
-    "sqs-dead-letter-history",
-    NOTED,
-    rule="A dead letter keeps its message id, its sent time, and its receive count.",
+@SQS_QUEUES.noted(
     source="SQS Developer Guide, dead-letter queues; recorded answers of AWS",
     promise="none: the bundle's history is in its body and in the bucket",
     otherwise="a dead letter looks younger than it is",
 )
 def dead_letter_history(site: Site) -> None:
-    queue, dead, held = _dead(site, 1)
+    """A dead letter keeps its message id, its sent time, and its receive count."""
+    queue, dead, message = _dead(site, 1)
     corpse = _corpse(queue, dead)
-    expect(corpse.id == held.id, "it has another id")
-    expect(corpse.times_ms[0] == held.times_ms[0], "it has another time of sending")
-    expect(corpse.count == held.count + 1, "its receives are counted anew")
+    expect(corpse.id == message.id, "the dead letter has another id")
+    expect(corpse.times_ms[0] == message.times_ms[0], "the dead letter has another sent time")
+    expect(corpse.count == message.count + 1, "the receive count of the dead letter starts again")
 
 
-@SQS_QUEUES.check(
-    "sqs-dead-letter-source",
-    NOTED,
-    rule="DeadLetterQueueSourceArn of a dead letter names its source queue.",
-    source="SQS API, ReceiveMessage; recorded answers of AWS",
-    promise="none: the body names its stage",
-    otherwise="nothing",
-)
+@SQS_QUEUES.noted(source="SQS API, ReceiveMessage; recorded answers of AWS", promise="none: the body names its stage")
 def dead_letter_source(site: Site) -> None:
+    """DeadLetterQueueSourceArn of a dead letter names its source queue."""
     queue, dead, _ = _dead(site, 1)
     facts = _corpse(queue, dead).raw.get("Attributes", {})
-    expect(facts.get("DeadLetterQueueSourceArn") == queue.arn(), "it does not name the source queue")
+    expect(
+        facts.get("DeadLetterQueueSourceArn") == queue.arn(), "DeadLetterQueueSourceArn does not name the source queue"
+    )
 
 
-@SQS_QUEUES.check(
-    "sqs-dead-letter-neighbours",
-    NEEDED,
-    rule="Messages that move to the dead-letter queue do not block other messages.",
+@SQS_QUEUES.needed(
     source="SQS Developer Guide, dead-letter queues",
     promise="poison tasks do not block other tasks",
     otherwise="a poison task stops its stage",
 )
 def dead_letter_neighbours(site: Site) -> None:
+    """Messages that move to the dead-letter queue do not block other messages."""
     dead = site.queue()
     queue = site.queue(VisibilityTimeout="600", RedrivePolicy=_redrive(dead, 1))
     queue.send_batch(*(f"poison-{number}" for number in range(10))).accepted()
     for received in queue.take(10):
         queue.hide(received.receipt, 0).accepted()
     queue.send("good").accepted()
-    expect(queue.one().body == "good", "a dead letter comes in place of the good one")
+    expect(queue.one().body == "good", "a dead letter is received instead of the valid message")
     arrived: set[str] = set()
     ends_s = time.monotonic() + site.arrives_s
     while len(arrived) < 10 and time.monotonic() < ends_s:
         # Emulators move the messages only during a receive.
-        expect(not queue.receive(), "a dead letter is received once more")
+        expect(not queue.receive(), "a dead letter is received again")
         arrived |= {received.body for received in dead.receive(wait_s=1)}
-    expect(len(arrived) == 10, f"{10 - len(arrived)} of 10 do not arrive there")
+    expect(len(arrived) == 10, f"{10 - len(arrived)} of 10 messages do not reach the dead-letter queue")
 
 
-@SQS_QUEUES.check(
-    "sqs-dead-letter-missing",
-    NOTED,
-    rule="A RedrivePolicy with a missing queue returns 400.",
+@SQS_QUEUES.noted(
     source="SQS Developer Guide, dead-letter queues",
     promise="Queue.ensure: dead letters exist already",
     otherwise="a wrong name is noticed only when the first poison task is lost",
 )
 def dead_letter_missing(site: Site) -> None:
+    """A RedrivePolicy with a missing queue returns 400."""
     queue = site.queue()
     target = f"{queue.arn()}-nowhere"
     policy = json.dumps({"deadLetterTargetArn": target, "maxReceiveCount": 3})
     queue.call("SetQueueAttributes", Attributes={"RedrivePolicy": policy}).refused(400)
 
 
-@SQS_QUEUES.check(
-    "sqs-dead-letter-limits",
-    NOTED,
-    rule="maxReceiveCount is 1 to 1,000. Other values return 400.",
-    source="SQS API, SetQueueAttributes",
-    promise="none: the grid's setting is within the limits",
-    otherwise="nothing",
-)
+@SQS_QUEUES.noted(source="SQS API, SetQueueAttributes", promise="none: the grid's setting is within the limits")
 def dead_letter_limits(site: Site) -> None:
+    """maxReceiveCount is 1 to 1,000. Other values return 400."""
     queue, dead = site.queue(), site.queue()
     for receives in (0, 1001):
         policy = _redrive(dead, receives)
         queue.call("SetQueueAttributes", Attributes={"RedrivePolicy": policy}).refused(400)
 
 
-@SQS_QUEUES.check(
-    "sqs-dead-letter-off",
-    NOTED,
-    rule="Setting RedrivePolicy to an empty text removes it.",
+@SQS_QUEUES.noted(
     source="recorded answers of AWS",
     promise="Queue.ensure without dead letters",
     otherwise="messages still move to an unused queue",
 )
 def dead_letter_off(site: Site) -> None:
+    """Setting RedrivePolicy to an empty text removes it."""
     dead = site.queue()
     queue = site.queue(RedrivePolicy=_redrive(dead, 3))
     queue.call("SetQueueAttributes", Attributes={"RedrivePolicy": ""}).accepted()
     if not site.until(lambda: "RedrivePolicy" not in queue.attributes()):
-        raise Differs("accepted, but the policy is still there")
+        raise Differs("SetQueueAttributes is accepted, but the policy still exists")

@@ -1,7 +1,4 @@
-"""SQS checks: receives, long polls, and visibility timeouts.
-
-SQS checks: receipt handles that are current, expired, outdated, or invalid.
-"""
+"""SQS checks: receives, long polls, visibility timeouts, and receipt handles."""
 
 from __future__ import annotations
 
@@ -10,603 +7,500 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from batchlab.conform.check import Answer, Differs, Severity, Table, expect
+from batchlab.conform.check import Answer, Differs, Table, expect
 from batchlab.conform.site import WAKES_S, OwnQueue, Received, Site
 from batchlab.conform.sqs_send import EARLY_S
 from batchlab.core.ports import MAX_VISIBILITY_S
-
-NEEDED, NOTED = Severity.NEEDED, Severity.NOTED
 
 POLL_S = 12
 """Wait time in seconds of a long poll: well above `WAKES_S`, and well below a check's timeout."""
 SANE_MS = 300_000
 
-SQS_RECEIVE = Table()
+SQS_RECEIVE = Table("sqs")
 
 
-@SQS_RECEIVE.check(
-    "sqs-hidden",
-    NEEDED,
-    rule="No other receiver gets a received message during its visibility timeout.",
+@SQS_RECEIVE.needed(
     source="SQS Developer Guide, visibility timeout",
     promise="a bundle runs on one worker at a time",
     otherwise="every bundle runs on several workers",
 )
 def hidden(site: Site) -> None:
-    queue = site.queue(VisibilityTimeout="30")
-    queue.send("a").accepted()
+    """No other receiver gets a received message during its visibility timeout."""
+    queue = site.queue_with("a", VisibilityTimeout="30")
     queue.one()
-    expect(queue.empty(wait_s=2), "it is received again at once")
+    expect(queue.empty(wait_s=2), "the message is received again at once")
 
 
-@SQS_RECEIVE.check(
-    "sqs-redelivery",
-    NEEDED,
-    rule="A message that was not deleted is received again after its visibility timeout, with the same id and body.",
+@SQS_RECEIVE.needed(
     source="SQS Developer Guide, visibility timeout",
     promise="I2: the bundles of a killed worker are received again",
     otherwise="the bundles of a killed worker are lost",
 )
 def redelivery(site: Site) -> None:
-    queue = site.queue(VisibilityTimeout="2")
-    queue.send("a").accepted()
+    """A message that was not deleted is received again after its visibility timeout, with the same id and body."""
+    queue = site.queue_with("a", VisibilityTimeout="2")
     begun_s = time.monotonic()
     first = queue.one()
     second = queue.one(after_s=2)
-    expect(time.monotonic() - begun_s > 2 - EARLY_S, "it comes before its timeout")
-    expect((second.id, second.body) == (first.id, "a"), "it has another id or body")
+    expect(time.monotonic() - begun_s > 2 - EARLY_S, "the message is received again before its timeout")
+    expect((second.id, second.body) == (first.id, "a"), "the message has another id or body")
 
 
-@SQS_RECEIVE.check(
-    "sqs-receive-count",
-    NEEDED,
-    rule="ApproximateReceiveCount is 1 at the first receive, and each further receive adds 1.",
+@SQS_RECEIVE.needed(
     source="SQS API, ReceiveMessage",
     promise="Message.receive_count: it reveals suspects and poison tasks",
     otherwise="a task that kills its workers is tried forever",
 )
 def receive_count(site: Site) -> None:
-    queue = site.queue(VisibilityTimeout="0")
-    queue.send("a").accepted()
+    """ApproximateReceiveCount is 1 at the first receive, and each further receive adds 1."""
+    queue = site.queue_with("a", VisibilityTimeout="0")
     for number in (1, 2, 3):
-        expect(queue.one().count == number, f"it is not {number} at receive {number}")
+        expect(queue.one().count == number, f"ApproximateReceiveCount is not {number} at receive {number}")
 
 
-@SQS_RECEIVE.check(
-    "sqs-new-handle",
-    NOTED,
-    rule="Each receive of a message returns a new receipt handle.",
+@SQS_RECEIVE.noted(
     source="SQS Developer Guide, queue and message identifiers",
     promise="none: the commit decides, not the delete",
     otherwise="a late worker returns or deletes a message that another worker holds",
 )
 def new_handle(site: Site) -> None:
-    queue = site.queue(VisibilityTimeout="0")
-    queue.send("a").accepted()
+    """Each receive of a message returns a new receipt handle."""
+    queue = site.queue_with("a", VisibilityTimeout="0")
     handles = {queue.one().receipt for _ in range(3)}
-    expect(len(handles) == 3, "the same handle comes again")
+    expect(len(handles) == 3, "two receives return the same handle")
 
 
-@SQS_RECEIVE.check(
-    "sqs-times",
-    NEEDED,
-    rule="SentTimestamp and ApproximateFirstReceiveTimestamp are milliseconds since the "
-    "epoch, and do not change at further receives.",
+@SQS_RECEIVE.needed(
     source="SQS API, ReceiveMessage",
     promise="Message.sent_s, first_received_s",
     otherwise="waiting times in reports are wrong",
 )
 def times(site: Site) -> None:
-    queue = site.queue(VisibilityTimeout="1")
-    queue.send("a").accepted()
+    """SentTimestamp and ApproximateFirstReceiveTimestamp are milliseconds since the epoch, and do not change at further
+    receives.
+    """
+    queue = site.queue_with("a", VisibilityTimeout="1")
     now_ms = site.target.clock.now_s() * 1000
     first = queue.one()
     sent_ms, received_ms = first.times_ms
-    expect(sent_ms > 0 and received_ms > 0, "one is missing")
-    expect(abs(sent_ms - now_ms) < SANE_MS, "the time it was sent is minutes off")
-    expect(sent_ms <= received_ms + 50, "it is received before it is sent")
-    expect(queue.one().times_ms == first.times_ms, "they change when it comes again")
+    expect(sent_ms > 0 and received_ms > 0, "a timestamp is missing")
+    expect(abs(sent_ms - now_ms) < SANE_MS, "SentTimestamp is minutes off")
+    expect(sent_ms <= received_ms + 50, "the time of the first receive is before the time of the send")
+    expect(queue.one().times_ms == first.times_ms, "the timestamps change at the second receive")
 
 
-@SQS_RECEIVE.check(
-    "sqs-receive-visibility",
-    NEEDED,
-    rule="The VisibilityTimeout of a receive replaces the queue's.",
+@SQS_RECEIVE.needed(
     source="SQS API, ReceiveMessage",
     promise="Queue.receive(visibility_s)",
     otherwise="messages are received again during the work, or much too late",
 )
 def receive_visibility(site: Site) -> None:
-    queue = site.queue(VisibilityTimeout="1")
-    queue.send("a").accepted()
+    """The VisibilityTimeout of a receive replaces the queue's."""
+    queue = site.queue_with("a", VisibilityTimeout="1")
     queue.one(VisibilityTimeout=30)
-    expect(queue.empty(wait_s=3), "the queue's timeout counts")
+    expect(queue.empty(wait_s=3), "the queue's timeout applies")
 
 
-@SQS_RECEIVE.check(
-    "sqs-receive-zero",
-    NOTED,
-    rule="A receive with VisibilityTimeout 0 leaves the message visible.",
-    source="SQS API, ReceiveMessage; recorded answers of AWS",
-    promise="none: a worker keeps what it receives",
-    otherwise="nothing",
+@SQS_RECEIVE.noted(
+    source="SQS API, ReceiveMessage; recorded answers of AWS", promise="none: a worker keeps what it receives"
 )
 def receive_zero(site: Site) -> None:
-    queue = site.queue(VisibilityTimeout="30")
-    queue.send("a").accepted()
+    """A receive with VisibilityTimeout 0 leaves the message visible."""
+    queue = site.queue_with("a", VisibilityTimeout="30")
     queue.one(VisibilityTimeout=0)
     queue.one(VisibilityTimeout=30)
-    expect(queue.empty(), "the second receive does not hide it")
+    expect(queue.empty(), "the second receive does not hide the message")
 
 
-@SQS_RECEIVE.check(
-    "sqs-extend",
-    NEEDED,
-    rule="ChangeMessageVisibility sets a new timeout from now on, any number of times.",
+@SQS_RECEIVE.needed(
     source="SQS API, ChangeMessageVisibility",
     promise="Queue.change_visibility: heartbeats",
     otherwise="a task longer than the timeout runs twice",
 )
 def extend(site: Site) -> None:
-    queue = site.queue(VisibilityTimeout="2")
-    queue.send("a").accepted()
-    held = queue.one()
+    """ChangeMessageVisibility sets a new timeout from now on, any number of times."""
+    queue, message = site.received_message(VisibilityTimeout="2")
     for seconds in (300, 200):
-        queue.hide(held.receipt, seconds).accepted()
+        queue.hide(message.receipt, seconds).accepted()
     time.sleep(2.5)
-    expect(queue.empty(wait_s=1), "it comes back although it was extended")
-    queue.hide(held.receipt, 1).accepted()
+    expect(queue.empty(wait_s=1), "the message is received during its extended timeout")
+    queue.hide(message.receipt, 1).accepted()
     queue.one(after_s=1)
 
 
-@SQS_RECEIVE.check(
-    "sqs-give-back",
-    NEEDED,
-    rule="ChangeMessageVisibility to 0 makes the message visible at once.",
+@SQS_RECEIVE.needed(
     source="SQS Developer Guide, visibility timeout",
     promise="I6: a worker that leaves returns its work at once",
     otherwise="unfinished work waits for a timeout",
 )
 def give_back(site: Site) -> None:
-    queue = site.queue(VisibilityTimeout="600")
-    queue.send("a").accepted()
-    held = queue.one()
-    queue.hide(held.receipt, 0).accepted()
+    """ChangeMessageVisibility to 0 makes the message visible at once."""
+    queue, message = site.received_message(VisibilityTimeout="600")
+    queue.hide(message.receipt, 0).accepted()
     again = queue.one()
-    expect((again.id, again.count) == (held.id, held.count + 1), "another message comes")
+    expect((again.id, again.count) == (message.id, message.count + 1), "another message is received")
 
 
 def _woken(queue: OwnQueue, call: Callable[[], Answer]) -> Received:
-    """Return the message that a waiting receive gets because of `call`."""
+    """Start a long poll, run `call`, and return the message of the long poll."""
     with ThreadPoolExecutor(1, thread_name_prefix="conform-poll") as threads:
         polling = threads.submit(queue.receive, wait_s=POLL_S)
         time.sleep(0.5)
         begun_s = time.monotonic()
         call().accepted()
-        receiveds = polling.result()
-    expect(bool(receiveds), "a waiting receive ends empty")
-    expect(time.monotonic() - begun_s < WAKES_S, "a waiting receive sleeps on")
-    return receiveds[0]
+        messages = polling.result()
+    expect(bool(messages), "a long poll ends without the message")
+    expect(time.monotonic() - begun_s < WAKES_S, "a long poll does not end when the message is visible")
+    return messages[0]
 
 
-@SQS_RECEIVE.check(
-    "sqs-wake",
-    NEEDED,
-    rule="A long poll ends as soon as a message is sent.",
+@SQS_RECEIVE.needed(
     source="SQS Developer Guide, short and long polling",
     promise="Queue.receive(wait_s)",
     otherwise="every bundle waits up to 20 s for an idle worker",
 )
 def wake(site: Site) -> None:
+    """A long poll ends as soon as a message is sent."""
     queue = site.queue()
-    expect(_woken(queue, lambda: queue.send("a")).body == "a", "something else comes")
+    expect(_woken(queue, lambda: queue.send("a")).body == "a", "another message is received")
 
 
-@SQS_RECEIVE.check(
-    "sqs-wake-given-back",
-    NEEDED,
-    rule="A long poll ends as soon as a message is made visible by ChangeMessageVisibility.",
+@SQS_RECEIVE.needed(
     source="SQS Developer Guide, short and long polling",
     promise="I6: another worker continues returned work at once",
     otherwise="unfinished work waits up to 20 s",
 )
 def wake_given_back(site: Site) -> None:
-    queue = site.queue(VisibilityTimeout="600")
-    queue.send("a").accepted()
-    held = queue.one()
-    found = _woken(queue, lambda: queue.hide(held.receipt, 0))
-    expect(found.id == held.id, "something else comes")
+    """A long poll ends as soon as a message is made visible by ChangeMessageVisibility."""
+    queue, message = site.received_message(VisibilityTimeout="600")
+    received = _woken(queue, lambda: queue.hide(message.receipt, 0))
+    expect(received.id == message.id, "another message is received")
 
 
-@SQS_RECEIVE.check(
-    "sqs-wake-due",
-    NEEDED,
-    rule="A long poll ends when a delayed message becomes due, or when the timeout of a hidden message ends.",
+@SQS_RECEIVE.needed(
     source="SQS Developer Guide, short and long polling",
     promise="Queue.receive(wait_s)",
     otherwise="retries and the bundles of a killed worker wait up to 20 s longer",
 )
 def wake_due(site: Site) -> None:
+    """A long poll ends when a delayed message becomes due, or when the timeout of a hidden message ends."""
     delayed = site.queue()
     delayed.send("a", DelaySeconds=1).accepted()
-    hidden = site.queue(VisibilityTimeout="1")
-    hidden.send("b").accepted()
+    hidden = site.queue_with("b", VisibilityTimeout="1")
     hidden.one()
     with ThreadPoolExecutor(2, thread_name_prefix="conform-poll") as threads:
         begun_s = time.monotonic()
-        polls = [threads.submit(one.receive, wait_s=POLL_S) for one in (delayed, hidden)]
-        found = [[one.body for one in poll.result()] for poll in polls]
+        polls = [threads.submit(queue.receive, wait_s=POLL_S) for queue in (delayed, hidden)]
+        bodies = [[queue.body for queue in poll.result()] for poll in polls]
         took_s = time.monotonic() - begun_s
-    expect(found[0] == ["a"], "a waiting receive misses a delayed message that is due")
-    expect(found[1] == ["b"], "a waiting receive misses a timeout that runs out")
-    expect(took_s < 1 + WAKES_S, "a waiting receive notices it late")
+    expect(bodies[0] == ["a"], "a long poll misses a delayed message that becomes due")
+    expect(bodies[1] == ["b"], "a long poll misses a message whose timeout ends")
+    expect(took_s < 1 + WAKES_S, "a long poll returns the message late")
 
 
-@SQS_RECEIVE.check(
-    "sqs-wait-empty",
-    NEEDED,
-    rule="A long poll of an empty queue ends without messages after WaitTimeSeconds, and not before.",
+@SQS_RECEIVE.needed(
     source="SQS Developer Guide, short and long polling",
     promise="requests are billed: an idle worker sends three a minute",
     otherwise="idle workers poll without a pause",
 )
 def wait_empty(site: Site) -> None:
+    """A long poll of an empty queue ends without messages after WaitTimeSeconds, and not before."""
     queue = site.queue()
     begun_s = time.monotonic()
-    expect(queue.empty(wait_s=4), "a message comes from nowhere")
+    expect(queue.empty(wait_s=4), "an empty queue returns a message")
     took_s = time.monotonic() - begun_s
-    expect(took_s > 4 - EARLY_S, "it ends at once")
-    expect(took_s < 4 + WAKES_S, "it ends much later")
+    expect(took_s > 4 - EARLY_S, "the long poll ends too early")
+    expect(took_s < 4 + WAKES_S, "the long poll ends too late")
 
 
-@SQS_RECEIVE.check(
-    "sqs-wait-partial",
-    NEEDED,
-    rule="A long poll ends with the first messages and does not wait for the requested number.",
+@SQS_RECEIVE.needed(
     source="SQS API, ReceiveMessage",
     promise="Queue.receive waits for the first message",
     otherwise="a few bundles wait up to 20 s",
 )
 def wait_partial(site: Site) -> None:
-    queue = site.queue()
-    queue.send("a").accepted()
+    """A long poll ends with the first messages and does not wait for the requested number."""
+    queue = site.queue_with("a")
     begun_s = time.monotonic()
-    expect(len(queue.receive(10, wait_s=POLL_S)) == 1, "it ends without the message")
-    expect(time.monotonic() - begun_s < WAKES_S, "it waits for more")
+    expect(len(queue.receive(10, wait_s=POLL_S)) == 1, "the long poll ends without the message")
+    expect(time.monotonic() - begun_s < WAKES_S, "the long poll waits for more messages")
 
 
-@SQS_RECEIVE.check(
-    "sqs-wait-21",
-    NOTED,
-    rule="WaitTimeSeconds over 20 returns 400 InvalidParameterValue.",
-    source="SQS API, ReceiveMessage",
-    promise="none: the adapter refuses it",
-    otherwise="nothing",
-)
+@SQS_RECEIVE.noted(source="SQS API, ReceiveMessage", promise="none: the adapter refuses it")
 def wait_21(site: Site) -> None:
-    queue = site.queue()
-    queue.send("a").accepted()
+    """WaitTimeSeconds over 20 returns 400 InvalidParameterValue."""
+    queue = site.queue_with("a")
     queue.call("ReceiveMessage", WaitTimeSeconds=21).refused(400, "InvalidParameterValue")
 
 
-@SQS_RECEIVE.check(
-    "sqs-receive-11",
-    NOTED,
-    rule="MaxNumberOfMessages over 10 returns 400 InvalidParameterValue.",
-    source="SQS API, ReceiveMessage",
-    promise="none: the adapter refuses it",
-    otherwise="nothing",
-)
+@SQS_RECEIVE.noted(source="SQS API, ReceiveMessage", promise="none: the adapter refuses it")
 def receive_11(site: Site) -> None:
+    """MaxNumberOfMessages over 10 returns 400 InvalidParameterValue."""
     queue = site.queue()
     queue.call("ReceiveMessage", MaxNumberOfMessages=11).refused(400, "InvalidParameterValue")
 
 
-@SQS_RECEIVE.check(
-    "sqs-receive-most",
-    NEEDED,
-    rule="A receive never returns more than MaxNumberOfMessages.",
+@SQS_RECEIVE.needed(
     source="SQS API, ReceiveMessage",
     promise="Queue.receive(max_messages)",
     otherwise="a worker holds more bundles than its slots can run",
 )
 def receive_most(site: Site) -> None:
+    """A receive never returns more than MaxNumberOfMessages."""
     queue = site.queue()
     queue.send_batch(*"abcdefghij").accepted()
     queue.send_batch(*"klmnopqrst").accepted()
-    seen = 0
+    total = 0
     for most in (1, 3, 10):
-        found = len(queue.receive(most, wait_s=1))
-        expect(found <= most, "it gives more")
-        seen += found
-    expect(seen > 0, "no message comes")
+        count = len(queue.receive(most, wait_s=1))
+        expect(count <= most, "a receive returns more messages")
+        total += count
+    expect(total > 0, "no message is received")
 
 
-@SQS_RECEIVE.check(
-    "sqs-share",
-    NEEDED,
-    rule="With many receivers, each message reaches one of them. Rarely, it may reach two.",
+@SQS_RECEIVE.needed(
     source="SQS Developer Guide, at-least-once delivery",
     promise="I2: concurrent receives lose no message",
     otherwise="bundles are lost",
 )
 def share(site: Site) -> None:
+    """With many receivers, each message reaches one of them. Rarely, it may reach two."""
     queue = site.queue(VisibilityTimeout="60")
     sent = {str(number) for number in range(60)}
     for start in range(0, 60, 10):
         queue.send_batch(*map(str, range(start, start + 10))).accepted()
 
     def receiver() -> list[str]:
-        got: list[str] = []
-        while receiveds := queue.receive(3, wait_s=1):
-            got += [one.body for one in receiveds]
-            for one in receiveds:
-                queue.delete(one.receipt).accepted()
-        return got
+        bodies: list[str] = []
+        while messages := queue.receive(3, wait_s=1):
+            bodies += [message.body for message in messages]
+            for message in messages:
+                queue.delete(message.receipt).accepted()
+        return bodies
 
     with ThreadPoolExecutor(6, thread_name_prefix="conform-share") as threads:
         receivers = [threads.submit(receiver) for _ in range(6)]
-        got = [body for one in receivers for body in one.result()]
-    expect(set(got) == sent, f"{len(sent - set(got))} of 60 reach nobody")
+        bodies = [body for message in receivers for body in message.result()]
+    expect(set(bodies) == sent, f"{len(sent - set(bodies))} of 60 messages reach no receiver")
 
 
 STALE = "SQS API, DeleteMessage"
 LONGEST_S = int(MAX_VISIBILITY_S)
 
-SQS_RECEIPTS = Table()
-
-
-def _held(site: Site, **attributes: str) -> tuple[OwnQueue, Received]:
-    queue = site.queue(**attributes)
-    queue.send("a").accepted()
-    return queue, queue.one()
+SQS_RECEIPTS = Table("sqs")
 
 
 def _twice_received(site: Site) -> tuple[OwnQueue, Received, Received]:
-    """Receive a message twice.
-
-    Return the receipts of both receivers. The second one still holds it.
-    """
-    queue, old = _held(site, VisibilityTimeout="1")
+    """Receive a message twice. Return both receives. Only the receipt of the second is current."""
+    queue, old = site.received_message(VisibilityTimeout="1")
     return queue, old, queue.one(VisibilityTimeout=4)
 
 
-@SQS_RECEIPTS.check(
-    "sqs-delete",
-    NEEDED,
-    rule="A deleted message is not received again after its visibility timeout.",
-    source="SQS API, DeleteMessage",
-    promise="Queue.delete",
-    otherwise="every bundle is received again and again",
+@SQS_RECEIPTS.needed(
+    source="SQS API, DeleteMessage", promise="Queue.delete", otherwise="every bundle is received again and again"
 )
 def delete(site: Site) -> None:
-    queue = site.queue(VisibilityTimeout="2")
-    queue.send_batch("a", "b").accepted()
+    """A deleted message is not received again after its visibility timeout."""
+    queue = site.queue_with("a", "b", VisibilityTimeout="2")
     first, second = queue.take(2)
     queue.delete(first.receipt).accepted()
     again = queue.one()
-    expect(again.id == second.id, "it comes again")
+    expect(again.id == second.id, "a deleted message is received again")
     queue.delete(again.receipt).accepted()
-    expect(queue.empty(wait_s=3), "it comes again")
+    expect(queue.empty(wait_s=3), "a deleted message is received again")
 
 
-@SQS_RECEIPTS.check(
-    "sqs-delete-expired",
-    NOTED,
-    rule="After its timeout, a receipt still deletes the message if no other receiver has received it.",
+@SQS_RECEIPTS.noted(
     source="SQS API, DeleteMessage; recorded answers of AWS",
     promise="none: a late worker may find its message visible again",
     otherwise="a slightly late bundle is received again, although its outcome exists",
 )
 def delete_expired(site: Site) -> None:
-    queue, held = _held(site, VisibilityTimeout="1")
+    """After its timeout, a receipt still deletes the message if no other receiver has received it."""
+    queue, message = site.received_message(VisibilityTimeout="1")
     time.sleep(1.5)
-    queue.delete(held.receipt).accepted()
-    expect(queue.empty(wait_s=2), "accepted, but it comes again")
+    queue.delete(message.receipt).accepted()
+    expect(queue.empty(wait_s=2), "DeleteMessage is accepted, but the message is received again")
 
 
-@SQS_RECEIPTS.check(
-    "sqs-delete-twice",
-    NOTED,
-    rule="Deleting a deleted message is accepted.",
+@SQS_RECEIPTS.noted(
     source="SQS API, DeleteMessage; recorded answers of AWS",
     promise="Queue.delete: the adapter returns a refusal and does not raise",
     otherwise="a worker that repeats a delete after a lost response is refused",
 )
 def delete_twice(site: Site) -> None:
-    queue, held = _held(site)
-    queue.delete(held.receipt).accepted()
-    queue.delete(held.receipt).accepted()
+    """Deleting a deleted message is accepted."""
+    queue, message = site.received_message()
+    queue.delete(message.receipt).accepted()
+    queue.delete(message.receipt).accepted()
 
 
-@SQS_RECEIPTS.check(
-    "sqs-delete-nonsense",
-    NOTED,
-    rule="Deleting with an invalid receipt handle returns ReceiptHandleIsInvalid.",
-    source="SQS API, DeleteMessage",
-    promise="none: the adapter returns a refusal and does not raise",
-    otherwise="nothing",
-)
+@SQS_RECEIPTS.noted(source="SQS API, DeleteMessage", promise="none: the adapter returns a refusal and does not raise")
 def delete_nonsense(site: Site) -> None:
+    """Deleting with an invalid receipt handle returns ReceiptHandleIsInvalid."""
     answer = site.queue().delete("nonsense")
     expect(answer.code == "ReceiptHandleIsInvalid", str(answer))
 
 
-@SQS_RECEIPTS.check(
-    "sqs-delete-foreign",
-    NEEDED,
-    rule="A receipt handle cannot delete a message of another queue.",
+@SQS_RECEIPTS.needed(
     source="SQS Developer Guide, queue and message identifiers",
     promise="Queue.delete: a receipt belongs to its queue",
     otherwise="bundles of another pool are lost",
 )
 def delete_foreign(site: Site) -> None:
-    queue, held = _held(site, VisibilityTimeout="2")
-    other = site.queue()
-    other.send("b").accepted()
-    # The response does not matter, only that both messages still exist.
-    other.delete(held.receipt)
-    expect(other.one().body == "b", "the other queue's message is gone")
-    expect(queue.one().id == held.id, "its own message is gone")
+    """A receipt handle cannot delete a message of another queue."""
+    queue, message = site.received_message(VisibilityTimeout="2")
+    other = site.queue_with("b")
+    # The endpoint may accept or refuse the call, but both messages must still exist.
+    other.delete(message.receipt)
+    expect(other.one().body == "b", "the other queue's message is deleted")
+    expect(queue.one().id == message.id, "the message is deleted through another queue")
 
 
-@SQS_RECEIPTS.check(
-    "sqs-delete-batch-partial",
-    NOTED,
-    rule="If one receipt of DeleteMessageBatch is invalid, the other messages are deleted. "
-    "The response is 200 and lists the invalid receipt under Failed.",
+@SQS_RECEIPTS.noted(
     source="SQS API, DeleteMessageBatch",
     promise="none: the adapter then repeats the calls one by one",
     otherwise="more requests",
 )
 def delete_batch_partial(site: Site) -> None:
-    queue, held = _held(site, VisibilityTimeout="2")
-    entries = [{"Id": "good", "ReceiptHandle": held.receipt}, {"Id": "bad", "ReceiptHandle": "nonsense"}]
-    found = queue.call("DeleteMessageBatch", Entries=entries).accepted().data
-    _one_failed(found.get("Failed", ()))
-    expect([one["Id"] for one in found.get("Successful", ())] == ["good"], "the good one fails")
-    expect(queue.empty(wait_s=3), "the good one's message comes again")
+    """If one receipt of DeleteMessageBatch is invalid, the other messages are deleted. The response is 200 and lists
+    the invalid receipt under Failed.
+    """
+    queue, message = site.received_message(VisibilityTimeout="2")
+    entries = [{"Id": "good", "ReceiptHandle": message.receipt}, {"Id": "bad", "ReceiptHandle": "nonsense"}]
+    response = queue.call("DeleteMessageBatch", Entries=entries).accepted().data
+    _one_failed(response.get("Failed", ()))
+    expect(
+        [entry["Id"] for entry in response.get("Successful", ())] == ["good"], "the entry with the valid receipt fails"
+    )
+    expect(queue.empty(wait_s=3), "the message of the valid receipt is received again")
 
 
 def _one_failed(failed: Any) -> None:
-    expect([one["Id"] for one in failed] == ["bad"], "the bad one is not named under Failed")
-    expect(failed[0].get("Code") == "ReceiptHandleIsInvalid", f"its code is {failed[0]['Code']}")
+    expect([entry["Id"] for entry in failed] == ["bad"], "Failed does not list the invalid receipt")
+    expect(failed[0].get("Code") == "ReceiptHandleIsInvalid", f"the error code is {failed[0]['Code']}")
 
 
-@SQS_RECEIPTS.check(
-    "sqs-change-batch-partial",
-    NOTED,
-    rule="If one receipt of ChangeMessageVisibilityBatch is invalid, the others are changed."
-    " The response is 200 and lists the invalid receipt under Failed.",
+@SQS_RECEIPTS.noted(
     source="SQS API, ChangeMessageVisibilityBatch",
     promise="none: the adapter then repeats the calls one by one",
     otherwise="more requests",
 )
 def change_batch_partial(site: Site) -> None:
-    queue, held = _held(site, VisibilityTimeout="600")
+    """If one receipt of ChangeMessageVisibilityBatch is invalid, the others are changed. The response is 200 and lists
+    the invalid receipt under Failed.
+    """
+    queue, message = site.received_message(VisibilityTimeout="600")
     entries = [
-        {"Id": "good", "ReceiptHandle": held.receipt, "VisibilityTimeout": 0},
+        {"Id": "good", "ReceiptHandle": message.receipt, "VisibilityTimeout": 0},
         {"Id": "bad", "ReceiptHandle": "nonsense", "VisibilityTimeout": 0},
     ]
-    found = queue.call("ChangeMessageVisibilityBatch", Entries=entries).accepted().data
-    _one_failed(found.get("Failed", ()))
-    expect([one["Id"] for one in found.get("Successful", ())] == ["good"], "the good one fails")
-    expect(queue.one().id == held.id, "the good one is not changed")
+    response = queue.call("ChangeMessageVisibilityBatch", Entries=entries).accepted().data
+    _one_failed(response.get("Failed", ()))
+    expect(
+        [entry["Id"] for entry in response.get("Successful", ())] == ["good"], "the entry with the valid receipt fails"
+    )
+    expect(queue.one().id == message.id, "the message of the valid receipt is not changed")
 
 
-@SQS_RECEIPTS.check(
-    "sqs-stale-delete-answer",
-    NOTED,
-    rule="Deleting with the receipt of an earlier receive is accepted.",
+@SQS_RECEIPTS.noted(
     source=STALE,
     promise="Queue.delete: the adapter returns a refusal and does not raise",
     otherwise="a worker learns that it lost its message, which AWS does not report",
 )
 def stale_delete_answer(site: Site) -> None:
+    """Deleting with the receipt of an earlier receive is accepted."""
     queue, old, _ = _twice_received(site)
     queue.delete(old.receipt).accepted()
 
 
-@SQS_RECEIPTS.check(
-    "sqs-stale-delete-spares",
-    NOTED,
-    rule="The receipt of an earlier receive may fail to delete a message that was received "
-    "again. Only the latest receipt always deletes it.",
+@SQS_RECEIPTS.noted(
     source=STALE,
     promise="none: the commit decides, not the delete",
-    otherwise="a late worker deletes a message that another worker holds. If that worker dies, "
-    "too, the reconciler sends the bundle again",
+    otherwise=(
+        "a late worker deletes a message that another worker holds. If that worker dies, too, the"
+        " reconciler sends the bundle again"
+    ),
 )
 def stale_delete_spares(site: Site) -> None:
+    """The receipt of an earlier receive may fail to delete a message that was received again. Only the latest receipt
+    always deletes it.
+    """
     queue, old, new = _twice_received(site)
     queue.delete(old.receipt)
     for again in queue.receive(wait_s=8):
-        expect(again.id == new.id, "another message comes")
+        expect(again.id == new.id, "another message is received")
         return
-    raise Differs("it deletes a message that another worker holds")
+    raise Differs("DeleteMessage deletes a message that another worker holds")
 
 
-@SQS_RECEIPTS.check(
-    "sqs-stale-change",
-    NOTED,
-    rule="ChangeMessageVisibility with the receipt of an earlier receive is accepted.",
+@SQS_RECEIPTS.noted(
     source="recorded answers of AWS; the reference does not say",
     promise="Queue.change_visibility: the adapter returns a refusal and does not raise",
     otherwise="a late heartbeat is refused, but AWS accepts it",
 )
 def stale_change(site: Site) -> None:
+    """ChangeMessageVisibility with the receipt of an earlier receive is accepted."""
     queue, old, _ = _twice_received(site)
     queue.hide(old.receipt, 10).accepted()
 
 
-@SQS_RECEIPTS.check(
-    "sqs-change-expired",
-    NEEDED,
-    rule="ChangeMessageVisibility after the timeout is accepted, or refused with 400 "
-    "MessageNotInflight. In both cases, the message is received again.",
+@SQS_RECEIPTS.needed(
     source="SQS API, ChangeMessageVisibility; recorded answers of AWS",
     promise="I2: a late heartbeat loses nothing",
     otherwise="a bundle whose worker was late is lost",
 )
 def change_expired(site: Site) -> None:
-    queue, held = _held(site, VisibilityTimeout="1")
+    """ChangeMessageVisibility after the timeout is accepted, or refused with 400 MessageNotInflight. In both cases, the
+    message is received again.
+    """
+    queue, message = site.received_message(VisibilityTimeout="1")
     time.sleep(2.5)
-    answer = queue.hide(held.receipt, 2)
+    answer = queue.hide(message.receipt, 2)
     if answer.code:
         answer.refused(400, "AWS.SimpleQueueService.MessageNotInflight", "MessageNotInflight")
-    expect(queue.one().id == held.id, "another message comes")
+    expect(queue.one().id == message.id, "another message is received")
 
 
-@SQS_RECEIPTS.check(
-    "sqs-change-deleted",
-    NOTED,
-    rule="ChangeMessageVisibility of a deleted message returns 400 InvalidParameterValue.",
-    source="recorded answers of AWS",
-    promise="none: the adapter returns a refusal and does not raise",
-    otherwise="nothing",
-)
+@SQS_RECEIPTS.noted(source="recorded answers of AWS", promise="none: the adapter returns a refusal and does not raise")
 def change_deleted(site: Site) -> None:
-    queue, held = _held(site)
-    queue.delete(held.receipt).accepted()
-    queue.hide(held.receipt, 30).refused(400, "InvalidParameterValue")
+    """ChangeMessageVisibility of a deleted message returns 400 InvalidParameterValue."""
+    queue, message = site.received_message()
+    queue.delete(message.receipt).accepted()
+    queue.hide(message.receipt, 30).refused(400, "InvalidParameterValue")
 
 
-@SQS_RECEIPTS.check(
-    "sqs-change-over-12h",
-    NOTED,
-    rule="A VisibilityTimeout over 43,200 s returns 400 InvalidParameterValue.",
+@SQS_RECEIPTS.noted(
     source="SQS API, ChangeMessageVisibility",
     promise="Queue.change_visibility: at most 12 h",
     otherwise="a heartbeat that works here fails on AWS",
 )
 def change_over_12h(site: Site) -> None:
-    queue, held = _held(site)
-    queue.hide(held.receipt, LONGEST_S + 1).refused(400, "InvalidParameterValue")
+    """A VisibilityTimeout over 43,200 s returns 400 InvalidParameterValue."""
+    queue, message = site.received_message()
+    queue.hide(message.receipt, LONGEST_S + 1).refused(400, "InvalidParameterValue")
 
 
-@SQS_RECEIPTS.check(
-    "sqs-change-total-12h",
-    NOTED,
-    rule="The limit of 12 hours starts at the receive. A timeout that would end later returns 400 "
-    "InvalidParameterValue, and an extension does not restart the limit.",
+@SQS_RECEIPTS.noted(
     source="SQS Developer Guide, visibility timeout",
     promise="a longer task gets a new message before the limit, so it continues",
     otherwise="a task of more than 12 hours works here and runs twice on AWS",
 )
 def change_total_12h(site: Site) -> None:
-    queue, held = _held(site)
+    """The limit of 12 hours starts at the receive. A timeout that would end later returns 400 InvalidParameterValue,
+    and an extension does not restart the limit.
+    """
+    queue, message = site.received_message()
     time.sleep(2)
-    queue.hide(held.receipt, LONGEST_S).refused(400, "InvalidParameterValue")
+    queue.hide(message.receipt, LONGEST_S).refused(400, "InvalidParameterValue")
 
 
-@SQS_RECEIPTS.check(
-    "sqs-whole-seconds",
-    NOTED,
-    rule="Timeouts and delays are whole seconds. 1.5 returns 400.",
+@SQS_RECEIPTS.noted(
     source="SQS API, CreateQueue",
     promise="none: the adapter rounds up",
     otherwise="a fraction that works here fails on AWS",
 )
 def whole_seconds(site: Site) -> None:
+    """Timeouts and delays are whole seconds. 1.5 returns 400."""
     queue = site.queue()
     queue.call("SetQueueAttributes", Attributes={"VisibilityTimeout": "1.5"}).refused(400)

@@ -1,11 +1,10 @@
 """Endpoint under test: its clients, and the resources that a run creates there.
 
-Invariants: every resource has the run's name and is recorded before it is created. `close` removes
-all of them, however the run ended, and nothing is created after `close` starts. boto3 does not
-retry, so a check sees the first response.
+Invariants: every resource has the run's name and is recorded before it is created. `close` removes all of them, however
+the run ended, and nothing is created after `close` starts. boto3 does not retry, so a check sees the first response.
 
-The removal uses new clients, because those of the run are closed by then. It removes only resources
-of the run, and it stops as soon as the endpoint no longer responds.
+The removal uses new clients, because those of the run are closed by then. It removes only resources of the run, and it
+stops as soon as the endpoint no longer responds.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 from urllib.parse import urlsplit
 
@@ -38,9 +38,13 @@ if TYPE_CHECKING:
     from batchlab.adapters.obstore_objects import ObstoreObjects
     from batchlab.core.ports import Clock
 
-AT_ONCE = 8
+MAX_REQUESTS = 8
+"""Maximum number of concurrent requests of a removal."""
 
-_GONE = ("NonExistentQueue", "QueueDoesNotExist", "NoSuchBucket", "404")
+C = TypeVar("C", bound="BaseClient")
+
+MAX_CONNECTIONS = 64
+_MISSING_CODES = ("NonExistentQueue", "QueueDoesNotExist", "NoSuchBucket", "404")
 
 
 class Cleaner:
@@ -54,132 +58,107 @@ class Cleaner:
         """Remove queues, given their URLs by name. If a URL is empty, look it up."""
         if not urls:
             return []
-        sqs = aws.client(self._endpoint, "sqs", connections=AT_ONCE)
+        sqs = aws.client(self._endpoint, "sqs", connections=MAX_REQUESTS)
 
-        def remove(name: str, url: str) -> str:
-            def delete() -> str:
-                sqs.delete_queue(QueueUrl=url or sqs.get_queue_url(QueueName=name)["QueueUrl"])
-                return ""
+        def delete(name: str) -> None:
+            sqs.delete_queue(QueueUrl=urls[name] or sqs.get_queue_url(QueueName=name)["QueueUrl"])
 
-            reason = self._tried(delete)
-            return f"queue {name}: {reason}" if reason else ""
-
-        with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="conform-close") as threads:
-            return [one for one in threads.map(remove, urls, urls.values()) if one]
+        return self._removed("queue", urls, delete)
 
     def groups(self, names: Sequence[str]) -> list[str]:
         """Remove these Auto Scaling groups with their instances, if they exist."""
         if not names:
             return []
-        asg = aws.client(self._endpoint, "autoscaling", connections=AT_ONCE)
+        asg = aws.client(self._endpoint, "autoscaling", connections=MAX_REQUESTS)
 
-        def remove(name: str) -> str:
-            def delete() -> str:
-                try:
-                    asg.delete_auto_scaling_group(AutoScalingGroupName=name, ForceDelete=True)
-                except (ClientError, ResponseParserError):
-                    # The error code does not reveal whether the group exists.
-                    found = asg.describe_auto_scaling_groups(AutoScalingGroupNames=[name])
-                    if found["AutoScalingGroups"]:
-                        raise
-                return ""
+        def delete(name: str) -> None:
+            try:
+                asg.delete_auto_scaling_group(AutoScalingGroupName=name, ForceDelete=True)
+            except (ClientError, ResponseParserError):
+                # The error code does not reveal whether the group exists.
+                if asg.describe_auto_scaling_groups(AutoScalingGroupNames=[name])["AutoScalingGroups"]:
+                    raise
 
-            reason = self._tried(delete)
-            return f"Auto Scaling group {name}: {reason}" if reason else ""
-
-        with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="conform-close") as threads:
-            return [one for one in threads.map(remove, names) if one]
+        return self._removed("Auto Scaling group", names, delete)
 
     def template(self, name: str) -> list[str]:
         """Remove this launch template."""
         ec2 = aws.client(self._endpoint, "ec2", connections=1)
-
-        def delete() -> str:
-            ec2.delete_launch_template(LaunchTemplateName=name)
-            return ""
-
-        reason = self._tried(delete)
-        return [f"launch template {name}: {reason}"] if reason else []
+        return self._removed(
+            "launch template", [name], lambda name: ec2.delete_launch_template(LaunchTemplateName=name)
+        )
 
     def objects(self, bucket: str, prefix: str, *, with_bucket: bool) -> list[str]:
-        """Remove the objects and uploads below `prefix`.
-
-        Remove the bucket if the run created it.
-        """
+        """Remove the objects and uploads below `prefix`, and with `with_bucket` also the bucket."""
         s3 = aws.client(self._endpoint, "s3", connections=1)
 
-        def remove() -> str:
-            _abort_uploads(s3, bucket, prefix)
+        def remove(_name: str) -> str | None:
+            for upload in s3.list_multipart_uploads(Bucket=bucket).get("Uploads", ()):
+                if upload["Key"].startswith(prefix):
+                    s3.abort_multipart_upload(Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
             # A paginator could loop forever on an endpoint that pages or deletes incorrectly.
-            before: list[str] = []
-            while keys := _first_keys(s3, bucket, prefix):
-                if keys == before:
+            previous: list[str] = []
+            while contents := s3.list_objects_v2(Bucket=bucket, Prefix=prefix).get("Contents"):
+                keys = [entry["Key"] for entry in contents]
+                if keys == previous:
                     return "its objects cannot be deleted"
                 s3.delete_objects(Bucket=bucket, Delete={"Objects": [{"Key": key} for key in keys]})
-                before = keys
+                previous = keys
             if with_bucket:
                 s3.delete_bucket(Bucket=bucket)
-            return ""
+            return None
 
-        what = f"bucket {bucket}" if with_bucket else f"objects below {bucket}/{prefix}"
-        reason = self._tried(remove)
-        return [f"{what}: {reason}"] if reason else []
+        if with_bucket:
+            return self._removed("bucket", [bucket], remove)
+        return self._removed("objects below", [f"{bucket}/{prefix}"], remove)
 
-    def _tried(self, remove: Callable[[], str]) -> str:
+    def _removed(self, kind: str, names: Collection[str], remove: Callable[[str], object]) -> list[str]:
+        """Remove resources of one kind concurrently, and return the failures as messages.
+
+        `remove` may return the reason of a failure as text.
+        """
+        with ThreadPoolExecutor(MAX_REQUESTS, thread_name_prefix="conform-close") as threads:
+            reasons = threads.map(lambda name: self._tried(partial(remove, name)), names)
+            return [f"{kind} {name}: {reason}" for name, reason in zip(names, reasons, strict=True) if reason]
+
+    def _tried(self, remove: Callable[[], object]) -> str:
         """Return the reason of a failure, or "" if the resource was removed or did not exist."""
         if self._silent:
             return self._silent
         try:
-            return remove()
+            return str(remove() or "")
         except ClientError as error:
             code = aws.code_of(error)
-            return "" if code in _GONE else f"{error.operation_name} returns {code}"
+            return "" if code in _MISSING_CODES else f"{error.operation_name} returns {code}"
         except ResponseParserError:
-            return "the answer is not one of AWS"
+            return "the endpoint's response is not in AWS's format"
         except BotoCoreError as error:
-            self._silent = f"there is no answer ({type(error).__name__})"
+            self._silent = f"the endpoint does not respond ({type(error).__name__})"
             return self._silent
 
 
-def _abort_uploads(s3: S3Client, bucket: str, prefix: str) -> None:
-    for upload in s3.list_multipart_uploads(Bucket=bucket).get("Uploads", ()):
-        if upload["Key"].startswith(prefix):
-            s3.abort_multipart_upload(Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
-
-
-def _first_keys(s3: S3Client, bucket: str, prefix: str) -> list[str]:
-    page = s3.list_objects_v2(Bucket=bucket, Prefix=prefix)
-    return [one["Key"] for one in page.get("Contents", ())]
-
-
-CONNECTIONS = 64
-
-C = TypeVar("C", bound="BaseClient")
-
-
 def endpoint(url: str | None, region: str | None) -> Endpoint:
-    """Return the endpoint at `url`, or AWS itself if `url` is None.
+    """Return the endpoint at `url`, or AWS itself if `url` is None. Raise UsageError for an invalid URL.
 
-    An endpoint gets the access keys and the region from the environment, but nothing from a
-    profile. Without keys, it gets those that every emulator accepts. Raise UsageError for an
-    invalid URL.
+    The access keys and the region of an endpoint come from the environment, and never from a profile. The default keys
+    are accepted by every emulator.
     """
     if region and not re.fullmatch("[a-z0-9-]+", region):
-        raise UsageError(f"{region} is not the name of a region.", remedy="Write for example eu-west-1.")
+        raise UsageError(f"{region} is not the name of a region.", remedy="An example is eu-west-1.")
     if url is None:
         return _in_aws(region)
     try:
         parts = urlsplit(url)
-        named = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        is_valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:
-        named = False
-    if not named or parts.path.strip("/") or parts.query or parts.fragment or parts.username:
+        is_valid = False
+    if not is_valid or parts.path.strip("/") or parts.query or parts.fragment or parts.username:
         raise UsageError(
             f"{url} is not the address of an endpoint.",
-            remedy="It is http:// or https://, a host and perhaps a port: http://127.0.0.1:4566.",
+            remedy="An address has http:// or https://, a host, and an optional port. An example is http://127.0.0.1:4566.",
         )
     if (parts.hostname or "").endswith((".amazonaws.com", ".amazonaws.com.cn", ".api.aws")):
-        raise UsageError(f"{url} is AWS itself.", remedy="If that is meant, say --aws in its place.")
+        raise UsageError(f"{url} is AWS itself.", remedy="Use --aws to test AWS.")
     env = os.environ.get
     place = region or env("AWS_REGION") or env("AWS_DEFAULT_REGION") or "us-east-1"
     keys = (env("AWS_ACCESS_KEY_ID") or "", env("AWS_SECRET_ACCESS_KEY") or "")
@@ -190,7 +169,7 @@ def _in_aws(region: str | None) -> Endpoint:
     session = boto3.Session(region_name=region)
     if session.get_credentials() is None:
         raise UsageError(
-            "There are no AWS credentials.", remedy="Set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
+            "AWS credentials are missing.", remedy="Set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
         )
     return aws.Endpoint(None, session.region_name or "us-east-1")
 
@@ -198,9 +177,8 @@ def _in_aws(region: str | None) -> Endpoint:
 class Target:
     """S3, SQS, and Auto Scaling at an endpoint.
 
-    `run` is a short, unique name. With `bucket`, the run uses this bucket and does not remove it.
-    Without it, the run creates a bucket and removes it. The same applies to `template`, a launch
-    template.
+    `run` is a short, unique name. With `bucket`, the run uses this bucket and does not remove it. Without it, the run
+    creates a bucket and removes it. The same applies to `template`, a launch template.
     """
 
     def __init__(self, endpoint: Endpoint, *, run: str, clock: Clock, bucket: str = "", template: str = "") -> None:
@@ -213,14 +191,14 @@ class Target:
         self.settles_s = self.lag_s + 10.0
         """Time in seconds for which counts may be wrong."""
         self.arrives_s = 12.0
-        """Limit in seconds for the arrival of a visible message, also on a busy machine."""
+        """Limit in seconds for the arrival of a visible message, even on a busy machine."""
         self.appears_s = 15.0
-        """Limit in seconds for the start or the end of an instance, also on a busy machine."""
+        """Limit in seconds for the start or the end of an instance, even on a busy machine."""
         self.template = template or run
         self.zone = f"{endpoint.region}a"
         self.s3: S3Client
         self.other_s3: S3Client
-        """Client with its own connections, which reads what the first client has written."""
+        """Second client with its own connections. This client reads the objects that `s3` has written."""
         self.sqs: SQSClient
         self.asg: AutoScalingClient
         self._objects: ObstoreObjects
@@ -228,25 +206,23 @@ class Target:
         self._changed = threading.Condition()
         self._queues: dict[str, str] = {}
         """URLs of the queues by name. A URL is empty until it is known."""
-        self._makers = 0
-        self._bucket_made = False
+        self._creating = 0
+        self._has_new_bucket = False
         self._keep_template = bool(template)
-        self._template_made = False
+        self._has_new_template = False
         self._groups: set[str] = set()
         self._closed = False
 
     @property
     def place(self) -> str:
-        """Location of the endpoint, as text for a user."""
         return self.endpoint.url or f"AWS in {self.endpoint.region}"
 
     @property
     def objects(self) -> ObstoreObjects:
-        """batchlab's own adapter for the bucket."""
-        self._see_that_it_is_open()
+        self._check_open()
         return self._objects
 
-    def _see_that_it_is_open(self, **_: object) -> None:
+    def _check_open(self, **_: object) -> None:
         if self._closed:
             raise Untried("the run has ended")
 
@@ -257,20 +233,20 @@ class Target:
         """
         if "s3" in services:
             self.s3, self.other_s3 = (
-                self._own(aws.client(self.endpoint, "s3", connections=CONNECTIONS)) for _ in range(2)
+                self._own(aws.client(self.endpoint, "s3", connections=MAX_CONNECTIONS)) for _ in range(2)
             )
             self._objects = open_s3(self.endpoint, self.bucket)
-            with self._answering("S3"):
+            with self._responding("S3"):
                 self._open_bucket()
         if "sqs" in services:
-            self.sqs = self._own(aws.client(self.endpoint, "sqs", connections=CONNECTIONS))
-            with self._answering("SQS"):
+            self.sqs = self._own(aws.client(self.endpoint, "sqs", connections=MAX_CONNECTIONS))
+            with self._responding("SQS"):
                 # Send a request first. If nothing responds, the run has not created anything.
                 answer("GetQueueUrl", lambda: self.sqs.get_queue_url(QueueName=self.run))
                 self.create_queue(self.run, {})
         if "autoscaling" in services:
-            self.asg = self._own(aws.client(self.endpoint, "autoscaling", connections=CONNECTIONS))
-            with self._answering("Auto Scaling"):
+            self.asg = self._own(aws.client(self.endpoint, "autoscaling", connections=MAX_CONNECTIONS))
+            with self._responding("Auto Scaling"):
                 self._open_autoscaling()
 
     def _open_autoscaling(self) -> None:
@@ -279,15 +255,15 @@ class Target:
         except ClientError as error:
             status = error.response["ResponseMetadata"]["HTTPStatusCode"]
             raise BackendError(
-                f"There is no Auto Scaling at {self.place}: DescribeAutoScalingGroups returns"
-                f" {status} {aws.code_of(error)}."
+                f"Auto Scaling is missing at {self.place}: DescribeAutoScalingGroups returns {status}"
+                f" {aws.code_of(error)}."
             ) from error
         if not self._keep_template:
-            self._make_template()
+            self._create_template()
 
-    def _make_template(self) -> None:
+    def _create_template(self) -> None:
         ec2 = self._own(aws.client(self.endpoint, "ec2", connections=1))
-        self._template_made = True
+        self._has_new_template = True
         try:
             images = ec2.describe_images(Owners=["amazon"])["Images"]
             ec2.create_launch_template(
@@ -298,112 +274,110 @@ class Target:
                 },
             )
         except ClientError as error:
-            self._template_made = False
+            self._has_new_template = False
             raise UsageError(
-                f"No launch template can be made at {self.place}: {error.operation_name} returns {aws.code_of(error)}.",
-                remedy="Name one that is there with --template NAME.",
+                f"A launch template cannot be created at {self.place}:"
+                f" {error.operation_name} returns {aws.code_of(error)}.",
+                remedy="Name an existing launch template with --template NAME.",
             ) from error
 
     def _own(self, client: C) -> C:
-        """Return the client, which refuses calls after the end of the run.
+        """Return the client after making it refuse calls after the end of the run.
 
         Raise UsageError if the run tests AWS but the configuration names another endpoint.
         """
-        told = client.meta.endpoint_url
-        if self.endpoint.url is None and ".amazonaws." not in told:
+        url = client.meta.endpoint_url
+        if self.endpoint.url is None and ".amazonaws." not in url:
             raise UsageError(
-                f"The AWS configuration names {told} in place of AWS.",
-                remedy="Unset AWS_ENDPOINT_URL, or name it with --endpoint.",
+                f"The AWS configuration names {url} in place of AWS.",
+                remedy="Unset AWS_ENDPOINT_URL, or name this address with --endpoint.",
             )
-        client.meta.events.register("before-call", self._see_that_it_is_open)
+        client.meta.events.register("before-call", self._check_open)
         return client
 
     def _open_bucket(self) -> None:
         # Send a request first. If nothing responds, the run has not created anything.
-        there = answer("HeadBucket", lambda: self.s3.head_bucket(Bucket=self.bucket))
+        response = answer("HeadBucket", lambda: self.s3.head_bucket(Bucket=self.bucket))
         if not self._keep_bucket:
-            self._bucket_made = True
+            self._has_new_bucket = True
             aws.create_bucket(self.endpoint, self.bucket)
             return
-        if there.status == 404:
+        if response.status == 404:
             raise UsageError(
                 f"The bucket {self.bucket} does not exist at {self.place}.",
-                remedy="Leave --bucket out, and one is made and removed.",
+                remedy="Without --bucket, the run creates and removes a bucket.",
             )
         if self.s3.get_bucket_versioning(Bucket=self.bucket).get("Status"):
             raise UsageError(
-                f"The bucket {self.bucket} keeps old versions of its objects, and would keep ours.",
-                remedy="Leave --bucket out, and one is made and removed.",
+                f"The bucket {self.bucket} has versioning, so the objects of this run would remain in it.",
+                remedy="Without --bucket, the run creates and removes a bucket.",
             )
 
     @contextmanager
-    def _answering(self, service: str) -> Iterator[None]:
+    def _responding(self, service: str) -> Iterator[None]:
         try:
             with aws.translated(f"{service} at {self.place}"):
                 yield
         except Unreachable as error:
             raise Unreachable(
-                f"No {service} answers at {self.place}.",
-                remedy="Start what should answer there, or correct the address.",
+                f"{service} does not respond at {self.place}.",
+                remedy="Start the service at this address, or correct the address.",
             ) from error
 
     @contextmanager
-    def making(self) -> Iterator[None]:
+    def creating(self) -> Iterator[None]:
         """Enclose the creation of resources. `close` waits until it ends."""
         with self._changed:
             # An abandoned check may continue after the removal.
-            self._see_that_it_is_open()
-            self._makers += 1
+            self._check_open()
+            self._creating += 1
         try:
             yield
         finally:
             with self._changed:
-                self._makers -= 1
+                self._creating -= 1
                 self._changed.notify_all()
 
     def create_queue(self, name: str, attributes: dict[str, str]) -> Mapping[str, Any]:
         """Call CreateQueue and record the queue for removal."""
-        with self.making():
-            known = name in self._queues
-            self.remember(name)
+        with self.creating():
+            exists = name in self._queues
+            self.record_queue(name)
             try:
-                made = self.sqs.create_queue(QueueName=name, Attributes=cast("Any", attributes))
+                response = self.sqs.create_queue(QueueName=name, Attributes=cast("Any", attributes))
             except ClientError:
-                if not known:
+                if not exists:
                     del self._queues[name]
                 raise
-            self._queues[name] = made["QueueUrl"]
-            return made
+            self._queues[name] = response["QueueUrl"]
+            return response
 
     def create_group(self, name: str, request: Mapping[str, Any]) -> Mapping[str, Any]:
         """Call CreateAutoScalingGroup and record the group for removal."""
-        with self.making():
-            self.remember_group(name)
-            asked: Any = {**request, "AutoScalingGroupName": name}
-            return cast("Mapping[str, Any]", self.asg.create_auto_scaling_group(**asked))
+        with self.creating():
+            self.record_group(name)
+            parameters: Any = {**request, "AutoScalingGroupName": name}
+            return cast("Mapping[str, Any]", self.asg.create_auto_scaling_group(**parameters))
 
-    def remember_group(self, name: str) -> None:
-        """Record a group that is about to be created within `making`."""
+    def record_group(self, name: str) -> None:
+        """Record a group for removal before its creation."""
         self._groups.add(name)
 
-    def remember(self, queue: str) -> None:
-        """Record a queue that is about to be created within `making`."""
+    def record_queue(self, queue: str) -> None:
+        """Record a queue for removal before its creation."""
         self._queues.setdefault(queue, "")
 
     def close(self) -> list[str]:
-        """Remove everything that the run created.
-
-        Return messages about what could not be removed.
-        """
+        """Remove everything that the run created. Return a message for each resource that remains."""
         with self._changed:
             self._closed = True
             # Wait as long as the slowest request may take.
-            self._changed.wait_for(lambda: not self._makers, aws.ANSWER_S)
+            self._changed.wait_for(lambda: not self._creating, aws.ANSWER_S)
         cleaner = Cleaner(self.endpoint)
-        left = cleaner.queues(self._queues)
-        left += cleaner.groups(sorted(self._groups))
-        if self._template_made:
-            left += cleaner.template(self.template)
-        if self._bucket_made or self._keep_bucket:
-            left += cleaner.objects(self.bucket, f"{self.run}/", with_bucket=self._bucket_made)
-        return left
+        remaining = cleaner.queues(self._queues)
+        remaining += cleaner.groups(sorted(self._groups))
+        if self._has_new_template:
+            remaining += cleaner.template(self.template)
+        if self._has_new_bucket or self._keep_bucket:
+            remaining += cleaner.objects(self.bucket, f"{self.run}/", with_bucket=self._has_new_bucket)
+        return remaining

@@ -74,8 +74,7 @@ class Account:
 
     @property
     def arn(self) -> str:
-        """Return the first part of the account's ARNs, without the service:
-        "arn:aws:{}:eu-west-1:123…:"."""
+        """Return the first part of the account's ARNs, without the service: "arn:aws:{}:eu-west-1:123…:"."""
         partition = self.who.split(":")[1] if self.who.startswith("arn:") else "aws"
         return f"arn:{partition}:{{}}:{self.region}:{self.id}:"
 

@@ -55,8 +55,7 @@ class StackFailed(BackendError):
 
 @dataclass(slots=True)
 class Apply:
-    """One run of `apply`. `archive` returns the release's path, and builds the release on its first
-    call."""
+    """One run of `apply`. `archive` returns the release's path, and builds the release on its first call."""
 
     stack: Stack
     wanted: Settings
@@ -189,8 +188,7 @@ class Apply:
         return StackFailed(state, self.stack.cause(state.id, self.stack.events(state.id, since)))
 
     def _refresh(self, state: State) -> None:
-        """Replace instances with an older launch template, one after another. Workers may finish
-        their tasks first."""
+        """Replace instances with an older launch template, one after another. Workers may finish their tasks first."""
         scaling = self.stack.account.client("autoscaling")
         groups = [status.of(state, "ManagerGroup"), *status.pool_groups(state)]
         told = self.stack.account.pages(

@@ -189,8 +189,7 @@ class Destroy:
         return list(told)
 
     def _release_databases(self, held: list[Holding]) -> None:
-        """Turn off the deletion protection of databases, without which CloudFormation cannot delete
-        them."""
+        """Turn off the deletion protection of databases, without which CloudFormation cannot delete them."""
         rds = self.stack.account.client("rds")
         for holding in held:
             if holding.resource.type != _DATABASE or holding.fate == "kept":
@@ -202,8 +201,7 @@ class Destroy:
                     rds.modify_db_instance(DBInstanceIdentifier=name, DeletionProtection=False, ApplyImmediately=True)
 
     def _emptied(self, held: list[Holding]) -> None:
-        """Empty the buckets that CloudFormation must delete. A bucket with nothing but releases
-        holds no data."""
+        """Empty the buckets that CloudFormation must delete. A bucket with nothing but releases holds no data."""
         resources = [] if self.delete_data else [holding.resource for holding in held]
         for resource in self.stack.resources():
             if resource.type == _BUCKET and resource not in resources and resource.status != "CREATE_FAILED":
@@ -240,8 +238,7 @@ class Destroy:
                 yield Resource(holding.resource.id, "AWS::RDS::DBSnapshot", name, told["Status"])
 
     def _forget_logs(self, held: list[Holding]) -> None:
-        """Delete the log groups that RDS created again for its last messages, after the stack's own
-        were deleted."""
+        """Delete the log groups that RDS created again for its last messages, after the stack's own were deleted."""
         account = self.stack.account
         for holding in held:
             if holding.resource.type != _DATABASE or holding.fate == "kept":
@@ -272,8 +269,7 @@ class Destroy:
 
 
 def _is_gone(code: str, _message: str) -> bool:
-    """Return whether the database does not exist, because a user deleted it. CloudFormation ignores
-    that."""
+    """Return whether the database does not exist, because a user deleted it. CloudFormation ignores that."""
     return code.startswith("DBInstanceNotFound")
 
 

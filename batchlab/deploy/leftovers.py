@@ -1,10 +1,9 @@
 """Leftovers of stacks in an account and region, found by AWS's tags and by names.
 
-Invariant: a tag proves the owner of a resource, and a name only suggests it. So a resource known
-only by its name is removed only if the user names it.
+Invariant: a tag proves the owner of a resource, and a name only suggests it. So a resource known only by its name is
+removed only if the user names it.
 
-Removal of single AWS resources: buckets with all versions of their objects, queues, groups, and
-more.
+Removal of single AWS resources: buckets with all versions of their objects, queues, groups, and more.
 
 Invariant: only the given resource is removed, and each failure is reported.
 """
@@ -57,8 +56,7 @@ def thing_of(arn: str, stack: str) -> Thing:
 
 
 def remove(account: Account, thing: Thing, say: Say) -> None:
-    """Remove the resource. Raises BackendError if AWS refuses, or if users must remove this kind
-    themselves."""
+    """Remove the resource. Raises BackendError if AWS refuses, or if users must remove this kind themselves."""
     remover = _REMOVERS.get(thing.kind)
     if remover is None:
         raise BackendError(f"{thing.arn} is not of a kind that is removed here.", remedy="Remove it in the console.")
@@ -70,8 +68,7 @@ OURS = (release.PREFIX, plan.FOLDER)
 
 
 def has_data(account: Account, bucket: str) -> bool:
-    """Return whether the bucket has a version of an object outside `OURS`. A deleted bucket has
-    none."""
+    """Return whether the bucket has a version of an object outside `OURS`. A deleted bucket has none."""
     try:
         with asked(f"Bucket {bucket!r}"):
             told = account.client("s3").list_object_versions(Bucket=bucket, Delimiter="/")
@@ -129,8 +126,7 @@ def _group(account: Account, thing: Thing, _say: Say) -> None:
 
 
 def _calling(service: str, operation: str, parameter: str, **more: Any) -> Callable[..., None]:
-    """Return a remover that makes one call with the resource's name, as a list if the parameter is
-    plural."""
+    """Return a remover that makes one call with the resource's name, as a list if the parameter is plural."""
 
     def call(account: Account, thing: Thing, _say: Say) -> None:
         name = thing.arn if service in ("secretsmanager", "sns") else thing.name

@@ -1,13 +1,12 @@
 """A release: one archive with everything that an instance needs to become a manager or a worker.
 
-Invariant: its name is the SHA-256 of its content. The same code, packages, and target give the same
-archive. An instance installs from the stack's bucket, not from a package index.
+Invariant: its name is the SHA-256 of its content. The same code, packages, and target give the same archive. An
+instance installs from the stack's bucket, not from a package index.
 
-Wheels for an instance, which installs without a package index: batchlab's own and its
-dependencies.
+Wheels for an instance, which installs without a package index: batchlab's own and its dependencies.
 
-Invariant: a package that is installed next to the command has the same version on instances, so
-instances run the tested versions.
+Invariant: a package that is installed next to the command has the same version on instances, so instances run the
+tested versions.
 """
 
 from __future__ import annotations
@@ -113,8 +112,7 @@ class Target:
 
 
 def own_wheel(folder: Path) -> Path:
-    """Write batchlab's wheel from the files and metadata of the running package, and return its
-    path."""
+    """Write batchlab's wheel from the files and metadata of the running package, and return its path."""
     installed = metadata.distribution("batchlab")
     version = installed.version
     info = f"batchlab-{version}.dist-info"
@@ -335,10 +333,9 @@ def build_release(
     variables: Mapping[str, str] = MappingProxyType({}),
     say: Callable[[str], None] = lambda _: None,
 ) -> Path:
-    """Write `<folder>/<sha256>.tar.gz` for instances with the architecture and Python version, and
-    return its path. An empty version means the running Python. The archive contains the PyPI
-    `packages` of users' tasks, the certificates of the database, and `variables` for the
-    environment of manager and workers. `say` receives progress messages.
+    """Write `<folder>/<sha256>.tar.gz` for instances with the architecture and Python version, and return its path. An
+    empty version means the running Python. The archive contains the PyPI `packages` of users' tasks, the certificates
+    of the database, and `variables` for the environment of manager and workers. `say` receives progress messages.
 
     Raises BackendError if a package is not available, and UsageError for invalid arguments.
     """
@@ -373,8 +370,7 @@ def key_of(release: str) -> str:
 
 
 def upload(objects: Objects, archive: Path, patience: Patience, say: Callable[[str], None]) -> str:
-    """Upload the archive to the stack's bucket unless it exists there, and return its key. Raises
-    BackendError."""
+    """Upload the archive to the stack's bucket unless it exists there, and return its key. Raises BackendError."""
     key, size = key_of(release_of(archive)), archive.stat().st_size
 
     async def put() -> None:

@@ -1,8 +1,7 @@
 """Settings of a stack: its pools, and the parameters of its template.
 
-Invariant: settings that load can be deployed, as far as that can be checked without AWS. The home
-stores them in `aws/settings.json`, and the next plan begins with them. Without this file, they are
-read from the stack itself.
+Invariant: settings that load can be deployed, as far as that can be checked without AWS. The home stores them in
+`aws/settings.json`, and the next plan begins with them. Without this file, they are read from the stack itself.
 """
 
 from __future__ import annotations
@@ -89,8 +88,7 @@ class Settings:
 
     @property
     def architecture(self) -> str:
-        """Return the architecture of the release, from the pools' types. Without types it is
-        x86_64."""
+        """Return the architecture of the release, from the pools' types. Without types it is x86_64."""
         return next((processor_of(one) for pool in self.pools for one in pool.types), "x86_64")
 
     @property
@@ -379,8 +377,7 @@ def check(settings: Settings) -> None:
 
 
 def _check_architectures(settings: Settings) -> None:
-    """Check that all types have one processor architecture, because one release and one image have
-    one."""
+    """Check that all types have one processor architecture, because one release and one image have one."""
     kinds = {processor_of(one): one for pool in settings.pools for one in pool.types}
     if len(kinds) > 1:
         raise UsageError(

@@ -201,8 +201,7 @@ class Stack:
             self._cloud.update_termination_protection(StackName=self.name, EnableTerminationProtection=on)
 
     def delete(self, stack_id: str, retain: Sequence[str] = ()) -> None:
-        """Begin to delete the stack. `retain` are logical ids to keep, for a stack whose deletion
-        has failed."""
+        """Begin to delete the stack. `retain` are logical ids to keep, for a stack whose deletion has failed."""
         with asked("DeleteStack"):
             self._cloud.delete_stack(
                 StackName=stack_id,
@@ -218,8 +217,7 @@ class Stack:
     # --- Events ----------------------------------------------------------------------------------
 
     def mark(self, stack_id: str) -> str:
-        """Return the id of the newest event, from which `follow` continues, or "" without
-        events."""
+        """Return the id of the newest event, from which `follow` continues, or "" without events."""
         return next((event.id for event in self._events(stack_id)), "")
 
     def last_operation(self, stack_id: str) -> tuple[str, list[Event]]:
@@ -242,8 +240,7 @@ class Stack:
         return found[::-1]
 
     def cause(self, stack_id: str, events: Sequence[Event]) -> Cause | None:
-        """Return the cause of failure of the operation with these events, or None without a
-        failure."""
+        """Return the cause of failure of the operation with these events, or None without a failure."""
         cause = root_cause(events)
         if cause and (_POINTS_ON in cause.reason or "alidation fail" in cause.reason):
             # CloudFormation validates some resources before it begins, and reports those errors

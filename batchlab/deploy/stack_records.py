@@ -1,9 +1,7 @@
-"""Records of CloudFormation's answers about a stack, and the operations that each stack state
-allows.
+"""Records of CloudFormation's answers about a stack, and the operations that each stack state allows.
 
-The states follow AWS's documentation:
-docs.aws.amazon.com/AWSCloudFormation/latest/UserGuide/view-stack-events.html (status codes), and
-the API reference's pages of ContinueUpdateRollback, RollbackStack, and DeleteStack.
+The states follow AWS's documentation: docs.aws.amazon.com/AWSCloudFormation/latest/UserGuide/view-stack-events.html
+(status codes), and the API reference's pages of ContinueUpdateRollback, RollbackStack, and DeleteStack.
 
 Cause of a stack's failure: the one event that caused all others, and the remedy.
 
@@ -133,8 +131,7 @@ _DENIED = re.compile(
 
 
 def root_cause(events: Iterable[Event]) -> Cause | None:
-    """Return the earliest failure of a resource that another failure did not cause, or None without
-    a failure."""
+    """Return the earliest failure of a resource that another failure did not cause, or None without a failure."""
     ordered = sorted(events, key=lambda one: one.at_s)
     failed = [one for one in ordered if one.has_failed and not one.is_of_stack]
     own = [one for one in failed if not _FOLLOWS.match(one.reason)]
@@ -177,8 +174,7 @@ class State:
 
     @property
     def is_moving(self) -> bool:
-        """Return whether an operation is in progress. A stack that only awaits a change set is at
-        rest."""
+        """Return whether an operation is in progress. A stack that only awaits a change set is at rest."""
         return self.status.endswith("_IN_PROGRESS") and self.status != REVIEW
 
     @property
@@ -194,8 +190,7 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """The change of one resource in a change set. `replacement` is True, False, Conditional, or
-    empty."""
+    """The change of one resource in a change set. `replacement` is True, False, Conditional, or empty."""
 
     action: str
     id: str

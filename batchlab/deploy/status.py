@@ -1,5 +1,4 @@
-"""Status of a stack: its groups, queues, and alarms, and its differences from the home's deployment
-file.
+"""Status of a stack: its groups, queues, and alarms, and its differences from the home's deployment file.
 
 Conversion of a stack's outputs to the deployment that `--backend aws` uses.
 """
@@ -127,8 +126,7 @@ class Alarm:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """Status of a stack. `drift` lists the fields in which the home's deployment.json differs from
-    the stack."""
+    """Status of a stack. `drift` lists the fields in which the home's deployment.json differs from the stack."""
 
     state: State
     cause: Cause | None

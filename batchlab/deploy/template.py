@@ -1,24 +1,21 @@
-"""CloudFormation templates as values: read from YAML, written as compact JSON, or rendered for
-emulators.
+"""CloudFormation templates as values: read from YAML, written as compact JSON, or rendered for emulators.
 
-Invariant: the written template has the same meaning as the file. It is JSON without blanks, because
-a request holds 51,200 bytes of template, and comments and indentation take more than a third of the
-file.
+Invariant: the written template has the same meaning as the file. It is JSON without blanks, because a request holds
+51,200 bytes of template, and comments and indentation take more than a third of the file.
 
-A rendered template creates the same resources as its source with the same parameters. Emulators
-refuse a template with a type that they lack, whatever its conditions are, and support fewer
-functions in conditions than AWS. Templates for AWS itself are not rendered.
+A rendered template creates the same resources as its source with the same parameters. Emulators refuse a template with
+a type that they lack, whatever its conditions are, and support fewer functions in conditions than AWS. Templates for
+AWS itself are not rendered.
 
 The template of a stack with several pools, made from the template of a stack with one.
 
-Invariant: a pool's logical ids depend neither on other pools nor on their order, so adding or
-removing one pool never replaces another pool's resources.
+Invariant: a pool's logical ids depend neither on other pools nor on their order, so adding or removing one pool never
+replaces another pool's resources.
 
-In the file, resources that exist once per pool have `Metadata: {batchlab: {per: pool}}` and a
-logical id that begins with "Pool". Parameters, conditions, and rules of a pool have such ids, too.
-For the pool `base` they keep their ids. For another pool, "PoolQueue" becomes "PoolBigQueue". If a
-shared part refers to them, the element of the innermost list with the reference is repeated for
-each pool.
+In the file, resources that exist once per pool have `Metadata: {batchlab: {per: pool}}` and a logical id that begins
+with "Pool". Parameters, conditions, and rules of a pool have such ids, too. For the pool `base` they keep their ids.
+For another pool, "PoolQueue" becomes "PoolBigQueue". If a shared part refers to them, the element of the innermost list
+with the reference is repeated for each pool.
 """
 
 from __future__ import annotations
@@ -236,8 +233,7 @@ def _is_pools(name: str) -> bool:
 def expand(template: Template, pools: Sequence[str], base: str = BASE) -> Template:
     """Return a template with exactly these pools. Raises UsageError if their names collide.
 
-    `base` is the pool whose ids do not contain its name. Metadata for tools that read the file is
-    left out.
+    `base` is the pool whose ids do not contain its name. Metadata for tools that read the file is left out.
     """
     if not pools:
         raise UsageError("A stack needs a pool.", remedy="Say --pool default:0-10x2.")
@@ -302,8 +298,7 @@ class _Expansion:
         return _mapped(node, self._for(pool))
 
     def _spread(self, node: Any) -> tuple[Any, bool]:
-        """Return the node with list elements repeated, and whether it still refers to a pool's
-        part."""
+        """Return the node with list elements repeated, and whether it still refers to a pool's part."""
         if isinstance(node, dict):
             made, is_open = {}, False
             for key, value in node.items():

@@ -103,9 +103,7 @@ class Run:
 
 
 def runs(folders: Sequence[Path], seed: int) -> list[Run]:
-    """Return every run in the folders in the order of submission. Raise UsageError if data is
-    missing.
-    """
+    """Return every run in the folders in the order of submission. Raise UsageError if data is missing."""
     with store.opened(folders) as connection:
         found = {run.job: run for run in _jobs(connection, seed)}
         for run in found.values():
@@ -236,9 +234,7 @@ class Change:
 
     @property
     def worse_by(self) -> float:
-        """Relative worsening: negative if the measure got better, 0 if no direction counts as
-        better.
-        """
+        """Relative worsening: negative if the measure got better, 0 if no direction counts as better."""
         if self.measure.more_is_better is None:
             return 0.0
         return -self.relative if self.measure.more_is_better else self.relative

@@ -40,8 +40,7 @@ class Part:
 class Use:
     """Usage of a stage.
 
-    `failed_slot_s` is the slot time of failed attempts. `bundles` counts the bundles with an
-    outcome.
+    `failed_slot_s` is the slot time of failed attempts. `bundles` counts the bundles with an outcome.
     """
 
     stage: StageUse

@@ -161,7 +161,7 @@ def test_an_answer_is_what_was_expected_or_a_difference() -> None:
 )
 def test_agreement_of_an_answer(severity: Severity, verdict: Verdict, relied_on: bool, agrees: bool) -> None:
     results = [a_result(Verdict.AGREES), a_result(verdict, severity)]
-    assert (check_table.relied_on(results), check_table.agrees(results)) == (relied_on, agrees)
+    assert (check_table.needed_rules_hold(results), check_table.agrees(results)) == (relied_on, agrees)
 
 
 def test_a_run_in_a_sentence() -> None:

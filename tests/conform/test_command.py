@@ -60,7 +60,7 @@ def verdicts(monkeypatch: pytest.MonkeyPatch) -> dict[str, Verdict]:
         (("--endpoint", "http://a", "--needed", "--markdown", "x.md"), "and --needed"),
         (("--endpoint", "http://a", "--markdown", "no/where.md"), "no/where.md cannot be written"),
         (("--endpoint", "http://a", "--region", "eu west"), "eu west is not the name of a region"),
-        (("--aws",), "There are no AWS credentials"),
+        (("--aws",), "AWS credentials are missing"),
         (("--endpoint", "http://a", "--service", "ec2"), "The service 'ec2' has no checks"),
         (("--aws", "--service", "autoscaling"), "would launch instances in an AWS account"),
         (("--endpoint", "http://a", "--template", "t"), "--template is for --service autoscaling"),
@@ -89,7 +89,8 @@ def test_silent_endpoint_is_reported(run: Run) -> None:
             code, out, err = run("conform", "--endpoint", url, *options)
             assert (code, out) == (3, "")
             assert err == (
-                f"Error: No {service} answers at {url}.\n  Start what should answer there, or correct the address.\n"
+                f"Error: {service} does not respond at {url}.\n"
+                "  Start the service at this address, or correct the address.\n"
             )
 
 

@@ -51,11 +51,15 @@ def _client_error(status: int, code: str) -> ClientError:
         (_client_error(503, "SlowDown"), Verdict.UNTRIED, "PutObject returns 503 SlowDown"),
         (FlexibleChecksumError(error_msg="other"), Verdict.DIFFERS, "an object arrives damaged"),
         (ResponseParserError("?"), Verdict.DIFFERS, "boto3 cannot parse the response"),
-        (EndpointConnectionError(endpoint_url="x"), Verdict.UNTRIED, "there is no answer: EndpointConnectionError"),
-        (Unreachable("No."), Verdict.UNTRIED, "there is no answer: Unreachable"),
-        (Throttled("Later."), Verdict.UNTRIED, "there is no answer: Throttled"),
+        (
+            EndpointConnectionError(endpoint_url="x"),
+            Verdict.UNTRIED,
+            "the endpoint does not respond: EndpointConnectionError",
+        ),
+        (Unreachable("No."), Verdict.UNTRIED, "the endpoint does not respond: Unreachable"),
+        (Throttled("Later."), Verdict.UNTRIED, "the endpoint does not respond: Throttled"),
         (AlreadyExists("Taken."), Verdict.DIFFERS, "Taken."),
-        (KeyError("ETag"), Verdict.DIFFERS, "an answer is malformed: KeyError: 'ETag'"),
+        (KeyError("ETag"), Verdict.DIFFERS, "a response is malformed: KeyError: 'ETag'"),
         (ZeroDivisionError("of ours"), Verdict.UNTRIED, "the check itself fails: ZeroDivisionError: of ours"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
@@ -83,10 +87,10 @@ def test_hanging_check_is_abandoned_and_delays_no_other(target: Target) -> None:
 
     told: list[running.Result] = []
     checks = [_check("sqs-a", hangs), _check("s3-a", lambda _: None), _check("sqs-b", hangs)]
-    results = running.run(target, checks, tell=told.append, limit_s=0.0, at_once=1)
+    results = running.run(target, checks, on_result=told.append, limit_s=0.0, at_once=1)
     assert [one.check.name for one in results] == ["sqs-a", "s3-a", "sqs-b"]
     assert results[0].verdict is Verdict.UNTRIED
-    assert results[0].observed == "it takes longer than 0 s"
+    assert results[0].observed == "the check takes longer than 0 s"
     assert len(told) == 3
     release.set()
     assert ended.wait(30)
@@ -140,7 +144,7 @@ def test_the_end_waits_for_what_is_being_made(target: Target) -> None:
     making, closing, made = threading.Event(), threading.Event(), threading.Event()
 
     def make() -> None:
-        with target.making():
+        with target.creating():
             making.set()
             closing.wait(30)
             made.set()

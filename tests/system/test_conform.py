@@ -173,7 +173,7 @@ def test_breakdown_of_the_endpoint_is_not_a_difference(moto: Endpoint, run: Run)
     told: list[dict[str, Any]] = json.loads(out)["checks"]
     untried = {one["observed"].partition(":")[0] for one in told if one["verdict"] == "untried"}
     assert code == 1
-    assert untried == {"there is no answer"}
+    assert untried == {"the endpoint does not respond"}
     assert not [one for one in told if one["verdict"] == "differs"]
     (bucket,) = _clear(moto)
-    assert f"Left behind: bucket {bucket}: there is no answer" in err
+    assert f"Left behind: bucket {bucket}: the endpoint does not respond" in err

@@ -1,5 +1,4 @@
 """Report of a run as one HTML file that needs no network.
 
-Invariant: DuckDB computes all figures from the run's Parquet files. The same run always produces
-the same page.
+Invariant: DuckDB computes all figures from the run's Parquet files. The same run always produces the same page.
 """

@@ -1,11 +1,10 @@
 """Charts as paths, marks, and labels. The page's template draws them as SVG.
 
-Invariants: the size of a chart is independent of the size of the run. A chart has at most as many
-shapes as bins or lanes, and a table with the same data. Every tick is on its axis, and the labels
-of an axis differ from each other.
+Invariants: the size of a chart is independent of the size of the run. A chart has at most as many shapes as bins or
+lanes, and a table with the same data. Every tick is on its axis, and the labels of an axis differ from each other.
 
-The plot is 1,000 units wide and is stretched to the page's width. Heights are in pixels. Labels are
-outside the plot, so stretching does not distort text.
+The plot is 1,000 units wide and is stretched to the page's width. Heights are in pixels. Labels are outside the plot,
+so stretching does not distort text.
 """
 
 from __future__ import annotations
@@ -225,9 +224,7 @@ def area(levels: Sequence[float], top: float, height: float) -> str:
 
 
 def line(levels: Sequence[float | None], top: float, height: float) -> str:
-    """Return the path of a line that steps from bin to bin. The line has a gap where a level is
-    None.
-    """
+    """Return the path of a line that steps from bin to bin. The line has a gap where a level is None."""
     width = WIDTH / max(1, len(levels))
     path: list[str] = []
     before: float | None = None

@@ -1,7 +1,6 @@
 """Cost of the run, split by kind and by stage.
 
-Invariant: the displayed parts add up exactly to the displayed total. Each part is a sum of rows of
-the bill.
+Invariant: the displayed parts add up exactly to the displayed total. Each part is a sum of rows of the bill.
 """
 
 from __future__ import annotations

@@ -28,9 +28,7 @@ PERCENTILES = (50, 90, 95, 99)
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Run times or wait times of one stage, in seconds. `bins` maps a bin of a LogAxis to its
-    tasks.
-    """
+    """Run times or wait times of one stage, in seconds. `bins` maps a bin of a LogAxis to its tasks."""
 
     stage: str
     tasks: int

@@ -1,8 +1,7 @@
 """Gantt chart: a lane for each slot, instance, or group of instances, over the run's time.
 
-Invariant: the chart has at most `LANES` lanes, whatever the size of the run. A small run shows each
-bundle as a bar. A large run shows cells. A cell's shade is its busy share, and its color is the
-stage with the most slots.
+Invariant: the chart has at most `LANES` lanes, whatever the size of the run. A small run shows each bundle as a bar. A
+large run shows cells. A cell's shade is its busy share, and its color is the stage with the most slots.
 """
 
 from __future__ import annotations

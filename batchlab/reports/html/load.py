@@ -33,10 +33,9 @@ Levels = list[float | None]
 class Series:
     """Figures of the run in `BINS` equal intervals.
 
-    `running` contains busy slots by stage, and `slots` the slots in service. `waiting` counts the
-    tasks that are ready. `left` counts the tasks that had not ended at the interval's end, and
-    `left_of_all` counts those of all jobs of the grid. `desired`, `in_service`, and `pending` count
-    instances. A value is None if nothing was recorded.
+    `running` contains busy slots by stage, and `slots` the slots in service. `waiting` counts the tasks that are ready.
+    `left` counts the tasks that had not ended at the interval's end, and `left_of_all` counts those of all jobs of the
+    grid. `desired`, `in_service`, and `pending` count instances. A value is None if nothing was recorded.
     """
 
     running: dict[str, list[float]]
@@ -289,8 +288,7 @@ class Decision:
 
 
 def decisions(run: Run) -> tuple[list[Decision], int]:
-    """Return at most `DECISIONS` scaling decisions in order of time, and the number of all
-    decisions.
+    """Return at most `DECISIONS` scaling decisions in order of time, and the number of all decisions.
 
     If there are more, the function returns the largest changes.
     """

@@ -57,12 +57,11 @@ class StageSigns:
 class Signs:
     """Figures of the run.
 
-    `slot_s` is the slot time in service, and `busy_s` is the part that the job's bundles used.
-    `starved_s` is the slot time that was idle while tasks were ready. `full_s` is the time during
-    which at least 90% of the slots were busy while tasks were ready. `tail_s` is the time at the
-    end during which less than half of the peak number of slots were busy. `filled` is the busy
-    share of an instance's slots while at least one of them was busy. If no instance is recorded,
-    the counts are of workers, and `noun` is "worker".
+    `slot_s` is the slot time in service, and `busy_s` is the part that the job's bundles used. `starved_s` is the slot
+    time that was idle while tasks were ready. `full_s` is the time during which at least 90% of the slots were busy
+    while tasks were ready. `tail_s` is the time at the end during which less than half of the peak number of slots were
+    busy. `filled` is the busy share of an instance's slots while at least one of them was busy. If no instance is
+    recorded, the counts are of workers, and `noun` is "worker".
     """
 
     span_s: float
@@ -141,9 +140,7 @@ def signs(run: Run, found: Series, cost: Cost | None) -> Signs:
 
 
 def _tail_s(running: list[float], part_s: float) -> float:
-    """Return the time from the last interval with at least half of the peak load to the last busy
-    one.
-    """
+    """Return the time from the last interval with at least half of the peak load to the last busy one."""
     busy = [k for k, level in enumerate(running) if level > 0]
     if not busy:
         return 0.0

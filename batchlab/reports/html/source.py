@@ -222,9 +222,7 @@ def moment(at_s: float | None) -> str:
 
 
 def offset(seconds: float, span_s: float) -> str:
-    """Format the time since the run's start. The precision depends on the length `span_s` of the
-    run.
-    """
+    """Format the time since the run's start. The precision depends on the length `span_s` of the run."""
     if span_s < 100:
         return f"{seconds:.2f} s" if span_s < 10 else f"{seconds:.1f} s"
     minutes, rest = divmod(round(max(0.0, seconds)), 60)

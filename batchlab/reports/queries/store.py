@@ -51,9 +51,8 @@ def runs_in(folder: Path) -> list[Path]:
 def opened(folders: Sequence[Path]) -> DuckDBPyConnection:
     """Return a connection with one view per table of the schema, over all runs in `folders`.
 
-    A table that an older version did not write is empty, and such a column is NULL. Raise
-    UsageError for a folder without data, for data of a newer version, and for a job that occurs
-    twice.
+    A table that an older version did not write is empty, and such a column is NULL. Raise UsageError for a folder
+    without data, for data of a newer version, and for a job that occurs twice.
     """
     import duckdb
 

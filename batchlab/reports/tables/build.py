@@ -1,9 +1,8 @@
 """Construction of a job's tables with DuckDB, from the data that `gather` read.
 
-Invariants: the gathered data alone determines the contents of the files. A file has the columns of
-its table in order and with their types. Its metadata contains the schema version. Memory is
-bounded: DuckDB writes larger data to the scratch folder. It uses one core, so that the manager has
-the others.
+Invariants: the gathered data alone determines the contents of the files. A file has the columns of its table in order
+and with their types. Its metadata contains the schema version. Memory is bounded: DuckDB writes larger data to the
+scratch folder. It uses one core, so that the manager has the others.
 """
 
 from __future__ import annotations
@@ -108,8 +107,7 @@ _INSTANCE = ("pool", "type", "zone", "market", "launched_s", "in_service_s", "en
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """Facts about a grid that its bucket does not contain: backend, pools, poll intervals, and
-    prices.
+    """Facts about a grid that its bucket does not contain: backend, pools, poll intervals, and prices.
 
     `pools` is used for pools without recorded data. Without `book`, the job gets no cost.
     """
@@ -242,9 +240,7 @@ class Building:
         self._fill("stage_facts", _STAGE, stages)
 
     def _follow_losses(self) -> None:
-        """Mark tasks as canceled in a running job if the task that they follow failed or was
-        canceled.
-        """
+        """Mark tasks as canceled in a running job if the task that they follow failed or was canceled."""
         for stage in self._gathered.job.stages:
             if stage.chained:
                 self._connection.execute(

@@ -26,8 +26,7 @@ from batchlab.manager.retry_rounds import Retry
 from batchlab.reports.tables.staging import Staging, universe
 
 AT_ONCE = 8
-"""Objects that are fetched concurrently. The value is low because the manager sends other requests.
-"""
+"""Objects that are fetched concurrently. The value is low because the manager sends other requests."""
 BATCH = 64
 BATCH_BYTES = 8 * 1024 * 1024
 
@@ -120,9 +119,7 @@ class Gatherer:
             return None
 
     async def _outcomes(self, job: JobDef, staging: Staging, cuts: list[Cut]) -> int:
-        """Stage every outcome and append every cut to `cuts`. Return the size of these objects in
-        bytes.
-        """
+        """Stage every outcome and append every cut to `cuts`. Return the size of these objects in bytes."""
         key = await self._keys.of(job)
         size_bytes, batch_bytes = 0, 0
         batch: list[str] = []

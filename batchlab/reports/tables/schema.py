@@ -1,8 +1,7 @@
 """Schema of a job's performance data: the columns of the tables, their types, and their meanings.
 
-Invariant: columns can be added, but not removed or changed. A column keeps its name, type, and
-meaning, so that reports of different versions can be read together. A newer column is NULL in older
-reports.
+Invariant: columns can be added, but not removed or changed. A column keeps its name, type, and meaning, so that reports
+of different versions can be read together. A newer column is NULL in older reports.
 """
 
 from __future__ import annotations
@@ -10,8 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 VERSION = 1
-"""Version of the schema. It grows only for a change that readers must know, not for a new column.
-"""
+"""Version of the schema. It grows only for a change that readers must know, not for a new column."""
 
 USD = "DECIMAL(24,12)"
 """Type of amounts in US dollars. Sums are exact."""

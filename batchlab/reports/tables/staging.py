@@ -77,9 +77,7 @@ FILES: Mapping[str, Mapping[str, str]] = {
 
 
 def plain(text: str) -> str:
-    """Replace NUL characters, which the tables cannot store. An exception's message may contain
-    them.
-    """
+    """Replace NUL characters, which the tables cannot store. An exception's message may contain them."""
     return text.replace("\0", "\N{REPLACEMENT CHARACTER}")
 
 

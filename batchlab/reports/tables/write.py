@@ -77,8 +77,7 @@ class Writer:
     async def write(self, job: JobId) -> None:
         """Write the job's data into the bucket.
 
-        Raise UsageError if the job does not exist. BackendError, OSError, and duckdb.Error are also
-        raised.
+        Raise UsageError if the job does not exist. BackendError, OSError, and duckdb.Error are also raised.
         """
         async with self._folder() as folder:
             await self.publish(job, folder, await self.make(job, folder))
@@ -97,8 +96,7 @@ class Writer:
         return Index(gathered.round, gathered.ending is not None, rows, sizes)
 
     async def publish(self, job: JobId, folder: Path, index: Index) -> None:
-        """Upload a folder's files to the bucket, without a condition: only managers may write
-        there.
+        """Upload a folder's files to the bucket, without a condition: only managers may write there.
 
         The index is uploaded last. A reader compares each file's size with the index.
         """
