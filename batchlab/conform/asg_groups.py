@@ -47,8 +47,7 @@ def create_taken(site: Site) -> None:
     """CreateAutoScalingGroup with the name of an existing group returns 400 AlreadyExists and does not change the
     group.
     """
-    group = OwnGroup(site)
-    before = group.grown(1)
+    group, before = OwnGroup.grown(site, 1)
     group.create(MaxSize=2).refused(400, "AlreadyExists")
     expect(group.now()["MaxSize"] == 3, "CreateAutoScalingGroup is refused, but changes the group")
     expect(group.ids() == before, "the group has another instance")
@@ -154,8 +153,7 @@ def desired(site: Site) -> None:
 )
 def desired_outside(site: Site) -> None:
     """A desired capacity below MinSize or above MaxSize returns 400 ValidationError."""
-    group = OwnGroup(site)
-    group.grown(1, MinSize=1)
+    group, _ = OwnGroup.grown(site, 1, MinSize=1)
     for size in (4, 0):
         group.size(size).refused(400, REFUSED)
         expect(group.desired == 1, "SetDesiredCapacity is refused, but sets the capacity")
@@ -229,8 +227,7 @@ def activities(site: Site) -> None:
     """DescribeScalingActivities lists each launch and termination, newest first. The Description contains the instance,
     and the Cause contains the reason.
     """
-    group = OwnGroup(site)
-    (instance,) = group.grown(1)
+    group, (instance,) = OwnGroup.grown(site, 1)
     group.size(0).accepted()
     group.has(0)
 
@@ -258,8 +255,7 @@ def activities(site: Site) -> None:
 )
 def delete_in_use(site: Site) -> None:
     """DeleteAutoScalingGroup of a group with instances returns 400 ResourceInUse."""
-    group = OwnGroup(site)
-    before = group.grown(1)
+    group, before = OwnGroup.grown(site, 1)
     group.call("DeleteAutoScalingGroup").refused(400, "ResourceInUse")
     expect(group.ids() == before, "DeleteAutoScalingGroup is refused, but terminates the instance")
 
@@ -271,8 +267,7 @@ def delete_in_use(site: Site) -> None:
 )
 def delete_force(site: Site) -> None:
     """DeleteAutoScalingGroup with ForceDelete deletes a group and its instances."""
-    group = OwnGroup(site)
-    before = group.grown(2)
+    group, before = OwnGroup.grown(site, 2)
     group.call("DeleteAutoScalingGroup", ForceDelete=True).accepted()
     group.until(lambda: not group.described(), "the group still exists")
     response = group.ask("DescribeAutoScalingInstances", InstanceIds=before).accepted().data

@@ -30,9 +30,7 @@ def launch_hook(site: Site) -> None:
     """A launch hook keeps a new instance in Pending:Wait. CompleteLifecycleAction with CONTINUE moves it
     to InService.
     """
-    group = OwnGroup(site)
-    hooks = [hook("up", LAUNCHING)]
-    group.create(DesiredCapacity=1, LifecycleHookSpecificationList=hooks).accepted()
+    group = OwnGroup.created(site, DesiredCapacity=1, LifecycleHookSpecificationList=[hook("up", LAUNCHING)])
     instance = group.waits("Pending:Wait")
     group.complete("up", instance).accepted()
     expect(group.has(1) == [instance], "another instance reaches InService")
@@ -48,8 +46,7 @@ def launch_hook(site: Site) -> None:
 )
 def drain_hook(site: Site) -> None:
     """A termination hook keeps an instance in Terminating:Wait. CompleteLifecycleAction with CONTINUE terminates it."""
-    group = OwnGroup(site)
-    (instance,) = group.grown(1, LifecycleHookSpecificationList=[hook("down", TERMINATING)])
+    group, (instance,) = OwnGroup.grown(site, 1, LifecycleHookSpecificationList=[hook("down", TERMINATING)])
     group.size(0).accepted()
     expect(group.waits("Terminating:Wait") == instance, "another instance reaches Terminating:Wait")
     group.complete("down", instance).accepted()
@@ -80,8 +77,7 @@ def hook_gone(site: Site) -> None:
     """CompleteLifecycleAction for an instance that is not in a hook returns 400 ValidationError, "No active Lifecycle
     Action …".
     """
-    group = OwnGroup(site)
-    (instance,) = group.grown(1)
+    group, (instance,) = OwnGroup.grown(site, 1)
     group.call("PutLifecycleHook", **hook("up", LAUNCHING)).accepted()
     answer = group.complete("up", instance)
     answer.refused(400, REFUSED)
@@ -98,8 +94,7 @@ def terminate_decrement(site: Site) -> None:
     """TerminateInstanceInAutoScalingGroup with ShouldDecrementDesiredCapacity terminates the instance without a
     replacement.
     """
-    group = OwnGroup(site)
-    first, second = group.grown(2)
+    group, (first, second) = OwnGroup.grown(site, 2)
     group.terminate(first, decrement=True).accepted()
     group.until(lambda: first not in group.ids(), "the instance is not terminated")
     expect(group.desired == 1, f"the desired capacity is {group.desired}")
@@ -116,8 +111,7 @@ def terminate_replace(site: Site) -> None:
     """TerminateInstanceInAutoScalingGroup without ShouldDecrementDesiredCapacity terminates the instance, and the group
     launches a replacement.
     """
-    group = OwnGroup(site)
-    first, second = group.grown(2)
+    group, (first, second) = OwnGroup.grown(site, 2)
     group.terminate(first, decrement=False).accepted()
     _replaced(group, first, beside=second)
 
@@ -143,8 +137,7 @@ def terminate_unknown(site: Site) -> None:
 )
 def unhealthy(site: Site) -> None:
     """The group terminates and replaces an instance whose health is set to Unhealthy."""
-    group = OwnGroup(site)
-    first, second = group.grown(2)
+    group, (first, second) = OwnGroup.grown(site, 2)
     group.ask(
         "SetInstanceHealth", InstanceId=first, HealthStatus="Unhealthy", ShouldRespectGracePeriod=False
     ).accepted()
@@ -168,8 +161,7 @@ def _replaced(group: OwnGroup, instance: str, *, beside: str) -> None:
 )
 def protect(site: Site) -> None:
     """Scaling in does not terminate protected instances, with any termination policy."""
-    group = OwnGroup(site)
-    before = group.grown(2, TerminationPolicies=["OldestInstance"])
+    group, before = OwnGroup.grown(site, 2, TerminationPolicies=["OldestInstance"])
     group.size(3).accepted()
     (newest,) = set(group.has(3)) - set(before)
     group.protect(*before).accepted()
@@ -185,8 +177,7 @@ def protect(site: Site) -> None:
 )
 def protect_all(site: Site) -> None:
     """If all instances are protected, a lower desired capacity terminates none of them."""
-    group = OwnGroup(site)
-    before = group.grown(2)
+    group, before = OwnGroup.grown(site, 2)
     group.protect(*before).accepted()
     group.size(1).accepted()
     time.sleep(QUIET_S)
@@ -199,9 +190,7 @@ def protect_all(site: Site) -> None:
 )
 def protect_waiting(site: Site) -> None:
     """SetInstanceProtection of an instance that is not InService returns 400 ValidationError."""
-    group = OwnGroup(site)
-    hooks = [hook("up", LAUNCHING)]
-    group.create(DesiredCapacity=1, LifecycleHookSpecificationList=hooks).accepted()
+    group = OwnGroup.created(site, DesiredCapacity=1, LifecycleHookSpecificationList=[hook("up", LAUNCHING)])
     group.protect(group.waits("Pending:Wait")).refused(400, REFUSED)
 
 

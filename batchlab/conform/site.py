@@ -302,10 +302,11 @@ class OwnGroup:
         }
         return answer("CreateAutoScalingGroup", lambda: self._target.create_group(self.name, request))
 
-    def grown(self, size: int, **more: Any) -> list[str]:
-        """Create the group with `size` instances. Return their ids when all are InService."""
-        self.create(DesiredCapacity=size, **more).accepted()
-        return self.has(size)
+    @classmethod
+    def grown(cls, site: Site, size: int, **more: Any) -> tuple[OwnGroup, list[str]]:
+        """Create a group with `size` instances. Return the group and the ids when all are InService."""
+        group = cls.created(site, DesiredCapacity=size, **more)
+        return group, group.has(size)
 
     def call(self, action: str, **request: Any) -> Answer:
         """Call an action on this group, by its AWS name."""

@@ -84,9 +84,11 @@ class Cleaner:
     def template(self, name: str) -> list[str]:
         """Remove this launch template."""
         ec2 = aws.client(self._endpoint, "ec2", connections=1)
-        return self._removed(
-            "launch template", [name], lambda name: ec2.delete_launch_template(LaunchTemplateName=name)
-        )
+
+        def delete(name: str) -> None:
+            ec2.delete_launch_template(LaunchTemplateName=name)
+
+        return self._removed("launch template", [name], delete)
 
     def objects(self, bucket: str, prefix: str, *, with_bucket: bool) -> list[str]:
         """Remove the objects and uploads below `prefix`, and with `with_bucket` also the bucket."""
@@ -112,7 +114,7 @@ class Cleaner:
             return self._removed("bucket", [bucket], remove)
         return self._removed("objects below", [f"{bucket}/{prefix}"], remove)
 
-    def _removed(self, kind: str, names: Collection[str], remove: Callable[[str], object]) -> list[str]:
+    def _removed(self, kind: str, names: Collection[str], remove: Callable[[str], str | None]) -> list[str]:
         """Remove resources of one kind concurrently, and return the failures as messages.
 
         `remove` may return the reason of a failure as text.
@@ -121,12 +123,12 @@ class Cleaner:
             reasons = threads.map(lambda name: self._tried(partial(remove, name)), names)
             return [f"{kind} {name}: {reason}" for name, reason in zip(names, reasons, strict=True) if reason]
 
-    def _tried(self, remove: Callable[[], object]) -> str:
+    def _tried(self, remove: Callable[[], str | None]) -> str:
         """Return the reason of a failure, or "" if the resource was removed or did not exist."""
         if self._silent:
             return self._silent
         try:
-            return str(remove() or "")
+            return remove() or ""
         except ClientError as error:
             code = aws.code_of(error)
             return "" if code in _MISSING_CODES else f"{error.operation_name} returns {code}"

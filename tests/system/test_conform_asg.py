@@ -137,7 +137,7 @@ def test_page_matches_moto(moto: Endpoint, run: Run, tmp_path: Path) -> None:
 def test_missing_template_is_requested(ours: Endpoint, run: Run) -> None:
     code, out, err = run("conform", "--service", "autoscaling", "--endpoint", ours.url)
     assert (code, out) == (2, "")
-    assert "No launch template can be made" in err
+    assert "A launch template cannot be created" in err
     assert "--template NAME" in err
 
 
@@ -151,7 +151,7 @@ def test_endpoint_without_auto_scaling_is_reported_in_one_line(run: Run) -> None
         code, out, err = run("conform", "--service", "autoscaling", "--endpoint", address)
     assert (code, out) == (3, "")
     assert err == (
-        f"Error: There is no Auto Scaling at {address}: DescribeAutoScalingGroups returns 501 InternalFailure.\n"
+        f"Error: Auto Scaling is missing at {address}: DescribeAutoScalingGroups returns 501 InternalFailure.\n"
     )
 
 

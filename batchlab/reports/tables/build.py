@@ -21,7 +21,7 @@ from batchlab.core.pricing.request_costs import Pace
 from batchlab.reports import costs
 from batchlab.reports.queries.store import sections
 from batchlab.reports.tables.gather import Gathered
-from batchlab.reports.tables.schema import BY_NAME, TABLES, USD, VERSION, Table
+from batchlab.reports.tables.schema import BY_NAME, TABLES, VERSION, Table, types
 from batchlab.reports.tables.staging import FILES, plain
 
 if TYPE_CHECKING:
@@ -53,56 +53,32 @@ MEMORY = "512MB"
 MAX_LINE_BYTES = 64 * 1024 * 1024
 _STEPS = Path(__file__).with_name("tables.sql")
 
-_JOB = {
-    "job": "VARCHAR",
-    "schema_version": "INTEGER",
-    "name": "VARCHAR",
-    "backend": "VARCHAR",
-    "is_final": "BOOLEAN",
-    "state": "VARCHAR",
-    "reason": "VARCHAR",
-    "round": "INTEGER",
-    "priority": "INTEGER",
-    "tags": "VARCHAR",
-    "submitted_s": "DOUBLE",
-    "began_s": "DOUBLE",
-    "ended_s": "DOUBLE",
-    "lost_slot_s": "DOUBLE",
-    "is_whole": "BOOLEAN",
-}
-_STAGE = {
-    "stage": "VARCHAR",
-    "position": "INTEGER",
-    "pool": "VARCHAR",
-    "slots": "INTEGER",
-    "after": "VARCHAR[]",
-    "is_planned": "BOOLEAN",
-}
-_COST = {
-    "line": "VARCHAR",
-    "kind": "VARCHAR",
-    "pool": "VARCHAR",
-    "stage": "VARCHAR",
-    "seconds": "DOUBLE",
-    "cost_usd": USD,
-    "how": "VARCHAR",
-}
-_POOL_POINT = (
-    "at_s",
-    "step_s",
-    "visible",
-    "in_flight",
-    "delayed",
-    "backlog_tasks",
-    "desired",
-    "pending",
-    "in_service",
-    "terminating",
-    "busy",
-    "slots",
-    "busy_slots",
+_JOB = types(
+    "jobs",
+    names=(
+        *("job", "schema_version", "name", "backend", "is_final", "state", "reason", "priority", "tags"),
+        *("submitted_s", "ended_s", "lost_slot_s", "is_whole"),
+    ),
+    round="INTEGER",
+    began_s="DOUBLE",
 )
-_INSTANCE = ("pool", "type", "zone", "market", "launched_s", "in_service_s", "ended_s", "state", "note", "slots")
+_STAGE = types("stages", names=("stage", "position", "pool", "slots", "after"), is_planned="BOOLEAN")
+_COST = types("cost", names=("line", "kind", "pool", "stage", "seconds", "cost_usd", "how"))
+_POOL_POINT = (
+    *("at_s", "step_s", "visible", "in_flight", "delayed", "backlog_tasks"),
+    *("desired", "pending", "in_service", "terminating", "busy", "slots", "busy_slots"),
+)
+_RECORDED = {
+    "scaling": ("pool", "at_s", "before", "after", "in_service", "backlog_tasks", "backlog_s", "reason"),
+    "instances": (
+        *("instance", "pool", "type", "zone", "market", "launched_s", "in_service_s", "ended_s", "state", "note"),
+        "slots",
+    ),
+    "workers": ("worker", "instance", "pool", "slots", "first_s", "last_s"),
+    "requests": ("at_s", "step_s", "sqs", "sqs_empty", "s3_puts", "s3_gets", "s3_deletes"),
+    "duplicates": ("stage", "kind", "seen", "harmless", "harmful", "wasted_slot_s"),
+}
+"""Columns of the recorded data, in the order of their values in a row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,29 +232,23 @@ class Building:
         record = self._gathered.record
         self._fill(
             "seen_pools",
-            _types("queues", "fleet", names=("pool", *_POOL_POINT)),
+            types("queues", "fleet", names=("pool", *_POOL_POINT)),
             (
                 {"pool": name, **dict(zip(_POOL_POINT, point, strict=True))}
                 for name, pool in record["pools"].items()
                 for point in pool["series"]
             ),
         )
-        scaling = ("pool", "at_s", "before", "after", "in_service", "backlog_tasks", "backlog_s")
-        self._rows("scaling", (*scaling, "reason"), record["scaling"])
-        self._rows("instances", ("instance", *_INSTANCE), ([name, *one] for name, one in record["instances"].items()))
-        self._rows(
-            "workers",
-            ("worker", "instance", "pool", "slots", "first_s", "last_s"),
-            ([name, *one] for name, one in record["workers"].items()),
-        )
-        requests = ("at_s", "step_s", "sqs", "sqs_empty", "s3_puts", "s3_gets", "s3_deletes")
-        self._rows("requests", requests, self._requests())
-        duplicates = ("stage", "kind", "seen", "harmless", "harmful", "wasted_slot_s")
-        self._rows("duplicates", duplicates, self._duplicates())
-
-    def _rows(self, table: str, names: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-        made = (dict(zip(names, row, strict=True)) for row in rows)
-        self._fill(f"seen_{table}", _types(table, names=names), made)
+        recorded: dict[str, Iterable[Sequence[Any]]] = {
+            "scaling": record["scaling"],
+            "instances": ([name, *values] for name, values in record["instances"].items()),
+            "workers": ([name, *values] for name, values in record["workers"].items()),
+            "requests": self._requests(),
+            "duplicates": self._duplicates(),
+        }
+        for table, names in _RECORDED.items():
+            rows = (dict(zip(names, row, strict=True)) for row in recorded[table])
+            self._fill(f"seen_{table}", types(table, names=names), rows)
 
     def _requests(self) -> list[Sequence[Any]]:
         """Return the recorded requests. The last row is the total, even if nothing was recorded."""
@@ -334,9 +304,3 @@ class Building:
         for name, pool in self._gathered.record["pools"].items():
             found[name] = PoolFacts(pool["slots"], pool["type"])
         return found
-
-
-def _types(*tables: str, names: Iterable[str]) -> dict[str, str]:
-    """Return the types that the columns with these names have in the tables."""
-    known = {c.name: c.type for table in tables for c in BY_NAME[table].columns}
-    return {name: known[name] for name in names}

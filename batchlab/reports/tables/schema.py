@@ -6,6 +6,7 @@ of different versions can be read together. A newer column is NULL in older repo
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 VERSION = 1
@@ -309,3 +310,12 @@ TABLES: tuple[Table, ...] = (
     DUPLICATES,
 )
 BY_NAME = {table.name: table for table in TABLES}
+
+
+def types(*tables: str, names: Iterable[str], **others: str) -> dict[str, str]:
+    """Return DuckDB's types of the columns `names` of these tables, and add the types of `others`.
+
+    If several tables have a column, the first of these tables determines its type.
+    """
+    known = {column.name: column.type for table in reversed(tables) for column in BY_NAME[table].columns}
+    return {**{name: known[name] for name in names}, **others}

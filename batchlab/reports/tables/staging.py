@@ -1,7 +1,7 @@
-"""Staging of outcomes and cuts as JSON lines, from which the tables are built.
+"""Staging of outcomes and cuts as JSON lines, from which DuckDB builds the tables.
 
-Invariants: memory holds one byte per task, and nothing else that grows with the job. The lines say
-when, where, and how each task ended, in whatever order the outcomes arrive. They omit the values.
+Invariants: memory holds one byte per task, and nothing else that grows with the job. The lines
+contain when, where, and how each task ended, but not the result values. Their order is arbitrary.
 """
 
 from __future__ import annotations
@@ -16,64 +16,28 @@ from batchlab.core.model import Bundle, StageName, TaskSet
 from batchlab.core.ports import Cut
 from batchlab.core.protocol import json_format
 from batchlab.core.protocol.settlement import fingerprint
+from batchlab.reports.tables.schema import types
 
 CHUNK = 8_192
 """Maximum number of run times in one line."""
 REASON_CHARS = 500
 
+_BUNDLE = ("stage", "bundle", "round", "attempt", "tasks", "first_task", "last_task", "source", "losses")
+_OUTCOME = ("worker", "execution", "started_s", "ended_s", "run_s", "failed_run_s")
+_COUNTS = ("succeeded", "failed", "retried", "cancelled")
+_FAILURE = ("stage", "task", "is_final", "run_s", "kind", "error", "reason", "exit_code", "fingerprint")
+_RANGE = {"stage": "VARCHAR", "start": "BIGINT", "stop": "BIGINT"}
+
 FILES: Mapping[str, Mapping[str, str]] = {
-    "outcomes": {
-        "n": "BIGINT",
-        "stage": "VARCHAR",
-        "bundle": "VARCHAR",
-        "round": "INTEGER",
-        "attempt": "INTEGER",
-        "tasks": "BIGINT",
-        "first_task": "BIGINT",
-        "last_task": "BIGINT",
-        "source": "VARCHAR",
-        "losses": "INTEGER",
-        "worker": "VARCHAR",
-        "execution": "VARCHAR",
-        "started_s": "DOUBLE",
-        "ended_s": "DOUBLE",
-        "run_s": "DOUBLE",
-        "failed_run_s": "DOUBLE",
-        "succeeded": "BIGINT",
-        "failed": "BIGINT",
-        "retried": "BIGINT",
-        "cancelled": "BIGINT",
-        "is_void": "BOOLEAN",
-    },
+    # A column of `outcomes` that only the table of tasks has gets its type from that table.
+    "outcomes": types("bundles", "tasks", names=(*_BUNDLE, *_OUTCOME, *_COUNTS), n="BIGINT", is_void="BOOLEAN"),
     "runs": {"n": "BIGINT", "stage": "VARCHAR", "first_task": "BIGINT", "run_s": "DOUBLE[]"},
-    "failures": {
-        "n": "BIGINT",
-        "stage": "VARCHAR",
-        "task": "BIGINT",
-        "is_final": "BOOLEAN",
-        "run_s": "DOUBLE",
-        "kind": "VARCHAR",
-        "error": "VARCHAR",
-        "reason": "VARCHAR",
-        "exit_code": "INTEGER",
-        "fingerprint": "VARCHAR",
-    },
-    "cancelled": {"n": "BIGINT", "stage": "VARCHAR", "start": "BIGINT", "stop": "BIGINT"},
-    "planned": {
-        "stage": "VARCHAR",
-        "bundle": "VARCHAR",
-        "round": "INTEGER",
-        "attempt": "INTEGER",
-        "tasks": "BIGINT",
-        "first_task": "BIGINT",
-        "last_task": "BIGINT",
-        "source": "VARCHAR",
-        "losses": "INTEGER",
-        "ready_s": "DOUBLE",
-    },
-    "rest": {"stage": "VARCHAR", "start": "BIGINT", "stop": "BIGINT"},
+    "failures": types("attempts", names=_FAILURE, n="BIGINT"),
+    "cancelled": {"n": "BIGINT", **_RANGE},
+    "planned": types("bundles", names=(*_BUNDLE, "ready_s")),
+    "rest": _RANGE,
 }
-"""Columns of each file with DuckDB's types."""
+"""Columns of each file with DuckDB's types. `n` is the number of the outcome."""
 
 
 def plain(text: str) -> str:
@@ -112,7 +76,7 @@ class Staging:
         self._files[file].write(json_format.dumps(fields) + "\n")
 
     def outcome(self, data: bytes) -> None:
-        """Stage a committed outcome, given as the object's bytes."""
+        """Stage the bytes of a committed outcome."""
         outcome = json_format.outcome_from_json(json_format.loads(data))
         n, self._outcomes = self._outcomes, self._outcomes + 1
         bundle = outcome.bundle
@@ -223,16 +187,16 @@ def universe(job: JobDef, cuts: Iterable[Cut], void_before: Mapping[StageName, i
 
     A chained stage has the same tasks as the stage that it follows.
     """
-    first: dict[StageName, Cut] = {}
-    for cut in sorted(cuts, key=lambda one: (one.stage, one.round)):
+    first_cuts: dict[StageName, Cut] = {}
+    for cut in sorted(cuts, key=lambda cut: (cut.stage, cut.round)):
         valid = cut.round >= void_before.get(cut.stage, 0)
         if valid and cut.seq == 0 and cut.planned is not None:
-            first[cut.stage] = cut
-    found: dict[StageName, TaskSet] = {}
+            first_cuts[cut.stage] = cut
+    tasks: dict[StageName, TaskSet] = {}
     for stage in job.stages:
         if stage.chained:
-            if (source := found.get(stage.after[0])) is not None:
-                found[stage.name] = source
-        elif cut_ := first.get(stage.name):
-            found[stage.name] = TaskSet.union([cut_.left, *(b.tasks for b in cut_.bundles)])
-    return found
+            if (source := tasks.get(stage.after[0])) is not None:
+                tasks[stage.name] = source
+        elif cut_ := first_cuts.get(stage.name):
+            tasks[stage.name] = TaskSet.union([cut_.left, *(b.tasks for b in cut_.bundles)])
+    return tasks

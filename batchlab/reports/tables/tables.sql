@@ -69,17 +69,20 @@ SELECT stage, n, first_task + unnest(range(len(run_s))) AS task, unnest(run_s) A
 FROM (SELECT r.* FROM runs r JOIN stage_facts s USING (stage) ORDER BY s.position, r.first_task);
 
 -- name: table_tasks
-SELECT j.job, g.stage, g.task, 'SUCCEEDED' AS state, 1 + coalesce(t.tries, 0) AS attempts, g.run_s,
-       coalesce(t.failed_run_s, 0) AS failed_run_s,
-       greatest(0, d.started_s - d.ready_s) AS wait_s,
-       coalesce(least(t.ready_s, d.ready_s), d.ready_s) AS ready_s, d.started_s, d.ended_s,
-       d.bundle, d.worker, NULL AS fingerprint
+-- Tasks have all columns of the outcome of their last attempt, from which the schema selects.
+SELECT j.job, g.task, d.* REPLACE (
+         'SUCCEEDED' AS state, g.run_s AS run_s, coalesce(t.failed_run_s, 0) AS failed_run_s,
+         coalesce(least(t.ready_s, d.ready_s), d.ready_s) AS ready_s
+       ), 1 + coalesce(t.tries, 0) AS attempts, greatest(0, d.started_s - d.ready_s) AS wait_s,
+       NULL AS fingerprint
 FROM good g JOIN done d ON d.n = g.n AND NOT d.is_void CROSS JOIN job j
 LEFT JOIN tries t ON t.stage = g.stage AND t.task = g.task
 UNION ALL
-SELECT j.job, o.stage, o.task, o.state, coalesce(t.tries, 0), o.run_s,
-       coalesce(t.failed_run_s, 0), greatest(0, d.started_s - d.ready_s), t.ready_s, d.started_s,
-       d.ended_s, d.bundle, d.worker, CASE WHEN o.state = 'FAILED' THEN o.fingerprint END
+SELECT j.job, o.task, d.* REPLACE (
+         o.stage AS stage, o.state AS state, o.run_s AS run_s,
+         coalesce(t.failed_run_s, 0) AS failed_run_s, t.ready_s AS ready_s
+       ), coalesce(t.tries, 0) AS attempts, greatest(0, d.started_s - d.ready_s) AS wait_s,
+       CASE WHEN o.state = 'FAILED' THEN o.fingerprint END AS fingerprint
 FROM others o CROSS JOIN job j LEFT JOIN done d ON d.n = o.n
 LEFT JOIN tries t ON t.stage = o.stage AND t.task = o.task;
 
