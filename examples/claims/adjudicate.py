@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any, NamedTuple
 
-# What a payer allows of a line's charge, in percent, by the first characters of its procedure.
+# Share of a line's charge that a payer allows, in percent, by the first characters of the procedure.
 FEE_PERCENT = {"99": 80, "9": 75, "8": 60, "7": 70, "2": 65, "1": 65, "J": 85, "G": 90}
 OTHER_FEE_PERCENT = 50
 
@@ -77,7 +77,7 @@ def allowed(line: dict[str, Any]) -> int:
 
 
 def patient_share(allowed_cents: int, filing: str) -> int:
-    """What the patient owes of the allowed amount, in cents; never more than all of it."""
+    """Return the patient's share of the allowed amount, in cents."""
     plan = PLANS.get(filing, OTHER_PLAN)
     copay_cents = min(plan.copay_cents, allowed_cents)
     return copay_cents + percent(allowed_cents - copay_cents, plan.coinsurance_percent)

@@ -50,7 +50,7 @@ class Line:
 
 @dataclass
 class Claim:
-    """One claim (CLM) and whom it concerns."""
+    """One claim (CLM) with its submitter, provider, and subscriber."""
 
     id: str
     charge_cents: int

@@ -77,7 +77,7 @@ class Envelope:
 
 
 class Envelopes:
-    """Follows the envelopes of a file, segment by segment; `findings` says what is wrong."""
+    """Checks the envelopes of a file, segment by segment. `findings` lists the errors."""
 
     def __init__(self) -> None:
         self.findings: list[str] = []

@@ -1,6 +1,6 @@
 """Transcoding a video in parallel: cut it into segments, transcode each, join them.
 
-Every picture of the source is in exactly one segment. The sound travels whole beside them, since
+Every picture of the source is in exactly one segment. The sound is processed in one piece, because
 cutting compressed sound leaves clicks.
 """
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 def segment(item: File, ctx: Context) -> list[dict[str, Any]]:
-    """One element per segment, and one for the sound where there is any.
+    """Return one element per segment, and one for the sound if the video has sound.
 
-    Segments begin at key frames, so each is encoded anew, without loss, with key frames where
-    the cuts shall be. A source with frequent key frames could be cut with `-c copy` instead.
+    Segments begin at key frames, so the video is first encoded again, without loss, with a key frame
+    at each cut. A source with frequent key frames could be cut with `-c copy` instead.
     """
     video, every = Path(item.name).stem, ctx.params["segment_s"]
     ffmpeg(
