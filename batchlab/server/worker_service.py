@@ -22,8 +22,7 @@ from batchlab.core.pricing.request_costs import Tally
 from batchlab.runtime import factory
 from batchlab.runtime.factory import Backend
 from batchlab.runtime.home import Home
-from batchlab.worker.heartbeats import Identity
-from batchlab.worker.inflight_message import Scratch
+from batchlab.worker.inflight_message import Identity, Scratch
 from batchlab.worker.loop import Worker
 from batchlab.worker.process_runner import ProcessRunner
 

@@ -21,7 +21,7 @@ from batchlab.core.ports import MAX_BATCH, Clock, Message, Objects, Outgoing, Qu
 from batchlab.core.protocol import object_keys
 from batchlab.sim.actors import Actor
 from batchlab.sim.worker_rights import Trust
-from batchlab.worker.heartbeats import Identity
+from batchlab.worker.inflight_message import Identity
 
 Doc = dict[str, Any]
 

@@ -43,8 +43,7 @@ from batchlab.sim.runtime_checks import Start, Watch
 from batchlab.sim.storage_faults import Damage
 from batchlab.sim.tasks import Scene, Script, ScriptedRunner
 from batchlab.sim.worker_rights import Rights
-from batchlab.worker.heartbeats import Identity
-from batchlab.worker.inflight_message import Runner, WorkerSettings
+from batchlab.worker.inflight_message import Identity, Runner, WorkerSettings
 from batchlab.worker.loop import Worker
 
 if TYPE_CHECKING:

@@ -1,60 +1,52 @@
 """Completion of a bundle or a part of one: commit and forward its outcome, or send it again.
 
-Invariant: a message is deleted only in three cases. Its outcome is committed and forwarded, a fresh
-copy of it has been sent, or its job is cancelled or paused (the manager then knows the outstanding
-tasks). A crash between any two lines therefore loses no task.
-
-Trace spans and log lines of a bundle.
-
-Invariants: a bundle has at most TASK_SPANS task spans, for failed tasks first and then for the
-longest ones. Totals cover all tasks. The worker's log contains no text from user code; the outcome
-has it.
-
-Handoff of the tasks that wait behind a long task, and the slots of an instance.
-
-Invariant: the outcome of the bundle is committed and reported first. It names the part that this
-worker keeps among its follow-ups. The message stays in flight until the outcome of that part is
-also reported. If the worker dies, the next receiver of the message finds the first outcome and
-forwards it again.
+Invariant: a message is deleted only in three cases. Its outcome is committed and forwarded, a fresh copy of the message
+has been sent, or its job is canceled or paused (the manager then knows the outstanding tasks). A crash between any two
+lines therefore loses no task.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 
 from batchlab.core import logs
 from batchlab.core.commit import Addressed, address, commit, follow_ups, uncommitted
 from batchlab.core.errors import BackendError, TooNew
-from batchlab.core.job_definition import JobDef
 from batchlab.core.model import Bundle, Json, Outcome, Ran, TaskSet
-from batchlab.core.port_retries import Patience
-from batchlab.core.ports import Clock, Message, Objects, Outgoing, Queue
+from batchlab.core.ports import Clock, Message, Outgoing
 from batchlab.core.protocol import json_format, object_keys, settlement
 from batchlab.core.protocol.messages import Duplicate
 from batchlab.core.protocol.settlement import BUDGET_S
 from batchlab.core.tracing import Span, Tracer, span, trace_of
-from batchlab.worker.inflight_message import InflightMessage
-from batchlab.worker.outbox import Outbox, WorkerCounters
+from batchlab.worker.inflight_message import InflightMessage, WorkerContext
+
+log = logging.getLogger(__name__)
+
+# --- Spans and log lines -------------------------------------------------------------------------
 
 TASK_SPANS = 16
+"""Maximum number of task spans per bundle. Failed tasks have priority, then the longest tasks."""
+MAX_LOGGED_FAILURES = 10
+"""Maximum number of failed tasks of a bundle that get their own log line."""
 
-Ended = tuple[Ran, float]
+EndedTask = tuple[Ran, float]
 """A result and its end time in seconds since the epoch."""
 
 
-async def with_end_times(runs: AsyncIterator[Ran], ended: list[Ended], clock: Clock) -> AsyncIterator[Ran]:
+async def with_end_times(runs: AsyncIterator[Ran], ended: list[EndedTask], clock: Clock) -> AsyncIterator[Ran]:
     """Yield the results, and append each with its end time to `ended`."""
     async for ran in runs:
         ended.append((ran, clock.now_s()))
         yield ran
 
 
-def record_task_spans(tracer: Tracer, running: Span, bundle: Bundle, ended: Sequence[Ended], started_s: float) -> None:
-    """Record totals in the span `running`, which began at `started_s`, and spans of tasks."""
+def record_task_spans(
+    tracer: Tracer, running: Span, bundle: Bundle, ended: Sequence[EndedTask], started_s: float
+) -> None:
+    """Record spans of tasks, and the totals of all tasks in the span `running`, which began at `started_s`."""
     failed = sum(ran.failure is not None for ran, _ in ended)
     running.note(
         succeeded=len(ended) - failed,
@@ -62,8 +54,8 @@ def record_task_spans(tracer: Tracer, running: Span, bundle: Bundle, ended: Sequ
         run_s=sum(ran.run_s for ran, _ in ended),
         longest_s=max((ran.run_s for ran, _ in ended), default=0.0),
     )
-    first = sorted(ended, key=lambda one: (one[0].failure is None, -one[0].run_s))[:TASK_SPANS]
-    for ran, end_s in sorted(first, key=lambda one: one[1]):
+    chosen = sorted(ended, key=lambda task: (task[0].failure is None, -task[0].run_s))[:TASK_SPANS]
+    for ran, end_s in sorted(chosen, key=lambda task: task[1]):
         tracer.record(
             "task",
             running.context,
@@ -76,16 +68,10 @@ def record_task_spans(tracer: Tracer, running: Span, bundle: Bundle, ended: Sequ
         )
 
 
-log = logging.getLogger(__name__)
-
-FAILURES_LOGGED = 10
-"""Most failed tasks of a bundle that get their own log line."""
-
-
 def set_log_fields(inflight: InflightMessage) -> None:
     """Add the bundle's ids to all further log lines of this asyncio task."""
     bundle = inflight.bundle
-    alone = {"task": bundle.tasks.first} if len(bundle.tasks) == 1 else {}
+    single_task = {"task": bundle.tasks.first} if len(bundle.tasks) == 1 else {}
     logs.note(
         job=bundle.job,
         stage=bundle.stage,
@@ -93,339 +79,243 @@ def set_log_fields(inflight: InflightMessage) -> None:
         attempt=bundle.attempt,
         execution=inflight.execution,
         trace=trace_of(inflight.task.trace),
-        **alone,
+        **single_task,
     )
 
 
 def log_failures(outcome: Outcome) -> None:
-    """Log the failed attempts of an outcome."""
-    for failure in outcome.failed[:FAILURES_LOGGED]:
+    """Log the failed attempts of an outcome, without text from user code. The outcome has that text."""
+    for failure in outcome.failed[:MAX_LOGGED_FAILURES]:
         what = f"{failure.kind}: {failure.error}" if failure.error else failure.kind
         follows = "for good" if failure.final else "and is tried again"
         log.info("the task failed (%s) %s", what, follows, extra={"task": failure.task})
-    more = len(outcome.failed) - FAILURES_LOGGED
+    more = len(outcome.failed) - MAX_LOGGED_FAILURES
     if more > 0:
         log.info("%d more tasks failed", more)
 
+
+# --- Completion ----------------------------------------------------------------------------------
 
 OTHERS_S = 30.0
 """Delay in seconds of a message that only a newer worker can read."""
 
 
+def fresh_copy(
+    inflight: InflightMessage,
+    now_s: float,
+    *,
+    items: Sequence[Json] | None = None,
+    delay_s: float = 0.0,
+    watchdog: bool = False,
+) -> Addressed:
+    """Return a new message for the bundle of an in-flight message."""
+    return address(
+        inflight.job,
+        inflight.returned_bundle,
+        inflight.key,
+        items=items,
+        delay_s=delay_s,
+        now_s=now_s,
+        watchdog=watchdog,
+        trace=inflight.trace,
+    )
+
+
 class BundleFinisher:
     """Commit, forwarding, and return of the bundles of one worker."""
 
-    def __init__(
-        self,
-        worker: str,
-        inflight_messages: Mapping[str, InflightMessage],
-        objects: Objects,
-        queue: Queue,
-        clock: Clock,
-        patience: Patience,
-        outbox: Outbox,
-        counters: WorkerCounters,
-        tracer: Tracer,
-    ) -> None:
-        self._worker = worker
-        self._inflight = inflight_messages
-        self._objects = objects
-        self._queue = queue
-        self._clock = clock
-        self._patience = patience
-        self._outbox = outbox
-        self._counters = counters
-        self._tracer = tracer
+    def __init__(self, context: WorkerContext) -> None:
+        self._context = context
 
-    async def commit(
-        self, inflight: InflightMessage, job: JobDef, started_s: float, ran: Sequence[Ran], *, cancelled: bool = False
-    ) -> Outcome:
-        """Commit the results. Return the outcome that counts, which may be another worker's."""
-        spans = [s for s in inflight.handle.log_spans if s[0] in inflight.bundle.tasks]
-        log = inflight.handle.log, spans
-        outcome = self._settled(inflight, job, started_s, ran, log, cancelled=cancelled)
-        log_failures(outcome)
-        committed = await self._commit(inflight, outcome)
+    async def commit(self, inflight: InflightMessage, *, cancelled: bool = False) -> Outcome:
+        """Commit the results. Return the committed outcome, which may be another worker's."""
+        spans = [span for span in inflight.handle.log_spans if span[0] in inflight.bundle.tasks]
+        draft = self._draft(inflight, inflight.handle.log, spans, cancelled=cancelled)
+        log_failures(draft)
+        committed = await self._commit(inflight, draft)
         if committed.execution != inflight.execution:
-            took_s = outcome.ended_s - outcome.started_s
-            self._met_twice(inflight, "execution", took_s * job.stage(inflight.bundle.stage).slots)
+            took_s = draft.ended_s - draft.started_s
+            self._report_duplicate(inflight, "execution", took_s * inflight.job.stage(inflight.bundle.stage).slots)
         return committed
 
-    async def shed(
-        self,
-        inflight: InflightMessage,
-        job: JobDef,
-        started_s: float,
-        ran: Sequence[Ran],
-        items: Sequence[Json],
-        kept: Bundle,
-    ) -> bool:
-        """Commit and forward a bundle except the part `kept`, which still runs.
+    async def hand_off(self, inflight: InflightMessage, part: Bundle) -> bool:
+        """Commit and forward a bundle except `part`, which still runs.
 
-        The message stays in flight. Return False if another worker's outcome counts; the run finds
-        that outcome at its end.
+        The message stays in flight. Return False if another worker's outcome is the committed one. The run finds that
+        outcome at its end.
         """
-        spans = [s for s in inflight.handle.log_spans if s[0] not in kept.tasks]
+        spans = [span for span in inflight.handle.log_spans if span[0] not in part.tasks]
         # The log itself is stored when the run has ended.
-        log = (object_keys.log(inflight.bundle, inflight.execution, inflight.key) if spans else "", spans)
-        draft = self._settled(inflight, job, started_s, ran, log, kept=kept.tasks)
+        key = object_keys.log(inflight.bundle, inflight.execution, inflight.key) if spans else ""
+        draft = self._draft(inflight, key, spans, part=part.tasks)
         outcome = await self._commit(inflight, draft)
         if outcome != draft:
             return False
         log_failures(outcome)
-        # The kept part needs no message, because this worker runs it.
-        others = tuple(follow for follow in outcome.follows if follow.bundle != kept)
-        await self._forward(inflight, job, outcome, replace(outcome, follows=others), items)
+        # The part needs no message, because this worker runs it.
+        others = tuple(follow for follow in outcome.follows if follow.bundle != part)
+        await self._forward(inflight, outcome, replace(outcome, follows=others))
         return True
 
-    def _settled(
+    def _draft(
         self,
         inflight: InflightMessage,
-        job: JobDef,
-        started_s: float,
-        ran: Sequence[Ran],
-        log: tuple[str, Sequence[tuple[int, int, int]]],
+        log_key: str,
+        log_spans: Sequence[tuple[int, int, int]],
         *,
         cancelled: bool = False,
-        kept: TaskSet = TaskSet(),
+        part: TaskSet = TaskSet(),
     ) -> Outcome:
-        now_s = self._clock.now_s()
+        now_s = self._context.clock.now_s()
         settled = settlement.settle(
-            job,
+            inflight.job,
             inflight.bundle,
-            ran,
+            inflight.ran,
             execution=inflight.execution,
-            worker=self._worker,
-            started_s=started_s or now_s,
-            ended_s=max(started_s, now_s),
+            worker=self._context.who.worker,
+            started_s=inflight.started_s or now_s,
+            ended_s=max(inflight.started_s, now_s),
             cancelled=cancelled,
-            kept=kept,
-            log=log[0],
-            log_spans=log[1],
+            kept=part,
+            log=log_key,
+            log_spans=log_spans,
         )
         return json_format.fitting(settled)
 
     async def _commit(self, inflight: InflightMessage, draft: Outcome) -> Outcome:
-        with span(self._tracer, "commit", inflight.trace, inflight.bundle):
-            committed = await commit(self._objects, draft, self._patience, inflight.key)
-        self._counters.committed(draft, committed)
+        with span(self._context.tracer, "commit", inflight.trace, inflight.bundle):
+            committed = await commit(self._context.objects, draft, self._context.patience, inflight.key)
+        self._context.outbox.counters.count_commit(draft, committed)
         return committed
 
-    def _met_twice(self, inflight: InflightMessage, kind: str, slot_s: float) -> None:
+    def _report_duplicate(self, inflight: InflightMessage, kind: str, slot_s: float) -> None:
         bundle = inflight.bundle
-        self._outbox.met_twice(Duplicate(bundle.job, bundle.stage, kind, inflight.execution, slot_s))
+        self._context.outbox.report_duplicate(Duplicate(bundle.job, bundle.stage, kind, inflight.execution, slot_s))
 
-    async def finish(
-        self, inflight: InflightMessage, job: JobDef, outcome: Outcome, items: Sequence[Json] | None = None
-    ) -> None:
+    async def finish(self, inflight: InflightMessage, outcome: Outcome) -> None:
         """Forward the committed outcome, which may be another worker's, and delete the message."""
-        await self._forward(inflight, job, outcome, outcome, items, goes_along=True)
+        await self._forward(inflight, outcome, outcome, may_wait=True)
         await self.delete(inflight)
 
-    async def forward_again(self, inflight: InflightMessage, job: JobDef, outcome: Outcome) -> None:
+    async def forward_again(self, inflight: InflightMessage, outcome: Outcome) -> None:
         """Forward an outcome that was committed earlier, and delete the message.
 
         Follow-ups that have a committed outcome are not sent again.
         """
         if outcome.execution != inflight.execution:
-            self._met_twice(inflight, "message", 0.0)
-        follows = await uncommitted(self._objects, outcome.follows, self._patience, inflight.key)
-        await self._forward(inflight, job, outcome, replace(outcome, follows=follows))
+            self._report_duplicate(inflight, "message", 0.0)
+        follows = await uncommitted(self._context.objects, outcome.follows, self._context.patience, inflight.key)
+        await self._forward(inflight, outcome, replace(outcome, follows=follows))
         await self.delete(inflight)
 
     async def _forward(
-        self,
-        inflight: InflightMessage,
-        job: JobDef,
-        outcome: Outcome,
-        left: Outcome,
-        items: Sequence[Json] | None = None,
-        *,
-        goes_along: bool = False,
+        self, inflight: InflightMessage, outcome: Outcome, unsent: Outcome, *, may_wait: bool = False
     ) -> None:
-        """Send the follow-ups in `left`, then the event of `outcome`.
+        """Send the follow-ups in `unsent`, then the event of `outcome`.
 
-        With `goes_along`, the event may wait for a heartbeat while other bundles run here.
+        With `may_wait`, the event may wait for a heartbeat while other bundles run on this worker.
         """
-        known = None
-        if items is not None and left.follows:
-            known = dict(zip(inflight.bundle.tasks, items, strict=True))
-        with span(self._tracer, "forward", inflight.trace, inflight.bundle) as forward:
-            now_s, trace = self._clock.now_s(), forward.context
-            messages = follow_ups(job, left, inflight.key, now_s=now_s, items=known, trace=trace)
+        items = None
+        if inflight.items is not None and unsent.follows:
+            items = dict(zip(inflight.bundle.tasks, inflight.items, strict=True))
+        with span(self._context.tracer, "forward", inflight.trace, inflight.bundle) as forward:
+            now_s, trace = self._context.clock.now_s(), forward.context
+            messages = follow_ups(inflight.job, unsent, inflight.key, now_s=now_s, items=items, trace=trace)
             # Follow-ups are sent before the event. The manager may end a stage only when its
-            # follow-ups have been sent, and it learns of them from this event.
-            await self._outbox.send(messages)
+            # follow-ups have been sent, and this event tells the manager so.
+            await self._context.outbox.send(messages)
             # Another running bundle causes a heartbeat soon, which can carry the event.
-            others = goes_along and any(
-                not (inflight_message.committing or inflight_message is inflight)
-                for inflight_message in self._inflight.values()
+            others = may_wait and any(
+                not (other.committing or other is inflight) for other in self._context.inflight.values()
             )
-            await self._outbox.event(outcome, trace, hurry=not others)
+            await self._context.outbox.send_event(outcome, trace, urgent=not others)
 
-    # --- Left to others ---------------------------------------------------------------------------
+    # --- Return to the queue ---------------------------------------------------------------------
 
-    async def send_again(
-        self,
-        inflight: InflightMessage,
-        job: JobDef,
-        *,
-        items: Sequence[Json] | None = None,
-        delay_s: float = 0.0,
-        watchdog: bool = False,
-    ) -> None:
-        """Return the bundle to the queue as a fresh message, then delete this one.
+    async def send_again(self, inflight: InflightMessage, *, delay_s: float = 0.0, watchdog: bool = False) -> None:
+        """Return the bundle to the queue as a fresh message, then delete this message.
 
         Making this message visible would increase its receive count, which suggests a poison task.
         """
-        losses = inflight.bundle.losses + inflight.message.receive_count - 1
-        bundle = replace(inflight.bundle, losses=losses)
-        message = address(
-            job,
-            bundle,
-            inflight.key,
-            items=items,
-            delay_s=delay_s,
-            now_s=self._clock.now_s(),
-            watchdog=watchdog,
-            trace=inflight.trace,
-        )
-        await self._outbox.send([message])
+        now_s, items = self._context.clock.now_s(), inflight.items
+        copy = fresh_copy(inflight, now_s, items=items, delay_s=delay_s, watchdog=watchdog)
+        await self._context.outbox.send([copy])
         await self.delete(inflight)
 
-    async def leave_to_others(self, queue: str, message: Message, error: TooNew) -> None:
-        """Leave a message of a newer batchlab version to a worker that can read it.
+    async def return_too_new(self, queue: str, message: Message, error: TooNew) -> None:
+        """Return a message of a newer batchlab version to the queue, for a newer worker.
 
-        A message received for the first time is sent again unchanged, because a higher receive
-        count suggests a poison task. Any other message becomes visible later and keeps its count.
+        After its first receive, the message is sent again unchanged, because a higher receive count suggests a poison
+        task. Any other message becomes visible later and keeps its count.
         """
         log.warning("message %s is left for a newer worker: %s", message.id, error)
         try:
             if message.receive_count > 1:
-                wait = [(message.receipt, OTHERS_S)]
-                await self._queue.change_visibility(queue, wait)
+                await self._context.queue.change_visibility(queue, [(message.receipt, OTHERS_S)])
                 return
-            copy = Outgoing(message.body, OTHERS_S)
-            await self._outbox.send([Addressed(queue, copy)])
-            await self._outbox.delete(queue, message.receipt)
+            await self._context.outbox.send([Addressed(queue, Outgoing(message.body, OTHERS_S))])
+            await self._context.outbox.delete(queue, message.receipt)
         except BackendError as problem:
             log.warning("the message returns when its visibility timeout ends: %s", problem)
 
     async def delete(self, inflight: InflightMessage) -> None:
-        """Delete the message unless this worker no longer holds its receipt."""
+        """Delete the message, unless the worker has already given up its receipt."""
         if inflight.receipt is not None:
             receipt, inflight.receipt = inflight.receipt, None
             # If this worker has no other message, events and follow-ups are sent before deletes.
-            await self._outbox.delete(inflight.queue, receipt, hurry=len(self._inflight) > 1)
+            await self._context.outbox.delete(inflight.queue, receipt, urgent=len(self._context.inflight) > 1)
 
 
-LOOK_S = 0.1
+# --- Handoff of the tasks behind a long task ---------------------------------------------------------
+
+HANDOFF_CHECK_S = 0.1
 """Seconds until the next check if no task is running at the moment."""
 
 
-class WorkHandoff:
-    """Handoff of waiting tasks by one worker."""
+async def collect_results(finisher: BundleFinisher, inflight: InflightMessage, runs: AsyncIterator[Ran]) -> None:
+    """Collect the results in `inflight.ran`, and hand off the tasks that wait behind a long task.
 
-    def __init__(self, finisher: BundleFinisher) -> None:
-        self._finisher = finisher
+    The outcome of the handed-off tasks is committed and reported first. Its follow-ups contain the part that this
+    worker still runs. The message stays in flight until the outcome of that part is also reported. If the worker dies,
+    the next receiver of the message finds the first outcome and forwards it again.
 
-    async def run(
-        self, inflight: InflightMessage, job: JobDef, items: Sequence[Json], started_s: float, runs: AsyncIterator[Ran]
-    ) -> list[Ran]:
-        """Collect the results of the tasks that stay here: all tasks, or those of `inflight.part`.
-
-        Raise BackendError if a committed outcome could not be forwarded.
-        """
-        ran: list[Ran] = []
-        watching = self._watch(inflight, job, items, ran, started_s)
-        watch = asyncio.create_task(watching, name=f"handoff {inflight.bundle.id}")
-        try:
-            async for one in runs:
-                ran.append(one)  # noqa: PERF401 - `_watch` reads the list while it grows
-        finally:
-            if not inflight.shedding:
-                watch.cancel()
-            # Wait for a commit that is in progress.
-            await asyncio.wait({watch})
-        if inflight.shedding:
-            watch.result()
-        return [one for one in ran if one.task in inflight.bundle.tasks]
-
-    async def _watch(
-        self, inflight: InflightMessage, job: JobDef, items: Sequence[Json], ran: Sequence[Ran], started_s: float
-    ) -> None:
-        """Hand off the tasks behind the running one once the budget is used up."""
-        await asyncio.sleep(BUDGET_S)
-        while (running := inflight.handle.running) is None or not _after(inflight, ran, running):
-            if inflight.handle.stop or len(ran) >= len(inflight.bundle.tasks):
-                return
-            await asyncio.sleep(LOOK_S)
-        if inflight.handle.stop:
-            return
-        inflight.shedding = True
-        inflight.handle.stop = True
-        await self._shed(inflight, job, items, list(ran), _after(inflight, ran, running), started_s)
-
-    async def _shed(
-        self,
-        inflight: InflightMessage,
-        job: JobDef,
-        items: Sequence[Json],
-        ran: Sequence[Ran],
-        rest: TaskSet,
-        started_s: float,
-    ) -> None:
-        bundle = inflight.bundle
-        kept = replace(bundle, tasks=bundle.tasks - TaskSet.of(r.task for r in ran) - rest)
-        if await self._finisher.shed(inflight, job, started_s, ran, items, kept):
-            # Set only after the commit: once a heartbeat names the part, the manager no longer
-            # needs the message. If another worker's outcome counts, this run finds it at its end.
-            inflight.part = kept
-
-
-def _after(inflight: InflightMessage, ran: Sequence[Ran], running: int) -> TaskSet:
-    """Return the tasks that have not started. Tasks start in order."""
-    left = inflight.bundle.tasks - TaskSet.of(r.task for r in ran)
-    return left - TaskSet.span(0, running + 1)
-
-
-class Slots:
-    """Task slots of one instance, served first come, first served.
-
-    A later waiter that needs fewer slots does not go first. Otherwise, a stage that needs all slots
-    would starve.
+    Raise BackendError if a committed outcome could not be forwarded.
     """
+    watch = asyncio.create_task(_hand_off_when_due(finisher, inflight), name=f"handoff {inflight.bundle.id}")
+    try:
+        async for ran in runs:
+            inflight.ran.append(ran)
+    finally:
+        if not inflight.shedding:
+            watch.cancel()
+        # Wait for a commit that is in progress.
+        await asyncio.wait({watch})
+    if inflight.shedding:
+        watch.result()
+    inflight.ran = [ran for ran in inflight.ran if ran.task in inflight.bundle.tasks]
 
-    def __init__(self, total: int) -> None:
-        self.total = total
-        self.free = total
-        self._waiters: deque[tuple[int, asyncio.Future[bool]]] = deque()
 
-    def ask(self, count: int) -> asyncio.Future[bool]:
-        """Return a future that becomes True when the caller has `count` slots, at most `total`."""
-        future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        self._waiters.append((min(count, self.total), future))
-        self._serve()
-        return future
+async def _hand_off_when_due(finisher: BundleFinisher, inflight: InflightMessage) -> None:
+    """Hand off the tasks behind the running one when the time budget is used up."""
+    await asyncio.sleep(BUDGET_S)
+    while (running := inflight.handle.running) is None or not _waiting_tasks(inflight, running):
+        if inflight.handle.stop or len(inflight.ran) >= len(inflight.bundle.tasks):
+            return
+        await asyncio.sleep(HANDOFF_CHECK_S)
+    if inflight.handle.stop:
+        return
+    inflight.shedding = True
+    inflight.handle.stop = True
+    ended = TaskSet.of(ran.task for ran in inflight.ran)
+    bundle = inflight.bundle
+    part = replace(bundle, tasks=bundle.tasks - ended - _waiting_tasks(inflight, running))
+    if await finisher.hand_off(inflight, part):
+        # Set only after the commit: once a heartbeat reports the part, the manager no longer needs
+        # the message. If another worker's outcome is the committed one, the run finds it at its end.
+        inflight.narrow(part)
 
-    def release(self, count: int) -> None:
-        self.free += min(count, self.total)
-        self._serve()
 
-    def refuse(self, waiter: asyncio.Future[bool]) -> None:
-        """Resolve a waiter with False. A waiter that has its slots keeps them."""
-        if not waiter.done():
-            waiter.set_result(False)
-            self._serve()
-
-    def _serve(self) -> None:
-        while self._waiters:
-            count, future = self._waiters[0]
-            if future.done():  # It was refused.
-                self._waiters.popleft()
-                continue
-            if count > self.free:
-                return
-            self._waiters.popleft()
-            self.free -= count
-            future.set_result(True)
+def _waiting_tasks(inflight: InflightMessage, running: int) -> TaskSet:
+    """Return the tasks that have not started. Tasks start in order."""
+    unfinished = inflight.bundle.tasks - TaskSet.of(ran.task for ran in inflight.ran)
+    return unfinished - TaskSet.span(0, running + 1)

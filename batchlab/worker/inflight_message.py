@@ -1,36 +1,37 @@
-"""In-flight message of a worker, from its receive to its delete.
+"""Data that the parts of a worker share: its identity, settings, slots, and in-flight messages.
 
-Interface between the worker's protocol and the code that runs tasks.
-
-The worker's loop selects, commits, and forwards bundles. A Runner only runs them. The same loop
-works with warm child processes, real handlers inside the simulator, and simulated durations.
-
-Time settings of a worker, which a backend sets in its descriptor.
+The worker's loop selects, commits, and forwards bundles, and a Runner runs their tasks. The same loop works with
+warm child processes, with real handlers inside the simulator, and with simulated durations.
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from batchlab.core.job_definition import JobDef, StageDef
 from batchlab.core.model import Bundle, Control, Json, Ran
-from batchlab.core.ports import MAX_VISIBILITY_S, Message
+from batchlab.core.port_retries import Patience
+from batchlab.core.ports import MAX_VISIBILITY_S, Clock, Message, Objects, Queue
 from batchlab.core.protocol.messages import TaskMessage
 from batchlab.core.protocol.object_keys import UNSEALED, CommitKey
+from batchlab.core.tracing import NOBODY, Tracer
+
+if TYPE_CHECKING:
+    from batchlab.worker.outbox import Outbox
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
     """One execution of a bundle, ready to run. `items` has one input per index of `bundle.tasks`.
 
-    Items are encoded values (`protocol.values`): inline JSON, or references to objects that the
-    runner fetches. After `budget_s`, no further task starts; the first task always starts. With
-    None, all tasks run.
+    Items are encoded values (`protocol.values`): inline JSON, or references to objects that the runner fetches.
+    The first task always starts, and no other task starts after `budget_s`. If `budget_s` is None, all tasks run.
     """
 
     job: JobDef
@@ -45,8 +46,10 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Peek:
-    """Recent output of a running task, from byte `start` of the execution's log. The output of the
-    task begins at byte `log_at`."""
+    """Recent output of a running task, from byte `start` of the execution's log.
+
+    The output of the task begins at byte `log_at`.
+    """
 
     task: int
     log_at: int
@@ -58,13 +61,13 @@ class Peek:
 class Handle:
     """Control of one `Runner.run`, shared by the worker and the runner.
 
-    The worker sets three fields. No task starts after `until_s` (monotonic), which moves on with
-    each read of the job's control object. With `stop`, no further task starts. With `kill`, the
-    running task is also killed and yields no `Ran`.
+    The worker sets `stop`, `kill`, and `until_s`. After `stop`, no further task starts. After `kill`, the runner also
+    kills the running task, which then has no `Ran`. No task starts after the monotonic time `until_s`, which increases
+    with each read of the job's control object.
 
-    The runner sets the others. `running` is the running task, None between tasks. `log` and
-    `log_spans` are set at the end of the run (see `Outcome`). `peek(n)` returns at most the last n
-    bytes of the running task's output, or None between tasks. It is None without a log.
+    The runner sets the other fields. `running` is the running task, or None between tasks. At the end of the run, the
+    runner sets `log` and `log_spans` (see `Outcome`). `peek(n)` returns at most the last n bytes of the running task's
+    output, or None between tasks. `peek` is None if there is no log.
     """
 
     stop: bool = False
@@ -82,9 +85,9 @@ class Runner(Protocol):
     def run(self, work: Work, handle: Handle) -> AsyncIterator[Ran]:
         """Run the tasks in order, one at a time, and yield each result soon after its task ends.
 
-        The run ends early after `handle.stop`, `handle.kill`, or a used-up budget. Tasks without a
-        result did not run to their end. An error of user code is a Failure in the result. Errors of
-        ports (BackendError) propagate, and the worker then returns the bundle to the queue.
+        The run ends early after `handle.stop`, `handle.kill`, or a used-up budget. A task without a result did not run
+        to its end. An error of user code is a Failure in the result. A BackendError of a port propagates, and the
+        worker then returns the bundle to the queue.
         """
 
     async def close(self) -> None:
@@ -106,8 +109,11 @@ class Scratch:
 
 @dataclass(slots=True)
 class InflightMessage:
-    """In-flight message with monotonic times. `receipt` is None if the worker may not delete the
-    message, because a watchdog message replaced it or the worker returned it."""
+    """In-flight message of a worker, from its receive to its delete. Its times are monotonic.
+
+    `receipt` is None if the worker must not delete the message. A watchdog message has then replaced the message, or
+    the worker has returned the message to the queue.
+    """
 
     queue: str
     message: Message
@@ -117,13 +123,21 @@ class InflightMessage:
     extended_s: float
     receipt: str | None
     key: CommitKey = UNSEALED
-    """The commit key of its job, set once it is verified."""
+    """The commit key of the job, set after its verification."""
+    definition: JobDef | None = None
+    """The job of the message, set after the worker has read the job."""
+    items: Sequence[Json] | None = None
+    """The inputs of the bundle's tasks. None if follow-ups must look up their inputs."""
+    started_s: float = 0.0
+    """Start of the run in seconds since the epoch, or 0 before it."""
+    ran: list[Ran] = field(default_factory=list)
+    """Results of the tasks that have ended."""
     control: Control = Control.RUN
     handle: Handle = field(default_factory=Handle)
     waiting: asyncio.Future[bool] | None = None
     slots: int = 1
     alone: bool = False
-    """Its next start decides whether it is a poison task, so it must run alone."""
+    """The next start decides whether the task is poison, so the task must run alone."""
     running: bool = False
     committing: bool = False
     shedding: bool = False
@@ -131,15 +145,32 @@ class InflightMessage:
     part: Bundle | None = None
     """The remaining part of the message's bundle after the other tasks were handed off."""
     trace: str = ""
-    """Parent of its spans, a traceparent; "" if its job is not traced."""
+    """Parent of the message's spans (a traceparent), or "" if its job is not traced."""
     marked_s: float | None = None
     """When the running marker of a long-running bundle was last refreshed."""
     handed_over: bool = False
-    """Its watchdog message has been sent."""
+    """The watchdog message has been sent."""
 
     @property
     def bundle(self) -> Bundle:
         return self.part or self.task.bundle
+
+    @property
+    def job(self) -> JobDef:
+        assert self.definition is not None
+        return self.definition
+
+    def narrow(self, part: Bundle) -> None:
+        """Continue with `part` of the bundle. The other tasks have been handed off."""
+        if self.items is not None:
+            pairs = zip(self.bundle.tasks, self.items, strict=True)
+            self.items = [item for task, item in pairs if task in part.tasks]
+        self.part = part
+
+    @property
+    def returned_bundle(self) -> Bundle:
+        """The bundle of a fresh message, which counts earlier receives of this message as losses."""
+        return replace(self.bundle, losses=self.bundle.losses + self.message.receive_count - 1)
 
     @property
     def suspicion(self) -> int:
@@ -150,20 +181,20 @@ class InflightMessage:
 
 @dataclass(frozen=True, slots=True)
 class WorkerSettings:
-    """Time settings in seconds.
+    """Time settings of a worker in seconds. A backend sets them in its descriptor.
 
-    - `visibility_s`: visibility timeout of messages, extended after each third of it.
-    - `control_lease_s`: how long tasks of a job may start after a read of its control object. A
+    - `visibility_s`: visibility timeout of messages. The worker extends the timeout after each third of it.
+    - `control_lease_s`: time after a read of a job's control object in which tasks of the job may start. A
       cancellation is acknowledged after this time.
     - `beat_s`, `idle_beat_s`: longest time between heartbeats, with and without in-flight messages.
     - `beat_gap_s`: shortest time between two heartbeats.
     - `wait_s`: long-poll time of a receive.
     - `drain_s`: time that a draining worker gives its running tasks.
-    - `hand_over_s`: age at which a watchdog message replaces the message of a running bundle,
-      because SQS limits the visibility to 12 h.
+    - `hand_over_s`: age at which a watchdog message replaces the message of a running bundle. SQS limits the
+      visibility of a message to 12 h.
     - `watchdog_s`: delay of each watchdog message.
-    - `quick_s`: if bundles end within this time, one further bundle per slot is prefetched. Behind
-      a longer bundle, a prefetched message would be kept from an idle worker.
+    - `quick_s`: if bundles end within this time, the worker prefetches one further bundle per slot. Behind a longer
+      bundle, the prefetched message would be withheld from an idle worker.
     """
 
     visibility_s: float = 30.0
@@ -184,5 +215,74 @@ class WorkerSettings:
 
     @property
     def marker_stale_s(self) -> float:
-        """Age in seconds of a marker whose worker counts as dead, well above clock skew."""
+        """Age in seconds of a marker whose worker counts as dead. The age is well above clock skew."""
         return self.watchdog_s / 2
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Identity of a worker. `worker` is new at every start, and `instance` is the id of its machine."""
+
+    worker: str
+    instance: str
+    pool: str
+    slots: int
+    key: str = field(default="", repr=False)
+    """Random secret of the instance. The manager identifies its workers by this key."""
+
+
+@dataclass(slots=True)
+class WorkerContext:
+    """Ports, settings, and in-flight messages that all parts of a worker share."""
+
+    who: Identity
+    objects: Objects
+    queue: Queue
+    clock: Clock
+    patience: Patience
+    settings: WorkerSettings
+    outbox: Outbox
+    tracer: Tracer = NOBODY
+    inflight: dict[str, InflightMessage] = field(default_factory=dict)
+    """In-flight messages by execution id."""
+
+
+class Slots:
+    """Task slots of an instance. Requests for slots are granted in the order of their arrival.
+
+    A small request does not overtake a large one. Otherwise, a stage that needs all slots would starve.
+    """
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.free = total
+        self._requests: deque[tuple[int, asyncio.Future[bool]]] = deque()
+
+    def request(self, count: int) -> asyncio.Future[bool]:
+        """Return a future that becomes True when the caller has `count` slots, at most `total`."""
+        future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._requests.append((min(count, self.total), future))
+        self._grant()
+        return future
+
+    def release(self, count: int) -> None:
+        self.free += min(count, self.total)
+        self._grant()
+
+    def refuse(self, request: asyncio.Future[bool]) -> None:
+        """Resolve a request with False, unless its slots are already granted."""
+        if not request.done():
+            request.set_result(False)
+            self._grant()
+
+    def _grant(self) -> None:
+        while self._requests:
+            count, future = self._requests[0]
+            if future.done():  # The request was refused.
+                self._requests.popleft()
+                continue
+            if count > self.free:
+                return
+            self._requests.popleft()
+            self.free -= count
+            future.set_result(True)

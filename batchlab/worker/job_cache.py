@@ -1,8 +1,8 @@
 """Caches of a worker: the definitions and the control objects of its jobs.
 
-Invariant (I4): a task starts only within `lease_s` after a read of its job's control object that
-allowed it. `lease_s` after the manager writes "cancel", no further task can start, even on a slow,
-paused, or disconnected worker. The manager does not need to ask the workers.
+Invariant (I4): a task starts only within the control lease after a read of its job's control object that allowed the
+start. One lease after the manager writes "cancel", no further task can start, even on a slow, paused, or disconnected
+worker. The manager does not need to ask the workers.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from batchlab.core.errors import BackendError, NotFound
 from batchlab.core.job_definition import JobDef
 from batchlab.core.model import Control, JobId
 from batchlab.core.port_retries import Patience, heed_cancellation
-from batchlab.core.ports import Clock, Objects
+from batchlab.core.ports import Objects
 from batchlab.core.protocol import json_format, object_keys
 from batchlab.core.protocol.messages import ASKED_S
 from batchlab.core.protocol.object_keys import UNSEALED, CommitKey, opens
+from batchlab.worker.inflight_message import WorkerContext
 
-KEPT = 64
-KEYS_KEPT = 4096
+MAX_JOBS = 64
+MAX_KEYS = 4096
 
 
 class WrongKeyError(BackendError):
@@ -31,10 +32,9 @@ class WrongKeyError(BackendError):
 
 
 class JobCache:
-    """Cache of job definitions, each read once.
+    """Cache of job definitions. The worker reads each definition once.
 
-    The commit key of a message must match its job, because any sender to the queue could name any
-    job.
+    The commit key of a message must match its job. Otherwise, any sender to the queue could start tasks of any job.
     """
 
     def __init__(self, objects: Objects, patience: Patience) -> None:
@@ -43,36 +43,34 @@ class JobCache:
         self._jobs: dict[JobId, JobDef] = {}
         self._keys: dict[JobId, CommitKey] = {}
         self._reading: dict[JobId, asyncio.Lock] = {}
-        """Locks, so that concurrent messages of one job read its definition once."""
+        """Locks by job. Concurrent messages of a job read its definition once."""
 
-    def knows(self, job: JobId) -> bool:
-        """Whether the definition of the job has been read."""
+    def __contains__(self, job: JobId) -> bool:
         return job in self._jobs
 
     def key_of(self, job: JobId) -> CommitKey:
         """Return the commit key of a job whose messages have been received."""
         return self._keys.get(job, UNSEALED)
 
-    async def of(self, job: JobId, key: CommitKey) -> JobDef:
+    async def get(self, job: JobId, key: CommitKey) -> JobDef:
         """Return the job of a message with that commit key.
 
-        NotFound if the job has been removed, WrongKeyError if the key is not the job's.
+        Raise NotFound if the job has been removed, or WrongKeyError if the job has another key.
         """
-        if job_def := self._known(job, key):
+        if job_def := self._cached(job, key):
             return job_def
         lock = self._reading.setdefault(job, asyncio.Lock())
         try:
             async with lock:
-                return self._known(job, key) or await self._read(job, key)
+                return self._cached(job, key) or await self._read(job, key)
         finally:
             if not lock.locked():
                 self._reading.pop(job, None)
 
-    def _known(self, job: JobId, key: CommitKey) -> JobDef | None:
-        """Return the cached job, or None if it must be read.
+    def _cached(self, job: JobId, key: CommitKey) -> JobDef | None:
+        """Return the cached job, or None if the worker must read its definition.
 
-        A different commit key requires a new read, because the job may have been removed and
-        submitted again.
+        A different commit key requires a new read, because the job may have been removed and submitted again.
         """
         job_def = self._jobs.get(job)
         return job_def if job_def and (key == self.key_of(job) or not job_def.commit_hash) else None
@@ -83,16 +81,16 @@ class JobCache:
         if job_def.id != job or not opens(key, job_def):
             raise WrongKeyError(f"A message of job {job} does not have its commit key.")
         self._jobs[job] = job_def
-        while len(self._jobs) > KEPT:
+        while len(self._jobs) > MAX_JOBS:
             del self._jobs[next(iter(self._jobs))]
         if job_def.commit_hash:
             self._keys[job] = key
-            while len(self._keys) > KEYS_KEPT:
+            while len(self._keys) > MAX_KEYS:
                 del self._keys[next(iter(self._keys))]
         return job_def
 
 
-CLOCKS_S = 60.0
+MAX_CLOCK_SKEW_S = 60.0
 """Assumed largest difference in seconds between the clocks of two machines."""
 
 
@@ -100,101 +98,106 @@ CLOCKS_S = 60.0
 class _Entry:
     control: Control
     etag: str | None
-    asked_s: float
+    read_s: float
+    """Monotonic time of the last read request."""
     watchers: int = 0
     is_new: bool = False
     """The control object did not exist yet."""
 
 
 class ControlPoller:
-    """Poller of the control objects of in-flight jobs, by ETag, every third of the lease."""
+    """Poller of the control objects of in-flight jobs, by ETag, every third of the lease.
 
-    def __init__(
-        self,
-        objects: Objects,
-        clock: Clock,
-        lease_s: float,
-        on_look: Callable[[JobId, Control, float], None],
-        on_tail: Callable[[JobId], None] = lambda _: None,
-    ) -> None:
-        """Set the callbacks. `on_look(job, control, until_s)` is called after every read of a
-        control object, and tasks may start until the monotonic time `until_s`. `on_tail(job)` is
-        called when a read finds a new request for the live logs of the job."""
-        self._objects = objects
-        self._clock = clock
-        self._lease_s = lease_s
-        self._on_look = on_look
+    After each read, the poller applies the control word to the in-flight messages of the job. `on_tail(job)` is called
+    when a read finds a new request for the live logs of the job.
+    """
+
+    def __init__(self, context: WorkerContext, on_tail: Callable[[JobId], None] = lambda _: None) -> None:
+        self._context = context
+        self._clock = context.clock
+        self._lease_s = context.settings.control_lease_s
         self._on_tail = on_tail
         self._entries: dict[JobId, _Entry] = {}
 
-    async def look(self, job: JobId, *, is_new: bool = False) -> tuple[Control, float]:
-        """Read the control object. Return its word and the monotonic time until it is valid.
+    async def read(self, job: JobId, *, is_new: bool = False) -> tuple[Control, float]:
+        """Read the control object. Return its word, and the monotonic time at which the word's lease ends.
 
-        A missing object means RUN if the job `is_new` or its definition exists. Otherwise the job
-        has been removed, which means CANCEL.
+        A missing object means RUN if the job `is_new` or its definition exists. Otherwise the job has been removed,
+        which means CANCEL.
         """
         entry = self._entries.get(job)
         # The lease starts before the request, because the answer may be as old as the request.
-        asked_s = self._clock.monotonic_s()
+        read_s = self._clock.monotonic_s()
         changed: tuple[Control, str | None, bool] | None = None
         tail = 0
         try:
-            spoken = await commit.look(self._objects, job, entry.etag if entry else None)
+            spoken = await commit.look(self._context.objects, job, entry.etag if entry else None)
             if spoken is not None:
                 word = spoken.word
                 changed, tail = (word.control, spoken.etag, False), word.tail
-                is_news = entry is not None and asked_s - entry.asked_s <= self._lease_s
-                if not is_news and word.tail_s is not None:
+                is_recent = entry is not None and read_s - entry.read_s <= self._lease_s
+                if not is_recent and word.tail_s is not None:
                     # The request for live logs may be old. If the clocks differ by more than the
                     # tolerance, the next renewal of the request is noticed instead.
-                    old_s = self._clock.now_s() - word.tail_s
-                    tail *= abs(old_s) <= ASKED_S + CLOCKS_S
+                    age_s = self._clock.now_s() - word.tail_s
+                    tail *= abs(age_s) <= ASKED_S + MAX_CLOCK_SKEW_S
         except NotFound:
             is_new = is_new or (entry is not None and entry.is_new)
             if not is_new:
-                is_new = await self._objects.head(object_keys.spec(job)) is not None
+                is_new = await self._context.objects.head(object_keys.spec(job)) is not None
             changed = (Control.RUN if is_new else Control.CANCEL, None, is_new)
         entry = self._entries.get(job)
         if changed is not None:
             control, etag, is_new = changed
             watchers = entry.watchers if entry else 0
-            entry = self._entries[job] = _Entry(control, etag, asked_s, watchers, is_new)
+            entry = self._entries[job] = _Entry(control, etag, read_s, watchers, is_new)
         elif entry is None:  # `poll` removed the entry during the request.
-            return await self.look(job)
+            return await self.read(job)
         else:
-            entry.asked_s = max(entry.asked_s, asked_s)
-        until_s = entry.asked_s + self._lease_s
-        self._on_look(job, entry.control, until_s)
+            entry.read_s = max(entry.read_s, read_s)
+        until_s = entry.read_s + self._lease_s
+        self._apply(job, entry.control, until_s)
         if tail:
             self._on_tail(job)
         return entry.control, until_s
 
+    def _apply(self, job: JobId, control: Control, until_s: float) -> None:
+        for inflight in self._context.inflight.values():
+            if inflight.task.bundle.job != job:
+                continue
+            inflight.control = control
+            inflight.handle.until_s = until_s
+            if control is not Control.RUN:
+                inflight.handle.stop = True
+            if control is Control.CANCEL:
+                inflight.handle.kill = True
+
     async def current(self, job: JobId, *, is_new: bool = False) -> tuple[Control, float]:
         """Return the last read if it is younger than a third of the lease, else read again."""
         entry = self._entries.get(job)
-        if entry and self._clock.monotonic_s() - entry.asked_s < self._lease_s / 3:
-            return entry.control, entry.asked_s + self._lease_s
-        return await self.look(job, is_new=is_new)
+        if entry and self._clock.monotonic_s() - entry.read_s < self._lease_s / 3:
+            return entry.control, entry.read_s + self._lease_s
+        return await self.read(job, is_new=is_new)
 
     def watch(self, job: JobId) -> None:
-        """Poll this job. `current` must have been awaited before."""
+        """Poll this job. The caller must have awaited `current` before."""
         self._entries[job].watchers += 1
 
     def unwatch(self, job: JobId) -> None:
         self._entries[job].watchers -= 1
 
-    async def poll(self) -> None:
+    async def run(self) -> None:
         """Read the control object of every watched job forever. Remove old unwatched entries."""
         while True:
             heed_cancellation()
             await asyncio.sleep(self._lease_s / 3)
             for job, entry in list(self._entries.items()):
                 if not entry.watchers:
-                    if self._clock.monotonic_s() - entry.asked_s > 60 * self._lease_s:
+                    if self._clock.monotonic_s() - entry.read_s > 60 * self._lease_s:
                         del self._entries[job]
                     continue
                 try:
-                    await self.look(job)
+                    await self.read(job)
                 except BackendError:
                     # Without an answer the lease expires, which stops new tasks. This is safe, so
                     # an outage needs no further handling.

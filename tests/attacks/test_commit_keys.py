@@ -24,8 +24,7 @@ from batchlab.core.protocol.commit_keys import CommitKeys
 from batchlab.core.protocol.object_keys import UNSEALED, CommitKey, seal
 from batchlab.sim.actors import SimClock, SimIds
 from batchlab.sim.event_loop import SimLoop
-from batchlab.worker.heartbeats import Identity
-from batchlab.worker.inflight_message import Handle, Work, WorkerSettings
+from batchlab.worker.inflight_message import Handle, Identity, Work, WorkerSettings
 from batchlab.worker.loop import Worker
 from batchlab.worker.poison_detection import marker
 from tests.support.attacks.victim import Victim, messages_left

@@ -32,8 +32,7 @@ from batchlab.manager.manager import LEASE, Manager
 from batchlab.manager.state import ManagerSettings, Ports
 from batchlab.runtime.home import Home
 from batchlab.sim.tasks import Play, Scene, ScriptedRunner
-from batchlab.worker.heartbeats import Identity
-from batchlab.worker.inflight_message import WorkerSettings
+from batchlab.worker.inflight_message import Identity, WorkerSettings
 from batchlab.worker.loop import Worker
 from tests.support.attacks.disk_image import Gate, cut, mounted, needs_loop
 from tests.support.server.api import Machine

@@ -10,7 +10,7 @@ import pytest
 from batchlab.core.model import Control
 from batchlab.sim.invariants import Violated
 from batchlab.sim.world import World
-from batchlab.worker.loop import Worker
+from batchlab.worker.job_cache import ControlPoller
 from tests.support.sim.scenes import A, ended_well, in_world, job, stage, submitted, takes
 
 MADE = job(stage(A, bundle=10), items=10)
@@ -32,11 +32,11 @@ def test_a_pause_stops_a_bundle_that_runs() -> None:
 
 def test_watch_detects_a_pause_that_lets_a_bundle_continue(monkeypatch: pytest.MonkeyPatch) -> None:
     """Planted: a worker heeds a cancellation, and a pause only between two bundles."""
-    looked = Worker._looked
+    apply = ControlPoller._apply
 
-    def heeds_no_pause(self: Worker, name: Any, word: Control, until_s: float) -> None:
-        looked(self, name, Control.RUN if word is Control.PAUSE else word, until_s)
+    def heeds_no_pause(self: ControlPoller, name: Any, word: Control, until_s: float) -> None:
+        apply(self, name, Control.RUN if word is Control.PAUSE else word, until_s)
 
-    monkeypatch.setattr(Worker, "_looked", heeds_no_pause)
+    monkeypatch.setattr(ControlPoller, "_apply", heeds_no_pause)
     with pytest.raises(Violated, match="lease is violated"):
         in_world(_paused, script=takes(3.0))

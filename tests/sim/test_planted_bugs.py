@@ -83,9 +83,9 @@ def test_endless_world_is_caught_early() -> None:
 
 
 def test_the_product_is_whole_after_a_mutant() -> None:
-    before = Worker._serve
+    before = Worker._process_bundle
     mutated(next(one for one in MUTANTS if one.name == "delete on receive"), 1)
-    assert Worker._serve is before
+    assert Worker._process_bundle is before
 
 
 def test_the_page_has_the_table_that_the_calibration_writes() -> None:

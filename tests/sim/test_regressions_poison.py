@@ -23,7 +23,8 @@ from batchlab.sim.actors import CURRENT, Actor
 from batchlab.sim.runtime_checks import BEGIN_S
 from batchlab.sim.tasks import Fates, Play, Scene, value_of
 from batchlab.sim.world import World
-from batchlab.worker.inflight_message import InflightMessage
+from batchlab.worker.inflight_message import Identity, InflightMessage, WorkerContext, WorkerSettings
+from batchlab.worker.outbox import Outbox
 from batchlab.worker.poison_detection import PoisonDetector
 from tests.support.sim.scenes import A, around, ended, in_world, job, leader, stage, submitted, takes
 
@@ -41,7 +42,16 @@ def in_hand(bundle: Bundle, execution: str) -> InflightMessage:
 
 def beginner(world: World, worker: str) -> PoisonDetector:
     patience = Patience(random.Random(1))
-    return PoisonDetector(world.objects, world.clock, patience, worker, STALE_S, asyncio.Event())
+    context = WorkerContext(
+        Identity(worker, "i-1", "default", 1),
+        world.objects,
+        world.queue,
+        world.clock,
+        patience,
+        WorkerSettings(visibility_s=STALE_S),
+        Outbox(world.queue, patience),
+    )
+    return PoisonDetector(context, asyncio.Event())
 
 
 def test_withdrawn_start_marker_is_not_renewed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,7 +73,7 @@ def test_withdrawn_start_marker_is_not_renewed(monkeypatch: pytest.MonkeyPatch) 
             renewing.clear()
             suspects, inflight = beginner(world, f"w{number}"), in_hand(bundle, f"w{number}-1")
             await suspects.begin(inflight)
-            keeper = asyncio.create_task(suspects.keep())
+            keeper = asyncio.create_task(suspects.run())
             while not renewing:
                 await asyncio.sleep(1)
             await suspects.withdraw(inflight)

@@ -14,8 +14,8 @@ from batchlab.core.ports import Notice
 from batchlab.sim import world as worlds
 from batchlab.sim.event_loop import SimLoop
 from batchlab.sim.world import EPOCH_S, WORKER, SimWorker, World
-from batchlab.worker.heartbeats import Identity
-from batchlab.worker.loop import LEAVE_S, POLL_S, Worker, poll_notices
+from batchlab.worker.inflight_message import Identity
+from batchlab.worker.loop import LEAVE_S, NOTICE_POLL_S, Worker, poll_notices
 from tests.support.sim.scenes import A, ended_well, in_world, job, stage, submitted, takes
 
 POOLS = (Pool("default", 2, 2, 1),)
@@ -94,7 +94,7 @@ def test_after_a_spot_notice_the_running_task_is_finished_and_the_rest_given_bac
     async def act(world: World) -> None:
         worker = await one_of_two_busy(world)
         platform.told[worker.instance] = spot_notice(worker)
-        assert await leaves(worker) < run_s + POLL_S + GIVING_BACK_S
+        assert await leaves(worker) < run_s + NOTICE_POLL_S + GIVING_BACK_S
         assert len(tasks_of(world, worker)) == 1, "no other task began on it"
         await ended_well(world, MADE)
         everything = sorted(start.task for start in world.watch.starts)
@@ -126,7 +126,7 @@ def test_a_notice_without_a_time_leaves_what_a_drain_does_and_a_late_one_nothing
         worker = await one_of_two_busy(world)
         platform.told[worker.instance] = Notice("its group takes it out", by_s)
         least_s = WORKER.drain_s if by_s is None else 0.0
-        assert least_s <= await leaves(worker) < least_s + POLL_S + GIVING_BACK_S
+        assert least_s <= await leaves(worker) < least_s + NOTICE_POLL_S + GIVING_BACK_S
 
     in_world(act, script=takes(LONG_S), pools=POOLS)
 
@@ -135,7 +135,7 @@ def test_a_sigterm_during_the_notice_shortens_it_and_a_second_one_changes_nothin
     async def act(world: World) -> None:
         worker = await one_of_two_busy(world)
         platform.told[worker.instance] = spot_notice(worker)
-        await asyncio.sleep(POLL_S + 1.0)
+        await asyncio.sleep(NOTICE_POLL_S + 1.0)
         worker.stop(grace_s=25.0)
         asyncio.get_running_loop().call_later(10.0, worker.stop, 25.0)
         assert WORKER.drain_s <= await leaves(worker) < WORKER.drain_s + GIVING_BACK_S
@@ -149,7 +149,7 @@ def test_idle_worker_exits_at_its_notice(platform: Platform) -> None:
             await asyncio.sleep(0.5)
         worker = next(iter(world.workers.values()))
         platform.told[worker.instance] = spot_notice(worker)
-        assert await leaves(worker) < POLL_S + GIVING_BACK_S
+        assert await leaves(worker) < NOTICE_POLL_S + GIVING_BACK_S
 
     in_world(act, script=takes(1.0), pools=POOLS)
 
@@ -178,7 +178,7 @@ def test_notice_is_polled_every_five_seconds() -> None:
     loop = SimLoop()
     loop.run(poll_notices(script, heard.append))
     assert heard == [Notice("the end")]
-    assert script.asked_s == [0.0, POLL_S, 2 * POLL_S, 3 * POLL_S]
+    assert script.asked_s == [0.0, NOTICE_POLL_S, 2 * NOTICE_POLL_S, 3 * NOTICE_POLL_S]
 
 
 def test_failing_source_of_notices_is_polled_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:

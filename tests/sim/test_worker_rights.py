@@ -85,7 +85,7 @@ def test_an_honest_worker_that_exceeds_its_role_fails_the_world() -> None:
         while not world.workers:
             await asyncio.sleep(1.0)
         worker = next(iter(world.workers.values()))
-        call = worker.worker._objects.put(object_keys.control(scenes.job().id), b"")
+        call = worker.worker.context.objects.put(object_keys.control(scenes.job().id), b"")
         await asyncio.wait([worker.actor.spawn(call)])
         await asyncio.sleep(1.0)
 

@@ -38,8 +38,7 @@ from batchlab.manager.notifier import Outbox
 from batchlab.sim.actors import SimClock
 from batchlab.sim.event_loop import SimLoop
 from batchlab.worker.commit_and_forward import OTHERS_S
-from batchlab.worker.heartbeats import Identity
-from batchlab.worker.inflight_message import Handle, Work, WorkerSettings
+from batchlab.worker.inflight_message import Handle, Identity, Work, WorkerSettings
 from batchlab.worker.loop import Worker
 
 BEFORE = Path(__file__).parent / "wire_before"

@@ -24,8 +24,8 @@ from batchlab.core.tracing import NOBODY, Attribute, Span, Subject
 from batchlab.sim.actors import SimClock
 from batchlab.sim.event_loop import SimLoop
 from batchlab.worker.commit_and_forward import BundleFinisher
-from batchlab.worker.inflight_message import InflightMessage
-from batchlab.worker.outbox import Outbox, WorkerCounters
+from batchlab.worker.inflight_message import Identity, InflightMessage, WorkerContext, WorkerSettings
+from batchlab.worker.outbox import Outbox
 
 STAGE = StageName("map")
 STAGES = (StageDef(STAGE, handler="m:f", retry=RetryRule(attempts=2)),)
@@ -83,37 +83,40 @@ class Rig:
     """One worker's way out, and a bundle of six tasks in its hand, of which two have run."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.objects, self.sent, self.counters, self.spans = (SimObjects(), Sent(), WorkerCounters(), Spans())
+        self.objects, self.sent, self.spans = (SimObjects(), Sent(), Spans())
         self.clock = SimClock(loop, 1_700_000_000.0)
         self.patience = Patience(Random(1), limit_s=0.0)
         self.inflight_messages: dict[str, InflightMessage] = {}
 
     def finisher(self, worker: str) -> BundleFinisher:
         queue = cast(Queue, self.sent)
-        outbox = Outbox(queue, self.patience, counters=self.counters)
+        outbox = Outbox(queue, self.patience)
+        self.counters = outbox.counters
         return BundleFinisher(
-            worker=worker,
-            inflight_messages=self.inflight_messages,
-            objects=self.objects,
-            queue=queue,
-            clock=self.clock,
-            patience=self.patience,
-            outbox=outbox,
-            counters=self.counters,
-            tracer=self.spans,
+            WorkerContext(
+                Identity(worker, "i-1", "default", 1),
+                self.objects,
+                queue,
+                self.clock,
+                self.patience,
+                WorkerSettings(),
+                outbox,
+                self.spans,
+                self.inflight_messages,
+            )
         )
 
     def inflight(self, execution: str) -> InflightMessage:
         message = Message("m-1", "", "receipt", 1, 1.0, 1.0)
         inflight = InflightMessage("tasks-default", message, TaskMessage(BUNDLE), execution, 1.0, 1.0, "receipt")
         inflight.trace = ABOVE
+        inflight.definition, inflight.items, inflight.ran, inflight.started_s = JOB, ITEMS, list(RAN), 1.0
         inflight.handle.log_spans += [(0, 0, 3), (1, 3, 6)]
         self.inflight_messages[execution] = inflight
         return inflight
 
     async def shed(self, worker: str) -> bool:
-        inflight = self.inflight(f"{worker}-1")
-        return await self.finisher(worker).shed(inflight, JOB, 1.0, RAN, ITEMS, KEPT)
+        return await self.finisher(worker).hand_off(self.inflight(f"{worker}-1"), KEPT)
 
 
 def in_rig(act: Callable[[Rig], Coroutine[None, None, None]]) -> None:
@@ -142,7 +145,7 @@ def test_handed_over_tasks_are_committed_reported_and_traced(caplog: pytest.LogC
         assert rig.spans.names == ["commit", "forward"]
         assert {message.trace for message in rig.sent.tasks} == {BELOW}
         assert rig.sent.events[-1].traces == ((JOB.id, STAGE, BUNDLE.id, BELOW),)
-        assert rig.counters.news() == {"retried.exception": 1}
+        assert rig.counters.unsent() == {"retried.exception": 1}
 
     in_rig(act)
     (line,) = [one for one in caplog.records if "the task failed" in one.message]

@@ -7,7 +7,7 @@ import json
 import random
 from collections.abc import Coroutine
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -17,7 +17,7 @@ from batchlab.core.errors import Unreachable
 from batchlab.core.job_definition import JobDef, StageDef
 from batchlab.core.model import Bundle, Control, JobId, JobState, StageCounts, StageName, TaskSet
 from batchlab.core.port_retries import Patience
-from batchlab.core.ports import JobRecord, Message, StageRecord
+from batchlab.core.ports import JobRecord, Message, Objects, Queue, StageRecord
 from batchlab.core.protocol import json_format, object_keys
 from batchlab.core.protocol.messages import ASKED_S, Tail, TaskMessage, from_bytes, to_bytes
 from batchlab.manager import live_logs
@@ -25,9 +25,10 @@ from batchlab.manager.state import LiveJob, ManagerSettings, Ports
 from batchlab.sim.actors import SimClock, SimIds
 from batchlab.sim.event_loop import SimLoop
 from batchlab.worker import task_log
-from batchlab.worker.inflight_message import InflightMessage, Peek
-from batchlab.worker.job_cache import CLOCKS_S, ControlPoller
-from batchlab.worker.live_logs import WORKER_BYTES, LiveLogs
+from batchlab.worker.inflight_message import Identity, InflightMessage, Peek, WorkerContext, WorkerSettings
+from batchlab.worker.job_cache import MAX_CLOCK_SKEW_S, ControlPoller
+from batchlab.worker.live_logs import MAX_LOG_BYTES_PER_JOB, LiveLogs
+from batchlab.worker.outbox import Outbox
 from tests.support.no_fleet import NoFleet
 
 JOB = JobId("talk-0123456789")
@@ -41,6 +42,16 @@ def _clock() -> SimClock:
 
 def _in_virtual_time(main: Coroutine[Any, Any, None]) -> None:
     SimLoop().run(main)
+
+
+def _context(
+    objects: Objects, inflight_messages: dict[str, InflightMessage] | None = None, lease_s: float = 1.0
+) -> WorkerContext:
+    queue, patience = cast(Queue, None), Patience(random.Random(1))
+    settings = WorkerSettings(control_lease_s=lease_s)
+    messages = {} if inflight_messages is None else inflight_messages
+    who, outbox = Identity("w-1", "i-1", "default", 1), Outbox(queue, patience)
+    return WorkerContext(who, objects, queue, _clock(), patience, settings, outbox, inflight=messages)
 
 
 class Bucket(SimObjects):
@@ -85,13 +96,13 @@ def test_live_logs_cost_nothing_without_a_follower() -> None:
         inflight_messages: dict[str, InflightMessage] = {}
         talk = Talk(inflight_messages, 3)
         other = Talk(inflight_messages, 4, JobId("other-0123456789"))
-        tails = LiveLogs("w-1", inflight_messages, objects, _clock(), every_s=EVERY_S)
-        keeping = asyncio.create_task(tails.keep())
+        tails = LiveLogs(_context(objects, inflight_messages, EVERY_S))
+        keeping = asyncio.create_task(tails.run())
         talk.data = other.data = b"secret of nobody"
         await asyncio.sleep(3600)
         assert objects.counted() == 0
 
-        tails.asked(JOB)
+        tails.follow(JOB)
         await asyncio.sleep(0.1)
         (tail,) = from_bytes(await objects.get(KEY))
         assert (tail.stage, tail.task, tail.attempt, tail.execution) == ("talk", 3, 2, "w-1-3")
@@ -109,7 +120,7 @@ def test_live_logs_cost_nothing_without_a_follower() -> None:
         talk.data += b"later"
         await asyncio.sleep(3600)
         assert objects.puts == before
-        tails.asked(JOB)
+        tails.follow(JOB)
         await asyncio.sleep(0.1)
         assert from_bytes(await objects.get(KEY))[0].text.endswith("later")
         keeping.cancel()
@@ -124,15 +135,15 @@ def test_a_talkative_worker_stores_the_ends_only() -> None:
         talks = [Talk(inflight_messages, task) for task in range(16)]
         for talk in talks:
             talk.data = b"a" * 100_000 + b"end"
-        tails = LiveLogs("w-1", inflight_messages, objects, _clock(), every_s=EVERY_S)
-        keeping = asyncio.create_task(tails.keep())
-        tails.asked(JOB)
+        tails = LiveLogs(_context(objects, inflight_messages, EVERY_S))
+        keeping = asyncio.create_task(tails.run())
+        tails.follow(JOB)
         await asyncio.sleep(0.1)
         found = from_bytes(await objects.get(KEY))
         assert len(found) == 16
         assert all(one.text.endswith("end") for one in found)
         assert all(one.stop == 100_003 and one.stop - one.start == len(one.text) for one in found)
-        assert sum(len(one.text) for one in found) <= WORKER_BYTES
+        assert sum(len(one.text) for one in found) <= MAX_LOG_BYTES_PER_JOB
         # Those that have ended are in it no more.
         for talk in talks[1:]:
             talk.task = None
@@ -148,10 +159,10 @@ def test_unreachable_bucket_costs_one_step() -> None:
         objects = Bucket()
         inflight_messages: dict[str, InflightMessage] = {}
         Talk(inflight_messages, 0).data = b"hello"
-        tails = LiveLogs("w-1", inflight_messages, objects, _clock(), every_s=EVERY_S)
-        keeping = asyncio.create_task(tails.keep())
+        tails = LiveLogs(_context(objects, inflight_messages, EVERY_S))
+        keeping = asyncio.create_task(tails.run())
         objects.away = True
-        tails.asked(JOB)
+        tails.follow(JOB)
         await asyncio.sleep(1.0)
         objects.away = False
         await asyncio.sleep(EVERY_S)
@@ -168,22 +179,22 @@ def test_request_for_live_logs_is_part_of_the_control_object() -> None:
         asked: list[JobId] = []
         word = json_format.Word(Control.RUN)
         await objects.put(object_keys.control(JOB), json_format.word_to_bytes(word))
-        controls = ControlPoller(objects, _clock(), 1.0, lambda *_: None, asked.append)
-        await controls.look(JOB)
+        controls = ControlPoller(_context(objects), asked.append)
+        await controls.read(JOB)
         assert not asked
         await objects.put(object_keys.control(JOB), json_format.word_to_bytes(replace(word, tail=1)))
         for _ in range(3):
-            assert (await controls.look(JOB))[0] is Control.RUN
+            assert (await controls.read(JOB))[0] is Control.RUN
         assert asked == [JOB]
         await objects.put(object_keys.control(JOB), json_format.word_to_bytes(replace(word, tail=2)))
-        await controls.look(JOB)
+        await controls.read(JOB)
         assert asked == [JOB, JOB]
 
     asyncio.run(main())
 
 
 @pytest.mark.parametrize(
-    ("ago_s", "is_heard"), [(0.0, True), (ASKED_S, True), (-CLOCKS_S, True), (3600.0, False), (-3600.0, False)]
+    ("ago_s", "is_heard"), [(0.0, True), (ASKED_S, True), (-MAX_CLOCK_SKEW_S, True), (3600.0, False), (-3600.0, False)]
 )
 def test_expired_request_is_ignored_by_a_new_worker(ago_s: float, is_heard: bool) -> None:
     """It stored for 30 s for nobody, each worker that met the job, and again after each pause."""
@@ -193,20 +204,20 @@ def test_expired_request_is_ignored_by_a_new_worker(ago_s: float, is_heard: bool
         asked: list[JobId] = []
         word = json_format.Word(Control.RUN, tail=7, tail_s=clock.now_s() - ago_s)
         await objects.put(object_keys.control(JOB), json_format.word_to_bytes(word))
-        controls = ControlPoller(objects, clock, 1.0, lambda *_: None, asked.append)
-        await controls.look(JOB)
+        controls = ControlPoller(_context(objects), asked.append)
+        await controls.read(JOB)
         assert asked == [JOB] * is_heard
         # What comes while it looks on is news, whatever the clocks say.
         await asyncio.sleep(0.3)
         again = replace(word, tail=8)
         await objects.put(object_keys.control(JOB), json_format.word_to_bytes(again))
-        await controls.look(JOB)
+        await controls.read(JOB)
         assert asked[is_heard:] == [JOB]
         # And after a pause it may be old again.
         await asyncio.sleep(30.0)
         await objects.put(object_keys.control(JOB), json_format.word_to_bytes(replace(word, tail=9)))
-        await controls.look(JOB)
-        assert len(asked) == 1 + 2 * is_heard - (is_heard and ago_s + 30.0 > ASKED_S + CLOCKS_S)
+        await controls.read(JOB)
+        assert len(asked) == 1 + 2 * is_heard - (is_heard and ago_s + 30.0 > ASKED_S + MAX_CLOCK_SKEW_S)
 
     _in_virtual_time(main())
 
@@ -216,8 +227,8 @@ def test_request_of_an_earlier_release_without_a_time_is_valid() -> None:
         objects = SimObjects()
         asked: list[JobId] = []
         await objects.put(object_keys.control(JOB), b'{"v":1,"control":"run","tail":3}')
-        controls = ControlPoller(objects, _clock(), 1.0, lambda *_: None, asked.append)
-        await controls.look(JOB)
+        controls = ControlPoller(_context(objects), asked.append)
+        await controls.read(JOB)
         assert asked == [JOB]
 
     _in_virtual_time(main())

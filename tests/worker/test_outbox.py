@@ -18,8 +18,7 @@ from batchlab.core.protocol import settlement
 from batchlab.core.protocol.messages import Beat, Duplicate, Events, read_events_message
 from batchlab.sim.actors import SimClock
 from batchlab.sim.event_loop import SimLoop
-from batchlab.worker.heartbeats import Identity
-from batchlab.worker.inflight_message import Runner, WorkerSettings
+from batchlab.worker.inflight_message import Identity, Runner, WorkerSettings
 from batchlab.worker.loop import Worker
 from batchlab.worker.outbox import DUPLICATES_AT_ONCE, MAX_DUPLICATES, Outbox, WorkerCounters
 
@@ -61,26 +60,26 @@ def outcome(execution: str) -> Outcome:
 
 
 def made() -> tuple[Sent, WorkerCounters, Outbox]:
-    sent, counters = Sent(), WorkerCounters()
-    patience = Patience(Random(1), limit_s=0.0)
-    return sent, counters, Outbox(cast(Queue, sent), patience, counters=counters)
+    sent = Sent()
+    outbox = Outbox(cast(Queue, sent), Patience(Random(1), limit_s=0.0))
+    return sent, outbox.counters, outbox
 
 
 def test_unsent_report_is_part_of_the_next_event() -> None:
     async def main() -> None:
         sent, counters, outbox = made()
-        counters.committed(outcome("w-1-1"), outcome("w-2-1"))
-        outbox.met_twice(duplicate(1))
+        counters.count_commit(outcome("w-1-1"), outcome("w-2-1"))
+        outbox.report_duplicate(duplicate(1))
         sent.away = True
         for number in (1, 2):
             with pytest.raises(Unreachable):
-                await outbox.event(beat(number))
+                await outbox.send_event(beat(number))
         sent.away = False
-        await outbox.event(beat(3))
+        await outbox.send_event(beat(3))
         assert sent.duplicates == ["w-1-1"]
         assert [one.counts for events in sent.events for one in events.told] == [{"duplicate": 1}]
         # Told once, and no more.
-        await outbox.event(beat(4))
+        await outbox.send_event(beat(4))
         assert not sent.events[-1].duplicates
         assert not sent.events[-1].told
 
@@ -98,15 +97,15 @@ def test_report_during_a_send_is_part_of_the_next_event() -> None:
             await send(queue, messages)
 
         sent.send = slow  # type: ignore[method-assign]
-        counters.committed(outcome("w-1-1"), outcome("w-2-1"))
-        outbox.met_twice(duplicate(1))
-        first = asyncio.create_task(outbox.event(beat(1)))
+        counters.count_commit(outcome("w-1-1"), outcome("w-2-1"))
+        outbox.report_duplicate(duplicate(1))
+        first = asyncio.create_task(outbox.send_event(beat(1)))
         await begun.wait()
-        counters.committed(outcome("w-1-2"), outcome("w-2-2"))
-        outbox.met_twice(duplicate(2))
+        counters.count_commit(outcome("w-1-2"), outcome("w-2-2"))
+        outbox.report_duplicate(duplicate(2))
         goes_on.set()
         await first
-        await outbox.event(beat(2))
+        await outbox.send_event(beat(2))
         assert [[one.execution for one in events.duplicates] for events in sent.events] == [["w-1-1"], ["w-1-2"]]
         assert [events.told[0].counts["duplicate"] for events in sent.events] == [1, 2]
 
@@ -117,11 +116,11 @@ def test_waiting_reports_are_bounded_and_fit_into_messages() -> None:
     async def main() -> None:
         sent, _, outbox = made()
         for number in range(MAX_DUPLICATES + 50):
-            outbox.met_twice(duplicate(number))
+            outbox.report_duplicate(duplicate(number))
         number = 0
         while len(sent.duplicates) < MAX_DUPLICATES:
             number += 1
-            await outbox.event(beat(number))
+            await outbox.send_event(beat(number))
             assert len(sent.events[-1].duplicates) == DUPLICATES_AT_ONCE
         assert sent.duplicates == [f"w-1-{n}" for n in range(MAX_DUPLICATES)]
 

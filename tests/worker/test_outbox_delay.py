@@ -9,6 +9,7 @@ from random import Random
 
 import pytest
 
+from batchlab.adapters.memory.objects import SimObjects
 from batchlab.adapters.memory.queue import SimQueue
 from batchlab.core.model import Bundle, JobId, Outcome, StageName, TaskSet
 from batchlab.core.port_retries import STEP_BACK_S, Patience
@@ -18,8 +19,8 @@ from batchlab.core.protocol.messages import Events, TaskMessage, read_events_mes
 from batchlab.sim.actors import SimClock
 from batchlab.sim.event_loop import SimLoop
 from batchlab.worker.execution import gathering_s
-from batchlab.worker.heartbeats import MOMENT_S, Heartbeats, Identity
-from batchlab.worker.inflight_message import InflightMessage, WorkerSettings
+from batchlab.worker.heartbeats import SETTLE_S, Heartbeats
+from batchlab.worker.inflight_message import Identity, InflightMessage, WorkerContext, WorkerSettings
 from batchlab.worker.outbox import LINGER_S, Outbox
 
 JOB, STAGE = JobId("outbox-0123456789"), StageName("map")
@@ -42,14 +43,26 @@ class World:
         self.queue = SimQueue(self.clock, Random(1))
         self.outbox = Outbox(self.queue, Patience(Random(1)))
         who = Identity("w-1", "i-1", "default", 1)
-        self.beats = Heartbeats(who, self.inflight_messages, self.outbox, self.clock, WorkerSettings())
+        patience = Patience(Random(1))
+        self.beats = Heartbeats(
+            WorkerContext(
+                who,
+                SimObjects(),
+                self.queue,
+                self.clock,
+                patience,
+                WorkerSettings(),
+                self.outbox,
+                inflight=self.inflight_messages,
+            )
+        )
 
     def take(self, task: int) -> None:
         bundle = Bundle(JOB, STAGE, TaskSet.of([task]))
         message = Message(f"m-{task}", "", f"r-{task}", 1, 0.0, 0.0)
         taken = InflightMessage("tasks-default", message, TaskMessage(bundle), "w-1-7", 0.0, 0.0, "r-7")
         self.inflight_messages[str(task)] = taken
-        self.beats.due()
+        self.beats.request()
 
     async def heard(self) -> list[Events]:
         found = []
@@ -66,11 +79,11 @@ def test_event_that_may_wait_is_sent_with_the_next() -> None:
 
     async def main() -> None:
         await world.make()
-        world.outbox.signs = None
-        patient = asyncio.create_task(world.outbox.event(outcome(1), hurry=False))
+        world.outbox.heartbeats = None
+        patient = asyncio.create_task(world.outbox.send_event(outcome(1), urgent=False))
         await asyncio.sleep(LINGER_S / 2)
         assert await world.heard() == []
-        await world.outbox.event(outcome(2))
+        await world.outbox.send_event(outcome(2))
         await patient
         assert world.loop.time() == pytest.approx(LINGER_S / 2)
         (events,) = await world.heard()
@@ -84,8 +97,8 @@ def test_event_that_may_wait_is_sent_alone_after_its_delay() -> None:
 
     async def main() -> None:
         await world.make()
-        world.outbox.signs = None
-        await world.outbox.event(outcome(1), hurry=False)
+        world.outbox.heartbeats = None
+        await world.outbox.send_event(outcome(1), urgent=False)
         assert world.loop.time() == pytest.approx(LINGER_S)
         assert len(await world.heard()) == 1
 
@@ -97,19 +110,19 @@ def test_held_bundles_are_reported_once_with_an_outcome() -> None:
 
     async def main() -> None:
         await world.make()
-        keeping = asyncio.create_task(world.beats.keep())
-        await asyncio.sleep(MOMENT_S)
+        keeping = asyncio.create_task(world.beats.run())
+        await asyncio.sleep(SETTLE_S)
         assert [len(one.beats) for one in await world.heard()] == [1]
         # Sooner than the next beat may be sent by itself.
         world.take(7)
-        await world.outbox.event(outcome(1))
+        await world.outbox.send_event(outcome(1))
         (events,) = await world.heard()
         assert [held.bundle for beat in events.beats for held in beat.held] == [Bundle(JOB, STAGE, TaskSet.of([7])).id]
         await asyncio.sleep(WorkerSettings().beat_gap_s * 3)
         assert await world.heard() == []
         # A change is still told by itself.
         world.inflight_messages.clear()
-        world.beats.due()
+        world.beats.request()
         await asyncio.sleep(WorkerSettings().beat_gap_s)
         (events,) = await world.heard()
         assert [beat.held for beat in events.beats] == [()]
@@ -139,7 +152,7 @@ def test_concurrent_deletes_are_one_request() -> None:
 
     async def main() -> None:
         world.queue.delete = delete  # type: ignore[method-assign]
-        some = (world.outbox.delete("tasks-default", f"r-{n}", hurry=False) for n in range(3))
+        some = (world.outbox.delete("tasks-default", f"r-{n}", urgent=False) for n in range(3))
         await asyncio.gather(*some)
         assert asked == [["r-0", "r-1", "r-2"]]
         assert world.loop.time() == pytest.approx(STEP_BACK_S)

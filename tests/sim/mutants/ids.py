@@ -5,11 +5,10 @@ Each docstring says what somebody would have written, and then which promise tha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 from batchlab.core.job_definition import JobDef
-from batchlab.core.model import Bundle, BundleId, Completion, Follow, Outcome, Ran, StageName, TaskSet
+from batchlab.core.model import Bundle, BundleId, Completion, Follow, Outcome, StageName, TaskSet
 from batchlab.core.protocol import settlement
 from batchlab.worker.commit_and_forward import BundleFinisher
 from batchlab.worker.inflight_message import InflightMessage
@@ -56,21 +55,16 @@ def retry_counts_worker_loss(plant: Plant) -> None:
     original = BundleFinisher.commit
 
     @plant.method(BundleFinisher, "commit")
-    async def commit(
-        self: BundleFinisher,
-        inflight: InflightMessage,
-        job: JobDef,
-        started_s: float,
-        ran: Sequence[Ran],
-        *,
-        cancelled: bool = False,
-    ) -> Outcome:
-        lost = inflight.suspicion
+    async def commit(self: BundleFinisher, inflight: InflightMessage, *, cancelled: bool = False) -> Outcome:
+        lost, job = inflight.suspicion, inflight.job
         stages = tuple(
             replace(stage, retry=replace(stage.retry, attempts=stage.retry.attempts - lost)) for stage in job.stages
         )
-        less = replace(job, stages=stages)
-        return await original(self, inflight, less, started_s, ran, cancelled=cancelled)
+        inflight.definition = replace(job, stages=stages)
+        try:
+            return await original(self, inflight, cancelled=cancelled)
+        finally:
+            inflight.definition = job
 
 
 @planted("I1", "I2", "I3", "I7")

@@ -127,8 +127,8 @@ def commit_key_unchecked_by_workers(plant: Plant) -> None:
     """A worker runs each message that it receives. Any worker can make another one run and commit
     work that no manager has sent (I8)."""
 
-    @plant.method(JobCache, "_known")
-    def _known(self: JobCache, job: JobId, key: CommitKey) -> JobDef | None:
+    @plant.method(JobCache, "_cached")
+    def _cached(self: JobCache, job: JobId, key: CommitKey) -> JobDef | None:
         return self._jobs.get(job)
 
     @plant.everywhere(object_keys.opens)

@@ -67,17 +67,11 @@ def losses_forgotten(plant: Plant) -> None:
 
     @plant.method(BundleFinisher, "send_again")
     async def send_again(
-        self: BundleFinisher,
-        inflight: InflightMessage,
-        job: JobDef,
-        *,
-        items: Sequence[Json] | None = None,
-        delay_s: float = 0.0,
-        watchdog: bool = False,
+        self: BundleFinisher, inflight: InflightMessage, *, delay_s: float = 0.0, watchdog: bool = False
     ) -> None:
         inflight.message = replace(inflight.message, receive_count=1)
         inflight.task = replace(inflight.task, bundle=replace(inflight.task.bundle, losses=0))
-        await original(self, inflight, job, items=items, delay_s=delay_s, watchdog=watchdog)
+        await original(self, inflight, delay_s=delay_s, watchdog=watchdog)
 
 
 @planted("waste")

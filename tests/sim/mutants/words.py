@@ -17,7 +17,6 @@ from batchlab.core.retry_rule import RetryRule
 from batchlab.manager.job_commands import JobCommands
 from batchlab.manager.retry_rounds import Retry, RetryPlanner, TaskSelection, failed_tasks
 from batchlab.worker.job_cache import ControlPoller
-from batchlab.worker.loop import Worker
 from tests.sim.mutants.kit import Plant, planted
 
 
@@ -25,10 +24,10 @@ from tests.sim.mutants.kit import Plant, planted
 def pause_only_between_bundles(plant: Plant) -> None:
     """A worker obeys a cancellation immediately, but a pause only before its next bundle. The tasks
     of a running bundle start although the job is paused (lease)."""
-    original = Worker._looked
+    original = ControlPoller._apply
 
-    @plant.method(Worker, "_looked")
-    def _looked(self: Worker, job: JobId, control: Control, until_s: float) -> None:
+    @plant.method(ControlPoller, "_apply")
+    def _apply(self: ControlPoller, job: JobId, control: Control, until_s: float) -> None:
         original(self, job, Control.RUN if control is Control.PAUSE else control, until_s)
 
 
@@ -36,15 +35,15 @@ def pause_only_between_bundles(plant: Plant) -> None:
 def control_lease_from_the_answer(plant: Plant) -> None:
     """The control lease starts when the control object's answer arrives, not when the request was
     sent. If the answer takes seconds, tasks start after the cancellation was acknowledged (I4)."""
-    original = ControlPoller.look
+    original = ControlPoller.read
 
-    @plant.method(ControlPoller, "look")
-    async def look(self: ControlPoller, job: JobId, *, is_new: bool = False) -> tuple[Control, float]:
+    @plant.method(ControlPoller, "read")
+    async def read(self: ControlPoller, job: JobId, *, is_new: bool = False) -> tuple[Control, float]:
         await original(self, job, is_new=is_new)
         entry = self._entries[job]
-        entry.asked_s = self._clock.monotonic_s()
-        until_s = entry.asked_s + self._lease_s
-        self._on_look(job, entry.control, until_s)
+        entry.read_s = self._clock.monotonic_s()
+        until_s = entry.read_s + self._lease_s
+        self._apply(job, entry.control, until_s)
         return entry.control, until_s
 
 

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
 from batchlab.core import commit as product
 from batchlab.core.commit import Addressed, follow_ups
 from batchlab.core.job_definition import JobDef
-from batchlab.core.model import Bundle, Control, Follow, JobId, Json, Outcome, Ran, TaskSet
+from batchlab.core.model import Bundle, Control, Follow, JobId, Json, Outcome, TaskSet
 from batchlab.core.port_retries import Patience
 from batchlab.core.ports import MAX_VISIBILITY_S, Message, Notice, Objects
 from batchlab.core.protocol import json_format, object_keys, settlement
@@ -63,15 +63,9 @@ def no_forwarding_on_412(plant: Plant) -> None:
     original = BundleFinisher.finish
 
     @plant.method(BundleFinisher, "finish")
-    async def finish(
-        self: BundleFinisher,
-        inflight: InflightMessage,
-        job: JobDef,
-        outcome: Outcome,
-        items: Sequence[Json] | None = None,
-    ) -> None:
+    async def finish(self: BundleFinisher, inflight: InflightMessage, outcome: Outcome) -> None:
         if outcome.execution == inflight.execution:
-            await original(self, inflight, job, outcome, items)
+            await original(self, inflight, outcome)
         else:
             await self.delete(inflight)
 
@@ -83,29 +77,21 @@ def delete_before_commit(plant: Plant) -> None:
     original = BundleFinisher.commit
 
     @plant.method(BundleFinisher, "commit")
-    async def commit(
-        self: BundleFinisher,
-        inflight: InflightMessage,
-        job: JobDef,
-        started_s: float,
-        ran: Sequence[Ran],
-        *,
-        cancelled: bool = False,
-    ) -> Outcome:
+    async def commit(self: BundleFinisher, inflight: InflightMessage, *, cancelled: bool = False) -> Outcome:
         await self.delete(inflight)
-        return await original(self, inflight, job, started_s, ran, cancelled=cancelled)
+        return await original(self, inflight, cancelled=cancelled)
 
 
 @planted("step 4")
 def delete_on_receive(plant: Plant) -> None:
     """The message is deleted as soon as it is received (at most once). If the worker dies, the
     message is lost (I6), and a bundle that kills its workers is never suspected (I7)."""
-    original = Worker._serve
+    original = Worker._process_bundle
 
-    @plant.method(Worker, "_serve")
-    async def _serve(self: Worker, inflight: InflightMessage, job: JobDef) -> None:
+    @plant.method(Worker, "_process_bundle")
+    async def _process_bundle(self: Worker, inflight: InflightMessage) -> None:
         await self._finisher.delete(inflight)
-        await original(self, inflight, job)
+        await original(self, inflight)
 
 
 @planted("I1", "I2", "step 3")
@@ -115,29 +101,22 @@ def forward_before_commit(plant: Plant) -> None:
     original = BundleFinisher.commit
 
     @plant.method(BundleFinisher, "commit")
-    async def commit(
-        self: BundleFinisher,
-        inflight: InflightMessage,
-        job: JobDef,
-        started_s: float,
-        ran: Sequence[Ran],
-        *,
-        cancelled: bool = False,
-    ) -> Outcome:
-        now_s = self._clock.now_s()
+    async def commit(self: BundleFinisher, inflight: InflightMessage, *, cancelled: bool = False) -> Outcome:
+        context = self._context
+        now_s = context.clock.now_s()
         draft = settlement.settle(
-            job,
+            inflight.job,
             inflight.bundle,
-            ran,
+            inflight.ran,
             execution=inflight.execution,
-            worker=self._worker,
-            started_s=started_s or now_s,
-            ended_s=max(started_s, now_s),
+            worker=context.who.worker,
+            started_s=inflight.started_s or now_s,
+            ended_s=max(inflight.started_s, now_s),
             cancelled=cancelled,
         )
-        await self._outbox.send(follow_ups(job, draft, inflight.key, now_s=now_s))
-        await self._outbox.event(draft)
-        return await original(self, inflight, job, started_s, ran, cancelled=cancelled)
+        await context.outbox.send(follow_ups(inflight.job, draft, inflight.key, now_s=now_s))
+        await context.outbox.send_event(draft)
+        return await original(self, inflight, cancelled=cancelled)
 
 
 @planted("I1", "ValueError")
@@ -187,11 +166,9 @@ def hand_over_after_the_cap(plant: Plant) -> None:
     original = VisibilityHeartbeat._hand_over
 
     @plant.method(VisibilityHeartbeat, "_hand_over")
-    async def _hand_over(
-        self: VisibilityHeartbeat, inflight: InflightMessage, job_of: Callable[[JobId, CommitKey], Awaitable[JobDef]]
-    ) -> None:
-        self._settings = replace(self._settings, hand_over_s=MAX_VISIBILITY_S * 1.05)
-        await original(self, inflight, job_of)
+    async def _hand_over(self: VisibilityHeartbeat, inflight: InflightMessage) -> None:
+        self._context.settings = replace(self._context.settings, hand_over_s=MAX_VISIBILITY_S * 1.05)
+        await original(self, inflight)
 
 
 @planted("I6")
@@ -214,9 +191,9 @@ def drain_keeps_what_was_prefetched(plant: Plant) -> None:
     """A draining worker returns each prefetched message only when a slot is free for it. Until
     then, other workers cannot run it (I6)."""
 
-    @plant.method(Shutdown, "hand_back")
-    def hand_back(self: Shutdown) -> None:
-        for inflight in list(self._inflight.values()):
+    @plant.method(Shutdown, "return_waiting")
+    def return_waiting(self: Shutdown) -> None:
+        for inflight in list(self._context.inflight.values()):
             inflight.handle.stop = True
 
 
@@ -233,8 +210,8 @@ def control_looked_at_once_per_bundle(plant: Plant) -> None:
     async def _current(self: ControlPoller, job: JobId, *, is_new: bool = False) -> tuple[Control, float]:
         return (await current(self, job, is_new=is_new))[0], math.inf
 
-    @plant.method(ControlPoller, "poll")
-    async def poll(self: ControlPoller) -> None:
+    @plant.method(ControlPoller, "run")
+    async def run(self: ControlPoller) -> None:
         await asyncio.get_running_loop().create_future()
 
 
@@ -248,7 +225,7 @@ def poison_without_a_limit(plant: Plant) -> None:
 
     @plant.method(PoisonDetector, "verdict")
     async def verdict(self: PoisonDetector, inflight: InflightMessage) -> Outcome | None:
-        return await product.committed(self._objects, inflight.bundle, self._patience, inflight.key)
+        return await product.committed(self._context.objects, inflight.bundle, self._context.patience, inflight.key)
 
     @plant.method(Reconciler, "_condemned")
     async def _condemned(self: Reconciler, job: JobDef, bundle: Bundle, message: Message) -> Outcome | None:
@@ -272,7 +249,7 @@ def neighbours_of_poison_condemned(plant: Plant) -> None:
 
     @plant.method(PoisonDetector, "verdict")
     async def verdict(self: PoisonDetector, inflight: InflightMessage) -> Outcome | None:
-        done = await product.committed(self._objects, inflight.bundle, self._patience, inflight.key)
+        done = await product.committed(self._context.objects, inflight.bundle, self._context.patience, inflight.key)
         if done or inflight.suspicion < settlement.LOSS_LIMIT:
             return done
         judged = settlement.poisoned(
@@ -280,9 +257,9 @@ def neighbours_of_poison_condemned(plant: Plant) -> None:
             "killed its workers",
             execution=inflight.execution,
             worker=self._worker,
-            now_s=self._clock.now_s(),
+            now_s=self._context.clock.now_s(),
         )
-        return await product.commit(self._objects, judged, self._patience, inflight.key)
+        return await product.commit(self._context.objects, judged, self._context.patience, inflight.key)
 
 
 @planted("I1", "I7")
@@ -293,14 +270,14 @@ def receives_counted_as_starts(plant: Plant) -> None:
 
     @plant.method(PoisonDetector, "verdict")
     async def verdict(self: PoisonDetector, inflight: InflightMessage) -> Outcome | None:
-        done = await product.committed(self._objects, inflight.bundle, self._patience, inflight.key)
+        done = await product.committed(self._context.objects, inflight.bundle, self._context.patience, inflight.key)
         if done or inflight.suspicion < settlement.LOSS_LIMIT:
             return done
         condemn = partial(settlement.poisoned, reason="it was received too often")
         judge = settlement.bisect if len(inflight.bundle.tasks) > 1 else condemn
-        now_s = self._clock.now_s()
+        now_s = self._context.clock.now_s()
         judged = judge(inflight.bundle, execution=inflight.execution, worker=self._worker, now_s=now_s)
-        return await product.commit(self._objects, judged, self._patience, inflight.key)
+        return await product.commit(self._context.objects, judged, self._context.patience, inflight.key)
 
 
 @planted("I1", "I2", "I3", "I7")

@@ -28,8 +28,7 @@ from batchlab.core.protocol import json_format
 from batchlab.manager.manager import Manager
 from batchlab.manager.state import ManagerSettings, Ports
 from batchlab.sim.tasks import Play, Scene, ScriptedRunner
-from batchlab.worker.heartbeats import Identity
-from batchlab.worker.inflight_message import WorkerSettings
+from batchlab.worker.inflight_message import Identity, WorkerSettings
 from batchlab.worker.loop import Worker
 from tests.support import ROOT
 from tests.support.contract.ledger_suite import DumpingLedger, opened_at
