@@ -35,11 +35,11 @@ def measured(folder: Path) -> dict[str, float]:
     begun_s = time.perf_counter()
     with store.opened([folder]) as connection:
         found = {"(opening)": time.perf_counter() - begun_s}
-        for name, query in store.known().items():
+        for name, query in store.named_queries().items():
             took_s = []
             for _ in range(TIMES):
                 begun_s = time.perf_counter()
-                store.asked(connection, query.sql)
+                store.run_query(connection, query.sql)
                 took_s.append(time.perf_counter() - begun_s)
             found[name] = statistics.median(took_s)
     return found

@@ -79,7 +79,7 @@ def html(
         cases = [] if no_logs or is_bare else failures.cases(Run(connection, job))
         samples = _samples(source, job, cases) if cases else {}
         made = page.page(connection, job, samples=samples.get, version=__version__)
-    size_bytes = _write(file, page.rendered(made))
+    size_bytes = _write(file, page.render(made))
     if json:
         output.show_json(
             {
@@ -193,7 +193,7 @@ def sql(
 
     source = Source(home_of(home), backend, endpoint)
     with folders(source, runs or ()) as paths, store.opened(paths) as connection:
-        show(*store.asked(connection, query), json=json, csv=csv)
+        show(*store.run_query(connection, query), json=json, csv=csv)
 
 
 @app.command()
@@ -203,9 +203,9 @@ def queries(json: bool = JSON) -> None:
     \b
     Example: batchlab report queries
     """
-    from batchlab.reports.queries.store import known
+    from batchlab.reports.queries.store import named_queries
 
-    every = known().values()
+    every = named_queries().values()
     if json:
         output.show_json({"queries": [{"name": q.name, "answers": q.meaning, "sql": q.sql} for q in every]})
         return
@@ -233,7 +233,7 @@ def query(
     asked = store.named(name).sql
     source = Source(home_of(home), backend, endpoint)
     with folders(source, runs or ()) as paths, store.opened(paths) as connection:
-        show(*store.asked(connection, asked), json=json, csv=csv)
+        show(*store.run_query(connection, asked), json=json, csv=csv)
 
 
 @app.command()

@@ -1,11 +1,8 @@
-"""Comparison of two runs or two sets of runs: changes, confidence, causes, and gates.
+"""Comparison of two runs or two sets of runs: measures, changes, confidence, causes, and gates.
 
-Invariants: the runs and the seed alone determine a comparison. A gate fails only if a measure got
-worse by more than the gate allows. If the interval is known, it must also exclude 0.
-
-Measures of each run and of each of its stages, for comparisons between runs.
-
-Invariant: the seed alone determines all random values, so a repeated comparison has equal results.
+Invariants: the runs and the seed alone determine a comparison, so a repeated comparison has equal
+results. A gate fails only if a measure got worse by more than the gate allows. If the confidence
+interval of the change is known, it must also exclude 0.
 """
 
 from __future__ import annotations
@@ -28,7 +25,7 @@ if TYPE_CHECKING:
 
 DRAWS = 200
 """Resamples of a run's tasks. A comparison draws more samples of the runs (see `comparison`)."""
-FEW = 5
+MIN_RESAMPLED_TASKS = 5
 """A stage with fewer tasks gets percentiles without resamples."""
 QUANTILES: Mapping[str, float] = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
 _COLUMNS = (("", "run_s"), ("wait_", "wait_s"))
@@ -51,21 +48,21 @@ class Measure:
 MEASURES: Mapping[str, Measure] = {
     one.name: one
     for one in (
-        Measure("took", "s", "from submission to end"),
+        Measure("took", "s", "time from submission to end"),
         Measure("tasks_per_s", "", "tasks that succeeded per second", more_is_better=True),
         Measure("cost", "usd", "cost per 1,000 tasks that succeeded"),
         Measure("p50", "s", "median run time of a task"),
         Measure("p95", "s", "95th percentile of the run time"),
         Measure("p99", "s", "99th percentile of the run time"),
         Measure("wait_p50", "s", "median time from ready to started"),
-        Measure("wait_p95", "s", "95th percentile of that"),
-        Measure("retries", "", "attempts per 1,000 tasks that failed and were tried again"),
+        Measure("wait_p95", "s", "95th percentile of the time from ready to started"),
+        Measure("retries", "", "retried attempts per 1,000 tasks"),
         Measure("failed", "", "tasks per 1,000 that failed for good"),
-        Measure("wasted", "s", "slot time per 1,000 tasks of attempts that came to nothing"),
+        Measure("wasted", "s", "slot time of failed or lost attempts per 1,000 tasks"),
         Measure("tasks", "", "tasks", more_is_better=None),
-        Measure("span", "s", "from a stage's first start to its last end", more_is_better=None),
-        Measure("instances", "", "most instances in service", more_is_better=None),
-        Measure("scaling_lag", "s", "median time from wanting to having", more_is_better=None),
+        Measure("span", "s", "time from a stage's first start to its last end", more_is_better=None),
+        Measure("instances", "", "maximum number of instances in service", more_is_better=None),
+        Measure("scaling_lag", "s", "median time from the request for capacity to its arrival", more_is_better=None),
     )
 }
 
@@ -105,13 +102,13 @@ class Run:
 def runs(folders: Sequence[Path], seed: int) -> list[Run]:
     """Return every run in the folders in the order of submission. Raise UsageError if data is missing."""
     with store.opened(folders) as connection:
-        found = {run.job: run for run in _jobs(connection, seed)}
-        for run in found.values():
+        by_job = {run.job: run for run in _jobs(connection, seed)}
+        for run in by_job.values():
             _stages(connection, run, seed)
             for stage in run.stages:
                 _tasks(connection, run, stage, _rng(seed, run.job, stage, "tasks"))
-        _fleet(connection, found)
-        return list(found.values())
+        _fleet(connection, by_job)
+        return list(by_job.values())
 
 
 def _rng(*of: object) -> random.Random:
@@ -119,9 +116,9 @@ def _rng(*of: object) -> random.Random:
 
 
 def _rows(connection: DuckDBPyConnection, sql: str, parameters: Sequence[object] = ()) -> Iterator[dict[str, Any]]:
-    done = connection.execute(sql, list(parameters))
-    names = [column[0] for column in done.description or ()]
-    for row in done.fetchall():
+    result = connection.execute(sql, list(parameters))
+    names = [column[0] for column in result.description or ()]
+    for row in result.fetchall():
         yield dict(zip(names, row, strict=True))
 
 
@@ -180,31 +177,31 @@ def _tasks(connection: DuckDBPyConnection, run: Run, stage: str, rng: random.Ran
             measure = f"{prefix}{name}"
             if values is not None and measure in MEASURES:
                 first = i * (DRAWS + 1)
-                draws = tuple(values[first + 1 : first + 1 + DRAWS]) if n >= FEW else ()
+                draws = tuple(values[first + 1 : first + 1 + DRAWS]) if n >= MIN_RESAMPLED_TASKS else ()
                 run.samples[measure, stage] = Sample(values[first], draws)
 
 
-def _fleet(connection: DuckDBPyConnection, found: Mapping[str, Run]) -> None:
-    most = (
+def _fleet(connection: DuckDBPyConnection, runs_by_job: Mapping[str, Run]) -> None:
+    instances = (
         "SELECT job, sum(most) AS instances FROM (SELECT job, pool, max(in_service) AS most "
         "FROM fleet GROUP BY job, pool) GROUP BY job"
     )
-    for row in _rows(connection, most):
-        found[row["job"]].put("instances", "", row["instances"])
+    for row in _rows(connection, instances):
+        runs_by_job[row["job"]].put("instances", "", row["instances"])
     for row in _rows(connection, store.named("scaling_lag").sql):
-        run, lag_s = found[row["job"]], row["lag_p50_s"]
+        run, lag_s = runs_by_job[row["job"]], row["lag_p50_s"]
         sample = run.samples.get(("scaling_lag", ""))
         if lag_s is not None and (sample is None or lag_s > sample.value):
             run.put("scaling_lag", "", lag_s)
 
 
 RESAMPLES = 1_000
-SURE = 0.95
-GATED = ("p95", "tasks_per_s", "cost")
+CONFIDENCE = 0.95
+THRESHOLD_MEASURES = ("p95", "tasks_per_s", "cost")
 """Measures to which `--threshold` applies."""
-LITTLE = 0.05
+MIN_CHANGE = 0.05
 """A relative change below this value counts as the same if its interval is unknown."""
-FLOOR_S = 0.01
+MIN_CHANGE_S = 0.01
 """Times that differ by less than this many seconds pass every gate, because of machine noise."""
 _GATE = re.compile(r"\s*(?:(?P<stage>[\w.-]+)\.)?(?P<name>\w+)\s*>\s*(?P<share>[\d.]+)\s*%\s*")
 _SHARE = re.compile(r"\s*(?P<share>\d+(\.\d+)?)\s*%?\s*")
@@ -249,14 +246,14 @@ class Change:
     @property
     def is_small(self) -> bool:
         """Whether the difference in seconds is too small for a gate."""
-        return self.measure.unit == "s" and abs(self.b - self.a) < FLOOR_S
+        return self.measure.unit == "s" and abs(self.b - self.a) < MIN_CHANGE_S
 
     @property
     def verdict(self) -> str:
         """ "worse", "better", or "same". It is "" if neither direction of the measure is better."""
         if self.measure.more_is_better is None:
             return ""
-        unknown = self.is_sure is None and abs(self.relative) < LITTLE
+        unknown = self.is_sure is None and abs(self.relative) < MIN_CHANGE
         if not self.worse_by or self.is_sure is False or self.is_small or unknown:
             return "same"
         return "worse" if self.worse_by > 0 else "better"
@@ -321,24 +318,24 @@ class Comparison:
 
 def gates(threshold: str | None, fail_on: Sequence[str]) -> list[Gate]:
     """Return the gates of `--threshold` and `--fail-on`. Raise UsageError if one is invalid."""
-    found = []
+    gates = []
     if threshold is not None:
         share = _SHARE.fullmatch(threshold)
         if share is None:
-            raise UsageError(f"{threshold!r} is not a percentage.", remedy="Write for example --threshold 10%.")
-        found += [Gate(name, "", float(share["share"]) / 100) for name in GATED]
+            raise UsageError(f"{threshold!r} is not a percentage.", remedy="An example is --threshold 10%.")
+        gates += [Gate(name, "", float(share["share"]) / 100) for name in THRESHOLD_MEASURES]
     for text in fail_on:
         match = _GATE.fullmatch(text)
         measure = MEASURES.get(match["name"]) if match else None
         if match is None or measure is None or measure.more_is_better is None:
             names = ", ".join(n for n, m in MEASURES.items() if m.more_is_better is not None)
             raise UsageError(
-                f"{text!r} is no gate.",
-                remedy=f"Write a measure and by how much it may get worse, such as 'p95 > 10%', or "
-                f"of one stage, 'parse.p95 > 10%'. Measures are {names}.",
+                f"{text!r} is not a gate.",
+                remedy="Write a measure and how much worse it may get, such as 'p95 > 10%', or 'parse.p95 > 10%' for "
+                f"one stage. The measures are {names}.",
             )
-        found.append(Gate(measure.name, match["stage"] or "", _number(match["share"]) / 100))
-    return found
+        gates.append(Gate(measure.name, match["stage"] or "", _number(match["share"]) / 100))
+    return gates
 
 
 def _number(text: str) -> float:
@@ -354,7 +351,7 @@ def compare(a: Sequence[Run], b: Sequence[Run], wanted: Sequence[Gate] = (), *, 
     unknown = next((gate for gate in wanted if gate.stage and gate.stage not in stages), None)
     if unknown:
         raise UsageError(
-            f"There is no stage {unknown.stage!r} to fail on.", remedy=f"The stages are {', '.join(stages)}."
+            f"No run has the stage {unknown.stage!r} of a gate.", remedy=f"The stages are {', '.join(stages)}."
         )
     changes = [
         change
@@ -362,9 +359,9 @@ def compare(a: Sequence[Run], b: Sequence[Run], wanted: Sequence[Gate] = (), *, 
         for name in MEASURES
         if (change := _change((name, stage), a, b, random.Random(f"{seed}/{name}/{stage}")))  # noqa: S311
     ]
-    broken = [(gate, one) for gate in wanted for one in changes if _breaks(gate, one)]
-    known = {(one.measure.name, one.stage): one for one in changes}
-    return Comparison(a, b, changes, broken, list(_causes(known, stages)), list(_notes(a, b)))
+    broken = [(gate, change) for gate in wanted for change in changes if _breaks(gate, change)]
+    by_key = {(change.measure.name, change.stage): change for change in changes}
+    return Comparison(a, b, changes, broken, list(_causes(by_key, stages)), list(_notes(a, b)))
 
 
 def _breaks(gate: Gate, change: Change) -> bool:
@@ -376,20 +373,20 @@ def _breaks(gate: Gate, change: Change) -> bool:
 
 
 def _change(key: Key, a: Sequence[Run], b: Sequence[Run], rng: random.Random) -> Change | None:
-    samples, theirs = _samples(key, a), _samples(key, b)
-    if not samples or not theirs:
+    samples, other_samples = _samples(key, a), _samples(key, b)
+    if not samples or not other_samples:
         return None
     before = statistics.median(sample.value for sample in samples)
-    after = statistics.median(their.value for their in theirs)
+    after = statistics.median(sample.value for sample in other_samples)
     change = Change(MEASURES[key[0]], key[1], before, after)
-    spreads = all(len(side) > 1 or side[0].draws for side in (samples, theirs))
+    spreads = all(len(side) > 1 or side[0].draws for side in (samples, other_samples))
     if not spreads or not before:
         return change
-    drawn = sorted(_drawn(samples, theirs, rng))
-    if len(drawn) < RESAMPLES:
+    changes = sorted(_resampled_changes(samples, other_samples, rng))
+    if len(changes) < RESAMPLES:
         return change  # some resamples of A are 0, so their ratio is undefined
-    tail = (1 - SURE) / 2
-    low, high = drawn[int(tail * RESAMPLES)], drawn[int((1 - tail) * RESAMPLES) - 1]
+    tail = (1 - CONFIDENCE) / 2
+    low, high = changes[int(tail * RESAMPLES)], changes[int((1 - tail) * RESAMPLES) - 1]
     return Change(change.measure, change.stage, before, after, low, high)
 
 
@@ -397,7 +394,7 @@ def _samples(key: Key, side: Sequence[Run]) -> list[Sample]:
     return [run.samples[key] for run in side if key in run.samples]
 
 
-def _drawn(a: Sequence[Sample], b: Sequence[Sample], rng: random.Random) -> Iterator[float]:
+def _resampled_changes(a: Sequence[Sample], b: Sequence[Sample], rng: random.Random) -> Iterator[float]:
     """Yield relative changes between resamples of the runs and of the tasks within each run."""
     for _ in range(RESAMPLES):
         before, after = _resampled(a, rng), _resampled(b, rng)
@@ -420,64 +417,64 @@ def _resampled(side: Sequence[Sample], rng: random.Random) -> float:
 
 # --- Causes as sentences -------------------------------------------------------------------------
 
-_TELLING = 0.02
+_MIN_REPORTED_CHANGE = 0.02
 """A smaller relative change gets no sentence."""
 
 
-def _causes(known: Mapping[Key, Change], stages: Sequence[str]) -> Iterator[str]:
+def _causes(changes: Mapping[Key, Change], stages: Sequence[str]) -> Iterator[str]:
     """Yield sentences about what got slower or more expensive: stages by growth, then the fleet."""
 
     def grown_s(stage: str) -> float:
-        span = known.get(("span", stage))
+        span = changes.get(("span", stage))
         return span.b - span.a if span else 0.0
 
     for stage in sorted(stages, key=grown_s, reverse=True):
-        told = list(_of_stage(known, stage))
-        if told:
-            yield f"{stage}: {'; '.join(told)}"
-    yield from _of_fleet(known)
-    cost = known.get(("cost", ""))
-    if cost and _tells(cost):
-        yield f"1,000 tasks cost {cost.a:.3g} USD before, {cost.b:.3g} USD now ({_percent(cost)})"
+        reasons = list(_of_stage(changes, stage))
+        if reasons:
+            yield f"{stage}: {'; '.join(reasons)}"
+    yield from _of_fleet(changes)
+    cost = changes.get(("cost", ""))
+    if cost and _is_reported(cost):
+        yield f"1,000 tasks cost {cost.a:.3g} USD before and {cost.b:.3g} USD now ({_percent(cost)})"
 
 
-def _of_stage(known: Mapping[Key, Change], stage: str) -> Iterator[str]:
-    tasks = known.get(("tasks", stage))
-    if tasks and abs(tasks.relative) > _TELLING:
-        yield f"it has {tasks.b:,.0f} tasks in place of {tasks.a:,.0f}"
+def _of_stage(changes: Mapping[Key, Change], stage: str) -> Iterator[str]:
+    tasks = changes.get(("tasks", stage))
+    if tasks and abs(tasks.relative) > _MIN_REPORTED_CHANGE:
+        yield f"it has {tasks.b:,.0f} tasks instead of {tasks.a:,.0f}"
     for usual, worst, what in (("p50", "p95", "run"), ("wait_p50", "wait_p95", "wait")):
-        change, other = known.get((usual, stage)), known.get((worst, stage))
-        if change and _tells(change):
+        change, other = changes.get((usual, stage)), changes.get((worst, stage))
+        if change and _is_reported(change):
             yield f"its tasks {what} longer, {_before_and_now(change)}"
-        elif other and _tells(other):
-            yield f"its last twentieth {what}s longer, {_before_and_now(other)}"
-    for name, what in (("retries", "were tried again"), ("failed", "failed for good")):
-        change = known.get((name, stage))
-        if change and _tells(change):
-            yield f"of 1,000 tasks {change.b:.3g} {what}, {change.a:.3g} before"
+        elif other and _is_reported(other):
+            yield f"its slowest 5% of tasks {what} longer, {_before_and_now(other)}"
+    for name, what in (("retries", "attempts were retried"), ("failed", "tasks failed for good")):
+        change = changes.get((name, stage))
+        if change and _is_reported(change):
+            yield f"{change.b:.3g} {what} per 1,000 tasks, and {change.a:.3g} before"
 
 
-def _of_fleet(known: Mapping[Key, Change]) -> Iterator[str]:
-    most = known.get(("instances", ""))
-    if most and most.b != most.a:
-        yield f"the fleet: {most.b:g} instances at the most, {most.a:g} before"
-    lag = known.get(("scaling_lag", ""))
-    if lag and lag.b - lag.a > 1.0 and lag.relative > _TELLING:
+def _of_fleet(changes: Mapping[Key, Change]) -> Iterator[str]:
+    instances = changes.get(("instances", ""))
+    if instances and instances.b != instances.a:
+        yield f"the fleet: it had at most {instances.b:g} instances, and {instances.a:g} before"
+    lag = changes.get(("scaling_lag", ""))
+    if lag and lag.b - lag.a > 1.0 and lag.relative > _MIN_REPORTED_CHANGE:
         after, before = figures(lag.b), figures(lag.a)
-        yield f"the fleet: capacity comes {after} after it is wanted, {before} before"
+        yield f"the fleet: capacity arrives {after} after the request, and {before} after it before"
 
 
 def _before_and_now(change: Change) -> str:
     return f"{figures(change.a)} before and {figures(change.b)} now ({_percent(change)})"
 
 
-def _tells(change: Change) -> bool:
-    return change.verdict == "worse" and change.worse_by > _TELLING
+def _is_reported(change: Change) -> bool:
+    return change.verdict == "worse" and change.worse_by > _MIN_REPORTED_CHANGE
 
 
 def _percent(change: Change) -> str:
     if not math.isfinite(change.relative):
-        return "from nothing"
+        return "from 0"
     if change.low is None or change.high is None:
         return f"{change.relative:+.1%}"
     return f"{change.relative:+.1%}, 95% between {change.low:+.1%} and {change.high:+.1%}"
@@ -486,7 +483,7 @@ def _percent(change: Change) -> str:
 def _notes(a: Sequence[Run], b: Sequence[Run]) -> Iterator[str]:
     names = {run.name for run in (*a, *b)}
     if len(names) > 1:
-        yield f"the runs are of different jobs: {', '.join(sorted(names))}"
+        yield f"the runs belong to different jobs: {', '.join(sorted(names))}"
     before, after = ({stage for run in side for stage in run.stages} for side in (a, b))
     for stage in sorted(before ^ after):
         yield f"stage {stage} is only in {'B' if stage in after else 'A'}"
@@ -495,6 +492,6 @@ def _notes(a: Sequence[Run], b: Sequence[Run]) -> Iterator[str]:
             yield f"{run.job} had not ended when its data was written"
     if min(len(a), len(b)) == 1:
         yield (
-            "one run on a side: intervals tell how its own tasks spread, not how runs differ, and "
-            "what is of a whole run has none; several runs on each side tell more"
+            "one side has a single run, so the intervals show the spread of its tasks, but not the differences between "
+            "runs, and measures of a whole run have no interval; compare several runs on each side"
         )

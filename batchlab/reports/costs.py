@@ -63,7 +63,7 @@ def parts(
     lost with instances is assigned to no stage.
     """
     stages = [use.stage for use in uses]
-    made = bill(stages, account, pools, book, stored_bytes=stored_bytes, pace=pace)
+    job_bill = bill(stages, account, pools, book, stored_bytes=stored_bytes, pace=pace)
     parts: list[Part] = []
     by_bundle: dict[str | None, float] = {use.stage.name: float(use.bundles) for use in uses}
     lines: dict[str, tuple[str, str | None, float | None, Mapping[str | None, float]]] = {
@@ -71,17 +71,17 @@ def parts(
     }
     for pool, facts in pools.items():
         billed = seconds(pool, facts, stages, account)
-        mine = [use for use in uses if use.stage.pool == pool]
-        lines |= _of_pool(pool, billed, mine, account)
-    for item in made.items:
-        nobody: tuple[str, str | None, float | None, Mapping[str | None, float]]
-        nobody = ("storage", None, None, {})
-        kind, pool_, seconds_, weights = lines.get(item.what, nobody)
+        pool_uses = [use for use in uses if use.stage.pool == pool]
+        lines |= _of_pool(pool, billed, pool_uses, account)
+    for item in job_bill.items:
+        other: tuple[str, str | None, float | None, Mapping[str | None, float]]
+        other = ("storage", None, None, {})
+        kind, pool_, seconds_, weights = lines.get(item.what, other)
         usd = Decimal(repr(item.usd.typical)).quantize(DIGIT, ROUND_HALF_EVEN)
         for stage, (share, part) in split(usd, weights).items():
             spent_s = None if seconds_ is None else seconds_ * share
             parts.append(Part(item.what, kind, pool_, stage, spent_s, part, item.how))
-    return made, parts
+    return job_bill, parts
 
 
 def _of_pool(
@@ -104,16 +104,16 @@ def split(usd: Decimal, weights: Mapping[str | None, float]) -> dict[str | None,
     The amounts add up to `usd`, because the heaviest entry receives the rounding difference.
     Without a positive weight, the key None receives everything.
     """
-    some = {name: weight for name, weight in weights.items() if weight > 0}
-    if not some:
+    positive = {name: weight for name, weight in weights.items() if weight > 0}
+    if not positive:
         return {None: (1.0, usd)}
-    whole = sum(some.values())
-    shares = {name: weight / whole for name, weight in some.items()}
-    found = {
+    whole = sum(positive.values())
+    shares = {name: weight / whole for name, weight in positive.items()}
+    split_costs = {
         name: (share, (usd * Decimal(repr(share))).quantize(DIGIT, ROUND_HALF_EVEN)) for name, share in shares.items()
     }
-    heaviest = max(some, key=lambda name: some[name])
-    share, part = found[heaviest]
-    left = usd - sum((amount for _, amount in found.values()), Decimal(0))
-    found[heaviest] = share, part + left
-    return found
+    heaviest = max(positive, key=lambda name: positive[name])
+    share, part = split_costs[heaviest]
+    difference = usd - sum((amount for _, amount in split_costs.values()), Decimal(0))
+    split_costs[heaviest] = share, part + difference
+    return split_costs

@@ -13,7 +13,7 @@ import pytest
 
 from batchlab.reports.html.failures import Case, Sample
 from batchlab.reports.html.page import page as made_page
-from batchlab.reports.html.page import rendered
+from batchlab.reports.html.page import render
 from batchlab.reports.queries.store import opened
 from tests.support.browser import offences, tab_stops, too_wide
 from tests.support.browser import opened as shown
@@ -43,7 +43,7 @@ def _sample(case: Case) -> Sample:
 def _written(folder: Path, file: Path, job: str = Made().job, *, samples: bool = True) -> Path:
     with opened([folder]) as connection:
         found = made_page(connection, job, samples=_sample if samples else None, version="1.2.3")
-        file.write_text(rendered(found), encoding="utf-8")
+        file.write_text(render(found), encoding="utf-8")
     return file
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from batchlab.reports.html.failures import Case, Sample
 from batchlab.reports.html.page import page as made_page
-from batchlab.reports.html.page import rendered
+from batchlab.reports.html.page import render
 from batchlab.reports.queries.store import opened
 from tests.support.browser import opened as shown
 from tests.support.page_looks import REFERENCES, WIDTHS, Eye, Looks, amiss, eye_of, fit, must
@@ -43,7 +43,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         with opened([write_run(place / name, run)]) as connection:
             page = made_page(connection, run.job, samples=_sample, version="1.2.3")
         found[name] = place / f"{name}.html"
-        found[name].write_text(rendered(page), encoding="utf-8")
+        found[name].write_text(render(page), encoding="utf-8")
     return found
 
 

@@ -50,7 +50,7 @@ def test_queries_are_listed_and_run_by_name(run: Run, made: str) -> None:
     assert "RUN_P95_S" in out
     code, _, err = run("report", "query", "slow", made)
     assert code == 2
-    assert "There is no query 'slow'" in err
+    assert "The query 'slow' does not exist" in err
     code, out, err = run("report", "sql", "SELECT 1 AS one WHERE false", made)
     assert (code, out, err) == (0, "", "No rows.\n")
 

@@ -63,7 +63,7 @@ def test_slower_stages_are_found_with_their_intervals(sides: dict[str, Path]) ->
     assert of(found, "tasks_per_s").worse_by > 0.1
     assert of(found, "p50", "read").verdict == "same"
     assert found.causes[0].startswith("score: its tasks run longer")
-    assert "tried again" in found.causes[0]
+    assert "were retried" in found.causes[0]
     assert not any(cause.startswith("read") for cause in found.causes), found.causes
 
 
@@ -115,7 +115,7 @@ def test_a_quantiles_spread_within_a_run_is_that_of_resamples(sides: dict[str, P
     (run_, *_) = read(sides["main"])
     with store.opened([sides["main"] / run_.job]) as connection:
         sql = "SELECT run_s FROM tasks WHERE stage = 'score' AND state = 'SUCCEEDED'"
-        values = [row[0] for row in store.asked(connection, sql)[1]]
+        values = [row[0] for row in store.run_query(connection, sql)[1]]
     rng = random.Random(1)
     slow = [statistics.median(rng.choices(values, k=len(values))) for _ in range(400)]
     quick = run_.samples["p50", "score"].draws
@@ -129,7 +129,7 @@ def test_single_runs_can_be_compared(sides: dict[str, Path]) -> None:
     assert of(found, "p95", "score").is_sure
     assert of(found, "took").low is None
     assert of(found, "p95", "merge").low is None  # one task says nothing on spread
-    assert any("one run on a side" in note for note in found.notes)
+    assert any("one side has a single run" in note for note in found.notes)
     assert {"p95", "tasks_per_s", "cost"} == {gate.measure for gate, _ in found.broken}
 
 
@@ -178,7 +178,7 @@ def test_invalid_threshold_and_stage_are_reported(sides: dict[str, Path]) -> Non
     with pytest.raises(UsageError, match="not a percentage"):
         gates("-3", [])
     assert [str(gate) for gate in gates("10", [])] == ["p95 > 10%", "tasks_per_s > 10%", "cost > 10%"]
-    with pytest.raises(UsageError, match="no stage 'parse'"):
+    with pytest.raises(UsageError, match="the stage 'parse'"):
         compared(sides, "main", "again", *gates(None, ["parse.p95 > 10%"]))
 
 
@@ -211,7 +211,7 @@ def test_the_command_and_its_exit_codes(sides: dict[str, Path], run: object) -> 
     assert told["broken"][0]["gate"] == "score.p95 > 10%"
     code, _, err = call("report", "diff", main, branch, "--fail-on", "speed > 1%")
     assert code == 2
-    assert "is no gate" in err
+    assert "is not a gate" in err
     code, _, err = call("report", "diff", main, branch, "--json", "--markdown")
     assert code == 2
 

@@ -7,7 +7,7 @@ from decimal import Decimal
 import pytest
 
 from batchlab.reports.html.checks import CHECKS, Level, findings
-from batchlab.reports.html.metrics import Signs
+from batchlab.reports.html.metrics import RunFigures
 from tests.support.reports.metrics import SIGNS, of_stage, signs
 
 
@@ -21,7 +21,7 @@ def test_good_run_has_no_findings_and_lists_the_checks() -> None:
 
 HIT = [
     # (check, level, signs that it finds, figures that it names, setting that it names)
-    ("task size", Level.NOTE, of_stage(tiny=900, median_s=0.02), ("20 ms", "90%", "1.0 of them"), "`size`"),
+    ("task size", Level.NOTE, of_stage(tiny=900, median_s=0.02), ("20 ms", "90%", "1.0 tasks"), "`size`"),
     ("task size", Level.ACT, of_stage(tiny=900, median_s=0.02, took_s=60.0, overhead_s=40.0), ("67%",), "about 50"),
     ("overhead", Level.ACT, of_stage(took_s=2600.0, overhead_s=600.0), ("23%", "600 ms"), "bundle"),
     (
@@ -64,7 +64,7 @@ HIT = [
 
 @pytest.mark.parametrize(("check", "level", "seen", "figures", "setting"), HIT)
 def test_each_finding_names_its_figure_and_its_setting(
-    check: str, level: Level, seen: Signs, figures: tuple[str, ...], setting: str
+    check: str, level: Level, seen: RunFigures, figures: tuple[str, ...], setting: str
 ) -> None:
     (found,) = [one for one in findings(seen) if one.level is not Level.GOOD]
     assert (found.check, found.level) == (check, level)
@@ -91,7 +91,7 @@ def test_each_finding_names_its_figure_and_its_setting(
         signs(total=Decimal(0), compute=Decimal(0), requests=Decimal(0), idle=Decimal(0)),
     ],
 )
-def test_values_within_bounds_have_no_finding(seen: Signs) -> None:
+def test_values_within_bounds_have_no_finding(seen: RunFigures) -> None:
     assert [one for one in findings(seen) if one.level is not Level.GOOD] == []
 
 

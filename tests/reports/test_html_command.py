@@ -111,7 +111,7 @@ def test_samples_are_read_from_the_bucket(run: Run, made_run: Path, tmp_path: Pa
     code, _, _ = run("report", "html", made_run, "--backend", "local", "--no-logs")
     page = (tmp_path / f"{JOB}.html").read_text()
     assert "line 7" not in page
-    assert "not at hand" in page
+    assert "not available" in page
 
 
 def test_unreachable_bucket_still_gives_a_report(run: Run, made_run: Path, tmp_path: Path) -> None:

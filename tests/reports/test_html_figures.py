@@ -15,7 +15,7 @@ import pytest
 
 from batchlab.reports.html import costs, durations, failures, gantt, load
 from batchlab.reports.html.charts import LogAxis
-from batchlab.reports.html.metrics import Signs, signs
+from batchlab.reports.html.metrics import RunFigures, run_figures
 from batchlab.reports.html.source import Run, share
 from batchlab.reports.queries.store import opened
 from tests.support.reports.altered import altered
@@ -36,8 +36,8 @@ def run(folder: Path) -> Iterator[Run]:
 
 
 @pytest.fixture(scope="module")
-def seen(run: Run) -> Signs:
-    return signs(run, load.series(run), costs.cost(run))
+def seen(run: Run) -> RunFigures:
+    return run_figures(run, load.series(run), costs.cost(run))
 
 
 @pytest.fixture(scope="module")
@@ -116,11 +116,11 @@ def test_remaining_work_of_all_jobs_is_shown_if_there_are_several(run: Run, fold
     busy = altered(folder, tmp_path / "busy", {"queues": "backlog_tasks + 5000 AS backlog_tasks"})
     with opened([busy]) as connection:
         crowded = Run(connection, Made().job)
-        made = load.drawn(crowded, load.series(crowded), [])[1]
+        made = load.draw(crowded, load.series(crowded), [])[1]
     assert "Other jobs of the grid" in made.text
     assert made.data
     assert made.data.columns[-1] == "# left of all jobs"
-    assert "Other jobs" not in load.drawn(run, found, [])[1].text
+    assert "Other jobs" not in load.draw(run, found, [])[1].text
 
 
 def test_scaling_decisions_with_their_reasons(run: Run, folder: Path) -> None:
@@ -146,7 +146,7 @@ def test_percentiles_and_histograms(run: Run, tasks: list[Row], column: str) -> 
         assert one.most_s == max(values)
         for percent, seconds in one.percentiles_s.items():
             assert seconds == pytest.approx(percentile(values, percent / 100))
-        least_s = durations.LEAST_S[column]
+        least_s = durations.MIN_TIMES_S[column]
         bins = Counter(math.floor(math.log10(max(value, least_s)) * LogAxis.PER_DECADE) for value in values)
         assert one.bins == bins
         assert sum(one.bins.values()) == one.tasks
@@ -154,7 +154,7 @@ def test_percentiles_and_histograms(run: Run, tasks: list[Row], column: str) -> 
 
 def test_a_histograms_table_has_every_task(run: Run) -> None:
     spreads = durations.spreads(run, "run_s")
-    for one in durations.drawn(run, spreads, "run_s"):
+    for one in durations.draw_histograms(run, spreads, "run_s"):
         (spread,) = [spread for spread in spreads if spread.stage == one.title]
         assert one.data
         assert sum(int(row[1].replace(",", "")) for row in one.data.rows) == spread.tasks
@@ -163,7 +163,7 @@ def test_a_histograms_table_has_every_task(run: Run) -> None:
 def test_the_longest_tasks(run: Run, tasks: list[Row]) -> None:
     order = sorted(tasks, key=lambda task: (-task["run_s"], task["stage"], task["task"]))
     assert [(row[0], int(row[1])) for row in durations.longest(run).rows] == [
-        (task["stage"], task["task"]) for task in order[: durations.LONGEST]
+        (task["stage"], task["task"]) for task in order[: durations.MAX_LONGEST_TASKS]
     ]
 
 
@@ -171,7 +171,7 @@ def test_the_longest_tasks(run: Run, tasks: list[Row]) -> None:
 
 
 def test_each_bundle_is_a_bar_and_no_two_share_a_slot(run: Run, bundles: list[Row]) -> None:
-    chart = gantt.drawn(run)
+    chart = gantt.draw(run)
     assert chart
     bars = [shape for shape in chart.shapes if shape.look.startswith("bar ")]
     assert len(bars) == len(bundles)
@@ -189,10 +189,10 @@ def test_many_instances_share_lanes(tmp_path: Path) -> None:
     bundles = rows_of(folder, "bundles")
     with opened([folder]) as connection:
         run = Run(connection, Made().job)
-        chart = gantt.drawn(run)
+        chart = gantt.draw(run)
         assert chart
         assert chart.data
-        assert len(chart.y) <= gantt.LANES
+        assert len(chart.y) <= gantt.MAX_LANES
         assert sum(int(row[1]) for row in chart.data.rows) == 100
         for row, group in zip(chart.data.rows, _groups(folder, 3), strict=True):
             busy_s = sum(b["took_s"] for b in bundles if b["worker"] in group)
@@ -209,10 +209,10 @@ def _groups(folder: Path, each: int) -> list[set[str]]:
     return [set().union(*(workers[name] for name in names[k : k + each])) for k in range(0, len(names), each)]
 
 
-# --- Signs ---------------------------------------------------------------------------------------
+# --- RunFigures ---------------------------------------------------------------------------------------
 
 
-def test_signs_of_the_fleet(run: Run, seen: Signs, folder: Path, bundles: list[Row]) -> None:
+def test_signs_of_the_fleet(run: Run, seen: RunFigures, folder: Path, bundles: list[Row]) -> None:
     places = _places(folder, bundles)
     whole_s = sum(
         slots * (min(end_s, run.end_s) - max(begin_s, run.start_s)) for begin_s, end_s, slots in places.values()
@@ -228,7 +228,7 @@ def test_signs_of_the_fleet(run: Run, seen: Signs, folder: Path, bundles: list[R
     assert seen.first_wait_s == pytest.approx(first_s)
 
 
-def test_signs_of_slots(seen: Signs, folder: Path, bundles: list[Row]) -> None:
+def test_signs_of_slots(seen: RunFigures, folder: Path, bundles: list[Row]) -> None:
     of = {row["worker"]: row["instance"] for row in rows_of(folder, "workers")}
     by_place = defaultdict(list)
     for row in bundles:
@@ -250,7 +250,7 @@ def test_task_durations_beside_other_tasks(folder: Path, tmp_path: Path) -> None
     bundles = rows_of(folder, "bundles")
     with opened([folder]) as connection:
         run = Run(connection, Made().job)
-        found = signs(run, load.series(run), None)
+        found = run_figures(run, load.series(run), None)
     of = {row["worker"]: row["instance"] for row in rows_of(folder, "workers")}
     for stage in found.stages:
         sides: dict[bool, list[Row]] = {True: [], False: []}
@@ -276,7 +276,7 @@ def test_task_durations_beside_other_tasks(folder: Path, tmp_path: Path) -> None
     assert any(stage.alone_s is not None for stage in found.stages)
 
 
-def test_signs_of_stages(seen: Signs, tasks: list[Row], bundles: list[Row]) -> None:
+def test_signs_of_stages(seen: RunFigures, tasks: list[Row], bundles: list[Row]) -> None:
     for stage in seen.stages:
         runs = [task["run_s"] for task in tasks if task["stage"] == stage.name]
         mine = [b for b in bundles if b["stage"] == stage.name]
@@ -289,7 +289,7 @@ def test_signs_of_stages(seen: Signs, tasks: list[Row], bundles: list[Row]) -> N
         assert stage.overhead_s == pytest.approx(spent_s)
 
 
-def test_signs_of_waste(seen: Signs, folder: Path) -> None:
+def test_signs_of_waste(seen: RunFigures, folder: Path) -> None:
     attempts = rows_of(folder, "attempts")
     duplicates = rows_of(folder, "duplicates")
     (job,) = rows_of(folder, "jobs")
@@ -339,7 +339,7 @@ def test_failures_by_cause(run: Run, folder: Path, tasks: list[Row]) -> None:
 
 
 def test_causes_beyond_the_first_are_summed_up(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(failures, "GROUPS", 1)
+    monkeypatch.setattr(failures, "MAX_GROUPS", 1)
     found = failures.failures(run)
     (group,) = found.groups
     tasks, attempts = found.tasks - group.tasks, found.attempts - group.attempts

@@ -27,18 +27,18 @@ def connection(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DuckDBPyCon
 
 
 def rows(connection: DuckDBPyConnection, name: str) -> list[dict[str, Any]]:
-    names, found = store.asked(connection, store.named(name).sql)
+    names, found = store.run_query(connection, store.named(name).sql)
     assert len(set(names)) == len(names), name
     return [dict(zip(names, row, strict=True)) for row in found]
 
 
 def column(connection: DuckDBPyConnection, sql: str) -> list[Any]:
-    return [row[0] for row in store.asked(connection, sql)[1]]
+    return [row[0] for row in store.run_query(connection, sql)[1]]
 
 
-@pytest.mark.parametrize("name", list(store.known()))
+@pytest.mark.parametrize("name", list(store.named_queries()))
 def test_each_query_answers_for_all_jobs(connection: DuckDBPyConnection, name: str) -> None:
-    assert store.known()[name].meaning.endswith(".")
+    assert store.named_queries()[name].meaning.endswith(".")
     jobs = {row["job"] for row in rows(connection, name)}
     few = {"failures", "slowest_tasks", "stragglers", "retries"}
     assert jobs <= {"a", "b"} if name in few else jobs == {"a", "b"}
@@ -50,7 +50,7 @@ def test_each_query_answers_without_data(tmp_path: Path) -> None:
     for name in ("tasks", "bundles", "fleet", "instances", "scaling", "cost", "stages"):
         (tmp_path / "a" / f"{name}.parquet").unlink()
     with store.opened([tmp_path]) as connection:
-        for name in store.known():
+        for name in store.named_queries():
             rows(connection, name)
 
 
@@ -86,7 +86,7 @@ def test_the_slowest_and_the_stragglers(connection: DuckDBPyConnection) -> None:
 
 
 def test_the_cost_by_stage_adds_up_to_the_bill(connection: DuckDBPyConnection) -> None:
-    bills = dict(store.asked(connection, "SELECT job, cost_usd FROM jobs")[1])
+    bills = dict(store.run_query(connection, "SELECT job, cost_usd FROM jobs")[1])
     for job, bill in bills.items():
         mine = [row for row in rows(connection, "cost_by_stage") if row["job"] == job]
         assert sum((row["cost_usd"] for row in mine), Decimal(0)) == bill

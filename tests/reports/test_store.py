@@ -18,7 +18,7 @@ from tests.support.reports.made import Made, write_run
 def test_one_view_for_each_table(made_run: Path) -> None:
     with store.opened([made_run]) as connection:
         for table in TABLES:
-            names, rows = store.asked(connection, f'SELECT * FROM "{table.name}"')
+            names, rows = store.run_query(connection, f'SELECT * FROM "{table.name}"')
             assert names == [c.name for c in table.columns]
             assert rows, table.name
 
@@ -27,7 +27,7 @@ def test_the_parts_add_up_to_the_whole(made_run: Path) -> None:
     with store.opened([made_run]) as connection:
 
         def one(sql: str) -> object:
-            return store.asked(connection, sql)[1][0][0]
+            return store.run_query(connection, sql)[1][0][0]
 
         by_task = one("SELECT sum(run_s) FROM tasks WHERE state = 'SUCCEEDED'")
         assert by_task == pytest.approx(one("SELECT sum(run_s) FROM stages"))
@@ -40,7 +40,7 @@ def test_the_parts_add_up_to_the_whole(made_run: Path) -> None:
 def test_several_runs_and_folders_of_runs(made_run: Path, tmp_path: Path) -> None:
     other = write_run(tmp_path / "runs" / "b", Made(job="shop-b", tasks=16))
     with store.opened([made_run, tmp_path / "runs"]) as connection:
-        found = store.asked(connection, "SELECT job FROM jobs ORDER BY job")[1]
+        found = store.run_query(connection, "SELECT job FROM jobs ORDER BY job")[1]
     assert found == [("shop-0123456789",), ("shop-b",)]
     with pytest.raises(UsageError, match="more than once"):
         store.opened([other, tmp_path / "runs"])
@@ -56,10 +56,10 @@ def test_columns_missing_in_older_data_are_null(made_run: Path, tmp_path: Path) 
             f"FROM '{made_run}/jobs.parquet') TO '{old}/jobs.parquet'"
         )
     with store.opened([old, made_run]) as connection:
-        found = store.asked(connection, "SELECT job, is_whole FROM jobs ORDER BY job")[1]
+        found = store.run_query(connection, "SELECT job, is_whole FROM jobs ORDER BY job")[1]
         assert found == [("old", None), ("shop-0123456789", True)]
     with store.opened([old]) as connection:
-        assert store.asked(connection, "SELECT count(*) FROM duplicates")[1] == [(0,)]
+        assert store.run_query(connection, "SELECT count(*) FROM duplicates")[1] == [(0,)]
 
 
 def test_data_of_a_newer_version_is_refused(made_run: Path, tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_a_query_can_only_read_the_runs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with store.opened([made_run]) as connection, pytest.raises(UsageError, match="query"):
-        store.asked(connection, sql)
+        store.run_query(connection, sql)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -136,7 +136,7 @@ def test_a_copy_within_a_query_does_not_write_over_the_run(sql: str, made_run: P
     before = (tmp_path / "run" / "jobs.parquet").read_bytes()
     copy = f"COPY (SELECT 3 AS x) TO '{tmp_path}/run/jobs.parquet' (USE_TMP_FILE false)"
     with store.opened([tmp_path / "run"]) as connection, pytest.raises(UsageError):
-        store.asked(connection, sql.format(copy))
+        store.run_query(connection, sql.format(copy))
     assert (tmp_path / "run" / "jobs.parquet").read_bytes() == before
 
 
@@ -158,6 +158,6 @@ def test_a_copy_within_a_query_does_not_write_over_the_run(sql: str, made_run: P
 )
 def test_reading_statements_are_permitted(sql: str, made_run: Path) -> None:
     with store.opened([made_run]) as connection:
-        names, rows = store.asked(connection, sql)
+        names, rows = store.run_query(connection, sql)
     assert names
     assert rows

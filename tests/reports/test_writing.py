@@ -384,4 +384,4 @@ def test_bucket_has_complete_tables_and_detects_stale_ones(tmp_path: Path) -> No
 
     in_world(act, script=script, **recorded())
     with store.opened([tmp_path]) as connection:
-        assert store.asked(connection, "SELECT succeeded, failed FROM jobs")[1] == [(5, 1)]
+        assert store.run_query(connection, "SELECT succeeded, failed FROM jobs")[1] == [(5, 1)]

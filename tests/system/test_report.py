@@ -119,7 +119,7 @@ def check(ask: Any, run: Run, view: JobView, home: tuple[str, str]) -> None:
     (print_,) = ask("SELECT DISTINCT fingerprint FROM attempts WHERE state = 'FAILED'")
     (group,) = json.loads(run("job", "failures", view["id"], *home, "--json")[1])
     assert print_ == {"fingerprint": group["fingerprint"]}
-    for query in store.known().values():
+    for query in store.named_queries().values():
         ask(query.sql)
 
     # The bill, line by line.

@@ -13,36 +13,11 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-MAX_SERIES = 7
+MAX_TICKS = 7
 """Maximum number of ticks of a time axis."""
 _TIMES_S = (
-    0.001,
-    0.002,
-    0.005,
-    0.01,
-    0.02,
-    0.05,
-    0.1,
-    0.2,
-    0.5,
-    1,
-    2,
-    5,
-    10,
-    15,
-    30,
-    60,
-    120,
-    300,
-    600,
-    900,
-    1800,
-    3600,
-    7200,
-    10800,
-    21600,
-    43200,
-    86400,
+    *(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30),
+    *(60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600, 43200, 86400),
 )
 """Round steps of a time axis."""
 _POWERS_S = (1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0, 60.0, 600.0, 3600.0, 36000.0, 360000.0)
@@ -72,12 +47,12 @@ def time_label(seconds: float, unit_s: float = 0.0) -> str:
 
 
 def time_ticks(span_s: float) -> tuple[Tick, ...]:
-    """Return the ticks of an axis from 0 to `span_s`: one at 0 and at most `MAX_SERIES` others."""
+    """Return the ticks of an axis from 0 to `span_s`: one at 0 and at most `MAX_TICKS` others."""
     if span_s <= 0:
         return (Tick(0.0, "0"),)
-    step_s = next((s for s in _TIMES_S if span_s / s <= MAX_SERIES), 0.0)
+    step_s = next((s for s in _TIMES_S if span_s / s <= MAX_TICKS), 0.0)
     if not step_s:
-        step_s = 86400.0 * _step(span_s / 86400.0, MAX_SERIES)
+        step_s = 86400.0 * _step(span_s / 86400.0, MAX_TICKS)
     unit_s = next((u for u, _ in _UNITS if step_s >= u * 0.999), 1e-6)
     # Label half hours in hours: 0.5 h, 1 h, 1.5 h.
     unit_s = 3600.0 if unit_s == 60.0 and step_s >= 1800 else unit_s
@@ -130,12 +105,12 @@ class LogAxis:
         return min(1.0, max(0.0, place))
 
     def ticks(self) -> tuple[Tick, ...]:
-        """Return at most `MAX_SERIES` ticks: powers of ten, or other round times if the axis is short."""
+        """Return at most `MAX_TICKS` ticks: powers of ten, or other round times if the axis is short."""
         low, high = self.edge_s(self.first), self.edge_s(self.last + 1)
         inside = [s for s in _POWERS_S if low * 0.999 <= s <= high * 1.001]
         if len(inside) < 3:
             inside = [s for s in _TIMES_S if low * 0.999 <= s <= high * 1.001]
-        every = -(-len(inside) // MAX_SERIES) if inside else 1
+        every = -(-len(inside) // MAX_TICKS) if inside else 1
         return tuple(Tick(self.at(s), time_label(s)) for s in inside[::every])
 
 

@@ -1,12 +1,8 @@
-"""Checks of the whole run: size and timing of the fleet, waste, and cost.
+"""Checks of a run: the size of its tasks, the size and timing of its fleet, waste, and cost.
 
-Invariants: each check of the fleet returns a finding with figures that the page also shows. A check
-without a problem reports what it examined, so every page lists all checks.
-
-Checks of single stages: the size of their tasks and the resources that they need.
-
-Invariants: each check examines every stage and returns a finding for each stage with a problem. A
-finding contains the figure on which it is based. If a change is due, it also names the setting.
+Invariants: each finding contains the figures on which it is based, and a problem also names the
+setting to change. A check without a problem reports what it examined, so every page lists all
+checks. A check of stages returns one finding for each stage with a problem.
 """
 
 from __future__ import annotations
@@ -17,11 +13,26 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from batchlab.core.text import count, span
-from batchlab.reports.html.metrics import LONG_ON_SPOT_S, TINY_S, Signs, StageSigns
+from batchlab.reports.html.metrics import LONG_ON_SPOT_S, TINY_S, RunFigures, StageFigures
 from batchlab.reports.html.source import share, visible
 
-MATTERS_S = 5.0
-"""Shorter times in seconds cause no finding, even if they are a large share of a short run."""
+MIN_PROBLEM_S = 5.0
+"""Shorter times in seconds are not a problem, even if they are a large share of a short run."""
+MAX_TINY_SHARE = 0.5
+MAX_OVERHEAD_SHARE = 0.2
+MAX_SLOWDOWN = 1.3
+MAX_NAMED_STAGES = 3
+"""Maximum number of stages in a finding without a problem."""
+MIN_FILLED_SHARE = 0.6
+MAX_IDLE_SHARE, MAX_NOTED_IDLE_SHARE = 0.35, 0.6
+MAX_UNUSED_SHARE = 0.25
+MAX_STARVED_SHARE = 0.2
+MAX_FULL_SHARE = 0.5
+MAX_LAG_SHARE = 0.15
+MAX_TAIL_SHARE = 0.25
+MAX_WASTED_SHARE = 0.05
+
+FINER = "Split the input into smaller parts (`size` in the job file's `input`)"
 
 
 class Level(IntEnum):
@@ -35,10 +46,9 @@ class Level(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Result of a check.
+    """Result of the check `check`, with the evidence in `figure`.
 
-    `check` is the name of the check, and `figure` is the evidence. `setting` describes what to
-    change, with code between backticks. It is empty if the level is GOOD.
+    `setting` describes what to change, with code between backticks. It is empty if the level is GOOD.
     """
 
     check: str
@@ -48,416 +58,363 @@ class Finding:
     setting: str = ""
 
 
-Check = Callable[[Signs], Iterator[Finding]]
+Check = Callable[[RunFigures], Iterator[Finding]]
 
 
-def good(check: str, title: str, figure: str) -> Finding:
-    return Finding(check, Level.GOOD, title, figure)
+def _judged(
+    check: str, is_problem: bool, *, good: str, title: str, figure: str, setting: str, level: Level = Level.NOTE
+) -> Finding:
+    """Return the problem with its setting, or a finding with the title `good` and the same figure."""
+    return Finding(check, level, title, figure, setting) if is_problem else Finding(check, Level.GOOD, good, figure)
 
 
-def name(text: str) -> str:
+def _name(text: str) -> str:
     """Return the name of a stage or pool, safe for use in a sentence."""
     return visible(text, 40).replace("`", "'")
 
 
-def limits(pool: str, option: str) -> str:
+def _limits(pool: str, option: str) -> str:
     """Return the command that changes a pool's limits."""
-    return f"`batchlab grid scale {name(pool) or 'POOL'} {option} N`"
+    return f"`batchlab grid scale {_name(pool) or 'POOL'} {option} N`"
 
 
-def slots_of(pool: str) -> str:
+def _slots_of(pool: str) -> str:
     """Return the option that changes the slots of a pool's instances."""
-    return f"`--pool {name(pool) or 'NAME'}:MIN-MAXxSLOTS` of `batchlab grid up`"
+    return f"`--pool {_name(pool) or 'NAME'}:MIN-MAXxSLOTS` of `batchlab grid up`"
 
 
-TINY_SHARE = 0.5
-OVERHEAD = 0.2
-SLOWED = 1.3
-TOLD = 3
-"""Maximum number of stages in a finding without a problem."""
-
-FINER = "Cut the input finer (`size` in the job file's `input`)"
+# --- Stages --------------------------------------------------------------------------------------
 
 
-def tiny(signs: Signs) -> Iterator[Finding]:
+def tiny(run: RunFigures) -> Iterator[Finding]:
     """Check for stages with tasks below 100 ms. Each task costs a message, a commit, and a row."""
-    hit = [
-        stage_signs
-        for stage_signs in signs.stages
-        if stage_signs.bundles and stage_signs.tiny > TINY_SHARE * stage_signs.tasks
-    ]
-    for stage in hit:
-        second = max(1, math.ceil(1.0 / max(stage.median_s, 1e-4)))
-        yield Finding(
-            "task size",
-            Level.ACT if _costly(stage) else Level.NOTE,
-            f"Tasks of {name(stage.name)} are tiny",
-            f"Half of its {count(stage.tasks, 'task')} took at most {span(stage.median_s)}, and "
-            f"{share(stage.tiny, stage.tasks)} less than {span(TINY_S)}. A bundle carried "
-            f"{stage.per_bundle:,.1f} of them, and {share(stage.overhead_s, stage.took_s)} of the "
-            "slot time of bundles went to something else than tasks.",
-            "Give a task more to do: a larger `size` in the job file's `input`. Or leave `bundle` "
-            f"of the stage at `auto`, or set it to about {second:,}: a message then carries a "
-            "second of work.",
-        )
-    if not hit:
-        told = [f"{name(stage_signs.name)} {span(stage_signs.median_s)}" for stage_signs in signs.stages[:TOLD]]
-        figure = f"Median run time: {', '.join(told)}." if told else "No task ran."
-        yield good("task size", "No stage is made of tiny tasks", figure)
+    problems = [_tiny(stage) for stage in run.stages if stage.bundles and stage.tiny > MAX_TINY_SHARE * stage.tasks]
+    medians = [f"{_name(stage.name)} {span(stage.median_s)}" for stage in run.stages[:MAX_NAMED_STAGES]]
+    figure = f"Median run time of a task: {', '.join(medians)}." if medians else "No task ran."
+    yield from problems or [Finding("task size", Level.GOOD, "No stage has many tiny tasks", figure)]
 
 
-def _costly(stage: StageSigns) -> bool:
-    return stage.overhead_s > OVERHEAD * stage.took_s
+def _tiny(stage: StageFigures) -> Finding:
+    tasks_per_second = max(1, math.ceil(1.0 / max(stage.median_s, 1e-4)))
+    return Finding(
+        "task size",
+        Level.ACT if _has_overhead(stage) else Level.NOTE,
+        f"Tasks of {_name(stage.name)} are tiny",
+        f"Half of its {count(stage.tasks, 'task')} took at most {span(stage.median_s)}, and "
+        f"{share(stage.tiny, stage.tasks)} took less than {span(TINY_S)}. A bundle had {stage.per_bundle:,.1f} tasks "
+        f"on average. {share(stage.overhead_s, stage.took_s)} of the slot time of bundles was overhead.",
+        "Give each task more work with a larger `size` in the job file's `input`. Or set `bundle` of the stage to "
+        f"`auto`, or to about {tasks_per_second:,}, so that each message has work for a second.",
+    )
 
 
-def overhead(signs: Signs) -> Iterator[Finding]:
+def _has_overhead(stage: StageFigures) -> bool:
+    return stage.overhead_s > MAX_OVERHEAD_SHARE * stage.took_s
+
+
+def overhead(run: RunFigures) -> Iterator[Finding]:
     """Check how much of the bundles' time no task ran, for stages without tiny tasks."""
-    hit = [
-        stage_signs
-        for stage_signs in signs.stages
-        if _costly(stage_signs)
-        and stage_signs.overhead_s > MATTERS_S
-        and stage_signs.tiny <= TINY_SHARE * stage_signs.tasks
-    ]
-    for stage in hit:
-        yield Finding(
+    problems = [
+        Finding(
             "overhead",
             Level.ACT,
-            f"Bundles of {name(stage.name)} take longer than their tasks",
-            f"{share(stage.overhead_s, stage.took_s)} of their slot time, "
-            f"{span(stage.overhead_s / max(1, stage.bundles))} a bundle, went to fetching inputs, "
-            "starting processes and committing.",
-            "Make inputs and results smaller, import less where a handler starts, or let a message "
-            "carry more tasks: `bundle` of the stage.",
+            f"Bundles of {_name(stage.name)} take longer than their tasks",
+            f"{share(stage.overhead_s, stage.took_s)} of their slot time was overhead: "
+            f"{span(stage.overhead_s / max(1, stage.bundles))} per bundle to fetch inputs, start processes, and "
+            "commit.",
+            "Use smaller inputs and results, or import fewer modules when a handler starts. Or put more tasks into "
+            "a bundle with `bundle` of the stage.",
         )
-    if not hit:
-        took_s = sum(stage_signs.took_s for stage_signs in signs.stages)
-        spent_s = sum(stage_signs.overhead_s for stage_signs in signs.stages)
-        yield good(
-            "overhead",
-            "Bundles are mostly tasks",
-            f"{share(spent_s, took_s)} of the slot time of bundles went to something else than tasks.",
-        )
+        for stage in run.stages
+        if _has_overhead(stage) and stage.overhead_s > MIN_PROBLEM_S and stage.tiny <= MAX_TINY_SHARE * stage.tasks
+    ]
+    part = share(sum(stage.overhead_s for stage in run.stages), sum(stage.took_s for stage in run.stages))
+    figure = f"{part} of the slot time of bundles was overhead."
+    yield from problems or [Finding("overhead", Level.GOOD, "Bundles have little overhead", figure)]
 
 
-def long_on_spot(signs: Signs) -> Iterator[Finding]:
+def long_on_spot(run: RunFigures) -> Iterator[Finding]:
     """Check for tasks above 10 minutes on Spot instances, which get a notice of 2 minutes."""
-    hit = [stage_signs for stage_signs in signs.stages if stage_signs.long_on_spot]
-    for stage in hit:
-        yield Finding(
+    problems = [
+        Finding(
             "long tasks on Spot",
             Level.ACT,
-            f"Tasks of {name(stage.name)} are long for Spot",
-            f"{count(stage.long_on_spot, 'task')} of more than {span(LONG_ON_SPOT_S)} ran on Spot "
-            f"instances, the longest for {span(stage.longest_on_spot_s)}; when one is interrupted "
-            f"its task begins anew. {span(signs.lost_s)} of slot time went with instances.",
-            f"{FINER}, or keep the stage off Spot: a `pool` of its own, or `--on-demand-percent "
+            f"Tasks of {_name(stage.name)} are long for Spot",
+            f"{count(stage.long_on_spot, 'task')} of more than {span(LONG_ON_SPOT_S)} ran on Spot instances, the "
+            f"longest for {span(stage.longest_on_spot_s)}. If an instance is interrupted, its task starts again. "
+            f"Ended instances lost {span(run.lost_s)} of slot time.",
+            f"{FINER}. Or run the stage on On-Demand instances, with a `pool` of its own or with `--on-demand-percent "
             "100` of `batchlab deploy apply`.",
         )
-    if not hit:
-        longest_s = max((stage_signs.longest_on_spot_s for stage_signs in signs.stages), default=0.0)
-        figure = f"The longest there took {span(longest_s)}." if longest_s else "None ran on Spot."
-        yield good("long tasks on Spot", "No task was too long for Spot", figure)
+        for stage in run.stages
+        if stage.long_on_spot
+    ]
+    longest_s = max((stage.longest_on_spot_s for stage in run.stages), default=0.0)
+    figure = f"The longest task on Spot took {span(longest_s)}." if longest_s else "No task ran on Spot."
+    yield from problems or [Finding("long tasks on Spot", Level.GOOD, "No task was too long for Spot", figure)]
 
 
-def too_long(signs: Signs) -> Iterator[Finding]:
+def too_long(run: RunFigures) -> Iterator[Finding]:
     """Check for tasks above 11 hours. SQS hides a message for at most 12 hours."""
-    hit = [stage_signs for stage_signs in signs.stages if stage_signs.too_long]
-    for stage in hit:
-        yield Finding(
+    problems = [
+        Finding(
             "task length",
             Level.ACT,
-            f"Tasks of {name(stage.name)} come close to the 12 hours of SQS",
-            f"{count(stage.too_long, 'task')} took more than 11 h, the longest "
-            f"{span(stage.longest_s)}. Beyond 12 h a task is handed over to a delayed message, and "
-            "with its worker half a day is lost.",
-            f"{FINER}, or split the stage into two that follow each other.",
+            f"Tasks of {_name(stage.name)} are close to the limit of 12 h of SQS",
+            f"{count(stage.too_long, 'task')} took more than 11 h, the longest {span(stage.longest_s)}. After 12 h, "
+            "a delayed message takes the place of a task's message. If the worker fails, half a day of work is lost.",
+            f"{FINER}. Or split the stage into two stages.",
         )
-    if not hit:
-        longest_s = max((stage_signs.longest_s for stage_signs in signs.stages), default=0.0)
-        yield good("task length", "No task took longer than 11 h", f"The longest took {span(longest_s)}.")
-
-
-def crowding(signs: Signs) -> Iterator[Finding]:
-    """Check for tasks that run slower when other tasks share their instance."""
-    known = [
-        (stage_signs, stage_signs.alone_s, stage_signs.crowded_s)
-        for stage_signs in signs.stages
-        if stage_signs.alone_s is not None and stage_signs.crowded_s is not None
+        for stage in run.stages
+        if stage.too_long
     ]
-    hit = [(stage_signs, alone, crowded) for stage_signs, alone, crowded in known if crowded > SLOWED * alone]
-    for stage, alone_s, crowded_s in hit:
-        times = f"{crowded_s / alone_s:.1f} times as long" if alone_s else "far longer"
-        yield Finding(
+    longest_s = max((stage.longest_s for stage in run.stages), default=0.0)
+    figure = f"The longest task took {span(longest_s)}."
+    yield from problems or [Finding("task length", Level.GOOD, "No task took longer than 11 h", figure)]
+
+
+def crowding(run: RunFigures) -> Iterator[Finding]:
+    """Check for tasks that run slower when other tasks share their instance."""
+    compared = [
+        (stage, stage.alone_s, stage.crowded_s)
+        for stage in run.stages
+        if stage.alone_s is not None and stage.crowded_s is not None
+    ]
+    problems = [
+        Finding(
             "shared slots",
             Level.ACT,
-            f"Tasks of {name(stage.name)} slow each other down",
-            f"A task took {span(crowded_s)} on average while the other slots of its instance were "
-            f"busy, and {span(alone_s)} while they were idle: {times}. They share more cores, "
-            "memory or disk than there is.",
-            f"Fewer slots for each instance ({slots_of(stage.pool)}), `slots` in the stage's "
-            "`resources`, or instances with more CPUs.",
+            f"Tasks of {_name(stage.name)} slow each other down",
+            f"The mean run time of a task was {span(crowded_s)} while the other slots of its instance were busy, and "
+            f"{span(alone_s)} while they were idle{f', {crowded_s / alone_s:.1f} times as long' if alone_s else ''}. "
+            "The tasks need more cores, memory, or disk than the instance has.",
+            f"Use fewer slots per instance ({_slots_of(stage.pool)}), set `slots` in the stage's `resources`, or use "
+            "instances with more CPUs.",
         )
-    if not hit:
-        told = [
-            f"{name(stage_signs.name)} {crowded / alone:.2f} times as long"
-            for stage_signs, alone, crowded in known[:TOLD]
-            if alone
-        ]
-        yield good(
-            "shared slots",
-            "Tasks do not slow each other down",
-            f"With busy neighbours a task took: {', '.join(told)} as with idle ones."
-            if told
-            else "No stage had tasks both alone on an instance and beside others.",
-        )
+        for stage, alone_s, crowded_s in compared
+        if crowded_s > MAX_SLOWDOWN * alone_s
+    ]
+    ratios = [
+        f"{_name(stage.name)} {crowded_s / alone_s:.2f} times as long"
+        for stage, alone_s, crowded_s in compared[:MAX_NAMED_STAGES]
+        if alone_s
+    ]
+    figure = "No stage had tasks both alone on an instance and together with others."
+    if ratios:
+        figure = f"While the other slots were busy, a task took: {', '.join(ratios)} as while they were idle."
+    yield from problems or [Finding("shared slots", Level.GOOD, "Tasks do not slow each other down", figure)]
 
 
-FILLED = 0.6
-IDLE, VERY_IDLE = 0.35, 0.6
-UNUSED = 0.25
-STARVED = 0.2
-FULL = 0.5
-LAG = 0.15
-TAIL = 0.25
-WASTED = 0.05
+# --- Fleet ---------------------------------------------------------------------------------------
 
 
-def idle_slots(signs: Signs) -> Iterator[Finding]:
+def idle_slots(run: RunFigures) -> Iterator[Finding]:
     """Check whether busy instances use only a few of their slots."""
-    if signs.filled is None:
-        yield good("idle slots", "No instance is half idle", "Each has one slot, or ran nothing.")
+    if run.filled is None:
+        figure = "Each instance has one slot or ran no task."
+        yield Finding("idle slots", Level.GOOD, "No instance is half idle", figure)
         return
-    figure = (
-        f"While an instance ran anything of this job, {share(signs.filled, 1)} of its {signs.slots_each} slots did."
+    yield _judged(
+        "idle slots",
+        run.filled < MIN_FILLED_SHARE and run.busy_s > MIN_PROBLEM_S,
+        good="Busy instances use most of their slots",
+        title="Busy instances have idle slots",
+        figure=f"While an instance ran tasks of this job, {share(run.filled, 1)} of its {run.slots_each} slots were "
+        "busy.",
+        setting=f"Use smaller instances with fewer slots ({_slots_of(run.pool)}), or a longer `drain_target_s` in "
+        "`settings.toml`, so that fewer instances have more work.",
     )
-    if signs.filled < FILLED and signs.busy_s > MATTERS_S:
-        yield Finding(
-            "idle slots",
-            Level.NOTE,
-            "Slots of busy instances are idle",
-            figure,
-            f"Fewer slots on smaller instances ({slots_of(signs.pool)}), or a longer "
-            "`drain_target_s` in `settings.toml`: fewer instances are then filled better.",
-        )
-    else:
-        yield good("idle slots", "Busy instances are filled", figure)
 
 
-def lag(signs: Signs) -> Iterator[Finding]:
+def lag(run: RunFigures) -> Iterator[Finding]:
     """Check how long work waited for instances to come into service."""
-    wait_s = signs.first_wait_s or 0.0
+    wait_s = run.first_wait_s or 0.0
     boots = ""
-    if signs.boots and signs.boot_s is not None:
+    if run.boots and run.boot_s is not None:
         boots = (
-            f" {count(signs.boots, 'instance')} booted, half of them in at most "
-            f"{span(signs.boot_s)}, the slowest in {span(signs.longest_boot_s or 0.0)}."
+            f" {count(run.boots, 'instance')} booted: half of them took at most {span(run.boot_s)}, and the slowest "
+            f"took {span(run.longest_boot_s or 0.0)}."
         )
-    figure = f"The first task began {span(wait_s)} after it was ready: {share(wait_s, signs.span_s)} of the run.{boots}"
-    if wait_s > max(LAG * signs.span_s, MATTERS_S):
-        yield Finding(
-            "scaling lag",
-            Level.ACT,
-            "Work waited for instances to come up",
-            figure,
-            f"Keep some ready ({limits(signs.pool, '--min')}), or have them before a known peak "
-            f"({limits(signs.pool, '--desired')}); a machine image with everything in it boots "
-            "sooner.",
-        )
-    else:
-        yield good("scaling lag", "Instances were there in time", figure)
+    yield _judged(
+        "scaling lag",
+        wait_s > max(MAX_LAG_SHARE * run.span_s, MIN_PROBLEM_S),
+        level=Level.ACT,
+        good="Instances were in service in time",
+        title="Work waited for instances to boot",
+        figure=f"The first task started {span(wait_s)} after it was ready, {share(wait_s, run.span_s)} of the run."
+        f"{boots}",
+        setting=f"Keep some instances running ({_limits(run.pool, '--min')}), or start them before a known peak "
+        f"({_limits(run.pool, '--desired')}). A machine image with all software boots faster.",
+    )
 
 
-def too_small(signs: Signs) -> Iterator[Finding]:
+def too_small(run: RunFigures) -> Iterator[Finding]:
     """Check whether all slots were busy for most of the run while tasks waited."""
+    is_problem = run.full_s > max(MAX_FULL_SHARE * run.span_s, MIN_PROBLEM_S)
     figure = (
-        f"For {share(signs.full_s, signs.span_s)} of the run nearly all slots were busy while "
-        f"tasks waited; at most {signs.peak_slots:,.0f} slots were in service."
+        f"For {share(run.full_s, run.span_s)} of the run, nearly all slots were busy while tasks waited. At most "
+        f"{run.peak_slots:,.0f} slots were in service."
     )
-    if signs.full_s > max(FULL * signs.span_s, MATTERS_S):
-        yield Finding(
-            "fleet too small",
-            Level.NOTE,
-            "A larger fleet would have ended it sooner",
-            f"{figure} Twice as many would have saved up to {span(signs.full_s / 2)}, for about "
-            "the same instance time.",
-            f"A higher maximum ({limits(signs.pool, '--max')}), or a shorter `drain_target_s` in `settings.toml`.",
+    if is_problem:
+        figure += (
+            f" Twice as many slots would have saved up to {span(run.full_s / 2)}, for about the same instance time."
         )
-    else:
-        yield good("fleet too small", "The fleet was not too small", figure)
+    yield _judged(
+        "fleet too small",
+        is_problem,
+        good="The fleet was large enough",
+        title="A larger fleet would have finished the job sooner",
+        figure=figure,
+        setting=f"Raise the maximum ({_limits(run.pool, '--max')}), or use a shorter `drain_target_s` in "
+        "`settings.toml`.",
+    )
 
 
-def too_large(signs: Signs) -> Iterator[Finding]:
+def too_large(run: RunFigures) -> Iterator[Finding]:
     """Check whether the fleet had too much idle slot time."""
-    idle_s = max(0.0, signs.slot_s - signs.busy_s)
-    of = count(signs.instances, signs.noun)
-    ran = f"{signs.unused:,} of {of} never ran any." if signs.unused else f"{of} ran some of it."
-    figure = (
-        f"{share(idle_s, signs.slot_s)} of the slot time in service, {span(idle_s)}, was not used by this job; {ran}"
+    idle_s = max(0.0, run.slot_s - run.busy_s)
+    total = count(run.instances, run.noun)
+    usage = f"{run.unused:,} of {total} ran no task." if run.unused else f"{total} ran some of its tasks."
+    is_unused = run.unused > MAX_UNUSED_SHARE * run.instances
+    yield _judged(
+        "fleet too large",
+        bool(run.slot_s and (is_unused or idle_s > max(MAX_IDLE_SHARE * run.slot_s, MIN_PROBLEM_S))),
+        level=Level.ACT if is_unused or idle_s > MAX_NOTED_IDLE_SHARE * run.slot_s else Level.NOTE,
+        good="The fleet was not too large",
+        title="The fleet was larger than its work",
+        figure=f"This job did not use {share(idle_s, run.slot_s)} of the slot time in service, {span(idle_s)}. {usage}",
+        setting=f"Lower the maximum ({_limits(run.pool, '--max')}). Or set, in `settings.toml`, a longer "
+        "`drain_target_s` to launch fewer instances, or a shorter `idle_s` to terminate them sooner.",
     )
-    unused = signs.unused > UNUSED * signs.instances
-    if signs.slot_s and (unused or idle_s > max(IDLE * signs.slot_s, MATTERS_S)):
-        yield Finding(
-            "fleet too large",
-            Level.ACT if unused or idle_s > VERY_IDLE * signs.slot_s else Level.NOTE,
-            "The fleet was larger than its work",
-            figure,
-            f"A lower maximum ({limits(signs.pool, '--max')}), a longer `drain_target_s`, so that "
-            "fewer come, or a shorter `idle_s`, so that they leave sooner, both in "
-            "`settings.toml`.",
-        )
-    else:
-        yield good("fleet too large", "The fleet was not too large", figure)
 
 
-def idle_cost(signs: Signs) -> Iterator[Finding]:
+def idle_cost(run: RunFigures) -> Iterator[Finding]:
     """Check whether idle instance time cost more than the work.
 
     Idle instance time includes the boot, the tail, and the minimum of 60 billed seconds.
     """
-    if not signs.total:
-        yield good("idle cost", "Idle instances cannot be judged", "The run has no prices.")
+    if not run.total:
+        yield Finding("idle cost", Level.GOOD, "The cost of idle instances is unknown", "The run has no prices.")
         return
-    total = float(signs.total)
-    figure = (
-        f"Idle instance time (boot, waiting, tail, and what is billed at least) is "
-        f"{share(float(signs.idle), total)} of the bill, compute is "
-        f"{share(float(signs.compute), total)}."
+    total = float(run.total)
+    yield _judged(
+        "idle cost",
+        run.idle > run.compute,
+        good="Idle instances cost less than the work",
+        title="Idle instances cost more than the work",
+        figure=f"Idle instance time is {share(float(run.idle), total)} of the bill, and compute is "
+        f"{share(float(run.compute), total)}. Idle time includes boots, waiting, the tail, and the billed minimum.",
+        setting="AWS bills an instance from its launch, and for at least 60 s. For short jobs, use fewer instances "
+        f"({_limits(run.pool, '--max')}). Or run several jobs on the same instances, with a longer `idle_s` in "
+        "`settings.toml`.",
     )
-    if signs.idle > signs.compute:
-        yield Finding(
-            "idle cost",
-            Level.NOTE,
-            "Instances cost more idle than at work",
-            figure,
-            "An instance is paid from its launch, for 60 s at the least: for short jobs have fewer "
-            f"({limits(signs.pool, '--max')}), or let several jobs use the same ones, with a "
-            "longer `idle_s` in `settings.toml`.",
-        )
-    else:
-        yield good("idle cost", "Instances cost less idle than at work", figure)
 
 
-def starved(signs: Signs) -> Iterator[Finding]:
+def starved(run: RunFigures) -> Iterator[Finding]:
     """Check whether slots were idle while tasks were ready."""
-    figure = (
-        f"{share(signs.starved_s, signs.slot_s)} of the slot time, {span(signs.starved_s)}, was "
-        "idle while tasks were ready."
+    yield _judged(
+        "idle while work waits",
+        run.starved_s > max(MAX_STARVED_SHARE * run.slot_s, MIN_PROBLEM_S),
+        level=Level.ACT,
+        good="Few slots were idle while tasks waited",
+        title="Slots were idle while tasks waited",
+        figure=f"{share(run.starved_s, run.slot_s)} of the slot time, {span(run.starved_s)}, was idle while tasks "
+        "were ready.",
+        setting="Use smaller bundles (`bundle` of the stage), which occupy more slots. Tasks with several `slots` "
+        "leave some slots empty. Jobs with a higher `priority` get the slots of the pool first.",
     )
-    if signs.starved_s > max(STARVED * signs.slot_s, MATTERS_S):
-        yield Finding(
-            "idle while work waits",
-            Level.ACT,
-            "Slots were idle while tasks waited",
-            figure,
-            "Smaller bundles (`bundle` of the stage) spread over more slots; tasks that take "
-            "several `slots` leave some empty; other jobs of the pool with a higher `priority` "
-            "have theirs first.",
-        )
-    else:
-        yield good("idle while work waits", "Hardly a slot was idle while tasks waited", figure)
 
 
-def tail(signs: Signs) -> Iterator[Finding]:
+def tail(run: RunFigures) -> Iterator[Finding]:
     """Check whether a few long tasks delayed the end of the run."""
     figure = (
-        f"For the last {span(signs.tail_s)}, {share(signs.tail_s, signs.span_s)} of the run, less "
-        "than half as many tasks ran as at most."
+        f"During the last {span(run.tail_s)}, {share(run.tail_s, run.span_s)} of the run, less than half of the peak "
+        "number of slots were busy."
     )
-    if signs.stages and signs.tail_s > max(TAIL * signs.span_s, MATTERS_S):
-        longest = max(signs.stages, key=lambda one: one.longest_s)
-        yield Finding(
-            "long tail",
-            Level.NOTE,
-            "The run waited for its last tasks",
-            f"{figure} The longest task took {span(longest.longest_s)}, in {name(longest.name)}, "
-            f"where half took at most {span(longest.median_s)}.",
-            f"{FINER}, or begin with the large items.",
+    is_problem = bool(run.stages) and run.tail_s > max(MAX_TAIL_SHARE * run.span_s, MIN_PROBLEM_S)
+    if is_problem:
+        stage = max(run.stages, key=lambda stage: stage.longest_s)
+        figure += (
+            f" The longest task took {span(stage.longest_s)}. It is of {_name(stage.name)}, where half of the tasks "
+            f"took at most {span(stage.median_s)}."
         )
-    else:
-        yield good("long tail", "The run had no long tail", figure)
+    yield _judged(
+        "long tail",
+        is_problem,
+        good="The run had no long tail",
+        title="The run waited for its last tasks",
+        figure=figure,
+        setting=f"{FINER}, or put the large items first.",
+    )
 
 
-def wasted(signs: Signs) -> Iterator[Finding]:
+def wasted(run: RunFigures) -> Iterator[Finding]:
     """Check for wasted slot time, and for tasks with two results."""
-    if signs.harmful:
+    if run.harmful:
         yield Finding(
             "duplicates",
             Level.WRONG,
             "A task has two results",
-            f"{count(signs.harmful, 'task')} got a second committed result, which must never be.",
-            "Report it as a bug, with this page; `batchlab ledger rebuild` counts anew what the bucket says.",
+            f"{count(run.harmful, 'task')} got a second committed result, which must never happen.",
+            "Report this as a bug, and attach this page. `batchlab ledger rebuild` counts the results in the bucket "
+            "again.",
         )
-    all_s = signs.busy_s + signs.lost_s + signs.repeated_s
-    figure = (
-        f"{share(signs.wasted_s, all_s)} of the slot time was for nothing: attempts that failed "
-        f"{span(signs.failed_s)}, runs that went with their instance {span(signs.lost_s)}, work "
-        f"done twice {span(signs.repeated_s)}."
+    total_s = run.busy_s + run.lost_s + run.repeated_s
+    yield _judged(
+        "wasted work",
+        run.wasted_s > max(MAX_WASTED_SHARE * total_s, 1.0),
+        level=Level.ACT,
+        good="Little work was wasted",
+        title="Work was wasted",
+        figure=f"{share(run.wasted_s, total_s)} of the slot time was wasted: {span(run.failed_s)} by failed attempts, "
+        f"{span(run.lost_s)} by runs that ended with their instance, and {span(run.repeated_s)} by repeated work.",
+        setting=_waste_setting(run),
     )
-    if signs.wasted_s > max(WASTED * all_s, 1.0):
-        yield Finding("wasted work", Level.ACT, "Work was done for nothing", figure, _mend(signs))
-    else:
-        yield good("wasted work", "Hardly any work was for nothing", figure)
 
 
-def _mend(signs: Signs) -> str:
-    most_s = max(signs.failed_s, signs.lost_s, signs.repeated_s)
-    if most_s == signs.failed_s:
+def _waste_setting(run: RunFigures) -> str:
+    largest_s = max(run.failed_s, run.lost_s, run.repeated_s)
+    if largest_s == run.failed_s:
         return (
-            "Mend what stands first under Failures. Where another attempt cannot help, name in "
-            "`on` of the stage's `retry` what is worth one, or lower its `attempts`."
+            "Fix the first cause under Failures. If a retry cannot help, list in `on` of the stage's `retry` only the "
+            "errors that are worth a retry, or use fewer `attempts`."
         )
-    if most_s == signs.lost_s:
+    if largest_s == run.lost_s:
         return (
-            "Less is lost with smaller bundles (`bundle` of the stage) or shorter tasks (`size` in "
-            "the job file's `input`), and on fewer Spot instances (`--on-demand-percent` of "
-            "`batchlab deploy apply`)."
+            "Less work is lost with smaller bundles (`bundle` of the stage), with shorter tasks (`size` in the job "
+            "file's `input`), and with fewer Spot instances (`--on-demand-percent` of `batchlab deploy apply`)."
         )
-    return "A longer `visibility_s` in `settings.toml`, where workers are too busy to extend it in time."
+    return (
+        "If workers are too busy to extend visibility timeouts in time, use a longer `visibility_s` in `settings.toml`."
+    )
 
 
-def requests(signs: Signs) -> Iterator[Finding]:
+def requests(run: RunFigures) -> Iterator[Finding]:
     """Check whether requests cost more than the work."""
-    if not signs.total:
-        yield good("requests", "Requests cannot be judged", "No prices were put to the run.")
+    if not run.total:
+        yield Finding("requests", Level.GOOD, "The cost of requests is unknown", "The run has no prices.")
         return
-    total = float(signs.total)
-    figure = (
-        f"Requests to SQS and S3 are {share(float(signs.requests), total)} of the bill, compute is "
-        f"{share(float(signs.compute), total)}."
+    total = float(run.total)
+    yield _judged(
+        "requests",
+        run.requests > run.compute,
+        level=Level.ACT,
+        good="Requests cost less than the work",
+        title="Requests cost more than the work",
+        figure=f"Requests to SQS and S3 are {share(float(run.requests), total)} of the bill, and compute is "
+        f"{share(float(run.compute), total)}.",
+        setting="A larger `bundle` of the stage, or tasks with more work, need fewer requests.",
     )
-    if signs.requests > signs.compute:
-        yield Finding(
-            "requests",
-            Level.ACT,
-            "Requests cost more than the work",
-            figure,
-            "A larger `bundle` of the stage, or tasks with more to do, ask less often.",
-        )
-    else:
-        yield good("requests", "Requests cost less than the work", figure)
 
 
 CHECKS: tuple[Check, ...] = (
-    wasted,
-    tiny,
-    overhead,
-    long_on_spot,
-    too_long,
-    crowding,
-    idle_slots,
-    lag,
-    too_small,
-    too_large,
-    idle_cost,
-    starved,
-    tail,
-    requests,
+    *(wasted, tiny, overhead, long_on_spot, too_long, crowding, idle_slots, lag, too_small, too_large, idle_cost),
+    *(starved, tail, requests),
 )
 """All checks. Findings of equal level keep this order."""
 
 
-def findings(signs: Signs) -> tuple[Finding, ...]:
+def findings(run: RunFigures) -> tuple[Finding, ...]:
     """Return the findings of all checks, most important first. Each check returns at least one."""
-    findings = [finding for check in CHECKS for finding in check(signs)]
-    return tuple(sorted(findings, key=lambda one: -one.level))
+    findings = [finding for check in CHECKS for finding in check(run)]
+    return tuple(sorted(findings, key=lambda finding: -finding.level))

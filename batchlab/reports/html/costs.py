@@ -30,10 +30,7 @@ BAR = 26.0
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Part of the cost.
-
-    `usd` is exact, and the rounded `shown` of all parts add up to the total.
-    """
+    """Part of the cost. `usd` is exact. The rounded `shown` of all parts add up to the total."""
 
     look: str
     name: str
@@ -99,7 +96,7 @@ def cost(run: Run) -> Cost | None:
     stages = [
         (
             run.looks.get(row["stage"], "c6") if row["stage"] is not None else "c2",
-            visible(row["stage"], 60) if row["stage"] is not None else "no stage's own",
+            visible(row["stage"], 60) if row["stage"] is not None else "not of a single stage",
             row["usd"],
             "",
         )
@@ -114,7 +111,7 @@ def cost(run: Run) -> Cost | None:
         _parts(lines, decimals),
         _parts(stages, decimals),
         _bar(parts),
-        "What the run cost, by what it was for: " + ", ".join(f"{part.name} {part.share}" for part in parts) + ".",
+        "The cost of the run by purpose: " + ", ".join(f"{part.name} {part.share}" for part in parts) + ".",
         visible(run.job["prices"] or "", 300),
         bool(run.job["is_whole"]),
     )
@@ -126,12 +123,12 @@ def _how(how: str | None, seconds: float | None) -> str:
     return f"{span(seconds)} of instances" if seconds is not None else ""
 
 
-def _parts(found: Sequence[tuple[str, str, Decimal, str]], decimals: int) -> tuple[Part, ...]:
-    total = sum((usd for _, _, usd, _ in found), ZERO)
-    rounded = adding_up([usd for _, _, usd, _ in found], decimals)
+def _parts(amounts: Sequence[tuple[str, str, Decimal, str]], decimals: int) -> tuple[Part, ...]:
+    total = sum((usd for _, _, usd, _ in amounts), ZERO)
+    rounded = adding_up([usd for _, _, usd, _ in amounts], decimals)
     return tuple(
         Part(look, name, usd, f"{shown:,}", share(float(usd), float(total)), note)
-        for (look, name, usd, note), shown in zip(found, rounded, strict=True)
+        for (look, name, usd, note), shown in zip(amounts, rounded, strict=True)
     )
 
 

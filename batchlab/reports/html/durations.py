@@ -14,14 +14,14 @@ from batchlab.reports.html import charts
 from batchlab.reports.html.charts import Chart, Data, Key, LogAxis, Shape, count_ticks
 from batchlab.reports.html.source import Row, Run, share, visible
 
-STAGES = 8
+MAX_HISTOGRAMS = 8
 """Maximum number of histograms. The stages with the most time get one, and the table has all."""
-LONGEST = 10
+MAX_LONGEST_TASKS = 10
 """Rows in the table of the longest tasks."""
 HEIGHT = 110.0
-LEAST_S = {"run_s": 0.0001, "wait_s": 0.001}
+MIN_TIMES_S = {"run_s": 0.0001, "wait_s": 0.001}
 """Upper bound of the first bin, per column. Shorter times are counted in it."""
-FEW = 5
+MIN_TASKS = 5
 """Stages with fewer tasks get no histogram."""
 PERCENTILES = (50, 90, 95, 99)
 
@@ -58,12 +58,16 @@ def spreads(run: Run, column: str) -> list[Spread]:
         f"""SELECT stage, floor(log10(greatest({column}, $least)) * $per)::INTEGER AS bin,
                    count(*) AS tasks
             FROM tasks WHERE job = $job AND {column} IS NOT NULL GROUP BY ALL""",
-        least=LEAST_S[column],
+        least=MIN_TIMES_S[column],
         per=LogAxis.PER_DECADE,
     ):
         bins.setdefault(row["stage"], {})[row["bin"]] = row["tasks"]
-    found = {row["stage"]: row for row in rows}
-    return [_spread(found[stage], bins[stage]) for stage in (row["stage"] for row in run.stages) if stage in found]
+    spread_rows = {row["stage"]: row for row in rows}
+    return [
+        _spread(spread_rows[stage], bins[stage])
+        for stage in (row["stage"] for row in run.stages)
+        if stage in spread_rows
+    ]
 
 
 def _spread(row: Row, bins: Mapping[int, int]) -> Spread:
@@ -71,7 +75,7 @@ def _spread(row: Row, bins: Mapping[int, int]) -> Spread:
     return Spread(row["stage"], row["tasks"], row["mean_s"], row["most_s"], points, bins)
 
 
-def table(found: Sequence[Spread]) -> Data:
+def table(spreads: Sequence[Spread]) -> Data:
     """Return the table of all stages with their percentiles."""
     rows = tuple(
         (
@@ -81,7 +85,7 @@ def table(found: Sequence[Spread]) -> Data:
             *(span(spread.percentiles_s[p]) for p in PERCENTILES),
             span(spread.most_s),
         )
-        for spread in found
+        for spread in spreads
     )
     names = ("# median", *(f"# {p}%" for p in PERCENTILES[1:]))
     return Data(("stage", "# tasks", "# mean", *names, "# longest"), rows)
@@ -102,7 +106,7 @@ def longest(run: Run) -> Data:
            FROM most t JOIN typical m ON m.stage = t.stage
            LEFT JOIN workers w ON w.job = t.job AND w.worker = t.worker
            ORDER BY t.run_s DESC, t.stage, t.task""",
-        most=LONGEST,
+        most=MAX_LONGEST_TASKS,
     )
     return Data(
         ("stage", "# task", "# ran", "# times the median", "# attempts", "state", "instance"),
@@ -121,24 +125,24 @@ def longest(run: Run) -> Data:
     )
 
 
-def drawn(run: Run, found: Sequence[Spread], column: str) -> list[Chart]:
+def draw_histograms(run: Run, candidates: Sequence[Spread], column: str) -> list[Chart]:
     """Return a histogram for each of the stages with the most time. All share one axis."""
-    spreads = [one for one in found if one.tasks >= FEW]
+    spreads = [spread for spread in candidates if spread.tasks >= MIN_TASKS]
     if not spreads:
         return []
-    keys = [k for one in spreads for k in one.bins]
+    keys = [k for spread in spreads for k in spread.bins]
     first, last = min(keys), max(keys)
     axis = LogAxis(first - 1, max(last + 1, first + LogAxis.PER_DECADE))
-    most = sorted(spreads, key=lambda one: -one.sum_s)[:STAGES]
-    return [_histogram(run, one, axis, column) for one in spreads if one in most]
+    most = sorted(spreads, key=lambda spread: -spread.sum_s)[:MAX_HISTOGRAMS]
+    return [_histogram(run, spread, axis, column) for spread in spreads if spread in most]
 
 
-def _histogram(run: Run, one: Spread, axis: LogAxis, column: str) -> Chart:
-    heights = [float(one.bins.get(axis.first + k, 0)) for k in range(axis.bins)]
+def _histogram(run: Run, spread: Spread, axis: LogAxis, column: str) -> Chart:
+    heights = [float(spread.bins.get(axis.first + k, 0)) for k in range(axis.bins)]
     top, y = count_ticks(max(heights), 3)
-    name, verb = visible(one.stage, 60), "ran" if column == "run_s" else "waited"
-    p = one.percentiles_s
-    shapes = [Shape(charts.columns(heights, top, HEIGHT), f"fill {run.looks[one.stage]}")]
+    name, verb = visible(spread.stage, 60), "ran" if column == "run_s" else "waited"
+    p = spread.percentiles_s
+    shapes = [Shape(charts.columns(heights, top, HEIGHT), f"fill {run.looks[spread.stage]}")]
     for percentile, look in ((50, "line strong"), (95, "line dashed")):
         x = charts.number(axis.at(p[percentile]) * charts.WIDTH)
         shapes.append(Shape(f"M{x} 0V{charts.number(HEIGHT)}", look))
@@ -147,20 +151,20 @@ def _histogram(run: Run, one: Spread, axis: LogAxis, column: str) -> Chart:
         low, high = axis.edge_s(axis.first + k), axis.edge_s(axis.first + k + 1)
         if not tasks:
             continue
-        said = f"{span(low)} to {span(high)}"
+        interval = f"{span(low)} to {span(high)}"
         shapes.append(
             Shape(
                 charts.box(k / axis.bins, (k + 1) / axis.bins, 0, HEIGHT),
                 "hover",
-                f"{said}: {count(int(tasks), 'task')}, {share(tasks, one.tasks)}",
+                f"{interval}: {count(int(tasks), 'task')}, {share(tasks, spread.tasks)}",
             )
         )
-        rows.append((said, f"{int(tasks):,}", share(tasks, one.tasks)))
+        rows.append((interval, f"{int(tasks):,}", share(tasks, spread.tasks)))
     return Chart(
-        f"{column}-{[row['stage'] for row in run.stages].index(one.stage)}",
+        f"{column}-{[row['stage'] for row in run.stages].index(spread.stage)}",
         name,
-        f"How long {count(one.tasks, 'task')} of {name} {verb}, on a logarithmic axis: half of "
-        f"them at most {span(p[50])}, 95% at most {span(p[95])}, the longest {span(one.most_s)}.",
+        f"How long {count(spread.tasks, 'task')} of {name} {verb}, on a logarithmic axis: half of "
+        f"them at most {span(p[50])}, 95% at most {span(p[95])}, the longest {span(spread.most_s)}.",
         HEIGHT,
         axis.ticks(),
         y,

@@ -1,7 +1,7 @@
 """Failures grouped by cause, with the traceback and the log of one failed attempt per cause.
 
-Invariants: the failed tasks of all groups, including those that are not shown, add up to the job's.
-For each case, at most two objects are read, and only the displayed part of the log is read.
+Invariants: the failed tasks of all groups, shown or not, add up to the failed tasks of the job. The
+page reads at most two objects per case, and only the displayed part of a log.
 """
 
 from __future__ import annotations
@@ -23,16 +23,13 @@ from batchlab.jobs.attempts import log_end
 from batchlab.reports.html.charts import Data
 from batchlab.reports.html.source import Row, Run, moment, visible, visible_lines
 
-GROUPS = 20
-"""Maximum number of groups on the page. The others are summed up."""
+MAX_GROUPS = 20
+"""Maximum number of groups on the page. The page has the sums of the others."""
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """Attempt that represents its group.
-
-    Its fields identify its outcome and its log in the bucket.
-    """
+    """Attempt that represents its group. The fields identify its outcome and its log in the bucket."""
 
     stage: str
     task: int
@@ -96,14 +93,14 @@ class Failures:
 
 def cases(run: Run) -> list[Case]:
     """Return one case for each group that is shown."""
-    return [_case(row["one"]) for row in run.rows(_GROUPS)[:GROUPS] if row["one"]]
+    return [_case(row["one"]) for row in run.rows(_GROUPS)[:MAX_GROUPS] if row["one"]]
 
 
 def failures(run: Run, samples: Samples | None = None) -> Failures:
     """Return the failures. Groups with the most failed tasks come first, then the most attempts."""
     rows = run.rows(_GROUPS)
-    shown = [_group(run, row, samples) for row in rows[:GROUPS]]
-    rest = rows[GROUPS:]
+    shown = [_group(run, row, samples) for row in rows[:MAX_GROUPS]]
+    rest = rows[MAX_GROUPS:]
     more = ""
     if rest:
         tasks, attempts = sum(r["tasks"] for r in rest), sum(r["attempts"] for r in rest)
@@ -148,20 +145,20 @@ ORDER BY tasks DESC, attempts DESC, print
 
 
 def _group(run: Run, row: Row, samples: Samples | None) -> Group:
-    one: Mapping[str, object] = row["one"] or {}
-    kind, error = str(one.get("kind") or ""), str(one.get("error") or "")
-    reason = str(one.get("reason") or "No attempt of these tasks has told why.")
+    attempt: Mapping[str, object] = row["one"] or {}
+    kind, error = str(attempt.get("kind") or ""), str(attempt.get("error") or "")
+    reason = str(attempt.get("reason") or "No attempt of these tasks has a recorded reason.")
     case, missing, sample = "", "", Sample()
-    if one:
-        case = f"task {task_name(visible(str(one['stage']), 60), int(str(one['task'])))}, attempt {one['attempt']}" + (
-            f" of round {one['round']}" if run.job["rounds"] > 1 else ""
-        )
-        found = samples(_case(one)) if samples else None
-        sample = found or Sample()
-        if found is None:
-            missing = "Its traceback and its log were not at hand when this page was made."
-        elif not (found.traceback or found.log):
-            missing = "It has left neither a traceback nor a log."
+    if attempt:
+        task = task_name(visible(str(attempt["stage"]), 60), int(str(attempt["task"])))
+        round_text = f" of round {attempt['round']}" if run.job["rounds"] > 1 else ""
+        case = f"task {task}, attempt {attempt['attempt']}{round_text}"
+        found_sample = samples(_case(attempt)) if samples else None
+        sample = found_sample or Sample()
+        if found_sample is None:
+            missing = "The traceback and the log were not available when this page was created."
+        elif not (found_sample.traceback or found_sample.log):
+            missing = "The attempt has neither a traceback nor a log."
     places = row["places"]
     where = f"{places:,} instances" if places > 1 else visible(str(row["place"] or ""), 60)
     return Group(
@@ -188,23 +185,17 @@ def _when(row: Row) -> str:
     return first if first == last else f"{first} to {last}"
 
 
-def _case(one: Mapping[str, object]) -> Case:
-    return Case(
-        str(one["stage"]),
-        int(str(one["task"])),
-        int(str(one["round"])),
-        int(str(one["attempt"])),
-        str(one["bundle"]),
-        str(one["execution"] or ""),
-    )
+def _case(attempt: Mapping[str, object]) -> Case:
+    task, round_, number = (int(str(attempt[name])) for name in ("task", "round", "attempt"))
+    return Case(str(attempt["stage"]), task, round_, number, str(attempt["bundle"]), str(attempt["execution"] or ""))
 
 
 # --- Duplicates ----------------------------------------------------------------------------------
 
 _TWICE = {
-    "message": "a bundle was delivered again, and nothing ran",
-    "event": "an outcome was heard of again, and counted once",
-    "execution": "a bundle ran again, and its work was thrown away",
+    "message": "a bundle was delivered again, and no task ran",
+    "event": "an outcome was reported again, and counted once",
+    "execution": "a bundle ran again, and its second outcome was discarded",
     "result": "a task got a second result",
 }
 
@@ -240,7 +231,7 @@ async def samples(objects: Objects, job: str, cases: Iterable[Case]) -> dict[Cas
 
     Raise BackendError if the bucket does not respond.
     """
-    found: dict[Case, Sample] = {}
+    samples: dict[Case, Sample] = {}
     try:
         key = await CommitKeys(objects).stored(JobId(job))
     except NotFound:
@@ -251,12 +242,9 @@ async def samples(objects: Objects, job: str, cases: Iterable[Case]) -> dict[Cas
             outcome = outcome_at(name, await objects.get(name), key)
         except NotFound:
             continue
-        found[case] = Sample(_traceback(outcome, case.task), await _log(objects, outcome, case.task))
-    return found
-
-
-def _traceback(outcome: Outcome, task: int) -> str:
-    return next((failure.traceback for failure in outcome.failed if failure.task == task), "")
+        traceback = next((failure.traceback for failure in outcome.failed if failure.task == case.task), "")
+        samples[case] = Sample(traceback, await _log(objects, outcome, case.task))
+    return samples
 
 
 async def _log(objects: Objects, outcome: Outcome, task: int) -> str:

@@ -1,7 +1,7 @@
 """Gantt chart: a lane for each slot, instance, or group of instances, over the run's time.
 
-Invariant: the chart has at most `LANES` lanes, whatever the size of the run. A small run shows each bundle as a bar. A
-large run shows cells. A cell's shade is its busy share, and its color is the stage with the most slots.
+Invariant: the chart has at most `MAX_LANES` lanes, whatever the size of the run. A small run shows each bundle as a
+bar. A large run shows cells. A cell's shade is its busy share, and its color is the stage with the most slots.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from batchlab.reports.html import charts
 from batchlab.reports.html.charts import Chart, Data, Key, Shape, Tick, time_ticks
 from batchlab.reports.html.source import PLACED, PLACES, Row, Run, offset, share, visible
 
-LANES = 40
-BARS = 1000
+MAX_LANES = 40
+MAX_BARS = 1000
 """Maximum number of bundles for which the chart draws one bar per bundle."""
 BINS = 150
 LEVELS = 5
 """Number of shades of a cell. The shade depends on the busy share."""
-FEW = 16
+MAX_TALL_LANES = 16
 """Maximum number of lanes for which lanes are drawn taller."""
-FIRST = 100
+MAX_TABLE_ROWS = 100
 """Maximum number of rows in the table of bundles."""
 
 Busy = dict[tuple[int, int], dict[str, float]]
@@ -44,13 +44,13 @@ class Lane:
     slot: int | None = None
 
 
-def drawn(run: Run) -> Chart | None:
+def draw(run: Run) -> Chart | None:
     """Return the chart, or None if the job used no instance and ran no bundle."""
     places = run.rows(f"SELECT * FROM {PLACES} ORDER BY pool, launched_s, begin_s, place")
     if not places:
         return None
     bundles = run.one(f"SELECT count(*) AS n FROM {PLACED}")["n"]
-    few = bundles <= BARS and sum(row["slots"] for row in places) <= LANES
+    few = bundles <= MAX_BARS and sum(row["slots"] for row in places) <= MAX_LANES
     if few:
         return _bars(run, places)
     return _shades(run, places, bundles)
@@ -61,40 +61,40 @@ def drawn(run: Run) -> Chart | None:
 
 def _bars(run: Run, places: Sequence[Row]) -> Chart:
     lanes = [
-        Lane(_short(row["place"], slot, row["slots"]), "", (row["place"],), 1, slot)
+        Lane(_lane_name(row["place"], slot, row["slots"]), "", (row["place"],), 1, slot)
         for row in places
         for slot in range(row["slots"])
     ]
     number = {(lane.places[0], lane.slot): n for n, lane in enumerate(lanes)}
-    tall = _tall(len(lanes))
-    tops = {row["place"]: (number[row["place"], 0] * tall + 1, row["slots"] * tall - 2) for row in places}
-    shapes = _living(run, places, tops)
-    first: list[tuple[str, ...]] = []
-    feet: list[str] = []
-    for row, slots in _slotted(run, {row["place"]: row["slots"] for row in places}):
+    lane_height = _lane_height(len(lanes))
+    tops = {row["place"]: (number[row["place"], 0] * lane_height + 1, row["slots"] * lane_height - 2) for row in places}
+    shapes = _instance_shapes(run, places, tops)
+    table_rows: list[tuple[str, ...]] = []
+    failed_parts: list[str] = []
+    for row, slots in _assign_slots(run, {row["place"]: row["slots"] for row in places}):
         look = f"bar {run.looks.get(row['stage'], 's0')}"
-        between = _between(run, row["started_s"], row["ended_s"])
-        at = [number[row["place"], slot] * tall + 1 for slot in slots]
-        path = "".join(charts.box(*between, top, tall - 2) for top in at)
-        shapes.append(Shape(path, look, _said(run, row)))
+        between = _positions(run, row["started_s"], row["ended_s"])
+        positions = [number[row["place"], slot] * lane_height + 1 for slot in slots]
+        path = "".join(charts.box(*between, top, lane_height - 2) for top in positions)
+        shapes.append(Shape(path, look, _tooltip(run, row)))
         if row["failed"] or row["retried"]:
-            feet += [charts.box(*between, top + tall - 6, 4) for top in at]
-        if len(first) < FIRST:
-            first.append(_told(run, row, slots))
-    if feet:
-        shapes.append(Shape("".join(feet), "fill foot"))
-    note = f"The first {FIRST} bundles." if len(first) == FIRST else ""
+            failed_parts += [charts.box(*between, top + lane_height - 6, 4) for top in positions]
+        if len(table_rows) < MAX_TABLE_ROWS:
+            table_rows.append(_table_row(run, row, slots))
+    if failed_parts:
+        shapes.append(Shape("".join(failed_parts), "fill foot"))
+    note = f"The first {MAX_TABLE_ROWS} bundles." if len(table_rows) == MAX_TABLE_ROWS else ""
     return _chart(
         run,
         lanes,
         shapes,
-        "Each bar is a bundle of tasks on the slot that ran it, in the colour of its stage; one "
-        "with a dark foot had tasks that failed.",
-        Data(("instance", "slot", "# start", "# took", "stage", "# tasks", "# failed"), tuple(first), note),
+        "Each bar is a bundle of tasks on the slot that ran it, in the color of its stage. A bar with a dark lower "
+        "edge had failed tasks.",
+        Data(("instance", "slot", "# start", "# took", "stage", "# tasks", "# failed"), tuple(table_rows), note),
     )
 
 
-def _told(run: Run, row: Row, slots: Sequence[int]) -> tuple[str, ...]:
+def _table_row(run: Run, row: Row, slots: Sequence[int]) -> tuple[str, ...]:
     return (
         visible(row["place"], 60),
         ", ".join(str(slot + 1) for slot in slots),
@@ -106,7 +106,7 @@ def _told(run: Run, row: Row, slots: Sequence[int]) -> tuple[str, ...]:
     )
 
 
-def _slotted(run: Run, slots: Mapping[str, int]) -> Iterator[tuple[Row, tuple[int, ...]]]:
+def _assign_slots(run: Run, slots: Mapping[str, int]) -> Iterator[tuple[Row, tuple[int, ...]]]:
     """Yield each bundle with as many slots of its instance as it takes.
 
     The slots were free when the bundle started. If clocks differ and too few slots were free, the
@@ -118,85 +118,84 @@ def _slotted(run: Run, slots: Mapping[str, int]) -> Iterator[tuple[Row, tuple[in
         ends_s = free[row["place"]]
         # Prefer the lowest free slots. A half-idle worker then has an empty lane.
         ready = sorted(range(len(ends_s)), key=lambda n: (max(ends_s[n], row["started_s"]), n))
-        taken = tuple(sorted(ready[: row["slots"]]))
-        for slot in taken:
+        used_slots = tuple(sorted(ready[: row["slots"]]))
+        for slot in used_slots:
             ends_s[slot] = row["ended_s"]
-        yield row, taken
+        yield row, used_slots
 
 
-def _said(run: Run, row: Row) -> str:
+def _tooltip(run: Run, row: Row) -> str:
     took = span(row["ended_s"] - row["started_s"])
     failed = f", {row['failed']} failed" if row["failed"] else ""
-    retried = f", {row['retried']} tried again" if row["retried"] else ""
+    retried = f", {row['retried']} retried" if row["retried"] else ""
     start = offset(row["started_s"] - run.start_s, run.span_s)
     what = f"{visible(row['stage'], 40)}: {count(row['tasks'], 'task')}"
-    return f"{what}, {took} from {start}{failed}{retried}"
+    return f"{what}, {took}, started at {start}{failed}{retried}"
 
 
 # --- Cells ---------------------------------------------------------------------------------------
 
 
 def _shades(run: Run, places: Sequence[Row], bundles: int) -> Chart:
-    each = -(-len(places) // LANES)
-    groups = [places[k : k + each] for k in range(0, len(places), each)]
+    group_size = -(-len(places) // MAX_LANES)
+    groups = [places[k : k + group_size] for k in range(0, len(places), group_size)]
     lanes = [_lane(group) for group in groups]
-    tall = _tall(len(lanes))
-    if each == 1:
-        tops = {lane.places[0]: (n * tall + 1, tall - 2) for n, lane in enumerate(lanes)}
-        shapes = _living(run, places, tops)
+    lane_height = _lane_height(len(lanes))
+    if group_size == 1:
+        tops = {lane.places[0]: (n * lane_height + 1, lane_height - 2) for n, lane in enumerate(lanes)}
+        shapes = _instance_shapes(run, places, tops)
     else:
-        shapes = _there(run, lanes, tall)
+        shapes = _group_shapes(run, lanes, lane_height)
     busy = _busy(run, lanes)
-    found: dict[str, list[tuple[int, int, float]]] = defaultdict(list)
+    cells_by_look: dict[str, list[tuple[int, int, float]]] = defaultdict(list)
     for n, lane in enumerate(lanes):
-        looks = [_look(run, busy.get((n, k), {}), lane.slots) for k in range(BINS)]
-        for first, after in _same(looks):
+        looks = [_cell_look(run, busy.get((n, k), {}), lane.slots) for k in range(BINS)]
+        for first, after in _equal_ranges(looks):
             if looks[first]:
-                found[looks[first]].append((first, after, n * tall + 1))
-    shapes += [Shape(charts.cells(at, BINS, tall - 2), look) for look, at in sorted(found.items())]
+                cells_by_look[looks[first]].append((first, after, n * lane_height + 1))
+    shapes += [Shape(charts.cells(at, BINS, lane_height - 2), look) for look, at in sorted(cells_by_look.items())]
     busy_s = [_busy_s(run, busy, n) for n in range(len(lanes))]
     rows = []
     for n, lane in enumerate(lanes):
         used = share(busy_s[n], lane.slots * run.span_s)
         title = f"{lane.title}: slots busy for {used} of the run's time"
-        shapes.append(Shape(charts.box(0, 1, n * tall, tall), "hover", title))
+        shapes.append(Shape(charts.box(0, 1, n * lane_height, lane_height), "hover", title))
         rows.append((lane.title, f"{len(lane.places):,}", f"{lane.slots:,}", span(busy_s[n]), used))
-    who = "an instance" if each == 1 else f"an instance and up to {each - 1} launched after it"
+    lane_text = "an instance" if group_size == 1 else f"an instance and up to {group_size - 1} launched after it"
     columns = ("lane", "# instances", "# slots", "# slot time busy", "# of the run's time")
     return _chart(
         run,
         lanes,
         shapes,
-        f"Each lane is {who}, each cell {span(run.span_s / BINS)}. A cell has the colour of the "
-        "stage that kept most slots busy, and the fuller it is, the more of the slots were: "
-        f"{count(bundles, 'bundle')} in all.",
+        f"Each lane is {lane_text}, and each cell is {span(run.span_s / BINS)}. A cell has the color of the stage with "
+        f"the most busy slots. A darker cell has more busy slots. The run had {count(bundles, 'bundle')}.",
         Data(columns, tuple(rows)),
     )
 
 
 def _busy(run: Run, lanes: Sequence[Lane]) -> Busy:
-    found: Busy = defaultdict(dict)
-    table = _in_lanes(PLACED)
-    values = _laned(lanes)
+    busy: Busy = defaultdict(dict)
+    table = _with_lanes(PLACED)
+    values = _lane_parameters(lanes)
     for row in run.over(table, "started_s", "ended_s", "slots", "lane, stage", BINS, **values):
-        found[row["lane"], row["bin"]][row["stage"]] = row["amount"]
-    return found
+        busy[row["lane"], row["bin"]][row["stage"]] = row["amount"]
+    return busy
 
 
 def _lane(group: Sequence[Row]) -> Lane:
     names = tuple(row["place"] for row in group)
     slots = sum(row["slots"] for row in group)
     if len(group) == 1:
-        return Lane(_short(names[0], None, slots), visible(names[0], 60), names, slots)
+        return Lane(_lane_name(names[0], None, slots), visible(names[0], 60), names, slots)
     title = f"{len(group)} instances, {visible(names[0], 40)} to {visible(names[-1], 40)}"
     return Lane(f"{_tail(names[0])} +{len(group) - 1}", title, names, slots)
 
 
-def _look(run: Run, cell: dict[str, float], slots: int) -> str:
+def _cell_look(run: Run, cell: dict[str, float], slots: int) -> str:
     total = sum(cell.values())
     if total <= 0.005 * slots:
         return ""
-    stage = max(sorted(cell), key=lambda one: cell[one])
+    stage = max(sorted(cell), key=lambda stage_name: cell[stage_name])
     level = min(LEVELS, 1 + int(total / slots * LEVELS * 0.999))
     return f"fill {run.looks.get(stage, 's0')} l{level}"
 
@@ -209,43 +208,44 @@ def _busy_s(run: Run, busy: Busy, lane: int) -> float:
 # --- Both forms ----------------------------------------------------------------------------------
 
 
-def _living(run: Run, places: Sequence[Row], tops: Mapping[str, tuple[float, float]]) -> list[Shape]:
+def _instance_shapes(run: Run, places: Sequence[Row], tops: Mapping[str, tuple[float, float]]) -> list[Shape]:
     """Return shapes for the time in service and the boot time of each instance.
 
     `tops` contains the top and the height of each instance's lanes.
     """
-    there, boots = [], []
+    in_service, boots = [], []
     for row in places:
         top, height = tops[row["place"]]
         launched_s, begin_s, end_s = row["launched_s"], row["begin_s"], row["end_s"]
         if begin_s is not None and begin_s < end_s:
-            there.append(charts.box(*_between(run, begin_s, end_s), top, height))
+            in_service.append(charts.box(*_positions(run, begin_s, end_s), top, height))
         # An instance that was never in service spent all of its time booting.
         ready_s = end_s if begin_s is None else begin_s
         if launched_s is not None and launched_s < ready_s and ready_s > run.start_s:
-            boots.append(charts.box(*_between(run, launched_s, ready_s), top, height))
-    return [Shape("".join(paths), look) for paths, look in ((there, "fill there"), (boots, "fill boot")) if paths]
+            boots.append(charts.box(*_positions(run, launched_s, ready_s), top, height))
+    return [Shape("".join(paths), look) for paths, look in ((in_service, "fill there"), (boots, "fill boot")) if paths]
 
 
-def _there(run: Run, lanes: Sequence[Lane], tall: float) -> list[Shape]:
+def _group_shapes(run: Run, lanes: Sequence[Lane], tall: float) -> list[Shape]:
     """Return shapes for groups of instances. Their shade is the share of instances in service."""
     members = [len(lane.places) for lane in lanes]
     shares = [[0.0] * BINS for _ in lanes]
-    rows = run.over(_in_lanes(PLACES), "begin_s", "end_s", "1", "lane", BINS, **_laned(lanes))
+    rows = run.over(_with_lanes(PLACES), "begin_s", "end_s", "1", "lane", BINS, **_lane_parameters(lanes))
     for row in rows:
         shares[row["lane"]][row["bin"]] = row["amount"] / members[row["lane"]]
-    found: dict[int, list[tuple[int, int, float]]] = defaultdict(list)
+    cells_by_shade: dict[int, list[tuple[int, int, float]]] = defaultdict(list)
     for n, levels in enumerate(shares):
         shades = [min(3, int(level * 3 + 0.5)) for level in levels]
-        for first, after in _same(shades):
+        for first, after in _equal_ranges(shades):
             if shades[first]:
-                found[shades[first]].append((first, after, n * tall + 1))
+                cells_by_shade[shades[first]].append((first, after, n * tall + 1))
     return [
-        Shape(charts.cells(cells, BINS, tall - 2), f"fill there t{shade}") for shade, cells in sorted(found.items())
+        Shape(charts.cells(cells, BINS, tall - 2), f"fill there t{shade}")
+        for shade, cells in sorted(cells_by_shade.items())
     ]
 
 
-def _same(levels: Sequence[object]) -> Iterator[tuple[int, int]]:
+def _equal_ranges(levels: Sequence[object]) -> Iterator[tuple[int, int]]:
     """Yield ranges of equal neighbors as (first, index after the last)."""
     first = 0
     for k in range(1, len(levels) + 1):
@@ -254,28 +254,28 @@ def _same(levels: Sequence[object]) -> Iterator[tuple[int, int]]:
             first = k
 
 
-def _in_lanes(table: str) -> str:
+def _with_lanes(table: str) -> str:
     return f"""(SELECT t.*, l.lane FROM {table} t JOIN (
       SELECT unnest($names::VARCHAR[]) AS place, unnest($lanes::INTEGER[]) AS lane
     ) l USING (place))"""
 
 
-def _laned(lanes: Sequence[Lane]) -> dict[str, object]:
+def _lane_parameters(lanes: Sequence[Lane]) -> dict[str, object]:
     pairs = [(place, n) for n, lane in enumerate(lanes) for place in lane.places]
     return {"names": [place for place, _ in pairs], "lanes": [n for _, n in pairs]}
 
 
-def _between(run: Run, begin_s: float, end_s: float) -> tuple[float, float]:
+def _positions(run: Run, begin_s: float, end_s: float) -> tuple[float, float]:
     """Return both times as positions in [0, 1] of the run."""
     first, last = ((at_s - run.start_s) / run.span_s for at_s in (begin_s, end_s))
     return min(1.0, max(0.0, first)), min(1.0, max(0.0, last))
 
 
-def _tall(lanes: int) -> float:
-    return 18.0 if lanes <= FEW else 12.0
+def _lane_height(lanes: int) -> float:
+    return 18.0 if lanes <= MAX_TALL_LANES else 12.0
 
 
-def _short(place: str, slot: int | None, slots: int) -> str:
+def _lane_name(place: str, slot: int | None, slots: int) -> str:
     """Return a lane's name. It uses the end of the instance's name, where names differ."""
     name = _tail(place)
     return name if slot is None or slots == 1 else f"{name} · {slot + 1}"
@@ -287,7 +287,7 @@ def _tail(place: str) -> str:
 
 
 def _chart(run: Run, lanes: Sequence[Lane], shapes: Iterable[Shape], text: str, data: Data) -> Chart:
-    tall = _tall(len(lanes))
+    tall = _lane_height(len(lanes))
     shapes = tuple(shapes)
     stages = [row["stage"] for row in run.stages]
     # The chart does not draw boots for groups of instances.

@@ -5,23 +5,22 @@ Invariant: the area under the running tasks equals the slot time of the run's bu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from batchlab.core.text import count
 from batchlab.reports.html import charts
-from batchlab.reports.html.charts import Chart, Data, Key, Mark, Shape, Tick, count_ticks, time_ticks
+from batchlab.reports.html.charts import Chart, Data, Key, Mark, Shape, count_ticks, time_ticks
 from batchlab.reports.html.source import PLACED, PLACES, Row, Run, at, offset, visible
 
 BINS = 120
 ROWS = 24
 """Rows of a chart's table."""
 HEIGHT = 150.0
-OTHERS = 1.1
+MIN_OTHERS_RATIO = 1.1
 """The chart shows the tasks of all jobs if they exceed this multiple of the job's own tasks."""
-DECISIONS = 40
-"""Maximum number of decisions on the page. If there are more, the largest changes are shown."""
-
+MAX_DECISIONS = 40
+"""Maximum number of decisions on the page. The page prefers the largest changes."""
 
 _WAITS = """(SELECT ready_s, coalesce(started_s, $b) AS begun_s, tasks FROM bundles
              WHERE job = $job AND (started_s IS NOT NULL OR state = 'PLANNED'))"""
@@ -49,7 +48,7 @@ class Series:
 
     @property
     def in_flight(self) -> list[float]:
-        return [sum(of) for of in zip(*self.running.values(), strict=True)] or [0.0] * BINS
+        return [sum(levels) for levels in zip(*self.running.values(), strict=True)] or [0.0] * BINS
 
 
 def series(run: Run) -> Series:
@@ -109,157 +108,158 @@ def _seen(run: Run, table: str, columns: Sequence[str]) -> Iterator[Levels]:
         n=BINS,
         w=run.span_s / BINS,
     )
-    found = {row["bin"]: row for row in rows}
+    by_bin = {row["bin"]: row for row in rows}
     for name in columns:
-        yield [float(found[k][name]) if k in found and found[k][name] is not None else None for k in range(BINS)]
+        yield [float(by_bin[k][name]) if k in by_bin and by_bin[k][name] is not None else None for k in range(BINS)]
 
 
 # --- Charts --------------------------------------------------------------------------------------
 
 
-def drawn(run: Run, found: Series, decisions: Sequence[Decision]) -> tuple[Chart, ...]:
+def draw(run: Run, series: Series, decisions: Sequence[Decision]) -> tuple[Chart, ...]:
     """Return two or three charts over one time axis. The third needs recorded instances."""
-    ticks = time_ticks(run.span_s)
-    charts = [_running(run, found), _left_over(run, found)]
-    if any(one is not None for one in found.desired):
-        charts.append(_instances(run, found, decisions))
-    return tuple(_on(ticks, one) for one in charts)
+    charts = [_running(run, series), _backlog(run, series)]
+    if any(desired is not None for desired in series.desired):
+        charts.append(_instances(run, series, decisions))
+    return tuple(charts)
 
 
-def _on(ticks: tuple[Tick, ...], one: Chart) -> Chart:
-    return replace(one, x=ticks)
+def _stepped(
+    run: Run,
+    chart: Chart,
+    columns: Sequence[str],
+    *,
+    tooltip: Callable[[int], str],
+    row: Callable[[int], tuple[str, ...]],
+) -> Chart:
+    """Add the time axis, a tooltip for each interval, and a table of `ROWS` intervals to a chart."""
+    hover = (
+        Shape(charts.box(k / BINS, (k + 1) / BINS, 0, HEIGHT), "hover", f"{at(run, k, BINS)}: {tooltip(k)}")
+        for k in range(BINS)
+    )
+    rows = tuple((at(run, k, BINS), *row(k)) for k in range(BINS // ROWS - 1, BINS, BINS // ROWS))
+    return replace(chart, x=time_ticks(run.span_s), shapes=(*chart.shapes, *hover), data=Data(("time", *columns), rows))
 
 
-def _running(run: Run, found: Series) -> Chart:
-    in_flight = found.in_flight
-    most = max(*in_flight, *found.slots, 1.0)
-    top, y = count_ticks(most)
-    layers = list(found.running.items())
-    paths = charts.stacked([levels for _, levels in layers], top, HEIGHT)
-    shapes = [
-        Shape(path, f"fill {run.looks.get(stage, 's0')}")
-        for (stage, _), path in zip(layers, paths, strict=True)
-        if path
-    ]
-    shapes.append(Shape(charts.line(list(found.slots), top, HEIGHT), "line strong"))
-    names = [f"{visible(stage, 40)}" for stage, _ in layers]
-    hover = [f"{at(run, k, BINS)}: {in_flight[k]:,.1f} slots busy of {found.slots[k]:,.1f}" for k in range(BINS)]
-    rows = [
-        (at(run, k, BINS), f"{in_flight[k]:,.1f}", f"{found.slots[k]:,.1f}", _share(in_flight, found.slots, k))
-        for k in _some()
-    ]
+def _running(run: Run, series: Series) -> Chart:
+    in_flight, slots = series.in_flight, series.slots
+    top, y = count_ticks(max(*in_flight, *slots, 1.0))
+    looks = {stage: run.looks.get(stage, "s0") for stage in series.running}
+    paths = charts.stacked(list(series.running.values()), top, HEIGHT)
+    shapes = [Shape(path, f"fill {look}") for look, path in zip(looks.values(), paths, strict=True) if path]
     peak = max(range(BINS), key=lambda k: in_flight[k])
-    return Chart(
+    chart = Chart(
         "running",
-        "Slots busy, and slots in service",
-        f"Slots that ran tasks of the job, stacked by stage, under the line of all slots that "
-        f"were in service. The most were busy at {at(run, peak, BINS)}: {in_flight[peak]:,.1f} of "
-        f"{found.slots[peak]:,.1f}.",
+        "Busy slots and slots in service",
+        "Slots that ran tasks of the job, stacked by stage, and a line for all slots in service. The peak was at "
+        f"{at(run, peak, BINS)}: {in_flight[peak]:,.1f} of {slots[peak]:,.1f} slots were busy.",
         HEIGHT,
         (),
         y,
-        (*shapes, *_hover(hover)),
+        (*shapes, Shape(charts.line(list(slots), top, HEIGHT), "line strong")),
         keys=(
-            *(Key(f"box {run.looks.get(s, 's0')}", n) for (s, _), n in zip(layers, names, strict=True)),
+            *(Key(f"box {look}", visible(stage, 40)) for stage, look in looks.items()),
             Key("stroke strong", "slots in service"),
         ),
-        data=Data(("time", "# slots busy", "# slots in service", "# share busy"), tuple(rows)),
+    )
+    return _stepped(
+        run,
+        chart,
+        ("# slots busy", "# slots in service", "# share busy"),
+        tooltip=lambda k: f"{in_flight[k]:,.1f} slots busy of {slots[k]:,.1f}",
+        row=lambda k: (
+            f"{in_flight[k]:,.1f}",
+            f"{slots[k]:,.1f}",
+            f"{min(1.0, in_flight[k] / slots[k]):.0%}" if slots[k] else "–",
+        ),
     )
 
 
-def _share(part: Sequence[float], whole: Sequence[float], k: int) -> str:
-    return f"{min(1.0, part[k] / whole[k]):.0%}" if whole[k] else "–"
-
-
-def _left_over(run: Run, found: Series) -> Chart:
-    of_all = [one or 0.0 for one in found.left_of_all]
+def _backlog(run: Run, series: Series) -> Chart:
+    left, waiting = series.left, series.waiting
+    of_all = [tasks or 0.0 for tasks in series.left_of_all]
     # Without other jobs, the line of all jobs would repeat the line of this job.
-    crowded = max(of_all) > OTHERS * found.left[0]
-    top, y = count_ticks(max(*found.left, *found.waiting, *(of_all if crowded else ()), 1.0))
-    hover = [
-        f"{at(run, k, BINS)}: {found.left[k]:,.0f} tasks left, {found.waiting[k]:,.0f} of them "
-        f"ready and waiting{f'; of all jobs {of_all[k]:,.0f}' if crowded else ''}"
-        for k in range(BINS)
-    ]
-    rows = [
-        (at(run, k, BINS), f"{found.left[k]:,.0f}", f"{found.waiting[k]:,.1f}")
-        + ((_n(found.left_of_all[k]),) if crowded else ())
-        for k in _some()
-    ]
-    half = next((k for k in range(BINS) if found.left[k] <= found.left[0] / 2), BINS - 1)
+    is_shared = max(of_all) > MIN_OTHERS_RATIO * left[0]
+    top, y = count_ticks(max(*left, *waiting, *(of_all if is_shared else ()), 1.0))
     shapes = [
-        Shape(charts.area(found.left, top, HEIGHT), "fill faint"),
-        Shape(charts.area(found.waiting, top, HEIGHT), "fill wait"),
+        Shape(charts.area(left, top, HEIGHT), "fill faint"),
+        Shape(charts.area(waiting, top, HEIGHT), "fill wait"),
     ]
     keys = [Key("box faint", "not ended"), Key("box wait", "ready, waiting for a slot")]
-    columns = ["time", "# tasks left", "# of these waiting (mean)"]
+    columns = ["# tasks left", "# of these waiting (mean)"]
     others = ""
-    if crowded:
-        shapes.append(Shape(charts.line(found.left_of_all, top, HEIGHT), "line strong"))
+    if is_shared:
+        shapes.append(Shape(charts.line(series.left_of_all, top, HEIGHT), "line strong"))
         keys.append(Key("stroke strong", "not ended, of all jobs"))
         columns.append("# left of all jobs")
-        others = " Other jobs of the grid had up to "
-        others += f"{max(of_all) - found.left[0]:,.0f} more to do."
-    return Chart(
+        others = f" Other jobs of the grid had up to {max(of_all) - left[0]:,.0f} further tasks."
+    half = next((k for k in range(BINS) if left[k] <= left[0] / 2), BINS - 1)
+    chart = Chart(
         "backlog",
         "Tasks left, and tasks that waited for a slot",
-        "Tasks of the job that had not ended, and of these the tasks that were ready and waited "
-        f"for a slot. Half of them had ended at {at(run, half, BINS)}.{others}",
+        "Tasks of the job that had not ended, and the part of them that was ready and waited for a slot. Half of the "
+        f"tasks had ended at {at(run, half, BINS)}.{others}",
         HEIGHT,
         (),
         y,
-        (*shapes, *_hover(hover)),
+        tuple(shapes),
         keys=tuple(keys),
-        data=Data(tuple(columns), tuple(rows)),
+    )
+    return _stepped(
+        run,
+        chart,
+        columns,
+        tooltip=lambda k: (
+            f"{left[k]:,.0f} tasks left, {waiting[k]:,.0f} of them ready and waiting"
+            + (f"; {of_all[k]:,.0f} tasks left of all jobs" if is_shared else "")
+        ),
+        row=lambda k: (
+            f"{left[k]:,.0f}",
+            f"{waiting[k]:,.1f}",
+            *((_number(series.left_of_all[k]),) if is_shared else ()),
+        ),
     )
 
 
-def _instances(run: Run, found: Series, decisions: Sequence[Decision]) -> Chart:
-    known = [v for levels in (found.desired, found.in_service) for v in levels if v is not None]
-    both = [(a or 0.0) + (b or 0.0) for a, b in zip(found.in_service, found.pending, strict=True)]
-    top, y = count_ticks(max(*known, *both, 1.0))
-    shapes = charts.stacked([[v or 0.0 for v in found.in_service], [v or 0.0 for v in found.pending]], top, HEIGHT)
-    hover = [
-        f"{at(run, k, BINS)}: {_n(found.desired[k])} desired, {_n(found.in_service[k])} in "
-        f"service, {_n(found.pending[k])} booting"
-        for k in range(BINS)
-    ]
-    rows = [
-        (at(run, k, BINS), *(_n(of[k]) for of in (found.desired, found.in_service, found.pending))) for k in _some()
-    ]
-    return Chart(
+def _instances(run: Run, series: Series, decisions: Sequence[Decision]) -> Chart:
+    in_service, pending = ([value or 0.0 for value in values] for values in (series.in_service, series.pending))
+    running = [a + b for a, b in zip(in_service, pending, strict=True)]
+    top, y = count_ticks(max(*running, *(value or 0.0 for value in series.desired), 1.0))
+    service, boots = charts.stacked([in_service, pending], top, HEIGHT)
+    chart = Chart(
         "fleet",
         "Instances",
-        "Instances in service and booting, under the line of desired capacity. Triangles mark "
-        f"{count(len(decisions), 'scaling decision')}, listed below with the reasons.",
+        "Instances in service and booting, and a line for the desired capacity. Triangles mark "
+        f"{count(len(decisions), 'scaling decision')}. The table below has the reasons.",
         HEIGHT,
         (),
         y,
         (
-            Shape(shapes[0], "fill service"),
-            Shape(shapes[1], "fill boot"),
-            Shape(charts.line(found.desired, top, HEIGHT), "line strong"),
-            *_hover(hover),
+            Shape(service, "fill service"),
+            Shape(boots, "fill boot"),
+            Shape(charts.line(series.desired, top, HEIGHT), "line strong"),
         ),
         keys=(Key("box service", "in service"), Key("box boot", "booting"), Key("stroke strong", "desired")),
         marks=tuple(
             Mark(decision.place, "up" if decision.grew else "down", f"{decision.at}: {decision.change}")
             for decision in decisions
         ),
-        data=Data(("time", "# desired", "# in service", "# booting"), tuple(rows)),
+    )
+
+    def row(k: int) -> tuple[str, str, str]:
+        return _number(series.desired[k]), _number(series.in_service[k]), _number(series.pending[k])
+
+    return _stepped(
+        run,
+        chart,
+        ("# desired", "# in service", "# booting"),
+        tooltip=lambda k: "{} desired, {} in service, {} booting".format(*row(k)),
+        row=row,
     )
 
 
-def _n(value: float | None) -> str:
+def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:,.0f}"
-
-
-def _some() -> range:
-    return range(BINS // ROWS - 1, BINS, BINS // ROWS)
-
-
-def _hover(titles: Sequence[str]) -> list[Shape]:
-    return [Shape(charts.box(k / BINS, (k + 1) / BINS, 0, HEIGHT), "hover", title) for k, title in enumerate(titles)]
 
 
 # --- Decisions -----------------------------------------------------------------------------------
@@ -288,16 +288,16 @@ class Decision:
 
 
 def decisions(run: Run) -> tuple[list[Decision], int]:
-    """Return at most `DECISIONS` scaling decisions in order of time, and the number of all decisions.
+    """Return at most `MAX_DECISIONS` scaling decisions in order of time, and the number of all decisions.
 
-    If there are more, the function returns the largest changes.
+    The function prefers the largest changes.
     """
     rows = run.rows(
         """SELECT * FROM (
              SELECT *, count(*) OVER () AS n FROM scaling WHERE job = $job
              ORDER BY abs("after" - coalesce("before", 0)) DESC, at_s LIMIT $most
            ) ORDER BY at_s, pool""",
-        most=DECISIONS,
+        most=MAX_DECISIONS,
     )
     decisions = [
         Decision(
@@ -307,8 +307,8 @@ def decisions(run: Run) -> tuple[list[Decision], int]:
             int(row["before"] or 0),
             int(row["after"] or 0),
             visible(row["reason"] or "", 500),
-            _n(row["in_service"]),
-            _n(row["backlog_tasks"]),
+            _number(row["in_service"]),
+            _number(row["backlog_tasks"]),
         )
         for row in rows
     ]

@@ -7,25 +7,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from decimal import Decimal
+from typing import Any
 
 from batchlab.reports.html.costs import ZERO, Cost
 from batchlab.reports.html.load import BINS, Series
-from batchlab.reports.html.source import LEVELS, PLACED, PLACES, Row, Run
+from batchlab.reports.html.source import LEVELS, PLACED, PLACES, Run
 
 TINY_S = 0.1
 LONG_ON_SPOT_S = 600.0
 TOO_LONG_S = 11 * 3600.0
-ALONE, CROWDED = 0.25, 0.75
-"""Limits for the busy share of the instance's other slots during a bundle.
-
-Up to the first limit the bundle ran alone, and from the second limit it ran on a busy instance.
-"""
-LEAST_BUNDLES = 10
+MAX_ALONE_SHARE, MIN_CROWDED_SHARE = 0.25, 0.75
+"""Busy shares of the instance's other slots for a bundle that ran alone, and for one on a busy instance."""
+MIN_COMPARED_BUNDLES = 10
 """Minimum number of bundles on each side of the comparison."""
 
 
 @dataclass(frozen=True, slots=True)
-class StageSigns:
+class StageFigures:
     """Figures of one stage.
 
     Counts include the tasks with a run time. `overhead_s` is the part of the bundles' slot time
@@ -54,7 +52,7 @@ class StageSigns:
 
 
 @dataclass(frozen=True, slots=True)
-class Signs:
+class RunFigures:
     """Figures of the run.
 
     `slot_s` is the slot time in service, and `busy_s` is the part that the job's bundles used. `starved_s` is the slot
@@ -65,7 +63,7 @@ class Signs:
     """
 
     span_s: float
-    stages: tuple[StageSigns, ...]
+    stages: tuple[StageFigures, ...]
     slot_s: float
     busy_s: float
     starved_s: float
@@ -93,72 +91,54 @@ class Signs:
     @property
     def pool(self) -> str:
         """Pool with the most work, or "" if nothing ran."""
-        most = max(self.stages, key=lambda one: one.took_s, default=None)
-        return most.pool if most else ""
+        largest = max(self.stages, key=lambda stage: stage.took_s, default=None)
+        return largest.pool if largest else ""
 
     @property
     def wasted_s(self) -> float:
         return self.failed_s + self.lost_s + self.repeated_s
 
 
-def signs(run: Run, found: Series, cost: Cost | None) -> Signs:
+def run_figures(run: Run, series: Series, cost: Cost | None) -> RunFigures:
     """Return the figures of a run."""
-    part_s = run.span_s / BINS
-    running, slots = found.in_flight, found.slots
-    filled = run.one(_FILLED)
-    fleet = run.one(_INSTANCES)
-    waste = run.one(_WASTE)
-    full = sum(r >= 0.9 * s and waits >= 1 for r, s, waits in zip(running, slots, found.waiting, strict=True) if s)
-    starved = [min(waits, max(0.0, s - r)) for r, s, waits in zip(running, slots, found.waiting, strict=True)]
-    return Signs(
+    bin_s = run.span_s / BINS
+    running, slots = series.in_flight, series.slots
+    loads = list(zip(running, slots, series.waiting, strict=True))
+    full = sum(busy >= 0.9 * slots and waiting >= 1 for busy, slots, waiting in loads if slots)
+    starved = sum(min(waiting, max(0.0, slots - busy)) for busy, slots, waiting in loads)
+    busy_bins = [k for k, level in enumerate(running) if level > 0]
+    half = max((k for k, level in enumerate(running) if level >= max(running) / 2), default=0)
+    costs: dict[str, Any] = {}
+    if cost:
+        kinds = {kind: cost.of(kind) for kind in ("compute", "idle", "sqs", "s3")}
+        costs = {"requests": kinds.pop("sqs") + kinds.pop("s3"), "total": cost.total, **kinds}
+    return RunFigures(
         span_s=run.span_s,
-        stages=_stages(run),
-        slot_s=sum(slots) * part_s,
-        busy_s=sum(running) * part_s,
-        starved_s=sum(starved) * part_s,
-        full_s=full * part_s,
-        tail_s=_tail_s(running, part_s),
+        stages=tuple(StageFigures(**row) for row in run.rows(_STAGES)),
+        slot_s=sum(slots) * bin_s,
+        busy_s=sum(running) * bin_s,
+        starved_s=starved * bin_s,
+        full_s=full * bin_s,
+        tail_s=(busy_bins[-1] - half) * bin_s if busy_bins else 0.0,
         peak_slots=max(slots),
-        filled=filled["filled"],
-        slots_each=int(filled["slots"] or 1),
-        instances=fleet["instances"],
-        noun="worker" if fleet["unknown"] == fleet["instances"] else "instance",
-        unused=fleet["unused"],
-        boots=fleet["boots"],
-        boot_s=fleet["boot_s"],
-        longest_boot_s=fleet["longest_boot_s"],
-        first_wait_s=run.one(_FIRST)["wait_s"],
         failed_s=float(run.job["failed_run_s"] or 0.0),
         lost_s=float(run.job["lost_slot_s"] or 0.0),
-        repeated_s=float(waste["repeated_s"] or 0.0),
-        harmful=int(waste["harmful"] or 0),
-        compute=cost.of("compute") if cost else ZERO,
-        idle=cost.of("idle") if cost else ZERO,
-        requests=cost.of("sqs") + cost.of("s3") if cost else ZERO,
-        total=cost.total if cost else ZERO,
+        **run.one(_INSTANCES),
+        **run.one(_BUNDLES),
+        **run.one(_FILLED),
+        **costs,
     )
 
 
-def _tail_s(running: list[float], part_s: float) -> float:
-    """Return the time from the last interval with at least half of the peak load to the last busy one."""
-    busy = [k for k, level in enumerate(running) if level > 0]
-    if not busy:
-        return 0.0
-    half = max(k for k, level in enumerate(running) if level >= max(running) / 2)
-    return (busy[-1] - half) * part_s
-
-
-_FIRST = """
-SELECT greatest(0, min(started_s) - min(ready_s)) AS wait_s FROM bundles
-WHERE job = $job AND started_s IS NOT NULL"""
-
-_WASTE = """
-SELECT sum(wasted_slot_s) AS repeated_s, sum(harmful) AS harmful FROM duplicates
-WHERE job = $job"""
+_BUNDLES = """
+SELECT (SELECT greatest(0, min(started_s) - min(ready_s)) FROM bundles
+        WHERE job = $job AND started_s IS NOT NULL) AS first_wait_s,
+       coalesce(sum(wasted_slot_s), 0.0) AS repeated_s, coalesce(sum(harmful), 0)::BIGINT AS harmful
+FROM duplicates WHERE job = $job"""
 
 _INSTANCES = f"""
-SELECT count(*) AS instances, count(*) FILTER (NOT is_known) AS unknown,
-       count(*) FILTER (NOT used AND begin_s < $b) AS unused,
+SELECT count(*) AS instances, count(*) FILTER (NOT used AND begin_s < $b) AS unused,
+       CASE WHEN bool_or(is_known) THEN 'instance' ELSE 'worker' END AS noun,
        count(boot_s) AS boots, median(boot_s) AS boot_s, max(boot_s) AS longest_boot_s
 FROM (
   SELECT used, begin_s, is_known,
@@ -169,11 +149,11 @@ FROM (
 _FILLED = f"""
 WITH {LEVELS}
 SELECT sum(level * lasts_s) / nullif(sum(places.slots * lasts_s) FILTER (level > 0), 0) AS filled,
-       median(places.slots) AS slots
+       coalesce(nullif(median(places.slots)::INTEGER, 0), 1) AS slots_each
 FROM levels JOIN {PLACES} places USING (place)
 WHERE places.slots > 1"""
 
-_BESIDE = f"""
+_STAGES = f"""
 WITH {LEVELS}, areas AS (
   SELECT place, t, sum(level * lasts_s) OVER (PARTITION BY place ORDER BY t)
                    - level * lasts_s AS area_s
@@ -187,58 +167,34 @@ WITH {LEVELS}, areas AS (
   JOIN areas s ON s.place = b.place AND s.t = b.started_s
   JOIN areas e ON e.place = b.place AND e.t = b.ended_s
   WHERE b.ended_s > b.started_s AND b.succeeded > 0 AND places.slots > b.slots
+), compared AS (
+  SELECT stage, least(count(*) FILTER (crowd <= {MAX_ALONE_SHARE}),
+                      count(*) FILTER (crowd >= {MIN_CROWDED_SHARE})) AS compared_bundles,
+         sum(run_s) FILTER (crowd <= {MAX_ALONE_SHARE})
+           / sum(succeeded) FILTER (crowd <= {MAX_ALONE_SHARE}) AS alone_s,
+         sum(run_s) FILTER (crowd >= {MIN_CROWDED_SHARE})
+           / sum(succeeded) FILTER (crowd >= {MIN_CROWDED_SHARE}) AS crowded_s
+  FROM beside GROUP BY stage
+), ran AS (
+  SELECT t.stage, count(*) AS tasks, median(t.run_s) AS median_s, max(t.run_s) AS longest_s,
+         count(*) FILTER (t.run_s < {TINY_S}) AS tiny,
+         count(*) FILTER (t.run_s > {TOO_LONG_S}) AS too_long,
+         count(*) FILTER (t.run_s > {LONG_ON_SPOT_S} AND i.market = 'spot') AS long_on_spot,
+         coalesce(max(t.run_s) FILTER (i.market = 'spot'), 0.0) AS longest_on_spot_s
+  FROM tasks t
+  LEFT JOIN workers w ON w.job = t.job AND w.worker = t.worker
+  LEFT JOIN instances i ON i.job = t.job AND i.instance = w.instance
+  WHERE t.job = $job AND t.run_s IS NOT NULL GROUP BY t.stage
+), did AS (
+  SELECT stage, count(*) AS bundles, sum(took_s) AS took_s,
+         sum(greatest(0, took_s - coalesce(run_s, 0) - coalesce(failed_run_s, 0))) AS overhead_s
+  FROM bundles WHERE job = $job AND took_s IS NOT NULL GROUP BY stage
 )
-SELECT stage,
-       count(*) FILTER (crowd <= {ALONE}) AS n_alone,
-       count(*) FILTER (crowd >= {CROWDED}) AS n_crowded,
-       sum(run_s) FILTER (crowd <= {ALONE}) / sum(succeeded) FILTER (crowd <= {ALONE}) AS alone_s,
-       sum(run_s) FILTER (crowd >= {CROWDED}) / sum(succeeded) FILTER (crowd >= {CROWDED})
-         AS crowded_s
-FROM beside GROUP BY stage"""
-
-_TASKS = f"""
-SELECT t.stage, count(*) AS tasks, median(t.run_s) AS median_s, max(t.run_s) AS longest_s,
-       count(*) FILTER (t.run_s < {TINY_S}) AS tiny,
-       count(*) FILTER (t.run_s > {TOO_LONG_S}) AS too_long,
-       count(*) FILTER (t.run_s > {LONG_ON_SPOT_S} AND i.market = 'spot') AS long_on_spot,
-       max(t.run_s) FILTER (i.market = 'spot') AS longest_on_spot_s
-FROM tasks t
-LEFT JOIN workers w ON w.job = t.job AND w.worker = t.worker
-LEFT JOIN instances i ON i.job = t.job AND i.instance = w.instance
-WHERE t.job = $job AND t.run_s IS NOT NULL GROUP BY t.stage"""
-
-_BUNDLES = """
-SELECT stage, count(*) AS bundles, sum(took_s) AS took_s,
-       sum(greatest(0, took_s - coalesce(run_s, 0) - coalesce(failed_run_s, 0))) AS overhead_s
-FROM bundles WHERE job = $job AND took_s IS NOT NULL GROUP BY stage"""
-
-
-def _stages(run: Run) -> tuple[StageSigns, ...]:
-    tasks = {row["stage"]: row for row in run.rows(_TASKS)}
-    bundles = {row["stage"]: row for row in run.rows(_BUNDLES)}
-    beside = {row["stage"]: row for row in run.rows(_BESIDE)}
-    return tuple(
-        _stage(row, tasks[row["stage"]], bundles.get(row["stage"]), beside.get(row["stage"]))
-        for row in run.stages
-        if row["stage"] in tasks
-    )
-
-
-def _stage(stage: Row, tasks: Row, bundles: Row | None, beside: Row | None) -> StageSigns:
-    enough = beside is not None and min(beside["n_alone"], beside["n_crowded"]) >= LEAST_BUNDLES
-    return StageSigns(
-        name=stage["stage"],
-        pool=stage["pool"] or "",
-        tasks=tasks["tasks"],
-        median_s=tasks["median_s"],
-        longest_s=tasks["longest_s"],
-        tiny=tasks["tiny"],
-        too_long=tasks["too_long"],
-        long_on_spot=tasks["long_on_spot"],
-        longest_on_spot_s=tasks["longest_on_spot_s"] or 0.0,
-        bundles=bundles["bundles"] if bundles else 0,
-        took_s=float(bundles["took_s"] or 0.0) if bundles else 0.0,
-        overhead_s=float(bundles["overhead_s"] or 0.0) if bundles else 0.0,
-        alone_s=beside["alone_s"] if enough and beside else None,
-        crowded_s=beside["crowded_s"] if enough and beside else None,
-    )
+SELECT s.stage AS name, coalesce(s.pool, '') AS pool, ran.* EXCLUDE (stage),
+       coalesce(did.bundles, 0) AS bundles, coalesce(did.took_s, 0.0) AS took_s,
+       coalesce(did.overhead_s, 0.0) AS overhead_s,
+       CASE WHEN compared_bundles >= {MIN_COMPARED_BUNDLES} THEN alone_s END AS alone_s,
+       CASE WHEN compared_bundles >= {MIN_COMPARED_BUNDLES} THEN crowded_s END AS crowded_s
+FROM (SELECT * FROM stages WHERE job = $job) s JOIN ran USING (stage)
+LEFT JOIN did USING (stage) LEFT JOIN compared USING (stage)
+ORDER BY s.position, s.stage"""

@@ -1,11 +1,8 @@
-"""HTML page of a report: one file that includes its style sheet and loads nothing else.
+"""HTML page of a report, and its summary: one file that includes its style sheet and loads nothing else.
 
-Invariant: the template escapes all text from jobs and from the grid. The page does not contain
-scripts. Its Content-Security-Policy allows only the one style sheet, by its hash.
-
-Summary of the run: a few sentences and a few large figures.
-
-Invariant: every sentence is computed from the figures of the page's other sections.
+Invariants: the template escapes all text from jobs and from the grid. The page does not contain
+scripts. Its Content-Security-Policy allows only the one style sheet, by its hash. The summary is
+computed from the figures of the other sections.
 """
 
 from __future__ import annotations
@@ -29,7 +26,7 @@ from batchlab.reports.html.costs import Cost
 from batchlab.reports.html.durations import Spread
 from batchlab.reports.html.failures import Failures, Samples
 from batchlab.reports.html.load import Decision
-from batchlab.reports.html.metrics import Signs, signs
+from batchlab.reports.html.metrics import RunFigures, run_figures
 from batchlab.reports.html.source import Run, moment, offset, share, visible
 
 if TYPE_CHECKING:
@@ -52,11 +49,11 @@ class Tile:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class Facts:
     """Data for the summary."""
 
     run: Run
-    signs: Signs
+    figures: RunFigures
     cost: Cost | None
     failures: Failures
     waits: Sequence[Spread]
@@ -64,116 +61,112 @@ class Found:
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
-    """Sentences that answer one question."""
+class Answer:
+    """Question of the summary with its answer in a few sentences."""
 
-    about: str
-    words: str
-
-
-def words(found: Found) -> list[Said]:
-    """Return the sentences: what ran, on which fleet, its cost, its failures, and the next step."""
-    parts = (
-        ("What ran", _ran(found)),
-        ("On what", _fleet(found)),
-        ("What it cost", _cost(found)),
-        ("What went wrong", _wrong(found)),
-        ("What next", _next(found)),
-    )
-    return [Said(about, " ".join(said)) for about, said in parts]
+    question: str
+    text: str
 
 
-def _ran(found: Found) -> Iterator[str]:
-    run, job = found.run, found.run.job
-    planned = job["planned"] or 0
-    where = visible(job["backend"] or "", 40)
-    stages = count(len(run.stages), "stage")
-    what = f"{visible(job['name'] or run.id, 60)} ran {count(planned, 'task')} in {stages}"
+def answers(facts: Facts) -> list[Answer]:
+    """Return the summary: the work, the fleet, the cost, the failures, and the next step."""
+    sentences = {
+        "Work": _work(facts),
+        "Fleet": _fleet(facts),
+        "Cost": _cost(facts),
+        "Failures": _failures(facts),
+        "Next step": _next_step(facts),
+    }
+    return [Answer(question, " ".join(texts)) for question, texts in sentences.items()]
+
+
+def _work(facts: Facts) -> Iterator[str]:
+    run, job = facts.run, facts.run.job
+    planned, succeeded = job["planned"] or 0, job["succeeded"] or 0
+    failed, cancelled, retried = job["failed"] or 0, job["cancelled"] or 0, job["retried"] or 0
+    end = f"ended {job['state']} after {span(run.span_s)}"
     if not job["is_final"]:
-        yield (
-            f"{what} on the backend {where}, and was {job['state']} after {span(run.span_s)} when its data was written."
-        )
-    else:
-        yield f"{what} on the backend {where} and ended {job['state']} after {span(run.span_s)}."
+        end = f"was {job['state']} after {span(run.span_s)}, when its data was written"
+    yield (
+        f"{visible(job['name'] or run.id, 60)} ran {count(planned, 'task')} in {count(len(run.stages), 'stage')} on "
+        f"the backend {visible(job['backend'] or '', 40)}. The job {end}."
+    )
     if job["reason"]:
-        yield f"In the words of the grid: {_sentence(visible(job['reason'], 300))}"
+        yield f"The grid's reason: {_sentence(visible(job['reason'], 300))}"
     if job["rounds"] > 1:
-        yield f"It was retried by hand: these are {job['rounds']} rounds."
-    failed, cancelled = job["failed"] or 0, job["cancelled"] or 0
-    open_ = planned - (job["succeeded"] or 0) - failed - cancelled
-    parts = [f"{count(job['succeeded'] or 0, 'task')} succeeded"]
+        yield f"The user retried the job, so it has {job['rounds']} rounds."
+    unfinished = planned - succeeded - failed - cancelled
+    parts = [f"{count(succeeded, 'task')} succeeded"]
     parts += [f"{failed:,} failed for good"] if failed else []
-    parts += [f"{cancelled:,} were cancelled"] if cancelled else []
-    parts += [f"{open_:,} had not ended"] if open_ else []
-    again = job["retried"] or 0
-    tried = f"; {count(again, 'attempt')} failed and {'was' if again == 1 else 'were'} tried again"
-    yield f"{listed(parts)}{tried if again else ''}."
+    parts += [f"{cancelled:,} were canceled"] if cancelled else []
+    parts += [f"{unfinished:,} had not ended"] if unfinished else []
+    yield f"{listed(parts)}."
+    if retried:
+        yield f"{count(retried, 'failed attempt')} {'was' if retried == 1 else 'were'} retried."
 
 
-def _fleet(found: Found) -> Iterator[str]:
-    signs = found.signs
-    if signs.slot_s:
+def _fleet(facts: Facts) -> Iterator[str]:
+    figures = facts.figures
+    if figures.slot_s:
         yield (
-            f"{count(signs.instances, signs.noun)} had at most {signs.peak_slots:,.0f} slots in "
-            f"service at a time; {share(min(signs.busy_s, signs.slot_s), signs.slot_s)} of their "
-            "time went to this job."
+            f"{count(figures.instances, figures.noun)} had at most {figures.peak_slots:,.0f} slots in service at a "
+            f"time. This job used {share(min(figures.busy_s, figures.slot_s), figures.slot_s)} of their slot time."
         )
     else:
-        yield "Nothing is known of the fleet."
-    if found.waits:
-        most = max(found.waits, key=lambda one: one.percentiles_s[95])
+        yield "No data of the fleet was recorded."
+    if facts.waits:
+        longest = max(facts.waits, key=lambda spread: spread.percentiles_s[95])
         yield (
-            f"Tasks waited longest in {visible(most.stage, 40)}: half of them for at most "
-            f"{span(most.percentiles_s[50])}, 95% for at most {span(most.percentiles_s[95])}."
+            f"Tasks waited longest in {visible(longest.stage, 40)}: half of them waited at most "
+            f"{span(longest.percentiles_s[50])}, and 95% waited at most {span(longest.percentiles_s[95])}."
         )
 
 
-def _cost(found: Found) -> Iterator[str]:
-    cost, job = found.cost, found.run.job
+def _cost(facts: Facts) -> Iterator[str]:
+    cost, job = facts.cost, facts.run.job
     if cost is None:
-        yield "That is not known: no prices were put to this run."
+        yield "The cost is unknown, because the run has no prices."
         return
-    verb = "It cost" if capabilities_of(job["backend"]).billed else "On AWS it would have cost"
+    verb = "The run cost" if capabilities_of(job["backend"]).billed else "On AWS, the run would have cost"
     parts = sorted((part for part in cost.kinds if part.usd), key=lambda part: -part.usd)[:2]
-    split = f", of which {' and '.join(f'{p.share} {p.name}' for p in parts)}" if parts else ""
-    each = ""
+    split = f", of which {' and '.join(f'{part.share} is {part.name}' for part in parts)}" if parts else ""
+    yield f"{verb} {cost.brief} at list prices{split}."
     if succeeded := job["succeeded"]:
-        each = f"; that is {shown(float(cost.total) * 1000 / succeeded)} for 1,000 tasks"
-    yield f"{verb} {cost.brief} at list prices{split}{each}."
+        yield f"1,000 successful tasks cost {shown(float(cost.total) * 1000 / succeeded)}."
 
 
-def _wrong(found: Found) -> Iterator[str]:
-    failures, signs = found.failures, found.signs
+def _failures(facts: Facts) -> Iterator[str]:
+    failures, figures = facts.failures, facts.figures
     if failures.groups:
-        most = failures.groups[0]
-        of = f"{most.title} in {most.stages}"
-        many = f"for {failures.causes:,} causes; most often {of}"
-        yield (
-            f"{count(failures.attempts, 'attempt')} failed{f', all with {of}' if failures.causes == 1 else f' {many}'}."
-        )
-        bad = count(failures.tasks, "task")
-        yield (f"{bad} failed for good." if failures.tasks else "None of it made a task fail for good.")
+        largest = failures.groups[0]
+        cause = f"{largest.title} in {largest.stages}"
+        attempts = count(failures.attempts, "attempt")
+        if failures.causes == 1:
+            yield f"{attempts} failed with one cause: {cause}."
+        else:
+            yield f"{attempts} failed with {failures.causes:,} causes, most often with {cause}."
+        yield f"{count(failures.tasks, 'task')} failed for good." if failures.tasks else "No task failed for good."
     waste = []
-    if signs.lost_s:
-        waste.append(f"{span(signs.lost_s)} of slot time went with instances that ended")
-    if signs.repeated_s:
-        waste.append(f"{span(signs.repeated_s)} went to work that was done twice")
+    if figures.lost_s:
+        waste.append(f"{span(figures.lost_s)} of slot time was lost with ended instances")
+    if figures.repeated_s:
+        waste.append(f"{span(figures.repeated_s)} was spent on repeated work")
     if waste:
         yield _sentence(listed(waste))
-    if signs.harmful:
-        yield f"{count(signs.harmful, 'task')} got two results, which must never happen."
+    if figures.harmful:
+        yield f"{count(figures.harmful, 'task')} got two results, which must never happen."
     elif not failures.groups and not waste:
-        yield "Nothing: no attempt failed, and no work was lost or done twice."
+        yield "No attempt failed, and no work was lost or repeated."
 
 
-def _next(found: Found) -> Iterator[str]:
-    to_do = [finding for finding in found.findings if finding.level > Level.GOOD]
-    if not to_do:
-        yield "None of the checks found anything to change."
+def _next_step(facts: Facts) -> Iterator[str]:
+    problems = [finding for finding in facts.findings if finding.level > Level.GOOD]
+    if not problems:
+        yield "The checks found nothing to change."
         return
-    yield f"{to_do[0].title}."
-    if len(to_do) > 1:
-        yield f"{count(len(to_do) - 1, 'more finding')} below."
+    yield f"{problems[0].title}."
+    if len(problems) > 1:
+        yield f"{count(len(problems) - 1, 'more finding')} below."
 
 
 def _sentence(text: str) -> str:
@@ -183,33 +176,27 @@ def _sentence(text: str) -> str:
 # --- Figures -------------------------------------------------------------------------------------
 
 
-def tiles(found: Found) -> list[Tile]:
+def tiles(facts: Facts) -> list[Tile]:
     """Return six figures, or five for a run without prices."""
-    job, signs, cost = found.run.job, found.signs, found.cost
+    job, figures, cost = facts.run.job, facts.figures, facts.cost
     state = str(job["state"])
     look = "good" if state in GOOD_STATES else "bad" if state in BAD_STATES else ""
-    failed = job["failed"] or 0
-    succeeded = job["succeeded"] or 0
+    failed, succeeded = job["failed"] or 0, job["succeeded"] or 0
+    failed_text, failed_look = (f"{failed:,} failed for good", "bad") if failed else ("none failed for good", "")
+    busy, slots = "–", "the fleet is unknown"
+    if figures.slot_s:
+        busy = share(min(figures.busy_s, figures.slot_s), figures.slot_s)
+        slots = f"of at most {figures.peak_slots:,.0f} in service"
     tiles = [
         Tile("state", state, "" if job["is_final"] else "had not ended", look),
-        Tile("took", span(found.run.span_s), f"from {moment(found.run.start_s)}"),
-        Tile(
-            "tasks",
-            f"{job['planned'] or 0:,}",
-            f"{failed:,} failed for good" if failed else "none failed for good",
-            "bad" if failed else "",
-        ),
-        Tile("throughput", f"{succeeded / found.run.span_s:,.3g}", "tasks a second that succeeded"),
-        Tile(
-            "slots busy",
-            share(min(signs.busy_s, signs.slot_s), signs.slot_s) if signs.slot_s else "–",
-            f"of at most {signs.peak_slots:,.0f} in service" if signs.slot_s else "no fleet is known",
-        ),
+        Tile("run time", span(facts.run.span_s), f"from {moment(facts.run.start_s)}"),
+        Tile("tasks", f"{job['planned'] or 0:,}", failed_text, failed_look),
+        Tile("throughput", f"{succeeded / facts.run.span_s:,.3g}", "successful tasks per second"),
+        Tile("slots busy", busy, slots),
     ]
     if cost:
         is_billed = capabilities_of(job["backend"]).billed
-        note = "at AWS's list prices" if is_billed else "what AWS would ask for"
-        tiles.append(Tile("cost", cost.brief, note))
+        tiles.append(Tile("cost", cost.brief, "at AWS's list prices" if is_billed else "on AWS at list prices"))
     return tiles
 
 
@@ -229,8 +216,8 @@ def stages(run: Run) -> Data:
     if len(rows) > 1:
         job = run.job
         rows.append(("all", "", *(_whole(job[name]) for name in _COUNTS), span(job["run_s"] or 0.0), "", ""))
-    names = ("# tasks", "# succeeded", "# failed", "# cancelled", "# retried", "# bundles")
-    columns = ("stage", "pool", *names, "# run time", "# began", "# ended")
+    names = ("# tasks", "# succeeded", "# failed", "# canceled", "# retried", "# bundles")
+    columns = ("stage", "pool", *names, "# run time", "# started", "# ended")
     return Data(columns, tuple(rows))
 
 
@@ -252,18 +239,18 @@ def particulars(run: Run) -> list[tuple[str, str]]:
         tags = json.loads(job["tags"] or "{}")
     except ValueError:
         tags = {}
-    found = [
+    facts = [
         ("job", visible(run.id, 120)),
         ("backend", visible(job["backend"] or "", 40)),
         ("submitted", moment(job["submitted_s"])),
-        ("began", moment(job["started_s"])),
+        ("started", moment(job["started_s"])),
         ("ended", moment(job["ended_s"])),
     ]
     if job["priority"]:
-        found.append(("priority", str(job["priority"])))
+        facts.append(("priority", str(job["priority"])))
     if isinstance(tags, dict):
-        found += [(f"tag {visible(str(k), 60)}", visible(str(v), 120)) for k, v in tags.items()]
-    return found
+        facts += [(f"tag {visible(str(k), 60)}", visible(str(v), 120)) for k, v in tags.items()]
+    return facts
 
 
 _HERE = Path(__file__).parent
@@ -276,7 +263,7 @@ class Page:
     title: str
     state: str
     particulars: Sequence[tuple[str, str]]
-    words: Sequence[Said]
+    answers: Sequence[Answer]
     tiles: Sequence[Tile]
     stages: Data
     to_do: Sequence[Finding]
@@ -293,7 +280,6 @@ class Page:
     cost: Cost | None
     failures: Failures
     twice: Data | None
-    signs: Signs
     version: str
 
 
@@ -304,41 +290,40 @@ def page(connection: DuckDBPyConnection, job: str, *, samples: Samples | None = 
     Raise UsageError if the store does not contain the job.
     """
     run = Run(connection, job)
-    over_time = load.series(run)
-    decisions, in_all = load.decisions(run)
+    series = load.series(run)
+    decisions, total_decisions = load.decisions(run)
     cost = costs.cost(run)
-    seen = signs(run, over_time, cost)
-    found = findings(seen)
+    figures = run_figures(run, series, cost)
+    all_findings = findings(figures)
     failures = failed.failures(run, samples)
-    ran, waited = durations.spreads(run, "run_s"), durations.spreads(run, "wait_s")
-    told = Found(run, seen, cost, failures, waited, found)
+    run_times, wait_times = durations.spreads(run, "run_s"), durations.spreads(run, "wait_s")
+    facts = Facts(run, figures, cost, failures, wait_times, all_findings)
     return Page(
         title=visible(run.job["name"] or job, 80),
         state=visible(str(run.job["state"]), 20),
         particulars=particulars(run),
-        words=words(told),
-        tiles=tiles(told),
+        answers=answers(facts),
+        tiles=tiles(facts),
         stages=stages(run),
-        to_do=[finding for finding in found if finding.level > Level.GOOD],
-        good=[finding for finding in found if finding.level is Level.GOOD],
-        gantt=gantt.drawn(run),
-        load=load.drawn(run, over_time, decisions),
+        to_do=[finding for finding in all_findings if finding.level > Level.GOOD],
+        good=[finding for finding in all_findings if finding.level is Level.GOOD],
+        gantt=gantt.draw(run),
+        load=load.draw(run, series, decisions),
         decisions=decisions,
-        decisions_in_all=in_all,
-        run_times=durations.table(ran),
-        wait_times=durations.table(waited),
-        run_charts=durations.drawn(run, ran, "run_s"),
-        wait_charts=durations.drawn(run, waited, "wait_s"),
+        decisions_in_all=total_decisions,
+        run_times=durations.table(run_times),
+        wait_times=durations.table(wait_times),
+        run_charts=durations.draw_histograms(run, run_times, "run_s"),
+        wait_charts=durations.draw_histograms(run, wait_times, "wait_s"),
         longest=durations.longest(run),
         cost=cost,
         failures=failures,
         twice=failed.twice(run),
-        signs=seen,
         version=version,
     )
 
 
-def rendered(found: Page) -> str:
+def render(page: Page) -> str:
     """Return the page as HTML text."""
     style = (_HERE / "style.css").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
@@ -347,13 +332,13 @@ def rendered(found: Page) -> str:
     template = _environment().get_template("page.html.jinja")
     # The style sheet is a file of this package. Escaping would change it, and then the hash would
     # not match.
-    return template.render(page=found, style=Markup(style), style_hash=digest)  # noqa: S704
+    return template.render(page=page, style=Markup(style), style_hash=digest)  # noqa: S704
 
 
 def _environment() -> Environment:
     import jinja2
 
-    made = jinja2.Environment(
+    environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
@@ -361,10 +346,10 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    made.filters["code"] = _code
-    made.filters["heading"] = lambda name: str(name).removeprefix("# ")
-    made.filters["is_number"] = lambda name: str(name).startswith("# ")
-    return made
+    environment.filters["code"] = _code
+    environment.filters["heading"] = lambda name: str(name).removeprefix("# ")
+    environment.filters["is_number"] = lambda name: str(name).startswith("# ")
+    return environment
 
 
 def _code(text: str) -> Markup:

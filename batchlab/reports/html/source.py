@@ -1,12 +1,8 @@
-"""Tables of one run, as the page queries them.
+"""Queries of the page on the tables of one run, and the formats of moments, shares, and untrusted text.
 
-Invariant: DuckDB computes all figures of a page from the run's Parquet files. The same query on the
-same files has the same result.
-
-Text of the page: moments, shares, amounts, and untrusted text.
-
-Invariant: the names of jobs and stages, logs, and errors cannot change how the surrounding text
-reads. Non-printable characters become visible escapes, and long text is cut.
+Invariants: DuckDB computes all figures of a page from the run's Parquet files. Untrusted text, such
+as names and logs, cannot change how the surrounding text reads: non-printable characters become
+visible escapes, and long text is shortened.
 """
 
 from __future__ import annotations
@@ -25,8 +21,8 @@ if TYPE_CHECKING:
 
 Row = Mapping[str, Any]
 
-LEAST_S = 0.001
-"""Shortest duration of a run in seconds, so that its time axis is not empty."""
+MIN_SPAN_S = 0.001
+"""Minimum duration of a run in seconds. A shorter run would have an empty time axis."""
 
 # A worker without a known instance takes the place of an instance.
 PLACED = """(
@@ -80,11 +76,13 @@ PLACES = f"""(
 
 
 def only_job(connection: DuckDBPyConnection) -> str:
-    """Return the only job of an opened store. Raise UsageError if it does not have exactly one."""
-    found = [str(row[0]) for row in connection.execute("SELECT job FROM jobs").fetchall()]
-    if len(found) != 1:
-        raise UsageError(f"That holds {len(found)} runs, and a page is of one.", remedy="Name the folder of one run.")
-    return found[0]
+    """Return the only job of an opened store. Raise UsageError unless the store has exactly one job."""
+    jobs = [str(row[0]) for row in connection.execute("SELECT job FROM jobs").fetchall()]
+    if len(jobs) != 1:
+        raise UsageError(
+            f"The folder holds {len(jobs)} runs, but a page has one.", remedy="Name the folder of one run."
+        )
+    return jobs[0]
 
 
 class Run:
@@ -96,25 +94,25 @@ class Run:
     def __init__(self, connection: DuckDBPyConnection, job: str) -> None:
         self._connection = connection
         self.id = job
-        found = self.rows("SELECT * FROM jobs WHERE job = $job")
-        if not found:
-            raise UsageError(f"There is no job {job!r} in this data.", remedy="Name one that `jobs` has.")
-        self.job: Row = found[0]
+        rows = self.rows("SELECT * FROM jobs WHERE job = $job")
+        if not rows:
+            raise UsageError(f"The data does not contain the job {job!r}.", remedy="Name a job of the table `jobs`.")
+        self.job: Row = rows[0]
 
     def rows(self, sql: str, **values: object) -> list[Row]:
         """Run a query. `$job` is the job's id. `$a` and `$b` are the start and end of the run."""
-        known = {"job": self.id, **values}
+        parameters = {"job": self.id, **values}
         if "$a" in sql or "$b" in sql:
-            known |= {"a": self.start_s, "b": self.end_s}
-        used = {name: value for name, value in known.items() if f"${name}" in sql}
+            parameters |= {"a": self.start_s, "b": self.end_s}
+        used = {name: value for name, value in parameters.items() if f"${name}" in sql}
         cursor = self._connection.execute(sql, used)
         names = [column[0] for column in cursor.description or ()]
         return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
 
     def one(self, sql: str, **values: object) -> Row:
         """Run a query that always returns one row, and return this row."""
-        (found,) = self.rows(sql, **values)
-        return found
+        (row,) = self.rows(sql, **values)
+        return row
 
     @cached_property
     def stages(self) -> Sequence[Row]:
@@ -149,8 +147,8 @@ class Run:
     def end_s(self) -> float:
         """End of the time axis: the end of the job, or of its last recorded bundle."""
         ends = [self.job["ended_s"], self._edges["ended_s"]]
-        known = [end for end in ends if end is not None]
-        return max(self.start_s + LEAST_S, *known) if known else self.start_s + LEAST_S
+        known_ends = [end for end in ends if end is not None]
+        return max(self.start_s + MIN_SPAN_S, *known_ends) if known_ends else self.start_s + MIN_SPAN_S
 
     @property
     def span_s(self) -> float:

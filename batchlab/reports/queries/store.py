@@ -1,11 +1,7 @@
-"""SQL access to folders of Parquet files, with one view per table.
+"""SQL access to folders of Parquet files, with one view per table, and the named queries.
 
-Invariant: a query can only read the opened files. It cannot reach other files or the network, load
-extensions, change settings, or write (see `checked`).
-
-Named queries from `queries.sql`.
-
-Invariant: this file is the only source of a query, and its text runs unchanged.
+Invariants: a query can only read the opened files. It cannot reach other files or the network, load extensions, change
+settings, or write (see `check_query`). The text of a named query in `queries.sql` runs unchanged.
 """
 
 from __future__ import annotations
@@ -42,8 +38,8 @@ def runs_in(folder: Path) -> list[Path]:
     if not paths:
         raise UsageError(
             f"{folder} holds no job performance data.",
-            remedy="`batchlab report pull JOB` fetches a job's, into a folder of that name. A job "
-            "that is named like a folder here is meant by its whole id.",
+            remedy="`batchlab report pull JOB` downloads the data of a job into a folder of that name. If a folder has "
+            "the name of the job, use the full id of the job.",
         )
     return paths
 
@@ -74,7 +70,7 @@ def opened(folders: Sequence[Path]) -> DuckDBPyConnection:
         connection.close()
         raise UsageError(
             f"The job performance data cannot be read: {_sentence(error)}",
-            remedy="`batchlab report write JOB` makes it anew, `batchlab report pull JOB` fetches it again.",
+            remedy="`batchlab report write JOB` writes it again, and `batchlab report pull JOB` downloads it again.",
         ) from error
     except UsageError:
         connection.close()
@@ -91,9 +87,9 @@ def _view(connection: DuckDBPyConnection, table: Table, paths: Sequence[str]) ->
     rows = connection.execute(
         f"SELECT name, count(*) FROM parquet_schema({files}) GROUP BY name"  # noqa: S608 - paths
     ).fetchall()
-    there = {str(name): int(files) for name, files in rows}
+    existing = {str(name): int(files) for name, files in rows}
     columns = ", ".join(
-        f'"{c.name}"::{c.type} AS "{c.name}"' if c.name in there else f'NULL::{c.type} AS "{c.name}"'
+        f'"{c.name}"::{c.type} AS "{c.name}"' if c.name in existing else f'NULL::{c.type} AS "{c.name}"'
         for c in table.columns
     )
     by_name = ", union_by_name = true" if len(paths) > 1 else ""
@@ -108,14 +104,14 @@ def _check(connection: DuckDBPyConnection, runs: Sequence[Path]) -> None:
     newer = [job for job, version in rows if version > VERSION]
     if newer:
         raise UsageError(
-            f"The data of job {newer[0]} is of a newer version than this batchlab knows.",
-            remedy="Read it with the batchlab that has written it, or a later one.",
+            f"A newer version of batchlab wrote the data of job {newer[0]}.",
+            remedy="Read it with that version of batchlab, or with a later one.",
         )
     jobs = [job for job, _ in rows]
     twice = next((job for job in jobs if jobs.count(job) > 1), None)
     if twice is not None:
         named = ", ".join(str(run) for run in runs)
-        raise UsageError(f"Job {twice} comes more than once in {named}.", remedy="Name every run once.")
+        raise UsageError(f"Job {twice} occurs more than once in {named}.", remedy="Name each run once.")
 
 
 def _lock(connection: DuckDBPyConnection, paths: Sequence[str]) -> None:
@@ -136,7 +132,7 @@ def _sentence(error: Exception) -> str:
 # --- User queries --------------------------------------------------------------------------------
 
 
-def asked(
+def run_query(
     connection: DuckDBPyConnection, sql: str, parameters: Sequence[object] | None = None
 ) -> tuple[list[str], list[tuple[Any, ...]]]:
     """Run a user's query and return its column names and rows.
@@ -146,18 +142,18 @@ def asked(
     import duckdb
 
     try:
-        checked(connection, sql)
-        found = connection.execute(sql, parameters)
-        names = [str(column[0]) for column in found.description or ()]
-        return names, found.fetchall()
+        check_query(connection, sql)
+        result = connection.execute(sql, parameters)
+        names = [str(column[0]) for column in result.description or ()]
+        return names, result.fetchall()
     except duckdb.Error as error:
         raise UsageError(
             f"The query fails: {str(error).strip()}",
-            remedy="`batchlab report queries` lists queries that work, docs/report-data.md the tables.",
+            remedy="`batchlab report queries` lists example queries, and docs/report-data.md describes the tables.",
         ) from error
 
 
-def checked(connection: DuckDBPyConnection, sql: str) -> None:
+def check_query(connection: DuckDBPyConnection, sql: str) -> None:
     """Raise UsageError unless `sql` is one query that only reads the views.
 
     DuckDB accepts COPY and INSERT within a WITH clause, and these could overwrite the opened files.
@@ -180,25 +176,25 @@ def checked(connection: DuckDBPyConnection, sql: str) -> None:
         if kind == "TABLE_FUNCTION":
             name = str(node.get("function", {}).get("function_name", "")).lower()
             if name not in _TABLE_FUNCTIONS:
-                raise _refused(f"calls {name or 'a function'} in place of a table")
+                raise _refused(f"calls {name or 'a function'} instead of reading a table")
 
 
 def _refused(why: str) -> UsageError:
     return UsageError(
-        f"The query {why}, and only the tables of the runs may be read.",
-        remedy="Write one SELECT over the tables that docs/report-data.md lists.",
+        f"The query {why}. A query may only read the tables of the runs.",
+        remedy="Write one SELECT over the tables in docs/report-data.md.",
     )
 
 
 def _nodes(tree: object) -> Iterator[dict[str, Any]]:
     waiting = [tree]
     while waiting:
-        one = waiting.pop()
-        if isinstance(one, dict):
-            yield one
-            waiting += one.values()
-        elif isinstance(one, list):
-            waiting += one
+        node = waiting.pop()
+        if isinstance(node, dict):
+            yield node
+            waiting += node.values()
+        elif isinstance(node, list):
+            waiting += node
 
 
 FILE = Path(__file__).with_name("queries.sql")
@@ -215,10 +211,10 @@ class Query:
 
 
 @cache
-def known() -> Mapping[str, Query]:
+def named_queries() -> Mapping[str, Query]:
     """Return all named queries in the file's order."""
     text = FILE.read_text()
-    meanings = {head[1]: _joined(head[2]) for head in _NAME.finditer(text)}
+    meanings = {head[1]: head[2].replace("\n-- ", " ").removeprefix("-- ").strip() for head in _NAME.finditer(text)}
     return {name: Query(name, meanings[name], sql) for name, sql in sections(text).items()}
 
 
@@ -229,14 +225,12 @@ def sections(text: str) -> dict[str, str]:
     return {head[1]: text[head.end() : end].strip().removesuffix(";") for head, end in zip(heads, ends, strict=True)}
 
 
-def _joined(comment: str) -> str:
-    return " ".join(line.removeprefix("-- ") for line in comment.splitlines())
-
-
 def named(name: str) -> Query:
     """Return the query with this name. Raise UsageError if it does not exist."""
-    if query := known().get(name):
+    if query := named_queries().get(name):
         return query
-    near = difflib.get_close_matches(name, known(), n=2)
+    near = difflib.get_close_matches(name, named_queries(), n=2)
     hint = f"Did you mean {' or '.join(near)}? " if near else ""
-    raise UsageError(f"There is no query {name!r}.", remedy=f"{hint}`batchlab report queries` lists them.")
+    raise UsageError(
+        f"The query {name!r} does not exist.", remedy=f"{hint}`batchlab report queries` lists the queries."
+    )

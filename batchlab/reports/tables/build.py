@@ -27,7 +27,7 @@ from batchlab.reports.tables.staging import FILES, plain
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
-ROWS = 122_880
+ROW_GROUP_ROWS = 122_880
 """Rows of a row group, the unit that DuckDB reads on one core."""
 
 
@@ -42,14 +42,14 @@ def save(connection: DuckDBPyConnection, table: Table, query: str, path: Path, *
     target = str(path).replace("'", "''")
     connection.execute(
         f"COPY (SELECT {table.select()} FROM ({query}) {order}) "  # noqa: S608 - own queries
-        f"TO '{target}' (FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE {ROWS}, "
+        f"TO '{target}' (FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE {ROW_GROUP_ROWS}, "
         f"KV_METADATA {{batchlab_schema: '{VERSION}'}})"
     )
     row = connection.fetchone()
     return int(row[0]) if row else 0
 
 
-MEMORY = "512MB"
+MAX_MEMORY = "512MB"
 MAX_LINE_BYTES = 64 * 1024 * 1024
 _STEPS = Path(__file__).with_name("tables.sql")
 
@@ -126,7 +126,7 @@ class Building:
     def _run(self, folder: Path) -> dict[str, int]:
         do = self._connection.execute
         do("SET threads = 1")
-        do(f"SET memory_limit = '{MEMORY}'")
+        do(f"SET memory_limit = '{MAX_MEMORY}'")
         for name, columns in FILES.items():
             self._read(name, columns, self._scratch / f"{name}.ndjson")
         self._facts()
@@ -252,24 +252,24 @@ class Building:
 
     def _requests(self) -> list[Sequence[Any]]:
         """Return the recorded requests. The last row is the total, even if nothing was recorded."""
-        found: list[Sequence[Any]] = list(self._gathered.record["requests"])
+        rows: list[Sequence[Any]] = list(self._gathered.record["requests"])
         if account := self._gathered.account:
             requests = account.requests
             total = [requests.sqs, requests.sqs_empty, requests.s3_puts, requests.s3_gets, requests.s3_deletes]
             ending = self._gathered.ending
-            if not found or list(found[-1][2:]) != total:
-                last_s = found[-1][0] if found else self._gathered.began_s
-                found.append([max(last_s, ending.ended_s if ending else last_s), 0.0, *total])
-        return found
+            if not rows or list(rows[-1][2:]) != total:
+                last_s = rows[-1][0] if rows else self._gathered.began_s
+                rows.append([max(last_s, ending.ended_s if ending else last_s), 0.0, *total])
+        return rows
 
     def _duplicates(self) -> list[Sequence[Any]]:
-        found: list[Sequence[Any]] = [
+        duplicates: list[Sequence[Any]] = [
             [stage, kind, int(count), int(count), 0, slot_s]
             for stage, kinds in self._gathered.record["duplicates"].items()
             for kind, (count, slot_s) in kinds.items()
         ]
         twice = self._gathered.results_twice
-        return [*found, *([stage, "result", n, 0, n, 0.0] for stage, n in twice.items())]
+        return [*duplicates, *([stage, "result", n, 0, n, 0.0] for stage, n in twice.items())]
 
     # --- The bill --------------------------------------------------------------------------------
 
@@ -300,7 +300,7 @@ class Building:
         ]
 
     def _pools(self) -> dict[str, PoolFacts]:
-        found = {one.name: PoolFacts(one.slots, one.instance_type) for one in self._setting.pools}
+        facts = {pool.name: PoolFacts(pool.slots, pool.instance_type) for pool in self._setting.pools}
         for name, pool in self._gathered.record["pools"].items():
-            found[name] = PoolFacts(pool["slots"], pool["type"])
-        return found
+            facts[name] = PoolFacts(pool["slots"], pool["type"])
+        return facts

@@ -25,10 +25,10 @@ from batchlab.manager import recorded_data
 from batchlab.manager.retry_rounds import Retry
 from batchlab.reports.tables.staging import Staging, universe
 
-AT_ONCE = 8
+MAX_FETCHES = 8
 """Objects that are fetched concurrently. The value is low because the manager sends other requests."""
-BATCH = 64
-BATCH_BYTES = 8 * 1024 * 1024
+MAX_BATCH = 64
+MAX_BATCH_BYTES = 8 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,17 +131,17 @@ class Gatherer:
                 elif object_keys.is_genuine(info.key, key):
                     batch.append(info.key)
                     batch_bytes += info.size
-                if len(batch) >= BATCH or batch_bytes >= BATCH_BYTES:
+                if len(batch) >= MAX_BATCH or batch_bytes >= MAX_BATCH_BYTES:
                     await self._stage(batch, staging)
                     batch, batch_bytes = [], 0
         await self._stage(batch, staging)
         return size_bytes
 
     async def _stage(self, keys: Sequence[str], staging: Staging) -> None:
-        for i in range(0, len(keys), AT_ONCE):
-            gets = [partial(self._objects.get, key) for key in keys[i : i + AT_ONCE]]
-            found = await asyncio.gather(*(self._patience(get) for get in gets))
-            await asyncio.to_thread(_take, staging, found)
+        for i in range(0, len(keys), MAX_FETCHES):
+            gets = [partial(self._objects.get, key) for key in keys[i : i + MAX_FETCHES]]
+            outcomes = await asyncio.gather(*(self._patience(get) for get in gets))
+            await asyncio.to_thread(_stage_outcomes, staging, outcomes)
 
     async def _size(self, prefix: str) -> int:
         size_bytes = 0
@@ -167,8 +167,8 @@ class Gatherer:
         return account, record
 
 
-def _take(staging: Staging, found: Sequence[bytes]) -> None:
-    for data in found:
+def _stage_outcomes(staging: Staging, outcomes: Sequence[bytes]) -> None:
+    for data in outcomes:
         staging.outcome(data)
 
 

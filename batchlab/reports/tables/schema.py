@@ -48,8 +48,8 @@ class Table:
 
 
 def _table(name: str, meaning: str, key: str, *columns: tuple[str, str, str]) -> Table:
-    made = tuple(Column(*column) for column in columns)
-    return Table(name, meaning, tuple(key.split(", ")), (_JOB, *made))
+    table_columns = tuple(Column(*column) for column in columns)
+    return Table(name, meaning, tuple(key.split(", ")), (_JOB, *table_columns))
 
 
 _JOB = Column("job", "VARCHAR", "the job's id")
@@ -295,19 +295,8 @@ DUPLICATES = _table(
 )
 
 TABLES: tuple[Table, ...] = (
-    JOBS,
-    STAGES,
-    TASKS,
-    ATTEMPTS,
-    BUNDLES,
-    WORKERS,
-    INSTANCES,
-    SCALING,
-    QUEUES,
-    FLEET,
-    REQUESTS,
-    COST,
-    DUPLICATES,
+    *(JOBS, STAGES, TASKS, ATTEMPTS, BUNDLES, WORKERS, INSTANCES),
+    *(SCALING, QUEUES, FLEET, REQUESTS, COST, DUPLICATES),
 )
 BY_NAME = {table.name: table for table in TABLES}
 

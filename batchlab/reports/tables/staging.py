@@ -18,9 +18,9 @@ from batchlab.core.protocol import json_format
 from batchlab.core.protocol.settlement import fingerprint
 from batchlab.reports.tables.schema import types
 
-CHUNK = 8_192
+MAX_RUN_TIMES = 8_192
 """Maximum number of run times in one line."""
-REASON_CHARS = 500
+MAX_REASON_CHARS = 500
 
 _BUNDLE = ("stage", "bundle", "round", "attempt", "tasks", "first_task", "last_task", "source", "losses")
 _OUTCOME = ("worker", "execution", "started_s", "ended_s", "run_s", "failed_run_s")
@@ -110,8 +110,8 @@ class Staging:
                 is_final=failure.final,
                 run_s=failure.run_s,
                 kind=failure.kind.value,
-                error=plain(failure.error)[:REASON_CHARS],
-                reason=plain(failure.reason)[:REASON_CHARS],
+                error=plain(failure.error)[:MAX_REASON_CHARS],
+                reason=plain(failure.reason)[:MAX_REASON_CHARS],
                 exit_code=failure.exit_code,
                 fingerprint=fingerprint(failure),
             )
@@ -124,8 +124,8 @@ class Staging:
     def _runs(self, n: int, stage: StageName, tasks: TaskSet, run_s: tuple[float, ...]) -> None:
         at = 0
         for start, stop in tasks.ranges:
-            for first in range(start, stop, CHUNK):
-                count = min(CHUNK, stop - first)
+            for first in range(start, stop, MAX_RUN_TIMES):
+                count = min(MAX_RUN_TIMES, stop - first)
                 self._put("runs", n=n, stage=stage, first_task=first, run_s=run_s[at : at + count])
                 at += count
 
@@ -134,8 +134,8 @@ class Staging:
         for start, stop in tasks.ranges:
             if len(marks) < stop:
                 marks.extend(bytes(max(stop - len(marks), len(marks) // 2)))
-            if twice := marks.count(1, start, stop):
-                self.results_twice[stage] = self.results_twice.get(stage, 0) + twice
+            if repeated := marks.count(1, start, stop):
+                self.results_twice[stage] = self.results_twice.get(stage, 0) + repeated
             marks[start:stop] = b"\x01" * (stop - start)
 
     def cut(self, cut: Cut, otherwise_s: float) -> None:
@@ -149,8 +149,8 @@ class Staging:
         marks = self._succeeded.get(stage, bytearray())
         for start, stop in tasks.ranges:
             for first, last in _gaps(marks, start, stop):
-                for chunk in range(first, last, CHUNK):
-                    end = min(chunk + CHUNK, last)
+                for chunk in range(first, last, MAX_RUN_TIMES):
+                    end = min(chunk + MAX_RUN_TIMES, last)
                     self._put("rest", stage=stage, start=chunk, stop=end)
 
 

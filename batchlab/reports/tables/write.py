@@ -108,12 +108,12 @@ class Writer:
 
     @asynccontextmanager
     async def _folder(self) -> AsyncIterator[Path]:
-        def made() -> Path:
+        def create() -> Path:
             if self._scratch:
                 self._scratch.mkdir(parents=True, exist_ok=True)
             return Path(tempfile.mkdtemp(prefix="report-", dir=self._scratch))
 
-        folder = await asyncio.to_thread(made)
+        folder = await asyncio.to_thread(create)
         try:
             yield folder
         finally:

@@ -6,9 +6,9 @@ from dataclasses import replace
 from decimal import Decimal
 from typing import Any
 
-from batchlab.reports.html.metrics import Signs, StageSigns
+from batchlab.reports.html.metrics import RunFigures, StageFigures
 
-STAGE = StageSigns(
+STAGE = StageFigures(
     name="parse",
     pool="default",
     tasks=1000,
@@ -22,7 +22,7 @@ STAGE = StageSigns(
     took_s=2100.0,
     overhead_s=100.0,
 )
-SIGNS = Signs(
+SIGNS = RunFigures(
     span_s=600.0,
     stages=(STAGE,),
     slot_s=2400.0,
@@ -51,11 +51,11 @@ SIGNS = Signs(
 )
 
 
-def signs(**changed: Any) -> Signs:
+def signs(**changed: Any) -> RunFigures:
     """Good ones, but for what is named."""
     return replace(SIGNS, **changed)
 
 
-def of_stage(**changed: Any) -> Signs:
+def of_stage(**changed: Any) -> RunFigures:
     """The same with another stage."""
     return replace(SIGNS, stages=(replace(STAGE, **changed),))

@@ -45,7 +45,7 @@ def answers(*folders: Path) -> Iterator[Any]:
 
 
 def rows(connection: DuckDBPyConnection, sql: str) -> list[dict[str, Any]]:
-    names, found = store.asked(connection, sql)
+    names, found = store.run_query(connection, sql)
     return [dict(zip(names, row, strict=True)) for row in found]
 
 
