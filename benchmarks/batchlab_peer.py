@@ -1,6 +1,6 @@
-"""batchlab as a peer of the benchmark harness: two instances of one slot each, nothing tuned.
+"""batchlab as a peer of the benchmark harness, with two instances of one slot each and default settings.
 
-`run.py` puts this file among the harness's adapters. Its interface is the harness's `Adapter`.
+`run.py` copies this file to the harness's adapters. Its interface is the harness's `Adapter`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from batchlab.runtime.home import Home
 
 
 class Batchlab(Adapter):
-    """`backend` is one of batchlab's; any but `local` is pointed at the harness's emulator."""
+    """`backend` is a backend of batchlab. All backends but `local` use the harness's emulator."""
 
     def start(self, workers: int = 2, reliable: bool = False, warm: bool = True) -> None:
-        """There is one set of settings: what is fast is also what survives."""
+        """All workloads use the same durable settings."""
         backend = self.kw["backend"]
         if backend != "local":
             os.environ["BATCHLAB_ENDPOINT"] = self.cfg["aws_endpoint"]
@@ -52,7 +52,7 @@ class Batchlab(Adapter):
         return self.executor.submit(tasks.FUNCS[fn], *args).result()
 
     def node_pids(self, pid: int) -> list[int]:
-        """The worker process that this child belongs to, with all of its children."""
+        """Return the ids of the worker process of this child and of all children of that process."""
         workers = set(living(self.home.fleet).values())
         while pid not in workers:
             pid = _parent(pid)

@@ -1,17 +1,17 @@
-"""Raw input on its way in, and results on their way out, on the backend `local`.
+"""Upload of raw input and download of results on the backend `local`.
 
 Targets, on two cores:
-- 1 GB of raw input, split by lines and by bytes, streams through at 300 MB/s (upload, split and
-  plan together) in constant memory. Beside it a plain copy of the same file, in the same run.
+- 1 GB of raw input, split by lines and by bytes, is uploaded, split, and planned at 300 MB/s in constant
+  memory. The same run also measures a plain copy of the file.
 - 1,000,000 input files are listed and planned in under 60 s: 1,000 folders of 1,000 files in the
-  bucket, named by their folder and one by one, and one folder each, as an upload lays them out.
-- The results of 1,000,000 tasks are fetched in under 60 s: by `Grid.map` of no-ops on two workers
-  (running them included), and then from the same job as `batchlab fetch` does it.
+  bucket, selected by folder or by file, and one folder for each file, as an upload creates them.
+- The results of 1,000,000 tasks are downloaded in under 60 s: by `Grid.map` of no-ops on two workers,
+  which includes their execution, and then from the same job as `batchlab fetch` does it.
 
     python benchmarks/data.py [--small] [--json FILE] [--only stream|listing|results]
 
-Everything is generated in a scratch folder (TMPDIR) and removed in the end. A file counts as fast
-as the best of three rounds: the first one pays for memory that the machine has not used before.
+All data is generated in a scratch folder (TMPDIR) and deleted at the end. The best of three rounds
+counts, because the first round uses memory that the machine must first provide.
 """
 
 from __future__ import annotations
@@ -41,15 +41,14 @@ MB_PER_SECOND = 300
 WITHIN_S = 60
 ROUNDS = 3
 MEMORY_MB = 100
-"""What a process that splits may have more than before it began: a range that is read, a part of
-the plan, and what both are made from."""
+"""Maximum memory growth of a splitting process: a range of input, and a part of the plan."""
 SIZES = {SplitBy.LINES: 1000, SplitBy.BYTES: 1 << 20}
 """Lines or bytes of a task."""
 JOB = JobId("bench-0123456789")
 
 
 async def plan(objects: Objects, source: InputDef, stage: str) -> int:
-    """Split and plan `source`; answers how many tasks it makes."""
+    """Split and plan `source`. Return its number of tasks."""
     writer = PartWriter(objects, Patience(Random(1)), JOB, StageName(stage), 0)
     async for item in input_split.items(objects, source):
         await writer.add(item)
@@ -60,7 +59,7 @@ async def plan(objects: Objects, source: InputDef, stage: str) -> int:
 
 
 def stream(by: str, megabytes: int) -> list[Row]:
-    """A file of so many MB uploaded and split."""
+    """Upload and split a file of this size in MB."""
     source = SplitBy(by)
     with tempfile.TemporaryDirectory(prefix="batchlab-bench-") as name:
         folder = Path(name)
@@ -79,7 +78,7 @@ def stream(by: str, megabytes: int) -> list[Row]:
 
 
 def write_records(path: Path, size: int) -> int:
-    """A CSV of records that differ; answers its size."""
+    """Write a CSV of different records. Return its size."""
     record = "%010d,some text of a record of about a hundred bytes,%012d,and the rest of it\n"
     block = "".join(record % (number, number * 7919) for number in range(10_000)).encode()
     written = 0
@@ -90,7 +89,7 @@ def write_records(path: Path, size: int) -> int:
 
 
 async def one_round(folder: Path, by: SplitBy, size: int) -> tuple[float, float, float]:
-    """MB a second uploaded, planned, and both together."""
+    """Measure the MB per second of the upload, the plan, and both together."""
     objects = open_local(folder / "bucket")
     began_s = time.perf_counter()
     await objects.upload("raw/input.csv", folder / "input.csv")
@@ -115,7 +114,7 @@ def copied(folder: Path, size: int) -> float:
 
 
 def listing(folders: int, each: int) -> list[Row]:
-    """`folders` folders of `each` files, planned one task for each file."""
+    """List `folders` folders of `each` files, and plan one task for each file."""
     count = folders * each
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="batchlab-bench-") as name:
@@ -163,7 +162,7 @@ def no_op(item: int) -> int:
 
 
 def results(count: int) -> list[Row]:
-    """A map of `count` no-ops, its results drawn, and then fetched into a folder."""
+    """Read the results of a map of `count` no-ops, and then download them into a folder."""
     with tempfile.TemporaryDirectory(prefix="batchlab-bench-") as name:
         folder = Path(name)
         with Grid("local", home=folder / "home", workers=2, warm=True) as grid:
@@ -187,7 +186,7 @@ def results(count: int) -> list[Row]:
 
 
 def choose(small: bool) -> list[tuple[str, list[Any]]]:
-    """The parts to run."""
+    """Return the parts to run."""
     if small:
         return [
             *(("stream", [by.value, 100]) for by in SIZES),

@@ -1,8 +1,8 @@
-"""Forecasts against fact: shipped scenarios replayed on a real grid, compressed, one after another.
+"""Comparison of forecasts with replays: shipped scenarios, compressed, on a real grid, one after another.
 
-Target: the forecast within 10% of the makespan and one instance of the largest fleet. Nothing is
-calibrated. What else this machine has to do is a part of every replay, so the table says how busy
-it was before each: a row of a busy machine proves nothing.
+Target: the forecast is within 10% of the makespan, and within one instance of the largest fleet. No
+calibration is used. Other work on this machine disturbs a replay. The table therefore shows how busy
+the machine was before each replay, and a row of a busy machine proves nothing.
 
     python benchmarks/fact.py [SCENARIO ...] [--backend NAME] [--compress K] [--keep FOLDER]
 """
@@ -47,8 +47,8 @@ LONGEST_S = 900.0
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One scenario. `told` are differences of the whole run by measure; `busy` is the share of the
-    machine's cores that others had before."""
+    """One scenario. `told` contains differences of the whole run by measure. `busy` is the share of the
+    machine's cores that other processes used before."""
 
     name: str
     compress: float
@@ -87,7 +87,7 @@ HEADS = (
 
 
 def busy_share() -> float:
-    """What this machine's cores have to do just now, by the kernel's own count (Linux)."""
+    """Return the share of this machine's cores that is in use now, from the kernel's counters (Linux)."""
 
     def ticks() -> tuple[int, int]:
         fields = [int(one) for one in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
@@ -100,7 +100,7 @@ def busy_share() -> float:
 
 
 def measured(name: str, backend: str, compress: float, folder: Path) -> Row:
-    """Replay it; SystemExit where that does not come to its end, or work is lost."""
+    """Replay the scenario. Raise SystemExit if the replay fails, or if work is lost."""
     busy = busy_share()
     out = folder / f"{name}.json"
     command = [
@@ -123,7 +123,7 @@ def measured(name: str, backend: str, compress: float, folder: Path) -> Row:
         done = subprocess.run(
             [*command, "--home", home], env=os.environ, capture_output=True, text=True, check=False, timeout=LONGEST_S
         )
-    # Red is no failure: waits of tens of milliseconds are not what a compressed second is about.
+    # A red verdict is accepted, because a compressed second cannot resolve waits of milliseconds.
     if done.returncode not in (0, 1):
         raise SystemExit(f"{name}: {done.stderr[-2000:]}")
     said = json.loads(done.stdout)
@@ -131,11 +131,11 @@ def measured(name: str, backend: str, compress: float, folder: Path) -> Row:
     if said["cut"] or any(row["measured"] for row in lost):
         raise SystemExit(f"{name}: {said['cut'] or lost}")
     if said["comparison"] is None:
-        raise SystemExit(f"{name}: it was replayed, and there is no forecast. {done.stderr[-2000:]}")
+        raise SystemExit(f"{name}: the replay has no forecast. {done.stderr[-2000:]}")
     whole = [one for one in said["comparison"]["differences"] if not one["template"]]
     told = {one["measure"]: one for one in whole}
     if told["makespan"]["relative"] is None or told["peak_fleet"]["absolute"] is None:
-        raise SystemExit(f"{name}: a job never ended, or nobody saw the fleet.")
+        raise SystemExit(f"{name}: a job did not end, or the fleet was not sampled.")
     return Row(name, compress, busy, time.monotonic() - begun_s, told)
 
 

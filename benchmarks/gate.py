@@ -1,12 +1,12 @@
-"""What has become slower: batchlab beside a process pool, compared with the ratios on record.
+"""Gate against slower releases: ratios of batchlab to a process pool, compared with recorded ratios.
 
     python benchmarks/gate.py --harness FOLDER [--small] [--record]
 
-Runs the harness, which is no part of this repository (`harness.py`), for batchlab's backends and,
-in the same run, for the standard library's process pool. What counts is the ratio of the two, since
-both feel the same machine; where a figure is a share of an ideal already, that. Ratios are compared
-with `recorded.json`, which `--record` writes anew. Says what got slower by more than its noise;
-never fails for being slow.
+The gate runs the harness, which is outside of this repository (`harness.py`), for batchlab's backends
+and, in the same run, for the standard library's process pool. The ratio of the two counts, since both
+run on the same machine. A figure that is a share of an ideal counts as it is. The gate compares the
+ratios with `recorded.json`, which `--record` writes. It reports workloads that became slower by more
+than their noise, and does not fail for them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Figures = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """One workload's figure. `of` takes it from batchlab's figures and the pool's."""
+    """Figure of one workload. `of` computes it from the figures of batchlab and of the pool."""
 
     what: str
     more_is_better: bool
@@ -56,7 +56,7 @@ SMALL_BACKENDS = ("batchlab_local",)
 def measured(
     folder: Path, backends: tuple[str, ...], workloads: tuple[str, ...], repeat: int
 ) -> dict[str, dict[str, float]]:
-    """Ratios by backend and workload, of one run of the harness in `folder`."""
+    """Return the ratios by backend and workload of one run of the harness in `folder`."""
     with tempfile.TemporaryDirectory(prefix="batchlab-gate-") as scratch:
         results = Path(scratch) / "results.json"
         command = [sys.executable, str(HERE / "run.py"), "--harness", str(folder)]
@@ -76,7 +76,7 @@ def measured(
 
 
 def change(name: str, now: float, before: float | None) -> str:
-    """In words, how `now` compares with what is on record."""
+    """Describe how `now` compares with the recorded ratio."""
     if before is None:
         return "not on record"
     measure = MEASURES[name]
@@ -87,7 +87,7 @@ def change(name: str, now: float, before: float | None) -> str:
 
 
 def main() -> None:
-    """Measure, compare, print."""
+    """Measure, compare, and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     harness.add_to(parser)
     parser.add_argument("--small", action="store_true", help="three workloads on one backend, once")

@@ -1,7 +1,7 @@
-"""The harness that batchlab runs in beside its peers: what it is, and that it is where it is named.
+"""Location and check of the harness that measures batchlab and its peers.
 
-Invariant: where there is none, nothing has been installed or measured before that is told.
-Standard library only.
+Invariant: a missing harness is reported before anything is installed or measured. The module uses only
+the standard library.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ WHAT = (
 
 
 def add_to(parser: argparse.ArgumentParser) -> None:
-    """The option that names it."""
+    """Add the option that names the harness's folder."""
     parser.add_argument(
         "--harness",
         type=Path,
@@ -32,7 +32,7 @@ def add_to(parser: argparse.ArgumentParser) -> None:
 
 
 def there(folder: Path) -> Path:
-    """The folder; ends the program with a sentence where there is no harness in it."""
+    """Return the folder. End the program with a sentence if the folder does not contain a harness."""
     missing = [name for name in NEEDED if not (folder / name).is_file()]
     if missing:
         sys.exit(

@@ -1,14 +1,14 @@
-"""How fast the manager folds what workers report, and that its memory does not grow with a job.
+"""Speed of the manager's fold of completions, and the manager's memory for jobs of several sizes.
 
 Targets, on two cores:
-- 10,000 bundles a second folded on SQLite. Measured for the ledger alone, in transactions of 10
-  completions (what one receive of the collector brings) and more, and for the whole manager, which
-  receives the events from a queue on SQLite too, ten messages at a time.
-- Manager memory flat at 10⁷ tasks. A manager plans a job's input of so many lines, cuts it into
-  bundles of 4,096, and folds their completions; who runs the bundles is simulated. Each size is a
-  process of its own: what it had after the first hundredth of the job, and at its end.
-- 2,000 bundles a second on PostgreSQL in transactions of 10, which wait for its network and its
-  disk. Where BATCHLAB_POSTGRES_URL names a database, in a schema that is gone afterwards.
+- SQLite folds 10,000 bundles a second. The benchmark measures the ledger alone, in transactions of 10
+  completions (one receive of the collector) and more, and the whole manager, which receives the events
+  from a queue on SQLite, ten messages at a time.
+- The manager's memory does not grow up to 10⁷ tasks. A manager plans an input of this many lines, cuts
+  it into bundles of 4,096, and folds their completions. The workers are simulated. Each size runs in its
+  own process, which reports its memory after the first hundredth of the job and at its end.
+- PostgreSQL folds 2,000 bundles a second in transactions of 10, which wait for its network and its disk.
+  BATCHLAB_POSTGRES_URL names the database. The benchmark uses its own schema and deletes it afterwards.
 
     python benchmarks/ledger.py [--small] [--json FILE] [--only fold|postgres|collect|memory]
 """
@@ -52,7 +52,7 @@ PER_SECOND = 10_000
 PER_SECOND_POSTGRES = 2_000
 POSTGRES = "BATCHLAB_POSTGRES_URL"
 GROWTH_MB = 32
-"""What the largest job's manager may have more than the smallest's."""
+"""Maximum difference between the manager's memory for the largest and the smallest job."""
 BUNDLE = 4096
 TASKS = 100
 """Tasks of each bundle that is only folded."""
@@ -63,7 +63,7 @@ POOL = Pool("default", 0, 2, 1)
 
 
 def open_ports(folder: Path) -> Ports:
-    """The ports of the backend `local`, but for the fleet."""
+    """Return the ports of the backend `local` without its fleet."""
     clock = WallClock()
     return Ports(
         open_local(folder / "objects"),
@@ -91,14 +91,14 @@ def completion(bundle: Bundle) -> Completion:
 
 
 def fold(batch: int, count: int) -> list[Row]:
-    """Completions of `count` bundles folded by the ledger alone, `batch` in a transaction."""
+    """Fold the completions of `count` bundles with the ledger alone, `batch` in a transaction."""
     with tempfile.TemporaryDirectory(prefix="batchlab-bench-") as folder:
         rate = asyncio.run(_fold(open_sqlite(Path(folder) / "ledger.db"), batch, count))
     return [Row(f"ledger: {batch} completions a transaction", rate, "/s", PER_SECOND)]
 
 
 def postgres(batch: int, count: int) -> list[Row]:
-    """The same on PostgreSQL."""
+    """Fold on PostgreSQL."""
     import psycopg
 
     url, schema = os.environ[POSTGRES], f"batchlab_bench_{os.getpid()}"
@@ -112,7 +112,7 @@ def postgres(batch: int, count: int) -> list[Row]:
 
 
 async def _fold(ledger: Ledger, batch: int, count: int) -> float:
-    """The best of some rounds, in bundles a second."""
+    """Return the best of some rounds, in bundles a second."""
     planned = bundles(count)
     await ledger.apply(AddJob(JOB, JobState.SUBMITTED))
     await ledger.apply(AddCut(Cut(JOB.id, STAGE, 0, 0, planned, TaskSet(), TASKS * count)))
@@ -131,8 +131,8 @@ async def _fold(ledger: Ledger, batch: int, count: int) -> float:
 
 
 def collect(each: int, count: int) -> list[Row]:
-    """From `count` completions on the events queue, `each` in a message, to a job that has ended,
-    by a whole manager."""
+    """Run a whole manager from `count` completions on the events queue, `each` in a message, to
+    the end of the job."""
 
     async def measure(folder: Path) -> float:
         ports = open_ports(folder)
@@ -160,7 +160,7 @@ def collect(each: int, count: int) -> list[Row]:
 
 @asynccontextmanager
 async def leading(ports: Ports) -> AsyncIterator[Manager]:
-    """A manager that leads, over these ports."""
+    """Run a leading manager on these ports."""
     manager = Manager(ports, ManagerSettings(), [POOL], "bench")
     task = asyncio.create_task(manager.run())
     leads = asyncio.create_task(manager.is_leader.wait())
@@ -177,7 +177,7 @@ async def leading(ports: Ports) -> AsyncIterator[Manager]:
 
 
 async def end_of(manager: Manager) -> None:
-    """Wait until its one job has ended."""
+    """Wait until the manager's only job has ended."""
     conducting = manager.lives[JOB.id].conducting
     assert conducting is not None
     await conducting
@@ -187,7 +187,7 @@ async def end_of(manager: Manager) -> None:
 
 
 def memory(sizes: list[int]) -> list[Row]:
-    """The manager's memory for a job of each size, in this order: the smallest first."""
+    """Measure the manager's memory for a job of each size, the smallest first."""
     import json
     import subprocess
     import sys
@@ -204,7 +204,7 @@ def memory(sizes: list[int]) -> list[Row]:
 
 
 def manage(tasks: int) -> list[Row]:
-    """A job of so many tasks from its submission to its end."""
+    """Run a job of this many tasks from its submission to its end."""
 
     async def measure(folder: Path) -> float:
         ports = open_ports(folder)
@@ -247,7 +247,7 @@ async def work(ports: Ports) -> None:
 
 
 def choose(small: bool) -> list[tuple[str, list[Any]]]:
-    """The parts to run."""
+    """Return the parts to run."""
     some = 1 if small else 4
     largest = 5 if small else 7
     batches = (10, 100, 1000)

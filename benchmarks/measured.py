@@ -1,4 +1,4 @@
-"""What the benchmarks share: parts that run in a process of their own, and a table of figures."""
+"""Shared code of the benchmarks: parts that run in their own processes, and a table of figures."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ Part = Callable[..., "list[Row]"]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One figure. `target` is the least it has to be, or with `at_most` the most; None for a
-    figure that only goes with the others."""
+    """One figure. `target` is its minimum, or with `at_most` its maximum, or None for a figure
+    without a target."""
 
     what: str
     value: float
@@ -37,19 +37,19 @@ class Row:
 
 
 def peak_mb() -> float:
-    """The most memory this process has had so far (RSS), MB."""
+    """Return the largest memory of this process so far (RSS) in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def rss_mb() -> float:
-    """The memory this process has now (RSS), MB."""
+    """Return the current memory of this process (RSS) in MB."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def run(doc: str | None, parts: Mapping[str, Part], choose: Callable[[bool], Sequence[tuple[str, list[Any]]]]) -> None:
-    """The main program of a benchmark: run the (part, arguments) of `choose(is_small)`, each in a
-    process of its own so that its memory is its own, and print their figures as a table."""
+    """Run the main program of a benchmark: each (part, arguments) of `choose(is_small)` in its own
+    process, so that its memory is separate. Print the figures as a table."""
     parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
     parser.add_argument("--small", action="store_true", help="less of everything, for a check")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")

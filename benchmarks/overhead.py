@@ -1,10 +1,10 @@
-"""What containers and LocalStack cost: the same jobs on `local` and on `localstack`, in one run.
+"""Cost of containers and LocalStack: the same jobs on `local` and on `localstack`, in one run.
 
     python benchmarks/overhead.py [--small] [--json FILE]
 
-Needs Docker. Two slots each; the two take turns, and medians are compared. Where the time goes:
-requests by LocalStack's own log, what one takes from within the network, and the CPU time of
-each part. Idle cost: the requests of a minute at rest, with two workers and with none.
+The benchmark needs Docker. Each grid has two slots. The grids take turns, and medians are compared. The
+table also shows the requests in LocalStack's log, the duration of one request inside of the network,
+the CPU time of each part, and the requests of an idle minute with two workers and without workers.
 """
 
 from __future__ import annotations
@@ -97,24 +97,24 @@ class Parts:
         self._engine = DockerClient.from_env()
 
     def ids(self, *labels: str) -> list[str]:
-        """Of the containers that run and have these labels."""
+        """Return the ids of running containers with these labels."""
         named = [word for label in labels for word in ("--filter", f"label={label}")]
         return docker("ps", "-q", "--filter", f"label=batchlab.grid={self.project}", *named).split()
 
     def service(self, name: str) -> str:
-        """A service's container."""
+        """Return the container of a service."""
         (found,) = self.ids(f"com.docker.compose.service={name}")
         return found
 
     def requests(self) -> Counter[str]:
-        """All that LocalStack has been asked so far, by kind."""
+        """Return the number of LocalStack's requests so far, by kind."""
         log = self._engine.containers.get(self.service("localstack")).logs().decode()
         found = Counter(re.findall(r"\bAWS ((?:s3|sqs)\.\w+) => ", log))
         assert found, "LocalStack does not log what it is asked"
         return found
 
     def cpu_s(self) -> dict[str, float]:
-        """CPU seconds of each part so far; all instances that run are one."""
+        """Return the CPU seconds of each part so far. All running instances count as one part."""
         parts = {name: [self.service(name)] for name in SERVICES}
         parts["workers"] = self.ids("batchlab.instance")
         return {name: sum(map(self._cpu_s, ids)) for name, ids in parts.items()}
@@ -124,7 +124,7 @@ class Parts:
         return float(told["cpu_stats"]["cpu_usage"]["total_usage"]) / 1e9
 
     def latency_ms(self, count: int) -> dict[str, float]:
-        """Medians of single calls, one after the other, made in the manager's container."""
+        """Return the medians of single calls, one after another, in the manager's container."""
         place = self.home.place(compose_deployment.NAME)
         assert place
         probe = (PYTHON, "-c", PROBE, place.url, place.bucket, str(count))
@@ -134,7 +134,7 @@ class Parts:
 
 @dataclass
 class Job:
-    """A job and how long it took on each of the two; the rest is of `localstack`."""
+    """Job with its durations on both backends. The other figures are of `localstack`."""
 
     name: str
     items: Sequence[float]
@@ -150,7 +150,7 @@ class Job:
         self.cpu_s[part] = self.cpu_s.get(part, 0.0) + seconds
 
     def run(self, grid: LocalGrid) -> float:
-        """Seconds from the submission to the end of the job."""
+        """Return the seconds from the submission to the end of the job."""
         folder = Path(tempfile.mkdtemp(dir=grid.home.path.parent))
         (folder / "work.py").write_text(WORK)
         (folder / "items.jsonl").write_text("".join(f"{one}\n" for one in self.items))
@@ -161,7 +161,7 @@ class Job:
         return time.monotonic() - begun_s
 
     def row(self, latency_ms: Mapping[str, float]) -> dict[str, Any]:
-        """The medians, and the means of one run."""
+        """Return the medians, and the means of one run."""
         local, remote = (statistics.median(self.wall_s[name]) for name in ("local", "localstack"))
         rounds = len(self.wall_s["localstack"])
         waited = sum(n * latency_ms.get(kind, 0.0) for kind, n in self.requests.items())
@@ -180,7 +180,7 @@ class Job:
 
 @contextmanager
 def counted(parts: Parts, job: Job) -> Iterator[None]:
-    """Add to the job what is asked and used meanwhile."""
+    """Add the requests and the CPU time of the block to the job."""
     requests, cpu = parts.requests(), parts.cpu_s()
     yield
     time.sleep(0.5)
@@ -191,7 +191,7 @@ def counted(parts: Parts, job: Job) -> Iterator[None]:
 
 @contextmanager
 def up(backend: str, folder: Path) -> Iterator[LocalGrid]:
-    """A grid whose pool may have as many instances as there are to be slots."""
+    """Start a grid whose pool may have one instance for each slot."""
     grid = LocalGrid(folder, (Pool(POOL, 0, SLOTS, 1),), backend=backend)
     try:
         yield grid
@@ -200,13 +200,13 @@ def up(backend: str, folder: Path) -> Iterator[LocalGrid]:
 
 
 def serving(grid: LocalGrid) -> int:
-    """Instances of the pool that are in service."""
+    """Return the number of instances in service."""
     (pool,) = grid.client.grid()["pools"]
     return sum(one["state"] == LifecycleState.IN_SERVICE for one in pool["instances"])
 
 
 def asked_in(parts: Parts, seconds: float) -> Counter[str]:
-    """Requests a minute while nothing is done."""
+    """Return the requests per minute of an idle grid."""
     before = parts.requests()
     time.sleep(seconds)
     asked = parts.requests() - before
@@ -214,7 +214,7 @@ def asked_in(parts: Parts, seconds: float) -> Counter[str]:
 
 
 def measure(folder: Path, *, small: bool) -> list[dict[str, Any]]:
-    """The rows of the table."""
+    """Return the rows of the table."""
     rounds, idle_s = (2, 20.0) if small else (3, 60.0)
     naps_s = [0.05] * (100 if small else 400)
     jobs = [
@@ -260,7 +260,7 @@ def measure(folder: Path, *, small: bool) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--small", action="store_true", help="less of everything, for a check")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")

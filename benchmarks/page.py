@@ -1,12 +1,11 @@
-"""How long each view of the page, and what it asks of the API, takes while a grid runs a large job.
+"""Duration of each view of the page, and of its API requests, while a grid runs a large job.
 
     python benchmarks/page.py [--tasks N] [--times N] [--json FILE] [--docs]
 
 Target: with a job of 100,000 tasks, of which 5,000 have failed, the 95th percentile of every view
-is below 100 ms. The grid is a real one on `local`: two workers run the job meanwhile, as long as
-the views are asked for. By turns with each view goes a bare request, `/v1/health`; what the
-machine does otherwise is in both, so the ratio tells more than the milliseconds. `--docs` writes
-the table into docs/page.md.
+is below 100 ms. The grid runs on `local`, and its two workers run the job during all requests. Each
+request of a view alternates with a bare request, `/v1/health`. Other work on the machine delays both,
+so the ratio is more reliable than the milliseconds. `--docs` writes the table into docs/page.md.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from tests.support.grid.local_grid import LocalGrid
 TARGET_MS = 100.0
 BARE = "/v1/health"
 BAD = 20
-"""Of so many tasks one fails, and these come first."""
+"""One of this many tasks fails. The failing tasks come first."""
 WITHIN_S = 30.0
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- views: begin -->", "<!-- views: end -->"
@@ -67,7 +66,7 @@ def total(numbers):
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """Milliseconds of one view, and of the bare requests between those for it."""
+    """Milliseconds of one view, and of the bare requests between its requests."""
 
     view: str
     p50_ms: float
@@ -78,12 +77,12 @@ class Figure:
 
     @property
     def ratio(self) -> float:
-        """Of the medians."""
+        """Return the ratio of the medians."""
         return self.p50_ms / self.bare_p50_ms
 
 
 def written(place: Path, tasks: int) -> Path:
-    """The job's folder."""
+    """Write the job's folder."""
     (place / "data").mkdir(parents=True)
     (place / "job.yaml").write_text(JOB)
     (place / "handlers.py").write_text(CODE)
@@ -93,7 +92,7 @@ def written(place: Path, tasks: int) -> Path:
 
 
 def views(job: str, first: Mapping[str, object]) -> dict[str, str]:
-    """Every view by what it is, `first` being a failure of the job."""
+    """Return every view by its name. `first` is a failure of the job."""
     cause, task = first["fingerprint"], f"stages/look/tasks/{first['task']}"
     page, api = f"/ui/jobs/{job}", f"/v1/jobs/{job}"
     return {
@@ -119,7 +118,7 @@ def views(job: str, first: Mapping[str, object]) -> dict[str, str]:
 
 
 def measured(grid: LocalGrid, job: str, times: int) -> list[Figure]:
-    """Each view asked for so many times; none of it may fail."""
+    """Request each view this many times. No request may fail."""
     token = grid.home.token()
     bearer = {"Authorization": f"Bearer {token}"}
     with httpx.Client(base_url=grid.client.url, trust_env=False, verify=False) as http:

@@ -1,15 +1,14 @@
-"""Every peer that this machine can have beside batchlab, in one run, and the table for the docs.
+"""Comparison with every peer that this machine can run, in one run, and the table for the docs.
 
     python benchmarks/peers.py --harness FOLDER --install [--docs]
     python benchmarks/peers.py --harness FOLDER --small --peers batchlab_local,dask,ray
 
-The harness is no part of this repository (`harness.py`). With --install the peers are installed by
-uv, in virtual environments of their own (--venvs; what is there stays). The harness runs them all
-through `run.py`: each round measures every peer once, so that a slow spell of the machine hits all
-alike. A peer that needs a program which is not here is named and left out. Prints the table, each
-figure the median of its rounds; with --docs it takes the place of the one in `docs/benchmarks.md`.
-A round of all of them takes about 20 minutes on a machine that does nothing else. --small is
-one round of a tenth of the work: a check, and no measurement.
+The harness is outside of this repository (`harness.py`). With --install, uv installs the missing peers in
+their own virtual environments (--venvs). The harness runs all peers through `run.py`. Each round measures
+every peer once, so a slow phase of the machine affects all of them. A peer that needs a missing program
+is named and skipped. Each figure of the table is the median of its rounds. With --docs, the table replaces
+the one in `docs/benchmarks.md`. A round of all peers takes about 20 minutes on an idle machine. --small
+runs one round of a tenth of the work, as a check without reliable figures.
 """
 
 from __future__ import annotations
@@ -48,11 +47,11 @@ PEERS: Mapping[str, tuple[str, str, str]] = {
     "rq_simple": ("RQ (SimpleWorker)", "main", "redis-server"),
     "parallel": ("GNU parallel", "", "parallel"),
 }
-"""What each is called, the environment that it needs, and the program."""
+"""Title, environment, and required program of each peer."""
 
 
 def present(peers: Iterable[str], venvs: Path) -> list[str]:
-    """Those that can run here; of the others it is said what they lack."""
+    """Return the peers that can run here. Print what each other peer lacks."""
     found: list[str] = []
     for peer in peers:
         _, venv, program = PEERS.get(peer, ("", "", ""))
@@ -66,7 +65,7 @@ def present(peers: Iterable[str], venvs: Path) -> list[str]:
 
 
 def install(venvs: Path) -> None:
-    """Make the environments that are not there yet."""
+    """Create the missing environments."""
     uv = shutil.which("uv")
     if uv is None:
         sys.exit("Peers are installed with uv, which is not here; install it, or name --venvs.")
@@ -80,7 +79,7 @@ def install(venvs: Path) -> None:
 
 
 def versions(venvs: Path) -> str:
-    """What is installed there, for the caption."""
+    """Return the installed versions for the caption."""
     told: list[str] = []
     for name, packages in PACKAGES.items():
         python = venvs / f"v_{name}" / "bin" / "python"
@@ -93,7 +92,7 @@ def versions(venvs: Path) -> str:
 
 
 def table(runs: Mapping[str, Mapping[str, Mapping[str, Any]]], peers: Sequence[str]) -> str:
-    """The figures in Markdown, a row for each peer."""
+    """Return the figures in Markdown, a row for each peer."""
     head = "| | W1 | W2 | W3 | W4 | W5 median / p99 | W6 | W7 | W7N |"
     lines = [head, f"| --- |{' ---: |' * 8}"]
     for peer in peers:
@@ -124,7 +123,7 @@ def _cell(workload: str, figures: Mapping[str, Any]) -> str:
 
 
 def write(text: str, path: Path) -> None:
-    """Put the table in the place of the one between the two marks."""
+    """Replace the table between the two marks."""
     before, begin, rest = path.read_text().partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
@@ -133,7 +132,7 @@ def write(text: str, path: Path) -> None:
 
 
 def main() -> None:
-    """Install, measure, tell."""
+    """Install, measure, and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--peers", default=",".join((*OURS, *PEERS)), help="comma list")
     parser.add_argument("--workloads", default="all", help="comma list of W1 … W7N, or all")

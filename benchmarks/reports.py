@@ -1,10 +1,9 @@
-"""How long every named query takes over a run that never was, of as many tasks as one asks for.
+"""Duration of every named query over generated data of a run with a given number of tasks.
 
     python benchmarks/reports.py [--tasks N] [--keep DIR] [--json FILE]
 
-Targets, on two cores: with 10 million tasks every named query answers in under 2 s, by the files
-alone. The data is that of `tests/support/reports/made.py`; making it takes about a minute at full
-size.
+Target on two cores: with 10 million tasks, every named query answers in under 2 s from the files alone.
+`tests/support/reports/made.py` generates the data, which takes about a minute at full size.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ CORES = 2
 
 
 def measured(folder: Path) -> dict[str, float]:
-    """The median seconds of each query. Opening is measured too: whoever asks waits for it."""
+    """Return the median seconds of each query. They include the opening of the files, because a user waits for it."""
     begun_s = time.perf_counter()
     with store.opened([folder]) as connection:
         found = {"(opening)": time.perf_counter() - begun_s}

@@ -1,10 +1,10 @@
-"""What a grid asks of S3 and SQS, counted at the wire: idle, and for a million tasks, in USD.
+"""Requests of a grid to S3 and SQS, counted on the network: idle, and for a million tasks, in USD.
 
     python benchmarks/request_counts.py [--small] [--json FILE]
 
-A grid on `ministack` with two workers, its requests passing through a proxy that counts them.
-Targets: an idle grid makes at most 6 requests a minute a worker and uses under 1% of a core; tiny
-tasks take at most 0.05 requests each. Prices are those of `backends/aws/prices.toml`.
+The grid runs on `ministack` with two workers, and a proxy counts its requests. Targets: an idle grid sends
+at most 6 requests per minute and worker, and uses under 1% of a core. Tiny tasks need at most 0.05
+requests each. Prices are those of `backends/aws/prices.toml`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TICKS = os.sysconf("SC_CLK_TCK")
 
 
 class Meter:
-    """Counts requests by what AWS bills them as."""
+    """Counter of requests by AWS's billing classes."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -49,14 +49,14 @@ class Meter:
 
     @contextmanager
     def span(self) -> Iterator[Counter[str]]:
-        """What is counted while in it; complete at its end."""
+        """Yield a counter of the requests in the block. It is complete at the block's end."""
         before, found = self.counts.copy(), Counter[str]()
         yield found
         found.update(self.counts - before)
 
 
 def usd(counts: Mapping[str, int]) -> float:
-    """What these requests cost at list price."""
+    """Return the list price of these requests in USD."""
     found = Requests(
         sqs=sum(count for name, count in counts.items() if name.startswith("SQS ")),
         s3_puts=counts.get("S3 PUT", 0) + counts.get("S3 LIST", 0),
@@ -66,7 +66,7 @@ def usd(counts: Mapping[str, int]) -> float:
 
 
 def cpu_s(pid: int) -> float:
-    """CPU seconds of a process and its descendants so far."""
+    """Return the CPU seconds of a process and its descendants so far."""
     parents: dict[int, list[int]] = {}
     used: dict[int, float] = {}
     for entry in Path("/proc").glob("[0-9]*"):
@@ -84,7 +84,7 @@ def cpu_s(pid: int) -> float:
 
 
 def measure(idle_s: float, tasks: int) -> list[dict[str, Any]]:
-    """The rows of the table."""
+    """Return the rows of the table."""
     from batchlab import Grid
     from batchlab.runtime.home import Home
 
@@ -136,13 +136,13 @@ def measure(idle_s: float, tasks: int) -> list[dict[str, Any]]:
 
 
 def nap(item: int) -> int:
-    """A task that takes 10 ms."""
+    """Run a task of 10 ms."""
     time.sleep(0.01)
     return item
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--small", action="store_true", help="a minute instead of five")
     parser.add_argument("--json", type=Path)

@@ -1,11 +1,11 @@
-"""Run batchlab beside its peers, on this machine, with the peers' own harness.
+"""Run batchlab and its peers on this machine with the peers' harness.
 
     python benchmarks/run.py --harness FOLDER --peers batchlab_local,dask --workloads W1,W5
 
-The harness is no part of this repository (`harness.py`). It is copied to a scratch folder, where
-batchlab joins its adapters; the copy is run, and its results are written to `benchmarks/results/`.
-Peers need virtual environments of their own, named by --venvs (`peers.py --install` makes them);
-batchlab runs in this project's. Other options go to the harness as they are. Standard library only.
+The harness is outside of this repository (`harness.py`). The program copies it to a scratch folder, adds
+batchlab's adapter, and runs the copy. The results are in `benchmarks/results/`. Peers need their own
+virtual environments below --venvs (`peers.py --install` creates them). batchlab runs in the environment of
+this project. Other options are passed to the harness. The program uses only the standard library.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def needs(name):
 
 
 def main() -> None:
-    """Parse, prepare, run; the harness prints each measurement as it is made."""
+    """Parse, prepare, and run. The harness prints each measurement at once."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     harness.add_to(parser)
     parser.add_argument("--venvs", type=Path, help="the peers' virtual environments")
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def join(source: Path, copy: Path) -> None:
-    """Copy the harness and put batchlab among its adapters."""
+    """Copy the harness and add batchlab's adapter."""
     shutil.copytree(source, copy, ignore=shutil.ignore_patterns("results", "__pycache__"))
     for path in [copy, *copy.rglob("*")]:
         path.chmod(path.stat().st_mode | 0o200)
@@ -79,7 +79,7 @@ def join(source: Path, copy: Path) -> None:
 
 @contextmanager
 def emulator(folder: Path, peers: Sequence[str]) -> Iterator[str]:
-    """The endpoint of a MiniStack of our own, where one of the peers needs it."""
+    """Yield the endpoint of a MiniStack if one of the peers needs it."""
     if not any("sqs" in peer or peer == "batchlab_ministack" for peer in peers):
         yield "http://127.0.0.1:9"
         return

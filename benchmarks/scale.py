@@ -1,9 +1,9 @@
-"""The simulator at scale: 10,000 workers and up to 10 million tasks, bundled as the grid does it.
+"""Scale of the simulator: 10,000 workers and up to 10 million tasks, in bundles as on a real grid.
 
 Target: 10,000 workers and 10,000,000 tasks on two cores in under 60 s of wall time and under
 2 GiB, and cost that grows linearly from 10⁴ to 10⁷ tasks. The manager, fleet and worker objects are
-those of every backend; services and ledger are in memory, every port call takes its simulated 2 to
-20 ms, and nothing goes wrong. Each row is a process of its own, so that its peak memory is its own.
+those of every backend. Services and ledger are in memory, every port call takes a simulated 2 to
+20 ms, and no fault occurs. Each row runs in its own process, so that its peak memory is separate.
 
     python benchmarks/scale.py [--small] [--json FILE]
 """
@@ -32,10 +32,10 @@ from batchlab.sim.world import EPOCH_S, World
 from batchlab.worker.inflight_message import WorkerSettings
 
 TASK_S = 0.1
-"""What each task takes, virtual seconds."""
+"""Duration of each task in virtual seconds."""
 
 BUNDLE = 1000
-"""Tasks of a bundle, by the user's own number."""
+"""Tasks of a bundle, as a user would set it."""
 
 STAGE = StageName("a")
 ITEMS_AT_ONCE = 4096
@@ -49,8 +49,8 @@ WORKER = WorkerSettings(control_lease_s=LEASE_S, visibility_s=600.0, beat_s=60.0
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One run. `virtual_s` is from the submission to the job's end; `started_s` is the wall time
-    that booting the workers took, `wall_s` and `cpu_s` are of all of it."""
+    """One run. `virtual_s` lasts from the submission to the job's end. `started_s` is the wall time of
+    the workers' boot. `wall_s` and `cpu_s` include everything."""
 
     tasks: int
     workers: int
@@ -64,7 +64,7 @@ class Row:
 
     @property
     def us_per_task(self) -> float:
-        """CPU time per task, the start of the workers and their end included."""
+        """Return the CPU time per task, including start and end of the workers."""
         return self.cpu_s / self.tasks * 1e6
 
 
@@ -116,14 +116,14 @@ async def _main(loop: SimLoop, tasks: int, workers: int) -> Row:
 
 
 def apart(tasks: int, workers: int) -> Row:
-    """Run one job in a process of its own."""
+    """Run one job in its own process."""
     command = [sys.executable, __file__, "--one", str(tasks), str(workers)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return Row(**json.loads(done.stdout))
 
 
 def main() -> None:
-    """Parse, measure, print."""
+    """Parse, measure, and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--small", action="store_true", help="1,000 workers, up to 10⁵ tasks")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")

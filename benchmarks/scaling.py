@@ -1,11 +1,11 @@
-"""A pool on `localstack` follows bursts of work from nothing and back; the simulator foretells it.
+"""Scaling of a pool on `localstack` during bursts of work, compared with the simulator's forecast.
 
     python benchmarks/scaling.py [--small] [--json FILE] [--svg FILE]
 
-Needs Docker. Each burst meets a grid at rest, without any instance. Targets: never above what the
-policy asks for, no flapping (no change of desired capacity turned around within a cooldown), and
-the same steps of desired capacity as in the simulator within one instance. What the simulator is
-told of the machine is the median time that a container took to boot, and nothing else.
+The benchmark needs Docker. Each burst begins on an idle grid without an instance. Targets: the pool never
+exceeds the policy, it does not flap (no change of desired capacity is reversed within a cooldown), and
+its steps of desired capacity differ from the simulator's by at most one instance. The simulator gets only
+the median boot time of a container from this machine.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SMALL: Mapping[str, list[float]] = {"60 tasks of 0.5 s": [0.5] * 60}
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A burst as measured and as forecast."""
+    """One burst, measured and forecast."""
 
     name: str
     naps_s: list[float]
@@ -47,14 +47,14 @@ class Run:
     told: Timeline
 
     def knowing(self, backend: Backend) -> int:
-        """Instances that the policy would ask for if it knew how long tasks take."""
+        """Return the instances that the policy would request if it knew the durations of tasks."""
         pool = self.seen.pool
         drained = backend.manager.drain_target_s * pool.slots
         return min(pool.max_size, max(1, math.ceil(sum(self.naps_s) / drained)))
 
 
 def measure(bursts: Mapping[str, list[float]], folder: Path) -> tuple[Backend, list[Run]]:
-    """One grid, one burst after the other."""
+    """Measure one burst after another on one grid."""
     grid = LocalGrid(folder / "home", backend="localstack")
     try:
         runs = []
@@ -71,7 +71,7 @@ def measure(bursts: Mapping[str, list[float]], folder: Path) -> tuple[Backend, l
 
 
 def rows(run: Run, backend: Backend) -> list[Row]:
-    """The figures of a burst."""
+    """Return the figures of a burst."""
     seen, told, cooldown_s = run.seen, run.told, backend.manager.cooldown_in_s
     needed = seen.needed(backend)
     return [
@@ -92,12 +92,12 @@ def rows(run: Run, backend: Backend) -> list[Row]:
 
 
 def steps(timeline: Timeline) -> str:
-    """Levels of desired capacity and when they begin."""
+    """Return the levels of desired capacity and their start times."""
     return ", ".join(f"{one.level} at {one.at_s:.1f} s" for one in timeline.steps)
 
 
 def picture(runs: list[Run]) -> str:
-    """Two panels a burst: instances, and work that is left."""
+    """Draw two panels for each burst: instances and remaining work."""
     panels = []
     for run in runs:
         seen, told = run.seen.looks, run.told.looks
@@ -120,7 +120,7 @@ def _points(looks: list[Look], name: str) -> list[tuple[float, float]]:
 
 
 def main() -> None:
-    """Measure, print, draw."""
+    """Measure, print, and draw."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--small", action="store_true", help="one short burst")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the timelines there")

@@ -1,8 +1,8 @@
-"""A day of a real cluster in the simulator: 24 hours of Facebook's Hadoop jobs of 2009.
+"""Simulation of a day of a real cluster: 24 hours of Facebook's Hadoop jobs in 2009.
 
 Target: the 5,894 jobs of the trace in under 30 s. A job has a task for each 128 MiB of its input;
-the fleet grows and shrinks with the backlog, instances boot for a minute and a half, and the
-settings are those of AWS. Each row is a process of its own, so that its peak memory is its own.
+the fleet grows and shrinks with the backlog, instances boot for 90 s, and the settings are those of
+AWS. Each row runs in its own process, so that its peak memory is separate.
 
     python benchmarks/scenarios.py TRACE [--small] [--json FILE]
 
@@ -31,10 +31,10 @@ from batchlab.scenarios.traces.source import Trace, TraceFormat
 HOURS = (1, 6, 24)
 TASK_BYTES = 128 * 2**20
 TASK_S = 2.0
-"""Of each task: what reading 128 MiB takes at 64 MiB a second."""
+"""Duration of each task: a read of 128 MiB at 64 MiB per second."""
 
 BUNDLE = 64
-"""Tasks of a bundle, by the user's own number: most jobs have one task, some have thousands."""
+"""Tasks of a bundle, as a user would set it. Most jobs have one task, and some have thousands."""
 
 POOL = Pool("default", 0, 40, slots=4, boot_s=90.0)
 COLUMNS = ("job", "submit", "gap", "input", "shuffle", "output")
@@ -42,7 +42,7 @@ COLUMNS = ("job", "submit", "gap", "input", "shuffle", "output")
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One run, of the first `hours` of the trace. `virtual_s` is when the last job has ended."""
+    """One run of the first `hours` of the trace. `virtual_s` is the time of the last job's end."""
 
     hours: float
     jobs: int
@@ -56,7 +56,7 @@ class Row:
 
 
 def facebook(trace: Path, hours: float) -> Scenario:
-    """The first `hours` of the trace as a scenario."""
+    """Return the first `hours` of the trace as a scenario."""
     columns = Columns("submit", tasks=ColumnSum(("input",), per=TASK_BYTES), label="job")
     stage = StageTemplate("map", Constant(TASK_S), bundle=BUNDLE)
     source = Trace(
@@ -73,7 +73,7 @@ def facebook(trace: Path, hours: float) -> Scenario:
 
 
 def measure(trace: Path, hours: float) -> Row:
-    """Run it in this process."""
+    """Run the scenario in this process."""
     begun_s, cpu_s = time.perf_counter(), time.process_time()
     record = simulate(facebook(trace, hours))
     if {job.state for job in record.jobs} != {"SUCCEEDED"} or record.lost or record.duplicates:
@@ -92,14 +92,14 @@ def measure(trace: Path, hours: float) -> Row:
 
 
 def apart(trace: Path, hours: float) -> Row:
-    """Run it in a process of its own."""
+    """Run the scenario in its own process."""
     command = [sys.executable, __file__, str(trace), "--one", str(hours)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return Row(**json.loads(done.stdout))
 
 
 def main() -> None:
-    """Parse, measure, print."""
+    """Parse, measure, and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("trace", type=Path, metavar="TRACE")
     parser.add_argument("--small", action="store_true", help="its first hour only")

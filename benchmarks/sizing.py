@@ -1,19 +1,19 @@
-"""Bundles size themselves: the makespan against a clairvoyant schedule, in the simulator.
+"""Automatic bundle sizes: the makespan compared with a clairvoyant schedule, in the simulator.
 
-Target: within 5% of a schedule that knows all durations beforehand (longest task first, on the same
-slots, without any overhead), without any setting, on three distributions:
+Target: without settings, the makespan is within 5% of a schedule that knows all durations beforehand
+(longest task first, on the same slots, without overhead), on three distributions:
 
 - mixed: for each slot 3 tasks of 10 minutes among 2,000 of 10 µs, in random order;
 - heavy: Pareto with α = 1.3 from 50 ms on, capped at 20 s, 600 s of work a slot on average;
 - giants: 5,000 even tasks of 100 ms a slot, and at the end of the list a giant of 20 s for every
   second slot.
 
-Longest tasks are a small part of the whole, or even: with one task as long as everything else
-together, and last in the list, no schedule that does not know durations can be within 5%.
+In all three, the longest tasks are a small part of the work. If the last task took as long as all others
+together, no schedule without knowledge of the durations could be within 5%.
 
-The makespan is from the submission to the job's end as the ledger has it, with 2 to 20 ms for every
-port call, on workers that are up. Requests are the port calls of manager and workers from
-submission to end, polls and heartbeats included.
+The makespan lasts from the submission to the job's end in the ledger, on running workers, with 2 to 20 ms
+for every port call. Requests are the port calls of manager and workers from the submission to the end,
+including polls and heartbeats.
 
     python benchmarks/sizing.py [--small] [--json FILE]
 """
@@ -45,14 +45,14 @@ Draw = Callable[[random.Random, int], list[float]]
 
 
 def mixed(rng: random.Random, slots: int) -> list[float]:
-    """Tasks of 10 µs and of 10 minutes."""
+    """Return tasks of 10 µs and of 10 minutes."""
     found = [600.0] * (3 * slots) + [1e-5] * (2000 * slots)
     rng.shuffle(found)
     return found
 
 
 def heavy(rng: random.Random, slots: int) -> list[float]:
-    """A capped Pareto distribution."""
+    """Return tasks with a capped Pareto distribution."""
     found: list[float] = []
     left_s = 600.0 * slots
     while left_s > 0:
@@ -62,13 +62,13 @@ def heavy(rng: random.Random, slots: int) -> list[float]:
 
 
 def giants(rng: random.Random, slots: int) -> list[float]:
-    """Even tasks, and a few giants at the end of the list."""
+    """Return equal tasks, with a few long ones at the end of the list."""
     even = [0.1 * rng.uniform(0.95, 1.05) for _ in range(5000 * slots)]
     return even + [20.0] * max(1, slots // 2)
 
 
 def even(rng: random.Random, slots: int) -> list[float]:
-    """Not of the target: 5 ms tasks, for the price of a bundle."""
+    """Return tasks of 5 ms. They show the cost of a bundle and have no target."""
     return [0.005 * rng.uniform(0.95, 1.05) for _ in range(12000 * slots)]
 
 
@@ -76,7 +76,7 @@ DRAWS: dict[str, Draw] = {"mixed": mixed, "heavy": heavy, "giants": giants, "eve
 
 
 def clairvoyant_s(durations: Sequence[float], slots: int) -> float:
-    """The makespan of the list schedule that begins with the longest task."""
+    """Return the makespan of the list schedule that begins with the longest task."""
     free = [0.0] * slots
     for run_s in sorted(durations, reverse=True):
         heapq.heapreplace(free, free[0] + run_s)
@@ -85,7 +85,7 @@ def clairvoyant_s(durations: Sequence[float], slots: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One run; `ratio` is the makespan to the clairvoyant one."""
+    """One run. `ratio` is its makespan divided by the clairvoyant one."""
 
     name: str
     slots: int
@@ -102,7 +102,7 @@ class Row:
 
 
 def measure(name: str, slots: int, seed: int) -> Row:
-    """One job on a grid of its own."""
+    """Run one job on its own grid."""
     durations = DRAWS[name](random.Random(f"{seed}/{name}/{slots}"), slots)
     loop = SimLoop(inline_executor=True)
     return loop.run(_main(loop, name, slots, seed, durations))
@@ -141,7 +141,7 @@ async def _main(loop: SimLoop, name: str, slots: int, seed: int, durations: list
 
 
 def main() -> None:
-    """Parse, measure, print."""
+    """Parse, measure, and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--small", action="store_true", help="2 and 16 slots, one seed")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")

@@ -1,6 +1,6 @@
-"""Steps over time as SVG text: panels below one another, each with axes, units and a key.
+"""Step plots over time as SVG text: panels below one another, each with axes, units, and a key.
 
-Readable on light and dark pages: the colours follow the reader's own preference.
+The colors follow the reader's preference for light or dark pages.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ text{font:12px system-ui,sans-serif;fill:#333}.t{font-weight:600;font-size:13px}
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A value that stays until the next point (time, value); `colour` is 0 to 3."""
+    """Value that stays constant until the next point (time, value). `colour` is 0 to 3."""
 
     name: str
     points: Sequence[tuple[float, float]]
@@ -37,7 +37,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """Lines over a time in seconds, `unit` at the other axis."""
+    """Lines over a time in seconds. `unit` is the unit of the other axis."""
 
     title: str
     unit: str
@@ -46,7 +46,7 @@ class Panel:
 
 
 def svg(panels: Sequence[Panel], label: str) -> str:
-    """The whole picture; `label` is what is read to those who do not see it."""
+    """Return the whole picture. `label` is its text for screen readers."""
     body, top = [], 0
     for panel in panels:
         body.append(f'<g transform="translate(0 {top})">{_panel(panel)}</g>')
@@ -92,7 +92,7 @@ def _panel(panel: Panel) -> str:
 
 
 def _path(points: Sequence[tuple[float, float]], x: _Scale, y: _Scale) -> str:
-    """Only where the value changes: what stays needs no point."""
+    """Return a path with a point at each change of the value."""
     first, value = points[0]
     drawn = [f"M{x(first):.1f} {y(value):.1f}"]
     for at, new in points[1:]:
@@ -108,7 +108,7 @@ def _text(x: float, y: float, text: str, anchor: str = "middle") -> str:
 
 
 def _ticks(first: float, last: float, about: int) -> list[float]:
-    """Round numbers, about so many."""
+    """Return about this many round numbers."""
     rough = (last - first) / about
     power = 10.0 ** math.floor(math.log10(rough))
     step = max(1.0, next(power * n for n in (1, 2, 5, 10) if power * n >= rough))
