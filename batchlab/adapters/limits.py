@@ -18,7 +18,7 @@ from batchlab.core.atomic_write import check_key as check_key
 from batchlab.core.atomic_write import check_prefix as check_prefix
 from batchlab.core.errors import TooLarge
 from batchlab.core.ports import MAX_BATCH, MAX_DELAY_S, MAX_MESSAGE_BYTES, MAX_VISIBILITY_S, MAX_WAIT_S, Outgoing
-from batchlab.core.pricing.request_costs import Tally
+from batchlab.core.pricing.request_costs import RequestCounter
 
 if TYPE_CHECKING:
     from batchlab.adapters.aws.endpoint import Endpoint
@@ -94,5 +94,5 @@ class Bucket:
     folder: Path = Path()
     sync: Sync = Sync.JOBS
     endpoint: Endpoint | None = None
-    tally: Tally | None = None
+    tally: RequestCounter | None = None
     """Counter of requests."""

@@ -28,7 +28,7 @@ from batchlab.adapters.limits import check_key, check_prefix, check_size
 from batchlab.adapters.local.objects import download_whole
 from batchlab.core.errors import AlreadyExists, BackendError, NotFound, Throttled, Unreachable
 from batchlab.core.ports import ObjectInfo
-from batchlab.core.pricing.request_costs import Tally
+from batchlab.core.pricing.request_costs import RequestCounter
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta, PutMode, PutResult
@@ -76,10 +76,10 @@ class ObstoreObjects:
     remedy: ClassVar[str] = ""
     """Advice for a user whose bucket cannot be listed."""
 
-    def __init__(self, store: ObjectStore, tally: Tally | None = None) -> None:
+    def __init__(self, store: ObjectStore, tally: RequestCounter | None = None) -> None:
         """Set the store and the counter of requests, which does not count obstore's repetitions."""
         self._store = store
-        self._tally = tally or Tally()
+        self._tally = tally or RequestCounter()
         self._made = 0
         self._making = threading.Lock()
         # obstore's own async calls are not used. Rust threads complete their futures, and abort the

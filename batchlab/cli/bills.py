@@ -18,7 +18,7 @@ from batchlab.core.model import Market
 from batchlab.core.pricing.bill import Bill, PoolFacts, StageUse, bill, burn_usd_h, spent_usd
 from batchlab.core.pricing.price_book import PriceBook, Usd, range_json
 from batchlab.core.pricing.price_book import load as load_prices
-from batchlab.core.pricing.request_costs import Moved
+from batchlab.core.pricing.request_costs import TransferredData
 from batchlab.core.pricing.usage import Account, Kind
 from batchlab.core.text import listed
 from batchlab.runtime import home as fetches
@@ -64,7 +64,7 @@ def bill_of(home: Home, job: str, types: Mapping[str, str]) -> tuple[JobView, Bi
     shown = facts.use["account"]
     account = _retyped(account_of(shown), types) if shown else None
     size = asyncio.run(_stored_bytes(backend.open_objects(home), facts.job["id"]))
-    moved = Moved(fetches.total_bytes(home, facts.job["id"]), _egress(home, facts.backend))
+    moved = TransferredData(fetches.total_bytes(home, facts.job["id"]), _egress(home, facts.backend))
     return facts.job, bill(stages, account, pools, book, stored_bytes=size, pace=backend.pace, moved=moved)
 
 

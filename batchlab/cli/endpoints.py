@@ -328,7 +328,7 @@ def serve(
         installation.need("docker", "The launcher docker", "docker")
     from batchlab.server.autoscaling_api.engine_loop import AsgSettings, asg_main
 
-    logs.choose(log_format)
+    logs.set_format(log_format)
 
     settings = AsgSettings(
         state=state.absolute(),

@@ -97,7 +97,7 @@ def up(
 
     place, pools = home_of(home), parse_pools(pool or ())
     cap = cap_of(max_cost) if max_cost else None
-    logs.choose(log_format)
+    logs.set_format(log_format)
     was_up = place.record() is not None
     if was_up and pools:
         raise Refused(

@@ -18,9 +18,9 @@ from batchlab.core.errors import BatchlabError
 def serve(arguments: Sequence[str]) -> None:
     """Run the service named by the first argument until it ends; exit with its code."""
     asked = parsers()[0].parse_args(arguments)
-    gc_control.begins()  # until the service reports that it has started
+    gc_control.pause()  # until the service reports that it has started
     try:
-        logs.choose(asked.log_format)
+        logs.set_format(asked.log_format)
         if asked.service == "manager":
             _manager(asked)
         elif asked.service == "connect":
@@ -29,10 +29,10 @@ def serve(arguments: Sequence[str]) -> None:
             _worker(asked)
     except BatchlabError as error:
         # The command that started this process shows the last line of its log.
-        logs.last_words(" ".join(str(error).split()))
+        logs.print_last_line(" ".join(str(error).split()))
         sys.exit(error.exit_code)
     finally:
-        gc_control.ended()
+        gc_control.resume()
 
 
 def _manager(asked: argparse.Namespace) -> None:

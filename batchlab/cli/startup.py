@@ -41,7 +41,7 @@ def missing_module_message(error: ModuleNotFoundError) -> str | None:
     from batchlab.core import installation
 
     name = (error.name or "").partition(".")[0]
-    if extra := installation.bringing(name):
+    if extra := installation.extra_of(name):
         sentence = installation.sentence(extra, "This command", name)
         return f"Error: {sentence}\n  {installation.remedy(extra)}"
     if name not in REQUIRED_MODULES:

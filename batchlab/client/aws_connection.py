@@ -140,7 +140,7 @@ def _free_port() -> int:
 def connection_main(home: Home, backend: Backend, *, parent: int = 0) -> None:
     """Hold a connection to a stack's manager until SIGTERM, SIGINT, or the end of process
     `parent`."""
-    gc_control.ended()
+    gc_control.resume()
     logs.set_up(service="connect")
     with home.locked():
         asyncio.run(_connect(home, backend, parent))

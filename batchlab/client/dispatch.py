@@ -25,7 +25,7 @@ from batchlab.client.results import decoded
 from batchlab.client.submission import MAP, JobSubmitter
 from batchlab.core.errors import BackendError, JobFailed, TaskFailed, Unreachable, UsageError
 from batchlab.core.model import JobId, Json, Outcome
-from batchlab.core.protocol.bundle_inputs import Own
+from batchlab.core.protocol.bundle_inputs import JobObjects
 from batchlab.worker.executor_calls import Initializer, Raised
 
 if TYPE_CHECKING:
@@ -288,7 +288,7 @@ class Dispatch:
 
     def _values(self, batch: Batch, tasks: Sequence[int], encoded: Sequence[Json]) -> None:
         left = iter(tasks)
-        own = Own(JobId(batch.job), is_python=True)
+        own = JobObjects(JobId(batch.job), is_python=True)
         try:
             for value in decoded(self._link, batch.job, MAP, tasks, encoded, own):
                 self._value(batch.open.pop(next(left), None), value)

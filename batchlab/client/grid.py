@@ -22,7 +22,7 @@ from batchlab.client.submission import MAP, JobSubmitter, job_name
 from batchlab.core.errors import JobFailed, TaskFailed, UsageError
 from batchlab.core.job_definition import JobDef, StageDef
 from batchlab.core.model import ENDED, Pool
-from batchlab.core.protocol.bundle_inputs import Own
+from batchlab.core.protocol.bundle_inputs import JobObjects
 from batchlab.core.retry_rule import RetryRule
 from batchlab.runtime import factory
 from batchlab.runtime.home import find_home
@@ -158,7 +158,7 @@ class Grid:
             yield None
             return
         link, done = self._link, False
-        own = Own.of(job)
+        own = JobObjects.of_job(job)
         incoming = MapResults(link, job.id, job.items or 0, ordered=ordered)
         try:
             yield None

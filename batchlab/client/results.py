@@ -27,7 +27,7 @@ from batchlab.core.errors import BackendError, JobFailed, TaskFailed, UsageError
 from batchlab.core.job_definition import task_name
 from batchlab.core.model import Failure, JobId, JobState, Json, Outcome, StageName
 from batchlab.core.protocol import json_format, object_keys, values
-from batchlab.core.protocol.bundle_inputs import Own
+from batchlab.core.protocol.bundle_inputs import JobObjects
 from batchlab.core.task_context import File
 from batchlab.jobs import attempts, results
 from batchlab.jobs.results import Fetched, Listed
@@ -191,7 +191,7 @@ def failed(outcome: Outcome, failure: Failure, kind: type[TaskFailed] = TaskFail
 
 
 def decoded(
-    link: Link, where: str, stage: str, tasks: Sequence[int], encoded: Sequence[Json | TaskFailed], own: Own
+    link: Link, where: str, stage: str, tasks: Sequence[int], encoded: Sequence[Json | TaskFailed], own: JobObjects
 ) -> Iterator[Any]:
     """Decode the values of these tasks of a stage, and fetch their files and large values into the
     folder `where`.
@@ -295,9 +295,9 @@ class JobResult:
         if stage is not None and stage not in names:
             raise UsageError(f"Job {self.id} has no stage {stage!r}.", remedy=f"It has {', '.join(names)}.")
         chosen = results.final_stages(job) if stage is None else [StageName(stage)]
-        return self._values(chosen, Own.of(job))
+        return self._values(chosen, JobObjects.of_job(job))
 
-    def _values(self, stages: Sequence[StageName], own: Own) -> Iterator[Any]:
+    def _values(self, stages: Sequence[StageName], own: JobObjects) -> Iterator[Any]:
         link = self._link
         for stage in stages:
             coming = self._encoded(stage, list_outcomes(link, self.id))

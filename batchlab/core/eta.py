@@ -16,7 +16,7 @@ from batchlab.core.text import about
 
 SIGMAS = 2.0
 """Half the width of the range, in standard deviations."""
-FEW = 4
+MIN_BUNDLES = 4
 """With fewer measured bundles, the spread is assumed to be at least half the mean."""
 CLOSE = 0.15
 """A range narrower than this share of its middle is shown as one number."""
@@ -54,7 +54,7 @@ class Pace:
             # The mean of a bundle of n tasks has the variance of one task divided by n.
             excess = self.squares - self.seconds * self.seconds / self.tasks
             known = math.sqrt(max(0.0, excess / (self.bundles - 1)))
-        return known if self.bundles >= FEW else max(known, 0.5 * self.mean_s)
+        return known if self.bundles >= MIN_BUNDLES else max(known, 0.5 * self.mean_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +121,7 @@ def estimate(stages: Sequence[StageWork], rooms: Mapping[str, Room]) -> Eta | No
     return Eta(low_s, high_s, unmeasured)
 
 
-def told(eta: Eta) -> str:
+def describe(eta: Eta) -> str:
     """Return the range as a text for a person."""
     low, high = about(eta.low_s), about(eta.high_s)
     middle_s = (eta.low_s + eta.high_s) / 2

@@ -12,12 +12,12 @@ from __future__ import annotations
 import gc
 
 
-def begins() -> None:
-    """Disable garbage collection until `ended`."""
+def pause() -> None:
+    """Disable garbage collection until `resume`."""
     gc.disable()
 
 
-def ended() -> None:
+def resume() -> None:
     """Enable garbage collection, and exclude all existing objects from it."""
     gc.freeze()
     gc.enable()

@@ -50,7 +50,7 @@ def _is_here(module: str) -> bool:
         return False
 
 
-def bringing(module: str) -> str | None:
+def extra_of(module: str) -> str | None:
     """Return an extra that installs the module, or None if no extra does."""
     return next((extra for extra, modules in MODULES.items() if module in modules), None)
 

@@ -16,7 +16,7 @@ from batchlab.core import installation
 from batchlab.core.errors import UsageError
 
 ARCHITECTURES = ("x86_64", "arm64")
-LEAST_MEMORY_MIB = 128
+MIN_MEMORY_MIB = 128
 """Minimum memory of a share, which a worker needs before it runs a task."""
 
 _FIGURES = {"vcpu", "memory_mib", "architecture"}
@@ -61,12 +61,12 @@ class Catalogue:
     def share(self, name: str, scale: float = 1.0) -> Share:
         """Return the type's figures times `scale`, so that a laptop can hold a whole group.
 
-        Memory is at least LEAST_MEMORY_MIB. Raise UsageError unless 0 < scale ≤ 1.
+        Memory is at least MIN_MEMORY_MIB. Raise UsageError unless 0 < scale ≤ 1.
         """
         if not 0.0 < scale <= 1.0:
             raise UsageError(f"Instances cannot be scaled by {scale:g}.", remedy="Give a number above 0 and up to 1.")
         kind = self.of(name)
-        memory_mib = max(LEAST_MEMORY_MIB, round(kind.memory_mib * scale))
+        memory_mib = max(MIN_MEMORY_MIB, round(kind.memory_mib * scale))
         return Share(kind.vcpu * scale, memory_mib)
 
 

@@ -33,10 +33,10 @@ from batchlab.core.ports import (
     Finish,
     Fold,
     JobChange,
+    JobHistory,
     JobRecord,
     JobRows,
     MoveJob,
-    Past,
     Reopen,
     Reopening,
     SetControl,
@@ -394,7 +394,7 @@ def fold(
 # --- Restoring a job ------------------------------------------------------------------------------
 
 
-def restore(past: Past, first_seq: int) -> tuple[Projection, list[BundleRow]]:
+def restore(past: JobHistory, first_seq: int) -> tuple[Projection, list[BundleRow]]:
     """Apply everything that the bucket contains about the job.
 
     Return the job and all of its bundles. The seqs of their completions begin at `first_seq`.

@@ -42,10 +42,10 @@ FIELDS = (
 """Fields that a line may have in addition to its text, in their order."""
 
 HIDDEN = "[hidden]"
-LEAST_HIDDEN = 6
+MIN_SECRET_CHARACTERS = 6
 """Minimum length of a secret in characters. A shorter text is not a secret, and hiding it would
 make every other line unreadable."""
-KEPT_JOBS = 1000
+MAX_JOBS = 1000
 _SECRET_NAME = re.compile(
     r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|PRIVATE_KEY|API_?KEY|ACCESS_KEY|OTLP.*HEADERS|^BATCHLAB_NOTIFY_", re.I
 )
@@ -58,7 +58,7 @@ _hidden: list[str] = []
 # --- Fields --------------------------------------------------------------------------------------
 
 
-def note(**fields: str | int) -> None:
+def add_fields(**fields: str | int) -> None:
     """Add these fields to all later lines of this asyncio task and of the tasks that it starts."""
     _about.set({**_about.get({}), **fields})
 
@@ -78,7 +78,7 @@ def fields_of(record: logging.LogRecord) -> dict[str, str | int]:
 def hide(*secrets: str) -> None:
     """Replace these secrets in all later lines of this process."""
     for secret in secrets:
-        if len(secret) >= LEAST_HIDDEN and secret not in _hidden:
+        if len(secret) >= MIN_SECRET_CHARACTERS and secret not in _hidden:
             _hidden.append(secret)
     # A secret that contains another one is replaced first. Otherwise, the rest of it would stay.
     _hidden.sort(key=len, reverse=True)
@@ -182,7 +182,7 @@ def _unexpected(kind: type[BaseException], error: BaseException, where: Tracebac
     logging.getLogger("batchlab").critical(message, exc_info=(kind, error, where))
 
 
-def is_from(**process: str | int) -> None:
+def add_process_fields(**process: str | int) -> None:
     """Add fields of the process that became known later, such as its worker's name."""
     _process.update(process)
 
@@ -201,7 +201,7 @@ def _known(format_: str, where: str) -> str:
     return format_
 
 
-def choose(format_: str | None) -> None:
+def set_format(format_: str | None) -> None:
     """Use this format here and in every process started from here. None changes nothing.
 
     Raise UsageError if the format is unknown.
@@ -212,7 +212,7 @@ def choose(format_: str | None) -> None:
     log_format()
 
 
-def last_words(text: str) -> None:
+def print_last_line(text: str) -> None:
     """Print the last line of a process that cannot continue, for the process that started it."""
     if os.environ.get(FORMAT_VARIABLE) == "json":
         record = logging.LogRecord("batchlab", logging.ERROR, "", 0, "%s", (text,), None)
@@ -232,7 +232,7 @@ def text_of(line: str) -> str:
 class Recent(logging.Handler):
     """Most recent warning or error of each job, which helps to explain why a job makes no progress.
 
-    It covers the `KEPT_JOBS` jobs with the most recent warnings.
+    It covers the `MAX_JOBS` jobs with the most recent warnings.
     """
 
     def __init__(self) -> None:
@@ -244,9 +244,9 @@ class Recent(logging.Handler):
         if job:
             self._last[job] = (record.created, shown(record.getMessage()))
             self._last.move_to_end(job)
-            while len(self._last) > KEPT_JOBS:
+            while len(self._last) > MAX_JOBS:
                 self._last.popitem(last=False)
 
-    def of(self, job: str) -> tuple[float, str] | None:
+    def last(self, job: str) -> tuple[float, str] | None:
         """Return the time (epoch seconds) and the text, or None without a warning."""
         return self._last.get(job)

@@ -85,7 +85,7 @@ class TaskSet:
         return cls(((start, stop),)) if stop > start else cls()
 
     @classmethod
-    def of(cls, indices: Iterable[int]) -> TaskSet:
+    def from_indices(cls, indices: Iterable[int]) -> TaskSet:
         """Return the set of these indices, which may be unordered and repeated."""
         ordered = sorted(set(indices))
         if not ordered:

@@ -39,7 +39,7 @@ MAX_TARGETS = 10
 """Maximum number of targets of one job."""
 NAMED = "target"
 """Kind of a job's target that names one of the grid's own targets."""
-LONGEST_URL = 2000
+MAX_URL_CHARACTERS = 2000
 SECRET_PREFIX = "BATCHLAB_NOTIFY_"  # noqa: S105 - prefix of the names of variables
 """Prefix of the variables of the manager's environment that a job may name. All other variables
 have other purposes."""
@@ -143,7 +143,7 @@ def derived_id(target: Target, job: str, round_: int, moment: str, key: str = ""
     return hashlib.sha256(whole.encode()).hexdigest()[:32]
 
 
-def made(
+def make_notification(
     target: Target, job: JobDef, round_: int, moment: str, body: Mapping[str, Json], *, at_s: float, key: str = ""
 ) -> Notification:
     """Return a notification of this moment."""
@@ -228,7 +228,7 @@ def address_problem(kind: str, to: str) -> str:
     # URLs are ASCII. Other characters must be percent-encoded or in punycode.
     if not to.isascii() or not to.isprintable() or " " in to or not parts.hostname:
         return "The webhook's address is no URL."
-    if len(to) > LONGEST_URL:
+    if len(to) > MAX_URL_CHARACTERS:
         return "The webhook's address is no URL."
     if parts.username is not None or parts.password is not None:
         return "The webhook's address may hold no user and password: sign it with a secret."

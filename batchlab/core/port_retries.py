@@ -40,7 +40,7 @@ def cancels() -> int:
     return task.cancelling() if task else 0
 
 
-def heed_cancellation(before: int = 0) -> None:
+def raise_if_cancelled(before: int = 0) -> None:
     """Raise CancelledError if the current task has received more than `before` cancellations.
 
     It is for code that catches errors and continues. An error may hide a cancellation: the first
@@ -92,7 +92,7 @@ class Patience:
             try:
                 return await call()
             except (Throttled, Unreachable):
-                heed_cancellation(before)
+                raise_if_cancelled(before)
                 if waited_s >= self._limit_s:
                     raise
             # Full jitter: workers that were throttled together must not retry together.

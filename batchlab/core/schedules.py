@@ -26,7 +26,7 @@ from batchlab.core.model import JobId, Json
 from batchlab.core.protocol import json_format, object_keys
 from batchlab.core.protocol.field_checks import UNREADABLE, figure, fitted, flag, listed, whole
 
-KEPT = 50
+MAX_RUNS = 50
 """Number of runs in a schedule, in addition to the runs that have not ended."""
 
 
@@ -183,7 +183,7 @@ class Schedule:
         else:
             runs.append(run)
         over = [one for one in runs if one.state.over]
-        dropped = {one.token for one in over[: max(0, len(over) - KEPT)]}
+        dropped = {one.token for one in over[: max(0, len(over) - MAX_RUNS)]}
         return replace(self, runs=tuple(one for one in runs if one.token not in dropped))
 
 
@@ -298,7 +298,7 @@ SET_BACK_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
-class _Fire:
+class _DueRun:
     """A due time that will run. `late` ones are made up for, one after the other."""
 
     due_s: float
@@ -337,10 +337,10 @@ def _rewound(schedule: Schedule, now_s: float) -> Schedule:
     return replace(schedule, through_s=now_s)
 
 
-def _chosen(schedule: Schedule, due: Sequence[float], more: bool, now_s: float) -> tuple[list[_Fire], Run | None]:
+def _chosen(schedule: Schedule, due: Sequence[float], more: bool, now_s: float) -> tuple[list[_DueRun], Run | None]:
     """Return the due times that will run, and a skipped run that stands for the others, if any."""
     definition = schedule.definition
-    on_time = [_Fire(one) for one in due if now_s - one <= ON_TIME_S]
+    on_time = [_DueRun(one) for one in due if now_s - one <= ON_TIME_S]
     missed = [one for one in due if now_s - one > ON_TIME_S]
     if not missed:
         return on_time, None
@@ -356,11 +356,11 @@ def _chosen(schedule: Schedule, due: Sequence[float], more: bool, now_s: float) 
         if on_time:
             # The latest due time of all is the one that runs once.
             return [replace(on_time[0], why=f"{were}; this one is on time"), *on_time[1:]], None
-        return [_Fire(made_up[-1], f"{were}; it is the latest of them")], None
+        return [_DueRun(made_up[-1], f"{were}; it is the latest of them")], None
     else:
         why = f"{were}; {len(made_up)} of them are made up for, one after the other"
     if made_up:
-        late = [_Fire(one, why, late=True) for one in made_up]
+        late = [_DueRun(one, why, late=True) for one in made_up]
         return [*late, *(replace(one, late=True) for one in on_time)], None
     if on_time:
         return [replace(on_time[0], why=why), *on_time[1:]], None
@@ -369,7 +369,7 @@ def _chosen(schedule: Schedule, due: Sequence[float], more: bool, now_s: float) 
     return [], Run(latest, token, RunState.SKIPPED, now_s, reason=why)
 
 
-def _overlapped(schedule: Schedule, fire: _Fire, now_s: float) -> Schedule:
+def _overlapped(schedule: Schedule, fire: _DueRun, now_s: float) -> Schedule:
     """Return the schedule with the run added, either waiting or skipped because of an unfinished
     run."""
     run = Run(fire.due_s, token_of(schedule, fire.due_s), RunState.WAITING, now_s, reason=fire.why)

@@ -98,7 +98,7 @@ class _Untraced:
 NO_SPAN: Span = _Untraced("")
 
 
-class _Nobody:
+class _NoTracer:
     """No-op tracer. It still passes on the context that it receives."""
 
     def root(self, name: str, about: Subject, *, parent: str = "") -> Span:  # noqa: ARG002
@@ -133,7 +133,7 @@ class _Nobody:
         """Do nothing."""
 
 
-NOBODY: Tracer = _Nobody()
+NO_TRACER: Tracer = _NoTracer()
 
 
 _OFF = nullcontext(NO_SPAN)

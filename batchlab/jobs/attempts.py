@@ -39,7 +39,7 @@ class Attempt:
     @property
     def bundle(self) -> Bundle:
         """Bundle that contains only this task, as it would be sent again."""
-        return replace(self.outcome.bundle, tasks=TaskSet.of([self.task]), losses=0)
+        return replace(self.outcome.bundle, tasks=TaskSet.from_indices([self.task]), losses=0)
 
     @property
     def name(self) -> str:
@@ -96,12 +96,12 @@ async def attempts(objects: Objects, job: JobDef, stage: StageName, task: int, p
     may contain the task.
     """
     several: list[Bundle] = []
-    key = await CommitKeys(objects, patience).of(job)
+    key = await CommitKeys(objects, patience).key_of(job)
     async for page in objects.list(object_keys.outcomes(job.id, stage)):
         for info in page:
             name = object_keys.outcome_key(info.key)
             if name and name.first <= task <= name.last:
-                ends = TaskSet.of({name.first, name.last})
+                ends = TaskSet.from_indices({name.first, name.last})
                 several.append(Bundle(job.id, stage, ends, name.attempt, name.round))
     attempts: list[Attempt] = []
     for start in range(0, len(several), READ_AT_ONCE):
@@ -187,7 +187,7 @@ async def task_bundle(objects: Objects, job: JobDef, stage: StageName, task: int
     does not contain the upstream task.
     """
     step = job.stage(stage)
-    alone = Bundle(job.id, stage, TaskSet.of([task]))
+    alone = Bundle(job.id, stage, TaskSet.from_indices([task]))
     if step.gather is not None:
         # A retry may have planned it first, after all upstream tasks had succeeded.
         return replace(alone, round=await _round(objects, job.id, patience))
@@ -239,7 +239,7 @@ async def task_input(objects: Objects, job: JobDef, bundle: Bundle, patience: Pa
     inputs = Inputs(objects, patience)
     if bundle.source is None:
         await inputs.check(job, bundle)
-    (item,) = await inputs.resolve(job, bundle, await CommitKeys(objects, patience).of(job))
+    (item,) = await inputs.resolve(job, bundle, await CommitKeys(objects, patience).key_of(job))
     return item
 
 

@@ -61,7 +61,7 @@ def load(path: Path, overrides: Mapping[str, str] | None = None, *, needs_input:
     path = handler_lookup.absolute(path)
     document = yaml_source.parse(yaml_source.text_of(path, SHAPE.what, _NONE), is_text)
     if isinstance(document.data, dict) and {"jobs", "arrivals"} <= document.data.keys():
-        raise yaml_source.another(
+        raise yaml_source.wrong_kind(
             path,
             "There is no key 'jobs' here: this is a scenario, not a job file.",
             "`batchlab scenario check` looks at it, `batchlab scenario simulate` says what it "

@@ -7,7 +7,7 @@ with the job.
 Files and large values of results: files are written to a folder, and values are read.
 
 Invariants: a file is written to the folder of its own task, whatever its name is. Nothing is read
-beyond the granted limits (`Within`).
+beyond the granted limits (`FetchLimits`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from batchlab.core.model import JobId, Json, Outcome, StageName, TaskSet
 from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Objects
 from batchlab.core.protocol import json_format, object_keys, values
-from batchlab.core.protocol.bundle_inputs import Own
+from batchlab.core.protocol.bundle_inputs import JobObjects
 from batchlab.core.protocol.values import OUTCOME_WEIGHT
 from batchlab.core.task_context import name_problem
 from batchlab.core.text import size
@@ -41,11 +41,11 @@ _DEEPEST = 8
 _PIECE_BYTES = 8 * 1024 * 1024
 _BY_PIECES = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
 _WRITTEN = 4
-"""Limit for the size of a written result, as a multiple of `Within.value_bytes`."""
+"""Limit for the size of a written result, as a multiple of `FetchLimits.value_bytes`."""
 
 
 @dataclass(frozen=True, slots=True)
-class Within:
+class FetchLimits:
     """Limits of a fetch, for results that other users' tasks have written.
 
     `claim` is called before bytes are written to the disk, and raises an error if they are too
@@ -99,8 +99,8 @@ class Files:
     objects: Objects
     out: Path
     patience: Patience
-    own: Own
-    within: Within | None = None
+    own: JobObjects
+    within: FetchLimits | None = None
     count: int = 0
     size_bytes: int = 0
     value_bytes: int = 0
@@ -274,7 +274,7 @@ class Listed:
     tasks: TaskSet
 
     @classmethod
-    def of(cls, view: OutcomeView) -> Listed:
+    def from_view(cls, view: OutcomeView) -> Listed:
         return cls(view["stage"], view["key"], json_format.tasks_from_json(view["tasks"]))
 
 
@@ -286,7 +286,7 @@ def listed(page: Callable[[int | None], OutcomesView]) -> list[Listed]:
     listeds: list[Listed] = []
     after: int | None = None
     while some := page(after)["outcomes"]:
-        listeds += map(Listed.of, some)
+        listeds += map(Listed.from_view, some)
         after = some[-1]["seq"]
     return listeds
 
@@ -320,7 +320,7 @@ async def fetch(
     patience: Patience,
     stages: Sequence[str] = (),
     progress: Progress | None = None,
-    within: Within | None = None,
+    within: FetchLimits | None = None,
 ) -> Fetched:
     """Write `out/<stage>.jsonl`, `out/files/<stage>/<task>/…`, and `out/summary.json`.
 
@@ -334,7 +334,7 @@ async def fetch(
     steps = _Steps(sum(len(listeds) for listeds in chosen.values()), progress)
     try:
         _make_room(out, chosen)
-        files = Files(objects, out, patience, Own.of(job), within)
+        files = Files(objects, out, patience, JobObjects.of_job(job), within)
         counts: dict[str, int] = {}
         for name, listeds in chosen.items():
             coming = in_task_order(objects, listeds, patience, steps.step, within)
@@ -424,7 +424,7 @@ async def in_task_order(
     outcomes: Sequence[Listed],
     patience: Patience,
     read: Callable[[int], None] = lambda _: None,
-    within: Within | None = None,
+    within: FetchLimits | None = None,
 ) -> AsyncIterator[tuple[int, Json]]:
     """Yield (task, encoded result) for the outcomes of `of_stage`, in task order.
 
@@ -453,7 +453,7 @@ async def in_task_order(
         await _drop(fetching)
 
 
-async def _outcome(objects: Objects, key: str, patience: Patience, within: Within | None) -> tuple[Outcome, int]:
+async def _outcome(objects: Objects, key: str, patience: Patience, within: FetchLimits | None) -> tuple[Outcome, int]:
     if within:
         data = await within.read(objects, key, OUTCOME_WEIGHT, patience)
     else:

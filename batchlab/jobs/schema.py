@@ -20,7 +20,7 @@ from batchlab.core.retry_rule import RetryRule
 from batchlab.jobs import field_types
 from batchlab.jobs.field_types import Notify, NotifySpec
 from batchlab.jobs.validation import Shape
-from batchlab.jobs.yaml_source import Loc, lies
+from batchlab.jobs.yaml_source import Loc, is_any_of
 
 RetryKind = Literal["exception", "exit", "timeout", "memory", "crash", "input"]
 """Kinds of failure for which a retry can help."""
@@ -410,7 +410,7 @@ _TEXT_PLACES: tuple[Loc, ...] = (
 
 def is_text(loc: Loc) -> bool:
     """Return whether a scalar at `loc` is always text. For example, 2024 is a valid name."""
-    return lies(loc, _TEXT_PLACES)
+    return is_any_of(loc, _TEXT_PLACES)
 
 
 def json_schema() -> dict[str, Json]:

@@ -28,7 +28,7 @@ Loc = tuple[str | int, ...]
 """Location in the document: keys and list indices from the root."""
 
 
-def lies(loc: Loc, places: Collection[Loc]) -> bool:
+def is_any_of(loc: Loc, places: Collection[Loc]) -> bool:
     """Return whether `loc` is one of `places`, where "*" is any index or key."""
     return any(
         len(loc) == len(place) and all(b in (a, "*") for a, b in zip(loc, place, strict=True)) for place in places
@@ -341,7 +341,7 @@ def _unreadable(path: Path, what: str, why: str, remedy: str = "") -> JobFileErr
     )
 
 
-def another(path: Path, message: str, remedy: str) -> JobFileErrors:
+def wrong_kind(path: Path, message: str, remedy: str) -> JobFileErrors:
     """Return the error for a file of another kind, instead of an error for each of its keys."""
     return JobFileErrors([JobFileError(message, file=str(path), remedy=remedy)])
 

@@ -16,8 +16,8 @@ from batchlab.core import logs
 from batchlab.core.errors import BackendError, Malformed, NotFound, Throttled, TooNew, Unreachable, UsageError
 from batchlab.core.job_definition import JobDef
 from batchlab.core.model import JobId, JobState
-from batchlab.core.port_retries import heed_cancellation
-from batchlab.core.ports import AddCut, BundleRecord, Cut, JobRecord, Written
+from batchlab.core.port_retries import raise_if_cancelled
+from batchlab.core.ports import AddCut, BundleRecord, ChangeResult, Cut, JobRecord
 from batchlab.core.protocol import json_format, object_keys, settlement
 from batchlab.core.tracing import trace_of
 from batchlab.manager import admission
@@ -105,13 +105,13 @@ class Adoption:
                 continue
             rows = await self._ports.ledger.rows(record.job.id)
             try:
-                await self.adopt(Written(rows, is_new=False))
+                await self.adopt(ChangeResult(rows, is_new=False))
             except (Malformed, TooNew, NotFound) as error:
                 # The other jobs must not wait for this one. The next search tries it again.
                 key = object_keys.committed(record.job.id)
                 self._quarantine.object(key, error, record.job.id, "object")
 
-    async def adopt(self, found: Written, *, beside: bool = False) -> LiveJob:
+    async def adopt(self, found: ChangeResult, *, beside: bool = False) -> LiveJob:
         """Conduct a new, taken-over, or reopened job. With `beside`, folds may run at the same
         time."""
         ledger, rows = self._ports.ledger, found.rows
@@ -205,7 +205,7 @@ class Adoption:
         log.warning("the ledger did not know job %s", job, extra={"job": job})
         rows = await self._ports.ledger.rows(job)
         if not rows.job.state.ended:
-            await self.adopt(Written(rows, is_new=False), beside=beside)
+            await self.adopt(ChangeResult(rows, is_new=False), beside=beside)
         return rows.job.job
 
     async def begin_anew(self, live: LiveJob) -> None:
@@ -214,7 +214,7 @@ class Adoption:
         await restore(self._ports, live.id)
         live.ended.set()
         rows = await self._ports.ledger.rows(live.id)
-        await self.adopt(Written(rows, is_new=False), beside=True)
+        await self.adopt(ChangeResult(rows, is_new=False), beside=True)
 
     async def _give_up(self, live: LiveJob, error: Malformed) -> None:
         """End a job that can never continue. Try again later if the backend does not answer."""
@@ -223,32 +223,32 @@ class Adoption:
         except Superseded:
             live.end()
         except BackendError as later:
-            heed_cancellation()
+            raise_if_cancelled()
             log.warning("job %s waits for the backend: %s", live.id, later)
             await asyncio.sleep(self._settings.tick_s)
 
     async def _conduct(self, live: LiveJob) -> None:
-        logs.note(job=live.id, trace=trace_of(live.job.trace))
+        logs.add_fields(job=live.id, trace=trace_of(live.job.trace))
         while not live.ended.is_set():
             try:
                 await self._coordinator.conduct(live)
             except Superseded as error:
-                heed_cancellation()
+                raise_if_cancelled()
                 log.info("%s", error, extra={"job": live.id})
                 live.end()
             except Malformed as error:
-                heed_cancellation()
+                raise_if_cancelled()
                 log.error("job %s is given up: %s", live.id, error, extra={"job": live.id})
                 live.trouble = str(error)
                 await self._give_up(live, error)
             except BackendError as error:
-                heed_cancellation()
+                raise_if_cancelled()
                 # The retries are used up. The job is only late, because its state is in the bucket.
                 log.warning("job %s waits for the backend: %s", live.id, error)
                 live.trouble = str(error)
                 await asyncio.sleep(self._settings.tick_s)
             except Exception as error:
-                heed_cancellation()
+                raise_if_cancelled()
                 # A bug that concerns one job must not end the other jobs.
                 log.exception("job %s met a bug", live.id)
                 live.trouble = f"an error inside the manager: {error!r}; see its log"

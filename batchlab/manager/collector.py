@@ -21,7 +21,7 @@ from batchlab.core.commit import read_outcome
 from batchlab.core.errors import BackendError, Malformed, NotFound, Throttled, TooNew, Unreachable
 from batchlab.core.job_definition import JobDef
 from batchlab.core.model import Bundle, Completion, Follow, JobId, Outcome
-from batchlab.core.port_retries import STEP_BACK_S, heed_cancellation, set_within
+from batchlab.core.port_retries import STEP_BACK_S, raise_if_cancelled, set_within
 from batchlab.core.ports import MAX_BATCH, Message, QueueSpec
 from batchlab.core.protocol import object_keys, settlement
 from batchlab.core.protocol.commit_keys import jobs_in, split
@@ -217,7 +217,7 @@ class Collector:
             try:
                 await self._collect_once()
             except BackendError as error:
-                heed_cancellation()
+                raise_if_cancelled()
                 self._registry.outage_s = math.inf
                 if isinstance(error, (Throttled, Unreachable)):
                     self._excuse_all()
@@ -261,7 +261,7 @@ class Collector:
             try:
                 more = await self._receive(0.0)
             except BackendError:
-                heed_cancellation()
+                raise_if_cancelled()
                 break  # the next receive reports the error, and these messages must not wait for it
             messages += more
             size += sum(len(one.body) for one in more)
@@ -373,7 +373,7 @@ class Collector:
         job."""
         outcome_key = object_keys.outcome_key(name)
         job = await self._ledger_writer.job(outcome_key.job) if outcome_key else None
-        if job is None or not object_keys.is_genuine(name, await self._ports.keys.of(job)):
+        if job is None or not object_keys.is_genuine(name, await self._ports.keys.key_of(job)):
             return []  # its job was removed, or the key is forged
         try:
             outcome = await read_outcome(self._ports.objects, name, self._ports.patience)

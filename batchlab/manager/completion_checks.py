@@ -25,7 +25,7 @@ KEPT_JOBS = 1_000
 
 async def uncommitted_bundles(ports: Ports, live: LiveJob) -> list[Bundle]:
     """Return counted bundles without an outcome object. Always empty for an unsealed job."""
-    key = await ports.keys.of(live.job)
+    key = await ports.keys.key_of(live.job)
     if not key:
         return []
     named: dict[str, Bundle] = {}

@@ -14,7 +14,7 @@ from batchlab.core.errors import Refused
 from batchlab.core.model import GroupView, JobId, LifecycleState, Pool
 from batchlab.core.ports import Clock
 from batchlab.core.pricing.price_book import shown
-from batchlab.core.pricing.usage import Account, Accounting, Budget, Kind, Meter, Purse, Rates, launch_usd, launches
+from batchlab.core.pricing.usage import Account, Accounting, Budget, CapBudget, Kind, Meter, Rates, launch_usd, launches
 from batchlab.manager.state import LiveJob, ManagerSettings
 from batchlab.manager.worker_registry import WorkerRegistry
 
@@ -82,7 +82,7 @@ class CostCaps:
         """Caps set by users, which replace the caps of job definitions."""
         self.capped: dict[str, str] = {}
         """Why a cap stops launches, by pool."""
-        self._grid: Purse | None = None
+        self._grid: CapBudget | None = None
 
     def of(self, live: LiveJob) -> float | None:
         """Return the job's cap in USD, or None."""
@@ -110,14 +110,14 @@ class CostCaps:
         self._meter = meter
         caps = (self.of(live) for live in self._lives.values())
         if self._rates and (self.max_cost_usd is not None or any(c is not None for c in caps)):
-            self._fill_purses(self._rates, views)
+            self._fill_caps(self._rates, views)
             return
         self._grid = None
         for live in self._lives.values():
             live.budget = None
             self._hold(live, 0.0, 0.0)
 
-    def _fill_purses(self, rates: Rates, views: Sequence[GroupView]) -> None:
+    def _fill_caps(self, rates: Rates, views: Sequence[GroupView]) -> None:
         slot_usd_s = {
             pool.name: self._pool_usd_h(pool) / 3600 / max(1, pool.slots) / USED_SHARE for pool in self._pools.values()
         }
@@ -141,13 +141,13 @@ class CostCaps:
         self._grid = None
         if self.max_cost_usd is not None:
             spent = self._spent_usd(self._meter.total, rates)
-            self._grid = Purse("the grid", self.max_cost_usd, spent, max(0.0, all_owed))
+            self._grid = CapBudget("the grid", self.max_cost_usd, spent, max(0.0, all_owed))
         for job, live in self._lives.items():
-            purses = [self._grid] if self._grid else []
+            caps = [self._grid] if self._grid else []
             if (cap := self.of(live)) is not None:
                 spent = self._spent_usd(live.account, rates)
-                purses.append(Purse("it", cap, spent, max(0.0, owed[job])))
-            live.budget = Budget(tuple(purses), slot_usd_s, slots) if purses else None
+                caps.append(CapBudget("it", cap, spent, max(0.0, owed[job])))
+            live.budget = Budget(tuple(caps), slot_usd_s, slots) if caps else None
             self._hold(live, self._next_usd(live, slot_usd_s), self._uncut_usd(live, slot_usd_s))
 
     def spent_usd(self, account: Account) -> float | None:
@@ -160,16 +160,16 @@ class CostCaps:
     def _hold(self, live: LiveJob, next_usd: float, uncut_usd: float) -> None:
         """Hold the job back if a budget does not cover its next task. It counts as capped until the
         budgets cover all uncut tasks."""
-        purses = live.budget.purses if live.budget else ()
-        empty = next((p for p in purses if p.left_usd <= 0 or p.left_usd < next_usd), None)
+        caps = live.budget.caps if live.budget else ()
+        empty = next((p for p in caps if p.left_usd <= 0 or p.left_usd < next_usd), None)
         if live.is_held != bool(empty):
             live.is_held = bool(empty)
             live.poke.set()
-        purse = empty
+        cap = empty
         if live.capped and not empty:
             # Each bundle that cost less than estimated frees a part of the budget.
-            purse = next((p for p in purses if p.left_usd < uncut_usd), None)
-        text = f"its cost is capped: {purse.text()}" if purse else ""
+            cap = next((p for p in caps if p.left_usd < uncut_usd), None)
+        text = f"its cost is capped: {cap.text()}" if cap else ""
         if empty and empty.left_usd > 0:
             text += f", while its next task takes {shown(next_usd)}"
         if bool(text) != bool(live.capped):
@@ -256,28 +256,28 @@ class CostCaps:
         pool = view.pool
         was = self.capped.pop(pool.name, "")
         wanted = desired - max(view.desired, pool.min_size)
-        purses = self._purses(pool.name) if wanted > 0 else []
-        if not purses:
+        caps = self._caps(pool.name) if wanted > 0 else []
+        if not caps:
             return desired, why
         each = self._launch_usd(pool)
-        count = launches(wanted, each, purses)
+        count = launches(wanted, each, caps)
         if count == wanted:
             return desired, why
-        dry = min(purses, key=lambda purse: purse.left_usd)
+        dry = min(caps, key=lambda cap: cap.left_usd)
         told = f"{why}; but a cap on cost allows {count} more, each for {shown(each)} at least: {dry.text()}"
         self.capped[pool.name] = told
         if not was:
             log.info("%s", told, extra={"pool": pool.name})
         return desired - wanted + count, told
 
-    def _purses(self, pool: str) -> list[Purse]:
+    def _caps(self, pool: str) -> list[CapBudget]:
         """Return the budgets that pay for a launch in the pool: the grid's, and those of its jobs
         if all jobs with work for it are capped."""
-        purses = [self._grid] if self._grid else []
+        caps = [self._grid] if self._grid else []
         working = [live for live in self._lives.values() if live.has_work(pool)]
-        own = [p for live in working if live.budget for p in live.budget.purses]
-        own = [purse for purse in own if purse is not self._grid]
+        own = [p for live in working if live.budget for p in live.budget.caps]
+        own = [cap for cap in own if cap is not self._grid]
         if working and len(own) == len(working):
-            left = sum(max(0.0, purse.left_usd) for purse in own)
-            purses.append(own[0] if len(own) == 1 else Purse("what its jobs", left))
-        return purses
+            left = sum(max(0.0, cap.left_usd) for cap in own)
+            caps.append(own[0] if len(own) == 1 else CapBudget("what its jobs", left))
+        return caps

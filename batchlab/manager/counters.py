@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from batchlab.core.job_definition import StageDef
 from batchlab.core.model import Completion, JobState
 from batchlab.core.protocol import json_format
-from batchlab.core.protocol.messages import Told
+from batchlab.core.protocol.messages import CounterReport
 
 WORKERS_KEPT = 20_000
 """Workers whose last counts are kept. The worker that has been silent longest is forgotten first.
@@ -107,7 +107,7 @@ class Counters:
         if before != after:
             self.decisions[pool, "out" if after > before else "in"] += 1
 
-    def told(self, told: Told) -> None:
+    def told(self, told: CounterReport) -> None:
         """Add what a worker has counted since its start. An older report changes nothing."""
         before = self._heard.get(told.worker, {})
         known = dict(before)

@@ -20,9 +20,9 @@ from batchlab.core.errors import AlreadyExists, BackendError, NotFound, Refused,
 from batchlab.core.job_definition import JobDef
 from batchlab.core.model import Control, JobId, JobState, Json
 from batchlab.core.port_retries import STEP_BACK_S
-from batchlab.core.ports import MAX_BATCH, AddJob, JobRecord, Reopen, Written
+from batchlab.core.ports import MAX_BATCH, AddJob, ChangeResult, JobRecord, Reopen
 from batchlab.core.protocol import commit_keys, json_format, object_keys
-from batchlab.core.tracing import NOBODY, Subject, Tracer, ending
+from batchlab.core.tracing import NO_TRACER, Subject, Tracer, ending
 from batchlab.manager import admission
 from batchlab.manager.bundling import Bundler
 from batchlab.manager.collector import PendingSubmissions
@@ -45,11 +45,11 @@ class JobCommands:
         coordinator: JobCoordinator,
         bundler: Bundler,
         lives: dict[JobId, LiveJob],
-        adopt: Callable[[Written], Awaitable[LiveJob]],
+        adopt: Callable[[ChangeResult], Awaitable[LiveJob]],
         pending_submissions: PendingSubmissions,
         is_staffed: Callable[[str], bool],
         counts: Counters | None = None,
-        tracer: Tracer = NOBODY,
+        tracer: Tracer = NO_TRACER,
     ) -> None:
         self._ports = ports
         self._coordinator = coordinator
@@ -64,7 +64,7 @@ class JobCommands:
         self._begun: set[JobId] = set()
         """Jobs whose retry may be in the bucket and not in the ledger."""
 
-    async def submit(self, job: JobDef, items: Sequence[Json] | None = None) -> Written:
+    async def submit(self, job: JobDef, items: Sequence[Json] | None = None) -> ChangeResult:
         """Accept a job, with its encoded items if there are few.
 
         A repeated client token returns the job that it made, and is Refused for a different job.
@@ -74,7 +74,7 @@ class JobCommands:
             sealed = await self._ports.keys.sealed(job)
             return await self._submit(replace(sealed, trace=submitting.context), items)
 
-    async def _submit(self, job: JobDef, items: Sequence[Json] | None) -> Written:
+    async def _submit(self, job: JobDef, items: Sequence[Json] | None) -> ChangeResult:
         opening = self._bundler.opening(job, items) if items is not None else None
         job, opening, is_ours = await self._define(job, opening)
         if not is_ours or not opening or not self._may_begin(job, opening):
@@ -105,7 +105,7 @@ class JobCommands:
 
     async def _accept(
         self, job: JobDef, opening: commit_keys.Opening | None, *, is_ours: bool = True, is_sent: bool | None = None
-    ) -> Written:
+    ) -> ChangeResult:
         """Write the job to the ledger, conduct it, and send its first bundles unless `is_sent`
         (None: not tried). If sending failed, or another request made the job, some bundles may be
         under way."""
@@ -173,7 +173,7 @@ class JobCommands:
         """Cancel the job, and return when none of its tasks can start any more (I4). Refused if it
         has ended."""
         live = self.running(job, "cancelled")
-        word = json_format.Word(Control.CANCEL, JobState.CANCELLED, "cancelled by its user")
+        word = json_format.ControlCommand(Control.CANCEL, JobState.CANCELLED, "cancelled by its user")
         await self._coordinator.forbid(live, word)
         live.poke.set()
 
@@ -212,7 +212,7 @@ class JobCommands:
         round_ = record.round + 1
         retry = await self._retries.plan(record, chosen)
         # Before the round, because a manager that finds the round must not find it forbidden.
-        await commit.permit(objects, job, round_, patience)
+        await commit.permit_round(objects, job, round_, patience)
         key = object_keys.retry(job, round_)
         self._begun.add(job)
         try:
@@ -220,7 +220,7 @@ class JobCommands:
         except AlreadyExists:
             retry = Retry.from_bytes(await patience(lambda: objects.get(key)))
         await self._ports.ledger.apply(Reopen(job, round_, retry.reopened))
-        live = await self._adopt(Written(await self._ports.ledger.rows(job), is_new=False))
+        live = await self._adopt(ChangeResult(await self._ports.ledger.rows(job), is_new=False))
         self._begun.discard(job)
         await self._coordinator.send(live.job, [b for cut in retry.cuts for b in cut.bundles])
         return live.record
@@ -258,19 +258,19 @@ class JobCommands:
         objects, patience = self._ports.objects, self._ports.patience
         async with live.control_lock:
             while True:
-                spoken = await commit.spoken(objects, live.id, patience)
-                if spoken and spoken.word.round > live.round:
+                spoken = await commit.read_stored(objects, live.id, patience)
+                if spoken and spoken.command.round > live.round:
                     raise Superseded(live)
-                if spoken and spoken.word.control is Control.CANCEL:
+                if spoken and spoken.command.control is Control.CANCEL:
                     live.doubtful = True  # another leader may have written it
                     live.poke.set()
-                if Control.CANCEL in (live.record.control, spoken and spoken.word.control):
+                if Control.CANCEL in (live.record.control, spoken and spoken.command.control):
                     raise Refused(
                         f"Job {live.id} is being cancelled.",
                         remedy="Once it has ended, `batchlab job retry` runs the remaining tasks.",
                     )
-                word = json_format.Word(wanted, round=live.round)
-                if await commit.say(objects, live.id, word, patience, over=spoken):
+                word = json_format.ControlCommand(wanted, round=live.round)
+                if await commit.replace_command(objects, live.id, word, patience, over=spoken):
                     break
             await self._coordinator.record_control(live, wanted)
 

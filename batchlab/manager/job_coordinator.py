@@ -23,7 +23,7 @@ from batchlab.core.ports import AddCut, Cut, Ending, Finish, SetControl, SetPlan
 from batchlab.core.protocol import commit_keys, json_format, object_keys, settlement
 from batchlab.core.protocol.bundle_inputs import Inputs
 from batchlab.core.protocol.settlement import Verdict, judge
-from batchlab.core.tracing import NOBODY, Subject, Tracer, span
+from batchlab.core.tracing import NO_TRACER, Subject, Tracer, span
 from batchlab.manager import completion_checks
 from batchlab.manager.bundling import Bundler
 from batchlab.manager.counters import Counters
@@ -53,7 +53,7 @@ class JobCoordinator:
         bundler: Bundler,
         on_plan: Callable[[str], None],
         counts: Counters | None = None,
-        tracer: Tracer = NOBODY,
+        tracer: Tracer = NO_TRACER,
         on_end: Callable[[LiveJob, Ending], Awaitable[None]] | None = None,
         on_missing: Callable[[LiveJob], Awaitable[None]] | None = None,
         quarantine: Quarantine | None = None,
@@ -100,7 +100,7 @@ class JobCoordinator:
         if live.doubtful:
             await self._make_sure(live)
         if live.record.control is Control.CANCEL:
-            await self.stop(live, json_format.Word(Control.CANCEL))
+            await self.stop(live, json_format.ControlCommand(Control.CANCEL))
             return
         if live.record.control is Control.PAUSE or live.record.state is JobState.SCHEDULED:
             return
@@ -109,12 +109,12 @@ class JobCoordinator:
                 await self._plan(live, stage)
                 await self._cut(live, stage)
         except UsageError as error:
-            await self.stop(live, json_format.Word(Control.CANCEL, JobState.FAILED, str(error)))
+            await self.stop(live, json_format.ControlCommand(Control.CANCEL, JobState.FAILED, str(error)))
             return
         verdict = judge(live.job, [s.counts for s in live.stages.values()])
         if verdict.stop:
             reason = await self._explained(live, verdict)
-            await self.stop(live, json_format.Word(Control.CANCEL, JobState.FAILED, reason))
+            await self.stop(live, json_format.ControlCommand(Control.CANCEL, JobState.FAILED, reason))
         elif live.is_through and await self._accounted(live):
             if live.doubtful:
                 return  # the next step reads the control word
@@ -138,7 +138,7 @@ class JobCoordinator:
         elif step is completion_checks.Recovery.FAIL:
             lost = sum(_uncut_tasks(live).values())
             reason = f"{lost} tasks are in no bundle: an outcome lacks its follow-up bundles"
-            await self.stop(live, json_format.Word(Control.CANCEL, JobState.FAILED, reason))
+            await self.stop(live, json_format.ControlCommand(Control.CANCEL, JobState.FAILED, reason))
 
     # --- Planning --------------------------------------------------------------------------------
 
@@ -265,7 +265,7 @@ class JobCoordinator:
 
     async def _send(self, job: JobDef, bundles: Sequence[Bundle], trace: str) -> None:
         messages: list[Addressed] = []
-        key = await self._ports.keys.of(job)
+        key = await self._ports.keys.key_of(job)
         now_s = self._ports.clock.now_s()
         for bundle in bundles:
             items: Sequence[Json] | None = None
@@ -280,7 +280,7 @@ class JobCoordinator:
 
     # --- Ending ----------------------------------------------------------------------------------
 
-    async def stop(self, live: LiveJob, word: json_format.Word) -> None:
+    async def stop(self, live: LiveJob, word: json_format.ControlCommand) -> None:
         """End the job early: no further task starts, and outstanding bundles are sealed.
 
         `word` sets the job's final state, unless an earlier word was written.
@@ -289,7 +289,7 @@ class JobCoordinator:
         closed = await self._seal(live)
         # The word is written again if the store has lost it meanwhile.
         objects, patience = self._ports.objects, self._ports.patience
-        written = await commit.insist(objects, live.id, replace(word, round=live.round), patience)
+        written = await commit.write_cancellation(objects, live.id, replace(word, round=live.round), patience)
         if written is None:
             raise Superseded(live)
         await self._finish(live, written.state, written.reason, closed)
@@ -301,7 +301,7 @@ class JobCoordinator:
         self._quarantine.object(key, error, live.id, "object")
         reason = f"the stored object {key} cannot be read: {error.message}"
         try:
-            await self.stop(live, json_format.Word(Control.CANCEL, JobState.FAILED, reason))
+            await self.stop(live, json_format.ControlCommand(Control.CANCEL, JobState.FAILED, reason))
         except (Malformed, NotFound):
             await self.abandon(live, reason)
 
@@ -310,7 +310,7 @@ class JobCoordinator:
         now_s = self._ports.clock.now_s()
         await self._record(live, Ending(JobState.FAILED, reason, now_s, _uncut_tasks(live)))
 
-    async def forbid(self, live: LiveJob, word: json_format.Word) -> None:
+    async def forbid(self, live: LiveJob, word: json_format.ControlCommand) -> None:
         """Write "cancel" to the control object, and wait until no worker can start a task (I4).
 
         The first such word stays, so that a new leader ends the job in the same state. Raises
@@ -322,7 +322,7 @@ class JobCoordinator:
             if live.record.control is not Control.CANCEL:
                 word = replace(word, round=live.round)
                 objects, patience = self._ports.objects, self._ports.patience
-                if not await commit.insist(objects, live.id, word, patience):
+                if not await commit.write_cancellation(objects, live.id, word, patience):
                     raise Superseded(live)
                 await self.record_control(live, Control.CANCEL)
         await asyncio.sleep(self._settings.control_lease_s * 1.1)
@@ -333,9 +333,9 @@ class JobCoordinator:
         the job's first bundles do not wait for it."""
         objects, patience = self._ports.objects, self._ports.patience
         # A job that was conducted before has one, and a cancellation must not be undone.
-        run = json_format.Word(Control.RUN, round=live.round)
+        run = json_format.ControlCommand(Control.RUN, round=live.round)
         with atomic_write.repeated():
-            await commit.say(objects, live.id, run, patience, over=None)
+            await commit.replace_command(objects, live.id, run, patience, over=None)
         live.allowed = True
 
     async def record_control(self, live: LiveJob, word: Control) -> None:
@@ -370,8 +370,8 @@ class JobCoordinator:
                 # Only a manager of release 0.1.0 leaves such a word, because it wrote without a
                 # condition.
                 objects, patience = self._ports.objects, self._ports.patience
-                await commit.permit(objects, live.id, live.round, patience)
-                word = json_format.Word(Control.RUN, round=live.round)
+                await commit.permit_round(objects, live.id, live.round, patience)
+                word = json_format.ControlCommand(Control.RUN, round=live.round)
             if word.control is live.record.control or word.round > live.round:
                 return
             about = {"job": live.id}
@@ -382,19 +382,19 @@ class JobCoordinator:
             await set_job_state(self._ports, live, JobState.PAUSED if paused else JobState.RUNNABLE)
         live.poke.set()
 
-    async def _word(self, live: LiveJob) -> json_format.Word | None:
+    async def _word(self, live: LiveJob) -> json_format.ControlCommand | None:
         """Return the control word that workers follow, or None. If its object is lost or damaged,
         write the ledger's word again."""
         objects, patience = self._ports.objects, self._ports.patience
         try:
-            return await commit.word_of(objects, live.id, patience)
+            return await commit.read_command(objects, live.id, patience)
         except NotFound:
             # Without the object, workers run the job.
             if live.record.control is Control.RUN:
                 return None
         except Malformed as error:
             self._quarantine.object(object_keys.control(live.id), error, live.id, "object")
-        await commit.mend(objects, live.id, live.record.control, live.round, patience)
+        await commit.repair_command(objects, live.id, live.record.control, live.round, patience)
         return None
 
     async def _seal(self, live: LiveJob) -> Mapping[StageName, int]:
@@ -472,7 +472,7 @@ class JobCoordinator:
         records = await self._ports.ledger.bundles(live.id, failed=True, limit=1)
         objects, patience = self._ports.objects, self._ports.patience
         for record in records:
-            key = await self._ports.keys.of(live.job)
+            key = await self._ports.keys.key_of(live.job)
             try:
                 outcome = await committed(objects, record.bundle, patience, key)
             except Malformed:

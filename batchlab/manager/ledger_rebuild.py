@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
-from batchlab.core.commit import read_outcome, word_of
+from batchlab.core.commit import read_command, read_outcome
 from batchlab.core.errors import BackendError, Malformed, NotFound, Throttled, TooNew, Unreachable
 from batchlab.core.job_definition import JobDef
 from batchlab.core.model import Completion, Control, JobId, JobState, Outcome, StageName
-from batchlab.core.ports import Cut, Ending, JobRows, ObjectInfo, Past, Round
+from batchlab.core.ports import Cut, Ending, JobHistory, JobRows, ObjectInfo, Round
 from batchlab.core.protocol import commit_keys, json_format, object_keys, settlement
 from batchlab.core.protocol.object_keys import CommitKey
 from batchlab.manager import admission
@@ -149,7 +149,7 @@ class _JobObjects:
             self.unreadable[name] = "It does not fit the stages of its job."
 
 
-async def _read_history(ports: Ports, job: JobId) -> tuple[Past, dict[str, str]]:
+async def _read_history(ports: Ports, job: JobId) -> tuple[JobHistory, dict[str, str]]:
     job_objects = _JobObjects()
     spec, opening = await _read(ports, object_keys.spec(job), commit_keys.from_json)
     if spec.id != job:
@@ -171,7 +171,7 @@ async def _read_history(ports: Ports, job: JobId) -> tuple[Past, dict[str, str]]
     # A job with a cut has started, even if the clock was set back since.
     later = not job_objects.cuts and (spec.start_at_s or 0.0) > ports.clock.now_s()
     state = JobState.SCHEDULED if later else JobState.SUBMITTED
-    past = Past(spec, state, await _rounds(ports, spec, job_objects), await _control(ports, job, job_objects))
+    past = JobHistory(spec, state, await _rounds(ports, spec, job_objects), await _control(ports, job, job_objects))
     return past, job_objects.unreadable
 
 
@@ -179,7 +179,7 @@ async def _key_of(ports: Ports, job: JobDef) -> CommitKey:
     """Return the job's commit key. Raises UnreadableObject if the definition has the hash of
     another key, as a damaged one may."""
     try:
-        return await ports.keys.of(job)
+        return await ports.keys.key_of(job)
     except (Throttled, Unreachable, NotFound):
         raise
     except BackendError as error:
@@ -236,7 +236,7 @@ async def _ending(ports: Ports, job: JobId, round_: int, found: _JobObjects) -> 
 
 async def _control(ports: Ports, job: JobId, found: _JobObjects) -> Control:
     try:
-        return (await word_of(ports.objects, job, ports.patience)).control
+        return (await read_command(ports.objects, job, ports.patience)).control
     except NotFound:
         return Control.RUN
     except Malformed as error:

@@ -14,9 +14,9 @@ from typing import Any
 from batchlab.core.errors import NotFound
 from batchlab.core.job_definition import JobDef
 from batchlab.core.model import BundleId, Completion, Control, JobId, StageName
-from batchlab.core.ports import BundleRecord, Fold, Folded, JobChange, JobRecord, JobRows
+from batchlab.core.ports import BundleRecord, Fold, FoldResult, JobChange, JobRecord, JobRows
 from batchlab.core.protocol import settlement
-from batchlab.core.tracing import NOBODY, Tracer
+from batchlab.core.tracing import NO_TRACER, Tracer
 from batchlab.manager.counters import Counters
 from batchlab.manager.state import LiveJob, Ports, RetainedOutcome, Superseded
 
@@ -40,7 +40,7 @@ class LedgerWriter:
         restored: Callable[[JobId], Awaitable[JobDef | None]],
         repeated: Callable[[JobId, StageName], None] = lambda *_: None,
         counts: Counters | None = None,
-        tracer: Tracer = NOBODY,
+        tracer: Tracer = NO_TRACER,
         on_author: Callable[[str], None] = lambda _: None,
     ) -> None:
         """`restored` restores a job that the ledger does not have. `repeated` is called for each
@@ -115,7 +115,7 @@ class LedgerWriter:
                 live.doubtful = True
         return known
 
-    def _note(self, completions: Sequence[Completion], folded: Folded, whole: OutcomesByBundle) -> list[LiveJob]:
+    def _note(self, completions: Sequence[Completion], folded: FoldResult, whole: OutcomesByBundle) -> list[LiveJob]:
         """Update outstanding bundles and recent outcomes, and return the live jobs concerned."""
         if folded.first_seq != self._next_seq:
             # Another leader folds too, or the response of an earlier fold was lost.

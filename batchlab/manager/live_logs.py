@@ -78,13 +78,13 @@ class LiveLogs:
         """Write the request, and return whether workers will see it. If not, the next client tries
         again."""
         objects, patience = self._ports.objects, self._ports.patience
-        spoken = await commit.spoken(objects, live.id, patience)
+        spoken = await commit.read_stored(objects, live.id, patience)
         # A job without a control object gets one after a moment.
-        word = spoken.word if spoken else json_format.Word(Control.RUN, round=live.round)
+        word = spoken.command if spoken else json_format.ControlCommand(Control.RUN, round=live.round)
         if word.control is not live.record.control or word.control is Control.CANCEL:
             return False
         asked = replace(word, tail=word.tail + 1, tail_s=self._ports.clock.now_s())
-        return await commit.say(objects, live.id, asked, patience, over=spoken)
+        return await commit.replace_command(objects, live.id, asked, patience, over=spoken)
 
     def _make_room(self) -> None:
         """Drop the output of the jobs that were read least recently, above the limit. It is read

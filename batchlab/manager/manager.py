@@ -24,11 +24,11 @@ from batchlab.core import logs
 from batchlab.core.errors import BackendError, NotFound, Refused, Throttled, Unreachable
 from batchlab.core.job_definition import JobDef
 from batchlab.core.model import Control, GroupView, JobId, JobState, LifecycleState, Pool
-from batchlab.core.port_retries import heed_cancellation, patiently, set_within
+from batchlab.core.port_retries import patiently, raise_if_cancelled, set_within
 from batchlab.core.ports import Clock, Depth, JobRecord, Ledger, QueueSpec
 from batchlab.core.pricing.usage import Accounting
 from batchlab.core.protocol import object_keys
-from batchlab.core.tracing import NOBODY, Tracer
+from batchlab.core.tracing import NO_TRACER, Tracer
 from batchlab.manager import admission
 from batchlab.manager.adoption import Adoption, DelayedJobs
 from batchlab.manager.autoscaler import Autoscaler, Prewarm
@@ -143,7 +143,7 @@ class Manager:
         accounting: Accounting | None = None,
         reports: ReportQueue | None = None,
         counts: Counters | None = None,
-        tracer: Tracer = NOBODY,
+        tracer: Tracer = NO_TRACER,
         outlets: NotificationChannels | None = None,
         recent: logs.Recent | None = None,
         *,
@@ -395,7 +395,7 @@ class Manager:
             except BackendError as error:
                 self._retries_searched = False
                 log.warning("an unfinished retry waits for the backend: %s", error)
-            heed_cancellation()
+            raise_if_cancelled()
             await asyncio.sleep(self.settings.silence_s)
 
     # --- The tick --------------------------------------------------------------------------------
@@ -421,7 +421,7 @@ class Manager:
                 log.warning("this tick is skipped: %s", error)
                 self.trouble = str(error)
                 self.counts.skipped += 1
-            heed_cancellation()
+            raise_if_cancelled()
             await set_within(self._wake, self.settings.tick_s)
             self._wake.clear()
 

@@ -240,7 +240,10 @@ class Notifier:
         record = replace(live.record, state=state, reason=reason, ended_s=at_s, round=live.round)
         body = notifications.body_of(record, list(live.stages.values()))
         await self._add(
-            [notifications.made(target, live.job, live.round, moment, body, at_s=at_s) for target in wanted]
+            [
+                notifications.make_notification(target, live.job, live.round, moment, body, at_s=at_s)
+                for target in wanted
+            ]
         )
 
     async def observe(self) -> None:
@@ -287,7 +290,7 @@ class Notifier:
                 log.exception("the standstill of job %s could not be explained", live.id)
         body = notifications.body_of(live.record, list(live.stages.values()), why=why)
         at_s = self._ports.clock.now_s()
-        return notifications.made(target, live.job, live.round, moment, body, at_s=at_s, key=key)
+        return notifications.make_notification(target, live.job, live.round, moment, body, at_s=at_s, key=key)
 
     # --- The bucket ------------------------------------------------------------------------------
 

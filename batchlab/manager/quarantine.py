@@ -146,7 +146,7 @@ class OutcomeStore:
         """Return the committed outcome of `bundle`, or None. If its object is unreadable, commit a
         replacement in which its tasks fail or are retried."""
         try:
-            key = await self._ports.keys.of(job)
+            key = await self._ports.keys.key_of(job)
             outcome = await committed(self._ports.objects, bundle, self._ports.patience, key)
             return _check_fit(job, outcome, key) if outcome else None
         except Malformed as error:
@@ -157,14 +157,14 @@ class OutcomeStore:
         """Commit `draft` and return the outcome that counts. An unreadable object in its place is
         replaced by `draft`."""
         try:
-            key = await self._ports.keys.of(job)
+            key = await self._ports.keys.key_of(job)
             outcome = await commit(self._ports.objects, draft, self._ports.patience, key)
             return _check_fit(job, outcome, key)
         except Malformed as error:
             return await self._replaced(job, draft, error)
 
     async def _replaced(self, job: JobDef, draft: Outcome, error: BackendError) -> Outcome:
-        key = await self._ports.keys.of(job)
+        key = await self._ports.keys.key_of(job)
         self._quarantine.object(object_keys.outcome(draft.bundle, key), error, job.id)
         objects, patience = self._ports.objects, self._ports.patience
         name, data = object_keys.replacement(draft.bundle), json_format.outcome_text(draft).encode()

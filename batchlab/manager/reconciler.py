@@ -17,7 +17,7 @@ from batchlab.core.commit import follow_ups, send_all, uncommitted
 from batchlab.core.errors import BackendError, Malformed, NotFound, Throttled, TooNew, Unreachable
 from batchlab.core.job_definition import JobDef
 from batchlab.core.model import Bundle, Control, JobId, Outcome
-from batchlab.core.port_retries import heed_cancellation
+from batchlab.core.port_retries import raise_if_cancelled
 from batchlab.core.ports import MAX_BATCH, Depth, Message
 from batchlab.core.protocol import json_format, object_keys, settlement
 from batchlab.core.protocol.messages import read_task_message
@@ -105,15 +105,15 @@ class Reconciler:
         except (Throttled, Unreachable, NotFound):
             raise
         except Superseded as error:
-            heed_cancellation()
+            raise_if_cancelled()
             log.info("%s", error, extra={"job": live.id})
             live.end()
         except BackendError as error:
-            heed_cancellation()
+            raise_if_cancelled()
             log.error("its silent bundles wait: %s", error, extra={"job": live.id})
             live.trouble = str(error)
         except Exception as error:
-            heed_cancellation()
+            raise_if_cancelled()
             # A bug that concerns one job must not end the tick of the others.
             log.exception("silent bundles of job %s met a bug", live.id, extra={"job": live.id})
             live.trouble = f"an error inside the manager: {error!r}; see its log"
@@ -171,7 +171,7 @@ class Reconciler:
     async def forward(self, job: JobDef, outcome: Outcome) -> None:
         """Repeat steps 3 and 4 for an outcome whose worker may have died before them. Committed
         follow-ups are not sent again."""
-        key = await self._ports.keys.of(job)
+        key = await self._ports.keys.key_of(job)
         objects, patience = self._ports.objects, self._ports.patience
         follows = await uncommitted(objects, outcome.follows, patience, key)
         left = replace(outcome, follows=follows)
@@ -205,7 +205,7 @@ class Reconciler:
             bundle = task.bundle
             job = await self._job(bundle.job)
             job.stage(bundle.stage)  # KeyError if the job has no such stage
-            key = await self._ports.keys.of(job)
+            key = await self._ports.keys.key_of(job)
         except (Malformed, TooNew, NotFound, KeyError) as error:
             size = len(message.body)
             self._quarantine.message("dead letter", message.id, size, error)

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 from batchlab.core.errors import BackendError
 from batchlab.core.model import GroupView, JobId, JobState, LifecycleState, StageName
-from batchlab.core.port_retries import heed_cancellation
+from batchlab.core.port_retries import raise_if_cancelled
 from batchlab.core.ports import Depth
 from batchlab.core.pricing.usage import Account
 from batchlab.core.protocol import json_format, object_keys
@@ -453,7 +453,7 @@ class ReportQueue:
             try:
                 await self._reporter.write(job)
             except Exception as error:  # noqa: BLE001 - whatever it is, no job may suffer from it
-                heed_cancellation()
+                raise_if_cancelled()
                 log.warning("the performance data of %s is not written: %s", job, error)
                 self._troubles[job] = str(error)
                 while len(self._troubles) > TROUBLES_KEPT:

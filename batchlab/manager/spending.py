@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from batchlab.core.errors import BackendError
 from batchlab.core.model import Control, GroupView, JobId, Pool
 from batchlab.core.pricing.request_costs import Requests
-from batchlab.core.pricing.usage import Account, Accounting, Meter, most
+from batchlab.core.pricing.usage import Account, Accounting, Meter, larger_counts
 from batchlab.core.protocol import json_format, object_keys
 from batchlab.manager.cost_caps import CostCaps, UsageAttribution
 from batchlab.manager.recorded_data import RecordedData, merge_parts
@@ -94,7 +94,7 @@ class JobUsage:
 
     def take_in(self, other: JobUsage) -> None:
         """Merge what another leader has stored for the job."""
-        self.account.keep_most(other.account)
+        self.account.merge(other.account)
         if self.record is not None and other.record is not None:
             self.record = merge_parts(other.record, self.record)
         elif self.record is None:
@@ -164,7 +164,7 @@ class Spending:
             for instance in view.instances:
                 there.add(instance.id)
                 known = len(self.meter.lives)
-                self.meter.see(
+                self.meter.bill_instance(
                     view.pool,
                     instance,
                     now_s=now_s,
@@ -174,7 +174,7 @@ class Spending:
                     is_spot=instance.id in self._registry.spot,
                 )
                 self._is_due |= len(self.meter.lives) != known
-        self._is_due |= self.meter.keep(there)
+        self._is_due |= self.meter.retain(there)
         self._count_requests()
         self.refill()
 
@@ -201,12 +201,12 @@ class Spending:
         paused = {job for job, live_job in self._lives.items() if live_job.record.control is not Control.RUN}
         busy = [job for job in accounts if job not in paused]
         everybody = dict.fromkeys(busy, 1 / len(busy)) if busy else {}
-        self.meter.hear(MANAGER, self._own(), everybody, accounts)
+        self.meter.count_requests(MANAGER, self._own(), everybody, accounts)
         for worker, asked in self._registry.requests.items():
             shares: Mapping[JobId, float] = everybody
             if asked.instance in self._registry.workers:
                 shares = self._shares.of(asked.instance, everybody)
-            self.meter.hear(worker, asked.requests, shares, accounts)
+            self.meter.count_requests(worker, asked.requests, shares, accounts)
         self._registry.requests.clear()
 
     # --- Caps ------------------------------------------------------------------------------------
@@ -260,13 +260,13 @@ class Spending:
             self.caps.by_hand |= books.caps
 
     def _take_in(self, books: GridUsage) -> None:
-        self.meter.take_in(books.meter)
-        self._earlier = most(books.own, self._own()) - self._tally.read()
+        self.meter.merge(books.meter)
+        self._earlier = larger_counts(books.own, self._own()) - self._tally.read()
         self._others = {}
         for job, account in books.jobs.items():
             live = self._lives.get(job)
             if mine := live.account if live else self._known.get(job):
-                mine.keep_most(account)
+                mine.merge(account)
             elif job not in self._closed:
                 self._others[job] = account
         self.caps.by_hand = {**books.caps, **self.caps.by_hand}
@@ -297,7 +297,7 @@ class Spending:
             # The usage of earlier rounds is unknown.
             return other or Account(is_whole=False)
         if other:
-            used.account.keep_most(other)
+            used.account.merge(other)
         if self._recorder and used.record is not None:
             self._recorder.reopened(job, used.record)
         self._kept[job] = versioned_document

@@ -19,7 +19,7 @@ from batchlab.core.model import JobId, Json, Outcome, StageCounts, StageName, Ta
 from batchlab.core.port_retries import Patience
 from batchlab.core.ports import BundleRecord, Cut, Objects
 from batchlab.core.protocol import commit_keys, json_format, object_keys, values
-from batchlab.core.protocol.bundle_inputs import Manifest, Own, is_gather
+from batchlab.core.protocol.bundle_inputs import JobObjects, Manifest, is_gather
 from batchlab.core.protocol.field_checks import UNREADABLE
 from batchlab.manager import input_split
 from batchlab.manager.quarantine import read_stored
@@ -75,7 +75,7 @@ class StagePlans:
 
     async def _brought(self, job: JobDef) -> Manifest | None:
         opening = await self._opening(job)
-        return Manifest.of(opening.items) if opening else None
+        return Manifest.of_items(opening.items) if opening else None
 
     async def opened(self, job: JobDef, cut: Cut) -> Cut | None:
         """Return the cut that was committed with the job's definition in place of this one, or
@@ -161,13 +161,13 @@ class StagePlans:
         for upstream in stage.after:
             async for task, value in self._values(job, counts[upstream]):
                 rows[task][upstream] = value
-        skipped = TaskSet.of(i for i, row in enumerate(rows) if len(row) < len(stage.after))
+        skipped = TaskSet.from_indices(i for i, row in enumerate(rows) if len(row) < len(stage.after))
         return await self._write(job, stage.name, round, _each(rows), skipped=skipped)
 
     async def _values(self, job: JobDef, counts: StageCounts) -> AsyncIterator[tuple[int, Json]]:
         """Yield (task, encoded result) of each success of a stage. Large results are fetched."""
         stage = counts.stage
-        key, own = await self._ports.keys.of(job), Own.of(job)
+        key, own = await self._ports.keys.key_of(job), JobObjects.of_job(job)
         for record in await successful_bundles(self._ports, job.id, counts):
             outcome = await self._outcome(stage, object_keys.outcome(record.bundle, key))
             for task, value in zip(outcome.succeeded, outcome.values, strict=True):
@@ -182,7 +182,7 @@ class StagePlans:
         except (NotFound, Malformed) as error:
             raise _missing_results(stage, error) from error
 
-    async def _result(self, stage: StageName, own: Own, reference: Json) -> Json:
+    async def _result(self, stage: StageName, own: JobObjects, reference: Json) -> Json:
         """Return the value in the object of a reference. A worker wrote the object, so it may have
         any size and content."""
         key = own.key(reference)

@@ -37,7 +37,7 @@ from batchlab.core.ports import (
 from batchlab.core.pricing.usage import Account, Budget
 from batchlab.core.protocol import settlement
 from batchlab.core.protocol.commit_keys import CommitKeys
-from batchlab.core.protocol.messages import Beat, Held
+from batchlab.core.protocol.messages import Beat, HeldBundle
 from batchlab.core.tracing import LINKS
 
 MAX_BYTES = 16 * 1024**2
@@ -129,7 +129,7 @@ class LiveJob:
     poke: asyncio.Event = field(default_factory=asyncio.Event)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     control_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Held from reading the control word to writing the next one. A slow "run" must not follow a
+    """HeldBundle from reading the control word to writing the next one. A slow "run" must not follow a
     "cancel" that was acknowledged."""
     conducting: asyncio.Task[None] | None = None
     allowed: bool = False
@@ -420,7 +420,7 @@ class WorkerStatus:
     beat: Beat
     heard_s: float
     """Monotonic time of the beat."""
-    since_s: Mapping[Held, float]
+    since_s: Mapping[HeldBundle, float]
     """Monotonic time when each running bundle was first reported."""
 
 

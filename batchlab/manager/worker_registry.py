@@ -23,10 +23,10 @@ from batchlab.core.commit import address, send_all
 from batchlab.core.errors import BackendError, Malformed, Refused, TooNew
 from batchlab.core.model import Bundle, GroupView, Instance, JobId
 from batchlab.core.ports import MAX_BATCH
-from batchlab.core.pricing.request_costs import STEP_BYTES, Asked
+from batchlab.core.pricing.request_costs import STEP_BYTES, WorkerRequests
 from batchlab.core.protocol import json_format, object_keys
 from batchlab.core.protocol.field_checks import UNREADABLE
-from batchlab.core.protocol.messages import Beat, Held
+from batchlab.core.protocol.messages import Beat, HeldBundle
 from batchlab.manager.counters import Counters
 from batchlab.manager.quarantine import Quarantine
 from batchlab.manager.state import LiveJob, Ports, WorkerStatus
@@ -219,7 +219,7 @@ class WorkerRegistry:
         """Instances reported as ready to their group."""
         self.spot: dict[str, None] = {}
         """Instances that reported to be Spot Instances, in order."""
-        self.requests: dict[str, Asked] = {}
+        self.requests: dict[str, WorkerRequests] = {}
         """Last request counts of each worker."""
         self._gone: dict[str, _DepartedWorker] = {}
         """The last instances that left or died, in order. A late beat must not revive one, but
@@ -261,7 +261,7 @@ class WorkerRegistry:
             await self._told_ready(beat.instance)
         return True
 
-    def _believed(self, beat: Beat, trusted: Collection[JobId]) -> tuple[Held, ...]:
+    def _believed(self, beat: Beat, trusted: Collection[JobId]) -> tuple[HeldBundle, ...]:
         """Return the bundles that the worker can hold: of jobs whose commit keys it has, in stages
         of its pool. Their receipts are used only on that pool's task queue."""
         queue = object_keys.tasks_queue(beat.pool)
@@ -269,7 +269,7 @@ class WorkerRegistry:
             held for held in beat.held if held.queue == queue and held.job in trusted and self._is_in(held, beat.pool)
         )
 
-    def _is_in(self, held: Held, pool: str) -> bool:
+    def _is_in(self, held: HeldBundle, pool: str) -> bool:
         live = self._lives.get(held.job)
         stages = live.job.stages if live else ()
         return live is None or any(s.name == held.stage and s.pool == pool for s in stages)
@@ -292,7 +292,7 @@ class WorkerRegistry:
         else:
             self._ready.add(instance)
 
-    def told(self, asked: Asked) -> None:
+    def told(self, asked: WorkerRequests) -> None:
         """Record the request counts of a worker, if they are plausible."""
         launched_s = self.instances.launched_s(asked.instance)
         if launched_s is None:
@@ -393,14 +393,14 @@ class WorkerRegistry:
                 stage = live.job.stage(held.stage)
                 live.account.lose(stage.pool, (now_s - since_s) * stage.slots)
 
-    async def _give_back(self, held: Sequence[Held], *, explained: bool) -> None:
+    async def _give_back(self, held: Sequence[HeldBundle], *, explained: bool) -> None:
         ours = [one for one in held if one.receipt]
         copied = [our for our in ours if explained and self._waiting(our)]
         await self._send_copies(copied)
         await self._return(copied, visible=False)
         await self._return([our for our in ours if our not in copied], visible=True)
 
-    async def _return(self, held: Sequence[Held], *, visible: bool) -> None:
+    async def _return(self, held: Sequence[HeldBundle], *, visible: bool) -> None:
         """Make messages visible again, or delete messages that were replaced by copies."""
         queue, patience = self._ports.queue, self._ports.patience
         receipts: dict[str, list[str]] = {}
@@ -416,15 +416,15 @@ class WorkerRegistry:
                 else:
                     await patience(partial(queue.delete, name, batch))
 
-    def _waiting(self, held: Held) -> Bundle | None:
+    def _waiting(self, held: HeldBundle) -> Bundle | None:
         live = self._lives.get(held.job)
         outstanding = live.outstanding.get(held.stage, {}).get(held.bundle) if live else None
         return outstanding.bundle if outstanding else None
 
-    async def _send_copies(self, held: Sequence[Held]) -> None:
+    async def _send_copies(self, held: Sequence[HeldBundle]) -> None:
         now_s = self._ports.clock.now_s()
         messages = [
-            address(job, bundle, await self._ports.keys.of(job), now_s=now_s)
+            address(job, bundle, await self._ports.keys.key_of(job), now_s=now_s)
             for one in held
             if (bundle := self._waiting(one))
             for job in (self._lives[one.job].job,)

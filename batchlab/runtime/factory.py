@@ -23,8 +23,8 @@ from batchlab.core.errors import Unreachable, UsageError
 from batchlab.core.model import Pool
 from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Clock, Ids, Ledger, LocalFiles, Objects
-from batchlab.core.pricing.request_costs import Tally
-from batchlab.core.tracing import NOBODY, Tracer
+from batchlab.core.pricing.request_costs import RequestCounter
+from batchlab.core.tracing import NO_TRACER, Tracer
 from batchlab.runtime import aws_deployment, compose_deployment, descriptor
 from batchlab.runtime.descriptor import VARIABLE, Image, fresh_bucket, with_pools
 from batchlab.runtime.home import Home
@@ -116,7 +116,7 @@ class Backend(Placed):
     def open_tracer(self, service: str, instance: str) -> Tracer:
         """Return the tracer configured by the OTEL_* variables, or a no-op tracer."""
         if not _is_traced(os.environ):
-            return NOBODY
+            return NO_TRACER
         try:
             from batchlab.adapters.opentelemetry import OtelTracer
         except ImportError:
@@ -125,7 +125,7 @@ class Backend(Placed):
                 "so there are no traces: %s",
                 installation.remedy("otel"),
             )
-            return NOBODY
+            return NO_TRACER
         return OtelTracer(f"batchlab-{service}", instance)
 
     def open_deliveries(self, home: Home, clock: Clock) -> Deliver:
@@ -146,7 +146,7 @@ class Backend(Placed):
 
         return RandomIds()
 
-    def open_objects(self, home: Home, tally: Tally | None = None) -> Objects:
+    def open_objects(self, home: Home, tally: RequestCounter | None = None) -> Objects:
         """Open the bucket.
 
         `tally` counts requests. Raise Unreachable if the grid has never been up.
@@ -157,7 +157,7 @@ class Backend(Placed):
         opened: Objects = import_module(self.objects).open_objects(bucket)
         return opened
 
-    def _bucket(self, home: Home, tally: Tally | None) -> Bucket:
+    def _bucket(self, home: Home, tally: RequestCounter | None) -> Bucket:
         if self.capabilities.local_bucket:
             home.make()
             return Bucket(folder=home.objects, sync=read_sync())
@@ -192,7 +192,9 @@ class Backend(Placed):
                 )
         return self.open_objects(home)
 
-    def open_queue(self, home: Home, clock: Clock, tally: Tally | None = None) -> SqliteQueue | RungQueue | SqsQueue:
+    def open_queue(
+        self, home: Home, clock: Clock, tally: RequestCounter | None = None
+    ) -> SqliteQueue | RungQueue | SqsQueue:
         """Open the queues.
 
         `tally` counts requests. Raise Unreachable if the grid has never been up.

@@ -156,7 +156,7 @@ async def gather(manager: Manager, job: JobId) -> Facts:
         stopped=manager.autoscaler.launch_breaker.stopped(),
         trouble=manager.trouble,
         lag_s=manager.counts.lag_s,
-        warning=manager.recent.of(job) if manager.recent else None,
+        warning=manager.recent.last(job) if manager.recent else None,
         unreadable=manager.quarantine.trouble(job),
         undelivered=manager.notifier.trouble(job) if manager.notifier else "",
     )

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 from batchlab.core import gc_control, logs
 from batchlab.core.errors import BackendError, UsageError
 from batchlab.core.model import JobId, Pool
-from batchlab.core.port_retries import heed_cancellation
+from batchlab.core.port_retries import raise_if_cancelled
 from batchlab.core.pricing import price_book
 from batchlab.core.pricing.price_book import HOURS_A_MONTH, WORKER_DISK_GB
-from batchlab.core.pricing.request_costs import Tally, usd_of
+from batchlab.core.pricing.request_costs import RequestCounter, usd_of
 from batchlab.core.pricing.usage import Accounting, Kind
 from batchlab.runtime import factory
 from batchlab.runtime.factory import Backend
@@ -106,7 +106,7 @@ async def _lead(options: ManagerOptions, stop: asyncio.Event) -> None:
     clock, ids = backend.open_clock(), backend.open_ids()
     ledger = backend.open_ledger(home)
     launcher = backend.open_launcher(home, clock)
-    tally = Tally()
+    tally = RequestCounter()
     queue = backend.open_queue(home, clock, tally)
     ports = Ports(
         backend.open_objects(home, tally),
@@ -118,7 +118,7 @@ async def _lead(options: ManagerOptions, stop: asyncio.Event) -> None:
         factory.patience(),
     )
     owner = ids.fresh("manager")
-    logs.is_from(manager=owner)
+    logs.add_process_fields(manager=owner)
     # This call is not retried, so that the user sees a damaged file or a newer file format at once.
     # This process holds the lock of the folder. So the previous manager has ended, and its lease can be released.
     await ledger.release(LEASE, home.last_owner() or owner)
@@ -170,7 +170,7 @@ async def _lead(options: ManagerOptions, stop: asyncio.Event) -> None:
         if launcher:
             await end_instances(launcher, backend.worker.drain_s)
         raise
-    gc_control.ended()
+    gc_control.resume()
     lead.serve(served)
     # The history module imports the API. The thread has just imported the API, so this import is fast.
     from batchlab.server.http.history import record_history
@@ -276,7 +276,7 @@ async def _lead_on(lead: _Lead, new_manager: Callable[[], Manager]) -> None:
             if not (has_led or lead.manager.has_led):
                 raise
             log.warning("the backend does not respond: %s", errors.exceptions[0])
-        heed_cancellation()
+        raise_if_cancelled()
         has_led = True
         await asyncio.sleep(LEASE_RETRY_S)
         log.warning("the manager tries to get the lease again")
@@ -303,7 +303,7 @@ async def _wake_on_change(lead: _Lead, changed: asyncio.Event) -> None:
         lead.manager.wake()
 
 
-def accounting_of(home: Home, pools: Sequence[Pool], tally: Tally) -> Accounting:
+def accounting_of(home: Home, pools: Sequence[Pool], tally: RequestCounter) -> Accounting:
     """Return the accounting of the grid. Without a readable price book, the accounting has no prices."""
     try:
         book = price_book.load(home.path)
@@ -311,7 +311,7 @@ def accounting_of(home: Home, pools: Sequence[Pool], tally: Tally) -> Accounting
         log.warning("the grid has no prices, so cost caps have no effect: %s", error)
         return Accounting(tally=tally)
     instance_types = {pool.name: pool.instance_type for pool in pools}
-    disk_usd_h = book.of("ebs", "gp3_usd_per_gb_month") * WORKER_DISK_GB / HOURS_A_MONTH
+    disk_usd_h = book.price("ebs", "gp3_usd_per_gb_month") * WORKER_DISK_GB / HOURS_A_MONTH
 
     def usd_h(kind: Kind) -> float:
         return book.rate(kind.type, kind.market, instance_types.get(kind.pool, "")).high + disk_usd_h

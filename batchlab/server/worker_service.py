@@ -18,7 +18,7 @@ from batchlab.adapters.aws.instance_metadata import Imds, ImdsNotices
 from batchlab.core import gc_control, logs
 from batchlab.core.errors import BackendError
 from batchlab.core.ports import Objects
-from batchlab.core.pricing.request_costs import Tally
+from batchlab.core.pricing.request_costs import RequestCounter
 from batchlab.runtime import factory
 from batchlab.runtime.factory import Backend
 from batchlab.runtime.home import Home
@@ -51,8 +51,8 @@ async def _work(home: Home, backend: Backend, pool: str, slots: int, instance: s
         pool = pool or await asyncio.to_thread(imds.needed_tag, POOL_TAG)
         slots = slots or int(await asyncio.to_thread(imds.needed_tag, SLOTS_TAG))
     me = ids.fresh("w")
-    logs.is_from(worker=me, instance=instance, pool=pool)
-    tally = Tally(is_spot=await asyncio.to_thread(imds.is_spot) if imds else False)
+    logs.add_process_fields(worker=me, instance=instance, pool=pool)
+    tally = RequestCounter(is_spot=await asyncio.to_thread(imds.is_spot) if imds else False)
     tracer = backend.open_tracer("worker", me)
     objects = backend.open_objects(home, tally)
     files = backend.open_local_files(home)
@@ -76,7 +76,7 @@ async def _work(home: Home, backend: Backend, pool: str, slots: int, instance: s
     # A worker on AWS cannot see the record of the manager. Its Auto Scaling group ends it.
     alone = imds or backend.capabilities.remote_manager
     orphan = None if alone else loop.create_task(_drain_orphan(home, worker.drain))
-    gc_control.ended()
+    gc_control.resume()
     try:
         await worker.run()
     finally:

@@ -25,7 +25,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 from batchlab.core.errors import BatchlabError
 from batchlab.core.model import Control, JobId
 from batchlab.core.ports import Clock
-from batchlab.core.protocol.json_format import Word
+from batchlab.core.protocol.json_format import ControlCommand
 from batchlab.manager.retry_rounds import TaskSelection
 
 T = TypeVar("T")
@@ -222,7 +222,7 @@ class JobControls:
 
     # --- Control words ---------------------------------------------------------------------------
 
-    def written(self, job: str, word: Word) -> None:
+    def written(self, job: str, word: ControlCommand) -> None:
         """Record a control word, as the bucket has it from now on."""
         self._words.setdefault(job, []).append((self.clock.monotonic_s(), word.control))
         if word.control is Control.CANCEL:

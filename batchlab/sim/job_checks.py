@@ -131,7 +131,7 @@ def _names_damage(world: World, job: JobId, reason: str) -> bool:
 async def _check_outcomes(world: World, job: JobDef) -> None:
     """Check that each undamaged outcome in the ledger can be read, and names causes of failure."""
     try:
-        key = await CommitKeys(world.objects).of(job)
+        key = await CommitKeys(world.objects).key_of(job)
     except BackendError:
         return
     for row in await world.ledger.bundles(job.id, done=True):
@@ -208,7 +208,7 @@ def _standing(earlier: Sequence[Retry], outcomes: Sequence[Outcome], round_: int
     found: dict[StageName, TaskSet] = {}
     for outcome in outcomes:
         stage, made = outcome.bundle.stage, outcome.bundle.round
-        failed = TaskSet.of(sorted(one.task for one in outcome.failed if one.final))
+        failed = TaskSet.from_indices(sorted(one.task for one in outcome.failed if one.final))
         for retry in earlier[made:]:
             is_void = any(one.stage == stage and one.replan for one in retry.reopened)
             failed = TaskSet() if is_void else failed - retry.redone(stage)

@@ -107,8 +107,8 @@ async def _told(world: World, job: JobDef) -> tuple[JobView, list[Listed]]:
     record = await world.ledger.job(job.id)
     view = job_view(record, (await world.ledger.rows(job.id)).stages)
     rows = await world.ledger.bundles(job.id, done=True)
-    key = await CommitKeys(world.objects).of(record.job)
-    return view, [Listed.of(outcome_view(row, key)) for row in rows]
+    key = await CommitKeys(world.objects).key_of(record.job)
+    return view, [Listed.from_view(outcome_view(row, key)) for row in rows]
 
 
 def _real_handlers(children: InlineChildren, world: World, _die: Callable[[], None], objects: Objects) -> Runner:

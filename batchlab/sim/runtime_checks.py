@@ -160,7 +160,7 @@ class Watch:
             self._forged(key, job, parts, data)
             return
         if kind == "control.json":
-            self.controls.written(job, json_format.word_from_bytes(data))
+            self.controls.written(job, json_format.control_from_bytes(data))
             return
         if kind == "final":
             self.controls.ended(job)
@@ -181,9 +181,9 @@ class Watch:
         """Record that a power cut has undone a write."""
         parts = key.split("/")
         if parts[2] == "control.json":
-            word = json_format.Word(Control.RUN)
+            word = json_format.ControlCommand(Control.RUN)
             with suppress(Malformed, TooNew):  # The store had damaged it before.
-                word = json_format.word_from_bytes(before or b"")
+                word = json_format.control_from_bytes(before or b"")
             self.controls.written(parts[1], word)
         elif object_keys.is_outcome(key):
             outcome_key = object_keys.outcome_key(key)

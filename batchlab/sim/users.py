@@ -188,8 +188,10 @@ class User:
         """Return some of the failed tasks. None, for all of them, if no task failed."""
         rng = random.Random(seed)  # noqa: S311 - simulation
         failed = await failed_tasks(manager.ports, await manager.ports.ledger.job(self._job.id))
-        some = {stage: TaskSet.of(task for task in tasks if rng.random() < 0.5) for stage, tasks in failed.items()}
-        return {stage: tasks for stage, tasks in some.items() if tasks} or None
+        chosen = {
+            stage: TaskSet.from_indices(task for task in tasks if rng.random() < 0.5) for stage, tasks in failed.items()
+        }
+        return {stage: tasks for stage, tasks in chosen.items() if tasks} or None
 
     def _start(
         self, call: Callable[[Manager], object], verb: str, told: Callable[[object], None]

@@ -72,7 +72,7 @@ def set_log_fields(inflight: InflightMessage) -> None:
     """Add the bundle's ids to all further log lines of this asyncio task."""
     bundle = inflight.bundle
     single_task = {"task": bundle.tasks.first} if len(bundle.tasks) == 1 else {}
-    logs.note(
+    logs.add_fields(
         job=bundle.job,
         stage=bundle.stage,
         bundle=bundle.id,
@@ -306,7 +306,7 @@ async def _hand_off_when_due(finisher: BundleFinisher, inflight: InflightMessage
         return
     inflight.shedding = True
     inflight.handle.stop = True
-    ended = TaskSet.of(ran.task for ran in inflight.ran)
+    ended = TaskSet.from_indices(ran.task for ran in inflight.ran)
     bundle = inflight.bundle
     part = replace(bundle, tasks=bundle.tasks - ended - _waiting_tasks(inflight, running))
     if await finisher.hand_off(inflight, part):
@@ -317,5 +317,5 @@ async def _hand_off_when_due(finisher: BundleFinisher, inflight: InflightMessage
 
 def _waiting_tasks(inflight: InflightMessage, running: int) -> TaskSet:
     """Return the tasks that have not started. Tasks start in order."""
-    unfinished = inflight.bundle.tasks - TaskSet.of(ran.task for ran in inflight.ran)
+    unfinished = inflight.bundle.tasks - TaskSet.from_indices(ran.task for ran in inflight.ran)
     return unfinished - TaskSet.span(0, running + 1)

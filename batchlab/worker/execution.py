@@ -21,7 +21,7 @@ from batchlab.core.errors import BackendError, NotFound
 from batchlab.core.model import Failure, FailureKind, Json, Ran
 from batchlab.core.ports import Clock, LocalFiles, Objects
 from batchlab.core.protocol import object_keys
-from batchlab.core.protocol.bundle_inputs import Own
+from batchlab.core.protocol.bundle_inputs import JobObjects
 from batchlab.core.protocol.settlement import LOSS_LIMIT
 from batchlab.worker import materialization, task_log
 from batchlab.worker.child import RequestLine
@@ -92,7 +92,7 @@ class Execution:
         self._slain: Counter[int] = Counter()
         """Number of times that each task's process died by a SIGKILL that this worker did not
         send."""
-        own = Own.of(work.job)
+        own = JobObjects.of_job(work.job)
         self._inputs = materialization.Inputs(objects, folder, asyncio.to_thread, own, files)
         self._storing: set[asyncio.Task[Ran]] = set()
         self._uploads = asyncio.Semaphore(_UPLOADS)

@@ -15,10 +15,10 @@ import logging
 from contextlib import suppress
 
 from batchlab.core.errors import BackendError
-from batchlab.core.port_retries import heed_cancellation
+from batchlab.core.port_retries import raise_if_cancelled
 from batchlab.core.ports import MAX_BATCH
 from batchlab.core.protocol import object_keys
-from batchlab.core.protocol.messages import Beat, Held
+from batchlab.core.protocol.messages import Beat, HeldBundle
 from batchlab.worker.commit_and_forward import fresh_copy
 from batchlab.worker.inflight_message import InflightMessage, WorkerContext
 from batchlab.worker.poison_detection import marker
@@ -53,7 +53,7 @@ class Heartbeats:
                 await self._context.outbox.send_event(beat)
                 self.mark_sent(beat)
             except BackendError as error:
-                heed_cancellation()
+                raise_if_cancelled()
                 self._last_sent = None
                 log.warning("the heartbeat could not be sent: %s", error)
             await asyncio.sleep(settings.beat_gap_s)
@@ -71,7 +71,7 @@ class Heartbeats:
             if self._differs(self._held()):
                 return
 
-    def _differs(self, held: tuple[Held, ...]) -> bool:
+    def _differs(self, held: tuple[HeldBundle, ...]) -> bool:
         beat = self._last_sent
         return beat is None or (beat.held, beat.leaving) != (held, self.leaving)
 
@@ -93,14 +93,14 @@ class Heartbeats:
             # The worker exits anyway, and the fleet also detects the exit.
             log.warning("the final heartbeat could not be sent: %s", error)
 
-    def _held(self) -> tuple[Held, ...]:
+    def _held(self) -> tuple[HeldBundle, ...]:
         return tuple(
-            Held(m.queue, m.receipt, m.bundle.job, m.bundle.stage, m.bundle.id, m.running)
+            HeldBundle(m.queue, m.receipt, m.bundle.job, m.bundle.stage, m.bundle.id, m.running)
             for m in self._context.inflight.values()
             if m.receipt is not None or m.running
         )
 
-    def _beat(self, held: tuple[Held, ...], *, gone: bool = False) -> Beat:
+    def _beat(self, held: tuple[HeldBundle, ...], *, gone: bool = False) -> Beat:
         self._number += 1
         who = self._context.who
         return Beat(
@@ -134,7 +134,7 @@ class VisibilityHeartbeat:
     async def run(self) -> None:
         """Extend visibilities, hand over long-running bundles, and refresh markers forever."""
         while True:
-            heed_cancellation()
+            raise_if_cancelled()
             await asyncio.sleep(self._context.settings.visibility_s / 6)
             try:
                 await self._extend()

@@ -20,7 +20,7 @@ from batchlab.core.port_retries import Patience
 from batchlab.core.ports import MAX_VISIBILITY_S, Clock, Message, Objects, Queue
 from batchlab.core.protocol.messages import TaskMessage
 from batchlab.core.protocol.object_keys import UNSEALED, CommitKey
-from batchlab.core.tracing import NOBODY, Tracer
+from batchlab.core.tracing import NO_TRACER, Tracer
 
 if TYPE_CHECKING:
     from batchlab.worker.outbox import Outbox
@@ -242,7 +242,7 @@ class WorkerContext:
     patience: Patience
     settings: WorkerSettings
     outbox: Outbox
-    tracer: Tracer = NOBODY
+    tracer: Tracer = NO_TRACER
     inflight: dict[str, InflightMessage] = field(default_factory=dict)
     """In-flight messages by execution id."""
 

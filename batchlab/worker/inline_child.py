@@ -23,7 +23,7 @@ from batchlab.core.errors import BackendError
 from batchlab.core.job_definition import StageDef
 from batchlab.core.model import Failure, FailureKind, Json, Ran
 from batchlab.core.ports import Clock, Objects
-from batchlab.core.protocol.bundle_inputs import Own
+from batchlab.core.protocol.bundle_inputs import JobObjects
 from batchlab.worker import materialization
 from batchlab.worker.child import RequestLine
 from batchlab.worker.child_process import (
@@ -204,7 +204,7 @@ class InlineRunner:
         function = await self._code_cache.function(key) if key else None
         request = materialization.request(work, folder, function=function, code=code)
         (folder / "cwd").mkdir(parents=True)
-        inputs = materialization.Inputs(self._objects, folder, _here, Own.of(work.job))
+        inputs = materialization.Inputs(self._objects, folder, _here, JobObjects.of_job(work.job))
         run = _Run(work, handle, request, code, inputs)
         answer = self._ask(run, [])
         if answer:

@@ -16,7 +16,7 @@ from batchlab.core import commit
 from batchlab.core.errors import BackendError, NotFound
 from batchlab.core.job_definition import JobDef
 from batchlab.core.model import Control, JobId
-from batchlab.core.port_retries import Patience, heed_cancellation
+from batchlab.core.port_retries import Patience, raise_if_cancelled
 from batchlab.core.ports import Objects
 from batchlab.core.protocol import json_format, object_keys
 from batchlab.core.protocol.messages import ASKED_S
@@ -131,9 +131,9 @@ class ControlPoller:
         changed: tuple[Control, str | None, bool] | None = None
         tail = 0
         try:
-            spoken = await commit.look(self._context.objects, job, entry.etag if entry else None)
+            spoken = await commit.read_if_changed(self._context.objects, job, entry.etag if entry else None)
             if spoken is not None:
-                word = spoken.word
+                word = spoken.command
                 changed, tail = (word.control, spoken.etag, False), word.tail
                 is_recent = entry is not None and read_s - entry.read_s <= self._lease_s
                 if not is_recent and word.tail_s is not None:
@@ -189,7 +189,7 @@ class ControlPoller:
     async def run(self) -> None:
         """Read the control object of every watched job forever. Remove old unwatched entries."""
         while True:
-            heed_cancellation()
+            raise_if_cancelled()
             await asyncio.sleep(self._lease_s / 3)
             for job, entry in list(self._entries.items()):
                 if not entry.watchers:

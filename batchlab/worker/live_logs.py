@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from batchlab.core.errors import BackendError
 from batchlab.core.model import JobId
-from batchlab.core.port_retries import heed_cancellation
+from batchlab.core.port_retries import raise_if_cancelled
 from batchlab.core.protocol import object_keys
 from batchlab.core.protocol.messages import ASKED_S, Tail, to_bytes
 from batchlab.worker import task_log
@@ -50,7 +50,7 @@ class LiveLogs:
     async def run(self) -> None:
         """Store the requested live logs forever. Sleep while there is no request."""
         while True:
-            heed_cancellation()
+            raise_if_cancelled()
             await self._has_jobs.wait()
             now_s = self._context.clock.monotonic_s()
             for job, following in list(self._jobs.items()):

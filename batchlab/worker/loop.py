@@ -17,15 +17,15 @@ from batchlab.core.atomic_write import of_single_call
 from batchlab.core.errors import BackendError, Malformed, NotFound, TooNew
 from batchlab.core.job_definition import StageDef
 from batchlab.core.model import Control
-from batchlab.core.port_retries import Patience, both, heed_cancellation, set_within
+from batchlab.core.port_retries import Patience, both, raise_if_cancelled, set_within
 from batchlab.core.ports import MAX_BATCH, Clock, Message, Notice, Notices, Objects, Queue
-from batchlab.core.pricing.request_costs import Tally
+from batchlab.core.pricing.request_costs import RequestCounter
 from batchlab.core.protocol import object_keys, settlement
 from batchlab.core.protocol.bundle_inputs import Inputs
 from batchlab.core.protocol.messages import read_task_message
 from batchlab.core.protocol.object_keys import UNSEALED
 from batchlab.core.protocol.settlement import BUDGET_S
-from batchlab.core.tracing import NOBODY, Tracer, span
+from batchlab.core.tracing import NO_TRACER, Tracer, span
 from batchlab.worker.commit_and_forward import (
     BundleFinisher,
     EndedTask,
@@ -70,7 +70,7 @@ async def poll_notices(notices: Notices, on_notice: Callable[[Notice], None]) ->
         try:
             notice = await notices.notice()
         except BackendError as error:
-            heed_cancellation()
+            raise_if_cancelled()
             if not is_failing:
                 log.warning("termination notices cannot be read: %s", error)
             is_failing = True
@@ -155,8 +155,8 @@ class Worker:
         patience: Patience,
         settings: WorkerSettings,
         notices: Notices | None = None,
-        tally: Tally | None = None,
-        tracer: Tracer = NOBODY,
+        tally: RequestCounter | None = None,
+        tracer: Tracer = NO_TRACER,
     ) -> None:
         self._jobs = JobCache(objects, patience)
         outbox = Outbox(queue, patience, tally, self._jobs.key_of)
@@ -241,7 +241,7 @@ class Worker:
                     visibility_s=self._settings.visibility_s,
                 )
             except BackendError as error:
-                heed_cancellation()
+                raise_if_cancelled()
                 # Retried without limit: an outage of the queue must not stop running tasks.
                 log.warning("no messages can be received: %s", error)
                 await asyncio.sleep(OUTAGE_S)

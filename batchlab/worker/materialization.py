@@ -20,7 +20,7 @@ from batchlab.core.errors import AlreadyExists, BackendError, NotFound
 from batchlab.core.model import Failure, FailureKind, Json
 from batchlab.core.ports import LocalFiles, Objects
 from batchlab.core.protocol import object_keys, values
-from batchlab.core.protocol.bundle_inputs import ForeignReference, Own
+from batchlab.core.protocol.bundle_inputs import ForeignReference, JobObjects
 from batchlab.core.task_context import name_problem
 from batchlab.worker.handlers import Fault
 from batchlab.worker.inflight_message import Work
@@ -101,7 +101,7 @@ class Inputs:
     """
 
     def __init__(
-        self, objects: Objects, folder: Path, off_loop: OffLoop, own: Own, files: LocalFiles | None = None
+        self, objects: Objects, folder: Path, off_loop: OffLoop, own: JobObjects, files: LocalFiles | None = None
     ) -> None:
         self._objects = objects
         self._files = files

@@ -19,10 +19,10 @@ from batchlab.core.commit import Addressed, by_queue, send_to
 from batchlab.core.model import JobId, Outcome
 from batchlab.core.port_retries import STEP_BACK_S, Patience
 from batchlab.core.ports import MAX_BATCH, Outgoing, Queue
-from batchlab.core.pricing.request_costs import Asked, Tally
+from batchlab.core.pricing.request_costs import RequestCounter, WorkerRequests
 from batchlab.core.protocol import json_format, object_keys, settlement
 from batchlab.core.protocol.commit_keys import jobs_in, with_proofs
-from batchlab.core.protocol.messages import Beat, Duplicate, Events, Told, Traces, events_message
+from batchlab.core.protocol.messages import Beat, CounterReport, Duplicate, Events, Traces, events_message
 from batchlab.core.protocol.object_keys import UNSEALED, CommitKey
 
 T = TypeVar("T")
@@ -134,7 +134,7 @@ class Outbox:
         self,
         queue: Queue,
         patience: Patience,
-        tally: Tally | None = None,
+        tally: RequestCounter | None = None,
         key_of: Callable[[JobId], CommitKey] = lambda _: UNSEALED,
     ) -> None:
         self._queue = queue
@@ -195,10 +195,10 @@ class Outbox:
         if beats:
             worker, instance = beats[-1].worker, beats[-1].instance
             if self._tally and (requests := self._tally.read()):
-                asked = Asked(worker, instance, requests, self._tally.is_spot)
+                asked = WorkerRequests(worker, instance, requests, self._tally.is_spot)
                 packed[last] = replace(packed[last], asked=(asked,))
             if counts := self.counters.unsent():
-                packed[last] = replace(packed[last], told=(Told(worker, counts),))
+                packed[last] = replace(packed[last], told=(CounterReport(worker, counts),))
         duplicates = self._duplicates[:DUPLICATES_AT_ONCE]
         if duplicates:
             packed[-1] = replace(packed[-1], duplicates=tuple(duplicates))

@@ -19,7 +19,7 @@ from itertools import count
 from batchlab.core.commit import commit, committed
 from batchlab.core.errors import AlreadyExists, BackendError, Malformed, NotFound, TooNew
 from batchlab.core.model import Bundle, Json, Outcome
-from batchlab.core.port_retries import heed_cancellation, set_within
+from batchlab.core.port_retries import raise_if_cancelled, set_within
 from batchlab.core.protocol import json_format, object_keys, settlement
 from batchlab.core.protocol.field_checks import UNREADABLE, figure, label
 from batchlab.core.protocol.object_keys import CommitKey, seal
@@ -76,7 +76,7 @@ class PoisonDetector:
     async def run(self) -> None:
         """Renew the start markers of running bundles forever."""
         for number in count(1):
-            heed_cancellation()
+            raise_if_cancelled()
             await asyncio.sleep(self._stale_s / 4)
             for execution, inflight in list(self._started.items()):
                 if execution not in self._started:

@@ -17,7 +17,7 @@ from batchlab.core.atomic_write import Sync, of_single_call, read_sync, repeated
 from batchlab.core.errors import UsageError
 from batchlab.core.job_definition import JobDef, StageDef
 from batchlab.core.model import Control, JobId, JobState, StageName
-from batchlab.core.ports import Past
+from batchlab.core.ports import JobHistory
 
 SPEC = "jobs/j-1/spec.json"
 
@@ -105,7 +105,7 @@ def test_a_job_that_is_restored_or_forgotten_is_so_after_a_power_cut(tmp_path: P
         flushes = []
         await ledger.jobs()
         calls.clear()
-        await ledger.restore(Past(job, JobState.SUBMITTED, [], Control.RUN), over=None)
+        await ledger.restore(JobHistory(job, JobState.SUBMITTED, [], Control.RUN), over=None)
         flushes.append(calls.count("fdatasync"))
         await ledger.forget([job.id])
         flushes.append(calls.count("fdatasync"))

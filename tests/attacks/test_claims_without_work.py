@@ -12,7 +12,7 @@ from batchlab.core.model import BundleId, JobState, Pool
 from batchlab.core.ports import Depth, Outgoing
 from batchlab.core.protocol import object_keys
 from batchlab.core.protocol.commit_keys import with_proofs
-from batchlab.core.protocol.messages import Beat, Events, Held, events_message
+from batchlab.core.protocol.messages import Beat, Events, HeldBundle, events_message
 from batchlab.manager.unresponsive_workers import NO_WORK_TAKEN, UNKNOWN_WORK
 from batchlab.sim.world import SimWorker, World
 from tests.support.sim import scenes
@@ -32,7 +32,7 @@ async def liar_of(world: World) -> SimWorker:
     return liar
 
 
-async def beat(world: World, liar: SimWorker, held: Iterable[Held], number: int, name: str = "") -> None:
+async def beat(world: World, liar: SimWorker, held: Iterable[HeldBundle], number: int, name: str = "") -> None:
     """Report that the instance runs one bundle, with the proofs of the jobs in `held`, and under
     the `name` of another worker."""
     who, held = liar.who, tuple(held)
@@ -55,7 +55,7 @@ async def beat(world: World, liar: SimWorker, held: Iterable[Held], number: int,
     await world.queue.send(object_keys.EVENTS, [Outgoing(text)])
 
 
-async def claim_for_ever(world: World, liar: SimWorker, held: Iterable[Held], name: str = "") -> None:
+async def claim_for_ever(world: World, liar: SimWorker, held: Iterable[HeldBundle], name: str = "") -> None:
     for number in range(10**6, 2 * 10**6):
         await beat(world, liar, held, number, name)
         await asyncio.sleep(10.0)
@@ -95,7 +95,7 @@ def test_worker_that_claims_to_be_busy_does_not_keep_its_instance(of_a_job: bool
         await scenes.submitted(world, made)
         await scenes.ended(world, made)
         liar = await liar_of(world)
-        held = Held(QUEUE, "1.1", made.id, scenes.A, BundleId("00000000-00000000.0.1"), True)
+        held = HeldBundle(QUEUE, "1.1", made.id, scenes.A, BundleId("00000000-00000000.0.1"), True)
         lying = liar.actor.spawn(claim_for_ever(world, liar, [held] * of_a_job), name="lies")
         await comes_down(world)
         lying.cancel()

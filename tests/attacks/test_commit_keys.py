@@ -170,7 +170,7 @@ class Scene:
         plain = JobDef(JobId(name), "victim", (StageDef(WORK, handler="m:f"),), 1.0, items=1)
         job = await self.keys.sealed(plain)
         await self.objects.put(object_keys.spec(job.id), commit_keys.to_bytes(job))
-        return job, await self.keys.of(job)
+        return job, await self.keys.key_of(job)
 
 
 def test_forged_start_markers_do_not_count_against_tasks_of_another_job() -> None:
@@ -179,7 +179,7 @@ def test_forged_start_markers_do_not_count_against_tasks_of_another_job() -> Non
     async def main() -> None:
         scene = Scene()
         job, key = await scene.prepare()
-        bundle = Bundle(job.id, WORK, TaskSet.of([0]), losses=1)
+        bundle = Bundle(job.id, WORK, TaskSet.from_indices([0]), losses=1)
         for number in range(3):
             for sealed in ("", f".{'0f' * 16}", f".{seal(OTHER_KEY, 'start')}"):
                 name = f"{object_keys.starts(bundle)}evil{number}-1{sealed}"
@@ -204,7 +204,7 @@ def test_a_forged_running_marker_does_not_keep_a_bundle_from_being_run_again() -
     async def main() -> None:
         scene = Scene()
         job, key = await scene.prepare()
-        bundle = Bundle(job.id, WORK, TaskSet.of([0]))
+        bundle = Bundle(job.id, WORK, TaskSet.from_indices([0]))
         name = object_keys.running(bundle, key)
         later_s = scene.clock.now_s() + 10_000.0
         await scene.objects.put(name, marker("evil", later_s, name, OTHER_KEY))
@@ -231,13 +231,13 @@ def test_a_message_runs_under_the_key_of_its_own_job_alone(caplog: pytest.LogCap
         tries = [(job, key, 0), (job, its_key, 1), (job, UNSEALED, 2), (other, key, 3)]
         running = asyncio.create_task(scene.worker.run())
         for one, with_key, task in tries:
-            bundle = Bundle(one.id, WORK, TaskSet.of([task]))
+            bundle = Bundle(one.id, WORK, TaskSet.from_indices([task]))
             sent = address(one, bundle, with_key, items=[task], now_s=1.0)
             await scene.queue.send(sent.queue, [sent.message])
             await asyncio.sleep(1.0)
         scene.worker.drain()
         await running
-        assert scene.runner.ran == [(job.id, Bundle(job.id, WORK, TaskSet.of([0])).id)]
+        assert scene.runner.ran == [(job.id, Bundle(job.id, WORK, TaskSet.from_indices([0])).id)]
         assert caplog.text.count("does not have its commit key") == 3
         depth = await scene.queue.depth(TASKS)
         assert depth.visible + depth.in_flight + depth.delayed == 0
@@ -253,7 +253,7 @@ def test_a_key_of_a_spec_that_a_worker_wrote_opens_no_job() -> None:
         job, key = await scene.prepare()
         name = JobId(f"{job.id}/work/running/x")
         await scene.objects.put(object_keys.spec(name), commit_keys.to_bytes(job))
-        bundle = Bundle(name, WORK, TaskSet.of([0]))
+        bundle = Bundle(name, WORK, TaskSet.from_indices([0]))
         sent = address(job, bundle, key, items=[7], now_s=1.0)
         await scene.queue.send(sent.queue, [sent.message])
         running = asyncio.create_task(scene.worker.run())
@@ -274,7 +274,7 @@ def test_an_impossible_bundle_ends_no_worker(odd: Mapping[str, Json]) -> None:
     async def main() -> None:
         scene = Scene()
         job, key = await scene.prepare()
-        bundle = Bundle(job.id, WORK, TaskSet.of([0]))
+        bundle = Bundle(job.id, WORK, TaskSet.from_indices([0]))
         right = address(job, bundle, key, now_s=1.0).message
         doc = json.loads(right.body)
         doc["b"] |= odd

@@ -19,10 +19,10 @@ from batchlab.core.commit import commit
 from batchlab.core.errors import Unreachable
 from batchlab.core.model import Bundle, Completion, Failure, FailureKind, JobId, Outcome, TaskSet
 from batchlab.core.ports import Message
-from batchlab.core.pricing.request_costs import Asked, Requests
+from batchlab.core.pricing.request_costs import Requests, WorkerRequests
 from batchlab.core.protocol import commit_keys, json_format, object_keys, settlement
 from batchlab.core.protocol.commit_keys import jobs_in, with_proofs
-from batchlab.core.protocol.messages import Beat, Duplicate, Events, Held, Told, events_message
+from batchlab.core.protocol.messages import Beat, CounterReport, Duplicate, Events, HeldBundle, events_message
 from batchlab.core.protocol.object_keys import UNSEALED, CommitKey
 from batchlab.manager.counters import BEAT
 from batchlab.manager.versioned_document import VersionedDocument
@@ -116,8 +116,8 @@ def test_heartbeats_of_another_instance_are_ignored(bring_up: Bring, tmp_path: P
                 {"busy": 1000, "key": OTHER_KEY},
             ):
                 beat = beat_of(instance, **changes)
-                asked = Asked(beat.worker, instance, Requests(sqs=1e9))
-                told = Told(beat.worker, {"duplicate": 1000})
+                asked = WorkerRequests(beat.worker, instance, Requests(sqs=1e9))
+                told = CounterReport(beat.worker, {"duplicate": 1000})
                 events = Events(beats=(beat,), asked=(asked,), told=(told,))
                 worker.send_events(events_message(events))
         beats = [beat_of(one, gone=one[-1] in "13579") for one in unknown]
@@ -210,9 +210,9 @@ def test_bundles_and_receipts_of_a_heartbeat_count_only_for_its_worker(rig: Rig)
     rig.beat(instance)
     tasks = object_keys.tasks_queue("default")
 
-    def held(queue: str, number: int) -> Held:
+    def held(queue: str, number: int) -> HeldBundle:
         bundle = (one, two)[number].bundle
-        return Held(queue, "r", bundle.job, bundle.stage, bundle.id, True)
+        return HeldBundle(queue, "r", bundle.job, bundle.stage, bundle.id, True)
 
     events = Events(beats=(beat_of(instance, held=(held(tasks, 0), held(object_keys.EVENTS, 1))),))
     take(rig, events_message(events))
@@ -299,7 +299,7 @@ def test_a_definition_below_the_markers_of_a_job_is_not_restored(rig: Rig, worke
         says, spec = ((forged_id, sealed), (forged_id, plain), (name, plain))[number]
         doc = {**spec, "id": says, "priority": 1000}
         worker.put(object_keys.spec(JobId(forged_id)), json.dumps(doc), if_absent=True)
-        bundle = Bundle(JobId(forged_id), MAP, TaskSet.of([0]))
+        bundle = Bundle(JobId(forged_id), MAP, TaskSet.from_indices([0]))
         take(rig, events_message(Events(completions=(settlement.completion(forged(bundle)),))))
     assert [one["id"] for one in rig.client.jobs()] == [name]
 
@@ -308,6 +308,6 @@ def test_a_restored_job_passes_admission(rig: Rig) -> None:
     """Finding 4: an event restores no job that the grid would not have accepted."""
     made = job("wrong", pool="nowhere")
     rig.run(rig.objects.put(object_keys.spec(made.id), commit_keys.to_bytes(made)))
-    bundle = Bundle(made.id, MAP, TaskSet.of([0]))
+    bundle = Bundle(made.id, MAP, TaskSet.from_indices([0]))
     take(rig, events_message(Events(completions=(settlement.completion(forged(bundle)),))))
     assert rig.client.jobs() == []

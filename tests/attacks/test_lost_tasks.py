@@ -47,7 +47,7 @@ def test_a_job_with_more_results_than_tasks_can_be_cancelled_and_retried(rig: Ri
     is then no negative number, which nobody could read back."""
     name = JobId(rig.submit(job(tasks=2)))
     rig.outstanding(name, 2)
-    both = Bundle(name, MAP, TaskSet.of([0, 1]))
+    both = Bundle(name, MAP, TaskSet.from_indices([0, 1]))
     made = replace(forged(both), values=(-1, -1), run_s=(0.1, 0.1))
     commit_and_tell(rig, name, made, replace(made, bundle=replace(both, attempt=2)))
     rig.client.cancel(name)
@@ -65,7 +65,7 @@ def test_a_follow_waits_no_longer_than_the_backoff() -> None:
     """Finding 5: a bundle that is due in 3,000 years would never be looked for."""
     rule = RetryRule(attempts=3, backoff_s=10.0, factor=2, max_backoff_s=60.0, jitter=0.0)
     made = job(retry=rule)
-    again = Bundle(made.id, MAP, TaskSet.of([0]), attempt=2)
+    again = Bundle(made.id, MAP, TaskSet.from_indices([0]), attempt=2)
     assert settlement.delay_s(made, Follow(again, 1e11)) == 10.0
     assert settlement.delay_s(made, Follow(again, 5.0)) == 5.0
     assert settlement.delay_s(made, Follow(replace(again, attempt=1 << 50), 1e11)) == 60.0

@@ -30,15 +30,15 @@ from batchlab.core.job_definition import JobDef, StageDef
 from batchlab.core.model import Bundle, Failure, FailureKind, JobId, JobState, Ran, StageName, TaskSet
 from batchlab.core.port_retries import Patience
 from batchlab.core.ports import AddJob, Cut, Message, QueueSpec
-from batchlab.core.pricing.request_costs import Asked, Requests
+from batchlab.core.pricing.request_costs import Requests, WorkerRequests
 from batchlab.core.protocol import commit_keys, json_format, object_keys, settlement
 from batchlab.core.protocol.messages import (
     Beat,
+    CounterReport,
     Duplicate,
     Events,
-    Held,
+    HeldBundle,
     TaskMessage,
-    Told,
     events_message,
     read_events_message,
     read_task_message,
@@ -91,16 +91,16 @@ def _outcome() -> Any:
 
 
 OUTCOME = _outcome()
-HELD = Held("tasks-default", "receipt", JOB.id, MAP, BUNDLE.id, True)
+HELD = HeldBundle("tasks-default", "receipt", JOB.id, MAP, BUNDLE.id, True)
 BEAT = Beat("w-1", "i-1", "default", 1.0, 2, 1, (HELD,), 7)
 EVENTS = Events(
     (settlement.completion(OUTCOME),),
     (object_keys.outcome(BUNDLE, UNSEALED),),
     (BEAT,),
     (OUTCOME,),
-    (Asked("w-1", "i-1", Requests(10, 2, 3, 4, 5, 6)),),
+    (WorkerRequests("w-1", "i-1", Requests(10, 2, 3, 4, 5, 6)),),
     (Duplicate(JOB.id, MAP, "message", "w-1-1", 0.5),),
-    (Told("w-1", {"retried.timeout": 2}),),
+    (CounterReport("w-1", {"retried.timeout": 2}),),
     ((JOB.id, MAP, BUNDLE.id, "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"),),
 )
 TASK = TaskMessage(BUNDLE, list(range(10)), 12.5, trace="00-x")
@@ -528,7 +528,7 @@ def test_manager_survives_any_bad_event_and_object(rig: Rig, worker: WorkerRight
     rig.outstanding(spared, 2)
     live = rig.manager.lives[JobId(hurt)]
     (bundle,) = (one.bundle for one in rig.outstanding(hurt, 1))
-    key = object_keys.outcome(bundle, rig.run(rig.manager.ports.keys.of(live.job)))
+    key = object_keys.outcome(bundle, rig.run(rig.manager.ports.keys.key_of(live.job)))
     worker.put(key, stored, if_absent=True)
     for body in BAD_EVENTS:
         worker.send_events(body)

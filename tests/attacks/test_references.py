@@ -24,7 +24,7 @@ from batchlab.core.model import Bundle, Failure, JobId, Json, Outcome, StageCoun
 from batchlab.core.port_retries import Patience
 from batchlab.core.ports import BundleRecord
 from batchlab.core.protocol import settlement, values
-from batchlab.core.protocol.bundle_inputs import ForeignReference, Own
+from batchlab.core.protocol.bundle_inputs import ForeignReference, JobObjects
 from batchlab.core.protocol.object_keys import UNSEALED
 from batchlab.manager import stage_plans
 from batchlab.manager.state import Ports
@@ -98,7 +98,7 @@ def test_a_pickled_result_of_a_job_file_is_not_unpickled(tmp_path: Path) -> None
     link = cast(Link, FakeLink(tmp_path, objects))
     forms = [pickled(made), [pickled(made)], {"a": pickled(made)}, inside]
     for form in forms:
-        (told,) = decoded(link, JOB.id, "map", [3], [form], Own.of(JOB))
+        (told,) = decoded(link, JOB.id, "map", [3], [form], JobObjects.of_job(JOB))
         assert isinstance(told, TaskFailed)
         assert "map/3" in str(told)
         assert "a job from a job file never has" in str(told)
@@ -106,13 +106,13 @@ def test_a_pickled_result_of_a_job_file_is_not_unpickled(tmp_path: Path) -> None
         with pytest.raises(Problem, match="never has"):
             item_of(form, pickles=False)
     assert not made.exists()
-    list(decoded(link, JOB.id, "map", [3], [pickled(made)], Own.of(PYTHON)))
+    list(decoded(link, JOB.id, "map", [3], [pickled(made)], JobObjects.of_job(PYTHON)))
     assert made.exists(), "the attack would have worked"
 
 
 def test_references_name_objects_of_their_own_job_alone() -> None:
     """Finding 11: only files, raw data, and plans of the job, and the input that it names."""
-    own = Own.of(JOB)
+    own = JobObjects.of_job(JOB)
     for kind in ("$file", "$part", "$value"):
         for key in OWN:
             assert own.key({kind: key}) == key
@@ -120,7 +120,7 @@ def test_references_name_objects_of_their_own_job_alone() -> None:
         for name in odd:
             with pytest.raises(ForeignReference):
                 own.key({kind: name})
-    passed_on = Own.of(PYTHON)
+    passed_on = JobObjects.of_job(PYTHON)
     assert passed_on.key({"$file": "files/other-1/x"})
     for key in ("grid/use.json", "logs/sums-1/x", "jobs/other-1/spec.json", "files/../grid/x"):
         with pytest.raises(ForeignReference):
@@ -130,7 +130,7 @@ def test_references_name_objects_of_their_own_job_alone() -> None:
 def test_a_worker_fetches_no_foreign_object(tmp_path: Path) -> None:
     """Finding 11: the task fails, and nothing is read."""
     objects = SimObjects()
-    inputs = materialization.Inputs(objects, tmp_path, asyncio.to_thread, Own.of(JOB))
+    inputs = materialization.Inputs(objects, tmp_path, asyncio.to_thread, JobObjects.of_job(JOB))
     for number, key in enumerate(FOREIGN):
         if key and ".." not in key:
             asyncio.run(objects.put(key.lstrip("/"), b'"secret"'))
@@ -146,7 +146,7 @@ def test_a_large_value_that_was_written_over_is_refused(tmp_path: Path) -> None:
     text = b'{"n": 1}'
     reference = values.value_ref("files/sums-1/v", hashlib.sha256(text).hexdigest())
     old = values.value_ref("files/sums-1/v")
-    inputs = materialization.Inputs(objects, tmp_path, asyncio.to_thread, Own.of(JOB))
+    inputs = materialization.Inputs(objects, tmp_path, asyncio.to_thread, JobObjects.of_job(JOB))
     asyncio.run(objects.put("files/sums-1/v", text))
     assert asyncio.run(inputs.fetch([(0, reference), (1, old)])) == [(0, {"n": 1}), (1, {"n": 1})]
     asyncio.run(objects.put("files/sums-1/v", b'{"n": 2}'))
@@ -187,7 +187,7 @@ def test_a_large_result_is_bounded_and_may_be_unreadable(monkeypatch: pytest.Mon
     monkeypatch.setattr(stage_plans, "RESULT_WEIGHT", 1_500)
     gather = StageDef(StageName("sum"), (StageName("map"),), "key", handler="m:f")
     job = replace(JOB, stages=(*JOB.stages, gather))
-    bundle = Bundle(job.id, StageName("map"), TaskSet.of([0]))
+    bundle = Bundle(job.id, StageName("map"), TaskSet.from_indices([0]))
     reference = {"$value": "files/sums-1/map/x"}
     outcome = Outcome(bundle, "e-1", "w", 1.0, 2.0, bundle.tasks, (reference,), (1.0,))
 

@@ -72,7 +72,7 @@ def test_many_small_outcomes_are_bounded_too(monkeypatch: pytest.MonkeyPatch) ->
     """Finding 18: each of them takes more memory than its JSON has bytes."""
     monkeypatch.setattr(state, "MAX_BYTES", MOST_BYTES)
     memory = RetainedOutcomes()
-    bundle = Bundle(JobId("j"), StageName("s"), TaskSet.of({0}), 1)
+    bundle = Bundle(JobId("j"), StageName("s"), TaskSet.from_indices({0}), 1)
     outcome = Outcome(bundle, "x", "w", 0.0, 1.0)
     every = [memory.add(outcome, 1) for _ in range(1000)]
     held = [one for one in every if one.outcome]

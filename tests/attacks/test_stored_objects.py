@@ -69,16 +69,16 @@ def text_of(write: Callable[[Any], Any]) -> Callable[[Any], bytes]:
 
 def readers() -> dict[str, Reader]:
     """Return the content, reader, and writer of each kind of stored object."""
-    word = json_format.Word(Control.CANCEL, JobState.CANCELLED, "why", 1, 2, 3.0)
+    word = json_format.ControlCommand(Control.CANCEL, JobState.CANCELLED, "why", 1, 2, 3.0)
     opening = commit_keys.Opening([1, 2], CUT)
     ending = Ending(JobState.FAILED, "why", 9.0, {MAP: 1})
     retry = Retry((Reopening(MAP, 1, 2, 3, True),), (CUT,))
-    manifest = Manifest(20, (0, 10), TaskSet.of([3]), 1, ("a", "b"))
+    manifest = Manifest(20, (0, 10), TaskSet.from_indices([3]), 1, ("a", "b"))
     cut, end = text_of(json_format.cut_to_json), text_of(json_format.ending_to_json)
     spec = document(commit_keys.from_json)
     there = text_of(environment.to_json)
     return {
-        "control": (json_format.word_to_bytes(word), json_format.word_from_bytes, json_format.word_to_bytes),
+        "control": (json_format.control_to_bytes(word), json_format.control_from_bytes, json_format.control_to_bytes),
         "cut": (cut(CUT), document(json_format.cut_from_json), cut),
         "end": (end(ending), document(json_format.ending_from_json), end),
         "retry": (retry.to_bytes(), Retry.from_bytes, Retry.to_bytes),
@@ -227,7 +227,7 @@ def test_task_with_an_unreadable_gathered_input_has_no_input(gather: Any) -> Non
         part = json_format.to_bytes({"v": json_format.VERSION, "items": [{"$gather": gather}]})
         await objects.put(object_keys.manifest(JOB.id, MAP, 0), Manifest(1, (0,)).to_bytes())
         await objects.put(object_keys.part(JOB.id, MAP, 0, object_keys.old_part(0)), part)
-        one = replace(BUNDLE, tasks=TaskSet.of([0]))
+        one = replace(BUNDLE, tasks=TaskSet.from_indices([0]))
         with pytest.raises(NotFound, match="input of a plan cannot be read"):
             await Inputs(objects, PATIENCE).resolve(JOB, one, UNSEALED)
 
@@ -254,7 +254,7 @@ def test_rebuild_does_not_count_a_cut_under_another_key() -> None:
     async def main() -> None:
         objects = SimObjects()
         keys = AsyncMock()
-        keys.of.return_value = UNSEALED
+        keys.key_of.return_value = UNSEALED
         clock = SimpleNamespace(now_s=lambda: 1.0)
         ports: Any = SimpleNamespace(objects=objects, patience=PATIENCE, keys=keys, ledger=AsyncMock(), clock=clock)
         key = object_keys.cut(JOB.id, MAP, 0, 1)

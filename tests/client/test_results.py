@@ -12,7 +12,7 @@ from batchlab.client.grid_link import Link
 from batchlab.client.results import GAP_S, decoded, gap_s
 from batchlab.core.errors import TaskFailed
 from batchlab.core.model import JobId, Json
-from batchlab.core.protocol.bundle_inputs import Own
+from batchlab.core.protocol.bundle_inputs import JobObjects
 
 
 class FakeLink:
@@ -26,7 +26,7 @@ class FakeLink:
 
 
 def told(folder: Path, encoded: Json) -> TaskFailed:
-    own = Own(JobId("sums-1"), is_python=True)
+    own = JobObjects(JobId("sums-1"), is_python=True)
     (value,) = decoded(cast(Link, FakeLink(folder)), "sums-1", "parse", [3], [encoded], own)
     assert isinstance(value, TaskFailed)
     assert value.task == 3

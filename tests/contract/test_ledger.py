@@ -14,6 +14,7 @@ from batchlab.core.model import ENDED, Control, FailureKind, JobId, JobState, St
 from batchlab.core.ports import (
     AddCut,
     AddJob,
+    ChangeResult,
     Cut,
     Ending,
     Finish,
@@ -25,7 +26,6 @@ from batchlab.core.ports import (
     SetControl,
     SetPlanned,
     StageRecord,
-    Written,
 )
 from batchlab.core.retry_rule import RetryRule
 from tests.support.contract.ledger_suite import (
@@ -57,7 +57,7 @@ async def test_new_job_has_its_stages_in_order(ledger: DumpingLedger) -> None:
     assert await ledger.job(JOB.id) == JobRecord(JOB, JobState.SUBMITTED)
     stages = tuple(StageRecord(StageCounts(name)) for name in (RESIZE, INDEX, TOTAL))
     assert await ledger.rows(JOB.id) == JobRows(JobRecord(JOB, JobState.SUBMITTED), stages)
-    assert written == Written(await ledger.rows(JOB.id), is_new=True)
+    assert written == ChangeResult(await ledger.rows(JOB.id), is_new=True)
     assert list(await ledger.bundles(JOB.id)) == []
 
 
@@ -113,7 +113,7 @@ async def test_adding_a_job_again_answers_with_what_became_of_it(ledger: Dumping
     before = await ledger.dump()
     again = await ledger.apply(AddJob(replace(JOB, name="changed"), JobState.SCHEDULED))
     assert again.rows.job == JobRecord(JOB, JobState.RUNNING)
-    assert again == Written(await ledger.rows(JOB.id), is_new=False)
+    assert again == ChangeResult(await ledger.rows(JOB.id), is_new=False)
     assert await ledger.dump() == before
 
 

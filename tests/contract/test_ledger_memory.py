@@ -11,7 +11,7 @@ import pytest
 from batchlab.adapters.memory.ledger import SimLedger
 from batchlab.core.errors import NotFound
 from batchlab.core.model import Completion, Control, JobId, JobState, StageName
-from batchlab.core.ports import AddJob, Ending, Fold, JobRows, Ledger, Past, Reopen, Reopening, Round
+from batchlab.core.ports import AddJob, Ending, Fold, JobHistory, JobRows, Ledger, Reopen, Reopening, Round
 from batchlab.core.protocol import json_format, settlement
 from batchlab.sim.event_loop import SimLoop
 from tests.support.contract.ledger_lives import Call, answer, anything
@@ -103,7 +103,7 @@ def _completion(rng: Random, job: JobId) -> Completion:
     return done(of, *follows, failed=failed, cancelled=dropped, run_s=run_s, started_s=1e9 - start, retried=retried)
 
 
-def _past(rng: Random) -> Past:
+def _past(rng: Random) -> JobHistory:
     """Part of a life by the protocol's rules, perhaps with a second round."""
     cuts, completions = history(rng, 9)
     # As they come off the wire, with microseconds; memory keeps what it is given.
@@ -119,7 +119,7 @@ def _past(rng: Random) -> Past:
         rounds.append(Round((again,), (), {}, (), (), None))
     control = rng.choice((Control.RUN, Control.PAUSE))
     job = replace(JOB, token=rng.choice(("", "t")))
-    return Past(job, JobState.SUBMITTED, tuple(rounds), control)
+    return JobHistory(job, JobState.SUBMITTED, tuple(rounds), control)
 
 
 def _reads(rng: Random) -> Sequence[Call]:
@@ -153,7 +153,7 @@ def test_a_call_that_raises_has_changed_nothing() -> None:
         await submit(ledger, replace(JOB, id=JobId("other"), token="t"))
         await submit(ledger)
         fine = done(bundle(0, 5))
-        past = Past(replace(JOB, token="t"), JobState.SUBMITTED, rounds, Control.RUN)
+        past = JobHistory(replace(JOB, token="t"), JobState.SUBMITTED, rounds, Control.RUN)
         rows = await ledger.rows(JOB.id)
         for call in (
             lambda of: of.apply(Fold([fine, done(bundle(5, 6), odd)], [{}, {}])),

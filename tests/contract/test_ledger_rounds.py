@@ -15,9 +15,9 @@ from batchlab.core.ports import (
     Ending,
     Finish,
     Fold,
+    JobHistory,
     JobRecord,
     MoveJob,
-    Past,
     Reopen,
     Reopening,
     Round,
@@ -248,7 +248,7 @@ async def test_every_call_may_be_made_twice(ledger: DumpingLedger) -> None:
 
 # --- A job restored ------------------------------------------------------------------------------
 
-PAST = Past(
+PAST = JobHistory(
     JOB,
     JobState.SUBMITTED,
     (

@@ -13,7 +13,7 @@ from batchlab.adapters.simpledb import domain
 from batchlab.adapters.simpledb.ledger import SimpleDbLedger
 from batchlab.core.errors import Throttled, Unreachable
 from batchlab.core.model import Control, JobId, JobState
-from batchlab.core.ports import AddJob, Ending, Fold, Ledger, Past, Reopening, Round
+from batchlab.core.ports import AddJob, Ending, Fold, JobHistory, Ledger, Reopening, Round
 from tests.support.contract.ledger_lives import Call, answer, anything
 from tests.support.contract.ledger_suite import (
     CALLS,
@@ -36,7 +36,7 @@ from tests.support.simpledb.fixtures import FAIR, Sdb
 _TOKEN = replace(JOB, token="once")
 
 
-def _past() -> Past:
+def _past() -> JobHistory:
     bundles = [bundle(n, n + 1) for n in range(60)]
     first = Round(
         (),
@@ -47,7 +47,7 @@ def _past() -> Past:
         Ending(JobState.FAILED, "no luck", 50.0, {RESIZE: 10}),
     )
     again = Round((Reopening(RESIZE, cancelled=10),), (), {}, (), (), None)
-    return Past(_TOKEN, JobState.SUBMITTED, (first, again), Control.PAUSE)
+    return JobHistory(_TOKEN, JobState.SUBMITTED, (first, again), Control.PAUSE)
 
 
 async def _restore(ledger: Ledger) -> bool:

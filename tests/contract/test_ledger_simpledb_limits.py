@@ -16,7 +16,7 @@ from batchlab.core.ports import AddCut, Ending, Finish
 from tests.support.contract.ledger_suite import JOB, bundle, cut, done, fold, ledger_in, stage_of, submit
 from tests.support.simpledb.fixtures import FAIR, Sdb
 
-SCATTERED = TaskSet.of(range(0, 30_000, 2))
+SCATTERED = TaskSet.from_indices(range(0, 30_000, 2))
 """200 KB as JSON: too much to stay in an item that has other texts too."""
 
 

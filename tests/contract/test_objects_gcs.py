@@ -13,7 +13,7 @@ import pytest
 from batchlab.adapters import gcs
 from batchlab.adapters.limits import Bucket
 from batchlab.core.errors import AlreadyExists, BackendError, NotFound, TooLarge
-from batchlab.core.pricing.request_costs import Requests, Tally
+from batchlab.core.pricing.request_costs import RequestCounter, Requests
 from tests.support.gcs_stub import Stub, served
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def test_an_object_larger_than_the_limit_is_not_read(stub: Stub) -> None:
 
 
 def test_requests_are_counted(stub: Stub) -> None:
-    tally = Tally()
+    tally = RequestCounter()
 
     async def check() -> None:
         objects = gcs.open_objects(Bucket("grid", tally=tally))

@@ -14,7 +14,7 @@ from batchlab.adapters.aws.objects import open_s3
 from batchlab.adapters.aws.sqs import SqsQueue
 from batchlab.core.errors import NotFound
 from batchlab.core.ports import Message, Objects, Outgoing, QueueSpec
-from batchlab.core.pricing.request_costs import STEP_BYTES, Requests, Tally
+from batchlab.core.pricing.request_costs import STEP_BYTES, RequestCounter, Requests
 from tests.support.conform.proxy import Request, Response, Send, proxy
 
 SPEC = QueueSpec("work", visibility_s=30.0)
@@ -69,7 +69,7 @@ def endpoint(ministack: Endpoint) -> Endpoint:
 
 
 def test_sqs_is_counted_in_steps_with_its_empty_receives(endpoint: Endpoint) -> None:
-    wire, tally = Wire(), Tally()
+    wire, tally = Wire(), RequestCounter()
 
     async def act(url: str) -> None:
         queue = SqsQueue(Endpoint(url), prefix="tally-", tally=tally)
@@ -95,7 +95,7 @@ def test_sqs_is_counted_in_steps_with_its_empty_receives(endpoint: Endpoint) -> 
 
 
 def test_s3_is_counted_by_what_a_request_costs(endpoint: Endpoint, tmp_path: Path) -> None:
-    wire, tally = Wire(), Tally()
+    wire, tally = Wire(), RequestCounter()
     large = tmp_path / "large"
     large.write_bytes(b"x" * (20 * 1024 * 1024))
 

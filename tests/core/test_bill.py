@@ -8,8 +8,8 @@ from batchlab.core.model import Instance, JobId, LifecycleState, Machine, Market
 from batchlab.core.pricing import price_book
 from batchlab.core.pricing.bill import PoolFacts, StageUse, bill, burn_usd_h, spent_usd
 from batchlab.core.pricing.hourly import hourly_cost
-from batchlab.core.pricing.request_costs import Moved, Requests, Tally
-from batchlab.core.pricing.usage import Account, Budget, Kind, Meter, Purse, launch_usd, launches
+from batchlab.core.pricing.request_costs import RequestCounter, Requests, TransferredData
+from batchlab.core.pricing.usage import Account, Budget, CapBudget, Kind, Meter, launch_usd, launches
 
 BOOK = price_book.load()
 POOL = Pool("default", 0, 4, 2, instance_type="m7i.large")
@@ -31,7 +31,7 @@ def see(
     shares: dict[JobId, float] | None = None,
     accounts: dict[JobId, Account] | None = None,
 ) -> None:
-    meter.see(POOL, instance, now_s=at_s, monotonic_s=at_s, shares=shares or {}, accounts=accounts or {})
+    meter.bill_instance(POOL, instance, now_s=at_s, monotonic_s=at_s, shares=shares or {}, accounts=accounts or {})
 
 
 # --- The meter -----------------------------------------------------------------------------------
@@ -56,7 +56,7 @@ def test_billing_starts_at_the_launch_even_if_it_is_seen_late() -> None:
 def test_a_clock_that_jumps_takes_nothing_back_and_adds_nothing() -> None:
     meter = Meter()
     for now_s, monotonic_s in ((0.0, 0.0), (9000.0, 100.0), (-50.0, 200.0)):
-        meter.see(POOL, up("i"), now_s=now_s, monotonic_s=monotonic_s, shares={}, accounts={})
+        meter.bill_instance(POOL, up("i"), now_s=now_s, monotonic_s=monotonic_s, shares={}, accounts={})
     assert meter.total.billed_s[ON_DEMAND] == 200.0
 
 
@@ -88,7 +88,7 @@ def test_instance_is_billed_as_spot_after_its_report() -> None:
     """Describing a group does not say who is Spot: until the worker has, it counts as dearer."""
     meter = Meter()
     see(meter, up("i"), 0.0)
-    meter.see(POOL, up("i"), now_s=100.0, monotonic_s=100.0, shares={}, accounts={}, is_spot=True)
+    meter.bill_instance(POOL, up("i"), now_s=100.0, monotonic_s=100.0, shares={}, accounts={}, is_spot=True)
     assert meter.total.billed_s == {ON_DEMAND: 60.0, SPOT: 40.0}
 
 
@@ -96,10 +96,10 @@ def test_next_process_continues_the_bill() -> None:
     meter = Meter()
     see(meter, up("i", launched_s=1000.0), 1100.0)
     again = Meter.from_json(meter.to_json())
-    again.see(POOL, up("i", launched_s=1000.0), now_s=1300.0, monotonic_s=5.0, shares={}, accounts={})
+    again.bill_instance(POOL, up("i", launched_s=1000.0), now_s=1300.0, monotonic_s=5.0, shares={}, accounts={})
     assert again.total.billed_s[ON_DEMAND] == 300.0
-    assert again.keep({"i"}) is False
-    assert again.keep(set()) is True
+    assert again.retain({"i"}) is False
+    assert again.retain(set()) is True
 
 
 @pytest.mark.parametrize("stood_s", [0.0, 150.0])
@@ -108,11 +108,11 @@ def test_time_billed_by_another_leader_is_not_billed_again(stood_s: float) -> No
     frozen, accounts = Meter(), {A: Account()}
     see(frozen, up("i"), 100.0, {A: 1.0}, accounts)
     other = Meter.from_json(frozen.to_json())
-    other.see(POOL, up("i"), now_s=300.0, monotonic_s=7.0, shares={}, accounts={})
-    frozen.take_in(other)
+    other.bill_instance(POOL, up("i"), now_s=300.0, monotonic_s=7.0, shares={}, accounts={})
+    frozen.merge(other)
     assert frozen.lives["i"].prepaid_s == 0.0
     for later_s in (0.0, 1.0):
-        frozen.see(
+        frozen.bill_instance(
             POOL,
             up("i"),
             now_s=309.0 + later_s,
@@ -127,15 +127,15 @@ def test_time_billed_by_another_leader_is_not_billed_again(stood_s: float) -> No
 def test_request_totals_are_not_counted_twice() -> None:
     meter, accounts = Meter(), {A: Account()}
     for so_far in (Requests(sqs=10), Requests(sqs=25), Requests(sqs=10), Requests(sqs=25)):
-        meter.hear("w", so_far, {A: 1.0}, accounts)
-    meter.hear("v", Requests(sqs=5, s3_gets=2), {}, accounts)
+        meter.count_requests("w", so_far, {A: 1.0}, accounts)
+    meter.count_requests("v", Requests(sqs=5, s3_gets=2), {}, accounts)
     assert accounts[A].requests == Requests(sqs=25)
     assert meter.nobody.requests == Requests(sqs=5, s3_gets=2)
     assert meter.total.requests == Requests(sqs=30, s3_gets=2)
 
 
 def test_a_tally_counts_steps_and_empty_receives() -> None:
-    tally = Tally()
+    tally = RequestCounter()
     tally.sqs(200_000)  # 4 steps of 64 KiB
     tally.sqs()
     tally.received(0, 0)
@@ -205,7 +205,7 @@ GB = 1024**3
 TALKED = Account({ON_DEMAND: 3600.0}, requests=Requests(sqs=1e6, sqs_bytes=20 * GB), bundles=1)
 
 
-def moved(moved: Moved) -> tuple[dict[str, tuple[float, float, float]], list[str]]:
+def moved(moved: TransferredData) -> tuple[dict[str, tuple[float, float, float]], list[str]]:
     """The lines that such data adds to a bill, which are in its sum, and the notes."""
     stages = [StageUse("a", "default", 3600.0, 1)]
     without = bill(stages, TALKED, FACTS, BOOK)
@@ -216,13 +216,13 @@ def moved(moved: Moved) -> tuple[dict[str, tuple[float, float, float]], list[str
 
 
 def test_downloaded_results_count_as_egress() -> None:
-    lines, notes = moved(Moved(fetched_bytes=5 * GB))
+    lines, notes = moved(TransferredData(fetched_bytes=5 * GB))
     assert lines == {"data out of AWS": pytest.approx((0.45, 0.45, 0.45))}
     assert notes == []
 
 
 def test_downloads_are_not_guessed() -> None:
-    lines, (note,) = moved(Moved())
+    lines, (note,) = moved(TransferredData())
     assert lines == {}
     assert "no data out of AWS is in it" in note
 
@@ -230,19 +230,19 @@ def test_downloads_are_not_guessed() -> None:
 def test_messages_through_a_nat_gateway_may_cross_zones() -> None:
     """20 GB at 0.045; a GB that crosses zones is billed 0.01 where it is sent and where it is
     received. Half of the instances are in the gateway's zone, or all, or none."""
-    lines, notes = moved(Moved(GB, "nat"))
+    lines, notes = moved(TransferredData(GB, "nat"))
     assert lines["data through the NAT gateway"] == pytest.approx((0.90, 1.10, 1.30))
     assert any("messages alone are counted" in note for note in notes)
 
 
 def test_messages_through_endpoints_are_billed_by_the_gb() -> None:
-    lines, notes = moved(Moved(GB, "endpoints"))
+    lines, notes = moved(TransferredData(GB, "endpoints"))
     assert lines["data through VPC endpoints"] == pytest.approx((0.20, 0.20, 0.20))
     assert any("messages alone are counted" in note for note in notes)
 
 
 def test_own_network_is_listed_without_a_price() -> None:
-    lines, notes = moved(Moved(GB, "own"))
+    lines, notes = moved(TransferredData(GB, "own"))
     assert lines.keys() == {"data out of AWS"}
     assert any("your own network" in note for note in notes)
 
@@ -280,7 +280,7 @@ def test_a_launch_costs_a_minute_or_its_boot_and_tail() -> None:
 
 
 def test_only_as_many_are_launched_as_every_purse_pays_for() -> None:
-    grid, job = Purse("the grid", 1.0, spent_usd=0.5), Purse("it", 0.25)
+    grid, job = CapBudget("the grid", 1.0, spent_usd=0.5), CapBudget("it", 0.25)
     assert launches(10, 0.1, [grid, job]) == 2
     assert job.left_usd == pytest.approx(0.05)
     assert grid.left_usd == pytest.approx(0.3)
@@ -289,18 +289,18 @@ def test_only_as_many_are_launched_as_every_purse_pays_for() -> None:
 
 
 def test_bundles_are_cut_as_far_as_they_are_paid_for() -> None:
-    purse = Purse("it", 1.0)
-    budget = Budget((purse,), {"default": 0.01}, {"default": 4})
+    cap = CapBudget("it", 1.0)
+    budget = Budget((cap,), {"default": 0.01}, {"default": 4})
     assert budget.afford([10, 10, 10], "default", task_s=5.0) == [10, 10]
     assert budget.afford([1], "default", task_s=5.0) == []
-    half = Budget((Purse("it", 0.3),), {"default": 0.01}, {"default": 4})
+    half = Budget((CapBudget("it", 0.3),), {"default": 0.01}, {"default": 4})
     assert half.afford([10], "default", task_s=5.0) == [6]
 
 
 def test_before_a_task_is_measured_one_instance_probes() -> None:
-    small = Budget((Purse("it", 0.001),), {"default": 0.01}, {"default": 4})
+    small = Budget((CapBudget("it", 0.001),), {"default": 0.01}, {"default": 4})
     assert small.probe([1] * 20, "default", float("inf"), out=0) == [1, 1, 1, 1]
     assert small.probe([1] * 20, "default", float("inf"), out=3) == [1]
-    large = Budget((Purse("it", 500.0),), {"default": 0.01}, {"default": 4})
+    large = Budget((CapBudget("it", 500.0),), {"default": 0.01}, {"default": 4})
     assert len(large.probe([1] * 20, "default", float("inf"), out=0)) == 13  # an hour each
     assert len(large.probe([1] * 20, "default", 60.0, out=0)) == 20

@@ -10,64 +10,64 @@ import pytest
 
 from batchlab.adapters.memory.objects import SimObjects
 from batchlab.core import commit
-from batchlab.core.commit import Spoken
+from batchlab.core.commit import StoredCommand
 from batchlab.core.errors import NotFound
 from batchlab.core.model import Control, JobId, JobState
 from batchlab.core.port_retries import Patience
-from batchlab.core.protocol.json_format import Word
+from batchlab.core.protocol.json_format import ControlCommand
 
 JOB = JobId("sums-1")
-RUN, PAUSE = Word(Control.RUN), Word(Control.PAUSE)
-CANCEL = Word(Control.CANCEL, JobState.CANCELLED, "enough", 2)
+RUN, PAUSE = ControlCommand(Control.RUN), ControlCommand(Control.PAUSE)
+CANCEL = ControlCommand(Control.CANCEL, JobState.CANCELLED, "enough", 2)
 
 
 async def acts() -> None:
     objects, patience = SimObjects(), Patience(Random(1), limit_s=0.0)
 
-    async def spoken() -> Spoken:
-        found = await commit.spoken(objects, JOB, patience)
+    async def spoken() -> StoredCommand:
+        found = await commit.read_stored(objects, JOB, patience)
         assert found
         return found
 
     # None is there.
-    assert await commit.spoken(objects, JOB, patience) is None
+    assert await commit.read_stored(objects, JOB, patience) is None
     with pytest.raises(NotFound):
-        await commit.look(objects, JOB, None)
+        await commit.read_if_changed(objects, JOB, None)
     with pytest.raises(NotFound):
-        await commit.word_of(objects, JOB, patience)
-    assert not await commit.say(objects, JOB, RUN, patience, over=Spoken(RUN, '"gone"'))
+        await commit.read_command(objects, JOB, patience)
+    assert not await commit.replace_command(objects, JOB, RUN, patience, over=StoredCommand(RUN, '"gone"'))
 
-    assert await commit.say(objects, JOB, RUN, patience, over=None)
+    assert await commit.replace_command(objects, JOB, RUN, patience, over=None)
     first = await spoken()
-    assert first.word == RUN
-    assert await commit.look(objects, JOB, first.etag) is None
-    assert not await commit.say(objects, JOB, PAUSE, patience, over=None)
-    assert await commit.say(objects, JOB, PAUSE, patience, over=first)
-    assert (await commit.word_of(objects, JOB, patience)) == PAUSE
-    assert not await commit.say(objects, JOB, RUN, patience, over=first), "it was paused since"
+    assert first.command == RUN
+    assert await commit.read_if_changed(objects, JOB, first.etag) is None
+    assert not await commit.replace_command(objects, JOB, PAUSE, patience, over=None)
+    assert await commit.replace_command(objects, JOB, PAUSE, patience, over=first)
+    assert (await commit.read_command(objects, JOB, patience)) == PAUSE
+    assert not await commit.replace_command(objects, JOB, RUN, patience, over=first), "it was paused since"
 
     paused = await spoken()
-    assert await commit.insist(objects, JOB, CANCEL, patience) == CANCEL
-    assert not await commit.say(objects, JOB, RUN, patience, over=paused)
-    found = await commit.look(objects, JOB, paused.etag)
+    assert await commit.write_cancellation(objects, JOB, CANCEL, patience) == CANCEL
+    assert not await commit.replace_command(objects, JOB, RUN, patience, over=paused)
+    found = await commit.read_if_changed(objects, JOB, paused.etag)
     assert found
-    assert found.word == CANCEL
+    assert found.command == CANCEL
 
     # The first cancellation of a round stays.
     other = replace(CANCEL, reason="another reason")
-    assert await commit.insist(objects, JOB, other, patience) == CANCEL
-    assert await commit.word_of(objects, JOB, patience) == CANCEL
+    assert await commit.write_cancellation(objects, JOB, other, patience) == CANCEL
+    assert await commit.read_command(objects, JOB, patience) == CANCEL
 
     # A retry permits its round over the words of earlier ones, once.
-    await commit.permit(objects, JOB, 3, patience)
-    allowed = Word(Control.RUN, round=3)
-    assert await commit.word_of(objects, JOB, patience) == allowed
-    assert await commit.insist(objects, JOB, CANCEL, patience) is None, "its round is over"
-    assert await commit.word_of(objects, JOB, patience) == allowed
+    await commit.permit_round(objects, JOB, 3, patience)
+    allowed = ControlCommand(Control.RUN, round=3)
+    assert await commit.read_command(objects, JOB, patience) == allowed
+    assert await commit.write_cancellation(objects, JOB, CANCEL, patience) is None, "its round is over"
+    assert await commit.read_command(objects, JOB, patience) == allowed
     late = replace(CANCEL, round=3)
-    assert await commit.insist(objects, JOB, late, patience) == late
-    await commit.permit(objects, JOB, 3, patience)
-    assert await commit.word_of(objects, JOB, patience) == late, "that round was cancelled since"
+    assert await commit.write_cancellation(objects, JOB, late, patience) == late
+    await commit.permit_round(objects, JOB, 3, patience)
+    assert await commit.read_command(objects, JOB, patience) == late, "that round was cancelled since"
 
 
 def test_a_word_is_written_over_what_was_read_and_only_while_that_stands() -> None:
@@ -79,12 +79,12 @@ def test_a_late_word_changes_nothing_although_the_same_word_stands_again() -> No
 
     async def main() -> None:
         objects, patience = SimObjects(), Patience(Random(1), limit_s=0.0)
-        assert await commit.say(objects, JOB, RUN, patience, over=None)
-        read = await commit.spoken(objects, JOB, patience)
+        assert await commit.replace_command(objects, JOB, RUN, patience, over=None)
+        read = await commit.read_stored(objects, JOB, patience)
         for word in (PAUSE, RUN):
-            found = await commit.spoken(objects, JOB, patience)
-            assert await commit.say(objects, JOB, word, patience, over=found)
-        assert not await commit.say(objects, JOB, PAUSE, patience, over=read)
-        assert await commit.word_of(objects, JOB, patience) == RUN
+            found = await commit.read_stored(objects, JOB, patience)
+            assert await commit.replace_command(objects, JOB, word, patience, over=found)
+        assert not await commit.replace_command(objects, JOB, PAUSE, patience, over=read)
+        assert await commit.read_command(objects, JOB, patience) == RUN
 
     asyncio.run(main())

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from batchlab.core.eta import Eta, Pace, Room, StageWork, estimate, told
+from batchlab.core.eta import Eta, Pace, Room, StageWork, describe, estimate
 from batchlab.core.text import about
 
 
@@ -41,7 +41,7 @@ def test_even_tasks_on_a_stable_fleet_give_a_narrow_band() -> None:
     found = band(work())
     assert found.low_s == pytest.approx(50.0)
     assert found.high_s == pytest.approx(52.0)  # and the last task begins late
-    assert told(found) == "about 51 s left"
+    assert describe(found) == "about 51 s left"
 
 
 @pytest.mark.parametrize("of", [1, 10])
@@ -79,7 +79,7 @@ def test_a_fleet_that_may_grow_lowers_the_hopeful_end_only() -> None:
     found = band(work(), rooms={"default": Room(now=4, most=40)})
     assert found.low_s == pytest.approx(5.0)
     assert found.high_s == pytest.approx(52.0)
-    assert told(found) == "5 s to 52 s left"
+    assert describe(found) == "5 s to 52 s left"
 
 
 def test_assumed_fleet_is_no_larger_than_the_tasks_need() -> None:
@@ -125,9 +125,9 @@ def test_running_tasks_count_as_partly_done() -> None:
 def test_unmeasured_stages_are_named() -> None:
     found = band(work(), work("total", None, after=("map",), pace=Pace()))
     assert found.unmeasured == ("total",)
-    assert told(found) == "more than 50 s left; stage total not measured yet"
+    assert describe(found) == "more than 50 s left; stage total not measured yet"
     found = band(work(), work("a", None), work("b", 3, pace=Pace()))
-    assert told(found).endswith("stages a, b not measured yet")
+    assert describe(found).endswith("stages a, b not measured yet")
 
 
 def test_estimate_without_measurements_is_missing() -> None:

@@ -19,9 +19,9 @@ SERVICE_MODULES = {
 SCRIPT = """
 import gc
 from batchlab.core import gc_control
-gc_control.begins()
+gc_control.pause()
 assert not gc.isenabled()
-gc_control.ended()
+gc_control.resume()
 assert gc.isenabled()
 assert gc.get_freeze_count() > 1000
 """
@@ -36,4 +36,4 @@ def test_objects_that_exist_after_loading_are_frozen() -> None:
 def test_every_service_reports_the_end_of_its_loading(service: str) -> None:
     """Else it would never give its memory back."""
     module = importlib.import_module(SERVICE_MODULES[service])
-    assert "gc_control.ended()" in inspect.getsource(module)
+    assert "gc_control.resume()" in inspect.getsource(module)

@@ -8,7 +8,7 @@ import pytest
 
 from batchlab.core import instance_types
 from batchlab.core.errors import UsageError
-from batchlab.core.instance_types import LEAST_MEMORY_MIB, InstanceType, Share
+from batchlab.core.instance_types import MIN_MEMORY_MIB, InstanceType, Share
 
 ROW = '"x.large" = { vcpu = 2, memory_mib = 8192, architecture = "x86_64" }'
 
@@ -35,7 +35,7 @@ def test_a_share_is_the_types_figures_times_the_scale() -> None:
     known = instance_types.load()
     assert known.share("m7i.large") == Share(2.0, 8192)
     assert known.share("m7i.large", 0.25) == Share(0.5, 2048)
-    assert known.share("t3.nano", 0.1).memory_mib == LEAST_MEMORY_MIB
+    assert known.share("t3.nano", 0.1).memory_mib == MIN_MEMORY_MIB
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, 1.5, float("nan")])

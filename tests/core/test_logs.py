@@ -48,7 +48,7 @@ def test_default_format_is_text(written: Written, monkeypatch: pytest.MonkeyPatc
     begin(service="worker", instance="i-1")
 
     def bundle() -> None:
-        logs.note(job="sums-1", stage="map")
+        logs.add_fields(job="sums-1", stage="map")
         log.warning("the bundle %s", "waits\nINFO batchlab: a line that is none")
 
     copy_context().run(bundle)
@@ -62,10 +62,10 @@ def test_default_format_is_text(written: Written, monkeypatch: pytest.MonkeyPatc
 def test_json_has_the_fields_of_process_task_and_line(written: Written, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(logs.FORMAT_VARIABLE, "json")
     begin(service="worker")
-    logs.is_from(worker="w-1", instance="i-1")
+    logs.add_process_fields(worker="w-1", instance="i-1")
 
     async def bundle(name: str) -> None:
-        logs.note(job="sums-1", bundle=name)
+        logs.add_fields(job="sums-1", bundle=name)
         await asyncio.sleep(0)
         await asyncio.to_thread(log.info, "it runs", extra={"task": 3})
 
@@ -165,7 +165,7 @@ def test_invalid_setting_is_a_clear_error(
 def test_the_last_words_are_read_in_either_format(written: Written, monkeypatch: pytest.MonkeyPatch) -> None:
     for format_ in logs.FORMATS:
         monkeypatch.setenv(logs.FORMAT_VARIABLE, format_)
-        logs.last_words("The port is taken. Name another.")
+        logs.print_last_line("The port is taken. Name another.")
     text, json_line = written().splitlines()
     assert json.loads(json_line)["level"] == "ERROR"
     assert logs.text_of(text) == logs.text_of(json_line) == "The port is taken. Name another."
@@ -174,7 +174,7 @@ def test_the_last_words_are_read_in_either_format(written: Written, monkeypatch:
 
 def test_last_problem_is_remembered_for_a_bounded_number_of_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
     recent = logs.Recent()
-    monkeypatch.setattr(logs, "KEPT_JOBS", 2)
+    monkeypatch.setattr(logs, "MAX_JOBS", 2)
     log.addHandler(recent)
     try:
         for job in ("a", "b", "a", "c"):
@@ -183,5 +183,5 @@ def test_last_problem_is_remembered_for_a_bounded_number_of_jobs(monkeypatch: py
         log.error("of none")
     finally:
         log.removeHandler(recent)
-    assert recent.of("b") is None, "heard of longest ago"
-    assert [found[1] for job in "ac" if (found := recent.of(job))] == ["a waits", "c waits"]
+    assert recent.last("b") is None, "heard of longest ago"
+    assert [found[1] for job in "ac" if (found := recent.last(job))] == ["a waits", "c waits"]

@@ -41,9 +41,9 @@ def test_prices_match_published_prices_of_the_day() -> None:
 
 
 def test_data_has_a_price_for_each_way_that_it_takes() -> None:
-    assert SHIPPED.of("transfer", "internet_usd_per_gb") == 0.09
-    assert SHIPPED.of("transfer", "zone_usd_per_gb_each_way") == 0.01
-    assert SHIPPED.of("network", "nat_usd_per_gb") == 0.045
+    assert SHIPPED.price("transfer", "internet_usd_per_gb") == 0.09
+    assert SHIPPED.price("transfer", "zone_usd_per_gb_each_way") == 0.01
+    assert SHIPPED.price("network", "nat_usd_per_gb") == 0.045
 
 
 def test_spot_is_a_range_below_on_demand() -> None:

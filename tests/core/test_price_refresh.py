@@ -191,14 +191,14 @@ def test_the_price_list_of_data_transfer_gives_the_first_tier_that_is_billed(tmp
     found = find(path, region="eu-west-1")
     assert (found.block, found.region, found.count) == ("transfer", "eu-west-1", 2)
     book = refreshed(SHIPPED, found)
-    assert book.of("transfer", "internet_usd_per_gb") == 0.092
-    assert book.of("transfer", "zone_usd_per_gb_each_way") == 0.011
+    assert book.price("transfer", "internet_usd_per_gb") == 0.092
+    assert book.price("transfer", "zone_usd_per_gb_each_way") == 0.011
     assert (book.blocks["transfer"].region, book.blocks["transfer"].date) == ("eu-west-1", date(2026, 9, 1))
     assert book.blocks["network"] == SHIPPED.blocks["network"]
     (tmp_path / price_book.NAME).write_text(price_book.write(book))
     assert price_book.load(tmp_path).blocks == book.blocks
     here = refreshed(SHIPPED, find(path, region="us-east-1"))
-    assert here.of("transfer", "internet_usd_per_gb") == 0.07
+    assert here.price("transfer", "internet_usd_per_gb") == 0.07
 
 
 def test_the_price_list_of_data_transfer_as_json(tmp_path: Path) -> None:

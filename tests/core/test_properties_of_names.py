@@ -31,7 +31,7 @@ NAME = st.from_regex(NAME_PATTERN.replace("$", r"\Z"), alphabet=string.printable
 )
 KEY = CommitKey("0f" * 16)
 COUNT = st.integers(0, 10**9)
-TASKS = st.sets(st.integers(0, 10**9), min_size=1, max_size=5).map(TaskSet.of)
+TASKS = st.sets(st.integers(0, 10**9), min_size=1, max_size=5).map(TaskSet.from_indices)
 
 
 def bundles(job: JobId, stage: StageName) -> st.SearchStrategy[Bundle]:

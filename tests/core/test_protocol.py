@@ -13,14 +13,14 @@ from batchlab.core.errors import BackendError, Malformed
 from batchlab.core.job_definition import InputDef, JobDef, SplitBy, StageDef
 from batchlab.core.model import Bundle, Failure, FailureKind, JobId, Outcome, Ran, StageName, TaskSet
 from batchlab.core.ports import Cut
-from batchlab.core.pricing.request_costs import Asked, Requests
+from batchlab.core.pricing.request_costs import Requests, WorkerRequests
 from batchlab.core.protocol import commit_keys, json_format, object_keys, settlement
 from batchlab.core.protocol.messages import (
     Beat,
+    CounterReport,
     Events,
-    Held,
+    HeldBundle,
     TaskMessage,
-    Told,
     events_message,
     read_events_message,
     read_task_message,
@@ -232,11 +232,11 @@ def test_messages_round_trip() -> None:
     for opening in (None, commit_keys.Opening([1, "a"]), commit_keys.Opening([1, "a"], first)):
         doc = json_format.loads(commit_keys.to_bytes(JOB, opening))
         assert (json_format.job_from_json(doc), commit_keys.opening_in(doc)) == (JOB, opening)
-    held = Held("q", "r", JOB.id, A, BUNDLE.id, True)
+    held = HeldBundle("q", "r", JOB.id, A, BUNDLE.id, True)
     beat = Beat("w", "i", "p", 1.0, 2, 1, (held,), 7, key="instance-key")
     events = Events((done,), (object_keys.outcome(BUNDLE, UNSEALED),), (beat,), (outcome,))
     assert read_events_message(events_message(events)) == events
-    asked = (Asked("w", "i", Requests(10, 2, 3, 4, 5), is_spot=True),)
+    asked = (WorkerRequests("w", "i", Requests(10, 2, 3, 4, 5), is_spot=True),)
     assert read_events_message(events_message(replace(events, asked=asked))).asked == asked
 
 
@@ -275,7 +275,7 @@ def test_the_policy_counts_tasks_or_percent() -> None:
 
 
 def test_worker_reports_round_trip_and_survive_tampering() -> None:
-    told = Events(told=(Told("w-1", {"retried.timeout": 2}),))
+    told = Events(told=(CounterReport("w-1", {"retried.timeout": 2}),))
     assert read_events_message(events_message(told)) == told
     for mischief in ([["w", 3]], [["w", {"a": "x"}]], [["w"]], [["w", {"a": float("inf")}]]):
         body = json.dumps({"v": 1, "m": mischief})

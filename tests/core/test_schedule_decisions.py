@@ -10,7 +10,7 @@ import pytest
 
 from batchlab.core import schedules
 from batchlab.core.errors import BackendError, Refused
-from batchlab.core.schedules import KEPT, Definition, Missed, Overlap, Run, RunState, Schedule, When
+from batchlab.core.schedules import MAX_RUNS, Definition, Missed, Overlap, Run, RunState, Schedule, When
 from batchlab.manager.autoscaler import affordable
 
 BEGIN_S = datetime(2026, 3, 2, 9, 30, tzinfo=UTC).timestamp()
@@ -75,10 +75,10 @@ def test_a_schedule_remembers_so_many_runs_and_all_that_have_not_ended() -> None
     made = schedule("* * * * *", overlap=Overlap.QUEUE)
     made = schedules.lapse(made, BEGIN_S + MINUTE)
     first = made.runs[0]
-    for minute in range(1, KEPT + 10):
+    for minute in range(1, MAX_RUNS + 10):
         made = schedules.lapse(made, BEGIN_S + (minute + 1) * MINUTE)
         made = made.with_run(replace(made.runs[-1], state=RunState.ENDED))
-    assert len(made.runs) == KEPT + 1
+    assert len(made.runs) == MAX_RUNS + 1
     assert made.runs[0] == first
 
 

@@ -13,7 +13,7 @@ indices = st.sets(st.integers(0, 60))
 
 @given(indices)
 def test_a_set_gives_back_its_indices_in_order(members: set[int]) -> None:
-    tasks = TaskSet.of(members)
+    tasks = TaskSet.from_indices(members)
     assert list(tasks) == sorted(members)
     assert len(tasks) == len(members)
     assert all((i in tasks) == (i in members) for i in range(61))
@@ -21,15 +21,15 @@ def test_a_set_gives_back_its_indices_in_order(members: set[int]) -> None:
 
 @given(indices, indices)
 def test_difference_intersection_and_union_are_those_of_sets(a: set[int], b: set[int]) -> None:
-    first, second = TaskSet.of(a), TaskSet.of(b)
+    first, second = TaskSet.from_indices(a), TaskSet.from_indices(b)
     assert set(first - second) == a - b
     assert set(first & second) == a & b
-    assert TaskSet.union([first, second]) == TaskSet.of(a | b)
+    assert TaskSet.union([first, second]) == TaskSet.from_indices(a | b)
 
 
 @given(indices, st.integers(0, 70))
 def test_take_cuts_in_two_without_losing_any(members: set[int], count: int) -> None:
-    head, tail = TaskSet.of(members).take(count)
+    head, tail = TaskSet.from_indices(members).take(count)
     assert len(head) == min(count, len(members))
     assert list(head) + list(tail) == sorted(members)
 
@@ -37,7 +37,7 @@ def test_take_cuts_in_two_without_losing_any(members: set[int], count: int) -> N
 @given(st.sets(st.integers(0, 60), min_size=2))
 def test_halves_differ_from_the_whole_in_first_or_last(members: set[int]) -> None:
     """What makes the derived ids of split bundles unique."""
-    whole = TaskSet.of(members)
+    whole = TaskSet.from_indices(members)
     for half in whole.halves():
         assert half
         assert (half.first, half.last) != (whole.first, whole.last)

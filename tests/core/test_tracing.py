@@ -24,7 +24,7 @@ from batchlab.core.model import Bundle, Failure, FailureKind, JobId, Ran, StageN
 from batchlab.core.protocol import json_format
 from batchlab.core.protocol.messages import Events, events_message, read_events_message, read_task_message
 from batchlab.core.protocol.object_keys import UNSEALED
-from batchlab.core.tracing import NOBODY, Subject
+from batchlab.core.tracing import NO_TRACER, Subject
 from batchlab.runtime import factory
 from batchlab.worker import commit_and_forward
 from tests.support.trace_receiver import Receiver, named
@@ -64,8 +64,8 @@ def test_a_command_sends_the_trace_that_it_is_called_in(
 
 
 def test_nothing_is_sent_without_tracing() -> None:
-    assert factory.load("local").open_tracer("worker", "w-1") is NOBODY
-    assert NOBODY.root("submit", Subject(JOB.id), parent=ABOVE).context == ""
+    assert factory.load("local").open_tracer("worker", "w-1") is NO_TRACER
+    assert NO_TRACER.root("submit", Subject(JOB.id), parent=ABOVE).context == ""
     assert "trace" not in json_format.job_to_json(JOB)
     body = address(JOB, BUNDLE, UNSEALED, now_s=1.0).message.body
     assert "tp" not in json_format.loads(body)
@@ -73,10 +73,10 @@ def test_nothing_is_sent_without_tracing() -> None:
 
 
 def test_process_without_tracing_forwards_the_context() -> None:
-    with tracing.span(NOBODY, "run", ABOVE, BUNDLE) as span:
+    with tracing.span(NO_TRACER, "run", ABOVE, BUNDLE) as span:
         span.note(failed=1)
     assert span.context == ABOVE
-    assert NOBODY.record("fold", ABOVE, BUNDLE, start_s=1.0, end_s=2.0) == ABOVE
+    assert NO_TRACER.record("fold", ABOVE, BUNDLE, start_s=1.0, end_s=2.0) == ABOVE
 
 
 def test_the_context_travels_in_job_message_and_event() -> None:
@@ -107,7 +107,7 @@ def test_otel_variables_disable_tracing(
     environment: pytest.MonkeyPatch, name: str, value: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     environment.setenv(name, value)
-    assert opened("http://127.0.0.1:9", environment) is NOBODY
+    assert opened("http://127.0.0.1:9", environment) is NO_TRACER
     assert ("http/protobuf only" in caplog.text) == (value == "grpc")
 
 
@@ -121,7 +121,7 @@ def test_a_missing_extra_is_one_sentence(environment: pytest.MonkeyPatch, caplog
 
     environment.delitem(sys.modules, "batchlab.adapters.opentelemetry", raising=False)
     environment.setattr(builtins, "__import__", no_otel)
-    assert opened("http://127.0.0.1:9", environment) is NOBODY
+    assert opened("http://127.0.0.1:9", environment) is NO_TRACER
     (record,) = caplog.records
     assert "batchlab's extra `otel` is not installed" in record.getMessage()
     assert re.search(r" install .*\[otel\].*` brings it\.", record.getMessage())

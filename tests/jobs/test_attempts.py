@@ -60,17 +60,17 @@ async def a_bucket() -> SimObjects:
             "w-1",
             1.0,
             2.0,
-            TaskSet.of([0]),
+            TaskSet.from_indices([0]),
             (10,),
             (0.25,),
             failures,
-            follows=(Follow(Bundle(JOB.id, MAP, TaskSet.of([1]), attempt=2)),),
+            follows=(Follow(Bundle(JOB.id, MAP, TaskSet.from_indices([1]), attempt=2)),),
             log=log,
             log_spans=spans,
         ),
     )
-    again = Bundle(JOB.id, MAP, TaskSet.of([1]), attempt=2)
-    done = Outcome(again, "w-2-1", "w-2", 3.0, 4.0, TaskSet.of([1]), (20,), (0.1,))
+    again = Bundle(JOB.id, MAP, TaskSet.from_indices([1]), attempt=2)
+    done = Outcome(again, "w-2-1", "w-2", 3.0, 4.0, TaskSet.from_indices([1]), (20,), (0.1,))
     await _commit(objects, done)
     return objects
 
@@ -157,7 +157,7 @@ def test_an_input_that_only_a_retry_has_gathered_is_found() -> None:
 
 def _part(_: SimObjects) -> bytes:
     first = Bundle(JOB.id, MAP, TaskSet.span(0, 3))
-    again = Bundle(JOB.id, MAP, TaskSet.of([1]), attempt=2)
+    again = Bundle(JOB.id, MAP, TaskSet.from_indices([1]), attempt=2)
     item = {"$gather": {MAP: [[first.id, [[0, 1]]], [again.id, [[1, 2]]]]}}
     return json_format.to_bytes({"v": json_format.VERSION, "items": [item]})
 

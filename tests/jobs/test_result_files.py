@@ -77,14 +77,14 @@ class Bucket:
         round_: int = 0,
     ) -> None:
         """Commit a bundle's outcome: results of those in `found`, failures of the others."""
-        bundle = Bundle(JOB, stage, TaskSet.of(tasks), attempt, round_)
+        bundle = Bundle(JOB, stage, TaskSet.from_indices(tasks), attempt, round_)
         outcome = Outcome(
             bundle,
             "e1",
             "w1",
             0.0,
             1.0,
-            TaskSet.of(found),
+            TaskSet.from_indices(found),
             tuple(found[task] for task in sorted(found)),
             tuple(0.1 for _ in found),
             tuple(Failure(t, FailureKind.EXIT, "no") for t in tasks if t not in found),

@@ -13,7 +13,7 @@ import pytest
 from batchlab.adapters.memory.objects import SimObjects
 from batchlab.core.model import GroupView, Instance, JobId, LifecycleState, Pool, StageName
 from batchlab.core.port_retries import Patience
-from batchlab.core.protocol.messages import Beat, Held
+from batchlab.core.protocol.messages import Beat, HeldBundle
 from batchlab.manager.autoscaler import Autoscaler, Backlog, desired_capacity
 from batchlab.manager.state import ManagerSettings, Ports, WorkerStatus
 from batchlab.manager.worker_registry import WorkerRegistry
@@ -73,7 +73,7 @@ def scaler(recorder: Recorder, busy: Sequence[str], idle: Sequence[str]) -> Auto
     patience = Patience(random.Random(1))
     ports = Ports(SimObjects(), anything, anything, anything, anything, anything, patience)
     registry = WorkerRegistry(ports, {})
-    held = (Held("q", "r", JobId("j"), StageName("s"), cast(Any, "b"), True),)
+    held = (HeldBundle("q", "r", JobId("j"), StageName("s"), cast(Any, "b"), True),)
     for name in [*busy, *idle]:
         holds = held if name in busy else ()
         beat = Beat(f"w-{name}", name, "default", 0.0, 2, len(holds), holds, 1)

@@ -21,7 +21,7 @@ from batchlab.core.errors import BackendError, Unreachable
 from batchlab.core.job_definition import JobDef, StageDef
 from batchlab.core.model import Bundle, Completion, JobId, JobState, StageName, TaskSet
 from batchlab.core.port_retries import Patience
-from batchlab.core.ports import MAX_BATCH, AddCut, AddJob, Cut, Depth, Fold, Folded, Message, Outgoing, Written
+from batchlab.core.ports import MAX_BATCH, AddCut, AddJob, ChangeResult, Cut, Depth, Fold, FoldResult, Message, Outgoing
 from batchlab.core.protocol import object_keys
 from batchlab.core.protocol.messages import Duplicate, Events, events_message
 from batchlab.manager.collector import Collector, PendingSubmissions, events_queue
@@ -42,10 +42,10 @@ class Counting:
         self.sizes: list[int] = []
         self._apply = ledger.apply
 
-    async def __call__(self, change: Any) -> Folded | Written:
+    async def __call__(self, change: Any) -> FoldResult | ChangeResult:
         if isinstance(change, Fold):
             self.sizes.append(len(change.completions))
-        answer: Folded | Written = await self._apply(change)
+        answer: FoldResult | ChangeResult = await self._apply(change)
         return answer
 
 

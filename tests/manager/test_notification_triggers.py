@@ -15,7 +15,7 @@ from batchlab.core.errors import NotFound, Unreachable
 from batchlab.core.model import Bundle, Control, JobId, JobState, StageCounts, TaskSet
 from batchlab.core.notifications import NotDelivered, Notification, Target
 from batchlab.core.ports import StageRecord
-from batchlab.core.protocol.messages import Beat, Held
+from batchlab.core.protocol.messages import Beat, HeldBundle
 from batchlab.manager.state import Outstanding, WorkerStatus
 from tests.support.manager.notifier import ENDING, MAP, OPS, Scene, a_job, a_notification, play
 
@@ -187,7 +187,7 @@ def test_a_job_that_is_not_meant_to_move_is_not_stuck(why: str) -> None:
         elif why == "retries later":
             live.outstanding = {MAP: {bundle.id: Outstanding(bundle, 10**9)}}
         else:
-            held = Held("q", "r", live.id, MAP, bundle.id, True)
+            held = HeldBundle("q", "r", live.id, MAP, bundle.id, True)
             beat = Beat("w-1", "i-1", "default", 1.0, 1, 1, (held,), 1)
             scene.workers["i-1"] = WorkerStatus(beat, 0.0, {held: 0.0})
         await scene.led(scene.manager(), 300.0)

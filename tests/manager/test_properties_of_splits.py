@@ -22,7 +22,7 @@ from batchlab.core.job_definition import InputDef, JobDef, SplitBy, StageDef
 from batchlab.core.model import Bundle, Failure, JobId, Json, StageName, TaskSet
 from batchlab.core.port_retries import Patience
 from batchlab.core.protocol import values
-from batchlab.core.protocol.bundle_inputs import Inputs, Own
+from batchlab.core.protocol.bundle_inputs import Inputs, JobObjects
 from batchlab.core.protocol.object_keys import UNSEALED
 from batchlab.manager import input_split, stage_plans
 from batchlab.worker import materialization
@@ -85,7 +85,7 @@ def read(files: Sequence[bytes], by: SplitBy, size: int, header: bool = False) -
 
 async def _local(objects: SimObjects, items: list[Json], folder: Path) -> list[tuple[str, Any]]:
     """(key, content) of what each task finds on its worker; an item has the first file's key."""
-    inputs = materialization.Inputs(objects, folder, asyncio.to_thread, Own(JOB, is_python=False))
+    inputs = materialization.Inputs(objects, folder, asyncio.to_thread, JobObjects(JOB, is_python=False))
     found: list[tuple[str, Any]] = []
     for (_, local), item in zip(await inputs.fetch(enumerate(items)), items, strict=True):
         assert not isinstance(local, Failure), local

@@ -16,7 +16,7 @@ from batchlab.core.job_definition import JobDef, StageDef
 from batchlab.core.model import JobId, JobState, Pool, StageCounts, StageName
 from batchlab.core.port_retries import Patience
 from batchlab.core.ports import JobRecord, StageRecord
-from batchlab.core.pricing.request_costs import Requests, Tally
+from batchlab.core.pricing.request_costs import RequestCounter, Requests
 from batchlab.core.pricing.usage import Account, Accounting, Kind, Meter
 from batchlab.core.protocol import json_format, object_keys
 from batchlab.manager import recorded_data
@@ -92,7 +92,7 @@ class Leader:
         registry = WorkerRegistry(scene.ports, self.lives)
         self.recorder = Recorder(scene.ports, self.lives, registry)
         pools = {"default": Pool("default")}
-        self.tally = Tally()
+        self.tally = RequestCounter()
         self.spending = Spending(
             scene.ports,
             ManagerSettings(),
@@ -386,11 +386,11 @@ def test_requests_until_the_end_of_a_job_belong_to_it() -> None:
 
 def test_worker_that_still_reports_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     """The manager itself is the first that is heard: forgotten, all its requests counted anew."""
-    monkeypatch.setattr("batchlab.core.pricing.usage.HEARD_KEPT", 3)
+    monkeypatch.setattr("batchlab.core.pricing.usage.MAX_PROCESSES", 3)
     meter = Meter()
     for n in range(1, 10):
-        meter.hear("manager", Requests(sqs=n), {}, {})
-        meter.hear(f"w-{n}", Requests(sqs=1), {}, {})
+        meter.count_requests("manager", Requests(sqs=n), {}, {})
+        meter.count_requests(f"w-{n}", Requests(sqs=1), {}, {})
     assert meter.total.requests.sqs == 9 + 9
 
 

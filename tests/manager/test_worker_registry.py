@@ -15,7 +15,7 @@ from batchlab.core.errors import BatchlabError, Refused, Unreachable
 from batchlab.core.model import BundleId, Instance, JobId, LifecycleState, StageName
 from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Fleet, Queue
-from batchlab.core.protocol.messages import Beat, Held, Told
+from batchlab.core.protocol.messages import Beat, CounterReport, HeldBundle
 from batchlab.manager.counters import DUPLICATE, Counters
 from batchlab.manager.state import Ports
 from batchlab.manager.worker_registry import LOST_S, WorkerRegistry
@@ -139,7 +139,7 @@ def test_messages_of_a_long_silent_instance_are_not_released(silent_s: float, gi
                 returned.extend(receipt for receipt, _ in receipts)
 
         registry = registry_of(ports(NoFleet(), Returning()))  # type: ignore[arg-type]
-        held = Held("tasks-default", "r-1", JobId("j-1"), StageName("map"), BundleId("b-1"), True)
+        held = HeldBundle("tasks-default", "r-1", JobId("j-1"), StageName("map"), BundleId("b-1"), True)
         await registry.hear(replace(beat("i-1", 1), held=(held,)), JOBS)
         await asyncio.sleep(silent_s)
         await registry.bury([dead("i-1")])
@@ -174,6 +174,6 @@ def test_worker_that_still_reports_its_work_is_remembered(monkeypatch: pytest.Mo
     monkeypatch.setattr("batchlab.manager.counters.WORKERS_KEPT", 3)
     counts = Counters()
     for n in range(1, 10):
-        counts.told(Told("w-first", {DUPLICATE: n}))
-        counts.told(Told(f"w-{n}", {DUPLICATE: 1}))
+        counts.told(CounterReport("w-first", {DUPLICATE: n}))
+        counts.told(CounterReport(f"w-{n}", {DUPLICATE: 1}))
     assert counts.duplicates == 9 + 9

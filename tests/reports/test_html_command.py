@@ -85,7 +85,7 @@ async def _commit(objects: Objects, case: Case, log: bytes | None) -> None:
         1.0,
         2.0,
         failed=(failure,),
-        cancelled=bundle.tasks - TaskSet.of([case.task]),
+        cancelled=bundle.tasks - TaskSet.from_indices([case.task]),
         log=key,
         log_spans=((case.task, 10, 10 + len(log)),) if log is not None else (),
     )

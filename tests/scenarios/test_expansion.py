@@ -155,7 +155,7 @@ def job(template: JobTemplate = CLAIMS, task_s: float | None = None) -> Job:
     return Job(3, "x-3", template, 0.0, 1000, task_s=task_s)
 
 
-INDICES = st.sets(st.integers(0, 3000), max_size=600).map(TaskSet.of)
+INDICES = st.sets(st.integers(0, 3000), max_size=600).map(TaskSet.from_indices)
 
 
 @PROPERTY

@@ -144,7 +144,7 @@ def test_a_minimum_is_priced_as_what_it_is() -> None:
     stays = an_instance(0, ended_s=None)
     made = a_record(a_job(), instances=(stays, *spot), pools={"default": (1, 3, 2)}, usd=9.0, instance_s=180.0)
     hour = BOOK.instance_usd_h("m7i.large").typical
-    disk = BOOK.of("ebs", "gp3_usd_per_gb_month") * 50 / 730
+    disk = BOOK.price("ebs", "gp3_usd_per_gb_month") * 50 / 730
     # The run is over when its last instance has gone, at 60 s.
     assert trial_result(made, BOOK, 3660.0).usd == pytest.approx(9.0 + hour + disk)
     assert trial_result(made, BOOK, 30.0).usd == 9.0

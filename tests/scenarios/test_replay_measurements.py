@@ -24,10 +24,10 @@ from tests.support.cli import a_grid, a_job
 
 
 def outcome(tasks: range, *, attempt: int = 1, round_: int = 0, failed: int | None = None) -> Outcome:
-    good = TaskSet.of(task for task in tasks if task != failed)
+    good = TaskSet.from_indices(task for task in tasks if task != failed)
     bad = () if failed is None else (Failure(failed, FailureKind.EXCEPTION, "so"),)
     return Outcome(
-        Bundle(JobId("j"), StageName("s"), TaskSet.of(tasks), attempt, round_),
+        Bundle(JobId("j"), StageName("s"), TaskSet.from_indices(tasks), attempt, round_),
         "x",
         "w",
         0.0,
@@ -154,7 +154,7 @@ def test_on_a_laptop_instances_cost_what_the_scenarios_would() -> None:
     hour = book.rate("m7i.large", Market.ON_DEMAND, "").typical
     found = usd(0.0)
     instances = sum(v for name, v in found.items.items() if "pool" in name)
-    disk = book.of("ebs", "gp3_usd_per_gb_month") * WORKER_DISK_GB / HOURS_A_MONTH
+    disk = book.price("ebs", "gp3_usd_per_gb_month") * WORKER_DISK_GB / HOURS_A_MONTH
     assert instances == pytest.approx(hour + disk, rel=0.001)
     assert found.usd == pytest.approx(sum(found.items.values()))
     assert driver.wasted_s(before, after) == 10.0

@@ -14,7 +14,7 @@ import pytest
 from batchlab.core.api_types import UNCOUNTED
 from batchlab.core.commit import commit
 from batchlab.core.model import JobId, Outcome, Ran
-from batchlab.core.ports import Fold, Folded, Written
+from batchlab.core.ports import ChangeResult, Fold, FoldResult
 from batchlab.core.protocol import json_format, settlement
 from batchlab.core.protocol.messages import Events
 from tests.support.server.api import DEADLINE_S, Rig, job
@@ -37,7 +37,7 @@ def outcomes_of(rig: Rig, name: JobId, count: int) -> list[Outcome]:
         )
         for one in found
     ]
-    key = rig.run(rig.manager.ports.keys.of(live.job))
+    key = rig.run(rig.manager.ports.keys.key_of(live.job))
     for one in outcomes:
         rig.run(commit(rig.objects, one, rig.manager.ports.patience, key))
     return outcomes
@@ -46,10 +46,10 @@ def outcomes_of(rig: Rig, name: JobId, count: int) -> list[Outcome]:
 def test_outcomes_are_announced_on_commit_and_counted_later(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     apply, may_fold = rig.ledger.apply, threading.Event()
 
-    async def hold_up(change: Any) -> Folded | Written:
+    async def hold_up(change: Any) -> FoldResult | ChangeResult:
         while isinstance(change, Fold) and not may_fold.is_set():
             await asyncio.sleep(0.01)
-        answer: Folded | Written = await apply(change)
+        answer: FoldResult | ChangeResult = await apply(change)
         return answer
 
     monkeypatch.setattr(rig.ledger, "apply", hold_up)

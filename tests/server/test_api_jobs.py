@@ -79,7 +79,7 @@ def test_a_cancelled_job_takes_no_second_cancellation(rig: Rig) -> None:
     assert rig.client.cancel(name)["id"] == name
     # The acknowledgement: no worker may start a task any more (I4).
     control = rig.run(rig.objects.get(f"jobs/{name}/control.json"))
-    assert json_format.word_from_bytes(control).control.value == "cancel"
+    assert json_format.control_from_bytes(control).control.value == "cancel"
     assert rig.ended(name)["state"] == "CANCELLED"
     for verb in (rig.client.cancel, rig.client.pause, rig.client.resume):
         with pytest.raises(Refused, match="is not running"):
@@ -242,20 +242,20 @@ def test_live_logs_are_requested_through_the_control_object(rig: Rig) -> None:
     bundles = rig.outstanding(name, 2)
     key = object_keys.control(JobId(name))
 
-    def word() -> json_format.Word:
-        return json_format.word_from_bytes(rig.run(rig.objects.get(key)))
+    def word() -> json_format.ControlCommand:
+        return json_format.control_from_bytes(rig.run(rig.objects.get(key)))
 
     tails = [Tail("map", o.bundle.tasks.first, 1, 0, o.bundle.id, "x", 0, 5, "hello") for o in bundles]
     rig.run(rig.objects.put(object_keys.tail(JobId(name), "w-1"), to_bytes(tails)))
     rig.until(lambda: rig.client.tails(name)["tails"], "the tails")
-    assert replace(word(), tail_s=None) == json_format.Word(Control.RUN, tail=1)
+    assert replace(word(), tail_s=None) == json_format.ControlCommand(Control.RUN, tail=1)
     # However many ask, and however often.
     for _ in range(20):
         rig.client.tails(name)
     assert word().tail == 1
     rig.client.pause(name)
     rig.client.resume(name)
-    assert word() == json_format.Word(Control.RUN)
+    assert word() == json_format.ControlCommand(Control.RUN)
     # What a worker has stored of a bundle that has ended since is no news.
     rig.work(name, 2)
     rig.ended(name)
@@ -269,7 +269,7 @@ def test_asking_for_tails_never_undoes_a_cancellation(rig: Rig) -> None:
     rig.outstanding(name, 2)
     key = object_keys.control(JobId(name))
     # Another leader's, which the ledger does not know of yet.
-    cancel = json_format.word_to_bytes(json_format.Word(Control.CANCEL, reason="enough"))
+    cancel = json_format.control_to_bytes(json_format.ControlCommand(Control.CANCEL, reason="enough"))
     rig.run(rig.objects.put(key, cancel))
     rig.client.tails(name)
     assert rig.run(rig.objects.get(key)) == cancel

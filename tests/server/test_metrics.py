@@ -69,7 +69,7 @@ def test_a_jobs_life_is_counted(rig: Rig) -> None:
 
 
 def test_worker_reports_are_counted_once(rig: Rig) -> None:
-    from batchlab.core.protocol.messages import Events, Told
+    from batchlab.core.protocol.messages import CounterReport, Events
 
     rig.submit(job("told", tasks=1))
     (instance,) = rig.instances(1, "Pending")
@@ -77,9 +77,9 @@ def test_worker_reports_are_counted_once(rig: Rig) -> None:
     before = samples(rig)
     for retried in (1, 3, 3, 2):  # the queue may deliver twice, and in any order
         counts = {"retried.timeout": retried, "duplicate": 1}
-        forged = Told("w-9", {"retried.timeout": 1000})
-        rig.run(rig.tell(Events(told=(Told(beat.worker, counts), forged), beats=(beat,))))
-    unreadable = Told(beat.worker, {"retried.x\n": 5})
+        forged = CounterReport("w-9", {"retried.timeout": 1000})
+        rig.run(rig.tell(Events(told=(CounterReport(beat.worker, counts), forged), beats=(beat,))))
+    unreadable = CounterReport(beat.worker, {"retried.x\n": 5})
     rig.run(rig.tell(Events(told=(unreadable,), beats=(beat,))))
     labels = {"reason": "timeout", "followed": "retried"}
     was = at(before, "attempts_failed_total", **labels)

@@ -15,7 +15,7 @@ from batchlab.core.job_definition import JobDef, StageDef
 from batchlab.core.model import Bundle, Completion, JobId, JobState, StageCounts, StageName, TaskSet
 from batchlab.core.ports import BundleRecord, JobRecord, StageRecord
 from batchlab.core.protocol import object_keys
-from batchlab.core.protocol.messages import Beat, Held
+from batchlab.core.protocol.messages import Beat, HeldBundle
 from batchlab.core.protocol.object_keys import UNSEALED
 from batchlab.manager.admission import admit
 from batchlab.manager.state import LiveJob, WorkerStatus
@@ -40,7 +40,7 @@ def live_job(*bundles: Bundle) -> LiveJob:
 
 
 def seen(*held: tuple[Bundle, bool]) -> WorkerStatus:
-    told = tuple(Held("q", b.id, b.job, b.stage, b.id, running) for b, running in held)
+    told = tuple(HeldBundle("q", b.id, b.job, b.stage, b.id, running) for b, running in held)
     return WorkerStatus(Beat("w", "i", "default", 0.0, 2, 1, told, 1), 0.0, {})
 
 
@@ -60,7 +60,7 @@ def test_running_counts_the_tasks_of_bundles_that_run_each_once() -> None:
 
 
 def test_bundle_with_an_outcome_is_not_running() -> None:
-    bundle = Bundle(JOB.id, MAP, TaskSet.of([1]))
+    bundle = Bundle(JOB.id, MAP, TaskSet.from_indices([1]))
     assert view(live_job(), seen((bundle, True)))["stages"][0]["running"] == 0
 
 
@@ -79,7 +79,7 @@ def test_stages_are_listed_in_job_order_with_their_pools() -> None:
 
 def test_outcome_names_the_tasks_in_its_object() -> None:
     bundle = Bundle(JOB.id, MAP, TaskSet.span(0, 10))
-    good, bad = TaskSet.of([0, 1, 2, 5]), TaskSet.of([4])
+    good, bad = TaskSet.from_indices([0, 1, 2, 5]), TaskSet.from_indices([4])
     done = Completion(bundle, "w", 0.0, 1.0, good, bad, TaskSet(), 1.0)
     shown = outcome_view(BundleRecord(bundle, done, 3), UNSEALED)
     assert shown["tasks"] == [(0, 3), (5, 6)]
@@ -88,7 +88,7 @@ def test_outcome_names_the_tasks_in_its_object() -> None:
 
 def test_a_bundle_without_an_outcome_has_no_view() -> None:
     with pytest.raises(ValueError, match="no outcome"):
-        outcome_view(BundleRecord(Bundle(JOB.id, MAP, TaskSet.of([1]))), UNSEALED)
+        outcome_view(BundleRecord(Bundle(JOB.id, MAP, TaskSet.from_indices([1]))), UNSEALED)
 
 
 # --- At the door ---------------------------------------------------------------------------------

@@ -87,5 +87,5 @@ def test_retry_with_a_lost_message_is_sent_again_after_its_backoff() -> None:
 @pytest.mark.parametrize("off_s", [-86_400.0, 0.0, 86_400.0])
 def test_a_clock_that_is_wrong_makes_no_wait_longer_than_the_backoff(off_s: float) -> None:
     at_s = 1_000.0
-    retried = Bundle(MADE.id, A, TaskSet.of([0]), attempt=2, due_s=at_s + BACKOFF_S)
+    retried = Bundle(MADE.id, A, TaskSet.from_indices([0]), attempt=2, due_s=at_s + BACKOFF_S)
     assert settlement.wait_s(MADE, retried, at_s + off_s) == (0.0 if off_s > 0 else BACKOFF_S)

@@ -12,7 +12,7 @@ import pytest
 
 from batchlab.core.model import JobState, LifecycleState, Pool
 from batchlab.core.pricing import price_book
-from batchlab.core.pricing.usage import Accounting, Budget, Kind, Purse
+from batchlab.core.pricing.usage import Accounting, Budget, CapBudget, Kind
 from batchlab.server import job_facts, metrics
 from batchlab.server.http.history import eta_of
 from batchlab.server.wait_reasons import why
@@ -127,7 +127,7 @@ def test_a_job_is_capped_no_longer_once_its_cap_pays_for_the_rest() -> None:
         def told(left_usd: float, next_usd: float, uncut_usd: float) -> tuple[bool, bool, bool]:
             """Whether it is called capped, and whether the page and the metrics say so of now."""
             assert manager.spending
-            live.budget = Budget((Purse("it", 10.0, 10.0 - left_usd),), {}, {})
+            live.budget = Budget((CapBudget("it", 10.0, 10.0 - left_usd),), {}, {})
             manager.spending.caps._hold(live, next_usd, uncut_usd)
             shown, _ = metrics.exposition(manager, "sim", "text/plain")
             is_now = eta_of(manager, made.id)["text"] == "unknown: a cap on cost holds it back"

@@ -73,7 +73,7 @@ def test_a_slow_resume_does_not_undo_an_acknowledged_cancel(slow_s: float, monke
         slow: list[float] = []
 
         async def put(real: Any, key: str, data: bytes, **options: Any) -> object:
-            word = json_format.word_from_bytes(data).control if key.endswith("control.json") else None
+            word = json_format.control_from_bytes(data).control if key.endswith("control.json") else None
             if word is Control.RUN and slow:
                 await asyncio.sleep(slow.pop())
             return await real(key, data, **options)
@@ -161,8 +161,8 @@ def test_counters_are_right_when_the_leader_dies_before_feeding_a_stage_of_a_can
         async def set_planned(real: Any, change: SetPlanned) -> object:
             if not died:
                 died.append(world.managers)
-                word = json_format.Word(Control.CANCEL, JobState.CANCELLED, "cancelled by its user")
-                await world.objects.put(object_keys.control(change.job_id), json_format.word_to_bytes(word))
+                word = json_format.ControlCommand(Control.CANCEL, JobState.CANCELLED, "cancelled by its user")
+                await world.objects.put(object_keys.control(change.job_id), json_format.control_to_bytes(word))
                 await world.ledger.apply(SetControl(change.job_id, Control.CANCEL, 0))
                 kill_manager(world)
                 await asyncio.sleep(0)

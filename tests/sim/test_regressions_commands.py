@@ -31,7 +31,7 @@ from tests.support.sim.scenes import (
     takes,
 )
 
-CANCEL = json_format.Word(Control.CANCEL, reason="its user had enough")
+CANCEL = json_format.ControlCommand(Control.CANCEL, reason="its user had enough")
 
 
 async def _cancelled(world: World, made: JobDef) -> Manager:
@@ -55,7 +55,7 @@ def test_former_leader_does_not_undo_a_cancellation(verb: str) -> None:
         await submitted(world, made)
         if verb == "resume":
             await world.ask(lambda m: m.requests.pause(made.id), "pause")
-        await world.objects.put(object_keys.control(made.id), json_format.word_to_bytes(CANCEL))
+        await world.objects.put(object_keys.control(made.id), json_format.control_to_bytes(CANCEL))
         manager = await leader(world)
         with pytest.raises(Refused, match="is being cancelled"):
             await getattr(manager.requests, verb)(made.id)
@@ -72,7 +72,7 @@ def test_cancellation_between_two_reads_of_the_control_object_stays(monkeypatch:
 
         async def put(real: Any, key: str, data: bytes, **how: Any) -> object:
             if b"pause" in data and key == object_keys.control(made.id):
-                await real(key, json_format.word_to_bytes(CANCEL))
+                await real(key, json_format.control_to_bytes(CANCEL))
             return await real(key, data, **how)
 
         around(monkeypatch, world.objects, "put", put)
@@ -106,7 +106,7 @@ def test_a_retry_that_is_carried_out_twice_does_not_undo_a_cancellation(monkeypa
         armed.append("now")
         await manager.requests.retry(made.id)
         assert armed == ["now", "done"]
-        word = json_format.word_from_bytes(await world.objects.get(object_keys.control(made.id)))
+        word = json_format.control_from_bytes(await world.objects.get(object_keys.control(made.id)))
         assert (word.control, word.round) == (Control.CANCEL, 1)
         assert (await ended(world, made)).state is JobState.CANCELLED
         assert len(world.starts) == before

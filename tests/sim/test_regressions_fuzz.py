@@ -16,6 +16,7 @@ from batchlab.core.job_definition import JobDef
 from batchlab.core.model import Control, Failure, FailureKind, JobState, Pool
 from batchlab.core.ports import AddJob, Finish, MoveJob, SetControl
 from batchlab.core.protocol import json_format, object_keys
+from batchlab.core.protocol.json_format import ControlCommand, control_to_bytes
 from batchlab.manager import fleet_commands, ledger_rebuild
 from batchlab.sim import invariants
 from batchlab.sim.tasks import Play, Scene, value_of
@@ -158,7 +159,7 @@ def test_job_begun_by_another_manager_is_coordinated() -> None:
         await bring_items(world, made)
         for key, data in (
             (object_keys.spec(made.id), json_format.to_bytes(json_format.job_to_json(made))),
-            (object_keys.control(made.id), json_format.word_to_bytes(json_format.Word(Control.RUN))),
+            (object_keys.control(made.id), control_to_bytes(ControlCommand(Control.RUN))),
         ):
             await world.objects.put(key, data, if_absent=True)
         await world.ledger.apply(AddJob(made, JobState.SUBMITTED))
@@ -221,9 +222,9 @@ def test_concurrent_rebuilds_run_one_after_the_other(monkeypatch: pytest.MonkeyP
 # --- Words that only the bucket has --------------------------------------------------------------
 
 
-async def _written(world: World, made: JobDef, word: json_format.Word) -> None:
+async def _written(world: World, made: JobDef, word: json_format.ControlCommand) -> None:
     """What a manager writes before it tells the ledger; this one does not come to that."""
-    await world.objects.put(object_keys.control(made.id), json_format.word_to_bytes(word))
+    await world.objects.put(object_keys.control(made.id), control_to_bytes(word))
 
 
 @pytest.mark.parametrize("dies", [True, False])
@@ -237,7 +238,7 @@ def test_cancellation_known_only_to_workers_ends_the_job(dies: bool) -> None:
         await submitted(world, made)
         while len(world.starts) < 10:
             await asyncio.sleep(1)
-        await _written(world, made, json_format.Word(Control.CANCEL, reason="its user had enough"))
+        await _written(world, made, ControlCommand(Control.CANCEL, reason="its user had enough"))
         if dies:
             kill_manager(world)
         record = await ended(world, made)
@@ -256,7 +257,7 @@ def test_pause_known_only_to_workers_can_be_resumed(dies: bool) -> None:
         await submitted(world, made)
         while len(world.starts) < 3:
             await asyncio.sleep(1)
-        await _written(world, made, json_format.Word(Control.PAUSE))
+        await _written(world, made, ControlCommand(Control.PAUSE))
         if dies:
             kill_manager(world)
         async with asyncio.timeout(500):
@@ -280,7 +281,7 @@ def test_resume_known_only_to_workers_reaches_the_leader() -> None:
         await submitted(world, made)
         await world.ask(lambda m: m.requests.pause(made.id), "pause")
         await asyncio.sleep(300)
-        await _written(world, made, json_format.Word(Control.RUN))
+        await _written(world, made, ControlCommand(Control.RUN))
         await world.ledger.apply(SetControl(made.id, Control.RUN, 0))
         await ended_well(world, made)
 
@@ -297,9 +298,7 @@ def test_a_cancelled_stage_is_fed_by_a_cut_that_only_the_bucket_has(monkeypatch:
         async def put(original: Any, key: str, *args: Any, **kwargs: Any) -> object:
             answer = await original(key, *args, **kwargs)
             if key == object_keys.cut(made.id, A, 0, 0) and world.managers == 1:
-                await original(
-                    object_keys.control(made.id), json_format.word_to_bytes(json_format.Word(Control.CANCEL))
-                )
+                await original(object_keys.control(made.id), control_to_bytes(ControlCommand(Control.CANCEL)))
                 kill_manager(world)
                 await asyncio.sleep(0)
             return answer
@@ -322,7 +321,7 @@ def test_late_pause_leaves_no_trace() -> None:
         made = job(stage(A), items=1)
         await submitted(world, made)
         await ended_well(world, made)
-        await _written(world, made, json_format.Word(Control.PAUSE))
+        await _written(world, made, ControlCommand(Control.PAUSE))
         await invariants.check_all(world, [made.id])
 
     in_world(act, script=takes(5.0))

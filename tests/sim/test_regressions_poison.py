@@ -32,7 +32,7 @@ STALE_S = 20.0
 
 
 def suspect(task: int) -> Bundle:
-    return Bundle(JobId("job"), A, TaskSet.of([task]), losses=1)
+    return Bundle(JobId("job"), A, TaskSet.from_indices([task]), losses=1)
 
 
 def in_hand(bundle: Bundle, execution: str) -> InflightMessage:
@@ -179,7 +179,7 @@ def test_bundle_that_waits_in_vain_for_a_whole_worker_releases_the_rest(monkeypa
         await begun("neighbour", 1)
         while not world.starts:
             await asyncio.sleep(1.0)
-        tried = Bundle(JobId("suspect"), A, TaskSet.of([0]))
+        tried = Bundle(JobId("suspect"), A, TaskSet.from_indices([0]))
         for worker in ("w-a", "w-b"):
             await world.objects.put(object_keys.starts(tried) + f"{worker}-1", b"{}")
         await begun("suspect", 1)

@@ -18,7 +18,7 @@ from batchlab.core.model import BundleId, Failure, FailureKind, Instance, JobId,
 from batchlab.core.ports import MAX_MESSAGE_BYTES, Outgoing
 from batchlab.core.protocol import object_keys, settlement
 from batchlab.core.protocol.commit_keys import CommitKeys, jobs_in, with_proofs
-from batchlab.core.protocol.messages import Beat, Held, events_message, read_events_message
+from batchlab.core.protocol.messages import Beat, HeldBundle, events_message, read_events_message
 from batchlab.core.retry_rule import RetryRule
 from batchlab.sim import invariants
 from batchlab.sim.tasks import Play, Scene
@@ -204,7 +204,7 @@ async def _without_splits(world: World, message: Outgoing, lost: list[BundleId])
 JOBS = frozenset({JobId("j")})
 
 
-def _beat(number: int, at_s: float, *held: Held, gone: bool = False) -> Beat:
+def _beat(number: int, at_s: float, *held: HeldBundle, gone: bool = False) -> Beat:
     busy = len(held)
     return Beat("w", "i", "default", at_s, 1, busy, tuple(held), number, gone=gone)
 
@@ -217,7 +217,7 @@ def test_worker_with_an_earlier_clock_is_heard_and_a_late_heartbeat_revives_none
         registry = (await leader(world)).registry
         there = {"i": Instance("i", "default", LifecycleState.IN_SERVICE, 0.0)}
         registry.instances.see(there)
-        held = Held("tasks-default", "r", JobId("j"), A, BundleId("x"), True)
+        held = HeldBundle("tasks-default", "r", JobId("j"), A, BundleId("x"), True)
         await registry.hear(_beat(1, 1000.0), JOBS)
         await registry.hear(_beat(2, 400.0, held), JOBS)
         assert (registry.idle("default"), registry.busy("default")) == ([], ["i"])

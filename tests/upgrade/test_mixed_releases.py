@@ -22,6 +22,7 @@ from batchlab.core.notifications import Notification
 from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Outgoing, QueueSpec
 from batchlab.core.protocol import commit_keys, json_format, object_keys
+from batchlab.core.protocol.json_format import ControlCommand, control_from_bytes, control_to_bytes
 from batchlab.core.protocol.messages import (
     Tail,
     TaskMessage,
@@ -83,13 +84,13 @@ def test_messages_and_outcomes_of_an_earlier_release_are_read() -> None:
     assert [one.execution for one in events.duplicates] == ["w-1-1"]
     assert events.asked[0].requests.sqs_bytes == 6
     assert events.beats[0].held[0].bundle == BUNDLE.id
-    assert json_format.word_from_bytes((BEFORE / "word.json").read_bytes()).control is Control.CANCEL
+    assert control_from_bytes((BEFORE / "word.json").read_bytes()).control is Control.CANCEL
     for name in ("message", "events", "outcome", "word"):
         made = {
             "message": lambda: json.loads(task_message(message)),
             "events": lambda: json.loads(events_message(events)),
             "outcome": lambda: json.loads(json_format.dumps(json_format.outcome_to_json(outcome))),
-            "word": lambda: json.loads(json_format.word_to_bytes(json_format.Word(Control.CANCEL, reason="x"))),
+            "word": lambda: json.loads(control_to_bytes(ControlCommand(Control.CANCEL, reason="x"))),
         }[name]()
         known = before(name)
         known.pop("job", None)  # a worker reads the definition itself
@@ -115,9 +116,7 @@ def test_fields_of_a_later_release_are_ignored() -> None:
     doc["d"][0].append("more")
     assert read_events_message(json.dumps(doc)) == known
     word = (BEFORE / "word.json").read_bytes()
-    assert json_format.word_from_bytes(json.dumps(later(before("word"))).encode()) == (
-        json_format.word_from_bytes(word)
-    )
+    assert control_from_bytes(json.dumps(later(before("word"))).encode()) == (control_from_bytes(word))
 
 
 def test_notifications_and_output_of_other_releases_are_readable() -> None:
@@ -149,7 +148,7 @@ def test_required_unknown_field_is_refused(change: dict[str, Any], told: str) ->
 
 def test_unknown_control_word_permits_nothing() -> None:
     with pytest.raises(BackendError, match="'drain'"):
-        json_format.word_from_bytes(b'{"v":1,"control":"drain"}')
+        control_from_bytes(b'{"v":1,"control":"drain"}')
 
 
 def test_worker_message_has_no_field_for_managers_only() -> None:

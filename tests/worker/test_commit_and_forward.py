@@ -20,7 +20,7 @@ from batchlab.core.protocol import object_keys
 from batchlab.core.protocol.messages import Events, TaskMessage, read_events_message, read_task_message
 from batchlab.core.protocol.object_keys import UNSEALED
 from batchlab.core.retry_rule import RetryRule
-from batchlab.core.tracing import NOBODY, Attribute, Span, Subject
+from batchlab.core.tracing import NO_TRACER, Attribute, Span, Subject
 from batchlab.sim.actors import SimClock
 from batchlab.sim.event_loop import SimLoop
 from batchlab.worker.commit_and_forward import BundleFinisher
@@ -74,9 +74,9 @@ class Spans:
     ) -> Span:
         assert (parent, about, start_s, links, attributes) == (ABOVE, BUNDLE, None, (), {})
         self.names.append(name)
-        return NOBODY.begin(name, BELOW, about)
+        return NO_TRACER.begin(name, BELOW, about)
 
-    root, record, close = NOBODY.root, NOBODY.record, NOBODY.close
+    root, record, close = NO_TRACER.root, NO_TRACER.record, NO_TRACER.close
 
 
 class Rig:
@@ -133,7 +133,7 @@ def test_handed_over_tasks_are_committed_reported_and_traced(caplog: pytest.LogC
         assert await rig.shed("w-1")
         outcome = await committed(rig.objects, BUNDLE, rig.patience, UNSEALED)
         assert outcome
-        assert (outcome.succeeded, [one.task for one in outcome.failed]) == (TaskSet.of([0]), [1])
+        assert (outcome.succeeded, [one.task for one in outcome.failed]) == (TaskSet.from_indices([0]), [1])
         assert outcome.log == object_keys.log(BUNDLE, "w-1-1", UNSEALED)
         assert KEPT in [follow.bundle for follow in outcome.follows]
         pairs = [zip(m.bundle.tasks, m.items or (), strict=True) for m in rig.sent.tasks]

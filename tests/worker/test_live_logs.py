@@ -19,6 +19,7 @@ from batchlab.core.model import Bundle, Control, JobId, JobState, StageCounts, S
 from batchlab.core.port_retries import Patience
 from batchlab.core.ports import JobRecord, Message, Objects, Queue, StageRecord
 from batchlab.core.protocol import json_format, object_keys
+from batchlab.core.protocol.json_format import ControlCommand, control_from_bytes, control_to_bytes
 from batchlab.core.protocol.messages import ASKED_S, Tail, TaskMessage, from_bytes, to_bytes
 from batchlab.manager import live_logs
 from batchlab.manager.state import LiveJob, ManagerSettings, Ports
@@ -76,7 +77,7 @@ class Talk:
     def __init__(self, inflight_messages: dict[str, InflightMessage], task: int, job: JobId = JOB) -> None:
         self.data = b""
         self.task: int | None = task
-        bundle = Bundle(job, StageName("talk"), TaskSet.of([task]), attempt=2)
+        bundle = Bundle(job, StageName("talk"), TaskSet.from_indices([task]), attempt=2)
         message = Message("m", "", "r", 1, 0.0, 0.0)
         inflight = InflightMessage("q", message, TaskMessage(bundle), f"w-1-{task}", 0.0, 0.0, "r")
         inflight.running = True
@@ -177,16 +178,16 @@ def test_request_for_live_logs_is_part_of_the_control_object() -> None:
     async def main() -> None:
         objects = SimObjects()
         asked: list[JobId] = []
-        word = json_format.Word(Control.RUN)
-        await objects.put(object_keys.control(JOB), json_format.word_to_bytes(word))
+        word = json_format.ControlCommand(Control.RUN)
+        await objects.put(object_keys.control(JOB), json_format.control_to_bytes(word))
         controls = ControlPoller(_context(objects), asked.append)
         await controls.read(JOB)
         assert not asked
-        await objects.put(object_keys.control(JOB), json_format.word_to_bytes(replace(word, tail=1)))
+        await objects.put(object_keys.control(JOB), control_to_bytes(replace(word, tail=1)))
         for _ in range(3):
             assert (await controls.read(JOB))[0] is Control.RUN
         assert asked == [JOB]
-        await objects.put(object_keys.control(JOB), json_format.word_to_bytes(replace(word, tail=2)))
+        await objects.put(object_keys.control(JOB), json_format.control_to_bytes(replace(word, tail=2)))
         await controls.read(JOB)
         assert asked == [JOB, JOB]
 
@@ -202,20 +203,20 @@ def test_expired_request_is_ignored_by_a_new_worker(ago_s: float, is_heard: bool
     async def main() -> None:
         objects, clock = SimObjects(), _clock()
         asked: list[JobId] = []
-        word = json_format.Word(Control.RUN, tail=7, tail_s=clock.now_s() - ago_s)
-        await objects.put(object_keys.control(JOB), json_format.word_to_bytes(word))
+        word = json_format.ControlCommand(Control.RUN, tail=7, tail_s=clock.now_s() - ago_s)
+        await objects.put(object_keys.control(JOB), json_format.control_to_bytes(word))
         controls = ControlPoller(_context(objects), asked.append)
         await controls.read(JOB)
         assert asked == [JOB] * is_heard
         # What comes while it looks on is news, whatever the clocks say.
         await asyncio.sleep(0.3)
         again = replace(word, tail=8)
-        await objects.put(object_keys.control(JOB), json_format.word_to_bytes(again))
+        await objects.put(object_keys.control(JOB), json_format.control_to_bytes(again))
         await controls.read(JOB)
         assert asked[is_heard:] == [JOB]
         # And after a pause it may be old again.
         await asyncio.sleep(30.0)
-        await objects.put(object_keys.control(JOB), json_format.word_to_bytes(replace(word, tail=9)))
+        await objects.put(object_keys.control(JOB), json_format.control_to_bytes(replace(word, tail=9)))
         await controls.read(JOB)
         assert len(asked) == 1 + 2 * is_heard - (is_heard and ago_s + 30.0 > ASKED_S + MAX_CLOCK_SKEW_S)
 
@@ -272,7 +273,7 @@ class Followed:
         return LiveJob(JobRecord(job, JobState.RUNNING), {stage: StageRecord(StageCounts(stage))})
 
     async def stored(self, live: LiveJob, worker: str, text: str, task: int = 0) -> None:
-        bundle = Bundle(live.id, StageName("talk"), TaskSet.of([task]))
+        bundle = Bundle(live.id, StageName("talk"), TaskSet.from_indices([task]))
         live.expect([(bundle, 0.0)])
         tail = Tail("talk", task, 1, 0, bundle.id, f"{worker}-1", 0, len(text), text)
         await self.objects.put(object_keys.tail(live.id, worker), to_bytes([tail]))
@@ -330,7 +331,7 @@ def test_live_logs_of_ended_bundles_free_their_space(monkeypatch: pytest.MonkeyP
         await scene.stored(scene.live, "w-1", "x" * 900, 1)
         await scene.stored(scene.live, "w-2", "y" * 900, 2)
         assert [one.task for one in await scene.tails.of(scene.live)] == [1]
-        scene.live.settled(Bundle(JOB, StageName("talk"), TaskSet.of([1])))
+        scene.live.settled(Bundle(JOB, StageName("talk"), TaskSet.from_indices([1])))
         await asyncio.sleep(scene.tails.every_s)
         assert [one.task for one in await scene.tails.of(scene.live)] == [2]
 
@@ -338,11 +339,11 @@ def test_live_logs_of_ended_bundles_free_their_space(monkeypatch: pytest.MonkeyP
 
 
 def test_a_word_without_a_tail_is_written_as_before() -> None:
-    for word in (json_format.Word(Control.RUN), json_format.Word(Control.CANCEL, reason="x", round=1)):
-        assert "tail" not in json.loads(json_format.word_to_bytes(word))
-        assert json_format.word_from_bytes(json_format.word_to_bytes(word)) == word
+    for word in (ControlCommand(Control.RUN), ControlCommand(Control.CANCEL, reason="x", round=1)):
+        assert "tail" not in json.loads(control_to_bytes(word))
+        assert control_from_bytes(control_to_bytes(word)) == word
         more = replace(word, tail=7)
-        assert json_format.word_from_bytes(json_format.word_to_bytes(more)) == more
+        assert control_from_bytes(control_to_bytes(more)) == more
 
 
 def test_text_has_as_many_bytes_as_what_was_printed() -> None:

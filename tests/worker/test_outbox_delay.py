@@ -27,7 +27,7 @@ JOB, STAGE = JobId("outbox-0123456789"), StageName("map")
 
 
 def outcome(task: int) -> Outcome:
-    bundle = Bundle(JOB, STAGE, TaskSet.of([task]))
+    bundle = Bundle(JOB, STAGE, TaskSet.from_indices([task]))
     return Outcome(bundle, f"w-1-{task}", "w-1", 0.0, 1.0, bundle.tasks, ("null",), (1.0,))
 
 
@@ -58,7 +58,7 @@ class World:
         )
 
     def take(self, task: int) -> None:
-        bundle = Bundle(JOB, STAGE, TaskSet.of([task]))
+        bundle = Bundle(JOB, STAGE, TaskSet.from_indices([task]))
         message = Message(f"m-{task}", "", f"r-{task}", 1, 0.0, 0.0)
         taken = InflightMessage("tasks-default", message, TaskMessage(bundle), "w-1-7", 0.0, 0.0, "r-7")
         self.inflight_messages[str(task)] = taken
@@ -117,7 +117,9 @@ def test_held_bundles_are_reported_once_with_an_outcome() -> None:
         world.take(7)
         await world.outbox.send_event(outcome(1))
         (events,) = await world.heard()
-        assert [held.bundle for beat in events.beats for held in beat.held] == [Bundle(JOB, STAGE, TaskSet.of([7])).id]
+        assert [held.bundle for beat in events.beats for held in beat.held] == [
+            Bundle(JOB, STAGE, TaskSet.from_indices([7])).id
+        ]
         await asyncio.sleep(WorkerSettings().beat_gap_s * 3)
         assert await world.heard() == []
         # A change is still told by itself.

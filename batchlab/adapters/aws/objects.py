@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from batchlab.adapters.limits import Bucket
 from batchlab.adapters.obstore_objects import PARTS_AT_ONCE, ObstoreObjects, client_options, retries
 from batchlab.core.errors import AlreadyExists, BatchlabError
-from batchlab.core.pricing.request_costs import Tally
+from batchlab.core.pricing.request_costs import RequestCounter
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -26,7 +26,9 @@ log = logging.getLogger(__name__)
 class S3Objects(ObstoreObjects):
     """Objects port over one S3 bucket."""
 
-    def __init__(self, store: ObjectStore, endpoint: Endpoint, bucket: str, tally: Tally | None = None) -> None:
+    def __init__(
+        self, store: ObjectStore, endpoint: Endpoint, bucket: str, tally: RequestCounter | None = None
+    ) -> None:
         super().__init__(store, tally)
         self._endpoint = endpoint
         self._bucket = bucket
@@ -50,7 +52,7 @@ def open_objects(bucket: Bucket) -> S3Objects:
     return open_s3(bucket.endpoint, bucket.name, bucket.tally)
 
 
-def open_s3(endpoint: Endpoint, bucket: str, tally: Tally | None = None) -> S3Objects:
+def open_s3(endpoint: Endpoint, bucket: str, tally: RequestCounter | None = None) -> S3Objects:
     """Return the bucket of that name without a request. `tally` counts requests.
 
     At an endpoint's url, a missing bucket is created, also after the start. An emulator that has

@@ -22,7 +22,7 @@ from batchlab.adapters.limits import body_bytes, check_batch, check_changes, che
 from batchlab.adapters.local.local_wakeup_queue import Quiet
 from batchlab.core.errors import BackendError, NotFound, Throttled
 from batchlab.core.ports import MAX_MESSAGE_BYTES, MAX_VISIBILITY_S, Depth, Message, Outgoing, QueueSpec
-from batchlab.core.pricing.request_costs import Tally
+from batchlab.core.pricing.request_costs import RequestCounter
 
 if TYPE_CHECKING:
     from mypy_boto3_sqs.literals import QueueAttributeNameType
@@ -75,7 +75,9 @@ class SqsQueue:
     up.
     """
 
-    def __init__(self, endpoint: Endpoint, *, prefix: str = "", makes: bool = True, tally: Tally | None = None) -> None:
+    def __init__(
+        self, endpoint: Endpoint, *, prefix: str = "", makes: bool = True, tally: RequestCounter | None = None
+    ) -> None:
         """With `makes`, `ensure` creates queues. Otherwise a stack must have created them.
 
         `tally` counts every request, also failed ones, because AWS bills them.
@@ -87,7 +89,7 @@ class SqsQueue:
             at = self._sqs.meta.endpoint_url
             self._wire = opened(made, at, loopback=bool(endpoint.loopback))
         self._prefix = prefix
-        self._tally = tally or Tally()
+        self._tally = tally or RequestCounter()
         self._is_billed = endpoint.url is None
         self._quiet: dict[str, Quiet] = {}
         self._urls: dict[str, str] = {}

@@ -19,7 +19,18 @@ from batchlab.core import ledger_projection
 from batchlab.core.errors import NotFound
 from batchlab.core.ledger_projection import BundleRow, Key, Known, Projection
 from batchlab.core.model import JobId, Json, StageName
-from batchlab.core.ports import AddJob, BundleRecord, Fold, Folded, JobChange, JobRecord, JobRows, Lease, Past, Written
+from batchlab.core.ports import (
+    AddJob,
+    BundleRecord,
+    ChangeResult,
+    Fold,
+    FoldResult,
+    JobChange,
+    JobHistory,
+    JobRecord,
+    JobRows,
+    Lease,
+)
 from batchlab.core.protocol import json_format
 
 
@@ -161,12 +172,12 @@ class SimLedger:
     # --- Changes ---------------------------------------------------------------------------------
 
     @overload
-    async def apply(self, change: Fold) -> Folded: ...
+    async def apply(self, change: Fold) -> FoldResult: ...
 
     @overload
-    async def apply(self, change: JobChange) -> Written: ...
+    async def apply(self, change: JobChange) -> ChangeResult: ...
 
-    async def apply(self, change: Fold | JobChange) -> Folded | Written:
+    async def apply(self, change: Fold | JobChange) -> FoldResult | ChangeResult:
         """Apply the change. A fold raises NotFound before it folds any completion."""
         if isinstance(change, Fold):
             return self._fold(change)
@@ -176,19 +187,19 @@ class SimLedger:
         job.projection.at = self._writes + 1
         rows = ledger_projection.apply(job.projection, change, job.known)
         self._end_write(job, rows)
-        return Written(job.rows, rows is not None)
+        return ChangeResult(job.rows, rows is not None)
 
-    def _add_job(self, change: AddJob) -> Written:
+    def _add_job(self, change: AddJob) -> ChangeResult:
         job = change.job
         existing = job.id if job.id in self._jobs else self._tokens.get(job.token)
         if existing is not None:
-            return Written(self._jobs[existing].rows, is_new=False)
-        return Written(self._install(*ledger_projection.begin(change)).rows, is_new=True)
+            return ChangeResult(self._jobs[existing].rows, is_new=False)
+        return ChangeResult(self._install(*ledger_projection.begin(change)).rows, is_new=True)
 
-    def _fold(self, change: Fold) -> Folded:
+    def _fold(self, change: Fold) -> FoldResult:
         count = len(change.completions)
         if not count:
-            return Folded([], 0, {})
+            return FoldResult([], 0, {})
         positions = ledger_projection.positions_by_job(change)
         jobs = {name: self._job(name) for name in positions}
         ledger_projection.check_stages({name: job.projection for name, job in jobs.items()}, change)
@@ -201,7 +212,7 @@ class SimLedger:
             self._end_write(job, rows)
             for position in fresh:
                 new[position] = True
-        return Folded(new, first, {name: job.rows for name, job in jobs.items()})
+        return FoldResult(new, first, {name: job.rows for name, job in jobs.items()})
 
     def _end_write(self, job: _Job, rows: Iterable[BundleRow] | None) -> None:
         """Store the bundles of a write and count it, if it had an effect."""
@@ -281,7 +292,7 @@ class SimLedger:
 
     # --- Whole jobs ------------------------------------------------------------------------------
 
-    async def restore(self, past: Past, *, over: JobRows | None) -> bool:
+    async def restore(self, past: JobHistory, *, over: JobRows | None) -> bool:
         """Restore a job. Raise NotFound if another job has the token."""
         name = past.job.id
         job = self._jobs.get(name)

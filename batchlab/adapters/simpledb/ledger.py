@@ -21,7 +21,18 @@ from batchlab.core import ledger_projection
 from batchlab.core.errors import NotFound, Throttled
 from batchlab.core.ledger_projection import Projection
 from batchlab.core.model import JobId, Json, StageName
-from batchlab.core.ports import AddJob, BundleRecord, Fold, Folded, JobChange, JobRecord, JobRows, Lease, Past, Written
+from batchlab.core.ports import (
+    AddJob,
+    BundleRecord,
+    ChangeResult,
+    Fold,
+    FoldResult,
+    JobChange,
+    JobHistory,
+    JobRecord,
+    JobRows,
+    Lease,
+)
 
 _BLOCK = 1000
 _STAMP = "v"
@@ -137,12 +148,12 @@ class SimpleDbLedger:
     # --- Jobs ------------------------------------------------------------------------------------
 
     @overload
-    async def apply(self, change: Fold) -> Folded: ...
+    async def apply(self, change: Fold) -> FoldResult: ...
 
     @overload
-    async def apply(self, change: JobChange) -> Written: ...
+    async def apply(self, change: JobChange) -> ChangeResult: ...
 
-    async def apply(self, change: Fold | JobChange) -> Folded | Written:
+    async def apply(self, change: Fold | JobChange) -> FoldResult | ChangeResult:
         """Apply the change. A fold raises NotFound before it folds any completion.
 
         A fold changes several jobs one after the other. If another process writes to a later one
@@ -151,45 +162,45 @@ class SimpleDbLedger:
         """
         if isinstance(change, Fold):
             if not change.completions:
-                return Folded([], 0, {})
+                return FoldResult([], 0, {})
             return await self._write(lambda: self._fold(change))
         if isinstance(change, AddJob):
             return await self._write(lambda: self._add_job(change))
         return await self._write(lambda: self._change(change))
 
-    def _add_job(self, change: AddJob) -> Written:
+    def _add_job(self, change: AddJob) -> ChangeResult:
         job = change.job
         for _ in _tries():
             head = self._heads.get(job.id)
             if head and head.projection:
-                return Written(_rows_of(head), is_new=False)
+                return ChangeResult(_rows_of(head), is_new=False)
             # The item is read before the token is claimed: another process that takes over the
             # token changes the item afterward.
             other = self._heads.claim(job.token, job.id) if job.token else None
             if other:
-                return Written(other.rows(), is_new=False)
+                return ChangeResult(other.rows(), is_new=False)
             projection, rows = ledger_projection.begin(change)
             if self._heads.install(job.id, head, projection, rows):
-                return Written(projection.rows(), is_new=True)
+                return ChangeResult(projection.rows(), is_new=True)
         raise _busy(job.id)
 
-    def _change(self, change: JobChange) -> Written:
+    def _change(self, change: JobChange) -> ChangeResult:
         job = change.job_id
         for _ in _tries():
             head = self._head(job)
             projection = _next(head)
             rows = ledger_projection.apply(projection, change, {})
             if rows is None:
-                return Written(_rows_of(head), is_new=False)
+                return ChangeResult(_rows_of(head), is_new=False)
             if rows:
                 # Only a new cut reads which of its bundles exist.
                 known = self._rows.known(head.gen, [row.key for row in rows])
                 rows = [row for row in rows if row.key not in known]
             if self._heads.commit(head, projection, rows):
-                return Written(projection.rows(), is_new=True)
+                return ChangeResult(projection.rows(), is_new=True)
         raise _busy(job)
 
-    def _fold(self, change: Fold) -> Folded:
+    def _fold(self, change: Fold) -> FoldResult:
         positions = ledger_projection.positions_by_job(change)
         heads = {job: self._head(job) for job in positions}
         ledger_projection.check_stages({job: _projection_of(heads[job]) for job in heads}, change)
@@ -207,7 +218,7 @@ class SimpleDbLedger:
                     new[position] = True
                 rows[job] = folded[1]
             else:
-                return Folded(new, first, rows)
+                return FoldResult(new, first, rows)
             if rows:
                 raise _busy(job)
             heads = {job: self._head(job) for job in heads}
@@ -312,10 +323,10 @@ class SimpleDbLedger:
     async def release(self, name: str, owner: str) -> None:
         await self._run_lease(lambda: self._leases.give_back(name, owner), writes=True, quick=True)
 
-    async def restore(self, past: Past, *, over: JobRows | None) -> bool:
+    async def restore(self, past: JobHistory, *, over: JobRows | None) -> bool:
         return await self._write(lambda: self._restore(past, over))
 
-    def _restore(self, past: Past, over: JobRows | None) -> bool:
+    def _restore(self, past: JobHistory, over: JobRows | None) -> bool:
         job = past.job
         head = self._heads.get(job.id)
         if not (_rows_of(head).is_version(over) if head and head.projection else over is None):

@@ -32,16 +32,16 @@ from batchlab.core.model import JobId, Json, StageName
 from batchlab.core.ports import (
     AddJob,
     BundleRecord,
+    ChangeResult,
     Fold,
-    Folded,
+    FoldResult,
     JobChange,
+    JobHistory,
     JobRecord,
     JobRows,
     Lease,
-    Past,
     Reopen,
     SetControl,
-    Written,
 )
 
 T = TypeVar("T")
@@ -128,16 +128,16 @@ class SqlLedger:
     # --- Changes ---------------------------------------------------------------------------------
 
     @overload
-    async def apply(self, change: Fold) -> Folded: ...
+    async def apply(self, change: Fold) -> FoldResult: ...
 
     @overload
-    async def apply(self, change: JobChange) -> Written: ...
+    async def apply(self, change: JobChange) -> ChangeResult: ...
 
-    async def apply(self, change: Fold | JobChange) -> Folded | Written:
+    async def apply(self, change: Fold | JobChange) -> FoldResult | ChangeResult:
         """Apply the change. A fold raises NotFound before it folds any completion."""
         if isinstance(change, Fold):
             if not change.completions:
-                return Folded([], 0, {})
+                return FoldResult([], 0, {})
             return await self._write(lambda c: self._fold(c, change))
         written = await self._write(lambda c: self._change(c, change))
         # The other changes do not wait for the disk, because the next manager finds them in the
@@ -146,7 +146,7 @@ class SqlLedger:
             await self._on_disk(None)
         return written
 
-    def _change(self, connection: Connection, change: JobChange) -> Written:
+    def _change(self, connection: Connection, change: JobChange) -> ChangeResult:
         if isinstance(change, AddJob):
             return self._add_job(connection, change)
         projection = job_rows.load(connection, change.job_id)
@@ -156,17 +156,17 @@ class SqlLedger:
         rows = ledger_projection.apply(projection, change, {})
         if rows is not None:
             self._store(connection, projection, before, rows)
-        return Written(projection.rows(), rows is not None)
+        return ChangeResult(projection.rows(), rows is not None)
 
-    def _add_job(self, connection: Connection, change: AddJob) -> Written:
+    def _add_job(self, connection: Connection, change: AddJob) -> ChangeResult:
         projection, rows = ledger_projection.begin(change)
         existing = job_rows.add(connection, self._upserts, projection)
         if existing is not None:
-            return Written(job_rows.load(connection, existing).rows(), is_new=False)
+            return ChangeResult(job_rows.load(connection, existing).rows(), is_new=False)
         bundle_rows.store_bundle(connection, self._upserts, projection, rows)
-        return Written(projection.rows(), is_new=True)
+        return ChangeResult(projection.rows(), is_new=True)
 
-    def _fold(self, connection: Connection, change: Fold) -> Folded:
+    def _fold(self, connection: Connection, change: Fold) -> FoldResult:
         count = len(change.completions)
         positions = ledger_projection.positions_by_job(change)
         loaded = {job: job_rows.load(connection, job) for job in positions}
@@ -189,7 +189,7 @@ class SqlLedger:
                 self._store(connection, projection, before, rows)
             for position in fresh:
                 new[position] = True
-        return Folded(new, first, {job: one.rows() for job, one in loaded.items()})
+        return FoldResult(new, first, {job: one.rows() for job, one in loaded.items()})
 
     def _store(
         self, connection: Connection, projection: Projection, before: Snapshot, rows: Iterable[BundleRow]
@@ -240,10 +240,10 @@ class SqlLedger:
     async def release(self, name: str, owner: str) -> None:
         await self._write(lambda c: c.execute(_release, {"b_name": name, "b_owner": owner}))
 
-    async def restore(self, past: Past, *, over: JobRows | None) -> bool:
+    async def restore(self, past: JobHistory, *, over: JobRows | None) -> bool:
         return await self._on_disk(await self._write(lambda c: self._restore(c, past, over), quick=False))
 
-    def _restore(self, connection: Connection, past: Past, over: JobRows | None) -> bool:
+    def _restore(self, connection: Connection, past: JobHistory, over: JobRows | None) -> bool:
         job = past.job.id
         try:
             is_same = job_rows.rows_of(connection, job).is_version(over)

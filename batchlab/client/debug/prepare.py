@@ -19,7 +19,7 @@ from batchlab.core.model import Bundle, Failure, FailureKind, JobId, Json, Stage
 from batchlab.core.port_retries import Patience
 from batchlab.core.ports import ObjectInfo, Objects
 from batchlab.core.protocol import object_keys
-from batchlab.core.protocol.bundle_inputs import NoSuchTask, Own
+from batchlab.core.protocol.bundle_inputs import JobObjects, NoSuchTask
 from batchlab.jobs import attempts
 from batchlab.jobs.attempts import Attempt
 from batchlab.worker import environment, materialization
@@ -193,7 +193,7 @@ async def _fetched(
         raise _gone("code", bundle.stage, task, problem.fault["reason"]) from problem
     execution = layout.execution("")
     request = materialization.request(work, execution, function=function, code=code)
-    inputs = materialization.Inputs(reading, execution, asyncio.to_thread, Own.of(job))
+    inputs = materialization.Inputs(reading, execution, asyncio.to_thread, JobObjects.of_job(job))
     [(_, ready)] = await inputs.fetch([(task, item)])
     failure = attempt.failure if attempt else None
     if isinstance(ready, Failure):

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from batchlab.core.pricing import request_costs
 from batchlab.core.pricing.price_book import (
     AS_IF,
-    BILLED_LEAST_S,
     GB,
     HOURS_A_MONTH,
+    MIN_BILLED_S,
     NOTHING,
     WORKER_DISK_GB,
     Item,
@@ -23,7 +23,7 @@ from batchlab.core.pricing.price_book import (
     range_json,
     total,
 )
-from batchlab.core.pricing.request_costs import Moved, Pace, Requests
+from batchlab.core.pricing.request_costs import Pace, Requests, TransferredData
 from batchlab.core.pricing.usage import Account, Kind
 
 UNUSED = 0.15
@@ -91,7 +91,7 @@ def bill(
     *,
     stored_bytes: int | None = None,
     pace: Pace | None = None,
-    moved: Moved | None = None,
+    moved: TransferredData | None = None,
 ) -> Bill:
     """Return the bill of one job, at list prices in USD.
 
@@ -119,7 +119,7 @@ def bill(
         items += _lines(name, billed, usd_per_s(kinds, facts, book), _said(kinds))
     items += _requests(account, used, pace or Pace(), book, notes)
     if stored_bytes is not None:
-        month = stored_bytes / GB * book.of("s3", "usd_per_gb_month")
+        month = stored_bytes / GB * book.price("s3", "usd_per_gb_month")
         items.append(Item("S3 storage", Usd.exactly(month), f"{stored_bytes / GB:,.3f} GB for a month"))
     if moved is not None:
         items += _moved(moved, account, book, notes)
@@ -140,7 +140,7 @@ def seconds(pool: str, facts: PoolFacts, stages: Sequence[StageUse], account: Ac
     all_s = sum(s for kind, s in account.billed_s.items() if kind.pool == pool)
     needed_s = (useful_s + wasted_s) / (1 - UNUSED) if derived else useful_s + wasted_s
     if derived and needed_s:
-        needed_s = max(needed_s, BILLED_LEAST_S)
+        needed_s = max(needed_s, MIN_BILLED_S)
     # Clocks differ, but the worked time cannot exceed the billed time.
     return Billed(max(all_s, needed_s), useful_s, wasted_s)
 
@@ -151,7 +151,7 @@ def usd_per_s(kinds: Mapping[Kind, float], facts: PoolFacts, book: PriceBook) ->
     usd = NOTHING
     for kind, part_s in kinds.items():
         usd += book.rate(kind.type, kind.market, facts.instance_type).times(part_s / seconds)
-    disk = book.of("ebs", "gp3_usd_per_gb_month") * facts.disk_gb / HOURS_A_MONTH
+    disk = book.price("ebs", "gp3_usd_per_gb_month") * facts.disk_gb / HOURS_A_MONTH
     return (usd + Usd.exactly(disk)).times(1 / 3600)
 
 
@@ -195,7 +195,7 @@ def _requests(
     return request_costs.items((requests, requests, requests), book, "derived")
 
 
-def _moved(moved: Moved, account: Account, book: PriceBook, notes: list[str]) -> list[Item]:
+def _moved(moved: TransferredData, account: Account, book: PriceBook, notes: list[str]) -> list[Item]:
     items: list[Item] = []
     if moved.fetched_bytes:
         how = "results that were fetched to here"

@@ -15,9 +15,9 @@ from batchlab.core.job_definition import StageDef
 from batchlab.core.model import Market
 from batchlab.core.pricing import request_costs
 from batchlab.core.pricing.price_book import (
-    BILLED_LEAST_S,
     GB,
     HOURS_A_MONTH,
+    MIN_BILLED_S,
     WORKER_DISK_GB,
     Item,
     PriceBook,
@@ -204,7 +204,7 @@ def estimate(
     requestses = [case.requests() for case in cases]
     items += request_costs.items(requestses, prices, "from measured counts")
     if input_bytes:
-        month = input_bytes / GB * prices.of("s3", "usd_per_gb_month")
+        month = input_bytes / GB * prices.price("s3", "usd_per_gb_month")
         how = f"{input_bytes / GB:,.2f} GB of input for a month"
         items.append(Item("S3 storage", Usd.exactly(month), how))
     if result_bytes is not None:
@@ -260,7 +260,7 @@ class _Case:
         run_s = work_s * (1 + wasted) / pool.slots
         busy_s = run_s / USED[which]
         boot_s = pool.boot_s or BOOT_S[which]
-        each_s = max(BILLED_LEAST_S, busy_s / count + boot_s + policy.idle_s)
+        each_s = max(MIN_BILLED_S, busy_s / count + boot_s + policy.idle_s)
         self.instances[pool.name] = count
         self.busy_s[pool.name] = work_s / pool.slots
         self.wasted_s[pool.name] = work_s * wasted / pool.slots
@@ -291,7 +291,7 @@ def _compute(pool: PoolPlan, cases: Sequence[_Case], prices: PriceBook) -> list[
     """Return the lines of a pool's instances."""
     on_demand = prices.instance_usd_h(pool.instance_type)
     spot = prices.instance_usd_h(pool.instance_type, Market.SPOT)
-    disk = prices.of("ebs", "gp3_usd_per_gb_month") * pool.disk_gb / HOURS_A_MONTH
+    disk = prices.price("ebs", "gp3_usd_per_gb_month") * pool.disk_gb / HOURS_A_MONTH
     rate = on_demand.times(1 - pool.spot_share) + spot.times(pool.spot_share)
     rates = (rate.low + disk, rate.typical + disk, rate.high + disk)
 

@@ -173,7 +173,7 @@ def _ledger(p: Mapping[str, object], prices: PriceBook) -> list[Item]:
     zones = ZONES[_one_of(p, "DatabaseZones", tuple(ZONES))]
     size_gb = _number(p, "DatabaseGiB", 20.0)
     instance = prices.database_usd_h(name) * zones
-    storage = prices.of("rds", "usd_per_gb_month") * size_gb * zones / HOURS_A_MONTH
+    storage = prices.price("rds", "usd_per_gb_month") * size_gb * zones / HOURS_A_MONTH
     where = "in one zone" if zones == 1 else "in two zones"
     return [
         Item(f"ledger (RDS PostgreSQL, {name})", Usd.exactly(instance), where),
@@ -186,26 +186,26 @@ def _network(p: Mapping[str, object], prices: PriceBook, shape: StackShape) -> l
     if p.get("VpcId"):
         return [Item("network", Usd.exactly(0.0), "your own, whose endpoints or NAT you pay")]
     if egress == "nat":
-        each = prices.of("network", "nat_usd_per_hour")
-        address = prices.of("network", "public_ipv4_usd_per_hour")
+        each = prices.price("network", "nat_usd_per_hour")
+        address = prices.price("network", "public_ipv4_usd_per_hour")
         usd = (each + address) * shape.nat_gateways
         how = f"{shape.nat_gateways} with a public IPv4 address each"
         return [Item("NAT gateways", Usd.exactly(usd), how)]
     count, zones = shape.interface_endpoints, shape.zones
-    usd = prices.of("network", "endpoint_usd_per_hour") * count * zones
+    usd = prices.price("network", "endpoint_usd_per_hour") * count * zones
     return [Item("VPC endpoints", Usd.exactly(usd), f"{count} in each of {zones} zones")]
 
 
 def _monthly(p: Mapping[str, object], prices: PriceBook, shape: StackShape, pools: int) -> list[Item]:
     secrets = shape.secrets + (p.get("Ledger") == "postgres")
     alarms = shape.alarms + shape.pool_alarms * max(1, pools)
-    of_secrets = prices.of("secrets", "usd_per_secret_month") * secrets / HOURS_A_MONTH
-    of_alarms = prices.of("cloudwatch", "usd_per_alarm_month") * alarms / HOURS_A_MONTH
+    of_secrets = prices.price("secrets", "usd_per_secret_month") * secrets / HOURS_A_MONTH
+    of_alarms = prices.price("cloudwatch", "usd_per_alarm_month") * alarms / HOURS_A_MONTH
     return [Item("secrets", Usd.exactly(of_secrets), f"{secrets}"), Item("alarms", Usd.exactly(of_alarms), f"{alarms}")]
 
 
 def _disk_usd_h(prices: PriceBook, size_gb: float) -> float:
-    return prices.of("ebs", "gp3_usd_per_gb_month") * size_gb / HOURS_A_MONTH
+    return prices.price("ebs", "gp3_usd_per_gb_month") * size_gb / HOURS_A_MONTH
 
 
 # --- Workers -------------------------------------------------------------------------------------

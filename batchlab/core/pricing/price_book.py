@@ -28,7 +28,7 @@ HOURS_A_MONTH = 730.0
 """Hours of a month in AWS's monthly prices."""
 GB = 1024.0**3
 """Bytes of a GB in AWS's storage prices."""
-BILLED_LEAST_S = 60.0
+MIN_BILLED_S = 60.0
 """Minimum billed time of an instance. AWS bills Linux instances by the second, both on-demand and
 Spot (aws.amazon.com/ec2/pricing)."""
 WORKER_DISK_GB = 50.0
@@ -176,7 +176,7 @@ class PriceBook:
         """Return the region of the book's instance prices."""
         return self.blocks["on_demand"].region
 
-    def of(self, block: str, price: str) -> float:
+    def price(self, block: str, price: str) -> float:
         """Return one price. Raise KeyError if the block does not have it."""
         return self.blocks[block].prices[price]
 

@@ -28,7 +28,7 @@ _METADATA_ROWS = 5
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class ImportedPrices:
     """Prices that a file contains for one block of the book.
 
     `table` has prices in USD per hour by type. `prices` has prices by their names in the book.
@@ -46,7 +46,7 @@ class Found:
         return len(self.table) + len(self.prices)
 
 
-def refreshed(book: PriceBook, found: Found) -> PriceBook:
+def refreshed(book: PriceBook, found: ImportedPrices) -> PriceBook:
     """Return the book with the prices that were found.
 
     Prices of another region replace all prices of the block. Otherwise, prices of other types stay.
@@ -65,7 +65,7 @@ def refreshed(book: PriceBook, found: Found) -> PriceBook:
     return replace(book, blocks={**book.blocks, found.block: block})
 
 
-def find(path: Path, *, region: str = "", day: date | None = None) -> Found:
+def find(path: Path, *, region: str = "", day: date | None = None) -> ImportedPrices:
     """Read a file in any known format.
 
     `region` selects the region if the file has several. `day` is required if the file lacks a date.
@@ -86,7 +86,7 @@ def find(path: Path, *, region: str = "", day: date | None = None) -> Found:
         raise UsageError(f"{path} cannot be read as prices: {error}.", remedy=FORMS) from error
 
 
-def _of_json(doc: Any, path: Path, region: str) -> Found:
+def _of_json(doc: Any, path: Path, region: str) -> ImportedPrices:
     if isinstance(doc, dict) and isinstance(doc.get("SpotPriceHistory"), list):
         return _spot(doc["SpotPriceHistory"], path, region)
     if isinstance(doc, dict) and isinstance(doc.get("products"), dict) and "offerCode" in doc:
@@ -95,7 +95,7 @@ def _of_json(doc: Any, path: Path, region: str) -> Found:
     raise UsageError(f"{path} is JSON, but no price list of AWS.", remedy=FORMS)
 
 
-def _of_csv(rows: Iterator[list[str]], path: Path, region: str, day: date | None) -> Found:
+def _of_csv(rows: Iterator[list[str]], path: Path, region: str, day: date | None) -> ImportedPrices:
     first = next(rows, [])
     if tuple(first) == SMALL:
         return _small((dict(zip(SMALL, row, strict=True)) for row in rows), path, region, day)
@@ -108,7 +108,7 @@ def _of_csv(rows: Iterator[list[str]], path: Path, region: str, day: date | None
     return _offer(facts.get("OfferCode", ""), published, found, path, region)
 
 
-def _small(rows: Iterable[Mapping[str, str]], path: Path, region: str, day: date | None) -> Found:
+def _small(rows: Iterable[Mapping[str, str]], path: Path, region: str, day: date | None) -> ImportedPrices:
     if day is None:
         raise UsageError(
             f"{path} does not say of which day its prices are.", remedy="Say it with --date, as in --date 2026-07-20."
@@ -118,7 +118,7 @@ def _small(rows: Iterable[Mapping[str, str]], path: Path, region: str, day: date
         usd_h = _price(row["linux_on_demand_usd_per_hour"], path)
         table.setdefault(row["region"], {})[row["instance_type"]] = usd_h
     region = _only_region(table, path, region)
-    return Found("on_demand", region, day, f"{path.name}, Linux on-demand", table[region])
+    return ImportedPrices("on_demand", region, day, f"{path.name}, Linux on-demand", table[region])
 
 
 # --- AWS's price list ----------------------------------------------------------------------------
@@ -136,7 +136,7 @@ _OFFERS: Mapping[str, tuple[str, Mapping[str, str]]] = {
 """Block of each offer, and the attributes that a row must have."""
 
 
-def _offer(code: str, published: str, rows: Iterable[Mapping[str, str]], path: Path, region: str) -> Found:
+def _offer(code: str, published: str, rows: Iterable[Mapping[str, str]], path: Path, region: str) -> ImportedPrices:
     if code == "AWSDataTransfer":
         return _transfer(published, rows, path, region)
     if code not in _OFFERS:
@@ -159,7 +159,7 @@ def _offer(code: str, published: str, rows: Iterable[Mapping[str, str]], path: P
         known[name] = min(usd_h, known.get(name, usd_h))
     day = _day(published, path)
     region = _only_region(table, path, region)
-    return Found(block, region, day, f"AWS's price list of {code}, {path.name}", table[region])
+    return ImportedPrices(block, region, day, f"AWS's price list of {code}, {path.name}", table[region])
 
 
 _TRANSFERS: Mapping[str, str] = {
@@ -169,7 +169,7 @@ _TRANSFERS: Mapping[str, str] = {
 """Usage types in the book, without the region prefix that most of them have."""
 
 
-def _transfer(published: str, rows: Iterable[Mapping[str, str]], path: Path, region: str) -> Found:
+def _transfer(published: str, rows: Iterable[Mapping[str, str]], path: Path, region: str) -> ImportedPrices:
     """Return the prices of data transfer.
 
     In a price with tiers, the highest tier price is taken. It belongs to the first billed tier. The
@@ -189,7 +189,7 @@ def _transfer(published: str, rows: Iterable[Mapping[str, str]], path: Path, reg
     if missing := [usage for usage, name in _TRANSFERS.items() if name not in table[region]]:
         raise UsageError(f"{path} has no price of {missing[0]} in {region}.", remedy=FORMS)
     source = f"AWS's price list of AWSDataTransfer, {path.name}: first tier"
-    return Found("transfer", region, _day(published, path), source, {}, table[region])
+    return ImportedPrices("transfer", region, _day(published, path), source, {}, table[region])
 
 
 def _check_currency(row: Mapping[str, str], path: Path) -> None:
@@ -224,7 +224,7 @@ def _plain(name: str) -> str:
 # --- Spot ----------------------------------------------------------------------------------------
 
 
-def _spot(history: Iterable[Mapping[str, Any]], path: Path, region: str) -> Found:
+def _spot(history: Iterable[Mapping[str, Any]], path: Path, region: str) -> ImportedPrices:
     """Return the lowest, median, and highest price of each type, over all zones and times."""
     seen: dict[str, dict[str, list[float]]] = {}
     newest = ""
@@ -238,7 +238,7 @@ def _spot(history: Iterable[Mapping[str, Any]], path: Path, region: str) -> Foun
     region = _only_region(seen, path, region)
     table = {name: (min(found), statistics.median(found), max(found)) for name, found in seen[region].items()}
     source = f"Spot price history, {path.name}: lowest, median and highest of each type"
-    return Found("spot", region, _day(newest, path), source, table)
+    return ImportedPrices("spot", region, _day(newest, path), source, table)
 
 
 # --- Shared functions -----------------------------------------------------------------------------

@@ -57,7 +57,7 @@ class Requests:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class WorkerRequests:
     """Requests of a worker to S3 and SQS since its start."""
 
     worker: str
@@ -72,7 +72,7 @@ def steps(payload_bytes: int) -> int:
     return max(1, -(-payload_bytes // STEP_BYTES))
 
 
-class Tally:
+class RequestCounter:
     """Thread-safe counter of requests. `is_spot` is true on a Spot Instance."""
 
     def __init__(self, *, is_spot: bool = False) -> None:
@@ -175,9 +175,9 @@ def of_manager(span_s: float, pools: int, pace: Pace) -> Requests:
 
 def usd_of(requests: Requests, prices: PriceBook) -> tuple[float, float]:
     """Return the cost in USD of the requests: SQS, S3."""
-    sqs = requests.sqs * prices.of("sqs", "usd_per_million_requests") / 1e6
-    puts = requests.s3_puts * prices.of("s3", "usd_per_1000_puts") / 1000
-    gets = requests.s3_gets * prices.of("s3", "usd_per_1000_gets") / 1000
+    sqs = requests.sqs * prices.price("sqs", "usd_per_million_requests") / 1e6
+    puts = requests.s3_puts * prices.price("s3", "usd_per_1000_puts") / 1000
+    gets = requests.s3_gets * prices.price("s3", "usd_per_1000_gets") / 1000
     return sqs, puts + gets
 
 
@@ -200,7 +200,7 @@ user's. In the first two, a gateway endpoint gives free access to S3."""
 
 
 @dataclass(frozen=True, slots=True)
-class Moved:
+class TransferredData:
     """Known data transfer of a job.
 
     `fetched_bytes` were fetched from the bucket to the machine that makes the bill. `egress` is the
@@ -213,7 +213,7 @@ class Moved:
 
 def out_of_aws(size_bytes: float, prices: PriceBook, how: str) -> Item:
     """Return the line for this number of bytes that leave AWS."""
-    usd = size_bytes / GB * prices.of("transfer", "internet_usd_per_gb")
+    usd = size_bytes / GB * prices.price("transfer", "internet_usd_per_gb")
     return Item("data out of AWS", Usd.exactly(usd), f"{size_bytes / GB:,.3f} GB of {how}")
 
 
@@ -227,7 +227,7 @@ def through(egress: str, size_bytes: float, prices: PriceBook) -> Item | None:
     size_gb = size_bytes / GB
     how = f"{size_gb:,.3f} GB of messages to and from SQS"
     if egress == ENDPOINTS:
-        each = prices.of("network", "endpoint_usd_per_gb")
+        each = prices.price("network", "endpoint_usd_per_gb")
         return Item("data through VPC endpoints", Usd.exactly(size_gb * each), how)
     low, typical, high = (size_gb * each for each in nat_usd_gb(prices))
     how += "; the gateway is in one of two zones, the most is if all came from the other"
@@ -240,8 +240,8 @@ def nat_usd_gb(prices: PriceBook) -> tuple[float, float, float]:
     The data comes from the gateway's own zone, half of it from the other zone, or all of it from
     there.
     """
-    gateway = prices.of("network", "nat_usd_per_gb")
-    crossing = 2 * prices.of("transfer", "zone_usd_per_gb_each_way")
+    gateway = prices.price("network", "nat_usd_per_gb")
+    crossing = 2 * prices.price("transfer", "zone_usd_per_gb_each_way")
     return gateway, gateway + crossing / 2, gateway + crossing
 
 
@@ -258,10 +258,10 @@ def not_counted(egress: str) -> list[str]:
 
 def rates(prices: PriceBook, egress: str) -> str:
     """Return a text with the prices per GB, for data of unknown size."""
-    internet = shown(prices.of("transfer", "internet_usd_per_gb"))
+    internet = shown(prices.price("transfer", "internet_usd_per_gb"))
     said = f"{internet} per GB out of AWS"
     if egress == ENDPOINTS:
-        return f"{said}, {shown(prices.of('network', 'endpoint_usd_per_gb'))} through endpoints"
+        return f"{said}, {shown(prices.price('network', 'endpoint_usd_per_gb'))} through endpoints"
     if egress == NAT:
         low, _, high = nat_usd_gb(prices)
         return f"{said}, {shown(low)} through NAT and {shown(high)} where it comes from another zone"

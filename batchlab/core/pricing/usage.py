@@ -16,12 +16,12 @@ from dataclasses import astuple, dataclass, field
 from typing import Any, TypeVar
 
 from batchlab.core.model import Instance, JobId, LifecycleState, Market, Pool
-from batchlab.core.pricing.price_book import BILLED_LEAST_S, shown
-from batchlab.core.pricing.request_costs import Requests, Tally
+from batchlab.core.pricing.price_book import MIN_BILLED_S, shown
+from batchlab.core.pricing.request_costs import RequestCounter, Requests
 
 K = TypeVar("K")
 
-HEARD_KEPT = 20_000
+MAX_PROCESSES = 20_000
 """Maximum number of processes whose request counts are stored. The process without a report for the
 longest time is dropped first."""
 _FREE = {LifecycleState.TERMINATED, LifecycleState.WARMED_STOPPED, LifecycleState.WARMED_HIBERNATED}
@@ -53,7 +53,7 @@ class Accounting:
 
     rates: Rates | None = None
     request_usd: Callable[[Requests], float] = lambda _: 0.0
-    tally: Tally = field(default_factory=Tally)
+    tally: RequestCounter = field(default_factory=RequestCounter)
     max_cost_usd: float | None = None
 
 
@@ -85,15 +85,15 @@ class Account:
         """Count the slot seconds of runs that ended with their instance."""
         self.lost_s[pool] = self.lost_s.get(pool, 0.0) + seconds
 
-    def keep_most(self, other: Account) -> None:
+    def merge(self, other: Account) -> None:
         """Merge the account of another process that started from the same account.
 
         The larger value of each figure is taken.
         """
-        _keep_most(self.billed_s, other.billed_s)
-        _keep_most(self.failed_s, other.failed_s)
-        _keep_most(self.lost_s, other.lost_s)
-        self.requests = most(self.requests, other.requests)
+        _merge_counts(self.billed_s, other.billed_s)
+        _merge_counts(self.failed_s, other.failed_s)
+        _merge_counts(self.lost_s, other.lost_s)
+        self.requests = larger_counts(self.requests, other.requests)
         self.bundles = max(self.bundles, other.bundles)
         self.is_whole = self.is_whole and other.is_whole
 
@@ -149,7 +149,7 @@ class Meter:
         self._heard: dict[str, Requests] = {}
         """Last reported counts of each process."""
 
-    def see(
+    def bill_instance(
         self,
         pool: Pool,
         instance: Instance,
@@ -179,7 +179,7 @@ class Meter:
         else:
             life.age_s += monotonic_s - life.seen_s
         life.seen_s = monotonic_s
-        more_s = max(BILLED_LEAST_S, life.age_s) - life.billed_s
+        more_s = max(MIN_BILLED_S, life.age_s) - life.billed_s
         if more_s <= 0:
             return
         life.billed_s += more_s
@@ -192,14 +192,14 @@ class Meter:
         if left > 1e-9:
             self.nobody.bill(life.kind, more_s * left)
 
-    def keep(self, instances: set[str]) -> bool:
+    def retain(self, instances: set[str]) -> bool:
         """Forget all instances except these. Return whether there were any others."""
         gone = self.lives.keys() - instances
         for one in gone:
             del self.lives[one]
         return bool(gone)
 
-    def hear(
+    def count_requests(
         self, process: str, so_far: Requests, shares: Mapping[JobId, float], accounts: Mapping[JobId, Account]
     ) -> None:
         """Count the requests of a process, which reports its total since its start.
@@ -213,7 +213,7 @@ class Meter:
         # move to the end, so that processes that still report are dropped last
         self._heard.pop(process, None)
         self._heard[process] = so_far
-        while len(self._heard) > HEARD_KEPT:
+        while len(self._heard) > MAX_PROCESSES:
             del self._heard[next(iter(self._heard))]
         self.total.requests += more
         left = 1.0
@@ -224,12 +224,12 @@ class Meter:
         if left > 1e-9:
             self.nobody.requests += more.times(left)
 
-    def take_in(self, other: Meter) -> None:
+    def merge(self, other: Meter) -> None:
         """Merge the counts of another leader that started from the same counts."""
-        self.nobody.keep_most(other.nobody)
-        self.total.keep_most(other.total)
+        self.nobody.merge(other.nobody)
+        self.total.merge(other.total)
         for process, requests in other._heard.items():
-            self._heard[process] = most(requests, self._heard.get(process, Requests()))
+            self._heard[process] = larger_counts(requests, self._heard.get(process, Requests()))
         for name, life in other.lives.items():
             mine = self.lives.setdefault(name, life)
             mine.billed_s = max(mine.billed_s, life.billed_s)
@@ -262,12 +262,12 @@ class Meter:
         return meter
 
 
-def most(a: Requests, b: Requests) -> Requests:
+def larger_counts(a: Requests, b: Requests) -> Requests:
     """Return the larger value of each count."""
     return Requests(*(max(x, y) for x, y in zip(astuple(a), astuple(b), strict=True)))
 
 
-def _keep_most(mine: dict[K, float], other: Mapping[K, float]) -> None:
+def _merge_counts(mine: dict[K, float], other: Mapping[K, float]) -> None:
     for key, figure in other.items():
         mine[key] = max(figure, mine.get(key, 0.0))
 
@@ -277,7 +277,7 @@ PROBED_S = 3600.0
 
 
 @dataclass(slots=True)
-class Purse:
+class CapBudget:
     """Remaining budget of one cap, in USD."""
 
     whose: str
@@ -290,7 +290,7 @@ class Purse:
     def left_usd(self) -> float:
         return self.cap_usd - self.spent_usd - self.committed_usd
 
-    def take(self, usd: float) -> None:
+    def commit(self, usd: float) -> None:
         self.committed_usd += usd
 
     def text(self) -> str:
@@ -309,17 +309,17 @@ class Budget:
     pool.
     """
 
-    purses: tuple[Purse, ...]
+    caps: tuple[CapBudget, ...]
     slot_usd_s: Mapping[str, float]
     slots: Mapping[str, int]
 
     @property
     def left_usd(self) -> float:
-        return min(purse.left_usd for purse in self.purses)
+        return min(cap.left_usd for cap in self.caps)
 
-    def take(self, usd: float) -> None:
-        for purse in self.purses:
-            purse.take(usd)
+    def commit(self, usd: float) -> None:
+        for cap in self.caps:
+            cap.commit(usd)
 
     def afford(self, sizes: Sequence[int], pool: str, task_s: float) -> list[int]:
         """Return the first of these bundles that the budget pays for, and commit their cost.
@@ -332,7 +332,7 @@ class Budget:
             tasks = size if usd <= 0 else min(size, _times(self.left_usd, usd))
             if not tasks:
                 break
-            self.take(tasks * usd)
+            self.commit(tasks * usd)
             paid.append(tasks)
             if tasks < size:
                 break
@@ -363,18 +363,18 @@ def launch_usd(usd_h: float, tail_s: float = 0.0) -> float:
 
     That is one minute, or its boot and tail if they take longer.
     """
-    return usd_h * max(BILLED_LEAST_S, tail_s) / 3600
+    return usd_h * max(MIN_BILLED_S, tail_s) / 3600
 
 
-def launches(wanted: int, each: float, purses: Sequence[Purse]) -> int:
+def launches(wanted: int, each: float, caps: Sequence[CapBudget]) -> int:
     """Return how many of `wanted` launches these budgets pay for, and commit their cost.
 
     `each` is the cost of one launch in USD.
     """
-    left = min((purse.left_usd for purse in purses), default=0.0)
-    count = wanted if each <= 0 or not purses else min(wanted, _times(left, each))
-    for purse in purses:
-        purse.take(count * each)
+    left = min((cap.left_usd for cap in caps), default=0.0)
+    count = wanted if each <= 0 or not caps else min(wanted, _times(left, each))
+    for cap in caps:
+        cap.commit(count * each)
     return count
 
 

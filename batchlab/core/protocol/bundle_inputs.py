@@ -31,7 +31,7 @@ from batchlab.core.text import count
 
 T = TypeVar("T")
 
-_PARTS_KEPT = 4
+_MAX_PARTS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class Manifest:
         return self.parts[number] if self.parts else object_keys.old_part(number)
 
     @classmethod
-    def of(cls, items: Sequence[Json]) -> Manifest:
+    def of_items(cls, items: Sequence[Json]) -> Manifest:
         """Return the plan of items that came with the job's definition. It has one part."""
         return cls(len(items), (0,))
 
@@ -222,13 +222,13 @@ class Inputs:
 
     def keep(self, job: JobId, stage: StageName, items: Sequence[Json]) -> Manifest:
         """Cache the items that came with a job's definition, and return their plan."""
-        manifest = Manifest.of(items)
+        manifest = Manifest.of_items(items)
         self._keep_part(object_keys.part(job, stage, 0, manifest.part(0)), items)
         return self._keep_manifest(job, stage, manifest)
 
     def _keep_manifest(self, job: JobId, stage: StageName, manifest: Manifest) -> Manifest:
         self._manifests[(job, stage, manifest.round)] = manifest
-        while len(self._manifests) > 16 * _PARTS_KEPT:
+        while len(self._manifests) > 16 * _MAX_PARTS:
             self._manifests.popitem(last=False)
         return manifest
 
@@ -248,7 +248,7 @@ class Inputs:
 
     def _keep_part(self, key: str, items: Sequence[Json]) -> None:
         self._parts[key] = items
-        while len(self._parts) > _PARTS_KEPT:
+        while len(self._parts) > _MAX_PARTS:
             self._parts.popitem(last=False)
 
 
@@ -307,7 +307,7 @@ class ForeignReference(UsageError):
     """A reference names an object that its job may not use, or the object's content has changed."""
 
 
-class Own:
+class JobObjects:
     """Objects that one job may use.
 
     A job of the Python API may also use files and raw data of other jobs, because its user passes
@@ -325,7 +325,7 @@ class Own:
         self.is_python = is_python
 
     @classmethod
-    def of(cls, job: JobDef) -> Own:
+    def of_job(cls, job: JobDef) -> JobObjects:
         """Return the objects that a job may use according to its definition."""
         keys = job.input.keys if job.input else ()
         return cls(job.id, keys, is_python=is_python(job))

@@ -32,7 +32,7 @@ from batchlab.core.protocol.field_checks import UNREADABLE, listed
 from batchlab.core.protocol.messages import Events
 from batchlab.core.protocol.object_keys import UNSEALED, CommitKey, commit_key, digest, opens, proof, summary
 
-KEPT = 4096
+MAX_KEYS = 4096
 """Maximum number of keys in memory."""
 
 
@@ -83,7 +83,7 @@ class CommitKeys:
             return await self._read()
         return secret
 
-    async def of(self, job: JobDef) -> CommitKey:
+    async def key_of(self, job: JobDef) -> CommitKey:
         """Return the commit key of a job, or UNSEALED for a job without one.
 
         Raise BackendError if the bucket has lost the secret under which the job was submitted.
@@ -102,7 +102,7 @@ class CommitKeys:
         """Return the commit key of a job in the bucket. Raise NotFound if the job does not
         exist."""
         data = await self._patience(partial(self._objects.get, object_keys.spec(job)))
-        return await self.of(json_format.job_from_json(json_format.loads(data)))
+        return await self.key_of(json_format.job_from_json(json_format.loads(data)))
 
     async def new(self, job: JobId) -> CommitKey:
         """Return the commit key of the job with this id. The job may not exist yet."""
@@ -112,7 +112,7 @@ class CommitKeys:
         key = self._keys.get(job)
         if key is None:
             key = self._keys[job] = commit_key(self._secret, job)
-            while len(self._keys) > KEPT:
+            while len(self._keys) > MAX_KEYS:
                 del self._keys[next(iter(self._keys))]
         return key
 

@@ -67,7 +67,7 @@ some jobs increases it, and writes it as `needs` into these jobs only."""
 SEALED = 2
 """First protocol version with commit keys."""
 FAILURE_KINDS = frozenset(kind.value for kind in FailureKind)
-WORDS = frozenset(word.value for word in Control)
+CONTROL_VALUES = frozenset(word.value for word in Control)
 NO_TASKS = TaskSet()
 # Cycles are detected earlier, when values are encoded.
 _encode = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False, check_circular=False).encode
@@ -315,12 +315,12 @@ def outcome_from_json(doc: dict[str, Any]) -> Outcome:
         raise ValueError("there is not one value and one run time for each task that succeeded")
     shallow(values)
     failed = _each(_failure_from_json, doc["failed"])
-    final = TaskSet.of([f.task for f in failed if f.final]) if failed else NO_TASKS
+    final = TaskSet.from_indices([f.task for f in failed if f.final]) if failed else NO_TASKS
     follows = _follows_from_json(doc["follows"], known)
     check_parts(bundle, succeeded, final, cancelled, follows)
     if failed:
         tasks = {f.task for f in failed}
-        if len(tasks) != len(failed) or TaskSet.of(tasks) - bundle.tasks:
+        if len(tasks) != len(failed) or TaskSet.from_indices(tasks) - bundle.tasks:
             raise ValueError("failures are not of one task of the bundle each")
     log = text(doc["log"])
     if log and not log.startswith(object_keys.logs(bundle.job)):
@@ -539,7 +539,7 @@ def _stage_from_json(doc: dict[str, Any]) -> StageDef:
 
 
 @dataclass(frozen=True, slots=True)
-class Word:
+class ControlCommand:
     """Content of a control object.
 
     With CANCEL, `state` and `reason` are the final state of the job and its reason. `round` is the
@@ -558,7 +558,7 @@ class Word:
     number: int = field(default=0, compare=False)
 
 
-def word_to_bytes(word: Word) -> bytes:
+def control_to_bytes(word: ControlCommand) -> bytes:
     doc: dict[str, Any] = {"v": VERSION, "control": word.control.value}
     if word.control is Control.CANCEL:
         doc |= {"state": word.state.value, "reason": word.reason, "round": word.round}
@@ -573,7 +573,7 @@ def word_to_bytes(word: Word) -> bytes:
     return to_bytes(doc)
 
 
-def word_from_bytes(data: bytes) -> Word:
+def control_from_bytes(data: bytes) -> ControlCommand:
     """Return the word in a control object.
 
     Raise BackendError if it cannot be read. In that case, the caller must not start tasks.
@@ -581,7 +581,7 @@ def word_from_bytes(data: bytes) -> Word:
     doc = loads(data)
     try:
         tail_s = doc.get("tail_s")
-        return Word(
+        return ControlCommand(
             Control(doc["control"]),
             JobState(doc.get("state", "CANCELLED")),
             text(doc.get("reason", "")),
@@ -592,7 +592,7 @@ def word_from_bytes(data: bytes) -> Word:
         )
     except UNREADABLE as error:
         said = doc.get("control")
-        if isinstance(said, str) and said not in WORDS:
+        if isinstance(said, str) and said not in CONTROL_VALUES:
             raise TooNew(f"The word {said[:40]!r} is not known to this batchlab.") from error
         raise Malformed(f"A control object cannot be read: {brief(error)}.") from error
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from batchlab.core.errors import Malformed, TooNew
 from batchlab.core.model import Bundle, BundleId, Completion, JobId, Json, Outcome, StageName
 from batchlab.core.ports import MAX_MESSAGE_BYTES
-from batchlab.core.pricing.request_costs import Asked, Requests
+from batchlab.core.pricing.request_costs import Requests, WorkerRequests
 from batchlab.core.protocol import json_format, object_keys
 from batchlab.core.protocol.field_checks import (
     UNREADABLE,
@@ -133,7 +133,7 @@ def _read(body: str, what: str, read: Callable[[dict[str, Any]], T]) -> T:
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class HeldBundle:
     """A bundle that a worker holds. If the instance dies, the manager makes its message visible.
 
     `receipt` is None if a watchdog message has taken over the bundle.
@@ -158,7 +158,7 @@ class Beat:
     at_s: float
     slots: int
     busy: int
-    held: tuple[Held, ...]
+    held: tuple[HeldBundle, ...]
     number: int
     """Number of the heartbeat. The queue may deliver an older one later, and clocks may jump."""
     leaving: bool = False
@@ -186,7 +186,7 @@ class Duplicate:
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class CounterReport:
     """Counters of a worker since its start, by name (see `worker.worker_counters`)."""
 
     worker: str
@@ -208,10 +208,10 @@ class Events:
     outcomes: tuple[Outcome, ...] = ()
     """Small outcomes, sent instead of completions, so that clients that wait for results do not
     need to fetch them."""
-    asked: tuple[Asked, ...] = ()
+    asked: tuple[WorkerRequests, ...] = ()
     """Sent together with heartbeats."""
     duplicates: tuple[Duplicate, ...] = ()
-    told: tuple[Told, ...] = ()
+    told: tuple[CounterReport, ...] = ()
     """Sent together with heartbeats."""
     traces: Traces = ()
     """Trace contexts of those outcomes in this message whose job is traced."""
@@ -268,9 +268,9 @@ def _beat_from_json(doc: Mapping[str, Any]) -> Beat:
     )
 
 
-def _held_from_json(doc: Mapping[str, Any]) -> Held:
+def _held_from_json(doc: Mapping[str, Any]) -> HeldBundle:
     receipt = doc["receipt"]
-    return Held(
+    return HeldBundle(
         label(doc["queue"]),
         None if receipt is None else text(receipt, MAX_RECEIPT),
         JobId(name(doc["job"])),
@@ -280,10 +280,10 @@ def _held_from_json(doc: Mapping[str, Any]) -> Held:
     )
 
 
-def _asked_from_json(doc: Sequence[Any]) -> Asked:
+def _asked_from_json(doc: Sequence[Any]) -> WorkerRequests:
     worker, instance, is_spot, *counts = listed(doc)
     requests = Requests(*[figure(count, MAX_REQUESTS) for count in counts[:_COUNTED]])
-    return Asked(label(worker), label(instance), requests, flag(is_spot))
+    return WorkerRequests(label(worker), label(instance), requests, flag(is_spot))
 
 
 def _duplicate_from_json(doc: Sequence[Any]) -> Duplicate:
@@ -291,9 +291,9 @@ def _duplicate_from_json(doc: Sequence[Any]) -> Duplicate:
     return Duplicate(JobId(name(job)), StageName(name(stage)), label(kind), label(execution), figure(slot_s))
 
 
-def _told_from_json(doc: Sequence[Any]) -> Told:
+def _told_from_json(doc: Sequence[Any]) -> CounterReport:
     worker, counts = listed(doc)
-    return Told(label(worker), {label(key): whole(count) for key, count in counts.items()})
+    return CounterReport(label(worker), {label(key): whole(count) for key, count in counts.items()})
 
 
 def _trace_from_json(doc: Sequence[Any]) -> tuple[JobId, StageName, BundleId, str]:

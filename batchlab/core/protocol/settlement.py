@@ -103,7 +103,7 @@ def settle(
     """
     stage = job.stage(bundle.stage)
     good = sorted((r for r in ran if r.failure is None), key=_task)
-    succeeded = TaskSet.of([r.task for r in good])
+    succeeded = TaskSet.from_indices([r.task for r in good])
     failed: list[Failure] = []
     again: list[int] = []
     for r in ran if len(good) < len(ran) else ():
@@ -112,7 +112,7 @@ def settle(
             failed.append(replace(r.failure, task=r.task, run_s=r.run_s, final=not retry))
             if retry:
                 again.append(r.task)
-    ended = succeeded if len(good) == len(ran) else TaskSet.of([r.task for r in ran])
+    ended = succeeded if len(good) == len(ran) else TaskSet.from_indices([r.task for r in ran])
     rest = bundle.tasks - ended
     follows: list[Follow] = []
     if not cancelled:
@@ -120,7 +120,7 @@ def settle(
             follows.append(Follow(replace(bundle, tasks=kept)))
         follows += _split(bundle, rest - kept)
         if again:
-            follows.append(_again(bundle, TaskSet.of(again), stage.retry, ended_s))
+            follows.append(_again(bundle, TaskSet.from_indices(again), stage.retry, ended_s))
         follows += chain(job, bundle, succeeded)
     return Outcome(
         bundle,
@@ -223,7 +223,7 @@ def completion(outcome: Outcome) -> Completion:
         outcome.started_s,
         outcome.ended_s,
         outcome.succeeded,
-        TaskSet.of([f.task for f in outcome.failed if f.final]) if outcome.failed else _NO_TASKS,
+        TaskSet.from_indices([f.task for f in outcome.failed if f.final]) if outcome.failed else _NO_TASKS,
         outcome.cancelled,
         sum(outcome.run_s),
         outcome.follows,

@@ -61,7 +61,7 @@ class NotAValue(UsageError):
     """A value that cannot be encoded or decoded. The text describes the value and its position."""
 
 
-class _Odd(Exception):
+class _EncodingProblem(Exception):
     """Problem of a value. Callers add its position, innermost part first."""
 
     def __init__(self, what: str) -> None:
@@ -171,7 +171,7 @@ def encode(value: object, file: Callable[[File], Json] = no_files, *, what: str 
     """
     try:
         return _encode(value, file, 0)
-    except _Odd as odd:
+    except _EncodingProblem as odd:
         path = odd.where[::-1]
         if len(path) > _MAX_PATH:
             path[_MAX_PATH // 2 : -_MAX_PATH // 2] = ["…"]
@@ -192,17 +192,17 @@ def _encode(value: Any, file: Callable[[File], Json], depth: int) -> Json:
         return _integer(value)
     if isinstance(value, float):
         if not math.isfinite(value):
-            raise _Odd(f"the number {float(value)}, which JSON does not have")
+            raise _EncodingProblem(f"the number {float(value)}, which JSON does not have")
         return float(value)
     if depth > MAX_DEPTH:
-        raise _Odd(f"nested deeper than {MAX_DEPTH} levels, or contains itself")
+        raise _EncodingProblem(f"nested deeper than {MAX_DEPTH} levels, or contains itself")
     if isinstance(value, list | tuple):
         return _encode_list(value, file, depth)
     if isinstance(value, dict):
         return _encode_dict(value, file, depth)
     if isinstance(value, File):
         return file(value)
-    raise _Odd(f"of type {type_name(cls)}")
+    raise _EncodingProblem(f"of type {type_name(cls)}")
 
 
 def _encode_list(value: Any, file: Callable[[File], Json], depth: int) -> Json:
@@ -210,7 +210,7 @@ def _encode_list(value: Any, file: Callable[[File], Json], depth: int) -> Json:
     try:
         for one in value:
             done.append(_encode(one, file, depth + 1))  # noqa: PERF401 - its length is used below
-    except _Odd as odd:
+    except _EncodingProblem as odd:
         odd.where.append(f"[{len(done)}]")
         raise
     return done
@@ -221,10 +221,10 @@ def _encode_dict(value: dict[Any, Any], file: Callable[[File], Json], depth: int
     for key, one in value.items():
         try:
             if not isinstance(key, str):
-                raise _Odd(f"under a key of type {type_name(type(key))}; JSON's keys are text")
+                raise _EncodingProblem(f"under a key of type {type_name(type(key))}; JSON's keys are text")
             plain = _text(key)
             done[f"${plain}" if plain.startswith("$") else plain] = _encode(one, file, depth + 1)
-        except _Odd as odd:
+        except _EncodingProblem as odd:
             odd.where.append(f"[{_short(key)}]")
             raise
     return done
@@ -235,13 +235,13 @@ def _text(value: str) -> str:
         try:
             value.encode()
         except UnicodeEncodeError:
-            raise _Odd(f"text that UTF-8 cannot hold: {_short(value)}") from None
+            raise _EncodingProblem(f"text that UTF-8 cannot hold: {_short(value)}") from None
     return value if type(value) is str else str.__str__(value)
 
 
 def _integer(value: int) -> int:
     if value.bit_length() > _MAX_INT_BITS:
-        raise _Odd(f"an integer of {value.bit_length()} bits, too long to be written")
+        raise _EncodingProblem(f"an integer of {value.bit_length()} bits, too long to be written")
     return value if type(value) is int else int.__int__(value)
 
 
@@ -266,7 +266,7 @@ def encode_object(value: object, file: Callable[[File], Json] = no_files) -> Jso
     if cls in (type(None), bool, int, float, str):
         try:
             return _encode(value, file, 0)
-        except _Odd:
+        except _EncodingProblem:
             return _pickle(value, file)
     return file(value) if isinstance(value, File) else _pickle(value, file)
 

@@ -120,7 +120,7 @@ class Gatherer:
 
     async def _outcomes(self, job: JobDef, staging: Staging, cuts: list[Cut]) -> int:
         """Stage every outcome and append every cut to `cuts`. Return the size of these objects in bytes."""
-        key = await self._keys.of(job)
+        key = await self._keys.key_of(job)
         size_bytes, batch_bytes = 0, 0
         batch: list[str] = []
         async for page in self._objects.list(object_keys.committed(job.id)):

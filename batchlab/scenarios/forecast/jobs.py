@@ -293,7 +293,7 @@ class DeclaredRunner:
         doomed = next(kills, len(tasks))
         ran_all = True
         if doomed:
-            before = replace(work.bundle, tasks=TaskSet.of(tasks[:doomed]))
+            before = replace(work.bundle, tasks=TaskSet.from_indices(tasks[:doomed]))
             count, part = 0, replace(work, bundle=before, items=work.items[:doomed])
             async for ran in self._ended(stage, part, inner.run(part, handle)):
                 count += 1
@@ -303,7 +303,7 @@ class DeclaredRunner:
         if doomed == len(tasks) or not ran_all or over:
             return
         handle.running = tasks[doomed]
-        alone = replace(work.bundle, tasks=TaskSet.of(tasks[doomed : doomed + 1]))
+        alone = replace(work.bundle, tasks=TaskSet.from_indices(tasks[doomed : doomed + 1]))
         (takes_s,) = self._plays.take_s(replace(work, bundle=alone))
         await asyncio.sleep(takes_s / 2)
         self._die()

@@ -251,7 +251,7 @@ class ResultCounter:
         """Count lost and duplicate tasks of a stage."""
         succeeded = TaskSet.union(one.succeeded for one in found)
         self._results.duplicates += sum(len(one.succeeded) for one in found) - len(succeeded)
-        failed = TaskSet.of(one.task for each in found for one in each.failed if one.final)
+        failed = TaskSet.from_indices(one.task for each in found for one in each.failed if one.final)
         planned = counts.planned if counts else None
         if planned is None:
             planned = 0 if stage.after else job.tasks
@@ -354,7 +354,7 @@ def compute_bill(
     for instance in instances:
         last_s = over_s if instance.ended_s is None else instance.ended_s
         machine = Machine(instance.type, instance.zone, Market(instance.market))
-        meter.see(
+        meter.bill_instance(
             pools[instance.pool],
             Instance(instance.id, instance.pool, LifecycleState.IN_SERVICE, 0.0, machine=machine),
             now_s=last_s - instance.launched_s,

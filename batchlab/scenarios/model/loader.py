@@ -360,7 +360,7 @@ def parse(text: str, path: Path) -> Scenario:
     """Parse and check the text of a scenario file. Raise JobFileErrors with all mistakes."""
     document = yaml_source.parse(text, is_text)
     if isinstance(document.data, dict) and {"input", "stages"} <= document.data.keys():
-        raise yaml_source.another(
+        raise yaml_source.wrong_kind(
             path,
             "There is no key 'input' here: this is a job file, not a scenario.",
             "`batchlab run` runs it; a scenario's job may name it, as `file: job.yaml`.",

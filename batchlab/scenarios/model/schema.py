@@ -13,7 +13,7 @@ from batchlab.core.model import Json
 from batchlab.jobs import field_types
 from batchlab.jobs.schema import Keys, schema_of
 from batchlab.jobs.validation import Shape
-from batchlab.jobs.yaml_source import Loc, lies
+from batchlab.jobs.yaml_source import Loc, is_any_of
 from batchlab.scenarios.model.schema_distributions import (
     Amount,
     Moments,
@@ -343,7 +343,7 @@ _TEXT_PLACES: tuple[Loc, ...] = (
 
 def is_text(loc: Loc) -> bool:
     """Return whether a scalar at `loc` is always text."""
-    return lies(loc, _TEXT_PLACES)
+    return is_any_of(loc, _TEXT_PLACES)
 
 
 def json_schema() -> dict[str, Json]:

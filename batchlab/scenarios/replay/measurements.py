@@ -143,7 +143,7 @@ def _add(
     stage.span_s += sum(spans)
     stage.over_s += [max(0.0, s - sum(o.run_s)) for s, o in zip(spans, outcomes, strict=True)]
     if told.due:
-        declared = declared_s(seed, told.due, stage_def.name, TaskSet.of(times))
+        declared = declared_s(seed, told.due, stage_def.name, TaskSet.from_indices(times))
         stage.declared_s += sum(declared.values())
         stage.stretch += [times[task] / s for task, s in declared.items() if s > 0]
     found.lost += _lost(told.view, view, len(times))
@@ -211,7 +211,7 @@ class _OutcomeReader:
 
     async def outcomes(self, job: JobDef, stage: StageName) -> list[Outcome]:
         """Read the committed outcomes of a stage."""
-        key, prefix = await self._keys.of(job), object_keys.outcomes(job.id, stage)
+        key, prefix = await self._keys.key_of(job), object_keys.outcomes(job.id, stage)
         listed = [info.key async for page in self._objects.list(prefix) for info in page]
         names = [name for name in listed if object_keys.is_genuine(name, key)]
         return await asyncio.gather(*(self._read(name, key) for name in names))

@@ -274,7 +274,7 @@ async def outcomes_of(manager: Manager, records: Sequence[BundleRecord]) -> Asyn
     if not records:
         return
     objects, patience = manager.ports.objects, manager.ports.patience
-    key = await manager.ports.keys.of((await manager.ports.ledger.job(records[0].bundle.job)).job)
+    key = await manager.ports.keys.key_of((await manager.ports.ledger.job(records[0].bundle.job)).job)
     for first in range(0, len(records), MAX_PARALLEL_READS):
         bundle_records = records[first : first + MAX_PARALLEL_READS]
         read = await asyncio.gather(*(committed(objects, r.bundle, patience, key) for r in bundle_records))

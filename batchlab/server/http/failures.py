@@ -102,7 +102,7 @@ async def chosen_tasks(
                 remedy="`batchlab job failures` lists those that there are.",
             )
         for cause in causes:
-            chosen.setdefault(StageName(cause[0]), []).append(TaskSet.of(groups.tasks[cause]))
+            chosen.setdefault(StageName(cause[0]), []).append(TaskSet.from_indices(groups.tasks[cause]))
     return {name: TaskSet.union(sets) for name, sets in chosen.items()}
 
 

@@ -129,7 +129,12 @@ def eta_of(manager: Manager, job: JobId) -> EtaView:
     found = eta.estimate(stages, rooms)
     if found is None:
         return _none("nothing of it has been measured yet")
-    return {"low_s": found.low_s, "high_s": found.high_s, "unmeasured": list(found.unmeasured), "text": eta.told(found)}
+    return {
+        "low_s": found.low_s,
+        "high_s": found.high_s,
+        "unmeasured": list(found.unmeasured),
+        "text": eta.describe(found),
+    }
 
 
 def _none(why: str) -> EtaView:
@@ -142,7 +147,7 @@ def _work(manager: Manager, live: LiveJob) -> list[StageWork]:
     for stage in live.job.stages:
         counts = live.stages[stage.name].counts
         pace = live.measured.get(stage.name, Pace())
-        if pace.bundles < eta.FEW and pace.tasks < counts.succeeded:
+        if pace.bundles < eta.MIN_BUNDLES and pace.tasks < counts.succeeded:
             # An earlier manager measured these tasks, and the ledger has only their sum.
             pace = Pace().with_bundle(counts.succeeded, counts.run_s)
         stage_works.append(

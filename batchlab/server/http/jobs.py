@@ -25,7 +25,7 @@ from batchlab.core import api_types
 from batchlab.core.errors import NotFound, UsageError
 from batchlab.core.job_definition import JobDef
 from batchlab.core.model import JobId, Outcome, StageName, TaskSet
-from batchlab.core.ports import BundleRecord, JobRecord, Written
+from batchlab.core.ports import BundleRecord, ChangeResult, JobRecord
 from batchlab.core.protocol import json_format, settlement
 from batchlab.core.protocol.field_checks import shallow
 from batchlab.core.protocol.object_keys import CommitKey
@@ -56,7 +56,7 @@ async def first(manager: Manager, job: JobId, wait_s: float) -> api_types.Outcom
             while not (live.first_outcomes or live.folds or live.record.state.ended or loop.time() >= end_s):
                 await news(live, live.version, end_s - loop.time())
             if live.first_outcomes and not live.folds:
-                key = await manager.ports.keys.of(live.job)
+                key = await manager.ports.keys.key_of(live.job)
                 return {"outcomes": [_uncounted(outcome, key) for outcome in live.first_outcomes], "ended": False}
         finally:
             live.listeners -= 1
@@ -86,7 +86,7 @@ async def page(
         ended = record.state.ended
         found = await _after(manager, live, job, stage, after, limit)
         if found or ended or live is None or loop.time() >= end_s:
-            key = await manager.ports.keys.of(record.job)
+            key = await manager.ports.keys.key_of(record.job)
             return {
                 "outcomes": [job_views.outcome_view(row, key, outcome) for row, outcome in found],
                 "ended": ended and len(found) < limit,
@@ -164,7 +164,7 @@ def _refuse_capitals(job: JobDef) -> None:
         )
 
 
-async def accept(manager: Manager, job: JobDef, items: list[Any] | None) -> Written:
+async def accept(manager: Manager, job: JobDef, items: list[Any] | None) -> ChangeResult:
     """Submit the job. Raise UsageError if this grid could not run it."""
     try:
         _refuse_capitals(job)

@@ -33,11 +33,11 @@ from batchlab.core.job_definition import JobDef, task_name
 from batchlab.core.model import Bundle, JobId, Json, Outcome, StageName, TaskSet
 from batchlab.core.ports import BundleRecord
 from batchlab.core.protocol import values
-from batchlab.core.protocol.bundle_inputs import ForeignReference, Own
+from batchlab.core.protocol.bundle_inputs import ForeignReference, JobObjects
 from batchlab.core.text import size
 from batchlab.jobs import results
 from batchlab.jobs.attempts import attempt_in, log_end, task_input
-from batchlab.jobs.results import Listed, Within
+from batchlab.jobs.results import FetchLimits, Listed
 from batchlab.manager.manager import Manager
 from batchlab.server import job_views
 from batchlab.server.http.common import NOT_STORED, Leader, StateDep, guarded
@@ -59,7 +59,7 @@ async def task(manager: Leader, job: JobId, stage: StageName, task: Index, seq: 
     record = await manager.ports.ledger.job(job)
     row = await _row(manager, job, stage, task, seq)
     objects, patience = manager.ports.objects, manager.ports.patience
-    key = await manager.ports.keys.of(record.job)
+    key = await manager.ports.keys.key_of(record.job)
     outcome = await committed(objects, row.bundle, patience, key) if row else None
     if row is None or outcome is None:
         raise NotFound(
@@ -111,17 +111,17 @@ async def _input(manager: Manager, job: JobDef, bundle: Bundle, task: int) -> tu
         # The input has the size of the results of whole stages, which is too large to show.
         return f"All results of {', '.join(job.stage(bundle.stage).after)}.", "", False
     ports = manager.ports
-    one = Bundle(bundle.job, bundle.stage, TaskSet.of([task]), round=bundle.round, source=bundle.source)
+    one = Bundle(bundle.job, bundle.stage, TaskSet.from_indices([task]), round=bundle.round, source=bundle.source)
     try:
         item = await task_input(ports.objects, job, one, ports.patience)
-        return await _shown(manager, item, Own.of(job))
+        return await _shown(manager, item, JobObjects.of_job(job))
     except NotFound as error:
         return f"It is not in the bucket any more: {error.message}", "", False
     except ForeignReference as error:
         return error.message, "", False
 
 
-async def _shown(manager: Manager, item: Json, own: Own) -> tuple[str, str, bool]:
+async def _shown(manager: Manager, item: Json, own: JobObjects) -> tuple[str, str, bool]:
     kind = values.kind(item)
     if kind == "$pickle":
         return "A pickled Python object, which only the task's own code can read.", "", False
@@ -209,11 +209,11 @@ async def archive(
 async def _archive(manager: Manager, job: JobId, stages: Sequence[str], over: Callable[[], None]) -> FileResponse:
     record = await manager.ports.ledger.job(job)
     view = await shown(manager, record)
-    key = await manager.ports.keys.of(record.job)
+    key = await manager.ports.keys.key_of(record.job)
     rows = await manager.ports.ledger.bundles(job, done=True, limit=MAX_OUTCOMES + 1)
     if len(rows) > MAX_OUTCOMES:
         raise _too_much(f"has more than {MAX_OUTCOMES:,} outcomes")
-    listing = [Listed.of(job_views.outcome_view(row, key)) for row in rows if row.completion]
+    listing = [Listed.from_view(job_views.outcome_view(row, key)) for row in rows if row.completion]
     folder = pathlib.Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="batchlab-results-", dir=disk_folder()))
     try:
         # In an event loop on another thread, because it decodes and writes thousands of results.
@@ -260,7 +260,7 @@ def _pack(
     claim(0)
     objects, patience = manager.ports.objects, manager.ports.patience
     out = folder / "results"
-    within = Within(claim, MAX_VALUE_BYTES, remedy=_BY_HAND)
+    within = FetchLimits(claim, MAX_VALUE_BYTES, remedy=_BY_HAND)
     asyncio.run(results.fetch(objects, view, listing, out, patience=patience, stages=stages, within=within))
     path = folder / "results.zip"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as zipped:

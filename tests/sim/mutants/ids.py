@@ -123,5 +123,5 @@ def failure_final_and_retried(plant: Plant) -> None:
 
     @plant.everywhere(original)
     def completion(outcome: Outcome) -> Completion:
-        failed = TaskSet.of(one.task for one in outcome.failed)
+        failed = TaskSet.from_indices(one.task for one in outcome.failed)
         return replace(original(outcome), failed=failed)

@@ -9,7 +9,7 @@ import asyncio
 import math
 from collections.abc import Callable, Iterator
 
-from batchlab.core.ports import Depth, Written
+from batchlab.core.ports import ChangeResult, Depth
 from batchlab.manager.adoption import Adoption
 from batchlab.manager.bundling import Bundler
 from batchlab.manager.manager import LeaderLease
@@ -39,7 +39,7 @@ def adoption_without_a_wait(plant: Plant) -> None:
     original = Adoption.adopt
 
     @plant.method(Adoption, "adopt")
-    async def adopt(self: Adoption, found: Written, *, beside: bool = False) -> LiveJob:
+    async def adopt(self: Adoption, found: ChangeResult, *, beside: bool = False) -> LiveJob:
         live = await original(self, found, beside=beside)
         if not found.is_new:
             for one in live.all_outstanding():

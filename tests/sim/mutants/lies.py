@@ -16,8 +16,8 @@ from batchlab.core.model import BundleId, Completion, JobId, Json, Outcome, Stag
 from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Objects
 from batchlab.core.protocol import field_checks, json_format, messages, object_keys, settlement, values
-from batchlab.core.protocol.bundle_inputs import Own
-from batchlab.core.protocol.messages import Beat, Events, Held
+from batchlab.core.protocol.bundle_inputs import JobObjects
+from batchlab.core.protocol.messages import Beat, Events, HeldBundle
 from batchlab.core.protocol.object_keys import CommitKey
 from batchlab.manager import admission
 from batchlab.manager.collector import Collector, EventVerifier
@@ -73,8 +73,8 @@ def references_unchecked(plant: Plant) -> None:
     """A reference in a result may name any object. Any worker can make a manager read any object of
     the bucket (I8)."""
 
-    @plant.method(Own, "key")
-    def key(self: Own, reference: Json) -> str:
+    @plant.method(JobObjects, "key")
+    def key(self: JobObjects, reference: Json) -> str:
         return str(reference.get(values.kind(reference) or ""))
 
 
@@ -142,7 +142,7 @@ def held_without_a_proof(plant: Plant) -> None:
     for bundles of any job, and deletes their messages with the worker's instance (I8)."""
 
     @plant.method(WorkerRegistry, "_believed")
-    def _believed(self: WorkerRegistry, beat: Beat, trusted: Collection[JobId]) -> tuple[Held, ...]:
+    def _believed(self: WorkerRegistry, beat: Beat, trusted: Collection[JobId]) -> tuple[HeldBundle, ...]:
         return beat.held
 
 

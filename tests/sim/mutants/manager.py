@@ -12,7 +12,7 @@ from dataclasses import replace
 from batchlab.core.commit import commit
 from batchlab.core.job_definition import JobDef, StageDef
 from batchlab.core.model import Completion, Control, JobId, StageCounts, StageName, TaskSet
-from batchlab.core.ports import Cut, Depth, JobRecord, Round, SetControl, SetPlanned, Written
+from batchlab.core.ports import ChangeResult, Cut, Depth, JobRecord, Round, SetControl, SetPlanned
 from batchlab.core.protocol import json_format, object_keys, settlement
 from batchlab.core.protocol.bundle_inputs import Manifest
 from batchlab.manager import ledger_rebuild, retry_rounds
@@ -129,7 +129,7 @@ def cancel_that_only_marks_the_ledger(plant: Plant) -> None:
     continue to start tasks (I4)."""
 
     @plant.method(JobCoordinator, "forbid")
-    async def forbid(self: JobCoordinator, live: LiveJob, word: json_format.Word) -> None:
+    async def forbid(self: JobCoordinator, live: LiveJob, word: json_format.ControlCommand) -> None:
         await self._ports.ledger.apply(SetControl(live.id, Control.CANCEL, live.round))
         live.record = replace(live.record, control=Control.CANCEL)
 
@@ -141,7 +141,7 @@ def cancel_acknowledged_at_once(plant: Plant) -> None:
     original = JobCoordinator.forbid
 
     @plant.method(JobCoordinator, "forbid")
-    async def forbid(self: JobCoordinator, live: LiveJob, word: json_format.Word) -> None:
+    async def forbid(self: JobCoordinator, live: LiveJob, word: json_format.ControlCommand) -> None:
         settings, self._settings = self._settings, replace(self._settings, control_lease_s=0.0)
         try:
             await original(self, live, word)
@@ -160,7 +160,7 @@ def seal_that_believes_itself(plant: Plant) -> None:
         now_s = self._ports.clock.now_s()
         for one in live.all_outstanding():
             draft = settlement.sealed(one.bundle, execution="seal", worker="manager", now_s=now_s)
-            key = await self._ports.keys.of(live.job)
+            key = await self._ports.keys.key_of(live.job)
             await commit(self._ports.objects, draft, self._ports.patience, key)
             await self._ledger_writer.fold([settlement.completion(draft)])
         return {name: (record.counts.planned or 0) - record.counts.terminal for name, record in live.stages.items()}
@@ -224,7 +224,7 @@ def reconciler_that_gives_up(plant: Plant) -> None:
         now_s = self._ports.clock.now_s()
         for one in silent:
             draft = settlement.poisoned(one.bundle, "not heard of", execution="lost", worker="manager", now_s=now_s)
-            key = await self._ports.keys.of(live.job)
+            key = await self._ports.keys.key_of(live.job)
             outcome = await commit(self._ports.objects, draft, self._ports.patience, key)
             await self.forward(live.job, outcome)
 
@@ -236,7 +236,7 @@ def new_leader_expects_nothing(plant: Plant) -> None:
     original = Adoption.adopt
 
     @plant.method(Adoption, "adopt")
-    async def adopt(self: Adoption, found: Written, *, beside: bool = False) -> LiveJob:
+    async def adopt(self: Adoption, found: ChangeResult, *, beside: bool = False) -> LiveJob:
         live = await original(self, found, beside=beside)
         live.outstanding.clear()
         return live

@@ -5,7 +5,7 @@ Each docstring describes the code of the mutant, and names the promise that it b
 
 from __future__ import annotations
 
-from batchlab.core.ports import Cut, JobRecord, Written
+from batchlab.core.ports import ChangeResult, Cut, JobRecord
 from batchlab.manager import ledger_rebuild
 from batchlab.manager.adoption import Adoption
 from batchlab.manager.ledger_rebuild import RebuildResult, restore
@@ -59,4 +59,4 @@ def adoption_ends_at_a_lost_retry(plant: Plant) -> None:
         async for record in list_jobs(self._ports, active=True):
             if record.job.id not in self._lives:
                 rows = await self._ports.ledger.rows(record.job.id)
-                await self.adopt(Written(rows, is_new=False))
+                await self.adopt(ChangeResult(rows, is_new=False))

@@ -11,7 +11,7 @@ from typing import Any
 
 from batchlab.core.job_definition import JobDef
 from batchlab.core.model import BundleId, JobId, JobState, Json, StageCounts, StageName
-from batchlab.core.ports import BundleRecord, Ending, Message, Written
+from batchlab.core.ports import BundleRecord, ChangeResult, Ending, Message
 from batchlab.core.protocol import json_format, settlement
 from batchlab.core.protocol.bundle_inputs import Inputs
 from batchlab.core.protocol.object_keys import CommitKey
@@ -81,7 +81,7 @@ def new_leader_sends_all_again(plant: Plant) -> None:
     original = Adoption.adopt
 
     @plant.method(Adoption, "adopt")
-    async def adopt(self: Adoption, found: Written, *, beside: bool = False) -> LiveJob:
+    async def adopt(self: Adoption, found: ChangeResult, *, beside: bool = False) -> LiveJob:
         live = await original(self, found, beside=beside)
         if not found.is_new:
             bundles = [one.bundle for one in live.all_outstanding()]

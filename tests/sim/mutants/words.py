@@ -11,7 +11,7 @@ from dataclasses import replace
 from batchlab.core import commit
 from batchlab.core.errors import AlreadyExists
 from batchlab.core.model import Bundle, Control, Follow, JobId, JobState, TaskSet
-from batchlab.core.ports import JobRecord, Reopen, Written
+from batchlab.core.ports import ChangeResult, JobRecord, Reopen
 from batchlab.core.protocol import object_keys, settlement
 from batchlab.core.retry_rule import RetryRule
 from batchlab.manager.job_commands import JobCommands
@@ -88,13 +88,13 @@ def retry_that_ignores_the_choice_of_another(plant: Plant) -> None:
             return await original(self, job, chosen)
         round_ = record.round + 1
         made = await self._retries.plan(record, chosen)
-        await commit.permit(objects, job, round_, patience)
+        await commit.permit_round(objects, job, round_, patience)
         key = object_keys.retry(job, round_)
         self._begun.add(job)
         with suppress(AlreadyExists):
             await patience(lambda: objects.put(key, made.to_bytes(), if_absent=True))
         await self._ports.ledger.apply(Reopen(job, round_, made.reopened))
-        live = await self._adopt(Written(await self._ports.ledger.rows(job), is_new=False))
+        live = await self._adopt(ChangeResult(await self._ports.ledger.rows(job), is_new=False))
         self._begun.discard(job)
         await self._coordinator.send(live.job, [b for cut in made.cuts for b in cut.bundles])
         return live.record

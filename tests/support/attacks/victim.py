@@ -81,7 +81,7 @@ class Victim:
         self.gate.touch()
 
     def bundle(self, task: int) -> Bundle:
-        return Bundle(self.id, STAGE, TaskSet.of([task]))
+        return Bundle(self.id, STAGE, TaskSet.from_indices([task]))
 
     def started(self) -> list[int]:
         """The tasks that have started, once for each start."""

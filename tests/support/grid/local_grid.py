@@ -90,7 +90,7 @@ class LocalGrid:
             page = self.client.outcomes(view["id"], after=after)
             if not page["outcomes"]:
                 break
-            listing += [Listed.of(one) for one in page["outcomes"]]
+            listing += [Listed.from_view(one) for one in page["outcomes"]]
             after = page["outcomes"][-1]["seq"]
         fetched = asyncio.run(results.fetch(self.objects, view, listing, out, patience=factory.patience()))
         return {

@@ -32,7 +32,7 @@ from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Outgoing
 from batchlab.core.protocol import object_keys, settlement
 from batchlab.core.protocol.commit_keys import jobs_in, with_proofs
-from batchlab.core.protocol.messages import Beat, Events, Held, events_message
+from batchlab.core.protocol.messages import Beat, Events, HeldBundle, events_message
 from batchlab.core.protocol.object_keys import UNSEALED
 from batchlab.core.retry_rule import RetryRule
 from batchlab.fleet.fleet_port import ManagedFleet
@@ -212,14 +212,14 @@ class Rig:
                 log=log,
                 log_spans=spans,
             )
-            key = await self.manager.ports.keys.of(live.job)
+            key = await self.manager.ports.keys.key_of(live.job)
             await commit(self.objects, outcome, self.manager.ports.patience, key)
             await self.tell(Events(completions=(settlement.completion(outcome),)))
 
     def beat(self, instance: str, *runs: Outstanding, pool: str = "default") -> Beat:
         """Let an instance's worker report that it runs these."""
         held = tuple(
-            Held(object_keys.tasks_queue(pool), o.bundle.id, o.bundle.job, o.bundle.stage, o.bundle.id, True)
+            HeldBundle(object_keys.tasks_queue(pool), o.bundle.id, o.bundle.job, o.bundle.stage, o.bundle.id, True)
             for o in runs
         )
         beat = Beat(f"w-{instance}", instance, pool, time.time(), 2, len(held), held, 1)
@@ -229,7 +229,7 @@ class Rig:
 
     async def tell(self, events: Events) -> None:
         jobs, keys = jobs_in(events), self.manager.ports.keys
-        known = {job: await keys.of((await self.ledger.job(job)).job) for job in jobs}
+        known = {job: await keys.key_of((await self.ledger.job(job)).job) for job in jobs}
         body = with_proofs(events_message(events), jobs, lambda job: known[job])
         await self.queue.send(object_keys.EVENTS, [Outgoing(body)])
 

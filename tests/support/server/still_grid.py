@@ -26,10 +26,10 @@ from batchlab.core.model import Bundle, Control, JobId, JobState, Market, Ran, T
 from batchlab.core.port_retries import Patience
 from batchlab.core.ports import AddCut, AddJob, Cut, Ending, Finish, Fleet, Fold, MoveJob, Queue, SetControl
 from batchlab.core.pricing import price_book
-from batchlab.core.pricing.request_costs import Requests, Tally
+from batchlab.core.pricing.request_costs import RequestCounter, Requests
 from batchlab.core.pricing.usage import Account, Kind, Life
 from batchlab.core.protocol import object_keys, settlement
-from batchlab.core.protocol.messages import Beat, Held
+from batchlab.core.protocol.messages import Beat, HeldBundle
 from batchlab.core.protocol.object_keys import UNSEALED
 from batchlab.core.schedules import Definition, Run, RunState, When
 from batchlab.manager.manager import Manager
@@ -108,7 +108,7 @@ class StillGrid:
             settings=ManagerSettings(),
             pools=POOLS,
             owner="manager-1",
-            accounting=accounting_of(self.home, POOLS, Tally()),
+            accounting=accounting_of(self.home, POOLS, RequestCounter()),
             schedules=True,
         )
         app, served = create_app(
@@ -189,7 +189,7 @@ class StillGrid:
             if bundle.tasks.first < (tasks if only is None else only):
                 await self._outcome(ports, job, bundle, start_s, run_s, bad)
         if total:
-            last = Bundle(job.id, TOTAL, TaskSet.of([0]))
+            last = Bundle(job.id, TOTAL, TaskSet.from_indices([0]))
             await ports.ledger.apply(AddCut(Cut(job.id, TOTAL, 0, 0, (last,), TaskSet(), 1)))
             await self._outcome(ports, job, last, start_s, run_s, range(0))
 
@@ -220,7 +220,7 @@ class StillGrid:
             log_spans=spans,
         )
         if outcome.failed or len(bundle.tasks) == 1:
-            await commit(ports.objects, outcome, ports.patience, await ports.keys.of(job))
+            await commit(ports.objects, outcome, ports.patience, await ports.keys.key_of(job))
         await ports.ledger.apply(Fold([settlement.completion(outcome)], [{}]))
 
     async def _ended(self, ports: Ports, job: JobDef, state: JobState, reason: str, ended_s: float) -> None:
@@ -238,7 +238,7 @@ class StillGrid:
         bundles = sorted(manager.lives[RUNS.id].all_outstanding(), key=lambda one: one.bundle.tasks.first)
         for number, instance in enumerate(GROUPS[0].instances[:3]):
             held = tuple(
-                Held("q", None, RUNS.id, PRICES, one.bundle.id, running=turn < 2)
+                HeldBundle("q", None, RUNS.id, PRICES, one.bundle.id, running=turn < 2)
                 for turn, one in enumerate(bundles[number * 3 : number * 3 + 3])
             )
             beat = Beat(

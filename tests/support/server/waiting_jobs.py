@@ -21,7 +21,7 @@ from batchlab.core.model import (
     TaskSet,
 )
 from batchlab.core.ports import JobRecord, StageRecord
-from batchlab.core.protocol.messages import Beat, Held
+from batchlab.core.protocol.messages import Beat, HeldBundle
 from batchlab.manager.state import LiveJob, ManagerSettings, WorkerStatus
 from batchlab.server.job_facts import Facts
 
@@ -34,7 +34,7 @@ CPU = Pool("default", max_size=4, slots=2)
 
 
 def bundle(job: JobId = JOB, *tasks: int, stage: StageName = MAP) -> Bundle:
-    return Bundle(job, stage, TaskSet.of(tasks or (0,)))
+    return Bundle(job, stage, TaskSet.from_indices(tasks or (0,)))
 
 
 def instance(
@@ -45,7 +45,7 @@ def instance(
 
 
 def worker(name: str, *runs: Bundle, since_s: float = MONO_S - 14.0) -> WorkerStatus:
-    held = tuple(Held("tasks-default", b.id, b.job, b.stage, b.id, True) for b in runs)
+    held = tuple(HeldBundle("tasks-default", b.id, b.job, b.stage, b.id, True) for b in runs)
     beat = Beat(f"w-{name}", name, "default", NOW_S, CPU.slots, len(runs), held, 1)
     return WorkerStatus(beat, MONO_S, dict.fromkeys(held, since_s))
 
