@@ -1,9 +1,8 @@
-"""Locations of the parts of a grid in containers: one private network, and one address per part.
+"""Locations of the parts of a grid in containers (compose/compose.yaml): one private network, and one
+address per part.
 
 Invariant: an address means the same on the host and in every container, so the URL of a queue works
 on both.
-
-Complete architecture on one machine as a project of Docker Compose (compose/compose.yaml).
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from batchlab.adapters.aws.endpoint import Endpoint
-from batchlab.adapters.local import access_keys, objects
+from batchlab.adapters.local import objects, state_files
 from batchlab.core.atomic_write import PRIVATE_FOLDER, write_whole
-from batchlab.core.errors import BackendError, UsageError
+from batchlab.core.errors import UsageError
 from batchlab.runtime.home import Home
 
 NAME = "localstack"
@@ -84,7 +83,7 @@ class Deployment:
 
 def folder(home: Home) -> Path:
     """Return the backend's folder in a home."""
-    return home.of(NAME)
+    return home.backend_folder(NAME)
 
 
 def password_file(home: Home) -> Path:
@@ -107,7 +106,7 @@ def keys_file(home: Home) -> Path:
 
 def autoscaling(home: Home, at: Deployment) -> Endpoint:
     """Return the Auto Scaling endpoint with its keys. An endpoint of release 0.1.0 has none."""
-    own = access_keys.read(keys_file(home))
+    own = state_files.read_keys(keys_file(home))
     if own is None:
         return Endpoint(at.autoscaling_url)
     return Endpoint(at.autoscaling_url, access_key=own.access_key, secret_key=own.secret_key)
@@ -118,47 +117,39 @@ def read(home: Home) -> Deployment | None:
 
     Raise BackendError if its file is unreadable or invalid.
     """
-    path = folder(home) / "deployment.json"
-    try:
-        fields = json.loads(path.read_text())
-        return Deployment(**{**fields, "pools": tuple(fields.get("pools", ()))})
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise BackendError(f"{path} cannot be read: {error.strerror}.") from error
-    except (ValueError, TypeError, AttributeError) as error:
-        raise BackendError(
-            f"{path} cannot be read: {error}.",
-            # `batchlab gc` skips containers that a home still records, so the file must go first.
-            remedy="Delete the file, then sweep what is left with `batchlab gc`.",
-        ) from error
+    return state_files.read_record(
+        folder(home) / "deployment.json",
+        lambda fields: Deployment(**{**fields, "pools": tuple(fields.get("pools", ()))}),
+        "a description of a grid in containers",
+        # `batchlab gc` skips containers that a home still records, so the file must be deleted first.
+        remedy="Delete the file, then remove the remaining containers with `batchlab gc`.",
+    )
 
 
-_MADE_HERE: set[Path] = set()
+_CREATED_HERE: set[Path] = set()
 """Homes whose deployment this process created."""
 
 
-def is_made_here(home: Home) -> bool:
+def is_created_here(home: Home) -> bool:
     """Return whether this process created the deployment of this home."""
-    return home.path in _MADE_HERE
+    return home.path in _CREATED_HERE
 
 
 def write(home: Home, deployment: Deployment) -> None:
     """Save the deployment atomically. Create the password and the keys if they do not exist."""
-    here = folder(home)
-    here.mkdir(parents=True, exist_ok=True)
-    # the manager cannot do it, because its container mounts the folder read-only
-    here.chmod(PRIVATE_FOLDER)
+    path = folder(home) / "deployment.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The manager cannot do it, because its container mounts the folder read-only.
+    path.parent.chmod(PRIVATE_FOLDER)
     password = password_file(home)
     password.parent.mkdir(mode=0o700, exist_ok=True)
     if not password.exists():
         # Write atomically. A full disk could otherwise leave an empty password file.
         write_whole(password, secrets.token_urlsafe(24), mode=0o444)
-    access_keys.provide(keys_file(home))
-    (here / STATE).mkdir(exist_ok=True)
-    path = here / "deployment.json"
+    state_files.provide_keys(keys_file(home))
+    (path.parent / STATE).mkdir(exist_ok=True)
     if not path.exists():
-        _MADE_HERE.add(home.path)
+        _CREATED_HERE.add(home.path)
     write_whole(path, json.dumps(asdict(deployment), indent=1))
 
 
@@ -176,7 +167,7 @@ def forget(home: Home) -> None:
     # would launch instances for them.
     (folder(home) / STATE / "groups.json").unlink(missing_ok=True)
     (folder(home) / "deployment.json").unlink(missing_ok=True)
-    _MADE_HERE.discard(home.path)
+    _CREATED_HERE.discard(home.path)
 
 
 def free_subnet(taken: Iterable[str], project: str = "") -> str:
@@ -186,13 +177,13 @@ def free_subnet(taken: Iterable[str], project: str = "") -> str:
     because two projects that start at the same time do not see each other's network. Raise
     UsageError if all are taken.
     """
-    networks = [ipaddress.ip_network(one, strict=False) for one in taken]
+    networks = [ipaddress.ip_network(address, strict=False) for address in taken]
     begin = zlib.crc32(project.encode()) % len(_BLOCK)
     for block in _BLOCK[begin:] + _BLOCK[:begin]:
         wanted = ipaddress.ip_network(f"{block}.0/24")
         if not any(wanted.overlaps(network) for network in networks if network.version == wanted.version):
             return block
     raise UsageError(
-        "All networks from 10.213.64.0/24 to 10.213.255.0/24 are taken.",
-        remedy="`batchlab gc` sweeps what grids have left behind.",
+        "All networks from 10.213.64.0/24 to 10.213.255.0/24 are in use.",
+        remedy="`batchlab gc` removes the containers and networks of grids that no longer exist.",
     )

@@ -217,8 +217,8 @@ def docker(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 LABEL = "batchlab.grid"
 HOME_LABEL = "batchlab.home"
-START_S = 240.0
-_LOOK_S = 0.3
+START_TIMEOUT_S = 240.0
+_POLL_S = 0.3
 _RESTARTS = 3
 """Number of restarts after which a service counts as failed."""
 _STOP_S = "5"
@@ -278,7 +278,7 @@ class Project:
         self._wait(say)
 
     def _wait(self, say: Callable[[str], None]) -> None:
-        deadline_s = time.monotonic() + START_S
+        deadline_s = time.monotonic() + START_TIMEOUT_S
         told: set[str] = set()
         before: dict[str, int] = {}
         while True:
@@ -301,7 +301,7 @@ class Project:
                     f"{missing[0]} did not become ready: {self.last_line(missing[0])}.",
                     remedy=f"The output of all services is in {self._keep_logs()}.",
                 )
-            time.sleep(_LOOK_S)
+            time.sleep(_POLL_S)
 
     def states(self) -> dict[str, str]:
         """Return the health of each service, such as "healthy", or its state if it does not run."""
@@ -450,7 +450,7 @@ def sweep(project: str) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class ProjectParts:
     """Parts of one project on this machine."""
 
     project: str
@@ -473,7 +473,7 @@ class Found:
         return deployment is None or deployment.project != self.project
 
 
-def projects() -> list[Found]:
+def projects() -> list[ProjectParts]:
     """Return every project with parts on this machine.
 
     Raise Unreachable if Docker does not respond.
@@ -486,4 +486,4 @@ def projects() -> list[Found]:
         name = one.labels[LABEL]
         parts[name] += 1
         homes[name] = homes.get(name) or one.labels.get(HOME_LABEL, "")
-    return [Found(name, homes[name], count) for name, count in sorted(parts.items())]
+    return [ProjectParts(name, homes[name], count) for name, count in sorted(parts.items())]

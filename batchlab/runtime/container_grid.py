@@ -22,7 +22,7 @@ from batchlab.runtime import compose_deployment, compose_project, descriptor
 from batchlab.runtime import settings as notification_settings
 from batchlab.runtime.compose_deployment import MANAGER_PORT, Deployment
 from batchlab.runtime.compose_project import Project, name_for, networks
-from batchlab.runtime.factory import VARIABLE, Backend, fresh_bucket
+from batchlab.runtime.factory import VARIABLE, Backend, new_bucket_name
 from batchlab.runtime.home import Home, ManagerRecord, Place
 
 _TYPE = "m7i.large"
@@ -41,7 +41,7 @@ def up(home: Home, backend: Backend, pools: Sequence[Pool], say: Callable[[str],
     if place:
         _refuse_loopback(place)
         backend.provide(home, say)
-    for name, value in descriptor.taken_over(os.environ).items():
+    for name, value in descriptor.inherited_variables(os.environ).items():
         if "ENDPOINT" in name and loopback(value):
             say(
                 f"{name} is {value}, which in a container is the container itself: let the "
@@ -110,7 +110,7 @@ def _plan(
     An existing grid keeps its locations.
     """
     recipe = compose_project.Recipe.of(os.environ, apt=backend.image.apt, pip=backend.image.pip)
-    image = compose_project.provide(recipe, home.of(backend.name) / "image.log", say)
+    image = compose_project.provide(recipe, home.backend_folder(backend.name) / "image.log", say)
     if known is None:
         name = name_for(home)
         subnet, python = (compose_deployment.free_subnet(networks(), name), compose_project.python_of(image))
@@ -122,7 +122,7 @@ def _plan(
     place = (
         named
         or (home.place(backend.name) if known else None)
-        or Place(at.storage_url(_storage_port()), fresh_bucket(), named=False)
+        or Place(at.storage_url(_storage_port()), new_bucket_name(), named=False)
     )
     compose_deployment.write(home, at)
     path = compose_deployment.folder(home) / "templates.toml"
@@ -130,12 +130,12 @@ def _plan(
         old, new = (f"image = {json.dumps(deployment.image)}" for deployment in (known, at))
         templates = path.read_text().replace(old, new)
     else:
-        more = descriptor.taken_over(os.environ)
+        more = descriptor.inherited_variables(os.environ)
         templates = templates_for(at, place, pools or backend.pools, more)
     write_whole(path, templates)  # an endpoint that runs may read the file at any time
     home.write_place(backend.name, place)
     home.token()
-    _hand_over(home, at.user)
+    _change_owner(home, at.user)
     return at
 
 
@@ -205,18 +205,18 @@ def _user() -> str:
     return f"{uid}:{gid}" if uid else f"{_NOBODY}:{_NOBODY}"
 
 
-def _hand_over(home: Home, user: str) -> None:
+def _change_owner(home: Home, user: str) -> None:
     """Give root's files to the containers' user, because the containers do not run as root."""
     if os.getuid():
         return
     uid, gid = (int(part) for part in user.split(":"))
-    for path in handed_over(home):
+    for path in container_paths(home):
         # Do not follow links. The folder's new owner may replace a file with a link.
         with suppress(FileNotFoundError):
             os.chown(path, uid, gid, follow_symlinks=False)
 
 
-def handed_over(home: Home) -> list[Path]:
+def container_paths(home: Home) -> list[Path]:
     """Return the paths in a home that the containers use.
 
     The folder may contain other files of the user. Their owner does not change.

@@ -70,7 +70,7 @@ _ENDPOINT = re.compile(r"(?P<url>https?://[^/?#@\s]+)/?(?P<bucket>[a-z0-9][a-z0-
 # the rest of the name of a pool's dead-letter queue takes up to 51 of them.
 
 
-def place_of(endpoint: str, scheme: str = "") -> Place:
+def parse_endpoint(endpoint: str, scheme: str = "") -> Place:
     """Return the URL and the bucket, which is "" if the endpoint does not name one.
 
     With a `scheme`, the endpoint must be the address of a bucket, such as gs://my-bucket. Raise
@@ -100,7 +100,7 @@ def _bucket_of(address: str, scheme: str) -> Place:
     return Place(match[1], match[2], named=True)
 
 
-def fresh_bucket() -> str:
+def new_bucket_name() -> str:
     """Return a new bucket name with a random part."""
     return f"batchlab-{secrets.token_hex(5)}"
 
@@ -175,7 +175,7 @@ def read(kind: type[D], name: str, endpoint: str | None = None) -> D:
             + (" AWS_ENDPOINT_URL names a substitute for AWS." if capabilities.stack else ""),
         )
     if takes_endpoint and (endpoint := endpoint or os.environ.get(VARIABLE)):
-        place_of(endpoint, scheme)
+        parse_endpoint(endpoint, scheme)
     return kind(
         name,
         doc["description"],
@@ -226,7 +226,7 @@ def with_pools(backend: D, pools: Sequence[Pool]) -> D:
 
 FILE = "environment"
 """Name of the file in a release."""
-PASSED_ON = (
+INHERITED = (
     logs.LEVEL_VARIABLE,
     logs.FORMAT_VARIABLE,
     "OTEL_EXPORTER_OTLP_ENDPOINT",
@@ -271,6 +271,6 @@ def content(variables: Mapping[str, str]) -> bytes:
     return "".join(f"{name}={value}\n" for name, value in sorted(variables.items())).encode()
 
 
-def taken_over(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables of `PASSED_ON` that are set."""
-    return {name: environ[name] for name in PASSED_ON if environ.get(name)}
+def inherited_variables(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables of `INHERITED` that are set."""
+    return {name: environ[name] for name in INHERITED if environ.get(name)}

@@ -26,9 +26,9 @@ from batchlab.core.ports import Clock, Ids, Ledger, LocalFiles, Objects
 from batchlab.core.pricing.request_costs import RequestCounter
 from batchlab.core.tracing import NO_TRACER, Tracer
 from batchlab.runtime import aws_deployment, compose_deployment, descriptor
-from batchlab.runtime.descriptor import VARIABLE, Image, fresh_bucket, with_pools
+from batchlab.runtime.descriptor import VARIABLE, Image, new_bucket_name, with_pools
 from batchlab.runtime.home import Home
-from batchlab.runtime.locations import Placed, client_environment
+from batchlab.runtime.locations import BackendLocations, client_environment
 
 if TYPE_CHECKING:
     from batchlab.adapters.aws.fleet import DrainHook
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from batchlab.adapters.aws.metadata_server import Signals
     from batchlab.adapters.aws.sqs import SqsQueue
     from batchlab.adapters.docker.launcher import ContainerLauncher
-    from batchlab.adapters.local.local_wakeup_queue import RungQueue
+    from batchlab.adapters.local.local_wakeup_queue import LocalWakeupQueue
     from batchlab.adapters.local.ministack import Emulator
     from batchlab.adapters.local.processes import ProcessLauncher
     from batchlab.adapters.local.sqlite_queue import SqliteQueue
@@ -93,8 +93,8 @@ __all__ = [
     "Backend",
     "Image",
     "client_environment",
-    "fresh_bucket",
     "load",
+    "new_bucket_name",
     "open_asg_launcher",
     "patience",
     "with_pools",
@@ -105,7 +105,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Backend(Placed):
+class Backend(BackendLocations):
     """A named choice of adapters. Each method opens one adapter for a home."""
 
     def open_clock(self) -> Clock:
@@ -194,7 +194,7 @@ class Backend(Placed):
 
     def open_queue(
         self, home: Home, clock: Clock, tally: RequestCounter | None = None
-    ) -> SqliteQueue | RungQueue | SqsQueue:
+    ) -> SqliteQueue | LocalWakeupQueue | SqsQueue:
         """Open the queues.
 
         `tally` counts requests. Raise Unreachable if the grid has never been up.
@@ -209,14 +209,14 @@ class Backend(Placed):
         _only("queue", self.queue, "sqs")
         self.check_installed("boto3")
         from batchlab.adapters.aws.sqs import SqsQueue
-        from batchlab.adapters.local.local_wakeup_queue import RungQueue
+        from batchlab.adapters.local.local_wakeup_queue import LocalWakeupQueue
 
         services, makes = self.services(home), not self.capabilities.stack
         queue = SqsQueue(services.endpoint, prefix=services.queue_prefix, makes=makes, tally=tally)
         if not self.capabilities.one_machine:
             return queue
         # Instances and clients run on the same machine, so senders can wake receivers locally.
-        return RungQueue(queue, home.of(self.name) / "wake")
+        return LocalWakeupQueue(queue, home.backend_folder(self.name) / "wake")
 
     def open_ledger(self, home: Home) -> Ledger:
         if self.ledger == "postgres":
@@ -243,7 +243,7 @@ class Backend(Placed):
         if self.fleet == "autoscaling":
             return None
         _only("fleet", self.fleet, "process")
-        from batchlab.adapters.local.fork_server import Nursery
+        from batchlab.adapters.local.fork_server import ForkServer
         from batchlab.adapters.local.processes import ProcessLauncher
 
         python = [sys.executable, "-P", "-m"]
@@ -254,7 +254,7 @@ class Backend(Placed):
             return [*program, "worker", *whose, "--pool", pool.name, "--slots", str(pool.slots), "--instance", instance]
 
         log = home.fleet / "logs" / "nursery.log"
-        nursery = Nursery([*python, "batchlab.cli.fork_server_main", *whose], program, log)
+        nursery = ForkServer([*python, "batchlab.cli.fork_server_main", *whose], program, log)
         return ProcessLauncher(home.fleet, argv, clock, dict(os.environ), nursery)
 
     def import_for_worker(self) -> None:
@@ -269,7 +269,7 @@ class Backend(Placed):
     def open_fleet(self, home: Home, launcher: ProcessLauncher | None, clock: Clock) -> Fleet:
         if launcher is None:
             from batchlab.adapters.aws.fleet import Ec2Fleet
-            from batchlab.adapters.aws.group_descriptions import GroupForm
+            from batchlab.adapters.aws.group_descriptions import GroupParameters
 
             if self.capabilities.stack:
                 stack = self.stack(home)
@@ -278,10 +278,10 @@ class Backend(Placed):
                 endpoint = Endpoint(region=stack.region)
                 return Ec2Fleet(endpoint, clock, None, prefix=stack.groups_prefix)
             at = self.deployment(home)
-            form = GroupForm(compose_deployment.TEMPLATE, zones=compose_deployment.ZONES)
+            form = GroupParameters(compose_deployment.TEMPLATE, zones=compose_deployment.ZONES)
             here = compose_deployment.autoscaling(home, at)
             return Ec2Fleet(here, clock, form, prefix=f"{at.project}-")
-        from batchlab.adapters.local.fleet_state_file import StateFile
+        from batchlab.adapters.local.state_files import StateFile
         from batchlab.fleet.fleet_port import ManagedFleet
 
         return ManagedFleet(
@@ -309,7 +309,7 @@ class Backend(Placed):
         from batchlab.adapters.local.ministack import Emulator, install
 
         home.make()
-        return Emulator(install(lambda _: None), home.of(self.name))
+        return Emulator(install(lambda _: None), home.backend_folder(self.name))
 
 
 def load(name: str, endpoint: str | None = None) -> Backend:

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from batchlab.adapters.limits import Bucket
-from batchlab.adapters.local import access_keys
+from batchlab.adapters.local import state_files
 from batchlab.core import installation
 from batchlab.core.errors import BackendError, Unreachable, UsageError
 from batchlab.core.model import Pool
 from batchlab.runtime import aws_deployment, compose_deployment
-from batchlab.runtime.descriptor import VARIABLE, Descriptor, fresh_bucket, place_of
+from batchlab.runtime.descriptor import VARIABLE, Descriptor, new_bucket_name, parse_endpoint
 from batchlab.runtime.home import Home, Place
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Services:
 
 
 @dataclass(frozen=True, slots=True)
-class Placed(Descriptor):
+class BackendLocations(Descriptor):
     """Descriptor that finds its grid's parts in a home."""
 
     def check_installed(self, *modules: str) -> None:
@@ -119,7 +119,7 @@ class Placed(Descriptor):
             from batchlab.runtime.aws_session import secret_text
 
             at = self.stack(home)
-            home.keep_token(secret_text(at.region, at.token_secret))
+            home.store_token(secret_text(at.region, at.token_secret))
         return home.token()
 
     # --- The endpoint ----------------------------------------------------------------------------
@@ -131,7 +131,7 @@ class Placed(Descriptor):
         """
         if place := home.place(self.name):
             return place
-        if self.endpoint and (named := place_of(self.endpoint, self.bucket_scheme)).bucket:
+        if self.endpoint and (named := parse_endpoint(self.endpoint, self.bucket_scheme)).bucket:
             return named  # An instance does not have a record. Its environment names the endpoint.
         # A grid in containers loses its bucket when it goes down.
         been = "is" if self.capabilities.container_manager else "has been"
@@ -146,7 +146,7 @@ class Placed(Descriptor):
 
         own = None
         if self.emulator and not place.named:
-            own = access_keys.read(home.of(self.name) / access_keys.FILE)
+            own = state_files.read_keys(home.backend_folder(self.name) / state_files.KEYS_FILE)
         if own is None:
             return Endpoint(place.url)
         return Endpoint(place.url, access_key=own.access_key, secret_key=own.secret_key)
@@ -172,7 +172,7 @@ class Placed(Descriptor):
 
     def folder(self, home: Home) -> Path:
         """Return the folder of the backend's own files: the home if the bucket is in it."""
-        return home.path if self.capabilities.local_bucket else home.of(self.name)
+        return home.path if self.capabilities.local_bucket else home.backend_folder(self.name)
 
     def provide(self, home: Home, say: Callable[[str], None]) -> None:
         """Install the emulator, or check the named endpoint or bucket.
@@ -215,12 +215,12 @@ class Placed(Descriptor):
         endpoint.
         """
         known = home.place(self.name)
-        place = place_of(self.endpoint, self.bucket_scheme) if self.endpoint else None
+        place = parse_endpoint(self.endpoint, self.bucket_scheme) if self.endpoint else None
         if known and known.behind and not (place and place.url == known.url):
-            known = known.unfronted  # The proxy ended with a replay that was killed.
+            known = known.without_proxy  # The proxy ended with a replay that was killed.
         if place is None:
             return known if known and known.named else None
-        bucket = place.bucket or (known.bucket if known else fresh_bucket())
+        bucket = place.bucket or (known.bucket if known else new_bucket_name())
         wanted = replace(place, bucket=bucket)
         if known is None:
             return wanted
@@ -241,7 +241,7 @@ class Placed(Descriptor):
         place = self.named_place(home) or home.place(self.name)
         if emulator:
             known = home.place(self.name)
-            place = Place(emulator.url, known.bucket if known else fresh_bucket(), named=False)
+            place = Place(emulator.url, known.bucket if known else new_bucket_name(), named=False)
         if place is None:
             return
         if not self.bucket_scheme:
@@ -250,11 +250,11 @@ class Placed(Descriptor):
             create_bucket(self.endpoint_at(home, place), place.bucket)
         # `grid up` wrote it; the folder is read-only here
         if not self.capabilities.container_manager:
-            home.of(self.name).mkdir(parents=True, exist_ok=True)
+            home.backend_folder(self.name).mkdir(parents=True, exist_ok=True)
             home.write_place(self.name, place)
 
 
-def client_environment(backend: Placed, home: Home) -> dict[str, str]:
+def client_environment(backend: BackendLocations, home: Home) -> dict[str, str]:
     """Return the environment variables with which other clients find the grid's bucket and queues.
 
     A local bucket does not need any.

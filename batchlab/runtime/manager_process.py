@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 START_S = 30.0
 CONNECT_S = 660.0
 """Timeout of a connection in seconds. It exceeds the time that a connection waits for a boot."""
-LONG_S = 10.0
+SLOW_S = 10.0
 STOP_S = 30.0
 _STARTED: dict[int, subprocess.Popen[bytes]] = {}
 """Managers that this process has started, by pid.
@@ -61,7 +61,7 @@ def start_manager(
     if running := home.record():
         return running
     backend.check_installed()
-    _bury()
+    _reap()
     if backend.capabilities.container_manager:
         from batchlab.runtime import container_grid
 
@@ -117,7 +117,7 @@ def _awaited(
             return record
         if has_ended and not home.is_locked:
             return home.record()
-        if say and waited_s > LONG_S:
+        if say and waited_s > SLOW_S:
             say("The manager is not up yet: an instance takes some minutes to boot.")
             say = None
         time.sleep(0.02)
@@ -136,7 +136,7 @@ def _refuse_pools(backend: Backend, home: Home, pools: Sequence[Pool]) -> None:
 def has_started(home: Home, record: ManagerRecord | None) -> bool:
     """Return whether this process started that manager, or the containers that it runs in."""
     if record is None or _is_in_container(record):
-        return compose_deployment.is_made_here(home)
+        return compose_deployment.is_created_here(home)
     return record.pid in _STARTED
 
 
@@ -147,7 +147,7 @@ def _is_in_container(record: ManagerRecord) -> bool:
 def stop_manager(home: Home) -> bool:
     """Stop the manager that runs here and its instances. Return False if none runs."""
     record = home.record()
-    _bury()
+    _reap()
     if compose_deployment.read(home) and (record is None or _is_in_container(record)):
         from batchlab.runtime import container_grid
 
@@ -193,7 +193,7 @@ def kill_manager(home: Home) -> ManagerRecord | None:
 
 
 @atexit.register
-def _bury() -> None:
+def _reap() -> None:
     """Wait for managers of this process that ended on their own, so that they do not
     stay zombies.
     """

@@ -102,7 +102,7 @@ def test_mistakes_are_clear_sentences(
 )
 def test_report_does_not_wait_for_a_deleted_bucket(command: tuple[str, ...], run: Run, tmp_path: Path) -> None:
     home = Home(tmp_path)
-    home.of("ministack").mkdir()
+    home.backend_folder("ministack").mkdir()
     # Nothing listens there; what did has ended with the grid.
     home.write_place("ministack", Place("http://127.0.0.1:9", "bucket-1", named=False))
     code, out, err = run(*command, "--backend", "ministack", "--home", str(tmp_path))

@@ -18,7 +18,7 @@ import pytest
 from packaging.utils import parse_wheel_filename
 
 import batchlab
-from batchlab.adapters.aws.group_descriptions import READY_HOOK, GroupForm
+from batchlab.adapters.aws.group_descriptions import READY_HOOK, GroupParameters
 from batchlab.adapters.local.objects import open_local
 from batchlab.core import installation
 from batchlab.core.errors import BackendError, UsageError
@@ -251,7 +251,7 @@ def test_the_scripts_and_the_code_agree_on_names_and_times() -> None:
     worker = unit("worker")
     stop_s = float(worker["TimeoutStopSec"])
     assert stop_s > backend.worker.drain_s + LEAVE_S
-    assert stop_s > GroupForm("t").drain_s, "systemd would end the worker while its group waits"
+    assert stop_s > GroupParameters("t").drain_s, "systemd would end the worker while its group waits"
     for role in ("worker", "manager"):
         one = unit(role)
         assert one["ExecStart"].startswith(f"/opt/batchlab/current/venv/bin/batchlab {role} --backend aws ")

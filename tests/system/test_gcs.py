@@ -34,7 +34,9 @@ def test_files_and_results_travel_through_the_bucket(stub: Stub, tmp_path: Path)
         assert list(grid.map(lambda file: file.read_text().upper(), files)) == [text.upper() for text in texts]
     assert [key for key in stub.buckets["my-bucket"] if "/outcomes/" in key]
     assert not home.objects.exists()
-    assert {"endpoint.json", "ledger.sqlite", "queue.sqlite"} <= {path.name for path in home.of("gcs").iterdir()}
+    assert {"endpoint.json", "ledger.sqlite", "queue.sqlite"} <= {
+        path.name for path in home.backend_folder("gcs").iterdir()
+    }
     # The home records the bucket, so the next command need not name it.
     backend = factory.load("gcs", "gs://another")
     with pytest.raises(UsageError, match="has its bucket at gs://my-bucket, not at gs://another"):

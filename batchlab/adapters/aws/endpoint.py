@@ -194,11 +194,11 @@ def _models(data_path: str | None) -> Loader:
 
 
 def code_of(error: ClientError) -> str:
-    """Return the error's code in the form of `plain`."""
-    return plain(str(error.response.get("Error", {}).get("Code", "")))
+    """Return the error's code in the form of `short_code`."""
+    return short_code(str(error.response.get("Error", {}).get("Code", "")))
 
 
-def plain(code: str) -> str:
+def short_code(code: str) -> str:
     """Return an error code without its service name and "Exception", such as "NonExistentQueue"."""
     return code.rpartition(".")[2].removesuffix("Exception")
 

@@ -27,10 +27,10 @@ from batchlab.adapters.aws.group_descriptions import (
     DRAIN_HOOK,
     NO_ACTION,
     READY_HOOK,
-    GroupForm,
-    Journal,
-    Seen,
-    is_gone,
+    ActivityLog,
+    GroupParameters,
+    GroupState,
+    is_missing_instance,
 )
 from batchlab.adapters.aws.instance_metadata import Imds
 from batchlab.core.errors import AlreadyExists, BackendError, NotFound, Refused
@@ -65,17 +65,17 @@ class Ec2Fleet:
     Without a `form` it creates no groups, so a stack must have created them.
     """
 
-    def __init__(self, endpoint: Endpoint, clock: Clock, form: GroupForm | None, *, prefix: str) -> None:
+    def __init__(self, endpoint: Endpoint, clock: Clock, form: GroupParameters | None, *, prefix: str) -> None:
         self._asg: AutoScalingClient = client(endpoint, "autoscaling", connections=_CALLS)
         self._clock = clock
         self._form = form
         self._prefix = prefix
         self._poll_s = POLL_S if endpoint.url is None else 0.0
-        self._seen: dict[str, Seen] = {}
+        self._seen: dict[str, GroupState] = {}
         self._lost: set[str] = set()
         """Pools whose groups were deleted by another program. `ensure` creates them again."""
         self._dead: list[Instance] = []
-        self._journal = Journal()
+        self._journal = ActivityLog()
         self._reported: set[str] = set()
         self._looked_s: float | None = None
         """Monotonic time of the last description, None if the groups have changed since."""
@@ -155,7 +155,7 @@ class Ec2Fleet:
     async def _adopt(self, pool: Pool) -> None:
         """Add the group to the known groups, with its current state."""
         before = self._seen.get(pool.name)
-        self._seen[pool.name] = before or Seen(pool)
+        self._seen[pool.name] = before or GroupState(pool)
         try:
             await self._look()
         except BaseException as error:
@@ -169,10 +169,10 @@ class Ec2Fleet:
                 ) from error
             raise
 
-    def _create(self, form: GroupForm, name: str, pool: Pool) -> None:
+    def _create(self, form: GroupParameters, name: str, pool: Pool) -> None:
         self._asg.create_auto_scaling_group(**form.request(name, pool))
 
-    def _put_hooks(self, form: GroupForm, name: str, pool: Pool) -> None:
+    def _put_hooks(self, form: GroupParameters, name: str, pool: Pool) -> None:
         for hook in form.hooks(pool):
             self._asg.put_lifecycle_hook(AutoScalingGroupName=name, **hook)
 
@@ -245,7 +245,7 @@ class Ec2Fleet:
             except Refused as error:
                 # An instance has left since the last description. The next description lists the
                 # others.
-                if not is_gone(error):
+                if not is_missing_instance(error):
                     raise
 
     def _terminate(self, instance: str, decrement: bool, _: str) -> None:
@@ -352,12 +352,12 @@ class Ec2Fleet:
         pages = self._asg.get_paginator("describe_auto_scaling_groups").paginate(AutoScalingGroupNames=names)
         return {group["AutoScalingGroupName"]: group for page in pages for group in page["AutoScalingGroups"]}
 
-    def _group(self, pool: str) -> Seen:
+    def _group(self, pool: str) -> GroupState:
         if pool not in self._seen:
             raise Refused(f"there is no pool {pool!r}", remedy="`batchlab grid status` lists those there are.")
         return self._seen[pool]
 
-    async def _current(self, pool: str, instances: Sequence[str] = ()) -> Seen:
+    async def _current(self, pool: str, instances: Sequence[str] = ()) -> GroupState:
         """Return the pool, described again if it changed or if one of the instances is unknown."""
         seen = self._group(pool)
         if self._looked_s is None or not all(name in seen.instances for name in instances):

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         TagTypeDef,
     )
 
-KEEP_ACTIVITIES = 500
+MAX_ACTIVITIES = 500
 
 COUNTED = frozenset({LifecycleState.PENDING, LifecycleState.IN_SERVICE})
 _STATES = {
@@ -42,9 +42,9 @@ _STATES = {
 _WAITS = "Pending:Wait"
 _HEALTH = "health check"
 _ABANDONED = "was abandoned"
-GONE = "it is gone from its group"
+LEFT_GROUP = "it is gone from its group"
 NEVER_UP = "it ended before it was in service"
-SETTLES_S = 60.0
+SCALE_IN_S = 60.0
 """Time in seconds after a decrease of the desired capacity.
 
 A Pending instance that ends within this time counts as ended by the decrease.
@@ -52,7 +52,7 @@ A Pending instance that ends within this time counts as ended by the decrease.
 
 
 @dataclass(slots=True)
-class Seen:
+class GroupState:
     """Group of one pool at its last description.
 
     `ends` has the causes of requested terminations.
@@ -134,7 +134,7 @@ class Seen:
             return f"terminated: {cause}"
         if healthy and name not in self.served:
             self.unexplained.add(name)
-            if now_s - self.lowered_s > SETTLES_S:
+            if now_s - self.lowered_s > SCALE_IN_S:
                 return NEVER_UP
         return "terminated: scale-in" if healthy else "it failed a health check of its group"
 
@@ -152,7 +152,7 @@ class Seen:
                 if not note and name in self.ends:
                     note = f"terminated: {self.ends[name]}"
                 elif not note:
-                    note = self._why(name, now_s, healthy=True) if name not in self.served else GONE
+                    note = self._why(name, now_s, healthy=True) if name not in self.served else LEFT_GROUP
                     self.unexplained.add(name)
                 elif note == NEVER_UP:
                     self.unexplained.add(name)
@@ -198,7 +198,7 @@ def _state(told: str) -> LifecycleState | None:
     return _STATES.get(told.partition(":")[0])
 
 
-class Journal:
+class ActivityLog:
     """List of the service's activities and of the causes of requests that were made here.
 
     The service's activities come without numbers. Each gets one when it is first seen, in order of
@@ -230,7 +230,7 @@ class Journal:
         for name, one in sorted(fresh, key=lambda pair: pair[1].at_s):
             self._known[name or f"note {self._next}"] = replace(one, id=self._next)
             self._next += 1
-        for name in list(self._known)[:-KEEP_ACTIVITIES]:
+        for name in list(self._known)[:-MAX_ACTIVITIES]:
             del self._known[name]
 
     def newest(self, pool: str | None, limit: int) -> list[Activity]:
@@ -261,7 +261,7 @@ _TIMEOUT_S = (30.0, 7200.0)
 
 
 @dataclass(frozen=True, slots=True)
-class GroupForm:
+class GroupParameters:
     """Common parameters of the groups of a grid.
 
     After a launch, the worker must report within the pool's `boot_s` plus `report_s`. In
@@ -332,6 +332,6 @@ def _timeout(seconds: float) -> int:
     return int(min(most_s, max(least_s, seconds)))
 
 
-def is_gone(error: Exception) -> bool:
+def is_missing_instance(error: Exception) -> bool:
     """Return whether the service refused a request because it no longer has the instance."""
     return any(words in str(error) for words in NOT_THERE)

@@ -122,7 +122,7 @@ def tree(of: Metadata) -> dict[str, str]:
     return paths
 
 
-def answer(paths: Mapping[str, str], path: str) -> str | None:
+def content_at(paths: Mapping[str, str], path: str) -> str | None:
     """Return the content of `path` below `latest/`, or the list of the names below it.
 
     Return None if the path does not exist.
@@ -169,7 +169,7 @@ log = logging.getLogger(__name__)
 TOKEN_PATH = f"{ROOT}api/token"
 TTL_HEADER = "x-aws-ec2-metadata-token-ttl-seconds"
 TOKEN_HEADER = "x-aws-ec2-metadata-token"  # noqa: S105 - a header's name
-LONGEST_TTL_S = 21_600
+MAX_TTL_S = 21_600
 
 IDLE_S = 60.0
 """Time in seconds after which a silent connection is closed."""
@@ -274,7 +274,7 @@ class MetadataServer:
         if "x-forwarded-for" in request.headers:
             return _Answer(HTTPStatus.FORBIDDEN)
         asked = request.headers.get(TTL_HEADER, "")
-        if not _TTL.fullmatch(asked) or not 1 <= int(asked) <= LONGEST_TTL_S:
+        if not _TTL.fullmatch(asked) or not 1 <= int(asked) <= MAX_TTL_S:
             return _Answer(HTTPStatus.BAD_REQUEST)
         until = f"{self._clock.monotonic_s() + int(asked):.3f}"
         return _Answer(HTTPStatus.OK, f"{until}-{self._sign(until, instance)}", int(asked))
@@ -319,7 +319,7 @@ def _told(path: str, metadata: Metadata) -> _Answer:
     if not path:
         return _Answer(HTTPStatus.OK, ROOT.rstrip("/"))
     if f"{path}/".startswith(ROOT):
-        found = answer(tree(metadata), path[len(ROOT) :])
+        found = content_at(tree(metadata), path[len(ROOT) :])
         if found is not None:
             return _Answer(HTTPStatus.OK, found)
     return _Answer(HTTPStatus.NOT_FOUND)

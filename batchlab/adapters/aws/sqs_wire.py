@@ -45,7 +45,7 @@ _TYPE = "application/x-amz-json-1.0"
 _OK = 200
 
 
-def opened(made: boto3.Session, url: str, *, loopback: bool) -> SqsWire | None:
+def connect(made: boto3.Session, url: str, *, loopback: bool) -> SqsWire | None:
     """Return connections to SQS at `url`.
 
     They use the region, credentials, and certificates of the session `made`. Return None if the

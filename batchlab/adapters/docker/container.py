@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from batchlab.adapters.aws.metadata_server import Metadata
-from batchlab.adapters.docker.engine import told
+from batchlab.adapters.docker.engine import error_text
 from batchlab.adapters.local.processes import INSTANCE_VARIABLE
 from batchlab.core.errors import AlreadyExists, BackendError
 from batchlab.core.instance_types import Share
@@ -189,7 +189,7 @@ def create(name: str, asked: Mapping[str, Any], api: APIClient) -> str:
         ) from error
     except APIError as error:
         if error.status_code == 409:
-            raise AlreadyExists(f"{told(error)}.") from error
+            raise AlreadyExists(f"{error_text(error)}.") from error
         raise
     return str(made["Id"])
 
@@ -210,7 +210,7 @@ def signal(container: str, name: str, api: APIClient) -> None:
             raise
 
 
-def bury(container: str, log_file: Path, api: APIClient) -> Mapping[str, Any] | None:
+def save_end(container: str, log_file: Path, api: APIClient) -> Mapping[str, Any] | None:
     """Save the output of a container that Docker lists as ended, and return its state.
 
     Return None if `inspect` still reports it as running after some seconds.
@@ -239,7 +239,7 @@ def _keep_log(container: str, log_file: Path, api: APIClient) -> None:
         log.warning("what %s printed is not kept: %s", container[:12], error)
 
 
-def how(state: Mapping[str, Any], *, killed: bool) -> str:
+def end_text(state: Mapping[str, Any], *, killed: bool) -> str:
     """Return how a container ended. `killed` means that it was killed at its deadline.
 
     Docker reports a death by a signal as 128 plus the signal's number, like shells. So a program

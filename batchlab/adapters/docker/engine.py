@@ -100,11 +100,11 @@ def translated(what: str) -> Iterator[None]:
     try:
         yield
     except Missing as error:
-        raise NotFound(f"{what}: {told(error)}.") from error
+        raise NotFound(f"{what}: {error_text(error)}.") from error
     except APIError as error:
         # An Engine that shuts down answers 503. It answers 500 for any failure.
         kind = Unreachable if error.status_code == 503 else BackendError
-        raise kind(f"{what}: {told(error)}.") from error
+        raise kind(f"{what}: {error_text(error)}.") from error
     except (DockerException, RequestException, HTTPError, OSError) as error:
         # The reason is the last one in a chain of wrappers: "[Errno 2] No such file or directory".
         root: BaseException = error
@@ -114,7 +114,7 @@ def translated(what: str) -> Iterator[None]:
         raise Unreachable(f"{what}: Docker does not answer ({why}).", remedy=START_REMEDY) from error
 
 
-def told(error: Any) -> str:
+def error_text(error: Any) -> str:
     """Return the Engine's own message without the SDK's wrapping."""
     text = error.explanation
     if isinstance(text, bytes):
@@ -174,11 +174,11 @@ class EventStream:
             self._seen(None)
 
 
-# --- Found by label ------------------------------------------------------------------------------
+# --- LabeledResource by label ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class LabeledResource:
     """A Docker resource with batchlab's labels. `kind` is container, network, or volume."""
 
     kind: str
@@ -187,26 +187,26 @@ class Found:
     labels: Mapping[str, str]
 
 
-def find(engine: Engine, labels: Mapping[str, str | None]) -> Sequence[Found]:
+def find(engine: Engine, labels: Mapping[str, str | None]) -> Sequence[LabeledResource]:
     """Return the resources with all of these labels, containers first. None matches any value.
 
     Raise UsageError without a label, because this would return everything on the machine.
     """
     filters = {"label": _filter(labels)}
 
-    def look(api: APIClient) -> list[Found]:
+    def look(api: APIClient) -> list[LabeledResource]:
         found = [
-            Found("container", c["Id"], c["Names"][0].lstrip("/") if c["Names"] else "", c["Labels"])
+            LabeledResource("container", c["Id"], c["Names"][0].lstrip("/") if c["Names"] else "", c["Labels"])
             for c in api.containers(all=True, filters=filters)
         ]
-        found += [Found("network", n["Id"], n["Name"], n["Labels"]) for n in api.networks(filters=filters)]
+        found += [LabeledResource("network", n["Id"], n["Name"], n["Labels"]) for n in api.networks(filters=filters)]
         volumes = api.volumes(filters=filters)["Volumes"] or []
-        return found + [Found("volume", v["Name"], v["Name"], v["Labels"] or {}) for v in volumes]
+        return found + [LabeledResource("volume", v["Name"], v["Name"], v["Labels"] or {}) for v in volumes]
 
     return engine.do("What carries batchlab's labels", look)
 
 
-def sweep(engine: Engine, labels: Mapping[str, str | None]) -> Sequence[Found]:
+def sweep(engine: Engine, labels: Mapping[str, str | None]) -> Sequence[LabeledResource]:
     """Remove the resources with all of these labels, running or not. Return them.
 
     Ignore resources that no longer exist. If some cannot be removed, remove the others and then
@@ -226,7 +226,7 @@ def sweep(engine: Engine, labels: Mapping[str, str | None]) -> Sequence[Found]:
     return found
 
 
-def _remove(one: Found, api: APIClient) -> None:
+def _remove(one: LabeledResource, api: APIClient) -> None:
     if one.kind == "container":
         remove_container(api, one.id)
     elif one.kind == "network":

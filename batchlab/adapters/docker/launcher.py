@@ -34,7 +34,7 @@ from batchlab.core.ports import ANY_MACHINE, KEEP_ENDED_S, Clock
 log = logging.getLogger(__name__)
 
 
-class Endings:
+class StopDeadlines:
     """Deadlines of draining instances, with a file for each in `folder`."""
 
     def __init__(self, folder: Path, clock: Clock) -> None:
@@ -138,7 +138,7 @@ class ContainerLauncher:
         self._template = template
         self._catalogue = catalogue
         self._clock = clock
-        self._endings = Endings(folder / "ending", clock)
+        self._endings = StopDeadlines(folder / "ending", clock)
         self._logs = folder / "logs"
         self._grid = grid
         self._labels = dict(labels)
@@ -416,12 +416,12 @@ class ContainerLauncher:
     async def _bury(self, container: _Container) -> None:
         log_file = self._logs / f"{container.instance}.log"
         try:
-            state = await self._run(container, partial(calls.bury, container.id, log_file))
+            state = await self._run(container, partial(calls.save_end, container.id, log_file))
         except NotFound:
             return  # it was removed a moment ago, and the next look notices it
         if state is None:
             return  # it is still running, and the next look checks again
-        self._over(container, calls.how(state, killed=self._is_late(container)))
+        self._over(container, calls.end_text(state, killed=self._is_late(container)))
         self._endings.forget(container.instance)
 
     async def _forget(self) -> None:

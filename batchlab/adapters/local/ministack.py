@@ -43,8 +43,8 @@ from pathlib import Path
 from typing import IO, Self
 
 from batchlab.adapters.aws.endpoint import Endpoint
-from batchlab.adapters.local import access_keys
-from batchlab.adapters.local.processes import boot_id, hold, start_ticks
+from batchlab.adapters.local import state_files
+from batchlab.adapters.local.processes import boot_id, open_pidfd, start_ticks
 from batchlab.core import installation
 from batchlab.core.atomic_write import write_whole
 from batchlab.core.errors import BackendError, Refused, Unreachable, UsageError
@@ -193,7 +193,7 @@ _PORTS = range(20_000, 32_000)
 _PORTS_TRIED = 50
 _PROBED_S = 0.2
 """Maximum time in seconds for which a process holds the lock only to test it."""
-_AGAIN_S = 5.0
+_MAX_RETRY_S = 5.0
 """Maximum wait in seconds between two attempts to start the emulator."""
 
 
@@ -239,7 +239,7 @@ class Emulator:
     @property
     def endpoint(self) -> Endpoint:
         """Return the started emulator with its keys."""
-        keys = access_keys.provide(self.folder / access_keys.FILE)
+        keys = state_files.provide_keys(self.folder / state_files.KEYS_FILE)
         return Endpoint(self.url, access_key=keys.access_key, secret_key=keys.secret_key)
 
     @property
@@ -307,11 +307,11 @@ class Emulator:
             await self._ended()
             log.warning("the emulator (pid %d) has ended, and is started again", self.pid)
             wait_s = 0.1
-            if time.monotonic() - begun_s < _AGAIN_S:
+            if time.monotonic() - begun_s < _MAX_RETRY_S:
                 await asyncio.sleep(wait_s)  # on a full disk, it ends at every write
             while not await self._in_thread(partial(self._started_again, again)):
                 await asyncio.sleep(wait_s)
-                wait_s = doubled_s(wait_s, _AGAIN_S)
+                wait_s = doubled_s(wait_s, _MAX_RETRY_S)
 
     async def _in_thread(self, call: Callable[[], bool]) -> bool:
         """Return the result of `call`.
@@ -361,14 +361,14 @@ class Emulator:
                     raise Refused(f"The emulator in {self.folder} has an owner already.") from error
                 time.sleep(0.01)
         self._owner_lock = file
-        access_keys.provide(self.folder / access_keys.FILE)
+        state_files.provide_keys(self.folder / state_files.KEYS_FILE)
 
     def _take_over(self) -> bool:
         """Hold the process in the record. Return False if it is not running."""
         record = self._on_record()
         if record is None:
             return False
-        pidfd = hold(record.pid, record.start_ticks, record.boot)
+        pidfd = open_pidfd(record.pid, record.start_ticks, record.boot)
         if pidfd is None:
             return False
         self._let_go()
@@ -390,7 +390,7 @@ class Emulator:
         guard = Path(__file__).with_name("ministack_guard.py")
         lock = str(self.folder / "owner.lock")
         argv = [str(self._python), "-I", str(guard), str(listening), lock, str(self._orphan_s)]
-        argv.append(str(self.folder / access_keys.FILE))
+        argv.append(str(self.folder / state_files.KEYS_FILE))
         with self.log.open("ab") as output:
             self._child = subprocess.Popen(
                 argv,

@@ -38,7 +38,7 @@ from urllib.parse import parse_qsl, quote, unquote_to_bytes
 
 import uvicorn
 
-LOOK_S = 0.5
+POLL_S = 0.5
 MAX_SKEW_S = 900.0
 """Maximum difference in seconds between a request's time and the clock, as on AWS."""
 MAX_UNHASHED_BYTES = 4 * 1024 * 1024
@@ -64,7 +64,7 @@ _EXPIRES = re.compile("[0-9]{1,6}")
 def main(listening: str, lock: str, orphan_s: float, keys: str) -> None:
     """Serve requests until SIGTERM."""
     threading.Thread(target=_end_when_orphaned, args=(lock, orphan_s), daemon=True).start()
-    logging.getLogger("s3").addHandler(_Honest(logging.WARNING))
+    logging.getLogger("s3").addHandler(_ExitOnWriteError(logging.WARNING))
     # The owner also holds the listener, so clients of a killed emulator wait for the next one.
     listener = socket.socket(fileno=int(listening))
     known = json.loads(Path(keys).read_text())
@@ -303,7 +303,7 @@ async def _refuse(send: Send, headers: Mapping[bytes, bytes], refusal: Refusal) 
     await send({"type": "http.response.body", "body": body.encode()})
 
 
-class _Honest(logging.Handler):
+class _ExitOnWriteError(logging.Handler):
     """Log handler that ends the process when MiniStack's S3 fails to write to disk.
 
     MiniStack then logs a warning and reports success, so the object would be lost at its end, or
@@ -320,8 +320,8 @@ class _Honest(logging.Handler):
 def _end_when_orphaned(lock: str, orphan_s: float) -> None:
     alone_s = 0.0
     while alone_s < orphan_s:
-        time.sleep(LOOK_S)
-        alone_s = 0.0 if _is_held(lock) else alone_s + LOOK_S
+        time.sleep(POLL_S)
+        alone_s = 0.0 if _is_held(lock) else alone_s + POLL_S
     os.kill(os.getpid(), signal.SIGTERM)
 
 

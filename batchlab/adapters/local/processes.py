@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from batchlab.adapters.local.fork_server import Born, Gone, Nursery
+from batchlab.adapters.local.fork_server import ForkServer, ForkServerEndedError, PendingFork
 from batchlab.core.atomic_write import private, write_whole
 from batchlab.core.errors import AlreadyExists, BackendError
 from batchlab.core.model import Machine, Pool
@@ -53,15 +53,15 @@ def start_ticks(pid: int) -> int | None:
     return int(fields[19]) if fields and fields[0] not in (b"Z", b"X") else None
 
 
-def lives(pid: int, ticks: int, boot: str) -> bool:
+def is_alive(pid: int, ticks: int, boot: str) -> bool:
     """Return whether the process with this pid, start time, and boot id is running."""
     return boot == boot_id() and start_ticks(pid) == ticks
 
 
-def hold(pid: int, ticks: int, boot: str) -> int | None:
+def open_pidfd(pid: int, ticks: int, boot: str) -> int | None:
     """Return a pidfd of that process for the caller to close, None if it is not running."""
     # If the number now belongs to a thread of another process, the kernel returns no pidfd.
-    if not lives(pid, ticks, boot):
+    if not is_alive(pid, ticks, boot):
         return None
     try:
         pidfd = os.pidfd_open(pid)
@@ -69,7 +69,7 @@ def hold(pid: int, ticks: int, boot: str) -> int | None:
         return None
     # This check is safe only now: the pidfd fixes the process, while before the pid could be
     # reused.
-    if not lives(pid, ticks, boot):
+    if not is_alive(pid, ticks, boot):
         os.close(pidfd)
         return None
     return pidfd
@@ -92,7 +92,7 @@ log = logging.getLogger(__name__)
 INSTANCE_VARIABLE = "BATCHLAB_INSTANCE"
 """Environment variable with the instance's id. Its child processes inherit it."""
 
-_AWAY = "exited while the manager was away"
+_EXITED_UNSEEN = "exited while the manager was away"
 _UNKNOWN = "exited; its code is unknown, because what had started it has ended"
 
 
@@ -136,7 +136,7 @@ class ProcessLauncher:
         argv: Callable[[Pool, str], Sequence[str]],
         clock: Clock,
         env: Mapping[str, str],
-        nursery: Nursery | None = None,
+        nursery: ForkServer | None = None,
     ) -> None:
         self.changed = asyncio.Event()
         self._records = root / "instances"
@@ -164,7 +164,7 @@ class ProcessLauncher:
         record = _Record(instance, pool.name, boot_id())
         process = _Process(record)
         argv = list(self._argv(pool, instance))
-        born: Born | None = None
+        born: PendingFork | None = None
         try:
             # The record is also written before the start. If the manager dies in between, the
             # record lacks a pid, and the instance is found by its environment.
@@ -246,15 +246,15 @@ class ProcessLauncher:
                 os.waitpid(record.pid, 0)
         self._path(record.instance).unlink(missing_ok=True)
 
-    async def _born(self, argv: list[str], pool: Pool, instance: str) -> Born | None:
+    async def _born(self, argv: list[str], pool: Pool, instance: str) -> PendingFork | None:
         """Return a fork of the fork server, None without a usable server."""
         # A program reads much of its environment at its start, so a fork cannot change it.
         if self._nursery is None or pool.env:
             return None
         try:
             with self._log_of(instance) as output:
-                return await self._nursery.bear(argv, {INSTANCE_VARIABLE: instance}, output)
-        except Gone as error:
+                return await self._nursery.fork(argv, {INSTANCE_VARIABLE: instance}, output)
+        except ForkServerEndedError as error:
             log.warning("instances start more slowly, since what they are copies of is gone: %s", error)
             return None
 
@@ -289,8 +289,8 @@ class ProcessLauncher:
         else:
             self._buried(process, exit_code(process.record.pid))
 
-    async def _bury(self, process: _Process, nursery: Nursery) -> None:
-        self._buried(process, await nursery.end_of(process.record.pid))
+    async def _bury(self, process: _Process, nursery: ForkServer) -> None:
+        self._buried(process, await nursery.exit_code(process.record.pid))
 
     def _buried(self, process: _Process, code: int | None) -> None:
         self._ended(process, _UNKNOWN if code is None else f"exit {code}")
@@ -343,7 +343,7 @@ class ProcessLauncher:
 
     def _watches(self, process: _Process) -> bool:
         record = process.record
-        pidfd = hold(record.pid, record.start_ticks, record.boot)
+        pidfd = open_pidfd(record.pid, record.start_ticks, record.boot)
         if pidfd is None:
             return False
         self._watch(process, pidfd)
@@ -352,7 +352,7 @@ class ProcessLauncher:
     def _lost(self, process: _Process) -> None:
         if process.record.pid:
             _kill_group(process.record)
-        self._ended(process, _AWAY)
+        self._ended(process, _EXITED_UNSEEN)
 
     def _path(self, instance: str) -> Path:
         return self._records / f"{instance}.json"
@@ -385,12 +385,12 @@ def living(root: Path) -> dict[str, int]:
             record = _Record(**json.loads(path.read_text()))
         except (OSError, ValueError, TypeError):
             continue  # the record is being removed or is incomplete, so it identifies no process
-        if record.ended is None and lives(record.pid, record.start_ticks, record.boot):
+        if record.ended is None and is_alive(record.pid, record.start_ticks, record.boot):
             found[record.instance] = record.pid
     return found
 
 
-def ended(root: Path, instance: str) -> str:
+def end_of(root: Path, instance: str) -> str:
     """Return how the instance ended according to its record, "" if it does not record an end."""
     try:
         fields = json.loads((root / "instances" / f"{instance}.json").read_text())

@@ -78,11 +78,11 @@ SELECT total, (SELECT count(*) FROM messages WHERE queue = queues.id AND visible
     (SELECT count(*) FROM messages WHERE queue = queues.id AND visible_s > ? AND receives > 0)
 FROM queues WHERE id = ?
 """
-_HELD = "SELECT count(*) FROM messages WHERE queue = ? AND visible_s > ? AND receives > 0"
+_IN_FLIGHT = "SELECT count(*) FROM messages WHERE queue = ? AND visible_s > ? AND receives > 0"
 
 
 @dataclass(frozen=True, slots=True)
-class Taken:
+class ReceiveResult:
     """Result of a receive. `due_in_s` is the time until the next message becomes visible, or None.
 
     `moved` is the number of messages that moved to `dead_letters`. `more` means that more messages
@@ -234,25 +234,25 @@ class SqliteMessages:
             )
             _grow(db, queue.id, len(messages))
 
-    def receive(self, name: str, limit: int, visibility_s: float | None) -> Taken:
+    def receive(self, name: str, limit: int, visibility_s: float | None) -> ReceiveResult:
         # The first query takes no lock, so idle receivers do not delay senders.
         with _translated(self._path):
             due_in_s = self._due_in_s(self._queue(name))
         if due_in_s is None or due_in_s > 0:
-            return Taken(due_in_s=due_in_s)
+            return ReceiveResult(due_in_s=due_in_s)
         with self._transaction() as db:
             return self._take(db, self._queue(name), limit, visibility_s)
 
     def _due_in_s(self, queue: _Queue) -> float | None:
         return None if queue.first_s is None else queue.first_s - self._clock.now_s()
 
-    def _take(self, db: sqlite3.Connection, queue: _Queue, limit: int, visibility_s: float | None) -> Taken:
+    def _take(self, db: sqlite3.Connection, queue: _Queue, limit: int, visibility_s: float | None) -> ReceiveResult:
         now_s = self._clock.now_s()
         if queue.total >= self._max_in_flight:
-            (held,) = db.execute(_HELD, (queue.id, now_s)).fetchone()
+            (held,) = db.execute(_IN_FLIGHT, (queue.id, now_s)).fetchone()
             limit = min(limit, self._max_in_flight - held)
             if limit <= 0:
-                return Taken(over_limit=True)
+                return ReceiveResult(over_limit=True)
         dead = self._dead_letters(queue)
         messages: list[Message] = []
         expired: list[tuple[int]] = []
@@ -290,7 +290,7 @@ class SqliteMessages:
             _grow(db, dead, len(moved))
         if expired or moved:
             _grow(db, queue.id, -len(expired) - len(moved))
-        return Taken(messages, more=more, dead_letters=queue.dead_letters, moved=len(moved))
+        return ReceiveResult(messages, more=more, dead_letters=queue.dead_letters, moved=len(moved))
 
     def _dead_letters(self, queue: _Queue) -> int | None:
         if queue.dead_letters is None:

@@ -18,7 +18,7 @@ from batchlab.core.ports import ObjectInfo
 PAGE = 1000
 
 # For up to this number of keys, single insertions are cheaper than sorting a million keys again.
-_FEW = 64
+_MAX_INSERTIONS = 64
 
 
 class SimObjects:
@@ -101,7 +101,7 @@ class SimObjects:
         return page
 
     def _sort(self) -> None:
-        if len(self._unsorted) <= _FEW:
+        if len(self._unsorted) <= _MAX_INSERTIONS:
             for key in self._unsorted:
                 insort(self._keys, key)
         else:

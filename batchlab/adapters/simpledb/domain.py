@@ -307,7 +307,7 @@ def dumps(value: Json) -> str:
     return _encode(value)
 
 
-def lay(
+def split(
     name: str, prefix: str, text: str, gen: str, *, inline: int = INLINE
 ) -> tuple[list[tuple[str, str]], dict[str, Pairs]]:
     """Return the attributes for `text`, and the further items that it needs.
@@ -333,7 +333,7 @@ def names(item: Item, prefix: str) -> list[str]:
     return [f"{name}/{prefix}{n:06d}" for n in range(ceil(int(count) / _PER_ITEM))] if name else []
 
 
-def read(item: Item, prefix: str, get_all: Callable[[Iterable[str]], list[Item | None]]) -> str | None:
+def join(item: Item, prefix: str, get_all: Callable[[Iterable[str]], list[Item | None]]) -> str | None:
     """Return the text, or None if one of its further items no longer exists."""
     count, _, elsewhere = item[prefix].partition("@")
     if not elsewhere:

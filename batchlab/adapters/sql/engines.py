@@ -35,8 +35,8 @@ from batchlab.adapters.sql.tables import HEAD, metadata, versions
 from batchlab.core.errors import BackendError, NotFound, Unreachable
 
 _BUSY_S = 10.0
-_AGAIN_S = 0.01
-_MOMENT_S = 0.01
+_RETRY_S = 0.01
+_LOCK_S = 0.01
 BEGIN = "batchlab_begin"
 """Execution option with the `Begin` of an engine's transactions."""
 SCHEMA = "batchlab_schema"
@@ -93,7 +93,7 @@ def sqlite_engine(path: Path | None) -> Engine:
         # A transaction is committed or rolled back before its connection is returned.
         pool_reset_on_return=None,
         connect_args={
-            "timeout": _MOMENT_S,
+            "timeout": _LOCK_S,
             "check_same_thread": False,
             # The driver would begin transactions itself, but only before the first write.
             "isolation_level": None,
@@ -116,7 +116,7 @@ def _switch_to_wal(connection: sqlite3.Connection) -> None:
         except sqlite3.OperationalError as error:
             if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline_s:
                 raise
-        time.sleep(_AGAIN_S)
+        time.sleep(_RETRY_S)
 
 
 def _begin(connection: Connection, *, writes: bool, lasts: bool) -> None:  # noqa: ARG001
@@ -158,7 +158,7 @@ def name_of(engine: Engine) -> str:
     return f"{url.database or url.username} on {host}" + (f":{url.port}" if url.port else "")
 
 
-def instead(engine: Engine) -> str:
+def other_database(engine: Engine) -> str:
     """Return advice for the use of another database."""
     if engine.dialect.name == "sqlite":
         return "name another folder with --home"
@@ -195,7 +195,7 @@ def _from_sqlite(engine: Engine, error: SQLAlchemyError, said: sqlite3.Error) ->
 
 def _from_postgresql(engine: Engine, error: SQLAlchemyError, said: BaseException | None) -> BackendError:
     state = getattr(said, "sqlstate", None) or ""
-    text = plain(said)
+    text = one_line(said)
     remedy = next((what for signs, what in _REMEDIES if any(s in text for s in signs)), "")
     if state == _FOREIGN_KEY:
         return _nothing_there()
@@ -208,7 +208,7 @@ def _from_postgresql(engine: Engine, error: SQLAlchemyError, said: BaseException
     return BackendError(f"The ledger {name_of(engine)} cannot be used: {text}.", remedy=remedy)
 
 
-def plain(said: BaseException | None) -> str:
+def one_line(said: BaseException | None) -> str:
     """Return the text of a database error in one line."""
     return " ".join(str(said).split()).rstrip(".")
 
@@ -273,6 +273,6 @@ def _version(connection: Connection) -> str | None:
     if found > HEAD:
         raise BackendError(
             f"{name_of(connection.engine)} was written by a newer batchlab (schema {found}).",
-            remedy=f"Install that version, or {instead(connection.engine)}.",
+            remedy=f"Install that version, or {other_database(connection.engine)}.",
         )
     return found

@@ -2,7 +2,7 @@
 
 Invariant: each call is one transaction and may be repeated. A change loads the rows that it needs,
 applies the ledger projection, and stores the rows that changed. The event loop never waits for the
-database, except with `Inline`.
+database, except with `InlineRunner`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, TypeVar, overload
 
 from sqlalchemy import Connection, Engine, Table, bindparam, delete, select, update
 
-from batchlab.adapters.clock import Inline, OneThread, Run, Threads
+from batchlab.adapters.clock import CallRunner, InlineRunner, ReadWriteThreads, SingleThread
 from batchlab.adapters.local.sqlite_wal import WalFlush
 from batchlab.adapters.sql import engines
 from batchlab.adapters.sql import rows as bundle_rows
@@ -61,7 +61,7 @@ def open_sqlite(path: Path, sync: Sync = Sync.NONE) -> SqlLedger:
     With `sync`, acknowledged changes wait for the disk. A power loss may undo folds, and the
     reconciler repeats them from the bucket.
     """
-    return SqlLedger(sqlite_engine(path), OneThread(), sync, WalFlush(path))
+    return SqlLedger(sqlite_engine(path), SingleThread(), sync, WalFlush(path))
 
 
 def open_postgres(
@@ -84,7 +84,7 @@ def open_postgres(
     """
     from batchlab.adapters.sql.postgres import postgres_engine
 
-    return SqlLedger(postgres_engine(url, schema, ca=ca, logins=logins), Threads())
+    return SqlLedger(postgres_engine(url, schema, ca=ca, logins=logins), ReadWriteThreads())
 
 
 def open_memory() -> SqlLedger:
@@ -98,7 +98,7 @@ def open_memory() -> SqlLedger:
 def open_memory_as(kind: type[L]) -> L:
     """Return a ledger in memory of the class `kind`."""
     engine = sqlite_engine(None)
-    ledger = kind(engine, Inline())
+    ledger = kind(engine, InlineRunner())
     # A simulation does not close its ledger, and Python 3.13 warns about open databases.
     weakref.finalize(ledger, engine.dispose)
     return ledger
@@ -113,7 +113,7 @@ class SqlLedger:
     batchlab.
     """
 
-    def __init__(self, engine: Engine, run: Run, sync: Sync = Sync.NONE, flush: WalFlush | None = None) -> None:
+    def __init__(self, engine: Engine, run: CallRunner, sync: Sync = Sync.NONE, flush: WalFlush | None = None) -> None:
         """Take over `engine`, which must have the transactions of `engines`, without opening it.
 
         `flush` waits for the disk if a commit of the engine does not.

@@ -19,14 +19,14 @@ import psycopg
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError, DisconnectionError
 
-from batchlab.adapters.clock import Threads
-from batchlab.adapters.sql.engines import BEGIN, SCHEMA, is_refusal, name_of, plain
+from batchlab.adapters.clock import ReadWriteThreads
+from batchlab.adapters.sql.engines import BEGIN, SCHEMA, is_refusal, name_of, one_line
 from batchlab.adapters.sql.logins import Login, Logins
 from batchlab.core.errors import BackendError, Unreachable, UsageError
 
 LOCK_S = 10.0
 """Maximum wait for the lock in seconds."""
-SLEEP_S = 5.0
+IDLE_CLIENT_S = 5.0
 """Time in seconds after which the server ends the transaction of a silent client.
 
 This frees the lock, so a suspended manager cannot keep another one from leading.
@@ -71,7 +71,7 @@ def postgres_engine(url: str, schema: str, *, ca: Path | None = None, logins: Lo
         # Options in the URL take precedence.
         connect_args={k: v for k, v in defaults.items() if k not in parsed.query},
         use_native_hstore=False,
-        pool_size=1 + Threads.READERS,
+        pool_size=1 + ReadWriteThreads.READERS,
         max_overflow=0,
         execution_options={SCHEMA: schema, BEGIN: _begin},
     )
@@ -186,7 +186,7 @@ class Connect:
                 # The database already has the new password, but the secret still has the old one.
                 raise Unreachable(f"{text}; it is being changed.") from error
             raise BackendError(
-                f"{text}: {plain(error)}.", remedy="Look at what it holds, and at whether that user may log in."
+                f"{text}: {one_line(error)}.", remedy="Look at what it holds, and at whether that user may log in."
             ) from error
 
     def _connected(self, login: Login, args: Any, options: Any) -> _Bounded:
@@ -224,7 +224,7 @@ def _begin(connection: Connection, *, writes: bool, lasts: bool) -> None:
         f'SET LOCAL search_path TO "{schema}"',
         f"SET LOCAL statement_timeout TO {limit_s * 1000:.0f}",
         f"SET LOCAL lock_timeout TO {LOCK_S * 1000:.0f}",
-        f"SET LOCAL idle_in_transaction_session_timeout TO {SLEEP_S * 1000:.0f}",
+        f"SET LOCAL idle_in_transaction_session_timeout TO {IDLE_CLIENT_S * 1000:.0f}",
     ]
     if writes:
         statements.append(f"SELECT pg_advisory_xact_lock({key(schema)})")

@@ -20,7 +20,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from batchlab.adapters.aws.endpoint import Endpoint, client, translated
-from batchlab.adapters.aws.group_descriptions import is_gone
+from batchlab.adapters.aws.group_descriptions import is_missing_instance
 from batchlab.core.errors import BackendError, Refused, Unreachable
 from batchlab.core.text import first_of
 from batchlab.runtime import aws_session, compose_deployment
@@ -385,7 +385,7 @@ class StackFaults:
                             InstanceId=instance, ShouldDecrementDesiredCapacity=False
                         )
                 except Refused as error:
-                    if not is_gone(error):  # otherwise it ended before the call
+                    if not is_missing_instance(error):  # otherwise it ended before the call
                         raise
 
     async def zone_loss(self, fault: Fault) -> FaultResult:
