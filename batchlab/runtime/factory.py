@@ -46,48 +46,6 @@ if TYPE_CHECKING:
     from batchlab.server.autoscaling_api.launch_templates import TemplateFile
 
 
-def open_asg_launcher(
-    settings: AsgSettings, templates: TemplateFile, clock: Clock, signals: Callable[[str], Signals]
-) -> ProcessLauncher | ContainerLauncher:
-    """Return the launcher that `asg serve --launcher` names. Raise UsageError for an unknown name.
-
-    The Docker launcher passes `signals` to its instances.
-    """
-    if settings.launcher == "process":
-        from batchlab.adapters.local.processes import ProcessLauncher
-
-        return ProcessLauncher(settings.state, templates.argv, clock, dict(os.environ))
-    if settings.launcher != "docker":
-        raise UsageError(
-            f"There is no launcher {settings.launcher!r}.", remedy="Say --launcher process or --launcher docker."
-        )
-    from batchlab.adapters.docker.container import Template
-    from batchlab.adapters.docker.launcher import ContainerLauncher
-    from batchlab.core import instance_types
-
-    def template(pool: Pool) -> Template:
-        version = templates.launched(pool)
-        return Template(
-            version.image,
-            tuple(templates.argv(pool, "{instance}")),
-            version.network,
-            type=version.type,
-            user=version.user,
-            system=version.system,
-        )
-
-    return ContainerLauncher(
-        template,
-        instance_types.load(),
-        clock,
-        settings.state,
-        grid=settings.grid.removeprefix("batchlab-"),
-        labels={**settings.labels, "batchlab.grid": settings.grid},
-        scale=settings.scale,
-        signals=signals,
-    )
-
-
 __all__ = [
     "VARIABLE",
     "Backend",
@@ -121,8 +79,8 @@ class Backend(BackendLocations):
             from batchlab.adapters.opentelemetry import OtelTracer
         except ImportError:
             log.warning(
-                "OTEL_EXPORTER_OTLP_ENDPOINT is set, but batchlab's extra `otel` is not installed, "
-                "so there are no traces: %s",
+                "Traces are disabled. OTEL_EXPORTER_OTLP_ENDPOINT is set, but batchlab's extra `otel` is not "
+                "installed. %s",
                 installation.remedy("otel"),
             )
             return NO_TRACER
@@ -154,8 +112,8 @@ class Backend(BackendLocations):
         if self.capabilities.simulated:
             raise _not_a_process("objects", self.objects)
         bucket = self._bucket(home, tally)
-        opened: Objects = import_module(self.objects).open_objects(bucket)
-        return opened
+        objects: Objects = import_module(self.objects).open_objects(bucket)
+        return objects
 
     def _bucket(self, home: Home, tally: RequestCounter | None) -> Bucket:
         if self.capabilities.local_bucket:
@@ -188,7 +146,7 @@ class Backend(BackendLocations):
                 raise Unreachable(
                     f"The bucket of the grid on {self.name} in {home.path} is in an emulator, "
                     "which runs only while the grid is up.",
-                    remedy=f"Bring it up with `batchlab grid up --backend {self.name}`.",
+                    remedy=f"Start the grid with `batchlab grid up --backend {self.name}`.",
                 )
         return self.open_objects(home)
 
@@ -206,7 +164,7 @@ class Backend(BackendLocations):
             folder = self.folder(home)
             folder.mkdir(exist_ok=True)
             return SqliteQueue(folder / home.queue_file.name, clock)
-        _only("queue", self.queue, "sqs")
+        _require("queue", self.queue, "sqs")
         self.check_installed("boto3")
         from batchlab.adapters.aws.sqs import SqsQueue
         from batchlab.adapters.local.local_wakeup_queue import LocalWakeupQueue
@@ -225,11 +183,11 @@ class Backend(BackendLocations):
             at = self.deployment(home)
             return open_postgres(at.postgres_url(compose_deployment.password_file(home).read_text()))
         if self.ledger == "deployed":
-            from batchlab.runtime.aws_session import open_ledger
+            from batchlab.runtime.stack_connections import open_ledger
 
             aws_deployment.folder(home).mkdir(parents=True, exist_ok=True)
             return open_ledger(self.stack(home), aws_deployment.folder(home) / home.ledger_file.name)
-        _only("ledger", self.ledger, "sqlite")
+        _require("ledger", self.ledger, "sqlite")
         from batchlab.adapters.sql import open_sqlite
 
         home.make()
@@ -242,20 +200,20 @@ class Backend(BackendLocations):
         """Return the launcher of instances, or None if an Auto Scaling service launches them."""
         if self.fleet == "autoscaling":
             return None
-        _only("fleet", self.fleet, "process")
+        _require("fleet", self.fleet, "process")
         from batchlab.adapters.local.fork_server import ForkServer
         from batchlab.adapters.local.processes import ProcessLauncher
 
         python = [sys.executable, "-P", "-m"]
-        whose = ["--home", str(home.path), "--backend", self.name]
+        grid = ["--home", str(home.path), "--backend", self.name]
         program = [*python, "batchlab"]
 
         def argv(pool: Pool, instance: str) -> Sequence[str]:
-            return [*program, "worker", *whose, "--pool", pool.name, "--slots", str(pool.slots), "--instance", instance]
+            return [*program, "worker", *grid, "--pool", pool.name, "--slots", str(pool.slots), "--instance", instance]
 
-        log = home.fleet / "logs" / "nursery.log"
-        nursery = ForkServer([*python, "batchlab.cli.fork_server_main", *whose], program, log)
-        return ProcessLauncher(home.fleet, argv, clock, dict(os.environ), nursery)
+        log = home.fleet / "logs" / "fork-server.log"
+        fork_server = ForkServer([*python, "batchlab.cli.fork_server_main", *grid], program, log)
+        return ProcessLauncher(home.fleet, argv, clock, dict(os.environ), fork_server)
 
     def import_for_worker(self) -> None:
         """Import the modules with which a worker opens its bucket and its queues."""
@@ -305,11 +263,53 @@ class Backend(BackendLocations):
         """Return the grid's own emulator, or None if an endpoint is named or none is needed."""
         if self.emulator is None or self.named_place(home):
             return None
-        _only("emulator", self.emulator, "ministack")
+        _require("emulator", self.emulator, "ministack")
         from batchlab.adapters.local.ministack import Emulator, install
 
         home.make()
         return Emulator(install(lambda _: None), home.backend_folder(self.name))
+
+
+def open_asg_launcher(
+    settings: AsgSettings, templates: TemplateFile, clock: Clock, signals: Callable[[str], Signals]
+) -> ProcessLauncher | ContainerLauncher:
+    """Return the launcher that `asg serve --launcher` names. Raise UsageError for an unknown name.
+
+    The Docker launcher passes `signals` to its instances.
+    """
+    if settings.launcher == "process":
+        from batchlab.adapters.local.processes import ProcessLauncher
+
+        return ProcessLauncher(settings.state, templates.argv, clock, dict(os.environ))
+    if settings.launcher != "docker":
+        raise UsageError(
+            f"Unknown launcher {settings.launcher!r}.", remedy="Use --launcher process or --launcher docker."
+        )
+    from batchlab.adapters.docker.container import Template
+    from batchlab.adapters.docker.launcher import ContainerLauncher
+    from batchlab.core import instance_types
+
+    def template(pool: Pool) -> Template:
+        version = templates.launched(pool)
+        return Template(
+            version.image,
+            tuple(templates.argv(pool, "{instance}")),
+            version.network,
+            type=version.type,
+            user=version.user,
+            system=version.system,
+        )
+
+    return ContainerLauncher(
+        template,
+        instance_types.load(),
+        clock,
+        settings.state,
+        grid=settings.grid.removeprefix("batchlab-"),
+        labels={**settings.labels, "batchlab.grid": settings.grid},
+        scale=settings.scale,
+        signals=signals,
+    )
 
 
 def load(name: str, endpoint: str | None = None) -> Backend:
@@ -331,7 +331,7 @@ def _is_traced(environ: Mapping[str, str]) -> bool:
     if protocol in (None, "", "http/protobuf"):
         return True
     log.warning(
-        "traces are sent by http/protobuf only, and OTEL_EXPORTER_OTLP_PROTOCOL says %s, so there are none", protocol
+        "Traces are disabled. OTEL_EXPORTER_OTLP_PROTOCOL is %s, but only http/protobuf is supported.", protocol
     )
     return False
 
@@ -341,13 +341,13 @@ def patience() -> Patience:
     return Patience(random.Random())  # noqa: S311 - jitter, not a secret
 
 
-def _only(port: str, named: str, known: str) -> None:
-    if named != known:
-        raise _not_a_process(port, named)
+def _require(port: str, name: str, supported: str) -> None:
+    if name != supported:
+        raise _not_a_process(port, name)
 
 
-def _not_a_process(port: str, named: str) -> UsageError:
+def _not_a_process(port: str, name: str) -> UsageError:
     return UsageError(
-        f"This backend's {port} adapter {named!r} does not run in a process of its own.",
-        remedy="`batchlab run FILE --backend sim` runs a job in it.",
+        f"This backend's {port} adapter {name!r} runs only inside the simulator.",
+        remedy="Run a job there with `batchlab run FILE --backend sim`.",
     )

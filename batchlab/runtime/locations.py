@@ -67,7 +67,7 @@ class BackendLocations(Descriptor):
     def manager_log(self, home: Home) -> str:
         """Return the location of the manager's log, as text for a user."""
         if self.capabilities.container_manager and (at := compose_deployment.read(home)):
-            return f"what `docker logs {at.project}-manager-1` shows"
+            return f"the output of `docker logs {at.project}-manager-1`"
         return str(home.manager_log)
 
     def check_python(self, home: Home) -> None:
@@ -75,20 +75,20 @@ class BackendLocations(Descriptor):
 
         Functions travel as bytecode, which other versions cannot run.
         """
-        there, remedy = "", ""
+        own = f"{sys.version_info.major}.{sys.version_info.minor}"
+        grids, remedy = "", ""
         if self.capabilities.container_manager:
             at = compose_deployment.read(home)
-            there = at.python if at else ""
-            remedy = "Name an image with Python {here} by BATCHLAB_BASE_IMAGE before the grid comes up"
+            grids = at.python if at else ""
+            remedy = f"Set BATCHLAB_BASE_IMAGE to an image with Python {own} before you start the grid"
         elif self.capabilities.stack:
-            there = self.stack(home).python
-            remedy = "Deploy a release for Python {here} with `batchlab deploy apply`"
-        here = f"{sys.version_info.major}.{sys.version_info.minor}"
-        if there and there != here:
+            grids = self.stack(home).python
+            remedy = f"Deploy a release for Python {own} with `batchlab deploy apply`"
+        if grids and grids != own:
             raise UsageError(
-                f"The grid's instances run on Python {there}, and this is Python {here}: functions "
-                "cannot be sent to them.",
-                remedy=f"{remedy.format(here=here)}, or describe the job in a file.",
+                f"The grid's instances run on Python {grids}, but this process runs on Python {own}, so it cannot send "
+                "functions to them.",
+                remedy=f"{remedy}, or describe the job in a file.",
             )
 
     # --- The stack on AWS ------------------------------------------------------------------------
@@ -101,8 +101,9 @@ class BackendLocations(Descriptor):
         if at := aws_deployment.read(home):
             return at
         raise Unreachable(
-            f"No stack is known in {home.path}.",
-            remedy="`batchlab deploy apply` makes one, `batchlab deploy status --stack NAME` finds one that is there.",
+            f"No stack is recorded in {home.path}.",
+            remedy="Create a stack with `batchlab deploy apply`, or find an existing one with "
+            "`batchlab deploy status --stack NAME`.",
         )
 
     def pools_in(self, home: Home) -> tuple[Pool, ...]:
@@ -116,7 +117,7 @@ class BackendLocations(Descriptor):
         machine.
         """
         if self.capabilities.stack:
-            from batchlab.runtime.aws_session import secret_text
+            from batchlab.runtime.stack_connections import secret_text
 
             at = self.stack(home)
             home.store_token(secret_text(at.region, at.token_secret))
@@ -134,9 +135,9 @@ class BackendLocations(Descriptor):
         if self.endpoint and (named := parse_endpoint(self.endpoint, self.bucket_scheme)).bucket:
             return named  # An instance does not have a record. Its environment names the endpoint.
         # A grid in containers loses its bucket when it goes down.
-        been = "is" if self.capabilities.container_manager else "has been"
+        verb = "is" if self.capabilities.container_manager else "has been"
         raise Unreachable(
-            f"No grid on {self.name} {been} up in {home.path}, so there is no bucket.",
+            f"No grid on {self.name} {verb} up in {home.path}, so its bucket does not exist.",
             remedy=f"Start one with `batchlab grid up --backend {self.name}`.",
         )
 
@@ -214,19 +215,18 @@ class BackendLocations(Descriptor):
         the user did not name an endpoint. Raise UsageError if the bucket of this home is at another
         endpoint.
         """
-        known = home.place(self.name)
+        recorded = home.place(self.name)
         place = parse_endpoint(self.endpoint, self.bucket_scheme) if self.endpoint else None
-        if known and known.behind and not (place and place.url == known.url):
-            known = known.without_proxy  # The proxy ended with a replay that was killed.
+        if recorded and recorded.behind and not (place and place.url == recorded.url):
+            recorded = recorded.without_proxy  # The proxy ended with a replay that was killed.
         if place is None:
-            return known if known and known.named else None
-        bucket = place.bucket or (known.bucket if known else new_bucket_name())
-        wanted = replace(place, bucket=bucket)
-        if known is None:
+            return recorded if recorded and recorded.named else None
+        wanted = replace(place, bucket=place.bucket or (recorded.bucket if recorded else new_bucket_name()))
+        if recorded is None:
             return wanted
-        if wanted == replace(known, named=known.named or bool(known.behind), behind=""):
-            return known
-        where = f"at {known.address}" if known.named else "in an emulator of its own"
+        if wanted == replace(recorded, named=recorded.named or bool(recorded.behind), behind=""):
+            return recorded
+        where = f"at {recorded.address}" if recorded.named else "in an emulator of its own"
         raise UsageError(
             f"The grid in {home.path} has its bucket {where}, not at {wanted.address}.",
             remedy=f"Leave out --endpoint and {VARIABLE}, or name another folder with --home.",
@@ -240,15 +240,15 @@ class BackendLocations(Descriptor):
         """
         place = self.named_place(home) or home.place(self.name)
         if emulator:
-            known = home.place(self.name)
-            place = Place(emulator.url, known.bucket if known else new_bucket_name(), named=False)
+            recorded = home.place(self.name)
+            place = Place(emulator.url, recorded.bucket if recorded else new_bucket_name(), named=False)
         if place is None:
             return
         if not self.bucket_scheme:
             from batchlab.adapters.aws.endpoint import create_bucket
 
             create_bucket(self.endpoint_at(home, place), place.bucket)
-        # `grid up` wrote it; the folder is read-only here
+        # `grid up` has recorded the location of a grid in containers. Its folder is read-only here.
         if not self.capabilities.container_manager:
             home.backend_folder(self.name).mkdir(parents=True, exist_ok=True)
             home.write_place(self.name, place)
@@ -265,16 +265,12 @@ def client_environment(backend: BackendLocations, home: Home) -> dict[str, str]:
         return {"BATCHLAB_BUCKET": backend.bucket(home)}
     services = backend.services(home)
     at = services.endpoint
-    found = {
+    variables = {
         "AWS_DEFAULT_REGION": at.region,
         "BATCHLAB_BUCKET": services.bucket,
         "BATCHLAB_QUEUES": services.queue_prefix,
     }
     if at.url is None:  # On AWS itself, clients use their own credentials.
-        return found
-    return {
-        "AWS_ENDPOINT_URL": at.url,
-        "AWS_ACCESS_KEY_ID": at.access_key,
-        "AWS_SECRET_ACCESS_KEY": at.secret_key,
-        **found,
-    }
+        return variables
+    keys = {"AWS_ACCESS_KEY_ID": at.access_key, "AWS_SECRET_ACCESS_KEY": at.secret_key}
+    return {"AWS_ENDPOINT_URL": at.url, **keys, **variables}

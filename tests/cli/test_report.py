@@ -73,7 +73,7 @@ def test_no_text_of_a_job_reaches_the_terminal_as_it_is(run: Run, made: str) -> 
         (("pull", "nothing"), "knows of no jobs"),
         (("write", "nothing"), "knows of no jobs"),
         (("diff", "MADE", "nothing"), "knows of no jobs"),
-        (("sql", "SELECT 1", "last", "--backend", "no-such"), "There is no backend"),
+        (("sql", "SELECT 1", "last", "--backend", "no-such"), "Unknown backend"),
         (("pull", "../../etc", "--backend", "aws"), "is not the id of a job"),
         (("pull", "last", "--backend", "aws"), "so the last job is unknown"),
     ],

@@ -193,12 +193,12 @@ def test_variables_travel_with_it_and_secrets_do_not(tmp_path: Path, made: list[
 @pytest.mark.parametrize(
     ("name", "value", "told"),
     [
-        ("OTEL_EXPORTER_OTLP_HEADERS", "x-api-key=k", "a secret by its name"),
-        ("BATCHLAB_NOTIFY_SECRET", "k", "a secret by its name"),
-        ("low", "x", "no name of a variable"),
-        ("A", "two words", "not everybody reads alike"),
-        ("A", "$HOME", "not everybody reads alike"),
-        ("A", "x\nB=y", "not everybody reads alike"),
+        ("OTEL_EXPORTER_OTLP_HEADERS", "x-api-key=k", "is the name of a secret"),
+        ("BATCHLAB_NOTIFY_SECRET", "k", "is the name of a secret"),
+        ("low", "x", "not a valid name of a variable"),
+        ("A", "two words", "systemd and Docker read differently"),
+        ("A", "$HOME", "systemd and Docker read differently"),
+        ("A", "x\nB=y", "systemd and Docker read differently"),
     ],
 )
 def test_packages_without_wheels_are_reported(name: str, value: str, told: str) -> None:

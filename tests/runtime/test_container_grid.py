@@ -85,11 +85,11 @@ def test_the_image_has_what_is_installed_here_and_no_extras() -> None:
 
 def test_settings_add_packages_to_the_image() -> None:
     image = factory.load("localstack").image
-    plain = Recipe.of({}, apt=image.apt, pip=image.pip)
+    plain = Recipe.from_settings({}, apt=image.apt, pip=image.pip)
     assert "ffmpeg" in plain.apt
     assert plain.base.startswith("python:3.")
     named = {"BATCHLAB_BASE_IMAGE": "mine", "BATCHLAB_IMAGE_APT": "", "BATCHLAB_IMAGE_PIP": "a b"}
-    assert Recipe.of(named, apt=image.apt, pip=image.pip) == Recipe("mine", [], ["a", "b"])
+    assert Recipe.from_settings(named, apt=image.apt, pip=image.pip) == Recipe("mine", [], ["a", "b"])
 
 
 def test_every_pool_has_a_launch_template(tmp_path: Path) -> None:
@@ -344,7 +344,7 @@ def test_command_does_not_wait_for_a_service_that_keeps_exiting(
 def test_root_does_not_change_the_owner_of_a_foreign_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.getuid", lambda: 0)
     (tmp_path / "letters").write_text("mine")
-    with pytest.raises(UsageError, match="has other things in it"):
+    with pytest.raises(UsageError, match="contains other files"):
         container_grid.up(Home(tmp_path), factory.load("localstack"), (), lambda _: None)
     assert [path.name for path in tmp_path.iterdir()] == ["letters"]
 

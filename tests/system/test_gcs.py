@@ -62,5 +62,5 @@ def test_a_grid_needs_the_address_of_a_bucket(tmp_path: Path, monkeypatch: pytes
         assert "gs://my-bucket" in caught.value.remedy
     with pytest.raises(UsageError, match="is not a URL"):
         factory.load("ministack", "gs://my-bucket")
-    with pytest.raises(UsageError, match="no use for an endpoint"):
+    with pytest.raises(UsageError, match="does not use an endpoint"):
         factory.load("local", "gs://my-bucket")

@@ -487,4 +487,4 @@ def _readable(descriptors: Iterable[int], within_s: float) -> list[int]:
 
 def _last_line(path: Path) -> str:
     lines = path.read_text(errors="replace").strip().splitlines()
-    return lines[-1] if lines else "it ended without a word"
+    return lines[-1] if lines else "it printed no error message"
