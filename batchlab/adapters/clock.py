@@ -4,8 +4,8 @@ Invariant: the core gets wall time and randomness of a real backend only from th
 
 Execution of the blocking calls of a ledger or a queue.
 
-Invariant: an object that supports one thread at a time is used by one thread at a time. This also
-holds if the task that waits for a call is canceled.
+Invariant: an object that supports one thread at a time is used by one thread at a time. This also holds if the task
+that waits for a call is canceled.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class WallClock:
     def monotonic_s(self) -> float:
         """Return seconds since an arbitrary start, which never go back.
 
-        Where the system supports it, the time of a suspended machine counts. So a lease expires
-        while a laptop is closed.
+        Where the system supports it, the time of a suspended machine counts. So a lease expires while a laptop is
+        closed.
         """
         return boot_s()
 
@@ -83,8 +83,8 @@ class InlineRunner:
 class SingleThread:
     """Runner with one thread, which makes the calls in their order.
 
-    A quick call that finds the thread idle runs in the caller's thread, because a change of threads
-    takes as long as the call.
+    A quick call that finds the thread idle runs in the caller's thread, because a change of threads takes as long as
+    the call.
     """
 
     def __init__(self, name: str = "ledger") -> None:
@@ -111,8 +111,7 @@ class SingleThread:
 
     async def __call__(self, call: Callable[[], T], /, *, writes: bool, quick: bool) -> T:  # noqa: ARG002
         if quick and self.is_idle:
-            # The wait for another process's lock takes place in the thread, where it blocks no
-            # other task.
+            # The wait for another process's lock takes place in the thread, where it blocks no other task.
             with suppress(Busy):
                 return call()
         return await asyncio.wrap_future(self.submit(lambda: _retry_while_busy(call)))
@@ -138,11 +137,10 @@ def _retry_while_busy(call: Callable[[], T]) -> T:
 class ReadWriteThreads:
     """Runner with one thread for writing calls and a few threads for reading calls.
 
-    So a long listing delays neither a fold nor the lease. Writing calls run in the order of the
-    calls.
+    So a long listing delays neither a fold nor the lease. Writing calls run in the order of the calls.
 
-    It is for a database in a network: even a quick call would block the event loop while it waits.
-    A read that begins during a write may see the state before it, even if its answer comes later.
+    It is for a database in a network: even a quick call would block the event loop while it waits. A read that begins
+    during a write may see the state before it, even if its answer comes later.
     """
 
     READERS = 3

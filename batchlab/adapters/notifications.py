@@ -4,18 +4,18 @@ Invariant: every failure of a delivery is a NotDelivered, and every wait has a l
 
 Delivery of a notification to an SNS topic or to a command.
 
-Invariant for topics: a message to a FIFO topic has the notification's id for deduplication, and the
-job as its group. boto3 blocks, so it runs in a thread.
+Invariant for topics: a message to a FIFO topic has the notification's id for deduplication, and the job as its group.
+boto3 blocks, so it runs in a thread.
 
-Invariant for commands: only the grid's settings name commands. A command runs without a shell, and
-no text of a job is among its arguments. It reads the notification from its standard input. At its
-timeout it is killed with all processes that it started.
+Invariant for commands: only the grid's settings name commands. A command runs without a shell, and no text of a job is
+among its arguments. It reads the notification from its standard input. At its timeout it is killed with all processes
+that it started.
 
 Delivery of a notification by a signed HTTP POST, only to allowed addresses.
 
-Invariant: the connection goes to the address that was checked, so a name cannot change its address
-in between. Redirects are not followed, and proxies are not used. Only the status of an answer is
-kept. Logs never contain the address of a webhook, because its path may be a secret.
+Invariant: the connection goes to the address that was checked, so a name cannot change its address in between.
+Redirects are not followed, and proxies are not used. Only the status of an answer is kept. Logs never contain the
+address of a webhook, because its path may be a secret.
 """
 
 from __future__ import annotations
@@ -253,8 +253,7 @@ class Webhooks:
             "Batchlab-Attempt": str(one.attempts + 1),
         }
         if target.secret:
-            # The time is that of this try, because receivers refuse old times and a retry may be
-            # hours later.
+            # The time is that of this try, because receivers refuse old times and a retry may be hours later.
             at_s = int(self._clock.now_s())
             key = secret_of(target, os.environ)
             headers["Batchlab-Signature"] = signature(key, at_s, one.body.encode())
@@ -297,8 +296,8 @@ class Webhooks:
 async def resolve(parts: SplitResult, *, stays_out: bool) -> str:
     """Return an allowed address of the URL's host. With `stays_out`, this machine is not allowed.
 
-    Raise NotDelivered if any of its addresses is refused, because a name with allowed and refused
-    addresses may be an attack.
+    Raise NotDelivered if any of its addresses is refused, because a name with allowed and refused addresses may be an
+    attack.
     """
     host, port = parts.hostname or "", parts.port or PORTS[parts.scheme]
     loop = asyncio.get_running_loop()

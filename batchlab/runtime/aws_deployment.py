@@ -1,7 +1,7 @@
 """Locations of the parts of a grid on AWS, from the outputs of its stack.
 
-Invariants: clients and instances read the same format from `aws/deployment.json` in their home, so
-a name means the same everywhere. The file contains the ARNs of secrets, but never a secret.
+Invariants: clients and instances read the same format from `aws/deployment.json` in their home, so a name means the
+same everywhere. The file contains the ARNs of secrets, but never a secret.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ MANAGER_PORT = 8080
 class Database:
     """PostgreSQL server.
 
-    `secret` is the ARN of the secret with the user's name and password. With `iam`, the client
-    creates a token for each connection instead. `ca` is a file with the certificates of trusted
-    authorities. If it is empty, the system's certificates apply.
+    `secret` is the ARN of the secret with the user's name and password. With `iam`, the client creates a token for each
+    connection instead. `ca` is a file with the certificates of trusted authorities. If it is empty, the system's
+    certificates apply.
     """
 
     host: str
@@ -46,9 +46,9 @@ class Database:
 class AwsDeployment:
     """Stack and the locations of its parts.
 
-    The names of queues and groups start with `prefix`. `domain` is the SimpleDB domain. `python` is
-    the Python version of the instances, such as "3.12". `egress` is the instances' route to AWS:
-    "endpoints", "nat", or the user's "own" network. `python` and `egress` are empty if unknown.
+    The names of queues and groups start with `prefix`. `domain` is the SimpleDB domain. `python` is the Python version
+    of the instances, such as "3.12". `egress` is the instances' route to AWS: "endpoints", "nat", or the user's "own"
+    network. `python` and `egress` are empty if unknown.
     """
 
     stack: str

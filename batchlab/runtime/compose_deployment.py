@@ -1,8 +1,6 @@
-"""Locations of the parts of a grid in containers (compose/compose.yaml): one private network, and one
-address per part.
+"""Locations of the parts of a grid in containers (compose/compose.yaml): one private network, and one address per part.
 
-Invariant: an address means the same on the host and in every container, so the URL of a queue works
-on both.
+Invariant: an address means the same on the host and in every container, so the URL of a queue works on both.
 """
 
 from __future__ import annotations
@@ -47,9 +45,8 @@ _BLOCK = [f"10.213.{n}" for n in range(64, 256)]
 class Deployment:
     """Grid in containers: its name, its network, and its image.
 
-    `subnet` contains the first three numbers of the network's addresses. The manager and the
-    workers run as `user` ("uid:gid") on the Python version `python` ("3.12"). `pools` are the
-    user's pools, as options of the manager.
+    `subnet` contains the first three numbers of the network's addresses. The manager and the workers run as `user`
+    ("uid:gid") on the Python version `python` ("3.12"). `pools` are the user's pools, as options of the manager.
     """
 
     project: str
@@ -89,8 +86,8 @@ def folder(home: Home) -> Path:
 def password_file(home: Home) -> Path:
     """Return the path of PostgreSQL's password.
 
-    Only the owner can open the folder. The file itself is readable by all, because it is mounted
-    into a container whose service runs as another user.
+    Only the owner can open the folder. The file itself is readable by all, because it is mounted into a container whose
+    service runs as another user.
     """
     return folder(home) / "secrets" / "postgres"
 
@@ -98,8 +95,7 @@ def password_file(home: Home) -> Path:
 def keys_file(home: Home) -> Path:
     """Return the path of the keys with which clients sign requests to the Auto Scaling endpoint.
 
-    Only the host's commands, the manager, and the endpoint can read the file. Instances do not have
-    keys.
+    Only the host's commands, the manager, and the endpoint can read the file. Instances do not have keys.
     """
     return folder(home) / "secrets" / "autoscaling.json"
 
@@ -163,8 +159,8 @@ def forget(home: Home) -> None:
     # Delete the deployment's own file last, because it records that containers must be removed.
     password_file(home).unlink(missing_ok=True)
     keys_file(home).unlink(missing_ok=True)
-    # The next grid in this home has the same name. With the old groups, its Auto Scaling endpoint
-    # would launch instances for them.
+    # The next grid in this home has the same name. With the old groups, its Auto Scaling endpoint would launch
+    # instances for them.
     (folder(home) / STATE / "groups.json").unlink(missing_ok=True)
     (folder(home) / "deployment.json").unlink(missing_ok=True)
     _CREATED_HERE.discard(home.path)
@@ -173,9 +169,8 @@ def forget(home: Home) -> None:
 def free_subnet(taken: Iterable[str], project: str = "") -> str:
     """Return the first of batchlab's /24 networks that overlaps none of the networks `taken`.
 
-    `taken` contains networks such as "10.0.0.0/8". Each project starts the search at another block,
-    because two projects that start at the same time do not see each other's network. Raise
-    UsageError if all are taken.
+    `taken` contains networks such as "10.0.0.0/8". Each project starts the search at another block, because two
+    projects that start at the same time do not see each other's network. Raise UsageError if all are taken.
     """
     networks = [ipaddress.ip_network(address, strict=False) for address in taken]
     begin = zlib.crc32(project.encode()) % len(_BLOCK)

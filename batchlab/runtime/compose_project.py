@@ -1,8 +1,8 @@
 """Compose project with a grid's containers, and the image of these containers.
 
-Invariants: everything that is created has the label `batchlab.grid` with the project's name. Nothing
-without this label is changed. The image contains the installed code. Its tag is a hash of all its
-inputs, so an existing image is up to date.
+Invariants: everything that is created has the label `batchlab.grid` with the project's name. Nothing without this label
+is changed. The image contains the installed code. Its tag is a hash of all its inputs, so an existing image is up to
+date.
 """
 
 from __future__ import annotations
@@ -40,8 +40,7 @@ REPOSITORY = "batchlab/grid"
 class Recipe:
     """Contents of an image in addition to the code.
 
-    `base` is an image with Python. `apt` and `pip` are packages of Debian and PyPI for users'
-    tasks.
+    `base` is an image with Python. `apt` and `pip` are packages of Debian and PyPI for users' tasks.
     """
 
     base: str
@@ -82,10 +81,7 @@ def provide(recipe: Recipe, log: Path, say: Callable[[str], None]) -> str:
 
 
 def python_of(tag: str) -> str:
-    """Return the Python version of an image, such as "3.12".
-
-    Raise BackendError if there is none.
-    """
+    """Return the Python version of an image, such as "3.12". Raise BackendError if there is none."""
     code = "import sys; print('%d.%d' % sys.version_info[:2])"
     done = docker("run", "--rm", "--network", "none", "--entrypoint", "python", tag, "-c", code)
     if done.returncode:
@@ -217,10 +213,7 @@ _SOCKET = "/var/run/docker.sock"
 
 
 def name_for(home: Home) -> str:
-    """Return the project name of a home.
-
-    It is always the same, so a home has at most one project.
-    """
+    """Return the project name of a home. It is always the same, so a home has at most one project."""
     return f"batchlab-{hashlib.sha256(str(home.path.resolve()).encode()).hexdigest()[:10]}"
 
 
@@ -237,10 +230,7 @@ class Project:
     """Compose project of one home."""
 
     def __init__(self, home: Home, at: Deployment, *, settings: Mapping[str, str], passed: Sequence[str] = ()) -> None:
-        """Create the project.
-
-        `passed` names variables of this process's environment that the manager receives.
-        """
+        """Create the project. `passed` names variables of this process's environment that the manager receives."""
         self._home = home
         self._at = at
         self._settings = settings
@@ -251,12 +241,11 @@ class Project:
     def up(self, say: Callable[[str], None], *, storage: bool) -> None:
         """Start every service and wait until all are healthy.
 
-        With `storage`, the project includes its own LocalStack. Raise BackendError with the reason
-        if a service fails. The containers that run at this time keep running.
+        With `storage`, the project includes its own LocalStack. Raise BackendError with the reason if a service fails.
+        The containers that run at this time keep running.
         """
         say("Starting the containers; missing images are pulled, which may take minutes.")
-        # Write only the names. Compose takes the values from its environment, so no value is in a
-        # file.
+        # Write only the names. Compose takes the values from its environment, so no value is in a file.
         more = {"services": {"manager": {"environment": dict.fromkeys(self._passed)}}}
         self._more.parent.mkdir(parents=True, exist_ok=True)
         self._more.write_text(json.dumps(more))
@@ -312,8 +301,7 @@ class Project:
     def down(self, *, drain_s: float = 0.0) -> None:
         """Stop and remove everything, including the instances.
 
-        The instances have `drain_s` seconds to return their work. Parts that no longer exist are
-        ignored.
+        The instances have `drain_s` seconds to return their work. Parts that no longer exist are ignored.
         """
         # A full disk must not prevent the removal of a grid.
         with suppress(OSError):
@@ -425,10 +413,7 @@ def sweep_instances(project: str, *, drain_s: float) -> None:
 
 
 def sweep(project: str) -> int:
-    """Remove all containers, networks, and volumes with the project's label.
-
-    Return their number.
-    """
+    """Remove all containers, networks, and volumes with the project's label. Return their number."""
     with Engine() as engine:
         return len(docker_engine.sweep(engine, {LABEL: project}))
 
@@ -458,10 +443,7 @@ class ProjectParts:
 
 
 def projects() -> list[ProjectParts]:
-    """Return every project with parts on this machine.
-
-    Raise Unreachable if Docker does not respond.
-    """
+    """Return every project with parts on this machine. Raise Unreachable if Docker does not respond."""
     homes: dict[str, str] = {}
     parts: Counter[str] = Counter()
     with Engine() as engine:

@@ -35,8 +35,8 @@ _NOBODY = 10001
 def up(home: Home, backend: Backend, pools: Sequence[Pool], say: Callable[[str], None]) -> ManagerRecord:
     """Start the grid with the installed code, or restart its stopped parts.
 
-    The function returns when the manager is the leader or is about to be. Raise BackendError if a
-    part does not start, and UsageError if the settings or the home are unsuitable.
+    The function returns when the manager is the leader or is about to be. Raise BackendError if a part does not start,
+    and UsageError if the settings or the home are unsuitable.
     """
     place = backend.named_place(home)
     if place:

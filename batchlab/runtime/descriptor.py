@@ -1,11 +1,10 @@
 """Descriptors of backends, addresses of endpoints, and the environment variables of instances.
 
-A descriptor is the content of `backends/<name>/backend.toml`. Invariant: this module does not import
-adapters and does not open files or connections of a grid.
+A descriptor is the content of `backends/<name>/backend.toml`. Invariant: this module does not import adapters and does
+not open files or connections of a grid.
 
-A release contains the variables of a stack's manager and workers. Invariants: no variable is a
-secret, because every reader of the stack's bucket can read the release. systemd and Docker read
-each value in the same way.
+A release contains the variables of a stack's manager and workers. Invariants: no variable is a secret, because every
+reader of the stack's bucket can read the release. systemd and Docker read each value in the same way.
 """
 
 from __future__ import annotations
@@ -65,15 +64,15 @@ VARIABLE = "BATCHLAB_ENDPOINT"
 """Environment variable that names an endpoint if no option names one."""
 
 _ENDPOINT = re.compile(r"(?P<url>https?://[^/?#@\s]+)/?(?P<bucket>[a-z0-9][a-z0-9-]{1,26}[a-z0-9])?/?")
-# The names of the queues start with the bucket's name. SQS allows 80 characters without dots, and
-# the rest of the name of a pool's dead-letter queue takes up to 51 of them.
+# The names of the queues start with the bucket's name. SQS allows 80 characters without dots, and the rest of the name
+# of a pool's dead-letter queue takes up to 51 of them.
 
 
 def parse_endpoint(endpoint: str, scheme: str = "") -> Place:
     """Return the URL and the bucket, which is "" if the endpoint does not name one.
 
-    With a `scheme`, the endpoint must be the address of a bucket, such as gs://my-bucket. Raise
-    UsageError if the endpoint is invalid.
+    With a `scheme`, the endpoint must be the address of a bucket, such as gs://my-bucket. Raise UsageError if the
+    endpoint is invalid.
     """
     if scheme:
         match = re.fullmatch(rf"({scheme}://)([a-z0-9][a-z0-9._-]{{1,220}}[a-z0-9])/?", endpoint)
@@ -142,10 +141,7 @@ class Descriptor:
 
     @property
     def pace(self) -> Pace:
-        """Intervals of the requests of its manager and workers.
-
-        Uncounted requests are derived from them.
-        """
+        """Intervals of the requests of its manager and workers. Uncounted requests are derived from them."""
         manager, worker = self.manager, self.worker
         return Pace(worker.control_lease_s, worker.visibility_s, worker.beat_s, manager.tick_s)
 
@@ -153,8 +149,8 @@ class Descriptor:
 def read(kind: type[D], name: str, endpoint: str | None = None) -> D:
     """Return the descriptor with this name as a `kind`.
 
-    The endpoint is `endpoint`, or else the value of BATCHLAB_ENDPOINT. Raise UsageError for an
-    unknown name and for an endpoint that the backend cannot use.
+    The endpoint is `endpoint`, or else the value of BATCHLAB_ENDPOINT. Raise UsageError for an unknown name and for an
+    endpoint that the backend cannot use.
     """
     if name not in backend_names():
         raise UsageError(f"Unknown backend {name!r}.", remedy=f"The backends are {', '.join(backend_names())}.")
@@ -237,8 +233,7 @@ INHERITED = (
 )
 """Variables that a grid in containers inherits from the environment of `grid up`.
 
-OTEL_EXPORTER_OTLP_HEADERS is missing, because it may contain a key. Every task can read the
-environment of its worker.
+OTEL_EXPORTER_OTLP_HEADERS is missing, because it may contain a key. Every task can read the environment of its worker.
 """
 _NAME = re.compile(r"[A-Z_][A-Z0-9_]*")
 _VALUE = re.compile(r"[A-Za-z0-9_./:,=@%+*?&~-]*")

@@ -1,8 +1,8 @@
 """Composition root: create the adapters named in a backend's descriptor.
 
-A backend is a named choice of adapters, described in `backends/<name>/backend.toml`. descriptor.py
-reads the descriptor, locations.py finds the grid's parts, and this module opens the adapters.
-Adapters are imported on first use, so a backend does not need another backend's dependencies.
+A backend is a named choice of adapters, described in `backends/<name>/backend.toml`. descriptor.py reads the
+descriptor, locations.py finds the grid's parts, and this module opens the adapters. Adapters are imported on first use,
+so a backend does not need another backend's dependencies.
 """
 
 from __future__ import annotations
@@ -105,10 +105,7 @@ class Backend(BackendLocations):
         return RandomIds()
 
     def open_objects(self, home: Home, tally: RequestCounter | None = None) -> Objects:
-        """Open the bucket.
-
-        `tally` counts requests. Raise Unreachable if the grid has never been up.
-        """
+        """Open the bucket. `tally` counts requests. Raise Unreachable if the grid has never been up."""
         if self.capabilities.simulated:
             raise _not_a_process("objects", self.objects)
         bucket = self._bucket(home, tally)
@@ -153,10 +150,7 @@ class Backend(BackendLocations):
     def open_queue(
         self, home: Home, clock: Clock, tally: RequestCounter | None = None
     ) -> SqliteQueue | LocalWakeupQueue | SqsQueue:
-        """Open the queues.
-
-        `tally` counts requests. Raise Unreachable if the grid has never been up.
-        """
+        """Open the queues. `tally` counts requests. Raise Unreachable if the grid has never been up."""
         if self.queue == "sqlite":
             from batchlab.adapters.local.sqlite_queue import SqliteQueue
 
@@ -315,8 +309,8 @@ def open_asg_launcher(
 def load(name: str, endpoint: str | None = None) -> Backend:
     """Return the backend with this name.
 
-    The endpoint is `endpoint`, or else the value of BATCHLAB_ENDPOINT. Raise UsageError for an
-    unknown name and for an endpoint that the backend cannot use.
+    The endpoint is `endpoint`, or else the value of BATCHLAB_ENDPOINT. Raise UsageError for an unknown name and for an
+    endpoint that the backend cannot use.
     """
     return descriptor.read(Backend, name, endpoint)
 

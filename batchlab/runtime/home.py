@@ -1,7 +1,7 @@
 """Folder of a grid: its files, the record of its manager, and the manager's sockets.
 
-Invariants: every file survives SIGKILL, and the state is visible with `ls`. `fetched.jsonl` has one
-line for each fetch of results. Each line is appended by one write, so concurrent fetches lose none.
+Invariants: every file survives SIGKILL, and the state is visible with `ls`. `fetched.jsonl` has one line for each fetch
+of results. Each line is appended by one write, so concurrent fetches lose none.
 
     objects/        the bucket           queue.sqlite    the queues
     ledger.sqlite   the ledger           fleet/          instance records, logs, group state
@@ -79,8 +79,8 @@ class ManagerRecord:
 class Place:
     """Location of a grid's bucket and queues: an endpoint and a bucket.
 
-    `named` is true if the user named the endpoint. Otherwise the endpoint is the grid's own
-    emulator. While a proxy of a replay is at `url`, `behind` is the URL of the endpoint itself.
+    `named` is true if the user named the endpoint. Otherwise the endpoint is the grid's own emulator. While a proxy of
+    a replay is at `url`, `behind` is the URL of the endpoint itself.
     """
 
     url: str
@@ -177,8 +177,8 @@ class Home:
     def tighten(self) -> None:
         """Remove the permissions of other users from the grid's files and folders.
 
-        Earlier releases created them with the usual permissions. The home itself is changed only if
-        it has the default name or if everything in it belongs to the grid.
+        Earlier releases created them with the usual permissions. The home itself is changed only if it has the default
+        name or if everything in it belongs to the grid.
         """
         folders = _FOLDERS | {path.name for path in installation.folder("backends").iterdir()}
         has_other_files = False
@@ -193,8 +193,8 @@ class Home:
     def token(self) -> str:
         """Return the API's bearer token, which is created on first use.
 
-        Only its owner can read it. If two processes create it at the same time, both use the token
-        of the first one. Raise UsageError if it cannot be read.
+        Only its owner can read it. If two processes create it at the same time, both use the token of the first one.
+        Raise UsageError if it cannot be read.
         """
         self.make()
         try:
@@ -230,8 +230,8 @@ class Home:
             holder = self._manager_lock.read_bytes()
         except FileNotFoundError:
             return None
-        # Without this check, the lock of a new manager would make the previous manager's record
-        # look valid. A SIGTERM would then go to a process that no longer exists.
+        # Without this check, the lock of a new manager would make the previous manager's record look valid. A SIGTERM
+        # would then go to a process that no longer exists.
         return record if holder == str(record.pid).encode() and self.is_locked else None
 
     def socket(self, record: ManagerRecord) -> Path | None:
@@ -271,8 +271,7 @@ class Home:
     def locked(self) -> Iterator[None]:
         """Hold the lock of the only manager here. Raise Refused if another manager holds it.
 
-        The kernel releases the lock of a process however it ends. A file with a pid cannot
-        guarantee this.
+        The kernel releases the lock of a process however it ends. A file with a pid cannot guarantee this.
         """
         self.make()
         with open(self._manager_lock, "a", opener=private) as file:
@@ -401,16 +400,15 @@ def listen(host: str, port: int) -> socket.socket:
 
     Raise UsageError if the address is taken or does not belong to this machine.
 
-    The socket disables Nagle's algorithm, which delays every response over a reused connection by
-    40 ms until the client's acknowledgement. The asyncio module disables it only for sockets with a
-    protocol number, and `create_server` does not set one. Accepted connections inherit the option.
+    The socket disables Nagle's algorithm, which delays every response over a reused connection by 40 ms until the
+    client's acknowledgement. The asyncio module disables it only for sockets with a protocol number, and
+    `create_server` does not set one. Accepted connections inherit the option.
     """
     try:
         listener = socket.create_server((host, port))
     except (OSError, OverflowError) as error:
         number = getattr(error, "errno", None) or 0
-        # The error of a name that cannot be resolved has a negative number, which strerror does not
-        # know.
+        # The error of a name that cannot be resolved has a negative number, which strerror does not know.
         why = os.strerror(number) if number > 0 else str(error).partition(" (")[0]
         raise UsageError(
             f"The server cannot listen on {host}:{port}: {why.rstrip('.')}.",
@@ -423,16 +421,14 @@ def listen(host: str, port: int) -> socket.socket:
 def listen_locally(home: Home) -> tuple[socket.socket, Path] | None:
     """Return a Unix socket that only this user can open, and its path.
 
-    Return None if the file systems here do not allow such a socket. The caller must hold the grid's
-    lock.
+    Return None if the file systems here do not allow such a socket. The caller must hold the grid's lock.
     """
     for path in _candidates(home):
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             path.unlink(missing_ok=True)
             listener.bind(os.fspath(path))
-            # A socket refuses connections before listen(), so the permissions apply to every
-            # connection.
+            # A socket refuses connections before listen(), so the permissions apply to every connection.
             path.chmod(0o600)
             listener.listen()
         except OSError as error:

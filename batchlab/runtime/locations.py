@@ -1,7 +1,7 @@
 """Locations of a grid's parts: its containers, its stack on AWS, its bucket, and its queues.
 
-Invariant: the program that creates a part records its location in the home, once. A part without a
-record is Unreachable, and the error names the command that creates it.
+Invariant: the program that creates a part records its location in the home, once. A part without a record is
+Unreachable, and the error names the command that creates it.
 """
 
 from __future__ import annotations
@@ -94,10 +94,7 @@ class BackendLocations(Descriptor):
     # --- The stack on AWS ------------------------------------------------------------------------
 
     def stack(self, home: Home) -> AwsDeployment:
-        """Return the locations of the stack's parts.
-
-        Raise Unreachable if this home records no stack.
-        """
+        """Return the locations of the stack's parts. Raise Unreachable if this home records no stack."""
         if at := aws_deployment.read(home):
             return at
         raise Unreachable(
@@ -113,8 +110,7 @@ class BackendLocations(Descriptor):
     def api_token(self, home: Home) -> str:
         """Return the API's bearer token.
 
-        The token of a stack is in Secrets Manager. A copy is stored in the home for clients on this
-        machine.
+        The token of a stack is in Secrets Manager. A copy is stored in the home for clients on this machine.
         """
         if self.capabilities.stack:
             from batchlab.runtime.stack_connections import secret_text
@@ -126,10 +122,7 @@ class BackendLocations(Descriptor):
     # --- The endpoint ----------------------------------------------------------------------------
 
     def place(self, home: Home) -> Place:
-        """Return the location of bucket and queues.
-
-        Raise Unreachable if the grid has never been up.
-        """
+        """Return the location of bucket and queues. Raise Unreachable if the grid has never been up."""
         if place := home.place(self.name):
             return place
         if self.endpoint and (named := parse_endpoint(self.endpoint, self.bucket_scheme)).bucket:
@@ -178,9 +171,8 @@ class BackendLocations(Descriptor):
     def provide(self, home: Home, say: Callable[[str], None]) -> None:
         """Install the emulator, or check the named endpoint or bucket.
 
-        A client calls this before it starts a manager, so that the user sees the errors. `say` is
-        called with messages about the installation. Raise UsageError or BackendError if something
-        is missing.
+        A client calls this before it starts a manager, so that the user sees the errors. `say` is called with messages
+        about the installation. Raise UsageError or BackendError if something is missing.
         """
         place = self.named_place(home)
         if self.bucket_scheme:
@@ -211,9 +203,8 @@ class BackendLocations(Descriptor):
     def named_place(self, home: Home) -> Place | None:
         """Return the endpoint that the user has named, now or when this home was first used.
 
-        During a replay, the result is the proxy in front of that endpoint. The result is None if
-        the user did not name an endpoint. Raise UsageError if the bucket of this home is at another
-        endpoint.
+        During a replay, the result is the proxy in front of that endpoint. The result is None if the user did not name
+        an endpoint. Raise UsageError if the bucket of this home is at another endpoint.
         """
         recorded = home.place(self.name)
         place = parse_endpoint(self.endpoint, self.bucket_scheme) if self.endpoint else None
@@ -235,8 +226,7 @@ class BackendLocations(Descriptor):
     def settle(self, home: Home, emulator: Emulator | None) -> None:
         """Create the bucket and record the location of bucket and queues.
 
-        The manager calls this as soon as the endpoint responds. Raise BackendError if the bucket
-        cannot be created.
+        The manager calls this as soon as the endpoint responds. Raise BackendError if the bucket cannot be created.
         """
         place = self.named_place(home) or home.place(self.name)
         if emulator:

@@ -1,7 +1,7 @@
 """Start, connection, and end of a grid's manager, as other processes see it.
 
-Invariant: the home's record names the running manager. A process that starts a manager waits until
-the record exists, or reports why it does not.
+Invariant: the home's record names the running manager. A process that starts a manager waits until the record exists,
+or reports why it does not.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ def start_manager(
 ) -> ManagerRecord:
     """Start a manager process and wait until it responds. Return a manager that already runs.
 
-    With `parent`, the manager ends when this process ends. `port` is the manager's port on
-    127.0.0.1, and 0 takes a free port. `say` is called with messages about slow steps. The manager
-    of a stack runs on AWS, so the function starts a connection to it instead.
+    With `parent`, the manager ends when this process ends. `port` is the manager's port on 127.0.0.1, and 0 takes a
+    free port. `say` is called with messages about slow steps. The manager of a stack runs on AWS, so the function
+    starts a connection to it instead.
 
-    Raise Unreachable with the last line of the manager's log if it does not start. The errors of
-    `Backend.provide` are also raised.
+    Raise Unreachable with the last line of the manager's log if it does not start. The errors of `Backend.provide` are
+    also raised.
     """
     if running := home.record():
         return running

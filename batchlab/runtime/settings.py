@@ -1,15 +1,15 @@
 """Settings files of a home: `settings.toml` for the manager, and `notify.toml` for notifications.
 
-`settings.toml` overrides the settings of the backend. Invariant: the settings apply to every later
-start of a manager, on this machine or in a container, until the file changes.
+`settings.toml` overrides the settings of the backend. Invariant: the settings apply to every later start of a manager,
+on this machine or in a container, until the file changes.
 
     [manager]
     drain_target_s = 600
     cooldown_in_s = 120
 
-`notify.toml` lists the targets that receive the events of every job, and limits the targets of
-jobs. Invariant: only this file can contain a command to run. A user who can write this file can run
-commands anyway. A user who may only submit jobs cannot add a command.
+`notify.toml` lists the targets that receive the events of every job, and limits the targets of jobs. Invariant: only
+this file can contain a command to run. A user who can write this file can run commands anyway. A user who may only
+submit jobs cannot add a command.
 
     [ops]
     webhook = "https://hooks.example.org/batch"
@@ -86,8 +86,8 @@ def _read_toml(path: Path, what: str) -> dict[str, Any]:
 def with_home_settings(backend: Backend, home: Home) -> Backend:
     """Return the backend with the home's settings.
 
-    Raise UsageError if the file contains an unknown setting or an invalid value, or if the control
-    lease is shorter than the workers' lease.
+    Raise UsageError if the file contains an unknown setting or an invalid value, or if the control lease is shorter
+    than the workers' lease.
     """
     manager = ManagerSettings(**{**asdict(backend.manager), **read(home)})
     workers_s = backend.worker.control_lease_s
@@ -137,8 +137,8 @@ def _is_valid(name: str, value: object) -> bool:
 def temporary_settings(home: Home, values: Mapping[str, float], *, why: str, keep: bool = False) -> Iterator[None]:
     """Write these settings to the home's file for the duration of the context.
 
-    They are merged with the existing settings. Afterward the previous file is restored, unless
-    `keep` is set. Without `values`, the file is not touched.
+    They are merged with the existing settings. Afterward the previous file is restored, unless `keep` is set. Without
+    `values`, the file is not touched.
     """
     if not values:
         yield
@@ -164,8 +164,8 @@ def temporary_settings(home: Home, values: Mapping[str, float], *, why: str, kee
 def read_notifications(home: Home, environ: Mapping[str, str] = os.environ, *, in_container: bool = False) -> Directory:
     """Return the settings, which are empty without a file. Raise UsageError if the file is invalid.
 
-    A manager in a container can write this file, but must not choose a command for its user. If the
-    home was ever used by such a manager, commands are refused outside a container.
+    A manager in a container can write this file, but must not choose a command for its user. If the home was ever used
+    by such a manager, commands are refused outside a container.
     """
     path = home.notify_file
     doc = _read_toml(path, "The grid's notification settings")
@@ -183,8 +183,8 @@ def read_notifications(home: Home, environ: Mapping[str, str] = os.environ, *, i
 def variables(home: Home, environ: Mapping[str, str] = os.environ) -> list[str]:
     """Return the names of the set variables that the manager needs for its notifications.
 
-    These are the variables that the grid's targets name, and those that jobs may name. Raise
-    UsageError if the file is invalid.
+    These are the variables that the grid's targets name, and those that jobs may name. Raise UsageError if the file is
+    invalid.
     """
     read_notifications(home, environ, in_container=True)
     doc = tomllib.loads(home.notify_file.read_text()) if home.notify_file.exists() else {}
@@ -197,8 +197,8 @@ def variables(home: Home, environ: Mapping[str, str] = os.environ) -> list[str]:
 def notification_watcher(home: Home, *, in_container: bool = False) -> Callable[[], Directory]:
     """Return a function that returns the current settings.
 
-    It reads the file again after a change. If the new file is invalid, it logs a warning once and
-    returns the previous settings.
+    It reads the file again after a change. If the new file is invalid, it logs a warning once and returns the previous
+    settings.
     """
     last_state: tuple[int, int] | None = None
     directory = read_notifications(home, in_container=in_container)

@@ -1,7 +1,7 @@
 """Connections to the parts of a stack on AWS: its secrets, its manager, and its ledger.
 
-Invariants: a client reaches the manager through Session Manager, so the instance does not open any
-port. Every connection to a database is encrypted, and its certificate is checked.
+Invariants: a client reaches the manager through Session Manager, so the instance does not open any port. Every
+connection to a database is encrypted, and its certificate is checked.
 """
 
 from __future__ import annotations

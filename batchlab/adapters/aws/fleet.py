@@ -1,16 +1,16 @@
 """Fleet of EC2 Auto Scaling groups, on AWS or at an endpoint with the same API.
 
-Invariant: a request that AWS would refuse is refused before it is sent, because an emulator may
-accept more than AWS does.
+Invariant: a request that AWS would refuse is refused before it is sent, because an emulator may accept more than AWS
+does.
 
-An instance waits in the launch hook (Pending:Wait) until its worker reports. It waits in the drain
-hook (Terminating:Wait) while its worker returns its work. One request describes the groups of all
-pools. On AWS it is sent at most every `POLL_S`, and also after each change that this process made.
+An instance waits in the launch hook (Pending:Wait) until its worker reports. It waits in the drain hook
+(Terminating:Wait) while its worker returns its work. One request describes the groups of all pools. On AWS it is sent
+at most every `POLL_S`, and also after each change that this process made.
 
 Completion of the lifecycle hook that holds a terminating instance.
 
-The hook holds the instance while its worker returns its work. Without a completion, the instance
-waits until the hook times out, and its whole wait is billed.
+The hook holds the instance while its worker returns its work. Without a completion, the instance waits until the hook
+times out, and its whole wait is billed.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ _CALLS = 8
 class Ec2Fleet:
     """Fleet port over boto3. The name of a pool's group is `prefix` followed by the pool's name.
 
-    boto3 blocks, so each call runs in a thread. The fleet adopts an existing group of that name.
-    Without a `form` it creates no groups, so a stack must have created them.
+    boto3 blocks, so each call runs in a thread. The fleet adopts an existing group of that name. Without a `form` it
+    creates no groups, so a stack must have created them.
     """
 
     def __init__(self, endpoint: Endpoint, clock: Clock, form: GroupParameters | None, *, prefix: str) -> None:
@@ -116,10 +116,7 @@ class Ec2Fleet:
     # --- Groups -----------------------------------------------------------------------------------
 
     async def ensure(self, pool: Pool) -> None:
-        """Create or adopt the pool's group and set its limits.
-
-        Raise Refused unless 0 ≤ min ≤ max.
-        """
+        """Create or adopt the pool's group and set its limits. Raise Refused unless 0 ≤ min ≤ max."""
         limits = check_limits(pool, most=MAX_INSTANCES)
         if pool.name not in self._seen or pool.name in self._lost:
             await self._found(pool)
@@ -230,10 +227,7 @@ class Ec2Fleet:
             self._note(pool, seen.desired, seen.desired - len(leaving), cause)
 
     async def protect(self, pool: str, instances: Sequence[str], *, on: bool) -> None:
-        """Set scale-in protection.
-
-        Raise Refused without a change unless all instances are InService.
-        """
+        """Set scale-in protection. Raise Refused without a change unless all instances are InService."""
         seen = await self._current(pool, instances)
         for name in instances:
             if (state := seen.instances[name].state) is not LifecycleState.IN_SERVICE:
@@ -243,8 +237,7 @@ class Ec2Fleet:
             try:
                 await self._call(pool, partial(self._protect, some, on))
             except Refused as error:
-                # An instance has left since the last description. The next description lists the
-                # others.
+                # An instance has left since the last description. The next description lists the others.
                 if not is_missing_instance(error):
                     raise
 

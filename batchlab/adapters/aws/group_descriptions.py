@@ -1,7 +1,7 @@
 """State of Auto Scaling groups, derived from successive descriptions by EC2 Auto Scaling.
 
-EC2 Auto Scaling drops instances that have ended, and never reports when an instance was launched or
-how it ended. This module records both, as far as two successive descriptions show them.
+EC2 Auto Scaling drops instances that have ended, and never reports when an instance was launched or how it ended. This
+module records both, as far as two successive descriptions show them.
 
 Parameters of a pool's Auto Scaling group, and the tags of its instances.
 
@@ -53,10 +53,7 @@ A Pending instance that ends within this time counts as ended by the decrease.
 
 @dataclass(slots=True)
 class GroupState:
-    """Group of one pool at its last description.
-
-    `ends` has the causes of requested terminations.
-    """
+    """Group of one pool at its last description. `ends` has the causes of requested terminations."""
 
     pool: Pool
     desired: int = 0
@@ -201,8 +198,7 @@ def _state(told: str) -> LifecycleState | None:
 class ActivityLog:
     """List of the service's activities and of the causes of requests that were made here.
 
-    The service's activities come without numbers. Each gets one when it is first seen, in order of
-    time.
+    The service's activities come without numbers. Each gets one when it is first seen, in order of time.
     """
 
     def __init__(self) -> None:
@@ -264,8 +260,8 @@ _TIMEOUT_S = (30.0, 7200.0)
 class GroupParameters:
     """Common parameters of the groups of a grid.
 
-    After a launch, the worker must report within the pool's `boot_s` plus `report_s`. In
-    Terminating:Wait, it has `drain_s` to return its work. With 0 the instance does not wait there.
+    After a launch, the worker must report within the pool's `boot_s` plus `report_s`. In Terminating:Wait, it has
+    `drain_s` to return its work. With 0 the instance does not wait there.
     """
 
     template: str

@@ -46,11 +46,11 @@ IDLE_POLL_S = 20
 FREE_POLL_S = 1
 """Duration of one request of a long poll in seconds.
 
-`FREE_POLL_S` applies at an emulator. AWS bills each request, so there `BILLED_POLL_S` applies, and
-`IDLE_POLL_S` after `IDLE_AFTER_S` without a message.
+`FREE_POLL_S` applies at an emulator. AWS bills each request, so there `BILLED_POLL_S` applies, and `IDLE_POLL_S` after
+`IDLE_AFTER_S` without a message.
 
-An open request cannot be canceled. The process cannot exit while a request is open. If it is
-killed, the next messages go to the lost request and stay hidden for their visibility timeout.
+An open request cannot be canceled. The process cannot exit while a request is open. If it is killed, the next messages
+go to the lost request and stay hidden for their visibility timeout.
 """
 
 IDLE_AFTER_S = 20.0
@@ -70,9 +70,8 @@ _BAD_BODY = {"InvalidMessageContents"}
 class SqsQueue:
     """Queue port over SQS. The name of a queue in SQS is `prefix` followed by its name here.
 
-    Calls block, so each call runs in a thread. At most 32 receives run at once, in their own
-    threads, so they do not delay other calls. SQS supports only whole seconds, so times are rounded
-    up.
+    Calls block, so each call runs in a thread. At most 32 receives run at once, in their own threads, so they do not
+    delay other calls. SQS supports only whole seconds, so times are rounded up.
     """
 
     def __init__(
@@ -174,8 +173,8 @@ class SqsQueue:
             except ClientError as error:
                 if code_of(error) not in ("QueueNameExists", "QueueAlreadyExists"):
                     raise
-        # The queue exists with other attributes, or perhaps with a redrive policy to remove.
-        # CreateQueue does not compare attributes that a request leaves out.
+        # The queue exists with other attributes, or perhaps with a redrive policy to remove. CreateQueue does not
+        # compare attributes that a request leaves out.
         wanted["RedrivePolicy"] = redrive
         self._tally.sqs()
         self._at(spec.name, lambda url: self._sqs.set_queue_attributes(QueueUrl=url, Attributes=wanted))
@@ -225,9 +224,8 @@ class SqsQueue:
         try:
             return await asyncio.wrap_future(taking)
         except asyncio.CancelledError:
-            # The request continues, and its messages would stay hidden for a visibility timeout.
-            # The return of the messages is submitted now, because a process that is ending accepts
-            # no new work.
+            # The request continues, and its messages would stay hidden for a visibility timeout. The return of the
+            # messages is submitted now, because a process that is ending accepts no new work.
             self._receiving.submit(self._take_back, queue, taking)
             raise
 
@@ -259,8 +257,7 @@ class SqsQueue:
                 changes = [(message.receipt, 0.0) for message in messages]
                 self._at(queue, lambda url: self._change(url, changes))
         except (concurrent.futures.CancelledError, BackendError):
-            # Nothing was received, or the messages become visible at their timeout: late, but not
-            # lost.
+            # Nothing was received, or the messages become visible at their timeout: late, but not lost.
             return
 
     async def delete(self, queue: str, receipts: Sequence[str]) -> Sequence[str]:

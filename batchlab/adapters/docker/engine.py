@@ -1,7 +1,6 @@
 """Docker Engine: calls in threads, its events, and the removal of resources by label.
 
-Invariant: only resources with the given labels are removed. A request ends after `ANSWER_S` without
-an answer.
+Invariant: only resources with the given labels are removed. A request ends after `ANSWER_S` without an answer.
 """
 
 from __future__ import annotations
@@ -50,8 +49,8 @@ class Engine:
     def do(self, what: str, call: Callable[[APIClient], T]) -> T:
         """Return the result of `call`.
 
-        Raise Unreachable if no Engine answers, NotFound for a missing resource, and BackendError
-        for any other error. Their messages begin with `what`.
+        Raise Unreachable if no Engine answers, NotFound for a missing resource, and BackendError for any other error.
+        Their messages begin with `what`.
         """
         with translated(what):
             return call(self._connected())
@@ -125,8 +124,8 @@ def error_text(error: Any) -> str:
 class EventStream:
     """Stream of the events of containers and networks, read by its own thread until `close`.
 
-    `seen` is called in that thread with each event. It is called with None when events may have
-    been missed: after the stream was opened, and when it breaks. A broken stream is opened again.
+    `seen` is called in that thread with each event. It is called with None when events may have been missed: after the
+    stream was opened, and when it breaks. A broken stream is opened again.
     """
 
     def __init__(self, engine: Engine, seen: Callable[[Mapping[str, Any] | None], None]) -> None:
@@ -136,8 +135,7 @@ class EventStream:
         self._stream: CancellableStream[dict[str, Any]] | None = None
         self.stands = False
         """Whether the stream is open, so that no event is missed."""
-        # It is a daemon thread, because the process must be able to exit while it waits on a
-        # socket.
+        # It is a daemon thread, because the process must be able to exit while it waits on a socket.
         self._thread = threading.Thread(target=self._follow, name="docker-events", daemon=True)
         self._thread.start()
 
@@ -209,8 +207,7 @@ def find(engine: Engine, labels: Mapping[str, str | None]) -> Sequence[LabeledRe
 def sweep(engine: Engine, labels: Mapping[str, str | None]) -> Sequence[LabeledResource]:
     """Remove the resources with all of these labels, running or not. Return them.
 
-    Ignore resources that no longer exist. If some cannot be removed, remove the others and then
-    raise BackendError.
+    Ignore resources that no longer exist. If some cannot be removed, remove the others and then raise BackendError.
     """
     found = find(engine, labels)
     failed: BackendError | None = None
@@ -243,10 +240,7 @@ def _detach(api: APIClient, network: str) -> None:
 
 
 def remove_container(api: APIClient, container: str) -> None:
-    """Kill and remove a container with its anonymous volumes.
-
-    Ignore one that is already removed.
-    """
+    """Kill and remove a container with its anonymous volumes. Ignore one that is already removed."""
     from docker.errors import APIError
 
     try:

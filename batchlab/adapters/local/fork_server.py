@@ -1,11 +1,11 @@
 """Client of a fork server, a process that has imported the program of an instance.
 
-Instances are forks of this process. Invariant: a fork does nothing until the process that requested
-it has recorded it. It exits if this confirmation never comes. The end of the server only costs
-time: its forks go on, and new instances start without it.
+Instances are forks of this process. Invariant: a fork does nothing until the process that requested it has recorded it.
+It exits if this confirmation never comes. The end of the server only costs time: its forks go on, and new instances
+start without it.
 
-`batchlab.cli.fork_server_main` is the program of the server. Requests and answers are JSON messages
-over a pair of sockets. Answers come in the order of the requests.
+`batchlab.cli.fork_server_main` is the program of the server. Requests and answers are JSON messages over a pair of
+sockets. Answers come in the order of the requests.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ class ForkServer:
     async def fork(self, argv: Sequence[str], env: Mapping[str, str], output: BinaryIO) -> PendingFork:
         """Return a fork that will behave like the process `argv`, in a new session.
 
-        Its environment is the server's with `env`. It writes to `output`. Raise ForkServerEndedError if the server
-        has ended, and OSError if no further process can be created.
+        Its environment is the server's with `env`. It writes to `output`. Raise ForkServerEndedError if the server has
+        ended, and OSError if no further process can be created.
         """
         theirs, ours = os.pipe()
         try:

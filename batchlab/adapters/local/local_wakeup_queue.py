@@ -1,21 +1,19 @@
 """Queue on one machine whose senders wake its receivers, over the queue of an emulator.
 
-Senders ring the bells of receivers (see `fifo_wakeup`). Invariant: messages go only through the
-emulator. A ring only makes a receiver look. A receiver that misses a ring finds the message at its
-next regular look.
+Senders ring the bells of receivers (see `fifo_wakeup`). Invariant: messages go only through the emulator. A ring only
+makes a receiver look. A receiver that misses a ring finds the message at its next regular look.
 
-This avoids an emulator's long polls. They look only every 100 ms, so a message would take that
-long. A long poll that is open when its process is killed hides the next message for a visibility
-timeout.
+This avoids an emulator's long polls. They look only every 100 ms, so a message would take that long. A long poll that
+is open when its process is killed hides the next message for a visibility timeout.
 
-`IdleTime` measures how long a queue has been quiet. Receivers of quiet queues look less often.
-Invariant: an occasional message does not end the quiet. The workers of an idle grid send one
-heartbeat a minute. Without this rule, each would make the manager look as often as during a job.
+`IdleTime` measures how long a queue has been quiet. Receivers of quiet queues look less often. Invariant: an occasional
+message does not end the quiet. The workers of an idle grid send one heartbeat a minute. Without this rule, each would
+make the manager look as often as during a job.
 
 Wakeup of a waiting receiver by a sender in another process, with one FIFO per receiver.
 
-Each FIFO is called a bell. Invariant: only one sender can unlink the name of a bell, and it must
-then ring this bell. So no ring goes to a receiver that is already awake or has left.
+Each FIFO is called a bell. Invariant: only one sender can unlink the name of a bell, and it must then ring this bell.
+So no ring goes to a receiver that is already awake or has left.
 """
 
 from __future__ import annotations
@@ -49,8 +47,7 @@ class WakeupFifo:
         # The FIFO gets its name after it is open, because senders remove a FIFO without a reader.
         hidden = folder / f".{name}"
         os.mkfifo(hidden)
-        # It is also opened for writing. Otherwise it would be at its end of file, and wake the loop
-        # forever.
+        # It is also opened for writing. Otherwise it would be at its end of file, and wake the loop forever.
         self._fd = os.open(hidden, os.O_RDWR | os.O_NONBLOCK)
         hidden.rename(self._path)
 
@@ -93,16 +90,14 @@ async def wait_for_messages(
     rung = False
     while True:
         if rung:
-            # This call precedes the next bell, because the ring usually means that a message has
-            # arrived.
+            # This call precedes the next bell, because the ring usually means that a message has arrived.
             messages, _ = await look()
             if messages:
                 return messages
         bell, rung = WakeupFifo(folder), False
         try:
             while not rung:
-                # This call follows the creation of the bell. Otherwise a send in between would be
-                # missed.
+                # This call follows the creation of the bell. Otherwise a send in between would be missed.
                 messages, again_s = await look()
                 left_s = ends_s - clock()
                 if messages or left_s <= 0:
@@ -180,15 +175,13 @@ MAX_POLL_S = 60.0
 POLL_SHARE = 0.5
 """Share of the quiet time after which a receiver looks again, between `POLL_S` and `MAX_POLL_S`.
 
-These looks find messages without a ring: the visibility timeout has ended, or the sender of a
-delayed message has died.
+These looks find messages without a ring: the visibility timeout has ended, or the sender of a delayed message has died.
 """
 
 LINGER_S = 0.02
 """Time in seconds for which a receiver's bell stays in place after a receive.
 
-If the receiver does not return in this time, the bell is removed, and its ring goes to another
-receiver.
+If the receiver does not return in this time, the bell is removed, and its ring goes to another receiver.
 """
 
 
@@ -292,8 +285,8 @@ class LocalWakeupQueue:
 class _Receiver:
     """WakeupFifo of a receiver, kept from one receive to the next.
 
-    A receiver needs no look if the bell has not rung since its last look. This saves requests,
-    which cost far more than bells.
+    A receiver needs no look if the bell has not rung since its last look. This saves requests, which cost far more than
+    bells.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -1,9 +1,8 @@
 """MiniStack, an emulator of S3 and SQS, as a child process with its own Python environment.
 
-Invariant: it gets none of the user's AWS_* variables, and no process of it is left behind. Its
-owner stops it. Without an owner, it exits within `ORPHAN_S` (see `ministack_guard`). A folder has
-one owner, and the next owner takes over the running emulator of the previous one. The folder
-contains:
+Invariant: it gets none of the user's AWS_* variables, and no process of it is left behind. Its owner stops it. Without
+an owner, it exits within `ORPHAN_S` (see `ministack_guard`). A folder has one owner, and the next owner takes over the
+running emulator of the previous one. The folder contains:
 
     s3/             objects, each written before it is acknowledged
     state/          queues, written when the emulator stops
@@ -15,9 +14,9 @@ contains:
 
 Python environment of MiniStack, created once for all grids of a user.
 
-Invariant: MiniStack never uses the user's environment, because it pins an exact version of
-botocore. An environment counts only when its marker file exists, so an incomplete one is never
-used. A lock keeps two processes from creating it at the same time.
+Invariant: MiniStack never uses the user's environment, because it pins an exact version of botocore. An environment
+counts only when its marker file exists, so an incomplete one is never used. A lock keeps two processes from creating it
+at the same time.
 """
 
 from __future__ import annotations
@@ -60,8 +59,8 @@ _MARKER = "batchlab-complete"
 def find() -> Path | None:
     """Return the Python that has MiniStack, or None without an installation.
 
-    BATCHLAB_MINISTACK names an installation. Without it, the one made by `install` is used. Raise
-    UsageError if the variable is wrong.
+    BATCHLAB_MINISTACK names an installation. Without it, the one made by `install` is used. Raise UsageError if the
+    variable is wrong.
     """
     if named := os.environ.get(VARIABLE):
         program = Path(named).expanduser()
@@ -80,10 +79,7 @@ def find() -> Path | None:
 
 
 def provide(say: Callable[[str], None]) -> None:
-    """Install MiniStack if necessary.
-
-    Raise UsageError if the named environment does not contain it.
-    """
+    """Install MiniStack if necessary. Raise UsageError if the named environment does not contain it."""
     python = install(say)
     if installed_version(python) is None:
         raise UsageError(
@@ -125,8 +121,7 @@ def install(say: Callable[[str], None]) -> Path:
             say(f"Fetching MiniStack {VERSION} into {folder}, this once.")
             shutil.rmtree(folder, ignore_errors=True)  # left by a process that was killed
             _make(folder)
-            # It is a marker and not a rename, because the scripts of an environment contain its
-            # path.
+            # It is a marker and not a rename, because the scripts of an environment contain its path.
             (folder / _MARKER).touch()
     except OSError as error:
         raise BackendError(
@@ -187,8 +182,8 @@ START_S = 30.0
 STOP_S = 10.0
 
 _HOST = "127.0.0.1"
-# These ports are below the range that the kernel uses for outgoing connections. Otherwise a client
-# that connects to a stopped emulator could get this port itself and connect to itself.
+# These ports are below the range that the kernel uses for outgoing connections. Otherwise a client that connects to a
+# stopped emulator could get this port itself and connect to itself.
 _PORTS = range(20_000, 32_000)
 _PORTS_TRIED = 50
 _PROBED_S = 0.2
@@ -212,8 +207,8 @@ class _Record:
 class Emulator:
     """MiniStack over `folder`, listening on 127.0.0.1. A `with` statement starts and stops it.
 
-    With `port` 0 it uses the previous port, or else any free port. It exits `orphan_s` seconds
-    after the death of its owner.
+    With `port` 0 it uses the previous port, or else any free port. It exits `orphan_s` seconds after the death of its
+    owner.
     """
 
     def __init__(self, python: Path, folder: Path, *, port: int = 0, orphan_s: float = ORPHAN_S) -> None:
@@ -223,8 +218,8 @@ class Emulator:
         self._port = port
         self._orphan_s = orphan_s
         self._owner_lock: IO[str] | None = None
-        # This process and the emulator share the listener. During a restart, clients wait instead
-        # of being refused, and no other program gets the port.
+        # This process and the emulator share the listener. During a restart, clients wait instead of being refused, and
+        # no other program gets the port.
         self._listener: socket.socket | None = None
         self._record: _Record | None = None
         self._child: subprocess.Popen[bytes] | None = None
@@ -262,8 +257,7 @@ class Emulator:
     def start(self) -> None:
         """Take over the running emulator of the folder or start one, and wait until it answers.
 
-        Raise Refused if it has another owner. Raise Unreachable, with the last line of its log, if
-        it does not start.
+        Raise Refused if it has another owner. Raise Unreachable, with the last line of its log, if it does not start.
         """
         self._own()
         if self.is_running() or (self._take_over() and self._is_usable()):
@@ -298,10 +292,7 @@ class Emulator:
             self._owner_lock = None
 
     async def supervise(self, again: Callable[[], None]) -> None:
-        """Restart the emulator whenever it ends.
-
-        Call `again` after each start. This method never returns.
-        """
+        """Restart the emulator whenever it ends. Call `again` after each start. This method never returns."""
         while True:
             begun_s = time.monotonic()
             await self._ended()
@@ -314,10 +305,7 @@ class Emulator:
                 wait_s = doubled_s(wait_s, _MAX_RETRY_S)
 
     async def _in_thread(self, call: Callable[[], bool]) -> bool:
-        """Return the result of `call`.
-
-        A canceled task also waits for it, so `stop` cannot run meanwhile.
-        """
+        """Return the result of `call`. A canceled task also waits for it, so `stop` cannot run meanwhile."""
         calling = asyncio.create_task(asyncio.to_thread(call))
         try:
             return await asyncio.shield(calling)

@@ -2,13 +2,12 @@
 
 It exits when its owner is missing, and before it acknowledges an object that it could not write.
 
-The guard passes on a request only if the request is signed with the grid's own keys (Signature
-Version 4). MiniStack itself accepts a request of any user of the machine and of any web page.
+The guard passes on a request only if the request is signed with the grid's own keys (Signature Version 4). MiniStack
+itself accepts a request of any user of the machine and of any web page.
 
-Invariant: this file imports nothing of batchlab, because another Python runs it, which has only
-MiniStack, uvicorn, and httptools. The owner holds a lock on a file, and the kernel releases it
-however the owner dies. PR_SET_PDEATHSIG is not used: a killed owner is replaced within seconds, and
-the new owner takes over the running emulator.
+Invariant: this file imports nothing of batchlab, because another Python runs it, which has only MiniStack, uvicorn, and
+httptools. The owner holds a lock on a file, and the kernel releases it however the owner dies. PR_SET_PDEATHSIG is not
+used: a killed owner is replaced within seconds, and the new owner takes over the running emulator.
 
     python -I ministack_guard.py LISTENING_FD LOCK_FILE ORPHAN_S KEYS_FILE
 """
@@ -71,8 +70,7 @@ def main(listening: str, lock: str, orphan_s: float, keys: str) -> None:
     # MiniStack itself verifies the signature of a presigned URL with these keys.
     os.environ["AWS_ACCESS_KEY_ID"] = known["access_key"]
     os.environ["AWS_SECRET_ACCESS_KEY"] = known["secret_key"]
-    # MiniStack's own server, Hypercorn, is written in Python and takes over half of a call's CPU
-    # time.
+    # MiniStack's own server, Hypercorn, is written in Python and takes over half of a call's CPU time.
     config = uvicorn.Config(
         Signed(importlib.import_module("ministack.app").app, **known),
         loop="asyncio",
@@ -116,8 +114,8 @@ class _Signature:
 class Signed:
     """ASGI application that passes on only requests signed with this pair of keys.
 
-    A web page cannot sign a request. A request with an Origin or another machine's Host comes from
-    a page, so it is refused even if it is signed. No answer has a CORS header.
+    A web page cannot sign a request. A request with an Origin or another machine's Host comes from a page, so it is
+    refused even if it is signed. No answer has a CORS header.
     """
 
     def __init__(self, app: App, access_key: str, secret_key: str) -> None:
@@ -306,9 +304,8 @@ async def _refuse(send: Send, headers: Mapping[bytes, bytes], refusal: Refusal) 
 class _ExitOnWriteError(logging.Handler):
     """Log handler that ends the process when MiniStack's S3 fails to write to disk.
 
-    MiniStack then logs a warning and reports success, so the object would be lost at its end, or
-    read as empty. A process that exits here sends no answer, and the client retries at the next
-    emulator.
+    MiniStack then logs a warning and reports success, so the object would be lost at its end, or read as empty. A
+    process that exits here sends no answer, and the client retries at the next emulator.
     """
 
     def emit(self, record: logging.LogRecord) -> None:

@@ -1,11 +1,11 @@
 """Launcher of instances that are local processes (Linux), each in its own session.
 
-Invariant: signals reach only processes that were launched here. A pid counts only together with the
-kernel's start time and boot id, so a reused pid is never mistaken for the process that had it.
+Invariant: signals reach only processes that were launched here. A pid counts only together with the kernel's start time
+and boot id, so a reused pid is never mistaken for the process that had it.
 
-`<root>/instances/<id>.json` is the record of an instance, and `<root>/logs/<id>.log` its output.
-The records outlive the manager: a new launcher over the same root adopts the running instances.
-When an instance ends, its process group is killed, as the end of a machine would do.
+`<root>/instances/<id>.json` is the record of an instance, and `<root>/logs/<id>.log` its output. The records outlive
+the manager: a new launcher over the same root adopts the running instances. When an instance ends, its process group is
+killed, as the end of a machine would do.
 """
 
 from __future__ import annotations
@@ -30,10 +30,7 @@ from batchlab.core.ports import ANY_MACHINE, KEEP_ENDED_S, Clock
 
 
 def boot_id() -> str:
-    """Return the boot id.
-
-    Start times count from the boot, so they are unique only within one boot.
-    """
+    """Return the boot id. Start times count from the boot, so they are unique only within one boot."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
@@ -67,8 +64,7 @@ def open_pidfd(pid: int, ticks: int, boot: str) -> int | None:
         pidfd = os.pidfd_open(pid)
     except ProcessLookupError:
         return None
-    # This check is safe only now: the pidfd fixes the process, while before the pid could be
-    # reused.
+    # This check is safe only now: the pidfd fixes the process, while before the pid could be reused.
     if not is_alive(pid, ticks, boot):
         os.close(pidfd)
         return None
@@ -124,10 +120,9 @@ class _Process:
 class ProcessLauncher:
     """The Launcher port over local processes. Only one launcher may use a `root` at a time.
 
-    `argv` returns the command line of a pool's instance. `env` is the environment, to which the
-    pool's own is added. `argv` must begin with the program of the `nursery` if there is one.
-    Instances are then forks of it, except in pools with their own environment. `changed` is set
-    when an instance ends, and its waiter clears it.
+    `argv` returns the command line of a pool's instance. `env` is the environment, to which the pool's own is added.
+    `argv` must begin with the program of the `nursery` if there is one. Instances are then forks of it, except in pools
+    with their own environment. `changed` is set when an instance ends, and its waiter clears it.
     """
 
     def __init__(
@@ -166,8 +161,8 @@ class ProcessLauncher:
         argv = list(self._argv(pool, instance))
         born: PendingFork | None = None
         try:
-            # The record is also written before the start. If the manager dies in between, the
-            # record lacks a pid, and the instance is found by its environment.
+            # The record is also written before the start. If the manager dies in between, the record lacks a pid, and
+            # the instance is found by its environment.
             self._write(record)
             born = await self._born(argv, pool, instance)
             process.born = born is not None
@@ -192,8 +187,7 @@ class ProcessLauncher:
     async def terminate(self, instance: str, *, grace_s: float) -> None:
         """Send SIGTERM to the instance, and SIGKILL after `grace_s`.
 
-        If the call is repeated, the earlier deadline holds. Unknown and ended instances are
-        ignored.
+        If the call is repeated, the earlier deadline holds. Unknown and ended instances are ignored.
         """
         process = self._adopted().get(instance)
         # An instance may have ended while its exit code is not yet known.
@@ -212,10 +206,7 @@ class ProcessLauncher:
             process.kill = loop.call_at(due_s, _kill_group, process.record)
 
     async def running(self) -> Mapping[str, str | None]:
-        """Return how each instance ended, None while it runs.
-
-        Ends are remembered for ten minutes.
-        """
+        """Return how each instance ended, None while it runs. Ends are remembered for ten minutes."""
         processes = self._adopted()
         now_s = self._clock.monotonic_s()
         for name, process in list(processes.items()):
@@ -265,8 +256,8 @@ class ProcessLauncher:
     def _spawn(self, argv: list[str], pool: Pool, instance: str) -> int:
         env = {**self._env, **dict(pool.env), INSTANCE_VARIABLE: instance}
         with self._log_of(instance) as log:
-            # os.posix_spawn cannot close the descriptors that the manager inherited. A worker that
-            # holds the pipe of `batchlab up | tee` would keep it open.
+            # os.posix_spawn cannot close the descriptors that the manager inherited. A worker that holds the pipe of
+            # `batchlab up | tee` would keep it open.
             child = subprocess.Popen(
                 argv, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
@@ -422,9 +413,8 @@ def _leader_of(instance: str) -> int:
 
 def _kill_group(record: _Record) -> None:
     """Send SIGKILL to the instance's process group, unless its pid was reused."""
-    # A group may have members after its leader has ended, and they keep the pid from being reused.
-    # Another process could get it only between these two lines, after the kernel used all other
-    # pids.
+    # A group may have members after its leader has ended, and they keep the pid from being reused. Another process
+    # could get it only between these two lines, after the kernel used all other pids.
     if start_ticks(record.pid) in (None, record.start_ticks):
         with suppress(ProcessLookupError):
             os.killpg(record.pid, signal.SIGKILL)

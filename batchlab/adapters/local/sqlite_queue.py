@@ -1,11 +1,11 @@
 """Queue port with the behavior of SQS standard queues, over one SQLite file for many processes.
 
-Invariant: a receiver that waits finds a visible message within `POLL_S`, even if a process was
-killed while waking it. Usually it takes about a millisecond.
+Invariant: a receiver that waits finds a visible message within `POLL_S`, even if a process was killed while waking it.
+Usually it takes about a millisecond.
 
-No call waits for the disk. A power loss may undo all calls after some moment in the last seconds. A
-received or deleted message then comes back, as after its visibility timeout. The manager sends a
-lost message again: it knows from the bucket which bundles are outstanding.
+No call waits for the disk. A power loss may undo all calls after some moment in the last seconds. A received or deleted
+message then comes back, as after its visibility timeout. The manager sends a lost message again: it knows from the
+bucket which bundles are outstanding.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ T = TypeVar("T")
 POLL_S = 1.0
 """Interval in seconds at which a waiting receiver looks for messages.
 
-So it knows when each later message becomes visible, and waits exactly until then. Only messages
-that become visible sooner require a wakeup.
+So it knows when each later message becomes visible, and waits exactly until then. Only messages that become visible
+sooner require a wakeup.
 """
 
 SHORT_CHARACTERS = 64 * 1024
@@ -49,8 +49,8 @@ SHORT_CHARACTERS = 64 * 1024
 class SqliteQueue:
     """Queue port over the SQLite file `path`. Its folder also contains `wake/` and SQLite's files.
 
-    A short call runs on the event loop's thread if it need not wait, because a change of threads
-    takes as long as the call. Other calls run on one thread of this object.
+    A short call runs on the event loop's thread if it need not wait, because a change of threads takes as long as the
+    call. Other calls run on one thread of this object.
     """
 
     def __init__(self, path: Path, clock: Clock, *, max_in_flight: int = MAX_IN_FLIGHT) -> None:
@@ -151,8 +151,7 @@ class SqliteQueue:
         messages = () if failed else taking.result().messages
         if messages:
             self._messages.undo(queue, messages)
-        # It rings at least once, because the message that woke this receive may still be in the
-        # queue.
+        # It rings at least once, because the message that woke this receive may still be in the queue.
         self._ring(queue, max(1, len(messages)))
 
     async def delete(self, queue: str, receipts: Sequence[str]) -> Sequence[str]:

@@ -1,7 +1,7 @@
 """Small files in which a grid stores its records, its access keys, and the state of its fleet.
 
-Invariant: a file always has a complete content, old or new, also after a crash or power loss. A file
-of keys has the mode 0600 from its creation.
+Invariant: a file always has a complete content, old or new, also after a crash or power loss. A file of keys has the
+mode 0600 from its creation.
 """
 
 from __future__ import annotations

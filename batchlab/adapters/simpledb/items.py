@@ -1,14 +1,14 @@
 """Items of jobs. A conditional put of the item of a job commits a change of the job.
 
-Invariant: the put requires the stamp that was read, and writes a new unique stamp. A change writes
-its other items before the put, and they count only after it. Or the put contains them (`redo`), and
-the next reader or writer of the job writes them.
+Invariant: the put requires the stamp that was read, and writes a new unique stamp. A change writes its other items
+before the put, and they count only after it. Or the put contains them (`redo`), and the next reader or writer of the
+job writes them.
 
 Items of bundles, and the queries on them.
 
-Invariant: an item only gains attributes: from the write that planned the bundle, and from the write
-that folded it. Each write adds its number. So a reader sees the bundles as of the moment at which
-it read the item of the job, even if other writes happen meanwhile.
+Invariant: an item only gains attributes: from the write that planned the bundle, and from the write that folded it.
+Each write adds its number. So a reader sees the bundles as of the moment at which it read the item of the job, even if
+other writes happen meanwhile.
 """
 
 from __future__ import annotations
@@ -219,10 +219,7 @@ class JobItems:
         )
 
     def _read(self, name: str, item: Item) -> JobItem | None:
-        """Parse the item of a job.
-
-        Return None if another process has deleted a part of it meanwhile.
-        """
+        """Parse the item of a job. Return None if another process has deleted a part of it meanwhile."""
         if item["okey"] == NOBODY:
             return JobItem(name, item, None)
         job = domain.join(item, "j", self._store.get_all)
@@ -255,8 +252,8 @@ class JobItems:
     def commit(self, head: JobItem, projection: Projection, rows: Sequence[BundleRow]) -> bool | None:
         """Replace the job by `projection` and write `rows`.
 
-        Return False if the job has changed since it was read. Return None if this call may have
-        changed it: its answer was lost, and another process has changed the job since.
+        Return False if the job has changed since it was read. Return None if this call may have changed it: its answer
+        was lost, and another process has changed the job since.
         """
         gen, stamp = head.gen, unique()
         items = _items_of(gen, rows)
@@ -279,10 +276,7 @@ class JobItems:
         return True
 
     def install(self, job: JobId, head: JobItem | None, projection: Projection, rows: Sequence[BundleRow]) -> bool:
-        """Replace the job and its bundles.
-
-        Return False if the job has changed since it was read.
-        """
+        """Replace the job and its bundles. Return False if the job has changed since it was read."""
         name, gen, stamp = name_of(job), unique(), unique()
         held = head.stamp if head else None
         text = domain.dumps(json_format.job_to_json(projection.job))
@@ -290,8 +284,8 @@ class JobItems:
         state, extra = self._state(projection, gen, stamp)
         items |= {**extra, **_items_of(gen, rows)}
         if items:
-            # The job's item names the generation first, so that its items can be found and deleted
-            # if this process ends here.
+            # The job's item names the generation first, so that its items can be found and deleted if this process ends
+            # here.
             place = [(_STAMP, unique())]
             if head is None:
                 place += [("okey", NOBODY), ("live", NOBODY)]

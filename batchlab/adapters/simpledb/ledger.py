@@ -1,7 +1,7 @@
 """The Ledger port on Amazon SimpleDB.
 
-Invariant: a call changes a job in one transaction (see `job_items`), and may be repeated. The calls
-block, so they run in threads. Writes run one at a time, in the order of the calls.
+Invariant: a call changes a job in one transaction (see `job_items`), and may be repeated. The calls block, so they run
+in threads. Writes run one at a time, in the order of the calls.
 
 Leases, and unique increasing numbers. Each is an item that is changed conditionally.
 """
@@ -128,13 +128,11 @@ def open_simpledb(endpoint: Endpoint, domain: str) -> SimpleDbLedger:
 class SimpleDbLedger:
     """The Ledger port over one SimpleDB domain.
 
-    A fold and `forget` change several jobs one after the other. Every other call is one
-    transaction.
+    A fold and `forget` change several jobs one after the other. Every other call is one transaction.
 
-    Every call raises Unreachable if SimpleDB does not answer, and Throttled if it asks to retry
-    later. It raises NotFound if a job or stage to change does not exist, and TooLarge for a name or
-    a bundle that does not fit. Any other failure is a BackendError, such as a missing or a full
-    domain.
+    Every call raises Unreachable if SimpleDB does not answer, and Throttled if it asks to retry later. It raises
+    NotFound if a job or stage to change does not exist, and TooLarge for a name or a bundle that does not fit. Any
+    other failure is a BackendError, such as a missing or a full domain.
     """
 
     def __init__(self, endpoint: Endpoint, domain: str) -> None:
@@ -156,9 +154,8 @@ class SimpleDbLedger:
     async def apply(self, change: Fold | JobChange) -> FoldResult | ChangeResult:
         """Apply the change. A fold raises NotFound before it folds any completion.
 
-        A fold changes several jobs one after the other. If another process writes to a later one
-        meanwhile, it raises Throttled. The caller repeats the call, and the completions of the
-        earlier jobs are then not new.
+        A fold changes several jobs one after the other. If another process writes to a later one meanwhile, it raises
+        Throttled. The caller repeats the call, and the completions of the earlier jobs are then not new.
         """
         if isinstance(change, Fold):
             if not change.completions:
@@ -174,8 +171,8 @@ class SimpleDbLedger:
             head = self._heads.get(job.id)
             if head and head.projection:
                 return ChangeResult(_rows_of(head), is_new=False)
-            # The item is read before the token is claimed: another process that takes over the
-            # token changes the item afterward.
+            # The item is read before the token is claimed: another process that takes over the token changes the item
+            # afterward.
             other = self._heads.claim(job.token, job.id) if job.token else None
             if other:
                 return ChangeResult(other.rows(), is_new=False)

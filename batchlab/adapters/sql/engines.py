@@ -1,19 +1,19 @@
 """SQLAlchemy engines with the transactions that `SqlLedger` needs.
 
-Invariant: writing transactions exclude each other from their start, and a reading transaction sees
-one state (`transaction`). SQLite ensures the first with BEGIN IMMEDIATE and the second with WAL.
-`postgres` has PostgreSQL's way to begin.
+Invariant: writing transactions exclude each other from their start, and a reading transaction sees one state
+(`transaction`). SQLite ensures the first with BEGIN IMMEDIATE and the second with WAL. `postgres` has PostgreSQL's way
+to begin.
 
 Translation of database errors into batchlab's errors.
 
-Invariant: a temporary failure (an outage, a lock, a failover) is Unreachable, so the caller retries
-it. A failure that a person must fix is BackendError at once. No message contains a password.
+Invariant: a temporary failure (an outage, a lock, a failover) is Unreachable, so the caller retries it. A failure that
+a person must fix is BackendError at once. No message contains a password.
 
 Migration of a database to the schema that this version expects.
 
-Invariant: one transaction of one writer changes the schema. So two processes that open a new
-database create one schema, and after SIGKILL the schema is the old or the new one. Alembic is
-imported only for a migration, because its import dominates the start-up time.
+Invariant: one transaction of one writer changes the schema. So two processes that open a new database create one
+schema, and after SIGKILL the schema is the old or the new one. Alembic is imported only for a migration, because its
+import dominates the start-up time.
 """
 
 from __future__ import annotations
@@ -43,8 +43,7 @@ SCHEMA = "batchlab_schema"
 """Execution option with the name of an engine's schema, if its database has several."""
 
 _PRAGMAS = (
-    # This is safe against SIGKILL. SqlLedger flushes the log after changes that must survive a
-    # power loss.
+    # This is safe against SIGKILL. SqlLedger flushes the log after changes that must survive a power loss.
     "PRAGMA synchronous = NORMAL",
     "PRAGMA foreign_keys = ON",
     "PRAGMA journal_size_limit = 67108864",
@@ -67,8 +66,8 @@ def transaction(engine: Engine, *, writes: bool = False, lasts: bool = False) ->
     All work on an engine happens in such transactions.
     """
     with engine.begin() as connection:
-        # An event listener of SQLAlchemy would be slower: SQLAlchemy then looks for listeners at
-        # every step of every statement, which takes longer than the renewal of a lease.
+        # An event listener of SQLAlchemy would be slower: SQLAlchemy then looks for listeners at every step of every
+        # statement, which takes longer than the renewal of a lease.
         begin: Begin = engine.get_execution_options()[BEGIN]
         begin(connection, writes=writes, lasts=lasts)
         yield connection
@@ -106,8 +105,8 @@ def sqlite_engine(path: Path | None) -> Engine:
 
 
 def _switch_to_wal(connection: sqlite3.Connection) -> None:
-    # If two processes switch a new file at the same time, SQLite refuses one without waiting,
-    # because both have read and want to write.
+    # If two processes switch a new file at the same time, SQLite refuses one without waiting, because both have read
+    # and want to write.
     deadline_s = time.monotonic() + _BUSY_S
     while True:
         try:
@@ -120,8 +119,8 @@ def _switch_to_wal(connection: sqlite3.Connection) -> None:
 
 
 def _begin(connection: Connection, *, writes: bool, lasts: bool) -> None:  # noqa: ARG001
-    # If a transaction began as a reader and then wrote, SQLite would refuse the write without
-    # waiting whenever another process has written meanwhile.
+    # If a transaction began as a reader and then wrote, SQLite would refuse the write without waiting whenever another
+    # process has written meanwhile.
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
 

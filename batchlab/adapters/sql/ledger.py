@@ -1,8 +1,7 @@
 """The Ledger port on a SQL database.
 
-Invariant: each call is one transaction and may be repeated. A change loads the rows that it needs,
-applies the ledger projection, and stores the rows that changed. The event loop never waits for the
-database, except with `InlineRunner`.
+Invariant: each call is one transaction and may be repeated. A change loads the rows that it needs, applies the ledger
+projection, and stores the rows that changed. The event loop never waits for the database, except with `InlineRunner`.
 """
 
 from __future__ import annotations
@@ -58,8 +57,8 @@ _release = (
 def open_sqlite(path: Path, sync: Sync = Sync.NONE) -> SqlLedger:
     """Return the ledger in this file. The first call creates a missing file.
 
-    With `sync`, acknowledged changes wait for the disk. A power loss may undo folds, and the
-    reconciler repeats them from the bucket.
+    With `sync`, acknowledged changes wait for the disk. A power loss may undo folds, and the reconciler repeats them
+    from the bucket.
     """
     return SqlLedger(sqlite_engine(path), SingleThread(), sync, WalFlush(path))
 
@@ -69,16 +68,15 @@ def open_postgres(
 ) -> SqlLedger:
     """Return the ledger in a schema of a PostgreSQL database, which must exist.
 
-    The first call connects, and creates a missing schema. Grids that share a database have a schema
-    each. `url` has libpq's form
-    `postgresql://user:password@host:port/database?sslmode=verify-full&...`. libpq supplies the
-    parts that it leaves out, such as a password.
+    The first call connects, and creates a missing schema. Grids that share a database have a schema each. `url` has
+    libpq's form `postgresql://user:password@host:port/database?sslmode=verify-full&...`. libpq supplies the parts that
+    it leaves out, such as a password.
 
-    `ca` is a file of root certificates for a database on another machine. The server's certificate
-    must then come from one of them and match the URL's host, and the connection is encrypted.
+    `ca` is a file of root certificates for a database on another machine. The server's certificate must then come from
+    one of them and match the URL's host, and the connection is encrypted.
 
-    `logins` supplies user and password for each connection. The server is then checked also without
-    `ca`, against the system's roots, unless the URL names another sslmode.
+    `logins` supplies user and password for each connection. The server is then checked also without `ca`, against the
+    system's roots, unless the URL names another sslmode.
 
     Raise UsageError for an invalid URL or schema name, and for a `ca` that does not exist.
     """
@@ -88,10 +86,7 @@ def open_postgres(
 
 
 def open_memory() -> SqlLedger:
-    """Return a ledger in memory that runs in its caller's thread.
-
-    It ends with its last reference.
-    """
+    """Return a ledger in memory that runs in its caller's thread. It ends with its last reference."""
     return open_memory_as(SqlLedger)
 
 
@@ -107,10 +102,9 @@ def open_memory_as(kind: type[L]) -> L:
 class SqlLedger:
     """The Ledger port over a SQL database.
 
-    Every call raises Unreachable if the database does not answer: a lock is not released, a file
-    cannot be opened, or a server is down. It raises NotFound if a job or stage to change does not
-    exist. Any other failure is a BackendError, such as a wrong password or a database of a newer
-    batchlab.
+    Every call raises Unreachable if the database does not answer: a lock is not released, a file cannot be opened, or a
+    server is down. It raises NotFound if a job or stage to change does not exist. Any other failure is a BackendError,
+    such as a wrong password or a database of a newer batchlab.
     """
 
     def __init__(self, engine: Engine, run: CallRunner, sync: Sync = Sync.NONE, flush: WalFlush | None = None) -> None:
@@ -140,8 +134,7 @@ class SqlLedger:
                 return FoldResult([], 0, {})
             return await self._write(lambda c: self._fold(c, change))
         written = await self._write(lambda c: self._change(c, change))
-        # The other changes do not wait for the disk, because the next manager finds them in the
-        # bucket.
+        # The other changes do not wait for the disk, because the next manager finds them in the bucket.
         if isinstance(change, (AddJob, SetControl, Reopen)):
             await self._on_disk(None)
         return written
@@ -151,8 +144,7 @@ class SqlLedger:
             return self._add_job(connection, change)
         projection = job_rows.load(connection, change.job_id)
         before = Snapshot.of(projection)
-        # The existing bundles are not loaded, because the statement that stores bundles leaves
-        # them.
+        # The existing bundles are not loaded, because the statement that stores bundles leaves them.
         rows = ledger_projection.apply(projection, change, {})
         if rows is not None:
             self._store(connection, projection, before, rows)
@@ -267,8 +259,7 @@ class SqlLedger:
     async def dump(self) -> dict[str, Json]:
         """Return all rows about jobs, without leases and without `seq`.
 
-        Two ledgers with the same history are equal, in whatever order they received it. `seq` is
-        this order.
+        Two ledgers with the same history are equal, in whatever order they received it. `seq` is this order.
         """
         return await self._read(lambda c: {table.name: _dump(c, table) for table in (jobs, stages, bundles)})
 

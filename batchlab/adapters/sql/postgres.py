@@ -1,8 +1,8 @@
 """PostgreSQL engine with the transactions that `SqlLedger` needs (see `engines`).
 
-Invariant: a writing transaction first takes the one lock of the schema. Each of its statements sees
-everything committed before. A reading transaction sees one state. Every wait has a limit: for the
-server's answer, for the lock, and for a suspended client that holds the lock.
+Invariant: a writing transaction first takes the one lock of the schema. Each of its statements sees everything
+committed before. A reading transaction sees one state. Every wait has a limit: for the server's answer, for the lock,
+and for a suspended client that holds the lock.
 """
 
 from __future__ import annotations
@@ -125,8 +125,8 @@ class _Bounded(psycopg.Connection[Any]):
     limit_s = STATEMENT_S + GRACE_S
 
     def __del__(self, *_: Any) -> None:
-        # SQLAlchemy drops an open connection whose set-up failed. The server must learn of its end
-        # before the garbage collector finds it.
+        # SQLAlchemy drops an open connection whose set-up failed. The server must learn of its end before the garbage
+        # collector finds it.
         if hasattr(self, "pgconn") and not self.closed:
             self.close()
 
@@ -199,8 +199,8 @@ class Connect:
 def _look(connection: _Bounded, _record: object, _proxy: object) -> None:
     """Discard a connection that the server has closed.
 
-    The server's message about it is then readable, so no round trip is needed. A connection that
-    was lost without a message fails at its first use.
+    The server's message about it is then readable, so no round trip is needed. A connection that was lost without a
+    message fails at its first use.
     """
     poll = select.poll()
     poll.register(connection.fileno(), select.POLLIN)
@@ -214,13 +214,12 @@ def _begin(connection: Connection, *, writes: bool, lasts: bool) -> None:
     driver = connection.connection.driver_connection
     assert isinstance(driver, _Bounded)
     driver.limit_s = limit_s + GRACE_S
-    # With READ COMMITTED each statement takes its snapshot after the lock. Other levels would take
-    # it before, and show an older state.
+    # With READ COMMITTED each statement takes its snapshot after the lock. Other levels would take it before, and show
+    # an older state.
     kind = "READ COMMITTED, READ WRITE" if writes else "REPEATABLE READ, READ ONLY"
     statements = [
         f"BEGIN ISOLATION LEVEL {kind}",
-        # These settings apply to the transaction and not to the connection, which a pooler may give
-        # to another client.
+        # These settings apply to the transaction and not to the connection, which a pooler may give to another client.
         f'SET LOCAL search_path TO "{schema}"',
         f"SET LOCAL statement_timeout TO {limit_s * 1000:.0f}",
         f"SET LOCAL lock_timeout TO {LOCK_S * 1000:.0f}",
