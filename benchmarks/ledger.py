@@ -216,7 +216,7 @@ def manage(tasks: int) -> list[Row]:
         job = replace(JOB, stages=(stage,), input=source)
         began_s = time.perf_counter()
         async with leading(ports) as manager:
-            await manager.requests.submit(job)
+            await manager.job_commands.submit(job)
             crew = asyncio.create_task(work(ports))
             await end_of(manager)
             crew.cancel()

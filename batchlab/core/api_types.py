@@ -467,5 +467,5 @@ def notification_view(one: Notification) -> NotificationView:
 
 def log_view(notifying: Notifier, limit: int) -> NotificationsView:
     """Return at most `limit` notifications of the current log."""
-    every = [*notifying.book.pending.values(), *reversed(notifying.book.log)]
+    every = [*notifying.outbox.pending.values(), *reversed(notifying.outbox.log)]
     return {"notifications": [notification_view(notification) for notification in every[:limit]]}

@@ -1,8 +1,7 @@
 """Types of AWS's Auto Scaling API as frozen values.
 
-Every field has AWS's name in snake case (`botocore.xform_name`), AWS's default, and AWS's unit.
-Durations are in seconds, times in seconds since the epoch, and percentages from 0 to 100. Fields
-that AWS omits from an answer are None.
+Every field has AWS's name in snake case (`botocore.xform_name`), AWS's default, and AWS's unit. Durations are in
+seconds, times in seconds since the epoch, and percentages from 0 to 100. Fields that AWS omits from an answer are None.
 
 Errors of the Auto Scaling API, with AWS's error codes.
 
@@ -42,9 +41,6 @@ class Process(StrEnum):
     SCHEDULED_ACTIONS = "ScheduledActions"
 
 
-# --- Groups ---------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class LaunchTemplate:
     """Reference to a launch template. `version` is a number, `$Latest`, or `$Default`."""
@@ -78,8 +74,7 @@ class InstancesDistribution:
 
 @dataclass(frozen=True, slots=True)
 class MixedInstancesPolicy:
-    """Mixed instances policy. `launch_template` is AWS's nested
-    `launch_template.launch_template_specification`."""
+    """Mixed instances policy. `launch_template` is AWS's nested `launch_template.launch_template_specification`."""
 
     launch_template: LaunchTemplate
     overrides: tuple[Override, ...] = ()
@@ -97,9 +92,9 @@ class Tag:
 class GroupConfig:
     """Parameters of CreateAutoScalingGroup and UpdateAutoScalingGroup, except desired capacity.
 
-    Exactly one of `launch_template`, `mixed_instances_policy`, and `launch_configuration_name` is
-    set. `passive` has parameters that are stored and returned without further effect (load
-    balancers, subnets beyond their zones), as pairs of AWS's name and JSON text.
+    Exactly one of `launch_template`, `mixed_instances_policy`, and `launch_configuration_name` is set. `passive` has
+    parameters that are stored and returned without further effect (load balancers, subnets beyond their zones), as
+    pairs of AWS's name and JSON text.
     """
 
     auto_scaling_group_name: str
@@ -178,9 +173,6 @@ class ActivityDetails:
     details: str = "{}"
 
 
-# --- Lifecycle hooks ------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class LifecycleHook:
     """Parameters of PutLifecycleHook, and the resulting GlobalTimeout."""
@@ -203,8 +195,7 @@ class LifecycleHook:
 
 @dataclass(frozen=True, slots=True)
 class LifecycleNotification:
-    """Notification that an instance waits in a hook. AWS sends it to the hook's target and to
-    EventBridge."""
+    """Notification that an instance waits in a hook. AWS sends it to the hook's target and to EventBridge."""
 
     hook: LifecycleHook
     instance_id: str
@@ -215,13 +206,10 @@ class LifecycleNotification:
     destination: str = "AutoScalingGroup"
 
 
-# --- Scaling policies and schedules ---------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class StepAdjustment:
-    """Step of a step scaling policy. Bounds are relative to the breach threshold, and None means
-    minus or plus infinity."""
+    """Step of a step scaling policy. Bounds are relative to the breach threshold, and None means minus or plus
+    infinity."""
 
     scaling_adjustment: int
     metric_interval_lower_bound: float | None = None
@@ -230,8 +218,8 @@ class StepAdjustment:
 
 @dataclass(frozen=True, slots=True)
 class TargetTracking:
-    """TargetTrackingConfiguration. A customized metric is JSON text, which the source of the
-    metric's value interprets."""
+    """TargetTrackingConfiguration. A customized metric is JSON text, which the source of the metric's value
+    interprets."""
 
     target_value: float
     predefined_metric_type: str = ""
@@ -264,8 +252,8 @@ class ScalingPolicy:
 
 @dataclass(frozen=True, slots=True)
 class ScheduledAction:
-    """Parameters of PutScheduledUpdateGroupAction. `recurrence` is a cron expression with five
-    fields in `time_zone` (an IANA name; UTC if empty)."""
+    """Parameters of PutScheduledUpdateGroupAction. `recurrence` is a cron expression with five fields in `time_zone`
+    (an IANA name; UTC if empty)."""
 
     auto_scaling_group_name: str
     scheduled_action_name: str
@@ -277,9 +265,6 @@ class ScheduledAction:
     max_size: int | None = None
     desired_capacity: int | None = None
     scheduled_action_arn: str = ""
-
-
-# --- Instance refresh -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,16 +308,10 @@ class InstanceRefresh:
     strategy: str = "Rolling"
 
 
-# --- Warm pool ------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class WarmPool:
-    """Parameters of PutWarmPool.
-
-    The prepared capacity is max − desired if `max_group_prepared_capacity` is None, otherwise that
-    number − desired. It is at least `min_size`.
-    """
+    """Parameters of PutWarmPool. The prepared capacity is max − desired if `max_group_prepared_capacity` is None,
+    otherwise that number − desired. It is at least `min_size`."""
 
     min_size: int = 0
     max_group_prepared_capacity: int | None = None
@@ -341,9 +320,6 @@ class WarmPool:
     reuse_on_scale_in: bool = False
     status: str | None = None
     """ "PendingDelete" while its instances are terminated."""
-
-
-# --- Instance metadata ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -420,8 +396,8 @@ class IrreversibleInstanceRefresh(Fault):
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """The data of a launch template version that a launch needs. The launcher gets `slots`,
-    `boot_s`, and `env` in its Pool."""
+    """The data of a launch template version that a launch needs. The launcher gets `slots`, `boot_s`, and `env` in its
+    Pool."""
 
     reference: LaunchTemplate
     """The id, the name, and the number of the version."""
@@ -444,11 +420,8 @@ class Templates(Protocol):
 
 @runtime_checkable
 class Resting(Protocol):
-    """A launcher that can stop and restart instances.
-
-    `Launcher.running` includes stopped instances, because they have not ended. `terminate` ends
-    them too.
-    """
+    """A launcher that can stop and restart instances. `Launcher.running` includes stopped instances, because they have
+    not ended. `terminate` ends them too."""
 
     async def stop(self, instance: str, *, hibernate: bool) -> None:
         """Stop an instance, and return when it has stopped. `hibernate` keeps its memory."""

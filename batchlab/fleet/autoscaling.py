@@ -87,11 +87,8 @@ class RefreshRequests(Requests):
         return asg.rolling.refresh.instance_refresh_id
 
     def rollback_instance_refresh(self, name: str) -> str:
-        """Roll the refresh back and return its id.
-
-        Raise IrreversibleInstanceRefresh if it has no desired configuration, or if the group's own
-        template has no fixed version.
-        """
+        """Roll the refresh back and return its id. Raise IrreversibleInstanceRefresh if it has no desired
+        configuration, or if the group's own template has no fixed version."""
         group, asg = self._changeable(name)
         if asg.rolling is None:
             raise _none(name)
@@ -177,10 +174,8 @@ class WarmPoolRequests(Requests):
         self._save()
 
     def delete_warm_pool(self, name: str, *, force_delete: bool = False) -> None:
-        """Delete the warm pool. With `force_delete`, its instances are terminated at once.
-
-        Otherwise, the next tick terminates them.
-        """
+        """Delete the warm pool. With `force_delete`, its instances are terminated at once. Otherwise, the next tick
+        terminates them."""
         group, asg = self._changeable(name)
         if asg.warm_pool is None:
             raise ValidationError(f"No warm pool found for Auto Scaling group {name}")

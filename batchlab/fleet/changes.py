@@ -1,16 +1,15 @@
 """Changes of a group's state, each with its activity, without I/O.
 
-Invariant: a change is always recorded. Each opens or settles exactly one activity, and marks the
-state as unsaved.
+Invariant: a change is always recorded. Each opens or settles exactly one activity, and marks the state as unsaved.
 
 Records of every change of a group: activities, notices, and terminated instances.
 
-Activities of a plain pool have a short form. Activities of an Auto Scaling group have AWS's
-wording: sentences that begin with a time and are separated by two spaces.
+Activities of a plain pool have a short form. Activities of an Auto Scaling group have AWS's wording: sentences that
+begin with a time and are separated by two spaces.
 
-The `SteadyClock` gives times that are valid after a restart and never go back. The monotonic clock
-starts again with every process, and the wall clock may jump, so it adds the monotonic clock's
-progress to the wall clock's value at the start.
+The `SteadyClock` gives times that are valid after a restart and never go back. The monotonic clock starts again with
+every process, and the wall clock may jump, so it adds the monotonic clock's progress to the wall clock's value at the
+start.
 """
 
 from __future__ import annotations
@@ -51,11 +50,8 @@ def stamp(at_s: float) -> str:
 
 
 class Record:
-    """Activities and other records of changes.
-
-    `dead` has the instances that ended, and `notices` the newest 1,000 notifications of waiting
-    instances. `unsaved` is true if anything changed. The caller resets all three.
-    """
+    """Activities and other records of changes. `dead` has the instances that ended, and `notices` the newest 1,000
+    notifications of waiting instances. `unsaved` is true if anything changed. The caller resets all three."""
 
     def __init__(self, log: ActivityLog, clock: Clock, ids: Ids) -> None:
         self.log = log
@@ -92,10 +88,8 @@ class Record:
         return "  ".join([asg.cause] * bool(asg.cause) + [f"At {at} {s}." for s in sentences])
 
     def explain(self, asg: Asg, sentence: str) -> None:
-        """Store the reason of the desired capacity until the capacity is reached.
-
-        Only the latest KEEP_REASONS reasons are kept.
-        """
+        """Store the reason of the desired capacity until the capacity is reached. Only the latest KEEP_REASONS reasons
+        are kept."""
         reasons = self.told(asg, sentence).split("  ")
         asg.cause = "  ".join(reasons[-KEEP_REASONS:])
         self.unsaved = True
@@ -116,10 +110,8 @@ class Changes(Record):
         return Group(pool, pool.min_size)
 
     def want(self, group: Group, desired: int, cause: str, *, cooldown: int | None = None) -> None:
-        """Set desired capacity, and choose instances to terminate at once to keep I5.
-
-        The cooldown starts when the capacity is reached. `cooldown` replaces the group's default.
-        """
+        """Set desired capacity, and choose instances to terminate at once to keep I5. The cooldown starts when the
+        capacity is reached. `cooldown` replaces the group's default."""
         before = group.desired
         if desired != before:
             group.desired = desired
@@ -134,10 +126,8 @@ class Changes(Record):
         self.scale_in(group)
 
     def scale_in(self, group: Group) -> None:
-        """Take out the instances named by `victims`.
-
-        If scale-in protection keeps too many instances, record this once.
-        """
+        """Take out the instances named by `victims`. If scale-in protection keeps too many instances, record this
+        once."""
         if group.suspended(Process.TERMINATE):
             return
         size = weigh(group.staying())
@@ -210,11 +200,8 @@ class Changes(Record):
         return f"the last {group.failures} ended before they were ready: {group.reason}"
 
     def arrive(self, group: Group, member: Member) -> None:
-        """Put an instance into service if it is ready.
-
-        In a plain pool, its worker must have reported. In an Auto Scaling group, its launch hooks
-        must be completed.
-        """
+        """Put an instance into service if it is ready. In a plain pool, its worker must have reported. In an Auto
+        Scaling group, its launch hooks must be completed."""
         if not member.running or member.bond.asleep:
             return
         if member.state in WARMING:
@@ -270,11 +257,8 @@ class Changes(Record):
         self.retire(group, member, why=why, note=f"terminated: {how}")
 
     def retire(self, group: Group, member: Member, *, why: str, note: str, hooked: bool = True) -> None:
-        """Start the termination of an instance, protected or not.
-
-        Protection applies only to scale-in. Termination hooks run only for instances that have been
-        in service.
-        """
+        """Start the termination of an instance, protected or not. Protection applies only to scale-in. Termination
+        hooks run only for instances that have been in service."""
         if member.bond.moving:
             self.settle(group, member.bond.moving, "Cancelled")
             member.bond.moving = 0

@@ -1,8 +1,8 @@
 """Engine of Auto Scaling groups over a launcher: requests change the state, and `tick` applies it.
 
-Invariant (I5): desired capacity is within [min, max] after every call. The number of Pending and
-InService instances is at most max, with two exceptions: protected instances after the limits were
-lowered, and instances of an Auto Scaling group that wait for their replacements.
+Invariant (I5): desired capacity is within [min, max] after every call. The number of Pending and InService instances is
+at most max, with two exceptions: protected instances after the limits were lowered, and instances of an Auto Scaling
+group that wait for their replacements.
 
 The steps of a tick, and the effect of a crash after each:
 1. Ask the launcher for the running instances, then replace and scale in. A crash has no effect.
@@ -144,12 +144,9 @@ _TO_END = frozenset({LifecycleState.TERMINATING, LifecycleState.TERMINATING_PROC
 
 
 class Engine:
-    """Engine of plain pools and Auto Scaling groups over a launcher that it alone uses.
-
-    Auto Scaling groups need `sources` and `metrics`. In a plain pool, an instance is replaced if it
-    sends no heartbeat within `health.GRACE_S` plus the pool's `boot_s` after its launch. A
-    terminated instance has `drain_s` to finish before it is killed.
-    """
+    """Engine of plain pools and Auto Scaling groups over a launcher that it alone uses. Auto Scaling groups need
+    `sources` and `metrics`. In a plain pool, an instance is replaced if it sends no heartbeat within `health.GRACE_S`
+    plus the pool's `boot_s` after its launch. A terminated instance has `drain_s` to finish before it is killed."""
 
     def __init__(
         self,
@@ -185,11 +182,9 @@ class Engine:
                 self._changes.dead.append(member.instance)
 
     async def tick(self) -> Sequence[Instance]:
-        """Run one step, and return the instances that ended since the last call.
-
-        The end of an instance is reported at least once, and again after a restart. Raise
-        BackendError if the launcher or the store fails. The next tick then continues.
-        """
+        """Run one step, and return the instances that ended since the last call. The end of an instance is reported at
+        least once, and again after a restart. Raise BackendError if the launcher or the store fails. The next tick then
+        continues."""
         async with self._ticking:
             known = await self._launcher.running()
             now_s = self._clock.monotonic_s()
@@ -218,11 +213,8 @@ class Engine:
             self._changes.unsaved = True
 
     def _orphans(self, known: Mapping[str, str | None]) -> list[str]:
-        """Return newly found running instances that are missing in the state.
-
-        The state may be older than the instances, or a launch started an instance although it was
-        reported as failed.
-        """
+        """Return newly found running instances that are missing in the state. The state may be older than the
+        instances, or a launch started an instance although it was reported as failed."""
         ours = {m.instance.id for _, m in self._members() if m.state is not LifecycleState.TERMINATED}
         strangers = [name for name, ended in known.items() if ended is None and name not in ours]
         return [name for name in strangers if name not in self._disowned]

@@ -13,17 +13,11 @@ from batchlab.fleet.termination import clamp
 
 
 class ManagedFleet(Engine):
-    """The Fleet port, plus `ready`, over a launcher that it alone uses.
-
-    Activities are as on AWS: one for each launch, termination, and change of desired capacity. The
-    status of launches and terminations becomes final later.
-    """
+    """The Fleet port, plus `ready`, over a launcher that it alone uses. Activities are as on AWS: one for each launch,
+    termination, and change of desired capacity. The status of launches and terminations becomes final later."""
 
     async def ensure(self, pool: Pool) -> None:
-        """Create the group with desired = min, or change it.
-
-        Raise Refused unless 0 ≤ min ≤ max ≤ MAX_INSTANCES.
-        """
+        """Create the group with desired = min, or change it. Raise Refused unless 0 ≤ min ≤ max ≤ MAX_INSTANCES."""
         limits = check_limits(pool)
         group = self._groups.get(pool.name)
         if group is None:
@@ -47,11 +41,9 @@ class ManagedFleet(Engine):
         self._save()
 
     async def terminate(self, pool: str, instances: Sequence[str], *, decrement: bool, cause: str) -> None:
-        """See the port. Protected instances are terminated too.
-
-        Raise Refused and change nothing if an instance is unknown, or if `decrement` would lower
-        the desired capacity below min. Ignore instances that are already ending.
-        """
+        """See the port. Protected instances are terminated too. Raise Refused and change nothing if an instance is
+        unknown, or if `decrement` would lower the desired capacity below min. Ignore instances that are already
+        ending."""
         group = self._group(pool)
         named = {name: self._member(group, name) for name in instances}
         leaving = [member for member in named.values() if member.counted]
@@ -64,10 +56,8 @@ class ManagedFleet(Engine):
         self._save()
 
     async def protect(self, pool: str, instances: Sequence[str], *, on: bool) -> None:
-        """See the port. Raise Refused and change nothing unless all are InService, as on EC2.
-
-        The next tick saves the change, because protection may change with every bundle.
-        """
+        """See the port. Raise Refused and change nothing unless all are InService, as on EC2. The next tick saves the
+        change, because protection may change with every bundle."""
         group = self._group(pool)
         members = [self._member(group, name) for name in instances]
         for member in members:
@@ -89,10 +79,8 @@ class ManagedFleet(Engine):
             self._save()
 
     async def ready(self, instance: str) -> None:
-        """Record that the worker in `instance` is ready. Repeated calls have no effect.
-
-        Ignore an instance that is unknown or ending, because a heartbeat may arrive late.
-        """
+        """Record that the worker in `instance` is ready. Repeated calls have no effect. Ignore an instance that is
+        unknown or ending, because a heartbeat may arrive late."""
         found = self._find(instance)
         if found is not None:
             group, member = found

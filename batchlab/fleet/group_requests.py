@@ -42,10 +42,7 @@ class GroupRequests(Requests):
         tags: Sequence[Tag] = (),
         lifecycle_hooks: Sequence[LifecycleHook] = (),
     ) -> None:
-        """Create a group. A desired capacity of None means min.
-
-        Raise AlreadyExists or ValidationError.
-        """
+        """Create a group. A desired capacity of None means min. Raise AlreadyExists or ValidationError."""
         name = config.auto_scaling_group_name
         if name in self._groups:
             raise AlreadyExists(
@@ -93,11 +90,8 @@ class GroupRequests(Requests):
         return config
 
     def delete_auto_scaling_group(self, name: str, *, force_delete: bool = False) -> None:
-        """Delete a group.
-
-        If it has instances, raise ResourceInUse or ScalingActivityInProgress. With `force_delete`,
-        end them without their hooks; the group is removed when all have ended.
-        """
+        """Delete a group. If it has instances, raise ResourceInUse or ScalingActivityInProgress. With `force_delete`,
+        end them without their hooks; the group is removed when all have ended."""
         group, asg = self._named(name)
         here = [m for m in group.members.values() if m.state is not LifecycleState.TERMINATED]
         if here and not force_delete:

@@ -40,8 +40,7 @@ class Alarm:
     above_since_s: float | None = None
     below_since_s: float | None = None
     acted_s: float | None = None
-    """When the policy last changed desired capacity. It acts again after one period at the
-    earliest."""
+    """When the policy last changed desired capacity. It acts again after one period at the earliest."""
 
 
 @dataclass(slots=True)
@@ -191,11 +190,9 @@ class Bond:
 
 @dataclass(slots=True)
 class Member:
-    """An instance with the data that only its group has.
-
-    `running`, `asked`, `killed`, and `since_s` are not saved. The next manager asks the launcher
-    again, starts the health check grace period again, and repeats the request to terminate.
-    """
+    """An instance with the data that only its group has. `running`, `asked`, `killed`, and `since_s` are not saved. The
+    next manager asks the launcher again, starts the health check grace period again, and repeats the request to
+    terminate."""
 
     instance: Instance
     launch: int
@@ -236,12 +233,9 @@ class Member:
 
 @dataclass(slots=True)
 class Group:
-    """A plain pool or an Auto Scaling group. `members` are in order of launch, the newest last.
-
-    `asg` is None for a plain pool, whose workers are equal and report that they are ready. The
-    crash-loop fields are not saved: the cause is often fixed before the manager is restarted, so
-    the new manager does not wait.
-    """
+    """A plain pool or an Auto Scaling group. `members` are in order of launch, the newest last. `asg` is None for a
+    plain pool, whose workers are equal and report that they are ready. The crash-loop fields are not saved: the cause
+    is often fixed before the manager is restarted, so the new manager does not wait."""
 
     pool: Pool
     desired: int
@@ -306,10 +300,8 @@ class ActivityLog:
         return number
 
     def settle(self, pool: str, number: int, status: str, at_s: float, *, more: str = "", message: str = "") -> None:
-        """Give an activity in progress its final status, and append `more` to its cause.
-
-        Ignore an activity that has ended or is no longer stored.
-        """
+        """Give an activity in progress its final status, and append `more` to its cause. Ignore an activity that has
+        ended or is no longer stored."""
         old = self._pools.get(pool, {}).get(number)
         if old is not None and old.ended_s is None:
             self._pools[pool][number] = replace(

@@ -1,9 +1,8 @@
 """Health checks, replacements, forced terminations, and standby.
 
-An instance that is `leaving` no longer counts, so its replacement is launched. It is terminated
-once enough other instances are in service. For zone balance and maximum lifetime, at most a tenth
-of the group's maximum leaves at a time, but at least one instance. The group may exceed its maximum
-by this number.
+An instance that is `leaving` no longer counts, so its replacement is launched. It is terminated once enough other
+instances are in service. For zone balance and maximum lifetime, at most a tenth of the group's maximum leaves at a
+time, but at least one instance. The group may exceed its maximum by this number.
 
 An instance on standby belongs to the group, but it does not count and is not checked.
 """
@@ -60,11 +59,8 @@ def _bury(changes: Changes, group: Group, member: Member, ended: str, now_s: flo
 
 
 def _overlooked(changes: Changes, group: Group, member: Member) -> bool:
-    """Return whether the end of this instance is ignored.
-
-    This applies to an instance on standby, and to a group with suspended health checks or
-    replacements. The instance stays in the list.
-    """
+    """Return whether the end of this instance is ignored. This applies to an instance on standby, and to a group with
+    suspended health checks or replacements. The instance stays in the list."""
     if group.asg is None or member.end:
         return False
     if member.state in ON_STANDBY or group.suspended(Process.HEALTH_CHECK):
@@ -155,11 +151,8 @@ def _retire_old(changes: Changes, group: Group, asg: Asg) -> None:
 
 
 def _balance(changes: Changes, group: Group, asg: Asg, zones: tuple[str, ...]) -> None:
-    """Replace one instance for zone balance if no other change is in progress.
-
-    Choose it from the fullest zone, or from a zone that the group no longer uses. Its replacement
-    goes to the emptiest zone.
-    """
+    """Replace one instance for zone balance if no other change is in progress. Choose it from the fullest zone, or from
+    a zone that the group no longer uses. Its replacement goes to the emptiest zone."""
     members = group.members.values()
     busy = any(member.state in STARTING or member.state in ENDING for member in members)
     staying, now_s = group.staying(), changes.steady.now_s()
@@ -181,10 +174,8 @@ def _balance(changes: Changes, group: Group, asg: Asg, zones: tuple[str, ...]) -
 
 
 def enter(changes: Changes, group: Group, member: Member, *, lower: bool) -> int:
-    """Move an instance into standby, and return the activity's id.
-
-    Without `lower`, the group launches a replacement.
-    """
+    """Move an instance into standby, and return the activity's id. Without `lower`, the group launches a
+    replacement."""
     assert group.asg is not None
     size, weight = weigh(group.staying()), member.bond.weight
     change = f", shrinking the capacity from {size} to {size - weight}" * lower
@@ -211,10 +202,8 @@ def arrive(changes: Changes, group: Group) -> None:
 
 
 def leave(changes: Changes, group: Group, member: Member) -> int:
-    """Move an instance out of standby, and return the activity's id.
-
-    Desired capacity grows by the instance. It is Pending until the next tick finds it running.
-    """
+    """Move an instance out of standby, and return the activity's id. Desired capacity grows by the instance. It is
+    Pending until the next tick finds it running."""
     assert group.asg is not None
     size, weight = weigh(group.staying()), member.bond.weight
     change = f", increasing the capacity from {size} to {size + weight}"

@@ -1,8 +1,8 @@
 """Instance refresh: replacement of a group's instances in steps, while enough capacity is ready.
 
-A new instance is ready once it has been in service for the warm-up. If the maximum healthy
-percentage is above 100, replacements are launched first. Otherwise, instances are terminated first,
-as many as the minimum healthy percentage allows, or one at a time if it allows none.
+A new instance is ready once it has been in service for the warm-up. If the maximum healthy percentage is above 100,
+replacements are launched first. Otherwise, instances are terminated first, as many as the minimum healthy percentage
+allows, or one at a time if it allows none.
 """
 
 from __future__ import annotations
@@ -200,10 +200,8 @@ def _replace(changes: Changes, group: Group, asg: Asg, rolling: Rolling, now_s: 
 
 
 def _able(group: Group, rolling: Rolling) -> list[Member]:
-    """Return old instances that may be replaced now, oldest first.
-
-    Instances on standby are included only if the preferences terminate them.
-    """
+    """Return old instances that may be replaced now, oldest first. Instances on standby are included only if the
+    preferences terminate them."""
     preferences = rolling.refresh.preferences
     found = []
     for name, member in group.members.items():

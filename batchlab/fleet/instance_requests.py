@@ -41,10 +41,8 @@ class InstanceRequests(Requests):
     def terminate_instance_in_auto_scaling_group(
         self, instance_id: str, *, should_decrement_desired_capacity: bool
     ) -> ActivityDetails:
-        """Terminate an instance, protected or not, and return the activity.
-
-        If the instance is already ending, return its termination activity.
-        """
+        """Terminate an instance, protected or not, and return the activity. If the instance is already ending, return
+        its termination activity."""
         group, asg, member = self._instance(instance_id)
         if member.state in WARM:
             raise ValidationError(f"The instance {instance_id} is in a warm pool.")
@@ -74,11 +72,8 @@ class InstanceRequests(Requests):
     def set_instance_health(
         self, instance_id: str, health_status: str, *, should_respect_grace_period: bool = True
     ) -> None:
-        """Set the health of an instance. The next tick replaces an unhealthy one.
-
-        With `should_respect_grace_period`, Unhealthy is ignored during the group's grace period,
-        which starts when the instance comes into service.
-        """
+        """Set the health of an instance. The next tick replaces an unhealthy one. With `should_respect_grace_period`,
+        Unhealthy is ignored during the group's grace period, which starts when the instance comes into service."""
         _, asg, member = self._instance(instance_id)
         if health_status not in (HEALTHY, UNHEALTHY):
             raise ValidationError(f"Valid instance health states are: [{HEALTHY}, {UNHEALTHY}]")
@@ -96,8 +91,7 @@ class InstanceRequests(Requests):
         return self._changes.steady.now_s() - since_s < grace_s
 
     def set_instance_protection(self, name: str, instance_ids: Sequence[str], *, protected_from_scale_in: bool) -> None:
-        """Set the scale-in protection of all these instances, which must be in service or on
-        standby."""
+        """Set the scale-in protection of all these instances, which must be in service or on standby."""
         group, _ = self._changeable(name)
         members = self._instances(group, instance_ids)
         for member in members:
@@ -164,10 +158,8 @@ class InstanceRequests(Requests):
     # Spot notices and instance metadata
 
     def interrupt(self, instance_id: str, *, notice_s: float = 120.0) -> None:
-        """Interrupt a Spot instance: it is killed when the notice is over.
-
-        Its group then replaces it, or replaces it at once with capacity rebalancing.
-        """
+        """Interrupt a Spot instance: it is killed when the notice is over. Its group then replaces it, or replaces it
+        at once with capacity rebalancing."""
         group, asg, member = self._spot(instance_id)
         now_s = self._changes.steady.now_s()
         member.bond.interrupted_by_s = now_s + notice_s

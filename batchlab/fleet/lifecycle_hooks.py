@@ -1,7 +1,7 @@
 """Lifecycle hooks: an instance waits until its actions are completed or time out.
 
-All hooks of one transition wait at the same time. On launch, ABANDON terminates the instance. On
-termination, ABANDON ends the wait for the other hooks.
+All hooks of one transition wait at the same time. On launch, ABANDON terminates the instance. On termination, ABANDON
+ends the wait for the other hooks.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from batchlab.fleet.changes import Changes
 
 SETTLING_S = 10.0
-"""Seconds in service below which an instance that ends counts as a failed start in a crash loop.
-AWS has no such limit and always replaces the instance."""
+"""Seconds in service below which an instance that ends counts as a failed start in a crash loop. AWS has no such limit
+and always replaces the instance."""
 
 EC2 = "EC2"
 _PROCEED = {
@@ -29,10 +29,8 @@ _PROCEED = {
 
 
 def settled(member: Member, now_s: float) -> bool:
-    """Return whether an instance started successfully.
-
-    It has been in service for SETTLING_S, or its launch hook was completed.
-    """
+    """Return whether an instance started successfully. It has been in service for SETTLING_S, or its launch hook was
+    completed."""
     since_s = member.bond.in_service_s
     return since_s is not None and (member.bond.vouched or now_s - since_s >= SETTLING_S)
 

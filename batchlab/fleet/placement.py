@@ -2,8 +2,8 @@
 
 Market and instance type of the next instance in a mixed instances group.
 
-Spot capacity is not known in advance. A capacity pool (type, zone, market) that refused a launch or
-interrupted an instance is avoided for a while.
+Spot capacity is not known in advance. A capacity pool (type, zone, market) that refused a launch or interrupted an
+instance is avoided for a while.
 """
 
 from __future__ import annotations
@@ -52,10 +52,7 @@ def barren_zones(asg: Asg, now_s: float) -> set[str]:
 
 
 def wanted_on_demand(shares: InstancesDistribution, capacity: int) -> int:
-    """Return the on-demand units of `capacity`: the base, and a percentage of the rest.
-
-    The result is rounded up.
-    """
+    """Return the on-demand units of `capacity`: the base, and a percentage of the rest. The result is rounded up."""
     base = min(shares.on_demand_base_capacity, capacity)
     above = (capacity - base) * shares.on_demand_percentage_above_base_capacity
     return base + math.ceil(above / 100)
@@ -168,10 +165,7 @@ def zones_of(config: GroupConfig, sources: Sources) -> tuple[str, ...]:
 
 
 def choose(group: Group, asg: Asg, sources: Sources, now_s: float, *, warm: bool) -> Placement:
-    """Choose the next instance of this group.
-
-    A capacity pool that failed recently is used only if all have failed.
-    """
+    """Choose the next instance of this group. A capacity pool that failed recently is used only if all have failed."""
     config = configuration(asg)
     template = template_of(config, sources.templates)
     mixed = config.mixed_instances_policy

@@ -73,11 +73,8 @@ class PolicyRequests(Requests):
         metric_value: float | None = None,
         breach_threshold: float | None = None,
     ) -> None:
-        """Execute a simple or a step policy.
-
-        Raise ScalingActivityInProgress if a cooldown applies to a simple policy. A step policy
-        needs the metric's value and the breach threshold.
-        """
+        """Execute a simple or a step policy. Raise ScalingActivityInProgress if a cooldown applies to a simple policy.
+        A step policy needs the metric's value and the breach threshold."""
         group, asg, policy = self._policy(policy_name, name)
         self._changeable(group.pool.name)
         if policy.policy_type == TRACKING:
@@ -96,11 +93,8 @@ class PolicyRequests(Requests):
         self._save()
 
     def _step(self, group: Group, asg: Asg, policy: ScalingPolicy, breach: float) -> None:
-        """Apply the step for a breach.
-
-        Scale out relative to warm capacity, so two consecutive breaches of the same size add
-        instances once. Scale in only if no instance is warming up.
-        """
+        """Apply the step for a breach. Scale out relative to warm capacity, so two consecutive breaches of the same
+        size add instances once. Scale in only if no instance is warming up."""
         step = scaling_policies.step_for(policy, breach)
         if step is None:
             return
@@ -156,8 +150,7 @@ _FIELD = re.compile(rf"{_TERM}(,{_TERM})*", re.ASCII | re.IGNORECASE)
 
 
 class ScheduleRequests(Requests):
-    """Requests for scheduled actions, as in AWS's API reference. Times are in seconds since the
-    epoch."""
+    """Requests for scheduled actions, as in AWS's API reference. Times are in seconds since the epoch."""
 
     def put_scheduled_update_group_action(self, action: ScheduledAction) -> None:
         """Create or replace an action. As on AWS, two actions of a group need different times."""
@@ -217,11 +210,8 @@ class ScheduleRequests(Requests):
         start_time: float | None = None,
         end_time: float | None = None,
     ) -> Sequence[ScheduledAction]:
-        """Return actions that will run again, sorted by their next run.
-
-        As on AWS, `start_time` of a result is its next run. The two times limit the next run, and
-        are ignored if names are given.
-        """
+        """Return actions that will run again, sorted by their next run. As on AWS, `start_time` of a result is its next
+        run. The two times limit the next run, and are ignored if names are given."""
         groups = [self._named(name)[0]] if name else list(self._groups.values())
         found = []
         for asg in (group.asg for group in groups if group.asg is not None):

@@ -37,12 +37,9 @@ SHORTEST_LIFETIME_S = 86_400
 
 
 class Requests(Engine):
-    """Common part of all requests.
-
-    A group that names only subnets uses `zones`. Target-tracking policies need `metrics`, and the
-    period of their alarms is `alarm_period_s`. A terminated instance has `drain_s` to stop.
-    `shortest_lifetime_s` is the minimum of MaxInstanceLifetime, which a test may lower.
-    """
+    """Common part of all requests. A group that names only subnets uses `zones`. Target-tracking policies need
+    `metrics`, and the period of their alarms is `alarm_period_s`. A terminated instance has `drain_s` to stop.
+    `shortest_lifetime_s` is the minimum of MaxInstanceLifetime, which a test may lower."""
 
     def __init__(
         self,
@@ -76,10 +73,8 @@ class Requests(Engine):
         self._shortest_lifetime_s = shortest_lifetime_s
 
     def take_notifications(self) -> Sequence[LifecycleNotification]:
-        """Return notifications of hooks since the last call, at most the newest 1,000.
-
-        They are not saved. After a restart, waiting instances are found by their state.
-        """
+        """Return notifications of hooks since the last call, at most the newest 1,000. They are not saved. After a
+        restart, waiting instances are found by their state."""
         notices = list(self._changes.notices)
         self._changes.notices.clear()
         return notices

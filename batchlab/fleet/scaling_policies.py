@@ -1,14 +1,14 @@
 """Scaling policies: simple and step scaling with AWS's rounding, and target tracking.
 
-Target tracking changes capacity in proportion to a metric, fast when it scales out and slowly when
-it scales in. A policy has two alarms, as on AWS. The high alarm is for a metric above the target
-for 3 periods, and the low alarm for one below nine tenths of it for 15 periods. Any policy may
-scale out, but the group scales in only if all policies agree. Without data, nothing changes.
+Target tracking changes capacity in proportion to a metric, fast when it scales out and slowly when it scales in. A
+policy has two alarms, as on AWS. The high alarm is for a metric above the target for 3 periods, and the low alarm for
+one below nine tenths of it for 15 periods. Any policy may scale out, but the group scales in only if all policies
+agree. Without data, nothing changes.
 
 Scheduled actions, and changes of a group's min, max, and desired capacity.
 
-Scheduled actions use the wall clock. If the manager was not running, a missed action runs once and
-late. An action that was due while ScheduledActions was suspended does not run.
+Scheduled actions use the wall clock. If the manager was not running, a missed action runs once and late. An action that
+was due while ScheduledActions was suspended does not run.
 
 Invariant: a fleet over a launcher and an EC2 fleet refuse the same limits with the same messages.
 """
@@ -67,20 +67,16 @@ def adjusted(group: Group, policy: ScalingPolicy, adjustment: int, base: int) ->
 
 
 def _percent(base: int, percent: int, least: int) -> int:
-    """Return a percentage of `base`, rounded towards zero.
-
-    The magnitude is at least 1 unless the exact result is 0, and at least `least`.
-    """
+    """Return a percentage of `base`, rounded towards zero. The magnitude is at least 1 unless the exact result is 0,
+    and at least `least`."""
     exact = abs(base * percent) / 100
     size = max(int(exact), 1 if exact else 0, least)
     return size if percent > 0 else -size
 
 
 def step_for(policy: ScalingPolicy, breach: float) -> StepAdjustment | None:
-    """Return the step whose interval contains the breach.
-
-    The interval includes its lower bound above the threshold, and its upper bound below it.
-    """
+    """Return the step whose interval contains the breach. The interval includes its lower bound above the threshold,
+    and its upper bound below it."""
     for step in policy.step_adjustments:
         low, high = step.metric_interval_lower_bound, step.metric_interval_upper_bound
         if breach >= 0:
@@ -132,10 +128,8 @@ def _target(policy: ScalingPolicy) -> float:
 
 
 def _wanted(group: Group, asg: Asg, policy: ScalingPolicy, value: float, now_s: float) -> int:
-    """Return the capacity that the metric's value requires, rounded up.
-
-    The value is relative to warm capacity, so instances that are warming up do not count.
-    """
+    """Return the capacity that the metric's value requires, rounded up. The value is relative to warm capacity, so
+    instances that are warming up do not count."""
     ready = max(1, warm_capacity(group, warmup_s(asg.config, policy), now_s))
     return clamp(group.pool, math.ceil(ready * value / _target(policy)))
 
@@ -229,11 +223,8 @@ def check_decrement(pool: Pool, desired: int, leaving: int) -> None:
 def set_limits(
     changes: Changes, group: Group, min_size: int | None, max_size: int | None, desired: int | None, *, cause: str
 ) -> None:
-    """Set the sizes that are not None, and move desired capacity into the limits.
-
-    If min is above max, change nothing and record a failed activity, because no caller can receive
-    an error.
-    """
+    """Set the sizes that are not None, and move desired capacity into the limits. If min is above max, change nothing
+    and record a failed activity, because no caller can receive an error."""
     asg = group.asg
     assert asg is not None
     low = asg.config.min_size if min_size is None else min_size
@@ -267,10 +258,8 @@ def _recurs_s(action: ScheduledAction, after_s: float) -> float | None:
 
 
 def _next_s(expression: str, zone: ZoneInfo, after_s: float) -> float | None:
-    """Return the next time of a cron expression, with AWS's rules for daylight saving.
-
-    A time that does not exist runs an hour later, and a time that occurs twice runs the first time.
-    """
+    """Return the next time of a cron expression, with AWS's rules for daylight saving. A time that does not exist runs
+    an hour later, and a time that occurs twice runs the first time."""
     # Clock changes are shorter than 3 hours, so no earlier time can still be due.
     before = datetime.fromtimestamp(after_s, zone).replace(tzinfo=None) - timedelta(hours=3)
     try:

@@ -1,11 +1,10 @@
 """Decisions of a group as pure functions: which instances to terminate, and how many to launch.
 
-Scale-in first chooses the market with too many instances, then the zone with the most. Then each
-termination policy of the group narrows the choice. If several instances remain, AWS takes one at
-random. This engine takes the one that was launched first.
+Scale-in first chooses the market with too many instances, then the zone with the most. Then each termination policy of
+the group narrows the choice. If several instances remain, AWS takes one at random. This engine takes the one that was
+launched first.
 
-Invariant (I5): the decisions never take a group above its desired capacity, and never terminate a
-protected instance.
+Invariant (I5): the decisions never take a group above its desired capacity, and never terminate a protected instance.
 """
 
 from __future__ import annotations
@@ -28,22 +27,17 @@ Policy = Callable[[Asg, Sequence[Member], float], Sequence[Member]]
 
 
 def pending_then_newest(members: Sequence[Member]) -> Sequence[Member]:
-    """Return the unprotected members, Pending before InService, newest before oldest.
-
-    EC2's default policy takes the oldest launch template and then the oldest instance. In a plain
-    pool, all instances have one template, and the newest one has the least warm state (code, child
-    processes) to lose.
-    """
+    """Return the unprotected members, Pending before InService, newest before oldest. EC2's default policy takes the
+    oldest launch template and then the oldest instance. In a plain pool, all instances have one template, and the
+    newest one has the least warm state (code, child processes) to lose."""
     unprotected = [member for member in reversed(members) if not member.instance.protected]
     # The sort is stable, so it keeps the order by age within each state.
     return sorted(unprotected, key=lambda member: member.state is not LifecycleState.PENDING)
 
 
 def choose(group: Group, asg: Asg, now_s: float) -> list[Member]:
-    """Return the instances that scale-in takes from an Auto Scaling group, in order.
-
-    An instance is not taken if its weight would lower capacity below the desired capacity.
-    """
+    """Return the instances that scale-in takes from an Auto Scaling group, in order. An instance is not taken if its
+    weight would lower capacity below the desired capacity."""
     staying = group.staying()
     taken: list[Member] = []
     while True:
@@ -144,10 +138,8 @@ def _oldest_configuration(asg: Asg, members: Sequence[Member], now_s: float) -> 
 
 
 def _closest_to_hour(asg: Asg, members: Sequence[Member], now_s: float) -> Sequence[Member]:
-    """Return the members whose next hour of use starts first.
-
-    Times are whole seconds, so instances that were launched together are equal.
-    """
+    """Return the members whose next hour of use starts first. Times are whole seconds, so instances that were launched
+    together are equal."""
     del asg
 
     def left_s(member: Member) -> int:
@@ -214,10 +206,8 @@ def victims(group: Group, now_s: float) -> Sequence[Member]:
 
 
 def shortfall(group: Group, now_s: float, steady_s: float) -> int:
-    """Return how many units of capacity to launch now. `now_s` is monotonic.
-
-    In a crash loop, this is one instance at a time after each wait, until an instance is ready.
-    """
+    """Return how many units of capacity to launch now. `now_s` is monotonic. In a crash loop, this is one instance at a
+    time after each wait, until an instance is ready."""
     staying = group.staying()
     missing = max(0, group.desired - weigh(staying))
     if group.failures < CRASH_LOOP or not missing:

@@ -1,7 +1,7 @@
 """Warm pool: instances that are launched in advance and wait, running or stopped, for scale-out.
 
-They pass through the launch hooks twice, when they enter the pool and when they leave it. A
-launcher that cannot stop instances (see `external_data.Resting`) keeps only running ones.
+They pass through the launch hooks twice, when they enter the pool and when they leave it. A launcher that cannot stop
+instances (see `external_data.Resting`) keeps only running ones.
 """
 
 from __future__ import annotations
@@ -54,10 +54,8 @@ def room(group: Group, now_s: float) -> int:
 
 
 def trim(changes: Changes, group: Group, asg: Asg) -> None:
-    """Terminate unhealthy and surplus instances of the pool, by the default termination policy.
-
-    Remove a deleted pool once it is empty.
-    """
+    """Terminate unhealthy and surplus instances of the pool, by the default termination policy. Remove a deleted pool
+    once it is empty."""
     if not group.suspended(Process.TERMINATE):
         here = members(group)
         for member in here:
@@ -75,10 +73,8 @@ def trim(changes: Changes, group: Group, asg: Asg) -> None:
 
 
 def arrive(changes: Changes, group: Group, member: Member) -> None:
-    """Put a running instance into the pool once its hooks are completed.
-
-    The launch hooks apply, or the termination hooks if the instance returns from service.
-    """
+    """Put a running instance into the pool once its hooks are completed. The launch hooks apply, or the termination
+    hooks if the instance returns from service."""
     if member.state is LifecycleState.WARMED_PENDING and not member.bond.resting:
         transition = TERMINATING if member.bond.moving else LAUNCHING
         if lifecycle_hooks.begin(changes, group, member, transition):

@@ -1,2 +1,1 @@
-"""The job manager: accepts jobs, plans and cuts stages, collects results, repairs losses, and
-scales."""
+"""The job manager: accepts jobs, plans and cuts stages, collects results, repairs losses, and scales."""

@@ -1,9 +1,8 @@
 """Checks whether a grid can run a job, and storage of the job's webhook addresses.
 
-Invariants: an admitted job names only pools that exist and have enough slots for its tasks. A
-webhook address often contains a secret, and workers may read `jobs/*`. So the spec object has a
-reference in place of each address, and one object below `grid/` has the addresses. A spec of
-release 0.1.0 contains the addresses and stays readable.
+Invariants: an admitted job names only pools that exist and have enough slots for its tasks. A webhook address often
+contains a secret, and workers may read `jobs/*`. So the spec object contains a reference instead of each address, and
+one object below `grid/` contains the addresses. A spec of release 0.1.0 contains the addresses and stays readable.
 """
 
 from __future__ import annotations
@@ -38,8 +37,8 @@ def is_name(text: str) -> bool:
 
 
 def admit(job: JobDef, pools: Mapping[str, int], directory: Directory | None = None) -> None:
-    """Raise UsageError if a grid with these pools (name: slots) can never run the job, or if
-    `directory` does not allow one of its notification targets."""
+    """Raise UsageError if a grid with these pools (name: slots) can never run the job, or if `directory` refuses a
+    notification target of the job."""
     if not job.stages:
         raise UsageError(f"Job {job.name} has no stages.", remedy="Give it at least one.")
     for text in (job.id, *(stage.name for stage in job.stages)):
@@ -84,14 +83,12 @@ def _admit_texts(job: JobDef) -> None:
 
 
 def _admit_numbers(job: JobDef) -> None:
-    """Raise UsageError for a number that no clock, column, or page can represent."""
     for what, number, least, most in _numbers(job):
         if number is not None and not least <= number <= most:  # also rejects NaN
             raise UsageError(f"{what} is {number!r:.40}.", remedy=f"Write {least:g} to {most:g}, or leave it out.")
 
 
 def _numbers(job: JobDef) -> Iterator[tuple[str, float | None, float, float]]:
-    """Yield each number with its name and its bounds."""
     yield "The time of submission", job.submitted_s, 0, LATEST_S
     yield "The time of the start", job.start_at_s, 0, LATEST_S
     yield "`max_failures`", job.max_failures, 0, LARGEST
@@ -109,8 +106,8 @@ def _numbers(job: JobDef) -> Iterator[tuple[str, float | None, float, float]]:
 
 
 def _admit_key(key: str) -> None:
-    """Raise UsageError for an impossible key, and for keys of the manager, which a task must not
-    read through its input."""
+    """Raise UsageError for an impossible key, and for keys of the manager, because a task must not read them through
+    its input."""
     try:
         check_key(key.removesuffix("/"))
     except ValueError as error:
@@ -183,8 +180,8 @@ def hide_addresses(job: JobDef) -> JobDef:
 
 
 async def store_addresses(ports: Ports, job: JobDef) -> None:
-    """Store the addresses that `hide_addresses` removed. The key names the content, so a second
-    manager writes the same object."""
+    """Store the addresses that `hide_addresses` removed. The key names the content, so a second manager writes the same
+    object."""
     if hide_addresses(job).notify != job.notify:
         content = _address_document(job)
         key = object_keys.addresses(job.id, hashlib.sha256(content).hexdigest())
@@ -192,8 +189,7 @@ async def store_addresses(ports: Ports, job: JobDef) -> None:
 
 
 async def restore_addresses(ports: Ports, job: JobDef) -> JobDef:
-    """Return the job with its webhook addresses. A reference without an object stays, and nothing
-    is sent to it."""
+    """Return the job with its webhook addresses. A reference without an object stays, and nothing is sent to it."""
     found = []
     for notify_def in job.notify:
         if notify_def.kind == _KIND and (reference := _REFERENCE.fullmatch(notify_def.to)):

@@ -1,15 +1,15 @@
 """Adoption of new, taken-over, and reopened jobs, and the start of delayed jobs.
 
-Invariants: one task conducts each job that has not ended. An outage or a bug that affects one job
-does not end that task or another job. No job starts before its time by the current wall clock. If
-the clock was set back by more than `SET_BACK_S`, a job starts that much after its original wait.
+Invariants: one asyncio task conducts each job that has not ended. An outage or a bug that affects one job does not stop
+another job. No job starts before its time by the current wall clock. If the clock was set back by more than
+`SET_BACK_S`, a job starts at most `SET_BACK_S` after its original wait.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 from batchlab.core import logs
@@ -21,16 +21,18 @@ from batchlab.core.ports import AddCut, BundleRecord, ChangeResult, Cut, JobReco
 from batchlab.core.protocol import json_format, object_keys, settlement
 from batchlab.core.tracing import trace_of
 from batchlab.manager import admission
+from batchlab.manager.context import Context, Part
 from batchlab.manager.job_coordinator import JobCoordinator
 from batchlab.manager.ledger_rebuild import restore
-from batchlab.manager.quarantine import Quarantine, UnreadableObject
-from batchlab.manager.recorder import Recorder
+from batchlab.manager.quarantine import UnreadableObject
 from batchlab.manager.retry_rounds import cuts_of_round
 from batchlab.manager.spending import Spending
-from batchlab.manager.state import LiveJob, ManagerSettings, Ports, Superseded, list_jobs, set_job_state
+from batchlab.manager.state import LiveJob, Ports, Superseded, list_jobs, set_job_state
+
+log = logging.getLogger(__name__)
 
 SET_BACK_S = 60.0
-"""Tolerance for wall clock changes. A larger set-back does not delay scheduled jobs further."""
+"""Maximum delay of a scheduled job after the wall clock was set back."""
 
 
 class DelayedJobs:
@@ -39,24 +41,22 @@ class DelayedJobs:
     def __init__(self, ports: Ports) -> None:
         self._ports = ports
         self._due_s: dict[JobId, float] = {}
-        """Monotonic start time of each job, computed when the job was first seen SCHEDULED."""
+        """Monotonic start time of each job, computed when the manager first saw the job SCHEDULED."""
 
-    def see(self, job: JobDef) -> None:
-        """Record the start time of a job when it is first seen."""
+    def add(self, job: JobDef) -> None:
         self._due_s.setdefault(job.id, self._starts_s(job))
 
     def forget(self, job: JobId) -> None:
         self._due_s.pop(job, None)
 
-    async def look(self, lives: Mapping[JobId, LiveJob]) -> None:
-        """Start the jobs that are due."""
+    async def start_due(self, lives: Mapping[JobId, LiveJob]) -> None:
         now_s = self._ports.clock.monotonic_s()
         for live in list(lives.values()):
             if live.record.state is JobState.SCHEDULED:
                 late_s = now_s - self._due_s.get(live.id, now_s)
                 if late_s > SET_BACK_S or self._starts_s(live.job) <= now_s:
                     await set_job_state(self._ports, live, JobState.SUBMITTED)
-                    live.poke.set()
+                    live.wake.set()
 
     def _starts_s(self, job: JobDef) -> float:
         """Return the job's start time on the monotonic clock, from the current wall clock."""
@@ -64,46 +64,25 @@ class DelayedJobs:
         return clock.monotonic_s() + (job.start_at_s or 0.0) - clock.now_s()
 
 
-log = logging.getLogger(__name__)
+class Adoption(Part):
+    """Adopts jobs into `lives` and runs an asyncio task for each of them."""
 
-
-class Adoption:
-    """Adopts jobs into `lives` and runs a task for each of them."""
-
-    def __init__(
-        self,
-        ports: Ports,
-        settings: ManagerSettings,
-        lives: dict[JobId, LiveJob],
-        coordinator: JobCoordinator,
-        delayed_jobs: DelayedJobs,
-        spending: Spending | None,
-        recorder: Recorder | None,
-        admit: Callable[[JobDef], None],
-        quarantine: Quarantine,
-    ) -> None:
-        """`admit` raises UsageError for a job that this grid cannot run."""
-        self._admit = admit
-        self._quarantine = quarantine
-        self._ports = ports
-        self._settings = settings
-        self._lives = lives
+    def __init__(self, context: Context, coordinator: JobCoordinator, spending: Spending | None) -> None:
+        super().__init__(context)
         self._coordinator = coordinator
-        self._delayed_jobs = delayed_jobs
         self._spending = spending
-        self._recorder = recorder
+        self.delayed_jobs = DelayedJobs(context.ports)
         self.group: asyncio.TaskGroup | None = None
         """Task group of the conducted jobs. None while this manager does not lead."""
-        self.asked_s = 0.0
+        self.searched_s = 0.0
         """Monotonic time of the last search of the ledger for jobs that are not conducted."""
 
     async def adopt_active(self) -> None:
-        """Conduct every job that has not ended."""
-        self.asked_s = self._ports.clock.monotonic_s()
+        self.searched_s = self._clock.monotonic_s()
         async for record in list_jobs(self._ports, active=True):
             if record.job.id in self._lives:
                 continue
-            rows = await self._ports.ledger.rows(record.job.id)
+            rows = await self._ledger.rows(record.job.id)
             try:
                 await self.adopt(ChangeResult(rows, is_new=False))
             except (Malformed, TooNew, NotFound) as error:
@@ -112,9 +91,8 @@ class Adoption:
                 self._quarantine.object(key, error, record.job.id, "object")
 
     async def adopt(self, found: ChangeResult, *, beside: bool = False) -> LiveJob:
-        """Conduct a new, taken-over, or reopened job. With `beside`, folds may run at the same
-        time."""
-        ledger, rows = self._ports.ledger, found.rows
+        """Conduct a new, taken-over, or reopened job. With `beside`, other tasks may fold completions meanwhile."""
+        ledger, rows = self._ledger, found.rows
         job = rows.job.job
         # A retry is two steps in the ledger. The previous leader may have died between them.
         cuts, unreadable = await self._cuts(rows.job)
@@ -124,48 +102,45 @@ class Adoption:
         if not found.is_new:
             planned = await ledger.bundles(job.id, done=False)
             if beside:
-                # The rows are read after the bundles. A bundle folded in between stays outstanding
-                # until the reconciler finds its outcome. In the other order, the counters would
-                # miss the bundle, and nothing would look for it.
+                # The rows are read after the bundles. A bundle that is folded in between stays outstanding until the
+                # reconciler finds its outcome. In the other order, the counters would miss the bundle.
                 rows = await ledger.rows(job.id)
         if rows.job.state is JobState.SCHEDULED:
-            self._delayed_jobs.see(job)
-        # The version comes from the clock. Otherwise a client of the previous manager would ignore
-        # the updates of this one.
+            self.delayed_jobs.add(job)
+        # The version comes from the clock, so that clients of the previous manager accept the updates of this manager.
         live = LiveJob(
             rows.job,
             {s.counts.stage: s for s in rows.stages},
-            version=int(self._ports.clock.now_s() * 1000),
+            version=int(self._clock.now_s() * 1000),
             doubtful=not found.is_new,
             unreadable=unreadable,
             retried_s=min((cut.at_s for cut in cuts if cut.at_s is not None), default=None),
-            known_after=0 if found.is_new else None,
+            complete_after=0 if found.is_new else None,
         )
         if not found.is_new:
-            # Bundles that a crashed leader planned but did not send are recovered well before
-            # `silence_s`.
-            heard_s = self._ports.clock.monotonic_s() - 0.75 * self._settings.silence_s
+            # Bundles that a crashed leader planned but did not send are recovered well before `silence_s`.
+            heard_s = self._clock.monotonic_s() - 0.75 * self._settings.silence_s
             # The silence of a retry begins at the end of its backoff.
-            now_s = self._ports.clock.now_s()
-            live.expect((r.bundle, heard_s + settlement.wait_s(job, r.bundle, now_s)) for r in planned)
+            now_s = self._clock.now_s()
+            live.add_outstanding((r.bundle, heard_s + settlement.wait_s(job, r.bundle, now_s)) for r in planned)
         if self._spending:
-            await self._spending.open(live, is_new=found.is_new)
+            await self._spending.open_account(live, is_new=found.is_new)
         if self._recorder:
             self._recorder.adopt(live)
         live_job = self._lives.get(job.id)
-        # Two submissions may have used one token. A retry may also have come before the task of the
-        # previous round has removed its job; then the new round replaces it.
+        # Two submissions may have used one token. A retry may also have come before the task of the previous round has
+        # removed its job; then the new round replaces it.
         if live_job and not live_job.ended.is_set() and live_job.round >= live.round:
             return live_job
         self._lives[job.id] = live
         if self._spending:
-            self._spending.refill()
+            self._spending.update_budgets()
         if self.group is not None:
             live.conducting = self.group.create_task(self._conduct(live), name=f"job {job.id}")
         return live
 
     async def _cuts(self, record: JobRecord) -> tuple[Sequence[Cut], UnreadableObject | None]:
-        """Return the cuts of the retry that began the round, or the error of its object."""
+        """Return the cuts of the retry that began the round, or the error of the retry object."""
         try:
             return await cuts_of_round(self._ports, record), None
         except UnreadableObject as error:
@@ -174,21 +149,21 @@ class Adoption:
             key = object_keys.retry(record.job.id, record.round)
             return (), UnreadableObject(key, error.message)
 
-    async def restored(self, job: JobId, *, beside: bool = False) -> JobDef | None:
-        """Restore from the bucket a job that the ledger does not have, because its submission
-        crashed or the ledger was lost. Return None if the bucket has no readable job of that name,
-        or if this grid does not admit it: a worker may name any job in an event."""
+    async def restore(self, job: JobId, *, beside: bool = False) -> JobDef | None:
+        """Restore a job from the bucket, because its submission crashed or the ledger was lost. Return None if the
+        bucket does not have a readable job of that name, or if this grid does not admit the job. A worker may name any
+        job in an event."""
         if not admission.is_name(job):
             log.error("an event names a job that cannot exist")
             return None
         try:
-            get = partial(self._ports.objects.get, object_keys.spec(job))
-            self._admit(json_format.job_from_json(json_format.loads(await self._ports.patience(get))))
+            get = partial(self._objects.get, object_keys.spec(job))
+            self._context.admit(json_format.job_from_json(json_format.loads(await self._patience(get))))
             await restore(self._ports, job)
         except NotFound:
             return None
         except UnreadableObject as error:
-            # It must not block the completions of other jobs.
+            # The error must not block the completions of other jobs.
             self._quarantine.object(error.key, error, job, "object")
             return None
         except (Malformed, TooNew) as error:
@@ -202,22 +177,21 @@ class Adoption:
         except Exception:
             log.exception("job %s cannot be restored", job, extra={"job": job})
             return None
-        log.warning("the ledger did not know job %s", job, extra={"job": job})
-        rows = await self._ports.ledger.rows(job)
+        log.warning("job %s was not in the ledger and is restored", job, extra={"job": job})
+        rows = await self._ledger.rows(job)
         if not rows.job.state.ended:
             await self.adopt(ChangeResult(rows, is_new=False), beside=beside)
         return rows.job.job
 
-    async def begin_anew(self, live: LiveJob) -> None:
-        """Restore a job from the bucket and conduct it again, because the ledger has counted an
-        outcome that is not committed."""
+    async def readopt(self, live: LiveJob) -> None:
+        """Restore a job from the bucket and conduct it again, because the ledger has counted an outcome that is not
+        committed."""
         await restore(self._ports, live.id)
         live.ended.set()
-        rows = await self._ports.ledger.rows(live.id)
-        await self.adopt(ChangeResult(rows, is_new=False), beside=True)
+        await self.adopt(ChangeResult(await self._ledger.rows(live.id), is_new=False), beside=True)
 
     async def _give_up(self, live: LiveJob, error: Malformed) -> None:
-        """End a job that can never continue. Try again later if the backend does not answer."""
+        """End a job that can never continue, unless the backend is unavailable."""
         try:
             await self._coordinator.give_up(live, error)
         except Superseded:
@@ -256,10 +230,9 @@ class Adoption:
         if self._lives.get(live.id) is live:
             del self._lives[live.id]
             live.release_outcomes()
-            self._delayed_jobs.forget(live.id)
+            self.delayed_jobs.forget(live.id)
 
     async def drop_all(self) -> None:
-        """Stop conducting all jobs."""
         conducting = [live.conducting for live in self._lives.values() if live.conducting]
         self._lives.clear()
         for task in conducting:

@@ -1,6 +1,6 @@
 """Number and sizes of the bundles that are cut from a stage now.
 
-Invariant: the result depends only on data in memory, and takes effect only when it is committed.
+Invariant: the result depends only on data in memory. It has no effect until the coordinator commits it.
 """
 
 from __future__ import annotations
@@ -10,28 +10,16 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from batchlab.core.job_definition import JobDef, StageDef
 from batchlab.core.model import Bundle, Control, JobId, JobState, Json, StageCounts, TaskSet
-from batchlab.core.ports import Clock, Cut, JobRecord, StageRecord
+from batchlab.core.ports import Cut, JobRecord, StageRecord
 from batchlab.core.pricing.usage import Budget
 from batchlab.core.protocol import commit_keys, settlement
-from batchlab.manager.state import WINDOW, LiveJob, outstanding_in_pool
+from batchlab.manager.context import Part
+from batchlab.manager.state import LiveJob, outstanding_in_pool
 
 
-class Bundler:
-    """Cuts bundles for every job. `slots_of` maps a pool to the slots that it has or can soon
-    have."""
-
-    def __init__(
-        self, clock: Clock, lives: Mapping[JobId, LiveJob], slots_of: Mapping[str, int], window: int = WINDOW
-    ) -> None:
-        """`window` is the number of outstanding bundles per slot."""
-        self._clock = clock
-        self._lives = lives
-        self._slots_of = slots_of
-        self._window = window
-
+class Bundler(Part):
     def opening(self, job: JobDef, items: Sequence[Json]) -> commit_keys.Opening:
-        """Return the items and first bundles that are stored in one object with the job's
-        definition."""
+        """Return the items and first bundles that are stored in one object with the job's definition."""
         waits = job.start_at_s is not None and job.start_at_s > self._clock.now_s()
         # A capped job is cut only after the remaining budget is known.
         if waits or len(job.roots()) != 1 or job.max_cost_usd is not None:
@@ -43,14 +31,13 @@ class Bundler:
         return commit_keys.Opening(items, Cut(job.id, stage.name, 0, 0, bundles, left, len(items)))
 
     def wave(self, live: LiveJob, stage: StageDef, left: TaskSet, round_: int) -> tuple[tuple[Bundle, ...], TaskSet]:
-        """Return the bundles of the next cut that there is room for, and the tasks left after
-        it."""
+        """Return the bundles of the next cut, and the tasks that remain after it."""
         if not left:
             return (), left  # the check for room iterates over all other jobs
         pace_s = live.pace_s(stage.name)
         sizes = settlement.wave(
             len(left),
-            max(1, self._slots_of.get(stage.pool, 1) // stage.slots),
+            max(1, self._context.slots.get(stage.pool, 1) // stage.slots),
             pace_s,
             stage.bundle,
             self._room(live, stage),
@@ -64,19 +51,17 @@ class Bundler:
         return tuple(bundles), left
 
     def _room(self, live: LiveJob, stage: StageDef) -> int:
-        """Return how many bundles of this stage may be sent now.
-
-        Jobs of the highest priority with uncut tasks share the window evenly. Other jobs wait.
-        """
+        """Return how many bundles of this stage may be sent now. Jobs of the highest priority with uncut tasks share
+        the window evenly. Other jobs wait."""
         if live.is_held:
             return 0
         pool = stage.pool
-        slots, mine = self._slots_of.get(pool, 1), outstanding_in_pool({live.id: live}, pool)
-        window = self._window * slots + 1
+        slots, mine = self._context.slots.get(pool, 1), outstanding_in_pool({live.id: live}, pool)
+        window = self._settings.window * slots + 1
 
         def worth(room: int) -> int:
-            # A cut costs the same for any number of bundles. Cut one for every slot, unless no
-            # other bundle waits behind the running ones.
+            # A cut costs the same for any number of bundles. Cut one for every slot, unless no other bundle waits
+            # behind the running ones.
             return room if room >= slots or mine <= slots else 0
 
         # There may be many other jobs, and each of them only reduces the room.
@@ -101,19 +86,18 @@ class Bundler:
             if (
                 live_job.job.priority >= least
                 and live_job is not live
-                and live_job.is_left(pool)
+                and live_job.has_uncut_tasks(pool)
                 and _may_cut(live_job)
             ):
                 yield live_job
 
     def _unpaused(self) -> Mapping[JobId, LiveJob]:
-        """Return the jobs whose bundles workers have or will receive. Workers drop bundles of
-        paused jobs, so these must not fill the window."""
+        """Return the jobs that are not paused. Workers drop bundles of paused jobs, so these bundles must not fill the
+        window."""
         return {job: live for job, live in self._lives.items() if live.record.control is not Control.PAUSE}
 
 
 def _affordable_sizes(live: LiveJob, stage: StageDef, budget: Budget, sizes: list[int]) -> list[int]:
-    """Return the sizes of the bundles that a cost cap allows."""
     mean_s = live.stages[stage.name].counts.mean_s
     if mean_s is not None:
         return budget.afford(sizes, stage.pool, mean_s * stage.slots)
@@ -122,7 +106,6 @@ def _affordable_sizes(live: LiveJob, stage: StageDef, budget: Budget, sizes: lis
 
 
 def _may_cut(live: LiveJob) -> bool:
-    """Return whether the job may cut now. A job held back by a cap must not make other jobs
-    wait."""
+    """Return whether the job may cut bundles now. Other jobs do not wait for a job that a cap holds back."""
     runs = live.record.control is Control.RUN and live.record.state is not JobState.SCHEDULED
     return runs and not live.is_held

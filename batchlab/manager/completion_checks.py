@@ -1,9 +1,8 @@
 """Final checks of a job: every counted bundle is committed, and every planned task has ended.
 
-Invariants: a sealed job ends only when each counted bundle has its outcome in the bucket, under its
-sealed name. A worker with the job's commit key can prove events of outcomes that it never
-committed. A job ends even if its bundles have ended before its tasks (I7), because such a worker
-can commit outcomes without the follow-up bundles.
+Invariants: a sealed job ends only when the bucket has the outcome of each counted bundle under its sealed name, because
+a worker with the job's commit key can send events of outcomes that it never committed. A job ends even if its bundles
+have ended before its tasks (I7), because such a worker can commit outcomes without the follow-up bundles.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ KEPT_JOBS = 1_000
 
 
 async def uncommitted_bundles(ports: Ports, live: LiveJob) -> list[Bundle]:
-    """Return counted bundles without an outcome object. Always empty for an unsealed job."""
+    """Return counted bundles without an outcome object. The list is empty for an unsealed job."""
     key = await ports.keys.key_of(live.job)
     if not key:
         return []
@@ -57,7 +56,7 @@ class Recovery(Enum):
 
 
 class LostTasks:
-    """Jobs with tasks that are in no bundle and never will be."""
+    """Detector of jobs with tasks that are in no bundle."""
 
     def __init__(self, ports: Ports, wait_s: float) -> None:
         """The state must last for `wait_s`, because counters and bundles change one by one."""
@@ -66,8 +65,7 @@ class LostTasks:
         self._since_s: OrderedDict[tuple[JobId, int], float] = OrderedDict()
         self._restored: OrderedDict[tuple[JobId, int], None] = OrderedDict()
 
-    def step(self, live: LiveJob) -> Recovery:
-        """Return the action for the job now."""
+    def recovery(self, live: LiveJob) -> Recovery:
         name = live.id, live.round
         if not live.lacks_bundles:
             self._since_s.pop(name, None)

@@ -1,8 +1,8 @@
 """Cost caps of the grid and of jobs, and attribution of instances to jobs.
 
-Invariants: without a cap, nothing is decided here. With a cap, the sum of spent cost, committed
-cost, and one more launch never exceeds it: before a launch or a cut, the budget must cover its
-cost. Running work finishes. The shares of an instance sum to 1, or it has no shares.
+Invariants: without a cap, nothing is limited. With a cap, spent cost, committed cost, and the cost of one more launch
+never exceed the cap together. Before a launch or a cut, the budget must cover its cost. Running work finishes. The
+shares of an instance sum to 1, or are empty.
 """
 
 from __future__ import annotations
@@ -12,23 +12,25 @@ from collections.abc import Mapping, Sequence
 
 from batchlab.core.errors import Refused
 from batchlab.core.model import GroupView, JobId, LifecycleState, Pool
-from batchlab.core.ports import Clock
 from batchlab.core.pricing.price_book import shown
 from batchlab.core.pricing.usage import Account, Accounting, Budget, CapBudget, Kind, Meter, Rates, launch_usd, launches
-from batchlab.manager.state import LiveJob, ManagerSettings
+from batchlab.manager.context import Context, Part
+from batchlab.manager.state import LiveJob
 from batchlab.manager.worker_registry import WorkerRegistry
+
+log = logging.getLogger(__name__)
 
 
 class UsageAttribution:
-    """Attribution of instances to jobs, by conducted jobs and the last beats of workers."""
+    """Attribution of instances to jobs by the last heartbeats of workers."""
 
     def __init__(self, lives: Mapping[JobId, LiveJob], registry: WorkerRegistry) -> None:
         self._lives = lives
         self._registry = registry
 
-    def waiting(self, view: GroupView) -> dict[JobId, float]:
-        """Return equal shares of the jobs that an idle instance of the pool waits for. If there are
-        none, and the pool is above its minimum size, the jobs that a cap holds back."""
+    def waiting_shares(self, view: GroupView) -> dict[JobId, float]:
+        """Return equal shares of the jobs that an idle instance of the pool waits for. If no job has work and the pool
+        is above its minimum size, return the shares of the jobs that a cap holds back."""
         pool = view.pool
         job_ids = [live.id for live in self._lives.values() if live.has_work(pool.name)]
         if not job_ids and len(view.instances) > pool.min_size:
@@ -36,7 +38,7 @@ class UsageAttribution:
             job_ids = list({live_job.id: 0 for live_job, s in stages if live_job.is_held and s.pool == pool.name})
         return dict.fromkeys(job_ids, 1 / len(job_ids)) if job_ids else {}
 
-    def of(self, instance: str, waiting: Mapping[JobId, float]) -> Mapping[JobId, float]:
+    def shares_of(self, instance: str, waiting: Mapping[JobId, float]) -> Mapping[JobId, float]:
         """Return the shares of the jobs whose bundles the instance runs or holds."""
         worker_status = self._registry.workers.get(instance)
         held = worker_status.beat.held if worker_status else ()
@@ -50,47 +52,31 @@ class UsageAttribution:
         return found
 
 
-log = logging.getLogger(__name__)
-
 USED_SHARE = 0.8
 """Minimum share of a slot's time that tasks use when bundles follow one another."""
 
 
-class CostCaps:
-    """Cost caps of the grid and its jobs."""
-
-    def __init__(
-        self,
-        clock: Clock,
-        settings: ManagerSettings,
-        lives: Mapping[JobId, LiveJob],
-        pools: Mapping[str, Pool],
-        accounting: Accounting,
-        shares: UsageAttribution,
-    ) -> None:
-        self._clock = clock
-        self._settings = settings
-        self._lives = lives
-        self._pools = pools
+class CostCaps(Part):
+    def __init__(self, context: Context, accounting: Accounting) -> None:
+        super().__init__(context)
+        self._pools = context.pools
         self._rates = accounting.rates
         self._request_usd = accounting.request_usd
-        self._shares = shares
+        self.shares = UsageAttribution(context.lives, context.registry)
         self._meter = Meter()
         self.max_cost_usd = accounting.max_cost_usd
         """Cap of the whole grid since its account began."""
-        self.by_hand: dict[JobId, float | None] = {}
+        self.user_caps: dict[JobId, float | None] = {}
         """Caps set by users, which replace the caps of job definitions."""
         self.capped: dict[str, str] = {}
         """Why a cap stops launches, by pool."""
         self._grid: CapBudget | None = None
 
-    def of(self, live: LiveJob) -> float | None:
-        """Return the job's cap in USD, or None."""
-        return self.by_hand.get(live.id, live.job.max_cost_usd)
+    def cap_of(self, live: LiveJob) -> float | None:
+        return self.user_caps.get(live.id, live.job.max_cost_usd)
 
-    def set(self, job: JobId | None, usd: float | None) -> None:
-        """Set the cap of a job, or of the grid with None as `job`. Refused if the grid has no
-        prices."""
+    def set_cap(self, job: JobId | None, usd: float | None) -> None:
+        """Set the cap of a job, or of the grid if `job` is None. Raise Refused if the grid does not have prices."""
         if usd is not None and self._rates is None:
             raise Refused(
                 "This grid has no prices, so no cost can be capped.",
@@ -99,25 +85,25 @@ class CostCaps:
         if job is None:
             self.max_cost_usd = usd
         else:
-            self.by_hand[job] = usd
+            self.user_caps[job] = usd
         for live in self._lives.values():
             if live.capped and job in (None, live.id):
                 live.capped = ""
-                live.changed()
+                live.notify()
 
-    def refill(self, meter: Meter, views: Sequence[GroupView]) -> None:
+    def update_budgets(self, meter: Meter, views: Sequence[GroupView]) -> None:
         """Recompute the budgets from the usage in `meter`."""
         self._meter = meter
-        caps = (self.of(live) for live in self._lives.values())
+        caps = (self.cap_of(live) for live in self._lives.values())
         if self._rates and (self.max_cost_usd is not None or any(c is not None for c in caps)):
-            self._fill_caps(self._rates, views)
+            self._fill_budgets(self._rates, views)
             return
         self._grid = None
         for live in self._lives.values():
             live.budget = None
             self._hold(live, 0.0, 0.0)
 
-    def _fill_caps(self, rates: Rates, views: Sequence[GroupView]) -> None:
+    def _fill_budgets(self, rates: Rates, views: Sequence[GroupView]) -> None:
         slot_usd_s = {
             pool.name: self._pool_usd_h(pool) / 3600 / max(1, pool.slots) / USED_SHARE for pool in self._pools.values()
         }
@@ -125,29 +111,29 @@ class CostCaps:
         owed = {job: self._work_usd(live, slot_usd_s) for job, live in self._lives.items()}
         all_owed = sum(owed.values())
         for view in views:
-            waiting = self._shares.waiting(view)
+            waiting = self.shares.waiting_shares(view)
             tail_s = self._tail_s(view.pool.name)
             for instance in view.instances:
                 if life := self._meter.lives.get(instance.id):
-                    # The time until the instance is terminated after its work. Time that is billed
-                    # already also pays for work, unless the instance still boots.
+                    # The time until the instance is terminated after its work. Time that is billed already also pays
+                    # for work, unless the instance still boots.
                     still_s = tail_s - life.prepaid_s
                     if instance.state is not LifecycleState.IN_SERVICE:
                         still_s = max(0.0, still_s + view.pool.boot_s)
                     usd = rates(life.kind) * still_s / 3600
                     all_owed += usd
-                    for job, share in self._shares.of(instance.id, waiting).items():
+                    for job, share in self.shares.shares_of(instance.id, waiting).items():
                         owed[job] += usd * share
         self._grid = None
         if self.max_cost_usd is not None:
             spent = self._spent_usd(self._meter.total, rates)
             self._grid = CapBudget("the grid", self.max_cost_usd, spent, max(0.0, all_owed))
         for job, live in self._lives.items():
-            caps = [self._grid] if self._grid else []
-            if (cap := self.of(live)) is not None:
+            budgets = [self._grid] if self._grid else []
+            if (cap := self.cap_of(live)) is not None:
                 spent = self._spent_usd(live.account, rates)
-                caps.append(CapBudget("it", cap, spent, max(0.0, owed[job])))
-            live.budget = Budget(tuple(caps), slot_usd_s, slots) if caps else None
+                budgets.append(CapBudget("it", cap, spent, max(0.0, owed[job])))
+            live.budget = Budget(tuple(budgets), slot_usd_s, slots) if budgets else None
             self._hold(live, self._next_usd(live, slot_usd_s), self._uncut_usd(live, slot_usd_s))
 
     def spent_usd(self, account: Account) -> float | None:
@@ -158,29 +144,28 @@ class CostCaps:
         return account.usd(rates) + self._request_usd(account.requests)
 
     def _hold(self, live: LiveJob, next_usd: float, uncut_usd: float) -> None:
-        """Hold the job back if a budget does not cover its next task. It counts as capped until the
-        budgets cover all uncut tasks."""
-        caps = live.budget.caps if live.budget else ()
-        empty = next((p for p in caps if p.left_usd <= 0 or p.left_usd < next_usd), None)
+        """Hold the job back if a budget does not cover its next task. The job counts as capped until the budgets cover
+        all uncut tasks."""
+        budgets = live.budget.caps if live.budget else ()
+        empty = next((p for p in budgets if p.left_usd <= 0 or p.left_usd < next_usd), None)
         if live.is_held != bool(empty):
             live.is_held = bool(empty)
-            live.poke.set()
-        cap = empty
+            live.wake.set()
+        budget = empty
         if live.capped and not empty:
             # Each bundle that cost less than estimated frees a part of the budget.
-            cap = next((p for p in caps if p.left_usd < uncut_usd), None)
-        text = f"its cost is capped: {cap.text()}" if cap else ""
+            budget = next((p for p in budgets if p.left_usd < uncut_usd), None)
+        text = f"its cost is capped: {budget.text()}" if budget else ""
         if empty and empty.left_usd > 0:
             text += f", while its next task takes {shown(next_usd)}"
         if bool(text) != bool(live.capped):
             said = text or "a cap no longer holds it back"
             log.info("%s", said, extra={"job": live.id})
-            live.changed()
+            live.notify()
         live.capped = text
 
     def _next_usd(self, live: LiveJob, slot_usd_s: Mapping[str, float]) -> float:
-        """Return the minimum cost of the job's next task, including an instance if the pool has
-        none."""
+        """Return the minimum cost of the job's next task, including an instance if the pool has none."""
         now_s, found = self._clock.monotonic_s(), []
         for stage in live.job.stages:
             record = live.stages[stage.name]
@@ -196,7 +181,6 @@ class CostCaps:
         return min(found, default=0.0)
 
     def _work_usd(self, live: LiveJob, slot_usd_s: Mapping[str, float]) -> float:
-        """Return the cost of outstanding bundles."""
         now_s = self._clock.monotonic_s()
         return sum(
             live.cut_tasks(stage.name) * live.task_s(stage, now_s) * slot_usd_s.get(stage.pool, 0.0)
@@ -204,7 +188,7 @@ class CostCaps:
         )
 
     def _uncut_usd(self, live: LiveJob, slot_usd_s: Mapping[str, float]) -> float:
-        """Return the cost of planned tasks that are in no bundle yet."""
+        """Return the cost of planned tasks that are not cut yet."""
         now_s = self._clock.monotonic_s()
         return sum(
             len(live.stages[stage.name].left) * live.task_s(stage, now_s) * slot_usd_s.get(stage.pool, 0.0)
@@ -212,8 +196,7 @@ class CostCaps:
         )
 
     def _tail_s(self, pool: str) -> float:
-        """Return how long an instance may stay after its work, until other tasks end and the policy
-        terminates it."""
+        """Return how long an instance may run after its work, until other tasks end and the policy terminates it."""
         settings, now_s = self._settings, self._clock.monotonic_s()
         longest_s = max(
             (
@@ -227,57 +210,55 @@ class CostCaps:
         return longest_s + settings.idle_s + settings.cooldown_in_s + 2 * settings.tick_s
 
     def _launch_usd(self, pool: Pool) -> float:
-        """Return the minimum cost of one more instance of the pool."""
         return launch_usd(self._pool_usd_h(pool), pool.boot_s + self._tail_s(pool.name))
 
     def warm_usd(self, pool: Pool, hold_s: float) -> tuple[float, float]:
-        """Return the cost of having an instance `hold_s` early: a launched one, and an existing
-        one. 0 without prices."""
+        """Return the costs of launching an instance `hold_s` early, and of keeping an existing one for `hold_s`. They
+        are 0 without prices."""
         if self._rates is None:
             return 0.0, 0.0
         usd_h = self._pool_usd_h(pool)
         tail_s = pool.boot_s + hold_s + self._tail_s(pool.name)
         return launch_usd(usd_h, tail_s), usd_h * hold_s / 3600
 
-    def left_usd(self) -> float | None:
-        """Return what the grid's cap leaves, or None without a cap."""
+    def remaining_usd(self) -> float | None:
+        """Return the remaining budget of the grid, or None without a cap."""
         return self._grid.left_usd if self._grid else None
 
     def _pool_usd_h(self, pool: Pool) -> float:
-        """Return the hourly price of the most expensive instance that the pool has or would
-        launch."""
+        """Return the hourly price of the most expensive instance that the pool has or would launch."""
         assert self._rates is not None
         kinds = {Kind(pool.name, pool.instance_type)}
         kinds |= {live.kind for live in self._meter.lives.values() if live.kind.pool == pool.name}
         return max(self._rates(kind) for kind in kinds)
 
-    def launches(self, view: GroupView, desired: int, why: str) -> tuple[int, str]:
-        """Return the desired capacity that the caps allow, up to `desired`, and the reason."""
+    def limit_launches(self, view: GroupView, desired: int, why: str) -> tuple[int, str]:
+        """Return the desired capacity that the caps allow, at most `desired`, and the reason."""
         pool = view.pool
         was = self.capped.pop(pool.name, "")
         wanted = desired - max(view.desired, pool.min_size)
-        caps = self._caps(pool.name) if wanted > 0 else []
-        if not caps:
+        budgets = self._budgets(pool.name) if wanted > 0 else []
+        if not budgets:
             return desired, why
         each = self._launch_usd(pool)
-        count = launches(wanted, each, caps)
+        count = launches(wanted, each, budgets)
         if count == wanted:
             return desired, why
-        dry = min(caps, key=lambda cap: cap.left_usd)
+        dry = min(budgets, key=lambda budget: budget.left_usd)
         told = f"{why}; but a cap on cost allows {count} more, each for {shown(each)} at least: {dry.text()}"
         self.capped[pool.name] = told
         if not was:
             log.info("%s", told, extra={"pool": pool.name})
         return desired - wanted + count, told
 
-    def _caps(self, pool: str) -> list[CapBudget]:
-        """Return the budgets that pay for a launch in the pool: the grid's, and those of its jobs
-        if all jobs with work for it are capped."""
-        caps = [self._grid] if self._grid else []
+    def _budgets(self, pool: str) -> list[CapBudget]:
+        """Return the budgets that pay for a launch in the pool: the grid's, and those of its jobs if all jobs with work
+        for it are capped."""
+        budgets = [self._grid] if self._grid else []
         working = [live for live in self._lives.values() if live.has_work(pool)]
         own = [p for live in working if live.budget for p in live.budget.caps]
-        own = [cap for cap in own if cap is not self._grid]
+        own = [budget for budget in own if budget is not self._grid]
         if working and len(own) == len(working):
-            left = sum(max(0.0, cap.left_usd) for cap in own)
-            caps.append(own[0] if len(own) == 1 else CapBudget("what its jobs", left))
-        return caps
+            left = sum(max(0.0, budget.left_usd) for budget in own)
+            budgets.append(own[0] if len(own) == 1 else CapBudget("what its jobs", left))
+        return budgets

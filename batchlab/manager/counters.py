@@ -1,7 +1,6 @@
 """Counters and histograms of one manager process, for the metrics endpoint.
 
-Invariant: a count never decreases, and a bundle's path only increments counts. Labels contain no
-user text except pool names, and a grid has few pools.
+Invariant: a count never decreases. Labels do not contain user text except pool names, because a grid has few pools.
 """
 
 from __future__ import annotations
@@ -17,23 +16,22 @@ from batchlab.core.protocol import json_format
 from batchlab.core.protocol.messages import CounterReport
 
 WORKERS_KEPT = 20_000
-"""Workers whose last counts are kept. The worker that has been silent longest is forgotten first.
-"""
+"""Number of workers whose last counts are stored. The manager first forgets the worker that has been silent longest."""
 TICK_BOUNDS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 DUPLICATE = "duplicate"
 WORKER_COUNTERS = frozenset(
     {DUPLICATE, *(f"{what}.{k}" for what in ("retried", "failed") for k in json_format.FAILURE_KINDS)}
 )
-"""Names of the counts that workers report (see worker/outbox.py). Other names are ignored,
-because a worker may run another program."""
+"""Names of the counts that workers report (see worker/outbox.py). The manager ignores other names, because a worker may
+run another program."""
 BEAT = "heartbeat"
 UNREADABLE_KINDS = ("event", "unproven event", BEAT, "dead letter", "outcome", "object")
 STAGE_KINDS = ("input", "chain", "join", "gather")
 
 
 def stage_kind(stage: StageDef) -> str:
-    """Return the kind of a stage: fed by the job's input, by one stage item by item, by several
-    stages, or by all results of one stage."""
+    """Return the kind of a stage: fed by the job's input, by one stage item by item, by several stages, or by all
+    results of one stage."""
     if stage.gather is not None:
         return "gather"
     if stage.chained:
@@ -43,8 +41,7 @@ def stage_kind(stage: StageDef) -> str:
 
 @dataclass(slots=True)
 class Histogram:
-    """Observations by upper bound, in seconds. The last count is for observations above all
-    bounds."""
+    """Observations by upper bound in seconds. The last count is for observations above all bounds."""
 
     bounds_s: tuple[float, ...] = TICK_BOUNDS_S
     counts: list[int] = field(default_factory=list)
@@ -60,7 +57,7 @@ class Histogram:
 
 @dataclass(slots=True)
 class Counters:
-    """Counts since the process started, whichever manager in it led."""
+    """Counts since the process started, under all leaders."""
 
     bundles: int = 0
     """Outcomes that the ledger accepted."""
@@ -69,47 +66,42 @@ class Counters:
     tasks: Counter[tuple[str, str]] = field(default_factory=Counter)
     """Ended tasks by kind of stage and state."""
     jobs: Counter[str] = field(default_factory=Counter)
-    """Ended jobs by state."""
     submitted: int = 0
     attempts: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """Failed attempts by kind of failure and result ("retried" or "failed"), as reported by
-    workers."""
+    """Failed attempts by kind of failure and result ("retried" or "failed"), as reported by workers."""
     duplicates: int = 0
-    """Bundles that a worker ran in vain, because another worker's outcome was committed first."""
+    """Bundles that a worker ran although another worker's outcome was committed first."""
     decisions: Counter[tuple[str, str]] = field(default_factory=Counter)
     """Changes of desired capacity, by pool and direction ("out" or "in")."""
     events: int = 0
-    """Messages received from the events queue."""
     lag_s: float = 0.0
     """Age of the oldest message of the last receive, 0 if it was empty."""
     ticks: Histogram = field(default_factory=Histogram)
     skipped: int = 0
     """Ticks that a backend error cut short."""
     deliveries: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """Attempts to deliver a notification, by kind of target and result ("delivered", "failed",
-    "given_up")."""
+    """Attempts to deliver a notification, by kind of target and result ("delivered", "failed", "given_up")."""
     unreadable: Counter[str] = field(default_factory=Counter)
     """Unreadable messages and objects by kind (see UNREADABLE_KINDS)."""
-    _heard: dict[str, Mapping[str, int]] = field(default_factory=dict)
+    _reported: dict[str, Mapping[str, int]] = field(default_factory=dict)
 
-    def folded(self, stage: StageDef, done: Completion) -> None:
-        """Count an outcome that the ledger accepted."""
+    def count_fold(self, stage: StageDef, done: Completion) -> None:
         self.bundles += 1
         kind = stage_kind(stage)
         for state, tasks in (("succeeded", done.succeeded), ("failed", done.failed), ("cancelled", done.cancelled)):
             if tasks:
                 self.tasks[kind, state] += len(tasks)
 
-    def ended(self, state: JobState) -> None:
+    def count_end(self, state: JobState) -> None:
         self.jobs[state.value.lower()] += 1
 
-    def decided(self, pool: str, before: int, after: int) -> None:
+    def count_decision(self, pool: str, before: int, after: int) -> None:
         if before != after:
             self.decisions[pool, "out" if after > before else "in"] += 1
 
-    def told(self, told: CounterReport) -> None:
-        """Add what a worker has counted since its start. An older report changes nothing."""
-        before = self._heard.get(told.worker, {})
+    def record_worker_counts(self, told: CounterReport) -> None:
+        """Add the increase since the worker's last report. An older report changes nothing."""
+        before = self._reported.get(told.worker, {})
         known = dict(before)
         for name in WORKER_COUNTERS & told.counts.keys():
             more = told.counts[name] - before.get(name, 0)
@@ -122,7 +114,7 @@ class Counters:
             else:
                 self.attempts[kind, what] += more
         # Move the worker to the end, because a worker that still reports must not be forgotten.
-        self._heard.pop(told.worker, None)
-        self._heard[told.worker] = known
-        while len(self._heard) > WORKERS_KEPT:
-            del self._heard[next(iter(self._heard))]
+        self._reported.pop(told.worker, None)
+        self._reported[told.worker] = known
+        while len(self._reported) > WORKERS_KEPT:
+            del self._reported[next(iter(self._reported))]

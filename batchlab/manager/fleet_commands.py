@@ -1,7 +1,7 @@
 """User commands for the fleet: set limits and capacity, return to the policy, and drain.
 
-Invariant: a capacity set by a user stays until the user returns the pool to the policy, or the
-manager restarts. The limits apply to both.
+Invariant: a capacity set by a user stays until the user returns the pool to the policy, or the manager restarts. The
+limits apply to both.
 """
 
 from __future__ import annotations
@@ -20,13 +20,12 @@ _COUNTED = (LifecycleState.PENDING, LifecycleState.IN_SERVICE)
 
 
 async def groups(manager: Manager) -> dict[str, GroupView]:
-    """Return the current groups of the manager's pools."""
     views = await manager.ports.fleet.describe()
     return {view.pool.name: view for view in views if view.pool.name in manager.pools}
 
 
 async def group(manager: Manager, pool: str) -> GroupView:
-    """Return the group of a pool. Raises NotFound."""
+    """Return the group of a pool. Raise NotFound."""
     found = await groups(manager)
     if pool not in found:
         raise NotFound(f"There is no pool {pool!r}.", remedy=f"The pools are {', '.join(sorted(found))}.")
@@ -42,22 +41,22 @@ async def scale(
     desired: int | None = None,
     auto: bool | None = None,
 ) -> GroupView:
-    """Change a pool's limits, then hold its capacity at `desired`, or return it to the policy with
-    `auto`. `auto=False` holds the current capacity. Refused if the numbers contradict each other.
-    """
+    """Change a pool's limits, then hold its capacity at `desired`, or return the pool to the policy with `auto`. With
+    `auto=False`, hold the current capacity. Raise UsageError for contradictory arguments, and Refused for impossible
+    sizes."""
     if auto and desired is not None:
         raise UsageError("A pool is either scaled by hand or by the policy.", remedy="Leave one of the two out.")
     view = await group(manager, pool)
     await manager.autoscaler.protect_the_busy(view)
     if min_size is not None or max_size is not None:
         await _limit(manager, view, min_size, max_size)
-    manager.autoscaler.launch_breaker.try_now(pool)
+    manager.autoscaler.launch_breaker.retry_now(pool)
     if auto:
-        manager.autoscaler.held.pop(pool, None)
+        manager.autoscaler.user_capacity.pop(pool, None)
     elif desired is not None:
         await _hold(manager, await group(manager, pool), desired)
     elif auto is False:
-        manager.autoscaler.held[pool] = (await group(manager, pool)).desired
+        manager.autoscaler.user_capacity[pool] = (await group(manager, pool)).desired
     manager.wake()
     return await group(manager, pool)
 
@@ -73,12 +72,12 @@ async def _limit(manager: Manager, view: GroupView, min_size: int | None, max_si
 
 
 async def _hold(manager: Manager, view: GroupView, desired: int) -> None:
-    held, pool = manager.autoscaler.held, view.pool.name
+    held, pool = manager.autoscaler.user_capacity, view.pool.name
     before = held.get(pool)
     # First, because a tick in between would restore the policy's capacity.
     held[pool] = desired
     try:
-        await manager.autoscaler.decide(view, desired, CAUSE)
+        await manager.autoscaler.set_desired(view, desired, CAUSE)
     except BatchlabError:
         if before is None:
             del held[pool]
@@ -88,13 +87,12 @@ async def _hold(manager: Manager, view: GroupView, desired: int) -> None:
 
 
 async def drain(manager: Manager, pool: str | None = None) -> None:
-    """Hold one pool, or every pool, at no instances. Running tasks finish or are handed back within
-    the worker's drain time."""
+    """Hold one pool, or every pool, at 0 instances. Running tasks finish or return to the queue within the worker's
+    drain time."""
     names = [pool] if pool is not None else sorted(manager.pools)
     for name in names:
         await scale(manager, name, min_size=0, desired=0)
-        # A lower desired capacity ends only unprotected instances. Busy instances are protected, so
-        # they are named.
+        # A lower desired capacity ends only unprotected instances. Busy instances are protected, so they are named.
         instances = (await group(manager, name)).instances
         left = [i.id for i in instances if i.state in _COUNTED]
         if left:

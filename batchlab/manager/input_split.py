@@ -1,7 +1,7 @@
 """Splitting of raw input objects into task items, in constant memory.
 
-Invariant: items follow the order of keys and bytes. Every byte after the header is in exactly one
-part, and no record is split. So a repeated plan is the same plan.
+Invariant: items follow the order of keys and bytes. Every byte after the header is in exactly one part, and no record
+is split. So a repeated plan is the same plan.
 """
 
 from __future__ import annotations
@@ -33,10 +33,9 @@ _NEWLINE = b"\n"
 async def items(objects: Objects, raw: InputDef) -> AsyncIterator[Json]:
     """Yield the encoded input of each task.
 
-    FILE yields `{"$file": key, "name", "size"}`. LINES and BYTES yield `{"$part": key, "start",
-    "stop", "header": [0, end] or None, "name"}` with byte offsets, and never an empty part. ITEMS
-    yields the values of JSON Lines. Raises UsageError if an object does not exist or a line is not
-    JSON, and BackendError like the port.
+    FILE yields `{"$file": key, "name", "size"}`. LINES and BYTES yield `{"$part": key, "start", "stop", "header": [0,
+    end] or None, "name"}` with byte offsets, and never an empty part. ITEMS yields the values of JSON Lines. Raises
+    UsageError if an object does not exist or a line is not JSON, and BackendError like the port.
     """
     read = _READERS[raw.split]
     async for info in _objects(objects, raw.keys):
@@ -166,8 +165,8 @@ class _Text:
 def _skip_lines(data: bytes, at: int, count: int) -> tuple[int, int]:
     """Return (position after `count` newlines from `at`, 0), or (end of data, missing newlines).
 
-    Counting newlines in a range is ten times faster than finding each of them. So all but the last
-    few are counted, in ranges estimated from the length of the previous lines.
+    Counting newlines in a range is ten times faster than finding each of them. So all but the last few are counted, in
+    ranges estimated from the length of the previous lines.
     """
     end = len(data)
     span = 32 * count
@@ -195,8 +194,7 @@ async def _items(objects: Objects, info: ObjectInfo, raw: InputDef) -> AsyncIter
     group: list[Json] = []
     number = 0
     async for block in _blocks(objects, info):
-        # One line at a time: a block may have millions of lines, each with the overhead of an
-        # object.
+        # One line at a time: a block may have millions of lines, each with the overhead of an object.
         for line in BytesIO(block):
             number += 1
             text = line.removesuffix(_NEWLINE)

@@ -1,15 +1,14 @@
 """User commands for jobs: submit, cancel, pause, resume, and retry.
 
-Invariant: each command is committed in the bucket first (spec, control object, or retry object) and
-in the ledger second, so that a rebuild finds it. It is answered when both have it, and may be
-repeated.
+Invariant: the bucket stores each command first (spec, control object, or retry object) and the ledger second, so that a
+rebuild finds the command. The manager answers when both have it. A command may be repeated.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -22,56 +21,34 @@ from batchlab.core.model import Control, JobId, JobState, Json
 from batchlab.core.port_retries import STEP_BACK_S
 from batchlab.core.ports import MAX_BATCH, AddJob, ChangeResult, JobRecord, Reopen
 from batchlab.core.protocol import commit_keys, json_format, object_keys
-from batchlab.core.tracing import NO_TRACER, Subject, Tracer, ending
+from batchlab.core.tracing import Subject, ending
 from batchlab.manager import admission
+from batchlab.manager.adoption import Adoption
 from batchlab.manager.bundling import Bundler
-from batchlab.manager.collector import PendingSubmissions
-from batchlab.manager.counters import Counters
+from batchlab.manager.context import Context, Part
 from batchlab.manager.job_coordinator import JobCoordinator
 from batchlab.manager.quarantine import UnreadableObject, read_stored
 from batchlab.manager.retry_rounds import Retry, RetryPlanner, TaskSelection
-from batchlab.manager.state import LiveJob, Ports, Superseded, list_jobs, set_job_state
+from batchlab.manager.state import LiveJob, Superseded, list_jobs, set_job_state
 
 log = logging.getLogger(__name__)
 
 
-class JobCommands:
-    """User commands for jobs. `adopt` makes the manager conduct a new or reopened job. `is_staffed`
-    returns whether a pool has instances in service."""
-
-    def __init__(
-        self,
-        ports: Ports,
-        coordinator: JobCoordinator,
-        bundler: Bundler,
-        lives: dict[JobId, LiveJob],
-        adopt: Callable[[ChangeResult], Awaitable[LiveJob]],
-        pending_submissions: PendingSubmissions,
-        is_staffed: Callable[[str], bool],
-        counts: Counters | None = None,
-        tracer: Tracer = NO_TRACER,
-    ) -> None:
-        self._ports = ports
+class JobCommands(Part):
+    def __init__(self, context: Context, coordinator: JobCoordinator, bundler: Bundler, adoption: Adoption) -> None:
+        super().__init__(context)
         self._coordinator = coordinator
         self._bundler = bundler
-        self._lives = lives
-        self._adopt = adopt
-        self._pending_submissions = pending_submissions
-        self._is_staffed = is_staffed
-        self._retries = RetryPlanner(ports, coordinator.plans)
-        self._counts = counts or Counters()
-        self._tracer = tracer
-        self._begun: set[JobId] = set()
+        self._adoption = adoption
+        self._retries = RetryPlanner(context.ports, coordinator.plans)
+        self._unfinished: set[JobId] = set()
         """Jobs whose retry may be in the bucket and not in the ledger."""
 
     async def submit(self, job: JobDef, items: Sequence[Json] | None = None) -> ChangeResult:
-        """Accept a job, with its encoded items if there are few.
-
-        A repeated client token returns the job that it made, and is Refused for a different job.
-        The job continues the trace in its definition, if there is one.
-        """
+        """Accept a job, with its encoded items if there are few. A repeated client token returns the existing job, or
+        raises Refused if the jobs differ. The job continues the trace in its definition."""
         with ending(self._tracer.root("submit", Subject(job.id), parent=job.trace)) as submitting:
-            sealed = await self._ports.keys.sealed(job)
+            sealed = await self._keys.sealed(job)
             return await self._submit(replace(sealed, trace=submitting.context), items)
 
     async def _submit(self, job: JobDef, items: Sequence[Json] | None) -> ChangeResult:
@@ -79,21 +56,20 @@ class JobCommands:
         job, opening, is_ours = await self._define(job, opening)
         if not is_ours or not opening or not self._may_begin(job, opening):
             return await self._accept(job, opening, is_ours=is_ours)
-        with self._pending_submissions.of(job.id):
-            return await self._accept(job, opening, is_sent=await self._sent(job, opening))
+        with self._context.pending_submissions.of(job.id):
+            return await self._accept(job, opening, is_sent=await self._send_opening(job, opening))
 
     def _may_begin(self, job: JobDef, opening: commit_keys.Opening) -> bool:
-        """Return whether the first bundles may be sent while the ledger's row is written. The job
-        must be new to the bucket and without a token, its bundles must be few, and instances must
-        be in service."""
+        """Return whether the first bundles may be sent while the ledger's row is written. The job must be new and
+        without a token, its bundles must be few, and instances must be InService."""
         cut = opening.cut
         if cut is None or not 0 < len(cut.bundles) <= MAX_BATCH:
             return False
         if job.token or job.id in self._lives:
             return False
-        return self._is_staffed(job.stage(cut.stage).pool)
+        return self._context.slots_in_service(job.stage(cut.stage).pool) > 0
 
-    async def _sent(self, job: JobDef, opening: commit_keys.Opening) -> bool:
+    async def _send_opening(self, job: JobDef, opening: commit_keys.Opening) -> bool:
         try:
             await self._coordinator.send_opening(job, opening)
         except BackendError as error:
@@ -106,26 +82,25 @@ class JobCommands:
     async def _accept(
         self, job: JobDef, opening: commit_keys.Opening | None, *, is_ours: bool = True, is_sent: bool | None = None
     ) -> ChangeResult:
-        """Write the job to the ledger, conduct it, and send its first bundles unless `is_sent`
-        (None: not tried). If sending failed, or another request made the job, some bundles may be
-        under way."""
-        now_s = self._ports.clock.now_s()
+        """Write the job to the ledger, conduct it, and send its first bundles unless `is_sent` (None: not tried). If
+        the first send failed, or another request created the job, the bundles are sent as copies."""
+        now_s = self._clock.now_s()
         later = job.start_at_s is not None and job.start_at_s > now_s
         state = JobState.SCHEDULED if later else JobState.SUBMITTED
         cut = opening.cut if opening else None
         with of_single_call(job.is_single_call):
-            written = await self._ports.ledger.apply(AddJob(job, state, cut))
+            written = await self._ledger.apply(AddJob(job, state, cut))
             if is_ours and not written.is_new and written.rows.job.state.ended:
                 # The bucket did not have the definition, so it has lost the job of that row.
                 log.warning("the bucket lost this job, so it begins anew", extra={"job": job.id})
-                await self._ports.ledger.forget([job.id])
-                written = await self._ports.ledger.apply(AddJob(job, state, cut))
+                await self._ledger.forget([job.id])
+                written = await self._ledger.apply(AddJob(job, state, cut))
         if written.is_new:
             self._counts.submitted += 1
             log.info("accepted", extra={"job": job.id})
         if not written.rows.job.state.ended and job.id not in self._lives:
             # If another manager created the job, its completions may already be in the queue.
-            live = await self._adopt(replace(written, is_new=written.is_new and is_ours))
+            live = await self._adoption.adopt(replace(written, is_new=written.is_new and is_ours), beside=True)
             if opening and cut and written.is_new:
                 self._coordinator.begin(live, cut)
                 if not is_sent:
@@ -136,9 +111,8 @@ class JobCommands:
     async def _define(
         self, job: JobDef, opening: commit_keys.Opening | None
     ) -> tuple[JobDef, commit_keys.Opening | None, bool]:
-        """Commit the definition. Return the job and opening that count, and whether they are
-        these."""
-        objects, patience = self._ports.objects, self._ports.patience
+        """Commit the definition. Return the job and opening that are committed, and whether this call committed
+        them."""
         hidden = admission.hide_addresses(job)
         key = object_keys.spec(job.id)
         try:
@@ -151,7 +125,7 @@ class JobCommands:
         await admission.store_addresses(self._ports, job)
         try:
             with of_single_call(job.is_single_call):
-                await patience(lambda: objects.put(key, data, if_absent=True))
+                await self._patience(lambda: self._objects.put(key, data, if_absent=True))
         except AlreadyExists:
             try:
                 job_def, its = await read_stored(self._ports, key, _read_definition)
@@ -170,12 +144,12 @@ class JobCommands:
         return job, opening, True
 
     async def cancel(self, job: JobId) -> None:
-        """Cancel the job, and return when none of its tasks can start any more (I4). Refused if it
-        has ended."""
+        """Cancel the job, and return when none of its tasks can start any more (I4). Raise Refused if the job has
+        ended."""
         live = self.running(job, "cancelled")
         word = json_format.ControlCommand(Control.CANCEL, JobState.CANCELLED, "cancelled by its user")
         await self._coordinator.forbid(live, word)
-        live.poke.set()
+        live.wake.set()
 
     async def pause(self, job: JobId) -> None:
         """Let running tasks finish, and start no further task until `resume`."""
@@ -184,24 +158,21 @@ class JobCommands:
         await set_job_state(self._ports, live, JobState.PAUSED)
 
     async def resume(self, job: JobId) -> None:
-        """Continue the job. Workers dropped the messages of the paused job, so all outstanding
-        bundles are sent."""
+        """Continue the job. Workers dropped the messages of the paused job, so all outstanding bundles are sent."""
         live = self.running(job, "resumed")
         if live.record.control is Control.RUN:
             raise Refused(f"Job {job} is not paused.", remedy="`batchlab job why` shows its state.")
         await self._control(live, Control.RUN)
         await set_job_state(self._ports, live, JobState.RUNNABLE)
-        # As copies, for which workers look for an outcome, because some messages may not be dropped
-        # yet.
+        # As copies, for which workers look for an outcome, because some messages may not be dropped yet.
         again = [replace(outstanding.bundle, losses=1) for outstanding in live.all_outstanding()]
         await self._coordinator.send(live.job, again)
-        live.poke.set()
+        live.wake.set()
 
     async def retry(self, job: JobId, chosen: TaskSelection | None = None) -> JobRecord:
-        """Run unsuccessful tasks again in a new round, with `chosen` only these of the failed
-        tasks. Refused while the job runs, or if there is nothing to run."""
-        objects, patience = self._ports.objects, self._ports.patience
-        record = await self._ports.ledger.job(job)
+        """Run unsuccessful tasks again in a new round. With `chosen`, run only these of the failed tasks. Raise Refused
+        while the job runs, or if there is nothing to run."""
+        record = await self._ledger.job(job)
         if not record.state.ended:
             raise Refused(f"Job {job} is still {record.state}.", remedy="Wait, or cancel it first.")
         if record.state is JobState.SUCCEEDED:
@@ -212,41 +183,40 @@ class JobCommands:
         round_ = record.round + 1
         retry = await self._retries.plan(record, chosen)
         # Before the round, because a manager that finds the round must not find it forbidden.
-        await commit.permit_round(objects, job, round_, patience)
+        await commit.permit_round(self._objects, job, round_, self._patience)
         key = object_keys.retry(job, round_)
-        self._begun.add(job)
+        self._unfinished.add(job)
         try:
-            await patience(lambda: objects.put(key, retry.to_bytes(), if_absent=True))
+            await self._patience(lambda: self._objects.put(key, retry.to_bytes(), if_absent=True))
         except AlreadyExists:
-            retry = Retry.from_bytes(await patience(lambda: objects.get(key)))
-        await self._ports.ledger.apply(Reopen(job, round_, retry.reopened))
-        live = await self._adopt(ChangeResult(await self._ports.ledger.rows(job), is_new=False))
-        self._begun.discard(job)
+            retry = Retry.from_bytes(await self._patience(lambda: self._objects.get(key)))
+        await self._ledger.apply(Reopen(job, round_, retry.reopened))
+        live = await self._adoption.adopt(ChangeResult(await self._ledger.rows(job), is_new=False), beside=True)
+        self._unfinished.discard(job)
         await self._coordinator.send(live.job, [b for cut in retry.cuts for b in cut.bundles])
         return live.record
 
-    async def look_back(self) -> None:
-        """Find jobs whose retry an earlier leader may have begun: those that ended without
-        success."""
+    async def find_unfinished_retries(self) -> None:
+        """Remember the jobs that ended without success, because an earlier leader may have begun a retry of them."""
         async for job in list_jobs(self._ports):
             if job.state.ended and job.state is not JobState.SUCCEEDED:
-                self._begun.add(job.job.id)
+                self._unfinished.add(job.job.id)
 
     async def finish_retries(self) -> None:
-        """Complete retries that are in the bucket and not in the ledger. The manager that began one
-        has crashed or returned an error, and the user may not ask again."""
-        for job in sorted(self._begun):
+        """Complete retries that are in the bucket and not in the ledger, because their manager crashed or returned an
+        error."""
+        for job in sorted(self._unfinished):
             # the job was forgotten, or another manager was faster
             with suppress(NotFound, Refused):
-                round_ = (await self._ports.ledger.job(job)).round + 1
-                head = partial(self._ports.objects.head, object_keys.retry(job, round_))
-                if await self._ports.patience(head):
+                round_ = (await self._ledger.job(job)).round + 1
+                head = partial(self._objects.head, object_keys.retry(job, round_))
+                if await self._patience(head):
                     log.warning("the retry of %s was not finished", job, extra={"job": job})
                     await self.retry(job)
-            self._begun.discard(job)
+            self._unfinished.discard(job)
 
     def running(self, job: JobId, verb: str) -> LiveJob:
-        """Return a job that has not ended. Refused if it has, with `verb` in the message."""
+        """Return a job that has not ended. Raise Refused with `verb` in the message if the job has ended."""
         live = self._lives.get(job)
         if live is None or live.ended.is_set():
             raise Refused(
@@ -255,22 +225,21 @@ class JobCommands:
         return live
 
     async def _control(self, live: LiveJob, wanted: Control) -> None:
-        objects, patience = self._ports.objects, self._ports.patience
         async with live.control_lock:
             while True:
-                spoken = await commit.read_stored(objects, live.id, patience)
+                spoken = await commit.read_stored(self._objects, live.id, self._patience)
                 if spoken and spoken.command.round > live.round:
                     raise Superseded(live)
                 if spoken and spoken.command.control is Control.CANCEL:
                     live.doubtful = True  # another leader may have written it
-                    live.poke.set()
+                    live.wake.set()
                 if Control.CANCEL in (live.record.control, spoken and spoken.command.control):
                     raise Refused(
                         f"Job {live.id} is being cancelled.",
                         remedy="Once it has ended, `batchlab job retry` runs the remaining tasks.",
                     )
                 word = json_format.ControlCommand(wanted, round=live.round)
-                if await commit.replace_command(objects, live.id, word, patience, over=spoken):
+                if await commit.replace_command(self._objects, live.id, word, self._patience, over=spoken):
                     break
             await self._coordinator.record_control(live, wanted)
 
@@ -281,7 +250,6 @@ def _read_definition(data: bytes) -> tuple[JobDef, commit_keys.Opening | None]:
 
 
 def _comparable(job: JobDef, opening: commit_keys.Opening | None) -> bytes:
-    """Return the job's content without times, trace, and seal. A job of an earlier release is not
-    sealed."""
+    """Return the job's content without times, trace, and seal. A job of an earlier release is not sealed."""
     timeless = replace(job, submitted_s=0.0, start_at_s=None, trace="", commit_hash="")
     return commit_keys.to_bytes(timeless, commit_keys.Opening(opening.items) if opening else None)

@@ -1,9 +1,8 @@
-"""The steps of a job: plan its stages, cut them into bundles, send the bundles, and end the job.
+"""The steps of a job in their order: plan its stages, cut them into bundles, send the bundles, and end the job.
 
-Invariants: a conditional PUT commits each decision (plan, cut, final) before it takes effect, so
-each decision is made once. A gather is planned only when the ledger shows that every upstream task
-has ended, never by counting messages. A job always ends (I7). The steps are in one file to show
-their order. Other modules of this package implement them.
+Invariants: a conditional PUT commits each decision (plan, cut, end) before the decision takes effect, so each decision
+is made once. A gather is planned only when the ledger shows that every upstream task has ended, never by counting
+messages. A job always ends (I7).
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 from batchlab.core import atomic_write, commit
@@ -23,82 +23,69 @@ from batchlab.core.ports import AddCut, Cut, Ending, Finish, SetControl, SetPlan
 from batchlab.core.protocol import commit_keys, json_format, object_keys, settlement
 from batchlab.core.protocol.bundle_inputs import Inputs
 from batchlab.core.protocol.settlement import Verdict, judge
-from batchlab.core.tracing import NO_TRACER, Subject, Tracer, span
+from batchlab.core.tracing import Subject, span
 from batchlab.manager import completion_checks
 from batchlab.manager.bundling import Bundler
-from batchlab.manager.counters import Counters
+from batchlab.manager.context import Context, Part
 from batchlab.manager.ledger_writer import LedgerWriter
-from batchlab.manager.quarantine import OutcomeStore, Quarantine, UnreadableObject, read_cut
+from batchlab.manager.notifier import Notifier
+from batchlab.manager.quarantine import UnreadableObject, read_cut
 from batchlab.manager.stage_plans import StagePlans
-from batchlab.manager.state import LiveJob, ManagerSettings, Ports, Superseded, set_job_state
+from batchlab.manager.state import LiveJob, Superseded, set_job_state
 
 log = logging.getLogger(__name__)
 
-SEALED_AT_ONCE = 16
 
+MAX_CONCURRENT_OUTCOMES = 16
 CONTROL_OBJECT_DELAY_S = 0.05
-"""A job that ends sooner gets no control object. Without one, workers read the spec."""
+"""Delay before the control object is written. A job that ends sooner needs no control object, because workers then read
+the spec."""
 ADVANCE_DELAY_S = 0.001
 """Delay between a change of a job and the next step."""
 
 
-class JobCoordinator:
-    """The steps of a job after its submission."""
-
+class JobCoordinator(Part):
     def __init__(
         self,
-        ports: Ports,
-        settings: ManagerSettings,
+        context: Context,
         ledger_writer: LedgerWriter,
         bundler: Bundler,
-        on_plan: Callable[[str], None],
-        counts: Counters | None = None,
-        tracer: Tracer = NO_TRACER,
-        on_end: Callable[[LiveJob, Ending], Awaitable[None]] | None = None,
-        on_missing: Callable[[LiveJob], Awaitable[None]] | None = None,
-        quarantine: Quarantine | None = None,
+        notifier: Notifier | None,
+        on_missing: Callable[[LiveJob], Awaitable[None]],
     ) -> None:
-        """`on_plan` is called with the pool of a stage whose number of tasks is known now, so that
-        the pool can grow. `on_end` is called with the committed end of a job before the ledger has
-        it. `on_missing` is called with a job that has counted bundles without an outcome."""
-        self._on_end = on_end
-        self._on_missing = on_missing or _leave_unchanged
-        self._counts = counts or Counters()
-        self._tracer = tracer
-        self._ports = ports
-        self._settings = settings
+        """`on_missing` is called with a job that has counted bundles without an outcome."""
+        super().__init__(context)
         self._ledger_writer = ledger_writer
         self._bundler = bundler
-        self._on_plan = on_plan
-        self._quarantine = quarantine or Quarantine(self._counts)
-        self._outcomes = OutcomeStore(ports, self._quarantine)
-        self._lost = completion_checks.LostTasks(ports, settings.silence_s)
-        self.plans = StagePlans(ports)
-        self._inputs = Inputs(ports.objects, ports.patience)
+        self._notifier = notifier
+        self._on_missing = on_missing
+        self._lost_tasks = completion_checks.LostTasks(context.ports, context.settings.silence_s)
+        self.plans = StagePlans(context.ports)
+        self._inputs = Inputs(context.ports.objects, context.ports.patience)
 
     async def conduct(self, live: LiveJob) -> None:
-        """Advance the job whenever it is poked, until it has ended."""
+        """Advance the job after each change, until the job has ended."""
         if live.all_outstanding() and not live.allowed:
             # The job's first bundles are under way, and their latency matters most.
-            await set_within(live.poke, CONTROL_OBJECT_DELAY_S)
+            await set_within(live.wake, CONTROL_OBJECT_DELAY_S)
             await asyncio.sleep(ADVANCE_DELAY_S)
         while not live.ended.is_set():
-            live.poke.clear()
+            live.wake.clear()
             if live.unreadable:
                 raise live.unreadable
             await self.advance(live)
             live.trouble = ""
             if not live.ended.is_set():
-                await live.poke.wait()
+                await live.wake.wait()
                 # Waiting clients go first, and events arrive in bursts.
                 await asyncio.sleep(ADVANCE_DELAY_S)
 
     async def advance(self, live: LiveJob) -> None:
-        """Do everything that can be done for the job now."""
-        if not live.allowed and not live.is_through:
-            await self._allow(live)
+        """Do all steps that are possible for the job now."""
+        if not live.allowed and not live.is_complete:
+            await self._create_control(live)
         if live.doubtful:
-            await self._make_sure(live)
+            await self._recheck_control(live)
         if live.record.control is Control.CANCEL:
             await self.stop(live, json_format.ControlCommand(Control.CANCEL))
             return
@@ -109,46 +96,39 @@ class JobCoordinator:
                 await self._plan(live, stage)
                 await self._cut(live, stage)
         except UsageError as error:
-            await self.stop(live, json_format.ControlCommand(Control.CANCEL, JobState.FAILED, str(error)))
+            await self._fail(live, str(error))
             return
-        verdict = judge(live.job, [s.counts for s in live.stages.values()])
+        verdict = judge(live.job, live.counts)
         if verdict.stop:
-            reason = await self._explained(live, verdict)
-            await self.stop(live, json_format.ControlCommand(Control.CANCEL, JobState.FAILED, reason))
-        elif live.is_through and await self._accounted(live):
+            await self._fail(live, await self._reason(live, verdict))
+        elif live.is_complete and await self._fetch_missing_outcomes(live):
             if live.doubtful:
                 return  # the next step reads the control word
             if missing := await completion_checks.uncommitted_bundles(self._ports, live):
-                about = {"job": live.id}
-                log.error("%d bundles were counted and not committed", len(missing), extra=about)
+                log.error("%d bundles were counted and not committed", len(missing), extra={"job": live.id})
                 await self._on_missing(live)
                 return
             state = JobState.FAILED if verdict.failed else JobState.SUCCEEDED
-            await self._finish(live, state, await self._explained(live, verdict), {})
+            await self._end(live, state, await self._reason(live, verdict), {})
         else:
             await self._end_lost(live)
 
     async def _end_lost(self, live: LiveJob) -> None:
-        """End a job with tasks in no bundle, unless the bucket has more (I7)."""
-        step = self._lost.step(live)
-        if step is completion_checks.Recovery.RESTORE:
-            about = {"job": live.id}
-            log.error("its bundles have ended, but not all of its tasks", extra=about)
+        """Restore a job with tasks in no bundle, or end the job if the bucket lacks the bundles too (I7)."""
+        recovery = self._lost_tasks.recovery(live)
+        if recovery is completion_checks.Recovery.RESTORE:
+            log.error("all bundles of the job have ended, but not all of its tasks", extra={"job": live.id})
             await self._on_missing(live)
-        elif step is completion_checks.Recovery.FAIL:
+        elif recovery is completion_checks.Recovery.FAIL:
             lost = sum(_uncut_tasks(live).values())
-            reason = f"{lost} tasks are in no bundle: an outcome lacks its follow-up bundles"
-            await self.stop(live, json_format.ControlCommand(Control.CANCEL, JobState.FAILED, reason))
-
-    # --- Planning --------------------------------------------------------------------------------
+            await self._fail(live, f"{lost} tasks are in no bundle: an outcome lacks its follow-up bundles")
 
     async def _plan(self, live: LiveJob, stage: StageDef) -> None:
         record = live.stages[stage.name]
         if record.counts.planned is not None:
             return
         if stage.chained:
-            # Checked at every step and not together with the upstream plan. If the manager died in
-            # between, the stage would never end.
+            # Checked at every step, because the manager may have died right after it planned the upstream stage.
             upstream = live.stages[stage.after[0]].counts.planned
             if upstream is not None:
                 await self._ledger_writer.write(live, SetPlanned(live.id, stage.name, upstream, live.round))
@@ -157,7 +137,7 @@ class JobCoordinator:
         round_ = live.round if stage.after else 0
         if live.doubtful or any(not live.stages[u].counts.ended for u in stage.after):
             return
-        if stage.gather is not None and self._doomed(live):
+        if stage.gather is not None and judge(live.job, live.counts).failed:
             # A total over a part of the input would look like a total over all of it.
             await self._first_cut(live, stage, TaskSet())
             return
@@ -171,13 +151,13 @@ class JobCoordinator:
 
     async def _planned(self, live: LiveJob, stage: StageDef, round_: int) -> TaskSet:
         """Return the tasks of the stage from its plan. Make the plan if it does not exist."""
-        manifest = await self.plans.existing(live.job, stage.name, round_)
+        manifest = await self.plans.read(live.job, stage.name, round_)
         if manifest is None and not stage.after and live.job.input is not None:
             await set_job_state(self._ports, live, JobState.PENDING)
-            manifest = await self.plans.of_input(live.job, stage)
+            manifest = await self.plans.plan_input(live.job, stage)
         elif manifest is None and stage.after:
             counts = {u: live.stages[u].counts for u in stage.after}
-            manifest = await self.plans.of_stages(live.job, stage, round_, counts)
+            manifest = await self.plans.plan_stage(live.job, stage, round_, counts)
         if manifest is None:
             plan, spec = (object_keys.manifest(live.id, stage.name, round_), object_keys.spec(live.id))
             raise UsageError(
@@ -189,19 +169,15 @@ class JobCoordinator:
     async def _first_cut(self, live: LiveJob, stage: StageDef, tasks: TaskSet) -> None:
         round_ = live.round
         bundles, left = self._bundler.wave(live, stage, tasks, round_)
-        now_s = self._ports.clock.now_s()
+        now_s = self._clock.now_s()
         cut = Cut(live.id, stage.name, round_, 0, bundles, left, len(tasks), now_s)
         await self._commit_and_send(live, cut)
-        about = {"job": live.id, "stage": stage.name}
-        log.info("planned %d tasks, the first %d bundles sent", len(tasks), len(bundles), extra=about)
-        self._on_plan(stage.pool)
-
-    def _doomed(self, live: LiveJob) -> bool:
-        return judge(live.job, [s.counts for s in live.stages.values()]).failed
+        extra = {"job": live.id, "stage": stage.name}
+        log.info("planned %d tasks, the first %d bundles sent", len(tasks), len(bundles), extra=extra)
+        self._context.wake_if_short(stage.pool)
 
     async def send_opening(self, job: JobDef, opening: commit_keys.Opening, *, again: bool = False) -> None:
-        """Send the bundles of the opening. With `again` send copies, for which workers first look
-        for an outcome."""
+        """Send the bundles of the opening. With `again`, send copies, so that workers first check for an outcome."""
         assert opening.cut
         self._inputs.keep(job.id, opening.cut.stage, opening.items)
         bundles = opening.cut.bundles
@@ -209,12 +185,9 @@ class JobCoordinator:
         await self.send(job, copies)
 
     def begin(self, live: LiveJob, cut: Cut) -> None:
-        """Add the bundles of the opening to the outstanding ones."""
-        now_s = self._ports.clock.monotonic_s()
-        live.expect((bundle, now_s) for bundle in cut.bundles)
-        self._on_plan(live.job.stage(cut.stage).pool)
-
-    # --- Cutting ---------------------------------------------------------------------------------
+        now_s = self._clock.monotonic_s()
+        live.add_outstanding((bundle, now_s) for bundle in cut.bundles)
+        self._context.wake_if_short(live.job.stage(cut.stage).pool)
 
     async def _cut(self, live: LiveJob, stage: StageDef) -> None:
         """Commit and send bundles while the pool's queue has room."""
@@ -224,23 +197,24 @@ class JobCoordinator:
             bundles, left = self._bundler.wave(live, stage, record.left, round_)
             if not bundles:
                 return
-            seq, now_s = record.cut_seq + 1, self._ports.clock.now_s()
+            seq, now_s = record.cut_seq + 1, self._clock.now_s()
             cut = Cut(live.id, stage.name, round_, seq, bundles, left, at_s=now_s)
             await self._commit_and_send(live, cut)
 
     async def _commit_cut(self, live: LiveJob, cut: Cut) -> Cut:
-        """Commit a cut and return the one that counts, possibly one of an earlier manager."""
-        cut = await self.plans.opened(live.job, cut) or await self._put_cut(cut)
+        """Commit a cut and return the committed one, which may be of an earlier manager."""
+        cut = await self.plans.opening_cut(live.job, cut) or await self._put_cut(cut)
         await self._ledger_writer.write(live, AddCut(cut))
-        now_s = self._ports.clock.monotonic_s()
-        live.expect((bundle, now_s) for bundle in cut.bundles)
+        now_s = self._clock.monotonic_s()
+        live.add_outstanding((bundle, now_s) for bundle in cut.bundles)
         return cut
 
     async def _put_cut(self, cut: Cut) -> Cut:
         key = object_keys.cut(cut.job, cut.stage, cut.round, cut.seq)
-        objects, patience = self._ports.objects, self._ports.patience
         try:
-            await patience(lambda: objects.put(key, json_format.to_bytes(json_format.cut_to_json(cut)), if_absent=True))
+            await self._patience(
+                lambda: self._objects.put(key, json_format.to_bytes(json_format.cut_to_json(cut)), if_absent=True)
+            )
         except AlreadyExists:
             return await read_cut(self._ports, key)
         return cut
@@ -252,8 +226,8 @@ class JobCoordinator:
             counts = await self._commit_cut(live, cut)
         bundles = counts.bundles
         if counts is not cut:
-            # An earlier manager may have sent the bundles, and the ledger lost that in a power
-            # failure. So they are sent as copies, for which workers first look for an outcome.
+            # An earlier manager may have sent the bundles, and the ledger lost that in a power failure. So they are
+            # sent as copies, for which workers first look for an outcome.
             bundles = tuple(replace(bundle, losses=1) for bundle in bundles)
         await self.send(live.job, bundles, trace=cutting.context)
 
@@ -261,168 +235,147 @@ class JobCoordinator:
         """Put bundles on their pool's queue, with their inputs if these are small."""
         above, about = trace or job.trace, Subject(job.id)
         with span(self._tracer, "send", above, about, bundles=len(bundles)) as sending:
-            await self._send(job, bundles, sending.context)
+            messages: list[Addressed] = []
+            key, now_s = await self._keys.key_of(job), self._clock.now_s()
+            for bundle in bundles:
+                items: Sequence[Json] | None = None
+                if bundle.source is None and job.stage(bundle.stage).gather != "*":
+                    with suppress(NotFound):  # the worker reports the missing input in an outcome
+                        items = await self._inputs.resolve(job, bundle, key)
+                delay_s, trace = settlement.wait_s(job, bundle, now_s), sending.context
+                messages.append(address(job, bundle, key, items=items, delay_s=delay_s, now_s=now_s, trace=trace))
+            await send_all(self._queue, messages, self._patience)
 
-    async def _send(self, job: JobDef, bundles: Sequence[Bundle], trace: str) -> None:
-        messages: list[Addressed] = []
-        key = await self._ports.keys.key_of(job)
-        now_s = self._ports.clock.now_s()
-        for bundle in bundles:
-            items: Sequence[Json] | None = None
-            if bundle.source is None and job.stage(bundle.stage).gather != "*":
-                try:
-                    items = await self._inputs.resolve(job, bundle, key)
-                except NotFound:
-                    items = None  # the worker finds the same and reports it in an outcome
-            wait_s = settlement.wait_s(job, bundle, now_s)
-            messages.append(address(job, bundle, key, items=items, delay_s=wait_s, now_s=now_s, trace=trace))
-        await send_all(self._ports.queue, messages, self._ports.patience)
-
-    # --- Ending ----------------------------------------------------------------------------------
+    async def _fail(self, live: LiveJob, reason: str) -> None:
+        await self.stop(live, json_format.ControlCommand(Control.CANCEL, JobState.FAILED, reason))
 
     async def stop(self, live: LiveJob, word: json_format.ControlCommand) -> None:
-        """End the job early: no further task starts, and outstanding bundles are sealed.
-
-        `word` sets the job's final state, unless an earlier word was written.
-        """
+        """End the job early: further tasks cannot start, and outstanding bundles are sealed. `word` sets the job's
+        final state, unless an earlier word exists."""
         await self.forbid(live, word)
         closed = await self._seal(live)
         # The word is written again if the store has lost it meanwhile.
-        objects, patience = self._ports.objects, self._ports.patience
-        written = await commit.write_cancellation(objects, live.id, replace(word, round=live.round), patience)
+        written = await commit.write_cancellation(
+            self._objects, live.id, replace(word, round=live.round), self._patience
+        )
         if written is None:
             raise Superseded(live)
-        await self._finish(live, written.state, written.reason, closed)
+        await self._end(live, written.state, written.reason, closed)
 
     async def give_up(self, live: LiveJob, error: Malformed) -> None:
-        """End a job whose plan, cut, or other decision cannot be read. If the bucket refuses, end
-        it only in the ledger."""
+        """End a job with an unreadable plan, cut, or other decision. If the bucket refuses the end, write it only to
+        the ledger."""
         key = error.key if isinstance(error, UnreadableObject) else object_keys.committed(live.id)
         self._quarantine.object(key, error, live.id, "object")
         reason = f"the stored object {key} cannot be read: {error.message}"
         try:
-            await self.stop(live, json_format.ControlCommand(Control.CANCEL, JobState.FAILED, reason))
+            await self._fail(live, reason)
         except (Malformed, NotFound):
             await self.abandon(live, reason)
 
     async def abandon(self, live: LiveJob, reason: str) -> None:
-        """End a job without objects in the bucket, only in the ledger."""
-        now_s = self._ports.clock.now_s()
-        await self._record(live, Ending(JobState.FAILED, reason, now_s, _uncut_tasks(live)))
+        """End a job only in the ledger, because the bucket has lost its objects."""
+        await self._record(live, Ending(JobState.FAILED, reason, self._clock.now_s(), _uncut_tasks(live)))
 
     async def forbid(self, live: LiveJob, word: json_format.ControlCommand) -> None:
-        """Write "cancel" to the control object, and wait until no worker can start a task (I4).
-
-        The first such word stays, so that a new leader ends the job in the same state. Raises
-        Superseded if the job is in a later round.
-        """
+        """Write "cancel" to the control object, and wait until workers cannot start a task (I4). The first such word
+        stays, so that a new leader ends the job in the same state. Raise Superseded if the job is in a later round."""
         if live.forbidden:
             return
         async with live.control_lock:
             if live.record.control is not Control.CANCEL:
                 word = replace(word, round=live.round)
-                objects, patience = self._ports.objects, self._ports.patience
-                if not await commit.write_cancellation(objects, live.id, word, patience):
+                if not await commit.write_cancellation(self._objects, live.id, word, self._patience):
                     raise Superseded(live)
                 await self.record_control(live, Control.CANCEL)
         await asyncio.sleep(self._settings.control_lease_s * 1.1)
         live.forbidden = True
 
-    async def _allow(self, live: LiveJob) -> None:
-        """Write the control object that allows tasks to start, if it does not exist. Workers with
-        the job's first bundles do not wait for it."""
-        objects, patience = self._ports.objects, self._ports.patience
+    async def _create_control(self, live: LiveJob) -> None:
+        """Create the control object, which allows tasks to start. Workers with the job's first bundles do not wait for
+        it."""
         # A job that was conducted before has one, and a cancellation must not be undone.
         run = json_format.ControlCommand(Control.RUN, round=live.round)
         with atomic_write.repeated():
-            await commit.replace_command(objects, live.id, run, patience, over=None)
+            await commit.replace_command(self._objects, live.id, run, self._patience, over=None)
         live.allowed = True
 
     async def record_control(self, live: LiveJob, word: Control) -> None:
-        """Record the written control word in the ledger and in memory. Raises Superseded."""
+        """Record the control word in the ledger and in memory. Raise Superseded."""
         change = SetControl(live.id, word, live.round)
-        if (await self._ports.ledger.apply(change)).has_control(change):
+        if (await self._ledger.apply(change)).has_control(change):
             live.record = replace(live.record, control=word)
-            live.changed()
+            live.notify()
         else:
             await self._ledger_writer.refresh(live)
 
-    async def _make_sure(self, live: LiveJob) -> None:
+    async def _recheck_control(self, live: LiveJob) -> None:
         live.doubtful = False  # first, because a new doubt may arise meanwhile
         try:
-            await self.heed(live)
+            await self.follow_control(live)
         except BackendError:
             live.doubtful = True
             raise
 
-    async def heed(self, live: LiveJob) -> None:
-        """Read the control word that workers follow, and act on it.
-
-        Another manager may have written the word without recording it in the ledger.
-        """
+    async def follow_control(self, live: LiveJob) -> None:
+        """Read the control word from the bucket and act on it. Another manager may have written the word without a
+        change of the ledger."""
         async with live.control_lock:
             if live.record.control is Control.CANCEL:
                 return
-            word = await self._word(live)
+            word = await self._read_control(live)
             if word is None:
                 return
             if word.control is Control.CANCEL and word.round < live.round:
-                # Only a manager of release 0.1.0 leaves such a word, because it wrote without a
-                # condition.
-                objects, patience = self._ports.objects, self._ports.patience
-                await commit.permit_round(objects, live.id, live.round, patience)
+                # Only a manager of release 0.1.0 leaves such a word, because it wrote without a condition.
+                await commit.permit_round(self._objects, live.id, live.round, self._patience)
                 word = json_format.ControlCommand(Control.RUN, round=live.round)
             if word.control is live.record.control or word.round > live.round:
                 return
-            about = {"job": live.id}
-            log.warning("the control word is %s, and the ledger did not have it", word.control, extra=about)
+            log.warning("the control word %s was not in the ledger", word.control, extra={"job": live.id})
             await self.record_control(live, word.control)
         if word.control is not Control.CANCEL:
-            paused = word.control is Control.PAUSE
-            await set_job_state(self._ports, live, JobState.PAUSED if paused else JobState.RUNNABLE)
-        live.poke.set()
+            state = JobState.PAUSED if word.control is Control.PAUSE else JobState.RUNNABLE
+            await set_job_state(self._ports, live, state)
+        live.wake.set()
 
-    async def _word(self, live: LiveJob) -> json_format.ControlCommand | None:
-        """Return the control word that workers follow, or None. If its object is lost or damaged,
-        write the ledger's word again."""
-        objects, patience = self._ports.objects, self._ports.patience
+    async def _read_control(self, live: LiveJob) -> json_format.ControlCommand | None:
+        """Return the control word from the bucket, or None. If the object is lost or damaged, write the ledger's word
+        again."""
         try:
-            return await commit.read_command(objects, live.id, patience)
+            return await commit.read_command(self._objects, live.id, self._patience)
         except NotFound:
             # Without the object, workers run the job.
             if live.record.control is Control.RUN:
                 return None
         except Malformed as error:
             self._quarantine.object(object_keys.control(live.id), error, live.id, "object")
-        await commit.repair_command(objects, live.id, live.record.control, live.round, patience)
+        await commit.repair_command(self._objects, live.id, live.record.control, live.round, self._patience)
         return None
 
     async def _seal(self, live: LiveJob) -> Mapping[StageName, int]:
-        """Commit CANCELLED for every outstanding bundle without an outcome.
-
-        Return the number of tasks of each stage that never came into a bundle.
-        """
+        """Commit CANCELLED for every outstanding bundle without an outcome. Return the number of unended tasks of each
+        stage."""
         for stage in live.job.stages:
             record = live.stages[stage.name]
             if not stage.chained and (record.left or record.counts.planned is None):
                 await self._close_cuts(live, stage.name, record)
-        # The refresh finds a first cut of another manager, which sets the number of tasks of later
-        # stages.
+        # The refresh finds a first cut of another manager, which sets the number of tasks of later stages.
         await self._ledger_writer.refresh(live)
         for stage in live.job.stages:
             if stage.chained:
                 await self._plan(live, stage)
         who = f"manager-{live.round}"
-        while outstanding := live.all_outstanding()[:SEALED_AT_ONCE]:
-            now_s = self._ports.clock.now_s()
-            drafts = [settlement.sealed(one.bundle, execution=who, worker=who, now_s=now_s) for one in outstanding]
+        while outstanding := live.all_outstanding()[:MAX_CONCURRENT_OUTCOMES]:
+            now_s = self._clock.now_s()
+            drafts = [settlement.sealed(o.bundle, execution=who, worker=who, now_s=now_s) for o in outstanding]
             outcomes = await asyncio.gather(*(self._outcomes.commit(live.job, draft) for draft in drafts))
             await self._ledger_writer.fold([settlement.completion(outcome) for outcome in outcomes])
         return _uncut_tasks(live)
 
     async def _close_cuts(self, live: LiveJob, stage: StageName, record: StageRecord) -> None:
-        """Commit an empty next cut, so that an earlier leader cannot cut any more. If it has
-        already committed that cut, its bundles are sealed too."""
+        """Commit an empty next cut, so that an earlier leader cannot cut any more. If that leader has already committed
+        the next cut, its bundles are sealed too."""
         round_ = live.round
         seq = record.cut_seq + 1 if record.plan_round == round_ else 0
         while True:
@@ -432,49 +385,48 @@ class JobCoordinator:
                 return
             seq += 1
 
-    async def _finish(self, live: LiveJob, state: JobState, reason: str, closed: Mapping[StageName, int]) -> None:
-        about = Subject(live.id)
-        with span(self._tracer, "end", live.job.trace, about, state=state.value):
-            await self._end(live, state, reason, closed)
-
     async def _end(self, live: LiveJob, state: JobState, reason: str, closed: Mapping[StageName, int]) -> None:
-        some = {name: tasks for name, tasks in closed.items() if tasks}
-        ending = Ending(state, reason, self._ports.clock.now_s(), some)
+        """Commit the end of the job, and record the committed end. `closed` has the number of tasks of each stage that
+        will never run."""
+        with span(self._tracer, "end", live.job.trace, Subject(live.id), state=state.value):
+            closed = {name: tasks for name, tasks in closed.items() if tasks}
+            await self._record(
+                live, await self._commit_ending(live, Ending(state, reason, self._clock.now_s(), closed))
+            )
+
+    async def _commit_ending(self, live: LiveJob, ending: Ending) -> Ending:
         data = json_format.to_bytes(json_format.ending_to_json(ending))
         key = object_keys.final(live.id, live.round)
-        objects, patience = self._ports.objects, self._ports.patience
         try:
             with atomic_write.of_single_call(live.job.is_single_call):
-                await patience(lambda: objects.put(key, data, if_absent=True))
+                await self._patience(lambda: self._objects.put(key, data, if_absent=True))
         except AlreadyExists:
             try:
-                ending = json_format.ending_from_json(json_format.loads(await patience(lambda: objects.get(key))))
+                return json_format.ending_from_json(
+                    json_format.loads(await self._patience(lambda: self._objects.get(key)))
+                )
             except Malformed as error:
                 self._quarantine.object(key, error, live.id, "object")
-        await self._record(live, ending)
+        return ending
 
     async def _record(self, live: LiveJob, ending: Ending) -> None:
-        """Record the end of the job in the ledger, and wake those who wait for it."""
-        if self._on_end:
-            await self._on_end(live, ending)
-        is_new = await self._ledger_writer.write(live, Finish(live.id, ending, live.round))
-        if is_new:
-            self._counts.ended(ending.state)
+        """Record the end of the job in the ledger, and wake the clients that wait for it."""
+        if self._notifier:
+            await self._notifier.ended(live, ending)
+        if await self._ledger_writer.write(live, Finish(live.id, ending, live.round)):
+            self._counts.count_end(ending.state)
             # The reason is not logged, because it may contain a user's text.
             log.info("ended %s in round %d", ending.state, live.round, extra={"job": live.id})
-        live.ended.set()
-        live.poke.set()
+        live.end()
 
-    async def _explained(self, live: LiveJob, verdict: Verdict) -> str:
-        """Return the verdict's reason, with the message of the first failure."""
+    async def _reason(self, live: LiveJob, verdict: Verdict) -> str:
+        """Return the verdict's reason with the message of the first failure."""
         if not verdict.reason:
             return ""
-        records = await self._ports.ledger.bundles(live.id, failed=True, limit=1)
-        objects, patience = self._ports.objects, self._ports.patience
-        for record in records:
-            key = await self._ports.keys.key_of(live.job)
+        for record in await self._ledger.bundles(live.id, failed=True, limit=1):
+            key = await self._keys.key_of(live.job)
             try:
-                outcome = await committed(objects, record.bundle, patience, key)
+                outcome = await committed(self._objects, record.bundle, self._patience, key)
             except Malformed:
                 break  # the outcome was readable when it was counted
             for failure in outcome.failed if outcome else ():
@@ -482,27 +434,20 @@ class JobCoordinator:
                     return with_task(verdict.reason, record.bundle.stage, failure.task, failure.reason)
         return verdict.reason
 
-    async def _accounted(self, live: LiveJob) -> bool:
-        """Return whether every bundle's outcome is in the ledger. Fetch outcomes whose event was
-        lost.
-
-        All tasks can have ended before that. The event of a split bundle may arrive after the
-        events of its halves, or never (I3).
-        """
-        while outstanding := live.all_outstanding()[:SEALED_AT_ONCE]:
-            found = await asyncio.gather(*(self._outcomes.of(live.job, one.bundle) for one in outstanding))
-            outcomes = [outcome for outcome in found if outcome]
+    async def _fetch_missing_outcomes(self, live: LiveJob) -> bool:
+        """Fold committed outcomes whose event was lost. Return whether the ledger has every bundle's outcome (I3). All
+        tasks can have ended before that, because the event of a split bundle may arrive after the events of its
+        halves."""
+        while outstanding := live.all_outstanding()[:MAX_CONCURRENT_OUTCOMES]:
+            results = await asyncio.gather(*(self._outcomes.read(live.job, o.bundle) for o in outstanding))
+            outcomes = [outcome for outcome in results if outcome]
             await self._ledger_writer.fold([settlement.completion(outcome) for outcome in outcomes])
             if len(outcomes) < len(outstanding):
                 return False
         return True
 
 
-async def _leave_unchanged(_: LiveJob) -> None:
-    """Leave the job as it is if nothing can restore it."""
-
-
 def _uncut_tasks(live: LiveJob) -> Mapping[StageName, int]:
-    """Return the number of tasks of each stage without an end, once no bundle is outstanding.
-    Forged outcomes may count more tasks than were planned."""
+    """Return the number of unended tasks of each stage when no bundle is outstanding. It is at least 0, because forged
+    outcomes may count more tasks than were planned."""
     return {name: max(0, (record.counts.planned or 0) - record.counts.terminal) for name, record in live.stages.items()}

@@ -1,8 +1,8 @@
 """Rebuild of the ledger from the bucket alone (`ledger rebuild`, I3).
 
-Invariant: one transaction restores each job, only if the ledger's rows of it have not changed since
-the bucket was read. So users, and a manager that has just lost the lease, may do anything
-meanwhile. They see a job in its old or its new state.
+Invariant: one transaction restores each job, only if the job's rows have not changed since the bucket was read. So
+users, and a manager that has just lost the lease, may change jobs during a rebuild. They see a job in its old or its
+new state.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from batchlab.manager.state import Ports
 
 log = logging.getLogger(__name__)
 
+
 T = TypeVar("T")
 
 _PAGE = 1000
@@ -35,19 +36,16 @@ _TRIES = 10
 
 @dataclass(slots=True)
 class RebuildResult:
-    """Result of a rebuild."""
-
     jobs: int
-    """Number of restored jobs."""
     unreadable: dict[str, str] = field(default_factory=dict)
-    """Reason for each unreadable object, by key. A job with an unreadable outcome or end is
-    restored without it. A job with an unreadable control word is restored as paused. A job with
-    another unreadable object keeps the ledger's rows."""
+    """Reason for each unreadable object, by key. A job with an unreadable outcome or end is restored without that
+    object, and a job with an unreadable control word is restored as paused. A job with another unreadable object keeps
+    its rows."""
 
 
 async def rebuild(ports: Ports) -> RebuildResult:
-    """Restore every job from the bucket, and forget jobs that are not there. Raises Unreachable if
-    a job changes all the time."""
+    """Restore every job from the bucket, and remove jobs that the bucket does not have. Raise Unreachable if a job
+    changes all the time."""
     # first, because a job submitted meanwhile must not be forgotten
     ids = await _in_ledger(ports)
     job_ids = await _in_bucket(ports)
@@ -90,9 +88,8 @@ async def _in_bucket(ports: Ports) -> set[JobId]:
 
 
 async def restore(ports: Ports, job: JobId) -> dict[str, str]:
-    """Restore one job from the bucket, and return why an outcome object is unreadable, by key.
-    Raises NotFound, UnreadableObject for another unreadable object, or Unreachable if the job
-    changes all the time."""
+    """Restore one job from the bucket, and return why an outcome object is unreadable, by key. Raise NotFound,
+    UnreadableObject for another unreadable object, or Unreachable if the job changes all the time."""
     for _ in range(_TRIES):
         before = await _rows(ports, job)
         past, unreadable = await _read_history(ports, job)
@@ -110,16 +107,15 @@ async def _rows(ports: Ports, job: JobId) -> JobRows | None:
 
 @dataclass(slots=True)
 class _JobObjects:
-    """Objects of one job, of all rounds. Only completions of outcomes are kept, because a job's
-    values may exceed the memory."""
+    """Objects of one job, of all rounds. Only completions of outcomes are stored, because a job's values may exceed the
+    memory."""
 
     cuts: list[Cut] = field(default_factory=list)
     completions: list[Completion] = field(default_factory=list)
     unreadable: dict[str, str] = field(default_factory=dict)
-    """Errors of unreadable objects, by key. The job is restored without these objects."""
 
-    async def take(self, ports: Ports, info: ObjectInfo, key: CommitKey) -> None:
-        """Read one object, if it is a cut or an outcome."""
+    async def read(self, ports: Ports, info: ObjectInfo, key: CommitKey) -> None:
+        """Read one object, if the object is a cut or an outcome."""
         name = info.key
         if object_keys.is_cut(name):
             self.cuts.append(await read_cut(ports, name))
@@ -133,8 +129,7 @@ class _JobObjects:
         elif object_keys.is_outcome(name):
             log.error("an outcome with a wrong seal is ignored: %s", name)
 
-    async def replace(self, ports: Ports, name: str, key: CommitKey) -> None:
-        """Read a replacement of an unreadable outcome."""
+    async def read_replacement(self, ports: Ports, name: str, key: CommitKey) -> None:
         outcome = await _read_replacement(ports, name)
         if self.unreadable.pop(object_keys.outcome(outcome.bundle, key), None) is not None:
             self.completions.append(settlement.completion(outcome))
@@ -164,10 +159,10 @@ async def _read_history(ports: Ports, job: JobId) -> tuple[JobHistory, dict[str,
             if object_keys.is_replacement(info.key):
                 replacements.append(info.key)
             else:
-                await job_objects.take(ports, info, key)
+                await job_objects.read(ports, info, key)
     job_objects.drop_strangers(spec, key)
     for name in replacements:
-        await job_objects.replace(ports, name, key)
+        await job_objects.read_replacement(ports, name, key)
     # A job with a cut has started, even if the clock was set back since.
     later = not job_objects.cuts and (spec.start_at_s or 0.0) > ports.clock.now_s()
     state = JobState.SCHEDULED if later else JobState.SUBMITTED
@@ -176,8 +171,7 @@ async def _read_history(ports: Ports, job: JobId) -> tuple[JobHistory, dict[str,
 
 
 async def _key_of(ports: Ports, job: JobDef) -> CommitKey:
-    """Return the job's commit key. Raises UnreadableObject if the definition has the hash of
-    another key, as a damaged one may."""
+    """Return the job's commit key. Raise UnreadableObject if a damaged definition has the hash of another key."""
     try:
         return await ports.keys.key_of(job)
     except (Throttled, Unreachable, NotFound):

@@ -1,7 +1,7 @@
-"""Writes completions and job changes to the ledger, and updates live jobs from it.
+"""Writes of completions and job changes to the ledger, and updates of live jobs from the ledger.
 
-Invariant: the ledger decides once, in one transaction, which completions are new. Memory follows
-the ledger. Events may arrive twice, late, in any order, or never (see the reconciler).
+Invariant: the ledger decides once, in one transaction, which completions are new. The live jobs follow the ledger.
+Events may arrive twice, late, in any order, or never (see the reconciler).
 """
 
 from __future__ import annotations
@@ -16,57 +16,38 @@ from batchlab.core.job_definition import JobDef
 from batchlab.core.model import BundleId, Completion, Control, JobId, StageName
 from batchlab.core.ports import BundleRecord, Fold, FoldResult, JobChange, JobRecord, JobRows
 from batchlab.core.protocol import settlement
-from batchlab.core.tracing import NO_TRACER, Tracer
-from batchlab.manager.counters import Counters
-from batchlab.manager.state import LiveJob, Ports, RetainedOutcome, Superseded
+from batchlab.manager.context import Context, Part
+from batchlab.manager.state import LiveJob, RetainedOutcome, Superseded
 
 log = logging.getLogger(__name__)
 
+
 BundleKey = tuple[JobId, StageName, BundleId]
 OutcomesByBundle = Mapping[BundleKey, RetainedOutcome]
-"""Outcomes that arrived completely, by bundle."""
 Traces = Mapping[BundleKey, str]
-"""Traceparents by bundle."""
+"""Traceparents of the completions' bundles."""
 EMPTY: Mapping[BundleKey, Any] = MappingProxyType({})
 
 
-class LedgerWriter:
-    """Folds completions into the ledger and keeps live jobs up to date."""
-
-    def __init__(
-        self,
-        ports: Ports,
-        lives: Mapping[JobId, LiveJob],
-        restored: Callable[[JobId], Awaitable[JobDef | None]],
-        repeated: Callable[[JobId, StageName], None] = lambda *_: None,
-        counts: Counters | None = None,
-        tracer: Tracer = NO_TRACER,
-        on_author: Callable[[str], None] = lambda _: None,
-    ) -> None:
-        """`restored` restores a job that the ledger does not have. `repeated` is called for each
-        outcome that was already counted. `on_author` is called with the worker of each new outcome.
-        """
-        self._on_author = on_author
-        self._restored = restored
-        self._repeated = repeated
-        self._tracer = tracer
-        self._counts = counts or Counters()
-        self._ports = ports
-        self._lives = lives
+class LedgerWriter(Part):
+    def __init__(self, context: Context, restore: Callable[[JobId], Awaitable[JobDef | None]]) -> None:
+        """`restore` restores a job that the ledger does not have."""
+        super().__init__(context)
+        self._restore = restore
         self._next_seq = 0
         """Sequence number of the next completion, unless another manager folds."""
 
     async def fold(
         self, completions: Sequence[Completion], whole: OutcomesByBundle = EMPTY, traces: Traces = EMPTY
     ) -> None:
-        """Fold completions, some with outcomes in `whole`, and poke their jobs."""
-        known = await self._known(completions)
+        """Fold completions and wake their jobs. `whole` has the outcomes that arrived completely."""
+        known = await self._accepted(completions)
         if not known:
             return
         lives = (self._lives.get(completion.bundle.job) for completion, _ in known)
         before = {live.id: live.record for live in lives if live}
-        begun_s = self._ports.clock.now_s() if traces else 0.0
-        folded = await self._ports.ledger.apply(
+        begun_s = self._clock.now_s() if traces else 0.0
+        folded = await self._ledger.apply(
             Fold(
                 [completion for completion, _ in known],
                 [settlement.casualties(job, completion) for completion, job in known],
@@ -74,19 +55,19 @@ class LedgerWriter:
         )
         for (completion, job), is_new in zip(known, folded.new, strict=True):
             if is_new:
-                self._counts.folded(job.stage(completion.bundle.stage), completion)
-                self._on_author(completion.worker)
+                self._counts.count_fold(job.stage(completion.bundle.stage), completion)
+                self._registry.authors.add(completion.worker)
             else:
                 self._counts.repeated += 1
         if traces:
             self._trace([completion for completion, _ in known], traces, begun_s)
-        touched = self._note([completion for completion, _ in known], folded, whole)
+        touched = self._update_lives([completion for completion, _ in known], folded, whole)
         for live in touched:
-            await self._follow(live, before.get(live.id), folded.jobs[live.id])
-            live.poke.set()
+            await self._update_rows(live, before.get(live.id), folded.jobs[live.id])
+            live.wake.set()
 
     def _trace(self, folded: Sequence[Completion], traces: Traces, begun_s: float) -> None:
-        now_s = self._ports.clock.now_s()
+        now_s = self._clock.now_s()
         for completion in folded:
             bundle = completion.bundle
             if parent := traces.get((bundle.job, bundle.stage, bundle.id)):
@@ -94,7 +75,7 @@ class LedgerWriter:
                 if live := self._lives.get(bundle.job):
                     live.trace(bundle.stage, at)
 
-    async def _known(self, completions: Sequence[Completion]) -> list[tuple[Completion, JobDef]]:
+    async def _accepted(self, completions: Sequence[Completion]) -> list[tuple[Completion, JobDef]]:
         """Return the completions that the ledger accepts, with their jobs."""
         known: list[tuple[Completion, JobDef]] = []
         names = dict.fromkeys(completion.bundle.job for completion in completions)
@@ -115,14 +96,16 @@ class LedgerWriter:
                 live.doubtful = True
         return known
 
-    def _note(self, completions: Sequence[Completion], folded: FoldResult, whole: OutcomesByBundle) -> list[LiveJob]:
-        """Update outstanding bundles and recent outcomes, and return the live jobs concerned."""
+    def _update_lives(
+        self, completions: Sequence[Completion], folded: FoldResult, whole: OutcomesByBundle
+    ) -> list[LiveJob]:
+        """Update outstanding bundles and recent outcomes of live jobs, and return these jobs."""
         if folded.first_seq != self._next_seq:
             # Another leader folds too, or the response of an earlier fold was lost.
             for every in self._lives.values():
                 every.forget_outcomes(folded.first_seq - 1)
         self._next_seq = folded.first_seq + len(completions)
-        now_s = self._ports.clock.monotonic_s()
+        now_s = self._clock.monotonic_s()
         touched: dict[JobId, LiveJob] = {}
         for n, completion in enumerate(completions):
             live = self._lives.get(completion.bundle.job)
@@ -130,62 +113,60 @@ class LedgerWriter:
                 touched[live.id] = live
                 live.folds += 1
                 if folded.new[n]:
-                    live.timed(completion)
+                    live.record_pace(completion)
                     record = BundleRecord(completion.bundle, completion, folded.first_seq + n)
                     key = (live.id, completion.bundle.stage, completion.bundle.id)
-                    live.remember(record, whole.get(key))
-                else:
-                    self._repeated(live.id, completion.bundle.stage)
-                # A completion may be new to this manager only: the response of the first attempt
-                # was lost.
+                    live.retain(record, whole.get(key))
+                elif self._recorder:
+                    self._recorder.record_repeated_outcome(live.id, completion.bundle.stage)
+                # A completion may be new to this manager only: the response of the first attempt was lost.
                 if folded.new[n] or completion.bundle.id in live.outstanding.get(completion.bundle.stage, {}):
-                    live.expect(
+                    live.add_outstanding(
                         (f.bundle, now_s + settlement.delay_s(live.job, f))
                         for f in completion.follows
-                        if (f.bundle.stage, f.bundle.id) not in live.early
+                        if (f.bundle.stage, f.bundle.id) not in live.early_bundles
                     )
         # In a second pass, because a follow-up's completion may be in the same batch.
         for completion in completions:
             live = self._lives.get(completion.bundle.job)
             if live is not None:
-                live.settled(completion.bundle)
+                live.remove_outstanding(completion.bundle)
         return list(touched.values())
 
     async def write(self, live: LiveJob, change: JobChange) -> bool:
-        """Apply the change to the ledger, copy its rows to memory, and return whether it was new.
-        Raises Superseded if the job is in a later round."""
+        """Apply the change to the ledger, copy its rows to memory, and return whether the change was new. Raise
+        Superseded if the job is in a later round."""
         before = live.record
-        written = await self._ports.ledger.apply(change)
-        await self._follow(live, before, written.rows)
+        written = await self._ledger.apply(change)
+        await self._update_rows(live, before, written.rows)
         if live.record.round > live.round:
             raise Superseded(live)
         return written.is_new
 
     async def refresh(self, live: LiveJob) -> None:
-        """Read the job and its stages from the ledger again. Raises Superseded like `write`."""
+        """Read the job and its stages from the ledger again. Raise Superseded like `write`."""
         before = live.record
-        await self._follow(live, before, await self._ports.ledger.rows(live.id))
+        await self._update_rows(live, before, await self._ledger.rows(live.id))
         if live.record.round > live.round:
             raise Superseded(live)
 
-    async def _follow(self, live: LiveJob, before: JobRecord | None, rows: JobRows) -> None:
-        """Take rows that were requested when the job's record was `before`."""
-        # If the record has changed meanwhile, these rows are old: a cancellation would be
-        # forgotten.
+    async def _update_rows(self, live: LiveJob, before: JobRecord | None, rows: JobRows) -> None:
+        """Copy rows to memory that were requested when the job's record was `before`."""
+        # If the record has changed meanwhile, these rows are old: a cancellation would be forgotten.
         while live.record is not before:
             before = live.record
-            rows = await self._ports.ledger.rows(live.id)
+            rows = await self._ledger.rows(live.id)
         if rows.job.round > live.round:
             live.end()  # this round has ended, and a retry began the next one
-        live.take(rows)
+        live.update_rows(rows)
 
     async def job(self, job: JobId) -> JobDef | None:
-        """Return the job, restored from the bucket if the ledger does not have it, or None if it
-        does not exist."""
+        """Return the job, restored from the bucket if the ledger does not have it, or None if the job does not
+        exist."""
         live = self._lives.get(job)
         if live:
             return live.job
         try:
-            return (await self._ports.ledger.job(job)).job
+            return (await self._ledger.job(job)).job
         except NotFound:
-            return await self._restored(job)
+            return await self._restore(job)

@@ -1,9 +1,8 @@
 """Live logs of running tasks: requests to workers, and reads of the stored output.
 
-Invariant: the control word stays the same. It is written again only in place of the word that was
-read, with a larger request number. For any number of clients, this costs one GET and one PUT per
-half of the request's validity, and one LIST per half of a control lease. Memory use is bounded, and
-logs are dropped soon after the last read.
+Invariant: a request does not change the control word. It replaces only the version that was read, with a larger request
+number. For any number of clients, this costs one GET and one PUT per half of the request's validity, and one LIST per
+half of a control lease. Memory use is bounded, and logs are dropped soon after the last read.
 """
 
 from __future__ import annotations
@@ -19,9 +18,11 @@ from batchlab.core.model import BundleId, Control, JobId, StageName
 from batchlab.core.ports import ObjectInfo
 from batchlab.core.protocol import json_format, object_keys
 from batchlab.core.protocol.messages import ASKED_S, Tail, from_bytes
-from batchlab.manager.state import LiveJob, ManagerSettings, Ports
+from batchlab.manager.context import Context, Part
+from batchlab.manager.state import LiveJob
 
 log = logging.getLogger(__name__)
+
 
 JOB_BYTES = 8 * 1024 * 1024
 ALL_BYTES = 8 * JOB_BYTES
@@ -47,48 +48,43 @@ class _JobLogs:
     stored: dict[str, _WorkerLogs] = field(default_factory=dict)
 
 
-class LiveLogs:
-    """Live logs of all jobs that a manager conducts."""
-
-    def __init__(self, ports: Ports, settings: ManagerSettings) -> None:
-        self._ports = ports
-        self.every_s = settings.control_lease_s
-        """How often new output may appear."""
+class LiveLogs(Part):
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        self.every_s = context.settings.control_lease_s
+        """Interval between updates of the output in seconds."""
         self._jobs: dict[JobId, _JobLogs] = {}
 
-    async def of(self, live: LiveJob) -> list[Tail]:
-        """Return the stored output of the job's running tasks, and ask workers to store it from now
-        on."""
+    async def read(self, live: LiveJob) -> list[Tail]:
+        """Return the stored output of the job's running tasks, and ask workers to store their output from now on."""
         job_logs = self._jobs[live.id] = self._jobs.pop(live.id, _JobLogs())
-        job_logs.wanted_s = self._ports.clock.monotonic_s()
-        await self._ask(live, job_logs)
-        await self._read(live, job_logs)
-        self._make_room()
+        job_logs.wanted_s = self._clock.monotonic_s()
+        await self._request(live, job_logs)
+        await self._refresh(live, job_logs)
+        self._evict()
         return [tail for worker_logs in job_logs.stored.values() for tail in _running_only(live, worker_logs.tails)]
 
-    async def _ask(self, live: LiveJob, looked: _JobLogs) -> None:
-        now_s = self._ports.clock.monotonic_s()
+    async def _request(self, live: LiveJob, looked: _JobLogs) -> None:
+        now_s = self._clock.monotonic_s()
         if now_s - looked.asked_s < ASKED_S / 2:
             return
         async with live.control_lock:
-            if await self._say(live):
+            if await self._write_request(live):
                 looked.asked_s = now_s
 
-    async def _say(self, live: LiveJob) -> bool:
-        """Write the request, and return whether workers will see it. If not, the next client tries
-        again."""
-        objects, patience = self._ports.objects, self._ports.patience
-        spoken = await commit.read_stored(objects, live.id, patience)
+    async def _write_request(self, live: LiveJob) -> bool:
+        """Write the request, and return whether workers will see it."""
+        spoken = await commit.read_stored(self._objects, live.id, self._patience)
         # A job without a control object gets one after a moment.
         word = spoken.command if spoken else json_format.ControlCommand(Control.RUN, round=live.round)
         if word.control is not live.record.control or word.control is Control.CANCEL:
             return False
-        asked = replace(word, tail=word.tail + 1, tail_s=self._ports.clock.now_s())
-        return await commit.replace_command(objects, live.id, asked, patience, over=spoken)
+        asked = replace(word, tail=word.tail + 1, tail_s=self._clock.now_s())
+        return await commit.replace_command(self._objects, live.id, asked, self._patience, over=spoken)
 
-    def _make_room(self) -> None:
-        """Drop the output of the jobs that were read least recently, above the limit. It is read
-        again on demand."""
+    def _evict(self) -> None:
+        """Drop the output of the jobs that were read least recently, above the memory limit. The next client reads it
+        again."""
         sizes = [sum(worker_logs.size for worker_logs in job_logs.stored.values()) for job_logs in self._jobs.values()]
         too_much = sum(sizes) - ALL_BYTES
         for job_logs, size in zip(self._jobs.values(), sizes, strict=True):
@@ -97,27 +93,26 @@ class LiveLogs:
             job_logs.stored, job_logs.read_s = {}, float("-inf")
             too_much -= size
 
-    def forget(self) -> None:
-        """Drop output that no client has requested lately."""
-        now_s = self._ports.clock.monotonic_s()
+    def drop_unused(self) -> None:
+        now_s = self._clock.monotonic_s()
         for job, job_logs in list(self._jobs.items()):
             if job_logs.wanted_s < now_s - 2 * ASKED_S:
                 del self._jobs[job]
 
-    async def _read(self, live: LiveJob, looked: _JobLogs) -> None:
-        now_s = self._ports.clock.monotonic_s()
+    async def _refresh(self, live: LiveJob, looked: _JobLogs) -> None:
+        now_s = self._clock.monotonic_s()
         if now_s - looked.read_s < self.every_s / 2:
             return
         looked.read_s = now_s
         stored: dict[str, _WorkerLogs] = {}
         left = JOB_BYTES
-        async for page in self._ports.objects.list(object_keys.tails(live.id)):
+        async for page in self._objects.list(object_keys.tails(live.id)):
             for info in page:
                 worker_logs = looked.stored.get(info.key)
                 if worker_logs is None or worker_logs.etag != info.etag:
                     if info.size > left:
                         continue  # for this many workers, the output of some is enough
-                    worker_logs = await self._stored(info, left)
+                    worker_logs = await self._read_stored(info, left)
                 elif not _running_only(live, worker_logs.tails):
                     worker_logs = _WorkerLogs(info.etag, 0, ())  # the bundle or its worker has ended
                 if worker_logs.size <= left:
@@ -125,12 +120,12 @@ class LiveLogs:
                     left -= worker_logs.size
         looked.stored = stored
 
-    async def _stored(self, info: ObjectInfo, limit: int) -> _WorkerLogs:
-        """Return the output that a worker has stored. Return nothing if it is unreadable or larger
-        than `limit`, because the worker may have written it again since the listing."""
-        get = partial(self._ports.objects.get, info.key, limit=limit)
+    async def _read_stored(self, info: ObjectInfo, limit: int) -> _WorkerLogs:
+        """Return the output that a worker has stored. Return no output if the object is unreadable or larger than
+        `limit`, because the worker may have grown the object since the listing."""
+        get = partial(self._objects.get, info.key, limit=limit)
         try:
-            data = await self._ports.patience(get)
+            data = await self._patience(get)
             return _WorkerLogs(info.etag, len(data), from_bytes(data))
         except (Malformed, TooLarge, TooNew) as error:
             log.error("went on without %s: %s", info.key, error.message)
@@ -138,5 +133,4 @@ class LiveLogs:
 
 
 def _running_only(live: LiveJob, tails: Sequence[Tail]) -> list[Tail]:
-    """Return the output of outstanding bundles."""
     return [tail for tail in tails if BundleId(tail.bundle) in live.outstanding.get(StageName(tail.stage), {})]

@@ -1,21 +1,18 @@
 """Notifications about a job's end, failures, standstill, and cost cap.
 
-Invariants: delivery is at least once. A notification is in the bucket before the ledger shows the
-job's end, and stays there until it is delivered or given up, whichever manager leads. An
-unreachable target delays only its own notifications. An id is in the outbox once, either pending or
-done, and a done notification never becomes pending again.
+Invariants: delivery is at least once. A notification is in the bucket before the ledger shows the job's end, and stays
+there until it is delivered or given up under any leader. An unreachable target delays only its own notifications. An id
+is in the outbox once, either pending or done, and a done notification never becomes pending again.
 
-Triggers for notifications about live jobs: failures, a cost cap, and a standstill.
-
-Invariant: triggers read only data in memory. A job stands still only if it could make progress: not
-while a worker runs it, and not while it waits for its user, its retry delay, or a cap.
+Triggers read only data in memory. A job stands still if it makes no progress although it could: no worker runs it, and
+it does not wait for its user, a retry delay, or a cap.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
@@ -24,112 +21,107 @@ from batchlab.core.errors import BackendError, NotFound
 from batchlab.core.model import Control, JobId, JobState
 from batchlab.core.notifications import Directory, NotDelivered, Notification, Target
 from batchlab.core.port_retries import doubled_s, set_within
-from batchlab.core.ports import Clock, Ending
+from batchlab.core.ports import Ending
 from batchlab.core.protocol import json_format, object_keys
-from batchlab.manager.counters import Counters
-from batchlab.manager.state import LiveJob, Ports, WorkerStatus
-from batchlab.manager.versioned_document import UNREADABLE, VersionedDocument
+from batchlab.manager.context import Context, NotificationChannels, Part
+from batchlab.manager.cost_caps import CostCaps
+from batchlab.manager.state import LiveJob
+from batchlab.manager.versioned_document import VersionedDocument
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
 class _LastProgress:
-    """Position of a job when its last progress was seen."""
+    """State of a job at its last progress."""
 
     marker: tuple[int, ...]
     since_s: float
 
 
-class NotificationTriggers:
-    """Triggers of the jobs that one manager conducts."""
+class NotificationTriggers(Part):
+    """Triggers of the jobs that one manager conducts. `caps` become part of the keys of notifications."""
 
-    def __init__(
-        self, clock: Clock, workers: Mapping[str, WorkerStatus], cap_of: Callable[[LiveJob], str] = lambda _: ""
-    ) -> None:
-        """`cap_of` names the caps of a job. A change of the name triggers again."""
-        self._clock = clock
-        self._workers = workers
-        self._cap_of = cap_of
-        self._stands: dict[JobId, _LastProgress] = {}
+    def __init__(self, context: Context, caps: CostCaps | None) -> None:
+        super().__init__(context)
+        self._caps = caps
+        self._progress: dict[JobId, _LastProgress] = {}
 
-    def keep(self, jobs: Collection[JobId]) -> None:
-        """Forget all other jobs."""
-        for gone in self._stands.keys() - jobs:
-            del self._stands[gone]
+    def forget_others(self, jobs: Collection[JobId]) -> None:
+        for job in self._progress.keys() - jobs:
+            del self._progress[job]
 
     def forget(self, job: JobId) -> None:
-        self._stands.pop(job, None)
+        self._progress.pop(job, None)
 
-    def of(self, live: LiveJob, target: Target, stood_s: float) -> Iterator[tuple[str, str]]:
-        """Yield what has triggered for `target`: the moment, and a key that distinguishes it from
-        earlier ones of its kind. `stood_s` is the job's standstill, if the target wants it."""
-        failed = sum(stage.counts.failed for stage in live.stages.values())
+    def fired(self, live: LiveJob, target: Target, standstill_s: float) -> Iterator[tuple[str, str]]:
+        """Yield the triggers that have fired for `target`: the moment, and a key that distinguishes repeated triggers.
+        `standstill_s` is the time since the job's last progress."""
+        failed = sum(counts.failed for counts in live.counts)
         if target.wants("failures") and failed >= target.failures:
             yield "failures", str(target.failures)
         if target.wants("capped") and live.capped:
-            yield "capped", self._cap_of(live)
-        if target.wants("stuck") and stood_s >= target.stuck_s:
-            yield "stuck", ".".join(map(str, self._stands[live.id].marker))
+            yield "capped", f"{self._caps.cap_of(live)}/{self._caps.max_cost_usd}" if self._caps else ""
+        if target.wants("stuck") and standstill_s >= target.stuck_s:
+            yield "stuck", ".".join(map(str, self._progress[live.id].marker))
 
-    def stood_s(self, live: LiveJob) -> float:
+    def standstill_s(self, live: LiveJob) -> float:
         """Return the seconds since the job's last progress."""
         now_s = self._clock.monotonic_s()
-        counts = [stage.counts for stage in live.stages.values()]
         marker = (
             live.round,
-            sum(count.planned is not None for count in counts),
-            sum(count.terminal + count.retried for count in counts),
+            sum(counts.planned is not None for counts in live.counts),
+            sum(counts.terminal + counts.retried for counts in live.counts),
         )
-        stand = self._stands.setdefault(live.id, _LastProgress(marker, now_s))
-        if stand.marker != marker or self._moves(live, now_s):
-            stand.marker, stand.since_s = marker, now_s
-        return now_s - stand.since_s
+        progress = self._progress.setdefault(live.id, _LastProgress(marker, now_s))
+        if progress.marker != marker or self._is_active(live, now_s):
+            progress.marker, progress.since_s = marker, now_s
+        return now_s - progress.since_s
 
-    def _moves(self, live: LiveJob, now_s: float) -> bool:
-        """Return whether a worker runs the job, or the job waits for its user or its retry
-        delay."""
+    def _is_active(self, live: LiveJob, now_s: float) -> bool:
+        """Return whether a worker runs the job, or the job waits for its user, a retry delay, or a cap."""
         if live.record.control is not Control.RUN or live.record.state is JobState.SCHEDULED:
             return True
-        if live.is_held or any(one.heard_s > now_s for one in live.all_outstanding()):
+        if live.is_held or any(outstanding.heard_s > now_s for outstanding in live.all_outstanding()):
             return True
-        held = (one for worker_status in self._workers.values() for one in worker_status.since_s)
-        return any(one.job == live.id for one in held)
+        return any(held.job == live.id for worker in self._registry.workers.values() for held in worker.since_s)
 
 
-LOGGED = 200
-REMEMBERED = 1000
-"""Ids of done notifications, so that a new manager does not send them again."""
+MAX_LOG = 200
+MAX_DONE_IDS = 1000
+"""Number of ids of done notifications that are stored, so that a new manager does not send these notifications
+again."""
 
 
 @dataclass(slots=True)
 class Outbox:
-    """Pending notifications and the results of the others, newest last, as one object in the
-    bucket."""
+    """Pending notifications and the results of the others, newest last. One object in the bucket stores them."""
 
     pending: dict[str, Notification] = field(default_factory=dict)
     log: list[Notification] = field(default_factory=list)
     done: dict[str, None] = field(default_factory=dict)
 
-    def close(self, one: Notification) -> None:
-        self.pending.pop(one.id, None)
-        self.log.append(replace(one, body=""))
-        del self.log[:-LOGGED]
-        self.done[one.id] = None
-        while len(self.done) > REMEMBERED:
+    def finish(self, notification: Notification) -> None:
+        self.pending.pop(notification.id, None)
+        self.log.append(replace(notification, body=""))
+        del self.log[:-MAX_LOG]
+        self.done[notification.id] = None
+        while len(self.done) > MAX_DONE_IDS:
             del self.done[next(iter(self.done))]
 
-    def knows(self, id_: str) -> bool:
+    def has(self, id_: str) -> bool:
         return id_ in self.pending or id_ in self.done
 
     def merge(self, other: Outbox) -> None:
-        """Take over what another manager has written."""
+        """Add the notifications that another manager has written."""
         for notification in other.log:
             if notification.id not in self.done:
-                self.close(notification)
+                self.finish(notification)
         for id_ in other.done:
             self.pending.pop(id_, None)
             self.done[id_] = None
         for id_, notification in other.pending.items():
-            if not self.knows(id_):
+            if not self.has(id_):
                 self.pending[id_] = notification
 
     def to_bytes(self) -> bytes:
@@ -145,140 +137,106 @@ class Outbox:
     @classmethod
     def from_bytes(cls, data: bytes) -> Outbox:
         doc = json_format.loads(data)
-        pending = [notifications.from_json(one) for one in doc["pending"]]
-        return cls(
-            {one.id: one for one in pending},
-            [notifications.from_json(one) for one in doc["log"]],
-            dict.fromkeys(doc["done"]),
-        )
+        pending, log = ([notifications.from_json(value) for value in doc[key]] for key in ("pending", "log"))
+        return cls({notification.id: notification for notification in pending}, log, dict.fromkeys(doc["done"]))
 
 
-log = logging.getLogger(__name__)
-
-AT_ONCE = 8
-AT_ONCE_TO_ONE = 2
-"""Deliveries to one target at once, so that a slow target leaves room for the others."""
+MAX_DELIVERIES = 8
+MAX_DELIVERIES_PER_TARGET = 2
+"""Concurrent deliveries to one target, so that a slow target does not block the others."""
 FIRST_WAIT_S = 2.0
-LONGEST_WAIT_S = 900.0
+MAX_WAIT_S = 900.0
 """Waits between two attempts. Each wait is twice as long as the one before."""
 GIVE_UP_S = 86_400.0
 SOON_S = 1.0
-"""Minimum interval between writes of a large outbox after a delivery or a first failure. The
-interval is shorter for an outbox of fewer than `SMALL` notifications."""
+"""Minimum interval between writes of a large outbox after a delivery or a first failure. For fewer than `SMALL`
+notifications, the interval is shorter."""
 SMALL = 100
 LATER_S = 60.0
-"""Longest interval between writes after repeated failures."""
+"""Maximum interval between writes after repeated failures."""
 CLOSE_S = 1.0
-EXPLAINED_AT_ONCE = 5
+MAX_EXPLANATIONS = 5
 """Stuck jobs explained per tick. Each explanation reads the fleet and the ledger."""
 MAX_PENDING = 2000
-"""If more notifications are pending, the oldest is given up."""
-
-Deliver = Callable[[Target, Notification], Awaitable[None]]
-"""Function that delivers a notification, or raises NotDelivered."""
+"""Maximum number of pending notifications. The oldest is given up above it."""
 
 
-@dataclass(frozen=True, slots=True)
-class NotificationChannels:
-    """The grid's current target directory, and the delivery function."""
-
-    directory: Callable[[], Directory]
-    deliver: Deliver
-
-
-class Notifier:
+class Notifier(Part):
     """Notifications of one manager. `explain` returns why a job makes no progress."""
 
-    def __init__(
-        self,
-        ports: Ports,
-        lives: Mapping[JobId, LiveJob],
-        workers: Mapping[str, WorkerStatus],
-        outlets: NotificationChannels,
-        counts: Counters,
-        cap_of: Callable[[LiveJob], str] = lambda _: "",
-    ) -> None:
-        """`cap_of`: see NotificationTriggers."""
-        self._ports = ports
-        self._lives = lives
-        self._outlets = outlets
-        self._counts = counts
+    def __init__(self, context: Context, channels: NotificationChannels, caps: CostCaps | None) -> None:
+        super().__init__(context)
+        self._channels = channels
         self.explain: Callable[[JobId], Awaitable[str]] | None = None
-        self.book = Outbox()
-        self._kept = VersionedDocument(ports, object_keys.NOTIFICATIONS)
-        self._changes = 0
-        self._saved = 0
+        self.outbox = Outbox()
+        self._document = VersionedDocument(context.ports, object_keys.NOTIFICATIONS, self._merge)
+        self._version = 0
+        self._saved_version = 0
         self._lock = asyncio.Lock()
-        self._write_s: float | None = None
-        """Monotonic time when the results of attempts are to be written, or None."""
+        self._write_due_s: float | None = None
+        """Monotonic time of the next write of results, or None."""
         self._written_s = float("-inf")
-        """Monotonic time of the last write."""
         self._unwritten = asyncio.Event()
         self._due = asyncio.Event()
         self._sending: dict[str, str] = {}
         """Destination of each notification in delivery, by id."""
-        self._triggers = NotificationTriggers(ports.clock, workers, cap_of)
-        self._told_of: dict[JobId, set[str]] = {}
-        """Notifications of live jobs that were ever in the outbox. The outbox forgets old ids."""
+        self._triggers = NotificationTriggers(context, caps)
+        self._known_ids: dict[JobId, set[str]] = {}
+        """Ids of notifications about live jobs that were ever in the outbox. The outbox forgets old ids."""
 
     def directory(self) -> Directory:
         """Return the grid's targets, and the rules for targets of jobs."""
-        return self._outlets.directory()
-
-    # --- Triggers ---------------------------------------------------------------------------------
+        return self._channels.directory()
 
     async def ended(self, live: LiveJob, ending: Ending) -> None:
-        """Add notifications about the committed end of a job. Raises BackendError if they cannot be
-        stored yet."""
+        """Add notifications about the committed end of a job. Raise BackendError if the bucket cannot store them
+        yet."""
         moment = ending.state.value.lower()
-        every = [*self.directory().targets, *notifications.targets_of(live.job)]
-        wanted = [target for target in every if target.wants(moment)]
+        targets = [*self.directory().targets, *notifications.targets_of(live.job)]
+        wanted = [target for target in targets if target.wants(moment)]
         self._triggers.forget(live.id)
         if not wanted:
             return
-        state, reason, at_s = ending.state, ending.reason, ending.ended_s
-        record = replace(live.record, state=state, reason=reason, ended_s=at_s, round=live.round)
+        at_s = ending.ended_s
+        record = replace(live.record, state=ending.state, reason=ending.reason, ended_s=at_s, round=live.round)
         body = notifications.body_of(record, list(live.stages.values()))
         await self._add(
-            [
-                notifications.make_notification(target, live.job, live.round, moment, body, at_s=at_s)
-                for target in wanted
-            ]
+            [notifications.make_notification(t, live.job, live.round, moment, body, at_s=at_s) for t in wanted]
         )
 
     async def observe(self) -> None:
         """Add notifications for live jobs whose triggers have fired."""
-        self._triggers.keep(self._lives.keys())
-        for gone in self._told_of.keys() - self._lives.keys():
-            del self._told_of[gone]
+        self._triggers.forget_others(self._lives.keys())
+        for job in self._known_ids.keys() - self._lives.keys():
+            del self._known_ids[job]
         explained = 0
-        found: list[Notification] = []
-        everybodys = self.directory().targets
+        fired: list[Notification] = []
+        grid_targets = self.directory().targets
         for live in list(self._lives.values()):
-            targets = [*everybodys, *notifications.targets_of(live.job)]
+            targets = [*grid_targets, *notifications.targets_of(live.job)]
             if not targets or live.ended.is_set():
                 continue
             # The check reads all workers, so it runs only for targets that want it.
-            waits = any(target.wants("stuck") for target in targets)
-            stood_s = self._triggers.stood_s(live) if waits else 0.0
-            told_of = self._told_of.setdefault(live.id, set())
+            is_wanted = any(target.wants("stuck") for target in targets)
+            standstill_s = self._triggers.standstill_s(live) if is_wanted else 0.0
+            known_ids = self._known_ids.setdefault(live.id, set())
             for target in targets:
-                for moment, key in self._triggers.of(live, target, stood_s):
+                for moment, key in self._triggers.fired(live, target, standstill_s):
                     id_ = notifications.derived_id(target, live.id, live.round, moment, key)
-                    if id_ in told_of or self.book.knows(id_):
+                    if id_ in known_ids or self.outbox.has(id_):
                         continue
                     explained += moment == "stuck"
-                    if moment == "stuck" and explained > EXPLAINED_AT_ONCE:
+                    if moment == "stuck" and explained > MAX_EXPLANATIONS:
                         # the tick waits for each explanation, and the next tick comes soon
                         continue
-                    told_of.add(id_)
-                    found.append(await self._told(live, target, moment, key))
+                    known_ids.add(id_)
+                    fired.append(await self._notification(live, target, moment, key))
         try:
-            await self._add(found)
+            await self._add(fired)
         except BackendError as error:
-            log.warning("notifications are not written down yet: %s", error)
+            log.warning("notifications are not stored yet: %s", error)
 
-    async def _told(self, live: LiveJob, target: Target, moment: str, key: str) -> Notification:
+    async def _notification(self, live: LiveJob, target: Target, moment: str, key: str) -> Notification:
         why = live.capped
         if moment == "stuck" and self.explain:
             try:
@@ -289,40 +247,29 @@ class Notifier:
                 # A bug that concerns one job must not end the tick.
                 log.exception("the standstill of job %s could not be explained", live.id)
         body = notifications.body_of(live.record, list(live.stages.values()), why=why)
-        at_s = self._ports.clock.now_s()
+        at_s = self._clock.now_s()
         return notifications.make_notification(target, live.job, live.round, moment, body, at_s=at_s, key=key)
 
-    # --- The bucket ------------------------------------------------------------------------------
-
     async def load(self) -> None:
-        """Take over the pending notifications of the previous manager. If the bucket does not
-        answer, the first write merges them."""
+        """Read the pending notifications of the previous manager. If the bucket is unavailable, the first write merges
+        them."""
         try:
-            data = await self._kept.read()
+            await self._document.load()
         except BackendError as error:
-            log.warning("what is to be notified cannot be read yet: %s", error)
-            return
-        if data is not None:
-            self._meet(data)
+            log.warning("the pending notifications cannot be read yet: %s", error)
 
-    def _meet(self, there: bytes) -> bool:
-        """Merge the outbox that another manager has written."""
-        try:
-            self.book.merge(Outbox.from_bytes(there))
-        except UNREADABLE as error:
-            # An outbox of a later release must not keep a manager from leading.
-            log.error("what is to be notified cannot be read, and begins anew: %r", error)
+    def _merge(self, content: bytes) -> None:
+        self.outbox.merge(Outbox.from_bytes(content))
         self._due.set()
-        return True
 
-    async def _add(self, some: Sequence[Notification]) -> None:
-        fresh = [notification for notification in some if not self.book.knows(notification.id)]
-        if not fresh and self._saved >= self._changes:
+    async def _add(self, new: Sequence[Notification]) -> None:
+        new = [notification for notification in new if not self.outbox.has(notification.id)]
+        if not new and self._saved_version >= self._version:
             return  # otherwise an earlier change is not in the bucket yet
-        for notification in fresh:
-            self.book.pending[notification.id] = notification
-        while len(self.book.pending) > MAX_PENDING:
-            self._close(next(iter(self.book.pending.values())), "given up", "there are too many")
+        for notification in new:
+            self.outbox.pending[notification.id] = notification
+        while len(self.outbox.pending) > MAX_PENDING:
+            self._close(next(iter(self.outbox.pending.values())), "given up", "there are too many")
         try:
             await self._save()
         finally:
@@ -330,74 +277,67 @@ class Notifier:
 
     async def _save(self) -> None:
         """Write the outbox. Concurrent callers share one write."""
-        self._changes += 1
-        mine = self._changes
+        self._version += 1
+        required = self._version
         async with self._lock:
-            if self._saved >= mine:
+            if self._saved_version >= required:
                 return
-            writing, due_s = self._changes, self._write_s
-            self._write_s = None  # results that arrive meanwhile are written next time
+            version, due_s = self._version, self._write_due_s
+            self._write_due_s = None  # results that arrive meanwhile are written next time
             try:
-                await self._kept.write(self.book.to_bytes, self._meet)
-                self._saved, due_s = writing, None
-                self._written_s = self._ports.clock.monotonic_s()
+                await self._document.write(self.outbox.to_bytes)
+                self._saved_version, due_s = version, None
+                self._written_s = self._clock.monotonic_s()
             finally:
                 if due_s is not None:
-                    self._write_s = min(due_s, self._write_s or due_s)
-
-    # --- Delivery --------------------------------------------------------------------------------
+                    self._write_due_s = min(due_s, self._write_due_s or due_s)
 
     async def run(self) -> None:
-        """Deliver due notifications forever."""
         try:
             await self._run()
         finally:
-            if self._write_s is not None:
-                # then the next manager tries them sooner
+            if self._write_due_s is not None:
+                # With the results, the next manager tries the notifications sooner.
                 with suppress(TimeoutError, BackendError):
                     async with asyncio.timeout(CLOSE_S):
                         await self._save()
 
     async def _run(self) -> None:
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._write_down(), name="write down what came of notifications")
+            group.create_task(self._write_results(), name="write notification results")
             while True:
                 self._due.clear()
-                now_s = self._ports.clock.now_s()
-                waits_s = LONGEST_WAIT_S
-                for notification in list(self.book.pending.values()):
+                now_s = self._clock.now_s()
+                waits_s = MAX_WAIT_S
+                for notification in list(self.outbox.pending.values()):
                     if notification.id in self._sending:
                         continue
                     if notification.due_s > now_s:
                         waits_s = min(waits_s, notification.due_s - now_s)
-                    elif self._has_room(_place(notification)):
-                        self._sending[notification.id] = _place(notification)
+                        continue
+                    destination, busy = _destination(notification), list(self._sending.values())
+                    if len(busy) < MAX_DELIVERIES and busy.count(destination) < MAX_DELIVERIES_PER_TARGET:
+                        self._sending[notification.id] = destination
                         group.create_task(self._deliver(notification), name=f"notification {notification.id}")
                 await set_within(self._due, waits_s)
 
-    def _has_room(self, place: str) -> bool:
-        busy = list(self._sending.values())
-        return len(busy) < AT_ONCE and busy.count(place) < AT_ONCE_TO_ONE
-
-    async def tried(self, within_s: float) -> None:
-        """Return when every notification was tried, or after `within_s`. For a manager that is
-        about to exit."""
-        until_s = self._ports.clock.monotonic_s() + within_s
-        while any(not notification.attempts for notification in self.book.pending.values()):
-            if self._ports.clock.monotonic_s() >= until_s:
+    async def wait_for_attempts(self, within_s: float) -> None:
+        """Return when every notification was attempted, or after `within_s`, for a manager that is about to exit."""
+        until_s = self._clock.monotonic_s() + within_s
+        while any(not notification.attempts for notification in self.outbox.pending.values()):
+            if self._clock.monotonic_s() >= until_s:
                 return
             await asyncio.sleep(0.02)
 
-    async def _write_down(self) -> None:
-        """Write the results of attempts, forever. Each write has the whole outbox, so writes are
-        rare."""
+    async def _write_results(self) -> None:
+        """Write the results of attempts, forever. Each write contains the whole outbox, so writes are rare."""
         pause_s = SOON_S
         while True:
             await self._unwritten.wait()
             self._unwritten.clear()
-            if self._write_s is None:
-                continue  # another call has written them
-            wait_s = self._write_s - self._ports.clock.monotonic_s()
+            if self._write_due_s is None:
+                continue  # another call has written the results
+            wait_s = self._write_due_s - self._clock.monotonic_s()
             if wait_s > 0:
                 await set_within(self._unwritten, wait_s)
                 self._unwritten.set()
@@ -406,79 +346,79 @@ class Notifier:
                 await self._save()
                 pause_s = SOON_S
             except BackendError as error:
-                log.warning("what came of notifications is not written down yet: %s", error)
+                log.warning("the results of notifications are not stored yet: %s", error)
                 await asyncio.sleep(pause_s)
                 pause_s = doubled_s(pause_s, LATER_S)
             self._unwritten.set()
 
-    def _wants_writing(self, within_s: float) -> None:
+    def _schedule_write(self, within_s: float) -> None:
         """Schedule a write of results for `within_s` after the last write."""
-        due_s = max(self._ports.clock.monotonic_s(), self._written_s + within_s)
-        if self._write_s is None or due_s < self._write_s:
-            self._write_s = due_s
+        due_s = max(self._clock.monotonic_s(), self._written_s + within_s)
+        if self._write_due_s is None or due_s < self._write_due_s:
+            self._write_due_s = due_s
             self._unwritten.set()
 
-    async def _deliver(self, one: Notification) -> None:
+    async def _deliver(self, notification: Notification) -> None:
         try:
-            await self._try(one)
+            await self._try(notification)
         finally:
-            # If the manager dies before the write, the next one sends the notification twice or
-            # sooner.
-            left = self.book.pending.get(one.id)
-            within_s = min(SOON_S, len(self.book.pending) / SMALL)
-            if left and left.attempts > 1:
-                within_s = min(LATER_S, _pause_s(left) / 2)
-            self._wants_writing(within_s)
-            del self._sending[one.id]
+            # If the manager dies before the write, the next manager sends the notification twice or sooner.
+            pending = self.outbox.pending.get(notification.id)
+            within_s = min(SOON_S, len(self.outbox.pending) / SMALL)
+            if pending and pending.attempts > 1:
+                within_s = min(LATER_S, _pause_s(pending) / 2)
+            self._schedule_write(within_s)
+            del self._sending[notification.id]
             self._due.set()
 
-    async def _try(self, one: Notification) -> None:
+    async def _try(self, notification: Notification) -> None:
         target = None
         try:
-            target = self._target(one)
+            target = self._target(notification)
             if target is None:
-                self._close(one, "given up", f"the grid has no target {one.target!r} any more")
+                self._close(notification, "given up", f"the grid has no target {notification.target!r} any more")
                 return
-            # Checked again, because the operator may have changed the directory, and others may
-            # write the bucket.
-            if one.own and (wrong := self.directory().refusal(one.own)):
+            # Checked again, because the operator may have changed the directory, and others may write the bucket.
+            if notification.own and (wrong := self.directory().refusal(notification.own)):
                 raise NotDelivered(wrong, final=True)
-            await self._outlets.deliver(target, one)
+            await self._channels.deliver(target, notification)
         except NotDelivered as error:
-            self._failed(one, target, error)
+            self._failed(notification, target, error)
         except Exception as error:
-            # A bug that concerns one notification must not end the manager.
-            log.exception("a notification met a bug", extra={"job": one.job})
-            self._failed(one, target, NotDelivered(f"There is an error in the manager: {error!r}."))
+            # A bug that concerns notification notification must not end the manager.
+            log.exception("an unexpected error stopped the delivery of a notification", extra={"job": notification.job})
+            self._failed(notification, target, NotDelivered(f"There is an error in the manager: {error!r}."))
         else:
             self._counts.deliveries[target.kind, "delivered"] += 1
-            self._close(replace(one, attempts=one.attempts + 1), "delivered", "")
-            log.info("told %s that it is %s", target.shown, one.moment, extra={"job": one.job})
+            self._close(replace(notification, attempts=notification.attempts + 1), "delivered", "")
+            log.info(
+                "sent a notification to %s: %s", target.shown, notification.moment, extra={"job": notification.job}
+            )
 
-    def _failed(self, one: Notification, target: Target | None, error: NotDelivered) -> None:
-        kind, shown = (target.kind, target.shown) if target else ("unknown", one.target)
-        about, now_s = {"job": one.job}, self._ports.clock.now_s()
-        tried = replace(one, attempts=one.attempts + 1, error=error.message)
-        if error.final or now_s - one.at_s >= GIVE_UP_S:
+    def _failed(self, notification: Notification, target: Target | None, error: NotDelivered) -> None:
+        kind, shown = (target.kind, target.shown) if target else ("unknown", notification.target)
+        extra, now_s = {"job": notification.job}, self._clock.now_s()
+        tried = replace(notification, attempts=notification.attempts + 1, error=error.message)
+        if error.final or now_s - notification.at_s >= GIVE_UP_S:
             self._counts.deliveries[kind, "given_up"] += 1
             self._close(tried, "given up", error.message)
-            log.warning("a notification to %s is given up: %s", shown, error, extra=about)
+            log.warning("a notification to %s is given up: %s", shown, error, extra=extra)
             return
         self._counts.deliveries[kind, "failed"] += 1
         wait_s = _pause_s(tried)
-        if one.id in self.book.pending:  # otherwise another leader has delivered it
-            self.book.pending[one.id] = replace(tried, due_s=now_s + wait_s)
-        log.warning("a notification to %s is tried again in %.0f s: %s", shown, wait_s, error.message, extra=about)
+        if notification.id in self.outbox.pending:  # otherwise another leader has delivered it
+            self.outbox.pending[notification.id] = replace(tried, due_s=now_s + wait_s)
+        log.warning("a notification to %s is tried again in %.0f s: %s", shown, wait_s, error.message, extra=extra)
 
-    def _close(self, one: Notification, state: str, error: str) -> None:
-        ended_s = self._ports.clock.now_s()
-        self.book.close(replace(one, state=state, error=error, ended_s=ended_s))
+    def _close(self, notification: Notification, state: str, error: str) -> None:
+        ended_s = self._clock.now_s()
+        self.outbox.finish(replace(notification, state=state, error=error, ended_s=ended_s))
 
-    def _target(self, one: Notification) -> Target | None:
-        if one.own is not None:
-            number = int(one.target.rpartition("#")[2])
-            return self.directory().own(one.job, number, one.own)
-        return self.directory().named(one.target)
+    def _target(self, notification: Notification) -> Target | None:
+        if notification.own is not None:
+            number = int(notification.target.rpartition("#")[2])
+            return self.directory().own(notification.job, number, notification.own)
+        return self.directory().named(notification.target)
 
     async def test(self, name: str) -> str:
         """Send a test notification to one target, once. Return the error, or ""."""
@@ -486,12 +426,12 @@ class Notifier:
         if target is None:
             names = ", ".join(t.name for t in self.directory().targets) or "none"
             raise NotFound(f"The grid has no target {name!r}.", remedy=f"Its targets are: {names}.")
-        at_s = self._ports.clock.now_s()
-        id_ = notifications.derived_id(target, "", 0, "test", self._ports.ids.fresh("test"))
+        at_s = self._clock.now_s()
+        id_ = notifications.derived_id(target, "", 0, "test", self._ids.fresh("test"))
         text = {"v": json_format.VERSION, "id": id_, "moment": "test", "at_s": at_s}
         notification = Notification(id_, "test", "", name, None, json_format.dumps(text), at_s)
         try:
-            await self._outlets.deliver(target, notification)
+            await self._channels.deliver(target, notification)
         except NotDelivered as error:
             self._close(replace(notification, attempts=1), "given up", error.message)
             return error.message
@@ -504,23 +444,22 @@ class Notifier:
 
     def trouble(self, job: str) -> str:
         """Return a clause about undelivered notifications of the job, or ""."""
-        waiting = [one for one in self.book.pending.values() if one.job == job and one.attempts]
+        waiting = [n for n in self.outbox.pending.values() if n.job == job and n.attempts]
         if not waiting:
             return ""
-        last = max(waiting, key=lambda one: one.attempts)
+        last = max(waiting, key=lambda notification: notification.attempts)
         target = self._target(last)
         where = target.shown if target else last.target
         return (
-            f"a notification of it to {where} has not arrived, tries so far: {last.attempts}, the "
-            f"last: {last.error.rstrip('.')}"
+            f"a notification about the job to {where} was not delivered, attempts: {last.attempts}, "
+            f"last error: {last.error.rstrip('.')}"
         )
 
 
-def _pause_s(tried: Notification) -> float:
-    """Return the wait after the last attempt."""
-    return doubled_s(FIRST_WAIT_S, LONGEST_WAIT_S, tried.attempts - 1)
+def _pause_s(notification: Notification) -> float:
+    return doubled_s(FIRST_WAIT_S, MAX_WAIT_S, notification.attempts - 1)
 
 
-def _place(one: Notification) -> str:
-    """Return the destination, whichever job names it."""
-    return one.own.to if one.own else one.target
+def _destination(notification: Notification) -> str:
+    """Return the destination of a notification of the grid or of a job."""
+    return notification.own.to if notification.own else notification.target

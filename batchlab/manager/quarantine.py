@@ -1,8 +1,8 @@
 """Handling of messages and objects that the manager cannot read.
 
-Invariant: each one is counted and logged once, and none of them blocks the manager or another job.
-An unreadable outcome object is replaced and not overwritten: its key stays taken, and a bucket
-policy may forbid overwriting. A conditional PUT of the replacement decides which outcome counts.
+Invariant: each one is counted and logged once, and none of them blocks the manager or another job. The manager does not
+overwrite an unreadable outcome object, because a bucket policy may forbid it. A conditional PUT of a replacement object
+decides which outcome counts.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from batchlab.manager.state import Ports
 
 log = logging.getLogger(__name__)
 
+
 T = TypeVar("T")
 
 KEPT = 20_000
-"""Messages and objects that are remembered, so that a second delivery is not reported again."""
+"""Number of messages and objects that are stored, so that a second delivery is not reported again."""
 KEPT_JOBS = 1_000
 KEPT_OF_A_JOB = 20
 
@@ -38,12 +39,11 @@ class Quarantine:
 
     def __init__(self, counts: Counters) -> None:
         self._counts = counts
-        self._known: OrderedDict[str, None] = OrderedDict()
+        self._reported: OrderedDict[str, None] = OrderedDict()
         self._jobs: OrderedDict[JobId, dict[str, str]] = OrderedDict()
 
     def message(self, kind: str, id_: str, length: int, error: Exception, job: JobId | None = None) -> None:
-        """Report a dropped message of the kind "event" or "dead letter" with `length`
-        characters."""
+        """Report a dropped message of the kind "event" or "dead letter" with `length` characters."""
         # The content is not logged, because it may be a user's.
         told = f"{kind} of {length} characters"
         if self._is_new(kind, f"{kind} {id_}"):
@@ -64,8 +64,7 @@ class Quarantine:
             self._note(job, f"unproven {id_}", f"an event: {why}")
 
     def beat(self, instance: str, why: str) -> None:
-        """Report a rejected beat of `instance`. Each is counted, and the first with this reason is
-        logged."""
+        """Report a rejected heartbeat of `instance`. Each is counted, and the first with this reason is logged."""
         if not self._is_new(BEAT, f"beat {instance} {why}"):
             self._counts.unreadable[BEAT] += 1
             return
@@ -78,12 +77,12 @@ class Quarantine:
         self._note(job, key, error.message.rstrip("."))
 
     def _is_new(self, kind: str, name: str) -> bool:
-        if name in self._known:
-            self._known.move_to_end(name)
+        if name in self._reported:
+            self._reported.move_to_end(name)
             return False
-        self._known[name] = None
-        if len(self._known) > KEPT:
-            self._known.popitem(last=False)
+        self._reported[name] = None
+        if len(self._reported) > KEPT:
+            self._reported.popitem(last=False)
         self._counts.unreadable[kind] += 1
         return True
 
@@ -95,13 +94,13 @@ class Quarantine:
         if len(self._jobs) > KEPT_JOBS:
             self._jobs.popitem(last=False)
 
-    def of(self, job: JobId) -> Mapping[str, str]:
-        """Return the reason for each unreadable message or object of the job, by its name."""
+    def unreadable(self, job: JobId) -> Mapping[str, str]:
+        """Return the reason of each unreadable message or object of the job, by its name."""
         return self._jobs.get(job, {})
 
     def trouble(self, job: JobId) -> str:
         """Return a clause about unreadable messages and objects of the job, or ""."""
-        found = self.of(job)
+        found = self.unreadable(job)
         if not found:
             return ""
         first = next(iter(found.values()))
@@ -118,7 +117,7 @@ class UnreadableObject(Malformed):
 
 
 async def read_stored(ports: Ports, key: str, read: Callable[[bytes], T]) -> T:
-    """Return the result of `read` for an object. Raises NotFound or UnreadableObject."""
+    """Return the result of `read` for an object. Raise NotFound or UnreadableObject."""
     data = await ports.patience(partial(ports.objects.get, key))
     try:
         return read(data)
@@ -127,8 +126,7 @@ async def read_stored(ports: Ports, key: str, read: Callable[[bytes], T]) -> T:
 
 
 async def read_cut(ports: Ports, key: str) -> Cut:
-    """Return the cut with this key. Raises NotFound, or UnreadableObject also if it is another
-    cut."""
+    """Return the cut with this key. Raise NotFound, or UnreadableObject also if the object contains another cut."""
     cut = await read_stored(ports, key, lambda data: json_format.cut_from_json(json_format.loads(data)))
     if object_keys.cut(cut.job, cut.stage, cut.round, cut.seq) != key:
         raise UnreadableObject(key, "It is another cut.")
@@ -136,34 +134,31 @@ async def read_cut(ports: Ports, key: str) -> Cut:
 
 
 class OutcomeStore:
-    """Access of the manager to committed outcomes."""
-
     def __init__(self, ports: Ports, quarantine: Quarantine) -> None:
         self._ports = ports
         self._quarantine = quarantine
 
-    async def of(self, job: JobDef, bundle: Bundle) -> Outcome | None:
-        """Return the committed outcome of `bundle`, or None. If its object is unreadable, commit a
-        replacement in which its tasks fail or are retried."""
+    async def read(self, job: JobDef, bundle: Bundle) -> Outcome | None:
+        """Return the committed outcome of `bundle`, or None. If the object is unreadable, commit a replacement in which
+        the tasks fail or are retried."""
         try:
             key = await self._ports.keys.key_of(job)
             outcome = await committed(self._ports.objects, bundle, self._ports.patience, key)
             return _check_fit(job, outcome, key) if outcome else None
         except Malformed as error:
             draft = settlement.unreadable(job, bundle, error.message, now_s=self._ports.clock.now_s())
-            return await self._replaced(job, draft, error)
+            return await self._replace(job, draft, error)
 
     async def commit(self, job: JobDef, draft: Outcome) -> Outcome:
-        """Commit `draft` and return the outcome that counts. An unreadable object in its place is
-        replaced by `draft`."""
+        """Commit `draft` and return the committed outcome. `draft` also replaces an unreadable object."""
         try:
             key = await self._ports.keys.key_of(job)
             outcome = await commit(self._ports.objects, draft, self._ports.patience, key)
             return _check_fit(job, outcome, key)
         except Malformed as error:
-            return await self._replaced(job, draft, error)
+            return await self._replace(job, draft, error)
 
-    async def _replaced(self, job: JobDef, draft: Outcome, error: BackendError) -> Outcome:
+    async def _replace(self, job: JobDef, draft: Outcome, error: BackendError) -> Outcome:
         key = await self._ports.keys.key_of(job)
         self._quarantine.object(object_keys.outcome(draft.bundle, key), error, job.id)
         objects, patience = self._ports.objects, self._ports.patience

@@ -1,15 +1,13 @@
 """Recovery of lost work: silent bundles without an outcome, and dead letters.
 
-Invariant (I7): a lost message, a purged queue, or a missing event costs `silence_s` but no task, so
-a job always ends. Sending a bundle again is safe, because ids are derived and the commit is
-conditional.
+Invariant (I7): a lost message, a purged queue, or a missing event delays a job by `silence_s`, and every job ends.
+Sending a bundle again is safe, because ids are derived and the commit is conditional.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -21,52 +19,41 @@ from batchlab.core.port_retries import raise_if_cancelled
 from batchlab.core.ports import MAX_BATCH, Depth, Message
 from batchlab.core.protocol import json_format, object_keys, settlement
 from batchlab.core.protocol.messages import read_task_message
+from batchlab.manager.context import Context, Part
 from batchlab.manager.job_coordinator import JobCoordinator
 from batchlab.manager.ledger_writer import LedgerWriter
-from batchlab.manager.quarantine import OutcomeStore, Quarantine, UnreadableObject, read_stored
-from batchlab.manager.state import LiveJob, ManagerSettings, Outstanding, Ports, Superseded, outstanding_in_pool
+from batchlab.manager.quarantine import UnreadableObject, read_stored
+from batchlab.manager.state import LiveJob, Outstanding, Superseded, outstanding_in_pool
 
 log = logging.getLogger(__name__)
 
+
 FULL_QUEUE_FACTOR = 10
-"""Longer limit for silent bundles while the pool's queue has visible messages, because most of them
-still wait there."""
+"""Factor of the silence limit while the pool's queue has visible messages, because most silent bundles still wait in
+the queue."""
 
 RECOVERED_AT_ONCE = 50
 
 DEAD_LETTER_BATCHES = 5
 
 DELIVERY_LIMIT = 50
-"""Deliveries of a single task without an outcome before the manager gives it up."""
+"""Deliveries of a single task without an outcome after which the task is FAILED."""
 
 
-class Reconciler:
-    """Runs at each read of the queue depths. Does nothing while no bundle is silent."""
+class Reconciler(Part):
+    """Recovers lost work at each read of the queue depths."""
 
-    def __init__(
-        self,
-        ports: Ports,
-        settings: ManagerSettings,
-        lives: Mapping[JobId, LiveJob],
-        ledger_writer: LedgerWriter,
-        coordinator: JobCoordinator,
-        quarantine: Quarantine,
-    ) -> None:
-        self._quarantine = quarantine
-        self._outcomes = OutcomeStore(ports, quarantine)
-        self._ports = ports
-        self._settings = settings
-        self._lives = lives
+    def __init__(self, context: Context, ledger_writer: LedgerWriter, coordinator: JobCoordinator) -> None:
+        super().__init__(context)
         self._ledger_writer = ledger_writer
         self._coordinator = coordinator
-        self._looked_s: float | None = None
+        self._checked_s: float | None = None
         """Monotonic time of the last search for silent bundles."""
 
-    async def look_for_the_silent(self, depths: Mapping[str, Depth]) -> None:
-        """Recover silent bundles. `depths` has each pool's queue depth."""
-        limits_s = {pool: self._limit_s(pool, depth) for pool, depth in depths.items()}
-        now_s = self._ports.clock.monotonic_s()
-        step_s, self._looked_s = now_s - (self._looked_s or now_s), now_s
+    async def recover_silent(self) -> None:
+        limits_s = {pool: self._limit_s(pool, depth) for pool, depth in self._context.depths.items()}
+        now_s = self._clock.monotonic_s()
+        step_s, self._checked_s = now_s - (self._checked_s or now_s), now_s
         for live in list(self._lives.values()):
             if live.record.control is not Control.RUN:
                 continue
@@ -75,20 +62,19 @@ class Reconciler:
                 # Other pools have queues that this manager does not read.
                 limit_s = limits_s.get(live.job.stage(stage).pool)
                 if limit_s == math.inf:
-                    # The silence does not grow, because the next worker needs time for its first
-                    # beat. The silence so far stays: the manager may send follow-ups before it
-                    # learns of their bundle, which would reset the silence of lost bundles
-                    # repeatedly.
+                    # The silence does not grow, because the next worker needs time for its first beat. The silence so
+                    # far stays: the manager may send follow-ups before it learns of their bundle, which would reset the
+                    # silence of lost bundles repeatedly.
                     for outstanding in waiting.values():
                         outstanding.heard_s = max(outstanding.heard_s, min(now_s, outstanding.heard_s + step_s))
                 elif limit_s is not None:
                     silent += [outstanding for outstanding in waiting.values() if now_s - outstanding.heard_s > limit_s]
             if silent:
-                await self._recover_alone(live, silent[:RECOVERED_AT_ONCE])
+                await self._try_recover(live, silent[:RECOVERED_AT_ONCE])
 
     def _limit_s(self, pool: str, depth: Depth) -> float:
-        """Return how long a bundle of this pool may be silent. The limit is infinite while the
-        queue has at least as many messages as there are bundles: then none is lost."""
+        """Return how long a bundle of this pool may be silent. The limit is infinite while the queue has at least as
+        many messages as there are bundles, because then no message is lost."""
         if not depth.visible:
             return self._settings.silence_s
         messages = depth.visible + depth.in_flight + depth.delayed
@@ -96,9 +82,8 @@ class Reconciler:
             return math.inf
         return self._settings.silence_s * FULL_QUEUE_FACTOR
 
-    async def _recover_alone(self, live: LiveJob, silent: list[Outstanding]) -> None:
-        """Recover a job's silent bundles. An error of this job does not end the tick of the
-        others."""
+    async def _try_recover(self, live: LiveJob, silent: list[Outstanding]) -> None:
+        """Recover a job's silent bundles. An error of one job does not end the tick for the other jobs."""
         try:
             await self._recover(live, silent)
             return
@@ -117,33 +102,33 @@ class Reconciler:
             # A bug that concerns one job must not end the tick of the others.
             log.exception("silent bundles of job %s met a bug", live.id, extra={"job": live.id})
             live.trouble = f"an error inside the manager: {error!r}; see its log"
-        now_s = self._ports.clock.monotonic_s()
+        now_s = self._clock.monotonic_s()
         for outstanding in silent:
             outstanding.heard_s = now_s
 
     async def _recover(self, live: LiveJob, silent: list[Outstanding]) -> None:
-        await self.heed(live)
+        await self.follow_control(live)
         if live.record.control is not Control.RUN:
             return  # workers drop the messages of such a job, so its bundles are silent
         if any(outstanding.copies for outstanding in silent) and not await self._is_defined(live):
             return
         again: list[Bundle] = []
         for outstanding in silent:
-            outcome = await self._outcomes.of(live.job, outstanding.bundle)
+            outcome = await self._outcomes.read(live.job, outstanding.bundle)
             if outcome:
                 await self.forward(live.job, outcome)
             else:
                 # As a copy, for which the worker looks for an outcome before it runs it.
                 again.append(replace(outstanding.bundle, losses=max(1, outstanding.bundle.losses)))
-                outstanding.heard_s = self._ports.clock.monotonic_s()
+                outstanding.heard_s = self._clock.monotonic_s()
                 outstanding.copies += 1
         if again:
             log.warning("%d silent bundles are sent again", len(again), extra={"job": live.id})
             await self._coordinator.send(live.job, again)
 
     async def _is_defined(self, live: LiveJob) -> bool:
-        """Return whether the bucket has the job's definition. Workers drop messages of a job
-        without one, so the job's own task ends the job. That takes longer than a tick may."""
+        """Return whether the bucket has the job's definition. If it does not, the job's own asyncio task ends the job,
+        because that takes longer than a tick may."""
         key = object_keys.spec(live.id)
 
         def defined(data: bytes) -> None:
@@ -159,53 +144,45 @@ class Reconciler:
             live.unreadable = UnreadableObject(key, error.message)
         else:
             return True
-        live.poke.set()
+        live.wake.set()
         return False
 
-    async def heed(self, live: LiveJob) -> None:
-        """Act on the control word like JobCoordinator.heed, unless a control word is being written
-        now."""
+    async def follow_control(self, live: LiveJob) -> None:
+        """Act on the control word, unless a control word is being written now."""
         if not live.control_lock.locked():
-            await self._coordinator.heed(live)
+            await self._coordinator.follow_control(live)
 
     async def forward(self, job: JobDef, outcome: Outcome) -> None:
-        """Repeat steps 3 and 4 for an outcome whose worker may have died before them. Committed
+        """Send the follow-ups of an outcome and fold it, because its worker may have died after the commit. Committed
         follow-ups are not sent again."""
-        key = await self._ports.keys.key_of(job)
-        objects, patience = self._ports.objects, self._ports.patience
-        follows = await uncommitted(objects, outcome.follows, patience, key)
+        key = await self._keys.key_of(job)
+        follows = await uncommitted(self._objects, outcome.follows, self._patience, key)
         left = replace(outcome, follows=follows)
-        messages = follow_ups(job, left, key, now_s=self._ports.clock.now_s())
-        await send_all(self._ports.queue, messages, self._ports.patience)
+        messages = follow_ups(job, left, key, now_s=self._clock.now_s())
+        await send_all(self._queue, messages, self._patience)
         await self._ledger_writer.fold([settlement.completion(outcome)])
 
-    # --- Dead letters ----------------------------------------------------------------------------
-
     async def drain_dead_letters(self, pool: str) -> None:
-        """Turn dead letters of the pool into outcomes or new messages.
-
-        Each call handles a few batches, so that many dead letters do not delay the tick.
-        """
+        """Turn dead letters of the pool into outcomes or new messages. Each call handles a few batches, so that many
+        dead letters do not delay the tick."""
         name = object_keys.dead_letters(pool)
-        queue, patience = self._ports.queue, self._ports.patience
         for _ in range(DEAD_LETTER_BATCHES):
-            messages = await patience(partial(queue.receive, name, max_messages=MAX_BATCH, wait_s=0))
+            messages = await self._patience(partial(self._queue.receive, name, max_messages=MAX_BATCH, wait_s=0))
             if not messages:
                 return
             for message in messages:
-                await self._judge(message)
-                await patience(partial(queue.delete, name, [message.receipt]))
+                await self._handle_dead_letter(message)
+                await self._patience(partial(self._queue.delete, name, [message.receipt]))
 
-    async def _judge(self, message: Message) -> None:
-        """Handle one dead letter. A high receive count alone proves nothing, because outages of the
-        bucket raise it too. So a single task goes back to the workers, which record the cause of a
-        death."""
+    async def _handle_dead_letter(self, message: Message) -> None:
+        """Handle one dead letter. Outages of the bucket also raise the receive count. So a single task goes back to the
+        workers, which record the cause of a death."""
         try:
             task = read_task_message(message.body)
             bundle = task.bundle
             job = await self._job(bundle.job)
             job.stage(bundle.stage)  # KeyError if the job has no such stage
-            key = await self._ports.keys.key_of(job)
+            key = await self._keys.key_of(job)
         except (Malformed, TooNew, NotFound, KeyError) as error:
             size = len(message.body)
             self._quarantine.message("dead letter", message.id, size, error)
@@ -213,9 +190,9 @@ class Reconciler:
         if job.commit_hash and task.key != key:
             log.error("dropped a dead letter with a wrong commit key", extra={"job": job.id})
             return
-        outcome = await self._outcomes.of(job, bundle)
+        outcome = await self._outcomes.read(job, bundle)
         if outcome is None:
-            outcome = await self._condemned(job, bundle, message)
+            outcome = await self._commit_failure(job, bundle, message)
         if outcome is not None:
             await self.forward(job, outcome)
             return
@@ -225,17 +202,17 @@ class Reconciler:
             await self._coordinator.send(live.job, [again])
 
     async def _job(self, name: JobId) -> JobDef:
-        """Return the job, restored from the bucket if the ledger has lost it. Raises NotFound."""
+        """Return the job, restored from the bucket if the ledger has lost it. Raise NotFound."""
         try:
-            return (await self._ports.ledger.job(name)).job
+            return (await self._ledger.job(name)).job
         except NotFound:
             job = await self._ledger_writer.job(name)
             if job is None:
                 raise
             return job
 
-    async def _condemned(self, job: JobDef, bundle: Bundle, message: Message) -> Outcome | None:
-        now_s = self._ports.clock.now_s()
+    async def _commit_failure(self, job: JobDef, bundle: Bundle, message: Message) -> Outcome | None:
+        now_s = self._clock.now_s()
         execution = f"dead-{message.id}"
         if len(bundle.tasks) > 1:
             draft = settlement.bisect(bundle, execution=execution, worker="manager", now_s=now_s)

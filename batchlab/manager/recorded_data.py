@@ -1,12 +1,8 @@
-"""Recorded data as a document in the bucket: the part of one job, merges, and time series.
+"""Recorded performance data as a document: the part of one job, merges, time series, and history of instances.
 
-Invariants: functions on documents are pure. The steps of a series follow one another without added
-gaps. No step is longer than its age divided by `FINE`, unless it was measured so.
-
-History of instances and workers while jobs ran, as rows for reports.
-
-Invariant: the history is bounded. Rows that no live job needs are dropped first. The rows of a job
-are found without reading older rows.
+Invariants: functions on documents are pure. The steps of a series follow one another without gaps. A merged step is at
+most its age divided by `FINE` long. The history is bounded, and rows that no live job needs are dropped first. The rows
+of a job are found without reading older rows.
 """
 
 from __future__ import annotations
@@ -21,12 +17,11 @@ from batchlab.core.pricing.usage import Account
 from batchlab.manager.worker_registry import WorkerRegistry
 
 RecordedData = dict[str, Any]
-"""The document of `Recorder`: `pools` by name with `slots`, `type`, and the points of their
-`series`; `scaling`, `instances`, and `workers` as rows; in a job's part also `requests` and
-`duplicates`."""
+"""The document of `Recorder`: `pools` by name with `slots`, `type`, and the points of their `series`; `scaling`,
+`instances`, and `workers` as rows; in a job's part also `requests` and `duplicates`."""
 
 BEFORE_S = 5.0
-"""A scaling decision may come before the first observation of the job that caused it."""
+"""A scaling decision may precede the first observation of its job by this time."""
 
 
 def job_part(doc: RecordedData, job: JobId) -> RecordedData:
@@ -100,8 +95,8 @@ def join_rounds(a: RecordedData, b: RecordedData) -> RecordedData:
 
 
 def merge_parts(a: RecordedData, b: RecordedData) -> RecordedData:
-    """Merge two parts of one job by two leaders that may have observed the same events. Nothing is
-    lost, and nothing counts twice."""
+    """Merge two parts of one job by two leaders that may have observed the same events. All data is in the result, and
+    nothing counts twice."""
     return {**merge_fleets(a, b), **_merge_own(a, b)}
 
 
@@ -145,7 +140,7 @@ def _completeness(instance: Sequence[Any]) -> tuple[bool, bool]:
 
 
 def _interleave(a: Sequence[Sequence[Any]], b: Sequence[Sequence[Any]]) -> list[list[Any]]:
-    """Return the points of `a`, and those of `b` for times without points in `a`."""
+    """Return the points of `a`, and those points of `b` whose time `a` does not cover."""
     found = sorted((list(point) for point in a), key=_at)
     ends = [_at(point) for point in found]
     for point in b:
@@ -168,8 +163,7 @@ def _cumulative(points: Sequence[Sequence[Any]]) -> list[list[Any]]:
 
 
 def merge_documents(a: RecordedData, b: RecordedData) -> RecordedData:
-    """Merge two whole documents, `a` of another leader and `b` of this one, whose live jobs
-    count."""
+    """Merge two whole documents. For jobs in both, the live state is that of `b`."""
     jobs = {**a["jobs"], **b["jobs"]}
     for job in a["jobs"].keys() & b["jobs"].keys():
         one, other = a["jobs"][job], b["jobs"][job]
@@ -180,8 +174,8 @@ def merge_documents(a: RecordedData, b: RecordedData) -> RecordedData:
 
 
 FINE = 256
-"""Resolution of a series. A job that has just ended has at least this many steps of similar length.
-A month has fewer than five thousand."""
+"""Resolution of a series. A job that has just ended has at least this many steps of similar length. A month has fewer
+than five thousand steps."""
 EVERY = 64
 """Points between two attempts to merge."""
 
@@ -190,8 +184,8 @@ Point = list[Json]
 
 
 class TimeSeries:
-    """Points in order of time. Older points are merged into longer steps. `merge` makes one point
-    of two neighbors, and need not handle their times."""
+    """Points in order of time. Older points are merged into longer steps. `merge` returns one point for two neighbors,
+    and need not set the times."""
 
     def __init__(self, merge: Callable[[Point, Point], Point], points: Sequence[Point] = ()) -> None:
         self._merge = merge
@@ -199,7 +193,6 @@ class TimeSeries:
         self._new = 0
 
     def add(self, point: Point) -> None:
-        """Append a point."""
         self.points.append(point)
         self._new += 1
         if self._new >= EVERY:
@@ -221,17 +214,14 @@ class TimeSeries:
         self.points = kept
 
     def since(self, moment_s: float) -> list[Point]:
-        """Return the points after a time."""
         return [point for point in self.points if point[0] > moment_s]
 
     def forget(self, moment_s: float) -> None:
-        """Drop the points up to a time."""
         self.points = self.since(moment_s)
 
 
 def merge_pool_points(a: Point, b: Point) -> Point:
-    """Merge two points of a pool: maximum of queue and backlog, last state of the fleet, and mean
-    of busy slots."""
+    """Merge two points of a pool: maximum of queue and backlog, last state of the fleet, and mean of busy slots."""
     all_s = a[1] + b[1]
     mean = (a[-1] * a[1] + b[-1] * b[1]) / all_s if all_s else b[-1]
     return [*b[:2], *(max(x, y) for x, y in zip(a[2:6], b[2:6], strict=True)), *b[6:-1], mean]
@@ -243,7 +233,6 @@ def latest_point(_a: Point, b: Point) -> Point:
 
 
 def request_point(account: Account, now_s: float, step_s: float) -> Point:
-    """Return a point of a job's request counts."""
     requests = account.requests
     return [
         round(now_s, 3),
@@ -257,34 +246,33 @@ def request_point(account: Account, now_s: float, step_s: float) -> Point:
 
 
 MAX_INSTANCES = 20_000
-"""Limit for instances, and the same limit for workers."""
+"""Maximum number of instances, and also of workers."""
 _GONE = LifecycleState.TERMINATED
 
 
 class InstanceHistory:
-    """Instances from the groups, and workers from their beats."""
+    """Rows of instances from the groups, and of workers from their heartbeats."""
 
     def __init__(self, registry: WorkerRegistry) -> None:
         self._registry = registry
         self.living: dict[str, list[Any]] = {}
-        """Instances that have not ended."""
         self.ended: dict[str, list[Any]] = {}
         """Ended instances, the latest last."""
         self.workers: dict[str, list[Any]] = {}
         """Workers, the most recently seen last."""
 
-    def note_instances(self, views: Iterable[GroupView], now_s: float, since_s: Callable[[], float]) -> None:
-        """Record the instances of the groups. `since_s()` is when recording began."""
+    def record_instances(self, views: Iterable[GroupView], now_s: float, since_s: Callable[[], float]) -> None:
+        """Record the instances of the groups. `since_s()` returns the start of the recording."""
         there: set[str] = set()
         for view in views:
             for instance in view.instances:
                 there.add(instance.id)
-                self._note(instance, view, now_s, since_s)
+                self._record_instance(instance, view, now_s, since_s)
         for one in [name for name in self.living if name not in there]:
             self.living[one][7] = _GONE.value
             self._end(one, now_s)
 
-    def _note(self, instance: Instance, view: GroupView, now_s: float, since_s: Callable[[], float]) -> None:
+    def _record_instance(self, instance: Instance, view: GroupView, now_s: float, since_s: Callable[[], float]) -> None:
         known = self.living.get(instance.id) or self.ended.get(instance.id)
         if known is None:
             if instance.state is _GONE and instance.launched_s < since_s():
@@ -308,8 +296,7 @@ class InstanceHistory:
         known = self.ended[instance] = self.living.pop(instance)
         known[6] = round(now_s, 3)
 
-    def note_workers(self, now_s: float) -> None:
-        """Record the workers with beats."""
+    def record_workers(self, now_s: float) -> None:
         for worker_status in self._registry.workers.values():
             beat = worker_status.beat
             known = self.workers.pop(beat.worker, None)
@@ -318,7 +305,7 @@ class InstanceHistory:
             known[4] = round(now_s, 3)
             self.workers[beat.worker] = known
 
-    def of(self, pools: Collection[str], since_s: float, most: int | None) -> RecordedData:
+    def rows(self, pools: Collection[str], since_s: float, most: int | None) -> RecordedData:
         """Return the rows of these pools since `since_s`, at most `most` of each kind."""
         ended = takewhile(lambda one: one[1][6] >= since_s, reversed(self.ended.items()))
         lately = takewhile(lambda one: one[1][4] >= since_s, reversed(self.workers.items()))
@@ -344,7 +331,6 @@ class InstanceHistory:
                 too_many -= 1
 
     def to_doc(self) -> RecordedData:
-        """Return all rows in the form of RecordedData."""
         return {"instances": {**self.ended, **self.living}, "workers": self.workers}
 
     @classmethod
@@ -362,5 +348,4 @@ class InstanceHistory:
 def _in_pools(
     rows: Iterable[tuple[str, list[Any]]], pools: Collection[str], column: int
 ) -> Iterator[tuple[str, list[Any]]]:
-    """Return the rows whose pool, in that column, is among these."""
     return (row for row in rows if row[1][column] in pools)

@@ -1,13 +1,9 @@
-"""Recording of queues, fleet, scaling, instances, and requests while jobs run, for reports.
+"""Recorder of queues, fleet, scaling, instances, and requests while jobs run, and queue of reports to write.
 
-Invariants: a sample uses only data in memory, and is taken at most once a second. The data is
-bounded, and coarser with age. It is written to the bucket once a minute while there are jobs, and
-with the account of each ended job, so that the next leader continues it.
-
-Queue of ended jobs whose performance data is to be written.
-
-Invariant: nothing waits for it, and an error does not affect a job. Errors are reported, and the
-data can be written later from the bucket alone.
+Invariants: a sample uses only data in memory, at most once a second. The data is bounded, and coarser with age. The
+recorder stores it once a minute while there are jobs, and with the account of each ended job, so that the next leader
+continues the recording. No job waits for a report, and an error of a report does not affect a job. The data can be
+written later from the bucket alone.
 """
 
 from __future__ import annotations
@@ -27,7 +23,6 @@ from batchlab.core.ports import Depth
 from batchlab.core.pricing.usage import Account
 from batchlab.core.protocol import json_format, object_keys
 from batchlab.core.protocol.messages import Duplicate
-from batchlab.manager.autoscaler import Backlog
 from batchlab.manager.counters import Counters
 from batchlab.manager.recorded_data import (
     InstanceHistory,
@@ -40,11 +35,12 @@ from batchlab.manager.recorded_data import (
     merge_pool_points,
     request_point,
 )
-from batchlab.manager.state import LiveJob, Ports
+from batchlab.manager.state import Backlog, LiveJob, Ports
 from batchlab.manager.versioned_document import UNREADABLE, VersionedDocument
 from batchlab.manager.worker_registry import WorkerRegistry
 
 log = logging.getLogger(__name__)
+
 
 SAMPLE_S = 1.0
 REQUESTS_S = 10.0
@@ -53,19 +49,18 @@ SAVE_S = 60.0
 CLOSE_S = 1.0
 SHORT_S = 5.0
 FEW = 64
-"""Instances and workers recorded for a job shorter than `SHORT_S`."""
+"""Number of instances and workers recorded for a job shorter than `SHORT_S`."""
 MAX_DECISIONS = 2_000
 MAX_JOBS = 200
-"""Jobs whose requests are sampled. For other jobs, only the total is recorded."""
+"""Number of jobs whose requests are sampled. For other jobs, only the total is recorded."""
 HEARD = 4_096
-"""Duplicates that are remembered, so that each is counted once."""
+"""Number of duplicates whose ids are stored, so that each is counted once."""
 _BOOTING = {LifecycleState.PENDING, LifecycleState.PENDING_WAIT, LifecycleState.PENDING_PROCEED}
 _LEAVING = {LifecycleState.TERMINATING, LifecycleState.TERMINATING_WAIT, LifecycleState.TERMINATING_PROCEED}
 
 
 class _LiveRecording:
-    """Recording of a live job: its start (seconds since the epoch), and the data of the job
-    itself."""
+    """Recording of a live job. `since_s` is its start in seconds since the epoch."""
 
     def __init__(self, since_s: float, pools: Iterable[str]) -> None:
         self.since_s = since_s
@@ -79,9 +74,9 @@ class _LiveRecording:
         """The job, once this manager conducts it."""
 
     def took_s(self, now_s: float, monotonic_s: float) -> float:
-        """Return the duration of this round: by the monotonic clock, or by the wall clock if the
-        round is older than this process. If an earlier manager conducted it, the start of its tasks
-        or its retry counts."""
+        """Return the duration of this round. It is measured by the monotonic clock, or by the wall clock if the round
+        began before this process. If an earlier manager conducted the job, the start of its tasks or its retry
+        counts."""
         starts: list[float | None] = []
         if self.live and self.live.round:
             starts = [self.live.retried_s]  # the tasks include those of earlier rounds
@@ -100,8 +95,6 @@ class _LiveRecording:
 
 
 class Recorder:
-    """The leader's recorder."""
-
     def __init__(self, ports: Ports, lives: Mapping[JobId, LiveJob], registry: WorkerRegistry) -> None:
         self._ports = ports
         self._lives = lives
@@ -114,24 +107,20 @@ class Recorder:
         self._jobs: dict[JobId, _LiveRecording] = {}
         self._earlier: dict[JobId, RecordedData] = {}
         """Data of earlier rounds of jobs that run again."""
-        self._heard: dict[str, None] = {}
+        self._counted_duplicates: dict[str, None] = {}
         self._sampled_s: float | None = None
-        """Monotonic time of the last sample."""
-        self._asked_s: float | None = None
+        self._requests_s: float | None = None
         self._is_due = False
-        self._kept = VersionedDocument(ports, object_keys.RECORD)
-
-    # --- Samples ----------------------------------------------------------------------------------
+        self._document = VersionedDocument(ports, object_keys.RECORD, self._merge)
 
     def observe(
         self, views: Mapping[str, GroupView], depths: Mapping[str, Depth], backlog_of: Callable[[str], Backlog]
     ) -> None:
-        """Take a sample if one is due."""
         now_s, monotonic_s = self._ports.clock.now_s(), self._ports.clock.monotonic_s()
         self._note_jobs()
         for name, view in views.items():
             self._slots[name] = view.pool.slots, view.pool.instance_type
-        self._history.note_instances(views.values(), now_s, partial(self._since_s, now_s))
+        self._history.record_instances(views.values(), now_s, partial(self._since_s, now_s))
         if not self._jobs:
             self._sampled_s = None
             self._forget(now_s)
@@ -141,14 +130,14 @@ class Recorder:
         step_s = monotonic_s - self._sampled_s if self._sampled_s is not None else 0.0
         self._sampled_s = monotonic_s
         self._is_due = True
-        self._history.note_workers(now_s)
+        self._history.record_workers(now_s)
         for name, view in views.items():
             depth = depths.get(name, Depth(0, 0, 0))
             point = self._point(view, depth, backlog_of(name), now_s, step_s)
             self._pools.setdefault(name, TimeSeries(merge_pool_points)).add(point)
-        if self._asked_s is None or monotonic_s - self._asked_s >= REQUESTS_S:
-            step_s = monotonic_s - self._asked_s if self._asked_s is not None else 0.0
-            self._asked_s = monotonic_s
+        if self._requests_s is None or monotonic_s - self._requests_s >= REQUESTS_S:
+            step_s = monotonic_s - self._requests_s if self._requests_s is not None else 0.0
+            self._requests_s = monotonic_s
             self._note_requests(now_s, step_s)
 
     def _note_jobs(self) -> None:
@@ -174,10 +163,10 @@ class Recorder:
         return live_recording
 
     def close(self, ended: Mapping[JobId, Account]) -> dict[JobId, tuple[float, RecordedData]]:
-        """Return the duration of the last round (0 if not observed) and the recorded data of each
-        ended job, and forget these jobs."""
+        """Remove ended jobs. Return the duration of the last round (0 if not observed) and the recorded data of
+        each."""
         now_s = self._ports.clock.now_s()
-        self._history.note_workers(now_s)
+        self._history.record_workers(now_s)
         found: dict[JobId, tuple[float, RecordedData]] = {}
         for job, account in ended.items():
             if live_recording := self._jobs.get(job):
@@ -190,7 +179,7 @@ class Recorder:
         return found
 
     def _part(self, job: JobId, seen: _LiveRecording | None, took_s: float) -> RecordedData:
-        """Return the data of the job. Older data is not read, because there may be many jobs."""
+        """Return the recorded data of the job. Older rows are not read, because there may be many jobs."""
         doc: RecordedData = {"jobs": {}, "earlier": {job: self._earlier[job]} if job in self._earlier else {}}
         if seen:
             # Most jobs are short, and each would include the whole fleet.
@@ -198,7 +187,7 @@ class Recorder:
             doc |= {
                 "pools": self._pools_doc(seen.pools),
                 "scaling": self._decisions,
-                **self._history.of(seen.pools, seen.since_s, most),
+                **self._history.rows(seen.pools, seen.since_s, most),
                 "jobs": {job: seen.to_doc()},
             }
         return job_part(doc, job)
@@ -224,8 +213,7 @@ class Recorder:
         ]
 
     def _busy(self, pool: str) -> tuple[int, float]:
-        """Return the number of instances that hold a bundle, and of slots that run one, by their
-        last beats."""
+        """Return the number of instances that hold a bundle, and of slots that run one, by the last heartbeats."""
         holding, slots = 0, 0.0
         for worker_status in self._registry.workers.values():
             if worker_status.beat.pool != pool or not worker_status.beat.held:
@@ -246,10 +234,7 @@ class Recorder:
         """Return each pool's points after a time, as `_point` makes them."""
         return {name: series.since(since_s) for name, series in self._pools.items()}
 
-    # --- Events -----------------------------------------------------------------------------------
-
-    def decided(self, view: GroupView, desired: int, why: str, backlog: Backlog) -> None:
-        """Record a change of a pool's desired capacity."""
+    def record_decision(self, view: GroupView, desired: int, why: str, backlog: Backlog) -> None:
         now_s = round(self._ports.clock.now_s(), 3)
         in_service = sum(instance.state is LifecycleState.IN_SERVICE for instance in view.instances)
         self._decisions.append(
@@ -257,18 +242,18 @@ class Recorder:
         )
         self._is_due = True
 
-    def repeated(self, job: JobId, stage: StageName) -> None:
-        """Count an outcome that was already counted."""
+    def record_repeated_outcome(self, job: JobId, stage: StageName) -> None:
+        """Count an outcome that the ledger already had."""
         self._count(job, stage, "event", 0.0)
 
-    def told(self, duplicates: Iterable[Duplicate]) -> None:
-        """Count duplicates that workers have met."""
+    def record_duplicates(self, duplicates: Iterable[Duplicate]) -> None:
+        """Count bundles that several workers have run."""
         for duplicate in duplicates:
-            if duplicate.execution not in self._heard:
-                self._heard[duplicate.execution] = None
+            if duplicate.execution not in self._counted_duplicates:
+                self._counted_duplicates[duplicate.execution] = None
                 self._count(duplicate.job, duplicate.stage, duplicate.kind, duplicate.slot_s)
-        while len(self._heard) > HEARD:
-            del self._heard[next(iter(self._heard))]
+        while len(self._counted_duplicates) > HEARD:
+            del self._counted_duplicates[next(iter(self._counted_duplicates))]
 
     def _count(self, job: JobId, stage: StageName, kind: str, slot_s: float) -> None:
         live_recording = self._jobs.get(job)
@@ -281,18 +266,14 @@ class Recorder:
         counted[0] += 1
         counted[1] = round(counted[1] + slot_s, 6)
 
-    def reopened(self, job: JobId, earlier: RecordedData) -> None:
-        """Keep the data of earlier rounds of a job that runs again."""
+    def add_earlier_rounds(self, job: JobId, earlier: RecordedData) -> None:
         self._earlier[job] = earlier
-
-    # --- The bucket ------------------------------------------------------------------------------
 
     def _since_s(self, now_s: float) -> float:
         """Return the start of the oldest live job (seconds since the epoch), or `now_s`."""
         return min((live_recording.since_s for live_recording in self._jobs.values()), default=now_s)
 
     def _forget(self, now_s: float) -> None:
-        """Drop data that no live job needs."""
         since_s = self._since_s(now_s)
         for series in self._pools.values():
             series.forget(since_s)
@@ -321,29 +302,21 @@ class Recorder:
         }
 
     async def load(self) -> None:
-        """Take over the data of the previous leader."""
+        """Read the data of the previous leader."""
         try:
-            data = await self._kept.read()
-            if data is not None:
-                self._take_over(json_format.loads(data))
+            if (data := await self._document.read()) is not None:
+                self._replace_data(json_format.loads(data))
         except UNREADABLE as error:
             # Data of a later release must not keep a manager from leading.
             log.warning("what was recorded of queues and fleet cannot be read: %r", error)
 
     async def reread(self) -> None:
-        """Merge the data of leaders in between."""
-        data = await self._kept.read()
-        if data is not None:
-            self._meet(data)
+        await self._document.load()
 
-    def _meet(self, there: bytes) -> bool:
-        try:
-            self._take_over(merge_documents(json_format.loads(there), self._to_doc()))
-        except UNREADABLE as error:
-            log.warning("what was recorded of queues and fleet cannot be read: %r", error)
-        return True
+    def _merge(self, content: bytes) -> None:
+        self._replace_data(merge_documents(json_format.loads(content), self._to_doc()))
 
-    def _take_over(self, doc: RecordedData) -> None:
+    def _replace_data(self, doc: RecordedData) -> None:
         pools = {name: TimeSeries(merge_pool_points, pool["series"]) for name, pool in doc["pools"].items()}
         slots = {name: (pool["slots"], pool["type"]) for name, pool in doc["pools"].items()}
         history = InstanceHistory.from_doc(doc, self._registry)
@@ -360,26 +333,25 @@ class Recorder:
         self._history = history
         self._decisions = deque(doc["scaling"], maxlen=MAX_DECISIONS)
 
-    async def leave(self) -> None:
+    async def save_within_limit(self) -> None:
         """Store the data within `CLOSE_S`, for the next leader."""
         with suppress(TimeoutError):
             async with asyncio.timeout(CLOSE_S):
                 await self.save()
 
-    async def keep(self) -> None:
-        """Store the data regularly, forever, without delaying a tick."""
+    async def save_regularly(self) -> None:
+        """Store the data regularly, forever. A tick does not wait for it."""
         while True:
             await asyncio.sleep(SAVE_S)
             await self.save()
 
     async def save(self) -> None:
-        """Store the data if it has changed."""
         if not self._is_due:
             return
         self._is_due = False
         self._forget(self._ports.clock.now_s())
         try:
-            await self._kept.write(self._to_bytes, self._meet)
+            await self._document.write(self._to_bytes)
         except BackendError as error:
             log.warning("the recorded data is not stored yet: %s", error)
             self._is_due = True
@@ -391,10 +363,10 @@ class Recorder:
 TRIES = 3
 RETRY_S = 30.0
 QUIET_S = 1.0
-"""Nothing is written until no job was submitted for this time, because writing delays short calls
-(DuckDB takes 0.1 s to load)."""
+"""A report is written only after no job was submitted for this time, because writing delays short calls (DuckDB takes
+0.1 s to load)."""
 LATEST_S = 30.0
-"""Latest start of the writing after the job's end, if jobs are submitted all the time."""
+"""Maximum delay of a report after the job's end, if jobs are submitted all the time."""
 TROUBLES_KEPT = 1_000
 
 
@@ -406,39 +378,38 @@ class Reporter(Protocol):
 
 
 class ReportQueue:
-    """Writes the data of one job at a time, oldest first. Does nothing without a `reporter`."""
+    """Queue of ended jobs. One report is written at a time, oldest first. Without a `reporter`, none is written."""
 
     def __init__(self, reporter: Reporter | None = None, counts: Counters | None = None) -> None:
         self._reporter = reporter
         self._counts = counts or Counters()
         self._due: dict[JobId, float] = {}
-        """Latest start of each job's writing, by the event loop's clock."""
+        """Latest start of each report, by the event loop's clock."""
         self._is_due = asyncio.Event()
         self._troubles: dict[JobId, str] = {}
 
     @property
     def troubles(self) -> Mapping[JobId, str]:
-        """Return why the data of some jobs could not be written, by job."""
+        """Return the error of each report that could not be written."""
         return self._troubles
 
-    def ended(self, job: JobId, took_s: float) -> None:
-        """Queue a job that ended after `took_s` seconds. Its account is in the bucket."""
+    def add(self, job: JobId, took_s: float) -> None:
+        """Add a job that ended after `took_s` seconds and whose account is in the bucket."""
         if self._reporter and took_s >= SHORT_S and job not in self._due:
             self._due[job] = asyncio.get_running_loop().time() + LATEST_S
             self._is_due.set()
 
-    async def keep(self) -> None:
-        """Write the data of queued jobs, forever."""
+    async def run(self) -> None:
         while True:
             await self._is_due.wait()
             while self._due:
                 job, latest_s = next(iter(self._due.items()))
-                await self._calm(latest_s)
+                await self._wait_until_quiet(latest_s)
                 del self._due[job]
                 await self._write(job)
             self._is_due.clear()
 
-    async def _calm(self, latest_s: float) -> None:
+    async def _wait_until_quiet(self, latest_s: float) -> None:
         """Wait until no job was submitted for a while, or until `latest_s` on the loop's clock."""
         before = -1
         while self._counts.submitted != before and asyncio.get_running_loop().time() < latest_s:

@@ -1,7 +1,7 @@
 """Retries: the tasks that run again, and the results that are taken back.
 
-Invariant: a retry is one object in the bucket, computed from the ledger's state. A manager that
-finds it carries out that retry, whatever its own request was.
+Invariant: a retry is one object in the bucket, computed from the ledger's state. A manager that finds the object
+carries out that retry instead of its own.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from batchlab.manager.stage_plans import StagePlans, successful_bundles
 from batchlab.manager.state import Ports
 
 TaskSelection = Mapping[StageName, TaskSet]
-"""Failed tasks by stage."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +46,6 @@ class Retry:
 
     @classmethod
     def from_json(cls, doc: dict[str, Any]) -> Retry:
-        """Return the retry in a document. Raises Malformed."""
         try:
             return cls(
                 tuple([json_format.reopening_from_json(r) for r in listed(doc["reopened"])]),
@@ -56,7 +54,7 @@ class Retry:
         except UNREADABLE as error:
             raise Malformed(f"A retry cannot be read: {json_format.brief(error)}.") from error
 
-    def redone(self, stage: StageName) -> TaskSet:
+    def rerun_tasks(self, stage: StageName) -> TaskSet:
         """Return the tasks of the stage that this retry runs again or plans again."""
         cuts = [cut for cut in self.cuts if cut.stage == stage]
         return TaskSet.union([*(cut.left for cut in cuts), *(b.tasks for cut in cuts for b in cut.bundles)])
@@ -70,8 +68,8 @@ async def cuts_of_round(ports: Ports, record: JobRecord) -> tuple[Cut, ...]:
 
 
 async def read_retry(ports: Ports, job: JobDef, round_: int) -> Retry:
-    """Return the retry that began a round. Raises NotFound, or UnreadableObject if it is unreadable
-    or belongs to another job or round."""
+    """Return the retry that began a round. Raise NotFound, or UnreadableObject if the object is unreadable or belongs
+    to another job or round."""
     key = object_keys.retry(job.id, round_)
     retry = await read_stored(ports, key, Retry.from_bytes)
     stages = {stage.name for stage in job.stages}
@@ -90,58 +88,54 @@ class RetriedTasks:
     by_round: tuple[Retry, ...]
 
     @classmethod
-    async def of(cls, ports: Ports, record: JobRecord) -> RetriedTasks:
-        """Read the retries of the rounds in the record."""
+    async def read(cls, ports: Ports, record: JobRecord) -> RetriedTasks:
         rounds = range(1, record.round + 1)
         return cls(tuple([await read_retry(ports, record.job, number) for number in rounds]))
 
-    def after(self, round_: int, stage: StageName) -> TaskSet:
-        """Return the tasks of the stage that later rounds than `round_` run again."""
-        return TaskSet.union(retry.redone(stage) for retry in self.by_round[round_:])
+    def rerun_after(self, round_: int, stage: StageName) -> TaskSet:
+        """Return the tasks of the stage that rounds after `round_` run again."""
+        return TaskSet.union(retry.rerun_tasks(stage) for retry in self.by_round[round_:])
 
-    def standing(self, bundle: Bundle, failed: TaskSet) -> TaskSet:
+    def remaining(self, bundle: Bundle, failed: TaskSet) -> TaskSet:
         """Return the failed tasks of the bundle that no later retry has taken back."""
-        return failed - self.after(bundle.round, bundle.stage) if self.by_round else failed
+        return failed - self.rerun_after(bundle.round, bundle.stage) if self.by_round else failed
 
 
 async def failed_tasks(ports: Ports, record: JobRecord) -> dict[StageName, TaskSet]:
-    """Return the tasks whose failure stands, by stage."""
-    taken = await RetriedTasks.of(ports, record)
+    """Return the tasks whose failure was not retried, by stage."""
+    taken = await RetriedTasks.read(ports, record)
     found: dict[StageName, list[TaskSet]] = {}
     for row in await ports.ledger.bundles(record.job.id, failed=True):
         if row.completion:
-            standing = taken.standing(row.bundle, row.completion.failed)
+            standing = taken.remaining(row.bundle, row.completion.failed)
             found.setdefault(row.bundle.stage, []).append(standing)
     return {stage: tasks for stage, sets in found.items() if (tasks := TaskSet.union(sets))}
 
 
 @dataclass(slots=True)
 class _PlanState:
-    """Decisions about the stages so far, in the order of the list."""
+    """Decisions about the stages so far."""
 
     kept: TaskSelection
-    """Failures that stay."""
     void: set[StageName] = field(default_factory=set)
     redone: set[StageName] = field(default_factory=set)
     out: dict[StageName, TaskSet] = field(default_factory=dict)
-    """Tasks without a result after the retry: failures that stay, and tasks that follow them item
-    by item."""
+    """Tasks without a result after the retry: failures that are not retried, and tasks of later stages that depend on
+    them."""
 
 
 class RetryPlanner:
-    """Plans retries."""
-
     def __init__(self, ports: Ports, plans: StagePlans) -> None:
         self._ports = ports
         self._plans = plans
 
     async def plan(self, record: JobRecord, chosen: TaskSelection | None) -> Retry:
-        """Return the retry of the job's next round. It includes cancelled tasks and, with `chosen`,
-        only these of the failed tasks. Refused if there is nothing to run."""
+        """Return the retry of the job's next round. The retry includes canceled tasks and, with `chosen`, only these
+        failed tasks. Raise Refused if there is nothing to run."""
         round_ = record.round + 1
         rows = await self._ports.ledger.rows(record.job.id)
         stages = {s.counts.stage: s for s in rows.stages}
-        walk = _PlanState({} if chosen is None else await self._kept(record, stages, chosen))
+        walk = _PlanState({} if chosen is None else await self._remaining_failures(record, stages, chosen))
         reopened: list[Reopening] = []
         cuts: list[Cut] = []
         for stage in record.job.stages:
@@ -161,17 +155,16 @@ class RetryPlanner:
                 continue
             walk.redone.add(stage.name)
             reopened.append(Reopening(stage.name, failed=failed, cancelled=cancelled))
-            cut = await self._redo(record, stage, stages, round_, walk.out[stage.name])
+            cut = await self._cut_again(record, stage, stages, round_, walk.out[stage.name])
             if cut:
                 cuts.append(cut)
         if rows.job != record or await self._ports.ledger.rows(record.job.id) != rows:
             raise Unreachable(f"The ledger changed while job {record.job.id} was read from it.")
         return Retry(tuple(reopened), tuple(cuts))
 
-    async def _kept(
+    async def _remaining_failures(
         self, record: JobRecord, stages: Mapping[StageName, StageRecord], chosen: TaskSelection
     ) -> TaskSelection:
-        """Return the failures that are not chosen."""
         failed = await failed_tasks(self._ports, record)
         for name, before in stages.items():
             if len(failed.get(name, TaskSet())) != before.counts.failed:
@@ -201,7 +194,7 @@ class RetryPlanner:
             )
         return kept
 
-    async def _redo(
+    async def _cut_again(
         self, record: JobRecord, stage: StageDef, stages: Mapping[StageName, StageRecord], round_: int, out: TaskSet
     ) -> Cut | None:
         job, before, now_s = record.job, stages[stage.name], self._ports.clock.now_s()
@@ -209,8 +202,7 @@ class RetryPlanner:
         if not stage.chained:
             planned = await self._planned_tasks(record, stage, before.counts)
             return Cut(job.id, stage.name, round_, 0, (), planned - task_set - out, at_s=now_s)
-        # Tasks with an input and without a result. The upstream bundles that run again start the
-        # others.
+        # Tasks with an input and without a result. The upstream bundles that run again start the others.
         bundles = []
         for row in await successful_bundles(self._ports, job.id, stages[stage.after[0]].counts):
             tasks = (row.completion.succeeded if row.completion else TaskSet()) - task_set - out
@@ -227,7 +219,7 @@ class RetryPlanner:
 
     async def _planned_tasks(self, record: JobRecord, stage: StageDef, counts: StageCounts) -> TaskSet:
         for earlier in range(record.round, -1, -1):
-            manifest = await self._plans.existing(record.job, stage.name, earlier)
+            manifest = await self._plans.read(record.job, stage.name, earlier)
             if manifest:
                 return TaskSet.span(0, manifest.count) - manifest.skipped
         return TaskSet.span(0, counts.planned or 0)

@@ -1,7 +1,7 @@
 """User commands for schedules: add, pause, resume, remove, and run now.
 
-Invariant: due runs are decided before a command changes the schedule. A command is in the bucket
-when it is answered, and may be repeated.
+Invariant: due runs are decided before a command changes the schedule. The bucket has a command before the manager
+answers it. A command may be repeated.
 """
 
 from __future__ import annotations
@@ -24,10 +24,9 @@ TRIES = 20
 
 
 class ScheduleCommands(Scheduler):
-    """A scheduler with user commands, which wait until its schedules are read."""
+    """A scheduler with user commands. Each command waits until the schedules are read."""
 
-    async def _ready(self) -> None:
-        """Wait until the schedules are read. Raises BackendError after `READY_S`."""
+    async def _wait_until_read(self) -> None:
         try:
             async with asyncio.timeout(READY_S):
                 while True:
@@ -40,17 +39,17 @@ class ScheduleCommands(Scheduler):
 
     async def all(self) -> list[Schedule]:
         """Return the schedules that are not removed, by name."""
-        await self._ready()
+        await self._wait_until_read()
         found = self.store.schedules
         return [found[name] for name in sorted(found) if not found[name].removed]
 
-    async def one(self, name: str) -> Schedule:
-        """Return a schedule. Raises NotFound."""
-        await self._ready()
-        return self._known(name)
+    async def get(self, name: str) -> Schedule:
+        """Return a schedule. Raise NotFound."""
+        await self._wait_until_read()
+        return self._existing(name)
 
     async def prefixes(self, schedule: Schedule) -> list[str]:
-        """Return the bucket prefixes whose objects are each run's input."""
+        """Return the bucket prefixes whose objects are the input of each run."""
         try:
             job = await self.store.template(schedule.definition.template)
         except NotFound:
@@ -58,15 +57,15 @@ class ScheduleCommands(Scheduler):
         keys, uploaded = job.input.keys if job.input else (), object_keys.raw(job.id)
         return [key for key in keys if key.endswith("/") and not key.startswith(uploaded)]
 
-    def _known(self, name: str) -> Schedule:
+    def _existing(self, name: str) -> Schedule:
         schedule = self.store.schedules.get(name)
         if schedule is None or schedule.removed:
             raise NotFound(f"There is no schedule {name!r}.", remedy="`batchlab schedule list` shows the schedules.")
         return schedule
 
     async def add(self, definition: Definition, job: JobDef, *, replacing: bool) -> tuple[Schedule, bool]:
-        """Store a schedule, and return whether it has changed. Refused if another schedule has the
-        name, unless `replacing`."""
+        """Store a schedule, and return whether it has changed. Raise Refused if another schedule has the name, unless
+        `replacing`."""
         when = definition.when
         if when.at_s is None:
             due_times.check(when.cron, when.zone)
@@ -81,16 +80,16 @@ class ScheduleCommands(Scheduler):
                 f"Job {job.name} has no parameter {definition.due_param!r} for the due time.",
                 remedy="Declare it under params: in the job file.",
             )
-        self._admit(job)
-        await self._ready()
+        self._context.admit(job)
+        await self._wait_until_read()
         if definition.name in self.store.unreadable:
             raise Refused(
                 f"The schedule {definition.name!r} exists, and this batchlab cannot read it.",
                 remedy="Was it written by a newer version? Give this one a --name of its own.",
             )
         timeless = replace(job, token="", submitted_s=0.0, start_at_s=None)
-        definition = replace(definition, template=await self.store.keep_template(timeless))
-        now_s = self._ports.clock.now_s()
+        definition = replace(definition, template=await self.store.store_template(timeless))
+        now_s = self._clock.now_s()
         before = self.store.schedules.get(definition.name)
         if before and not before.removed and before.definition == definition:
             return before, False
@@ -117,7 +116,7 @@ class ScheduleCommands(Scheduler):
         return await self._change(definition.name, change), True
 
     async def pause(self, name: str) -> Schedule:
-        """Start no run until `resume`. A running job finishes."""
+        """Prevent further runs until `resume`. A running job finishes."""
 
         def change(schedule: Schedule, now_s: float) -> Schedule:
             if schedule.paused:
@@ -153,13 +152,13 @@ class ScheduleCommands(Scheduler):
 
     async def _change(self, name: str, change: Callable[[Schedule, float], Schedule]) -> Schedule:
         """Decide due runs, then apply `change` and store the schedule."""
-        await self._ready()
+        await self._wait_until_read()
         async with self._lock:
             for _ in range(TRIES):
-                self._known(name)
+                self._existing(name)
                 await self._advance(name)
-                before = self._known(name)
-                after = change(before, self._ports.clock.now_s())
+                before = self._existing(name)
+                after = change(before, self._clock.now_s())
                 if after is before or await self.store.put(after):
                     await self._advance(name)
                     self._wake.set()
@@ -168,7 +167,6 @@ class ScheduleCommands(Scheduler):
 
 
 def describe_difference(old: Definition, new: Definition) -> str:
-    """Describe what differs between two definitions."""
     words = {
         "when": "when it is due",
         "template": "the job, its code or its input",

@@ -1,10 +1,9 @@
 """Scheduler: decides due runs, submits their jobs, records their ends, and stores the schedules.
 
-Invariants: a conditional PUT of the schedule decides a due time before its job is submitted, and
-the job's name follows from schedule and due time. So after a crash, the next leader submits the
-same job, once. A schedule is written only over the version that was read: of two managers that
-decide the same due time, one is refused and reads the other's decision. No port is used while
-nothing is due.
+Invariants: a conditional PUT of the schedule decides a due time before the job is submitted, and the job's name follows
+from the schedule and the due time. So after a crash, the next leader submits the same job once. A schedule is written
+only over the version that was read. If two managers decide the same due time, one write fails, and its manager reads
+the other decision. The scheduler uses no port while nothing is due.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import asyncio
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -25,11 +23,12 @@ from batchlab.core.model import JobId, JobState
 from batchlab.core.port_retries import set_within
 from batchlab.core.protocol import json_format, object_keys
 from batchlab.core.schedules import Run, RunState, Schedule, job_of, named
+from batchlab.manager.context import Context, Part
 from batchlab.manager.job_commands import JobCommands
-from batchlab.manager.state import LiveJob, ManagerSettings, Ports
-from batchlab.manager.worker_registry import WorkerRegistry
+from batchlab.manager.state import LiveJob, Ports
 
 log = logging.getLogger(__name__)
+
 
 _TEMPLATES_KEPT = 200
 
@@ -41,19 +40,17 @@ class ScheduleStore:
         self._ports = ports
         self.schedules: dict[str, Schedule] = {}
         self.unreadable: set[str] = set()
-        """Schedules with an unknown format or time zone. They are not changed."""
+        """Names of schedules with an unknown format or time zone. They are not changed."""
         self._etags: dict[str, str] = {}
         self._templates: dict[str, JobDef] = {}
 
     async def load(self) -> None:
-        """Read all schedules."""
         self.schedules, self._etags, self.unreadable = {}, {}, set()
         async for page in self._ports.objects.list(object_keys.SCHEDULES):
             for info in page:
                 await self.read(info.key.removeprefix(object_keys.SCHEDULES).removesuffix(".json"))
 
     async def read(self, name: str) -> None:
-        """Read one schedule again."""
         objects, key = self._ports.objects, object_keys.schedule(name)
         try:
             found = await self._ports.patience(partial(objects.get_if_changed, key, None))
@@ -69,14 +66,13 @@ class ScheduleStore:
                 self.schedules[name] = schedule
                 self._etags[name] = found[1]
             except (BackendError, UsageError, KeyError, TypeError, ValueError) as error:
-                # A schedule of a later release, a damaged one, or an unknown time zone must not
-                # block the others.
+                # A schedule of a later release, a damaged one, or an unknown time zone must not block the others.
                 log.error("schedule %s cannot be read and is ignored: %r", name, error)
                 self.unreadable.add(name)
 
     async def put(self, schedule: Schedule) -> bool:
-        """Write the schedule over the version that was read. Return False if it has changed, after
-        reading the new version."""
+        """Write the schedule over the version that was read. If another manager has changed the schedule, read the new
+        version and return False."""
         name, objects = schedule.name, self._ports.objects
         etag, before = self._etags.get(name), self.schedules.get(name)
         schedule = replace(schedule, number=before.number + 1 if before else 0)
@@ -92,8 +88,8 @@ class ScheduleStore:
         self.schedules[name] = schedule
         return True
 
-    async def keep_template(self, job: JobDef) -> str:
-        """Store a schedule's job, and return its key, which is the same for the same job."""
+    async def store_template(self, job: JobDef) -> str:
+        """Store a schedule's job, and return its key, which is derived from the content."""
         data = json_format.to_bytes(json_format.job_to_json(job))
         key = object_keys.template(hashlib.sha256(data).hexdigest())
         with suppress(AlreadyExists):
@@ -102,7 +98,7 @@ class ScheduleStore:
         return key
 
     async def template(self, key: str) -> JobDef:
-        """Return the job of that key. Raises NotFound."""
+        """Return the job of that key. Raise NotFound."""
         if key not in self._templates:
             data = await self._ports.patience(partial(self._ports.objects.get, key))
             while len(self._templates) >= _TEMPLATES_KEPT:
@@ -110,8 +106,7 @@ class ScheduleStore:
             self._templates[key] = json_format.job_from_json(json_format.loads(data))
         return self._templates[key]
 
-    def known_template(self, key: str) -> JobDef | None:
-        """Return the job of that key if it is in memory."""
+    def cached_template(self, key: str) -> JobDef | None:
         return self._templates.get(key)
 
     async def is_empty(self, job: JobDef) -> bool:
@@ -129,51 +124,31 @@ class ScheduleStore:
 
 NOTES_KEPT = 100
 LATE_BY_S = 60.0
-"""A schedule with one due time starts at most this much after its original wait, even if the clock
-is set back (docs/decisions/0019)."""
+"""Maximum delay of a schedule with one due time after the clock was set back (docs/decisions/0019)."""
 
 _BEFORE_PLANNED = (JobState.SUBMITTED, JobState.PENDING, JobState.SCHEDULED)
 
 
-class Scheduler:
-    """The leader's scheduler. `run` runs until cancelled. `admit` raises UsageError for a job that
-    the grid cannot run."""
-
-    def __init__(
-        self,
-        ports: Ports,
-        settings: ManagerSettings,
-        lives: Mapping[JobId, LiveJob],
-        admit: Callable[[JobDef], None],
-        requests: JobCommands,
-        registry: WorkerRegistry,
-    ) -> None:
-        self._ports = ports
-        self._settings = settings
-        self._lives = lives
-        self._admit = admit
+class Scheduler(Part):
+    def __init__(self, context: Context, requests: JobCommands) -> None:
+        super().__init__(context)
         self._requests = requests
-        self._registry = registry
-        self.store = ScheduleStore(ports)
+        self.store = ScheduleStore(context.ports)
         self.notes: list[str] = []
         """Missed runs at the start of this manager, and the decisions about them."""
         self._is_read = asyncio.Event()
         self._wake = asyncio.Event()
         self._lock = asyncio.Lock()
-        self._met: set[str] = set()
-        """Schedules that this manager has processed."""
+        self._processed: set[str] = set()
         self._submitted: set[JobId] = set()
-        """Jobs of unfinished runs that the grid has."""
+        """Jobs of unfinished runs that are in the ledger."""
         self._waits_s: dict[str, tuple[float, float]] = {}
-        """For schedules with one due time: the due time, and its time on the monotonic clock."""
+        """Due time, and its time on the monotonic clock, of each schedule with one due time."""
         self._next: dict[str, tuple[Schedule, float | None]] = {}
         self._peaks: dict[JobId, dict[str, int]] = {}
         self._cancelling: dict[JobId, asyncio.Task[None]] = {}
 
-    # --- The loop --------------------------------------------------------------------------------
-
     async def run(self) -> None:
-        """Decide due runs, as long as this manager leads."""
         try:
             while True:
                 await self._round()
@@ -183,7 +158,7 @@ class Scheduler:
             for task in self._cancelling.values():
                 task.cancel()
 
-    def reread(self) -> None:
+    def reload(self) -> None:
         """Read the schedules again, because another manager may have led."""
         self._is_read.clear()
         self._submitted.clear()
@@ -210,7 +185,7 @@ class Scheduler:
     async def _advance_safely(self, name: str) -> None:
         try:
             await self._advance(name)
-            self._met.add(name)
+            self._processed.add(name)
         except BackendError as error:
             log.warning("schedule %s waits for the backend: %s", name, error)
         except Exception:
@@ -219,53 +194,50 @@ class Scheduler:
 
     def _pause_s(self) -> float:
         """Return the wait until the next due time, at most one tick."""
-        now_s = self._ports.clock.now_s()
+        now_s = self._clock.now_s()
         soon = (self.next_s(schedule) for schedule in self.store.schedules.values())
         first_s = min((one - now_s for one in soon if one is not None), default=math.inf)
         return max(0.001, min(self._settings.tick_s, first_s))
 
     def next_s(self, schedule: Schedule) -> float | None:
-        """Return the schedule's next due time, computed once."""
+        """Return the schedule's next due time, from a cache."""
         known = self._next.get(schedule.name)
         if known is None or known[0] is not schedule:
             known = self._next[schedule.name] = schedule, schedule.next_s()
         return known[1]
 
-    # --- One schedule ----------------------------------------------------------------------------
-
     async def _advance(self, name: str) -> None:
-        """Do everything that is due for a schedule."""
         before = self.store.schedules[name]
         if before.removed and not before.unfinished:
             return
-        after = await self._ended(before)
-        after = self._lapsed(after)
-        after = await self._started(after)
+        after = await self._with_ended_run(before)
+        after = self._with_lapsed_runs(after)
+        after = await self._with_started_run(after)
         if after is not before:
             if not await self.store.put(after):
                 self._wake.set()
                 return  # another manager has decided; try again
-            self._tell(before, after)
+            self._log_decisions(before, after)
         run = after.running
         if run and run.job and run.job not in self._submitted:
             await self._submit(after, run)
         if victim := schedules.replaced(after):
             self._cancel(after, victim)
-        await self._get_ready(after)
+        await self._load_template(after)
 
-    async def _get_ready(self, schedule: Schedule) -> None:
-        """Load the job of a schedule that is to be prewarmed."""
+    async def _load_template(self, schedule: Schedule) -> None:
+        """Cache the job of a schedule that is prewarmed soon."""
         definition, due_s = schedule.definition, self.next_s(schedule)
         if definition.prewarm_s and due_s is not None:
-            soon = due_s - self._ports.clock.now_s() <= definition.prewarm_s
-            if soon and self.store.known_template(definition.template) is None:
+            soon = due_s - self._clock.now_s() <= definition.prewarm_s
+            if soon and self.store.cached_template(definition.template) is None:
                 with suppress(NotFound):  # reported when it is due
                     await self.store.template(definition.template)
 
-    def _lapsed(self, schedule: Schedule) -> Schedule:
+    def _with_lapsed_runs(self, schedule: Schedule) -> Schedule:
         if schedule.paused or schedule.removed:
             return schedule
-        now_s = self._ports.clock.now_s()
+        now_s = self._clock.now_s()
         at_s = schedule.definition.when.at_s
         if at_s is not None and self._has_waited(schedule, at_s, now_s):
             now_s = max(now_s, at_s)
@@ -276,16 +248,16 @@ class Scheduler:
         return schedules.lapse(schedule, now_s)
 
     def _has_waited(self, schedule: Schedule, at_s: float, now_s: float) -> bool:
-        monotonic_s = self._ports.clock.monotonic_s()
+        monotonic_s = self._clock.monotonic_s()
         known = self._waits_s.get(schedule.name)
         if known is None or known[0] != at_s:
             known = self._waits_s[schedule.name] = at_s, monotonic_s + at_s - now_s
         return monotonic_s - known[1] > LATE_BY_S and schedule.next_s() is not None
 
-    async def _started(self, schedule: Schedule) -> Schedule:
-        """Return the schedule with a job for the run that may start."""
+    async def _with_started_run(self, schedule: Schedule) -> Schedule:
+        """Return the schedule after its next startable run has started."""
         while run := schedules.startable(schedule):
-            now_s = self._ports.clock.now_s()
+            now_s = self._clock.now_s()
             try:
                 template = await self.store.template(schedule.definition.template)
             except NotFound:
@@ -300,32 +272,31 @@ class Scheduler:
         return schedule
 
     async def _submit(self, schedule: Schedule, run: Run) -> None:
-        """Submit the run's job, unless the ledger has it."""
         assert run.job
         try:
-            await self._ports.ledger.job(run.job)
+            await self._ledger.job(run.job)
         except NotFound:
-            if job_def := await self._made(schedule, run):
+            if job_def := await self._job_for(schedule, run):
                 await self._requests.submit(job_def)
             else:
                 return
         self._submitted.add(run.job)
 
-    async def _made(self, schedule: Schedule, run: Run) -> JobDef | None:
-        """Return the run's job, or None if this grid cannot run it. Then the run has ended."""
+    async def _job_for(self, schedule: Schedule, run: Run) -> JobDef | None:
+        """Return the run's job. If this grid cannot run it, record the end of the run and return None."""
         assert run.job
         try:
             template = await self.store.template(schedule.definition.template)
-            job_def = job_of(schedule, run, template, self._ports.clock.now_s())
-            self._admit(job_def)
+            job_def = job_of(schedule, run, template, self._clock.now_s())
+            self._context.admit(job_def)
         except (UsageError, NotFound) as error:
-            ended = self._over(run, "REFUSED", str(error))
+            ended = self._ended_run(run, "REFUSED", str(error))
             if await self.store.put(schedule.with_run(ended)):
                 log.warning("schedule %s: its job is refused: %s", schedule.name, error)
             return None
         return replace(job_def, id=run.job)
 
-    async def _ended(self, schedule: Schedule) -> Schedule:
+    async def _with_ended_run(self, schedule: Schedule) -> Schedule:
         """Return the schedule with an ended run if the run's job has ended."""
         run = schedule.running
         if run is None or run.job is None or run.job not in self._submitted:
@@ -333,7 +304,7 @@ class Scheduler:
         if live := self._lives.get(run.job):
             self._observe(live)
             return schedule
-        ledger = self._ports.ledger
+        ledger = self._ledger
         try:
             record = await ledger.job(run.job)
         except NotFound:
@@ -342,12 +313,12 @@ class Scheduler:
         if not record.state.ended:
             return schedule
         self._submitted.discard(run.job)
-        over = self._over(run, record.state.value, record.reason, record.ended_s)
+        over = self._ended_run(run, record.state.value, record.reason, record.ended_s)
         rows = {stage_record.counts.stage: stage_record.counts for stage_record in (await ledger.rows(run.job)).stages}
         planned = [rows[stage.name].planned for stage in record.job.roots()]
         return schedule.with_run(replace(over, tasks=sum(number or 0 for number in planned)))
 
-    def _over(self, run: Run, result: str, reason: str, ended_s: float | None = None) -> Run:
+    def _ended_run(self, run: Run, result: str, reason: str, ended_s: float | None = None) -> Run:
         assert run.job
         self._cancelling.pop(run.job, None)
         return replace(
@@ -355,12 +326,12 @@ class Scheduler:
             state=RunState.ENDED,
             result=result,
             reason="; ".join(filter(None, (run.reason, reason))),
-            ended_s=self._ports.clock.now_s() if ended_s is None else ended_s,
+            ended_s=self._clock.now_s() if ended_s is None else ended_s,
             peak=tuple(sorted(self._peaks.pop(run.job, {}).items())),
         )
 
     def _observe(self, live: LiveJob) -> None:
-        """Record how many instances work for the job."""
+        """Record the maximum number of instances that work for the job."""
         count: dict[str, int] = {}
         for worker_status in self._registry.workers.values():
             if any(held.job == live.id for held in worker_status.beat.held):
@@ -377,7 +348,7 @@ class Scheduler:
         return run.job in self._submitted
 
     def _cancel(self, schedule: Schedule, run: Run) -> None:
-        """Cancel the job of a replaced run. This takes a while, and may be repeated."""
+        """Cancel the job of a replaced run in another asyncio task, because this takes a while."""
         job = run.job
         if job is None or job not in self._lives or job in self._cancelling:
             return
@@ -392,9 +363,8 @@ class Scheduler:
 
         self._cancelling[job] = asyncio.get_running_loop().create_task(cancel(), name=f"replace {job}")
 
-    def _tell(self, before: Schedule, after: Schedule) -> None:
-        """Log the decisions, and keep notes about missed runs for the command that started this
-        manager."""
+    def _log_decisions(self, before: Schedule, after: Schedule) -> None:
+        """Log the decisions. Store notes about missed runs for the command that started this manager."""
         known = {run.token: run for run in before.runs}
         for run in after.runs:
             was = known.get(run.token)
@@ -402,13 +372,12 @@ class Scheduler:
                 continue
             text = describe_run(after, run)
             log.info("%s", text)
-            is_new = was is None and not run.asked and after.name not in self._met
+            is_new = was is None and not run.asked and after.name not in self._processed
             if is_new and (run.reason or run.decided_s - run.due_s > schedules.ON_TIME_S):
                 self.notes = [*self.notes, text][-NOTES_KEPT:]
 
 
 def describe_run(schedule: Schedule, run: Run) -> str:
-    """Describe the state of a run."""
     did = {
         RunState.WAITING: "waits for the one before it",
         RunState.RUNNING: f"starts as job {run.job}",

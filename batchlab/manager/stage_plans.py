@@ -1,8 +1,8 @@
 """Plans of stages: input parts, committed by one conditional PUT of the manifest.
 
-Invariant: parts and large items are named by their content, and the manifest names its parts. So
-two managers that plan the same stage do not overwrite each other's parts, even if their inputs
-differ. The first manifest counts for both.
+Invariant: the names of parts and large items are derived from their content, and the manifest lists its parts. So two
+managers that plan the same stage do not overwrite each other's parts, even if their inputs differ. The first manifest
+counts for both.
 """
 
 from __future__ import annotations
@@ -28,24 +28,23 @@ from batchlab.manager.state import Ports
 PART_ITEMS = 4096
 PART_BYTES = 1_000_000
 BREATHE = 4
-"""Parts written before other tasks of the event loop run, about 50 ms of work."""
+"""Number of parts that are written before other asyncio tasks run, about 50 ms of work."""
 FEW = 10_000
 FEW_BYTES = 100_000
-"""Limits of the items that are stored with the job's definition. The manager reads this object
-again after the loss of a worker."""
+"""Limits of the items that are stored with the job's definition. The manager reads this object again after a worker is
+lost."""
 
 ITEM_BYTES = 100_000
-"""A larger item (for example a gathered group) is a separate object, so that parts stay small and
-only its worker loads it."""
+"""A larger item (for example a gathered group) is a separate object, so that parts stay small and only its worker loads
+it."""
 
 RESULT_WEIGHT = 4 * values.OUTCOME_WEIGHT
-"""Limit of the weight of one large result that the manager reads for a gather by field or a join.
-"""
+"""Limit of the weight of one large result that the manager reads for a gather by field or a join."""
 
 
 async def successful_bundles(ports: Ports, job: JobId, counts: StageCounts) -> list[BundleRecord]:
-    """Return a stage's bundles with results, by task. Raises Unreachable if the ledger has fewer
-    results than `counts`: during a rebuild, an incomplete plan would stay incomplete."""
+    """Return a stage's bundles with results, ordered by task. Raise Unreachable if the ledger has fewer results than
+    `counts`, because a plan made during a rebuild would be incomplete."""
     records = await ports.ledger.bundles(job, stage=counts.stage, done=True)
     bundle_records = [r for r in records if r.completion and r.completion.succeeded]
     if sum(len(r.completion.succeeded) for r in bundle_records if r.completion) != counts.succeeded:
@@ -58,12 +57,10 @@ async def successful_bundles(ports: Ports, job: JobId, counts: StageCounts) -> l
 
 
 class StagePlans:
-    """Reads and makes plans of stages."""
-
     def __init__(self, ports: Ports) -> None:
         self._ports = ports
 
-    async def existing(self, job: JobDef, stage: StageName, round: int) -> Manifest | None:
+    async def read(self, job: JobDef, stage: StageName, round: int) -> Manifest | None:
         """Return the committed plan of a round, or None."""
         key = object_keys.manifest(job.id, stage, round)
         try:
@@ -77,9 +74,8 @@ class StagePlans:
         opening = await self._opening(job)
         return Manifest.of_items(opening.items) if opening else None
 
-    async def opened(self, job: JobDef, cut: Cut) -> Cut | None:
-        """Return the cut that was committed with the job's definition in place of this one, or
-        None."""
+    async def opening_cut(self, job: JobDef, cut: Cut) -> Cut | None:
+        """Return the first cut that was committed with the job's definition, or None."""
         if cut.seq or cut.round or job.items is None:
             return None
         opening = await self._opening(job)
@@ -95,13 +91,12 @@ class StagePlans:
         except NotFound:
             return None
 
-    async def of_input(self, job: JobDef, stage: StageDef) -> Manifest:
-        """Plan a root stage from the job's raw input. Raises UsageError if the input is
-        malformed."""
+    async def plan_input(self, job: JobDef, stage: StageDef) -> Manifest:
+        """Plan a root stage from the job's raw input. Raise UsageError if the input is malformed."""
         assert job.input is not None
         return await self._write(job, stage.name, 0, input_split.items(self._ports.objects, job.input))
 
-    async def of_stages(
+    async def plan_stage(
         self, job: JobDef, stage: StageDef, round: int, counts: Mapping[StageName, StageCounts]
     ) -> Manifest:
         """Plan a stage after all upstream stages have ended with these counts."""
@@ -165,7 +160,8 @@ class StagePlans:
         return await self._write(job, stage.name, round, _each(rows), skipped=skipped)
 
     async def _values(self, job: JobDef, counts: StageCounts) -> AsyncIterator[tuple[int, Json]]:
-        """Yield (task, encoded result) of each success of a stage. Large results are fetched."""
+        """Yield (task, encoded result) of each successful task of a stage. Large results are read from their
+        objects."""
         stage = counts.stage
         key, own = await self._ports.keys.key_of(job), JobObjects.of_job(job)
         for record in await successful_bundles(self._ports, job.id, counts):
@@ -183,8 +179,8 @@ class StagePlans:
             raise _missing_results(stage, error) from error
 
     async def _result(self, stage: StageName, own: JobObjects, reference: Json) -> Json:
-        """Return the value in the object of a reference. A worker wrote the object, so it may have
-        any size and content."""
+        """Return a large result from its object. A worker wrote the object, so the object may have any size and
+        content."""
         key = own.key(reference)
         get = partial(self._ports.objects.get, key, limit=RESULT_WEIGHT)
         try:
@@ -222,10 +218,9 @@ class PartWriter:
         self._bytes = 0
 
     async def add(self, *items: Json) -> None:
-        """Append the inputs of the next tasks."""
         for item, size in zip(items, map(values.roughly, items), strict=True):
             if size > ITEM_BYTES and not is_gather(item):
-                item, size = await self._apart(item)
+                item, size = await self._store_large_item(item)
             if not self._items:
                 self._starts.append(self._count)
             self._items.append(item)
@@ -234,8 +229,8 @@ class PartWriter:
             if len(self._items) >= PART_ITEMS or self._bytes >= PART_BYTES:
                 await self._flush()
 
-    async def _apart(self, item: Json) -> tuple[Json, int]:
-        """Return the item, or a reference to its own object if it is too large, and its size."""
+    async def _store_large_item(self, item: Json) -> tuple[Json, int]:
+        """Return the item and its size. A too large item is stored in its own object, and a reference is returned."""
         data = json_format.to_bytes(item)
         if len(data) <= ITEM_BYTES:
             return item, len(data)
@@ -244,7 +239,7 @@ class PartWriter:
         return values.value_ref(key), 0
 
     async def commit(self, skipped: TaskSet) -> Manifest:
-        """Commit the manifest, and return the one that counts."""
+        """Commit the manifest, and return the committed one."""
         await self._flush()
         parts = tuple(self._parts)
         manifest = Manifest(self._count, tuple(self._starts), skipped, self._round, parts)

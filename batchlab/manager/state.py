@@ -1,12 +1,8 @@
-"""In-memory state of the manager: its ports, and each job that has not ended.
+"""In-memory state of the manager: its ports, its time constants, and each job that has not ended.
 
-Invariant: all of it can be discarded at any moment. A new leader reads it from the ledger. Retained
-outcomes take at most MAX_BYTES, whatever workers send. The oldest outcome is released first, and
-clients read a released outcome from the bucket.
-
-The manager's time constants. A backend names them in its descriptor.
-
-Invariant: this module imports nothing else of the manager, because workers read descriptors too.
+Invariants: the state can be discarded at any moment, because a new leader reads it from the ledger. Retained outcomes
+take at most MAX_BYTES. The oldest outcome is released first, and clients then read it from the bucket. This module
+imports nothing else of the manager, because workers read the time constants too.
 """
 
 from __future__ import annotations
@@ -19,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from batchlab.core.errors import Malformed, NotFound, Refused
 from batchlab.core.eta import Pace
 from batchlab.core.job_definition import JobDef, StageDef
-from batchlab.core.model import Bundle, BundleId, Completion, Control, JobId, JobState, Outcome, StageName
+from batchlab.core.model import Bundle, BundleId, Completion, Control, JobId, JobState, Outcome, StageCounts, StageName
 from batchlab.core.port_retries import Patience
 from batchlab.core.ports import (
     BundleRecord,
@@ -54,7 +50,6 @@ class RetainedOutcome:
     size_bytes: int
 
     def release(self) -> None:
-        """Remove the outcome from memory."""
         self.outcome = None
 
 
@@ -66,8 +61,8 @@ class RetainedOutcomes:
         self.size_bytes = 0
 
     def add(self, outcome: Outcome, size_bytes: int) -> RetainedOutcome:
-        """Retain an outcome with JSON of about `size_bytes`, and release the oldest outcomes above
-        the limit."""
+        """Retain an outcome whose JSON has about `size_bytes` bytes, and release the oldest outcomes above the
+        limit."""
         retained_outcome = RetainedOutcome(outcome, max(size_bytes, LEAST_BYTES))
         self._order.append(retained_outcome)
         self.size_bytes += retained_outcome.size_bytes
@@ -82,9 +77,8 @@ EARLY = 256
 UNKNOWN_TASK_S = 1.0
 """Assumed duration of a task before the first measurement, unless the first task has run longer."""
 PAGE = 1000
-"""Jobs per page read from the ledger."""
 RECENT = 32
-"""Recent outcomes of a job that stay in memory for waiting clients."""
+"""Number of recent outcomes of a job that stay in memory for waiting clients."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +100,8 @@ class Ports:
 
 @dataclass(slots=True)
 class Outstanding:
-    """A planned bundle without an outcome. `heard_s` (monotonic) is when the bundle was last sent
-    or named in a beat, or the due time of a delayed message."""
+    """A planned bundle without an outcome. `heard_s` is the monotonic time when the bundle was last sent or reported in
+    a heartbeat, or the due time of a delayed message."""
 
     bundle: Bundle
     heard_s: float
@@ -124,66 +118,60 @@ class LiveJob:
     record: JobRecord
     stages: dict[StageName, StageRecord]
     began_s: dict[StageName, float] = field(default_factory=dict)
-    """Monotonic time of the first beat in which a worker ran a bundle of the stage."""
+    """Monotonic time of the first heartbeat in which a worker ran a bundle of the stage."""
     outstanding: dict[StageName, dict[BundleId, Outstanding]] = field(default_factory=dict)
-    poke: asyncio.Event = field(default_factory=asyncio.Event)
+    wake: asyncio.Event = field(default_factory=asyncio.Event)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     control_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """HeldBundle from reading the control word to writing the next one. A slow "run" must not follow a
-    "cancel" that was acknowledged."""
+    """Held from the read of the control word to its next write, because a slow "run" must not follow an acknowledged
+    "cancel"."""
     conducting: asyncio.Task[None] | None = None
     allowed: bool = False
     """Whether the job's control object exists."""
     forbidden: bool = False
-    """Whether the cancellation is acknowledged, so that no worker can start a task of the job."""
+    """Whether the cancellation is acknowledged, so that workers cannot start a task of the job."""
     doubtful: bool = False
-    """Whether the control object must be read again: another manager has conducted the job, or
-    workers cancel tasks although this manager received no request."""
+    """Whether the control object must be read again, because another manager has conducted the job, or workers cancel
+    tasks without a request to this manager."""
     trouble: str = ""
-    """The error of the backend when the job was last advanced, or ""."""
+    """Error of the last step, or ""."""
     unreadable: Malformed | None = None
-    """The error of an object that the job needs to continue."""
     retried_s: float | None = None
-    """When the retry of this round was requested (seconds since the epoch), if known.
-    """
+    """When the retry of this round was requested (seconds since the epoch), if known."""
     version: int = 0
-    """Grows with each visible change. An earlier manager never showed the same version."""
+    """Number of visible changes. It starts above the version of any earlier manager."""
     folds: int = 0
-    """Grows with every outcome that this manager folds."""
-    known_after: int | None = None
-    """`recent` has every outcome folded after this sequence number. None if `recent` may have gaps.
-    """
+    """Number of outcomes that this manager has folded."""
+    complete_after: int | None = None
+    """`recent` has every outcome folded after this sequence number. None if `recent` may have gaps."""
     recent: deque[tuple[BundleRecord, RetainedOutcome | None]] = field(default_factory=deque)
-    """The last outcomes that were folded. Clients get these without a read from the ledger, and the
-    small ones without a read from the bucket."""
+    """The last folded outcomes. Clients get the records without a read of the ledger, and small outcomes without a read
+    of the bucket."""
     listeners: int = 0
-    """Number of clients that wait for the job's first outcomes. These outcomes may be sent before
-    they are folded."""
-    told: list[RetainedOutcome] = field(default_factory=list)
-    """The first outcomes, up to RECENT, while a client waits and no outcome was folded."""
-    early: dict[tuple[StageName, BundleId], None] = field(default_factory=dict)
-    """The last bundles whose outcome arrived before the bundle was known to be planned. A short
-    bundle may finish before the event of the bundle that it follows."""
+    """Number of clients that wait for the job's first outcomes. They may receive these outcomes before the fold."""
+    early_outcomes: list[RetainedOutcome] = field(default_factory=list)
+    """The first outcomes, at most RECENT, while a client waits and no outcome is folded."""
+    early_bundles: dict[tuple[StageName, BundleId], None] = field(default_factory=dict)
+    """The last bundles whose outcome arrived before their plan. A short bundle may finish before the event of the
+    bundle that it follows."""
     paces: dict[StageName, tuple[int, float]] = field(default_factory=dict)
     """(tasks, seconds) of the outcomes that this manager folded; see `pace_s`."""
     measured: dict[StageName, Pace] = field(default_factory=dict)
-    """Task durations of the outcomes that this manager folded."""
     spans: dict[StageName, str] = field(default_factory=dict)
-    """Traceparent of each stage that this manager planned."""
     traced: dict[StageName, deque[str]] = field(default_factory=dict)
-    """Traceparents of the last outcomes of each stage, to which a gather is linked."""
+    """Traceparents of the last outcomes of each stage. The trace of a gather links to them."""
     account: Account = field(default_factory=Account)
     """Usage of the job, as AWS would bill it."""
     budget: Budget | None = None
     """Remaining budget under a cost cap. None without a cap."""
     is_held: bool = False
-    """Whether a cost cap does not even pay for the next task. No instance is launched and no bundle
-    is cut for such a job."""
+    """Whether a cost cap does not even cover the next task. The manager launches no instance and cuts no bundle for
+    such a job."""
     capped: str = ""
-    """The cap that holds the job back, and how much of it is spent. The text stays until the cap
-    pays for all uncut tasks, because a cap that is nearly spent holds the job back repeatedly."""
+    """The cap that holds the job back, and its spent part. The text stays until the cap covers all uncut tasks, because
+    a nearly spent cap holds the job back repeatedly."""
     round: int = field(init=False)
-    """The only round that is conducted here. The record may already show a later one."""
+    """The only round that this object stands for. The record may already show a later round."""
     _news: asyncio.Event = field(default_factory=asyncio.Event, init=False)
 
     def __post_init__(self) -> None:
@@ -198,65 +186,60 @@ class LiveJob:
         return self.record.job.id
 
     @property
-    def is_through(self) -> bool:
+    def is_complete(self) -> bool:
         """Return whether every task has ended according to the ledger."""
-        return all(stage.counts.ended for stage in self.stages.values())
+        return all(counts.ended for counts in self.counts)
+
+    @property
+    def counts(self) -> list[StageCounts]:
+        return [stage.counts for stage in self.stages.values()]
 
     def end(self) -> None:
-        """Stop conducting this round of the job."""
         self.ended.set()
-        self.poke.set()
+        self.wake.set()
 
-    def take(self, rows: JobRows) -> None:
-        """Replace the rows of the job with those of the ledger."""
+    def update_rows(self, rows: JobRows) -> None:
         # Both together, so that no reader sees an ended job with old counters.
         self.record = rows.job
         self.stages = {s.counts.stage: s for s in rows.stages}
-        self.changed()
+        self.notify()
 
-    def changed(self) -> None:
-        """Wake everyone who waits for a visible change."""
+    def notify(self) -> None:
+        """Wake all clients that wait for a visible change."""
         self.version += 1
         self._news.set()
         self._news = asyncio.Event()
 
-    async def news(self, version: int) -> None:
-        """Wait until `version` is out of date."""
+    async def wait_for_change(self, version: int) -> None:
         while self.version == version:
             await self._news.wait()
 
-    def tell(self, outcome: RetainedOutcome) -> bool:
-        """Pass an outcome that is committed but not folded to clients that wait for first outcomes.
-        Return whether a client waits."""
-        if not self.listeners or self.folds or len(self.told) >= RECENT:
+    def add_early_outcome(self, outcome: RetainedOutcome) -> bool:
+        """Pass an outcome that is committed but not folded to clients that wait for first outcomes. Return whether a
+        client waits."""
+        if not self.listeners or self.folds or len(self.early_outcomes) >= RECENT:
             return False
-        self.told.append(outcome)
-        self.changed()
+        self.early_outcomes.append(outcome)
+        self.notify()
         return True
 
     @property
     def first_outcomes(self) -> list[Outcome]:
-        """Return the unfolded outcomes passed to `tell` that are still in memory."""
-        return [retained_outcome.outcome for retained_outcome in self.told if retained_outcome.outcome]
-
-    @property
-    def has_news_of_outcomes(self) -> bool:
-        """Return whether there are outcomes, or there will be none."""
-        return bool(self.first_outcomes or self.folds) or self.record.state.ended
+        """Return the outcomes of `early_outcomes` that are still in memory."""
+        return [retained_outcome.outcome for retained_outcome in self.early_outcomes if retained_outcome.outcome]
 
     def forget_outcomes(self, seq: int) -> None:
-        """Forget recent outcomes, because another manager may have folded outcomes up to `seq`."""
+        """Remove recent outcomes, because another manager may have folded outcomes up to `seq`."""
         self.release_outcomes()
         self.recent.clear()
-        self.known_after = seq
+        self.complete_after = seq
 
     def release_outcomes(self) -> None:
-        """Remove the outcomes of the job from memory."""
         for _, retained_outcome in self.recent:
             if retained_outcome:
                 retained_outcome.release()
 
-    def timed(self, done: Completion) -> None:
+    def record_pace(self, done: Completion) -> None:
         """Record how long the tasks of a completion took, and its failed attempts."""
         tasks, seconds = self.paces.get(done.bundle.stage, (0, 0.0))
         count = len(done.succeeded)
@@ -272,27 +255,25 @@ class LiveJob:
             self.account.fail(stage.pool, failed_s * stage.slots)
 
     def pace_s(self, stage: StageName) -> float | None:
-        """Return the seconds per task of a stage that bundle sizes are based on, or None if
-        unknown."""
+        """Return the measured seconds per task of a stage, from which bundle sizes are computed, or None."""
         tasks, seconds = self.paces.get(stage, (0, 0.0))
         return seconds / tasks if tasks else self.stages[stage].counts.mean_s
 
     def trace(self, stage: StageName, context: str) -> None:
-        """Record the trace context in which an outcome of the stage was folded."""
         self.traced.setdefault(stage, deque(maxlen=LINKS)).append(context)
 
-    def remember(self, record: BundleRecord, outcome: RetainedOutcome | None) -> None:
-        """Keep a record that was just folded, and its outcome if that is small."""
+    def retain(self, record: BundleRecord, outcome: RetainedOutcome | None) -> None:
+        """Retain a record that was just folded, and its outcome if it is small."""
         self.recent.append((record, outcome))
         if len(self.recent) > RECENT:
             oldest, its = self.recent.popleft()
-            self.known_after = oldest.seq
+            self.complete_after = oldest.seq
             if its:
                 its.release()
 
     def outcomes_after(self, seq: int | None) -> list[tuple[BundleRecord, Outcome | None]] | None:
         """Return the outcomes folded after `seq`, or None if only the ledger has all of them."""
-        if self.known_after is None or (seq or 0) < self.known_after:
+        if self.complete_after is None or (seq or 0) < self.complete_after:
             return None
         return [
             (record, retained_outcome.outcome if retained_outcome else None)
@@ -300,24 +281,23 @@ class LiveJob:
             if (record.seq or 0) > (seq or 0)
         ]
 
-    def expect(self, bundles: Iterable[tuple[Bundle, float]]) -> None:
-        """Record pairs of bundle and due time (monotonic) as outstanding."""
+    def add_outstanding(self, bundles: Iterable[tuple[Bundle, float]]) -> None:
+        """Add pairs of bundle and due time (monotonic) to the outstanding bundles."""
         for bundle, heard_s in bundles:
             waiting = self.outstanding.setdefault(bundle.stage, {})
             waiting[bundle.id] = Outstanding(bundle, heard_s, heard_s)
 
-    def settled(self, bundle: Bundle) -> None:
+    def remove_outstanding(self, bundle: Bundle) -> None:
         if self.outstanding.get(bundle.stage, {}).pop(bundle.id, None) is None:
-            self.early[bundle.stage, bundle.id] = None
-            while len(self.early) > EARLY:
-                del self.early[next(iter(self.early))]
+            self.early_bundles[bundle.stage, bundle.id] = None
+            while len(self.early_bundles) > EARLY:
+                del self.early_bundles[next(iter(self.early_bundles))]
 
     def all_outstanding(self) -> list[Outstanding]:
         return [outstanding for stage in self.outstanding.values() for outstanding in stage.values()]
 
     def task_s(self, stage: StageDef, now_s: float) -> float:
-        """Return the slot seconds of one task: the mean, or the time that the first task has run so
-        far."""
+        """Return the slot seconds of one task: the mean, or the time that the first task has run so far."""
         # Not `pace_s`, because long tasks have less weight in it.
         mean_s = self.stages[stage.name].counts.mean_s
         if mean_s is None:
@@ -326,8 +306,7 @@ class LiveJob:
         return mean_s * stage.slots
 
     def has_work(self, pool: str) -> bool:
-        """Return whether instances of the pool wait for work of this job. Work that a cap holds
-        back does not count."""
+        """Return whether the job has work for instances of the pool. Work that a cap holds back does not count."""
         if self.record.control is not Control.RUN or self.record.state is JobState.SCHEDULED:
             return False
         for stage in self.job.stages:
@@ -343,8 +322,7 @@ class LiveJob:
 
     @property
     def lacks_bundles(self) -> bool:
-        """Return whether planned tasks have not ended, although no bundle is outstanding or left to
-        cut."""
+        """Return whether planned tasks have not ended, although no bundle is outstanding or left to cut."""
         if any(self.outstanding.values()):
             return False
         stages = (self.stages[stage.name] for stage in self.job.stages)
@@ -355,13 +333,13 @@ class LiveJob:
         """Return the number of the stage's tasks in outstanding bundles."""
         return sum(len(outstanding.bundle.tasks) for outstanding in self.outstanding.get(stage, {}).values())
 
-    def is_left(self, pool: str) -> bool:
+    def has_uncut_tasks(self, pool: str) -> bool:
         """Return whether planned tasks of stages in `pool` are not yet cut into bundles."""
         return any(stage.pool == pool and self.stages[stage.name].left.ranges for stage in self.record.job.stages)
 
 
 class Superseded(Refused):
-    """The round that is conducted here has ended, and a retry began the next round."""
+    """The round of this live job has ended, and a retry began the next round."""
 
     def __init__(self, live: LiveJob) -> None:
         super().__init__(
@@ -371,8 +349,8 @@ class Superseded(Refused):
 
 
 async def list_jobs(ports: Ports, *, active: bool = False) -> AsyncIterator[JobRecord]:
-    """Yield the jobs of the ledger, newest first, read in pages. With `active`, skip ended jobs. If
-    the last job of a page ends or is forgotten meanwhile, reading starts again."""
+    """Yield the jobs of the ledger, newest first, read in pages. With `active`, skip ended jobs. If the last job of a
+    page is removed meanwhile, the listing starts again."""
     last: JobId | None = None
     while True:
         try:
@@ -388,10 +366,8 @@ async def list_jobs(ports: Ports, *, active: bool = False) -> AsyncIterator[JobR
 
 
 async def set_job_state(ports: Ports, live: LiveJob, state: JobState) -> None:
-    """Move the job to `state` if the transition is allowed, and copy the ledger's state to memory.
-
-    The ledger may refuse the second attempt of a call whose first response was lost.
-    """
+    """Move the job to `state` if the transition is allowed, and copy the ledger's state to memory. The ledger may
+    refuse the second attempt of a call whose first response was lost."""
     if not (await ports.ledger.apply(MoveJob(live.id, state, live.round))).is_new:
         record = await ports.ledger.job(live.id)
         if record.round != live.round:
@@ -400,11 +376,10 @@ async def set_job_state(ports: Ports, live: LiveJob, state: JobState) -> None:
         state = record.state
     if live.record.state is not state:
         live.record = replace(live.record, state=state)
-        live.changed()
+        live.notify()
 
 
 def outstanding_in_pool(lives: Mapping[JobId, LiveJob], pool: str) -> int:
-    """Return the number of outstanding bundles of all jobs in one pool."""
     return sum(
         len(live.outstanding.get(stage.name, {}))
         for live in lives.values()
@@ -424,20 +399,27 @@ class WorkerStatus:
     """Monotonic time when each running bundle was first reported."""
 
 
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    """Remaining work of a pool: `seconds` of task time × slots, in `tasks` tasks that can run in parallel."""
+
+    seconds: float = 0.0
+    tasks: int = 0
+
+
 WINDOW = 3
-"""Outstanding bundles per slot: one runs, one is prefetched, and one covers the manager's latency.
-A shallow queue lets bundle sizes follow measurements and lets priorities take effect."""
+"""Outstanding bundles per slot: one runs, one is prefetched, and one covers the manager's latency. In a short queue,
+bundle sizes can follow measurements and priorities take effect."""
 
 
 @dataclass(frozen=True, slots=True)
 class ManagerSettings:
-    """All durations are seconds. `control_lease_s` belongs to the workers (see WorkerSettings). The
-    reconciler looks for a planned, uncommitted bundle that was silent for `silence_s`, and sends it
-    again. `lease_ttl_s` is the leader's lease. `tick_s` paces the autoscaler, the reconciler, and
-    the fleet. `drain_target_s`, `cooldown_in_s`, and `idle_s` belong to the scaling policy. After
-    `boot_tries` consecutive failed launches in a pool, the next launch waits for `boot_pause_s` (0
-    if the fleet slows down by itself; see LaunchBreaker). `boot_tries`, `max_receives`, and
-    `window` (bundles per slot) are numbers."""
+    """Time constants in seconds, and some numbers. `control_lease_s` belongs to the workers (see WorkerSettings). The
+    reconciler recovers a bundle that was silent for `silence_s`. `lease_ttl_s` is the leader's lease. `tick_s` is the
+    interval of the autoscaler, the reconciler, and the fleet. `drain_target_s`, `cooldown_in_s`, and `idle_s` belong to
+    the scaling policy. After `boot_tries` consecutive failed launches in a pool, the next launch waits for
+    `boot_pause_s` (0 if the fleet itself backs off; see LaunchBreaker). `boot_tries`, `max_receives`, and `window`
+    (bundles per slot) are numbers."""
 
     control_lease_s: float = 1.0
     visibility_s: float = 30.0

@@ -1,18 +1,15 @@
 """Replacement of instances whose worker is silent, or shows no evidence of work.
 
-A group replaces instances that fail its own health checks, but keeps an instance whose worker has
-only stopped.
+A group replaces instances that fail its own health checks, but not an instance whose worker has only stopped.
 
-Invariants: only time in which a manager received events counts, including that of the previous
-leader. An outage of the events queue, or a pause of the manager, neither adds to a silence nor
-resets it. If all workers of a pool are silent, the cause may be the manager, so instances are
-replaced one at a time.
+Invariants: only time in which a manager received events counts, including that of the previous leader. An outage of the
+events queue, or a pause of the manager, neither adds to a silence nor resets it. If all workers of a pool are silent,
+the cause may be the manager, so instances are replaced one at a time.
 
-A worker's report alone is not evidence of work. Evidence is a counted outcome, or a held bundle of
-a live job whose commit key the worker has. The bundle need not be outstanding, because another
-worker with the key could have reported its end. So a lying worker loses its evidence when its jobs
-have ended. An honest worker that runs only copies of bundles of ended jobs lacks evidence too, and
-the grid would discard its results.
+Evidence of work is a counted outcome, or a held bundle of a live job whose commit key the worker has. A worker's report
+alone is not evidence. The bundle need not be outstanding, because another worker with the key could have reported its
+end. So a lying worker loses its evidence when its jobs have ended. An honest worker that runs only copies of bundles of
+ended jobs lacks evidence too, and the grid would discard its results.
 """
 
 from __future__ import annotations
@@ -22,10 +19,13 @@ from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 
 from batchlab.core.errors import BackendError, Malformed, NotFound, Refused
 from batchlab.core.model import Control, GroupView, JobId, LifecycleState
-from batchlab.core.ports import Depth, JobRecord
+from batchlab.core.ports import JobRecord
 from batchlab.core.protocol.messages import Beat
-from batchlab.manager.state import LiveJob, ManagerSettings, Ports
-from batchlab.manager.worker_registry import LOST_S, WorkerRegistry
+from batchlab.manager.context import Context, Part
+from batchlab.manager.state import LiveJob
+from batchlab.manager.worker_registry import LOST_S
+
+log = logging.getLogger(__name__)
 
 NO_WORK_TAKEN = "its worker has taken no work"
 UNKNOWN_WORK = "its worker reports work of which the manager knows nothing"
@@ -33,67 +33,52 @@ MANAGER = "manager"
 """Worker name in outcomes that the manager makes."""
 
 
-class WorkEvidence:
+class WorkEvidence(Part):
     """Evidence of work for each worker of a grid."""
 
-    def __init__(
-        self,
-        ports: Ports,
-        registry: WorkerRegistry,
-        lives: Mapping[JobId, LiveJob],
-        depths: Mapping[str, Depth],
-        known: Callable[[JobId], Awaitable[JobRecord]],
-    ) -> None:
+    def __init__(self, context: Context, known: Callable[[JobId], Awaitable[JobRecord]]) -> None:
         """`known` returns a job of the ledger or the bucket, or raises NotFound."""
-        self._ports = ports
-        self._registry = registry
-        self._lives = lives
-        self._depths = depths
-        self._known = known
-        self.authors: set[str] = set()
-        """Workers of the outcomes counted since the last call of `missing`."""
+        super().__init__(context)
+        self._job_record = known
 
     def missing(self, pools: Mapping[str, str]) -> dict[str, str]:
-        """Return the reason for each instance without evidence. `pools` maps instances to pools. An
-        idle instance needs no evidence while no work waits in its pool."""
-        waits = {pool: self._waits(pool) for pool in dict.fromkeys(pools.values())}
+        """Return the reason for each instance without evidence. `pools` maps instances to pools. An idle instance needs
+        no evidence while its pool has no waiting work."""
+        waits = {pool: self._has_waiting_work(pool) for pool in dict.fromkeys(pools.values())}
         lacking: dict[str, str] = {}
         for instance, pool in pools.items():
             worker_status = self._registry.workers.get(instance)
-            if worker_status is None or self._is_shown(worker_status.beat):
+            if worker_status is None or self._has_evidence(worker_status.beat):
                 continue
             if worker_status.beat.busy or worker_status.beat.held:
                 lacking[instance] = UNKNOWN_WORK
             elif waits[pool]:
                 lacking[instance] = NO_WORK_TAKEN
-        self.authors.clear()
+        self._registry.authors.clear()
         return lacking
 
     async def is_refuted(self, instance: str) -> bool:
-        """Return whether every held bundle belongs to a job that has ended or does not exist.
-
-        This reads the ledger and the bucket, because a manager may have died before it wrote a job
-        to the ledger. Raises BackendError.
-        """
+        """Return whether every held bundle belongs to a job that has ended or does not exist. This reads the ledger and
+        the bucket, because a manager may have died before it wrote a job to the ledger. Raise BackendError."""
         worker_status = self._registry.workers.get(instance)
         for job in sorted({held.job for held in worker_status.beat.held} - self._lives.keys() if worker_status else ()):
             try:
-                if not (await self._known(job)).state.ended:
+                if not (await self._job_record(job)).state.ended:
                     return False
             except (Malformed, NotFound):
                 continue
         return True
 
-    def _is_shown(self, beat: Beat) -> bool:
+    def _has_evidence(self, beat: Beat) -> bool:
         if any(held.job in self._lives for held in beat.held):
             return True
-        is_own = self._registry.named.get(beat.worker) == beat.instance
-        return is_own and beat.worker != MANAGER and beat.worker in self.authors
+        is_own = self._registry.instance_by_worker.get(beat.worker) == beat.instance
+        return is_own and beat.worker != MANAGER and beat.worker in self._registry.authors
 
-    def _waits(self, pool: str) -> bool:
-        """Return whether the pool's queue has messages, and a bundle is due that no worker holds.
-        Messages alone do not count, because any worker can send messages that no worker can run."""
-        depth = self._depths.get(pool)
+    def _has_waiting_work(self, pool: str) -> bool:
+        """Return whether the pool's queue has messages, and a bundle is due that no worker holds. Messages alone do not
+        count, because a worker can send messages that no worker can run."""
+        depth = self._context.depths.get(pool)
         if depth is None or not depth.visible:
             return False
         held = {
@@ -106,7 +91,7 @@ class WorkEvidence:
     def _has_due(self, live: LiveJob, pool: str, held: Collection[tuple[str, str, str]]) -> bool:
         if live.record.control is not Control.RUN:
             return False
-        now_s = self._ports.clock.monotonic_s()
+        now_s = self._clock.monotonic_s()
         return any(
             outstanding.heard_s <= now_s and (live.id, stage, bundle) not in held
             for stage, waiting in live.outstanding.items()
@@ -115,41 +100,35 @@ class WorkEvidence:
         )
 
 
-log = logging.getLogger(__name__)
-
 SILENCES = 3
-"""The limit in multiples of `silence_s`, so that the bundles were recovered before."""
+"""Limit of silence as a multiple of `silence_s`. The reconciler recovers the bundles before that."""
 STEPS = 10
-"""Silences are stored for the next leader in steps of the limit divided by this."""
+"""The stored silences have this many steps up to the limit."""
 LONG_TICKS = 2
 """Maximum time that counts between two checks, in ticks."""
 
 
-class UnresponsiveWorkers:
+class UnresponsiveWorkers(Part):
     """Silence of each instance in service, and time without evidence of work."""
 
-    def __init__(
-        self, ports: Ports, settings: ManagerSettings, registry: WorkerRegistry, evidence: WorkEvidence
-    ) -> None:
-        self._ports = ports
-        self._registry = registry
+    def __init__(self, context: Context, evidence: WorkEvidence) -> None:
+        super().__init__(context)
         self._evidence = evidence
-        self._step_s = LONG_TICKS * settings.tick_s
-        self.limit_s = max(LOST_S, SILENCES * settings.silence_s)
-        self._quiet_s: dict[str, float] = {}
+        self._step_s = LONG_TICKS * context.settings.tick_s
+        self.limit_s = max(LOST_S, SILENCES * context.settings.silence_s)
+        self._silences_s: dict[str, float] = {}
         """Seconds of silence, by instance."""
-        self._useless_s: dict[str, float] = {}
+        self._unproven_s: dict[str, float] = {}
         """Seconds without evidence of work, by instance."""
-        self._looked_s: float | None = None
-        """Monotonic time of the last check."""
+        self._checked_s: float | None = None
 
-    async def look(self, views: Sequence[GroupView]) -> None:
+    async def check(self, views: Sequence[GroupView]) -> None:
         """Update the durations, and replace instances above the limit."""
-        now_s = self._ports.clock.monotonic_s()
-        if self._looked_s is None:
-            self._quiet_s = dict(self._registry.instances.quiet_s)
-        since_s = now_s if self._looked_s is None else self._looked_s
-        self._looked_s = now_s
+        now_s = self._clock.monotonic_s()
+        if self._checked_s is None:
+            self._silences_s = dict(self._registry.instances.silences_s)
+        since_s = now_s if self._checked_s is None else self._checked_s
+        self._checked_s = now_s
         is_deaf = self._registry.outage_s is not None and self._registry.outage_s >= since_s
         # The silence so far stays. A reset would prevent replacement under steady load.
         step_s = 0.0 if is_deaf else min(now_s - since_s, self._step_s)
@@ -159,28 +138,31 @@ class UnresponsiveWorkers:
             for instance in view.instances
             if instance.state is LifecycleState.IN_SERVICE
         }
-        self._quiet_s = {
-            pool: 0.0 if self._heard(pool, since_s) else self._quiet_s.get(pool, 0.0) + step_s for pool in pools
+        self._silences_s = {
+            pool: 0.0 if self._has_reported(pool, since_s) else self._silences_s.get(pool, 0.0) + step_s
+            for pool in pools
         }
-        for one in self._overdue(self._quiet_s, pools):
-            cause = f"its worker has been silent for {self._quiet_s[one]:.0f} s"
+        for one in self._overdue(self._silences_s, pools):
+            cause = f"its worker has been silent for {self._silences_s[one]:.0f} s"
             await self._replace(one, pools.pop(one), cause)
-            self._quiet_s[one] = 0.0
+            self._silences_s[one] = 0.0
         part_s = self.limit_s / STEPS
-        stored_s = {one: part_s * (quiet_s // part_s) for one, quiet_s in self._quiet_s.items()}
+        stored_s = {one: part_s * (quiet_s // part_s) for one, quiet_s in self._silences_s.items()}
         # Few instances are silent for long, so the stored value rarely changes.
-        self._registry.instances.note_quiet({one: s for one, s in stored_s.items() if s})
+        self._registry.instances.record_silences({one: s for one, s in stored_s.items() if s})
         missing = self._evidence.missing(pools)
-        self._useless_s = {pool: self._useless_s.get(pool, 0.0) + step_s if pool in missing else 0.0 for pool in pools}
-        for one in self._overdue(self._useless_s, pools):
-            cause = f"{missing[one]} for {self._useless_s[one]:.0f} s"
+        self._unproven_s = {
+            pool: self._unproven_s.get(pool, 0.0) + step_s if pool in missing else 0.0 for pool in pools
+        }
+        for one in self._overdue(self._unproven_s, pools):
+            cause = f"{missing[one]} for {self._unproven_s[one]:.0f} s"
             if await self._is_refuted(one, pools[one], cause):
                 await self._replace(one, pools[one], cause)
-            self._useless_s[one] = 0.0
+            self._unproven_s[one] = 0.0
 
     def _overdue(self, counted_s: dict[str, float], pools: Mapping[str, str]) -> list[str]:
-        """Return the instances above the limit. If that is the whole pool, return only the first
-        one, and restart the count of the others."""
+        """Return the instances above the limit. If that is the whole pool, return only the first one, and restart the
+        count of the others."""
         overdue: list[str] = []
         for pool in dict.fromkeys(pools.values()):
             members = [one for one in pools if pools[one] == pool]
@@ -191,7 +173,7 @@ class UnresponsiveWorkers:
             overdue += over
         return overdue
 
-    def _heard(self, instance: str, since_s: float) -> bool:
+    def _has_reported(self, instance: str, since_s: float) -> bool:
         worker_status = self._registry.workers.get(instance)
         return worker_status is not None and worker_status.heard_s >= since_s
 
@@ -206,7 +188,7 @@ class UnresponsiveWorkers:
     async def _replace(self, instance: str, pool: str, cause: str) -> None:
         about = {"instance": instance, "pool": pool}
         try:
-            await self._ports.fleet.set_health(instance, healthy=False, cause=cause)
+            await self._fleet.set_health(instance, healthy=False, cause=cause)
         except (Refused, BackendError) as error:
             # The next instance may succeed, and the rest of the tick must run.
             log.warning("%s, and it cannot be replaced: %s", cause, error, extra=about)

@@ -1,60 +1,82 @@
 """An object in the bucket that only the leader writes.
 
-Invariant: a write replaces only the version that was read. After a crash or a pause, another leader
-may have written the object. The manager merges that version before it writes. On S3, equal contents
-have equal ETags. This is safe, because the content is the whole state.
+Invariant: a write replaces only the version that was read. After a crash or a pause, another leader may have written
+the object. The manager merges that version before it writes. On S3, equal contents have equal ETags. This is safe,
+because the content is the whole state.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import partial
 
 from batchlab.core.errors import AlreadyExists, BackendError, NotFound
+from batchlab.core.protocol import field_checks
 from batchlab.manager.state import Ports
 
-UNREADABLE = (BackendError, AttributeError, KeyError, TypeError, ValueError)
+log = logging.getLogger(__name__)
+
+UNREADABLE = (BackendError, *field_checks.UNREADABLE)
 """Errors raised for a document of a later release, or for a damaged document."""
-REWRITES = 8
+MAX_WRITES = 8
 """Other managers write only during a change of leader, so few attempts are enough."""
 
 
 class VersionedDocument:
-    """One object key, with the version that was read or written last."""
+    """One object key, with the version that was read or written last.
 
-    def __init__(self, ports: Ports, key: str) -> None:
+    `merge` adds a stored content to the leader's state. It raises one of UNREADABLE if it cannot read the content. A
+    write replaces an unreadable content, because a document of a later release must not keep a manager from leading.
+    With `keeps_unreadable`, nothing is written instead.
+    """
+
+    def __init__(
+        self, ports: Ports, key: str, merge: Callable[[bytes], None], *, keeps_unreadable: bool = False
+    ) -> None:
         self._ports = ports
         self._key = key
+        self.merge = merge
+        self._keeps_unreadable = keeps_unreadable
         self._etag: str | None = None
 
     async def read(self) -> bytes | None:
-        """Return the content, or None if the object does not exist. Raises BackendError."""
-        get = partial(self._ports.objects.get_if_changed, self._key, None)
+        """Return the content, or None if the object does not exist. Raise BackendError."""
         try:
-            found = await self._ports.patience(get)
+            found = await self._ports.patience(partial(self._ports.objects.get_if_changed, self._key, None))
         except NotFound:
             found = None
         self._etag = found[1] if found else None
         return found[0] if found else None
 
-    async def write(self, made: Callable[[], bytes], take_in: Callable[[bytes], bool]) -> None:
-        """Replace the version that was read with the result of `made()`. Raises BackendError.
+    async def load(self) -> None:
+        """Read and merge the content. Raise BackendError if the bucket does not respond."""
+        if (content := await self.read()) is not None:
+            self._try_merge(content)
 
-        If the object has changed, `take_in` receives the new content, and `made` is called again.
-        Nothing is written if `take_in` returns False.
-        """
-        for left in reversed(range(REWRITES)):
-            data = made()
+    async def write(self, encode: Callable[[], bytes]) -> None:
+        """Replace the version that was read with the result of `encode`. If another leader has written the object,
+        merge that version first. Raise BackendError."""
+        for remaining in reversed(range(MAX_WRITES)):
+            data = encode()
             put = partial(self._ports.objects.put, self._key, data, if_absent=self._etag is None, if_match=self._etag)
             try:
                 self._etag = await self._ports.patience(put)
             except (AlreadyExists, NotFound):
-                if not left:
+                if not remaining:
                     raise
             else:
                 return
-            there = await self.read()
-            if there == data:
+            content = await self.read()
+            if content == data:
                 return  # the write succeeded, but its response was lost
-            if there is not None and not take_in(there):
+            if content is not None and not self._try_merge(content) and self._keeps_unreadable:
                 return
+
+    def _try_merge(self, content: bytes) -> bool:
+        try:
+            self.merge(content)
+        except UNREADABLE as error:
+            log.error("the stored object %s cannot be read: %r", self._key, error)
+            return False
+        return True

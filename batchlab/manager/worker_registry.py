@@ -1,12 +1,10 @@
-"""Workers by their beats, the keys of their instances, and recovery of the messages of dead
-workers.
+"""Workers by their heartbeats, the keys of their instances, and recovery of the messages of dead workers.
 
-Invariants: a beat counts only for an instance that the fleet describes, in that instance's pool,
-and with the key of its first beat. A beat of another instance waits until the fleet describes it.
-The first key wins: no worker can know another instance's id before its first beat, because ids are
-random and the role of workers lists no instances. A rule by which a second key ends the instance
-would let a worker end others whose ids it learns later. The digest of a key is in the bucket before
-a beat with that key counts, so the next leader binds the same key.
+Invariants: a heartbeat counts only for an instance that the fleet describes, in that instance's pool, and with the key
+of its first heartbeat. A heartbeat of another instance waits until the fleet describes the instance. The first key
+wins: a worker cannot know another instance's id before its first heartbeat, because ids are random and the role of
+workers lists no instances. If a second key ended the instance, a worker could end other instances. The bucket has the
+digest of a key before a heartbeat with that key counts, so the next leader binds the same key.
 """
 
 from __future__ import annotations
@@ -34,8 +32,9 @@ from batchlab.manager.versioned_document import VersionedDocument
 
 log = logging.getLogger(__name__)
 
+
 MAX_UNKNOWN_INSTANCES = 1000
-"""Instances whose beats wait until the fleet describes them. The oldest is forgotten first."""
+"""Number of instances whose heartbeats wait until the fleet describes the instances. The oldest is forgotten first."""
 
 Waiting = tuple[Beat, Collection[JobId]]
 
@@ -43,27 +42,27 @@ Waiting = tuple[Beat, Collection[JobId]]
 class InstanceKeys:
     """The described instances, and digests of their workers' keys."""
 
-    def __init__(self, kept: VersionedDocument, refused: Callable[[str, str], None]) -> None:
-        """`refused` is called with the instance of each rejected beat, and the reason."""
-        self._kept = kept
-        self._refused = refused
-        self._there: Mapping[str, Instance] = {}
+    def __init__(self, ports: Ports, on_rejected: Callable[[str, str], None]) -> None:
+        """`on_rejected` is called with the instance of each rejected heartbeat, and the reason."""
+        self._document = VersionedDocument(ports, object_keys.INSTANCES, self._merge)
+        self._on_rejected = on_rejected
+        self._instances: Mapping[str, Instance] = {}
         self._digests: dict[str, str] = {}
         """Digest of each instance's key, "" for a worker of release 0.1.0."""
         self._unsaved: dict[str, str] = {}
-        """Digests of first beats that may not be in the bucket yet."""
-        self._strangers: dict[str, Waiting] = {}
+        """Digests of first heartbeats that may not be in the bucket yet."""
+        self._waiting: dict[str, Waiting] = {}
         self._are_changed = False
         """Whether the stored document has ended instances, or silences have grown."""
-        self.quiet_s: dict[str, float] = {}
+        self.silences_s: dict[str, float] = {}
         """Seconds of silence, for instances with a long silence."""
         self._saving = asyncio.Lock()
 
     async def bind(self, beats: Iterable[Beat]) -> None:
-        """Bind each described instance to the key of its first beat, and store the digests. If
-        storing fails, these beats do not count yet."""
+        """Bind each described instance to the key of its first heartbeat, and store the digests. If the bucket is
+        unavailable, these heartbeats do not count yet."""
         for beat in beats:
-            instance = self._there.get(beat.instance)
+            instance = self._instances.get(beat.instance)
             if instance is not None and instance.pool == beat.pool:
                 digest = _digest(beat.key)
                 known = self._digests.get(beat.instance)
@@ -73,66 +72,66 @@ class InstanceKeys:
             await self.save()
 
     def admits(self, beat: Beat, trusted: Collection[JobId] = ()) -> bool:
-        """Return whether the beat has the key of its instance. Keep it if the instance is not
+        """Return whether the heartbeat has the key of its instance. Store the heartbeat if the instance is not
         described yet."""
-        instance = self._there.get(beat.instance)
+        instance = self._instances.get(beat.instance)
         known = self._digests.get(beat.instance)
         if instance is None or (known is None and instance.pool == beat.pool):
-            self._keep(beat, trusted)
+            self._store_waiting(beat, trusted)
             return False
         if instance.pool != beat.pool:
-            self._refused(beat.instance, "it names another pool than that of its instance")
+            self._on_rejected(beat.instance, "it names another pool than that of its instance")
             return False
         if known is None or not hmac.compare_digest(known, _digest(beat.key)):
-            self._refused(beat.instance, "it has another key than its instance")
+            self._on_rejected(beat.instance, "it has another key than its instance")
             return False
         return True
 
-    def _keep(self, beat: Beat, trusted: Collection[JobId]) -> None:
-        known = self._strangers.get(beat.instance)
+    def _store_waiting(self, beat: Beat, trusted: Collection[JobId]) -> None:
+        known = self._waiting.get(beat.instance)
         if known is None or (known[0].key == beat.key and known[0].number <= beat.number):
-            self._strangers[beat.instance] = beat, trusted
-        while len(self._strangers) > MAX_UNKNOWN_INSTANCES:
-            del self._strangers[next(iter(self._strangers))]
+            self._waiting[beat.instance] = beat, trusted
+        while len(self._waiting) > MAX_UNKNOWN_INSTANCES:
+            del self._waiting[next(iter(self._waiting))]
 
     def launched_s(self, instance: str) -> float | None:
         """Return when the instance was launched (seconds since the epoch), or None."""
-        known = self._there.get(instance)
+        known = self._instances.get(instance)
         return known.launched_s if known else None
 
-    def see(self, there: Mapping[str, Instance]) -> list[Waiting]:
-        """Take the instances that the fleet describes, and return the beats that waited for
-        them."""
+    def update_instances(self, there: Mapping[str, Instance]) -> list[Waiting]:
+        """Set the described instances, and return the heartbeats that waited for them."""
         for digests in (self._digests, self._unsaved):
             for instance in digests.keys() - there.keys():
                 del digests[instance]
                 self._are_changed = True
-        self._there = there
-        return [self._strangers.pop(stranger) for stranger in list(self._strangers) if stranger in there]
+        self._instances = there
+        return [self._waiting.pop(stranger) for stranger in list(self._waiting) if stranger in there]
 
-    def note_quiet(self, quiet_s: Mapping[str, float]) -> None:
-        """Take the silences for the next leader, and store them soon."""
-        self._are_changed = self._are_changed or self.quiet_s != quiet_s
-        self.quiet_s = dict(quiet_s)
+    def record_silences(self, quiet_s: Mapping[str, float]) -> None:
+        self._are_changed = self._are_changed or self.silences_s != quiet_s
+        self.silences_s = dict(quiet_s)
 
     async def load(self) -> None:
-        """Read the digests and silences of the previous leader. Raises BackendError."""
+        """Read the digests and silences of the previous leader. Raise BackendError."""
         try:
-            data = await self._kept.read()
-            self._digests = {} if data is None else _keys_from_bytes(data)
-            self.quiet_s = {} if data is None else _silences_from_bytes(data)
+            if (data := await self._document.read()) is None:
+                return
+            self._digests = _keys_from_bytes(data)
+            # A manager of release 0.1.0 stored no silences.
+            silences_s = json_format.loads(data).get("quiet_s", {})
+            self.silences_s = {str(instance): float(silence_s) for instance, silence_s in silences_s.items()}
         except (Malformed, TooNew, *UNREADABLE) as error:
             log.error("the keys of instances cannot be read and are bound anew: %s", error)
 
     async def save(self) -> None:
-        """Store the digests if they have changed."""
         async with self._saving:
             if not self._unsaved and not self._are_changed:
                 return
             self._are_changed = False
             saved = dict(self._unsaved)
             try:
-                await self._kept.write(self._to_bytes, self._take_in)
+                await self._document.write(self._to_bytes)
             except BackendError as error:
                 self._are_changed = True
                 log.warning("the keys of instances are not stored yet: %s", error)
@@ -143,30 +142,20 @@ class InstanceKeys:
     def _to_bytes(self) -> bytes:
         keys = dict(sorted((self._digests | self._unsaved).items()))
         return json_format.to_bytes(
-            {"v": json_format.VERSION, "keys": keys, "quiet_s": dict(sorted(self.quiet_s.items()))}
+            {"v": json_format.VERSION, "keys": keys, "quiet_s": dict(sorted(self.silences_s.items()))}
         )
 
-    def _take_in(self, there: bytes) -> bool:
-        # Another leader may have accepted beats with these keys. Some instances may have ended,
-        # which the next tick corrects.
-        try:
-            stored = _keys_from_bytes(there)
-        except (Malformed, TooNew, *UNREADABLE) as error:
-            log.error("the keys of instances cannot be read and are replaced: %s", error)
-            return True
+    def _merge(self, content: bytes) -> None:
+        # Another leader may have accepted beats with these keys. Some instances may have ended, which the next tick
+        # corrects.
+        stored = _keys_from_bytes(content)
         self._digests |= stored
         for instance in stored.keys() & self._unsaved.keys():
             del self._unsaved[instance]
-        return True
 
 
 def _keys_from_bytes(data: bytes) -> dict[str, str]:
     return {str(k): str(v) for k, v in json_format.loads(data)["keys"].items()}
-
-
-def _silences_from_bytes(data: bytes) -> dict[str, float]:
-    # A manager of release 0.1.0 stored none.
-    return {str(k): float(v) for k, v in json_format.loads(data).get("quiet_s", {}).items()}
 
 
 def _digest(key: str) -> str:
@@ -176,11 +165,11 @@ def _digest(key: str) -> str:
 DEPARTED_KEPT = 1000
 SPOT_KEPT = 20_000
 MAX_PER_S = 5_000.0
-"""Limit of requests of one kind per second. No worker makes so many."""
+"""Maximum plausible number of requests of one kind per second."""
 GRACE_S = 3_600.0
-"""Added to the age of an instance, because clocks differ."""
+"""Tolerance of an instance's age, because clocks differ."""
 LOST_S = 300.0
-"""An idle worker sends five beats in this time."""
+"""Silence after which a worker is lost. An idle worker sends five heartbeats in this time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,81 +178,77 @@ class _DepartedWorker:
 
     worker: str
     """Name of the worker, "" if no beat was received."""
-    told: bool
-    """Whether the worker reported that it leaves."""
+    has_reported_departure: bool
 
 
 class WorkerRegistry:
     """Workers by instance.
 
-    Invariant (I6): a dead instance's messages return as soon as the fleet reports its death. If the
-    fleet ended the instance, its bundles are sent as new messages. If it died by itself, its
-    messages become visible again, which counts a receive. After a silence of `LOST_S` they have
-    returned already.
+    Invariant (I6): a dead instance's messages return as soon as the fleet reports its death. If the fleet ended the
+    instance, its bundles are sent as new messages. If the instance died by itself, its messages become visible again,
+    which adds a receive. After a silence of `LOST_S`, the messages have already returned.
     """
 
     def __init__(self, ports: Ports, lives: Mapping[JobId, LiveJob], quarantine: Quarantine | None = None) -> None:
         self._ports = ports
         self._lives = lives
         self._quarantine = quarantine or Quarantine(Counters())
-        self.instances = InstanceKeys(VersionedDocument(ports, object_keys.INSTANCES), self._quarantine.beat)
+        self.instances = InstanceKeys(ports, self._quarantine.beat)
         self.workers: dict[str, WorkerStatus] = {}
-        """Last beat by instance."""
-        self.named: dict[str, str] = {}
-        """Instance whose worker reported a name first. Outcomes contain names, and every worker may
-        read them, so a later claim of a name is not evidence."""
+        self.instance_by_worker: dict[str, str] = {}
+        """Instance whose worker reported a name first. Every worker can read the names in outcomes, so a later claim of
+        a name is not evidence."""
+        self.authors: set[str] = set()
+        """Workers of the outcomes counted since the last check for evidence of work."""
         self.outage_s: float | None = None
-        """Monotonic time when current beats could last not be received, because of an outage or a
-        backlog. inf during an outage."""
+        """Monotonic time of the last outage or backlog of the events queue, inf during an outage. Current heartbeats
+        could not be received then."""
         self._ready: set[str] = set()
-        """Instances reported as ready to their group."""
+        """Instances whose lifecycle action is completed."""
         self.spot: dict[str, None] = {}
         """Instances that reported to be Spot Instances, in order."""
         self.requests: dict[str, WorkerRequests] = {}
-        """Last request counts of each worker."""
-        self._gone: dict[str, _DepartedWorker] = {}
-        """The last instances that left or died, in order. A late beat must not revive one, but
-        another worker may start on it."""
+        self._departed: dict[str, _DepartedWorker] = {}
+        """The last instances that left or died. A late heartbeat must not revive them, but another worker may start on
+        one."""
 
-    async def hear(self, beat: Beat, trusted: Collection[JobId]) -> bool:
-        """Process a beat, which may hold bundles of the `trusted` jobs. The first beat of an
-        instance makes it InService, the last one removes it. Return False if the beat does not have
-        the instance's key."""
+    async def receive_beat(self, beat: Beat, trusted: Collection[JobId]) -> bool:
+        """Process a heartbeat, which may hold bundles of the `trusted` jobs. The first heartbeat of an instance makes
+        it InService, and the last one removes it. Return False if the heartbeat does not have the instance's key."""
         await self.instances.bind([beat])
         if not self.instances.admits(beat, trusted):
             return False
-        beat = replace(beat, held=self._believed(beat, trusted))
+        beat = replace(beat, held=self._credible(beat, trusted))
         worker_status = self.workers.get(beat.instance)
         if worker_status and worker_status.beat.worker == beat.worker and worker_status.beat.number > beat.number:
             return True  # the queue may deliver beats out of order
-        gone = self._gone.get(beat.instance)
+        gone = self._departed.get(beat.instance)
         if gone and gone.worker in ("", beat.worker):
             return True
         if beat.gone:
             if worker_status is None or worker_status.beat.worker == beat.worker:
-                self._leave(beat.instance)
-                self._gone[beat.instance] = _DepartedWorker(beat.worker, told=True)
+                self._remove(beat.instance)
+                self._departed[beat.instance] = _DepartedWorker(beat.worker, has_reported_departure=True)
             return True
         now_s = self._ports.clock.monotonic_s()
         before = worker_status.since_s if worker_status else {}
         since_s = {held: before.get(held, now_s) for held in beat.held if held.running}
         if worker_status and worker_status.beat.worker != beat.worker:
-            self._unname(worker_status.beat)
-        self.named.setdefault(beat.worker, beat.instance)
+            self._forget_name(worker_status.beat)
+        self.instance_by_worker.setdefault(beat.worker, beat.instance)
         self.workers[beat.instance] = WorkerStatus(beat, now_s, since_s)
         for held in since_s.keys() - before.keys():
             if live := self._lives.get(held.job):
                 live.began_s.setdefault(held.stage, now_s)
         for job in sorted({held.job for held in since_s.keys() ^ before.keys()}):
             if live := self._lives.get(job):
-                live.changed()
+                live.notify()
         if beat.instance not in self._ready:
-            await self._told_ready(beat.instance)
+            await self._report_ready(beat.instance)
         return True
 
-    def _believed(self, beat: Beat, trusted: Collection[JobId]) -> tuple[HeldBundle, ...]:
-        """Return the bundles that the worker can hold: of jobs whose commit keys it has, in stages
-        of its pool. Their receipts are used only on that pool's task queue."""
+    def _credible(self, beat: Beat, trusted: Collection[JobId]) -> tuple[HeldBundle, ...]:
+        """Return the bundles that the worker can hold: in stages of its pool, of jobs whose commit keys it has."""
         queue = object_keys.tasks_queue(beat.pool)
         return tuple(
             held for held in beat.held if held.queue == queue and held.job in trusted and self._is_in(held, beat.pool)
@@ -274,16 +259,16 @@ class WorkerRegistry:
         stages = live.job.stages if live else ()
         return live is None or any(s.name == held.stage and s.pool == pool for s in stages)
 
-    async def see(self, views: Iterable[GroupView]) -> None:
-        """Take the described instances, and process the beats that waited for them."""
+    async def update_instances(self, views: Iterable[GroupView]) -> None:
+        """Set the described instances, and process the heartbeats that waited for them."""
         there = {instance.id: instance for view in views for instance in view.instances}
-        waiting = self.instances.see(there)
+        waiting = self.instances.update_instances(there)
         await self.instances.bind(beat for beat, _ in waiting)
         for beat, trusted in waiting:
-            await self.hear(beat, trusted)
+            await self.receive_beat(beat, trusted)
 
-    async def _told_ready(self, instance: str) -> None:
-        """Complete the instance's lifecycle action. If that fails, the next beat tries again."""
+    async def _report_ready(self, instance: str) -> None:
+        """Complete the instance's lifecycle action. After an error, the next heartbeat tries again."""
         try:
             await self._ports.fleet.ready(instance)
         except (BackendError, Refused) as error:
@@ -292,8 +277,8 @@ class WorkerRegistry:
         else:
             self._ready.add(instance)
 
-    def told(self, asked: WorkerRequests) -> None:
-        """Record the request counts of a worker, if they are plausible."""
+    def record_requests(self, asked: WorkerRequests) -> None:
+        """Record the request counts of a worker if they are plausible."""
         launched_s = self.instances.launched_s(asked.instance)
         if launched_s is None:
             return
@@ -309,49 +294,51 @@ class WorkerRegistry:
             while len(self.spot) > SPOT_KEPT:
                 del self.spot[next(iter(self.spot))]
 
-    def _unname(self, beat: Beat) -> None:
-        if self.named.get(beat.worker) == beat.instance:
-            del self.named[beat.worker]
+    def _forget_name(self, beat: Beat) -> None:
+        if self.instance_by_worker.get(beat.worker) == beat.instance:
+            del self.instance_by_worker[beat.worker]
 
-    def _leave(self, instance: str) -> WorkerStatus | None:
+    def _remove(self, instance: str) -> WorkerStatus | None:
         self._ready.discard(instance)
         worker_status = self.workers.pop(instance, None)
         if worker_status:
-            self._unname(worker_status.beat)
-        before = self._gone.pop(instance, _DepartedWorker("", told=False))
-        self._gone[instance] = _DepartedWorker(worker_status.beat.worker, told=False) if worker_status else before
-        while len(self._gone) > DEPARTED_KEPT:
-            del self._gone[next(iter(self._gone))]
+            self._forget_name(worker_status.beat)
+        before = self._departed.pop(instance, _DepartedWorker("", has_reported_departure=False))
+        self._departed[instance] = (
+            _DepartedWorker(worker_status.beat.worker, has_reported_departure=False) if worker_status else before
+        )
+        while len(self._departed) > DEPARTED_KEPT:
+            del self._departed[next(iter(self._departed))]
         return worker_status
 
-    def keep(self, there: Collection[str]) -> None:
-        """Forget workers that were silent for `LOST_S` on instances that do not exist: another
-        leader was informed of their end."""
+    def forget_vanished(self, there: Collection[str]) -> None:
+        """Remove workers that were silent for `LOST_S` on instances that do not exist, because another leader handled
+        their end."""
         since_s = self._ports.clock.monotonic_s() - LOST_S
         for instance, worker_status in list(self.workers.items()):
             if worker_status.heard_s < since_s and instance not in there:
-                self._leave(instance)
+                self._remove(instance)
 
-    def back(self, living: Collection[str]) -> None:
-        """Accept beats again from living instances that were considered dead: a group may omit an
-        instance for a while. A worker that reported its departure stays away."""
+    def readmit(self, living: Collection[str]) -> None:
+        """Accept heartbeats again from living instances that were considered dead, because a group may omit an instance
+        for a while. A worker that reported its departure does not return."""
         for instance in living:
-            gone = self._gone.get(instance)
-            if gone and not gone.told:
-                del self._gone[instance]
+            gone = self._departed.get(instance)
+            if gone and not gone.has_reported_departure:
+                del self._departed[instance]
 
     def has_reported(self, instance: str) -> bool:
-        """Return whether a worker on the instance has ever sent a beat."""
-        gone = self._gone.get(instance)
+        """Return whether a worker on the instance has ever sent a heartbeat."""
+        gone = self._departed.get(instance)
         return instance in self.workers or bool(gone and gone.worker)
 
     def has_left(self, instance: str) -> bool:
         """Return whether the last worker of the instance has reported that it leaves."""
-        gone = self._gone.get(instance)
-        return bool(gone and gone.told)
+        gone = self._departed.get(instance)
+        return bool(gone and gone.has_reported_departure)
 
     def idle(self, pool: str) -> list[str]:
-        """Return the pool's instances that hold nothing, longest silent first."""
+        """Return the pool's instances without a bundle, longest silent first."""
         beats = [
             worker_status.beat
             for worker_status in self.workers.values()
@@ -360,31 +347,30 @@ class WorkerRegistry:
         return [beat.instance for beat in sorted(beats, key=lambda b: (b.at_s, b.instance))]
 
     def busy(self, pool: str) -> list[str]:
-        """Return the pool's instances that hold a bundle."""
         return sorted(
             worker_status.beat.instance
             for worker_status in self.workers.values()
             if worker_status.beat.pool == pool and (worker_status.beat.held or worker_status.beat.busy)
         )
 
-    async def bury(self, dead: Sequence[Instance]) -> None:
-        """Return the messages of dead instances to the queue, unless they have returned already."""
+    async def release_messages(self, dead: Sequence[Instance]) -> None:
+        """Return the messages of dead instances to the queue, unless they have already returned."""
         for instance in dead:
-            worker_status = self._leave(instance.id)
+            worker_status = self._remove(instance.id)
             if worker_status is None or not worker_status.beat.held:
                 continue
-            self._lost(worker_status)
+            self._record_loss(worker_status)
             if self._ports.clock.monotonic_s() - worker_status.heard_s >= LOST_S:
                 continue  # the messages have returned by themselves, and other workers have them
             explained = instance.note.startswith("terminated")
             about = {"instance": instance.id, "pool": instance.pool}
             log.info("died (%s): its messages are given back", instance.note, extra=about)
             try:
-                await self._give_back(worker_status.beat.held, explained=explained)
+                await self._return_messages(worker_status.beat.held, explained=explained)
             except BackendError as error:
                 log.warning("they return when their visibility runs out: %s", error, extra=about)
 
-    def _lost(self, seen: WorkerStatus) -> None:
+    def _record_loss(self, seen: WorkerStatus) -> None:
         """Record the lost run time of the worker's bundles."""
         now_s = self._ports.clock.monotonic_s()
         for held, since_s in seen.since_s.items():
@@ -393,14 +379,14 @@ class WorkerRegistry:
                 stage = live.job.stage(held.stage)
                 live.account.lose(stage.pool, (now_s - since_s) * stage.slots)
 
-    async def _give_back(self, held: Sequence[HeldBundle], *, explained: bool) -> None:
+    async def _return_messages(self, held: Sequence[HeldBundle], *, explained: bool) -> None:
         ours = [one for one in held if one.receipt]
-        copied = [our for our in ours if explained and self._waiting(our)]
+        copied = [our for our in ours if explained and self._outstanding_bundle(our)]
         await self._send_copies(copied)
-        await self._return(copied, visible=False)
-        await self._return([our for our in ours if our not in copied], visible=True)
+        await self._release(copied, visible=False)
+        await self._release([our for our in ours if our not in copied], visible=True)
 
-    async def _return(self, held: Sequence[HeldBundle], *, visible: bool) -> None:
+    async def _release(self, held: Sequence[HeldBundle], *, visible: bool) -> None:
         """Make messages visible again, or delete messages that were replaced by copies."""
         queue, patience = self._ports.queue, self._ports.patience
         receipts: dict[str, list[str]] = {}
@@ -416,7 +402,7 @@ class WorkerRegistry:
                 else:
                     await patience(partial(queue.delete, name, batch))
 
-    def _waiting(self, held: HeldBundle) -> Bundle | None:
+    def _outstanding_bundle(self, held: HeldBundle) -> Bundle | None:
         live = self._lives.get(held.job)
         outstanding = live.outstanding.get(held.stage, {}).get(held.bundle) if live else None
         return outstanding.bundle if outstanding else None
@@ -426,7 +412,7 @@ class WorkerRegistry:
         messages = [
             address(job, bundle, await self._ports.keys.key_of(job), now_s=now_s)
             for one in held
-            if (bundle := self._waiting(one))
+            if (bundle := self._outstanding_bundle(one))
             for job in (self._lives[one.job].job,)
         ]
         await send_all(self._ports.queue, messages, self._ports.patience)

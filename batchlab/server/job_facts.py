@@ -128,7 +128,7 @@ class Facts:
             if live.id == self.record.job.id or not runs or live.record.state is JobState.SCHEDULED:
                 continue
             stages = [s.name for s in live.job.stages if s.pool == pool]
-            if live.is_left(pool) or any(live.outstanding.get(name) for name in stages):
+            if live.has_uncut_tasks(pool) or any(live.outstanding.get(name) for name in stages):
                 yield live
 
 
@@ -150,7 +150,7 @@ async def gather(manager: Manager, job: JobId) -> Facts:
         lives=manager.lives,
         groups=groups,
         workers=manager.registry.workers,
-        held=manager.autoscaler.held,
+        held=manager.autoscaler.user_capacity,
         activities=activities,
         capped=manager.spending.caps.capped if manager.spending else {},
         stopped=manager.autoscaler.launch_breaker.stopped(),

@@ -32,8 +32,7 @@ if TYPE_CHECKING:
     from batchlab.core.protocol.messages import Tail
     from batchlab.core.protocol.object_keys import CommitKey
     from batchlab.jobs.attempts import Attempt
-    from batchlab.manager.autoscaler import Backlog
-    from batchlab.manager.state import LiveJob, WorkerStatus
+    from batchlab.manager.state import Backlog, LiveJob, WorkerStatus
 
 
 # --- Jobs ----------------------------------------------------------------------------------------

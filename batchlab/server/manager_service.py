@@ -93,13 +93,13 @@ async def _emulator_running(home: Home, backend: Backend) -> AsyncIterator[None]
 
 async def _lead(options: ManagerOptions, stop: asyncio.Event) -> None:
     from batchlab.manager.collector import events_queue
+    from batchlab.manager.context import NotificationChannels
     from batchlab.manager.counters import Counters
     from batchlab.manager.manager import LEASE, Manager
-    from batchlab.manager.notifier import NotificationChannels
     from batchlab.manager.recorder import ReportQueue
     from batchlab.manager.state import Ports
     from batchlab.runtime import settings
-    from batchlab.runtime.home import listen, listen_locally, remove_socket
+    from batchlab.runtime.home import leave, listen, listen_locally
     from batchlab.server.report_writer import open_reporter
 
     home, backend = options.home, options.backend
@@ -141,8 +141,8 @@ async def _lead(options: ManagerOptions, stop: asyncio.Event) -> None:
         reports=reports,
         counts=counts,
         tracer=tracer,
-        outlets=NotificationChannels(
-            settings.notification_watcher(home, in_container=backend.capabilities.container_manager),
+        channels=NotificationChannels(
+            settings.watched(home, in_container=backend.capabilities.container_manager),
             backend.open_deliveries(home, clock),
         ),
         recent=recent,
@@ -189,14 +189,14 @@ async def _lead(options: ManagerOptions, stop: asyncio.Event) -> None:
     log.info("manager %s ends", owner)
     if (notifier := lead.manager.notifier) and lead.manager.is_leader.is_set():
         # A grid may run a single job and stop after the job. The user of the job waits for the notification.
-        await notifier.tried(DELIVERY_WAIT_S)
+        await notifier.wait_for_attempts(DELIVERY_WAIT_S)
     server.should_exit = True
     for task in (leading, stopping, *watching):
         task.cancel()
     results = await asyncio.gather(leading, serving, stopping, *watching, return_exceptions=True)
     if launcher:  # without a launcher, the instances belong to an AWS service and outlive the manager
         await end_instances(launcher, backend.worker.drain_s)
-    remove_socket(home)
+    leave(home)
     await queue.close()
     await ledger.close()
     await tracer.close()
@@ -229,7 +229,7 @@ def _server(
     time."""
     import uvicorn
 
-    from batchlab.adapters.local.state_files import StateFile
+    from batchlab.adapters.local.fleet_state_file import StateFile
     from batchlab.server import web
     from batchlab.server.http import create_app
 

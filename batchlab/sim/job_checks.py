@@ -195,7 +195,7 @@ def check_rounds(
         standing = _standing(retries[: round_ - 1], outcomes, round_)
         replanned = {reopening.stage for reopening in retry.reopened if reopening.replan}
         again = {
-            stage: tasks if stage in replanned else tasks - (tasks - retry.redone(stage))
+            stage: tasks if stage in replanned else tasks - (tasks - retry.rerun_tasks(stage))
             for stage, tasks in standing.items()
         }
         if not any(_is_choice(choice, standing, again, replanned) for choice in choices):
@@ -211,7 +211,7 @@ def _standing(earlier: Sequence[Retry], outcomes: Sequence[Outcome], round_: int
         failed = TaskSet.from_indices(sorted(one.task for one in outcome.failed if one.final))
         for retry in earlier[made:]:
             is_void = any(one.stage == stage and one.replan for one in retry.reopened)
-            failed = TaskSet() if is_void else failed - retry.redone(stage)
+            failed = TaskSet() if is_void else failed - retry.rerun_tasks(stage)
         if failed and made < round_:
             found[stage] = TaskSet.union([found.get(stage, TaskSet()), failed])
     return found

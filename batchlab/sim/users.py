@@ -148,15 +148,15 @@ class User:
         breaks I7, so its user does not help it."""
         manager = self._world.manager
         live = manager.lives.get(self._job.id) if manager else None
-        return bool(manager and (manager.quarantine.of(self._job.id) or (live and live.trouble)))
+        return bool(manager and (manager.quarantine.unreadable(self._job.id) or (live and live.trouble)))
 
     def _submit(self) -> asyncio.Task[object]:
         job, items = self._job, few_items(self._job)
-        return self._start(lambda m: m.requests.submit(job, items), "submit", lambda _: None)
+        return self._start(lambda m: m.job_commands.submit(job, items), "submit", lambda _: None)
 
     def _ask(self, verb: str) -> asyncio.Task[object]:
         job = self._job.id
-        return self._start(lambda m: getattr(m.requests, verb)(job), verb, lambda _: None)
+        return self._start(lambda m: getattr(m.job_commands, verb)(job), verb, lambda _: None)
 
     def _cancel(self) -> asyncio.Task[object]:
         job, acknowledged = self._job.id, self._world.watch.controls.cancel_asked(self._job.id)
@@ -165,7 +165,7 @@ class User:
             if not isinstance(answer, Refused):
                 acknowledged()
 
-        return self._start(lambda m: m.requests.cancel(job), "cancel", told)
+        return self._start(lambda m: m.job_commands.cancel(job), "cancel", told)
 
     def _retry(self) -> asyncio.Task[object]:
         if self._choices and self._choices.random() < 0.7:
@@ -180,7 +180,7 @@ class User:
         async def retry(manager: Manager) -> object:
             chosen = None if seed is None else await self._choice(manager, seed)
             controls.chosen(job, chosen)
-            return await manager.requests.retry(job, chosen)
+            return await manager.job_commands.retry(job, chosen)
 
         return self._start(retry, "retry", lambda _: answered())
 
@@ -274,7 +274,7 @@ class Keeper:
         return await self._ask(ask)
 
     async def _shown(self) -> Schedule:
-        return await self._ask(lambda schedules: schedules.one(NAME))
+        return await self._ask(lambda schedules: schedules.get(NAME))
 
     async def _ask(self, call: Any) -> Schedule:
         def of(manager: Manager) -> Coroutine[Any, Any, Schedule]:

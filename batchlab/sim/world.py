@@ -27,8 +27,8 @@ from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Fleet, JobRecord, JobRows, Objects
 from batchlab.core.pricing.usage import Accounting
 from batchlab.core.protocol import json_format, object_keys
+from batchlab.manager.context import NotificationChannels
 from batchlab.manager.manager import Manager
-from batchlab.manager.notifier import NotificationChannels
 from batchlab.manager.recorder import ReportQueue
 from batchlab.manager.state import ManagerSettings, Ports
 from batchlab.sim.actors import CURRENT, Actor, ActorKilled, SimClock, SimIds, SkewedClock
@@ -224,7 +224,7 @@ class World:
             owner=owner,
             accounting=self.accounting,
             reports=self.reports,
-            outlets=NotificationChannels(lambda: DIRECTORY, self._notified) if self.notifies else None,
+            channels=NotificationChannels(lambda: DIRECTORY, self._notified) if self.notifies else None,
             schedules=self.schedules,
         )
         fleet.registry = manager.registry
@@ -322,7 +322,7 @@ class World:
 
     async def submit(self, job: JobDef) -> None:
         """Submit a job until it is accepted."""
-        await self.ask(lambda m: m.requests.submit(job), f"submit {job.id}")
+        await self.ask(lambda m: m.job_commands.submit(job), f"submit {job.id}")
 
     async def find(self, job: JobId) -> JobRecord | None:
         """Return the job in the ledger now, or None if the ledger does not have it."""

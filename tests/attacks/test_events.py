@@ -25,7 +25,6 @@ from batchlab.core.protocol.commit_keys import jobs_in, with_proofs
 from batchlab.core.protocol.messages import Beat, CounterReport, Duplicate, Events, HeldBundle, events_message
 from batchlab.core.protocol.object_keys import UNSEALED, CommitKey
 from batchlab.manager.counters import BEAT
-from batchlab.manager.versioned_document import VersionedDocument
 from batchlab.manager.worker_registry import InstanceKeys
 from tests.support.attacks.victim import Victim
 from tests.support.attacks.worker_rights import WorkerRights, actions, worker_of
@@ -150,7 +149,7 @@ def test_no_worker_learns_the_id_of_a_new_instance() -> None:
 def take(rig: Rig, *messages: str) -> None:
     """Let the manager take event messages, and wait until it has."""
     collector = rig.manager._collector
-    rig.run(collector._take([Message("m", one, "r", 1, 0.0, 0.0) for one in messages]))
+    rig.run(collector._process([Message("m", one, "r", 1, 0.0, 0.0) for one in messages]))
 
 
 def test_only_the_first_key_of_an_instance_is_believed(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
@@ -174,9 +173,9 @@ def test_only_the_first_key_of_an_instance_is_believed(rig: Rig, caplog: pytest.
     assert registry.workers[instance].beat == again
     assert b"own" not in rig.run(rig.objects.get(object_keys.INSTANCES))
     refused: list[tuple[str, str]] = []
-    later = InstanceKeys(VersionedDocument(rig.manager.ports, object_keys.INSTANCES), lambda *one: refused.append(one))
+    later = InstanceKeys(rig.manager.ports, lambda *one: refused.append(one))
     rig.run(later.load())
-    later.see({one.id: one for view in rig.manager.groups.values() for one in view.instances})
+    later.update_instances({one.id: one for view in rig.manager.groups.values() for one in view.instances})
     assert later.admits(own)
     assert not later.admits(beat_of(instance, key="other"))
     assert [one for one, _ in refused] == [instance]
@@ -188,7 +187,7 @@ def test_a_first_beat_counts_once_its_key_is_stored(rig: Rig, monkeypatch: pytes
     rig.submit(job(tasks=1))
     (instance,) = rig.instances(1, "Pending")
     registry = rig.manager.registry
-    kept = registry.instances._kept
+    kept = registry.instances._document
     out = Unreachable("The bucket cannot be reached.")
     with monkeypatch.context() as patched:
         patched.setattr(kept, "write", AsyncMock(side_effect=out))

@@ -30,7 +30,7 @@ def commit_and_tell(rig: Rig, name: JobId, *outcomes: Outcome) -> None:
 def test_job_whose_outcomes_lack_follow_ups_fails(rig: Rig) -> None:
     """Finding 5: nothing hands the results on to the next stage. The manager looks into the bucket
     once, and then the job fails."""
-    rig.manager.coordinator._lost._wait_s = 0.0
+    rig.manager.coordinator._lost_tasks._wait_s = 0.0
     follower = StageDef(StageName("next"), (MAP,), handler="m:f")
     name = JobId(rig.submit(job(tasks=2, after=[follower])))
     bundles = [one.bundle for one in rig.outstanding(name, 2)]

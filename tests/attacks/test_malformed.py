@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -47,13 +48,14 @@ from batchlab.core.protocol.messages import (
 from batchlab.core.protocol.object_keys import UNSEALED
 from batchlab.core.protocol.values import OUTCOME_WEIGHT
 from batchlab.core.retry_rule import RetryRule
-from batchlab.manager.collector import Collector, PendingSubmissions
+from batchlab.manager.collector import Collector
+from batchlab.manager.context import Context
 from batchlab.manager.counters import Counters
 from batchlab.manager.ledger_rebuild import rebuild
 from batchlab.manager.ledger_writer import LedgerWriter
 from batchlab.manager.quarantine import OutcomeStore, Quarantine
-from batchlab.manager.state import LiveJob, ManagerSettings, Ports
-from batchlab.manager.worker_registry import WorkerRegistry
+from batchlab.manager.recorder import Recorder
+from batchlab.manager.state import LiveJob, Ports
 from batchlab.worker import handlers, task_executor
 from tests.support.attacks.worker_rights import WorkerRights
 from tests.support.no_fleet import NoFleet
@@ -242,20 +244,11 @@ class Desk:
         self.judge_anew()
         self.lives: dict[JobId, LiveJob] = {}
         self.duplicates: set[Duplicate] = set()
-        self.ledger_writer = LedgerWriter(self.ports, self.lives, self._nobody, counts=self.counts)
-        self.registry = WorkerRegistry(self.ports, self.lives)
-        self.collector = Collector(
-            ports=self.ports,
-            settings=ManagerSettings(),
-            lives=self.lives,
-            ledger_writer=self.ledger_writer,
-            registry=self.registry,
-            ledger_lock=asyncio.Lock(),
-            pending_submissions=PendingSubmissions(),
-            on_duplicates=self.duplicates.update,
-            counts=self.counts,
-            quarantine=self.quarantine,
-        )
+        context = Context(self.ports, lives=self.lives, counts=self.counts)
+        context.quarantine = self.quarantine
+        context.recorder = cast(Recorder, SimpleNamespace(record_duplicates=self.duplicates.update))
+        self.ledger_writer, self.registry = LedgerWriter(context, self._nobody), context.registry
+        self.collector = Collector(context, self.ledger_writer)
 
     def judge_anew(self) -> None:
         """Forget what could not be read so far."""
@@ -273,13 +266,13 @@ class Desk:
         await self.objects.put(object_keys.spec(JOB.id), spec)
         written = await self.ledger.apply(AddJob(JOB, JobState.SUBMITTED, cut))
         live = LiveJob(written.rows.job, {s.counts.stage: s for s in written.rows.stages})
-        live.expect([(BUNDLE, 0.0)])
+        live.add_outstanding([(BUNDLE, 0.0)])
         self.lives[JOB.id] = live
 
     async def take(self, *bodies: str, first: int = 0) -> None:
         """Let the collector take messages with these bodies."""
         messages = [Message(f"m-{first + n}", body, "r", 1, 0.0, 0.0) for n, body in enumerate(bodies)]
-        await self.collector._take(messages)
+        await self.collector._process(messages)
 
 
 def is_malformed(text: str) -> bool:
@@ -362,9 +355,9 @@ def test_unreadable_outcome_is_replaced_and_a_rebuild_continues(caplog: pytest.L
         desk.judge_anew()
         await desk.objects.put(key, data)
         caplog.clear()
-        outcome = await desk.outcomes.of(JOB, BUNDLE)
+        outcome = await desk.outcomes.read(JOB, BUNDLE)
         assert outcome
-        assert await desk.outcomes.of(JOB, BUNDLE) == outcome
+        assert await desk.outcomes.read(JOB, BUNDLE) == outcome
         is_replaced = outcome.execution == "manager"
         assert desk.counts.unreadable["outcome"] == is_replaced
         told = [line for line in caplog.records if "went on without" in line.getMessage()]
@@ -400,7 +393,7 @@ def test_a_number_beyond_all_floats_and_a_foreign_stage_are_not_taken() -> None:
         await desk.open()
         text = json_format.outcome_text(foreign)
         await desk.objects.put(object_keys.outcome(BUNDLE, UNSEALED), text.encode())
-        found = await desk.outcomes.of(JOB, BUNDLE)
+        found = await desk.outcomes.read(JOB, BUNDLE)
         assert found
         assert found.execution == "manager"
         await desk.take(events_message(Events((settlement.completion(foreign),))))

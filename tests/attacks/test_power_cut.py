@@ -14,9 +14,9 @@ import pytest
 
 from batchlab.adapters.clock import RandomIds, WallClock
 from batchlab.adapters.local import objects as local_files
+from batchlab.adapters.local.fleet_state_file import StateFile
 from batchlab.adapters.local.objects import LocalObjects
 from batchlab.adapters.local.sqlite_queue import SqliteQueue
-from batchlab.adapters.local.state_files import StateFile
 from batchlab.adapters.memory.launcher import SimLauncher
 from batchlab.adapters.sql import open_sqlite
 from batchlab.core.atomic_write import Sync
@@ -158,12 +158,12 @@ async def _submit(grid: InProcess, told: Acknowledged) -> None:
                 items=len(ITEMS),
                 token=token,
             )
-            await grid.manager.requests.submit(job, ITEMS)
+            await grid.manager.job_commands.submit(job, ITEMS)
             told.submitted.add(job.id)
             watching.create_task(_watch(grid, told, job.id))
             if number % 5 == 0:
                 with suppress(Refused):  # it has ended already
-                    await grid.manager.requests.cancel(job.id)
+                    await grid.manager.job_commands.cancel(job.id)
                     told.cancelled.add(job.id)
             await asyncio.sleep(0.05)
 

@@ -200,6 +200,6 @@ def test_a_large_result_is_bounded_and_may_be_unreadable(monkeypatch: pytest.Mon
         ports = Ports(objects, nothing, nothing, ledger, nothing, nothing, patience)
         counts = {StageName("map"): StageCounts(StageName("map"), 1, succeeded=1)}
         with pytest.raises(UsageError, match="cannot be read"):
-            await stage_plans.StagePlans(ports).of_stages(job, gather, 0, counts)
+            await stage_plans.StagePlans(ports).plan_stage(job, gather, 0, counts)
 
     asyncio.run(main())

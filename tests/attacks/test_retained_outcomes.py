@@ -48,7 +48,7 @@ def test_large_outcomes_of_several_jobs_leave_the_memory(rig: Rig) -> None:
     assert len(held) == 9, "all of them are listed, in memory or not"
     assert 1 <= sum(held) <= MOST_BYTES // len(LARGE)
     assert held == sorted(held), "the oldest are released first"
-    assert rig.manager._collector._memory.size_bytes <= MOST_BYTES
+    assert rig.manager._collector._retained_outcomes.size_bytes <= MOST_BYTES
     # A client reads a released one from the bucket, where the honest commit counts.
     released = pages[0][0]
     stored = json_format.outcome_from_json(json_format.loads(rig.run(rig.objects.get(released["key"]))))

@@ -8,7 +8,7 @@ from dataclasses import replace
 from random import Random
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import AsyncMock
+from unittest.mock import AsyncMock, Mock
 
 import pytest
 from hypothesis import given
@@ -26,11 +26,11 @@ from batchlab.core.protocol.bundle_inputs import Inputs, Manifest
 from batchlab.core.protocol.object_keys import UNSEALED, CommitKey
 from batchlab.core.schedules import Definition, Run, RunState, Schedule, When
 from batchlab.manager import ledger_rebuild
-from batchlab.manager.counters import Counters
-from batchlab.manager.quarantine import Quarantine, UnreadableObject
+from batchlab.manager.context import Context
+from batchlab.manager.quarantine import UnreadableObject
 from batchlab.manager.reconciler import Reconciler
 from batchlab.manager.retry_rounds import Retry
-from batchlab.manager.state import LiveJob, ManagerSettings, Superseded
+from batchlab.manager.state import LiveJob, Superseded
 from batchlab.worker import environment, poison_detection
 from tests.attacks.test_malformed import BUNDLE, JOB, MAP, many, mutated
 from tests.support.attacks.worker_rights import WorkerRights
@@ -273,16 +273,16 @@ def test_rebuild_does_not_count_a_cut_under_another_key() -> None:
 def reconciler_of(*lives: LiveJob) -> Reconciler:
     """Return one that has a clock and a bucket, and nothing else."""
     clock = SimpleNamespace(monotonic_s=lambda: 1000.0)
-    ports: Any = SimpleNamespace(clock=clock, objects=SimObjects(), patience=PATIENCE)
+    ports: Any = Mock(clock=clock, objects=SimObjects(), patience=PATIENCE)
     other: Any = None
     found = {live.id: live for live in lives}
-    return Reconciler(ports, ManagerSettings(), found, other, other, Quarantine(Counters()))
+    return Reconciler(Context(ports, lives=found, depths={"default": Depth(0, 0, 0)}), other, other)
 
 
 def silent(name: str) -> LiveJob:
     made = replace(JOB, id=JobId(name))
     live = LiveJob(JobRecord(made, JobState.RUNNING), {})
-    live.expect([(replace(BUNDLE, job=made.id), 0.0)])
+    live.add_outstanding([(replace(BUNDLE, job=made.id), 0.0)])
     return live
 
 
@@ -300,8 +300,8 @@ def test_a_bug_that_one_job_meets_does_not_keep_the_tick_from_the_next(
             raise Superseded(live)
 
     monkeypatch.setattr(Reconciler, "_recover", recover)
-    look = reconciler_of(first, over, last).look_for_the_silent
-    asyncio.run(look({"default": Depth(0, 0, 0)}))
+    look = reconciler_of(first, over, last).recover_silent
+    asyncio.run(look())
     assert recovered == [first.id, over.id, last.id]
     assert "damaged data" in first.trouble
     assert "met a bug" in caplog.text
@@ -319,7 +319,7 @@ def test_a_tick_that_is_cancelled_at_a_bug_ends(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(Reconciler, "_recover", recover)
 
     async def main() -> None:
-        look = reconciler_of(silent("first")).look_for_the_silent({"default": Depth(0, 0, 0)})
+        look = reconciler_of(silent("first")).recover_silent()
         tick = asyncio.create_task(look)
         await asyncio.sleep(0)
         tick.cancel()
@@ -337,11 +337,11 @@ def test_a_tick_leaves_the_end_of_a_job_without_definition_to_the_task_of_the_jo
     async def heed(*_: object) -> None:
         pass
 
-    monkeypatch.setattr(Reconciler, "heed", heed)
+    monkeypatch.setattr(Reconciler, "follow_control", heed)
     live = silent("first")
     for one in live.all_outstanding():
         one.copies = 1
-    asyncio.run(reconciler_of(live).look_for_the_silent({"default": Depth(0, 0, 0)}))
+    asyncio.run(reconciler_of(live).recover_silent())
     assert isinstance(live.unreadable, UnreadableObject)
     assert live.unreadable.key == object_keys.spec(live.id)
-    assert live.poke.is_set()
+    assert live.wake.is_set()

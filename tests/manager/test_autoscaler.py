@@ -14,9 +14,9 @@ from batchlab.adapters.memory.objects import SimObjects
 from batchlab.core.model import GroupView, Instance, JobId, LifecycleState, Pool, StageName
 from batchlab.core.port_retries import Patience
 from batchlab.core.protocol.messages import Beat, HeldBundle
-from batchlab.manager.autoscaler import Autoscaler, Backlog, desired_capacity
-from batchlab.manager.state import ManagerSettings, Ports, WorkerStatus
-from batchlab.manager.worker_registry import WorkerRegistry
+from batchlab.manager.autoscaler import Autoscaler, desired_capacity
+from batchlab.manager.context import Context
+from batchlab.manager.state import Backlog, ManagerSettings, Ports, WorkerStatus
 
 POOL = Pool("default", min_size=1, max_size=10, slots=2)
 
@@ -72,13 +72,13 @@ def scaler(recorder: Recorder, busy: Sequence[str], idle: Sequence[str]) -> Auto
     anything = cast(Any, recorder)
     patience = Patience(random.Random(1))
     ports = Ports(SimObjects(), anything, anything, anything, anything, anything, patience)
-    registry = WorkerRegistry(ports, {})
+    context = Context(ports, ManagerSettings(idle_s=5.0))
     held = (HeldBundle("q", "r", JobId("j"), StageName("s"), cast(Any, "b"), True),)
     for name in [*busy, *idle]:
         holds = held if name in busy else ()
         beat = Beat(f"w-{name}", name, "default", 0.0, 2, len(holds), holds, 1)
-        registry.workers[name] = WorkerStatus(beat, 0.0, {})
-    return Autoscaler(ports, ManagerSettings(idle_s=5.0), {}, registry)
+        context.registry.workers[name] = WorkerStatus(beat, 0.0, {})
+    return Autoscaler(context)
 
 
 def test_only_idle_instances_are_named_for_scale_in_and_only_after_the_idle_time() -> None:
@@ -113,7 +113,7 @@ def test_busy_instances_are_protected_and_idle_ones_released() -> None:
 def test_pool_held_by_hand_is_not_scaled() -> None:
     recorder = Recorder()
     policy = scaler(recorder, busy=[], idle=["i1", "i2"])
-    policy.held["default"] = 2
+    policy.user_capacity["default"] = 2
     recorder.now_s += 1000.0
     asyncio.run(policy.scale(group("i1", "i2")))
     assert not recorder.terminated

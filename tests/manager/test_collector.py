@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -24,10 +25,11 @@ from batchlab.core.port_retries import Patience
 from batchlab.core.ports import MAX_BATCH, AddCut, AddJob, ChangeResult, Cut, Depth, Fold, FoldResult, Message, Outgoing
 from batchlab.core.protocol import object_keys
 from batchlab.core.protocol.messages import Duplicate, Events, events_message
-from batchlab.manager.collector import Collector, PendingSubmissions, events_queue
+from batchlab.manager.collector import Collector, events_queue
+from batchlab.manager.context import Context
 from batchlab.manager.ledger_writer import LedgerWriter
+from batchlab.manager.recorder import Recorder
 from batchlab.manager.state import LiveJob, ManagerSettings, Ports
-from batchlab.manager.worker_registry import WorkerRegistry
 from tests.support.no_fleet import NoFleet
 
 STAGE = StageName("map")
@@ -93,9 +95,8 @@ async def collected(ledger_writer: Path, fails: Sequence[int]) -> list[int]:
         bodies = [Outgoing(events_message(Events((one,)))) for one in some]
         await queue.send(object_keys.EVENTS, bodies)
     live = LiveJob(written.rows.job, {s.counts.stage: s for s in written.rows.stages})
-    lives = {JOB.id: live}
-    folder_, registry = LedgerWriter(ports, lives, nobody), WorkerRegistry(ports, lives)
-    collector = Collector(ports, settings, lives, folder_, registry, asyncio.Lock(), PendingSubmissions())
+    context = Context(ports, settings, lives={JOB.id: live})
+    collector = Collector(context, LedgerWriter(context, nobody))
     collecting = asyncio.create_task(collector.collect())
     while sum(counting.sizes) < EVENTS or await queue.depth(object_keys.EVENTS) != Depth(0, 0, 0):
         assert not collecting.done()
@@ -122,22 +123,22 @@ def test_collector_reports_an_unreachable_queue(tmp_path: Path, monkeypatch: pyt
     """While events are out of reach, or many lie in wait, no worker is silent."""
 
     async def main(queue: SqliteQueue) -> None:
-        clock, lives = WallClock(), dict[JobId, LiveJob]()
+        clock = WallClock()
         patience = Patience(Random(1))
         ports = Ports(SimObjects(), queue, NoFleet(), open_memory(), clock, RandomIds(), patience)
         settings = replace(ManagerSettings(), wait_s=0.0, tick_s=0.1)
-        registry = WorkerRegistry(ports, lives)
-        ledger_writer = LedgerWriter(ports, lives, nobody)
-        collector = Collector(ports, settings, lives, ledger_writer, registry, asyncio.Lock(), PendingSubmissions())
+        context = Context(ports, settings)
+        registry = context.registry
+        collector = Collector(context, LedgerWriter(context, nobody))
         await queue.ensure(events_queue(settings))
         some = [Outgoing(events_message(Events())) for _ in range(MAX_BATCH)]
         await queue.send(object_keys.EVENTS, some)
-        assert len(await collector._received()) == MAX_BATCH
+        assert len(await collector._receive_batch()) == MAX_BATCH
         assert registry.outage_s is None, "it has heard them all"
         monkeypatch.setattr("batchlab.manager.collector.FOLD_BYTES", 1)
         await queue.send(object_keys.EVENTS, some)
         await asyncio.sleep(0.15)  # a backlog is what has lain there for longer than a tick
-        await collector._received()
+        await collector._receive_batch()
         backlog_s = registry.outage_s
         assert backlog_s is not None
 
@@ -169,26 +170,19 @@ def test_invalid_event_is_dropped_alone(tmp_path: Path, caplog: pytest.LogCaptur
 
     async def main(queue: SqliteQueue) -> None:
         told: list[Duplicate] = []
-        ledger, clock, lives = open_memory(), WallClock(), dict[JobId, LiveJob]()
+        ledger, clock = open_memory(), WallClock()
         patience = Patience(Random(1))
         ports = Ports(SimObjects(), queue, NoFleet(), ledger, clock, RandomIds(), patience)
-        collector = Collector(
-            ports=ports,
-            settings=ManagerSettings(),
-            lives=lives,
-            ledger_writer=LedgerWriter(ports, lives, nobody),
-            registry=WorkerRegistry(ports, lives),
-            ledger_lock=asyncio.Lock(),
-            pending_submissions=PendingSubmissions(),
-            on_duplicates=told.extend,
-        )
+        context = Context(ports)
+        context.recorder = cast(Recorder, SimpleNamespace(record_duplicates=told.extend))
+        collector = Collector(context, LedgerWriter(context, nobody))
         await ledger.apply(AddJob(JOB, JobState.SUBMITTED))
         good = Duplicate(JOB.id, STAGE, "message", "w-1-1", 0.5)
         bodies = [
             '{"v":1,"d":[["backlog-0123456789","map","message",["w-1-1"],"long"]]}',
             events_message(Events(duplicates=(good,))),
         ]
-        await collector._take([Message("m", body, "r", 1, 0.0, 0.0) for body in bodies])
+        await collector._process([Message("m", body, "r", 1, 0.0, 0.0) for body in bodies])
         assert told == [good]
         await queue.close()
 

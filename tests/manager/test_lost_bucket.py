@@ -44,7 +44,7 @@ def test_a_job_that_the_bucket_lost_while_it_ran_can_be_submitted_again(rig: Rig
     first = rig.submit(job())
     rig.outstanding(first, 4)
     empty(rig)
-    rig.run(rig.manager._end_the_lost())
+    rig.run(rig.manager._end_lost_jobs())
     view = rig.ended(first)
     assert (view["state"], "submit the job again" in view["reason"]) == ("FAILED", True)
     assert rig.submit(job()) == first

@@ -47,7 +47,7 @@ def test_outbox_is_written_rarely_during_an_outage_of_a_target() -> None:
         for number in range(200):
             live = a_job(f"j{number}")
             one = replace(a_notification(live), id=str(number))
-            manager.book.pending[one.id] = one
+            manager.outbox.pending[one.id] = one
         await manager.ended(a_job("last"), ENDING)
         assert objects.puts == 1
         await scene.led(manager, 3600.0)
@@ -62,7 +62,7 @@ def test_outbox_is_written_rarely_during_an_outage_of_a_target() -> None:
         before = objects.puts
         second = scene.manager()
         await scene.led(second, 1800.0)
-        assert not second.book.pending
+        assert not second.outbox.pending
         assert objects.puts - before < 70
         assert (await scene.kept())["pending"] == []
 
@@ -129,7 +129,7 @@ def test_a_delivery_that_meets_a_bug_takes_no_manager_with_it() -> None:
         assert "label too long" in manager.trouble("sums-1")
         await asyncio.sleep(60.0)
         assert not running.done()
-        assert [one.state for one in manager.book.log] == ["delivered"]
+        assert [one.state for one in manager.outbox.log] == ["delivered"]
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
 
@@ -227,10 +227,10 @@ def test_shutdown_waits_for_first_deliveries_up_to_a_limit() -> None:
         running = asyncio.create_task(manager.run())
         await manager.ended(a_job(), ENDING)
         begun_s = scene.clock.monotonic_s()
-        await manager.tried(3.0)
+        await manager.wait_for_attempts(3.0)
         assert scene.clock.monotonic_s() - begun_s == pytest.approx(3.0, abs=0.1)
         release.set()
-        await manager.tried(3.0)
+        await manager.wait_for_attempts(3.0)
         assert scene.clock.monotonic_s() - begun_s == pytest.approx(3.0, abs=0.2)
         assert len(scene.tried) == 2
         running.cancel()

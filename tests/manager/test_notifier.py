@@ -178,7 +178,7 @@ def test_retries_back_off_and_survive_the_manager() -> None:
         await first.ended(a_job(), ENDING)
         await scene.led(first, 10.0)
         assert [at for at, _ in scene.tried] == pytest.approx([0, 2, 6])
-        assert first.trouble("sums-1").endswith("tries so far: 3, the last: It is away")
+        assert first.trouble("sums-1").endswith("attempts: 3, last error: It is away")
         assert "s3cret" not in first.trouble("sums-1")
         second = scene.manager()
         await scene.led(second, 100.0)
@@ -199,7 +199,7 @@ def test_permanent_failure_is_not_retried() -> None:
         await manager.ended(a_job(), ENDING)
         await scene.led(manager, 5000.0)
         assert len(scene.tried) == 1
-        (one,) = manager.book.log
+        (one,) = manager.outbox.log
         assert (one.state, one.error, one.attempts) == ("given up", "It is a redirect.", 1)
 
     play(main)
@@ -214,8 +214,8 @@ def test_after_a_day_it_is_given_up() -> None:
         await scene.led(manager, 2 * GIVE_UP_S)
         assert GIVE_UP_S <= scene.tried[-1][0] < GIVE_UP_S + 1000
         assert 90 < len(scene.tried) < 120, "every quarter of an hour in the end"
-        assert manager.book.log[-1].state == "given up"
-        assert not manager.book.pending
+        assert manager.outbox.log[-1].state == "given up"
+        assert not manager.outbox.pending
 
     play(main)
 
@@ -227,7 +227,7 @@ def test_deleted_target_is_abandoned() -> None:
         scene.targets.clear()
         manager = scene.manager()
         await scene.led(manager, 1.0)
-        assert "no target 'ops' any more" in manager.book.log[0].error
+        assert "no target 'ops' any more" in manager.outbox.log[0].error
         assert not scene.tried
 
     play(main)
@@ -277,9 +277,9 @@ def test_number_of_pending_notifications_is_bounded() -> None:
         for number in range(MAX_PENDING):
             live = a_job(f"j{number}")
             one = replace(a_notification(live), id=str(number))
-            manager.book.pending[one.id] = one
+            manager.outbox.pending[one.id] = one
         await manager.ended(a_job("last"), ENDING)
-        assert len(manager.book.pending) == MAX_PENDING
-        assert [one.id for one in manager.book.log] == ["0"]
+        assert len(manager.outbox.pending) == MAX_PENDING
+        assert [one.id for one in manager.outbox.log] == ["0"]
 
     play(main)

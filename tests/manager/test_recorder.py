@@ -25,11 +25,10 @@ from batchlab.core.pricing.usage import Account
 from batchlab.core.protocol import json_format
 from batchlab.core.protocol.messages import Duplicate, Events, events_message, read_events_message
 from batchlab.manager import recorded_data
-from batchlab.manager.autoscaler import Backlog
 from batchlab.manager.counters import Counters
 from batchlab.manager.recorded_data import FINE, TimeSeries, latest_point, merge_pool_points
 from batchlab.manager.recorder import FEW, SHORT_S, Recorder, ReportQueue, _LiveRecording
-from batchlab.manager.state import LiveJob, Ports
+from batchlab.manager.state import Backlog, LiveJob, Ports
 from batchlab.manager.worker_registry import WorkerRegistry
 
 
@@ -159,10 +158,10 @@ def test_failed_write_is_retried_and_then_reported(
     reports = ReportQueue(moody)
 
     async def act() -> None:
-        keeping = asyncio.create_task(reports.keep())
-        reports.ended(JobId("short"), report_queue.SHORT_S - 1)
-        reports.ended(JobId("a"), report_queue.SHORT_S)
-        reports.ended(JobId("a"), report_queue.SHORT_S)
+        keeping = asyncio.create_task(reports.run())
+        reports.add(JobId("short"), report_queue.SHORT_S - 1)
+        reports.add(JobId("a"), report_queue.SHORT_S)
+        reports.add(JobId("a"), report_queue.SHORT_S)
         for _ in range(100):
             await asyncio.sleep(0)
             if len(moody.asked) == tries:
@@ -210,8 +209,8 @@ def test_report_is_written_after_a_pause_or_at_the_deadline(latest_s: float, mon
     reports = ReportQueue(moody, counts)
 
     async def act() -> None:
-        keeping = asyncio.create_task(reports.keep())
-        reports.ended(JobId("a"), report_queue.SHORT_S)
+        keeping = asyncio.create_task(reports.run())
+        reports.add(JobId("a"), report_queue.SHORT_S)
         for _ in range(20):
             counts.submitted += 1
             await asyncio.sleep(0.01)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Coroutine
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -20,11 +21,11 @@ from batchlab.core.pricing.request_costs import RequestCounter, Requests
 from batchlab.core.pricing.usage import Account, Accounting, Kind, Meter
 from batchlab.core.protocol import json_format, object_keys
 from batchlab.manager import recorded_data
-from batchlab.manager.recorder import Recorder
+from batchlab.manager.context import Context
+from batchlab.manager.recorder import Recorder, ReportQueue
 from batchlab.manager.spending import Spending
-from batchlab.manager.state import LiveJob, ManagerSettings, Ports
+from batchlab.manager.state import LiveJob, Ports
 from batchlab.manager.versioned_document import VersionedDocument
-from batchlab.manager.worker_registry import WorkerRegistry
 from batchlab.sim.actors import SimClock, SimIds
 from batchlab.sim.event_loop import SimLoop
 from tests.support.no_fleet import NoFleet
@@ -89,20 +90,12 @@ class Leader:
     def __init__(self, scene: Scene) -> None:
         self.lives: dict[JobId, LiveJob] = {}
         self.written: list[JobId] = []
-        registry = WorkerRegistry(scene.ports, self.lives)
-        self.recorder = Recorder(scene.ports, self.lives, registry)
-        pools = {"default": Pool("default")}
+        self.on_report: Callable[[JobId, float], None] = lambda job, _: self.written.append(job)
+        context = Context(scene.ports, pools={"default": Pool("default")}, lives=self.lives)
+        self.recorder = context.recorder = Recorder(scene.ports, self.lives, context.registry)
+        context.reports = cast(ReportQueue, SimpleNamespace(add=lambda job, took_s: self.on_report(job, took_s)))
         self.tally = RequestCounter()
-        self.spending = Spending(
-            scene.ports,
-            ManagerSettings(),
-            self.lives,
-            registry,
-            pools,
-            Accounting(tally=self.tally),
-            self.recorder,
-            lambda job, _: self.written.append(job),
-        )
+        self.spending = Spending(context, Accounting(tally=self.tally))
 
     async def leads(self) -> None:
         await self.recorder.load()
@@ -112,7 +105,7 @@ class Leader:
         job = JobDef(JOB, "sums", (StageDef(MAP, handler="m:f"),), 0.0)
         stages = {MAP: StageRecord(StageCounts(MAP))}
         live = LiveJob(JobRecord(job, JobState.RUNNABLE), stages)
-        await self.spending.open(live, is_new=is_new)
+        await self.spending.open_account(live, is_new=is_new)
         self.recorder.adopt(live)
         self.lives[JOB] = live
         if saves:
@@ -194,14 +187,14 @@ def test_returning_leader_continues_from_the_stored_usage() -> None:
         await second.leads()
         (await second.conducts(is_new=False)).account.bundles = 5
         second.spending.caps.max_cost_usd = 7.0
-        second.spending.caps.by_hand[JOB] = 2.0
+        second.spending.caps.user_caps[JOB] = 2.0
         await second.saves()
         first.lives.clear()
         await first.spending.reread()
         again = await first.conducts(is_new=False)
         assert again.account.bundles == 5
         assert first.spending.caps.max_cost_usd == 7.0
-        assert first.spending.caps.by_hand == {JOB: 2.0}
+        assert first.spending.caps.user_caps == {JOB: 2.0}
 
     play(main)
 
@@ -273,7 +266,7 @@ def test_unreadable_usage_records_do_not_prevent_leadership(there: bytes) -> Non
 def test_missing_bucket_is_not_retried_forever() -> None:
     async def main() -> None:
         scene = Scene()
-        kept = VersionedDocument(scene.ports, object_keys.USE)
+        kept = VersionedDocument(scene.ports, object_keys.USE, lambda _: None)
         tries = 0
 
         async def gone(*_: Any, **__: Any) -> str:
@@ -283,7 +276,7 @@ def test_missing_bucket_is_not_retried_forever() -> None:
 
         scene.objects.put = gone  # type: ignore[method-assign]
         with pytest.raises(BackendError):
-            await kept.write(lambda: b"x", lambda _: True)
+            await kept.write(lambda: b"x")
         assert tries < 20
 
     play(main)
@@ -345,13 +338,13 @@ def test_a_leader_that_wakes_records_what_the_other_one_has_seen() -> None:
         first, second = scene.leader(), scene.leader()
         await first.leads()
         await first.conducts(is_new=True)
-        first.recorder.repeated(JOB, MAP)
+        first.recorder.record_repeated_outcome(JOB, MAP)
         first.recorder._is_due = True
         await first.recorder.save()
         await second.leads()
         await second.conducts(is_new=False)
         for _ in range(2):
-            second.recorder.repeated(JOB, MAP)
+            second.recorder.record_repeated_outcome(JOB, MAP)
         second.recorder._is_due = True
         await second.recorder.save()
         # It has not heard of the other, and writes all the same: neither loses anything.
@@ -374,7 +367,7 @@ def test_requests_until_the_end_of_a_job_belong_to_it() -> None:
         leader = scene.leader()
         await leader.leads()
         await leader.conducts(is_new=True, saves=False)
-        leader.spending.notice_ends()
+        leader.spending.close_ended()
         leader.tally.sqs()
         await leader.ends()
         account = Account.from_json((await scene.used())["account"])
@@ -403,20 +396,20 @@ def test_unwritten_round_is_reported_with_the_next(saves: bool) -> None:
         scene = Scene()
         leader = scene.leader()
         took: list[float] = []
-        leader.spending._on_written = lambda _, took_s: took.append(took_s)
+        leader.on_report = lambda _, took_s: took.append(took_s)
         await leader.leads()
         for round_, seconds in enumerate((600.0, 1.0, 2.0)):
             await leader.conducts(is_new=not round_, saves=saves)
-            leader.spending.notice_ends()
-            leader.recorder.repeated(JOB, MAP)
+            leader.spending.close_ended()
+            leader.recorder.record_repeated_outcome(JOB, MAP)
             await asyncio.sleep(seconds)
             leader.lives.clear()
-            leader.spending.notice_ends()
+            leader.spending.close_ended()
         assert took == []
         await leader.saves()
         assert took == [600.0]
         assert (await scene.used())["record"]["duplicates"] == {MAP: {"event": [3, 0.0]}}
-        assert leader.spending._closed == {}
+        assert leader.spending._ended == {}
 
     play(main)
 
@@ -428,7 +421,7 @@ def test_a_clock_that_is_set_back_makes_no_long_job_a_short_one() -> None:
         scene = Scene()
         leader = scene.leader()
         took: list[float] = []
-        leader.spending._on_written = lambda _, took_s: took.append(took_s)
+        leader.on_report = lambda _, took_s: took.append(took_s)
         await leader.leads()
         await leader.conducts(is_new=True)
         await asyncio.sleep(600.0)

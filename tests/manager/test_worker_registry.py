@@ -36,7 +36,7 @@ def registry_of(ports: Ports) -> WorkerRegistry:
     registry = WorkerRegistry(ports, {})
     names = ("i-1", "i-2", "i-gone", "i-here", "i-beats")
     there = {one: Instance(one, "default", LifecycleState.IN_SERVICE, 0.0) for one in names}
-    registry.instances.see(there)
+    registry.instances.update_instances(there)
     return registry
 
 
@@ -63,15 +63,15 @@ def test_worker_whose_end_another_leader_recorded_is_forgotten() -> None:
     async def main() -> None:
         registry = registry_of(ports(NoFleet()))
         for instance in ("i-gone", "i-here", "i-beats"):
-            await registry.hear(beat(instance, 1), JOBS)
-        registry.keep({"i-here"})
+            await registry.receive_beat(beat(instance, 1), JOBS)
+        registry.forget_vanished({"i-here"})
         assert len(registry.workers) == 3, "the fleet may not tell of it yet"
         await asyncio.sleep(LOST_S + 1)
-        await registry.hear(beat("i-beats", 2), JOBS)
-        registry.keep({"i-here"})
+        await registry.receive_beat(beat("i-beats", 2), JOBS)
+        registry.forget_vanished({"i-here"})
         assert set(registry.workers) == {"i-here", "i-beats"}
         # What it said long ago, and the queue brings now, does not bring it back.
-        await registry.hear(beat("i-gone", 2), JOBS)
+        await registry.receive_beat(beat("i-gone", 2), JOBS)
         assert "i-gone" not in registry.workers
         assert registry.has_reported("i-gone")
 
@@ -86,18 +86,18 @@ def test_new_worker_on_an_ended_instance_is_accepted() -> None:
         registry = registry_of(ports(NoFleet()))
         before = beat("i-1", 2)
         fresh = replace(before, worker="w-fresh", number=1)
-        await registry.hear(before, JOBS)
-        await registry.hear(replace(before, number=3, gone=True), JOBS)
-        registry.back({"i-1"})
-        await registry.hear(before, JOBS)
+        await registry.receive_beat(before, JOBS)
+        await registry.receive_beat(replace(before, number=3, gone=True), JOBS)
+        registry.readmit({"i-1"})
+        await registry.receive_beat(before, JOBS)
         assert not registry.workers, "it has said that it goes"
-        await registry.hear(fresh, JOBS)
+        await registry.receive_beat(fresh, JOBS)
         # The queue may bring what the other one said only now.
-        await registry.hear(before, JOBS)
-        await registry.hear(replace(before, number=3, gone=True), JOBS)
+        await registry.receive_beat(before, JOBS)
+        await registry.receive_beat(replace(before, number=3, gone=True), JOBS)
         assert registry.workers["i-1"].beat == fresh
-        await registry.bury([dead("i-1")])
-        await registry.hear(replace(fresh, number=2), JOBS)
+        await registry.release_messages([dead("i-1")])
+        await registry.receive_beat(replace(fresh, number=2), JOBS)
         assert not registry.workers
         assert registry.has_reported("i-1")
 
@@ -111,17 +111,17 @@ def test_instance_in_service_again_is_accepted_again(how: str) -> None:
     async def main() -> None:
         registry = registry_of(ports(NoFleet()))
         if how != "buried unheard":
-            await registry.hear(beat("i-1", 1), JOBS)
+            await registry.receive_beat(beat("i-1", 1), JOBS)
         if how == "missed":
             await asyncio.sleep(LOST_S + 1)
-            registry.keep(())
+            registry.forget_vanished(())
         else:
-            await registry.bury([dead("i-1")])
-        registry.back({"i-2"})
-        await registry.hear(beat("i-1", 2), JOBS)
+            await registry.release_messages([dead("i-1")])
+        registry.readmit({"i-2"})
+        await registry.receive_beat(beat("i-1", 2), JOBS)
         assert not registry.workers
-        registry.back({"i-1", "i-2"})
-        await registry.hear(beat("i-1", 3), JOBS)
+        registry.readmit({"i-1", "i-2"})
+        await registry.receive_beat(beat("i-1", 3), JOBS)
         assert set(registry.workers) == {"i-1"}
 
     SimLoop().run(main())
@@ -140,9 +140,9 @@ def test_messages_of_a_long_silent_instance_are_not_released(silent_s: float, gi
 
         registry = registry_of(ports(NoFleet(), Returning()))  # type: ignore[arg-type]
         held = HeldBundle("tasks-default", "r-1", JobId("j-1"), StageName("map"), BundleId("b-1"), True)
-        await registry.hear(replace(beat("i-1", 1), held=(held,)), JOBS)
+        await registry.receive_beat(replace(beat("i-1", 1), held=(held,)), JOBS)
         await asyncio.sleep(silent_s)
-        await registry.bury([dead("i-1")])
+        await registry.release_messages([dead("i-1")])
         assert returned == given_back
 
     SimLoop().run(main())
@@ -164,7 +164,7 @@ def test_unreachable_group_is_notified_with_the_next_heartbeat(error: BatchlabEr
 
         registry = registry_of(ports(Moody()))
         for number in range(1, 5):
-            await registry.hear(beat("i-1", number), JOBS)
+            await registry.receive_beat(beat("i-1", number), JOBS)
         assert told == ["i-1"] * 2
 
     SimLoop().run(main())
@@ -174,6 +174,6 @@ def test_worker_that_still_reports_its_work_is_remembered(monkeypatch: pytest.Mo
     monkeypatch.setattr("batchlab.manager.counters.WORKERS_KEPT", 3)
     counts = Counters()
     for n in range(1, 10):
-        counts.told(CounterReport("w-first", {DUPLICATE: n}))
-        counts.told(CounterReport(f"w-{n}", {DUPLICATE: 1}))
+        counts.record_worker_counts(CounterReport("w-first", {DUPLICATE: n}))
+        counts.record_worker_counts(CounterReport(f"w-{n}", {DUPLICATE: 1}))
     assert counts.duplicates == 9 + 9

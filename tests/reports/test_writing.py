@@ -169,7 +169,7 @@ def test_a_retry_and_a_gather_that_is_planned_anew(tmp_path: Path) -> None:
         await accounted(world)
         await told.written(world.objects, patience(world), made.id, tmp_path / "before", *POOLS)
         before = await world.ledger.rows(made.id)
-        await world.ask(lambda m: m.requests.retry(made.id), "retry")
+        await world.ask(lambda m: m.job_commands.retry(made.id), "retry")
         assert (await ended(world, made)).state is JobState.SUCCEEDED
         await asyncio.sleep(5.0)
         await told.written(world.objects, patience(world), made.id, tmp_path / "after", *POOLS)
@@ -191,7 +191,7 @@ def test_a_job_that_is_cancelled(tmp_path: Path) -> None:
         made = job(stage(A), stage(B, A), items=60)
         await submitted(world, made)
         await asyncio.sleep(15.0)
-        await world.ask(lambda m: m.requests.cancel(made.id), "cancel")
+        await world.ask(lambda m: m.job_commands.cancel(made.id), "cancel")
         assert (await ended(world, made)).state is JobState.CANCELLED
         await accounted(world)
         await told.written(world.objects, patience(world), made.id, tmp_path, *POOLS)
@@ -374,7 +374,7 @@ def test_bucket_has_complete_tables_and_detects_stale_ones(tmp_path: Path) -> No
         index = await index_of(world.objects, patient, made.id)
         assert index
         await fetch(world.objects, patient, made.id, index, tmp_path)
-        await world.ask(lambda m: m.requests.retry(made.id), "retry")
+        await world.ask(lambda m: m.job_commands.retry(made.id), "retry")
         assert await index_of(world.objects, patient, made.id) is None  # it runs again
 
     def script(scene: Scene) -> Play:

@@ -19,7 +19,8 @@ import pytest
 
 from batchlab.core.model import GroupView, Instance, LifecycleState, Pool
 from batchlab.fleet.api_types import ScalingPolicy, TargetTracking
-from batchlab.manager.autoscaler import Backlog, desired_capacity
+from batchlab.manager.autoscaler import desired_capacity
+from batchlab.manager.state import Backlog
 from batchlab.scenarios.forecast.simulate import simulate
 from batchlab.scenarios.model.arrivals import Poisson
 from batchlab.scenarios.model.distributions import Constant, Exponential

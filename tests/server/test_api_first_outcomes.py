@@ -84,7 +84,7 @@ def test_outcomes_are_announced_only_to_watchers(rig: Rig) -> None:
     first, second = outcomes_of(rig, one.id, 2)
     rig.run(rig.tell(Events(outcomes=(first,))))
     rig.until(lambda: live.folds == 1, "the fold")
-    assert live.told == []
+    assert live.early_outcomes == []
     # Somebody who comes later is told of all that has been counted.
     page = rig.client.submit_and_hear(one, [1, 2], lambda: None, wait_s=1.0)
     assert [one["seq"] for one in page["outcomes"]] == [1]

@@ -63,7 +63,7 @@ def test_a_refused_capacity_leaves_an_earlier_one_held(rig: Rig) -> None:
     rig.client.scale("default", desired=1)
     with pytest.raises(Refused):
         rig.client.scale("default", desired=9)
-    assert rig.manager.autoscaler.held == {"default": 1}
+    assert rig.manager.autoscaler.user_capacity == {"default": 1}
 
 
 def test_drain_ends_busy_instances_and_launches_none(rig: Rig) -> None:

@@ -191,7 +191,7 @@ def test_irreversible_action_is_confirmed(rig: Rig, visitor: Visitor) -> None:
     assert "<html" not in visitor.get(f"/jobs/{name}/cancel", **{"HX-Request": "true"}).text
     assert visitor.post("/grid/drain").headers["location"] == f"{visitor.root}/grid/drain"
     assert visitor.post("/grid/drain", pool="a&b").headers["location"] == (f"{visitor.root}/grid/drain?pool=a%26b")
-    assert not rig.manager.autoscaler.held
+    assert not rig.manager.autoscaler.user_capacity
     assert visitor.post(f"/jobs/{name}/cancel", sure="yes").status_code == 303
     assert rig.ended(name)["state"] == "CANCELLED"
 

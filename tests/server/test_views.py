@@ -35,7 +35,7 @@ POOLS = {"default": 2, "gpu": 8}
 def live_job(*bundles: Bundle) -> LiveJob:
     stages = {s.name: StageRecord(StageCounts(s.name, planned=9)) for s in JOB.stages}
     live = LiveJob(JobRecord(JOB, JobState.RUNNING), stages, version=7)
-    live.expect((bundle, 0.0) for bundle in bundles)
+    live.add_outstanding((bundle, 0.0) for bundle in bundles)
     return live
 
 
@@ -134,15 +134,15 @@ def test_a_job_that_fits_is_admitted() -> None:
 def test_every_watcher_wakes_at_a_change_and_none_without() -> None:
     async def scene() -> None:
         live = live_job()
-        watchers = [asyncio.create_task(live.news(7)) for _ in range(3)]
+        watchers = [asyncio.create_task(live.wait_for_change(7)) for _ in range(3)]
         await asyncio.sleep(0)
         assert not any(one.done() for one in watchers)
-        live.changed()
+        live.notify()
         await asyncio.wait_for(asyncio.gather(*watchers), 1)
-        late = asyncio.create_task(live.news(8))
+        late = asyncio.create_task(live.wait_for_change(8))
         await asyncio.sleep(0)
         assert not late.done()
-        live.changed()
+        live.notify()
         await asyncio.wait_for(late, 1)
 
     asyncio.run(scene())
@@ -151,8 +151,8 @@ def test_every_watcher_wakes_at_a_change_and_none_without() -> None:
 def test_earlier_change_is_reported_at_once() -> None:
     async def scene() -> None:
         live = live_job()
-        live.changed()
-        await asyncio.wait_for(live.news(7), 1)
+        live.notify()
+        await asyncio.wait_for(live.wait_for_change(7), 1)
 
     asyncio.run(scene())
 

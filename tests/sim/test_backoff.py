@@ -50,9 +50,9 @@ async def killed(world: World, made: JobDef) -> None:
 
 
 async def paused(world: World, made: JobDef) -> None:
-    await world.ask(lambda m: m.requests.pause(made.id), "pause")
+    await world.ask(lambda m: m.job_commands.pause(made.id), "pause")
     await asyncio.sleep(30.0)
-    await world.ask(lambda m: m.requests.resume(made.id), "resume")
+    await world.ask(lambda m: m.job_commands.resume(made.id), "resume")
 
 
 async def rebuilt(world: World, made: JobDef) -> None:

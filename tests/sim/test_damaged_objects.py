@@ -61,13 +61,13 @@ def test_the_word_of_a_paused_job_is_written_again(kind: FaultKind) -> None:
     async def act(world: World) -> None:
         await scenes.submitted(world, JOB)
         await asyncio.sleep(1.0)
-        await world.ask(lambda m: m.requests.pause(JOB.id), "pause")
+        await world.ask(lambda m: m.job_commands.pause(JOB.id), "pause")
         key = await strike(world, "control.json", kind)
         await asyncio.sleep(2 * world.manager_settings.silence_s)
         data = world.objects.content(key)
         assert data
         assert Control.PAUSE.value.encode() in data
-        await world.ask(lambda m: m.requests.resume(JOB.id), "resume")
+        await world.ask(lambda m: m.job_commands.resume(JOB.id), "resume")
         assert (await scenes.ended(world, JOB)).state is JobState.SUCCEEDED
 
     scenes.in_world(act, script=scenes.takes(30.0))
@@ -78,7 +78,7 @@ def test_a_job_is_cancelled_although_its_word_is_damaged(kind: FaultKind) -> Non
     async def act(world: World) -> None:
         await scenes.submitted(world, JOB)
         await strike(world, "control.json", kind)
-        await world.ask(lambda m: m.requests.cancel(JOB.id), "cancel")
+        await world.ask(lambda m: m.job_commands.cancel(JOB.id), "cancel")
         await strike(world, "control.json", kind)
         assert (await scenes.ended(world, JOB)).state is JobState.CANCELLED
 
@@ -112,9 +112,9 @@ def test_task_with_a_damaged_part_of_the_plan_fails(kind: FaultKind) -> None:
 
 async def cancelled_and_retried(world: World) -> None:
     await scenes.submitted(world, JOB)
-    await world.ask(lambda m: m.requests.cancel(JOB.id), "cancel")
+    await world.ask(lambda m: m.job_commands.cancel(JOB.id), "cancel")
     await scenes.ended(world, JOB)
-    await world.ask(lambda m: m.requests.retry(JOB.id), "retry")
+    await world.ask(lambda m: m.job_commands.retry(JOB.id), "retry")
 
 
 async def next_leader_ends_it(world: World, key: str) -> None:
@@ -193,7 +193,7 @@ def test_a_submission_with_the_token_of_a_damaged_job_is_refused_by_its_name() -
     async def act(world: World) -> object:
         await scenes.submitted(world, JOB)
         await strike(world, "spec.json", TORN)
-        return await world.ask(lambda m: m.requests.submit(JOB), "submit")
+        return await world.ask(lambda m: m.job_commands.submit(JOB), "submit")
 
     assert object_keys.spec(JOB.id) in str(scenes.in_world(act, script=scenes.takes(1.0)))
 

@@ -60,7 +60,7 @@ def test_token_that_may_name_another_job_is_checked_first(
         around_change(monkeypatch, world.ledger, AddJob, add_job)
         await staffed(world)
         made = job(stage(A), items=1, token=token)
-        await world.ask(lambda m: m.requests.submit(made, [0]), "submit")
+        await world.ask(lambda m: m.job_commands.submit(made, [0]), "submit")
         assert done == order
         await ended_well(world, made)
 
@@ -80,7 +80,7 @@ def test_job_is_restored_by_its_first_completion_after_the_managers_death(monkey
         manager = await staffed(world)
         made = job(stage(A), items=3, token="")
         assert world.post
-        world.post.actor.spawn(manager.requests.submit(made, [0, 1, 2]), name="submit")
+        world.post.actor.spawn(manager.job_commands.submit(made, [0, 1, 2]), name="submit")
         await ended_well(world, made)
 
     in_world(act, script=takes(5.0), pools=WARM)
@@ -98,7 +98,7 @@ def test_results_without_a_watcher_are_stored_first(monkeypatch: pytest.MonkeyPa
         around_change(monkeypatch, world.ledger, AddJob, add_job)
         manager = await leader(world)
         with pytest.raises(Unreachable):
-            await manager.requests.submit(job(stage(A), items=1, token=""), [0])
+            await manager.job_commands.submit(job(stage(A), items=1, token=""), [0])
         assert (await world.queue.depth(object_keys.tasks_queue("default"))).visible == 0
 
     in_world(act, script=takes(1.0))
@@ -117,7 +117,7 @@ def test_a_completion_waits_for_the_row_of_its_job(monkeypatch: pytest.MonkeyPat
         await staffed(world)
         made = job(stage(A), items=1, token="")
         begun_s = world.clock.monotonic_s()
-        await world.ask(lambda m: m.requests.submit(made, [0]), "submit")
+        await world.ask(lambda m: m.job_commands.submit(made, [0]), "submit")
         await ended_well(world, made)
         assert world.clock.monotonic_s() - begun_s < MANAGER.silence_s, "nothing was looked for"
 
@@ -141,7 +141,7 @@ def test_unsendable_bundle_is_sent_once_the_ledger_has_the_job(monkeypatch: pyte
         around_change(monkeypatch, world.ledger, AddJob, add_job)
         manager = await staffed(world)
         made = job(stage(A), items=1, token="")
-        accepted = await manager.requests.submit(made, [0])
+        accepted = await manager.job_commands.submit(made, [0])
         assert accepted.is_new
         assert accepted.rows.job.state is JobState.RUNNABLE
         await ended_well(world, made)
@@ -169,7 +169,7 @@ def test_repeated_submission_runs_nothing_twice(monkeypatch: pytest.MonkeyPatch)
         # Or the first completion would make the job known before anybody asks again.
         monkeypatch.setattr(Collector, "_collect_once", lambda _: asyncio.sleep(1.0))
         made = job(stage(A), items=1, token="")
-        await world.ask(lambda m: m.requests.submit(made, [0]), "submit")
+        await world.ask(lambda m: m.job_commands.submit(made, [0]), "submit")
         monkeypatch.undo()
         await ended_well(world, made)
         assert len(world.starts) == 1
@@ -186,13 +186,13 @@ def test_client_can_cancel_after_a_submission_error(monkeypatch: pytest.MonkeyPa
         manager = await staffed(world)
         made = job(stage(A), items=1, token="")
         with pytest.raises(BackendError):
-            await manager.requests.submit(made, [0])
+            await manager.job_commands.submit(made, [0])
         assert await world.find(made.id) is None
-        assert (await manager.known(made.id)).job.id == made.id
-        await manager.requests.cancel(made.id)
+        assert (await manager.job_record(made.id)).job.id == made.id
+        await manager.job_commands.cancel(made.id)
         assert (await ended(world, made)).state is JobState.CANCELLED
         with pytest.raises(NotFound):
-            await manager.known(JobId("nobody"))
+            await manager.job_record(JobId("nobody"))
 
     in_world(act, script=takes(300.0), pools=WARM)
 
@@ -211,7 +211,7 @@ def test_unrestorable_job_does_not_block_the_count_of_others() -> None:
         body = messages.events_message(messages.Events((told,)))
         await world.queue.send(object_keys.EVENTS, [Outgoing(body)])
         made = job(stage(A), items=3)
-        await world.ask(lambda m: m.requests.submit(made, [0, 1, 2]), "submit")
+        await world.ask(lambda m: m.job_commands.submit(made, [0, 1, 2]), "submit")
         assert (await ended(world, made)).state is JobState.SUCCEEDED
         assert world.manager is manager
         assert (await world.queue.depth(object_keys.EVENTS)).in_flight == 0

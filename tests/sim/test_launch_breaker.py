@@ -13,7 +13,7 @@ import pytest
 from batchlab.adapters.memory.launcher import SimInstance
 from batchlab.core.model import Instance, JobState, LifecycleState, Pool
 from batchlab.manager import fleet_commands
-from batchlab.manager.autoscaler import LONGEST_PAUSE_S
+from batchlab.manager.autoscaler import MAX_PAUSE_S
 from batchlab.server import job_facts
 from batchlab.server.wait_reasons import why
 from batchlab.sim.world import World
@@ -77,14 +77,14 @@ def test_failing_launches_become_rare_and_resume_after_the_repair() -> None:
         # A quarter more or less of the boot, and what a tick takes.
         assert gaps[0] == pytest.approx(2 * PAUSE_S + POOL.boot_s, abs=20)
         assert gaps[1] == pytest.approx(4 * PAUSE_S + POOL.boot_s, abs=20)
-        assert gaps[-1] == pytest.approx(LONGEST_PAUSE_S + POOL.boot_s, abs=20)
+        assert gaps[-1] == pytest.approx(MAX_PAUSE_S + POOL.boot_s, abs=20)
         manager = await leader(world)
         answer = why(await job_facts.gather(manager, made.id))
         assert "instances of pool default ended before their worker had reported" in answer
         assert "exit 1: the release cannot be fetched; launching is stopped" in answer
         assert "grid scale default --auto" in answer
         machines.mend()
-        record = await ended(world, made, within_s=LONGEST_PAUSE_S + 600)
+        record = await ended(world, made, within_s=MAX_PAUSE_S + 600)
         assert record.state is JobState.SUCCEEDED
         assert not manager.autoscaler.launch_breaker.trouble("default")
         assert len(machines.launched) <= first + len(tries) + POOL.max_size
@@ -114,7 +114,7 @@ def test_capacity_set_by_hand_is_held_back_and_restored() -> None:
         assert (await fleet_commands.group(manager, "default")).desired <= 1
         assert len(machines.launched) < 10
         machines.mend()
-        await asyncio.sleep(LONGEST_PAUSE_S + 300)
+        await asyncio.sleep(MAX_PAUSE_S + 300)
         assert (await fleet_commands.group(manager, "default")).desired == 3
 
     scene(act)

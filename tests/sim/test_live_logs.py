@@ -22,7 +22,7 @@ async def _follow(world: World, job: JobId) -> None:
     async def look(manager: Manager) -> None:
         live = manager.lives.get(job)
         if live is not None:
-            await manager.tails.of(live)
+            await manager.live_logs.read(live)
 
     while True:
         await world.ask(look, f"follow {job}")
@@ -31,7 +31,7 @@ async def _follow(world: World, job: JobId) -> None:
 
 def test_following_breaks_no_promise() -> None:
     """Above all no cancellation is undone by the word that asks for output (I4)."""
-    use, say = User.use, LiveLogs._say
+    use, say = User.use, LiveLogs._write_request
     said: list[bool] = []
 
     async def use_and_follow(user: User) -> None:
@@ -46,7 +46,7 @@ def test_following_breaks_no_promise() -> None:
         said.append(await say(tails, live))
         return said[-1]
 
-    with patch.object(User, "use", use_and_follow), patch.object(LiveLogs, "_say", counted), fuzz.silence():
+    with patch.object(User, "use", use_and_follow), patch.object(LiveLogs, "_write_request", counted), fuzz.silence():
         for seed in SEEDS:
             if failure := fuzz.try_seed(seed, "all").failure:
                 pytest.fail(f"seed {seed}: {failure.text}\n{failure.trace}")

@@ -20,9 +20,9 @@ async def _paused(world: World) -> None:
     await submitted(world, MADE)
     while not world.starts:
         await asyncio.sleep(0.5)
-    await world.ask(lambda m: m.requests.pause(MADE.id), "pause")
+    await world.ask(lambda m: m.job_commands.pause(MADE.id), "pause")
     await asyncio.sleep(60.0)
-    await world.ask(lambda m: m.requests.resume(MADE.id), "resume")
+    await world.ask(lambda m: m.job_commands.resume(MADE.id), "resume")
     await ended_well(world, MADE)
 
 

@@ -54,7 +54,7 @@ def test_cancelling_a_scheduled_job_ends_it_at_once() -> None:
     async def act(world: World) -> None:
         made = job(stage(A), items=5, start_at_s=EPOCH_S + 20_000)
         await submitted(world, made)
-        await world.ask(lambda m: m.requests.cancel(made.id), "cancel")
+        await world.ask(lambda m: m.job_commands.cancel(made.id), "cancel")
         acknowledged_s = world.clock.monotonic_s()
         record = await ended(world, made)
         assert record.state is JobState.CANCELLED
@@ -82,12 +82,12 @@ def test_a_slow_resume_does_not_undo_an_acknowledged_cancel(slow_s: float, monke
         made = job(stage(A, bundle=50), items=400)
         await submitted(world, made)
         await asyncio.sleep(20)
-        await world.ask(lambda m: m.requests.pause(made.id), "pause")
+        await world.ask(lambda m: m.job_commands.pause(made.id), "pause")
         await asyncio.sleep(10)
         slow.append(slow_s)
-        resuming = asyncio.create_task(world.ask(lambda m: m.requests.resume(made.id), "resume"))
+        resuming = asyncio.create_task(world.ask(lambda m: m.job_commands.resume(made.id), "resume"))
         await asyncio.sleep(0.2)
-        answer = await world.ask(lambda m: m.requests.cancel(made.id), "cancel")
+        answer = await world.ask(lambda m: m.job_commands.cancel(made.id), "cancel")
         acknowledged_s = world.clock.monotonic_s()
         assert answer is None
         await resuming
@@ -111,7 +111,7 @@ def test_resuming_a_job_that_is_not_paused_is_refused_and_sends_nothing() -> Non
         while not manager.lives[made.id].all_outstanding():
             await asyncio.sleep(0.5)
         before = await world.queue.depth("tasks-default")
-        answer = await world.ask(lambda m: m.requests.resume(made.id), "resume")
+        answer = await world.ask(lambda m: m.job_commands.resume(made.id), "resume")
         assert isinstance(answer, Refused)
         assert "not paused" in str(answer)
         after = await world.queue.depth("tasks-default")
@@ -138,7 +138,7 @@ def test_two_submissions_at_once_with_one_token_make_one_live_job() -> None:
         rows = {row.bundle.id for row in await world.ledger.bundles(made.id, done=False)}
         assert known
         assert known == rows
-        await world.ask(lambda m: m.requests.cancel(made.id), "cancel")
+        await world.ask(lambda m: m.job_commands.cancel(made.id), "cancel")
         assert (await ended(world, made)).state is JobState.CANCELLED
         await asyncio.sleep(60)
         assert conducting(made.id) == 0
@@ -242,7 +242,7 @@ def test_a_retry_is_finished_by_the_next_leader(monkeypatch: pytest.MonkeyPatch)
         made = job(stage(A), items=5)
         await submitted(world, made)
         assert (await ended(world, made)).state is JobState.FAILED
-        await world.ask(lambda m: m.requests.retry(made.id), "retry")
+        await world.ask(lambda m: m.job_commands.retry(made.id), "retry")
         record = await ended(world, made)
         assert (died, record.state, record.round) == ([1], JobState.SUCCEEDED, 1)
         assert retried_s == [None, *asked_s], "the next leader knows when it was asked for"

@@ -37,7 +37,7 @@ CANCEL = json_format.ControlCommand(Control.CANCEL, reason="its user had enough"
 async def _cancelled(world: World, made: JobDef) -> Manager:
     """The job has been cancelled, and has ended."""
     await submitted(world, made)
-    await world.ask(lambda m: m.requests.cancel(made.id), "cancel")
+    await world.ask(lambda m: m.job_commands.cancel(made.id), "cancel")
     assert (await ended(world, made)).state is JobState.CANCELLED
     return await leader(world)
 
@@ -54,11 +54,11 @@ def test_former_leader_does_not_undo_a_cancellation(verb: str) -> None:
         made = job(stage(A), items=3)
         await submitted(world, made)
         if verb == "resume":
-            await world.ask(lambda m: m.requests.pause(made.id), "pause")
+            await world.ask(lambda m: m.job_commands.pause(made.id), "pause")
         await world.objects.put(object_keys.control(made.id), json_format.control_to_bytes(CANCEL))
         manager = await leader(world)
         with pytest.raises(Refused, match="is being cancelled"):
-            await getattr(manager.requests, verb)(made.id)
+            await getattr(manager.job_commands, verb)(made.id)
         record = await ended(world, made, within_s=100)
         assert (record.state, record.reason) == (JobState.CANCELLED, CANCEL.reason)
         await invariants.check_all(world, [made.id])
@@ -79,7 +79,7 @@ def test_cancellation_between_two_reads_of_the_control_object_stays(monkeypatch:
         await submitted(world, made)
         manager = await leader(world)
         with pytest.raises(Refused, match="is being cancelled"):
-            await manager.requests.pause(made.id)
+            await manager.job_commands.pause(made.id)
         assert (await ended(world, made, within_s=100)).state is JobState.CANCELLED
         await invariants.check_all(world, [made.id])
 
@@ -96,15 +96,15 @@ def test_a_retry_that_is_carried_out_twice_does_not_undo_a_cancellation(monkeypa
         async def put(real: Any, key: str, *args: Any, **how: Any) -> object:
             if armed == ["now"] and key == object_keys.control(made.id):
                 armed.append("done")
-                await manager.requests.retry(made.id)
-                await manager.requests.cancel(made.id)
+                await manager.job_commands.retry(made.id)
+                await manager.job_commands.cancel(made.id)
             return await real(key, *args, **how)
 
         around(monkeypatch, world.objects, "put", put)
         manager = await _cancelled(world, made)
         before = len(world.starts)
         armed.append("now")
-        await manager.requests.retry(made.id)
+        await manager.job_commands.retry(made.id)
         assert armed == ["now", "done"]
         word = json_format.control_from_bytes(await world.objects.get(object_keys.control(made.id)))
         assert (word.control, word.round) == (Control.CANCEL, 1)
@@ -135,7 +135,7 @@ def test_retry_of_a_dead_manager_is_completed_by_the_next(monkeypatch: pytest.Mo
         around(monkeypatch, world.objects, "put", put)
         manager = await _cancelled(world, made)
         assert world.post is not None
-        request = world.post.actor.spawn(manager.requests.retry(made.id), name="retry")
+        request = world.post.actor.spawn(manager.job_commands.retry(made.id), name="retry")
         await asyncio.wait([request])
         assert request.cancelled()
         assert (await world.ledger.job(made.id)).round == 0
@@ -158,7 +158,7 @@ def test_a_retry_that_ends_in_an_error_is_finished_later(monkeypatch: pytest.Mon
         around_change(monkeypatch, world.ledger, Reopen, reopen)
         manager = await _cancelled(world, made)
         with pytest.raises(BackendError, match="disk"):
-            await manager.requests.retry(made.id)
+            await manager.job_commands.retry(made.id)
         assert failed == ["once"]
         await _runs_again(world, made)
         assert world.managers == 1

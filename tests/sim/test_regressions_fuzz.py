@@ -120,7 +120,7 @@ def test_a_cancellation_is_not_forgotten_by_a_read_that_was_under_way(monkeypatc
         live = (await leader(world)).lives[made.id]
         while not live.outstanding:
             await asyncio.sleep(0.1)
-        await world.ask(lambda m: m.requests.cancel(made.id), "cancel")
+        await world.ask(lambda m: m.job_commands.cancel(made.id), "cancel")
         async with asyncio.timeout(100):
             assert (await world.ended(made.id)).state is JobState.CANCELLED
 
@@ -140,9 +140,9 @@ def test_retry_right_after_the_end_is_coordinated(monkeypatch: pytest.MonkeyPatc
         around_change(monkeypatch, world.ledger, Finish, finish)
         made = job(stage(A), items=3)
         await submitted(world, made)
-        await world.ask(lambda m: m.requests.cancel(made.id), "cancel")
+        await world.ask(lambda m: m.job_commands.cancel(made.id), "cancel")
         assert (await ended(world, made)).state is JobState.CANCELLED
-        await world.ask(lambda m: m.requests.retry(made.id), "retry")
+        await world.ask(lambda m: m.job_commands.retry(made.id), "retry")
         await ended_well(world, made)
         assert world.managers == 1
 
@@ -266,7 +266,7 @@ def test_pause_known_only_to_workers_can_be_resumed(dies: bool) -> None:
         begun = len(world.starts)
         await asyncio.sleep(300)
         assert len(world.starts) == begun
-        await world.ask(lambda m: m.requests.resume(made.id), "resume")
+        await world.ask(lambda m: m.job_commands.resume(made.id), "resume")
         await ended_well(world, made)
 
     in_world(act, script=takes(5.0))
@@ -279,7 +279,7 @@ def test_resume_known_only_to_workers_reaches_the_leader() -> None:
     async def act(world: World) -> None:
         made = job(stage(A), items=3)
         await submitted(world, made)
-        await world.ask(lambda m: m.requests.pause(made.id), "pause")
+        await world.ask(lambda m: m.job_commands.pause(made.id), "pause")
         await asyncio.sleep(300)
         await _written(world, made, ControlCommand(Control.RUN))
         await world.ledger.apply(SetControl(made.id, Control.RUN, 0))
@@ -360,7 +360,7 @@ def test_a_retry_is_not_planned_from_an_emptied_ledger(monkeypatch: pytest.Monke
         await submitted(world, made)
         assert (await ended(world, made)).state is JobState.FAILED
         armed.append("now")
-        await world.ask(lambda m: m.requests.retry(made.id), "retry")
+        await world.ask(lambda m: m.job_commands.retry(made.id), "retry")
         await ended_well(world, made)
         assert armed == ["now", "emptied"]
 

@@ -103,14 +103,14 @@ def test_suspended_leader_completes_the_retry_of_another(monkeypatch: pytest.Mon
         around_change(monkeypatch, world.ledger, Reopen, reopen)
         made = job(stage(A), items=3)
         await submitted(world, made)
-        await world.ask(lambda m: m.requests.cancel(made.id), "cancel")
+        await world.ask(lambda m: m.job_commands.cancel(made.id), "cancel")
         assert (await ended(world, made)).state is JobState.CANCELLED
         await asyncio.sleep(300)  # the fleet comes down, and the first one has looked back
         led = asyncio.create_task(_another_leads(world, until=stuck))
         while len(world.posts) == 1 or not world.posts[-1].manager.is_leader.is_set():
             await asyncio.sleep(0.5)
         post = world.posts[-1]
-        post.actor.spawn(post.manager.requests.retry(made.id))
+        post.actor.spawn(post.manager.job_commands.retry(made.id))
         await led
         async with asyncio.timeout(600):
             while (await world.ledger.job(made.id)).round == 0:

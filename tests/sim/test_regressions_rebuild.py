@@ -36,7 +36,7 @@ def test_retry_during_a_rebuild_is_neither_refused_nor_lost(monkeypatch: pytest.
         await submitted(world, made)
         while not world.starts:
             await asyncio.sleep(1)
-        await world.ask(lambda m: m.requests.cancel(made.id), "cancel")
+        await world.ask(lambda m: m.job_commands.cancel(made.id), "cancel")
         assert (await ended(world, made)).state is JobState.CANCELLED
         rebuilding = True
         manager = await leader(world)
@@ -44,7 +44,7 @@ def test_retry_during_a_rebuild_is_neither_refused_nor_lost(monkeypatch: pytest.
         while not reads:
             await asyncio.sleep(0.1)
         assert (await world.ledger.job(made.id)).state is JobState.CANCELLED, "seen whole"
-        await manager.requests.retry(made.id)
+        await manager.job_commands.retry(made.id)
         assert not rebuild.done()
         assert (await rebuild).jobs == 1
         assert len(reads) > len(set(reads)), "what was read before the retry does not count"

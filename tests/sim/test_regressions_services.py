@@ -216,15 +216,15 @@ def test_worker_with_an_earlier_clock_is_heard_and_a_late_heartbeat_revives_none
     async def act(world: World) -> None:
         registry = (await leader(world)).registry
         there = {"i": Instance("i", "default", LifecycleState.IN_SERVICE, 0.0)}
-        registry.instances.see(there)
+        registry.instances.update_instances(there)
         held = HeldBundle("tasks-default", "r", JobId("j"), A, BundleId("x"), True)
-        await registry.hear(_beat(1, 1000.0), JOBS)
-        await registry.hear(_beat(2, 400.0, held), JOBS)
+        await registry.receive_beat(_beat(1, 1000.0), JOBS)
+        await registry.receive_beat(_beat(2, 400.0, held), JOBS)
         assert (registry.idle("default"), registry.busy("default")) == ([], ["i"])
-        await registry.hear(_beat(1, 1000.0), JOBS)
+        await registry.receive_beat(_beat(1, 1000.0), JOBS)
         assert registry.busy("default") == ["i"], "an older one changes nothing"
-        await registry.hear(_beat(4, 401.0, gone=True), JOBS)
-        await registry.hear(_beat(3, 400.5, held), JOBS)
+        await registry.receive_beat(_beat(4, 401.0, gone=True), JOBS)
+        await registry.receive_beat(_beat(3, 400.5, held), JOBS)
         assert list(registry.workers) == []
 
     in_world(act, script=takes(1.0))

@@ -33,7 +33,7 @@ from tests.support.sim.scenes import (
 async def _half_rebuilt(world: World) -> JobDef:
     """A job of few items runs; then its manager dies, and the ledger knows no more than the job."""
     plain = job(stage(A), items=6)
-    await world.ask(lambda m: m.requests.submit(plain, list(range(6))), "submit")
+    await world.ask(lambda m: m.job_commands.submit(plain, list(range(6))), "submit")
     made = (await world.ledger.job(plain.id)).job
     await asyncio.sleep(3)
     kill_manager(world)
@@ -59,7 +59,7 @@ def test_first_cut_in_the_definition_is_found_by_another_manager() -> None:
 def test_a_cancellation_finds_the_first_cut_in_the_definition() -> None:
     async def act(world: World) -> None:
         made = await _half_rebuilt(world)
-        await world.ask(lambda m: m.requests.cancel(made.id), "cancel")
+        await world.ask(lambda m: m.job_commands.cancel(made.id), "cancel")
         assert (await ended(world, made)).state is JobState.CANCELLED
         await invariants.check_all(world, [made.id])
 
@@ -78,7 +78,7 @@ def test_follow_ups_of_the_first_bundle_may_precede_the_control_object(monkeypat
             return await real(key, *args, **kwargs)
 
         around(monkeypatch, world.objects, "put", put)
-        await world.ask(lambda m: m.requests.submit(made, [0]), "submit")
+        await world.ask(lambda m: m.job_commands.submit(made, [0]), "submit")
         await ended_well(world, made)
         assert world.clock.monotonic_s() < MANAGER.silence_s, "before the reconciler looks for it"
 
@@ -97,7 +97,7 @@ def test_a_job_that_ends_at_once_needs_no_control_object(
             await asyncio.sleep(1.0)
         await asyncio.sleep(25.0)  # a tick sees that it is there; then no job hurries another
         made = job(stage(A), items=1)
-        await world.ask(lambda m: m.requests.submit(made, [0]), "submit")
+        await world.ask(lambda m: m.job_commands.submit(made, [0]), "submit")
         await ended_well(world, made)
         assert (await world.objects.head(object_keys.control(made.id)) is not None) == is_there
 

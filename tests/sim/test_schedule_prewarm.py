@@ -123,7 +123,7 @@ def test_pool_limit_and_manual_capacity_hold() -> None:
         manager = await leader(world)
         causes = [one.cause for one in await manager.ports.fleet.activities()]
         assert any("of which its limit leaves 6" in cause for cause in causes)
-        manager.autoscaler.held["default"] = 2
+        manager.autoscaler.user_capacity["default"] = 2
         await manager.ports.fleet.set_desired("default", 2, cause="by hand")
         await until(world, "2026-03-02T09:57:00")
         assert await desired(world) == 2

@@ -99,7 +99,7 @@ def test_removed_schedule_frees_its_name() -> None:
         assert manager.scheduler
         assert await manager.scheduler.all() == []
         with pytest.raises(NotFound):
-            await manager.scheduler.one("nightly")
+            await manager.scheduler.get("nightly")
         await added(world, definition("*/5 * * * *"))
         await until(world, "2026-03-02T10:11:00")
         schedule = await shown(world)

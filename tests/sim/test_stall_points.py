@@ -33,7 +33,7 @@ kind of write."""
 async def submit(world: World, made: JobDef) -> None:
     if (items := few_items(made)) is None:
         await bring_items(world, made)
-    await world.ask(lambda m: m.requests.submit(made, items), "submit")
+    await world.ask(lambda m: m.job_commands.submit(made, items), "submit")
 
 
 async def checked(world: World, *jobs: JobDef) -> None:
@@ -49,14 +49,14 @@ def later(world: World, verb: str, made: JobDef) -> asyncio.Task[None]:
     async def cancel() -> None:
         acknowledged = world.watch.controls.cancel_asked(made.id)
         assert world.post
-        request = world.post.actor.spawn(world.post.manager.requests.cancel(made.id), name=verb)
+        request = world.post.actor.spawn(world.post.manager.job_commands.cancel(made.id), name=verb)
         await asyncio.wait([request])
         if not request.cancelled() and request.exception() is None:
             acknowledged()
 
     async def ask() -> None:
         answered = world.watch.controls.retry_asked(made.id) if verb == "retry" else None
-        await world.ask(lambda m: getattr(m.requests, verb)(made.id), verb)
+        await world.ask(lambda m: getattr(m.job_commands, verb)(made.id), verb)
         if answered:
             answered()
 

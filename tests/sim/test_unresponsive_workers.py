@@ -18,9 +18,10 @@ from batchlab.core.errors import BackendError, BatchlabError, Refused
 from batchlab.core.model import GroupView, Instance, LifecycleState, Pool
 from batchlab.core.port_retries import Patience
 from batchlab.core.protocol.messages import Beat
+from batchlab.manager.context import Context
 from batchlab.manager.state import ManagerSettings, Ports
 from batchlab.manager.unresponsive_workers import UnresponsiveWorkers, WorkEvidence
-from batchlab.manager.worker_registry import LOST_S, WorkerRegistry
+from batchlab.manager.worker_registry import LOST_S
 from batchlab.sim.actors import SimClock, SimIds
 from batchlab.sim.event_loop import SimLoop
 from batchlab.sim.world import World
@@ -101,10 +102,9 @@ class Scene:
         self._number = 0
 
     def _listen(self) -> None:
-        self.registry = WorkerRegistry(self._ports, {})
-        evidence = WorkEvidence(self._ports, self.registry, {}, {}, AsyncMock())
-        settings = ManagerSettings(silence_s=30.0)
-        self.silence = UnresponsiveWorkers(self._ports, settings, self.registry, evidence)
+        context = Context(self._ports, ManagerSettings(silence_s=30.0))
+        self.registry = context.registry
+        self.silence = UnresponsiveWorkers(context, WorkEvidence(context, AsyncMock()))
 
     async def restart(self) -> None:
         """Another manager takes the lead."""
@@ -119,10 +119,10 @@ class Scene:
                 self._number += 1
                 for one in heard:
                     beat = Beat(f"w-{one}", one, "default", 1.0, 1, 0, (), self._number)
-                    await self.registry.hear(beat, ())
+                    await self.registry.receive_beat(beat, ())
             described = await self.fleet.describe()
-            await self.registry.see(described)
-            await self.silence.look(described)
+            await self.registry.update_instances(described)
+            await self.silence.check(described)
             await asyncio.sleep(1.0)
         return self.fleet.unhealthy
 

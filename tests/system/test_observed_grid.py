@@ -318,10 +318,10 @@ def test_delivery_log_shows_each_result(observed: Observed) -> None:
     assert [one["to"] for one in observed.targets] == [f"{observed.hook.url}…", "sh"]
 
 
-def test_why_reports_undelivered_notifications(observed: Observed) -> None:
-    assert observed.why.startswith("The job ended SUCCEEDED: ")
-    assert f"Also, a notification of it to {observed.hook.url}… has not arrived" in observed.why
-    assert "HTTP 500. `batchlab notify log` shows the attempts." in observed.why
+def test_why_tells_of_what_could_not_be_delivered(observed: Observed) -> None:
+    assert observed.why.startswith("It ended SUCCEEDED: ")
+    assert f"Also, a notification about the job to {observed.hook.url}… was not delivered" in observed.why
+    assert "HTTP 500 (`batchlab notify log` has more)." in observed.why
 
 
 def test_no_secret_is_in_the_bucket(observed: Observed) -> None:

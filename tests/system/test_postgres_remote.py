@@ -183,7 +183,7 @@ def test_the_manager_leads_on_through_a_rotation(
             manager = Manager(ports, settings, [grid.POOL], "only")
             leading = asyncio.create_task(manager.run())
             await asyncio.wait_for(manager.is_leader.wait(), 30)
-            await manager.requests.submit(grid.JOB, grid.ITEMS)
+            await manager.job_commands.submit(grid.JOB, grid.ITEMS)
             async with grid.workers(ports, 2):
                 for share in (50, 150):
                     await succeeded(ledger, share)

@@ -22,7 +22,8 @@ from batchlab.core.protocol import json_format, object_keys
 from batchlab.core.protocol.json_format import ControlCommand, control_from_bytes, control_to_bytes
 from batchlab.core.protocol.messages import ASKED_S, Tail, TaskMessage, from_bytes, to_bytes
 from batchlab.manager import live_logs
-from batchlab.manager.state import LiveJob, ManagerSettings, Ports
+from batchlab.manager.context import Context
+from batchlab.manager.state import LiveJob, Ports
 from batchlab.sim.actors import SimClock, SimIds
 from batchlab.sim.event_loop import SimLoop
 from batchlab.worker import task_log
@@ -264,7 +265,7 @@ class Followed:
             SimIds(rng),
             Patience(rng, limit_s=0.0),
         )
-        self.tails = live_logs.LiveLogs(ports, ManagerSettings())
+        self.tails = live_logs.LiveLogs(Context(ports))
         self.live = self.job(JOB)
 
     def job(self, name: JobId) -> LiveJob:
@@ -274,7 +275,7 @@ class Followed:
 
     async def stored(self, live: LiveJob, worker: str, text: str, task: int = 0) -> None:
         bundle = Bundle(live.id, StageName("talk"), TaskSet.from_indices([task]))
-        live.expect([(bundle, 0.0)])
+        live.add_outstanding([(bundle, 0.0)])
         tail = Tail("talk", task, 1, 0, bundle.id, f"{worker}-1", 0, len(text), text)
         await self.objects.put(object_keys.tail(live.id, worker), to_bytes([tail]))
 
@@ -287,14 +288,14 @@ def test_manager_forgets_unfollowed_logs() -> None:
     async def main() -> None:
         scene = Followed()
         await scene.stored(scene.live, "w-1", "hello")
-        assert [one.text for one in await scene.tails.of(scene.live)] == ["hello"]
+        assert [one.text for one in await scene.tails.read(scene.live)] == ["hello"]
         await asyncio.sleep(ASKED_S)
-        scene.tails.forget()
+        scene.tails.drop_unused()
         assert scene.kept()
         await asyncio.sleep(2 * ASKED_S)
-        scene.tails.forget()
+        scene.tails.drop_unused()
         assert not scene.tails._jobs
-        assert [one.text for one in await scene.tails.of(scene.live)] == ["hello"]
+        assert [one.text for one in await scene.tails.read(scene.live)] == ["hello"]
 
     _in_virtual_time(main())
 
@@ -310,13 +311,13 @@ def test_live_logs_of_many_workers_are_bounded(monkeypatch: pytest.MonkeyPatch) 
             for n in range(20):
                 await scene.stored(live, f"w-{n:02}", "x" * 900, n)
         for live in jobs:
-            found = await scene.tails.of(live)
+            found = await scene.tails.read(live)
             assert 5 < len(found) < 20, "some are shown"
             assert scene.kept() <= 25_000
         # Of what is still there nothing is read anew; of what had to go all is.
         gets = scene.objects.gets
         await asyncio.sleep(scene.tails.every_s)
-        assert len(await scene.tails.of(scene.live)) > 5
+        assert len(await scene.tails.read(scene.live)) > 5
         assert scene.objects.gets > gets
         assert scene.kept() <= 25_000
 
@@ -330,10 +331,10 @@ def test_live_logs_of_ended_bundles_free_their_space(monkeypatch: pytest.MonkeyP
         scene = Followed()
         await scene.stored(scene.live, "w-1", "x" * 900, 1)
         await scene.stored(scene.live, "w-2", "y" * 900, 2)
-        assert [one.task for one in await scene.tails.of(scene.live)] == [1]
-        scene.live.settled(Bundle(JOB, StageName("talk"), TaskSet.from_indices([1])))
+        assert [one.task for one in await scene.tails.read(scene.live)] == [1]
+        scene.live.remove_outstanding(Bundle(JOB, StageName("talk"), TaskSet.from_indices([1])))
         await asyncio.sleep(scene.tails.every_s)
-        assert [one.task for one in await scene.tails.of(scene.live)] == [2]
+        assert [one.task for one in await scene.tails.read(scene.live)] == [2]
 
     _in_virtual_time(main())
 

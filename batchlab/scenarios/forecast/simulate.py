@@ -176,7 +176,7 @@ class _Simulation:
             await asyncio.sleep(extra_s)
         made = job_def(job, world.clock.now_s())
         items = await store_items(made, world.objects, Patience(world.rng(f"client/{job.id}")))
-        await grid.ask(lambda m: m.requests.submit(made, items), f"submit {job.id}")
+        await grid.ask(lambda m: m.job_commands.submit(made, items), f"submit {job.id}")
 
     async def _warm(self, plan: Prewarm) -> None:
         """Keep the pool prewarmed for a while. A new leader gets the size again."""

@@ -15,8 +15,8 @@ from functools import partial
 from batchlab.core.model import GroupView, Market
 from batchlab.core.pricing import price_book
 from batchlab.core.pricing.price_book import PriceBook
-from batchlab.manager.autoscaler import Backlog, desired_capacity
-from batchlab.manager.state import UNKNOWN_TASK_S, ManagerSettings
+from batchlab.manager.autoscaler import desired_capacity
+from batchlab.manager.state import UNKNOWN_TASK_S, Backlog, ManagerSettings
 from batchlab.runtime import factory
 from batchlab.runtime.descriptor import Calibration
 from batchlab.runtime.factory import Backend

@@ -133,10 +133,10 @@ async def _standing(
 ) -> AsyncIterator[tuple[tuple[int, int], api_types.FailureView]]:
     """Return the failures in these rows that no retry runs again. The place of each is the seq of
     its outcome and its position in the outcome."""
-    taken = await RetriedTasks.of(manager.ports, record)
+    taken = await RetriedTasks.read(manager.ports, record)
     async for row, outcome in outcomes_of(manager, rows):
         seq, failed = row.seq or 0, row.completion.failed if row.completion else TaskSet()
-        standing = set(taken.standing(row.bundle, failed))
+        standing = set(taken.remaining(row.bundle, failed))
         for at, failure in enumerate(outcome.failed):
             if failure.final and failure.task in standing:
                 yield (seq, at), job_views.failure_view(seq, outcome, failure)

@@ -161,7 +161,11 @@ def _pool(manager: Manager, view: GroupView) -> api_types.PoolView:
     scaler = manager.autoscaler
     workers = manager.registry.workers
     return job_views.pool_view(
-        view, scaler.backlog(name), workers, held=name in scaler.held, trouble=scaler.launch_breaker.trouble(name)
+        view,
+        scaler.backlog(name),
+        workers,
+        held=name in scaler.user_capacity,
+        trouble=scaler.launch_breaker.trouble(name),
     )
 
 
@@ -233,7 +237,7 @@ async def job_use(books: SpendingDep, manager: Leader, job: JobId) -> api_usage_
 @router.post("/jobs/{job}/cap")
 async def cap_job(books: SpendingDep, manager: Leader, job: JobId, cap: Cap) -> api_usage_types.JobUseView:
     """Set the cap on the cost of a job that has not ended."""
-    manager.requests.running(job, "capped")
+    manager.job_commands.running(job, "capped")
     books.set_cap(job, cap.max_cost_usd)
     manager.wake()
     return await _job_use(books, manager, job)
@@ -246,6 +250,6 @@ async def _job_use(books: Spending, manager: Manager, job: JobId) -> api_usage_t
         record.job,
         await books.account(job),
         manager.pools.values(),
-        max_cost_usd=books.cap_of(live) if live else record.job.max_cost_usd,
+        max_cost_usd=books.caps.cap_of(live) if live else record.job.max_cost_usd,
         capped=live.capped if live else "",
     )

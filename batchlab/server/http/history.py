@@ -173,7 +173,7 @@ def _rooms(manager: Manager, live: LiveJob) -> Mapping[str, Room]:
             found[pool] = Room(0, 0)
             continue
         states = [instance.state for instance in group.instances] if group else []
-        held = manager.autoscaler.held.get(pool)
+        held = manager.autoscaler.user_capacity.get(pool)
         most = known.max_size if held is None else held
         rivals = sum(live_job.id != live.id and live_job.has_work(pool) for live_job in manager.lives.values())
         found[pool] = Room(

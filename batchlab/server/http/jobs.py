@@ -42,7 +42,7 @@ async def news(live: LiveJob, version: int, wait_s: float) -> None:
     """Wait until the job's version differs from `version`, at most `wait_s`."""
     with suppress(TimeoutError):
         async with asyncio.timeout(wait_s):
-            await live.news(version)
+            await live.wait_for_change(version)
 
 
 async def first(manager: Manager, job: JobId, wait_s: float) -> api_types.OutcomesView:
@@ -61,7 +61,7 @@ async def first(manager: Manager, job: JobId, wait_s: float) -> api_types.Outcom
         finally:
             live.listeners -= 1
             if not live.listeners:
-                live.told.clear()
+                live.early_outcomes.clear()
     return await page(manager, job, None, None, MAX_LISTED, end_s - loop.time())
 
 
@@ -187,7 +187,7 @@ async def accept(manager: Manager, job: JobDef, items: list[Any] | None) -> Chan
             f"Job {job.id} comes with {len(items)} items, but says otherwise.",
             remedy="Let `items` of the job be their number, and give it no input.",
         )
-    return await manager.requests.submit(job, items)
+    return await manager.job_commands.submit(job, items)
 
 
 class _Lines(Response):
@@ -236,8 +236,8 @@ async def job(manager: Leader, job: JobId, version: int | None = None, wait_s: W
 @router.post("/jobs/{job}/cancel")
 async def cancel(manager: Leader, job: JobId) -> api_types.JobView:
     """Cancel a job. The answer arrives when no further task of the job can start."""
-    record = await manager.known(job)
-    await manager.requests.cancel(job)
+    record = await manager.job_record(job)
+    await manager.job_commands.cancel(job)
     return await shown(manager, record)
 
 
@@ -245,7 +245,7 @@ async def cancel(manager: Leader, job: JobId) -> api_types.JobView:
 async def pause(manager: Leader, job: JobId) -> api_types.JobView:
     """Pause a job. Running tasks continue, and no further task starts."""
     record = await manager.ports.ledger.job(job)
-    await manager.requests.pause(job)
+    await manager.job_commands.pause(job)
     return await shown(manager, record)
 
 
@@ -253,7 +253,7 @@ async def pause(manager: Leader, job: JobId) -> api_types.JobView:
 async def resume(manager: Leader, job: JobId) -> api_types.JobView:
     """Resume a paused job."""
     record = await manager.ports.ledger.job(job)
-    await manager.requests.resume(job)
+    await manager.job_commands.resume(job)
     return await shown(manager, record)
 
 
@@ -275,7 +275,7 @@ async def retry(manager: Leader, served: StateDep, job: JobId, choice: Choice | 
     if choice is not None:
         sets = {stage: TaskSet.union(TaskSet.span(*one) for one in ranges) for stage, ranges in choice.tasks.items()}
         chosen = await chosen_tasks(manager, served, job, choice.fingerprints, sets)
-    return await shown(manager, await manager.requests.retry(job, chosen))
+    return await shown(manager, await manager.job_commands.retry(job, chosen))
 
 
 @router.get("/jobs/{job}/eta")

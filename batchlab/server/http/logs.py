@@ -121,10 +121,10 @@ async def tails(manager: Leader, job: JobId) -> api_types.TailsView:
     live = manager.lives.get(job)
     if live is None:
         await manager.ports.ledger.job(job)
-        return {"tails": [], "every_s": manager.tails.every_s}
-    tails = await manager.tails.of(live)
+        return {"tails": [], "every_s": manager.live_logs.every_s}
+    tails = await manager.live_logs.read(live)
     shown = sorted((tail.stage, tail.task, tail.attempt, tail) for tail in tails)
-    return {"tails": [job_views.tail_view(tail) for *_, tail in shown], "every_s": manager.tails.every_s}
+    return {"tails": [job_views.tail_view(tail) for *_, tail in shown], "every_s": manager.live_logs.every_s}
 
 
 def _recent(manager: Manager, records: Sequence[BundleRecord], since_s: float | None) -> Sequence[BundleRecord]:

@@ -87,7 +87,7 @@ async def list_schedules(schedules: SchedulesDep) -> api_usage_types.SchedulesVi
 @router.get("/schedules/{name}")
 async def schedule(schedules: SchedulesDep, name: str) -> api_usage_types.ScheduleView:
     """Return one schedule with its runs."""
-    return await _view(schedules, await schedules.one(name))
+    return await _view(schedules, await schedules.get(name))
 
 
 @router.get("/schedules/{name}/next")
@@ -95,7 +95,7 @@ async def coming(
     schedules: SchedulesDep, manager: Leader, name: str, count: Annotated[int, Query(ge=1, le=MAX_DUE_TIMES)] = 10
 ) -> api_usage_types.ComingView:
     """Return the next due times of a schedule."""
-    schedule = await schedules.one(name)
+    schedule = await schedules.get(name)
     return {"times": api_usage_types.coming(schedule, manager.ports.clock.now_s(), count)}
 
 

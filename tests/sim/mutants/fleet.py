@@ -13,7 +13,8 @@ from batchlab.core.model import GroupView, Pool
 from batchlab.core.ports import Fold
 from batchlab.fleet import termination
 from batchlab.manager import autoscaler
-from batchlab.manager.autoscaler import Autoscaler, Backlog
+from batchlab.manager.autoscaler import Autoscaler
+from batchlab.manager.state import Backlog
 from tests.sim.mutants.kit import Plant, planted
 
 # --- Events and counters -------------------------------------------------------------------------

@@ -23,9 +23,9 @@ from tests.sim.mutants.kit import Plant, planted
 def lost_lease_noticed_late(plant: Plant) -> None:
     """A manager that reads another manager's name in the lease asks twice more before it stops.
     Both managers lead meanwhile (lead)."""
-    original = LeaderLease.keep
+    original = LeaderLease.renew
 
-    @plant.method(LeaderLease, "keep")
+    @plant.method(LeaderLease, "renew")
     async def keep(self: LeaderLease, on_gap: Callable[[], None]) -> None:
         for _ in range(3):
             await original(self, on_gap)
@@ -62,9 +62,9 @@ def silence_forgiven_while_a_queue_has_messages(plant: Plant) -> None:
 def silence_of_an_instance_forgiven(plant: Plant) -> None:
     """Silence counts only while the manager conducts no job. An instance whose worker has stopped
     is not replaced (silence)."""
-    original = UnresponsiveWorkers._heard
+    original = UnresponsiveWorkers._has_reported
 
-    @plant.method(UnresponsiveWorkers, "_heard")
+    @plant.method(UnresponsiveWorkers, "_has_reported")
     def _heard(self: UnresponsiveWorkers, instance: str, since_s: float) -> bool:
         return original(self, instance, since_s) or bool(self._registry._lives)
 
@@ -77,5 +77,5 @@ def priority_ignored(plant: Plant) -> None:
     @plant.method(Bundler, "_rivals")
     def _rivals(self: Bundler, live: LiveJob, pool: str) -> Iterator[LiveJob]:
         for one in self._lives.values():
-            if one is not live and one.job.priority == live.job.priority and one.is_left(pool):
+            if one is not live and one.job.priority == live.job.priority and one.has_uncut_tasks(pool):
                 yield one

@@ -41,7 +41,7 @@ def heartbeats_without_a_key(plant: Plant) -> None:
 def completions_without_a_proof(plant: Plant) -> None:
     """An event counts for every job that it names. Any worker can end the tasks of any job (I2)."""
 
-    @plant.method(EventVerifier, "_proven")
+    @plant.method(EventVerifier, "_proven_jobs")
     async def _proven(self: EventVerifier, jobs: set[JobId], text: str, proofs: Mapping[str, str]) -> set[JobId]:
         return jobs
 
@@ -59,7 +59,7 @@ def keys_of_events_unchecked(plant: Plant) -> None:
     async def _is_genuine(self: EventVerifier, name: str, trusted: set[JobId], proven: set[JobId]) -> bool:
         return True
 
-    @plant.method(Collector, "_fetched")
+    @plant.method(Collector, "_fetch")
     async def _fetched(self: Collector, name: str) -> list[Completion]:
         try:
             outcome = await read_outcome(self._ports.objects, name, self._ports.patience)
@@ -141,7 +141,7 @@ def held_without_a_proof(plant: Plant) -> None:
     """A worker counts as the holder of each bundle that it names. The manager then does not search
     for bundles of any job, and deletes their messages with the worker's instance (I8)."""
 
-    @plant.method(WorkerRegistry, "_believed")
+    @plant.method(WorkerRegistry, "_credible")
     def _believed(self: WorkerRegistry, beat: Beat, trusted: Collection[JobId]) -> tuple[HeldBundle, ...]:
         return beat.held
 
@@ -165,6 +165,6 @@ def next_leader_binds_again(plant: Plant) -> None:
     async def load(self: InstanceKeys) -> None:
         self._digests = {}
 
-    @plant.method(InstanceKeys, "_take_in")
-    def _take_in(self: InstanceKeys, there: bytes) -> bool:
-        return True
+    @plant.method(InstanceKeys, "_merge")
+    def _merge(self: InstanceKeys, content: bytes) -> None:
+        pass

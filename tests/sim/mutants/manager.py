@@ -12,7 +12,7 @@ from dataclasses import replace
 from batchlab.core.commit import commit
 from batchlab.core.job_definition import JobDef, StageDef
 from batchlab.core.model import Completion, Control, JobId, StageCounts, StageName, TaskSet
-from batchlab.core.ports import ChangeResult, Cut, Depth, JobRecord, Round, SetControl, SetPlanned
+from batchlab.core.ports import ChangeResult, Cut, JobRecord, Round, SetControl, SetPlanned
 from batchlab.core.protocol import json_format, object_keys, settlement
 from batchlab.core.protocol.bundle_inputs import Manifest
 from batchlab.manager import ledger_rebuild, retry_rounds
@@ -197,8 +197,8 @@ def reconciler_that_never_looks(plant: Plant) -> None:
     """The code assumes that queues do not lose messages, so it does not search for silent bundles.
     The job waits for ever for a bundle that was lost or never sent (I7)."""
 
-    @plant.method(Reconciler, "look_for_the_silent")
-    async def look_for_the_silent(self: Reconciler, depths: Mapping[str, Depth]) -> None:
+    @plant.method(Reconciler, "recover_silent")
+    async def look_for_the_silent(self: Reconciler) -> None:
         pass
 
 

@@ -31,7 +31,7 @@ def dead_letters_dropped(plant: Plant) -> None:
     """A dead letter is logged and deleted. Its tasks wait until the reconciler finds them silent
     (dead letters)."""
 
-    @plant.method(Reconciler, "_judge")
+    @plant.method(Reconciler, "_handle_dead_letter")
     async def _judge(self: Reconciler, message: Message) -> None:
         pass
 
@@ -114,6 +114,6 @@ def notification_before_the_commit(plant: Plant) -> None:
     async def _end(
         self: JobCoordinator, live: LiveJob, state: JobState, reason: str, closed: Mapping[StageName, int]
     ) -> None:
-        if self._on_end:
-            await self._on_end(live, Ending(state, reason, self._ports.clock.now_s(), {}))
+        if self._notifier:
+            await self._notifier.ended(live, Ending(state, reason, self._ports.clock.now_s(), {}))
         await original(self, live, state, reason, closed)

@@ -58,7 +58,7 @@ def resume_sends_bundles_as_new(plant: Plant) -> None:
         await self._control(live, Control.RUN)
         again = [replace(one.bundle, losses=0) for one in live.all_outstanding()]
         await self._coordinator.send(live.job, again)
-        live.poke.set()
+        live.wake.set()
 
 
 @planted("start times")
@@ -90,12 +90,12 @@ def retry_that_ignores_the_choice_of_another(plant: Plant) -> None:
         made = await self._retries.plan(record, chosen)
         await commit.permit_round(objects, job, round_, patience)
         key = object_keys.retry(job, round_)
-        self._begun.add(job)
+        self._unfinished.add(job)
         with suppress(AlreadyExists):
             await patience(lambda: objects.put(key, made.to_bytes(), if_absent=True))
         await self._ports.ledger.apply(Reopen(job, round_, made.reopened))
-        live = await self._adopt(ChangeResult(await self._ports.ledger.rows(job), is_new=False))
-        self._begun.discard(job)
+        live = await self._adoption.adopt(ChangeResult(await self._ports.ledger.rows(job), is_new=False), beside=True)
+        self._unfinished.discard(job)
         await self._coordinator.send(live.job, [b for cut in made.cuts for b in cut.bundles])
         return live.record
 

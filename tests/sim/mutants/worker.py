@@ -227,7 +227,7 @@ def poison_without_a_limit(plant: Plant) -> None:
     async def verdict(self: PoisonDetector, inflight: InflightMessage) -> Outcome | None:
         return await product.committed(self._context.objects, inflight.bundle, self._context.patience, inflight.key)
 
-    @plant.method(Reconciler, "_condemned")
+    @plant.method(Reconciler, "_commit_failure")
     async def _condemned(self: Reconciler, job: JobDef, bundle: Bundle, message: Message) -> Outcome | None:
         return None
 

@@ -21,7 +21,8 @@ from batchlab.core.port_retries import Patience
 from batchlab.jobs import submission
 from batchlab.jobs.job_file import load
 from batchlab.manager.admission import admit
-from batchlab.manager.autoscaler import Backlog, desired_capacity
+from batchlab.manager.autoscaler import desired_capacity
+from batchlab.manager.state import Backlog
 from batchlab.runtime.factory import Backend
 from batchlab.sim.event_loop import SimLoop
 from batchlab.sim.tasks import TimedRunner

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Coroutine
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 from batchlab.adapters.memory.objects import SimObjects
 from batchlab.adapters.sql import open_memory
@@ -15,8 +16,10 @@ from batchlab.core.notifications import Directory, NotDelivered, Notification, T
 from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Ending, JobRecord, StageRecord
 from batchlab.core.protocol import json_format, object_keys
+from batchlab.manager.context import Context, NotificationChannels
+from batchlab.manager.cost_caps import CostCaps
 from batchlab.manager.counters import Counters
-from batchlab.manager.notifier import NotificationChannels, Notifier
+from batchlab.manager.notifier import Notifier
 from batchlab.manager.state import LiveJob, Ports, WorkerStatus
 from batchlab.sim.actors import SimClock, SimIds
 from batchlab.sim.event_loop import SimLoop
@@ -64,14 +67,11 @@ class Scene:
         return Directory(tuple(self.targets), secrets=self.secrets)
 
     def manager(self) -> Notifier:
-        made = Notifier(
-            self.ports,
-            self.lives,
-            self.workers,
-            NotificationChannels(self.directory, self.deliver),
-            self.counts,
-            lambda _: "5.0/None",
-        )
+        channels = NotificationChannels(self.directory, self.deliver)
+        context = Context(self.ports, lives=self.lives, counts=self.counts, channels=channels)
+        context.registry.workers = self.workers
+        caps = SimpleNamespace(cap_of=lambda _: 5.0, max_cost_usd=None)
+        made = Notifier(context, channels, cast(CostCaps, caps))
         made.explain = self.explain
         return made
 

@@ -178,7 +178,7 @@ async def _manage(folder: Path, url: str, schema: str, owner: str) -> None:
             )
             if one.is_leader.is_set():
                 print("leads", flush=True)
-                await one.requests.submit(JOB, ITEMS)
+                await one.job_commands.submit(JOB, ITEMS)
             await leading
             print("lost", flush=True)
 

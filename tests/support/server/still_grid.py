@@ -180,7 +180,7 @@ class StillGrid:
         for number, key in enumerate(job.input.keys):
             await ports.objects.put(key, f"row {number}\nSKU-{number:05}\n".encode())
         if tasks <= 100:
-            await StagePlans(ports).of_input(job, job.stages[0])
+            await StagePlans(ports).plan_input(job, job.stages[0])
         size = max(1, tasks // 100)
         edges = [*range(0, tasks, size), tasks]
         bundles = tuple(Bundle(job.id, PRICES, TaskSet.span(a, b)) for a, b in pairwise(edges))
@@ -271,7 +271,7 @@ class StillGrid:
         for instance in GROUPS[0].instances[:4]:
             kind = Kind("default", "c7g.large", instance.machine.market)
             spending.meter.lives[instance.id] = Life(kind)
-        spending._closed[FAILED.id] = JobUsage(Account({Kind("default", "c7g.large"): 360.0}))
+        spending._ended[FAILED.id] = JobUsage(Account({Kind("default", "c7g.large"): 360.0}))
         spending.caps.max_cost_usd = 20.0
 
     async def _schedule(self) -> None:

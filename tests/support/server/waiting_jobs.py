@@ -93,7 +93,7 @@ class Situation:
         first, *rest = self.counts
         stages = [StageRecord(first, left=self.left), *(StageRecord(c) for c in rest)]
         live = LiveJob(record, {s.counts.stage: s for s in stages}, forbidden=self.forbidden)
-        live.expect((b, MONO_S - heard_s) for b, heard_s in self.out)
+        live.add_outstanding((b, MONO_S - heard_s) for b, heard_s in self.out)
         live.trouble = self.trouble
         return Facts(
             record,

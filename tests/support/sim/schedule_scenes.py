@@ -63,7 +63,7 @@ async def added(world: World, made: Definition, job: JobDef | None = None) -> No
 
 
 async def shown(world: World) -> Schedule:
-    found = await ask(world, lambda s: s.one("nightly"))
+    found = await ask(world, lambda s: s.get("nightly"))
     assert isinstance(found, Schedule), found
     return found
 

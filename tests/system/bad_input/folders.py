@@ -85,14 +85,14 @@ COMMANDS = [
     Case(
         "backend",
         "names a backend that is not there",
-        "Unknown backend 'azure'",
+        "There is no backend 'azure'",
         nothing,
         ("run", "job.yaml", "--backend", "azure"),
     ),
     Case(
         "endpoint",
         "names an endpoint where none is used",
-        "does not use an endpoint",
+        "has no use for an endpoint",
         nothing,
         ("run", "job.yaml", "--endpoint", "http://127.0.0.1:9"),
     ),

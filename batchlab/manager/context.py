@@ -1,0 +1,134 @@
+"""Values that the parts of one manager share: ports, settings, jobs, workers, counters, and queues."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from batchlab.core.job_definition import JobDef
+from batchlab.core.model import GroupView, JobId, LifecycleState, Pool
+from batchlab.core.notifications import Directory, Notification, Target
+from batchlab.core.ports import Depth
+from batchlab.core.tracing import NO_TRACER, Tracer
+from batchlab.manager import admission
+from batchlab.manager.counters import Counters
+from batchlab.manager.quarantine import OutcomeStore, Quarantine
+from batchlab.manager.recorder import Recorder, ReportQueue
+from batchlab.manager.state import LiveJob, ManagerSettings, Ports, outstanding_in_pool
+from batchlab.manager.worker_registry import WorkerRegistry
+
+EMPTY_POOL_SIZE = 8
+"""Assumed number of instances of an empty pool, used to size the first wave of bundles."""
+
+Deliver = Callable[[Target, Notification], Awaitable[None]]
+"""Function that delivers a notification, or raises NotDelivered."""
+
+
+@dataclass(frozen=True, slots=True)
+class NotificationChannels:
+    """The grid's current target directory, and the delivery function."""
+
+    directory: Callable[[], Directory]
+    deliver: Deliver
+
+
+class PendingSubmissions:
+    """Jobs whose first bundles are sent before the ledger has the job."""
+
+    def __init__(self) -> None:
+        self._pending: dict[JobId, asyncio.Event] = {}
+
+    @contextmanager
+    def of(self, job: JobId) -> Iterator[None]:
+        end = self._pending[job] = asyncio.Event()
+        try:
+            yield
+        finally:
+            end.set()
+            # A bucket that lost objects may have let another request create the same job meanwhile.
+            if self._pending.get(job) is end:
+                del self._pending[job]
+
+    async def ended(self, jobs: Iterable[JobId]) -> None:
+        for job in jobs if self._pending else ():
+            if end := self._pending.get(job):
+                await end.wait()
+
+
+@dataclass(slots=True)
+class Context:
+    """Shared values of one manager. Each part of the manager receives the context."""
+
+    ports: Ports
+    settings: ManagerSettings = field(default_factory=ManagerSettings)
+    pools: dict[str, Pool] = field(default_factory=dict)
+    lives: dict[JobId, LiveJob] = field(default_factory=dict)
+    counts: Counters = field(default_factory=Counters)
+    tracer: Tracer = NO_TRACER
+    channels: NotificationChannels | None = None
+    """None if this manager sends no notifications."""
+    recorder: Recorder | None = None
+    """None if this manager records no performance data."""
+    reports: ReportQueue = field(default_factory=ReportQueue)
+    slots: dict[str, int] = field(default_factory=dict)
+    """Slots that each pool has or can soon have."""
+    depths: dict[str, Depth] = field(default_factory=dict)
+    """Most recent depth of each pool's task queue."""
+    groups: dict[str, GroupView] = field(default_factory=dict)
+    """Groups at the end of the last tick."""
+    wake: asyncio.Event = field(default_factory=asyncio.Event)
+    """Starts the next tick at once when it is set."""
+    ledger_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held by a fold, a tick, and a rebuild, because each of them needs an unchanged ledger."""
+    pending_submissions: PendingSubmissions = field(default_factory=PendingSubmissions)
+    quarantine: Quarantine = field(init=False)
+    registry: WorkerRegistry = field(init=False)
+    outcomes: OutcomeStore = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.quarantine = Quarantine(self.counts)
+        self.registry = WorkerRegistry(self.ports, self.lives, self.quarantine)
+        self.outcomes = OutcomeStore(self.ports, self.quarantine)
+        for pool in self.pools.values():
+            self.update_slots(pool.name)
+
+    def admit(self, job: JobDef) -> None:
+        """Raise UsageError if this grid cannot run the job."""
+        slots = {name: pool.slots for name, pool in self.pools.items()}
+        admission.admit(job, slots, self.channels.directory() if self.channels else None)
+
+    def slots_in_service(self, pool: str) -> int:
+        """Return the slots of the pool's instances that were InService at the last tick."""
+        view = self.groups.get(pool)
+        return view.pool.slots * sum(i.state is LifecycleState.IN_SERVICE for i in view.instances) if view else 0
+
+    def wake_if_short(self, pool: str) -> None:
+        """Start the next tick at once if the pool needs more capacity."""
+        if outstanding_in_pool(self.lives, pool) > self.slots_in_service(pool):
+            self.wake.set()
+
+    def update_slots(self, name: str) -> None:
+        """Set the slots of a pool from its group. An empty pool counts as EMPTY_POOL_SIZE instances."""
+        pool = self.groups[name].pool if name in self.groups else self.pools[name]
+        assumed = max(1, min(pool.max_size, EMPTY_POOL_SIZE)) * pool.slots
+        self.slots[name] = self.slots_in_service(name) or assumed
+
+
+class Part:
+    """Base class of the manager's parts. It copies the shared values into attributes."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._ports = ports = context.ports
+        self._objects, self._queue, self._fleet, self._ledger = ports.objects, ports.queue, ports.fleet, ports.ledger
+        self._clock, self._ids, self._keys, self._patience = ports.clock, ports.ids, ports.keys, ports.patience
+        self._settings = context.settings
+        self._lives = context.lives
+        self._counts = context.counts
+        self._tracer = context.tracer
+        self._recorder = context.recorder
+        self._quarantine = context.quarantine
+        self._registry = context.registry
+        self._outcomes = context.outcomes
