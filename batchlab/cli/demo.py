@@ -29,7 +29,7 @@ _VIDEO_S = 20
 
 def starter_files() -> dict[str, bytes]:
     """Return the files of the starter job, content by name."""
-    from batchlab.jobs.starter import starter
+    from batchlab.core.installation import starter
 
     return {name: text.encode() for name, text in starter().items()}
 

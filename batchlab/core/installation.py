@@ -129,6 +129,13 @@ def folder(name: str) -> Path:
     raise UsageError(f"This installation lacks its {name} folder.", remedy="Install it again.")
 
 
+def starter() -> dict[str, str]:
+    """Return the files of the first job that `batchlab init` writes: name relative to its folder, and text."""
+    root = folder("examples") / "starter"
+    # Files in a folder `data` of an example are its generated input, which a wheel does not contain.
+    return {name: (root / Path(name).name).read_text() for name in ("job.yaml", "handlers.py", "data/claims.csv")}
+
+
 def files() -> Iterator[tuple[str, Path]]:
     """Yield every file of the package as a wheel has it, with its path in the wheel, in order.
 

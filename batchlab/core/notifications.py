@@ -27,7 +27,7 @@ from batchlab.core.job_definition import JobDef, NotifyDef
 from batchlab.core.model import Json
 from batchlab.core.ports import JobRecord, StageRecord
 from batchlab.core.protocol import json_format
-from batchlab.core.protocol.field_checks import known
+from batchlab.core.protocol.field_checks import decode
 
 ENDS = ("succeeded", "failed", "cancelled")
 MOMENTS = ("ended", *ENDS, "failures", "stuck", "capped")
@@ -315,9 +315,7 @@ def from_json(doc: Mapping[str, Any]) -> Notification:
 
     Without this, one such notification would make the whole outbox unreadable.
     """
-    own = doc["own"]
-    notify_def = NotifyDef(**{**known(NotifyDef, own), "on": tuple(own["on"])}) if own else None
-    return replace(Notification(**{**known(Notification, doc), "own": None}), own=notify_def)
+    return decode(Notification, doc)
 
 
 FILE = "notify.toml"

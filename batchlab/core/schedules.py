@@ -16,15 +16,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any
 from zoneinfo import ZoneInfo
 
 from batchlab.core import due_times
 from batchlab.core.errors import Malformed, Refused
 from batchlab.core.job_definition import JobDef
-from batchlab.core.model import JobId, Json
+from batchlab.core.model import JobId
 from batchlab.core.protocol import json_format, object_keys
-from batchlab.core.protocol.field_checks import UNREADABLE, figure, fitted, flag, listed, whole
+from batchlab.core.protocol.field_checks import UNREADABLE, decode, figure, whole
 
 MAX_RUNS = 50
 """Number of runs in a schedule, in addition to the runs that have not ended."""
@@ -227,7 +226,11 @@ _RENAMED = {"fingerprint": "source_digest"}
 
 def to_bytes(schedule: Schedule) -> bytes:
     """Return the content of a schedule's object."""
-    return json_format.to_bytes({"v": json_format.VERSION, **_schedule_to_json(schedule)})
+    definition = schedule.definition
+    fields = json_format.fields
+    runs = [{name: value for name, value in fields(run).items() if value is not None} for run in schedule.runs]
+    own = {"definition": {**fields(definition), "when": fields(definition.when)}, "runs": runs}
+    return json_format.to_bytes({"v": json_format.VERSION, **fields(schedule), **own})
 
 
 def from_bytes(data: bytes) -> Schedule:
@@ -237,54 +240,15 @@ def from_bytes(data: bytes) -> Schedule:
     """
     doc = json_format.loads(data)
     try:
-        schedule = Schedule(
-            _definition_from_json(doc["definition"]),
-            whole(doc["generation"]),
-            figure(doc["added_s"]),
-            figure(doc["through_s"]),
-            flag(doc["paused"]),
-            flag(doc["removed"]),
-            tuple([_run_from_json(one) for one in listed(doc["runs"])]),
-            whole(doc.get("number", 0)),
-        )
+        definition = {_RENAMED.get(name, name): value for name, value in doc["definition"].items()}
+        schedule = decode(Schedule, {**doc, "definition": definition})
+        for count in (schedule.generation, schedule.number):
+            whole(count)
+        for time_s in (schedule.added_s, schedule.through_s):
+            figure(time_s)
     except UNREADABLE as error:
         raise Malformed(f"A schedule cannot be read: {json_format.brief(error)}.") from error
     return schedule
-
-
-def _definition_from_json(doc: dict[str, Any]) -> Definition:
-    return fitted(
-        Definition(
-            **{
-                **{_RENAMED.get(name, name): value for name, value in doc.items()},
-                "when": fitted(When(**doc["when"])),
-                "missed": Missed(doc["missed"]),
-                "overlap": Overlap(doc["overlap"]),
-            }
-        )
-    )
-
-
-def _schedule_to_json(schedule: Schedule) -> dict[str, Json]:
-    definition, when = schedule.definition, schedule.definition.when
-    return {
-        "definition": {**json_format.fields(definition), "when": json_format.fields(when)},
-        "generation": schedule.generation,
-        "added_s": schedule.added_s,
-        "through_s": schedule.through_s,
-        "paused": schedule.paused,
-        "removed": schedule.removed,
-        "runs": [
-            {name: value for name, value in json_format.fields(run).items() if value is not None}
-            for run in schedule.runs
-        ],
-        "number": schedule.number,
-    }
-
-
-def _run_from_json(doc: dict[str, Any]) -> Run:
-    peak = tuple((pool, count) for pool, count in doc.get("peak", ()))
-    return fitted(Run(**{**doc, "state": RunState(doc["state"]), "peak": peak}))
 
 
 ON_TIME_S = 60.0

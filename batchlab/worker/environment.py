@@ -20,7 +20,7 @@ from batchlab.core.model import Json
 from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Objects
 from batchlab.core.protocol import json_format, object_keys
-from batchlab.core.protocol.field_checks import UNREADABLE, fitted, known
+from batchlab.core.protocol.field_checks import UNREADABLE, decode
 
 SETTINGS = (
     "LANG",
@@ -205,12 +205,11 @@ def from_json(doc: Mapping[str, Any]) -> Environment:
     Fields added by a newer batchlab version are ignored.
     """
     try:
-        fields = known(Environment, doc)
-        environment = Environment(**{**fields, "variables": tuple(fields.get("variables", ()))})
+        environment = decode(Environment, doc)
         for texts in (environment.packages, environment.settings):
             if type(texts) is not dict or not all(type(text) is str for text in texts.values()):
                 raise ValueError("texts by name are expected")
-        return fitted(environment)
+        return environment
     except UNREADABLE as error:
         raise Malformed(f"An environment cannot be read: {json_format.brief(error)}.") from error
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from batchlab.core import text
+from batchlab.core.installation import starter
 from batchlab.core.job_definition import SPLITS
 from batchlab.jobs.schema import SECTIONS, json_schema
-from batchlab.jobs.starter import JOB
 from batchlab.jobs.yaml_source import Loc
 
 _TITLES: dict[Loc, str] = {
@@ -117,7 +117,7 @@ value is always text.
 def reference() -> str:
     """The reference page in Markdown."""
     schema = json_schema()
-    pages = [_HEAD + JOB + "```\n"]
+    pages = [_HEAD + starter()["job.yaml"] + "```\n"]
     for loc, model in SECTIONS.items():
         own = schema if loc == () else schema["$defs"][model.__name__]
         pages.append(section(_TITLES[loc], own))

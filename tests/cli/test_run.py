@@ -21,11 +21,11 @@ from batchlab.cli.session import Session
 from batchlab.client.http import Client
 from batchlab.core.api_types import GridView
 from batchlab.core.errors import BackendError, Refused, Unreachable, UsageError
+from batchlab.core.installation import starter
 from batchlab.core.model import ENDED, JobState, Pool
 from batchlab.core.port_retries import Patience
 from batchlab.core.protocol import json_format, object_keys
 from batchlab.jobs.job_file import JobFile, load
-from batchlab.jobs.starter import starter
 from batchlab.runtime import compose_deployment, factory
 from batchlab.runtime.compose_deployment import Deployment
 from batchlab.runtime.home import Home, ManagerRecord

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
+from batchlab.core.installation import starter
 from batchlab.core.job_definition import InputDef, JobDef, SplitBy, StageDef
 from batchlab.core.model import FailureKind, JobId, StageName
 from batchlab.core.protocol import values
@@ -20,7 +21,6 @@ from batchlab.core.task_context import File
 from batchlab.jobs.job_file import load as load_file
 from batchlab.jobs.job_file import source_digest
 from batchlab.jobs.schema import SECTIONS, json_schema
-from batchlab.jobs.starter import starter
 from docs.reference import job_file
 from tests.support.job_files import FOLDER, FULL, MINIMAL, WORK, compiled, load, write
 

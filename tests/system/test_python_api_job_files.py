@@ -13,9 +13,9 @@ import pytest
 
 from batchlab import Grid
 from batchlab.core.errors import JobFailed, TaskFailed, UsageError
+from batchlab.core.installation import starter
 from batchlab.core.model import ENDED, JobState
 from batchlab.core.ports import MAX_MESSAGE_BYTES
-from batchlab.jobs.starter import starter
 from batchlab.jobs.yaml_source import JobFileErrors
 from tests.support import ROOT
 from tests.support.grid.python_api import newest, warm_grid

@@ -123,9 +123,7 @@ def bill(
         items.append(Item("S3 storage", Usd.exactly(month), f"{stored_bytes / GB:,.3f} GB for a month"))
     if moved is not None:
         items += _moved(moved, account, book, notes)
-    day = max(block.date for block in book.blocks.values()).isoformat()
-    said = f"AWS's list prices of {book.region} in USD, as of {day}"
-    return Bill(tuple(items), tuple(notes), said)
+    return Bill(tuple(items), tuple(notes), book.source)
 
 
 def seconds(pool: str, facts: PoolFacts, stages: Sequence[StageUse], account: Account | None) -> Billed:

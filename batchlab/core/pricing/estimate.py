@@ -210,14 +210,13 @@ def estimate(
     if result_bytes is not None:
         items.append(request_costs.out_of_aws(result_bytes, prices, "results, fetched once"))
     typical = cases[1]
-    day = max(block.date for block in prices.blocks.values()).isoformat()
     return Estimate(
         tuple(items),
         (cases[0].span_s, typical.span_s, cases[2].span_s),
         {pool.name: typical.instances[pool.name] for pool in used},
         round(sum(typical.bundles.values())),
         (*assumed, *_assumptions(used, prices, knows_results=result_bytes is not None)),
-        f"AWS's list prices of {prices.region} in USD, as of {day}",
+        prices.source,
     )
 
 

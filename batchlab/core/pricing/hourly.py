@@ -140,9 +140,7 @@ def hourly_cost(
             usd = worker.on_demand.times(base) + worker.mixed.times(least - base)
             how = f"{least} × {worker.instance_type} that are always there"
             idle.append(Item(f"least workers of pool {worker.pool}", usd, how))
-    day = max(block.date for block in prices.blocks.values())
-    said = f"AWS's list prices of {prices.region} in USD, as of {day.isoformat()}"
-    return Hourly(tuple(idle), workers, said, _by_use(parameters, prices))
+    return Hourly(tuple(idle), workers, prices.source, _by_use(parameters, prices))
 
 
 def _by_use(p: Mapping[str, object], prices: PriceBook) -> str:

@@ -176,6 +176,12 @@ class PriceBook:
         """Return the region of the book's instance prices."""
         return self.blocks["on_demand"].region
 
+    @property
+    def source(self) -> str:
+        """Return the region and the newest date of the prices, as a part of a sentence."""
+        day = max(block.date for block in self.blocks.values())
+        return f"AWS's list prices of {self.region} in USD, as of {day.isoformat()}"
+
     def price(self, block: str, price: str) -> float:
         """Return one price. Raise KeyError if the block does not have it."""
         return self.blocks[block].prices[price]

@@ -1,21 +1,25 @@
-"""Checks of single values that another process has written.
+"""Checks of values that another process has written.
 
-Invariant: each function returns the value unchanged, of the type in the function's name and within
-the bounds given here, or raises ValueError. Values are never converted.
+Invariant: each check returns the value unchanged, of the type in the function's name and within the
+bounds given here, or raises ValueError. `decode` does this for a whole dataclass by its annotations.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import is_dataclass
+from enum import Enum
+from functools import cache, lru_cache, partial
 from math import isfinite
 from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from batchlab.core.atomic_write import check_key
 
 T = TypeVar("T")
+Read = Callable[[Any], Any]
+"""Function that checks a JSON value and returns the value of a field, or raises one of UNREADABLE."""
 
 UNREADABLE = (AttributeError, IndexError, KeyError, OverflowError, RecursionError, TypeError, ValueError)
 """Exceptions that a malformed document causes. Every reader turns them into Malformed."""
@@ -44,11 +48,6 @@ _LONGEST_NAME = 200
 _known_hints: dict[Any, dict[str, Any]] = {}
 _NUMBERS = frozenset({float, int})
 _CONTAINERS = frozenset({dict, list})
-
-
-def known(kind: Any, doc: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields that this batchlab knows. A later batchlab may have added others."""
-    return {name: doc[name] for name in kind.__slots__ if name in doc}
 
 
 def text(value: Any, most: int = MAX_TEXT) -> str:
@@ -234,3 +233,40 @@ def _kind(value: Any) -> str:
     if isinstance(value, str):
         return f"a text of {len(value)} characters"
     return f"{value:.6g}" if isinstance(value, float) else type(value).__name__
+
+
+def _converter(hint: Any) -> Read | None:
+    """Return the function that converts a JSON value to the type `hint`, or None for an unchanged value."""
+    parts = get_args(hint)
+    if get_origin(hint) in (Union, UnionType):
+        inner = next(filter(None, map(_converter, parts)), None)
+        return inner and (lambda value: None if value is None else inner(value))
+    if get_origin(hint) is tuple:
+        converters = [_converter(part) or (lambda value: value) for part in parts if part is not ...]
+        if parts[1:] == (...,):
+            return lambda value: tuple(map(converters[0], listed(value)))
+        return lambda value: tuple([convert(one) for convert, one in zip(converters, listed(value), strict=True)])
+    if isinstance(hint, type) and is_dataclass(hint):
+        return partial(decode, hint)
+    return hint if isinstance(hint, type) and issubclass(hint, Enum) else None
+
+
+@cache
+def _converters(kind: Hashable) -> list[tuple[str, Read | None]]:
+    return [(field, _converter(hint)) for field, hint in _hints(kind).items()]
+
+
+def decode(kind: type[T], doc: Any) -> T:
+    """Return the dataclass in a document, with the types of its annotations.
+
+    A missing field has its default. Fields that a later batchlab added are ignored. Raise one of
+    UNREADABLE if a field is required or has a value that it cannot have.
+    """
+    if type(doc) is not dict:
+        raise ValueError(f"a document is expected, not {_kind(doc)}")
+    values = {
+        field: doc[field] if convert is None else convert(doc[field])
+        for field, convert in _converters(cast(Any, kind))
+        if field in doc
+    }
+    return fitted(kind(**values))

@@ -21,10 +21,9 @@ from batchlab.core.protocol import json_format, object_keys
 from batchlab.core.protocol.field_checks import (
     UNREADABLE,
     bundle_name,
+    decode,
     figure,
-    fitted,
     flag,
-    known,
     label,
     listed,
     name,
@@ -357,6 +356,6 @@ def from_bytes(data: bytes) -> list[Tail]:
     """Return the live logs in an object. Raise Malformed if they cannot be read."""
     doc: dict[str, Any] = json_format.loads(data)
     try:
-        return [fitted(Tail(**known(Tail, one))) for one in listed(doc["tails"])]
+        return [decode(Tail, one) for one in listed(doc["tails"])]
     except UNREADABLE as error:
         raise Malformed(f"Live logs cannot be read: {json_format.brief(error)}.") from error
