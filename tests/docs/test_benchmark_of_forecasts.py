@@ -31,7 +31,7 @@ def test_replay_without_a_forecast_is_named(monkeypatch: pytest.MonkeyPatch, tmp
         fact.measured("long-tail", "local", 60, tmp_path)
     endless = [difference("makespan", None), difference("peak_fleet", 4.0)]
     replayed(monkeypatch, {"differences": endless})
-    with pytest.raises(SystemExit, match="long-tail: a job never ended"):
+    with pytest.raises(SystemExit, match="long-tail: a job did not end"):
         fact.measured("long-tail", "local", 60, tmp_path)
     replayed(monkeypatch, {"differences": [difference("makespan", 4.2), *endless[1:]]})
     row = fact.measured("long-tail", "local", 60, tmp_path)
