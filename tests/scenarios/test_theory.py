@@ -192,6 +192,7 @@ class Interval:
         return abs(number - self.mean) <= self.half
 
 
+@pytest.mark.slow
 def test_waits_match_the_erlang_formula(shared_data: Path) -> None:
     """M/M/14: 100 arrivals in half an hour, each of 180 s."""
     published = {
