@@ -84,14 +84,14 @@ def emulator(folder: Path, peers: Sequence[str]) -> Iterator[str]:
         yield "http://127.0.0.1:9"
         return
     from batchlab.adapters.aws.endpoint import Endpoint
-    from batchlab.adapters.local import access_keys
+    from batchlab.adapters.local import state_files
     from batchlab.adapters.local.ministack import Emulator, install
 
     # All peers sign with the keys of an endpoint that is named.
     known = Endpoint()
     pair = {"access_key": known.access_key, "secret_key": known.secret_key}
     folder.mkdir(exist_ok=True)
-    (folder / access_keys.FILE).write_text(json.dumps(pair))
+    (folder / state_files.KEYS_FILE).write_text(json.dumps(pair))
     with Emulator(install(print), folder) as running:
         yield running.url
 

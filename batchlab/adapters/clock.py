@@ -4,8 +4,8 @@ Invariant: the core gets wall time and randomness of a real backend only from th
 
 Execution of the blocking calls of a ledger or a queue.
 
-Invariant: an object that supports one thread at a time is used by one thread at a time. This also
-holds if the task that waits for a call is canceled.
+Invariant: an object that supports one thread at a time is used by one thread at a time. This also holds if the task
+that waits for a call is canceled.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class WallClock:
     def monotonic_s(self) -> float:
         """Return seconds since an arbitrary start, which never go back.
 
-        Where the system supports it, the time of a suspended machine counts. So a lease expires
-        while a laptop is closed.
+        Where the system supports it, the time of a suspended machine counts. So a lease expires while a laptop is
+        closed.
         """
         return boot_s()
 
@@ -50,27 +50,27 @@ class RandomIds:
 T = TypeVar("T")
 
 _BUSY_S = 10.0
-_AGAIN_S = 0.01
+_RETRY_S = 0.01
 
 
 class Busy(Unreachable):
     """Another connection holds the database's lock."""
 
 
-class Run(Protocol):
+class CallRunner(Protocol):
     """Runner of blocking calls. Calls that write run one at a time, in the order of the calls."""
 
     async def __call__(self, call: Callable[[], T], /, *, writes: bool, quick: bool) -> T:
         """Return the result of `call`. A `quick` call takes about a millisecond."""
 
     async def close(self, last: Callable[[], None]) -> None:
-        """Run `last` after all earlier calls, and run nothing after it.
+        """CallRunner `last` after all earlier calls, and run nothing after it.
 
         This also holds if the task that waits for it is canceled.
         """
 
 
-class Inline:
+class InlineRunner:
     """Runner that uses the caller's thread, for the simulator, which runs without threads."""
 
     async def __call__(self, call: Callable[[], T], /, *, writes: bool, quick: bool) -> T:  # noqa: ARG002
@@ -80,11 +80,11 @@ class Inline:
         last()
 
 
-class OneThread:
+class SingleThread:
     """Runner with one thread, which makes the calls in their order.
 
-    A quick call that finds the thread idle runs in the caller's thread, because a change of threads
-    takes as long as the call.
+    A quick call that finds the thread idle runs in the caller's thread, because a change of threads takes as long as
+    the call.
     """
 
     def __init__(self, name: str = "ledger") -> None:
@@ -98,7 +98,7 @@ class OneThread:
         return not self._waiting
 
     def submit(self, call: Callable[[], T]) -> Future[T]:
-        """Run the call in the thread, even if its caller is canceled."""
+        """CallRunner the call in the thread, even if its caller is canceled."""
         with self._lock:
             self._waiting += 1
         submitted = self._executor.submit(call)
@@ -111,20 +111,19 @@ class OneThread:
 
     async def __call__(self, call: Callable[[], T], /, *, writes: bool, quick: bool) -> T:  # noqa: ARG002
         if quick and self.is_idle:
-            # The wait for another process's lock takes place in the thread, where it blocks no
-            # other task.
+            # The wait for another process's lock takes place in the thread, where it blocks no other task.
             with suppress(Busy):
                 return call()
-        return await asyncio.wrap_future(self.submit(lambda: _patiently(call)))
+        return await asyncio.wrap_future(self.submit(lambda: _retry_while_busy(call)))
 
     async def close(self, last: Callable[[], None]) -> None:
-        closing = self.submit(lambda: _patiently(last))
+        closing = self.submit(lambda: _retry_while_busy(last))
         closing.add_done_callback(lambda _: self._executor.shutdown(wait=False))
         await asyncio.shield(asyncio.wrap_future(closing))
         self._executor.shutdown()
 
 
-def _patiently(call: Callable[[], T]) -> T:
+def _retry_while_busy(call: Callable[[], T]) -> T:
     deadline_s = time.monotonic() + _BUSY_S
     while True:
         try:
@@ -132,17 +131,16 @@ def _patiently(call: Callable[[], T]) -> T:
         except Busy:
             if time.monotonic() > deadline_s:
                 raise
-        time.sleep(_AGAIN_S)
+        time.sleep(_RETRY_S)
 
 
-class Threads:
+class ReadWriteThreads:
     """Runner with one thread for writing calls and a few threads for reading calls.
 
-    So a long listing delays neither a fold nor the lease. Writing calls run in the order of the
-    calls.
+    So a long listing delays neither a fold nor the lease. Writing calls run in the order of the calls.
 
-    It is for a database in a network: even a quick call would block the event loop while it waits.
-    A read that begins during a write may see the state before it, even if its answer comes later.
+    It is for a database in a network: even a quick call would block the event loop while it waits. A read that begins
+    during a write may see the state before it, even if its answer comes later.
     """
 
     READERS = 3

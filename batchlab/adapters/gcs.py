@@ -1,8 +1,8 @@
 """Objects port over Google Cloud Storage.
 
-obstore uses the XML API and finds credentials like Google's own tools: in the file that
-GOOGLE_APPLICATION_CREDENTIALS names, in the login of `gcloud auth application-default`, or at the
-metadata server. STORAGE_EMULATOR_HOST names an emulator, which needs no credentials.
+obstore uses the XML API and finds credentials like Google's own tools: in the file that GOOGLE_APPLICATION_CREDENTIALS
+names, in the login of `gcloud auth application-default`, or at the metadata server. STORAGE_EMULATOR_HOST names an
+emulator, which needs no credentials.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class GcsObjects(ObstoreObjects):
     remedy = "Create the bucket, and log in with `gcloud auth application-default login`."
 
     def _unless_changed(self, key: str, etag: str) -> PutMode:
-        # The condition of a write is a generation, while a listing shows only the ETag. If another
-        # writer replaces the object after this request, the generation differs and the put fails.
+        # The condition of a write is a generation, while a listing shows only the ETag. If another writer replaces the
+        # object after this request, the generation differs and the put fails.
         self._tally.get()
         current = obstore.head(self._store, key)
         if current["e_tag"] != etag:

@@ -72,8 +72,8 @@ def check_receive(
 def check_changes(changes: Sequence[tuple[str, float]]) -> None:
     """Raise TooLarge for more than 10 changes, ValueError for a negative timeout.
 
-    A timeout over 12 hours is not an error here. The adapter returns it as refused, like one that
-    would end more than 12 hours after the receive.
+    A timeout over 12 hours is not an error here. The adapter returns it as refused, like one that would end more than
+    12 hours after the receive.
     """
     check_batch(changes)
     for _, visibility_s in changes:

@@ -4,18 +4,18 @@ Invariant: every failure of a delivery is a NotDelivered, and every wait has a l
 
 Delivery of a notification to an SNS topic or to a command.
 
-Invariant for topics: a message to a FIFO topic has the notification's id for deduplication, and the
-job as its group. boto3 blocks, so it runs in a thread.
+Invariant for topics: a message to a FIFO topic has the notification's id for deduplication, and the job as its group.
+boto3 blocks, so it runs in a thread.
 
-Invariant for commands: only the grid's settings name commands. A command runs without a shell, and
-no text of a job is among its arguments. It reads the notification from its standard input. At its
-timeout it is killed with all processes that it started.
+Invariant for commands: only the grid's settings name commands. A command runs without a shell, and no text of a job is
+among its arguments. It reads the notification from its standard input. At its timeout it is killed with all processes
+that it started.
 
 Delivery of a notification by a signed HTTP POST, only to allowed addresses.
 
-Invariant: the connection goes to the address that was checked, so a name cannot change its address
-in between. Redirects are not followed, and proxies are not used. Only the status of an answer is
-kept. Logs never contain the address of a webhook, because its path may be a secret.
+Invariant: the connection goes to the address that was checked, so a name cannot change its address in between.
+Redirects are not followed, and proxies are not used. Only the status of an answer is kept. Logs never contain the
+address of a webhook, because its path may be a secret.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Deliveries:
 
     def __init__(self, clock: Clock, endpoint_of: Callable[[str], Endpoint]) -> None:
 
-        self._ways = {"webhook": Webhooks(clock).post, "sns": Topics(endpoint_of).publish, "command": run}
+        self._ways = {"webhook": Webhooks(clock).post, "sns": Topics(endpoint_of).publish, "command": run_command}
 
     async def __call__(self, target: Target, one: Notification) -> None:
         """Deliver a notification, or raise NotDelivered."""
@@ -132,12 +132,12 @@ class Topics:
             )
 
 
-WHOLE_S = 30.0
-TOLD_BYTES = 4096
+COMMAND_TIMEOUT_S = 30.0
+MAX_ERROR_BYTES = 4096
 """Number of bytes that are read from the end of a command's error output."""
 
 
-async def run(target: Target, one: Notification) -> None:
+async def run_command(target: Target, one: Notification) -> None:
     """Deliver a notification. Raise NotDelivered unless the command exits with status 0."""
     environment = {
         **os.environ,
@@ -160,11 +160,11 @@ async def run(target: Target, one: Notification) -> None:
         except OSError as error:
             raise NotDelivered(f"The program {target.command[0]!r} cannot be run: {error.strerror}.") from error
         try:
-            async with asyncio.timeout(WHOLE_S):
+            async with asyncio.timeout(COMMAND_TIMEOUT_S):
                 await _told(process, one.body.encode())
                 status = await process.wait()
         except TimeoutError:
-            raise NotDelivered(f"It had not ended after {WHOLE_S:.0f} s.") from None
+            raise NotDelivered(f"It had not ended after {COMMAND_TIMEOUT_S:.0f} s.") from None
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -184,7 +184,7 @@ async def _told(process: asyncio.subprocess.Process, body: bytes) -> None:
 
 def _last_line(file: int) -> str:
     size = os.fstat(file).st_size
-    text = os.pread(file, TOLD_BYTES, max(0, size - TOLD_BYTES)).decode(errors="replace")
+    text = os.pread(file, MAX_ERROR_BYTES, max(0, size - MAX_ERROR_BYTES)).decode(errors="replace")
     lines = [line.strip() for line in text.splitlines()]
     return next((line for line in reversed(lines) if line), "")[:200].rstrip(".")
 
@@ -234,7 +234,7 @@ class Webhooks:
         parts = urlsplit(target.to)
         try:
             async with asyncio.timeout(WEBHOOK_TIMEOUT_S):
-                address = await resolved(parts, stays_out=target.stays_out)
+                address = await resolve(parts, stays_out=target.stays_out)
                 status = await self._posted(parts, address, self._headers(target, one), one.body)
         except TimeoutError:
             raise NotDelivered(f"It did not answer within {WEBHOOK_TIMEOUT_S:.0f} s.") from None
@@ -253,8 +253,7 @@ class Webhooks:
             "Batchlab-Attempt": str(one.attempts + 1),
         }
         if target.secret:
-            # The time is that of this try, because receivers refuse old times and a retry may be
-            # hours later.
+            # The time is that of this try, because receivers refuse old times and a retry may be hours later.
             at_s = int(self._clock.now_s())
             key = secret_of(target, os.environ)
             headers["Batchlab-Signature"] = signature(key, at_s, one.body.encode())
@@ -294,11 +293,11 @@ class Webhooks:
         return httpx.AsyncClient(verify=self._tls, trust_env=False, follow_redirects=False, timeout=WEBHOOK_TIMEOUT_S)
 
 
-async def resolved(parts: SplitResult, *, stays_out: bool) -> str:
+async def resolve(parts: SplitResult, *, stays_out: bool) -> str:
     """Return an allowed address of the URL's host. With `stays_out`, this machine is not allowed.
 
-    Raise NotDelivered if any of its addresses is refused, because a name with allowed and refused
-    addresses may be an attack.
+    Raise NotDelivered if any of its addresses is refused, because a name with allowed and refused addresses may be an
+    attack.
     """
     host, port = parts.hostname or "", parts.port or PORTS[parts.scheme]
     loop = asyncio.get_running_loop()

@@ -1,7 +1,7 @@
 """Objects port over a remote store of obstore: the base class of each kind of store.
 
-Invariant: a key has one complete object or none, also after a process died while writing it. A
-conditional create has one winner.
+Invariant: a key has one complete object or none, also after a process died while writing it. A conditional create has
+one winner.
 """
 
 from __future__ import annotations
@@ -60,8 +60,7 @@ _OUTAGE = re.compile(r"HTTP error: |status code: 5\d\d\b|No space left on device
 class ObstoreObjects:
     """The Objects port over one remote store of obstore.
 
-    Each kind of store is a subclass. It sets the class attributes and overrides the methods where
-    the stores differ.
+    Each kind of store is a subclass. It sets the class attributes and overrides the methods where the stores differ.
     """
 
     missing_bucket: ClassVar[str] = "NoSuchBucket"
@@ -82,9 +81,9 @@ class ObstoreObjects:
         self._tally = tally or RequestCounter()
         self._made = 0
         self._making = threading.Lock()
-        # obstore's own async calls are not used. Rust threads complete their futures, and abort the
-        # process (SIGABRT) if it exits at that moment. A process that exits right after a put did
-        # so 6 times in 10. These calls also take 2 to 4 times the CPU time of a Python thread.
+        # obstore's own async calls are not used. Rust threads complete their futures, and abort the process (SIGABRT)
+        # if it exits at that moment. A process that exits right after a put did so 6 times in 10. These calls also take
+        # 2 to 4 times the CPU time of a Python thread.
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="objects")
 
     def check(self) -> None:
@@ -127,10 +126,7 @@ class ObstoreObjects:
         return {"e_tag": etag}
 
     def _create_in_parts(self, key: str, path: Path, part_bytes: int) -> None:
-        """Upload a file in parts of that size.
-
-        Raise AlreadyExists if the object exists at the end.
-        """
+        """Upload a file in parts of that size. Raise AlreadyExists if the object exists at the end."""
         # A copy supports a condition, but an upload in parts does not. The copy moves no data.
         staged = f"{_STAGED}{secrets.token_hex(16)}"
         obstore.put(self._store, staged, path, chunk_size=part_bytes, max_concurrency=PARTS_AT_ONCE)

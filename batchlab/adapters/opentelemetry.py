@@ -1,8 +1,7 @@
 """Traces of OpenTelemetry over OTLP, configured by its own environment variables.
 
-Invariant: recording adds a span to a queue without waiting. If the receiver is down, spans are
-lost, but work goes on. This module is imported only if an endpoint is configured, because the
-import of the SDK is slow.
+Invariant: recording adds a span to a queue without waiting. If the receiver is down, spans are lost, but work goes on.
+This module is imported only if an endpoint is configured, because the import of the SDK is slow.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ def bill_of(home: Home, job: str, types: Mapping[str, str]) -> tuple[JobView, Bi
     shown = facts.use["account"]
     account = _retyped(account_of(shown), types) if shown else None
     size = asyncio.run(_stored_bytes(backend.open_objects(home), facts.job["id"]))
-    moved = TransferredData(fetches.total_bytes(home, facts.job["id"]), _egress(home, facts.backend))
+    moved = TransferredData(fetches.fetched_bytes(home, facts.job["id"]), _egress(home, facts.backend))
     return facts.job, bill(stages, account, pools, book, stored_bytes=size, pace=backend.pace, moved=moved)
 
 

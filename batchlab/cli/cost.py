@@ -218,7 +218,7 @@ def _results(request: EstimateRequest, name: str, assumed: list[str]) -> int | N
             return units.size_bytes(request.results)
         except ValueError as error:
             raise UsageError(f"{error}.", remedy="Write for example --results 500MB.") from error
-    if (known := fetches.last_of(request.home, name)) is None:
+    if (known := fetches.last_fetch(request.home, name)) is None:
         return None
     job, size_bytes = known
     assumed.append(f"results are as large as those of {job} that were fetched to here")

@@ -192,7 +192,7 @@ def release_archive(wanted: Settings, archive: Path | None, home: Home) -> Path:
     if archive is None:
         certificates = Path(wanted.database_ca) if wanted.database_ca else None
         return release.build_release(
-            home.of("aws") / "releases",
+            home.backend_folder("aws") / "releases",
             architecture=wanted.machine,
             packages=wanted.packages,
             database_ca=certificates,

@@ -185,11 +185,11 @@ def _caller(region: str | None) -> Finding:
 
 def _stack_manager(home: Home, backend: Backend) -> Finding:
     """Check the stack that the grid's folder names, and the instance of its manager."""
-    from batchlab.runtime import aws_session
+    from batchlab.runtime import stack_connections
 
     try:
         at = backend.stack(home)
-        instance = aws_session.manager_instance(at)
+        instance = stack_connections.manager_instance(at)
     except BackendError as error:
         return Finding("stack", Level.FAIL, error.message, error.remedy)
     text = f"{at.stack} in {at.region}: its manager runs on {instance}"
@@ -199,7 +199,7 @@ def _stack_manager(home: Home, backend: Backend) -> Finding:
 def stack_findings(home: Home, backend: Backend) -> Iterator[Finding]:
     """Check the account, the stack, and the session to its manager."""
     from batchlab.client.aws_connection import VARIABLE
-    from batchlab.runtime import aws_deployment, aws_session
+    from batchlab.runtime import aws_deployment, stack_connections
 
     try:
         deployment = aws_deployment.read(home)
@@ -213,7 +213,7 @@ def stack_findings(home: Home, backend: Backend) -> Iterator[Finding]:
         yield Finding("session", Level.OK, f"the manager is reached at {named}")
         return
     try:
-        yield Finding("session", Level.OK, f"sessions are carried by {aws_session.find_plugin()}")
+        yield Finding("session", Level.OK, f"sessions are carried by {stack_connections.find_plugin()}")
     except UsageError as error:
         yield Finding("session", Level.FAIL, error.message, error.remedy)
 
@@ -247,7 +247,7 @@ def container_findings(home: Home, backend: Backend) -> Iterator[Finding]:
         yield _token()
         yield _image("BATCHLAB_LOCALSTACK_IMAGE", _LOCALSTACK)
     yield _image("BATCHLAB_POSTGRES_IMAGE", _POSTGRES)
-    recipe = compose_project.Recipe.of(os.environ, apt=backend.image.apt, pip=backend.image.pip)
+    recipe = compose_project.Recipe.from_settings(os.environ, apt=backend.image.apt, pip=backend.image.pip)
     yield _image("BATCHLAB_BASE_IMAGE", recipe.base)
     yield from _parts(home)
 

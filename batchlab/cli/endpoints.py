@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from batchlab.adapters.aws.endpoint import Endpoint
-    from batchlab.adapters.local.access_keys import Keys
+    from batchlab.adapters.local.state_files import Keys
     from batchlab.conform.check import Check
     from batchlab.conform.run import Result
     from batchlab.conform.target import Target
@@ -407,15 +407,15 @@ def _endpoint_of(home: Path | None) -> Endpoint:
 
 
 def _keys_in(file: Path) -> Keys:
-    from batchlab.adapters.local import access_keys
+    from batchlab.adapters.local import state_files
 
-    if keys := access_keys.read(file):
+    if keys := state_files.read_keys(file):
         return keys
     raise UsageError(f"{file} does not exist.", remedy="Name a file with access_key and secret_key as a JSON object.")
 
 
 def _keys_of_environment() -> Keys:
-    from batchlab.adapters.local.access_keys import Keys
+    from batchlab.adapters.local.state_files import Keys
 
     access_key, secret_key = (os.environ.get(name, "") for name in KEYS)
     if not access_key or not secret_key:

@@ -140,7 +140,7 @@ async def _measured(
 
 def _fleet(home: Home, backend: Backend) -> tuple[list[PoolPlan], Mapping[str, float]]:
     """Return pools and policy of the running grid, or of the last one in this folder."""
-    from batchlab.adapters.local.fleet_state_file import StateFile
+    from batchlab.adapters.local.state_files import StateFile
     from batchlab.core.model import Pool
     from batchlab.fleet import saved_state
     from batchlab.runtime import settings
@@ -154,7 +154,7 @@ def _fleet(home: Home, backend: Backend) -> tuple[list[PoolPlan], Mapping[str, f
     kept = StateFile(home.fleet / "groups.json").load()
     groups = saved_state.decode(kept)[0] if kept else {}
     pool_plans = [PoolPlan(group.pool) for group in groups.values()]
-    policy = asdict(settings.applied(backend, home).manager)
+    policy = asdict(settings.with_home_settings(backend, home).manager)
     return pool_plans or [PoolPlan(pool) for pool in backend.pools], policy
 
 

@@ -173,7 +173,7 @@ def _replayed(request: ReplayRequest, backend: Backend, scenario: Scenario, path
         if not is_up:
             if any(fault.name in FRONTED for fault in scenario.faults):
                 backend, front = stack.enter_context(_fronted(request, backend))
-            stack.enter_context(settings.said(home, policy, why=WHY, keep=request.keep_up))
+            stack.enter_context(settings.temporary_settings(home, policy, why=WHY, keep=request.keep_up))
         pools = () if is_fixed else [plan.pool for plan in scenario.pools]
         session = stack.enter_context(Session(home, backend, pools, keep_up=request.keep_up))
         session.start()

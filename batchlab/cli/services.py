@@ -43,7 +43,7 @@ def _manager(asked: argparse.Namespace) -> None:
 
     home = find_home(asked.home)
     backend = factory.load(asked.backend, asked.endpoint)
-    backend = settings.applied(factory.with_pools(backend, parse_pools(asked.pool)), home)
+    backend = settings.with_home_settings(factory.with_pools(backend, parse_pools(asked.pool)), home)
     manager_main(ManagerOptions(home, backend, asked.host, asked.port, asked.parent, asked.page_host))
 
 

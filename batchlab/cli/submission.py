@@ -267,5 +267,5 @@ def fetch_results(session: Session, view: JobView, out: Path | None, stages: Seq
         notes.say(f"Fetching results: {done:,} of {of:,} outcomes are read.")
 
     fetched = asyncio.run(fetch(objects, view, listing, folder, patience=patience(), stages=stages, progress=note))
-    fetches.note(session.home, view["id"], fetched.read_bytes)
+    fetches.record_fetch(session.home, view["id"], fetched.read_bytes)
     return fetched

@@ -20,7 +20,7 @@ from batchlab.client.http import Client
 from batchlab.core import gc_control, logs
 from batchlab.core.errors import BackendError, Unreachable, UsageError
 from batchlab.core.port_retries import doubled_s, set_within
-from batchlab.runtime import aws_session
+from batchlab.runtime import stack_connections
 from batchlab.runtime.aws_deployment import AwsDeployment
 from batchlab.runtime.factory import Backend
 from batchlab.runtime.home import Home, ManagerRecord
@@ -53,7 +53,7 @@ async def hold(home: Home, backend: Backend, stop: asyncio.Event) -> None:
         _say(home, backend, named)
         await stop.wait()
         return
-    aws_session.find_plugin()  # a missing plugin fails at once, without retries
+    stack_connections.find_plugin()  # a missing plugin fails at once, without retries
     port = _free_port()
     url = f"http://127.0.0.1:{port}"
     give_up_s = asyncio.get_running_loop().time() + BOOT_S
@@ -89,8 +89,8 @@ def _check(url: str) -> None:
 
 async def _opened(home: Home, at: AwsDeployment, port: int, manager: Client) -> subprocess.Popen[bytes]:
     """Open a session through which the manager answers. Raise Unreachable if it does not answer."""
-    instance = await asyncio.to_thread(aws_session.manager_instance, at)
-    session = await asyncio.to_thread(aws_session.open_session, at, instance, port, home.manager_log)
+    instance = await asyncio.to_thread(stack_connections.manager_instance, at)
+    session = await asyncio.to_thread(stack_connections.open_session, at, instance, port, home.manager_log)
     try:
         async with asyncio.timeout(OPEN_S):
             while session.poll() is None:

@@ -320,7 +320,7 @@ class JobResult:
         link = self._link
         listing = list_outcomes(link, self.id)
         self.fetched = link.run(results.fetch(link.objects, self.view, listing, out, patience=link.patience))
-        home.note(link.home, self.id, self.fetched.read_bytes)
+        home.record_fetch(link.home, self.id, self.fetched.read_bytes)
         return self.fetched
 
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 from batchlab.adapters.aws.fleet import Ec2Fleet
-from batchlab.adapters.aws.group_descriptions import GroupForm
+from batchlab.adapters.aws.group_descriptions import GroupParameters
 from batchlab.conform.check import Differs, Table, expect
 from batchlab.conform.site import LAUNCHING, QUIET_S, TERMINATING, OwnGroup, Site, hook
 from batchlab.core.model import GroupView, LifecycleState, Pool
@@ -219,7 +219,7 @@ async def port(site: Site) -> None:
     target = site.target
     prefix = f"{site.new_name()}-"
     pool = Pool("a", 0, 3)
-    form = GroupForm(target.template, zones=(target.zone,), drain_s=0)
+    form = GroupParameters(target.template, zones=(target.zone,), drain_s=0)
     fleets = [Ec2Fleet(target.endpoint, target.clock, form, prefix=prefix) for _ in range(2)]
     try:
         fleet, other = fleets

@@ -22,7 +22,7 @@ import errno
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from enum import StrEnum
 from pathlib import Path
@@ -55,6 +55,18 @@ def write_whole(path: Path, content: str | bytes, *, mode: int = PRIVATE, durabl
     staged.replace(path)
     if durable:
         sync_folder(path.parent)
+
+
+def write_once(path: Path, content: str) -> None:
+    """Create the file for its user only, unless it exists. The first of several writers wins."""
+    staged = path.with_name(f"{path.name}.{os.urandom(4).hex()}")
+    write_whole(staged, content)
+    try:
+        with suppress(FileExistsError):
+            path.hardlink_to(staged)
+    finally:
+        staged.unlink()
+    sync_folder(path.parent)
 
 
 def private(path: str | os.PathLike[str], flags: int) -> int:

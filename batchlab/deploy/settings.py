@@ -111,7 +111,7 @@ def processor_of(instance_type: str) -> str:
 
 
 def path_in(home: Home) -> Path:
-    return home.of("aws") / "settings.json"
+    return home.backend_folder("aws") / "settings.json"
 
 
 def read(home: Home) -> Settings | None:

@@ -1,9 +1,7 @@
 """Locations of the parts of a grid on AWS, from the outputs of its stack.
 
-Invariants: clients and instances read the same format from `aws/deployment.json` in their home, so
-a name means the same everywhere. The file contains the ARNs of secrets, but never a secret.
-
-Grid on AWS: the locations of its parts, for its instances and for clients elsewhere.
+Invariants: clients and instances read the same format from `aws/deployment.json` in their home, so a name means the
+same everywhere. The file contains the ARNs of secrets, but never a secret.
 """
 
 from __future__ import annotations
@@ -14,8 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from batchlab.adapters.local.state_files import read_record
 from batchlab.core.atomic_write import write_whole
-from batchlab.core.errors import BackendError
 from batchlab.core.model import Pool
 from batchlab.runtime.home import Home
 
@@ -30,9 +28,9 @@ MANAGER_PORT = 8080
 class Database:
     """PostgreSQL server.
 
-    `secret` is the ARN of the secret with the user's name and password. With `iam`, the client
-    creates a token for each connection instead. `ca` is a file with the certificates of trusted
-    authorities. If it is empty, the system's certificates apply.
+    `secret` is the ARN of the secret with the user's name and password. With `iam`, the client creates a token for each
+    connection instead. `ca` is a file with the certificates of trusted authorities. If it is empty, the system's
+    certificates apply.
     """
 
     host: str
@@ -48,9 +46,9 @@ class Database:
 class AwsDeployment:
     """Stack and the locations of its parts.
 
-    The names of queues and groups start with `prefix`. `domain` is the SimpleDB domain. `python` is
-    the Python version of the instances, such as "3.12". `egress` is the instances' route to AWS:
-    "endpoints", "nat", or the user's "own" network. `python` and `egress` are empty if unknown.
+    The names of queues and groups start with `prefix`. `domain` is the SimpleDB domain. `python` is the Python version
+    of the instances, such as "3.12". `egress` is the instances' route to AWS: "endpoints", "nat", or the user's "own"
+    network. `python` and `egress` are empty if unknown.
     """
 
     stack: str
@@ -79,7 +77,7 @@ class AwsDeployment:
 
 def folder(home: Home) -> Path:
     """Return the backend's folder in a home."""
-    return home.of(NAME)
+    return home.backend_folder(NAME)
 
 
 def path_in(home: Home) -> Path:
@@ -91,18 +89,8 @@ def read(home: Home) -> AwsDeployment | None:
 
     Raise BackendError if its file is unreadable or invalid.
     """
-    path = path_in(home)
-    try:
-        return parse(json.loads(path.read_text()))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise BackendError(f"{path} cannot be read: {error.strerror}.") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise BackendError(
-            f"{path} is not a description of a stack: {error}.",
-            remedy="`batchlab deploy status` writes it anew from the stack's outputs.",
-        ) from error
+    remedy = "`batchlab deploy status` writes it again from the stack's outputs."
+    return read_record(path_in(home), parse, "a description of a stack", remedy=remedy)
 
 
 def parse(fields: Mapping[str, Any]) -> AwsDeployment:
@@ -113,20 +101,15 @@ def parse(fields: Mapping[str, Any]) -> AwsDeployment:
     from batchlab.core.pricing.hourly import LEDGERS
 
     database = fields.get("database")
-    aws_deployment = AwsDeployment(
-        **{
-            **fields,
-            "pools": tuple(Pool(**{**field, "env": ()}) for field in fields["pools"]),
-            "database": Database(**database) if database else None,
-        }
-    )
-    if aws_deployment.ledger not in LEDGERS:
-        raise ValueError(f"ledger is {aws_deployment.ledger!r}, not {', '.join(LEDGERS)}")
-    if (aws_deployment.ledger == "postgres") != (aws_deployment.database is not None):
-        raise ValueError("a postgres ledger, and no other, has a database")
-    if (aws_deployment.ledger == "simpledb") != bool(aws_deployment.domain):
-        raise ValueError("a simpledb ledger, and no other, has a domain")
-    return aws_deployment
+    pools = tuple(Pool(**{**pool, "env": ()}) for pool in fields["pools"])
+    at = AwsDeployment(**{**fields, "pools": pools, "database": Database(**database) if database else None})
+    if at.ledger not in LEDGERS:
+        raise ValueError(f"ledger is {at.ledger!r}, not {', '.join(LEDGERS)}")
+    if (at.ledger == "postgres") != (at.database is not None):
+        raise ValueError("a database is required for a postgres ledger, and not allowed for others")
+    if (at.ledger == "simpledb") != bool(at.domain):
+        raise ValueError("a domain is required for a simpledb ledger, and not allowed for others")
+    return at
 
 
 def write(home: Home, deployment: AwsDeployment) -> None:

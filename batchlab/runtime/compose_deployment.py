@@ -1,9 +1,6 @@
-"""Locations of the parts of a grid in containers: one private network, and one address per part.
+"""Locations of the parts of a grid in containers (compose/compose.yaml): one private network, and one address per part.
 
-Invariant: an address means the same on the host and in every container, so the URL of a queue works
-on both.
-
-Complete architecture on one machine as a project of Docker Compose (compose/compose.yaml).
+Invariant: an address means the same on the host and in every container, so the URL of a queue works on both.
 """
 
 from __future__ import annotations
@@ -18,9 +15,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from batchlab.adapters.aws.endpoint import Endpoint
-from batchlab.adapters.local import access_keys, objects
+from batchlab.adapters.local import objects, state_files
 from batchlab.core.atomic_write import PRIVATE_FOLDER, write_whole
-from batchlab.core.errors import BackendError, UsageError
+from batchlab.core.errors import UsageError
 from batchlab.runtime.home import Home
 
 NAME = "localstack"
@@ -48,9 +45,8 @@ _BLOCK = [f"10.213.{n}" for n in range(64, 256)]
 class Deployment:
     """Grid in containers: its name, its network, and its image.
 
-    `subnet` contains the first three numbers of the network's addresses. The manager and the
-    workers run as `user` ("uid:gid") on the Python version `python` ("3.12"). `pools` are the
-    user's pools, as options of the manager.
+    `subnet` contains the first three numbers of the network's addresses. The manager and the workers run as `user`
+    ("uid:gid") on the Python version `python` ("3.12"). `pools` are the user's pools, as options of the manager.
     """
 
     project: str
@@ -84,14 +80,14 @@ class Deployment:
 
 def folder(home: Home) -> Path:
     """Return the backend's folder in a home."""
-    return home.of(NAME)
+    return home.backend_folder(NAME)
 
 
 def password_file(home: Home) -> Path:
     """Return the path of PostgreSQL's password.
 
-    Only the owner can open the folder. The file itself is readable by all, because it is mounted
-    into a container whose service runs as another user.
+    Only the owner can open the folder. The file itself is readable by all, because it is mounted into a container whose
+    service runs as another user.
     """
     return folder(home) / "secrets" / "postgres"
 
@@ -99,15 +95,14 @@ def password_file(home: Home) -> Path:
 def keys_file(home: Home) -> Path:
     """Return the path of the keys with which clients sign requests to the Auto Scaling endpoint.
 
-    Only the host's commands, the manager, and the endpoint can read the file. Instances do not have
-    keys.
+    Only the host's commands, the manager, and the endpoint can read the file. Instances do not have keys.
     """
     return folder(home) / "secrets" / "autoscaling.json"
 
 
 def autoscaling(home: Home, at: Deployment) -> Endpoint:
     """Return the Auto Scaling endpoint with its keys. An endpoint of release 0.1.0 has none."""
-    own = access_keys.read(keys_file(home))
+    own = state_files.read_keys(keys_file(home))
     if own is None:
         return Endpoint(at.autoscaling_url)
     return Endpoint(at.autoscaling_url, access_key=own.access_key, secret_key=own.secret_key)
@@ -118,47 +113,39 @@ def read(home: Home) -> Deployment | None:
 
     Raise BackendError if its file is unreadable or invalid.
     """
-    path = folder(home) / "deployment.json"
-    try:
-        fields = json.loads(path.read_text())
-        return Deployment(**{**fields, "pools": tuple(fields.get("pools", ()))})
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise BackendError(f"{path} cannot be read: {error.strerror}.") from error
-    except (ValueError, TypeError, AttributeError) as error:
-        raise BackendError(
-            f"{path} cannot be read: {error}.",
-            # `batchlab gc` skips containers that a home still records, so the file must go first.
-            remedy="Delete the file, then sweep what is left with `batchlab gc`.",
-        ) from error
+    return state_files.read_record(
+        folder(home) / "deployment.json",
+        lambda fields: Deployment(**{**fields, "pools": tuple(fields.get("pools", ()))}),
+        "a description of a grid in containers",
+        # `batchlab gc` skips containers that a home still records, so the file must be deleted first.
+        remedy="Delete the file, then remove the remaining containers with `batchlab gc`.",
+    )
 
 
-_MADE_HERE: set[Path] = set()
+_CREATED_HERE: set[Path] = set()
 """Homes whose deployment this process created."""
 
 
-def is_made_here(home: Home) -> bool:
+def is_created_here(home: Home) -> bool:
     """Return whether this process created the deployment of this home."""
-    return home.path in _MADE_HERE
+    return home.path in _CREATED_HERE
 
 
 def write(home: Home, deployment: Deployment) -> None:
     """Save the deployment atomically. Create the password and the keys if they do not exist."""
-    here = folder(home)
-    here.mkdir(parents=True, exist_ok=True)
-    # the manager cannot do it, because its container mounts the folder read-only
-    here.chmod(PRIVATE_FOLDER)
+    path = folder(home) / "deployment.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The manager cannot do it, because its container mounts the folder read-only.
+    path.parent.chmod(PRIVATE_FOLDER)
     password = password_file(home)
     password.parent.mkdir(mode=0o700, exist_ok=True)
     if not password.exists():
         # Write atomically. A full disk could otherwise leave an empty password file.
         write_whole(password, secrets.token_urlsafe(24), mode=0o444)
-    access_keys.provide(keys_file(home))
-    (here / STATE).mkdir(exist_ok=True)
-    path = here / "deployment.json"
+    state_files.provide_keys(keys_file(home))
+    (path.parent / STATE).mkdir(exist_ok=True)
     if not path.exists():
-        _MADE_HERE.add(home.path)
+        _CREATED_HERE.add(home.path)
     write_whole(path, json.dumps(asdict(deployment), indent=1))
 
 
@@ -172,27 +159,26 @@ def forget(home: Home) -> None:
     # Delete the deployment's own file last, because it records that containers must be removed.
     password_file(home).unlink(missing_ok=True)
     keys_file(home).unlink(missing_ok=True)
-    # The next grid in this home has the same name. With the old groups, its Auto Scaling endpoint
-    # would launch instances for them.
+    # The next grid in this home has the same name. With the old groups, its Auto Scaling endpoint would launch
+    # instances for them.
     (folder(home) / STATE / "groups.json").unlink(missing_ok=True)
     (folder(home) / "deployment.json").unlink(missing_ok=True)
-    _MADE_HERE.discard(home.path)
+    _CREATED_HERE.discard(home.path)
 
 
 def free_subnet(taken: Iterable[str], project: str = "") -> str:
     """Return the first of batchlab's /24 networks that overlaps none of the networks `taken`.
 
-    `taken` contains networks such as "10.0.0.0/8". Each project starts the search at another block,
-    because two projects that start at the same time do not see each other's network. Raise
-    UsageError if all are taken.
+    `taken` contains networks such as "10.0.0.0/8". Each project starts the search at another block, because two
+    projects that start at the same time do not see each other's network. Raise UsageError if all are taken.
     """
-    networks = [ipaddress.ip_network(one, strict=False) for one in taken]
+    networks = [ipaddress.ip_network(address, strict=False) for address in taken]
     begin = zlib.crc32(project.encode()) % len(_BLOCK)
     for block in _BLOCK[begin:] + _BLOCK[:begin]:
         wanted = ipaddress.ip_network(f"{block}.0/24")
         if not any(wanted.overlaps(network) for network in networks if network.version == wanted.version):
             return block
     raise UsageError(
-        "All networks from 10.213.64.0/24 to 10.213.255.0/24 are taken.",
-        remedy="`batchlab gc` sweeps what grids have left behind.",
+        "All networks from 10.213.64.0/24 to 10.213.255.0/24 are in use.",
+        remedy="`batchlab gc` removes the containers and networks of grids that no longer exist.",
     )

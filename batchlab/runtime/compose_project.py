@@ -1,11 +1,8 @@
-"""Compose project with a grid's containers: start, wait, stop, and sweep.
+"""Compose project with a grid's containers, and the image of these containers.
 
-Invariant: everything that is created has the label `batchlab.grid` with the project's name. Nothing
-without this label is changed.
-
-Image of the manager, the Auto Scaling endpoint, and the workers. It contains the installed code.
-
-Invariant: an image's tag is a hash of all its inputs, so an existing image is up to date.
+Invariants: everything that is created has the label `batchlab.grid` with the project's name. Nothing without this label
+is changed. The image contains the installed code. Its tag is a hash of all its inputs, so an existing image is up to
+date.
 """
 
 from __future__ import annotations
@@ -43,8 +40,7 @@ REPOSITORY = "batchlab/grid"
 class Recipe:
     """Contents of an image in addition to the code.
 
-    `base` is an image with Python. `apt` and `pip` are packages of Debian and PyPI for users'
-    tasks.
+    `base` is an image with Python. `apt` and `pip` are packages of Debian and PyPI for users' tasks.
     """
 
     base: str
@@ -52,15 +48,15 @@ class Recipe:
     pip: Sequence[str] = ()
 
     @classmethod
-    def of(cls, settings: Mapping[str, str], *, apt: Sequence[str], pip: Sequence[str]) -> Recipe:
+    def from_settings(cls, settings: Mapping[str, str], *, apt: Sequence[str], pip: Sequence[str]) -> Recipe:
         """Return the recipe from BATCHLAB_BASE_IMAGE, BATCHLAB_IMAGE_APT, and BATCHLAB_IMAGE_PIP.
 
         Unset variables default to an image with this Python version, and to `apt` and `pip`.
         """
         # Functions travel as bytecode, which only the same version of Python can run.
-        ours = f"python:{sys.version_info.major}.{sys.version_info.minor}-slim"
+        default = f"python:{sys.version_info.major}.{sys.version_info.minor}-slim"
         return cls(
-            settings.get("BATCHLAB_BASE_IMAGE") or ours,
+            settings.get("BATCHLAB_BASE_IMAGE") or default,
             settings["BATCHLAB_IMAGE_APT"].split() if "BATCHLAB_IMAGE_APT" in settings else apt,
             settings["BATCHLAB_IMAGE_PIP"].split() if "BATCHLAB_IMAGE_PIP" in settings else pip,
         )
@@ -73,28 +69,25 @@ def provide(recipe: Recipe, log: Path, say: Callable[[str], None]) -> str:
     """
     if named := os.environ.get("BATCHLAB_IMAGE"):
         return named
-    with tempfile.TemporaryDirectory(prefix="batchlab-image-") as made:
-        context = Path(made)
+    with tempfile.TemporaryDirectory(prefix="batchlab-image-") as folder:
+        context = Path(folder)
         _fill(context)
         tag = f"{REPOSITORY}:{_digest(context, recipe)}"
-        if _exists(tag):
+        if not docker("image", "inspect", tag).returncode:
             return tag
-        say(f"Building the image {tag} from {recipe.base}, this once.")
+        say(f"Building the image {tag} from {recipe.base}. The next start will use it again.")
         _build(context, recipe, tag, log)
     return tag
 
 
 def python_of(tag: str) -> str:
-    """Return the Python version of an image, such as "3.12".
-
-    Raise BackendError if there is none.
-    """
-    ask = "import sys; print('%d.%d' % sys.version_info[:2])"
-    asked = docker("run", "--rm", "--network", "none", "--entrypoint", "python", tag, "-c", ask)
-    if asked.returncode:
-        told = (asked.stderr.strip().splitlines() or ["it says nothing"])[-1]
-        raise BackendError(f"No Python answers in the image {tag}: {told.rstrip('.')}.")
-    return asked.stdout.strip()
+    """Return the Python version of an image, such as "3.12". Raise BackendError if there is none."""
+    code = "import sys; print('%d.%d' % sys.version_info[:2])"
+    done = docker("run", "--rm", "--network", "none", "--entrypoint", "python", tag, "-c", code)
+    if done.returncode:
+        error = (done.stderr.strip().splitlines() or ["it printed no error message"])[-1]
+        raise BackendError(f"Python cannot run in the image {tag}: {error.rstrip('.')}.")
+    return done.stdout.strip()
 
 
 def _fill(context: Path) -> None:
@@ -108,18 +101,16 @@ def _fill(context: Path) -> None:
 
 
 def requirements() -> list[str]:
-    """Return batchlab's dependencies and those of its installed extras, with their installed
-    versions.
-    """
+    """Return the dependencies of batchlab and of its installed extras, with their installed versions."""
     from packaging.requirements import Requirement
 
-    found = set()
-    for wanted in map(Requirement, metadata.requires("batchlab") or []):
-        marker = wanted.marker
+    lines = set()
+    for requirement in map(Requirement, metadata.requires("batchlab") or []):
+        marker = requirement.marker
         if marker is None or any(marker.evaluate({"extra": extra}) for extra in _extras()):
-            more = f"[{','.join(sorted(wanted.extras))}]" if wanted.extras else ""
-            found.add(f"{wanted.name}{more}=={metadata.version(wanted.name)}")
-    return sorted(found)
+            extras = f"[{','.join(sorted(requirement.extras))}]" if requirement.extras else ""
+            lines.add(f"{requirement.name}{extras}=={metadata.version(requirement.name)}")
+    return sorted(lines)
 
 
 def _extras() -> list[str]:
@@ -127,7 +118,7 @@ def _extras() -> list[str]:
 
     The extra `otel` is left out. Users who want traces add its packages to the image.
     """
-    return ["", *(one for one in installation.MODULES if one != "otel" and not installation.missing(one))]
+    return ["", *(extra for extra in installation.MODULES if extra != "otel" and not installation.missing(extra))]
 
 
 def constraints() -> list[str]:
@@ -138,35 +129,31 @@ def constraints() -> list[str]:
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
-    found: dict[str, str] = {}
-    seen: set[tuple[str, str]] = set()
-    waiting = [("batchlab", one) for one in _extras()]
-    while waiting:
-        name, extra = waiting.pop()
-        if (name, extra) in seen:
+    lines: dict[str, str] = {}
+    done: set[tuple[str, str]] = set()
+    todo = [("batchlab", extra) for extra in _extras()]
+    while todo:
+        name, extra = todo.pop()
+        if (name, extra) in done:
             continue
-        seen.add((name, extra))
-        one = metadata.distribution(name)
-        found[name] = f"{name}=={one.version}"
-        for wanted in map(Requirement, one.requires or ()):
-            if wanted.marker is None or wanted.marker.evaluate({"extra": extra}):
-                named = canonicalize_name(wanted.name)
-                waiting += [(named, more) for more in ("", *wanted.extras)]
-    del found["batchlab"]
-    return sorted(found.values())
+        done.add((name, extra))
+        package = metadata.distribution(name)
+        lines[name] = f"{name}=={package.version}"
+        for requirement in map(Requirement, package.requires or ()):
+            if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
+                required = canonicalize_name(requirement.name)
+                todo += [(required, further) for further in ("", *requirement.extras)]
+    del lines["batchlab"]
+    return sorted(lines.values())
 
 
 def _digest(context: Path, recipe: Recipe) -> str:
-    whole = hashlib.sha256(repr((recipe.base, *recipe.apt, "/", *recipe.pip)).encode())
+    digest = hashlib.sha256(repr((recipe.base, *recipe.apt, "/", *recipe.pip)).encode())
     for path in sorted(context.rglob("*")):
         if path.is_file():
-            whole.update(f"{path.relative_to(context)}\0{path.stat().st_size}\0".encode())
-            whole.update(path.read_bytes())
-    return whole.hexdigest()[:16]
-
-
-def _exists(tag: str) -> bool:
-    return not docker("image", "inspect", tag).returncode
+            digest.update(f"{path.relative_to(context)}\0{path.stat().st_size}\0".encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _build(context: Path, recipe: Recipe, tag: str, log: Path) -> None:
@@ -191,15 +178,15 @@ def _build(context: Path, recipe: Recipe, tag: str, log: Path) -> None:
     if built.returncode:
         raise BackendError(
             f"The image could not be built: {_cause(log)}.",
-            remedy=f"All of it is in {log}. BATCHLAB_BASE_IMAGE names another base; without an "
-            "image registry, compose/offline has a script that makes one.",
+            remedy=f"The output of the build is in {log}. BATCHLAB_BASE_IMAGE can name another base image. Without an "
+            "image registry, build the images with compose/offline/build.sh.",
         )
 
 
 def _cause(log: Path) -> str:
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    told = [line for line in lines if "ERROR" in line or "error:" in line.lower()]
-    return (told or lines or ["it said nothing"])[-1].rstrip(".")
+    errors = [line for line in lines if "ERROR" in line or "error:" in line.lower()]
+    return (errors or lines or ["the build printed nothing"])[-1].rstrip(".")
 
 
 def docker(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -210,15 +197,15 @@ def docker(*arguments: str) -> subprocess.CompletedProcess[str]:
         )
     except FileNotFoundError as error:
         raise UsageError(
-            "There is no docker command.",
+            "The program `docker` is not installed.",
             remedy="Install Docker with its compose and buildx plugins, or use --backend local.",
         ) from error
 
 
 LABEL = "batchlab.grid"
 HOME_LABEL = "batchlab.home"
-START_S = 240.0
-_LOOK_S = 0.3
+START_TIMEOUT_S = 240.0
+_POLL_S = 0.3
 _RESTARTS = 3
 """Number of restarts after which a service counts as failed."""
 _STOP_S = "5"
@@ -226,10 +213,7 @@ _SOCKET = "/var/run/docker.sock"
 
 
 def name_for(home: Home) -> str:
-    """Return the project name of a home.
-
-    It is always the same, so a home has at most one project.
-    """
+    """Return the project name of a home. It is always the same, so a home has at most one project."""
     return f"batchlab-{hashlib.sha256(str(home.path.resolve()).encode()).hexdigest()[:10]}"
 
 
@@ -237,23 +221,16 @@ def networks() -> list[str]:
     """Return the subnets of every Docker network. Raise Unreachable if Docker does not respond."""
     # Use one call. With a list and one call per network, a network could vanish in between.
     with Engine() as engine:
-        found = engine.do("list the networks", lambda api: api.networks())
-    return [
-        config["Subnet"]
-        for one in found
-        for config in (one.get("IPAM", {}).get("Config") or [])
-        if config.get("Subnet")
-    ]
+        answer = engine.do("list the networks", lambda api: api.networks())
+    configs = [config for network in answer for config in (network.get("IPAM", {}).get("Config") or [])]
+    return [config["Subnet"] for config in configs if config.get("Subnet")]
 
 
 class Project:
     """Compose project of one home."""
 
     def __init__(self, home: Home, at: Deployment, *, settings: Mapping[str, str], passed: Sequence[str] = ()) -> None:
-        """Create the project.
-
-        `passed` names variables of this process's environment that the manager receives.
-        """
+        """Create the project. `passed` names variables of this process's environment that the manager receives."""
         self._home = home
         self._at = at
         self._settings = settings
@@ -264,12 +241,11 @@ class Project:
     def up(self, say: Callable[[str], None], *, storage: bool) -> None:
         """Start every service and wait until all are healthy.
 
-        With `storage`, the project includes its own LocalStack. Raise BackendError with the reason
-        if a service fails. The containers that run at this time keep running.
+        With `storage`, the project includes its own LocalStack. Raise BackendError with the reason if a service fails.
+        The containers that run at this time keep running.
         """
         say("Starting the containers; missing images are pulled, which may take minutes.")
-        # Write only the names. Compose takes the values from its environment, so no value is in a
-        # file.
+        # Write only the names. Compose takes the values from its environment, so no value is in a file.
         more = {"services": {"manager": {"environment": dict.fromkeys(self._passed)}}}
         self._more.parent.mkdir(parents=True, exist_ok=True)
         self._more.write_text(json.dumps(more))
@@ -278,34 +254,34 @@ class Project:
         self._wait(say)
 
     def _wait(self, say: Callable[[str], None]) -> None:
-        deadline_s = time.monotonic() + START_S
-        told: set[str] = set()
+        deadline_s = time.monotonic() + START_TIMEOUT_S
+        ready: set[str] = set()
         before: dict[str, int] = {}
         while True:
-            looked = self._inspected()
-            states = {service: _state(one["State"]) for service, one in looked.items()}
+            details = self._inspected()
+            states = {service: _state(detail["State"]) for service, detail in details.items()}
             # Docker restarts a container that ends, so its state is rarely "exited".
-            restarts = {service: int(one["RestartCount"]) for service, one in looked.items()}
+            restarts = {service: int(detail["RestartCount"]) for service, detail in details.items()}
             before = {**restarts, **before}
             for service, state in sorted(states.items()):
-                if state == "healthy" and service not in told:
-                    told.add(service)
+                if state == "healthy" and service not in ready:
+                    ready.add(service)
                     say(f"  {service} is ready")
             if states and all(state == "healthy" for state in states.values()):
                 return
-            bad = [s for s, state in states.items() if state in ("exited", "dead", "unhealthy")]
-            bad += [s for s, n in restarts.items() if n - before[s] >= _RESTARTS]
-            if bad or time.monotonic() > deadline_s:
-                missing = bad or sorted(s for s in states if s not in told)
+            failed = [s for s, state in states.items() if state in ("exited", "dead", "unhealthy")]
+            failed += [s for s, n in restarts.items() if n - before[s] >= _RESTARTS]
+            if failed or time.monotonic() > deadline_s:
+                missing = failed or sorted(s for s in states if s not in ready)
                 raise BackendError(
                     f"{missing[0]} did not become ready: {self.last_line(missing[0])}.",
                     remedy=f"The output of all services is in {self._keep_logs()}.",
                 )
-            time.sleep(_LOOK_S)
+            time.sleep(_POLL_S)
 
     def states(self) -> dict[str, str]:
         """Return the health of each service, such as "healthy", or its state if it does not run."""
-        return {service: _state(one["State"]) for service, one in self._inspected().items()}
+        return {service: _state(detail["State"]) for service, detail in self._inspected().items()}
 
     def _inspected(self) -> dict[str, Any]:
         ids = checked(
@@ -313,22 +289,19 @@ class Project:
         ).split()
         if not ids:
             return {}
-        return {
-            load["Config"]["Labels"]["com.docker.compose.service"]: load
-            for load in json.loads(checked("inspect", *ids))
-        }
+        details = json.loads(checked("inspect", *ids))
+        return {detail["Config"]["Labels"]["com.docker.compose.service"]: detail for detail in details}
 
     def last_line(self, service: str) -> str:
         """Return the last line of a service's output."""
-        said = self._run("logs", "--no-color", "--no-log-prefix", "--tail", "20", service)
-        lines = (said.stdout + said.stderr).strip().splitlines()
-        return lines[-1].strip().rstrip(".") if lines else "it ended without a word"
+        logs = self._run("logs", "--no-color", "--no-log-prefix", "--tail", "20", service)
+        lines = (logs.stdout + logs.stderr).strip().splitlines()
+        return lines[-1].strip().rstrip(".") if lines else "it printed no error message"
 
     def down(self, *, drain_s: float = 0.0) -> None:
         """Stop and remove everything, including the instances.
 
-        The instances have `drain_s` seconds to return their work. Parts that no longer exist are
-        ignored.
+        The instances have `drain_s` seconds to return their work. Parts that no longer exist are ignored.
         """
         # A full disk must not prevent the removal of a grid.
         with suppress(OSError):
@@ -343,8 +316,8 @@ class Project:
 
     def _keep_logs(self) -> Path:
         path = compose_deployment.folder(self._home) / "services.log"
-        said = self._run("logs", "--no-color", "--timestamps")
-        path.write_text(said.stdout + said.stderr)
+        logs = self._run("logs", "--no-color", "--timestamps")
+        path.write_text(logs.stdout + logs.stderr)
         return path
 
     def _compose(self, *arguments: str) -> None:
@@ -358,13 +331,12 @@ class Project:
             if unpulled := unpulled_of(lines):
                 raise BackendError(
                     f"The image of {unpulled[0]} cannot be pulled: {cause}.",
-                    remedy="Without an image registry compose/offline/build.sh makes the images, "
-                    "and prints the settings that name them.",
+                    remedy="Without an image registry, build the images with compose/offline/build.sh. The script "
+                    "prints the settings that name them.",
                 )
             raise BackendError(
-                f"Docker Compose could not do it: {cause}.",
-                remedy=f"Its output is in {self._log}; `batchlab doctor --backend localstack` "
-                "looks for what is missing.",
+                f"Docker Compose failed: {cause}.",
+                remedy=f"Its output is in {self._log}. `batchlab doctor --backend localstack` reports missing parts.",
             )
 
     def _run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -413,10 +385,10 @@ def _group(settings: Mapping[str, str]) -> int:
     """Return the group id of Docker's socket, or 0 if the socket is not on this machine."""
     path = Path(settings.get("BATCHLAB_DOCKER_SOCKET") or _SOCKET)
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError:
         return 0
-    return found.st_gid if stat.S_ISSOCK(found.st_mode) else 0
+    return status.st_gid if stat.S_ISSOCK(status.st_mode) else 0
 
 
 def checked(*arguments: str) -> str:
@@ -425,8 +397,8 @@ def checked(*arguments: str) -> str:
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit {done.returncode}"]
         raise Unreachable(
-            f"Docker does not do `docker {arguments[0]}`: {lines[-1].rstrip('.')}.",
-            remedy="Start Docker, and see that you may use it (`docker info`).",
+            f"`docker {arguments[0]}` failed: {lines[-1].rstrip('.')}.",
+            remedy="Start Docker, and check with `docker info` that you may use it.",
         )
     return done.stdout
 
@@ -441,16 +413,13 @@ def sweep_instances(project: str, *, drain_s: float) -> None:
 
 
 def sweep(project: str) -> int:
-    """Remove all containers, networks, and volumes with the project's label.
-
-    Return their number.
-    """
+    """Remove all containers, networks, and volumes with the project's label. Return their number."""
     with Engine() as engine:
         return len(docker_engine.sweep(engine, {LABEL: project}))
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class ProjectParts:
     """Parts of one project on this machine."""
 
     project: str
@@ -473,17 +442,14 @@ class Found:
         return deployment is None or deployment.project != self.project
 
 
-def projects() -> list[Found]:
-    """Return every project with parts on this machine.
-
-    Raise Unreachable if Docker does not respond.
-    """
+def projects() -> list[ProjectParts]:
+    """Return every project with parts on this machine. Raise Unreachable if Docker does not respond."""
     homes: dict[str, str] = {}
     parts: Counter[str] = Counter()
     with Engine() as engine:
-        found = docker_engine.find(engine, {LABEL: None})
-    for one in found:
-        name = one.labels[LABEL]
+        resources = docker_engine.find(engine, {LABEL: None})
+    for resource in resources:
+        name = resource.labels[LABEL]
         parts[name] += 1
-        homes[name] = homes.get(name) or one.labels.get(HOME_LABEL, "")
-    return [Found(name, homes[name], count) for name, count in sorted(parts.items())]
+        homes[name] = homes.get(name) or resource.labels.get(HOME_LABEL, "")
+    return [ProjectParts(name, homes[name], count) for name, count in sorted(parts.items())]

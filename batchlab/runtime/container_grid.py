@@ -22,7 +22,8 @@ from batchlab.runtime import compose_deployment, compose_project, descriptor
 from batchlab.runtime import settings as notification_settings
 from batchlab.runtime.compose_deployment import MANAGER_PORT, Deployment
 from batchlab.runtime.compose_project import Project, name_for, networks
-from batchlab.runtime.factory import VARIABLE, Backend, fresh_bucket
+from batchlab.runtime.descriptor import pool_option
+from batchlab.runtime.factory import VARIABLE, Backend, new_bucket_name
 from batchlab.runtime.home import Home, ManagerRecord, Place
 
 _TYPE = "m7i.large"
@@ -34,18 +35,18 @@ _NOBODY = 10001
 def up(home: Home, backend: Backend, pools: Sequence[Pool], say: Callable[[str], None]) -> ManagerRecord:
     """Start the grid with the installed code, or restart its stopped parts.
 
-    The function returns when the manager is the leader or is about to be. Raise BackendError if a
-    part does not start, and UsageError if the settings or the home are unsuitable.
+    The function returns when the manager is the leader or is about to be. Raise BackendError if a part does not start,
+    and UsageError if the settings or the home are unsuitable.
     """
     place = backend.named_place(home)
     if place:
         _refuse_loopback(place)
         backend.provide(home, say)
-    for name, value in descriptor.taken_over(os.environ).items():
+    for name, value in descriptor.inherited_variables(os.environ).items():
         if "ENDPOINT" in name and loopback(value):
             say(
-                f"{name} is {value}, which in a container is the container itself: let the "
-                "receiver listen on an address that containers reach, and name that."
+                f"{name} is {value}. In a container, this is the container itself. Let the receiver listen on an "
+                f"address that containers can reach, and set {name} to this address."
             )
     _refuse_foreign(home)
     home.make()
@@ -75,7 +76,7 @@ def _up(
     record = home.record()
     if record is None:
         raise Unreachable(
-            f"The manager ended as soon as it had started: {project.last_line('manager')}.",
+            f"The manager ended immediately after its start: {project.last_line('manager')}.",
             remedy=f"`batchlab grid up --backend {backend.name}` starts it again.",
         )
     return record
@@ -109,20 +110,20 @@ def _plan(
 
     An existing grid keeps its locations.
     """
-    recipe = compose_project.Recipe.of(os.environ, apt=backend.image.apt, pip=backend.image.pip)
-    image = compose_project.provide(recipe, home.of(backend.name) / "image.log", say)
+    recipe = compose_project.Recipe.from_settings(os.environ, apt=backend.image.apt, pip=backend.image.pip)
+    image = compose_project.provide(recipe, home.backend_folder(backend.name) / "image.log", say)
     if known is None:
         name = name_for(home)
-        subnet, python = (compose_deployment.free_subnet(networks(), name), compose_project.python_of(image))
-        at = Deployment(name, subnet, image, _user(), python)
+        subnet = compose_deployment.free_subnet(networks(), name)
+        at = Deployment(name, subnet, image, _user(), compose_project.python_of(image))
     else:
         at = replace(known, image=image, python=compose_project.python_of(image))
     if pools:
-        at = replace(at, pools=tuple(map(_option, pools)))
+        at = replace(at, pools=tuple(map(pool_option, pools)))
     place = (
         named
         or (home.place(backend.name) if known else None)
-        or Place(at.storage_url(_storage_port()), fresh_bucket(), named=False)
+        or Place(at.storage_url(_storage_port()), new_bucket_name(), named=False)
     )
     compose_deployment.write(home, at)
     path = compose_deployment.folder(home) / "templates.toml"
@@ -130,12 +131,12 @@ def _plan(
         old, new = (f"image = {json.dumps(deployment.image)}" for deployment in (known, at))
         templates = path.read_text().replace(old, new)
     else:
-        more = descriptor.taken_over(os.environ)
+        more = descriptor.inherited_variables(os.environ)
         templates = templates_for(at, place, pools or backend.pools, more)
     write_whole(path, templates)  # an endpoint that runs may read the file at any time
     home.write_place(backend.name, place)
     home.token()
-    _hand_over(home, at.user)
+    _change_owner(home, at.user)
     return at
 
 
@@ -165,34 +166,32 @@ def templates_for(
 def _refuse_loopback(named: Place) -> None:
     if Endpoint(named.url).loopback:
         raise UsageError(
-            f"In a container {named.url} is the container itself.",
-            remedy="Let the service listen on an address that containers reach, and name that.",
+            f"In a container, {named.url} is the container itself.",
+            remedy="Let the service listen on an address that containers can reach, and name this address.",
         )
 
 
 def _storage_port() -> int:
     from localstack_client.config import DEFAULT_EDGE_PORT
 
-    given = os.environ.get("BATCHLAB_LOCALSTACK_PORT") or str(DEFAULT_EDGE_PORT)
-    if not given.isdecimal() or not 0 < int(given) < 65536:
+    port = os.environ.get("BATCHLAB_LOCALSTACK_PORT") or str(DEFAULT_EDGE_PORT)
+    if not port.isdecimal() or not 0 < int(port) < 65536:
         raise UsageError(
-            f"BATCHLAB_LOCALSTACK_PORT is {given!r}, which is no port.",
-            remedy=f"Leave it out, for {DEFAULT_EDGE_PORT}.",
+            f"BATCHLAB_LOCALSTACK_PORT is {port!r}, which is not a port.",
+            remedy=f"Unset it to use the port {DEFAULT_EDGE_PORT}.",
         )
-    return int(given)
+    return int(port)
 
 
 def _refuse_foreign(home: Home) -> None:
-    """Raise UsageError if root uses a folder with other files, because the grid changes
-    its owner.
-    """
-    here = home.path
-    ours = {object_keys.MADE, home.settings_file.name, home.notify_file.name}
-    is_grids = not here.exists() or (here / object_keys.MADE).exists()
-    if not os.getuid() and not is_grids and {path.name for path in here.iterdir()} - ours:
+    """Raise UsageError if root uses a folder with other files, because the grid changes its owner."""
+    folder = home.path
+    known = {object_keys.MADE, home.settings_file.name, home.notify_file.name}
+    is_grids = not folder.exists() or (folder / object_keys.MADE).exists()
+    if not os.getuid() and not is_grids and {path.name for path in folder.iterdir()} - known:
         raise UsageError(
-            f"{here} has other things in it, and root's grid in containers gives its folder to another user.",
-            remedy="Name a new or an empty folder with --home, or do not be root.",
+            f"{folder} contains other files. A grid in containers that root starts changes the owner of its folder.",
+            remedy="Name a new or an empty folder with --home, or start the grid as another user than root.",
         )
 
 
@@ -205,33 +204,28 @@ def _user() -> str:
     return f"{uid}:{gid}" if uid else f"{_NOBODY}:{_NOBODY}"
 
 
-def _hand_over(home: Home, user: str) -> None:
+def _change_owner(home: Home, user: str) -> None:
     """Give root's files to the containers' user, because the containers do not run as root."""
     if os.getuid():
         return
     uid, gid = (int(part) for part in user.split(":"))
-    for path in handed_over(home):
+    for path in container_paths(home):
         # Do not follow links. The folder's new owner may replace a file with a link.
         with suppress(FileNotFoundError):
             os.chown(path, uid, gid, follow_symlinks=False)
 
 
-def handed_over(home: Home) -> list[Path]:
+def container_paths(home: Home) -> list[Path]:
     """Return the paths in a home that the containers use.
 
     The folder may contain other files of the user. Their owner does not change.
     """
-    here = home.path
-    files = [here / name for name in (object_keys.MADE, "token", "manager.json", "manager.lock")]
+    files = [home.path / name for name in (object_keys.MADE, "token", "manager.json", "manager.lock")]
     files += [home.settings_file, home.notify_file]
     # the containers must be able to write in these folders
-    folders = [here, home.objects, home.fleet, home.scratch]
-    ours = compose_deployment.folder(home)
-    return [*folders, *files, ours, *ours.rglob("*")]
-
-
-def _option(pool: Pool) -> str:
-    return f"{pool.name}:{pool.min_size}-{pool.max_size}x{pool.slots}"
+    folders = [home.path, home.objects, home.fleet, home.scratch]
+    own = compose_deployment.folder(home)
+    return [*folders, *files, own, *own.rglob("*")]
 
 
 def _settings(at: Deployment) -> dict[str, str]:

@@ -1,12 +1,10 @@
-"""Descriptors of backends, read from `backends/<name>/backend.toml`, and addresses of endpoints.
+"""Descriptors of backends, addresses of endpoints, and the environment variables of instances.
 
-Invariant: a descriptor is plain data. This module does not import adapters and does not open files
-or connections of a grid.
+A descriptor is the content of `backends/<name>/backend.toml`. Invariant: this module does not import adapters and does
+not open files or connections of a grid.
 
-Environment variables of a stack's manager and workers, which a release contains.
-
-Invariants: no variable is a secret, because every reader of the stack's bucket can read the
-release. systemd and Docker read each value in the same way.
+A release contains the variables of a stack's manager and workers. Invariants: no variable is a secret, because every
+reader of the stack's bucket can read the release. systemd and Docker read each value in the same way.
 """
 
 from __future__ import annotations
@@ -63,21 +61,27 @@ class Calibration:
 
 
 VARIABLE = "BATCHLAB_ENDPOINT"
-"""Environment variable that names an endpoint if no option does."""
+"""Environment variable that names an endpoint if no option names one."""
 
 _ENDPOINT = re.compile(r"(?P<url>https?://[^/?#@\s]+)/?(?P<bucket>[a-z0-9][a-z0-9-]{1,26}[a-z0-9])?/?")
-# The names of the queues start with the bucket's name. SQS allows 80 characters without dots, and
-# the rest of the name of a pool's dead-letter queue takes up to 51 of them.
+# The names of the queues start with the bucket's name. SQS allows 80 characters without dots, and the rest of the name
+# of a pool's dead-letter queue takes up to 51 of them.
 
 
-def place_of(endpoint: str, scheme: str = "") -> Place:
+def parse_endpoint(endpoint: str, scheme: str = "") -> Place:
     """Return the URL and the bucket, which is "" if the endpoint does not name one.
 
-    With a `scheme`, the endpoint must be the address of a bucket, such as gs://my-bucket. Raise
-    UsageError if the endpoint is invalid.
+    With a `scheme`, the endpoint must be the address of a bucket, such as gs://my-bucket. Raise UsageError if the
+    endpoint is invalid.
     """
     if scheme:
-        return _bucket_of(endpoint, scheme)
+        match = re.fullmatch(rf"({scheme}://)([a-z0-9][a-z0-9._-]{{1,220}}[a-z0-9])/?", endpoint)
+        if match is None:
+            raise UsageError(
+                f"The endpoint {endpoint!r} is not the address of a bucket.",
+                remedy=f"Write for example {scheme}://my-bucket.",
+            )
+        return Place(match[1], match[2], named=True)
     match = _ENDPOINT.fullmatch(endpoint)
     if match is None:
         # The error must not show the name and password of the URL.
@@ -85,22 +89,12 @@ def place_of(endpoint: str, scheme: str = "") -> Place:
         raise UsageError(
             f"The endpoint {shown!r} is not a URL with a bucket's name as its path.",
             remedy="Write for example http://127.0.0.1:4566 or http://127.0.0.1:4566/my-bucket, "
-            "with 3 to 28 small letters, digits and hyphens.",
+            "with 3 to 28 small letters, digits, and hyphens.",
         )
     return Place(match["url"], match["bucket"] or "", named=True)
 
 
-def _bucket_of(address: str, scheme: str) -> Place:
-    match = re.fullmatch(rf"({scheme}://)([a-z0-9][a-z0-9._-]{{1,220}}[a-z0-9])/?", address)
-    if match is None:
-        raise UsageError(
-            f"The endpoint {address!r} is not the address of a bucket.",
-            remedy=f"Write for example {scheme}://my-bucket.",
-        )
-    return Place(match[1], match[2], named=True)
-
-
-def fresh_bucket() -> str:
+def new_bucket_name() -> str:
     """Return a new bucket name with a random part."""
     return f"batchlab-{secrets.token_hex(5)}"
 
@@ -147,10 +141,7 @@ class Descriptor:
 
     @property
     def pace(self) -> Pace:
-        """Intervals of the requests of its manager and workers.
-
-        Uncounted requests are derived from them.
-        """
+        """Intervals of the requests of its manager and workers. Uncounted requests are derived from them."""
         manager, worker = self.manager, self.worker
         return Pace(worker.control_lease_s, worker.visibility_s, worker.beat_s, manager.tick_s)
 
@@ -158,24 +149,23 @@ class Descriptor:
 def read(kind: type[D], name: str, endpoint: str | None = None) -> D:
     """Return the descriptor with this name as a `kind`.
 
-    The endpoint is `endpoint`, or else the value of BATCHLAB_ENDPOINT. Raise UsageError for an
-    unknown name and for an endpoint that the backend cannot use.
+    The endpoint is `endpoint`, or else the value of BATCHLAB_ENDPOINT. Raise UsageError for an unknown name and for an
+    endpoint that the backend cannot use.
     """
     if name not in backend_names():
-        raise UsageError(f"There is no backend {name!r}.", remedy=f"There are {', '.join(backend_names())}.")
+        raise UsageError(f"Unknown backend {name!r}.", remedy=f"The backends are {', '.join(backend_names())}.")
     doc = read_descriptor(name)
-    emulator = doc.get("emulator")
     capabilities = capabilities_in(doc)
     scheme = doc.get("bucket_scheme", "")
     takes_endpoint = capabilities.s3_endpoint or bool(scheme)
     if endpoint and not takes_endpoint:
         raise UsageError(
-            f"The backend {name} has no use for an endpoint.",
+            f"The backend {name} does not use an endpoint.",
             remedy="Leave out --endpoint."
-            + (" AWS_ENDPOINT_URL names a substitute for AWS." if capabilities.stack else ""),
+            + (" To replace AWS by another service, set AWS_ENDPOINT_URL." if capabilities.stack else ""),
         )
     if takes_endpoint and (endpoint := endpoint or os.environ.get(VARIABLE)):
-        place_of(endpoint, scheme)
+        parse_endpoint(endpoint, scheme)
     return kind(
         name,
         doc["description"],
@@ -187,9 +177,9 @@ def read(kind: type[D], name: str, endpoint: str | None = None) -> D:
         ManagerSettings(**doc.get("manager", {})),
         WorkerSettings(**doc.get("worker", {})),
         tuple(_pool(p) for p in doc["pools"]),
-        emulator,
+        doc.get("emulator"),
         endpoint or None,
-        Image(**{source: tuple(some) for source, some in doc.get("image", {}).items()}),
+        Image(**{source: tuple(packages) for source, packages in doc.get("image", {}).items()}),
         _usual(name, doc.get("usual", {})),
         scheme,
         doc.get("extra"),
@@ -205,8 +195,7 @@ def _pool(doc: dict[str, Any]) -> Pool:
 
 def _usual(name: str, doc: dict[str, Any]) -> Calibration:
     if "call_s" in doc:
-        least_s, most_s = doc["call_s"]
-        doc = {**doc, "call_s": (least_s, most_s)}
+        doc = {**doc, "call_s": tuple(doc["call_s"])}
     if doc.get("cores") == "cpus":
         doc = {**doc, "cores": _cores()}
     return Calibration(name, **doc)
@@ -224,9 +213,14 @@ def with_pools(backend: D, pools: Sequence[Pool]) -> D:
     return replace(backend, pools=tuple(pools)) if pools else backend
 
 
+def pool_option(pool: Pool) -> str:
+    """Return the pool as a value of the option --pool."""
+    return f"{pool.name}:{pool.min_size}-{pool.max_size}x{pool.slots}"
+
+
 FILE = "environment"
 """Name of the file in a release."""
-PASSED_ON = (
+INHERITED = (
     logs.LEVEL_VARIABLE,
     logs.FORMAT_VARIABLE,
     "OTEL_EXPORTER_OTLP_ENDPOINT",
@@ -239,8 +233,7 @@ PASSED_ON = (
 )
 """Variables that a grid in containers inherits from the environment of `grid up`.
 
-OTEL_EXPORTER_OTLP_HEADERS is missing, because it may contain a key. Every task can read the
-environment of its worker.
+OTEL_EXPORTER_OTLP_HEADERS is missing, because it may contain a key. Every task can read the environment of its worker.
 """
 _NAME = re.compile(r"[A-Z_][A-Z0-9_]*")
 _VALUE = re.compile(r"[A-Za-z0-9_./:,=@%+*?&~-]*")
@@ -251,18 +244,18 @@ def check(variables: Mapping[str, str], where: str) -> None:
     for name, value in variables.items():
         if not _NAME.fullmatch(name):
             raise UsageError(
-                f"{where}: {name!r} is no name of a variable.", remedy="Use capital letters, digits and _."
+                f"{where}: {name!r} is not a valid name of a variable.", remedy="Use capital letters, digits, and _."
             )
         if list(logs.secrets_of({name: value})):
             raise UsageError(
-                f"{where}: {name} is a secret by its name, and what stands here lies in the "
-                "stack's bucket for all to read that run there.",
-                remedy="Put it into /etc/batchlab/environment of an image of your own.",
+                f"{where}: {name} is the name of a secret, and all programs of the stack could read its value in the "
+                "stack's bucket.",
+                remedy="Write the variable into /etc/batchlab/environment of your own machine image.",
             )
         if not _VALUE.fullmatch(value):
             raise UsageError(
-                f"{where}: the value of {name} has characters that not everybody reads alike.",
-                remedy="Use none of blanks, quotes, $, # and backslashes.",
+                f"{where}: the value of {name} has characters that systemd and Docker read differently.",
+                remedy="Do not use blanks, quotes, $, #, or backslashes.",
             )
 
 
@@ -271,6 +264,6 @@ def content(variables: Mapping[str, str]) -> bytes:
     return "".join(f"{name}={value}\n" for name, value in sorted(variables.items())).encode()
 
 
-def taken_over(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables of `PASSED_ON` that are set."""
-    return {name: environ[name] for name in PASSED_ON if environ.get(name)}
+def inherited_variables(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables of `INHERITED` that are set."""
+    return {name: environ[name] for name in INHERITED if environ.get(name)}

@@ -1,8 +1,8 @@
 """Composition root: create the adapters named in a backend's descriptor.
 
-A backend is a named choice of adapters, described in `backends/<name>/backend.toml`. descriptor.py
-reads the descriptor, locations.py finds the grid's parts, and this module opens the adapters.
-Adapters are imported on first use, so a backend does not need another backend's dependencies.
+A backend is a named choice of adapters, described in `backends/<name>/backend.toml`. descriptor.py reads the
+descriptor, locations.py finds the grid's parts, and this module opens the adapters. Adapters are imported on first use,
+so a backend does not need another backend's dependencies.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from batchlab.core.ports import Clock, Ids, Ledger, LocalFiles, Objects
 from batchlab.core.pricing.request_costs import RequestCounter
 from batchlab.core.tracing import NO_TRACER, Tracer
 from batchlab.runtime import aws_deployment, compose_deployment, descriptor
-from batchlab.runtime.descriptor import VARIABLE, Image, fresh_bucket, with_pools
+from batchlab.runtime.descriptor import VARIABLE, Image, new_bucket_name, with_pools
 from batchlab.runtime.home import Home
-from batchlab.runtime.locations import Placed, client_environment
+from batchlab.runtime.locations import BackendLocations, client_environment
 
 if TYPE_CHECKING:
     from batchlab.adapters.aws.fleet import DrainHook
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from batchlab.adapters.aws.metadata_server import Signals
     from batchlab.adapters.aws.sqs import SqsQueue
     from batchlab.adapters.docker.launcher import ContainerLauncher
-    from batchlab.adapters.local.local_wakeup_queue import RungQueue
+    from batchlab.adapters.local.local_wakeup_queue import LocalWakeupQueue
     from batchlab.adapters.local.ministack import Emulator
     from batchlab.adapters.local.processes import ProcessLauncher
     from batchlab.adapters.local.sqlite_queue import SqliteQueue
@@ -46,55 +46,13 @@ if TYPE_CHECKING:
     from batchlab.server.autoscaling_api.launch_templates import TemplateFile
 
 
-def open_asg_launcher(
-    settings: AsgSettings, templates: TemplateFile, clock: Clock, signals: Callable[[str], Signals]
-) -> ProcessLauncher | ContainerLauncher:
-    """Return the launcher that `asg serve --launcher` names. Raise UsageError for an unknown name.
-
-    The Docker launcher passes `signals` to its instances.
-    """
-    if settings.launcher == "process":
-        from batchlab.adapters.local.processes import ProcessLauncher
-
-        return ProcessLauncher(settings.state, templates.argv, clock, dict(os.environ))
-    if settings.launcher != "docker":
-        raise UsageError(
-            f"There is no launcher {settings.launcher!r}.", remedy="Say --launcher process or --launcher docker."
-        )
-    from batchlab.adapters.docker.container import Template
-    from batchlab.adapters.docker.launcher import ContainerLauncher
-    from batchlab.core import instance_types
-
-    def template(pool: Pool) -> Template:
-        version = templates.launched(pool)
-        return Template(
-            version.image,
-            tuple(templates.argv(pool, "{instance}")),
-            version.network,
-            type=version.type,
-            user=version.user,
-            system=version.system,
-        )
-
-    return ContainerLauncher(
-        template,
-        instance_types.load(),
-        clock,
-        settings.state,
-        grid=settings.grid.removeprefix("batchlab-"),
-        labels={**settings.labels, "batchlab.grid": settings.grid},
-        scale=settings.scale,
-        signals=signals,
-    )
-
-
 __all__ = [
     "VARIABLE",
     "Backend",
     "Image",
     "client_environment",
-    "fresh_bucket",
     "load",
+    "new_bucket_name",
     "open_asg_launcher",
     "patience",
     "with_pools",
@@ -105,7 +63,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Backend(Placed):
+class Backend(BackendLocations):
     """A named choice of adapters. Each method opens one adapter for a home."""
 
     def open_clock(self) -> Clock:
@@ -121,8 +79,8 @@ class Backend(Placed):
             from batchlab.adapters.opentelemetry import OtelTracer
         except ImportError:
             log.warning(
-                "OTEL_EXPORTER_OTLP_ENDPOINT is set, but batchlab's extra `otel` is not installed, "
-                "so there are no traces: %s",
+                "Traces are disabled. OTEL_EXPORTER_OTLP_ENDPOINT is set, but batchlab's extra `otel` is not "
+                "installed. %s",
                 installation.remedy("otel"),
             )
             return NO_TRACER
@@ -147,15 +105,12 @@ class Backend(Placed):
         return RandomIds()
 
     def open_objects(self, home: Home, tally: RequestCounter | None = None) -> Objects:
-        """Open the bucket.
-
-        `tally` counts requests. Raise Unreachable if the grid has never been up.
-        """
+        """Open the bucket. `tally` counts requests. Raise Unreachable if the grid has never been up."""
         if self.capabilities.simulated:
             raise _not_a_process("objects", self.objects)
         bucket = self._bucket(home, tally)
-        opened: Objects = import_module(self.objects).open_objects(bucket)
-        return opened
+        objects: Objects = import_module(self.objects).open_objects(bucket)
+        return objects
 
     def _bucket(self, home: Home, tally: RequestCounter | None) -> Bucket:
         if self.capabilities.local_bucket:
@@ -188,17 +143,14 @@ class Backend(Placed):
                 raise Unreachable(
                     f"The bucket of the grid on {self.name} in {home.path} is in an emulator, "
                     "which runs only while the grid is up.",
-                    remedy=f"Bring it up with `batchlab grid up --backend {self.name}`.",
+                    remedy=f"Start the grid with `batchlab grid up --backend {self.name}`.",
                 )
         return self.open_objects(home)
 
     def open_queue(
         self, home: Home, clock: Clock, tally: RequestCounter | None = None
-    ) -> SqliteQueue | RungQueue | SqsQueue:
-        """Open the queues.
-
-        `tally` counts requests. Raise Unreachable if the grid has never been up.
-        """
+    ) -> SqliteQueue | LocalWakeupQueue | SqsQueue:
+        """Open the queues. `tally` counts requests. Raise Unreachable if the grid has never been up."""
         if self.queue == "sqlite":
             from batchlab.adapters.local.sqlite_queue import SqliteQueue
 
@@ -206,17 +158,17 @@ class Backend(Placed):
             folder = self.folder(home)
             folder.mkdir(exist_ok=True)
             return SqliteQueue(folder / home.queue_file.name, clock)
-        _only("queue", self.queue, "sqs")
+        _require("queue", self.queue, "sqs")
         self.check_installed("boto3")
         from batchlab.adapters.aws.sqs import SqsQueue
-        from batchlab.adapters.local.local_wakeup_queue import RungQueue
+        from batchlab.adapters.local.local_wakeup_queue import LocalWakeupQueue
 
         services, makes = self.services(home), not self.capabilities.stack
         queue = SqsQueue(services.endpoint, prefix=services.queue_prefix, makes=makes, tally=tally)
         if not self.capabilities.one_machine:
             return queue
         # Instances and clients run on the same machine, so senders can wake receivers locally.
-        return RungQueue(queue, home.of(self.name) / "wake")
+        return LocalWakeupQueue(queue, home.backend_folder(self.name) / "wake")
 
     def open_ledger(self, home: Home) -> Ledger:
         if self.ledger == "postgres":
@@ -225,11 +177,11 @@ class Backend(Placed):
             at = self.deployment(home)
             return open_postgres(at.postgres_url(compose_deployment.password_file(home).read_text()))
         if self.ledger == "deployed":
-            from batchlab.runtime.aws_session import open_ledger
+            from batchlab.runtime.stack_connections import open_ledger
 
             aws_deployment.folder(home).mkdir(parents=True, exist_ok=True)
             return open_ledger(self.stack(home), aws_deployment.folder(home) / home.ledger_file.name)
-        _only("ledger", self.ledger, "sqlite")
+        _require("ledger", self.ledger, "sqlite")
         from batchlab.adapters.sql import open_sqlite
 
         home.make()
@@ -242,20 +194,20 @@ class Backend(Placed):
         """Return the launcher of instances, or None if an Auto Scaling service launches them."""
         if self.fleet == "autoscaling":
             return None
-        _only("fleet", self.fleet, "process")
-        from batchlab.adapters.local.fork_server import Nursery
+        _require("fleet", self.fleet, "process")
+        from batchlab.adapters.local.fork_server import ForkServer
         from batchlab.adapters.local.processes import ProcessLauncher
 
         python = [sys.executable, "-P", "-m"]
-        whose = ["--home", str(home.path), "--backend", self.name]
+        grid = ["--home", str(home.path), "--backend", self.name]
         program = [*python, "batchlab"]
 
         def argv(pool: Pool, instance: str) -> Sequence[str]:
-            return [*program, "worker", *whose, "--pool", pool.name, "--slots", str(pool.slots), "--instance", instance]
+            return [*program, "worker", *grid, "--pool", pool.name, "--slots", str(pool.slots), "--instance", instance]
 
-        log = home.fleet / "logs" / "nursery.log"
-        nursery = Nursery([*python, "batchlab.cli.fork_server_main", *whose], program, log)
-        return ProcessLauncher(home.fleet, argv, clock, dict(os.environ), nursery)
+        log = home.fleet / "logs" / "fork-server.log"
+        fork_server = ForkServer([*python, "batchlab.cli.fork_server_main", *grid], program, log)
+        return ProcessLauncher(home.fleet, argv, clock, dict(os.environ), fork_server)
 
     def import_for_worker(self) -> None:
         """Import the modules with which a worker opens its bucket and its queues."""
@@ -269,7 +221,7 @@ class Backend(Placed):
     def open_fleet(self, home: Home, launcher: ProcessLauncher | None, clock: Clock) -> Fleet:
         if launcher is None:
             from batchlab.adapters.aws.fleet import Ec2Fleet
-            from batchlab.adapters.aws.group_descriptions import GroupForm
+            from batchlab.adapters.aws.group_descriptions import GroupParameters
 
             if self.capabilities.stack:
                 stack = self.stack(home)
@@ -278,10 +230,10 @@ class Backend(Placed):
                 endpoint = Endpoint(region=stack.region)
                 return Ec2Fleet(endpoint, clock, None, prefix=stack.groups_prefix)
             at = self.deployment(home)
-            form = GroupForm(compose_deployment.TEMPLATE, zones=compose_deployment.ZONES)
+            form = GroupParameters(compose_deployment.TEMPLATE, zones=compose_deployment.ZONES)
             here = compose_deployment.autoscaling(home, at)
             return Ec2Fleet(here, clock, form, prefix=f"{at.project}-")
-        from batchlab.adapters.local.fleet_state_file import StateFile
+        from batchlab.adapters.local.state_files import StateFile
         from batchlab.fleet.fleet_port import ManagedFleet
 
         return ManagedFleet(
@@ -305,18 +257,60 @@ class Backend(Placed):
         """Return the grid's own emulator, or None if an endpoint is named or none is needed."""
         if self.emulator is None or self.named_place(home):
             return None
-        _only("emulator", self.emulator, "ministack")
+        _require("emulator", self.emulator, "ministack")
         from batchlab.adapters.local.ministack import Emulator, install
 
         home.make()
-        return Emulator(install(lambda _: None), home.of(self.name))
+        return Emulator(install(lambda _: None), home.backend_folder(self.name))
+
+
+def open_asg_launcher(
+    settings: AsgSettings, templates: TemplateFile, clock: Clock, signals: Callable[[str], Signals]
+) -> ProcessLauncher | ContainerLauncher:
+    """Return the launcher that `asg serve --launcher` names. Raise UsageError for an unknown name.
+
+    The Docker launcher passes `signals` to its instances.
+    """
+    if settings.launcher == "process":
+        from batchlab.adapters.local.processes import ProcessLauncher
+
+        return ProcessLauncher(settings.state, templates.argv, clock, dict(os.environ))
+    if settings.launcher != "docker":
+        raise UsageError(
+            f"Unknown launcher {settings.launcher!r}.", remedy="Use --launcher process or --launcher docker."
+        )
+    from batchlab.adapters.docker.container import Template
+    from batchlab.adapters.docker.launcher import ContainerLauncher
+    from batchlab.core import instance_types
+
+    def template(pool: Pool) -> Template:
+        version = templates.launched(pool)
+        return Template(
+            version.image,
+            tuple(templates.argv(pool, "{instance}")),
+            version.network,
+            type=version.type,
+            user=version.user,
+            system=version.system,
+        )
+
+    return ContainerLauncher(
+        template,
+        instance_types.load(),
+        clock,
+        settings.state,
+        grid=settings.grid.removeprefix("batchlab-"),
+        labels={**settings.labels, "batchlab.grid": settings.grid},
+        scale=settings.scale,
+        signals=signals,
+    )
 
 
 def load(name: str, endpoint: str | None = None) -> Backend:
     """Return the backend with this name.
 
-    The endpoint is `endpoint`, or else the value of BATCHLAB_ENDPOINT. Raise UsageError for an
-    unknown name and for an endpoint that the backend cannot use.
+    The endpoint is `endpoint`, or else the value of BATCHLAB_ENDPOINT. Raise UsageError for an unknown name and for an
+    endpoint that the backend cannot use.
     """
     return descriptor.read(Backend, name, endpoint)
 
@@ -331,7 +325,7 @@ def _is_traced(environ: Mapping[str, str]) -> bool:
     if protocol in (None, "", "http/protobuf"):
         return True
     log.warning(
-        "traces are sent by http/protobuf only, and OTEL_EXPORTER_OTLP_PROTOCOL says %s, so there are none", protocol
+        "Traces are disabled. OTEL_EXPORTER_OTLP_PROTOCOL is %s, but only http/protobuf is supported.", protocol
     )
     return False
 
@@ -341,13 +335,13 @@ def patience() -> Patience:
     return Patience(random.Random())  # noqa: S311 - jitter, not a secret
 
 
-def _only(port: str, named: str, known: str) -> None:
-    if named != known:
-        raise _not_a_process(port, named)
+def _require(port: str, name: str, supported: str) -> None:
+    if name != supported:
+        raise _not_a_process(port, name)
 
 
-def _not_a_process(port: str, named: str) -> UsageError:
+def _not_a_process(port: str, name: str) -> UsageError:
     return UsageError(
-        f"This backend's {port} adapter {named!r} does not run in a process of its own.",
-        remedy="`batchlab run FILE --backend sim` runs a job in it.",
+        f"This backend's {port} adapter {name!r} runs only inside the simulator.",
+        remedy="Run a job there with `batchlab run FILE --backend sim`.",
     )

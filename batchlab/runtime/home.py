@@ -1,7 +1,7 @@
-"""Folder of a local grid: its files, and the record of its manager.
+"""Folder of a grid: its files, the record of its manager, and the manager's sockets.
 
-Invariants: every file survives SIGKILL, and the state is visible with `ls`. `fetched.jsonl` has one
-line for each fetch of results. Each line is appended by one write, so concurrent fetches lose none.
+Invariants: every file survives SIGKILL, and the state is visible with `ls`. `fetched.jsonl` has one line for each fetch
+of results. Each line is appended by one write, so concurrent fetches lose none.
 
     objects/        the bucket           queue.sqlite    the queues
     ledger.sqlite   the ledger           fleet/          instance records, logs, group state
@@ -17,12 +17,9 @@ line for each fetch of results. Each line is appended by one write, so concurren
     sessions.json   sessions of the web page that were ended before they expired
     open-*.html     file that opens the page in a browser (0600), while `grid open` waits
     records/        records of replays of scenarios
-    ministack/      that backend's endpoint.json, ledger.sqlite, and its emulator's state
-    gcs/            that backend's endpoint.json, ledger.sqlite, and queue.sqlite
-    localstack/     that backend's endpoint.json, container addresses, and container logs
+    BACKEND/        files of another backend, such as endpoint.json (the location of its bucket),
+                    ledger.sqlite, queue.sqlite, and the state of its emulator or its containers
     aws/            locations of the parts of a stack on AWS, for clients on this machine
-
-Sockets of the manager and of other services, opened before any slow step of the start.
 """
 
 from __future__ import annotations
@@ -40,15 +37,16 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import MISSING, asdict, dataclass
-from dataclasses import fields as fields_of
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import IO, Any
 
 from batchlab.core import installation
-from batchlab.core.atomic_write import make_folder, private, sync_folder, write_whole
+from batchlab.core.atomic_write import make_folder, private, write_once, write_whole
 from batchlab.core.errors import Refused, UsageError
 from batchlab.core.protocol import object_keys
+
+log = logging.getLogger(__name__)
 
 DEFAULT = ".batchlab"
 
@@ -59,7 +57,7 @@ _FILES = re.compile(
 )
 """Names of the grid's own files. The user may have other files in the folder."""
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
-PROBED_S = 0.2
+PROBE_S = 0.2
 """Longest time in seconds for which a check of the lock holds it."""
 
 
@@ -81,8 +79,8 @@ class ManagerRecord:
 class Place:
     """Location of a grid's bucket and queues: an endpoint and a bucket.
 
-    `named` is true if the user named the endpoint. Otherwise the endpoint is the grid's own
-    emulator. While a proxy of a replay is at `url`, `behind` is the URL of the endpoint itself.
+    `named` is true if the user named the endpoint. Otherwise the endpoint is the grid's own emulator. While a proxy of
+    a replay is at `url`, `behind` is the URL of the endpoint itself.
     """
 
     url: str
@@ -96,7 +94,7 @@ class Place:
         return f"{self.url}{self.bucket}" if self.url.endswith("//") else f"{self.url}/{self.bucket}"
 
     @property
-    def unfronted(self) -> Place:
+    def without_proxy(self) -> Place:
         """The same place without the proxy."""
         return Place(self.behind or self.url, self.bucket, self.named)
 
@@ -105,66 +103,30 @@ class Home:
     """Folder of a grid. It is created on first use."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path.absolute()
-
-    @property
-    def objects(self) -> Path:
-        return self.path / "objects"
-
-    @property
-    def queue_file(self) -> Path:
-        return self.path / "queue.sqlite"
-
-    @property
-    def ledger_file(self) -> Path:
-        return self.path / "ledger.sqlite"
-
-    @property
-    def fleet(self) -> Path:
-        return self.path / "fleet"
-
-    @property
-    def scratch(self) -> Path:
-        return self.path / "scratch"
-
-    @property
-    def reports(self) -> Path:
+        self.path = path = path.absolute()
+        self.objects = path / "objects"
+        self.fleet = path / "fleet"
+        self.scratch = path / "scratch"
+        self.records = path / "records"
+        self.reports = path / "reports"
         """Folder of fetched performance data of jobs whose bucket is elsewhere."""
-        return self.path / "reports"
+        self.damaged = path / "damaged"
+        """Folder of damaged objects that `doctor --repair` has moved away. Their paths are their keys."""
+        self.queue_file = path / "queue.sqlite"
+        self.ledger_file = path / "ledger.sqlite"
+        self.settings_file = path / "settings.toml"
+        self.notify_file = path / "notify.toml"
+        self.sessions_file = path / "sessions.json"
+        self.fetched_file = path / "fetched.jsonl"
+        self.manager_log = path / "manager.log"
+        self.socket_file = path / "manager.sock"
+        """Preferred path of the manager's Unix socket. It may be too long for a socket."""
+        self._socket_record = path / "socket.json"
+        self._manager_record = path / "manager.json"
+        self._manager_lock = path / "manager.lock"
+        self._token = path / "token"
 
-    @property
-    def settings_file(self) -> Path:
-        return self.path / "settings.toml"
-
-    @property
-    def notify_file(self) -> Path:
-        return self.path / "notify.toml"
-
-    @property
-    def sessions_file(self) -> Path:
-        return self.path / "sessions.json"
-
-    @property
-    def fetched_file(self) -> Path:
-        return self.path / "fetched.jsonl"
-
-    @property
-    def records(self) -> Path:
-        return self.path / "records"
-
-    @property
-    def manager_log(self) -> Path:
-        return self.path / "manager.log"
-
-    @property
-    def damaged(self) -> Path:
-        """Folder of damaged objects that `doctor --repair` has moved away.
-
-        The paths are their keys.
-        """
-        return self.path / "damaged"
-
-    def of(self, backend: str) -> Path:
+    def backend_folder(self, backend: str) -> Path:
         """Return the folder of one backend.
 
         A ledger belongs to one bucket, so backends that share this home must not share a ledger.
@@ -181,16 +143,16 @@ class Home:
 
         The location may be from the last time that the grid was up.
         """
-        fields = _read(self.of(backend) / "endpoint.json", Place)
-        return Place(**fields) if fields else None
+        values = _read(self.backend_folder(backend) / "endpoint.json", Place)
+        return Place(**values) if values else None
 
     def write_place(self, backend: str, place: Place) -> None:
         """Record the location atomically."""
-        write_whole(self.of(backend) / "endpoint.json", json.dumps(asdict(place)))
+        write_whole(self.backend_folder(backend) / "endpoint.json", json.dumps(asdict(place)))
 
     def forget_place(self, backend: str) -> None:
         """Delete the record of the location."""
-        (self.of(backend) / "endpoint.json").unlink(missing_ok=True)
+        (self.backend_folder(backend) / "endpoint.json").unlink(missing_ok=True)
 
     def make(self) -> None:
         """Create the folder. Raise UsageError if it or a folder in it cannot be created or written.
@@ -201,96 +163,90 @@ class Home:
             for folder in (self.path, self.objects, self.fleet, self.scratch):
                 _check(folder)
             make_folder(self.path)
-            ignore, path = self.path / ".gitignore", self.path / object_keys.MADE
+            ignore, marker = self.path / ".gitignore", self.path / object_keys.MADE
             if not ignore.exists():
                 ignore.write_text("*\n")
-            if not path.exists():
-                path.touch()
+            if not marker.exists():
+                marker.touch()
         except OSError as error:
             raise UsageError(
                 f"The grid's folder {error.filename or self.path} cannot be written: {error.strerror}.",
-                remedy="Name another with --home or BATCHLAB_HOME.",
+                remedy="Name another folder with --home or BATCHLAB_HOME.",
             ) from error
 
     def tighten(self) -> None:
         """Remove the permissions of other users from the grid's files and folders.
 
-        Earlier releases created them with the usual permissions. The home itself is changed only if
-        it has the default name or if everything in it belongs to the grid.
+        Earlier releases created them with the usual permissions. The home itself is changed only if it has the default
+        name or if everything in it belongs to the grid.
         """
-        ours = _FOLDERS | {path.name for path in installation.folder("backends").iterdir()}
-        is_ours = True
+        folders = _FOLDERS | {path.name for path in installation.folder("backends").iterdir()}
+        has_other_files = False
         for entry in self.path.iterdir():
-            if entry.name in ours or _FILES.fullmatch(entry.name):
+            if entry.name in folders or _FILES.fullmatch(entry.name):
                 _tighten(entry)
             else:
-                is_ours = False
-        if is_ours or self.path.name == DEFAULT:
+                has_other_files = True
+        if not has_other_files or self.path.name == DEFAULT:
             _tighten(self.path)
 
     def token(self) -> str:
         """Return the API's bearer token, which is created on first use.
 
-        Only its owner can read it. Raise UsageError if it cannot be read.
+        Only its owner can read it. If two processes create it at the same time, both use the token of the first one.
+        Raise UsageError if it cannot be read.
         """
-        path = self.path / "token"
         self.make()
         try:
-            if not path.exists():
-                _make_token(path)
-            found = path.read_bytes().decode("ascii").strip()
+            if not self._token.exists():
+                write_once(self._token, secrets.token_urlsafe(32))
+            token = self._token.read_bytes().decode("ascii").strip()
         except (OSError, ValueError) as error:
             raise UsageError(
-                f"The grid's token {path} cannot be read: {getattr(error, 'strerror', 'no text')}.",
-                remedy="Only who has made the grid can use it; a damaged token may be deleted while the grid is down.",
+                f"The grid's token {self._token} cannot be read: {getattr(error, 'strerror', 'it is not ASCII text')}.",
+                remedy="Only the user who created the grid can use it. If the token is damaged, delete it while the "
+                "grid is down.",
             ) from error
-        if not found:
-            raise UsageError(f"The grid's token {path} is empty.", remedy="Delete it while the grid is down.")
-        return found
+        if not token:
+            raise UsageError(f"The grid's token {self._token} is empty.", remedy="Delete it while the grid is down.")
+        return token
 
-    def keep_token(self, token: str) -> None:
+    def store_token(self, token: str) -> None:
         """Store a token that another program created."""
         self.make()
-        path = self.path / "token"
-        if path.exists() and path.read_text() == token:
-            return
-        write_whole(path, token)
+        if not self._token.exists() or self._token.read_text() != token:
+            write_whole(self._token, token)
 
     def record(self) -> ManagerRecord | None:
         """Return the record of the manager that runs here, or None.
 
         The result is None if the lock is free, and until a new manager has recorded its address.
         """
-        fields = _read(self.path / "manager.json", ManagerRecord)
-        if fields is None:
+        values = _read(self._manager_record, ManagerRecord)
+        if values is None:
             return None
-        record = ManagerRecord(**fields)
+        record = ManagerRecord(**values)
         try:
-            holder = (self.path / "manager.lock").read_bytes()
+            holder = self._manager_lock.read_bytes()
         except FileNotFoundError:
             return None
-        # Without this check, the lock of a new manager would make the previous manager's record
-        # look valid. A SIGTERM would then go to a process that no longer exists.
+        # Without this check, the lock of a new manager would make the previous manager's record look valid. A SIGTERM
+        # would then go to a process that no longer exists.
         return record if holder == str(record.pid).encode() and self.is_locked else None
-
-    @property
-    def socket_file(self) -> Path:
-        """Preferred path of the manager's Unix socket. It may be too long for a socket."""
-        return self.path / "manager.sock"
 
     def socket(self, record: ManagerRecord) -> Path | None:
         """Return the Unix socket of that manager, or None if it does not have one."""
-        try:
-            found = json.loads(self._socket_record.read_bytes())
-            owner, path = found["owner"], Path(found["path"])
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
-            return None
-        return path if owner == record.owner and path.exists() else None
+        path = self.last_socket(record.owner)
+        return path if path and path.exists() else None
 
-    def last_socket(self) -> Path | None:
-        """Return the path of the last manager's Unix socket, or None if it did not have one."""
+    def last_socket(self, owner: str | None = None) -> Path | None:
+        """Return the path of the last manager's Unix socket, or None if it did not have one.
+
+        With `owner`, only the socket of this manager counts.
+        """
         try:
-            return Path(json.loads(self._socket_record.read_bytes())["path"])
+            values = json.loads(self._socket_record.read_bytes())
+            return Path(values["path"]) if owner in (None, values["owner"]) else None
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
 
@@ -302,28 +258,23 @@ class Home:
         """Delete the record of the Unix socket."""
         self._socket_record.unlink(missing_ok=True)
 
-    @property
-    def _socket_record(self) -> Path:
-        return self.path / "socket.json"
-
     def last_owner(self) -> str | None:
         """Return the lease owner of the last manager here, whether it still runs or not."""
-        fields = _read(self.path / "manager.json", ManagerRecord)
-        return str(fields["owner"]) if fields else None
+        values = _read(self._manager_record, ManagerRecord)
+        return str(values["owner"]) if values else None
 
     def write_record(self, record: ManagerRecord) -> None:
         """Record the running manager atomically."""
-        write_whole(self.path / "manager.json", json.dumps(asdict(record)))
+        write_whole(self._manager_record, json.dumps(asdict(record)))
 
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the lock of the only manager here. Raise Refused if another manager holds it.
 
-        The kernel releases the lock of a process however it ends. A file with a pid cannot
-        guarantee this.
+        The kernel releases the lock of a process however it ends. A file with a pid cannot guarantee this.
         """
         self.make()
-        with open(self.path / "manager.lock", "a", opener=private) as file:
+        with open(self._manager_lock, "a", opener=private) as file:
             self._lock(file)
             self.tighten()
             file.truncate(0)
@@ -337,12 +288,12 @@ class Home:
     def is_taken_down(self) -> bool:
         """Whether the last manager here ended regularly."""
         try:
-            return not (self.path / "manager.lock").read_bytes()
+            return not self._manager_lock.read_bytes()
         except FileNotFoundError:
             return False
 
     def _lock(self, file: IO[str]) -> None:
-        give_up_s = time.monotonic() + PROBED_S
+        give_up_s = time.monotonic() + PROBE_S
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -350,8 +301,8 @@ class Home:
                 # A process that checks the lock holds it for a moment.
                 if time.monotonic() > give_up_s:
                     raise Refused(
-                        f"A manager runs in {self.path} already.",
-                        remedy="`batchlab grid status` shows it, `batchlab grid down` ends it.",
+                        f"A manager is already running in {self.path}.",
+                        remedy="`batchlab grid status` shows this manager, and `batchlab grid down` stops it.",
                     ) from error
                 time.sleep(0.01)
             else:
@@ -361,7 +312,7 @@ class Home:
     def is_locked(self) -> bool:
         """Whether a manager runs or starts here."""
         try:
-            with (self.path / "manager.lock").open("a") as file:
+            with self._manager_lock.open("a") as file:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except FileNotFoundError:
             return False
@@ -371,13 +322,11 @@ class Home:
 
 
 def _tighten(path: Path) -> None:
-    try:
-        found = path.lstat()
-    except FileNotFoundError:
-        return  # another process has removed it
-    is_plain = stat.S_ISDIR(found.st_mode) or stat.S_ISREG(found.st_mode)
-    if is_plain and found.st_uid == os.getuid() and found.st_mode & _OTHERS:
-        path.chmod(stat.S_IMODE(found.st_mode) & ~_OTHERS)
+    with suppress(FileNotFoundError):  # another process has removed it
+        status = path.lstat()
+        is_plain = stat.S_ISDIR(status.st_mode) or stat.S_ISREG(status.st_mode)
+        if is_plain and status.st_uid == os.getuid() and status.st_mode & _OTHERS:
+            path.chmod(stat.S_IMODE(status.st_mode) & ~_OTHERS)
 
 
 def _check(folder: Path) -> None:
@@ -389,40 +338,15 @@ def _check(folder: Path) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
 
 
-def _make_token(path: Path) -> None:
-    """Create the token file atomically. Other users can never read it.
-
-    If two processes do this at the same time, both use the token of the first one.
-    """
-    staged = _private(path, secrets.token_urlsafe(32))
-    try:
-        with suppress(FileExistsError):  # another process was faster, and its token is used
-            path.hardlink_to(staged)
-    finally:
-        staged.unlink()
-    sync_folder(path.parent)
-
-
-def _private(path: Path, text: str) -> Path:
-    """Write the text to a file next to `path` that only its owner can ever read."""
-    staged = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
-    descriptor = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(descriptor)
-    return staged
-
-
 def _read(path: Path, kind: type[ManagerRecord | Place]) -> dict[str, Any] | None:
     """Return the fields of a record, or None if the file is missing or invalid."""
     try:
-        found = json.loads(path.read_bytes())
+        values = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
-    names = {field.name for field in fields_of(kind)}
-    needed = {field.name for field in fields_of(kind) if field.default is MISSING}
-    return found if isinstance(found, dict) and needed <= found.keys() <= names else None
+    names = {field.name for field in fields(kind)}
+    required = {field.name for field in fields(kind) if field.default is MISSING}
+    return values if isinstance(values, dict) and required <= values.keys() <= names else None
 
 
 def find_home(option: Path | None) -> Home:
@@ -430,10 +354,7 @@ def find_home(option: Path | None) -> Home:
     return Home(option or Path(os.environ.get("BATCHLAB_HOME") or DEFAULT))
 
 
-log = logging.getLogger(__name__)
-
-
-def note(home: Home, job: str, read_bytes: int) -> None:
+def record_fetch(home: Home, job: str, read_bytes: int) -> None:
     """Append the number of bytes that were read for the job's results.
 
     If the line cannot be written, log a warning, because the results themselves are complete.
@@ -446,37 +367,30 @@ def note(home: Home, job: str, read_bytes: int) -> None:
         log.warning("%s cannot be written: %s", home.fetched_file, error.strerror)
 
 
-def total_bytes(home: Home, job: str) -> int:
+def fetched_bytes(home: Home, job: str) -> int:
     """Return the bytes that were read for a job's results, in all fetches."""
-    return sum(size for name, size in _lines(home) if name == job)
+    return sum(size for name, size in _fetches(home) if name == job)
 
 
-def last_of(home: Home, name: str) -> tuple[str, int] | None:
-    """Return the job with this name whose results were fetched last, and the bytes of
-    that fetch.
-    """
-    mine = re.compile(rf"{re.escape(name)}-[0-9a-f]{{10}}")
-    found = None
-    for job, size in _lines(home):
-        if mine.fullmatch(job):
-            found = job, size
-    return found
+def last_fetch(home: Home, name: str) -> tuple[str, int] | None:
+    """Return the job with this name whose results were fetched last, and the bytes of that fetch."""
+    pattern = re.compile(rf"{re.escape(name)}-[0-9a-f]{{10}}")
+    fetches = [(job, size) for job, size in _fetches(home) if pattern.fullmatch(job)]
+    return fetches[-1] if fetches else None
 
 
-def _lines(home: Home) -> Iterator[tuple[str, int]]:
-    try:
-        with home.fetched_file.open(encoding="utf-8") as file:
-            for line in file:
-                try:
-                    fields = json.loads(line)
-                    yield str(fields["job"]), int(fields["read_bytes"])
-                except (ValueError, KeyError, TypeError):
-                    log.warning("%s has a line that is none: %r", home.fetched_file, line[:80])
-    except FileNotFoundError:
-        return
+def _fetches(home: Home) -> Iterator[tuple[str, int]]:
+    """Yield the job and the bytes of each fetch."""
+    with suppress(FileNotFoundError), home.fetched_file.open(encoding="utf-8") as file:
+        for line in file:
+            try:
+                fetch = json.loads(line)
+                yield str(fetch["job"]), int(fetch["read_bytes"])
+            except (ValueError, KeyError, TypeError):
+                log.warning("%s has an invalid line: %r", home.fetched_file, line[:80])
 
 
-LONGEST_PATH_BYTES = 100
+MAX_PATH_BYTES = 100
 """Longest path of a Unix socket. macOS allows 103 bytes, Linux 107."""
 _PREFIX, _NAME = "batchlab-", "manager.sock"
 
@@ -486,20 +400,19 @@ def listen(host: str, port: int) -> socket.socket:
 
     Raise UsageError if the address is taken or does not belong to this machine.
 
-    The socket disables Nagle's algorithm, which delays every response over a reused connection by
-    40 ms until the client's acknowledgement. The asyncio module disables it only for sockets with a
-    protocol number, and `create_server` does not set one. Accepted connections inherit the option.
+    The socket disables Nagle's algorithm, which delays every response over a reused connection by 40 ms until the
+    client's acknowledgement. The asyncio module disables it only for sockets with a protocol number, and
+    `create_server` does not set one. Accepted connections inherit the option.
     """
     try:
         listener = socket.create_server((host, port))
     except (OSError, OverflowError) as error:
         number = getattr(error, "errno", None) or 0
-        # The error of a name that cannot be resolved has a negative number, which strerror does not
-        # know.
+        # The error of a name that cannot be resolved has a negative number, which strerror does not know.
         why = os.strerror(number) if number > 0 else str(error).partition(" (")[0]
         raise UsageError(
-            f"{host}:{port} cannot be listened on: {why.rstrip('.')}.",
-            remedy="Name another with --host or --port; port 0 takes any that is free.",
+            f"The server cannot listen on {host}:{port}: {why.rstrip('.')}.",
+            remedy="Name another address with --host or --port. Port 0 takes any free port.",
         ) from error
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
@@ -508,16 +421,14 @@ def listen(host: str, port: int) -> socket.socket:
 def listen_locally(home: Home) -> tuple[socket.socket, Path] | None:
     """Return a Unix socket that only this user can open, and its path.
 
-    Return None if the file systems here do not allow such a socket. The caller must hold the grid's
-    lock.
+    Return None if the file systems here do not allow such a socket. The caller must hold the grid's lock.
     """
     for path in _candidates(home):
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             path.unlink(missing_ok=True)
             listener.bind(os.fspath(path))
-            # A socket refuses connections before listen(), so the permissions apply to every
-            # connection.
+            # A socket refuses connections before listen(), so the permissions apply to every connection.
             path.chmod(0o600)
             listener.listen()
         except OSError as error:
@@ -530,7 +441,7 @@ def listen_locally(home: Home) -> tuple[socket.socket, Path] | None:
     return None
 
 
-def leave(home: Home) -> None:
+def remove_socket(home: Home) -> None:
     """Remove the Unix socket of a manager that ends, and its record."""
     if last := home.last_socket():
         last.unlink(missing_ok=True)
@@ -541,13 +452,13 @@ def leave(home: Home) -> None:
 
 
 def _candidates(home: Home) -> Iterator[Path]:
-    if len(os.fsencode(home.socket_file)) <= LONGEST_PATH_BYTES:
+    if len(os.fsencode(home.socket_file)) <= MAX_PATH_BYTES:
         yield home.socket_file
     # Try the address of the previous manager first, because clients wait for it there.
     if (last := home.last_socket()) and _is_fallback(last):
         yield last
     for folder in (os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir(), "/tmp"):  # noqa: S108
-        if folder and len(os.fsencode(folder)) < LONGEST_PATH_BYTES - len(_PREFIX) - 25:
+        if folder and len(os.fsencode(folder)) < MAX_PATH_BYTES - len(_PREFIX) - 25:
             with suppress(OSError):
                 yield Path(tempfile.mkdtemp(prefix=_PREFIX, dir=folder)) / _NAME
 
@@ -555,9 +466,9 @@ def _candidates(home: Home) -> Iterator[Path]:
 def _is_fallback(path: Path) -> bool:
     """Return whether the socket is in a private folder that batchlab created for it."""
     try:
-        found = path.parent.lstat()
+        status = path.parent.lstat()
     except OSError:
         return False
-    is_private = found.st_uid == os.getuid() and not stat.S_IMODE(found.st_mode) & 0o077
-    is_ours = path.name == _NAME and path.parent.name.startswith(_PREFIX)
-    return stat.S_ISDIR(found.st_mode) and is_private and is_ours
+    is_private = status.st_uid == os.getuid() and not stat.S_IMODE(status.st_mode) & 0o077
+    has_name = path.name == _NAME and path.parent.name.startswith(_PREFIX)
+    return stat.S_ISDIR(status.st_mode) and is_private and has_name

@@ -1,7 +1,7 @@
 """Locations of a grid's parts: its containers, its stack on AWS, its bucket, and its queues.
 
-Invariant: the program that creates a part records its location in the home, once. A part without a
-record is Unreachable, and the error names the command that creates it.
+Invariant: the program that creates a part records its location in the home, once. A part without a record is
+Unreachable, and the error names the command that creates it.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from batchlab.adapters.limits import Bucket
-from batchlab.adapters.local import access_keys
+from batchlab.adapters.local import state_files
 from batchlab.core import installation
 from batchlab.core.errors import BackendError, Unreachable, UsageError
 from batchlab.core.model import Pool
 from batchlab.runtime import aws_deployment, compose_deployment
-from batchlab.runtime.descriptor import VARIABLE, Descriptor, fresh_bucket, place_of
+from batchlab.runtime.descriptor import VARIABLE, Descriptor, new_bucket_name, parse_endpoint
 from batchlab.runtime.home import Home, Place
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Services:
 
 
 @dataclass(frozen=True, slots=True)
-class Placed(Descriptor):
+class BackendLocations(Descriptor):
     """Descriptor that finds its grid's parts in a home."""
 
     def check_installed(self, *modules: str) -> None:
@@ -67,7 +67,7 @@ class Placed(Descriptor):
     def manager_log(self, home: Home) -> str:
         """Return the location of the manager's log, as text for a user."""
         if self.capabilities.container_manager and (at := compose_deployment.read(home)):
-            return f"what `docker logs {at.project}-manager-1` shows"
+            return f"the output of `docker logs {at.project}-manager-1`"
         return str(home.manager_log)
 
     def check_python(self, home: Home) -> None:
@@ -75,34 +75,32 @@ class Placed(Descriptor):
 
         Functions travel as bytecode, which other versions cannot run.
         """
-        there, remedy = "", ""
+        own = f"{sys.version_info.major}.{sys.version_info.minor}"
+        grids, remedy = "", ""
         if self.capabilities.container_manager:
             at = compose_deployment.read(home)
-            there = at.python if at else ""
-            remedy = "Name an image with Python {here} by BATCHLAB_BASE_IMAGE before the grid comes up"
+            grids = at.python if at else ""
+            remedy = f"Set BATCHLAB_BASE_IMAGE to an image with Python {own} before you start the grid"
         elif self.capabilities.stack:
-            there = self.stack(home).python
-            remedy = "Deploy a release for Python {here} with `batchlab deploy apply`"
-        here = f"{sys.version_info.major}.{sys.version_info.minor}"
-        if there and there != here:
+            grids = self.stack(home).python
+            remedy = f"Deploy a release for Python {own} with `batchlab deploy apply`"
+        if grids and grids != own:
             raise UsageError(
-                f"The grid's instances run on Python {there}, and this is Python {here}: functions "
-                "cannot be sent to them.",
-                remedy=f"{remedy.format(here=here)}, or describe the job in a file.",
+                f"The grid's instances run on Python {grids}, but this process runs on Python {own}, so it cannot send "
+                "functions to them.",
+                remedy=f"{remedy}, or describe the job in a file.",
             )
 
     # --- The stack on AWS ------------------------------------------------------------------------
 
     def stack(self, home: Home) -> AwsDeployment:
-        """Return the locations of the stack's parts.
-
-        Raise Unreachable if this home records no stack.
-        """
+        """Return the locations of the stack's parts. Raise Unreachable if this home records no stack."""
         if at := aws_deployment.read(home):
             return at
         raise Unreachable(
-            f"No stack is known in {home.path}.",
-            remedy="`batchlab deploy apply` makes one, `batchlab deploy status --stack NAME` finds one that is there.",
+            f"No stack is recorded in {home.path}.",
+            remedy="Create a stack with `batchlab deploy apply`, or find an existing one with "
+            "`batchlab deploy status --stack NAME`.",
         )
 
     def pools_in(self, home: Home) -> tuple[Pool, ...]:
@@ -112,31 +110,27 @@ class Placed(Descriptor):
     def api_token(self, home: Home) -> str:
         """Return the API's bearer token.
 
-        The token of a stack is in Secrets Manager. A copy is stored in the home for clients on this
-        machine.
+        The token of a stack is in Secrets Manager. A copy is stored in the home for clients on this machine.
         """
         if self.capabilities.stack:
-            from batchlab.runtime.aws_session import secret_text
+            from batchlab.runtime.stack_connections import secret_text
 
             at = self.stack(home)
-            home.keep_token(secret_text(at.region, at.token_secret))
+            home.store_token(secret_text(at.region, at.token_secret))
         return home.token()
 
     # --- The endpoint ----------------------------------------------------------------------------
 
     def place(self, home: Home) -> Place:
-        """Return the location of bucket and queues.
-
-        Raise Unreachable if the grid has never been up.
-        """
+        """Return the location of bucket and queues. Raise Unreachable if the grid has never been up."""
         if place := home.place(self.name):
             return place
-        if self.endpoint and (named := place_of(self.endpoint, self.bucket_scheme)).bucket:
+        if self.endpoint and (named := parse_endpoint(self.endpoint, self.bucket_scheme)).bucket:
             return named  # An instance does not have a record. Its environment names the endpoint.
         # A grid in containers loses its bucket when it goes down.
-        been = "is" if self.capabilities.container_manager else "has been"
+        verb = "is" if self.capabilities.container_manager else "has been"
         raise Unreachable(
-            f"No grid on {self.name} {been} up in {home.path}, so there is no bucket.",
+            f"No grid on {self.name} {verb} up in {home.path}, so its bucket does not exist.",
             remedy=f"Start one with `batchlab grid up --backend {self.name}`.",
         )
 
@@ -146,7 +140,7 @@ class Placed(Descriptor):
 
         own = None
         if self.emulator and not place.named:
-            own = access_keys.read(home.of(self.name) / access_keys.FILE)
+            own = state_files.read_keys(home.backend_folder(self.name) / state_files.KEYS_FILE)
         if own is None:
             return Endpoint(place.url)
         return Endpoint(place.url, access_key=own.access_key, secret_key=own.secret_key)
@@ -172,14 +166,13 @@ class Placed(Descriptor):
 
     def folder(self, home: Home) -> Path:
         """Return the folder of the backend's own files: the home if the bucket is in it."""
-        return home.path if self.capabilities.local_bucket else home.of(self.name)
+        return home.path if self.capabilities.local_bucket else home.backend_folder(self.name)
 
     def provide(self, home: Home, say: Callable[[str], None]) -> None:
         """Install the emulator, or check the named endpoint or bucket.
 
-        A client calls this before it starts a manager, so that the user sees the errors. `say` is
-        called with messages about the installation. Raise UsageError or BackendError if something
-        is missing.
+        A client calls this before it starts a manager, so that the user sees the errors. `say` is called with messages
+        about the installation. Raise UsageError or BackendError if something is missing.
         """
         place = self.named_place(home)
         if self.bucket_scheme:
@@ -210,23 +203,21 @@ class Placed(Descriptor):
     def named_place(self, home: Home) -> Place | None:
         """Return the endpoint that the user has named, now or when this home was first used.
 
-        During a replay, the result is the proxy in front of that endpoint. The result is None if
-        the user did not name an endpoint. Raise UsageError if the bucket of this home is at another
-        endpoint.
+        During a replay, the result is the proxy in front of that endpoint. The result is None if the user did not name
+        an endpoint. Raise UsageError if the bucket of this home is at another endpoint.
         """
-        known = home.place(self.name)
-        place = place_of(self.endpoint, self.bucket_scheme) if self.endpoint else None
-        if known and known.behind and not (place and place.url == known.url):
-            known = known.unfronted  # The proxy ended with a replay that was killed.
+        recorded = home.place(self.name)
+        place = parse_endpoint(self.endpoint, self.bucket_scheme) if self.endpoint else None
+        if recorded and recorded.behind and not (place and place.url == recorded.url):
+            recorded = recorded.without_proxy  # The proxy ended with a replay that was killed.
         if place is None:
-            return known if known and known.named else None
-        bucket = place.bucket or (known.bucket if known else fresh_bucket())
-        wanted = replace(place, bucket=bucket)
-        if known is None:
+            return recorded if recorded and recorded.named else None
+        wanted = replace(place, bucket=place.bucket or (recorded.bucket if recorded else new_bucket_name()))
+        if recorded is None:
             return wanted
-        if wanted == replace(known, named=known.named or bool(known.behind), behind=""):
-            return known
-        where = f"at {known.address}" if known.named else "in an emulator of its own"
+        if wanted == replace(recorded, named=recorded.named or bool(recorded.behind), behind=""):
+            return recorded
+        where = f"at {recorded.address}" if recorded.named else "in an emulator of its own"
         raise UsageError(
             f"The grid in {home.path} has its bucket {where}, not at {wanted.address}.",
             remedy=f"Leave out --endpoint and {VARIABLE}, or name another folder with --home.",
@@ -235,26 +226,25 @@ class Placed(Descriptor):
     def settle(self, home: Home, emulator: Emulator | None) -> None:
         """Create the bucket and record the location of bucket and queues.
 
-        The manager calls this as soon as the endpoint responds. Raise BackendError if the bucket
-        cannot be created.
+        The manager calls this as soon as the endpoint responds. Raise BackendError if the bucket cannot be created.
         """
         place = self.named_place(home) or home.place(self.name)
         if emulator:
-            known = home.place(self.name)
-            place = Place(emulator.url, known.bucket if known else fresh_bucket(), named=False)
+            recorded = home.place(self.name)
+            place = Place(emulator.url, recorded.bucket if recorded else new_bucket_name(), named=False)
         if place is None:
             return
         if not self.bucket_scheme:
             from batchlab.adapters.aws.endpoint import create_bucket
 
             create_bucket(self.endpoint_at(home, place), place.bucket)
-        # `grid up` wrote it; the folder is read-only here
+        # `grid up` has recorded the location of a grid in containers. Its folder is read-only here.
         if not self.capabilities.container_manager:
-            home.of(self.name).mkdir(parents=True, exist_ok=True)
+            home.backend_folder(self.name).mkdir(parents=True, exist_ok=True)
             home.write_place(self.name, place)
 
 
-def client_environment(backend: Placed, home: Home) -> dict[str, str]:
+def client_environment(backend: BackendLocations, home: Home) -> dict[str, str]:
     """Return the environment variables with which other clients find the grid's bucket and queues.
 
     A local bucket does not need any.
@@ -265,16 +255,12 @@ def client_environment(backend: Placed, home: Home) -> dict[str, str]:
         return {"BATCHLAB_BUCKET": backend.bucket(home)}
     services = backend.services(home)
     at = services.endpoint
-    found = {
+    variables = {
         "AWS_DEFAULT_REGION": at.region,
         "BATCHLAB_BUCKET": services.bucket,
         "BATCHLAB_QUEUES": services.queue_prefix,
     }
     if at.url is None:  # On AWS itself, clients use their own credentials.
-        return found
-    return {
-        "AWS_ENDPOINT_URL": at.url,
-        "AWS_ACCESS_KEY_ID": at.access_key,
-        "AWS_SECRET_ACCESS_KEY": at.secret_key,
-        **found,
-    }
+        return variables
+    keys = {"AWS_ACCESS_KEY_ID": at.access_key, "AWS_SECRET_ACCESS_KEY": at.secret_key}
+    return {"AWS_ENDPOINT_URL": at.url, **keys, **variables}

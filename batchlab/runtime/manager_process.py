@@ -1,7 +1,7 @@
 """Start, connection, and end of a grid's manager, as other processes see it.
 
-Invariant: the home's record names the running manager. A process that starts a manager waits until
-the record exists, or reports why it does not.
+Invariant: the home's record names the running manager. A process that starts a manager waits until the record exists,
+or reports why it does not.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from batchlab.core.capabilities import capabilities_of
 from batchlab.core.errors import BackendError, Unreachable, UsageError
 from batchlab.core.model import Pool
 from batchlab.runtime import compose_deployment, factory
+from batchlab.runtime.descriptor import pool_option
 from batchlab.runtime.factory import Backend
 from batchlab.runtime.home import Home, ManagerRecord
 
@@ -31,7 +32,7 @@ log = logging.getLogger(__name__)
 START_S = 30.0
 CONNECT_S = 660.0
 """Timeout of a connection in seconds. It exceeds the time that a connection waits for a boot."""
-LONG_S = 10.0
+SLOW_S = 10.0
 STOP_S = 30.0
 _STARTED: dict[int, subprocess.Popen[bytes]] = {}
 """Managers that this process has started, by pid.
@@ -51,34 +52,34 @@ def start_manager(
 ) -> ManagerRecord:
     """Start a manager process and wait until it responds. Return a manager that already runs.
 
-    With `parent`, the manager ends when this process ends. `port` is the manager's port on
-    127.0.0.1, and 0 takes a free port. `say` is called with messages about slow steps. The manager
-    of a stack runs on AWS, so the function starts a connection to it instead.
+    With `parent`, the manager ends when this process ends. `port` is the manager's port on 127.0.0.1, and 0 takes a
+    free port. `say` is called with messages about slow steps. The manager of a stack runs on AWS, so the function
+    starts a connection to it instead.
 
-    Raise Unreachable with the last line of the manager's log if it does not start. The errors of
-    `Backend.provide` are also raised.
+    Raise Unreachable with the last line of the manager's log if it does not start. The errors of `Backend.provide` are
+    also raised.
     """
     if running := home.record():
         return running
     backend.check_installed()
-    _bury()
+    _reap()
     if backend.capabilities.container_manager:
         from batchlab.runtime import container_grid
 
         return container_grid.up(home, backend, pools, say)
     home.make()
     backend.provide(home, say)
-    service, what = "manager", "The manager did not start"
+    service, problem = "manager", "The manager did not start"
     if backend.capabilities.remote_manager:
-        _refuse_pools(backend, home, pools)
-        service, what = "connect", "The manager on AWS cannot be reached"
+        _check_pools(backend, home, pools)
+        service, problem = "connect", "The manager on AWS cannot be reached"
     # -P: the current folder must not provide modules.
     argv = [sys.executable, "-P", "-m", "batchlab", service, "--home", str(home.path)]
     argv += ["--backend", backend.name]
     if backend.endpoint:
         argv += ["--endpoint", backend.endpoint]
     for pool in pools:
-        argv += ["--pool", f"{pool.name}:{pool.min_size}-{pool.max_size}x{pool.slots}"]
+        argv += ["--pool", pool_option(pool)]
     if parent:
         argv += ["--parent", str(os.getpid())]
     if port:
@@ -89,9 +90,9 @@ def start_manager(
     _STARTED[process.pid] = process
     try:
         if backend.capabilities.remote_manager:
-            record = _awaited(home, process, CONNECT_S, say)
+            record = _wait_for_record(home, process, CONNECT_S, say)
         else:
-            record = _awaited(home, process, START_S)
+            record = _wait_for_record(home, process, START_S)
     except BaseException:
         # otherwise the connection process would keep trying
         if backend.capabilities.remote_manager:
@@ -99,10 +100,21 @@ def start_manager(
         raise
     if record:
         return record
-    raise Unreachable(f"{what}: {_last_line(home.manager_log).rstrip('.')}.", remedy=f"Its log is {home.manager_log}.")
+    raise Unreachable(
+        f"{problem}: {_last_line(home.manager_log).rstrip('.')}.", remedy=f"Its log is {home.manager_log}."
+    )
 
 
-def _awaited(
+def _check_pools(backend: Backend, home: Home, pools: Sequence[Pool]) -> None:
+    stack = backend.stack(home).stack
+    if pools:
+        raise UsageError(
+            f"The stack {stack!r} has its own pools, so a client cannot set their sizes.",
+            remedy="Change the pools with `batchlab deploy apply --pool`, or their limits with `batchlab grid scale`.",
+        )
+
+
+def _wait_for_record(
     home: Home, process: subprocess.Popen[bytes], within_s: float, say: Callable[[str], None] | None = None
 ) -> ManagerRecord | None:
     """Return the record of `process`, or of a manager that another command has started meanwhile.
@@ -117,26 +129,17 @@ def _awaited(
             return record
         if has_ended and not home.is_locked:
             return home.record()
-        if say and waited_s > LONG_S:
-            say("The manager is not up yet: an instance takes some minutes to boot.")
+        if say and waited_s > SLOW_S:
+            say("The manager is not ready yet. An instance takes some minutes to boot.")
             say = None
         time.sleep(0.02)
     return None
 
 
-def _refuse_pools(backend: Backend, home: Home, pools: Sequence[Pool]) -> None:
-    stack = backend.stack(home).stack
-    if pools:
-        raise UsageError(
-            f"The stack {stack!r} has its own pools, which are not sized from here.",
-            remedy="`batchlab deploy apply --pool` changes them, `batchlab grid scale` their limits.",
-        )
-
-
 def has_started(home: Home, record: ManagerRecord | None) -> bool:
     """Return whether this process started that manager, or the containers that it runs in."""
     if record is None or _is_in_container(record):
-        return compose_deployment.is_made_here(home)
+        return compose_deployment.is_created_here(home)
     return record.pid in _STARTED
 
 
@@ -147,7 +150,7 @@ def _is_in_container(record: ManagerRecord) -> bool:
 def stop_manager(home: Home) -> bool:
     """Stop the manager that runs here and its instances. Return False if none runs."""
     record = home.record()
-    _bury()
+    _reap()
     if compose_deployment.read(home) and (record is None or _is_in_container(record)):
         from batchlab.runtime import container_grid
 
@@ -157,8 +160,8 @@ def stop_manager(home: Home) -> bool:
     if _is_in_container(record):
         # The pid belongs to the container. On this machine, the same pid is another process.
         raise BackendError(
-            f"A manager runs in {home.path} in a container, and nothing says in which.",
-            remedy="`batchlab gc` removes it.",
+            f"The manager of {home.path} runs in a container, but the home does not record which one.",
+            remedy="Remove the container with `batchlab gc`.",
         )
     with suppress(ProcessLookupError):
         os.kill(record.pid, signal.SIGTERM)
@@ -193,10 +196,8 @@ def kill_manager(home: Home) -> ManagerRecord | None:
 
 
 @atexit.register
-def _bury() -> None:
-    """Wait for managers of this process that ended on their own, so that they do not
-    stay zombies.
-    """
+def _reap() -> None:
+    """Wait for managers of this process that ended on their own, so that they do not stay zombies."""
     for pid, process in list(_STARTED.items()):
         if process.poll() is not None:
             _STARTED.pop(pid, None)
@@ -204,4 +205,4 @@ def _bury() -> None:
 
 def _last_line(path: Path) -> str:
     lines = path.read_text(errors="replace").strip().splitlines()
-    return logs.text_of(lines[-1]) if lines else "it ended without a word"
+    return logs.text_of(lines[-1]) if lines else "it printed no error message"

@@ -99,7 +99,7 @@ async def _lead(options: ManagerOptions, stop: asyncio.Event) -> None:
     from batchlab.manager.recorder import ReportQueue
     from batchlab.manager.state import Ports
     from batchlab.runtime import settings
-    from batchlab.runtime.home import leave, listen, listen_locally
+    from batchlab.runtime.home import listen, listen_locally, remove_socket
     from batchlab.server.report_writer import open_reporter
 
     home, backend = options.home, options.backend
@@ -142,7 +142,7 @@ async def _lead(options: ManagerOptions, stop: asyncio.Event) -> None:
         counts=counts,
         tracer=tracer,
         channels=NotificationChannels(
-            settings.watched(home, in_container=backend.capabilities.container_manager),
+            settings.notification_watcher(home, in_container=backend.capabilities.container_manager),
             backend.open_deliveries(home, clock),
         ),
         recent=recent,
@@ -196,7 +196,7 @@ async def _lead(options: ManagerOptions, stop: asyncio.Event) -> None:
     results = await asyncio.gather(leading, serving, stopping, *watching, return_exceptions=True)
     if launcher:  # without a launcher, the instances belong to an AWS service and outlive the manager
         await end_instances(launcher, backend.worker.drain_s)
-    leave(home)
+    remove_socket(home)
     await queue.close()
     await ledger.close()
     await tracer.close()
@@ -229,7 +229,7 @@ def _server(
     time."""
     import uvicorn
 
-    from batchlab.adapters.local.fleet_state_file import StateFile
+    from batchlab.adapters.local.state_files import StateFile
     from batchlab.server import web
     from batchlab.server.http import create_app
 

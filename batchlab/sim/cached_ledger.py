@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from sqlalchemy import Connection, Engine
 
-from batchlab.adapters.clock import Run
+from batchlab.adapters.clock import CallRunner
 from batchlab.adapters.sql.ledger import SqlLedger
 from batchlab.core.errors import NotFound
 from batchlab.core.model import JobId
@@ -23,7 +23,7 @@ T = TypeVar("T")
 class FollowedLedger(SqlLedger):
     """The product's SQL ledger, on an in-memory SQLite database, with a cache."""
 
-    def __init__(self, engine: Engine, run: Run) -> None:
+    def __init__(self, engine: Engine, run: CallRunner) -> None:
         super().__init__(engine, run)
         self._written = 0
         """Number of writes, without those of the lease."""

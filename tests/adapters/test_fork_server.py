@@ -15,7 +15,7 @@ from typing import Any, ParamSpec
 import pytest
 
 from batchlab import Grid
-from batchlab.adapters.local.fork_server import Nursery
+from batchlab.adapters.local.fork_server import ForkServer
 from batchlab.adapters.local.processes import INSTANCE_VARIABLE, ProcessLauncher, living, stat
 from batchlab.cli.fork_server_main import NAME
 from batchlab.core.model import Pool
@@ -140,7 +140,7 @@ async def test_instances_start_without_a_fork_server_that_cannot_start(
     home = Home(tmp_path)
     home.make()
     backend = factory.load("local")
-    nursery = Nursery(["/nowhere/python"], [], tmp_path / "nursery.log")
+    nursery = ForkServer(["/nowhere/python"], [], tmp_path / "nursery.log")
     launcher = ProcessLauncher(home.fleet, lambda *_: ["sleep", "60"], backend.open_clock(), dict(os.environ), nursery)
     try:
         await launcher.launch(POOL, "w-1")
@@ -155,10 +155,10 @@ async def test_forked_process_without_a_record_exits(tmp_path: Path) -> None:
     nursery = opened(tmp_path)[0]._nursery
     assert nursery
     with (tmp_path / "out").open("wb") as output:
-        born = await nursery.bear(["python", "-P", "-m", "batchlab", "worker"], {}, output)
+        born = await nursery.fork(["python", "-P", "-m", "batchlab", "worker"], {}, output)
     assert name(born.pid) != NAME, "it waits for the word"
     born.forget()
-    assert await nursery.end_of(born.pid) == 0
+    assert await nursery.exit_code(born.pid) == 0
     nursery.close()
     assert (tmp_path / "out").read_bytes() == b""
 

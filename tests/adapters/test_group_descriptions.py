@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from batchlab.adapters.aws.group_descriptions import GONE, NEVER_UP, Seen
+from batchlab.adapters.aws.group_descriptions import LEFT_GROUP, NEVER_UP, GroupState
 from batchlab.core.model import LifecycleState, Pool
 from batchlab.core.ports import KEEP_TERMINATED_S
 
@@ -59,7 +59,7 @@ SHRUNK = [told("Terminating EC2 instance: i1", "shrinking the capacity from 1 to
     ids=["abandoned", "abandoned-in-one", "stopped", "scaled-in", "nothing-is-said"],
 )
 def test_why_an_instance_never_came_up(activities: list[Any], note: str, last: str) -> None:
-    seen = Seen(Pool("default"))
+    seen = GroupState(Pool("default"))
     seen.look(group(1, i1="Pending:Wait"), 1000.0)
     there = {} if last == "gone" else {"i1": last}
     seen.look(group(1, **there), 1005.0)
@@ -69,7 +69,7 @@ def test_why_an_instance_never_came_up(activities: list[Any], note: str, last: s
 
 
 def test_termination_reason_is_requested_again_after_the_instance_disappears() -> None:
-    seen = Seen(Pool("default"))
+    seen = GroupState(Pool("default"))
     seen.look(group(1, i1="Pending:Wait"), 1000.0)
     seen.look(group(1, i1="Terminating"), 1005.0)
     seen.explain([])
@@ -79,7 +79,7 @@ def test_termination_reason_is_requested_again_after_the_instance_disappears() -
 
 
 def test_scale_in_during_boot_is_not_a_failed_boot() -> None:
-    seen = Seen(Pool("default"))
+    seen = GroupState(Pool("default"))
     seen.look(group(1, i1="Pending:Wait"), 1000.0)
     seen.look(group(0, i1="Pending:Wait"), 1005.0)
     seen.look(group(0, i1="Terminating"), 1020.0)
@@ -88,18 +88,18 @@ def test_scale_in_during_boot_is_not_a_failed_boot() -> None:
 
 
 def test_instance_that_was_in_service_is_recorded_as_gone() -> None:
-    seen = Seen(Pool("default"))
+    seen = GroupState(Pool("default"))
     seen.look(group(1, i1="InService"), 1000.0)
     seen.look(group(1), 1005.0)
     seen.explain([])
     found = seen.instances["i1"]
-    assert (found.state, found.note) == (LifecycleState.TERMINATED, GONE)
+    assert (found.state, found.note) == (LifecycleState.TERMINATED, LEFT_GROUP)
 
 
 @pytest.mark.parametrize("state", ["InService", "Terminating:Wait"])
 def test_instance_missing_from_one_answer_stays_alive_and_its_later_end_is_reported(state: str) -> None:
     """Its second death went untold for a minute, in which it was shown as in service."""
-    seen = Seen(Pool("default"))
+    seen = GroupState(Pool("default"))
     seen.look(group(1, i1="InService"), 1000.0)
     assert [one.id for one in seen.look(group(1), 1005.0)] == ["i1"]
     assert seen.look(group(1, i1=state), 1010.0) == []
@@ -112,7 +112,7 @@ def test_instance_missing_from_one_answer_stays_alive_and_its_later_end_is_repor
 
 
 def test_one_that_a_look_had_missed_is_not_forgotten_a_minute_later() -> None:
-    seen = Seen(Pool("default"))
+    seen = GroupState(Pool("default"))
     seen.look(group(1, i1="InService"), 1000.0)
     seen.look(group(1), 1005.0)
     for at_s in (1010.0, 1005.0 + KEEP_TERMINATED_S + 1, 1080.0):
@@ -122,7 +122,7 @@ def test_one_that_a_look_had_missed_is_not_forgotten_a_minute_later() -> None:
 
 
 def test_terminated_instance_is_reported_once() -> None:
-    seen = Seen(Pool("default"))
+    seen = GroupState(Pool("default"))
     seen.look(group(1, i1="InService"), 1000.0)
     told_of = [seen.look(group(1, i1="Terminated"), at_s) for at_s in (1005.0, 1010.0)]
     assert [[one.id for one in gone] for gone in told_of] == [["i1"], []]

@@ -2,37 +2,37 @@
 
 from __future__ import annotations
 
-from batchlab.adapters.aws.sqs import QUIET_S
-from batchlab.adapters.local.local_wakeup_queue import LOOK_S, MAX_S, QUIET_SHARE, Quiet
+from batchlab.adapters.aws.sqs import IDLE_AFTER_S
+from batchlab.adapters.local.local_wakeup_queue import MAX_IDLE_S, POLL_S, POLL_SHARE, IdleTime
 
 
 def test_two_workers_that_only_live_leave_it_quiet() -> None:
-    quiet, now_s = Quiet(0.0), 0.0
+    quiet, now_s = IdleTime(0.0), 0.0
     for _ in range(100):
         now_s += 30.0
         quiet.broken(now_s)
 
     # Then each long poll on SQS takes as long as it can, and an emulator is looked at twice a beat.
-    assert quiet.of_s(now_s) > QUIET_S
-    assert QUIET_SHARE * quiet.of_s(now_s) > 30.0 / 3
+    assert quiet.of_s(now_s) > IDLE_AFTER_S
+    assert POLL_SHARE * quiet.of_s(now_s) > 30.0 / 3
 
 
 def test_message_wakes_the_receiver_after_any_idle_time() -> None:
-    quiet, now_s = Quiet(0.0), 86_400.0
+    quiet, now_s = IdleTime(0.0), 86_400.0
     for _ in range(6):
         now_s += 0.01
         quiet.broken(now_s)
 
-    assert QUIET_SHARE * quiet.of_s(now_s) < LOOK_S
+    assert POLL_SHARE * quiet.of_s(now_s) < POLL_S
 
 
 def test_one_message_leaves_at_most_half_of_what_counts() -> None:
-    quiet = Quiet(0.0)
+    quiet = IdleTime(0.0)
     quiet.broken(86_400.0)
 
-    assert quiet.of_s(86_400.0) == MAX_S / 2
-    assert quiet.of_s(86_410.0) == MAX_S / 2 + 10.0
+    assert quiet.of_s(86_400.0) == MAX_IDLE_S / 2
+    assert quiet.of_s(86_410.0) == MAX_IDLE_S / 2 + 10.0
 
 
 def test_new_queue_is_not_idle() -> None:
-    assert Quiet(1000.0).of_s(1000.0) == 0.0
+    assert IdleTime(1000.0).of_s(1000.0) == 0.0

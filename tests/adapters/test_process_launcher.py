@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from batchlab.adapters.local.fleet_state_file import StateFile
 from batchlab.adapters.local.processes import INSTANCE_VARIABLE, ProcessLauncher
+from batchlab.adapters.local.state_files import StateFile
 from batchlab.core.errors import BackendError
 from batchlab.core.model import Pool
 from batchlab.core.ports import KEEP_ENDED_S
@@ -42,7 +42,7 @@ _MANAGER = """
 import asyncio, os, signal, sys
 from pathlib import Path
 from batchlab.adapters.local.processes import ProcessLauncher
-from batchlab.adapters.local.fleet_state_file import StateFile
+from batchlab.adapters.local.state_files import StateFile
 from batchlab.core.errors import BackendError
 from batchlab.fleet.fleet_port import ManagedFleet
 from batchlab.core.model import Pool

@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 
 from batchlab.adapters.aws.endpoint import Endpoint, code_of, session_of
 from batchlab.adapters.aws.sqs import SqsQueue
-from batchlab.adapters.aws.sqs_wire import SqsWire, authorization, opened
+from batchlab.adapters.aws.sqs_wire import SqsWire, authorization, connect
 from batchlab.core.errors import BackendError
 from batchlab.core.ports import Outgoing
 from tests.support.aws.scripted_sqs import scripted
@@ -257,15 +257,15 @@ def test_calls_over_a_proxy_use_boto3(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.lower(), raising=False)
-    assert opened(session(), url, loopback=False) is not None
+    assert connect(session(), url, loopback=False) is not None
     monkeypatch.setenv("no_proxy", "other.example")
     monkeypatch.setenv("https_proxy", "http://proxy.example:3128")
-    assert opened(session(), url, loopback=False) is not None
+    assert connect(session(), url, loopback=False) is not None
     monkeypatch.setenv("http_proxy", "http://proxy.example:3128")
-    assert opened(session(), url, loopback=False) is None
-    assert opened(session(), url, loopback=True) is not None
+    assert connect(session(), url, loopback=False) is None
+    assert connect(session(), url, loopback=True) is not None
     monkeypatch.setenv("no_proxy", "sqs.example")
-    assert opened(session(), url, loopback=False) is not None
+    assert connect(session(), url, loopback=False) is not None
 
 
 def test_certificates_are_those_that_boto3_trusts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -274,7 +274,7 @@ def test_certificates_are_those_that_boto3_trusts(monkeypatch: pytest.MonkeyPatc
         monkeypatch.delenv(name, raising=False)
     # A profile of the user's is neither needed nor found where an endpoint has its own keys.
     monkeypatch.setenv("AWS_PROFILE", "no-such-profile")
-    made = opened(session(), url, loopback=False)
+    made = connect(session(), url, loopback=False)
     assert made is not None
     assert made._tls is not None
     assert made._tls.verify_mode is ssl.CERT_REQUIRED
@@ -283,7 +283,7 @@ def test_certificates_are_those_that_boto3_trusts(monkeypatch: pytest.MonkeyPatc
     for name in ("REQUESTS_CA_BUNDLE", "AWS_CA_BUNDLE"):
         monkeypatch.setenv(name, str(tmp_path / "nothing.pem"))
         with pytest.raises(BackendError, match=r"nothing\.pem cannot be read") as caught:
-            opened(session(), url, loopback=False)
+            connect(session(), url, loopback=False)
         assert "AWS_CA_BUNDLE" in caught.value.remedy
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from batchlab.adapters.clock import WallClock
-from batchlab.adapters.docker.launcher import Endings
+from batchlab.adapters.docker.launcher import StopDeadlines
 
 
 def test_recorded_deadline_applies_to_one_container(tmp_path: Path) -> None:
-    endings = Endings(tmp_path / "ending", WallClock())
+    endings = StopDeadlines(tmp_path / "ending", WallClock())
     endings.note("i-1", "container", 100.0)
     left_s = endings.left_s("i-1", "container")
     assert left_s is not None
@@ -25,7 +25,7 @@ def test_recorded_deadline_applies_to_one_container(tmp_path: Path) -> None:
 def test_full_disk_does_not_prevent_the_end_of_an_instance(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "ending").touch()
     with caplog.at_level(logging.WARNING):
-        Endings(tmp_path / "ending", WallClock()).note("i-1", "container", 100.0)
+        StopDeadlines(tmp_path / "ending", WallClock()).note("i-1", "container", 100.0)
     (told,) = caplog.records
     assert "when it has to be gone is not kept" in told.getMessage()
     assert vars(told)["instance"] == "i-1"

@@ -8,12 +8,12 @@ from collections.abc import Callable
 
 import pytest
 
-from batchlab.adapters.clock import Busy, OneThread, Run, Threads
+from batchlab.adapters.clock import Busy, CallRunner, ReadWriteThreads, SingleThread
 
 
 def test_a_quick_call_runs_on_the_spot() -> None:
     async def main() -> None:
-        thread = OneThread()
+        thread = SingleThread()
         ran = await thread(threading.current_thread, writes=True, quick=True)
         assert ran is threading.current_thread()
         ran = await thread(threading.current_thread, writes=True, quick=False)
@@ -25,7 +25,7 @@ def test_a_quick_call_runs_on_the_spot() -> None:
 
 def test_lock_is_awaited_in_the_thread() -> None:
     async def main() -> None:
-        thread, here = OneThread(), threading.current_thread()
+        thread, here = SingleThread(), threading.current_thread()
 
         def call() -> str:
             if threading.current_thread() is here:
@@ -40,7 +40,7 @@ def test_lock_is_awaited_in_the_thread() -> None:
 
 def test_no_call_runs_beside_a_call_whose_caller_was_canceled() -> None:
     async def main() -> list[str]:
-        thread, began, ends = OneThread(), threading.Event(), threading.Event()
+        thread, began, ends = SingleThread(), threading.Event(), threading.Event()
         order: list[str] = []
 
         def long() -> None:
@@ -62,8 +62,8 @@ def test_no_call_runs_beside_a_call_whose_caller_was_canceled() -> None:
     assert asyncio.run(main()) == ["long", "quick"]
 
 
-@pytest.mark.parametrize("made", [OneThread, Threads])
-def test_close_completes_without_a_waiting_caller(made: Callable[[], Run]) -> None:
+@pytest.mark.parametrize("made", [SingleThread, ReadWriteThreads])
+def test_close_completes_without_a_waiting_caller(made: Callable[[], CallRunner]) -> None:
     async def main() -> None:
         threads, ends, closed = made(), threading.Event(), threading.Event()
         busy = asyncio.create_task(threads(ends.wait, writes=True, quick=False))

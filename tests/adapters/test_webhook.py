@@ -262,7 +262,7 @@ def test_failed_command_reports_its_error() -> None:
 
 
 def test_a_command_that_hangs_ends_with_all_it_has_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(notifications, "WEBHOOK_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(notifications, "COMMAND_TIMEOUT_S", 1.0)
     pid = tmp_path / "pid"
     error = refused(
         script(

@@ -169,7 +169,7 @@ def test_a_presigned_url_works_until_it_expires(grid: LocalGrid, endpoint: Endpo
 
 def test_the_keys_are_the_owners_alone(grid: LocalGrid, endpoint: Endpoint) -> None:
     """Finding 1: each grid has its own random keys, which no other user can read."""
-    file = grid.home.of("ministack") / "keys.json"
+    file = grid.home.backend_folder("ministack") / "keys.json"
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     kept = json.loads(file.read_text())
     assert kept == {"access_key": endpoint.access_key, "secret_key": endpoint.secret_key}

@@ -14,9 +14,9 @@ import pytest
 
 from batchlab.adapters.clock import RandomIds, WallClock
 from batchlab.adapters.local import objects as local_files
-from batchlab.adapters.local.fleet_state_file import StateFile
 from batchlab.adapters.local.objects import LocalObjects
 from batchlab.adapters.local.sqlite_queue import SqliteQueue
+from batchlab.adapters.local.state_files import StateFile
 from batchlab.adapters.memory.launcher import SimLauncher
 from batchlab.adapters.sql import open_sqlite
 from batchlab.core.atomic_write import Sync

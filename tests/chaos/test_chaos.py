@@ -219,7 +219,7 @@ def comes_to_rest(containers: Containers) -> None:
 
 def spot(containers: Containers) -> None:
     """Let the instances be Spot instances, which can be interrupted."""
-    path = containers.grid.home.of("localstack") / "templates.toml"
+    path = containers.grid.home.backend_folder("localstack") / "templates.toml"
     path.write_text(path.read_text().replace("slots =", 'market = "spot"\nslots ='))
 
 

@@ -169,7 +169,7 @@ def test_downloaded_results_count_once_their_size_is_known(run: Run, folder: Pat
     assert "fetching results home is not in it" in assumed
     assert told("--results", "2GiB")[0] == pytest.approx(0.18)
     home.make()
-    fetches.note(home, "sums-0123456789", 1024**3)
+    fetches.record_fetch(home, "sums-0123456789", 1024**3)
     usd, assumed = told()
     assert usd == pytest.approx(0.09)
     assert "as large as those of sums-0123456789" in assumed
@@ -246,7 +246,7 @@ def test_a_bill_on_a_stack_has_the_data_that_was_counted(
         egress="nat",
     )
     aws_deployment.write(home, at)
-    fetches.note(home, "sums-0123456789", 1024**3)
+    fetches.record_fetch(home, "sums-0123456789", 1024**3)
     used = account(requests={"sqs": 1e6, "sqs_bytes": 20 * 1024**3})
     job: Any = a_job("sums-0123456789", "SUCCEEDED")
     monkeypatch.setattr(bills, "facts_of", lambda *_: bills.Facts(job, job_use(account=used), "aws"))

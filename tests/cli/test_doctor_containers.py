@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from batchlab.adapters.docker import engine
-from batchlab.adapters.docker.engine import Found
+from batchlab.adapters.docker.engine import LabeledResource
 from batchlab.cli import doctor
 from batchlab.cli.doctor import Finding, Level, container_findings
 from batchlab.runtime import compose_project, factory
@@ -33,7 +33,7 @@ def examined(
     broken: Mapping[str, str] = {},
     said: Mapping[str, str] = {},
     env: Mapping[str, str] = {},
-    left: Sequence[Found] = (),
+    left: Sequence[LabeledResource] = (),
 ) -> dict[str, Finding]:
     """The findings by what they are about, with Docker answering as told: `broken` commands fail
     with what they say on stderr, `left` is what carries a grid's label."""
@@ -107,7 +107,7 @@ def test_missing_image_and_full_disk_are_reported(monkeypatch: pytest.MonkeyPatc
 
 def test_leftovers_are_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     labels = {compose_project.LABEL: "batchlab-1", compose_project.HOME_LABEL: str(tmp_path / "gone")}
-    volume = Found("volume", "1", "postgres", labels)
+    volume = LabeledResource("volume", "1", "postgres", labels)
     one = examined(monkeypatch, tmp_path, left=[volume])["orphans"]
     assert one.level is Level.WARN
     assert "batchlab gc" in one.remedy

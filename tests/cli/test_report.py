@@ -73,7 +73,7 @@ def test_no_text_of_a_job_reaches_the_terminal_as_it_is(run: Run, made: str) -> 
         (("pull", "nothing"), "knows of no jobs"),
         (("write", "nothing"), "knows of no jobs"),
         (("diff", "MADE", "nothing"), "knows of no jobs"),
-        (("sql", "SELECT 1", "last", "--backend", "no-such"), "There is no backend"),
+        (("sql", "SELECT 1", "last", "--backend", "no-such"), "Unknown backend"),
         (("pull", "../../etc", "--backend", "aws"), "is not the id of a job"),
         (("pull", "last", "--backend", "aws"), "so the last job is unknown"),
     ],
@@ -102,7 +102,7 @@ def test_mistakes_are_clear_sentences(
 )
 def test_report_does_not_wait_for_a_deleted_bucket(command: tuple[str, ...], run: Run, tmp_path: Path) -> None:
     home = Home(tmp_path)
-    home.of("ministack").mkdir()
+    home.backend_folder("ministack").mkdir()
     # Nothing listens there; what did has ended with the grid.
     home.write_place("ministack", Place("http://127.0.0.1:9", "bucket-1", named=False))
     code, out, err = run(*command, "--backend", "ministack", "--home", str(tmp_path))

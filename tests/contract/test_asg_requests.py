@@ -15,7 +15,7 @@ from botocore.exceptions import ClientError
 
 from batchlab.adapters.aws import endpoint
 from batchlab.adapters.aws.fleet import Ec2Fleet
-from batchlab.adapters.aws.group_descriptions import DRAIN_HOOK, READY_HOOK, GroupForm
+from batchlab.adapters.aws.group_descriptions import DRAIN_HOOK, READY_HOOK, GroupParameters
 from batchlab.adapters.clock import WallClock
 from batchlab.core.errors import AlreadyExists, BackendError, NotFound, Refused, Throttled, Unreachable
 from batchlab.core.model import LifecycleState
@@ -28,7 +28,7 @@ POOL = STEADY.name
 class Counted:
     """A fleet over our endpoint, with every request that it has made."""
 
-    def __init__(self, up: Served, launcher: Behaving, form: GroupForm, prefix: str) -> None:
+    def __init__(self, up: Served, launcher: Behaving, form: GroupParameters, prefix: str) -> None:
         self.up = up
         self.prefix = prefix
         self.launcher = launcher
@@ -54,8 +54,8 @@ class Counted:
         return await asyncio.to_thread(getattr(self.asg, action), **asked)
 
 
-def run(check: Callable[[Counted], Awaitable[None]], folder: Path, form: GroupForm | None = None) -> None:
-    form = form or GroupForm(TEMPLATE, zones=(ZONE,), drain_s=0)
+def run(check: Callable[[Counted], Awaitable[None]], folder: Path, form: GroupParameters | None = None) -> None:
+    form = form or GroupParameters(TEMPLATE, zones=(ZONE,), drain_s=0)
 
     async def main() -> None:
         launcher = Behaving(TableLauncher())
@@ -141,7 +141,7 @@ def test_an_instance_drains_in_its_hook(tmp_path: Path) -> None:
         await at.rig.until(lambda _: bool(at.rig.dead))
         assert names(at.rig.dead) == [instance]
 
-    run(check, tmp_path, GroupForm(TEMPLATE, zones=(ZONE,), drain_s=60))
+    run(check, tmp_path, GroupParameters(TEMPLATE, zones=(ZONE,), drain_s=60))
 
 
 def test_existing_group_is_adopted_with_its_instances(tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_existing_group_is_adopted_with_its_instances(tmp_path: Path) -> None:
         before = await at.rig.grow(STEADY, 2)
         group = at.prefix + POOL
         await at.ask("delete_lifecycle_hook", AutoScalingGroupName=group, LifecycleHookName=READY_HOOK)
-        form = GroupForm(TEMPLATE, zones=(ZONE,))
+        form = GroupParameters(TEMPLATE, zones=(ZONE,))
         later = Ec2Fleet(at.up.endpoint, WallClock(), form, prefix=at.prefix)
         try:
             await later.ensure(replace(STEADY, max_size=7))

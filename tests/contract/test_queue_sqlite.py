@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from batchlab.adapters.local.sqlite_messages import SqliteMessages, Taken
+from batchlab.adapters.local.sqlite_messages import ReceiveResult, SqliteMessages
 from batchlab.adapters.local.sqlite_queue import SqliteQueue
 from batchlab.core.errors import BackendError
 from batchlab.core.ports import Outgoing, QueueSpec
@@ -277,7 +277,7 @@ def test_a_sleeping_receive_looks_next_to_never(tmp_path: Path, monkeypatch: pyt
     looks: list[str] = []
     look = SqliteMessages.receive
 
-    def counted(self: SqliteMessages, queue: str, *how: Any) -> Taken:
+    def counted(self: SqliteMessages, queue: str, *how: Any) -> ReceiveResult:
         looks.append(queue)
         return look(self, queue, *how)
 

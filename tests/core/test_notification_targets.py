@@ -296,30 +296,30 @@ def test_missing_file_means_no_target(tmp_path: Path) -> None:
     ("text", "told"),
     [
         ("[ops\n", "cannot be read"),
-        ("ops = 3\n", "is no table"),
-        ("[Ops]\ncommand = ['x']\n", "has no fit name"),
-        ("[ops]\n", "Write one of webhook, sns and command"),
-        (f"[ops]\nwebhook = '{URL}'\nsns = '{TOPIC}'\n", "Write one of"),
-        (f"[ops]\nwebhook = '{URL}'\nto = 'x'\n", "'to', which is no key"),
-        (f"[ops]\nwebhook = '{URL}'\non = 3\n", "'on' that is no list"),
+        ("ops = 3\n", "is not a table"),
+        ("[Ops]\ncommand = ['x']\n", "has an invalid name"),
+        ("[ops]\n", "Write exactly one of webhook, sns, and command"),
+        (f"[ops]\nwebhook = '{URL}'\nsns = '{TOPIC}'\n", "has 2 addresses"),
+        (f"[ops]\nwebhook = '{URL}'\nto = 'x'\n", "unknown key 'to'"),
+        (f"[ops]\nwebhook = '{URL}'\non = 3\n", "'on' that is not a list"),
         (f"[ops]\nwebhook = '{URL}'\non = ['late']\n", "The moments are"),
         (f"[ops]\nwebhook = '{URL}'\nsecret = 'hunter2'\n", "never written here"),
         (f"[ops]\nwebhook = '{URL}'\nfailures = true\n", "whole number"),
         (f"[ops]\nwebhook = '{URL}'\nstuck_after = 'soon'\n", "stuck_after"),
-        ("[ops]\nwebhook = 'env:NOT_SET_HERE'\n", "NOT_SET_HERE says, and that is not set"),
-        ("[ops]\ncommand = 'page'\n", "no list of texts"),
+        ("[ops]\nwebhook = 'env:NOT_SET_HERE'\n", "needs the variable NOT_SET_HERE, which is not set"),
+        ("[ops]\ncommand = 'page'\n", "not a list of texts"),
         (f"[ops]\nwebhook = '{URL}'\non = []\n", "The moments are"),
-        (f"[ops]\nwebhook = '{URL}'\njobs = 'yes'\n", "Write true where jobs may name it"),
+        (f"[ops]\nwebhook = '{URL}'\njobs = 'yes'\n", "Write true if jobs may name it"),
         ("[ops]\ncommand = ['x']\njobs = true\n", "may not name a command"),
-        (f"[jobs]\nwebhook = '{URL}'\n", "'webhook', which is no key"),
-        ("[jobs]\nlocal = 'http://127.0.0.1'\n", "is no list"),
-        ("[jobs]\nlocal = ['http://127.0.0.1/x']\n", "no origin"),
-        ("[jobs]\nlocal = ['127.0.0.1:8000']\n", "no origin"),
-        ("[jobs]\nlocal = ['http://127.0.0.1:x']\n", "no origin"),
-        ("[jobs.secrets]\nBATCHLAB_NOTIFY_A = ['https://u@h.example']\n", "no origin"),
-        ("[jobs.secrets]\nPATH = ['https://h.example']\n", "no job can name"),
-        ("jobs = 3\n", "no table of that"),
-        ("[jobs]\nsecrets = 3\n", "no table of that"),
+        (f"[jobs]\nwebhook = '{URL}'\n", "unknown key 'webhook'"),
+        ("[jobs]\nlocal = 'http://127.0.0.1'\n", "is not a list"),
+        ("[jobs]\nlocal = ['http://127.0.0.1/x']\n", "not an origin"),
+        ("[jobs]\nlocal = ['127.0.0.1:8000']\n", "not an origin"),
+        ("[jobs]\nlocal = ['http://127.0.0.1:x']\n", "not an origin"),
+        ("[jobs.secrets]\nBATCHLAB_NOTIFY_A = ['https://u@h.example']\n", "not an origin"),
+        ("[jobs.secrets]\nPATH = ['https://h.example']\n", "jobs cannot use as a secret"),
+        ("jobs = 3\n", "must be a table with the limits"),
+        ("[jobs]\nsecrets = 3\n", "must be a table with the limits"),
         ("[ops]\ncommand = []\n", "a program and its arguments"),
     ],
 )
@@ -344,7 +344,7 @@ def test_the_manager_needs_the_variables_that_are_named(tmp_path: Path) -> None:
 
 def test_the_file_is_read_again_when_it_changes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     home = at(tmp_path, "[a]\ncommand = ['x']\n")
-    now = settings.watched(home)
+    now = settings.notification_watcher(home)
 
     def names() -> list[str]:
         return [one.name for one in now().targets]

@@ -18,7 +18,7 @@ import pytest
 from packaging.utils import parse_wheel_filename
 
 import batchlab
-from batchlab.adapters.aws.group_descriptions import READY_HOOK, GroupForm
+from batchlab.adapters.aws.group_descriptions import READY_HOOK, GroupParameters
 from batchlab.adapters.local.objects import open_local
 from batchlab.core import installation
 from batchlab.core.errors import BackendError, UsageError
@@ -193,12 +193,12 @@ def test_variables_travel_with_it_and_secrets_do_not(tmp_path: Path, made: list[
 @pytest.mark.parametrize(
     ("name", "value", "told"),
     [
-        ("OTEL_EXPORTER_OTLP_HEADERS", "x-api-key=k", "a secret by its name"),
-        ("BATCHLAB_NOTIFY_SECRET", "k", "a secret by its name"),
-        ("low", "x", "no name of a variable"),
-        ("A", "two words", "not everybody reads alike"),
-        ("A", "$HOME", "not everybody reads alike"),
-        ("A", "x\nB=y", "not everybody reads alike"),
+        ("OTEL_EXPORTER_OTLP_HEADERS", "x-api-key=k", "is the name of a secret"),
+        ("BATCHLAB_NOTIFY_SECRET", "k", "is the name of a secret"),
+        ("low", "x", "not a valid name of a variable"),
+        ("A", "two words", "systemd and Docker read differently"),
+        ("A", "$HOME", "systemd and Docker read differently"),
+        ("A", "x\nB=y", "systemd and Docker read differently"),
     ],
 )
 def test_packages_without_wheels_are_reported(name: str, value: str, told: str) -> None:
@@ -251,7 +251,7 @@ def test_the_scripts_and_the_code_agree_on_names_and_times() -> None:
     worker = unit("worker")
     stop_s = float(worker["TimeoutStopSec"])
     assert stop_s > backend.worker.drain_s + LEAVE_S
-    assert stop_s > GroupForm("t").drain_s, "systemd would end the worker while its group waits"
+    assert stop_s > GroupParameters("t").drain_s, "systemd would end the worker while its group waits"
     for role in ("worker", "manager"):
         one = unit(role)
         assert one["ExecStart"].startswith(f"/opt/batchlab/current/venv/bin/batchlab {role} --backend aws ")

@@ -71,7 +71,7 @@ def test_a_persons_yaml_is_read(tmp_path: Path) -> None:
         ("pools: [{name: a, types: m7i.large}]\n", "not a list"),
         ("parameters: [a]\n", "not names with values"),
         ("packages: duckdb\n", "not a list"),
-        ("environment: {API_TOKEN: x}\n", "API_TOKEN is a secret by its name"),
+        ("environment: {API_TOKEN: x}\n", "API_TOKEN is the name of a secret"),
         ("a: [\n", "is not YAML"),
     ],
 )

@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from batchlab.adapters.aws.group_descriptions import DRAIN_HOOK, POOL_TAG, READY_HOOK, SLOTS_TAG, GroupForm
+from batchlab.adapters.aws.group_descriptions import DRAIN_HOOK, POOL_TAG, READY_HOOK, SLOTS_TAG, GroupParameters
 from batchlab.core.model import Pool
 from batchlab.runtime.aws_deployment import AwsDeployment, Database, parse
 from tests.support.aws import cfn
@@ -26,7 +26,7 @@ def shape(request: pytest.FixtureRequest) -> cfn.Rendered:
 def test_a_pool_is_the_group_that_the_fleet_takes_over(shape: cfn.Rendered) -> None:
     group = shape.properties("PoolGroup")
     pool = Pool("default", 0, 10, 2, boot_s=240.0)
-    wanted = GroupForm("batchlab-pool-{pool}").request("batchlab-pool-default", pool)
+    wanted = GroupParameters("batchlab-pool-{pool}").request("batchlab-pool-default", pool)
     assert group["AutoScalingGroupName"] == wanted["AutoScalingGroupName"]
     assert shape.properties("PoolTemplate")["LaunchTemplateName"] == "batchlab-pool-default"
     assert group["LifecycleHookSpecificationList"] == wanted["LifecycleHookSpecificationList"]

@@ -10,7 +10,7 @@ from random import Random
 
 import pytest
 
-from batchlab.adapters.local.fleet_state_file import StateFile
+from batchlab.adapters.local.state_files import StateFile
 from batchlab.adapters.memory.launcher import MemoryState
 from batchlab.core.errors import BackendError, Refused
 from batchlab.core.model import GroupView

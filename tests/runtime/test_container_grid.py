@@ -23,7 +23,7 @@ from batchlab.core.model import Pool
 from batchlab.fleet.api_types import LaunchTemplate
 from batchlab.runtime import compose_deployment, compose_project, container_grid, descriptor, factory, manager_process
 from batchlab.runtime.compose_deployment import Deployment
-from batchlab.runtime.compose_project import Found, Project, Recipe, name_for, requirements, unpulled_of
+from batchlab.runtime.compose_project import Project, ProjectParts, Recipe, name_for, requirements, unpulled_of
 from batchlab.runtime.home import Home, ManagerRecord, Place
 from batchlab.server.autoscaling_api.launch_templates import TemplateFile
 
@@ -38,7 +38,7 @@ def test_a_network_is_chosen_that_overlaps_none() -> None:
     assert compose_deployment.free_subnet(["10.213.64.7/32", "fd00::/8"]) == "10.213.65"
     begins = {compose_deployment.free_subnet([], f"batchlab-{n}") for n in range(20)}
     assert len(begins) > 10
-    with pytest.raises(UsageError, match="are taken"):
+    with pytest.raises(UsageError, match="are in use"):
         compose_deployment.free_subnet(["10.0.0.0/8"])
 
 
@@ -64,7 +64,7 @@ def test_unreadable_deployment_is_reported(tmp_path: Path) -> None:
     home = Home(tmp_path)
     compose_deployment.write(home, AT)
     (compose_deployment.folder(home) / "deployment.json").write_text('{"project": 1}')
-    with pytest.raises(BackendError, match="cannot be read"):
+    with pytest.raises(BackendError, match="is not a description of a grid in containers"):
         compose_deployment.read(home)
 
 
@@ -85,11 +85,11 @@ def test_the_image_has_what_is_installed_here_and_no_extras() -> None:
 
 def test_settings_add_packages_to_the_image() -> None:
     image = factory.load("localstack").image
-    plain = Recipe.of({}, apt=image.apt, pip=image.pip)
+    plain = Recipe.from_settings({}, apt=image.apt, pip=image.pip)
     assert "ffmpeg" in plain.apt
     assert plain.base.startswith("python:3.")
     named = {"BATCHLAB_BASE_IMAGE": "mine", "BATCHLAB_IMAGE_APT": "", "BATCHLAB_IMAGE_PIP": "a b"}
-    assert Recipe.of(named, apt=image.apt, pip=image.pip) == Recipe("mine", [], ["a", "b"])
+    assert Recipe.from_settings(named, apt=image.apt, pip=image.pip) == Recipe("mine", [], ["a", "b"])
 
 
 def test_every_pool_has_a_launch_template(tmp_path: Path) -> None:
@@ -110,13 +110,13 @@ def test_how_a_grid_is_observed_is_passed_on(tmp_path: Path) -> None:
     """To the manager by Compose, and to instances by their launch templates."""
     compose = yaml.safe_load((installation.folder("compose") / "compose.yaml").read_text())
     services = compose["services"]
-    assert tuple(services["asg"]["environment"]) == descriptor.PASSED_ON
-    assert set(services["manager"]["environment"]) >= set(descriptor.PASSED_ON)
-    passed = {name: services["manager"]["environment"][name] for name in descriptor.PASSED_ON}
+    assert tuple(services["asg"]["environment"]) == descriptor.INHERITED
+    assert set(services["manager"]["environment"]) >= set(descriptor.INHERITED)
+    passed = {name: services["manager"]["environment"][name] for name in descriptor.INHERITED}
     assert not any(passed.values()), "as it is outside, or not at all"
     told = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://10.0.0.1:4318", "HOME": "/root", "OTEL_X": "1"}
     path = tmp_path / "templates.toml"
-    more = descriptor.taken_over(told)
+    more = descriptor.inherited_variables(told)
     path.write_text(container_grid.templates_for(AT, PLACE, [Pool("default")], more))
     template = TemplateFile(path).template(LaunchTemplate(launch_template_name="worker-default"))
     env = dict(template.env)
@@ -168,11 +168,11 @@ def test_instance_finds_its_bucket_by_environment_only(tmp_path: Path) -> None:
 def test_resources_without_a_folder_are_orphans(tmp_path: Path) -> None:
     home = Home(tmp_path)
     project = name_for(home)
-    assert Found(project, str(tmp_path), 3).is_orphan
+    assert ProjectParts(project, str(tmp_path), 3).is_orphan
     compose_deployment.write(home, Deployment(project, "10.213.70", "image", "1:1", "3.13"))
-    assert not Found(project, str(tmp_path), 3).is_orphan
-    assert Found("batchlab-other", str(tmp_path), 1).is_orphan
-    assert not Found("somebody", "", 1).is_orphan
+    assert not ProjectParts(project, str(tmp_path), 3).is_orphan
+    assert ProjectParts("batchlab-other", str(tmp_path), 1).is_orphan
+    assert not ProjectParts("somebody", "", 1).is_orphan
 
 
 def test_functions_are_sent_to_the_same_python_only(tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_resources_of_an_unreadable_folder_are_not_orphans(tmp_path: Path) -> No
     home = Home(tmp_path)
     compose_deployment.write(home, AT)
     (compose_deployment.folder(home) / "deployment.json").write_text("[")
-    assert not Found(AT.project, str(tmp_path), 3).is_orphan
+    assert not ProjectParts(AT.project, str(tmp_path), 3).is_orphan
     no_folder = tmp_path / "file"
     no_folder.touch()
     assert compose_deployment.read(Home(no_folder)) is None
@@ -226,7 +226,7 @@ def test_other_files_in_the_folder_keep_their_owner(tmp_path: Path) -> None:
     compose_deployment.write(home, AT)
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").touch()
-    handed = container_grid.handed_over(home)
+    handed = container_grid.container_paths(home)
     assert {tmp_path, tmp_path / "token", compose_deployment.password_file(home)} <= set(handed)
     assert not [path for path in handed if "thesis" in path.parts]
 
@@ -264,7 +264,7 @@ class Brought:
         monkeypatch.setattr(compose_project, "provide", lambda *_: self.image)
         monkeypatch.setattr(compose_project, "python_of", lambda _: "3.13")
         monkeypatch.setattr(container_grid, "networks", list)
-        monkeypatch.setattr(container_grid, "_hand_over", lambda *_: None)
+        monkeypatch.setattr(container_grid, "_change_owner", lambda *_: None)
         monkeypatch.delenv("BATCHLAB_ENDPOINT", raising=False)
         self.backend = factory.load("localstack")
 
@@ -335,7 +335,7 @@ def test_command_does_not_wait_for_a_service_that_keeps_exiting(
     monkeypatch.setattr(Project, "_compose", lambda *_: None)
     monkeypatch.setattr(Project, "_keep_logs", lambda _: tmp_path)
     monkeypatch.setattr(Project, "last_line", lambda *_: "no such option")
-    monkeypatch.setattr(compose_project, "_LOOK_S", 0.0)
+    monkeypatch.setattr(compose_project, "_POLL_S", 0.0)
     with pytest.raises(BackendError, match=r"manager did not become ready: no such option\."):
         Project(Home(tmp_path), AT, settings={}).up(print, storage=False)
     assert next(seen) == 11
@@ -344,7 +344,7 @@ def test_command_does_not_wait_for_a_service_that_keeps_exiting(
 def test_root_does_not_change_the_owner_of_a_foreign_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.getuid", lambda: 0)
     (tmp_path / "letters").write_text("mine")
-    with pytest.raises(UsageError, match="has other things in it"):
+    with pytest.raises(UsageError, match="contains other files"):
         container_grid.up(Home(tmp_path), factory.load("localstack"), (), lambda _: None)
     assert [path.name for path in tmp_path.iterdir()] == ["letters"]
 
@@ -365,11 +365,11 @@ def test_a_program_takes_down_containers_only_if_it_brought_them_up(
     monkeypatch.setattr("batchlab.runtime.manager_process.start_manager", start)
     monkeypatch.setattr("batchlab.runtime.manager_process.stop_manager", stopped.append)
     home = Home(tmp_path)
-    home.of("localstack").mkdir()
+    home.backend_folder("localstack").mkdir()
     home.write_place("localstack", PLACE)
     if stood:
         start(home)
-        monkeypatch.setattr(compose_deployment, "_MADE_HERE", set())  # another process made it
+        monkeypatch.setattr(compose_deployment, "_CREATED_HERE", set())  # another process made it
     monkeypatch.setattr(Home, "record", lambda _: None)
     link = Link(factory.load("localstack"), home, ())
     assert link.ours is not stood

@@ -15,7 +15,7 @@ from botocore.credentials import Credentials
 from botocore.model import OperationModel
 from botocore.parsers import create_parser
 
-from batchlab.adapters.local.access_keys import Keys
+from batchlab.adapters.local.state_files import Keys
 from batchlab.server.autoscaling_api.app import MAX_BODY_BYTES, App, Fault
 from batchlab.server.autoscaling_api.query_protocol import QueryService, model
 from batchlab.server.autoscaling_api.scheduled_changes import ALL_ACTIONS as ACTIONS

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from batchlab.adapters.local.fleet_state_file import StateFile
+from batchlab.adapters.local.state_files import StateFile
 from batchlab.server.http.authentication import CODE_S, MAX_CODES, SESSION_S, Sessions
 from tests.support.fleet import ManualClock
 

@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 import pytest
 
 from batchlab.adapters.docker.launcher import Template
-from batchlab.adapters.local.fleet_state_file import StateFile
 from batchlab.adapters.local.processes import ProcessLauncher
+from batchlab.adapters.local.state_files import StateFile
 from batchlab.adapters.memory.launcher import MemoryState, SimLauncher
 from batchlab.core.errors import BackendError
 from batchlab.core.model import GroupView, Instance, LifecycleState, Machine, Pool

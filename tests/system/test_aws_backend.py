@@ -117,7 +117,7 @@ def test_job_stops_at_its_cap_and_continues_with_a_higher_one(there: Account, tm
 
 def test_missing_parts_are_a_clear_error(there: Account, tmp_path: Path) -> None:
     _, said = batchlab(there, "grid", "up", "--backend", "aws", "--home", tmp_path / "h", code=3)
-    assert "No stack is known" in said
+    assert "No stack is recorded" in said
     assert "deploy apply" in said
     home = there.home()
     _, said = batchlab(there, "grid", "up", "--backend", "aws", "--home", home.path, "--pool", "default:0-4x1", code=2)

@@ -18,7 +18,7 @@ from docker.transport.unixconn import UnixHTTPConnection
 
 from batchlab.adapters.docker.engine import Engine, find, sweep
 from batchlab.adapters.docker.launcher import SETTLED_S
-from batchlab.adapters.local.fleet_state_file import StateFile
+from batchlab.adapters.local.state_files import StateFile
 from batchlab.core.errors import AlreadyExists, Unreachable, UsageError
 from batchlab.fleet.fleet_port import ManagedFleet
 from tests.support.docker.containers import DockerGrid, docker_grid, ensure_network, shell
@@ -57,7 +57,7 @@ _MANAGER = """
 import asyncio, os, signal, sys
 from pathlib import Path
 from docker import APIClient
-from batchlab.adapters.local.fleet_state_file import StateFile
+from batchlab.adapters.local.state_files import StateFile
 from batchlab.fleet.fleet_port import ManagedFleet
 from batchlab.core.model import Pool
 from tests.support.docker.containers import DockerGrid

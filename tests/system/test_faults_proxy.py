@@ -195,7 +195,7 @@ def test_proxy_left_by_a_killed_replay_does_not_interfere(ministack: Endpoint, t
     home = Home(tmp_path)
     place = Place(str(ministack.url), "my-bucket", named=True)
     for name in ("ministack", f"{ministack.url}/my-bucket"):
-        home.of("ministack").mkdir(exist_ok=True)
+        home.backend_folder("ministack").mkdir(exist_ok=True)
         home.write_place("ministack", replace(place, url="http://127.0.0.1:9", behind=place.url))
         backend = factory.load("ministack", None if name == "ministack" else name)
         assert backend.named_place(home) == place
@@ -204,11 +204,11 @@ def test_proxy_left_by_a_killed_replay_does_not_interfere(ministack: Endpoint, t
 
 def test_location_file_without_a_proxy_is_readable(tmp_path: Path) -> None:
     home = Home(tmp_path)
-    home.of("ministack").mkdir()
+    home.backend_folder("ministack").mkdir()
     said = {"url": "http://127.0.0.1:9", "bucket": "b-1", "named": True}
-    (home.of("ministack") / "endpoint.json").write_text(json.dumps(said))
+    (home.backend_folder("ministack") / "endpoint.json").write_text(json.dumps(said))
     assert home.place("ministack") == Place("http://127.0.0.1:9", "b-1", named=True)
-    (home.of("ministack") / "endpoint.json").write_text(json.dumps({"url": "http://127.0.0.1:9"}))
+    (home.backend_folder("ministack") / "endpoint.json").write_text(json.dumps({"url": "http://127.0.0.1:9"}))
     assert home.place("ministack") is None
 
 

@@ -34,7 +34,9 @@ def test_files_and_results_travel_through_the_bucket(stub: Stub, tmp_path: Path)
         assert list(grid.map(lambda file: file.read_text().upper(), files)) == [text.upper() for text in texts]
     assert [key for key in stub.buckets["my-bucket"] if "/outcomes/" in key]
     assert not home.objects.exists()
-    assert {"endpoint.json", "ledger.sqlite", "queue.sqlite"} <= {path.name for path in home.of("gcs").iterdir()}
+    assert {"endpoint.json", "ledger.sqlite", "queue.sqlite"} <= {
+        path.name for path in home.backend_folder("gcs").iterdir()
+    }
     # The home records the bucket, so the next command need not name it.
     backend = factory.load("gcs", "gs://another")
     with pytest.raises(UsageError, match="has its bucket at gs://my-bucket, not at gs://another"):
@@ -60,5 +62,5 @@ def test_a_grid_needs_the_address_of_a_bucket(tmp_path: Path, monkeypatch: pytes
         assert "gs://my-bucket" in caught.value.remedy
     with pytest.raises(UsageError, match="is not a URL"):
         factory.load("ministack", "gs://my-bucket")
-    with pytest.raises(UsageError, match="no use for an endpoint"):
+    with pytest.raises(UsageError, match="does not use an endpoint"):
         factory.load("local", "gs://my-bucket")

@@ -177,7 +177,7 @@ def test_a_grid_taken_down_finds_all_again_and_rebuilds_its_ledger_from_it(
     assert grid.home.place("ministack") == place
     check(grid, grid.wait(job), tmp_path / "out", facts)
     grid.stop()
-    ledger = grid.home.of("ministack") / "ledger.sqlite"
+    ledger = grid.home.backend_folder("ministack") / "ledger.sqlite"
     before = contents(ledger)
     for one in ledger.parent.glob(f"{ledger.name}*"):
         one.unlink()
@@ -225,7 +225,7 @@ def test_interrupted_run_resumes_on_ministack(cli: Cli) -> None:
     cli.inputs(20)
     arguments = ("run", "job.yaml", *MINISTACK, "--out", "out", "--set", "seconds=0.1")
     first = cli.start(*arguments)
-    bucket = cli.home.of("ministack") / "s3"
+    bucket = cli.home.backend_folder("ministack") / "s3"
     cli.wait(lambda: len(list(bucket.glob("*/*/jobs/*/work/outcomes/*/*.json"))) >= 3, "outcome")
     first.send_signal(signal.SIGINT)
     assert cli.end(first)[0] == 130

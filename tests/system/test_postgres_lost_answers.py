@@ -108,7 +108,7 @@ def test_a_lease_is_taken_renewed_and_given_back_though_answers_are_lost(cut: Cu
 
 def test_silent_client_does_not_keep_the_lock(postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
     """As when its machine loses power, or its manager is paused, in the midst of a transaction."""
-    monkeypatch.setattr(sql_postgres, "SLEEP_S", 0.5)
+    monkeypatch.setattr(sql_postgres, "IDLE_CLIENT_S", 0.5)
     monkeypatch.setattr(sql_postgres, "STATEMENT_S", 2.0)
     monkeypatch.setattr(sql_postgres, "GRACE_S", 0.0)
 

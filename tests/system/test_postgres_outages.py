@@ -170,7 +170,7 @@ def test_a_lock_that_is_not_given_up_is_an_outage(postgres: Postgres, monkeypatc
 def test_idle_transaction_is_ended(postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
     """A leader that is paused while it writes must not keep another from leading, and what it
     was about to write is not written when it wakes."""
-    monkeypatch.setattr(sql_postgres, "SLEEP_S", 0.3)
+    monkeypatch.setattr(sql_postgres, "IDLE_CLIENT_S", 0.3)
     asleep, awake = threading.Event(), threading.Event()
     real = rows.store
 

@@ -1,7 +1,7 @@
 """boto3 clients and credentials for an `Endpoint`, and the translation of botocore's errors.
 
-Invariant: an endpoint with a url ignores the user's AWS configuration and receives none of the
-user's credentials. An endpoint without a url uses the configuration that boto3 finds.
+Invariant: an endpoint with a url ignores the user's AWS configuration and receives none of the user's credentials. An
+endpoint without a url uses the configuration that boto3 finds.
 """
 
 from __future__ import annotations
@@ -169,8 +169,8 @@ def session_of(endpoint: Endpoint) -> boto3.Session:
 def session(region: str | None, *, keys: tuple[str, str] | None = None) -> boto3.Session:
     """Return a boto3 session. With `keys` (access key, secret key) it ignores the user's profiles.
 
-    All sessions of a process share one loader of botocore's service models. Otherwise the first
-    client of each session would search 400 folders again, which takes 0.5 s for some services.
+    All sessions of a process share one loader of botocore's service models. Otherwise the first client of each session
+    would search 400 folders again, which takes 0.5 s for some services.
     """
     import boto3
     import botocore.session
@@ -194,11 +194,11 @@ def _models(data_path: str | None) -> Loader:
 
 
 def code_of(error: ClientError) -> str:
-    """Return the error's code in the form of `plain`."""
-    return plain(str(error.response.get("Error", {}).get("Code", "")))
+    """Return the error's code in the form of `short_code`."""
+    return short_code(str(error.response.get("Error", {}).get("Code", "")))
 
 
-def plain(code: str) -> str:
+def short_code(code: str) -> str:
     """Return an error code without its service name and "Exception", such as "NonExistentQueue"."""
     return code.rpartition(".")[2].removesuffix("Exception")
 

@@ -1,16 +1,16 @@
 """Fleet of EC2 Auto Scaling groups, on AWS or at an endpoint with the same API.
 
-Invariant: a request that AWS would refuse is refused before it is sent, because an emulator may
-accept more than AWS does.
+Invariant: a request that AWS would refuse is refused before it is sent, because an emulator may accept more than AWS
+does.
 
-An instance waits in the launch hook (Pending:Wait) until its worker reports. It waits in the drain
-hook (Terminating:Wait) while its worker returns its work. One request describes the groups of all
-pools. On AWS it is sent at most every `POLL_S`, and also after each change that this process made.
+An instance waits in the launch hook (Pending:Wait) until its worker reports. It waits in the drain hook
+(Terminating:Wait) while its worker returns its work. One request describes the groups of all pools. On AWS it is sent
+at most every `POLL_S`, and also after each change that this process made.
 
 Completion of the lifecycle hook that holds a terminating instance.
 
-The hook holds the instance while its worker returns its work. Without a completion, the instance
-waits until the hook times out, and its whole wait is billed.
+The hook holds the instance while its worker returns its work. Without a completion, the instance waits until the hook
+times out, and its whole wait is billed.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from batchlab.adapters.aws.group_descriptions import (
     DRAIN_HOOK,
     NO_ACTION,
     READY_HOOK,
-    GroupForm,
-    Journal,
-    Seen,
-    is_gone,
+    ActivityLog,
+    GroupParameters,
+    GroupState,
+    is_missing_instance,
 )
 from batchlab.adapters.aws.instance_metadata import Imds
 from batchlab.core.errors import AlreadyExists, BackendError, NotFound, Refused
@@ -61,21 +61,21 @@ _CALLS = 8
 class Ec2Fleet:
     """Fleet port over boto3. The name of a pool's group is `prefix` followed by the pool's name.
 
-    boto3 blocks, so each call runs in a thread. The fleet adopts an existing group of that name.
-    Without a `form` it creates no groups, so a stack must have created them.
+    boto3 blocks, so each call runs in a thread. The fleet adopts an existing group of that name. Without a `form` it
+    creates no groups, so a stack must have created them.
     """
 
-    def __init__(self, endpoint: Endpoint, clock: Clock, form: GroupForm | None, *, prefix: str) -> None:
+    def __init__(self, endpoint: Endpoint, clock: Clock, form: GroupParameters | None, *, prefix: str) -> None:
         self._asg: AutoScalingClient = client(endpoint, "autoscaling", connections=_CALLS)
         self._clock = clock
         self._form = form
         self._prefix = prefix
         self._poll_s = POLL_S if endpoint.url is None else 0.0
-        self._seen: dict[str, Seen] = {}
+        self._seen: dict[str, GroupState] = {}
         self._lost: set[str] = set()
         """Pools whose groups were deleted by another program. `ensure` creates them again."""
         self._dead: list[Instance] = []
-        self._journal = Journal()
+        self._journal = ActivityLog()
         self._reported: set[str] = set()
         self._looked_s: float | None = None
         """Monotonic time of the last description, None if the groups have changed since."""
@@ -116,10 +116,7 @@ class Ec2Fleet:
     # --- Groups -----------------------------------------------------------------------------------
 
     async def ensure(self, pool: Pool) -> None:
-        """Create or adopt the pool's group and set its limits.
-
-        Raise Refused unless 0 ≤ min ≤ max.
-        """
+        """Create or adopt the pool's group and set its limits. Raise Refused unless 0 ≤ min ≤ max."""
         limits = check_limits(pool, most=MAX_INSTANCES)
         if pool.name not in self._seen or pool.name in self._lost:
             await self._found(pool)
@@ -155,7 +152,7 @@ class Ec2Fleet:
     async def _adopt(self, pool: Pool) -> None:
         """Add the group to the known groups, with its current state."""
         before = self._seen.get(pool.name)
-        self._seen[pool.name] = before or Seen(pool)
+        self._seen[pool.name] = before or GroupState(pool)
         try:
             await self._look()
         except BaseException as error:
@@ -169,10 +166,10 @@ class Ec2Fleet:
                 ) from error
             raise
 
-    def _create(self, form: GroupForm, name: str, pool: Pool) -> None:
+    def _create(self, form: GroupParameters, name: str, pool: Pool) -> None:
         self._asg.create_auto_scaling_group(**form.request(name, pool))
 
-    def _put_hooks(self, form: GroupForm, name: str, pool: Pool) -> None:
+    def _put_hooks(self, form: GroupParameters, name: str, pool: Pool) -> None:
         for hook in form.hooks(pool):
             self._asg.put_lifecycle_hook(AutoScalingGroupName=name, **hook)
 
@@ -230,10 +227,7 @@ class Ec2Fleet:
             self._note(pool, seen.desired, seen.desired - len(leaving), cause)
 
     async def protect(self, pool: str, instances: Sequence[str], *, on: bool) -> None:
-        """Set scale-in protection.
-
-        Raise Refused without a change unless all instances are InService.
-        """
+        """Set scale-in protection. Raise Refused without a change unless all instances are InService."""
         seen = await self._current(pool, instances)
         for name in instances:
             if (state := seen.instances[name].state) is not LifecycleState.IN_SERVICE:
@@ -243,9 +237,8 @@ class Ec2Fleet:
             try:
                 await self._call(pool, partial(self._protect, some, on))
             except Refused as error:
-                # An instance has left since the last description. The next description lists the
-                # others.
-                if not is_gone(error):
+                # An instance has left since the last description. The next description lists the others.
+                if not is_missing_instance(error):
                     raise
 
     def _terminate(self, instance: str, decrement: bool, _: str) -> None:
@@ -352,12 +345,12 @@ class Ec2Fleet:
         pages = self._asg.get_paginator("describe_auto_scaling_groups").paginate(AutoScalingGroupNames=names)
         return {group["AutoScalingGroupName"]: group for page in pages for group in page["AutoScalingGroups"]}
 
-    def _group(self, pool: str) -> Seen:
+    def _group(self, pool: str) -> GroupState:
         if pool not in self._seen:
             raise Refused(f"there is no pool {pool!r}", remedy="`batchlab grid status` lists those there are.")
         return self._seen[pool]
 
-    async def _current(self, pool: str, instances: Sequence[str] = ()) -> Seen:
+    async def _current(self, pool: str, instances: Sequence[str] = ()) -> GroupState:
         """Return the pool, described again if it changed or if one of the instances is unknown."""
         seen = self._group(pool)
         if self._looked_s is None or not all(name in seen.instances for name in instances):

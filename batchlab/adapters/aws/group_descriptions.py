@@ -1,7 +1,7 @@
 """State of Auto Scaling groups, derived from successive descriptions by EC2 Auto Scaling.
 
-EC2 Auto Scaling drops instances that have ended, and never reports when an instance was launched or
-how it ended. This module records both, as far as two successive descriptions show them.
+EC2 Auto Scaling drops instances that have ended, and never reports when an instance was launched or how it ended. This
+module records both, as far as two successive descriptions show them.
 
 Parameters of a pool's Auto Scaling group, and the tags of its instances.
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         TagTypeDef,
     )
 
-KEEP_ACTIVITIES = 500
+MAX_ACTIVITIES = 500
 
 COUNTED = frozenset({LifecycleState.PENDING, LifecycleState.IN_SERVICE})
 _STATES = {
@@ -42,9 +42,9 @@ _STATES = {
 _WAITS = "Pending:Wait"
 _HEALTH = "health check"
 _ABANDONED = "was abandoned"
-GONE = "it is gone from its group"
+LEFT_GROUP = "it is gone from its group"
 NEVER_UP = "it ended before it was in service"
-SETTLES_S = 60.0
+SCALE_IN_S = 60.0
 """Time in seconds after a decrease of the desired capacity.
 
 A Pending instance that ends within this time counts as ended by the decrease.
@@ -52,11 +52,8 @@ A Pending instance that ends within this time counts as ended by the decrease.
 
 
 @dataclass(slots=True)
-class Seen:
-    """Group of one pool at its last description.
-
-    `ends` has the causes of requested terminations.
-    """
+class GroupState:
+    """Group of one pool at its last description. `ends` has the causes of requested terminations."""
 
     pool: Pool
     desired: int = 0
@@ -134,7 +131,7 @@ class Seen:
             return f"terminated: {cause}"
         if healthy and name not in self.served:
             self.unexplained.add(name)
-            if now_s - self.lowered_s > SETTLES_S:
+            if now_s - self.lowered_s > SCALE_IN_S:
                 return NEVER_UP
         return "terminated: scale-in" if healthy else "it failed a health check of its group"
 
@@ -152,7 +149,7 @@ class Seen:
                 if not note and name in self.ends:
                     note = f"terminated: {self.ends[name]}"
                 elif not note:
-                    note = self._why(name, now_s, healthy=True) if name not in self.served else GONE
+                    note = self._why(name, now_s, healthy=True) if name not in self.served else LEFT_GROUP
                     self.unexplained.add(name)
                 elif note == NEVER_UP:
                     self.unexplained.add(name)
@@ -198,11 +195,10 @@ def _state(told: str) -> LifecycleState | None:
     return _STATES.get(told.partition(":")[0])
 
 
-class Journal:
+class ActivityLog:
     """List of the service's activities and of the causes of requests that were made here.
 
-    The service's activities come without numbers. Each gets one when it is first seen, in order of
-    time.
+    The service's activities come without numbers. Each gets one when it is first seen, in order of time.
     """
 
     def __init__(self) -> None:
@@ -230,7 +226,7 @@ class Journal:
         for name, one in sorted(fresh, key=lambda pair: pair[1].at_s):
             self._known[name or f"note {self._next}"] = replace(one, id=self._next)
             self._next += 1
-        for name in list(self._known)[:-KEEP_ACTIVITIES]:
+        for name in list(self._known)[:-MAX_ACTIVITIES]:
             del self._known[name]
 
     def newest(self, pool: str | None, limit: int) -> list[Activity]:
@@ -261,11 +257,11 @@ _TIMEOUT_S = (30.0, 7200.0)
 
 
 @dataclass(frozen=True, slots=True)
-class GroupForm:
+class GroupParameters:
     """Common parameters of the groups of a grid.
 
-    After a launch, the worker must report within the pool's `boot_s` plus `report_s`. In
-    Terminating:Wait, it has `drain_s` to return its work. With 0 the instance does not wait there.
+    After a launch, the worker must report within the pool's `boot_s` plus `report_s`. In Terminating:Wait, it has
+    `drain_s` to return its work. With 0 the instance does not wait there.
     """
 
     template: str
@@ -332,6 +328,6 @@ def _timeout(seconds: float) -> int:
     return int(min(most_s, max(least_s, seconds)))
 
 
-def is_gone(error: Exception) -> bool:
+def is_missing_instance(error: Exception) -> bool:
     """Return whether the service refused a request because it no longer has the instance."""
     return any(words in str(error) for words in NOT_THERE)

@@ -1,7 +1,7 @@
 """Client of EC2's instance metadata service, version 2, and the Notices port over it.
 
-It works on EC2 and in batchlab's containers. AWS_EC2_METADATA_SERVICE_ENDPOINT, which AWS's SDKs
-also read, sets another address. Invariant: a request ends after `ANSWER_S` without an answer.
+It works on EC2 and in batchlab's containers. AWS_EC2_METADATA_SERVICE_ENDPOINT, which AWS's SDKs also read, sets
+another address. Invariant: a request ends after `ANSWER_S` without an answer.
 """
 
 from __future__ import annotations
@@ -79,10 +79,7 @@ class Imds:
         return self._needed("meta-data/instance-id")
 
     def image(self) -> str:
-        """Return the machine image of the instance, "" if it is not from EC2.
-
-        Errors are those of `get`.
-        """
+        """Return the machine image of the instance, "" if it is not from EC2. Errors are those of `get`."""
         return (self.get("meta-data/ami-id") or "").strip()
 
     def is_spot(self) -> bool:
@@ -90,18 +87,12 @@ class Imds:
         return self._needed("meta-data/instance-life-cycle") == "spot"
 
     def is_leaving(self) -> bool:
-        """Return whether its Auto Scaling group takes it out of service.
-
-        Errors are those of `get`.
-        """
+        """Return whether its Auto Scaling group takes it out of service. Errors are those of `get`."""
         state = self.get("meta-data/autoscaling/target-lifecycle-state")
         return state is not None and state.strip() in _LEAVING
 
     def needed_tag(self, name: str) -> str:
-        """Return a tag of the instance.
-
-        Raise NotFound if it is missing. Other errors are those of `get`.
-        """
+        """Return a tag of the instance. Raise NotFound if it is missing. Other errors are those of `get`."""
         return self._needed(f"meta-data/tags/instance/{name}")
 
     def _needed(self, path: str) -> str:
@@ -148,10 +139,9 @@ class Imds:
 class ImdsNotices:
     """Notices port over the metadata service.
 
-    It reports two events: a Spot interruption notice, and the termination of the instance by its
-    Auto Scaling group. It ignores rebalance recommendations, which say only that an interruption
-    has become more likely. A group that acts on one launches a replacement first and then
-    terminates the instance.
+    It reports two events: a Spot interruption notice, and the termination of the instance by its Auto Scaling group. It
+    ignores rebalance recommendations, which say only that an interruption has become more likely. A group that acts on
+    one launches a replacement first and then terminates the instance.
     """
 
     def __init__(self, imds: Imds) -> None:

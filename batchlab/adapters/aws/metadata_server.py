@@ -1,14 +1,14 @@
 """Server of EC2's instance metadata service, version 2, for instances that are containers.
 
-Invariant: every answer requires a token. A token is valid only for the instance that requested it.
-A request through a proxy (with X-Forwarded-For) gets no token.
+Invariant: every answer requires a token. A token is valid only for the instance that requested it. A request through a
+proxy (with X-Forwarded-For) gets no token.
 
-The server identifies an instance by the address of its connection, as EC2 does. So no address
-translation may take place between an instance and the server.
+The server identifies an instance by the address of its connection, as EC2 does. So no address translation may take
+place between an instance and the server.
 
-`tree` returns the metadata of one instance as a tree of paths. Paths, values, and formats are those
-of AWS's "Instance metadata categories". A path that the tree does not contain is answered with 404:
-a real instance of that kind does not have it, or batchlab does not use it.
+`tree` returns the metadata of one instance as a tree of paths. Paths, values, and formats are those of AWS's "Instance
+metadata categories". A path that the tree does not contain is answered with 404: a real instance of that kind does not
+have it, or batchlab does not use it.
 """
 
 from __future__ import annotations
@@ -39,10 +39,7 @@ _TAG = re.compile(r"[A-Za-z0-9+\-=.,_:@]+")
 
 @dataclass(frozen=True, slots=True)
 class Interruption:
-    """Spot interruption notice.
-
-    `action` is terminate, stop, or hibernate, and happens at `at_s` (epoch seconds).
-    """
+    """Spot interruption notice. `action` is terminate, stop, or hibernate, and happens at `at_s` (epoch seconds)."""
 
     at_s: float
     action: str = "terminate"
@@ -122,7 +119,7 @@ def tree(of: Metadata) -> dict[str, str]:
     return paths
 
 
-def answer(paths: Mapping[str, str], path: str) -> str | None:
+def content_at(paths: Mapping[str, str], path: str) -> str | None:
     """Return the content of `path` below `latest/`, or the list of the names below it.
 
     Return None if the path does not exist.
@@ -169,7 +166,7 @@ log = logging.getLogger(__name__)
 TOKEN_PATH = f"{ROOT}api/token"
 TTL_HEADER = "x-aws-ec2-metadata-token-ttl-seconds"
 TOKEN_HEADER = "x-aws-ec2-metadata-token"  # noqa: S105 - a header's name
-LONGEST_TTL_S = 21_600
+MAX_TTL_S = 21_600
 
 IDLE_S = 60.0
 """Time in seconds after which a silent connection is closed."""
@@ -224,8 +221,7 @@ class MetadataServer:
     async def start(self, host: str, port: int = 0) -> str:
         """Listen on this address, with port 0 on any free port.
 
-        Return the URL for AWS_EC2_METADATA_SERVICE_ENDPOINT. Raise UsageError if the address is not
-        available.
+        Return the URL for AWS_EC2_METADATA_SERVICE_ENDPOINT. Raise UsageError if the address is not available.
         """
         try:
             self._server = await asyncio.start_server(self._serve, host, port, limit=_HEAD_BYTES)
@@ -243,8 +239,7 @@ class MetadataServer:
         if self._server is None:
             return
         self._server.close()
-        # asyncio's streams report a canceled task as an error, so the connections are aborted
-        # instead.
+        # asyncio's streams report a canceled task as an error, so the connections are aborted instead.
         for writer in self._connections.values():
             writer.transport.abort()
         await asyncio.gather(*self._connections, return_exceptions=True)
@@ -274,7 +269,7 @@ class MetadataServer:
         if "x-forwarded-for" in request.headers:
             return _Answer(HTTPStatus.FORBIDDEN)
         asked = request.headers.get(TTL_HEADER, "")
-        if not _TTL.fullmatch(asked) or not 1 <= int(asked) <= LONGEST_TTL_S:
+        if not _TTL.fullmatch(asked) or not 1 <= int(asked) <= MAX_TTL_S:
             return _Answer(HTTPStatus.BAD_REQUEST)
         until = f"{self._clock.monotonic_s() + int(asked):.3f}"
         return _Answer(HTTPStatus.OK, f"{until}-{self._sign(until, instance)}", int(asked))
@@ -319,7 +314,7 @@ def _told(path: str, metadata: Metadata) -> _Answer:
     if not path:
         return _Answer(HTTPStatus.OK, ROOT.rstrip("/"))
     if f"{path}/".startswith(ROOT):
-        found = answer(tree(metadata), path[len(ROOT) :])
+        found = content_at(tree(metadata), path[len(ROOT) :])
         if found is not None:
             return _Answer(HTTPStatus.OK, found)
     return _Answer(HTTPStatus.NOT_FOUND)
@@ -351,8 +346,7 @@ async def _read(reader: asyncio.StreamReader) -> _Request | None:
 async def _skip_body(reader: asyncio.StreamReader, headers: Mapping[str, str]) -> None:
     """Skip the body of a request.
 
-    No request that is served here needs its body, but the body must not be read as the next
-    request.
+    No request that is served here needs its body, but the body must not be read as the next request.
     """
     length = headers.get("content-length", "0")
     if "transfer-encoding" in headers or not _LENGTH.fullmatch(length):

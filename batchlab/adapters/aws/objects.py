@@ -55,9 +55,9 @@ def open_objects(bucket: Bucket) -> S3Objects:
 def open_s3(endpoint: Endpoint, bucket: str, tally: RequestCounter | None = None) -> S3Objects:
     """Return the bucket of that name without a request. `tally` counts requests.
 
-    At an endpoint's url, a missing bucket is created, also after the start. An emulator that has
-    lost its state is empty, and the grid must see it as empty. On AWS, a missing bucket raises
-    BackendError. It never raises NotFound, which would mean that nothing has been committed.
+    At an endpoint's url, a missing bucket is created, also after the start. An emulator that has lost its state is
+    empty, and the grid must see it as empty. On AWS, a missing bucket raises BackendError. It never raises NotFound,
+    which would mean that nothing has been committed.
     """
     from obstore.store import S3Store
 
@@ -96,8 +96,7 @@ def _create_in_parts(endpoint: Endpoint, bucket: str, key: str, path: Path, part
                 Bucket=bucket, Key=key, UploadId=upload_id, MultipartUpload={"Parts": parts}, IfNoneMatch="*"
             )
         except s3.exceptions.NoSuchUpload as error:
-            # boto3 may have repeated the request, and its first attempt may have completed the
-            # upload.
+            # boto3 may have repeated the request, and its first attempt may have completed the upload.
             found = s3.list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1).get("Contents", [])
             if any(one["Key"] == key for one in found):
                 raise AlreadyExists(f"Object {key!r} exists.") from error

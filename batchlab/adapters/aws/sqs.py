@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from botocore import xform_name
 from botocore.exceptions import ClientError
 
-from batchlab.adapters.aws.endpoint import Endpoint, client, code_of, plain, session_of, translated
-from batchlab.adapters.aws.sqs_wire import opened
+from batchlab.adapters.aws.endpoint import Endpoint, client, code_of, session_of, short_code, translated
+from batchlab.adapters.aws.sqs_wire import connect
 from batchlab.adapters.limits import body_bytes, check_batch, check_changes, check_queue_name, check_receive, check_send
-from batchlab.adapters.local.local_wakeup_queue import Quiet
+from batchlab.adapters.local.local_wakeup_queue import IdleTime
 from batchlab.core.errors import BackendError, NotFound, Throttled
 from batchlab.core.ports import MAX_MESSAGE_BYTES, MAX_VISIBILITY_S, Depth, Message, Outgoing, QueueSpec
 from batchlab.core.pricing.request_costs import RequestCounter
@@ -46,14 +46,14 @@ IDLE_POLL_S = 20
 FREE_POLL_S = 1
 """Duration of one request of a long poll in seconds.
 
-`FREE_POLL_S` applies at an emulator. AWS bills each request, so there `BILLED_POLL_S` applies, and
-`IDLE_POLL_S` after `QUIET_S` without a message.
+`FREE_POLL_S` applies at an emulator. AWS bills each request, so there `BILLED_POLL_S` applies, and `IDLE_POLL_S` after
+`IDLE_AFTER_S` without a message.
 
-An open request cannot be canceled. The process cannot exit while a request is open. If it is
-killed, the next messages go to the lost request and stay hidden for their visibility timeout.
+An open request cannot be canceled. The process cannot exit while a request is open. If it is killed, the next messages
+go to the lost request and stay hidden for their visibility timeout.
 """
 
-QUIET_S = 20.0
+IDLE_AFTER_S = 20.0
 
 _FRACTION_S = 0.1
 """Interval of polls in seconds for a wait below one second, because SQS waits whole seconds."""
@@ -70,9 +70,8 @@ _BAD_BODY = {"InvalidMessageContents"}
 class SqsQueue:
     """Queue port over SQS. The name of a queue in SQS is `prefix` followed by its name here.
 
-    Calls block, so each call runs in a thread. At most 32 receives run at once, in their own
-    threads, so they do not delay other calls. SQS supports only whole seconds, so times are rounded
-    up.
+    Calls block, so each call runs in a thread. At most 32 receives run at once, in their own threads, so they do not
+    delay other calls. SQS supports only whole seconds, so times are rounded up.
     """
 
     def __init__(
@@ -87,11 +86,11 @@ class SqsQueue:
         self._sqs = client(endpoint, "sqs", connections=_RECEIVES + _CALLS, made=made)
         with translated("AWS"):
             at = self._sqs.meta.endpoint_url
-            self._wire = opened(made, at, loopback=bool(endpoint.loopback))
+            self._wire = connect(made, at, loopback=bool(endpoint.loopback))
         self._prefix = prefix
         self._tally = tally or RequestCounter()
         self._is_billed = endpoint.url is None
-        self._quiet: dict[str, Quiet] = {}
+        self._quiet: dict[str, IdleTime] = {}
         self._urls: dict[str, str] = {}
         self._receiving = ThreadPoolExecutor(_RECEIVES, thread_name_prefix="sqs-receive")
         self._calling = ThreadPoolExecutor(_CALLS, thread_name_prefix="sqs")
@@ -174,8 +173,8 @@ class SqsQueue:
             except ClientError as error:
                 if code_of(error) not in ("QueueNameExists", "QueueAlreadyExists"):
                     raise
-        # The queue exists with other attributes, or perhaps with a redrive policy to remove.
-        # CreateQueue does not compare attributes that a request leaves out.
+        # The queue exists with other attributes, or perhaps with a redrive policy to remove. CreateQueue does not
+        # compare attributes that a request leaves out.
         wanted["RedrivePolicy"] = redrive
         self._tally.sqs()
         self._at(spec.name, lambda url: self._sqs.set_queue_attributes(QueueUrl=url, Attributes=wanted))
@@ -202,7 +201,7 @@ class SqsQueue:
         whole_s, fraction_s = divmod(wait_s, 1)
         clock = asyncio.get_running_loop().time
         while whole_s:
-            quiet = self._quiet.setdefault(queue, Quiet(clock()))
+            quiet = self._quiet.setdefault(queue, IdleTime(clock()))
             poll_s = min(whole_s, self._poll_s(quiet.of_s(clock())))
             if messages := await self._take(queue, max_messages, int(poll_s), visibility_s):
                 quiet.broken(clock())
@@ -218,16 +217,15 @@ class SqsQueue:
     def _poll_s(self, quiet_s: float) -> int:
         if not self._is_billed:
             return FREE_POLL_S
-        return IDLE_POLL_S if quiet_s > QUIET_S else BILLED_POLL_S
+        return IDLE_POLL_S if quiet_s > IDLE_AFTER_S else BILLED_POLL_S
 
     async def _take(self, queue: str, limit: int, poll_s: int, visibility_s: float | None) -> list[Message]:
         taking = self._receiving.submit(self._at, queue, lambda url: self._take_now(url, limit, poll_s, visibility_s))
         try:
             return await asyncio.wrap_future(taking)
         except asyncio.CancelledError:
-            # The request continues, and its messages would stay hidden for a visibility timeout.
-            # The return of the messages is submitted now, because a process that is ending accepts
-            # no new work.
+            # The request continues, and its messages would stay hidden for a visibility timeout. The return of the
+            # messages is submitted now, because a process that is ending accepts no new work.
             self._receiving.submit(self._take_back, queue, taking)
             raise
 
@@ -259,8 +257,7 @@ class SqsQueue:
                 changes = [(message.receipt, 0.0) for message in messages]
                 self._at(queue, lambda url: self._change(url, changes))
         except (concurrent.futures.CancelledError, BackendError):
-            # Nothing was received, or the messages become visible at their timeout: late, but not
-            # lost.
+            # Nothing was received, or the messages become visible at their timeout: late, but not lost.
             return
 
     async def delete(self, queue: str, receipts: Sequence[str]) -> Sequence[str]:
@@ -346,7 +343,7 @@ def _message(found: MessageTypeDef) -> Message:
 
 
 def _failure(failed: BatchResultErrorEntryTypeDef) -> BackendError:
-    ours = failed["SenderFault"] or plain(failed["Code"]) in _BAD_BODY
+    ours = failed["SenderFault"] or short_code(failed["Code"]) in _BAD_BODY
     text = (failed.get("Message") or failed["Code"]).rstrip(".")
     return (BackendError if ours else Throttled)(f"SQS refused a part of a call: {text}.")
 
@@ -365,6 +362,6 @@ def _refused(call: Callable[[Sequence[T]], Sequence[BatchResultErrorEntryTypeDef
         # One bad receipt made the call fail for all entries, so each entry is sent alone.
         return [bad for entry in entries for bad in _refused(call, [entry])]
     for failed in answer:
-        if plain(failed["Code"]) not in _BAD_RECEIPT:
+        if short_code(failed["Code"]) not in _BAD_RECEIPT:
             raise _failure(failed)
     return [entries[int(failed["Id"])] for failed in answer]

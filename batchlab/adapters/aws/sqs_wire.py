@@ -1,8 +1,7 @@
 """SQS's JSON protocol, for the calls that are made for every message.
 
-Invariant: a call returns and raises the same as boto3, with a third of its CPU time. It raises
-ClientError if the service refuses, and botocore's errors if the service does not answer. Each call
-is made once.
+Invariant: a call returns and raises the same as boto3, with a third of its CPU time. It raises ClientError if the
+service refuses, and botocore's errors if the service does not answer. Each call is made once.
 
 Sources: https://docs.aws.amazon.com/AWSSimpleQueueService/latest/APIReference/Welcome.html and
 https://docs.aws.amazon.com/IAM/latest/UserGuide/create-signed-request.html
@@ -45,11 +44,11 @@ _TYPE = "application/x-amz-json-1.0"
 _OK = 200
 
 
-def opened(made: boto3.Session, url: str, *, loopback: bool) -> SqsWire | None:
+def connect(made: boto3.Session, url: str, *, loopback: bool) -> SqsWire | None:
     """Return connections to SQS at `url`.
 
-    They use the region, credentials, and certificates of the session `made`. Return None if the
-    connection needs a proxy, which only boto3 supports.
+    They use the region, credentials, and certificates of the session `made`. Return None if the connection needs a
+    proxy, which only boto3 supports.
     """
     from botocore.utils import get_environ_proxies
 
@@ -61,10 +60,7 @@ def opened(made: boto3.Session, url: str, *, loopback: bool) -> SqsWire | None:
 
 
 def _trust(named: str | None) -> ssl.SSLContext:
-    """Return botocore's TLS context.
-
-    Since Python 3.13, Python's own is stricter about certificates.
-    """
+    """Return botocore's TLS context. Since Python 3.13, Python's own is stricter about certificates."""
     from botocore.httpsession import create_urllib3_context, get_cert_path
 
     named = named or os.environ.get("REQUESTS_CA_BUNDLE")
@@ -109,8 +105,7 @@ class SqsWire:
             "Host": self._host,
             "X-Amz-Date": time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()),
             "X-Amz-Target": f"AmazonSQS.{operation}",
-            # With this header, errors carry the codes of the older query protocol, which callers
-            # also handle.
+            # With this header, errors carry the codes of the older query protocol, which callers also handle.
             "X-Amzn-Query-Mode": "true",
         }
         if keys.token:
@@ -164,10 +159,7 @@ class SqsWire:
 
 
 def authorization(headers: Mapping[str, str], path: str, body: bytes, region: str, access_key: str, secret: str) -> str:
-    """Return the Authorization header of a POST (Signature Version 4).
-
-    It signs all these headers.
-    """
+    """Return the Authorization header of a POST (Signature Version 4). It signs all these headers."""
     at = headers["X-Amz-Date"]
     some = sorted((name.lower(), value.strip()) for name, value in headers.items())
     names = ";".join(name for name, _ in some)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from batchlab.adapters.aws.metadata_server import Metadata
-from batchlab.adapters.docker.engine import told
+from batchlab.adapters.docker.engine import error_text
 from batchlab.adapters.local.processes import INSTANCE_VARIABLE
 from batchlab.core.errors import AlreadyExists, BackendError
 from batchlab.core.instance_types import Share
@@ -66,15 +66,14 @@ _LAST_SIGNAL = 64
 class Template:
     """Settings of a pool's containers, as a launch template has them for instances.
 
-    `env` and `labels` are added to those of every instance. `type` limits the resources of a
-    container whose group does not name an instance type. With "", the resources are unlimited.
-    `tmpfs` maps the writable paths under a read-only root to mount options, and its use counts as
-    memory.
+    `env` and `labels` are added to those of every instance. `type` limits the resources of a container whose group does
+    not name an instance type. With "", the resources are unlimited. `tmpfs` maps the writable paths under a read-only
+    root to mount options, and its use counts as memory.
 
-    Process 1 is Docker's init unless `init` is off. A worker as process 1 would ignore SIGTERM
-    until it is ready, and would have to reap the processes that its tasks leave behind. `stop_s` is
-    the timeout of `docker stop`. With `system`, process 1 is the image's systemd, which may mount,
-    write, and change users as on a machine. Use it only for a trusted image.
+    Process 1 is Docker's init unless `init` is off. A worker as process 1 would ignore SIGTERM until it is ready, and
+    would have to reap the processes that its tasks leave behind. `stop_s` is the timeout of `docker stop`. With
+    `system`, process 1 is the image's systemd, which may mount, write, and change users as on a machine. Use it only
+    for a trusted image.
     """
 
     image: str
@@ -96,10 +95,7 @@ class Template:
 
     @property
     def stop_signal(self) -> str:
-        """Return the signal that asks process 1 to stop.
-
-        systemd uses SIGTERM for another purpose.
-        """
+        """Return the signal that asks process 1 to stop. systemd uses SIGTERM for another purpose."""
         return "SIGRTMIN+4" if self.system else "SIGTERM"
 
 
@@ -135,10 +131,7 @@ def labels(
 def settings(
     template: Template, instance: str, share: Share | None, env: Mapping[str, str], tags: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Return the parameters for Docker, in the SDK's form.
-
-    Without a share, resources are unlimited.
-    """
+    """Return the parameters for Docker, in the SDK's form. Without a share, resources are unlimited."""
     host: dict[str, Any] = {
         "network_mode": template.network,
         "read_only": template.read_only,
@@ -189,7 +182,7 @@ def create(name: str, asked: Mapping[str, Any], api: APIClient) -> str:
         ) from error
     except APIError as error:
         if error.status_code == 409:
-            raise AlreadyExists(f"{told(error)}.") from error
+            raise AlreadyExists(f"{error_text(error)}.") from error
         raise
     return str(made["Id"])
 
@@ -210,7 +203,7 @@ def signal(container: str, name: str, api: APIClient) -> None:
             raise
 
 
-def bury(container: str, log_file: Path, api: APIClient) -> Mapping[str, Any] | None:
+def save_end(container: str, log_file: Path, api: APIClient) -> Mapping[str, Any] | None:
     """Save the output of a container that Docker lists as ended, and return its state.
 
     Return None if `inspect` still reports it as running after some seconds.
@@ -239,11 +232,11 @@ def _keep_log(container: str, log_file: Path, api: APIClient) -> None:
         log.warning("what %s printed is not kept: %s", container[:12], error)
 
 
-def how(state: Mapping[str, Any], *, killed: bool) -> str:
+def end_text(state: Mapping[str, Any], *, killed: bool) -> str:
     """Return how a container ended. `killed` means that it was killed at its deadline.
 
-    Docker reports a death by a signal as 128 plus the signal's number, like shells. So a program
-    that exits with such a code itself counts as killed.
+    Docker reports a death by a signal as 128 plus the signal's number, like shells. So a program that exits with such a
+    code itself counts as killed.
     """
     code = int(state["ExitCode"])
     if state.get("OOMKilled") and code == _SIGNALLED + 9 and not killed:

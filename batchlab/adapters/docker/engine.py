@@ -1,7 +1,6 @@
 """Docker Engine: calls in threads, its events, and the removal of resources by label.
 
-Invariant: only resources with the given labels are removed. A request ends after `ANSWER_S` without
-an answer.
+Invariant: only resources with the given labels are removed. A request ends after `ANSWER_S` without an answer.
 """
 
 from __future__ import annotations
@@ -50,8 +49,8 @@ class Engine:
     def do(self, what: str, call: Callable[[APIClient], T]) -> T:
         """Return the result of `call`.
 
-        Raise Unreachable if no Engine answers, NotFound for a missing resource, and BackendError
-        for any other error. Their messages begin with `what`.
+        Raise Unreachable if no Engine answers, NotFound for a missing resource, and BackendError for any other error.
+        Their messages begin with `what`.
         """
         with translated(what):
             return call(self._connected())
@@ -100,11 +99,11 @@ def translated(what: str) -> Iterator[None]:
     try:
         yield
     except Missing as error:
-        raise NotFound(f"{what}: {told(error)}.") from error
+        raise NotFound(f"{what}: {error_text(error)}.") from error
     except APIError as error:
         # An Engine that shuts down answers 503. It answers 500 for any failure.
         kind = Unreachable if error.status_code == 503 else BackendError
-        raise kind(f"{what}: {told(error)}.") from error
+        raise kind(f"{what}: {error_text(error)}.") from error
     except (DockerException, RequestException, HTTPError, OSError) as error:
         # The reason is the last one in a chain of wrappers: "[Errno 2] No such file or directory".
         root: BaseException = error
@@ -114,7 +113,7 @@ def translated(what: str) -> Iterator[None]:
         raise Unreachable(f"{what}: Docker does not answer ({why}).", remedy=START_REMEDY) from error
 
 
-def told(error: Any) -> str:
+def error_text(error: Any) -> str:
     """Return the Engine's own message without the SDK's wrapping."""
     text = error.explanation
     if isinstance(text, bytes):
@@ -125,8 +124,8 @@ def told(error: Any) -> str:
 class EventStream:
     """Stream of the events of containers and networks, read by its own thread until `close`.
 
-    `seen` is called in that thread with each event. It is called with None when events may have
-    been missed: after the stream was opened, and when it breaks. A broken stream is opened again.
+    `seen` is called in that thread with each event. It is called with None when events may have been missed: after the
+    stream was opened, and when it breaks. A broken stream is opened again.
     """
 
     def __init__(self, engine: Engine, seen: Callable[[Mapping[str, Any] | None], None]) -> None:
@@ -136,8 +135,7 @@ class EventStream:
         self._stream: CancellableStream[dict[str, Any]] | None = None
         self.stands = False
         """Whether the stream is open, so that no event is missed."""
-        # It is a daemon thread, because the process must be able to exit while it waits on a
-        # socket.
+        # It is a daemon thread, because the process must be able to exit while it waits on a socket.
         self._thread = threading.Thread(target=self._follow, name="docker-events", daemon=True)
         self._thread.start()
 
@@ -174,11 +172,11 @@ class EventStream:
             self._seen(None)
 
 
-# --- Found by label ------------------------------------------------------------------------------
+# --- LabeledResource by label ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class LabeledResource:
     """A Docker resource with batchlab's labels. `kind` is container, network, or volume."""
 
     kind: str
@@ -187,30 +185,29 @@ class Found:
     labels: Mapping[str, str]
 
 
-def find(engine: Engine, labels: Mapping[str, str | None]) -> Sequence[Found]:
+def find(engine: Engine, labels: Mapping[str, str | None]) -> Sequence[LabeledResource]:
     """Return the resources with all of these labels, containers first. None matches any value.
 
     Raise UsageError without a label, because this would return everything on the machine.
     """
     filters = {"label": _filter(labels)}
 
-    def look(api: APIClient) -> list[Found]:
+    def look(api: APIClient) -> list[LabeledResource]:
         found = [
-            Found("container", c["Id"], c["Names"][0].lstrip("/") if c["Names"] else "", c["Labels"])
+            LabeledResource("container", c["Id"], c["Names"][0].lstrip("/") if c["Names"] else "", c["Labels"])
             for c in api.containers(all=True, filters=filters)
         ]
-        found += [Found("network", n["Id"], n["Name"], n["Labels"]) for n in api.networks(filters=filters)]
+        found += [LabeledResource("network", n["Id"], n["Name"], n["Labels"]) for n in api.networks(filters=filters)]
         volumes = api.volumes(filters=filters)["Volumes"] or []
-        return found + [Found("volume", v["Name"], v["Name"], v["Labels"] or {}) for v in volumes]
+        return found + [LabeledResource("volume", v["Name"], v["Name"], v["Labels"] or {}) for v in volumes]
 
     return engine.do("What carries batchlab's labels", look)
 
 
-def sweep(engine: Engine, labels: Mapping[str, str | None]) -> Sequence[Found]:
+def sweep(engine: Engine, labels: Mapping[str, str | None]) -> Sequence[LabeledResource]:
     """Remove the resources with all of these labels, running or not. Return them.
 
-    Ignore resources that no longer exist. If some cannot be removed, remove the others and then
-    raise BackendError.
+    Ignore resources that no longer exist. If some cannot be removed, remove the others and then raise BackendError.
     """
     found = find(engine, labels)
     failed: BackendError | None = None
@@ -226,7 +223,7 @@ def sweep(engine: Engine, labels: Mapping[str, str | None]) -> Sequence[Found]:
     return found
 
 
-def _remove(one: Found, api: APIClient) -> None:
+def _remove(one: LabeledResource, api: APIClient) -> None:
     if one.kind == "container":
         remove_container(api, one.id)
     elif one.kind == "network":
@@ -243,10 +240,7 @@ def _detach(api: APIClient, network: str) -> None:
 
 
 def remove_container(api: APIClient, container: str) -> None:
-    """Kill and remove a container with its anonymous volumes.
-
-    Ignore one that is already removed.
-    """
+    """Kill and remove a container with its anonymous volumes. Ignore one that is already removed."""
     from docker.errors import APIError
 
     try:

@@ -1,11 +1,11 @@
 """Launcher port over a Docker Engine. Each instance is a container.
 
-Invariant: Docker's own list, filtered by label, is the record of the instances. So a new launcher
-finds everything that a killed one left, and the removal by label also finds forgotten containers.
+Invariant: Docker's own list, filtered by label, is the record of the instances. So a new launcher finds everything that
+a killed one left, and the removal by label also finds forgotten containers.
 
-Docker cannot store the deadline of a draining instance, so `<folder>/ending/<instance>.json` does.
-Invariant: each of these files is for one container, so a file of an older container is ignored.
-`<folder>/logs/<instance>.log` has the output of an ended instance.
+Docker cannot store the deadline of a draining instance, so `<folder>/ending/<instance>.json` does. Invariant: each of
+these files is for one container, so a file of an older container is ignored. `<folder>/logs/<instance>.log` has the
+output of an ended instance.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from batchlab.core.ports import ANY_MACHINE, KEEP_ENDED_S, Clock
 log = logging.getLogger(__name__)
 
 
-class Endings:
+class StopDeadlines:
     """Deadlines of draining instances, with a file for each in `folder`."""
 
     def __init__(self, folder: Path, clock: Clock) -> None:
@@ -44,8 +44,8 @@ class Endings:
     def note(self, instance: str, container: str, grace_s: float) -> None:
         """Store that the instance must end within `grace_s`.
 
-        If the disk is full, only the next launcher loses the deadline. This one goes on, because an
-        instance that cannot be ended would be worse.
+        If the disk is full, only the next launcher loses the deadline. This one goes on, because an instance that
+        cannot be ended would be worse.
         """
         note = {"container": container, "by_s": self._clock.now_s() + grace_s}
         try:
@@ -112,11 +112,10 @@ class _Container:
 class ContainerLauncher:
     """The Launcher port over containers. Only one launcher may use a set of `labels` at a time.
 
-    `labels` are set on every container and name its owner (`batchlab.grid=<grid>`). `template`
-    returns the settings of a pool's containers. A container gets the resources of its machine's
-    type times `scale`. It is created at once and started `boot_s` later, like the boot of a
-    machine. `changed` is set when an instance ends, and its waiter clears it. `signals` returns the
-    announcements of the metadata service to an instance.
+    `labels` are set on every container and name its owner (`batchlab.grid=<grid>`). `template` returns the settings of
+    a pool's containers. A container gets the resources of its machine's type times `scale`. It is created at once and
+    started `boot_s` later, like the boot of a machine. `changed` is set when an instance ends, and its waiter clears
+    it. `signals` returns the announcements of the metadata service to an instance.
     """
 
     def __init__(
@@ -138,7 +137,7 @@ class ContainerLauncher:
         self._template = template
         self._catalogue = catalogue
         self._clock = clock
-        self._endings = Endings(folder / "ending", clock)
+        self._endings = StopDeadlines(folder / "ending", clock)
         self._logs = folder / "logs"
         self._grid = grid
         self._labels = dict(labels)
@@ -158,8 +157,8 @@ class ContainerLauncher:
     async def launch(self, pool: Pool, instance: str, machine: Machine = ANY_MACHINE) -> None:
         """Launch a container. Raise BackendError if it cannot be created.
 
-        Raise AlreadyExists if the id was used in the last ten minutes. A container that cannot be
-        started ends with this reason.
+        Raise AlreadyExists if the id was used in the last ten minutes. A container that cannot be started ends with
+        this reason.
         """
         await self._adopt_all()
         if instance in self._known:
@@ -179,8 +178,8 @@ class ContainerLauncher:
     async def terminate(self, instance: str, *, grace_s: float) -> None:
         """Ask the instance to stop, and kill it after `grace_s`.
 
-        If the call is repeated, the earlier deadline holds. Unknown and ended instances are
-        ignored. Raise BackendError if Docker cannot send the signal. Even then, the deadline holds.
+        If the call is repeated, the earlier deadline holds. Unknown and ended instances are ignored. Raise BackendError
+        if Docker cannot send the signal. Even then, the deadline holds.
         """
         await self._adopt_all()
         container = self._known.get(instance)
@@ -188,8 +187,7 @@ class ContainerLauncher:
             return
         due_s = asyncio.get_running_loop().time() + grace_s
         if container.due_s is None or due_s < container.due_s:
-            # The deadline is stored first. If this process dies in between, the next launcher sends
-            # the signal.
+            # The deadline is stored first. If this process dies in between, the next launcher sends the signal.
             self._endings.note(instance, container.id, grace_s)
             self._arm(container, due_s)
         if container.asleep:
@@ -200,8 +198,7 @@ class ContainerLauncher:
     async def running(self) -> Mapping[str, str | None]:
         """Return how each instance ended, None while it runs.
 
-        Ends are remembered for ten minutes while the container exists. Raise Unreachable while
-        Docker does not answer.
+        Ends are remembered for ten minutes while the container exists. Raise Unreachable while Docker does not answer.
         """
         await self._look()
         return {name: container.ended for name, container in self._known.items()}
@@ -233,8 +230,7 @@ class ContainerLauncher:
         return metadata and replace(metadata, signals=self._signals(metadata.instance))
 
     async def _by_address(self) -> Mapping[str, Metadata]:
-        # An address may pass from one container to the next, so the result is valid only until
-        # Docker reports an event.
+        # An address may pass from one container to the next, so the result is valid only until Docker reports an event.
         await self._adopt_all()
         happened, known = self._standing
         if happened == self._happened and self._events is not None and self._events.stands:
@@ -416,12 +412,12 @@ class ContainerLauncher:
     async def _bury(self, container: _Container) -> None:
         log_file = self._logs / f"{container.instance}.log"
         try:
-            state = await self._run(container, partial(calls.bury, container.id, log_file))
+            state = await self._run(container, partial(calls.save_end, container.id, log_file))
         except NotFound:
             return  # it was removed a moment ago, and the next look notices it
         if state is None:
             return  # it is still running, and the next look checks again
-        self._over(container, calls.how(state, killed=self._is_late(container)))
+        self._over(container, calls.end_text(state, killed=self._is_late(container)))
         self._endings.forget(container.instance)
 
     async def _forget(self) -> None:

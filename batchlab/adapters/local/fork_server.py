@@ -1,11 +1,11 @@
 """Client of a fork server, a process that has imported the program of an instance.
 
-Instances are forks of this process. Invariant: a fork does nothing until the process that requested
-it has recorded it. It exits if this confirmation never comes. The end of the server only costs
-time: its forks go on, and new instances start without it.
+Instances are forks of this process. Invariant: a fork does nothing until the process that requested it has recorded it.
+It exits if this confirmation never comes. The end of the server only costs time: its forks go on, and new instances
+start without it.
 
-`batchlab.cli.fork_server_main` is the program of the server. Requests and answers are JSON messages
-over a pair of sockets. Answers come in the order of the requests.
+`batchlab.cli.fork_server_main` is the program of the server. Requests and answers are JSON messages over a pair of
+sockets. Answers come in the order of the requests.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from batchlab.core.atomic_write import private
 
 MAX_BYTES = 1 << 16
 """Maximum size of a message in bytes."""
-PATIENCE_S = 30.0
+ANSWER_S = 30.0
 """Timeout of a request in seconds. The server answers in milliseconds once its imports are done."""
 
 
-class Gone(OSError):
+class ForkServerEndedError(OSError):
     """The fork server has ended or did not start."""
 
 
 @dataclass(slots=True)
-class Born:
+class PendingFork:
     """A fork that waits for `begin`."""
 
     pid: int
@@ -52,7 +52,7 @@ class Born:
             self._word = -1
 
 
-class Nursery:
+class ForkServer:
     """A fork server, started with `argv` and the number of its descriptor as the last argument.
 
     It writes its output to the file `log`. A fork behaves like `program` with further arguments.
@@ -66,11 +66,11 @@ class Nursery:
         self._process: subprocess.Popen[bytes] | None = None
         self._asked: deque[asyncio.Future[dict[str, Any]]] = deque()
 
-    async def bear(self, argv: Sequence[str], env: Mapping[str, str], output: BinaryIO) -> Born:
+    async def fork(self, argv: Sequence[str], env: Mapping[str, str], output: BinaryIO) -> PendingFork:
         """Return a fork that will behave like the process `argv`, in a new session.
 
-        Its environment is the server's with `env`. It writes to `output`. Raise Gone if the server
-        has ended, and OSError if no further process can be created.
+        Its environment is the server's with `env`. It writes to `output`. Raise ForkServerEndedError if the server has
+        ended, and OSError if no further process can be created.
         """
         theirs, ours = os.pipe()
         try:
@@ -79,14 +79,14 @@ class Nursery:
             answer = await self._ask(asked, (output.fileno(), theirs))
             if error := answer.get("error"):
                 raise OSError(error)
-            return Born(answer["pid"], ours)
+            return PendingFork(answer["pid"], ours)
         except BaseException:
             os.close(ours)  # a fork that exists nevertheless exits
             raise
         finally:
             os.close(theirs)
 
-    async def end_of(self, pid: int) -> int | None:
+    async def exit_code(self, pid: int) -> int | None:
         """Return the exit code of a fork that has ended, as subprocess does, and release its pid.
 
         Return None if the code is no longer known.
@@ -95,7 +95,7 @@ class Nursery:
             return None  # the server that was the parent of the fork has ended
         try:
             code: int | None = (await self._ask({"bury": pid}))["code"]
-        except Gone:
+        except ForkServerEndedError:
             return None
         return code
 
@@ -112,7 +112,7 @@ class Nursery:
         while self._asked:
             waiting = self._asked.popleft()
             if not waiting.done():
-                waiting.set_exception(Gone("The nursery has ended."))
+                waiting.set_exception(ForkServerEndedError("The nursery has ended."))
 
     async def _ask(self, question: dict[str, Any], descriptors: Sequence[int] = ()) -> dict[str, Any]:
         answer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
@@ -121,14 +121,14 @@ class Nursery:
             socket.send_fds(here, [json.dumps(question).encode()], descriptors)
         except OSError as error:
             self.close()
-            raise Gone(str(error)) from error
+            raise ForkServerEndedError(str(error)) from error
         self._asked.append(answer)
         try:
-            async with asyncio.timeout(PATIENCE_S):
+            async with asyncio.timeout(ANSWER_S):
                 return await answer
         except TimeoutError as error:
             self.close()
-            raise Gone(f"The nursery has not answered for {PATIENCE_S:.0f} s.") from error
+            raise ForkServerEndedError(f"The nursery has not answered for {ANSWER_S:.0f} s.") from error
 
     def _open(self) -> socket.socket:
         if self._socket is None:

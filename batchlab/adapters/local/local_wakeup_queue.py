@@ -1,21 +1,19 @@
 """Queue on one machine whose senders wake its receivers, over the queue of an emulator.
 
-Senders ring the bells of receivers (see `fifo_wakeup`). Invariant: messages go only through the
-emulator. A ring only makes a receiver look. A receiver that misses a ring finds the message at its
-next regular look.
+Senders ring the bells of receivers (see `fifo_wakeup`). Invariant: messages go only through the emulator. A ring only
+makes a receiver look. A receiver that misses a ring finds the message at its next regular look.
 
-This avoids an emulator's long polls. They look only every 100 ms, so a message would take that
-long. A long poll that is open when its process is killed hides the next message for a visibility
-timeout.
+This avoids an emulator's long polls. They look only every 100 ms, so a message would take that long. A long poll that
+is open when its process is killed hides the next message for a visibility timeout.
 
-`Quiet` measures how long a queue has been quiet. Receivers of quiet queues look less often.
-Invariant: an occasional message does not end the quiet. The workers of an idle grid send one
-heartbeat a minute. Without this rule, each would make the manager look as often as during a job.
+`IdleTime` measures how long a queue has been quiet. Receivers of quiet queues look less often. Invariant: an occasional
+message does not end the quiet. The workers of an idle grid send one heartbeat a minute. Without this rule, each would
+make the manager look as often as during a job.
 
 Wakeup of a waiting receiver by a sender in another process, with one FIFO per receiver.
 
-Each FIFO is called a bell. Invariant: only one sender can unlink the name of a bell, and it must
-then ring this bell. So no ring goes to a receiver that is already awake or has left.
+Each FIFO is called a bell. Invariant: only one sender can unlink the name of a bell, and it must then ring this bell.
+So no ring goes to a receiver that is already awake or has left.
 """
 
 from __future__ import annotations
@@ -33,10 +31,10 @@ from batchlab.adapters.limits import check_receive
 from batchlab.core.errors import Throttled
 from batchlab.core.ports import Depth, Message, Outgoing, Queue, QueueSpec
 
-EVERYBODY = 1_000_000
+ALL_RECEIVERS = 1_000_000
 
 
-class Bell:
+class WakeupFifo:
     """Registration of one waiting receiver. It can be rung once.
 
     It is a FIFO because a socket's path is limited to 107 bytes, and inotify wakes all receivers.
@@ -49,8 +47,7 @@ class Bell:
         # The FIFO gets its name after it is open, because senders remove a FIFO without a reader.
         hidden = folder / f".{name}"
         os.mkfifo(hidden)
-        # It is also opened for writing. Otherwise it would be at its end of file, and wake the loop
-        # forever.
+        # It is also opened for writing. Otherwise it would be at its end of file, and wake the loop forever.
         self._fd = os.open(hidden, os.O_RDWR | os.O_NONBLOCK)
         hidden.rename(self._path)
 
@@ -82,7 +79,7 @@ def _settle(rung: asyncio.Future[bool], has_rung: bool) -> None:
         rung.set_result(has_rung)
 
 
-async def listen(
+async def wait_for_messages(
     folder: Path, look: Callable[[], Awaitable[tuple[Sequence[Message], float]]], ends_s: float
 ) -> Sequence[Message]:
     """Return what `look` finds first, or what it finds at the loop's time `ends_s`.
@@ -93,16 +90,14 @@ async def listen(
     rung = False
     while True:
         if rung:
-            # This call precedes the next bell, because the ring usually means that a message has
-            # arrived.
+            # This call precedes the next bell, because the ring usually means that a message has arrived.
             messages, _ = await look()
             if messages:
                 return messages
-        bell, rung = Bell(folder), False
+        bell, rung = WakeupFifo(folder), False
         try:
             while not rung:
-                # This call follows the creation of the bell. Otherwise a send in between would be
-                # missed.
+                # This call follows the creation of the bell. Otherwise a send in between would be missed.
                 messages, again_s = await look()
                 left_s = ends_s - clock()
                 if messages or left_s <= 0:
@@ -111,10 +106,10 @@ async def listen(
         finally:
             if bell.close() and not rung:
                 # The ring arrived while this receiver was leaving, so another receiver gets it.
-                ring(folder, 1)
+                wake(folder, 1)
 
 
-def ring(folder: Path, count: int) -> None:
+def wake(folder: Path, count: int) -> None:
     """Wake up to `count` receivers, and remove the bells of dead processes."""
     if count <= 0:
         return
@@ -125,12 +120,12 @@ def ring(folder: Path, count: int) -> None:
     with entries:
         for entry in entries:
             if not entry.name.startswith("."):
-                count -= _rang(folder / entry.name)
+                count -= _wake_one(folder / entry.name)
             if count <= 0:
                 return
 
 
-def _rang(path: Path) -> bool:
+def _wake_one(path: Path) -> bool:
     try:
         fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
     except FileNotFoundError:
@@ -153,12 +148,12 @@ def _rang(path: Path) -> bool:
     return True
 
 
-MAX_S = 60.0
+MAX_IDLE_S = 60.0
 """Maximum quiet time in seconds that counts when a message arrives."""
 
 
-class Quiet:
-    """Quiet time of one queue since `now_s`. Times are the event loop's, in seconds."""
+class IdleTime:
+    """IdleTime time of one queue since `now_s`. Times are the event loop's, in seconds."""
 
     def __init__(self, now_s: float) -> None:
         self._since_s = now_s
@@ -172,42 +167,40 @@ class Quiet:
 
         One message leaves half of it. Several in a row, as during a job, leave almost nothing.
         """
-        self._since_s = now_s - min(self.of_s(now_s), MAX_S) / 2
+        self._since_s = now_s - min(self.of_s(now_s), MAX_IDLE_S) / 2
 
 
-LOOK_S = 1.0
-IDLE_LOOK_S = 60.0
-QUIET_SHARE = 0.5
-"""Share of the quiet time after which a receiver looks again, between `LOOK_S` and `IDLE_LOOK_S`.
+POLL_S = 1.0
+MAX_POLL_S = 60.0
+POLL_SHARE = 0.5
+"""Share of the quiet time after which a receiver looks again, between `POLL_S` and `MAX_POLL_S`.
 
-These looks find messages without a ring: the visibility timeout has ended, or the sender of a
-delayed message has died.
+These looks find messages without a ring: the visibility timeout has ended, or the sender of a delayed message has died.
 """
 
-KEPT_S = 0.02
+LINGER_S = 0.02
 """Time in seconds for which a receiver's bell stays in place after a receive.
 
-If the receiver does not return in this time, the bell is removed, and its ring goes to another
-receiver.
+If the receiver does not return in this time, the bell is removed, and its ring goes to another receiver.
 """
 
 
-class Closing(Queue, Protocol):
+class QueueService(Queue, Protocol):
     """A queue service with a `close` method."""
 
     async def close(self) -> None:
         """Close the service. No other call may follow."""
 
 
-class RungQueue:
+class LocalWakeupQueue:
     """Queue port over `queue`, with bells in `folder`. All users of the queue share this folder."""
 
-    def __init__(self, queue: Closing, folder: Path) -> None:
+    def __init__(self, queue: QueueService, folder: Path) -> None:
         self._queue = queue
         self._folder = folder
-        self._ears: dict[str, _Ear] = {}
+        self._ears: dict[str, _Receiver] = {}
         """Bells of receivers that are expected to return soon."""
-        self._quiet: dict[str, Quiet] = {}
+        self._quiet: dict[str, IdleTime] = {}
 
     async def close(self) -> None:
         while self._ears:
@@ -219,11 +212,11 @@ class RungQueue:
 
     async def send(self, queue: str, messages: Sequence[Outgoing]) -> None:
         await self._queue.send(queue, messages)
-        ring(self._folder / queue, sum(message.delay_s < LOOK_S for message in messages))
+        wake(self._folder / queue, sum(message.delay_s < POLL_S for message in messages))
         loop = asyncio.get_running_loop()
         for delay_s, count in Counter(outgoing.delay_s for outgoing in messages).items():
-            if delay_s >= LOOK_S:
-                loop.call_later(delay_s, ring, self._folder / queue, count)
+            if delay_s >= POLL_S:
+                loop.call_later(delay_s, wake, self._folder / queue, count)
 
     async def receive(
         self, queue: str, *, max_messages: int = 10, wait_s: float = 20.0, visibility_s: float | None = None
@@ -242,14 +235,14 @@ class RungQueue:
             return await look()
         clock = asyncio.get_running_loop().time
         ends_s = clock() + wait_s
-        quiet = self._quiet.setdefault(queue, Quiet(clock()))
+        quiet = self._quiet.setdefault(queue, IdleTime(clock()))
 
         def again_s() -> float:
-            return min(max(LOOK_S, QUIET_SHARE * quiet.of_s(clock())), IDLE_LOOK_S)
+            return min(max(POLL_S, POLL_SHARE * quiet.of_s(clock())), MAX_POLL_S)
 
-        ear = self._ears.pop(queue, None) or _Ear(self._folder / queue)
+        ear = self._ears.pop(queue, None) or _Receiver(self._folder / queue)
         try:
-            messages = await ear.listen(look, again_s, ends_s)
+            messages = await ear.wait_for_messages(look, again_s, ends_s)
         except BaseException:
             ear.close()
             raise
@@ -264,7 +257,7 @@ class RungQueue:
             ear.close()
         return messages
 
-    def _forget(self, queue: str, ear: _Ear) -> None:
+    def _forget(self, queue: str, ear: _Receiver) -> None:
         if self._ears.get(queue) is ear:
             del self._ears[queue]
             ear.close()
@@ -274,7 +267,7 @@ class RungQueue:
 
     async def change_visibility(self, queue: str, changes: Sequence[tuple[str, float]]) -> Sequence[str]:
         refused = await self._queue.change_visibility(queue, changes)
-        ring(self._folder / queue, sum(visibility_s < LOOK_S for _, visibility_s in changes))
+        wake(self._folder / queue, sum(visibility_s < POLL_S for _, visibility_s in changes))
         return refused
 
     async def depth(self, queue: str) -> Depth:
@@ -286,25 +279,25 @@ class RungQueue:
     async def remove(self, queue: str) -> None:
         await self._queue.remove(queue)
         # Receivers that still wait must see that the queue is removed.
-        ring(self._folder / queue, EVERYBODY)
+        wake(self._folder / queue, ALL_RECEIVERS)
 
 
-class _Ear:
-    """Bell of a receiver, kept from one receive to the next.
+class _Receiver:
+    """WakeupFifo of a receiver, kept from one receive to the next.
 
-    A receiver needs no look if the bell has not rung since its last look. This saves requests,
-    which cost far more than bells.
+    A receiver needs no look if the bell has not rung since its last look. This saves requests, which cost far more than
+    bells.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._bell = Bell(folder)
+        self._bell = WakeupFifo(folder)
         self._timer: asyncio.TimerHandle | None = None
         self.heeded = False
         """Whether a look after the creation of the bell found all messages."""
         self._looked_s = 0.0
 
-    async def listen(
+    async def wait_for_messages(
         self, look: Callable[[], Awaitable[Sequence[Message]]], again_s: Callable[[], float], ends_s: float
     ) -> Sequence[Message]:
         """Return what `look` finds first, or what it finds at the loop's time `ends_s`.
@@ -320,7 +313,7 @@ class _Ear:
             due_s = max(0.0, self._looked_s + again_s() - clock())
             if await self._bell.wait(min(left_s, due_s)):
                 self._bell.close()
-                self._bell = Bell(self._folder)
+                self._bell = WakeupFifo(self._folder)
             elif left_s < due_s:
                 break
             if messages := await self._heed(look):
@@ -335,11 +328,11 @@ class _Ear:
         return messages
 
     def close_later(self, close: Callable[[], None]) -> None:
-        self._timer = asyncio.get_running_loop().call_later(KEPT_S, close)
+        self._timer = asyncio.get_running_loop().call_later(LINGER_S, close)
 
     def close(self) -> None:
         if self._timer:
             self._timer.cancel()
         if self._bell.close():
             # The ring was for a message that another receiver must take.
-            ring(self._folder, 1)
+            wake(self._folder, 1)

@@ -1,9 +1,8 @@
 """MiniStack, an emulator of S3 and SQS, as a child process with its own Python environment.
 
-Invariant: it gets none of the user's AWS_* variables, and no process of it is left behind. Its
-owner stops it. Without an owner, it exits within `ORPHAN_S` (see `ministack_guard`). A folder has
-one owner, and the next owner takes over the running emulator of the previous one. The folder
-contains:
+Invariant: it gets none of the user's AWS_* variables, and no process of it is left behind. Its owner stops it. Without
+an owner, it exits within `ORPHAN_S` (see `ministack_guard`). A folder has one owner, and the next owner takes over the
+running emulator of the previous one. The folder contains:
 
     s3/             objects, each written before it is acknowledged
     state/          queues, written when the emulator stops
@@ -15,9 +14,9 @@ contains:
 
 Python environment of MiniStack, created once for all grids of a user.
 
-Invariant: MiniStack never uses the user's environment, because it pins an exact version of
-botocore. An environment counts only when its marker file exists, so an incomplete one is never
-used. A lock keeps two processes from creating it at the same time.
+Invariant: MiniStack never uses the user's environment, because it pins an exact version of botocore. An environment
+counts only when its marker file exists, so an incomplete one is never used. A lock keeps two processes from creating it
+at the same time.
 """
 
 from __future__ import annotations
@@ -43,8 +42,8 @@ from pathlib import Path
 from typing import IO, Self
 
 from batchlab.adapters.aws.endpoint import Endpoint
-from batchlab.adapters.local import access_keys
-from batchlab.adapters.local.processes import boot_id, hold, start_ticks
+from batchlab.adapters.local import state_files
+from batchlab.adapters.local.processes import boot_id, open_pidfd, start_ticks
 from batchlab.core import installation
 from batchlab.core.atomic_write import write_whole
 from batchlab.core.errors import BackendError, Refused, Unreachable, UsageError
@@ -60,8 +59,8 @@ _MARKER = "batchlab-complete"
 def find() -> Path | None:
     """Return the Python that has MiniStack, or None without an installation.
 
-    BATCHLAB_MINISTACK names an installation. Without it, the one made by `install` is used. Raise
-    UsageError if the variable is wrong.
+    BATCHLAB_MINISTACK names an installation. Without it, the one made by `install` is used. Raise UsageError if the
+    variable is wrong.
     """
     if named := os.environ.get(VARIABLE):
         program = Path(named).expanduser()
@@ -80,10 +79,7 @@ def find() -> Path | None:
 
 
 def provide(say: Callable[[str], None]) -> None:
-    """Install MiniStack if necessary.
-
-    Raise UsageError if the named environment does not contain it.
-    """
+    """Install MiniStack if necessary. Raise UsageError if the named environment does not contain it."""
     python = install(say)
     if installed_version(python) is None:
         raise UsageError(
@@ -125,8 +121,7 @@ def install(say: Callable[[str], None]) -> Path:
             say(f"Fetching MiniStack {VERSION} into {folder}, this once.")
             shutil.rmtree(folder, ignore_errors=True)  # left by a process that was killed
             _make(folder)
-            # It is a marker and not a rename, because the scripts of an environment contain its
-            # path.
+            # It is a marker and not a rename, because the scripts of an environment contain its path.
             (folder / _MARKER).touch()
     except OSError as error:
         raise BackendError(
@@ -187,13 +182,13 @@ START_S = 30.0
 STOP_S = 10.0
 
 _HOST = "127.0.0.1"
-# These ports are below the range that the kernel uses for outgoing connections. Otherwise a client
-# that connects to a stopped emulator could get this port itself and connect to itself.
+# These ports are below the range that the kernel uses for outgoing connections. Otherwise a client that connects to a
+# stopped emulator could get this port itself and connect to itself.
 _PORTS = range(20_000, 32_000)
 _PORTS_TRIED = 50
 _PROBED_S = 0.2
 """Maximum time in seconds for which a process holds the lock only to test it."""
-_AGAIN_S = 5.0
+_MAX_RETRY_S = 5.0
 """Maximum wait in seconds between two attempts to start the emulator."""
 
 
@@ -212,8 +207,8 @@ class _Record:
 class Emulator:
     """MiniStack over `folder`, listening on 127.0.0.1. A `with` statement starts and stops it.
 
-    With `port` 0 it uses the previous port, or else any free port. It exits `orphan_s` seconds
-    after the death of its owner.
+    With `port` 0 it uses the previous port, or else any free port. It exits `orphan_s` seconds after the death of its
+    owner.
     """
 
     def __init__(self, python: Path, folder: Path, *, port: int = 0, orphan_s: float = ORPHAN_S) -> None:
@@ -223,8 +218,8 @@ class Emulator:
         self._port = port
         self._orphan_s = orphan_s
         self._owner_lock: IO[str] | None = None
-        # This process and the emulator share the listener. During a restart, clients wait instead
-        # of being refused, and no other program gets the port.
+        # This process and the emulator share the listener. During a restart, clients wait instead of being refused, and
+        # no other program gets the port.
         self._listener: socket.socket | None = None
         self._record: _Record | None = None
         self._child: subprocess.Popen[bytes] | None = None
@@ -239,7 +234,7 @@ class Emulator:
     @property
     def endpoint(self) -> Endpoint:
         """Return the started emulator with its keys."""
-        keys = access_keys.provide(self.folder / access_keys.FILE)
+        keys = state_files.provide_keys(self.folder / state_files.KEYS_FILE)
         return Endpoint(self.url, access_key=keys.access_key, secret_key=keys.secret_key)
 
     @property
@@ -262,8 +257,7 @@ class Emulator:
     def start(self) -> None:
         """Take over the running emulator of the folder or start one, and wait until it answers.
 
-        Raise Refused if it has another owner. Raise Unreachable, with the last line of its log, if
-        it does not start.
+        Raise Refused if it has another owner. Raise Unreachable, with the last line of its log, if it does not start.
         """
         self._own()
         if self.is_running() or (self._take_over() and self._is_usable()):
@@ -298,26 +292,20 @@ class Emulator:
             self._owner_lock = None
 
     async def supervise(self, again: Callable[[], None]) -> None:
-        """Restart the emulator whenever it ends.
-
-        Call `again` after each start. This method never returns.
-        """
+        """Restart the emulator whenever it ends. Call `again` after each start. This method never returns."""
         while True:
             begun_s = time.monotonic()
             await self._ended()
             log.warning("the emulator (pid %d) has ended, and is started again", self.pid)
             wait_s = 0.1
-            if time.monotonic() - begun_s < _AGAIN_S:
+            if time.monotonic() - begun_s < _MAX_RETRY_S:
                 await asyncio.sleep(wait_s)  # on a full disk, it ends at every write
             while not await self._in_thread(partial(self._started_again, again)):
                 await asyncio.sleep(wait_s)
-                wait_s = doubled_s(wait_s, _AGAIN_S)
+                wait_s = doubled_s(wait_s, _MAX_RETRY_S)
 
     async def _in_thread(self, call: Callable[[], bool]) -> bool:
-        """Return the result of `call`.
-
-        A canceled task also waits for it, so `stop` cannot run meanwhile.
-        """
+        """Return the result of `call`. A canceled task also waits for it, so `stop` cannot run meanwhile."""
         calling = asyncio.create_task(asyncio.to_thread(call))
         try:
             return await asyncio.shield(calling)
@@ -361,14 +349,14 @@ class Emulator:
                     raise Refused(f"The emulator in {self.folder} has an owner already.") from error
                 time.sleep(0.01)
         self._owner_lock = file
-        access_keys.provide(self.folder / access_keys.FILE)
+        state_files.provide_keys(self.folder / state_files.KEYS_FILE)
 
     def _take_over(self) -> bool:
         """Hold the process in the record. Return False if it is not running."""
         record = self._on_record()
         if record is None:
             return False
-        pidfd = hold(record.pid, record.start_ticks, record.boot)
+        pidfd = open_pidfd(record.pid, record.start_ticks, record.boot)
         if pidfd is None:
             return False
         self._let_go()
@@ -390,7 +378,7 @@ class Emulator:
         guard = Path(__file__).with_name("ministack_guard.py")
         lock = str(self.folder / "owner.lock")
         argv = [str(self._python), "-I", str(guard), str(listening), lock, str(self._orphan_s)]
-        argv.append(str(self.folder / access_keys.FILE))
+        argv.append(str(self.folder / state_files.KEYS_FILE))
         with self.log.open("ab") as output:
             self._child = subprocess.Popen(
                 argv,
@@ -487,4 +475,4 @@ def _readable(descriptors: Iterable[int], within_s: float) -> list[int]:
 
 def _last_line(path: Path) -> str:
     lines = path.read_text(errors="replace").strip().splitlines()
-    return lines[-1] if lines else "it ended without a word"
+    return lines[-1] if lines else "it printed no error message"

@@ -2,13 +2,12 @@
 
 It exits when its owner is missing, and before it acknowledges an object that it could not write.
 
-The guard passes on a request only if the request is signed with the grid's own keys (Signature
-Version 4). MiniStack itself accepts a request of any user of the machine and of any web page.
+The guard passes on a request only if the request is signed with the grid's own keys (Signature Version 4). MiniStack
+itself accepts a request of any user of the machine and of any web page.
 
-Invariant: this file imports nothing of batchlab, because another Python runs it, which has only
-MiniStack, uvicorn, and httptools. The owner holds a lock on a file, and the kernel releases it
-however the owner dies. PR_SET_PDEATHSIG is not used: a killed owner is replaced within seconds, and
-the new owner takes over the running emulator.
+Invariant: this file imports nothing of batchlab, because another Python runs it, which has only MiniStack, uvicorn, and
+httptools. The owner holds a lock on a file, and the kernel releases it however the owner dies. PR_SET_PDEATHSIG is not
+used: a killed owner is replaced within seconds, and the new owner takes over the running emulator.
 
     python -I ministack_guard.py LISTENING_FD LOCK_FILE ORPHAN_S KEYS_FILE
 """
@@ -38,7 +37,7 @@ from urllib.parse import parse_qsl, quote, unquote_to_bytes
 
 import uvicorn
 
-LOOK_S = 0.5
+POLL_S = 0.5
 MAX_SKEW_S = 900.0
 """Maximum difference in seconds between a request's time and the clock, as on AWS."""
 MAX_UNHASHED_BYTES = 4 * 1024 * 1024
@@ -64,15 +63,14 @@ _EXPIRES = re.compile("[0-9]{1,6}")
 def main(listening: str, lock: str, orphan_s: float, keys: str) -> None:
     """Serve requests until SIGTERM."""
     threading.Thread(target=_end_when_orphaned, args=(lock, orphan_s), daemon=True).start()
-    logging.getLogger("s3").addHandler(_Honest(logging.WARNING))
+    logging.getLogger("s3").addHandler(_ExitOnWriteError(logging.WARNING))
     # The owner also holds the listener, so clients of a killed emulator wait for the next one.
     listener = socket.socket(fileno=int(listening))
     known = json.loads(Path(keys).read_text())
     # MiniStack itself verifies the signature of a presigned URL with these keys.
     os.environ["AWS_ACCESS_KEY_ID"] = known["access_key"]
     os.environ["AWS_SECRET_ACCESS_KEY"] = known["secret_key"]
-    # MiniStack's own server, Hypercorn, is written in Python and takes over half of a call's CPU
-    # time.
+    # MiniStack's own server, Hypercorn, is written in Python and takes over half of a call's CPU time.
     config = uvicorn.Config(
         Signed(importlib.import_module("ministack.app").app, **known),
         loop="asyncio",
@@ -116,8 +114,8 @@ class _Signature:
 class Signed:
     """ASGI application that passes on only requests signed with this pair of keys.
 
-    A web page cannot sign a request. A request with an Origin or another machine's Host comes from
-    a page, so it is refused even if it is signed. No answer has a CORS header.
+    A web page cannot sign a request. A request with an Origin or another machine's Host comes from a page, so it is
+    refused even if it is signed. No answer has a CORS header.
     """
 
     def __init__(self, app: App, access_key: str, secret_key: str) -> None:
@@ -303,12 +301,11 @@ async def _refuse(send: Send, headers: Mapping[bytes, bytes], refusal: Refusal) 
     await send({"type": "http.response.body", "body": body.encode()})
 
 
-class _Honest(logging.Handler):
+class _ExitOnWriteError(logging.Handler):
     """Log handler that ends the process when MiniStack's S3 fails to write to disk.
 
-    MiniStack then logs a warning and reports success, so the object would be lost at its end, or
-    read as empty. A process that exits here sends no answer, and the client retries at the next
-    emulator.
+    MiniStack then logs a warning and reports success, so the object would be lost at its end, or read as empty. A
+    process that exits here sends no answer, and the client retries at the next emulator.
     """
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -320,8 +317,8 @@ class _Honest(logging.Handler):
 def _end_when_orphaned(lock: str, orphan_s: float) -> None:
     alone_s = 0.0
     while alone_s < orphan_s:
-        time.sleep(LOOK_S)
-        alone_s = 0.0 if _is_held(lock) else alone_s + LOOK_S
+        time.sleep(POLL_S)
+        alone_s = 0.0 if _is_held(lock) else alone_s + POLL_S
     os.kill(os.getpid(), signal.SIGTERM)
 
 

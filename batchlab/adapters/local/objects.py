@@ -1,14 +1,13 @@
 """Objects port over a folder of files.
 
-Invariant: a key has one complete object or none, also after a process died while writing it. A
-conditional create has one winner. An object that a job needs is on disk before its put returns. A
-conditional create replaces a damaged file, and an empty document counts as absent.
+Invariant: a key has one complete object or none, also after a process died while writing it. A conditional create has
+one winner. An object that a job needs is on disk before its put returns. A conditional create replaces a damaged file,
+and an empty document counts as absent.
 
 Files of a bucket that is a folder: atomic writes, and listing in key order.
 
-Invariant: a name appears with its complete content or not at all. A durable write flushes the
-content and the parent folders to disk before the name appears. It flushes the name before the call
-returns.
+Invariant: a name appears with its complete content or not at all. A durable write flushes the content and the parent
+folders to disk before the name appears. It flushes the name before the call returns.
 """
 
 from __future__ import annotations
@@ -35,8 +34,8 @@ from batchlab.core.atomic_write import NEVER_EMPTY, STAGED, VOLATILE, Sync, make
 from batchlab.core.errors import AlreadyExists, BackendError, NotFound, Unreachable
 from batchlab.core.ports import ObjectInfo
 
-# shutil copies with buffers of this size. The kernel's copy (sendfile) moves 64 KiB at a time and
-# takes several times as long.
+# shutil copies with buffers of this size. The kernel's copy (sendfile) moves 64 KiB at a time and takes several times
+# as long.
 _COPY_BYTES = 256 * 1024
 
 _DIGEST = re.compile(r"^(?:code|grid/templates)/([0-9a-f]{64})\.")
@@ -54,8 +53,8 @@ _downloads = count()
 def download_whole(path: Path, write: Callable[[Path], object]) -> int:
     """Let `write` fill a staged file, rename it to `path`, and return its size in bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Another process, or a call whose caller was canceled, may download to the same path. Each
-    # download has its own staged file, and the last rename wins.
+    # Another process, or a call whose caller was canceled, may download to the same path. Each download has its own
+    # staged file, and the last rename wins.
     staged = path.with_name(f"{path.name}.{os.getpid()}-{next(_downloads)}.part")
     try:
         write(staged)
@@ -74,8 +73,8 @@ def head(root: Path, key: str) -> ObjectInfo | None:
 def walk(root: Path, prefix: str, after: str) -> Iterator[ObjectInfo]:
     """Yield objects under `prefix` with keys greater than `after`, in key order.
 
-    The names of one folder of each level are held in memory. Objects that are created or deleted
-    during the call may be missing.
+    The names of one folder of each level are held in memory. Objects that are created or deleted during the call may be
+    missing.
     """
     folder = prefix.rpartition("/")[0]
     return _below(f"{root}/", f"{folder}/" if folder else "", prefix, after)
@@ -122,8 +121,8 @@ def is_remains(key: str, size: int) -> bool:
 def damage(root: Path, key: str) -> str | None:
     """Return the damage of the object's content, or None if no damage is visible.
 
-    Documents must be JSON. An object that is named by its hash must have this hash. Raise OSError
-    if the file cannot be read.
+    Documents must be JSON. An object that is named by its hash must have this hash. Raise OSError if the file cannot be
+    read.
     """
     path = root / key
     if is_remains(key, path.stat().st_size):
@@ -173,8 +172,8 @@ def damaged(root: Path) -> Iterator[tuple[str, str]]:
 class FileWriter:
     """Writer of the objects of one bucket. With `durable`, a call waits for the disk.
 
-    The file system commits concurrent flushes together. So the names of new folders are flushed at
-    the same time as the content, and not after it.
+    The file system commits concurrent flushes together. So the names of new folders are flushed at the same time as the
+    content, and not after it.
     """
 
     def __init__(self, root: Path) -> None:
@@ -200,8 +199,8 @@ class FileWriter:
             try:
                 os.link(staged, target)
             except FileExistsError:
-                # The other writer may not have flushed the name yet. The caller relies on the
-                # existing object, so the name is flushed here.
+                # The other writer may not have flushed the name yet. The caller relies on the existing object, so the
+                # name is flushed here.
                 _settle(target, durable=durable)
                 self._replace_damaged(key, staged, target)
             else:
@@ -302,8 +301,8 @@ _MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 class LocalObjects:
     """The Objects port over the folder `root`.
 
-    An ETag consists of inode, mtime, and size, so two contents within one clock tick may have the
-    same one. The objects `a` and `a/b` cannot both exist, and the grid uses no such pair of keys.
+    An ETag consists of inode, mtime, and size, so two contents within one clock tick may have the same one. The objects
+    `a` and `a/b` cannot both exist, and the grid uses no such pair of keys.
     """
 
     def __init__(self, root: Path, sync: Sync) -> None:
@@ -334,8 +333,8 @@ class LocalObjects:
         )
 
     def _exchange(self, etag: str, key: str, fill: Fill, *, durable: bool) -> str:
-        # The lock excludes other conditional puts, but not an unconditional put. The folder has one
-        # manager, and this manager makes all puts that need a stronger guarantee.
+        # The lock excludes other conditional puts, but not an unconditional put. The folder has one manager, and this
+        # manager makes all puts that need a stronger guarantee.
         with locked(self._root / key):
             object_info = head(self._root, key)
             if object_info is None or object_info.etag != etag:

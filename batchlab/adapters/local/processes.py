@@ -1,11 +1,11 @@
 """Launcher of instances that are local processes (Linux), each in its own session.
 
-Invariant: signals reach only processes that were launched here. A pid counts only together with the
-kernel's start time and boot id, so a reused pid is never mistaken for the process that had it.
+Invariant: signals reach only processes that were launched here. A pid counts only together with the kernel's start time
+and boot id, so a reused pid is never mistaken for the process that had it.
 
-`<root>/instances/<id>.json` is the record of an instance, and `<root>/logs/<id>.log` its output.
-The records outlive the manager: a new launcher over the same root adopts the running instances.
-When an instance ends, its process group is killed, as the end of a machine would do.
+`<root>/instances/<id>.json` is the record of an instance, and `<root>/logs/<id>.log` its output. The records outlive
+the manager: a new launcher over the same root adopts the running instances. When an instance ends, its process group is
+killed, as the end of a machine would do.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from batchlab.adapters.local.fork_server import Born, Gone, Nursery
+from batchlab.adapters.local.fork_server import ForkServer, ForkServerEndedError, PendingFork
 from batchlab.core.atomic_write import private, write_whole
 from batchlab.core.errors import AlreadyExists, BackendError
 from batchlab.core.model import Machine, Pool
@@ -30,10 +30,7 @@ from batchlab.core.ports import ANY_MACHINE, KEEP_ENDED_S, Clock
 
 
 def boot_id() -> str:
-    """Return the boot id.
-
-    Start times count from the boot, so they are unique only within one boot.
-    """
+    """Return the boot id. Start times count from the boot, so they are unique only within one boot."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
@@ -53,23 +50,22 @@ def start_ticks(pid: int) -> int | None:
     return int(fields[19]) if fields and fields[0] not in (b"Z", b"X") else None
 
 
-def lives(pid: int, ticks: int, boot: str) -> bool:
+def is_alive(pid: int, ticks: int, boot: str) -> bool:
     """Return whether the process with this pid, start time, and boot id is running."""
     return boot == boot_id() and start_ticks(pid) == ticks
 
 
-def hold(pid: int, ticks: int, boot: str) -> int | None:
+def open_pidfd(pid: int, ticks: int, boot: str) -> int | None:
     """Return a pidfd of that process for the caller to close, None if it is not running."""
     # If the number now belongs to a thread of another process, the kernel returns no pidfd.
-    if not lives(pid, ticks, boot):
+    if not is_alive(pid, ticks, boot):
         return None
     try:
         pidfd = os.pidfd_open(pid)
     except ProcessLookupError:
         return None
-    # This check is safe only now: the pidfd fixes the process, while before the pid could be
-    # reused.
-    if not lives(pid, ticks, boot):
+    # This check is safe only now: the pidfd fixes the process, while before the pid could be reused.
+    if not is_alive(pid, ticks, boot):
         os.close(pidfd)
         return None
     return pidfd
@@ -92,7 +88,7 @@ log = logging.getLogger(__name__)
 INSTANCE_VARIABLE = "BATCHLAB_INSTANCE"
 """Environment variable with the instance's id. Its child processes inherit it."""
 
-_AWAY = "exited while the manager was away"
+_EXITED_UNSEEN = "exited while the manager was away"
 _UNKNOWN = "exited; its code is unknown, because what had started it has ended"
 
 
@@ -124,10 +120,9 @@ class _Process:
 class ProcessLauncher:
     """The Launcher port over local processes. Only one launcher may use a `root` at a time.
 
-    `argv` returns the command line of a pool's instance. `env` is the environment, to which the
-    pool's own is added. `argv` must begin with the program of the `nursery` if there is one.
-    Instances are then forks of it, except in pools with their own environment. `changed` is set
-    when an instance ends, and its waiter clears it.
+    `argv` returns the command line of a pool's instance. `env` is the environment, to which the pool's own is added.
+    `argv` must begin with the program of the `nursery` if there is one. Instances are then forks of it, except in pools
+    with their own environment. `changed` is set when an instance ends, and its waiter clears it.
     """
 
     def __init__(
@@ -136,7 +131,7 @@ class ProcessLauncher:
         argv: Callable[[Pool, str], Sequence[str]],
         clock: Clock,
         env: Mapping[str, str],
-        nursery: Nursery | None = None,
+        nursery: ForkServer | None = None,
     ) -> None:
         self.changed = asyncio.Event()
         self._records = root / "instances"
@@ -164,10 +159,10 @@ class ProcessLauncher:
         record = _Record(instance, pool.name, boot_id())
         process = _Process(record)
         argv = list(self._argv(pool, instance))
-        born: Born | None = None
+        born: PendingFork | None = None
         try:
-            # The record is also written before the start. If the manager dies in between, the
-            # record lacks a pid, and the instance is found by its environment.
+            # The record is also written before the start. If the manager dies in between, the record lacks a pid, and
+            # the instance is found by its environment.
             self._write(record)
             born = await self._born(argv, pool, instance)
             process.born = born is not None
@@ -192,8 +187,7 @@ class ProcessLauncher:
     async def terminate(self, instance: str, *, grace_s: float) -> None:
         """Send SIGTERM to the instance, and SIGKILL after `grace_s`.
 
-        If the call is repeated, the earlier deadline holds. Unknown and ended instances are
-        ignored.
+        If the call is repeated, the earlier deadline holds. Unknown and ended instances are ignored.
         """
         process = self._adopted().get(instance)
         # An instance may have ended while its exit code is not yet known.
@@ -212,10 +206,7 @@ class ProcessLauncher:
             process.kill = loop.call_at(due_s, _kill_group, process.record)
 
     async def running(self) -> Mapping[str, str | None]:
-        """Return how each instance ended, None while it runs.
-
-        Ends are remembered for ten minutes.
-        """
+        """Return how each instance ended, None while it runs. Ends are remembered for ten minutes."""
         processes = self._adopted()
         now_s = self._clock.monotonic_s()
         for name, process in list(processes.items()):
@@ -246,15 +237,15 @@ class ProcessLauncher:
                 os.waitpid(record.pid, 0)
         self._path(record.instance).unlink(missing_ok=True)
 
-    async def _born(self, argv: list[str], pool: Pool, instance: str) -> Born | None:
+    async def _born(self, argv: list[str], pool: Pool, instance: str) -> PendingFork | None:
         """Return a fork of the fork server, None without a usable server."""
         # A program reads much of its environment at its start, so a fork cannot change it.
         if self._nursery is None or pool.env:
             return None
         try:
             with self._log_of(instance) as output:
-                return await self._nursery.bear(argv, {INSTANCE_VARIABLE: instance}, output)
-        except Gone as error:
+                return await self._nursery.fork(argv, {INSTANCE_VARIABLE: instance}, output)
+        except ForkServerEndedError as error:
             log.warning("instances start more slowly, since what they are copies of is gone: %s", error)
             return None
 
@@ -265,8 +256,8 @@ class ProcessLauncher:
     def _spawn(self, argv: list[str], pool: Pool, instance: str) -> int:
         env = {**self._env, **dict(pool.env), INSTANCE_VARIABLE: instance}
         with self._log_of(instance) as log:
-            # os.posix_spawn cannot close the descriptors that the manager inherited. A worker that
-            # holds the pipe of `batchlab up | tee` would keep it open.
+            # os.posix_spawn cannot close the descriptors that the manager inherited. A worker that holds the pipe of
+            # `batchlab up | tee` would keep it open.
             child = subprocess.Popen(
                 argv, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
@@ -289,8 +280,8 @@ class ProcessLauncher:
         else:
             self._buried(process, exit_code(process.record.pid))
 
-    async def _bury(self, process: _Process, nursery: Nursery) -> None:
-        self._buried(process, await nursery.end_of(process.record.pid))
+    async def _bury(self, process: _Process, nursery: ForkServer) -> None:
+        self._buried(process, await nursery.exit_code(process.record.pid))
 
     def _buried(self, process: _Process, code: int | None) -> None:
         self._ended(process, _UNKNOWN if code is None else f"exit {code}")
@@ -343,7 +334,7 @@ class ProcessLauncher:
 
     def _watches(self, process: _Process) -> bool:
         record = process.record
-        pidfd = hold(record.pid, record.start_ticks, record.boot)
+        pidfd = open_pidfd(record.pid, record.start_ticks, record.boot)
         if pidfd is None:
             return False
         self._watch(process, pidfd)
@@ -352,7 +343,7 @@ class ProcessLauncher:
     def _lost(self, process: _Process) -> None:
         if process.record.pid:
             _kill_group(process.record)
-        self._ended(process, _AWAY)
+        self._ended(process, _EXITED_UNSEEN)
 
     def _path(self, instance: str) -> Path:
         return self._records / f"{instance}.json"
@@ -385,12 +376,12 @@ def living(root: Path) -> dict[str, int]:
             record = _Record(**json.loads(path.read_text()))
         except (OSError, ValueError, TypeError):
             continue  # the record is being removed or is incomplete, so it identifies no process
-        if record.ended is None and lives(record.pid, record.start_ticks, record.boot):
+        if record.ended is None and is_alive(record.pid, record.start_ticks, record.boot):
             found[record.instance] = record.pid
     return found
 
 
-def ended(root: Path, instance: str) -> str:
+def end_of(root: Path, instance: str) -> str:
     """Return how the instance ended according to its record, "" if it does not record an end."""
     try:
         fields = json.loads((root / "instances" / f"{instance}.json").read_text())
@@ -422,9 +413,8 @@ def _leader_of(instance: str) -> int:
 
 def _kill_group(record: _Record) -> None:
     """Send SIGKILL to the instance's process group, unless its pid was reused."""
-    # A group may have members after its leader has ended, and they keep the pid from being reused.
-    # Another process could get it only between these two lines, after the kernel used all other
-    # pids.
+    # A group may have members after its leader has ended, and they keep the pid from being reused. Another process
+    # could get it only between these two lines, after the kernel used all other pids.
     if start_ticks(record.pid) in (None, record.start_ticks):
         with suppress(ProcessLookupError):
             os.killpg(record.pid, signal.SIGKILL)

@@ -1,7 +1,7 @@
 """Queues and messages in one SQLite file. Each call is one transaction.
 
-Invariant: after SIGKILL at any time, a message is in exactly one queue or deleted. Every query
-reads one range of one index, so its time does not depend on the depth of the queues.
+Invariant: after SIGKILL at any time, a message is in exactly one queue or deleted. Every query reads one range of one
+index, so its time does not depend on the depth of the queues.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _AT_ONCE_S = 0.01
 _AT_ONCE = fcntl.LOCK_EX | fcntl.LOCK_NB
 _DROPPED_AT_ONCE = 1000
 
-# AUTOINCREMENT keeps ids unique, because a receipt contains the id of its row. A message with
-# `visible_s` in the future is in flight if it has been received, else delayed. `total` saves
-# `depth` from counting the visible messages, which may be a million.
+# AUTOINCREMENT keeps ids unique, because a receipt contains the id of its row. A message with `visible_s` in the future
+# is in flight if it has been received, else delayed. `total` saves `depth` from counting the visible messages, which
+# may be a million.
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS queues (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -78,15 +78,15 @@ SELECT total, (SELECT count(*) FROM messages WHERE queue = queues.id AND visible
     (SELECT count(*) FROM messages WHERE queue = queues.id AND visible_s > ? AND receives > 0)
 FROM queues WHERE id = ?
 """
-_HELD = "SELECT count(*) FROM messages WHERE queue = ? AND visible_s > ? AND receives > 0"
+_IN_FLIGHT = "SELECT count(*) FROM messages WHERE queue = ? AND visible_s > ? AND receives > 0"
 
 
 @dataclass(frozen=True, slots=True)
-class Taken:
+class ReceiveResult:
     """Result of a receive. `due_in_s` is the time until the next message becomes visible, or None.
 
-    `moved` is the number of messages that moved to `dead_letters`. `more` means that more messages
-    may have to be moved or dropped.
+    `moved` is the number of messages that moved to `dead_letters`. `more` means that more messages may have to be moved
+    or dropped.
     """
 
     messages: Sequence[Message] = ()
@@ -117,8 +117,7 @@ class _Queue:
 class SqliteMessages:
     """One connection to the queue file, for one call at a time.
 
-    A call waits for other processes. Within `at_once`, it raises Throttled instead and changes
-    nothing.
+    A call waits for other processes. Within `at_once`, it raises Throttled instead and changes nothing.
     """
 
     def __init__(self, path: Path, clock: Clock, *, max_in_flight: int = MAX_IN_FLIGHT) -> None:
@@ -180,9 +179,9 @@ class SqliteMessages:
 
     @contextmanager
     def _my_turn(self) -> Iterator[None]:
-        # SQLite waits for its lock with a backoff, which is unfair: of 16 busy processes, some got
-        # 10% of the calls of others, and waited up to 2 s. The kernel's lock is fair and cheap, and
-        # the kernel releases the lock of a killed process.
+        # SQLite waits for its lock with a backoff, which is unfair: of 16 busy processes, some got 10% of the calls of
+        # others, and waited up to 2 s. The kernel's lock is fair and cheap, and the kernel releases the lock of a
+        # killed process.
         try:
             fcntl.flock(self._turn, fcntl.LOCK_EX if self._waits else _AT_ONCE)
         except BlockingIOError as error:
@@ -234,25 +233,25 @@ class SqliteMessages:
             )
             _grow(db, queue.id, len(messages))
 
-    def receive(self, name: str, limit: int, visibility_s: float | None) -> Taken:
+    def receive(self, name: str, limit: int, visibility_s: float | None) -> ReceiveResult:
         # The first query takes no lock, so idle receivers do not delay senders.
         with _translated(self._path):
             due_in_s = self._due_in_s(self._queue(name))
         if due_in_s is None or due_in_s > 0:
-            return Taken(due_in_s=due_in_s)
+            return ReceiveResult(due_in_s=due_in_s)
         with self._transaction() as db:
             return self._take(db, self._queue(name), limit, visibility_s)
 
     def _due_in_s(self, queue: _Queue) -> float | None:
         return None if queue.first_s is None else queue.first_s - self._clock.now_s()
 
-    def _take(self, db: sqlite3.Connection, queue: _Queue, limit: int, visibility_s: float | None) -> Taken:
+    def _take(self, db: sqlite3.Connection, queue: _Queue, limit: int, visibility_s: float | None) -> ReceiveResult:
         now_s = self._clock.now_s()
         if queue.total >= self._max_in_flight:
-            (held,) = db.execute(_HELD, (queue.id, now_s)).fetchone()
+            (held,) = db.execute(_IN_FLIGHT, (queue.id, now_s)).fetchone()
             limit = min(limit, self._max_in_flight - held)
             if limit <= 0:
-                return Taken(over_limit=True)
+                return ReceiveResult(over_limit=True)
         dead = self._dead_letters(queue)
         messages: list[Message] = []
         expired: list[tuple[int]] = []
@@ -290,7 +289,7 @@ class SqliteMessages:
             _grow(db, dead, len(moved))
         if expired or moved:
             _grow(db, queue.id, -len(expired) - len(moved))
-        return Taken(messages, more=more, dead_letters=queue.dead_letters, moved=len(moved))
+        return ReceiveResult(messages, more=more, dead_letters=queue.dead_letters, moved=len(moved))
 
     def _dead_letters(self, queue: _Queue) -> int | None:
         if queue.dead_letters is None:
@@ -327,8 +326,7 @@ class SqliteMessages:
         with self._transaction() as db:
             queue, now_s = self._queue(name), self._clock.now_s()
             for receipt, visibility_s in changes:
-                # Only messages in flight can change, and at most until 12 hours after their
-                # receive.
+                # Only messages in flight can change, and at most until 12 hours after their receive.
                 done = db.execute(
                     "UPDATE messages SET visible_s = ? WHERE id = ? AND receives = ? AND queue = ?"
                     " AND visible_s > ? AND received_s >= ?",

@@ -1,11 +1,11 @@
 """Queue port with the behavior of SQS standard queues, over one SQLite file for many processes.
 
-Invariant: a receiver that waits finds a visible message within `LOOK_S`, even if a process was
-killed while waking it. Usually it takes about a millisecond.
+Invariant: a receiver that waits finds a visible message within `POLL_S`, even if a process was killed while waking it.
+Usually it takes about a millisecond.
 
-No call waits for the disk. A power loss may undo all calls after some moment in the last seconds. A
-received or deleted message then comes back, as after its visibility timeout. The manager sends a
-lost message again: it knows from the bucket which bundles are outstanding.
+No call waits for the disk. A power loss may undo all calls after some moment in the last seconds. A received or deleted
+message then comes back, as after its visibility timeout. The manager sends a lost message again: it knows from the
+bucket which bundles are outstanding.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
-from batchlab.adapters.clock import OneThread
+from batchlab.adapters.clock import SingleThread
 from batchlab.adapters.limits import (
     MAX_IN_FLIGHT,
     check_batch,
@@ -27,19 +27,19 @@ from batchlab.adapters.limits import (
     check_receive,
     check_send,
 )
-from batchlab.adapters.local.local_wakeup_queue import EVERYBODY, listen, ring
-from batchlab.adapters.local.sqlite_messages import SqliteMessages, Taken
+from batchlab.adapters.local.local_wakeup_queue import ALL_RECEIVERS, wait_for_messages, wake
+from batchlab.adapters.local.sqlite_messages import ReceiveResult, SqliteMessages
 from batchlab.core.errors import Throttled
 from batchlab.core.ports import Clock, Depth, Message, Outgoing, QueueSpec
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-LOOK_S = 1.0
+POLL_S = 1.0
 """Interval in seconds at which a waiting receiver looks for messages.
 
-So it knows when each later message becomes visible, and waits exactly until then. Only messages
-that become visible sooner require a wakeup.
+So it knows when each later message becomes visible, and waits exactly until then. Only messages that become visible
+sooner require a wakeup.
 """
 
 SHORT_CHARACTERS = 64 * 1024
@@ -49,14 +49,14 @@ SHORT_CHARACTERS = 64 * 1024
 class SqliteQueue:
     """Queue port over the SQLite file `path`. Its folder also contains `wake/` and SQLite's files.
 
-    A short call runs on the event loop's thread if it need not wait, because a change of threads
-    takes as long as the call. Other calls run on one thread of this object.
+    A short call runs on the event loop's thread if it need not wait, because a change of threads takes as long as the
+    call. Other calls run on one thread of this object.
     """
 
     def __init__(self, path: Path, clock: Clock, *, max_in_flight: int = MAX_IN_FLIGHT) -> None:
         self._messages = SqliteMessages(path, clock, max_in_flight=max_in_flight)
         self._wake = path.parent / "wake"
-        self._thread = OneThread("sqlite-queue")
+        self._thread = SingleThread("sqlite-queue")
 
     async def close(self) -> None:
         """Wait for the submitted calls, then close the file and end the thread."""
@@ -90,10 +90,10 @@ class SqliteQueue:
     def _send(self, queue: str, messages: Sequence[Outgoing]) -> None:
         self._messages.send(queue, messages)
         # The ring is part of the call, so the cancellation of the caller cannot prevent it.
-        self._ring(queue, sum(message.delay_s < LOOK_S for message in messages))
+        self._ring(queue, sum(message.delay_s < POLL_S for message in messages))
 
     def _ring(self, queue: str, count: int) -> None:
-        ring(self._wake / queue, count)
+        wake(self._wake / queue, count)
 
     async def receive(
         self, queue: str, *, max_messages: int = 10, wait_s: float = 20.0, visibility_s: float | None = None
@@ -108,12 +108,12 @@ class SqliteQueue:
 
         async def look() -> tuple[Sequence[Message], float]:
             taken = await self._take(queue, max_messages, visibility_s)
-            due_s = LOOK_S if taken.due_in_s is None else max(taken.due_in_s, 0.001)
-            return taken.messages, min(due_s, LOOK_S)
+            due_s = POLL_S if taken.due_in_s is None else max(taken.due_in_s, 0.001)
+            return taken.messages, min(due_s, POLL_S)
 
-        return await listen(self._wake / queue, look, ends_s)
+        return await wait_for_messages(self._wake / queue, look, ends_s)
 
-    async def _take(self, queue: str, limit: int, visibility_s: float | None) -> Taken:
+    async def _take(self, queue: str, limit: int, visibility_s: float | None) -> ReceiveResult:
         try:
             is_quick = await self._may_be_quick()
         except asyncio.CancelledError:
@@ -133,26 +133,25 @@ class SqliteQueue:
             self._thread.submit(partial(self._take_back, queue, taking))
             raise
 
-    def _take_now(self, queue: str, limit: int, visibility_s: float | None) -> Taken:
+    def _take_now(self, queue: str, limit: int, visibility_s: float | None) -> ReceiveResult:
         while True:
             taken = self._take_some(queue, limit, visibility_s)
             if taken.messages or not taken.more:
                 return taken
 
-    def _take_some(self, queue: str, limit: int, visibility_s: float | None) -> Taken:
+    def _take_some(self, queue: str, limit: int, visibility_s: float | None) -> ReceiveResult:
         taken = self._messages.receive(queue, limit, visibility_s)
         if taken.dead_letters is not None:
             self._ring(taken.dead_letters, taken.moved)
         return taken
 
-    def _take_back(self, queue: str, taking: Future[Taken]) -> None:
+    def _take_back(self, queue: str, taking: Future[ReceiveResult]) -> None:
         # If this fails, the messages become visible at their timeout: late, but not lost.
         failed = taking.cancelled() or taking.exception() is not None
         messages = () if failed else taking.result().messages
         if messages:
             self._messages.undo(queue, messages)
-        # It rings at least once, because the message that woke this receive may still be in the
-        # queue.
+        # It rings at least once, because the message that woke this receive may still be in the queue.
         self._ring(queue, max(1, len(messages)))
 
     async def delete(self, queue: str, receipts: Sequence[str]) -> Sequence[str]:
@@ -165,7 +164,7 @@ class SqliteQueue:
 
     def _change_visibility(self, queue: str, changes: Sequence[tuple[str, float]]) -> list[str]:
         refused = self._messages.change_visibility(queue, changes)
-        self._ring(queue, sum(visibility_s < LOOK_S for _, visibility_s in changes))
+        self._ring(queue, sum(visibility_s < POLL_S for _, visibility_s in changes))
         return refused
 
     async def depth(self, queue: str) -> Depth:
@@ -177,4 +176,4 @@ class SqliteQueue:
     async def remove(self, queue: str) -> None:
         await self._at_length(self._messages.remove, queue)
         # Receivers that still wait must see that the queue is removed.
-        await self._at_length(self._ring, queue, EVERYBODY)
+        await self._at_length(self._ring, queue, ALL_RECEIVERS)

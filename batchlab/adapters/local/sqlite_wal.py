@@ -1,8 +1,8 @@
 """Group commit for a SQLite file in WAL mode.
 
-With `synchronous = NORMAL`, a commit is in the log. The end of a process cannot harm it, but the
-log may not be on disk. This module flushes the log outside of SQLite's lock, and calls that wait at
-the same time share one flush. A checkpoint flushes both files itself.
+With `synchronous = NORMAL`, a commit is in the log. The end of a process cannot harm it, but the log may not be on
+disk. This module flushes the log outside of SQLite's lock, and calls that wait at the same time share one flush. A
+checkpoint flushes both files itself.
 """
 
 from __future__ import annotations
@@ -28,10 +28,7 @@ class WalFlush:
         self._has_name = False
 
     async def __call__(self) -> None:
-        """Wait until every committed transaction is on disk.
-
-        Raise BackendError if the flush fails.
-        """
+        """Wait until every committed transaction is on disk. Raise BackendError if the flush fails."""
         if self._next is None:
             # The current flush may have begun before the caller's commit.
             self._next = asyncio.get_running_loop().create_task(self._flush_after(self._current))
@@ -74,8 +71,8 @@ def _noticed(flush: asyncio.Task[None]) -> None:
 def make_private(path: Path) -> None:
     """Create the file, empty, if it does not exist, so that only its user may read it.
 
-    SQLite gives the same permissions to the log and the index next to it. This function ignores
-    errors, because SQLite later reports why it cannot open a file.
+    SQLite gives the same permissions to the log and the index next to it. This function ignores errors, because SQLite
+    later reports why it cannot open a file.
     """
     with suppress(OSError):
         os.close(private(path, os.O_CREAT | os.O_RDWR))

@@ -43,10 +43,9 @@ class _Slot:
 class SimLauncher:
     """The Launcher port over coroutines of one event loop.
 
-    A boot takes the pool's `boot_s` plus or minus 25%, drawn from `rng`. `refuse` may return a
-    reason not to launch (no capacity), which is then the text of the BackendError. `launched` is
-    called with (pool, instance), and `ended` with (instance, how). `crash` sets `changed`. The end
-    of a worker by itself is noticed at the next call.
+    A boot takes the pool's `boot_s` plus or minus 25%, drawn from `rng`. `refuse` may return a reason not to launch (no
+    capacity), which is then the text of the BackendError. `launched` is called with (pool, instance), and `ended` with
+    (instance, how). `crash` sets `changed`. The end of a worker by itself is noticed at the next call.
     """
 
     def __init__(self, start: Callable[[Pool, str], SimInstance], rng: Random) -> None:
@@ -57,8 +56,8 @@ class SimLauncher:
         self._start = start
         self._rng = rng
         self._slots: dict[str, _Slot] = {}
-        # Machines survive a manager's crash, so their callbacks do not run in the caller's context.
-        # In the simulator, the context decides whose crash ends a task.
+        # Machines survive a manager's crash, so their callbacks do not run in the caller's context. In the simulator,
+        # the context decides whose crash ends a task.
         self._context = copy_context()
 
     async def launch(
@@ -84,8 +83,7 @@ class SimLauncher:
     async def terminate(self, instance: str, *, grace_s: float) -> None:
         """Ask the instance to stop, and kill it after `grace_s`.
 
-        If the call is repeated, the earlier deadline holds. Unknown and ended instances are
-        ignored.
+        If the call is repeated, the earlier deadline holds. Unknown and ended instances are ignored.
         """
         slot = self._slots.get(instance)
         if slot is None or self._look(instance, slot) is not None:
@@ -103,10 +101,7 @@ class SimLauncher:
             slot.kill = loop.call_at(due_s, self._end, instance, slot, "exit -9", context=self._context)
 
     async def running(self) -> Mapping[str, str | None]:
-        """Return how each instance ended, None while it runs.
-
-        Ends are remembered for ten minutes.
-        """
+        """Return how each instance ended, None while it runs. Ends are remembered for ten minutes."""
         now_s = asyncio.get_running_loop().time()
         known = {name: self._look(name, slot) for name, slot in self._slots.items()}
         for name, slot in list(self._slots.items()):
@@ -115,10 +110,7 @@ class SimLauncher:
         return known
 
     def crash(self, instance: str, note: str = "exit -9") -> None:
-        """End the instance at once, as if by itself, unless it has ended.
-
-        Raise KeyError if unknown.
-        """
+        """End the instance at once, as if by itself, unless it has ended. Raise KeyError if unknown."""
         self._end(instance, self._slots[instance], note)
         self.changed.set()
 

@@ -1,7 +1,7 @@
 """The Ledger port in memory, for the simulator and for forecasts.
 
-Invariant: a call checks everything before it changes anything, so a call that raises changes
-nothing. The contract suite compares its answers with those of SqlLedger.
+Invariant: a call checks everything before it changes anything, so a call that raises changes nothing. The contract
+suite compares its answers with those of SqlLedger.
 
 Rows of a projection in the form of `SqlLedger.dump`, so that tests can compare ledgers.
 """
@@ -106,8 +106,7 @@ _NO_SEQ = -1
 class _Job:
     """Rows of a job. `stamp` is the number of the last write that had an effect.
 
-    `known` has every bundle, `folded` the done ones in the order of their seqs, and `planned` the
-    others.
+    `known` has every bundle, `folded` the done ones in the order of their seqs, and `planned` the others.
     """
 
     projection: Projection

@@ -1,7 +1,7 @@
 """Bucket in memory, for the simulator.
 
-Invariant: no operation awaits anything, so each is atomic, and equal calls return equal answers. An
-ETag is the MD5 of the content, as in S3.
+Invariant: no operation awaits anything, so each is atomic, and equal calls return equal answers. An ETag is the MD5 of
+the content, as in S3.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from batchlab.core.ports import ObjectInfo
 PAGE = 1000
 
 # For up to this number of keys, single insertions are cheaper than sorting a million keys again.
-_FEW = 64
+_MAX_INSERTIONS = 64
 
 
 class SimObjects:
@@ -101,7 +101,7 @@ class SimObjects:
         return page
 
     def _sort(self) -> None:
-        if len(self._unsorted) <= _FEW:
+        if len(self._unsorted) <= _MAX_INSERTIONS:
             for key in self._unsorted:
                 insort(self._keys, key)
         else:
@@ -142,10 +142,7 @@ class SimObjects:
         return stored[0] if stored else None
 
     def damage(self, key: str, data: bytes | None) -> None:
-        """Inject a fault: set the content of an object, or delete it if `data` is None.
-
-        `written` is not called.
-        """
+        """Inject a fault: set the content of an object, or delete it if `data` is None. `written` is not called."""
         assert self._objects[key] is not None
         self._gone += data is None
         self._objects[key] = None if data is None else (data, _etag(data))

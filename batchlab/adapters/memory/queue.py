@@ -1,7 +1,7 @@
 """SQS standard queues in memory, for the simulator.
 
-Invariant: only a waiting receive awaits anything, and all choices come from the given random
-source. So equal calls at equal times return equal answers.
+Invariant: only a waiting receive awaits anything, and all choices come from the given random source. So equal calls at
+equal times return equal answers.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ class Waiter:
 class QueueState:
     """State of one queue. Only `SimQueue` changes it.
 
-    `ready` contains visible numbers in order of arrival, and `window` the next ones to pick from.
-    Both may still contain numbers of deleted messages. So may `hidden`, a heap by `visible_s`.
+    `ready` contains visible numbers in order of arrival, and `window` the next ones to pick from. Both may still
+    contain numbers of deleted messages. So may `hidden`, a heap by `visible_s`.
     """
 
     spec: QueueSpec
@@ -120,12 +120,11 @@ _TICK_S = 1e-6
 class SimQueue:
     """The Queue port in memory, on any asyncio loop whose time agrees with `clock`.
 
-    `rng` decides the order of messages. Beyond `max_in_flight` a receive without a wait raises
-    Throttled, and a waiting one returns nothing, as with SQS.
+    `rng` decides the order of messages. Beyond `max_in_flight` a receive without a wait raises Throttled, and a waiting
+    one returns nothing, as with SQS.
 
-    Two options go beyond SQS, for simulations that are compared with theory or idle for hours. With
-    `fifo`, messages come in the order in which they became visible. A receive may wait up to
-    `max_wait_s`.
+    Two options go beyond SQS, for simulations that are compared with theory or idle for hours. With `fifo`, messages
+    come in the order in which they became visible. A receive may wait up to `max_wait_s`.
     """
 
     def __init__(
@@ -147,8 +146,7 @@ class SimQueue:
         self._queues: dict[str, QueueState] = {}
         self._sent = 0
         self._waits = 0
-        # The service's timers do not belong to a client, so they also fire while a client is
-        # frozen.
+        # The service's timers do not belong to a client, so they also fire while a client is frozen.
         self._context = copy_context()
 
     def _found(self, name: str) -> QueueState:
@@ -442,10 +440,7 @@ class SimQueue:
         return len(old)
 
     def shuffle(self, queue: str, rng: random.Random) -> bool:
-        """Inject a fault: shuffle the visible messages.
-
-        Return False if there are fewer than two.
-        """
+        """Inject a fault: shuffle the visible messages. Return False if there are fewer than two."""
         queue_state = self._found(queue)
         waiting = [number for number in (*queue_state.window, *queue_state.ready) if number in queue_state.entries]
         rng.shuffle(waiting)

@@ -1,13 +1,12 @@
 """One SimpleDB domain as a store of items, within SimpleDB's limits and with retries.
 
-Invariant: every read is consistent. A call that is throttled or whose answer is lost is retried
-here. A conditional write then checks whether its lost attempt succeeded.
+Invariant: every read is consistent. A call that is throttled or whose answer is lost is retried here. A conditional
+write then checks whether its lost attempt succeeded.
 
-SimpleDB's values have at most 1,024 bytes. So a text is split over attributes of its item, or over
-further items if it does not fit.
+SimpleDB's values have at most 1,024 bytes. So a text is split over attributes of its item, or over further items if it
+does not fit.
 
-Invariant: all written texts are printable ASCII, because SimpleDB returns other characters in an
-encoded form.
+Invariant: all written texts are printable ASCII, because SimpleDB returns other characters in an encoded form.
 """
 
 from __future__ import annotations
@@ -67,8 +66,8 @@ def quoted(text: str) -> str:
 class Store:
     """A SimpleDB domain. Calls block, and threads may share it.
 
-    It raises Throttled, Unreachable, and BackendError as the other AWS adapters do, and TooLarge
-    for content that does not fit into an item.
+    It raises Throttled, Unreachable, and BackendError as the other AWS adapters do, and TooLarge for content that does
+    not fit into an item.
     """
 
     def __init__(self, endpoint: Endpoint, domain: str, *, connections: int) -> None:
@@ -100,8 +99,8 @@ class Store:
     def put_if(self, name: str, pairs: Pairs, key: str, value: str | None, *, more: Pairs = ()) -> bool | None:
         """Write `pairs` if `key` has `value` now. None as `value` means that `key` must not exist.
 
-        `pairs` must give `key` a value that it never had before. Return False if the condition
-        failed. Return None if an answer was lost and another process has changed the item since.
+        `pairs` must give `key` a value that it never had before. Return False if the condition failed. Return None if
+        an answer was lost and another process has changed the item since.
 
         The attributes of `pairs` are replaced. Values of `more` are added to existing values.
         """
@@ -282,8 +281,7 @@ def _batches(items: Mapping[str, Pairs]) -> Iterator[list[tuple[str, Pairs]]]:
     batch: list[tuple[str, Pairs]] = []
     size = 0
     for name, pairs in items.items():
-        # The estimate counts three bytes per byte, for percent encoding, and adds the parameter
-        # names.
+        # The estimate counts three bytes per byte, for percent encoding, and adds the parameter names.
         cost = 3 * len(name.encode()) + 60
         cost += sum(3 * (len(k.encode()) + len(v.encode())) + 120 for k, v in pairs)
         if batch and (len(batch) == MAX_BATCH or size + cost > MAX_REQUEST):
@@ -307,13 +305,13 @@ def dumps(value: Json) -> str:
     return _encode(value)
 
 
-def lay(
+def split(
     name: str, prefix: str, text: str, gen: str, *, inline: int = INLINE
 ) -> tuple[list[tuple[str, str]], dict[str, Pairs]]:
     """Return the attributes for `text`, and the further items that it needs.
 
-    The attributes contain the text or refer to the further items. The further items belong to the
-    generation `gen`, have names that begin with `name`, and must be written first.
+    The attributes contain the text or refer to the further items. The further items belong to the generation `gen`,
+    have names that begin with `name`, and must be written first.
     """
     parts = [text[i : i + MAX_BYTES] for i in range(0, len(text), MAX_BYTES)]
     if len(parts) <= inline:
@@ -333,7 +331,7 @@ def names(item: Item, prefix: str) -> list[str]:
     return [f"{name}/{prefix}{n:06d}" for n in range(ceil(int(count) / _PER_ITEM))] if name else []
 
 
-def read(item: Item, prefix: str, get_all: Callable[[Iterable[str]], list[Item | None]]) -> str | None:
+def join(item: Item, prefix: str, get_all: Callable[[Iterable[str]], list[Item | None]]) -> str | None:
     """Return the text, or None if one of its further items no longer exists."""
     count, _, elsewhere = item[prefix].partition("@")
     if not elsewhere:

@@ -1,14 +1,14 @@
 """Items of jobs. A conditional put of the item of a job commits a change of the job.
 
-Invariant: the put requires the stamp that was read, and writes a new unique stamp. A change writes
-its other items before the put, and they count only after it. Or the put contains them (`redo`), and
-the next reader or writer of the job writes them.
+Invariant: the put requires the stamp that was read, and writes a new unique stamp. A change writes its other items
+before the put, and they count only after it. Or the put contains them (`redo`), and the next reader or writer of the
+job writes them.
 
 Items of bundles, and the queries on them.
 
-Invariant: an item only gains attributes: from the write that planned the bundle, and from the write
-that folded it. Each write adds its number. So a reader sees the bundles as of the moment at which
-it read the item of the job, even if other writes happen meanwhile.
+Invariant: an item only gains attributes: from the write that planned the bundle, and from the write that folded it.
+Each write adds its number. So a reader sees the bundles as of the moment at which it read the item of the job, even if
+other writes happen meanwhile.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ def row_items(gen: str, row: BundleRow) -> dict[str, Pairs]:
         pairs += [("gen", gen), ("at", f"{row.at:010d}"), ("stage", row.stage), ("id", row.id)]
     if row.planned:
         text = domain.dumps(json_format.bundle_to_json(row.planned))
-        more, extra = domain.lay(name, "b", text, gen)
+        more, extra = domain.split(name, "b", text, gen)
         pairs += more
         items |= extra
     if row.completion:
         assert row.seq is not None
         text = domain.dumps(json_format.completion_to_json(row.completion))
-        more, extra = domain.lay(name, "c", text, gen)
+        more, extra = domain.split(name, "c", text, gen)
         pairs += [("done", _order(gen, row.seq)), *more]
         if row.completion.failed:
             pairs.append(("fail", _order(gen, row.seq)))
@@ -65,7 +65,7 @@ def _order(gen: str, seq: int) -> str:
     return f"{gen}/{seq:016d}"
 
 
-class Rows:
+class BundleItems:
     """Reader of the items of bundles. Calls block."""
 
     def __init__(self, store: Store) -> None:
@@ -121,7 +121,7 @@ class Rows:
     def _doc(self, item: Item, prefix: str) -> str | None:
         if prefix not in item:
             return None
-        text = domain.read(item, prefix, self._store.get_all)
+        text = domain.join(item, prefix, self._store.get_all)
         if text is None:
             raise BackendError(
                 f"A bundle in the SimpleDB domain {self._store.domain} lacks a part.",
@@ -137,11 +137,11 @@ def _is_there(row: BundleRow, projection: Projection) -> bool:
 NOBODY = "-"
 """Value instead of a job's order: the item reserves a name without a job."""
 _STAMP = "v"
-_LOOKS = 20
+_READ_TRIES = 20
 
 
 @dataclass(frozen=True, slots=True)
-class Head:
+class JobItem:
     """The item of a job as it was read. `projection` is None for an item without a job.
 
     The items of the generation `gen` belong to the job. Each generation of `gens` may have items.
@@ -164,7 +164,7 @@ class Head:
         return gens_of(self.item)
 
 
-def fresh() -> str:
+def unique() -> str:
     """Return a unique text."""
     return secrets.token_hex(8)
 
@@ -190,7 +190,7 @@ def _job_def(text: str) -> JobDef:
     return json_format.job_from_json(json_format.loads(text))
 
 
-class Heads:
+class JobItems:
     """Reader and writer of the items of jobs. Calls block."""
 
     def __init__(self, store: Store) -> None:
@@ -198,13 +198,13 @@ class Heads:
 
     # --- Reading ----------------------------------------------------------------------------------
 
-    def get(self, job: JobId, *, settle: bool = True) -> Head | None:
+    def get(self, job: JobId, *, settle: bool = True) -> JobItem | None:
         """Return the item of the job, or None if it does not exist.
 
         With `settle`, complete the writes of its last change first.
         """
         name = name_of(job)
-        for _ in range(_LOOKS):
+        for _ in range(_READ_TRIES):
             item = self._store.get(name)
             if item is None:
                 return None
@@ -218,18 +218,15 @@ class Heads:
             remedy="`batchlab ledger rebuild` makes it anew from the bucket.",
         )
 
-    def _read(self, name: str, item: Item) -> Head | None:
-        """Parse the item of a job.
-
-        Return None if another process has deleted a part of it meanwhile.
-        """
+    def _read(self, name: str, item: Item) -> JobItem | None:
+        """Parse the item of a job. Return None if another process has deleted a part of it meanwhile."""
         if item["okey"] == NOBODY:
-            return Head(name, item, None)
-        job = domain.read(item, "j", self._store.get_all)
-        state = domain.read(item, "s", self._store.get_all)
+            return JobItem(name, item, None)
+        job = domain.join(item, "j", self._store.get_all)
+        state = domain.join(item, "s", self._store.get_all)
         if job is None or state is None:
             return None
-        return Head(name, item, Projection.from_json(_job_def(job), json.loads(state)))
+        return JobItem(name, item, Projection.from_json(_job_def(job), json.loads(state)))
 
     def newest(self, *, active: bool, limit: int, before: JobDef | None) -> list[Projection]:
         """Return at most `limit` jobs that are older than `before`, newest first."""
@@ -252,18 +249,18 @@ class Heads:
 
     # --- Changing ---------------------------------------------------------------------------------
 
-    def commit(self, head: Head, projection: Projection, rows: Sequence[BundleRow]) -> bool | None:
+    def commit(self, head: JobItem, projection: Projection, rows: Sequence[BundleRow]) -> bool | None:
         """Replace the job by `projection` and write `rows`.
 
-        Return False if the job has changed since it was read. Return None if this call may have
-        changed it: its answer was lost, and another process has changed the job since.
+        Return False if the job has changed since it was read. Return None if this call may have changed it: its answer
+        was lost, and another process has changed the job since.
         """
-        gen, stamp = head.gen, fresh()
+        gen, stamp = head.gen, unique()
         items = _items_of(gen, rows)
         pairs, extra = self._state(projection, gen, stamp)
         redo: dict[str, Pairs] = {}
         if items:
-            told, redo = domain.lay(f"{gen}/redo/{stamp}", "redo", domain.dumps(items), gen, inline=0)
+            told, redo = domain.split(f"{gen}/redo/{stamp}", "redo", domain.dumps(items), gen, inline=0)
             pairs += told
         else:
             pairs.append(("redo", NOBODY))
@@ -278,21 +275,18 @@ class Heads:
         self._store.delete_all(domain.names(head.item, "s"))
         return True
 
-    def install(self, job: JobId, head: Head | None, projection: Projection, rows: Sequence[BundleRow]) -> bool:
-        """Replace the job and its bundles.
-
-        Return False if the job has changed since it was read.
-        """
-        name, gen, stamp = name_of(job), fresh(), fresh()
+    def install(self, job: JobId, head: JobItem | None, projection: Projection, rows: Sequence[BundleRow]) -> bool:
+        """Replace the job and its bundles. Return False if the job has changed since it was read."""
+        name, gen, stamp = name_of(job), unique(), unique()
         held = head.stamp if head else None
         text = domain.dumps(json_format.job_to_json(projection.job))
-        spec, items = domain.lay(f"{gen}/spec", "j", text, gen)
+        spec, items = domain.split(f"{gen}/spec", "j", text, gen)
         state, extra = self._state(projection, gen, stamp)
         items |= {**extra, **_items_of(gen, rows)}
         if items:
-            # The job's item names the generation first, so that its items can be found and deleted
-            # if this process ends here.
-            place = [(_STAMP, fresh())]
+            # The job's item names the generation first, so that its items can be found and deleted if this process ends
+            # here.
+            place = [(_STAMP, unique())]
             if head is None:
                 place += [("okey", NOBODY), ("live", NOBODY)]
             if not self._store.put_if(name, place, _STAMP, held, more=[("gens", gen)]):
@@ -308,12 +302,12 @@ class Heads:
             self._bury(name, head.gens)
         return bool(is_ours)
 
-    def hold(self, job: JobId, head: Head | None) -> bool:
+    def hold(self, job: JobId, head: JobItem | None) -> bool:
         """Change the stamp of an item without a job. Return False if the item has changed.
 
         Another process that is about to add the job then reads the item again.
         """
-        pairs = [(_STAMP, fresh()), ("okey", NOBODY), ("live", NOBODY)]
+        pairs = [(_STAMP, unique()), ("okey", NOBODY), ("live", NOBODY)]
         held = head.stamp if head else None
         return bool(self._store.put_if(name_of(job), pairs, _STAMP, held))
 
@@ -321,7 +315,7 @@ class Heads:
         """Delete the job and all of its items."""
         name = name_of(job)
         while head := self.get(job, settle=False):
-            stamp = fresh()
+            stamp = unique()
             pairs = [(_STAMP, stamp), ("okey", NOBODY), ("live", NOBODY), ("redo", NOBODY)]
             if self._store.put_if(name, pairs, _STAMP, head.stamp):
                 for gen in head.gens:
@@ -356,7 +350,7 @@ class Heads:
         """Return the attributes that change with every write, and further items for long texts."""
         order = order_of(projection.job)
         text = domain.dumps(projection.to_json())
-        state, items = domain.lay(f"{gen}/state/{stamp}", "s", text, gen)
+        state, items = domain.split(f"{gen}/state/{stamp}", "s", text, gen)
         live = NOBODY if projection.state.ended else order
         return [(_STAMP, stamp), ("okey", order), ("live", live), *state], items
 
@@ -371,7 +365,7 @@ class Heads:
         Return False if another process has just done so. A repetition or a delay does no harm.
         """
         if items is None:
-            text = domain.read(item, "redo", self._store.get_all)
+            text = domain.join(item, "redo", self._store.get_all)
             if text is None:
                 return False
             items = {key: [(k, v) for k, v in pairs] for key, pairs in json.loads(text).items()}
@@ -384,7 +378,7 @@ class Heads:
 
     def claim(self, token: str, job: JobId) -> Projection | None:
         """Bind the client token to this job. Return the job that already has the token, or None."""
-        name, stamp = _token_name(token), fresh()
+        name, stamp = _token_name(token), unique()
         pairs = [(_STAMP, stamp), ("job", str(job))]
         while True:
             item = self._store.get(name)
@@ -404,7 +398,7 @@ class Heads:
         while not self.hold(other, head):
             head = self.get(other, settle=False)
             if head and head.projection:
-                back = [(_STAMP, fresh()), ("job", str(other))]
+                back = [(_STAMP, unique()), ("job", str(other))]
                 self._store.put_if(name, back, _STAMP, stamp)
                 return head.projection
         return None

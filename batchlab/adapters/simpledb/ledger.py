@@ -1,7 +1,7 @@
 """The Ledger port on Amazon SimpleDB.
 
-Invariant: a call changes a job in one transaction (see `job_items`), and may be repeated. The calls
-block, so they run in threads. Writes run one at a time, in the order of the calls.
+Invariant: a call changes a job in one transaction (see `job_items`), and may be repeated. The calls block, so they run
+in threads. Writes run one at a time, in the order of the calls.
 
 Leases, and unique increasing numbers. Each is an item that is changed conditionally.
 """
@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar, overload
 
 from batchlab.adapters.aws.endpoint import Endpoint
-from batchlab.adapters.clock import Threads
+from batchlab.adapters.clock import ReadWriteThreads
 from batchlab.adapters.memory.ledger import dumped
 from batchlab.adapters.simpledb.domain import Item, Store
-from batchlab.adapters.simpledb.items import Head, Heads, Rows, fresh
+from batchlab.adapters.simpledb.items import BundleItems, JobItem, JobItems, unique
 from batchlab.core import ledger_projection
 from batchlab.core.errors import NotFound, Throttled
 from batchlab.core.ledger_projection import Projection
@@ -54,7 +54,7 @@ class Leases:
             if stands and stands.owner != owner and stands != over:
                 return stands
             taken = Lease(owner, 1 + (int(item["beat"]) if item else 0))
-            pairs = [(_STAMP, fresh()), ("owner", owner), ("beat", str(taken.beat))]
+            pairs = [(_STAMP, unique()), ("owner", owner), ("beat", str(taken.beat))]
             pairs.append(("free", "no"))
             if self._store.put_if(_name(name), pairs, _STAMP, item[_STAMP] if item else None):
                 return taken
@@ -65,7 +65,7 @@ class Leases:
             stands = _lease(item)
             if item is None or stands is None or stands.owner != owner:
                 return
-            pairs = [(_STAMP, fresh()), ("free", "yes")]
+            pairs = [(_STAMP, unique()), ("free", "yes")]
             if self._store.put_if(_name(name), pairs, _STAMP, item[_STAMP]):
                 return
 
@@ -81,10 +81,10 @@ def _lease(item: Item | None) -> Lease | None:
     return Lease(item["owner"], int(item["beat"]))
 
 
-class Numbers:
+class SequenceNumbers:
     """Increasing numbers, each given once among all processes. Only one thread may use an object.
 
-    Numbers are reserved in blocks, so most need no request.
+    SequenceNumbers are reserved in blocks, so most need no request.
     """
 
     _NAME = "counter/seq"
@@ -105,7 +105,7 @@ class Numbers:
         while True:
             item = self._store.get(self._NAME)
             start = max(int(item["next"]) if item else 1, above + 1)
-            pairs = [(_STAMP, fresh()), ("next", str(start + count))]
+            pairs = [(_STAMP, unique()), ("next", str(start + count))]
             if self._store.put_if(self._NAME, pairs, _STAMP, item[_STAMP] if item else None):
                 self._next, self._end = start, start + count
                 return
@@ -114,7 +114,7 @@ class Numbers:
 T = TypeVar("T")
 
 _TRIES = 50
-_AGAIN_S = 0.01
+_RETRY_S = 0.01
 
 
 def open_simpledb(endpoint: Endpoint, domain: str) -> SimpleDbLedger:
@@ -128,22 +128,20 @@ def open_simpledb(endpoint: Endpoint, domain: str) -> SimpleDbLedger:
 class SimpleDbLedger:
     """The Ledger port over one SimpleDB domain.
 
-    A fold and `forget` change several jobs one after the other. Every other call is one
-    transaction.
+    A fold and `forget` change several jobs one after the other. Every other call is one transaction.
 
-    Every call raises Unreachable if SimpleDB does not answer, and Throttled if it asks to retry
-    later. It raises NotFound if a job or stage to change does not exist, and TooLarge for a name or
-    a bundle that does not fit. Any other failure is a BackendError, such as a missing or a full
-    domain.
+    Every call raises Unreachable if SimpleDB does not answer, and Throttled if it asks to retry later. It raises
+    NotFound if a job or stage to change does not exist, and TooLarge for a name or a bundle that does not fit. Any
+    other failure is a BackendError, such as a missing or a full domain.
     """
 
     def __init__(self, endpoint: Endpoint, domain: str) -> None:
-        self._store = Store(endpoint, domain, connections=2 * (1 + Threads.READERS))
-        self._heads, self._rows = Heads(self._store), Rows(self._store)
-        self._leases, self._numbers = Leases(self._store), Numbers(self._store)
-        self._run = Threads()
+        self._store = Store(endpoint, domain, connections=2 * (1 + ReadWriteThreads.READERS))
+        self._heads, self._rows = JobItems(self._store), BundleItems(self._store)
+        self._leases, self._numbers = Leases(self._store), SequenceNumbers(self._store)
+        self._run = ReadWriteThreads()
         # A restore may take minutes, while a lease is renewed every few seconds.
-        self._run_lease = Threads()
+        self._run_lease = ReadWriteThreads()
 
     # --- Jobs ------------------------------------------------------------------------------------
 
@@ -156,9 +154,8 @@ class SimpleDbLedger:
     async def apply(self, change: Fold | JobChange) -> FoldResult | ChangeResult:
         """Apply the change. A fold raises NotFound before it folds any completion.
 
-        A fold changes several jobs one after the other. If another process writes to a later one
-        meanwhile, it raises Throttled. The caller repeats the call, and the completions of the
-        earlier jobs are then not new.
+        A fold changes several jobs one after the other. If another process writes to a later one meanwhile, it raises
+        Throttled. The caller repeats the call, and the completions of the earlier jobs are then not new.
         """
         if isinstance(change, Fold):
             if not change.completions:
@@ -174,8 +171,8 @@ class SimpleDbLedger:
             head = self._heads.get(job.id)
             if head and head.projection:
                 return ChangeResult(_rows_of(head), is_new=False)
-            # The item is read before the token is claimed: another process that takes over the
-            # token changes the item afterward.
+            # The item is read before the token is claimed: another process that takes over the token changes the item
+            # afterward.
             other = self._heads.claim(job.token, job.id) if job.token else None
             if other:
                 return ChangeResult(other.rows(), is_new=False)
@@ -225,7 +222,7 @@ class SimpleDbLedger:
         raise _busy(job)
 
     def _fold_job(
-        self, head: Head, change: Fold, positions: Sequence[int], first: int
+        self, head: JobItem, change: Fold, positions: Sequence[int], first: int
     ) -> tuple[list[int], JobRows] | None:
         """Fold one job's completions. Return the positions of the new ones and the job's rows.
 
@@ -251,7 +248,7 @@ class SimpleDbLedger:
             head = self._head(job)
         raise _busy(job)
 
-    def _has(self, head: Head, first: int, last: int) -> bool:
+    def _has(self, head: JobItem, first: int, last: int) -> bool:
         """Return whether a completion of the job has one of these seqs."""
         bundle_rows = self._rows.folded(
             head.gen, _projection_of(head), stage=None, after=first - 1, failed=False, page=1
@@ -259,7 +256,7 @@ class SimpleDbLedger:
         row = next(bundle_rows, None)
         return row is not None and row.seq is not None and row.seq <= last
 
-    def _head(self, job: JobId, *, settle: bool = True) -> Head:
+    def _head(self, job: JobId, *, settle: bool = True) -> JobItem:
         head = self._heads.get(job, settle=settle)
         if head is None or head.projection is None:
             raise NotFound(f"The ledger has no job {job}.")
@@ -378,19 +375,19 @@ def _tries() -> Iterable[int]:
     """Yield the number of each try, with a wait between two tries."""
     for n in range(_TRIES):
         yield n
-        time.sleep(_AGAIN_S * min(n + 1, 10))
+        time.sleep(_RETRY_S * min(n + 1, 10))
 
 
-def _projection_of(head: Head) -> Projection:
+def _projection_of(head: JobItem) -> Projection:
     assert head.projection is not None
     return head.projection
 
 
-def _rows_of(head: Head) -> JobRows:
+def _rows_of(head: JobItem) -> JobRows:
     return _projection_of(head).rows(head.stamp)
 
 
-def _next(head: Head) -> Projection:
+def _next(head: JobItem) -> Projection:
     """Return a copy of the job for its next write."""
     projection = _projection_of(head).copy()
     projection.at += 1

@@ -1,19 +1,19 @@
 """SQLAlchemy engines with the transactions that `SqlLedger` needs.
 
-Invariant: writing transactions exclude each other from their start, and a reading transaction sees
-one state (`transaction`). SQLite ensures the first with BEGIN IMMEDIATE and the second with WAL.
-`postgres` has PostgreSQL's way to begin.
+Invariant: writing transactions exclude each other from their start, and a reading transaction sees one state
+(`transaction`). SQLite ensures the first with BEGIN IMMEDIATE and the second with WAL. `postgres` has PostgreSQL's way
+to begin.
 
 Translation of database errors into batchlab's errors.
 
-Invariant: a temporary failure (an outage, a lock, a failover) is Unreachable, so the caller retries
-it. A failure that a person must fix is BackendError at once. No message contains a password.
+Invariant: a temporary failure (an outage, a lock, a failover) is Unreachable, so the caller retries it. A failure that
+a person must fix is BackendError at once. No message contains a password.
 
 Migration of a database to the schema that this version expects.
 
-Invariant: one transaction of one writer changes the schema. So two processes that open a new
-database create one schema, and after SIGKILL the schema is the old or the new one. Alembic is
-imported only for a migration, because its import dominates the start-up time.
+Invariant: one transaction of one writer changes the schema. So two processes that open a new database create one
+schema, and after SIGKILL the schema is the old or the new one. Alembic is imported only for a migration, because its
+import dominates the start-up time.
 """
 
 from __future__ import annotations
@@ -35,16 +35,15 @@ from batchlab.adapters.sql.tables import HEAD, metadata, versions
 from batchlab.core.errors import BackendError, NotFound, Unreachable
 
 _BUSY_S = 10.0
-_AGAIN_S = 0.01
-_MOMENT_S = 0.01
+_RETRY_S = 0.01
+_LOCK_S = 0.01
 BEGIN = "batchlab_begin"
 """Execution option with the `Begin` of an engine's transactions."""
 SCHEMA = "batchlab_schema"
 """Execution option with the name of an engine's schema, if its database has several."""
 
 _PRAGMAS = (
-    # This is safe against SIGKILL. SqlLedger flushes the log after changes that must survive a
-    # power loss.
+    # This is safe against SIGKILL. SqlLedger flushes the log after changes that must survive a power loss.
     "PRAGMA synchronous = NORMAL",
     "PRAGMA foreign_keys = ON",
     "PRAGMA journal_size_limit = 67108864",
@@ -67,8 +66,8 @@ def transaction(engine: Engine, *, writes: bool = False, lasts: bool = False) ->
     All work on an engine happens in such transactions.
     """
     with engine.begin() as connection:
-        # An event listener of SQLAlchemy would be slower: SQLAlchemy then looks for listeners at
-        # every step of every statement, which takes longer than the renewal of a lease.
+        # An event listener of SQLAlchemy would be slower: SQLAlchemy then looks for listeners at every step of every
+        # statement, which takes longer than the renewal of a lease.
         begin: Begin = engine.get_execution_options()[BEGIN]
         begin(connection, writes=writes, lasts=lasts)
         yield connection
@@ -93,7 +92,7 @@ def sqlite_engine(path: Path | None) -> Engine:
         # A transaction is committed or rolled back before its connection is returned.
         pool_reset_on_return=None,
         connect_args={
-            "timeout": _MOMENT_S,
+            "timeout": _LOCK_S,
             "check_same_thread": False,
             # The driver would begin transactions itself, but only before the first write.
             "isolation_level": None,
@@ -106,8 +105,8 @@ def sqlite_engine(path: Path | None) -> Engine:
 
 
 def _switch_to_wal(connection: sqlite3.Connection) -> None:
-    # If two processes switch a new file at the same time, SQLite refuses one without waiting,
-    # because both have read and want to write.
+    # If two processes switch a new file at the same time, SQLite refuses one without waiting, because both have read
+    # and want to write.
     deadline_s = time.monotonic() + _BUSY_S
     while True:
         try:
@@ -116,12 +115,12 @@ def _switch_to_wal(connection: sqlite3.Connection) -> None:
         except sqlite3.OperationalError as error:
             if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline_s:
                 raise
-        time.sleep(_AGAIN_S)
+        time.sleep(_RETRY_S)
 
 
 def _begin(connection: Connection, *, writes: bool, lasts: bool) -> None:  # noqa: ARG001
-    # If a transaction began as a reader and then wrote, SQLite would refuse the write without
-    # waiting whenever another process has written meanwhile.
+    # If a transaction began as a reader and then wrote, SQLite would refuse the write without waiting whenever another
+    # process has written meanwhile.
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
 
@@ -158,7 +157,7 @@ def name_of(engine: Engine) -> str:
     return f"{url.database or url.username} on {host}" + (f":{url.port}" if url.port else "")
 
 
-def instead(engine: Engine) -> str:
+def other_database(engine: Engine) -> str:
     """Return advice for the use of another database."""
     if engine.dialect.name == "sqlite":
         return "name another folder with --home"
@@ -195,7 +194,7 @@ def _from_sqlite(engine: Engine, error: SQLAlchemyError, said: sqlite3.Error) ->
 
 def _from_postgresql(engine: Engine, error: SQLAlchemyError, said: BaseException | None) -> BackendError:
     state = getattr(said, "sqlstate", None) or ""
-    text = plain(said)
+    text = one_line(said)
     remedy = next((what for signs, what in _REMEDIES if any(s in text for s in signs)), "")
     if state == _FOREIGN_KEY:
         return _nothing_there()
@@ -208,7 +207,7 @@ def _from_postgresql(engine: Engine, error: SQLAlchemyError, said: BaseException
     return BackendError(f"The ledger {name_of(engine)} cannot be used: {text}.", remedy=remedy)
 
 
-def plain(said: BaseException | None) -> str:
+def one_line(said: BaseException | None) -> str:
     """Return the text of a database error in one line."""
     return " ".join(str(said).split()).rstrip(".")
 
@@ -273,6 +272,6 @@ def _version(connection: Connection) -> str | None:
     if found > HEAD:
         raise BackendError(
             f"{name_of(connection.engine)} was written by a newer batchlab (schema {found}).",
-            remedy=f"Install that version, or {instead(connection.engine)}.",
+            remedy=f"Install that version, or {other_database(connection.engine)}.",
         )
     return found

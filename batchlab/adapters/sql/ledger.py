@@ -1,8 +1,7 @@
 """The Ledger port on a SQL database.
 
-Invariant: each call is one transaction and may be repeated. A change loads the rows that it needs,
-applies the ledger projection, and stores the rows that changed. The event loop never waits for the
-database, except with `Inline`.
+Invariant: each call is one transaction and may be repeated. A change loads the rows that it needs, applies the ledger
+projection, and stores the rows that changed. The event loop never waits for the database, except with `InlineRunner`.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import Any, TypeVar, overload
 
 from sqlalchemy import Connection, Engine, Table, bindparam, delete, select, update
 
-from batchlab.adapters.clock import Inline, OneThread, Run, Threads
+from batchlab.adapters.clock import CallRunner, InlineRunner, ReadWriteThreads, SingleThread
 from batchlab.adapters.local.sqlite_wal import WalFlush
 from batchlab.adapters.sql import engines
 from batchlab.adapters.sql import rows as bundle_rows
@@ -58,10 +57,10 @@ _release = (
 def open_sqlite(path: Path, sync: Sync = Sync.NONE) -> SqlLedger:
     """Return the ledger in this file. The first call creates a missing file.
 
-    With `sync`, acknowledged changes wait for the disk. A power loss may undo folds, and the
-    reconciler repeats them from the bucket.
+    With `sync`, acknowledged changes wait for the disk. A power loss may undo folds, and the reconciler repeats them
+    from the bucket.
     """
-    return SqlLedger(sqlite_engine(path), OneThread(), sync, WalFlush(path))
+    return SqlLedger(sqlite_engine(path), SingleThread(), sync, WalFlush(path))
 
 
 def open_postgres(
@@ -69,36 +68,32 @@ def open_postgres(
 ) -> SqlLedger:
     """Return the ledger in a schema of a PostgreSQL database, which must exist.
 
-    The first call connects, and creates a missing schema. Grids that share a database have a schema
-    each. `url` has libpq's form
-    `postgresql://user:password@host:port/database?sslmode=verify-full&...`. libpq supplies the
-    parts that it leaves out, such as a password.
+    The first call connects, and creates a missing schema. Grids that share a database have a schema each. `url` has
+    libpq's form `postgresql://user:password@host:port/database?sslmode=verify-full&...`. libpq supplies the parts that
+    it leaves out, such as a password.
 
-    `ca` is a file of root certificates for a database on another machine. The server's certificate
-    must then come from one of them and match the URL's host, and the connection is encrypted.
+    `ca` is a file of root certificates for a database on another machine. The server's certificate must then come from
+    one of them and match the URL's host, and the connection is encrypted.
 
-    `logins` supplies user and password for each connection. The server is then checked also without
-    `ca`, against the system's roots, unless the URL names another sslmode.
+    `logins` supplies user and password for each connection. The server is then checked also without `ca`, against the
+    system's roots, unless the URL names another sslmode.
 
     Raise UsageError for an invalid URL or schema name, and for a `ca` that does not exist.
     """
     from batchlab.adapters.sql.postgres import postgres_engine
 
-    return SqlLedger(postgres_engine(url, schema, ca=ca, logins=logins), Threads())
+    return SqlLedger(postgres_engine(url, schema, ca=ca, logins=logins), ReadWriteThreads())
 
 
 def open_memory() -> SqlLedger:
-    """Return a ledger in memory that runs in its caller's thread.
-
-    It ends with its last reference.
-    """
+    """Return a ledger in memory that runs in its caller's thread. It ends with its last reference."""
     return open_memory_as(SqlLedger)
 
 
 def open_memory_as(kind: type[L]) -> L:
     """Return a ledger in memory of the class `kind`."""
     engine = sqlite_engine(None)
-    ledger = kind(engine, Inline())
+    ledger = kind(engine, InlineRunner())
     # A simulation does not close its ledger, and Python 3.13 warns about open databases.
     weakref.finalize(ledger, engine.dispose)
     return ledger
@@ -107,13 +102,12 @@ def open_memory_as(kind: type[L]) -> L:
 class SqlLedger:
     """The Ledger port over a SQL database.
 
-    Every call raises Unreachable if the database does not answer: a lock is not released, a file
-    cannot be opened, or a server is down. It raises NotFound if a job or stage to change does not
-    exist. Any other failure is a BackendError, such as a wrong password or a database of a newer
-    batchlab.
+    Every call raises Unreachable if the database does not answer: a lock is not released, a file cannot be opened, or a
+    server is down. It raises NotFound if a job or stage to change does not exist. Any other failure is a BackendError,
+    such as a wrong password or a database of a newer batchlab.
     """
 
-    def __init__(self, engine: Engine, run: Run, sync: Sync = Sync.NONE, flush: WalFlush | None = None) -> None:
+    def __init__(self, engine: Engine, run: CallRunner, sync: Sync = Sync.NONE, flush: WalFlush | None = None) -> None:
         """Take over `engine`, which must have the transactions of `engines`, without opening it.
 
         `flush` waits for the disk if a commit of the engine does not.
@@ -140,8 +134,7 @@ class SqlLedger:
                 return FoldResult([], 0, {})
             return await self._write(lambda c: self._fold(c, change))
         written = await self._write(lambda c: self._change(c, change))
-        # The other changes do not wait for the disk, because the next manager finds them in the
-        # bucket.
+        # The other changes do not wait for the disk, because the next manager finds them in the bucket.
         if isinstance(change, (AddJob, SetControl, Reopen)):
             await self._on_disk(None)
         return written
@@ -151,8 +144,7 @@ class SqlLedger:
             return self._add_job(connection, change)
         projection = job_rows.load(connection, change.job_id)
         before = Snapshot.of(projection)
-        # The existing bundles are not loaded, because the statement that stores bundles leaves
-        # them.
+        # The existing bundles are not loaded, because the statement that stores bundles leaves them.
         rows = ledger_projection.apply(projection, change, {})
         if rows is not None:
             self._store(connection, projection, before, rows)
@@ -267,8 +259,7 @@ class SqlLedger:
     async def dump(self) -> dict[str, Json]:
         """Return all rows about jobs, without leases and without `seq`.
 
-        Two ledgers with the same history are equal, in whatever order they received it. `seq` is
-        this order.
+        Two ledgers with the same history are equal, in whatever order they received it. `seq` is this order.
         """
         return await self._read(lambda c: {table.name: _dump(c, table) for table in (jobs, stages, bundles)})
 

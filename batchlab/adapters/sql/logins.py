@@ -34,10 +34,7 @@ _hush = _Hush()
 
 @contextmanager
 def in_secret() -> Iterator[None]:
-    """Suppress boto3's log records of this thread.
-
-    At level DEBUG, botocore logs answers and signatures.
-    """
+    """Suppress boto3's log records of this thread. At level DEBUG, botocore logs answers and signatures."""
     for name in list(logging.root.manager.loggerDict):
         if name.startswith(("boto", "urllib3")):
             logging.getLogger(name).addFilter(_hush)

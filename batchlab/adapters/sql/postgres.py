@@ -1,8 +1,8 @@
 """PostgreSQL engine with the transactions that `SqlLedger` needs (see `engines`).
 
-Invariant: a writing transaction first takes the one lock of the schema. Each of its statements sees
-everything committed before. A reading transaction sees one state. Every wait has a limit: for the
-server's answer, for the lock, and for a suspended client that holds the lock.
+Invariant: a writing transaction first takes the one lock of the schema. Each of its statements sees everything
+committed before. A reading transaction sees one state. Every wait has a limit: for the server's answer, for the lock,
+and for a suspended client that holds the lock.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import psycopg
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError, DisconnectionError
 
-from batchlab.adapters.clock import Threads
-from batchlab.adapters.sql.engines import BEGIN, SCHEMA, is_refusal, name_of, plain
+from batchlab.adapters.clock import ReadWriteThreads
+from batchlab.adapters.sql.engines import BEGIN, SCHEMA, is_refusal, name_of, one_line
 from batchlab.adapters.sql.logins import Login, Logins
 from batchlab.core.errors import BackendError, Unreachable, UsageError
 
 LOCK_S = 10.0
 """Maximum wait for the lock in seconds."""
-SLEEP_S = 5.0
+IDLE_CLIENT_S = 5.0
 """Time in seconds after which the server ends the transaction of a silent client.
 
 This frees the lock, so a suspended manager cannot keep another one from leading.
@@ -71,7 +71,7 @@ def postgres_engine(url: str, schema: str, *, ca: Path | None = None, logins: Lo
         # Options in the URL take precedence.
         connect_args={k: v for k, v in defaults.items() if k not in parsed.query},
         use_native_hstore=False,
-        pool_size=1 + Threads.READERS,
+        pool_size=1 + ReadWriteThreads.READERS,
         max_overflow=0,
         execution_options={SCHEMA: schema, BEGIN: _begin},
     )
@@ -125,8 +125,8 @@ class _Bounded(psycopg.Connection[Any]):
     limit_s = STATEMENT_S + GRACE_S
 
     def __del__(self, *_: Any) -> None:
-        # SQLAlchemy drops an open connection whose set-up failed. The server must learn of its end
-        # before the garbage collector finds it.
+        # SQLAlchemy drops an open connection whose set-up failed. The server must learn of its end before the garbage
+        # collector finds it.
         if hasattr(self, "pgconn") and not self.closed:
             self.close()
 
@@ -186,7 +186,7 @@ class Connect:
                 # The database already has the new password, but the secret still has the old one.
                 raise Unreachable(f"{text}; it is being changed.") from error
             raise BackendError(
-                f"{text}: {plain(error)}.", remedy="Look at what it holds, and at whether that user may log in."
+                f"{text}: {one_line(error)}.", remedy="Look at what it holds, and at whether that user may log in."
             ) from error
 
     def _connected(self, login: Login, args: Any, options: Any) -> _Bounded:
@@ -199,8 +199,8 @@ class Connect:
 def _look(connection: _Bounded, _record: object, _proxy: object) -> None:
     """Discard a connection that the server has closed.
 
-    The server's message about it is then readable, so no round trip is needed. A connection that
-    was lost without a message fails at its first use.
+    The server's message about it is then readable, so no round trip is needed. A connection that was lost without a
+    message fails at its first use.
     """
     poll = select.poll()
     poll.register(connection.fileno(), select.POLLIN)
@@ -214,17 +214,16 @@ def _begin(connection: Connection, *, writes: bool, lasts: bool) -> None:
     driver = connection.connection.driver_connection
     assert isinstance(driver, _Bounded)
     driver.limit_s = limit_s + GRACE_S
-    # With READ COMMITTED each statement takes its snapshot after the lock. Other levels would take
-    # it before, and show an older state.
+    # With READ COMMITTED each statement takes its snapshot after the lock. Other levels would take it before, and show
+    # an older state.
     kind = "READ COMMITTED, READ WRITE" if writes else "REPEATABLE READ, READ ONLY"
     statements = [
         f"BEGIN ISOLATION LEVEL {kind}",
-        # These settings apply to the transaction and not to the connection, which a pooler may give
-        # to another client.
+        # These settings apply to the transaction and not to the connection, which a pooler may give to another client.
         f'SET LOCAL search_path TO "{schema}"',
         f"SET LOCAL statement_timeout TO {limit_s * 1000:.0f}",
         f"SET LOCAL lock_timeout TO {LOCK_S * 1000:.0f}",
-        f"SET LOCAL idle_in_transaction_session_timeout TO {SLEEP_S * 1000:.0f}",
+        f"SET LOCAL idle_in_transaction_session_timeout TO {IDLE_CLIENT_S * 1000:.0f}",
     ]
     if writes:
         statements.append(f"SELECT pg_advisory_xact_lock({key(schema)})")

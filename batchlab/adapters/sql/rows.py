@@ -1,12 +1,12 @@
 """Loading and storing of job and stage rows.
 
-Invariant: a writing transaction excludes others, so a loaded row has not changed when it is stored.
-The ledger projection decides what a change does.
+Invariant: a writing transaction excludes others, so a loaded row has not changed when it is stored. The ledger
+projection decides what a change does.
 
 Loading and storing of bundle rows.
 
-Invariant: the row of a bundle changes once, from planned to done. The statement that stores rows
-leaves a done row unchanged.
+Invariant: the row of a bundle changes once, from planned to done. The statement that stores rows leaves a done row
+unchanged.
 """
 
 from __future__ import annotations
@@ -126,10 +126,7 @@ def _job_def(spec: str) -> JobDef:
 
 
 def add(connection: Connection, upserts: Upserts, projection: Projection) -> JobId | None:
-    """Insert a job with its stages.
-
-    Return the id of the job that already has its id or token, or None.
-    """
+    """Insert a job with its stages. Return the id of the job that already has its id or token, or None."""
     job = projection.job
     row = {
         "id": job.id,

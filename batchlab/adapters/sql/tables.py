@@ -1,10 +1,10 @@
 """Tables of the ledger in this version, and the statements that insert or update rows.
 
-Invariant: `metadata` and the migrations up to HEAD describe the same schema. A test compares them,
-so a new database may be created from either.
+Invariant: `metadata` and the migrations up to HEAD describe the same schema. A test compares them, so a new database
+may be created from either.
 
-Only the spelling of the insert-or-update statements differs between SQLite and PostgreSQL.
-Invariant: each decides and answers in one statement, so no second writer comes in between.
+Only the spelling of the insert-or-update statements differs between SQLite and PostgreSQL. Invariant: each decides and
+answers in one statement, so no second writer comes in between.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ HEAD = "0002"
 
 metadata = MetaData()
 
-# Texts sort bytewise, as in SQLite and Python. If the order depended on a server's locale, two
-# ledgers of one bucket would differ.
+# Texts sort bytewise, as in SQLite and Python. If the order depended on a server's locale, two ledgers of one bucket
+# would differ.
 _Name = Text().with_variant(Text(collation="C"), "postgresql")
 
 jobs = Table(
@@ -90,8 +90,8 @@ stages = Table(
     PrimaryKeyConstraint("job", "stage", name="stages_pk"),
 )
 
-# `body` is the bundle's JSON while `seq` is NULL (planned), and then its completion's JSON. It is
-# the grid's wire format instead of one column per field.
+# `body` is the bundle's JSON while `seq` is NULL (planned), and then its completion's JSON. It is the grid's wire
+# format instead of one column per field.
 bundles = Table(
     "bundles",
     metadata,
@@ -100,20 +100,20 @@ bundles = Table(
     Column("id", _Name, nullable=False),
     Column("seq", BigInteger),
     Column("failed", Integer, nullable=False),
-    # 1 for a bundle of a plan that a retry has replaced. The row stays, so that a late event is not
-    # counted, but it is in no listing.
+    # 1 for a bundle of a plan that a retry has replaced. The row stays, so that a late event is not counted, but it is
+    # in no listing.
     Column("void", Integer, nullable=False, server_default="0"),
     Column("body", Text, nullable=False),
     PrimaryKeyConstraint("job", "stage", "id", name="bundles_pk"),
     ForeignKeyConstraint(["job", "stage"], ["stages.job", "stages.stage"], name="bundles_stage"),
 )
-# The index has the order in which bundles are read and the columns that filter them. So no query of
-# the port sorts, and a search for failed bundles reads no other rows. (An index of only the failed
-# bundles would need the import of PostgreSQL's dialect for its declaration.)
+# The index has the order in which bundles are read and the columns that filter them. So no query of the port sorts, and
+# a search for failed bundles reads no other rows. (An index of only the failed bundles would need the import of
+# PostgreSQL's dialect for its declaration.)
 Index("bundles_read", bundles.c.job, bundles.c.seq, bundles.c.stage, bundles.c.id, bundles.c.failed)
 
-# The last `seq` that was given. max(seq) would start again after `forget`, and a reader that goes
-# on after the last seq it saw would then miss everything.
+# The last `seq` that was given. max(seq) would start again after `forget`, and a reader that goes on after the last seq
+# it saw would then miss everything.
 counters = Table(
     "counters",
     metadata,
@@ -236,8 +236,8 @@ def _as_objects(names: Sequence[str], rows: Iterable[Sequence[Any]]) -> dict[str
 def known_on_postgresql() -> Select[Any]:
     """Select which bundles of the parameter `rows` exist, and whether each is done.
 
-    The lateral query reads each bundle by the primary key. A join would read all bundles of the
-    schema while the server lacks statistics of the table.
+    The lateral query reads each bundle by the primary key. A join would read all bundles of the schema while the server
+    lacks statistics of the table.
     """
     keys = _unpacked(_KEY).subquery()
     is_done = bundles.c.seq.is_not(None).label("is_done")
@@ -255,8 +255,8 @@ def _stored_on_postgresql(store: Any) -> Callable[[Connection, Sequence[BundleVa
     return lambda connection, rows: connection.execute(store, _as_objects(BUNDLE, rows))
 
 
-# SQLAlchemy would take a third of the time of a fold to process the parameters of each row. So on
-# SQLite, the driver executes these texts.
+# SQLAlchemy would take a third of the time of a fold to process the parameters of each row. So on SQLite, the driver
+# executes these texts.
 
 
 def _known_on_sqlite(connection: Connection, keys: Sequence[KeyValues]) -> list[Any]:

@@ -20,10 +20,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from batchlab.adapters.aws.endpoint import Endpoint, client, translated
-from batchlab.adapters.aws.group_descriptions import is_gone
+from batchlab.adapters.aws.group_descriptions import is_missing_instance
 from batchlab.core.errors import BackendError, Refused, Unreachable
 from batchlab.core.text import first_of
-from batchlab.runtime import aws_session, compose_deployment
+from batchlab.runtime import compose_deployment, stack_connections
 from batchlab.runtime.factory import Backend
 from batchlab.runtime.home import Home
 from batchlab.scenarios.faults import services
@@ -385,7 +385,7 @@ class StackFaults:
                             InstanceId=instance, ShouldDecrementDesiredCapacity=False
                         )
                 except Refused as error:
-                    if not is_gone(error):  # otherwise it ended before the call
+                    if not is_missing_instance(error):  # otherwise it ended before the call
                         raise
 
     async def zone_loss(self, fault: Fault) -> FaultResult:
@@ -406,13 +406,13 @@ class StackFaults:
 
     async def _replaced(self, owner: str) -> str:
         """Terminate the manager's instance, wait for another leader, and return the evidence."""
-        instance = await asyncio.to_thread(aws_session.manager_instance, self.at)
+        instance = await asyncio.to_thread(stack_connections.manager_instance, self.at)
         began_s = time.monotonic()
         (said,) = await self.killed([instance])
 
         async def successor() -> str:
             with suppress(Unreachable):
-                found = await asyncio.to_thread(aws_session.manager_instance, self.at)
+                found = await asyncio.to_thread(stack_connections.manager_instance, self.at)
                 return found if found != instance else ""
             return ""
 

@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from batchlab.adapters.local.processes import ended, living, start_ticks, stat
+from batchlab.adapters.local.processes import end_of, living, start_ticks, stat
 from batchlab.core.errors import BackendError, UsageError
 from batchlab.core.text import first_of
 from batchlab.scenarios.faults import proxy, services
@@ -92,10 +92,10 @@ async def _slow(scene: TargetGrid, fault: Fault, folder: Path) -> FaultResult:
             if felt or scene.over.is_set():
                 break
         await scene.hold(fault.for_s - (time.monotonic() - began_s))
-        ended = [hog.returncode for hog in hogs if hog.poll() is not None]
-    if ended:
+        end_of = [hog.returncode for hog in hogs if hog.poll() is not None]
+    if end_of:
         raise UsageError(
-            f"A program that writes to the disk of {folder} ended with exit code {ended[0]}.",
+            f"A program that writes to the disk of {folder} ended with exit code {end_of[0]}.",
             remedy=f"Is there room for {_NEEDED_MIB} MiB on it?",
         )
     evidence = (
@@ -158,7 +158,7 @@ class ProcessFaults:
         """Wait until all have ended, and return how, by the launcher's records."""
 
         async def look() -> Mapping[str, str]:
-            said = {instance: ended(self._root, instance) for instance in instances}
+            said = {instance: end_of(self._root, instance) for instance in instances}
             return said if all(said.values()) else {}
 
         return await wait_for(look, "the end of the instances")

@@ -36,7 +36,7 @@ import uvicorn
 from batchlab.core.errors import BackendError, NotFound
 from batchlab.runtime import factory
 from batchlab.runtime.compose_project import HOME_LABEL, LABEL
-from batchlab.runtime.factory import Backend, fresh_bucket
+from batchlab.runtime.factory import Backend, new_bucket_name
 from batchlab.runtime.home import Home, Place
 from batchlab.scenarios.faults.target_grid import NOTHING_HIT, FaultResult, Rollback, TargetGrid, complete, wait_for
 from batchlab.scenarios.model.values import Fault
@@ -249,9 +249,9 @@ def with_proxy(backend: Backend, home: Home, say: Callable[[str], None]) -> Iter
             emulator = backend.open_emulator(home)
             assert emulator
             url = stack.enter_context(emulator).url
-            place = Place(url, known.bucket if known else fresh_bucket(), named=False)
+            place = Place(url, known.bucket if known else new_bucket_name(), named=False)
         front = stack.enter_context(run_proxy(FaultProxy(place.url)))
-        home.of(backend.name).mkdir(exist_ok=True)
+        home.backend_folder(backend.name).mkdir(exist_ok=True)
         stack.enter_context(_proxied_home(home, backend.name, place, front.url, is_new=known is None))
         yield factory.load(backend.name, f"{front.url}/{place.bucket}"), front
 
@@ -262,7 +262,7 @@ def _proxied_home(home: Home, name: str, place: Place, url: str, *, is_new: bool
 
     A new place is removed again unless a grid has stored it meanwhile.
     """
-    written = home.of(name) / "endpoint.json"
+    written = home.backend_folder(name) / "endpoint.json"
     ours: tuple[int, int] | None = None
     try:
         home.write_place(name, replace(place, url=url, behind=place.url))

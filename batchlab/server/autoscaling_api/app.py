@@ -29,7 +29,7 @@ from botocore.awsrequest import AWSRequest
 from botocore.compat import HTTPHeaders
 from botocore.credentials import Credentials
 
-from batchlab.adapters.local.access_keys import Keys
+from batchlab.adapters.local.state_files import Keys
 from batchlab.core.ports import Clock
 
 if TYPE_CHECKING:

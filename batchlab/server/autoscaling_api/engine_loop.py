@@ -20,8 +20,7 @@ from pathlib import Path
 
 from batchlab.adapters.aws.metadata_server import MetadataServer
 from batchlab.adapters.clock import RandomIds, WallClock
-from batchlab.adapters.local.access_keys import Keys
-from batchlab.adapters.local.fleet_state_file import StateFile
+from batchlab.adapters.local.state_files import Keys, StateFile
 from batchlab.core import logs
 from batchlab.core.errors import BackendError, Refused
 from batchlab.core.port_retries import set_within

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from batchlab.adapters.aws.endpoint import Endpoint
-from batchlab.adapters.aws.group_descriptions import GroupForm
+from batchlab.adapters.aws.group_descriptions import GroupParameters
 from batchlab.core.model import Pool
 from batchlab.core.protocol import object_keys
 from batchlab.runtime import aws_deployment
@@ -288,7 +288,7 @@ def _make_groups(there: Account) -> None:
     zones = (f"{there.at.region}a",)
     prefix = there.at.groups_prefix
     # Processes have no metadata service that would tell them to complete a hook on termination.
-    form = GroupForm(f"{prefix}{{pool}}", zones=zones, report_s=29.0, drain_s=0.0)
+    form = GroupParameters(f"{prefix}{{pool}}", zones=zones, report_s=29.0, drain_s=0.0)
     scaling.create_auto_scaling_group(**form.request(f"{prefix}default", POOL))
     scaling.create_auto_scaling_group(
         AutoScalingGroupName=there.at.manager_group,

@@ -21,7 +21,7 @@ from botocore.exceptions import ClientError
 
 from batchlab.adapters.aws.endpoint import Endpoint
 from batchlab.adapters.aws.fleet import Ec2Fleet
-from batchlab.adapters.aws.group_descriptions import GroupForm
+from batchlab.adapters.aws.group_descriptions import GroupParameters
 from batchlab.adapters.clock import RandomIds, WallClock
 from batchlab.adapters.memory.launcher import MemoryState
 from batchlab.core.model import Machine, Pool
@@ -162,7 +162,7 @@ async def _check(
     *,
     told: str = "health check",
 ) -> None:
-    form = GroupForm(TEMPLATE, zones=(ZONE,), drain_s=0)
+    form = GroupParameters(TEMPLATE, zones=(ZONE,), drain_s=0)
     fleet = Ec2Fleet(endpoint, WallClock(), form, prefix=f"{uuid4().hex}.")
     try:
         await check(FleetRig(fleet, crash, fleet.ready, rest, told=told))

@@ -78,7 +78,7 @@ def registry(there: Fleet, trusted: Trusting, folder: Path) -> Iterator[Registry
     """Serve this code's own image, as the localstack grid has it without what tasks may need,
     to the account's instances under NAME."""
     folder.mkdir()
-    recipe = compose_project.Recipe.of(
+    recipe = compose_project.Recipe.from_settings(
         {**os.environ, "BATCHLAB_IMAGE_APT": "", "BATCHLAB_IMAGE_PIP": ""}, apt=(), pip=()
     )
     tag = compose_project.provide(recipe, folder / "image.log", print)

@@ -26,7 +26,7 @@ from typing import Any
 import pytest
 
 from batchlab.adapters.aws.endpoint import Endpoint
-from batchlab.adapters.aws.group_descriptions import GroupForm
+from batchlab.adapters.aws.group_descriptions import GroupParameters
 from batchlab.adapters.docker.engine import Engine
 from batchlab.core import installation
 from batchlab.core.errors import BackendError
@@ -166,7 +166,7 @@ class Fleet:
         the group's name."""
         group = f"{STACK}-pool-{pool.name}"
         self.template(group, "worker", pool.slots, **changes)
-        form = GroupForm(group, zones=(f"{REGION}a",))
+        form = GroupParameters(group, zones=(f"{REGION}a",))
         scaling = self.account.aws("autoscaling")
         scaling.create_auto_scaling_group(**form.request(group, pool))
         if size:

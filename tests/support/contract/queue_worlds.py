@@ -20,7 +20,7 @@ import pytest
 
 from batchlab.adapters.aws.sqs import SqsQueue
 from batchlab.adapters.clock import WallClock
-from batchlab.adapters.local.local_wakeup_queue import RungQueue
+from batchlab.adapters.local.local_wakeup_queue import LocalWakeupQueue
 from batchlab.adapters.local.sqlite_queue import SqliteQueue
 from batchlab.adapters.memory.queue import SimQueue
 from batchlab.core.port_retries import Patience, patiently
@@ -236,7 +236,7 @@ def _rung(check: Check, tmp_path: Path) -> None:
 
     async def run() -> None:
         inner = SqliteQueue(tmp_path / "queue.db", clock, max_in_flight=IN_FLIGHT)
-        queue = RungQueue(inner, tmp_path / "bells")
+        queue = LocalWakeupQueue(inner, tmp_path / "bells")
         try:
             await check(QueueWorld(queue, clock, advance, late_s=1.2))
         finally:

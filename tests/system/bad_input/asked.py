@@ -97,7 +97,7 @@ QUESTIONS = [
         "runs on backend local",
         ("run", "job.yaml", "--backend", "ministack", "--endpoint", "http://127.0.0.1:9"),
     ),
-    Question("second manager", "starts a second manager", "A manager runs in", ("manager",)),
+    Question("second manager", "starts a second manager", "A manager is already running in", ("manager",)),
 ]
 
 

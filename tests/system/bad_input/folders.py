@@ -85,14 +85,14 @@ COMMANDS = [
     Case(
         "backend",
         "names a backend that is not there",
-        "There is no backend 'azure'",
+        "Unknown backend 'azure'",
         nothing,
         ("run", "job.yaml", "--backend", "azure"),
     ),
     Case(
         "endpoint",
         "names an endpoint where none is used",
-        "has no use for an endpoint",
+        "does not use an endpoint",
         nothing,
         ("run", "job.yaml", "--endpoint", "http://127.0.0.1:9"),
     ),

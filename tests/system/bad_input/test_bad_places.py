@@ -36,14 +36,14 @@ def test_held_lock_is_reported(shell: Shell) -> None:
     shell.home.mkdir()
     with (shell.home / "manager.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        check(shell(*RUN), code=3, says="A manager runs in")
+        check(shell(*RUN), code=3, says="A manager is already running in")
 
 
 def test_occupied_port_is_reported(shell: Shell) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         told = shell("manager", "--port", str(port))
-    check(told, code=2, says=f"127.0.0.1:{port} cannot be listened on: Address already in use")
+    check(told, code=2, says=f"cannot listen on 127.0.0.1:{port}: Address already in use")
 
 
 def test_results_that_find_no_folder_are_not_lost(shell: Shell) -> None:

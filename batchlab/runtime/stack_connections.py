@@ -1,11 +1,7 @@
-"""Connection from a client to the manager of a stack, through Session Manager.
+"""Connections to the parts of a stack on AWS: its secrets, its manager, and its ledger.
 
-Invariant: the instance does not open any port. A client needs AWS's permission for a Session
-Manager session on the instance.
-
-Analytics store of a stack: RDS, SimpleDB, or a file on the manager's disk.
-
-Invariant: every connection to a database is encrypted, and its certificate is checked.
+Invariants: a client reaches the manager through Session Manager, so the instance does not open any port. Every
+connection to a database is encrypted, and its certificate is checked.
 """
 
 from __future__ import annotations
@@ -24,7 +20,7 @@ from batchlab.core.ports import Ledger
 from batchlab.runtime.aws_deployment import MANAGER_PORT, AwsDeployment, Database
 
 PLUGIN = "session-manager-plugin"
-"""AWS's program that carries a session. The AWS CLI runs it too."""
+"""AWS's program that forwards a session. The AWS CLI runs it too."""
 _GRANTED = "AWS_SSM_START_SESSION_RESPONSE"
 """Variable with the session's token. AWS's program reads it if its first argument is this name."""
 _DOCUMENT = "AWS-StartPortForwardingSession"
@@ -40,33 +36,30 @@ def secret_text(region: str, secret: str) -> str:
 def manager_instance(at: AwsDeployment) -> str:
     """Return the id of the manager's instance. Raise Unreachable while no instance is InService."""
     scaling = client(Endpoint(region=at.region), "autoscaling", connections=1)
-    try:
-        with translated(f"Auto Scaling group {at.manager_group!r}"):
-            groups = scaling.describe_auto_scaling_groups(AutoScalingGroupNames=[at.manager_group])["AutoScalingGroups"]
-    finally:
-        scaling.close()
+    with closing(scaling), translated(f"Auto Scaling group {at.manager_group!r}"):
+        groups = scaling.describe_auto_scaling_groups(AutoScalingGroupNames=[at.manager_group])["AutoScalingGroups"]
     if not groups:
         raise BackendError(
             f"The stack {at.stack!r} has no Auto Scaling group {at.manager_group!r}.",
-            remedy="`batchlab deploy status` says what it has.",
+            remedy="`batchlab deploy status` lists the parts of the stack.",
         )
     for instance in groups[0].get("Instances", ()):
         if instance["LifecycleState"] == "InService":
             return instance["InstanceId"]
     raise Unreachable(
-        f"No instance of {at.manager_group!r} is InService: the manager is not up.",
-        remedy="It may be starting; `batchlab deploy status` shows it.",
+        f"The manager does not run: no instance of {at.manager_group!r} is InService.",
+        remedy="An instance may be starting. `batchlab deploy status` shows its state.",
     )
 
 
 def find_plugin() -> str:
     """Return the path of AWS's program. Raise UsageError if it is not installed."""
-    if found := shutil.which(PLUGIN):
-        return found
+    if path := shutil.which(PLUGIN):
+        return path
     raise UsageError(
-        f"{PLUGIN} is not installed, which carries connections to the manager on AWS.",
-        remedy="Install AWS's Session Manager plugin, or name the manager's URL by "
-        "BATCHLAB_MANAGER_URL where there is another way to it.",
+        f"The program {PLUGIN} is not installed. It forwards connections to the manager on AWS.",
+        remedy="Install AWS's Session Manager plugin. If the manager can be reached without it, set "
+        "BATCHLAB_MANAGER_URL to the manager's URL.",
     )
 
 
