@@ -5,7 +5,7 @@ Invariant: the functions are pure and depend only on their arguments.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from batchlab.core.protocol import json_format, object_keys
 from batchlab.core.protocol.settlement import fingerprint
@@ -48,6 +48,7 @@ def job_view(
     """Return the view of a job. A `live` job has a version and running tasks."""
     job = record.job
     running = running_tasks(live, workers) if live else {}
+    is_active = live is not None and not record.state.ended
     starts = [s.counts.first_start_s for s in stages if s.counts.first_start_s is not None]
     return {
         "id": job.id,
@@ -60,50 +61,49 @@ def job_view(
         "submitted_s": job.submitted_s,
         "started_s": min(starts) if starts else None,
         "ended_s": record.ended_s,
-        "version": live.version if live and not record.state.ended else 0,
+        "version": live.version if live and is_active else 0,
         "stages": [_stage_view(job, s, running.get(s.counts.stage, 0)) for s in stages],
         "report": report,
     }
 
 
+def _pick(source: object, names: str) -> dict[str, Any]:
+    """Return the attributes with these names."""
+    return {name: getattr(source, name) for name in names.split()}
+
+
 def _stage_view(job: JobDef, stage: StageRecord, running: int) -> StageView:
     counts = stage.counts
-    return {
+    view = {
         "name": counts.stage,
         "pool": job.stage(counts.stage).pool,
-        "planned": counts.planned,
-        "succeeded": counts.succeeded,
-        "failed": counts.failed,
-        "cancelled": counts.cancelled,
+        **_pick(counts, "planned succeeded failed cancelled"),
         "running": running,
-        "retried": counts.retried,
-        "run_s": counts.run_s,
-        "mean_s": counts.mean_s,
-        "first_start_s": counts.first_start_s,
-        "last_end_s": counts.last_end_s,
+        **_pick(counts, "retried run_s mean_s first_start_s last_end_s"),
     }
+    return cast("StageView", view)
 
 
 def running_tasks(live: LiveJob, workers: Iterable[WorkerStatus]) -> Mapping[str, int]:
-    """Return the number of running tasks by stage, according to the heartbeats. Each bundle counts
-    once."""
+    """Return the number of running tasks by stage, according to the heartbeats. A bundle that several workers run
+    counts once."""
     bundles = {
-        (one.stage, one.bundle)
+        (held.stage, held.bundle)
         for worker_status in workers
-        for one in worker_status.beat.held
-        if one.running and one.job == live.id
+        for held in worker_status.beat.held
+        if held.running and held.job == live.id
     }
-    found: dict[str, int] = {}
+    tasks: dict[str, int] = {}
     for stage, bundle in bundles:
         # A bundle whose outcome arrived after the heartbeat is no longer outstanding.
-        if one := live.outstanding.get(stage, {}).get(bundle):
-            found[stage] = found.get(stage, 0) + len(one.bundle.tasks)
-    return found
+        if outstanding := live.outstanding.get(stage, {}).get(bundle):
+            tasks[stage] = tasks.get(stage, 0) + len(outstanding.bundle.tasks)
+    return tasks
 
 
 def outcome_view(record: BundleRecord, key: CommitKey, outcome: Outcome | None = None) -> OutcomeView:
-    """Return the view of a folded bundle. `key` is the commit key of its job. Raise ValueError if
-    the bundle is only planned."""
+    """Return the view of a bundle that the ledger has folded. `key` is the commit key of its job. Raise ValueError if
+    the bundle has no outcome."""
     if record.completion is None or record.seq is None:
         raise ValueError(f"bundle {record.bundle.id} has no outcome")
     return {
@@ -119,18 +119,16 @@ def outcome_view(record: BundleRecord, key: CommitKey, outcome: Outcome | None =
 
 def failure_view(seq: int, outcome: Outcome, failure: Failure) -> FailureView:
     """Return the view of one failure in the outcome with this seq."""
-    return {
+    view = {
         "seq": seq,
         "stage": outcome.bundle.stage,
         "task": failure.task,
         "attempt": outcome.bundle.attempt,
         "kind": failure.kind.value,
-        "reason": failure.reason,
-        "error": failure.error,
-        "traceback": failure.traceback,
-        "exit_code": failure.exit_code,
+        **_pick(failure, "reason error traceback exit_code"),
         "fingerprint": fingerprint(failure),
     }
+    return cast("FailureView", view)
 
 
 def log_view(attempt: Attempt, text: bytes, stored: bool = True) -> LogView:
@@ -149,16 +147,7 @@ def log_view(attempt: Attempt, text: bytes, stored: bool = True) -> LogView:
 
 
 def tail_view(tail: Tail) -> TailView:
-    return {
-        "stage": tail.stage,
-        "task": tail.task,
-        "attempt": tail.attempt,
-        "round": tail.round,
-        "execution": tail.execution,
-        "start": tail.start,
-        "stop": tail.stop,
-        "text": tail.text,
-    }
+    return cast("TailView", _pick(tail, "stage task attempt round execution start stop text"))
 
 
 # --- The grid ------------------------------------------------------------------------------------
@@ -183,21 +172,18 @@ def pool_view(
     }
 
 
-def _instance_view(instance: Instance, seen: WorkerStatus | None) -> InstanceView:
-    return {
+def _instance_view(instance: Instance, worker: WorkerStatus | None) -> InstanceView:
+    view = {
         "id": instance.id,
         "state": instance.state.value,
-        "healthy": instance.healthy,
-        "protected": instance.protected,
-        "launched_s": instance.launched_s,
-        "note": instance.note,
-        "type": instance.machine.type,
-        "zone": instance.machine.zone,
+        **_pick(instance, "healthy protected launched_s note"),
+        **_pick(instance.machine, "type zone"),
         "market": instance.machine.market.value,
-        "worker": seen.beat.worker if seen else None,
-        "busy": seen.beat.busy if seen else 0,
-        "held": len(seen.beat.held) if seen else 0,
+        "worker": worker.beat.worker if worker else None,
+        "busy": worker.beat.busy if worker else 0,
+        "held": len(worker.beat.held) if worker else 0,
     }
+    return cast("InstanceView", view)
 
 
 def queue_view(name: str, depth: Depth) -> QueueView:
@@ -205,12 +191,4 @@ def queue_view(name: str, depth: Depth) -> QueueView:
 
 
 def activity_view(activity: Activity) -> ActivityView:
-    return {
-        "id": activity.id,
-        "pool": activity.pool,
-        "at_s": activity.at_s,
-        "ended_s": activity.ended_s,
-        "description": activity.description,
-        "cause": activity.cause,
-        "status": activity.status,
-    }
+    return cast("ActivityView", _pick(activity, "id pool at_s ended_s description cause status"))

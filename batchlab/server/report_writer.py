@@ -21,13 +21,14 @@ log = logging.getLogger(__name__)
 
 
 def open_reporter(backend: Backend, home: Home, objects: Objects, pools: Sequence[Pool]) -> Writer:
-    """Return the writer of performance data for the manager of the grid. A home has only one at a
-    time."""
+    """Return the writer of performance data for the manager of the grid."""
     scratch = home.scratch / "reports"
     shutil.rmtree(scratch, ignore_errors=True)  # may contain files of a killed manager
-    return open_writer(
-        backend, home, objects, pools, lambda error: log.warning("job performance data has no cost: %s", error), scratch
-    )
+
+    def on_error(error: UsageError) -> None:
+        log.warning("job performance data has no cost: %s", error)
+
+    return open_writer(backend, home, objects, pools, on_error, scratch)
 
 
 def open_writer(
@@ -35,11 +36,11 @@ def open_writer(
     home: Home,
     objects: Objects,
     pools: Sequence[Pool],
-    unpriced: Callable[[UsageError], None],
+    on_error: Callable[[UsageError], None],
     scratch: Path | None = None,
 ) -> Writer:
-    """Return a writer of job performance data with the prices of the home. If the price book cannot
-    be read, costs are missing from the data, and `unpriced` is called with the error."""
+    """Return a writer of job performance data with the prices of the home. If the price book cannot be read, the data
+    has no costs, and `on_error` is called with the error."""
     from batchlab.core.pricing import price_book
     from batchlab.reports.tables.build import Setting
     from batchlab.reports.tables.write import Writer
@@ -48,5 +49,5 @@ def open_writer(
     try:
         book = price_book.load(home.path)
     except UsageError as error:
-        unpriced(error)
+        on_error(error)
     return Writer(objects, patience(), Setting(backend.name, tuple(pools), backend.pace, book), scratch)

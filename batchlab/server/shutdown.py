@@ -1,5 +1,4 @@
-"""Shutdown of the long-lived processes: by a signal, with their parent process, and together with
-their instances.
+"""Shutdown of long-lived processes by a signal or with their parent process, and shutdown of their instances.
 
 Invariant: a service ends everything that it started, first gracefully and then by force.
 """
@@ -43,7 +42,7 @@ async def end_instances(launcher: ProcessLauncher | ContainerLauncher, drain_s: 
         await launcher.terminate(name, grace_s=drain_s)
     deadline_s = time.monotonic() + drain_s
     while time.monotonic() < deadline_s:
-        launcher.changed.clear()  # cleared first, so that a change during the check counts
+        launcher.changed.clear()  # before the check, so that a change during the check is not lost
         living = await launcher.running()
         if all(living.get(name) is not None for name in running):
             break

@@ -34,8 +34,8 @@ that no process remains."""
 
 
 def worker_main(home: Home, backend: Backend, *, pool: str = "", slots: int = 0, instance: str = "") -> None:
-    """Run a worker until SIGTERM or a notice. A worker on the manager's machine also ends when the
-    manager has been gone for ORPHAN_S.
+    """Run a worker until SIGTERM or a notice. A worker on the manager's machine also ends if no manager runs for
+    ORPHAN_S.
 
     Omitted arguments come from the instance's metadata service.
     """
@@ -50,15 +50,15 @@ async def _work(home: Home, backend: Backend, pool: str, slots: int, instance: s
         instance = await asyncio.to_thread(imds.instance_id)
         pool = pool or await asyncio.to_thread(imds.needed_tag, POOL_TAG)
         slots = slots or int(await asyncio.to_thread(imds.needed_tag, SLOTS_TAG))
-    me = ids.fresh("w")
-    logs.add_process_fields(worker=me, instance=instance, pool=pool)
+    name = ids.fresh("w")
+    logs.add_process_fields(worker=name, instance=instance, pool=pool)
     tally = RequestCounter(is_spot=await asyncio.to_thread(imds.is_spot) if imds else False)
-    tracer = backend.open_tracer("worker", me)
+    tracer = backend.open_tracer("worker", name)
     objects = backend.open_objects(home, tally)
     files = backend.open_local_files(home)
     runner = ProcessRunner(objects, Scratch(home.scratch / instance), clock, slots, files)
     worker = Worker(
-        Identity(me, instance, pool, slots, _instance_key(home, instance if imds else "")),
+        Identity(name, instance, pool, slots, _instance_key(home, instance if imds else "")),
         objects,
         backend.open_queue(home, clock, tally),
         clock,
@@ -72,52 +72,49 @@ async def _work(home: Home, backend: Backend, pool: str, slots: int, instance: s
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, worker.drain)
-    telling = loop.create_task(_tell_environment(objects, worker.who.worker, imds))
-    # A worker on AWS cannot see the record of the manager. Its Auto Scaling group ends it.
-    alone = imds or backend.capabilities.remote_manager
-    orphan = None if alone else loop.create_task(_drain_orphan(home, worker.drain))
+    background = [loop.create_task(_store_environment(objects, worker.who.worker, imds))]
+    # A worker on AWS cannot read the record of the manager. The Auto Scaling group ends such a worker.
+    if not (imds or backend.capabilities.remote_manager):
+        background.append(loop.create_task(_drain_orphan(home, worker.drain)))
     gc_control.resume()
     try:
         await worker.run()
     finally:
-        telling.cancel()
-        if orphan:
-            orphan.cancel()
+        for task in background:
+            task.cancel()
         await tracer.close()
     if imds and (hook := backend.open_drain_hook(home, pool, imds)):
         await hook.complete(factory.patience())
 
 
 def _instance_key(home: Home, instance: str) -> str:
-    """Return the key of an instance. It is created once, so a worker whose service restarts has the
-    same key. Without `instance`, return a new key, as for a worker on this machine."""
-    drawn = secrets.token_hex(16)
+    """Return the key of an instance. The key is stored, so the next worker on the same instance has the same key.
+    Without `instance`, return a new key, as for a worker on this machine."""
+    key = secrets.token_hex(16)
     if not instance:
-        return drawn
+        return key
     path = home.path / f"{instance}.key"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        made = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(made, "w") as file:
-            file.write(drawn)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(key)
     except FileExistsError:
-        return path.read_text() or drawn
+        return path.read_text() or key
     except OSError as error:
-        # The manager will not accept the next worker on this instance, and the group replaces the
-        # instance.
-        log.warning("the key of this instance cannot be kept: %s", error)
-    return drawn
+        # The manager will not accept the next worker on this instance, and the group replaces the instance.
+        log.warning("the key of this instance cannot be stored: %s", error)
+    return key
 
 
-async def _tell_environment(objects: Objects, worker: str, imds: Imds | None) -> None:
-    """Store the environment of this worker's tasks for later analysis of failures. No other code
-    waits for it."""
+async def _store_environment(objects: Objects, worker: str, imds: Imds | None) -> None:
+    """Store a description of the environment of this worker's tasks, for the analysis of failures."""
     from batchlab.worker import environment
 
     try:
         image = await asyncio.to_thread(imds.image) if imds else ""
-        found = await asyncio.to_thread(environment.current, image=image)
-        await environment.record(objects, worker, found, factory.patience())
+        current = await asyncio.to_thread(environment.current, image=image)
+        await environment.record(objects, worker, current, factory.patience())
     except BackendError as error:
         log.warning("the worker's environment could not be stored: %s", error)
 
@@ -127,5 +124,5 @@ async def _drain_orphan(home: Home, drain: Callable[[], None]) -> None:
     while alone_s < ORPHAN_S:
         await asyncio.sleep(ORPHAN_S / 5)
         alone_s = 0.0 if home.record() else alone_s + ORPHAN_S / 5
-    log.warning("the manager has been gone for %.0f s: draining", ORPHAN_S)
+    log.warning("no manager has run for %.0f s, so the worker drains", ORPHAN_S)
     drain()

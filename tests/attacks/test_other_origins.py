@@ -51,7 +51,7 @@ def test_page_of_another_origin_gets_no_data(
         for more in ({}, token):
             answer = http.request(method, path, headers={**headers, **more})
             assert answer.status_code == 403, (method, path)
-            assert answer.text == "The request comes from another page.\n"
+            assert answer.text == "A page of another origin sent the request.\n"
     assert grid.client.health()["leader"]
 
 

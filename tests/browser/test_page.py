@@ -179,7 +179,7 @@ def test_page_follows_a_running_job(scene: Scene, browser: Browser) -> None:
         before = ended.inner_text()
         page.wait_for_function("before => document.querySelector('.figure dd').innerText !== before", arg=before)
         assert len([one for one in seen.requests if one.endswith(f"/jobs/{scene.runs}")]) == 1
-        assert page.get_by_text("Still to go").is_visible()
+        assert page.get_by_text("Remaining time").is_visible()
         assert page.locator("#content .why").inner_text()
 
 
@@ -235,14 +235,14 @@ def test_select_all_during_loading_selects_all(scene: Scene, browser: Browser) -
         page.goto(place_of(page) + path, wait_until="commit")
         boxes = page.locator('input[name="task"]')
         boxes.first.wait_for()
-        page.get_by_label("Tick all on this page").check()
+        page.get_by_label("Select all on this page").check()
         assert boxes.count() == 1
         assert boxes.first.is_checked()
         boxes.first.uncheck()
         held[0].fulfill(body="", content_type="text/javascript")
         page.wait_for_load_state("load")
         assert [box.is_checked() for box in boxes.all()] == [False, True, True]
-        page.get_by_label("Tick all on this page").uncheck()
+        page.get_by_label("Select all on this page").uncheck()
         assert [box.is_checked() for box in boxes.all()] == [False] * 3
 
 
@@ -269,7 +269,7 @@ def test_failures_are_looked_at_and_some_of_them_run_again(scene: Scene, browser
         assert (view["round"], view["stages"][0]["failed"]) == (1, 5)
         page.locator("#triage").click()
         groups.nth(0).get_by_role("link", name="3 tasks").click()
-        page.get_by_label("Tick all on this page").check()
+        page.get_by_label("Select all on this page").check()
         assert page.locator('input[name="task"]:checked').count() == 3
         page.locator("#retry-tasks").click()
         page.wait_for_url(f"**/jobs/{scene.failed}")
@@ -284,7 +284,7 @@ def test_user_submits_a_job_and_downloads_its_results(scene: Scene, browser: Bro
     with logged_in(scene, browser, "/submit") as (page, _):
         page.locator("#files").set_input_files(folder)
         page.locator("#data").set_input_files(more)
-        page.get_by_text("More choices").click()
+        page.get_by_text("More options").click()
         page.locator("#set1").fill("nap_s=0.01")
         page.locator("#send").click()
         page.wait_for_url("**/jobs/sent-*")
@@ -304,7 +304,7 @@ def test_invalid_job_file_is_reported_with_its_line(scene: Scene, browser: Brows
     with logged_in(scene, browser, "/submit") as (page, seen):
         page.locator("#files").set_input_files(folder)
         page.locator("#send").click()
-        page.get_by_role("heading", name="Something is not right").wait_for()
+        page.get_by_role("heading", name="The request failed").wait_for()
         assert "job.yaml:3: " in page.locator("main").inner_text()
         page.get_by_role("link", name="Back").click()
         page.locator("#files").wait_for()
@@ -328,7 +328,7 @@ def test_a_job_is_paused_resumed_capped_and_cancelled(scene: Scene, browser: Bro
         dialog.wait_for(state="hidden")
         page.locator("#cancel").click()
         dialog = page.get_by_role("dialog", name="Cancel runs?")
-        dialog.get_by_role("link", name="Keep it").click()
+        dialog.get_by_role("link", name="Keep the job").click()
         assert dialog.count() == 0
         assert scene.grid.client.job(scene.runs)["ended_s"] is None
         page.locator("#cancel").click()
@@ -342,7 +342,7 @@ def test_the_fleet_is_scaled_and_drained(scene: Scene, browser: Browser) -> None
         dialog = page.get_by_role("dialog", name="Scale pool default")
         dialog.get_by_label("Max").fill("3")
         dialog.get_by_role("spinbutton", name="Instances").fill("1")
-        assert dialog.get_by_label("I do").is_checked()
+        assert dialog.get_by_label("manually").is_checked()
         dialog.get_by_role("button", name="Scale").click()
         page.get_by_text("0 to 3").wait_for()
         pool = scene.grid.client.grid()["pools"][0]

@@ -333,7 +333,7 @@ def test_choices_of_a_client(name: str, our: Wire) -> None:
 
 
 def test_unsupported_action_is_refused_by_name(our: Wire) -> None:
-    with refused("NotImplemented", "CreateLaunchConfiguration is not served here."):
+    with refused("NotImplemented", "This endpoint does not support CreateLaunchConfiguration."):
         our.asg.create_launch_configuration(LaunchConfigurationName="old")
 
 

@@ -265,7 +265,7 @@ def test_a_refresh_replaces_every_instance(wire: Wire) -> None:
 
 def test_a_preference_that_is_not_served_is_refused_and_not_dropped(our: Wire) -> None:
     our.grow(1)
-    with refused("ValidationError", "not served here: AlarmSpecification, BakeTime."):
+    with refused("ValidationError", "not support the preferences AlarmSpecification, BakeTime."):
         our.asg.start_instance_refresh(
             AutoScalingGroupName=our.name, Preferences={"BakeTime": 60, "AlarmSpecification": {"Alarms": ["a"]}}
         )

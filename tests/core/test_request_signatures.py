@@ -73,8 +73,8 @@ def test_memory_of_past_requests_is_bounded(monkeypatch: pytest.MonkeyPatch) -> 
     used = authentication._Signatures()
     some = [http_connections.sign("t", "GET", "/", b"", at_s) for at_s in (1, 2, 3, 4, 5)]
     assert [used.is_first(one, 5.0) for one in some] == [True] * 5
-    assert len(used._known) == 3
+    assert len(used._times_s) == 3
     assert [used.is_first(one, 5.0) for one in some] == [False] * 5
     late = http_connections.sign("t", "GET", "/", b"", 2000)
     assert used.is_first(late, 2000.0)
-    assert len(used._known) == 1, "what is too old anyway is forgotten"
+    assert len(used._times_s) == 1, "what is too old anyway is forgotten"

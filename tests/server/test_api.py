@@ -117,7 +117,7 @@ BAD: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         lambda doc: doc["stages"][0]["retry"].update(kinds=["bad luck"]),
         "body.job.stages.0.retry.kinds.0",
     ),
-    "another version": (lambda doc: doc.update(v=99), "reads version 1 of a job, not 99"),
+    "another version": (lambda doc: doc.update(v=99), "reads jobs of version 1, not 99"),
     "an unknown pool": (
         lambda doc: doc["stages"][0].update(pool="gpu"),
         "names the pool 'gpu', which this grid does not have",
@@ -143,7 +143,7 @@ def test_a_job_that_is_wrong_is_refused_and_leaves_nothing_behind(rig: Rig, what
 def test_number_of_items_must_match_the_job(rig: Rig) -> None:
     answer = post(rig, "/v1/jobs", {"job": json_format.job_to_json(job()), "items": [1, 2]})
     assert answer.status_code == 422
-    assert "comes with 2 items, but says otherwise" in answer.json()["error"]
+    assert "has 2 items, which contradicts" in answer.json()["error"]
     assert rig.client.jobs() == []
 
 
@@ -209,7 +209,7 @@ def test_an_unknown_job_is_not_found_in_words(rig: Rig) -> None:
 def test_unknown_route_has_the_usual_error_form(rig: Rig) -> None:
     for answer in (get(rig, "/v1/nothing"), post(rig, "/v1/health")):
         assert answer.status_code in (404, 405)
-        assert "is not served" in answer.json()["error"]
+        assert "is not an endpoint" in answer.json()["error"]
         assert answer.json()["remedy"]
 
 
@@ -307,5 +307,5 @@ def test_a_body_that_is_read_as_a_whole_has_a_limit(rig: Rig, monkeypatch: pytes
     head = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"}
     answer = rig.http.post("/v1/jobs", content=chunks(), headers=head)
     assert answer.status_code == 413
-    assert "up to 1 MiB" in answer.json()["error"]
+    assert "the limit of a body is 1 MiB" in answer.json()["error"]
     assert post(rig, "/v1/jobs", {"tags": "x" * 2**19}).status_code == 422

@@ -78,7 +78,7 @@ def test_page_marker_is_validated(rig: Rig, after: str) -> None:
         f"/v1/jobs/{name}/failures", params={"after": after}, headers={"Authorization": "Bearer correct horse"}
     )
     assert answer.status_code == 422
-    assert answer.json()["remedy"] == "Give `next` of the page before."
+    assert answer.json()["remedy"] == "Use `next` of the previous page."
 
 
 # --- Some of it again ----------------------------------------------------------------------------
@@ -212,7 +212,7 @@ def test_last_attempt_of_a_retried_task_counts(rig: Rig) -> None:
 def test_task_without_a_trace_is_not_found(rig: Rig) -> None:
     name = rig.submit(job(token="untold", tasks=1))
     for stage, task in (("map", 0), ("map", 5), ("nowhere", 0)):
-        with pytest.raises(NotFound, match=f"task {stage}/{task} of job"):
+        with pytest.raises(NotFound, match=f"Task {stage}/{task} of job"):
             rig.client.task(name, stage, task)
     with pytest.raises(UsageError):
         rig.client.task(name, "map", -1)
@@ -231,7 +231,7 @@ def test_remaining_time_is_estimated_after_a_measurement(rig: Rig) -> None:
     assert found["high_s"] is not None
     assert 0 <= found["low_s"] <= found["high_s"] < 60
     rig.client.pause(name)
-    assert rig.client.eta(name)["text"] == "unknown: it is paused"
+    assert rig.client.eta(name)["text"] == "unknown: the job is paused"
     rig.client.cancel(name)
     rig.ended(name)
     assert "ended" in rig.client.eta(name)["text"]

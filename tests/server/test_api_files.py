@@ -108,10 +108,10 @@ def test_empty_file_field_is_ignored(rig: Rig) -> None:
         ([("a/../../x.yaml", JOB)], {}, "must not have empty parts"),
         ([("a\\b.yaml", JOB)], {}, "must be a relative name"),
         ([*FILES, ("sums/job.yaml/x", "")], {}, "file and a folder"),
-        ([*FILES, FILES[0]], {}, "Two of the files"),
-        ([("x/notes.txt", "")], {}, "None of the files is a job file"),
-        ([("a.yaml", JOB), ("b.yaml", JOB)], {}, "Any of a.yaml, b.yaml"),
-        (FILES, {"job_file": "other.yaml"}, "No file 'other.yaml'"),
+        ([*FILES, FILES[0]], {}, "Two files have the path"),
+        ([("x/notes.txt", "")], {}, "The form has no job file"),
+        ([("a.yaml", JOB), ("b.yaml", JOB)], {}, "Each of a.yaml, b.yaml may be the job file"),
+        (FILES, {"job_file": "other.yaml"}, "The form has no file 'other.yaml'"),
         (FILES, {"set": "year"}, "KEY=VALUE"),
         (FILES, {"set": "month=1"}, "month"),
         (FILES[:2], {}, "data/*.txt"),
@@ -119,9 +119,9 @@ def test_empty_file_field_is_ignored(rig: Rig) -> None:
         (
             [("job.yaml", JOB.replace("handlers:work", "handlers:play")), ("handlers.py", CODE)],
             {},
-            "job.yaml:2: No file matches 'data/*.txt', looked for in what came along. Also in line",
+            "job.yaml:2: No file matches 'data/*.txt', looked for in the uploaded folder. Also in line",
         ),
-        ([], {}, "No file came along"),
+        ([], {}, "The form has no files"),
     ],
 )
 def test_invalid_job_file_is_a_clear_error(
@@ -151,7 +151,7 @@ def test_a_job_file_names_nothing_but_what_came_along(rig: Rig, line: str) -> No
     text = JOB.replace("input: {files: data/*.txt, split: lines, size: 2}", line)
     answer = send(rig, [("sums/job.yaml", text), *FILES[1:]])
     assert answer.status_code == 422
-    assert "not among the files that came along" in answer.json()["error"]
+    assert "not among the uploaded files" in answer.json()["error"]
 
 
 def test_upload_must_declare_a_bounded_length(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +160,7 @@ def test_upload_must_declare_a_bounded_length(rig: Rig, monkeypatch: pytest.Monk
 
     kind = {**AUTH, "Content-Type": "multipart/form-data; boundary=x"}
     answer = rig.http.post("/v1/jobs/files", content=chunks(), headers=kind)
-    assert (answer.status_code, answer.json()["remedy"]) == (422, "Send a Content-Length.")
+    assert (answer.status_code, answer.json()["remedy"]) == (422, "Send the header Content-Length.")
     answer = rig.http.post("/v1/jobs/files", json={}, headers=AUTH)
     assert "multipart/form-data" in answer.json()["error"]
     monkeypatch.setattr(job_files, "MAX_BYTES", 100)
@@ -284,8 +284,8 @@ def test_archive_stays_within_its_budget(grid: Rig, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(grid.objects, "download", None)  # it is refused before it is read
     answer = fetched(grid, large)
     assert answer.status_code == 422
-    assert answer.json()["error"] == ("The job has more than 9.8 KiB of results, too much for an archive.")
-    assert "`batchlab job results` fetches them" in answer.json()["remedy"]
+    assert answer.json()["error"] == ("The job has more than 9.8 KiB of results, which is too large for an archive.")
+    assert "`batchlab job results`, which fetches any" in answer.json()["remedy"]
 
 
 @pytest.mark.parametrize("value", [VALUE, [VALUE, {"$value": "files/w"}]], ids=["one", "several of one result"])
@@ -339,7 +339,7 @@ def test_one_archive_is_made_at_a_time(grid: Rig, monkeypatch: pytest.MonkeyPatc
     go_on.set()
     assert first().status_code == 200
     assert refused.status_code == 503
-    assert "one at a time" in refused.json()["error"]
+    assert "creating or sending another archive" in refused.json()["error"]
     assert "job results" in refused.json()["remedy"]
     assert fetched(grid, name).status_code == 200
     # One that fails does not keep the place either.

@@ -215,14 +215,14 @@ def test_log_answer_is_bounded_and_reports_omissions(rig: Rig, monkeypatch: pyte
     monkeypatch.setattr(logs, "MAX_BYTES", size * 3)
     texts = {log["task"]: log["text"] for log in rig.client.logs(name)}
     assert [texts[n] for n in (0, 1, 2)] == [f"task {n}, try 1\n" for n in (0, 1, 2)]
-    assert "left out" in texts[3]
+    assert "This log is omitted" in texts[3]
     monkeypatch.setattr(logs, "MAX_BYTES", size)
     assert [log["text"] for log in rig.client.logs(name, task=3)] == ["task 3, try 1\n"]
     monkeypatch.setattr(logs, "MAX_BYTES", size * 2)
     # Full to the last byte with the first bundle: the second one is named all the same.
     texts = {log["task"]: log["text"] for log in rig.client.logs(name)}
     assert [texts[n] for n in (0, 1)] == [f"task {n}, try 1\n" for n in (0, 1)]
-    assert all("left out" in texts[n] for n in (2, 3))
+    assert all("This log is omitted" in texts[n] for n in (2, 3))
     # With both, nothing is left out.
     monkeypatch.setattr(logs, "MAX_BYTES", size * 4)
     assert [log["text"] for log in rig.client.logs(name)] == [f"task {n}, try 1\n" for n in range(4)]

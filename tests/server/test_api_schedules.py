@@ -66,8 +66,8 @@ def test_one_time_schedule_runs(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> No
     ("changes", "told"),
     [
         ({"cron": "0 25 * * *"}, "Bad hour"),
-        ({"cron": ""}, "either a cron expression or one time"),
-        ({"at_s": 4e9}, "either a cron expression or one time"),
+        ({"cron": ""}, "either a cron expression or a time"),
+        ({"at_s": 4e9}, "either a cron expression or a time"),
         ({"timezone": "Mars"}, "no time zone"),
         ({"name": "../x"}, "body.schedule.name"),
         ({"missed": "never"}, "body.schedule.missed"),

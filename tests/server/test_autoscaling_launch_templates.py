@@ -109,15 +109,15 @@ WRONG = {
     "no slots": ("[worker]\n[[worker.version]]\nslots = 0", "worker.version.0.slots"),
     "no base64": (
         "[worker]\n[[worker.version]]\nuser_data = 'hello!'",
-        "worker.version.0.user_data: Value error, not text in base64",
+        "worker.version.0.user_data: Value error, the user data is not base64-encoded text",
     ),
     "no text": (
         f"[worker]\n[[worker.version]]\nuser_data = '{b64encode(bytes([255])).decode()}'",
-        "not text in base64",
+        "the user data is not base64-encoded text",
     ),
     "too much": (
         f"[worker]\n[[worker.version]]\nuser_data = '{b64encode(bytes(16_385)).decode()}'",
-        "16385 bytes of user data, and EC2 takes 16384",
+        "16385 bytes of user data, but EC2 accepts at most 16384",
     ),
     "no role": (
         "[worker]\n[[worker.version]]\nrole = { name = 'a b', access_key = '', secret_key = '' }",

@@ -183,7 +183,7 @@ def test_times_accept_any_zone_and_default_to_utc() -> None:
 @pytest.mark.parametrize("shape", AUTOSCALING.error_shapes, ids=lambda shape: shape.name)
 def test_every_fault_of_the_model_is_rendered(shape: StructureShape) -> None:
     error = shape.metadata["error"]
-    blame = Faults(AUTOSCALING).blame(Fault(shape.error_code, "<no> & why"))
+    blame = Faults(AUTOSCALING).status(Fault(shape.error_code, "<no> & why"))
     assert blame.status == error["httpStatusCode"]
     body = query_protocol.refusal(AUTOSCALING, Fault(shape.error_code, "<no> & why"), blame, "id-2")
     parsed = answered(AUTOSCALING.operation_model("DescribeTags"), body, blame.status)
@@ -196,12 +196,12 @@ def test_an_answer_that_is_not_of_its_shape_is_a_defect() -> None:
     tags = AUTOSCALING.operation_model("DescribeTags")
     wrong: tuple[dict[str, Any], ...] = ({"Tag": []}, {"Tags": [{"Colour": "red"}]}, {"Tags": [{"Key": 3}]})
     for answer in wrong:
-        with pytest.raises(ValueError, match=r"unknown|is a string"):
+        with pytest.raises(ValueError, match=r"unknown|must be a string"):
             query_protocol.result(tags, answer, "id")
     groups = AUTOSCALING.operation_model("DescribeAutoScalingGroups")
     with pytest.raises(ValueError, match="missing"):
         query_protocol.result(groups, {"AutoScalingGroups": [{}]}, "id")
-    with pytest.raises(ValueError, match="has no answer"):
+    with pytest.raises(ValueError, match="has an empty answer"):
         query_protocol.result(AUTOSCALING.operation_model("SetDesiredCapacity"), {"Tags": []}, "id")
 
 

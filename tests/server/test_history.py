@@ -35,7 +35,7 @@ def manager(clock: ManualClock, *, recorder: Any = None, pools: tuple[str, ...] 
 
 def test_a_look_notes_what_the_last_tick_has_seen() -> None:
     history = History()
-    history.look(manager(ManualClock()))
+    history.record(manager(ManualClock()))
     (pool,) = history.view()["pools"]
     assert pool == {
         "name": "default",
@@ -52,7 +52,7 @@ def test_stored_and_shown_history_is_bounded() -> None:
     history, clock = History(), ManualClock()
     for _ in range(MAX_MOMENTS + 50):
         clock.time_s += INTERVAL_S
-        history.look(manager(clock))
+        history.record(manager(clock))
     view = history.view()
     assert len(history.moments) == MAX_MOMENTS
     assert MAX_SHOWN_MOMENTS / 2 < len(view["at_s"]) <= MAX_SHOWN_MOMENTS
@@ -62,8 +62,8 @@ def test_stored_and_shown_history_is_bounded() -> None:
 
 def test_new_pool_has_no_earlier_history() -> None:
     history, clock = History(), ManualClock()
-    history.look(manager(clock, pools=()))
-    history.look(manager(clock))
+    history.record(manager(clock, pools=()))
+    history.record(manager(clock))
     assert history.view()["pools"][0]["desired"] == [0, 4]
 
 
@@ -81,7 +81,7 @@ def test_history_of_an_earlier_manager_comes_first() -> None:
 
     history = History()
     for _ in range(2):
-        history.look(manager(clock, recorder=SimpleNamespace(samples=samples)))
+        history.record(manager(clock, recorder=SimpleNamespace(samples=samples)))
     assert asked == [clock.now_s() - MAX_MOMENTS * INTERVAL_S]
     (pool,) = history.view()["pools"]
     assert (pool["desired"][0], pool["in_service"][0], pool["pending"][0]) == (4, 3, 2)

@@ -79,7 +79,7 @@ def test_a_code_opens_one_session(rig: Rig, stranger: Visitor, other: Visitor) -
     assert not rig.client.code_waits(session["name"])
     refused = other.log_in(session["code"])
     assert refused.status_code == 403
-    assert "used before" in refused.text
+    assert "already used" in refused.text
 
 
 @pytest.mark.parametrize("word", ["", "guess", "x" * 5000, "\x00", "ü"])
@@ -224,16 +224,16 @@ def test_forms_do_what_the_api_does(rig: Rig, visitor: Visitor) -> None:
     ("path", "data", "told"),
     [
         ("/jobs/nowhere/pause", {}, "nowhere"),
-        ("/jobs/{job}/retry", {}, "Nothing was ticked"),
+        ("/jobs/{job}/retry", {}, "No cause and no task is selected"),
         ("/jobs/{job}/retry", {"task": "map"}, "names no tasks"),
         ("/jobs/{job}/retry", {"task": "map/-1"}, "names no tasks"),
         ("/jobs/{job}/retry", {"task": "map/9999"}, "still"),
         ("/jobs/{job}/resume", {}, "not paused"),
-        ("/grid/pools/default", {"max": "many"}, "no number of instances"),
-        ("/grid/pools/default", {"max": "9" * 50}, "no number of instances"),
+        ("/grid/pools/default", {"max": "many"}, "not a number of instances"),
+        ("/grid/pools/default", {"max": "9" * 50}, "not a number of instances"),
         ("/grid/pools/nowhere", {"max": "1"}, "nowhere"),
-        ("/costs/cap", {"amount": "5"}, "keeps no account"),
-        ("/submit", {}, "No file came along"),
+        ("/costs/cap", {"amount": "5"}, "does not record the usage"),
+        ("/submit", {}, "The form has no files"),
     ],
 )
 def test_refusal_is_shown_on_a_page(rig: Rig, visitor: Visitor, path: str, data: dict[str, str], told: str) -> None:

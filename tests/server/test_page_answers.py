@@ -91,7 +91,7 @@ def test_the_root_leads_to_the_page(rig: Rig) -> None:
 
 
 def test_curves_are_of_what_was_seen(rig: Rig, visitor: Visitor) -> None:
-    rig.served.history.look(rig.manager)
+    rig.served.history.record(rig.manager)
     found = visitor.get("/history.json").json()
     assert found == rig.http.get("/v1/grid/history", headers={"Authorization": f"Bearer {TOKEN}"}).json()
     (pool,) = found["pools"]
@@ -119,13 +119,13 @@ def test_a_schedule_is_looked_at_paused_resumed_run_and_removed(rig: Rig, visito
     rig.client.add_schedule(timed, job(token="timed", tasks=1))
     assert "Europe/Berlin" in visitor.get("/schedules").text
     one = visitor.get("/schedules/nightly").text
-    assert "It is due next at" in one
-    assert "It has not been due yet" in one
+    assert "The schedule is due next at" in one
+    assert "The schedule has not been due yet" in one
     assert one.count("<local-time unless=") == 5
     here = visitor.post("/schedules/nightly/pause").headers["location"]
     assert here == f"{visitor.root}/schedules/nightly"
     assert rig.client.schedule("nightly")["state"] == "paused"
-    assert "It is paused" in visitor.get("/schedules/nightly").text
+    assert "The schedule is paused" in visitor.get("/schedules/nightly").text
     visitor.post("/schedules/nightly/resume")
     assert rig.client.schedule("nightly")["state"] == "active"
     for _ in range(2):  # sent twice it is one run

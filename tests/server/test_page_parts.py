@@ -79,8 +79,8 @@ def test_a_bar_shows_every_kind_and_never_more_than_all() -> None:
     assert all(part.start + part.width <= 100.01 for part in progress.parts)
     assert words.Progress(None, 0, 0, 0, 0).parts == []
     assert words.Progress(10, 10, 0, 0, 0).percent == 100
-    told = words.of_job(view()).told
-    assert told == "5 of 10 tasks ended: 4 succeeded, 1 failed, 0 cancelled; 2 running"
+    told = words.of_job(view()).description
+    assert told == "5 of 10 tasks ended: 4 succeeded, 1 failed, 0 canceled, 2 running"
 
 
 def test_remaining_time_is_separate_from_its_explanation() -> None:

@@ -24,38 +24,38 @@ def sessions(clock: ManualClock) -> Sessions:
 
 
 def test_a_code_opens_once_and_for_a_minute(sessions: Sessions, clock: ManualClock) -> None:
-    first, second = sessions.code(), sessions.code()
+    first, second = sessions.new_code(), sessions.new_code()
     assert first != second
-    assert sessions.opens(first)
-    assert not sessions.opens(first)
+    assert sessions.accepts(first)
+    assert not sessions.accepts(first)
     clock.time_s += CODE_S + 0.1
-    assert not sessions.opens(second)
+    assert not sessions.accepts(second)
 
 
 def test_the_token_opens_and_nothing_like_it(sessions: Sessions) -> None:
-    assert sessions.opens(TOKEN)
+    assert sessions.accepts(TOKEN)
     for wrong in ("", TOKEN[:-1], TOKEN + " ", "ü", "\ud800"):
-        assert not sessions.opens(wrong)
+        assert not sessions.accepts(wrong)
 
 
 def test_only_so_many_codes_wait(sessions: Sessions) -> None:
-    codes = [sessions.code() for _ in range(MAX_CODES + 1)]
-    assert not sessions.opens(codes[0])
-    assert sessions.opens(codes[1])
+    codes = [sessions.new_code() for _ in range(MAX_CODES + 1)]
+    assert not sessions.accepts(codes[0])
+    assert sessions.accepts(codes[1])
 
 
 def test_a_session_ends_at_its_time(sessions: Sessions, clock: ManualClock) -> None:
-    session, cookie = sessions.begin()
+    session, cookie = sessions.start()
     place = sessions.place(session)
-    assert sessions.of(cookie, place) == session
+    assert sessions.find(cookie, place) == session
     clock.time_s += SESSION_S - 2
-    assert sessions.of(cookie, place) == session
+    assert sessions.find(cookie, place) == session
     clock.time_s += 2
-    assert sessions.of(cookie, place) is None
+    assert sessions.find(cookie, place) is None
 
 
 def test_changed_cookie_is_refused(sessions: Sessions) -> None:
-    session, cookie = sessions.begin()
+    session, cookie = sessions.start()
     until, name, mark = cookie.split(".")
     later = f"{int(until) + 1}.{name}.{mark}"
     for wrong in (
@@ -71,28 +71,28 @@ def test_changed_cookie_is_refused(sessions: Sessions) -> None:
         "9" * 30 + f".{name}.{mark}",
         "²." + name,
     ):
-        assert sessions.of(wrong, sessions.place(session)) is None, wrong
+        assert sessions.find(wrong, sessions.place(session)) is None, wrong
 
 
 def test_cookie_is_valid_only_for_its_grid_and_token(clock: ManualClock) -> None:
     mine, other = Sessions(TOKEN, clock), Sessions("another", clock)
-    session, cookie = mine.begin()
+    session, cookie = mine.start()
     place = mine.place(session)
-    assert other.of(cookie, place) is None
-    assert other.of(cookie, other.place(session)) is None
+    assert other.find(cookie, place) is None
+    assert other.find(cookie, other.place(session)) is None
     assert mine.cookie(place) != other.cookie(place)
-    assert not other.has_sent(session, mine.form_token(session))
+    assert not other.is_form_token(session, mine.form_token(session))
 
 
 def test_restarted_manager_remembers_sessions_and_logouts(clock: ManualClock, tmp_path: Path) -> None:
     kept = StateFile(tmp_path / "sessions.json")
     before = Sessions(TOKEN, clock, kept)
-    session, cookie = before.begin()
-    gone, left = before.begin()
+    session, cookie = before.start()
+    gone, left = before.start()
     before.close(gone)
     again = Sessions(TOKEN, clock, kept)
-    assert again.of(cookie, before.place(session)) == session
-    assert again.of(left, before.place(gone)) is None
+    assert again.find(cookie, before.place(session)) == session
+    assert again.find(left, before.place(gone)) is None
     assert again.cookie("x") == before.cookie("x")
     assert TOKEN not in (tmp_path / "sessions.json").read_text()
 
@@ -101,25 +101,25 @@ def test_restarted_manager_remembers_sessions_and_logouts(clock: ManualClock, tm
 def test_losing_the_list_of_logouts_ends_all_sessions(clock: ManualClock, tmp_path: Path, damage: bytes) -> None:
     file = tmp_path / "sessions.json"
     before = Sessions(TOKEN, clock, StateFile(file))
-    begun = [before.begin(), before.begin()]
+    begun = [before.start(), before.start()]
     cookies = [(cookie, before.place(session)) for session, cookie in begun]
-    before.close(before.begin()[0])
+    before.close(before.start()[0])
     file.write_bytes(damage)
     for again in (Sessions(TOKEN, clock, StateFile(file)), Sessions(TOKEN, clock)):
-        assert [again.of(*one) for one in cookies] == [None, None]
-        assert again.begin()[1]
+        assert [again.find(*one) for one in cookies] == [None, None]
+        assert again.start()[1]
 
 
 def test_list_of_logouts_is_bounded(clock: ManualClock, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("batchlab.server.http.authentication.MAX_CLOSED", 3)
     sessions = Sessions(TOKEN, clock, StateFile(tmp_path / "sessions.json"))
-    every = [sessions.begin() for _ in range(5)]
+    every = [sessions.start() for _ in range(5)]
     for session, _ in every[:4]:
         sessions.close(session)
     assert sessions._closed == {}
-    assert [sessions.of(cookie, sessions.place(one)) for one, cookie in every] == [None] * 5
-    session, cookie = sessions.begin()
-    assert sessions.of(cookie, sessions.place(session)) == session
+    assert [sessions.find(cookie, sessions.place(one)) for one, cookie in every] == [None] * 5
+    session, cookie = sessions.start()
+    assert sessions.find(cookie, sessions.place(session)) == session
 
 
 def test_full_disk_does_not_prevent_a_login(
@@ -127,41 +127,41 @@ def test_full_disk_does_not_prevent_a_login(
 ) -> None:
     (tmp_path / "file").touch()
     sessions = Sessions(TOKEN, clock, StateFile(tmp_path / "file" / "sessions.json"))
-    session, cookie = sessions.begin()
+    session, cookie = sessions.start()
     sessions.close(session)
-    assert sessions.of(cookie, sessions.place(session)) is None
-    assert "known until a restart" in caplog.text
+    assert sessions.find(cookie, sessions.place(session)) is None
+    assert "closed sessions of the web page cannot be stored" in caplog.text
 
 
 def test_logout_deletes_the_cookie(sessions: Sessions, clock: ManualClock) -> None:
-    session, cookie = sessions.begin()
-    other, kept = sessions.begin()
+    session, cookie = sessions.start()
+    other, kept = sessions.start()
     sessions.close(session)
-    assert sessions.of(cookie, sessions.place(session)) is None
-    assert sessions.of(kept, sessions.place(other)) == other
+    assert sessions.find(cookie, sessions.place(session)) is None
+    assert sessions.find(kept, sessions.place(other)) == other
     clock.time_s += SESSION_S
     sessions.close(other)
     assert session.name not in sessions._closed  # what is over anyway is not remembered
 
 
 def test_a_forms_token_is_of_one_session(sessions: Sessions) -> None:
-    one, other = sessions.begin()[0], sessions.begin()[0]
-    assert sessions.has_sent(one, sessions.form_token(one))
-    assert not sessions.has_sent(one, sessions.form_token(other))
-    assert not sessions.has_sent(one, "")
+    one, other = sessions.start()[0], sessions.start()[0]
+    assert sessions.is_form_token(one, sessions.form_token(one))
+    assert not sessions.is_form_token(one, sessions.form_token(other))
+    assert not sessions.is_form_token(one, "")
 
 
 def test_the_token_is_in_no_cookie(sessions: Sessions) -> None:
-    session, cookie = sessions.begin()
+    session, cookie = sessions.start()
     place = sessions.place(session)
     assert TOKEN not in cookie + place + sessions.cookie(place) + sessions.form_token(session)
 
 
 def test_a_cookie_without_its_place_opens_nothing(sessions: Sessions) -> None:
     """A browser sends a cookie to every port of a host; it does not send the place along."""
-    session, cookie = sessions.begin()
-    other = sessions.begin()[0]
+    session, cookie = sessions.start()
+    other = sessions.start()[0]
     place = sessions.place(session)
     assert place != sessions.place(other)
     for wrong in ("", place[:-1], place + "0", "0" * 32, sessions.place(other)):
-        assert sessions.of(cookie, wrong) is None
+        assert sessions.find(cookie, wrong) is None

@@ -130,7 +130,7 @@ def test_a_job_is_capped_no_longer_once_its_cap_pays_for_the_rest() -> None:
             live.budget = Budget((CapBudget("it", 10.0, 10.0 - left_usd),), {}, {})
             manager.spending.caps._hold(live, next_usd, uncut_usd)
             shown, _ = metrics.exposition(manager, "sim", "text/plain")
-            is_now = eta_of(manager, made.id)["text"] == "unknown: a cap on cost holds it back"
+            is_now = eta_of(manager, made.id)["text"] == "unknown: a cost cap stops the job"
             assert f"\nbatchlab_jobs_capped {int(is_now)}.0\n" in shown.decode()
             return bool(live.capped), live.is_held, is_now
 

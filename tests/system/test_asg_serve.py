@@ -215,5 +215,5 @@ def test_invalid_templates_are_a_clear_error(tmp_path: Path) -> None:
     done = subprocess.run([*argv, "--templates", str(file)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert done.stderr == (
-        f"Error: {file} cannot be read: No such file or directory.\n  Name a file that is there and can be read.\n"
+        f"Error: {file} cannot be read: No such file or directory.\n  Name an existing file that can be read.\n"
     )

@@ -3,13 +3,9 @@
 Invariant: every request gets an answer in AWS's format, even a malformed one. The answer to an
 internal error contains no details. The log contains them.
 
-Errors of the emulated AWS services: `Fault`, and its HTTP status from the service model.
-
-Server side of Signature Version 4, computed with botocore's signer.
-
 Invariant: every request must name a credential, even if signatures are not checked. A web page
 cannot make a browser send the Authorization header to another origin, so a page cannot send
-requests to a server on the user's machine.
+requests to a server on the user's machine. botocore's signer computes the signatures.
 """
 
 from __future__ import annotations
@@ -46,8 +42,7 @@ _COMMON = {
     "SignatureDoesNotMatch": 403,
     "Throttling": 400,
 }
-"""HTTP status of the errors that every service has and that its model does not list. Other errors
-have status 400."""
+"""HTTP status of the errors that every AWS service can return and that its model does not list."""
 
 
 class Fault(Exception):
@@ -76,15 +71,15 @@ class Faults:
     """Statuses of the faults of one service, by their code."""
 
     def __init__(self, service: ServiceModel) -> None:
-        self._known = {code: FaultStatus(status, status < 500) for code, status in _COMMON.items()}
+        self._statuses = {code: FaultStatus(status, status < 500) for code, status in _COMMON.items()}
         for shape in service.error_shapes:
             error = shape.metadata.get("error", {})
             status = int(error.get("httpStatusCode", 400))
             is_senders = bool(error.get("senderFault", status < 500))
-            self._known[error.get("code", shape.name)] = FaultStatus(status, is_senders)
+            self._statuses[error.get("code", shape.name)] = FaultStatus(status, is_senders)
 
-    def blame(self, fault: Fault) -> FaultStatus:
-        return self._known.get(fault.code, FaultStatus(400, True))
+    def status(self, fault: Fault) -> FaultStatus:
+        return self._statuses.get(fault.code, FaultStatus(400, True))
 
 
 @contextmanager
@@ -126,29 +121,28 @@ def credential(request: Request) -> Credential:
     match = _AUTHORIZATION.fullmatch(text)
     if match is None:
         raise Fault("IncompleteSignature", "The Authorization header is not one of AWS4-HMAC-SHA256.")
-    named = match.groupdict()
-    headers = tuple(named.pop("headers").split(";"))
-    return Credential(**named, headers=headers)
+    parts = match.groupdict()
+    headers = tuple(parts.pop("headers").split(";"))
+    return Credential(**parts, headers=headers)
 
 
-def check(request: Request, asks: Credential, key: Keys, now_s: float) -> None:
+def check_signature(request: Request, signed: Credential, key: Keys, now_s: float) -> None:
     """Raise Fault unless the whole request was signed with `key` within the last five minutes."""
-    if not hmac.compare_digest(asks.key.encode(), key.access_key.encode()):
+    if not hmac.compare_digest(signed.key.encode(), key.access_key.encode()):
         raise Fault("InvalidClientTokenId", "The security token included in the request is invalid.")
     stamp = request.header("x-amz-date") or ""
     try:
         signed_s = datetime.strptime(stamp, _STAMP).replace(tzinfo=UTC).timestamp()
     except ValueError as error:
         raise Fault("IncompleteSignature", "The request has no valid X-Amz-Date header.") from error
-    if not {"host", "x-amz-date"} <= set(asks.headers):
+    if not {"host", "x-amz-date"} <= set(signed.headers):
         raise Fault("IncompleteSignature", "The headers host and x-amz-date must be signed.")
     if abs(now_s - signed_s) > MAX_CLOCK_SKEW_S:
         at = datetime.fromtimestamp(now_s, UTC).strftime(_STAMP)
         raise Fault("SignatureDoesNotMatch", f"Signature expired: {stamp} is too far from {at} (5 min.)")
     digest = hashlib.sha256(request.body).hexdigest()
-    whole = request.header("x-amz-content-sha256") in (None, digest)
-    signature = _signature(request, asks, key, stamp)
-    if not whole or not hmac.compare_digest(signature, asks.signature):
+    has_digest = request.header("x-amz-content-sha256") in (None, digest)
+    if not has_digest or not hmac.compare_digest(_signature(request, signed, key, stamp), signed.signature):
         raise Fault(
             "SignatureDoesNotMatch",
             "The request signature we calculated does not match the signature you provided. Check"
@@ -158,32 +152,28 @@ def check(request: Request, asks: Credential, key: Keys, now_s: float) -> None:
 
 
 class _AsSigned(SigV4Auth):
-    """Signer that signs all given headers. botocore leaves some out."""
+    """Signer that signs all headers of the request. SigV4Auth does not sign some headers."""
 
     def headers_to_sign(self, request: AWSRequest) -> HTTPHeaders:
         return request.headers
 
 
-def _signature(request: Request, asks: Credential, key: Keys, stamp: str) -> str:
-    auth = _AsSigned(Credentials(asks.key, key.secret_key), asks.service, asks.region)
+def _signature(request: Request, signed: Credential, key: Keys, stamp: str) -> str:
+    auth = _AsSigned(Credentials(signed.key, key.secret_key), signed.service, signed.region)
     url = f"http://{request.header('host')}{request.path}"
-    again = AWSRequest(method=request.method, url=f"{url}?{request.query}" if request.query else url, data=request.body)
-    for name, value in _signed(request.headers, asks.headers):
-        again.headers[name] = value
-    again.context["timestamp"] = stamp
-    canonical = auth.canonical_request(again)
-    return str(auth.signature(auth.string_to_sign(again, canonical), again))
-
-
-def _signed(headers: Sequence[tuple[str, str]], names: Sequence[str]) -> Sequence[tuple[str, str]]:
-    return [(name, value) for name, value in headers if name in names]
+    copy = AWSRequest(method=request.method, url=f"{url}?{request.query}" if request.query else url, data=request.body)
+    for name, value in request.headers:
+        if name in signed.headers:
+            copy.headers[name] = value
+    copy.context["timestamp"] = stamp
+    return str(auth.signature(auth.string_to_sign(copy, auth.canonical_request(copy)), copy))
 
 
 log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 1024 * 1024
-"""Limit of a request body. The largest request of Auto Scaling, a group with its tags, hooks, and
-overrides, has a tenth of this size."""
+"""Limit of a request body in bytes. The largest request of Auto Scaling creates a group with tags, hooks, and
+overrides, and needs a tenth of this limit."""
 
 _Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 _Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -200,7 +190,7 @@ class Request:
     body: bytes
 
     def header(self, name: str) -> str | None:
-        return next((value for known, value in self.headers if known == name), None)
+        return next((value for header, value in self.headers if header == name), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +213,7 @@ class Service(Protocol):
 
 class App:
     """ASGI application. The keys of `services` are the service names in request signatures. The
-    service `default` answers requests for an unknown name. Without `key`, signatures are not
+    service `default` answers requests with an unknown service name. Without `key`, signatures are not
     checked."""
 
     def __init__(
@@ -243,18 +233,26 @@ class App:
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: _Receive, send: _Send) -> None:
         if scope["type"] != "http":
-            raise ValueError(f"asked for {scope['type']}, and speaks http only")
+            raise ValueError(f"the application does not support the ASGI scope {scope['type']}")
         request_id = self._request_id()
         try:
             body = await _body(receive)
-        except _GoneAway:
+        except _Disconnected:
             return
-        request = _request(scope, body or b"")
+        request = Request(
+            scope["method"],
+            scope["raw_path"].decode("latin-1"),
+            scope["query_string"].decode("latin-1"),
+            [(name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]],
+            body or b"",
+        )
         if body is None:
             fault = Fault("RequestEntityTooLarge", f"More than {MAX_BODY_BYTES} bytes.")
             response = self._default.refuse(request, fault, request_id)
-        elif request.method in ("GET", "HEAD"):
-            response = _greeting(request.path)
+        elif request.method in ("GET", "HEAD"):  # a health check or a browser
+            response = Response(404, b"Nothing here.\n", "text/plain")
+            if request.path == "/":
+                response = Response(200, b"EC2 Auto Scaling, by batchlab.\n", "text/plain")
         else:
             response = await self._respond(request, request_id)
         await _send_all(send, response, request_id)
@@ -262,20 +260,20 @@ class App:
     async def _respond(self, request: Request, request_id: str) -> Response:
         service = self._default
         try:
-            asks = credential(request)
-            service = self._services.get(asks.service, service)
+            signed = credential(request)
+            service = self._services.get(signed.service, service)
             if self._key is not None:
-                check(request, asks, self._key, self._clock.now_s())
+                check_signature(request, signed, self._key, self._clock.now_s())
             return await service.answer(request, request_id)
         except Fault as fault:
             return service.refuse(request, fault, request_id)
         except Exception:
-            log.exception("request %s: something unexpected happened", request_id)
-            ours = Fault("InternalFailure", "Something unexpected happened; the log says what.")
-            return service.refuse(request, ours, request_id)
+            log.exception("request %s: internal error", request_id)
+            failure = Fault("InternalFailure", "Internal error. The log of the endpoint has the details.")
+            return service.refuse(request, failure, request_id)
 
 
-class _GoneAway(Exception):
+class _Disconnected(Exception):
     """The client disconnected before it had sent the whole request."""
 
 
@@ -285,7 +283,7 @@ async def _body(receive: _Receive) -> bytes | None:
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
-            raise _GoneAway
+            raise _Disconnected
         part = message.get("body", b"")
         size += len(part)
         if size > MAX_BODY_BYTES:
@@ -293,23 +291,6 @@ async def _body(receive: _Receive) -> bytes | None:
         parts.append(part)
         if not message.get("more_body", False):
             return b"".join(parts)
-
-
-def _request(scope: Mapping[str, Any], body: bytes) -> Request:
-    return Request(
-        scope["method"],
-        scope["raw_path"].decode("latin-1"),
-        scope["query_string"].decode("latin-1"),
-        [(name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]],
-        body,
-    )
-
-
-def _greeting(path: str) -> Response:
-    """Answer a GET or HEAD request, as health checks and browsers send it."""
-    if path != "/":
-        return Response(404, b"Nothing here.\n", "text/plain")
-    return Response(200, b"EC2 Auto Scaling, by batchlab.\n", "text/plain")
 
 
 async def _send_all(send: _Send, response: Response, request_id: str) -> None:

@@ -1,12 +1,7 @@
-"""The part of CloudWatch that target tracking needs: clients put custom metrics, and scaling
-policies read them.
+"""The part of CloudWatch that target tracking needs: clients put custom metrics, and scaling policies read them.
 
-Metrics stay in memory for MAX_POINT_AGE_S. Their senders put new values regularly, so a restart loses
-little.
-
-Server side of AWS's JSON protocol, driven by the service model.
-
-boto3 uses this protocol for CloudWatch. `query_protocol` is the other protocol.
+Metrics stay in memory for MAX_POINT_AGE_S. Clients put new values regularly, so a restart loses little. The module
+also contains the server side of AWS's JSON protocol, which boto3 uses for CloudWatch.
 """
 
 from __future__ import annotations
@@ -23,9 +18,8 @@ from botocore.model import ListShape, MapShape, OperationModel, ServiceModel, Sh
 
 from batchlab.core.ports import Clock
 from batchlab.fleet.api_types import ScalingPolicy
-from batchlab.server.autoscaling_api import parameters
-from batchlab.server.autoscaling_api.app import Fault, Faults, FaultStatus, Request, Response, invalid
-from batchlab.server.autoscaling_api.parameters import Parameters
+from batchlab.server.autoscaling_api.app import Fault, Faults, Request, Response, invalid
+from batchlab.server.autoscaling_api.parameters import Parameters, check
 from batchlab.server.autoscaling_api.query_protocol import Act, QueryService, model
 
 TARGET = "x-amz-target"
@@ -43,8 +37,7 @@ _KINDS: Mapping[str, tuple[type, ...]] = {
 
 
 class JsonService:
-    """Service over the JSON protocol: it parses and checks a request, calls `act`, and writes the
-    result."""
+    """AWS service with the JSON protocol: the service parses and checks a request, and calls `act`."""
 
     def __init__(self, service: ServiceModel, act: Act) -> None:
         self._service = service
@@ -52,16 +45,15 @@ class JsonService:
         self._act = act
 
     async def answer(self, request: Request, request_id: str) -> Response:  # noqa: ARG002
-        operation, asked = parse(self._service, request.header(TARGET) or "", request.body)
-        parameters.check(operation, asked)
-        return Response(200, result(operation, await self._act(operation, asked)), _TYPE)
+        operation, parameters = parse(self._service, request.header(TARGET) or "", request.body)
+        check(operation, parameters)
+        return Response(200, result(operation, await self._act(operation, parameters)), _TYPE)
 
     def refuse(self, _request: Request, fault: Fault, _request_id: str) -> Response:
-        blame: FaultStatus = self._faults.blame(fault)
+        status = self._faults.status(fault)
         body = json.dumps({"__type": fault.code, "message": fault.message}).encode()
-        whose = "Sender" if blame.is_senders else "Receiver"
-        headers = (("x-amzn-query-error", f"{fault.code};{whose}"),)
-        return Response(blame.status, body, _TYPE, headers)
+        cause = "Sender" if status.is_senders else "Receiver"
+        return Response(status.status, body, _TYPE, (("x-amzn-query-error", f"{fault.code};{cause}"),))
 
 
 def parse(service: ServiceModel, target: str, body: bytes) -> tuple[OperationModel, dict[str, Any]]:
@@ -72,7 +64,8 @@ def parse(service: ServiceModel, target: str, body: bytes) -> tuple[OperationMod
         raise Fault("InvalidAction", f"Could not find operation {target or 'without a name'}")
     operation = service.operation_model(action)
     try:
-        sent = json.loads(body or b"{}", parse_constant=_no_number)
+        # NaN and the infinities are not JSON, but Python's parser accepts them without `parse_constant`.
+        sent = json.loads(body or b"{}", parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise Fault("SerializationException", "The request is not JSON.") from error
     shape = operation.input_shape
@@ -82,7 +75,7 @@ def parse(service: ServiceModel, target: str, body: bytes) -> tuple[OperationMod
     return operation, found
 
 
-def _no_number(text: str) -> None:
+def _refuse_constant(text: str) -> None:
     raise ValueError(text)
 
 
@@ -96,15 +89,15 @@ def _read(shape: Shape, value: Any, path: str) -> Any:
         }
     if isinstance(shape, ListShape):
         _expect(value, (list,), path)
-        return [_read(shape.member, one, path) for one in value]
+        return [_read(shape.member, item, path) for item in value]
     if isinstance(shape, MapShape):
         _expect(value, (dict,), path)
-        return {key: _read(shape.value, one, path) for key, one in value.items()}
+        return {key: _read(shape.value, item, path) for key, item in value.items()}
     return _scalar(shape, value, path)
 
 
 def _expect(value: Any, kinds: tuple[type, ...], path: str) -> None:
-    # In Python, a bool is also an int. In the protocol it is not.
+    # In Python, a bool is also an int. In the protocol, a boolean is not a number.
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         place = path.lstrip(".") or "the top"
         raise Fault("SerializationException", f"The value at {place!r} cannot be read.")
@@ -128,31 +121,31 @@ def result(operation: OperationModel, answer: Mapping[str, Any]) -> bytes:
     shape = operation.output_shape
     if shape is None:
         if answer:
-            raise ValueError(f"{operation.name} has no answer, and was given {sorted(answer)}")
+            raise ValueError(f"{operation.name} has an empty answer in the model, but got {sorted(answer)}")
         return b"{}"
     return json.dumps(_write(shape, answer)).encode()
 
 
 def _write(shape: Shape, value: Any) -> Any:
     if isinstance(shape, StructureShape):
-        given = {name: one for name, one in value.items() if one is not None}
-        if unknown := given.keys() - shape.members.keys():
+        if unknown := value.keys() - shape.members.keys():
             raise ValueError(f"{shape.name}: unknown {sorted(unknown)}")
         return {
-            shape.members[name].serialization.get("name", name): _write(shape.members[name], one)
-            for name, one in given.items()
+            shape.members[name].serialization.get("name", name): _write(shape.members[name], item)
+            for name, item in value.items()
+            if item is not None
         }
     if isinstance(shape, ListShape):
-        return [_write(shape.member, one) for one in value]
+        return [_write(shape.member, item) for item in value]
     if isinstance(shape, MapShape):
-        return {key: _write(shape.value, one) for key, one in value.items()}
+        return {key: _write(shape.value, item) for key, item in value.items()}
     if shape.type_name == "timestamp":
         return value.timestamp()
     return base64.b64encode(value).decode() if shape.type_name == "blob" else value
 
 
 PERIOD_S = 60.0
-"""Length in seconds of the period that a statistic covers. It ends with the newest data point."""
+"""Length in seconds of the period of a statistic. The period ends with the newest data point."""
 MAX_POINT_AGE_S = 300.0
 """Maximum age in seconds of a data point. Older ones are ignored."""
 MAX_VALUE = 2.0**360
@@ -195,7 +188,7 @@ class MetricStore:
         """Store the data of a PutMetricData request. Raise Fault and store nothing if a part of it
         is invalid."""
         now_s = self._clock.now_s()
-        fresh = [(_name(namespace, one), point) for one in data for point in _points(one, now_s)]
+        fresh = [(_name(namespace, datum), point) for datum in data for point in _points(datum, now_s)]
         for name, point in fresh:
             points = self._points.setdefault(name, [])
             points.append(point)
@@ -209,40 +202,40 @@ class MetricStore:
         tracking = policy.target_tracking_configuration
         if tracking is None or not tracking.customized_metric_specification:
             return None
-        wanted = json.loads(tracking.customized_metric_specification)
-        if "MetricName" not in wanted:
+        metric = json.loads(tracking.customized_metric_specification)
+        if "MetricName" not in metric:
             return None
         now_s = self._clock.now_s()
-        points = self._points.get(_name(wanted.get("Namespace", ""), wanted), [])
+        points = self._points.get(_name(metric.get("Namespace", ""), metric), [])
         fresh = [point for point in points if -PERIOD_S <= now_s - point.at_s <= MAX_POINT_AGE_S]
         if not fresh:
             return None
         newest_s = max(point.at_s for point in fresh)
-        statistic = _STATISTICS[wanted.get("Statistic", "Average")]
+        statistic = _STATISTICS[metric.get("Statistic", "Average")]
         return statistic([point for point in fresh if newest_s - point.at_s < PERIOD_S])
 
 
-def _name(namespace: str, told: Parameters) -> _Name:
-    dimensions = tuple(sorted((one["Name"], one["Value"]) for one in told.get("Dimensions", ())))
-    return namespace, told["MetricName"], dimensions
+def _name(namespace: str, metric: Parameters) -> _Name:
+    dimensions = tuple(sorted((item["Name"], item["Value"]) for item in metric.get("Dimensions", ())))
+    return namespace, metric["MetricName"], dimensions
 
 
-def _points(one: Parameters, now_s: float) -> Sequence[Point]:
-    at_s = one["Timestamp"].timestamp() if "Timestamp" in one else now_s
-    if "StatisticValues" in one:
-        told = one["StatisticValues"]
-        points = [Point(at_s, told["SampleCount"], told["Sum"], told["Minimum"], told["Maximum"])]
+def _points(datum: Parameters, now_s: float) -> Sequence[Point]:
+    at_s = datum["Timestamp"].timestamp() if "Timestamp" in datum else now_s
+    if "StatisticValues" in datum:
+        statistics = datum["StatisticValues"]
+        points = [Point(at_s, *(statistics[name] for name in ("SampleCount", "Sum", "Minimum", "Maximum")))]
     else:
-        values = one.get("Values") or [one[name] for name in ("Value",) if name in one]
-        counts = one.get("Counts") or [1.0] * len(values)
+        values = datum.get("Values") or [datum[name] for name in ("Value",) if name in datum]
+        counts = datum.get("Counts") or [1.0] * len(values)
         if len(counts) != len(values):
-            raise Fault("InvalidParameterValue", "Values and Counts must be equally many.")
+            raise Fault("InvalidParameterValue", "Values and Counts must have the same length.")
         points = [Point(at_s, n, v * n, v, v) for v, n in zip(values, counts, strict=True)]
     if not points or any(point.count <= 0 for point in points):
-        raise Fault("InvalidParameterValue", f"{one['MetricName']!r} comes without a value.")
+        raise Fault("InvalidParameterValue", f"{datum['MetricName']!r} has no value.")
     numbers = [n for p in points for n in (p.count, p.total / p.count, p.least, p.most)]
     if not all(abs(number) <= MAX_VALUE for number in numbers):
-        raise Fault("InvalidParameterValue", f"{one['MetricName']!r} is out of range.")
+        raise Fault("InvalidParameterValue", f"{datum['MetricName']!r} is out of range.")
     return points
 
 
@@ -250,22 +243,22 @@ class CloudWatch:
     """PutMetricData in the two protocols that clients use here: JSON and query."""
 
     def __init__(self, store: MetricStore) -> None:
-        async def act(operation: OperationModel, asked: Parameters) -> Mapping[str, Any]:
+        async def act(operation: OperationModel, parameters: Parameters) -> Mapping[str, Any]:
             if operation.name != "PutMetricData":
-                raise Fault("NotImplemented", f"{operation.name} is not served here.")
-            if "MetricData" not in asked:
+                raise Fault("NotImplemented", f"This endpoint does not support {operation.name}.")
+            if "MetricData" not in parameters:
                 raise invalid("The parameter MetricData is required.")
-            store.put(asked["Namespace"], asked["MetricData"])
+            store.put(parameters["Namespace"], parameters["MetricData"])
             return {}
 
         service = model("cloudwatch")
         self._json, self._query = JsonService(service, act), QueryService(service, act)
 
     async def answer(self, request: Request, request_id: str) -> Response:
-        return await self._spoken(request).answer(request, request_id)
+        return await self._protocol(request).answer(request, request_id)
 
     def refuse(self, request: Request, fault: Fault, request_id: str) -> Response:
-        return self._spoken(request).refuse(request, fault, request_id)
+        return self._protocol(request).refuse(request, fault, request_id)
 
-    def _spoken(self, request: Request) -> JsonService | QueryService:
+    def _protocol(self, request: Request) -> JsonService | QueryService:
         return self._query if request.header(TARGET) is None else self._json

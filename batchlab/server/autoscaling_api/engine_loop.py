@@ -1,9 +1,7 @@
-"""Loop of the Auto Scaling engine, and the HTTP server for it.
+"""Process that serves the API of EC2 Auto Scaling: the loop of the engine, and the HTTP server.
 
-Process that serves the API of EC2 Auto Scaling.
-
-Invariant: SIGTERM or SIGINT ends the process and its instances. The instances of a killed process
-stay, and the next process with the same state folder manages them.
+Invariant: SIGTERM or SIGINT ends the process and its instances. The instances of a killed process continue to run,
+and the next process with the same state folder manages them.
 """
 
 from __future__ import annotations
@@ -40,8 +38,7 @@ from batchlab.server.shutdown import end_instances, stop_by_signal
 log = logging.getLogger(__name__)
 
 TICK_S = 1.0
-"""Interval of the engine's ticks in seconds if no action or instance changes. Cooldowns and
-timeouts are whole seconds."""
+"""Interval of the engine's ticks in seconds while nothing changes. Cooldowns and timeouts are whole seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +59,11 @@ class AsgSettings:
     labels: Mapping[str, str] = field(default_factory=dict)
     """Additional labels of containers."""
     images: tuple[str, ...] = ()
-    """The only allowed images of containers. Such containers must not run as root. Empty: all
-    images are allowed."""
+    """Allowed images of containers, which must not run as root. If empty, all images and users are allowed."""
     scale: float = 1.0
     """Share of the processors and the memory of its instance type that a container gets."""
     metadata_port: int | None = None
-    """Port of the instances' metadata service on `host`. None: no metadata service runs."""
+    """Port of the instances' metadata service on `host`. With None, no metadata service runs."""
 
 
 @contextmanager
@@ -80,7 +76,7 @@ def locked(state: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise Refused(
-                f"Auto Scaling is served from {state} already.",
+                f"Another `batchlab asg serve` uses the folder {state}.",
                 remedy="End that server, or name another folder with --state.",
             ) from error
         yield
@@ -97,11 +93,8 @@ def application(
         "monitoring": CloudWatch(metrics),
         metadata.NAME: NoticeService(engine, changed.set),
     }
-    return App(services, "autoscaling", clock, _request_id, key=key)
-
-
-def _request_id() -> str:
-    return str(uuid.uuid4())  # noqa: TID251 - random, as on AWS
+    # Request ids are random, as on AWS.
+    return App(services, "autoscaling", clock, lambda: str(uuid.uuid4()), key=key)  # noqa: TID251 - see above
 
 
 async def run(
@@ -122,24 +115,24 @@ async def run(
 async def _keep(engine: AutoScaling, changed: asyncio.Event) -> None:
     """Tick about once per second, and at once when `changed` is set. Never return.
 
-    A failed tick is logged and repeated. Repetitions of the same failure are not logged. The loop
+    The loop logs a failed tick and repeats the tick. The loop does not log repetitions of the same failure. The loop
     must not end, because the end of this process ends every instance.
     """
-    failing = ""
+    last_failure = ""
     while True:
         changed.clear()
         try:
             await engine.tick()
             for notification in engine.take_notifications():
-                hook, way = notification.hook, f"{notification.origin} to {notification.destination}"
+                hook, change = notification.hook, f"{notification.origin} to {notification.destination}"
                 name, group = hook.lifecycle_hook_name, hook.auto_scaling_group_name
-                log.info("%s waits in hook %s of %s (%s)", notification.instance_id, name, group, way)
-            failing = ""
+                log.info("%s waits in hook %s of %s (%s)", notification.instance_id, name, group, change)
+            last_failure = ""
         except Exception as error:
-            if repr(error) != failing:
+            if repr(error) != last_failure:
                 trace = None if isinstance(error, BackendError) else error
-                log.warning("the groups cannot be kept in order: %s", error, exc_info=trace)
-            failing = repr(error)
+                log.warning("the engine's tick failed: %s", error, exc_info=trace)
+            last_failure = repr(error)
         await set_within(changed, TICK_S)
 
 
@@ -167,9 +160,7 @@ async def _serve(app: App, listener: socket.socket, stop: asyncio.Event) -> None
 
 
 def asg_main(settings: AsgSettings, on_up: Callable[[str], None]) -> None:
-    """Serve Auto Scaling until SIGTERM or SIGINT, then end the instances. `on_up` is called with
-    the URL. The instances of a killed server stay, and the next server with the same state manages
-    them."""
+    """Serve Auto Scaling until SIGTERM or SIGINT, then end the instances. `on_up` is called with the URL."""
     logs.set_up(service="asg")
     with locked(settings.state):
         asyncio.run(_serve_asg(settings, on_up))

@@ -1,6 +1,6 @@
-"""Actions on groups, instances, and tags.
+"""Actions on groups, instances, and tags, and the request that an action receives.
 
-`Call` is the request that an action receives. Each action calls one method of the engine.
+Most actions only pass their parameters to the engine. `forward` creates such an action from parameter names.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from botocore.model import OperationModel, StructureShape
 
 from batchlab.fleet.api_types import GroupConfig, GroupDetails, InstanceDetails, LifecycleHook, Tag
 from batchlab.fleet.autoscaling import AutoScaling
-from batchlab.server.autoscaling_api import parameters
 from batchlab.server.autoscaling_api.app import invalid
 from batchlab.server.autoscaling_api.parameters import (
     MAX_ITEMS,
@@ -31,6 +30,11 @@ T = TypeVar("T")
 Answer = dict[str, Any]
 Action = Callable[["Call"], Answer]
 
+GROUP_NAME = "AutoScalingGroupName"
+MAX_INSTANCES = 50
+_ENGINE_NAMES = {GROUP_NAME: "name"}
+"""Parameters whose name in the engine is not AWS's name in snake case."""
+
 
 @dataclass(frozen=True, slots=True)
 class Call:
@@ -38,20 +42,24 @@ class Call:
 
     engine: AutoScaling
     operation: OperationModel
-    asked: Parameters
+    parameters: Parameters
 
     @property
     def group(self) -> str:
         """Return the group's name. The model requires this parameter."""
-        return str(self.asked["AutoScalingGroupName"])
+        return str(self.parameters[GROUP_NAME])
 
-    def some(self, *names: str) -> dict[str, Any]:
-        """Return the given ones of these parameters, by the engine's names."""
-        return {xform_name(name): self.asked[name] for name in names if name in self.asked}
+    def optional(self, *names: str) -> dict[str, Any]:
+        """Return those of the parameters that the request contains, by the engine's names."""
+        return {
+            _ENGINE_NAMES.get(name, xform_name(name)): self.parameters[name]
+            for name in names
+            if name in self.parameters
+        }
 
     def answer(self, member: str, value: Any) -> Answer:
         """Return an answer with this member only."""
-        return {member: parameters.to_answer(self._shape(member), value)}
+        return {member: to_answer(self._shape(member), value)}
 
     def paged(
         self,
@@ -60,13 +68,12 @@ class Call:
         key: Callable[[T], str],
         *,
         most: int = MAX_ITEMS,
-        tell: Callable[[StructureShape, T], Answer] = parameters.to_answer,
+        convert: Callable[[StructureShape, T], Answer] = to_answer,
     ) -> Answer:
-        """Return one page of `items` as an answer. `tell` converts an item into an entry of the
-        answer."""
-        found, following = page(items, self.asked, key, most=most)
+        """Return one page of `items` as an answer. `convert` returns the entry of the answer for an item."""
+        found, following = page(items, self.parameters, key, most=most)
         entry = self._shape(member).member
-        return {member: [tell(entry, one) for one in found], **following}
+        return {member: [convert(entry, item) for item in found], **following}
 
     def _shape(self, member: str) -> Any:
         shape = self.operation.output_shape
@@ -75,79 +82,87 @@ class Call:
         return shape.members[member]
 
 
+def forward(*positional: str, optional: Sequence[str] = (), answer: str = "") -> Action:
+    """Return an action that calls the engine's method with the name of the operation.
+
+    The engine gets the parameters `positional` as positional arguments, and those of `optional` that the request
+    contains as keyword arguments. `answer` is the member of the answer that has the method's result.
+    """
+
+    def action(call: Call) -> Answer:
+        if len(call.parameters.get("InstanceIds", ())) > MAX_INSTANCES:
+            raise invalid(f"At most {MAX_INSTANCES} instances may be named at a time.")
+        method = getattr(call.engine, xform_name(call.operation.name))
+        # Only lists are positional and may be omitted.
+        arguments = [call.parameters.get(name, ()) for name in positional]
+        result = method(*arguments, **call.optional(*optional))
+        return call.answer(answer, result) if answer else {}
+
+    return action
+
+
 def matching(call: Call, items: Sequence[T], names: Mapping[str, Callable[[T], Sequence[str]]]) -> Sequence[T]:
     """Return the items that match all filters of the request. An item matches a filter if one of
     the filter's values is among the values that `names` returns for it. A filter named `tag:KEY`
     uses the entry "tag:" of `names`, and its values have the form `KEY=value`."""
-    for one in call.asked.get("Filters", ()):
-        name, wanted = one.get("Name", ""), set(one.get("Values", ()))
+    for condition in call.parameters.get("Filters", ()):
+        name, wanted = condition.get("Name", ""), set(condition.get("Values", ()))
         if name.startswith("tag:"):
             name, wanted = "tag:", {f"{name.removeprefix('tag:')}={value}" for value in wanted}
         if name not in names:
-            allowed = " ".join(sorted(known.replace("tag:", "tag:<key>") for known in names))
+            allowed = " ".join(sorted(key.replace("tag:", "tag:<key>") for key in names))
             raise invalid(f"Filter type {name} is not correct. Allowed Filter types are: {allowed}")
-        found = names[name]
-        items = [item for item in items if wanted & set(found(item))]
+        values = names[name]
+        items = [item for item in items if wanted & set(values(item))]
     return items
 
 
 GROUP = "auto-scaling-group"
-MAX_INSTANCES = 50
 _NOT_CONFIG = {"DesiredCapacity", "LifecycleHookSpecificationList", "Tags"}
 
 
 def create(call: Call) -> Answer:
-    asked = call.asked
-    if "InstanceId" in asked:
-        raise invalid("A group is not made from an instance here: name a launch template.")
+    parameters = call.parameters
+    if "InstanceId" in parameters:
+        raise invalid("This endpoint cannot create a group from an instance. Use a launch template.")
     hooks = [
         parse_into(LifecycleHook, hook, auto_scaling_group_name=call.group)
-        for hook in asked.get("LifecycleHookSpecificationList", ())
+        for hook in parameters.get("LifecycleHookSpecificationList", ())
     ]
     call.engine.create_auto_scaling_group(
-        parse_into(GroupConfig, asked, passive=_passive(other_parameters(GroupConfig, asked))),
-        desired_capacity=asked.get("DesiredCapacity"),
-        tags=[parse_into(Tag, tag) for tag in asked.get("Tags", ())],
+        parse_into(GroupConfig, parameters, passive=_passive(other_parameters(GroupConfig, parameters))),
+        desired_capacity=parameters.get("DesiredCapacity"),
+        tags=[parse_into(Tag, tag) for tag in parameters.get("Tags", ())],
         lifecycle_hooks=hooks,
     )
     return {}
 
 
 def update(call: Call) -> Answer:
-    changes = fields(GroupConfig, call.asked)
+    changes = fields(GroupConfig, call.parameters)
     del changes["auto_scaling_group_name"]
-    if passive := _passive(other_parameters(GroupConfig, call.asked)):
-        changes["passive"] = _merged(_one(call, call.group), passive)
-    desired = call.asked.get("DesiredCapacity")
+    if passive := _passive(other_parameters(GroupConfig, call.parameters)):
+        changes["passive"] = tuple({**dict(_group_of(call, call.group).config.passive), **dict(passive)}.items())
+    desired = call.parameters.get("DesiredCapacity")
     call.engine.update_auto_scaling_group(call.group, changes, desired_capacity=desired)
     return {}
 
 
-def _passive(asked: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    return tuple((name, json.dumps(value)) for name, value in asked.items() if name not in _NOT_CONFIG)
+def _passive(parameters: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    return tuple((name, json.dumps(value)) for name, value in parameters.items() if name not in _NOT_CONFIG)
 
 
-def _merged(group: GroupDetails, new: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
-    return tuple({**dict(group.config.passive), **dict(new)}.items())
-
-
-def _one(call: Call, name: str) -> GroupDetails:
-    group_detailses = call.engine.describe_auto_scaling_groups([name])
-    if not group_detailses:
+def _group_of(call: Call, name: str) -> GroupDetails:
+    groups = call.engine.describe_auto_scaling_groups([name])
+    if not groups:
         raise invalid("AutoScalingGroup name not found - null")
-    return group_detailses[0]
-
-
-def delete(call: Call) -> Answer:
-    force = call.asked.get("ForceDelete", False)
-    call.engine.delete_auto_scaling_group(call.group, force_delete=force)
-    return {}
+    return groups[0]
 
 
 def describe(call: Call) -> Answer:
-    groups = call.engine.describe_auto_scaling_groups(call.asked.get("AutoScalingGroupNames", ()))
-    answer = call.paged("AutoScalingGroups", matching(call, groups, _FILTERS), name_of, tell=_group)
-    if not call.asked.get("IncludeInstances", True):
+    groups = call.engine.describe_auto_scaling_groups(call.parameters.get("AutoScalingGroupNames", ()))
+    answer = call.paged("AutoScalingGroups", matching(call, groups, _FILTERS), name_of, convert=_group)
+    if not call.parameters.get("IncludeInstances", True):
         for group in answer["AutoScalingGroups"]:
             group["Instances"] = []
     return answer
@@ -166,9 +181,8 @@ def name_of(group: GroupDetails) -> str:
 
 def _group(shape: StructureShape, group: GroupDetails) -> dict[str, Any]:
     passive = {name: json.loads(text) for name, text in group.config.passive}
-    known = {name: value for name, value in passive.items() if name in shape.members}
     return {
-        **known,
+        **{name: value for name, value in passive.items() if name in shape.members},
         **to_answer(shape, group.config),
         **to_answer(shape, group),
         "Tags": [_tag(name_of(group), tag) for tag in group.tags],
@@ -188,96 +202,27 @@ def _tag(group: str, tag: Tag) -> dict[str, Any]:
     }
 
 
-# --- Capacity and processes -----------------------------------------------------------------------
-
-
-def set_desired_capacity(call: Call) -> Answer:
-    call.engine.set_desired_capacity(call.group, call.asked["DesiredCapacity"], **call.some("HonorCooldown"))
-    return {}
-
-
-def suspend_processes(call: Call) -> Answer:
-    call.engine.suspend_processes(call.group, call.asked.get("ScalingProcesses", ()))
-    return {}
-
-
-def resume_processes(call: Call) -> Answer:
-    call.engine.resume_processes(call.group, call.asked.get("ScalingProcesses", ()))
-    return {}
+# --- Activities and instances ----------------------------------------------------------------------
 
 
 def describe_activities(call: Call) -> Answer:
     activities = call.engine.describe_scaling_activities(
-        call.asked.get("AutoScalingGroupName"), **call.some("ActivityIds")
+        call.parameters.get("AutoScalingGroupName"), **call.optional("ActivityIds")
     )
     activities = matching(call, activities, {"Status": lambda activity: [activity.status_code]})
     return call.paged("Activities", activities, lambda activity: activity.activity_id)
 
 
-# --- Instances ------------------------------------------------------------------------------------
-
-
 def describe_instances(call: Call) -> Answer:
-    instance_detailses = call.engine.describe_auto_scaling_instances(call.asked.get("InstanceIds", ()))
+    instances = call.engine.describe_auto_scaling_instances(call.parameters.get("InstanceIds", ()))
     return call.paged(
-        "AutoScalingInstances",
-        instance_detailses,
-        lambda instance: instance.instance_id,
-        most=MAX_INSTANCES,
-        tell=_instance,
+        "AutoScalingInstances", instances, lambda instance: instance.instance_id, most=MAX_INSTANCES, convert=_instance
     )
 
 
 def _instance(shape: StructureShape, instance: InstanceDetails) -> dict[str, Any]:
     # AWS writes this value in capitals here, but not in DescribeAutoScalingGroups.
     return {**to_answer(shape, instance), "HealthStatus": instance.health_status.upper()}
-
-
-def terminate(call: Call) -> Answer:
-    activity = call.engine.terminate_instance_in_auto_scaling_group(
-        call.asked["InstanceId"], **call.some("ShouldDecrementDesiredCapacity")
-    )
-    return call.answer("Activity", activity)
-
-
-def set_health(call: Call) -> Answer:
-    call.engine.set_instance_health(
-        call.asked["InstanceId"], call.asked["HealthStatus"], **call.some("ShouldRespectGracePeriod")
-    )
-    return {}
-
-
-def set_protection(call: Call) -> Answer:
-    call.engine.set_instance_protection(call.group, _instances(call), **call.some("ProtectedFromScaleIn"))
-    return {}
-
-
-def enter_standby(call: Call) -> Answer:
-    activities = call.engine.enter_standby(call.group, _instances(call), **call.some("ShouldDecrementDesiredCapacity"))
-    return call.answer("Activities", activities)
-
-
-def exit_standby(call: Call) -> Answer:
-    return call.answer("Activities", call.engine.exit_standby(call.group, _instances(call)))
-
-
-def attach(call: Call) -> Answer:
-    call.engine.attach_instances(call.group, _instances(call))
-    return {}
-
-
-def detach(call: Call) -> Answer:
-    activities = call.engine.detach_instances(
-        call.group, _instances(call), **call.some("ShouldDecrementDesiredCapacity")
-    )
-    return call.answer("Activities", activities)
-
-
-def _instances(call: Call) -> Sequence[str]:
-    instances: Sequence[str] = call.asked.get("InstanceIds", ())
-    if len(instances) > MAX_INSTANCES:
-        raise invalid(f"At most {MAX_INSTANCES} instances may be named at a time.")
-    return instances
 
 
 # --- Tags -----------------------------------------------------------------------------------------
@@ -296,20 +241,20 @@ def delete_tags(call: Call) -> Answer:
 
 
 def _by_group(call: Call) -> Mapping[str, Sequence[Mapping[str, Any]]]:
-    found: dict[str, list[Mapping[str, Any]]] = {}
-    for tag in call.asked["Tags"]:
+    tags: dict[str, list[Mapping[str, Any]]] = {}
+    for tag in call.parameters["Tags"]:
         if tag.get("ResourceType") != GROUP or not tag.get("ResourceId"):
             raise invalid(f"A tag must have a ResourceId, and {GROUP} for its ResourceType.")
-        found.setdefault(tag["ResourceId"], []).append(tag)
-    for group in found:
-        _one(call, group)
-    return found
+        tags.setdefault(tag["ResourceId"], []).append(tag)
+    for group in tags:
+        _group_of(call, group)
+    return tags
 
 
 def describe_tags(call: Call) -> Answer:
     pairs = [_tag(name_of(group), tag) for group in call.engine.describe_auto_scaling_groups() for tag in group.tags]
     pairs = list(matching(call, pairs, _TAG_FILTERS))
-    return call.paged("Tags", pairs, lambda tag: f"{tag['ResourceId']} {tag['Key']}", tell=lambda _, tag: tag)
+    return call.paged("Tags", pairs, lambda tag: f"{tag['ResourceId']} {tag['Key']}", convert=lambda _, tag: tag)
 
 
 _TAG_FILTERS: Mapping[str, Callable[[dict[str, Any]], Sequence[str]]] = {
@@ -319,24 +264,25 @@ _TAG_FILTERS: Mapping[str, Callable[[dict[str, Any]], Sequence[str]]] = {
     "propagate-at-launch": lambda tag: ["true" if tag["PropagateAtLaunch"] else "false"],
 }
 
+_DECREMENT = "ShouldDecrementDesiredCapacity"
 ACTIONS: Mapping[str, Action] = {
-    "AttachInstances": attach,
+    "AttachInstances": forward(GROUP_NAME, "InstanceIds"),
     "CreateAutoScalingGroup": create,
     "CreateOrUpdateTags": put_tags,
-    "DeleteAutoScalingGroup": delete,
+    "DeleteAutoScalingGroup": forward(GROUP_NAME, optional=["ForceDelete"]),
     "DeleteTags": delete_tags,
     "DescribeAutoScalingGroups": describe,
     "DescribeAutoScalingInstances": describe_instances,
     "DescribeScalingActivities": describe_activities,
     "DescribeTags": describe_tags,
-    "DetachInstances": detach,
-    "EnterStandby": enter_standby,
-    "ExitStandby": exit_standby,
-    "ResumeProcesses": resume_processes,
-    "SetDesiredCapacity": set_desired_capacity,
-    "SetInstanceHealth": set_health,
-    "SetInstanceProtection": set_protection,
-    "SuspendProcesses": suspend_processes,
-    "TerminateInstanceInAutoScalingGroup": terminate,
+    "DetachInstances": forward(GROUP_NAME, "InstanceIds", optional=[_DECREMENT], answer="Activities"),
+    "EnterStandby": forward(GROUP_NAME, "InstanceIds", optional=[_DECREMENT], answer="Activities"),
+    "ExitStandby": forward(GROUP_NAME, "InstanceIds", answer="Activities"),
+    "ResumeProcesses": forward(GROUP_NAME, "ScalingProcesses"),
+    "SetDesiredCapacity": forward(GROUP_NAME, "DesiredCapacity", optional=["HonorCooldown"]),
+    "SetInstanceHealth": forward("InstanceId", "HealthStatus", optional=["ShouldRespectGracePeriod"]),
+    "SetInstanceProtection": forward(GROUP_NAME, "InstanceIds", optional=["ProtectedFromScaleIn"]),
+    "SuspendProcesses": forward(GROUP_NAME, "ScalingProcesses"),
+    "TerminateInstanceInAutoScalingGroup": forward("InstanceId", optional=[_DECREMENT], answer="Activity"),
     "UpdateAutoScalingGroup": update,
 }

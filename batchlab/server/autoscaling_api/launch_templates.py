@@ -31,8 +31,8 @@ from batchlab.core.model import Market, Pool
 from batchlab.fleet.api_types import LaunchTemplate, Template, ValidationError
 
 VARIABLE = "BATCHLAB_LAUNCH_TEMPLATE"
-"""Environment variable of an instance with its launch template and version, such as `worker:1`. A
-launcher reads from it the fields of the template that the engine does not know."""
+"""Environment variable of an instance with its launch template and version, such as `worker:1`. A launcher uses the
+variable to find the fields of the template that the engine does not know."""
 
 MAX_USER_DATA = 16 * 1024
 """Limit of user data in bytes, before base64."""
@@ -45,12 +45,12 @@ _UNKNOWN = "You must use a valid fully-formed launch template. The specified lau
 
 def _decoded(text: str) -> str:
     try:
-        found = base64.b64decode(text, validate=True)
-        if len(found) > MAX_USER_DATA:
-            raise ValueError(f"{len(found)} bytes of user data, and EC2 takes {MAX_USER_DATA}")
-        return found.decode()
+        data = base64.b64decode(text, validate=True)
+        if len(data) > MAX_USER_DATA:
+            raise ValueError(f"{len(data)} bytes of user data, but EC2 accepts at most {MAX_USER_DATA}")
+        return data.decode()
     except (binascii.Error, UnicodeDecodeError) as error:
-        raise ValueError("not text in base64") from error
+        raise ValueError("the user data is not base64-encoded text") from error
 
 
 class _Strict(BaseModel):
@@ -58,7 +58,7 @@ class _Strict(BaseModel):
 
 
 class Role(_Strict):
-    """Role of an instance, with the keys that its instances get."""
+    """Role with the access keys that its instances get."""
 
     name: Annotated[str, Field(pattern=r"^[\w+=,.@-]{1,64}$")]
     access_key: str
@@ -67,7 +67,7 @@ class Role(_Strict):
 
 
 class Version(_Strict):
-    """One version of a template, as it is written in the file."""
+    """One version of a template in the file."""
 
     command: tuple[str, ...] = ()
     """Command of an instance that is a process. {instance}, {group}, and {slots} are replaced."""
@@ -86,18 +86,17 @@ class Version(_Strict):
     """Whether the image boots an init system, as a machine does, and gets the privileges of a
     machine."""
     user_data: Annotated[str, AfterValidator(_decoded)] = ""
-    """User data that the metadata service returns. The file contains it in base64, as EC2 does.
-    This field is decoded."""
+    """Decoded user data, which the metadata service returns. The file contains base64, as EC2 requires."""
     role: Role | None = None
     """Role whose credentials the metadata service returns."""
 
 
-class _Named(_Strict):
+class _Template(_Strict):
     default: Annotated[int, Field(ge=1)] = 1
     version: Annotated[tuple[Version, ...], Field(min_length=1)]
 
 
-_FILE = TypeAdapter(dict[Annotated[str, Field(pattern=r"^[a-zA-Z0-9().\-/_]{3,128}$")], _Named])
+_FILE = TypeAdapter(dict[Annotated[str, Field(pattern=r"^[a-zA-Z0-9().\-/_]{3,128}$")], _Template])
 
 
 def template_id(name: str) -> str:
@@ -106,17 +105,15 @@ def template_id(name: str) -> str:
 
 
 class TemplateFile:
-    """Implementation of the Templates port on a file, with the fields that a launcher needs in
-    addition."""
+    """Implementation of the Templates port on a file. Launchers also read their own fields from the file."""
 
     def __init__(self, path: Path, images: Collection[str] = ()) -> None:
-        """Raise UsageError if the file cannot be read. With `images`, a version is refused unless
-        its image is one of them, its user is not root, and it does not have the privileges of a
-        machine."""
+        """Raise UsageError if the file cannot be read. With `images`, a version must use one of these images, a user
+        other than root, and no `system`."""
         self._path = path
         self._images = frozenset(images)
         self._stamp = (0, 0)
-        self._named: Mapping[str, _Named] = {}
+        self._templates: Mapping[str, _Template] = {}
         self._read()
 
     def template(self, reference: LaunchTemplate) -> Template:
@@ -133,61 +130,66 @@ class TemplateFile:
         )
 
     def launch_configuration(self, name: str) -> Template:
-        """Raise ValidationError: launch configurations do not exist here. AWS accepts no new ones
-        either."""
+        """Raise ValidationError, because the endpoint does not support launch configurations. AWS does not accept
+        new ones either."""
         raise ValidationError(f"Launch configuration name not found - {name}")
 
     def argv(self, pool: Pool, instance: str) -> Sequence[str]:
         """Return the command of the template from which the pool's instance is launched."""
-        told = {"{instance}": instance, "{group}": pool.name, "{slots}": str(pool.slots)}
-        return [_filled(word, told) for word in self.launched(pool).command]
+        values = {"{instance}": instance, "{group}": pool.name, "{slots}": str(pool.slots)}
+
+        def filled(word: str) -> str:
+            for name, value in values.items():
+                word = word.replace(name, value)
+            return word
+
+        return [filled(word) for word in self.launched(pool).command]
 
     def launched(self, pool: Pool) -> Version:
         """Return the version from which an instance of the pool is launched."""
-        self._look()
+        self._refresh()
         name, _, number = dict(pool.env)[VARIABLE].rpartition(":")
         return self._version(name, int(number))
 
     def referred(self, reference: LaunchTemplate) -> Version:
         """Return the referenced version. Raise ValidationError if it does not exist."""
-        self._look()
+        self._refresh()
         name = self._name(reference)
         return self._version(name, self._number(name, reference.version))
 
     def _version(self, name: str, number: int) -> Version:
-        version = self._named[name].version[number - 1]
+        version = self._templates[name].version[number - 1]
         is_plain = _PLAIN_USER.fullmatch(version.user) and not version.system
         if self._images and (version.image not in self._images or not is_plain):
             raise ValidationError(
-                f"This endpoint does not launch version {number} of template {name}: its image, "
-                "user, or system is not allowed here. `asg serve --image` names the images."
+                f"This endpoint does not launch version {number} of template {name}, because its image, user, or "
+                "system is not allowed. `asg serve --image` sets the allowed images."
             )
         return version
 
     def _name(self, reference: LaunchTemplate) -> str:
         if name := reference.launch_template_name:
-            if name in self._named:
+            if name in self._templates:
                 return name
             raise ValidationError(f"{_UNKNOWN} template name {name}, does not exist.")
-        wanted = reference.launch_template_id
-        for name in self._named:
-            if template_id(name) == wanted:
+        id_ = reference.launch_template_id
+        for name in self._templates:
+            if template_id(name) == id_:
                 return name
-        raise ValidationError(f"{_UNKNOWN} template ID {wanted}, does not exist.")
+        raise ValidationError(f"{_UNKNOWN} template ID {id_}, does not exist.")
 
     def _number(self, name: str, version: str) -> int:
-        named = self._named[name]
+        template = self._templates[name]
         if version in ("", "$Default"):
-            return named.default
+            return template.default
         if version == "$Latest":
-            return len(named.version)
-        if version.isdecimal() and 1 <= int(version) <= len(named.version):
+            return len(template.version)
+        if version.isdecimal() and 1 <= int(version) <= len(template.version):
             return int(version)
         raise ValidationError(f"{_UNKNOWN} template name {name} and version {version}, does not exist.")
 
-    def _look(self) -> None:
-        """Read the file again if it has changed. Raise ValidationError if it is invalid or
-        missing."""
+    def _refresh(self) -> None:
+        """Read the file again if the file has changed. Raise ValidationError if the file is invalid or missing."""
         try:
             if self._stamp_now() != self._stamp:
                 self._read()
@@ -195,35 +197,29 @@ class TemplateFile:
             raise ValidationError(str(error)) from error
 
     def _stamp_now(self) -> tuple[int, int]:
-        found = self._path.stat()
-        return found.st_mtime_ns, found.st_size
+        stat = self._path.stat()
+        return stat.st_mtime_ns, stat.st_size
 
     def _read(self) -> None:
         try:
             stamp = self._stamp_now()
-            named = _FILE.validate_python(tomllib.loads(self._path.read_text("utf-8")))
+            templates = _FILE.validate_python(tomllib.loads(self._path.read_text("utf-8")))
         except OSError as error:
             raise UsageError(
-                f"{self._path} cannot be read: {error.strerror}.", remedy="Name a file that is there and can be read."
+                f"{self._path} cannot be read: {error.strerror}.", remedy="Name an existing file that can be read."
             ) from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise UsageError(f"{self._path} is not TOML: {error}.", remedy="Put that line right.") from error
+            raise UsageError(f"{self._path} is not TOML: {error}.", remedy="Correct that line.") from error
         except Malformed as error:
             first = error.errors()[0]
             place = ".".join(str(step) for step in first["loc"])
             raise UsageError(
                 f"{self._path}: {place}: {first['msg']}.", remedy="docs/asg-endpoint.md shows the form of the file."
             ) from error
-        for name, one in named.items():
-            if one.default > len(one.version):
+        for name, template in templates.items():
+            if template.default > len(template.version):
                 raise UsageError(
-                    f"{self._path}: {name} has no version {one.default}.",
-                    remedy="Name a version that it has as its default.",
+                    f"{self._path}: {name} has no version {template.default}.",
+                    remedy="Set `default` to an existing version.",
                 )
-        self._stamp, self._named = stamp, named
-
-
-def _filled(word: str, told: Mapping[str, str]) -> str:
-    for name, text in told.items():
-        word = word.replace(name, text)
-    return word
+        self._stamp, self._templates = stamp, templates

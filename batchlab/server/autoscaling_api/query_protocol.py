@@ -1,8 +1,7 @@
 """Server side of AWS's query protocol: a form as the request, and XML as the answer.
 
-Invariant: the service model drives this module, which does not contain code for individual actions.
-For every operation, `parse` reads the output of botocore's serializer, and botocore's parser reads
-the output of `result`.
+Invariant: the module reads the service model, and contains no code for individual actions. For every operation,
+`parse` reads the output of botocore's serializer, and botocore's parser reads the output of `result`.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ from xml.sax.saxutils import escape
 from botocore.loaders import Loader
 from botocore.model import ListShape, MapShape, OperationModel, ServiceModel, Shape, StructureShape
 
-from batchlab.server.autoscaling_api import parameters
 from batchlab.server.autoscaling_api.app import Fault, Faults, FaultStatus, Request, Response, input_errors
+from batchlab.server.autoscaling_api.parameters import check
 
 MAX_FIELDS = 10_000
 MAX_DEPTH = 32
@@ -33,8 +32,7 @@ _NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
 
 @dataclass(slots=True)
 class _Node:
-    """Fields with a common prefix: the text of the field whose name ends here, and the other fields
-    by the next step of their names."""
+    """Node in the tree of field names: the text of the field with this name, and the fields below the name."""
 
     text: str | None = None
     parts: dict[str, _Node] = field(default_factory=dict)
@@ -50,18 +48,15 @@ def parse(service: ServiceModel, form: str) -> tuple[OperationModel, dict[str, A
         fields = dict(parse_qsl(form, keep_blank_values=True, max_num_fields=MAX_FIELDS, errors="strict"))
     except ValueError as error:
         raise Fault("MalformedQueryString", "The query string cannot be read.") from error
-    operation = _operation(service, fields.pop("Action", ""), fields.pop("Version", ""))
-    if not isinstance(operation.input_shape, StructureShape):
-        return operation, {}
-    return operation, _structure(operation.input_shape, _tree(fields), "") or {}
-
-
-def _operation(service: ServiceModel, action: str, version: str) -> OperationModel:
+    action, version = fields.pop("Action", ""), fields.pop("Version", "")
     if not action:
         raise Fault("MissingAction", "The request has no action.")
     if action not in service.operation_names or version != service.api_version:
         raise Fault("InvalidAction", f"Could not find operation {action} for version {version or 'NO_VERSION'}")
-    return service.operation_model(action)
+    operation = service.operation_model(action)
+    if not isinstance(operation.input_shape, StructureShape):
+        return operation, {}
+    return operation, _structure(operation.input_shape, _tree(fields), "") or {}
 
 
 def _tree(fields: Mapping[str, str]) -> _Node:
@@ -114,8 +109,8 @@ def _list(shape: ListShape, node: _Node, path: str) -> list[Any] | None:
     found = [_value(shape.member, entry, path) for entry in _numbered(entries, path)]
     if isinstance(shape.member, StructureShape):
         found = [value or {} for value in found]
-    told = [value for value in found if value is not None]
-    return told if told or node.text is not None else None
+    sent = [value for value in found if value is not None]
+    return sent if sent or node.text is not None else None
 
 
 def _map(shape: MapShape, node: _Node, path: str) -> dict[str, Any] | None:
@@ -176,18 +171,16 @@ def result(operation: OperationModel, answer: Mapping[str, Any], request_id: str
         if wrapper := shape.serialization.get("resultWrapper"):
             inner = f"<{wrapper}>{inner}</{wrapper}>"
     elif answer:
-        raise ValueError(f"{name} has no answer, and was given {sorted(answer)}")
-    told = f"<ResponseMetadata><RequestId>{request_id}</RequestId></ResponseMetadata>"
-    return _document(f"{name}Response", operation.service_model, inner + told)
+        raise ValueError(f"{name} has an empty answer in the model, but got the members {sorted(answer)}")
+    metadata = f"<ResponseMetadata><RequestId>{request_id}</RequestId></ResponseMetadata>"
+    return _document(f"{name}Response", operation.service_model, inner + metadata)
 
 
-def refusal(service: ServiceModel, fault: Fault, blame: FaultStatus, request_id: str) -> bytes:
+def refusal(service: ServiceModel, fault: Fault, status: FaultStatus, request_id: str) -> bytes:
     """Return the body of an error answer."""
-    kind = "Sender" if blame.is_senders else "Receiver"
-    error = f"<Type>{kind}</Type><Code>{_text(fault.code)}</Code>"
-    error += f"<Message>{_text(fault.message)}</Message>"
-    told = f"<RequestId>{request_id}</RequestId>"
-    return _document("ErrorResponse", service, f"<Error>{error}</Error>{told}")
+    kind = "Sender" if status.is_senders else "Receiver"
+    error = f"<Type>{kind}</Type><Code>{_text(fault.code)}</Code><Message>{_text(fault.message)}</Message>"
+    return _document("ErrorResponse", service, f"<Error>{error}</Error><RequestId>{request_id}</RequestId>")
 
 
 def _document(root: str, service: ServiceModel, inner: str) -> bytes:
@@ -196,17 +189,16 @@ def _document(root: str, service: ServiceModel, inner: str) -> bytes:
 
 
 def _element(name: str, shape: Shape, value: Any) -> str:
-    """Return `value` as one element with this name, or as several elements for a flattened list or
-    map."""
+    """Return `value` as an element with this name. A flattened list or map becomes several elements."""
     flattened = bool(shape.serialization.get("flattened"))
     if isinstance(shape, ListShape):
         own = shape.member.serialization.get("name")
         if flattened:
-            return "".join(_element(own or name, shape.member, one) for one in value)
-        inner = "".join(_element(own or "member", shape.member, one) for one in value)
+            return "".join(_element(own or name, shape.member, item) for item in value)
+        inner = "".join(_element(own or "member", shape.member, item) for item in value)
     elif isinstance(shape, MapShape):
         entry = name if flattened else "entry"
-        inner = "".join(f"<{entry}>{one}</{entry}>" for one in _entries(shape, value))
+        inner = "".join(f"<{entry}>{pair}</{entry}>" for pair in _entries(shape, value))
         if flattened:
             return inner
     else:
@@ -217,8 +209,8 @@ def _element(name: str, shape: Shape, value: Any) -> str:
 def _entries(shape: MapShape, value: Mapping[str, Any]) -> Iterable[str]:
     key_name = shape.key.serialization.get("name", "key")
     value_name = shape.value.serialization.get("name", "value")
-    for key, one in value.items():
-        yield _element(key_name, shape.key, key) + _element(value_name, shape.value, one)
+    for key, item in value.items():
+        yield _element(key_name, shape.key, key) + _element(value_name, shape.value, item)
 
 
 def _written(shape: Shape, value: Any) -> str:
@@ -234,20 +226,20 @@ def _written(shape: Shape, value: Any) -> str:
             return base64.b64encode(value).decode()
         case "string":
             if not isinstance(value, str):
-                raise ValueError(f"{shape.name} is a string, and was given {value!r}")
+                raise ValueError(f"{shape.name} must be a string, but is {value!r}")
     return _text(str(value))
 
 
 def _members(shape: StructureShape, answer: Mapping[str, Any]) -> str:
-    given = {name: value for name, value in answer.items() if value is not None}
-    unknown = given.keys() - shape.members.keys()
-    missing = set(shape.required_members) - given.keys()
+    members = {name: value for name, value in answer.items() if value is not None}
+    unknown = members.keys() - shape.members.keys()
+    missing = set(shape.required_members) - members.keys()
     if unknown or missing:
         raise ValueError(f"{shape.name}: unknown {sorted(unknown)}, missing {sorted(missing)}")
     return "".join(
-        _element(member.serialization.get("name", name), member, given[name])
+        _element(member.serialization.get("name", name), member, members[name])
         for name, member in shape.members.items()
-        if name in given
+        if name in members
     )
 
 
@@ -257,7 +249,7 @@ def _text(text: str) -> str:
 
 
 Act = Callable[[OperationModel, Mapping[str, Any]], Awaitable[Mapping[str, Any]]]
-"""Performs an operation with checked parameters. Raises Fault if it cannot."""
+"""Function that performs an operation with checked parameters. The function raises Fault if the operation fails."""
 
 
 @cache
@@ -267,8 +259,7 @@ def model(name: str) -> ServiceModel:
 
 
 class QueryService:
-    """Service over the query protocol: it parses and checks a request, calls `act`, and writes the
-    result."""
+    """AWS service with the query protocol: the service parses and checks a request, and calls `act`."""
 
     def __init__(self, service: ServiceModel, act: Act) -> None:
         self._service = service
@@ -276,18 +267,15 @@ class QueryService:
         self._act = act
 
     async def answer(self, request: Request, request_id: str) -> Response:
-        operation, asked = parse(self._service, _form(request))
-        parameters.check(operation, asked)
-        answer = await self._act(operation, asked)
+        try:
+            form = request.body.decode("ascii")
+        except UnicodeDecodeError as error:
+            raise Fault("MalformedQueryString", "The request is not a form.") from error
+        operation, parameters = parse(self._service, form)
+        check(operation, parameters)
+        answer = await self._act(operation, parameters)
         return Response(200, result(operation, answer, request_id))
 
     def refuse(self, _: Request, fault: Fault, request_id: str) -> Response:
-        blame = self._faults.blame(fault)
-        return Response(blame.status, refusal(self._service, fault, blame, request_id))
-
-
-def _form(request: Request) -> str:
-    try:
-        return request.body.decode("ascii")
-    except UnicodeDecodeError as error:
-        raise Fault("MalformedQueryString", "The request is not a form.") from error
+        status = self._faults.status(fault)
+        return Response(status.status, refusal(self._service, fault, status, request_id))

@@ -1,7 +1,6 @@
 """HTTP API of the manager: JSON below /v1, described at /openapi.json.
 
-Invariant: the endpoints contain no business rules. A request calls the manager once, and the answer
-is one view.
+Invariant: the endpoints contain no business rules. An endpoint calls the manager and returns a view of the result.
 """
 
 from __future__ import annotations
@@ -37,30 +36,30 @@ def create_app(
     sessions: SessionStore | None = None,
     hosts: Iterable[str] = (),
 ) -> tuple[FastAPI, ServerState]:
-    """Return the application and its replaceable parts. `on_shutdown` is called in the event loop
-    after the answer to a shutdown request was sent. `sessions` stores the sessions of the web page.
-    A request without the token must use a name of this machine or of `hosts`."""
-    app = _routed()
-    known = Sessions(token, manager.ports.clock, sessions)
+    """Return the application, and the state that its endpoints share. `on_shutdown` is called in the event loop
+    after the answer to a shutdown request was sent. `sessions` stores the sessions of the web page. A request without
+    the token must use a name of this machine or of `hosts`."""
+    app = _app_with_routes()
+    page_sessions = Sessions(token, manager.ports.clock, sessions)
     names = LOCAL_NAMES | {host.lower() for host in hosts} - _ANY_ADDRESS
-    served = ServerState(manager, token, backend_name, capabilities, on_shutdown, known, names)
+    served = ServerState(manager, token, backend_name, capabilities, on_shutdown, page_sessions, names)
     app.state.served = served
     for kind in (BatchlabError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, error_response)
-    app.add_middleware(AccessCheck, token=token, now_s=manager.ports.clock.now_s, hosts=names, failed=_failed)
+
+    def on_error(scope: Scope, error: Exception) -> JSONResponse:
+        return error_response(Request(scope), error)
+
+    app.add_middleware(AccessCheck, token=token, now_s=manager.ports.clock.now_s, hosts=names, on_error=on_error)
     return app, served
 
 
-def _failed(scope: Scope, error: Exception) -> JSONResponse:
-    return error_response(Request(scope), error)
-
-
 def description() -> dict[str, Any]:
-    """Return the OpenAPI document of the API. It does not need a manager."""
-    return _routed().openapi()
+    """Return the OpenAPI document of the API. This function does not need a manager."""
+    return _app_with_routes().openapi()
 
 
-def _routed() -> FastAPI:
+def _app_with_routes() -> FastAPI:
     app = FastAPI(
         title="batchlab",
         version=__version__,
@@ -69,7 +68,7 @@ def _routed() -> FastAPI:
         redoc_url=None,
         generate_unique_id_function=lambda route: route.name,
     )
-    app.include_router(jobs.entrance)
+    app.include_router(jobs.submission_router)
     for module in (grid, job_files, tasks, jobs, failures, logs, schedules, metrics):
         app.include_router(module.router)
     app.include_router(grid.public)

@@ -1,17 +1,15 @@
-"""Checks before every route: signatures, the bearer token, the host, and the origin.
+"""Checks before every route (signature, bearer token, host, and origin), and the sessions of the web page.
 
-Invariant: the body of a request without the token is not read, so a stranger cannot fill the
-manager's memory. A web page of another origin gets no answer. A signed request gets a signed
-answer. The body of a request with the token has up to MAX_BYTES.
+Invariant: the manager does not read the body of a request without the token, so a stranger cannot fill the manager's
+memory. A web page of another origin gets no answer. A signed request gets a signed answer. The body of a request with
+the token has up to MAX_BYTES.
 
-Sign-in to the web page: one-time codes, and sessions in a signed cookie.
-
-Invariant: the grid's token is in no cookie and no address. A session needs its cookie and its
-place, which is a part of the page's addresses. A browser sends a cookie to every port of a host,
-but only below the cookie's path, and a program on another port does not know that path. A code
-opens the page once, within CODE_S. A session ends when it expires, when it is closed, and when the
-grid's token changes. Closed sessions are stored in the same file as the seed of the signing key. If
-the file is lost, the sessions end too, so a closed session never becomes valid again.
+Invariant of the sessions: no cookie and no address contains the grid's token. A request of a session needs the cookie
+and the place of the session, and the place is a part of the page's addresses. A browser sends a cookie to every port of
+a host, but only below the cookie's path. A program on another port does not know this path. A code opens the page once,
+within CODE_S. A session ends at its expiry, when it is closed, or when the grid's token changes. The file of the closed
+sessions also contains the seed of the signing key. If the file is lost, all sessions end, so a closed session never
+becomes valid again.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ import json
 import logging
 import secrets
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from secrets import compare_digest
 from typing import Protocol
@@ -39,9 +37,9 @@ from batchlab.core.http_connections import PROOF, WINDOW_S, Signed
 from batchlab.core.ports import Clock
 
 MAX_BYTES = 64 * 1024**2
-"""Limit of a body. A client stores larger data in the bucket or sends it as files."""
+"""Limit of a body in bytes. A client stores larger data in the bucket or uploads files."""
 MAX_SIGNATURES = 50_000
-"""Number of stored signatures. A signature is accepted only once."""
+"""Maximum number of stored signatures. A signature is accepted only once."""
 PAGE = "/ui"
 """Path of the web page. `Guard` protects it."""
 LOCAL_NAMES = frozenset({"127.0.0.1", "localhost", "::1"})
@@ -53,8 +51,8 @@ _FILES = "/v1/jobs/files"
 
 
 class AccessCheck:
-    """Middleware before the API. The application sees a signed request as one with the bearer
-    token, and a request without the token as one with an empty body."""
+    """Middleware before the API. The application gets a signed request with the bearer token, and a request without
+    the token with an empty body."""
 
     def __init__(
         self,
@@ -62,88 +60,85 @@ class AccessCheck:
         token: str,
         now_s: Callable[[], float],
         hosts: frozenset[str],
-        failed: Callable[[Scope, Exception], Response],
+        on_error: Callable[[Scope, Exception], Response],
     ) -> None:
-        """`now_s` is the wall clock. `hosts` are the manager's names. `failed` makes the answer to
-        an error that the application does not handle."""
+        """`now_s` is the wall clock. `hosts` are the manager's names. `on_error` returns the answer to an error that
+        the application does not handle."""
         self._app = app
         self._token = token
-        self._word = f"bearer {token}".encode()
         self._now_s = now_s
         self._hosts = hosts
-        self._failed = failed
-        self._used = _Signatures()
+        self._on_error = on_error
+        self._signatures = _Signatures()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or _is_page(scope["path"]):
+        path = scope["path"]
+        if scope["type"] != "http" or path in ("/", PAGE) or path.startswith(f"{PAGE}/"):
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        given = headers.get("authorization", "")
-        signed = http_connections.read(self._token, given, scope["method"], _target(scope))
+        authorization = headers.get("authorization", "")
+        signed = http_connections.read(self._token, authorization, scope["method"], _target(scope))
         if signed:
-            send = self._proving(signed, send)
-            scope["headers"] = _with_bearer(scope["headers"], self._token)
-            if wrong := self._doubt(signed):
-                await JSONResponse(wrong, 401)(scope, receive, send)
+            send = self._signing(signed, send)
+            others = [header for header in scope["headers"] if header[0].lower() != b"authorization"]
+            scope["headers"] = [*others, (b"authorization", f"Bearer {self._token}".encode())]
+            if error := self._signature_error(signed):
+                await JSONResponse(error, 401)(scope, receive, send)
                 return
-        is_known = signed is not None or self._knows(given)
-        if refusal := _refusal(headers, None if is_known else self._hosts):
+        kind, _, token = authorization.partition(" ")
+        is_bearer = compare_digest(f"{kind.lower()} {token.strip()}".encode(), f"bearer {self._token}".encode())
+        is_authorized = signed is not None or is_bearer
+        if refusal := _refusal(headers, None if is_authorized else self._hosts):
             await refusal(scope, receive, send)
             return
-        if scope["path"].startswith(_PATHS):
-            if not is_known:
-                receive = _nothing_then(receive)
-            elif scope["path"] != _FILES:
+        if path.startswith(_PATHS):
+            if not is_authorized:
+                receive = _without_body(receive)
+            elif path != _FILES:
                 receive = _limited(receive)
         if signed:
-            await self._answered(scope, _hashed(receive, signed), send)
+            await self._call_signed(scope, _hashed(receive, signed), send)
         else:
             await self._app(scope, receive, send)
 
-    def _knows(self, given: str) -> bool:
-        kind, _, token = given.partition(" ")
-        return compare_digest(f"{kind.lower()} {token.strip()}".encode(), self._word)
-
-    def _doubt(self, signed: Signed) -> dict[str, str] | None:
-        """Return the error for a signed request that is too old or repeated. Return None for other
-        requests."""
+    def _signature_error(self, signed: Signed) -> dict[str, str] | None:
+        """Return the error for a signed request that is too old or repeated. Return None for other requests."""
         now_s = self._now_s()
         if abs(now_s - signed.at_s) > WINDOW_S:
             return {
-                "error": "The request was signed at another time: the clocks of client and manager "
-                f"differ by {abs(now_s - signed.at_s):.0f} s.",
-                "remedy": f"Set the clock right; up to {WINDOW_S} s are allowed.",
+                "error": f"The clocks of the client and the manager differ by {abs(now_s - signed.at_s):.0f} s.",
+                "remedy": f"Set the clocks. A difference of up to {WINDOW_S} s is allowed.",
             }
-        if not self._used.is_first(signed, now_s):
+        if not self._signatures.is_first(signed, now_s):
             return {"error": "A request with this signature was received before.", "remedy": "Sign the request again."}
         return None
 
-    async def _answered(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Call the application and answer its unhandled errors. Starlette would answer them outside
-        of every middleware, so that the answer would not be signed."""
+    async def _call_signed(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Call the application, and answer its unhandled errors. Starlette would answer these errors outside of every
+        middleware, and then the answer would not be signed."""
         has_begun = False
 
-        async def noted(message: Message) -> None:
+        async def send_noted(message: Message) -> None:
             nonlocal has_begun
             has_begun = True
             await send(message)
 
         try:
-            await self._app(scope, receive, noted)
+            await self._app(scope, receive, send_noted)
         except Exception as error:
             if not has_begun:
-                await self._failed(scope, error)(scope, receive, noted)
+                await self._on_error(scope, error)(scope, receive, send_noted)
             raise
 
-    def _proving(self, signed: Signed, send: Send) -> Send:
-        """Sign the answer. The signature of a body in several parts follows the body."""
+    def _signing(self, signed: Signed, send: Send) -> Send:
+        """Return a `send` that signs the answer. The signature of a body in several parts follows the body."""
         token = self._token
         start: Message = {}
         streamed = hashlib.sha256()
         is_stream = False
 
-        async def proving(message: Message) -> None:
+        async def send_signed(message: Message) -> None:
             nonlocal start, is_stream
             if message["type"] == "http.response.start":
                 start = message
@@ -171,35 +166,36 @@ class AccessCheck:
                 message = {**message, "body": body + mac.encode()}
             await send(message)
 
-        return proving
+        return send_signed
 
 
 class _Signatures:
     """Signatures that were received within WINDOW_S, up to MAX_SIGNATURES."""
 
     def __init__(self) -> None:
-        self._known: OrderedDict[bytes, int] = OrderedDict()
+        self._times_s: OrderedDict[bytes, int] = OrderedDict()
         self._floor_s = 0
-        """Requests that were signed at this time or before it are refused."""
+        """Time up to which all signatures are refused."""
 
     def is_first(self, signed: Signed, now_s: float) -> bool:
-        """Record a signature. Return False if it was recorded before, or may have been."""
+        """Record a signature. Return False if the signature was recorded before, or if its record may have been
+        removed."""
         mac = bytes.fromhex(signed.mac)
-        if signed.at_s <= self._floor_s or mac in self._known:
+        if signed.at_s <= self._floor_s or mac in self._times_s:
             return False
-        self._known[mac] = signed.at_s
-        while self._known:
-            oldest_s = next(iter(self._known.values()))
-            if len(self._known) > MAX_SIGNATURES:
+        self._times_s[mac] = signed.at_s
+        while self._times_s:
+            oldest_s = next(iter(self._times_s.values()))
+            if len(self._times_s) > MAX_SIGNATURES:
                 self._floor_s = max(self._floor_s, oldest_s)
             elif oldest_s > now_s - WINDOW_S:
                 break
-            self._known.popitem(last=False)
+            self._times_s.popitem(last=False)
         return True
 
 
 def host_name(host: str) -> str:
-    """Return the name in a `Host` header in lower case, or "" if the header has none."""
+    """Return the name in a `Host` header in lower case, or "" if the header has no valid name."""
     try:
         return (urlsplit(f"//{host}").hostname or "").lower()
     except ValueError:
@@ -207,9 +203,8 @@ def host_name(host: str) -> str:
 
 
 def is_same_origin(headers: Headers) -> bool:
-    """Return whether a page of the manager sent the request. A browser sends `Sec-Fetch-Site` to a
-    trusted origin. For another origin, such as a container's address, the `Origin` must be the
-    manager's own."""
+    """Return whether a page of the manager sent the request. A browser sends `Sec-Fetch-Site` only to HTTPS addresses
+    and to this machine. For other addresses, `Origin` must name the manager's own origin."""
     site = headers.get("sec-fetch-site")
     if site is not None:
         return site == "same-origin"
@@ -218,24 +213,17 @@ def is_same_origin(headers: Headers) -> bool:
 
 
 def _refusal(headers: Headers, hosts: frozenset[str] | None) -> Response | None:
-    """Return the answer that refuses a request of another web page, or None. `hosts` are the
-    allowed names, or None for a request with the token, which no web page has."""
-    # A foreign name may resolve to this machine, and then the browser lets the pages of that name
-    # read the answers (DNS rebinding). An IP address cannot be rebound.
-    if hosts is not None and not _is_named(host_name(headers.get("host", "")), hosts):
-        return PlainTextResponse("The manager does not answer to that name.\n", 421)
+    """Return the answer that refuses a request of another web page, or None. `hosts` are the allowed names, or None for
+    a request with the token, because no web page has the token."""
+    # The DNS name of an attacker may resolve to this machine. A browser then lets the attacker's pages read the
+    # manager's answers (DNS rebinding). An IP address in the Host header cannot be rebound.
+    name = host_name(headers.get("host", ""))
+    if hosts is not None and not (name in hosts or ":" in name or name.replace(".", "").isdigit()):
+        return PlainTextResponse("The manager does not accept this host name.\n", 421)
     is_typed = "origin" not in headers and headers.get("sec-fetch-site", "none") == "none"
     if not is_typed and not is_same_origin(headers):
-        return PlainTextResponse("The request comes from another page.\n", 403)
+        return PlainTextResponse("A page of another origin sent the request.\n", 403)
     return None
-
-
-def _is_named(name: str, hosts: frozenset[str]) -> bool:
-    return name in hosts or ":" in name or name.replace(".", "").isdigit()
-
-
-def _is_page(path: str) -> bool:
-    return path in ("/", PAGE) or path.startswith(f"{PAGE}/")
 
 
 def _target(scope: Scope) -> str:
@@ -244,22 +232,17 @@ def _target(scope: Scope) -> str:
     return f"{path}?{query}" if query else path
 
 
-def _with_bearer(headers: Iterable[tuple[bytes, bytes]], token: str) -> list[tuple[bytes, bytes]]:
-    others = [header for header in headers if header[0].lower() != b"authorization"]
-    return [*others, (b"authorization", f"Bearer {token}".encode())]
-
-
 def _hashed(receive: Receive, signed: Signed) -> Receive:
-    """Receive a body whose SHA-256 is signed. Raise HTTPException at the end of a different
-    body."""
-    found = hashlib.sha256()
+    """Return a `receive` that checks the SHA-256 of the body, which is signed. The `receive` raises HTTPException at
+    the end of a different body."""
+    digest = hashlib.sha256()
 
     async def hashed() -> Message:
         message = await receive()
         if message["type"] == "http.request":
-            found.update(message.get("body", b""))
-            if not message.get("more_body", False) and found.hexdigest() != signed.body:
-                raise HTTPException(400, "the body is not the one that was signed")
+            digest.update(message.get("body", b""))
+            if not message.get("more_body", False) and digest.hexdigest() != signed.body:
+                raise HTTPException(400, "the signature belongs to another body")
         return message
 
     return hashed
@@ -273,23 +256,24 @@ def _limited(receive: Receive) -> Receive:
         message = await receive()
         read_bytes += len(message.get("body", b""))
         if read_bytes > MAX_BYTES:
-            raise HTTPException(413, f"a body has up to {MAX_BYTES / 2**20:.0f} MiB")
+            raise HTTPException(413, f"the limit of a body is {MAX_BYTES / 2**20:.0f} MiB")
         return message
 
     return counted
 
 
-def _nothing_then(receive: Receive) -> Receive:
+def _without_body(receive: Receive) -> Receive:
+    """Return a `receive` that first returns an empty body, and does not read the real body."""
     first = True
 
-    async def shown() -> Message:
+    async def receive_empty() -> Message:
         nonlocal first
         if first:
             first = False
             return {"type": "http.request", "body": b"", "more_body": False}
         return await receive()
 
-    return shown
+    return receive_empty
 
 
 log = logging.getLogger(__name__)
@@ -300,11 +284,11 @@ PLACE_CHARS = 32
 """Length of a session's place in hexadecimal digits."""
 MAX_CODES = 100
 MAX_CLOSED = 1000
-"""Limit of stored closed sessions. Above it, all sessions end, and none needs to be stored."""
+"""Maximum number of stored closed sessions. If more sessions are closed, all sessions end."""
 
 
 class SessionStore(Protocol):
-    """Storage of the sessions. Its methods raise BackendError if they fail."""
+    """Storage of the sessions. The methods raise BackendError if they fail."""
 
     def load(self) -> bytes | None: ...
 
@@ -313,51 +297,50 @@ class SessionStore(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """One sign-in. It is valid until `until_s`, in epoch seconds."""
+    """Session of the web page. The session is valid until `until_s`, in epoch seconds."""
 
     name: str
     until_s: int
 
 
 class Sessions:
-    """All sessions of one manager. With `kept`, they survive its restart."""
+    """All sessions of one manager. With `store`, the sessions survive a restart of the manager."""
 
-    def __init__(self, token: str, clock: Clock, kept: SessionStore | None = None) -> None:
+    def __init__(self, token: str, clock: Clock, store: SessionStore | None = None) -> None:
         self._clock = clock
         self._token = token
-        self._kept = kept
+        self._store = store
         self._codes: dict[str, float] = {}
         """Expiry of each code in monotonic seconds."""
         self._seed = ""
-        """The key that signs is derived from it and from the token. It is not secret by itself."""
+        """Seed of the signing key, which also depends on the token. The seed is not secret."""
         self._closed: dict[str, int] = {}
         """Sessions that were closed before their expiry, and their expiry."""
         self._load()
 
     def _load(self) -> None:
         try:
-            doc = json.loads((self._kept.load() if self._kept else None) or b"{}")
+            doc = json.loads((self._store.load() if self._store else None) or b"{}")
             seed, closed = str(doc["seed"]), {str(n): int(s) for n, s in doc["closed"].items()}
         except KeyError:
-            self._begin_anew()
+            self._end_all()
         except (BackendError, ValueError, TypeError, AttributeError) as error:
-            log.warning("sessions of the web page have ended, since they cannot be read: %s", error)
-            self._begin_anew()
+            log.warning("all sessions of the web page have ended, because their file cannot be read: %s", error)
+            self._end_all()
         else:
             self._seed, self._closed = seed, closed
 
-    def _begin_anew(self) -> None:
-        """End all sessions."""
+    def _end_all(self) -> None:
         self._seed, self._closed = secrets.token_hex(16), {}
         self._save()
 
     def _save(self) -> None:
-        if self._kept is None:
+        if self._store is None:
             return
         try:
-            self._kept.save(json.dumps({"seed": self._seed, "closed": self._closed}).encode())
+            self._store.save(json.dumps({"seed": self._seed, "closed": self._closed}).encode())
         except BackendError as error:
-            log.warning("who has logged out of the web page is known until a restart: %s", error)
+            log.warning("closed sessions of the web page cannot be stored, and a restart reopens them: %s", error)
 
     def place(self, session: Session) -> str:
         """Return the part of the page's addresses that only the browser of this session knows."""
@@ -365,10 +348,10 @@ class Sessions:
 
     def cookie(self, place: str) -> str:
         """Return the name of the cookie of the session with this place."""
-        own = hmac.digest(self._token.encode(), f"the cookie at {place}".encode(), "sha256")
-        return f"batchlab-{own.hex()[:12]}"
+        digest = hmac.digest(self._token.encode(), f"the cookie at {place}".encode(), "sha256")
+        return f"batchlab-{digest.hex()[:12]}"
 
-    def code(self) -> str:
+    def new_code(self) -> str:
         """Return a new code that opens one session."""
         now_s = self._clock.monotonic_s()
         self._codes = {code: over_s for code, over_s in self._codes.items() if over_s > now_s}
@@ -378,36 +361,35 @@ class Sessions:
         self._codes[code] = now_s + CODE_S
         return code
 
-    def waits(self, name: str) -> bool:
+    def is_code_valid(self, name: str) -> bool:
         """Return whether the code with this name is still valid."""
         now_s = self._clock.monotonic_s()
         return any(page_session_name(code) == name and over_s > now_s for code, over_s in self._codes.items())
 
-    def opens(self, word: str) -> bool:
-        """Return whether the word is the token or a valid code. A code becomes invalid with this
-        call."""
-        if _is(word, self._token):
+    def accepts(self, secret: str) -> bool:
+        """Return whether `secret` is the token or a valid code. A code becomes invalid with this call."""
+        if _are_equal(secret, self._token):
             return True
-        known = next((code for code in self._codes if _is(word, code)), None)
-        return known is not None and self._codes.pop(known) > self._clock.monotonic_s()
+        match = next((code for code in self._codes if _are_equal(secret, code)), None)
+        return match is not None and self._codes.pop(match) > self._clock.monotonic_s()
 
-    def begin(self) -> tuple[Session, str]:
-        """Start a session. Return it and the value of its cookie."""
+    def start(self) -> tuple[Session, str]:
+        """Start a session. Return the session and the value of its cookie."""
         until_s = int(self._clock.now_s() + SESSION_S)
         session = Session(secrets.token_urlsafe(12), until_s)
         return session, f"{until_s}.{session.name}.{self._sign('session', session)}"
 
-    def of(self, cookie: str, place: str) -> Session | None:
-        """Return the session of a cookie's value. Return None if the cookie is not signed by this
-        manager, has expired, or has another place."""
+    def find(self, cookie: str, place: str) -> Session | None:
+        """Return the session of a cookie's value. Return None if the cookie is not signed by this manager, has expired,
+        or has another place."""
         until, _, rest = cookie.partition(".")
-        name, _, mark = rest.rpartition(".")
+        name, _, signature = rest.rpartition(".")
         if not (until.isascii() and until.isdigit() and len(until) < 15 and name):
             return None
         session = Session(name, int(until))
-        is_same_origin = _is(mark, self._sign("session", session)) and _is(place, self.place(session))
+        is_signed = _are_equal(signature, self._sign("session", session)) and _are_equal(place, self.place(session))
         is_over = session.until_s <= self._clock.now_s() or name in self._closed
-        return session if is_same_origin and not is_over else None
+        return session if is_signed and not is_over else None
 
     def close(self, session: Session) -> None:
         """End a session before its expiry."""
@@ -415,18 +397,17 @@ class Sessions:
         self._closed = {name: end_s for name, end_s in self._closed.items() if end_s > now_s}
         self._closed[session.name] = session.until_s
         if len(self._closed) > MAX_CLOSED:
-            self._begin_anew()
+            self._end_all()
         else:
             self._save()
 
     def form_token(self, session: Session) -> str:
-        """Return the token that every form of the session contains, so that no other site can send
-        a form."""
+        """Return the token in every form of the session. Other sites do not know the token and cannot send a form."""
         return self._sign("form", session)
 
-    def has_sent(self, session: Session, given: str) -> bool:
-        """Return whether `given` is the form token of this session."""
-        return _is(given, self.form_token(session))
+    def is_form_token(self, session: Session, token: str) -> bool:
+        """Return whether `token` is the form token of this session."""
+        return _are_equal(token, self.form_token(session))
 
     def _sign(self, purpose: str, session: Session) -> str:
         text = f"{purpose}.{session.until_s}.{session.name}"
@@ -439,7 +420,6 @@ def page_session_name(code: str) -> str:
     return hashlib.sha256(code.encode()).hexdigest()[:16]
 
 
-def _is(given: str, known: str) -> bool:
-    # The comparison takes constant time, so the response time does not reveal how much of a guess
-    # was right.
-    return hmac.compare_digest(given.encode(errors="replace"), known.encode())
+def _are_equal(sent: str, expected: str) -> bool:
+    # The comparison takes constant time, so the response time does not reveal how much of a guess was right.
+    return compare_digest(sent.encode(errors="replace"), expected.encode())

@@ -1,7 +1,6 @@
-"""Shared parts of the endpoints: authorization, the manager behind them, errors, groups of
-failures, and the outcomes in the bucket.
+"""Shared parts of the endpoints: authorization, dependencies, errors, groups of failures, and reads of outcomes.
 
-Invariant: every error becomes one status, one sentence, and a remedy.
+Invariant: every error becomes a status, a sentence, and a remedy.
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ from batchlab.core.port_retries import set_within
 from batchlab.core.ports import BundleRecord
 from batchlab.core.protocol import json_format
 from batchlab.manager.manager import Manager
+from batchlab.manager.notifier import Notifier
 from batchlab.manager.schedule_commands import ScheduleCommands
 from batchlab.manager.spending import Spending
 from batchlab.server.http.authentication import Sessions
@@ -39,16 +39,15 @@ Cause = tuple[str, str]
 """Stage and fingerprint of a group of failures."""
 
 MAX_CAUSES = 500
-"""Maximum number of groups of a job. The failures of all further causes form one group per
-stage."""
+"""Maximum number of groups of a job. The failures of all further causes form one group for each stage."""
 OTHERS = "others"
 """Fingerprint of the group of all further causes."""
 
 
 @dataclass(slots=True)
 class Groups:
-    """Failures of one round, grouped by cause: the tasks of each group, and its first failure.
-    `seq` is the seq of the last outcome that was read. It does no harm to add a failure twice."""
+    """Failures of one round, grouped by cause: the tasks of each group, and its first failure. `seq` belongs to the
+    last outcome that was read. A failure may be added twice."""
 
     round: int
     seq: int = 0
@@ -70,21 +69,21 @@ class Groups:
         self.first.setdefault(cause, failure)
 
 
-# Each validator is built on its first use. Building all of them took 4% of a manager's start-up
-# time.
+# Pydantic builds each validator on its first use. The validators of all views took 4% of a manager's start-up time.
 for _view in vars(api_types).values():
     if is_typeddict(_view):
         _view.__pydantic_config__ = ConfigDict(defer_build=True)
 
 LEADER_WAIT_S = 3.0
-"""Time in seconds that a request waits for a manager that is about to become the leader. After it,
-the request gets an error."""
+"""Time in seconds that a request waits for a manager that is about to become the leader. Then the request fails."""
 MAX_WAIT_S = 60.0
 MAX_LISTED = 1000
 MAX_ERROR_CHARS = 10_000
-"""Limit of an error's text in characters."""
 MAX_MISTAKES = 10
-"""Number of mistakes in a job file that an error lists after the first one."""
+"""Number of mistakes in a job file that an error lists after the first mistake."""
+
+
+_FULL_MANAGER = "Use a manager that `batchlab grid up` starts."
 
 
 class _Unauthorized(BatchlabError):
@@ -96,7 +95,7 @@ class ServerState:
     """Arguments of `create_app`, and the state that the endpoints share."""
 
     manager: Manager
-    """A new manager replaces it after it has lost the lease."""
+    """Current manager object. After a loss of the lease, a new manager object replaces the old one."""
     token: str
     backend_name: str
     capabilities: Capabilities
@@ -108,73 +107,70 @@ class ServerState:
     """Groups of failures of the most recently requested jobs."""
     history: History = field(default_factory=History)
     archiving: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Held while an archive of results is made or sent."""
+    """Lock that is held while an archive of results is created or sent."""
 
 
-# All dependencies are coroutines, because FastAPI runs a plain function on a thread, which takes
-# longer. A dependency of every request depends only on the request, because each nested dependency
-# takes 1% of a short call.
-async def _served(request: Request) -> ServerState:
-    return _of(request)
-
-
-def _of(request: Request) -> ServerState:
+# All dependencies are coroutines, because FastAPI runs a plain function on a thread, which takes longer. These
+# dependencies only depend on the request, because each nested dependency takes 1% of a short call.
+async def _state(request: Request) -> ServerState:
     return cast(ServerState, request.app.state.served)
 
 
-StateDep = Annotated[ServerState, Depends(_served)]
+StateDep = Annotated[ServerState, Depends(_state)]
 _bearer = HTTPBearer(auto_error=False)
 
 
 async def require_token(
-    request: Request, given: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
+    request: Request, sent: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
 ) -> None:
-    token = _of(request).token
-    # The comparison takes constant time, so the response time does not reveal how much of a guess
-    # was right.
-    if given is None or not compare_digest(given.credentials.encode(), token.encode()):
+    token = (await _state(request)).token
+    # The comparison takes constant time, so the response time does not reveal how much of a guess was right.
+    if sent is None or not compare_digest(sent.credentials.encode(), token.encode()):
         raise _Unauthorized(
             "The bearer token is missing or wrong.",
-            remedy="Send `Authorization: Bearer TOKEN`; the token is in the grid's folder.",
+            remedy="Send `Authorization: Bearer TOKEN` with the token in the grid's folder.",
         )
 
 
 async def _leader(request: Request) -> Manager:
-    manager = _of(request).manager
+    manager = (await _state(request)).manager
     if not manager.is_leader.is_set():
-        # A manager that has just started becomes the leader in a moment, and its first client may
-        # already wait.
+        # A manager that has just started is about to become the leader, and its first client may already wait.
         await set_within(manager.is_leader, LEADER_WAIT_S)
     if not manager.is_leader.is_set():
         raise BackendError(
-            "This manager is not the leader.", remedy="Try again in some seconds, or ask the manager that leads."
+            "This manager is not the leader.", remedy="Try again in some seconds, or send the request to the leader."
         )
     return manager
 
 
 async def _spending(manager: Annotated[Manager, Depends(_leader)]) -> Spending:
     if manager.spending is None:
-        raise Refused(
-            "This manager keeps no account of what its grid uses.", remedy="One that `batchlab grid up` starts does."
-        )
+        raise Refused("This manager does not record the usage of its grid.", remedy=_FULL_MANAGER)
     return manager.spending
 
 
 async def _scheduler(manager: Annotated[Manager, Depends(_leader)]) -> ScheduleCommands:
     if manager.scheduler is None:
-        raise Refused("This manager keeps no schedules.", remedy="One that `batchlab grid up` starts does.")
+        raise Refused("This manager does not run schedules.", remedy=_FULL_MANAGER)
     return manager.scheduler
+
+
+async def _notifier(manager: Annotated[Manager, Depends(_leader)]) -> Notifier:
+    if manager.notifier is None:
+        raise Refused("This manager does not send notifications.", remedy=_FULL_MANAGER)
+    return manager.notifier
 
 
 SpendingDep = Annotated[Spending, Depends(_spending)]
 Leader = Annotated[Manager, Depends(_leader)]
+NotifierDep = Annotated[Notifier, Depends(_notifier)]
 SchedulesDep = Annotated[ScheduleCommands, Depends(_scheduler)]
 Limit = Annotated[int, Query(ge=1, le=MAX_LISTED)]
 Wait = Annotated[float, Query(ge=0, le=MAX_WAIT_S, description="Long poll, seconds")]
 
-# Only the first response defines the model, and the others refer to it. FastAPI makes a validator
-# for every model of every endpoint. The validators of these responses took 10% of a manager's
-# start-up time.
+# Only the response 422 has the model, and the other responses refer to its schema. FastAPI creates a validator for
+# every model of every endpoint. The validators of all these responses took 10% of a manager's start-up time.
 _PROBLEM = {"schema": {"$ref": f"#/components/schemas/{api_types.ProblemView.__name__}"}}
 _PROBLEMS: dict[int | str, dict[str, Any]] = {422: {"model": api_types.ProblemView}}
 for _code in (400, 401, 404, 409, 413, 503):
@@ -187,12 +183,11 @@ def guarded() -> APIRouter:
 
 
 def without_version(doc: Any) -> Any:
-    """Return a posted job without its format version. Raise ValueError if the version is not this
-    manager's."""
+    """Return a posted job without its format version. Raise ValueError if this manager reads another version."""
     if not isinstance(doc, dict):
         return doc
     if doc.get("v") != json_format.VERSION:
-        raise ValueError(f"this manager reads version {json_format.VERSION} of a job, not {doc.get('v')!r:.40}")
+        raise ValueError(f"this manager reads jobs of version {json_format.VERSION}, not {doc.get('v')!r:.40}")
     return {key: value for key, value in doc.items() if key != "v"}
 
 
@@ -208,14 +203,14 @@ _STATUS: tuple[tuple[type[BatchlabError], int], ...] = (
 
 
 def error_response(request: Request, error: Exception) -> JSONResponse:
-    """Return the answer to an error: a status, a sentence, and a remedy."""
+    """Return the HTTP response for an error: a status, a sentence, and a remedy."""
     status, problem = problem_of(request, error)
     return JSONResponse(problem, status, {"WWW-Authenticate": "Bearer"} if status == 401 else None)
 
 
 def problem_of(request: Request, error: Exception) -> tuple[int, api_types.ProblemView]:
-    """Return the status and the description of an error. The description may contain text of the
-    request. It is cut to MAX_ERROR_CHARS, and a lone surrogate becomes a question mark."""
+    """Return the status and the description of an error. The description may contain text of the request, so it is
+    cut to MAX_ERROR_CHARS, and a lone surrogate becomes a question mark."""
     status, problem = _problem_of(request, error)
     problem["error"] = problem["error"].encode(errors="replace").decode()[:MAX_ERROR_CHARS]
     return status, problem
@@ -225,18 +220,24 @@ def _problem_of(request: Request, error: Exception) -> tuple[int, api_types.Prob
     status = 500
     problem: api_types.ProblemView = {
         "error": f"The manager failed: {type(error).__name__}: {error}",
-        "remedy": "This is a bug; the manager's log has the details.",
+        "remedy": "This is a bug. The manager's log has the details.",
     }
     if isinstance(error, BatchlabError):
         status = next((code for kind, code in _STATUS if isinstance(error, kind)), 500)
-        problem = {"error": _told(error), "remedy": error.remedy}
+        problem = {"error": _text(error), "remedy": error.remedy}
     elif isinstance(error, RequestValidationError):
         status = 422
-        problem = {"error": _invalid(error), "remedy": "/openapi.json describes every request."}
+        first, *others = error.errors()
+        where = ".".join(str(part) for part in first["loc"])
+        more = f" (and {len(others)} more)" if others else ""
+        problem = {
+            "error": f"The request is not valid at {where}: {first['msg']}{more}.",
+            "remedy": "/openapi.json describes every request.",
+        }
     elif isinstance(error, HTTPException):
         status = error.status_code
         what = f"{request.method} {request.url.path}"
-        why = "cannot be read" if status in (400, 413) else "is not served"
+        why = "cannot be read" if status in (400, 413) else "is not an endpoint"
         problem = {
             "error": f"{what} {why}: {str(error.detail).rstrip('.')}.",
             "remedy": "/openapi.json describes every request.",
@@ -244,9 +245,9 @@ def _problem_of(request: Request, error: Exception) -> tuple[int, api_types.Prob
     return status, problem
 
 
-def _told(error: BatchlabError) -> str:
-    """Return the error's text. For a job file, it contains the first mistake and the lines of the
-    others."""
+def _text(error: BatchlabError) -> str:
+    """Return the text of an error. For a job file, the text contains the first mistake and the lines of the other
+    mistakes."""
     if not isinstance(error, JobFileError):
         return error.message
     first, *others = getattr(error, "errors", (error,))
@@ -255,29 +256,22 @@ def _told(error: BatchlabError) -> str:
     return f"{where}{first.message}{more}"
 
 
-def _invalid(error: RequestValidationError) -> str:
-    first, *others = error.errors()
-    where = ".".join(str(part) for part in first["loc"])
-    more = f" (and {len(others)} more)" if others else ""
-    return f"The request is not valid at {where}: {first['msg']}{more}."
-
-
 MAX_PARALLEL_READS = 16
 
-NOT_STORED = "(not stored until the long task that follows it in its worker has ended)\n"
-"""Text for a log that is not stored yet. A bundle's log is stored after the bundle's last task.
-While a long task runs, the outcome of the tasks before it may already exist."""
+NOT_STORED = "(The log is stored when the following tasks of the bundle have ended.)\n"
+"""Text in place of a log that is not stored yet. A worker stores the log of a bundle after the bundle's last task. The
+outcome of earlier tasks may already exist while a long task runs."""
 
 
 async def outcomes_of(manager: Manager, records: Sequence[BundleRecord]) -> AsyncIterator[tuple[BundleRecord, Outcome]]:
-    """Read the outcomes of these bundles of one job in order, MAX_PARALLEL_READS at a time."""
+    """Read the outcomes of these bundles of one job in order. Up to MAX_PARALLEL_READS reads run in parallel."""
     if not records:
         return
     objects, patience = manager.ports.objects, manager.ports.patience
     key = await manager.ports.keys.key_of((await manager.ports.ledger.job(records[0].bundle.job)).job)
     for first in range(0, len(records), MAX_PARALLEL_READS):
-        bundle_records = records[first : first + MAX_PARALLEL_READS]
-        read = await asyncio.gather(*(committed(objects, r.bundle, patience, key) for r in bundle_records))
-        for record, outcome in zip(bundle_records, read, strict=True):
+        batch = records[first : first + MAX_PARALLEL_READS]
+        outcomes = await asyncio.gather(*(committed(objects, r.bundle, patience, key) for r in batch))
+        for record, outcome in zip(batch, outcomes, strict=True):
             if outcome:
                 yield record, outcome

@@ -1,7 +1,7 @@
 """Endpoints of failed tasks: page by page, and grouped by cause.
 
-Invariant: the endpoints read failures from the outcomes in the bucket, at most MAX_OUTCOMES_READ outcomes in
-one request. The groups that they store between requests are a cache.
+Invariant: a request reads failures from at most MAX_OUTCOMES_READ outcomes in the bucket. The groups that are stored
+between requests are a cache.
 """
 
 from __future__ import annotations
@@ -33,26 +33,25 @@ async def failures(
     served: StateDep,
     job: JobId,
     limit: Limit = 100,
-    after: Annotated[str | None, Query(description="`next` of the page before")] = None,
+    after: Annotated[str | None, Query(description="`next` of the previous page")] = None,
     fingerprint: str | None = None,
 ) -> api_types.FailuresView:
-    """Return failed tasks, in the order in which the ledger folded their outcomes. Tasks that a
-    retry runs again are left out. `fingerprint` selects one cause. A page may contain fewer than
-    `limit` tasks and not be the last one."""
+    """Return failed tasks, in the order in which the ledger folded their outcomes. The answer omits tasks that a retry
+    runs again. `fingerprint` selects one cause. A page with fewer than `limit` tasks may have a next page."""
     begin = _cursor(after)
     record = await manager.ports.ledger.job(job)
     rows = await _rows(manager, job, begin[0] - 1)
-    others = (await _read_on(manager, served, record))[0].others if fingerprint == OTHERS else {}
-    found: list[api_types.FailureView] = []
-    async for at, failure in _standing(manager, record, rows):
+    others = (await _read_more(manager, served, record))[0].others if fingerprint == OTHERS else {}
+    views: list[api_types.FailureView] = []
+    async for at, failure in _current_failures(manager, record, rows):
         is_other = failure["task"] in others.get(failure["stage"], ())
         if at < begin or not (is_other or fingerprint in (None, failure["fingerprint"])):
             continue
-        if len(found) == limit:
-            return {"failures": found, "next": f"{at[0]}.{at[1]}"}
-        found.append(failure)
+        if len(views) == limit:
+            return {"failures": views, "next": f"{at[0]}.{at[1]}"}
+        views.append(failure)
     more = len(rows) == MAX_OUTCOMES_READ
-    return {"failures": found, "next": f"{(rows[-1].seq or 0) + 1}.0" if more else None}
+    return {"failures": views, "next": f"{(rows[-1].seq or 0) + 1}.0" if more else None}
 
 
 def _cursor(after: str | None) -> tuple[int, int]:
@@ -60,7 +59,7 @@ def _cursor(after: str | None) -> tuple[int, int]:
         return 0, 0
     seq, _, at = after.partition(".")
     if not all(part.isascii() and part.isdigit() and len(part) < 18 for part in (seq, at)):
-        raise UsageError(f"{after!r} is not where a page of failures ends.", remedy="Give `next` of the page before.")
+        raise UsageError(f"{after!r} is not a position of a failure.", remedy="Use `next` of the previous page.")
     return int(seq), int(at)
 
 
@@ -68,16 +67,16 @@ def _cursor(after: str | None) -> tuple[int, int]:
 async def failure_groups(manager: Leader, served: StateDep, job: JobId) -> api_types.FailureGroupsView:
     """Return the failed tasks, grouped by stage and fingerprint."""
     record = await manager.ports.ledger.job(job)
-    known, is_whole = await _read_on(manager, served, record)
+    groups, is_whole = await _read_more(manager, served, record)
     live = manager.lives.get(job)
     stages = live.stages.values() if live else (await manager.ports.ledger.rows(job)).stages
-    groups: list[api_types.FailureGroupView] = [
-        {"fingerprint": fingerprint, "stage": stage, "count": len(tasks), "first": known.first[stage, fingerprint]}
-        for (stage, fingerprint), tasks in known.tasks.items()
+    views: list[api_types.FailureGroupView] = [
+        {"fingerprint": fingerprint, "stage": stage, "count": len(tasks), "first": groups.first[stage, fingerprint]}
+        for (stage, fingerprint), tasks in groups.tasks.items()
     ]
     return {
-        "groups": sorted(groups, key=lambda one: (-one["count"], one["stage"], one["fingerprint"])),
-        "read": sum(map(len, known.tasks.values())),
+        "groups": sorted(views, key=lambda group: (-group["count"], group["stage"], group["fingerprint"])),
+        "read": sum(map(len, groups.tasks.values())),
         "failed": sum(stage.counts.failed for stage in stages),
         "is_whole": is_whole,
     }
@@ -93,31 +92,30 @@ async def chosen_tasks(
     is_whole = not fingerprints
     groups = Groups(record.round)
     while not is_whole:
-        groups, is_whole = await _read_on(manager, served, record)
+        groups, is_whole = await _read_more(manager, served, record)
     for fingerprint in fingerprints:
         causes = [cause for cause in groups.tasks if cause[1] == fingerprint]
         if not causes:
             raise Refused(
                 f"No failed task of job {job} has the fingerprint {fingerprint!r}.",
-                remedy="`batchlab job failures` lists those that there are.",
+                remedy="`batchlab job failures` lists the fingerprints.",
             )
         for cause in causes:
             chosen.setdefault(StageName(cause[0]), []).append(TaskSet.from_indices(groups.tasks[cause]))
     return {name: TaskSet.union(sets) for name, sets in chosen.items()}
 
 
-async def _read_on(manager: Manager, served: ServerState, record: JobRecord) -> tuple[Groups, bool]:
-    """Add the next outcomes to the groups. Return the groups, and whether all outcomes were
-    read."""
-    kept = served.groups
-    groups = kept.pop(record.job.id, None)
+async def _read_more(manager: Manager, served: ServerState, record: JobRecord) -> tuple[Groups, bool]:
+    """Add the next outcomes to the groups. Return the groups, and whether all outcomes were read."""
+    cache = served.groups
+    groups = cache.pop(record.job.id, None)
     if groups is None or groups.round != record.round:
         groups = Groups(record.round)
-    kept[record.job.id] = groups  # the most recently used job is the last one
-    while len(kept) > MAX_CACHED_JOBS:
-        del kept[next(iter(kept))]
+    cache[record.job.id] = groups  # the most recently used job is the last key
+    while len(cache) > MAX_CACHED_JOBS:
+        del cache[next(iter(cache))]
     rows = await _rows(manager, record.job.id, groups.seq)
-    async for _, failure in _standing(manager, record, rows):
+    async for _, failure in _current_failures(manager, record, rows):
         groups.add(failure)
     if rows:
         groups.seq = max(groups.seq, rows[-1].seq or 0)
@@ -128,15 +126,15 @@ async def _rows(manager: Manager, job: JobId, after_seq: int) -> Sequence[Bundle
     return await manager.ports.ledger.bundles(job, failed=True, after_seq=max(0, after_seq), limit=MAX_OUTCOMES_READ)
 
 
-async def _standing(
+async def _current_failures(
     manager: Manager, record: JobRecord, rows: Sequence[BundleRecord]
 ) -> AsyncIterator[tuple[tuple[int, int], api_types.FailureView]]:
-    """Return the failures in these rows that no retry runs again. The place of each is the seq of
-    its outcome and its position in the outcome."""
-    taken = await RetriedTasks.read(manager.ports, record)
+    """Return the failures in these rows that no retry runs again. The position of a failure is the seq of its outcome,
+    and its index in the outcome."""
+    retried = await RetriedTasks.read(manager.ports, record)
     async for row, outcome in outcomes_of(manager, rows):
         seq, failed = row.seq or 0, row.completion.failed if row.completion else TaskSet()
-        standing = set(taken.remaining(row.bundle, failed))
-        for at, failure in enumerate(outcome.failed):
-            if failure.final and failure.task in standing:
-                yield (seq, at), job_views.failure_view(seq, outcome, failure)
+        current = set(retried.remaining(row.bundle, failed))
+        for index, failure in enumerate(outcome.failed):
+            if failure.final and failure.task in current:
+                yield (seq, index), job_views.failure_view(seq, outcome, failure)

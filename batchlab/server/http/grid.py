@@ -1,9 +1,6 @@
-"""Endpoints of the grid: its pools, queues, capacity, ledger, shutdown, and notifications.
+"""Endpoints of the grid: pools, queues, capacity, ledger, shutdown, notifications, usage, and cost caps.
 
-Invariant: the endpoints do not change the notification targets. The grid's own files and the jobs
-define them.
-
-Endpoints of the usage and the cost caps of the grid and its jobs.
+Invariant: the endpoints do not change the notification targets. The grid's own files and the jobs define the targets.
 """
 
 from __future__ import annotations
@@ -12,21 +9,19 @@ import asyncio
 from dataclasses import asdict
 from typing import Annotated
 
-from fastapi import APIRouter, BackgroundTasks, Depends
+from fastapi import APIRouter, BackgroundTasks
 from pydantic import BaseModel, ConfigDict, Field
 
 from batchlab import __version__
-from batchlab.core import api_types, api_usage_types, installation, notifications
+from batchlab.core import api_types, api_usage_types, installation
 from batchlab.core.errors import Refused
 from batchlab.core.model import GroupView, JobId
 from batchlab.core.protocol import object_keys
 from batchlab.manager import fleet_commands
 from batchlab.manager.manager import Manager
-from batchlab.manager.notifier import Notifier
-from batchlab.manager.spending import Spending
 from batchlab.server import job_views
 from batchlab.server.http.authentication import CODE_S, PAGE, page_session_name
-from batchlab.server.http.common import Leader, Limit, SpendingDep, StateDep, guarded
+from batchlab.server.http.common import Leader, Limit, NotifierDep, SpendingDep, StateDep, guarded
 
 public = APIRouter(prefix="/v1")
 router = guarded()
@@ -43,7 +38,7 @@ async def health(served: StateDep) -> api_types.HealthView:
 async def shutdown(served: StateDep, after: BackgroundTasks) -> api_types.HealthView:
     """End the manager and the processes that it started."""
 
-    async def end() -> None:  # a coroutine, because a plain function would run on another thread
+    async def end() -> None:  # a coroutine, because FastAPI runs a plain function on another thread
         served.on_shutdown()
 
     after.add_task(end)
@@ -53,39 +48,38 @@ async def shutdown(served: StateDep, after: BackgroundTasks) -> api_types.Health
 
 @router.post("/sessions", status_code=201)
 async def open_session(served: StateDep) -> api_types.SessionView:
-    """Return a code that opens the web page once. The token itself must not be a part of an
-    address."""
+    """Return a code that opens the web page once. An address contains the code, because an address must not contain
+    the token."""
     if module := installation.missing("web"):
-        said = installation.sentence("web", "The grid's page", module)
-        # A path of this process helps only a client on the same machine.
-        is_here = served.capabilities.local_manager
-        raise Refused(said, remedy=installation.remedy("web") if is_here else installation.for_a_manager("web"))
-    code = served.sessions.code()
+        error = installation.sentence("web", "The grid's page", module)
+        # The remedy names a path of this process, which helps only a client on the same machine.
+        is_local = served.capabilities.local_manager
+        raise Refused(error, remedy=installation.remedy("web") if is_local else installation.for_a_manager("web"))
+    code = served.sessions.new_code()
     path = f"{PAGE}/login#{code}"
     return {"code": code, "name": page_session_name(code), "path": path, "valid_s": CODE_S}
 
 
 @router.get("/sessions/{name}")
 async def session_code(served: StateDep, name: str) -> api_types.CodeView:
-    """Return whether the code with this name is still valid. A code becomes invalid after its use
-    or at its expiry."""
-    return {"name": name, "waits": served.sessions.waits(name)}
+    """Return whether the code with this name is still valid. A code becomes invalid after its use or at its expiry."""
+    return {"name": name, "waits": served.sessions.is_code_valid(name)}
 
 
 @router.post("/ledger/rebuild")
 async def rebuild(manager: Leader) -> api_types.RebuiltView:
-    """Rebuild the ledger from the bucket. Objects that cannot be read are skipped and listed."""
+    """Rebuild the ledger from the bucket. The answer lists the objects that could not be read."""
     rebuilt = await manager.rebuild_ledger()
-    told = rebuilt.unreadable.items()
-    return {"jobs": rebuilt.jobs, "unreadable": [{"key": key, "reason": why} for key, why in told]}
+    unreadable = rebuilt.unreadable.items()
+    return {"jobs": rebuilt.jobs, "unreadable": [{"key": key, "reason": reason} for key, reason in unreadable]}
 
 
 # --- Pools and queues ----------------------------------------------------------------------------
 
 
 class Scaling(BaseModel):
-    """Limits and desired capacity of a pool. Omitted values do not change. `auto` true returns the
-    pool to the autoscaler."""
+    """Limits and desired capacity of a pool. Omitted values do not change. If `auto` is true, the autoscaler sets the
+    desired capacity again."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -118,14 +112,13 @@ async def activities(manager: Leader, pool: str | None = None, limit: Limit = 50
 
 @router.get("/grid/history")
 async def history(manager: Leader, served: StateDep) -> api_types.HistoryView:  # noqa: ARG001 - requires the leader
-    """Return the instances, running bundles, and waiting work of each pool during the last half
-    hour."""
+    """Return the instances, running bundles, and waiting work of each pool during the last half hour."""
     return served.history.view()
 
 
 @router.post("/grid/pools/{pool}")
 async def scale(manager: Leader, pool: str, scaling: Scaling) -> api_types.PoolView:
-    """Change a pool's limits, set its desired capacity manually, or return it to the autoscaler."""
+    """Change a pool's limits, set its desired capacity manually, or let the autoscaler set the capacity."""
     view = await fleet_commands.scale(
         manager, pool, min_size=scaling.min, max_size=scaling.max, desired=scaling.desired, auto=scaling.auto
     )
@@ -151,7 +144,7 @@ async def _grid(manager: Manager, backend_name: str) -> api_types.GridView:
         "owner": manager.owner,
         "settings": asdict(manager.settings),
         "pools": [_pool(manager, view) for view in groups.values()],
-        "queues": [job_views.queue_view(*one) for one in zip(names, depths, strict=True)],
+        "queues": [job_views.queue_view(name, depth) for name, depth in zip(names, depths, strict=True)],
         "unreadable": manager.counts.unreadable.total(),
     }
 
@@ -169,45 +162,38 @@ def _pool(manager: Manager, view: GroupView) -> api_types.PoolView:
     )
 
 
-async def _notifying(manager: Leader) -> Notifier:
-    if manager.notifier is None:
-        raise Refused("This manager notifies nobody.", remedy="One that `batchlab grid up` starts does.")
-    return manager.notifier
-
-
-NotifierDep = Annotated[Notifier, Depends(_notifying)]
+# --- Notifications --------------------------------------------------------------------------------
 
 
 @router.get("/notifications")
-async def log(telling: NotifierDep, limit: Limit = 100) -> api_types.NotificationsView:
-    """Return pending notifications, and the results of recent ones."""
-    return api_types.log_view(telling, limit)
+async def log(notifier: NotifierDep, limit: Limit = 100) -> api_types.NotificationsView:
+    """Return pending notifications, and the results of recent notifications."""
+    return api_types.log_view(notifier, limit)
 
 
 @router.get("/notifications/targets")
-async def targets(telling: NotifierDep, manager: Leader) -> api_types.TargetsView:
-    """Return the grid's notification targets, and those of jobs that have not ended."""
-    return {"targets": [api_types.target_view(target) for target in _all(telling, manager)]}
-
-
-def _all(telling: Notifier, manager: Manager) -> list[notifications.Target]:
-    directory = telling.directory()
+async def targets(notifier: NotifierDep, manager: Leader) -> api_types.TargetsView:
+    """Return the notification targets of the grid and of jobs that have not ended."""
+    directory = notifier.directory()
     own = [
         directory.own(live.id, number, notify_def)
         for live in manager.lives.values()
         for number, notify_def in enumerate(live.job.notify, start=1)
     ]
-    return [*directory.targets, *own]
+    return {"targets": [api_types.target_view(target) for target in (*directory.targets, *own)]}
 
 
 @router.post("/notifications/targets/{target}/test")
-async def test(telling: NotifierDep, target: str) -> api_types.TestedView:
-    """Send one test notification to one of the grid's own targets."""
-    return {"target": target, "error": await telling.test(target)}
+async def test(notifier: NotifierDep, target: str) -> api_types.TestedView:
+    """Send a test notification to a target of the grid."""
+    return {"target": target, "error": await notifier.test(target)}
+
+
+# --- Usage and cost caps ---------------------------------------------------------------------------
 
 
 class Cap(BaseModel):
-    """Cap in USD. null removes the cap."""
+    """Cap in USD. The value null removes the cap."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -215,41 +201,37 @@ class Cap(BaseModel):
 
 
 @router.get("/use")
-async def use(books: SpendingDep) -> api_usage_types.UseView:
-    """Return the grid's usage, as AWS bills it, and the instances that are billed now."""
-    return api_usage_types.use_view(books)
+async def use(spending: SpendingDep) -> api_usage_types.UseView:
+    """Return the grid's usage in AWS's billing units, and the instances that are billed now."""
+    return api_usage_types.use_view(spending)
 
 
 @router.post("/use/cap")
-async def cap_grid(books: SpendingDep, manager: Leader, cap: Cap) -> api_usage_types.UseView:
+async def cap_grid(spending: SpendingDep, manager: Leader, cap: Cap) -> api_usage_types.UseView:
     """Set the cap on the grid's cost since its account was opened."""
-    books.set_cap(None, cap.max_cost_usd)
+    spending.set_cap(None, cap.max_cost_usd)
     manager.wake()
-    return api_usage_types.use_view(books)
+    return api_usage_types.use_view(spending)
 
 
 @router.get("/jobs/{job}/use")
-async def job_use(books: SpendingDep, manager: Leader, job: JobId) -> api_usage_types.JobUseView:
+async def job_use(spending: SpendingDep, manager: Leader, job: JobId) -> api_usage_types.JobUseView:
     """Return the usage of a job."""
-    return await _job_use(books, manager, job)
-
-
-@router.post("/jobs/{job}/cap")
-async def cap_job(books: SpendingDep, manager: Leader, job: JobId, cap: Cap) -> api_usage_types.JobUseView:
-    """Set the cap on the cost of a job that has not ended."""
-    manager.job_commands.running(job, "capped")
-    books.set_cap(job, cap.max_cost_usd)
-    manager.wake()
-    return await _job_use(books, manager, job)
-
-
-async def _job_use(books: Spending, manager: Manager, job: JobId) -> api_usage_types.JobUseView:
     record = await manager.ports.ledger.job(job)
     live = manager.lives.get(job)
     return api_usage_types.job_use_view(
         record.job,
-        await books.account(job),
+        await spending.account(job),
         manager.pools.values(),
-        max_cost_usd=books.caps.cap_of(live) if live else record.job.max_cost_usd,
+        max_cost_usd=spending.caps.cap_of(live) if live else record.job.max_cost_usd,
         capped=live.capped if live else "",
     )
+
+
+@router.post("/jobs/{job}/cap")
+async def cap_job(spending: SpendingDep, manager: Leader, job: JobId, cap: Cap) -> api_usage_types.JobUseView:
+    """Set the cap on the cost of a job that has not ended."""
+    manager.job_commands.running(job, "capped")
+    spending.set_cap(job, cap.max_cost_usd)
+    manager.wake()
+    return await job_use(spending, manager, job)

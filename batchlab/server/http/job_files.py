@@ -1,12 +1,8 @@
-"""Endpoint that accepts a job file together with its code and data.
+"""Endpoint that accepts a form with a job file, its code, and its data.
 
-Invariant: the endpoint reads and writes only inside a temporary folder of the request, whatever the
-names of the files and the contents of the job file are. It removes the folder afterwards.
-
-Forms with files, written to disk while they arrive.
-
-Invariant: no file of a form is kept in memory, and at most the file that arrives is open. Before
-the first byte is read, the disk must have room for the whole form. A closed form leaves no files.
+Invariant: the endpoint reads and writes only inside temporary folders of the request, which it removes afterwards. The
+names of the files and the contents of the job file cannot change that. The files of a form are written to disk while
+they arrive, and not kept in memory. The disk must have room for the whole form before the first byte is read.
 """
 
 from __future__ import annotations
@@ -17,8 +13,8 @@ import secrets
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, cast
 
@@ -30,26 +26,25 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from batchlab.core import api_types
 from batchlab.core.errors import JobFileError, UsageError
 from batchlab.core.task_context import name_problem
-from batchlab.core.text import size
+from batchlab.core.text import first_of, size
 from batchlab.manager.manager import Manager
 from batchlab.server.http.common import Leader, guarded
-from batchlab.server.http.jobs import accept, shown
+from batchlab.server.http.jobs import accept, current_view
 
 if TYPE_CHECKING:
     from batchlab.jobs.job_file import JobFile
 
 MIN_FREE_BYTES = 512 * 1024**2
-"""Free space on the manager's disk that uploads and downloads never use, in bytes."""
+"""Free space in bytes that uploads and downloads leave on the manager's disk."""
 MAX_FIELD_BYTES = 64 * 1024
-_ROOMY = "/var/tmp"  # noqa: S108 - mkdtemp creates a folder in it
+_DISK_FOLDER = "/var/tmp"  # noqa: S108 - mkdtemp creates a folder in it
 
 
 def disk_folder() -> str:
-    """Return the folder for large temporary files. On many systems, the default temporary folder is
-    in memory."""
-    said = tempfile.tempdir or any(name in os.environ for name in ("TMPDIR", "TEMP", "TMP"))
-    usual = tempfile.gettempdir()
-    return usual if said or not os.access(_ROOMY, os.W_OK | os.X_OK) else _ROOMY
+    """Return the folder for large temporary files. The default temporary folder of many systems is in memory."""
+    is_configured = tempfile.tempdir or any(name in os.environ for name in ("TMPDIR", "TEMP", "TMP"))
+    default = tempfile.gettempdir()
+    return default if is_configured or not os.access(_DISK_FOLDER, os.W_OK | os.X_OK) else _DISK_FOLDER
 
 
 def has_room(folder: Path | str, size_bytes: int) -> bool:
@@ -60,11 +55,11 @@ def has_room(folder: Path | str, size_bytes: int) -> bool:
 async def form_with_files(
     request: Request, size_bytes: int, *, max_files: int, max_fields: int, remedy: str
 ) -> FormData:
-    """Return the request's form, which the caller closes. `size_bytes` is the declared size of the
-    request. Raise UsageError if the disk does not have room for it."""
-    # Twice the size, because the manager copies and packs the upload before it removes it.
+    """Return the request's form, which the caller closes. `size_bytes` is the declared size of the request. Raise
+    UsageError if the disk does not have room for the form."""
+    # Twice the size, because the manager copies and packs the files before it removes the upload.
     if not has_room(disk_folder(), 2 * size_bytes):
-        raise UsageError(f"The manager's disk has no room for {size(size_bytes)} that are sent to it.", remedy=remedy)
+        raise UsageError(f"The manager's disk has no room for an upload of {size(size_bytes)}.", remedy=remedy)
     folder = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="batchlab-form-", dir=disk_folder()))
     parser = _Parser(
         request.headers, request.stream(), max_files=max_files, max_fields=max_fields, max_part_size=MAX_FIELD_BYTES
@@ -79,14 +74,13 @@ async def form_with_files(
         raise
     if not parser.files:
         await asyncio.to_thread(folder.rmdir)
-    # Also removes the files of a form that is never closed, such as one of a refused request.
+    # The finalizer also removes the files of a form that is never closed, for example after a refused request.
     weakref.finalize(form, shutil.rmtree, folder, ignore_errors=True)
     return form
 
 
 class _Parser(MultiPartParser):
-    """Starlette's parser keeps the files in memory, or open, until it has read all of them. This
-    one writes them to `folder`."""
+    """Parser that writes the files to `folder`. Starlette's parser keeps all files of a form in memory or open."""
 
     folder: Path
     files: int = 0
@@ -101,12 +95,11 @@ class _Parser(MultiPartParser):
 
 
 class _File:
-    """File of a form. It is open during a write, and from the first read until the next `seek`.
-    `close` deletes it. With the last file, it also deletes the folder."""
+    """File of a form. The file is open during a write, and from the first read until the next `seek`. `close` deletes
+    the file, and also the folder if the folder is then empty."""
 
     _rolled = False
-    """Starlette reads this attribute. With False it writes without a thread, because small writes
-    to the disk's cache are fast."""
+    """Attribute that Starlette reads. With False, Starlette writes without a thread, because small writes are fast."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -115,8 +108,8 @@ class _File:
         path.touch()
 
     def write(self, data: bytes) -> int:
-        # One received block can contain many files of a form, and all of them are written before
-        # the first one is ended.
+        # A received block can contain many files, and Starlette ends none of them before it has written all of them.
+        # So the file is not kept open.
         with self._path.open("ab") as file:
             self._size_bytes += file.write(data)
         return len(data)
@@ -129,7 +122,7 @@ class _File:
         return self._open.read(size)
 
     def seek(self, offset: int) -> int:
-        """Go back to the start, the only position that Starlette's forms use."""
+        """Go back to the start. Starlette's forms use no other position."""
         assert offset == 0
         self._shut()
         return 0
@@ -149,13 +142,15 @@ class _File:
 router = guarded()
 
 MAX_BYTES = 1024**3
-"""Limit of one upload. `batchlab job submit` stores more data in the bucket directly."""
+"""Limit of one upload in bytes. `batchlab job submit` stores larger data directly in the bucket."""
 MAX_CODE_BYTES = 64 * 1024**2
-"""Limit of the code in an upload, because it is packed in memory."""
+"""Limit of the code in an upload in bytes. The manager packs the code in memory."""
 MAX_FILES = 5000
 MAX_FIELDS = 200
+_UPLOAD_NAME = "the uploaded folder"
+"""Text that replaces the path of a temporary folder in errors."""
 
-_BY_HAND = "`batchlab job submit` takes any amount."
+_REMEDY = "Use `batchlab job submit`, which has no limit."
 _TEXT = {"type": "string"}
 _FILES = {"type": "array", "items": {"type": "string", "format": "binary"}}
 _UPLOAD: dict[str, Any] = {
@@ -168,22 +163,24 @@ _UPLOAD: dict[str, Any] = {
                     "properties": {
                         "files": {
                             **_FILES,
-                            "description": "The job's folder: each file's name is its path. A "
-                            "folder that all of them lie in is left out.",
+                            "description": "The files in the job's folder. The name of a file is its path. A top-level "
+                            "folder that contains all files is removed from the paths.",
                         },
-                        "data": {**_FILES, "description": "More files, for `data_folder`."},
+                        "data": {**_FILES, "description": "More files, which are stored in `data_folder`."},
                         "data_folder": {**_TEXT, "default": "data"},
                         "job_file": {
                             **_TEXT,
-                            "description": "Which of the files is the job file; unless said, the "
-                            "only YAML file at the top.",
+                            "description": "The path of the job file. The default is the only YAML file at the top.",
                         },
                         "set": {
                             "type": "array",
                             "items": _TEXT,
                             "description": "KEY=VALUE: replaces the default of a parameter.",
                         },
-                        "token": {**_TEXT, "description": "The client token, to send again."},
+                        "token": {
+                            **_TEXT,
+                            "description": "The client token. A repeated request with the same token creates no job.",
+                        },
                     },
                     "required": ["files"],
                 }
@@ -203,8 +200,8 @@ async def submit_files(manager: Leader, request: Request) -> api_types.JobView:
     kind = request.headers.get("content-type", "")
     if not kind.startswith("multipart/form-data"):
         raise UsageError(
-            f"A job's files come as multipart/form-data, not as {kind or 'nothing'}.",
-            remedy="curl -F 'files=@job.yaml' does that.",
+            f"The content type of a job's files must be multipart/form-data, but is {kind or 'missing'}.",
+            remedy="Send the files for example with curl -F 'files=@job.yaml'.",
         )
     form = await read_form(request, size_bytes)
     try:
@@ -214,16 +211,16 @@ async def submit_files(manager: Leader, request: Request) -> api_types.JobView:
 
 
 async def read_form(request: Request, size_bytes: int) -> FormData:
-    """Return the form with a job's files. The caller closes it."""
-    return await form_with_files(request, size_bytes, max_files=MAX_FILES, max_fields=MAX_FIELDS, remedy=_BY_HAND)
+    """Return the form with a job's files. The caller closes the form."""
+    return await form_with_files(request, size_bytes, max_files=MAX_FILES, max_fields=MAX_FIELDS, remedy=_REMEDY)
 
 
 def check_length(text: str | None, most: int = MAX_BYTES) -> int:
     """Return the length of a body. Raise UsageError if it is missing or above the limit."""
     if text is None or not (text.isascii() and text.isdigit()):
-        raise UsageError("The request does not say how long its body is.", remedy="Send a Content-Length.")
+        raise UsageError("The request has no valid Content-Length.", remedy="Send the header Content-Length.")
     if int(text) > most:
-        raise UsageError(f"That is more than the {most / 2**20:,.0f} MiB that a request may bring.", remedy=_BY_HAND)
+        raise UsageError(f"The request is larger than the limit of {most / 2**20:,.0f} MiB.", remedy=_REMEDY)
     return int(text)
 
 
@@ -231,31 +228,30 @@ async def submit_form(manager: Manager, form: FormData) -> api_types.JobView:
     """Submit the job that the files of the form define. The manager does not run the job's code."""
     from batchlab.jobs import submission
 
-    files, data = _sent(form, "files"), _sent(form, "data")
-    overrides = _overrides(str(one) for one in form.getlist("set"))
-    named = _field(form, "job_file")
+    files, data = _files_of(form, "files"), _files_of(form, "data")
+    overrides = _overrides(str(text) for text in form.getlist("set"))
     data_folder = _field(form, "data_folder") or "data"
     token = _field(form, "token") or secrets.token_urlsafe(16)
-    with _own_folder() as folder:
-        names = _placed(files, data, data_folder)
+    with tempfile.TemporaryDirectory(prefix="batchlab-upload-", dir=disk_folder()) as temporary:
+        folder = Path(await asyncio.to_thread(os.path.realpath, temporary))
+        names = _paths(files, data, data_folder)
         sources: list[tuple[IO[bytes], str]] = [
-            (one.file, name) for one, name in zip([*files, *data], names, strict=True)
+            (upload.file, name) for upload, name in zip([*files, *data], names, strict=True)
         ]
         await asyncio.to_thread(_write, folder, sources)
-        path = folder / _job_file(names[: len(files)], named)
-        jobfile, packed = await asyncio.to_thread(_loaded, path, folder, overrides)
+        path = folder / _job_file(names[: len(files)], _field(form, "job_file"))
+        jobfile, packed = await asyncio.to_thread(_load, path, folder, overrides)
         ports = manager.ports
         job = await submission.prepare(
             jobfile, objects=ports.objects, clock=ports.clock, patience=ports.patience, token=token, packed=packed
         )
     written = await accept(manager, job, None)
-    return await shown(manager, written.rows.job)
+    return await current_view(manager, written.rows.job)
 
 
-def _sent(form: FormData, name: str) -> list[UploadFile]:
-    """Return the files of one field. If the user chose no file, a browser sends one without a
-    name."""
-    return [one for one in form.getlist(name) if isinstance(one, UploadFile) and (one.filename or one.size)]
+def _files_of(form: FormData, name: str) -> list[UploadFile]:
+    """Return the files of one field. If the user chose no file, a browser sends an empty file without a name."""
+    return [item for item in form.getlist(name) if isinstance(item, UploadFile) and (item.filename or item.size)]
 
 
 def _field(form: FormData, name: str) -> str:
@@ -264,44 +260,37 @@ def _field(form: FormData, name: str) -> str:
 
 
 def _overrides(texts: Iterable[str]) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for text in (one.strip() for one in texts):
+    overrides: dict[str, str] = {}
+    for text in filter(None, map(str.strip, texts)):
         key, equals, value = text.partition("=")
-        if text and not (equals and key):
+        if not (equals and key):
             raise UsageError(f"{text!r} is not KEY=VALUE.", remedy="Write for example year=2026.")
-        if text:
-            found[key] = value
-    return found
+        overrides[key] = value
+    return overrides
 
 
-@contextmanager
-def _own_folder() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="batchlab-upload-", dir=disk_folder()) as name:
-        yield Path(name).resolve()
-
-
-def _placed(files: Sequence[UploadFile], data: Sequence[UploadFile], data_folder: str) -> list[str]:
-    """Return the path of each file in the job's folder. Raise UsageError if a path would leave the
-    folder, or if two paths are equal."""
+def _paths(files: Sequence[UploadFile], data: Sequence[UploadFile], data_folder: str) -> list[str]:
+    """Return the path of each file in the job's folder. Raise UsageError if a path would leave the folder, or if two
+    paths are equal."""
     paths = [PurePosixPath(_safe(file.filename or "")) for file in files]
     tops = {path.parts[0] for path in paths}
     if len(tops) == 1 and all(len(path.parts) > 1 for path in paths):
-        # If a user chooses a folder, the browser prefixes each name with the folder's name.
+        # If a user chooses a folder, the browser adds the folder's name to each path.
         paths = [PurePosixPath(*path.parts[1:]) for path in paths]
     folder = PurePosixPath(_safe(data_folder))
-    paths += [folder / _safe((one.filename or "").rpartition("/")[2]) for one in data]
+    paths += [folder / _safe((upload.filename or "").rpartition("/")[2]) for upload in data]
     names = [str(path) for path in paths]
     if not names:
-        raise UsageError("No file came along.", remedy="Choose the job's folder.")
+        raise UsageError("The form has no files.", remedy="Choose the job's folder.")
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise UsageError(f"Two of the files are {twice!r}.", remedy="Leave one of them out.")
+        raise UsageError(f"Two files have the path {twice!r}.", remedy="Leave out one of these files.")
     return names
 
 
 def _safe(name: str) -> str:
     if problem := name_problem(name):
-        raise UsageError(f"A file's name, {name[:200]!r}, {problem}.", remedy="Rename it, or leave it out.")
+        raise UsageError(f"The file name {name[:200]!r} {problem}.", remedy="Rename the file, or leave it out.")
     return name
 
 
@@ -319,92 +308,84 @@ def _write(folder: Path, sources: Sequence[tuple[IO[bytes], str]]) -> None:
         ) from error
     except NotADirectoryError as error:
         raise UsageError(
-            f"A file and a folder have the same name, on the way to {name!r}.", remedy="Rename one of the two."
+            f"A file and a folder have the same name in the path {name!r}.", remedy="Rename the file or the folder."
         ) from error
     except OSError as error:
-        raise UsageError(
-            f"The files cannot be kept by the manager: {error.strerror or error}.", remedy=_BY_HAND
-        ) from error
+        raise UsageError(f"The manager cannot store the files: {error.strerror or error}.", remedy=_REMEDY) from error
 
 
-def _job_file(names: Sequence[str], named: str) -> str:
-    if named:
-        if named in names:
-            return named
-        raise UsageError(f"No file {named!r} came along.", remedy=f"There are {_some(names)}.")
-    found = [name for name in names if "/" not in name and name.endswith((".yaml", ".yml"))]
+def _job_file(names: Sequence[str], requested: str) -> str:
+    if requested:
+        if requested in names:
+            return requested
+        raise UsageError(f"The form has no file {requested!r}.", remedy=f"The form has {first_of(names, 3)}.")
+    candidates = [name for name in names if "/" not in name and name.endswith((".yaml", ".yml"))]
     for usual in ("job.yaml", "job.yml"):
-        if usual in found:
+        if usual in candidates:
             return usual
-    if len(found) == 1:
-        return found[0]
-    if not found:
+    if len(candidates) == 1:
+        return candidates[0]
+    if not candidates:
         raise UsageError(
-            "None of the files is a job file: a YAML file at the top of the folder.",
-            remedy=f"There are {_some(names)}. `batchlab init` writes a job to start from.",
+            "The form has no job file, which is a YAML file at the top of the folder.",
+            remedy=f"The form has {first_of(names, 3)}. `batchlab init` writes an example of a job.",
         )
-    raise UsageError(f"Any of {_some(found)} could be the job file.", remedy="Say which of them it is.")
+    raise UsageError(f"Each of {first_of(candidates, 3)} may be the job file.", remedy="Set `job_file` to one of them.")
 
 
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
-
-
-def _loaded(path: Path, folder: Path, overrides: Mapping[str, str]) -> tuple[JobFile, tuple[bytes, str]]:
+def _load(path: Path, folder: Path, overrides: Mapping[str, str]) -> tuple[JobFile, tuple[bytes, str]]:
     from batchlab.jobs import job_file, submission
 
     try:
-        _stay_inside(path)
+        _check_paths(path)
         loaded = job_file.load(path, overrides)
     except JobFileError as error:
-        raise _retold(error, folder) from error
-    for one in (loaded.code, *(file for file in loaded.files if isinstance(file, Path))):
-        if not one.resolve().is_relative_to(folder):
-            raise _leaves(str(one))
+        raise _without_folder(error, folder) from error
+    for local in (loaded.code, *(file for file in loaded.files if isinstance(file, Path))):
+        if not local.resolve().is_relative_to(folder):
+            raise _not_uploaded(str(local))
     try:
         return loaded, submission.code_digest(loaded, MAX_CODE_BYTES)
     except UsageError as error:
-        told = error.message.replace(str(folder), "that came along")
-        raise UsageError(told, remedy=error.remedy) from error
+        raise UsageError(error.message.replace(str(folder), _UPLOAD_NAME), remedy=error.remedy) from error
 
 
-def _stay_inside(path: Path) -> None:
-    """Raise UsageError if the job file names a local path that is not below its folder. This check
-    comes before any search for files, because a pattern may match a whole disk."""
+def _check_paths(path: Path) -> None:
+    """Raise UsageError if the job file names a local path that is not below its folder. This check comes before the
+    search for files, because a pattern may match a whole disk."""
     from batchlab.jobs import yaml_source
     from batchlab.jobs.schema import SHAPE
 
     document = yaml_source.parse(yaml_source.text_of(path, SHAPE.what, ""), lambda _: False)
     data = document.data if isinstance(document.data, dict) else {}
-    given = data.get("input")
-    files = given.get("files") if isinstance(given, dict) else None
+    source = data.get("input")
+    files = source.get("files") if isinstance(source, dict) else None
     for name in [data.get("code"), *(files if isinstance(files, list) else [files])]:
         if isinstance(name, str) and "://" not in name:
             parts = name.replace("\\", "/").split("/")
             if name.startswith(("/", "~")) or ".." in parts:
-                raise _leaves(name)
+                raise _not_uploaded(name)
 
 
-def _retold(error: JobFileError, folder: Path) -> JobFileError:
-    """Return the error without the temporary folder's path, which the user does not know."""
+def _without_folder(error: JobFileError, folder: Path) -> JobFileError:
+    """Return the error without the path of the temporary folder, which means nothing to the user."""
     from batchlab.jobs.yaml_source import JobFileErrors
 
     return JobFileErrors(
         [
             JobFileError(
-                one.message.replace(str(folder), "what came along"),
-                file=one.file.removeprefix(f"{folder}/"),
-                line=one.line,
-                remedy=one.remedy.replace(str(folder), "what came along"),
+                mistake.message.replace(str(folder), _UPLOAD_NAME),
+                file=mistake.file.removeprefix(f"{folder}/"),
+                line=mistake.line,
+                remedy=mistake.remedy.replace(str(folder), _UPLOAD_NAME),
             )
-            for one in getattr(error, "errors", (error,))
+            for mistake in getattr(error, "errors", (error,))
         ]
     )
 
 
-def _leaves(name: str) -> UsageError:
+def _not_uploaded(name: str) -> UsageError:
     return UsageError(
-        f"The job file names {name!r}, which is not among the files that came along.",
-        remedy="Send it along, and name it by its path from the job file.",
+        f"The job file names {name!r}, which is not among the uploaded files.",
+        remedy="Upload the file, and write its path relative to the job file.",
     )

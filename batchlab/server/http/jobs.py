@@ -1,11 +1,7 @@
 """Endpoints of jobs: submission, state, control, and outcomes.
 
-Invariant: the answer to a request shows the job after the request has taken effect. The endpoints
-read outcomes from the bucket, and the ledger lists them.
-
-Long polls: waits for a new version of a job, and for outcomes of its tasks.
-
-Invariant: changes wake the waiting requests, which do not poll.
+Invariant: the answer to a request shows the job after the request has taken effect. The ledger lists the outcomes,
+and the endpoints read them from the bucket. A change of a job wakes the requests that wait for the change.
 """
 
 from __future__ import annotations
@@ -28,7 +24,6 @@ from batchlab.core.model import JobId, Outcome, StageName, TaskSet
 from batchlab.core.ports import BundleRecord, ChangeResult, JobRecord
 from batchlab.core.protocol import json_format, settlement
 from batchlab.core.protocol.field_checks import shallow
-from batchlab.core.protocol.object_keys import CommitKey
 from batchlab.manager.manager import Manager
 from batchlab.manager.state import LiveJob
 from batchlab.server import job_facts, job_views
@@ -38,80 +33,74 @@ from batchlab.server.http.history import eta_of
 from batchlab.server.wait_reasons import why
 
 
-async def news(live: LiveJob, version: int, wait_s: float) -> None:
+async def wait_for_change(live: LiveJob, version: int, wait_s: float) -> None:
     """Wait until the job's version differs from `version`, at most `wait_s`."""
     with suppress(TimeoutError):
         async with asyncio.timeout(wait_s):
             await live.wait_for_change(version)
 
 
-async def first(manager: Manager, job: JobId, wait_s: float) -> api_types.OutcomesView:
-    """Return the first outcomes of a new job as soon as they are committed. At this time, they may
-    not be counted yet."""
+async def first_outcomes(manager: Manager, job: JobId, wait_s: float) -> api_types.OutcomesView:
+    """Return the first outcomes of a new job as soon as they are committed. The ledger may not have counted these
+    outcomes yet."""
     loop = asyncio.get_running_loop()
     end_s = loop.time() + wait_s
     if live := manager.lives.get(job):
         live.listeners += 1
         try:
             while not (live.first_outcomes or live.folds or live.record.state.ended or loop.time() >= end_s):
-                await news(live, live.version, end_s - loop.time())
+                await wait_for_change(live, live.version, end_s - loop.time())
             if live.first_outcomes and not live.folds:
                 key = await manager.ports.keys.key_of(live.job)
-                return {"outcomes": [_uncounted(outcome, key) for outcome in live.first_outcomes], "ended": False}
+                uncounted = [
+                    (BundleRecord(outcome.bundle, settlement.completion(outcome), api_types.UNCOUNTED), outcome)
+                    for outcome in live.first_outcomes
+                ]
+                views = [job_views.outcome_view(record, key, outcome) for record, outcome in uncounted]
+                return {"outcomes": views, "ended": False}
         finally:
             live.listeners -= 1
             if not live.listeners:
                 live.early_outcomes.clear()
-    return await page(manager, job, None, None, MAX_LISTED, end_s - loop.time())
+    return await outcomes_page(manager, job, None, None, MAX_LISTED, end_s - loop.time())
 
 
-def _uncounted(outcome: Outcome, key: CommitKey) -> api_types.OutcomeView:
-    record = BundleRecord(outcome.bundle, settlement.completion(outcome), api_types.UNCOUNTED)
-    return job_views.outcome_view(record, key, outcome)
-
-
-async def page(
+async def outcomes_page(
     manager: Manager, job: JobId, stage: StageName | None, after: int | None, limit: int, wait_s: float
 ) -> api_types.OutcomesView:
-    """Return outcomes with a seq above `after`, of one stage or of all. The answer waits for the
-    first one."""
+    """Return outcomes with a seq above `after`, of one stage or of all stages. Wait up to `wait_s` for the first
+    outcome."""
     loop = asyncio.get_running_loop()
     end_s = loop.time() + wait_s
     while True:
         live = manager.lives.get(job)
-        # Read the number of folds before the outcomes, so that an outcome that is folded in between
-        # is not missed.
+        # The number of folds is read before the outcomes. A fold during the read then ends the wait below.
         folds = live.folds if live else 0
         record = live.record if live else await manager.ports.ledger.job(job)
         ended = record.state.ended
-        found = await _after(manager, live, job, stage, after, limit)
-        if found or ended or live is None or loop.time() >= end_s:
+        rows: Sequence[tuple[BundleRecord, Outcome | None]]
+        recent = live.outcomes_after(after) if live else None
+        if recent is not None:
+            rows = [(row, outcome) for row, outcome in recent if stage in (None, row.bundle.stage)][:limit]
+        else:
+            stored = await manager.ports.ledger.bundles(job, stage=stage, done=True, after_seq=after, limit=limit)
+            rows = [(row, None) for row in stored]
+        if rows or ended or live is None or loop.time() >= end_s:
             key = await manager.ports.keys.key_of(record.job)
             return {
-                "outcomes": [job_views.outcome_view(row, key, outcome) for row, outcome in found],
-                "ended": ended and len(found) < limit,
+                "outcomes": [job_views.outcome_view(row, key, outcome) for row, outcome in rows],
+                "ended": ended and len(rows) < limit,
             }
         while live.folds == folds and not live.record.state.ended and loop.time() < end_s:
-            await news(live, live.version, end_s - loop.time())
+            await wait_for_change(live, live.version, end_s - loop.time())
 
 
-async def _after(
-    manager: Manager, live: LiveJob | None, job: JobId, stage: StageName | None, after: int | None, limit: int
-) -> Sequence[tuple[BundleRecord, Outcome | None]]:
-    recent = live.outcomes_after(after) if live else None
-    if recent is not None:
-        return [one for one in recent if stage in (None, one[0].bundle.stage)][:limit]
-    bundle_records = await manager.ports.ledger.bundles(job, stage=stage, done=True, after_seq=after, limit=limit)
-    return [(one, None) for one in bundle_records]
-
-
-entrance = guarded()
-"""Router of the submission. It is matched before all others, because it determines the latency of
-short calls."""
+submission_router = guarded()
+"""Router of the submission. The application matches this router first, because the latency of short calls depends on
+the submission."""
 router = guarded()
 
 NDJSON = "application/x-ndjson"
-
 
 PostedJob = Annotated[JobDef, BeforeValidator(without_version), Body(embed=True)]
 Edge = Annotated[int, Field(ge=0, le=2**53)]
@@ -119,7 +108,7 @@ Range = tuple[Edge, Edge]
 Items = Annotated[list[Any] | None, Body(embed=True)]
 
 
-@entrance.post(
+@submission_router.post(
     "/jobs",
     status_code=201,
     response_model=api_types.JobView,
@@ -133,82 +122,78 @@ async def submit(
     wait_s: Wait = 0.0,
     traceparent: Annotated[str, Header(max_length=200)] = "",
 ) -> Any:
-    """Accept a job. The status is 201 for a new job, and 200 if the id or the client token is
-    known.
+    """Accept a job. The status is 201 for a new job. The status is 200 if a job with the same id or client token
+    exists.
 
-    A job without an input brings its items: a few in the request, encoded as in a plan, or more in
-    the bucket. With `wait_s`, the answer has two lines of JSON. The first line is the job, and it
-    is sent at once. The second line has the first outcomes, as /outcomes returns them. The manager
-    sends it as soon as there are outcomes. Their seq is 0 if they are committed but not counted
-    yet, and then /outcomes lists them again. If the grid records traces, the W3C header
-    `traceparent` names the parent of the job's trace.
+    A job without an input has its own items. The request contains a few items, encoded as in a plan. The bucket
+    contains more items. With `wait_s`, the answer has two lines of JSON. The first line is the job, and the manager
+    sends it at once. The second line has the first outcomes, as /outcomes returns them. The manager sends the second
+    line when outcomes exist. The seq of an outcome is 0 if the outcome is committed but not counted yet. /outcomes
+    lists such an outcome again. If the grid records traces, the W3C header `traceparent` names the parent of the job's
+    trace.
     """
     written = await accept(manager, replace(job, trace=traceparent), items)
     status = 201 if written.is_new else 200
-    view = await shown(manager, written.rows.job)
+    view = await current_view(manager, written.rows.job)
     if wait_s:
         job_id = JobId(view["id"])
-        heard = partial(first, manager, job_id, wait_s)
+        read_outcomes = partial(first_outcomes, manager, job_id, wait_s)
         if not written.is_new:
-            heard = partial(page, manager, job_id, None, None, MAX_LISTED, wait_s)
-        return _Lines(view, heard, status)
+            read_outcomes = partial(outcomes_page, manager, job_id, None, None, MAX_LISTED, wait_s)
+        return _JobAndOutcomes(view, read_outcomes, status)
     response.status_code = status
     return view
 
 
-def _refuse_capitals(job: JobDef) -> None:
-    # On a file system that ignores case, the objects of two jobs would be the same files.
-    if job.id != job.id.lower():
-        raise UsageError(
-            f"{job.id!r} cannot be the id of a new job: it has capital letters.", remedy="Use small letters."
-        )
-
-
 async def accept(manager: Manager, job: JobDef, items: list[Any] | None) -> ChangeResult:
-    """Submit the job. Raise UsageError if this grid could not run it."""
+    """Submit the job. Raise UsageError if this grid cannot run the job."""
     try:
-        _refuse_capitals(job)
+        # On a file system that ignores case, the objects of two jobs would be the same files.
+        if job.id != job.id.lower():
+            raise UsageError(f"The job id {job.id!r} has capital letters.", remedy="Use small letters.")
         manager.admit(job)
     except UsageError as error:
-        # A job that was accepted before stays accepted, even if this grid would refuse it today.
+        # A job that was accepted before stays accepted, even if this grid would refuse the job now.
         try:
             await manager.ports.ledger.job(job.id)
-        except (NotFound, UnicodeEncodeError):  # the latter for an id that no job can have
+        except (NotFound, UnicodeEncodeError):  # UnicodeEncodeError: an id that no job can have
             raise error from None
     try:
         shallow([*(items or ()), *(value for _, value in job.params)])
     except ValueError as error:
         raise UsageError(
             f"An item or a parameter of job {job.id} cannot be used: {error}.",
-            remedy="Nest it less deeply, or store it as a file.",
+            remedy="Nest the value less deeply, or store it as a file.",
         ) from None
     if items is not None and (job.items != len(items) or job.input is not None):
         raise UsageError(
-            f"Job {job.id} comes with {len(items)} items, but says otherwise.",
-            remedy="Let `items` of the job be their number, and give it no input.",
+            f"The request for job {job.id} has {len(items)} items, which contradicts the job's `items` or `input`.",
+            remedy="Set `items` of the job to the number of items, and leave out `input`.",
         )
     return await manager.job_commands.submit(job, items)
 
 
-class _Lines(Response):
-    """Response with the job, and then its first outcomes. A StreamingResponse would start a task
-    that detects a disconnected client, and this task takes 10% of the time of a short call. This
-    class waits for the outcomes even if the client has disconnected."""
+class _JobAndOutcomes(Response):
+    """Response with the job, and then with its first outcomes.
+
+    A StreamingResponse would start a task that detects a disconnected client. That task takes 10% of the time of a
+    short call. This class waits for the outcomes even if the client has disconnected.
+    """
 
     media_type = NDJSON
 
     def __init__(
-        self, view: api_types.JobView, heard: Callable[[], Awaitable[api_types.OutcomesView]], status: int
+        self, view: api_types.JobView, read_outcomes: Callable[[], Awaitable[api_types.OutcomesView]], status: int
     ) -> None:
         super().__init__(_line(view), status)
         del self.headers["content-length"]
-        self._heard = heard
+        self._read_outcomes = read_outcomes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
         start = {"status": self.status_code, "headers": self.raw_headers}
         await send({"type": "http.response.start", **start})
         await send({"type": "http.response.body", "body": self.body, "more_body": True})
-        await send({"type": "http.response.body", "body": _line(await self._heard())})
+        await send({"type": "http.response.body", "body": _line(await self._read_outcomes())})
 
 
 def _line(view: api_types.JobView | api_types.OutcomesView) -> bytes:
@@ -221,24 +206,24 @@ async def list_jobs(
 ) -> api_types.JobsView:
     """Return jobs, newest first. `before` is the id of the last job of the previous page."""
     records = await manager.ports.ledger.jobs(active=active, limit=limit, before=before)
-    return {"jobs": [await shown(manager, record) for record in records]}
+    return {"jobs": [await current_view(manager, record) for record in records]}
 
 
 @router.get("/jobs/{job}")
 async def job(manager: Leader, job: JobId, version: int | None = None, wait_s: Wait = 0.0) -> api_types.JobView:
-    """Return one job. With `version`, the answer waits until the version of the job differs."""
+    """Return one job. With `version`, the manager waits until the version of the job differs."""
     live = manager.lives.get(job)
     if live and version is not None:
-        await news(live, version, wait_s)
-    return await shown(manager, await manager.ports.ledger.job(job))
+        await wait_for_change(live, version, wait_s)
+    return await current_view(manager, await manager.ports.ledger.job(job))
 
 
 @router.post("/jobs/{job}/cancel")
 async def cancel(manager: Leader, job: JobId) -> api_types.JobView:
-    """Cancel a job. The answer arrives when no further task of the job can start."""
+    """Cancel a job. The manager answers when no further task of the job can start."""
     record = await manager.job_record(job)
     await manager.job_commands.cancel(job)
-    return await shown(manager, record)
+    return await current_view(manager, record)
 
 
 @router.post("/jobs/{job}/pause")
@@ -246,7 +231,7 @@ async def pause(manager: Leader, job: JobId) -> api_types.JobView:
     """Pause a job. Running tasks continue, and no further task starts."""
     record = await manager.ports.ledger.job(job)
     await manager.job_commands.pause(job)
-    return await shown(manager, record)
+    return await current_view(manager, record)
 
 
 @router.post("/jobs/{job}/resume")
@@ -254,12 +239,12 @@ async def resume(manager: Leader, job: JobId) -> api_types.JobView:
     """Resume a paused job."""
     record = await manager.ports.ledger.job(job)
     await manager.job_commands.resume(job)
-    return await shown(manager, record)
+    return await current_view(manager, record)
 
 
 class Choice(BaseModel):
-    """The failed tasks to run again: by fingerprint, and by stage as ranges. A range includes its
-    first task and excludes its end."""
+    """Selection of failed tasks to run again, by fingerprint, and by stage as ranges. A range includes its first task
+    and excludes its end."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -269,13 +254,13 @@ class Choice(BaseModel):
 
 @router.post("/jobs/{job}/retry")
 async def retry(manager: Leader, served: StateDep, job: JobId, choice: Choice | None = None) -> api_types.JobView:
-    """Run again all tasks that did not succeed. With a choice, run only the chosen failed tasks and
-    the canceled tasks."""
+    """Run all tasks again that did not succeed. With a choice, run only the chosen failed tasks and the canceled
+    tasks again."""
     chosen = None
     if choice is not None:
-        sets = {stage: TaskSet.union(TaskSet.span(*one) for one in ranges) for stage, ranges in choice.tasks.items()}
+        sets = {stage: TaskSet.union(TaskSet.span(*ends) for ends in ranges) for stage, ranges in choice.tasks.items()}
         chosen = await chosen_tasks(manager, served, job, choice.fingerprints, sets)
-    return await shown(manager, await manager.job_commands.retry(job, chosen))
+    return await current_view(manager, await manager.job_commands.retry(job, chosen))
 
 
 @router.get("/jobs/{job}/eta")
@@ -291,8 +276,8 @@ async def explain(manager: Leader, job: JobId) -> api_types.WhyView:
     return {"why": why(await job_facts.gather(manager, job))}
 
 
-async def shown(manager: Manager, record: JobRecord) -> api_types.JobView:
-    """Return the job in its current state. `record` may be older."""
+async def current_view(manager: Manager, record: JobRecord) -> api_types.JobView:
+    """Return the view of the job in its current state. `record` may be outdated."""
     job = record.job.id
     live = manager.lives.get(job)
     if live:
@@ -312,6 +297,6 @@ async def outcomes(
     limit: Limit = MAX_LISTED,
     wait_s: Wait = 0.0,
 ) -> api_types.OutcomesView:
-    """Return outcomes with a seq above `after`, in the order of their seq. With `wait_s`, the
-    answer waits for the first one."""
-    return await page(manager, job, stage, after, limit, wait_s)
+    """Return outcomes with a seq above `after`, in the order of their seq. With `wait_s`, the manager waits for the
+    first outcome."""
+    return await outcomes_page(manager, job, stage, after, limit, wait_s)

@@ -1,12 +1,12 @@
 """Endpoints of task logs: complete logs of ended tasks, and live logs of running tasks.
 
-Invariant: the endpoints read logs from the bucket, and the ledger lists the outcomes. An answer
-contains at most MAX_BYTES of logs, and it marks the logs that are left out.
+Invariant: the ledger lists the outcomes, and the endpoints read their logs from the bucket. An answer contains at most
+MAX_BYTES of logs, and has a remark in place of each omitted log.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from batchlab.core import api_types
@@ -17,10 +17,10 @@ from batchlab.jobs.attempts import Attempt, attempt_in, printed
 from batchlab.manager.manager import Manager
 from batchlab.server import job_views
 from batchlab.server.http.common import MAX_LISTED, NOT_STORED, Leader, Limit, Wait, guarded, outcomes_of
-from batchlab.server.http.jobs import page
+from batchlab.server.http.jobs import outcomes_page
 
 MAX_BYTES = 32 * 1024**2
-LEFT_OUT = "(left out: an answer holds up to 32 MiB. Name this task alone, or ask for fewer.)\n"
+LEFT_OUT = "(This log is omitted, because an answer contains up to 32 MiB. Request this task alone.)\n"
 PAGE_BUNDLES = 50
 """Number of outcomes whose logs form one answer to a client that follows a job."""
 
@@ -29,13 +29,13 @@ router = guarded()
 
 @dataclass(slots=True)
 class _Room:
-    """Remaining size of an answer."""
+    """Remaining size of an answer. `is_over` is True after a log was omitted."""
 
     left_bytes: int = field(default_factory=lambda: MAX_BYTES)
     is_over: bool = False
-    """A log was left out. No further log is added, because it would seem to follow directly."""
 
-    def takes(self, outcome: Outcome, attempt: Attempt) -> bool:
+    def reserve(self, outcome: Outcome, attempt: Attempt) -> bool:
+        """Reserve room for a log. Return False if the answer has no room for the log."""
         spans = (stop - start for task, start, stop in outcome.log_spans if task == attempt.task)
         size_bytes = sum(max(0, span) for span in spans)
         if size_bytes > self.left_bytes:
@@ -55,9 +55,8 @@ async def logs(
     failed: bool = False,
     since_s: float | None = None,
 ) -> api_types.LogsView:
-    """Return the logs of tasks, one for each attempt, including retried attempts. `failed` selects
-    tasks that failed permanently. `since_s` selects attempts that ended within this number of
-    seconds."""
+    """Return the logs of tasks, one for each attempt, including retried attempts. `failed` selects tasks that failed
+    permanently. `since_s` selects attempts that ended within this number of seconds."""
     record = await manager.ports.ledger.job(job)
     records = await manager.ports.ledger.bundles(job, stage=stage, done=True, failed=failed)
     if task is not None:
@@ -65,14 +64,13 @@ async def logs(
     if failed:
         # Failures of earlier rounds are outdated, because the retry ran their tasks again.
         records = [r for r in records if r.bundle.round == record.round]
-    found: list[api_types.LogView] = []
+    views: list[api_types.LogView] = []
     room = _Room()
     async for _, outcome in outcomes_of(manager, _recent(manager, records, since_s)):
-        async for log in _of(manager, outcome, task, limit - len(found), room, failed=failed):
-            found.append(log)  # noqa: PERF401 - its length limits the reads
-        if len(found) >= limit or room.is_over:
+        views += await _logs_of(manager, outcome, task, limit - len(views), room, failed=failed)
+        if len(views) >= limit or room.is_over:
             break
-    return {"logs": sorted(found, key=lambda log: (log["stage"], log["task"], log["attempt"]))}
+    return {"logs": sorted(views, key=lambda log: (log["stage"], log["task"], log["attempt"]))}
 
 
 @router.get("/jobs/{job}/logs/after")
@@ -86,45 +84,43 @@ async def logs_after(
     since_s: float | None = None,
     wait_s: Wait = 0.0,
 ) -> api_types.NewLogsView:
-    """Return the logs of outcomes with a seq above `seq`, in the order of their seq. The answer
-    waits for the first outcome."""
+    """Return the logs of outcomes with a seq above `seq`, in the order of their seq. The manager waits up to `wait_s`
+    for the first outcome."""
     live = manager.lives.get(job)
     round_ = live.round if live else (await manager.ports.ledger.job(job)).round
-    waited = await page(manager, job, stage, seq, 1, wait_s)
+    first_page = await outcomes_page(manager, job, stage, seq, 1, wait_s)
     records: Sequence[BundleRecord] = ()
-    if waited["outcomes"]:
+    if first_page["outcomes"]:
         records = await manager.ports.ledger.bundles(job, stage=stage, done=True, after_seq=seq, limit=PAGE_BUNDLES)
     last = records[-1].seq if records else seq
-    wanted = [r for r in records if task is None or task in r.bundle.tasks]
-    found: list[api_types.LogView] = []
-    over = False
+    matching = [r for r in records if task is None or task in r.bundle.tasks]
+    views: list[api_types.LogView] = []
+    task_ended = False
     room = _Room()
-    bundle_ids = {r.bundle.id for r in _recent(manager, wanted, since_s)}
-    async for record, outcome in outcomes_of(manager, wanted):
+    bundle_ids = {r.bundle.id for r in _recent(manager, matching, since_s)}
+    async for record, outcome in outcomes_of(manager, matching):
         attempt = attempt_in(outcome, task) if task is not None else None
-        over = over or (attempt is not None and attempt.state != "RETRIED")
+        task_ended = task_ended or (attempt is not None and attempt.state != "RETRIED")
         current = outcome.bundle.round == round_
         if outcome.bundle.id in bundle_ids and (current or not failed):
-            found += [log async for log in _of(manager, outcome, task, MAX_LISTED, room, failed=failed)]
+            views += await _logs_of(manager, outcome, task, MAX_LISTED, room, failed=failed)
         if room.is_over or room.left_bytes < MAX_BYTES / 2:
             last = record.seq  # the next answer contains the other logs
             break
-    ended = waited["ended"] and not records
-    return {"logs": found, "seq": last, "ended": ended or over}
+    ended = first_page["ended"] and not records
+    return {"logs": views, "seq": last, "ended": ended or task_ended}
 
 
 @router.post("/jobs/{job}/tails")
 async def tails(manager: Leader, job: JobId) -> api_types.TailsView:
-    """Return the end of the logs of running tasks. Workers store live logs only while a client
-    requests them, so the first answers may be empty. A client repeats the request every `every_s`
-    seconds."""
+    """Return the end of the logs of running tasks. Workers store live logs only while a client requests them, so the
+    first answers may be empty. A client repeats the request every `every_s` seconds."""
     live = manager.lives.get(job)
     if live is None:
         await manager.ports.ledger.job(job)
         return {"tails": [], "every_s": manager.live_logs.every_s}
-    tails = await manager.live_logs.read(live)
-    shown = sorted((tail.stage, tail.task, tail.attempt, tail) for tail in tails)
-    return {"tails": [job_views.tail_view(tail) for *_, tail in shown], "every_s": manager.live_logs.every_s}
+    tails = sorted(await manager.live_logs.read(live), key=lambda tail: (tail.stage, tail.task, tail.attempt))
+    return {"tails": [job_views.tail_view(tail) for tail in tails], "every_s": manager.live_logs.every_s}
 
 
 def _recent(manager: Manager, records: Sequence[BundleRecord], since_s: float | None) -> Sequence[BundleRecord]:
@@ -134,34 +130,25 @@ def _recent(manager: Manager, records: Sequence[BundleRecord], since_s: float | 
     return [r for r in records if r.completion and r.completion.ended_s >= begin_s]
 
 
-async def _of(
+async def _logs_of(
     manager: Manager, outcome: Outcome, task: int | None, limit: int, room: _Room, *, failed: bool
-) -> AsyncIterator[api_types.LogView]:
-    """Return the logs of an outcome: of all tasks, of one task, or of the tasks that failed
-    permanently."""
-    wanted = [
+) -> list[api_types.LogView]:
+    """Return the logs of all tasks of an outcome, of one task, or of the tasks that failed permanently."""
+    attempts = [
         attempt
         for number in dict.fromkeys(span[0] for span in outcome.log_spans)
         if task in (None, number)
         and (attempt := attempt_in(outcome, number))
         and (not failed or attempt.state == "FAILED")
     ][:limit]
-    fits: list[Attempt] = []
-    left_out: list[Attempt] = []
-    for one in wanted:
-        (fits if room.takes(outcome, one) else left_out).append(one)
-    for attempt, text in await _texts(manager, outcome, fits):
-        yield job_views.log_view(attempt, text if text is not None else NOT_STORED.encode(), text is not None)
-    for attempt in left_out:
-        yield job_views.log_view(attempt, LEFT_OUT.encode())
-
-
-async def _texts(
-    manager: Manager, outcome: Outcome, wanted: Sequence[Attempt]
-) -> Sequence[tuple[Attempt, bytes | None]]:
-    objects, patience = manager.ports.objects, manager.ports.patience
+    fitting: list[Attempt] = []
+    omitted: list[Attempt] = []
+    for attempt in attempts:
+        (fitting if room.reserve(outcome, attempt) else omitted).append(attempt)
+    omitted_views = [job_views.log_view(attempt, LEFT_OUT.encode()) for attempt in omitted]
+    ports = manager.ports
     try:
-        texts = await printed(objects, outcome, [attempt.task for attempt in wanted], patience)
+        texts = await printed(ports.objects, outcome, [attempt.task for attempt in fitting], ports.patience)
     except NotFound:
-        return [(attempt, None) for attempt in wanted]
-    return [(attempt, texts[attempt.task]) for attempt in wanted]
+        return [job_views.log_view(attempt, NOT_STORED.encode(), False) for attempt in fitting] + omitted_views
+    return [job_views.log_view(attempt, texts[attempt.task]) for attempt in fitting] + omitted_views

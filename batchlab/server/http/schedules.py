@@ -20,7 +20,7 @@ from batchlab.server.http.common import Leader, SchedulesDep, guarded, without_v
 router = guarded()
 
 MAX_TIME_S = 253_000_000_000
-"""Latest allowed time, in the year 9987. Calendars cannot represent much later times."""
+"""Latest allowed time in epoch seconds, in the year 9987. Python's calendar ends in the year 9999."""
 MAX_MISSED_WITHIN_S = 10 * 366 * 86_400.0
 MAX_PREWARM_S = 86_400.0
 MAX_DUE_TIMES = 1000
@@ -29,8 +29,8 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=40)]
 
 
 class Timed(BaseModel):
-    """Due times of a schedule, and the handling of missed and overlapping runs. Durations are in
-    seconds, and `at_s` is in epoch seconds. Either `at_s` or `cron` is set."""
+    """Due times of a schedule, and policies for missed and overlapping runs. Durations are in seconds, and `at_s` is
+    in epoch seconds. Either `at_s` or `cron` is set."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -59,7 +59,7 @@ class Adding(BaseModel):
 
 
 class Asking(BaseModel):
-    """Request of a run. A repetition with the same `token` returns the same run."""
+    """Request to run a schedule. Repeated requests with the same `token` return the same run."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -70,9 +70,16 @@ class Asking(BaseModel):
 async def add_schedule(schedules: SchedulesDep, adding: Adding, response: Response) -> api_usage_types.ScheduleView:
     """Add a schedule. The status is 201 if the schedule is new or changed, and 200 if the same
     schedule exists."""
-    schedule, is_new = await schedules.add(
-        _definition(adding.schedule, adding.job), adding.job, replacing=adding.replace
-    )
+    timed = adding.schedule
+    if bool(timed.cron) == (timed.at_s is not None):
+        raise UsageError(
+            "A schedule needs either a cron expression or a time.",
+            remedy="Set either `cron` (--cron) or `at_s` (--at).",
+        )
+    when = When(" ".join(timed.cron.split()), timed.timezone, timed.at_s)
+    policies = timed.model_dump(exclude={"name", "cron", "timezone", "at_s"})
+    definition = Definition(timed.name, adding.job.name, when, template="", **policies)
+    schedule, is_new = await schedules.add(definition, adding.job, replacing=adding.replace)
     response.status_code = 201 if is_new else 200
     return await _view(schedules, schedule)
 
@@ -121,25 +128,6 @@ async def remove_schedule(schedules: SchedulesDep, name: str) -> api_usage_types
 async def run_schedule(schedules: SchedulesDep, name: str, asking: Asking) -> api_usage_types.RunView:
     """Run the job of a schedule now, in addition to its due times."""
     return api_usage_types.run_view(*await schedules.run_now(name, asking.token))
-
-
-def _definition(timed: Timed, job: JobDef) -> Definition:
-    if bool(timed.cron) == (timed.at_s is not None):
-        raise UsageError("A schedule has either a cron expression or one time.", remedy="Say one of --cron and --at.")
-    return Definition(
-        timed.name,
-        job.name,
-        When(" ".join(timed.cron.split()), timed.timezone, timed.at_s),
-        template="",
-        missed=timed.missed,
-        missed_within_s=timed.missed_within_s,
-        overlap=timed.overlap,
-        prewarm_s=timed.prewarm_s,
-        capacity=timed.capacity,
-        due_param=timed.due_param,
-        source=timed.source,
-        source_digest=timed.source_digest,
-    )
 
 
 async def _view(schedules: ScheduleCommands, schedule: Schedule) -> api_usage_types.ScheduleView:

@@ -1,13 +1,9 @@
-"""Endpoint of one task: its end, its input, and its log.
+"""Endpoint of one task with its result, input, and log, and endpoint that returns the results of a job as an archive.
 
-Invariant: the endpoint never unpickles a value, because that could run code. An answer contains at
-most MAX_SHOWN_BYTES of the input and of the log.
-
-Endpoint that returns the results of a job as one archive.
-
-Invariant: no result can exhaust the manager's memory or disk. The size of an object is known before
-it is read, and an archive has a total limit. The manager makes one archive at a time and removes it
-afterwards.
+Invariant: the endpoints never unpickle a value, because that could run code. An answer contains at most
+MAX_SHOWN_BYTES of the input and of the log. No result can exhaust the manager's memory or disk: the size of an object
+is known before the object is read, and an archive has a total limit. The manager creates one archive at a time and
+removes the archive after it was sent.
 """
 
 from __future__ import annotations
@@ -42,7 +38,7 @@ from batchlab.manager.manager import Manager
 from batchlab.server import job_views
 from batchlab.server.http.common import NOT_STORED, Leader, StateDep, guarded
 from batchlab.server.http.job_files import disk_folder, has_room
-from batchlab.server.http.jobs import shown
+from batchlab.server.http.jobs import current_view
 
 router = guarded()
 
@@ -50,25 +46,25 @@ MAX_SHOWN_BYTES = 20_000
 PAGE_ROWS = 2000
 
 Index = Annotated[int, Path(ge=0, le=2**53)]
-Seq = Annotated[int | None, Query(ge=1, le=2**53, description="The outcome that tells of it, where known")]
+Seq = Annotated[int | None, Query(ge=1, le=2**53, description="The seq of the outcome, if the client knows it")]
 
 
 @router.get("/jobs/{job}/stages/{stage}/tasks/{task}")
 async def task(manager: Leader, job: JobId, stage: StageName, task: Index, seq: Seq = None) -> api_types.TaskView:
     """Return an ended task according to its last outcome, or to the outcome `seq`."""
     record = await manager.ports.ledger.job(job)
-    row = await _row(manager, job, stage, task, seq)
+    row = await _row_of(manager, job, stage, task, seq)
     objects, patience = manager.ports.objects, manager.ports.patience
     key = await manager.ports.keys.key_of(record.job)
     outcome = await committed(objects, row.bundle, patience, key) if row else None
     if row is None or outcome is None:
         raise NotFound(
-            f"No outcome tells of task {task_name(stage, task)} of job {job}.",
-            remedy="It may not have ended yet, or there is no such task.",
+            f"Task {task_name(stage, task)} of job {job} has no outcome.",
+            remedy="Check the number of the task, or wait until the task has ended.",
         )
     attempt = attempt_in(outcome, task)
     failure = attempt.failure if attempt and attempt.state == "FAILED" else None
-    given, of, is_cut = await _input(manager, record.job, row.bundle, task)
+    input_text, input_file, is_cut = await _input(manager, record.job, row.bundle, task)
     log, is_log_cut = await _log(manager, outcome, task)
     return {
         "seq": row.seq or 0,
@@ -80,26 +76,26 @@ async def task(manager: Leader, job: JobId, stage: StageName, task: Index, seq: 
         "started_s": outcome.started_s,
         "ended_s": outcome.ended_s,
         "failure": job_views.failure_view(row.seq or 0, outcome, failure) if failure else None,
-        "input": given,
-        "input_of": of,
+        "input": input_text,
+        "input_of": input_file,
         "is_input_cut": is_cut,
         "log": log,
         "is_log_cut": is_log_cut,
     }
 
 
-async def _row(manager: Manager, job: JobId, stage: StageName, task: int, seq: int | None) -> BundleRecord | None:
-    """Return the bundle whose outcome contains the task: the one with this `seq`, or the latest."""
+async def _row_of(manager: Manager, job: JobId, stage: StageName, task: int, seq: int | None) -> BundleRecord | None:
+    """Return the bundle with the task whose outcome has this `seq`. Without `seq`, return the latest bundle."""
     ledger = manager.ports.ledger
     if seq is not None:
         rows = await ledger.bundles(job, stage=stage, after_seq=seq - 1, limit=1)
         return next((r for r in rows if r.seq == seq and task in r.bundle.tasks), None)
-    bundle_record: BundleRecord | None = None
+    latest: BundleRecord | None = None
     last = 0
     while rows := await ledger.bundles(job, stage=stage, after_seq=last, limit=PAGE_ROWS):
-        bundle_record = next((r for r in reversed(rows) if task in r.bundle.tasks), bundle_record)
+        latest = next((r for r in reversed(rows) if task in r.bundle.tasks), latest)
         last = rows[-1].seq or 0
-    return bundle_record
+    return latest
 
 
 # --- Input ----------------------------------------------------------------------------------------
@@ -111,44 +107,38 @@ async def _input(manager: Manager, job: JobDef, bundle: Bundle, task: int) -> tu
         # The input has the size of the results of whole stages, which is too large to show.
         return f"All results of {', '.join(job.stage(bundle.stage).after)}.", "", False
     ports = manager.ports
-    one = Bundle(bundle.job, bundle.stage, TaskSet.from_indices([task]), round=bundle.round, source=bundle.source)
+    task_bundle = Bundle(
+        bundle.job, bundle.stage, TaskSet.from_indices([task]), round=bundle.round, source=bundle.source
+    )
     try:
-        item = await task_input(ports.objects, job, one, ports.patience)
-        return await _shown(manager, item, JobObjects.of_job(job))
+        item = await task_input(ports.objects, job, task_bundle, ports.patience)
+        return await _describe_item(manager, item, JobObjects.of_job(job))
     except NotFound as error:
-        return f"It is not in the bucket any more: {error.message}", "", False
+        return f"The input is no longer in the bucket: {error.message}", "", False
     except ForeignReference as error:
         return error.message, "", False
 
 
-async def _shown(manager: Manager, item: Json, own: JobObjects) -> tuple[str, str, bool]:
+async def _describe_item(manager: Manager, item: Json, own: JobObjects) -> tuple[str, str, bool]:
     kind = values.kind(item)
     if kind == "$pickle":
         return "A pickled Python object, which only the task's own code can read.", "", False
-    if kind in ("$file", "$part", "$value"):
-        start = item["start"] if kind == "$part" else 0
-        stop = item["stop"] if kind == "$part" else start + MAX_SHOWN_BYTES + 1
-        end = min(stop, start + MAX_SHOWN_BYTES + 1)
-        get = partial(manager.ports.objects.get_range, own.key(item), start, end)
-        data = await manager.ports.patience(get) if end > start else b""
-        text, is_cut = _text(data)
-        return text, _of(item, kind), is_cut
-    text = json.dumps(item, indent=2, ensure_ascii=False)
-    return text[:MAX_SHOWN_BYTES], "", len(text) > MAX_SHOWN_BYTES
-
-
-def _of(item: Json, kind: str) -> str:
-    name = str(item.get("name", ""))
+    if kind not in ("$file", "$part", "$value"):
+        text = json.dumps(item, indent=2, ensure_ascii=False)
+        return text[:MAX_SHOWN_BYTES], "", len(text) > MAX_SHOWN_BYTES
+    file = str(item.get("name", ""))
+    start, stop = 0, MAX_SHOWN_BYTES + 1
     if kind == "$part":
-        return f"{name}, bytes {item['start']:,} to {item['stop']:,}"
-    return f"{name}, {item.get('size', 0):,} bytes" if kind == "$file" else ""
-
-
-def _text(data: bytes) -> tuple[str, bool]:
-    shown = data[:MAX_SHOWN_BYTES]
-    if b"\0" in shown:
-        return f"Not text; it begins with the bytes {shown[:32].hex(' ')}.", False
-    return shown.decode(errors="replace"), len(data) > MAX_SHOWN_BYTES
+        start, stop = item["start"], min(item["stop"], item["start"] + MAX_SHOWN_BYTES + 1)
+        file = f"{file}, bytes {item['start']:,} to {item['stop']:,}"
+    else:
+        file = f"{file}, {item.get('size', 0):,} bytes" if kind == "$file" else ""
+    get = partial(manager.ports.objects.get_range, own.key(item), start, stop)
+    data = await manager.ports.patience(get) if stop > start else b""
+    beginning = data[:MAX_SHOWN_BYTES]
+    if b"\0" in beginning:
+        return f"The input is not text. The first bytes are {beginning[:32].hex(' ')}.", file, False
+    return beginning.decode(errors="replace"), file, len(data) > MAX_SHOWN_BYTES
 
 
 # --- Log ------------------------------------------------------------------------------------------
@@ -170,14 +160,14 @@ async def _log(manager: Manager, outcome: Outcome, task: int) -> tuple[str, bool
 
 
 MAX_BYTES = 2 * 1024**3
-"""Limit of the contents of an archive. `batchlab job results` fetches larger results."""
+"""Limit of the results in an archive. `batchlab job results` fetches larger results."""
 MAX_OUTCOMES = 50_000
 MAX_VALUE_BYTES = 16 * 1024**2
 """Limit of the inline values of one result, because all of them are in memory at once."""
 ARCHIVE_WAIT_S = 3.0
-"""Time in seconds that a request waits for the archive before it."""
+"""Time in seconds that a request waits until the previous archive was sent."""
 
-_BY_HAND = "`batchlab job results` fetches them from the bucket itself, however many there are."
+_REMEDY = "Use `batchlab job results`, which fetches any number of results from the bucket."
 
 
 @router.get(
@@ -188,16 +178,16 @@ _BY_HAND = "`batchlab job results` fetches them from the bucket itself, however 
 async def archive(
     manager: Leader, served: StateDep, job: JobId, stage: Annotated[list[str] | None, Query()] = None
 ) -> FileResponse:
-    """Return the job's results as a ZIP archive of the files that `batchlab job results` writes.
-    For a job that still runs, the archive contains the results so far. An archive has up to 2 GiB.
-    While one archive is made or sent, another request gets status 503."""
+    """Return the job's results as a ZIP archive of the files that `batchlab job results` writes. For a running job, the
+    archive contains the results so far. An archive has up to 2 GiB. While the manager creates or sends an archive,
+    another request gets status 503."""
     try:
         async with asyncio.timeout(ARCHIVE_WAIT_S):
             await served.archiving.acquire()
     except TimeoutError:
         raise BackendError(
-            "Another archive of results is being made or sent, and a manager makes one at a time.",
-            remedy="Try again in a while, or run `batchlab job results`, which waits for none.",
+            "The manager is creating or sending another archive of results.",
+            remedy="Try again later, or run `batchlab job results`, which needs no archive.",
         ) from None
     try:
         return await _archive(manager, job, stage or (), served.archiving.release)
@@ -206,61 +196,61 @@ async def archive(
         raise
 
 
-async def _archive(manager: Manager, job: JobId, stages: Sequence[str], over: Callable[[], None]) -> FileResponse:
+async def _archive(manager: Manager, job: JobId, stages: Sequence[str], on_end: Callable[[], None]) -> FileResponse:
     record = await manager.ports.ledger.job(job)
-    view = await shown(manager, record)
+    view = await current_view(manager, record)
     key = await manager.ports.keys.key_of(record.job)
     rows = await manager.ports.ledger.bundles(job, done=True, limit=MAX_OUTCOMES + 1)
     if len(rows) > MAX_OUTCOMES:
-        raise _too_much(f"has more than {MAX_OUTCOMES:,} outcomes")
+        raise _too_large(f"has more than {MAX_OUTCOMES:,} outcomes")
     listing = [Listed.from_view(job_views.outcome_view(row, key)) for row in rows if row.completion]
     folder = pathlib.Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="batchlab-results-", dir=disk_folder()))
     try:
-        # In an event loop on another thread, because it decodes and writes thousands of results.
+        # On another thread with its own event loop, because `_pack` decodes and writes thousands of results.
         path = await asyncio.to_thread(_pack, manager, view, listing, stages, folder)
     except BaseException:
         await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
         raise
-    return _Archive(path, folder, over, filename=f"{view['id']}.zip")
+    return _Archive(path, folder, on_end, filename=f"{view['id']}.zip")
 
 
 class _Archive(FileResponse):
-    """Response that sends the archive and removes it afterwards, even after an error."""
+    """Response that sends the archive, and then removes the archive, even after an error."""
 
-    def __init__(self, path: pathlib.Path, folder: pathlib.Path, over: Callable[[], None], *, filename: str) -> None:
+    def __init__(self, path: pathlib.Path, folder: pathlib.Path, on_end: Callable[[], None], *, filename: str) -> None:
         super().__init__(path, media_type="application/zip", filename=filename)
         self._folder = folder
-        self._over = over
+        self._on_end = on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._over()
+            self._on_end()
             await asyncio.to_thread(shutil.rmtree, self._folder, ignore_errors=True)
 
 
-def _too_much(why: str) -> UsageError:
-    return UsageError(f"The job {why}, too much for an archive.", remedy=_BY_HAND)
+def _too_large(why: str) -> UsageError:
+    return UsageError(f"The job {why}, which is too large for an archive.", remedy=_REMEDY)
 
 
 def _pack(
     manager: Manager, view: api_types.JobView, listing: Sequence[Listed], stages: Sequence[str], folder: pathlib.Path
 ) -> pathlib.Path:
-    taken_bytes = 0
+    total_bytes = 0
 
     def claim(size_bytes: int) -> None:
-        nonlocal taken_bytes
-        taken_bytes += size_bytes
-        if taken_bytes > MAX_BYTES:
-            raise _too_much(f"has more than {size(MAX_BYTES)} of results")
+        nonlocal total_bytes
+        total_bytes += size_bytes
+        if total_bytes > MAX_BYTES:
+            raise _too_large(f"has more than {size(MAX_BYTES)} of results")
         if not has_room(folder, size_bytes):
-            raise UsageError("The manager's disk has no room for an archive of these results.", remedy=_BY_HAND)
+            raise UsageError("The manager's disk has no room for an archive of these results.", remedy=_REMEDY)
 
     claim(0)
     objects, patience = manager.ports.objects, manager.ports.patience
     out = folder / "results"
-    within = FetchLimits(claim, MAX_VALUE_BYTES, remedy=_BY_HAND)
+    within = FetchLimits(claim, MAX_VALUE_BYTES, remedy=_REMEDY)
     asyncio.run(results.fetch(objects, view, listing, out, patience=patience, stages=stages, within=within))
     path = folder / "results.zip"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as zipped:

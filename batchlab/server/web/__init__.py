@@ -1,7 +1,7 @@
 """Web page of the manager: HTML for people, rendered from the same data as /v1.
 
-Invariant: business rules are not a part of the page. A view shows the answers of endpoints of /v1,
-and an action is one request of /v1. The page shows only data that the API also returns.
+Invariant: the page contains no business rules. A view shows the answers of endpoints of /v1, and an action calls one
+endpoint of /v1. The page shows only data that the API also returns.
 """
 
 from __future__ import annotations
@@ -25,17 +25,15 @@ from batchlab.server.web.security import Guard
 
 
 def mount(app: FastAPI, served: ServerState, *, prices: PriceBook | None = None) -> None:
-    """Serve the page below PAGE of `app`. Without `prices`, the page shows no costs. Without the
-    extra `web`, it shows only that the extra is missing."""
+    """Add the page to `app` below PAGE. Without `prices`, the page shows no costs. Without the extra `web`, the page
+    only reports that the extra is missing."""
 
-    async def to_page() -> RedirectResponse:
+    async def redirect_to_page() -> RedirectResponse:
         return RedirectResponse(f"{PAGE}/", 303)
 
-    app.add_api_route("/", to_page, include_in_schema=False)
-    page = _IfThere(_Later(partial(page_of, served, prices)))
-    # The Guard is not a middleware, because the application answers an unhandled error outside of
-    # its middlewares.
-    app.mount(PAGE, Guard(page, served.sessions, served.hosts))
+    app.add_api_route("/", redirect_to_page, include_in_schema=False)
+    # The Guard is not a middleware, because the application answers an unhandled error outside of its middlewares.
+    app.mount(PAGE, Guard(_LazyPage(partial(page_of, served, prices)), served.sessions, served.hosts))
 
 
 def page_of(served: ServerState, prices: PriceBook | None) -> FastAPI:
@@ -54,32 +52,23 @@ def page_of(served: ServerState, prices: PriceBook | None) -> FastAPI:
     return page
 
 
-class _IfThere:
-    """Serves the page if the extra `web` is installed, even if it was installed after the grid's
-    start."""
+class _LazyPage:
+    """Application that the first request creates, so that a grid starts faster. The application reports a missing extra
+    `web`, which may be installed while the grid runs."""
 
-    def __init__(self, page: ASGIApp) -> None:
-        self._page = page
+    def __init__(self, create: Callable[[], ASGIApp]) -> None:
+        self._create = create
+        self._page: ASGIApp | None = None
+        self._lock = asyncio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        page = self._page
         if module := installation.missing("web"):
-            said = installation.sentence("web", "The grid's page", module)
-            page = PlainTextResponse(f"{said} {installation.for_a_manager('web')}\n", 501)
+            error = installation.sentence("web", "The grid's page", module)
+            answer = PlainTextResponse(f"{error} {installation.for_a_manager('web')}\n", 501)
+            await answer(scope, receive, send)
+            return
+        async with self._lock:
+            if self._page is None:
+                self._page = await asyncio.to_thread(self._create)
+            page = self._page
         await page(scope, receive, send)
-
-
-class _Later:
-    """Application that is created by its first request, so that a grid starts faster."""
-
-    def __init__(self, make: Callable[[], ASGIApp]) -> None:
-        self._make = make
-        self._made: ASGIApp | None = None
-        self._making = asyncio.Lock()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with self._making:
-            if self._made is None:
-                self._made = await asyncio.to_thread(self._make)
-            made = self._made
-        await made(scope, receive, send)

@@ -1,10 +1,7 @@
-"""Actions of the web page: each is one request of the API.
+"""Actions of the web page on jobs, the grid, and schedules, and the pages of schedules.
 
-Invariant: an irreversible action needs a confirmation, which the server checks. A form without the
-confirmation leads to the question. The submission accepts a job's folder, or its parts, from the
-browser.
-
-Pages of schedules: the list, one schedule with its runs, and the actions on it.
+Invariant: an action calls one endpoint of the API. An irreversible action needs a confirmation, which the server
+checks. A form without the confirmation leads to the page that asks for the confirmation.
 """
 
 from __future__ import annotations
@@ -21,14 +18,10 @@ from batchlab.core.errors import NotFound, UsageError
 from batchlab.core.job_definition import parse_tasks
 from batchlab.core.model import JobId, StageName
 from batchlab.core.pricing import price_book
-from batchlab.server.http import grid as api_grid
-from batchlab.server.http import grid as spending
-from batchlab.server.http import jobs
-from batchlab.server.http import schedules as api
+from batchlab.server.http import grid, jobs, schedules
 from batchlab.server.http.common import Leader, SchedulesDep, SpendingDep, StateDep
 from batchlab.server.http.job_files import MAX_BYTES, MAX_FILES, submit_form
 from batchlab.server.web import text
-from batchlab.server.web import text as words
 from batchlab.server.web.rendering import PageDep, field_of, form_of, guarded, is_confirmed, live, redirect, render
 
 router = guarded()
@@ -37,7 +30,7 @@ MAX_INSTANCES = 100_000
 
 
 def _job(job: str) -> str:
-    return f"/jobs/{words.path(job)}"
+    return f"/jobs/{text.path(job)}"
 
 
 # --- Jobs -----------------------------------------------------------------------------------------
@@ -47,7 +40,7 @@ def _job(job: str) -> str:
 async def ask_cancel(request: Request, manager: Leader, job: JobId) -> Response:
     """Ask for a confirmation of the cancellation."""
     view = await jobs.job(manager, job)
-    return render(request, "ask_cancel.html", here="jobs", job=view, progress=words.of_job(view))
+    return render(request, "ask_cancel.html", here="jobs", job=view, progress=text.of_job(view))
 
 
 @router.post("/jobs/{job}/cancel")
@@ -75,7 +68,7 @@ async def resume(request: Request, manager: Leader, job: JobId) -> Response:
 
 @router.post("/jobs/{job}/retry")
 async def retry(request: Request, manager: Leader, served: StateDep, job: JobId) -> Response:
-    """Run tasks again: all that did not succeed, or the selected groups and tasks."""
+    """Run all tasks again that did not succeed, or the selected groups and tasks."""
     form = await form_of(request)
     choice = _choice(form) if field_of(form, "which") != "all" else None
     await jobs.retry(manager, served, job, choice)
@@ -83,20 +76,20 @@ async def retry(request: Request, manager: Leader, served: StateDep, job: JobId)
 
 
 def _choice(form: FormData) -> jobs.Choice:
-    fingerprints = [one for one in form.getlist("fingerprint") if isinstance(one, str)]
+    fingerprints = [value for value in form.getlist("fingerprint") if isinstance(value, str)]
     tasks: dict[StageName, list[tuple[int, int]]] = {}
-    for one in form.getlist("task"):
-        stage, ranges = parse_tasks(str(one))
+    for value in form.getlist("task"):
+        stage, ranges = parse_tasks(str(value))
         tasks.setdefault(stage, []).extend(ranges)
     if not fingerprints and not tasks:
-        raise UsageError("Nothing was ticked.", remedy="Tick what to run again.")
+        raise UsageError("No cause and no task is selected.", remedy="Select the causes or tasks to run again.")
     return jobs.Choice(fingerprints=fingerprints, tasks=tasks)
 
 
 @router.get("/jobs/{job}/cap")
-async def ask_cap(request: Request, manager: Leader, books: SpendingDep, job: JobId) -> Response:
+async def ask_cap(request: Request, manager: Leader, spending: SpendingDep, job: JobId) -> Response:
     """Ask for the cost cap of the job."""
-    use = await spending.job_use(books, manager, job)
+    use = await grid.job_use(spending, manager, job)
     return render(
         request,
         "ask_cap.html",
@@ -109,16 +102,16 @@ async def ask_cap(request: Request, manager: Leader, books: SpendingDep, job: Jo
 
 
 @router.post("/jobs/{job}/cap")
-async def cap(request: Request, manager: Leader, books: SpendingDep, job: JobId) -> Response:
+async def cap(request: Request, manager: Leader, spending: SpendingDep, job: JobId) -> Response:
     """Set the cost cap of the job."""
-    await spending.cap_job(books, manager, job, _cap(await form_of(request)))
+    await grid.cap_job(spending, manager, job, _cap(await form_of(request)))
     return redirect(request, _job(job))
 
 
 @router.get("/costs/cap")
-async def ask_grid_cap(request: Request, books: SpendingDep) -> Response:
+async def ask_grid_cap(request: Request, spending: SpendingDep) -> Response:
     """Ask for the cost cap of the grid."""
-    use = await spending.use(books)
+    use = await grid.use(spending)
     return render(
         request,
         "ask_cap.html",
@@ -131,18 +124,18 @@ async def ask_grid_cap(request: Request, books: SpendingDep) -> Response:
 
 
 @router.post("/costs/cap")
-async def grid_cap(request: Request, manager: Leader, books: SpendingDep) -> Response:
+async def grid_cap(request: Request, manager: Leader, spending: SpendingDep) -> Response:
     """Set the cost cap of the grid."""
-    await spending.cap_grid(books, manager, _cap(await form_of(request)))
+    await grid.cap_grid(spending, manager, _cap(await form_of(request)))
     return redirect(request, "/costs")
 
 
-def _cap(form: FormData) -> spending.Cap:
-    text = field_of(form, "amount")
-    if not text:
-        return spending.Cap(max_cost_usd=None)
-    plain = text if text.upper().endswith(price_book.CURRENCY) else f"{text} {price_book.CURRENCY}"
-    return spending.Cap(max_cost_usd=price_book.parse(plain))
+def _cap(form: FormData) -> grid.Cap:
+    value = field_of(form, "amount")
+    if not value:
+        return grid.Cap(max_cost_usd=None)
+    plain = value if value.upper().endswith(price_book.CURRENCY) else f"{value} {price_book.CURRENCY}"
+    return grid.Cap(max_cost_usd=price_book.parse(plain))
 
 
 # --- The grid -------------------------------------------------------------------------------------
@@ -151,11 +144,11 @@ def _cap(form: FormData) -> spending.Cap:
 @router.get("/grid/pools/{pool}")
 async def ask_scale(request: Request, manager: Leader, served: StateDep, page: PageDep, pool: str) -> Response:
     """Ask for the size of a pool."""
-    grid = await page.grid(manager, served)
-    for one in grid["pools"]:
-        if one["name"] == pool:
-            return render(request, "ask_scale.html", here="grid", pool=one)
-    raise NotFound(f"There is no pool {pool!r}.", remedy="The grid's view lists those there are.")
+    view = await page.grid(manager, served)
+    for pool_view in view["pools"]:
+        if pool_view["name"] == pool:
+            return render(request, "ask_scale.html", here="grid", pool=pool_view)
+    raise NotFound(f"The grid has no pool {pool!r}.", remedy="The page Grid lists the pools.")
 
 
 @router.post("/grid/pools/{pool}")
@@ -163,23 +156,25 @@ async def scale(request: Request, manager: Leader, pool: str) -> Response:
     """Set the limits of a pool, and whether its capacity is set manually or by the autoscaler."""
     form = await form_of(request)
     by_hand = field_of(form, "by") == "hand"
-    scaling = api_grid.Scaling(
+    scaling = grid.Scaling(
         min=_number(form, "min"),
         max=_number(form, "max"),
         desired=_number(form, "desired") if by_hand else None,
         auto=None if by_hand else True,
     )
-    await api_grid.scale(manager, pool, scaling)
+    await grid.scale(manager, pool, scaling)
     return redirect(request, "/grid")
 
 
 def _number(form: FormData, name: str) -> int | None:
-    text = field_of(form, name)
-    if not text:
+    value = field_of(form, name)
+    if not value:
         return None
-    if not (text.isascii() and text.isdigit() and int(text[:9]) <= MAX_INSTANCES and len(text) < 9):
-        raise UsageError(f"{text[:40]!r} is no number of instances.", remedy=f"Write one up to {MAX_INSTANCES:,}.")
-    return int(text)
+    if not (value.isascii() and value.isdigit() and int(value[:9]) <= MAX_INSTANCES and len(value) < 9):
+        raise UsageError(
+            f"{value[:40]!r} is not a number of instances.", remedy=f"Write a number from 0 to {MAX_INSTANCES:,}."
+        )
+    return int(value)
 
 
 @router.get("/grid/drain")
@@ -187,8 +182,8 @@ async def ask_drain(
     request: Request, manager: Leader, served: StateDep, page: PageDep, pool: str | None = None
 ) -> Response:
     """Ask for a confirmation of the drain."""
-    grid = await page.grid(manager, served)
-    pools = [one for one in grid["pools"] if pool in (None, one["name"])]
+    view = await page.grid(manager, served)
+    pools = [pool_view for pool_view in view["pools"] if pool in (None, pool_view["name"])]
     return render(request, "ask_drain.html", here="grid", pools=pools, pool=pool)
 
 
@@ -198,15 +193,14 @@ async def drain(request: Request, manager: Leader, served: StateDep) -> Response
     form = await form_of(request)
     pool = field_of(form, "pool") or None
     if not is_confirmed(form):
-        return redirect(request, f"/grid/drain?pool={words.path(pool)}" if pool else "/grid/drain")
-    await api_grid.drain(manager, api_grid.Draining(pool=pool), served)
+        return redirect(request, f"/grid/drain?pool={text.path(pool)}" if pool else "/grid/drain")
+    await grid.drain(manager, grid.Draining(pool=pool), served)
     return redirect(request, "/grid")
 
 
 @router.get("/submit")
 async def submit_page(request: Request) -> Response:
-    """Show the submission form. It contains a client token, so a repeated submission creates only
-    one job."""
+    """Show the submission form. The form contains a client token, so a repeated submission creates only one job."""
     return render(
         request,
         "submit.html",
@@ -225,26 +219,24 @@ async def submit(request: Request, manager: Leader) -> Response:
         view = await submit_form(manager, form)
     finally:
         await form.close()
-    return redirect(request, f"/jobs/{words.path(view['id'])}")
+    return redirect(request, f"/jobs/{text.path(view['id'])}")
 
 
 SHOWN_DUE_TIMES = 5
 
 
 @router.get("/schedules")
-async def schedules(request: Request, manager: Leader) -> Response:
+async def schedules_page(request: Request, manager: Leader) -> Response:
     """Show all schedules, each with its last run."""
-    found: api_usage_types.SchedulesView | None = None
-    if manager.scheduler is not None:
-        found = await api.list_schedules(manager.scheduler)
-    return live(request, "schedules", here="schedules", found=found, shown=_shown)
+    view = await schedules.list_schedules(manager.scheduler) if manager.scheduler is not None else None
+    return live(request, "schedules", here="schedules", found=view, shown=_shown)
 
 
 @router.get("/schedules/{name}")
-async def schedule(request: Request, manager: Leader, schedules: SchedulesDep, name: str) -> Response:
+async def schedule_page(request: Request, manager: Leader, scheduler: SchedulesDep, name: str) -> Response:
     """Show one schedule with its runs and its next due times."""
-    view = await api.schedule(schedules, name)
-    coming = await api.coming(schedules, manager, name, SHOWN_DUE_TIMES)
+    view = await schedules.schedule(scheduler, name)
+    coming = await schedules.coming(scheduler, manager, name, SHOWN_DUE_TIMES)
     return live(
         request,
         "schedule",
@@ -257,52 +249,53 @@ async def schedule(request: Request, manager: Leader, schedules: SchedulesDep, n
 
 
 def _shown(view: api_usage_types.ScheduleView, at_s: float) -> str:
-    """Return a time in the schedule's own time zone, as the command line writes it."""
+    """Return a time in the schedule's own time zone, in the format of the command line."""
     return due_times.shown(at_s, due_times.zone_of(view["timezone"]))
 
 
 @router.post("/schedules/{name}/pause")
-async def pause_schedule(request: Request, schedules: SchedulesDep, name: str) -> Response:
+async def pause_schedule(request: Request, scheduler: SchedulesDep, name: str) -> Response:
     """Pause the schedule."""
-    await api.pause_schedule(schedules, name)
-    return redirect(request, _path(name))
+    await schedules.pause_schedule(scheduler, name)
+    return redirect(request, _schedule(name))
 
 
 @router.post("/schedules/{name}/resume")
-async def resume_schedule(request: Request, schedules: SchedulesDep, name: str) -> Response:
+async def resume_schedule(request: Request, scheduler: SchedulesDep, name: str) -> Response:
     """Resume the schedule."""
-    await api.resume_schedule(schedules, name)
-    return redirect(request, _path(name))
+    await schedules.resume_schedule(scheduler, name)
+    return redirect(request, _schedule(name))
 
 
 @router.post("/schedules/{name}/run")
-async def run(request: Request, schedules: SchedulesDep, name: str) -> Response:
-    """Run the job of the schedule now. The form contains a token, so a repeated submission is the
-    same run."""
+async def run(request: Request, scheduler: SchedulesDep, name: str) -> Response:
+    """Run the job of the schedule now. The form contains a token, so a repeated submission starts only one run."""
     token = field_of(await form_of(request), "token") or secrets.token_urlsafe(16)
     try:
-        asking = api.Asking(token=token)
+        asking = schedules.Asking(token=token)
     except ValidationError as error:
-        raise UsageError("The form is none of this page's.", remedy="Load it anew.") from error
-    await api.run_schedule(schedules, name, asking)
-    return redirect(request, _path(name))
+        raise UsageError(
+            "The form has an invalid token.", remedy="Reload the page, and send the form again."
+        ) from error
+    await schedules.run_schedule(scheduler, name, asking)
+    return redirect(request, _schedule(name))
 
 
 @router.get("/schedules/{name}/remove")
-async def ask_remove(request: Request, schedules: SchedulesDep, name: str) -> Response:
+async def ask_remove(request: Request, scheduler: SchedulesDep, name: str) -> Response:
     """Ask for a confirmation of the removal."""
-    view = await api.schedule(schedules, name)
+    view = await schedules.schedule(scheduler, name)
     return render(request, "ask_remove.html", here="schedules", schedule=view)
 
 
 @router.post("/schedules/{name}/remove")
-async def remove(request: Request, schedules: SchedulesDep, name: str) -> Response:
+async def remove(request: Request, scheduler: SchedulesDep, name: str) -> Response:
     """Remove the schedule if the form contains the confirmation."""
     if not is_confirmed(await form_of(request)):
-        return redirect(request, f"{_path(name)}/remove")
-    await api.remove_schedule(schedules, name)
+        return redirect(request, f"{_schedule(name)}/remove")
+    await schedules.remove_schedule(scheduler, name)
     return redirect(request, "/schedules")
 
 
-def _path(name: str) -> str:
+def _schedule(name: str) -> str:
     return f"/schedules/{text.path(name)}"

@@ -1,12 +1,8 @@
-"""Rendering of templates and errors, and the static files of the page.
+"""Rendering of templates and errors, the static files, and the forms of the page.
 
-Invariant: every value is escaped when it is inserted into a page. A template that uses a missing
-value fails. Only files of this package's `static` folder are served.
-
-Shared parts of the page's routes: its state, its forms, and the cached view of the grid.
-
-Invariant: a form is used only after its token was checked. The fleet and the queues are queried at
-most once in GRID_CACHE_S, regardless of the number of browsers.
+Invariant: every value is escaped when it is inserted into a page. A template that uses a missing value fails. Only
+files of this package's `static` folder can be downloaded. A form is used only after its token was checked. The fleet
+and the queues are read at most once in GRID_CACHE_S, regardless of the number of browsers.
 """
 
 from __future__ import annotations
@@ -54,9 +50,9 @@ def _templates() -> Environment:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     from batchlab.core.pricing.price_book import shown
-    from batchlab.server.web import text as words
+    from batchlab.server.web import text
 
-    made = Environment(
+    environment = Environment(
         loader=PackageLoader("batchlab.server.web"),
         autoescape=True,
         undefined=StrictUndefined,
@@ -64,20 +60,19 @@ def _templates() -> Environment:
         lstrip_blocks=True,
     )
     for name in _FILTERS:
-        made.filters[name] = getattr(words, name)
-    made.filters["usd"] = shown
-    made.globals.update(static=f"{PAGE}/static", version=__version__, navigation=NAVIGATION)
-    return made
+        environment.filters[name] = getattr(text, name)
+    environment.filters["usd"] = shown
+    environment.globals.update(static=f"{PAGE}/static", version=__version__, navigation=NAVIGATION)
+    return environment
 
 
 def render(request: Request, template: str, *, status: int = 200, here: str = "", **values: Any) -> HTMLResponse:
     """Render the template as an answer. `here` is the active entry of the navigation."""
     served = cast(ServerState, request.app.state.served)
     session = request.scope.get(SESSION)
-    text = (
-        _templates()
-        .get_template(template)
-        .render(
+    text = _templates().get_template(template)
+    return HTMLResponse(
+        text.render(
             here=here,
             root=_root(request),
             session=session,
@@ -86,20 +81,19 @@ def render(request: Request, template: str, *, status: int = 200, here: str = ""
             leads=served.manager.is_leader.is_set(),
             asked_by_part=_is_part(request),
             **values,
-        )
+        ),
+        status,
     )
-    return HTMLResponse(text, status)
 
 
 def _is_part(request: Request) -> bool:
-    """Return whether the browser requests only a part of a page, to insert it into the open
-    page."""
+    """Return whether the browser requests only a part of a page, to insert the part into the open page."""
     return "hx-request" in request.headers
 
 
 def live(request: Request, page: str, *, here: str, **values: Any) -> HTMLResponse:
-    """Return a page that updates itself: the whole page, or only its changing part, the template
-    `page` with the suffix `_live`."""
+    """Return a page that updates itself, or only its changing part. The template of the changing part is named `page`
+    with the suffix `_live`."""
     url = request.url.include_query_params(part="live")
     values["live_url"] = f"{url.path}?{url.query}"
     values["live_part"] = f"{page}_live.html"
@@ -109,34 +103,33 @@ def live(request: Request, page: str, *, here: str, **values: Any) -> HTMLRespon
 
 
 def _root(request: Request) -> str:
-    """Return the path of the page's root, including the session's place."""
+    """Return the path of the page's root, which contains the session's place."""
     return str(request.scope["root_path"])
 
 
 async def problem_page(request: Request, error: Exception) -> HTMLResponse:
     """Return the page for an error, with one sentence and a remedy."""
     status, problem = problem_of(request, error)
-    # The mistakes in a job file. FastAPI's errors have a method with the same name.
+    # FastAPI's errors have a method `errors`, so the attribute is read only from batchlab's errors.
     mistakes = getattr(error, "errors", ()) if isinstance(error, BatchlabError) else ()
-    several = [str(mistake) for mistake in mistakes]
     return render(
         request,
         "problem.html",
         status=status,
-        heading="Not found" if status == 404 else "Something is not right",
+        heading="Not found" if status == 404 else "The request failed",
         problem=problem,
-        several=several,
-        back=_asked_from(request),
+        several=[str(mistake) for mistake in mistakes],
+        back=_previous_page(request),
     )
 
 
-def _asked_from(request: Request) -> str:
-    """Return the page that sent the request, according to the `Referer` header. Without the header,
-    return the first page."""
-    said, first = urlsplit(request.headers.get("referer", "")), f"{_root(request)}/"
-    if said.netloc != request.url.netloc or not said.path.startswith(first):
-        return first
-    return said._replace(scheme="", netloc="", fragment="").geturl()
+def _previous_page(request: Request) -> str:
+    """Return the page that sent the request, according to the `Referer` header. Without the header, return the page's
+    root."""
+    referer, root = urlsplit(request.headers.get("referer", "")), f"{_root(request)}/"
+    if referer.netloc != request.url.netloc or not referer.path.startswith(root):
+        return root
+    return referer._replace(scheme="", netloc="", fragment="").geturl()
 
 
 _TYPES = {"css": "text/css; charset=utf-8", "js": "text/javascript; charset=utf-8", "svg": "image/svg+xml"}
@@ -146,20 +139,20 @@ class Assets:
     """Application that serves the static files from memory."""
 
     def __init__(self) -> None:
-        self._known: dict[str, Response] = {}
+        self._responses: dict[str, Response] = {}
         root = files("batchlab.server.web") / "static"
         for prefix, folder in (("", root), ("vendor/", root / "vendor")):
-            for one in folder.iterdir():
-                kind = _TYPES.get(one.name.rpartition(".")[2])
-                if kind and one.is_file():
-                    # Without a cache, so that a page never uses the script of an earlier release.
+            for file in folder.iterdir():
+                kind = _TYPES.get(file.name.rpartition(".")[2])
+                if kind and file.is_file():
+                    # no-cache, so that a page never uses the script of an earlier release.
                     headers = {"Cache-Control": "no-cache", "Content-Type": kind}
-                    self._known[prefix + one.name] = Response(one.read_bytes(), headers=headers)
+                    self._responses[prefix + file.name] = Response(file.read_bytes(), headers=headers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         name = scope["path"].removeprefix(scope.get("root_path", "")).lstrip("/")
-        found = self._known.get(name) if scope["method"] in ("GET", "HEAD") else None
-        await (found or PlainTextResponse("There is no such file.\n", 404))(scope, receive, send)
+        response = self._responses.get(name) if scope["method"] in ("GET", "HEAD") else None
+        await (response or PlainTextResponse("This file does not exist.\n", 404))(scope, receive, send)
 
 
 GRID_CACHE_S = 1.0
@@ -173,11 +166,11 @@ class PageState:
 
     prices: PriceBook | None
     _grid: tuple[float, api_types.GridView] | None = None
-    _asking: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def grid(self, manager: Manager, served: ServerState) -> api_types.GridView:
         """Return the pools, instances, and queues. The view is at most GRID_CACHE_S old."""
-        async with self._asking:
+        async with self._lock:
             now_s = manager.ports.clock.monotonic_s()
             if self._grid is None or now_s - self._grid[0] > GRID_CACHE_S:
                 self._grid = (now_s, await grid.grid(manager, served))
@@ -192,7 +185,7 @@ PageDep = Annotated[PageState, Depends(_state)]
 
 
 async def form_of(request: Request) -> FormData:
-    """Return the request's form. It is read only once."""
+    """Return the request's form. The form of an upload is read only once."""
     kind = request.headers.get("content-type", "")
     is_upload = request.url.path.endswith("/submit") and kind.startswith("multipart/")
     size_bytes = check_length(request.headers.get("content-length"), MAX_BYTES if is_upload else MAX_FORM_BYTES)
@@ -203,20 +196,20 @@ async def form_of(request: Request) -> FormData:
     return cast(FormData, request.state.form)
 
 
-async def _comes_from_a_form(request: Request, served: StateDep) -> None:
+async def _check_form_token(request: Request, served: StateDep) -> None:
     if request.method in SAFE_METHODS:
         return
     session = request.scope[SESSION]
-    given = (await form_of(request)).get(TOKEN)
-    if session is None or not isinstance(given, str):
+    token = (await form_of(request)).get(TOKEN)
+    if session is None or not isinstance(token, str):
         raise Refused("The form has no token.", remedy="Open the page again.")
-    if not served.sessions.has_sent(session, given):
-        raise Refused("The form is of another login.", remedy="Open the page again.")
+    if not served.sessions.is_form_token(session, token):
+        raise Refused("The form belongs to another session.", remedy="Open the page again.")
 
 
 def guarded() -> APIRouter:
-    """Return a router whose forms must contain the token of their session."""
-    return APIRouter(dependencies=[Depends(_comes_from_a_form)])
+    """Return a router that checks the form token of each request that changes data."""
+    return APIRouter(dependencies=[Depends(_check_form_token)])
 
 
 def redirect(request: Request, path: str) -> Response:

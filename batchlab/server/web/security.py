@@ -31,8 +31,8 @@ HEADERS = MappingProxyType(
             )
         ),
         "X-Content-Type-Options": "nosniff",
-        # With no-referrer, a browser sends forms with the origin "null". Over HTTP to another
-        # machine, the browser sends no other header that shows the form's origin.
+        # With no-referrer, a browser sends forms with the origin "null". Over HTTP to another machine, no other
+        # header shows the origin of the form.
         "Referrer-Policy": "same-origin",
         "Cross-Origin-Opener-Policy": "same-origin",
         "Cross-Origin-Resource-Policy": "same-origin",
@@ -54,10 +54,10 @@ def below(place: str) -> str:
 
 
 class Guard:
-    """ASGI wrapper that checks each request before the routes of the page."""
+    """ASGI wrapper that checks each request of the page."""
 
     def __init__(self, app: ASGIApp, sessions: Sessions, hosts: frozenset[str]) -> None:
-        self.app = app
+        self._app = app
         self._sessions = sessions
         self._hosts = hosts
 
@@ -82,15 +82,15 @@ class Guard:
             scope["root_path"] = f"{scope.get('root_path', '')}{match[0]}"
         scope[SESSION] = session
         refusal = self._refusal(scope["method"], path, headers, session)
-        await (refusal or self.app)(scope, receive, send_guarded)
+        await (refusal or self._app)(scope, receive, send_guarded)
 
     def _refusal(self, method: str, path: str, headers: Headers, session: Session | None) -> Response | None:
-        # A foreign DNS name may resolve to this machine. For the browser it is another origin,
-        # whose pages could then read these pages (DNS rebinding).
+        # The DNS name of an attacker may resolve to this machine. The attacker's pages could then read the manager's
+        # pages (DNS rebinding).
         if host_name(headers.get("host", "")) not in self._hosts:
-            return PlainTextResponse("This page does not answer to that name.\n", 421)
+            return PlainTextResponse("The web page does not accept this host name.\n", 421)
         if method not in SAFE_METHODS and not is_same_origin(headers):
-            return PlainTextResponse("The request comes from another page.\n", 403)
+            return PlainTextResponse("A page of another origin sent the request.\n", 403)
         if session is None and not (path == _OPEN[0] or path.startswith(_OPEN[1])):
             return _log_in(method, headers)
         return None
@@ -100,12 +100,12 @@ class Guard:
             found = SimpleCookie(headers.get("cookie", "")).get(self._sessions.cookie(place))
         except CookieError:
             return None
-        return self._sessions.of(found.value, place) if found else None
+        return self._sessions.find(found.value, place) if found else None
 
 
 def _log_in(method: str, headers: Headers) -> Response:
-    to = f"{PAGE}/login"
+    login = f"{PAGE}/login"
     if "hx-request" in headers:
-        return PlainTextResponse("", 401, {"HX-Redirect": to})
+        return PlainTextResponse("", 401, {"HX-Redirect": login})
     wants_page = method in SAFE_METHODS and "application/json" not in headers.get("accept", "")
-    return RedirectResponse(to, 303) if wants_page else PlainTextResponse("Log in first.\n", 401)
+    return RedirectResponse(login, 303) if wants_page else PlainTextResponse("Log in first.\n", 401)

@@ -12,10 +12,10 @@ from urllib.parse import quote
 
 from markupsafe import Markup, escape
 
-from batchlab.core import text as in_words
 from batchlab.core.api_types import EtaView, JobView, StageView
 from batchlab.core.pricing.price_book import Usd
 from batchlab.core.text import count as count
+from batchlab.core.text import span as core_span
 
 _TICKS = re.compile(r"`([^`]+)`")
 _TONES = {
@@ -45,7 +45,7 @@ def tone(state: str) -> str:
 
 def span(seconds: float | None) -> str:
     """Return a duration, or "–" for None."""
-    return "–" if seconds is None else in_words.span(seconds)
+    return "–" if seconds is None else core_span(seconds)
 
 
 def number(value: float | None) -> str:
@@ -60,16 +60,16 @@ def amount(usd: Usd) -> tuple[str, str]:
 
 
 def to_go(view: EtaView) -> tuple[str, str]:
-    """Return the remaining time of a job, and a remark on it."""
+    """Return the remaining time of a job, and a remark."""
     if view["low_s"] is None or view["high_s"] is None:
         return "–", view["text"].removeprefix("unknown: ")
-    band, _, beside = view["text"].partition("; ")
-    return band.removesuffix(" left"), beside
+    time, _, remark = view["text"].partition("; ")
+    return time.removesuffix(" left"), remark
 
 
 def when(at_s: float | None, *, unless: str = "", before: str = "") -> Markup:
-    """Return a time, preceded by `before`, as an element that the browser shows in the reader's
-    time zone. The element is hidden if that is the zone `unless`."""
+    """Return a time as an element that the browser shows in the reader's time zone, after the text `before`. The
+    browser hides the element if the reader's time zone is `unless`."""
     if at_s is None:
         return Markup("–")
     at = datetime.fromtimestamp(at_s, UTC)
@@ -87,7 +87,7 @@ def ticks(text: str) -> Markup:
 
 
 def path(text: object) -> str:
-    """Quote a name as one segment of an address."""
+    """Return the name as a quoted segment of an address."""
     return quote(str(text), safe="")
 
 
@@ -105,7 +105,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Progress of tasks. `planned` is None if the number is not known yet."""
+    """Progress of tasks. `planned` is None if the number of tasks is not known yet."""
 
     planned: int | None
     succeeded: int
@@ -121,14 +121,13 @@ class Progress:
 
     @property
     def percent(self) -> int:
-        """Return the percentage of planned tasks that have ended. It is 100 only if all have
-        ended."""
+        """Return the percentage of planned tasks that have ended. The percentage is rounded down."""
         planned = max(self.planned or 0, self.ended)
         return self.ended * 100 // planned if planned else 0
 
     @property
     def parts(self) -> list[Part]:
-        """Return the parts of the bar. Each is wide enough to be visible."""
+        """Return the parts of the bar. Each part is wide enough to be visible."""
         whole = max(self.planned or 0, self.ended + self.running, 1)
         parts: list[Part] = []
         at = 0.0
@@ -141,13 +140,13 @@ class Progress:
         return parts
 
     @property
-    def told(self) -> str:
+    def description(self) -> str:
         """Return the progress as text, for screen readers."""
         of = "?" if self.planned is None else str(self.planned)
         return (
             f"{self.ended} of {of}{'+' if self.is_open else ''} tasks ended: "
-            f"{self.succeeded} succeeded, {self.failed} failed, {self.cancelled} cancelled; "
-            f"{self.running} running"
+            f"{self.succeeded} succeeded, {self.failed} failed, "
+            f"{self.cancelled} canceled, {self.running} running"
         )
 
 
