@@ -170,30 +170,30 @@ def _sweep_aws(region: str | None, names: Sequence[str], *, removing: bool, json
     from batchlab.cli.deploy_options import retry_notes
     from batchlab.core.errors import BackendError
     from batchlab.deploy.account import Account
-    from batchlab.deploy.leftovers import Leftovers, chosen, remove_left
+    from batchlab.deploy.leftovers import Leftovers, remove_left, select_removable
 
     with Account.open(region, notes=retry_notes) as account:
         leftovers = Leftovers(account)
         tagged = list(leftovers.tagged())
-        named = list(leftovers.named({one.thing.name for one in tagged}, output.say))
-        lefts = sorted([*tagged, *named], key=lambda one: (one.thing.stack, one.thing.arn))
-        going = chosen(lefts, names)
+        named = list(leftovers.named({one.resource.name for one in tagged}, output.say))
+        lefts = sorted([*tagged, *named], key=lambda one: (one.resource.stack, one.resource.arn))
+        going = select_removable(lefts, names)
         rows, shown, stays = [], [], 0
         for one in lefts:
-            thing = one.thing
+            resource = one.resource
             goes = removing and one in going
             why = remove_left(account, one, output.say) if goes else ""
             stays += bool(why)
             fate = "in use" if one.is_used else "left, by its name" if one.is_guessed else "left"
             if goes:
                 fate = f"left: {why}" if why else "removed"
-            rows.append((thing.stack, thing.kind, thing.name, fate))
+            rows.append((resource.stack, resource.kind, resource.name, fate))
             shown.append(
                 {
-                    "stack": thing.stack,
-                    "kind": thing.kind,
-                    "name": thing.name,
-                    "arn": thing.arn,
+                    "stack": resource.stack,
+                    "kind": resource.kind,
+                    "name": resource.name,
+                    "arn": resource.arn,
                     "known_by": "name" if one.is_guessed else "tag",
                     "left": not one.is_used,
                     "removed": goes and not why,

@@ -84,7 +84,7 @@ def plan(
     from batchlab.cli.deploy_options import Person, check_settings, settings_for
     from batchlab.deploy import settings as settings_
     from batchlab.deploy import template
-    from batchlab.deploy.plan import planned
+    from batchlab.deploy.plan import create_plan
     from batchlab.deploy.stack_records import refuse_unchangeable
 
     deploy_arguments = _given(
@@ -105,7 +105,7 @@ def plan(
         if state:
             refuse_unchangeable(state)
         wanted = settings_for(deploy_arguments, where, there)
-        with planned(there, wanted, source, state, home=where) as plan:
+        with create_plan(there, wanted, source, state, home=where) as plan:
             if json:
                 output.show_json(plan.to_json())
             else:
@@ -139,7 +139,7 @@ def template_(
     deploy_arguments = _given(pool, settings, stack, region, parameter, named, {}, None, None)
     where = home_of(home)
     wanted = settings_without_aws(deploy_arguments, where)
-    made, costs = plan.on_paper(wanted, template.load(template.shipped()), where)
+    made, costs = plan.offline_plan(wanted, template.load(template.shipped()), where)
     output.show_json(made, indent=1)
     output.say("\n".join(cost_lines(costs)))
 
@@ -216,7 +216,7 @@ def status(stack: str | None = STACK, region: str | None = REGION, home: Path | 
     """
     from batchlab.cli.deploy_options import DeployArguments
     from batchlab.core.errors import NotFound
-    from batchlab.deploy.status import look
+    from batchlab.deploy.status import read_status
     from batchlab.runtime import aws_deployment
 
     where = home_of(home)
@@ -227,7 +227,7 @@ def status(stack: str | None = STACK, region: str | None = REGION, home: Path | 
                 f"The stack {there.name} does not exist in {there.account.region}.",
                 remedy="`batchlab deploy apply` creates it; --stack and --region name another.",
             )
-        status = look(there, state, where)
+        status = read_status(there, state, where)
     if json:
         output.show_json(status.to_json())
     else:

@@ -227,7 +227,7 @@ _SHOWN_WHY = 3
 
 @dataclass(slots=True)
 class Person:
-    """Front of a deployment (see deploy.apply.Front) with or without a terminal."""
+    """User interface of a deployment (see deploy.apply.Interface), with or without a terminal."""
 
     yes: bool = False
     json: bool = False

@@ -12,17 +12,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from batchlab.core.errors import BackendError, Refused, Unreachable
+from batchlab.core.text import count
 from batchlab.deploy import leftovers, status
-from batchlab.deploy.account import Missing, asked
-from batchlab.deploy.apply import Front, StackFailed
-from batchlab.deploy.leftovers import Thing
+from batchlab.deploy.account import Missing, aws_errors
+from batchlab.deploy.apply import Interface, StackFailed, follow_operation
+from batchlab.deploy.leftovers import AwsResource
 from batchlab.deploy.stack import Stack
 from batchlab.deploy.stack_records import Resource, State
 
-BATCH = 50
-"""Maximum of SetInstanceProtection."""
-QUIET_S = 600.0
-"""Seconds that the instances of all groups may take to end. They drain for at most two minutes."""
+MAX_PROTECTION_CALL = 50
+"""Maximum number of instances in one call of SetInstanceProtection."""
+MAX_DRAIN_S = 600.0
+"""Limit in seconds for the end of all instances. An instance drains for at most two minutes."""
 
 _BUCKET, _DATABASE, _DOMAIN = "AWS::S3::Bucket", "AWS::RDS::DBInstance", "AWS::SDB::Domain"
 _GROUP = "AWS::AutoScaling::AutoScalingGroup"
@@ -36,41 +37,47 @@ _FATES = {"Retain": "kept", "RetainExceptOnCreate": "kept", "Snapshot": "snapsho
 
 
 @dataclass(frozen=True, slots=True)
-class Holding:
-    """A resource of a stack that holds data, and its fate in CloudFormation: "deleted", "kept", or
-    "snapshot" for a database that leaves a last snapshot."""
+class DataResource:
+    """Resource of a stack that holds data. `what` describes the data.
+
+    `fate` is the effect of the stack's deletion: "deleted", "kept", or "snapshot" for a database with a last snapshot.
+    """
 
     resource: Resource
     fate: str
     what: str
 
+    @property
+    def text(self) -> str:
+        return f"{self.resource.physical} ({self.what})"
 
-def holdings(stack: Stack) -> list[Holding]:
+
+def data_resources(stack: Stack) -> list[DataResource]:
     """Return the resources of the stack that hold data now."""
     declared = stack.template()["Resources"]
-    found = []
+    resources = []
     for resource in stack.resources():
         if resource.status == "CREATE_FAILED":
-            continue  # A resource with this name belongs to another owner.
+            continue  # The existing resource with this name belongs to another owner.
         policy = declared.get(resource.id, {}).get("DeletionPolicy", "")
         # CloudFormation's default is a snapshot for databases, and deletion for all else.
         usual = "Snapshot" if resource.type == _DATABASE else "Delete"
         fate = _FATES.get(policy or usual, "deleted")
         if resource.type == _BUCKET and leftovers.has_data(stack.account, resource.physical):
-            found.append(Holding(resource, fate, "objects"))
+            resources.append(DataResource(resource, fate, "objects"))
         elif resource.type == _DATABASE:
-            found.append(Holding(resource, fate, "a PostgreSQL database"))
+            resources.append(DataResource(resource, fate, "a PostgreSQL database"))
         elif resource.type == _DOMAIN:
-            found.append(Holding(resource, fate, "a SimpleDB domain"))
-    return found
+            resources.append(DataResource(resource, fate, "a SimpleDB domain"))
+    return resources
 
 
 @dataclass(slots=True)
 class Destroy:
-    """One run of `destroy`. With `delete_data` it also deletes the data."""
+    """One run of `destroy`. With `delete_data`, it deletes the data, too."""
 
     stack: Stack
-    front: Front
+    interface: Interface
     delete_data: bool
     sleep: Callable[[float], None] = time.sleep
 
@@ -78,54 +85,45 @@ class Destroy:
         """Destroy the stack, and return the resources that remain, or None if the user declined.
         Raises Refused if data would be lost without `delete_data`, StackFailed, and
         BackendError."""
-        state = self.stack.state()
+        state = follow_operation(self.stack, self.interface)
         if state is None:
             raise Refused(
                 f"The stack {self.stack.name} does not exist in {self.stack.account.region}.",
-                remedy="`--stack` and `--region` name another.",
+                remedy="Name another stack or region with `--stack` and `--region`.",
             )
-        if state.is_moving:
-            self.front.say(f"The stack {state.name} is {state.status}: following that first.")
-            since, _ = self.stack.last_operation(state.id)
-            with self.front.watching(state.status, 0) as see:
-                state = self.stack.follow(state.id, since, see)
-            if state.status == "DELETE_COMPLETE":
-                return []
-        held = [] if state.is_new else holdings(self.stack)
-        self._check(state, held)
-        if not self.front.agrees(self._question(state, held)):
+        if state.status == "DELETE_COMPLETE":
+            return []
+        held = [] if state.is_new else data_resources(self.stack)
+        lost = ", ".join(resource.text for resource in held if resource.fate == "deleted")
+        if lost and not self.delete_data:
+            raise Refused(
+                f"The data of the stack {state.name} would be deleted: {lost}.",
+                remedy="Download what you need, then use --delete-data.",
+            )
+        if not self.interface.agrees(self._question(state, held)):
             return None
         if state.is_protected:
             self.stack.protect(on=False)
         if not state.is_new:
-            self._quiet(state)
+            self._end_instances(state)
             self._release_databases(held)
-            self._emptied(held)
-        stays = [*self._deleted(state), *self._snapshots(held)]
-        self._forget_logs(held)
-        return stays
+            self._empty_buckets(held)
+        remaining = [*self._delete(state), *self._snapshots(held)]
+        self._delete_logs(held)
+        return remaining
 
-    def _check(self, state: State, held: list[Holding]) -> None:
-        lost = [holding for holding in held if holding.fate == "deleted"]
-        if lost and not self.delete_data:
-            named = ", ".join(f"{holding.resource.physical} ({holding.what})" for holding in lost)
-            raise Refused(
-                f"With the stack {state.name} its data would go: {named}.",
-                remedy="Fetch what you need, then say --delete-data.",
-            )
+    def _question(self, state: State, held: list[DataResource]) -> str:
+        if self.delete_data:
+            data = ", ".join(resource.text for resource in held) or "no data"
+            return f"Destroy the stack {state.name}, and with it {data}?"
+        remaining = ", ".join(
+            f"{data.resource.physical} {'remains' if data.fate == 'kept' else 'leaves a last snapshot'}"
+            for data in held
+            if data.fate != "deleted"
+        )
+        return f"Destroy the stack {state.name}{f' ({remaining})' if remaining else ''}?"
 
-    def _question(self, state: State, held: list[Holding]) -> str:
-        if not self.delete_data:
-            holdings = [holding for holding in held if holding.fate != "deleted"]
-            stays = ", ".join(
-                f"{holding.resource.physical} " + ("stays" if holding.fate == "kept" else "leaves a last snapshot")
-                for holding in holdings
-            )
-            return f"Destroy the stack {state.name}{f' ({stays})' if stays else ''}?"
-        gone = ", ".join(f"{holding.resource.physical} ({holding.what})" for holding in held) or "no data"
-        return f"Destroy the stack {state.name}, and with it {gone}?"
-
-    def _quiet(self, state: State) -> None:
+    def _end_instances(self, state: State) -> None:
         """End all instances. A manager would launch and protect others, a worker would write into a
         bucket that is being emptied, and a protected instance would keep its group."""
         names = [resource.physical for resource in self.stack.resources() if resource.type == _GROUP]
@@ -133,144 +131,128 @@ class Destroy:
             return
         # The manager ends first, because it sets the capacity of the other groups.
         workers = status.pool_groups(state)
-        managers = [one for one in self._groups(names) if _name(one) not in workers]
-        for some in (managers, self._groups(names)):
-            for group in some:
+        for manager_only in (True, False):
+            groups = [
+                group for group in self.stack.account.groups(names) if not manager_only or _name(group) not in workers
+            ]
+            for group in groups:
                 self._to_zero(group)
-            self._wait_for_end([_name(one) for one in some])
+            self._wait_for_end([_name(group) for group in groups])
 
     def _to_zero(self, group: Mapping[str, Any]) -> None:
-        with asked(f"Auto Scaling group {_name(group)!r}"):
+        with aws_errors(f"Auto Scaling group {_name(group)!r}"):
             self.stack.account.client("autoscaling").update_auto_scaling_group(
                 AutoScalingGroupName=_name(group), MinSize=0, DesiredCapacity=0
             )
 
     def _wait_for_end(self, names: list[str]) -> None:
-        give_up_s = time.monotonic() + QUIET_S
-        said = 0
+        deadline_s = time.monotonic() + MAX_DRAIN_S
+        reported = 0
         while True:
-            groups = self._groups(names)
-            left = sum(len(_instances(group)) for group in groups)
-            if not left:
+            groups = self.stack.account.groups(names)
+            remaining = sum(len(_instances(group)) for group in groups)
+            if not remaining:
                 return
-            if left != said:
-                said = left
-                self.front.say(f"{left} instances are ending.")
+            if remaining != reported:
+                reported = remaining
+                self.interface.say(f"{count(remaining, 'instance')} {'is' if remaining == 1 else 'are'} terminating.")
             for group in groups:
-                if self._unprotected(group):
+                if self._unprotect(group):
                     # The group may have given up on its instances because they were protected.
                     self._to_zero(group)
-            if time.monotonic() > give_up_s:
+            if time.monotonic() > deadline_s:
                 raise Unreachable(
-                    f"Instances of {', '.join(names)} have not ended in {QUIET_S:.0f} s.",
-                    remedy="Look at the groups' activities in the console, then destroy again.",
+                    f"Instances of {', '.join(names)} have not ended within {MAX_DRAIN_S:.0f} s.",
+                    remedy="Check the groups' activities in the console, then destroy the stack again.",
                 )
             self.sleep(2.0)
 
-    def _unprotected(self, group: Mapping[str, Any]) -> bool:
+    def _unprotect(self, group: Mapping[str, Any]) -> bool:
         """Remove the scale-in protection of instances. Return whether any was protected."""
         scaling = self.stack.account.client("autoscaling")
         guarded = [instance["InstanceId"] for instance in _instances(group) if instance["ProtectedFromScaleIn"]]
-        for begin in range(0, len(guarded), BATCH):
-            with asked(f"Auto Scaling group {_name(group)!r}"):
+        for begin in range(0, len(guarded), MAX_PROTECTION_CALL):
+            with aws_errors(f"Auto Scaling group {_name(group)!r}"):
                 scaling.set_instance_protection(
                     AutoScalingGroupName=_name(group),
-                    InstanceIds=guarded[begin : begin + BATCH],
+                    InstanceIds=guarded[begin : begin + MAX_PROTECTION_CALL],
                     ProtectedFromScaleIn=False,
                 )
         return bool(guarded)
 
-    def _groups(self, names: list[str]) -> list[Any]:
-        if not names:
-            return []
-        told = self.stack.account.pages(
-            "autoscaling", "describe_auto_scaling_groups", "AutoScalingGroups", AutoScalingGroupNames=names
-        )
-        return list(told)
-
-    def _release_databases(self, held: list[Holding]) -> None:
+    def _release_databases(self, held: list[DataResource]) -> None:
         """Turn off the deletion protection of databases, without which CloudFormation cannot delete them."""
         rds = self.stack.account.client("rds")
-        for holding in held:
-            if holding.resource.type != _DATABASE or holding.fate == "kept":
+        for data in held:
+            if data.resource.type != _DATABASE or data.fate == "kept":
                 continue
-            name = holding.resource.physical
-            with suppress(Missing), asked(f"Database {name!r}", _is_gone):
-                (told,) = rds.describe_db_instances(DBInstanceIdentifier=name)["DBInstances"]
-                if told.get("DeletionProtection"):
+            name = data.resource.physical
+            # The user may have deleted the database. CloudFormation ignores that.
+            with (
+                suppress(Missing),
+                aws_errors(f"Database {name!r}", lambda code, _: code.startswith("DBInstanceNotFound")),
+            ):
+                (database,) = rds.describe_db_instances(DBInstanceIdentifier=name)["DBInstances"]
+                if database.get("DeletionProtection"):
                     rds.modify_db_instance(DBInstanceIdentifier=name, DeletionProtection=False, ApplyImmediately=True)
 
-    def _emptied(self, held: list[Holding]) -> None:
+    def _empty_buckets(self, held: list[DataResource]) -> None:
         """Empty the buckets that CloudFormation must delete. A bucket with nothing but releases holds no data."""
-        resources = [] if self.delete_data else [holding.resource for holding in held]
+        kept = [] if self.delete_data else [data.resource for data in held]
         for resource in self.stack.resources():
-            if resource.type == _BUCKET and resource not in resources and resource.status != "CREATE_FAILED":
-                leftovers.empty(self.stack.account, resource.physical, self.front.say)
+            if resource.type == _BUCKET and resource not in kept and resource.status != "CREATE_FAILED":
+                leftovers.empty(self.stack.account, resource.physical, self.interface.say)
 
-    def _deleted(self, state: State) -> list[Resource]:
+    def _delete(self, state: State) -> list[Resource]:
         before = self.stack.resources()
         since = self.stack.mark(state.id)
         self.stack.delete(state.id)
         if state.is_new:
             return []
-        with self.front.watching("deleting", len(before)) as see:
+        with self.interface.watching("deleting", len(before)) as see:
             ended = self.stack.follow(state.id, since, see)
         events = self.stack.events(state.id, since)
         if ended.status != "DELETE_COMPLETE":
             raise StackFailed(ended, self.stack.cause(state.id, events))
         skipped = {event.resource for event in events if event.status == "DELETE_SKIPPED"}
-        stays = [resource for resource in before if resource.id in skipped]
-        return [stay for stay in stays if not self._removed(stay)]
+        return [resource for resource in before if resource.id in skipped and not self._remove(resource)]
 
-    def _snapshots(self, held: list[Holding]) -> Iterator[Resource]:
+    def _snapshots(self, held: list[DataResource]) -> Iterator[Resource]:
         """Yield the last snapshots of deleted databases."""
-        for holding in held:
-            if holding.fate != "snapshot":
+        for data in held:
+            if data.fate != "snapshot":
                 continue
-            for told in self.stack.account.pages(
-                "rds",
-                "describe_db_snapshots",
-                "DBSnapshots",
-                DBInstanceIdentifier=holding.resource.physical,
-                SnapshotType="manual",
-            ):
-                name = told["DBSnapshotIdentifier"]
-                yield Resource(holding.resource.id, "AWS::RDS::DBSnapshot", name, told["Status"])
+            query = {"DBInstanceIdentifier": data.resource.physical, "SnapshotType": "manual"}
+            for snapshot in self.stack.account.pages("rds", "describe_db_snapshots", "DBSnapshots", **query):
+                name, status = snapshot["DBSnapshotIdentifier"], snapshot["Status"]
+                yield Resource(data.resource.id, "AWS::RDS::DBSnapshot", name, status)
 
-    def _forget_logs(self, held: list[Holding]) -> None:
+    def _delete_logs(self, held: list[DataResource]) -> None:
         """Delete the log groups that RDS created again for its last messages, after the stack's own were deleted."""
         account = self.stack.account
-        for holding in held:
-            if holding.resource.type != _DATABASE or holding.fate == "kept":
+        for data in held:
+            if data.resource.type != _DATABASE or data.fate == "kept":
                 continue
-            prefix = f"/aws/rds/instance/{holding.resource.physical}/"
+            prefix = f"/aws/rds/instance/{data.resource.physical}/"
             try:
-                for told in account.pages("logs", "describe_log_groups", "logGroups", logGroupNamePrefix=prefix):
-                    name = told["logGroupName"]
-                    thing = Thing(name, "logs:log-group", name, self.stack.name)
-                    leftovers.remove(account, thing, self.front.say)
+                for group in account.pages("logs", "describe_log_groups", "logGroups", logGroupNamePrefix=prefix):
+                    name = group["logGroupName"]
+                    logs = AwsResource(name, "logs:log-group", name, self.stack.name)
+                    leftovers.remove(account, logs, self.interface.say)
             except BackendError as error:
                 # The stack is deleted in any case.
-                self.front.say(f"There may be logs left below {prefix}: {error}")
+                self.interface.say(f"Logs below {prefix} may remain: {error}")
 
-    def _removed(self, resource: Resource) -> bool:
+    def _remove(self, resource: Resource) -> bool:
         """Remove a resource that CloudFormation has kept, if the user asked for that or if it is a
         bucket without data. Return whether it was removed."""
         kind = _KINDS.get(resource.type)
-        if kind is None:
+        name, account = resource.physical, self.stack.account
+        is_wanted = self.delete_data or (resource.type == _BUCKET and not leftovers.has_data(account, name))
+        if kind is None or not is_wanted:
             return False
-        if not self.delete_data and (
-            resource.type != _BUCKET or leftovers.has_data(self.stack.account, resource.physical)
-        ):
-            return False
-        name = resource.physical
-        leftovers.remove(self.stack.account, Thing(name, kind, name, self.stack.name), self.front.say)
+        leftovers.remove(account, AwsResource(name, kind, name, self.stack.name), self.interface.say)
         return True
-
-
-def _is_gone(code: str, _message: str) -> bool:
-    """Return whether the database does not exist, because a user deleted it. CloudFormation ignores that."""
-    return code.startswith("DBInstanceNotFound")
 
 
 def _name(group: Mapping[str, Any]) -> str:

@@ -1,11 +1,7 @@
-"""Leftovers of stacks in an account and region, found by AWS's tags and by names.
+"""Leftovers of stacks in an account and region, and their removal.
 
-Invariant: a tag proves the owner of a resource, and a name only suggests it. So a resource known only by its name is
-removed only if the user names it.
-
-Removal of single AWS resources: buckets with all versions of their objects, queues, groups, and more.
-
-Invariant: only the given resource is removed, and each failure is reported.
+Invariants: a tag proves the owner of a resource, and a name only suggests the owner. A resource
+without a tag is therefore removed only if the user names it. Each failure is reported.
 """
 
 from __future__ import annotations
@@ -18,64 +14,62 @@ from typing import Any
 
 from batchlab.core.errors import BackendError, NotFound, Refused
 from batchlab.deploy import plan, release
-from batchlab.deploy.account import Account, asked
+from batchlab.deploy.account import Account, aws_errors
 from batchlab.deploy.plan import WITH_SIMPLEDB
 from batchlab.deploy.stack import TAG, Stack
 
-BATCH = 1000
+MAX_DELETED_KEYS = 1000
 """Maximum of DeleteObjects."""
 
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Thing:
-    """One resource by its ARN. `kind` is its service and type, as in "sqs:queue"."""
+class AwsResource:
+    """Resource with its ARN. `kind` is the service and the type, such as "sqs:queue". `stack` comes from its tag."""
 
     arn: str
     kind: str
     name: str
     stack: str
-    """The value of its tag."""
 
 
 _NAMED_ALONE = {"s3": "s3:bucket", "sns": "sns:topic", "sqs": "sqs:queue"}
 """Services whose ARNs end in a name, without a type before it."""
 
 
-def thing_of(arn: str, stack: str) -> Thing:
-    """Return the resource of an ARN."""
+def resource_of(arn: str, stack: str) -> AwsResource:
     service, rest = arn.split(":", 5)[2], arn.split(":", 5)[5]
     if service in _NAMED_ALONE:
-        return Thing(arn, _NAMED_ALONE[service], rest, stack)
+        return AwsResource(arn, _NAMED_ALONE[service], rest, stack)
     if service == "autoscaling":
-        return Thing(arn, "autoscaling:group", arn.rpartition("/")[2], stack)
+        return AwsResource(arn, "autoscaling:group", arn.rpartition("/")[2], stack)
     separator = "/" if "/" in rest and (":" not in rest or rest.find("/") < rest.find(":")) else ":"
     kind, _, name = rest.partition(separator)
-    return Thing(arn, f"{service}:{kind}", name.removesuffix(":*"), stack)
+    return AwsResource(arn, f"{service}:{kind}", name.removesuffix(":*"), stack)
 
 
-def remove(account: Account, thing: Thing, say: Say) -> None:
+def remove(account: Account, resource: AwsResource, say: Say) -> None:
     """Remove the resource. Raises BackendError if AWS refuses, or if users must remove this kind themselves."""
-    remover = _REMOVERS.get(thing.kind)
+    remover = _REMOVERS.get(resource.kind)
     if remover is None:
-        raise BackendError(f"{thing.arn} is not of a kind that is removed here.", remedy="Remove it in the console.")
-    remover(account, thing, say)
+        raise BackendError(f"batchlab cannot remove {resource.arn}.", remedy="Remove this resource in the console.")
+    remover(account, resource, say)
 
 
-OURS = (release.PREFIX, plan.FOLDER)
-"""Folders in a stack's bucket that hold no data of its users: releases and templates."""
+OWN_FOLDERS = (release.PREFIX, plan.FOLDER)
+"""Folders in a stack's bucket without data of users: releases and templates."""
 
 
 def has_data(account: Account, bucket: str) -> bool:
-    """Return whether the bucket has a version of an object outside `OURS`. A deleted bucket has none."""
+    """Return whether the bucket has a version of an object outside `OWN_FOLDERS`. A deleted bucket has none."""
     try:
-        with asked(f"Bucket {bucket!r}"):
-            told = account.client("s3").list_object_versions(Bucket=bucket, Delimiter="/")
+        with aws_errors(f"Bucket {bucket!r}"):
+            page = account.client("s3").list_object_versions(Bucket=bucket, Delimiter="/")
     except NotFound:
         return False
-    folders = {one["Prefix"] for one in told.get("CommonPrefixes") or ()}
-    return bool(told.get("Versions") or told.get("DeleteMarkers") or folders - set(OURS))
+    folders = {entry["Prefix"] for entry in page.get("CommonPrefixes") or ()}
+    return bool(page.get("Versions") or page.get("DeleteMarkers") or folders - set(OWN_FOLDERS))
 
 
 def empty(account: Account, bucket: str, say: Say) -> int:
@@ -83,61 +77,57 @@ def empty(account: Account, bucket: str, say: Say) -> int:
     deleted bucket has none. Raises BackendError with the first object that cannot be deleted."""
     s3 = account.client("s3")
     count = 0
-    with suppress(NotFound), asked(f"Bucket {bucket!r}"):
-        pages = s3.get_paginator("list_object_versions").paginate(Bucket=bucket, PaginationConfig={"PageSize": BATCH})
+    with suppress(NotFound), aws_errors(f"Bucket {bucket!r}"):
+        pages = s3.get_paginator("list_object_versions").paginate(
+            Bucket=bucket, PaginationConfig={"PageSize": MAX_DELETED_KEYS}
+        )
         for page in pages:
-            batch = [
-                {"Key": one["Key"], "VersionId": one["VersionId"]}
+            versions = [
+                {"Key": version["Key"], "VersionId": version["VersionId"]}
                 for kind in ("Versions", "DeleteMarkers")
-                for one in page.get(kind) or ()
+                for version in page.get(kind) or ()
             ]
-            for begin in range(0, len(batch), BATCH):
-                some = batch[begin : begin + BATCH]
-                _delete(s3, bucket, some)
-                count += len(some)
+            for begin in range(0, len(versions), MAX_DELETED_KEYS):
+                batch = versions[begin : begin + MAX_DELETED_KEYS]
+                response = s3.delete_objects(Bucket=bucket, Delete={"Objects": batch, "Quiet": True})
+                for failed in response.get("Errors") or ():
+                    reason = f"{failed.get('Message', '').rstrip('.')} ({failed.get('Code', '')})"
+                    raise BackendError(f"Bucket {bucket!r}: {failed['Key']!r} cannot be deleted: {reason}.")
+                count += len(batch)
                 say(f"{bucket}: {count:,} versions of objects deleted.")
     return count
 
 
-def _delete(s3: Any, bucket: str, batch: list[dict[str, str]]) -> None:
-    told = s3.delete_objects(Bucket=bucket, Delete={"Objects": batch, "Quiet": True})
-    for failed in told.get("Errors") or ():
-        raise BackendError(
-            f"Bucket {bucket!r}: {failed['Key']!r} cannot be deleted: "
-            f"{failed.get('Message', '').rstrip('.')} ({failed.get('Code', '')})."
-        )
+def _bucket(account: Account, resource: AwsResource, say: Say) -> None:
+    empty(account, resource.name, say)
+    with aws_errors(f"Bucket {resource.name!r}"):
+        account.client("s3").delete_bucket(Bucket=resource.name)
 
 
-def _bucket(account: Account, thing: Thing, say: Say) -> None:
-    empty(account, thing.name, say)
-    with asked(f"Bucket {thing.name!r}"):
-        account.client("s3").delete_bucket(Bucket=thing.name)
-
-
-def _queue(account: Account, thing: Thing, _say: Say) -> None:
+def _queue(account: Account, resource: AwsResource, _say: Say) -> None:
     sqs = account.client("sqs")
-    with asked(f"Queue {thing.name!r}"):
-        sqs.delete_queue(QueueUrl=sqs.get_queue_url(QueueName=thing.name)["QueueUrl"])
+    with aws_errors(f"Queue {resource.name!r}"):
+        sqs.delete_queue(QueueUrl=sqs.get_queue_url(QueueName=resource.name)["QueueUrl"])
 
 
-def _group(account: Account, thing: Thing, _say: Say) -> None:
-    with asked(f"Auto Scaling group {thing.name!r}"):
-        account.client("autoscaling").delete_auto_scaling_group(AutoScalingGroupName=thing.name, ForceDelete=True)
+def _group(account: Account, resource: AwsResource, _say: Say) -> None:
+    with aws_errors(f"Auto Scaling group {resource.name!r}"):
+        account.client("autoscaling").delete_auto_scaling_group(AutoScalingGroupName=resource.name, ForceDelete=True)
 
 
 def _calling(service: str, operation: str, parameter: str, **more: Any) -> Callable[..., None]:
     """Return a remover that makes one call with the resource's name, as a list if the parameter is plural."""
 
-    def call(account: Account, thing: Thing, _say: Say) -> None:
-        name = thing.arn if service in ("secretsmanager", "sns") else thing.name
+    def call(account: Account, resource: AwsResource, _say: Say) -> None:
+        name = resource.arn if service in ("secretsmanager", "sns") else resource.name
         value = [name] if parameter.endswith("s") else name
-        with asked(f"{thing.kind} {thing.name!r}"):
+        with aws_errors(f"{resource.kind} {resource.name!r}"):
             getattr(account.client(service), operation)(**{parameter: value}, **more)
 
     return call
 
 
-_REMOVERS: Mapping[str, Callable[[Account, Thing, Say], None]] = {
+_REMOVERS: Mapping[str, Callable[[Account, AwsResource, Say], None]] = {
     "s3:bucket": _bucket,
     "sqs:queue": _queue,
     "autoscaling:group": _group,
@@ -162,11 +152,11 @@ _DATABASE_LOG = re.compile(rf"/aws/rds/instance/(?P<database>{_STACK}-ledger)/(p
 
 
 @dataclass(frozen=True, slots=True)
-class Left:
+class Leftover:
     """A resource of a stack. `is_used` if its stack exists and has it. `is_guessed` if only its
     name suggests its stack."""
 
-    thing: Thing
+    resource: AwsResource
     is_used: bool
     is_guessed: bool = False
 
@@ -178,95 +168,98 @@ class Leftovers:
         self._account = account
         self._parts: dict[str, list[str] | None] = {}
 
-    def tagged(self) -> Iterator[Left]:
+    def tagged(self) -> Iterator[Leftover]:
         """Yield the resources with a batchlab stack's tag, from AWS's list of tagged resources. It
         does not contain IAM roles or resources that cannot have tags."""
         for page in self._account.pages(
             "resourcegroupstaggingapi", "get_resources", "ResourceTagMappingList", TagFilters=[{"Key": TAG}]
         ):
             tags = {tag["Key"]: tag["Value"] for tag in page.get("Tags", ())}
-            thing = thing_of(page["ResourceARN"], tags.get(TAG, ""))
-            if thing.kind != "cloudformation:stack":
-                yield Left(thing, _is_used(thing, self._parts_of(thing.stack)))
+            resource = resource_of(page["ResourceARN"], tags.get(TAG, ""))
+            if resource.kind != "cloudformation:stack":
+                yield Leftover(resource, _is_used(resource, self._parts_of(resource.stack)))
 
-    def named(self, known: Collection[str], say: Callable[[str], None]) -> Iterator[Left]:
+    def named(self, known: Collection[str], say: Callable[[str], None]) -> Iterator[Leftover]:
         """Yield the resources without a tag whose names look like a stack's: SimpleDB domains,
         which cannot have tags, and logs of a deleted database. `known` are the names of `tagged`.
         `say` receives a message for each listing that fails."""
-        for what, look in (("SimpleDB domains", self._domains), ("RDS's logs", self._logs)):
+        for what, listing in (("SimpleDB domains", self._domains), ("RDS's logs", self._logs)):
             try:
-                things = [thing for thing in look() if thing.name not in known]
+                resources = [resource for resource in listing() if resource.name not in known]
             except BackendError as error:
                 say(f"{what} are not listed: {error}")
                 continue
-            for thing in things:
-                yield Left(thing, _is_used(thing, self._parts_of(thing.stack)), is_guessed=True)
+            for resource in resources:
+                yield Leftover(resource, _is_used(resource, self._parts_of(resource.stack)), is_guessed=True)
 
-    def _domains(self) -> Iterator[Thing]:
+    def _domains(self) -> Iterator[AwsResource]:
         if self._account.is_real and self._account.region not in WITH_SIMPLEDB:
             return
         for name in self._account.pages("sdb", "list_domains", "DomainNames"):
             if match := _DOMAIN.fullmatch(name):
                 arn = f"{self._account.arn.format('sdb')}domain/{name}"
-                yield Thing(arn, "sdb:domain", name, match["stack"])
+                yield AwsResource(arn, "sdb:domain", name, match["stack"])
 
-    def _logs(self) -> Iterator[Thing]:
+    def _logs(self) -> Iterator[AwsResource]:
         groups = self._account.pages(
             "logs", "describe_log_groups", "logGroups", logGroupNamePrefix="/aws/rds/instance/"
         )
-        named = [(group, _DATABASE_LOG.fullmatch(group["logGroupName"])) for group in groups]
-        ours = [(one, match) for one, match in named if match]
-        if not ours:
+        named = [(group, match) for group in groups if (match := _DATABASE_LOG.fullmatch(group["logGroupName"]))]
+        if not named:
             return
-        told = self._account.pages("rds", "describe_db_instances", "DBInstances")
-        living = {one["DBInstanceIdentifier"] for one in told}
-        for one, match in ours:
+        databases = self._account.pages("rds", "describe_db_instances", "DBInstances")
+        existing = {database["DBInstanceIdentifier"] for database in databases}
+        for group, match in named:
             # A database with such a name may exist outside batchlab's stacks.
-            if match["database"] not in living:
-                name = one["logGroupName"]
-                yield Thing(str(one.get("arn", name)), "logs:log-group", name, match["stack"])
+            if match["database"] not in existing:
+                name = group["logGroupName"]
+                yield AwsResource(str(group.get("arn", name)), "logs:log-group", name, match["stack"])
 
     def _parts_of(self, name: str) -> list[str] | None:
         """Return the physical ids of the stack's resources, or None if the stack does not exist."""
         if name not in self._parts:
             stack = Stack(self._account, name)
-            is_there = bool(name) and stack.state() is not None
-            self._parts[name] = [resource.physical for resource in stack.resources()] if is_there else None
+            exists = bool(name) and stack.state() is not None
+            self._parts[name] = [resource.physical for resource in stack.resources()] if exists else None
         return self._parts[name]
 
 
-def chosen(found: Sequence[Left], names: Sequence[str]) -> list[Left]:
+def select_removable(found: Sequence[Leftover], names: Sequence[str]) -> list[Leftover]:
     """Return the resources to remove. `names` are the user's choice of resources known only by
     name. Raises NotFound or Refused for a name that is not a leftover."""
-    guessed: Mapping[str, Left] = {left.thing.name: left for left in found if left.is_guessed}
+    guessed: Mapping[str, Leftover] = {leftover.resource.name: leftover for leftover in found if leftover.is_guessed}
     for name in names:
         if name not in guessed:
             raise NotFound(
-                f"Nothing is called {name} of what is known by its name alone.",
-                remedy="`batchlab gc --aws` lists what there is; what has a tag needs no --name.",
+                f"No leftover without a tag has the name {name}.",
+                remedy="`batchlab gc --aws` lists the leftovers. A leftover with a tag needs no --name.",
             )
         if guessed[name].is_used:
             raise Refused(
-                f"{name} is in use by the stack {guessed[name].thing.stack}.",
-                remedy="`batchlab deploy destroy --delete-data` ends both.",
+                f"{name} is in use by the stack {guessed[name].resource.stack}.",
+                remedy="`batchlab deploy destroy --delete-data` deletes both.",
             )
-    return [left for left in found if not left.is_used and (not left.is_guessed or left.thing.name in names)]
+    return [
+        leftover
+        for leftover in found
+        if not leftover.is_used and (not leftover.is_guessed or leftover.resource.name in names)
+    ]
 
 
-def _is_used(thing: Thing, owned: list[str] | None) -> bool:
+def _is_used(resource: AwsResource, owned: list[str] | None) -> bool:
     if owned is None:
         return False
-    # Instances, volumes, and network interfaces are not listed as resources of a stack. Snapshots
-    # of databases outlive it.
-    if thing.kind in ("ec2:instance", "ec2:volume", "ec2:network-interface", "rds:snapshot"):
-        return thing.kind != "rds:snapshot"
-    return any(part in (thing.arn, thing.name) or part.endswith(f"/{thing.name}") for part in owned)
+    # AWS does not list instances, volumes, and network interfaces as resources of a stack. Snapshots of databases
+    # remain after its deletion.
+    if resource.kind in ("ec2:instance", "ec2:volume", "ec2:network-interface", "rds:snapshot"):
+        return resource.kind != "rds:snapshot"
+    return any(part in (resource.arn, resource.name) or part.endswith(f"/{resource.name}") for part in owned)
 
 
-def remove_left(account: Account, left: Left, say: Say) -> str:
+def remove_left(account: Account, leftover: Leftover, say: Say) -> str:
     """Remove a leftover. Return "" on success, else the error message."""
     try:
-        remove(account, left.thing, say)
+        remove(account, leftover.resource, say)
     except BackendError as error:
         return error.message
     return ""

@@ -8,51 +8,48 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from batchlab.core.errors import UsageError
 from batchlab.core.pricing import price_book
 from batchlab.core.pricing.hourly import Hourly, StackShape, hourly_cost
 from batchlab.deploy import settings, template
-from batchlab.deploy.account import Account, asked
+from batchlab.deploy.account import Account, aws_errors
 from batchlab.deploy.settings import RELEASE, Settings, text_of
 from batchlab.deploy.stack import TAG, Stack
 from batchlab.deploy.stack_records import Change, ChangeSet, State
-from batchlab.deploy.template import INLINE_BYTES, Template, rendered
+from batchlab.deploy.template import MAX_INLINE_BYTES, Template, render
 from batchlab.runtime.home import Home
 
 WITH_SIMPLEDB = (
-    "us-east-1",
-    "us-west-1",
-    "us-west-2",
-    "eu-west-1",
-    "ap-northeast-1",
-    "ap-southeast-1",
-    "ap-southeast-2",
-    "sa-east-1",
+    *("us-east-1", "us-west-1", "us-west-2", "eu-west-1"),
+    *("ap-northeast-1", "ap-southeast-1", "ap-southeast-2", "sa-east-1"),
 )
-"""https://docs.aws.amazon.com/general/latest/gr/simpledb.html"""
+"""Regions with SimpleDB: https://docs.aws.amazon.com/general/latest/gr/simpledb.html"""
 FOLDER = "deploy/"
 """Folder in the stack's own bucket for a template that is too large for a request."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Hourly cost of the stack. It is None if unknown, and `note` gives the reason."""
+    """Hourly cost of the stack. `hourly` is None if the cost is unknown, and `note` has the reason."""
 
     hourly: Hourly | None
     note: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        known = self.hourly.to_json() if self.hourly else {}
-        return {**known, **({"note": self.note} if self.note else {})}
+        costs = self.hourly.to_json() if self.hourly else {}
+        return {**costs, **({"note": self.note} if self.note else {})}
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A change set that AWS has computed, with its settings and the cost of the stack."""
+    """Change set that AWS has computed, with its settings and the cost of the stack.
+
+    `parameters` contains all parameters of the stack, including defaults.
+    """
 
     settings: Settings
     account: str
@@ -61,7 +58,6 @@ class Plan:
     is_new: bool
     change_set: ChangeSet
     parameters: Mapping[str, str]
-    """All parameters of the stack, including defaults."""
     cost: Cost
     template_bytes: int
 
@@ -78,9 +74,7 @@ class Plan:
             "action": "create" if self.is_new else "update" if self.changes else "none",
             "changes": [
                 {
-                    "action": change.action,
-                    "id": change.id,
-                    "type": change.type,
+                    **asdict(change),
                     "replacement": change.replacement or None,
                     "why": list(change.why),
                     "physical": change.physical or None,
@@ -94,7 +88,7 @@ class Plan:
 
 
 @contextmanager
-def planned(
+def create_plan(
     stack: Stack,
     wanted: Settings,
     source: Template,
@@ -112,11 +106,16 @@ def planned(
     expanded = template.expand(source, [pool.name for pool in wanted.pools], base)
     sent = _sent(expanded, given, deployed, release)
     effective = _effective(expanded, given)
-    _check_region(stack.account.region, effective.get("Ledger", ""))
+    region = stack.account.region
+    if effective.get("Ledger") == "simpledb" and region not in WITH_SIMPLEDB:
+        raise UsageError(
+            f"SimpleDB does not exist in {region}.",
+            remedy=f"Use --ledger postgres or sqlite, or a region with SimpleDB: {', '.join(WITH_SIMPLEDB)}.",
+        )
     if not stack.account.is_real:
-        now = {RELEASE: deployed.get(RELEASE, "") if release is None else release}
-        here = {"AWS::Region": stack.account.region, "AWS::StackName": stack.name}
-        expanded = rendered(expanded, {**here, **effective, **now})
+        pseudo = {"AWS::Region": region, "AWS::StackName": stack.name}
+        release_value = deployed.get(RELEASE, "") if release is None else release
+        expanded = render(expanded, {**pseudo, **effective, RELEASE: release_value})
     body = template.body(expanded)
     with _reachable(stack, body, state if deployed else None) as where:
         change_set = stack.propose(where, sent, is_new=is_new)
@@ -125,24 +124,16 @@ def planned(
             wanted,
             stack.account.id,
             stack.account.who,
-            stack.account.region,
+            region,
             is_new,
             change_set,
             effective,
-            cost(effective, stack.account.region, home, shape_of(expanded)),
+            cost(effective, region, home, shape_of(expanded)),
             len(body.encode()),
         )
     finally:
-        # AWS deletes an executed change set itself, and the stack is then not new any more.
+        # AWS deletes an executed change set itself.
         stack.withdraw(change_set, is_new=is_new)
-
-
-def _check_region(region: str, ledger: str) -> None:
-    if ledger == "simpledb" and region not in WITH_SIMPLEDB:
-        raise UsageError(
-            f"SimpleDB does not exist in {region}.",
-            remedy=f"Say --ledger postgres or sqlite, or one of the regions that have it: {', '.join(WITH_SIMPLEDB)}.",
-        )
 
 
 def _sent(
@@ -165,9 +156,10 @@ def _effective(expanded: Template, given: Mapping[str, str]) -> dict[str, str]:
     return {name: given.get(name, text_of(form.get("Default"))) for name, form in declared.items()}
 
 
-def shape_of(made: Template) -> StackShape:
+def shape_of(template: Template) -> StackShape:
     """Return the numbers of resources in the template that are billed per unit."""
-    kinds = [(one["Type"], one.get("Properties", {}).get("VpcEndpointType")) for one in made["Resources"].values()]
+    resources = template["Resources"].values()
+    kinds = [(resource["Type"], resource.get("Properties", {}).get("VpcEndpointType")) for resource in resources]
     return StackShape(
         interface_endpoints=kinds.count(("AWS::EC2::VPCEndpoint", "Interface")),
         alarms=kinds.count(("AWS::CloudWatch::Alarm", None)),
@@ -186,22 +178,22 @@ def cost(parameters: Mapping[str, str], region: str, home: Home | None, shape: S
         except UsageError as error:
             if region == book.region:
                 raise
-            note = f"All of this is at prices of {book.region}, not of {region}. {error}"
+            note = f"All costs are at prices of {book.region}, not of {region}. {error}"
         return Cost(hourly_cost(parameters, book, shape=shape), note)
     except UsageError as error:
-        return Cost(None, f"What it costs is not known: {error}")
+        return Cost(None, f"The cost is unknown: {error}")
 
 
-def on_paper(wanted: Settings, source: Template, home: Home) -> tuple[Template, Cost]:
+def offline_plan(wanted: Settings, source: Template, home: Home) -> tuple[Template, Cost]:
     """Return the template with the settings as its defaults, and the cost of its stack, without
     calls to AWS. Raises UsageError for settings that the template does not accept."""
     given = settings.parameters(wanted, source)
     made = template.expand(source, [pool.name for pool in wanted.pools])
     region = wanted.region or price_book.load(home.path).region
     costs = cost(_effective(made, given), region, home, shape_of(made))
-    forms = made["Parameters"]
-    said = {name: {**forms[name], "Default": value} for name, value in given.items()}
-    return {**made, "Parameters": {**forms, **said}}, costs
+    declared = made["Parameters"]
+    defaults = {name: {**declared[name], "Default": value} for name, value in given.items()}
+    return {**made, "Parameters": {**declared, **defaults}}, costs
 
 
 @contextmanager
@@ -209,44 +201,37 @@ def _reachable(stack: Stack, body: str, state: State | None) -> Iterator[dict[st
     """Yield the template's arguments for CreateChangeSet. A small template is sent in the request.
     A larger one is read from the stack's own bucket, or for a new stack from a bucket that exists
     during this block."""
-    if len(body.encode()) <= INLINE_BYTES:
+    if len(body.encode()) <= MAX_INLINE_BYTES:
         yield {"TemplateBody": body}
         return
     own = state.outputs.get("Bucket") if state else None
     account = stack.account
-    with _lent_bucket(account, stack.name) if own is None else _kept(own) as bucket:
+    with _temporary_bucket(account, stack.name) if own is None else nullcontext(own) as bucket:
         key = f"{FOLDER}{hashlib.sha256(body.encode()).hexdigest()}.json"
         s3 = account.client("s3")
-        with asked(f"Bucket {bucket!r}"):
+        with aws_errors(f"Bucket {bucket!r}"):
             s3.put_object(Bucket=bucket, Key=key, Body=body.encode())
         try:
             signed = s3.generate_presigned_url("get_object", Params={"Bucket": bucket, "Key": key})
-            # CloudFormation reads it with the caller's own permissions.
+            # CloudFormation reads the template with the caller's own permissions.
             yield {"TemplateURL": signed.partition("?")[0]}
         finally:
-            with asked(f"Bucket {bucket!r}"):
+            with aws_errors(f"Bucket {bucket!r}"):
                 s3.delete_object(Bucket=bucket, Key=key)
 
 
 @contextmanager
-def _kept(bucket: str) -> Iterator[str]:
-    yield bucket
-
-
-@contextmanager
-def _lent_bucket(account: Account, stack: str) -> Iterator[str]:
+def _temporary_bucket(account: Account, stack: str) -> Iterator[str]:
     bucket = f"{stack}-template-{secrets.token_hex(8)}"
     s3 = account.client("s3")
-    place = {"LocationConstraint": account.region}
-    with asked(f"Bucket {bucket!r}"):
-        s3.create_bucket(
-            Bucket=bucket, **({} if account.region == "us-east-1" else {"CreateBucketConfiguration": place})
-        )
+    location = {"CreateBucketConfiguration": {"LocationConstraint": account.region}}
+    with aws_errors(f"Bucket {bucket!r}"):
+        s3.create_bucket(Bucket=bucket, **({} if account.region == "us-east-1" else location))
     try:
-        with asked(f"Bucket {bucket!r}"):
+        with aws_errors(f"Bucket {bucket!r}"):
             # If this process is killed, `batchlab gc --aws` finds the bucket by its tag.
             s3.put_bucket_tagging(Bucket=bucket, Tagging={"TagSet": [{"Key": TAG, "Value": stack}]})
         yield bucket
     finally:
-        with asked(f"Bucket {bucket!r}"):
+        with aws_errors(f"Bucket {bucket!r}"):
             s3.delete_bucket(Bucket=bucket)

@@ -1,12 +1,9 @@
 """A release: one archive with everything that an instance needs to become a manager or a worker.
 
-Invariant: its name is the SHA-256 of its content. The same code, packages, and target give the same archive. An
-instance installs from the stack's bucket, not from a package index.
-
-Wheels for an instance, which installs without a package index: batchlab's own and its dependencies.
-
-Invariant: a package that is installed next to the command has the same version on instances, so instances run the
-tested versions.
+Invariants: its name is the SHA-256 of its content. The same code, packages, and target give the
+same archive. An instance installs from the stack's bucket, without a package index. A package that
+is installed next to the command has the same version on instances, so instances run the tested
+versions.
 """
 
 from __future__ import annotations
@@ -38,13 +35,14 @@ from batchlab.core import installation
 from batchlab.core.errors import BackendError, UsageError
 from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Objects
+from batchlab.deploy.template import READABLE_FILE
 from batchlab.runtime import compose_project, descriptor
 
 ARCHITECTURES = ("x86_64", "aarch64")
 PYTHONS = ("3.11", "3.12", "3.13")
 """Python versions in the repositories of Amazon Linux 2023 that batchlab supports."""
 INSTALLER = "pip==25.3"
-"""The installer of the other wheels. An instance's own Python may lack it."""
+"""Installer of the other wheels. The Python of an instance may lack it."""
 
 _GLIBC = 34
 """Amazon Linux 2023 has glibc 2.34."""
@@ -97,18 +95,12 @@ class Target:
 
     def pip(self) -> list[str]:
         """Return pip's options for wheels of this target."""
-        # All platforms are named: pip does not know that a newer glibc runs wheels for an older
-        # one.
+        # pip does not know that a newer glibc runs wheels for an older one, so the options name all platforms.
         names = [f"manylinux_2_{minor}" for minor in range(_GLIBC, _OLDEST_GLIBC - 1, -1)]
         names += ["manylinux2014", "manylinux2010", "manylinux1", "linux"]
         platforms = [f"--platform={name}_{self.architecture}" for name in names]
-        return [
-            "--only-binary=:all:",
-            "--no-deps",
-            "--implementation=cp",
-            f"--python-version={self.python}",
-            *platforms,
-        ]
+        options = ("--only-binary=:all:", "--no-deps", "--implementation=cp", f"--python-version={self.python}")
+        return [*options, *platforms]
 
 
 def own_wheel(folder: Path) -> Path:
@@ -127,7 +119,7 @@ def own_wheel(folder: Path) -> Path:
     record.append(f"{info}/RECORD,,\n")
     content[f"{info}/RECORD"] = "\n".join(record).encode()
     path = folder / f"batchlab-{version}-py3-none-any.whl"
-    # Not compressed: the version of the compression library would change the file.
+    # The wheel is not compressed, because another version of the compression library would change the file.
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as wheel:
         for name, body in content.items():
             entry = zipfile.ZipInfo(name, _EPOCH)
@@ -137,7 +129,6 @@ def own_wheel(folder: Path) -> Path:
 
 
 def _digest(body: bytes) -> str:
-    """Return the hash in the form of a wheel's RECORD."""
     encoded = base64.urlsafe_b64encode(hashlib.sha256(body).digest()).rstrip(b"=")
     return f"sha256={encoded.decode()}"
 
@@ -173,8 +164,10 @@ def _closure(roots: Sequence[str], target: Target, pip: _Pip) -> tuple[Sequence[
         for extra in ("", *sorted(wanted.extras)):
             if (name, extra) not in seen:
                 seen.add((name, extra))
-                waiting += _needed(found, target, extra)
-    return list(pins.values()), [f"{name}=={one.version}" for name, one in fetched.items()]
+                environment = {**target.markers(), "extra": extra}
+                requirements = map(Requirement, found.requires or ())
+                waiting += [need for need in requirements if need.marker is None or need.marker.evaluate(environment)]
+    return list(pins.values()), [f"{name}=={distribution.version}" for name, distribution in fetched.items()]
 
 
 def _requirement(line: str) -> Requirement:
@@ -183,19 +176,11 @@ def _requirement(line: str) -> Requirement:
     try:
         return Requirement(line)
     except InvalidRequirement as error:
-        raise UsageError(
-            f"{line!r} is not a requirement of a package.", remedy="Write for example 'pandas>=2'."
-        ) from error
-
-
-def _needed(found: metadata.Distribution, target: Target, extra: str) -> list[Requirement]:
-    env = {**target.markers(), "extra": extra}
-    needed = map(Requirement, found.requires or ())
-    return [one for one in needed if one.marker is None or one.marker.evaluate(env)]
+        raise UsageError(f"{line!r} is not a requirement of a package.", remedy="An example is 'pandas>=2'.") from error
 
 
 class _Pip:
-    """pip of this environment, or of a temporary one. It downloads into `folder` for the target."""
+    """pip of this environment or of a temporary environment. It downloads wheels for the target into `folder`."""
 
     def __init__(self, target: Target, folder: Path) -> None:
         self._target = target
@@ -220,7 +205,7 @@ class _Pip:
                         if top.endswith(".dist-info") and rest == "METADATA"
                     }  # fmt: skip
                     text = wheel.read(f"{info}/METADATA").decode()
-                return _Told(text)
+                return _WheelMetadata(text)
         raise BackendError(f"pip reports a download of {requirement}, but its wheel is missing.")
 
     def download(self, requirements: Sequence[str]) -> None:
@@ -228,20 +213,20 @@ class _Pip:
         built here, if its wheel fits any platform. Raises BackendError with the reason."""
         wanted = list(requirements)
         while wanted:
-            told = self._run("download", *self._target.pip(), *wanted)
-            if told is None:
+            output = self._run("download", *self._target.pip(), *wanted)
+            if output is None:
                 return
-            missing = _MISSING.search(told)
+            missing = _MISSING.search(output)
             if missing is None or missing[1] not in wanted:
-                raise self._refusal(told)
+                raise self._refusal(output)
             wanted.remove(missing[1])
             self._build(missing[1])
 
     def _build(self, requirement: str) -> None:
         with tempfile.TemporaryDirectory(dir=self._made.name) as made:
-            told = self._run("wheel", "--no-deps", requirement, folder=made)
-            if told is not None:
-                raise self._refusal(told)
+            output = self._run("wheel", "--no-deps", requirement, folder=made)
+            if output is not None:
+                raise self._refusal(output)
             (wheel,) = Path(made).glob("*.whl")
             if not wheel.name.endswith("-none-any.whl"):
                 raise self._refusal(f"{requirement} has no wheel for that platform")
@@ -251,34 +236,24 @@ class _Pip:
         """Run pip, and return its error output, or None on success."""
         done = subprocess.run(
             [
-                self._interpreter(),
-                "-I",
-                "-m",
-                "pip",
-                command,
-                "--quiet",
-                "--disable-pip-version-check",
-                "--no-input",
-                "--retries",
-                "2",
-                "--dest" if command == "download" else "--wheel-dir",
-                folder or self._folder,
+                *(self._interpreter(), "-I", "-m", "pip", command),
+                *("--quiet", "--disable-pip-version-check", "--no-input", "--retries", "2"),
+                *("--dest" if command == "download" else "--wheel-dir", folder or self._folder),
                 *options,
             ],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             check=False,
-            # Otherwise a wheel that is built here contains the time of day.
+            # Without this variable, a wheel that is built here contains the time of day.
             env={**os.environ, "SOURCE_DATE_EPOCH": "315532800"},
         )
         return (done.stderr or done.stdout).strip() if done.returncode else None
 
-    def _refusal(self, told: str) -> BackendError:
+    def _refusal(self, output: str) -> BackendError:
         return BackendError(
-            f"The packages for {self._target} cannot be fetched: {pip_reason(told)}.",
-            remedy="They come by pip: check the network and pip's settings. Each package needs "
-            "a wheel for that platform.",
+            f"The packages for {self._target} cannot be fetched: {pip_reason(output)}.",
+            remedy="Check the network and pip's settings. Each package needs a wheel for this platform.",
         )
 
     def _interpreter(self) -> str:
@@ -303,8 +278,8 @@ class _Pip:
         return self._python
 
 
-class _Told(metadata.Distribution):
-    """A distribution with only its METADATA."""
+class _WheelMetadata(metadata.Distribution):
+    """Distribution that has only its METADATA."""
 
     def __init__(self, text: str) -> None:
         self._text = text
@@ -318,7 +293,7 @@ class _Told(metadata.Distribution):
 
 SUFFIX = ".tar.gz"
 PREFIX = "boot/"
-"""Folder of releases in the stack's bucket. Its lifecycle rules do not delete them."""
+"""Folder of releases in the stack's bucket. No lifecycle rule of the bucket deletes them."""
 DATABASE_CA = "database-ca.pem"
 _MIB = 1024 * 1024
 
@@ -345,9 +320,12 @@ def build_release(
         say(f"Fetching the packages for {target}.")
         pins = fetch(wheels, target, packages)
         own_wheel(wheels)
-        content = _boot_files()
+        root = installation.folder("backends") / "aws" / "boot"
+        content = {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
         content["packages.txt"] = ("\n".join(pins) + "\n").encode()
-        content["version"] = _version(target)
+        # boot.sh reads these lines as shell variables.
+        version = metadata.version("batchlab")
+        content["version"] = f"VERSION={version}\nPYTHON={target.python}\nARCHITECTURE={target.architecture}\n".encode()
         if database_ca:
             content[DATABASE_CA] = _read(database_ca)
         if variables:
@@ -385,39 +363,22 @@ def upload(objects: Objects, archive: Path, patience: Patience, say: Callable[[s
     return key
 
 
-def _boot_files() -> dict[str, bytes]:
-    root = installation.folder("backends") / "aws" / "boot"
-    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
-
-
-def _version(target: Target) -> bytes:
-    """Return the shell variables that boot.sh reads."""
-    lines = [
-        f"VERSION={metadata.version('batchlab')}",
-        f"PYTHON={target.python}",
-        f"ARCHITECTURE={target.architecture}",
-    ]
-    return ("\n".join(lines) + "\n").encode()
-
-
 def _read(certificates: Path) -> bytes:
     try:
-        found = certificates.read_bytes()
+        content = certificates.read_bytes()
     except OSError as error:
-        raise UsageError(
-            f"{certificates} cannot be read: {error.strerror}.", remedy="Name a file that is there and can be read."
-        ) from error
-    if b"-----BEGIN CERTIFICATE-----" not in found:
+        raise UsageError(f"{certificates} cannot be read: {error.strerror}.", remedy=READABLE_FILE) from error
+    if b"-----BEGIN CERTIFICATE-----" not in content:
         raise UsageError(
             f"{certificates} does not contain certificates in PEM form.",
             remedy="Name the bundle that AWS publishes for RDS in the stack's region.",
         )
-    return found
+    return content
 
 
 def _write(folder: Path, content: dict[str, bytes]) -> Path:
     packed = BytesIO()
-    # Wheels are compressed already, and the compressor's version would change the archive.
+    # The archive is not compressed. Wheels are compressed already, and another compressor would change the archive.
     with (
         gzip.GzipFile("", "wb", compresslevel=0, fileobj=packed, mtime=0) as squeezed,
         tarfile.open(fileobj=squeezed, mode="w", format=tarfile.GNU_FORMAT) as archive,

@@ -1,19 +1,20 @@
 """CloudFormation operations on one stack: its state, change sets, events, and deletion.
 
-Invariant: AWS may not find a new object right after its creation. So reads of it are repeated for a
-while before it counts as missing.
+Invariant: AWS may not find a new object right after its creation. A read is therefore repeated for
+some time before the object counts as missing.
 """
 
 from __future__ import annotations
 
+import re
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from itertools import takewhile
 from typing import Any
 
 from batchlab.core.errors import BackendError, Refused, Unreachable
-from batchlab.deploy.account import Account, Missing, asked
+from batchlab.deploy.account import Account, Missing, aws_errors
 from batchlab.deploy.stack_records import (
     Cause,
     Change,
@@ -30,22 +31,22 @@ from batchlab.deploy.stack_records import (
 from batchlab.deploy.template import Template, parse
 
 CAPABILITIES = ("CAPABILITY_NAMED_IAM",)
-"""The template creates IAM roles, which the request must confirm. `plan` shows the roles."""
+"""Confirmation in the request that the template creates IAM roles. `plan` shows the roles."""
 TAG = "batchlab.stack"
 
-SETTLES_S = 60.0
-"""Seconds for which AWS may not find a new object."""
+MAX_SETTLE_S = 60.0
+"""Time in seconds for which AWS may not find a new object."""
 POLL_S = 3.0
-HERE_POLL_S = 0.1
-"""Poll interval with an emulator, which does not limit requests."""
+LOCAL_POLL_S = 0.1
+"""Poll interval in seconds for an emulator, which does not limit requests."""
 
-_POINTS_ON = "DescribeEvents"
-"""A reason with this text has its details in DescribeEvents."""
-_NOTHING_NEW = ("didn't contain changes", "No updates are to be performed")
+_DETAILS_ELSEWHERE = "DescribeEvents"
+"""Part of a reason whose details are in DescribeEvents."""
+_NO_CHANGES = ("didn't contain changes", "No updates are to be performed")
 
 
 class Stack:
-    """The stack called `name` in an account. `sleep` waits for a number of seconds."""
+    """The stack called `name` in an account."""
 
     def __init__(
         self,
@@ -59,44 +60,44 @@ class Stack:
         self.name = name
         self._sleep = sleep
         self._clock = clock
-        self._poll_s = POLL_S if account.is_real else HERE_POLL_S
+        self._poll_s = POLL_S if account.is_real else LOCAL_POLL_S
         self._executed: set[str] = set()
 
     @property
     def _cloud(self) -> Any:
         return self.account.client("cloudformation")
 
-    # --- As it is --------------------------------------------------------------------------------
+    def _call(self, action: str, **request: Any) -> Any:
+        """Call an action by its AWS name. Raise Missing if the stack or the change set does not exist."""
+        with aws_errors(action, _is_missing):
+            return getattr(self._cloud, re.sub("(?<!^)([A-Z])", r"_\1", action).lower())(**request)
 
     def state(self, stack: str | None = None) -> State | None:
         """Return the stack with this name or id, or None. An id also finds deleted stacks."""
         try:
-            with asked("DescribeStacks", _is_missing):
-                told = self._cloud.describe_stacks(StackName=stack or self.name)["Stacks"]
+            stacks = self._call("DescribeStacks", StackName=stack or self.name)["Stacks"]
         except Missing:
             return None
-        if not told or (stack is None and told[0]["StackStatus"] == "DELETE_COMPLETE"):
+        if not stacks or (stack is None and stacks[0]["StackStatus"] == "DELETE_COMPLETE"):
             return None
-        return state_of(told[0])
+        return state_of(stacks[0])
 
     def resources(self) -> list[Resource]:
-        """Return the resources of the stack. Raises BackendError."""
-        told = self.account.pages(
-            "cloudformation", "list_stack_resources", "StackResourceSummaries", StackName=self.name
-        )
+        """Return the existing resources of the stack."""
+        operation, key = "list_stack_resources", "StackResourceSummaries"
         return [
-            Resource(one["LogicalResourceId"], one["ResourceType"], one["PhysicalResourceId"], one["ResourceStatus"])
-            for one in told
+            Resource(
+                part["LogicalResourceId"], part["ResourceType"], part["PhysicalResourceId"], part["ResourceStatus"]
+            )
+            for part in self.account.pages("cloudformation", operation, key, StackName=self.name)
             # A resource without an id was never created.
-            if one["ResourceStatus"] != "DELETE_COMPLETE" and one.get("PhysicalResourceId")
+            if part["ResourceStatus"] != "DELETE_COMPLETE" and part.get("PhysicalResourceId")
         ]
 
     def template(self) -> Template:
         """Return the last deployed template."""
-        with asked("GetTemplate"):
-            told = self._cloud.get_template(StackName=self.name, TemplateStage="Original")
-        body = told["TemplateBody"]
-        # botocore parses JSON itself.
+        body = self._call("GetTemplate", StackName=self.name, TemplateStage="Original")["TemplateBody"]
+        # botocore parses a JSON template itself.
         return parse(body, self.name) if isinstance(body, str) else dict(body)
 
     # --- Change sets -----------------------------------------------------------------------------
@@ -107,8 +108,9 @@ class Stack:
         """Create a change set, and return it once AWS has computed it. It is empty if it changes
         nothing. `template` is TemplateBody or TemplateURL. Raises BackendError with AWS's reason if
         AWS cannot make the changes."""
-        with _lacking(), asked("CreateChangeSet"):
-            made = self._cloud.create_change_set(
+        try:
+            response = self._call(
+                "CreateChangeSet",
                 StackName=self.name,
                 ChangeSetName=f"batchlab-{secrets.token_hex(6)}",
                 ChangeSetType="CREATE" if is_new else "UPDATE",
@@ -117,41 +119,44 @@ class Stack:
                 Tags=[{"Key": TAG, "Value": self.name}],
                 **template,
             )
-        change_set = ChangeSet(made["Id"], made["StackId"], ())
+        except Refused as error:
+            if "Unrecognized resource types" not in error.message:
+                raise
+            remedy = "The emulator lacks these types. Use --egress endpoints, --ledger sqlite, and --budget 0."
+            raise Refused(error.message, remedy=remedy) from error
+        change_set = ChangeSet(response["Id"], response["StackId"], ())
         try:
-            status, reason = self._worked_out(change_set.id)
-            if status == "FAILED" and not any(one in reason for one in _NOTHING_NEW):
-                raise self._impossible(change_set.id, reason)
+            status, reason = self._wait_for_change_set(change_set.id)
+            if status == "FAILED" and not any(text in reason for text in _NO_CHANGES):
+                raise self._failure(change_set.id, reason)
             changes = () if status == "FAILED" else tuple(self._changes(change_set.id))
         except BaseException:
             self.withdraw(change_set, is_new=is_new)
             raise
         return ChangeSet(change_set.id, change_set.stack_id, changes)
 
-    def _impossible(self, change_set: str, reason: str) -> BackendError:
-        cause = self._refused(ChangeSetName=change_set) if _POINTS_ON in reason else None
+    def _failure(self, change_set: str, reason: str) -> BackendError:
+        cause = self._validation_error(ChangeSetName=change_set) if _DETAILS_ELSEWHERE in reason else None
         why = f"{cause.resource} ({cause.type}): {cause.reason}" if cause else reason
         return BackendError(
             f"AWS cannot make these changes: {why.rstrip('.')}.",
             remedy=f"Nothing was changed. {cause.remedy if cause else advice(reason)}",
         )
 
-    # With the stack's name next to a change set's ARN, IAM checks the rights on the stack.
-
-    def _worked_out(self, change_set: str) -> tuple[str, str]:
+    def _wait_for_change_set(self, change_set: str) -> tuple[str, str]:
         begun_s = self._clock()
         while True:
             try:
-                with asked("DescribeChangeSet", _is_missing):
-                    told = self._cloud.describe_change_set(StackName=self.name, ChangeSetName=change_set)
+                # With the stack's name next to the change set's ARN, IAM checks the rights on the stack.
+                description = self._call("DescribeChangeSet", StackName=self.name, ChangeSetName=change_set)
             except Missing as error:
-                if self._clock() - begun_s > SETTLES_S:
+                if self._clock() - begun_s > MAX_SETTLE_S:
                     raise Unreachable(
                         f"CloudFormation does not find the change set that it has created: {error.message}"
                     ) from error
             else:
-                if told["Status"] in ("CREATE_COMPLETE", "FAILED"):
-                    return told["Status"], told.get("StatusReason", "")
+                if description["Status"] in ("CREATE_COMPLETE", "FAILED"):
+                    return description["Status"], description.get("StatusReason", "")
             self._sleep(self._poll_s)
 
     def _changes(self, change_set: str) -> Iterator[Change]:
@@ -166,8 +171,7 @@ class Stack:
         if change_set.id in self._executed:
             return
         try:
-            with asked("DeleteChangeSet", _is_missing):
-                self._cloud.delete_change_set(StackName=self.name, ChangeSetName=change_set.id)
+            self._call("DeleteChangeSet", StackName=self.name, ChangeSetName=change_set.id)
         except Missing:
             return
         if not is_new:
@@ -175,44 +179,33 @@ class Stack:
         state = self.state(change_set.stack_id)
         if state and state.is_new:
             self.delete(change_set.stack_id)
-            self._gone(change_set.stack_id)
-
-    def _gone(self, stack_id: str) -> None:
-        begun_s = self._clock()
-        while (state := self.state(stack_id)) and state.status != "DELETE_COMPLETE":
-            if self._clock() - begun_s > SETTLES_S:
-                raise Unreachable(f"The empty stack {self.name} is still {state.status}.")
-            self._sleep(self._poll_s)
+            begun_s = self._clock()
+            while (state := self.state(change_set.stack_id)) and state.status != "DELETE_COMPLETE":
+                if self._clock() - begun_s > MAX_SETTLE_S:
+                    raise Unreachable(f"The empty stack {self.name} is still {state.status}.")
+                self._sleep(self._poll_s)
 
     # --- Operations ------------------------------------------------------------------------------
 
     def execute(self, change_set: ChangeSet) -> None:
         """Begin to change the stack. `follow` waits for the end."""
-        # Set before the call: a stack whose creation may have begun must not be deleted as empty.
+        # Record the change set before the call: if its creation may have begun, the stack must not be deleted as empty.
         self._executed.add(change_set.id)
-        with asked("ExecuteChangeSet"):
-            self._cloud.execute_change_set(
-                StackName=self.name, ChangeSetName=change_set.id, ClientRequestToken=_token("execute")
-            )
+        token = _token("execute")
+        self._call("ExecuteChangeSet", StackName=self.name, ChangeSetName=change_set.id, ClientRequestToken=token)
 
     def protect(self, *, on: bool) -> None:
         """Turn termination protection on or off."""
-        with asked("UpdateTerminationProtection"):
-            self._cloud.update_termination_protection(StackName=self.name, EnableTerminationProtection=on)
+        self._call("UpdateTerminationProtection", StackName=self.name, EnableTerminationProtection=on)
 
     def delete(self, stack_id: str, retain: Sequence[str] = ()) -> None:
         """Begin to delete the stack. `retain` are logical ids to keep, for a stack whose deletion has failed."""
-        with asked("DeleteStack"):
-            self._cloud.delete_stack(
-                StackName=stack_id,
-                ClientRequestToken=_token("delete"),
-                **({"RetainResources": list(retain)} if retain else {}),
-            )
+        more = {"RetainResources": list(retain)} if retain else {}
+        self._call("DeleteStack", StackName=stack_id, ClientRequestToken=_token("delete"), **more)
 
     def resume_rollback(self) -> None:
         """Continue a rollback that has failed."""
-        with asked("ContinueUpdateRollback"):
-            self._cloud.continue_update_rollback(StackName=self.name, ClientRequestToken=_token("rollback"))
+        self._call("ContinueUpdateRollback", StackName=self.name, ClientRequestToken=_token("rollback"))
 
     # --- Events ----------------------------------------------------------------------------------
 
@@ -232,31 +225,25 @@ class Stack:
 
     def events(self, stack_id: str, since: str = "") -> list[Event]:
         """Return the events after the event `since`, oldest first."""
-        found = []
-        for event in self._events(stack_id):
-            if event.id == since:
-                break
-            found.append(event)
-        return found[::-1]
+        events = list(takewhile(lambda event: event.id != since, self._events(stack_id)))
+        return events[::-1]
 
     def cause(self, stack_id: str, events: Sequence[Event]) -> Cause | None:
         """Return the cause of failure of the operation with these events, or None without a failure."""
         cause = root_cause(events)
-        if cause and (_POINTS_ON in cause.reason or "alidation fail" in cause.reason):
-            # CloudFormation validates some resources before it begins, and reports those errors
-            # elsewhere.
-            return self._refused(StackName=stack_id) or cause
+        if cause and (_DETAILS_ELSEWHERE in cause.reason or "alidation fail" in cause.reason):
+            # CloudFormation validates some resources before the operation. DescribeEvents has these errors.
+            return self._validation_error(StackName=stack_id) or cause
         return cause
 
-    def _refused(self, **asking: str) -> Cause | None:
-        """Return the first error that CloudFormation has found before it began."""
-        if not hasattr(self._cloud, "describe_events"):  # This is boto3 from before November 2025.
+    def _validation_error(self, **query: str) -> Cause | None:
+        """Return the first error of the validation before the operation."""
+        if not hasattr(self._cloud, "describe_events"):  # boto3 has this method since November 2025.
             return None
-        with asked("DescribeEvents"):
-            told = self._cloud.describe_events(**asking, Filters={"FailedEvents": True})
-        for one in told.get("OperationEvents", ()):
-            if reason := one.get("ValidationStatusReason"):
-                resource, kind = one.get("LogicalResourceId", ""), one.get("ResourceType", "")
+        response = self._call("DescribeEvents", **query, Filters={"FailedEvents": True})
+        for event in response.get("OperationEvents", ()):
+            if reason := event.get("ValidationStatusReason"):
+                resource, kind = event.get("LogicalResourceId", ""), event.get("ResourceType", "")
                 return Cause(resource, kind, reason, advice(reason))
         return None
 
@@ -264,7 +251,7 @@ class Stack:
         """Yield the events, newest first, and none for a stack that AWS does not find yet."""
         pages = self._cloud.get_paginator("describe_stack_events").paginate(StackName=stack_id)
         try:
-            with asked("DescribeStackEvents", _is_missing):
+            with aws_errors("DescribeStackEvents", _is_missing):
                 for page in pages:
                     yield from map(event_of, page["StackEvents"])
         except Missing:
@@ -279,27 +266,12 @@ class Stack:
                 last = event.id
                 has_ended |= event.is_of_stack and event.ends_operation
                 see(event)
-            # Read only after the last event: right after the beginning, the state may still be the
-            # old one.
+            # Read the state only after the last event. Before that, AWS may still return the old state.
             if has_ended:
                 state = self.state(stack_id)
                 if state and not state.is_moving:
                     return state
             self._sleep(self._poll_s)
-
-
-@contextmanager
-def _lacking() -> Iterator[None]:
-    """Add a remedy to an emulator's error about resource types that it lacks."""
-    try:
-        yield
-    except Refused as error:
-        if "Unrecognized resource types" not in error.message:
-            raise
-        raise Refused(
-            error.message,
-            remedy="The emulator of AWS lacks them: try --egress endpoints, --ledger sqlite and --budget 0 there.",
-        ) from error
 
 
 def _token(what: str) -> str:

@@ -1,11 +1,10 @@
-"""Records of CloudFormation's answers about a stack, and the operations that each stack state allows.
+"""Records of CloudFormation's responses, the allowed operations by stack state, and causes of failures.
 
-The states follow AWS's documentation: docs.aws.amazon.com/AWSCloudFormation/latest/UserGuide/view-stack-events.html
-(status codes), and the API reference's pages of ContinueUpdateRollback, RollbackStack, and DeleteStack.
+The states follow AWS's documentation:
+docs.aws.amazon.com/AWSCloudFormation/latest/UserGuide/view-stack-events.html (status codes), and
+the API reference's pages of ContinueUpdateRollback, RollbackStack, and DeleteStack.
 
-Cause of a stack's failure: the one event that caused all others, and the remedy.
-
-Invariant: the reason is AWS's, word for word. Only the advice is batchlab's.
+Invariant: the reason of a cause is AWS's text without changes. Only the remedy is batchlab's.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ from batchlab.core.errors import Refused
 _FAILED = ("CREATE_FAILED", "UPDATE_FAILED", "DELETE_FAILED", "IMPORT_FAILED")
 _BEGINS = ("CREATE_IN_PROGRESS", "UPDATE_IN_PROGRESS", "DELETE_IN_PROGRESS")
 _FOLLOWS = re.compile(r"^Resource (creation|update|deletion|creation Initiated)? ?cancelled", re.I)
-"""CloudFormation's reasons for resources that it stops because another one has failed."""
+"""CloudFormation's reason for a resource that it stops after the failure of another resource."""
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """An event of a stack's operation. `at_s` is in epoch seconds."""
+    """Event of an operation. `at_s` is in epoch seconds. `is_of_stack` marks an event about the stack itself."""
 
     id: str
     at_s: float
@@ -35,7 +34,6 @@ class Event:
     status: str
     reason: str = ""
     is_of_stack: bool = False
-    """Return whether the event is about the stack itself."""
 
     @property
     def begins_operation(self) -> bool:
@@ -52,74 +50,71 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Cause:
-    """Cause of a failed operation. `reason` is AWS's, and `remedy` is the next step."""
+    """Cause of a failed operation, with AWS's reason."""
 
     resource: str
     type: str
     reason: str
     remedy: str
 
-    def to_json(self) -> dict[str, str]:
-        return {"resource": self.resource, "type": self.type, "reason": self.reason, "remedy": self.remedy}
 
-
-_KINDS = [
+_REMEDIES = [
     (
         r"requires capabilities|InsufficientCapabilities",
-        "Acknowledge that the stack makes roles: `--capabilities CAPABILITY_NAMED_IAM`, which "
-        "`batchlab deploy` always says.",
+        "Confirm that the stack creates roles with `--capabilities CAPABILITY_NAMED_IAM`. `batchlab deploy` always "
+        "adds this option.",
     ),
     (
         r"InsufficientInstanceCapacity|do not have sufficient .* capacity|"
         r"InsufficientDBInstanceCapacity|no Spot capacity|capacity-not-available",
-        "AWS has no such machine to give at the moment: name more instance types "
+        "AWS has no free instance of this type at the moment. Add more instance types "
         "(--pool NAME:MIN-MAXxSLOTS@TYPE,TYPE), or apply again later.",
     ),
     (
         r"Cannot find version|Invalid DB engine version|engine version .* (not|unavailable)|"
         r"InvalidParameterCombination.*(RDS does not support|engine)|"
         r"RDS does not support creating a DB instance with the following combination",
-        "RDS offers neither that version nor that class here: `aws rds "
-        "describe-orderable-db-instance-options --engine postgres` lists what it does.",
+        "RDS does not offer this version or this class here. `aws rds describe-orderable-db-instance-options --engine "
+        "postgres` lists the offers.",
     ),
     (
         r"LimitExceeded|limit exceeded|exceeded .*(limit|quota)|quota|maximum number of|TooMany|"
         r"VcpuLimit|vCPU",
-        "A quota of the account is reached: ask for more in the console under Service Quotas, or "
-        "remove what is not needed (`batchlab gc --aws` lists what stacks have left behind).",
+        "The account has reached a quota. Request a higher quota in the console under Service Quotas, or remove unused "
+        "resources (`batchlab gc --aws` lists the leftovers of stacks).",
     ),
     (
         r"AlreadyExists|already exists|already owned by you|BucketAlready|EntityAlreadyExists",
-        "Something else has that name, perhaps left behind by an earlier stack "
-        "(`batchlab gc --aws` lists that): remove it, or deploy under another name with --stack.",
+        "Another resource has this name. It may be a leftover of an earlier stack (`batchlab gc --aws` lists these). "
+        "Remove it, or deploy the stack under another name with --stack.",
     ),
     (
         r"you must wait .*(60|seconds)|QueueDeletedRecently",
-        "A queue of that name was deleted less than 60 seconds ago: apply again in a minute.",
+        "A queue with this name was deleted less than 60 seconds ago. Apply again in a minute.",
     ),
     (
         r"signal\(s\)|did not stabilize|NotStabilized|WaitCondition|timed? ?out",
-        "An instance or a service did not come up in time: the log group of the stack has what its "
-        "boot said (`batchlab deploy status` names it).",
+        "An instance or a service did not start in time. The log group of the stack has the log of the boot "
+        "(`batchlab deploy status` names it).",
     ),
     (
         r"bucket you tried to delete is not empty|BucketNotEmpty",
-        "The bucket has objects: `batchlab deploy destroy --delete-data` empties it first.",
+        "The bucket has objects. `batchlab deploy destroy --delete-data` empties it first.",
     ),
-    (r"Throttling|Rate exceeded", "AWS has refused too many requests at once, which passes: apply again."),
+    (r"Throttling|Rate exceeded", "AWS has throttled requests, which is temporary. To continue, apply again."),
     (
         r"has a dependent object|DependencyViolation|currently in use|is in use",
-        "Something outside of the stack uses it: remove that first, then do the same again.",
+        "A resource outside of the stack uses it. Remove that first, then repeat the command.",
     ),
     (
         r"AMI|InvalidAMIID|image id|SSM parameter|ParameterNotFound",
-        "The image is not there in this region: check WorkerImage and ManagerImage.",
+        "The image does not exist in this region. Check WorkerImage and ManagerImage.",
     ),
     (
         r"Invalid|ValidationError|Validation failed|Properties validation|Encountered unsupported|"
         r"must (be|have|match)|not (a )?valid|failed validation",
-        "A value is not one that the service takes: the reason names it, `batchlab deploy plan` "
-        "checks the next try, and --set NAME=VALUE sets a parameter.",
+        "The service refuses the value in the reason. Set the parameter with --set NAME=VALUE. `batchlab deploy plan` "
+        "checks the new value.",
     ),
 ]
 
@@ -132,16 +127,13 @@ _DENIED = re.compile(
 
 def root_cause(events: Iterable[Event]) -> Cause | None:
     """Return the earliest failure of a resource that another failure did not cause, or None without a failure."""
-    ordered = sorted(events, key=lambda one: one.at_s)
-    failed = [one for one in ordered if one.has_failed and not one.is_of_stack]
-    own = [one for one in failed if not _FOLLOWS.match(one.reason)]
+    ordered = sorted(events, key=lambda event: event.at_s)
+    failed = [event for event in ordered if event.has_failed and not event.is_of_stack]
+    own = [event for event in failed if not _FOLLOWS.match(event.reason)]
     # AWS refuses some stacks as a whole, before it begins with any resource.
-    whole = [
-        one
-        for one in ordered
-        if one.is_of_stack and one.reason and ("FAILED" in one.status or "ROLLBACK" in one.status)
-    ]
-    for event in (*own, *failed, *whole):
+    of_stack = [event for event in ordered if event.is_of_stack and event.reason]
+    refusals = [event for event in of_stack if "FAILED" in event.status or "ROLLBACK" in event.status]
+    for event in (*own, *failed, *refusals):
         return Cause(event.resource, event.type, event.reason, advice(event.reason))
     return None
 
@@ -149,12 +141,12 @@ def root_cause(events: Iterable[Event]) -> Cause | None:
 def advice(reason: str) -> str:
     """Return the remedy for one of AWS's reasons."""
     if denied := _DENIED.search(reason):
-        action = f" {denied['action']}" if denied["action"] else " what the reason names"
-        return f"Allow the deployer{action}: docs/deploy.md lists all that deploying needs."
-    for pattern, remedy in _KINDS:
+        action = denied["action"] or "the action in the reason"
+        return f"Allow the deployer {action}. docs/deploy.md lists all actions of a deployment."
+    for pattern, remedy in _REMEDIES:
         if re.search(pattern, reason, re.I):
             return remedy
-    return "Change what the reason names, and apply again."
+    return "Correct the problem in the reason, and apply again."
 
 
 REVIEW = "REVIEW_IN_PROGRESS"
@@ -162,7 +154,7 @@ REVIEW = "REVIEW_IN_PROGRESS"
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """A stack from DescribeStacks. Times are epoch seconds."""
+    """State of a stack from DescribeStacks. `changed_s` is in epoch seconds."""
 
     id: str
     name: str
@@ -179,12 +171,11 @@ class State:
 
     @property
     def is_new(self) -> bool:
-        """Return whether no resource of the stack was ever created."""
+        """Whether no resource of the stack was ever created."""
         return self.status == REVIEW
 
     @property
     def has_succeeded(self) -> bool:
-        """Return whether the last operation succeeded."""
         return self.status in ("CREATE_COMPLETE", "UPDATE_COMPLETE", "DELETE_COMPLETE")
 
 
@@ -202,7 +193,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class ChangeSet:
-    """A computed change set. Without changes it cannot be executed."""
+    """Change set that AWS has computed. A change set without changes cannot be executed."""
 
     id: str
     stack_id: str
@@ -211,75 +202,72 @@ class ChangeSet:
 
 @dataclass(frozen=True, slots=True)
 class Resource:
-    """An existing resource of a stack."""
-
     id: str
     type: str
     physical: str
     status: str
 
 
-def state_of(told: Mapping[str, Any]) -> State:
-    changed: datetime = told.get("LastUpdatedTime") or told["CreationTime"]
+def state_of(response: Mapping[str, Any]) -> State:
+    changed: datetime = response.get("LastUpdatedTime") or response["CreationTime"]
     return State(
-        told["StackId"],
-        told["StackName"],
-        told["StackStatus"],
-        {one["ParameterKey"]: one["ParameterValue"] for one in told.get("Parameters", ())},
-        {one["OutputKey"]: one["OutputValue"] for one in told.get("Outputs", ())},
-        bool(told.get("EnableTerminationProtection")),
+        response["StackId"],
+        response["StackName"],
+        response["StackStatus"],
+        {one["ParameterKey"]: one["ParameterValue"] for one in response.get("Parameters", ())},
+        {one["OutputKey"]: one["OutputValue"] for one in response.get("Outputs", ())},
+        bool(response.get("EnableTerminationProtection")),
         changed.timestamp(),
     )
 
 
-def event_of(told: Mapping[str, Any]) -> Event:
+def event_of(response: Mapping[str, Any]) -> Event:
     return Event(
-        told["EventId"],
-        told["Timestamp"].timestamp(),
-        told.get("LogicalResourceId", ""),
-        told.get("ResourceType", ""),
-        told.get("ResourceStatus", ""),
-        told.get("ResourceStatusReason", ""),
-        is_of_stack=told.get("PhysicalResourceId") == told["StackId"],
+        response["EventId"],
+        response["Timestamp"].timestamp(),
+        response.get("LogicalResourceId", ""),
+        response.get("ResourceType", ""),
+        response.get("ResourceStatus", ""),
+        response.get("ResourceStatusReason", ""),
+        is_of_stack=response.get("PhysicalResourceId") == response["StackId"],
     )
 
 
-def change_of(told: Mapping[str, Any]) -> Change:
+def change_of(response: Mapping[str, Any]) -> Change:
     why: dict[str, set[str]] = {}
-    for detail in told.get("Details", ()):
+    for detail in response.get("Details", ()):
         target = detail.get("Target", {})
         causes = why.setdefault(target.get("Name") or target.get("Attribute", ""), set())
         causes.update(filter(None, [detail.get("CausingEntity")]))
     return Change(
-        told["Action"],
-        told["LogicalResourceId"],
-        told["ResourceType"],
-        told.get("Replacement", ""),
+        response["Action"],
+        response["LogicalResourceId"],
+        response["ResourceType"],
+        response.get("Replacement", ""),
         tuple(f"{what} ({', '.join(sorted(causes))})" if causes else what for what, causes in why.items() if what),
-        told.get("PhysicalResourceId", ""),
+        response.get("PhysicalResourceId", ""),
     )
 
 
 NEXT = {
-    "ROLLBACK_COMPLETE": "What had been made is gone again; the next `batchlab deploy apply` "
-    "deletes the empty stack and begins anew.",
+    "ROLLBACK_COMPLETE": "CloudFormation has deleted the new resources. The next `batchlab deploy apply` deletes the "
+    "empty stack and creates it again.",
     "UPDATE_ROLLBACK_COMPLETE": "The stack is as it was before.",
-    "UPDATE_ROLLBACK_FAILED": "The next `batchlab deploy apply` has the rollback go on; what can "
-    "never be put back `aws cloudformation continue-update-rollback --stack-name {stack} "
-    "--resources-to-skip ID` leaves out.",
-    "UPDATE_FAILED": "Somebody has made that change without a rollback: `aws cloudformation "
-    "rollback-stack --stack-name {stack}` puts it back, then apply again.",
-    "IMPORT_ROLLBACK_FAILED": "Somebody has imported something into it: put that right in "
-    "CloudFormation's console, then apply again.",
-    "ROLLBACK_FAILED": "`batchlab deploy destroy` removes what is left; then apply again.",
-    "CREATE_FAILED": "`batchlab deploy destroy` removes what is left; then apply again.",
-    "DELETE_FAILED": "Put right what the reason names, then `batchlab deploy destroy` again; what "
-    "can never be deleted `aws cloudformation delete-stack --stack-name {stack} "
-    "--retain-resources ID` leaves to you.",
+    "UPDATE_ROLLBACK_FAILED": "The next `batchlab deploy apply` continues the rollback. To leave out a resource that "
+    "cannot be rolled back, use `aws cloudformation continue-update-rollback --stack-name {stack} "
+    "--resources-to-skip ID`.",
+    "UPDATE_FAILED": "Another tool has made a change without a rollback. `aws cloudformation rollback-stack "
+    "--stack-name {stack}` rolls it back. Then apply again.",
+    "IMPORT_ROLLBACK_FAILED": "Another tool has imported a resource into the stack. Correct this in CloudFormation's "
+    "console, then apply again.",
+    "ROLLBACK_FAILED": "`batchlab deploy destroy` removes the remaining resources. Then apply again.",
+    "CREATE_FAILED": "`batchlab deploy destroy` removes the remaining resources. Then apply again.",
+    "DELETE_FAILED": "Correct the problem in the reason, then run `batchlab deploy destroy` again. To keep a resource "
+    "that cannot be deleted, use `aws cloudformation delete-stack --stack-name {stack} --retain-resources ID`.",
 }
-"""The next step, by the state in which an operation has left the stack."""
+"""Next step of the user by the state of the stack after an operation."""
 
-_TO_GO = ("ROLLBACK_COMPLETE", "ROLLBACK_FAILED", "CREATE_FAILED", "DELETE_FAILED")
+_DELETE_ONLY = ("ROLLBACK_COMPLETE", "ROLLBACK_FAILED", "CREATE_FAILED", "DELETE_FAILED")
 _BROKEN = ("UPDATE_ROLLBACK_FAILED", "UPDATE_FAILED", "IMPORT_ROLLBACK_FAILED")
 
 
@@ -288,9 +276,9 @@ def next_step(state: State) -> str:
     return NEXT.get(state.status, "").replace("{stack}", state.name)
 
 
-def must_go(state: State) -> bool:
+def must_be_deleted(state: State) -> bool:
     """Return whether the stack can only be deleted."""
-    return state.status in _TO_GO
+    return state.status in _DELETE_ONLY
 
 
 def refuse_unchangeable(state: State) -> None:
@@ -298,10 +286,10 @@ def refuse_unchangeable(state: State) -> None:
     if state.is_moving:
         raise Refused(
             f"The stack {state.name} is {state.status}.",
-            remedy="`batchlab deploy apply` follows it to its end and goes on from there.",
+            remedy="`batchlab deploy apply` waits for the end of the operation and continues.",
         )
-    if state.status in (*_TO_GO, *_BROKEN):
+    if state.status in (*_DELETE_ONLY, *_BROKEN):
         raise Refused(
-            f"The stack {state.name} is {state.status}: nothing can be changed in it.",
-            remedy=f"{next_step(state)} `batchlab deploy status` says why it is so.",
+            f"The stack {state.name} is {state.status} and cannot be changed.",
+            remedy=f"{next_step(state)} `batchlab deploy status` shows the cause.",
         )

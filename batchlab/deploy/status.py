@@ -1,18 +1,15 @@
-"""Status of a stack: its groups, queues, and alarms, and its differences from the home's deployment file.
-
-Conversion of a stack's outputs to the deployment that `--backend aws` uses.
-"""
+"""Status of a stack, and the conversion of its outputs to the deployment that `--backend aws` uses."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from batchlab.core.errors import BackendError
 from batchlab.core.model import Pool
 from batchlab.core.protocol import object_keys
-from batchlab.deploy.account import Account, asked
+from batchlab.deploy.account import Account, aws_errors
 from batchlab.deploy.settings import RELEASE, from_stack
 from batchlab.deploy.stack import Stack
 from batchlab.deploy.stack_records import Cause, State
@@ -24,48 +21,48 @@ IAM_USER = "batchlab_iam"
 """The template's name for the database user of an IAM token."""
 
 
-def of(state: State, name: str) -> str:
-    """Return one output. Raises BackendError if the stack does not have it."""
-    if found := state.outputs.get(name):
-        return found
+def output_of(state: State, name: str) -> str:
+    """Return an output of the stack. Raise BackendError if the output is missing."""
+    if value := state.outputs.get(name):
+        return value
     raise BackendError(
-        f"The stack {state.name} has no output {name}.",
-        remedy="Was it made from this version's template? `batchlab deploy apply` updates it.",
+        f"The stack {state.name} lacks the output {name}.",
+        remedy="The stack may have an older template. `batchlab deploy apply` updates it.",
     )
 
 
 def pool_groups(state: State) -> list[str]:
     """Return the names of the Auto Scaling groups of the workers."""
-    return [one for one in state.outputs.get("PoolGroups", "").split(",") if one]
+    return [name for name in state.outputs.get("PoolGroups", "").split(",") if name]
 
 
 def deployment_of(state: State, region: str, python: str = "") -> AwsDeployment:
     """Return the deployment from the outputs and parameters of the stack. The caller gives the
     `python` of its release, which they do not contain. Raises BackendError if an output is
     missing."""
-    ledger = of(state, "Ledger")
+    ledger = output_of(state, "Ledger")
     database = None
     if ledger == "postgres":
         by_iam = state.parameters.get("DatabaseLogin") == "iam"
         database = Database(
-            of(state, "DatabaseHost"),
-            int(of(state, "DatabasePort")),
-            of(state, "DatabaseName"),
-            "" if by_iam else of(state, "DatabaseSecret"),
+            output_of(state, "DatabaseHost"),
+            int(output_of(state, "DatabasePort")),
+            output_of(state, "DatabaseName"),
+            "" if by_iam else output_of(state, "DatabaseSecret"),
             IAM_USER if by_iam else "",
             by_iam,
         )
     return AwsDeployment(
         stack=state.name,
         region=state.outputs.get("Region", region),
-        bucket=of(state, "Bucket"),
-        prefix=of(state, "QueuePrefix"),
-        manager_group=of(state, "ManagerGroup"),
-        token_secret=of(state, "TokenSecret"),
+        bucket=output_of(state, "Bucket"),
+        prefix=output_of(state, "QueuePrefix"),
+        manager_group=output_of(state, "ManagerGroup"),
+        token_secret=output_of(state, "TokenSecret"),
         pools=_pools(state, region),
         ledger=ledger,
         database=database,
-        domain=of(state, "Domain") if ledger == "simpledb" else "",
+        domain=output_of(state, "Domain") if ledger == "simpledb" else "",
         log_group=state.outputs.get("LogGroup", ""),
         python=python,
         egress="own" if state.parameters.get("VpcId") else state.parameters.get("Egress", ""),
@@ -94,7 +91,10 @@ ALARMS = ("waits", "dead-letters", "down", "does-not-collect")
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """An Auto Scaling group. `instances` are the ids of those in service."""
+    """Auto Scaling group. `instances` are in service, and `others` counts those that start or end.
+
+    `refresh` is the status of the last instance refresh, or "" without one.
+    """
 
     name: str
     smallest: int
@@ -102,9 +102,7 @@ class Group:
     desired: int
     instances: tuple[str, ...]
     others: int
-    """Number of instances that start or end."""
     refresh: str
-    """Status of the last instance refresh, or "" without one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,10 +136,9 @@ class Status:
 
     @property
     def manager(self) -> str:
-        """Return the id of the manager's instance, or "" if none is in service."""
+        """Id of the manager's instance, or "" if none is in service."""
         name = self.deployment.manager_group if self.deployment else ""
-        found = (group.instances for group in self.groups if group.name == name and group.instances)
-        return next(found, ("",))[0]
+        return next((group.instances[0] for group in self.groups if group.name == name and group.instances), "")
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -151,21 +148,17 @@ class Status:
             "changed_s": self.state.changed_s,
             "protected": self.state.is_protected,
             "release": self.state.parameters.get(RELEASE, ""),
-            "cause": self.cause.to_json() if self.cause else None,
+            "cause": asdict(self.cause) if self.cause else None,
             "manager": self.manager or None,
             "drift": list(self.drift),
             "outputs": dict(self.state.outputs),
-            "groups": [_fields(group) for group in self.groups],
-            "queues": [_fields(queue) for queue in self.queues],
-            "alarms": [_fields(alarm) for alarm in self.alarms],
+            "groups": [asdict(group) for group in self.groups],
+            "queues": [asdict(queue) for queue in self.queues],
+            "alarms": [asdict(alarm) for alarm in self.alarms],
         }
 
 
-def _fields(one: Any) -> dict[str, Any]:
-    return {field.name: getattr(one, field.name) for field in fields(one)}
-
-
-def look(stack: Stack, state: State, home: Home) -> Status:
+def read_status(stack: Stack, state: State, home: Home) -> Status:
     """Return the stack's status. The home's files are not changed."""
     account = stack.account
     cause = None
@@ -211,53 +204,41 @@ def drift(home: Home, found: AwsDeployment) -> Iterator[str]:
 
 
 def _groups(account: Account, names: list[str]) -> Iterator[Group]:
-    if not names:
-        return
-    scaling = account.client("autoscaling")
-    for told in account.pages(
-        "autoscaling", "describe_auto_scaling_groups", "AutoScalingGroups", AutoScalingGroupNames=names
-    ):
-        name, instances = told["AutoScalingGroupName"], told.get("Instances") or ()
-        serving = [instance for instance in instances if instance["LifecycleState"] == "InService"]
-        with asked(f"Auto Scaling group {name!r}"):
-            refreshes = scaling.describe_instance_refreshes(AutoScalingGroupName=name, MaxRecords=1).get(
-                "InstanceRefreshes"
+    for group in account.groups(names):
+        name, instances = group["AutoScalingGroupName"], group.get("Instances") or ()
+        ids = tuple(instance["InstanceId"] for instance in instances if instance["LifecycleState"] == "InService")
+        with aws_errors(f"Auto Scaling group {name!r}"):
+            response = account.client("autoscaling").describe_instance_refreshes(
+                AutoScalingGroupName=name, MaxRecords=1
             )
-        yield Group(
-            name,
-            told["MinSize"],
-            told["MaxSize"],
-            told["DesiredCapacity"],
-            tuple(one["InstanceId"] for one in serving),
-            len(instances) - len(serving),
-            refreshes[0]["Status"] if refreshes else "",
-        )
+        refreshes = response.get("InstanceRefreshes")
+        refresh = refreshes[0]["Status"] if refreshes else ""
+        smallest, largest, desired = (group[size] for size in ("MinSize", "MaxSize", "DesiredCapacity"))
+        yield Group(name, smallest, largest, desired, ids, len(instances) - len(ids), refresh)
 
 
-def _queues(account: Account, found: AwsDeployment) -> Iterator[Queue]:
-    pools = [pool.name for pool in found.pools]
-    ours = [object_keys.EVENTS, *map(object_keys.tasks_queue, pools), *map(object_keys.dead_letters, pools)]
-    names = {f"{found.prefix}{our}" for our in ours}
+def _queues(account: Account, deployment: AwsDeployment) -> Iterator[Queue]:
+    pools = [pool.name for pool in deployment.pools]
+    queues = [object_keys.EVENTS, *map(object_keys.tasks_queue, pools), *map(object_keys.dead_letters, pools)]
+    names = {f"{deployment.prefix}{queue}" for queue in queues}
     sqs = account.client("sqs")
     counts = (
         "ApproximateNumberOfMessages",
         "ApproximateNumberOfMessagesNotVisible",
         "ApproximateNumberOfMessagesDelayed",
     )
-    for url in account.pages("sqs", "list_queues", "QueueUrls", QueueNamePrefix=found.prefix):
-        # Queues of a stack whose name begins with this one's have this prefix too.
+    for url in account.pages("sqs", "list_queues", "QueueUrls", QueueNamePrefix=deployment.prefix):
+        # Another stack whose name begins with this stack's name has queues with this prefix, too.
         if url.rpartition("/")[2] not in names:
             continue
-        with asked(f"Queue {url!r}"):
-            told = sqs.get_queue_attributes(QueueUrl=url, AttributeNames=list(counts))
-        figures = [int(told["Attributes"].get(name, 0)) for name in counts]
-        yield Queue(url.rpartition("/")[2], *figures)
+        with aws_errors(f"Queue {url!r}"):
+            attributes = sqs.get_queue_attributes(QueueUrl=url, AttributeNames=list(counts))["Attributes"]
+        yield Queue(url.rpartition("/")[2], *(int(attributes.get(name, 0)) for name in counts))
 
 
-def _alarms(account: Account, found: AwsDeployment) -> Iterator[Alarm]:
-    groups = [found.manager_group, *(f"{found.groups_prefix}{pool.name}" for pool in found.pools)]
-    names = {f"{group}-{what}" for group in groups for what in ALARMS}
-    for told in account.pages("cloudwatch", "describe_alarms", "MetricAlarms", AlarmNamePrefix=found.prefix):
-        if told["AlarmName"] not in names:
-            continue
-        yield Alarm(told["AlarmName"], told["StateValue"], told.get("StateReason", ""))
+def _alarms(account: Account, deployment: AwsDeployment) -> Iterator[Alarm]:
+    groups = [deployment.manager_group, *(f"{deployment.groups_prefix}{pool.name}" for pool in deployment.pools)]
+    names = {f"{group}-{suffix}" for group in groups for suffix in ALARMS}
+    for alarm in account.pages("cloudwatch", "describe_alarms", "MetricAlarms", AlarmNamePrefix=deployment.prefix):
+        if alarm["AlarmName"] in names:
+            yield Alarm(alarm["AlarmName"], alarm["StateValue"], alarm.get("StateReason", ""))

@@ -1,21 +1,19 @@
-"""CloudFormation templates as values: read from YAML, written as compact JSON, or rendered for emulators.
+"""CloudFormation templates as values: read from YAML, expanded to several pools, and written as JSON.
 
-Invariant: the written template has the same meaning as the file. It is JSON without blanks, because a request holds
-51,200 bytes of template, and comments and indentation take more than a third of the file.
+Invariants: the written template has the same meaning as the file. It is compact JSON, because
+CloudFormation accepts 51,200 bytes of template in a request, and more than a third of the file is
+comments and indentation. The logical ids of a pool depend neither on other pools nor on their
+order, so a new or removed pool never replaces another pool's resources.
 
-A rendered template creates the same resources as its source with the same parameters. Emulators refuse a template with
-a type that they lack, whatever its conditions are, and support fewer functions in conditions than AWS. Templates for
-AWS itself are not rendered.
+Emulators refuse a template with a resource type that they lack, even if its condition is false, and
+support fewer functions in conditions than AWS. A template for an emulator is therefore rendered
+without conditions. It creates the same resources as its source with the same parameters.
 
-The template of a stack with several pools, made from the template of a stack with one.
-
-Invariant: a pool's logical ids depend neither on other pools nor on their order, so adding or removing one pool never
-replaces another pool's resources.
-
-In the file, resources that exist once per pool have `Metadata: {batchlab: {per: pool}}` and a logical id that begins
-with "Pool". Parameters, conditions, and rules of a pool have such ids, too. For the pool `base` they keep their ids.
-For another pool, "PoolQueue" becomes "PoolBigQueue". If a shared part refers to them, the element of the innermost list
-with the reference is repeated for each pool.
+In the file, resources that exist once per pool have `Metadata: {batchlab: {per: pool}}` and a
+logical id that begins with "Pool". Parameters, conditions, and rules of a pool have such ids, too.
+For the pool `base` they keep their ids. For another pool, "PoolQueue" becomes "PoolBigQueue". If a
+shared part refers to them, the element of the innermost list with the reference is repeated for
+each pool.
 """
 
 from __future__ import annotations
@@ -34,9 +32,12 @@ from batchlab.core.errors import BatchlabError, UsageError
 
 Template = dict[str, Any]
 
-INLINE_BYTES = 51_200
+READABLE_FILE = "Name an existing file that can be read."
+"""Remedy for a file that cannot be read."""
+
+MAX_INLINE_BYTES = 51_200
 """Maximum size of TemplateBody in CreateChangeSet."""
-STORED_BYTES = 1_048_576
+MAX_STORED_BYTES = 1_048_576
 """Maximum size of a template behind TemplateURL."""
 LIMITS = {"Resources": 500, "Parameters": 200, "Outputs": 200, "Mappings": 200}
 """Maximum numbers of entries in the sections of a template."""
@@ -80,11 +81,9 @@ def load(path: Path) -> Template:
     try:
         return parse(path.read_text(), str(path))
     except OSError as error:
-        raise UsageError(
-            f"{path} cannot be read: {error.strerror}.", remedy="Name a file that is there and can be read."
-        ) from error
+        raise UsageError(f"{path} cannot be read: {error.strerror}.", remedy=READABLE_FILE) from error
     except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not YAML: {error}.", remedy="Put that line right.") from error
+        raise UsageError(f"{path} is not YAML: {error}.", remedy="Correct this line.") from error
 
 
 def parse(text: str, where: str) -> Template:
@@ -92,10 +91,11 @@ def parse(text: str, where: str) -> Template:
     try:
         found = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
     except yaml.YAMLError as error:
-        raise UsageError(f"{where} is not YAML: {error}.", remedy="Put that line right.") from error
+        raise UsageError(f"{where} is not YAML: {error}.", remedy="Correct this line.") from error
     if not isinstance(found, dict) or not isinstance(found.get("Resources"), dict):
         raise UsageError(
-            f"{where} is not a CloudFormation template: it lacks Resources.", remedy="backends/aws/stack.yaml is one."
+            f"{where} is not a CloudFormation template: it lacks Resources.",
+            remedy="An example is backends/aws/stack.yaml.",
         )
     return found
 
@@ -105,14 +105,14 @@ def body(template: Template) -> str:
     for section, most in LIMITS.items():
         if (count := len(template.get(section, ()))) > most:
             raise UsageError(
-                f"The stack would have {count} {section}; CloudFormation takes {most}.",
-                remedy="Have fewer pools in one stack.",
+                f"The stack would have {count} {section}, but CloudFormation takes {most}.",
+                remedy="Use fewer pools in one stack.",
             )
     text = json.dumps(template, separators=(",", ":"), ensure_ascii=False)
-    if (size := len(text.encode())) > STORED_BYTES:
+    if (size := len(text.encode())) > MAX_STORED_BYTES:
         raise UsageError(
-            f"The stack's template would have {size:,} bytes; CloudFormation takes {STORED_BYTES:,}.",
-            remedy="Have fewer pools in one stack.",
+            f"The stack's template would have {size:,} bytes, but CloudFormation takes {MAX_STORED_BYTES:,}.",
+            remedy="Use fewer pools in one stack.",
         )
     return text
 
@@ -120,7 +120,7 @@ def body(template: Template) -> str:
 _NAMED = re.compile(r"\$\{([^!}][^}]*)\}")
 
 
-def rendered(template: Template, values: Mapping[str, str]) -> Template:
+def render(template: Template, values: Mapping[str, str]) -> Template:
     """Return the template without conditions and the parts that they exclude. `values` has all
     parameters and the pseudo parameters that conditions may use, such as AWS::Region."""
     return _Rendering(template, values).made()
@@ -172,7 +172,7 @@ class _Rendering:
             return not next(tests)
         if name in ("Fn::And", "Fn::Or"):
             return all(tests) if name == "Fn::And" else any(tests)
-        raise BatchlabError(f"The stack's template is flawed: {name} is not a condition.")
+        raise _flawed(f"{name} is not a condition.")
 
     def _text(self, node: Any) -> str:
         if isinstance(node, str):
@@ -188,7 +188,7 @@ class _Rendering:
             return str(value[0]).join(map(self._text, value[1]))
         if name == "Fn::Select":
             return self._list(value[1])[int(value[0])]
-        raise BatchlabError(f"The stack's template is flawed: a condition asks for {name}.")
+        raise _flawed(f"a condition uses {name}.")
 
     def _list(self, node: Any) -> list[str]:
         if isinstance(node, dict) and "Fn::Split" in node:
@@ -199,7 +199,7 @@ class _Rendering:
     def _value(self, name: str) -> str:
         if name in self._values:
             return self._values[name]
-        raise BatchlabError(f"The stack's template is flawed: a condition asks for {name}.")
+        raise _flawed(f"a condition uses {name}.")
 
 
 BASE = "default"
@@ -211,23 +211,19 @@ _INTERFACE = "AWS::CloudFormation::Interface"
 _NAMED_TEMPLATES = re.compile(r"\$\{(?!!)\s*([A-Za-z0-9:]+)([^}]*)\}")
 
 
-def word(pool: str) -> str:
+def id_part(pool: str) -> str:
     """Return the pool's name as part of a logical id: "gpu-large" is "GpuLarge"."""
     return "".join(part[:1].upper() + part[1:] for part in re.split(r"[^a-z0-9]+", pool))
 
 
 def renamed(name: str, pool: str, base: str = BASE) -> str:
     """Return this pool's name for a logical id or parameter that begins with "Pool"."""
-    return name if pool == base else f"{PREFIX}{word(pool)}{name.removeprefix(PREFIX)}"
+    return name if pool == base else f"{PREFIX}{id_part(pool)}{name.removeprefix(PREFIX)}"
 
 
 def parameters_of(template: Template) -> list[str]:
     """Return the template's parameters that exist once per pool."""
-    return [name for name in template.get("Parameters", {}) if _is_pools(name)]
-
-
-def _is_pools(name: str) -> bool:
-    return name.startswith(PREFIX)
+    return [name for name in template.get("Parameters", {}) if name.startswith(PREFIX)]
 
 
 def expand(template: Template, pools: Sequence[str], base: str = BASE) -> Template:
@@ -236,7 +232,7 @@ def expand(template: Template, pools: Sequence[str], base: str = BASE) -> Templa
     `base` is the pool whose ids do not contain its name. Metadata for tools that read the file is left out.
     """
     if not pools:
-        raise UsageError("A stack needs a pool.", remedy="Say --pool default:0-10x2.")
+        raise UsageError("A stack needs a pool.", remedy="Add --pool default:0-10x2.")
     return _Expansion(template, list(pools), base).made()
 
 
@@ -250,7 +246,7 @@ class _Expansion:
             name
             for section in ("Parameters", "Conditions", "Rules")
             for name in template.get(section, {})
-            if _is_pools(name)
+            if name.startswith(PREFIX)
         }
 
     def made(self) -> Template:
@@ -273,8 +269,8 @@ class _Expansion:
             if section == "Resources":
                 one = _without_notes(one)
             shared, is_open = self._spread(one)
-            if name in self._per_pool or (is_open and section == "Outputs" and _is_pools(name)):
-                found = [(renamed(name, p, self._base), self._follow(one, p)) for p in self._pools]
+            if name in self._per_pool or (is_open and section == "Outputs" and name.startswith(PREFIX)):
+                found = [(renamed(name, p, self._base), _mapped(one, self._for(p))) for p in self._pools]
             elif is_open:
                 raise _flawed(f"{section} {name} mentions a pool's part outside of a list.")
             else:
@@ -294,9 +290,6 @@ class _Expansion:
 
         return rename
 
-    def _follow(self, node: Any, pool: str) -> Any:
-        return _mapped(node, self._for(pool))
-
     def _spread(self, node: Any) -> tuple[Any, bool]:
         """Return the node with list elements repeated, and whether it still refers to a pool's part."""
         if isinstance(node, dict):
@@ -312,7 +305,11 @@ class _Expansion:
             for element in node:
                 one, is_open = self._spread(element)
                 if is_open or (isinstance(element, str) and element in self._resources):
-                    repeated += [self._follow_element(element, pool) for pool in self._pools]
+                    # A text is an element of DependsOn.
+                    renames = [self._for(pool) for pool in self._pools]
+                    repeated += [
+                        rename(element) if isinstance(element, str) else _mapped(element, rename) for rename in renames
+                    ]
                 else:
                     repeated.append(one)
             return repeated, False
@@ -324,11 +321,6 @@ class _Expansion:
             parts = [self._spread(part) for part in value]
             return [one for one, _ in parts], any(is_open for _, is_open in parts)
         return self._spread(value)
-
-    def _follow_element(self, element: Any, pool: str) -> Any:
-        if isinstance(element, str):  # A DependsOn.
-            return self._for(pool)(element)
-        return self._follow(element, pool)
 
     def _mentioned(self, node: dict[str, Any]) -> bool:
         """Return whether this node itself, without the nodes below it, refers to a pool's part."""
@@ -348,23 +340,19 @@ class _Expansion:
         """Return the groups and labels of parameters that the console shows."""
         made = copy.deepcopy(held)
         for group in made.get("ParameterGroups", ()):
-            group["Parameters"] = [
-                self._for(pool)(name)
-                for name in group.get("Parameters", ())
-                for pool in (self._pools if name in self._per_pool else self._pools[:1])
-            ]
-        if "ParameterLabels" in made:
-            made["ParameterLabels"] = {
-                self._for(pool)(name): label
-                for name, label in made["ParameterLabels"].items()
-                for pool in (self._pools if name in self._per_pool else self._pools[:1])
-            }
+            group["Parameters"] = [new for name in group.get("Parameters", ()) for new in self._names(name)]
+        if labels := made.get("ParameterLabels"):
+            made["ParameterLabels"] = {new: label for name, label in labels.items() for new in self._names(name)}
         return made
+
+    def _names(self, name: str) -> list[str]:
+        """Return the names of a parameter for all pools, or the parameter of the whole stack."""
+        return [renamed(name, pool, self._base) for pool in self._pools] if name in self._per_pool else [name]
 
 
 def _is_per_pool(name: str, resource: dict[str, Any]) -> bool:
     is_marked: bool = resource.get("Metadata", {}).get("batchlab", {}).get("per") == "pool"
-    if is_marked and not _is_pools(name):
+    if is_marked and not name.startswith(PREFIX):
         raise _flawed(f"{name} is one per pool, so its name must begin with {PREFIX}.")
     return is_marked
 

@@ -58,5 +58,5 @@ def test_other_names_share_nothing(name: str) -> None:
 def test_a_pool_that_is_called_as_dead_letters_is_refused() -> None:
     """Finding 14: the tasks of pool `x-dead` and the dead letters of pool `x` have one queue."""
     pools: Any = (PoolSettings("x"), PoolSettings("x-dead"))
-    with pytest.raises(UsageError, match="dead letters"):
+    with pytest.raises(UsageError, match="dead-letter queue"):
         settings.parameters(Settings("batchlab", pools=pools), source())

@@ -35,7 +35,7 @@ def test_doctor_lists_missing_parts_before_the_first_stack(tmp_path: Path) -> No
     found = {one.about: one for one in stack_findings(Home(tmp_path), factory.load("aws"))}
     assert list(found) == ["account", "stack", "session"]
     assert {one.level for one in found.values()} == {Level.FAIL}
-    assert found["account"].text == "There are no credentials for AWS."
+    assert found["account"].text == "AWS credentials are missing."
     assert found["stack"].text.startswith("No stack is recorded")
     assert "session-manager-plugin is not installed" in found["session"].text
 

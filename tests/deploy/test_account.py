@@ -115,7 +115,7 @@ def test_unreachable_service_is_reported(busy: Busy, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     with Account("us-east-1") as account, pytest.raises(Unreachable) as told_:
         Stack(account, "grid").state()
-    assert "AWS_ENDPOINT_URL puts http://127.0.0.1:1 in AWS's place" in told_.value.remedy
+    assert "AWS_ENDPOINT_URL replaces AWS with http://127.0.0.1:1" in told_.value.remedy
 
 
 def test_retries_are_announced_during_an_outage(
@@ -138,7 +138,7 @@ def test_retries_are_announced_during_an_outage(
     said = capsys.readouterr().err.splitlines()
     # Not at once, then about once a second; the last try is the error's to tell.
     told = [3, 5, 7, 9]
-    assert said == [f"http://127.0.0.1:1 does not answer; tried {n} of 10 times." for n in told]
+    assert said == [f"http://127.0.0.1:1 does not respond. This was attempt {n} of 10." for n in told]
 
 
 # --- Where there is no AWS to ask ----------------------------------------------------------------
@@ -183,7 +183,7 @@ def test_invalid_region_is_refused(nobody: pytest.MonkeyPatch) -> None:
 
 
 def test_missing_credentials_are_a_clear_error(nobody: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UsageError, match="no credentials") as told_:
+    with pytest.raises(UsageError, match="credentials are missing") as told_:
         Account.open("eu-west-1")
     assert "aws configure" in told_.value.remedy
 

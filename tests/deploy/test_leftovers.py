@@ -13,8 +13,8 @@ from botocore.stub import Stubber
 
 from batchlab.core.errors import NotFound, Refused
 from batchlab.deploy.account import Account
-from batchlab.deploy.destroy import Destroy, Holding
-from batchlab.deploy.leftovers import Left, Leftovers, Thing, chosen, remove
+from batchlab.deploy.destroy import DataResource, Destroy
+from batchlab.deploy.leftovers import AwsResource, Leftover, Leftovers, remove, select_removable
 from batchlab.deploy.stack_records import Resource
 from tests.support.aws.deploy import Front
 
@@ -89,7 +89,7 @@ def cloud() -> Iterator[Cloud]:
         found.done()
 
 
-def named(cloud: Cloud, *known: str) -> tuple[list[Left], list[str]]:
+def named(cloud: Cloud, *known: str) -> tuple[list[Leftover], list[str]]:
     said: list[str] = []
     return list(Leftovers(cloud.account).named(known, said.append)), said
 
@@ -101,14 +101,14 @@ def test_domain_is_recognized_by_its_cloudformation_name(cloud: Cloud) -> None:
     cloud.has_stack("grid", ["LedgerDomain", DOMAIN])
     cloud.has_no_stack()
     found, said = named(cloud)
-    assert [(one.thing.name, one.thing.stack, one.is_used) for one in found] == [
+    assert [(one.resource.name, one.resource.stack, one.is_used) for one in found] == [
         (DOMAIN, "grid", True),
         ("two-LedgerDomain-9Z", "two", False),
     ]
     assert all(one.is_guessed for one in found)
-    assert found[0].thing.arn == f"arn:aws:sdb:us-east-1:1:domain/{DOMAIN}"
+    assert found[0].resource.arn == f"arn:aws:sdb:us-east-1:1:domain/{DOMAIN}"
     cloud.tells("sdb", "delete_domain")
-    remove(cloud.account, found[0].thing, said.append)
+    remove(cloud.account, found[0].resource, said.append)
     assert said == []
 
 
@@ -134,7 +134,7 @@ def test_logs_of_an_existing_database_are_not_leftovers(cloud: Cloud) -> None:
     cloud.tells("rds", "describe_db_instances", DBInstances=[{"DBInstanceIdentifier": "payments-ledger"}])
     cloud.has_no_stack()
     found, said = named(cloud, "/aws/rds/instance/tagged-ledger/upgrade")
-    assert [(one.thing.name, one.thing.kind, one.thing.stack) for one in found] == [
+    assert [(one.resource.name, one.resource.kind, one.resource.stack) for one in found] == [
         ("/aws/rds/instance/gone-ledger/postgresql", "logs:log-group", "gone"),
         ("/aws/rds/instance/gone-ledger/upgrade", "logs:log-group", "gone"),
     ]
@@ -149,7 +149,7 @@ def test_denied_queries_are_reported_and_the_rest_is_listed(cloud: Cloud) -> Non
     cloud.tells("rds", "describe_db_instances", DBInstances=[])
     cloud.has_no_stack()
     found, (said,) = named(cloud)
-    assert [one.thing.stack for one in found] == ["gone"]
+    assert [one.resource.stack for one in found] == ["gone"]
     assert "SimpleDB domains are not listed: eve may not do sdb:ListDomains." in said
 
 
@@ -164,25 +164,25 @@ def test_region_without_simpledb_is_not_queried_for_domains() -> None:
 # --- What is removed -----------------------------------------------------------------------------
 
 
-def left(name: str, *, used: bool = False, guessed: bool = False) -> Left:
-    return Left(Thing(name, "sdb:domain", name, "grid"), used, guessed)
+def left(name: str, *, used: bool = False, guessed: bool = False) -> Leftover:
+    return Leftover(AwsResource(name, "sdb:domain", name, "grid"), used, guessed)
 
 
 def test_a_guess_is_removed_only_by_its_name() -> None:
     found = [left("tag"), left("used", used=True), left("a", guessed=True), left("b", guessed=True)]
-    assert [one.thing.name for one in chosen(found, [])] == ["tag"]
-    assert [one.thing.name for one in chosen(found, ["b"])] == ["tag", "b"]
+    assert [one.resource.name for one in select_removable(found, [])] == ["tag"]
+    assert [one.resource.name for one in select_removable(found, ["b"])] == ["tag", "b"]
 
 
 @pytest.mark.parametrize("name", ["tag", "nothing"])
 def test_ambiguous_name_is_refused(name: str) -> None:
-    with pytest.raises(NotFound, match=f"Nothing is called {name}"):
-        chosen([left("tag"), left("a", guessed=True)], [name])
+    with pytest.raises(NotFound, match=f"No leftover without a tag has the name {name}"):
+        select_removable([left("tag"), left("a", guessed=True)], [name])
 
 
 def test_a_guess_that_is_in_use_is_refused() -> None:
     with pytest.raises(Refused, match="in use by the stack grid"):
-        chosen([left("a", used=True, guessed=True)], ["a"])
+        select_removable([left("a", used=True, guessed=True)], ["a"])
 
 
 # --- The last words of a database ----------------------------------------------------------------
@@ -196,7 +196,7 @@ def destroying(cloud: Cloud, fate: str) -> list[str]:
     bucket = Resource("Bucket", "AWS::S3::Bucket", "grid-bucket", "CREATE_COMPLETE")
     front = Front()
     ending = Destroy(Stack(cloud.account, "grid"), front, delete_data=False)
-    ending._forget_logs([Holding(bucket, "kept", "objects"), Holding(database, fate, "a database")])
+    ending._delete_logs([DataResource(bucket, "kept", "objects"), DataResource(database, fate, "a database")])
     return front.said
 
 
@@ -221,4 +221,4 @@ def test_undeletable_logs_are_reported(cloud: Cloud) -> None:
         "User: eve is not authorized to perform: logs:DeleteLogGroup",
     )
     (said,) = destroying(cloud, "snapshot")
-    assert "may be logs left below /aws/rds/instance/grid-ledger/: eve may not do" in said
+    assert "Logs below /aws/rds/instance/grid-ledger/ may remain: eve may not do" in said

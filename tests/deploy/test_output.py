@@ -18,7 +18,7 @@ from batchlab.core.errors import UsageError
 from batchlab.deploy import template
 from batchlab.deploy.account import Account
 from batchlab.deploy.apply import StackFailed, python_of
-from batchlab.deploy.leftovers import remove, thing_of
+from batchlab.deploy.leftovers import remove, resource_of
 from batchlab.deploy.plan import Cost, Plan, cost, shape_of
 from batchlab.deploy.settings import Settings
 from batchlab.deploy.stack_records import Cause, Change, ChangeSet, Event, State
@@ -177,10 +177,10 @@ def test_end_of_input_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("status", "next_"),
     [
-        ("ROLLBACK_COMPLETE", "begins anew"),
+        ("ROLLBACK_COMPLETE", "creates it again"),
         ("UPDATE_ROLLBACK_COMPLETE", "as it was before"),
-        ("UPDATE_ROLLBACK_FAILED", "has the rollback go on"),
-        ("DELETE_FAILED", "then `batchlab deploy destroy` again"),
+        ("UPDATE_ROLLBACK_FAILED", "continues the rollback"),
+        ("DELETE_FAILED", "then run `batchlab deploy destroy` again"),
     ],
 )
 def test_failure_names_its_cause_a_remedy_and_the_remains(status: str, next_: str) -> None:
@@ -236,7 +236,7 @@ def test_renamed_release_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_names_in_an_arn(arn: str, kind: str, name: str) -> None:
-    thing = thing_of(arn, "grid")
+    thing = resource_of(arn, "grid")
     assert (thing.kind, thing.name) == (kind, name)
 
 
@@ -247,5 +247,5 @@ def test_a_topic_is_deleted_by_its_arn() -> None:
     account._clients["sns"] = sns
     with Stubber(sns) as stub:
         stub.add_response("delete_topic", {}, {"TopicArn": arn})
-        remove(account, thing_of(arn, "grid"), lambda _: None)
+        remove(account, resource_of(arn, "grid"), lambda _: None)
         stub.assert_no_pending_responses()

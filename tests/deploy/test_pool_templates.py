@@ -244,4 +244,4 @@ def test_with_ten_pools_the_real_template_is_far_from_too_large() -> None:
     """With its user data it fits into no request: it goes by a bucket, on creation by one that is
     made for it."""
     made = template.expand(template.load(REAL), ["default", *(f"pool-{i}" for i in range(9))])
-    assert len(template.body(made).encode()) <= template.STORED_BYTES / 4
+    assert len(template.body(made).encode()) <= template.MAX_STORED_BYTES / 4

@@ -10,7 +10,7 @@ import pytest
 from batchlab.core.errors import BatchlabError
 from batchlab.deploy import template
 from batchlab.deploy.settings import text_of
-from batchlab.deploy.template import rendered
+from batchlab.deploy.template import render
 from tests.support.aws import cfn
 
 SHAPES: list[dict[str, str]] = [
@@ -32,7 +32,7 @@ def values(made: template.Template, given: dict[str, str]) -> dict[str, str]:
 @pytest.mark.parametrize("given", SHAPES, ids=str)
 def test_rendered_resources_match_the_template(given: dict[str, str]) -> None:
     source = template.expand(template.load(template.shipped()), ["default"])
-    made = rendered(source, values(source, given))
+    made = render(source, values(source, given))
     judge = cfn.Rendered(cfn.load(), **given)
     assert made["Resources"].keys() == judge.resources.keys()
     assert made["Outputs"].keys() == judge.outputs.keys()
@@ -50,7 +50,7 @@ def test_rendered_resources_match_the_template(given: dict[str, str]) -> None:
 
 def test_with_more_pools_it_is_as_good() -> None:
     source = template.expand(template.load(template.shipped()), ["default", "big"])
-    made = rendered(source, values(source, {"PoolBigInstanceTypes": "m7i.large,m6i.large"}))
+    made = render(source, values(source, {"PoolBigInstanceTypes": "m7i.large,m6i.large"}))
     assert {"PoolTasks", "PoolBigTasks"} <= made["Resources"].keys()
     overrides = json.dumps(made["Resources"]["PoolBigGroup"]).count('InstanceType"')
     assert overrides >= 2
@@ -85,7 +85,7 @@ def small(conditions: dict[str, Any]) -> template.Template:
 )
 def test_conditions(condition: dict[str, Any], value: str, holds: bool) -> None:
     conditions = {"C": condition, "D": {"Fn::Equals": [{"Ref": "A"}, "d"]}}
-    made = rendered(small(conditions), {"A": value})["Resources"]
+    made = render(small(conditions), {"A": value})["Resources"]
     assert ("No" in made) is holds
     assert made["Yes"]["Properties"]["X"] == (1 if holds else 2)
     assert made["Yes"].get("DependsOn") == (["No"] if holds else None)
@@ -103,4 +103,4 @@ def test_conditions(condition: dict[str, Any], value: str, holds: bool) -> None:
 )
 def test_unknown_values_are_flaws(condition: dict[str, Any]) -> None:
     with pytest.raises(BatchlabError, match="template is flawed"):
-        rendered(small({"C": condition}), {"A": "x"})
+        render(small({"C": condition}), {"A": "x"})

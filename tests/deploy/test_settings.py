@@ -141,14 +141,14 @@ def test_pools_with_similar_names_are_distinguished() -> None:
         ({"pools": (PoolSettings("a", 0, 0),)}, "0 to 0 instances"),
         ({"pools": (PoolSettings("a", types=("m7i",)),)}, "not an instance type"),
         ({"pools": (PoolSettings("a", types=("m7i.large", "m7g.large")),)}, "different processors (x86_64 and arm64)"),
-        ({"parameters": (("Ledgr", "x"),)}, "There are Ledger"),
+        ({"parameters": (("Ledgr", "x"),)}, "Similar parameters: Ledger"),
         ({"parameters": (("PoolMin", "1"),)}, "no parameter 'PoolMin'"),
         ({"parameters": (("Release", "1"),)}, "no parameter 'Release'"),
         ({"parameters": (("Ledger", "oracle"),)}, "one of 'sqlite', 'postgres', 'simpledb'"),
         ({"parameters": (("LogDays", "8"),)}, "one of '7', '30', '90'"),
         ({"parameters": (("BudgetUsd", "-1"),)}, "from 0 to"),
         ({"parameters": (("BudgetUsd", "many"),)}, "not a number"),
-        ({"parameters": (("AlarmEmail", "me"),)}, "It is An address"),
+        ({"parameters": (("AlarmEmail", "me"),)}, "Allowed: An address"),
         ({"pools": (PoolSettings("a", parameters=(("PoolMx", "1"),)),)}, "no parameter 'PoolMx'"),
     ],
 )
@@ -172,7 +172,7 @@ def test_graviton_needs_images_and_a_manager_of_its_own() -> None:
     with pytest.raises(UsageError) as told:
         settings.parameters(arm, whole)
     assert told.value.message == (
-        "The pools' instance types are arm64, and WorkerImage and ManagerImage and ManagerInstanceType are not."
+        "The pools' instance types are arm64, but WorkerImage and ManagerImage and ManagerInstanceType are not."
     )
     begin = "resolve:ssm:/aws/service/ami-amazon-linux-latest/al2023-ami-kernel-default-"
     assert f"--set WorkerImage={begin}arm64 --set ManagerImage={begin}arm64" in told.value.remedy

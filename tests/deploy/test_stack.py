@@ -12,9 +12,9 @@ import pytest
 from botocore.stub import ANY, Stubber
 
 from batchlab.core.errors import BackendError, Refused, Unreachable, UsageError
-from batchlab.deploy.account import Account, asked
+from batchlab.deploy.account import Account, aws_errors
 from batchlab.deploy.stack import Stack
-from batchlab.deploy.stack_records import Event, must_go, root_cause
+from batchlab.deploy.stack_records import Event, must_be_deleted, root_cause
 
 ID = "arn:aws:cloudformation:us-east-1:1:stack/grid/1"
 SET = "arn:aws:cloudformation:us-east-1:1:changeSet/c/1"
@@ -254,7 +254,7 @@ def test_a_stack_that_fails_is_followed_through_its_rollback(stack: Stack, stub:
     stub.add_response("describe_stacks", told("ROLLBACK_COMPLETE"))
     seen: list[Event] = []
     state = stack.follow(ID, "", seen.append)
-    assert must_go(state)
+    assert must_be_deleted(state)
     assert not state.has_succeeded
     assert [one.id for one in seen] == [f"e{n}" for n in range(1, 8)]
     cause = root_cause(seen)
@@ -317,11 +317,11 @@ def test_missing_permission_names_the_action_and_the_page(stack: Stack, stub: St
 @pytest.mark.parametrize(
     ("code", "says"),
     [
-        ("ExpiredToken", "have run out"),
-        ("RequestExpired", "have run out"),
-        ("InvalidClientTokenId", "does not know these credentials"),
-        ("SignatureDoesNotMatch", "does not know these credentials"),
-        ("UnrecognizedClientException", "does not know these credentials"),
+        ("ExpiredToken", "have expired"),
+        ("RequestExpired", "have expired"),
+        ("InvalidClientTokenId", "rejects these credentials"),
+        ("SignatureDoesNotMatch", "rejects these credentials"),
+        ("UnrecognizedClientException", "rejects these credentials"),
     ],
 )
 def test_invalid_credentials_are_reported(stack: Stack, stub: Stubber, code: str, says: str) -> None:
@@ -334,7 +334,7 @@ def test_invalid_credentials_are_reported(stack: Stack, stub: Stubber, code: str
 def test_only_requested_resources_can_be_missing(stub: Stubber) -> None:
     stub.add_client_error("describe_stacks", "ValidationError", "1 validation error detected")
     client: Any = stub.client
-    with pytest.raises(Refused, match="1 validation error"), asked("It", lambda code, _: not code):
+    with pytest.raises(Refused, match="1 validation error"), aws_errors("It", lambda code, _: not code):
         client.describe_stacks(StackName="x")
 
 

@@ -23,7 +23,7 @@ from batchlab.runtime.home import Home
 from tests.support.aws.deploy import Front
 from tests.support.aws.stack_states import Cloud
 
-DESTROY = "`batchlab deploy destroy` removes what is left"
+DESTROY = "`batchlab deploy destroy` removes the remaining resources"
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Case:
     ending: tuple[str, ...] = ("unprotect", "delete")
 
 
-FOLLOWED = "apply` follows it to its end"
+FOLLOWED = "apply` waits for the end"
 TABLE = {
     "REVIEW_IN_PROGRESS": Case("create"),
     "CREATE_COMPLETE": Case("update"),
@@ -50,7 +50,7 @@ TABLE = {
     "ROLLBACK_COMPLETE": Case(
         "create", "deletes the empty stack", ("unprotect", "delete"), "Delete the empty stack grid"
     ),
-    "UPDATE_ROLLBACK_FAILED": Case("update", "has the rollback go on", ("resume",), "go on?"),
+    "UPDATE_ROLLBACK_FAILED": Case("update", "continues the rollback", ("resume",), "Continue the rollback?"),
     "CREATE_FAILED": Case(DESTROY, DESTROY),
     "ROLLBACK_FAILED": Case(DESTROY, DESTROY),
     "DELETE_FAILED": Case("--stack-name grid --retain-resources", "deploy destroy` again"),
@@ -80,7 +80,7 @@ def _plans(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ReachedError("create" if state is None or state.is_new else "update")
         yield
 
-    monkeypatch.setattr(apply, "planned", planned)
+    monkeypatch.setattr(apply, "create_plan", planned)
     monkeypatch.setattr(release, "release_of", lambda _: "0" * 64)
 
 
@@ -111,7 +111,7 @@ def test_apply_in_each_state(status: str, tmp_path: Path) -> None:
     assert tuple(cloud.calls) == case.calls
     assert len(front.questions) == bool(case.asked)
     assert all(case.asked in one for one in front.questions)
-    followed = [one for one in front.said if "following that first" in one]
+    followed = [one for one in front.said if "Waiting for the end of this operation" in one]
     assert len(followed) == (case.planned == FOLLOWED)
 
 

@@ -168,7 +168,7 @@ def test_running_replacement_is_not_a_failure(
     monkeypatch.setattr(Account, "client", answered)
     code, _, err = deploy("apply", "--yes", "--release", release(tmp_path, "two"))
     assert code == 0, err
-    assert "batchlab-manager: instances are being replaced already; apply again later." in err
+    assert "batchlab-manager: an instance refresh is in progress already. Apply again later." in err
     assert aws_deployment.read(home) is not None
 
 

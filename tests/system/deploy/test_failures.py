@@ -43,7 +43,7 @@ def test_a_stack_that_cannot_be_made_is_explained_and_made_anew(deploy: Run, tmp
     assert "Error: The stack batchlab is ROLLBACK_COMPLETE: Wreck (AWS::IAM::InstanceProfile): " in err
     assert "already exists" in err
     assert "gc --aws" in err
-    assert "the next `batchlab deploy apply` deletes the empty stack" in err
+    assert "The next `batchlab deploy apply` deletes the empty stack" in err
     assert stacks() == {"batchlab": "ROLLBACK_COMPLETE"}
     assert queues() == []
 
@@ -56,7 +56,7 @@ def test_a_stack_that_cannot_be_made_is_explained_and_made_anew(deploy: Run, tmp
     assert json.loads(out)["cause"]["resource"] == "Wreck"
     code, _, err = deploy("apply", "--yes", "--release", archive, "--set", "Wrecked=")
     assert code == 0, err
-    assert "What failed first: Wreck (AWS::IAM::InstanceProfile)" in err
+    assert "First failure: Wreck (AWS::IAM::InstanceProfile)" in err
     assert stacks() == {"batchlab": "UPDATE_COMPLETE"}
 
 
@@ -163,7 +163,7 @@ def test_ctrl_c_leaves_the_operation_running_and_the_next_apply_follows_it(
     assert stacks() == {"batchlab": "CREATE_IN_PROGRESS"}
 
     second = started(home, archive)
-    until(second, "The stack batchlab is CREATE_IN_PROGRESS: following that first.")
+    until(second, "The stack batchlab is CREATE_IN_PROGRESS. Waiting for the end of this operation.")
     # From the beginning of the operation on, not only what comes from now on.
     until(second, "CREATE_COMPLETE PoolTasks")
     client("cloudformation").signal_resource(
@@ -183,7 +183,7 @@ def test_plan_does_not_wait(deploy: Run, home: Home, tmp_path: Path) -> None:
     code, _, err = deploy("plan")
     assert code == 2
     assert "The stack batchlab is CREATE_IN_PROGRESS." in err
-    assert "follows it to its end" in err
+    assert "waits for the end of the operation" in err
     client("cloudformation").signal_resource(
         StackName="batchlab", LogicalResourceId="Wait", UniqueId="1", Status="FAILURE"
     )
@@ -223,7 +223,7 @@ def test_a_rollback_that_hangs_is_resumed(
     unwilling = Front(agreed=False)
     with pytest.raises(Refused, match="stays UPDATE_ROLLBACK_FAILED"):
         whole(home, unwilling, archive).run()
-    assert unwilling.questions == ["Have the rollback go on?"]
+    assert unwilling.questions == ["Continue the rollback?"]
     assert not resumed
     assert whole(home, Front(), archive).run() is not None
     assert resumed == ["batchlab"]
@@ -246,7 +246,7 @@ def test_running_operation_of_another_user_is_followed_first(
     monkeypatch.setattr(Stack, "state", state)
     front = Front()
     assert whole(home, front, archive).run() is not None
-    assert front.said[0] == "The stack batchlab is UPDATE_IN_PROGRESS: following that first."
+    assert front.said[0] == "The stack batchlab is UPDATE_IN_PROGRESS. Waiting for the end of this operation."
     assert [one.status for one in front.seen if one.is_of_stack] == ["UPDATE_IN_PROGRESS", "UPDATE_COMPLETE"]
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from batchlab.adapters.aws.endpoint import Endpoint
 from batchlab.deploy.account import Account
-from batchlab.deploy.destroy import BATCH, Destroy
+from batchlab.deploy.destroy import MAX_PROTECTION_CALL, Destroy
 from batchlab.deploy.stack import Stack
 from tests.support.aws.deploy import Front, client, use
 
@@ -91,7 +91,7 @@ def test_protection_is_removed_and_the_manager_ends_first(calls: list[tuple[str,
     resized = [asked for name, asked in changes if name == "UpdateAutoScalingGroup"]
     assert resized[0]["AutoScalingGroupName"] == "grid-manager"
     freed = [asked for name, asked in changes if name == "SetInstanceProtection"]
-    assert all(len(one["InstanceIds"]) <= BATCH for one in freed)
+    assert all(len(one["InstanceIds"]) <= MAX_PROTECTION_CALL for one in freed)
     assert not any(one["ProtectedFromScaleIn"] for one in freed)
     of_pool = [one for one in freed if one["AutoScalingGroupName"] == "grid-pool-default"]
     assert sorted(len(one["InstanceIds"]) for one in of_pool) == [10, 50]

@@ -48,7 +48,7 @@ def domains(there: Sdb) -> list[str]:
 def test_ledgers_domain_outlives_its_stack_and_is_reported(stack: Stack, simpledb: Sdb) -> None:
     front = Front()
     stays = Destroy(stack, front, delete_data=False).run()
-    assert front.questions == [f"Destroy the stack grid ({simpledb.domain} stays)?"]
+    assert front.questions == [f"Destroy the stack grid ({simpledb.domain} remains)?"]
     assert stays == [Resource("LedgerDomain", DOMAIN, simpledb.domain, "CREATE_COMPLETE")]
     assert simpledb.items().keys() == {"job", "stage"}
 

@@ -151,7 +151,7 @@ def test_deletion_of_data_needs_an_option(
     bucket = filled(home, 1)
     code, _, err = deploy("destroy", "--yes")
     assert code == 2
-    assert f"its data would go: {bucket} (objects)" in err
+    assert f"would be deleted: {bucket} (objects)" in err
     assert "--delete-data" in err
     assert stacks() == {"batchlab": "UPDATE_COMPLETE"}
     assert client("cloudformation").describe_stacks()["Stacks"][0]["EnableTerminationProtection"]
@@ -179,7 +179,7 @@ def test_a_database_that_leaves_no_snapshot_is_data(
     code, out, err = deploy("destroy", "--yes")
     if policy == "Delete":
         assert code == 2
-        assert "its data would go: batchlab-ledger (a PostgreSQL database)" in err
+        assert "would be deleted: batchlab-ledger (a PostgreSQL database)" in err
         assert client("rds").describe_db_instances()["DBInstances"][0]["DeletionProtection"]
         code, _, err = deploy("destroy", "--yes", "--delete-data")
     assert code == 0, err
@@ -272,7 +272,7 @@ def test_leftover_known_only_by_name_needs_that_name(
     assert there() == (True, True)
     code, _, err = run("gc", "--aws", "--yes", "--name", simpledb.domain)
     assert code == 3
-    assert f"Nothing is called {simpledb.domain}" in err
+    assert f"No leftover without a tag has the name {simpledb.domain}" in err
     code, out, err = run("gc", "--aws", "--yes", "--name", domain, "--json")
     assert code == 0
     assert [(one["name"], one["known_by"], one["removed"]) for one in json.loads(out)] == [
