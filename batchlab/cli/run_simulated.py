@@ -18,7 +18,7 @@ from batchlab.core.pricing.price_book import load as load_prices
 from batchlab.jobs.job_file import load
 from batchlab.reports.tables.build import Setting
 from batchlab.runtime import factory
-from batchlab.sim.job_run import REPORT, Simulated, run_job
+from batchlab.sim.job_run import REPORT, SimulatedRun, run_job
 
 PRINTED = "printed.log"
 
@@ -53,7 +53,7 @@ def run_simulated(
         raise typer.Exit(1)
 
 
-def _text(ended: Simulated) -> str:
+def _text(ended: SimulatedRun) -> str:
     view = ended.view
     told = [
         f"{view['id']} {view['state']} after {output.span(ended.virtual_s)} of virtual time on "

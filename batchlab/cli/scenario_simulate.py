@@ -66,7 +66,7 @@ def simulate(
     from batchlab.scenarios.forecast.simulate import simulate as run
     from batchlab.scenarios.model import loader
     from batchlab.scenarios.model.expansion import compress_scenario
-    from batchlab.sim.actors import let_the_dead_rest
+    from batchlab.sim.actors import silence_killed_actors
 
     found = compress_scenario(loader.load(loader.find(scenario)), compress)
     backend = factory.load(like)
@@ -81,7 +81,7 @@ def simulate(
         with _progress() as progress:
             made = run(found, seed=seed, like=backend, calibration=measured, log=lines, progress=progress, book=book)
     except Stopped:
-        let_the_dead_rest()
+        silence_killed_actors()
         output.say("Stopped: an unfinished forecast has no result, so nothing is kept.")
         raise
     if log and lines is not None:

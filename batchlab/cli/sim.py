@@ -24,10 +24,10 @@ from batchlab.cli.output import INTERRUPTED, Stopped
 from batchlab.cli.progress import bar
 from batchlab.core.errors import UsageError
 from batchlab.sim.faults import Fault, FaultKind
-from batchlab.sim.fuzz import Failure, Shrunk, Tally, command, written
+from batchlab.sim.fuzz import Failure, ShrinkResult, Tally, command, written
 
 if TYPE_CHECKING:
-    from batchlab.sim.fuzz import Tally, Tried
+    from batchlab.sim.fuzz import SeedResult, Tally
 
 SHRUNK = 3
 """Most failing seeds that are shrunk, because one bug usually breaks many seeds."""
@@ -178,7 +178,7 @@ def replay(
         raise typer.Exit(1)
 
 
-def _ended(tried: Tried) -> str:
+def _ended(tried: SeedResult) -> str:
     faults = output.count(len(tried.faults), "fault")
     if failure := tried.failure:
         told = f"Seed {tried.seed}, after {faults}: {output.clean(failure.text)}"
@@ -225,8 +225,8 @@ class Campaign:
     weather: str
     processes: int
     tally: Tally = field(default_factory=Tally)
-    fewest: dict[int, Shrunk[Fault] | None] = field(default_factory=dict)
-    """Shrunk faults by failed seed."""
+    fewest: dict[int, ShrinkResult[Fault] | None] = field(default_factory=dict)
+    """ShrinkResult faults by failed seed."""
     wall_s: float = 0.0
     cut: str = ""
     """Reason for an end before the last seed."""

@@ -1,14 +1,7 @@
-"""Actors (the processes of the simulated grid), and their clocks and ids.
+"""Actors (the processes of the simulated grid), their clocks and ids, and the control words of their jobs.
 
-Invariant: once an actor is dead, no port call of its tasks has any effect. Time is the event
-loop's, and ids come from a seed. Nothing here reads the machine's clock or its random source.
-
-Control words of simulated jobs, requests of their users, and waits in virtual time.
-
-Invariant: the record changes nothing. It stores only what has taken effect.
-
-A wait ends at the same time, and in the same order, as one of `asyncio.sleep`. It is used for every
-port call and every task, so it must be fast.
+Invariant: once an actor is dead, no port call of its tasks has any effect. The time is the event loop's, and ids come
+from a seed. This module never reads the machine's clock or its random source.
 """
 
 from __future__ import annotations
@@ -35,8 +28,17 @@ CANCEL_ROUNDS = 1_000
 
 
 class SimulationError(BatchlabError):
-    """The simulated program broke a rule of the simulation, or the simulation was set up
-    wrongly."""
+    """The simulated program broke a rule of the simulation, or the simulation was set up wrongly."""
+
+
+class Violated(SimulationError):
+    """A promise is broken."""
+
+
+def check(holds: bool, promise: str, facts: str) -> None:
+    """Raise Violated unless the condition `holds`."""
+    if not holds:
+        raise Violated(f"{promise} is violated: {facts}")
 
 
 class ActorKilled(BaseException):
@@ -75,8 +77,8 @@ class Actor:
     def spawn(self, coro: Coroutine[Any, Any, T], *, name: str | None = None) -> asyncio.Task[T]:
         """Run `coro` as a task of this actor. Every task that it creates also belongs to the actor.
 
-        Wait for its end with `asyncio.wait([task])`: awaiting the task itself would raise
-        ActorKilled in the waiting task. Raises SimulationError on a dead actor.
+        Wait for the task's end with `asyncio.wait([task])`: awaiting the task itself would raise ActorKilled in the
+        waiting task. Raise SimulationError if the actor is dead.
         """
         if not self.alive:
             coro.close()
@@ -87,10 +89,9 @@ class Actor:
         return loop.create_task(coro, name=name or self.name, context=context)
 
     def kill(self) -> None:
-        """Simulate SIGKILL: disconnect the ports, then cancel all tasks at this instant, in the
-        order of their creation.
+        """Simulate SIGKILL: disconnect the ports, then cancel all tasks now, in the order of their creation.
 
-        Their `finally` blocks run, because a coroutine cannot be dropped, but they have no effect.
+        The `finally` blocks of the tasks run, because a coroutine cannot be dropped, but they have no effect.
         """
         if not self.alive:
             return
@@ -104,8 +105,7 @@ class Actor:
         self._reap(0)
 
     def freeze(self) -> None:
-        """Simulate SIGSTOP: the actor stops until it is thawed or killed. A dead actor is left as
-        it is."""
+        """Simulate SIGSTOP: the actor stops until it is thawed or killed. Ignore a dead actor."""
         loop = asyncio.get_running_loop()
         if self.alive and isinstance(loop, Freezer):
             loop.freeze(self)
@@ -143,31 +143,28 @@ CURRENT: contextvars.ContextVar[Actor | None] = contextvars.ContextVar("actor", 
 """The actor whose code is running. Tasks inherit it, because asyncio copies the context."""
 
 
-def let_the_dead_rest() -> None:
-    """Silence Python's reports about dropped coroutines, for a process that exits in the middle of
-    a simulation."""
-    told = sys.unraisablehook
+def silence_killed_actors() -> None:
+    """Silence Python's reports about dropped coroutines, for a process that exits during a simulation."""
+    original = sys.unraisablehook
 
-    def tell(dropped: sys.UnraisableHookArgs) -> None:
+    def report(dropped: sys.UnraisableHookArgs) -> None:
         if not isinstance(dropped.exc_value, ActorKilled):
-            told(dropped)
+            original(dropped)
 
-    sys.unraisablehook = tell
+    sys.unraisablehook = report
 
 
 class SimClock:
     """The Clock of the world and its services: virtual time, with a wall clock that may jump."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, epoch_s: float) -> None:
-        """`epoch_s` is the wall-clock time at the loop's time 0, in epoch seconds."""
+        """`epoch_s` is the wall-clock time at the loop's time 0, in seconds since the epoch."""
         self._loop = loop
         self._epoch_s = epoch_s
+        # The loop's own method, because every step calls it.
         self.monotonic_s = loop.time
-        """Return the virtual seconds since the loop was made. Jumps do not change it. This is
-        called at every step, so it reads the loop's field directly."""
 
     def now_s(self) -> float:
-        """Return the wall-clock time in epoch seconds."""
         return self._epoch_s + self._loop.time()
 
     def jump(self, seconds: float) -> None:
@@ -176,24 +173,22 @@ class SimClock:
 
 
 class SkewedClock:
-    """One actor's Clock: the world's clock, with a wall clock that is off and may jump by
-    itself."""
+    """One actor's Clock. Its wall clock is `off_s` seconds ahead of the world's clock, and may jump."""
 
     def __init__(self, world: SimClock, off_s: float = 0.0) -> None:
         self._world = world
         self.off_s = off_s
-        """Seconds by which the wall clock is ahead of the world's."""
         self.monotonic_s = world.monotonic_s
-        """Return the world's virtual seconds."""
 
     def now_s(self) -> float:
-        """Return the epoch seconds that this actor reads."""
         return self._world.now_s() + self.off_s
 
 
 class SimIds:
-    """Ids drawn from a seeded source. Each actor needs its own source: with a shared one, the
-    interleaving of actors would change the ids."""
+    """Ids drawn from a seeded source.
+
+    Each actor needs its own source. With a shared source, the interleaving of actors would change the ids.
+    """
 
     def __init__(self, rng: random.Random) -> None:
         self._rng = rng
@@ -205,31 +200,30 @@ class SimIds:
 
 @dataclass(slots=True)
 class JobControls:
-    """The control words, cancellations, retries, and ends of all jobs of a world."""
+    """Record of the control words, cancellations, retries, and ends of all jobs of a world."""
 
     clock: Clock
     forbidden_s: dict[JobId, float] = field(default_factory=dict)
-    """When the cancellation of each job was acknowledged, without jobs that were retried since."""
+    """Time of each job's acknowledged cancellation, without jobs that were retried since."""
     _words: dict[str, list[tuple[float, Control]]] = field(default_factory=dict)
     _cancelled: dict[str, int] = field(default_factory=dict)
-    """The last round in which each job was cancelled."""
+    """The last round in which each job was canceled."""
     _ended: set[str] = field(default_factory=set)
-    """Jobs of which some round has ended."""
+    """Jobs of which a round has ended."""
     _retries: dict[JobId, list[int]] = field(default_factory=dict)
-    """The number of retries that users asked for, and the number that were answered."""
+    """The numbers of requested and of acknowledged retries."""
     choices: dict[JobId, list[TaskSelection | None]] = field(default_factory=dict)
-    """The failures that users asked to retry; None for all of them."""
+    """The failures that users asked to retry; None for all failures."""
 
     # --- Control words ---------------------------------------------------------------------------
 
     def written(self, job: str, word: ControlCommand) -> None:
-        """Record a control word, as the bucket has it from now on."""
+        """Record a control word that was written to the bucket."""
         self._words.setdefault(job, []).append((self.clock.monotonic_s(), word.control))
         if word.control is Control.CANCEL:
             self._cancelled[job] = max(word.round, self._cancelled.get(job, -1))
 
     def ended(self, job: str) -> None:
-        """Record that a round of the job has ended."""
         self._ended.add(job)
 
     def is_live(self, job: str) -> bool:
@@ -238,19 +232,19 @@ class JobControls:
         return job not in self._ended and (not words or words[-1][1] is Control.RUN)
 
     def live_since_s(self, job: str) -> float:
-        """Return when the job was last allowed to go on, or infinity if it is not live."""
+        """Return the time when the job was last allowed to run, or infinity if the job is not live."""
         words = self._words.get(job, [])
         return (words[-1][0] if words else 0.0) if self.is_live(job) else math.inf
 
     def was_stopped(self, job: str, since_s: float) -> bool:
-        """Return whether the job was cancelled or paused at any time after `since_s`."""
+        """Return whether the job was canceled or paused at any time after `since_s`."""
         words = self._words.get(job, [])
         last = [word for at_s, word in words if at_s <= since_s][-1:]
         later = [word for at_s, word in words if at_s > since_s]
         return any(word is not Control.RUN for word in (*last, *later))
 
     def stopped_s(self, job: JobId) -> float:
-        """Return since when the control object allows no start, or infinity if it allows one."""
+        """Return the time since which the control object allows no start, or infinity if it allows a start."""
         since_s = math.inf
         for at_s, word in reversed(self._words.get(job, [])):
             if word is Control.RUN:
@@ -259,16 +253,13 @@ class JobControls:
         return since_s
 
     def was_cancelled(self, job: JobId, round_: int = 0) -> bool:
-        """Return whether the job was cancelled, by a user or because of its failures, in `round_`
-        or later."""
-        cancelled = self._cancelled.get(job, -1)
-        return cancelled >= round_
+        """Return whether a user or the failure limit canceled the job in `round_` or later."""
+        return self._cancelled.get(job, -1) >= round_
 
     # --- Requests of users -----------------------------------------------------------------------
 
-    def cancel_asked(self, job: JobId) -> Callable[[], None]:
-        """Record that a user cancels the job. The caller calls the returned function once the
-        cancellation is acknowledged.
+    def cancel_requested(self, job: JobId) -> Callable[[], None]:
+        """Record that a user cancels the job. Return a function to call when the cancellation is acknowledged.
 
         A cancellation that overlaps a retry does not count, because their order is unknown.
         """
@@ -281,31 +272,32 @@ class JobControls:
         return acknowledged
 
     def chosen(self, job: JobId, choice: TaskSelection | None) -> None:
-        """Record which failures a user asks to retry; None for all of them."""
+        """Record the failures that a user asks to retry; None for all failures."""
         self.choices.setdefault(job, []).append(choice)
 
-    def retry_asked(self, job: JobId) -> Callable[[], None]:
-        """Record that a user retries the job. The caller calls the returned function once the
-        retry is answered."""
+    def retry_requested(self, job: JobId) -> Callable[[], None]:
+        """Record that a user retries the job. Return a function to call when the retry is acknowledged."""
         counts = self._retries.setdefault(job, [0, 0])
         counts[0] += 1
         self.forbidden_s.pop(job, None)
 
-        def answered() -> None:
+        def acknowledged() -> None:
             counts[1] += 1
 
-        return answered
+        return acknowledged
 
 
 class Pause:
-    """A faster `asyncio.sleep` (for more than 0 s) that stores its event loop. asyncio looks up the
-    running loop at each call, which costs a system call for the process id."""
+    """A faster `asyncio.sleep` (for more than 0 s) that stores its event loop.
+
+    asyncio looks up the running loop at each call, which costs a system call for the process id. Every simulated port
+    call and task waits. A wait ends at the same time, and in the same order, as a wait of `asyncio.sleep`.
+    """
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def __call__(self, seconds: float) -> None:
-        """Wait for that many seconds."""
         loop = self._loop
         if loop is None:
             loop = self._loop = asyncio.get_running_loop()

@@ -1,9 +1,6 @@
-"""Event log: the effects at the ports, in order. Two logs are compared by their digest.
+"""Event log of the effects at the ports, in order, and a lenient reader of bundles in messages.
 
-Invariant: a line depends only on the values in it, never on addresses, hash seeds, or folder names.
-
-The module also reads the bundles named in a message. It accepts messages that the product rejects:
-an unreadable message names no bundle, and raises nothing.
+Invariant: a line of the log depends only on the values in it, never on addresses, hash seeds, or folder names.
 """
 
 from __future__ import annotations
@@ -20,21 +17,18 @@ from typing import Any
 from batchlab.core.model import Bundle
 from batchlab.core.protocol import json_format, object_keys
 
-SHOWN = 72
-"""Longest value, in characters, that is shown whole. A longer one is cut and followed by its
-hash."""
+MAX_VALUE_LENGTH = 72
+"""Maximum length in characters of a value in the log. A longer value is cut and followed by its hash."""
 
 
 class EventLog:
-    """A log that lines are only appended to, each with its virtual time in seconds. `time` is the
-    loop's."""
+    """A log to which lines are appended, each with its virtual time in seconds. `time` is the loop's."""
 
     def __init__(self, time: Callable[[], float]) -> None:
         self._time = time
         self.lines: list[str] = []
 
     def add(self, actor: str, event: str) -> None:
-        """Append one line."""
         self.lines.append(f"{self._time():.6f} {actor} {event}")
 
     def text(self) -> str:
@@ -49,23 +43,22 @@ class EventLog:
 def brief(value: object) -> str:
     """Return `value` as one short line that is the same in every process."""
     text = canonical(value)
-    if len(text) <= SHOWN:
+    if len(text) <= MAX_VALUE_LENGTH:
         return text
-    return f"{text[: SHOWN - 12]}…#{_hash(text.encode())}"
+    return f"{text[: MAX_VALUE_LENGTH - 12]}…#{_hash(text.encode())}"
 
 
 def canonical(value: Any) -> str:
-    """Return a repr in which sets are sorted, large bytes are hashed, and paths are cut to their
-    last part.
+    """Return a repr in which sets are sorted, large bytes are hashed, and paths are cut to their last part.
 
-    Plain `repr` is not enough: its order of sets follows the hash seed, and it shows addresses.
+    Plain `repr` is not enough: its order of sets depends on the hash seed, and it shows addresses.
     """
     if value is None or isinstance(value, str | int | float):
-        # An enum that is a str or an int shows as its value, so that renaming a member changes no
+        # An enum that is a str or an int is shown by its value, so a new name of a member changes no
         # log.
         return repr(value.value if isinstance(value, Enum) else value)
     if isinstance(value, bytes):
-        return repr(value) if len(value) <= SHOWN else f"{len(value)} bytes#{_hash(value)}"
+        return repr(value) if len(value) <= MAX_VALUE_LENGTH else f"{len(value)} bytes#{_hash(value)}"
     if isinstance(value, Mapping):
         return f"{{{', '.join(f'{canonical(k)}: {canonical(v)}' for k, v in value.items())}}}"
     if isinstance(value, Set):
@@ -103,7 +96,7 @@ def name_of_bundle(bundle: Bundle) -> Name:
     return bundle.job, bundle.stage, bundle.id
 
 
-def doc_of(body: str) -> Mapping[str, Any]:
+def doc_of(body: str) -> dict[str, Any]:
     """Return the JSON object of a message, or an empty one if the message is not a JSON object."""
     try:
         doc = json.loads(body)
@@ -122,16 +115,15 @@ def bundle_in(doc: Mapping[str, Any]) -> Bundle | None:
 
 @lru_cache(maxsize=4096)
 def name_in(body: str) -> Name | None:
-    """Return the name of the bundle."""
     bundle = bundle_in(doc_of(body))
     return None if bundle is None else name_of_bundle(bundle)
 
 
-def told_in(doc: Mapping[str, Any]) -> list[Name]:
+def reported_in(doc: Mapping[str, Any]) -> list[Name]:
     """Return the bundles whose outcomes an event reports."""
     try:
-        bundles = [json_format.bundle_from_json(one["b"]) for one in doc.get("c", ())]
-        bundles += [json_format.bundle_from_json(one["bundle"]) for one in doc.get("o", ())]
+        bundles = [json_format.bundle_from_json(completion["b"]) for completion in doc.get("c", ())]
+        bundles += [json_format.bundle_from_json(outcome["bundle"]) for outcome in doc.get("o", ())]
         keys = map(object_keys.outcome_key, doc.get("k", ()))
         return [*map(name_of_bundle, bundles), *((key.job, key.stage, key.bundle) for key in keys if key)]
     except Exception:  # noqa: BLE001 - as above

@@ -9,19 +9,16 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from batchlab.sim.stall_points import Hold
+from typing import Any
 
 LATENCY_S = (0.002, 0.020)
 DELAY_S = (1.0, 60.0)
 LATE_S = (1.0, 300.0)
 
-SKY = "weather"
+WEATHER = "weather"
 """Label, and actor name, of world events, which no port call causes."""
 
 USER = "user"
@@ -39,7 +36,7 @@ reads."""
 
 class FaultKind(StrEnum):
     """Kinds of faults that may hit a port call (any call if `label` is empty, else calls with that
-    label), the world (SKY), or a user's request (USER). The values are the names of the fields of
+    label), the world (WEATHER), or a user's request (USER). The values are the names of the fields of
     Weather. `meaning` describes each in words."""
 
     label: str
@@ -63,41 +60,41 @@ class FaultKind(StrEnum):
     LOST = "lost", "queue.send", "a sent message never arrives, although the call succeeds"
     LATE = "late", "queue.send", "a sent message arrives up to five minutes late"
     DROPPED = "dropped", "queue.receive", "messages are received, but the answer arrives empty"
-    REDELIVERED = ("redelivered", SKY, "a message is delivered again although its worker still holds it")
-    VANISHED = "vanished", SKY, "a message is lost from its queue"
-    PURGED = "purged", SKY, "a queue is purged: tasks, events, or dead letters"
-    EXPIRED = "expired", SKY, "a queue's older messages exceed their retention and are deleted"
-    REMOVED = "removed", SKY, "a queue is deleted, as by the restart of an emulator"
-    SHUFFLED = "shuffled", SKY, "a queue's waiting messages change their order"
-    CLOCK_JUMPED = "clock_jumped", SKY, "a process's wall clock jumps forwards or backwards"
-    STALLED = "stalled", SKY, "a process freezes for 5 to 60 s and then continues"
-    CRASHED = "crashed", SKY, "a booting, idle, or busy instance dies"
-    SPOT_NOTICE = ("spot_notice", SKY, "an instance receives a Spot notice, and is killed 120 s later")
-    SPOT_KILL = "spot_kill", SKY, "a Spot instance is terminated without a notice"
-    NO_CAPACITY = "no_capacity", SKY, "no instance can be launched for a while"
-    SCALED_IN = "scaled_in", SKY, "a person terminates an instance, busy or not"
-    SCALED_BY_HAND = "scaled_by_hand", SKY, "a person sets a pool's capacity or limits for a while"
-    SECOND_MANAGER = "second_manager", SKY, "another manager starts while the leader runs"
-    MANAGER_STOPPED = "manager_stopped", SKY, "a manager receives SIGTERM"
-    LEDGER_LOST = "ledger_lost", SKY, "the ledger is emptied, and a while later rebuilt"
-    LEDGER_REBUILT = "ledger_rebuilt", SKY, "the ledger is rebuilt while jobs run"
+    REDELIVERED = ("redelivered", WEATHER, "a message is delivered again although its worker still holds it")
+    VANISHED = "vanished", WEATHER, "a message is lost from its queue"
+    PURGED = "purged", WEATHER, "a queue is purged: tasks, events, or dead letters"
+    EXPIRED = "expired", WEATHER, "a queue's older messages exceed their retention and are deleted"
+    REMOVED = "removed", WEATHER, "a queue is deleted, as by the restart of an emulator"
+    SHUFFLED = "shuffled", WEATHER, "a queue's waiting messages change their order"
+    CLOCK_JUMPED = "clock_jumped", WEATHER, "a process's wall clock jumps forwards or backwards"
+    STALLED = "stalled", WEATHER, "a process freezes for 5 to 60 s and then continues"
+    CRASHED = "crashed", WEATHER, "a booting, idle, or busy instance dies"
+    SPOT_NOTICE = ("spot_notice", WEATHER, "an instance receives a Spot notice, and is killed 120 s later")
+    SPOT_KILL = "spot_kill", WEATHER, "a Spot instance is terminated without a notice"
+    NO_CAPACITY = "no_capacity", WEATHER, "no instance can be launched for a while"
+    SCALED_IN = "scaled_in", WEATHER, "a person terminates an instance, busy or not"
+    SCALED_BY_HAND = "scaled_by_hand", WEATHER, "a person sets a pool's capacity or limits for a while"
+    SECOND_MANAGER = "second_manager", WEATHER, "another manager starts while the leader runs"
+    MANAGER_STOPPED = "manager_stopped", WEATHER, "a manager receives SIGTERM"
+    LEDGER_LOST = "ledger_lost", WEATHER, "the ledger is emptied, and a while later rebuilt"
+    LEDGER_REBUILT = "ledger_rebuilt", WEATHER, "the ledger is rebuilt while jobs run"
     CANCELLED = "cancelled", USER, "a user cancels a job"
     PAUSED = "paused", USER, "a user pauses a job"
     RESUMED = "resumed", USER, "a user resumes a job"
     RETRIED = "retried", USER, "a user retries a job"
     RESUBMITTED = "resubmitted", USER, "a user submits a job again under its token"
     # New kinds are added at the end: the kinds before them then keep their draws.
-    CORRUPTED = "corrupted", SKY, "a worker begins to lie, within the rights of its role"
-    TORN = "torn", SKY, "the store keeps only the beginning of an object"
-    MISSING = "missing", SKY, "the store loses an object"
-    ROTTED = "rotted", SKY, "the store changes one bit of an object"
-    UNSYNCED = ("unsynced", SKY, "the power fails: every process ends, and unacknowledged writes may be lost")
-    FROZEN = "frozen", SKY, "a worker freezes for ever"
+    CORRUPTED = "corrupted", WEATHER, "a worker begins to lie, within the rights of its role"
+    TORN = "torn", WEATHER, "the store keeps only the beginning of an object"
+    MISSING = "missing", WEATHER, "the store loses an object"
+    ROTTED = "rotted", WEATHER, "the store changes one bit of an object"
+    UNSYNCED = ("unsynced", WEATHER, "the power fails: every process ends, and unacknowledged writes may be lost")
+    FROZEN = "frozen", WEATHER, "a worker freezes for ever"
 
     def applies(self, label: str) -> bool:
         """Return whether the fault can happen at a call or event with that label."""
         if not self.label:
-            return label not in (SKY, USER)
+            return label not in (WEATHER, USER)
         return label == self.label
 
 
@@ -226,8 +223,8 @@ class Faults:
         for label in sorted({kind.label for kind in FaultKind}):
             if sum(rates.rate(kind) for kind in FaultKind if kind.applies(label)) > 1:
                 raise ValueError(f"fault rates sum up to more than 1: {rates}")
-        self.hold: Hold | None = None
-        """The call to hold, if stall points are enumerated."""
+        self.intercept: Callable[..., Awaitable[Any]] | None = None
+        """A test's substitute for each call's effect, called with (actor, call, label, effect)."""
         self.slow_looks_s: tuple[float, float] | None = None
         """Seconds that the answers to some reads of control objects take."""
         self.injected: list[Fault] = []

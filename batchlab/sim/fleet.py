@@ -19,8 +19,7 @@ from batchlab.fleet.fleet_port import ManagedFleet
 from batchlab.fleet.group_state import ActivityLog, Group
 from batchlab.manager.worker_registry import WorkerRegistry
 from batchlab.sim import invariants
-from batchlab.sim.actors import SimulationError
-from batchlab.sim.runtime_checks import Violated
+from batchlab.sim.actors import SimulationError, Violated
 
 Fail = Callable[[SimulationError], None]
 BusyAndIdle = Callable[[str], tuple[set[str], set[str]]]

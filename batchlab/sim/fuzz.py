@@ -21,19 +21,18 @@ from typing import Any, Generic, TypeVar
 
 from batchlab.core.errors import UsageError
 from batchlab.sim import trial
-from batchlab.sim.actors import ActorKilled, SimulationError
+from batchlab.sim.actors import ActorKilled, SimulationError, Violated
 from batchlab.sim.event_loop import Crashed, Deadlock, StepLimit
 from batchlab.sim.faults import Fault, FaultKind, Faults, Weather
-from batchlab.sim.process_pool import Died, spread
-from batchlab.sim.runtime_checks import Violated
+from batchlab.sim.process_pool import ProcessDeath, spread
 
 T = TypeVar("T", bound=Hashable)
 
-TRIES = 400
+MAX_TRIES = 400
 
 
 @dataclass(frozen=True, slots=True)
-class Shrunk(Generic[T]):
+class ShrinkResult(Generic[T]):
     """The smallest list found. `least` is True if no part can be left out, and False if the tries
     or the time ran out."""
 
@@ -50,9 +49,9 @@ def shrink(
     parts: Sequence[T],
     attempt: Callable[[tuple[T, ...]], Sequence[T] | None],
     *,
-    tries: int = TRIES,
+    tries: int = MAX_TRIES,
     out_of_time: Callable[[], bool] = lambda: False,
-) -> Shrunk[T] | None:
+) -> ShrinkResult[T] | None:
     """Return the fewest of `parts` (all different) for which `attempt` does not return None.
 
     `attempt` returns the parts that played a role. The others are dropped at once. Returns None if
@@ -65,8 +64,8 @@ def shrink(
                 return None
             search.halve()
     except _Enough:
-        return Shrunk(search.parts, search.tried, least=False)
-    return Shrunk(search.parts, search.tried, least=True)
+        return ShrinkResult(search.parts, search.tried, least=False)
+    return ShrinkResult(search.parts, search.tried, least=True)
 
 
 class _Search(Generic[T]):
@@ -131,7 +130,7 @@ WEATHERS: Mapping[str, Weather] = {
 FAIR = "none"
 """The text of an empty list of faults. A shell easily loses an empty argument."""
 
-SHRINK_S = 180.0
+MAX_SHRINK_S = 180.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +148,7 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True)
-class Tried:
+class SeedResult:
     """The result of a seed: a report or a failure."""
 
     seed: int
@@ -158,12 +157,12 @@ class Tried:
     failure: Failure | None
 
 
-def try_seed(seed: int, weather: str) -> Tried:
+def try_seed(seed: int, weather: str) -> SeedResult:
     """Run a seed's world with the faults that its weather draws."""
     return replay(seed, weather, None)
 
 
-def replay(seed: int, weather: str, only: Iterable[Fault] | None, log: list[str] | None = None) -> Tried:
+def replay(seed: int, weather: str, only: Iterable[Fault] | None, log: list[str] | None = None) -> SeedResult:
     """Run a seed's world with `only` these faults, or with those that the weather draws if it is
     None. Faults that fit no call do not happen. The lines of the event log are appended to
     `log`."""
@@ -173,8 +172,8 @@ def replay(seed: int, weather: str, only: Iterable[Fault] | None, log: list[str]
         report = trial.run(seed, kind, faults=faults, log=log)
     except (Exception, ActorKilled) as error:  # noqa: BLE001 - whatever it is, the seed has failed
         failure = _failure(seed, error, faults)
-        return Tried(seed, failure.faults, None, failure)
-    return Tried(seed, tuple(faults.injected), report, None)
+        return SeedResult(seed, failure.faults, None, failure)
+    return SeedResult(seed, tuple(faults.injected), report, None)
 
 
 def _failure(seed: int, error: BaseException, faults: Faults) -> Failure:
@@ -225,7 +224,7 @@ class Tally:
     """Number of seeds in which each kind of fault happened."""
     failures: list[Failure] = field(default_factory=list)
 
-    def add(self, tried: Tried) -> None:
+    def add(self, tried: SeedResult) -> None:
         """Add one seed. A failed seed has no report, so only its faults count."""
         self.seeds += 1
         kinds = Counter(fault.kind for fault in tried.faults)
@@ -242,11 +241,11 @@ class Tally:
             self.states += Counter(state.value for state in report.states)
 
 
-def campaign(seeds: Iterable[int], weather: str, processes: int) -> Generator[Tried, None, None]:
+def campaign(seeds: Iterable[int], weather: str, processes: int) -> Generator[SeedResult, None, None]:
     """Try seeds in several processes. Close the generator to stop them at once."""
     work = partial(_quietly, try_seed, weather=weather)
     for seed, tried in spread(work, seeds, processes):
-        yield _lost(seed, tried) if isinstance(tried, Died) else tried
+        yield _lost(seed, tried) if isinstance(tried, ProcessDeath) else tried
 
 
 def _quietly(work: Callable[..., R], *args: Any, **kwargs: Any) -> R:
@@ -254,17 +253,17 @@ def _quietly(work: Callable[..., R], *args: Any, **kwargs: Any) -> R:
         return work(*args, **kwargs)
 
 
-def _lost(seed: int, end: Died) -> Tried:
+def _lost(seed: int, end: ProcessDeath) -> SeedResult:
     text = f"its process ended with exit code {end.exit_code} instead of an answer"
-    return Tried(seed, (), None, Failure(seed, "Died", text, ()))
+    return SeedResult(seed, (), None, Failure(seed, "Died", text, ()))
 
 
 # --- Fewest faults -------------------------------------------------------------------------------
 
 
 def fewest(
-    failure: Failure, weather: str, now_s: Callable[[], float], limit_s: float = SHRINK_S
-) -> Shrunk[Fault] | None:
+    failure: Failure, weather: str, now_s: Callable[[], float], limit_s: float = MAX_SHRINK_S
+) -> ShrinkResult[Fault] | None:
     """Return the fewest of a failure's faults that break the same promise, or None if a replay does
     not break it. `limit_s` bounds the search in seconds of `now_s`, except for the last attempt."""
     end_s = now_s() + limit_s
@@ -278,11 +277,11 @@ def fewest(
 
 def all_fewest(
     failures: Sequence[Failure], weather: str, processes: int, now_s: Callable[[], float]
-) -> Generator[tuple[Failure, Shrunk[Fault] | None], None, None]:
+) -> Generator[tuple[Failure, ShrinkResult[Fault] | None], None, None]:
     """Shrink failures in several processes. `now_s` is pickled."""
     work = partial(_quietly, fewest, weather=weather, now_s=now_s)
     for failure, found in spread(work, failures, processes):
-        yield failure, None if isinstance(found, Died) else found
+        yield failure, None if isinstance(found, ProcessDeath) else found
 
 
 # --- On the command line -------------------------------------------------------------------------

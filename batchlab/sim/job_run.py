@@ -44,7 +44,7 @@ MAX_TICKS = 60
 
 
 @dataclass(frozen=True, slots=True)
-class Simulated:
+class SimulatedRun:
     """The end of a simulated run. `virtual_s` counts from the start of the grid to the job's
     end."""
 
@@ -55,7 +55,7 @@ class Simulated:
     """Number of instances launched."""
 
 
-def run_job(jobfile: JobFile, pools: Sequence[Pool], *, seed: int, out: Path, setting: Setting) -> Simulated:
+def run_job(jobfile: JobFile, pools: Sequence[Pool], *, seed: int, out: Path, setting: Setting) -> SimulatedRun:
     """Run the job to its end in virtual time. Write its results to `out`, and its performance data
     to a folder in it."""
     loop = SimLoop(inline_executor=True)
@@ -65,7 +65,7 @@ def run_job(jobfile: JobFile, pools: Sequence[Pool], *, seed: int, out: Path, se
 
 async def _main(
     jobfile: JobFile, pools: Sequence[Pool], seed: int, out: Path, setting: Setting, children: InlineChildren
-) -> Simulated:
+) -> SimulatedRun:
     world = World(
         seed=seed,
         pools=pools,
@@ -92,7 +92,7 @@ async def _main(
     await Writer(world.objects, patience, setting).make(job.id, report)
     supervisor.cancel()
     await world.ledger.close()
-    return Simulated(view, fetched, virtual_s, len(world.workers))
+    return SimulatedRun(view, fetched, virtual_s, len(world.workers))
 
 
 async def _accounted(world: World, job: JobId) -> None:

@@ -18,14 +18,15 @@ from batchlab.core.ports import Message
 from batchlab.core.protocol import object_keys
 from batchlab.core.protocol.object_keys import CommitKey, proof, seal, summary
 from batchlab.core.protocol.values import OUTCOME_WEIGHT
-from batchlab.sim.lying_worker import ODD, UNREADABLE, Doc, Liar, Means, bundle_id, loaded, tasks_in
+from batchlab.sim.event_log import doc_of
+from batchlab.sim.lying_worker import ODD_VALUES, UNREADABLE_BODIES, Doc, Liar, WorkerPorts, bundle_id, tasks_in
 
-LIES = 24
+MAX_LIES = 24
 GAP_S = (0.1, 6.0)
 """Seconds between two lies."""
 TAKING_SHARE = 0.3
 """Share of the insiders that also receive messages themselves. They run none of these tasks."""
-KNOWN = 40
+MAX_TASKS = 40
 """Task messages that an insider remembers."""
 FORGED_STARTS = 3
 """Workers that a task alone must have killed before it is condemned."""
@@ -34,7 +35,7 @@ FORGED_STARTS = 3
 class Insider:
     """The lying part of one worker that uses commit keys. `liar` is the part that needs none."""
 
-    def __init__(self, means: Means, liar: Liar, rng: random.Random) -> None:
+    def __init__(self, means: WorkerPorts, liar: Liar, rng: random.Random) -> None:
         self._means, self._liar, self._rng = means, liar, rng
         self._tasks: list[Doc] = []
         """Task messages with a commit key, oldest first."""
@@ -60,8 +61,8 @@ class Insider:
         )
 
     async def lie(self, pace: float) -> None:
-        """Tell LIES lies. Errors that a service answers are expected and ignored."""
-        for _ in range(LIES):
+        """Tell MAX_LIES lies. Errors that a service answers are expected and ignored."""
+        for _ in range(MAX_LIES):
             await asyncio.sleep(self._rng.uniform(*GAP_S) * pace)
             try:
                 await self._learn()
@@ -76,13 +77,13 @@ class Insider:
             queue = object_keys.tasks_queue(self._means.who.pool)
             taken: Sequence[Message] = await self._means.queue.receive(queue, max_messages=2, wait_s=0.0)
             bodies += [message.body for message in taken]
-        for doc in map(loaded, bodies):
+        for doc in map(doc_of, bodies):
             # Other liars send malformed messages.
             bundle = doc["b"] if isinstance(doc.get("b"), dict) else {}
             named = (doc.get("ck"), bundle.get("j"), bundle.get("s"))
             if all(isinstance(one, str) for one in named):
                 self._tasks.append(doc)
-        self._tasks = self._tasks[-KNOWN:]
+        self._tasks = self._tasks[-MAX_TASKS:]
 
     def _task(self) -> tuple[Doc, CommitKey]:
         """Return a received bundle with its commit key, or raise ValueError if there is none."""
@@ -126,11 +127,11 @@ class Insider:
 
     async def _odd_outcome(self) -> None:
         name = self._rng.choice(("worker", "execution", "succeeded", "values", "run_s", "log"))
-        await self._lying_outcome(self._task()[0], **{name: self._rng.choice(ODD)})
+        await self._lying_outcome(self._task()[0], **{name: self._rng.choice(ODD_VALUES)})
 
     async def _unreadable(self) -> None:
         bundle, key = self._task()
-        data = self._rng.choice(UNREADABLE)
+        data = self._rng.choice(UNREADABLE_BODIES)
         data = data if isinstance(data, bytes) else data.encode()
         where = await self._commit(bundle, key, data)
         await self._proven({bundle["j"]: key}, k=[where])
@@ -166,7 +167,7 @@ class Insider:
         """Send a valid completion together with a malformed one."""
         bundle, key = self._task()
         good, odd = self._liar.completion(bundle), self._liar.completion(bundle)
-        odd[self._rng.choice(sorted(odd))] = self._rng.choice(ODD)
+        odd[self._rng.choice(sorted(odd))] = self._rng.choice(ODD_VALUES)
         await self._proven({bundle["j"]: key}, c=[good, odd])
 
     async def _hold_of_others(self) -> None:

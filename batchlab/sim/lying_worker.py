@@ -20,12 +20,13 @@ from batchlab.core.errors import BackendError
 from batchlab.core.ports import MAX_BATCH, Clock, Message, Objects, Outgoing, Queue
 from batchlab.core.protocol import object_keys
 from batchlab.sim.actors import Actor
+from batchlab.sim.event_log import doc_of
 from batchlab.sim.worker_rights import Trust
 from batchlab.worker.inflight_message import Identity
 
 Doc = dict[str, Any]
 
-ODD: tuple[Any, ...] = (
+ODD_VALUES: tuple[Any, ...] = (
     None,
     True,
     -1,
@@ -50,19 +51,11 @@ ODD: tuple[Any, ...] = (
     "\u0000",
 )
 """Values that a reader must limit or reject."""
-UNREADABLE: tuple[str | bytes, ...] = ('{"v":1}', "", "{", "[" * 5_000, '{"v":9}', "null", b"\xff\xfe")
+UNREADABLE_BODIES: tuple[str | bytes, ...] = ('{"v":1}', "", "{", "[" * 5_000, '{"v":9}', "null", b"\xff\xfe")
 NUMBERS: tuple[Any, ...] = (10**9, 10**30, 1, 0, -1, 1e300, "7")
 
 
 _OUTCOME = re.compile(r"jobs/([^/]+)/([^/]+)/outcomes/../(\d+)-(\d+)\.(\d+)\.(\d+)\..*")
-
-
-def loaded(body: str) -> Doc:
-    try:
-        doc = json.loads(body)
-    except (ValueError, RecursionError):
-        return {}
-    return doc if isinstance(doc, dict) else {}
 
 
 def dicts(doc: Any) -> Iterator[Doc]:
@@ -118,7 +111,7 @@ def guesses(keys: list[str]) -> list[Doc]:
     return found
 
 
-LIES = 40
+MAX_LIES = 40
 GAP_S = (0.05, 4.0)
 """Range of seconds between two lies."""
 LEARN_EVERY = 6
@@ -126,7 +119,7 @@ LEARN_EVERY = 6
 
 
 @dataclass(slots=True)
-class Means:
+class WorkerPorts:
     """The ports and the identity of a lying worker. `bucket` bypasses its role, for baits."""
 
     actor: Actor
@@ -160,7 +153,7 @@ class Means:
 class Liar:
     """The lying part of one worker, which needs no commit key of any job."""
 
-    def __init__(self, means: Means, rng: random.Random) -> None:
+    def __init__(self, means: WorkerPorts, rng: random.Random) -> None:
         self._means, self._rng = means, rng
         self._who, self._clock = means.who, means.clock
         self._objects, self._queue = means.objects, means.queue
@@ -196,8 +189,8 @@ class Liar:
         )
 
     async def lie(self, pace: float) -> None:
-        """Tell LIES lies. Errors from a service are expected and ignored."""
-        for number in range(LIES):
+        """Tell MAX_LIES lies. Errors from a service are expected and ignored."""
+        for number in range(MAX_LIES):
             await asyncio.sleep(self._rng.uniform(*GAP_S) * pace)
             try:
                 if number % LEARN_EVERY == 0:
@@ -254,7 +247,7 @@ class Liar:
 
     def _remembered(self, *, events: bool) -> list[Doc]:
         bodies = self._means.bodies()
-        docs = [loaded(body) for queue, body in bodies if (queue == object_keys.EVENTS) is events]
+        docs = [doc_of(body) for queue, body in bodies if (queue == object_keys.EVENTS) is events]
         return [doc for doc in docs if doc]
 
     # --- Sending ---------------------------------------------------------------------------------
@@ -293,7 +286,7 @@ class Liar:
         beat = self.beat(self._victim, **changes)
         if self._rng.random() < 0.3:
             beat["worker"] = f"w-{self._rng.getrandbits(32):08x}"
-        if beat["instance"] in self._means.trust.heard:
+        if beat["instance"] in self._means.trust.known_instances:
             await self._event(h=[beat])
 
     async def _beat_of_nobody(self) -> None:
@@ -373,7 +366,7 @@ class Liar:
         elif odd < 0.6:
             forged["follows"] = self._follows()
         elif odd < 0.7:
-            forged[self._rng.choice(sorted(forged))] = self._rng.choice(ODD)
+            forged[self._rng.choice(sorted(forged))] = self._rng.choice(ODD_VALUES)
         return forged
 
     async def _outcome_event(self) -> None:
@@ -422,7 +415,7 @@ class Liar:
         text: str | bytes = json.dumps(self.odd_outcome(bundle))
         odd = self._rng.random()
         if odd < 0.3:
-            text = self._rng.choice(UNREADABLE)
+            text = self._rng.choice(UNREADABLE_BODIES)
         data = text if isinstance(text, bytes) else text.encode()
         await self._objects.put(self._outcome_key(bundle), data, if_absent=True)
 
@@ -506,7 +499,7 @@ class Liar:
         if own:
             doc = self._rng.choice(own)
             for choice in self._rng.choices(list(dicts(doc)), k=2):
-                choice[self._rng.choice(sorted(choice) or ["x"])] = self._rng.choice(ODD)
+                choice[self._rng.choice(sorted(choice) or ["x"])] = self._rng.choice(ODD_VALUES)
             await self._means.send(object_keys.EVENTS if events else self.tasks_queue(), json.dumps(doc))
 
     async def _noise(self) -> None:

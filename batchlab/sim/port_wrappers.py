@@ -143,7 +143,7 @@ class _Port:
             self._permit(label, shown[0], conditional)
             if faults is not None:
                 kind = faults.strike(point, CREATE if conditional else label)
-            target = self._held(target, label, point)
+            target = self._intercepted(target, label, point)
             if kind is None or faults is None:
                 result = await target(*args, **kwargs)
             else:
@@ -199,12 +199,14 @@ class _Port:
         if self._rights is not None:
             self._rights.check(label, args, conditional=conditional)
 
-    def _held(self, target: Callable[..., Awaitable[Any]], label: str, point: Point) -> Callable[..., Awaitable[Any]]:
-        """Call `target`, through the Hold if stall points are enumerated."""
-        hold = self._faults.hold if self._faults is not None else None
-        if hold is None:
+    def _intercepted(
+        self, target: Callable[..., Awaitable[Any]], label: str, point: Point
+    ) -> Callable[..., Awaitable[Any]]:
+        """Return `target`, or the substitute of a test that intercepts calls."""
+        intercept = self._faults.intercept if self._faults is not None else None
+        if intercept is None:
             return target
-        return lambda *args, **kwargs: hold.perform(self._actor, point.call, label, partial(target, *args, **kwargs))
+        return lambda *args, **kwargs: intercept(self._actor, point.call, label, partial(target, *args, **kwargs))
 
     def _disturbed(self, for_s: float) -> None:
         if self._watch is not None:

@@ -20,7 +20,7 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 R = TypeVar("R")
 
-ENDLESS_S = 900
+MAX_ITEM_S = 900
 """Real seconds after which SIGALRM ends a process that hangs in an item."""
 
 # fork would copy the parent's threads and locks. In concurrent.futures, a process that dies breaks
@@ -29,14 +29,14 @@ _SPAWN = multiprocessing.get_context("spawn")
 
 
 @dataclass(frozen=True, slots=True)
-class Died:
+class ProcessDeath:
     """The process that had the item ended without an answer."""
 
     exit_code: int | None
     """Exit code of the process. A negative value is the signal that ended it."""
 
 
-class Crew(Generic[T, R]):
+class ProcessPool(Generic[T, R]):
     """A pool of at most `processes` processes, no more than there are items, for the same `work`.
     They stay alive between calls of `each`. `work`, items, and results are pickled."""
 
@@ -45,7 +45,7 @@ class Crew(Generic[T, R]):
         self._work = work
         self._idle: dict[Connection, SpawnProcess] = {}
 
-    def each(self, items: Iterable[T]) -> Generator[tuple[T, R | Died], None, None]:
+    def each(self, items: Iterable[T]) -> Generator[tuple[T, R | ProcessDeath], None, None]:
         """Yield each item with the result of `work`, in the order of completion.
 
         Items are read from their source as processes become free, so the source may be endless. If
@@ -60,9 +60,9 @@ class Crew(Generic[T, R]):
                 for pipe in wait(list(busy)):
                     assert isinstance(pipe, Connection)
                     process, done = busy[pipe]
-                    result: R | Died = _answer(pipe, process)
+                    result: R | ProcessDeath = _answer(pipe, process)
                     del busy[pipe]
-                    if isinstance(result, Died):
+                    if isinstance(result, ProcessDeath):
                         _dismiss(pipe, process)
                     else:
                         self._idle[pipe] = process
@@ -85,9 +85,11 @@ class Crew(Generic[T, R]):
             pipe.send(item)
 
 
-def spread(work: Callable[[T], R], items: Iterable[T], processes: int) -> Generator[tuple[T, R | Died], None, None]:
-    """Run `work` on these items as Crew.each does, with processes for this call only."""
-    with closing(Crew(work, processes)) as crew:
+def spread(
+    work: Callable[[T], R], items: Iterable[T], processes: int
+) -> Generator[tuple[T, R | ProcessDeath], None, None]:
+    """Run `work` on these items as ProcessPool.each does, with processes for this call only."""
+    with closing(ProcessPool(work, processes)) as crew:
         yield from crew.each(items)
 
 
@@ -107,12 +109,12 @@ def _hire(work: Callable[[T], R]) -> tuple[Connection, SpawnProcess]:
     return pipe, process
 
 
-def _answer(pipe: Connection, process: SpawnProcess) -> R | Died:
+def _answer(pipe: Connection, process: SpawnProcess) -> R | ProcessDeath:
     try:
         result: R = pipe.recv()
     except (EOFError, ConnectionResetError):
         process.join()
-        return Died(process.exitcode)
+        return ProcessDeath(process.exitcode)
     return result
 
 
@@ -130,7 +132,7 @@ def _serve(pipe: Connection, work: Callable[[T], R]) -> None:
         except EOFError:
             return  # The parent has been killed.
         # Code that loops without waiting cannot be interrupted from within the simulation.
-        signal.alarm(ENDLESS_S)
+        signal.alarm(MAX_ITEM_S)
         result = work(item)
         signal.alarm(0)  # The wait for the next item must not raise the alarm.
         pipe.send(result)

@@ -1,18 +1,6 @@
-"""The promise that a manager stops in time when it loses the lease.
+"""Checks of managers and workers over time: the lease, lost bundles, start times, and needless work.
 
-Invariant: this module uses only the effects of port calls, and the times when processes thaw.
-
-The promise that a manager finds lost bundles and stopped workers, even if no queue gets empty.
-
-Invariant: only the time in which a manager leads counts.
-
-The promise that no task starts before its time: the start time of its job, or a backoff's end.
-
-Invariant: this module computes the earliest start itself, from definitions and outcomes.
-
-Checks against waste: drains, dead letters, and needless work.
-
-Invariant: each check uses only the effects of port calls and the starts of tasks. A job that a
+These checks use only the effects of port calls, the starts of tasks, and the times when processes thaw. A job that a
 lying worker has touched is not checked.
 """
 
@@ -28,8 +16,8 @@ from batchlab.core.ports import Cut
 from batchlab.sim.actors import Actor
 from batchlab.sim.event_log import Name, name_of_bundle
 
-Require = Callable[[bool, str, str], None]
-"""A check with the arguments (holds, promise, facts)."""
+Check = Callable[[bool, str, str, str | None], None]
+"""A check with the arguments (holds, promise, facts, job)."""
 
 SLACK_S = 1.0
 """Allowance for the latency of calls."""
@@ -38,21 +26,22 @@ FREE = ("ledger.lease", "ledger.release")
 
 
 @dataclass(slots=True)
-class Leads:
-    """When each manager renewed the lease, and when it learned of another holder."""
+class LeadershipChecks:
+    """Promise that a manager stops in time when it loses the lease.
 
-    require: Require
+    The record has the times when each manager renewed the lease, and when it learned of another holder.
+    """
+
+    check: Check
     ttl_s: float
     thawed_s: Callable[[Actor], float]
-    """When a process was last thawed."""
+    """Returns the time when a process was last thawed."""
     _renewed_s: dict[Actor, float] = field(default_factory=dict)
     _led_s: dict[Actor, float] = field(default_factory=dict)
-    """When each manager took the lease."""
-    _told_s: dict[Actor, float] = field(default_factory=dict)
-    """When the ledger first answered a former leader that another manager has the lease."""
+    _deposed_s: dict[Actor, float] = field(default_factory=dict)
 
     def led_s(self, actor: Actor) -> float:
-        """Return when the manager took the lease, or infinity if it never did."""
+        """Return the time when the manager took the lease, or infinity if it never did."""
         return self._led_s.get(actor, math.inf)
 
     def leased(self, actor: Actor, owner: str, now_s: float) -> None:
@@ -61,125 +50,116 @@ class Leads:
             self._renewed_s[actor] = now_s
             self._led_s.setdefault(actor, now_s)
         elif actor in self._renewed_s:
-            self._told_s.setdefault(actor, now_s)
+            self._deposed_s.setdefault(actor, now_s)
 
     def called(self, actor: Actor, label: str, now_s: float, *, disturbed: bool) -> None:
-        """Check a call of a manager. If a fault has `disturbed` the manager, it may receive the
-        answer about its lease later."""
+        """Check a call of a manager. A `disturbed` manager may receive the answer about its lease later."""
         renewed_s = self._renewed_s.get(actor)
         if renewed_s is None or label in FREE:
             return
         patience_s = self.ttl_s * 2 / 3 + SLACK_S
         # A thawed process asks for the lease once before it stops.
         is_thawed = now_s - self.thawed_s(actor) < patience_s
-        self.require(
-            now_s - renewed_s <= self.ttl_s + SLACK_S or is_thawed,
-            "lead",
-            f"{actor.name} calls {label} {now_s - renewed_s:.1f} s after it last renewed its lease",
-        )
-        told_s = self._told_s.get(actor, now_s)
-        self.require(
-            now_s - told_s <= (patience_s if disturbed else SLACK_S),
-            "lead",
-            f"{actor.name} calls {label} {now_s - told_s:.1f} s after it learned that another manager has the lease",
-        )
+        age_s = now_s - renewed_s
+        facts = f"{actor.name} calls {label} {age_s:.1f} s after it last renewed its lease"
+        self.check(age_s <= self.ttl_s + SLACK_S or is_thawed, "lead", facts, None)
+        age_s = now_s - self._deposed_s.get(actor, now_s)
+        facts = f"{actor.name} calls {label} {age_s:.1f} s after it learned that another manager has the lease"
+        self.check(age_s <= (patience_s if disturbed else SLACK_S), "lead", facts, None)
 
 
 BUNDLE_SILENCES, INSTANCE_SILENCES = 14.0, 3.75
-"""Limits for a new copy of a lost bundle, and the end of a stopped instance, in `silence_s`."""
+"""Limits for a new copy of a lost bundle, and for the end of a stopped instance, in units of `silence_s`."""
 INSTANCE_S = 375.0
-"""Seconds for which an instance may be silent, however short `silence_s` is."""
+"""Lower bound in seconds of the limit for a stopped instance."""
 SILENCE_SLACK_S = 60.0
 
 
 @dataclass(slots=True)
-class Silences:
-    """The bundles that are lost, and the workers that have stopped for ever."""
+class SilenceChecks:
+    """Promise that a manager finds lost bundles and stopped workers, even if no queue becomes empty.
 
-    require: Callable[[bool, str, str, str | None], None]
+    Only the time in which a manager leads counts.
+    """
+
+    check: Check
     silence_s: float
-    """Seconds for which a bundle may be silent before a manager looks for it."""
+    """Seconds without news of a bundle after which a manager looks for the bundle."""
     stopped: dict[Actor, float] = field(default_factory=dict)
     """Seconds for which a manager has led since each worker stopped."""
     _lost_s: dict[Name, float] = field(default_factory=dict)
-    _looked_s: float = 0.0
+    _checked_s: float = 0.0
 
     def stops(self, actor: Actor) -> None:
-        """Record that a worker stops for ever."""
+        """Record that a worker stops forever."""
         self.stopped[actor] = 0.0
 
     def sent(self, name: Name) -> None:
         """Record that a bundle is sent, whether or not its message arrives."""
         self._lost_s.pop(name, None)
 
-    def look(self, lost: Collection[Name], since_s: float | None, now_s: float) -> None:
+    def check_progress(self, lost: Collection[Name], since_s: float | None, now_s: float) -> None:
         """Check the stopped workers and the `lost` bundles.
 
-        A lost bundle is not committed, in no queue, and in no worker. A manager has led since
-        `since_s`, which is None if no manager leads."""
-        step_s, self._looked_s = now_s - self._looked_s, now_s
+        A lost bundle is not committed, in no queue, and in no worker. A manager has led since `since_s`, which is None
+        if no manager leads.
+        """
+        step_s, self._checked_s = now_s - self._checked_s, now_s
         self._lost_s = {name: self._lost_s.get(name, now_s) for name in lost}
         if since_s is None:
             return
         limit_s = BUNDLE_SILENCES * self.silence_s + SILENCE_SLACK_S
         for name, lost_s in self._lost_s.items():
-            self.require(
-                now_s - max(lost_s, since_s) <= limit_s,
-                "silence",
-                f"{name} is lost since {lost_s:.0f} s, and nobody has sent it again",
-                name[0],
-            )
+            facts = f"{name} is lost since {lost_s:.0f} s, and nobody has sent it again"
+            self.check(now_s - max(lost_s, since_s) <= limit_s, "silence", facts, name[0])
         limit_s = max(INSTANCE_S, INSTANCE_SILENCES * self.silence_s) + SILENCE_SLACK_S
-        for actor in [one for one in self.stopped if one.alive]:
+        for actor in [actor for actor in self.stopped if actor.alive]:
             self.stopped[actor] += min(step_s, now_s - since_s)
-            self.require(
-                self.stopped[actor] <= limit_s,
-                "silence",
-                f"{actor.name} has stopped for ever, and keeps its instance after {self.stopped[actor]:.0f} s",
-                None,
-            )
+            stopped_s = self.stopped[actor]
+            facts = f"{actor.name} has stopped for ever, and keeps its instance after {stopped_s:.0f} s"
+            self.check(stopped_s <= limit_s, "silence", facts, None)
 
-
-RequireForJob = Callable[[bool, str, str, str], None]
-"""A check with the arguments (holds, promise, facts, job)."""
 
 EARLY_S = 0.6
 """Seconds by which a worker may start a task before its time."""
 
-Try = tuple[str, str, int, int, int]
+Attempt = tuple[str, str, int, int, int]
 """One attempt of a task: (job, stage, round, attempt, task)."""
 
 
 @dataclass(slots=True)
-class StartTimes:
-    """The earliest start of each further attempt. All times are seconds since the epoch."""
+class StartTimeChecks:
+    """Promise that no task starts before the start time of its job or the end of its backoff.
 
-    require: RequireForJob
+    The earliest start of each attempt is computed here from definitions and outcomes, in seconds since the epoch.
+    """
+
+    check: Check
     is_exact: bool = False
     """Whether the clocks of all processes agree. If not, starts are not checked."""
     _jobs: dict[str, JobDef] = field(default_factory=dict)
-    _due_s: dict[Try, float] = field(default_factory=dict)
+    _due_s: dict[Attempt, float] = field(default_factory=dict)
 
     def defined(self, job: JobDef) -> None:
-        """Record the definition of a job."""
         self._jobs[job.id] = job
 
     def committed(self, outcome: Outcome) -> None:
         """Record the further attempts that follow from an outcome."""
         bundle = outcome.bundle
         job = self._jobs.get(bundle.job)
-        again = [
+        retries = [
             follow.bundle
             for follow in outcome.follows
             if follow.bundle.stage == bundle.stage and follow.bundle.attempt == bundle.attempt + 1
         ]
-        if job is None or not again:
+        if job is None or not retries:
             return
-        shortest_s, _ = job.stage(bundle.stage).retry.wait_range_s(bundle.attempt)
-        due_s = outcome.ended_s + shortest_s
-        for one in again:
-            for task in one.tasks:
-                self._due_s[one.job, one.stage, one.round, one.attempt, task] = due_s
+        rule = job.stage(bundle.stage).retry
+        backoff_s = min(rule.max_backoff_s, rule.backoff_s * rule.factor ** (bundle.attempt - 1))
+        due_s = outcome.ended_s + backoff_s * (1 - rule.jitter)
+        for retry in retries:
+            for task in retry.tasks:
+                self._due_s[retry.job, retry.stage, retry.round, retry.attempt, task] = due_s
 
     def started(self, bundle: Bundle, task: int, now_s: float) -> None:
         """Check the start of a task."""
@@ -190,55 +170,46 @@ class StartTimes:
         start_s = (job.start_at_s or 0.0) if job and not bundle.round else 0.0
         name = bundle.job, bundle.stage, bundle.round, bundle.attempt, task
         due_s = max(start_s, self._due_s.get(name, 0.0))
-        self.require(
-            now_s >= due_s - EARLY_S,
-            "start times",
+        facts = (
             f"{task_name(bundle.stage, task)} of {bundle.job} starts {due_s - now_s:.1f} s early "
-            f"(attempt {bundle.attempt}, round {bundle.round})",
-            bundle.job,
+            f"(attempt {bundle.attempt}, round {bundle.round})"
         )
+        self.check(now_s >= due_s - EARLY_S, "start times", facts, bundle.job)
 
-
-RequireOracle = Callable[[bool, str, str, str], None]
-"""A check with the arguments (holds, promise, facts, job)."""
 
 LEAVING_S = 0.2
 """Seconds after the start of its drain within which a worker may still begin a bundle."""
 SETTLED_S = 5.0
-"""A manager that sends a bundle which was committed this many seconds ago has not looked for its
-outcome."""
+"""Age in seconds of a commit after which a manager must not send the bundle as new work."""
 DISTURBED_S = 120.0
 """The same limit for a manager that a fault has delayed, or that was frozen."""
 GIVE_BACK_S = 1.0
-"""Seconds within which a draining worker gives back each message whose tasks it has not begun."""
+"""Seconds within which a draining worker returns each message whose tasks it has not begun."""
 KNOWN_S = 10.0
-"""Seconds for which a manager that cuts bundles has known which jobs have tasks left."""
+"""Age in seconds of uncut tasks after which a manager must not cut bundles of a lower priority."""
 
 
 @dataclass(slots=True)
-class Oracles:
-    """Record of commits, sends, dead letters, and draining workers."""
+class WasteChecks:
+    """Checks of drains, dead letters, priorities, and needless work."""
 
-    require: RequireOracle
+    check: Check
     _committed_s: dict[Name, float] = field(default_factory=dict)
     _leaves_s: dict[Actor, float] = field(default_factory=dict)
     _begun: set[tuple[Actor, Name]] = field(default_factory=set)
     _dead: dict[str, tuple[Name, float]] = field(default_factory=dict)
     """Dead letters that a manager has received, by receipt."""
-    _dead_s: float = -1.0
-    """When the last dead letter was received."""
+    _last_dead_s: float = -1.0
     _sent_s: dict[Name, float] = field(default_factory=dict)
-    """When each bundle was last sent."""
-    _left_s: dict[tuple[str, StageName], float] = field(default_factory=dict)
-    """Since when each stage of each job has tasks that are in no bundle."""
+    """Time of the last send of each bundle."""
+    _uncut_s: dict[tuple[str, StageName], float] = field(default_factory=dict)
+    """Time since which each stage of each job has tasks that are in no bundle."""
     _jobs: dict[str, JobDef] = field(default_factory=dict)
 
     def defined(self, job: JobDef) -> None:
-        """Record the definition of a job."""
         self._jobs[job.id] = job
 
     def committed(self, name: Name, now_s: float) -> None:
-        """Record a committed outcome."""
         self._committed_s[name] = now_s
 
     def uncommitted(self, name: Name) -> None:
@@ -250,31 +221,21 @@ class Oracles:
         self._leaves_s.setdefault(actor, now_s)
 
     def started(self, bundle: Bundle, now_s: float, actor: Actor | None, *, disturbed: bool) -> None:
-        """Check the start of a task of the bundle. A `disturbed` worker may have been about to
-        start it."""
+        """Check the start of a task of the bundle. A `disturbed` worker may start it later."""
         name = name_of_bundle(bundle)
         if actor is None or (actor, name) in self._begun:
             return
         self._begun.add((actor, name))
-        leaves_s = self._leaves_s.get(actor, now_s)
-        self.require(
-            disturbed or now_s - leaves_s <= LEAVING_S,
-            "I6",
-            f"{actor.name} begins {name} {now_s - leaves_s:.1f} s after it was told to drain",
-            bundle.job,
-        )
+        late_s = now_s - self._leaves_s.get(actor, now_s)
+        facts = f"{actor.name} begins {name} {late_s:.1f} s after it was told to drain"
+        self.check(disturbed or late_s <= LEAVING_S, "I6", facts, bundle.job)
 
     def begins_again(self, actor: Actor, bundle: Bundle, received_s: float, deliveries: int) -> None:
-        """Check that a worker begins a bundle, received at `received_s`, rightly. After earlier
-        deliveries, or for a retry, it must have looked for an outcome."""
+        """Check that a worker looked for an outcome before it begins a retry or a repeated delivery."""
         name = name_of_bundle(bundle)
-        committed_s = self._committed_s.get(name, received_s)
-        self.require(
-            committed_s >= received_s or not (deliveries or bundle.attempt > 1),
-            "waste",
-            f"{actor.name} begins {name}, which was committed before it received the message",
-            bundle.job,
-        )
+        is_open = self._committed_s.get(name, received_s) >= received_s
+        facts = f"{actor.name} begins {name}, which was committed before it received the message"
+        self.check(is_open or not (deliveries or bundle.attempt > 1), "waste", facts, bundle.job)
 
     def is_draining(self, actor: Actor, now_s: float) -> bool:
         """Return whether the worker has been draining for longer than the limit."""
@@ -285,61 +246,52 @@ class Oracles:
         return (actor, name) in self._begun
 
     def cut(self, cut: Cut, now_s: float, since_s: float, live_since_s: Callable[[str], float]) -> None:
-        """Check the cut of bundles by a manager that is undisturbed since `since_s`. Jobs of a
-        higher priority in the same pool come first. `live_since_s` gives when a job began or was
-        last resumed."""
+        """Check that a manager, undisturbed since `since_s`, cuts bundles in the order of priority.
+
+        `live_since_s` returns the time when a job began or was last resumed.
+        """
         job = self._jobs[cut.job]
         if cut.bundles:
             pool = job.stage(cut.stage).pool
-            for (name, stage), left_s in self._left_s.items():
+            for (name, stage), uncut_s in self._uncut_s.items():
                 rival = self._jobs[name]
-                known_s = max(left_s, since_s, live_since_s(name))
-                self.require(
+                known_s = max(uncut_s, since_s, live_since_s(name))
+                is_allowed = (
                     rival.priority <= job.priority
                     or rival.stage(stage).pool != pool
                     or rival.start_at_s is not None
-                    or now_s - known_s < KNOWN_S,
-                    "priority",
-                    f"{cut.job}/{cut.stage} is cut while {name}/{stage} has tasks left, whose priority is higher",
-                    cut.job,
+                    or now_s - known_s < KNOWN_S
                 )
-        self._left_s.pop((cut.job, cut.stage), None)
+                facts = f"{cut.job}/{cut.stage} is cut while {name}/{stage} has tasks left, whose priority is higher"
+                self.check(is_allowed, "priority", facts, cut.job)
+        self._uncut_s.pop((cut.job, cut.stage), None)
         if cut.left:
-            self._left_s[cut.job, cut.stage] = now_s
+            self._uncut_s[cut.job, cut.stage] = now_s
 
     def dead_letter(self, receipt: str, bundle: Bundle, now_s: float) -> None:
         """Record that a manager has received a dead letter."""
         self._dead[receipt] = name_of_bundle(bundle), now_s
-        self._dead_s = now_s
+        self._last_dead_s = now_s
 
     def has_dead_letters(self, since_s: float) -> bool:
         """Return whether a manager has received a dead letter since then."""
-        return self._dead_s >= since_s
+        return self._last_dead_s >= since_s
 
     def deleted(self, receipts: Iterable[str], *, is_live: Callable[[str], bool]) -> None:
-        """Check dead letters that a manager deletes: each bundle is committed, or was sent
-        again."""
+        """Check that the bundle of each deleted dead letter is committed, or was sent again."""
         for receipt in receipts:
             name, since_s = self._dead.pop(receipt, (None, 0.0))
             if name is not None and is_live(name[0]):
-                self.require(
-                    name in self._committed_s or self._sent_s.get(name, -1.0) >= since_s,
-                    "dead letters",
-                    f"{name} is deleted from the dead letters, and neither committed nor sent",
-                    name[0],
-                )
+                is_settled = name in self._committed_s or self._sent_s.get(name, -1.0) >= since_s
+                facts = f"{name} is deleted from the dead letters, and neither committed nor sent"
+                self.check(is_settled, "dead letters", facts, name[0])
 
-    def sent(self, who: str, bundle: Bundle, now_s: float, *, disturbed: bool) -> None:
-        """Check the send of a task message. A sender that was `disturbed` may have looked
-        before."""
-        self._sent_s[name_of_bundle(bundle)] = now_s
-        if bundle.losses or not who.startswith("manager"):
-            return
+    def sent(self, sender: str, bundle: Bundle, now_s: float, *, disturbed: bool) -> None:
+        """Check the send of a task message. A `disturbed` sender has a longer time limit."""
         name = name_of_bundle(bundle)
-        since_s = self._committed_s.get(name, now_s)
-        self.require(
-            now_s - since_s <= (DISTURBED_S if disturbed else SETTLED_S),
-            "waste",
-            f"{who} sends {name} as new work {now_s - since_s:.1f} s after its commit",
-            bundle.job,
-        )
+        self._sent_s[name] = now_s
+        if bundle.losses or not sender.startswith("manager"):
+            return
+        age_s = now_s - self._committed_s.get(name, now_s)
+        facts = f"{sender} sends {name} as new work {age_s:.1f} s after its commit"
+        self.check(age_s <= (DISTURBED_S if disturbed else SETTLED_S), "waste", facts, bundle.job)

@@ -1,7 +1,7 @@
-"""World events of the weather: faults that hit a world without a port call.
+"""World events: random faults that hit a world without a port call.
 
-Invariant: the pause before each world event, and its target, are drawn separately for each event.
-So an event can be left out and the others stay the same, as long as their targets exist.
+Invariant: the pause before each world event, and the event's target, are drawn separately for each event. So one event
+can be left out, and all other events stay the same, as long as their targets exist.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import Any, TypeVar
 from batchlab.core.errors import BackendError, Refused
 from batchlab.manager import fleet_commands
 from batchlab.sim.actors import Actor, SkewedClock
-from batchlab.sim.faults import DAMAGES, SKY, FaultKind, Faults
+from batchlab.sim.faults import DAMAGES, WEATHER, FaultKind, Faults
 from batchlab.sim.world import SimWorker, World
 
 T = TypeVar("T")
 
-LOOKS = 40
+MAX_EVENTS = 40
 GAP_S = (0.5, 15.0)
-"""Range of seconds between two world events. After LOOKS of them, the weather stays fair."""
+"""Range of seconds between two world events. A world has at most MAX_EVENTS events."""
 
 STALL_S = (5.0, 60.0)
 NOTICE_S = 120.0
@@ -32,17 +32,17 @@ SHORTAGE_S = (10.0, 120.0)
 LOST_S = (0.5, 20.0)
 HELD_S = (5.0, 60.0)
 MOMENTS, MOMENT_S = 2_000, 0.004
-"""Longest wait in seconds of a power cut for a moment with an unacknowledged write."""
-MAX_LOST = 3
+"""A power cut waits at most MOMENTS times MOMENT_S seconds for an unacknowledged write."""
+MAX_LOST_MESSAGES = 3
 """Largest number of messages that a power cut removes from a queue."""
 AGES_S = (0.0, 10.0, 60.0)
 
 Act = Callable[[random.Random], Awaitable[str | None]]
-"""An event of the weather. It returns the name of its target, or None if no target existed."""
+"""A world event. It returns a description of its target, or None if no target existed."""
 
 
-class Sky:
-    """The weather of one world."""
+class WorldFaults:
+    """Source of the world events of one world."""
 
     def __init__(self, world: World, faults: Faults, pace: float) -> None:
         self._world = world
@@ -51,44 +51,43 @@ class Sky:
         self._after: list[asyncio.Task[None]] = []
         self._shortages = 0
         self._acts: dict[FaultKind, Act] = {
-            FaultKind.REDELIVERED: self._redeliver,
-            FaultKind.VANISHED: self._drop,
-            FaultKind.PURGED: self._purge,
-            FaultKind.EXPIRED: self._expire,
-            FaultKind.REMOVED: self._remove,
-            FaultKind.SHUFFLED: self._shuffle,
-            FaultKind.CLOCK_JUMPED: self._jump,
-            FaultKind.STALLED: self._stall,
-            FaultKind.CRASHED: self._crash,
-            FaultKind.SPOT_NOTICE: self._notice,
-            FaultKind.SPOT_KILL: self._take_away,
-            FaultKind.NO_CAPACITY: self._run_short,
+            FaultKind.REDELIVERED: partial(self._hit_a_message, world.queue.redeliver),
+            FaultKind.VANISHED: partial(self._hit_a_message, world.queue.drop),
+            FaultKind.PURGED: partial(self._hit_a_queue, world.queue.purge),
+            FaultKind.EXPIRED: self._expire_messages,
+            FaultKind.REMOVED: partial(self._hit_a_queue, world.queue.remove),
+            FaultKind.SHUFFLED: self._shuffle_messages,
+            FaultKind.CLOCK_JUMPED: self._jump_clock,
+            FaultKind.STALLED: self._stall_process,
+            FaultKind.CRASHED: partial(self._crash_instance, "exit -9"),
+            FaultKind.SPOT_NOTICE: self._send_spot_notice,
+            FaultKind.SPOT_KILL: partial(self._crash_instance, "Spot interruption"),
+            FaultKind.NO_CAPACITY: self._refuse_capacity,
             FaultKind.SCALED_IN: self._scale_in,
-            FaultKind.SCALED_BY_HAND: self._scale,
-            FaultKind.SECOND_MANAGER: self._second,
-            FaultKind.MANAGER_STOPPED: self._stop,
+            FaultKind.SCALED_BY_HAND: self._scale_by_hand,
+            FaultKind.SECOND_MANAGER: self._start_second_manager,
+            FaultKind.MANAGER_STOPPED: self._stop_manager,
             FaultKind.LEDGER_LOST: self._lose_ledger,
             FaultKind.LEDGER_REBUILT: self._rebuild_ledger,
-            FaultKind.CORRUPTED: self._corrupt,
+            FaultKind.CORRUPTED: self._make_worker_lie,
             FaultKind.UNSYNCED: self._cut_power,
-            **{kind: partial(self._damage, kind) for kind in DAMAGES},
-            FaultKind.FROZEN: self._freeze,
+            **{kind: partial(self._damage_object, kind) for kind in DAMAGES},
+            FaultKind.FROZEN: self._freeze_worker,
         }
 
-    async def change(self) -> None:
-        """Run the events. Return when the weather is fair and the users have restored what they
-        changed."""
-        for _ in range(LOOKS):
-            point = self._faults.next(SKY)
+    async def inject(self) -> None:
+        """Run the events. Return when their lasting effects have ended too."""
+        for _ in range(MAX_EVENTS):
+            point = self._faults.next(WEATHER)
             rng = random.Random(point.pick)  # noqa: S311 - simulation
             await asyncio.sleep(rng.uniform(*GAP_S) * self._pace)
-            kind = self._faults.due(point, SKY)
+            kind = self._faults.due(point, WEATHER)
             if kind is None:
                 continue
-            hit = await self._acts[kind](rng)
-            if hit is not None:
+            target = await self._acts[kind](rng)
+            if target is not None:
                 self._faults.happened(point, kind)
-                self._world.note(SKY, f"#{point.call} {kind.value} {hit}")
+                self._world.note(WEATHER, f"#{point.call} {kind.value} {target}")
         for task in self._after:
             await task
 
@@ -102,38 +101,26 @@ class Sky:
         rng.shuffle(names)
         return names
 
-    async def _redeliver(self, rng: random.Random) -> str | None:
+    async def _hit_a_message(self, act: Callable[[str, random.Random], str | None], rng: random.Random) -> str | None:
         for name in self._queues(rng):
-            if (message := self._world.queue.redeliver(name, rng)) is not None:
+            if (message := act(name, rng)) is not None:
                 return f"{message} of {name}"
         return None
 
-    async def _drop(self, rng: random.Random) -> str | None:
-        for name in self._queues(rng):
-            if (message := self._world.queue.drop(name, rng)) is not None:
-                return f"{message} of {name}"
-        return None
-
-    async def _purge(self, rng: random.Random) -> str | None:
+    async def _hit_a_queue(self, act: Callable[[str], Awaitable[None]], rng: random.Random) -> str | None:
         for name in self._queues(rng)[:1]:
-            await self._world.queue.purge(name)
+            await act(name)
             return name
         return None
 
-    async def _expire(self, rng: random.Random) -> str | None:
+    async def _expire_messages(self, rng: random.Random) -> str | None:
         age_s = rng.choice(AGES_S)
         for name in self._queues(rng):
-            if gone := self._world.queue.expire(name, age_s):
-                return f"{gone} of {name}"
+            if expired := self._world.queue.expire(name, age_s):
+                return f"{expired} of {name}"
         return None
 
-    async def _remove(self, rng: random.Random) -> str | None:
-        for name in self._queues(rng)[:1]:
-            await self._world.queue.remove(name)
-            return name
-        return None
-
-    async def _shuffle(self, rng: random.Random) -> str | None:
+    async def _shuffle_messages(self, rng: random.Random) -> str | None:
         for name in self._queues(rng):
             if self._world.queue.shuffle(name, rng):
                 return name
@@ -141,34 +128,30 @@ class Sky:
 
     # --- Processes -------------------------------------------------------------------------------
 
-    def _processes(self) -> list[tuple[Actor, SkewedClock]]:
-        managers = [(post.actor, post.clock) for post in self._world.posts if post.actor.alive]
-        return managers + [(worker.actor, worker.clock) for worker in self._workers()]
-
     def _workers(self) -> list[SimWorker]:
         return [worker for worker in self._world.workers.values() if worker.ended is None]
 
     def _a_process(self, rng: random.Random) -> tuple[Actor, SkewedClock] | None:
         # Managers are few, and faults that hit them find more bugs.
-        processes = self._processes()
-        managers = [pair for pair in processes if pair[0].name.startswith("manager")]
-        return _one(rng, managers if managers and rng.random() < 0.4 else processes)
+        managers = [(process.actor, process.clock) for process in self._world.manager_processes if process.actor.alive]
+        workers = [(worker.actor, worker.clock) for worker in self._workers()]
+        return _choose(rng, managers if managers and rng.random() < 0.4 else managers + workers)
 
-    async def _jump(self, rng: random.Random) -> str | None:
-        hit = self._a_process(rng)
-        if hit is None:
+    async def _jump_clock(self, rng: random.Random) -> str | None:
+        process = self._a_process(rng)
+        if process is None:
             return None
-        actor, clock = hit
+        actor, clock = process
         seconds = rng.choice(JUMPS_S) * rng.uniform(0.5, 1.0)
         clock.off_s += seconds
         self._world.watch.start_times.is_exact = False
         return f"{actor.name} by {seconds:.3f} s"
 
-    async def _stall(self, rng: random.Random) -> str | None:
-        hit = self._a_process(rng)
-        if hit is None:
+    async def _stall_process(self, rng: random.Random) -> str | None:
+        process = self._a_process(rng)
+        if process is None:
             return None
-        actor, seconds = hit[0], rng.uniform(*STALL_S)
+        actor, seconds = process[0], rng.uniform(*STALL_S)
         actor.freeze()
 
         async def thaw() -> None:
@@ -179,47 +162,48 @@ class Sky:
         self._later(thaw(), f"thaw {actor.name}")
         return f"{actor.name} for {seconds:.3f} s"
 
-    async def _freeze(self, rng: random.Random) -> str | None:
-        """Stop a worker for ever. Its instance runs on until a manager ends it."""
+    async def _freeze_worker(self, rng: random.Random) -> str | None:
+        """Stop a worker forever. Its instance continues to run until a manager ends the instance."""
         silences = self._world.watch.silences
-        worker = _one(rng, self._workers())
-        if worker is None or any(sim_worker.actor in silences.stopped for sim_worker in self._workers()):
+        worker = _choose(rng, self._workers())
+        if worker is None or any(other.actor in silences.stopped for other in self._workers()):
             return None
         worker.actor.freeze()
         silences.stops(worker.actor)
         return worker.actor.name
 
-    async def _corrupt(self, rng: random.Random) -> str | None:
+    async def _make_worker_lie(self, rng: random.Random) -> str | None:
         trust = self._world.watch.trust
-        honest = [sim_worker for sim_worker in self._workers() if not trust.is_liar(sim_worker.actor)]
-        worker = _one(rng, honest)
+        worker = _choose(rng, [worker for worker in self._workers() if not trust.is_liar(worker.actor)])
         if worker is None:
             return None
         worker.begin_to_lie(rng, self._pace)
         return worker.actor.name
 
-    async def _damage(self, kind: FaultKind, rng: random.Random) -> str | None:
+    async def _damage_object(self, kind: FaultKind, rng: random.Random) -> str | None:
         return self._world.damage.strike(kind, rng)
 
     async def _cut_power(self, rng: random.Random) -> str | None:
-        """End every process. Any unacknowledged write may be lost, and so may writes that do not
-        wait for the disk: messages, and folds and ends in the ledger."""
+        """End every process, and undo some writes that may not be on the disk.
+
+        Any unacknowledged write may be lost. Messages, and folds and ends in the ledger, do not wait for the disk.
+        """
         world, watch = self._world, self._world.watch
         for _ in range(MOMENTS):
             if watch.unsynced.before():
                 break
             await asyncio.sleep(MOMENT_S)
         lost = {key: data for key, data in watch.unsynced.before().items() if rng.random() < 0.7}
-        for post in list(world.posts):
-            post.actor.kill()
+        for process in list(world.manager_processes):
+            process.actor.kill()
         for instance, ended in (await world.launcher.running()).items():
             if ended is None:
                 world.launcher.crash(instance)
         for key, before in lost.items():
             world.objects.damage(key, before)
-            watch.taken_back(key, before)
+            watch.undone(key, before)
         for name in world.queue.names():
-            for _ in range(rng.randint(0, MAX_LOST)):
+            for _ in range(rng.randint(0, MAX_LOST_MESSAGES)):
                 world.queue.drop(name, rng)
         if rng.random() < 0.5:
             world.damage.lose_folds()
@@ -230,27 +214,21 @@ class Sky:
 
     async def _an_instance(self, rng: random.Random) -> str | None:
         running = await self._world.launcher.running()
-        return _one(rng, [name for name, ended in running.items() if ended is None])
+        return _choose(rng, [name for name, ended in running.items() if ended is None])
 
-    async def _crash(self, rng: random.Random) -> str | None:
+    async def _crash_instance(self, reason: str, rng: random.Random) -> str | None:
         instance = await self._an_instance(rng)
         if instance is not None:
-            self._world.launcher.crash(instance)
+            self._world.launcher.crash(instance, reason)
         return instance
 
-    async def _take_away(self, rng: random.Random) -> str | None:
-        instance = await self._an_instance(rng)
-        if instance is not None:
-            self._world.launcher.crash(instance, "Spot interruption")
-        return instance
-
-    async def _notice(self, rng: random.Random) -> str | None:
+    async def _send_spot_notice(self, rng: random.Random) -> str | None:
         instance = await self._an_instance(rng)
         if instance is not None:
             await self._world.launcher.terminate(instance, grace_s=NOTICE_S)
         return instance
 
-    async def _run_short(self, rng: random.Random) -> str | None:
+    async def _refuse_capacity(self, rng: random.Random) -> str | None:
         seconds = rng.uniform(*SHORTAGE_S)
         self._shortages += 1
 
@@ -268,24 +246,24 @@ class Sky:
     # --- People ----------------------------------------------------------------------------------
 
     async def _scale_in(self, rng: random.Random) -> str | None:
-        post = self._world.post
-        if post is None or not post.manager.is_leader.is_set():
+        leader = self._world.leader
+        if leader is None or not leader.manager.is_leader.is_set():
             return None
-        views = await post.manager.ports.fleet.describe()
-        instances = [i for view in views for i in view.instances if i.state.value == "InService"]
-        chosen = _one(rng, instances)
+        fleet = leader.manager.ports.fleet
+        views = await fleet.describe()
+        chosen = _choose(rng, [i for view in views for i in view.instances if i.state.value == "InService"])
         if chosen is None:
             return None
-        fleet, decrement = post.manager.ports.fleet, rng.random() < 0.5
+        decrement = rng.random() < 0.5
         call = fleet.terminate(chosen.pool, [chosen.id], decrement=decrement, cause=fleet_commands.CAUSE)
         with suppress(Refused, BackendError):  # The group would go below min, or the manager is not the leader.
             await call
         return chosen.id
 
-    async def _scale(self, rng: random.Random) -> str | None:
+    async def _scale_by_hand(self, rng: random.Random) -> str | None:
         pool = rng.choice(list(self._world.pools))
-        most = rng.randint(max(1, pool.min_size), pool.max_size + 2)
-        desired = rng.randint(pool.min_size, most)
+        max_size = rng.randint(max(1, pool.min_size), pool.max_size + 2)
+        desired = rng.randint(pool.min_size, max_size)
         drained = rng.random() < 0.3
         seconds = rng.uniform(*HELD_S)
 
@@ -294,7 +272,7 @@ class Sky:
                 await self._world.ask(lambda m: fleet_commands.drain(m, pool.name), "drain")
             else:
                 await self._world.ask(
-                    lambda m: fleet_commands.scale(m, pool.name, max_size=most, desired=desired), "scale"
+                    lambda m: fleet_commands.scale(m, pool.name, max_size=max_size, desired=desired), "scale"
                 )
             await asyncio.sleep(seconds)
             await self._world.ask(
@@ -305,18 +283,18 @@ class Sky:
         self._later(by_hand_for_a_while(), f"{pool.name} by hand")
         return f"{pool.name} to {'nothing' if drained else desired} for {seconds:.3f} s"
 
-    async def _second(self, _rng: random.Random) -> str | None:
-        if len(self._world.posts) != 1:
+    async def _start_second_manager(self, _rng: random.Random) -> str | None:
+        if len(self._world.manager_processes) != 1:
             return None
         self._world.start_manager()
         return f"manager-{self._world.managers}"
 
-    async def _stop(self, rng: random.Random) -> str | None:
-        post = _one(rng, self._world.posts)
-        if post is None:
+    async def _stop_manager(self, rng: random.Random) -> str | None:
+        process = _choose(rng, self._world.manager_processes)
+        if process is None:
             return None
-        post.task.cancel()
-        return post.actor.name
+        process.task.cancel()
+        return process.actor.name
 
     async def _lose_ledger(self, rng: random.Random) -> str | None:
         seconds = rng.uniform(*LOST_S)
@@ -338,5 +316,5 @@ class Sky:
         self._world.watch.forget_counts()
 
 
-def _one(rng: random.Random, choices: Sequence[T]) -> T | None:
+def _choose(rng: random.Random, choices: Sequence[T]) -> T | None:
     return rng.choice(choices) if choices else None

@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from batchlab.core.model import JobId, JobState
+from batchlab.core.model import JobState
 from batchlab.core.pricing.usage import Accounting
 from batchlab.sim import invariants
+from batchlab.sim.actors import Violated
 from batchlab.sim.event_loop import SimLoop, TimeLimit
 from batchlab.sim.faults import DAMAGES, Fault, FaultKind, Faults, Weather
 from batchlab.sim.plans import LIMIT_S, Focus, Plan, draw, focus_of, focused, with_bystanders
 from batchlab.sim.plans import WEATHERS as FOCUSED
-from batchlab.sim.random_faults import Sky
-from batchlab.sim.tasks import Fates
-from batchlab.sim.users import Keeper, User
+from batchlab.sim.random_faults import WorldFaults
+from batchlab.sim.tasks import TaskPlans
+from batchlab.sim.users import ScheduleUser, User
 from batchlab.sim.world import World
 
 _USERS = Weather(cancelled=0.08, paused=0.12, resumed=0.1, retried=0.1, resubmitted=0.03)
@@ -81,22 +82,24 @@ ACCOUNTS = replace(ALL, accounts=True)
 
 BUDGET = dict.fromkeys(FaultKind, 12) | dict.fromkeys((FaultKind.CORRUPTED, *DAMAGES), 3)
 BUDGET[FaultKind.FROZEN] = 2
-"""Number of faults per kind after which the weather is fair, so that a world comes to rest."""
+"""Maximum number of faults of each kind, so that a world comes to rest."""
 
 SQL_EVERY = 4
-"""Worlds whose seed is divisible by this number use the product's SQL ledger, the others SimLedger.
-Both give the same answers (a test compares them), and SQL takes a third of a world's time."""
+"""Worlds whose seed is divisible by this number use the product's SQL ledger. All other worlds use SimLedger.
+
+Both give the same answers (a test compares them), and SQL takes a third of a world's time.
+"""
 NOTIFY_EVERY = 7
-"""One of this many worlds notifies each end of a job."""
-STEPS = 5_000_000
-LOOK_S = 15.0
-LOOKS, LOOKS_AT_LIARS = 600, 4_000
-"""Seconds in which a fleet scales in after the work, in a world with short tasks."""
+"""One of this many worlds notifies a target of each end of a job."""
+MAX_STEPS = 5_000_000
+CHECK_S = 15.0
+MAX_WAITS, MAX_WAITS_WITH_LIARS = 600, 4_000
+"""Maximum number of checks whether the fleet has scaled in after the work."""
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Result of a trial. `digest` is of its event log, and empty without one."""
+    """Result of a trial. `digest` is the digest of its event log, or "" if the trial has no log."""
 
     seed: int
     digest: str
@@ -114,15 +117,13 @@ def calm(seed: int, *, answers: bool = True) -> Faults:
 
 
 def faults_for(seed: int, weather: Weather = ALL) -> Faults:
-    """Return the faults that `run` injects into the world of `seed`, so that the caller can read
-    them."""
+    """Return the faults that `run` injects into the world of `seed`."""
     return Faults(_fault_rng(seed), weather_of(seed, weather), budget=BUDGET)
 
 
 def _focus_of(seed: int, weather: Weather, plan: Plan) -> Focus | None:
-    """Return the focus of the world of `seed`. Only the usual weather has one."""
-    is_usual = weather == ALL
-    return focus_of(seed) if is_usual and plan.limit_s == LIMIT_S else None
+    """Return the focus of the world of `seed`. Only worlds with all faults have a focus."""
+    return focus_of(seed) if weather == ALL and plan.limit_s == LIMIT_S else None
 
 
 def plan_of(seed: int, weather: Weather = ALL) -> Plan:
@@ -161,84 +162,65 @@ def run(
     log: list[str] | None = None,
     sql: bool | None = None,
 ) -> Report:
-    """Run the world of `seed`. Raises Violated or another SimulationError if a promise is broken.
+    """Run the world of `seed`. Raise Violated or another SimulationError if a promise is broken.
 
-    `faults` replaces the faults of the seed and `weather`; see `faults_for` and `replayed`. The
-    lines of the event log go to `log`, so that they exist also after a failure. `sql` is the
-    World's. Without it, SQL_EVERY decides.
+    `faults` replaces the faults of the seed and `weather`; see `faults_for` and `replayed`. The lines of the event log
+    are appended to `log`, so that the lines exist also after a failure. `sql` selects the ledger of the World. Without
+    `sql`, SQL_EVERY decides.
     """
-    chosen, plan = faults or faults_for(seed, weather), plan_of(seed, weather)
-    chosen.slow_looks_s = plan.slow_looks_s
-    sql = seed % SQL_EVERY == 0 if sql is None else sql
-    loop = SimLoop(inline_executor=True)
+    faults, plan = faults or faults_for(seed, weather), plan_of(seed, weather)
+    faults.slow_looks_s = plan.slow_looks_s
     # A world of many hours has tasks that are longer than any schedule's period.
     timed = weather.timed and plan.limit_s == LIMIT_S
-    vulnerable = {job.id for job in draw(seed).jobs} if weather.storage else set()
-    main = _main(
-        seed,
-        plan,
-        chosen,
-        logged=logged,
-        log=log,
-        sql=sql,
-        timed=timed,
-        vulnerable=vulnerable,
-        accounts=weather.accounts,
-    )
+
+    def make_world() -> World:
+        world = World(
+            seed,
+            plan.pools,
+            faults=faults,
+            script=TaskPlans(seed, plan.run_s),
+            manager_settings=plan.manager,
+            worker_settings=plan.worker,
+            skew_s=plan.skew_s,
+            logged=logged or log is not None,
+            sql=seed % SQL_EVERY == 0 if sql is None else sql,
+            schedules=timed,
+            accounting=Accounting() if weather.accounts else None,
+            notifies=seed % NOTIFY_EVERY == 3,
+        )
+        if world.log is not None and log is not None:
+            world.log.lines = log
+        if weather.storage:
+            world.damage.vulnerable |= {job.id for job in draw(seed).jobs}
+            world.watch.flushed = world.damage.save_ledger
+        return world
+
     try:
-        return loop.run(main, limit_s=plan.limit_s, limit_steps=STEPS)
+        main = _main(make_world, plan, faults, timed=timed)
+        return SimLoop(inline_executor=True).run(main, limit_s=plan.limit_s, limit_steps=MAX_STEPS)
     except TimeLimit as error:
-        raise invariants.Violated(f"I7 is violated: something never ends. {error}") from error
+        raise Violated(f"I7 is violated: something never ends. {error}") from error
 
 
-async def _main(
-    seed: int,
-    plan: Plan,
-    faults: Faults,
-    *,
-    logged: bool,
-    log: list[str] | None,
-    sql: bool,
-    timed: bool,
-    vulnerable: set[JobId],
-    accounts: bool,
-) -> Report:
-    world = World(
-        seed,
-        plan.pools,
-        faults=faults,
-        script=Fates(seed, plan.run_s),
-        manager_settings=plan.manager,
-        worker_settings=plan.worker,
-        skew_s=plan.skew_s,
-        logged=logged or log is not None,
-        sql=sql,
-        schedules=timed,
-        accounting=Accounting() if accounts else None,
-        notifies=seed % NOTIFY_EVERY == 3,
-    )
-    if world.log is not None and log is not None:
-        world.log.lines = log
-    world.damage.vulnerable |= vulnerable
-    if vulnerable:
-        world.watch.flushed = world.damage.save_ledger
+async def _main(make_world: Callable[[], World], plan: Plan, faults: Faults, *, timed: bool) -> Report:
+    world = make_world()
     world.watch.start_times.is_exact = not plan.skew_s
     supervisor = asyncio.create_task(world.supervise(), name="supervisor")
     watcher = asyncio.create_task(_watch_ledger(world, plan), name="watcher")
-    sky = Sky(world, faults, plan.pace)
+    world_faults = WorldFaults(world, faults, plan.pace)
     is_choosy = plan.focus in (Focus.WORDS, Focus.RIVALS)
     users = [User(world, job, faults, plan.pace, is_choosy).use() for job in plan.jobs]
     if timed:
-        users.append(Keeper(world, plan, faults).use())
-    await asyncio.gather(sky.change(), *users)
+        users.append(ScheduleUser(world, plan, faults).use())
+    await asyncio.gather(world_faults.inject(), *users)
     watcher.cancel()
-    await _rest(world, max(plan.run_s))
+    await _wait_for_rest(world, max(plan.run_s))
     await invariants.check_trial(world, plan)
     supervisor.cancel()
     records = [record for job in plan.jobs if (record := await world.find(job.id))]
     await world.ledger.close()
     return Report(
-        seed,
+        world.seed,
         world.log.digest() if world.log else "",
         world.clock.monotonic_s(),
         tuple(r.state for r in records),
@@ -251,25 +233,25 @@ async def _main(
 
 async def _watch_ledger(world: World, plan: Plan) -> None:
     while True:
-        await asyncio.sleep(LOOK_S * plan.pace)
+        await asyncio.sleep(CHECK_S * plan.pace)
         if plan.limit_s == LIMIT_S:
-            world.watch.look_for_the_silent(world.living_leads())
-        for post in world.posts:
-            world.watch.trust.check_registry(post.manager.registry)
+            processes = world.manager_processes
+            world.watch.check_silences([process.actor for process in processes if process.manager.is_leader.is_set()])
+        for process in world.manager_processes:
+            world.watch.trust.check_registry(process.manager.registry)
         for job in plan.jobs:
             record = None if world.rebuilding else await world.find(job.id)
             if record is not None:
                 world.watch.counted(job.id, record.round, (await world.rows(job.id)).stages)
 
 
-async def _rest(world: World, longest_s: float) -> None:
-    """Wait until the fleet has scaled in and all queues exist. If that does not happen, the checks
-    report why.
+async def _wait_for_rest(world: World, longest_s: float) -> None:
+    """Wait until the fleet has scaled in and all queues exist. If the wait was too short, the checks report why.
 
-    A copy of a bundle committed long before may still run, and another one wait for a slot. A lying
+    A copy of a bundle that was committed long before may still run, and another copy may wait for a slot. A lying
     worker keeps its instance until its manager lacks evidence of its work.
     """
-    for _ in range(LOOKS_AT_LIARS if world.watch.trust.lies else LOOKS):
+    for _ in range(MAX_WAITS_WITH_LIARS if world.watch.trust.lies else MAX_WAITS):
         manager = world.manager
         if manager and manager.is_leader.is_set() and not manager.lives:
             groups = await world.groups()

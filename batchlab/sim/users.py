@@ -1,8 +1,7 @@
-"""Users of a world: one submits a job and makes random requests, one adds a schedule and checks its
-runs.
+"""Users of a world, who submit jobs and make random requests, or who add a schedule and check its runs.
 
-Invariant: each user of a job at last makes its end possible, and waits for it. The requests are a
-function of the seed alone.
+Invariant: each user of a job makes the job's end possible in the end, and waits for it. The requests are a function of
+the seed alone.
 """
 
 from __future__ import annotations
@@ -27,36 +26,34 @@ from batchlab.manager.manager import Manager
 from batchlab.manager.retry_rounds import failed_tasks
 from batchlab.manager.schedule_commands import ScheduleCommands
 from batchlab.manager.stage_plans import PartWriter
-from batchlab.sim.actors import SimulationError
+from batchlab.sim.actors import SimulationError, check
 from batchlab.sim.faults import USER, FaultKind, Faults
 from batchlab.sim.plans import Plan
-from batchlab.sim.runtime_checks import Violated
 from batchlab.sim.world import World
 
-THOUGHTS = 8
+MAX_REQUESTS = 8
 """Number of times that a user considers a request."""
 
 PAUSES_S = (0.0, 0.1, 1.0, 5.0, 20.0)
 """Approximate pauses in seconds between these times."""
 
-LOOK_S = 4.0
+POLL_S = 4.0
 """Longest time in seconds between a waiting user's reads of the job. Reads are the largest cost."""
 
 
 PATIENCE_S = 300.0
 """Seconds that a user waits for a job that a lying worker has touched."""
 
-ROUNDS = 3
+MAX_RETRIES = 3
 """Number of retries that a choosy user requests at the end."""
 
-FEW = 20
+MAX_INLINE_ITEMS = 20
 """Largest number of items that a client sends within the submission."""
 
 
 def few_items(job: JobDef) -> list[Json] | None:
-    """Return the items of a job that are sent within the submission, or None if they are written
-    before it."""
-    return list(range(job.items)) if job.items is not None and job.items <= FEW else None
+    """Return the items that are part of a job's submission, or None if they are written before it."""
+    return list(range(job.items)) if job.items is not None and job.items <= MAX_INLINE_ITEMS else None
 
 
 async def bring_items(world: World, job: JobDef) -> None:
@@ -70,8 +67,11 @@ async def bring_items(world: World, job: JobDef) -> None:
 
 
 class User:
-    """The user of one job. `pace` stretches the pauses between requests. A `choosy` user retries
-    only some of the failed tasks, or asks for two retries at once."""
+    """The user of one job.
+
+    `pace` stretches the pauses between requests. A choosy user retries only some of the failed tasks, or requests two
+    retries at once.
+    """
 
     def __init__(self, world: World, job: JobDef, faults: Faults, pace: float, is_choosy: bool = False) -> None:
         self._world = world
@@ -96,18 +96,19 @@ class User:
         if few_items(self._job) is None:
             await bring_items(self._world, self._job)
         await self._submit()
-        for _ in range(THOUGHTS):
-            await self._think()
+        for _ in range(MAX_REQUESTS):
+            await self._make_request()
         for request in self._requests:
             await request
-        state = await self._see_to_the_end()
-        retries = ROUNDS if self._choices else int(rng.random() < 0.5)
+        state = await self._wait_for_end()
+        retries = MAX_RETRIES if self._choices else int(rng.random() < 0.5)
         while retries and state is not JobState.SUCCEEDED:
             retries -= 1
             await self._retry()
-            state = await self._see_to_the_end()
+            state = await self._wait_for_end()
 
-    async def _think(self) -> None:
+    async def _make_request(self) -> None:
+        """Make a random request, or none."""
         point = self._faults.next(self._name)
         rng = random.Random(point.pick)  # noqa: S311 - simulation
         await asyncio.sleep(rng.choice(PAUSES_S) * rng.uniform(0.5, 1.5) * self._pace)
@@ -121,9 +122,8 @@ class User:
         if rng.random() < 0.7:
             await request
 
-    async def _see_to_the_end(self) -> JobState | None:
-        """Wait for the end of the job. Returns None if the ledger cannot have it, because the store
-        has damaged it."""
+    async def _wait_for_end(self) -> JobState | None:
+        """Wait for the end of the job. Return None if the store has damaged the job, so the ledger lacks it."""
         waited_s = 0.0
         while True:
             record = await self._world.find(self._job.id)
@@ -131,41 +131,43 @@ class User:
                 return record.state
             if self._job.id in self._world.watch.trust.touched:
                 # A lying worker may delay a job whose messages it had, until its user cancels it.
-                waited_s += max(LOOK_S, self._pace / 10)
+                waited_s += max(POLL_S, self._pace / 10)
                 if waited_s > PATIENCE_S * self._pace:
                     is_damaged = self._job.id in self._world.damage.jobs
                     if record is None and is_damaged:
                         return None
-                    if not is_damaged or self._is_explained():
+                    if not is_damaged or self._has_trouble():
                         waited_s = 0.0
                         await self._cancel()
             if record is not None and record.control is Control.PAUSE:
                 await self._ask("resume")
-            await asyncio.sleep(max(LOOK_S, self._pace / 10))
+            await asyncio.sleep(max(POLL_S, self._pace / 10))
 
-    def _is_explained(self) -> bool:
-        """Return whether `job why` reports a problem of the job. A job that hangs without a cause
-        breaks I7, so its user does not help it."""
+    def _has_trouble(self) -> bool:
+        """Return whether `job why` reports a problem of the job.
+
+        A job that hangs without a cause breaks I7, so its user does not cancel it.
+        """
         manager = self._world.manager
         live = manager.lives.get(self._job.id) if manager else None
         return bool(manager and (manager.quarantine.unreadable(self._job.id) or (live and live.trouble)))
 
     def _submit(self) -> asyncio.Task[object]:
         job, items = self._job, few_items(self._job)
-        return self._start(lambda m: m.job_commands.submit(job, items), "submit", lambda _: None)
+        return self._start(lambda m: m.job_commands.submit(job, items), "submit")
 
     def _ask(self, verb: str) -> asyncio.Task[object]:
         job = self._job.id
-        return self._start(lambda m: getattr(m.job_commands, verb)(job), verb, lambda _: None)
+        return self._start(lambda m: getattr(m.job_commands, verb)(job), verb)
 
     def _cancel(self) -> asyncio.Task[object]:
-        job, acknowledged = self._job.id, self._world.watch.controls.cancel_asked(self._job.id)
+        job, acknowledge = self._job.id, self._world.watch.controls.cancel_requested(self._job.id)
 
-        def told(answer: object) -> None:
+        def on_answer(answer: object) -> None:
             if not isinstance(answer, Refused):
-                acknowledged()
+                acknowledge()
 
-        return self._start(lambda m: m.job_commands.cancel(job), "cancel", told)
+        return self._start(lambda m: m.job_commands.cancel(job), "cancel", on_answer)
 
     def _retry(self) -> asyncio.Task[object]:
         if self._choices and self._choices.random() < 0.7:
@@ -174,7 +176,7 @@ class User:
 
     def _ask_to_retry(self) -> asyncio.Task[object]:
         job, controls = self._job.id, self._world.watch.controls
-        answered = controls.retry_asked(job)
+        acknowledge = controls.retry_requested(job)
         seed = self._choices.random() if self._choices and self._choices.random() < 0.7 else None
 
         async def retry(manager: Manager) -> object:
@@ -182,10 +184,10 @@ class User:
             controls.chosen(job, chosen)
             return await manager.job_commands.retry(job, chosen)
 
-        return self._start(retry, "retry", lambda _: answered())
+        return self._start(retry, "retry", lambda _: acknowledge())
 
     async def _choice(self, manager: Manager, seed: float) -> dict[StageName, TaskSet] | None:
-        """Return some of the failed tasks. None, for all of them, if no task failed."""
+        """Return some of the failed tasks, or None if no task was chosen."""
         rng = random.Random(seed)  # noqa: S311 - simulation
         failed = await failed_tasks(manager.ports, await manager.ports.ledger.job(self._job.id))
         chosen = {
@@ -194,9 +196,9 @@ class User:
         return {stage: tasks for stage, tasks in chosen.items() if tasks} or None
 
     def _start(
-        self, call: Callable[[Manager], object], verb: str, told: Callable[[object], None]
+        self, call: Callable[[Manager], object], verb: str, on_answer: Callable[[object], None] = lambda _: None
     ) -> asyncio.Task[object]:
-        async def asked(manager: Manager) -> object:
+        async def request(manager: Manager) -> object:
             try:
                 answer = call(manager)
                 return await answer if isawaitable(answer) else answer
@@ -210,8 +212,8 @@ class User:
                 return Refused(str(error))  # A lie may have changed the counts of the job.
 
         async def ask() -> object:
-            answer = await self._world.ask(asked, f"{verb} {self._job.id}")
-            told(answer)
+            answer = await self._world.ask(request, f"{verb} {self._job.id}")
+            on_answer(answer)
             return answer
 
         return asyncio.create_task(ask(), name=f"{self._name} asks to {verb}")
@@ -224,8 +226,8 @@ LATER_S = 10 * 366 * 86_400.0
 PROMISE = "Once for each due time"
 
 
-class Keeper:
-    """The user of one schedule of one job, in one world."""
+class ScheduleUser:
+    """The user of one schedule of one job."""
 
     def __init__(self, world: World, plan: Plan, faults: Faults) -> None:
         self._world = world
@@ -255,66 +257,63 @@ class Keeper:
         """Add the schedule, wait for a while, and wait until its last run has ended."""
         lines = "".join(f"{item}\n" for item in range(self._items))
         await self._world.objects.put(INPUT, lines.encode())
-        first = await self._keep(self._definition, replacing=False)
+        first = await self._add(self._definition, replacing=False)
         await asyncio.sleep(self._lasts_s)
         # The next run is not due for a long time, so runs that wait can still start.
         at_s = self._world.clock.now_s() + LATER_S
-        last = await self._keep(replace(self._definition, when=When(at_s=at_s)), replacing=True)
+        last = await self._add(replace(self._definition, when=When(at_s=at_s)), replacing=True)
         while True:
-            # While it is being rebuilt, the ledger has none of the jobs.
-            if not (await self._shown()).unfinished and not self._world.rebuilding:
+            # During a rebuild, the ledger has none of the jobs.
+            if not (await self._read()).unfinished and not self._world.rebuilding:
                 break
             await asyncio.sleep(SCHEDULE_POLL_S)
         await self._check(first, last.through_s)
 
-    async def _keep(self, definition: Definition, *, replacing: bool) -> Schedule:
+    async def _add(self, definition: Definition, *, replacing: bool) -> Schedule:
         async def ask(schedules: ScheduleCommands) -> Schedule:
             return (await schedules.add(definition, self._job, replacing=replacing))[0]
 
         return await self._ask(ask)
 
-    async def _shown(self) -> Schedule:
+    async def _read(self) -> Schedule:
         return await self._ask(lambda schedules: schedules.get(NAME))
 
     async def _ask(self, call: Any) -> Schedule:
-        def of(manager: Manager) -> Coroutine[Any, Any, Schedule]:
+        def request(manager: Manager) -> Coroutine[Any, Any, Schedule]:
             assert manager.scheduler
             answer: Coroutine[Any, Any, Schedule] = call(manager.scheduler)
             return answer
 
-        found = await self._world.ask(of, "the schedule's user")
-        if isinstance(found, Refused):
-            raise SimulationError(f"a schedule is refused: {found}")
-        assert isinstance(found, Schedule)
-        return found
+        schedule = await self._world.ask(request, "the schedule's user")
+        if isinstance(schedule, Refused):
+            raise SimulationError(f"a schedule is refused: {schedule}")
+        assert isinstance(schedule, Schedule)
+        return schedule
 
     async def _check(self, first: Schedule, until_s: float) -> None:
-        """Check that each job belongs to a due time, that each due time has one job, and that the
-        history agrees."""
-        schedule = await self._shown()
-        job_records = await self._world.ledger.jobs(limit=10_000)
-        records = [job_record for job_record in job_records if job_record.job.token.startswith("schedule/")]
+        """Check that each job belongs to a due time, that each due time has one job, and that the history agrees."""
+        schedule = await self._read()
+        records = await self._world.ledger.jobs(limit=10_000)
+        by_job = {record.job.id: record for record in records if record.job.token.startswith("schedule/")}
         period_s = self._period_min * 60.0
-        known = {job_record.job.id: job_record for job_record in records}
         for run in schedule.runs:
             if run.job and run.state is RunState.ENDED:
-                record = known.get(run.job)
-                _require(record is not None, f"the job of {run} is not there")
+                record = by_job.get(run.job)
+                check(record is not None, PROMISE, f"the job of {run} is not there")
                 assert record
-                _require(record.state.value == run.result, f"{run} ended {record.state}")
-        for record in records:
-            due_s = _due_s(record.job.token)
-            _require(not due_s % period_s, f"{record.job.id} was due at {due_s:.0f}")
+                check(record.state.value == run.result, PROMISE, f"{run} ended {record.state}")
+        for record in by_job.values():
+            due_s = datetime.fromisoformat(record.job.token.rsplit("/", 1)[-1]).timestamp()
+            check(not due_s % period_s, PROMISE, f"{record.job.id} was due at {due_s:.0f}")
         if self._must_be_whole(first, until_s, period_s):
             due_s = first.added_s - first.added_s % period_s + period_s
             while due_s <= until_s:
                 job = object_keys.job_id(NAME, token_of(schedule, due_s))
-                _require(job in known, f"nothing has run at {due_s:.0f}")
+                check(job in by_job, PROMISE, f"nothing has run at {due_s:.0f}")
                 due_s += period_s
 
     def _must_be_whole(self, first: Schedule, until_s: float, period_s: float) -> bool:
-        """Return whether each due time must have run, because no policy, limit, or clock prevents
-        it."""
+        """Return whether no policy, limit, or clock prevents a run at each due time."""
         definition = self._definition
         return (
             definition.missed is Missed.RUN_ALL
@@ -322,12 +321,3 @@ class Keeper:
             and not self._faults.counts.get(FaultKind.CLOCK_JUMPED, 0)
             and until_s - first.added_s <= MAX_MISSED * period_s
         )
-
-
-def _due_s(token: str) -> float:
-    return datetime.fromisoformat(token.rsplit("/", 1)[-1]).timestamp()
-
-
-def _require(holds: bool, text: str) -> None:
-    if not holds:
-        raise Violated(f"{PROMISE} is violated: {text}")

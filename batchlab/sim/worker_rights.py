@@ -1,11 +1,10 @@
-"""The rights of a worker's role on AWS, enforced at the ports of simulated workers, and the record
-for promise I8: a lying worker harms only jobs whose messages it had.
+"""The rights of a worker's role on AWS, enforced at the ports of simulated workers, and the record of their lies.
 
-Invariant: a call outside these rights has no effect. `tests/sim/test_worker_rights.py` compares the
-key patterns and queue actions with the stack template.
+Invariant: a call outside these rights has no effect. `tests/sim/test_worker_rights.py` compares the key patterns and
+queue actions with the stack template.
 
-A job is touched once a lying worker has received one of its messages, before or after it began to
-lie. The promises of a touched job are not checked. Those of every other job are.
+Promise I8: a lying worker harms only touched jobs. A job is touched once a lying worker has received a message of the
+job, before or after the worker began to lie. The promises to a touched job are not checked.
 """
 
 from __future__ import annotations
@@ -42,60 +41,38 @@ CONDITIONAL = ("files/*", "logs/*.log", "jobs/*/*/outcomes/*", "jobs/*/*/starts/
 """Keys that the bucket's policy protects from overwriting."""
 
 
-def _matcher(patterns: Sequence[str]) -> Callable[[str], object]:
-    # In IAM a `*` stands for any characters, slashes included.
-    texts = [".*".join(map(re.escape, pattern.split("*"))) for pattern in patterns]
-    return re.compile("|".join(texts), re.DOTALL).fullmatch
+_may_read, _may_write, _is_conditional = (
+    # In IAM a `*` matches any characters, including slashes.
+    re.compile("|".join(re.escape(pattern).replace(r"\*", ".*") for pattern in patterns), re.DOTALL).fullmatch
+    for patterns in (READS, WRITES, CONDITIONAL)
+)
 
 
-_may_read, _may_write, _is_conditional = map(_matcher, (READS, WRITES, CONDITIONAL))
-
-
-def _reads(key: str, _pool: str, _conditional: bool) -> bool:
-    return bool(_may_read(key))
-
-
-def _puts(key: str, _pool: str, conditional: bool) -> bool:
-    return bool(_may_write(key)) and (conditional or not _is_conditional(key))
-
-
-def _takes(queue: str, pool: str, _conditional: bool) -> bool:
-    return queue == object_keys.tasks_queue(pool)
-
-
-def _sends(queue: str, _pool: str, _conditional: bool) -> bool:
-    return queue == object_keys.EVENTS or (queue.startswith("tasks-") and not queue.endswith("-dead"))
-
-
-def _anything(_name: str, _pool: str, _conditional: bool) -> bool:
-    return True
-
-
-_ALLOWED: dict[str, Callable[[str, str, bool], bool]] = {
-    "objects.get": _reads,
-    "objects.get_range": _reads,
-    "objects.get_if_changed": _reads,
-    "objects.head": _reads,
-    "objects.download": _reads,
-    "objects.list": _anything,
-    "objects.put": _puts,
-    "objects.upload": _puts,
-    "queue.receive": _takes,
-    "queue.delete": _takes,
-    "queue.change_visibility": _takes,
-    "queue.send": _sends,
-}
+def _is_allowed(label: str, name: str, pool: str, *, conditional: bool) -> bool:
+    """Return whether the role of a worker in `pool` allows a call. `name` is the key or queue."""
+    match label:
+        case "objects.list":
+            return True
+        case "objects.put" | "objects.upload":
+            return bool(_may_write(name)) and (conditional or not _is_conditional(name))
+        case "objects.get" | "objects.get_range" | "objects.get_if_changed" | "objects.head" | "objects.download":
+            return bool(_may_read(name))
+        case "queue.receive" | "queue.delete" | "queue.change_visibility":
+            return name == object_keys.tasks_queue(pool)
+        case "queue.send":
+            return name == object_keys.EVENTS or (name.startswith("tasks-") and not name.endswith("-dead"))
+    return False
 
 
 class AccessDenied(BackendError):
-    """AWS refuses a call that the role does not allow."""
+    """AWS refused a call that the role does not allow."""
 
 
 class Rights:
     """The rights of one simulated worker of a pool.
 
-    `denied` is called with each refused call. `deaf` refuses receives: a lying worker may stop its
-    honest part from receiving.
+    `denied` is called with each refused call. With `deaf`, receives are refused: a lying worker may stop its honest
+    part from receiving.
     """
 
     def __init__(self, denied: Callable[[str], None], pool: str) -> None:
@@ -107,41 +84,40 @@ class Rights:
         """Raise AccessDenied if the role does not allow the call."""
         if self.deaf and label == "queue.receive":
             raise AccessDenied("This worker no longer receives messages.")
-        allowed = _ALLOWED.get(label)
-        if allowed is not None and allowed(args[0], self._pool, conditional):
+        if _is_allowed(label, args[0] if args else "", self._pool, conditional=conditional):
             return
         call = f"{label}({', '.join(map(repr, args[:1]))})"
         self._denied(call)
         raise AccessDenied(f"A worker's role does not allow {call}.")
 
 
-REMEMBERED = 24
-"""Message bodies that a worker remembers, for the case that it begins to lie."""
+MAX_BODIES = 24
+"""Number of message bodies that are stored for each worker, for the case that the worker begins to lie."""
 
 
 @dataclass(slots=True)
 class Trust:
     """The workers that lie, and the effects that their lies may have."""
 
-    require: Callable[[bool, str, str], None]
+    check: Callable[[bool, str, str], None]
     touched: set[str] = field(default_factory=set)
-    heard: set[str] = field(default_factory=set)
-    """Instances that a manager has heard. Before, no other worker can know their ids."""
+    known_instances: set[str] = field(default_factory=set)
+    """Instances whose heartbeat a manager has received. Before that, no other worker can know their ids."""
     baits: set[str] = field(default_factory=set)
-    """Keys that exist only because a lie names them. No job owns one."""
+    """Keys of objects that belong to no job and exist only because a lie names them."""
     forged: set[str] = field(default_factory=set)
     """Keys of untouched jobs that a lying worker has written."""
-    lied: set[str] = field(default_factory=set)
+    lies_sent: set[str] = field(default_factory=set)
     """Bodies of messages that lying workers have sent."""
     denied: int = 0
-    """Calls of lying workers that their role does not allow."""
+    """Number of calls of lying workers that their role does not allow."""
     _liars: set[Actor] = field(default_factory=set)
     _jobs: dict[Actor, set[str]] = field(default_factory=dict)
     _bodies: dict[Actor, deque[tuple[str, str]]] = field(default_factory=dict)
     _keys: dict[str, CommitKey] = field(default_factory=dict)
-    """Commit keys of jobs, as managers have sent them."""
+    """Commit keys of jobs, from messages of managers."""
     _beats: dict[str, tuple[Actor, dict[tuple[str, int], Any]]] = field(default_factory=dict)
-    """By instance: its worker's process, and the bundles held according to each heartbeat."""
+    """The process of each instance's worker, and the bundles held according to each heartbeat."""
 
     @property
     def lies(self) -> bool:
@@ -152,93 +128,87 @@ class Trust:
         return actor in self._liars
 
     def begins_to_lie(self, actor: Actor) -> None:
-        """From now on its calls are lies, and each job whose messages it had is touched."""
+        """Record that further calls of the worker are lies. Each job whose messages the worker had is touched."""
         self._liars.add(actor)
         self.touched |= self._jobs.get(actor, set())
 
     def bodies(self, actor: Actor) -> Sequence[tuple[str, str]]:
-        """The (queue, body) pairs of the last messages that the process received or sent."""
+        """Return the (queue, body) pairs of the last messages that the process received or sent."""
         return self._bodies.get(actor, ())
 
     def deny(self, actor: Actor, call: str) -> None:
-        """A worker has made a call outside its role. Only a lying worker may try that."""
+        """Record a call that the worker's role does not allow. Only a lying worker may try such a call."""
         if actor in self._liars:
             self.denied += 1
             return
-        self.require(False, "role", f"{actor.name} calls {call}, which its role does not allow")
+        self.check(False, "role", f"{actor.name} calls {call}, which its role does not allow")
 
     # --- Port calls ------------------------------------------------------------------------------
 
     def received(self, actor: Actor, queue: str, job: str, body: str) -> None:
-        """A worker has received a message of the job."""
+        """Record that a worker has received a message of the job."""
         self._jobs.setdefault(actor, set()).add(job)
         self._remember(actor, queue, body)
         if actor in self._liars:
             self.touched.add(job)
 
     def sent(self, actor: Actor, queue: str, body: str, doc: Mapping[str, Any]) -> None:
-        """A worker has sent a message. `doc` is its JSON."""
+        """Record that a worker has sent a message. `doc` is its JSON."""
         self._remember(actor, queue, body)
         if actor in self._liars:
-            self.lied.add(body)
+            self.lies_sent.add(body)
         elif actor.name.startswith("manager") and "ck" in doc:
             self._keys[doc["b"]["j"]] = CommitKey(doc["ck"])
         elif queue == object_keys.EVENTS:
             for beat in doc.get("h", ()):
-                _, said = self._beats.setdefault(beat["instance"], (actor, {}))
-                said[beat["worker"], beat["number"]] = (beat["gone"], beat["held"])
+                _, sent = self._beats.setdefault(beat["instance"], (actor, {}))
+                sent[beat["worker"], beat["number"]] = (beat["gone"], beat["held"])
 
     def _remember(self, actor: Actor, queue: str, body: str) -> None:
-        bodies = self._bodies.get(actor)
-        if bodies is None:
-            bodies = self._bodies[actor] = deque(maxlen=REMEMBERED)
-        bodies.append((queue, body))
+        self._bodies.setdefault(actor, deque(maxlen=MAX_BODIES)).append((queue, body))
 
     def commits(self, key: str, job: str) -> bool:
-        """A manager or an honest worker has written an outcome. Its key has the seal of its job,
-        whatever commit key came with a message. Return whether it has."""
+        """Check and return whether the key of a new outcome has the seal of its job.
+
+        A manager or an honest worker has written the outcome. It may have received a wrong commit key.
+        """
         commit_key = self._keys.get(job)
-        right = object_keys.outcome_key(key) is not None
-        right = right and (commit_key is None or object_keys.is_genuine(key, commit_key))
-        self.require(right, "I8", f"{key} is written, which has not the seal of {job}")
-        return right
+        is_sealed = object_keys.outcome_key(key) is not None
+        is_sealed = is_sealed and (commit_key is None or object_keys.is_genuine(key, commit_key))
+        self.check(is_sealed, "I8", f"{key} is written, which has not the seal of {job}")
+        return is_sealed
 
     def reads(self, actor: Actor, key: str, size: int) -> None:
-        """A manager or an honest worker has read so many bytes of an object."""
-        self.require(
-            size <= OUTCOME_WEIGHT or actor in self._liars,
-            "I8",
-            f"{actor.name} reads {key} whole, which has {size} bytes",
-        )
-        self.require(
-            key not in self.baits or actor in self._liars, "I8", f"{actor.name} reads {key}, which only a lie names"
-        )
+        """Check that an honest process reads `size` bytes of an object."""
+        if actor in self._liars:
+            return
+        self.check(size <= OUTCOME_WEIGHT, "I8", f"{actor.name} reads {key} whole, which has {size} bytes")
+        self.check(key not in self.baits, "I8", f"{actor.name} reads {key}, which only a lie names")
 
-    # --- What a manager believes -----------------------------------------------------------------
+    # --- Registries of managers ------------------------------------------------------------------
 
     def check_registry(self, registry: WorkerRegistry) -> None:
-        """A manager may believe of an honest worker only the heartbeats that this worker sent, and
-        of a lying one only that it holds bundles of jobs that were touched."""
-        self.heard |= registry.workers.keys()
+        """Check what a manager has recorded about workers.
+
+        Of an honest worker, the manager may record only heartbeats that the worker sent. Of a lying worker, it may
+        record only held bundles of touched jobs.
+        """
+        self.known_instances |= registry.workers.keys()
         if not self._liars:
             return
-        for instance, (actor, said) in self._beats.items():
-            worker_status = registry.workers.get(instance)
+        for instance, (actor, sent) in self._beats.items():
+            status = registry.workers.get(instance)
             if actor in self._liars:
-                held = {one.job for one in worker_status.beat.held} if worker_status else set()
+                held = {held.job for held in status.beat.held} if status else set()
                 # Lying workers can pass commit keys on to each other.
                 others = sorted(held - self.touched)
-                told = f"a manager believes that {instance} holds bundles of {others}"
-                self.require(not others, "I8", told)
-                continue
-            if worker_status is not None:
-                sent = said.get((worker_status.beat.worker, worker_status.beat.number))
+                self.check(not others, "I8", f"a manager believes that {instance} holds bundles of {others}")
+            elif status is not None:
+                beat = sent.get((status.beat.worker, status.beat.number))
                 # A manager drops the bundles of jobs whose key the worker does not have.
-                self.require(
-                    sent is not None and len(worker_status.beat.held) <= len(sent[1]),
-                    "I8",
-                    f"{instance} never sent the heartbeat that a manager believes: {worker_status.beat}",
-                )
+                is_right = beat is not None and len(status.beat.held) <= len(beat[1])
+                facts = f"{instance} never sent the heartbeat that a manager believes: {status.beat}"
+                self.check(is_right, "I8", facts)
             elif registry.has_left(instance):
-                left = any(gone for gone, _ in said.values())
-                self.require(left, "I8", f"a manager believes that {instance} has left")
+                has_left = any(gone for gone, _ in sent.values())
+                self.check(has_left, "I8", f"a manager believes that {instance} has left")

@@ -1,8 +1,8 @@
-"""The whole grid in one process and in virtual time: the product's manager, fleet, and worker
-objects on in-memory services. Every port call may fail.
+"""The whole grid in one process and in virtual time, on in-memory services whose calls may fail.
 
-Invariant: a world is a function of its seed and its arguments. A second run gives the same event
-log byte for byte.
+The manager, fleet, and worker objects are the product's own.
+
+Invariant: a world is a function of its seed and its arguments. A second run gives the same event log byte for byte.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from batchlab.sim.event_loop import Crashed, SimLoop
 from batchlab.sim.faults import Faults
 from batchlab.sim.fleet import FleetState, SimFleet
 from batchlab.sim.lying_insider import Insider
-from batchlab.sim.lying_worker import Liar, Means
+from batchlab.sim.lying_worker import Liar, WorkerPorts
 from batchlab.sim.port_wrappers import wrap
 from batchlab.sim.runtime_checks import Start, Watch
 from batchlab.sim.storage_faults import Damage
@@ -47,7 +47,7 @@ from batchlab.worker.inflight_message import Identity, Runner, WorkerSettings
 from batchlab.worker.loop import Worker
 
 if TYPE_CHECKING:
-    from batchlab.sim.cached_ledger import FollowedLedger
+    from batchlab.sim.cached_ledger import CachedLedger
 
 EPOCH_S = 1_700_000_000.0
 RESTART_S = 3.0
@@ -64,8 +64,8 @@ RunnerFactory = Callable[["World", Callable[[], None], Objects], Runner]
 
 
 @dataclass(slots=True)
-class Post:
-    """A manager and its process."""
+class ManagerProcess:
+    """A manager, and the actor, clock, and asyncio task of its process."""
 
     manager: Manager
     actor: Actor
@@ -77,16 +77,16 @@ class Post:
 class World:
     """A grid to run on the current SimLoop.
 
-    `script` defines simulated tasks, and `make_runner` replaces them, for example by real handlers.
-    Each process's wall clock is off by up to `skew_s`. The services' clock is right.
+    `script` defines simulated tasks. `make_runner` replaces the runner of these tasks, for example by a runner of real
+    handlers. Each process's wall clock is off by up to `skew_s`. The clock of the services is right.
 
-    Without `watched`, the steps of the protocol are not checked. For a worker with thousands of
-    tasks, these checks cost as much as its own work. With `accounting`, the managers record the
-    usage of the grid. With `reports`, they also record the data of reports.
+    Without `watched`, the steps of the protocol are not checked. For a worker with thousands of tasks, these checks
+    cost as much as its own work. With `accounting`, the managers record the usage of the grid. With `reports`, the
+    managers also record the data of reports. With `schedules`, they run jobs when the jobs are due. With `notifies`,
+    they notify a target of each job's end.
 
-    The ledger is the product's SQL ledger on an in-memory SQLite database. Without `sql` it is
-    SimLedger, which gives the same answers in a tenth of the time. With `schedules`, the managers
-    run jobs when they are due. With `notifies`, they notify a target of each job's end.
+    The ledger is the product's SQL ledger on an in-memory SQLite database. Without `sql`, the ledger is SimLedger,
+    which gives the same answers in a tenth of the time.
     """
 
     seed: int
@@ -107,18 +107,17 @@ class World:
     log: EventLog | None = field(init=False)
     objects: SimObjects = field(init=False)
     queue: SimQueue = field(init=False)
-    ledger: FollowedLedger | SimLedger = field(init=False)
+    ledger: CachedLedger | SimLedger = field(init=False)
     clock: SimClock = field(init=False)
     launcher: SimLauncher = field(init=False)
     watch: Watch = field(init=False)
     damage: Damage = field(init=False)
-    posts: list[Post] = field(init=False, default_factory=list)
-    """Managers that run, oldest first."""
+    manager_processes: list[ManagerProcess] = field(init=False, default_factory=list)
+    """Running managers, oldest first."""
     workers: dict[str, SimWorker] = field(init=False, default_factory=dict)
     managers: int = field(init=False, default=0)
     rebuilding: int = field(init=False, default=0)
-    """Rebuilds of the ledger that are due or in progress. Until they end, the ledger may be
-    incomplete."""
+    """Number of rebuilds of the ledger that are due or in progress. Until their end, the ledger may be incomplete."""
     rebuilds: int = field(init=False, default=0)
     """Number of rebuilds of the ledger so far."""
     _state: FleetState = field(init=False, default_factory=FleetState)
@@ -130,21 +129,25 @@ class World:
         self.clock = SimClock(loop, EPOCH_S)
         self.objects = SimObjects()
         self.queue = SimQueue(self.clock, self.rng("queue"))
-        self.ledger = _sql_ledger() if self.sql else SimLedger()
+        if self.sql:
+            # Forecasts do not use SQL, and importing SQLAlchemy takes longer than many forecasts.
+            from batchlab.adapters.sql.ledger import open_memory_as
+            from batchlab.sim.cached_ledger import CachedLedger
+
+            self.ledger = open_memory_as(CachedLedger)
+        else:
+            self.ledger = SimLedger()
         self.launcher = SimLauncher(self._boot, self.rng("boot"))
-        visibility_s = self.worker_settings.visibility_s
-        lease_s = self.worker_settings.control_lease_s
-        lead_ttl_s, silence_s = self.manager_settings.lease_ttl_s, self.manager_settings.silence_s
         self.watch = Watch(
             clock=self.clock,
             queue=self.queue,
             fail=loop.fail,
             frozen=loop.is_frozen,
             thawed_s=loop.thawed_s,
-            visibility_s=visibility_s,
-            lease_s=lease_s,
-            lead_ttl_s=lead_ttl_s,
-            silence_s=silence_s,
+            visibility_s=self.worker_settings.visibility_s,
+            lease_s=self.worker_settings.control_lease_s,
+            lead_ttl_s=self.manager_settings.lease_ttl_s,
+            silence_s=self.manager_settings.silence_s,
         )
         self.damage = Damage(self.objects, self.ledger, self.watch.trust.touched, self.watch.damaged)
         self.watch.are_looks_slow = bool(self.faults and self.faults.slow_looks_s)
@@ -153,13 +156,12 @@ class World:
             self.queue.lapsed = self.watch.lapsed
 
     def rng(self, name: str) -> random.Random:
-        """Return an independent random source of the seed. A text seed is hashed the same way in
-        every process."""
+        """Return an independent random source of the seed, the same in every process."""
         return random.Random(f"{self.seed}/{name}")  # noqa: S311 - simulation
 
     @property
     def starts(self) -> list[tuple[float, JobId, str, int]]:
-        """(time, job, stage, task) of every task that began."""
+        """The (time, job, stage, task) of every task that began."""
         return [(start.at_s, start.job, start.stage, start.task) for start in self.watch.starts]
 
     def note(self, actor: str, event: str) -> None:
@@ -170,35 +172,27 @@ class World:
     # --- Actors ----------------------------------------------------------------------------------
 
     @property
-    def post(self) -> Post | None:
-        """Return the living manager that leads: the youngest if several believe so, or if none
-        does."""
-        living = [post for post in self.posts if post.actor.alive]
-        leading = [post for post in living if post.manager.is_leader.is_set()]
-        known = leading or living
-        return known[-1] if known else None
+    def leader(self) -> ManagerProcess | None:
+        """The youngest manager that considers itself the leader, or the youngest manager if none does."""
+        alive = [process for process in self.manager_processes if process.actor.alive]
+        leaders = [process for process in alive if process.manager.is_leader.is_set()] or alive
+        return leaders[-1] if leaders else None
 
     @property
     def manager(self) -> Manager | None:
-        return self.post.manager if self.post else None
-
-    def living_leads(self) -> list[Actor]:
-        """Return the managers that believe that they lead."""
-        return [post.actor for post in self.posts if post.manager.is_leader.is_set()]
+        return self.leader.manager if self.leader else None
 
     @property
     def last_owner(self) -> str:
-        """Return the owner name under which the last started manager holds the lease."""
+        """The owner name under which the last started manager holds the lease."""
         return f"manager-{self.managers}"
 
     def start_manager(self) -> asyncio.Task[None]:
-        """Start a manager: the first, the next, or another one next to the leader."""
+        """Start a manager, which may run in addition to other managers."""
         self.managers += 1
         owner = self.last_owner
-        actor = Actor(owner)
-        rng = self.rng(owner)
-        ids = SimIds(rng)
-        clock = self._clock_of(rng)
+        actor, rng = Actor(owner), self.rng(owner)
+        ids, clock = SimIds(rng), self._clock_of(rng)
         fleet = SimFleet(
             self._wrapped(self.launcher, "launcher", actor),
             clock,
@@ -229,36 +223,34 @@ class World:
         )
         fleet.registry = manager.registry
         task = actor.spawn(manager.run(), name=owner)
-        post = Post(manager, actor, clock, task)
-        self.posts.append(post)
-        task.add_done_callback(lambda _: self._ended(post))
+        process = ManagerProcess(manager, actor, clock, task)
+        self.manager_processes.append(process)
+        task.add_done_callback(lambda _: self._ended(process))
         return task
 
-    async def _notified(self, _target: Target, one: Notification) -> None:
+    async def _notified(self, _target: Target, notification: Notification) -> None:
         """Check that the fact of a received notification is already in the bucket."""
-        round_ = json.loads(one.body)["job"]["round"]
-        key = object_keys.final(JobId(one.job), round_)
-        object_info = await self.objects.head(key)
-        ending = json_format.ending_from_json(json_format.loads(await self.objects.get(key))) if object_info else None
-        self.watch.notified(one.job, one.moment, ending)
+        round_ = json.loads(notification.body)["job"]["round"]
+        key = object_keys.final(JobId(notification.job), round_)
+        is_stored = await self.objects.head(key)
+        ending = json_format.ending_from_json(json_format.loads(await self.objects.get(key))) if is_stored else None
+        self.watch.notified(notification.job, notification.moment, ending)
 
     def _replaced(self, instance: str, cause: str) -> None:
-        """Record that a manager has called an instance unhealthy."""
+        """Check that a manager may replace an instance."""
         worker = self.workers.get(instance)
         if worker is not None:
             self.watch.replaced(worker.actor, cause)
 
-    def _ended(self, post: Post) -> None:
-        """Remove a manager that was killed, stopped, or deposed. Its process and its open requests
-        end."""
-        self.posts.remove(post)
-        self._look_at_death(post.actor, post.task)
-        post.actor.kill()
+    def _ended(self, process: ManagerProcess) -> None:
+        """Remove a manager that was killed, stopped, or deposed. Its process and its open requests end."""
+        self.manager_processes.remove(process)
+        self._check_exit(process.actor, process.task)
+        process.actor.kill()
 
-    def _look_at_death(self, actor: Actor, life: asyncio.Task[None]) -> None:
-        """Check the end of a process: it may end because no service answers. Any other error is a
-        bug."""
-        error = None if life.cancelled() else life.exception()
+    def _check_exit(self, actor: Actor, main: asyncio.Task[None]) -> None:
+        """Check the end of a process, which may only end because of errors of services."""
+        error = None if main.cancelled() else main.exception()
         if error is not None and actor.alive and not _of_services(error):
             crash = Crashed(f"{actor.name} ended with an error of its own: {error!r}")
             crash.__cause__ = error
@@ -272,7 +264,7 @@ class World:
         return wrap(inner, port, actor, self.faults, self.log, watch, rights)
 
     async def supervise(self) -> None:
-        """Start a manager, and after each end the next one some time later, for ever."""
+        """Start a manager, and start the next one some time after each end, forever."""
         rng = self.rng("supervisor")
         while True:
             await asyncio.wait([self.start_manager()])
@@ -305,18 +297,20 @@ class World:
     # --- The user --------------------------------------------------------------------------------
 
     async def ask(self, call: Callable[[Manager], object], name: str) -> object:
-        """Send a request to the current leader, and repeat it until it is answered, as a person
-        would. A request that the manager refuses counts as answered."""
+        """Send a request to the current leader, and repeat the request until there is an answer.
+
+        Return Refused if the manager refuses the request.
+        """
         while True:
-            post = self.post
-            if post and post.manager.is_leader.is_set():
-                task = post.actor.spawn(_made(call, post.manager), name=name)
+            leader = self.leader
+            if leader and leader.manager.is_leader.is_set():
+                task = leader.actor.spawn(_call(call, leader.manager), name=name)
                 await asyncio.wait([task])
                 if not task.cancelled():
                     error = task.exception()
                     if error is None or isinstance(error, Refused):
                         return error if error else task.result()
-                    if post.actor.alive and not isinstance(error, BackendError):
+                    if leader.actor.alive and not isinstance(error, BackendError):
                         raise error
             await asyncio.sleep(1.0)
 
@@ -325,7 +319,7 @@ class World:
         await self.ask(lambda m: m.job_commands.submit(job), f"submit {job.id}")
 
     async def find(self, job: JobId) -> JobRecord | None:
-        """Return the job in the ledger now, or None if the ledger does not have it."""
+        """Return the job in the ledger, or None if the ledger does not have the job."""
         if not isinstance(self.ledger, SimLedger):
             return await self.ledger.find(job)
         try:
@@ -334,9 +328,9 @@ class World:
             return None
 
     async def rows(self, job: JobId) -> JobRows:
-        """Return the job and its stages in the ledger now. Raises NotFound."""
+        """Return the job and its stages in the ledger. Raise NotFound if the ledger does not have the job."""
         if not isinstance(self.ledger, SimLedger):
-            return await self.ledger.seen(job)
+            return await self.ledger.cached_rows(job)
         return await self.ledger.rows(job)
 
     async def ended(self, job: JobId) -> JobRecord:
@@ -353,21 +347,13 @@ class World:
         return await self.manager.ports.fleet.describe()
 
 
-def _sql_ledger() -> FollowedLedger:
-    # A forecast does not need it, and importing SQLAlchemy takes longer than many forecasts.
-    from batchlab.adapters.sql.ledger import open_memory_as
-    from batchlab.sim.cached_ledger import FollowedLedger
-
-    return open_memory_as(FollowedLedger)
-
-
 def _of_services(error: BaseException) -> bool:
     if isinstance(error, BaseExceptionGroup):
         return all(map(_of_services, error.exceptions))
     return isinstance(error, BackendError | ActorKilled)
 
 
-async def _made(call: Callable[[Manager], object], manager: Manager) -> object:
+async def _call(call: Callable[[Manager], object], manager: Manager) -> object:
     result = call(manager)
     return await result if asyncio.iscoroutine(result) else result
 
@@ -390,16 +376,16 @@ class SimWorker:
         self.worker = Worker(
             self.who, objects, queue, self.clock, world.runner(self._die, objects), Patience(rng), world.worker_settings
         )
-        life = self.actor.spawn(self.worker.run(), name=f"worker {instance}")
-        life.add_done_callback(self._over)
+        main = self.actor.spawn(self.worker.run(), name=f"worker {instance}")
+        main.add_done_callback(self._exited)
 
     def begin_to_lie(self, rng: random.Random, pace: float) -> None:
-        """Make the worker lie from now on. In half the cases it no longer receives messages."""
+        """Make the worker lie from now on. In half of the cases, it no longer receives messages."""
         world = self._world
         world.watch.trust.begins_to_lie(self.actor)
         self.rights.deaf = rng.random() < 0.5
         rights = Rights(partial(world.watch.trust.deny, self.actor), self.who.pool)
-        means = Means(
+        ports = WorkerPorts(
             self.actor,
             self.who,
             world._wrapped(world.objects, "objects", self.actor, rights),
@@ -408,8 +394,8 @@ class SimWorker:
             world.watch.trust,
             world.objects,
         )
-        liar = Liar(means, rng)
-        insider = Insider(means, liar, world.rng(f"insider/{self.instance}"))
+        liar = Liar(ports, rng)
+        insider = Insider(ports, liar, world.rng(f"insider/{self.instance}"))
         self.actor.spawn(liar.lie(pace), name=f"liar {self.instance}")
         self.actor.spawn(insider.lie(pace), name=f"insider {self.instance}")
 
@@ -420,7 +406,7 @@ class SimWorker:
             self.worker.drain()
 
     def kill(self, reason: str) -> None:
-        """Simulate SIGKILL from outside."""
+        """Simulate SIGKILL."""
         if self.ended is None:
             self.ended = reason
             self._world.watch.killed(self.actor)
@@ -429,11 +415,11 @@ class SimWorker:
     def _die(self) -> None:
         self.kill("exit -9")
 
-    def _over(self, life: asyncio.Task[None]) -> None:
-        """Return whether the worker has drained or a fault has killed its actor."""
+    def _exited(self, main: asyncio.Task[None]) -> None:
+        """Record whether the worker has drained or a fault has ended it."""
         if self.ended is None:
-            self._world._look_at_death(self.actor, life)
-            crashed = life.cancelled() or life.exception()
+            self._world._check_exit(self.actor, main)
+            crashed = main.cancelled() or main.exception()
             self.ended = "exit -9" if crashed else "exit 0"
             if crashed:
                 self._world.watch.killed(self.actor)

@@ -21,9 +21,9 @@ from batchlab.cli.output import Stopped
 from batchlab.cli.sim import Campaign
 from batchlab.core.model import JobId
 from batchlab.sim import fuzz, invariants
+from batchlab.sim.actors import Violated
 from batchlab.sim.faults import Fault, FaultKind
-from batchlab.sim.fuzz import Failure, Shrunk, Tried
-from batchlab.sim.runtime_checks import Violated
+from batchlab.sim.fuzz import Failure, SeedResult, ShrinkResult
 from batchlab.sim.world import World
 from tests.support import ROOT
 from tests.support.cli import Run
@@ -36,16 +36,16 @@ KILLED = Fault("worker-w-1", 41, FaultKind.KILL_AFTER)
 def failing(monkeypatch: pytest.MonkeyPatch) -> None:
     """A campaign in which every seed from 3 on fails, by one of two faults."""
 
-    def campaign(seeds: Iterable[int], weather: str, jobs: int) -> Generator[Tried, None, None]:
+    def campaign(seeds: Iterable[int], weather: str, jobs: int) -> Generator[SeedResult, None, None]:
         for seed in seeds:
             text = "I2 is violated: 3 planned, 2+0+0 ended"
             failure = Failure(seed, "I2", text, (LOST, KILLED)) if seed >= 3 else None
-            yield Tried(seed, (LOST, KILLED), None, failure)
+            yield SeedResult(seed, (LOST, KILLED), None, failure)
 
     def all_fewest(
         failures: Sequence[Failure], weather: str, jobs: int, now_s: object
-    ) -> Generator[tuple[Failure, Shrunk[Fault] | None], None, None]:
-        found = [Shrunk((KILLED,), 9, least=True), None, Shrunk((LOST, KILLED), 400, least=False)]
+    ) -> Generator[tuple[Failure, ShrinkResult[Fault] | None], None, None]:
+        found = [ShrinkResult((KILLED,), 9, least=True), None, ShrinkResult((LOST, KILLED), 400, least=False)]
         yield from zip(failures, found, strict=False)
 
     monkeypatch.setattr(fuzz, "campaign", campaign)
@@ -110,8 +110,8 @@ def test_failures_show_the_promise_the_fewest_faults_and_the_command(run: Run, t
 def test_aborted_search_for_the_fewest_faults_is_reported() -> None:
     failure = Failure(3, "I2", "I2 is violated: 3 planned, 2+0+0 ended", (LOST, KILLED))
     campaign = Campaign(0, 4, "all", 1)
-    campaign.tally.add(Tried(3, failure.faults, None, failure))
-    campaign.fewest[3] = Shrunk((LOST,), 400, least=False)
+    campaign.tally.add(SeedResult(3, failure.faults, None, failure))
+    campaign.fewest[3] = ShrinkResult((LOST,), 400, least=False)
     told = campaign.text()
     assert "after 2 faults, of which the fewest found in time that break it are: manager:3" in told
     assert told.endswith("\n  batchlab sim replay 3 --only manager:3:lost")
@@ -142,8 +142,8 @@ def test_campaign_stops_after_the_given_number_of_failures(run: Run) -> None:
 
 
 def test_interrupted_campaign_prints_its_results(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def campaign(seeds: Iterable[int], weather: str, jobs: int) -> Generator[Tried, None, None]:
-        yield Tried(0, (LOST,), None, None)
+    def campaign(seeds: Iterable[int], weather: str, jobs: int) -> Generator[SeedResult, None, None]:
+        yield SeedResult(0, (LOST,), None, None)
         raise Stopped(130)
 
     monkeypatch.setattr(fuzz, "campaign", campaign)

@@ -14,8 +14,8 @@ from batchlab.manager.recorder import ReportQueue
 from batchlab.sim import trial
 from batchlab.sim.event_loop import SimLoop
 from batchlab.sim.plans import draw
-from batchlab.sim.random_faults import Sky
-from batchlab.sim.tasks import Fates
+from batchlab.sim.random_faults import WorldFaults
+from batchlab.sim.tasks import TaskPlans
 from batchlab.sim.users import User
 from batchlab.sim.world import World
 from tests.support.reports import simulated_run as told
@@ -27,7 +27,7 @@ async def lived(seed: int, folder: Path) -> list[JobRows]:
         seed=seed,
         pools=plan.pools,
         faults=faults,
-        script=Fates(seed, plan.run_s),
+        script=TaskPlans(seed, plan.run_s),
         manager_settings=plan.manager,
         worker_settings=plan.worker,
         skew_s=plan.skew_s,
@@ -37,9 +37,9 @@ async def lived(seed: int, folder: Path) -> list[JobRows]:
         sql=False,
     )
     supervisor = asyncio.create_task(world.supervise())
-    sky = Sky(world, faults, plan.pace)
-    await asyncio.gather(sky.change(), *(User(world, job, faults, plan.pace).use() for job in plan.jobs))
-    await trial._rest(world, max(plan.run_s))
+    world_faults = WorldFaults(world, faults, plan.pace)
+    await asyncio.gather(world_faults.inject(), *(User(world, job, faults, plan.pace).use() for job in plan.jobs))
+    await trial._wait_for_rest(world, max(plan.run_s))
     found = []
     for job in plan.jobs:
         patience = Patience(world.rng("reader"))
@@ -53,7 +53,7 @@ async def lived(seed: int, folder: Path) -> list[JobRows]:
 @pytest.mark.parametrize("seed", [3, 8])
 def test_tables_match_the_ledger(seed: int, tmp_path: Path) -> None:
     loop = SimLoop(inline_executor=True)
-    jobs = loop.run(lived(seed, tmp_path), limit_s=10_000_000, limit_steps=trial.STEPS)
+    jobs = loop.run(lived(seed, tmp_path), limit_s=10_000_000, limit_steps=trial.MAX_STEPS)
     assert jobs
     with told.answers(tmp_path) as ask:
         for rows in jobs:

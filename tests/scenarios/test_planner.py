@@ -21,7 +21,7 @@ from batchlab.scenarios.planner import candidates
 from batchlab.scenarios.planner.candidates import Candidate, Goal, PoolConfig, apply_candidate, trial_result
 from batchlab.scenarios.planner.planner import Search, SearchProgress
 from batchlab.scenarios.record import Record
-from batchlab.sim.process_pool import Crew
+from batchlab.sim.process_pool import ProcessPool
 from tests.support.scenarios.plan_models import BOOK, WAVE, Grid, a_plan, a_scenario, the_fleet
 
 # --- What it finds -------------------------------------------------------------------------------
@@ -218,23 +218,23 @@ def test_plan_depends_only_on_the_seed() -> None:
 
 
 def test_ties_do_not_depend_on_process_speed(monkeypatch: pytest.MonkeyPatch) -> None:
-    each = Crew.each
+    each = ProcessPool.each
 
-    def late_ones_first(self: Crew[Any, Any], items: Any) -> Iterator[Any]:
+    def late_ones_first(self: ProcessPool[Any, Any], items: Any) -> Iterator[Any]:
         yield from reversed(list(each(self, items)))
 
     first = a_plan(Grid(50, 30.0), Goal(300.0), seeds=6, runs=60)
-    monkeypatch.setattr(Crew, "each", late_ones_first)
+    monkeypatch.setattr(ProcessPool, "each", late_ones_first)
     second = a_plan(Grid(50, 30.0), Goal(300.0), seeds=6, runs=60, processes=2)
     assert first.to_json() == second.to_json()
 
 
 @pytest.mark.parametrize("is_stopped", [False, True])
 def test_one_crew_lives_through_all_rounds(is_stopped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[Crew[Any, Any]] = []
+    made: list[ProcessPool[Any, Any]] = []
 
-    def hired(work: Any, processes: int) -> Crew[Any, Any]:
-        made.append(Crew(work, processes))
+    def hired(work: Any, processes: int) -> ProcessPool[Any, Any]:
+        made.append(ProcessPool(work, processes))
         return made[-1]
 
     monkeypatch.setattr(candidates, "Crew", hired)

@@ -10,7 +10,7 @@ import pytest
 from batchlab.adapters.sql.ledger import open_memory_as
 from batchlab.core.model import JobId, JobState
 from batchlab.core.ports import AddJob, MoveJob
-from batchlab.sim.cached_ledger import FollowedLedger
+from batchlab.sim.cached_ledger import CachedLedger
 from tests.support.sim.scenes import A, job, stage
 
 
@@ -18,7 +18,7 @@ def test_cached_read_queries_again_after_a_write(monkeypatch: pytest.MonkeyPatch
     asked: list[JobId] = []
 
     async def act() -> None:
-        ledger = open_memory_as(FollowedLedger)
+        ledger = open_memory_as(CachedLedger)
         original = ledger.job
 
         async def counted(one: JobId) -> Any:
@@ -34,10 +34,10 @@ def test_cached_read_queries_again_after_a_write(monkeypatch: pytest.MonkeyPatch
         assert first.state is JobState.SUBMITTED
         await ledger.lease("leader", "manager-1")
         assert await ledger.find(made.id) is first
-        assert await ledger.seen(made.id) is await ledger.seen(made.id)
+        assert await ledger.cached_rows(made.id) is await ledger.cached_rows(made.id)
         assert len(asked) == 2
         await ledger.apply(MoveJob(made.id, JobState.PENDING, 0))
-        now, rows = await ledger.find(made.id), await ledger.seen(made.id)
+        now, rows = await ledger.find(made.id), await ledger.cached_rows(made.id)
         assert now is not None
         assert now.state is rows.job.state is JobState.PENDING
         await ledger.forget()
@@ -49,7 +49,7 @@ def test_cached_read_queries_again_after_a_write(monkeypatch: pytest.MonkeyPatch
 
 def test_write_during_a_read_is_seen_by_the_next_read(monkeypatch: pytest.MonkeyPatch) -> None:
     async def act() -> None:
-        ledger = open_memory_as(FollowedLedger)
+        ledger = open_memory_as(CachedLedger)
         original = ledger.job
 
         async def slow(one: JobId) -> Any:

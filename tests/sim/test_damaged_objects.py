@@ -14,7 +14,7 @@ from batchlab.core.protocol import json_format, object_keys
 from batchlab.manager.retry_rounds import Retry
 from batchlab.sim import fuzz, trial
 from batchlab.sim.faults import DAMAGES, FaultKind
-from batchlab.sim.random_faults import Sky
+from batchlab.sim.random_faults import WorldFaults
 from batchlab.sim.storage_faults import Damage, group_of
 from batchlab.sim.world import World
 from tests.support.sim import scenes
@@ -229,7 +229,7 @@ def test_power_cut_loses_only_unacknowledged_writes() -> None:
             assert loop.time() < writes + 100.0
         lost = world.watch.unsynced.before()
         assert not known & {key for key, before in lost.items() if before is None}
-        await Sky(world, trial.calm(1), 1.0)._cut_power(random.Random(3))
+        await WorldFaults(world, trial.calm(1), 1.0)._cut_power(random.Random(3))
         first = [await scenes.ended(world, one) for one in (JOB, OTHER)]
         return tuple(one.state for one in first), world.managers
 

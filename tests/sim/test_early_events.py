@@ -79,8 +79,8 @@ def test_job_is_restored_by_its_first_completion_after_the_managers_death(monkey
         around_change(monkeypatch, world.ledger, AddJob, add_job)
         manager = await staffed(world)
         made = job(stage(A), items=3, token="")
-        assert world.post
-        world.post.actor.spawn(manager.job_commands.submit(made, [0, 1, 2]), name="submit")
+        assert world.leader
+        world.leader.actor.spawn(manager.job_commands.submit(made, [0, 1, 2]), name="submit")
         await ended_well(world, made)
 
     in_world(act, script=takes(5.0), pools=WARM)

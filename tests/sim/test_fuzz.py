@@ -18,11 +18,11 @@ import pytest
 from batchlab.core.errors import UsageError
 from batchlab.core.model import JobId
 from batchlab.sim import fuzz, invariants, trial
+from batchlab.sim.actors import Violated
 from batchlab.sim.faults import USER, Fault, FaultKind
-from batchlab.sim.fuzz import Failure, Tally, Tried
+from batchlab.sim.fuzz import Failure, SeedResult, Tally
 from batchlab.sim.plans import draw
-from batchlab.sim.process_pool import Died
-from batchlab.sim.runtime_checks import Violated
+from batchlab.sim.process_pool import ProcessDeath
 from batchlab.sim.world import World
 
 FIRST = int(os.environ.get("BATCHLAB_FROM", "0"))
@@ -147,7 +147,7 @@ def test_a_failed_seed_counts_by_its_faults_and_is_listed_by_number() -> None:
     lost, killed = Fault("a", 1, FaultKind.LOST), Fault("b", 2, FaultKind.KILL_AFTER)
     tally = Tally()
     for seed, faults in ((9, (lost, lost)), (3, (lost, killed))):
-        tally.add(Tried(seed, faults, None, Failure(seed, "I1", "I1 is violated: x", faults)))
+        tally.add(SeedResult(seed, faults, None, Failure(seed, "I1", "I1 is violated: x", faults)))
     assert [failure.seed for failure in tally.failures] == [3, 9]
     assert tally.seeds == 2
     assert tally.times == {FaultKind.LOST: 3, FaultKind.KILL_AFTER: 1}
@@ -155,7 +155,7 @@ def test_a_failed_seed_counts_by_its_faults_and_is_listed_by_number() -> None:
 
 
 def test_seed_whose_process_dies_is_a_failure() -> None:
-    with patch.object(fuzz, "spread", lambda work, seeds, processes: iter([(7, Died(-9))])):
+    with patch.object(fuzz, "spread", lambda work, seeds, processes: iter([(7, ProcessDeath(-9))])):
         (tried,) = fuzz.campaign([7], "all", 1)
     assert tried.failure is not None
     assert "exit code -9" in tried.failure.text

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from batchlab.core.model import Control
-from batchlab.sim.invariants import Violated
+from batchlab.sim.actors import Violated
 from batchlab.sim.world import World
 from batchlab.worker.job_cache import ControlPoller
 from tests.support.sim.scenes import A, ended_well, in_world, job, stage, submitted, takes

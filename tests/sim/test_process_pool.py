@@ -17,7 +17,7 @@ from typing import cast
 import pytest
 
 from batchlab.sim import process_pool
-from batchlab.sim.process_pool import Crew, Died, spread
+from batchlab.sim.process_pool import ProcessDeath, ProcessPool, spread
 from tests.support import ROOT
 
 
@@ -52,13 +52,13 @@ def test_a_process_that_dies_costs_its_item_only() -> None:
     found = dict(spread(deadly, range(9), 2))
     assert found.keys() == set(range(9))
     assert {item for item, result in found.items() if result == item} == {0, 2, 4, 6, 8}
-    assert found[1] == found[5] == Died(-signal.SIGKILL)
-    assert found[3] == found[7] == Died(7)
+    assert found[1] == found[5] == ProcessDeath(-signal.SIGKILL)
+    assert found[3] == found[7] == ProcessDeath(7)
 
 
 def test_an_item_that_never_ends_costs_its_process() -> None:
-    assert list(spread(endless, [0], 1)) == [(0, Died(-signal.SIGALRM))]
-    assert process_pool.ENDLESS_S > 60
+    assert list(spread(endless, [0], 1)) == [(0, ProcessDeath(-signal.SIGALRM))]
+    assert process_pool.MAX_ITEM_S > 60
 
 
 def test_a_source_without_end_is_taken_from_as_needed_and_closing_ends_all() -> None:
@@ -121,7 +121,7 @@ def who(_: int) -> int:
 
 
 def test_processes_are_reused_between_batches_and_end_with_the_pool() -> None:
-    with closing(Crew(who, 2)) as crew:
+    with closing(ProcessPool(who, 2)) as crew:
         first = {pid for _, pid in crew.each(range(6))}
         second = {pid for _, pid in crew.each(range(6))}
         assert first | second <= {one.pid for one in multiprocessing.active_children()}
@@ -155,5 +155,5 @@ def test_only_work_can_take_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(signal, "alarm", set_s.append)
     pipe = OneItem()
     process_pool._serve(cast(Connection, pipe), lambda _: float(set_s[-1]))
-    assert pipe.answers == [process_pool.ENDLESS_S]
-    assert set_s == [process_pool.ENDLESS_S, 0]
+    assert pipe.answers == [process_pool.MAX_ITEM_S]
+    assert set_s == [process_pool.MAX_ITEM_S, 0]

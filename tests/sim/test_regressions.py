@@ -258,7 +258,7 @@ def test_managers_with_different_clocks_do_not_steal_the_lease(off_s: float) -> 
     async def act(world: World) -> None:
         first = await leader(world)
         world.start_manager()
-        standby = world.posts[-1]
+        standby = world.manager_processes[-1]
         standby.clock.off_s += off_s
         await asyncio.sleep(600)
         assert first.is_leader.is_set()

@@ -134,8 +134,8 @@ def test_retry_of_a_dead_manager_is_completed_by_the_next(monkeypatch: pytest.Mo
 
         around(monkeypatch, world.objects, "put", put)
         manager = await _cancelled(world, made)
-        assert world.post is not None
-        request = world.post.actor.spawn(manager.job_commands.retry(made.id), name="retry")
+        assert world.leader is not None
+        request = world.leader.actor.spawn(manager.job_commands.retry(made.id), name="retry")
         await asyncio.wait([request])
         assert request.cancelled()
         assert (await world.ledger.job(made.id)).round == 0

@@ -38,11 +38,11 @@ from tests.support.sim.scenes import (
 async def _another_leads(world: World, *, until: asyncio.Event) -> None:
     """The leader freezes; another one leads until then, and is stopped; the first one wakes, and
     finds that the lease is free."""
-    first = world.posts[0]
+    first = world.manager_processes[0]
     stops = world.start_manager()
     first.actor.freeze()
     await until.wait()
-    assert world.posts[-1].manager.is_leader.is_set()
+    assert world.manager_processes[-1].manager.is_leader.is_set()
     stops.cancel()
     await asyncio.wait([stops])
     first.actor.thaw()
@@ -107,9 +107,9 @@ def test_suspended_leader_completes_the_retry_of_another(monkeypatch: pytest.Mon
         assert (await ended(world, made)).state is JobState.CANCELLED
         await asyncio.sleep(300)  # the fleet comes down, and the first one has looked back
         led = asyncio.create_task(_another_leads(world, until=stuck))
-        while len(world.posts) == 1 or not world.posts[-1].manager.is_leader.is_set():
+        while len(world.manager_processes) == 1 or not world.manager_processes[-1].manager.is_leader.is_set():
             await asyncio.sleep(0.5)
-        post = world.posts[-1]
+        post = world.manager_processes[-1]
         post.actor.spawn(post.manager.job_commands.retry(made.id))
         await led
         async with asyncio.timeout(600):
@@ -126,9 +126,9 @@ def test_leader_without_a_successor_adopts_nothing_again(monkeypatch: pytest.Mon
         made = job(stage(A), items=3)
         await submitted(world, made)
         live = first.lives[made.id]
-        world.posts[0].actor.freeze()
+        world.manager_processes[0].actor.freeze()
         await asyncio.sleep(60)
-        world.posts[0].actor.thaw()
+        world.manager_processes[0].actor.thaw()
         await asyncio.sleep(30)
         assert first.lives[made.id] is live
         assert (await world.ledger.lease(LEASE, "nobody")).owner == first.owner
@@ -162,7 +162,7 @@ def test_a_scheduled_job_starts_although_the_clock_was_set_back_by_a_day(rebuilt
         made = _later()
         await submitted(world, made)
         await asyncio.sleep(10)
-        world.posts[0].clock.off_s -= 86_400
+        world.manager_processes[0].clock.off_s -= 86_400
         if rebuilt:
             await world.ask(lambda m: m.rebuild_ledger(), "rebuild")
         assert LATER_S + SET_BACK_S <= await _began(world) <= LATER_S + SET_BACK_S + 60
@@ -178,8 +178,8 @@ def test_ledger_rebuilt_with_an_earlier_clock_lets_a_job_continue() -> None:
         made = _later()
         await submitted(world, made)
         await _began(world)
-        world.posts[0].task.cancel()  # the next one has seen nothing of it
-        await asyncio.wait([world.posts[0].task])
+        world.manager_processes[0].task.cancel()  # the next one has seen nothing of it
+        await asyncio.wait([world.manager_processes[0].task])
         world.clock.jump(-86_400)
         await world.ask(lambda m: m.rebuild_ledger(), "rebuild")
         await ended_well(world, made)
@@ -195,7 +195,7 @@ def test_corrected_clock_decides_when_a_job_starts(off_s: float) -> None:
         made = _later()
         await submitted(world, made)
         await asyncio.sleep(10)
-        world.posts[0].clock.off_s += off_s
+        world.manager_processes[0].clock.off_s += off_s
         due_s = max(10.0, LATER_S - off_s)
         assert due_s <= await _began(world) <= due_s + 60
         await ended_well(world, made)

@@ -21,7 +21,7 @@ from batchlab.core.protocol.settlement import LOSS_LIMIT
 from batchlab.sim import invariants
 from batchlab.sim.actors import CURRENT, Actor
 from batchlab.sim.runtime_checks import BEGIN_S
-from batchlab.sim.tasks import Fates, Play, Scene, value_of
+from batchlab.sim.tasks import Play, Scene, TaskPlans, value_of
 from batchlab.sim.world import World
 from batchlab.worker.inflight_message import Identity, InflightMessage, WorkerContext, WorkerSettings
 from batchlab.worker.outbox import Outbox
@@ -108,7 +108,7 @@ def test_a_worker_killed_between_a_written_start_and_the_task_has_lost_it(monkey
         assert len(world.starts) == 1
         outcomes = await invariants.outcomes_of(world.objects, made.id)
         assert [f.kind for o in outcomes for f in o.failed] == [FailureKind.LOST]
-        invariants.check_failures(world, Fates(1, [0.1]), made, outcomes)
+        invariants.check_failures(world, TaskPlans(1, [0.1]), made, outcomes)
 
     in_world(act, script=script)
 

@@ -13,7 +13,7 @@ import pytest
 
 from batchlab.core.errors import NotFound
 from batchlab.core.protocol import object_keys
-from batchlab.sim.runtime_checks import Violated
+from batchlab.sim.actors import Violated
 from batchlab.sim.world import WORKER, World
 from batchlab.worker.heartbeats import RETURN_S, VisibilityHeartbeat
 from tests.support.sim.scenes import A, around, ends_well, in_world, job, stage, takes

@@ -145,7 +145,7 @@ def test_two_managers_that_both_believe_to_lead_run_a_due_time_once() -> None:
         await added(world, definition("*/5 * * * *"))
         first = await leader(world)
         world.start_manager()
-        second = world.posts[-1].manager
+        second = world.manager_processes[-1].manager
         # As after a pause of the first, which it has not noticed yet.
         assert second.scheduler
         rival = asyncio.create_task(second.scheduler.run())

@@ -9,8 +9,8 @@ import pytest
 from batchlab.core import schedules
 from batchlab.core.schedules import Run, Schedule
 from batchlab.sim import trial
+from batchlab.sim.actors import Violated
 from batchlab.sim.faults import Weather
-from batchlab.sim.runtime_checks import Violated
 
 WHOLE = 14
 """A seed whose schedule is due each minute, and makes up for everything."""

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 from batchlab.core.model import JobId
 from batchlab.sim import fuzz, invariants
+from batchlab.sim.actors import Violated
 from batchlab.sim.faults import FaultKind
-from batchlab.sim.fuzz import Shrunk, shrink
-from batchlab.sim.runtime_checks import Violated
+from batchlab.sim.fuzz import ShrinkResult, shrink
 from batchlab.sim.world import World
 from tests.support import ROOT
 
@@ -38,7 +38,7 @@ class Needs:
 
 
 def test_reproduction_without_faults_takes_one_try() -> None:
-    assert shrink(range(100), Needs()) == Shrunk((), 1, least=True)
+    assert shrink(range(100), Needs()) == ShrinkResult((), 1, least=True)
 
 
 def test_list_that_does_not_reproduce_cannot_be_shrunk() -> None:
@@ -81,7 +81,7 @@ def test_one_among_many_takes_few_tries_and_no_list_is_tried_twice() -> None:
 def test_irrelevant_parts_are_removed_at_once() -> None:
     attempt = Needs(3, 700)
     found = shrink(range(1000), lambda parts: (3, 700) if attempt(parts) else None)
-    assert found == Shrunk((3, 700), 4, least=True)
+    assert found == ShrinkResult((3, 700), 4, least=True)
 
 
 @pytest.mark.parametrize("bound", ["tries", "time"])
@@ -161,7 +161,7 @@ def test_a_bug_that_needs_no_fault_shrinks_to_none() -> None:
         assert failure is not None
         assert failure.promise == "KeyError"
         assert "in broken" in failure.trace
-        assert fuzz.fewest(failure, WEATHER, time.monotonic) == Shrunk((), 1, least=True)
+        assert fuzz.fewest(failure, WEATHER, time.monotonic) == ShrinkResult((), 1, least=True)
     assert fuzz.command(failure, "all", ()) == f"batchlab sim replay {SEED} --only none"
 
 

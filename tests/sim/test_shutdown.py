@@ -41,7 +41,7 @@ def test_error_during_the_cancellation_ends_the_manager(after_s: float) -> None:
         await submitted(world, made)
         await leader(world)
         await asyncio.sleep(after_s)
-        (first,) = world.posts
+        (first,) = world.manager_processes
         first.task.cancel()
         await asyncio.wait({first.task}, timeout=LONG_S)
         assert first.task.cancelled()

@@ -16,12 +16,12 @@ from batchlab.core.job_definition import JobDef
 from batchlab.core.model import Control, Failure, FailureKind, JobState
 from batchlab.core.retry_rule import RetryRule
 from batchlab.sim import invariants
-from batchlab.sim.actors import SimulationError
-from batchlab.sim.stall_points import After, Scene, Story
+from batchlab.sim.actors import SimulationError, Violated
 from batchlab.sim.tasks import Play, Script, value_of
 from batchlab.sim.users import bring_items, few_items
 from batchlab.sim.world import World
 from tests.support.sim.scenes import A, B, C, job, stage, takes
+from tests.support.sim.stall_points import After, Scene, Story
 
 EVERY = os.environ.get("BATCHLAB_STALLS") == "all"
 RARE = {f"ledger.{name}" for name in ("SetControl", "SetPlanned", "Reopen", "Finish")}
@@ -47,15 +47,15 @@ def later(world: World, verb: str, made: JobDef) -> asyncio.Task[None]:
     would be a request of its own. The watch learns when a cancellation is acknowledged."""
 
     async def cancel() -> None:
-        acknowledged = world.watch.controls.cancel_asked(made.id)
-        assert world.post
-        request = world.post.actor.spawn(world.post.manager.job_commands.cancel(made.id), name=verb)
+        acknowledged = world.watch.controls.cancel_requested(made.id)
+        assert world.leader
+        request = world.leader.actor.spawn(world.leader.manager.job_commands.cancel(made.id), name=verb)
         await asyncio.wait([request])
         if not request.cancelled() and request.exception() is None:
             acknowledged()
 
     async def ask() -> None:
-        answered = world.watch.controls.retry_asked(made.id) if verb == "retry" else None
+        answered = world.watch.controls.retry_requested(made.id) if verb == "retry" else None
         await world.ask(lambda m: getattr(m.job_commands, verb)(made.id), verb)
         if answered:
             answered()
@@ -105,7 +105,7 @@ def retries(made: JobDef, *, stop: str) -> Story:
         for one in asked:
             await one
         if (state := (await world.ended(made.id)).state) is not JobState.SUCCEEDED:
-            raise invariants.Violated(f"the job was retried last, and ended {state}")
+            raise Violated(f"the job was retried last, and ended {state}")
         await asyncio.sleep(20.0)
         await checked(world, made)
 

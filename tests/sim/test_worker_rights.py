@@ -11,10 +11,9 @@ import pytest
 from batchlab.core.ports import Outgoing
 from batchlab.core.protocol import object_keys
 from batchlab.sim import worker_rights
-from batchlab.sim.actors import Actor
+from batchlab.sim.actors import Actor, Violated
 from batchlab.sim.event_loop import SimLoop
 from batchlab.sim.port_wrappers import wrap
-from batchlab.sim.runtime_checks import Violated
 from batchlab.sim.worker_rights import AccessDenied, Rights
 from batchlab.sim.world import World
 from tests.support.aws import cfn

@@ -355,7 +355,7 @@ class FaultTimeline:
         )
 
     async def _crash_manager(self, fault: Fault) -> HitAndEvidence:
-        post = self.world.post
+        post = self.world.leader
         if post is None:
             raise _NothingHit("no manager ran then")
         jobs, died_s = len(post.manager.lives), self.now_s()

@@ -25,7 +25,7 @@ from batchlab.scenarios.model.distributions import Stream
 from batchlab.scenarios.model.values import Fault, FaultName, PoolPlan, Prewarm, Scenario
 from batchlab.scenarios.record import Record
 from batchlab.scenarios.verdicts import MEASURES, Unknown, quantile
-from batchlab.sim.process_pool import Crew, Died
+from batchlab.sim.process_pool import ProcessDeath, ProcessPool
 
 BUSIEST_WINDOW = 0.25
 """Length of the busiest window, as a share of the deadline."""
@@ -353,7 +353,7 @@ class TrialRunner:
     book: PriceBook = field(default_factory=price_book.load)
     window_s: float = 0.0
     """Start of the window in which the Spot wave occurs, in run seconds."""
-    _crew: Crew[Trial, TrialResult | BatchlabError] | None = None
+    _crew: ProcessPool[Trial, TrialResult | BatchlabError] | None = None
     _work: _TrialTask = field(init=False)
 
     def __post_init__(self) -> None:
@@ -390,7 +390,7 @@ class TrialRunner:
                 yield trial, _result_or_raise(self._work(trial))
             return
         if self._crew is None:
-            self._crew = Crew(self._work, self.processes)
+            self._crew = ProcessPool(self._work, self.processes)
         with closing(self._crew.each(trials)) as each:
             for trial, found in each:
                 yield trial, _result_or_raise(found)
@@ -402,8 +402,8 @@ class TrialRunner:
             self._crew = None
 
 
-def _result_or_raise(found: TrialResult | BatchlabError | Died) -> TrialResult:
-    if isinstance(found, Died):
+def _result_or_raise(found: TrialResult | BatchlabError | ProcessDeath) -> TrialResult:
+    if isinstance(found, ProcessDeath):
         raise BatchlabError(
             f"A simulated run ended with exit code {found.exit_code} instead of an answer.",
             remedy="Plan again with --jobs 1, and on a machine with more memory.",

@@ -205,7 +205,7 @@ def unmutated(seed: int, weather: str = "all") -> Look:
 def mutated(mutant: Mutant, seed: int) -> Look:
     """The product with the mutant in it; Unfit where the mutant does not fit it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trial, "STEPS", PATIENT * unmutated(seed, mutant.weather).steps + AND_MORE)
+        patch.setattr(trial, "MAX_STEPS", PATIENT * unmutated(seed, mutant.weather).steps + AND_MORE)
         plant = Plant(patch)
         mutant.plant(plant)
         seen = _look(patch, seed, mutant.weather)

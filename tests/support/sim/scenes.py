@@ -117,8 +117,8 @@ def around_change(
 
 def kill_manager(world: World) -> None:
     """SIGKILL; another one starts in a moment."""
-    assert world.post is not None
-    world.post.actor.kill()
+    assert world.leader is not None
+    world.leader.actor.kill()
 
 
 async def leader(world: World) -> Manager:

@@ -112,7 +112,7 @@ class Scene:
 
     async def _main(self, hold: Hold) -> None:
         faults = trial.calm(1)
-        faults.hold = hold
+        faults.intercept = hold.perform
         world = World(1, self.pools, script=self.script, faults=faults, logged=False, sql=False)
         supervisor = asyncio.create_task(world.supervise(), name="supervisor")
         lands = asyncio.Event()
@@ -145,7 +145,7 @@ async def _hold(world: World, hold: Hold, lands: asyncio.Event) -> None:
 
 async def _another_leads(world: World) -> None:
     while True:
-        others = [post.manager for post in world.posts if post.actor.name != FIRST]
+        others = [post.manager for post in world.manager_processes if post.actor.name != FIRST]
         if any(other.is_leader.is_set() for other in others):
             return
         await asyncio.sleep(0.5)
