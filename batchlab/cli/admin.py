@@ -1,23 +1,18 @@
-"""`batchlab ledger`, `schema`, `gc`, and the help of the services.
-
-`batchlab notify`: notification targets, test notifications, and the notification log.
-"""
+"""`batchlab ledger`, `schema`, `gc`, and `notify`, and the help of the services."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import typer
 
 from batchlab.cli import output
-from batchlab.cli.deploy_options import REGION
-from batchlab.cli.options import HOME, JSON, argument, flag, home_of, option
-from batchlab.cli.startup import SERVICES
-
-if TYPE_CHECKING:
-    from batchlab.core.api_types import TargetView
+from batchlab.cli.deploy_options import REGION, DeployArguments, retry_notes, stack_and_region
+from batchlab.cli.option_values import connect, home_of
+from batchlab.cli.options import HOME, JSON, argument, flag, option
+from batchlab.core.api_types import TargetView
+from batchlab.core.errors import BackendError, UsageError
 
 _PASSED_ON = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
 _ABOUT = {
@@ -26,17 +21,11 @@ _ABOUT = {
     "connect": "Keep a connection to a manager on AWS open (`run` does this).",
 }
 
-ledger = typer.Typer(no_args_is_help=True)
-
-
-def register(root: typer.Typer) -> None:
-    """Add the commands."""
-    root.add_typer(app, name="notify")
-    root.add_typer(ledger, name="ledger")
-    root.command()(schema)
-    root.command()(gc)
-    for name in SERVICES:
-        root.command(name, help=_ABOUT[name], context_settings=_PASSED_ON)(service)
+app = typer.Typer()
+ledger = typer.Typer(name="ledger", no_args_is_help=True)
+notify = typer.Typer(name="notify", no_args_is_help=True)
+app.add_typer(ledger)
+app.add_typer(notify)
 
 
 @ledger.callback()
@@ -57,20 +46,16 @@ def rebuild(home: Path | None = HOME, json: bool = JSON) -> None:
     \b
     Example: batchlab ledger rebuild
     """
-    from batchlab.cli.session import connect
-
-    with connect(home_of(home)) as client:
+    with connect(home) as client:
         view = client.rebuild_ledger()
     # A manager of an earlier version stops at the first unreadable object instead.
     unreadable = view.get("unreadable", [])
-    if json:
-        output.show_json({"jobs": view["jobs"], "unreadable": unreadable})
-        return
-    output.show(f"The ledger is rebuilt: {output.count(view['jobs'], 'job')}.")
-    for one in unreadable:
-        output.show(f"Not read: {one['key']}: {one['reason']}")
+    lines = [f"The ledger is rebuilt: {output.count(view['jobs'], 'job')}."]
+    lines += [f"Not read: {problem['key']}: {problem['reason']}" for problem in unreadable]
+    output.answer(json, {"jobs": view["jobs"], "unreadable": unreadable}, "\n".join(lines))
 
 
+@app.command()
 def schema() -> None:
     """Print the job file's JSON Schema, for editors.
 
@@ -82,6 +67,7 @@ def schema() -> None:
     output.show_json(json_schema())
 
 
+@app.command()
 def gc(
     dry_run: bool = flag("Only list what would be removed.", "--dry-run"),
     aws: bool = flag("List leftovers of stacks on AWS. They are removed only with --yes.", "--aws"),
@@ -104,11 +90,7 @@ def gc(
     \b
     Example: batchlab gc --dry-run
     """
-    from batchlab.core.errors import UsageError
-
     if aws:
-        from batchlab.cli.deploy_options import DeployArguments, stack_and_region
-
         where = region or stack_and_region(DeployArguments(), home_of(home))[1]
         _sweep_aws(where, name or (), removing=yes and not dry_run, json=json)
         return
@@ -120,45 +102,35 @@ def gc(
 def _sweep_docker(*, dry_run: bool, json: bool) -> None:
     from batchlab.runtime.compose_project import projects, sweep
 
-    found = projects()
-    for one in found:
-        if one.is_orphan and not dry_run:
-            sweep(one.project)
+    documents, lines = [], []
+    for project in projects():
+        is_removed = project.is_orphan and not dry_run
+        if is_removed:
+            sweep(project.project)
+        outcome = "removed." if is_removed else "would be removed."
+        if not project.is_orphan:
+            owner = f"of the grid in {project.home}" if project.home else "not created by a grid"
+            outcome = f"{owner}: kept."
+        lines.append(f"{project.project}: {output.count(project.parts, 'part')}, {outcome}")
+        state = {"parts": project.parts, "orphan": project.is_orphan, "removed": is_removed}
+        documents.append({"project": project.project, "folder": project.home or None, **state})
     if json:
-        output.show_json(
-            [
-                {
-                    "project": one.project,
-                    "folder": one.home or None,
-                    "parts": one.parts,
-                    "orphan": one.is_orphan,
-                    "removed": one.is_orphan and not dry_run,
-                }
-                for one in found
-            ]
-        )
-        return
-    if not found:
-        output.say("There is nothing of any grid on this machine's Docker.")
-    for one in found:
-        parts = output.count(one.parts, "part")
-        if not one.is_orphan:
-            whose = f"of the grid in {one.home}" if one.home else "of whoever made it by hand"
-            output.show(f"{one.project}: {parts}, {whose}: left alone.")
-        elif dry_run:
-            output.show(f"{one.project}: {parts}, would be removed.")
-        else:
-            output.show(f"{one.project}: {parts}, removed.")
+        output.show_json(documents)
+    elif lines:
+        output.show("\n".join(lines))
+    else:
+        output.say("Docker on this machine has no containers, networks, or volumes of a grid.")
 
 
 def service(context: typer.Context) -> None:
-    """See cli.service, which reads the arguments itself."""
+    """Run a service, which parses its arguments itself (see `cli.services`)."""
     from batchlab.cli.services import serve
 
     serve([str(context.info_name), *context.args])
 
 
-_AWS_COLUMNS = ("stack", "kind", "name", "is")
+for _name, _help in _ABOUT.items():
+    app.command(_name, help=_help, context_settings=_PASSED_ON)(service)
 
 
 def _sweep_aws(region: str | None, names: Sequence[str], *, removing: bool, json: bool) -> None:
@@ -167,74 +139,61 @@ def _sweep_aws(region: str | None, names: Sequence[str], *, removing: bool, json
     Resources without a tag are removed only if `names` contains them. Raise BackendError if a
     removal fails.
     """
-    from batchlab.cli.deploy_options import retry_notes
-    from batchlab.core.errors import BackendError
     from batchlab.deploy.account import Account
     from batchlab.deploy.leftovers import Leftovers, remove_left, select_removable
 
     with Account.open(region, notes=retry_notes) as account:
         leftovers = Leftovers(account)
         tagged = list(leftovers.tagged())
-        named = list(leftovers.named({one.resource.name for one in tagged}, output.say))
-        lefts = sorted([*tagged, *named], key=lambda one: (one.resource.stack, one.resource.arn))
-        going = select_removable(lefts, names)
-        rows, shown, stays = [], [], 0
-        for one in lefts:
-            resource = one.resource
-            goes = removing and one in going
-            why = remove_left(account, one, output.say) if goes else ""
-            stays += bool(why)
-            fate = "in use" if one.is_used else "left, by its name" if one.is_guessed else "left"
-            if goes:
-                fate = f"left: {why}" if why else "removed"
-            rows.append((resource.stack, resource.kind, resource.name, fate))
-            shown.append(
+        named = list(leftovers.named({leftover.resource.name for leftover in tagged}, output.say))
+        everything = sorted([*tagged, *named], key=lambda leftover: (leftover.resource.stack, leftover.resource.arn))
+        going = select_removable(everything, names)
+        rows, documents, failed = [], [], 0
+        for leftover in everything:
+            resource = leftover.resource
+            is_chosen = removing and leftover in going
+            problem = remove_left(account, leftover, output.say) if is_chosen else ""
+            failed += bool(problem)
+            state = "in use" if leftover.is_used else "left, by its name" if leftover.is_guessed else "left"
+            if is_chosen:
+                state = f"left: {problem}" if problem else "removed"
+            rows.append((resource.stack, resource.kind, resource.name, state))
+            documents.append(
                 {
                     "stack": resource.stack,
                     "kind": resource.kind,
                     "name": resource.name,
                     "arn": resource.arn,
-                    "known_by": "name" if one.is_guessed else "tag",
-                    "left": not one.is_used,
-                    "removed": goes and not why,
-                    "why": why or None,
+                    "known_by": "name" if leftover.is_guessed else "tag",
+                    "left": not leftover.is_used,
+                    "removed": is_chosen and not problem,
+                    "why": problem or None,
                 }
             )
-        where = f"account {account.id}, {account.region}"
-    if json:
-        output.show_json(shown)
-    elif rows:
-        output.show(output.table(_AWS_COLUMNS, rows))
-    else:
-        output.say(f"Nothing in {where} has the tag of a stack, or a name as a stack gives them.")
-    if not json:
-        _say_how(
-            0 if removing else sum(1 for one in tagged if not one.is_used),
-            sum(1 for one in named if not (one.is_used or (removing and one in going))),
+        nothing = f"Account {account.id} has no resource with the tag or a name of a stack in {account.region}."
+    output.listing(json, documents, ("stack", "kind", "name", "is"), rows, nothing)
+    by_tag = 0 if removing else sum(not leftover.is_used for leftover in tagged)
+    by_name = sum(not (leftover.is_used or (removing and leftover in going)) for leftover in named)
+    if by_tag and not json:
+        output.say(f"{output.count(by_tag, 'resource')} left. `batchlab gc --aws --yes` removes {_it(by_tag)}.")
+    if by_name and not json:
+        output.say(
+            f"{output.count(by_name, 'resource')} left that only the name assigns to a stack. Check the owner first. "
+            f"`batchlab gc --aws --yes --name NAME` removes {_it(by_name)}."
         )
-    if stays:
+    if failed:
         raise BackendError(
-            f"{output.count(stays, 'thing')} could not be removed.",
+            f"{output.count(failed, 'resource')} could not be removed.",
             remedy="The list has the reasons. Remove other kinds of resources in the console.",
         )
 
 
-def _say_how(by_tag: int, by_name: int) -> None:
-    """Print the commands that remove the leftovers."""
-    if by_tag:
-        output.say(f"{output.count(by_tag, 'thing')} left; `batchlab gc --aws --yes` removes it.")
-    if by_name:
-        output.say(
-            f"{output.count(by_name, 'thing')} left that only the name says to be a stack's: look "
-            "whose it is; `batchlab gc --aws --yes --name NAME` removes it."
-        )
+def _it(number: int) -> str:
+    return "it" if number == 1 else "them"
 
 
-app = typer.Typer(no_args_is_help=True)
-
-
-@app.callback()
-def notify() -> None:
+@notify.callback()
+def notify_() -> None:
     """Show notification targets and sent notifications.
 
     The grid's own targets are in notify.toml in its folder, those of a job in its job file.
@@ -244,41 +203,28 @@ def notify() -> None:
     """
 
 
-@app.command("list")
+@notify.command("list")
 def list_(home: Path | None = HOME, json: bool = JSON) -> None:
     """List the targets of the grid and of unfinished jobs.
 
     \b
     Example: batchlab notify list
     """
-    from batchlab.cli.session import connect
-
-    with connect(home_of(home)) as client:
-        found = client.notify_targets()
-    if json:
-        output.show_json(found)
-    elif not found:
-        output.say("There are no targets: add one to notify.toml, or under notify: in a job file.")
-    else:
-        columns = ("target", "kind", "to", "of", "signed", "for jobs")
-        output.show(output.table(columns, map(_target_row, found)))
+    with connect(home) as client:
+        targets = client.notify_targets()
+    columns = ("target", "kind", "to", "of", "signed", "for jobs")
+    nothing = "There are no targets. Add one to notify.toml, or under notify: in a job file."
+    output.listing(json, targets, columns, map(_target_row, targets), nothing)
 
 
-def _target_row(one: TargetView) -> tuple[object, ...]:
-    moments = []
-    for moment in one["on"]:
-        more = ""
-        if moment == "failures":
-            more = f" from {one['failures']}"
-        elif moment == "stuck":
-            more = f" for {output.span(one['stuck_s'])}"
-        moments.append(moment + more)
-    signed = "yes" if one["signed"] else "no"
-    jobs = "yes" if one["jobs"] else "no"
-    return (one["name"], one["kind"], one["to"], ", ".join(moments) or "-", signed, jobs)
+def _target_row(target: TargetView) -> tuple[object, ...]:
+    limits = {"failures": f" from {target['failures']}", "stuck": f" for {output.span(target['stuck_s'])}"}
+    moments = ", ".join(moment + limits.get(moment, "") for moment in target["on"]) or "-"
+    signed, jobs = ("yes" if is_set else "no" for is_set in (target["signed"], target["jobs"]))
+    return (target["name"], target["kind"], target["to"], moments, signed, jobs)
 
 
-@app.command("test")
+@notify.command("test")
 def try_(
     target: str = argument("One of the grid's own targets.", "TARGET"), home: Path | None = HOME, json: bool = JSON
 ) -> None:
@@ -287,21 +233,17 @@ def try_(
     \b
     Example: batchlab notify test ops
     """
-    from batchlab.cli.session import connect
-
-    with connect(home_of(home)) as client:
-        done = client.notify_test(target)
-    if json:
-        output.show_json(done)
-    elif done["error"]:
-        output.say(output.clean(f"{target} was not notified: {done['error']}"))
+    with connect(home) as client:
+        result = client.notify_test(target)
+    if result["error"] and not json:
+        output.say(output.clean(f"{target} was not notified: {result['error']}"))
     else:
-        output.show(f"{target} was notified.")
-    if done["error"]:
+        output.answer(json, result, f"{target} was notified.")
+    if result["error"]:
         raise typer.Exit(1)
 
 
-@app.command()
+@notify.command()
 def log(
     limit: int = option("Most notifications.", default=20, min=1, max=1000), home: Path | None = HOME, json: bool = JSON
 ) -> None:
@@ -310,26 +252,11 @@ def log(
     \b
     Example: batchlab notify log --limit 50
     """
-    from batchlab.cli.session import connect
-
-    with connect(home_of(home)) as client:
-        found = client.notifications(limit=limit)
-    if json:
-        output.show_json(found)
-    elif not found:
-        output.say("There are no notifications yet.")
-    else:
-        rows = [
-            (
-                output.moment(one["at_s"]),
-                one["job"] or "-",
-                one["moment"],
-                one["target"],
-                one["state"],
-                one["attempts"],
-                one["error"] or "-",
-            )
-            for one in found
-        ]
-        columns = ("at", "job", "moment", "target", "state", "tries", "last error")
-        output.show(output.table(columns, rows))
+    with connect(home) as client:
+        notifications = client.notifications(limit=limit)
+    rows = []
+    for view in notifications:
+        subject = (output.moment(view["at_s"]), view["job"] or "-", view["moment"], view["target"])
+        rows.append((*subject, view["state"], view["attempts"], view["error"] or "-"))
+    columns = ("at", "job", "moment", "target", "state", "tries", "last error")
+    output.listing(json, notifications, columns, rows, "There are no notifications yet.")

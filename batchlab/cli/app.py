@@ -7,6 +7,7 @@ code. Other errors show a traceback only with --debug.
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Collection, Iterator, MutableMapping, Sequence
 from functools import cache
 from importlib import import_module
@@ -16,8 +17,8 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_group
 
-from batchlab.cli import output
-from batchlab.cli.startup import missing_module_message
+from batchlab import __version__
+from batchlab.cli import missing_module_message, output
 from batchlab.core.errors import BatchlabError
 
 UNEXPECTED = 70
@@ -35,8 +36,8 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "demo": Command("run", "Run a demo job on generated insurance claims."),
-    "init": Command("run", "Write the files of a first job."),
+    "demo": Command("demo", "Run a demo job on generated insurance claims."),
+    "init": Command("demo", "Write the files of a first job."),
     "run": Command("run", "Run a job file to its end and fetch its results."),
     "job": Command("job", "Submit jobs to a running grid, and manage them."),
     "schedule": Command("schedule", "Run jobs on a schedule, once or repeatedly."),
@@ -63,9 +64,9 @@ COMMANDS = {
 
 @cache
 def _registered(module: str) -> dict[str, Any]:
-    """Import a module of this package and return the commands that it registers."""
+    """Import a module of this package and return its commands and groups."""
     parent = typer.Typer(add_completion=False, rich_markup_mode=None)
-    import_module(f"batchlab.cli.{module}").register(parent)
+    parent.add_typer(import_module(f"batchlab.cli.{module}").app)
     return dict(get_group(parent).commands)
 
 
@@ -115,7 +116,7 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except typer.BadParameter as error:
-            from batchlab.cli.options import number_error
+            from batchlab.cli.option_values import number_error
 
             if usage_error := number_error(error):
                 raise usage_error from error
@@ -132,8 +133,6 @@ def _subcommands(command: Any) -> Collection[str]:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from batchlab import __version__
-
         output.show(f"batchlab {__version__}")
         raise typer.Exit
 
@@ -197,6 +196,4 @@ def _unexpected(error: Exception, *, debug: bool) -> NoReturn:
 
 
 def _show_traceback() -> None:
-    import traceback
-
     traceback.print_exc()

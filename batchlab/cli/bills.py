@@ -11,15 +11,17 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from batchlab.cli import output
-from batchlab.core.api_usage_types import account_of
+from batchlab.cli.option_values import connect, resolve
+from batchlab.core.api_usage_types import JobUseView, account_of, job_use_view
 from batchlab.core.capabilities import capabilities_of
 from batchlab.core.errors import BatchlabError, NotFound, UsageError
-from batchlab.core.model import Market
+from batchlab.core.model import JobId, Market
 from batchlab.core.pricing.bill import Bill, PoolFacts, StageUse, bill, burn_usd_h, spent_usd
-from batchlab.core.pricing.price_book import PriceBook, Usd, range_json
+from batchlab.core.pricing.price_book import PriceBook, range_json
 from batchlab.core.pricing.price_book import load as load_prices
 from batchlab.core.pricing.request_costs import TransferredData
 from batchlab.core.pricing.usage import Account, Kind
+from batchlab.core.protocol import object_keys
 from batchlab.core.text import listed
 from batchlab.runtime import home as fetches
 from batchlab.runtime.home import Home
@@ -27,7 +29,6 @@ from batchlab.runtime.home import Home
 if TYPE_CHECKING:
     from batchlab.client.http import Client
     from batchlab.core.api_types import GridView, JobView
-    from batchlab.core.api_usage_types import JobUseView
     from batchlab.core.ports import Objects
 
 
@@ -48,7 +49,7 @@ def bill_of(home: Home, job: str, types: Mapping[str, str]) -> tuple[JobView, Bi
 
     `types` replaces the instance types of pools.
     """
-    from batchlab.runtime import factory
+    from batchlab.runtime import aws_deployment, factory
 
     facts = facts_of(home, job)
     backend = factory.load(facts.backend)
@@ -64,16 +65,10 @@ def bill_of(home: Home, job: str, types: Mapping[str, str]) -> tuple[JobView, Bi
     shown = facts.use["account"]
     account = _retyped(account_of(shown), types) if shown else None
     size = asyncio.run(_stored_bytes(backend.open_objects(home), facts.job["id"]))
-    moved = TransferredData(fetches.fetched_bytes(home, facts.job["id"]), _egress(home, facts.backend))
+    deployment = aws_deployment.read(home) if capabilities_of(facts.backend).stack else None
+    egress = deployment.egress if deployment else ""
+    moved = TransferredData(fetches.fetched_bytes(home, facts.job["id"]), egress)
     return facts.job, bill(stages, account, pools, book, stored_bytes=size, pace=backend.pace, moved=moved)
-
-
-def _egress(home: Home, backend: str) -> str:
-    """Return how the stack's instances reach AWS, or "" without a stack."""
-    from batchlab.runtime import aws_deployment
-
-    deployment = aws_deployment.read(home) if capabilities_of(backend).stack else None
-    return deployment.egress if deployment else ""
 
 
 def _retyped(account: Account, types: Mapping[str, str]) -> Account:
@@ -86,14 +81,9 @@ def _retyped(account: Account, types: Mapping[str, str]) -> Account:
 
 def facts_of(home: Home, job: str) -> Facts:
     """Return a job and its usage; raise UsageError if it does not exist. The grid may be down."""
-    return _facts_of_manager(home, job) if home.record() else asyncio.run(_facts_in_folder(home, job))
-
-
-def _facts_of_manager(home: Home, job: str) -> Facts:
-    from batchlab.cli.session import connect, resolve
-
     record = home.record()
-    assert record
+    if record is None:
+        return asyncio.run(_facts_in_folder(home, job))
     with connect(home) as client:
         view = resolve(client, job)
         return Facts(view, client.job_use(view["id"]), record.backend)
@@ -101,14 +91,13 @@ def _facts_of_manager(home: Home, job: str) -> Facts:
 
 async def _facts_in_folder(home: Home, text: str) -> Facts:
     """Return the facts of a job of a grid that is down, from the ledger in its folder."""
-    from batchlab.core.api_usage_types import job_use_view
     from batchlab.runtime import factory
     from batchlab.server.job_views import job_view
 
     if not home.ledger_file.exists():
         raise UsageError(
-            f"No grid is up in {home.path}, and its folder knows of no jobs.",
-            remedy="Bring the grid up with `batchlab grid up`, or name another folder with --home.",
+            f"No grid is up in {home.path}, and the folder has no ledger with jobs.",
+            remedy="Start the grid with `batchlab grid up`, or name another folder with --home.",
         )
     backend = factory.load("local")
     ledger, objects = backend.open_ledger(home), backend.open_objects(home)
@@ -119,7 +108,7 @@ async def _facts_in_folder(home: Home, text: str) -> Facts:
         if not matching or (len(matching) > 1 and text != "last" and not exact):
             what = "There is no job" if not matching else "More than one job begins with"
             known = listed([str(r.job.id) for r in matching or records]) or "none"
-            do = "Write the whole id" if matching else "Those that its folder knows of are"
+            do = "Write the whole id" if matching else "The folder's ledger has"
             raise UsageError(f"{what} {text!r}.", remedy=f"{do}: {known}.")
         record = (exact or matching)[0]
         rows = await ledger.rows(record.job.id)
@@ -132,7 +121,6 @@ async def _facts_in_folder(home: Home, text: str) -> Facts:
 
 async def _stored_account(objects: Objects, job: str) -> Account | None:
     """Return the account of a job that its last manager stored, if any."""
-    from batchlab.core.model import JobId
     from batchlab.core.protocol import json_format, object_keys
 
     for key in (object_keys.used(JobId(job)), object_keys.USE):
@@ -148,9 +136,6 @@ async def _stored_account(objects: Objects, job: str) -> Account | None:
 
 async def _stored_bytes(objects: Objects, job: str) -> int:
     """Return the size of a job's objects in the bucket. S3 lists 1,000 objects per request."""
-    from batchlab.core.model import JobId
-    from batchlab.core.protocol import object_keys
-
     size_bytes = 0
     for prefix in object_keys.everything_of(JobId(job)):
         async for page in objects.list(prefix):
@@ -190,7 +175,6 @@ class LiveCost:
         self._book: PriceBook | None = None
 
     def applies(self, backend: str) -> bool:
-
         return self._as_if or capabilities_of(backend).billed
 
     def _prices(self) -> PriceBook:
@@ -202,46 +186,35 @@ class LiveCost:
         """Return the cost per hour, the cost so far, and the cap of the grid, in USD."""
         view = client.use()
         living = {Kind(one["pool"], one["type"], Market(one["market"])): one["instances"] for one in view["living"]}
-        now = burn_usd_h(living, {}, self._prices())
-        spent = spent_usd(account_of(view["total"]), {}, self._prices())
-        return {
-            "usd_per_hour": range_json(now),
-            "spent_usd": range_json(spent),
-            "max_cost_usd": view["max_cost_usd"],
-            "capped": view["capped"],
-            "text": self._text(now, spent, view["max_cost_usd"], "; ".join(view["capped"].values())),
-        }
+        return self._figures(living, {}, account_of(view["total"]), view["max_cost_usd"], view["capped"])
 
     def job(self, client: Client, job: str, grid: GridView | None = None) -> dict[str, object]:
         """Return the same for one job. The cost per hour is that of the instances of its pools."""
         view = client.job_use(job)
         account = account_of(view["account"]) if view["account"] else Account()
-        spent = spent_usd(account, view["types"], self._prices())
+        used_pools = {kind.pool for kind in account.billed_s}
         living: dict[Kind, int] = {}
         for pool in grid["pools"] if grid else ():
+            running = sum(instance["state"] != "Terminated" for instance in pool["instances"])
             kind = Kind(pool["name"], view["types"].get(pool["name"], ""))
-            mine = any(k.pool == pool["name"] for k in account.billed_s)
-            there = sum(one["state"] != "Terminated" for one in pool["instances"])
-            living[kind] = there if mine else 0
-        now = burn_usd_h(living, view["types"], self._prices())
-        return {
-            "usd_per_hour": range_json(now),
-            "spent_usd": range_json(spent),
-            "max_cost_usd": view["max_cost_usd"],
-            "capped": view["capped"],
-            "text": self._text(now, spent, view["max_cost_usd"], view["capped"]),
-        }
+            living[kind] = running if pool["name"] in used_pools else 0
+        return self._figures(living, view["types"], account, view["max_cost_usd"], view["capped"])
 
     def line(self, client: Client, job: str, grid: GridView | None) -> str:
         """Return a sentence on the job's cost, or on why it is unknown."""
         try:
             return str(self.job(client, job, grid)["text"])
         except BatchlabError as error:
-            return f"its cost is not known: {error.message}"
+            return f"has an unknown cost: {error.message}"
 
-    def _text(self, now: Usd, spent: Usd, cap: float | None, capped: str) -> str:
-        would = "would cost on AWS" if self._as_if else "costs"
-        text = f"{would} {now} an hour now, {spent} so far"
+    def _figures(
+        self, living: Mapping[Kind, int], types: Mapping[str, str], account: Account, cap: float | None, capped: object
+    ) -> dict[str, object]:
+        now, spent = burn_usd_h(living, types, self._prices()), spent_usd(account, types, self._prices())
+        text = f"{'would cost on AWS' if self._as_if else 'costs'} {now} an hour now, {spent} so far"
         if cap is not None:
             text += f", cap {cap:g} USD"
-        return f"{text}, reached: no more is launched than it pays for" if capped else text
+        if capped:
+            text += ", reached: no more is launched than it pays for"
+        usd = {"usd_per_hour": range_json(now), "spent_usd": range_json(spent)}
+        return {**usd, "max_cost_usd": cap, "capped": capped, "text": text}

@@ -1,8 +1,6 @@
-"""`batchlab cost`: estimates and bills of the cost on AWS.
+"""`batchlab cost`, estimates and bills of the cost on AWS, and `prices`, the price book with its sources.
 
 Invariant: an estimate lists each value that it assumes.
-
-`batchlab prices`: the price book with its sources.
 """
 
 from __future__ import annotations
@@ -10,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,34 +16,35 @@ from typing import TYPE_CHECKING
 import typer
 
 from batchlab.cli import output
-from batchlab.cli.options import FILE, HOME, JOB, JSON, POOL, SET, argument, home_of, option
+from batchlab.cli.option_values import connect, home_of, parameters_of, parse_pools
+from batchlab.cli.options import FILE, HOME, JOB, JSON, POOL, SET, argument, option
+from batchlab.core import text as units
+from batchlab.core.atomic_write import write_whole
 from batchlab.core.errors import BackendError, UsageError
+from batchlab.core.job_definition import InputDef, SplitBy
+from batchlab.core.model import JobId, Market, Pool
 from batchlab.core.pricing.estimate import MEASURED, Estimate, Policy, PoolPlan, Three, loads
 from batchlab.core.pricing.estimate import estimate as compute_estimate
-from batchlab.core.pricing.price_book import load as load_prices
+from batchlab.core.pricing.price_book import NAME, PriceBook, load, write
+from batchlab.runtime import home as fetches
 from batchlab.runtime.home import Home
 
 if TYPE_CHECKING:
-    from batchlab.core.model import Pool
-    from batchlab.core.pricing.price_book import PriceBook
     from batchlab.jobs.job_file import JobFile
     from batchlab.runtime.factory import Backend
 
-app = typer.Typer(no_args_is_help=True)
-prices_app = typer.Typer(no_args_is_help=True)
-
-
-def register(root: typer.Typer) -> None:
-    """Add the groups `cost` and `prices` to the root command."""
-    root.add_typer(app, name="cost")
-    root.add_typer(prices_app, name="prices")
+app = typer.Typer()
+cost = typer.Typer(name="cost", no_args_is_help=True)
+prices = typer.Typer(name="prices", no_args_is_help=True)
+app.add_typer(cost)
+app.add_typer(prices)
 
 
 TYPES = option("Instance type on AWS of pools without one. May be repeated.", "[POOL=]TYPE")
 
 
-@app.callback()
-def cost() -> None:
+@cost.callback()
+def cost_() -> None:
     """Compute what a run costs on AWS, in USD.
 
     The commands use list prices, before the run or after it.
@@ -55,7 +54,7 @@ def cost() -> None:
     """
 
 
-@app.command()
+@cost.command()
 def estimate(
     file: Path = FILE,
     set_: list[str] | None = SET,
@@ -80,31 +79,46 @@ def estimate(
     \b
     Example: batchlab cost estimate job.yaml --seconds 2-5 --pool default:0-20x2 --spot 80
     """
-    from batchlab.cli.submission import overrides
-
     if 0 < spot < 1:
         raise UsageError(
             f"--spot is a percentage, and {spot:g} is less than 1%.", remedy=f"Write --spot {spot * 100:g}."
         )
-    request = EstimateRequest(
-        file,
-        home_of(home),
-        overrides(set_ or ()),
-        tuple(seconds or ()),
-        tuple(tasks or ()),
-        tuple(pool or ()),
-        tuple(instance_type or ()),
-        spot / 100,
-        results,
+    from batchlab.jobs import job_file
+    from batchlab.jobs.job_file import compile_job
+    from batchlab.runtime import factory
+
+    place, parameters, assumed = home_of(home), parameters_of(set_), []
+    jobfile = job_file.load(file, parameters, needs_input=not tasks)
+    job = compile_job(jobfile, job_id=JobId("estimate"), token="", code_key=None, input_keys=(), submitted_s=0.0)
+    names = [str(stage.name) for stage in job.stages]
+    roots = [str(stage.name) for stage in job.roots()]
+    task_counts = {name: _task_count(text) for name, text in by_name(tasks or (), names, all_=roots).items()}
+    durations = {name: _duration_range(text) for name, text in by_name(seconds or (), names).items()}
+    if len(durations) < len(names):
+        measured, note = _measured(place, jobfile.job.name)
+        durations = {**{name: range_ for name, range_ in measured.items() if name in names}, **durations}
+        assumed += [note] if note else []
+    root_tasks, size_bytes, files = 0, 0, 0
+    if not set(roots) <= task_counts.keys():
+        jobfile = job_file.load(file, parameters)
+        root_tasks, files, size_bytes = asyncio.run(count(jobfile))
+    stages, more = loads(job.stages, root_tasks, durations, task_counts)
+    backend = factory.load("aws")
+    pool_names = sorted({stage.pool for stage in stages})
+    result = compute_estimate(
+        stages,
+        _plan_pools(backend, pool_names, pool or (), by_name(instance_type or (), pool_names), spot / 100, assumed),
+        load(place.path),
+        Policy(backend.manager.drain_target_s, backend.manager.idle_s, backend.pace),
+        input_files=files,
+        input_bytes=size_bytes,
+        result_bytes=_result_bytes(results, place, jobfile.job.name, assumed),
+        assumed=[*assumed, *more],
     )
-    estimate = estimate_job(request)
-    if json:
-        output.show_json(estimate.to_json())
-    else:
-        output.show(text(estimate))
+    output.answer(json, result.to_json(), text(result))
 
 
-@app.command()
+@cost.command()
 def bill(job: str = JOB, instance_type: list[str] | None = TYPES, home: Path | None = HOME, json: bool = JSON) -> None:
     """Show the bill of a job on AWS, or what it would have cost there.
 
@@ -121,69 +135,13 @@ def bill(job: str = JOB, instance_type: list[str] | None = TYPES, home: Path | N
     pools = factory.load(record.backend if record else "local").pools
     types = by_name(instance_type or (), [pool.name for pool in pools])
     view, bill = bill_of(place, job, types)
-    if json:
-        output.show_json({"job": view["id"], "state": view["state"], **bill.to_json()})
-    else:
-        output.show(bill_text(view, bill))
+    output.answer(json, {"job": view["id"], "state": view["state"], **bill.to_json()}, bill_text(view, bill))
 
 
 DEFAULT_TYPE = "m7i.large"
 """Instance type of a pool without one."""
-LOOKED_BACK = 200
+MAX_EARLIER_JOBS = 200
 """Most recent jobs that are searched for an earlier run."""
-
-
-@dataclass(frozen=True, slots=True)
-class EstimateRequest:
-    """Arguments of an estimate. `spot` is a share from 0 to 1."""
-
-    file: Path
-    home: Home
-    overrides: Mapping[str, str]
-    seconds: Sequence[str] = ()
-    tasks: Sequence[str] = ()
-    pools: Sequence[str] = ()
-    types: Sequence[str] = ()
-    spot: float = 0.0
-    results: str = ""
-    """Size of the fetched results; empty if unknown."""
-
-
-def estimate_job(request: EstimateRequest) -> Estimate:
-    """Return the estimate; raise UsageError or JobFileErrors."""
-    from batchlab.core.model import JobId
-    from batchlab.jobs import job_file
-    from batchlab.jobs.job_file import compile_job
-    from batchlab.runtime import factory
-
-    jobfile = job_file.load(request.file, request.overrides, needs_input=not request.tasks)
-    job = compile_job(jobfile, job_id=JobId("estimate"), token="", code_key=None, input_keys=(), submitted_s=0.0)
-    names = [str(stage.name) for stage in job.stages]
-    roots = [str(stage.name) for stage in job.roots()]
-    given = {n: _whole(text) for n, text in by_name(request.tasks, names, all_=roots).items()}
-    told = {name: _seconds(text) for name, text in by_name(request.seconds, names).items()}
-    assumed: list[str] = []
-    if len(told) < len(names):
-        measured, whence = _measured(request.home, jobfile.job.name)
-        told = {**{n: s for n, s in measured.items() if n in names}, **told}
-        assumed += [whence] if whence else []
-    root_tasks, size_bytes, files = 0, 0, 0
-    if not set(roots) <= given.keys():
-        jobfile = job_file.load(request.file, request.overrides)
-        root_tasks, files, size_bytes = asyncio.run(count(jobfile))
-    stages, more = loads(job.stages, root_tasks, told, given)
-    backend = factory.load("aws")
-    pools = plan_pools(request, backend, sorted({stage.pool for stage in stages}), assumed)
-    return compute_estimate(
-        stages,
-        pools,
-        load_prices(request.home.path),
-        Policy(backend.manager.drain_target_s, backend.manager.idle_s, backend.pace),
-        input_files=files,
-        input_bytes=size_bytes,
-        result_bytes=_results(request, jobfile.job.name, assumed),
-        assumed=[*assumed, *more],
-    )
 
 
 def by_name(texts: Sequence[str], names: Sequence[str], *, all_: Sequence[str] | None = None) -> dict[str, str]:
@@ -205,33 +163,27 @@ def by_name(texts: Sequence[str], names: Sequence[str], *, all_: Sequence[str] |
     return found
 
 
-def _results(request: EstimateRequest, name: str, assumed: list[str]) -> int | None:
-    """Return the size of fetched results as given, or as in an earlier run, or None.
-
-    An earlier run is noted in `assumed`.
-    """
-    from batchlab.core import text as units
-    from batchlab.runtime import home as fetches
-
-    if request.results:
+def _result_bytes(text: str, home: Home, name: str, assumed: list[str]) -> int | None:
+    """Return the size of fetched results by option, or else of an earlier run, which is noted in `assumed`."""
+    if text:
         try:
-            return units.size_bytes(request.results)
+            return units.size_bytes(text)
         except ValueError as error:
             raise UsageError(f"{error}.", remedy="Write for example --results 500MB.") from error
-    if (known := fetches.last_fetch(request.home, name)) is None:
+    if (last_fetch := fetches.last_fetch(home, name)) is None:
         return None
-    job, size_bytes = known
-    assumed.append(f"results are as large as those of {job} that were fetched to here")
+    job, size_bytes = last_fetch
+    assumed.append(f"results are as large as the results of {job} that this machine fetched")
     return size_bytes
 
 
-def _whole(text: str) -> int:
+def _task_count(text: str) -> int:
     if not text.isascii() or not text.isdigit() or not 0 < int(text) <= 10**10:
         raise UsageError(f"{text!r} is not a number of tasks.", remedy="Write for example 1000.")
     return int(text)
 
 
-def _seconds(text: str) -> Three:
+def _duration_range(text: str) -> Three:
     """Parse `2.5`, or a range such as `1-4`."""
     try:
         low, _, high = text.partition("-")
@@ -249,7 +201,6 @@ async def count(jobfile: JobFile) -> tuple[int, int, int]:
     Raise UsageError if the input is not on this machine.
     """
     from batchlab.adapters.local.objects import open_local
-    from batchlab.core.job_definition import InputDef, SplitBy
     from batchlab.jobs.job_file import task_size
     from batchlab.manager.input_split import items
 
@@ -257,9 +208,8 @@ async def count(jobfile: JobFile) -> tuple[int, int, int]:
     how = SplitBy(jobfile.job.input.split)
     for file in jobfile.files:
         if not isinstance(file, Path):
-            raise UsageError(
-                f"The tasks of {file} cannot be counted from here.", remedy="Say how many there are with --tasks N."
-            )
+            remedy = "Give the number of tasks with --tasks N."
+            raise UsageError(f"The tasks of {file} cannot be counted on this machine.", remedy=remedy)
         size_bytes += file.stat().st_size
         if how is SplitBy.FILE:
             tasks += 1
@@ -276,26 +226,20 @@ async def count(jobfile: JobFile) -> tuple[int, int, int]:
 def _measured(home: Home, name: str) -> tuple[dict[str, Three], str]:
     """Return seconds per task by stage of the last run of a job, and a sentence on that run."""
     for job, means in _earlier(home, name):
-        found: dict[str, Three] = {}
+        durations: dict[str, Three] = {}
         for stage, mean_s in means.items():
             low, typical, high = (mean_s * factor for factor in MEASURED)
-            found[stage] = (low, typical, high)
-        if found:
-            return found, f"a task takes as long as in {job} on the machine that ran it"
+            durations[stage] = (low, typical, high)
+        if durations:
+            return durations, f"a task takes as long as in {job} on the machine that ran it"
     return {}, ""
 
 
 def _earlier(home: Home, name: str) -> list[tuple[str, dict[str, float]]]:
     if home.record() is not None:
-        from batchlab.cli.session import connect
-
         with connect(home) as client, suppress(BackendError):
-            views = client.jobs(limit=LOOKED_BACK)
-            return [
-                (v["id"], {s["name"]: s["mean_s"] for s in v["stages"] if s["mean_s"]})
-                for v in views
-                if v["name"] == name
-            ]
+            views = [view for view in client.jobs(limit=MAX_EARLIER_JOBS) if view["name"] == name]
+            return [(view["id"], {s["name"]: s["mean_s"] for s in view["stages"] if s["mean_s"]}) for view in views]
     if home.ledger_file.exists():
         return asyncio.run(_in_ledger(home, name))
     return []
@@ -307,14 +251,12 @@ async def _in_ledger(home: Home, name: str) -> list[tuple[str, dict[str, float]]
 
     ledger = factory.load("local").open_ledger(home)
     try:
-        records = await ledger.jobs(limit=LOOKED_BACK)
-        found = []
-        for record in records:
+        runs = []
+        for record in await ledger.jobs(limit=MAX_EARLIER_JOBS):
             if record.job.name == name:
-                rows = await ledger.rows(record.job.id)
-                means = {str(s.counts.stage): s.counts.mean_s or 0.0 for s in rows.stages}
-                found.append((str(record.job.id), {k: v for k, v in means.items() if v}))
-        return found
+                stages = (stage.counts for stage in (await ledger.rows(record.job.id)).stages)
+                runs.append((str(record.job.id), {str(one.stage): one.mean_s for one in stages if one.mean_s}))
+        return runs
     finally:
         await ledger.close()
 
@@ -322,55 +264,50 @@ async def _in_ledger(home: Home, name: str) -> list[tuple[str, dict[str, float]]
 # --- Pools ---------------------------------------------------------------------------------------
 
 
-def plan_pools(request: EstimateRequest, backend: Backend, names: Sequence[str], assumed: list[str]) -> list[PoolPlan]:
+def _plan_pools(
+    backend: Backend,
+    names: Sequence[str],
+    pools: Sequence[str],
+    types: Mapping[str, str],
+    spot_share: float,
+    assumed: list[str],
+) -> list[PoolPlan]:
     """Return the job's pools as they would be on AWS. Note assumptions in `assumed`."""
-    from batchlab.cli.options import parse_pools
     from batchlab.core import instance_types
 
-    types = by_name(request.types, names)
     known: dict[str, Pool] = {pool.name: pool for pool in backend.pools}
-    own = {pool.name: pool for pool in parse_pools(request.pools)}
+    own = {pool.name: pool for pool in parse_pools(pools)}
     pool_plans: list[PoolPlan] = []
     for name in names:
         base = own.get(name) or known.get(name)
         kind = types.get(name) or (known[name].instance_type if name in known else "")
         if not kind:
             kind = DEFAULT_TYPE
-            assumed.append(f"pool {name} is of {kind}, unless --instance-type says otherwise")
+            assumed.append(f"pool {name} is of {kind}, unless --instance-type names another")
         row = instance_types.load().types.get(kind)
         if base is None:
             slots = row.vcpu if row else 2
             plan = PoolPlan(name, kind, slots, 0, 10)
-            assumed.append(f"pool {name} has up to 10 instances of {slots} slots, unless --pool says otherwise")
+            assumed.append(f"pool {name} has up to 10 instances of {slots} slots, unless --pool sets other numbers")
         else:
             plan = PoolPlan(name, kind, base.slots, base.min_size, base.max_size, base.boot_s)
-        pool_plans.append(replace(plan, spot_share=request.spot))
+        pool_plans.append(replace(plan, spot_share=spot_share))
     return pool_plans
 
 
-def text(found: Estimate) -> str:
+def text(estimate: Estimate) -> str:
     """Return the estimate as text."""
-    rows = [
-        (item.what, *(f"{usd:.4f}" for usd in (item.usd.low, item.usd.typical, item.usd.high)), item.how)
-        for item in found.items
-    ]
-    usd = found.usd
-    rows.append(("all", f"{usd.low:.4f}", f"{usd.typical:.4f}", f"{usd.high:.4f}", ""))
-    low, typical, high = (output.span(span_s) for span_s in found.span_s)
-    return "\n".join(
-        [
-            f"It will cost {usd}, and take {typical} ({low} to {high}).",
-            "",
-            output.table(("USD", "from", "typical", "to", "how"), rows),
-            "",
-            f"Prices: {found.prices}, before tax, free tiers and discounts.",
-            *(f"Assumed: {one}." for one in found.assumed),
-        ]
-    )
+    items = [(item.what, item.usd, item.how) for item in estimate.items] + [("all", estimate.usd, "")]
+    rows = [(what, f"{usd.low:.4f}", f"{usd.typical:.4f}", f"{usd.high:.4f}", how) for what, usd, how in items]
+    low, typical, high = (output.span(span_s) for span_s in estimate.span_s)
+    lines = [f"The run will cost {estimate.usd}, and take {typical} ({low} to {high}).", ""]
+    lines += [output.table(("USD", "from", "typical", "to", "how"), rows), ""]
+    lines.append(f"Prices: {estimate.prices}, before tax, free tiers, and discounts.")
+    return "\n".join([*lines, *(f"Assumed: {assumption}." for assumption in estimate.assumed)])
 
 
-@prices_app.callback()
-def prices() -> None:
+@prices.callback()
+def prices_() -> None:
     """Show and update the price book.
 
     \b
@@ -378,7 +315,7 @@ def prices() -> None:
     """
 
 
-@prices_app.command()
+@prices.command()
 def show(
     types: list[str] | None = argument("Only these instance types.", "TYPE", default=None),
     home: Path | None = HOME,
@@ -389,40 +326,20 @@ def show(
     \b
     Example: batchlab prices show m7i.large c7g.large
     """
-    from batchlab.core.pricing.price_book import load
-
     book = load(home_of(home).path)
     for name in types or ():
         book.instance_usd_h(name)  # raises UsageError for an unknown type
-    if json:
-        output.show_json(_json(book, types))
-    else:
-        output.show(_text(book, types))
+    blocks = {}
+    for name, block in book.blocks.items():
+        source = {"region": block.region, "date": block.date.isoformat(), "source": block.source}
+        blocks[name] = {**source, **block.prices}
+        if table := block.table:
+            selected = table if types is None or name == "rds" else types
+            blocks[name]["usd_per_hour"] = {key: usd for key, usd in table.items() if key in selected}
+    output.answer(json, {"currency": "USD", "path": str(book.path), "blocks": blocks}, _prices_text(book, types))
 
 
-def _json(book: PriceBook, types: list[str] | None) -> dict[str, object]:
-    blocks = {
-        name: {
-            "region": block.region,
-            "date": block.date.isoformat(),
-            "source": block.source,
-            **block.prices,
-            **({"usd_per_hour": _some(block.table, types, name)} if block.table else {}),
-        }
-        for name, block in book.blocks.items()
-    }
-    return {"currency": "USD", "path": str(book.path), "blocks": blocks}
-
-
-def _some(table: object, types: list[str] | None, block: str) -> object:
-    if types is None or block == "rds" or not isinstance(table, dict):
-        return table
-    return {name: price for name, price in table.items() if name in types}
-
-
-def _text(book: PriceBook, types: list[str] | None) -> str:
-    from batchlab.core.model import Market
-
+def _prices_text(book: PriceBook, types: list[str] | None) -> str:
     names = types or sorted(book.blocks["on_demand"].table)
     instances = []
     for name in names:
@@ -444,7 +361,7 @@ def _text(book: PriceBook, types: list[str] | None) -> str:
     return "\n\n".join([*parts, f"Price book: {book.path}"])
 
 
-@prices_app.command()
+@prices.command()
 def refresh(
     from_: Path = option(
         "AWS's price list of AmazonEC2, AmazonRDS, or AWSDataTransfer (CSV or JSON), the "
@@ -463,9 +380,7 @@ def refresh(
     \b
     Example: batchlab prices refresh --from AmazonEC2.csv --region us-east-1
     """
-    from batchlab.core.atomic_write import write_whole
     from batchlab.core.pricing import price_refresh
-    from batchlab.core.pricing.price_book import NAME, load, write
 
     place = home_of(home)
     found = price_refresh.find(from_, region=region, day=date.date() if date else None)
@@ -474,22 +389,14 @@ def refresh(
     path = place.path / NAME
     # Prices are public, and the manager of a grid in containers may be another user.
     write_whole(path, write(book), mode=0o644)
-    if json:
-        output.show_json(
-            {
-                "path": str(path),
-                "block": found.block,
-                "region": found.region,
-                "date": found.date.isoformat(),
-                "types": len(found.table),
-                "prices": dict(found.prices),
-            }
-        )
-        return
-    output.show(
-        f"{output.count(found.count, 'price')} of [{found.block}] for {found.region}, as of "
-        f"{found.date.isoformat()}, are in {path}."
+    date_text = found.date.isoformat()
+    document = {"path": str(path), "block": found.block, "region": found.region, "date": date_text}
+    number = output.count(found.count, "price")
+    output.answer(
+        json,
+        {**document, "types": len(found.table), "prices": dict(found.prices)},
+        f"{number} of [{found.block}] for {found.region}, as of {date_text}, are in {path}.",
     )
-    others = sorted(b.name for b in book.blocks.values() if b.region != found.region)
-    if others:
-        output.say(f"Still of another region: {', '.join(others)}. Their prices are few: write them into that file.")
+    others = sorted(block.name for block in book.blocks.values() if block.region != found.region)
+    if others and not json:
+        output.say(f"Prices of another region: {', '.join(others)}. Edit {path} to change these few prices.")

@@ -1,4 +1,4 @@
-"""Files of first jobs (starter and shipped examples), and the check of the demo's totals.
+"""`batchlab demo` and `init`: files of first jobs, and the check of the demo's totals.
 
 Invariant: the generator counts the facts of its claims before the job's code reads them. The demo
 reuses only a complete folder of claims. `init` replaces no existing file.
@@ -7,20 +7,32 @@ reuses only a complete folder of claims. `init` replaces no existing file.
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import typer
 
 from batchlab.cli import output
-from batchlab.cli.run_job import Summary
+from batchlab.cli.option_values import home_of, resume_command
+from batchlab.cli.options import BACKEND, ENDPOINT, HOME, JSON, OUT, RESUME, argument, examples, option
 from batchlab.core import installation
 from batchlab.core.errors import UsageError
-from batchlab.runtime.home import Home
 
+if TYPE_CHECKING:
+    from batchlab.cli.run_job import Summary
+    from batchlab.runtime.home import Home
+
+app = typer.Typer()
 DATA = "data"
+DATA_MODULE = "example_data"
 _LEFT_OUT = {DATA, "out", "__pycache__"}
 _RECORDS_BYTES = 32 * 2**20
 """Input size of the example `sort`, which takes a few seconds. Its README uses more."""
@@ -53,31 +65,30 @@ def make_data(name: str, folder: Path) -> str:
     Raise UsageError if the input cannot be generated or written.
     """
     try:
-        return _MAKERS[name](folder)
+        match name:
+            case "claims":
+                return f"{example_data().write_claims(folder).files} files of insurance claims"
+            case "transform":
+                example_data().write_rides(folder)
+                return "a CSV of taxi rides"
+            case "sort":
+                return f"{example_data().write_records(folder, size_bytes=_RECORDS_BYTES).lines:,} lines to sort"
+        return _make_video(folder)
     except OSError as error:
         raise UsageError(f"{folder} cannot be written: {error.strerror}.", remedy="Name another folder.") from error
 
 
-def _claims(folder: Path) -> str:
-    from batchlab.cli.example_data import write_claims
-
-    return f"{write_claims(folder).files} files of insurance claims"
-
-
-def _rides(folder: Path) -> str:
-    from batchlab.cli.example_data import write_rides
-
-    write_rides(folder)
-    return "a CSV of taxi rides"
+def example_data() -> ModuleType:
+    """Return the module that generates the input of the shipped examples."""
+    spec = spec_from_file_location(DATA_MODULE, installation.folder("examples") / f"{DATA_MODULE}.py")
+    assert spec
+    assert spec.loader
+    module = sys.modules[DATA_MODULE] = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def _records(folder: Path) -> str:
-    from batchlab.cli.example_data import write_records
-
-    return f"{write_records(folder, size_bytes=_RECORDS_BYTES).lines:,} lines to sort"
-
-
-def _video(folder: Path) -> str:
+def _make_video(folder: Path) -> str:
     program = shutil.which("ffmpeg")
     if program is None:
         raise UsageError(
@@ -113,9 +124,6 @@ def _video(folder: Path) -> str:
         reason = (made.stderr.strip().splitlines() or ["no error text"])[-1].rstrip(".")
         raise UsageError(f"ffmpeg cannot make a video: {reason}.", remedy=f"Put an .mp4 of your own into {folder}.")
     return f"a video of {_VIDEO_S} s"
-
-
-_MAKERS = {"claims": _claims, "transform": _rides, "media": _video, "sort": _records}
 
 
 def check_free(folder: Path, names: Iterable[str]) -> None:
@@ -162,9 +170,9 @@ def prepare(home: Home, *, seed: int, files: int, claims_per_file: int) -> Prepa
         for name, content in example_files(EXAMPLE).items():
             _write_changed(folder / name, content)
         if not facts_file.exists():
-            from batchlab.cli.example_data import write_claims
-
-            claims_facts = write_claims(folder / "data", seed=seed, files=files, claims_per_file=claims_per_file)
+            claims_facts = example_data().write_claims(
+                folder / "data", seed=seed, files=files, claims_per_file=claims_per_file
+            )
             facts = {payer: asdict(payer_facts) for payer, payer_facts in claims_facts.payers.items()}
             staged = facts_file.with_suffix(".part")
             staged.write_text(json.dumps(facts))
@@ -249,3 +257,72 @@ def expected(fact: Mapping[str, Any]) -> dict[str, int]:
 
 def _money(amount_cents: int) -> str:
     return f"{amount_cents // 100:,}.{amount_cents % 100:02d}"
+
+
+@app.command()
+def demo(
+    out: Path | None = OUT,
+    seed: int = option("Seed of the generated claims.", default=1),
+    files: int = option("Number of files of claims.", default=100, min=1),
+    claims_per_file: int = option("Claims in each file.", default=40, min=1),
+    resume: bool = RESUME,
+    home: Path | None = HOME,
+    backend: str = BACKEND,
+    endpoint: str | None = ENDPOINT,
+    json: bool = JSON,
+) -> None:
+    """Run a demo job on generated insurance claims.
+
+    The command writes a month-end of claims and the job's code into the grid's folder, runs the job
+    like `run`, and compares the totals with those of the generator.
+
+    \b
+    Example: batchlab demo --files 400
+    """
+    from batchlab.cli import run_job
+
+    phases = run_job.Phases.of_process()
+    with phases.phase("data"):
+        prepared = prepare(home_of(home), seed=seed, files=files, claims_per_file=claims_per_file)
+    request = run_job.RunRequest(
+        file=prepared.job_file,
+        home=home_of(home),
+        backend=backend,
+        endpoint=endpoint,
+        again=resume_command(sys.argv[1:]),
+        out=out,
+        resume=resume,
+    )
+    summary = run_job.run(request, phases)
+    verdict = check(prepared, summary)
+    output.answer(json, {**summary.to_json(), "totals": verdict.to_json()}, f"{summary.text()}\n\n{verdict.text()}")
+    if not verdict.agrees:
+        raise typer.Exit(1)
+
+
+@app.command()
+def init(
+    folder: Path = argument("Folder for the files.", "DIR", default=Path(), show_default="here"),
+    example: str | None = option(
+        "A shipped example instead of the small starter job: claims (three stages), "
+        "transform (CSV to Parquet), media (video), or sort (more than a worker's memory).",
+        "NAME",
+        autocompletion=examples,
+    ),
+) -> None:
+    """Write the files of a first job.
+
+    They are a job file, its code, and data for it. Existing files are not replaced.
+
+    \b
+    Example: batchlab init first && batchlab run first/job.yaml
+    """
+    if example is None:
+        output.say(f"Wrote {', '.join(write(folder, starter_files()))}.")
+    else:
+        files = example_files(example)
+        check_free(folder, [*files, DATA])
+        # The data comes first: if it cannot be generated, nothing else is written.
+        data = make_data(example, folder / DATA)
+        output.say(f"Wrote {', '.join(write(folder, files))}, and {data} into {DATA}.")
+    output.say(f"Now run it: batchlab run {shlex.quote(str(folder / 'job.yaml'))}")

@@ -15,35 +15,30 @@ import typer
 
 from batchlab.cli import output
 from batchlab.cli.deploy_options import (
-    BASE,
-    BUDGET,
-    CERTIFICATES,
-    EGRESS,
-    EMAIL,
-    LEDGER,
-    PACKAGE,
-    PARAMETER,
-    PERCENT,
-    POOLS,
     REGION,
-    SETTINGS,
     STACK,
     YES,
+    DeployArguments,
+    Person,
+    check_settings,
+    cost_lines,
+    release_archive,
+    retry_notes,
+    settings_for,
+    settings_without_aws,
+    stack_and_region,
+    takes_arguments,
 )
-from batchlab.cli.options import HOME, JSON, flag, home_of, option
+from batchlab.cli.option_values import home_of
+from batchlab.cli.options import HOME, JSON, flag, option
+from batchlab.core.errors import NotFound
 
 if TYPE_CHECKING:
-    from batchlab.cli.deploy_options import DeployArguments
     from batchlab.deploy.stack import Stack
     from batchlab.deploy.status import Status
     from batchlab.runtime.home import Home
 
-app = typer.Typer(no_args_is_help=True)
-
-
-def register(root: typer.Typer) -> None:
-    """Add the group `deploy` to the root command."""
-    root.add_typer(app, name="deploy")
+app = typer.Typer(name="deploy", no_args_is_help=True)
 
 
 @app.callback()
@@ -56,23 +51,8 @@ def deploy_() -> None:
 
 
 @app.command()
-def plan(
-    pool: list[str] | None = POOLS,
-    settings: Path | None = SETTINGS,
-    stack: str | None = STACK,
-    region: str | None = REGION,
-    ledger: str | None = LEDGER,
-    egress: str | None = EGRESS,
-    budget: float | None = BUDGET,
-    alarm_email: str | None = EMAIL,
-    on_demand_base: int | None = BASE,
-    on_demand_percent: int | None = PERCENT,
-    parameter: list[str] | None = PARAMETER,
-    package: list[str] | None = PACKAGE,
-    database_ca: Path | None = CERTIFICATES,
-    home: Path | None = HOME,
-    json: bool = JSON,
-) -> None:
+@takes_arguments()
+def plan(arguments: DeployArguments, home: Path | None = HOME, json: bool = JSON) -> None:
     """Show planned changes of the stack and their cost without applying them.
 
     The options are stored in the grid's folder for `apply` and the next plan. The plan keeps the
@@ -81,30 +61,18 @@ def plan(
     \b
     Example: batchlab deploy plan --pool default:0-10x2@m7i.large --ledger postgres --budget 150
     """
-    from batchlab.cli.deploy_options import Person, check_settings, settings_for
     from batchlab.deploy import settings as settings_
     from batchlab.deploy import template
     from batchlab.deploy.plan import create_plan
     from batchlab.deploy.stack_records import refuse_unchangeable
 
-    deploy_arguments = _given(
-        pool,
-        settings,
-        stack,
-        region,
-        parameter,
-        {"Ledger": ledger, "Egress": egress, "BudgetUsd": budget, "AlarmEmail": alarm_email},
-        {"PoolOnDemandBase": on_demand_base, "PoolOnDemandPercent": on_demand_percent},
-        package,
-        database_ca,
-    )
     where, source = home_of(home), template.load(template.shipped())
-    check_settings(deploy_arguments, where, source)
-    with _stack(deploy_arguments, where) as there:
+    check_settings(arguments, where, source)
+    with _stack(arguments, where) as there:
         state = there.state()
         if state:
             refuse_unchangeable(state)
-        wanted = settings_for(deploy_arguments, where, there)
+        wanted = settings_for(arguments, where, there)
         with create_plan(there, wanted, source, state, home=where) as plan:
             if json:
                 output.show_json(plan.to_json())
@@ -113,17 +81,9 @@ def plan(
         settings_.write(where, wanted)
 
 
-@app.command(name="template")
-def template_(
-    pool: list[str] | None = POOLS,
-    settings: Path | None = SETTINGS,
-    stack: str | None = STACK,
-    region: str | None = REGION,
-    ledger: str | None = LEDGER,
-    egress: str | None = EGRESS,
-    parameter: list[str] | None = PARAMETER,
-    home: Path | None = HOME,
-) -> None:
+@app.command("template")
+@takes_arguments("budget", "alarm_email", "on_demand_base", "on_demand_percent", "package", "database_ca")
+def template_(arguments: DeployArguments, home: Path | None = HOME) -> None:
     """Print the template of a stack, with the options as its defaults, without a call of AWS.
 
     Use it to read, lint, or scan the template without credentials. The JSON goes to stdout, and the
@@ -132,33 +92,19 @@ def template_(
     \b
     Example: batchlab deploy template --pool default:0-10x2@m7i.large --egress nat > stack.json
     """
-    from batchlab.cli.deploy_options import cost_lines, settings_without_aws
     from batchlab.deploy import plan, template
 
-    named: dict[str, str | float | None] = {"Ledger": ledger, "Egress": egress}
-    deploy_arguments = _given(pool, settings, stack, region, parameter, named, {}, None, None)
     where = home_of(home)
-    wanted = settings_without_aws(deploy_arguments, where)
+    wanted = settings_without_aws(arguments, where)
     made, costs = plan.offline_plan(wanted, template.load(template.shipped()), where)
     output.show_json(made, indent=1)
     output.say("\n".join(cost_lines(costs)))
 
 
 @app.command()
+@takes_arguments()
 def apply(
-    pool: list[str] | None = POOLS,
-    settings: Path | None = SETTINGS,
-    stack: str | None = STACK,
-    region: str | None = REGION,
-    ledger: str | None = LEDGER,
-    egress: str | None = EGRESS,
-    budget: float | None = BUDGET,
-    alarm_email: str | None = EMAIL,
-    on_demand_base: int | None = BASE,
-    on_demand_percent: int | None = PERCENT,
-    parameter: list[str] | None = PARAMETER,
-    package: list[str] | None = PACKAGE,
-    database_ca: Path | None = CERTIFICATES,
+    arguments: DeployArguments,
     release: Path | None = option("Existing release archive to use instead of a new one.", "FILE.tar.gz"),
     yes: bool = YES,
     home: Path | None = HOME,
@@ -172,26 +118,14 @@ def apply(
     \b
     Example: batchlab deploy apply
     """
-    from batchlab.cli.deploy_options import Person, check_settings, release_archive, settings_for
     from batchlab.deploy import template
     from batchlab.deploy.apply import Apply
 
-    deploy_arguments = _given(
-        pool,
-        settings,
-        stack,
-        region,
-        parameter,
-        {"Ledger": ledger, "Egress": egress, "BudgetUsd": budget, "AlarmEmail": alarm_email},
-        {"PoolOnDemandBase": on_demand_base, "PoolOnDemandPercent": on_demand_percent},
-        package,
-        database_ca,
-    )
     where, person = home_of(home), Person(yes, json)
     source = template.load(template.shipped())
-    check_settings(deploy_arguments, where, source)
-    with _stack(deploy_arguments, where) as there:
-        wanted = settings_for(deploy_arguments, where, there)
+    check_settings(arguments, where, source)
+    with _stack(arguments, where) as there:
+        wanted = settings_for(arguments, where, there)
         archive = cache(partial(release_archive, wanted, release, where))
         done = Apply(there, wanted, source, where, person, archive).run()
     if done is None:
@@ -214,8 +148,6 @@ def status(stack: str | None = STACK, region: str | None = REGION, home: Path | 
     \b
     Example: batchlab deploy status --stack batchlab --region eu-west-1
     """
-    from batchlab.cli.deploy_options import DeployArguments
-    from batchlab.core.errors import NotFound
     from batchlab.deploy.status import read_status
     from batchlab.runtime import aws_deployment
 
@@ -292,7 +224,6 @@ def destroy(
     \b
     Example: batchlab deploy destroy --delete-data
     """
-    from batchlab.cli.deploy_options import DeployArguments, Person
     from batchlab.deploy.destroy import Destroy
     from batchlab.runtime import aws_deployment
 
@@ -315,42 +246,11 @@ def destroy(
 
 
 @contextmanager
-def _stack(given: DeployArguments, home: Home) -> Iterator[Stack]:
+def _stack(arguments: DeployArguments, home: Home) -> Iterator[Stack]:
     """Yield the stack that the arguments or the grid's folder name."""
-    from batchlab.cli.deploy_options import retry_notes, stack_and_region
     from batchlab.deploy.account import Account
     from batchlab.deploy.stack import Stack
 
-    name, region = stack_and_region(given, home)
+    name, region = stack_and_region(arguments, home)
     with Account.open(region, notes=retry_notes) as account:
         yield Stack(account, name)
-
-
-def _given(
-    pools: list[str] | None,
-    file: Path | None,
-    stack: str | None,
-    region: str | None,
-    parameters: list[str] | None,
-    named: dict[str, str | float | None],
-    per_pool: dict[str, int | None],
-    packages: list[str] | None,
-    database_ca: Path | None,
-) -> DeployArguments:
-    from batchlab.cli.deploy_options import DeployArguments, parse_assignments
-
-    said = {name: _text(value) for name, value in named.items() if value is not None}
-    return DeployArguments(
-        pools or (),
-        file,
-        stack,
-        region,
-        {**said, **parse_assignments(parameters or ())},
-        {name: str(value) for name, value in per_pool.items() if value is not None},
-        packages or (),
-        database_ca,
-    )
-
-
-def _text(value: str | float) -> str:
-    return value if isinstance(value, str) else f"{value:g}"

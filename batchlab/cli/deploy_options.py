@@ -8,13 +8,16 @@ Invariant: without a terminal, only --yes agrees to a change.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import wraps
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from batchlab.cli import output
+from batchlab.cli.option_values import assignments, parse_typed_pool
 from batchlab.cli.options import flag, option
 from batchlab.cli.output import Stopped
 from batchlab.cli.progress import StackDisplay
@@ -30,55 +33,95 @@ if TYPE_CHECKING:
 
 STACK = option("Name of the stack. Default: batchlab.", "NAME")
 REGION = option("AWS region, such as eu-west-1. Default: that of the AWS configuration.", "REGION")
-POOLS = option(
-    "A pool of workers and its instance types, such as "
-    "default:0-10x2@m7i.large,m6i.large. May be repeated. The stack has no other pools.",
-    "NAME:MIN-MAXxSLOTS@TYPE,TYPE",
-)
-SETTINGS = option("File with stack, pools, and parameters, instead of the stored settings.", "FILE.yaml")
-LEDGER = option("Database of the ledger: sqlite on the manager's disk, postgres, or simpledb.", "KIND")
-EGRESS = option("Route of instances to AWS: endpoints in the VPC, or a nat gateway.", "KIND")
-BUDGET = option(
-    "Send an alarm if a month would cost more. AWS needs the tag batchlab.stack to be "
-    "activated in the account's billing.",
-    "USD",
-    min=0,
-)
-EMAIL = option("E-mail address for alarms, which must be confirmed. Default: none.", "ADDRESS")
-BASE = option("Number of workers of each pool that are never Spot.", "N", min=0)
-PERCENT = option("Percentage of the other workers that are not Spot.", "N", min=0, max=100)
-PARAMETER = option("Any other parameter of the stack's template. May be repeated.", "NAME=VALUE", "--set")
-PACKAGE = option("PyPI package that tasks need, such as pandas>=2,<3. May be repeated.", "NAME")
-CERTIFICATES = option("Certificates to verify PostgreSQL: AWS's bundle for the region.", "FILE.pem")
 YES = flag("Agree without a question.", "--yes")
 
 
 # --- Settings ------------------------------------------------------------------------------------
 
 
+_OPTIONS = {
+    "pool": option(
+        "A pool of workers and its instance types, such as default:0-10x2@m7i.large,m6i.large. May be repeated. "
+        "The stack has no other pools.",
+        "NAME:MIN-MAXxSLOTS@TYPE,TYPE",
+    ),
+    "settings": option("File with stack, pools, and parameters, instead of the stored settings.", "FILE.yaml"),
+    "stack": STACK,
+    "region": REGION,
+    "ledger": option("Database of the ledger: sqlite on the manager's disk, postgres, or simpledb.", "KIND"),
+    "egress": option("Route of instances to AWS: endpoints in the VPC, or a nat gateway.", "KIND"),
+    "budget": option(
+        "Send an alarm if a month would cost more. AWS needs the tag batchlab.stack to be activated in the "
+        "account's billing.",
+        "USD",
+        min=0,
+    ),
+    "alarm_email": option("E-mail address for alarms, which must be confirmed. Default: none.", "ADDRESS"),
+    "on_demand_base": option("Number of workers of each pool that are never Spot.", "N", min=0),
+    "on_demand_percent": option("Percentage of the other workers that are not Spot.", "N", min=0, max=100),
+    "parameter": option("Any other parameter of the stack's template. May be repeated.", "NAME=VALUE", "--set"),
+    "package": option("PyPI package that tasks need, such as pandas>=2,<3. May be repeated.", "NAME"),
+    "database_ca": option("Certificates to verify PostgreSQL: AWS's bundle for the region.", "FILE.pem"),
+}
+"""Declared option of each field of DeployArguments."""
+
+
 @dataclass(frozen=True, slots=True)
 class DeployArguments:
-    """Arguments of a `deploy` command. None and empty values are unset."""
+    """Options of `deploy plan`, `template`, and `apply` (see `takes_arguments`)."""
 
-    pools: Sequence[str] = ()
-    file: Path | None = None
+    pool: list[str] | None = None
+    settings: Path | None = None
     stack: str | None = None
     region: str | None = None
-    parameters: Mapping[str, str] = field(default_factory=dict)
-    pool_parameters: Mapping[str, str] = field(default_factory=dict)
-    packages: Sequence[str] = ()
+    ledger: str | None = None
+    egress: str | None = None
+    budget: float | None = None
+    alarm_email: str | None = None
+    on_demand_base: int | None = None
+    on_demand_percent: int | None = None
+    parameter: list[str] | None = None
+    package: list[str] | None = None
     database_ca: Path | None = None
 
+    @property
+    def parameters(self) -> dict[str, str]:
+        """Return the parameters of the stack's template that options set; raise UsageError."""
+        named = {"Ledger": self.ledger, "Egress": self.egress, "AlarmEmail": self.alarm_email}
+        values = {name: value for name, value in named.items() if value is not None}
+        if self.budget is not None:
+            values["BudgetUsd"] = f"{self.budget:g}"
+        return {**values, **assignments(self.parameter or (), "--set AttemptDays=14", "NAME=VALUE")}
 
-def parse_assignments(arguments: Sequence[str]) -> dict[str, str]:
-    """Parse NAME=VALUE arguments; raise UsageError."""
-    found = {}
-    for argument in arguments:
-        name, equals, value = argument.partition("=")
-        if not name or not equals:
-            raise UsageError(f"{argument!r} is not NAME=VALUE.", remedy="Say --set AttemptDays=14.")
-        found[name] = value
-    return found
+    @property
+    def pool_parameters(self) -> dict[str, str]:
+        """Return the template's parameters of each pool that options set."""
+        named = {"PoolOnDemandBase": self.on_demand_base, "PoolOnDemandPercent": self.on_demand_percent}
+        return {name: str(value) for name, value in named.items() if value is not None}
+
+
+def takes_arguments(*missing: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options of DeployArguments, except `missing` ones, in place of its parameter `arguments`."""
+    types = get_type_hints(DeployArguments)
+    options = {name: declared for name, declared in _OPTIONS.items() if name not in missing}
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = list(signature(command, eval_str=True).parameters.values())[1:]
+
+        @wraps(command)
+        def call(**values: Any) -> None:
+            command(DeployArguments(**{name: values.pop(name) for name in options}), **values)
+
+        added = [
+            Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=types[name])
+            for name, default in options.items()
+        ]
+        own = [parameter.replace(kind=Parameter.KEYWORD_ONLY) for parameter in own]
+        declared: Any = call
+        declared.__signature__ = Signature([*added, *own])  # typer reads the options here
+        return call
+
+    return decorate
 
 
 def stack_and_region(arguments: DeployArguments, home: Home) -> tuple[str, str | None]:
@@ -86,7 +129,7 @@ def stack_and_region(arguments: DeployArguments, home: Home) -> tuple[str, str |
     from batchlab.deploy import settings
     from batchlab.runtime import aws_deployment
 
-    said = settings.load(arguments.file) if arguments.file else None
+    said = settings.load(arguments.settings) if arguments.settings else None
     kept = settings.read(home)
     name = arguments.stack or (said.stack if said else None) or (kept.stack if kept else None)
     region = arguments.region or (said.region if said else None)
@@ -107,8 +150,8 @@ def settings_for(arguments: DeployArguments, home: Home, stack: Stack) -> Settin
     from batchlab.deploy import settings
 
     kept = settings.read(home)
-    if arguments.file:
-        found = settings.load(arguments.file)
+    if arguments.settings:
+        found = settings.load(arguments.settings)
     elif kept and kept.stack == stack.name:
         found = kept
     elif (state := stack.state()) and state.parameters:
@@ -129,8 +172,8 @@ def settings_without_aws(arguments: DeployArguments, home: Home) -> Settings:
     name, region = stack_and_region(arguments, home)
     kept = settings.read(home)
     found = settings.Settings()
-    if arguments.file:
-        found = settings.load(arguments.file)
+    if arguments.settings:
+        found = settings.load(arguments.settings)
     elif kept and kept.stack == name:
         found = kept
     return _with_arguments(replace(found, stack=name, region=region or ""), arguments)
@@ -142,7 +185,7 @@ def check_settings(arguments: DeployArguments, home: Home, source: Template) -> 
 
     wanted = settings_without_aws(arguments, home)
     kept = settings.read(home)
-    if arguments.file or (kept and kept.stack == wanted.stack):
+    if arguments.settings or (kept and kept.stack == wanted.stack):
         settings.parameters(wanted, source)
     else:
         # The stack itself may have the other parameters.
@@ -151,8 +194,8 @@ def check_settings(arguments: DeployArguments, home: Home, source: Template) -> 
 
 def _with_arguments(found: Settings, arguments: DeployArguments) -> Settings:
     """Return the settings with the values of the command line."""
-    if arguments.pools:
-        found = replace(found, pools=_pools(arguments.pools, found))
+    if arguments.pool:
+        found = replace(found, pools=_pools(arguments.pool, found))
     if arguments.pool_parameters:
         found = replace(
             found,
@@ -161,15 +204,14 @@ def _with_arguments(found: Settings, arguments: DeployArguments) -> Settings:
                 for pool in found.pools
             ),
         )
-    if arguments.packages:
-        found = replace(found, packages=tuple(arguments.packages))
+    if arguments.package:
+        found = replace(found, packages=tuple(arguments.package))
     if arguments.database_ca:
         found = replace(found, database_ca=str(arguments.database_ca.absolute()))
     return found.with_parameters(arguments.parameters)
 
 
 def _pools(texts: Sequence[str], before: Settings) -> tuple[PoolSettings, ...]:
-    from batchlab.cli.options import parse_typed_pool
     from batchlab.deploy.settings import PoolSettings
 
     known = {pool_settings.name: pool_settings for pool_settings in before.pools}

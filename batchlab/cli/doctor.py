@@ -1,12 +1,9 @@
-"""`batchlab doctor`: checks of this machine and of the grid's folder.
+"""`batchlab doctor`: checks of this machine, of the grid's folder, and of a backend.
 
 Each check tries the feature itself, because a version number is not a proof.
 
-Invariant: checks leave nothing behind, and a check cannot make another one fail.
-
-`batchlab doctor`: checks of a backend, such as its endpoint, containers, or stack on AWS.
-
-Invariant: checks of a stack change nothing on AWS and cost nothing.
+Invariant: a check leaves nothing behind and cannot make another check fail. Checks of a stack change
+nothing on AWS and cost nothing.
 """
 
 from __future__ import annotations
@@ -34,8 +31,12 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from batchlab.adapters.aws import endpoint as aws
+from batchlab.adapters.aws.endpoint import Endpoint
+from batchlab.adapters.local.objects import damaged
 from batchlab.cli import output
-from batchlab.cli.options import BACKEND, ENDPOINT, HOME, JSON, flag, home_of
+from batchlab.cli.option_values import home_of
+from batchlab.cli.options import BACKEND, ENDPOINT, HOME, JSON, flag
 from batchlab.core import installation
 from batchlab.core.errors import AlreadyExists, BackendError, BatchlabError, UsageError
 from batchlab.core.ports import Outgoing, QueueSpec
@@ -43,7 +44,6 @@ from batchlab.runtime import compose_deployment, compose_project
 from batchlab.runtime.home import Home
 
 if TYPE_CHECKING:
-    from batchlab.adapters.aws.endpoint import Endpoint
     from batchlab.runtime.factory import Backend
 
 
@@ -68,14 +68,26 @@ class Finding:
         return {"check": self.about, "level": self.level.value, "text": self.text, "remedy": self.remedy}
 
 
+def ok(about: str, text: str, remedy: str = "") -> Finding:
+    return Finding(about, Level.OK, text, remedy)
+
+
+def warn(about: str, text: str, remedy: str = "") -> Finding:
+    return Finding(about, Level.WARN, text, remedy)
+
+
+def fail(about: str, text: str, remedy: str = "") -> Finding:
+    return Finding(about, Level.FAIL, text, remedy)
+
+
 def backend_findings(home: Home, name: str, endpoint: str | None) -> Iterator[Finding]:
     from batchlab.runtime import factory
 
     backend = factory.load(name, endpoint)
-    yield Finding("backend", Level.OK, f"{name}: {backend.description}")
+    yield ok("backend", f"{name}: {backend.description}")
     if backend.extra and (module := installation.missing(backend.extra)):
         said = installation.sentence(backend.extra, f"The backend {name}", module)
-        yield Finding("extra", Level.FAIL, said, installation.remedy(backend.extra))
+        yield fail("extra", said, installation.remedy(backend.extra))
     elif backend.capabilities.container_manager:
         yield from container_findings(home, backend)
         if place := backend.named_place(home):
@@ -92,10 +104,10 @@ def _bucket(home: Home, backend: Backend) -> Finding:
     try:
         backend.provide(home, lambda _: None)
     except BatchlabError as error:
-        return Finding("bucket", Level.FAIL, error.message, error.remedy)
+        return fail("bucket", error.message, error.remedy)
     place = backend.named_place(home)
     assert place is not None
-    return Finding("bucket", Level.OK, f"{place.address} can be listed")
+    return ok("bucket", f"{place.address} can be listed")
 
 
 def _endpoint(home: Home, backend: Backend) -> Iterator[Finding]:
@@ -108,13 +120,13 @@ def _endpoint(home: Home, backend: Backend) -> Iterator[Finding]:
     python = find()
     if python is None:
         text = f"MiniStack {VERSION} is not here yet; the first grid fetches it from PyPI by pip"
-        yield Finding("emulator", Level.WARN, text, f"It will be in {environment()}.")
+        yield warn("emulator", text, f"It will be in {environment()}.")
         return
     provide(lambda _: None)
     version = installed_version(python)
-    level = Level.OK if version == VERSION else Level.WARN
-    remedy = "" if level is Level.OK else f"batchlab was tested with {VERSION}."
-    yield Finding("emulator", level, f"MiniStack {version} in {python.parent.parent}", remedy)
+    text = f"MiniStack {version} in {python.parent.parent}"
+    is_tested = version == VERSION
+    yield ok("emulator", text) if is_tested else warn("emulator", text, f"batchlab was tested with {VERSION}.")
     record, place = home.record(), home.place(backend.name)
     if record and record.backend == backend.name and place:
         yield from _endpoint_findings(backend.endpoint_at(home, place), "of the grid that is up")
@@ -130,20 +142,19 @@ def _endpoint_findings(endpoint: Endpoint, whose: str) -> Iterator[Finding]:
     try:
         check(endpoint)
     except BackendError as error:
-        yield Finding("endpoint", Level.FAIL, error.message, error.remedy)
+        yield fail("endpoint", error.message, error.remedy)
         return
     faults = asyncio.run(_failed_checks(endpoint))
     text = f"{url} ({whose}): " + ("; ".join(faults) or "conditional creates and queues work")
     if faults:
         remedy = f"`batchlab conform --endpoint {url}` shows in detail what differs from AWS."
-        yield Finding("endpoint", Level.FAIL, text, remedy)
+        yield fail("endpoint", text, remedy)
     else:
-        yield Finding("endpoint", Level.OK, text)
+        yield ok("endpoint", text)
 
 
 async def _failed_checks(at: Endpoint) -> list[str]:
     """Return the failed checks that affect every job; raise BackendError if the endpoint fails."""
-    from batchlab.adapters.aws import endpoint as aws
     from batchlab.adapters.aws.objects import open_s3
     from batchlab.adapters.aws.sqs import SqsQueue
 
@@ -178,9 +189,9 @@ def _caller(region: str | None) -> Finding:
         with Account.open(region, notes=retry_notes) as account:
             text = f"{account.id} in {account.region}, as {account.who}"
             place = "" if account.is_real else ", at what AWS_ENDPOINT_URL puts in AWS's place"
-            return Finding("account", Level.OK, text + place)
+            return ok("account", text + place)
     except (BackendError, UsageError) as error:
-        return Finding("account", Level.FAIL, error.message, error.remedy)
+        return fail("account", error.message, error.remedy)
 
 
 def _stack_manager(home: Home, backend: Backend) -> Finding:
@@ -191,9 +202,9 @@ def _stack_manager(home: Home, backend: Backend) -> Finding:
         at = backend.stack(home)
         instance = stack_connections.manager_instance(at)
     except BackendError as error:
-        return Finding("stack", Level.FAIL, error.message, error.remedy)
+        return fail("stack", error.message, error.remedy)
     text = f"{at.stack} in {at.region}: its manager runs on {instance}"
-    return Finding("stack", Level.OK, text)
+    return ok("stack", text)
 
 
 def stack_findings(home: Home, backend: Backend) -> Iterator[Finding]:
@@ -210,12 +221,12 @@ def stack_findings(home: Home, backend: Backend) -> Iterator[Finding]:
     if caller.level is Level.OK or not deployment:
         yield _stack_manager(home, backend)
     if named := os.environ.get(VARIABLE):
-        yield Finding("session", Level.OK, f"the manager is reached at {named}")
+        yield ok("session", f"the manager is reached at {named}")
         return
     try:
-        yield Finding("session", Level.OK, f"sessions are carried by {stack_connections.find_plugin()}")
+        yield ok("session", f"sessions are carried by {stack_connections.find_plugin()}")
     except UsageError as error:
-        yield Finding("session", Level.FAIL, error.message, error.remedy)
+        yield fail("session", error.message, error.remedy)
 
 
 ENGINE = 25
@@ -236,7 +247,7 @@ def container_findings(home: Home, backend: Backend) -> Iterator[Finding]:
     if version.returncode:
         reason = (version.stderr.strip().splitlines() or ["no error text"])[-1]
         remedy = "Start Docker, and see that you may use it (`docker info`)."
-        yield Finding("docker", Level.FAIL, f"Docker does not answer: {reason}", remedy)
+        yield fail("docker", f"Docker does not answer: {reason}", remedy)
         return
     yield _engine(version.stdout.strip())
     yield _plugin("compose", COMPOSE)
@@ -255,23 +266,20 @@ def container_findings(home: Home, backend: Backend) -> Iterator[Finding]:
 def _engine(version: str) -> Finding:
     major = version.partition(".")[0]
     if major.isdecimal() and int(major) < ENGINE:
-        return _old("docker", f"Docker {version}", f"Install Docker {ENGINE} or newer.")
-    return Finding("docker", Level.OK, f"Docker {version} answers")
+        return fail("docker", f"Docker {version} is too old.", f"Install Docker {ENGINE} or newer.")
+    return ok("docker", f"Docker {version} answers")
 
 
 def _plugin(name: str, least: tuple[int, int]) -> Finding:
-    asked = compose_project.docker(name, "version")
-    match = re.search(r"(\d+)\.(\d+)", asked.stdout)
+    answer = compose_project.docker(name, "version")
+    match = re.search(r"(\d+)\.(\d+)", answer.stdout)
     remedy = f"Install Docker's {name} plugin (docker-{name}), {least[0]}.{least[1]} or newer."
-    if asked.returncode or match is None:
-        return Finding(name, Level.FAIL, f"There is no `docker {name}`.", remedy)
-    version = (int(match[1]), int(match[2]))
+    if answer.returncode or match is None:
+        return fail(name, f"There is no `docker {name}`.", remedy)
     text = f"docker {name} {match[0]}"
-    return Finding(name, Level.OK, text) if version >= least else _old(name, text, remedy)
-
-
-def _old(name: str, text: str, remedy: str) -> Finding:
-    return Finding(name, Level.FAIL, f"{text} is too old.", remedy)
+    if (int(match[1]), int(match[2])) < least:
+        return fail(name, f"{text} is too old.", remedy)
+    return ok(name, text)
 
 
 def _room() -> Finding:
@@ -279,12 +287,12 @@ def _room() -> Finding:
     try:
         found = os.statvfs(root)
     except OSError:
-        return Finding("disk", Level.OK, f"Docker keeps its images in {root}, not on this machine")
+        return ok("disk", f"Docker keeps its images in {root}, not on this machine")
     free_bytes = found.f_bavail * found.f_frsize
     text = f"{free_bytes / 2**30:.1f} GiB free for Docker's images in {root}"
     if free_bytes < FAIL_BELOW_BYTES:
-        return Finding("disk", Level.FAIL, text, "Free some, for example by `docker image prune`.")
-    return Finding("disk", Level.OK, text)
+        return fail("disk", text, "Free some, for example by `docker image prune`.")
+    return ok("disk", text)
 
 
 def _token() -> Finding:
@@ -293,32 +301,29 @@ def _token() -> Finding:
     match = re.search(r":v?(\d+)\.(\d+)", image)
     if match is None or has_token:
         whose = "with LOCALSTACK_AUTH_TOKEN" if has_token else "by its name it needs no token"
-        return Finding("token", Level.OK, f"{image}, {whose}")
+        return ok("token", f"{image}, {whose}")
     version = (int(match[1]), int(match[2]))
     if version > LAST_WITHOUT_TOKEN:
-        return Finding(
+        return fail(
             "token",
-            Level.FAIL,
             f"{image} starts only with a token, and LOCALSTACK_AUTH_TOKEN is not set.",
             f"Set it, or use {_LOCALSTACK}, the last that needs none.",
         )
     if version < OLDEST:
-        return Finding(
+        return fail(
             "token",
-            Level.FAIL,
             f"{image} is too old: it does not support conditional writes to S3.",
             f"Use {_LOCALSTACK}, or leave BATCHLAB_LOCALSTACK_IMAGE out.",
         )
-    return Finding("token", Level.OK, f"{image} needs no token")
+    return ok("token", f"{image} needs no token")
 
 
 def _image(variable: str, default: str) -> Finding:
     name = os.environ.get(variable) or default
     if not compose_project.docker("image", "inspect", name).returncode:
-        return Finding("image", Level.OK, f"{name} is here")
-    return Finding(
+        return ok("image", f"{name} is here")
+    return warn(
         "image",
-        Level.WARN,
         f"{name} is not here yet; the first grid pulls it",
         f"Without an image registry: compose/offline/build.sh, and {variable} names the result.",
     )
@@ -328,29 +333,25 @@ def _parts(home: Home) -> Iterator[Finding]:
     at = compose_deployment.read(home)
     if at is None:
         subnet = compose_deployment.free_subnet(compose_project.networks(), compose_project.name_for(home))
-        yield Finding("network", Level.OK, f"the network {subnet}.0/24 is free")
+        yield ok("network", f"the network {subnet}.0/24 is free")
     else:
         states = compose_project.Project(home, at, settings={}).states()
         for service, state in sorted(states.items()):
-            level = Level.OK if state == "healthy" else Level.FAIL
-            remedy = "" if level is Level.OK else "`batchlab grid up` starts it again."
-            yield Finding("service", level, f"{service} is {state}", remedy)
+            text = f"{service} is {state}"
+            is_up = state == "healthy"
+            yield ok("service", text) if is_up else fail("service", text, "`batchlab grid up` starts it again.")
         if "localstack" in states and (place := home.place(compose_deployment.NAME)):
-            yield _localstack(place.url)
+            url = f"{place.url}/_localstack/health"
+            try:
+                with urllib.request.urlopen(url, timeout=5) as answer:  # noqa: S310 - our own network
+                    version = str(json.load(answer).get("version", "unknown"))
+            except (OSError, ValueError, urllib.error.URLError) as error:
+                raise BackendError(f"LocalStack does not answer at {url}: {error}.") from error
+            yield ok("emulator", f"LocalStack {version} answers")
     for project in compose_project.projects():
         if project.is_orphan:
-            text = f"{project.project} has been left behind, with {project.parts} parts"
-            yield Finding("orphans", Level.WARN, text, "`batchlab gc` removes it.")
-
-
-def _localstack(storage: str) -> Finding:
-    url = f"{storage}/_localstack/health"
-    try:
-        with urllib.request.urlopen(url, timeout=5) as answer:  # noqa: S310 - our own network
-            version = str(json.load(answer).get("version", "unknown"))
-    except (OSError, ValueError, urllib.error.URLError) as error:
-        raise BackendError(f"LocalStack does not answer at {url}: {error}.") from error
-    return Finding("emulator", Level.OK, f"LocalStack {version} answers")
+            text = f"{project.project} is a leftover of a deleted grid, with {project.parts} parts"
+            yield warn("orphans", text, "`batchlab gc` removes it.")
 
 
 PYTHON = (3, 11)
@@ -364,11 +365,10 @@ MAX_NAMED = 20
 """Most damaged objects that are listed."""
 
 
-def register(root: typer.Typer) -> None:
-    """Add the command `doctor` to the root command."""
-    root.command()(doctor)
+app = typer.Typer()
 
 
+@app.command()
 def doctor(
     home: Path | None = HOME,
     backend: str = BACKEND,
@@ -415,27 +415,24 @@ def examine(home: Home, backend: str, endpoint: str | None = None, *, repair: bo
         try:
             findings += check()
         except BatchlabError as error:
-            findings.append(Finding(about, Level.FAIL, error.message, error.remedy))
+            findings.append(fail(about, error.message, error.remedy))
         except (OSError, sqlite3.Error) as error:
-            findings.append(Finding(about, Level.FAIL, f"It cannot be checked: {error}."))
+            findings.append(fail(about, f"It cannot be checked: {error}."))
     return findings
 
 
 def _python() -> Iterator[Finding]:
     text = f"Python {platform.python_version()} on {platform.system()} {platform.machine()}"
-    level = Level.OK if sys.version_info >= PYTHON else Level.FAIL
-    yield Finding("python", level, text, "" if level is Level.OK else "Use Python 3.11 or newer.")
+    yield ok("python", text) if sys.version_info >= PYTHON else fail("python", text, "Use Python 3.11 or newer.")
 
 
 def _extras() -> Iterator[Finding]:
-    lacking = [one for one in installation.MODULES if installation.missing(one)]
-    here = ", ".join(one for one in installation.MODULES if one not in lacking)
-    text = f"installed: {here or 'none'}"
-    if not lacking:
-        yield Finding("extras", Level.OK, text)
-    else:
-        text += f"; not installed, and not needed for the backend local: {', '.join(lacking)}"
-        yield Finding("extras", Level.OK, text, installation.remedy(*lacking))
+    missing = [extra for extra in installation.MODULES if installation.missing(extra)]
+    installed = ", ".join(extra for extra in installation.MODULES if extra not in missing)
+    text = f"installed: {installed or 'none'}"
+    if missing:
+        text += f"; not installed, and not needed for the backend local: {', '.join(missing)}"
+    yield ok("extras", text, installation.remedy(*missing) if missing else "")
 
 
 def _folder(home: Home) -> Iterator[Finding]:
@@ -447,9 +444,8 @@ def _folder(home: Home) -> Iterator[Finding]:
             # A conditional create is a hard link: it fails if the name exists.
             os.link(file, Path(name) / "b")
         except OSError as error:
-            yield Finding(
+            yield fail(
                 "folder",
-                Level.FAIL,
                 f"{home.path} lies on a file system without hard links: {error.strerror}.",
                 "Name a folder on a local file system with --home.",
             )
@@ -457,28 +453,25 @@ def _folder(home: Home) -> Iterator[Finding]:
     free_bytes = shutil.disk_usage(home.path).free
     text = f"{home.path} can be written, {free_bytes / 2**30:.1f} GiB free"
     if free_bytes < FAIL_BELOW_FREE_BYTES:
-        yield Finding("folder", Level.FAIL, text, "Free some space, or name another with --home.")
+        yield fail("folder", text, "Free some space, or name another with --home.")
     elif free_bytes < WARN_BELOW_BYTES:
-        yield Finding("folder", Level.WARN, text, "Little room for inputs and results.")
+        yield warn("folder", text, "Little room for inputs and results.")
     else:
-        yield Finding("folder", Level.OK, text)
+        yield ok("folder", text)
 
 
 def _objects(home: Home, *, repair: bool) -> Iterator[Finding]:
     """Check the local bucket, if it exists, for damaged objects."""
-    from batchlab.adapters.local.objects import damaged
-
     if not home.objects.is_dir():
         return
     found = list(damaged(home.objects))
     if not found:
-        yield Finding("objects", Level.OK, "no object is empty or torn")
+        yield ok("objects", "no object is empty or torn")
     elif not repair:
         for key, problem in found[:MAX_NAMED]:
-            yield Finding("objects", Level.FAIL, f"{home.objects / key} {problem}.")
-        yield Finding(
+            yield fail("objects", f"{home.objects / key} {problem}.")
+        yield fail(
             "objects",
-            Level.FAIL,
             f"Damaged objects: {len(found)}.",
             f"`batchlab doctor --repair` moves them to {home.damaged}. They then count as absent: "
             "the grid makes them again where it can, and a submission does.",
@@ -489,32 +482,31 @@ def _objects(home: Home, *, repair: bool) -> Iterator[Finding]:
             target.parent.mkdir(parents=True, exist_ok=True)
             (home.objects / key).replace(target)
         text = f"Damaged objects that were moved to {home.damaged}: {len(found)}."
-        yield Finding("objects", Level.WARN, text)
+        yield warn("objects", text)
 
 
 def _sqlite(home: Home) -> Iterator[Finding]:
     version = sqlite3.sqlite_version
     if sqlite3.sqlite_version_info < SQLITE:
-        yield Finding("sqlite", Level.FAIL, f"SQLite {version}", "Use a Python with 3.35 or newer.")
+        yield fail("sqlite", f"SQLite {version}", "Use a Python with 3.35 or newer.")
         return
     home.make()
     with tempfile.TemporaryDirectory(dir=home.path, prefix="doctor-") as name:
         file = Path(name) / "a.sqlite"
-        with closing(sqlite3.connect(file)) as one, closing(sqlite3.connect(file)) as other:
-            mode = one.execute("PRAGMA journal_mode=WAL").fetchone()[0]
-            one.execute("CREATE TABLE t (x)")
-            one.execute("INSERT INTO t VALUES (1)")
-            one.commit()
-            seen = other.execute("SELECT count(*) FROM t").fetchone()[0]
+        with closing(sqlite3.connect(file)) as writer, closing(sqlite3.connect(file)) as reader:
+            mode = writer.execute("PRAGMA journal_mode=WAL").fetchone()[0]
+            writer.execute("CREATE TABLE t (x)")
+            writer.execute("INSERT INTO t VALUES (1)")
+            writer.commit()
+            seen = reader.execute("SELECT count(*) FROM t").fetchone()[0]
     if mode != "wal" or seen != 1:
-        yield Finding(
+        yield fail(
             "sqlite",
-            Level.FAIL,
             f"SQLite {version} cannot keep a write-ahead log in {home.path} (it says {mode!r}).",
             "Name a folder on a local file system with --home; network file systems cannot.",
         )
     else:
-        yield Finding("sqlite", Level.OK, f"SQLite {version}, a write-ahead log works here")
+        yield ok("sqlite", f"SQLite {version}, a write-ahead log works here")
 
 
 def _port() -> Iterator[Finding]:
@@ -522,11 +514,10 @@ def _port() -> Iterator[Finding]:
         with closing(socket.create_server(("127.0.0.1", 0))) as listener:
             port = listener.getsockname()[1]
             with closing(socket.create_connection(("127.0.0.1", port), timeout=2)):
-                yield Finding("port", Level.OK, "a port on 127.0.0.1 can be opened and reached")
+                yield ok("port", "a port on 127.0.0.1 can be opened and reached")
     except OSError as error:
-        yield Finding(
+        yield fail(
             "port",
-            Level.FAIL,
             f"No port on 127.0.0.1 can be opened and reached: {error}.",
             "Allow local connections: the manager's API listens there.",
         )
@@ -540,16 +531,15 @@ def _clock(home: Home) -> Iterator[Finding]:
         skew_s = os.stat(file.name).st_mtime - time.time()  # noqa: PTH116 - a name, not a Path
     if time.time() < SANE_S:
         remedy = "Set the clock: schedules and leases are times."
-        yield Finding("clock", Level.FAIL, f"It says {time.ctime()}.", remedy)
+        yield fail("clock", f"It says {time.ctime()}.", remedy)
     elif abs(skew_s) > SKEW_S:
-        yield Finding(
+        yield warn(
             "clock",
-            Level.WARN,
             f"The file system's clock differs from this machine's by {skew_s:.1f} s.",
             "Times in listings will be off; a folder on a local file system has no such trouble.",
         )
     else:
-        yield Finding("clock", Level.OK, "the clock is sane, and the file system agrees with it")
+        yield ok("clock", "the clock is sane, and the file system agrees with it")
 
 
 def _manager(home: Home) -> Iterator[Finding]:
@@ -558,22 +548,21 @@ def _manager(home: Home) -> Iterator[Finding]:
 
     record = home.record()
     if record is None:
-        yield Finding("manager", Level.OK, f"no grid is up in {home.path}")
+        yield ok("manager", f"no grid is up in {home.path}")
         return
     with Client.of(home, record) as client:
         health = client.health()
         grid = client.grid()  # with the token, unlike health
-    leads = "leads" if health["leader"] else "does not lead"
-    text = f"{record.url} (pid {record.pid}) answers and {leads}"
-    level = Level.OK if health["leader"] else Level.WARN
-    where = factory.load(record.backend).manager_log(home)
-    remedy = "" if health["leader"] else f"Look again in a moment; its log is {where}."
-    yield Finding("manager", level, text, remedy)
+    text = f"{record.url} (pid {record.pid}) answers"
+    if health["leader"]:
+        yield ok("manager", f"{text} and leads")
+    else:
+        log = factory.load(record.backend).manager_log(home)
+        yield warn("manager", f"{text} and does not lead", f"Repeat the check in a moment. The log is {log}.")
     for pool in grid["pools"]:
         if pool["trouble"]:
-            yield Finding(
+            yield warn(
                 f"pool {pool['name']}",
-                Level.WARN,
                 f"{pool['trouble']}.",
                 "Its instance log says why; on AWS that is INSTANCE/failed in the stack's log "
                 f"group. `batchlab grid scale {pool['name']} --auto` tries at once.",
@@ -584,4 +573,4 @@ def _programs() -> Iterator[Finding]:
     for name, use in (("ffmpeg", "the media example runs it"), ("docker", "the localstack backend runs workers in it")):
         where = shutil.which(name)
         text = f"{name}: {where}" if where else f"{name}: not found, and only needed if {use}"
-        yield Finding("programs", Level.OK, text)
+        yield ok("programs", text)

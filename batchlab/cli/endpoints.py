@@ -14,23 +14,22 @@ import os
 import signal
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 import typer
 
 from batchlab.cli import output
-from batchlab.cli.options import HOME, JSON, LOG_FORMAT, argument, flag, home_of, option, seconds_of
+from batchlab.cli.option_values import assignments, home_of, seconds_of
+from batchlab.cli.options import HOME, JSON, LOG_FORMAT, argument, flag, option
 from batchlab.cli.progress import bar
 from batchlab.core import installation
 from batchlab.core.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from types import FrameType
-
     from batchlab.adapters.aws.endpoint import Endpoint
     from batchlab.adapters.local.state_files import Keys
     from batchlab.conform.check import Check
@@ -40,12 +39,10 @@ if TYPE_CHECKING:
 _BOTH = (signal.SIGINT, signal.SIGTERM)
 
 
-def register(root: typer.Typer) -> None:
-    """Add the command `conform` and the group `asg` to the root command."""
-    root.command()(conform)
-    root.add_typer(app, name="asg")
+app = typer.Typer()
 
 
+@app.command()
 def conform(
     endpoint: str | None = option(
         "URL of the services, such as http://127.0.0.1:4566. The keys are those in "
@@ -274,10 +271,11 @@ def _write(path: Path, name: str, results: Sequence[Result]) -> None:
 KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 _HERE = ("127.0.0.1", "::1", "localhost")
 
-app = typer.Typer(no_args_is_help=True)
+asg = typer.Typer(name="asg", no_args_is_help=True)
+app.add_typer(asg)
 
 
-@app.callback()
+@asg.callback()
 def asg_() -> None:
     """Serve Auto Scaling groups on this machine with AWS's API.
 
@@ -286,7 +284,7 @@ def asg_() -> None:
     """
 
 
-@app.command()
+@asg.command()
 def serve(
     templates: Path = option("Launch templates as TOML. A changed file is read again.", "FILE", default=...),
     state: Path = option("Folder for the state of the groups.", "DIR", default=Path(".batchlab/asg")),
@@ -339,7 +337,7 @@ def serve(
         key=_keys_in(keys) if keys else _keys_of_environment() if signed else None,
         drain_s=seconds_of("--drain", drain),
         grid=grid,
-        labels=_labels(label or ()),
+        labels=assignments(label or (), "--label team=data"),
         images=tuple(image or ()),
         scale=scale,
         metadata_port=metadata_port,
@@ -348,25 +346,12 @@ def serve(
         output.say(f"Every client that reaches {host} can start and end instances: --signed requires keys.")
 
     def up(url: str) -> None:
-        if json:
-            output.show_json({"endpoint": url})
-        else:
-            output.show(url)
+        output.answer(json, {"endpoint": url}, url)
 
     asg_main(settings, up)
 
 
-def _labels(given: Sequence[str]) -> dict[str, str]:
-    found = {}
-    for one in given:
-        key, equals, value = one.partition("=")
-        if not key or not equals:
-            raise UsageError(f"The label {one!r} is not KEY=VALUE.", remedy="Say --label KEY=VALUE.")
-        found[key] = value
-    return found
-
-
-@app.command()
+@asg.command()
 def interrupt(
     instance: str = argument("The instance's id.", "INSTANCE"),
     notice: str = option("Time until the interruption.", "DURATION", default="2m"),

@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import html
 import os
+import shlex
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +25,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from batchlab.cli import output
+from batchlab.cli.option_values import cap_of, cap_text, connect, home_of, parse_pools
 from batchlab.cli.options import (
     AS_IF,
     BACKEND,
@@ -34,17 +37,13 @@ from batchlab.cli.options import (
     MAX_COST,
     POOL,
     argument,
-    cap_of,
     flag,
-    home_of,
     option,
 )
 from batchlab.core.capabilities import capabilities_of
-from batchlab.core.errors import Refused
+from batchlab.core.errors import BackendError, Refused, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-
     from batchlab.client.http import Client
     from batchlab.core.api_types import GridView, PoolView, SessionView
     from batchlab.runtime.home import Home
@@ -53,14 +52,7 @@ WATCH_S = 1.0
 
 _POOL_COLUMNS = ("pool", "min", "max", "desired", "inservice", "pending", "slots", "backlog", "set by")
 
-app = typer.Typer(no_args_is_help=True)
-
-
-def register(root: typer.Typer) -> None:
-    """Add the group `grid` to the root command."""
-
-    app.command("open")(open_)
-    root.add_typer(app, name="grid")
+app = typer.Typer(name="grid", no_args_is_help=True)
 
 
 @app.callback()
@@ -89,10 +81,8 @@ def up(
     Example: batchlab grid up --pool default:0-4x1 --pool big:0-1x4
     """
     from batchlab.cli import schedule
-    from batchlab.cli.options import parse_pools
     from batchlab.cli.session import Session
     from batchlab.core import logs
-    from batchlab.core.errors import Refused
     from batchlab.runtime import factory
 
     place, pools = home_of(home), parse_pools(pool or ())
@@ -110,15 +100,15 @@ def up(
         if max_cost:
             session.call(lambda client: client.cap_grid(cap))
         view = session.call(lambda client: client.grid())
-        notes = session.call(schedule.kept)["notes"]
+        notes = session.call(schedule.read_schedules)["notes"]
     if grid.capabilities.remote_manager:
         output.say("Connected to the stack; `batchlab grid down` disconnects.")
     else:
         output.say(f"A grid {'was up already' if was_up else 'is up'} in {place.path}.")
         if home is None:  # otherwise each of these commands needs the same --home
             output.say(
-                "`batchlab job submit FILE` gives it a job, `batchlab grid open` shows it in a "
-                "browser, `batchlab grid down` ends it."
+                "`batchlab job submit FILE` submits a job, `batchlab grid open` shows the grid in a browser, "
+                "`batchlab grid down` stops it."
             )
     for note in notes:
         output.say(f"Note: {output.clean(note)}")
@@ -137,8 +127,6 @@ def down(home: Path | None = HOME) -> None:
     Example: batchlab grid down
     """
     from batchlab.cli import schedule
-    from batchlab.cli.session import connect
-    from batchlab.core.errors import BackendError
     from batchlab.runtime import compose_deployment
     from batchlab.runtime.manager_process import stop_manager
 
@@ -152,27 +140,26 @@ def down(home: Path | None = HOME) -> None:
     if record is None and not has_containers:
         output.say(f"No grid is up in {place.path}.")
         return
-    left, timed = 0, 0
+    unfinished = scheduled = 0
     try:
         with connect(place) as client:
-            left = len(client.jobs(active=True, limit=1000))
-            timed = sum(one["state"] == "active" for one in schedule.kept(client)["schedules"])
+            unfinished = len(client.jobs(active=True, limit=1000))
+            schedules = schedule.read_schedules(client)["schedules"]
+            scheduled = sum(one["state"] == "active" for one in schedules)
     except BackendError as error:
         # A manager that does not answer is stopped all the same.
         why = error.message if place.record() else "Its manager is not up."
-        output.say(f"What it runs is not known: {why}")
-    kept = place.place(compose_deployment.NAME)
-    is_lost = has_containers and kept is not None and not kept.named
+        output.say(f"The unfinished jobs of the grid are unknown: {why}")
+    emulator = place.place(compose_deployment.NAME)
+    is_lost = has_containers and emulator is not None and not emulator.named
     stop_manager(place)
     output.say(f"The grid in {place.path} is down.")
-    if left and is_lost:
-        output.say(f"{output.count(left, 'job')} not ended, and gone with it.")
-    elif left:
-        output.say(f"{output.count(left, 'job')} not ended: `batchlab grid up` goes on with it.")
-    if timed and is_lost:
-        output.say(f"{output.count(timed, 'schedule')} gone with it.")
-    elif timed:
-        output.say(f"{output.count(timed, 'schedule')} will not run until a grid is up here again.")
+    if unfinished:
+        outcome = ", and deleted with the grid" if is_lost else ": `batchlab grid up` continues"
+        output.say(f"{output.count(unfinished, 'unfinished job')}{outcome}.")
+    if scheduled:
+        outcome = "deleted with the grid" if is_lost else "will not run until a grid is up here again"
+        output.say(f"{output.count(scheduled, 'schedule')} {outcome}.")
 
 
 @app.command()
@@ -188,7 +175,6 @@ def status(
     Example: batchlab grid status --watch
     """
     from batchlab.cli.bills import LiveCost
-    from batchlab.cli.session import connect
 
     place = home_of(home)
     live_cost = LiveCost(place, as_if_aws=as_if_aws)
@@ -211,61 +197,34 @@ def _show_grid(view: GridView, home: Home, *, json: bool, cost: Mapping[str, obj
     leads = "leads" if view["leader"] else "does not lead yet"
     record = home.record()
     at = f" at {record.url}" if record else ""
-    place = home.place(view["backend"])
-    bucket = [f"bucket {place.bucket} at {place.url}"] if place else []
-    depths = [(q["name"], q["visible"], q["in_flight"], q["delayed"]) for q in view["queues"]]
-    output.show(
-        "\n".join(
-            [
-                f"backend {view['backend']}, manager {view['owner']} {leads}{at}",
-                *bucket,
-                *([f"It {cost['text']}."] if cost else []),
-                *_unreadable(view.get("unreadable", 0)),
-                "",
-                output.table(_POOL_COLUMNS, map(_pool_row, view["pools"])),
-                *_troubles(view["pools"]),
-                "",
-                output.table(("queue", "visible", "in flight", "delayed"), depths),
-            ]
+    lines = [f"backend {view['backend']}, manager {view['owner']} {leads}{at}"]
+    if place := home.place(view["backend"]):
+        lines.append(f"bucket {place.bucket} at {place.url}")
+    if cost:
+        lines.append(f"The grid {cost['text']}.")
+    if unreadable := view.get("unreadable", 0):
+        lines.append(
+            f"The manager rejected {unreadable:,} unreadable or unexpected messages and objects. Its log names each. "
+            "`batchlab job why JOB` lists those of a job."
         )
-    )
-
-
-def _unreadable(number: int) -> list[str]:
-    """Return a sentence on messages and objects that the manager could not read."""
-    if not number:
-        return []
-    return [
-        f"The manager could not read, or did not believe, {number:,} of its messages and objects; "
-        "its log names each, and `batchlab job why JOB` tells those of a job."
-    ]
-
-
-def _troubles(pools: Iterable[PoolView]) -> list[str]:
-    """Return a sentence for each pool with instances that do not start."""
-    return [
-        output.clean(
-            f"{pool['trouble'][:1].upper()}{pool['trouble'][1:]}. Its instance log says why; "
-            f"`batchlab grid scale {pool['name']} --auto` tries at once."
-        )
-        for pool in pools
-        if pool["trouble"]
-    ]
+    lines += ["", output.table(_POOL_COLUMNS, map(_pool_row, view["pools"]))]
+    for pool in view["pools"]:
+        if problem := pool["trouble"]:
+            lines.append(
+                output.clean(
+                    f"{problem[:1].upper()}{problem[1:]}. The instance log has the reason. "
+                    f"`batchlab grid scale {pool['name']} --auto` starts instances again at once."
+                )
+            )
+    depths = [(queue["name"], queue["visible"], queue["in_flight"], queue["delayed"]) for queue in view["queues"]]
+    output.show("\n".join([*lines, "", output.table(("queue", "visible", "in flight", "delayed"), depths)]))
 
 
 def _pool_row(pool: PoolView) -> tuple[object, ...]:
-    states = [one["state"] for one in pool["instances"]]
-    return (
-        pool["name"],
-        pool["min"],
-        pool["max"],
-        pool["desired"],
-        states.count("InService"),
-        states.count("Pending"),
-        pool["slots"],
-        f"{pool['backlog_tasks']} tasks, {output.span(pool['backlog_s'])}",
-        "hand" if pool["held_by_hand"] else "policy",
-    )
+    states = [instance["state"] for instance in pool["instances"]]
+    sizes = (pool["min"], pool["max"], pool["desired"], states.count("InService"), states.count("Pending"))
+    backlog = f"{pool['backlog_tasks']} tasks, {output.span(pool['backlog_s'])}"
+    return (pool["name"], *sizes, pool["slots"], backlog, "hand" if pool["held_by_hand"] else "policy")
 
 
 @app.command()
@@ -278,10 +237,7 @@ def env(home: Path | None = HOME, json: bool = JSON) -> None:
     \b
     Example: eval "$(batchlab grid env)" && aws s3 ls "s3://$BATCHLAB_BUCKET/jobs/"
     """
-    import shlex
-
     from batchlab.cli.session import Session
-    from batchlab.core.errors import UsageError
     from batchlab.runtime import factory
 
     place = home_of(home)
@@ -307,33 +263,19 @@ def workers(home: Path | None = HOME, json: bool = JSON) -> None:
     \b
     Example: batchlab grid workers
     """
-    from batchlab.cli.session import connect
-
-    with connect(home_of(home)) as client:
+    with connect(home) as client:
         view = client.grid()
-    instances = [(pool["name"], one) for pool in view["pools"] for one in pool["instances"]]
-    if json:
-        output.show_json([{"pool": pool, **one} for pool, one in instances])
-    elif not instances:
-        output.say("There are no instances: they are launched when there is work.")
-    else:
-        columns = ("instance", "pool", "state", "health", "protected", "worker", "busy", "held")
-        rows = [
-            (
-                one["id"],
-                pool,
-                one["state"],
-                "Healthy" if one["healthy"] else "Unhealthy",
-                "yes" if one["protected"] else "no",
-                one["worker"] or "-",
-                one["busy"],
-                one["held"],
-                output.moment(one["launched_s"]),
-                one["note"],
-            )
-            for pool, one in instances
-        ]
-        output.show(output.table((*columns, "launched", "note"), rows))
+    instances, rows = [], []
+    for pool in view["pools"]:
+        for instance in pool["instances"]:
+            instances.append({"pool": pool["name"], **instance})
+            health = "Healthy" if instance["healthy"] else "Unhealthy"
+            state = (instance["state"], health, "yes" if instance["protected"] else "no")
+            work = (instance["worker"] or "-", instance["busy"], instance["held"])
+            launched = output.moment(instance["launched_s"])
+            rows.append((instance["id"], pool["name"], *state, *work, launched, instance["note"]))
+    columns = ("instance", "pool", "state", "health", "protected", "worker", "busy", "held", "launched", "note")
+    output.listing(json, instances, columns, rows, "There are no instances. The manager launches them for work.")
 
 
 @app.command()
@@ -348,17 +290,15 @@ def activities(
     \b
     Example: batchlab grid activities default
     """
-    from batchlab.cli.session import connect
-
-    with connect(home_of(home)) as client:
+    with connect(home) as client:
         found = client.activities(pool=pool, limit=limit)
-    if json:
-        output.show_json(found)
-    elif not found:
-        output.say("There has been no scaling activity.")
-    else:
-        rows = [(output.moment(a["at_s"]), a["pool"], a["status"], a["description"], a["cause"]) for a in found]
-        output.show(output.table(("at", "pool", "status", "what", "why"), rows))
+    output.listing(
+        json,
+        found,
+        ("at", "pool", "status", "what", "why"),
+        [(output.moment(a["at_s"]), a["pool"], a["status"], a["description"], a["cause"]) for a in found],
+        "There has been no scaling activity.",
+    )
 
 
 @app.command()
@@ -376,16 +316,13 @@ def scale(
     \b
     Example: batchlab grid scale default --max 8
     """
-    from batchlab.cli.session import connect
-    from batchlab.core.errors import UsageError
-
     if smallest is largest is desired is None and not auto:
         raise UsageError("Nothing to change.", remedy="Say --min, --max, --desired or --auto.")
     if desired is not None and auto:
         raise UsageError("--desired and --auto exclude each other.", remedy="Say one of them.")
-    with connect(home_of(home)) as client:
+    with connect(home) as client:
         view = client.scale(pool, min=smallest, max=largest, desired=desired, auto=True if auto else None)
-    _show_pools([view], view, json=json)
+    output.answer(json, view, output.table(_POOL_COLUMNS, [_pool_row(view)]))
 
 
 @app.command()
@@ -399,18 +336,9 @@ def drain(
     \b
     Example: batchlab grid drain default
     """
-    from batchlab.cli.session import connect
-
-    with connect(home_of(home)) as client:
+    with connect(home) as client:
         view = client.drain(pool)
-    _show_pools(view["pools"], view, json=json)
-
-
-def _show_pools(pools: list[PoolView], whole: object, *, json: bool) -> None:
-    if json:
-        output.show_json(whole)
-        return
-    output.show(output.table(_POOL_COLUMNS, map(_pool_row, pools)))
+    output.answer(json, view, output.table(_POOL_COLUMNS, map(_pool_row, view["pools"])))
 
 
 @app.command()
@@ -422,16 +350,10 @@ def cap(amount: str = CAP, home: Path | None = HOME, json: bool = JSON) -> None:
     \b
     Example: batchlab grid cap 50USD
     """
-    from batchlab.cli.session import connect
-
     usd = cap_of(amount)
-    with connect(home_of(home)) as client:
+    with connect(home) as client:
         view = client.cap_grid(usd)
-    if json:
-        output.show_json(view)
-    else:
-        said = "is not capped" if usd is None else f"is capped at {usd:g} USD"
-        output.show(f"What the grid costs {said}.")
+    output.answer(json, view, f"The cost of the grid is {cap_text(usd)}.")
 
 
 PREFIX, SUFFIX = "open-", ".html"
@@ -451,6 +373,7 @@ _PAGE = """\
 """
 
 
+@app.command("open")
 def open_(
     browser: bool = option(
         "Open the page in a browser, or only print its address.", None, "--browser/--no-browser", default=True
@@ -465,8 +388,6 @@ def open_(
     \b
     Example: batchlab grid open --no-browser
     """
-    from batchlab.cli.session import connect
-
     place = home_of(home)
     with connect(place) as client:
         session = client.open_session()

@@ -9,28 +9,17 @@ from typing import TYPE_CHECKING
 import typer
 
 from batchlab.cli import output
-from batchlab.cli.options import AS_IF, CAP, FILE, HOME, JOB, JSON, MAX_COST, OUT, SET, cap_of, flag, home_of, option
+from batchlab.cli.job_logs import logs
+from batchlab.cli.job_replay import replay_task
+from batchlab.cli.job_tasks import failures, retry, show_task, why
+from batchlab.cli.option_values import call_with_job, cap_of, cap_text, connect, home_of, parameters_of, resolve
+from batchlab.cli.options import AS_IF, CAP, FILE, HOME, JOB, JSON, MAX_COST, OUT, SET, flag, option
 
 if TYPE_CHECKING:
     from batchlab.client.http import Client
-    from batchlab.core.api_types import JobView, StageView
+    from batchlab.core.api_types import JobView
 
-app = typer.Typer(no_args_is_help=True)
-
-
-def register(root: typer.Typer) -> None:
-    """Add the group `job` to the root command."""
-    from batchlab.cli.job_logs import logs
-    from batchlab.cli.job_replay import replay_task
-    from batchlab.cli.job_tasks import failures, retry, show_task, why
-
-    app.command()(logs)
-    app.command()(failures)
-    app.command()(retry)
-    app.command()(why)
-    app.command("show-task")(show_task)
-    app.command("replay-task")(replay_task)
-    root.add_typer(app, name="job")
+app = typer.Typer(name="job", no_args_is_help=True)
 
 
 @app.callback()
@@ -62,10 +51,7 @@ def submit(
     cap = cap_of(max_cost) if max_cost else None
     view = submit_file(home_of(home), file, set_ or (), max_cost_usd=cap)
     output.say(f"{view['name']} is {view['state']}; watch it: batchlab job watch {view['id']}")
-    if json:
-        output.show_json(view)
-    else:
-        output.show(view["id"])
+    output.answer(json, view, view["id"])
 
 
 @app.command("list")
@@ -80,43 +66,26 @@ def list_(
     \b
     Example: batchlab job list --active
     """
-    from batchlab.cli.session import connect
-
-    with connect(home_of(home)) as client:
+    with connect(home) as client:
         jobs = client.jobs(limit=limit, active=active)
-    if json:
-        output.show_json(jobs)
-    elif not jobs:
-        output.say("There are no jobs.")
-    else:
-        columns = ("id", "state", "submitted", "took", "tasks", "failed", "reason")
-        output.show(output.table(columns, map(_row, jobs)))
-
-
-def _row(view: JobView) -> tuple[object, ...]:
-    took_s = _took_s(view)
-    return (
-        view["id"],
-        view["state"],
-        output.moment(view["submitted_s"]),
-        "-" if took_s is None else output.span(took_s),
-        _done(view["stages"]),
-        sum(stage["failed"] for stage in view["stages"]),
-        view["reason"],
+    output.listing(
+        json,
+        jobs,
+        ("id", "state", "submitted", "took", "tasks", "failed", "reason"),
+        map(_row, jobs),
+        "There are no jobs.",
     )
 
 
-def _took_s(view: JobView) -> float | None:
-    if view["started_s"] is None or view["ended_s"] is None:
-        return None
-    return view["ended_s"] - view["started_s"]
-
-
-def _done(stages: list[StageView]) -> str:
-    ended = sum(s["succeeded"] + s["failed"] + s["cancelled"] for s in stages)
-    planned = sum(s["planned"] or 0 for s in stages)
-    more = "+" if any(s["planned"] is None for s in stages) else ""
-    return f"{ended}/{planned}{more}"
+def _row(job: JobView) -> tuple[object, ...]:
+    started_s, ended_s, stages = job["started_s"], job["ended_s"], job["stages"]
+    took = "-" if started_s is None or ended_s is None else output.span(ended_s - started_s)
+    failed = sum(stage["failed"] for stage in stages)
+    ended = failed + sum(stage["succeeded"] + stage["cancelled"] for stage in stages)
+    planned = sum(stage["planned"] or 0 for stage in stages)
+    more = "+" if any(stage["planned"] is None for stage in stages) else ""
+    submitted = output.moment(job["submitted_s"])
+    return (job["id"], job["state"], submitted, took, f"{ended}/{planned}{more}", failed, job["reason"])
 
 
 @app.command()
@@ -127,7 +96,6 @@ def show(job: str = JOB, as_if_aws: bool = AS_IF, home: Path | None = HOME, json
     Example: batchlab job show last
     """
     from batchlab.cli.bills import LiveCost
-    from batchlab.cli.session import connect, resolve
 
     place = home_of(home)
     live_cost, cost = LiveCost(place, as_if_aws=as_if_aws), None
@@ -153,24 +121,18 @@ def show(job: str = JOB, as_if_aws: bool = AS_IF, home: Path | None = HOME, json
         "tags": tags or "-",
         "retries": str(view["round"]),
         **({"cost": str(cost["text"])} if cost else {}),
-        **({"report": _unwritten(view)} if view.get("report") else {}),
     }
-    columns = ("stage", "planned", "succeeded", "failed", "cancelled", "running", "retried", "mean")
-    rows = [
-        (
-            s["name"],
-            "-" if s["planned"] is None else s["planned"],
-            s["succeeded"],
-            s["failed"],
-            s["cancelled"],
-            s["running"],
-            s["retried"],
-            "-" if s["mean_s"] is None else output.span(s["mean_s"]),
+    if problem := view.get("report"):
+        facts["report"] = (
+            f"its performance data is not written: {problem}; `batchlab report write {view['id']}` tries again"
         )
-        for s in view["stages"]
-    ]
+    counts = ("succeeded", "failed", "cancelled", "running", "retried")
+    rows = []
+    for stage in view["stages"]:
+        planned = "-" if stage["planned"] is None else stage["planned"]
+        rows.append((stage["name"], planned, *output.cells(stage, *counts), output.optional_span(stage["mean_s"])))
     lines = [f"{key:<11}{output.clean(value)}" for key, value in facts.items()]
-    output.show("\n".join([*lines, "", output.table(columns, rows)]))
+    output.show("\n".join([*lines, "", output.table(("stage", "planned", *counts, "mean"), rows)]))
 
 
 @app.command()
@@ -182,34 +144,24 @@ def watch(job: str = JOB, as_if_aws: bool = AS_IF, home: Path | None = HOME) -> 
     """
     from batchlab.cli.bills import LiveCost
     from batchlab.cli.progress import JobDisplay
-    from batchlab.cli.session import Session, resolve
+    from batchlab.cli.session import Session
     from batchlab.cli.submission import watch as watch_job
 
     place = home_of(home)
     with Session.attached(place) as session:
         view = session.call(lambda client: resolve(client, job))
-        with JobDisplay() as shown:
-            live_cost = LiveCost(place, as_if_aws=as_if_aws)
-            view = watch_job(session, view, shown, {}, live_cost)
+        with JobDisplay() as display:
+            view = watch_job(session, view, display, {}, LiveCost(place, as_if_aws=as_if_aws))
     reason = f": {output.clean(view['reason'])}" if view["reason"] else ""
     output.show(f"{view['id']} {view['state']}{reason}")
     if view["state"] != "SUCCEEDED":
         raise typer.Exit(1)
 
 
-def _unwritten(view: JobView) -> str:
-    return f"its performance data is not written: {view['report']}; `batchlab report write {view['id']}` tries again"
-
-
-def _tell(job: str, home: Path | None, verb: Callable[[Client, str], JobView], json: bool) -> None:
-    from batchlab.cli.session import connect, steer
-
-    with connect(home_of(home)) as client:
-        view = steer(client, job, verb)
-    if json:
-        output.show_json(view)
-    else:
-        output.show(f"{view['id']} {view['state']}")
+def _control(job: str, home: Path | None, verb: Callable[[Client, str], JobView], json: bool) -> None:
+    with connect(home) as client:
+        view = call_with_job(client, job, verb)
+    output.answer(json, view, f"{view['id']} {view['state']}")
 
 
 @app.command()
@@ -219,7 +171,7 @@ def cancel(job: str = JOB, home: Path | None = HOME, json: bool = JSON) -> None:
     \b
     Example: batchlab job cancel last
     """
-    _tell(job, home, lambda client, name: client.cancel(name), json)
+    _control(job, home, lambda client, name: client.cancel(name), json)
 
 
 @app.command()
@@ -229,7 +181,7 @@ def pause(job: str = JOB, home: Path | None = HOME, json: bool = JSON) -> None:
     \b
     Example: batchlab job pause last
     """
-    _tell(job, home, lambda client, name: client.pause(name), json)
+    _control(job, home, lambda client, name: client.pause(name), json)
 
 
 @app.command()
@@ -239,7 +191,7 @@ def resume(job: str = JOB, home: Path | None = HOME, json: bool = JSON) -> None:
     \b
     Example: batchlab job resume last
     """
-    _tell(job, home, lambda client, name: client.resume(name), json)
+    _control(job, home, lambda client, name: client.resume(name), json)
 
 
 @app.command()
@@ -257,21 +209,14 @@ def results(
     \b
     Example: batchlab job results last --out out/claims
     """
-    from batchlab.cli.session import Session, resolve
-    from batchlab.cli.submission import fetch_results
+    from batchlab.cli.session import Session
+    from batchlab.cli.submission import fetch_results, fetched_json
 
     with Session.attached(home_of(home)) as session:
         view = session.call(lambda client: resolve(client, job))
         fetched = fetch_results(session, view, out, stage or ())
     if json:
-        output.show_json(
-            {
-                "folder": str(fetched.folder),
-                "results": dict(fetched.results),
-                "files": fetched.files,
-                "size_bytes": fetched.size_bytes,
-            }
-        )
+        output.show_json(fetched_json(fetched))
         return
     for name, number in fetched.results.items():
         output.show(f"{fetched.folder / f'{name}.jsonl'}: {output.count(number, 'result')}")
@@ -287,30 +232,26 @@ def check(file: Path = FILE, set_: list[str] | None = SET, json: bool = JSON) ->
     \b
     Example: batchlab job check job.yaml
     """
-    from batchlab.cli.submission import overrides
     from batchlab.jobs.job_file import load
     from batchlab.jobs.submission import check_input, code_digest
 
-    jobfile = load(file, overrides(set_ or ()))
+    jobfile = load(file, parameters_of(set_))
     check_input(jobfile)
     data, _ = code_digest(jobfile)
     stages = [stage.name for stage in jobfile.job.stages]
-    if json:
-        output.show_json(
-            {
-                "name": jobfile.job.name,
-                "stages": stages,
-                "inputs": len(jobfile.files),
-                "code": str(jobfile.code),
-                "code_bytes": len(data),
-                "params": dict(jobfile.params),
-            }
-        )
-        return
-    output.show(
+    output.answer(
+        json,
+        {
+            "name": jobfile.job.name,
+            "stages": stages,
+            "inputs": len(jobfile.files),
+            "code": str(jobfile.code),
+            "code_bytes": len(data),
+            "params": dict(jobfile.params),
+        },
         f"{file} is fine: job {jobfile.job.name}, {output.count(len(jobfile.files), 'input')}, "
         f"{output.count(len(stages), 'stage')} ({', '.join(stages)}), "
-        f"{output.size(len(data))} of code"
+        f"{output.size(len(data))} of code",
     )
 
 
@@ -323,13 +264,11 @@ def cap(job: str = JOB, amount: str = CAP, home: Path | None = HOME, json: bool 
     \b
     Example: batchlab job cap last 10USD
     """
-    from batchlab.cli.session import connect, resolve
-
     usd = cap_of(amount)
-    with connect(home_of(home)) as client:
+    with connect(home) as client:
         view = client.cap_job(resolve(client, job)["id"], usd)
-    if json:
-        output.show_json(view)
-    else:
-        said = "is not capped" if usd is None else f"is capped at {usd:g} USD"
-        output.show(f"What {view['job']} costs {said}.")
+    output.answer(json, view, f"The cost of {view['job']} is {cap_text(usd)}.")
+
+
+for _command in (logs, failures, retry, why, show_task, replay_task):
+    app.command()(_command)

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from batchlab.cli import output
-from batchlab.cli.options import HOME, JOB, JSON, argument, flag, home_of, option, seconds_of
+from batchlab.cli.option_values import connect, home_of, resolve, seconds_of
+from batchlab.cli.options import HOME, JOB, JSON, argument, flag, option
+from batchlab.cli.output import Stopped
 from batchlab.core.errors import UsageError
-from batchlab.core.job_definition import attempt_name
+from batchlab.core.job_definition import attempt_name, parse_task
 
 if TYPE_CHECKING:
     from batchlab.client.http import Client
@@ -45,8 +47,6 @@ def logs(
     \b
     Example: batchlab job logs last --follow
     """
-    from batchlab.core.job_definition import parse_task
-
     index: int | None = None
     if task is not None:
         if stage is not None:
@@ -62,11 +62,8 @@ def logs(
 
 
 def _print(home: Home, job: str, which: LogFilter, limit: int, *, json: bool) -> None:
-    from batchlab.cli.session import connect, resolve
-    from batchlab.core.job_definition import attempt_name
-
     with connect(home) as client:
-        found = client.logs(
+        logs = client.logs(
             resolve(client, job)["id"],
             stage=which.stage,
             task=which.task,
@@ -75,20 +72,18 @@ def _print(home: Home, job: str, which: LogFilter, limit: int, *, json: bool) ->
             since_s=which.since_s,
         )
     if json:
-        output.show_json(found)
-    for one in [] if json else found:
-        name = attempt_name(one["stage"], one["task"], one["attempt"])
-        output.show(f"--- {name}")
-        output.show(output.visible(one["text"]).rstrip("\n"))
-    if not found:
-        output.say("No task has printed anything, or not yet.")
-    elif len(found) == limit:
+        output.show_json(logs)
+    for log in [] if json else logs:
+        output.show(f"--- {attempt_name(log['stage'], log['task'], log['attempt'])}")
+        output.show(output.visible(log["text"]).rstrip("\n"))
+    if not logs:
+        output.say("No task has printed anything yet.")
+    elif len(logs) == limit:
         output.say(f"There may be more than {limit}; --limit shows more.")
 
 
 def _follow(home: Home, job: str, which: LogFilter, *, json: bool) -> None:
-    from batchlab.cli.output import Stopped
-    from batchlab.cli.session import Session, resolve
+    from batchlab.cli.session import Session
 
     with Session.attached(home) as session:
         view = session.call(lambda client: resolve(client, job))
@@ -111,16 +106,10 @@ def _follow(home: Home, job: str, which: LogFilter, *, json: bool) -> None:
                 follower.close()
             raise
     if not json:
-        _say_end(home, name, which)
-
-
-def _say_end(home: Home, job: str, which: LogFilter) -> None:
-    from batchlab.cli.session import connect
-
-    with connect(home) as client:
-        state = client.job(job)["state"]
-    if which.task is None:
-        output.say(f"{job} is {state}.")
+        with connect(home) as client:
+            state = client.job(name)["state"]
+        if which.task is None:
+            output.say(f"{name} is {state}.")
 
 
 Key = tuple[str, int, int, int, str]

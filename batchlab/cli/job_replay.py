@@ -6,7 +6,7 @@ import os
 import shlex
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
@@ -16,14 +16,16 @@ from typing import TYPE_CHECKING
 import typer
 
 from batchlab.cli import output
-from batchlab.cli.options import ANY_BACKEND, HOME, JOB, JSON, TASK, flag, home_of, option
+from batchlab.cli.option_values import home_of
+from batchlab.cli.options import ANY_BACKEND, HOME, JOB, JSON, TASK, flag, option
 from batchlab.core.errors import UsageError
 from batchlab.core.job_definition import parse_task, task_name
+from batchlab.core.model import JobId
 
 if TYPE_CHECKING:
     from batchlab.cli.session import Bucket
     from batchlab.client.debug.foreground import RunOptions
-    from batchlab.client.debug.task_folder import Comparison, TaskRun
+    from batchlab.client.debug.task_folder import TaskRun
 
 
 def replay_task(
@@ -61,7 +63,10 @@ def replay_task(
 
     del local
     how = _how(debug=debug, at_start=break_, debugpy=debugpy, no_limits=no_limits, json=json)
-    how = replace(how, passed=_variables(env or ()))
+    for variable in env or ():
+        if variable not in os.environ:
+            raise UsageError(f"The environment variable {variable!r} is not set.", remedy="Set it, or leave out --env.")
+    how = replace(how, passed=tuple(env or ()))
     stage_name, index = parse_task(task)
     place = home_of(home)
     bucket = find(place, backend, job)
@@ -88,15 +93,6 @@ def _how(*, debug: bool | None, at_start: bool, debugpy: int | None, no_limits: 
     return RunOptions(
         pdb=debug and debugpy is None, at_start=at_start, debugpy=debugpy, no_limits=no_limits, aside=json
     )
-
-
-def _variables(names: Iterable[str]) -> tuple[str, ...]:
-    """Return the names; raise UsageError if a variable is not set, as a mistyped name is not."""
-    found = tuple(names)
-    for name in found:
-        if name not in os.environ:
-            raise UsageError(f"The environment variable {name!r} is not set.", remedy="Set it, or leave out --env.")
-    return found
 
 
 def _warning(how: RunOptions) -> str:
@@ -126,7 +122,6 @@ def _fetched(
 ) -> TaskRun:
     from batchlab.cli.session import stage_of
     from batchlab.client.debug.prepare import prepare_task
-    from batchlab.core.model import JobId
 
     name = stage_of(bucket, stage)
     output.say(f"Fetching {task_name(name, task)} of {bucket.job}.")
@@ -138,7 +133,7 @@ def _fetched(
         )
     except OSError as error:
         raise UsageError(
-            f"The task cannot be brought to {folder}: {error.strerror or error}.",
+            f"The files of the task cannot be written to {folder}: {error.strerror or error}.",
             remedy="Free some space, or name a folder with --keep.",
         ) from error
 
@@ -151,8 +146,10 @@ def _show_folder(prepared: TaskRun, *, json: bool) -> None:
         output.show_json({"folder": str(prepared.folder), "command": command, "readme": str(prepared.folder / README)})
         return
     output.show(command)
-    debugging = "" if prepared.is_command else " (--pdb and --break debug it)"
-    output.say(f"{prepared.name} is in {prepared.folder}; this runs it{debugging}. {README} says more.")
+    debugging = "" if prepared.is_command else ", under pdb with --pdb or --break"
+    output.say(
+        f"The folder of {prepared.name} is {prepared.folder}. The command runs the task{debugging}. See {README}."
+    )
 
 
 def _shell(prepared: TaskRun, how: RunOptions) -> None:
@@ -160,25 +157,34 @@ def _shell(prepared: TaskRun, how: RunOptions) -> None:
 
     ready = foreground.shell(prepared, how.passed)
     output.say(_warning(how))
-    output.say("A shell where the command would run; `exit` leaves it, and removes the folder.")
+    output.say("This shell is in the folder of the task's command. `exit` ends the shell and removes the folder.")
     output.show(output.visible(ready.command))
-    code = foreground.open_shell(ready)
-    if code:
+    if foreground.open_shell(ready):
         raise typer.Exit(1)
 
 
 def _run(prepared: TaskRun, how: RunOptions, *, json: bool) -> None:
     from batchlab.client.debug import foreground
-    from batchlab.client.debug import task_folder as verdict
+    from batchlab.client.debug.task_folder import judge, limits
 
-    limits = "" if how.no_limits else _limits(prepared)
-    output.say(f"Running {prepared.name}, attempt {prepared.attempt}, on this machine{limits}.")
+    within = "none" if how.no_limits else limits(prepared)
+    limits_text = "" if within == "none" else f", within {within}"
+    output.say(f"Running {prepared.name}, attempt {prepared.attempt}, on this machine{limits_text}.")
     output.say(_warning(how))
     ended = foreground.run(prepared, how)
-    found = verdict.judge(prepared, ended)
+    found = judge(prepared, ended)
     found.differences.extend(foreground.not_applied(prepared, how))
     if json:
-        output.show_json(_document(prepared, found))
+        output.show_json(
+            {
+                **output.attributes(prepared, "job", "stage", "task", "attempt", "round"),
+                "verdict": found.word,
+                "sentence": found.sentence,
+                "fingerprint": found.here or None,
+                "fingerprint_on_grid": found.there or None,
+                "differences": found.differences,
+            }
+        )
     else:
         sentence, *more = found.lines
         output.show(output.clean(sentence))
@@ -186,25 +192,3 @@ def _run(prepared: TaskRun, how: RunOptions, *, json: bool) -> None:
             output.show(output.visible(line))
     if ended.failure or ended.left:
         raise typer.Exit(1)
-
-
-def _limits(prepared: TaskRun) -> str:
-    from batchlab.client.debug.task_folder import limits
-
-    text = limits(prepared)
-    return "" if text == "none" else f", within {text}"
-
-
-def _document(prepared: TaskRun, found: Comparison) -> dict[str, object]:
-    return {
-        "job": prepared.job,
-        "stage": prepared.stage,
-        "task": prepared.task,
-        "attempt": prepared.attempt,
-        "round": prepared.round,
-        "verdict": found.word,
-        "sentence": found.sentence,
-        "fingerprint": found.here or None,
-        "fingerprint_on_grid": found.there or None,
-        "differences": found.differences,
-    }

@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from batchlab.cli import output
-from batchlab.cli.options import ANY_BACKEND, HOME, JOB, JSON, TASK, flag, home_of, option
+from batchlab.cli.option_values import connect, home_of, resolve
+from batchlab.cli.options import ANY_BACKEND, HOME, JOB, JSON, TASK, flag, option
+from batchlab.core.errors import BackendError, UsageError
 from batchlab.core.job_definition import parse_task, parse_tasks, task_name
+from batchlab.core.model import JobId, Json
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from batchlab.client.http import Client
-    from batchlab.core.api_types import FailureGroupView, FailureView, JobView, LogView
-    from batchlab.core.model import Json
+    from batchlab.core.api_types import FailureGroupView, FailureView, JobView
     from batchlab.core.port_retries import Patience
     from batchlab.core.ports import Objects
     from batchlab.jobs.attempts import Attempt
@@ -35,7 +35,6 @@ def show_task(
     Example: batchlab job show-task last parse/3
     """
     from batchlab.cli.session import find, stage_of
-    from batchlab.core.model import JobId
 
     stage_name, index = parse_task(task)
     place = home_of(home)
@@ -43,7 +42,6 @@ def show_task(
     name = stage_of(bucket, stage_name)
 
     async def read(objects: Objects, patience: Patience) -> dict[str, Any]:
-        from batchlab.core.errors import BackendError, UsageError
         from batchlab.core.protocol.bundle_inputs import NoSuchTask
         from batchlab.jobs import attempts
         from batchlab.worker import environment
@@ -57,11 +55,11 @@ def show_task(
         except NoSuchTask as error:
             raise UsageError(error.message, remedy=error.remedy) from error
         except (BackendError, UsageError) as error:
-            given = f"not to be had: {error.message}"
+            given = f"not available: {error.message}"
         rows = []
         for attempt in found:
-            there = await environment.load(objects, attempt.outcome.worker, patience)
-            rows.append(_attempt(attempt, environment.to_json(there) if there else None))
+            machine = await environment.load(objects, attempt.outcome.worker, patience)
+            rows.append(_attempt(attempt, environment.to_json(machine) if machine else None))
         return {
             "job": bucket.job,
             "stage": name,
@@ -78,24 +76,24 @@ def show_task(
         _show(doc)
 
 
-def _attempt(one: Attempt, there: dict[str, Json] | None) -> dict[str, Any]:
-    outcome, failure = one.outcome, one.failure
+def _attempt(attempt: Attempt, machine: dict[str, Json] | None) -> dict[str, Any]:
+    outcome, failure = attempt.outcome, attempt.failure
     return {
         "round": outcome.bundle.round,
         "attempt": outcome.bundle.attempt,
-        "state": one.state,
+        "state": attempt.state,
         "worker": outcome.worker,
         "execution": outcome.execution,
         "bundle": outcome.bundle.id,
         "bundle_started_s": outcome.started_s,
         "bundle_ended_s": outcome.ended_s,
-        "run_s": one.run_s,
-        "log_bytes": sum(stop - start for start, stop in one.spans),
-        "fingerprint": one.fingerprint or None,
+        "run_s": attempt.run_s,
+        "log_bytes": sum(stop - start for start, stop in attempt.spans),
+        "fingerprint": attempt.fingerprint or None,
         "kind": failure.kind.value if failure else None,
         "reason": failure.reason if failure else None,
         "traceback": failure.traceback if failure else None,
-        "environment": there,
+        "environment": machine,
     }
 
 
@@ -103,31 +101,23 @@ def _show(doc: dict[str, Any]) -> None:
     from batchlab.worker import environment
 
     columns = ("round", "attempt", "state", "ran", "ended", "worker", "log", "fingerprint")
-    rows = [
-        (
-            one["round"],
-            one["attempt"],
-            one["state"],
-            "-" if one["run_s"] is None else output.span(one["run_s"]),
-            output.moment(one["bundle_ended_s"]),
-            one["worker"],
-            output.size(one["log_bytes"]),
-            one["fingerprint"] or "-",
-        )
-        for one in doc["attempts"]
-    ]
+    rows = []
+    for attempt in doc["attempts"]:
+        times = (output.optional_span(attempt["run_s"]), output.moment(attempt["bundle_ended_s"]))
+        rest = (attempt["worker"], output.size(attempt["log_bytes"]), attempt["fingerprint"] or "-")
+        rows.append((attempt["round"], attempt["attempt"], attempt["state"], *times, *rest))
     output.show(f"{task_name(doc['stage'], doc['task'])} of {doc['job']}")
     output.show(f"{'input':<13}{output.clean(doc['input'])}")
     if not rows:
-        output.show("No attempt of it has ended yet.")
+        output.show("No attempt of the task has ended yet.")
         return
     output.show(f"\n{output.table(columns, rows)}\n")
     last = doc["attempts"][-1]
     if last["reason"]:
         output.show(f"{'failed':<13}{output.clean(last['kind'])}: {output.clean(last['reason'])}")
-    there = last["environment"]
-    told = str(environment.from_json(there)) if there else "not known: its worker has stored none"
-    output.show(f"{'ran on':<13}{output.clean(told)}")
+    machine = last["environment"]
+    description = str(environment.from_json(machine)) if machine else "unknown: the worker stored no environment"
+    output.show(f"{'ran on':<13}{output.clean(description)}")
     output.show(f"{'run it again':<13}{doc['replay']}")
 
 
@@ -149,39 +139,32 @@ def why(job: str = JOB, home: Path | None = HOME, json: bool = JSON) -> None:
     \b
     Example: batchlab job why last
     """
-    from batchlab.cli.session import connect, resolve
-
-    with connect(home_of(home)) as client:
+    with connect(home) as client:
         view = resolve(client, job)
         answer = client.why(view["id"])
         failed = _failed(client, view, home)
-    if json:
-        doc = {"id": view["id"], "state": view["state"], "why": answer, "failed": failed}
-        output.show_json(doc)
-        return
-    output.show(output.clean(answer))
-    for one in failed:
-        others = one["tasks"] - 1
+    lines = [output.clean(answer)]
+    for failure in failed:
+        name, others = task_name(failure["stage"], failure["task"]), failure["tasks"] - 1
         more = f", and so did {output.count(others, 'other task')}" if others else ""
-        output.show(
-            f"\n{task_name(one['stage'], one['task'])} failed ({one['fingerprint']}): "
-            f"{output.clean(one['reason'])}{more}"
-        )
-        for line in one["last_lines"]:
-            output.show(f"  | {output.clean(line)}")
-        output.show(f"  {one['replay']}")
+        lines += ["", f"{name} failed ({failure['fingerprint']}): {output.clean(failure['reason'])}{more}"]
+        lines += [f"  | {output.clean(line)}" for line in failure["last_lines"]]
+        lines.append(f"  {failure['replay']}")
+    document = {"id": view["id"], "state": view["state"], "why": answer, "failed": failed}
+    output.answer(json, document, "\n".join(lines))
 
 
 def _failed(client: Client, view: JobView, home: Path | None) -> list[dict[str, Any]]:
     """Return a task of each fingerprint, the most frequent fingerprint first."""
     if not any(stage["failed"] for stage in view["stages"]):
         return []
-    found = []
+    failed = []
     for group in client.failure_groups(view["id"])[:GROUPS]:
         first = group["first"]
         name = task_name(first["stage"], first["task"])
         logs = client.logs(view["id"], stage=first["stage"], task=first["task"])
-        found.append(
+        lines = [line for line in logs[-1]["text"].splitlines() if line.strip()] if logs else []
+        failed.append(
             {
                 "stage": first["stage"],
                 "task": first["task"],
@@ -190,16 +173,11 @@ def _failed(client: Client, view: JobView, home: Path | None) -> list[dict[str, 
                 "fingerprint": first["fingerprint"],
                 "kind": first["kind"],
                 "reason": first["reason"],
-                "last_lines": _last_lines(logs),
+                "last_lines": lines[-LAST_LINES:],
                 "replay": replay_command(view["id"], name, home),
             }
         )
-    return found
-
-
-def _last_lines(logs: Sequence[LogView]) -> list[str]:
-    lines = [line for line in logs[-1]["text"].splitlines() if line.strip()] if logs else []
-    return lines[-LAST_LINES:]
+    return failed
 
 
 def failures(
@@ -215,9 +193,7 @@ def failures(
     \b
     Example: batchlab job failures last
     """
-    from batchlab.cli.session import connect, resolve
-
-    with connect(home_of(home)) as client:
+    with connect(home) as client:
         name = resolve(client, job)["id"]
         if each or fingerprint:
             _show_each(client.failures(name, limit=limit, fingerprint=fingerprint), limit, json)
@@ -225,50 +201,36 @@ def failures(
             _show_groups(client.failure_groups(name), json)
 
 
-def _show_groups(found: list[FailureGroupView], json: bool) -> None:
-    if json:
-        output.show_json(found)
-        return
-    if not found:
-        output.say("No task has failed for good.")
-        return
-    rows = [
-        (
-            one["fingerprint"],
-            one["count"],
-            one["stage"],
-            one["first"]["kind"],
-            _exit(one["first"]),
-            one["first"]["reason"],
+def _show_groups(groups: list[FailureGroupView], json: bool) -> None:
+    rows = []
+    for group in groups:
+        first = group["first"]
+        rows.append(
+            (group["fingerprint"], group["count"], group["stage"], first["kind"], _exit(first), first["reason"])
         )
-        for one in found
-    ]
     columns = ("fingerprint", "tasks", "stage", "kind", "exit", "reason, of the first")
-    output.show(output.table(columns, rows))
-    for one in found:
-        _show_traceback(one["first"])
-    output.say("`batchlab job retry JOB --fingerprint FINGERPRINT` runs the tasks of one again.")
+    output.listing(json, groups, columns, rows, "No task has failed for good.")
+    if groups and not json:
+        for group in groups:
+            _show_traceback(group["first"])
+        output.say("`batchlab job retry JOB --fingerprint FINGERPRINT` runs the tasks with that cause again.")
 
 
-def _show_each(found: list[FailureView], limit: int, json: bool) -> None:
-    if json:
-        output.show_json(found)
-        return
-    if not found:
-        output.say("No such task has failed for good.")
-        return
+def _show_each(failures: list[FailureView], limit: int, json: bool) -> None:
+    rows = []
+    for failure in failures:
+        name, cause = task_name(failure["stage"], failure["task"]), (failure["fingerprint"], failure["reason"])
+        rows.append((name, failure["attempt"], failure["kind"], _exit(failure), *cause))
     columns = ("task", "attempt", "kind", "exit", "fingerprint", "reason")
-    rows = [
-        (task_name(f["stage"], f["task"]), f["attempt"], f["kind"], _exit(f), f["fingerprint"], f["reason"])
-        for f in found
-    ]
-    output.show(output.table(columns, rows))
-    shown: set[str] = set()
-    for one in found:
-        if one["fingerprint"] not in shown:
-            shown.add(one["fingerprint"])
-            _show_traceback(one)
-    if len(found) == limit:
+    output.listing(json, failures, columns, rows, "No such task has failed for good.")
+    if json:
+        return
+    firsts: dict[str, FailureView] = {}
+    for failure in failures:
+        firsts.setdefault(failure["fingerprint"], failure)
+    for first in firsts.values():
+        _show_traceback(first)
+    if len(failures) == limit:
         output.say(f"There may be more than {limit}; --limit shows more.")
 
 
@@ -296,18 +258,13 @@ def retry(
     \b
     Example: batchlab job retry last
     """
-    from batchlab.cli.session import connect, resolve
-
     ranges: dict[str, list[tuple[int, int]]] = {}
-    for stage, some in map(parse_tasks, tasks or ()):
-        ranges.setdefault(stage, []).extend(some)
-    with connect(home_of(home)) as client:
+    for stage, stage_ranges in map(parse_tasks, tasks or ()):
+        ranges.setdefault(stage, []).extend(stage_ranges)
+    with connect(home) as client:
         name = resolve(client, job)["id"]
         if ranges or fingerprint:
             view = client.retry(name, fingerprints=fingerprint or (), tasks=ranges)
         else:
             view = client.retry(name)
-    if json:
-        output.show_json(view)
-    else:
-        output.show(f"{view['id']} {view['state']}")
+    output.answer(json, view, f"{view['id']} {view['state']}")

@@ -6,18 +6,15 @@ no files.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
-from typer import BadParameter
 
-from batchlab.core.errors import UsageError
+from batchlab.core.errors import BatchlabError, UsageError
 
 if TYPE_CHECKING:
-    from batchlab.core.model import Pool
     from batchlab.runtime.home import Home
 
 COMPLETION_TIMEOUT_S = 0.5
@@ -60,7 +57,6 @@ def _of(incomplete: str, names: Iterable[str]) -> list[str]:
 
 def _files(folder: str, pattern: str, name: Callable[[Path], str]) -> list[str]:
     from batchlab.core import installation
-    from batchlab.core.errors import UsageError
 
     try:
         return sorted(name(path) for path in installation.folder(folder).glob(pattern))
@@ -78,7 +74,6 @@ def _home(ctx: typer.Context) -> Home:
 def _asked(home: Home, path: str, listed: str) -> list[dict[str, Any]]:
     """Return a list of the running manager, or [] if it does not answer."""
     from batchlab.client.http import Client
-    from batchlab.core.errors import BatchlabError
 
     try:
         record = home.record()
@@ -147,116 +142,5 @@ BUCKET_BACKEND = option(
     default="",
     autocompletion=backends,
 )
+RESUME = flag("Resume the interrupted run, if there is one.", "--resume")
 FILE = argument("The job file.", "FILE")
-
-
-def home_of(option: Path | None) -> Home:
-    """Return the grid's folder for the value of --home."""
-    from batchlab.runtime.home import find_home
-
-    return find_home(option)
-
-
-def seconds_of(option: str, text: str, *, least_s: float = 0.0) -> float:
-    """Parse a duration such as `10m` or a number of seconds; raise UsageError below `least_s`."""
-    from batchlab.core.text import DURATION_FORMS, seconds, shown
-
-    try:
-        found = seconds(float(text) if text.replace(".", "", 1).isdigit() else text)
-    except ValueError as error:
-        raise UsageError(f"{option}: {error}.", remedy=f"Write {DURATION_FORMS}.") from error
-    if found < least_s:
-        raise UsageError(f"{option}: {shown(text)} is too short.", remedy=f"Write {least_s:g}s or more.")
-    return found
-
-
-def cap_of(text: str) -> float | None:
-    """Parse `5USD`, or `none` as None; raise UsageError."""
-    from batchlab.core.pricing.price_book import parse
-
-    return None if text == "none" else parse(text)
-
-
-_KINDS = {
-    "greater_than_equal": "a number",
-    "less_than_equal": "a number",
-    "float_parsing": "a number",
-    "int_parsing": "a whole number",
-    "int_parsing_size": "a whole number",
-}
-"""Expected kind of number by the error type of Typer's parser."""
-
-
-def number_error(error: BadParameter) -> UsageError | None:
-    """Return a plain error for a wrong number, or None for other errors."""
-    # Typed as Any because these classes are internal to Typer.
-    option: Any = error.param
-    mistakes: Any = getattr(error.__cause__, "errors", None)
-    if option is None or mistakes is None:
-        return None
-    first = mistakes()[0]
-    kind = _KINDS.get(first["type"])
-    if kind is None:
-        return None
-    name = next((opt for opt in option.opts if opt.startswith("-")), "")
-    range_ = _range(option.min, option.max)
-    return UsageError(
-        f"{name or option.metavar} is {kind}{range_}, not {str(first['input'])[:40]}.",
-        remedy=f"Write for example {name}{' ' if name else ''}{_example(option):g}.",
-    )
-
-
-def _range(least: float | None, most: float | None) -> str:
-    if most is None:
-        return "" if least is None else f" from {least:g} on"
-    return f" up to {most:g}" if least is None else f" from {least:g} to {most:g}"
-
-
-def _example(option: Any) -> float:
-    usual, least = option.default, option.min
-    return float(usual if isinstance(usual, int | float) else max(1, least or 0))
-
-
-_POOL_FORM = re.compile(r"([a-z0-9][a-z0-9_-]{0,39}):(\d{1,5})-(\d{1,5})x(\d{1,4})")
-
-
-def parse_pool(text: str) -> Pool:
-    """Parse a pool such as `default:0-4x1`; raise UsageError."""
-    from batchlab.core.model import Pool
-
-    match = _POOL_FORM.fullmatch(text)
-    if match is None:
-        raise UsageError(
-            f"The pool {text!r} is not NAME:MIN-MAXxSLOTS.",
-            remedy="Write for example default:0-4x1: no to four instances with one slot each. A "
-            "name has up to 40 small letters, digits, '-' and '_'.",
-        )
-    smallest, largest, slots = (int(number) for number in match.groups()[1:])
-    pool = Pool(match[1], smallest, largest, slots)
-    if pool.min_size > pool.max_size or pool.slots < 1:
-        raise UsageError(
-            f"The pool {text!r} needs MIN ≤ MAX and at least one slot.", remedy="Write for example default:0-4x1."
-        )
-    return pool
-
-
-def parse_typed_pool(text: str) -> tuple[Pool, tuple[str, ...]]:
-    """Parse a pool and the instance types after `@`; raise UsageError."""
-    form, at, types = text.partition("@")
-    names = tuple(one.strip() for one in types.split(","))
-    if at and not all(names):
-        raise UsageError(
-            f"The pool {text!r} lacks an instance type after '@'.",
-            remedy="Write for example default:0-4x1@m7i.large,m6i.large.",
-        )
-    return parse_pool(form), names if at else ()
-
-
-def parse_pools(texts: Iterable[str]) -> list[Pool]:
-    """Parse pools; raise UsageError, also for a repeated name."""
-    pools = [parse_pool(text) for text in texts]
-    names = [pool.name for pool in pools]
-    for name in names:
-        if names.count(name) > 1:
-            raise UsageError(f"The pool {name!r} is given twice.", remedy="Give each pool one --pool.")
-    return pools

@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -29,6 +29,8 @@ from batchlab.core.text import visible_json
 
 if TYPE_CHECKING:
     from sys import UnraisableHookArgs
+
+    from batchlab.jobs.submission import Uploaded
 
 _NUMBER = re.compile(r"-|[\d.,/+]*( (ms|s|min|h|days|B|[KMGT]iB)( \d\d? (s|min|h))?)?")
 
@@ -50,6 +52,9 @@ class Sometimes:
             self._said_s = time.monotonic()
             say(text)
 
+    def say_uploaded(self, progress: Uploaded) -> None:
+        self.say(f"Uploaded {progress.files:,} of {progress.of:,} files, {size(progress.size_bytes)}.")
+
 
 def show(text: str) -> None:
     """Print a result on stdout."""
@@ -64,6 +69,31 @@ def show_exact(text: str) -> None:
 def show_json(value: Any, *, indent: int | None = 2) -> None:
     """Print `value` as JSON on stdout."""
     show(visible_json(value, indent=indent))
+
+
+def answer(json: bool, value: Any, text: str) -> None:
+    """Print `value` as JSON, or else `text`."""
+    show_json(value) if json else show(text)
+
+
+def listing(json: bool, value: Any, columns: Sequence[str], rows: Iterable[Sequence[object]], nothing: str) -> None:
+    """Print `value` as JSON, or else the rows as a table. Print the note `nothing` if there is no value."""
+    if json:
+        show_json(value)
+    elif value:
+        show(table(columns, rows))
+    else:
+        say(nothing)
+
+
+def attributes(value: object, *names: str) -> dict[str, Any]:
+    """Return the attributes of a value by name, for JSON."""
+    return {name: getattr(value, name) for name in names}
+
+
+def cells(view: Mapping[str, object], *keys: str) -> tuple[object, ...]:
+    """Return the values of a view in the order of the keys, for a row of a table."""
+    return tuple(view[key] for key in keys)
 
 
 def complain(error: BatchlabError) -> None:
@@ -144,6 +174,11 @@ def moment(at_s: float | None) -> str:
     if at_s is None:
         return "-"
     return datetime.fromtimestamp(at_s).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def optional_span(span_s: float | None) -> str:
+    """Return a duration, or "-" if it is unknown."""
+    return "-" if span_s is None else span(span_s)
 
 
 INTERRUPTED = 130

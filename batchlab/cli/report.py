@@ -20,16 +20,15 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from batchlab import __version__
 from batchlab.cli import options, output
-from batchlab.cli.options import BUCKET_BACKEND, ENDPOINT, HOME, JSON, argument, flag, home_of, option
-from batchlab.core.errors import UsageError
+from batchlab.cli.option_values import home_of
+from batchlab.cli.options import BUCKET_BACKEND, ENDPOINT, HOME, JSON, argument, flag, option
+from batchlab.core.errors import BackendError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from batchlab.cli.report_source import Source
     from batchlab.reports.comparison import Change, Comparison
-    from batchlab.reports.html.checks import Finding
     from batchlab.reports.html.failures import Case, Sample
 
 
@@ -61,7 +60,6 @@ def html(
     \b
     Example: batchlab report html last --out monday.html
     """
-    from batchlab import __version__
     from batchlab.cli.report_source import Source, folders
     from batchlab.core import installation
     from batchlab.reports.html import failures, page
@@ -78,78 +76,40 @@ def html(
         is_bare = Path(run).is_dir() and not backend
         cases = [] if no_logs or is_bare else failures.cases(Run(connection, job))
         samples = _samples(source, job, cases) if cases else {}
-        made = page.page(connection, job, samples=samples.get, version=__version__)
-    size_bytes = _write(file, page.render(made))
-    if json:
-        output.show_json(
-            {
-                "job": job,
-                "file": str(file),
-                "size_bytes": size_bytes,
-                "to_change": [_finding_json(finding) for finding in made.to_do],
-            }
-        )
-        return
-    output.show(f"{file}: {output.size(size_bytes)}. {_findings_text(made.to_do)}")
-
-
-def _write(file: Path, text: str) -> int:
-    """Write the file and return its size in bytes; raise UsageError."""
-    from batchlab.core.errors import UsageError
-
+        report_page = page.page(connection, job, samples=samples.get, version=__version__)
     try:
-        return file.write_bytes(text.encode())
+        size_bytes = file.write_bytes(page.render(report_page).encode())
     except OSError as error:
-        raise UsageError(
-            f"{file} cannot be written: {error.strerror}.", remedy="Name another file with --out."
-        ) from error
+        remedy = "Name another file with --out."
+        raise UsageError(f"{file} cannot be written: {error.strerror}.", remedy=remedy) from error
+    summary = "The checks found nothing to change."
+    if findings := report_page.to_do:
+        summary = f"{output.count(len(findings), 'finding')}, first: {output.clean(findings[0].title)}."
+    to_change = [
+        {"level": one.level.name.lower(), **output.attributes(one, "check", "title", "figure", "setting")}
+        for one in findings
+    ]
+    document = {"job": job, "file": str(file), "size_bytes": size_bytes, "to_change": to_change}
+    output.answer(json, document, f"{file}: {output.size(size_bytes)}. {summary}")
 
 
 def _samples(source: Source, job: str, cases: Sequence[Case]) -> dict[Case, Sample]:
     """Return tracebacks and logs, or nothing and print a note if the bucket cannot be read."""
     import asyncio
 
-    from batchlab.core.errors import BackendError
     from batchlab.core.port_retries import patiently
     from batchlab.reports.html.failures import samples
     from batchlab.runtime import factory
 
-    async def fetched() -> dict[Case, Sample]:
-        objects = source.load().open_objects(source.home)
-        return await samples(patiently(objects, factory.patience()), job, cases)
-
     try:
-        return asyncio.run(fetched())
+        objects = source.load().open_objects(source.home)
+        return asyncio.run(samples(patiently(objects, factory.patience()), job, cases))
     except BackendError as error:
         output.say(output.clean(f"The page has no tracebacks and no logs: {error}"))
         return {}
 
 
-def _finding_json(one: Finding) -> dict[str, str]:
-    return {
-        "check": one.check,
-        "level": one.level.name.lower(),
-        "title": one.title,
-        "figure": one.figure,
-        "setting": one.setting,
-    }
-
-
-def _findings_text(to_do: Sequence[Finding]) -> str:
-    if not to_do:
-        return "Its checks found nothing to change."
-    return f"{output.count(len(to_do), 'finding')}, first: {output.clean(to_do[0].title)}."
-
-
-app = typer.Typer(no_args_is_help=True)
-
-
-def register(root: typer.Typer) -> None:
-    """Add the group `report` to the root command."""
-
-    app.command()(diff)
-    root.add_typer(app, name="report")
-
+app = typer.Typer(name="report", no_args_is_help=True)
 
 RUNS = argument(
     "A job of the grid (id, beginning of an id, or 'last'), a folder of `report pull`, or "
@@ -158,8 +118,6 @@ RUNS = argument(
     default=None,
     autocompletion=options.jobs,
 )
-
-
 CSV = flag("Print CSV, for spreadsheets.", "--csv")
 
 
@@ -188,12 +146,19 @@ def sql(
     \b
     Example: batchlab report sql "select stage, median(run_s) from tasks group by stage" last
     """
+    _run_query(query, runs, (home, backend, endpoint), json=json, csv=csv)
+
+
+def _run_query(
+    sql: str, runs: list[str] | None, grid: tuple[Path | None, str, str | None], *, json: bool, csv: bool
+) -> None:
+    """Run one SELECT. `grid` has the values of --home, --backend, and --endpoint."""
     from batchlab.cli.report_source import Source, folders
     from batchlab.reports.queries import store
 
-    source = Source(home_of(home), backend, endpoint)
-    with folders(source, runs or ()) as paths, store.opened(paths) as connection:
-        show(*store.run_query(connection, query), json=json, csv=csv)
+    home, backend, endpoint = grid
+    with folders(Source(home_of(home), backend, endpoint), runs or ()) as paths, store.opened(paths) as connection:
+        show(*store.run_query(connection, sql), json=json, csv=csv)
 
 
 @app.command()
@@ -205,11 +170,10 @@ def queries(json: bool = JSON) -> None:
     """
     from batchlab.reports.queries.store import named_queries
 
-    every = named_queries().values()
-    if json:
-        output.show_json({"queries": [{"name": q.name, "answers": q.meaning, "sql": q.sql} for q in every]})
-        return
-    output.show(output.table(("query", "what it answers"), [(q.name, q.meaning) for q in every]))
+    all_queries = named_queries().values()
+    documents = [{"name": query.name, "answers": query.meaning, "sql": query.sql} for query in all_queries]
+    rows = [(query.name, query.meaning) for query in all_queries]
+    output.answer(json, {"queries": documents}, output.table(("query", "what it answers"), rows))
 
 
 @app.command()
@@ -227,13 +191,9 @@ def query(
     \b
     Example: batchlab report query retries last
     """
-    from batchlab.cli.report_source import Source, folders
     from batchlab.reports.queries import store
 
-    asked = store.named(name).sql
-    source = Source(home_of(home), backend, endpoint)
-    with folders(source, runs or ()) as paths, store.opened(paths) as connection:
-        show(*store.run_query(connection, asked), json=json, csv=csv)
+    _run_query(store.named(name).sql, runs, (home, backend, endpoint), json=json, csv=csv)
 
 
 @app.command()
@@ -256,20 +216,19 @@ def pull(
     \b
     Example: batchlab report pull month-end-0123456789 --backend aws --out runs
     """
-    from batchlab.cli.report_source import Source, expanded, job_of
-    from batchlab.cli.report_source import pull as bring
+    from batchlab.cli.report_source import Source, copy_data, expand_runs, job_of
 
     source = Source(home_of(home), backend, endpoint)
-    brought = []
-    for text in expanded(jobs):
+    runs = []
+    for text in expand_runs(jobs):
         job = job_of(source, text)
-        index = bring(source, job, out / job)
-        brought.append({"job": job, "folder": str(out / job), "is_final": index.is_final})
+        index = copy_data(source, job, out / job)
+        runs.append({"job": job, "folder": str(out / job), "is_final": index.is_final})
         if not json:
             ended = "" if index.is_final else ", which has not ended"
             output.show(f"{output.count(index.rows['tasks'], 'task')} of {job}{ended}: {out / job}")
     if json:
-        output.show_json({"runs": brought})
+        output.show_json({"runs": runs})
 
 
 @app.command()
@@ -289,15 +248,14 @@ def write(
     """
     import asyncio
 
-    from batchlab.cli.report_source import Source, job_of
-    from batchlab.cli.report_source import write as make
+    from batchlab.cli.report_source import Source, job_of, write_data
     from batchlab.core.protocol import object_keys
 
     source = Source(home_of(home), backend, endpoint)
     written = []
     for text in jobs:
         job = job_of(source, text)
-        index = asyncio.run(make(source, job))
+        index = asyncio.run(write_data(source, job))
         key = object_keys.reports(job)
         written.append({"job": job, "prefix": key, "is_final": index.is_final, "rows": index.rows})
         if not json:
@@ -314,24 +272,20 @@ app.command()(html)
 def show(names: Sequence[str], rows: Sequence[Sequence[Any]], *, json: bool = False, csv: bool = False) -> None:
     """Print the rows as a table, as CSV, or as JSON: a list of objects under `rows`."""
     if json and csv:
-        raise UsageError("--json and --csv are two answers.", remedy="Leave one of them out.")
+        raise UsageError("--json and --csv exclude each other.", remedy="Leave one of them out.")
     if json:
         objects = [dict(zip(names, map(_plain, row), strict=True)) for row in rows]
         output.show_json({"rows": objects})
     elif csv:
-        output.show_exact(_csv(names, rows))
+        text = io.StringIO()
+        writer = csv_.writer(text, lineterminator="\n")
+        writer.writerow(names)
+        writer.writerows([_cell(value) for value in row] for row in rows)
+        output.show_exact(text.getvalue().removesuffix("\n"))
     elif rows:
         output.show(output.table(names, [[_shown(cell) for cell in row] for row in rows]))
     else:
         output.say("No rows.")
-
-
-def _csv(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    text = io.StringIO()
-    writer = csv_.writer(text, lineterminator="\n")
-    writer.writerow(names)
-    writer.writerows([_cell(cell) for cell in row] for row in rows)
-    return text.getvalue().removesuffix("\n")
 
 
 def _cell(value: Any) -> Any:
@@ -348,9 +302,9 @@ def _plain(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
+        return [_plain(item) for item in value]
     if isinstance(value, dict):
-        return {str(key): _plain(one) for key, one in value.items()}
+        return {str(key): _plain(item) for key, item in value.items()}
     return str(value)
 
 
@@ -370,6 +324,7 @@ def _shown(value: Any) -> str:
 _SIDE = "A run, several runs separated by commas, or a folder of runs."
 
 
+@app.command()
 def diff(
     a: str = argument(f"Runs before the change. {_SIDE}", "A"),
     b: str = argument(f"Runs after the change. {_SIDE}", "B"),
@@ -401,46 +356,34 @@ def diff(
     from batchlab.reports.comparison import compare, gates, runs
 
     if markdown and json:
-        raise UsageError("--markdown and --json are two answers.", remedy="Leave one of them out.")
+        raise UsageError("--markdown and --json exclude each other.", remedy="Leave one of them out.")
     wanted = gates(threshold, fail_on or ())
     source = Source(home_of(home), backend, endpoint)
-    with folders(source, _named(a)) as before, folders(source, _named(b)) as after:
+    with folders(source, _runs_in(a)) as before, folders(source, _runs_in(b)) as after:
         comparison = compare(runs(before, seed), runs(after, seed), wanted, seed=seed)
-    if json:
-        output.show_json(comparison.to_json())
-    else:
-        output.show(_markdown(comparison, gated=bool(wanted)) if markdown else _text(comparison))
+    output.answer(
+        json, comparison.to_json(), _markdown(comparison, gated=bool(wanted)) if markdown else _text(comparison)
+    )
     if comparison.broken:
         raise typer.Exit(1)
 
 
-def _named(side: str) -> list[str]:
+def _runs_in(side: str) -> list[str]:
     # A folder may have a comma in its name.
-    return [side] if Path(side).is_dir() else [one for one in side.split(",") if one]
+    return [side] if Path(side).is_dir() else [run for run in side.split(",") if run]
 
 
-_COLUMNS = ("stage", "measure", "A", "B", "change", "95% between", "")
-
-
-def _rows(found: Comparison) -> list[tuple[str, ...]]:
-    broken = {(change.measure.name, change.stage) for _, change in found.broken}
+def _rows(comparison: Comparison) -> list[tuple[str, ...]]:
+    broken = {(change.measure.name, change.stage) for _, change in comparison.broken}
     rows: list[tuple[str, ...]] = []
-    for one in found.changes:
-        if not one.a and not one.b:
+    for change in comparison.changes:
+        if not change.a and not change.b:
             continue  # both values are 0, such as failures
-        verdict = "TOO MUCH" if (one.measure.name, one.stage) in broken else one.verdict
-        between = "" if one.low is None else f"{one.low:+.1%} and {one.high:+.1%}"
-        rows.append(
-            (
-                one.stage or "all",
-                one.measure.name,
-                _difference_text(one, one.a),
-                _difference_text(one, one.b),
-                _relative(one),
-                between,
-                verdict,
-            )
-        )
+        name, stage = change.measure.name, change.stage
+        verdict = "TOO MUCH" if (name, stage) in broken else change.verdict
+        between = "" if change.low is None else f"{change.low:+.1%} and {change.high:+.1%}"
+        values = (_difference_text(change, change.a), _difference_text(change, change.b))
+        rows.append((stage or "all", name, *values, _relative(change), between, verdict))
     return rows
 
 
@@ -456,60 +399,56 @@ def _relative(change: Change) -> str:
     return f"{change.relative:+.1%}" if math.isfinite(change.relative) else "new"
 
 
-def _sides(found: Comparison) -> str:
-    def side(runs: Sequence[object]) -> str:
-        return output.count(len(runs), "run")
-
-    if len(found.a) == len(found.b) == 1:
-        return f"{found.a[0].job} (A) against {found.b[0].job} (B)"
-    return f"{side(found.a)} (A) against {side(found.b)} (B), medians"
+def _sides(comparison: Comparison) -> str:
+    if len(comparison.a) == len(comparison.b) == 1:
+        return f"{comparison.a[0].job} (A) against {comparison.b[0].job} (B)"
+    a, b = (output.count(len(runs), "run") for runs in (comparison.a, comparison.b))
+    return f"{a} (A) against {b} (B), medians"
 
 
-def _headline(found: Comparison) -> str:
-    if found.broken:
-        told = ", ".join(dict.fromkeys(_broken(change) for _, change in found.broken))
-        return f"Too much: {told}."
-    worse = sum(one.verdict == "worse" for one in found.changes)
-    better = sum(one.verdict == "better" for one in found.changes)
+def _headline(comparison: Comparison) -> str:
+    if comparison.broken:
+        measures = []
+        for _, change in comparison.broken:
+            stage = f"{change.stage}." if change.stage else ""
+            measures.append(f"{stage}{change.measure.name} {_relative(change)}")
+        return f"Too much: {', '.join(dict.fromkeys(measures))}."
+    worse = sum(change.verdict == "worse" for change in comparison.changes)
+    better = sum(change.verdict == "better" for change in comparison.changes)
     return f"{output.count(worse, 'measure')} worse, {better} better."
 
 
-def _broken(change: Change) -> str:
-    where = f"{change.stage}." if change.stage else ""
-    return f"{where}{change.measure.name} {_relative(change)}"
+def _text(comparison: Comparison) -> str:
+    columns = ("stage", "measure", "A", "B", "change", "95% between", "")
+    headline = f"{output.clean(_sides(comparison))}: {_headline(comparison)}"
+    lines = [headline, "", output.table(columns, _rows(comparison))]
+    if comparison.causes:
+        lines += ["", "What got worse, and why", *(f"  {output.clean(cause)}" for cause in comparison.causes)]
+    if comparison.notes:
+        lines += ["", *(f"Note: {output.clean(note)}." for note in comparison.notes)]
+    return "\n".join(lines)
 
 
-def _text(found: Comparison) -> str:
-    told = [f"{output.clean(_sides(found))}: {_headline(found)}", "", output.table(_COLUMNS, _rows(found))]
-    if found.causes:
-        told += ["", "What got worse, and why", *(f"  {output.clean(cause)}" for cause in found.causes)]
-    if found.notes:
-        told += ["", *(f"Note: {output.clean(note)}." for note in found.notes)]
-    return "\n".join(told)
-
-
-def _markdown(found: Comparison, *, gated: bool) -> str:
-    mark = "❌ " if found.broken else "✅ " if gated else ""
-    told = [f"### {mark}Performance: {_md(_headline(found))}", "", f"{_md(_sides(found))}.", ""]
-    told += [f"- {_md(cause)}" for cause in found.causes]
-    if found.causes:
-        told.append("")
-    head = ("stage", "measure", "A", "B", "change", "95% between", "verdict")
-    rows = [head, ("---",) * len(head), *_rows(found)]
-    lines = [f"| {' | '.join(_md(cell) if row is not rows[1] else cell for cell in row)} |" for row in rows]
-    told += ["<details><summary>All measures</summary>", "", *lines, "", "</details>"]
-    told += ["", *(f"*{_md(note)}.*" for note in found.notes)] if found.notes else []
-    return "\n".join(told)
+def _markdown(comparison: Comparison, *, gated: bool) -> str:
+    mark = "❌ " if comparison.broken else "✅ " if gated else ""
+    lines = [f"### {mark}Performance: {_md(_headline(comparison))}", "", f"{_md(_sides(comparison))}.", ""]
+    lines += [f"- {_md(cause)}" for cause in comparison.causes]
+    if comparison.causes:
+        lines.append("")
+    lines += ["<details><summary>All measures</summary>", ""]
+    lines += ["| stage | measure | A | B | change | 95% between | verdict |", f"|{' --- |' * 7}"]
+    lines += [f"| {' | '.join(map(_md, row))} |" for row in _rows(comparison)]
+    lines += ["", "</details>"]
+    lines += ["", *(f"*{_md(note)}.*" for note in comparison.notes)] if comparison.notes else []
+    return "\n".join(lines)
 
 
 def _md(text: str) -> str:
     """Escape a text of a job for Markdown, without markup, mentions, references, or links."""
     cleaned = output.clean(text)
     escaped = "".join(f"\\{c}" if c in "\\`*_[]|<>#" else c for c in cleaned)
-    # A backslash does not prevent links in the rendered page. An invisible comment in the middle
-    # of the pattern does.
-    return _LINKS.sub(lambda found: f"{found[0]}{_APART}", escaped)
+    # A backslash does not prevent links in the rendered page. An invisible comment inside the pattern does.
+    return _LINKS.sub(lambda match: f"{match[0]}<!-- -->", escaped)
 
 
 _LINKS = re.compile(r"[@#!](?=\w)|:(?=//)|\bwww(?=\.)|\bGH(?=-)", re.IGNORECASE)
-_APART = "<!-- -->"

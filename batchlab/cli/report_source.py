@@ -17,15 +17,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from batchlab.cli import output
+from batchlab.cli.option_values import connect, resolve
 from batchlab.core.errors import BatchlabError, UsageError
 from batchlab.core.model import JobId
 from batchlab.core.protocol import object_keys
+from batchlab.runtime import factory
+from batchlab.runtime.factory import Backend
 from batchlab.runtime.home import Home
 
 if TYPE_CHECKING:
     from batchlab.core.ports import Objects
     from batchlab.reports.tables.write import Index, Writer
-    from batchlab.runtime.factory import Backend
 
 LOCAL = "local"
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
@@ -48,8 +50,6 @@ class Source:
         return record.backend if record else LOCAL
 
     def load(self) -> Backend:
-        from batchlab.runtime import factory
-
         return factory.load(self.name, self.endpoint)
 
 
@@ -60,10 +60,10 @@ def folders(source: Source, runs: Sequence[str]) -> Iterator[list[Path]]:
     Raise UsageError for a run that is neither a folder nor a job.
     """
     with ExitStack() as stack:
-        yield [_folder(source, run, stack) for run in expanded(runs or ["last"])]
+        yield [_folder(source, run, stack) for run in expand_runs(runs or ["last"])]
 
 
-def expanded(runs: Sequence[str]) -> Iterator[str]:
+def expand_runs(runs: Sequence[str]) -> Iterator[str]:
     """Yield the runs, with each record of a replay replaced by its jobs; raise UsageError."""
     from batchlab.scenarios import record
 
@@ -86,16 +86,13 @@ def _folder(source: Source, run: str, stack: ExitStack) -> Path:
     if path.is_dir():
         return path
     if "/" in run:
-        raise UsageError(
-            f"The folder {run} does not exist.", remedy="Name a folder that `batchlab report pull` has made, or a job."
-        )
-    job = job_of(source, run)
-    return asyncio.run(_of_job(source, job, stack))
+        remedy = "Name a folder that `batchlab report pull` created, or a job."
+        raise UsageError(f"The folder {run} does not exist.", remedy=remedy)
+    return asyncio.run(_folder_of_job(source, job_of(source, run), stack))
 
 
-async def _of_job(source: Source, job: JobId, stack: ExitStack) -> Path:
+async def _folder_of_job(source: Source, job: JobId, stack: ExitStack) -> Path:
     from batchlab.reports.tables.write import fetch, index_of
-    from batchlab.runtime import factory
 
     backend = source.load()
     objects, patience = backend.open_bucket(source.home), factory.patience()
@@ -106,7 +103,11 @@ async def _of_job(source: Source, job: JobId, stack: ExitStack) -> Path:
     if files and (file := files.path(object_keys.reports(job) + "jobs.parquet")):
         return file.parent
     cached = source.home.reports / backend.name / job
-    if not _is_cached(cached, index):
+    try:
+        is_current = (cached / ".index.json").read_bytes() == index.to_bytes()
+    except OSError:
+        is_current = False
+    if not is_current:
         with _replaced(cached) as fresh:
             await fetch(objects, patience, job, index, fresh)
             (fresh / ".index.json").write_bytes(index.to_bytes())
@@ -138,13 +139,6 @@ def writer_of(source: Source, backend: Backend, objects: Objects) -> Writer:
     )
 
 
-def _is_cached(folder: Path, index: Index) -> bool:
-    try:
-        return (folder / ".index.json").read_bytes() == index.to_bytes()
-    except OSError:
-        return False
-
-
 @contextmanager
 def _replaced(folder: Path) -> Iterator[Path]:
     """Yield a new folder that replaces `folder` at the end of the block."""
@@ -159,7 +153,7 @@ def _replaced(folder: Path) -> Iterator[Path]:
         shutil.rmtree(fresh, ignore_errors=True)
 
 
-def pull(source: Source, job: JobId, out: Path) -> Index:
+def copy_data(source: Source, job: JobId, out: Path) -> Index:
     """Copy a job's data into the folder `out`, which may hold earlier data.
 
     Raise UsageError if `out` contains anything other than the data of a job.
@@ -183,7 +177,6 @@ def pull(source: Source, job: JobId, out: Path) -> Index:
 
 async def _copied(source: Source, job: JobId, folder: Path) -> Index:
     from batchlab.reports.tables.write import fetch, index_of
-    from batchlab.runtime import factory
 
     backend = source.load()
     objects, patience = backend.open_bucket(source.home), factory.patience()
@@ -194,7 +187,7 @@ async def _copied(source: Source, job: JobId, folder: Path) -> Index:
     return index
 
 
-async def write(source: Source, job: JobId) -> Index:
+async def write_data(source: Source, job: JobId) -> Index:
     """Write a job's data again and upload it to the bucket."""
     backend = source.load()
     objects = backend.open_bucket(source.home)
@@ -213,8 +206,6 @@ def job_of(source: Source, text: str) -> JobId:
 
     If the grid is down and its ledger is not local, only a whole id is accepted.
     """
-    from batchlab.cli.session import connect, resolve
-
     record = source.home.record()
     if record and record.backend == source.name:
         with connect(source.home) as client:

@@ -1,47 +1,28 @@
-"""`batchlab run`, `demo`, and `init`."""
+"""`batchlab run`, on a grid or in the simulator."""
 
 from __future__ import annotations
 
-import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
-from batchlab.cli import options, output
-from batchlab.cli.options import (
-    AS_IF,
-    BACKEND,
-    ENDPOINT,
-    FILE,
-    HOME,
-    JSON,
-    MAX_COST,
-    OUT,
-    SET,
-    argument,
-    cap_of,
-    flag,
-    home_of,
-    option,
-)
+from batchlab.cli import output
+from batchlab.cli.option_values import cap_of, home_of, parameters_of, resume_command
+from batchlab.cli.options import AS_IF, BACKEND, ENDPOINT, FILE, HOME, JSON, MAX_COST, OUT, RESUME, SET, flag, option
 from batchlab.core.capabilities import capabilities_of
 from batchlab.core.errors import UsageError
 
 if TYPE_CHECKING:
-    from batchlab.cli.run_job import Summary
+    pass
 
-RESUME = flag("Resume the interrupted run, if there is one.", "--resume")
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands."""
-    for command in (demo, init, run):
-        app.command()(command)
+app = typer.Typer()
 
 
+@app.command()
 def run(
     file: Path = FILE,
     out: Path | None = OUT,
@@ -67,36 +48,28 @@ def run(
     \b
     Example: batchlab run job.yaml --out out/claims --set year=2026
     """
-    from batchlab.cli.submission import overrides
+    from batchlab.cli import run_job
     from batchlab.runtime import factory
 
+    parameters = parameters_of(set_)
     if capabilities_of(backend).simulated:
         if resume or cache or keep_up:
-            raise UsageError(
-                "A simulated run cannot be resumed or reused.", remedy="Leave out --resume, --cache and --keep-up."
-            )
+            remedy = "Leave out --resume, --cache, and --keep-up."
+            raise UsageError("A simulated run cannot be resumed or reused.", remedy=remedy)
         if max_cost or as_if_aws:
-            raise UsageError(
-                "A simulated run does not record costs.",
-                remedy="Leave out --max-cost and --as-if-aws, or use `batchlab cost estimate`.",
-            )
-        from batchlab.cli.run_simulated import run_simulated
-
+            remedy = "Leave out --max-cost and --as-if-aws, or use `batchlab cost estimate`."
+            raise UsageError("A simulated run does not record costs.", remedy=remedy)
         factory.load(backend, endpoint)
-        changes = overrides(set_ or ())
-        run_simulated(file, out, changes, workers=workers, seed=seed, json=json)
+        run_simulated(file, out, parameters, workers=workers, seed=seed, json=json)
         return
-    from batchlab.cli import run_job
-    from batchlab.cli.run_job import Phases
-
     request = run_job.RunRequest(
         file=file,
         home=home_of(home),
         backend=backend,
         endpoint=endpoint,
-        again=again(sys.argv[1:]),
+        again=resume_command(sys.argv[1:]),
         out=out,
-        overrides=overrides(set_ or ()),
+        overrides=parameters,
         resume=resume,
         cache=cache,
         workers=workers,
@@ -104,94 +77,49 @@ def run(
         max_cost_usd=cap_of(max_cost) if max_cost else None,
         as_if_aws=as_if_aws,
     )
-    show_summary(run_job.run(request, Phases.of_process()), json=json)
-
-
-def show_summary(summary: Summary, *, json: bool) -> None:
-    """Print the summary of a run; exit with 1 unless it succeeded."""
-    if json:
-        output.show_json(summary.to_json())
-    else:
-        output.show(summary.text())
+    summary = run_job.run(request, run_job.Phases.of_process())
+    output.answer(json, summary.to_json(), summary.text())
     if summary.job["state"] != "SUCCEEDED":
         raise typer.Exit(1)
 
 
-def again(arguments: Iterable[str]) -> str:
-    """Return the command line that resumes this one."""
-    same = [argument for argument in arguments if argument not in ("--resume", "--debug")]
-    return shlex.join(["batchlab", *same, "--resume"])
+PRINTED = "printed.log"
 
 
-def demo(
-    out: Path | None = OUT,
-    seed: int = option("Seed of the generated claims.", default=1),
-    files: int = option("Number of files of claims.", default=100, min=1),
-    claims_per_file: int = option("Claims in each file.", default=40, min=1),
-    resume: bool = RESUME,
-    home: Path | None = HOME,
-    backend: str = BACKEND,
-    endpoint: str | None = ENDPOINT,
-    json: bool = JSON,
+def run_simulated(
+    file: Path, out: Path | None, overrides: Mapping[str, str], *, workers: int | None, seed: int, json: bool
 ) -> None:
-    """Run a demo job on generated insurance claims.
+    """Run a job in the simulator and print its end; exit with 1 unless it succeeded."""
+    # The simulator takes half a second to import.
+    from batchlab.cli.run_job import pools_for
+    from batchlab.cli.submission import default_folder
+    from batchlab.core.pricing.price_book import load as load_prices
+    from batchlab.jobs.job_file import load
+    from batchlab.reports.tables.build import Setting
+    from batchlab.runtime import factory
+    from batchlab.sim.job_run import REPORT, run_job
 
-    The command writes a month-end of claims and the job's code into the grid's folder, runs the job
-    like `run`, and compares the totals with those of the generator.
-
-    \b
-    Example: batchlab demo --files 400
-    """
-    from batchlab.cli import demo as claims_demo
-    from batchlab.cli import run_job
-    from batchlab.cli.run_job import Phases
-
-    phases = Phases.of_process()
-    with phases.phase("data"):
-        prepared = claims_demo.prepare(home_of(home), seed=seed, files=files, claims_per_file=claims_per_file)
-    request = run_job.RunRequest(
-        file=prepared.job_file,
-        home=home_of(home),
-        backend=backend,
-        endpoint=endpoint,
-        again=again(sys.argv[1:]),
-        out=out,
-        resume=resume,
-    )
-    summary = run_job.run(request, phases)
-    verdict = claims_demo.check(prepared, summary)
-    if json:
-        output.show_json({**summary.to_json(), "totals": verdict.to_json()})
-    else:
-        output.show(f"{summary.text()}\n\n{verdict.text()}")
-    if not verdict.agrees:
+    jobfile = load(file, overrides)
+    backend = factory.load("sim")
+    pools = pools_for(backend, jobfile, workers) or backend.pools
+    folder = out or default_folder(jobfile.job.name)
+    output.check_folder(folder)
+    # The handlers run in this process. Their output must not mix with the output of this command.
+    with (folder / PRINTED).open("w") as printed, redirect_stdout(printed):
+        setting = Setting(backend.name, pools, backend.pace, load_prices())
+        with output.as_keyboard_interrupt():
+            ended = run_job(jobfile, pools, seed=seed, out=folder, setting=setting)
+    job, report = ended.view, folder / REPORT
+    duration, instances = output.span(ended.virtual_s), output.count(ended.instances, "simulated instance")
+    lines = [f"{job['id']} {job['state']} after {duration} of virtual time on {instances}"]
+    if job["reason"]:
+        lines.append(job["reason"])
+    for stage in job["stages"]:
+        counts = (f"{stage['failed']} failed", f"{stage['cancelled']} cancelled", f"{stage['retried']} retried")
+        lines.append(f"  {stage['name']}: {stage['succeeded']} of {stage['planned']} succeeded, {', '.join(counts)}")
+    lines.append(f"Results in {ended.fetched.folder}, output of the tasks in {PRINTED} there")
+    lines.append(f"Summary of the run: batchlab report query summary {report}")
+    figures = output.attributes(ended, "virtual_s", "instances")
+    output.answer(json, {"job": job, **figures, "out": str(folder), "report": str(report)}, "\n".join(lines))
+    if job["state"] != "SUCCEEDED":
         raise typer.Exit(1)
-
-
-def init(
-    folder: Path = argument("Folder for the files.", "DIR", default=Path(), show_default="here"),
-    example: str | None = option(
-        "A shipped example instead of the small starter job: claims (three stages), "
-        "transform (CSV to Parquet), media (video), or sort (more than a worker's memory).",
-        "NAME",
-        autocompletion=options.examples,
-    ),
-) -> None:
-    """Write the files of a first job.
-
-    They are a job file, its code, and data for it. Existing files are not replaced.
-
-    \b
-    Example: batchlab init first && batchlab run first/job.yaml
-    """
-    from batchlab.cli.demo import DATA, check_free, example_files, make_data, starter_files, write
-
-    if example is None:
-        output.say(f"Wrote {', '.join(write(folder, starter_files()))}.")
-    else:
-        files = example_files(example)
-        check_free(folder, [*files, DATA])
-        # The data comes first: if it cannot be generated, nothing else is written.
-        data = make_data(example, folder / DATA)
-        output.say(f"Wrote {', '.join(write(folder, files))}, and {data} into {DATA}.")
-    output.say(f"Now run it: batchlab run {shlex.quote(str(folder / 'job.yaml'))}")

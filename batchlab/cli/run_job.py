@@ -15,25 +15,32 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from batchlab.cli import output
+from batchlab.cli import START_S, output
 from batchlab.cli.bills import LiveCost
 from batchlab.cli.output import Stopped
 from batchlab.cli.progress import JobDisplay
 from batchlab.cli.session import Session
-from batchlab.cli.startup import START_S
-from batchlab.cli.submission import EarlierRun, Submission, default_folder, fetch_results, submit_capped, watch
+from batchlab.cli.submission import (
+    EarlierRun,
+    Submission,
+    default_folder,
+    fetch_results,
+    fetched_json,
+    submit_capped,
+    watch,
+)
 from batchlab.core.api_types import FailureView, JobView, StageView
 from batchlab.core.errors import Refused, UsageError
 from batchlab.core.job_definition import JobDef, task_name, without_task
-from batchlab.core.model import JobState
+from batchlab.core.model import JobState, Pool
 from batchlab.jobs.attempts import definition
 from batchlab.jobs.results import Fetched
+from batchlab.runtime import factory
+from batchlab.runtime.factory import Backend
 from batchlab.runtime.home import Home
 
 if TYPE_CHECKING:
-    from batchlab.core.model import Pool
     from batchlab.jobs.job_file import JobFile
-    from batchlab.runtime.factory import Backend
 
 SHOWN_FAILURES = 5
 SHOWN_LINES = 12  # of a traceback: its end, where it was raised
@@ -112,20 +119,13 @@ class Summary:
     fetched: Fetched | None = None
 
     def to_json(self) -> dict[str, Any]:
-        fetched = self.fetched
         return {
             "job": self.job,
             "wall_s": self.phases.wall_s,
             "phases_s": self.phases.spent_s,
             "stages": [self._stage(stage) for stage in self.job["stages"]],
             "failures": self.failures,
-            "results": fetched
-            and {
-                "folder": str(fetched.folder),
-                "results": dict(fetched.results),
-                "files": fetched.files,
-                "size_bytes": fetched.size_bytes,
-            },
+            "results": self.fetched and fetched_json(self.fetched),
         }
 
     def _stage(self, stage: StageView) -> dict[str, Any]:
@@ -239,8 +239,6 @@ class RunRequest:
 
 def run(request: RunRequest, phases: Phases) -> Summary:
     """Run the job to its end and fetch its results; raise Stopped after a signal."""
-    from batchlab.runtime import factory
-
     if request.workers is not None and request.home.record() is not None:
         raise UsageError(
             f"A grid is up in {request.home.path}, so --workers cannot size one.",
@@ -309,8 +307,6 @@ def pools_for(backend: Backend, jobfile: JobFile, workers: int | None = None) ->
     Return no pools if those of the backend suffice or belong to a stack. Raise UsageError if
     `workers` is given for a stack.
     """
-    from batchlab.core.model import Pool
-
     if backend.capabilities.fixed_pools:
         if workers is not None:
             raise UsageError(
@@ -394,10 +390,8 @@ class _Runner:
         return time.monotonic()
 
     async def _prepare(self, number: int, known: EarlierRun | None) -> tuple[JobDef, float]:
-        from batchlab.runtime.factory import patience
-
         if known:
-            job = await definition(self.submission.objects, known.job, patience())
+            job = await definition(self.submission.objects, known.job, factory.patience())
         else:
             job, told = await self.submission.prepare(number, self.request.max_cost_usd)
             self.phases.beside["start"] = f"meanwhile uploaded {told}"

@@ -16,28 +16,22 @@ import yaml
 
 from batchlab.cli import output
 from batchlab.cli.charts import LINE, Chart, duration
-from batchlab.cli.options import CALIBRATION, HOME, JSON, LIKE, SCENARIO, home_of, option, seconds_of
+from batchlab.cli.option_values import home_of, seconds_of
+from batchlab.cli.options import CALIBRATION, HOME, JSON, LIKE, SCENARIO, option
 from batchlab.cli.output import INTERRUPTED, Stopped
 from batchlab.cli.progress import bar
-from batchlab.cli.scenario_simulate import calibrated
-from batchlab.core.pricing.price_book import shown
+from batchlab.cli.scenario_records import calibrated
+from batchlab.core.pricing import price_book
+from batchlab.core.pricing.price_book import PriceBook, parse, shown
+from batchlab.runtime.descriptor import Calibration
 from batchlab.scenarios.model.expansion import expand
 from batchlab.scenarios.model.values import Prewarm, Scenario
-from batchlab.scenarios.planner.candidates import QUANTILES, Candidate, EvaluatedCandidate, quantiles
+from batchlab.scenarios.planner.candidates import QUANTILES, Candidate, EvaluatedCandidate, Goal, quantiles
 from batchlab.scenarios.planner.plan import REQUIRED_SHARE, Plan, SeedShare, is_enough
+from batchlab.scenarios.record import Record
 
 if TYPE_CHECKING:
-    from batchlab.core.pricing.price_book import PriceBook
-    from batchlab.runtime.descriptor import Calibration
-    from batchlab.scenarios.model.values import Scenario
-    from batchlab.scenarios.planner.candidates import Goal
     from batchlab.scenarios.planner.planner import Search, SearchProgress
-    from batchlab.scenarios.record import Record
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command()(plan)
 
 
 def plan(
@@ -63,7 +57,6 @@ def plan(
     \b
     Example: batchlab scenario plan long-tail --deadline 2h --budget '5 USD'
     """
-    from batchlab.core.pricing import price_book
     from batchlab.runtime import factory
     from batchlab.scenarios.model import loader
     from batchlab.scenarios.planner.fast_model import FastModel
@@ -91,7 +84,6 @@ def forecast(
 
 def search_and_show(search: Search, *, json: bool) -> int:
     """Search, print the answer, and return the exit code."""
-
     interrupted = False
     try:
         with _progress(search):
@@ -103,19 +95,13 @@ def search_and_show(search: Search, *, json: bool) -> int:
     if answer is None:
         output.say("Nothing is known yet: it was interrupted before a first candidate had been tried.")
         return INTERRUPTED
-    if json:
-        output.show_json({**answer.to_json(), "yaml": as_yaml(answer.planned) + "\n"})
-    else:
-        output.show(text(answer))
+    output.answer(json, {**answer.to_json(), "yaml": as_yaml(answer.planned) + "\n"}, text(answer))
     if interrupted:
         return INTERRUPTED
     return 0 if answer.holds else 1
 
 
 def _goal(deadline: str, budget: str | None) -> Goal:
-    from batchlab.core.pricing.price_book import parse
-    from batchlab.scenarios.planner.candidates import Goal
-
     return Goal(seconds_of("--deadline", deadline), None if budget is None else parse(budget))
 
 
@@ -127,8 +113,6 @@ def _progress(search: Search) -> Iterator[None]:
 
 
 def _progress_text(progress: SearchProgress) -> str:
-    from batchlab.core.pricing.price_book import shown
-
     best = progress.best
     known = ""
     if best is not None and best.finish_s < float("inf"):

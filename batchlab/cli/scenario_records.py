@@ -12,35 +12,27 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import typer
-
 from batchlab.cli import bills, output
 from batchlab.cli.charts import AREA, LINE, Chart, number
-from batchlab.cli.options import HOME, JSON, argument, home_of, option
-from batchlab.cli.session import connect
+from batchlab.cli.option_values import connect, home_of
+from batchlab.cli.options import HOME, JSON, argument, option
 from batchlab.core.errors import Refused, UsageError
-from batchlab.core.model import ENDED, JobId
+from batchlab.core.job_definition import JobDef
+from batchlab.core.model import ENDED, JobId, Pool
 from batchlab.runtime.home import Home
 from batchlab.scenarios.forecast.comparison import Comparison, CurvePair, Difference, sample_curve
+from batchlab.scenarios.model.values import PoolPlan
 from batchlab.scenarios.verdicts import Unit
 
 if TYPE_CHECKING:
     from batchlab.core.api_types import JobView
-    from batchlab.core.job_definition import JobDef
+    from batchlab.runtime.descriptor import Calibration
     from batchlab.runtime.factory import Backend
     from batchlab.scenarios.forecast.calibration import CalibratedValue, CalibrationResult
-    from batchlab.scenarios.model.values import PoolPlan
     from batchlab.scenarios.replay.measurements import Measurements
     from batchlab.scenarios.replay.recording import RecordedWorkload
 
 RECORD = "File that `scenario simulate` or `scenario replay` wrote with --out."
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands."""
-    app.command()(record)
-    app.command()(compare)
-    app.command()(calibrate)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,10 +133,8 @@ async def _measured(
 def _fleet(home: Home, backend: Backend) -> tuple[list[PoolPlan], Mapping[str, float]]:
     """Return pools and policy of the running grid, or of the last one in this folder."""
     from batchlab.adapters.local.state_files import StateFile
-    from batchlab.core.model import Pool
     from batchlab.fleet import saved_state
     from batchlab.runtime import settings
-    from batchlab.scenarios.model.values import PoolPlan
 
     if home.record():
         with connect(home) as client:
@@ -197,10 +187,7 @@ def compare(
     from batchlab.scenarios.forecast import comparison
 
     found = comparison.compare(record.read(forecast), record.read(fact))
-    if json:
-        output.show_json(found.to_json())
-    else:
-        output.show(comparison_text(found))
+    output.answer(json, found.to_json(), comparison_text(found))
 
 
 def calibrate(
@@ -221,17 +208,16 @@ def calibrate(
     calibration_result = calibration.calibrate([record.read(path) for path in records])
     if out is not None:
         calibration.write(calibration_result.calibration, out)
-    if json:
-        output.show_json(
-            {
-                "backend": calibration_result.calibration.backend,
-                "runs": calibration_result.calibration.runs,
-                "quantities": [quantity.to_json() for quantity in calibration_result.quantities],
-                "notes": list(calibration_result.notes),
-            }
-        )
-    else:
-        output.show(_calibrated(calibration_result))
+    output.answer(
+        json,
+        {
+            "backend": calibration_result.calibration.backend,
+            "runs": calibration_result.calibration.runs,
+            "quantities": [quantity.to_json() for quantity in calibration_result.quantities],
+            "notes": list(calibration_result.notes),
+        },
+        _calibrated(calibration_result),
+    )
     if out is not None:
         output.say(f"Written to {out}.")
 
@@ -316,3 +302,18 @@ def _drawn(curves: CurvePair) -> str:
     chart.area(sample_curve(curves.fact, curves.until_s, chart.width))
     chart.line(sample_curve(curves.forecast, curves.until_s, chart.width))
     return f"{title}\n{chart.text(output.span, lambda value: f'{value:,.4g}')}"
+
+
+def calibrated(file: Path | None, backend: str, compressed: float) -> Calibration | None:
+    """Read a calibration file, if given; raise UsageError if it is of another backend.
+
+    Print a note if its numbers may not fit.
+    """
+    from batchlab.scenarios.forecast import calibration as calibrate
+
+    if file is None:
+        return None
+    calibration = calibrate.read(file)
+    if note := calibrate.check_fit(calibration, backend, compressed):
+        output.say(f"Note: {note}.")
+    return calibration

@@ -18,22 +18,26 @@ from typing import TYPE_CHECKING
 import typer
 
 from batchlab.cli import charts, output
-from batchlab.cli.options import BACKEND, CALIBRATION, ENDPOINT, HOME, JSON, SCENARIO, flag, home_of, option, seconds_of
+from batchlab.cli.option_values import home_of, seconds_of
+from batchlab.cli.options import BACKEND, CALIBRATION, ENDPOINT, HOME, JSON, SCENARIO, flag, option
 from batchlab.cli.progress import LATE_S, ReplayDisplay
-from batchlab.cli.scenario_records import comparison_text
-from batchlab.cli.session import Session
+from batchlab.cli.scenario_records import calibrated, comparison_text
+from batchlab.client.http import Client
 from batchlab.core.errors import BatchlabError, UsageError
+from batchlab.core.pricing import price_book
 from batchlab.runtime.home import Home
-from batchlab.scenarios.model.values import FaultName
+from batchlab.scenarios import verdicts
+from batchlab.scenarios.forecast.comparison import Comparison, compare
+from batchlab.scenarios.model.expansion import compress_scenario, expand
+from batchlab.scenarios.model.values import FaultName, Scenario
+from batchlab.scenarios.record import Record
 from batchlab.scenarios.replay.run import INTERRUPTED
 
 if TYPE_CHECKING:
+    from batchlab.cli.session import Session
     from batchlab.runtime.descriptor import Calibration
     from batchlab.runtime.factory import Backend
     from batchlab.scenarios.faults.proxy import FaultProxy
-    from batchlab.scenarios.forecast.comparison import Comparison
-    from batchlab.scenarios.model.values import Scenario
-    from batchlab.scenarios.record import Record
 
 FRONTED = frozenset({FaultName.S3_ERRORS, FaultName.PARTITION})
 """Faults that a proxy in front of the endpoint injects, if the endpoint can have one."""
@@ -66,11 +70,8 @@ class ReplayRequest:
 
 def run(request: ReplayRequest, *, json: bool) -> None:
     """Replay and print the verdict; exit with 1 if it is red, with 130 after an interruption."""
-    from batchlab.cli.scenario_simulate import calibrated
     from batchlab.runtime import factory
-    from batchlab.scenarios import verdicts
     from batchlab.scenarios.model import loader
-    from batchlab.scenarios.model.expansion import compress_scenario
 
     backend = factory.load(request.backend, request.endpoint)
     if backend.capabilities.simulated:
@@ -125,8 +126,6 @@ def run(request: ReplayRequest, *, json: bool) -> None:
 
 
 def _note_duration(scenario: Scenario, seed: int | None) -> None:
-    from batchlab.scenarios.model.expansion import expand
-
     last_s = max((job.due_s for job in expand(scenario, seed).jobs), default=0.0)
     if last_s > LONG_S:
         output.say(
@@ -159,6 +158,7 @@ def _free(folder: Path, name: str) -> Path:
 
 
 def _replayed(request: ReplayRequest, backend: Backend, scenario: Scenario, path: Path) -> Record:
+    from batchlab.cli.session import Session
     from batchlab.runtime import settings
     from batchlab.scenarios import record
     from batchlab.scenarios.faults import aws_stack
@@ -199,7 +199,6 @@ def _fronted(request: ReplayRequest, backend: Backend) -> Iterator[tuple[Backend
 
 
 async def _run(request: ReplayRequest, session: Session, scenario: Scenario, front: FaultProxy | None) -> Record:
-    from batchlab.client.http import Client
     from batchlab.runtime.factory import patience
     from batchlab.scenarios.faults.fault_injection import FaultInjector, injector_for
     from batchlab.scenarios.replay import driver
@@ -269,9 +268,7 @@ def _compared(
     request: ReplayRequest, backend: Backend, scenario: Scenario, found: Record, calibration: Calibration | None
 ) -> Comparison | None:
     """Return the comparison with a forecast, or print a note and return None if that fails."""
-    from batchlab.core.pricing import price_book
     from batchlab.scenarios.faults import fault_injection
-    from batchlab.scenarios.forecast.comparison import compare
     from batchlab.scenarios.forecast.grid import ForecastOptions
     from batchlab.scenarios.forecast.simulate import simulate
 
@@ -290,11 +287,6 @@ def _compared(
         output.say(f"There is no forecast: {error.message}")
         return None
     return compare(forecast, found)
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command()(replay)
 
 
 def replay(
@@ -327,7 +319,6 @@ def replay(
     \b
     Example: batchlab scenario replay claims-month-end --compress 600
     """
-
     run(
         ReplayRequest(
             scenario=scenario,

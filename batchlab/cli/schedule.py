@@ -1,15 +1,13 @@
 """`batchlab schedule`: jobs that run at due times.
 
-Upload of a job file for a schedule, and the check whether the file has changed since.
-
 Invariant: a schedule runs the files that were uploaded when it was added. A later change of a file
 is reported, and used only after `schedule add --replace`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,24 +15,21 @@ from typing import TYPE_CHECKING
 import typer
 
 from batchlab.cli import options, output
-from batchlab.cli.options import FILE, HOME, JSON, MAX_COST, SET, argument, cap_of, flag, home_of, option, seconds_of
-from batchlab.core.errors import BatchlabError, NotFound, UsageError
+from batchlab.cli.option_values import cap_of, connect, home_of, parameters_of, seconds_of
+from batchlab.cli.options import FILE, HOME, JSON, MAX_COST, SET, argument, flag, option
+from batchlab.core import due_times
+from batchlab.core import text as units
+from batchlab.core.errors import BatchlabError, NotFound, Refused, UsageError
+from batchlab.core.model import Json
 from batchlab.core.schedules import Missed, Overlap
 
 if TYPE_CHECKING:
     from batchlab.client.http import Client
     from batchlab.core.api_usage_types import RunView, SchedulesView, ScheduleView
-    from batchlab.core.job_definition import JobDef
-    from batchlab.core.model import Json
     from batchlab.jobs.job_file import JobFile
     from batchlab.runtime.home import Home
 
-app = typer.Typer(no_args_is_help=True)
-
-
-def register(root: typer.Typer) -> None:
-    """Add the group `schedule` to the root command."""
-    root.add_typer(app, name="schedule")
+app = typer.Typer(name="schedule", no_args_is_help=True)
 
 
 NAME = argument("The schedule's name.", "NAME", autocompletion=options.schedules)
@@ -82,27 +77,24 @@ def add(
     \b
     Example: batchlab schedule add job.yaml --cron '0 2 * * *' --missed run-all --prewarm 10m
     """
-
-    schedule_arguments = ScheduleArguments(
-        name=name,
-        cron=cron,
-        at=at,
-        timezone=timezone,
-        missed=missed,
-        missed_within=missed_within,
-        overlap=overlap,
-        prewarm=prewarm,
-        capacity=capacity,
-        input=input_,
-        due_param=due_param,
-        max_cost_usd=cap_of(max_cost) if max_cost else None,
-    )
-    view = add_with_upload(home_of(home), file, set_ or (), schedule_arguments, replacing=replace)
-    if json:
-        output.show_json(view)
-        return
-    coming = f"is due next at {_moment(view, view['next_s'])}" if view["next_s"] else "is not due"
-    output.show(f"{view['name']} {coming}")
+    if cron and at:
+        raise UsageError("--cron and --at exclude each other.", remedy="Leave one of them out.")
+    if capacity is not None and prewarm is None:
+        raise UsageError("--capacity has no effect without --prewarm.", remedy="Add --prewarm 10m.")
+    policies: dict[str, Json] = {
+        "missed": missed.value,
+        "missed_within_s": None if missed_within is None else seconds_of("--missed-within", missed_within),
+        "overlap": overlap.value,
+        "prewarm_s": seconds_of("--prewarm", prewarm) if prewarm else 0.0,
+        "capacity": capacity,
+        "due_param": due_param or "",
+    }
+    cap_usd = cap_of(max_cost) if max_cost else None
+    due = (cron, at, timezone)
+    place, parameters = home_of(home), parameters_of(set_)
+    view = _upload_and_add(place, file, parameters, name, due, input_, policies, cap_usd, replacing=replace)
+    next_due = f"is due next at {_moment(view, view['next_s'])}" if view["next_s"] else "is not due"
+    output.answer(json, view, f"{view['name']} {next_due}")
 
 
 @app.command("list")
@@ -112,44 +104,28 @@ def list_(home: Path | None = HOME, json: bool = JSON) -> None:
     \b
     Example: batchlab schedule list
     """
-    from batchlab.cli.session import connect
-
-    with connect(home_of(home)) as client:
-        found = client.schedules()
-    if json:
-        output.show_json(found["schedules"])
-        return
-    if found["schedules"]:
-        columns = ("name", "state", "when", "next", "last due", "last run", "job")
-        output.show(output.table(columns, map(_row, found["schedules"])))
-    else:
-        output.say("There are no schedules: `batchlab schedule add FILE` makes one.")
-    for note in found["notes"]:
+    with connect(home) as client:
+        view = client.schedules()
+    schedules = view["schedules"]
+    columns = ("name", "state", "when", "next", "last due", "last run", "job")
+    nothing = "There are no schedules. `batchlab schedule add FILE` adds one."
+    output.listing(json, schedules, columns, map(_row, schedules), nothing)
+    for note in () if json else view["notes"]:
         output.say(f"Note: {output.clean(note)}")
 
 
 def _row(view: ScheduleView) -> tuple[object, ...]:
-    last = next(iter(view["runs"]), None)
-    return (
-        view["name"],
-        view["state"],
-        _when(view),
-        _moment(view, view["next_s"]),
-        _moment(view, last["due_s"]) if last else "-",
-        _result(last) if last else "-",
-        (last["job"] if last else None) or "-",
-    )
+    last: tuple[object, ...] = ("-", "-", "-")
+    for run in view["runs"][:1]:
+        last = (_moment(view, run["due_s"]), _result(run), run["job"] or "-")
+    return (view["name"], view["state"], _when(view), _moment(view, view["next_s"]), *last)
 
 
 def _when(view: ScheduleView) -> str:
-    if view["at_s"] is not None:
-        return "once"
-    return f"{view['cron']} {view['timezone']}"
+    return "once" if view["at_s"] is not None else f"{view['cron']} {view['timezone']}"
 
 
 def _moment(view: ScheduleView, at_s: float | None) -> str:
-    from batchlab.core import due_times
-
     return "-" if at_s is None else due_times.shown(at_s, due_times.zone_of(view["timezone"]))
 
 
@@ -164,9 +140,7 @@ def show(name: str = NAME, home: Path | None = HOME, json: bool = JSON) -> None:
     \b
     Example: batchlab schedule show nightly
     """
-    from batchlab.cli.session import connect
-
-    with connect(home_of(home)) as client:
+    with connect(home) as client:
         view = client.schedule(name)
     changed = since(view)
     if json:
@@ -194,23 +168,13 @@ def show(name: str = NAME, home: Path | None = HOME, json: bool = JSON) -> None:
     if changed:
         output.say(f"Note: {output.clean(changed)}")
     if view["runs"]:
-        columns = ("due", "run", "job", "started", "took", "reason")
-        rows = [_run_row(view, run) for run in view["runs"]]
-        output.show("\n" + output.table(columns, rows))
-
-
-def _run_row(view: ScheduleView, run: RunView) -> tuple[object, ...]:
-    took = "-"
-    if run["started_s"] is not None and run["ended_s"] is not None:
-        took = output.span(run["ended_s"] - run["started_s"])
-    return (
-        _moment(view, run["due_s"]),
-        _result(run),
-        run["job"] or "-",
-        _moment(view, run["started_s"]),
-        took,
-        run["reason"],
-    )
+        rows = []
+        for run in view["runs"]:
+            due, started, took = _moment(view, run["due_s"]), _moment(view, run["started_s"]), "-"
+            if run["started_s"] is not None and run["ended_s"] is not None:
+                took = output.span(run["ended_s"] - run["started_s"])
+            rows.append((due, _result(run), run["job"] or "-", started, took, run["reason"]))
+        output.show("\n" + output.table(("due", "run", "job", "started", "took", "reason"), rows))
 
 
 @app.command("next")
@@ -225,17 +189,10 @@ def next_(
     \b
     Example: batchlab schedule next nightly --count 5
     """
-    from batchlab.cli.session import connect
-
-    with connect(home_of(home)) as client:
-        found = client.coming(name, count=count)
-    if json:
-        output.show_json(found)
-    elif not found:
-        output.say(f"{name} is not due any more.")
-    else:
-        rows = [(one["local"], one["utc"]) for one in found]
-        output.show(output.table(("local", "utc"), rows))
+    with connect(home) as client:
+        times = client.coming(name, count=count)
+    rows = [(time["local"], time["utc"]) for time in times]
+    output.listing(json, times, ("local", "utc"), rows, f"{name} has no further due time.")
 
 
 @app.command()
@@ -268,18 +225,13 @@ def remove(name: str = NAME, home: Path | None = HOME, json: bool = JSON) -> Non
     _change(home, lambda client: client.remove_schedule(name), json, "is removed")
 
 
-def _change(home: Path | None, verb: Callable[[Client], ScheduleView], json: bool, did: str = "") -> None:
-    from batchlab.cli.session import connect
-
-    with connect(home_of(home)) as client:
+def _change(home: Path | None, verb: Callable[[Client], ScheduleView], json: bool, action: str = "") -> None:
+    with connect(home) as client:
         view = verb(client)
-    if json:
-        output.show_json(view)
-        return
-    output.show(f"{view['name']} {did or view['state']}")
+    output.answer(json, view, f"{view['name']} {action or view['state']}")
     for run in view["runs"]:
-        if run["state"] == "running":
-            output.say(f"Its job {run['job']} runs.")
+        if run["state"] == "running" and not json:
+            output.say(f"The job {run['job']} of this schedule is running.")
 
 
 @app.command()
@@ -289,71 +241,52 @@ def run(name: str = NAME, home: Path | None = HOME, json: bool = JSON) -> None:
     \b
     Example: batchlab schedule run nightly
     """
+    from batchlab.adapters.clock import RandomIds
     from batchlab.cli.session import Session
-    from batchlab.core.errors import Refused
 
-    token = asked()
+    token = RandomIds().fresh("asked")  # a retry of the request with the same id has no further effect
     with Session.attached(home_of(home)) as session:
         view = session.call(lambda client: client.run_schedule(name, token))
     if view["state"] == "skipped" or view["result"] == "REFUSED":
         raise Refused(
             f"Schedule {name} has not run: {view['reason'].rstrip('.')}.",
-            remedy=f"`batchlab schedule show {name}` says what it runs.",
+            remedy=f"`batchlab schedule show {name}` shows its job and runs.",
         )
-    if json:
-        output.show_json(view)
-    elif view["job"]:
-        output.show(view["job"])
-    else:
-        output.show(f"{name} waits for the run before it")
+    output.answer(json, view, view["job"] or f"{name} waits for the run before it")
 
 
-_AT = "Write +10m, or a time such as 2026-03-29T06:00 (in --timezone) or with its own zone."
-
-
-@dataclass(frozen=True, slots=True)
-class ScheduleArguments:
-    """Arguments of `schedule add`. The job file may give the values that are None."""
-
-    name: str | None = None
-    cron: str | None = None
-    at: str | None = None
-    timezone: str | None = None
-    missed: Missed = Missed.RUN_ONCE
-    missed_within: str | None = None
-    overlap: Overlap = Overlap.SKIP
-    prewarm: str | None = None
-    capacity: int | None = None
-    input: str | None = None
-    due_param: str | None = None
-    max_cost_usd: float | None = None
-
-
-def add_with_upload(
-    home: Home, file: Path, sets: Iterable[str], given: ScheduleArguments, *, replacing: bool
+def _upload_and_add(
+    home: Home,
+    file: Path,
+    parameters: Mapping[str, str],
+    name: str | None,
+    due: tuple[str | None, str | None, str | None],
+    prefix: str | None,
+    policies: Mapping[str, Json],
+    cap_usd: float | None,
+    *,
+    replacing: bool,
 ) -> ScheduleView:
-    """Upload the files of a job file and add a schedule to the running grid."""
+    """Upload the files of a job file and add a schedule to the running grid. `due` is cron, at, and timezone."""
     from batchlab.cli.session import Session
-    from batchlab.cli.submission import overrides
     from batchlab.jobs import job_file
-    from batchlab.jobs.submission import Uploaded, code_digest, own_keys, prepare
+    from batchlab.jobs.submission import code_digest, own_keys, prepare
     from batchlab.runtime import factory
 
-    changes = overrides(sets)
     with Session.attached(home) as session:
         backend = session.backend
         clock = backend.open_clock()
-        jobfile = job_file.load(file, changes, needs_input=given.input is None)
-        keys = own_keys(jobfile, backend.bucket(home)) if given.input is None else [_prefix(given.input)]
+        jobfile = job_file.load(file, parameters, needs_input=prefix is None)
+        keys = own_keys(jobfile, backend.bucket(home)) if prefix is None else [_checked_prefix(prefix)]
         packed = code_digest(jobfile)
-        name = given.name or jobfile.job.name
-        schedule = _described(jobfile, given, name, clock.now_s())
-        schedule["source_digest"] = _digest_of(file, packed[1], given.input is None)
-        notes = output.Sometimes()
-
-        def note(up: Uploaded) -> None:
-            notes.say(f"Uploaded {up.files:,} of {up.of:,} files, {output.size(up.size_bytes)}.")
-
+        name = name or jobfile.job.name
+        schedule = {
+            "name": name,
+            **policies,
+            **_due_times(jobfile, *due, now_s=clock.now_s()),
+            "source": str(jobfile.path),
+            "source_digest": _digest_of(file, packed[1], prefix is None),
+        }
         preparing = prepare(
             jobfile,
             objects=backend.open_objects(home),
@@ -362,45 +295,31 @@ def add_with_upload(
             # The token depends on the content only, so files of an earlier upload are reused.
             token=f"schedule/{name}/{job_file.source_digest(jobfile, packed[1])}",
             packed=packed,
-            progress=note,
+            progress=output.Sometimes().say_uploaded,
             keys=keys,
             recurring=True,
         )
         import asyncio
 
-        job: JobDef = asyncio.run(preparing)
-        if given.max_cost_usd is not None:
-            job = replace(job, max_cost_usd=given.max_cost_usd)
+        job = asyncio.run(preparing)
+        if cap_usd is not None:
+            job = replace(job, max_cost_usd=cap_usd)
         return session.call(lambda client: client.add_schedule(schedule, job, replace=replacing))
 
 
-def _described(jobfile: JobFile, given: ScheduleArguments, name: str, now_s: float) -> dict[str, Json]:
-    if given.cron and given.at:
-        raise UsageError("--cron and --at exclude each other.", remedy="Say one of them.")
-    job_spec = jobfile.job
-    cron = given.cron or (None if given.at else job_spec.cron)
-    at = given.at or (None if cron else job_spec.at)
+def _due_times(
+    jobfile: JobFile, cron: str | None, at: str | None, timezone: str | None, *, now_s: float
+) -> dict[str, Json]:
+    """Return the due times by option, or else by job file."""
+    job = jobfile.job
+    cron, at = cron or (None if at else job.cron), at or (None if cron else job.at)
     if not cron and not at:
         raise UsageError(
-            "Nothing says when it is to run.",
-            remedy="Say --cron '0 2 * * *' or --at 2026-03-29T06:00, or write cron: in the file.",
+            "The schedule has no due time.",
+            remedy="Add --cron '0 2 * * *' or --at 2026-03-29T06:00, or write cron: in the file.",
         )
-    zone = given.timezone or job_spec.timezone
-    if given.capacity is not None and given.prewarm is None:
-        raise UsageError("--capacity is what --prewarm has ready.", remedy="Say --prewarm 10m as well.")
-    return {
-        "name": name,
-        "cron": cron or "",
-        "timezone": zone,
-        "at_s": moment(at, zone, now_s) if at else None,
-        "missed": given.missed.value,
-        "missed_within_s": _span("--missed-within", given.missed_within),
-        "overlap": given.overlap.value,
-        "prewarm_s": _span("--prewarm", given.prewarm) or 0.0,
-        "capacity": given.capacity,
-        "due_param": given.due_param or "",
-        "source": str(jobfile.path),
-    }
+    zone = timezone or job.timezone
+    return {"cron": cron or "", "timezone": zone, "at_s": moment(at, zone, now_s) if at else None}
 
 
 def moment(text: str, zone: str, now_s: float) -> float:
@@ -408,9 +327,6 @@ def moment(text: str, zone: str, now_s: float) -> float:
 
     A time without a zone is in `zone`.
     """
-    from batchlab.core import due_times
-    from batchlab.core import text as units
-
     tz = due_times.zone_of(zone)
     try:
         if not text.startswith("+"):
@@ -419,14 +335,11 @@ def moment(text: str, zone: str, now_s: float) -> float:
                 return due_times.of_local(naive, tz)
         return units.start_s(text, now_s)
     except (ValueError, OverflowError) as error:
-        raise UsageError(f"{text[:60]!r} is not a time.", remedy=_AT) from error
+        remedy = "Write +10m, or a time such as 2026-03-29T06:00 (in --timezone) or with its own zone."
+        raise UsageError(f"{text[:60]!r} is not a time.", remedy=remedy) from error
 
 
-def _span(option: str, text: str | None) -> float | None:
-    return None if text is None else seconds_of(option, text)
-
-
-def _prefix(text: str) -> str:
+def _checked_prefix(text: str) -> str:
     """Return the prefix of `--input`; raise UsageError."""
     from batchlab.jobs.submission import check_key
 
@@ -447,10 +360,11 @@ def _digest_of(file: Path, code: str, needs_input: bool) -> str:
 
 
 def since(view: ScheduleView) -> str:
-    """Return a sentence on a changed job file of a schedule.
+    """Return a sentence if the job file of a schedule has changed.
 
     Return "" if the file is unchanged or on another machine.
     """
+    from batchlab.jobs import job_file
     from batchlab.jobs.submission import code_digest
 
     file = Path(view["source"]) if view["source"] else None
@@ -458,32 +372,23 @@ def since(view: ScheduleView) -> str:
         return ""
     needs_input = not view["input"]
     try:
-        from batchlab.jobs import job_file
-
         jobfile = job_file.load(file, needs_input=needs_input)
-        now = _digest_of(file, code_digest(jobfile)[1], needs_input)
+        digest = _digest_of(file, code_digest(jobfile)[1], needs_input)
     except BatchlabError:
-        return f"{file} has changed since, and is no job file that can be run now."
+        return f"{file} has changed since the schedule was added, and is not a valid job file now."
     except OSError as error:
-        return f"{file} cannot be looked at: {error.strerror}."
-    if now == view["source_digest"]:
+        return f"{file} cannot be read: {error.strerror}."
+    if digest == view["source_digest"]:
         return ""
     return (
-        f"{file}, or what it names, has changed since: runs are as it was when it was added; "
-        f"`batchlab schedule add` with --replace takes what it is now."
+        f"{file}, or a file that it names, has changed since the schedule was added. Runs use the uploaded files. "
+        "`batchlab schedule add` with --replace uploads the changed ones."
     )
 
 
-def kept(client: Client) -> SchedulesView:
+def read_schedules(client: Client) -> SchedulesView:
     """Return the schedules of the grid. Managers of release 0.1.0 may have none."""
     try:
         return client.schedules()
     except NotFound:
         return {"schedules": [], "notes": []}
-
-
-def asked() -> str:
-    """Return an id for one request, so that a retry has no further effect."""
-    from batchlab.adapters.clock import RandomIds
-
-    return RandomIds().fresh("asked")

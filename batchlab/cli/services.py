@@ -36,7 +36,7 @@ def serve(arguments: Sequence[str]) -> None:
 
 
 def _manager(asked: argparse.Namespace) -> None:
-    from batchlab.cli.options import parse_pools
+    from batchlab.cli.option_values import parse_pools
     from batchlab.runtime import factory, settings
     from batchlab.runtime.home import find_home
     from batchlab.server.manager_service import ManagerOptions, manager_main

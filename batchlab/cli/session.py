@@ -6,101 +6,32 @@ if its manager dies and the command starts the next one.
 
 from __future__ import annotations
 
+import asyncio
+import random
 import re
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import Any, Self, TypeVar
 from urllib.parse import urlsplit
 
 from batchlab.cli import output
+from batchlab.cli.option_values import connect, no_grid, resolve
 from batchlab.client.http import Client
 from batchlab.client.requests import patience_s
 from batchlab.core.errors import BackendError, NotFound, Unreachable, UsageError
+from batchlab.core.model import JobId, Pool, StageName
+from batchlab.core.port_retries import Patience
+from batchlab.core.ports import Objects
+from batchlab.jobs import attempts
+from batchlab.runtime import factory, manager_process
+from batchlab.runtime.factory import Backend
 from batchlab.runtime.home import Home, ManagerRecord
-
-if TYPE_CHECKING:
-    from batchlab.core.api_types import JobView
-    from batchlab.core.model import Pool, StageName
-    from batchlab.core.port_retries import Patience
-    from batchlab.core.ports import Objects
-    from batchlab.runtime.factory import Backend
-    from batchlab.runtime.home import Home
 
 T = TypeVar("T")
 
 REVIVALS = 3
-PAGE = 500
-_ID = re.compile(r"[A-Za-z0-9_-]+-[0-9a-f]{10}")
-
-
-@contextmanager
-def connect(home: Home) -> Iterator[Client]:
-    """Yield a client of the manager in `home`; raise Unreachable without a manager.
-
-    Raise UsageError for NotFound in the block: the user gave a wrong name.
-    """
-    record = home.record()
-    if record is None:
-        raise _no_grid(home)
-    with Client.of(home, record) as client:
-        try:
-            yield client
-        except NotFound as error:
-            raise UsageError(error.message, remedy=error.remedy) from error
-
-
-def _no_grid(home: Home) -> Unreachable:
-    from batchlab.runtime import aws_deployment
-
-    # Without --backend, `grid up` would start a second grid here instead of connecting.
-    deployed = aws_deployment.path_in(home).exists()
-    knows = ", which knows the jobs that ran here" if home.objects.is_dir() else ""
-    remedy = (
-        "Connect to its stack on AWS with `batchlab grid up --backend aws`; without --backend a "
-        "grid starts on this machine."
-        if deployed
-        else f"Start one with `batchlab grid up`{knows}, or name another folder with --home."
-    )
-    return Unreachable(f"No grid is up in {home.path}.", remedy=remedy)
-
-
-def resolve(client: Client, text: str) -> JobView:
-    """Return the job with this id, or unique beginning of an id, or the "last" job."""
-    if text == "last":
-        for newest in client.jobs(limit=1):
-            return newest
-        raise UsageError("The grid has no jobs.", remedy="`batchlab job submit FILE` submits one.")
-    if _ID.fullmatch(text):
-        with suppress(NotFound):
-            return client.job(text)
-    found: list[JobView] = []
-    page = client.jobs(limit=PAGE)
-    while page:
-        found += [one for one in page if one["id"].startswith(text)]
-        page = client.jobs(limit=PAGE, before=page[-1]["id"])
-    if len(found) == 1:
-        return found[0]
-    if not found:
-        raise UsageError(f"The job {text!r} does not exist.", remedy="`batchlab job list` lists the jobs.")
-    ids = ", ".join(one["id"] for one in found[:3])
-    raise UsageError(
-        f"{text!r} could be any of {len(found)} jobs: {ids}{', …' if len(found) > 3 else ''}.",
-        remedy="Write more of the id.",
-    )
-
-
-def steer(client: Client, text: str, verb: Callable[[Client, str], JobView]) -> JobView:
-    """Call `verb` with the id of the job that `text` names.
-
-    A whole id is passed on first: the bucket may have a job that the manager's lists lack.
-    """
-    if _ID.fullmatch(text):
-        with suppress(NotFound):
-            return verb(client, text)
-    return verb(client, resolve(client, text)["id"])
 
 
 class Session:
@@ -136,11 +67,9 @@ class Session:
     @classmethod
     def attached(cls, home: Home) -> Self:
         """Return a session with the running grid in `home`; raise Unreachable without one."""
-        from batchlab.runtime import factory
-
         record = home.record()
         if record is None:
-            raise _no_grid(home)
+            raise no_grid(home)
         session = cls(home, factory.load(record.backend), revivals=0)
         session._connect(record)
         return session
@@ -162,8 +91,6 @@ class Session:
 
     def _as_it_stands(self) -> tuple[Sequence[Pool], int]:
         """Return the pools and the port with which another manager continues this grid."""
-        from batchlab.core.model import Pool
-
         if not self.backend.capabilities.local_manager:
             return (), 0  # the grid stores them itself
         assert self._client is not None
@@ -172,7 +99,6 @@ class Session:
         return [Pool(pool["name"], pool["min"], pool["max"], pool["slots"]) for pool in pools], port
 
     def _bring_up(self) -> None:
-        from batchlab.runtime.manager_process import has_started, start_manager
 
         self.backend.named_place(self.home)  # raises an error for an endpoint other than that of the folder
         record = self.home.record()
@@ -184,11 +110,11 @@ class Session:
                 if self.backend.capabilities.remote_manager
                 else f"Starting a grid in {self.home.path}."
             )
-            record = start_manager(
+            record = manager_process.start_manager(
                 self.home, self.backend, pools=self._pools, parent=not self._stands, port=self._port, say=output.say
             )
         # Another command may have started its manager first.
-        self.ours = not self._stands and has_started(self.home, record)
+        self.ours = not self._stands and manager_process.has_started(self.home, record)
         remedy = f"Say --backend {record.backend}, or name another folder with --home."
         self.home.check_backend(record, self.backend.name, remedy)
         self._connect(record)
@@ -258,14 +184,13 @@ class Session:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
-        from batchlab.runtime.manager_process import has_started, stop_manager
 
         if self._client:
             self._client.close()
-        if self.ours and has_started(self.home, self.home.record()):
+        if self.ours and manager_process.has_started(self.home, self.home.record()):
             begun_s = time.monotonic()
             # A manager that is still starting stops when this process ends.
-            if stop_manager(self.home):
+            if manager_process.stop_manager(self.home):
                 if self.backend.capabilities.remote_manager:
                     return  # the grid continues on AWS
                 self.stop_s = time.monotonic() - begun_s
@@ -288,16 +213,11 @@ class Bucket:
 
     @property
     def patience(self) -> Patience:
-        import random
-
-        from batchlab.core.port_retries import Patience
 
         return Patience(random.Random(), limit_s=BUCKET_PATIENCE_S)  # noqa: S311 - jitter, not a secret
 
     def read(self, call: Callable[[Objects, Patience], Coroutine[Any, Any, T]]) -> T:
         """Run `call` with the bucket and a retry policy, and return its result."""
-        import asyncio
-
         objects = self.backend.open_bucket(self.home)
         return asyncio.run(call(objects, self.patience))
 
@@ -307,7 +227,6 @@ def find(home: Home, backend: str | None, job: str) -> Bucket:
 
     A running manager resolves the id. Without one, `job` must be a whole id.
     """
-    from batchlab.runtime import factory
 
     if record := home.record():
         remedy = "Leave out --backend, or name another folder with --home."
@@ -329,9 +248,6 @@ def find(home: Home, backend: str | None, job: str) -> Bucket:
 
 def stage_of(bucket: Bucket, stage: str | None) -> StageName:
     """Return the named stage, or the only stage of the job; raise UsageError."""
-    from batchlab.core.errors import NotFound
-    from batchlab.core.model import JobId, StageName
-    from batchlab.jobs import attempts
 
     try:
         job = bucket.read(lambda objects, patience: attempts.definition(objects, JobId(bucket.job), patience))

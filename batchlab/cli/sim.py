@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 
@@ -24,21 +24,13 @@ from batchlab.cli.output import INTERRUPTED, Stopped
 from batchlab.cli.progress import bar
 from batchlab.core.errors import UsageError
 from batchlab.sim.faults import Fault, FaultKind
-from batchlab.sim.fuzz import Failure, ShrinkResult, Tally, command, written
-
-if TYPE_CHECKING:
-    from batchlab.sim.fuzz import SeedResult, Tally
+from batchlab.sim.fuzz import WEATHERS, Failure, SeedResult, ShrinkResult, Tally, command, written
 
 SHRUNK = 3
 """Most failing seeds that are shrunk, because one bug usually breaks many seeds."""
 LOG_SHOWN = 20
 
-app = typer.Typer(no_args_is_help=True)
-
-
-def register(root: typer.Typer) -> None:
-    """Add the group `sim` to the root command."""
-    root.add_typer(app, name="sim")
+app = typer.Typer(name="sim", no_args_is_help=True)
 
 
 WEATHER = option(
@@ -75,7 +67,6 @@ def fuzz(
     \b
     Example: batchlab sim fuzz --seeds 10000 --report long.md
     """
-
     _known(weather)
     if report:
         output.check_writable(report)
@@ -91,17 +82,12 @@ def fuzz(
     campaign.wall_s = time.monotonic() - begun_s
     if report:
         report.write_text(campaign.markdown(), encoding="utf-8")
-    if json:
-        output.show_json(campaign.to_json())
-    else:
-        output.show(campaign.text())
+    output.answer(json, campaign.to_json(), campaign.text())
     if interrupted or campaign.failures:
         raise typer.Exit(INTERRUPTED if interrupted else 1)
 
 
 def _known(weather: str) -> None:
-    from batchlab.sim.fuzz import WEATHERS
-
     if weather not in WEATHERS:
         raise UsageError(f"The weather {weather!r} does not exist.", remedy=f"Name one of {', '.join(WEATHERS)}.")
 
@@ -205,12 +191,11 @@ def faults(json: bool = JSON) -> None:
     \b
     Example: batchlab sim faults
     """
-    from batchlab.sim.faults import FaultKind
-
-    if json:
-        output.show_json([{"fault": kind.value, "meaning": kind.meaning} for kind in FaultKind])
-    else:
-        output.show(output.table(("fault", "meaning"), [(k.value, k.meaning) for k in FaultKind]))
+    output.answer(
+        json,
+        [{"fault": kind.value, "meaning": kind.meaning} for kind in FaultKind],
+        output.table(("fault", "meaning"), [(k.value, k.meaning) for k in FaultKind]),
+    )
 
 
 FAULT_COLUMNS = ("fault", "times", "in seeds", "meaning")

@@ -17,27 +17,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from batchlab.cli import output
+from batchlab.cli.option_values import parameters_of
 from batchlab.cli.progress import JobDisplay
 from batchlab.cli.session import Session
 from batchlab.client.http import Client
 from batchlab.core.api_types import GridView, JobView
-from batchlab.core.errors import NotFound, UsageError
+from batchlab.core.errors import NotFound
+from batchlab.core.job_definition import JobDef
 from batchlab.core.model import ENDED, JobId, JobState
 from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Objects
 from batchlab.core.protocol import json_format, object_keys
+from batchlab.jobs.attempts import definition
 from batchlab.jobs.results import Fetched, fetch, listed
 from batchlab.runtime import home as fetches
+from batchlab.runtime.factory import Backend, patience
 from batchlab.runtime.home import Home
 
 if TYPE_CHECKING:
     from batchlab.cli.bills import LiveCost
-    from batchlab.client.http import Client
-    from batchlab.core.api_types import JobView
-    from batchlab.core.job_definition import JobDef
-    from batchlab.core.ports import Objects
     from batchlab.jobs.job_file import JobFile
-    from batchlab.runtime.factory import Backend
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,17 +78,6 @@ async def _ended(objects: Objects, job: JobId, patience: Patience) -> JobState |
     return JobState(json_format.loads(data)["state"])
 
 
-def overrides(texts: Iterable[str]) -> dict[str, str]:
-    """Parse KEY=VALUE pairs; raise UsageError."""
-    found: dict[str, str] = {}
-    for text in texts:
-        key, equals, value = text.partition("=")
-        if not equals or not key:
-            raise UsageError(f"--set {text} is not KEY=VALUE.", remedy="Write for example --set year=2026.")
-        found[key] = value
-    return found
-
-
 @dataclass(frozen=True)
 class Submission:
     """A job file that has passed its checks, and its destination."""
@@ -127,7 +115,6 @@ class Submission:
         Changed objects change the source digest. Some backends need a running grid.
         """
         from batchlab.jobs.submission import contents, own_keys
-        from batchlab.runtime.factory import patience
 
         if not self.jobfile.urls:
             return self
@@ -138,7 +125,6 @@ class Submission:
 
     async def latest(self) -> EarlierRun | None:
         """Return the last run with the same source digest, if any."""
-        from batchlab.runtime.factory import patience
 
         name = self.jobfile.job.name
         return await latest(self.objects, name, self.source_digest, patience())
@@ -149,7 +135,6 @@ class Submission:
         `max_cost_usd` replaces the cap of the file.
         """
         from batchlab.jobs.submission import Uploaded, prepare
-        from batchlab.runtime.factory import patience
 
         begun_s = time.monotonic()
         last, notes = Uploaded(0, 0, 0), output.Sometimes()
@@ -157,7 +142,7 @@ class Submission:
         def note(up: Uploaded) -> None:
             nonlocal last
             last = up
-            notes.say(f"Uploaded {up.files:,} of {up.of:,} files, {output.size(up.size_bytes)}.")
+            notes.say_uploaded(up)
 
         job = await prepare(
             self.jobfile,
@@ -182,12 +167,8 @@ def submit(home: Home, file: Path, sets: Iterable[str], *, max_cost_usd: float |
 
     If the same submission is still active, it is returned. `max_cost_usd` caps either.
     """
-    from batchlab.cli.session import Session
-    from batchlab.jobs.attempts import definition
-    from batchlab.runtime.factory import patience
-
     with Session.attached(home) as session:
-        submission = Submission.of(file, overrides(sets), home, session.backend)
+        submission = Submission.of(file, parameters_of(sets), home, session.backend)
         submission = asyncio.run(submission.located())
         earlier = asyncio.run(submission.latest())
         if earlier and earlier.ended is None:
@@ -249,6 +230,12 @@ def _note_slots(grid: GridView, slots: dict[str, int]) -> None:
         slots[pool["name"]] = max(slots.get(pool["name"], 0), up)
 
 
+def fetched_json(fetched: Fetched) -> dict[str, object]:
+    """Return fetched results as JSON."""
+    sizes = {"files": fetched.files, "size_bytes": fetched.size_bytes}
+    return {"folder": str(fetched.folder), "results": dict(fetched.results), **sizes}
+
+
 def default_folder(job: str) -> Path:
     """Return the default folder for the results of a job."""
     return Path("out") / job
@@ -256,8 +243,6 @@ def default_folder(job: str) -> Path:
 
 def fetch_results(session: Session, view: JobView, out: Path | None, stages: Sequence[str] = ()) -> Fetched:
     """Fetch the results of succeeded tasks into `out`, or else into out/<job name>."""
-    from batchlab.runtime.factory import patience
-
     listing = listed(lambda after: session.call(partial(Client.outcomes, job=view["id"], after=after)))
     objects = session.backend.open_objects(session.home)
     folder = out or default_folder(view["name"])

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from batchlab.cli import app, session
+from batchlab.cli import app, option_values
 from batchlab.core.errors import BackendError, NotFound, Refused, Unreachable, UsageError
 from batchlab.runtime import compose_deployment
 from batchlab.runtime.compose_deployment import Deployment
@@ -313,7 +313,7 @@ def test_a_job_may_be_named_by_the_beginning_of_its_id(manager: type[FakeClient]
     client: Any = manager("", "")
 
     def named(text: str) -> str:
-        return str(session.resolve(client, text)["id"])
+        return str(option_values.resolve(client, text)["id"])
 
     assert named("last") == jobs[0]["id"]
     assert named("tot") == jobs[2]["id"]
@@ -382,8 +382,8 @@ def test_ledger_rebuild_prints_the_number_of_jobs(manager: type[FakeClient], run
 @pytest.mark.parametrize(
     ("named", "said"),
     [
-        (True, ["`batchlab grid up` goes on with it", "not run until a grid is up here again"]),
-        (False, ["1 job not ended, and gone with it", "2 schedules gone with it"]),
+        (True, ["1 unfinished job: `batchlab grid up` continues", "not run until a grid is up here again"]),
+        (False, ["1 unfinished job, and deleted with the grid", "2 schedules deleted with the grid"]),
     ],
 )
 def test_grid_down_names_what_it_deletes(

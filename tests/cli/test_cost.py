@@ -105,7 +105,7 @@ def test_an_estimate_is_a_range_with_its_lines_and_what_it_rests_on(run: Run, fo
         folder / "grid",
     )
     assert code == 0
-    assert "It will cost" in out
+    assert "The run will cost" in out
     assert "USD" in out
     assert "as of 2026-07-20" in out
     assert "m7i.large" in out  # as the backend `aws` has it
@@ -172,7 +172,7 @@ def test_downloaded_results_count_once_their_size_is_known(run: Run, folder: Pat
     fetches.record_fetch(home, "sums-0123456789", 1024**3)
     usd, assumed = told()
     assert usd == pytest.approx(0.09)
-    assert "as large as those of sums-0123456789" in assumed
+    assert "as large as the results of sums-0123456789" in assumed
     code, _, err = run(*ask, "--results", "much")
     assert code == 2
     assert "'much' is not a size" in err
@@ -276,7 +276,7 @@ def test_stored_outputs_and_logs_are_counted(tmp_path: Path) -> None:
 def test_a_bill_where_nothing_has_run(run: Run, tmp_path: Path) -> None:
     code, _, err = run("cost", "bill", "last", "--home", tmp_path / "g")
     assert code == 2
-    assert "knows of no jobs" in err
+    assert "has no ledger with jobs" in err
 
 
 def test_status_shows_cost_only_where_it_applies(manager: type[FakeClient], run: Run) -> None:
@@ -289,7 +289,7 @@ def test_status_shows_cost_only_where_it_applies(manager: type[FakeClient], run:
     assert json.loads(out)["cost"]["usd_per_hour"]["typical"] == pytest.approx(3 * 0.1008)
     manager.answers["grid"] = {**a_grid(), "backend": "aws"}
     _, out, _ = run("grid", "status")
-    assert "It costs 0.302 USD an hour now" in out
+    assert "The grid costs 0.302 USD an hour now" in out
 
 
 def test_a_job_shows_its_cost_and_that_its_cap_is_reached(manager: type[FakeClient], run: Run) -> None:

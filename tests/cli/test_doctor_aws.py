@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from batchlab.cli import session
+from batchlab.cli import option_values
 from batchlab.cli.doctor import Level, stack_findings
 from batchlab.core.errors import Unreachable
 from batchlab.deploy.account import Account
@@ -61,10 +61,10 @@ def test_caller_identity_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_home_of_a_stack_explains_how_to_connect(tmp_path: Path) -> None:
     """`grid up` alone would start another grid, on this machine."""
     home = Home(tmp_path)
-    with pytest.raises(Unreachable) as told, session.connect(home):
+    with pytest.raises(Unreachable) as told, option_values.connect(home):
         pass
     assert told.value.remedy.startswith("Start one with `batchlab grid up`,")
     aws_deployment.write(home, KNOWN)
-    with pytest.raises(Unreachable) as told, session.connect(home):
+    with pytest.raises(Unreachable) as told, option_values.connect(home):
         pass
     assert "`batchlab grid up --backend aws`" in told.value.remedy

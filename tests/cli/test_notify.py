@@ -41,6 +41,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     FakeClient.answers, FakeClient.asked = {}, []
     record = ManagerRecord("http://nowhere", 1, "manager-1", "local")
     monkeypatch.setattr(session, "Client", FakeClient)
+    monkeypatch.setattr("batchlab.client.http.Client", FakeClient)
     monkeypatch.setattr(Home, "record", lambda self: record)
     monkeypatch.setattr(Home, "token", lambda self: "secret")
     return runner(monkeypatch, capsys)
@@ -58,7 +59,7 @@ def test_targets_are_listed(run: Run) -> None:
 
 def test_missing_targets_are_a_clear_sentence(run: Run) -> None:
     FakeClient.answers = {"notify_targets": [], "notifications": []}
-    assert run("notify", "list")[2].startswith("There are no targets: ")
+    assert run("notify", "list")[2].startswith("There are no targets. ")
     assert run("notify", "log")[2] == "There are no notifications yet.\n"
     assert run("notify", "log", "--json")[1] == "[]\n"
 

@@ -38,7 +38,7 @@ def test_rows_are_a_table_json_or_csv(run: Run, made: str) -> None:
     assert out.splitlines()[2].startswith('score,24,"[""read""]",')
     code, _, err = run("report", "sql", sql, made, "--csv", "--json")
     assert code == 2
-    assert "two answers" in err
+    assert "exclude each other" in err
 
 
 def test_queries_are_listed_and_run_by_name(run: Run, made: str) -> None:
@@ -69,10 +69,10 @@ def test_no_text_of_a_job_reaches_the_terminal_as_it_is(run: Run, made: str) -> 
         (("sql", "DROP VIEW jobs", "MADE"), "is not one SELECT"),
         (("sql", "SELECT * FROM '/etc/passwd'", "MADE"), "The query fails"),
         (("sql", "SELECT 1", "MADE", "MADE"), "more than once"),
-        (("sql", "SELECT 1", "nothing"), "knows of no jobs"),
-        (("pull", "nothing"), "knows of no jobs"),
-        (("write", "nothing"), "knows of no jobs"),
-        (("diff", "MADE", "nothing"), "knows of no jobs"),
+        (("sql", "SELECT 1", "nothing"), "has no ledger with jobs"),
+        (("pull", "nothing"), "has no ledger with jobs"),
+        (("write", "nothing"), "has no ledger with jobs"),
+        (("diff", "MADE", "nothing"), "has no ledger with jobs"),
         (("sql", "SELECT 1", "last", "--backend", "no-such"), "Unknown backend"),
         (("pull", "../../etc", "--backend", "aws"), "is not the id of a job"),
         (("pull", "last", "--backend", "aws"), "so the last job is unknown"),

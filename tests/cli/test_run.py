@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from batchlab.adapters.memory.objects import SimObjects
-from batchlab.cli import options, progress, run, run_job, session, submission
+from batchlab.cli import option_values, progress, run_job, session, submission
 from batchlab.cli.session import Session
 from batchlab.client.http import Client
 from batchlab.core.api_types import GridView
@@ -87,9 +87,9 @@ def test_the_first_run_needs_no_earlier_one() -> None:
 
 def test_suggested_resume_command_repeats_the_given_one() -> None:
     given = ["run", "my job.yaml", "--set", "a=b c", "--debug"]
-    once = run.again(given)
+    once = option_values.resume_command(given)
     assert once == "batchlab run 'my job.yaml' --set 'a=b c' --resume"
-    assert run.again(shlex.split(once)[1:]) == once
+    assert option_values.resume_command(shlex.split(once)[1:]) == once
 
 
 # --- What grid -----------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ def test_workers_bounds_every_pool(jobfile: JobFile) -> None:
 
 @pytest.mark.parametrize("text", ["default:0-4x1", "big-1:2-2x16"])
 def test_a_pool_reads_as_it_is_written(text: str) -> None:
-    pool = options.parse_pool(text)
+    pool = option_values.parse_pool(text)
     assert f"{pool.name}:{pool.min_size}-{pool.max_size}x{pool.slots}" == text
 
 
@@ -140,12 +140,12 @@ def test_a_pool_reads_as_it_is_written(text: str) -> None:
 )
 def test_invalid_pool_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(UsageError, match="default:0-4x1"):
-        options.parse_pool(text)
+        option_values.parse_pool(text)
 
 
 def test_a_pool_given_twice_is_refused() -> None:
     with pytest.raises(UsageError, match="given twice"):
-        options.parse_pools(["a:0-1x1", "a:0-2x1"])
+        option_values.parse_pools(["a:0-1x1", "a:0-2x1"])
 
 
 # --- A manager that dies -------------------------------------------------------------------------

@@ -167,13 +167,13 @@ def test_times_of_the_file_apply_unless_an_option_overrides_them(
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ((), "Nothing says when it is to run."),
+        ((), "The schedule has no due time."),
         (("--cron", "* * * * *", "--at", "+10m"), "--cron and --at exclude each other."),
         (("--at", "tomorrow"), "'tomorrow' is not a time."),
         (("--at", "+1x"), "'+1x' is not a time."),
         (("--at", "2026-03-29T02:30", "--timezone", "Berlin"), "no time zone 'Berlin'"),
         (("--cron", "* * * * *", "--prewarm", "soon"), "--prewarm: 'soon' is not a duration."),
-        (("--cron", "* * * * *", "--capacity", "3"), "--capacity is what --prewarm has ready."),
+        (("--cron", "* * * * *", "--capacity", "3"), "--capacity has no effect without --prewarm."),
         (("--cron", "* * * * *", "--input", "incoming/"), "'incoming/' is not below raw/"),
         (("--cron", "* * * * *", "--input", "raw/../jobs/"), "is not below raw/"),
         (("--cron", "* * * * *", "--input", "raw/incoming"), "does not end in a slash"),
@@ -261,11 +261,11 @@ def test_changed_job_file_is_reported(manager: type[FakeClient], run: Run, folde
     view: Any = a_schedule(source=said["source"], source_digest=said["source_digest"])
     assert schedule_upload.since(view) == ""
     (folder / "data" / "a.csv").write_text("another")
-    assert "has changed since: runs are as it was when it was added" in schedule_upload.since(view)
+    assert "has changed since the schedule was added. Runs use the uploaded files" in schedule_upload.since(view)
     manager.answers = {"schedule": view}
-    assert "--replace takes what it is now" in run("schedule", "show", "nightly")[2]
+    assert "--replace uploads the changed ones" in run("schedule", "show", "nightly")[2]
     (folder / "job.yaml").write_text("name: [")
-    assert "is no job file that can be run now" in schedule_upload.since(view)
+    assert "is not a valid job file now" in schedule_upload.since(view)
     (folder / "job.yaml").unlink()
     assert schedule_upload.since(view) == ""
 
@@ -279,7 +279,7 @@ def test_due_times_are_listed_in_the_zone_and_in_utc(manager: type[FakeClient], 
     assert manager.asked[-1] == ("coming", ("nightly",), {"count": 1})
     assert json.loads(run("schedule", "next", "nightly", "--json")[1]) == [due]
     manager.answers = {"coming": []}
-    assert run("schedule", "next", "nightly")[2] == "nightly is not due any more.\n"
+    assert run("schedule", "next", "nightly")[2] == "nightly has no further due time.\n"
 
 
 # --- Steering ------------------------------------------------------------------------------------
@@ -292,7 +292,7 @@ def test_schedule_verbs_call_the_manager(manager: type[FakeClient], run: Run, ve
     code, out, err = run("schedule", verb, "nightly")
     assert code == 0
     assert out == f"nightly {'is removed' if verb == 'remove' else 'paused'}\n"
-    assert err == "Its job j-0123456789 runs.\n"
+    assert err == "The job j-0123456789 of this schedule is running.\n"
     assert manager.asked[-1] == (f"{verb}_schedule", ("nightly",), {})
 
 

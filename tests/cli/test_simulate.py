@@ -118,7 +118,7 @@ def test_an_interrupted_forecast_ends_at_once_in_a_sentence(tmp_path: Path) -> N
     (tmp_path / "peak.yaml").write_text(text)
     path = str(tmp_path / "peak.yaml")
     # The same program, which reports progress after half a second instead of ten.
-    program = "from batchlab.cli import main, scenario_simulate as s; s.LINE_EVERY_S = 0.5; main()"
+    program = "from batchlab.cli import main, scenario as s; s.LINE_EVERY_S = 0.5; main()"
     command = [sys.executable, "-c", program, "scenario", "simulate", path]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
@@ -135,7 +135,7 @@ def test_an_interrupted_forecast_ends_at_once_in_a_sentence(tmp_path: Path) -> N
 def test_long_runs_are_announced(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, _, told = run("scenario", "simulate", peak(tmp_path))
     assert "to simulate" not in told
-    monkeypatch.setattr("batchlab.cli.scenario_simulate.MANY_TASKS", 8)
+    monkeypatch.setattr("batchlab.cli.scenario.MANY_TASKS", 8)
     _, _, told = run("scenario", "simulate", peak(tmp_path))
     assert "8 tasks take up to about 16 ms to simulate; Ctrl-C ends it." in told
 

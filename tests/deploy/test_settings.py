@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from batchlab.cli.options import parse_typed_pool
+from batchlab.cli.option_values import parse_typed_pool
 from batchlab.core.errors import BatchlabError, UsageError
 from batchlab.core.protocol import object_keys
 from batchlab.deploy import settings, template

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from batchlab.cli.example_data import ClaimsFacts, write_claims
 from batchlab.core.task_context import File
+from examples.example_data import ClaimsFacts, write_claims
 from tests.support.examples import gathered, handler
 from tests.support.examples.claims import expected_totals, split
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from batchlab.cli.example_data import write_claims, write_records, write_rides
+from examples.example_data import write_claims, write_records, write_rides
 from tests.support.examples.claims import split
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from batchlab.cli.example_data import write_claims, write_records, write_rides
 from batchlab.jobs.job_file import JobFile, load
+from examples.example_data import write_claims, write_records, write_rides
 from tests.support.examples import EXAMPLES
 
 

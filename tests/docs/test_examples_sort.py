@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from batchlab.cli.example_data import write_records
+from examples.example_data import write_records
 from tests.support.examples import EXAMPLES, contexts, handler, parts_of_bytes
 
 sort_part = handler("sort", "sorting:sort_part")

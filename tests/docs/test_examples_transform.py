@@ -8,8 +8,8 @@ from typing import Any
 import duckdb
 import pytest
 
-from batchlab.cli.example_data import write_rides
 from batchlab.core.task_context import File
+from examples.example_data import write_rides
 from tests.support.examples import contexts, gathered, handler, parts_of_lines
 
 convert = handler("transform", "rides:convert")

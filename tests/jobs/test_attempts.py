@@ -230,4 +230,4 @@ def test_unknown_task_is_refused_with_the_existing_ones(
     for task in ("map/2", "next/2", "sum/0"):
         code, out, _ = run("job", "show-task", JOB.id, task, "--home", tmp_path)
         assert code == 0
-        assert "No attempt of it has ended yet." in out
+        assert "No attempt of the task has ended yet." in out

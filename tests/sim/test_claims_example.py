@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from batchlab.cli.example_data import write_claims
 from batchlab.core.model import JobState, Pool
 from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Objects
@@ -26,6 +25,7 @@ from batchlab.sim.faults import Faults
 from batchlab.sim.world import World
 from batchlab.worker.inflight_message import Runner
 from batchlab.worker.inline_child import InlineChildren, InlineRunner
+from examples.example_data import write_claims
 from tests.support import ROOT
 
 EXAMPLE = ROOT / "examples" / "claims"

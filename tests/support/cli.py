@@ -92,6 +92,7 @@ def at_home(monkeypatch: pytest.MonkeyPatch, **answers: Any) -> type[FakeClient]
     FakeClient.answers, FakeClient.asked = answers, []
     record = ManagerRecord("http://nowhere", 1, "manager-1", "local")
     monkeypatch.setattr(session, "Client", FakeClient)
+    monkeypatch.setattr("batchlab.client.http.Client", FakeClient)
     monkeypatch.setattr(Home, "record", lambda self: record)
     monkeypatch.setattr(Home, "token", lambda self: "secret")
     return FakeClient

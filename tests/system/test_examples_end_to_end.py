@@ -11,8 +11,8 @@ from pathlib import Path
 import duckdb
 import pytest
 
-from batchlab.cli.example_data import write_claims, write_records
 from batchlab.core.model import Pool
+from examples.example_data import write_claims, write_records
 from tests.support import ROOT
 from tests.support.grid.fixtures import Bring
 

@@ -15,9 +15,9 @@ from batchlab import Grid
 from batchlab.adapters.aws.endpoint import Endpoint
 from batchlab.adapters.aws.objects import open_s3
 from batchlab.adapters.local.ministack import Emulator
-from batchlab.cli.example_data import ClaimsFacts
 from batchlab.core.errors import AlreadyExists, BackendError, UsageError
 from batchlab.runtime.home import Home
+from examples.example_data import ClaimsFacts
 from tests.support.aws.emulators import ministack_python
 from tests.support.grid.fixtures import Bring
 from tests.support.grid.local_grid import processes_of

@@ -14,11 +14,11 @@ import pytest
 import yaml
 
 from batchlab.cli import output, progress
-from batchlab.cli.example_data import write_claims
 from batchlab.core.errors import UsageError
 from batchlab.runtime.home import Home
 from batchlab.scenarios import record
 from batchlab.scenarios.replay.run_state import ReplayProgress
+from examples.example_data import write_claims
 from tests.support import ROOT
 from tests.support.grid.backends import command
 from tests.support.grid.local_grid import processes_of

@@ -82,7 +82,7 @@ def test_a_task_is_shown_with_its_attempts_and_where_it_ran(here: Ran, quick: Qu
     assert last["log_bytes"] == len("parsing 2 lines of amounts.csv\n")
     assert doc["replay"].endswith(f"replay-task {here.job} parse/1 --local --home {here.home}")
     code, out, _ = quick(here, "show-task", "double/1")
-    assert "No attempt of it has ended yet." in out
+    assert "No attempt of the task has ended yet." in out
     assert "parse/1 has not succeeded" in out
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from batchlab.adapters.sql.ledger import open_sqlite
-from batchlab.cli.example_data import ClaimsFacts, write_claims
 from batchlab.core.api_types import JobView
 from batchlab.core.errors import BackendError
 from batchlab.core.model import Pool
 from batchlab.manager.manager import LEASE
+from examples.example_data import ClaimsFacts, write_claims
 from tests.support.grid.fixtures import Bring
 from tests.support.grid.local_grid import LocalGrid, outcomes
 from tests.support.waiting import until

@@ -16,11 +16,11 @@ from typing import Any
 import duckdb
 import pytest
 
-from batchlab.cli.example_data import write_claims, write_records
 from batchlab.core.ports import MAX_MESSAGE_BYTES
 from batchlab.runtime import compose_deployment
 from batchlab.runtime.compose_project import checked
 from batchlab.runtime.home import Home
+from examples.example_data import write_claims, write_records
 from tests.support import ROOT
 from tests.support.aws.custom_image import own_image
 from tests.support.aws.instance_boot import instance_release

@@ -233,7 +233,7 @@ def test_gc_lists_leftovers_and_removes_them_on_request(
     assert re.search(rf"^gone +s3:bucket +gone-{account} +left$", out, re.M)
     assert re.search(r"^batchlab +sqs:queue +batchlab-tasks-default +in use$", out, re.M)
     assert "somebody-elses" not in out
-    assert "2 things left; `batchlab gc --aws --yes` removes it." in err
+    assert "2 resources left. `batchlab gc --aws --yes` removes them." in err
     assert "gone-events" in queues()
 
     run("gc", "--aws", "--yes", "--dry-run")
@@ -268,7 +268,7 @@ def test_leftover_known_only_by_name_needs_that_name(
     assert re.search(rf"^gone +sdb:domain +{domain} +left, by its name$", out, re.M)
     assert re.search(rf"^gone +logs:log-group +{logs} +left, by its name$", out, re.M)
     assert simpledb.domain not in out
-    assert "2 things left that only the name says to be a stack's" in err
+    assert "2 resources left that only the name assigns to a stack" in err
     assert there() == (True, True)
     code, _, err = run("gc", "--aws", "--yes", "--name", simpledb.domain)
     assert code == 3

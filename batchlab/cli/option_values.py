@@ -1,0 +1,238 @@
+"""Values of options: folders, durations, amounts, pools, and the running manager with its jobs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from typer import BadParameter
+
+from batchlab.core.errors import NotFound, Unreachable, UsageError
+from batchlab.core.text import DURATION_FORMS, seconds, shown
+
+if TYPE_CHECKING:
+    from batchlab.client.http import Client
+    from batchlab.core.api_types import JobView
+    from batchlab.core.model import Pool
+    from batchlab.runtime.home import Home
+
+
+def home_of(option: Path | None) -> Home:
+    """Return the grid's folder for the value of --home."""
+    from batchlab.runtime.home import find_home
+
+    return find_home(option)
+
+
+def seconds_of(option: str, text: str, *, least_s: float = 0.0) -> float:
+    """Parse a duration such as `10m` or a number of seconds; raise UsageError below `least_s`."""
+    try:
+        found = seconds(float(text) if text.replace(".", "", 1).isdigit() else text)
+    except ValueError as error:
+        raise UsageError(f"{option}: {error}.", remedy=f"Write {DURATION_FORMS}.") from error
+    if found < least_s:
+        raise UsageError(f"{option}: {shown(text)} is too short.", remedy=f"Write {least_s:g}s or more.")
+    return found
+
+
+def assignments(texts: Iterable[str], example: str, form: str = "KEY=VALUE") -> dict[str, str]:
+    """Parse KEY=VALUE texts; raise UsageError."""
+    values: dict[str, str] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise UsageError(f"{text!r} is not {form}.", remedy=f"Write for example {example}.")
+        values[key] = value
+    return values
+
+
+def parameters_of(texts: Iterable[str] | None) -> dict[str, str]:
+    """Return the values of --set by parameter of the job; raise UsageError."""
+    return assignments(texts or (), "--set year=2026")
+
+
+def resume_command(arguments: Iterable[str]) -> str:
+    """Return the command line that resumes the one with these arguments."""
+    import shlex
+
+    same = [argument for argument in arguments if argument not in ("--resume", "--debug")]
+    return shlex.join(["batchlab", *same, "--resume"])
+
+
+def cap_of(text: str) -> float | None:
+    """Parse `5USD`, or `none` as None; raise UsageError."""
+    from batchlab.core.pricing.price_book import parse
+
+    return None if text == "none" else parse(text)
+
+
+def cap_text(usd: float | None) -> str:
+    """Return a cap for a sentence: "capped at 5 USD"."""
+    return "not capped" if usd is None else f"capped at {usd:g} USD"
+
+
+# --- The running manager -------------------------------------------------------------------------
+
+JOBS_PER_REQUEST = 500
+_JOB_ID = re.compile(r"[A-Za-z0-9_-]+-[0-9a-f]{10}")
+
+
+@contextmanager
+def connect(home: Path | Home | None) -> Iterator[Client]:
+    """Yield a client of the running manager of a grid; raise Unreachable without a manager.
+
+    A NotFound error in the block becomes a UsageError, because the user gave a wrong name.
+    """
+    from batchlab.client.http import Client
+
+    place = home_of(home) if home is None or isinstance(home, Path) else home
+    record = place.record()
+    if record is None:
+        raise no_grid(place)
+    with Client.of(place, record) as client:
+        try:
+            yield client
+        except NotFound as error:
+            raise UsageError(error.message, remedy=error.remedy) from error
+
+
+def no_grid(home: Home) -> Unreachable:
+    """Return the error of a command that needs a running grid."""
+    from batchlab.runtime import aws_deployment
+
+    # Without --backend, `grid up` would start a second grid here instead of connecting.
+    deployed = aws_deployment.path_in(home).exists()
+    knows = ", which knows the jobs that ran here" if home.objects.is_dir() else ""
+    remedy = (
+        "Connect to its stack on AWS with `batchlab grid up --backend aws`; without --backend a "
+        "grid starts on this machine."
+        if deployed
+        else f"Start one with `batchlab grid up`{knows}, or name another folder with --home."
+    )
+    return Unreachable(f"No grid is up in {home.path}.", remedy=remedy)
+
+
+def resolve(client: Client, text: str) -> JobView:
+    """Return the job with this id, or unique beginning of an id, or the "last" job."""
+    if text == "last":
+        for newest in client.jobs(limit=1):
+            return newest
+        raise UsageError("The grid has no jobs.", remedy="`batchlab job submit FILE` submits one.")
+    if _JOB_ID.fullmatch(text):
+        with suppress(NotFound):
+            return client.job(text)
+    found: list[JobView] = []
+    page = client.jobs(limit=JOBS_PER_REQUEST)
+    while page:
+        found += [one for one in page if one["id"].startswith(text)]
+        page = client.jobs(limit=JOBS_PER_REQUEST, before=page[-1]["id"])
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise UsageError(f"The job {text!r} does not exist.", remedy="`batchlab job list` lists the jobs.")
+    ids = ", ".join(one["id"] for one in found[:3])
+    raise UsageError(
+        f"{text!r} could be any of {len(found)} jobs: {ids}{', …' if len(found) > 3 else ''}.",
+        remedy="Write more of the id.",
+    )
+
+
+def call_with_job(client: Client, text: str, verb: Callable[[Client, str], JobView]) -> JobView:
+    """Call `verb` with the id of the job that `text` names.
+
+    A whole id is tried first, because the bucket may have a job that the manager's lists lack.
+    """
+    if _JOB_ID.fullmatch(text):
+        with suppress(NotFound):
+            return verb(client, text)
+    return verb(client, resolve(client, text)["id"])
+
+
+# --- Numbers and pools ---------------------------------------------------------------------------
+
+_KINDS = {
+    "greater_than_equal": "a number",
+    "less_than_equal": "a number",
+    "float_parsing": "a number",
+    "int_parsing": "a whole number",
+    "int_parsing_size": "a whole number",
+}
+"""Expected kind of number by the error type of Typer's parser."""
+
+
+def number_error(error: BadParameter) -> UsageError | None:
+    """Return a plain error for a wrong number, or None for other errors."""
+    # Typed as Any because these classes are internal to Typer.
+    option: Any = error.param
+    mistakes: Any = getattr(error.__cause__, "errors", None)
+    if option is None or mistakes is None:
+        return None
+    first = mistakes()[0]
+    kind = _KINDS.get(first["type"])
+    if kind is None:
+        return None
+    name = next((opt for opt in option.opts if opt.startswith("-")), "")
+    range_ = _range(option.min, option.max)
+    return UsageError(
+        f"{name or option.metavar} is {kind}{range_}, not {str(first['input'])[:40]}.",
+        remedy=f"Write for example {name}{' ' if name else ''}{_example(option):g}.",
+    )
+
+
+def _range(least: float | None, most: float | None) -> str:
+    if most is None:
+        return "" if least is None else f" from {least:g} on"
+    return f" up to {most:g}" if least is None else f" from {least:g} to {most:g}"
+
+
+def _example(option: Any) -> float:
+    usual, least = option.default, option.min
+    return float(usual if isinstance(usual, int | float) else max(1, least or 0))
+
+
+_POOL_FORM = re.compile(r"([a-z0-9][a-z0-9_-]{0,39}):(\d{1,5})-(\d{1,5})x(\d{1,4})")
+
+
+def parse_pool(text: str) -> Pool:
+    """Parse a pool such as `default:0-4x1`; raise UsageError."""
+    from batchlab.core.model import Pool
+
+    match = _POOL_FORM.fullmatch(text)
+    if match is None:
+        raise UsageError(
+            f"The pool {text!r} is not NAME:MIN-MAXxSLOTS.",
+            remedy="Write for example default:0-4x1: no to four instances with one slot each. A "
+            "name has up to 40 small letters, digits, '-' and '_'.",
+        )
+    smallest, largest, slots = (int(number) for number in match.groups()[1:])
+    pool = Pool(match[1], smallest, largest, slots)
+    if pool.min_size > pool.max_size or pool.slots < 1:
+        raise UsageError(
+            f"The pool {text!r} needs MIN ≤ MAX and at least one slot.", remedy="Write for example default:0-4x1."
+        )
+    return pool
+
+
+def parse_typed_pool(text: str) -> tuple[Pool, tuple[str, ...]]:
+    """Parse a pool and the instance types after `@`; raise UsageError."""
+    form, at, types = text.partition("@")
+    names = tuple(one.strip() for one in types.split(","))
+    if at and not all(names):
+        raise UsageError(
+            f"The pool {text!r} lacks an instance type after '@'.",
+            remedy="Write for example default:0-4x1@m7i.large,m6i.large.",
+        )
+    return parse_pool(form), names if at else ()
+
+
+def parse_pools(texts: Iterable[str]) -> list[Pool]:
+    """Parse pools; raise UsageError, also for a repeated name."""
+    pools = [parse_pool(text) for text in texts]
+    names = [pool.name for pool in pools]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"The pool {name!r} is given twice.", remedy="Give each pool one --pool.")
+    return pools
