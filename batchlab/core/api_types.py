@@ -2,8 +2,8 @@
 
 The manager fills them, and its clients read them.
 
-Invariant: the module is cheap to import, and a client needs nothing else to read a response. An
-address is shown by its host alone, because its path may be a secret.
+Invariant: the module is cheap to import, and a client needs nothing else to read a response. An address is shown by its
+host alone, because its path may be a secret.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class StageView(TypedDict):
 class JobView(TypedDict):
     """A job.
 
-    `version` changes whenever another field changes, and is 0 once the job has ended. `report`
-    gives the reason if the job's performance data could not be written.
+    `version` changes whenever another field changes, and is 0 once the job has ended. `report` gives the reason if the
+    job's performance data could not be written.
     """
 
     id: str
@@ -65,17 +65,15 @@ class WhyView(TypedDict):
 
 
 UNCOUNTED = 0
-"""Value of `seq` for an outcome that is committed but not folded yet. It sorts before all
-others."""
+"""Value of `seq` for an outcome that is committed but not folded yet. It sorts before all others."""
 
 
 class OutcomeView(TypedDict):
     """A folded outcome.
 
-    The response to a submission may also contain an outcome that is not folded yet, with `seq` 0.
-    `tasks` are the ranges of the tasks that succeeded in it. The object at `key` has their values.
-    `failed` counts the tasks that failed for good. `outcome` is the content of that object if the
-    manager has it in memory.
+    The response to a submission may also contain an outcome that is not folded yet, with `seq` 0. `tasks` are the
+    ranges of the tasks that succeeded in it. The object at `key` has their values. `failed` counts the tasks that
+    failed for good. `outcome` is the content of that object if the manager has it in memory.
     """
 
     seq: int
@@ -95,10 +93,7 @@ class OutcomesView(TypedDict):
 
 
 class FailureView(TypedDict):
-    """A task that failed for good, in the outcome `seq`.
-
-    Failures with the same cause have the same `fingerprint`.
-    """
+    """A task that failed for good, in the outcome `seq`. Failures with the same cause have the same `fingerprint`."""
 
     seq: int
     stage: str
@@ -113,8 +108,7 @@ class FailureView(TypedDict):
 
 
 class FailuresView(TypedDict):
-    """A page of failures. `next` is the value of `after` for the next page, None on the last
-    page."""
+    """A page of failures. `next` is the value of `after` for the next page, None on the last page."""
 
     failures: list[FailureView]
     next: str | None
@@ -132,8 +126,7 @@ class FailureGroupView(TypedDict):
 class FailureGroupsView(TypedDict):
     """Groups of failures, largest first.
 
-    `is_whole` is false while only the first `read` of the `failed` failures have been read. The
-    client then asks again.
+    `is_whole` is false while only the first `read` of the `failed` failures have been read. The client then asks again.
     """
 
     groups: list[FailureGroupView]
@@ -145,9 +138,8 @@ class FailureGroupsView(TypedDict):
 class TaskView(TypedDict):
     """A task that has ended, according to its outcome.
 
-    `state` is succeeded, failed, cancelled, or, for the `seq` of an earlier outcome, retried.
-    `input` and `log` are text and are truncated if they are long. `input_of` names the file that
-    the input is, or is a part of.
+    `state` is succeeded, failed, cancelled, or, for the `seq` of an earlier outcome, retried. `input` and `log` are
+    text and are truncated if they are long. `input_of` names the file that the input is, or is a part of.
     """
 
     seq: int
@@ -169,8 +161,8 @@ class TaskView(TypedDict):
 class EtaView(TypedDict):
     """Remaining time of a job in seconds, as a range.
 
-    Both ends are None without an estimate, and `text` then gives the reason. The time of the
-    `unmeasured` stages is not included.
+    Both ends are None without an estimate, and `text` then gives the reason. The time of the `unmeasured` stages is not
+    included.
     """
 
     low_s: float | None
@@ -182,9 +174,8 @@ class EtaView(TypedDict):
 class LogView(TypedDict):
     """Output of one attempt of a task.
 
-    `state` is SUCCEEDED, FAILED, RETRIED (the attempt failed and another one follows), or
-    CANCELLED. `ended_s` is the end of the attempt's bundle. If the log is not `stored` yet, `text`
-    gives the reason.
+    `state` is SUCCEEDED, FAILED, RETRIED (the attempt failed and another one follows), or CANCELLED. `ended_s` is the
+    end of the attempt's bundle. If the log is not `stored` yet, `text` gives the reason.
     """
 
     stage: str
@@ -205,8 +196,8 @@ class LogsView(TypedDict):
 class NewLogsView(TypedDict):
     """Logs of newly folded outcomes.
 
-    `seq` is the seq of the last outcome that was read. `ended` is true if no more logs follow,
-    because the job or the requested task has ended.
+    `seq` is the seq of the last outcome that was read. `ended` is true if no more logs follow, because the job or the
+    requested task has ended.
     """
 
     logs: list[LogView]
@@ -237,9 +228,8 @@ class TailsView(TypedDict):
 class InstanceView(TypedDict):
     """An instance of a pool.
 
-    `worker` is None until the instance's worker has reported. `busy` counts the bundles that the
-    worker runs, and `held` counts all bundles that it has received. `type` and `zone` are empty if
-    all machines are alike.
+    `worker` is None until the instance's worker has reported. `busy` counts the bundles that the worker runs, and
+    `held` counts all bundles that it has received. `type` and `zone` are empty if all machines are alike.
     """
 
     id: str
@@ -281,8 +271,8 @@ class QueueView(TypedDict):
 class GridView(TypedDict):
     """A grid.
 
-    `settings` are the settings of its manager by name, mostly in seconds. `unreadable` counts the
-    messages and objects that the manager could not read.
+    `settings` are the settings of its manager by name, mostly in seconds. `unreadable` counts the messages and objects
+    that the manager could not read.
     """
 
     backend: str
@@ -313,8 +303,8 @@ class ActivitiesView(TypedDict):
 class PoolCurve(TypedDict):
     """Curves of a pool, with one value per moment.
 
-    They are the desired and the actual number of instances, and the numbers of bundles that run,
-    wait in the pool's queue, or are in flight.
+    They are the desired and the actual number of instances, and the numbers of bundles that run, wait in the pool's
+    queue, or are in flight.
     """
 
     name: str
@@ -366,8 +356,7 @@ class UnreadableView(TypedDict):
 
 
 class RebuiltView(TypedDict):
-    """Result of a rebuild: the number of jobs in the ledger, and the objects that could not be
-    read."""
+    """Result of a rebuild: the number of jobs in the ledger, and the objects that could not be read."""
 
     jobs: int
     unreadable: list[UnreadableView]
@@ -383,9 +372,8 @@ class ProblemView(TypedDict):
 class TargetView(TypedDict):
     """A notification target.
 
-    `to` is its address without parts that may be secret. `signed` is true if its messages are
-    signed. `job` is the job that the target belongs to, or "" for a target of the grid. `jobs` is
-    true if jobs may name this target of the grid.
+    `to` is its address without parts that may be secret. `signed` is true if its messages are signed. `job` is the job
+    that the target belongs to, or "" for a target of the grid. `jobs` is true if jobs may name this target of the grid.
     """
 
     name: str
@@ -406,8 +394,8 @@ class TargetsView(TypedDict):
 class NotificationView(TypedDict):
     """A notification.
 
-    `state` is pending, delivered, or given up. `due_s` is the time of the next try of a pending
-    notification. `error` is the error of the last try.
+    `state` is pending, delivered, or given up. `due_s` is the time of the next try of a pending notification. `error`
+    is the error of the last try.
     """
 
     id: str
@@ -449,19 +437,19 @@ def target_view(target: Target) -> TargetView:
     }
 
 
-def notification_view(one: Notification) -> NotificationView:
-    is_pending = one.state == "pending"
+def notification_view(notification: Notification) -> NotificationView:
+    is_pending = notification.state == "pending"
     return {
-        "id": one.id,
-        "moment": one.moment,
-        "job": one.job,
-        "target": one.target,
-        "at_s": one.at_s,
-        "state": one.state,
-        "attempts": one.attempts,
-        "due_s": one.due_s if is_pending else None,
-        "ended_s": one.ended_s,
-        "error": one.error,
+        "id": notification.id,
+        "moment": notification.moment,
+        "job": notification.job,
+        "target": notification.target,
+        "at_s": notification.at_s,
+        "state": notification.state,
+        "attempts": notification.attempts,
+        "due_s": notification.due_s if is_pending else None,
+        "ended_s": notification.ended_s,
+        "error": notification.error,
     }
 
 

@@ -1,7 +1,6 @@
 """Typed dicts for the responses of the HTTP API about usage and schedules.
 
-The manager fills them, and its clients read them. They contain no prices, because the clients have
-a price book.
+The manager fills them, and its clients read them. They contain no prices, because the clients have a price book.
 
 Invariant: the module is pure and cheap to import.
 """
@@ -27,10 +26,7 @@ if TYPE_CHECKING:
 
 
 class BilledView(TypedDict):
-    """Billed seconds of instances of one kind, as AWS counts them.
-
-    `type` is empty if all machines are alike.
-    """
+    """Billed seconds of instances of one kind, as AWS counts them. `type` is empty if all machines are alike."""
 
     pool: str
     type: str
@@ -41,9 +37,9 @@ class BilledView(TypedDict):
 class AccountView(TypedDict):
     """Recorded usage.
 
-    `failed_s` (failed attempts) and `lost_s` (runs whose instance died) are slot seconds by pool.
-    `requests` are the requests that SQS and S3 bill. They are all 0 on a backend without SQS and
-    S3. `is_whole` is false if some of the usage was not counted.
+    `failed_s` (failed attempts) and `lost_s` (runs whose instance died) are slot seconds by pool. `requests` are the
+    requests that SQS and S3 bill. They are all 0 on a backend without SQS and S3. `is_whole` is false if some of the
+    usage was not counted.
     """
 
     billed: list[BilledView]
@@ -66,8 +62,8 @@ class LivingView(TypedDict):
 class UseView(TypedDict):
     """Usage of the grid since its account was opened.
 
-    `nobody` is the usage that belongs to no job. `capped` has, by pool, the reason why no more
-    instances are launched. The cap is in USD.
+    `nobody` is the usage that belongs to no job. `capped` has, by pool, the reason why no more instances are launched.
+    The cap is in USD.
     """
 
     total: AccountView
@@ -80,9 +76,8 @@ class UseView(TypedDict):
 class JobUseView(TypedDict):
     """Usage of a job. `account` is None if the usage was not recorded.
 
-    `pools` has the slots of an instance by pool, `types` the instance type by pool, and `slots` the
-    slots of a task by stage. `capped` names the cap that does not pay for the rest of the job, or
-    is empty.
+    `pools` has the slots of an instance by pool, `types` the instance type by pool, and `slots` the slots of a task by
+    stage. `capped` names the cap that does not pay for the rest of the job, or is empty.
     """
 
     job: str
@@ -142,14 +137,14 @@ def use_view(spending: Spending) -> UseView:
 def job_use_view(
     job: JobDef, account: Account | None, pools: Iterable[Pool], *, max_cost_usd: float | None, capped: str = ""
 ) -> JobUseView:
-    known = list(pools)
+    pool_list = list(pools)
     return {
         "job": job.id,
         "account": account_view(account) if account else None,
         "max_cost_usd": max_cost_usd,
         "capped": capped,
-        "pools": {pool.name: pool.slots for pool in known},
-        "types": {pool.name: pool.instance_type for pool in known},
+        "pools": {pool.name: pool.slots for pool in pool_list},
+        "types": {pool.name: pool.instance_type for pool in pool_list},
         "slots": {str(stage.name): stage.slots for stage in job.stages},
     }
 
@@ -157,8 +152,8 @@ def job_use_view(
 class RunView(TypedDict):
     """A due time and its run. `due` is the due time in the schedule's zone.
 
-    `state` is waiting, running, ended, or skipped. `result` is the final state of the job. `tasks`
-    is None if the manager did not record it.
+    `state` is waiting, running, ended, or skipped. `result` is the final state of the job. `tasks` is None if the
+    manager did not record it.
     """
 
     due_s: float
@@ -177,8 +172,8 @@ class RunView(TypedDict):
 class ScheduleView(TypedDict):
     """A schedule with its runs, newest first.
 
-    `state` is active, paused, or done. A schedule that is done does not run again. Either `cron` or
-    `at_s` is set. `next` is the next due time in the schedule's zone.
+    `state` is active, paused, or done. A schedule that is done does not run again. Either `cron` or `at_s` is set.
+    `next` is the next due time in the schedule's zone.
     """
 
     name: str
@@ -203,8 +198,7 @@ class ScheduleView(TypedDict):
 
 
 class SchedulesView(TypedDict):
-    """All schedules. `notes` describe the runs that were missed before this manager began to
-    lead."""
+    """All schedules. `notes` describe the runs that were missed before this manager began to lead."""
 
     schedules: list[ScheduleView]
     notes: list[str]
@@ -269,9 +263,9 @@ def run_view(schedule: Schedule, run: Run) -> RunView:
 def coming(schedule: Schedule, now_s: float, count: int) -> list[DueView]:
     """Return the next due times, as if the schedule were not paused."""
     when = schedule.definition.when
-    found: list[DueView] = []
+    times: list[DueView] = []
     due_s = when.next_after(max(now_s, schedule.through_s))
-    while due_s is not None and len(found) < count:
-        found.append({"at_s": due_s, "local": due_times.iso(due_s, when.tz), "utc": due_times.iso(due_s)})
+    while due_s is not None and len(times) < count:
+        times.append({"at_s": due_s, "local": due_times.iso(due_s, when.tz), "utc": due_times.iso(due_s)})
         due_s = when.next_after(due_s)
-    return found
+    return times

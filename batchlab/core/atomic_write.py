@@ -1,19 +1,13 @@
-"""Atomic and durable writes of files and folders.
+"""Atomic and durable writes of files and folders, and rules for object keys.
 
-Invariant: after the end of a process, a power cut, or a full disk, a file that `write_whole` wrote
-holds either its old or its new content. When `write_whole` returns, the new content is on the disk.
+Invariant: after the end of a process, a power cut, or a full disk, a file that `write_whole` wrote has either its old
+or its new content. When `write_whole` returns, the new content is on the disk.
 
-`Sync` chooses which writes of a local grid wait for the disk. A power cut on `local` ends the
-client, the manager, and the workers together. A job outlives them, so its writes wait for the disk.
-The result of a single call has a reader only while its client runs. So the writes of a single call
-do not wait unless the user configures it.
+`Sync` defines which writes of a local grid wait for the disk. A power cut on `local` ends the client, the manager, and
+the workers together. A job outlives them, so its writes wait for the disk. The result of a single call has a reader
+only while its client runs, so by default its writes do not wait.
 
-Rules for object keys that are valid on every backend.
-
-Every child process imports the module at start-up, with `task_context`, so it needs the standard
-library only.
-
-Invariant: all checks agree on the endings that a key must not have.
+Every child process imports the module at its start, so it needs only the standard library.
 """
 
 from __future__ import annotations
@@ -39,9 +33,8 @@ _CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP)
 def write_whole(path: Path, content: str | bytes, *, mode: int = PRIVATE, durable: bool = True) -> None:
     """Replace the file's content and set its permissions. The file's folder must exist.
 
-    The file is never readable for more users than `mode` allows. Without `durable`, the content
-    survives the end of the process but not a power cut. Raise OSError if the file cannot be
-    written.
+    The file is never readable for more users than `mode` allows. Without `durable`, the content survives the end of the
+    process but not a power cut. Raise OSError if the file cannot be written.
     """
     staged = path.with_name(f"{path.name}.new")
     staged.unlink(missing_ok=True)  # a file of an interrupted write may be read-only
@@ -75,15 +68,14 @@ def private(path: str | os.PathLike[str], flags: int) -> int:
 
 
 def make_folder(folder: Path) -> None:
-    """Create the folder for its user only, and its parents. Wait until their names are on the
-    disk."""
-    made = []
+    """Create the folder for its user only, and its parents. Wait until their names are on the disk."""
+    new_folders = []
     while not folder.exists():
-        made.append(folder)
+        new_folders.append(folder)
         folder = folder.parent
-    for path in reversed(made):
+    for path in reversed(new_folders):
         # The parents get the permissions of the user's umask.
-        path.mkdir(PRIVATE_FOLDER if path is made[0] else 0o777, exist_ok=True)
+        path.mkdir(PRIVATE_FOLDER if path is new_folders[0] else 0o777, exist_ok=True)
         sync_folder(path.parent)
 
 
@@ -123,10 +115,7 @@ class Sync(StrEnum):
 
 
 def read_sync(environ: Mapping[str, str] = os.environ) -> Sync:
-    """Return the choice in BATCHLAB_SYNC, by default `jobs`.
-
-    Raise UsageError if the value is unknown.
-    """
+    """Return the choice in BATCHLAB_SYNC, by default `jobs`. Raise UsageError if the value is unknown."""
     value = environ.get(VARIABLE) or Sync.JOBS
     try:
         return Sync(value)
@@ -138,10 +127,7 @@ def read_sync(environ: Mapping[str, str] = os.environ) -> Sync:
 
 @contextmanager
 def of_single_call(is_call: bool) -> Iterator[None]:
-    """Mark the writes of this context as writes of a single call.
-
-    Tasks that start in this context are included.
-    """
+    """Mark the writes of this context as writes of a single call. Tasks that start in this context are included."""
     with _set(_single_call, is_call):
         yield
 

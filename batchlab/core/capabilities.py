@@ -1,7 +1,6 @@
 """Capabilities of backends, as their descriptors list them.
 
-Code checks a capability and never the name of a backend. A new backend therefore needs only a new
-descriptor.
+Code checks a capability and never the name of a backend. A new backend therefore needs only a new descriptor.
 """
 
 from __future__ import annotations
@@ -31,8 +30,7 @@ class Capabilities:
     remote_manager: bool = False
     """The manager runs where a client cannot start or stop it. Clients only connect to it."""
     keeps_home: bool = False
-    """The next manager finds the home of the previous one and does not need to wait for its
-    lease."""
+    """The next manager finds the home of the previous one and does not need to wait for its lease."""
     s3_endpoint: bool = False
     """`--endpoint` may name the endpoint of S3 and SQS. Otherwise, they are AWS's own."""
     stack: bool = False

@@ -1,16 +1,13 @@
-"""Commit and forwarding of an outcome: steps 2 and 3 of a bundle's life.
+"""Commit and forwarding of an outcome (steps 2 and 3 of a bundle's life), and access to control objects.
 
-Invariant (I1): an outcome is written once, by one conditional PUT. A worker that finds a committed
-outcome discards its own result and continues with the committed one. So every later step may be
-repeated.
+Invariant (I1): an outcome is written once, by one conditional PUT. A worker that finds a committed outcome discards its
+own result and continues with the committed outcome. So every later step may be repeated.
 
-Reads and writes of a job's control object, which permits or forbids the start of tasks.
+A job's control object permits or forbids the start of tasks. Its content is a `ControlCommand`. A write succeeds only
+if the replaced command has not changed. A command contains its round and the number of commands before it, because
+equal contents have equal ETags on S3.
 
-The content of a control object is a word (`ControlCommand`). Each write is conditional: it succeeds only if
-the word that it replaces has not changed. A word contains its round, and the number of words before
-it, because equal contents have equal ETags on S3.
-
-Invariant: a request that arrives late never replaces a later word.
+Invariant: a request that arrives late never replaces a later command.
 """
 
 from __future__ import annotations
@@ -46,20 +43,17 @@ async def commit(objects: Objects, outcome: Outcome, patience: Patience, key: Co
     try:
         await patience(lambda: objects.put(name, data, if_absent=True))
     except AlreadyExists:
-        # Another worker committed first, or the response to our first try was lost. In both cases
-        # the stored outcome is the committed one.
-        found = await committed(objects, outcome.bundle, patience, key)
-        if found is None:
-            raise NotFound(f"No object {name!r}, though it exists.") from None
-        return found
+        # Another worker committed first, or the response to our first try was lost. In both cases the stored outcome is
+        # the committed one.
+        stored = await committed(objects, outcome.bundle, patience, key)
+        if stored is None:
+            raise NotFound(f"The object {name!r} exists but cannot be found.") from None
+        return stored
     return outcome
 
 
 def outcome_at(name: str, data: bytes, key: CommitKey) -> Outcome:
-    """Return the outcome stored under `name`.
-
-    Raise Malformed if it cannot be read or if `key` did not seal `name`.
-    """
+    """Return the outcome stored under `name`. Raise Malformed if it cannot be read or if `key` did not seal `name`."""
     outcome = json_format.outcome_from_bytes(data, name)
     if object_keys.outcome(outcome.bundle, key) != name:
         raise Malformed(f"The outcome {name} has a wrong seal.")
@@ -69,8 +63,8 @@ def outcome_at(name: str, data: bytes, key: CommitKey) -> Outcome:
 async def committed(objects: Objects, bundle: Bundle, patience: Patience, key: CommitKey) -> Outcome | None:
     """Return the committed outcome of `bundle`, or None if there is none yet.
 
-    If its object cannot be read, return the replacement that the manager committed. Raise Malformed
-    if the replacement does not exist.
+    If its object cannot be read, return the replacement that the manager committed. Raise Malformed if the replacement
+    does not exist.
     """
     try:
         return await read_outcome(objects, object_keys.outcome(bundle, key), patience)
@@ -87,8 +81,7 @@ async def committed(objects: Objects, bundle: Bundle, patience: Patience, key: C
 async def read_outcome(objects: Objects, name: str, patience: Patience) -> Outcome:
     """Return the outcome in the object `name`. An object that is too large is not fetched.
 
-    Raise NotFound if the object does not exist. Raise Malformed if it cannot be read or belongs to
-    another bundle.
+    Raise NotFound if the object does not exist. Raise Malformed if it cannot be read or belongs to another bundle.
     """
     try:
         data = await patience(lambda: objects.get(name, limit=OUTCOME_WEIGHT))
@@ -100,10 +93,7 @@ async def read_outcome(objects: Objects, name: str, patience: Patience) -> Outco
 async def uncommitted(
     objects: Objects, follows: Sequence[Follow], patience: Patience, key: CommitKey
 ) -> tuple[Follow, ...]:
-    """Return the follow-ups without a committed outcome.
-
-    A committed outcome proves that its message was received.
-    """
+    """Return the follow-ups without a committed outcome. A committed outcome proves that its message was received."""
     object_infos = [await patience(partial(objects.head, object_keys.outcome(f.bundle, key))) for f in follows]
     return tuple(f for f, outcome in zip(follows, object_infos, strict=True) if outcome is None)
 
@@ -129,9 +119,8 @@ def address(
 ) -> Addressed:
     """Return the message for `bundle`, with the commit key of its job.
 
-    If the delay exceeds the maximum of SQS, `not_before_s` holds back the bundle for the rest of
-    it. `trace` is the trace context of the sender if the job is traced. By default, it is the trace
-    context of the submission.
+    If the delay exceeds the maximum of SQS, `not_before_s` holds back the bundle for the rest of it. `trace` is the
+    trace context of the sender if the job is traced. By default, it is the trace context of the submission.
     """
     if items is not None and len(json.dumps(items)) > INLINE_BYTES:
         items = None
@@ -155,8 +144,8 @@ def follow_ups(
 ) -> list[Addressed]:
     """Return the messages that follow from `outcome`.
 
-    `items` are the known inputs of the bundle by task. They are sent with retries and splits, so
-    workers do not fetch them again. `trace` is as in `address`.
+    `items` are the known inputs of the bundle by task. They are sent with retries and splits, so workers do not fetch
+    them again. `trace` is as in `address`.
     """
     if not outcome.follows:
         return []
@@ -199,10 +188,10 @@ def batches(messages: Sequence[Outgoing]) -> list[list[Outgoing]]:
 
 def by_queue(messages: Iterable[Addressed]) -> dict[str, list[Outgoing]]:
     """Group messages by queue and keep their order."""
-    found: dict[str, list[Outgoing]] = {}
+    queues: dict[str, list[Outgoing]] = {}
     for message in messages:
-        found.setdefault(message.queue, []).append(message.message)
-    return found
+        queues.setdefault(message.queue, []).append(message.message)
+    return queues
 
 
 async def send_to(queue: Queue, name: str, messages: Sequence[Outgoing], patience: Patience) -> None:
@@ -227,16 +216,15 @@ class StoredCommand:
 
 async def read_if_changed(objects: Objects, job: JobId, etag: str | None) -> StoredCommand | None:
     """Return the word, or None if its ETag is still `etag`. Raise NotFound if it does not exist."""
-    found = await objects.get_if_changed(object_keys.control(job), etag)
-    return StoredCommand(json_format.control_from_bytes(found[0]), found[1]) if found else None
+    changed = await objects.get_if_changed(object_keys.control(job), etag)
+    return StoredCommand(json_format.control_from_bytes(changed[0]), changed[1]) if changed else None
 
 
 async def read_stored(objects: Objects, job: JobId, patience: Patience) -> StoredCommand | None:
-    """Return the current word so that another one can replace it, or None if the object does not
-    exist.
+    """Return the current word so that another one can replace it, or None if the object does not exist.
 
-    An object that cannot be read, or that has an unknown word, counts as RUN in the first round.
-    Every word may replace that.
+    An object that cannot be read, or that has an unknown word, counts as RUN in the first round. Every word may replace
+    that.
     """
     try:
         found = await patience(partial(objects.get_if_changed, object_keys.control(job), None))
@@ -260,8 +248,8 @@ async def replace_command(
 ) -> bool:
     """Replace the word `over` by `word`, and return whether this succeeded.
 
-    Return False if the object has changed since it was read. The new word may be a cancellation, or
-    our own word if the response to our write was lost.
+    Return False if the object has changed since it was read. The new word may be a cancellation, or our own word if the
+    response to our write was lost.
     """
     numbered = replace(word, number=over.command.number + 1 if over else 0)
     put = partial(
@@ -283,16 +271,16 @@ async def write_cancellation(
 ) -> ControlCommand | None:
     """Write a cancellation over every other word of the same or an earlier round.
 
-    Return the cancellation in effect, which is the first one of that round. Return None and write
-    nothing if the bucket has a word of a later round.
+    Return the cancellation in effect, which is the first one of that round. Return None and write nothing if the bucket
+    has a word of a later round.
     """
     while True:
-        found = await read_stored(objects, job, patience)
-        if found and found.command.round > word.round:
+        stored = await read_stored(objects, job, patience)
+        if stored and stored.command.round > word.round:
             return None
-        if found and found.command.control is Control.CANCEL and found.command.round == word.round:
-            return found.command
-        if await replace_command(objects, job, word, patience, over=found):
+        if stored and stored.command.control is Control.CANCEL and stored.command.round == word.round:
+            return stored.command
+        if await replace_command(objects, job, word, patience, over=stored):
             return word
 
 
@@ -315,8 +303,8 @@ async def permit_round(objects: Objects, job: JobId, round: int, patience: Patie
     A word of that round or a later one stays.
     """
     while True:
-        found = await read_stored(objects, job, patience)
-        if found and found.command.round >= round:
+        stored = await read_stored(objects, job, patience)
+        if stored and stored.command.round >= round:
             return
-        if await replace_command(objects, job, ControlCommand(Control.RUN, round=round), patience, over=found):
+        if await replace_command(objects, job, ControlCommand(Control.RUN, round=round), patience, over=stored):
             return

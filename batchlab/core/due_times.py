@@ -1,14 +1,13 @@
 """Due times of schedules: cron expressions with five fields in a time zone, or one moment.
 
-Invariant: the due times of an expression depend only on the expression and its zone, and not on the
-current time. cron's own rules apply to clock changes. If the change skips a fixed time of day, the
-due time is the first minute after the change. If the change repeats it, the first occurrence is
-due. An expression with `*` as its minute or hour follows the clock. It is due twice in a repeated
-hour, and not at all in a skipped one.
+Invariant: the due times of an expression depend only on the expression and its zone, and not on the current time.
+cron's own rules apply to clock changes. If the change skips a fixed time of day, the due time is the first minute after
+the change. If the change repeats it, the first occurrence is due. An expression with `*` as its minute or hour follows
+the clock. It is due twice in a repeated hour, and not at all in a skipped one.
 
-`local_times` is the only reader of cron expressions, and uses cronsim. Its callers decide what
-happens to a local time that a clock change skips or repeats. Schedules follow cron, as above.
-Scheduled actions follow Auto Scaling (`fleet/scaling_policies.py`).
+`local_times` is the only reader of cron expressions, and uses cronsim. Its callers decide what happens to a local time
+that a clock change skips or repeats. Schedules follow cron, as above. Scheduled actions follow Auto Scaling
+(`fleet/scaling_policies.py`).
 """
 
 from __future__ import annotations
@@ -30,11 +29,10 @@ class NeverDue(ValueError):
 
 
 def local_times(expression: str, after: datetime) -> Iterator[datetime]:
-    """Return the local times after `after`, in order. They are naive if `after` is, else in its
-    zone.
+    """Return the local times after `after`, in order. They are naive if `after` is, else in its zone.
 
-    The sequence ends if no time follows within fifty years. Raise ValueError with the name of the
-    field if the expression is not valid, and NeverDue if it is valid but never due.
+    The sequence ends if no time follows within fifty years. Raise ValueError with the name of the field if the
+    expression is not valid, and NeverDue if it is valid but never due.
     """
     from cronsim import CronSim, CronSimError
 
@@ -69,7 +67,7 @@ def zone_of(name: str) -> ZoneInfo:
     # a name that is a folder of the time zone database raises OSError
     except (KeyError, ValueError, OSError) as error:
         raise UsageError(
-            f"There is no time zone {name!r}.", remedy="Write an IANA name such as Europe/Berlin or UTC."
+            f"The time zone {name!r} does not exist.", remedy="Write an IANA name such as Europe/Berlin or UTC."
         ) from error
 
 
@@ -90,8 +88,7 @@ def check(expression: str, zone: str) -> None:
 def next_after(expression: str, zone: ZoneInfo, after_s: float) -> float | None:
     """Return the first due time after `after_s` (epoch seconds), or None.
 
-    None means that no due time follows within fifty years. Raise UsageError if the expression is
-    not valid.
+    None means that no due time follows within fifty years. Raise UsageError if the expression is not valid.
     """
     minute, hour, *_ = expression.split()
     if minute.startswith("*") or hour.startswith("*"):
@@ -119,13 +116,13 @@ def latest(expression: str, zone: ZoneInfo, after_s: float, until_s: float, most
     window_s = _FIRST_WINDOW_S
     while True:
         begin_s = max(after_s, until_s - window_s)
-        found: list[float] = []
+        times: list[float] = []
         for due_s in due_times(expression, zone, begin_s):
             if due_s > until_s:
                 break
-            found.append(due_s)
-        if len(found) > most or begin_s == after_s:
-            return found[-most:], len(found) > most
+            times.append(due_s)
+        if len(times) > most or begin_s == after_s:
+            return times[-most:], len(times) > most
         window_s *= 2
 
 
@@ -144,8 +141,7 @@ def shown(at_s: float, zone: ZoneInfo) -> str:
 
 
 def iso(at_s: float, zone: ZoneInfo | None = None) -> str:
-    """Return a time such as `2026-03-29T03:00:00+02:00`. Without a zone, it is in UTC and ends in
-    Z."""
+    """Return a time such as `2026-03-29T03:00:00+02:00`. Without a zone, it is in UTC and ends in Z."""
     if zone is None:
         return datetime.fromtimestamp(at_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     return datetime.fromtimestamp(at_s, zone).isoformat(timespec="seconds")
@@ -157,9 +153,8 @@ def iso(at_s: float, zone: ZoneInfo | None = None) -> str:
 def _by_the_clock(expression: str, zone: ZoneInfo, after_s: float) -> float | None:
     """Return the next due time of an expression that follows the clock.
 
-    The function handles each span between two clock changes separately, because a span has one
-    offset from UTC. cronsim alone advances by whole hours and misses half an hour of due times if
-    the clock changes by half an hour.
+    The function handles each span between two clock changes separately, because a span has one offset from UTC. cronsim
+    alone advances by whole hours and misses half an hour of due times if the clock changes by half an hour.
     """
     offset = _offset(after_s, zone)
     start_s = after_s
@@ -201,4 +196,4 @@ def _cron(expression: str, after: datetime) -> Iterator[datetime]:
     try:
         return local_times(expression, after)
     except ValueError as error:
-        raise UsageError(f"{expression[:60]!r} is no cron expression: {error}.", remedy=_NEVER) from error
+        raise UsageError(f"{expression[:60]!r} is not a cron expression: {error}.", remedy=_NEVER) from error

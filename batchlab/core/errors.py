@@ -30,8 +30,7 @@ from __future__ import annotations
 
 
 class BatchlabError(Exception):
-    """Base of every error that batchlab raises on purpose. Its text is one sentence for a
-    person."""
+    """Base of every error that batchlab raises on purpose. Its text is one sentence for a person."""
 
     exit_code = 1
 
@@ -51,8 +50,7 @@ class UsageError(BatchlabError):
 
 
 class JobFileError(UsageError):
-    """A job file or scenario is wrong. `file` and `line` give the place, and `remedy` the
-    correction."""
+    """A job file or scenario is wrong. `file` and `line` give the place, and `remedy` the correction."""
 
     def __init__(self, message: str, *, file: str = "", line: int | None = None, remedy: str = "") -> None:
         super().__init__(message, remedy=remedy)
@@ -89,8 +87,7 @@ class NotFound(BackendError):
 
 
 class AlreadyExists(BackendError):
-    """A conditional put found an existing object, or an object other than the expected one (HTTP
-    412)."""
+    """A conditional put found an existing object, or an object other than the expected one (HTTP 412)."""
 
 
 class TooLarge(BackendError):
@@ -112,8 +109,7 @@ class JobFailed(BatchlabError):
 
 
 class TaskFailed(JobFailed):
-    """One task failed. `traceback` is from the worker, and the message is a sentence for a
-    person."""
+    """One task failed. `traceback` is from the worker, and the message is a sentence for a person."""
 
     def __init__(self, message: str, *, task: int = -1, traceback: str = "") -> None:
         super().__init__(message)

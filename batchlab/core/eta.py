@@ -1,9 +1,7 @@
-"""Estimate of a job's remaining time as a range, from its remaining work, task times, and the
-fleet.
+"""Estimate of a job's remaining time as a range, from its remaining work, task times, and the fleet.
 
-Invariant: the functions are pure and do not guess. Stages without measurements are named instead.
-The range widens with the spread of the task times, with few measurements, and with the possible
-changes of the fleet.
+Invariant: the functions are pure and do not guess. Stages without measurements are named instead. The range widens with
+the spread of the task times, with few measurements, and with the possible changes of the fleet.
 """
 
 from __future__ import annotations
@@ -61,8 +59,7 @@ class Pace:
 class StageWork:
     """Remaining work of a stage.
 
-    `left` is the number of remaining tasks, None before the stage is planned. `running` of them
-    run.
+    `left` is the number of remaining tasks, None before the stage is planned. `running` of them run.
     """
 
     name: str
@@ -95,10 +92,7 @@ class Room:
 
 @dataclass(frozen=True, slots=True)
 class Eta:
-    """Seconds until the job's end, from `low_s` to `high_s`.
-
-    The time of the `unmeasured` stages is not included.
-    """
+    """Seconds until the job's end, from `low_s` to `high_s`. The time of the `unmeasured` stages is not included."""
 
     low_s: float
     high_s: float
@@ -157,8 +151,7 @@ def _span_s(stages: Sequence[StageWork], rooms: Mapping[str, Room], side: float)
 
 
 def _group_s(group: Sequence[StageWork], rooms: Mapping[str, Room], side: float) -> float:
-    """Return the seconds of stages that feed each other item by item and so run at the same
-    time."""
+    """Return the seconds of stages that feed each other item by item and so run at the same time."""
     open_ = [stage_work for stage_work in group if stage_work.left and stage_work.is_known]
     if not open_:
         return 0.0
@@ -169,9 +162,9 @@ def _group_s(group: Sequence[StageWork], rooms: Mapping[str, Room], side: float)
     return work_s + item_s if side > 0 else max(work_s, item_s)
 
 
-def _item_s(one: StageWork, side: float) -> float:
-    longest_s = one.pace.mean_s + side * SIGMAS * one.pace.spread_s
-    waits = (one.left or 0) > one.running
+def _item_s(stage: StageWork, side: float) -> float:
+    longest_s = stage.pace.mean_s + side * SIGMAS * stage.pace.spread_s
+    waits = (stage.left or 0) > stage.running
     # Running tasks have already done part of their work.
     return max(0.0, longest_s) * (1.0 if waits or side > 0 else 0.0)
 
@@ -193,10 +186,10 @@ def _pool_s(stages: Iterable[StageWork], pool: str, room: Room, side: float) -> 
     return boot_s + sum(_work_s(stage_work, side) for stage_work in stage_works) / fair
 
 
-def _work_s(one: StageWork, side: float) -> float:
+def _work_s(stage: StageWork, side: float) -> float:
     """Return the remaining work of a stage in slot seconds."""
-    left, pace = one.left or 0, one.pace
+    remaining, pace = stage.left or 0, stage.pace
     # Task times vary, and their mean is estimated from `pace.tasks` tasks only.
-    sigma_s = pace.spread_s * math.sqrt(left + left * left / pace.tasks)
-    done_s = 0.5 * pace.mean_s * min(one.running, left) if side < 0 else 0.0
-    return max(0.0, left * pace.mean_s - done_s + side * SIGMAS * sigma_s) * one.slots
+    sigma_s = pace.spread_s * math.sqrt(remaining + remaining * remaining / pace.tasks)
+    done_s = 0.5 * pace.mean_s * min(stage.running, remaining) if side < 0 else 0.0
+    return max(0.0, remaining * pace.mean_s - done_s + side * SIGMAS * sigma_s) * stage.slots

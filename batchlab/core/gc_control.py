@@ -1,10 +1,9 @@
 """Garbage collection during and after the start of a process.
 
-A service keeps what it loads at its start (hundreds of modules, some 300,000 objects) until its
-end. A collection of these objects during the imports takes 10% of the start-up time. Later it
-pauses a call for many milliseconds.
+A service keeps the modules and objects that it loads at its start until its end. A collection of these 300,000 objects
+takes 10% of the start-up time, and later pauses calls for many milliseconds.
 
-Invariant: garbage collection is enabled again in every process that serves.
+Invariant: garbage collection is enabled again in every process that serves requests.
 """
 
 from __future__ import annotations

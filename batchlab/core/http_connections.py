@@ -1,14 +1,9 @@
-"""Pool of HTTP connections to one host.
+"""Pool of HTTP connections to one host, and signatures of requests and responses.
 
-Invariant: a connection has one user at a time, and a connection that its server has closed is not
-used again. The module needs the standard library only and is cheap to import, because every command
-imports it.
-
-Signatures of requests to a manager and of its responses, made with the grid's token.
-
-Invariant: the token is never sent. A program without the token can sign neither a request nor a
-response, and a signed response belongs to exactly one request. The module needs the standard
-library only and is cheap to import, because every command imports it.
+Invariants: a connection has one user at a time, and a connection that its server has closed is not used again. The
+grid's token, which makes the signatures, is never sent. A program without the token can sign neither a request nor a
+response. A signed response belongs to exactly one request. The module needs only the standard library, because every
+command imports it at its start.
 """
 
 from __future__ import annotations
@@ -38,9 +33,8 @@ class Connections:
     ) -> None:
         """Create an empty pool.
 
-        `host` may contain a port. `unix` is the path of the host's Unix socket. A connection that
-        was idle for `idle_s` is not used again, because some servers close idle connections, and a
-        request at that moment fails.
+        `host` may contain a port. `unix` is the path of the host's Unix socket. A connection that was idle for `idle_s`
+        is not used again, because some servers close idle connections, and a request at that moment fails.
         """
         self._host = host
         self._tls = tls
@@ -64,8 +58,8 @@ class Connections:
     def take(self) -> HTTPConnection:
         """Return an open connection. Raise OSError if the host does not answer.
 
-        The caller closes it or gives it back. The caller also sets the timeout of its socket, which
-        is `connect_s` or the last user's.
+        The caller closes it or gives it back. The caller also sets the timeout of its socket, which is `connect_s` or
+        the last user's.
         """
         with suppress(IndexError):  # other threads take connections too
             while True:
@@ -91,8 +85,8 @@ class Connections:
     def give_back(self, connection: HTTPConnection) -> None:
         """Keep the connection for the next user.
 
-        Its last response must have been read to the end, and must not have announced that the
-        server closes the connection.
+        Its last response must have been read to the end, and must not have announced that the server closes the
+        connection.
         """
         self._idle.append((time.monotonic(), connection))
         # the check follows the append, so a connection returned during `close` is closed too
@@ -118,12 +112,12 @@ class _UnixConnection(HTTPConnection):
         self.sock = made
 
 
-def _is_open(kept: HTTPConnection) -> bool:
-    if not kept.sock:
+def _is_open(connection: HTTPConnection) -> bool:
+    if not connection.sock:
         return False
     # An idle connection is readable only if its server has closed it.
     look = select.poll()  # select() supports only about a thousand descriptors
-    look.register(kept.sock, select.POLLIN)
+    look.register(connection.sock, select.POLLIN)
     return not look.poll(0)
 
 
@@ -167,10 +161,7 @@ def digest(body: bytes) -> str:
 
 
 def sign(token: str, method: str, target: str, body: bytes, at_s: float | None = None) -> Signed:
-    """Sign a request with the time `at_s`, by default now.
-
-    `target` is the path and the query as they are sent.
-    """
+    """Sign a request with the time `at_s`, by default now. `target` is the path and the query as they are sent."""
     if at_s is None:
         at_s = time.time()  # noqa: TID251 - a client has no Clock
     fields = int(at_s), secrets.token_hex(16), digest(body)
@@ -189,8 +180,8 @@ def read(token: str, header: str, method: str, target: str) -> Signed | None:
     at, nonce, body, mac = fields
     if not (at.isascii() and at.isdigit() and len(at) <= _LONGEST_TIME):
         return None
-    known = _request_mac(token, method, target, int(at), nonce, body)
-    return Signed(int(at), nonce, body, mac) if _same(mac, known) else None
+    expected = _request_mac(token, method, target, int(at), nonce, body)
+    return Signed(int(at), nonce, body, mac) if _same(mac, expected) else None
 
 
 def whole_proof(token: str, request: Signed, status: int, body: bytes) -> str:
@@ -246,6 +237,6 @@ def _mac(token: str, *fields: str) -> str:
     return hmac.new(token.encode(), text.encode(), hashlib.sha256).hexdigest()
 
 
-def _same(given: str, known: str) -> bool:
+def _same(mac: str, expected: str) -> bool:
     # The comparison takes constant time, so its duration does not reveal a part of the signature.
-    return hmac.compare_digest(given.encode(errors="replace"), known.encode())
+    return hmac.compare_digest(mac.encode(errors="replace"), expected.encode())

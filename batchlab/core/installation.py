@@ -1,7 +1,7 @@
 """Extras of an installation: the packages that only a part of batchlab needs.
 
-Invariant: the check for a package does not import it. The suggested command installs from the
-source of this installation, because batchlab does not own its name on the package index.
+Invariant: the check for a package does not import it. The suggested command installs from the source of this
+installation, because batchlab does not own its name on the package index.
 
 Data folders that ship with the code: backends, scenarios, compose, examples.
 """
@@ -71,12 +71,12 @@ def sentence(extra: str, what: str, module: str) -> str:
 
 def remedy(*extras: str) -> str:
     """Return a sentence with the command that installs the extras into this environment."""
-    told, names = _origin(), ",".join(extras)
-    url = str(told.get("url") or _ELSEWHERE)
-    if told.get("dir_info", {}).get("editable"):
+    origin, names = _origin(), ",".join(extras)
+    url = str(origin.get("url") or _ELSEWHERE)
+    if origin.get("dir_info", {}).get("editable"):
         what = "-e " + shlex.quote(f"{unquote(urlsplit(url).path)}[{names}]")
     else:
-        if vcs := told.get("vcs_info"):
+        if vcs := origin.get("vcs_info"):
             url = f"{vcs['vcs']}+{url}@{vcs['commit_id']}"
         what = shlex.quote(f"batchlab[{names}] @ {url}")
     return f"`{_installer()} {what}` brings {'it' if len(extras) == 1 else 'them'}."
@@ -100,11 +100,11 @@ def _origin() -> Mapping[str, Any]:
     from importlib import metadata  # a local import keeps the start of a worker fast
 
     try:
-        told = metadata.distribution("batchlab").read_text("direct_url.json")
+        text = metadata.distribution("batchlab").read_text("direct_url.json")
     except metadata.PackageNotFoundError:  # the code in an image is not an installed distribution
         return {}
-    found: Mapping[str, Any] = json.loads(told) if told else {}
-    return found
+    origin: Mapping[str, Any] = json.loads(text) if text else {}
+    return origin
 
 
 def _installer() -> str:
@@ -119,10 +119,7 @@ _MADE = {"data", "out"}
 
 
 def folder(name: str) -> Path:
-    """Return the folder `name`, in an installed wheel or in a checkout.
-
-    Raise UsageError if neither has it.
-    """
+    """Return the folder `name`, in an installed wheel or in a checkout. Raise UsageError if neither has it."""
     for candidate in (_PACKAGE / "_data" / name, _PACKAGE.parent / name):
         if candidate.is_dir():
             return candidate
@@ -139,18 +136,17 @@ def starter() -> dict[str, str]:
 def files() -> Iterator[tuple[str, Path]]:
     """Yield every file of the package as a wheel has it, with its path in the wheel, in order.
 
-    The files are the code and the data folders. Paths begin with "batchlab/". Raise UsageError if a
-    folder is missing.
+    The files are the code and the data folders. Paths begin with "batchlab/". Raise UsageError if a folder is missing.
     """
-    found = {f"{_PACKAGE.name}/{path}": _PACKAGE / path for path in _below(_PACKAGE)}
+    paths = {f"{_PACKAGE.name}/{path}": _PACKAGE / path for path in _below(_PACKAGE)}
     for name in FOLDERS:
         root = folder(name)
-        found |= {
+        paths |= {
             f"{_PACKAGE.name}/_data/{name}/{path}": root / path
             for path in _below(root)
             if name != "examples" or not _is_made(path)
         }
-    yield from sorted(found.items())
+    yield from sorted(paths.items())
 
 
 def _is_made(path: str) -> bool:

@@ -52,10 +52,10 @@ class Catalogue:
             return instance_type
         near = difflib.get_close_matches(name, self.types, n=3)
         raise UsageError(
-            f"The catalogue has no instance type {name!r}.",
+            f"The catalog does not contain the instance type {name!r}.",
             remedy=f"Did you mean {' or '.join(near)}?"
             if near
-            else "backends/instance-types.toml lists what there is.",
+            else "backends/instance-types.toml lists the known types.",
         )
 
     def share(self, name: str, scale: float = 1.0) -> Share:
@@ -80,10 +80,10 @@ def load(path: Path | None = None) -> Catalogue:
         doc = tomllib.loads(path.read_text())
     except OSError as error:
         raise UsageError(
-            f"{path} cannot be read: {error.strerror}.", remedy="Name a file that is there and can be read."
+            f"{path} cannot be read: {error.strerror}.", remedy="Name an existing file that can be read."
         ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not TOML: {error}.", remedy="Put that line right.") from error
+        raise UsageError(f"{path} is not TOML: {error}.", remedy="Correct this line.") from error
     rows = doc.get("types")
     if set(doc) != {"types"} or not isinstance(rows, dict) or not rows:
         raise UsageError(
@@ -96,15 +96,14 @@ def load(path: Path | None = None) -> Catalogue:
 def _type(path: Path, name: str, row: Any) -> InstanceType:
     if not isinstance(row, dict) or set(row) != _FIGURES:
         raise UsageError(
-            f"{path}: the type {name!r} must have {', '.join(sorted(_FIGURES))}.",
-            remedy="Say each of them, and nothing else.",
+            f"{path}: the type {name!r} must have {', '.join(sorted(_FIGURES))}.", remedy="Write exactly these figures."
         )
-    for figure in ("vcpu", "memory_mib"):
+    for key in ("vcpu", "memory_mib"):
         # bool is a subclass of int in Python.
-        if type(row[figure]) is not int or row[figure] < 1:
+        if type(row[key]) is not int or row[key] < 1:
             raise UsageError(
-                f"{path}: {figure} of {name!r} is {row[figure]!r}, not a whole number above 0.",
-                remedy="Write what AWS says of the type.",
+                f"{path}: {key} of {name!r} is {row[key]!r}, not a whole number above 0.",
+                remedy="Write the figure from AWS's description of the type.",
             )
     if row["architecture"] not in ARCHITECTURES:
         raise UsageError(

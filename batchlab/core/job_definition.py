@@ -1,12 +1,11 @@
 """Definition of a job as the grid runs it: the content of `jobs/<job>/spec.json`.
 
-The values are frozen and pure, as in `core.model`. A job file or the Python API creates them. They
-do not depend on the machine that submitted the job.
+The values are frozen and pure, as in `core.model`. A job file or the Python API creates them. They do not depend on the
+machine that submitted the job.
 
 Names of tasks: `parse/3` for one, and `parse/3,7-9` for several of a stage.
 
-Invariant: names that are written here can be read here. Only this module combines a stage and an
-index.
+Invariant: names that are written here can be read here. Only this module combines a stage and an index.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ from batchlab.core.retry_rule import RetryRule
 class StageDef:
     """One stage of the job.
 
-    A stage without `after` is a root, and its items come from the job's input. If `gather` is None,
-    the stage is a chain (item by item). If it is "*", all upstream results make one task. Any other
-    text names the field of the upstream results to group by. If a result is a list, it is the field
-    of the list's elements. Exactly one of `handler` ("module:function", or "pickle:<object key>")
-    and `command` is set. If `bundle` is None, the size of bundles follows the measured task time.
+    A stage without `after` is a root, and its items come from the job's input. If `gather` is None, the stage is a
+    chain (item by item). If it is "*", all upstream results make one task. Any other text names the field of the
+    upstream results to group by. If a result is a list, it is the field of the list's elements. Exactly one of
+    `handler` ("module:function", or "pickle:<object key>") and `command` is set. If `bundle` is None, the size of
+    bundles follows the measured task time.
     """
 
     name: StageName
@@ -37,8 +36,7 @@ class StageDef:
     handler: str | None = None
     command: tuple[str, ...] = ()
     stdout: str | None = None
-    """Name of the output file for a command's standard output. If None, the output goes to the
-    log."""
+    """Name of the output file for a command's standard output. If None, the output goes to the log."""
     timeout_s: float | None = None
     retry: RetryRule = RetryRule()
     slots: int = 1
@@ -68,10 +66,9 @@ class SplitBy(StrEnum):
 class Split:
     """Rules and texts of one way to split input.
 
-    `meaning` describes the input of one task, `size` the unit of the key `size`, and `item` the
-    argument of a handler. If `size` is "", a job file cannot contain the key. If `in_bytes` is
-    true, the size may also be text such as `8 MiB`. If `has_header` is true, each part may begin
-    with the header of its file.
+    `meaning` describes the input of one task, `size` the unit of the key `size`, and `item` the argument of a handler.
+    If `size` is "", a job file cannot contain the key. If `in_bytes` is true, the size may also be text such as `8
+    MiB`. If `has_header` is true, each part may begin with the header of its file.
     """
 
     meaning: str
@@ -108,10 +105,10 @@ from this table. `manager.input_split` has the function that reads the input for
 class InputDef:
     """Source of the items of the root stages.
 
-    `keys` are objects of the bucket (uploaded raw data) in order. A key that ends in "/" stands for
-    every object under it. `size` is the number of lines per task for LINES, of bytes for BYTES, and
-    of items for ITEMS. With 1 item per task, the input is the item itself, otherwise a list of
-    items. `header` repeats the first line of each file in every part (LINES and BYTES).
+    `keys` are objects of the bucket (uploaded raw data) in order. A key that ends in "/" stands for every object under
+    it. `size` is the number of lines per task for LINES, of bytes for BYTES, and of items for ITEMS. With 1 item per
+    task, the input is the item itself, otherwise a list of items. `header` repeats the first line of each file in every
+    part (LINES and BYTES).
     """
 
     keys: tuple[str, ...] = ()
@@ -124,10 +121,10 @@ class InputDef:
 class NotifyDef:
     """A notification target of a job, and its moments (see `core.notifications.MOMENTS`).
 
-    `kind` is "webhook", "sns", or "target". `to` is the URL, the topic's ARN, or the name of one of
-    the grid's own targets. `secret` names the key that signs the messages, never the key itself. It
-    is "env:NAME", a variable of the manager's environment. `failures` is the number of failed tasks
-    at which a notification is sent. `stuck_s` is the time without progress after which one is sent.
+    `kind` is "webhook", "sns", or "target". `to` is the URL, the topic's ARN, or the name of one of the grid's own
+    targets. `secret` names the key that signs the messages, never the key itself. It is "env:NAME", a variable of the
+    manager's environment. `failures` is the number of failed tasks at which a notification is sent. `stuck_s` is the
+    time without progress after which one is sent.
     """
 
     kind: str
@@ -142,10 +139,9 @@ class NotifyDef:
 class JobDef:
     """A job ready to run, independent of the machine that submitted it.
 
-    `max_failures` is a number of tasks or, with `max_failures_percent`, a percentage of the tasks
-    planned in a stage. A job with more failures is FAILED. With `fail_fast`, it stops at once.
-    `items` is the number of items of a job that came with its items (Python API) instead of
-    `input`.
+    `max_failures` is a number of tasks or, with `max_failures_percent`, a percentage of the tasks planned in a stage. A
+    job with more failures is FAILED. With `fail_fast`, it stops at once. `items` is the number of items of a job that
+    came with its items (Python API) instead of `input`.
     """
 
     id: JobId
@@ -172,8 +168,7 @@ class JobDef:
     trace: str = ""
     """W3C traceparent of the submission if the job is traced."""
     commit_hash: str = ""
-    """SHA-256 of the job's commit key (see `core.protocol.seals`); "" for a job of release
-    0.1.0."""
+    """SHA-256 of the job's commit key (see `core.protocol.seals`); "" for a job of release 0.1.0."""
 
     @property
     def is_single_call(self) -> bool:
@@ -236,22 +231,21 @@ def parse_task(text: str) -> tuple[StageName | None, int]:
     """
     match = _TASK.fullmatch(text.strip())
     if match is None:
-        raise UsageError(f"{text!r} names no task.", remedy="Write the stage and the index, such as parse/3.")
+        raise UsageError(
+            f"{text!r} is not the name of a task.", remedy="Write the stage and the index, such as parse/3."
+        )
     return StageName(match["stage"]) if match["stage"] else None, int(match["index"])
 
 
 def parse_tasks(text: str) -> tuple[StageName, list[tuple[int, int]]]:
-    """Return stage and ranges [first, last + 1) of `parse/3,7-9`.
-
-    Raise UsageError if the text is not such a name.
-    """
+    """Return stage and ranges [first, last + 1) of `parse/3,7-9`. Raise UsageError if the text is not such a name."""
     stage, _, ranges = text.strip().rpartition("/")
-    found: list[tuple[int, int]] = []
-    for one in ranges.split(","):
-        match = _RANGE.fullmatch(one.strip())
+    spans: list[tuple[int, int]] = []
+    for text_range in ranges.split(","):
+        match = _RANGE.fullmatch(text_range.strip())
         first = int(match[1]) if match else 0
         last = int(match[2] or match[1]) if match else -1
         if not stage or "/" in stage or last < first:
-            raise UsageError(f"{text!r} names no tasks.", remedy="Write for example parse/3,7-9.")
-        found.append((first, last + 1))
-    return StageName(stage), found
+            raise UsageError(f"{text!r} is not a list of tasks.", remedy="Write for example parse/3,7-9.")
+        spans.append((first, last + 1))
+    return StageName(stage), spans

@@ -1,7 +1,7 @@
 """Ledger projection: pure functions that apply changes to the rows of one job.
 
-Invariant: every ledger loads these values, calls these functions, and stores what they return. So
-all ledgers follow the same rules. The functions do not read or write anything.
+Invariant: every ledger loads these values, calls these functions, and stores what they return. So all ledgers follow
+the same rules. The functions do not read or write anything.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ _WAITING = (JobState.SUBMITTED, JobState.PENDING, JobState.RUNNABLE, JobState.ST
 class Stage:
     """Plan and counters of a stage.
 
-    Run time is in microseconds, because a sum of floats depends on the order of its terms. Bundles
-    that were added at write `void_at` or before belong to a plan that a retry has replaced.
+    Run time is in microseconds, because a sum of floats depends on the order of its terms. Bundles that were added at
+    write `void_at` or before belong to a plan that a retry has replaced.
     """
 
     planned: int | None = None
@@ -96,8 +96,7 @@ class Stage:
     def void(self, *, round: int, at: int) -> None:
         """Make the plan unknown.
 
-        The round of the plan changes too, so that a late cut of the old plan does not count as a
-        new one.
+        The round of the plan changes too, so that a late cut of the old plan does not count as a new one.
         """
         self.planned, self.plan_round, self.cut_seq = None, round, -1
         self.uncut, self.run_us, self.void_at = TaskSet(), 0, at
@@ -120,8 +119,8 @@ class Stage:
 class BundleRow(NamedTuple):
     """The row of a bundle, or what a change writes to it.
 
-    `planned` is the bundle as it was planned, `completion` its completion with the number `seq`.
-    `at` is the number of the write that added the bundle, None if the bundle existed before.
+    `planned` is the bundle as it was planned, `completion` its completion with the number `seq`. `at` is the number of
+    the write that added the bundle, None if the bundle existed before.
     """
 
     stage: StageName
@@ -147,8 +146,8 @@ class BundleRow(NamedTuple):
 class Projection:
     """The row of a job and the rows of its stages.
 
-    `at` is the number of the current write, and `last_seq` the newest seq of a completion. A ledger
-    that does not store one of them leaves it at its default.
+    `at` is the number of the current write, and `last_seq` the newest seq of a completion. A ledger that does not store
+    one of them leaves it at its default.
     """
 
     job: JobDef
@@ -171,7 +170,7 @@ class Projection:
     def stage(self, name: StageName) -> Stage:
         """Return the stage. Raise NotFound if it does not exist."""
         if name not in self.stages:
-            raise NotFound(f"The ledger has no stage {name} of a job {self.job.id}.")
+            raise NotFound(f"The ledger does not contain stage {name} of job {self.job.id}.")
         return self.stages[name]
 
     def is_void(self, row: BundleRow) -> bool:
@@ -220,8 +219,8 @@ def begin(change: AddJob) -> tuple[Projection, list[BundleRow]]:
 def apply(projection: Projection, change: JobChange, known: Known) -> list[BundleRow] | None:
     """Apply the change to an existing job.
 
-    Return the bundles that the change adds. Return None if it changes nothing. `known` has the
-    existing bundles among those of the change.
+    Return the bundles that the change adds. Return None if it changes nothing. `known` has the existing bundles among
+    those of the change.
     """
     if isinstance(change, AddCut):
         return add_cut(projection, change.cut, known)
@@ -312,8 +311,7 @@ def finish(projection: Projection, change: Finish) -> bool:
     ending = change.ending
     if change.round != projection.round or projection.state.ended:
         return False
-    # PostgreSQL's text cannot hold a NUL. A reason may quote any exception, and a job must end
-    # whatever its reason is.
+    # PostgreSQL's text cannot hold a NUL. A reason may quote any exception, and a job must end whatever its reason is.
     projection.reason = ending.reason.replace("\0", "\N{REPLACEMENT CHARACTER}")
     projection.state, projection.ended_s = ending.state, ending.ended_s
     projection.control = Control.RUN
@@ -361,8 +359,8 @@ def fold(
 ) -> tuple[list[int], list[BundleRow] | None]:
     """Fold one job's completions. The completion at position i gets the seq `first_seq` + i.
 
-    Return the positions of the new completions, and the rows to write, or None if the fold changes
-    nothing. `known` has the existing bundles among those that the fold writes.
+    Return the positions of the new completions, and the rows to write, or None if the fold changes nothing. `known` has
+    the existing bundles among those that the fold writes.
     """
     new: list[int] = []
     rows: list[BundleRow] = []
@@ -403,23 +401,23 @@ def restore(past: JobHistory, first_seq: int) -> tuple[Projection, list[BundleRo
     job = past.job.id
     rows: dict[Key, BundleRow] = {}
     known: Known = {}
-    for number, one in enumerate(past.rounds):
+    for number, past_round in enumerate(past.rounds):
         if number:
-            reopen(projection, Reopen(job, number, one.reopened))
+            reopen(projection, Reopen(job, number, past_round.reopened))
         projection.at += 1
-        for cut in one.cuts:
+        for cut in past_round.cuts:
             _merge(rows, add_cut(projection, cut, known) or [])
-        for stage, planned in one.planned.items():
+        for stage, planned in past_round.planned.items():
             set_planned(projection, SetPlanned(job, stage, planned, number))
-        if one.completions:
-            completions = Fold(one.completions, one.casualties)
+        if past_round.completions:
+            completions = Fold(past_round.completions, past_round.casualties)
             check_stages({job: projection}, completions)
-            positions = range(len(one.completions))
+            positions = range(len(past_round.completions))
             _, written = fold(projection, completions, positions, known, first_seq=first_seq)
             _merge(rows, written or [])
-            first_seq += len(one.completions)
-        if one.ending:
-            finish(projection, Finish(job, one.ending, number))
+            first_seq += len(past_round.completions)
+        if past_round.ending:
+            finish(projection, Finish(job, past_round.ending, number))
     set_control(projection, SetControl(job, past.control, projection.round))
     if past.control is Control.PAUSE:
         move(projection, MoveJob(job, JobState.PAUSED, projection.round))

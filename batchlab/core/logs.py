@@ -1,7 +1,7 @@
 """Logging of every process of a grid: readable text or JSON lines, with the same fields.
 
-Invariant: a line never contains a secret that was passed to `hide`, whatever the source of its
-text. Fields are ids. A field never contains the input of a user's task.
+Invariant: a line never contains a secret that was passed to `hide`, whatever the source of its text. Fields are ids. A
+field never contains the input of a user's task.
 """
 
 from __future__ import annotations
@@ -64,12 +64,11 @@ def add_fields(**fields: str | int) -> None:
 
 
 def fields_of(record: logging.LogRecord) -> dict[str, str | int]:
-    """Return the fields of a line: those of the process, of the asyncio task, and its own
-    `extra`."""
-    known = {**_process, **_about.get({})}
+    """Return the fields of a line: those of the process, of the asyncio task, and its own `extra`."""
+    shared = {**_process, **_about.get({})}
     own = {name: record.__dict__[name] for name in FIELDS if name in record.__dict__}
-    found = {**known, **own}
-    return {name: found[name] for name in FIELDS if found.get(name) not in (None, "")}
+    fields = {**shared, **own}
+    return {name: fields[name] for name in FIELDS if fields.get(name) not in (None, "")}
 
 
 # --- Secrets -------------------------------------------------------------------------------------
@@ -112,8 +111,8 @@ class Text(logging.Formatter):
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
-        # A message stays on one line, so that text from a user cannot imitate other lines. Control
-        # characters are replaced because they could change what a terminal shows.
+        # A message stays on one line, so that text from a user cannot imitate other lines. Control characters are
+        # replaced because they could change what a terminal shows.
         record.message = visible(record.message, layout="")
         line = super().formatMessage(record)
         # The fields of the process are the same in every line, so they are left out.
@@ -156,7 +155,7 @@ def set_up(**process: str | int) -> None:
     level = os.environ.get(LEVEL_VARIABLE) or "INFO"
     if not isinstance(logging.getLevelName(level.upper()), int):
         raise UsageError(
-            f"{LEVEL_VARIABLE} is {level!r}, which is no level.", remedy="Write DEBUG, INFO, WARNING or ERROR."
+            f"{LEVEL_VARIABLE} is {level!r}, which is not a level.", remedy="Write DEBUG, INFO, WARNING or ERROR."
         )
     formatter = JsonLines() if log_format() == "json" else Text()
     _process.clear()
@@ -188,16 +187,13 @@ def add_process_fields(**process: str | int) -> None:
 
 
 def log_format() -> str:
-    """Return the format in BATCHLAB_LOG_FORMAT, by default text.
-
-    Raise UsageError if the value is unknown.
-    """
+    """Return the format in BATCHLAB_LOG_FORMAT, by default text. Raise UsageError if the value is unknown."""
     return _known(os.environ.get(FORMAT_VARIABLE) or "text", FORMAT_VARIABLE)
 
 
 def _known(format_: str, where: str) -> str:
     if format_ not in FORMATS:
-        raise UsageError(f"{where} is {format_!r}, which is no format.", remedy="Write text or json.")
+        raise UsageError(f"{where} is {format_!r}, which is not a format.", remedy="Write text or json.")
     return format_
 
 

@@ -1,7 +1,7 @@
 """Frozen values of the grid's domain, and the transitions between states of a job.
 
-Invariant: the code here does not read or write anything, and it means the same on every backend.
-The values are in one file because all other code uses them.
+Invariant: the code here does not read or write anything, and it means the same on every backend. The values are in one
+file because all other code uses them.
 """
 
 from __future__ import annotations
@@ -185,12 +185,11 @@ class _Named:
 class Bundle(_Named):
     """A set of tasks of one stage that is sent as one message.
 
-    `round` counts the user's own `job retry` calls. `attempt` counts the automatic retries within
-    one round, from 1. `losses` counts earlier deliveries that ended without an outcome. With
-    losses, the next worker checks for poison tasks (see `worker.poison_detection`). `losses` is not
-    part of the identity. `source` is the upstream bundle whose outcome has the inputs, or None if
-    the plan has them. `due_s` (epoch) is the end of a retry's backoff. A manager that sends the
-    bundle again does not send it earlier.
+    `round` counts the user's own `job retry` calls. `attempt` counts the automatic retries within one round, from 1.
+    `losses` counts earlier deliveries that ended without an outcome. With losses, the next worker checks for poison
+    tasks (see `worker.poison_detection`). `losses` is not part of the identity. `source` is the upstream bundle whose
+    outcome has the inputs, or None if the plan has them. `due_s` (epoch) is the end of a retry's backoff. A manager
+    that sends the bundle again does not send it earlier.
     """
 
     job: JobId
@@ -206,9 +205,8 @@ class Bundle(_Named):
     def id(self) -> BundleId:
         """Return the id, which is derived from the other fields.
 
-        Two bundles of a stage never have the same id. Several sets may contain the same task at one
-        (round, attempt). Each of them is a proper prefix or suffix of the one before, so their
-        first or last tasks differ.
+        Two bundles of a stage never have the same id. Several sets may contain the same task at one (round, attempt).
+        Each of them is a proper prefix or suffix of the one before, so their first or last tasks differ.
         """
         try:
             return self._id
@@ -238,9 +236,8 @@ class FailureKind(StrEnum):
 class Failure:
     """One failed attempt of one task.
 
-    `final` is true if no retry follows. `reason` is one sentence for a person. Failures are grouped
-    by `error`, which is the exception's class name or a similar name. `exit_code` is negative for a
-    signal.
+    `final` is true if no retry follows. `reason` is one sentence for a person. Failures are grouped by `error`, which
+    is the exception's class name or a similar name. `exit_code` is negative for a signal.
     """
 
     task: int
@@ -256,9 +253,8 @@ class Failure:
 class Ran(NamedTuple):
     """The end of one task.
 
-    If `failure` is None, the task succeeded with `value`. The value is encoded, and large values
-    and files are already in the object store. The class is a tuple because a job may have 10⁷ of
-    them.
+    If `failure` is None, the task succeeded with `value`. The value is encoded, and large values and files are already
+    in the object store. The class is a tuple because a job may have 10⁷ of them.
     """
 
     task: int
@@ -289,9 +285,9 @@ class _Written:
 class Outcome(_Written):
     """Result of one execution of a bundle: the content of its conditional PUT.
 
-    `values` has one encoded result per index of `succeeded`, in order, and `run_s` the seconds of
-    each. Tasks of the bundle that are not in `succeeded`, `failed`, or `cancelled` are in one of
-    `follows`. `execution` is part of the keys of the execution's files and logs.
+    `values` has one encoded result per index of `succeeded`, in order, and `run_s` the seconds of each. Tasks of the
+    bundle that are not in `succeeded`, `failed`, or `cancelled` are in one of `follows`. `execution` is part of the
+    keys of the execution's files and logs.
     """
 
     bundle: Bundle
@@ -386,8 +382,7 @@ class Market(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Type, zone, and market of an instance, as its group chose them. Fields without a choice are
-    empty."""
+    """Type, zone, and market of an instance, as its group chose them. Fields without a choice are empty."""
 
     type: str = ""
     """Instance type from the catalog."""

@@ -1,14 +1,12 @@
-"""Notifications about jobs: targets, moments, and messages.
+"""Notifications about jobs (targets, moments, and messages), and the notification settings of a grid.
 
-Invariants: the id of a notification is derived from its event and its target, so a notification
-that is sent again has the same id. A job may name a web address or a topic, never a command. These
-values never contain a secret, only the name of the place that has it.
+Invariants: the id of a notification is derived from its event and its target, so a repeated notification has the same
+id. A job may name a web address or a topic, never a command. These values never contain a secret, only the name of the
+variable or the file that contains the secret.
 
-Notification settings of a grid (`notify.toml`): its targets, and the limits for targets of jobs.
-
-Invariant: unless the operator permits it, a job cannot send a message to the manager's own machine,
-and its messages are not signed. Origins are compared as a whole: scheme, host, and port. A path is
-never compared, because clients, proxies, and servers read paths differently.
+The settings are in `notify.toml`: the grid's targets, and the limits for targets of jobs. Unless the operator permits
+it, a job cannot send a message to the manager's own machine, and its messages are not signed. Origins are compared as a
+whole: scheme, host, and port. A path is never compared, because clients, proxies, and servers read paths differently.
 """
 
 from __future__ import annotations
@@ -31,9 +29,9 @@ from batchlab.core.protocol.field_checks import decode
 
 ENDS = ("succeeded", "failed", "cancelled")
 MOMENTS = ("ended", *ENDS, "failures", "stuck", "capped")
-"""Moments of notifications. `ended` is any of the three ends. `failures`: a number of tasks has
-failed. `stuck`: the job has made no progress for some time. `capped`: a cap on cost holds the job
-back."""
+"""Moments of notifications. `ended` is any of the three ends. `failures`: a number of tasks has failed. `stuck`: the
+job has made no progress for some time. `capped`: a cap on cost holds the job back.
+"""
 KINDS = ("webhook", "sns", "command")
 MAX_TARGETS = 10
 """Maximum number of targets of one job."""
@@ -41,8 +39,7 @@ NAMED = "target"
 """Kind of a job's target that names one of the grid's own targets."""
 MAX_URL_CHARACTERS = 2000
 SECRET_PREFIX = "BATCHLAB_NOTIFY_"  # noqa: S105 - prefix of the names of variables
-"""Prefix of the variables of the manager's environment that a job may name. All other variables
-have other purposes."""
+"""Prefix of the variables of the manager's environment that a job may name. All other variables have other purposes."""
 TOPIC = re.compile(r"arn:aws[a-z-]*:sns:([a-z0-9-]+):\d{12}:[A-Za-z0-9_-]{1,250}(\.fifo)?")
 TARGET_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
 _ENV = re.compile(r"env:[A-Za-z_][A-Za-z0-9_]*")
@@ -62,8 +59,8 @@ class NotDelivered(BatchlabError):
 class Target:
     """A receiver of notifications.
 
-    `name` is the name of a target of the grid, or it identifies the job and the number of its
-    target. `to` is empty for a `command`. The other fields are as in NotifyDef.
+    `name` is the name of a target of the grid, or it identifies the job and the number of its target. `to` is empty for
+    a `command`. The other fields are as in NotifyDef.
     """
 
     name: str
@@ -88,8 +85,7 @@ class Target:
 
     @property
     def shown(self) -> str:
-        """Return the address without parts that may be secret, such as the path of a web
-        address."""
+        """Return the address without parts that may be secret, such as the path of a web address."""
         if self.kind == "command":
             return self.command[0]
         if self.kind in ("sns", NAMED):
@@ -105,8 +101,8 @@ class Target:
 class Notification:
     """A pending or finished notification. `body` is JSON, and times are epoch seconds.
 
-    `target` is the name of a target. For a target of a job, `own` is its definition, because the
-    notification may outlive the job in the manager's memory.
+    `target` is the name of a target. For a target of a job, `own` is its definition, because the notification may
+    outlive the job in the manager's memory.
     """
 
     id: str
@@ -130,15 +126,13 @@ def targets_of(job: JobDef) -> list[Target]:
     return [own_target(job.id, number, notify_def) for number, notify_def in enumerate(job.notify, start=1)]
 
 
-def own_target(job: str, number: int, one: NotifyDef) -> Target:
-    return Target(f"{job}#{number}", one.kind, one.to, (), one.on, one.secret, one.failures, one.stuck_s, job)
+def own_target(job: str, number: int, notify_def: NotifyDef) -> Target:
+    n = notify_def
+    return Target(f"{job}#{number}", n.kind, n.to, (), n.on, n.secret, n.failures, n.stuck_s, job)
 
 
 def derived_id(target: Target, job: str, round_: int, moment: str, key: str = "") -> str:
-    """Return the id of the notification of one moment of a job to one target.
-
-    `key` distinguishes repeated moments.
-    """
+    """Return the id of the notification of one moment of a job to one target. `key` distinguishes repeated moments."""
     whole = "\0".join((target.name, target.to, *target.command, job, str(round_), moment, key))
     return hashlib.sha256(whole.encode()).hexdigest()[:32]
 
@@ -181,61 +175,59 @@ def body_of(record: JobRecord, stages: Sequence[StageRecord], **more: Json) -> d
 # --- Validation of targets ------------------------------------------------------------------------
 
 
-def problem(one: NotifyDef) -> str:
+def problem(target: NotifyDef) -> str:
     """Return what is wrong with a job's target as a sentence, or "" if it is valid."""
-    if one.kind == NAMED:
-        if one.secret:
-            return "A target of the grid's own signs by its own secret, so a job names none."
-        match = TARGET_NAME.fullmatch(one.to)
-        wrong = "" if match else "No target of a grid's own can have that name."
-        return wrong or _figures(one.on, one.failures, one.stuck_s)
-    if one.kind not in ("webhook", "sns"):
-        return f"A job cannot notify by {one.kind!r}: only the grid's own settings name commands."
-    if one.secret and (one.kind != "webhook" or not _JOB_ENV.fullmatch(one.secret)):
-        return (
-            f"The secret of a job's webhook is named as env:{SECRET_PREFIX}…, a variable of the manager's environment."
-        )
-    return address_problem(one.kind, one.to) or _figures(one.on, one.failures, one.stuck_s)
+    if target.kind == NAMED:
+        if target.secret:
+            return "A target of the grid uses its own secret, so a job must not name a secret for it."
+        match = TARGET_NAME.fullmatch(target.to)
+        wrong = "" if match else "A target of the grid cannot have this name."
+        return wrong or _figures(target.on, target.failures, target.stuck_s)
+    if target.kind not in ("webhook", "sns"):
+        what = f"A job cannot use notifications of the kind {target.kind!r}."
+        return f"{what} Only the settings of the grid may define commands."
+    if target.secret and (target.kind != "webhook" or not _JOB_ENV.fullmatch(target.secret)):
+        return f"Write env:{SECRET_PREFIX}… for the secret of a job's webhook: a variable of the manager's environment."
+    return address_problem(target.kind, target.to) or _figures(target.on, target.failures, target.stuck_s)
 
 
 def target_problem(target: Target) -> str:
     """Return what is wrong with a target of the grid as a sentence, or "" if it is valid."""
     if target.kind == "command":
         if not target.command or not all(target.command):
-            return "A command is a list of a program and its arguments."
+            return "A command must be a list of a program and its arguments."
     elif wrong := address_problem(target.kind, target.to):
         return wrong
     secret = target.secret
     if secret and not (_ENV.fullmatch(secret) or _FILE.fullmatch(secret)):
-        return "A secret is named as env:NAME or file:/PATH, and is never written here itself."
+        return "Write env:NAME or file:/PATH for a secret, never the secret itself."
     if target.jobs and target.kind == "command":
-        return "Jobs may not name a command: say jobs = true of a webhook or a topic."
+        return "Jobs may not use a command. Set jobs = true only for a webhook or a topic."
     # A target that exists only for jobs does not need moments of its own.
     return _figures(target.on or (("ended",) if target.jobs else ()), target.failures, target.stuck_s)
 
 
 def address_problem(kind: str, to: str) -> str:
-    """Return what is wrong with a web address or a topic, without a name lookup. "" if it is
-    valid."""
+    """Return what is wrong with a web address or a topic, without a name lookup. "" if it is valid."""
     if kind == "sns":
         fits = TOPIC.fullmatch(to)
-        return "" if fits else "A topic is named by its ARN, such as arn:aws:sns:REGION:ID:NAME."
+        return "" if fits else "Write the ARN of the topic, such as arn:aws:sns:REGION:ID:NAME."
     try:
         parts = urlsplit(to)
         parts.port  # noqa: B018 - raises ValueError if the port is not valid
     except ValueError:
-        return "The webhook's address is no URL."
+        return "The webhook's address is not a URL."
     # URLs are ASCII. Other characters must be percent-encoded or in punycode.
     if not to.isascii() or not to.isprintable() or " " in to or not parts.hostname:
-        return "The webhook's address is no URL."
+        return "The webhook's address is not a URL."
     if len(to) > MAX_URL_CHARACTERS:
-        return "The webhook's address is no URL."
+        return "The webhook's address is not a URL."
     if parts.username is not None or parts.password is not None:
-        return "The webhook's address may hold no user and password: sign it with a secret."
+        return "The webhook's address must not contain a user or a password. Sign the messages with a secret."
     if parts.scheme not in ("https", "http"):
-        return "A webhook is called by https, or by http on this machine."
+        return "The address of a webhook must begin with https, or with http on this machine."
     if parts.scheme == "http" and not is_loopback(parts.hostname):
-        return "A webhook is called by https; http is only for this machine itself."
+        return "The address of a webhook must begin with https. Only addresses of this machine may begin with http."
     try:
         return address_refusal(parts.hostname)
     except ValueError:
@@ -245,10 +237,10 @@ def address_problem(kind: str, to: str) -> str:
 def is_loopback(host: str) -> bool:
     """Return whether a host, as written, is this machine."""
     try:
-        found = ipaddress.ip_address(host.partition("%")[0])
+        address = ipaddress.ip_address(host.partition("%")[0])
     except ValueError:
         return host.lower() == "localhost"
-    return any(one.is_loopback for one in (found, *_within(found)))
+    return any(candidate.is_loopback for candidate in (address, *_within(address)))
 
 
 _METADATA = frozenset(
@@ -264,12 +256,12 @@ def address_refusal(address: str) -> str:
 
     Raise ValueError if the address is a name.
     """
-    found = ipaddress.ip_address(address.partition("%")[0])
-    for one in (found, *_within(found)):
-        if one in _METADATA or one.is_link_local:
-            return f"{address} is a link-local or metadata address, to which nothing is sent."
-        if one.is_multicast or one.is_unspecified:
-            return f"{address} is no address of one machine, so nothing is sent to it."
+    parsed = ipaddress.ip_address(address.partition("%")[0])
+    for candidate in (parsed, *_within(parsed)):
+        if candidate in _METADATA or candidate.is_link_local:
+            return f"{address} is a link-local or metadata address. Notifications are never sent to such an address."
+        if candidate.is_multicast or candidate.is_unspecified:
+            return f"{address} is not the address of a single machine, so notifications are not sent to it."
     return ""
 
 
@@ -277,16 +269,16 @@ def _within(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> list[ipad
     """Return the IPv4 addresses that packets for an IPv6 address may reach."""
     if isinstance(address, ipaddress.IPv4Address):
         return []
-    found = [address.ipv4_mapped, address.sixtofour, *(address.teredo or ())]
+    addresses = [address.ipv4_mapped, address.sixtofour, *(address.teredo or ())]
     whole = int(address)
     # `::` and `::1` have their own meaning and do not contain an IPv4 address.
     if address in _NAT64 or (address in _COMPATIBLE and whole > 1):
-        found.append(_low(whole))
+        addresses.append(_low(whole))
     if address in _LOCAL_NAT64:
         # The prefix may have one of four lengths, and bits 64 to 71 are skipped (RFC 6052).
         joined = (whole >> 64 << 56) | (whole & (1 << 56) - 1)
-        found += [_low(whole), *(_low(joined >> shift) for shift in (40, 32, 24))]
-    return [one for one in found if one is not None]
+        addresses += [_low(whole), *(_low(joined >> shift) for shift in (40, 32, 24))]
+    return [inner for inner in addresses if inner is not None]
 
 
 def _low(number: int) -> ipaddress.IPv4Address:
@@ -294,19 +286,19 @@ def _low(number: int) -> ipaddress.IPv4Address:
 
 
 def _figures(on: Sequence[str], failures: int, stuck_s: float) -> str:
-    if not on or any(one not in MOMENTS for one in on):
+    if not on or any(moment not in MOMENTS for moment in on):
         return f"The moments are {', '.join(MOMENTS)}."
     if failures < 1 or not 1 <= stuck_s < float("inf"):
-        return "The failures and seconds after which somebody is told begin with 1."
+        return "The number of failures and the seconds without progress must be at least 1."
     return ""
 
 
 # --- Stored format --------------------------------------------------------------------------------
 
 
-def to_json(one: Notification) -> dict[str, Json]:
-    doc = json_format.fields(one)
-    doc["own"] = json_format.fields(one.own) if one.own else None
+def to_json(notification: Notification) -> dict[str, Json]:
+    doc = json_format.fields(notification)
+    doc["own"] = json_format.fields(notification.own) if notification.own else None
     return doc
 
 
@@ -324,10 +316,7 @@ PORTS = {"https": 443, "http": 80}
 
 
 def origin(url: str) -> str:
-    """Return scheme, host, and port of a URL in normal form.
-
-    Raise ValueError if the URL lacks a scheme or a host.
-    """
+    """Return scheme, host, and port of a URL in normal form. Raise ValueError if the URL lacks a scheme or a host."""
     parts = urlsplit(url)
     host = parts.hostname
     if parts.scheme not in PORTS or not host:
@@ -345,8 +334,8 @@ def origin(url: str) -> str:
 class Directory:
     """Notification settings that the operator of a grid wrote.
 
-    `local` are origins on the manager's machine that webhooks of jobs may call. `secrets` maps the
-    variable with a secret to the origins whose job webhooks may be signed with this secret.
+    `local` are origins on the manager's machine that webhooks of jobs may call. `secrets` maps the variable with a
+    secret to the origins whose job webhooks may be signed with this secret.
     """
 
     targets: tuple[Target, ...] = ()
@@ -357,40 +346,40 @@ class Directory:
         """Return the grid's own target with that name."""
         return next((target for target in self.targets if target.name == name), None)
 
-    def own(self, job: str, number: int, one: NotifyDef) -> Target:
+    def own(self, job: str, number: int, notify_def: NotifyDef) -> Target:
         """Return the job's target number `number`, with the grid's settings applied.
 
         A target that `refusal` refuses stays as the job defined it.
         """
-        said = own_target(job, number, one)
-        if one.kind != NAMED:
-            return replace(said, local=_where(one) in self.local)
-        target = self.named(one.to)
+        said = own_target(job, number, notify_def)
+        if notify_def.kind != NAMED:
+            return replace(said, local=_where(notify_def) in self.local)
+        target = self.named(notify_def.to)
         if target is None or not target.jobs:
             return said
         # The operator chose the address of this target, so it may be on the manager's machine.
         return replace(said, kind=target.kind, to=target.to, secret=target.secret, local=True)
 
-    def refusal(self, one: NotifyDef) -> str:
+    def refusal(self, notify_def: NotifyDef) -> str:
         """Return the reason why the grid does not use a job's target, or "" if it does.
 
         `notifications.problem` has checked the target before.
         """
-        if one.kind == NAMED:
-            return self._of_named(one.to)
-        if one.kind != "webhook":
+        if notify_def.kind == NAMED:
+            return self._of_named(notify_def.to)
+        if notify_def.kind != "webhook":
             return ""
-        where = _where(one)
-        if where and is_loopback(urlsplit(one.to).hostname or "") and where not in self.local:
+        where = _where(notify_def)
+        if where and is_loopback(urlsplit(notify_def.to).hostname or "") and where not in self.local:
             return (
-                f"{where} is the manager's own machine, where no job has anything sent to unless "
-                f"the grid's operator names it as `local` below [jobs] of {FILE}."
+                f"{where} is on the manager's own machine. Jobs may notify it only if the grid's "
+                f"operator lists it as `local` under [jobs] in {FILE}."
             )
-        name = one.secret.partition(":")[2]
+        name = notify_def.secret.partition(":")[2]
         if name and where not in self.secrets.get(name, ()):
             return (
-                f"{name} may not sign what jobs have sent to {where}, unless the grid's operator "
-                f"names that beside it below [jobs.secrets] of {FILE}."
+                f"{name} may sign the notifications of jobs to {where} only if the grid's operator "
+                f"lists this origin for it under [jobs.secrets] in {FILE}."
             )
         return ""
 
@@ -400,14 +389,14 @@ class Directory:
             return ""
         names = ", ".join(target.name for target in self.targets if target.jobs) or "none"
         return (
-            f"The grid has no target {name!r} that jobs may name; it has {names}. One is there for "
-            f"jobs where {FILE} says jobs = true of it."
+            f"The grid does not have a target {name!r} for jobs. Its targets for jobs: {names}. "
+            f"Jobs may use a target if {FILE} sets jobs = true for it."
         )
 
 
-def _where(one: NotifyDef) -> str:
+def _where(notify_def: NotifyDef) -> str:
     """Return the origin of the target's address, or "" if it has none."""
     try:
-        return origin(one.to)
+        return origin(notify_def.to)
     except ValueError:
         return ""  # it is a topic, or an address that is refused because it is not a URL

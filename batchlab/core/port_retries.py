@@ -1,11 +1,11 @@
 """Retries of calls to ports, and waits for events.
 
-Patience waits through S3's 409 and 503, throttling of SQS, and short outages. It is only for calls
-that may be repeated. The protocol ensures this for all of its calls.
+Patience waits through S3's 409 and 503, throttling of SQS, and short outages. It is only for calls that may be
+repeated. The protocol ensures this for all of its calls.
 
-Invariant: a cancellation is never lost, because a loop that misses one could not be stopped. Two
-cases need care. A cancellation may arrive together with the event, and `asyncio.wait_for` loses it
-before Python 3.12. An error may also hide a cancellation.
+Invariant: a cancellation is never lost, because a loop that misses one could not be stopped. Two cases need care. A
+cancellation may arrive together with the event, and `asyncio.wait_for` loses it before Python 3.12. An error may also
+hide a cancellation.
 """
 
 from __future__ import annotations
@@ -43,17 +43,15 @@ def cancels() -> int:
 def raise_if_cancelled(before: int = 0) -> None:
     """Raise CancelledError if the current task has received more than `before` cancellations.
 
-    It is for code that catches errors and continues. An error may hide a cancellation: the first
-    error of a group of calls, or an error from an object that was being closed. A cancellation is
-    not delivered again.
+    It is for code that catches errors and continues. An error may hide a cancellation: the first error of a group of
+    calls, or an error from an object that was being closed. A cancellation is not delivered again.
     """
     if cancels() > before:
         raise asyncio.CancelledError
 
 
 async def both(first: Awaitable[A], second: Awaitable[B]) -> tuple[A, B]:
-    """Await two things concurrently. If one fails or this call is canceled, the other is
-    canceled."""
+    """Await two things concurrently. If one fails or this call is canceled, the other is canceled."""
     tasks = asyncio.ensure_future(first), asyncio.ensure_future(second)
     try:
         return await asyncio.gather(*tasks)
@@ -85,8 +83,7 @@ class Patience:
         self._limit_s = limit_s
 
     async def __call__(self, call: Callable[[], Awaitable[T]]) -> T:
-        """Return the result of `call`. Raise its last Throttled or Unreachable after the time
-        limit."""
+        """Return the result of `call`. Raise its last Throttled or Unreachable after the time limit."""
         wait_s, waited_s, before = FIRST_WAIT_S, 0.0, cancels()
         while True:
             try:

@@ -1,13 +1,11 @@
 """Protocols of the ports: clock, ids, objects, queues, fleet, launcher, notices, and ledger.
 
-A port takes and returns plain data and contains no policy. Differences between backends are
-capabilities, never methods that raise. All times are seconds unless a name states another unit.
-Epoch times come from the Clock.
+A port takes and returns plain data and contains no policy. Differences between backends are capabilities, never methods
+that raise. All times are seconds unless a name states another unit. Epoch times come from the Clock.
 
-The ledger is a projection of the bucket that people and the planner read. Each call of it is one
-transaction and may be repeated. A change names the round of the job, so a late call of a paused
-manager does not change a later round. The values follow from the bucket alone, so a rebuilt ledger
-has equal rows.
+The ledger is a projection of the bucket that people and the planner read. Each call of it is one transaction and may be
+repeated. A change names the round of the job, so a late call of a paused manager does not change a later round. The
+values follow from the bucket alone, so a rebuilt ledger has equal rows.
 """
 
 from __future__ import annotations
@@ -76,10 +74,9 @@ class Objects(Protocol):
     async def put(self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> str:
         """Store `data` and return its ETag.
 
-        With `if_absent`, raise AlreadyExists if the object exists. With `if_match`, raise
-        AlreadyExists if its ETag is another one. An adapter that repeats such a put must recognize
-        its own earlier write. If it cannot, it raises AlreadyExists, and the caller reads the
-        object.
+        With `if_absent`, raise AlreadyExists if the object exists. With `if_match`, raise AlreadyExists if its ETag is
+        another one. An adapter that repeats such a put must recognize its own earlier write. If it cannot, it raises
+        AlreadyExists, and the caller reads the object.
         """
 
     async def get(self, key: str, *, limit: int | None = None) -> bytes:
@@ -92,10 +89,7 @@ class Objects(Protocol):
         """Return the bytes from `start` up to `stop`, exclusive, or to the end of the object."""
 
     async def get_if_changed(self, key: str, etag: str | None) -> tuple[bytes, str] | None:
-        """Return content and ETag, or None if the ETag is still `etag`.
-
-        Raise NotFound if the object does not exist.
-        """
+        """Return content and ETag, or None if the ETag is still `etag`. Raise NotFound if the object does not exist."""
 
     async def head(self, key: str) -> ObjectInfo | None:
         """Return size and ETag of the object, or None if it does not exist."""
@@ -120,8 +114,7 @@ class Objects(Protocol):
 
 
 class LocalFiles(Protocol):
-    """Objects of a bucket that are files of this machine, so that a program can read them in
-    place."""
+    """Objects of a bucket that are files of this machine, so that a program can read them in place."""
 
     def path(self, key: str) -> Path | None:
         """Return the path of the object's file, or None if the object does not exist."""
@@ -174,9 +167,9 @@ class Depth:
 class Queue(Protocol):
     """Queues by name, with the semantics of SQS standard queues.
 
-    Messages arrive at least once and in any order. A call takes at most 10 entries and 256 KiB.
-    Otherwise, it raises TooLarge. `delete` and `change_visibility` either ignore an expired receipt
-    or return it as refused. A caller must not rely on either.
+    Messages arrive at least once and in any order. A call takes at most 10 entries and 256 KiB. Otherwise, it raises
+    TooLarge. `delete` and `change_visibility` either ignore an expired receipt or return it as refused. A caller must
+    not rely on either.
     """
 
     async def ensure(self, spec: QueueSpec) -> None:
@@ -194,8 +187,7 @@ class Queue(Protocol):
         """Delete up to 10 messages, and return the receipts that were refused."""
 
     async def change_visibility(self, queue: str, changes: Sequence[tuple[str, float]]) -> Sequence[str]:
-        """Set up to 10 visibility timeouts, as (receipt, seconds from now), and return the receipts
-        that were refused."""
+        """Set up to 10 visibility timeouts, as (receipt, seconds from now). Return the refused receipts."""
 
     async def depth(self, queue: str) -> Depth:
         """Return approximate counts of the queue's messages."""
@@ -245,8 +237,8 @@ class Fleet(Protocol):
     async def tick(self) -> Sequence[Instance]:
         """Converge one step, and return the instances found dead since the last call.
 
-        A managed service converges by itself, and its adapter only compares. `Instance.note` is the
-        cause of the end ("exit -9"). It begins with "terminated" if the group ended the instance.
+        A managed service converges by itself, and its adapter only compares. `Instance.note` is the cause of the end
+        ("exit -9"). It begins with "terminated" if the group ended the instance.
         """
 
 
@@ -278,8 +270,7 @@ class Launcher(Protocol):
 class Notice:
     """Notice that the platform will terminate this instance.
 
-    `why` is the reason in words. `by_s` is the latest time in epoch seconds, or None if it is
-    unknown.
+    `why` is the reason in words. `by_s` is the latest time in epoch seconds, or None if it is unknown.
     """
 
     why: str
@@ -315,8 +306,8 @@ class JobRecord:
 class StageRecord:
     """A stage's row: its counters, and the part of its plan that is cut into bundles.
 
-    `plan_round` is the round of the plan that defines its tasks. `cut_seq` numbers the cuts of that
-    round, and is -1 before the first. `left` are the tasks that are not cut yet.
+    `plan_round` is the round of the plan that defines its tasks. `cut_seq` numbers the cuts of that round, and is -1
+    before the first. `left` are the tasks that are not cut yet.
     """
 
     counts: StageCounts
@@ -327,8 +318,7 @@ class StageRecord:
 
 @dataclass(frozen=True, slots=True)
 class BundleRecord:
-    """A bundle's row. `completion` is None while the bundle is planned. `seq` is the order of
-    folds."""
+    """A bundle's row. `completion` is None while the bundle is planned. `seq` is the order of folds."""
 
     bundle: Bundle
     completion: Completion | None = None
@@ -355,8 +345,8 @@ class Cut:
 class Reopening:
     """Counts that a `job retry` takes back from a stage before the stage runs again.
 
-    `replan` is true if the stage's plan itself is void (a gather). Then `planned` is unknown again,
-    and no listing shows the stage's earlier bundles.
+    `replan` is true if the stage's plan itself is void (a gather). Then `planned` is unknown again, and no listing
+    shows the stage's earlier bundles.
     """
 
     stage: StageName
@@ -368,8 +358,7 @@ class Reopening:
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """End of a round of a job. `closed` has the number of tasks of each stage that were never
-    planned."""
+    """End of a round of a job. `closed` has the number of tasks of each stage that were never planned."""
 
     state: JobState
     reason: str
@@ -381,8 +370,8 @@ class Ending:
 class Round:
     """One round of a job, as the bucket describes it.
 
-    `planned` are the chained stages whose number of tasks follows from the first cuts of the round.
-    `casualties` has one mapping for each completion.
+    `planned` are the chained stages whose number of tasks follows from the first cuts of the round. `casualties` has
+    one mapping for each completion.
     """
 
     reopened: Sequence[Reopening]
@@ -407,8 +396,7 @@ class JobHistory:
 class JobRows:
     """The row of a job and the rows of its stages, in order, at one moment.
 
-    `stamp` distinguishes writes that leave equal rows. It is internal to the ledger, so it is not
-    compared.
+    `stamp` distinguishes writes that leave equal rows. It is internal to the ledger, so it is not compared.
     """
 
     job: JobRecord
@@ -430,8 +418,8 @@ class ChangeResult:
     def has_control(self, change: SetControl) -> bool:
         """Return whether the job has the control of the change.
 
-        The job must be in the round of the change and must not have ended. A repeated change is new
-        only once, so `is_new` does not answer this.
+        The job must be in the round of the change and must not have ended. A repeated change is new only once, so
+        `is_new` does not answer this.
         """
         job = self.rows.job
         return job.round == change.round and not job.state.ended and job.control is change.control
@@ -441,8 +429,8 @@ class ChangeResult:
 class FoldResult:
     """Result of a `Fold`: which completions were new, and the rows of their jobs after it.
 
-    A new completion at position i has the seq `first_seq` + i. No other completion has a seq
-    between `first_seq` and the last of these.
+    A new completion at position i has the seq `first_seq` + i. No other completion has a seq between `first_seq` and
+    the last of these.
     """
 
     new: Sequence[bool]
@@ -479,8 +467,7 @@ class MoveJob:
 class SetControl:
     """Record the word of the job's control object.
 
-    The change is ignored if the job is in another round or has ended. A cancellation is final
-    within its round.
+    The change is ignored if the job is in another round or has ended. A cancellation is final within its round.
     """
 
     job_id: JobId
@@ -492,8 +479,8 @@ class SetControl:
 class AddCut:
     """Record a cut and its bundles as planned. A SUBMITTED or PENDING job becomes RUNNABLE.
 
-    A cut is ignored if it is known, older than a known one, or of another round than the job. A
-    stage whose `plan_round` is older than the cut takes the round of the cut.
+    A cut is ignored if it is known, older than a known one, or of another round than the job. A stage whose
+    `plan_round` is older than the cut takes the round of the cut.
     """
 
     cut: Cut
@@ -529,8 +516,8 @@ class Reopen:
 class Finish:
     """End the job if it is in round `round` and has not ended.
 
-    The tasks that `ending.closed` counts for each stage are counted as canceled. A stage without a
-    plan gets that count as its planned tasks.
+    The tasks that `ending.closed` counts for each stage are counted as canceled. A stage without a plan gets that count
+    as its planned tasks.
     """
 
     job_id: JobId
@@ -542,9 +529,9 @@ class Finish:
 class Fold:
     """Fold completions, each exactly once even if it arrives several times.
 
-    A waiting job becomes RUNNING. The completion is added to the counters of the bundle's stage.
-    `casualties` has one mapping for each completion. Its counts are added to `cancelled` of these
-    stages. The `follows` of a completion become planned bundles, unless they are already folded.
+    A waiting job becomes RUNNING. The completion is added to the counters of the bundle's stage. `casualties` has one
+    mapping for each completion. Its counts are added to `cancelled` of these stages. The `follows` of a completion
+    become planned bundles, unless they are already folded.
     """
 
     completions: Sequence[Completion]
@@ -561,9 +548,9 @@ Change = JobChange | Fold
 class Lease:
     """State of a lease. Every renewal adds 1 to `beat`.
 
-    A lease has expired if an observer sees it unchanged for its whole duration. The observer
-    measures the duration on its own clock, so clocks need not agree. `beat` never starts again, so
-    if a renewal adds more than 1, another owner may have held the lease in between.
+    A lease has expired if an observer sees it unchanged for its whole duration. The observer measures the duration on
+    its own clock, so clocks need not agree. `beat` never starts again, so if a renewal adds more than 1, another owner
+    may have held the lease in between.
     """
 
     owner: str
@@ -573,8 +560,8 @@ class Lease:
 class Ledger(Protocol):
     """Rows of jobs, stages, and bundles, and the leases of managers.
 
-    Readers see whole transactions. The ledger does not store single tasks, because the outcomes
-    contain them. A change returns the rows that it leaves, which saves the caller a read.
+    Readers see whole transactions. The ledger does not store single tasks, because the outcomes contain them. A change
+    returns the rows that it leaves, which saves the caller a read.
     """
 
     @overload
@@ -582,10 +569,7 @@ class Ledger(Protocol):
 
     @overload
     async def apply(self, change: JobChange) -> ChangeResult:
-        """Apply the change, unless it was applied before.
-
-        Raise NotFound if the job or a stage does not exist.
-        """
+        """Apply the change, unless it was applied before. Raise NotFound if the job or a stage does not exist."""
 
     async def job(self, job: JobId) -> JobRecord:
         """Return one job. Raise NotFound if it does not exist."""
@@ -593,8 +577,7 @@ class Ledger(Protocol):
     async def jobs(self, *, active: bool = False, limit: int = 100, before: str | None = None) -> Sequence[JobRecord]:
         """Return jobs, newest first by (submitted_s, id). `active` excludes jobs that have ended.
 
-        `before` is the id of the last job of the previous page. Raise NotFound if it does not
-        exist.
+        `before` is the id of the last job of the previous page. Raise NotFound if it does not exist.
         """
 
     async def rows(self, job: JobId) -> JobRows:
@@ -612,13 +595,12 @@ class Ledger(Protocol):
     ) -> Sequence[BundleRecord]:
         """Return bundles in the order (seq, stage, id), planned ones last.
 
-        `done` selects folded (True) or planned bundles (False). `after_seq` selects completions
-        that were folded after that one. `failed` selects bundles with failed tasks.
+        `done` selects folded (True) or planned bundles (False). `after_seq` selects completions that were folded after
+        that one. `failed` selects bundles with failed tasks.
         """
 
     async def lease(self, name: str, owner: str, *, over: Lease | None = None) -> Lease:
-        """Take the lease if it is free, or renew it if `owner` holds it. Return the resulting
-        lease.
+        """Take the lease if it is free, or renew it if `owner` holds it. Return the resulting lease.
 
         If the lease is still equal to `over`, which the caller read earlier, `owner` takes it over.
         """
@@ -629,8 +611,8 @@ class Ledger(Protocol):
     async def restore(self, past: JobHistory, *, over: JobRows | None) -> bool:
         """Replace all rows of a job by the state in the bucket.
 
-        `over` are the rows that `rows` returned before the bucket was read, None if the job did not
-        exist. Return False and change nothing if the job has changed since.
+        `over` are the rows that `rows` returned before the bucket was read, None if the job did not exist. Return False
+        and change nothing if the job has changed since.
         """
 
     async def forget(self, jobs: Sequence[JobId] | None = None) -> None:

@@ -20,10 +20,9 @@ _MAX_S = 1e11
 class RetryRule:
     """Rule for the retries of a failed task.
 
-    `attempts` counts the first try. The wait before attempt n+1 is `backoff_s · factor^(n-1)`, at
-    most `max_backoff_s`, times a jitter within ±`jitter`. Empty `kinds` means every kind except
-    IMPORT and RESULT, which a retry cannot fix. LOST is always final. Non-empty `exit_codes` or
-    `exceptions` limit the retries of EXIT and EXCEPTION to those named.
+    `attempts` counts the first try. The wait before attempt n+1 is `backoff_s · factor^(n-1)`, at most `max_backoff_s`,
+    times a jitter within ±`jitter`. Empty `kinds` means every kind except IMPORT and RESULT, which a retry cannot fix.
+    LOST is always final. Non-empty `exit_codes` or `exceptions` limit the retries of EXIT and EXCEPTION to those named.
     """
 
     attempts: int = 3

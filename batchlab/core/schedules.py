@@ -1,14 +1,8 @@
-"""Schedules and their runs as frozen, pure values, and their format in the bucket.
+"""Schedules and their runs as frozen values, the decision about each due time, and their format in the bucket.
 
-Invariant: a run is identified by its schedule and its due time. So every manager that decides a due
-time creates the same run, and the job with the same token.
-
-Schedules: repeated jobs, their due times, and the decision about each due time.
-
-Decisions about due times, as pure functions of a schedule and the time.
-
-Invariant: each due time is decided once, in order, and the decision has a reason. If a clock is set
-back, due times without a run come again. A due time never runs twice.
+Invariants: a run is identified by its schedule and its due time. So every manager that decides a due time creates the
+same run, and the job with the same token. Each due time is decided once, in order, and the decision has a reason. If a
+clock is set back, due times without a run come again. A due time never runs twice. All functions are pure.
 """
 
 from __future__ import annotations
@@ -46,8 +40,7 @@ class Overlap(StrEnum):
 
 
 class RunState(StrEnum):
-    """States of a run. A WAITING run is decided but does not have a job yet. A RUNNING one has or
-    gets a job."""
+    """States of a run. A WAITING run is decided but does not have a job yet. A RUNNING one has or gets a job."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -78,8 +71,7 @@ class When:
         return due_times.next_after(self.cron, self.tz, after_s)
 
     def latest(self, after_s: float, until_s: float, most: int) -> tuple[list[float], bool]:
-        """Return the last due times in (after_s, until_s], at most `most`, and whether there are
-        more."""
+        """Return the last due times in (after_s, until_s], at most `most`, and whether there are more."""
         if self.at_s is not None:
             return ([self.at_s] if after_s < self.at_s <= until_s else []), False
         return due_times.latest(self.cron, self.tz, after_s, until_s, most)
@@ -89,11 +81,10 @@ class When:
 class Definition:
     """Definition of a schedule, as its user wrote it. Durations are in seconds.
 
-    `template` is the key of the job's definition, and `job` its name. A run that was missed by more
-    than `missed_within_s` is not made up for. None sets no limit. `capacity` is the number of
-    instances to have `prewarm_s` before a due time. With None, it follows from the last runs. The
-    job's parameter `due_param`, if any, gets the due time. `source` is the job file, and
-    `source_digest` is the digest of its content when the schedule was added.
+    `template` is the key of the job's definition, and `job` its name. A run that was missed by more than
+    `missed_within_s` is not made up for. None sets no limit. `capacity` is the number of instances to have `prewarm_s`
+    before a due time. With None, it follows from the last runs. The job's parameter `due_param`, if any, gets the due
+    time. `source` is the job file, and `source_digest` is the digest of its content when the schedule was added.
     """
 
     name: str
@@ -114,9 +105,9 @@ class Definition:
 class Run:
     """One due time and its result. Times are epoch seconds.
 
-    `token` is the client token of its job. `asked` is the token of the request if a user requested
-    the run. `result` is the final state of its job. `peak` is the maximum number of instances of
-    each pool that worked for the job at once. `tasks` is the number of tasks in its first stages.
+    `token` is the client token of its job. `asked` is the token of the request if a user requested the run. `result` is
+    the final state of its job. `peak` is the maximum number of instances of each pool that worked for the job at once.
+    `tasks` is the number of tasks in its first stages.
     """
 
     due_s: float
@@ -137,10 +128,9 @@ class Run:
 class Schedule:
     """State of a schedule.
 
-    Each due time up to `through_s` is decided. `generation` distinguishes the schedule from a
-    removed one with the same name. `runs` are in the order of their decisions. `number` counts the
-    earlier changes. So all contents of the object differ, and a conditional write that is late
-    fails because of its ETag.
+    Each due time up to `through_s` is decided. `generation` distinguishes the schedule from a removed one with the same
+    name. `runs` are in the order of their decisions. `number` counts the earlier changes. So all contents of the object
+    differ, and a conditional write that is late fails because of its ETag.
     """
 
     definition: Definition
@@ -165,25 +155,23 @@ class Schedule:
         return next((run for run in self.runs if run.state is RunState.RUNNING), None)
 
     def next_s(self) -> float | None:
-        """Return the next due time to decide. None if there is none, or if it is paused or
-        removed."""
+        """Return the next due time to decide. None if there is none, or if it is paused or removed."""
         if self.paused or self.removed:
             return None
         return self.definition.when.next_after(self.through_s)
 
     def with_run(self, run: Run) -> Schedule:
-        """Return the schedule with this run. It replaces the run with the same token or is the last
-        one."""
+        """Return the schedule with this run. It replaces the run with the same token or is the last one."""
         runs = list(self.runs)
-        for i, one in enumerate(runs):
-            if one.token == run.token:
+        for i, earlier in enumerate(runs):
+            if earlier.token == run.token:
                 runs[i] = run
                 break
         else:
             runs.append(run)
-        over = [one for one in runs if one.state.over]
-        dropped = {one.token for one in over[: max(0, len(over) - MAX_RUNS)]}
-        return replace(self, runs=tuple(one for one in runs if one.token not in dropped))
+        over = [earlier for earlier in runs if earlier.state.over]
+        dropped = {earlier.token for earlier in over[: max(0, len(over) - MAX_RUNS)]}
+        return replace(self, runs=tuple(earlier for earlier in runs if earlier.token not in dropped))
 
 
 def token_of(schedule: Schedule, due_s: float) -> str:
@@ -278,10 +266,10 @@ def lapse(schedule: Schedule, now_s: float) -> Schedule:
     next_s = schedule.next_s()
     if next_s is None or next_s > now_s:
         return schedule
-    found, more = schedule.definition.when.latest(schedule.through_s, now_s, MAX_MISSED)
+    times, more = schedule.definition.when.latest(schedule.through_s, now_s, MAX_MISSED)
     run_already = {run.due_s for run in schedule.runs if run.job and not run.asked}
-    due = [one for one in found if one not in run_already]
-    schedule = replace(schedule, through_s=found[-1])
+    due = [due_s for due_s in times if due_s not in run_already]
+    schedule = replace(schedule, through_s=times[-1])
     if not due:
         return schedule
     fires, skipped = _chosen(schedule, due, more, now_s)
@@ -304,18 +292,18 @@ def _rewound(schedule: Schedule, now_s: float) -> Schedule:
 def _chosen(schedule: Schedule, due: Sequence[float], more: bool, now_s: float) -> tuple[list[_DueRun], Run | None]:
     """Return the due times that will run, and a skipped run that stands for the others, if any."""
     definition = schedule.definition
-    on_time = [_DueRun(one) for one in due if now_s - one <= ON_TIME_S]
-    missed = [one for one in due if now_s - one > ON_TIME_S]
+    on_time = [_DueRun(due_s) for due_s in due if now_s - due_s <= ON_TIME_S]
+    missed = [due_s for due_s in due if now_s - due_s > ON_TIME_S]
     if not missed:
         return on_time, None
     within_s = definition.missed_within_s
-    made_up = [one for one in missed if within_s is None or now_s - one <= within_s]
-    told = f"{'more than ' if more else ''}{len(missed)} due time{'s' * (len(missed) > 1)}"
-    were = f"{told} {'were' if len(missed) > 1 else 'was'} missed, since no manager was there"
+    made_up = [due_s for due_s in missed if within_s is None or now_s - due_s <= within_s]
+    times = f"{'more than ' if more else ''}{len(missed)} due time{'s' * (len(missed) > 1)}"
+    were = f"{times} {'were' if len(missed) > 1 else 'was'} missed, because no manager was running"
     if definition.missed is Missed.SKIP:
-        made_up, why = [], f"{were}; its policy is to skip what was missed"
+        made_up, why = [], f"{were}; its policy is to skip missed runs"
     elif not made_up:
-        why = f"{were}; all of it longer ago than it makes up for"
+        why = f"{were}; all of them are older than its limit for missed runs"
     elif definition.missed is Missed.RUN_ONCE:
         if on_time:
             # The latest due time of all is the one that runs once.
@@ -324,8 +312,8 @@ def _chosen(schedule: Schedule, due: Sequence[float], more: bool, now_s: float) 
     else:
         why = f"{were}; {len(made_up)} of them are made up for, one after the other"
     if made_up:
-        late = [_DueRun(one, why, late=True) for one in made_up]
-        return [*late, *(replace(one, late=True) for one in on_time)], None
+        late = [_DueRun(due_s, why, late=True) for due_s in made_up]
+        return [*late, *(replace(due_s, late=True) for due_s in on_time)], None
     if on_time:
         return [replace(on_time[0], why=why), *on_time[1:]], None
     latest = missed[-1]
@@ -334,23 +322,22 @@ def _chosen(schedule: Schedule, due: Sequence[float], more: bool, now_s: float) 
 
 
 def _overlapped(schedule: Schedule, fire: _DueRun, now_s: float) -> Schedule:
-    """Return the schedule with the run added, either waiting or skipped because of an unfinished
-    run."""
+    """Return the schedule with the run added, either waiting or skipped because of an unfinished run."""
     run = Run(fire.due_s, token_of(schedule, fire.due_s), RunState.WAITING, now_s, reason=fire.why)
     unfinished, overlap = schedule.unfinished, schedule.definition.overlap
-    waiting = [one for one in unfinished if one.state is RunState.WAITING]
+    waiting = [earlier for earlier in unfinished if earlier.state is RunState.WAITING]
     if not unfinished:
         return schedule.with_run(run)
     if overlap is Overlap.SKIP and not fire.late:
         before = named(schedule, unfinished[-1])
         return schedule.with_run(_skipped(run, now_s, f"{before} had not ended"))
     if overlap is Overlap.REPLACE:
-        for one in waiting:
-            why = f"{named(schedule, run)} took its place before it had begun"
-            schedule = schedule.with_run(_skipped(one, now_s, why))
+        for earlier in waiting:
+            why = f"{named(schedule, run)} replaced it before it began"
+            schedule = schedule.with_run(_skipped(earlier, now_s, why))
         return schedule.with_run(run)
     if len(waiting) >= MAX_WAITING:
-        why = f"{len(waiting)} runs wait already for the one before them"
+        why = f"{len(waiting)} runs already wait for the previous run"
         return schedule.with_run(_skipped(run, now_s, why))
     return schedule.with_run(run)
 
@@ -363,7 +350,7 @@ def by_hand(schedule: Schedule, asked: str, now_s: float) -> Schedule:
     if any(run.asked == asked for run in schedule.runs):
         return schedule
     unfinished, overlap = schedule.unfinished, schedule.definition.overlap
-    waiting = [one for one in unfinished if one.state is RunState.WAITING]
+    waiting = [earlier for earlier in unfinished if earlier.state is RunState.WAITING]
     if unfinished and (overlap is Overlap.SKIP or len(waiting) >= MAX_WAITING):
         raise Refused(
             f"{named(schedule, unfinished[-1])} of schedule {schedule.name} has not ended.",
@@ -372,17 +359,16 @@ def by_hand(schedule: Schedule, asked: str, now_s: float) -> Schedule:
     token = token_by_hand(schedule, asked)
     run = Run(now_s, token, RunState.WAITING, now_s, reason="asked for by hand", asked=asked)
     if overlap is Overlap.REPLACE:
-        for one in waiting:
-            why = "a run asked for by hand took its place before it had begun"
-            schedule = schedule.with_run(_skipped(one, now_s, why))
+        for earlier in waiting:
+            why = "a run asked for by hand replaced it before it began"
+            schedule = schedule.with_run(_skipped(earlier, now_s, why))
     return schedule.with_run(run)
 
 
 def startable(schedule: Schedule) -> Run | None:
     """Return the run that gets its job now, or None.
 
-    A run starts only after the one before it has ended. In a paused schedule, only runs requested
-    by a user start.
+    A run starts only after the one before it has ended. In a paused schedule, only runs requested by a user start.
     """
     if schedule.removed or schedule.running:
         return None
@@ -393,10 +379,7 @@ def startable(schedule: Schedule) -> Run | None:
 
 
 def started(schedule: Schedule, run: Run, now_s: float) -> Schedule:
-    """Return the schedule with the run marked as having its job.
-
-    Once this is written, the job must be submitted.
-    """
+    """Return the schedule with the run marked as having its job. Once this is written, the job must be submitted."""
     job = object_keys.job_id(schedule.definition.job, run.token)
     return schedule.with_run(replace(run, state=RunState.RUNNING, job=job, started_s=now_s))
 
@@ -443,5 +426,5 @@ def _at(schedule: Schedule, run: Run) -> str:
 
 
 def _skipped(run: Run, now_s: float, why: str) -> Run:
-    told = f"{run.reason}; {why}" if run.reason else why
-    return replace(run, state=RunState.SKIPPED, reason=told, ended_s=now_s)
+    reason = f"{run.reason}; {why}" if run.reason else why
+    return replace(run, state=RunState.SKIPPED, reason=reason, ended_s=now_s)

@@ -1,7 +1,6 @@
 """Objects for user code: files as inputs and results, and the context of a task.
 
-Every child process imports the module at start-up, so it needs only a small part of the standard
-library.
+Every child process imports the module at start-up, so it needs only a small part of the standard library.
 
 Invariant: an accepted relative name never leads out of its folder.
 """
@@ -17,8 +16,7 @@ from batchlab.core.atomic_write import STAGED
 
 
 def name_problem(name: str) -> str | None:
-    """Return why `name` is not a safe relative file name, as the end of a sentence, or None if it
-    is."""
+    """Return why `name` is not a safe relative file name, as the end of a sentence, or None if it is."""
     parts = name.split("/")
     if not name or name.startswith("/") or "\\" in name:
         return "must be a relative name such as 'part.csv' or 'charts/part.png'"
@@ -56,8 +54,7 @@ class File:
         return info.st_size, info.st_mtime_ns
 
     def origin(self) -> Any:
-        """Return the reference from which the file was fetched, or None if its content has
-        changed."""
+        """Return the reference from which the file was fetched, or None if its content has changed."""
         if self._origin is None or not self.path.is_file():
             return None
         reference, stamp = self._origin
@@ -111,8 +108,8 @@ class Context:
     @property
     def params(self) -> dict[str, Any]:
         """Parameters of the job, as this task's own copy."""
-        # They are parsed on demand and per task. A handler that changes them must not affect other
-        # tasks, and most handlers do not read them.
+        # They are parsed on demand and per task. A handler that changes them must not affect other tasks, and most
+        # handlers do not read them.
         if self._params is None:
             self._params = json.loads(self._params_json)
         return self._params
@@ -130,8 +127,8 @@ class Context:
     def save(self, content: str | os.PathLike[str] | bytes, name: str) -> File:
         """Save a large output: bytes, or the path of a file, under a safe relative name.
 
-        The file is stored when the task succeeds. A path inside `scratch` or the current folder is
-        moved, and any other path is copied. Raise ValueError if the name is unsafe or in use.
+        The file is stored when the task succeeds. A path inside `scratch` or the current folder is moved, and any other
+        path is copied. Raise ValueError if the name is unsafe or in use.
         """
         if problem := name_problem(name):
             raise ValueError(f"cannot save {name!r}: the name {problem}")

@@ -1,11 +1,7 @@
-"""Text for people: durations, sizes, counts, lists of names, and safe output of foreign text.
+"""Conversion between text for people and durations, sizes, counts, names, and start times.
 
-Invariant: only this module converts these numbers to text, and it always adds the unit.
-`core.pricing.money` does this for money.
-
-Durations, sizes, and start times as people write them.
-
-Invariant: a text without a unit is refused. A plain number has one fixed unit.
+Invariants: only this module converts these numbers to text, and always with a unit (`core.pricing.price_book` converts
+amounts of money). A text without a unit is refused. A plain number has one fixed unit.
 """
 
 from __future__ import annotations
@@ -18,8 +14,7 @@ from typing import Any
 
 
 def span(seconds: float) -> str:
-    """Return a duration: 0 s, <0.1 ms, 0.3 ms, 40 ms, 3.2 s, 12 min 05 s, 3 h 20 min, 2 days 7
-    h."""
+    """Return a duration: 0 s, <0.1 ms, 0.3 ms, 40 ms, 3.2 s, 12 min 05 s, 3 h 20 min, 2 days 7 h."""
     if seconds <= 0:
         return "0 s"
     if seconds < 0.00005:
@@ -115,8 +110,8 @@ def visible(text: str, layout: str = _LAYOUT) -> str:
     """
     if text.isprintable() or (layout == _LAYOUT and text.translate(_NOTHING).isprintable()):
         return text
-    kept = layout + _SPACES
-    return "".join(c if c.isprintable() or c in kept else repr(c)[1:-1] for c in text)
+    allowed = layout + _SPACES
+    return "".join(c if c.isprintable() or c in allowed else repr(c)[1:-1] for c in text)
 
 
 def visible_json(value: Any, *, indent: int | None = None) -> str:
@@ -124,10 +119,10 @@ def visible_json(value: Any, *, indent: int | None = None) -> str:
     text = json.dumps(value, indent=indent, ensure_ascii=False)
     if text.translate(_NOTHING).isprintable():
         return text
-    # Outside of strings, the only such character in JSON is the line break. So JSON's own escapes
-    # are valid for all others.
-    kept = "\n" + _SPACES
-    return "".join(c if c.isprintable() or c in kept else json.dumps(c)[1:-1] for c in text)
+    # Outside of strings, the only such character in JSON is the line break. So JSON's own escapes are valid for all
+    # others.
+    allowed = "\n" + _SPACES
+    return "".join(c if c.isprintable() or c in allowed else json.dumps(c)[1:-1] for c in text)
 
 
 DURATION_FORMS = "30s, 5m, 1h30m, 2d, 250ms or a number of seconds"
@@ -137,8 +132,7 @@ AT_FORMS = "+10m or a time with its zone such as 2026-01-31T06:00:00Z"
 LONGEST_S = 100 * 366 * 86_400.0
 LARGEST_BYTES = 2**60
 _LAST_YEAR = 9998
-"""Limits. A larger number is probably a mistake, and some store, timer, or calendar cannot
-represent it."""
+"""Limits. A larger number is probably a mistake, and some store, timer, or calendar cannot represent it."""
 
 DURATION_PATTERN = r"^\s*(\d+(\.\d+)?\s*(ms|s|m|min|h|d)\s*)+$"
 SIZE_PATTERN = r"^\s*\d+(\.\d+)?\s*([KMGT]i?)?B\s*$"
@@ -157,10 +151,7 @@ def shown(value: object) -> str:
 
 
 def seconds(value: object) -> float:
-    """Return a duration in seconds.
-
-    Raise ValueError if the value is not a duration, or is longer than a century.
-    """
+    """Return a duration in seconds. Raise ValueError if the value is not a duration, or is longer than a century."""
     if isinstance(value, str) and re.match(DURATION_PATTERN, value):
         number: float = sum(float(n) * _SECONDS[unit] for n, unit in _PIECE.findall(value))
     elif isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
@@ -174,10 +165,7 @@ def seconds(value: object) -> float:
 
 
 def size_bytes(value: object) -> int:
-    """Return a size in bytes (KiB = 1024, kB = 1000).
-
-    Raise ValueError if the value is not a size, or is over 1 EiB.
-    """
+    """Return a size in bytes (KiB = 1024, kB = 1000). Raise ValueError if the value is not a size, or is over 1 EiB."""
     number: float | None = None
     if isinstance(value, str) and (match := _SIZE.fullmatch(value)):
         digits, prefix, binary = match.groups()
@@ -194,10 +182,7 @@ def size_bytes(value: object) -> int:
 
 
 def start_s(text: str, now_s: float) -> float:
-    """Return the epoch second of a start time. `+10m` counts from `now_s`.
-
-    Raise ValueError for any other text.
-    """
+    """Return the epoch second of a start time. `+10m` counts from `now_s`. Raise ValueError for any other text."""
     if text.startswith("+"):
         return now_s + seconds(text[1:])
     try:
@@ -205,7 +190,7 @@ def start_s(text: str, now_s: float) -> float:
     except ValueError:
         raise ValueError(f"{shown(text)} is not a start time") from None
     if moment.tzinfo is None:
-        raise ValueError(f"{text!r} has no time zone")
+        raise ValueError(f"{text!r} does not have a time zone")
     if moment.year > _LAST_YEAR:
-        raise ValueError(f"{text!r} is too far away")
+        raise ValueError(f"{text!r} is too far in the future")
     return moment.timestamp()

@@ -1,7 +1,7 @@
 """Interface to a tracer: spans with their job and their parent.
 
-Invariants: for a job that is not traced, the only cost is the check of an empty text. Processes
-pass on only a W3C traceparent. A tracer never makes the work fail.
+Invariants: for a job that is not traced, the only cost is the check of an empty text. Processes pass on only a W3C
+traceparent. A tracer never makes the work fail.
 """
 
 from __future__ import annotations
@@ -101,32 +101,13 @@ NO_SPAN: Span = _Untraced("")
 class _NoTracer:
     """No-op tracer. It still passes on the context that it receives."""
 
-    def root(self, name: str, about: Subject, *, parent: str = "") -> Span:  # noqa: ARG002
+    def root(self, *_args: object, **_more: object) -> Span:
         return NO_SPAN
 
-    def begin(
-        self,
-        name: str,  # noqa: ARG002
-        parent: str,
-        about: Bundle | Subject,  # noqa: ARG002
-        *,
-        start_s: float | None = None,  # noqa: ARG002
-        links: Sequence[str] = (),  # noqa: ARG002
-        **attributes: Attribute,  # noqa: ARG002
-    ) -> Span:
+    def begin(self, name: str, parent: str, *_args: object, **_more: object) -> Span:  # noqa: ARG002
         return _Untraced(parent) if parent else NO_SPAN
 
-    def record(
-        self,
-        name: str,  # noqa: ARG002
-        parent: str,
-        about: Bundle | Subject,  # noqa: ARG002
-        *,
-        start_s: float,  # noqa: ARG002
-        end_s: float,  # noqa: ARG002
-        error: str = "",  # noqa: ARG002
-        **attributes: Attribute,  # noqa: ARG002
-    ) -> str:
+    def record(self, name: str, parent: str, *_args: object, **_more: object) -> str:  # noqa: ARG002
         return parent
 
     async def close(self) -> None:
@@ -149,22 +130,21 @@ def span(
     links: Sequence[str] = (),
     **attributes: Attribute,
 ) -> AbstractContextManager[Span]:
-    """Return a span for a `with` block. If an exception ends it, the span records the class
-    name."""
+    """Return a span for a `with` block. If an exception ends it, the span records the class name."""
     if not parent:
         return _OFF  # most jobs are not traced
     return ending(tracer.begin(name, parent, about, start_s=start_s, links=links, **attributes))
 
 
 @contextmanager
-def ending(made: Span) -> Iterator[Span]:
+def ending(open_span: Span) -> Iterator[Span]:
     """Return a span that ends with the `with` block."""
     try:
-        yield made
+        yield open_span
     except BaseException as error:
-        made.end(error=type(error).__name__)
+        open_span.end(error=type(error).__name__)
         raise
-    made.end()
+    open_span.end()
 
 
 def is_context(text: str) -> bool:

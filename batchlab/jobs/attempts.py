@@ -1,7 +1,7 @@
 """Attempts of a task: how each attempt ended, its output, and its input.
 
-Invariants: this module only reads, through the Objects port. It therefore needs neither a manager
-nor a ledger, and it works on every backend.
+Invariants: this module only reads, through the Objects port. It therefore needs neither a manager nor a ledger, and it
+works on every backend.
 """
 
 from __future__ import annotations
@@ -48,10 +48,7 @@ class Attempt:
 
     @property
     def state(self) -> str:
-        """SUCCEEDED, FAILED, CANCELLED, or RETRIED.
-
-        RETRIED means that a failure was tried again.
-        """
+        """SUCCEEDED, FAILED, CANCELLED, or RETRIED. RETRIED means that a failure was tried again."""
         if self.failure is not None:
             return "FAILED" if self.failure.final else "RETRIED"
         return "SUCCEEDED" if self.task in self.outcome.succeeded else "CANCELLED"
@@ -92,30 +89,28 @@ async def definition(objects: Objects, job: JobId, patience: Patience) -> JobDef
 async def attempts(objects: Objects, job: JobDef, stage: StageName, task: int, patience: Patience) -> list[Attempt]:
     """Return every finished attempt of a task in order.
 
-    The function lists the stage's outcomes, with one request per 1000. It reads those whose bundles
-    may contain the task.
+    The function lists the stage's outcomes, with one request per 1000. It reads those whose bundles may contain the
+    task.
     """
-    several: list[Bundle] = []
+    bundles_found: list[Bundle] = []
     key = await CommitKeys(objects, patience).key_of(job)
     async for page in objects.list(object_keys.outcomes(job.id, stage)):
         for info in page:
             name = object_keys.outcome_key(info.key)
             if name and name.first <= task <= name.last:
                 ends = TaskSet.from_indices({name.first, name.last})
-                several.append(Bundle(job.id, stage, ends, name.attempt, name.round))
+                bundles_found.append(Bundle(job.id, stage, ends, name.attempt, name.round))
     attempts: list[Attempt] = []
-    for start in range(0, len(several), READ_AT_ONCE):
-        bundles = several[start : start + READ_AT_ONCE]
-        read = await asyncio.gather(*(committed(objects, one, patience, key) for one in bundles))
-        attempts += [one for outcome in read if outcome and (one := attempt_in(outcome, task))]
-    attempts.sort(key=lambda one: (one.outcome.bundle.round, one.outcome.bundle.attempt))
+    for start in range(0, len(bundles_found), READ_AT_ONCE):
+        bundles = bundles_found[start : start + READ_AT_ONCE]
+        read = await asyncio.gather(*(committed(objects, item, patience, key) for item in bundles))
+        attempts += [item for outcome in read if outcome and (item := attempt_in(outcome, task))]
+    attempts.sort(key=lambda item: (item.outcome.bundle.round, item.outcome.bundle.attempt))
     return attempts
 
 
 def attempt_in(outcome: Outcome, task: int) -> Attempt | None:
-    """Return the attempt of the task in this outcome, or None if the outcome does not
-    contain it.
-    """
+    """Return the attempt of the task in this outcome, or None if the outcome does not contain it."""
     for failure in outcome.failed:
         if failure.task == task:
             return Attempt(task, outcome, failure)
@@ -123,13 +118,13 @@ def attempt_in(outcome: Outcome, task: int) -> Attempt | None:
     return Attempt(task, outcome) if ended else None
 
 
-def chosen(found: Sequence[Attempt], number: int | None = None, round_: int | None = None) -> Attempt | None:
+def chosen(all_attempts: Sequence[Attempt], number: int | None = None, round_: int | None = None) -> Attempt | None:
     """Return one of the attempts, or None if none matches.
 
-    `number` and `round_` restrict the choice. The function returns the last failed attempt that
-    matches, or else the last attempt that matches.
+    `number` and `round_` restrict the choice. The function returns the last failed attempt that matches, or else the
+    last attempt that matches.
     """
-    attempts = [attempt for attempt in found if round_ in (None, attempt.outcome.bundle.round)]
+    attempts = [attempt for attempt in all_attempts if round_ in (None, attempt.outcome.bundle.round)]
     if number is not None:
         attempts = [attempt for attempt in attempts if attempt.outcome.bundle.attempt == number]
     failed = [attempt for attempt in attempts if attempt.failure]
@@ -142,12 +137,12 @@ def chosen(found: Sequence[Attempt], number: int | None = None, round_: int | No
 async def printed(objects: Objects, outcome: Outcome, tasks: Iterable[int], patience: Patience) -> dict[int, bytes]:
     """Return the output of each task in an outcome. It is b"" for a task without output.
 
-    Outputs that are close to each other are read in one request. Raise NotFound if the log is not
-    stored yet or has expired.
+    Outputs that are close to each other are read in one request. Raise NotFound if the log is not stored yet or has
+    expired.
     """
     wanted = set(tasks)
     spans = sorted((start, stop, task) for task, start, stop in outcome.log_spans if task in wanted)
-    found = dict.fromkeys(wanted, b"")
+    outputs = dict.fromkeys(wanted, b"")
     first = 0
     while first < len(spans):
         begin, end, last = spans[first][0], spans[first][1], first + 1
@@ -155,9 +150,9 @@ async def printed(objects: Objects, outcome: Outcome, tasks: Iterable[int], pati
             end, last = spans[last][1], last + 1
         data = await patience(partial(objects.get_range, outcome.log, begin, end))
         for start, stop, task in spans[first:last]:
-            found[task] += data[start - begin : stop - begin]
+            outputs[task] += data[start - begin : stop - begin]
         first = last
-    return found
+    return outputs
 
 
 async def log_end(
@@ -165,10 +160,10 @@ async def log_end(
 ) -> tuple[bytes, int]:
     """Return the last `limit` bytes of a task's output, and the number of bytes before them.
 
-    `read` returns the bytes [start, stop) of the log. If a task was restarted because its process
-    was lost, its output is in several places.
+    `read` returns the bytes [start, stop) of the log. If a task was restarted because its process was lost, its output
+    is in several places.
     """
-    spans = sorted((start, stop) for of, start, stop in outcome.log_spans if of == task)
+    spans = sorted((start, stop) for owner, start, stop in outcome.log_spans if owner == task)
     parts: list[bytes] = []
     room = limit
     for start, stop in reversed(spans):
@@ -183,8 +178,8 @@ async def log_end(
 async def task_bundle(objects: Objects, job: JobDef, stage: StageName, task: int, patience: Patience) -> Bundle:
     """Return the bundle of a task that has not finished. The bundle locates the task's input.
 
-    Raise UsageError if the upstream task does not have a result yet. Raise NoSuchTask if the plan
-    does not contain the upstream task.
+    Raise UsageError if the upstream task does not have a result yet. Raise NoSuchTask if the plan does not contain the
+    upstream task.
     """
     step = job.stage(stage)
     alone = Bundle(job.id, stage, TaskSet.from_indices([task]))
@@ -200,8 +195,8 @@ async def task_bundle(objects: Objects, job: JobDef, stage: StageName, task: int
             await _check_head(objects, job, step, task, patience)
         before = task_name(step.after[0], task)
         raise UsageError(
-            f"{task_name(stage, task)} has no input yet: {before} has not succeeded.",
-            remedy=f"Look at that one: `batchlab job show-task {job.id} {before}`.",
+            f"{task_name(stage, task)} does not have an input yet: {before} has not succeeded.",
+            remedy=f"Check that task: `batchlab job show-task {job.id} {before}`.",
         )
     source = done[-1].outcome.bundle.id
     return replace(alone, source=BundleId(source))
@@ -233,8 +228,8 @@ async def _round(objects: Objects, job: JobId, patience: Patience) -> int:
 async def task_input(objects: Objects, job: JobDef, bundle: Bundle, patience: Patience) -> Json:
     """Return the encoded input of a bundle's only task, as a worker receives it.
 
-    The input is inline JSON or references to objects (see protocol.values). Raise NotFound if an
-    object no longer exists, or if the stage's plan does not contain the task.
+    The input is inline JSON or references to objects (see protocol.values). Raise NotFound if an object no longer
+    exists, or if the stage's plan does not contain the task.
     """
     inputs = Inputs(objects, patience)
     if bundle.source is None:

@@ -1,7 +1,7 @@
 """Checks that concern several keys of a job file.
 
-Invariants: a valid job file names only existing stages, handlers, parameters, and files. Its stages
-form a graph without a cycle.
+Invariants: a valid job file names only existing stages, handlers, parameters, and files. Its stages form a graph
+without a cycle.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ class Subject:
             yield ("stages", i), stage
 
 
-def run(found: Structure[JobSpec], folder: Path, *, needs_input: bool = True) -> list[Problem]:
+def run(structure: Structure[JobSpec], folder: Path, *, needs_input: bool = True) -> list[Problem]:
     """Return the problems of all checks whose keys are valid.
 
     The input files need to exist only if `needs_input` is set.
     """
-    if found.whole is None:
+    if structure.whole is None:
         return []
-    subject = Subject(found.whole, folder)
+    subject = Subject(structure.whole, folder)
     problems: list[Problem] = []
     for check, places in _CHECKS:
-        if found.sound(*places) and (needs_input or check is not _input_files):
+        if structure.sound(*places) and (needs_input or check is not _input_files):
             problems.extend(check(subject))
     return problems
 
@@ -72,27 +72,15 @@ def bucket_and_key(url: str) -> tuple[str, str] | None:
 def _one_action(subject: Subject) -> Iterator[Problem]:
     for loc, stage in subject.stages():
         if stage.python is None and stage.command is None:
-            message = f"Stage '{stage.name}' does not say what to run."
+            message = f"Stage '{stage.name}' does not define what to run."
             remedy = "Write `python: module:function` or `command: [program, …]`."
             yield Problem(loc, message, remedy)
         elif stage.python is not None and stage.command is not None:
             message = f"Stage '{stage.name}' has both python and command."
             yield Problem((*loc, "command"), message, "Delete one of the two.", at_key=True)
         elif stage.stdout is not None and stage.command is None:
-            message = "stdout goes with a command; a Python stage returns its result."
+            message = "stdout is only for a command. A Python stage returns its result."
             yield Problem((*loc, "stdout"), message, "Delete stdout.", at_key=True)
-
-
-def _unique_names(subject: Subject) -> Iterator[Problem]:
-    yield from field_types.unique_names(subject.job.stages, ("stages",))
-
-
-def _graph(subject: Subject) -> Iterator[Problem]:
-    yield from field_types.order(subject.job.stages, ("stages",))
-
-
-def _gathers(subject: Subject) -> Iterator[Problem]:
-    yield from field_types.gathers(subject.job.stages, ("stages",))
 
 
 def _code(subject: Subject) -> Iterator[Problem]:
@@ -110,9 +98,9 @@ def _handlers(subject: Subject) -> Iterator[Problem]:
         module = (stage.python or "").partition(":")[0]
         if stage.python is None or module in broken:
             continue
-        if found := handler_lookup.missing(stage.python, subject.code):
-            yield Problem((*loc, "python"), *found)
-            if found[1] == handler_lookup.MEND:
+        if problem := handler_lookup.missing(stage.python, subject.code):
+            yield Problem((*loc, "python"), *problem)
+            if problem[1] == handler_lookup.MEND:
                 # Report a broken module once, even if several stages use it.
                 broken.add(module)
 
@@ -122,7 +110,7 @@ def _placeholders(subject: Subject) -> Iterator[Problem]:
         for i, argument in enumerate(stage.command or ()):
             # Only the first argument is the program, for which a special rule applies.
             for message in values.check([argument] if i == 0 else ["program", argument]):
-                remedy = "Write a brace of your own twice, as in {{ and }}."
+                remedy = "Write a literal brace twice, as in {{ and }}."
                 yield Problem((*loc, "command", i), message, remedy)
 
 
@@ -146,7 +134,7 @@ def _outputs(subject: Subject) -> Iterator[Problem]:
             clash = next((j for j in range(i) if place.startswith(places[j])), None)
             clash = next((j for j in range(i) if places[j].startswith(place)), clash)
             if clash is not None:
-                message = f"The outputs '{names[clash]}' and '{names[i]}' are one place."
+                message = f"The outputs '{names[clash]}' and '{names[i]}' have the same path."
                 key = "stdout" if names[i] is stage.stdout else "command"
                 yield Problem((*loc, key), message, "Give one of them another name.")
 
@@ -182,10 +170,10 @@ def _splits(ways: Iterable[SplitBy]) -> str:
 
 def _times(subject: Subject) -> Iterator[Problem]:
     if subject.job.at is not None and subject.job.cron is not None:
-        message = "The job says both at, which is once, and cron, which is again and again."
+        message = "The job has both at, for one run, and cron, for repeated runs."
         yield Problem(("cron",), message, "Delete one of the two.", at_key=True)
     if subject.job.timezone != "UTC" and subject.job.cron is None:
-        message = "timezone says where cron is meant, and there is no cron."
+        message = "timezone applies to cron, and the job does not have cron."
         yield Problem(("timezone",), message, "Delete it, or write cron.", at_key=True)
 
 
@@ -196,7 +184,7 @@ def _input_files(subject: Subject) -> Iterator[Problem]:
             if bucket_and_key(pattern) is None:
                 remedy = "Write s3://bucket/prefix, or a local pattern."
                 what = text.shown(pattern)
-                yield Problem(loc, f"{what} is no URL of an S3 bucket.", remedy)
+                yield Problem(loc, f"{what} is not the URL of an S3 bucket.", remedy)
         else:
             yield from _matches(loc, pattern, subject.folder)
 
@@ -219,29 +207,29 @@ def _matches(loc: Loc, pattern: str, folder: Path) -> Iterator[Problem]:
 def _notify(subject: Subject) -> Iterator[Problem]:
     for i, notify_spec in enumerate(subject.job.notify):
         loc: Loc = ("notify", i)
-        if sum(said is not None for said in (notify_spec.webhook, notify_spec.sns, notify_spec.target)) != 1:
-            message = "A target of notify says one of webhook, sns and target."
+        if sum(address is not None for address in (notify_spec.webhook, notify_spec.sns, notify_spec.target)) != 1:
+            message = "A target of notify has exactly one of webhook, sns, and target."
             yield Problem(loc, message, "Write one of the three.")
             continue
         if problem := notifications.problem(notify_def(notify_spec)):
-            yield Problem(loc, problem, "Mend it, or delete it.")
+            yield Problem(loc, problem, "Correct it, or delete it.")
 
 
-def notify_def(one: NotifySpec) -> NotifyDef:
+def notify_def(spec: NotifySpec) -> NotifyDef:
     """Return the notification target in the form that the grid uses."""
-    ways = (("webhook", one.webhook), ("sns", one.sns), (notifications.NAMED, one.target))
+    ways = (("webhook", spec.webhook), ("sns", spec.sns), (notifications.NAMED, spec.target))
     # The default is never used, because `_notify` refuses a target without an address.
     kind, to = next(((kind, to) for kind, to in ways if to is not None), ("", ""))
-    return NotifyDef(kind, to, tuple(one.on), one.secret or "", one.failures, one.stuck_after)
+    return NotifyDef(kind, to, tuple(spec.on), spec.secret or "", spec.failures, spec.stuck_after)
 
 
 _ANY = ("stages", "*")
 
 _CHECKS: tuple[tuple[Callable[[Subject], Iterator[Problem]], tuple[Loc, ...]], ...] = (
     (_one_action, ((*_ANY, "python"), (*_ANY, "command"), (*_ANY, "stdout"))),
-    (_unique_names, ((*_ANY, "name"),)),
-    (_graph, ((*_ANY, "name"), (*_ANY, "after"))),
-    (_gathers, ((*_ANY, "after"), (*_ANY, "gather"))),
+    (lambda subject: field_types.unique_names(subject.job.stages, ("stages",)), ((*_ANY, "name"),)),
+    (lambda subject: field_types.order(subject.job.stages, ("stages",)), ((*_ANY, "name"), (*_ANY, "after"))),
+    (lambda subject: field_types.gathers(subject.job.stages, ("stages",)), ((*_ANY, "after"), (*_ANY, "gather"))),
     (_code, (("code",),)),
     (_handlers, (("code",), (*_ANY, "python"))),
     (_placeholders, ((*_ANY, "command"),)),

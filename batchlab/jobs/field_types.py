@@ -1,11 +1,8 @@
-"""Types of single values in a job file, with their checks and their JSON Schema.
+"""Types of single values in a job file, the model of `notify`, and the checks of the order of stages.
 
-Invariants: the JSON Schema of a type accepts the same values as its check. Each error lists the
-accepted forms.
-
-The module also contains the model of `notify` and the checks of the order of stages. A notification
-target of a job cannot be a command, because a user who submits jobs must not run commands on the
-manager's machine. Stages without a problem form a graph without a cycle.
+Invariants: the JSON Schema of a type accepts the same values as its check. Each error lists the accepted forms. A
+notification target of a job cannot be a command, because a user who submits jobs must not run commands on the manager's
+machine. Stages without a problem form a graph without a cycle.
 """
 
 from __future__ import annotations
@@ -83,7 +80,7 @@ def _task_size(value: object) -> int | str:
         return value
     if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= units.LARGEST_BYTES:
         return value
-    raise ValueError(f"{units.shown(value)} is no size of a task")
+    raise ValueError(f"{units.shown(value)} is not the size of a task")
 
 
 def _allowance(value: object) -> int | str:
@@ -91,7 +88,7 @@ def _allowance(value: object) -> int | str:
         return value
     if isinstance(value, str) and re.match(_SHARE_PATTERN, value) and float(value.strip(" %")) <= 100:
         return value
-    raise ValueError(f"{units.shown(value)} is no number of tasks")
+    raise ValueError(f"{units.shown(value)} is not a number of tasks")
 
 
 def _start(value: object) -> str:
@@ -103,7 +100,7 @@ def _start(value: object) -> str:
 
 def _cost(value: object) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{units.shown(value)} is no amount with its currency")
+        raise ValueError(f"{units.shown(value)} is not an amount with its currency")
     try:
         price_book.parse(value)
     except UsageError as error:
@@ -121,7 +118,7 @@ def _zone(value: object) -> str:
 
 def _checked(value: object, check: Callable[[str], object]) -> str:
     if not isinstance(value, str):
-        raise refusal(f"{units.shown(value)} is no text.", "Put it in quotes.")
+        raise refusal(f"{units.shown(value)} is not text.", "Put it in quotes.")
     try:
         check(value)
     except UsageError as error:
@@ -199,10 +196,7 @@ def _ended() -> list[Moment]:
 
 
 class NotifySpec(BaseModel):
-    """Receiver of notifications about the job.
-
-    Exactly one of `webhook`, `sns`, and `target` is set.
-    """
+    """Receiver of notifications about the job. Exactly one of `webhook`, `sns`, and `target` is set."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -274,9 +268,9 @@ class Staged(Protocol):
 
 def upstream(stages: Sequence[Staged], stage: int) -> tuple[str, ...]:
     """Return the names of the stages that a stage follows, including the default."""
-    named = stages[stage].after
-    if named is not None:
-        return tuple(named)
+    names = stages[stage].after
+    if names is not None:
+        return tuple(names)
     return (stages[stage - 1].name,) if stage else ()
 
 
@@ -297,7 +291,7 @@ def order(stages: Sequence[Staged], at: Loc) -> Iterator[Problem]:
     for i, stage in enumerate(stages):
         for j, before in enumerate(stage.after or ()):
             if before not in names:
-                message = f"There is no stage '{before}' to come after."
+                message = f"The stage '{before}' in 'after' does not exist."
                 yield Problem((*at, i, "after", j), message, suggest(before, names, "stages"))
             elif before in (stage.after or ())[:j]:
                 message = f"'{before}' is named twice."
@@ -306,7 +300,7 @@ def order(stages: Sequence[Staged], at: Loc) -> Iterator[Problem]:
     cycle = _cycle(upstream_of) if len(upstream_of) == len(names) else []
     if cycle:
         loc = (*at, names.index(cycle[-1]), "after")
-        message = f"The stages run in a circle: {' → '.join(cycle)}."
+        message = f"The stages form a cycle: {' → '.join(cycle)}."
         yield Problem(loc, message, "Change 'after' so that one of them comes first.")
         return
     for i, stage in enumerate(stages):
@@ -319,15 +313,15 @@ def order(stages: Sequence[Staged], at: Loc) -> Iterator[Problem]:
 
 def _cycle(before: dict[str, tuple[str, ...]]) -> list[str]:
     """Return one cycle in the direction of the data, with its first stage repeated at the end."""
-    left = dict(before)
-    while ready := [name for name, some in left.items() if not any(b in left for b in some)]:
+    open_stages = dict(before)
+    while ready := [name for name, names in open_stages.items() if not any(b in open_stages for b in names)]:
         for name in ready:
-            del left[name]
-    if not left:
+            del open_stages[name]
+    if not open_stages:
         return []
-    path = [next(iter(left))]
+    path = [next(iter(open_stages))]
     while path[-1] not in path[:-1]:
-        path.append(next(b for b in left[path[-1]] if b in left))
+        path.append(next(b for b in open_stages[path[-1]] if b in open_stages))
     return path[path.index(path[-1]) :][::-1]
 
 

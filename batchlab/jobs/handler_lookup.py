@@ -1,12 +1,8 @@
-"""Lookup of `module:function` without running the user's code.
+"""Lookup of `module:function` without running the user's code, and of the local files of a job file.
 
-Invariant: a job whose handler does not exist is refused before anything is queued. Importing the
-module is not possible here. Checking a job file must be safe, and imports may be slow or missing.
-
-Local paths of a job file, and the files that match a pattern.
-
-Invariants: symbolic links are not resolved. A lookup never raises an error, whatever the name is. A
-path that cannot be accessed counts as missing. A lookup always ends, even if links form a cycle.
+Invariants: a job whose handler does not exist is refused before anything is queued. The lookup does not import the
+module, because imports may be slow, unsafe, or missing. Symbolic links are not resolved. A lookup never raises an
+error: a path that cannot be accessed counts as missing. A lookup always ends, even if links form a cycle.
 """
 
 from __future__ import annotations
@@ -73,8 +69,8 @@ def matches(pattern: str, folder: Path) -> list[Path]:
 def _expand(folder: Path, place: str, parts: Sequence[str]) -> Iterator[str]:
     """Yield the matches of `parts` in `place`. All paths are relative to `folder`.
 
-    `place` is "" or ends in a slash. The function expands one part at a time. The "**" of `glob`
-    follows links in cycles, and Path.glob includes hidden files.
+    `place` is "" or ends in a slash. The function expands one part at a time. The "**" of `glob` follows links in
+    cycles, and Path.glob includes hidden files.
     """
     first, rest = parts[0], parts[1:]
     if first == "**":
@@ -117,7 +113,7 @@ def _leads_on(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-MEND = "Mend the module."
+MEND = "Correct the module."
 """Remedy for an invalid module, whichever of its functions is looked up."""
 
 

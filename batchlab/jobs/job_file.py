@@ -1,7 +1,7 @@
 """Loading of a job file, and its conversion into the job that the grid runs.
 
-Invariants: a JobFile has passed every check. Only its content, its files, and the arguments
-determine the resulting job.
+Invariants: a JobFile has passed every check. Only its content, its files, and the arguments determine the resulting
+job.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class JobFile:
 def load(path: Path, overrides: Mapping[str, str] | None = None, *, needs_input: bool = True) -> JobFile:
     """Read and check the job file at `path`.
 
-    `overrides` (`--set`) replace parameters. The input files need to exist only if `needs_input` is
-    set. Raise JobFileErrors with all mistakes. The function does not run the user's code.
+    `overrides` (`--set`) replace parameters. The input files need to exist only if `needs_input` is set. Raise
+    JobFileErrors with all mistakes. The function does not run the user's code.
     """
     path = handler_lookup.absolute(path)
     document = yaml_source.parse(yaml_source.text_of(path, SHAPE.what, _NONE), is_text)
@@ -64,8 +64,8 @@ def load(path: Path, overrides: Mapping[str, str] | None = None, *, needs_input:
         raise yaml_source.wrong_kind(
             path,
             "There is no key 'jobs' here: this is a scenario, not a job file.",
-            "`batchlab scenario check` looks at it, `batchlab scenario simulate` says what it "
-            "costs, `batchlab scenario replay` runs it.",
+            "`batchlab scenario check` checks it, `batchlab scenario simulate` estimates its cost, "
+            "and `batchlab scenario replay` runs it.",
         )
     problems = list(document.problems)
     job: JobSpec | None = None
@@ -88,11 +88,11 @@ def compile_job(
 ) -> JobDef:
     """Return the job in the form that the grid runs.
 
-    `input_keys` are the objects with the input files, in order. A start time such as `+10m` counts
-    from `submitted_s` (epoch seconds).
+    `input_keys` are the objects with the input files, in order. A start time such as `+10m` counts from `submitted_s`
+    (epoch seconds).
     """
     job = jobfile.job
-    most = job.failure.max_failures
+    allowance = job.failure.max_failures
     return JobDef(
         id=job_id,
         name=job.name,
@@ -101,8 +101,8 @@ def compile_job(
         input=InputDef(tuple(input_keys), job.input.split, task_size(job), job.input.header),
         code=code_key,
         params=tuple(jobfile.params.items()),
-        max_failures=float(most.strip(" %")) if isinstance(most, str) else most,
-        max_failures_percent=isinstance(most, str),
+        max_failures=float(allowance.strip(" %")) if isinstance(allowance, str) else allowance,
+        max_failures_percent=isinstance(allowance, str),
         fail_fast=job.failure.then == "stop",
         priority=job.priority,
         tags=tuple(job.tags.items()),
@@ -116,8 +116,7 @@ def compile_job(
 def source_digest(jobfile: JobFile, code_digest: str) -> str:
     """Return a sha256 that changes if a new run of the job could have other results.
 
-    It covers the job's content, parameters, and code, and the name, size, and time of each input
-    file.
+    It covers the job's content, parameters, and code, and the name, size, and time of each input file.
     """
     facts: list[Json] = []
     for file in jobfile.files:
@@ -151,13 +150,13 @@ def _override(declared: Mapping[str, Json], overrides: Mapping[str, str]) -> tup
 
 
 def _files(job: JobSpec, folder: Path) -> tuple[Path | str, ...]:
-    found: dict[Path | str, None] = {}
+    files: dict[Path | str, None] = {}
     for pattern in job.input.files:
         if checks.is_url(pattern):
-            found[pattern] = None
+            files[pattern] = None
         else:
-            found.update((file, None) for file in handler_lookup.matches(pattern, folder))
-    return tuple(found)
+            files.update((file, None) for file in handler_lookup.matches(pattern, folder))
+    return tuple(files)
 
 
 def task_size(job: JobSpec) -> int:

@@ -1,13 +1,8 @@
-"""Download of a job's results into a folder.
+"""Download of a job's results into a folder, with their files and large values.
 
-Invariants: nothing is written outside this folder, whatever the names of results are. A results
-file is written completely or not at all, with its lines in task order. Memory use does not grow
-with the job.
-
-Files and large values of results: files are written to a folder, and values are read.
-
-Invariants: a file is written to the folder of its own task, whatever its name is. Nothing is read
-beyond the granted limits (`FetchLimits`).
+Invariants: nothing is written outside this folder, whatever the names of results are. A file is written to the folder
+of its own task. A results file is written completely or not at all, with its lines in task order. Memory use does not
+grow with the job. Nothing is read beyond the granted limits (`FetchLimits`).
 """
 
 from __future__ import annotations
@@ -48,9 +43,8 @@ _WRITTEN = 4
 class FetchLimits:
     """Limits of a fetch, for results that other users' tasks have written.
 
-    `claim` is called before bytes are written to the disk, and raises an error if they are too
-    many. `value_bytes` limits the total size of one result without its files. `remedy` is the
-    remedy if the result is larger.
+    `claim` is called before bytes are written to the disk, and raises an error if they are too many. `value_bytes`
+    limits the total size of one result without its files. `remedy` is the remedy if the result is larger.
     """
 
     claim: Callable[[int], None]
@@ -70,19 +64,19 @@ class FetchLimits:
         return UsageError(f"One of the results is larger than {most}, without being a file.", remedy=self.remedy)
 
 
-def plain(encoded: Json, found: Mapping[str, Json]) -> Json:
-    """Return the value as the task returned it, with references replaced by `found`.
+def plain(encoded: Json, replacements: Mapping[str, Json]) -> Json:
+    """Return the value as the task returned it, with references replaced by `replacements`.
 
     A pickled object stays encoded. Reading it would run code, and JSON cannot represent it.
     """
     if type(encoded) is list:
-        return [plain(one, found) for one in encoded]
+        return [plain(part, replacements) for part in encoded]
     if type(encoded) is not dict:
         return encoded
     kind = values.kind(encoded)
     if kind is None:
-        return {key[1:] if key.startswith("$") else key: plain(one, found) for key, one in encoded.items()}
-    return encoded if kind == "$pickle" else found[_id(encoded)]
+        return {key[1:] if key.startswith("$") else key: plain(part, replacements) for key, part in encoded.items()}
+    return encoded if kind == "$pickle" else replacements[_id(encoded)]
 
 
 def _id(reference: Json) -> str:
@@ -104,24 +98,19 @@ class Files:
     count: int = 0
     size_bytes: int = 0
     value_bytes: int = 0
-    """Bytes of large values.
-
-    They are part of the stage's file and do not have files of their own.
-    """
+    """Bytes of large values. They are part of the stage's file and do not have files of their own."""
     limit: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(VALUES_AT_ONCE))
 
     async def local(self, stage: str, task: int, value: Json) -> Json:
-        """Return the result with its large values, and with paths relative to `out` for
-        its files.
-        """
+        """Return the result with its large values, and with paths relative to `out` for its files."""
         left = _Left(self.within.value_bytes if self.within else 0)
         return await self._value(value, Names(f"files/{stage}/{task}"), left, _DEEPEST)
 
     def line(self, doc: Json) -> str:
         """Return a line of JSON with the large values in place.
 
-        A value is read once but may occur in several places, so its written size is known only
-        while it is written. Raise UsageError if it is too large.
+        A value is read once but may occur in several places, so its written size is known only while it is written.
+        Raise UsageError if it is too large.
         """
         if self.within is None:
             return json_format.dumps(doc) + "\n"
@@ -149,21 +138,21 @@ class Files:
 
     async def _value(self, value: Json, names: Names, left: _Left, depth: int) -> Json:
         references = {_id(one): one for one in values.references(value)}
-        found: dict[str, Json] = {}
+        replacements: dict[str, Json] = {}
         for key, reference in references.items():
             if values.kind(reference) != "$value":
-                found[key] = await self._file(reference, names)
+                replacements[key] = await self._file(reference, names)
             elif depth:
                 data = await self._read(self.own.key(reference), left)
                 self.value_bytes += len(data)
                 inner = self.own.value(reference, data)
-                found[key] = await self._value(inner, names, left, depth - 1)
+                replacements[key] = await self._value(inner, names, left, depth - 1)
             else:
                 raise UsageError(
                     f"A result refers to objects more than {_DEEPEST} deep.",
-                    remedy="No task writes such a one by itself; see who may write the bucket.",
+                    remedy="Tasks do not write such results. Check who may write to the bucket.",
                 )
-        return plain(value, found)
+        return plain(value, replacements)
 
     async def _file(self, reference: Json, names: Names) -> str:
         name, is_new = names.of(reference)
@@ -187,16 +176,15 @@ class Files:
     async def _told(self, reference: Json) -> int:
         """Return the size of a file, or 0 if it does not exist. The later download then fails.
 
-        The size in the reference is not trusted, because every writer of outcomes may have written
-        it.
+        The size in the reference is not trusted, because every writer of outcomes may have written it.
         """
-        whole = await self.patience(partial(self.objects.head, reference.get("$file") or reference["$part"]))
-        if whole is None:
+        info = await self.patience(partial(self.objects.head, reference.get("$file") or reference["$part"]))
+        if info is None:
             return 0
         if values.kind(reference) == "$file":
-            return whole.size
+            return info.size
         parts = [reference["header"] or (0, 0), (reference["start"], reference["stop"])]
-        return sum(max(0, min(stop, whole.size) - start) for start, stop in parts)
+        return sum(max(0, min(stop, info.size) - start) for start, stop in parts)
 
     async def _part(self, reference: Json, path: Path) -> int:
         spans = [reference["header"]] if reference["header"] else []
@@ -279,16 +267,13 @@ class Listed:
 
 
 def listed(page: Callable[[int | None], OutcomesView]) -> list[Listed]:
-    """Return all outcomes that the job has now.
-
-    `page` returns those after a seq, or the first ones.
-    """
-    listeds: list[Listed] = []
+    """Return all outcomes that the job has now. `page` returns those after a seq, or the first ones."""
+    listings: list[Listed] = []
     after: int | None = None
-    while some := page(after)["outcomes"]:
-        listeds += map(Listed.from_view, some)
-        after = some[-1]["seq"]
-    return listeds
+    while outcomes := page(after)["outcomes"]:
+        listings += map(Listed.from_view, outcomes)
+        after = outcomes[-1]["seq"]
+    return listings
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,20 +309,19 @@ async def fetch(
 ) -> Fetched:
     """Write `out/<stage>.jsonl`, `out/files/<stage>/<task>/…`, and `out/summary.json`.
 
-    `view` is the job as the manager shows it, and `listing` contains all of its outcomes. Without
-    `stages`, the final stages are fetched. The files of an earlier fetch of these stages are
-    replaced. Raise UsageError for an unknown stage, for a folder that cannot be written, and for
-    results that exceed `within`.
+    `view` is the job as the manager shows it, and `listing` contains all of its outcomes. Without `stages`, the final
+    stages are fetched. The files of an earlier fetch of these stages are replaced. Raise UsageError for an unknown
+    stage, for a folder that cannot be written, and for results that exceed `within`.
     """
     job = await definition(objects, JobId(view["id"]), patience)
     chosen = {name: of_stage(name, listing) for name in _known(job, stages) or final_stages(job)}
-    steps = _Steps(sum(len(listeds) for listeds in chosen.values()), progress)
+    steps = _Steps(sum(len(outcomes) for outcomes in chosen.values()), progress)
     try:
         _make_room(out, chosen)
         files = Files(objects, out, patience, JobObjects.of_job(job), within)
         counts: dict[str, int] = {}
-        for name, listeds in chosen.items():
-            coming = in_task_order(objects, listeds, patience, steps.step, within)
+        for name, outcomes in chosen.items():
+            coming = in_task_order(objects, outcomes, patience, steps.step, within)
             counts[name] = await _write(name, coming, files)
         read_bytes = steps.read_bytes + files.value_bytes + files.size_bytes
         fetched = Fetched(out, counts, files.count, files.size_bytes, read_bytes)
@@ -374,13 +358,12 @@ def _write_summary(view: JobView, fetched: Fetched) -> None:
 def _make_room(out: Path, stages: Iterable[StageName]) -> None:
     """Create the folder and remove the files of an earlier fetch, which may have had more tasks.
 
-    Files are removed only if a summary proves that a fetch wrote them, because the folder is the
-    user's.
+    Files are removed only if a summary proves that a fetch wrote them, because the folder is the user's.
     """
     out.mkdir(parents=True, exist_ok=True)
     if not any(out.iterdir()):
-        # Mark only an empty folder. A job's code may include the folder, and the user's files in it
-        # must not be skipped.
+        # Mark only an empty folder. A job's code may include the folder, and the user's files in it must not be
+        # skipped.
         (out / object_keys.MADE).touch()
     try:
         known = json.loads((out / "summary.json").read_text())["results"]
@@ -430,7 +413,7 @@ async def in_task_order(
 
     `read` is called with the size of each outcome in bytes.
     """
-    held: list[tuple[int, Json]] = []
+    ready: list[tuple[int, Json]] = []
     fetching: deque[asyncio.Task[tuple[Outcome, int]]] = deque()
     coming = iter(outcomes)
     try:
@@ -443,12 +426,12 @@ async def in_task_order(
             fetching.popleft()
             read(read_bytes)
             for pair in zip(outcome.succeeded, outcome.values, strict=True):
-                heapq.heappush(held, pair)
-            # Retried tasks are within the range of an earlier bundle. All later results start at
-            # the first task of the next outcome, so the results before it are complete.
+                heapq.heappush(ready, pair)
+            # Retried tasks are within the range of an earlier bundle. All later results start at the first task of the
+            # next outcome, so the results before it are complete.
             rest = outcomes[number + 1 : number + 2]
-            while held and (not rest or held[0][0] < rest[0].tasks.first):
-                yield heapq.heappop(held)
+            while ready and (not rest or ready[0][0] < rest[0].tasks.first):
+                yield heapq.heappop(ready)
     finally:
         await _drop(fetching)
 

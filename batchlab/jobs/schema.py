@@ -1,9 +1,6 @@
-"""Job file as pydantic models: the meaning, unit, and default of each key.
+"""Job file as pydantic models: the meaning, unit, and default of each key, and JSON Schemas for editors.
 
-Invariant: the published JSON Schema, the reference page, and the checks all use these models, so
-they cannot disagree.
-
-JSON Schemas of job files and scenario files, for editors.
+Invariant: the published JSON Schema, the reference page, and the checks all use these models, so they cannot disagree.
 """
 
 from __future__ import annotations
@@ -50,7 +47,7 @@ def _gather(value: Any) -> Any:
 
 def _group(value: Any) -> Any:
     if value == "*":
-        raise field_types.refusal("'*' is no name of a field.", "Write gather: all for one task of all.")
+        raise field_types.refusal("'*' is not the name of a field.", "Write gather: all for one task of all.")
     return value
 
 
@@ -98,8 +95,7 @@ class InputSpec(Keys):
 class RetrySpec(Keys):
     """When and how often a failed task is tried again. A plain number means `attempts`.
 
-    The loss of a worker (a crash of the machine, a Spot interruption, scale-in) does not count as
-    an attempt.
+    The loss of a worker (a crash of the machine, a Spot interruption, scale-in) does not count as an attempt.
     """
 
     attempts: int = Field(
@@ -419,10 +415,7 @@ def json_schema() -> dict[str, Json]:
 
 
 def schema_of(model: type[BaseModel], title: str) -> dict[str, Json]:
-    """Return the JSON Schema (draft 2020-12) of a `model`.
-
-    Its definitions use the models' titles.
-    """
+    """Return the JSON Schema (draft 2020-12) of a `model`. Its definitions use the models' titles."""
     schema: dict[str, Json] = _plain(model.model_json_schema())
     text = json.dumps(schema)
     for name, part in schema["$defs"].items():
@@ -437,11 +430,10 @@ def schema_of(model: type[BaseModel], title: str) -> dict[str, Json]:
 def _plain(schema: Json) -> Json:
     """Return `schema` without two additions of pydantic.
 
-    These are titles that repeat the key, and null as the default of an optional key. A job file
-    cannot contain null.
+    These are titles that repeat the key, and null as the default of an optional key. A job file cannot contain null.
     """
     if isinstance(schema, list):
-        return [_plain(one) for one in schema if one != {"type": "null"}]
+        return [_plain(part) for part in schema if part != {"type": "null"}]
     if not isinstance(schema, dict):
         return schema
     plain = {key: _plain(value) for key, value in schema.items()}

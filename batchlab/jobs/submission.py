@@ -55,8 +55,8 @@ def refuse_recurring(jobfile: JobFile) -> None:
     """Raise UsageError if the job file contains a schedule."""
     if jobfile.job.cron is not None:
         raise UsageError(
-            f"{jobfile.path.name} says cron: it is to run again and again, and not once.",
-            remedy=f"`batchlab schedule add {jobfile.path.name}` sees to that; "
+            f"{jobfile.path.name} contains cron, so its job runs repeatedly and cannot run once.",
+            remedy=f"Add it with `batchlab schedule add {jobfile.path.name}`. "
             f"`batchlab schedule run {jobfile.job.name}` then runs it now.",
         )
 
@@ -76,12 +76,11 @@ async def prepare(
 ) -> JobDef:
     """Upload the code and the input of `jobfile`, and return the job to submit.
 
-    With `recurring`, the result is the job that a schedule runs. `packed` is the result of
-    `code_digest(jobfile)` if it is known. A repeated upload is harmless.
+    With `recurring`, the result is the job that a schedule runs. `packed` is the result of `code_digest(jobfile)` if it
+    is known. A repeated upload is harmless.
 
-    `bucket` is the grid's bucket as job files name it. If it is empty, the input cannot be in the
-    bucket. With `keys`, the input is these objects, or the objects below these prefixes. It is then
-    neither uploaded nor checked.
+    `bucket` is the grid's bucket as job files name it. If it is empty, the input cannot be in the bucket. With `keys`,
+    the input is these objects, or the objects below these prefixes. It is then neither uploaded nor checked.
     """
     if not recurring:
         refuse_recurring(jobfile)
@@ -118,10 +117,7 @@ def check_input(jobfile: JobFile) -> None:
 
 
 def check_key(shown: str, key: str) -> None:
-    """Raise UsageError for a key or prefix that cannot be a job's input.
-
-    `shown` is the key as the user wrote it.
-    """
+    """Raise UsageError for a key or prefix that cannot be a job's input. `shown` is the key as the user wrote it."""
     parts = key.removesuffix("/").split("/")
     if not key.startswith(RAW) or {"", ".", ".."} & set(parts):
         raise UsageError(
@@ -135,8 +131,8 @@ def check_key(shown: str, key: str) -> None:
 def own_keys(jobfile: JobFile, bucket: str) -> list[str] | None:
     """Return the keys and prefixes in the grid's `bucket` that are the job's input.
 
-    A prefix ends in a slash. Return None if the input consists of local files. Raise UsageError if
-    the grid cannot read the input.
+    A prefix ends in a slash. Return None if the input consists of local files. Raise UsageError if the grid cannot read
+    the input.
     """
     check_input(jobfile)
     urls = jobfile.urls
@@ -144,7 +140,7 @@ def own_keys(jobfile: JobFile, bucket: str) -> list[str] | None:
         return None
     if not bucket:
         raise UsageError(
-            f"The grid cannot read the input {urls[0]} of a job that comes this way.",
+            f"The grid cannot read the input {urls[0]} of a job that is submitted this way.",
             remedy="Name local files; `batchlab run`, `batchlab job submit` and schedules take "
             "input of the bucket on a grid that has one: not the simulator, a replay, or the page.",
         )
@@ -168,20 +164,20 @@ def own_keys(jobfile: JobFile, bucket: str) -> list[str] | None:
 async def contents(objects: Objects, keys: Sequence[str], patience: Patience) -> tuple[str, list[str]]:
     """Return a sha256 of the input objects, and their keys.
 
-    The hash covers names, sizes, and ETags. If there are more than MANY_FILES objects, `keys` is
-    returned unchanged. Raise UsageError if a key or prefix matches no object.
+    The hash covers names, sizes, and ETags. If there are more than MANY_FILES objects, `keys` is returned unchanged.
+    Raise UsageError if a key or prefix matches no object.
     """
     digest = hashlib.sha256()
-    found: list[str] = []
+    keys_found: list[str] = []
 
     def note(info: ObjectInfo) -> None:
         digest.update(f"{info.key}\0{info.size}\0{info.etag}\n".encode())
-        if len(found) <= MANY_FILES:
-            found.append(info.key)
+        if len(keys_found) <= MANY_FILES:
+            keys_found.append(info.key)
 
     for key in keys:
         await _look(objects, key, patience, note)
-    return digest.hexdigest(), found if len(found) <= MANY_FILES else list(keys)
+    return digest.hexdigest(), keys_found if len(keys_found) <= MANY_FILES else list(keys)
 
 
 async def _look(
@@ -198,7 +194,7 @@ async def _look(
     if is_empty:
         below = "below" if key.endswith("/") else "named"
         raise UsageError(
-            f"There is no object {below} {key} in the grid's bucket.",
+            f"The grid's bucket does not contain an object {below} {key}.",
             remedy="Put the input there, or name another key, or a prefix that ends in a slash; "
             "`*` has no meaning in a bucket.",
         )
@@ -250,10 +246,12 @@ async def _upload_all(
                 # `+=` with await would use the value that the sum had before the wait.
                 uploaded_bytes = await objects.upload(prefix + name, path)
             except FileNotFoundError as error:
-                raise UsageError(f"The input file {path} has vanished.", remedy="Put it back, or run again.") from error
+                raise UsageError(
+                    f"The input file {path} no longer exists.", remedy="Put it back, or run again."
+                ) from error
             except PermissionError as error:
                 raise UsageError(
-                    f"The input file {path} may not be read.", remedy="Make it readable for you."
+                    f"The input file {path} cannot be read.", remedy="Allow your user to read it."
                 ) from error
             done += 1
             size_bytes += uploaded_bytes

@@ -1,7 +1,7 @@
 """Validation of plain data against models, with messages in the words of the file.
 
-Invariant: an invalid key does not hide later mistakes. The checks of several keys still run, except
-those that depend on an invalid key.
+Invariant: an invalid key does not hide later mistakes. The checks of several keys still run, except those that depend
+on an invalid key.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class Shape(Generic[M]):
 class Structure(Generic[M]):
     """Result of a validation.
 
-    `whole` is None if the data is too incomplete for further checks. `broken` contains the invalid
-    locations, which stand-ins or defaults now fill.
+    `whole` is None if the data is too incomplete for further checks. `broken` contains the invalid locations, which
+    stand-ins or defaults now fill.
     """
 
     whole: M | None = None
@@ -69,10 +69,7 @@ class Structure(Generic[M]):
     broken: list[Loc] = field(default_factory=list)
 
     def sound(self, *places: Loc) -> bool:
-        """Return whether nothing at, around, or inside `places` is invalid.
-
-        "*" stands for any part.
-        """
+        """Return whether nothing at, around, or inside `places` is invalid. "*" stands for any part."""
         return not any(_related(loc, place) for loc in self.broken for place in places)
 
 
@@ -112,7 +109,7 @@ def _related(loc: Loc, place: Loc) -> bool:
 
 
 def _drop_empty(
-    data: Any, loc: Loc, found: Structure[M], refused: Collection[Loc | None], free: Collection[Loc]
+    data: Any, loc: Loc, structure: Structure[M], refused: Collection[Loc | None], free: Collection[Loc]
 ) -> None:
     """Report keys without a value. A missing value is a mistake and does not mean the default."""
     if loc in free:
@@ -120,14 +117,14 @@ def _drop_empty(
     items = data.items() if isinstance(data, dict) else enumerate(data)
     for key, value in list(items):
         if isinstance(value, dict | list):
-            _drop_empty(value, (*loc, key), found, refused, free)
+            _drop_empty(value, (*loc, key), structure, refused, free)
         elif value is None and isinstance(data, dict):
             del data[key]
             at = (*loc, key)
-            found.broken.append(at)
+            structure.broken.append(at)
             if at not in refused:
                 remedy = "Write one, or delete the line."
-                found.problems.append(Problem(at, f"'{key}' has no value.", remedy))
+                structure.problems.append(Problem(at, f"'{key}' has no value.", remedy))
 
 
 def keys(model: type[BaseModel]) -> dict[str, FieldInfo]:
@@ -141,21 +138,21 @@ def keys(model: type[BaseModel]) -> dict[str, FieldInfo]:
 
 def _place(shape: Shape[M], loc: Loc) -> tuple[type[BaseModel], str] | None:
     """Return the model and the key of `loc`, or the last such pair on the way to it."""
-    found: tuple[type[BaseModel], str] | None = None
-    here: Any = shape.model
+    place: tuple[type[BaseModel], str] | None = None
+    annotation: Any = shape.model
     for part in loc:
-        here = _bare(here)
-        if _is_model(here):
-            found = (here, str(part))
-            known = keys(here).get(str(part))
-            if known is None:
+        annotation = _bare(annotation)
+        if _is_model(annotation):
+            place = (annotation, str(part))
+            field = keys(annotation).get(str(part))
+            if field is None:
                 break
-            here = known.annotation
-        elif get_origin(here) in (list, dict):
-            here = get_args(here)[-1]
+            annotation = field.annotation
+        elif get_origin(annotation) in (list, dict):
+            annotation = get_args(annotation)[-1]
         else:
             break
-    return found
+    return place
 
 
 def _bare(annotation: Any) -> Any:
@@ -169,8 +166,8 @@ def _bare(annotation: Any) -> Any:
     return annotation
 
 
-def _is_model(one: Any) -> bool:
-    return isinstance(one, type) and issubclass(one, BaseModel)
+def _is_model(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
 def _known(shape: Shape[M], loc: Loc) -> dict[str, FieldInfo]:
@@ -250,7 +247,7 @@ _BOUNDS = {"greater_than_equal": "at least", "less_than_equal": "at most", "grea
 
 
 def _pattern(shape: Shape[M], loc: Loc, name: str, value: str, pattern: str) -> Problem:
-    takes = f"it takes {_PATTERNS[pattern]}."
+    takes = f"it must be {_PATTERNS[pattern]}."
     # pydantic reports an error of a dict's key at "[key]".
     if is_key := loc[-1] == "[key]":
         loc = loc[:-1]

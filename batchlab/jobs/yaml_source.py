@@ -1,11 +1,9 @@
 """YAML text as plain data with the line of each key and value, and errors with these lines.
 
-Invariants: the text cannot run code, grow without a limit, or overwrite a key silently. Tags,
-nested aliases that multiply the text, and repeated keys are refused. Scalars follow YAML 1.2, so
-`on` is a name and a date is text.
-
-Each mistake becomes one sentence with its line and a remedy. All mistakes are reported at once.
-Reading a path always ends, even if the path is a device or a pipe.
+Invariants: the text cannot run code, grow without a limit, or overwrite a key silently. Tags, nested aliases that
+multiply the text, and repeated keys are refused. Scalars follow YAML 1.2, so `on` is a name and a date is text. Each
+mistake becomes one sentence with its line and a remedy, and all mistakes are reported at once. Reading a path always
+ends, even if the path is a device or a pipe.
 """
 
 from __future__ import annotations
@@ -39,8 +37,8 @@ def is_any_of(loc: Loc, places: Collection[Loc]) -> bool:
 class Problem:
     """Mistake in the file.
 
-    It is reported at the line of the value, or of the key with `at_key`. If `loc` is None, the
-    mistake is on the command line.
+    It is reported at the line of the value, or of the key with `at_key`. If `loc` is None, the mistake is on the
+    command line.
     """
 
     loc: Loc | None
@@ -50,10 +48,7 @@ class Problem:
 
 
 class JobFileErrors(JobFileError):
-    """All mistakes of a file in the order of their lines.
-
-    The error's own fields are the first one's.
-    """
+    """All mistakes of a file in the order of their lines. The error's own fields are the first one's."""
 
     def __init__(self, errors: Sequence[JobFileError]) -> None:
         first = errors[0]
@@ -66,8 +61,8 @@ class JobFileErrors(JobFileError):
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """Return the known name that `name` probably means, or None."""
-    found = get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return found[0] if found else None
+    matches_found = get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return matches_found[0] if matches_found else None
 
 
 def suggest(name: str, known: Iterable[str], what: str) -> str:
@@ -126,26 +121,22 @@ class Document:
     """Lines of key and value by location."""
 
     def line(self, problem: Problem) -> int | None:
-        """Return the line of a problem.
-
-        If its location is not in the text, use the nearest parent.
-        """
+        """Return the line of a problem. If its location is not in the text, use the nearest parent."""
         if problem.loc is None:
             return None
-        known: Loc = ()
+        parent: Loc = ()
         for part in problem.loc:
-            if (*known, part) in self.lines:
-                known = (*known, part)
-        whole = len(known) == len(problem.loc)
-        lines = self.lines.get(known)
+            if (*parent, part) in self.lines:
+                parent = (*parent, part)
+        whole = len(parent) == len(problem.loc)
+        lines = self.lines.get(parent)
         return lines[0 if problem.at_key or not whole else 1] if lines else None
 
 
 def parse(text: str, is_text: Callable[[Loc], bool]) -> Document:
     """Parse the only document in `text`.
 
-    Where `is_text(loc)` is true, a scalar stays as it is written. For example, 1.50 in a command
-    stays 1.50.
+    Where `is_text(loc)` is true, a scalar stays as it is written. For example, 1.50 in a command stays 1.50.
     """
     document = Document()
     if len(text) > MAX_CHARACTERS:
@@ -184,7 +175,7 @@ def scalar(text: str) -> Json:
 def plain_text(text: str) -> str:
     """Return `text`. Raise ScalarRefused if UTF-8 or a command line cannot represent it."""
     if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
-        raise ScalarRefused("It holds a character that no text may have.", "Write it without.")
+        raise ScalarRefused("It contains a character that text must not contain.", "Write it without.")
     return text
 
 
@@ -222,7 +213,7 @@ def _scalar(node: ScalarNode) -> Json:
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        what = f"{_clipped(text)} is no value here."
+        what = f"{_clipped(text)} is not a valid value here."
         raise ScalarRefused(what, "Write it in quotes as text.")
     return number
 
@@ -265,10 +256,7 @@ class _Reader:
             return None
 
     def _pairs(self, node: MappingNode, loc: Loc) -> dict[str, tuple[Node, Node]]:
-        """Return the keys of a mapping.
-
-        Its own keys override merged keys, and earlier merges win.
-        """
+        """Return the keys of a mapping. Its own keys override merged keys, and earlier merges win."""
         self._values += len(node.value)
         if self._values > _MAX_VALUES:
             raise _TooMuch
@@ -280,7 +268,7 @@ class _Reader:
                     merged = {**self._pairs(source, loc), **merged}
             elif not isinstance(key, ScalarNode) or not key.value.isprintable():
                 self._document.lines[(*loc, "?")] = (key.start_mark.line + 1,) * 2
-                self._refuse((*loc, "?"), "A key must be a word.", "Write text before the colon.")
+                self._refuse((*loc, "?"), "A key must be a word.", "Write a word before the colon.")
             elif key.value in own:
                 first = own[key.value][0].start_mark.line + 1
                 again = (*loc, key.value, "again")
@@ -293,13 +281,13 @@ class _Reader:
         return {**merged, **own}
 
     def _merged(self, node: Node, loc: Loc) -> Iterator[MappingNode]:
-        for one in node.value if isinstance(node, SequenceNode) else [node]:
+        for source in node.value if isinstance(node, SequenceNode) else [node]:
             if self._values > _MAX_VALUES:
                 raise _TooMuch
-            if isinstance(one, MappingNode):
-                yield one
+            if isinstance(source, MappingNode):
+                yield source
             else:
-                self._document.lines[(*loc, "<<")] = (one.start_mark.line + 1,) * 2
+                self._document.lines[(*loc, "<<")] = (source.start_mark.line + 1,) * 2
                 self._refuse((*loc, "<<"), "'<<' merges mappings only.", "Write an alias of one.")
 
     def _refuse(self, loc: Loc, message: str, remedy: str) -> None:
@@ -318,7 +306,7 @@ def text_of(path: Path, what: str, none: str) -> str:
     try:
         # Reading a pipe would wait, and a device may never end.
         if path.exists() and not path.is_file():
-            raise _unreadable(path, what, "it is no file", _inside(path))
+            raise _unreadable(path, what, "it is not a file", _inside(path))
         with path.open(encoding="utf-8") as file:
             return file.read(MAX_CHARACTERS + 1)
     except FileNotFoundError as error:
@@ -348,13 +336,13 @@ def wrong_kind(path: Path, message: str, remedy: str) -> JobFileErrors:
 
 def errors(path: Path, document: Document, problems: Sequence[Problem]) -> JobFileErrors:
     """Return the errors of a document: each mistake once, in the order of lines."""
-    found = {}
+    by_line = {}
     for problem in problems:
         line = document.line(problem)
         # Aliases repeat a mistake in an anchored part, so report it once.
-        found[line, problem.message] = JobFileError(problem.message, file=str(path), line=line, remedy=problem.remedy)
-    job_file_errors = [found[key] for key in sorted(found, key=lambda key: key[0] or 0)]
+        by_line[line, problem.message] = JobFileError(problem.message, file=str(path), line=line, remedy=problem.remedy)
+    job_file_errors = [by_line[key] for key in sorted(by_line, key=lambda key: key[0] or 0)]
     if len(job_file_errors) > _MAX_TOLD:
         more = f"There are {len(job_file_errors) - _MAX_TOLD} more mistakes."
-        job_file_errors[_MAX_TOLD:] = [JobFileError(more, file=str(path), remedy="Mend the first ones first.")]
+        job_file_errors[_MAX_TOLD:] = [JobFileError(more, file=str(path), remedy="Correct the first ones first.")]
     return JobFileErrors(job_file_errors)

@@ -111,7 +111,7 @@ def _admit_key(key: str) -> None:
     try:
         check_key(key.removesuffix("/"))
     except ValueError as error:
-        raise UsageError(f"The input names no object: {error}.", remedy="Mend the key.") from error
+        raise UsageError(f"The input names no object: {error}.", remedy="Correct the key.") from error
     if key.startswith(object_keys.GRID):
         raise UsageError(f"The input names {key!r}, which is the grid's own.", remedy="Let the job read its own data.")
 

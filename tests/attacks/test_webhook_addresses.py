@@ -77,7 +77,7 @@ def test_job_cannot_name_the_address_of_another_job(rig: Rig) -> None:
     """Finding 18: a reference is written by the manager and by nobody else."""
     first = rig.client.submit(told("first"))
     spec = spec_of(rig, first["id"])
-    with pytest.raises(UsageError, match="webhook's address is no URL"):
+    with pytest.raises(UsageError, match="webhook's address is not a URL"):
         rig.client.submit(replace(job("second", token="second"), notify=spec.notify))
 
 

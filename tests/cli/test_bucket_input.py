@@ -97,9 +97,9 @@ def test_different_object_makes_a_different_run(manager: type[FakeClient], run: 
 @pytest.mark.parametrize(
     ("files", "told"),
     [
-        ("s3://local/raw/out/", "There is no object below raw/out/ in the grid's bucket."),
-        ("s3://local/raw/in", "There is no object named raw/in in the grid's bucket."),
-        ("'s3://local/raw/*.csv'", "There is no object named raw/*.csv in the grid's bucket."),
+        ("s3://local/raw/out/", "The grid's bucket does not contain an object below raw/out/."),
+        ("s3://local/raw/in", "The grid's bucket does not contain an object named raw/in."),
+        ("'s3://local/raw/*.csv'", "The grid's bucket does not contain an object named raw/*.csv."),
         ("s3://other/raw/in/", "The grid cannot read the input s3://other/raw/in/: its own bucket"),
         ("[s3://local/raw/in/, s3://other/raw/in/]", "and partly, with s3://other/raw/in/, in an"),
         ("[data/a.csv, s3://local/raw/in/]", "The input is partly files, and partly, with s3://"),

@@ -136,7 +136,7 @@ def test_an_estimate_is_a_range_with_its_lines_and_what_it_rests_on(run: Run, fo
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ([], "Nothing is known of how long a task of stage add takes"),
+        ([], "The time of a task is unknown for stage add"),
         (["--seconds", "soon"], "'soon' is not a number of seconds"),
         (["--seconds", "3-1"], "'3-1' is not a number of seconds"),
         (["--seconds", "2", "--tasks", "many"], "'many' is not a number of tasks"),
@@ -166,7 +166,7 @@ def test_downloaded_results_count_once_their_size_is_known(run: Run, folder: Pat
 
     usd, assumed = told()
     assert usd is None
-    assert "fetching results home is not in it" in assumed
+    assert "the download of results is not included" in assumed
     assert told("--results", "2GiB")[0] == pytest.approx(0.18)
     home.make()
     fetches.record_fetch(home, "sums-0123456789", 1024**3)

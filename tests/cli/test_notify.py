@@ -88,7 +88,7 @@ def test_the_log_shows_no_control_character(run: Run) -> None:
 def test_unknown_format_is_refused_before_the_start(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BATCHLAB_LOG_FORMAT", "text")
     code, _, err = run("grid", "up", "--log-format", "xml")
-    assert (code, err.splitlines()[0]) == (2, "Error: --log-format is 'xml', which is no format.")
+    assert (code, err.splitlines()[0]) == (2, "Error: --log-format is 'xml', which is not a format.")
 
 
 def test_only_a_manager_of_this_machine_takes_a_port(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -191,7 +191,7 @@ def test_a_folder_in_place_of_its_job_file_names_the_file(run: Run, tmp_path: Pa
     file.write_text("")
     code, _, err = run("job", "check", tmp_path)
     assert code == 2
-    assert f"it is no file.\n  Did you mean {file}?" in err
+    assert f"it is not a file.\n  Did you mean {file}?" in err
     (tmp_path / "other.yaml").write_text("")
     assert "Did you mean" not in run("job", "check", tmp_path)[2]
 

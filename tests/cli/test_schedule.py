@@ -171,7 +171,7 @@ def test_times_of_the_file_apply_unless_an_option_overrides_them(
         (("--cron", "* * * * *", "--at", "+10m"), "--cron and --at exclude each other."),
         (("--at", "tomorrow"), "'tomorrow' is not a time."),
         (("--at", "+1x"), "'+1x' is not a time."),
-        (("--at", "2026-03-29T02:30", "--timezone", "Berlin"), "no time zone 'Berlin'"),
+        (("--at", "2026-03-29T02:30", "--timezone", "Berlin"), "time zone 'Berlin' does not exist"),
         (("--cron", "* * * * *", "--prewarm", "soon"), "--prewarm: 'soon' is not a duration."),
         (("--cron", "* * * * *", "--capacity", "3"), "--capacity has no effect without --prewarm."),
         (("--cron", "* * * * *", "--input", "incoming/"), "'incoming/' is not below raw/"),
@@ -214,7 +214,7 @@ def test_job_file_with_a_cron_is_not_run_once(
     (folder / "job.yaml").write_text(jobfiles.MINIMAL + 'cron: "5 4 * * *"\n')
     code, _, err = run(*command, folder / "job.yaml", "--home", folder / "h")
     assert code == 2
-    assert "says cron: it is to run again and again" in err
+    assert "contains cron, so its job runs repeatedly" in err
     assert "batchlab schedule add job.yaml" in err
     assert manager.asked == []
 

@@ -224,7 +224,7 @@ def test_downloaded_results_count_as_egress() -> None:
 def test_downloads_are_not_guessed() -> None:
     lines, (note,) = moved(TransferredData())
     assert lines == {}
-    assert "no data out of AWS is in it" in note
+    assert "data out of AWS is not included" in note
 
 
 def test_messages_through_a_nat_gateway_may_cross_zones() -> None:

@@ -143,10 +143,10 @@ def test_the_end_of_a_month_as_docs_have_it(cron: str, days: list[str]) -> None:
         ("@daily", "UTC", "has 1 field, not 5"),
         ("*/0 * * * *", "UTC", "Bad minute"),
         ("0 0 * * " + "1," * 200 + "1", "UTC", "at most 200 characters"),
-        ("* * * * *", "Europe/Nowhere", "no time zone 'Europe/Nowhere'"),
-        ("* * * * *", "../../etc/passwd", "no time zone"),
-        ("* * * * *", "Europe", "no time zone"),
-        ("* * * * *", "", "no time zone"),
+        ("* * * * *", "Europe/Nowhere", "time zone 'Europe/Nowhere' does not exist"),
+        ("* * * * *", "../../etc/passwd", "does not exist"),
+        ("* * * * *", "Europe", "does not exist"),
+        ("* * * * *", "", "does not exist"),
     ],
 )
 def test_invalid_due_time_is_a_clear_error(cron: str, zone: str, told: str) -> None:

@@ -149,7 +149,7 @@ def test_gather_by_a_field_is_estimated_as_a_range() -> None:
 
 
 def test_unknown_quantities_are_requested() -> None:
-    with pytest.raises(UsageError, match="how long a task of stage a takes") as caught:
+    with pytest.raises(UsageError, match="time of a task is unknown for stage a") as caught:
         loads([StageDef(A)], 1, {}, {})
     assert "--seconds a=" in caught.value.remedy
     with pytest.raises(UsageError, match="pool 'big'"):
@@ -163,10 +163,10 @@ def test_download_is_priced_if_its_size_is_known() -> None:
     known = estimate([stage(1, 1.0)], [POOL], BOOK, result_bytes=10 * 1024**3)
     line = next(item for item in known.items if item.what == "data out of AWS")
     assert line.usd.low == line.usd.high == pytest.approx(0.90)
-    assert not any("fetching results home" in one for one in known.assumed)
+    assert not any("download of results" in one for one in known.assumed)
     unknown = estimate([stage(1, 1.0)], [POOL], BOOK)
     assert not any(item.what == "data out of AWS" for item in unknown.items)
-    assert any("is not in it (0.09 USD per GB" in one for one in unknown.assumed)
+    assert any("is not included (0.09 USD per GB" in one for one in unknown.assumed)
     for found in (known, unknown):
         assert any("NAT gateway" in one for one in found.assumed), "nobody knows it before"
 

@@ -45,7 +45,7 @@ def test_invalid_scale_is_refused(scale: float) -> None:
 
 
 def test_unknown_type_is_refused_with_similar_names() -> None:
-    with pytest.raises(UsageError, match=r"no instance type 'm7i.lrge'.*Did you mean.*m7i.large"):
+    with pytest.raises(UsageError, match=r"the instance type 'm7i.lrge'.*Did you mean.*m7i.large"):
         instance_types.load().of("m7i.lrge")
     with pytest.raises(UsageError, match=r"instance-types.toml lists"):
         instance_types.load().of("???")

@@ -74,9 +74,9 @@ def test_a_book_that_is_written_is_read_back_the_same(tmp_path: Path) -> None:
     [
         ('currency = "USD"', 'currency = "EUR"', "currency is 'EUR'"),
         ("[sqs]", "[sqqs]", r"\[sqqs\]|\[sqs\]"),
-        ("date = 2026-07-20", 'date = "lately"', "does not say of which day"),
-        ("date = 2026-07-20", "date = 2026-07-20T00:00:00", "does not say of which day"),
-        ('region = "us-east-1"', 'region = ""', "does not say its region"),
+        ("date = 2026-07-20", 'date = "lately"', "lacks the date"),
+        ("date = 2026-07-20", "date = 2026-07-20T00:00:00", "lacks the date"),
+        ('region = "us-east-1"', 'region = ""', "lacks its region"),
         ("0.0052", "-1", "t3.nano.* not a price"),
         ("0.0052", "true", "not a price"),
         ("0.0052", "nan", "not a price"),
@@ -252,7 +252,7 @@ def test_the_templates_own_defaults_have_prices() -> None:
         ("Egress", "proxy", "Egress is 'proxy'"),
         ("DatabaseZones", "three", "DatabaseZones is 'three'"),
         ("ManagerInstanceType", "t4g.huge", "no instance type 't4g.huge'"),
-        ("PoolInstanceTypes", " , ", "names no instance type"),
+        ("PoolInstanceTypes", " , ", "does not name an instance type"),
         ("PoolOnDemandPercent", "half", "not a number"),
     ],
 )

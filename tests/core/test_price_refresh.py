@@ -251,7 +251,7 @@ def test_spot_history_makes_a_range_of_what_was_paid(tmp_path: Path) -> None:
 def test_a_small_csv_needs_its_day_and_of_several_regions_one(tmp_path: Path) -> None:
     text = "region,instance_type,linux_on_demand_usd_per_hour\nus-east-1,m7i.large,0.11\neu-west-1,m7i.large,0.12\n"
     path = wrote(tmp_path, text)
-    with pytest.raises(UsageError, match="of which day") as caught:
+    with pytest.raises(UsageError, match="lacks the date") as caught:
         find(path, region="us-east-1")
     assert "--date" in caught.value.remedy
     day = date(2026, 10, 1)
@@ -269,16 +269,16 @@ def test_a_small_csv_needs_its_day_and_of_several_regions_one(tmp_path: Path) ->
     [
         ("", "not a list of prices"),
         ("a,b,c\n1,2,3\n", "not a list of prices"),
-        ("{}", "no price list of AWS"),
+        ("{}", "not a price list of AWS"),
         ("{", "cannot be read as prices"),
-        (OFFER, "no price that the price book has a place for"),
+        (OFFER, "does not contain a price for the price book"),
         (OFFER + row("m7i.large", "cheap"), "'cheap' where a price"),
         (OFFER + row("m7i.large", "0.9", Currency="CNY"), "prices in CNY"),
         (OFFER.replace("AmazonEC2", "AmazonS3"), "price list of AmazonS3"),
-        (TRANSFER, "no price that the price book has a place for"),
+        (TRANSFER, "does not contain a price for the price book"),
         (TRANSFER + moved(OUT, "0.09"), "no price of DataTransfer-Regional-Bytes in eu-west-1"),
         (TRANSFER + moved(OUT, "0.09", Currency="CNY"), "prices in CNY"),
-        (OFFER.replace("2026-09-01T12", "soon") + row("m7i.large", "1"), "of which day"),
+        (OFFER.replace("2026-09-01T12", "soon") + row("m7i.large", "1"), "lacks the date"),
     ],
 )
 def test_file_that_is_not_a_price_list_is_a_clear_error(tmp_path: Path, text: str, told: str) -> None:

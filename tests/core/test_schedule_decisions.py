@@ -68,7 +68,7 @@ def test_number_of_waiting_runs_is_bounded() -> None:
         made = schedules.lapse(made, BEGIN_S + (minute + 1) * MINUTE)
     states_ = [run.state for run in made.runs]
     assert states_.count(RunState.WAITING) == schedules.MAX_WAITING
-    assert made.runs[-1].reason == "100 runs wait already for the one before them"
+    assert made.runs[-1].reason == "100 runs already wait for the previous run"
 
 
 def test_a_schedule_remembers_so_many_runs_and_all_that_have_not_ended() -> None:

@@ -28,15 +28,15 @@ def test_task_names_round_trip() -> None:
 
 @pytest.mark.parametrize("text", ["", "parse", "parse/", "/3", "parse[3]", "parse:3", "parse/-3", "parse/3/4", "a/²"])
 def test_invalid_task_name_is_refused_in_both_forms(text: str) -> None:
-    with pytest.raises(UsageError, match="names no task"):
+    with pytest.raises(UsageError, match="is not the name of a task"):
         parse_task(text)
-    with pytest.raises(UsageError, match="names no tasks"):
+    with pytest.raises(UsageError, match="is not a list of tasks"):
         parse_tasks(text)
 
 
 @pytest.mark.parametrize("text", ["3", "parse/9-7", "parse/1,,2", "parse/1-", "parse/x"])
 def test_invalid_range_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="names no tasks"):
+    with pytest.raises(UsageError, match="is not a list of tasks"):
         parse_tasks(text)
 
 

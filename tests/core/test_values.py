@@ -120,7 +120,7 @@ class Odd:
         ({"x": {3: "three"}}, "result['x'][3] is under a key of type int"),
         ([0.0, math.nan], "result[1] is the number nan"),
         ({"m": math.inf}, "result['m'] is the number inf"),
-        ("\udcff", "result is text that UTF-8 cannot hold"),
+        ("\udcff", "result is text that UTF-8 cannot represent"),
         (10**5000, "result is an integer of"),
         (Path("x"), "result is of type pathlib."),
     ],
@@ -163,7 +163,7 @@ def test_files_at_any_depth_become_references_and_files_again(encode: Any, tmp_p
 
 
 def test_a_file_where_none_may_be_is_refused() -> None:
-    with pytest.raises(values.NotAValue, match="has no place here"):
+    with pytest.raises(values.NotAValue, match="are not allowed here"):
         values.encode([File("/nowhere")])
 
 

@@ -93,7 +93,7 @@ def test_the_current_folder_does_not_count_as_installed(
         ("json:laods", "Did you mean 'json:loads'?"),
         ("pkg.absent:one", "Create pkg/absent.py there, or set 'code' to its folder."),
         ("work.one:one", "Write work:one."),
-        ("bad:one", "Mend the module."),
+        ("bad:one", "Correct the module."),
     ],
 )
 def test_the_remedy_for_a_missing_handler_names_the_nearest(folder: Path, handler: str, remedy: str) -> None:

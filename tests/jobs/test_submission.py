@@ -119,7 +119,7 @@ def test_vanished_file_is_a_clear_error(tmp_path: Path) -> None:
     file = load(tmp_path / "job.yaml", {})
     (tmp_path / "data" / "01.csv").unlink()
     bucket = cast(Objects, open_local(tmp_path / "bucket"))
-    with pytest.raises(UsageError, match=r"01\.csv has vanished"):
+    with pytest.raises(UsageError, match=r"01\.csv no longer exists"):
         asyncio.run(
             submission.prepare(file, objects=bucket, clock=WallClock(), patience=Patience(Random(1)), token="t")
         )

@@ -136,9 +136,9 @@ def test_job_is_notified_only_to_permitted_targets() -> None:
 @pytest.mark.parametrize(
     ("own", "told"),
     [
-        (NotifyDef("target", "ops", ("failed",)), "no target 'ops' that jobs may name"),
+        (NotifyDef("target", "ops", ("failed",)), "does not have a target 'ops' for jobs"),
         (NotifyDef("webhook", "http://127.0.0.1/"), "the manager's own machine"),
-        (NotifyDef("webhook", "https://h.example/", secret="env:BATCHLAB_NOTIFY_A"), "BATCHLAB_NOTIFY_A may not sign"),
+        (NotifyDef("webhook", "https://h.example/", secret="env:BATCHLAB_NOTIFY_A"), "BATCHLAB_NOTIFY_A may sign"),
     ],
 )
 def test_target_that_is_no_longer_permitted_is_abandoned(own: NotifyDef, told: str) -> None:

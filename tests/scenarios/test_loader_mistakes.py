@@ -95,7 +95,7 @@ TASKS = "{lognormal: {median: 20, sigma: 0.5}}"
         ("gather: all", "gather: some", 10, "Write 'all', or {by: key, groups: 12}."),
         ("gather: all", "gather: {groups: 3}", 10, "'by' is missing."),
         ("gather: all", "after: prase", 10, "Did you mean 'parse'?"),
-        ("gather: all", "after: sum", 10, "The stages run in a circle: sum → sum."),
+        ("gather: all", "after: sum", 10, "The stages form a cycle: sum → sum."),
         ("gather: all", "kind: gpu", 10, "'kind' cannot be 'gpu'."),
         ("gather: all", "fails: 2", 10, "'fails' must be at most 1, not 2."),
         ("gather: all", "retry: 0", 10, "'attempts' must be at least 1, not 0."),
@@ -231,7 +231,7 @@ TASKS = "{lognormal: {median: 20, sigma: 0.5}}"
         ("late: 0", "p95_wait: {}", 20, "It says neither least nor most."),
         ("late: 0", "lost: {least: 2, most: 1}", 20, "least is more than most."),
         ("late: 0", "idle_share: 30", 20, "must be at most 1, not 30"),
-        ("cost: 2 USD", "cost: 2", 20, "2 is no amount with its currency"),
+        ("cost: 2 USD", "cost: 2", 20, "2 is not an amount with its currency"),
         ("cost: 2 USD", "cost: {least: 2 USD, most: 1 USD}", 20, "least is more than most."),
         ("jobs: {claims: {p95", "jobs: {clams: {p95", 20, "Did you mean 'claims'?"),
         ("{p95_wait: 5m}", "{peak_fleet: 5}", 20, "There is no key 'peak_fleet' here."),
@@ -356,7 +356,7 @@ def test_file_that_is_not_a_mapping_is_refused(tmp_path: Path, text: str) -> Non
 def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     with pytest.raises(JobFileError, match=r"no such scenario.*scenario list"):
         loader.load(tmp_path / "nowhere.yaml")
-    with pytest.raises(JobFileError, match="it is no file"):
+    with pytest.raises(JobFileError, match="it is not a file"):
         loader.load(tmp_path)
     (tmp_path / "s.yaml").write_bytes(b"name: \xff")
     with pytest.raises(JobFileError, match="not UTF-8"):

@@ -68,7 +68,7 @@ def test_one_time_schedule_runs(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> No
         ({"cron": "0 25 * * *"}, "Bad hour"),
         ({"cron": ""}, "either a cron expression or a time"),
         ({"at_s": 4e9}, "either a cron expression or a time"),
-        ({"timezone": "Mars"}, "no time zone"),
+        ({"timezone": "Mars"}, "does not exist"),
         ({"name": "../x"}, "body.schedule.name"),
         ({"missed": "never"}, "body.schedule.missed"),
         ({"missed": "run-all", "overlap": "replace"}, "replaces each by the next one"),

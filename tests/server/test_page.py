@@ -225,8 +225,8 @@ def test_forms_do_what_the_api_does(rig: Rig, visitor: Visitor) -> None:
     [
         ("/jobs/nowhere/pause", {}, "nowhere"),
         ("/jobs/{job}/retry", {}, "No cause and no task is selected"),
-        ("/jobs/{job}/retry", {"task": "map"}, "names no tasks"),
-        ("/jobs/{job}/retry", {"task": "map/-1"}, "names no tasks"),
+        ("/jobs/{job}/retry", {"task": "map"}, "is not a list of tasks"),
+        ("/jobs/{job}/retry", {"task": "map/-1"}, "is not a list of tasks"),
         ("/jobs/{job}/retry", {"task": "map/9999"}, "still"),
         ("/jobs/{job}/resume", {}, "not paused"),
         ("/grid/pools/default", {"max": "many"}, "not a number of instances"),

@@ -113,7 +113,7 @@ def test_input_that_lies_in_the_bucket_is_run_over_where_it_is(grid: Grid, job_f
     assert sum(row["claims"] for row in result.results()) == 3 * uploaded
     assert {one.name for one in raw.iterdir()} == before
     job_file.write_text(re.sub(r"files: \S+", "files: s3://local/raw/outgoing/", text))
-    with pytest.raises(UsageError, match=r"no object below raw/outgoing/ in the grid's bucket"):
+    with pytest.raises(UsageError, match=r"not contain an object below raw/outgoing/"):
         grid.run(job_file)
 
 

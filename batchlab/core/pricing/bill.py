@@ -1,7 +1,7 @@
 """Bill of a run: its actual or hypothetical cost on AWS, split by purpose.
 
-Invariant: the lines add up to the whole. Every billed instance second is in exactly one of compute,
-wasted work, and idle. Figures that are calculated and not counted are marked as derived.
+Invariant: the lines add up to the whole. Every billed instance second is in exactly one of compute, wasted work, and
+idle. Figures that are calculated and not counted are marked as derived.
 """
 
 from __future__ import annotations
@@ -95,10 +95,9 @@ def bill(
 ) -> Bill:
     """Return the bill of one job, at list prices in USD.
 
-    Instance seconds are derived from task times without an account, or if it was not recorded from
-    the start. Without counted requests (a backend without S3 and SQS), they are derived from
-    bundles and time. `stored_bytes` is the size of the job's objects in the bucket. `moved`
-    describes the data that has left the bucket.
+    Instance seconds are derived from task times without an account, or if it was not recorded from the start. Without
+    counted requests (a backend without S3 and SQS), they are derived from bundles and time. `stored_bytes` is the size
+    of the job's objects in the bucket. `moved` describes the data that has left the bucket.
     """
     notes: list[str] = []
     account = account or Account(is_whole=False)
@@ -127,10 +126,7 @@ def bill(
 
 
 def seconds(pool: str, facts: PoolFacts, stages: Sequence[StageUse], account: Account | None) -> Billed:
-    """Return the billed seconds of one pool's instances.
-
-    They are derived if not all of them were counted.
-    """
+    """Return the billed seconds of one pool's instances. They are derived if not all of them were counted."""
     account = account or Account(is_whole=False)
     derived = not account.is_whole
     useful_s = sum(s.run_s * s.slots for s in stages if s.pool == pool) / facts.slots
@@ -158,18 +154,18 @@ def _said(kinds: Mapping[Kind, float]) -> str:
     return ", ".join(dict.fromkeys(names))
 
 
-def _lines(pool: str, found: Billed, rate: Usd, of: str) -> list[Item]:
+def _lines(pool: str, billed: Billed, rate: Usd, of: str) -> list[Item]:
     lines = [
-        Item(f"compute, pool {pool}", rate.times(found.useful_s), f"{_hours(found.useful_s)} {of}"),
+        Item(f"compute, pool {pool}", rate.times(billed.useful_s), f"{_hours(billed.useful_s)} {of}"),
         Item(
             f"idle, pool {pool}",
-            rate.times(found.idle_s),
-            f"{_hours(found.idle_s)} boot, waiting, tail and the 60 s that are billed at least",
+            rate.times(billed.idle_s),
+            f"{_hours(billed.idle_s)} boot, waiting, tail, and the billed minimum of 60 s",
         ),
     ]
-    if found.wasted_s:
-        how = f"{_hours(found.wasted_s)} attempts that failed, and runs that went with an instance"
-        lines.insert(1, Item(f"wasted work, pool {pool}", rate.times(found.wasted_s), how))
+    if billed.wasted_s:
+        how = f"{_hours(billed.wasted_s)} failed attempts, and runs that ended with their instance"
+        lines.insert(1, Item(f"wasted work, pool {pool}", rate.times(billed.wasted_s), how))
     return lines
 
 
@@ -189,17 +185,17 @@ def _requests(
         requests += request_costs.of_workers(billed.useful_s, each_s, pace)
         requests += request_costs.of_idle_workers(billed.idle_s)
     if requests:
-        notes.append("requests are derived from bundles and time: this backend makes none")
+        notes.append("requests are derived from bundles and time, because this backend does not use S3 and SQS")
     return request_costs.items((requests, requests, requests), book, "derived")
 
 
 def _moved(moved: TransferredData, account: Account, book: PriceBook, notes: list[str]) -> list[Item]:
     items: list[Item] = []
     if moved.fetched_bytes:
-        how = "results that were fetched to here"
+        how = "results that were fetched to this machine"
         items.append(request_costs.out_of_aws(moved.fetched_bytes, book, how))
     else:
-        notes.append("no results were fetched to here, so no data out of AWS is in it")
+        notes.append("no results were fetched to this machine, so data out of AWS is not included")
     if item := request_costs.through(moved.egress, account.requests.sqs_bytes, book):
         items.append(item)
     notes += request_costs.not_counted(moved.egress)

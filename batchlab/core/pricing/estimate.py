@@ -1,7 +1,7 @@
 """Estimate of a run's cost before the run: a range for each line, and the assumptions behind it.
 
-Invariant: the functions are pure arithmetic. The best, the typical, and the worst case use the same
-formulas. Every assumed number is listed.
+Invariant: the functions are pure arithmetic. The best, the typical, and the worst case use the same formulas. Every
+assumed number is listed.
 """
 
 from __future__ import annotations
@@ -113,40 +113,37 @@ class Estimate:
 
 
 def bundles_of(tasks: int, slots: int, mean_s: float, fixed: int | None) -> int:
-    """Return the number of bundles of a stage with this number of tasks (see
-    `protocol.bundle_size`)."""
+    """Return the number of bundles of a stage with this number of tasks (see `protocol.bundle_size`)."""
     if tasks <= 0:
         return 0
     first = [] if fixed is not None else settlement.wave(tasks, slots, None, None, tasks)
-    left, found = tasks - sum(first), len(first)
-    # While many tasks are left, the task time alone limits the bundle size. Only the last bundles
-    # shrink.
+    remaining, bundles = tasks - sum(first), len(first)
+    # While many tasks are left, the task time alone limits the bundle size. Only the last bundles shrink.
     largest = settlement.bundle_size(10**12, slots, mean_s, fixed)
-    bulk = max(0, (left - largest * slots * settlement.SHARES) // largest)
-    left, found = left - bulk * largest, found + bulk
-    return found + len(settlement.wave(left, slots, mean_s, fixed, left))
+    bulk = max(0, (remaining - largest * slots * settlement.SHARES) // largest)
+    remaining, bundles = remaining - bulk * largest, bundles + bulk
+    return bundles + len(settlement.wave(remaining, slots, mean_s, fixed, remaining))
 
 
 def loads(
-    stages: Sequence[StageDef], root_tasks: int, seconds: Mapping[str, Three], given: Mapping[str, int]
+    stages: Sequence[StageDef], root_tasks: int, seconds: Mapping[str, Three], task_counts: Mapping[str, int]
 ) -> tuple[list[StageLoad], list[str]]:
     """Return the work of each stage, and the assumptions.
 
-    A root stage has `root_tasks` tasks, a chained stage those of its upstream stage, and a gather
-    of all results one. `given` overrides these numbers. Raise UsageError if the task time of a
-    stage is unknown.
+    A root stage has `root_tasks` tasks, a chained stage those of its upstream stage, and a gather of all results one.
+    `task_counts` overrides these numbers. Raise UsageError if the task time of a stage is unknown.
     """
-    found: dict[str, StageLoad] = {}
+    stage_loads: dict[str, StageLoad] = {}
     assumed: list[str] = []
     for stage in stages:
         if stage.name not in seconds:
             raise UsageError(
-                f"Nothing is known of how long a task of stage {stage.name} takes.",
-                remedy=f"Say it with --seconds {stage.name}=2.5, or run the job once.",
+                f"The time of a task is unknown for stage {stage.name}.",
+                remedy=f"Set it with --seconds {stage.name}=2.5, or run the job once.",
             )
-        upstream = found[stage.after[0]].tasks if stage.after else None
-        if stage.name in given:
-            tasks: Three = (float(given[stage.name]),) * 3
+        upstream = stage_loads[stage.after[0]].tasks if stage.after else None
+        if stage.name in task_counts:
+            tasks: Three = (float(task_counts[stage.name]),) * 3
         elif upstream is None:
             tasks = (float(root_tasks),) * 3
         elif stage.gather is None:
@@ -157,9 +154,9 @@ def loads(
             tasks = (1.0, math.sqrt(upstream[1]), upstream[2])
             assumed.append(
                 f"stage {stage.name} gathers by {stage.gather}: 1 to {upstream[2]:,.0f} tasks, "
-                f"unless --tasks {stage.name}=N says how many"
+                f"unless --tasks {stage.name}=N sets the number"
             )
-        found[stage.name] = StageLoad(
+        stage_loads[stage.name] = StageLoad(
             stage.name,
             tasks,
             seconds[stage.name],
@@ -169,7 +166,7 @@ def loads(
             stage.after[0] if stage.chained else "",
             reads_raw=not stage.after,
         )
-    return list(found.values()), assumed
+    return list(stage_loads.values()), assumed
 
 
 def estimate(
@@ -185,16 +182,16 @@ def estimate(
 ) -> Estimate:
     """Return the cost of these stages on these pools, in USD at list prices.
 
-    `result_bytes` is the size of the results that are fetched, or None if it is unknown. Raise
-    UsageError for an instance type without a price.
+    `result_bytes` is the size of the results that are fetched, or None if it is unknown. Raise UsageError for an
+    instance type without a price.
     """
     policy = policy or Policy()
     by_name = {pool.name: pool for pool in pools}
     for stage in stages:
         if stage.pool not in by_name:
             raise UsageError(
-                f"Stage {stage.name} runs in pool {stage.pool!r}, of which nothing is said.",
-                remedy=f"Say it with --pool {stage.pool}:0-4x2.",
+                f"Stage {stage.name} runs in pool {stage.pool!r}, which has no description.",
+                remedy=f"Describe it with --pool {stage.pool}:0-4x2.",
             )
     used = [pool for pool in pools if any(stage.pool == pool.name for stage in stages)]
     cases = [_Case(which, stages, used, policy, input_files) for which in range(3)]
@@ -295,7 +292,7 @@ def _compute(pool: PoolPlan, cases: Sequence[_Case], prices: PriceBook) -> list[
     rates = (rate.low + disk, rate.typical + disk, rate.high + disk)
 
     def usd(seconds: Sequence[float]) -> Usd:
-        return Usd(*(s / 3600 * one for s, one in zip(seconds, rates, strict=True)))
+        return Usd(*(s / 3600 * rate for s, rate in zip(seconds, rates, strict=True)))
 
     typical = cases[1]
     share = f", {pool.spot_share:.0%} Spot" if pool.spot_share else ""
@@ -308,7 +305,7 @@ def _compute(pool: PoolPlan, cases: Sequence[_Case], prices: PriceBook) -> list[
         Item(
             f"idle, pool {pool.name}",
             usd(idle),
-            f"{idle[1] / 3600:,.2f} h of boot, waiting, tail and the 60 s that are billed at least",
+            f"{idle[1] / 3600:,.2f} h of boot, waiting, tail, and the billed minimum of 60 s",
         ),
     ]
     if pool.spot_share:
@@ -318,20 +315,20 @@ def _compute(pool: PoolPlan, cases: Sequence[_Case], prices: PriceBook) -> list[
 
 
 def _assumptions(pools: Sequence[PoolPlan], prices: PriceBook, *, knows_results: bool) -> list[str]:
-    found = [f"slots are busy {USED[2]:.0%} to {USED[0]:.0%} of the time while there is work"]
+    sentences = [f"slots are busy {USED[2]:.0%} to {USED[0]:.0%} of the time while there is work"]
     if any(not pool.boot_s for pool in pools):
-        found.append(f"an instance boots in {BOOT_S[0]:g} to {BOOT_S[2]:g} s")
+        sentences.append(f"an instance boots in {BOOT_S[0]:g} to {BOOT_S[2]:g} s")
     if any(pool.spot_share for pool in pools):
-        found.append(f"Spot interruptions throw away up to {SPOT_WASTE[2]:.0%} of the work")
-    found.append("what tasks themselves ask of S3 is not in it")
+        sentences.append(f"Spot interruptions waste up to {SPOT_WASTE[2]:.0%} of the work")
+    sentences.append("requests of the tasks themselves to S3 are not included")
     if not knows_results:
-        found.append(
-            f"fetching results home is not in it ({request_costs.rates(prices, '')}): "
-            "how large they will be is not known, unless --results says"
+        sentences.append(
+            f"the download of results is not included ({request_costs.rates(prices, '')}), "
+            "because their size is unknown without --results"
         )
-    found.append(
-        "data through the stack's NAT gateway or VPC endpoints is not in it: how much that will be "
-        "is not known, and `batchlab cost bill` has it afterwards"
+    sentences.append(
+        "data through the stack's NAT gateway or VPC endpoints is not included, because its size is "
+        "unknown before the run, and `batchlab cost bill` shows it afterwards"
     )
-    found.append("the stack's own cost per hour comes on top: `batchlab deploy plan` shows it")
-    return found
+    sentences.append("the stack's own cost per hour is not included, `batchlab deploy plan` shows it")
+    return sentences

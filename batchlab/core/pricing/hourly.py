@@ -1,7 +1,7 @@
 """Hourly cost of a stack: while it is idle, and for each additional worker.
 
-Invariant: the cost is a function of the stack's parameters and the price book. It does not include
-charges by use (requests, data, logs), which are listed separately.
+Invariant: the cost is a function of the stack's parameters and the price book. It does not include charges by use
+(requests, data, logs), which are listed separately.
 """
 
 from __future__ import annotations
@@ -28,9 +28,8 @@ _LIST = (
 class StackShape:
     """Parts of the template that no parameter changes.
 
-    AWS bills interface endpoints for each zone. The gateway endpoint of S3 is free. `alarms` counts
-    the stack's own alarms, and `pool_alarms` the alarms of each pool. `secrets` does not include
-    the database's own secret.
+    AWS bills interface endpoints for each zone. The gateway endpoint of S3 is free. `alarms` counts the stack's own
+    alarms, and `pool_alarms` the alarms of each pool. `secrets` does not include the database's own secret.
     """
 
     zones: int = 2
@@ -45,8 +44,8 @@ class StackShape:
 class Worker:
     """Hourly cost of one more worker of a pool.
 
-    `mixed` is the cost with the pool's on-demand share. It applies to instances above the on-demand
-    base of `on_demand_base` instances.
+    `mixed` is the cost with the pool's on-demand share. It applies to instances above the on-demand base of
+    `on_demand_base` instances.
     """
 
     pool: str
@@ -73,8 +72,8 @@ class Worker:
 class Hourly:
     """Hourly cost of a stack.
 
-    `idle` are the lines of the idle stack, including the minimum number of workers. `workers` are
-    the costs of each additional worker. `prices` names the region and the day of the prices.
+    `idle` are the lines of the idle stack, including the minimum number of workers. `workers` are the costs of each
+    additional worker. `prices` names the region and the day of the prices.
     """
 
     idle: tuple[Item, ...]
@@ -117,11 +116,10 @@ def hourly_cost(
 ) -> Hourly:
     """Return the hourly cost of a stack with these parameters in `region`.
 
-    By default, the region is that of the price book. `parameters` are named as in
-    `backends/aws/stack.yaml`, with texts or numbers as values. A missing parameter has the
-    template's default. Each parameter `Pool…InstanceTypes` defines one pool. If it lists several
-    instance types, the first one determines the on-demand price, and all of them the range of the
-    Spot price. Raise UsageError for a type, class, or region without a price.
+    By default, the region is that of the price book. `parameters` are named as in `backends/aws/stack.yaml`, with texts
+    or numbers as values. A missing parameter has the template's default. Each parameter `Pool…InstanceTypes` defines
+    one pool. If it lists several instance types, the first one determines the on-demand price, and all of them the
+    range of the Spot price. Raise UsageError for a type, class, or region without a price.
     """
     if region:
         prices = prices.at(region)
@@ -138,7 +136,7 @@ def hourly_cost(
         if least:
             base = min(least, worker.on_demand_base)
             usd = worker.on_demand.times(base) + worker.mixed.times(least - base)
-            how = f"{least} × {worker.instance_type} that are always there"
+            how = f"{least} × {worker.instance_type} that always run"
             idle.append(Item(f"least workers of pool {worker.pool}", usd, how))
     return Hourly(tuple(idle), workers, prices.source, _by_use(parameters, prices))
 
@@ -156,7 +154,7 @@ def _manager(p: Mapping[str, object], prices: PriceBook) -> list[Item]:
     size_gb = _number(p, "ManagerDiskGiB", 20.0)
     disk = _disk_usd_h(prices, size_gb)
     return [
-        Item(f"manager ({name})", prices.instance_usd_h(name), "on-demand, always there"),
+        Item(f"manager ({name})", prices.instance_usd_h(name), "on-demand, always running"),
         Item("manager's disk", Usd.exactly(disk), f"{size_gb:g} GB gp3"),
     ]
 
@@ -182,7 +180,7 @@ def _ledger(p: Mapping[str, object], prices: PriceBook) -> list[Item]:
 def _network(p: Mapping[str, object], prices: PriceBook, shape: StackShape) -> list[Item]:
     egress = _one_of(p, "Egress", EGRESS)
     if p.get("VpcId"):
-        return [Item("network", Usd.exactly(0.0), "your own, whose endpoints or NAT you pay")]
+        return [Item("network", Usd.exactly(0.0), "your own network, and you pay for its endpoints or NAT")]
     if egress == "nat":
         each = prices.price("network", "nat_usd_per_hour")
         address = prices.price("network", "public_ipv4_usd_per_hour")
@@ -215,18 +213,18 @@ def _workers(p: Mapping[str, object], prices: PriceBook) -> list[Worker]:
         if not (key.startswith("Pool") and key.endswith("InstanceTypes")):
             continue
         prefix = key.removesuffix("InstanceTypes")
-        names = [one.strip() for one in str(p[key]).split(",") if one.strip()]
+        names = [price.strip() for price in str(p[key]).split(",") if price.strip()]
         if not names:
-            raise UsageError(f"{key} names no instance type.", remedy="Write for example m7i.large.")
+            raise UsageError(f"{key} does not name an instance type.", remedy="Write for example m7i.large.")
         # The template's defaults are an on-demand base of 0 and Spot for all other instances.
         percent = _number(p, f"{prefix}OnDemandPercent", 0.0)
         disk = Usd.exactly(_disk_usd_h(prices, _number(p, f"{prefix}DiskGiB", WORKER_DISK_GB)))
         on_demand = prices.instance_usd_h(names[0])
         ranges = [prices.instance_usd_h(name, Market.SPOT) for name in names]
         spot = Usd(
-            min(one.low for one in ranges),
-            sum(one.typical for one in ranges) / len(ranges),
-            max(one.high for one in ranges),
+            min(price.low for price in ranges),
+            sum(price.typical for price in ranges) / len(ranges),
+            max(price.high for price in ranges),
         )
         mixed = on_demand.times(percent / 100) + spot.times(1 - percent / 100)
         workers.append(
@@ -263,9 +261,9 @@ def _number(p: Mapping[str, object], key: str, default: float) -> float:
         raise UsageError(f"{key} is {value!r}, not a number.", remedy="Write a number.") from None
 
 
-def _one_of(p: Mapping[str, object], key: str, known: tuple[str, ...]) -> str:
-    """Return the value of the parameter, by default the first of the `known` ones."""
-    value = str(p.get(key) or known[0])
-    if value not in known:
-        raise UsageError(f"{key} is {value!r}.", remedy=f"Write {', '.join(known)}.")
+def _one_of(p: Mapping[str, object], key: str, choices: tuple[str, ...]) -> str:
+    """Return the value of the parameter, by default the first of the `choices` ones."""
+    value = str(p.get(key) or choices[0])
+    if value not in choices:
+        raise UsageError(f"{key} is {value!r}.", remedy=f"Write {', '.join(choices)}.")
     return value

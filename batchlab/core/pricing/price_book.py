@@ -1,11 +1,9 @@
-"""Price book (`prices.toml`): AWS's list prices with their region, date, and source.
+"""Price book (`prices.toml`), and amounts in US dollars.
 
-Invariant: a loaded book has every price, and each price is a number of at least 0. The book never
-returns a price for another region than its own.
+The price book contains AWS's list prices with their region, date, and source.
 
-Amounts of money and ranges of them, in US dollars.
-
-Invariant: an amount is never shown without its currency.
+Invariants: a loaded book has every price, and each price is a number of at least 0. The book never returns a price for
+another region than its own. An amount is never shown without its currency.
 """
 
 from __future__ import annotations
@@ -187,8 +185,7 @@ class PriceBook:
         return self.blocks[block].prices[price]
 
     def at(self, region: str) -> PriceBook:
-        """Return the book for prices in `region`. Raise UsageError if the book is for another
-        region."""
+        """Return the book for prices in `region`. Raise UsageError if the book is for another region."""
         others = sorted({b.region for b in self.blocks.values() if b.region != region})
         if others:
             names = ", ".join(n for n, b in self.blocks.items() if b.region != region)
@@ -216,13 +213,12 @@ class PriceBook:
         )
 
     def rate(self, type_: str, market: Market, otherwise: str = "") -> Usd:
-        """Return the price per hour as `instance_usd_h` does, for a type that may not be in the
-        book.
+        """Return the price per hour as `instance_usd_h` does, for a type that may not be in the book.
 
         If it is not, the type `otherwise` applies, and then AS_IF.
         """
-        known = self.blocks["on_demand"].table
-        name = next((one for one in (type_, otherwise) if one in known), AS_IF)
+        table = self.blocks["on_demand"].table
+        name = next((candidate for candidate in (type_, otherwise) if candidate in table), AS_IF)
         return self.instance_usd_h(name, market)
 
     def database_usd_h(self, name: str) -> float:
@@ -242,8 +238,7 @@ class PriceBook:
 
 
 def load(home: Path | None = None) -> PriceBook:
-    """Return the grid's own price book if its folder has one, else the one that ships with
-    batchlab.
+    """Return the grid's own price book if its folder has one, else the one that ships with batchlab.
 
     Raise UsageError if the book is not valid.
     """
@@ -262,10 +257,10 @@ def read(path: Path) -> PriceBook:
         doc = tomllib.loads(path.read_text())
     except OSError as error:
         raise UsageError(
-            f"{path} cannot be read: {error.strerror}.", remedy="Name a file that is there and can be read."
+            f"{path} cannot be read: {error.strerror}.", remedy="Name an existing file that can be read."
         ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not TOML: {error}.", remedy="Put that line right.") from error
+        raise UsageError(f"{path} is not TOML: {error}.", remedy="Correct this line.") from error
     return from_doc(doc, path)
 
 
@@ -285,8 +280,8 @@ def from_doc(doc: Mapping[str, Any], path: Path) -> PriceBook:
             f"{path} lacks block [{lacking[0]}].",
             remedy=f"Take it from {_shipped()}, with prices of your region. {HOW}",
         )
-    if odd := sorted(set(doc) - expected):
-        raise UsageError(f"{path} has an unknown block [{odd[0]}].", remedy=HOW)
+    if unknown := sorted(set(doc) - expected):
+        raise UsageError(f"{path} has an unknown block [{unknown[0]}].", remedy=HOW)
     return PriceBook({name: _block(path, name, doc[name]) for name in BLOCKS}, path)
 
 
@@ -295,27 +290,25 @@ def _block(path: Path, name: str, doc: Any) -> Block:
         raise UsageError(f"{path}: [{name}] is not a table.", remedy=HOW)
     for key in ("region", "source"):
         if not isinstance(doc.get(key), str) or not doc[key].strip():
-            raise UsageError(f"{path}: [{name}] does not say its {key}.", remedy=HOW)
+            raise UsageError(f"{path}: [{name}] lacks its {key}.", remedy=HOW)
     # datetime is a subclass of date in Python.
     if type(doc.get("date")) is not date:
-        raise UsageError(
-            f"{path}: [{name}] does not say of which day its prices are.", remedy="Write date = 2026-07-20."
-        )
+        raise UsageError(f"{path}: [{name}] lacks the date of its prices.", remedy="Write date = 2026-07-20.")
     table_name = TABLES.get(name)
     table = doc.get(table_name, {} if name == "spot" else None) if table_name else {}
     if not isinstance(table, dict):
         raise UsageError(f"{path}: [{name}] lacks its table {table_name}.", remedy=HOW)
     known = {"region", "date", "source", *BLOCKS[name], *([table_name] if table_name else [])}
-    if odd := sorted(set(doc) - known):
-        raise UsageError(f"{path}: [{name}] has an unknown key {odd[0]!r}.", remedy=HOW)
+    if unknown := sorted(set(doc) - known):
+        raise UsageError(f"{path}: [{name}] has an unknown key {unknown[0]!r}.", remedy=HOW)
     prices = {key: _number(path, name, key, doc.get(key)) for key in BLOCKS[name]}
     if name == "spot":
         _check_spot(path, prices)
         entry = _range
     else:
         entry = _number
-    found = {key: entry(path, name, key, value) for key, value in table.items()}
-    return Block(name, doc["region"], doc["date"], doc["source"], prices, found)
+    entries = {key: entry(path, name, key, value) for key, value in table.items()}
+    return Block(name, doc["region"], doc["date"], doc["source"], prices, entries)
 
 
 def _number(path: Path, block: str, key: str, value: Any) -> Any:
@@ -330,18 +323,18 @@ def _range(path: Path, block: str, key: str, value: Any) -> Any:
         raise UsageError(
             f"{path}: {key} of [{block}] is {value!r}, not the lowest, typical and highest price.", remedy=HOW
         )
-    found = tuple(_number(path, block, key, one) for one in value)
-    if list(found) != sorted(found):
+    prices = tuple(_number(path, block, key, price) for price in value)
+    if list(prices) != sorted(prices):
         raise UsageError(
-            f"{path}: {key} of [{block}] has its three prices in no order.",
+            f"{path}: the three prices of {key} in [{block}] are not in order.",
             remedy="Write the lowest first, the highest last.",
         )
-    return found
+    return prices
 
 
 def _check_spot(path: Path, prices: Mapping[str, float]) -> None:
-    found = [prices[key] for key in BLOCKS["spot"]]
-    if found != sorted(found) or found[-1] > 1:
+    discounts = [prices[key] for key in BLOCKS["spot"]]
+    if discounts != sorted(discounts) or discounts[-1] > 1:
         raise UsageError(
             f"{path}: the discounts of [spot] must be shares of 1, from the smallest to the largest.", remedy=HOW
         )

@@ -46,30 +46,30 @@ class ImportedPrices:
         return len(self.table) + len(self.prices)
 
 
-def refreshed(book: PriceBook, found: ImportedPrices) -> PriceBook:
+def refreshed(book: PriceBook, imported: ImportedPrices) -> PriceBook:
     """Return the book with the prices that were found.
 
     Prices of another region replace all prices of the block. Otherwise, prices of other types stay.
     """
-    before = book.blocks[found.block]
-    same = before.region == found.region
-    table = {**(before.table if same else {}), **found.table}
+    before = book.blocks[imported.block]
+    same = before.region == imported.region
+    table = {**(before.table if same else {}), **imported.table}
     block = Block(
-        found.block,
-        found.region,
-        found.date,
-        found.source,
-        {**before.prices, **found.prices},
+        imported.block,
+        imported.region,
+        imported.date,
+        imported.source,
+        {**before.prices, **imported.prices},
         dict(sorted(table.items())),
     )
-    return replace(book, blocks={**book.blocks, found.block: block})
+    return replace(book, blocks={**book.blocks, imported.block: block})
 
 
 def find(path: Path, *, region: str = "", day: date | None = None) -> ImportedPrices:
     """Read a file in any known format.
 
-    `region` selects the region if the file has several. `day` is required if the file lacks a date.
-    Raise UsageError if the file cannot be used.
+    `region` selects the region if the file has several. `day` is required if the file lacks a date. Raise UsageError if
+    the file cannot be used.
     """
     try:
         with path.open(encoding="utf-8", newline="") as file:
@@ -80,7 +80,7 @@ def find(path: Path, *, region: str = "", day: date | None = None) -> ImportedPr
             return _of_csv(csv.reader(file), path, region, day)
     except OSError as error:
         raise UsageError(
-            f"{path} cannot be read: {error.strerror}.", remedy="Name a file that is there and can be read."
+            f"{path} cannot be read: {error.strerror}.", remedy="Name an existing file that can be read."
         ) from error
     except (ValueError, csv.Error) as error:
         raise UsageError(f"{path} cannot be read as prices: {error}.", remedy=FORMS) from error
@@ -92,7 +92,7 @@ def _of_json(doc: Any, path: Path, region: str) -> ImportedPrices:
     if isinstance(doc, dict) and isinstance(doc.get("products"), dict) and "offerCode" in doc:
         published = str(doc.get("publicationDate", ""))
         return _offer(str(doc["offerCode"]), published, _json_rows(doc), path, region)
-    raise UsageError(f"{path} is JSON, but no price list of AWS.", remedy=FORMS)
+    raise UsageError(f"{path} is JSON, but not a price list of AWS.", remedy=FORMS)
 
 
 def _of_csv(rows: Iterator[list[str]], path: Path, region: str, day: date | None) -> ImportedPrices:
@@ -103,16 +103,14 @@ def _of_csv(rows: Iterator[list[str]], path: Path, region: str, day: date | None
         raise UsageError(f"{path} is not a list of prices.", remedy=FORMS)
     facts = {row[0]: row[1] for row in [next(rows, []) for _ in range(_METADATA_ROWS - 1)] if row[1:]}
     columns = [_plain(name) for name in next(rows, [])]
-    found = (dict(zip(columns, row, strict=False)) for row in rows)
+    records = (dict(zip(columns, row, strict=False)) for row in rows)
     published = facts.get("Publication Date", "")
-    return _offer(facts.get("OfferCode", ""), published, found, path, region)
+    return _offer(facts.get("OfferCode", ""), published, records, path, region)
 
 
 def _small(rows: Iterable[Mapping[str, str]], path: Path, region: str, day: date | None) -> ImportedPrices:
     if day is None:
-        raise UsageError(
-            f"{path} does not say of which day its prices are.", remedy="Say it with --date, as in --date 2026-07-20."
-        )
+        raise UsageError(f"{path} lacks the date of its prices.", remedy="Set it with --date, as in --date 2026-07-20.")
     table: dict[str, dict[str, float]] = {}
     for row in rows:
         usd_h = _price(row["linux_on_demand_usd_per_hour"], path)
@@ -153,8 +151,7 @@ def _offer(code: str, published: str, rows: Iterable[Mapping[str, str]], path: P
         usd_h = _price(row.get("priceperunit", ""), path)
         if not (name and place and usd_h):
             continue
-        # Some types have several offers, such as storage with and without I/O. The cheapest one is
-        # the plain offer.
+        # Some types have several offers, such as storage with and without I/O. The cheapest one is the plain offer.
         known = table.setdefault(place, {})
         known[name] = min(usd_h, known.get(name, usd_h))
     day = _day(published, path)
@@ -172,8 +169,8 @@ _TRANSFERS: Mapping[str, str] = {
 def _transfer(published: str, rows: Iterable[Mapping[str, str]], path: Path, region: str) -> ImportedPrices:
     """Return the prices of data transfer.
 
-    In a price with tiers, the highest tier price is taken. It belongs to the first billed tier. The
-    tier before it is free, and each later tier is cheaper.
+    In a price with tiers, the highest tier price is taken. It belongs to the first billed tier. The tier before it is
+    free, and each later tier is cheaper.
     """
     table: dict[str, dict[str, float]] = {}
     for row in rows:
@@ -226,17 +223,19 @@ def _plain(name: str) -> str:
 
 def _spot(history: Iterable[Mapping[str, Any]], path: Path, region: str) -> ImportedPrices:
     """Return the lowest, median, and highest price of each type, over all zones and times."""
-    seen: dict[str, dict[str, list[float]]] = {}
+    prices_by_region: dict[str, dict[str, list[float]]] = {}
     newest = ""
-    for one in history:
-        if "Linux" not in str(one.get("ProductDescription", "")):
+    for entry in history:
+        if "Linux" not in str(entry.get("ProductDescription", "")):
             continue
-        place = str(one.get("AvailabilityZone", "")).rstrip("abcdefghij")
-        usd_h = _price(str(one.get("SpotPrice", "")), path)
-        seen.setdefault(place, {}).setdefault(str(one.get("InstanceType")), []).append(usd_h)
-        newest = max(newest, str(one.get("Timestamp", "")))
-    region = _only_region(seen, path, region)
-    table = {name: (min(found), statistics.median(found), max(found)) for name, found in seen[region].items()}
+        place = str(entry.get("AvailabilityZone", "")).rstrip("abcdefghij")
+        usd_h = _price(str(entry.get("SpotPrice", "")), path)
+        prices_by_region.setdefault(place, {}).setdefault(str(entry.get("InstanceType")), []).append(usd_h)
+        newest = max(newest, str(entry.get("Timestamp", "")))
+    region = _only_region(prices_by_region, path, region)
+    table = {
+        name: (min(prices), statistics.median(prices), max(prices)) for name, prices in prices_by_region[region].items()
+    }
     source = f"Spot price history, {path.name}: lowest, median and highest of each type"
     return ImportedPrices("spot", region, _day(newest, path), source, table)
 
@@ -246,12 +245,13 @@ def _spot(history: Iterable[Mapping[str, Any]], path: Path, region: str) -> Impo
 
 def _only_region(table: Mapping[str, Any], path: Path, region: str) -> str:
     if not table:
-        raise UsageError(f"{path} has no price that the price book has a place for.", remedy=FORMS)
+        raise UsageError(f"{path} does not contain a price for the price book.", remedy=FORMS)
     if region and region not in table:
         raise UsageError(f"{path} has no prices for {region}.", remedy=f"It has {', '.join(sorted(table))}.")
     if not region and len(table) > 1:
         raise UsageError(
-            f"{path} has prices for {len(table)} regions.", remedy=f"Say --region; it has {', '.join(sorted(table))}."
+            f"{path} has prices for {len(table)} regions.",
+            remedy=f"Set --region. The file has {', '.join(sorted(table))}.",
         )
     return region or next(iter(table))
 
@@ -270,4 +270,4 @@ def _day(text: str, path: Path) -> date:
     try:
         return datetime.fromisoformat(text).date()
     except ValueError:
-        raise UsageError(f"{path} does not say of which day its prices are.", remedy=FORMS) from None
+        raise UsageError(f"{path} lacks the date of its prices.", remedy=FORMS) from None

@@ -1,16 +1,10 @@
-"""Estimated numbers of requests from measured counts, and costs of requests and data transfer.
+"""Counts and estimates of requests to S3 and SQS, and the costs of requests and data transfer.
 
-The model is that of `benchmarks/request_counts.py`, split into parts. Most requests are
-proportional to bundles. Polls are proportional to time: workers poll their job's control object,
-and the manager polls its queues. Data leaves AWS, passes a NAT gateway or VPC endpoints, or crosses
-zones.
+Estimates use the model of `benchmarks/request_counts.py`. Most requests are proportional to bundles. Polls are
+proportional to time: workers poll their job's control object, and the manager polls its queues.
 
-Invariant: the cost of data transfer covers counted bytes only and is never derived. The bill lists
-what is not counted.
-
-Counts of requests to S3 and SQS as AWS bills them.
-
-Invariant: a count never decreases, so the last reported count is the total.
+Invariants: a count never decreases, so the last reported count is the total. The cost of data transfer covers counted
+bytes only. The bill lists the bytes that are not counted.
 """
 
 from __future__ import annotations
@@ -22,18 +16,17 @@ from dataclasses import astuple, dataclass
 from batchlab.core.pricing.price_book import GB, Item, PriceBook, Usd, shown
 
 STEP_BYTES = 64 * 1024
-"""SQS bills each started step of this size in a payload as a request
-(aws.amazon.com/sqs/pricing)."""
+"""SQS bills each started step of this size in a payload as a request (aws.amazon.com/sqs/pricing)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Requests:
     """Numbers of billed requests.
 
-    `sqs` counts every step of 64 KiB, and `sqs_empty` the receives without messages. `s3_puts`
-    counts PUT, COPY, POST, and LIST, and `s3_gets` GET, HEAD, and all other requests. DELETE is
-    free and is counted for information only. `sqs_bytes` are the bytes of the messages' bodies in
-    both directions, for which a NAT gateway or a VPC endpoint is billed.
+    `sqs` counts every step of 64 KiB, and `sqs_empty` the receives without messages. `s3_puts` counts PUT, COPY, POST,
+    and LIST, and `s3_gets` GET, HEAD, and all other requests. DELETE is free and is counted for information only.
+    `sqs_bytes` are the bytes of the messages' bodies in both directions, for which a NAT gateway or a VPC endpoint is
+    billed.
     """
 
     sqs: float = 0
@@ -117,15 +110,15 @@ class RequestCounter:
 PER_BUNDLE = Requests(sqs=7.5, s3_puts=1.5, s3_gets=1.0)
 """Requests per bundle by the manager and the workers, measured on `ministack` with two workers.
 
-SQS: a send, a receive, and a delete each for the bundle and for its event, and a share of the
-heartbeats' requests. S3: a PUT of the outcome, half a PUT of the cut, and a GET of the part of the
-plan with the inputs. A bundle whose tasks print needs another PUT.
+SQS: a send, a receive, and a delete each for the bundle and for its event, and a share of the heartbeats' requests. S3:
+a PUT of the outcome, half a PUT of the cut, and a GET of the part of the plan with the inputs. A bundle whose tasks
+print needs another PUT.
 """
 
 BILLED_POLL_S = 5.0
-"""Interval at which a long poll of an empty queue costs one request on AWS (see
-`adapters.aws.sqs`). On a quiet queue the interval is 20 s. The estimate ignores this, so it is too
-high for long waits."""
+"""Interval at which a long poll of an empty queue costs one request on AWS (see `adapters.aws.sqs`). On a quiet queue
+the interval is 20 s. The estimate ignores this, so it is too high for long waits.
+"""
 LOOKS_A_LEASE = 3
 """Reads of a job's control object by a worker in each control lease."""
 EVENT_REQUESTS = 3
@@ -166,8 +159,7 @@ def of_idle_workers(idle_s: float) -> Requests:
 def of_manager(span_s: float, pools: int, pace: Pace) -> Requests:
     """Return the requests of a manager that has jobs for `span_s`.
 
-    It reads the depth of each pool's queue at every tick, at most once a second, and polls for
-    events.
+    It reads the depth of each pool's queue at every tick, at most once a second, and polls for events.
     """
     polls = span_s / BILLED_POLL_S
     return Requests(sqs=span_s / max(pace.tick_s, 1.0) * pools + polls, sqs_empty=polls)
@@ -181,16 +173,15 @@ def usd_of(requests: Requests, prices: PriceBook) -> tuple[float, float]:
     return sqs, puts + gets
 
 
-def items(cases: Sequence[Requests], prices: PriceBook, said: str) -> list[Item]:
-    """Return the two lines of a bill. `cases` are the lowest, the typical, and the highest
-    numbers."""
+def items(cases: Sequence[Requests], prices: PriceBook, source: str) -> list[Item]:
+    """Return the two lines of a bill. `cases` are the lowest, the typical, and the highest numbers."""
     (q0, s0), (q1, s1), (q2, s2) = (usd_of(case, prices) for case in cases)
     typical = cases[1]
     how_sqs = f"{typical.sqs:,.0f} requests in steps of 64 KiB, {typical.sqs_empty:,.0f} empty"
     how_s3 = f"{typical.s3_puts:,.0f} PUT and LIST, {typical.s3_gets:,.0f} GET"
     return [
-        Item("SQS requests", Usd(q0, q1, q2), f"{how_sqs}; {said}"),
-        Item("S3 requests", Usd(s0, s1, s2), f"{how_s3}; {said}"),
+        Item("SQS requests", Usd(q0, q1, q2), f"{how_sqs}; {source}"),
+        Item("S3 requests", Usd(s0, s1, s2), f"{how_s3}; {source}"),
     ]
 
 
@@ -203,8 +194,8 @@ user's. In the first two, a gateway endpoint gives free access to S3."""
 class TransferredData:
     """Known data transfer of a job.
 
-    `fetched_bytes` were fetched from the bucket to the machine that makes the bill. `egress` is the
-    route from the stack's instances to AWS, or "" without a stack.
+    `fetched_bytes` were fetched from the bucket to the machine that makes the bill. `egress` is the route from the
+    stack's instances to AWS, or "" without a stack.
     """
 
     fetched_bytes: int = 0
@@ -237,8 +228,7 @@ def through(egress: str, size_bytes: float, prices: PriceBook) -> Item | None:
 def nat_usd_gb(prices: PriceBook) -> tuple[float, float, float]:
     """Return the cost of a GB through the gateway in three cases.
 
-    The data comes from the gateway's own zone, half of it from the other zone, or all of it from
-    there.
+    The data comes from the gateway's own zone, half of it from the other zone, or all of it from there.
     """
     gateway = prices.price("network", "nat_usd_per_gb")
     crossing = 2 * prices.price("transfer", "zone_usd_per_gb_each_way")
@@ -246,8 +236,7 @@ def nat_usd_gb(prices: PriceBook) -> tuple[float, float, float]:
 
 
 def not_counted(egress: str) -> list[str]:
-    """Return sentences, without a final period, about the costs that such a bill does not
-    include."""
+    """Return sentences, without a final period, about the costs that such a bill does not include."""
     if egress == OWN:
         return ["what goes through your own network's NAT or endpoints is not in it"]
     if egress not in (ENDPOINTS, NAT):
@@ -259,10 +248,10 @@ def not_counted(egress: str) -> list[str]:
 def rates(prices: PriceBook, egress: str) -> str:
     """Return a text with the prices per GB, for data of unknown size."""
     internet = shown(prices.price("transfer", "internet_usd_per_gb"))
-    said = f"{internet} per GB out of AWS"
+    text = f"{internet} per GB out of AWS"
     if egress == ENDPOINTS:
-        return f"{said}, {shown(prices.price('network', 'endpoint_usd_per_gb'))} through endpoints"
+        return f"{text}, {shown(prices.price('network', 'endpoint_usd_per_gb'))} through endpoints"
     if egress == NAT:
         low, _, high = nat_usd_gb(prices)
-        return f"{said}, {shown(low)} through NAT and {shown(high)} where it comes from another zone"
-    return said
+        return f"{text}, {shown(low)} through NAT and {shown(high)} where it comes from another zone"
+    return text

@@ -1,12 +1,8 @@
-"""Meter of a grid's usage, as AWS would bill it, by job: instance seconds and requests.
+"""Meter of a grid's usage as AWS would bill it, and the remaining budgets of caps on cost.
 
-Invariant: the functions are pure arithmetic, and counts never decrease. Every billed second belongs
-to the jobs that the instance runs, else to the jobs that it waits for, else to no job.
-
-Caps on cost: the remaining budget, and the work and the instances that it pays for.
-
-Invariant: the functions are pure arithmetic. An amount taken from a budget is committed. It is
-corrected only when the budget is created again from the actual costs.
+Invariants: the functions are pure arithmetic, and counts never decrease. Every billed second belongs to the jobs that
+the instance runs. If it runs none, the second belongs to the jobs that it waits for, or else to no job. A cost that is
+committed from a budget stays committed until the budget is created again from the actual costs.
 """
 
 from __future__ import annotations
@@ -30,8 +26,7 @@ _FREE = {LifecycleState.TERMINATED, LifecycleState.WARMED_STOPPED, LifecycleStat
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """Properties that determine the price of an instance. `type` is empty if all machines are
-    alike."""
+    """Properties that determine the price of an instance. `type` is empty if all machines are alike."""
 
     pool: str
     type: str = ""
@@ -46,9 +41,8 @@ Rates = Callable[[Kind], float]
 class Accounting:
     """Configuration of the accounts.
 
-    `rates` returns the price of instances (USD per hour). Without it, caps do not apply.
-    `request_usd` returns the price of requests. `tally` counts this process's own requests.
-    `max_cost_usd` caps the whole grid.
+    `rates` returns the price of instances (USD per hour). Without it, caps do not apply. `request_usd` returns the
+    price of requests. `tally` counts this process's own requests. `max_cost_usd` caps the whole grid.
     """
 
     rates: Rates | None = None
@@ -61,9 +55,8 @@ class Accounting:
 class Account:
     """Usage of one job.
 
-    `billed_s` are instance seconds. `failed_s` (failed attempts) and `lost_s` (runs whose instance
-    died) are slot seconds by pool. `is_whole` is true if all usage since the job's start was
-    counted.
+    `billed_s` are instance seconds. `failed_s` (failed attempts) and `lost_s` (runs whose instance died) are slot
+    seconds by pool. `is_whole` is true if all usage since the job's start was counted.
     """
 
     billed_s: dict[Kind, float] = field(default_factory=dict)
@@ -162,8 +155,8 @@ class Meter:
     ) -> None:
         """Bill the instance up to now, divided by these shares. They sum to 1, or are empty.
 
-        The bill begins at the launch and covers at least one minute. The Spot price applies from
-        the time at which `is_spot` is known.
+        The bill begins at the launch and covers at least one minute. The Spot price applies from the time at which
+        `is_spot` is known.
         """
         if instance.state in _FREE:
             self.lives.pop(instance.id, None)
@@ -194,10 +187,10 @@ class Meter:
 
     def retain(self, instances: set[str]) -> bool:
         """Forget all instances except these. Return whether there were any others."""
-        gone = self.lives.keys() - instances
-        for one in gone:
-            del self.lives[one]
-        return bool(gone)
+        dropped = self.lives.keys() - instances
+        for instance in dropped:
+            del self.lives[instance]
+        return bool(dropped)
 
     def count_requests(
         self, process: str, so_far: Requests, shares: Mapping[JobId, float], accounts: Mapping[JobId, Account]
@@ -234,17 +227,17 @@ class Meter:
             mine = self.lives.setdefault(name, life)
             mine.billed_s = max(mine.billed_s, life.billed_s)
             if mine.age_s < life.age_s:
-                # The other age already covers a part of the interval since our `seen_s`. Without
-                # the reset, this part would be billed twice.
+                # The other age already covers a part of the interval since our `seen_s`. Without the reset, this part
+                # would be billed twice.
                 mine.age_s, mine.seen_s = life.age_s, None
 
     def to_json(self) -> dict[str, Any]:
         return {
             "lives": {
-                name: [one.kind.pool, one.kind.type, one.kind.market.value, one.age_s, one.billed_s]
-                for name, one in self.lives.items()
+                name: [item.kind.pool, item.kind.type, item.kind.market.value, item.age_s, item.billed_s]
+                for name, item in self.lives.items()
             },
-            "heard": {name: list(astuple(one)) for name, one in self._heard.items()},
+            "heard": {name: list(astuple(item)) for name, item in self._heard.items()},
             "nobody": self.nobody.to_json(),
             "total": self.total.to_json(),
         }
@@ -256,7 +249,7 @@ class Meter:
             name: Life(Kind(pool, type_, Market(market)), age_s, billed_s)
             for name, (pool, type_, market, age_s, billed_s) in doc["lives"].items()
         }
-        meter._heard = {name: Requests(*one) for name, one in doc["heard"].items()}
+        meter._heard = {name: Requests(*counts) for name, counts in doc["heard"].items()}
         meter.nobody = Account.from_json(doc["nobody"])
         meter.total = Account.from_json(doc["total"])
         return meter
@@ -267,9 +260,9 @@ def larger_counts(a: Requests, b: Requests) -> Requests:
     return Requests(*(max(x, y) for x, y in zip(astuple(a), astuple(b), strict=True)))
 
 
-def _merge_counts(mine: dict[K, float], other: Mapping[K, float]) -> None:
+def _merge_counts(own: dict[K, float], other: Mapping[K, float]) -> None:
     for key, figure in other.items():
-        mine[key] = max(figure, mine.get(key, 0.0))
+        own[key] = max(figure, own.get(key, 0.0))
 
 
 PROBED_S = 3600.0
@@ -305,8 +298,7 @@ class CapBudget:
 class Budget:
     """The remaining budgets of all caps that apply to a job.
 
-    `slot_usd_s` has the price of a slot second by pool, and `slots` the slots of an instance by
-    pool.
+    `slot_usd_s` has the price of a slot second by pool, and `slots` the slots of an instance by pool.
     """
 
     caps: tuple[CapBudget, ...]
@@ -339,23 +331,21 @@ class Budget:
         return paid
 
     def probe(self, sizes: Sequence[int], pool: str, task_s: float, out: int) -> list[int]:
-        """Return the first of these bundles for a stage without measurements. `out` tasks have
-        begun.
+        """Return the first of these bundles for a stage without measurements. `out` tasks have begun.
 
-        Together with these, the result has at most as many tasks as fit into one instance, or as
-        the budget pays for, if that is more. Each task is assumed to take `task_s`, at most an
-        hour.
+        Together with these, the result has at most as many tasks as fit into one instance, or as the budget pays for,
+        if that is more. Each task is assumed to take `task_s`, at most an hour.
         """
         usd = self.slot_usd_s.get(pool, 0.0) * min(task_s, PROBED_S)
         paid = self.slots.get(pool, 1) if usd <= 0 else _times(self.left_usd, usd)
         room = max(paid, self.slots.get(pool, 1)) - out
-        found: list[int] = []
+        sizes_now: list[int] = []
         for size in sizes:
             if (tasks := min(size, room)) <= 0:
                 break
-            found.append(tasks)
+            sizes_now.append(tasks)
             room -= tasks
-        return found
+        return sizes_now
 
 
 def launch_usd(usd_h: float, tail_s: float = 0.0) -> float:

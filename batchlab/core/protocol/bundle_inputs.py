@@ -1,9 +1,7 @@
 """Inputs of a bundle: from its message, from the upstream outcome, or from the stage's plan.
 
-Check of the objects to which references in a job's items and results refer.
-
-Invariant: the manager, workers, and clients read a referenced object only after this check. A
-worker writes an outcome, and a reader of the outcome may have more rights than the worker.
+Invariant: the manager, workers, and clients read a referenced object only after `JobObjects` has checked the reference.
+A worker writes an outcome, and a reader of the outcome may have more rights than the worker.
 """
 
 from __future__ import annotations
@@ -38,8 +36,7 @@ _MAX_PARTS = 4
 class Manifest:
     """Plan of a stage with `count` tasks. Part i has the inputs from index `starts[i]` on.
 
-    `parts` has the name of each part. In plans of release 0.1.0 it is empty, and parts have
-    numbers.
+    `parts` has the name of each part. In plans of release 0.1.0 it is empty, and parts have numbers.
     """
 
     count: int
@@ -91,8 +88,8 @@ class Manifest:
 def _consistent(plan: Manifest) -> Manifest:
     """Return `plan`.
 
-    Raise ValueError if its parts do not begin at 0, are not in order, or lack names. A plan without
-    tasks may be without parts.
+    Raise ValueError if its parts do not begin at 0, are not in order, or lack names. A plan without tasks may be
+    without parts.
     """
     starts = plan.starts
     if (starts or plan.count) and starts[:1] != (0,):
@@ -109,8 +106,7 @@ class NoSuchTask(NotFound):
 
 
 class Inputs:
-    """Reader of inputs. It caches the last few plan parts, because neighboring bundles share
-    them."""
+    """Reader of inputs. It caches the last few plan parts, because neighboring bundles share them."""
 
     def __init__(self, objects: Objects, patience: Patience) -> None:
         self._objects = objects
@@ -121,8 +117,7 @@ class Inputs:
     async def resolve(self, job: JobDef, bundle: Bundle, key: CommitKey) -> Sequence[Json]:
         """Return one encoded input per task of `bundle`.
 
-        Raise NotFound if a required object does not exist, and Malformed if the bundle does not fit
-        its stage.
+        Raise NotFound if a required object does not exist, and Malformed if the bundle does not fit its stage.
         """
         if bundle.source is not None:
             stage = job.stage(bundle.stage)
@@ -133,7 +128,7 @@ class Inputs:
                 )
             return await self.values(job, stage.after[0], bundle.source, bundle.tasks, key)
         manifest = await self._manifest(job, bundle)
-        found: list[Json] = []
+        items_found: list[Json] = []
         for start, stop in bundle.tasks.ranges:
             while start < stop:
                 if start >= manifest.count:
@@ -144,9 +139,9 @@ class Inputs:
                 items = part[offset : offset + stop - start]
                 if not items:
                     raise _no_such_task(bundle, start, manifest)
-                found += [await self._gathered(job, i, key) if is_gather(i) else i for i in items]
+                items_found += [await self._gathered(job, i, key) if is_gather(i) else i for i in items]
                 start += len(items)
-        return found
+        return items_found
 
     async def check(self, job: JobDef, bundle: Bundle) -> None:
         """Raise NoSuchTask if the plan of `bundle` does not have the bundle's last task.
@@ -165,12 +160,11 @@ class Inputs:
         outcome = await self._outcome(stored)
         by_task = dict(zip(outcome.succeeded, outcome.values, strict=True))
         if missing := tasks - outcome.succeeded:
-            raise NotFound(f"{stored} has no result of task {missing.first}.")
+            raise NotFound(f"{stored} does not have a result of task {missing.first}.")
         return [by_task[task] for task in tasks]
 
     async def _gathered(self, job: JobDef, item: dict[str, Any], key: CommitKey) -> Json:
-        """Return all results of the upstream stages in task order: a list, or one list per
-        stage."""
+        """Return all results of the upstream stages in task order: a list, or one list per stage."""
         lists: dict[str, list[Json]] = {}
         for stage, bundles in _gather_in(item).items():
             values: list[tuple[int, Json]] = []
@@ -185,8 +179,7 @@ class Inputs:
         try:
             return await read_outcome(self._objects, name, self._patience)
         except Malformed as error:
-            # An unreadable outcome counts as absent. The task fails with a reason that names the
-            # object.
+            # An unreadable outcome counts as absent. The task fails with a reason that names the object.
             raise NotFound(error.message) from error
 
     async def _manifest(self, job: JobDef, bundle: Bundle) -> Manifest:
@@ -211,7 +204,7 @@ class Inputs:
         """
         if job.stage(bundle.stage).after:
             what = f"Stage {bundle.stage} of job {bundle.job}"
-            raise NotFound(f"{what} has no plan yet, or its plan is gone: {lost}.")
+            raise NotFound(f"{what} does not have a plan yet, or its plan was deleted: {lost}.")
         key = object_keys.spec(bundle.job)
         data = await self._patience(partial(self._objects.get, key))
         opening = _whole(key, data, lambda data: commit_keys.opening_in(json_format.loads(data)))
@@ -266,7 +259,7 @@ def _whole(key: str, data: bytes, read: Callable[[bytes], T]) -> T:
 def _items(name: str, data: bytes) -> Sequence[Json]:
     """Return the items of the part of a plan with that name, which is the digest of its content."""
     if len(name) == len(object_keys.name_digest(b"")) and object_keys.name_digest(data) != name:
-        raise Malformed("It is not the content that it is named by.")
+        raise Malformed("Its content does not match its name.")
     try:
         return listed(json_format.loads(data)["items"])
     except UNREADABLE as error:
@@ -310,16 +303,16 @@ class ForeignReference(UsageError):
 class JobObjects:
     """Objects that one job may use.
 
-    A job of the Python API may also use files and raw data of other jobs, because its user passes
-    them on as File objects.
+    A job of the Python API may also use files and raw data of other jobs, because its user passes them on as File
+    objects.
     """
 
     def __init__(self, job: JobId, inputs: Iterable[str] = (), *, is_python: bool) -> None:
         self._job = job
-        named = list(inputs)
-        self._keys = frozenset(one for one in named if not one.endswith("/"))
+        keys = list(inputs)
+        self._keys = frozenset(key for key in keys if not key.endswith("/"))
         plans = f"jobs/{job}/"
-        folders = [one for one in named if one.endswith("/")]
+        folders = [key for key in keys if key.endswith("/")]
         others = ("files/", "raw/") if is_python else (f"files/{job}/", f"raw/{job}/")
         self._prefixes = (*others, plans, *folders)
         self.is_python = is_python
@@ -336,7 +329,7 @@ class JobObjects:
         if not isinstance(name, str) or not self._has(name):
             raise ForeignReference(
                 f"A reference names {str(name)[:200]!r}, which is not an object of job {self._job}.",
-                remedy="No task writes such a reference by itself; see who may write the bucket.",
+                remedy="Tasks do not write such references. Check who may write to the bucket.",
             )
         return name
 
@@ -345,11 +338,11 @@ class JobObjects:
 
         Raise ForeignReference if the object has another content than the reference was made for.
         """
-        said = reference.get("sha256")
-        if said is not None and hashlib.sha256(data).hexdigest() != said:
+        digest = reference.get("sha256")
+        if digest is not None and hashlib.sha256(data).hexdigest() != digest:
             raise ForeignReference(
                 f"The object {reference['$value']!r} is not the one that a task stored there.",
-                remedy="Somebody has written over it; run the job again.",
+                remedy="Another program has replaced the object. Run the job again.",
             )
         return json.loads(data)
 

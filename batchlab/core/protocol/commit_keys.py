@@ -1,26 +1,25 @@
-"""Commit keys of a grid's jobs, and the proofs in event messages that are made with them.
+"""Commit keys of a grid's jobs, proofs in event messages, and the object with a job's definition.
 
-The commit keys are derived from a secret in the bucket. A proof shows that the worker that sent a
-message has the commit keys of its jobs.
+The commit keys are derived from a secret in the bucket. A proof shows that the worker that sent a message has the
+commit keys of its jobs.
 
-Invariants: the secret is created once, by a conditional PUT. Every program that may read `grid/` of
-the bucket can derive all commit keys. Workers may not read it, and receive the keys with their
-messages. A proof covers the whole text of its message, so it is not valid for another message. The
-proofs are the first member of the message's object, and the text is the message without it.
+Invariants: the secret is created once, by a conditional PUT. Every program that may read `grid/` of the bucket can
+derive all commit keys. Workers must not read `grid/`, and receive the keys with their messages. A proof covers the
+whole text of its message, so it is not valid for another message. The proofs are the first member of the message's
+object, and the text is the message without this member.
 
-Object `jobs/<job>/spec.json`: the definition of a job, and an optional opening.
-
-Invariant: one PUT commits the whole content.
+The object `jobs/<job>/spec.json` contains the definition of a job and an optional opening. One PUT commits both.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 from batchlab.core.errors import AlreadyExists, BackendError, Malformed, NotFound
 from batchlab.core.job_definition import JobDef
@@ -36,17 +35,6 @@ MAX_KEYS = 4096
 """Maximum number of keys in memory."""
 
 
-T = TypeVar("T")
-
-
-class _Tries(Protocol):
-    async def __call__(self, call: Callable[[], Awaitable[T]]) -> T: ...
-
-
-async def _once(call: Callable[[], Awaitable[T]]) -> T:
-    return await call()
-
-
 class CommitKeys:
     """Commit keys of one grid. The secret is read at the first use."""
 
@@ -54,14 +42,13 @@ class CommitKeys:
         """Without `patience`, failed calls are not retried. With `ids`, which a manager passes, a
         missing secret is created."""
         self._objects = objects
-        self._patience: _Tries = patience or _once
+        self._patience = patience or Patience(random.Random(0), limit_s=0.0)  # noqa: S311 - it never waits
         self._ids = ids
         self._secret: bytes | None = None
         self._keys: dict[JobId, CommitKey] = {}
 
     async def ensure(self) -> None:
-        """Read the secret, or create it. If the bucket has lost the secret, write the one in
-        memory."""
+        """Read the secret, or create it. If the bucket has lost the secret, write the one in memory."""
         try:
             secret = await self._read()
         except NotFound:
@@ -99,8 +86,7 @@ class CommitKeys:
         return key
 
     async def stored(self, job: JobId) -> CommitKey:
-        """Return the commit key of a job in the bucket. Raise NotFound if the job does not
-        exist."""
+        """Return the commit key of a job in the bucket. Raise NotFound if the job does not exist."""
         data = await self._patience(partial(self._objects.get, object_keys.spec(job)))
         return await self.key_of(json_format.job_from_json(json_format.loads(data)))
 
@@ -163,10 +149,7 @@ def with_proofs(text: str, jobs: Iterable[JobId], key_of: Callable[[JobId], Comm
 
 
 def split(body: str) -> tuple[str, Mapping[str, str]]:
-    """Return the text of a message and its proofs by job.
-
-    Raise ValueError if the proofs cannot be read.
-    """
+    """Return the text of a message and its proofs by job. Raise ValueError if the proofs cannot be read."""
     if not body.startswith(_START):
         return body, {}
     end = body.find("}")
@@ -211,12 +194,12 @@ def opening_in(doc: dict[str, Any]) -> Opening | None:
 
     Raise Malformed if the opening cannot be read.
     """
-    found = doc.get("opening")
-    if found is None:
+    opening = doc.get("opening")
+    if opening is None:
         return None
     try:
-        items = listed(found["items"])
-        cut = json_format.cut_from_json(found["cut"]) if found["cut"] else None
+        items = listed(opening["items"])
+        cut = json_format.cut_from_json(opening["cut"]) if opening["cut"] else None
         if cut and (cut.job, cut.round, cut.seq) != (doc["id"], 0, 0):
             raise ValueError("its cut is not the first cut of the job")
         return Opening(items, cut)

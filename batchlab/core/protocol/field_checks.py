@@ -1,7 +1,7 @@
 """Checks of values that another process has written.
 
-Invariant: each check returns the value unchanged, of the type in the function's name and within the
-bounds given here, or raises ValueError. `decode` does this for a whole dataclass by its annotations.
+Invariant: each check returns the value unchanged, of the type in the function's name and within the bounds given here,
+or raises ValueError. `decode` does this for a whole dataclass by its annotations.
 """
 
 from __future__ import annotations
@@ -32,8 +32,7 @@ MAX_ROUNDS = 10_000
 """Upper bound of a job's rounds. A worker looks for the plan of a bundle's round, and then for the
 plan of each earlier round."""
 MAX_COUNT = 1 << 53
-"""Upper bound of every counter. Larger numbers are not exact in JSON and do not fit into SQL
-columns."""
+"""Upper bound of every counter. Larger numbers are not exact in JSON and do not fit into SQL columns."""
 MAX_S = 1e11
 """Upper bound of every time in seconds. As epoch seconds, it is in the year 5138."""
 MAX_TEXT = 1 << 20
@@ -76,8 +75,7 @@ def name(value: Any) -> str:
 
 
 def label(value: Any) -> str:
-    """Return `value`. Raise ValueError if it cannot name a worker, an instance, a pool, or a
-    queue."""
+    """Return `value`. Raise ValueError if it cannot name a worker, an instance, a pool, or a queue."""
     if type(value) is str and len(value) <= _LONGEST_NAME and _is_label(value):
         return value
     raise ValueError(f"a label is expected, not {_kind(value)}")
@@ -101,8 +99,7 @@ def bundle_name(value: Any) -> str:
 
 
 def handler(value: Any) -> str:
-    """Return `value`. Raise ValueError if it is neither module:function nor a pickled function's
-    key."""
+    """Return `value`. Raise ValueError if it is neither module:function nor a pickled function's key."""
     kind, _, rest = text(value, MAX_KEY).partition(":")
     if kind == "pickle":
         check_key(rest)
@@ -150,24 +147,23 @@ def listed(value: Any) -> Sequence[Any]:
 
 def figures(value: Any, most: float = MAX_S) -> tuple[float, ...]:
     """Return the numbers in the list `value`. Raise ValueError if one is not from 0 to `most`."""
-    found = tuple(listed(value))
-    if len(found) == 1:
-        figure(found[0], most)
-        return found
-    # Loops in C are faster than one in Python, and `sum` is faster than `max`. `json_format.loads`
-    # has already refused NaN.
-    if found and not (
-        _NUMBERS.issuperset(map(type, found)) and min(found) >= 0 and (sum(found) <= most or max(found) <= most)
+    numbers = tuple(listed(value))
+    if len(numbers) == 1:
+        figure(numbers[0], most)
+        return numbers
+    # Loops in C are faster than one in Python, and `sum` is faster than `max`. `json_format.loads` has already refused
+    # NaN.
+    if numbers and not (
+        _NUMBERS.issuperset(map(type, numbers)) and min(numbers) >= 0 and (sum(numbers) <= most or max(numbers) <= most)
     ):
         raise ValueError(f"numbers from 0 to {most:g} are expected")
-    return found
+    return numbers
 
 
 def fitted(value: T) -> T:
     """Return `value`, an instance of a dataclass.
 
-    Raise ValueError if a field has a value that its annotation or the bounds given here do not
-    allow.
+    Raise ValueError if a field has a value that its annotation or the bounds given here do not allow.
     """
     for field, hint in _hints(type(value)).items():
         if not _fits(getattr(value, field), hint):
@@ -176,10 +172,10 @@ def fitted(value: T) -> T:
 
 
 def _hints(kind: Any) -> dict[str, Any]:
-    found = _known_hints.get(kind)
-    if found is None:
-        found = _known_hints[kind] = get_type_hints(kind)
-    return found
+    hints = _known_hints.get(kind)
+    if hints is None:
+        hints = _known_hints[kind] = get_type_hints(kind)
+    return hints
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -205,8 +201,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def shallow(values: Sequence[Any]) -> None:
-    """Raise ValueError if a JSON value is nested too deeply or contains a number that is not
-    finite.
+    """Raise ValueError if a JSON value is nested too deeply or contains a number that is not finite.
 
     The maximum depth is MAX_DEPTH levels. The number 1e999, for example, is read as infinity.
     """
@@ -259,8 +254,8 @@ def _converters(kind: Hashable) -> list[tuple[str, Read | None]]:
 def decode(kind: type[T], doc: Any) -> T:
     """Return the dataclass in a document, with the types of its annotations.
 
-    A missing field has its default. Fields that a later batchlab added are ignored. Raise one of
-    UNREADABLE if a field is required or has a value that it cannot have.
+    A missing field has its default. Fields that a later batchlab added are ignored. Raise one of UNREADABLE if a field
+    is required or has a value that it cannot have.
     """
     if type(doc) is not dict:
         raise ValueError(f"a document is expected, not {_kind(doc)}")

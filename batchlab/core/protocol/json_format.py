@@ -1,9 +1,8 @@
 """JSON format of jobs, cuts, bundles, outcomes, completions, words, and endings.
 
-Invariant: `x_from_json(x_to_json(x)) == x`. A reader ignores fields that a later batchlab added. If
-readers must know a new field, the later batchlab changes `v`, or sets `needs` in the job. Readers
-refuse such a document and do not guess. Outcomes, completions, and bundles are
-converted by hand, because a table of fields takes up to five times as long.
+Invariant: `x_from_json(x_to_json(x)) == x`. A reader ignores fields that a later batchlab added. If readers must know a
+new field, the later batchlab changes `v`, or sets `needs` in the job. Readers refuse such a document and do not guess.
+Outcomes, completions, and bundles are converted by hand, because a table of fields takes up to five times as long.
 """
 
 from __future__ import annotations
@@ -128,8 +127,8 @@ def brief(error: Exception) -> str:
         return "a field is missing"
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
-    told = str(error) if type(error) is ValueError else type(error).__name__
-    return told[:200]
+    text = str(error) if type(error) is ValueError else type(error).__name__
+    return text[:200]
 
 
 def fields(value: Any) -> dict[str, Json]:
@@ -145,8 +144,7 @@ def tasks_to_json(tasks: TaskSet) -> list[list[int]]:
 
 
 def tasks_from_json(doc: Sequence[Sequence[int]], known: Known | None = None) -> TaskSet:
-    """Return the tasks in a document. `known` is the task set of its bundle, which is often the
-    same."""
+    """Return the tasks in a document. `known` is the task set of its bundle, which is often the same."""
     if known and doc == known[0]:
         return known[1]
     if not listed(doc):
@@ -232,8 +230,7 @@ def check_parts(
 ) -> None:
     """Raise ValueError unless every task of the bundle has exactly one result.
 
-    A task succeeded, failed for good, was canceled, or is in one follow-up of the same stage (see
-    `settlement.settle`).
+    A task succeeded, failed for good, was canceled, or is in one follow-up of the same stage (see `settlement.settle`).
     """
     if succeeded.ranges == bundle.tasks.ranges and not (follows or failed.ranges or cancelled.ranges):
         return
@@ -243,20 +240,20 @@ def check_parts(
     if cancelled.ranges:
         parts.append(cancelled)
     for follow in follows:
-        one = follow.bundle
-        if one.job != bundle.job or one.round != bundle.round:
+        bundle_after = follow.bundle
+        if bundle_after.job != bundle.job or bundle_after.round != bundle.round:
             raise ValueError("a follow is a bundle of another job or round")
-        if one.stage != bundle.stage:
-            inside = one.tasks.ranges == succeeded.ranges or not one.tasks - succeeded
-            if one.source != bundle.id or not inside:
+        if bundle_after.stage != bundle.stage:
+            inside = bundle_after.tasks.ranges == succeeded.ranges or not bundle_after.tasks - succeeded
+            if bundle_after.source != bundle.id or not inside:
                 raise ValueError("a follow in another stage is not fed by this bundle")
             continue
-        again = one.attempt == bundle.attempt + 1
-        if not again and (one.attempt != bundle.attempt or one.tasks == bundle.tasks):
+        again = bundle_after.attempt == bundle.attempt + 1
+        if not again and (bundle_after.attempt != bundle.attempt or bundle_after.tasks == bundle.tasks):
             raise ValueError("a follow in the same stage has a wrong attempt")
-        if one.source != bundle.source:
+        if bundle_after.source != bundle.source:
             raise ValueError("a follow in the same stage has another source")
-        parts.append(one.tasks)
+        parts.append(bundle_after.tasks)
     if len(parts) == 1 and succeeded.ranges == bundle.tasks.ranges:
         return
     if sum(map(len, parts)) != len(bundle.tasks) or TaskSet.union(parts) != bundle.tasks:
@@ -343,10 +340,9 @@ def outcome_from_json(doc: dict[str, Any]) -> Outcome:
 def outcome_from_bytes(data: bytes, key: str) -> Outcome:
     """Return the outcome in the object `key`, which is the key of an outcome or of a replacement.
 
-    Raise Malformed, with the key, if the object cannot be read or is the outcome of another bundle.
-    This includes objects in a later format. If this release can read a job's definition, all
-    outcomes of the job have the format of this release (see PROTOCOL). So a worker cannot block a
-    job by writing another version number.
+    Raise Malformed, with the key, if the object cannot be read or is the outcome of another bundle. This includes
+    objects in a later format. If this release can read a job's definition, all outcomes of the job have the format of
+    this release (see PROTOCOL). So a worker cannot block a job by writing another version number.
     """
     try:
         if is_too_heavy(data):
@@ -433,8 +429,8 @@ def cut_from_json(doc: dict[str, Any]) -> Cut:
             None if planned is None else whole(planned, MAX_TASKS),
             None if at_s is None else figure(at_s),
         )
-        mine = (cut.job, cut.stage, cut.round)
-        if any((bundle.job, bundle.stage, bundle.round) != mine for bundle in cut.bundles):
+        own = (cut.job, cut.stage, cut.round)
+        if any((bundle.job, bundle.stage, bundle.round) != own for bundle in cut.bundles):
             raise ValueError("it has a bundle of another job, stage or round")
         return cut
     except UNREADABLE as error:
@@ -510,11 +506,11 @@ def job_from_json(doc: dict[str, Any]) -> JobDef:
 class ControlCommand:
     """Content of a control object.
 
-    With CANCEL, `state` and `reason` are the final state of the job and its reason. `round` is the
-    round of the job to which the word applies. A word never replaces the word of a later round.
-    Because of `round`, the words of two rounds differ in buckets whose ETags are hashes. `tail`
-    grows with each request for live logs, and `tail_s` (epoch) is the time of the last request (see
-    `worker.live_logs`). `number` counts the words before it, so all words of a job differ.
+    With CANCEL, `state` and `reason` are the final state of the job and its reason. `round` is the round of the job to
+    which the word applies. A word never replaces the word of a later round. Because of `round`, the words of two rounds
+    differ in buckets whose ETags are hashes. `tail` grows with each request for live logs, and `tail_s` (epoch) is the
+    time of the last request (see `worker.live_logs`). `number` counts the words before it, so all words of a job
+    differ.
     """
 
     control: Control
@@ -559,9 +555,9 @@ def control_from_bytes(data: bytes) -> ControlCommand:
             whole(doc.get("number", 0)),
         )
     except UNREADABLE as error:
-        said = doc.get("control")
-        if isinstance(said, str) and said not in CONTROL_VALUES:
-            raise TooNew(f"The word {said[:40]!r} is not known to this batchlab.") from error
+        control = doc.get("control")
+        if isinstance(control, str) and control not in CONTROL_VALUES:
+            raise TooNew(f"This batchlab does not know the control command {control[:40]!r}.") from error
         raise Malformed(f"A control object cannot be read: {brief(error)}.") from error
 
 

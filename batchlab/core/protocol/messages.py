@@ -1,10 +1,10 @@
-"""Messages on the queues: bundles for workers, and events from workers for the manager.
+"""Messages on the queues, and the format of live logs.
 
-Invariant: `read_x(x(m)) == m` for all parts that the reader needs. Messages have the format of
-`json_format`. A reader refuses any other message as a whole with Malformed, so a message never
-takes effect in part.
+The messages are bundles for workers, and events from workers for the manager. Live logs contain the output of running
+tasks while a client follows them.
 
-Format of live logs: the output of running tasks, stored while a client follows them.
+Invariant: `read_x(x(m)) == m` for all parts that the reader needs. Messages have the format of `json_format`. A reader
+refuses any other message as a whole with Malformed, so a message never takes effect in part.
 """
 
 from __future__ import annotations
@@ -62,11 +62,10 @@ _COUNTED = len(Requests.__slots__)
 class TaskMessage:
     """Message on a pool's queue.
 
-    `items` are the encoded inputs, one per task of the bundle, if they are small enough for the
-    message. `not_before_s` (epoch) is the end of a delay that is longer than the maximum
-    DelaySeconds. `watchdog` marks a watchdog message: the bundle still runs, and it runs again only
-    if its worker has stopped reporting. `trace` is the W3C traceparent of the sender if the job is
-    traced. `key` is the commit key of the job. A worker compares it with the job's definition.
+    `items` are the encoded inputs, one per task of the bundle, if they are small enough for the message. `not_before_s`
+    (epoch) is the end of a delay that is longer than the maximum DelaySeconds. `watchdog` marks a watchdog message: the
+    bundle still runs, and it runs again only if its worker has stopped reporting. `trace` is the W3C traceparent of the
+    sender if the job is traced. `key` is the commit key of the job. A worker compares it with the job's definition.
     """
 
     bundle: Bundle
@@ -118,8 +117,7 @@ def _task_message_from_json(doc: dict[str, Any]) -> TaskMessage:
 
 
 def _read(body: str, what: str, read: Callable[[dict[str, Any]], T]) -> T:
-    """Return the result of `read` for the document in a body. Malformed errors begin with
-    `what`."""
+    """Return the result of `read` for the document in a body. Malformed errors begin with `what`."""
     try:
         # The limit applies to characters here. Counting bytes would need to encode the text.
         if len(body) > MAX_MESSAGE_BYTES:
@@ -148,8 +146,7 @@ class HeldBundle:
 
 @dataclass(frozen=True, slots=True)
 class Beat:
-    """A worker's heartbeat. `held` is complete as of `at_s`. `leaving` is true if the worker
-    drains."""
+    """A worker's heartbeat. `held` is complete as of `at_s`. `leaving` is true if the worker drains."""
 
     worker: str
     instance: str
@@ -164,17 +161,16 @@ class Beat:
     gone: bool = False
     """True in the last heartbeat, after the worker has returned all of its messages."""
     key: str = field(default="", repr=False)
-    """Key of the worker's instance, a secret that its workers share. "" for a worker of release
-    0.1.0."""
+    """Key of the worker's instance, a secret that its workers share. "" for a worker of release 0.1.0."""
 
 
 @dataclass(frozen=True, slots=True)
 class Duplicate:
     """Duplicate work that a worker noticed.
 
-    `kind` is "message" for a message of a bundle that had an outcome, and "execution" for an
-    execution that lost to another one, with its slot seconds. `execution` is the worker's own
-    execution. It identifies the duplicate, so a repeated report counts only once.
+    `kind` is "message" for a message of a bundle that had an outcome, and "execution" for an execution that lost to
+    another one, with its slot seconds. `execution` is the worker's own execution. It identifies the duplicate, so a
+    repeated report counts only once.
     """
 
     job: JobId
@@ -205,8 +201,7 @@ class Events:
     """Keys of outcomes whose completion is too large for a message. The reader fetches them."""
     beats: tuple[Beat, ...] = ()
     outcomes: tuple[Outcome, ...] = ()
-    """Small outcomes, sent instead of completions, so that clients that wait for results do not
-    need to fetch them."""
+    """Small outcomes, sent instead of completions, so that clients that wait for results do not need to fetch them."""
     asked: tuple[WorkerRequests, ...] = ()
     """Sent together with heartbeats."""
     duplicates: tuple[Duplicate, ...] = ()

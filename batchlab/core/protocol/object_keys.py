@@ -1,12 +1,9 @@
-"""Object keys and queue names.
+"""Object keys, queue names, and the commit keys and seals that they contain.
 
-Invariant: a name is a function of the thing that it names, so every writer uses the same name.
-
-Commit keys of jobs, and the seals and proofs that are made with them.
-
-Invariant: a seal or a proof is a function of the commit key and of the text that it covers. The
-manager derives the commit key of each job from the secret of the grid. A worker gets it with the
-job's messages. Jobs of release 0.1.0 do not have a commit key, and their names do not have a seal.
+Invariants: a name is a function of the named thing, so every writer uses the same name. A seal or a proof is a function
+of the commit key and of the covered text. The manager derives the commit key of each job from the secret of the grid. A
+worker receives the commit key with the job's messages. Jobs of release 0.1.0 do not have a commit key, and their names
+do not have a seal.
 """
 
 from __future__ import annotations
@@ -59,9 +56,9 @@ def proof(key: CommitKey, summary: bytes) -> str:
     return _mac(key.encode(), b"proof/" + summary)
 
 
-def proves(key: CommitKey, summary: bytes, given: str) -> bool:
-    """Return whether `given` is the proof of a text under this commit key."""
-    return hmac.compare_digest(proof(key, summary).encode(), given.encode())
+def proves(key: CommitKey, summary: bytes, claimed: str) -> bool:
+    """Return whether `claimed` is the proof of a text under this commit key."""
+    return hmac.compare_digest(proof(key, summary).encode(), claimed.encode())
 
 
 def _mac(key: bytes, data: bytes) -> str:
@@ -326,8 +323,7 @@ class OutcomeKey:
 
 
 def is_outcome_of(name: str, bundle: Bundle) -> bool:
-    """Return whether `name` is a key for the outcome of `bundle`: with any seal, or a
-    replacement."""
+    """Return whether `name` is a key for the outcome of `bundle`: with any seal, or a replacement."""
     key = outcome_key(name)
     if key is None:
         return name == replacement(bundle)
@@ -345,15 +341,15 @@ def outcome_key(key: str) -> OutcomeKey | None:
 
 def is_genuine(name: str, key: CommitKey) -> bool:
     """Return whether `name` is the key of an outcome, sealed with `key`."""
-    found = outcome_key(name)
-    return found is not None and outcome_of(found.job, found.stage, found.bundle, key) == name
+    parts = outcome_key(name)
+    return parts is not None and outcome_of(parts.job, parts.stage, parts.bundle, key) == name
 
 
 def everything_of(job: JobId) -> tuple[str, ...]:
     """Return the prefixes of all objects of a job, except its code, which other jobs may share.
 
-    Objects that tasks write are not under jobs/. A rebuild lists committed objects only, and S3's
-    lifecycle rules and policies match a prefix and not the middle of a key.
+    Objects that tasks write are not under jobs/. A rebuild lists committed objects only, and S3's lifecycle rules and
+    policies match a prefix and not the middle of a key.
     """
     return (committed(job), raw(job), f"files/{job}/", f"logs/{job}/", reports(job))
 
@@ -390,7 +386,6 @@ def started_by(bundle: Bundle, name: str, key: CommitKey) -> tuple[str, str] | N
 
 
 def running(bundle: Bundle, key: CommitKey) -> str:
-    """Return the key of the marker which shows that a handed-over bundle still runs. Its worker
-    renews it."""
+    """Return the key of the marker which shows that a handed-over bundle still runs. Its worker renews it."""
     sealed = f".{seal(key, 'running', bundle.stage, bundle.id)}" if key else ""
     return f"jobs/{bundle.job}/{bundle.stage}/running/{bundle.id}{sealed}.json"

@@ -1,30 +1,22 @@
-"""Outcomes of executions, their follow-ups, and the failure policy, as pure functions.
+"""Outcomes of executions, their follow-ups, the failure policy, and the sizes of bundles, as pure functions.
 
-Invariant (I1, I2): every task of the bundle is in exactly one of the outcome's `succeeded`, final
-`failed`, `cancelled`, or one follow-up of the same stage. Every task that succeeded is in one
-follow-up of each chained stage. All of this is decided once, before the commit. A program that
-repeats the forwarding reads the decision from the outcome.
+Invariant (I1, I2): every task of the bundle is in exactly one of the outcome's `succeeded`, final `failed`,
+`cancelled`, or one follow-up of the same stage. Every task that succeeded is in one follow-up of each chained stage.
+All of this is decided once, before the commit. A program that repeats the forwarding reads the decision from the
+outcome.
 
-The failure policy decides when failed tasks fail the job, and when they stop it at once.
+The failure policy decides when failed tasks fail the job, and when they stop the job at once. The fingerprint of a
+failure is equal for tasks that failed for the same reason. It depends only on the failure in the outcome, and not on
+the machine (folders, process ids) or on the item (numbers, quoted text).
 
-Fingerprint of a failure, which is equal for tasks that failed for the same reason.
+Three effects determine the size of a bundle. A bundle costs the same number of requests at any size, so bundles are
+large. A lost or slow bundle delays all of its tasks, so a bundle has at most 0.75 s of work. The last bundles determine
+the makespan, so bundles shrink toward the end of the stage. With bundles of a fixed size, the tail takes a quarter of
+the makespan.
 
-Invariant: the fingerprint is a function of the failure in the outcome, so every program that groups
-or compares failures calculates the same one. It does not depend on the machine (folders, process
-ids, the path of Python's own files) or on the item (numbers, quoted text).
-
-Sizes of bundles.
-
-Three effects determine the size. A bundle costs the same number of requests at any size, so bundles
-are large. A lost or slow bundle delays all of its tasks, so a bundle has at most 0.75 s of work.
-The last bundles determine the makespan, so bundles shrink toward the end of the stage. With chunks
-of a fixed size, the tail takes a quarter of the makespan. With shrinking sizes, it takes no
-measurable time.
-
-Task times cannot be known in advance, so workers correct wrong sizes. They split a bundle that is
-past its budget, and they give away the tasks that wait behind a long task (see
-`worker.work_handoff`). So a long task delays its neighbors by at most the budget, and counts at
-most the budget for the sizes of other bundles.
+Task times are not known in advance, so workers correct wrong sizes. A worker splits a bundle that is past its budget,
+and gives away the tasks that wait behind a long task (see `worker.work_handoff`). So a long task delays its neighbors
+by at most the budget, and counts at most the budget for the sizes of other bundles.
 """
 
 from __future__ import annotations
@@ -51,8 +43,7 @@ from batchlab.core.model import (
 from batchlab.core.retry_rule import RetryRule
 
 LOSS_LIMIT = 3
-"""Number of times that a task starts alone and ends without an outcome before it is FAILED as a
-poison task."""
+"""Number of times that a task starts alone and ends without an outcome before it is FAILED as a poison task."""
 
 _task = attrgetter("task")
 _NO_TASKS = TaskSet()
@@ -96,10 +87,9 @@ def settle(
 ) -> Outcome:
     """Return the outcome of an execution with the results `ran`.
 
-    The rest are the tasks of the bundle without a result. With `cancelled` (the job is being
-    canceled), the rest and all retries are CANCELLED, and follow-ups are not created. Otherwise,
-    the rest is split into two bundles, so that other workers can help. The tasks in `kept` are
-    still running and become a bundle of their own.
+    The rest are the tasks of the bundle without a result. With `cancelled` (the job is being canceled), the rest and
+    all retries are CANCELLED, and follow-ups are not created. Otherwise, the rest is split into two bundles, so that
+    other workers can help. The tasks in `kept` are still running and become a bundle of their own.
     """
     stage = job.stage(bundle.stage)
     good = sorted((r for r in ran if r.failure is None), key=_task)
@@ -193,8 +183,7 @@ def poisoned(bundle: Bundle, reason: str, *, execution: str, worker: str, now_s:
 def unreadable(job: JobDef, bundle: Bundle, reason: str, *, now_s: float) -> Outcome:
     """Return the outcome that replaces an object that cannot be read.
 
-    Its tasks count as crashed for that reason. They are retried if the stage's retry rule allows
-    it.
+    Its tasks count as crashed for that reason. They are retried if the stage's retry rule allows it.
     """
     ran = [
         Ran(task, 0.0, failure=Failure(task, FailureKind.CRASH, reason, error="UnreadableOutcome"))
@@ -206,7 +195,7 @@ def unreadable(job: JobDef, bundle: Bundle, reason: str, *, now_s: float) -> Out
 
 def vanished(bundle: Bundle, error: str) -> list[Ran]:
     """Return the results of tasks whose input does not exist."""
-    reason = f"its input is gone: {error}"
+    reason = f"its input no longer exists: {error}"
     return [Ran(task, 0.0, failure=Failure(task, FailureKind.INPUT, reason, error="NotFound")) for task in bundle.tasks]
 
 
@@ -246,8 +235,7 @@ def casualties(job: JobDef, done: Completion) -> dict[StageName, int]:
 class Verdict:
     """Verdict on a job.
 
-    `failed` is true if too many tasks have failed for the job to succeed. `stop` is true if the job
-    ends at once.
+    `failed` is true if too many tasks have failed for the job to succeed. `stop` is true if the job ends at once.
     """
 
     failed: bool = False
@@ -258,14 +246,13 @@ class Verdict:
 def judge(job: JobDef, stages: Sequence[StageCounts]) -> Verdict:
     """Return the verdict on a job with these counters.
 
-    A number allows that many failed tasks in the whole job. A percentage applies to the planned
-    tasks of each stage.
+    A number allows that many failed tasks in the whole job. A percentage applies to the planned tasks of each stage.
     """
     failed = sum(s.failed for s in stages)
     if not failed:
         return Verdict()
-    told = ", ".join(f"{s.failed} of {s.planned} in stage {s.stage}" for s in stages if s.failed)
-    reason = f"{failed} task{'s' if failed > 1 else ''} failed ({told})"
+    counts = ", ".join(f"{s.failed} of {s.planned} in stage {s.stage}" for s in stages if s.failed)
+    reason = f"{failed} task{'s' if failed > 1 else ''} failed ({counts})"
     if job.max_failures_percent:
         over = any(s.failed * 100 > job.max_failures * (s.planned or 0) for s in stages if s.failed)
     else:
@@ -274,8 +261,7 @@ def judge(job: JobDef, stages: Sequence[StageCounts]) -> Verdict:
 
 
 LENGTH = 12
-"""Length in hexadecimal digits. Among a million reasons, two have equal fingerprints with a
-probability of 0.2%."""
+"""Length in hexadecimal digits. Among a million reasons, two have equal fingerprints with a probability of 0.2%."""
 
 _FRAME = re.compile(r'File "([^"\n]+)", line (\d+), in ([^\n]+)')
 _COMPREHENSIONS = ("<listcomp>", "<dictcomp>", "<setcomp>")
@@ -289,9 +275,8 @@ _INSTALLED = re.compile(r"^.*/(?:site|dist)-packages/|^.*/lib/python3[^/]*/")
 def fingerprint(failure: Failure) -> str:
     """Return a fingerprint of twelve hexadecimal digits.
 
-    An exception is identified by its class and the lines of the user's code that led to it. A
-    failure without such lines is identified by its kind and its reason, without numbers, quoted
-    text, and paths.
+    An exception is identified by its class and the lines of the user's code that led to it. A failure without such
+    lines is identified by its kind and its reason, without numbers, quoted text, and paths.
     """
     parts = [failure.kind.value, failure.error, str(failure.exit_code or "")]
     frames = _frames(failure.traceback)
@@ -312,14 +297,13 @@ def shape(text: str) -> str:
 def _frames(traceback: str) -> list[str]:
     """Return `file:line:function` of the job's own code, outermost first.
 
-    If the traceback does not contain code of the job, return all frames. Repeated frames of a
-    recursion count once.
+    If the traceback does not contain code of the job, return all frames. Repeated frames of a recursion count once.
     """
-    found = [one for one in _FRAME.findall(traceback) if one[2] not in _COMPREHENSIONS]
+    frames = [frame for frame in _FRAME.findall(traceback) if frame[2] not in _COMPREHENSIONS]
     # The worker writes paths in the code folder without that folder.
-    own = [one for one in found if not one[0].startswith(("/", "<"))] or found
-    named = [f"{_INSTALLED.sub('', path)}:{line}:{name}" for path, line, name in own]
-    return list(dict.fromkeys(named))
+    own = [frame for frame in frames if not frame[0].startswith(("/", "<"))] or frames
+    names = [f"{_INSTALLED.sub('', path)}:{line}:{name}" for path, line, name in own]
+    return list(dict.fromkeys(names))
 
 
 TARGET_S = 0.75
@@ -335,12 +319,10 @@ its result arrives soonest. The second one keeps the slot busy until the next bu
 
 FIRST_CAP = 8
 FIRST_SHARES = 8
-"""Limits of the second bundle: FIRST_CAP tasks, and 1/FIRST_SHARES of a slot's work. The task time
-is not known yet."""
+"""Limits of the second bundle: FIRST_CAP tasks, and 1/FIRST_SHARES of a slot's work. The task time is not known yet."""
 
 CAP = 4096
-"""Maximum number of tasks in a bundle. It keeps outcome objects and messages well below their
-limits."""
+"""Maximum number of tasks in a bundle. It keeps outcome objects and messages well below their limits."""
 
 FLOOR_S = 0.05
 """Minimum work of a bundle while every slot gets one. A smaller bundle would be mostly overhead."""
@@ -352,8 +334,8 @@ SHARES = 2
 def weight_s(tasks: int, run_s: float) -> float:
     """Return the seconds that a bundle's tasks count for the sizes of other bundles.
 
-    Each task counts at most one budget. All of them together count at most two budgets, because
-    only a long last task can exceed the first one.
+    Each task counts at most one budget. All of them together count at most two budgets, because only a long last task
+    can exceed the first one.
     """
     return min(run_s, tasks * BUDGET_S, 2 * BUDGET_S)
 
@@ -361,8 +343,8 @@ def weight_s(tasks: int, run_s: float) -> float:
 def bundle_size(left: int, slots: int, mean_s: float | None, fixed: int | None) -> int:
     """Return the size of the next bundle of a stage with `left` uncut tasks and `slots` slots.
 
-    `mean_s` is the measured time per task in seconds, None before the first measurement. `fixed` is
-    the user's own size, which takes precedence.
+    `mean_s` is the measured time per task in seconds, None before the first measurement. `fixed` is the user's own
+    size, which takes precedence.
     """
     if left <= 0:
         return 0
@@ -386,8 +368,8 @@ def wave(left: int, slots: int, mean_s: float | None, fixed: int | None, room: i
     sizes: list[int] = []
     while left and len(sizes) < room:
         if fixed is None and mean_s is not None and left * mean_s <= last_s and left > slots:
-            # Halving would make bundles that are mostly overhead. The rest is cut into the smallest
-            # number of bundles, all of the same size.
+            # Halving would make bundles that are mostly overhead. The rest is cut into the smallest number of bundles,
+            # all of the same size.
             count = slots * -(-left // (slots * CAP))
             even = -(-left // count)
             sizes += [min(even, left - at) for at in range(0, left, even)][: room - len(sizes)]

@@ -1,11 +1,10 @@
 """JSON encoding of values.
 
-Plain data is encoded unchanged, files and large values are references, and other objects are
-pickled.
+Plain data is encoded unchanged, files and large values are references, and other objects are pickled.
 
-Invariant: decoding returns exactly the encoded value. A dict with a key that begins with one `$` is
-always a reference, because a user's own keys that begin with `$` get one more. Every child process
-imports the module, so it needs the standard library and `batchlab.core.task_context` only.
+Invariant: decoding returns exactly the encoded value. A dict with a key that begins with one `$` is always a reference,
+because a user's own keys that begin with `$` get one more. Every child process imports the module, so it needs the
+standard library and `batchlab.core.task_context` only.
 
     {"$file": key, "name": …, "size": …}                            an object, as a File
     {"$part": key, "start": …, "stop": …, "header": …, "name": …}   some bytes of it, as a File
@@ -14,8 +13,8 @@ imports the module, so it needs the standard library and `batchlab.core.task_con
 
 Placeholders in the command of a job file, and their values.
 
-Invariant: `expand` can expand every command that `check` accepts, and an output name never leads
-out of the task's folder. A literal brace is written twice.
+Invariant: `expand` can expand every command that `check` accepts, and an output name never leads out of the task's
+folder. A literal brace is written twice.
 
     {input}           path of the task's item        {output:NAME}   path to write an output to
     {inputs}          one argument per item          {params.KEY}    a parameter of the job
@@ -74,8 +73,7 @@ class _EncodingProblem(Exception):
 
 
 def file_ref(key: str, name: str, size: int) -> Json:
-    """Return a reference to the object `key`, which becomes a File called `name` of `size`
-    bytes."""
+    """Return a reference to the object `key`, which becomes a File called `name` of `size` bytes."""
     return {"$file": key, "name": name, "size": size}
 
 
@@ -96,8 +94,7 @@ def value_ref(key: str, sha256: str | None = None) -> Json:
 
 
 def kind(encoded: Json) -> str | None:
-    """Return the kind of a reference: "$file", "$part", "$value", or "$pickle". None for plain
-    data."""
+    """Return the kind of a reference: "$file", "$part", "$value", or "$pickle". None for plain data."""
     if type(encoded) is dict:
         for name in ("$file", "$part", "$value", "$pickle"):
             if name in encoded:
@@ -108,13 +105,13 @@ def kind(encoded: Json) -> str | None:
 def references(encoded: Json) -> Iterator[Json]:
     """Yield every reference to an object, at any depth, in the order of `replace`."""
     if type(encoded) is list:
-        for one in encoded:
-            yield from references(one)
+        for part in encoded:
+            yield from references(part)
     elif type(encoded) is dict:
         name = kind(encoded)
         if name is None:
-            for one in encoded.values():
-                yield from references(one)
+            for part in encoded.values():
+                yield from references(part)
         elif name == "$pickle":
             yield from references(encoded.get("files", []))
         else:
@@ -124,11 +121,11 @@ def references(encoded: Json) -> Iterator[Json]:
 def replace(encoded: Json, change: Callable[[Json], Json]) -> Json:
     """Return the value with every reference to an object replaced by `change(reference)`."""
     if type(encoded) is list:
-        return [replace(one, change) for one in encoded]
+        return [replace(part, change) for part in encoded]
     if type(encoded) is dict:
         name = kind(encoded)
         if name is None:
-            return {key: replace(one, change) for key, one in encoded.items()}
+            return {key: replace(part, change) for key, part in encoded.items()}
         if name == "$pickle":
             files = encoded.get("files")
             return {**encoded, "files": replace(files, change)} if files else encoded
@@ -147,11 +144,11 @@ def roughly(encoded: Json) -> int:
     if cls is int:
         return 2 + int.bit_length(encoded) // 3
     if cls is list:
-        return 2 + sum([roughly(one) + 1 for one in encoded])
+        return 2 + sum([roughly(part) + 1 for part in encoded])
     if cls is dict:
         if "$pickle" in encoded:
             return len(encoded["$pickle"]) + 20 + roughly(encoded.get("files", []))
-        return 2 + sum([roughly(key) + roughly(one) + 2 for key, one in encoded.items()])
+        return 2 + sum([roughly(key) + roughly(part) + 2 for key, part in encoded.items()])
     return 25
 
 
@@ -160,14 +157,14 @@ def roughly(encoded: Json) -> int:
 
 def no_files(file: File) -> Json:
     """Refuse a File. For calls of `encode` that do not allow files."""
-    raise NotAValue(f"{file!r} is a file, which has no place here.")
+    raise NotAValue(f"{file!r} is a file, and files are not allowed here.")
 
 
 def encode(value: object, file: Callable[[File], Json] = no_files, *, what: str = "result") -> Json:
     """Return strict JSON, for jobs that come from a job file. Tuples become lists.
 
-    `file` returns the reference for a File. Raise NotAValue for any other value that JSON does not
-    have, including NaN and infinity.
+    `file` returns the reference for a File. Raise NotAValue for any other value that JSON does not have, including NaN
+    and infinity.
     """
     try:
         return _encode(value, file, 0)
@@ -178,7 +175,7 @@ def encode(value: object, file: Callable[[File], Json] = no_files, *, what: str 
         where = what + "".join(path)
         raise NotAValue(
             f"{where} is {odd.what}.",
-            remedy="JSON knows null, true, false, numbers, text, lists and dicts; a File may stand for anything else.",
+            remedy="JSON knows null, true, false, numbers, text, lists and dicts; use a File for other data.",
         ) from None
 
 
@@ -208,8 +205,8 @@ def _encode(value: Any, file: Callable[[File], Json], depth: int) -> Json:
 def _encode_list(value: Any, file: Callable[[File], Json], depth: int) -> Json:
     done: list[Json] = []
     try:
-        for one in value:
-            done.append(_encode(one, file, depth + 1))  # noqa: PERF401 - its length is used below
+        for item in value:
+            done.append(_encode(item, file, depth + 1))  # noqa: PERF401 - its length is used below
     except _EncodingProblem as odd:
         odd.where.append(f"[{len(done)}]")
         raise
@@ -218,12 +215,12 @@ def _encode_list(value: Any, file: Callable[[File], Json], depth: int) -> Json:
 
 def _encode_dict(value: dict[Any, Any], file: Callable[[File], Json], depth: int) -> Json:
     done: dict[str, Json] = {}
-    for key, one in value.items():
+    for key, item in value.items():
         try:
             if not isinstance(key, str):
                 raise _EncodingProblem(f"under a key of type {type_name(type(key))}; JSON's keys are text")
             plain = _text(key)
-            done[f"${plain}" if plain.startswith("$") else plain] = _encode(one, file, depth + 1)
+            done[f"${plain}" if plain.startswith("$") else plain] = _encode(item, file, depth + 1)
         except _EncodingProblem as odd:
             odd.where.append(f"[{_short(key)}]")
             raise
@@ -235,7 +232,7 @@ def _text(value: str) -> str:
         try:
             value.encode()
         except UnicodeEncodeError:
-            raise _EncodingProblem(f"text that UTF-8 cannot hold: {_short(value)}") from None
+            raise _EncodingProblem(f"text that UTF-8 cannot represent: {_short(value)}") from None
     return value if type(value) is str else str.__str__(value)
 
 
@@ -259,8 +256,8 @@ def type_name(cls: type) -> str:
 def encode_object(value: object, file: Callable[[File], Json] = no_files) -> Json:
     """Return the encoding of any object, for the Python API.
 
-    None, bool, int, finite float, and str become JSON. All other objects are pickled. Files at any
-    depth become references. Raise NotAValue if the object cannot be pickled.
+    None, bool, int, finite float, and str become JSON. All other objects are pickled. Files at any depth become
+    references. Raise NotAValue if the object cannot be pickled.
     """
     cls = type(value)
     if cls in (type(None), bool, int, float, str):
@@ -276,11 +273,11 @@ def _pickle(value: object, file: Callable[[File], Json]) -> Json:
     buffer = io.BytesIO()
     pickler = _pickler()(buffer)
 
-    def told_of(one: File) -> int:
-        files.append(file(one))
+    def number_of(found: File) -> int:
+        files.append(file(found))
         return len(files) - 1
 
-    pickler.told_of = told_of
+    pickler.told_of = number_of
     try:
         pickler.dump(value)
     except NotAValue:
@@ -311,30 +308,31 @@ def _pickler() -> Any:
 def decode(encoded: Json, file: Callable[[Json], Any], *, pickles: bool) -> Any:
     """Return the decoded value. `file` returns the value of a $file, $part, or $value reference.
 
-    `pickles` is for the Python API only. It runs code from the writer of the value and raises any
-    exception of that code. Without it, raise NotAValue for a pickled object.
+    `pickles` is for the Python API only. It runs code from the writer of the value and raises any exception of that
+    code. Without it, raise NotAValue for a pickled object.
     """
     if type(encoded) is list:
-        return [decode(one, file, pickles=pickles) for one in encoded]
+        return [decode(part, file, pickles=pickles) for part in encoded]
     if type(encoded) is not dict:
         return encoded
     name = kind(encoded)
     if name is None:
         return {
-            key[1:] if key.startswith("$") else key: decode(one, file, pickles=pickles) for key, one in encoded.items()
+            key[1:] if key.startswith("$") else key: decode(part, file, pickles=pickles)
+            for key, part in encoded.items()
         }
     if name != "$pickle":
         return file(encoded)
     if not pickles:
         raise NotAValue(
             "It is a pickled object, which a job from a job file never has.",
-            remedy="Somebody has forged it; see who may write the bucket and the queues.",
+            remedy="The object is forged. Check who may write to the bucket and the queues.",
         )
     return _unpickle(encoded, file)
 
 
 def _unpickle(encoded: Json, file: Callable[[Json], Any]) -> Any:
-    files = [file(one) for one in encoded.get("files", [])]
+    files = [file(reference) for reference in encoded.get("files", [])]
 
     class Unpickler(pickle.Unpickler):
         def persistent_load(self, pid: Any) -> Any:
@@ -387,10 +385,7 @@ def used(template: Sequence[str]) -> list[str]:
 
 
 def outputs(template: Sequence[str]) -> list[str]:
-    """Return the names of the outputs in a command, in order, each once.
-
-    The name of a folder ends in a slash.
-    """
+    """Return the names of the outputs in a command, in order, each once. The name of a folder ends in a slash."""
     names = (name.removeprefix("output:") for name in used(template) if name.startswith("output:"))
     return list(names)
 

@@ -48,7 +48,7 @@ RESULTS = [
     Act("returns_a_coroutine", "result", "result is of type coroutine"),
     Act("returns_nan", "result", "result['mean'] is the number nan, which JSON does not have"),
     Act("returns_a_huge_int", "result", "an integer of 16610 bits, too long to be written"),
-    Act("returns_half_a_character", "result", r"text that UTF-8 cannot hold: '\ud83d'"),
+    Act("returns_half_a_character", "result", r"text that UTF-8 cannot represent: '\ud83d'"),
     Act("returns_itself", "result", "or contains itself"),
     Act("returns_a_tower", "result", "nested deeper than 200 levels"),
     Act("returns_a_liar", "exception", "RuntimeError: no items today"),

@@ -21,7 +21,7 @@ def code_pipe(folder: Path) -> None:
 CODE = [
     Case("no function", "names a function that is not there", "work.py has no 'won'", swap("work:one", "work:won")),
     Case("no module", "names a module that is not there", "wrok", swap("work:one", "wrok:one")),
-    Case("no colon", "writes module.function", "it takes module:function", swap("work:one", "work.one")),
+    Case("no colon", "writes module.function", "it must be module:function", swap("work:one", "work.one")),
     Case(
         "syntax", "has a syntax error in it", "work.py line 1 cannot be read as Python", put("work.py", "def one(:\n")
     ),
@@ -62,7 +62,7 @@ INPUT = [
     Case("newline", "has a line break in a name", "holds a control character", put("data/a\nb", "x")),
     Case("Latin-1", "has a name that is not UTF-8", "is not UTF-8", put(os.fsdecode(b"data/caf\xe9"), "x")),
     Case("staged", "has a name that stores use themselves", "ends in '#' and digits", put("data/part#1", "x")),
-    Case("URL", "names a web page", "is no URL of an S3 bucket", swap("data/*", "https://example.com/a.csv")),
+    Case("URL", "names a web page", "is not the URL of an S3 bucket", swap("data/*", "https://example.com/a.csv")),
     Case("long pattern", "names a pattern of 5,000 letters", "No file matches", swap("data/*", "x" * 5000)),
 ]
 

@@ -39,8 +39,8 @@ NOTATION = [
         job(JOB + "".join(f"key{i}: 1\n" for i in range(1001))),
     ),
     Case("no file", "names a file that is not there", "no such job file", nothing, ("job", "check", "jobs.yaml")),
-    Case("a folder", "names a folder", "it is no file", folder_for_a_file),
-    Case("a pipe", "names a pipe that nobody writes to", "it is no file", pipe),
+    Case("a folder", "names a folder", "it is not a file", folder_for_a_file),
+    Case("a pipe", "names a pipe that nobody writes to", "it is not a file", pipe),
     Case("broken", "forgets a bracket", "This is not YAML", swap("data/*", "[data/*")),
     Case("tabs", "indents with a tab", "This is not YAML", swap("  files", "\tfiles")),
     Case(
@@ -91,7 +91,7 @@ VALUES = [
     Case(
         "negative size",
         "wants parts of -5 lines",
-        "-5 is no size of a task",
+        "-5 is not the size of a task",
         swap("data/*", "data/*\n  split: lines\n  size: -5"),
     ),
     Case(
@@ -103,7 +103,7 @@ VALUES = [
     Case(
         "size 10**30",
         "wants parts of 10^30 lines",
-        "is no size of a task",
+        "is not the size of a task",
         swap("data/*", f"data/*\n  split: lines\n  size: {10**30}"),
     ),
     Case(
@@ -162,24 +162,32 @@ VALUES = [
         swap("work:one", "work:one\n    retry: {factor: 1.0e300, attempts: 999}"),
     ),
     Case(
-        "5,000 digits", "writes a number of 5,000 digits", "is no value here", swap("limit: 1", "limit: " + "9" * 5000)
+        "5,000 digits",
+        "writes a number of 5,000 digits",
+        "is not a valid value here",
+        swap("limit: 1", "limit: " + "9" * 5000),
     ),
     Case("infinite", "writes an infinite number", "1e999 is no value", swap("limit: 1", "limit: 1e999")),
     Case("failures", "allows 101 % failures", "a share such as 5%", job(JOB + "failure: {max_failures: 101%}\n")),
-    Case("at", "starts it in the year 9999", "is too far away", job(JOB + "at: 9999-12-31T23:59:59Z\n")),
-    Case("no zone", "starts it at a time without a zone", "has no time zone", job(JOB + "at: 2026-01-31T06:00:00\n")),
+    Case("at", "starts it in the year 9999", "is too far in the future", job(JOB + "at: 9999-12-31T23:59:59Z\n")),
+    Case(
+        "no zone",
+        "starts it at a time without a zone",
+        "does not have a time zone",
+        job(JOB + "at: 2026-01-31T06:00:00\n"),
+    ),
     Case("30 February", "starts it on 30 February", "is not a start time", job(JOB + "at: 2026-02-30T06:00:00Z\n")),
-    Case("surrogate", "writes half a character", "no text may have", job(JOB + 'tags: {a: "\\ud83d"}\n')),
+    Case("surrogate", "writes half a character", "text must not contain", job(JOB + 'tags: {a: "\\ud83d"}\n')),
 ]
 
 GRAPH = [
     Case(
         "cycle",
         "lets two stages follow each other",
-        "The stages run in a circle: one → two → one",
+        "The stages form a cycle: one → two → one",
         both(swap("after: []", "after: one"), swap("work:one", "work:one\n    after: two")),
     ),
-    Case("itself", "lets a stage follow itself", "in a circle: two → two", swap("after: []", "after: two")),
+    Case("itself", "lets a stage follow itself", "a cycle: two → two", swap("after: []", "after: two")),
     Case(
         "unknown stage",
         "names a stage that is not there",

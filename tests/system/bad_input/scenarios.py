@@ -56,7 +56,7 @@ CASES = [
         nothing,
         ("scenario", "simulate", "spot-waves"),
     ),
-    Case("scenario a pipe", "names a pipe as the scenario", "it is no file", pipe, CHECK),
+    Case("scenario a pipe", "names a pipe as the scenario", "it is not a file", pipe, CHECK),
     Case(
         "scenario Latin-1",
         "saves a scenario in Latin-1",
