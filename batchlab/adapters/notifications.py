@@ -2,20 +2,14 @@
 
 Invariant: every failure of a delivery is a NotDelivered, and every wait has a limit.
 
-Delivery of a notification to an SNS topic or to a command.
-
-Invariant for topics: a message to a FIFO topic has the notification's id for deduplication, and the job as its group.
-boto3 blocks, so it runs in a thread.
-
-Invariant for commands: only the grid's settings name commands. A command runs without a shell, and no text of a job is
-among its arguments. It reads the notification from its standard input. At its timeout it is killed with all processes
-that it started.
-
-Delivery of a notification by a signed HTTP POST, only to allowed addresses.
-
-Invariant: the connection goes to the address that was checked, so a name cannot change its address in between.
-Redirects are not followed, and proxies are not used. Only the status of an answer is kept. Logs never contain the
-address of a webhook, because its path may be a secret.
+- Topics: a message to a FIFO topic has the notification's id for deduplication, and the job as its group. boto3 blocks,
+  so it runs in a thread.
+- Commands: only the grid's settings name commands. A command runs without a shell, and its arguments contain no text of
+  a job. It reads the notification from its standard input. At its timeout it is killed with all processes that it
+  started.
+- Webhooks: a notification is a signed HTTP POST to an allowed address. The connection goes to the address that was
+  checked, so a name cannot change its address in between. Redirects are not followed, and proxies are not used. Logs
+  never contain the address of a webhook, because its path may be a secret.
 """
 
 from __future__ import annotations
@@ -64,21 +58,20 @@ class Deliveries:
     """Delivery by the kind of the target. `endpoint_of` returns the endpoint of SNS in a region."""
 
     def __init__(self, clock: Clock, endpoint_of: Callable[[str], Endpoint]) -> None:
+        self._deliveries = {"webhook": Webhooks(clock).post, "sns": Topics(endpoint_of).publish, "command": run_command}
 
-        self._ways = {"webhook": Webhooks(clock).post, "sns": Topics(endpoint_of).publish, "command": run_command}
-
-    async def __call__(self, target: Target, one: Notification) -> None:
+    async def __call__(self, target: Target, notification: Notification) -> None:
         """Deliver a notification, or raise NotDelivered."""
         # The target of a job comes from the bucket, so it is checked again.
-        if one.own is not None and (wrong := problem(one.own)):
-            raise NotDelivered(wrong, final=True)
+        if notification.own is not None and (reason := problem(notification.own)):
+            raise NotDelivered(reason, final=True)
         try:
-            await self._ways[target.kind](target, one)
+            await self._deliveries[target.kind](target, notification)
         except NotDelivered:
             raise
         except Exception as error:
             # A bug in the delivery to one target must not stop the manager.
-            log.exception("a notification met a bug", extra={"job": one.job})
+            log.exception("a notification failed because of a bug", extra={"job": notification.job})
             raise NotDelivered(f"An error inside the manager: {type(error).__name__}.") from error
 
 
@@ -92,43 +85,43 @@ class Topics:
         self._endpoint_of = endpoint_of
         self._clients: dict[str, Any] = {}
 
-    async def publish(self, target: Target, one: Notification) -> None:
+    async def publish(self, target: Target, notification: Notification) -> None:
         """Deliver a notification, or raise NotDelivered."""
         try:
-            await asyncio.to_thread(self._publish, target, one)
+            await asyncio.to_thread(self._publish, target, notification)
         except BackendError as error:
             raise NotDelivered(error.message) from error
 
-    def _publish(self, target: Target, one: Notification) -> None:
+    def _publish(self, target: Target, notification: Notification) -> None:
         from batchlab.adapters.aws.endpoint import client, translated
 
         if module := installation.missing("aws", "boto3"):
-            told = installation.sentence("aws", "A topic of SNS", module)
-            raise NotDelivered(f"{told} {installation.anywhere('aws')}", final=True)
+            text = installation.sentence("aws", "A topic of SNS", module)
+            raise NotDelivered(f"{text} {installation.anywhere('aws')}", final=True)
         match = TOPIC.fullmatch(target.to)
         if match is None:
-            raise NotDelivered("Its target is no topic's ARN.", final=True)
+            raise NotDelivered("The target is not the ARN of a topic.", final=True)
         region = match[1]
         if region not in self._clients:
             self._clients[region] = client(self._endpoint_of(region), "sns", connections=1)
-        more = {}
+        fifo = {}
         if target.to.endswith(FIFO):
-            more = {"MessageGroupId": one.job or "test", "MessageDeduplicationId": one.id}
+            fifo = {"MessageGroupId": notification.job or "test", "MessageDeduplicationId": notification.id}
         with translated("SNS"):
             self._clients[region].publish(
                 TopicArn=target.to,
-                Message=one.body,
+                Message=notification.body,
                 # The subject is for subscribers by mail.
-                Subject=f"batchlab: {one.job or 'test'} {one.moment}"[:100],
+                Subject=f"batchlab: {notification.job or 'test'} {notification.moment}"[:100],
                 MessageAttributes={
                     name: {"DataType": "String", "StringValue": value}
                     for name, value in (
-                        ("batchlab.id", one.id),
-                        ("batchlab.moment", one.moment),
-                        ("batchlab.job", one.job or "test"),
+                        ("batchlab.id", notification.id),
+                        ("batchlab.moment", notification.moment),
+                        ("batchlab.job", notification.job or "test"),
                     )
                 },
-                **more,
+                **fifo,
             )
 
 
@@ -137,23 +130,23 @@ MAX_ERROR_BYTES = 4096
 """Number of bytes that are read from the end of a command's error output."""
 
 
-async def run_command(target: Target, one: Notification) -> None:
+async def run_command(target: Target, notification: Notification) -> None:
     """Deliver a notification. Raise NotDelivered unless the command exits with status 0."""
     environment = {
         **os.environ,
-        "BATCHLAB_NOTIFICATION": one.id,
-        "BATCHLAB_MOMENT": one.moment,
-        "BATCHLAB_JOB": one.job,
-        "BATCHLAB_ATTEMPT": str(one.attempts + 1),
+        "BATCHLAB_NOTIFICATION": notification.id,
+        "BATCHLAB_MOMENT": notification.moment,
+        "BATCHLAB_JOB": notification.job,
+        "BATCHLAB_ATTEMPT": str(notification.attempts + 1),
     }
     # A pipe is unsuitable, because a process that the command leaves running could keep it open.
-    with tempfile.TemporaryFile() as said:
+    with tempfile.TemporaryFile() as errors:
         try:
             process = await asyncio.create_subprocess_exec(
                 *target.command,
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.DEVNULL,
-                stderr=said,
+                stderr=errors,
                 env=environment,
                 start_new_session=True,
             )
@@ -161,20 +154,20 @@ async def run_command(target: Target, one: Notification) -> None:
             raise NotDelivered(f"The program {target.command[0]!r} cannot be run: {error.strerror}.") from error
         try:
             async with asyncio.timeout(COMMAND_TIMEOUT_S):
-                await _told(process, one.body.encode())
+                await _write_input(process, notification.body.encode())
                 status = await process.wait()
         except TimeoutError:
-            raise NotDelivered(f"It had not ended after {COMMAND_TIMEOUT_S:.0f} s.") from None
+            raise NotDelivered(f"The command has not ended after {COMMAND_TIMEOUT_S:.0f} s.") from None
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             await process.wait()
         if status:
-            last = _last_line(said.fileno())
-            raise NotDelivered(f"It ended with status {status}{f': {last}' if last else ''}.")
+            last = _last_line(errors.fileno())
+            raise NotDelivered(f"The command ended with status {status}{f': {last}' if last else ''}.")
 
 
-async def _told(process: asyncio.subprocess.Process, body: bytes) -> None:
+async def _write_input(process: asyncio.subprocess.Process, body: bytes) -> None:
     assert process.stdin
     with suppress(BrokenPipeError, ConnectionResetError):  # the command need not read its input
         process.stdin.write(body)
@@ -204,17 +197,17 @@ def secret_of(target: Target, environ: Mapping[str, str]) -> bytes:
     """Return the key that a target names. Raise NotDelivered if it cannot be read."""
     kind, _, where = target.secret.partition(":")
     if kind == "env":
-        found = environ.get(where, "")
-        if not found:
-            raise NotDelivered(f"The manager's environment has no variable {where}, its secret.")
-        return found.encode()
+        secret = environ.get(where, "").encode()
+        if not secret:
+            raise NotDelivered(f"The secret is in the variable {where}, which the manager's environment lacks.")
+        return secret
     try:
-        read = Path(where).read_bytes().strip()
+        secret = Path(where).read_bytes().strip()
     except OSError as error:
-        raise NotDelivered(f"The file of its secret cannot be read: {error.strerror}.") from error
-    if not read:
-        raise NotDelivered("The file of its secret is empty.")
-    return read
+        raise NotDelivered(f"The file of the secret cannot be read: {error.strerror}.") from error
+    if not secret:
+        raise NotDelivered("The file of the secret is empty.")
+    return secret
 
 
 class Webhooks:
@@ -227,39 +220,39 @@ class Webhooks:
         for name in ("httpx", "httpcore"):
             logging.getLogger(name).setLevel(logging.WARNING)
 
-    async def post(self, target: Target, one: Notification) -> None:
+    async def post(self, target: Target, notification: Notification) -> None:
         """Deliver a notification, or raise NotDelivered."""
-        if wrong := address_problem("webhook", target.to):
-            raise NotDelivered(wrong, final=True)
+        if reason := address_problem("webhook", target.to):
+            raise NotDelivered(reason, final=True)
         parts = urlsplit(target.to)
         try:
             async with asyncio.timeout(WEBHOOK_TIMEOUT_S):
                 address = await resolve(parts, stays_out=target.stays_out)
-                status = await self._posted(parts, address, self._headers(target, one), one.body)
+                status = await self._post(parts, address, self._headers(target, notification), notification.body)
         except TimeoutError:
-            raise NotDelivered(f"It did not answer within {WEBHOOK_TIMEOUT_S:.0f} s.") from None
+            raise NotDelivered(f"The receiver did not answer within {WEBHOOK_TIMEOUT_S:.0f} s.") from None
         if 200 <= status < 300:
             return
         if 300 <= status < 400:
-            raise NotDelivered(f"It answered with a redirect (HTTP {status}), and none is followed.", final=True)
-        raise NotDelivered(f"It answered with HTTP {status}.", final=status == GONE)
+            raise NotDelivered(f"The receiver answered with HTTP {status}, and redirects are not followed.", final=True)
+        raise NotDelivered(f"The receiver answered with HTTP {status}.", final=status == GONE)
 
-    def _headers(self, target: Target, one: Notification) -> dict[str, str]:
+    def _headers(self, target: Target, notification: Notification) -> dict[str, str]:
         headers = {
             "Content-Type": "application/json",
             "User-Agent": f"batchlab/{__version__}",
-            "Batchlab-Notification": one.id,
-            "Batchlab-Moment": one.moment,
-            "Batchlab-Attempt": str(one.attempts + 1),
+            "Batchlab-Notification": notification.id,
+            "Batchlab-Moment": notification.moment,
+            "Batchlab-Attempt": str(notification.attempts + 1),
         }
         if target.secret:
             # The time is that of this try, because receivers refuse old times and a retry may be hours later.
             at_s = int(self._clock.now_s())
             key = secret_of(target, os.environ)
-            headers["Batchlab-Signature"] = signature(key, at_s, one.body.encode())
+            headers["Batchlab-Signature"] = signature(key, at_s, notification.body.encode())
         return headers
 
-    async def _posted(self, parts: SplitResult, address: str, headers: Mapping[str, str], body: str) -> int:
+    async def _post(self, parts: SplitResult, address: str, headers: Mapping[str, str], body: str) -> int:
         import httpx
 
         host, port = parts.hostname or "", parts.port or PORTS[parts.scheme]
@@ -281,7 +274,7 @@ class Webhooks:
                 response = await client.send(request, stream=True)
                 await response.aclose()
             except httpx.TransportError as error:
-                raise NotDelivered(f"It cannot be reached: {_webhook_answer(error)}.") from error
+                raise NotDelivered(f"The receiver cannot be reached: {_reason(error)}.") from error
         return response.status_code
 
     async def _client(self) -> httpx.AsyncClient:
@@ -302,17 +295,17 @@ async def resolve(parts: SplitResult, *, stays_out: bool) -> str:
     host, port = parts.hostname or "", parts.port or PORTS[parts.scheme]
     loop = asyncio.get_running_loop()
     try:
-        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        infos = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
-        raise NotDelivered(f"The name {host} cannot be looked up: {_webhook_answer(error)}.") from error
-    addresses = list(dict.fromkeys(str(one[4][0]) for one in found))
+        raise NotDelivered(f"The name {host} cannot be looked up: {_reason(error)}.") from error
+    addresses = list(dict.fromkeys(str(info[4][0]) for info in infos))
     for address in addresses:
-        if wrong := address_refusal(address):
-            raise NotDelivered(f"The name {host} leads astray: {wrong}", final=True)
+        if reason := address_refusal(address):
+            raise NotDelivered(f"The name {host} has a refused address: {reason}", final=True)
         if stays_out and is_own(address):
             raise NotDelivered(
-                f"The name {host} leads astray: {address} is the manager's own machine, where no "
-                "job has anything sent to.",
+                f"The name {host} has a refused address: {address} is the manager's own machine, and jobs must not "
+                "send notifications to it.",
                 final=True,
             )
         if parts.scheme == "http" and not is_loopback(address):
@@ -325,13 +318,13 @@ def is_own(address: str) -> bool:
     if is_loopback(address):
         return True
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with socket.socket(family, socket.SOCK_DGRAM) as asked:
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
         try:
-            asked.connect((address, 9))  # sends nothing, but selects the source address
+            probe.connect((address, 9))  # sends nothing, but selects the source address
         except OSError:
             return False  # the address is unreachable
-        return str(asked.getsockname()[0]) == address
+        return str(probe.getsockname()[0]) == address
 
 
-def _webhook_answer(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     return (getattr(error, "strerror", None) or str(error) or type(error).__name__).rstrip(".")

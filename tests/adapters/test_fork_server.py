@@ -122,13 +122,15 @@ async def test_instances_survive_the_death_of_the_fork_server(tmp_path: Path, ca
     async with launcher_in(tmp_path) as (launcher, home):
         await launcher.launch(POOL, "w-1")
         pid = await begun(home, "w-1")
-        os.kill(nursery := parent(pid), signal.SIGKILL)
-        await soon(lambda: parent(pid) != nursery)
+        os.kill(fork_server := parent(pid), signal.SIGKILL)
+        await soon(lambda: parent(pid) != fork_server)
         await launcher.launch(POOL, "w-2")
         await working(home, "w-2")
         assert set(living(home.fleet)) == {"w-1", "w-2"}
         await launcher.terminate("w-1", grace_s=30)
-        assert await end(launcher, "w-1") == ("exited; its code is unknown, because what had started it has ended")
+        assert await end(launcher, "w-1") == (
+            "exited; its exit code is unknown, because the fork server that started it has ended"
+        )
         await launcher.terminate("w-2", grace_s=30)
         assert await end(launcher, "w-2") == "exit 0"
 
@@ -140,8 +142,10 @@ async def test_instances_start_without_a_fork_server_that_cannot_start(
     home = Home(tmp_path)
     home.make()
     backend = factory.load("local")
-    nursery = ForkServer(["/nowhere/python"], [], tmp_path / "nursery.log")
-    launcher = ProcessLauncher(home.fleet, lambda *_: ["sleep", "60"], backend.open_clock(), dict(os.environ), nursery)
+    fork_server = ForkServer(["/nowhere/python"], [], tmp_path / "fork_server.log")
+    launcher = ProcessLauncher(
+        home.fleet, lambda *_: ["sleep", "60"], backend.open_clock(), dict(os.environ), fork_server
+    )
     try:
         await launcher.launch(POOL, "w-1")
         assert parent(living(home.fleet)["w-1"]) == os.getpid()
@@ -152,14 +156,14 @@ async def test_instances_start_without_a_fork_server_that_cannot_start(
 
 @in_loop
 async def test_forked_process_without_a_record_exits(tmp_path: Path) -> None:
-    nursery = opened(tmp_path)[0]._nursery
-    assert nursery
+    fork_server = opened(tmp_path)[0]._fork_server
+    assert fork_server
     with (tmp_path / "out").open("wb") as output:
-        born = await nursery.fork(["python", "-P", "-m", "batchlab", "worker"], {}, output)
-    assert name(born.pid) != NAME, "it waits for the word"
-    born.forget()
-    assert await nursery.exit_code(born.pid) == 0
-    nursery.close()
+        fork = await fork_server.fork(["python", "-P", "-m", "batchlab", "worker"], {}, output)
+    assert name(fork.pid) != NAME, "it waits for the word"
+    fork.close()
+    assert await fork_server.exit_code(fork.pid) == 0
+    fork_server.close()
     assert (tmp_path / "out").read_bytes() == b""
 
 
@@ -169,11 +173,11 @@ async def test_fork_server_exits_with_its_launcher_and_instances_do_not(tmp_path
     try:
         await launcher.launch(POOL, "w-1")
         pid = await begun(home, "w-1")
-        nursery = parent(pid)
+        fork_server = parent(pid)
     finally:
         await launcher.close(kill=False)
     with pytest.raises(ProcessLookupError):
-        os.kill(nursery, 0)
+        os.kill(fork_server, 0)
     async with launcher_in(tmp_path) as (after, _):
         assert await after.running() == {"w-1": None}
         assert living(home.fleet) == {"w-1": pid}

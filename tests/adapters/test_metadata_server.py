@@ -14,7 +14,14 @@ from urllib.parse import urlsplit
 import pytest
 from botocore.utils import InstanceMetadataFetcher, InstanceMetadataRegionFetcher
 
-from batchlab.adapters.aws.metadata_server import Interruption, Metadata, MetadataServer, Signals, content_at, tree
+from batchlab.adapters.aws.metadata_server import (
+    Interruption,
+    Metadata,
+    MetadataServer,
+    Signals,
+    content_at,
+    metadata_tree,
+)
 from batchlab.core.errors import UsageError
 from batchlab.core.model import Machine
 from tests.support.aws.metadata_service import HERE, SPOT, TOKEN, TTL, Service, Source
@@ -167,7 +174,7 @@ def test_spot_interruption_is_shown_under_both_paths(service: Service) -> None:
 
 def test_an_instance_that_is_stopped_has_no_time_of_termination() -> None:
     notice = Signals(interruption=Interruption(1_700_000_120.0, "stop"))
-    paths = tree(replace(SPOT, signals=notice))
+    paths = metadata_tree(replace(SPOT, signals=notice))
     assert json.loads(paths["meta-data/spot/instance-action"])["action"] == "stop"
     assert content_at(paths, "meta-data/spot/termination-time") is None
 
@@ -180,7 +187,7 @@ def test_rebalance_recommendation_and_lifecycle_state_are_shown(service: Service
 
 
 def test_an_instance_without_a_group_has_no_lifecycle_state() -> None:
-    paths = tree(replace(SPOT, signals=Signals("")))
+    paths = metadata_tree(replace(SPOT, signals=Signals("")))
     assert content_at(paths, "meta-data/autoscaling/target-lifecycle-state") is None
 
 

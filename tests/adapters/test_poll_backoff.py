@@ -1,4 +1,4 @@
-"""How long a queue counts as quiet: what an idle grid asks for, and how soon a busy one is seen."""
+"""How long a queue counts as idle_time: what an idle grid asks for, and how soon a busy one is seen."""
 
 from __future__ import annotations
 
@@ -6,33 +6,33 @@ from batchlab.adapters.aws.sqs import IDLE_AFTER_S
 from batchlab.adapters.local.local_wakeup_queue import MAX_IDLE_S, POLL_S, POLL_SHARE, IdleTime
 
 
-def test_two_workers_that_only_live_leave_it_quiet() -> None:
-    quiet, now_s = IdleTime(0.0), 0.0
+def test_two_workers_that_only_live_leave_it_idle_time() -> None:
+    idle_time, now_s = IdleTime(0.0), 0.0
     for _ in range(100):
         now_s += 30.0
-        quiet.broken(now_s)
+        idle_time.halve(now_s)
 
     # Then each long poll on SQS takes as long as it can, and an emulator is looked at twice a beat.
-    assert quiet.of_s(now_s) > IDLE_AFTER_S
-    assert POLL_SHARE * quiet.of_s(now_s) > 30.0 / 3
+    assert idle_time.idle_s(now_s) > IDLE_AFTER_S
+    assert POLL_SHARE * idle_time.idle_s(now_s) > 30.0 / 3
 
 
 def test_message_wakes_the_receiver_after_any_idle_time() -> None:
-    quiet, now_s = IdleTime(0.0), 86_400.0
+    idle_time, now_s = IdleTime(0.0), 86_400.0
     for _ in range(6):
         now_s += 0.01
-        quiet.broken(now_s)
+        idle_time.halve(now_s)
 
-    assert POLL_SHARE * quiet.of_s(now_s) < POLL_S
+    assert POLL_SHARE * idle_time.idle_s(now_s) < POLL_S
 
 
 def test_one_message_leaves_at_most_half_of_what_counts() -> None:
-    quiet = IdleTime(0.0)
-    quiet.broken(86_400.0)
+    idle_time = IdleTime(0.0)
+    idle_time.halve(86_400.0)
 
-    assert quiet.of_s(86_400.0) == MAX_IDLE_S / 2
-    assert quiet.of_s(86_410.0) == MAX_IDLE_S / 2 + 10.0
+    assert idle_time.idle_s(86_400.0) == MAX_IDLE_S / 2
+    assert idle_time.idle_s(86_410.0) == MAX_IDLE_S / 2 + 10.0
 
 
 def test_new_queue_is_not_idle() -> None:
-    assert IdleTime(1000.0).of_s(1000.0) == 0.0
+    assert IdleTime(1000.0).idle_s(1000.0) == 0.0

@@ -36,7 +36,7 @@ from tests.support.fleet import (
     process_launcher,
 )
 
-AWAY = "exited while the manager was away"
+AWAY = "exited while no manager was running"
 
 _MANAGER = """
 import asyncio, os, signal, sys
@@ -313,7 +313,7 @@ def test_instances_outlive_their_manager_and_are_adopted(tmp_path: Path) -> None
         os.kill(pid_of(tmp_path, "steady-3"), signal.SIGKILL)
         for name in ("steady-1", "stubborn-2", "steady-3"):
             # Where the orphans' new parent is this process, the kernel does tell it their codes.
-            assert (await end_of(launcher, name)).startswith(("exited; its code is unknown", "exit "))
+            assert (await end_of(launcher, name)).startswith(("exited; its exit code is unknown", "exit "))
             assert not alive(pid_of(tmp_path, name))
 
     with_launcher(tmp_path, check)

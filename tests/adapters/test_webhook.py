@@ -89,7 +89,7 @@ def test_the_documented_snippet_verifies_what_is_sent(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("secret", "told"), [("env:NOT_SET_HERE", "no variable NOT_SET_HERE"), ("file:/no/such/file", "cannot be read")]
+    ("secret", "told"), [("env:NOT_SET_HERE", "in the variable NOT_SET_HERE"), ("file:/no/such/file", "cannot be read")]
 )
 def test_without_its_secret_nothing_is_sent(secret: str, told: str) -> None:
     with Hook() as hook:
@@ -126,7 +126,7 @@ def test_unreachable_webhook_is_a_clear_error() -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
         error = refused(Target("ops", "webhook", f"http://127.0.0.1:{port}/{PATH}"))
-    assert error.message.startswith("It cannot be reached: ")
+    assert error.message.startswith("The receiver cannot be reached: ")
     assert "s3cret" not in str(error)
     assert not error.final
 
@@ -167,7 +167,7 @@ def lead(monkeypatch: pytest.MonkeyPatch, **names: list[str]) -> None:
 def test_a_name_that_leads_to_metadata_is_refused(monkeypatch: pytest.MonkeyPatch, addresses: list[str]) -> None:
     lead(monkeypatch, evil_example=addresses)
     error = refused(Target("ops", "webhook", "https://evil.example/"))
-    assert "leads astray" in error.message
+    assert "has a refused address" in error.message
     assert error.final
 
 
@@ -256,7 +256,7 @@ def test_a_command_gets_the_notification_as_its_input(tmp_path: Path) -> None:
 
 def test_failed_command_reports_its_error() -> None:
     error = refused(script("import sys", "print('busy', file=sys.stderr)", "sys.exit(75)"))
-    assert error.message == "It ended with status 75: busy."
+    assert error.message == "The command ended with status 75: busy."
     assert not error.final
     assert "No such file" in refused(Target("p", "command", "", ("/no/such/program",))).message
 
@@ -272,7 +272,7 @@ def test_a_command_that_hangs_ends_with_all_it_has_started(monkeypatch: pytest.M
             "time.sleep(60)",
         )
     )
-    assert "had not ended after 1 s" in error.message
+    assert "has not ended after 1 s" in error.message
     end_s = time.monotonic() + 5
     while _lives(int(pid.read_text())):
         assert time.monotonic() < end_s
@@ -295,4 +295,4 @@ def test_command_that_does_not_read_its_input_succeeds() -> None:
 def test_bug_in_one_delivery_is_reported_and_does_not_stop_others(caplog: pytest.LogCaptureFixture) -> None:
     error = refused(Target("odd", "carrier pigeon"))
     assert error.message == "An error inside the manager: KeyError."
-    assert "met a bug" in caplog.text
+    assert "because of a bug" in caplog.text

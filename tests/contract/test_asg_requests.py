@@ -169,7 +169,7 @@ def test_deleted_group_is_reported(tmp_path: Path) -> None:
         await at.fleet.ensure(STEADY)
         group = at.prefix + POOL
         await at.ask("delete_auto_scaling_group", AutoScalingGroupName=group, ForceDelete=True)
-        with pytest.raises(NotFound, match="'steady' is gone"):
+        with pytest.raises(NotFound, match="'steady' does not exist anymore"):
             await at.fleet.tick()
         await at.fleet.ensure(STEADY)
         await at.fleet.tick()
@@ -218,10 +218,10 @@ def test_missing_group_does_not_hide_the_others(tmp_path: Path) -> None:
         for _ in range(100):
             with pytest.raises(NotFound):
                 await at.fleet.tick()
-            if at.fleet._dead:
+            if at.fleet._ended:
                 break
             await at.rig.rest()
-        assert names(at.fleet._dead) == [instance]
+        assert names(at.fleet._ended) == [instance]
 
     run(check, tmp_path)
 

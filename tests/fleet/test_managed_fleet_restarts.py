@@ -39,7 +39,7 @@ async def test_restarted_manager_continues(w: World) -> None:
 @in_a_world
 async def test_death_during_the_managers_absence_is_reported_and_replaced(w: World) -> None:
     chosen = await w.launch(2)
-    w.launcher.crash(chosen[0], "exited while the manager was away")
+    w.launcher.crash(chosen[0], "exited while no manager was running")
     w.restart()
     assert names(await w.tick()) == chosen[:1]
     assert len(counted(await w.view())) == 2

@@ -69,7 +69,7 @@ def refused(cli: Cli, endpoint: str, sentence: str) -> None:
 def test_an_endpoint_at_which_nothing_listens(cli: Cli) -> None:
     cli.inputs(1)
     endpoint = f"http://127.0.0.1:{free_port()}"
-    refused(cli, endpoint, f"Nothing answers at {endpoint}.")
+    refused(cli, endpoint, f"No service answers at {endpoint}.")
 
 
 def test_an_endpoint_that_is_not_s3(cli: Cli) -> None:
@@ -93,7 +93,7 @@ def test_an_endpoint_that_ended_since_it_was_first_used(cli: Cli) -> None:
         assert code == 0, err
     code, _, err = cli("run", "job.yaml", *MINISTACK, "--cache")
     assert code == 3
-    assert f"Nothing answers at http://127.0.0.1:{port}." in err
+    assert f"No service answers at http://127.0.0.1:{port}." in err
     with server:
         code, _, err = cli("run", "job.yaml", *MINISTACK, "--cache", "--out", "out")
         assert code == 0, err

@@ -108,18 +108,18 @@ def credentials(endpoint: Endpoint) -> S3CredentialProvider:
 
         with translated("AWS"):
             return Boto3CredentialProvider()
-    given: S3Credential = {
+    keys: S3Credential = {
         "access_key_id": endpoint.access_key,
         "secret_access_key": endpoint.secret_key,
         "token": None,
         "expires_at": None,
     }
-    return lambda: given
+    return lambda: keys
 
 
 @overload
 def client(
-    endpoint: Endpoint, service: Literal["sqs"], *, connections: int, made: boto3.Session | None = None
+    endpoint: Endpoint, service: Literal["sqs"], *, connections: int, of: boto3.Session | None = None
 ) -> SQSClient: ...
 @overload
 def client(endpoint: Endpoint, service: Literal["s3"], *, connections: int) -> S3Client: ...
@@ -134,11 +134,11 @@ def client(
     service: Literal["sqs", "s3", "autoscaling", "ec2", "rds", "sdb", "secretsmanager", "sns", "ssm"],
     *,
     connections: int,
-    made: boto3.Session | None = None,
+    of: boto3.Session | None = None,
 ) -> Any:
     """Return a client that makes each call once, because the callers retry.
 
-    The client belongs to the session `made`, or to a new session.
+    The client belongs to the session `of`, or to a new session.
     """
     from botocore.config import Config
 
@@ -154,8 +154,7 @@ def client(
         proxies={} if endpoint.loopback else None,
     )
     with translated("AWS"):
-        made = made or session_of(endpoint)
-        return made.client(service, endpoint_url=endpoint.url, config=config)
+        return (of or session_of(endpoint)).client(service, endpoint_url=endpoint.url, config=config)
 
 
 def session_of(endpoint: Endpoint) -> boto3.Session:
@@ -180,10 +179,10 @@ def session(region: str | None, *, keys: tuple[str, str] | None = None) -> boto3
     models = _models(core.get_config_variable("data_path"))
     core.register_component("data_loader", models)
     key, secret = keys or (None, None)
-    made = boto3.Session(key, secret, region_name=region, botocore_session=core)
+    new = boto3.Session(key, secret, region_name=region, botocore_session=core)
     # boto3 adds its own folder with each session, so the duplicates are removed.
     models.search_paths[:] = dict.fromkeys(models.search_paths)
-    return made
+    return new
 
 
 @cache
@@ -218,7 +217,7 @@ def translated(what: str) -> Iterator[None]:
         raise Unreachable(f"{what}: {error}") from error
     except ResponseParserError as error:
         # Another program answered, such as a proxy, or the service is still starting.
-        raise Unreachable(f"{what}: the answer is not one of AWS.") from error
+        raise Unreachable(f"{what}: the answer does not have the form of AWS's answers.") from error
     except BotoCoreError as error:
         raise BackendError(f"{what}: {error}", remedy="Check AWS's configuration.") from error
 
@@ -267,15 +266,15 @@ def _answers(endpoint: Endpoint, service: str, ask: Callable[[], object]) -> Non
         return
     except ReadTimeoutError as error:
         cause: Exception = error
-        text = f"{endpoint.url} accepts connections, and then does not answer."
+        text = f"{endpoint.url} accepts connections, but does not answer requests."
     except (HTTPClientError, NoConnection) as error:
-        cause, text = error, f"Nothing answers at {endpoint.url}."
+        cause, text = error, f"No service answers at {endpoint.url}."
     except (ClientError, ResponseParserError, BotoCoreError, KeyError) as error:
         code = code_of(error) if isinstance(error, ClientError) else ""
         # botocore uses the HTTP status as the code of an answer that it cannot parse.
-        told = f" (it says {code})" if code and not code.isdigit() else ""
-        cause, text = error, f"{endpoint.url} does not answer as {service} does{told}."
-    raise Unreachable(text, remedy="Start an emulator of S3 and SQS there, or name the URL of another.") from cause
+        shown = f" (its error code is {code})" if code and not code.isdigit() else ""
+        cause, text = error, f"{endpoint.url} does not answer like {service}{shown}."
+    raise Unreachable(text, remedy="Start an emulator of S3 and SQS at this URL, or name another URL.") from cause
 
 
 def create_bucket(endpoint: Endpoint, bucket: str) -> None:

@@ -7,10 +7,8 @@ An instance waits in the launch hook (Pending:Wait) until its worker reports. It
 (Terminating:Wait) while its worker returns its work. One request describes the groups of all pools. On AWS it is sent
 at most every `POLL_S`, and also after each change that this process made.
 
-Completion of the lifecycle hook that holds a terminating instance.
-
-The hook holds the instance while its worker returns its work. Without a completion, the instance waits until the hook
-times out, and its whole wait is billed.
+The drain hook holds the instance while its worker returns its work. Without a completion, the instance waits until the
+hook times out, and its whole wait is billed.
 """
 
 from __future__ import annotations
@@ -19,6 +17,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
@@ -41,9 +40,15 @@ from batchlab.fleet.scaling_policies import check_decrement, check_desired, chec
 
 if TYPE_CHECKING:
     from mypy_boto3_autoscaling import AutoScalingClient
-    from mypy_boto3_autoscaling.type_defs import ActivityTypeDef, AutoScalingGroupTypeDef
+    from mypy_boto3_autoscaling.type_defs import (
+        ActivityTypeDef,
+        AutoScalingGroupTypeDef,
+        LifecycleHookSpecificationTypeDef,
+    )
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 POLL_S = 5.0
 """Minimum time in seconds between two Describe calls to AWS.
@@ -71,15 +76,15 @@ class Ec2Fleet:
         self._form = form
         self._prefix = prefix
         self._poll_s = POLL_S if endpoint.url is None else 0.0
-        self._seen: dict[str, GroupState] = {}
-        self._lost: set[str] = set()
+        self._groups: dict[str, GroupState] = {}
+        self._deleted: set[str] = set()
         """Pools whose groups were deleted by another program. `ensure` creates them again."""
-        self._dead: list[Instance] = []
-        self._journal = ActivityLog()
-        self._reported: set[str] = set()
-        self._looked_s: float | None = None
+        self._ended: list[Instance] = []
+        self._activity_log = ActivityLog()
+        self._ready: set[str] = set()
+        self._described_s: float | None = None
         """Monotonic time of the last description, None if the groups have changed since."""
-        self._looking = asyncio.Lock()
+        self._describing = asyncio.Lock()
         self._calling = ThreadPoolExecutor(_CALLS, thread_name_prefix="autoscaling")
 
     async def close(self) -> None:
@@ -89,11 +94,11 @@ class Ec2Fleet:
 
     async def remove(self, pool: str) -> None:
         """Delete the pool's group with its instances. Raise Refused if the pool is unknown."""
-        self._group(pool)
+        self._group_of(pool)
         await self._call(
             pool, lambda name: self._asg.delete_auto_scaling_group(AutoScalingGroupName=name, ForceDelete=True)
         )
-        del self._seen[pool]
+        del self._groups[pool]
 
     async def _call(self, pool: str, call: Callable[[str], T]) -> T:
         """Call `call` with the name of the pool's group.
@@ -101,12 +106,12 @@ class Ec2Fleet:
         Afterward, the cached description of the groups is out of date.
         """
         try:
-            return await self._ask(pool, call)
+            return await self._request(pool, call)
         finally:
             # A description that began during the call may not contain the change.
-            self._looked_s = None
+            self._described_s = None
 
-    async def _ask(self, pool: str, call: Callable[[str], T]) -> T:
+    async def _request(self, pool: str, call: Callable[[str], T]) -> T:
         def do() -> T:
             with translated(f"Pool {pool!r}"):
                 return call(self._prefix + pool)
@@ -118,12 +123,12 @@ class Ec2Fleet:
     async def ensure(self, pool: Pool) -> None:
         """Create or adopt the pool's group and set its limits. Raise Refused unless 0 ≤ min ≤ max."""
         limits = check_limits(pool, most=MAX_INSTANCES)
-        if pool.name not in self._seen or pool.name in self._lost:
-            await self._found(pool)
+        if pool.name not in self._groups or pool.name in self._deleted:
+            await self._create_group(pool)
             await self._adopt(pool)
-        seen = self._seen[pool.name]
-        before = seen.desired
-        if (seen.pool.min_size, seen.pool.max_size) != (pool.min_size, pool.max_size):
+        group = self._groups[pool.name]
+        before = group.desired
+        if (group.pool.min_size, group.pool.max_size) != (pool.min_size, pool.max_size):
             await self._call(
                 pool.name,
                 lambda name: self._asg.update_auto_scaling_group(
@@ -132,57 +137,53 @@ class Ec2Fleet:
             )
             after = max(pool.min_size, min(pool.max_size, before))
             self._note(pool.name, before, after, f"a user request that set limits to {limits}")
-        seen.pool = pool
+        group.pool = pool
 
-    async def _found(self, pool: Pool) -> None:
+    async def _create_group(self, pool: Pool) -> None:
         """Create the group, or set the hooks of an existing group."""
         if self._form is None:
             return
         form = self._form
         try:
-            await self._call(pool.name, lambda name: self._create(form, name, pool))
+            await self._call(pool.name, lambda name: self._asg.create_auto_scaling_group(**form.request(name, pool)))
         except AlreadyExists:
-            await self._call(pool.name, lambda name: self._put_hooks(form, name, pool))
+            for hook in form.hooks(pool):
+                await self._call(pool.name, partial(self._put_hook, hook))
             return
         limits = f"min: {pool.min_size}, max: {pool.max_size}, desired: {pool.min_size}"
-        self._journal.note(
+        self._activity_log.note(
             pool.name, self._clock.now_s(), "Creating group", f"a user request created the group with {limits}"
         )
 
     async def _adopt(self, pool: Pool) -> None:
         """Add the group to the known groups, with its current state."""
-        before = self._seen.get(pool.name)
-        self._seen[pool.name] = before or GroupState(pool)
+        before = self._groups.get(pool.name)
+        self._groups[pool.name] = before or GroupState(pool)
         try:
-            await self._look()
+            await self._describe()
         except BaseException as error:
             if before is None:
-                del self._seen[pool.name]
+                del self._groups[pool.name]
             if isinstance(error, NotFound) and self._form is None:
                 # NotFound would make the caller create a group.
                 raise BackendError(
-                    f"There is no Auto Scaling group {self._prefix + pool.name!r}.",
-                    remedy="The grid's stack makes its groups: `batchlab deploy apply`.",
+                    f"The Auto Scaling group {self._prefix + pool.name!r} does not exist.",
+                    remedy="Create it with the grid's stack: `batchlab deploy apply`.",
                 ) from error
             raise
 
-    def _create(self, form: GroupParameters, name: str, pool: Pool) -> None:
-        self._asg.create_auto_scaling_group(**form.request(name, pool))
-
-    def _put_hooks(self, form: GroupParameters, name: str, pool: Pool) -> None:
-        for hook in form.hooks(pool):
-            self._asg.put_lifecycle_hook(AutoScalingGroupName=name, **hook)
+    def _put_hook(self, hook: LifecycleHookSpecificationTypeDef, group: str) -> None:
+        self._asg.put_lifecycle_hook(AutoScalingGroupName=group, **hook)
 
     async def describe(self) -> Sequence[GroupView]:
-        """Return the groups of the pools that `ensure` was called for."""
-        if self._looked_s is None:
-            await self._look()
-        return [seen.view() for seen in self._seen.values()]
+        if self._described_s is None:
+            await self._describe()
+        return [group.view() for group in self._groups.values()]
 
     async def set_desired(self, pool: str, desired: int, *, cause: str) -> None:
-        seen = await self._current(pool)
-        check_desired(seen.pool, desired)
-        if desired == seen.desired:
+        group = await self._current(pool)
+        check_desired(group.pool, desired)
+        if desired == group.desired:
             return
         await self._call(
             pool,
@@ -190,20 +191,19 @@ class Ec2Fleet:
                 AutoScalingGroupName=name, DesiredCapacity=desired, HonorCooldown=False
             ),
         )
-        self._note(pool, seen.desired, desired, cause)
+        self._note(pool, group.desired, desired, cause)
 
     def _note(self, pool: str, before: int, after: int, cause: str) -> None:
         if before != after:
             what = f"Setting desired capacity to {after}"
             why = f"{cause} changed desired capacity from {before} to {after}"
-            self._journal.note(pool, self._clock.now_s(), what, why)
+            self._activity_log.note(pool, self._clock.now_s(), what, why)
 
     async def activities(self, pool: str | None = None, *, limit: int = 50) -> Sequence[Activity]:
         """Return the newest activities of the service, with the causes of the changes made here."""
-        pools = list(self._seen) if pool is None else [pool] if pool in self._seen else []
-        told = {one: await self._ask(one, self._activities) for one in pools}
-        self._journal.merge(told)
-        return self._journal.newest(pool, limit)
+        pools = list(self._groups) if pool is None else [pool] if pool in self._groups else []
+        self._activity_log.merge({name: await self._request(name, self._activities) for name in pools})
+        return self._activity_log.newest(pool, limit)
 
     def _activities(self, name: str) -> Sequence[ActivityTypeDef]:
         answer = self._asg.describe_scaling_activities(AutoScalingGroupName=name, MaxRecords=_ACTIVITIES)
@@ -216,26 +216,25 @@ class Ec2Fleet:
 
         If a request fails, the earlier ones have taken effect, and the call may be repeated.
         """
-        seen = await self._current(pool, instances)
-        leaving = [name for name in dict.fromkeys(instances) if seen.counted(name)]
+        group = await self._current(pool, instances)
+        leaving = [name for name in dict.fromkeys(instances) if group.is_counted(name)]
         if decrement:
-            check_decrement(seen.pool, seen.desired, len(leaving))
+            check_decrement(group.pool, group.desired, len(leaving))
         for name in leaving:
             await self._call(pool, partial(self._terminate, name, decrement))
-            seen.ends[name] = cause
+            group.ends[name] = cause
         if decrement:
-            self._note(pool, seen.desired, seen.desired - len(leaving), cause)
+            self._note(pool, group.desired, group.desired - len(leaving), cause)
 
     async def protect(self, pool: str, instances: Sequence[str], *, on: bool) -> None:
-        """Set scale-in protection. Raise Refused without a change unless all instances are InService."""
-        seen = await self._current(pool, instances)
+        group = await self._current(pool, instances)
         for name in instances:
-            if (state := seen.instances[name].state) is not LifecycleState.IN_SERVICE:
+            if (state := group.instances[name].state) is not LifecycleState.IN_SERVICE:
                 raise Refused(f"instance {name} is {state}, not InService")
         for start in range(0, len(instances), MAX_PROTECTED):
-            some = instances[start : start + MAX_PROTECTED]
+            batch = instances[start : start + MAX_PROTECTED]
             try:
-                await self._call(pool, partial(self._protect, some, on))
+                await self._call(pool, partial(self._protect, batch, on))
             except Refused as error:
                 # An instance has left since the last description. The next description lists the others.
                 if not is_missing_instance(error):
@@ -251,11 +250,11 @@ class Ec2Fleet:
 
     async def ready(self, instance: str) -> None:
         """Complete the launch hook of the instance, now or as soon as the instance waits in it."""
-        if instance in self._reported:
+        if instance in self._ready:
             return
-        self._reported.add(instance)
-        for pool, seen in self._seen.items():
-            if instance in seen.waiting:
+        self._ready.add(instance)
+        for pool, group in self._groups.items():
+            if instance in group.waiting:
                 await self._proceed(pool, instance)
 
     async def _proceed(self, pool: str, instance: str) -> None:
@@ -275,10 +274,9 @@ class Ec2Fleet:
                 raise
 
     async def set_health(self, instance: str, *, healthy: bool, cause: str) -> None:
-        """Mark the instance as unhealthy. Raise Refused if the instance is unknown."""
         pool = await self._pool_of(instance)
-        seen = self._seen[pool]
-        if healthy or not seen.counted(instance):
+        group = self._groups[pool]
+        if healthy or not group.is_counted(instance):
             return
         await self._call(
             pool,
@@ -286,8 +284,8 @@ class Ec2Fleet:
                 InstanceId=instance, HealthStatus="Unhealthy", ShouldRespectGracePeriod=False
             ),
         )
-        seen.ends[instance] = f"unhealthy: {cause}"
-        self._journal.note(
+        group.ends[instance] = f"unhealthy: {cause}"
+        self._activity_log.note(
             pool, self._clock.now_s(), f"Setting health of {instance} to Unhealthy", f"a health check: {cause}"
         )
 
@@ -298,79 +296,76 @@ class Ec2Fleet:
         """
         now_s = self._clock.monotonic_s()
         try:
-            if self._looked_s is None or now_s - self._looked_s >= self._poll_s:
-                await self._look()
+            if self._described_s is None or now_s - self._described_s >= self._poll_s:
+                await self._describe()
             await asyncio.gather(
                 *(
                     self._proceed(pool, instance)
-                    for pool, seen in self._seen.items()
-                    for instance in seen.waiting & self._reported
+                    for pool, group in self._groups.items()
+                    for instance in group.waiting & self._ready
                 )
             )
         except Refused as error:
             raise BackendError(error.message, remedy=error.remedy) from error
-        dead, self._dead = self._dead, []
-        return dead
+        ended, self._ended = self._ended, []
+        return ended
 
     # --- Looking ----------------------------------------------------------------------------------
 
-    async def _look(self) -> None:
+    async def _describe(self) -> None:
         """Describe all groups with one request.
 
         One more request is made for each group that lost an instance without a known reason.
         """
-        async with self._looking:
-            if not self._seen:
+        async with self._describing:
+            if not self._groups:
                 return
-            looked_s = self._clock.monotonic_s()
-            self._looked_s = looked_s
-            groups = await self._ask(next(iter(self._seen)), self._described)
-            self._lost = {pool for pool in self._seen if self._prefix + pool not in groups}
-            for pool, seen in self._seen.items():
-                if (group := groups.get(self._prefix + pool)) is None:
+            described_s = self._clock.monotonic_s()
+            self._described_s = described_s
+            groups = await self._request(next(iter(self._groups)), self._descriptions)
+            self._deleted = {pool for pool in self._groups if self._prefix + pool not in groups}
+            for pool, group in self._groups.items():
+                if (description := groups.get(self._prefix + pool)) is None:
                     continue
-                gone = seen.look(group, self._clock.now_s())
-                self._dead += gone
-                self._reported -= {instance.id for instance in gone}
-            for pool, seen in list(self._seen.items()):
-                if seen.unexplained:
-                    explained = seen.explain(await self._ask(pool, self._activities))
+                ended = group.update(description, self._clock.now_s())
+                self._ended += ended
+                self._ready -= {instance.id for instance in ended}
+            for pool, group in list(self._groups.items()):
+                if group.unexplained:
+                    explained = group.explain(await self._request(pool, self._activities))
                     known = {instance.id: instance for instance in explained}
-                    self._dead = [known.get(instance.id, instance) for instance in self._dead]
-            if self._lost:
-                raise NotFound(f"The group of pool {min(self._lost)!r} is gone.")
+                    self._ended = [known.get(instance.id, instance) for instance in self._ended]
+            if self._deleted:
+                raise NotFound(f"The group of pool {min(self._deleted)!r} does not exist anymore.")
 
-    def _described(self, _: str) -> dict[str, AutoScalingGroupTypeDef]:
-        names = [self._prefix + pool for pool in self._seen]
+    def _descriptions(self, _: str) -> dict[str, AutoScalingGroupTypeDef]:
+        names = [self._prefix + pool for pool in self._groups]
         pages = self._asg.get_paginator("describe_auto_scaling_groups").paginate(AutoScalingGroupNames=names)
         return {group["AutoScalingGroupName"]: group for page in pages for group in page["AutoScalingGroups"]}
 
-    def _group(self, pool: str) -> GroupState:
-        if pool not in self._seen:
-            raise Refused(f"there is no pool {pool!r}", remedy="`batchlab grid status` lists those there are.")
-        return self._seen[pool]
+    def _group_of(self, pool: str) -> GroupState:
+        if pool not in self._groups:
+            raise Refused(f"The fleet does not have a pool {pool!r}.", remedy="`batchlab grid status` lists the pools.")
+        return self._groups[pool]
 
     async def _current(self, pool: str, instances: Sequence[str] = ()) -> GroupState:
         """Return the pool, described again if it changed or if one of the instances is unknown."""
-        seen = self._group(pool)
-        if self._looked_s is None or not all(name in seen.instances for name in instances):
-            await self._look()
+        group = self._group_of(pool)
+        if self._described_s is None or not all(name in group.instances for name in instances):
+            await self._describe()
         for name in instances:
-            if name not in seen.instances:
-                raise Refused(f"there is no instance {name!r} in pool {pool!r}")
-        return seen
+            if name not in group.instances:
+                raise Refused(f"The pool {pool!r} does not have an instance {name!r}.")
+        return group
 
     async def _pool_of(self, instance: str) -> str:
-        for fresh in (False, True):
-            if fresh:
-                await self._look()
-            for pool, seen in self._seen.items():
-                if instance in seen.instances:
+        for is_second_try in (False, True):
+            if is_second_try:
+                await self._describe()
+            for pool, group in self._groups.items():
+                if instance in group.instances:
                     return pool
-        raise Refused(f"there is no instance {instance!r}")
-
-
-log = logging.getLogger(__name__)
+        raise Refused(f"The fleet does not have an instance {instance!r}.")
 
 
 class DrainHook:
@@ -389,26 +384,23 @@ class DrainHook:
         try:
             if not await patience(partial(asyncio.to_thread, self._imds.is_leaving)):
                 return False
-            await patience(partial(asyncio.to_thread, self._tell))
+            await patience(partial(asyncio.to_thread, self._complete))
         except Refused as error:
             if NO_ACTION not in str(error):
-                log.warning("the group does not let this instance go: %s", error)
+                log.warning("the group refuses the completion of the hook: %s", error)
             return False  # else the hook timed out or does not exist, so the instance ends
         except BackendError as error:
             log.warning("this instance waits until its hook times out: %s", error)
             return False
-        log.info("the group %s knows that nothing is in hand here", self._group)
+        log.info("the hook of the group %s is completed", self._group)
         return True
 
-    def _tell(self) -> None:
+    def _complete(self) -> None:
         scaling = client(self._endpoint, "autoscaling", connections=1)
-        try:
-            with translated(f"The hook {DRAIN_HOOK!r}"):
-                scaling.complete_lifecycle_action(
-                    LifecycleHookName=DRAIN_HOOK,
-                    AutoScalingGroupName=self._group,
-                    LifecycleActionResult="CONTINUE",
-                    InstanceId=self._imds.instance_id(),
-                )
-        finally:
-            scaling.close()
+        with closing(scaling), translated(f"The hook {DRAIN_HOOK!r}"):
+            scaling.complete_lifecycle_action(
+                LifecycleHookName=DRAIN_HOOK,
+                AutoScalingGroupName=self._group,
+                LifecycleActionResult="CONTINUE",
+                InstanceId=self._imds.instance_id(),
+            )

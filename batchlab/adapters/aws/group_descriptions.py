@@ -42,8 +42,8 @@ _STATES = {
 _WAITS = "Pending:Wait"
 _HEALTH = "health check"
 _ABANDONED = "was abandoned"
-LEFT_GROUP = "it is gone from its group"
-NEVER_UP = "it ended before it was in service"
+LEFT_GROUP = "the instance is no longer in its group"
+NEVER_UP = "the instance ended before it was in service"
 SCALE_IN_S = 60.0
 """Time in seconds after a decrease of the desired capacity.
 
@@ -76,11 +76,11 @@ class GroupState:
     def view(self) -> GroupView:
         return GroupView(self.pool, self.desired, tuple(self.instances.values()))
 
-    def counted(self, instance: str) -> bool:
+    def is_counted(self, instance: str) -> bool:
         found = self.instances.get(instance)
         return found is not None and found.state in COUNTED
 
-    def look(self, group: AutoScalingGroupTypeDef, now_s: float) -> list[Instance]:
+    def update(self, group: AutoScalingGroupTypeDef, now_s: float) -> list[Instance]:
         """Update the state from a description of the group.
 
         Return the instances that have ended since the previous one.
@@ -91,20 +91,21 @@ class GroupState:
         self.pool, self.desired = limits, group["DesiredCapacity"]
         self.waiting = set()
         here = set()
-        for told in group.get("Instances", ()):
-            if (state := _state(told["LifecycleState"])) is not None:
-                here.add(told["InstanceId"])
-                self._take(told, state, now_s)
-        return self._miss(here, now_s)
+        for listed in group.get("Instances", ()):
+            if (state := _state(listed["LifecycleState"])) is not None:
+                here.add(listed["InstanceId"])
+                self._update_instance(listed, state, now_s)
+        return self._end_missing(here, now_s)
 
-    def _take(self, told: InstanceTypeDef, state: LifecycleState, now_s: float) -> None:
-        name = told["InstanceId"]
-        if state is not LifecycleState.TERMINATED:
-            self._find_again(name)
+    def _update_instance(self, listed: InstanceTypeDef, state: LifecycleState, now_s: float) -> None:
+        name = listed["InstanceId"]
+        if state is not LifecycleState.TERMINATED and self.gone_s.pop(name, None) is not None:
+            # The instance was missing in a description and is listed again.
+            self.instances[name] = replace(self.instances[name], note="")
         old = self.instances.get(name)
-        if told["LifecycleState"] == _WAITS:
+        if listed["LifecycleState"] == _WAITS:
             self.waiting.add(name)
-        healthy = told["HealthStatus"] == "Healthy"
+        healthy = listed["HealthStatus"] == "Healthy"
         note = old.note if old else ""
         if state is LifecycleState.IN_SERVICE or (old is None and state not in COUNTED):
             self.served.add(name)
@@ -116,15 +117,10 @@ class GroupState:
             state,
             old.launched_s if old else now_s,
             healthy,
-            told["ProtectedFromScaleIn"],
+            listed["ProtectedFromScaleIn"],
             note,
-            Machine(told.get("InstanceType", ""), told["AvailabilityZone"]),
+            Machine(listed.get("InstanceType", ""), listed["AvailabilityZone"]),
         )
-
-    def _find_again(self, name: str) -> None:
-        """Clear the end of an instance that was missing and is listed again."""
-        if self.gone_s.pop(name, None) is not None:
-            self.instances[name] = replace(self.instances[name], note="")
 
     def _why(self, name: str, now_s: float, *, healthy: bool) -> str:
         if cause := self.ends.get(name):
@@ -133,9 +129,9 @@ class GroupState:
             self.unexplained.add(name)
             if now_s - self.lowered_s > SCALE_IN_S:
                 return NEVER_UP
-        return "terminated: scale-in" if healthy else "it failed a health check of its group"
+        return "terminated: scale-in" if healthy else "the instance failed a health check of its group"
 
-    def _miss(self, here: set[str], now_s: float) -> list[Instance]:
+    def _end_missing(self, here: set[str], now_s: float) -> list[Instance]:
         """Return the newly ended instances: missing in the description, or listed as Terminated."""
         gone = []
         for name, old in list(self.instances.items()):
@@ -163,23 +159,23 @@ class GroupState:
         """Return the unexplained instances whose end an activity explains, with that reason."""
         explained = []
         for name in self.unexplained & self.instances.keys():
-            told = [a for a in activities if name in a.get("Description", "")]
-            if note := _given_up(told) or _ended(told):
+            own = [activity for activity in activities if name in activity.get("Description", "")]
+            if note := _abandonment(own) or _termination(own):
                 self.instances[name] = replace(self.instances[name], note=note)
                 explained.append(self.instances[name])
         self.unexplained.clear()
         return explained
 
 
-def _given_up(activities: Iterable[ActivityTypeDef]) -> str:
+def _abandonment(activities: Iterable[ActivityTypeDef]) -> str:
     """Return why a launch was abandoned, "" if none was abandoned."""
     for activity in activities:
-        if _ABANDONED in (said := activity.get("StatusMessage") or activity["Description"]):
-            return said.partition("Status Reason: ")[2] or said
+        if _ABANDONED in (text := activity.get("StatusMessage") or activity["Description"]):
+            return text.partition("Status Reason: ")[2] or text
     return ""
 
 
-def _ended(activities: Iterable[ActivityTypeDef]) -> str:
+def _termination(activities: Iterable[ActivityTypeDef]) -> str:
     for activity in activities:
         if "erminating" in activity["Description"]:
             cause = activity["Cause"].rstrip(".")
@@ -187,12 +183,12 @@ def _ended(activities: Iterable[ActivityTypeDef]) -> str:
     return ""
 
 
-def _state(told: str) -> LifecycleState | None:
+def _state(aws_state: str) -> LifecycleState | None:
     """Return the model's state for AWS's state.
 
     Return None for an instance that does not work for its group: in standby or in a warm pool.
     """
-    return _STATES.get(told.partition(":")[0])
+    return _STATES.get(aws_state.partition(":")[0])
 
 
 class ActivityLog:
@@ -211,35 +207,37 @@ class ActivityLog:
         """Record a request and its cause. The service does not store the cause."""
         self._notes.append(Activity(0, pool, at_s, description, cause))
 
-    def merge(self, told: Mapping[str, Sequence[ActivityTypeDef]]) -> None:
+    def merge(self, described: Mapping[str, Sequence[ActivityTypeDef]]) -> None:
         """Add the activities of these pools to the list."""
-        fresh: list[tuple[str, Activity]] = [("", note) for note in self._notes]
+        new: list[tuple[str, Activity]] = [("", note) for note in self._notes]
         self._notes = []
-        for pool, activities in told.items():
+        for pool, activities in described.items():
             for activity in activities:
                 name = activity["ActivityId"]
                 if name in self._known:
                     number = self._known[name].id
                     self._known[name] = replace(_activity(pool, activity), id=number)
                 else:
-                    fresh.append((name, _activity(pool, activity)))
-        for name, one in sorted(fresh, key=lambda pair: pair[1].at_s):
-            self._known[name or f"note {self._next}"] = replace(one, id=self._next)
+                    new.append((name, _activity(pool, activity)))
+        for name, entry in sorted(new, key=lambda pair: pair[1].at_s):
+            self._known[name or f"note {self._next}"] = replace(entry, id=self._next)
             self._next += 1
         for name in list(self._known)[:-MAX_ACTIVITIES]:
             del self._known[name]
 
     def newest(self, pool: str | None, limit: int) -> list[Activity]:
         """Return up to `limit` activities of one pool, or of all pools, newest first."""
-        every = sorted(self._known.values(), key=lambda one: one.id, reverse=True)
-        return [one for one in every if pool in (None, one.pool)][:limit]
+        newest = sorted(self._known.values(), key=lambda activity: activity.id, reverse=True)
+        return [activity for activity in newest if pool in (None, activity.pool)][:limit]
 
 
-def _activity(pool: str, told: ActivityTypeDef) -> Activity:
-    description = told.get("Description", "")
-    if message := told.get("StatusMessage"):
+def _activity(pool: str, described: ActivityTypeDef) -> Activity:
+    description = described.get("Description", "")
+    if message := described.get("StatusMessage"):
         description = f"{description}: {message}" if description else message
-    return Activity(0, pool, told["StartTime"].timestamp(), description, told["Cause"], told["StatusCode"])
+    return Activity(
+        0, pool, described["StartTime"].timestamp(), description, described["Cause"], described["StatusCode"]
+    )
 
 
 POOL_TAG = "batchlab:pool"
@@ -324,8 +322,8 @@ def _tag(key: str, value: str) -> TagTypeDef:
 
 
 def _timeout(seconds: float) -> int:
-    least_s, most_s = _TIMEOUT_S
-    return int(min(most_s, max(least_s, seconds)))
+    min_s, max_s = _TIMEOUT_S
+    return int(min(max_s, max(min_s, seconds)))
 
 
 def is_missing_instance(error: Exception) -> bool:

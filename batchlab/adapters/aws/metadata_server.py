@@ -6,9 +6,9 @@ proxy (with X-Forwarded-For) gets no token.
 The server identifies an instance by the address of its connection, as EC2 does. So no address translation may take
 place between an instance and the server.
 
-`tree` returns the metadata of one instance as a tree of paths. Paths, values, and formats are those of AWS's "Instance
-metadata categories". A path that the tree does not contain is answered with 404: a real instance of that kind does not
-have it, or batchlab does not use it.
+`metadata_tree` returns the metadata of one instance as a tree of paths. Paths, values, and formats are those of AWS's
+"Instance metadata categories". A path that the tree does not contain is answered with 404: a real instance of that kind
+does not have it, or batchlab does not use it.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Metadata:
         return match[0] if match else ""
 
 
-def tree(of: Metadata) -> dict[str, str]:
+def metadata_tree(of: Metadata) -> dict[str, str]:
     """Return content by path below `latest/`. Empty values are left out, so they are a 404."""
     machine, signals = of.machine, of.signals
     spot = machine.market is Market.SPOT
@@ -314,7 +314,7 @@ def _told(path: str, metadata: Metadata) -> _Answer:
     if not path:
         return _Answer(HTTPStatus.OK, ROOT.rstrip("/"))
     if f"{path}/".startswith(ROOT):
-        found = content_at(tree(metadata), path[len(ROOT) :])
+        found = content_at(metadata_tree(metadata), path[len(ROOT) :])
         if found is not None:
             return _Answer(HTTPStatus.OK, found)
     return _Answer(HTTPStatus.NOT_FOUND)

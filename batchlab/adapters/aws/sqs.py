@@ -26,18 +26,7 @@ from batchlab.core.pricing.request_costs import RequestCounter
 
 if TYPE_CHECKING:
     from mypy_boto3_sqs.literals import QueueAttributeNameType
-    from mypy_boto3_sqs.type_defs import (
-        BatchResultErrorEntryTypeDef,
-        ChangeMessageVisibilityBatchRequestEntryTypeDef,
-        ChangeMessageVisibilityBatchResultTypeDef,
-        DeleteMessageBatchRequestEntryTypeDef,
-        DeleteMessageBatchResultTypeDef,
-        MessageTypeDef,
-        ReceiveMessageRequestTypeDef,
-        ReceiveMessageResultTypeDef,
-        SendMessageBatchRequestEntryTypeDef,
-        SendMessageBatchResultTypeDef,
-    )
+    from mypy_boto3_sqs.type_defs import BatchResultErrorEntryTypeDef, MessageTypeDef
 
 T = TypeVar("T")
 
@@ -58,6 +47,7 @@ IDLE_AFTER_S = 20.0
 _FRACTION_S = 0.1
 """Interval of polls in seconds for a wait below one second, because SQS waits whole seconds."""
 
+_ATTRIBUTES = ["ApproximateReceiveCount", "SentTimestamp", "ApproximateFirstReceiveTimestamp"]
 _RECEIVES = 32
 _CALLS = 16
 
@@ -82,23 +72,22 @@ class SqsQueue:
         `tally` counts every request, also failed ones, because AWS bills them.
         """
         self._makes = makes
-        made = session_of(endpoint)
-        self._sqs = client(endpoint, "sqs", connections=_RECEIVES + _CALLS, made=made)
+        session = session_of(endpoint)
+        self._sqs = client(endpoint, "sqs", connections=_RECEIVES + _CALLS, of=session)
         with translated("AWS"):
-            at = self._sqs.meta.endpoint_url
-            self._wire = connect(made, at, loopback=bool(endpoint.loopback))
+            self._wire = connect(session, self._sqs.meta.endpoint_url, loopback=bool(endpoint.loopback))
         self._prefix = prefix
         self._tally = tally or RequestCounter()
         self._is_billed = endpoint.url is None
-        self._quiet: dict[str, IdleTime] = {}
+        self._idle_times: dict[str, IdleTime] = {}
         self._urls: dict[str, str] = {}
-        self._receiving = ThreadPoolExecutor(_RECEIVES, thread_name_prefix="sqs-receive")
-        self._calling = ThreadPoolExecutor(_CALLS, thread_name_prefix="sqs")
+        self._receivers = ThreadPoolExecutor(_RECEIVES, thread_name_prefix="sqs-receive")
+        self._callers = ThreadPoolExecutor(_CALLS, thread_name_prefix="sqs")
 
     async def close(self) -> None:
         """Wait for the submitted calls, then end the threads and close the connections."""
-        await asyncio.to_thread(self._receiving.shutdown)
-        await asyncio.to_thread(self._calling.shutdown)
+        await asyncio.to_thread(self._receivers.shutdown)
+        await asyncio.to_thread(self._callers.shutdown)
         self._sqs.close()
         if self._wire:
             self._wire.close()
@@ -113,7 +102,7 @@ class SqsQueue:
         return getattr(self._sqs, xform_name(operation))(**request)
 
     async def _run(self, queue: str, call: Callable[[str], T]) -> T:
-        return await asyncio.wrap_future(self._calling.submit(self._at, queue, call))
+        return await asyncio.wrap_future(self._callers.submit(self._at, queue, call))
 
     def _at(self, queue: str, call: Callable[[str], T]) -> T:
         """Call `call` with the queue's url."""
@@ -132,22 +121,22 @@ class SqsQueue:
     async def ensure(self, spec: QueueSpec) -> None:
         check_queue_name(self._prefix + spec.name)
         if not self._makes:
-            await self._find(spec.name)
+            await self._check_exists(spec.name)
             return
         redrive = ""
         if spec.dead_letters is not None:
             arn = await self._run(spec.dead_letters, self._arn)
             redrive = json.dumps({"deadLetterTargetArn": arn, "maxReceiveCount": spec.max_receives})
-        await asyncio.wrap_future(self._calling.submit(self._ensure, spec, redrive))
+        await asyncio.wrap_future(self._callers.submit(self._ensure, spec, redrive))
 
-    async def _find(self, queue: str) -> None:
+    async def _check_exists(self, queue: str) -> None:
         try:
             await self._run(queue, lambda url: url)
         except NotFound as error:
             # NotFound would make the caller create a queue.
             raise BackendError(
-                f"There is no queue {self._prefix + queue!r}.",
-                remedy="The grid's stack makes its queues: `batchlab deploy apply`.",
+                f"The queue {self._prefix + queue!r} does not exist.",
+                remedy="Create it with the grid's stack: `batchlab deploy apply`.",
             ) from error
 
     def _arn(self, url: str) -> str:
@@ -186,12 +175,11 @@ class SqsQueue:
 
     def _send(self, url: str, messages: Sequence[Outgoing]) -> None:
         self._tally.sqs(sum(body_bytes(message.body) for message in messages))
-        entries: list[SendMessageBatchRequestEntryTypeDef] = [
+        entries = [
             {"Id": str(number), "MessageBody": message.body, "DelaySeconds": math.ceil(message.delay_s)}
             for number, message in enumerate(messages)
         ]
-        answer: SendMessageBatchResultTypeDef = self._call("SendMessageBatch", {"QueueUrl": url, "Entries": entries})
-        for failed in answer.get("Failed", ()):
+        for failed in self._call("SendMessageBatch", {"QueueUrl": url, "Entries": entries}).get("Failed", ()):
             raise _failure(failed)
 
     async def receive(
@@ -201,59 +189,56 @@ class SqsQueue:
         whole_s, fraction_s = divmod(wait_s, 1)
         clock = asyncio.get_running_loop().time
         while whole_s:
-            quiet = self._quiet.setdefault(queue, IdleTime(clock()))
-            poll_s = min(whole_s, self._poll_s(quiet.of_s(clock())))
-            if messages := await self._take(queue, max_messages, int(poll_s), visibility_s):
-                quiet.broken(clock())
+            idle_time = self._idle_times.setdefault(queue, IdleTime(clock()))
+            poll_s = min(whole_s, self._poll_s(idle_time.idle_s(clock())))
+            if messages := await self._receive(queue, max_messages, int(poll_s), visibility_s):
+                idle_time.halve(clock())
                 return messages
             whole_s -= poll_s
-        while not (messages := await self._take(queue, max_messages, 0, visibility_s)):
+        while not (messages := await self._receive(queue, max_messages, 0, visibility_s)):
             if fraction_s <= 0:
                 break
             await asyncio.sleep(min(fraction_s, _FRACTION_S))
             fraction_s -= _FRACTION_S
         return messages
 
-    def _poll_s(self, quiet_s: float) -> int:
+    def _poll_s(self, idle_s: float) -> int:
         if not self._is_billed:
             return FREE_POLL_S
-        return IDLE_POLL_S if quiet_s > IDLE_AFTER_S else BILLED_POLL_S
+        return IDLE_POLL_S if idle_s > IDLE_AFTER_S else BILLED_POLL_S
 
-    async def _take(self, queue: str, limit: int, poll_s: int, visibility_s: float | None) -> list[Message]:
-        taking = self._receiving.submit(self._at, queue, lambda url: self._take_now(url, limit, poll_s, visibility_s))
+    async def _receive(self, queue: str, limit: int, poll_s: int, visibility_s: float | None) -> list[Message]:
+        receiving = self._receivers.submit(
+            self._at, queue, lambda url: self._receive_now(url, limit, poll_s, visibility_s)
+        )
         try:
-            return await asyncio.wrap_future(taking)
+            return await asyncio.wrap_future(receiving)
         except asyncio.CancelledError:
             # The request continues, and its messages would stay hidden for a visibility timeout. The return of the
             # messages is submitted now, because a process that is ending accepts no new work.
-            self._receiving.submit(self._take_back, queue, taking)
+            self._receivers.submit(self._return_messages, queue, receiving)
             raise
 
-    def _take_now(self, url: str, limit: int, poll_s: int, visibility_s: float | None) -> list[Message]:
-        request: ReceiveMessageRequestTypeDef = {
+    def _receive_now(self, url: str, limit: int, poll_s: int, visibility_s: float | None) -> list[Message]:
+        request = {
             "QueueUrl": url,
             "MaxNumberOfMessages": limit,
             "WaitTimeSeconds": poll_s,
-            "MessageSystemAttributeNames": [
-                "ApproximateReceiveCount",
-                "SentTimestamp",
-                "ApproximateFirstReceiveTimestamp",
-            ],
+            "MessageSystemAttributeNames": _ATTRIBUTES,
         }
         if visibility_s is not None:
             request["VisibilityTimeout"] = math.ceil(visibility_s)
         try:
-            answer: ReceiveMessageResultTypeDef = self._call("ReceiveMessage", request)
+            found: list[MessageTypeDef] = self._call("ReceiveMessage", request).get("Messages", [])
         except BaseException:
             self._tally.received(0, 0)
             raise
-        found = answer.get("Messages", [])
-        self._tally.received(sum(body_bytes(one["Body"]) for one in found), len(found))
-        return [_message(one) for one in found]
+        self._tally.received(sum(body_bytes(message["Body"]) for message in found), len(found))
+        return [_message(message) for message in found]
 
-    def _take_back(self, queue: str, taking: Future[list[Message]]) -> None:
+    def _return_messages(self, queue: str, receiving: Future[list[Message]]) -> None:
         try:
-            if messages := taking.result():
+            if messages := receiving.result():
                 changes = [(message.receipt, 0.0) for message in messages]
                 self._at(queue, lambda url: self._change(url, changes))
         except (concurrent.futures.CancelledError, BackendError):
@@ -265,38 +250,41 @@ class SqsQueue:
         return await self._run(queue, lambda url: self._delete(url, receipts))
 
     def _delete(self, url: str, receipts: Sequence[str]) -> list[str]:
-        def delete(some: Sequence[str]) -> Sequence[BatchResultErrorEntryTypeDef]:
-            entries: list[DeleteMessageBatchRequestEntryTypeDef] = [
-                {"Id": str(number), "ReceiptHandle": receipt} for number, receipt in enumerate(some)
-            ]
-            self._tally.sqs()
-            answer: DeleteMessageBatchResultTypeDef = self._call(
-                "DeleteMessageBatch", {"QueueUrl": url, "Entries": entries}
-            )
-            return answer.get("Failed", ())
-
-        return _refused(delete, receipts)
+        return self._refused("DeleteMessageBatch", url, [{"ReceiptHandle": receipt} for receipt in receipts])
 
     async def change_visibility(self, queue: str, changes: Sequence[tuple[str, float]]) -> Sequence[str]:
         check_changes(changes)
         return await self._run(queue, lambda url: self._change(url, changes))
 
     def _change(self, url: str, changes: Sequence[tuple[str, float]]) -> list[str]:
-        def change(some: Sequence[tuple[str, float]]) -> Sequence[BatchResultErrorEntryTypeDef]:
-            entries: list[ChangeMessageVisibilityBatchRequestEntryTypeDef] = [
-                {"Id": str(number), "ReceiptHandle": receipt, "VisibilityTimeout": math.ceil(visibility_s)}
-                for number, (receipt, visibility_s) in enumerate(some)
-            ]
-            self._tally.sqs()
-            answer: ChangeMessageVisibilityBatchResultTypeDef = self._call(
-                "ChangeMessageVisibilityBatch", {"QueueUrl": url, "Entries": entries}
-            )
-            return answer.get("Failed", ())
-
         # Some emulators do not enforce the maximum.
-        fit = [one for one in changes if one[1] <= MAX_VISIBILITY_S]
-        over = [receipt for receipt, visibility_s in changes if visibility_s > MAX_VISIBILITY_S]
-        return over + [receipt for receipt, _ in _refused(change, fit)]
+        too_long = [receipt for receipt, visibility_s in changes if visibility_s > MAX_VISIBILITY_S]
+        entries = [
+            {"ReceiptHandle": receipt, "VisibilityTimeout": math.ceil(visibility_s)}
+            for receipt, visibility_s in changes
+            if visibility_s <= MAX_VISIBILITY_S
+        ]
+        return too_long + self._refused("ChangeMessageVisibilityBatch", url, entries)
+
+    def _refused(self, operation: str, url: str, entries: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Call the operation. Return the receipts that the service refuses."""
+        if not entries:
+            return []
+        self._tally.sqs()
+        numbered = [{"Id": str(number), **entry} for number, entry in enumerate(entries)]
+        try:
+            failures = self._call(operation, {"QueueUrl": url, "Entries": numbered}).get("Failed", ())
+        except ClientError as error:
+            if code_of(error) not in _BAD_RECEIPT:
+                raise
+            if len(entries) == 1:
+                return [entries[0]["ReceiptHandle"]]
+            # One bad receipt made the call fail for all entries, so each entry is sent alone.
+            return [receipt for entry in entries for receipt in self._refused(operation, url, [entry])]
+        for failed in failures:
+            if short_code(failed["Code"]) not in _BAD_RECEIPT:
+                raise _failure(failed)
+        return [entries[int(failed["Id"])]["ReceiptHandle"] for failed in failures]
 
     async def depth(self, queue: str) -> Depth:
         return await self._run(queue, self._depth)
@@ -346,22 +334,3 @@ def _failure(failed: BatchResultErrorEntryTypeDef) -> BackendError:
     ours = failed["SenderFault"] or short_code(failed["Code"]) in _BAD_BODY
     text = (failed.get("Message") or failed["Code"]).rstrip(".")
     return (BackendError if ours else Throttled)(f"SQS refused a part of a call: {text}.")
-
-
-def _refused(call: Callable[[Sequence[T]], Sequence[BatchResultErrorEntryTypeDef]], entries: Sequence[T]) -> list[T]:
-    """Return the entries whose receipts the service refuses."""
-    if not entries:
-        return []
-    try:
-        answer = call(entries)
-    except ClientError as error:
-        if code_of(error) not in _BAD_RECEIPT:
-            raise
-        if len(entries) == 1:
-            return list(entries)
-        # One bad receipt made the call fail for all entries, so each entry is sent alone.
-        return [bad for entry in entries for bad in _refused(call, [entry])]
-    for failed in answer:
-        if short_code(failed["Code"]) not in _BAD_RECEIPT:
-            raise _failure(failed)
-    return [entries[int(failed["Id"])] for failed in answer]

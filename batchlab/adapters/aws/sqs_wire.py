@@ -44,19 +44,19 @@ _TYPE = "application/x-amz-json-1.0"
 _OK = 200
 
 
-def connect(made: boto3.Session, url: str, *, loopback: bool) -> SqsWire | None:
+def connect(session: boto3.Session, url: str, *, loopback: bool) -> SqsWire | None:
     """Return connections to SQS at `url`.
 
-    They use the region, credentials, and certificates of the session `made`. Return None if the connection needs a
-    proxy, which only boto3 supports.
+    They use the region, credentials, and certificates of the `session`. Return None if the connection needs a proxy,
+    which only boto3 supports.
     """
     from botocore.utils import get_environ_proxies
 
     parts = urlsplit(url)
     if not loopback and parts.scheme in get_environ_proxies(url):
         return None
-    tls = _trust(made._session.get_config_variable("ca_bundle")) if parts.scheme == "https" else None
-    return SqsWire(url, made.region_name or "", made.get_credentials(), tls)
+    tls = _trust(session._session.get_config_variable("ca_bundle")) if parts.scheme == "https" else None
+    return SqsWire(url, session.region_name or "", session.get_credentials(), tls)
 
 
 def _trust(named: str | None) -> ssl.SSLContext:
@@ -113,28 +113,28 @@ class SqsWire:
         headers["Authorization"] = authorization(
             headers, self._path, body, self._region, keys.access_key, keys.secret_key
         )
-        status, told, answer = self._answer(body, headers)
+        status, code, content = self._answer(body, headers)
         try:
-            found = json.loads(answer) if answer else {}
+            answer = json.loads(content) if content else {}
         except ValueError:
-            found = None
+            answer = None
         if status != _OK:
-            raise _refused(operation, status, told, found if isinstance(found, dict) else {})
-        if not isinstance(found, dict):
-            raise ResponseParserError("The answer is not one of SQS.")
-        return {name: value for name, value in found.items() if value is not None}
+            raise _refused(operation, status, code, answer if isinstance(answer, dict) else {})
+        if not isinstance(answer, dict):
+            raise ResponseParserError("The answer is not a JSON object, as SQS would return.")
+        return {name: value for name, value in answer.items() if value is not None}
 
     def _answer(self, body: bytes, headers: Mapping[str, str]) -> tuple[int, str, bytes]:
         """Return the status, the error code of the service, and the body of the answer."""
         connection: HTTPConnection | None = None
-        is_kept = False
+        is_reusable = False
         try:
             connection = self._connected()
             with suppress(BrokenPipeError):  # the service refused early; its answer has the reason
                 connection.request("POST", self._path, body, dict(headers))
             response = connection.getresponse()
-            found = response.status, response.headers.get("x-amzn-query-error", ""), response.read()
-            is_kept = not response.will_close
+            answer = response.status, response.headers.get("x-amzn-query-error", ""), response.read()
+            is_reusable = not response.will_close
         except BotoCoreError:
             raise
         except TimeoutError as error:
@@ -143,11 +143,11 @@ class SqsWire:
             # For example, a header that cannot be encoded or an invalid host name.
             raise HTTPClientError(error=error) from error
         finally:
-            if is_kept and connection:
+            if is_reusable and connection:
                 self._connections.give_back(connection)
             elif connection:
                 connection.close()
-        return found
+        return answer
 
     def _connected(self) -> HTTPConnection:
         try:
@@ -161,9 +161,9 @@ class SqsWire:
 def authorization(headers: Mapping[str, str], path: str, body: bytes, region: str, access_key: str, secret: str) -> str:
     """Return the Authorization header of a POST (Signature Version 4). It signs all these headers."""
     at = headers["X-Amz-Date"]
-    some = sorted((name.lower(), value.strip()) for name, value in headers.items())
-    names = ";".join(name for name, _ in some)
-    lines = "".join(f"{name}:{value}\n" for name, value in some)
+    fields = sorted((name.lower(), value.strip()) for name, value in headers.items())
+    names = ";".join(name for name, _ in fields)
+    lines = "".join(f"{name}:{value}\n" for name, value in fields)
     canonical = f"POST\n{path}\n\n{lines}\n{names}\n{hashlib.sha256(body).hexdigest()}"
     scope = f"{at[:8]}/{region}/sqs/aws4_request"
     text = f"AWS4-HMAC-SHA256\n{at}\n{scope}\n{hashlib.sha256(canonical.encode()).hexdigest()}"
@@ -179,10 +179,10 @@ def _key(secret: str, day: str, region: str) -> bytes:
     return key
 
 
-def _refused(operation: str, status: int, told: str, found: Mapping[str, Any]) -> ClientError:
-    kind = str(found.get("__type", "")).partition(":")[0].rpartition("#")[2]
-    code = told.partition(";")[0] or kind or str(status)
-    message = str(found.get("message") or found.get("Message") or "")
+def _refused(operation: str, status: int, query_code: str, answer: Mapping[str, Any]) -> ClientError:
+    kind = str(answer.get("__type", "")).partition(":")[0].rpartition("#")[2]
+    code = query_code.partition(";")[0] or kind or str(status)
+    message = str(answer.get("message") or answer.get("Message") or "")
     # These are the fields of the type that callers read.
-    answer: Any = {"Error": {"Code": code, "Message": message}, "ResponseMetadata": {"HTTPStatusCode": status}}
-    return ClientError(answer, operation)
+    response: Any = {"Error": {"Code": code, "Message": message}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    return ClientError(response, operation)

@@ -99,7 +99,7 @@ class Template:
         return "SIGRTMIN+4" if self.system else "SIGTERM"
 
 
-def environment(template: Template, pool: Pool, instance: str, machine: Machine, kind: str) -> dict[str, str]:
+def container_environment(template: Template, pool: Pool, instance: str, machine: Machine, kind: str) -> dict[str, str]:
     """Return the environment of a container. `kind` is its instance type."""
     return {
         **template.env,
@@ -113,7 +113,7 @@ def environment(template: Template, pool: Pool, instance: str, machine: Machine,
     }
 
 
-def labels(
+def instance_labels(
     pool: Pool, instance: str, machine: Machine, kind: str, launched_s: float, booted_s: float
 ) -> dict[str, str]:
     """Return the labels that `metadata_of` and the launcher read."""
@@ -128,7 +128,7 @@ def labels(
     }
 
 
-def settings(
+def container_settings(
     template: Template, instance: str, share: Share | None, env: Mapping[str, str], tags: Mapping[str, str]
 ) -> dict[str, Any]:
     """Return the parameters for Docker, in the SDK's form. Without a share, resources are unlimited."""
@@ -166,8 +166,8 @@ def settings(
     }
 
 
-def create(name: str, asked: Mapping[str, Any], api: APIClient) -> str:
-    """Create a container with these `settings` and return its id.
+def create_container(name: str, asked: Mapping[str, Any], api: APIClient) -> str:
+    """Create a container with these `container_settings` and return its id.
 
     Raise AlreadyExists if the name exists, and BackendError if the image does not exist.
     """
@@ -187,12 +187,12 @@ def create(name: str, asked: Mapping[str, Any], api: APIClient) -> str:
     return str(made["Id"])
 
 
-def start(container: str, api: APIClient) -> None:
+def start_container(container: str, api: APIClient) -> None:
     """Start the container. Do nothing if it runs."""
     api.start(container)
 
 
-def signal(container: str, name: str, api: APIClient) -> None:
+def send_signal(container: str, name: str, api: APIClient) -> None:
     """Send a signal. Ignore a container that has ended or has not started. A paused one resumes."""
     from docker.errors import APIError
 

@@ -27,7 +27,7 @@ ANSWER_S = 60.0
 RECONNECT_S = 1.0
 _CALLS = 8
 
-START_REMEDY = "Start Docker, or let DOCKER_HOST name where it listens."
+START_REMEDY = "Start Docker, or set DOCKER_HOST to its address."
 
 
 class Engine:
@@ -79,13 +79,13 @@ def _connect(url: str) -> APIClient:
     from docker import APIClient, ContextAPI
     from docker.utils import kwargs_from_env
 
-    found: dict[str, Any] = {**kwargs_from_env()}
+    options: dict[str, Any] = {**kwargs_from_env()}
     if url:
-        found["base_url"] = url
-    elif "base_url" not in found:
+        options["base_url"] = url
+    elif "base_url" not in options:
         context = ContextAPI.get_current_context()
-        found["base_url"] = context.Host if context else None
-    return APIClient(**found, version="auto", timeout=int(ANSWER_S))
+        options["base_url"] = context.Host if context else None
+    return APIClient(**options, version="auto", timeout=int(ANSWER_S))
 
 
 @contextmanager
@@ -133,7 +133,7 @@ class EventStream:
         self._seen = seen
         self._closing = threading.Event()
         self._stream: CancellableStream[dict[str, Any]] | None = None
-        self.stands = False
+        self.is_open = False
         """Whether the stream is open, so that no event is missed."""
         # It is a daemon thread, because the process must be able to exit while it waits on a socket.
         self._thread = threading.Thread(target=self._follow, name="docker-events", daemon=True)
@@ -162,13 +162,13 @@ class EventStream:
             self._closing.wait(RECONNECT_S)
 
     def _read(self, stream: CancellableStream[dict[str, Any]]) -> None:
-        self._stream, self.stands = stream, True
+        self._stream, self.is_open = stream, True
         try:
             self._seen(None)
             for event in stream:
                 self._seen(event)
         finally:
-            self._stream, self.stands = None, False
+            self._stream, self.is_open = None, False
             self._seen(None)
 
 
@@ -190,18 +190,20 @@ def find(engine: Engine, labels: Mapping[str, str | None]) -> Sequence[LabeledRe
 
     Raise UsageError without a label, because this would return everything on the machine.
     """
-    filters = {"label": _filter(labels)}
+    if not labels:
+        raise UsageError("At least one label is required to select resources.")
+    filters = {"label": [name if value is None else f"{name}={value}" for name, value in labels.items()]}
 
-    def look(api: APIClient) -> list[LabeledResource]:
-        found = [
+    def search(api: APIClient) -> list[LabeledResource]:
+        resources = [
             LabeledResource("container", c["Id"], c["Names"][0].lstrip("/") if c["Names"] else "", c["Labels"])
             for c in api.containers(all=True, filters=filters)
         ]
-        found += [LabeledResource("network", n["Id"], n["Name"], n["Labels"]) for n in api.networks(filters=filters)]
-        volumes = api.volumes(filters=filters)["Volumes"] or []
-        return found + [LabeledResource("volume", v["Name"], v["Name"], v["Labels"] or {}) for v in volumes]
+        networks, volumes = api.networks(filters=filters), api.volumes(filters=filters)["Volumes"] or []
+        resources += [LabeledResource("network", n["Id"], n["Name"], n["Labels"]) for n in networks]
+        return resources + [LabeledResource("volume", v["Name"], v["Name"], v["Labels"] or {}) for v in volumes]
 
-    return engine.do("What carries batchlab's labels", look)
+    return engine.do("Search for resources with batchlab's labels", search)
 
 
 def sweep(engine: Engine, labels: Mapping[str, str | None]) -> Sequence[LabeledResource]:
@@ -209,34 +211,30 @@ def sweep(engine: Engine, labels: Mapping[str, str | None]) -> Sequence[LabeledR
 
     Ignore resources that no longer exist. If some cannot be removed, remove the others and then raise BackendError.
     """
-    found = find(engine, labels)
+    resources = find(engine, labels)
     failed: BackendError | None = None
-    for one in found:
+    for resource in resources:
         try:
-            engine.do(f"The {one.kind} {one.name}", partial(_remove, one))
+            engine.do(f"The {resource.kind} {resource.name}", partial(_remove, resource))
         except NotFound:
             continue
         except BackendError as error:
             failed = error
     if failed is not None:
         raise failed
-    return found
+    return resources
 
 
-def _remove(one: LabeledResource, api: APIClient) -> None:
-    if one.kind == "container":
-        remove_container(api, one.id)
-    elif one.kind == "network":
-        _detach(api, one.id)
-        api.remove_network(one.id)
+def _remove(resource: LabeledResource, api: APIClient) -> None:
+    if resource.kind == "container":
+        remove_container(api, resource.id)
+    elif resource.kind == "network":
+        # Any container that is connected to the network would keep it from being removed.
+        for container in api.inspect_network(resource.id)["Containers"] or {}:
+            api.disconnect_container_from_network(container, resource.id, force=True)
+        api.remove_network(resource.id)
     else:
-        api.remove_volume(one.id, force=True)
-
-
-def _detach(api: APIClient, network: str) -> None:
-    # Any container that is connected to the network would keep it from being removed.
-    for container in api.inspect_network(network)["Containers"] or {}:
-        api.disconnect_container_from_network(container, network, force=True)
+        api.remove_volume(resource.id, force=True)
 
 
 def remove_container(api: APIClient, container: str) -> None:
@@ -249,9 +247,3 @@ def remove_container(api: APIClient, container: str) -> None:
         # 409 means that its removal is in progress.
         if error.status_code not in (404, 409):
             raise
-
-
-def _filter(labels: Mapping[str, str | None]) -> list[str]:
-    if not labels:
-        raise UsageError("Nothing is swept without a label to go by.")
-    return [name if value is None else f"{name}={value}" for name, value in labels.items()]

@@ -22,8 +22,23 @@ from pathlib import Path
 from typing import Any
 
 from batchlab.adapters.aws.metadata_server import Metadata, Signals
-from batchlab.adapters.docker import container as calls
-from batchlab.adapters.docker.container import Template
+from batchlab.adapters.docker.container import (
+    BOOTED,
+    INSTANCE,
+    LAUNCHED,
+    LIVING,
+    STOP,
+    Template,
+    container_environment,
+    container_settings,
+    create_container,
+    end_text,
+    instance_labels,
+    metadata_of,
+    save_end,
+    send_signal,
+    start_container,
+)
 from batchlab.adapters.docker.engine import Engine, EventStream, remove_container
 from batchlab.core.atomic_write import write_whole
 from batchlab.core.errors import AlreadyExists, BackendError, NotFound, Unreachable, UsageError
@@ -169,7 +184,7 @@ class ContainerLauncher:
         container = _Container(instance, booted_s=booted_s, stop=asked["stop_signal"])
         self._known[instance] = container
         try:
-            container.id = await self.engine.run(f"The container {name}", partial(calls.create, name, asked))
+            container.id = await self.engine.run(f"The container {name}", partial(create_container, name, asked))
         except BaseException:
             del self._known[instance]
             raise
@@ -233,14 +248,14 @@ class ContainerLauncher:
         # An address may pass from one container to the next, so the result is valid only until Docker reports an event.
         await self._adopt_all()
         happened, known = self._standing
-        if happened == self._happened and self._events is not None and self._events.stands:
+        if happened == self._happened and self._events is not None and self._events.is_open:
             return known
         happened = self._happened
         found: dict[str, Metadata] = {}
         for row in await self._list(all_=False):
             for network in row["NetworkSettings"]["Networks"].values():
                 if address := network["IPAddress"]:
-                    found[address] = calls.metadata_of(row, address)
+                    found[address] = metadata_of(row, address)
         self._standing = happened, found
         return found
 
@@ -254,9 +269,9 @@ class ContainerLauncher:
         except UsageError as error:
             # The type comes from an Auto Scaling group, so the fleet must see a failed launch.
             raise BackendError(error.message, remedy=error.remedy) from error
-        env = calls.environment(template, pool, instance, machine, kind)
-        tags = calls.labels(pool, instance, machine, kind, self._clock.now_s(), booted_s)
-        return calls.settings(template, instance, share, env, {**template.labels, **self._labels, **tags})
+        env = container_environment(template, pool, instance, machine, kind)
+        tags = instance_labels(pool, instance, machine, kind, self._clock.now_s(), booted_s)
+        return container_settings(template, instance, share, env, {**template.labels, **self._labels, **tags})
 
     def _boot(self, container: _Container) -> None:
         container.asleep = True
@@ -268,7 +283,7 @@ class ContainerLauncher:
             await asyncio.sleep(max(0.0, wait_s))
             container.asleep = False
             container.settled_s = math.inf
-            await self._run(container, partial(calls.start, container.id))
+            await self._run(container, partial(start_container, container.id))
             container.settled_s = asyncio.get_running_loop().time() + SETTLED_S
             if container.due_s is not None:
                 await self._ask(container)
@@ -294,7 +309,7 @@ class ContainerLauncher:
         return await self.engine.run(f"Instance {container.instance}", call)
 
     async def _signal(self, container: _Container, name: str) -> None:
-        await self._run(container, partial(calls.signal, container.id, name))
+        await self._run(container, partial(send_signal, container.id, name))
 
     async def _ask(self, container: _Container) -> None:
         """Send the stop signal now, or as soon as the container can receive it."""
@@ -365,7 +380,7 @@ class ContainerLauncher:
         async with self._looking:
             before = [c for c in self._known.values() if c.id and c.ended is None]
             rows = await self._list(all_=True)
-            for row in sorted(rows, key=lambda row: float(row["Labels"].get(calls.LAUNCHED, 0))):
+            for row in sorted(rows, key=lambda row: float(row["Labels"].get(LAUNCHED, 0))):
                 await self._see(row)
             there = {row["Id"] for row in rows}
             for container in before:
@@ -376,11 +391,11 @@ class ContainerLauncher:
 
     async def _list(self, *, all_: bool) -> Sequence[Mapping[str, Any]]:
         wanted = [f"{name}={value}" for name, value in self._labels.items()]
-        filters = {"label": [*wanted, calls.INSTANCE]}
+        filters = {"label": [*wanted, INSTANCE]}
         return await self.engine.run("The instances", lambda api: api.containers(all=all_, filters=filters))
 
     async def _see(self, row: Mapping[str, Any]) -> None:
-        container = self._known.get(row["Labels"][calls.INSTANCE])
+        container = self._known.get(row["Labels"][INSTANCE])
         if container is None:
             container = self._adopt(row)
         if container.id != row["Id"] or container.ended is not None:
@@ -392,7 +407,7 @@ class ContainerLauncher:
                 self._boot(container)
             else:
                 await self._call_off(container)
-        elif row["State"] not in calls.LIVING:
+        elif row["State"] not in LIVING:
             await self._bury(container)
         elif self._is_late(container):
             self._kill(container)
@@ -401,8 +416,8 @@ class ContainerLauncher:
 
     def _adopt(self, row: Mapping[str, Any]) -> _Container:
         labels = row["Labels"]
-        container = _Container(labels[calls.INSTANCE], row["Id"], float(labels.get(calls.BOOTED, 0)))
-        container.stop = labels.get(calls.STOP, "SIGTERM")
+        container = _Container(labels[INSTANCE], row["Id"], float(labels.get(BOOTED, 0)))
+        container.stop = labels.get(STOP, "SIGTERM")
         self._known[container.instance] = container
         left_s = self._endings.left_s(container.instance, container.id)
         if left_s is not None:
@@ -412,12 +427,12 @@ class ContainerLauncher:
     async def _bury(self, container: _Container) -> None:
         log_file = self._logs / f"{container.instance}.log"
         try:
-            state = await self._run(container, partial(calls.save_end, container.id, log_file))
+            state = await self._run(container, partial(save_end, container.id, log_file))
         except NotFound:
             return  # it was removed a moment ago, and the next look notices it
         if state is None:
             return  # it is still running, and the next look checks again
-        self._over(container, calls.end_text(state, killed=self._is_late(container)))
+        self._over(container, end_text(state, killed=self._is_late(container)))
         self._endings.forget(container.instance)
 
     async def _forget(self) -> None:

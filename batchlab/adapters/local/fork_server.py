@@ -1,8 +1,8 @@
 """Client of a fork server, a process that has imported the program of an instance.
 
 Instances are forks of this process. Invariant: a fork does nothing until the process that requested it has recorded it.
-It exits if this confirmation never comes. The end of the server only costs time: its forks go on, and new instances
-start without it.
+The fork exits if this confirmation never comes. If the server ends, its forks continue, and new instances start more
+slowly without it.
 
 `batchlab.cli.fork_server_main` is the program of the server. Requests and answers are JSON messages over a pair of
 sockets. Answers come in the order of the requests.
@@ -38,18 +38,18 @@ class PendingFork:
     """A fork that waits for `begin`."""
 
     pid: int
-    _word: int
+    _pipe: int
 
     def begin(self) -> None:
         """Let the fork run, after its pid has been recorded."""
-        os.write(self._word, b"!")
-        self.forget()
+        os.write(self._pipe, b"!")
+        self.close()
 
-    def forget(self) -> None:
+    def close(self) -> None:
         """Make the fork exit unless it has begun. The call may be repeated."""
-        if self._word >= 0:
-            os.close(self._word)
-            self._word = -1
+        if self._pipe >= 0:
+            os.close(self._pipe)
+            self._pipe = -1
 
 
 class ForkServer:
@@ -64,7 +64,7 @@ class ForkServer:
         self._log = log
         self._socket: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
-        self._asked: deque[asyncio.Future[dict[str, Any]]] = deque()
+        self._requests: deque[asyncio.Future[dict[str, Any]]] = deque()
 
     async def fork(self, argv: Sequence[str], env: Mapping[str, str], output: BinaryIO) -> PendingFork:
         """Return a fork that will behave like the process `argv`, in a new session.
@@ -72,35 +72,34 @@ class ForkServer:
         Its environment is the server's with `env`. It writes to `output`. Raise ForkServerEndedError if the server has
         ended, and OSError if no further process can be created.
         """
-        theirs, ours = os.pipe()
+        read_end, write_end = os.pipe()
         try:
-            arguments = list(argv[len(self._program) :])
-            asked = {"arguments": arguments, "env": dict(env)}
-            answer = await self._ask(asked, (output.fileno(), theirs))
+            request = {"arguments": list(argv[len(self._program) :]), "env": dict(env)}
+            answer = await self._request(request, (output.fileno(), read_end))
             if error := answer.get("error"):
                 raise OSError(error)
-            return PendingFork(answer["pid"], ours)
+            return PendingFork(answer["pid"], write_end)
         except BaseException:
-            os.close(ours)  # a fork that exists nevertheless exits
+            os.close(write_end)  # a fork that exists nevertheless exits
             raise
         finally:
-            os.close(theirs)
+            os.close(read_end)
 
     async def exit_code(self, pid: int) -> int | None:
         """Return the exit code of a fork that has ended, as subprocess does, and release its pid.
 
-        Return None if the code is no longer known.
+        Return None if the server that was the parent of the fork has ended.
         """
         if self._socket is None:
-            return None  # the server that was the parent of the fork has ended
+            return None
         try:
-            code: int | None = (await self._ask({"bury": pid}))["code"]
+            code: int | None = (await self._request({"bury": pid}))["code"]
         except ForkServerEndedError:
             return None
         return code
 
     def close(self) -> None:
-        """Kill the server. Its forks go on."""
+        """Kill the server. Its forks continue."""
         if self._socket is not None:
             asyncio.get_running_loop().remove_reader(self._socket)
             self._socket.close()
@@ -109,64 +108,60 @@ class ForkServer:
             self._process.kill()  # the server holds no state that could be lost
             self._process.wait()
             self._process = None
-        while self._asked:
-            waiting = self._asked.popleft()
-            if not waiting.done():
-                waiting.set_exception(ForkServerEndedError("The nursery has ended."))
+        while self._requests:
+            request = self._requests.popleft()
+            if not request.done():
+                request.set_exception(ForkServerEndedError("The fork server has ended."))
 
-    async def _ask(self, question: dict[str, Any], descriptors: Sequence[int] = ()) -> dict[str, Any]:
+    async def _request(self, question: dict[str, Any], descriptors: Sequence[int] = ()) -> dict[str, Any]:
         answer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         try:
-            here = self._open()
-            socket.send_fds(here, [json.dumps(question).encode()], descriptors)
+            socket.send_fds(self._open(), [json.dumps(question).encode()], descriptors)
         except OSError as error:
             self.close()
             raise ForkServerEndedError(str(error)) from error
-        self._asked.append(answer)
+        self._requests.append(answer)
         try:
             async with asyncio.timeout(ANSWER_S):
                 return await answer
         except TimeoutError as error:
             self.close()
-            raise ForkServerEndedError(f"The nursery has not answered for {ANSWER_S:.0f} s.") from error
+            raise ForkServerEndedError(f"The fork server has not answered for {ANSWER_S:.0f} s.") from error
 
     def _open(self) -> socket.socket:
         if self._socket is None:
-            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            client, server = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             try:
-                with theirs:
-                    self._process = self._begun(theirs)
+                with server:
+                    self._log.parent.mkdir(parents=True, exist_ok=True)
+                    with open(self._log, "ab", opener=private) as log:
+                        self._process = subprocess.Popen(
+                            [*self._argv, str(server.fileno())],
+                            stdin=subprocess.DEVNULL,
+                            stdout=log,
+                            stderr=log,
+                            pass_fds=[server.fileno()],
+                            start_new_session=True,
+                        )
             except OSError:
-                ours.close()
+                client.close()
                 raise
-            ours.setblocking(False)
-            asyncio.get_running_loop().add_reader(ours, self._hear)
-            self._socket = ours
+            client.setblocking(False)
+            asyncio.get_running_loop().add_reader(client, self._receive)
+            self._socket = client
         return self._socket
 
-    def _begun(self, theirs: socket.socket) -> subprocess.Popen[bytes]:
-        self._log.parent.mkdir(parents=True, exist_ok=True)
-        with open(self._log, "ab", opener=private) as log:
-            return subprocess.Popen(
-                [*self._argv, str(theirs.fileno())],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,
-            )
-
-    def _hear(self) -> None:
+    def _receive(self) -> None:
         assert self._socket is not None
         try:
-            told = self._socket.recv(MAX_BYTES)
+            answer = self._socket.recv(MAX_BYTES)
         except BlockingIOError:
             return
         except OSError:
-            told = b""
-        if not told:
+            answer = b""
+        if not answer:
             self.close()
             return
-        waiting = self._asked.popleft()
-        if not waiting.done():
-            waiting.set_result(json.loads(told))
+        request = self._requests.popleft()
+        if not request.done():
+            request.set_result(json.loads(answer))

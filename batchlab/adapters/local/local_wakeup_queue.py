@@ -1,19 +1,16 @@
 """Queue on one machine whose senders wake its receivers, over the queue of an emulator.
 
-Senders ring the bells of receivers (see `fifo_wakeup`). Invariant: messages go only through the emulator. A ring only
-makes a receiver look. A receiver that misses a ring finds the message at its next regular look.
+A waiting receiver creates a FIFO, and a sender in another process writes to it. Invariants: messages go only through
+the emulator. A wakeup only makes a receiver poll the emulator. A receiver that misses a wakeup finds the message at its
+next regular poll. Only one sender can unlink the name of a FIFO, and it must then wake this receiver. So no wakeup goes
+to a receiver that is already awake or has left.
 
-This avoids an emulator's long polls. They look only every 100 ms, so a message would take that long. A long poll that
-is open when its process is killed hides the next message for a visibility timeout.
+This avoids an emulator's long polls. They check for messages only every 100 ms, so a message would take that long. A
+long poll that is open when its process is killed hides the next message for a visibility timeout.
 
-`IdleTime` measures how long a queue has been quiet. Receivers of quiet queues look less often. Invariant: an occasional
-message does not end the quiet. The workers of an idle grid send one heartbeat a minute. Without this rule, each would
-make the manager look as often as during a job.
-
-Wakeup of a waiting receiver by a sender in another process, with one FIFO per receiver.
-
-Each FIFO is called a bell. Invariant: only one sender can unlink the name of a bell, and it must then ring this bell.
-So no ring goes to a receiver that is already awake or has left.
+`IdleTime` measures how long a queue has been idle. Receivers poll an idle queue less often. Invariant: an occasional
+message does not end the idle time. The workers of an idle grid send one heartbeat a minute. Without this rule, each
+heartbeat would make the manager poll as often as during a job.
 """
 
 from __future__ import annotations
@@ -35,7 +32,7 @@ ALL_RECEIVERS = 1_000_000
 
 
 class WakeupFifo:
-    """Registration of one waiting receiver. It can be rung once.
+    """FIFO of one waiting receiver, for one wakeup.
 
     It is a FIFO because a socket's path is limited to 107 bytes, and inotify wakes all receivers.
     """
@@ -52,19 +49,19 @@ class WakeupFifo:
         hidden.rename(self._path)
 
     async def wait(self, timeout_s: float) -> bool:
-        """Wait for a ring. Return True if it came, False after the timeout."""
+        """Wait for a wakeup. Return True if it came, False after the timeout."""
         loop = asyncio.get_running_loop()
-        rung: asyncio.Future[bool] = loop.create_future()
-        loop.add_reader(self._fd, _settle, rung, True)
-        timer = loop.call_later(timeout_s, _settle, rung, False)
+        woken: asyncio.Future[bool] = loop.create_future()
+        loop.add_reader(self._fd, _set_result, woken, True)
+        timer = loop.call_later(timeout_s, _set_result, woken, False)
         try:
-            return await rung
+            return await woken
         finally:
             timer.cancel()
             loop.remove_reader(self._fd)
 
     def close(self) -> bool:
-        """Remove the bell. Return True if a sender has rung it or is about to."""
+        """Remove the FIFO. Return True if a sender has sent a wakeup or is about to."""
         try:
             self._path.unlink()
         except FileNotFoundError:
@@ -74,43 +71,43 @@ class WakeupFifo:
         return False
 
 
-def _settle(rung: asyncio.Future[bool], has_rung: bool) -> None:
-    if not rung.done():
-        rung.set_result(has_rung)
+def _set_result(woken: asyncio.Future[bool], is_woken: bool) -> None:
+    if not woken.done():
+        woken.set_result(is_woken)
 
 
 async def wait_for_messages(
-    folder: Path, look: Callable[[], Awaitable[tuple[Sequence[Message], float]]], ends_s: float
+    folder: Path, poll: Callable[[], Awaitable[tuple[Sequence[Message], float]]], ends_s: float
 ) -> Sequence[Message]:
-    """Return what `look` finds first, or what it finds at the loop's time `ends_s`.
+    """Return the first messages that `poll` finds, or the result of a last poll at the loop's time `ends_s`.
 
-    `look` also returns the seconds until the next call. A ring makes this call happen sooner.
+    `poll` also returns the seconds until the next poll. A wakeup makes this poll happen sooner.
     """
     clock = asyncio.get_running_loop().time
-    rung = False
+    woken = False
     while True:
-        if rung:
-            # This call precedes the next bell, because the ring usually means that a message has arrived.
-            messages, _ = await look()
+        if woken:
+            # This poll precedes the next FIFO, because the wakeup usually means that a message has arrived.
+            messages, _ = await poll()
             if messages:
                 return messages
-        bell, rung = WakeupFifo(folder), False
+        fifo, woken = WakeupFifo(folder), False
         try:
-            while not rung:
-                # This call follows the creation of the bell. Otherwise a send in between would be missed.
-                messages, again_s = await look()
+            while not woken:
+                # This poll follows the creation of the FIFO. Otherwise a send in between would be missed.
+                messages, next_s = await poll()
                 left_s = ends_s - clock()
                 if messages or left_s <= 0:
                     return messages
-                rung = await bell.wait(min(left_s, again_s))
+                woken = await fifo.wait(min(left_s, next_s))
         finally:
-            if bell.close() and not rung:
-                # The ring arrived while this receiver was leaving, so another receiver gets it.
+            if fifo.close() and not woken:
+                # The wakeup arrived while this receiver was leaving, so another receiver gets it.
                 wake(folder, 1)
 
 
 def wake(folder: Path, count: int) -> None:
-    """Wake up to `count` receivers, and remove the bells of dead processes."""
+    """Wake up to `count` receivers, and remove the FIFOs of dead processes."""
     if count <= 0:
         return
     try:
@@ -141,7 +138,7 @@ def _wake_one(path: Path) -> bool:
     except FileNotFoundError:
         return False
     except BrokenPipeError:
-        # The receiver left after its bell was unlinked. It sees this and passes the ring on.
+        # The receiver left after its FIFO was unlinked. The receiver notices this and wakes another one.
         return True
     finally:
         os.close(fd)
@@ -149,39 +146,39 @@ def _wake_one(path: Path) -> bool:
 
 
 MAX_IDLE_S = 60.0
-"""Maximum quiet time in seconds that counts when a message arrives."""
+"""Maximum idle time in seconds that counts when a message arrives."""
 
 
 class IdleTime:
-    """IdleTime time of one queue since `now_s`. Times are the event loop's, in seconds."""
+    """Idle time of one queue since `now_s`. Times are the event loop's, in seconds."""
 
     def __init__(self, now_s: float) -> None:
         self._since_s = now_s
 
-    def of_s(self, now_s: float) -> float:
-        """Return the quiet time in seconds."""
+    def idle_s(self, now_s: float) -> float:
         return now_s - self._since_s
 
-    def broken(self, now_s: float) -> None:
-        """Halve the quiet time, because a receive found messages.
+    def halve(self, now_s: float) -> None:
+        """Halve the idle time, because a receive found messages.
 
-        One message leaves half of it. Several in a row, as during a job, leave almost nothing.
+        Several receives in a row, as during a job, leave almost nothing.
         """
-        self._since_s = now_s - min(self.of_s(now_s), MAX_IDLE_S) / 2
+        self._since_s = now_s - min(self.idle_s(now_s), MAX_IDLE_S) / 2
 
 
 POLL_S = 1.0
 MAX_POLL_S = 60.0
 POLL_SHARE = 0.5
-"""Share of the quiet time after which a receiver looks again, between `POLL_S` and `MAX_POLL_S`.
+"""Share of the idle time after which a receiver polls again, between `POLL_S` and `MAX_POLL_S`.
 
-These looks find messages without a ring: the visibility timeout has ended, or the sender of a delayed message has died.
+These polls find messages without a wakeup: the visibility timeout has ended, or the sender of a delayed message has
+died.
 """
 
 LINGER_S = 0.02
-"""Time in seconds for which a receiver's bell stays in place after a receive.
+"""Time in seconds for which a receiver's FIFO stays in place after a receive.
 
-If the receiver does not return in this time, the bell is removed, and its ring goes to another receiver.
+If the receiver does not return in this time, the FIFO is removed, and its wakeup goes to another receiver.
 """
 
 
@@ -193,18 +190,18 @@ class QueueService(Queue, Protocol):
 
 
 class LocalWakeupQueue:
-    """Queue port over `queue`, with bells in `folder`. All users of the queue share this folder."""
+    """Queue port over `queue`, with FIFOs in `folder`. All users of the queue share this folder."""
 
     def __init__(self, queue: QueueService, folder: Path) -> None:
         self._queue = queue
         self._folder = folder
-        self._ears: dict[str, _Receiver] = {}
-        """Bells of receivers that are expected to return soon."""
-        self._quiet: dict[str, IdleTime] = {}
+        self._receivers: dict[str, _Receiver] = {}
+        """Receivers that are expected to return soon."""
+        self._idle_times: dict[str, IdleTime] = {}
 
     async def close(self) -> None:
-        while self._ears:
-            self._ears.popitem()[1].close()
+        while self._receivers:
+            self._receivers.popitem()[1].close()
         await self._queue.close()
 
     async def ensure(self, spec: QueueSpec) -> None:
@@ -214,7 +211,7 @@ class LocalWakeupQueue:
         await self._queue.send(queue, messages)
         wake(self._folder / queue, sum(message.delay_s < POLL_S for message in messages))
         loop = asyncio.get_running_loop()
-        for delay_s, count in Counter(outgoing.delay_s for outgoing in messages).items():
+        for delay_s, count in Counter(message.delay_s for message in messages).items():
             if delay_s >= POLL_S:
                 loop.call_later(delay_s, wake, self._folder / queue, count)
 
@@ -223,44 +220,44 @@ class LocalWakeupQueue:
     ) -> Sequence[Message]:
         check_receive(max_messages, wait_s, visibility_s)
 
-        async def look() -> Sequence[Message]:
+        async def poll() -> Sequence[Message]:
             try:
                 return await self._queue.receive(queue, max_messages=max_messages, wait_s=0, visibility_s=visibility_s)
             except Throttled:
                 if not wait_s:
                     raise
-                return ()  # too many messages are in flight, so a waiting receiver waits on
+                return ()  # too many messages are in flight, so the receiver continues to wait
 
         if not wait_s:
-            return await look()
+            return await poll()
         clock = asyncio.get_running_loop().time
         ends_s = clock() + wait_s
-        quiet = self._quiet.setdefault(queue, IdleTime(clock()))
+        idle_time = self._idle_times.setdefault(queue, IdleTime(clock()))
 
-        def again_s() -> float:
-            return min(max(POLL_S, POLL_SHARE * quiet.of_s(clock())), MAX_POLL_S)
+        def next_s() -> float:
+            return min(max(POLL_S, POLL_SHARE * idle_time.idle_s(clock())), MAX_POLL_S)
 
-        ear = self._ears.pop(queue, None) or _Receiver(self._folder / queue)
+        receiver = self._receivers.pop(queue, None) or _Receiver(self._folder / queue)
         try:
-            messages = await ear.wait_for_messages(look, again_s, ends_s)
+            messages = await receiver.wait_for_messages(poll, next_s, ends_s)
         except BaseException:
-            ear.close()
+            receiver.close()
             raise
         if messages:
-            quiet.broken(clock())
+            idle_time.halve(clock())
         if len(messages) == max_messages:
-            ear.heeded = False  # there may be more messages
-        if queue not in self._ears:
-            self._ears[queue] = ear
-            ear.close_later(lambda: self._forget(queue, ear))
+            receiver.has_all = False  # there may be more messages
+        if queue not in self._receivers:
+            self._receivers[queue] = receiver
+            receiver.timer = asyncio.get_running_loop().call_later(LINGER_S, self._forget, queue, receiver)
         else:
-            ear.close()
+            receiver.close()
         return messages
 
-    def _forget(self, queue: str, ear: _Receiver) -> None:
-        if self._ears.get(queue) is ear:
-            del self._ears[queue]
-            ear.close()
+    def _forget(self, queue: str, receiver: _Receiver) -> None:
+        if self._receivers.get(queue) is receiver:
+            del self._receivers[queue]
+            receiver.close()
 
     async def delete(self, queue: str, receipts: Sequence[str]) -> Sequence[str]:
         return await self._queue.delete(queue, receipts)
@@ -283,56 +280,54 @@ class LocalWakeupQueue:
 
 
 class _Receiver:
-    """WakeupFifo of a receiver, kept from one receive to the next.
+    """FIFO of a receiver, which stays open from one receive to the next.
 
-    A receiver needs no look if the bell has not rung since its last look. This saves requests, which cost far more than
-    bells.
+    A receiver needs no poll if it was not woken since its last poll. This saves requests, which cost far more than
+    FIFOs.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._bell = WakeupFifo(folder)
-        self._timer: asyncio.TimerHandle | None = None
-        self.heeded = False
-        """Whether a look after the creation of the bell found all messages."""
-        self._looked_s = 0.0
+        self._fifo = WakeupFifo(folder)
+        self._polled_s = 0.0
+        self.timer: asyncio.TimerHandle | None = None
+        """Timer that closes the receiver unless it returns."""
+        self.has_all = False
+        """Whether a poll after the creation of the FIFO found all messages."""
 
     async def wait_for_messages(
-        self, look: Callable[[], Awaitable[Sequence[Message]]], again_s: Callable[[], float], ends_s: float
+        self, poll: Callable[[], Awaitable[Sequence[Message]]], next_s: Callable[[], float], ends_s: float
     ) -> Sequence[Message]:
-        """Return what `look` finds first, or what it finds at the loop's time `ends_s`.
+        """Return the first messages that `poll` finds until the loop's time `ends_s`.
 
-        `again_s` returns the seconds until the next look.
+        `next_s` returns the seconds from one poll to the next.
         """
         clock = asyncio.get_running_loop().time
-        if self._timer:
-            self._timer.cancel()
-        if not self.heeded and (messages := await self._heed(look)):
+        if self.timer:
+            self.timer.cancel()
+        if not self.has_all and (messages := await self._poll(poll)):
             return messages
         while (left_s := ends_s - clock()) > 0:
-            due_s = max(0.0, self._looked_s + again_s() - clock())
-            if await self._bell.wait(min(left_s, due_s)):
-                self._bell.close()
-                self._bell = WakeupFifo(self._folder)
+            due_s = max(0.0, self._polled_s + next_s() - clock())
+            if await self._fifo.wait(min(left_s, due_s)):
+                self._fifo.close()
+                self._fifo = WakeupFifo(self._folder)
             elif left_s < due_s:
                 break
-            if messages := await self._heed(look):
+            if messages := await self._poll(poll):
                 return messages
         return ()
 
-    async def _heed(self, look: Callable[[], Awaitable[Sequence[Message]]]) -> Sequence[Message]:
-        self.heeded = False
-        messages = await look()
-        self.heeded = True
-        self._looked_s = asyncio.get_running_loop().time()
+    async def _poll(self, poll: Callable[[], Awaitable[Sequence[Message]]]) -> Sequence[Message]:
+        self.has_all = False
+        messages = await poll()
+        self.has_all = True
+        self._polled_s = asyncio.get_running_loop().time()
         return messages
 
-    def close_later(self, close: Callable[[], None]) -> None:
-        self._timer = asyncio.get_running_loop().call_later(LINGER_S, close)
-
     def close(self) -> None:
-        if self._timer:
-            self._timer.cancel()
-        if self._bell.close():
-            # The ring was for a message that another receiver must take.
+        if self.timer:
+            self.timer.cancel()
+        if self._fifo.close():
+            # The wakeup was for a message that another receiver must take.
             wake(self._folder, 1)

@@ -12,11 +12,9 @@ running emulator of the previous one. The folder contains:
     keys.json       keys that must sign each request (mode 0600)
     tmp/            temporary files
 
-Python environment of MiniStack, created once for all grids of a user.
-
-Invariant: MiniStack never uses the user's environment, because it pins an exact version of botocore. An environment
-counts only when its marker file exists, so an incomplete one is never used. A lock keeps two processes from creating it
-at the same time.
+Each user has one Python environment with MiniStack for all grids. Invariants: MiniStack never uses the user's own
+environment, because it pins an exact version of botocore. The environment counts only when its marker file exists, so
+an incomplete one is never used. A lock keeps two processes from creating it at the same time.
 """
 
 from __future__ import annotations
@@ -49,6 +47,8 @@ from batchlab.core.atomic_write import write_whole
 from batchlab.core.errors import BackendError, Refused, Unreachable, UsageError
 from batchlab.core.port_retries import doubled_s
 
+log = logging.getLogger(__name__)
+
 VERSION = "1.5.33"
 VARIABLE = "BATCHLAB_MINISTACK"
 """Environment variable that names an installation by its `ministack` program or its Python."""
@@ -69,8 +69,9 @@ def find() -> Path | None:
         python = program if is_python else program.resolve().with_name("python")
         if not (program.is_file() and os.access(python, os.X_OK)):
             raise UsageError(
-                f"{VARIABLE} is {named}, where no MiniStack is installed.",
-                remedy="Name its `ministack` program, or unset it: batchlab then installs its own.",
+                f"{VARIABLE} is {named}, but MiniStack is not installed there.",
+                remedy="Set the variable to the path of the program `ministack`. If you unset the variable, batchlab "
+                "installs MiniStack.",
             )
         return python
     python = environment() / "bin" / "python"
@@ -83,9 +84,9 @@ def provide(say: Callable[[str], None]) -> None:
     python = install(say)
     if installed_version(python) is None:
         raise UsageError(
-            f"{python} has no MiniStack with uvicorn and httptools, which serve it.",
-            remedy=f"Install them there (`pip install ministack=={VERSION} uvicorn httptools`), or "
-            f"unset {VARIABLE}: batchlab then installs its own.",
+            f"The environment of {python} does not contain MiniStack, uvicorn, and httptools.",
+            remedy=f"Install them there (`pip install ministack=={VERSION} uvicorn httptools`). If you unset "
+            f"{VARIABLE}, batchlab installs MiniStack.",
         )
 
 
@@ -118,7 +119,7 @@ def install(say: Callable[[str], None]) -> Path:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if path := find():  # another process created it while this one waited for the lock
                 return path
-            say(f"Fetching MiniStack {VERSION} into {folder}, this once.")
+            say(f"Installing MiniStack {VERSION} in {folder}. The next start will use it again.")
             shutil.rmtree(folder, ignore_errors=True)  # left by a process that was killed
             _make(folder)
             # It is a marker and not a rename, because the scripts of an environment contain its path.
@@ -142,23 +143,23 @@ def _make(folder: Path) -> None:
     ):
         done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, check=False)
         if done.returncode:
-            told = (done.stderr or done.stdout).decode(errors="replace").strip()
+            output = (done.stderr or done.stdout).decode(errors="replace").strip()
             raise BackendError(
-                f"MiniStack {VERSION} cannot be installed: {pip_reason(told)}.",
-                remedy="It comes from PyPI by pip: check the network and pip's settings. Or "
-                f"install it yourself (`uv tool install ministack=={VERSION} --with "
-                f"uvicorn,httptools`) and let {VARIABLE} name its `ministack`.",
+                f"MiniStack {VERSION} cannot be installed: {pip_reason(output)}.",
+                remedy="pip installs it from PyPI, so check the network and pip's settings. Or install it yourself "
+                f"(`uv tool install ministack=={VERSION} --with uvicorn,httptools`), and set {VARIABLE} to the path "
+                "of its program `ministack`.",
             )
 
 
-def pip_reason(told: str) -> str:
+def pip_reason(output: str) -> str:
     """Return the reason of pip's failure from its output, without a full stop."""
-    if "DO NOT MATCH THE HASHES" in told:
+    if "DO NOT MATCH THE HASHES" in output:
         return "the package index has a file whose hash differs from the one on record"
     # Without a network, pip's last message is that the package does not exist.
-    if "connection broken" in told:
+    if "connection broken" in output:
         return "the package index cannot be reached"
-    return " ".join(told.splitlines()[-1:]).removeprefix("ERROR: ").rstrip(".")
+    return " ".join(output.splitlines()[-1:]).removeprefix("ERROR: ").rstrip(".")
 
 
 def installed_version(python: Path) -> str | None:
@@ -173,10 +174,6 @@ def installed_version(python: Path) -> str | None:
     return done.stdout.strip() or None
 
 
-__all__ = ["VERSION", "Emulator", "find", "install", "provide"]
-
-log = logging.getLogger(__name__)
-
 ORPHAN_S = 15.0
 START_S = 30.0
 STOP_S = 10.0
@@ -186,7 +183,7 @@ _HOST = "127.0.0.1"
 # stopped emulator could get this port itself and connect to itself.
 _PORTS = range(20_000, 32_000)
 _PORTS_TRIED = 50
-_PROBED_S = 0.2
+_PROBE_S = 0.2
 """Maximum time in seconds for which a process holds the lock only to test it."""
 _MAX_RETRY_S = 5.0
 """Maximum wait in seconds between two attempts to start the emulator."""
@@ -260,7 +257,7 @@ class Emulator:
         Raise Refused if it has another owner. Raise Unreachable, with the last line of its log, if it does not start.
         """
         self._own()
-        if self.is_running() or (self._take_over() and self._is_usable()):
+        if self.is_running() or (self._take_over() and self._checks_signatures and self._answers()):
             return
         self._end()
         self._spawn()
@@ -269,9 +266,9 @@ class Emulator:
                 f"The emulator did not start: {_last_line(self.log).rstrip('.')}.", remedy=f"Its log is {self.log}."
             )
 
-    def _is_usable(self) -> bool:
-        assert self._record is not None
-        return self._record.checks_signatures and self._answers()
+    @property
+    def _checks_signatures(self) -> bool:
+        return self._record is not None and self._record.checks_signatures
 
     def is_running(self) -> bool:
         """Return whether the process that was started or taken over is running."""
@@ -291,16 +288,16 @@ class Emulator:
             self._owner_lock.close()
             self._owner_lock = None
 
-    async def supervise(self, again: Callable[[], None]) -> None:
-        """Restart the emulator whenever it ends. Call `again` after each start. This method never returns."""
+    async def supervise(self, restarted: Callable[[], None]) -> None:
+        """Restart the emulator whenever it ends. Call `restarted` after each start. This method never returns."""
         while True:
             begun_s = time.monotonic()
-            await self._ended()
-            log.warning("the emulator (pid %d) has ended, and is started again", self.pid)
+            await self._wait_for_end()
+            log.warning("the emulator (pid %d) has ended. It will be started again.", self.pid)
             wait_s = 0.1
             if time.monotonic() - begun_s < _MAX_RETRY_S:
                 await asyncio.sleep(wait_s)  # on a full disk, it ends at every write
-            while not await self._in_thread(partial(self._started_again, again)):
+            while not await self._in_thread(partial(self._restart, restarted)):
                 await asyncio.sleep(wait_s)
                 wait_s = doubled_s(wait_s, _MAX_RETRY_S)
 
@@ -312,16 +309,16 @@ class Emulator:
         finally:
             await asyncio.wait({calling})
 
-    def _started_again(self, again: Callable[[], None]) -> bool:
+    def _restart(self, restarted: Callable[[], None]) -> bool:
         try:
             self.start()
-            again()
+            restarted()
         except (BackendError, OSError) as error:
             log.error("%s", error)
             return False
         return True
 
-    async def _ended(self) -> None:
+    async def _wait_for_end(self) -> None:
         loop, ended, pidfd = asyncio.get_running_loop(), asyncio.Event(), self._pidfd
         loop.add_reader(pidfd, ended.set)
         try:
@@ -329,7 +326,7 @@ class Emulator:
         finally:
             loop.remove_reader(pidfd)
 
-    # --- Whose it is -----------------------------------------------------------------------------
+    # --- Ownership -------------------------------------------------------------------------------
 
     def _own(self) -> None:
         if self._owner_lock is not None:
@@ -337,7 +334,7 @@ class Emulator:
         for name in ("s3", "state", "tmp"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         file = (self.folder / "owner.lock").open("a")
-        give_up_s = time.monotonic() + _PROBED_S
+        give_up_s = time.monotonic() + _PROBE_S
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -346,30 +343,28 @@ class Emulator:
                 # An emulator that tests whether it has an owner holds the lock for a moment.
                 if time.monotonic() > give_up_s:
                     file.close()
-                    raise Refused(f"The emulator in {self.folder} has an owner already.") from error
+                    raise Refused(f"Another process already owns the emulator in {self.folder}.") from error
                 time.sleep(0.01)
         self._owner_lock = file
         state_files.provide_keys(self.folder / state_files.KEYS_FILE)
 
     def _take_over(self) -> bool:
         """Hold the process in the record. Return False if it is not running."""
-        record = self._on_record()
-        if record is None:
-            return False
-        pidfd = open_pidfd(record.pid, record.start_ticks, record.boot)
+        record = self._read_record()
+        pidfd = open_pidfd(record.pid, record.start_ticks, record.boot) if record else None
         if pidfd is None:
             return False
-        self._let_go()
+        self._release()
         self._record, self._pidfd = record, pidfd
         return True
 
-    def _on_record(self) -> _Record | None:
+    def _read_record(self) -> _Record | None:
         try:
             return _Record(**json.loads((self.folder / "emulator.json").read_text()))
         except (FileNotFoundError, ValueError, TypeError):
             return None
 
-    # --- Its life --------------------------------------------------------------------------------
+    # --- Process ---------------------------------------------------------------------------------
 
     def _spawn(self) -> None:
         if self._listener is None:
@@ -398,8 +393,8 @@ class Emulator:
 
     def _environment(self, port: int) -> dict[str, str]:
         """Return the complete environment. Inherited AWS_* variables would affect the emulator."""
-        kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
-        return kept | {
+        inherited = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
+        return inherited | {
             "HOME": str(self.folder),
             "TMPDIR": str(self.folder / "tmp"),
             "GATEWAY_PORT": str(port),
@@ -419,26 +414,28 @@ class Emulator:
                 return socket.create_server((_HOST, port), backlog=256)
             except OSError:
                 continue  # the port is in use
-        raise Unreachable(f"The emulator finds no free port on {_HOST}.", remedy="End what else listens there.")
+        raise Unreachable(
+            f"All ports that the emulator may use on {_HOST} are in use.", remedy="Stop other programs that use them."
+        )
 
     def _ports(self) -> Iterable[int]:
-        known = self._record.port if self._record else self._port
-        if known:
-            return [known]  # its clients know this port
-        before = self._on_record()
+        port = self._record.port if self._record else self._port
+        if port:
+            return [port]  # its clients know this port
+        previous = self._read_record()
         # A folder always tries the same ports first, and another folder most likely tries others.
         first = zlib.crc32(bytes(self.folder))
         others = [_PORTS[(first + i) % len(_PORTS)] for i in range(_PORTS_TRIED)]
-        return [before.port, *others] if before else others
+        return [previous.port, *others] if previous else others
 
     def _answers(self) -> bool:
         """Wait until the emulator answers. Return False if it died or takes too long."""
         assert self._record is not None
         try:
-            with socket.create_connection((_HOST, self._record.port), timeout=START_S) as caller:
-                caller.sendall(b"GET /_ministack/health HTTP/1.0\r\nHost: 127.0.0.1\r\n\r\n")
-                ready = _readable([caller.fileno(), self._pidfd], START_S)
-                return self._pidfd not in ready and b" 200 " in caller.recv(64)
+            with socket.create_connection((_HOST, self._record.port), timeout=START_S) as client:
+                client.sendall(b"GET /_ministack/health HTTP/1.0\r\nHost: 127.0.0.1\r\n\r\n")
+                ready = _readable([client.fileno(), self._pidfd], START_S)
+                return self._pidfd not in ready and b" 200 " in client.recv(64)
         except OSError:
             return False
 
@@ -452,11 +449,11 @@ class Emulator:
 
     def _end(self) -> None:
         if not self._signal(signal.SIGTERM, STOP_S):
-            log.warning("the emulator (pid %d) has not ended, and is killed", self.pid)
+            log.warning("the emulator (pid %d) did not stop in time. It will be killed.", self.pid)
             self.kill()
-        self._let_go()
+        self._release()
 
-    def _let_go(self) -> None:
+    def _release(self) -> None:
         if self._child:
             self._child.wait()
             self._child = None
@@ -470,7 +467,7 @@ def _readable(descriptors: Iterable[int], within_s: float) -> list[int]:
     poll = select.poll()
     for descriptor in descriptors:
         poll.register(descriptor, select.POLLIN)
-    return [one for one, _ in poll.poll(within_s * 1000)]
+    return [descriptor for descriptor, _ in poll.poll(within_s * 1000)]
 
 
 def _last_line(path: Path) -> str:

@@ -203,7 +203,7 @@ class Signed:
         key = self._signing_key(asked.date, asked.region, asked.service)
         computed = hmac.digest(key, text.encode(), "sha256").hex()
         if "host" not in names or not hmac.compare_digest(computed, asked.value):
-            raise Refusal("SignatureDoesNotMatch", "The signature is not one of the grid's keys.")
+            raise Refusal("SignatureDoesNotMatch", "The signature was not made with the grid's keys.")
 
 
 def _joined(headers: list[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
@@ -217,7 +217,7 @@ def _joined(headers: list[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
 
 def _check_caller(headers: Mapping[bytes, bytes]) -> None:
     if b"origin" in headers:
-        raise Refusal("AccessDenied", "The emulator of a grid answers no web page.")
+        raise Refusal("AccessDenied", "The emulator of a grid refuses requests of web pages.")
     if not _HOST.fullmatch(headers.get(b"host", b"")):
         raise Refusal("AccessDenied", "The Host header does not name this machine's loopback.")
 
@@ -236,7 +236,9 @@ def _signature(headers: Mapping[bytes, bytes], query: Mapping[str, str]) -> _Sig
         stamp, expires = headers.get(b"x-amz-date", b"").decode("latin-1"), str(int(MAX_SKEW_S))
     match = _CREDENTIAL.fullmatch(credential)
     if not has_all or not match or not value.isascii():
-        raise Refusal("AccessDenied", "The request has no signature of version 4. `batchlab grid env` prints the keys.")
+        raise Refusal(
+            "AccessDenied", "The request is not signed with Signature Version 4. `batchlab grid env` prints the keys."
+        )
     key, date, region, service = match.groups()
     return _Signature(key, date, region, service, signed, value, stamp, float(expires), is_in_query)
 
@@ -275,7 +277,7 @@ async def _body(receive: Receive, limit: int | None) -> tuple[bytes, str]:
     while True:
         event = await receive()
         if event["type"] == "http.disconnect":
-            raise Refusal("RequestTimeout", "The request ends in its middle.")
+            raise Refusal("RequestTimeout", "The request is incomplete.")
         part = event.get("body", b"")
         size += len(part)
         if limit is not None and size > limit:
@@ -310,7 +312,7 @@ class _ExitOnWriteError(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.msg.startswith("Failed to "):
-            os.write(2, f"ends without an answer: {record.getMessage()}\n".encode())
+            os.write(2, f"the emulator exits without an answer: {record.getMessage()}\n".encode())
             os._exit(os.EX_IOERR)
 
 

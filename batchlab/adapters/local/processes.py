@@ -88,8 +88,8 @@ log = logging.getLogger(__name__)
 INSTANCE_VARIABLE = "BATCHLAB_INSTANCE"
 """Environment variable with the instance's id. Its child processes inherit it."""
 
-_EXITED_UNSEEN = "exited while the manager was away"
-_UNKNOWN = "exited; its code is unknown, because what had started it has ended"
+_EXITED_UNSEEN = "exited while no manager was running"
+_UNKNOWN = "exited; its exit code is unknown, because the fork server that started it has ended"
 
 
 @dataclass(slots=True)
@@ -107,12 +107,12 @@ class _Record:
 @dataclass(slots=True)
 class _Process:
     record: _Record
-    gone: asyncio.Event = field(default_factory=asyncio.Event)
+    exited: asyncio.Event = field(default_factory=asyncio.Event)
     pidfd: int = -1
     ended_s: float = 0.0
     """Monotonic time of its end."""
-    asked: bool = False
-    born: bool = False
+    is_stopping: bool = False
+    is_fork: bool = False
     """Whether it is a fork of the fork server."""
     kill: asyncio.TimerHandle | None = None
 
@@ -121,8 +121,8 @@ class ProcessLauncher:
     """The Launcher port over local processes. Only one launcher may use a `root` at a time.
 
     `argv` returns the command line of a pool's instance. `env` is the environment, to which the pool's own is added.
-    `argv` must begin with the program of the `nursery` if there is one. Instances are then forks of it, except in pools
-    with their own environment. `changed` is set when an instance ends, and its waiter clears it.
+    `argv` must begin with the program of the `fork_server` if there is one. Instances are then forks of it, except in
+    pools with their own environment. `changed` is set when an instance ends, and its waiter clears it.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class ProcessLauncher:
         argv: Callable[[Pool, str], Sequence[str]],
         clock: Clock,
         env: Mapping[str, str],
-        nursery: ForkServer | None = None,
+        fork_server: ForkServer | None = None,
     ) -> None:
         self.changed = asyncio.Event()
         self._records = root / "instances"
@@ -139,8 +139,8 @@ class ProcessLauncher:
         self._argv = argv
         self._clock = clock
         self._env = env
-        self._nursery = nursery
-        self._burying: set[asyncio.Task[None]] = set()
+        self._fork_server = fork_server
+        self._reaping: set[asyncio.Task[None]] = set()
         self._processes: dict[str, _Process] | None = None
 
     async def launch(
@@ -159,19 +159,19 @@ class ProcessLauncher:
         record = _Record(instance, pool.name, boot_id())
         process = _Process(record)
         argv = list(self._argv(pool, instance))
-        born: PendingFork | None = None
+        fork: PendingFork | None = None
         try:
             # The record is also written before the start. If the manager dies in between, the record lacks a pid, and
             # the instance is found by its environment.
             self._write(record)
-            born = await self._born(argv, pool, instance)
-            process.born = born is not None
-            record.pid = born.pid if born else self._spawn(argv, pool, instance)
+            fork = await self._fork(argv, pool, instance)
+            process.is_fork = fork is not None
+            record.pid = fork.pid if fork else self._spawn(argv, pool, instance)
             record.start_ticks = start_ticks(record.pid) or 0
             self._write(record)
             self._watch(process, os.pidfd_open(record.pid))
-            if born:
-                born.begin()
+            if fork:
+                fork.begin()
         except OSError as error:
             self._undo(process)
             raise BackendError(f"{argv[0]!r} cannot be started: {error}") from error
@@ -179,8 +179,8 @@ class ProcessLauncher:
             self._undo(process)
             raise
         finally:
-            if born:
-                born.forget()
+            if fork:
+                fork.close()
         processes[instance] = process
         log.info("launched as process %d", record.pid, extra=_about(record))
 
@@ -193,8 +193,8 @@ class ProcessLauncher:
         # An instance may have ended while its exit code is not yet known.
         if process is None or process.record.ended is not None or process.pidfd < 0:
             return
-        if not process.asked:
-            process.asked = True
+        if not process.is_stopping:
+            process.is_stopping = True
             # The process may have exited before this object noticed it.
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(process.pidfd, signal.SIGTERM)
@@ -216,46 +216,45 @@ class ProcessLauncher:
         return {name: process.record.ended for name, process in processes.items()}
 
     async def close(self, *, kill: bool) -> None:
-        """Release all instances. With `kill`, end them at once and wait until they have ended."""
         living = [p for p in self._adopted().values() if p.record.ended is None]
         if kill:
             for process in living:
                 _kill_group(process.record)
-            await asyncio.gather(*(process.gone.wait() for process in living))
+            await asyncio.gather(*(process.exited.wait() for process in living))
         for process in living:
-            self._let_go(process)
-        if self._nursery:
-            await asyncio.gather(*self._burying)
-            self._nursery.close()
+            self._release(process)
+        if self._fork_server:
+            await asyncio.gather(*self._reaping)
+            self._fork_server.close()
 
     def _undo(self, process: _Process) -> None:
         record = process.record
-        self._let_go(process)  # the end of this instance must not be reported
+        self._release(process)  # the end of this instance must not be reported
         if record.pid:
             os.killpg(record.pid, signal.SIGKILL)
-            if not process.born:
+            if not process.is_fork:
                 os.waitpid(record.pid, 0)
         self._path(record.instance).unlink(missing_ok=True)
 
-    async def _born(self, argv: list[str], pool: Pool, instance: str) -> PendingFork | None:
+    async def _fork(self, argv: list[str], pool: Pool, instance: str) -> PendingFork | None:
         """Return a fork of the fork server, None without a usable server."""
         # A program reads much of its environment at its start, so a fork cannot change it.
-        if self._nursery is None or pool.env:
+        if self._fork_server is None or pool.env:
             return None
         try:
-            with self._log_of(instance) as output:
-                return await self._nursery.fork(argv, {INSTANCE_VARIABLE: instance}, output)
+            with self._open_log(instance) as output:
+                return await self._fork_server.fork(argv, {INSTANCE_VARIABLE: instance}, output)
         except ForkServerEndedError as error:
-            log.warning("instances start more slowly, since what they are copies of is gone: %s", error)
+            log.warning("instances start more slowly without the fork server: %s", error)
             return None
 
-    def _log_of(self, instance: str) -> BinaryIO:
+    def _open_log(self, instance: str) -> BinaryIO:
         self._logs.mkdir(parents=True, exist_ok=True)
         return open(self._logs / f"{instance}.log", "ab", opener=private)
 
     def _spawn(self, argv: list[str], pool: Pool, instance: str) -> int:
         env = {**self._env, **dict(pool.env), INSTANCE_VARIABLE: instance}
-        with self._log_of(instance) as log:
+        with self._open_log(instance) as log:
             # os.posix_spawn cannot close the descriptors that the manager inherited. A worker that holds the pipe of
             # `batchlab up | tee` would keep it open.
             child = subprocess.Popen(
@@ -272,34 +271,30 @@ class ProcessLauncher:
     def _exited(self, process: _Process) -> None:
         # The pid of a zombie is not reused, so the group is killed before the wait.
         _kill_group(process.record)
-        self._let_go(process)
-        if process.born and self._nursery:
-            burying = asyncio.get_running_loop().create_task(self._bury(process, self._nursery))
-            self._burying.add(burying)
-            burying.add_done_callback(self._burying.discard)
+        self._release(process)
+        if process.is_fork and self._fork_server:
+            reaping = asyncio.get_running_loop().create_task(self._reap(process, self._fork_server))
+            self._reaping.add(reaping)
+            reaping.add_done_callback(self._reaping.discard)
         else:
-            self._buried(process, exit_code(process.record.pid))
+            self._end(process, _end_text(exit_code(process.record.pid)))
 
-    async def _bury(self, process: _Process, nursery: ForkServer) -> None:
-        self._buried(process, await nursery.exit_code(process.record.pid))
+    async def _reap(self, process: _Process, fork_server: ForkServer) -> None:
+        self._end(process, _end_text(await fork_server.exit_code(process.record.pid)))
 
-    def _buried(self, process: _Process, code: int | None) -> None:
-        self._ended(process, _UNKNOWN if code is None else f"exit {code}")
-
-    def _ended(self, process: _Process, how: str) -> None:
+    def _end(self, process: _Process, how: str) -> None:
         process.record.ended = how
         process.ended_s = self._clock.monotonic_s()
-        process.gone.set()
+        process.exited.set()
         self.changed.set()
         log.info("ended: %s", how, extra=_about(process.record))
         try:
             self._write(process.record)
         except OSError as error:
             # The disk is full. The next manager does not find the process, so it reports the end.
-            about = {"instance": process.record.instance}
-            log.warning("how the instance ended is not kept: %s", error, extra=about)
+            log.warning("the end of the instance cannot be recorded: %s", error, extra=_about(process.record))
 
-    def _let_go(self, process: _Process) -> None:
+    def _release(self, process: _Process) -> None:
         if process.kill is not None:
             process.kill.cancel()
         if process.pidfd >= 0:
@@ -320,30 +315,21 @@ class ProcessLauncher:
     def _adopt(self, process: _Process) -> None:
         record = process.record
         if record.ended is not None:
-            self._ended(process, record.ended)
+            self._end(process, record.ended)
         elif record.boot != boot_id():
-            self._ended(process, "ended with a restart of the machine")
+            self._end(process, "ended with a restart of the machine")
         else:
             if not record.pid:
                 record.pid = _leader_of(record.instance)
                 record.start_ticks = start_ticks(record.pid) or 0
-            if self._watches(process):
+            pidfd = open_pidfd(record.pid, record.start_ticks, record.boot)
+            if pidfd is not None:
+                self._watch(process, pidfd)
                 self._write(record)
-            else:
-                self._lost(process)
-
-    def _watches(self, process: _Process) -> bool:
-        record = process.record
-        pidfd = open_pidfd(record.pid, record.start_ticks, record.boot)
-        if pidfd is None:
-            return False
-        self._watch(process, pidfd)
-        return True
-
-    def _lost(self, process: _Process) -> None:
-        if process.record.pid:
-            _kill_group(process.record)
-        self._ended(process, _EXITED_UNSEEN)
+                return
+            if record.pid:
+                _kill_group(record)
+            self._end(process, _EXITED_UNSEEN)
 
     def _path(self, instance: str) -> Path:
         return self._records / f"{instance}.json"
@@ -359,6 +345,10 @@ class ProcessLauncher:
         except (ValueError, TypeError):
             # The file is damaged or of another version. Search for the instance by its environment.
             return _Record(path.stem, "", boot_id())
+
+
+def _end_text(code: int | None) -> str:
+    return _UNKNOWN if code is None else f"exit {code}"
 
 
 def _about(record: _Record) -> dict[str, str]:

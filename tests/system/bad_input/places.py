@@ -114,7 +114,7 @@ PLACES = [
     Case(
         "no emulator",
         "names an endpoint at which nobody listens",
-        "Nothing answers at http://127.0.0.1:9",
+        "No service answers at http://127.0.0.1:9",
         nothing,
         (*RUN, "--backend", "ministack", "--endpoint", NOBODY),
         3,
