@@ -1,11 +1,8 @@
-"""Real time and random ids, for every backend except the simulator.
+"""Real time, random ids, and the threads that run the blocking calls of a ledger or a queue.
 
-Invariant: the core gets wall time and randomness of a real backend only from this module.
-
-Execution of the blocking calls of a ledger or a queue.
-
-Invariant: an object that supports one thread at a time is used by one thread at a time. This also holds if the task
-that waits for a call is canceled.
+Invariants: the core gets the wall time and the randomness of a real backend only from this module. If an object
+supports one thread at a time, never more than one thread uses it. This also holds if the task that waits for a call is
+canceled.
 """
 
 from __future__ import annotations

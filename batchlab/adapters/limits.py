@@ -1,8 +1,6 @@
-"""Checks of every adapter before a request: object keys, and the limits of SQS.
+"""Checks of every adapter before a request (object keys, and the limits of SQS), and the description of a bucket.
 
 Invariant: all backends refuse the same calls with the same errors.
-
-Description of a bucket for the adapter that opens it.
 """
 
 from __future__ import annotations
@@ -31,7 +29,7 @@ _QUEUE_NAME = re.compile(r"[A-Za-z0-9_-]{1,80}")
 def check_size(key: str, size: int, limit: int | None) -> None:
     """Raise TooLarge for an object of more than `limit` bytes."""
     if limit is not None and size > limit:
-        raise TooLarge(f"Object {key!r} has {size} bytes, and {limit} are expected at most.")
+        raise TooLarge(f"Object {key!r} has {size} bytes, but at most {limit} are allowed.")
 
 
 def check_queue_name(name: str) -> None:
@@ -43,7 +41,7 @@ def check_queue_name(name: str) -> None:
 def check_batch(entries: Sequence[object]) -> None:
     """Raise TooLarge for more than 10 entries in a call."""
     if len(entries) > MAX_BATCH:
-        raise TooLarge(f"{len(entries)} entries in one call; a queue takes {MAX_BATCH}")
+        raise TooLarge(f"A call has {len(entries)} entries, and a queue allows {MAX_BATCH}.")
 
 
 def check_send(messages: Sequence[Outgoing]) -> None:
@@ -51,10 +49,10 @@ def check_send(messages: Sequence[Outgoing]) -> None:
     check_batch(messages)
     size = sum(body_bytes(message.body) for message in messages)
     if size > MAX_MESSAGE_BYTES:
-        raise TooLarge(f"{size} bytes in one call; a queue takes {MAX_MESSAGE_BYTES}")
+        raise TooLarge(f"A call has {size} bytes, and a queue allows {MAX_MESSAGE_BYTES}.")
     for message in messages:
         if not 0 <= message.delay_s <= MAX_DELAY_S:
-            raise ValueError(f"a delay is 0 to {MAX_DELAY_S:.0f} s, not {message.delay_s}")
+            raise ValueError(f"delay_s must be 0 to {MAX_DELAY_S:.0f} s, not {message.delay_s}")
 
 
 def check_receive(
@@ -62,11 +60,11 @@ def check_receive(
 ) -> None:
     """Raise ValueError for a receive that SQS would refuse or that exceeds `max_wait_s`."""
     if not 1 <= max_messages <= MAX_BATCH:
-        raise ValueError(f"a receive asks for 1 to {MAX_BATCH} messages, not {max_messages}")
+        raise ValueError(f"max_messages must be 1 to {MAX_BATCH}, not {max_messages}")
     if not 0 <= wait_s <= max_wait_s:
-        raise ValueError(f"a receive waits 0 to {max_wait_s:.0f} s, not {wait_s}")
+        raise ValueError(f"wait_s must be 0 to {max_wait_s:.0f} s, not {wait_s}")
     if visibility_s is not None and not 0 <= visibility_s <= MAX_VISIBILITY_S:
-        raise ValueError(f"a visibility timeout is 0 to {MAX_VISIBILITY_S:.0f} s")
+        raise ValueError(f"visibility_s must be 0 to {MAX_VISIBILITY_S:.0f} s")
 
 
 def check_changes(changes: Sequence[tuple[str, float]]) -> None:
@@ -78,7 +76,7 @@ def check_changes(changes: Sequence[tuple[str, float]]) -> None:
     check_batch(changes)
     for _, visibility_s in changes:
         if visibility_s < 0:
-            raise ValueError(f"a visibility timeout is not negative: {visibility_s}")
+            raise ValueError(f"visibility_s must not be negative: {visibility_s}")
 
 
 def body_bytes(body: str) -> int:

@@ -53,7 +53,7 @@ _STAGED = "staged/"
 """Prefix of files that are uploaded but do not have their key yet."""
 _DELETES_AT_ONCE = 16
 _STATUS = re.compile(r"status code: (\d{3})\b")
-# A full disk during a download is retried like an outage.
+# A full disk during a download raises Unreachable, so that the caller retries the download.
 _OUTAGE = re.compile(r"HTTP error: |status code: 5\d\d\b|No space left on device")
 
 

@@ -254,10 +254,13 @@ class Launcher(Protocol):
     async def launch(self, pool: Pool, instance: str, machine: Machine = ANY_MACHINE) -> None:
         """Start a worker with the instance id `instance`.
 
-        Launchers that have several types of machines start it on `machine`."""
+        Launchers that have several types of machines start it on `machine`. Raise AlreadyExists if the id was used in
+        the last `KEEP_ENDED_S`, and BackendError if the instance cannot be started."""
 
     async def terminate(self, instance: str, *, grace_s: float) -> None:
-        """Ask the instance to drain (SIGTERM), and kill it after `grace_s`. Return at once."""
+        """Ask the instance to drain (SIGTERM), and kill it after `grace_s`. Return at once.
+
+        If the call is repeated, the earlier deadline holds. Unknown and ended instances are ignored."""
 
     async def running(self) -> Mapping[str, str | None]:
         """Return every instance until `KEEP_ENDED_S` after its end.

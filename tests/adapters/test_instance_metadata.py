@@ -40,7 +40,7 @@ def test_instance_reads_its_id_type_and_zone(service: Service) -> None:
     assert here.is_spot()
     assert here.needed_tag("team") == "a"
     assert here.get("meta-data/nothing") is None
-    with pytest.raises(NotFound, match="has no meta-data/tags/instance/nothing"):
+    with pytest.raises(NotFound, match="does not know meta-data/tags/instance/nothing"):
         here.needed_tag("nothing")
 
 
@@ -111,7 +111,7 @@ def test_proxy_variables_are_ignored(service: Service, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("url", ["https://x", "x", "http://", "http://x:y", "file:///etc"])
 def test_invalid_address_is_refused(url: str) -> None:
-    with pytest.raises(UsageError, match="no address of a metadata service"):
+    with pytest.raises(UsageError, match="is not the address of a metadata service"):
         Imds(url)
 
 

@@ -27,5 +27,5 @@ def test_full_disk_does_not_prevent_the_end_of_an_instance(tmp_path: Path, caplo
     with caplog.at_level(logging.WARNING):
         StopDeadlines(tmp_path / "ending", WallClock()).note("i-1", "container", 100.0)
     (told,) = caplog.records
-    assert "when it has to be gone is not kept" in told.getMessage()
+    assert "the deadline of the instance cannot be stored" in told.getMessage()
     assert vars(told)["instance"] == "i-1"

@@ -62,7 +62,7 @@ def test_a_name_that_is_too_long_is_refused_and_nothing_is_written(simpledb: Sdb
 def test_missing_or_full_domain_is_reported(simpledb: Sdb) -> None:
     async def main() -> None:
         nowhere = open_simpledb(simpledb.endpoint, "nowhere")
-        with pytest.raises(BackendError, match="There is no SimpleDB domain nowhere") as caught:
+        with pytest.raises(BackendError, match="The SimpleDB domain nowhere does not exist") as caught:
             await nowhere.job(JOB.id)
         assert not isinstance(caught.value, NotFound | Unreachable)
         await nowhere.close()
@@ -82,7 +82,7 @@ def test_missing_or_full_domain_is_reported(simpledb: Sdb) -> None:
 def test_region_without_simpledb_is_reported_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_SIMPLEDB"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(UsageError, match="no SimpleDB in eu-central-1") as caught:
+    with pytest.raises(UsageError, match="SimpleDB is not available in eu-central-1") as caught:
         open_simpledb(Endpoint(region="eu-central-1"), "ledger")
     assert "eu-west-1" in str(caught.value)
     for region in ("us-east-1", "eu-west-1"):

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from batchlab.adapters.docker.launcher import Template
+from batchlab.adapters.docker.container import Template
 from batchlab.adapters.local.processes import ProcessLauncher
 from batchlab.adapters.local.state_files import StateFile
 from batchlab.adapters.memory.launcher import MemoryState, SimLauncher

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from docker import APIClient
 
+from batchlab.adapters.docker.container import Template
 from batchlab.adapters.docker.engine import Engine, find
-from batchlab.adapters.docker.launcher import Template
 from batchlab.core.errors import AlreadyExists, BackendError
 from batchlab.core.model import Machine, Market, Pool
 from batchlab.core.ports import KEEP_ENDED_S

@@ -14,8 +14,9 @@ import pytest
 
 from batchlab.adapters.aws.metadata_server import Interruption, MetadataServer, Signals
 from batchlab.adapters.clock import WallClock
+from batchlab.adapters.docker.container import Template
 from batchlab.adapters.docker.engine import Engine
-from batchlab.adapters.docker.launcher import ContainerLauncher, Template
+from batchlab.adapters.docker.launcher import ContainerLauncher
 from batchlab.core.model import Machine, Market, Pool
 from tests.support.docker.containers import DockerGrid, docker_grid, ensure_network, python
 

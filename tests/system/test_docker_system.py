@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from batchlab.adapters.docker.launcher import ContainerLauncher, Template
+from batchlab.adapters.docker.container import Template
+from batchlab.adapters.docker.launcher import ContainerLauncher
 from batchlab.core.model import Machine, Pool
 from tests.support.aws.instance_boot import IMAGE, need_instances
 from tests.support.docker.containers import DockerGrid, docker_grid

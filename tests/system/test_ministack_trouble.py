@@ -75,11 +75,11 @@ def test_an_endpoint_at_which_nothing_listens(cli: Cli) -> None:
 def test_an_endpoint_that_is_not_s3(cli: Cli) -> None:
     cli.inputs(1)
     with serving(b"<html>It works!</html>") as endpoint:
-        refused(cli, endpoint, f"{endpoint} does not answer as S3 does.")
+        refused(cli, endpoint, f"{endpoint} does not answer like S3.")
 
 
 def test_an_endpoint_of_s3_alone() -> None:
-    with serving(NO_BUCKETS) as endpoint, pytest.raises(Unreachable, match="does not answer as SQS does"):
+    with serving(NO_BUCKETS) as endpoint, pytest.raises(Unreachable, match="does not answer like SQS"):
         check(Endpoint(endpoint))
 
 
@@ -125,7 +125,7 @@ def test_no_port_that_is_free(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port: int = taken.getsockname()[1]
         emulator = Emulator(ministack_python(), tmp_path, port=port)
-        with pytest.raises(Unreachable, match="finds no free port on") as caught, emulator:
+        with pytest.raises(Unreachable, match="All ports that the emulator may use on") as caught, emulator:
             pass
     assert caught.value.remedy
 
@@ -154,8 +154,8 @@ def test_no_network_to_install_it(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> 
 def test_broken_installation_is_reported(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     cli.inputs(1)
     for named, sentence in (
-        (str(cli.folder / "ministack"), f"is {cli.folder}/ministack, where no MiniStack is"),
-        (sys.executable, f"{sys.executable} has no MiniStack with uvicorn"),
+        (str(cli.folder / "ministack"), f"is {cli.folder}/ministack, but MiniStack is not"),
+        (sys.executable, f"environment of {sys.executable} does not contain MiniStack"),
     ):
         monkeypatch.setenv("BATCHLAB_MINISTACK", named)
         code, _, err = cli("run", "job.yaml", *MINISTACK)

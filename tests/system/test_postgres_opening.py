@@ -95,7 +95,7 @@ def test_a_password_is_in_no_text_and_in_no_log(
     assert not isinstance(refused, Unreachable), "it does not pass by itself"
     assert str(refused).endswith(
         f'password authentication failed for user "{USER}". '
-        "Look at user and password in the ledger's URL, and at the server's pg_hba.conf."
+        "Check the user and the password in the ledger's URL, and the server's pg_hba.conf."
     )
     assert isinstance(absent, Unreachable)
     assert str(absent).startswith(f"The ledger {DATABASE} on 127.0.0.1:")
@@ -112,7 +112,7 @@ def test_unknown_option_is_reported(postgres: Postgres) -> None:
     error = _error(postgres.server.url(sslmodus="off"))
     assert not isinstance(error, Unreachable)
     assert "sslmodus" in str(error)
-    assert "what follows the question mark" in str(error)
+    assert "the options after the question mark" in str(error)
 
 
 def test_options_of_the_url_override_the_defaults(postgres: Postgres) -> None:
@@ -200,7 +200,7 @@ def test_missing_rights_are_reported_and_an_existing_schema_suffices(postgres: P
     try:
         error = _error(url, postgres.schema)
         assert not isinstance(error, Unreachable)
-        assert "may CREATE one in the database" in str(error)
+        assert "must have the permission to CREATE a schema" in str(error)
         server.execute(f'CREATE SCHEMA "{postgres.schema}" AUTHORIZATION poor')
         _look(url, postgres.schema)
     finally:
@@ -226,7 +226,7 @@ def test_missing_tables_are_reported(postgres: Postgres) -> None:
         async with ledger_in(postgres) as ledger:
             await submit(ledger)
             postgres.server.execute(f'DROP SCHEMA "{postgres.schema}" CASCADE')
-            with pytest.raises(BackendError, match="Its tables are gone") as caught:
+            with pytest.raises(BackendError, match="The tables do not exist anymore") as caught:
                 await fold(ledger, done(bundle(0, 1)))
             assert not isinstance(caught.value, Unreachable)
         async with ledger_in(postgres) as ledger:

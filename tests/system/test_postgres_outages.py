@@ -16,6 +16,7 @@ import pytest
 from sqlalchemy import Connection, Select
 
 from batchlab.adapters.clock import Busy
+from batchlab.adapters.sql import ledger as sql_ledger
 from batchlab.adapters.sql import postgres as sql_postgres
 from batchlab.adapters.sql import rows
 from batchlab.adapters.sql.rows import Snapshot
@@ -159,7 +160,7 @@ def test_a_lock_that_is_not_given_up_is_an_outage(postgres: Postgres, monkeypatc
             await submit(ledger)
             with closing(postgres.server.connect()) as other:
                 other.execute("SELECT pg_advisory_lock(%s)", [sql_postgres.key(postgres.schema)])
-                with pytest.raises(Busy, match="Somebody else has been writing"):
+                with pytest.raises(Busy, match="Another process has held the lock"):
                     await fold(ledger, done(bundle(0, 1)))
                 assert (await counts_of(ledger)).succeeded == 0, "readers are not held up"
             assert await fold(ledger, done(bundle(0, 1))) == [True]
@@ -172,7 +173,7 @@ def test_idle_transaction_is_ended(postgres: Postgres, monkeypatch: pytest.Monke
     was about to write is not written when it wakes."""
     monkeypatch.setattr(sql_postgres, "IDLE_CLIENT_S", 0.3)
     asleep, awake = threading.Event(), threading.Event()
-    real = rows.store
+    real = rows.store_job
 
     def sleepy(connection: Connection, projection: Projection, before: Snapshot) -> None:
         real(connection, projection, before)
@@ -183,7 +184,7 @@ def test_idle_transaction_is_ended(postgres: Postgres, monkeypatch: pytest.Monke
         async with ledger_in(postgres) as ledger, ledger_in(postgres) as other:
             await submit(ledger)
             with monkeypatch.context() as patch:
-                patch.setattr(rows, "store", sleepy)
+                patch.setattr(sql_ledger, "store_job", sleepy)
                 sleeping = asyncio.create_task(ledger.apply(SetControl(JOB.id, Control.CANCEL, 0)))
                 await asyncio.to_thread(asleep.wait)
                 try:
@@ -219,7 +220,7 @@ def test_read_only_server_is_awaited(postgres: Postgres) -> None:
 
 def test_long_listing_blocks_no_other_call(postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
     listing, go_on = threading.Event(), threading.Event()
-    real = rows.records
+    real = rows.read_bundles
 
     def slow(connection: Connection, query: Select[int | None, str]) -> list[BundleRecord]:
         found = real(connection, query)
@@ -234,7 +235,7 @@ def test_long_listing_blocks_no_other_call(postgres: Postgres, monkeypatch: pyte
             await submit(ledger)
             await fold(ledger, done(bundle(0, 1)))
             with monkeypatch.context() as patch:
-                patch.setattr(rows, "records", slow)
+                patch.setattr(sql_ledger, "read_bundles", slow)
                 asked = asyncio.create_task(ledger.bundles(JOB.id))
                 await asyncio.to_thread(listing.wait)
             try:

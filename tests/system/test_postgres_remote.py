@@ -87,7 +87,7 @@ def test_a_rotation_is_survived_call_by_call(secret: Secret, caplog: pytest.LogC
         await submit(ledger)
         for n in range(3):
             secret.change()
-            with pytest.raises(Unreachable, match="it is being changed") as caught:
+            with pytest.raises(Unreachable, match="is being changed") as caught:
                 await ledger.job(JOB.id)
             secret.publish()
             assert await fold(ledger, done(bundle(n, n + 1))) == [True]
@@ -137,7 +137,7 @@ def test_wrong_login_is_reported_at_once(secret: Secret) -> None:
 
     error = asyncio.run(main())
     assert not isinstance(error, Unreachable)
-    assert f"does not take the password of the secret {secret.name}" in str(error)
+    assert f"refuses the password of the secret {secret.name}" in str(error)
     secret.check_untold("".join(traceback.format_exception(error)))
 
 
@@ -150,7 +150,7 @@ def test_secret_without_a_login_is_reported_without_its_content(text: str, moto:
         manager.create_secret(Name=name, SecretBinary=b"pa55word")
     manager.close()
     error = error_at(remote.url(), ca=remote.ca, logins=SecretLogins(moto, name))
-    assert f"The secret {name} holds no login" in str(error)
+    assert f"The secret {name} does not contain a login" in str(error)
     assert "pa55word" not in "".join(traceback.format_exception(error))
 
 
@@ -244,7 +244,7 @@ def test_each_connection_brings_a_token_of_its_own(remote: Remote, caplog: pytes
         assert await fold(ledger, done(bundle(0, 1))) == [True]
         assert tokens.made[-1] != first
         await ledger.close()
-        with pytest.raises(BackendError, match="does not take the password of the test") as caught:
+        with pytest.raises(BackendError, match="refuses the password of the test") as caught:
             await look(open_postgres(remote.url(), ca=remote.ca, logins=Fixed("by_token", first)))
         assert first not in "".join(traceback.format_exception(caught.value))
 

@@ -58,5 +58,5 @@ def test_option_that_contradicts_the_bundle_is_refused(remote: Remote, tmp_path:
     for query in ({"sslmode": "require"}, {"sslrootcert": "x"}):
         with pytest.raises(UsageError, match="disagree"):
             open_postgres(remote.url(**query), ca=remote.ca)
-    with pytest.raises(UsageError, match=r"There is no CA bundle .*nowhere\.pem"):
+    with pytest.raises(UsageError, match=r"The CA bundle .*nowhere\.pem does not exist"):
         open_postgres(remote.url(), ca=tmp_path / "nowhere.pem")

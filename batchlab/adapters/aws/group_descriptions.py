@@ -1,11 +1,8 @@
-"""State of Auto Scaling groups, derived from successive descriptions by EC2 Auto Scaling.
+"""State of Auto Scaling groups, derived from successive descriptions, and the parameters of new groups.
 
 EC2 Auto Scaling drops instances that have ended, and never reports when an instance was launched or how it ended. This
-module records both, as far as two successive descriptions show them.
-
-Parameters of a pool's Auto Scaling group, and the tags of its instances.
-
-A worker reads its pool and its number of slots from the tags.
+module records both, as far as two successive descriptions show them. A worker reads its pool and its number of slots
+from the tags of its instance, which are parameters of the group.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ _LEAVING = ("Terminated", "Warmed:Terminated")
 class Imds:
     """Metadata service of the instance that runs this process. Threads may share it.
 
-    `url` is its address. By default, it is the address that AWS's SDKs use.
+    `url` is its address. By default, it is the address that AWS's SDKs use. The methods raise the errors of `get`.
     """
 
     def __init__(self, url: str = "", environ: Mapping[str, str] = os.environ) -> None:
@@ -49,8 +49,8 @@ class Imds:
             self._host, self._port = "", 0
         if parts.scheme != "http" or not self._host:
             raise UsageError(
-                f"{self._url!r} is no address of a metadata service.",
-                remedy=f"Let {ENDPOINT} be a URL such as {_IPV4}, or leave it unset.",
+                f"{self._url!r} is not the address of a metadata service.",
+                remedy=f"Set {ENDPOINT} to a URL such as {_IPV4}, or unset it.",
             )
         self._token = ""
         self._renew_s = 0.0
@@ -67,7 +67,9 @@ class Imds:
             if status != 401:
                 break
             # The service has lost the token, or the address of this instance has changed.
-            self._drop(token)
+            with self._renewing:
+                if self._token == token:
+                    self._token = ""
         if status == 404:
             return None
         if status != 200:
@@ -75,47 +77,41 @@ class Imds:
         return body.decode(errors="replace")
 
     def instance_id(self) -> str:
-        """Return the id of the instance that runs this process. Errors are those of `get`."""
+        """Return the id of the instance that runs this process."""
         return self._needed("meta-data/instance-id")
 
     def image(self) -> str:
-        """Return the machine image of the instance, "" if it is not from EC2. Errors are those of `get`."""
+        """Return the machine image of the instance, "" if it is not from EC2."""
         return (self.get("meta-data/ami-id") or "").strip()
 
     def is_spot(self) -> bool:
-        """Return whether EC2 may interrupt the instance. Errors are those of `get`."""
+        """Return whether EC2 may interrupt the instance."""
         return self._needed("meta-data/instance-life-cycle") == "spot"
 
     def is_leaving(self) -> bool:
-        """Return whether its Auto Scaling group takes it out of service. Errors are those of `get`."""
+        """Return whether its Auto Scaling group takes it out of service."""
         state = self.get("meta-data/autoscaling/target-lifecycle-state")
         return state is not None and state.strip() in _LEAVING
 
     def needed_tag(self, name: str) -> str:
-        """Return a tag of the instance. Raise NotFound if it is missing. Other errors are those of `get`."""
+        """Return a tag of the instance. Raise NotFound if it is missing."""
         return self._needed(f"meta-data/tags/instance/{name}")
 
     def _needed(self, path: str) -> str:
-        found = self.get(path)
-        if found is None:
-            raise NotFound(f"The metadata service at {self._url} has no {path}.")
-        return found.strip()
+        content = self.get(path)
+        if content is None:
+            raise NotFound(f"The metadata service at {self._url} does not know {path}.")
+        return content.strip()
 
     def _current_token(self) -> str:
         with self._renewing:
             if not self._token or time.monotonic() >= self._renew_s:
-                asked = {"X-aws-ec2-metadata-token-ttl-seconds": str(TTL_S)}
-                status, body = self._ask("PUT", "api/token", asked)
+                status, body = self._ask("PUT", "api/token", {"X-aws-ec2-metadata-token-ttl-seconds": str(TTL_S)})
                 if status != 200:
                     raise self._declined(status)
                 self._token = body.decode("ascii", errors="replace").strip()
                 self._renew_s = time.monotonic() + _RENEW_S
             return self._token
-
-    def _drop(self, token: str) -> None:
-        with self._renewing:
-            if self._token == token:
-                self._token = ""
 
     def _ask(self, method: str, path: str, headers: Mapping[str, str]) -> tuple[int, bytes]:
         # The request bypasses proxies: a proxy could not reach the service, and must not.
@@ -166,5 +162,5 @@ def _interruption(content: str) -> Notice:
         why = f"a Spot interruption will {document['action']} the instance"
         by_s = datetime.fromisoformat(document["time"]).timestamp()
     except (ValueError, KeyError, TypeError):
-        return Notice("a Spot interruption, in a form that cannot be read")
+        return Notice("a Spot interruption, whose details cannot be read")
     return Notice(why, by_s)

@@ -83,7 +83,7 @@ class Metadata:
 
 
 def metadata_tree(of: Metadata) -> dict[str, str]:
-    """Return content by path below `latest/`. Empty values are left out, so they are a 404."""
+    """Return content by path below `latest/`. Paths with empty values are left out, so they are answered with 404."""
     machine, signals = of.machine, of.signals
     spot = machine.market is Market.SPOT
     meta = {
@@ -99,8 +99,7 @@ def metadata_tree(of: Metadata) -> dict[str, str]:
         "placement/region": of.region,
     }
     if signals.rebalance_s is not None:
-        told = {"noticeTime": iso(signals.rebalance_s)}
-        meta["events/recommendations/rebalance"] = json.dumps(told)
+        meta["events/recommendations/rebalance"] = json.dumps({"noticeTime": iso(signals.rebalance_s)})
     if signals.interruption is not None:
         action, at = signals.interruption.action, iso(signals.interruption.at_s)
         meta["spot/instance-action"] = json.dumps({"action": action, "time": at})
@@ -192,7 +191,7 @@ class _Request:
     """Path without its leading slash."""
     headers: Mapping[str, str]
     """Headers with lowercase names."""
-    stays: bool
+    keeps_open: bool
     """Whether the connection stays open after the answer."""
 
 
@@ -228,7 +227,7 @@ class MetadataServer:
         except OSError as error:
             raise UsageError(
                 f"The metadata service cannot listen on {host}:{port}: {error.strerror}.",
-                remedy="Name an address of this machine, and a port that is free.",
+                remedy="Name an address of this machine and a free port.",
             ) from error
         bound = self._server.sockets[0].getsockname()
         shown = f"[{bound[0]}]" if ":" in bound[0] else bound[0]
@@ -251,7 +250,7 @@ class MetadataServer:
         try:
             metadata = await self._source.metadata(address)
         except BackendError as error:
-            log.warning("the metadata service does not know who %s is: %s", address, error)
+            log.warning("the instance at the address %s cannot be identified: %s", address, error)
             return _Answer(HTTPStatus.SERVICE_UNAVAILABLE)
         if metadata is None:
             return _Answer(HTTPStatus.FORBIDDEN)
@@ -259,22 +258,22 @@ class MetadataServer:
             return self._token(request, metadata.instance)
         if request.method != "GET":
             return _Answer(HTTPStatus.METHOD_NOT_ALLOWED)
-        if not self._is_good(request.headers.get(TOKEN_HEADER, ""), metadata.instance):
+        if not self._is_valid(request.headers.get(TOKEN_HEADER, ""), metadata.instance):
             return _Answer(HTTPStatus.UNAUTHORIZED)
-        return _told(request.path, metadata)
+        return _find(request.path, metadata)
 
     def _token(self, request: _Request, instance: str) -> _Answer:
         if request.path != TOKEN_PATH:
             return _Answer(HTTPStatus.METHOD_NOT_ALLOWED)
         if "x-forwarded-for" in request.headers:
             return _Answer(HTTPStatus.FORBIDDEN)
-        asked = request.headers.get(TTL_HEADER, "")
-        if not _TTL.fullmatch(asked) or not 1 <= int(asked) <= MAX_TTL_S:
+        ttl_s = request.headers.get(TTL_HEADER, "")
+        if not _TTL.fullmatch(ttl_s) or not 1 <= int(ttl_s) <= MAX_TTL_S:
             return _Answer(HTTPStatus.BAD_REQUEST)
-        until = f"{self._clock.monotonic_s() + int(asked):.3f}"
-        return _Answer(HTTPStatus.OK, f"{until}-{self._sign(until, instance)}", int(asked))
+        until = f"{self._clock.monotonic_s() + int(ttl_s):.3f}"
+        return _Answer(HTTPStatus.OK, f"{until}-{self._sign(until, instance)}", int(ttl_s))
 
-    def _is_good(self, token: str, instance: str) -> bool:
+    def _is_valid(self, token: str, instance: str) -> bool:
         until, _, signature = token.partition("-")
         if not hmac.compare_digest(signature.encode(), self._sign(until, instance).encode()):
             return False
@@ -292,17 +291,17 @@ class MetadataServer:
         try:
             # The peer name is None if the client disconnected before this call.
             address = str((writer.get_extra_info("peername") or ("",))[0])
-            stays = True
-            while stays:
+            keeps_open = True
+            while keeps_open:
                 async with asyncio.timeout(IDLE_S):
                     request = await _read(reader)
                 if request is None:
                     return
-                stays = request.stays
-                _write(writer, await self._respond(request, address), stays=stays)
+                keeps_open = request.keeps_open
+                _write(writer, await self._respond(request, address), keeps_open=keeps_open)
                 await writer.drain()
         except _MalformedError:
-            _write(writer, _Answer(HTTPStatus.BAD_REQUEST), stays=False)
+            _write(writer, _Answer(HTTPStatus.BAD_REQUEST), keeps_open=False)
         except (TimeoutError, OSError):
             pass  # the client disconnected or sent nothing for `IDLE_S`
         finally:
@@ -310,13 +309,13 @@ class MetadataServer:
             writer.close()
 
 
-def _told(path: str, metadata: Metadata) -> _Answer:
+def _find(path: str, metadata: Metadata) -> _Answer:
     if not path:
         return _Answer(HTTPStatus.OK, ROOT.rstrip("/"))
     if f"{path}/".startswith(ROOT):
-        found = content_at(metadata_tree(metadata), path[len(ROOT) :])
-        if found is not None:
-            return _Answer(HTTPStatus.OK, found)
+        content = content_at(metadata_tree(metadata), path[len(ROOT) :])
+        if content is not None:
+            return _Answer(HTTPStatus.OK, content)
     return _Answer(HTTPStatus.NOT_FOUND)
 
 
@@ -339,8 +338,8 @@ async def _read(reader: asyncio.StreamReader) -> _Request | None:
             raise _MalformedError
         headers[name.lower()] = value.strip()
     await _skip_body(reader, headers)
-    keeps = "close" not in headers.get("connection", "").lower()
-    return _Request(words[0], _path(words[1]), headers, stays=keeps and words[2] == "HTTP/1.1")
+    keeps_alive = "close" not in headers.get("connection", "").lower()
+    return _Request(words[0], _path(words[1]), headers, keeps_open=keeps_alive and words[2] == "HTTP/1.1")
 
 
 async def _skip_body(reader: asyncio.StreamReader, headers: Mapping[str, str]) -> None:
@@ -364,14 +363,14 @@ def _path(target: str) -> str:
         raise _MalformedError from error
 
 
-def _write(writer: asyncio.StreamWriter, answer: _Answer, *, stays: bool) -> None:
+def _write(writer: asyncio.StreamWriter, answer: _Answer, *, keeps_open: bool) -> None:
     content = answer.content.encode()
     lines = [
         f"HTTP/1.1 {answer.status.value} {answer.status.phrase}",
         "Server: EC2ws",
         "Content-Type: text/plain",
         f"Content-Length: {len(content)}",
-        f"Connection: {'keep-alive' if stays else 'close'}",
+        f"Connection: {'keep-alive' if keeps_open else 'close'}",
     ]
     if answer.ttl_s is not None:
         lines.append(f"X-Aws-Ec2-Metadata-Token-Ttl-Seconds: {answer.ttl_s}")

@@ -166,25 +166,25 @@ def container_settings(
     }
 
 
-def create_container(name: str, asked: Mapping[str, Any], api: APIClient) -> str:
+def create_container(name: str, settings: Mapping[str, Any], api: APIClient) -> str:
     """Create a container with these `container_settings` and return its id.
 
     Raise AlreadyExists if the name exists, and BackendError if the image does not exist.
     """
     from docker.errors import APIError, ImageNotFound
 
-    host_config = api.create_host_config(**asked["host_config"])
+    host_config = api.create_host_config(**settings["host_config"])
     try:
-        made = api.create_container(name=name, **{**asked, "host_config": host_config})
+        created = api.create_container(name=name, **{**settings, "host_config": host_config})
     except ImageNotFound as error:
         raise BackendError(
-            f"No such image: {asked['image']}.", remedy="`batchlab grid up` makes or pulls it."
+            f"The image {settings['image']} does not exist.", remedy="`batchlab grid up` builds or pulls the image."
         ) from error
     except APIError as error:
         if error.status_code == 409:
             raise AlreadyExists(f"{error_text(error)}.") from error
         raise
-    return str(made["Id"])
+    return str(created["Id"])
 
 
 def start_container(container: str, api: APIClient) -> None:
@@ -223,13 +223,12 @@ def _keep_log(container: str, log_file: Path, api: APIClient) -> None:
 
     try:
         log_file.parent.mkdir(parents=True, exist_ok=True)
-        with log_file.open("wb") as kept:
-            for part in api.logs(container, stream=True, follow=False):
-                kept.write(part)
+        with log_file.open("wb") as file:
+            file.writelines(api.logs(container, stream=True, follow=False))
     except RequestException:
         raise  # it is also an OSError, but means that Docker does not answer
     except (OSError, APIError) as error:
-        log.warning("what %s printed is not kept: %s", container[:12], error)
+        log.warning("the output of the container %s cannot be saved: %s", container[:12], error)
 
 
 def end_text(state: Mapping[str, Any], *, killed: bool) -> str:

@@ -59,15 +59,15 @@ class StopDeadlines:
     def note(self, instance: str, container: str, grace_s: float) -> None:
         """Store that the instance must end within `grace_s`.
 
-        If the disk is full, only the next launcher loses the deadline. This one goes on, because an instance that
-        cannot be ended would be worse.
+        If the disk is full, only the next launcher loses the deadline. This launcher continues, because an instance
+        that cannot be ended would be worse.
         """
         note = {"container": container, "by_s": self._clock.now_s() + grace_s}
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             write_whole(self._path(instance), json.dumps(note))
         except OSError as error:
-            log.warning("when it has to be gone is not kept: %s", error, extra={"instance": instance})
+            log.warning("the deadline of the instance cannot be stored: %s", error, extra={"instance": instance})
 
     def left_s(self, instance: str, container: str) -> float | None:
         """Return the seconds until the deadline of the instance, None without a deadline."""
@@ -90,7 +90,7 @@ class StopDeadlines:
         return self._folder / f"{instance}.json"
 
 
-__all__ = ["ContainerLauncher", "Template"]
+_RETRY = "%s The launcher tries again at the next check."
 
 SETTLED_S = 1.0
 """Seconds after the start until a container surely receives signals.
@@ -108,13 +108,13 @@ class _Container:
     booted_s: float = 0.0
     """Epoch seconds at which it is to start."""
     boot: asyncio.Task[None] | None = None
-    asleep: bool = False
+    is_waiting: bool = False
     """Whether it is created, but not started or starting."""
     settled_s: float = 0.0
     """The loop's time from which a signal surely reaches it."""
     stop: str = "SIGTERM"
-    asking: asyncio.Task[None] | None = None
-    asked: bool = False
+    sending_stop: asyncio.Task[None] | None = None
+    is_stop_sent: bool = False
     due_s: float | None = None
     """The loop's time at which it is killed."""
     kill: asyncio.TimerHandle | None = None
@@ -160,31 +160,26 @@ class ContainerLauncher:
         self._boot_s = boot_s
         self._signals = signals
         self._known: dict[str, _Container] = {}
-        self._has_looked = False
+        self._is_refreshed = False
         self._is_closing = False
-        self._looking = asyncio.Lock()
+        self._refreshing = asyncio.Lock()
         self._events: EventStream | None = None
-        self._happened = 0
-        self._standing: tuple[int, Mapping[str, Metadata]] = (-1, {})
+        self._events_seen = 0
+        self._addresses: tuple[int, Mapping[str, Metadata]] = (-1, {})
 
     # --- The port --------------------------------------------------------------------------------
 
     async def launch(self, pool: Pool, instance: str, machine: Machine = ANY_MACHINE) -> None:
-        """Launch a container. Raise BackendError if it cannot be created.
-
-        Raise AlreadyExists if the id was used in the last ten minutes. A container that cannot be started ends with
-        this reason.
-        """
         await self._adopt_all()
         if instance in self._known:
             raise AlreadyExists(f"instance {instance} exists already")
         booted_s = self._clock.now_s() + self._boot_s
-        asked = self._settings(pool, instance, machine, booted_s)
+        settings = self._settings(pool, instance, machine, booted_s)
         name = f"batchlab-{self._grid}-{instance}"
-        container = _Container(instance, booted_s=booted_s, stop=asked["stop_signal"])
+        container = _Container(instance, booted_s=booted_s, stop=settings["stop_signal"])
         self._known[instance] = container
         try:
-            container.id = await self.engine.run(f"The container {name}", partial(create_container, name, asked))
+            container.id = await self.engine.run(f"The container {name}", partial(create_container, name, settings))
         except BaseException:
             del self._known[instance]
             raise
@@ -193,8 +188,7 @@ class ContainerLauncher:
     async def terminate(self, instance: str, *, grace_s: float) -> None:
         """Ask the instance to stop, and kill it after `grace_s`.
 
-        If the call is repeated, the earlier deadline holds. Unknown and ended instances are ignored. Raise BackendError
-        if Docker cannot send the signal. Even then, the deadline holds.
+        Raise BackendError if Docker cannot send the signal. Even then, the deadline holds.
         """
         await self._adopt_all()
         container = self._known.get(instance)
@@ -204,30 +198,26 @@ class ContainerLauncher:
         if container.due_s is None or due_s < container.due_s:
             # The deadline is stored first. If this process dies in between, the next launcher sends the signal.
             self._endings.note(instance, container.id, grace_s)
-            self._arm(container, due_s)
-        if container.asleep:
-            await self._call_off(container)
+            self._set_deadline(container, due_s)
+        if container.is_waiting:
+            await self._cancel_start(container)
         else:
-            await self._ask(container)
+            await self._send_stop(container)
 
     async def running(self) -> Mapping[str, str | None]:
-        """Return how each instance ended, None while it runs.
-
-        Ends are remembered for ten minutes while the container exists. Raise Unreachable while Docker does not answer.
-        """
-        await self._look()
+        await self._refresh()
         return {name: container.ended for name, container in self._known.items()}
 
     async def close(self, *, kill: bool) -> None:
         """Release all instances. With `kill`, end them at once and remove their containers."""
         self._is_closing = True
         for container in self._known.values():
-            for handle in (container.kill, container.boot, container.asking, container.killing):
+            for handle in (container.kill, container.boot, container.sending_stop, container.killing):
                 if handle is not None:
                     handle.cancel()
         try:
             if kill:
-                await self._look()
+                await self._refresh()
                 await asyncio.gather(*map(self._remove, list(self._known.values())))
         finally:
             if self._events is not None:
@@ -247,16 +237,16 @@ class ContainerLauncher:
     async def _by_address(self) -> Mapping[str, Metadata]:
         # An address may pass from one container to the next, so the result is valid only until Docker reports an event.
         await self._adopt_all()
-        happened, known = self._standing
-        if happened == self._happened and self._events is not None and self._events.is_open:
+        happened, known = self._addresses
+        if happened == self._events_seen and self._events is not None and self._events.is_open:
             return known
-        happened = self._happened
+        happened = self._events_seen
         found: dict[str, Metadata] = {}
         for row in await self._list(all_=False):
             for network in row["NetworkSettings"]["Networks"].values():
                 if address := network["IPAddress"]:
                     found[address] = metadata_of(row, address)
-        self._standing = happened, found
+        self._addresses = happened, found
         return found
 
     # --- Creating and starting -------------------------------------------------------------------
@@ -274,33 +264,33 @@ class ContainerLauncher:
         return container_settings(template, instance, share, env, {**template.labels, **self._labels, **tags})
 
     def _boot(self, container: _Container) -> None:
-        container.asleep = True
+        container.is_waiting = True
         container.boot = asyncio.create_task(self._start(container), name="boot")
 
     async def _start(self, container: _Container) -> None:
         wait_s = min(self._boot_s, container.booted_s - self._clock.now_s())
         try:
             await asyncio.sleep(max(0.0, wait_s))
-            container.asleep = False
+            container.is_waiting = False
             container.settled_s = math.inf
             await self._run(container, partial(start_container, container.id))
             container.settled_s = asyncio.get_running_loop().time() + SETTLED_S
             if container.due_s is not None:
-                await self._ask(container)
+                await self._send_stop(container)
         except Unreachable as error:
             container.settled_s = 0.0
-            log.warning("%s The next look tries again.", error)
+            log.warning(_RETRY, error)
         except BackendError as error:
-            self._over(container, f"cannot be started: {error}")
+            self._end(container, f"cannot be started: {error}")
         finally:
-            container.asleep = False
+            container.is_waiting = False
             container.boot = None
 
-    async def _call_off(self, container: _Container) -> None:
+    async def _cancel_start(self, container: _Container) -> None:
         """End a container that has not been started."""
         if container.boot is not None:
             container.boot.cancel()
-        self._over(container, "exit -15")
+        self._end(container, "exit -15")
         await self._remove(container)
 
     # --- Ending ----------------------------------------------------------------------------------
@@ -311,26 +301,26 @@ class ContainerLauncher:
     async def _signal(self, container: _Container, name: str) -> None:
         await self._run(container, partial(send_signal, container.id, name))
 
-    async def _ask(self, container: _Container) -> None:
+    async def _send_stop(self, container: _Container) -> None:
         """Send the stop signal now, or as soon as the container can receive it."""
-        if container.asked or container.asking is not None:
+        if container.is_stop_sent or container.sending_stop is not None:
             return
         wait_s = container.settled_s - asyncio.get_running_loop().time()
         if wait_s <= 0.0:
             await self._signal(container, container.stop)
-            container.asked = True
+            container.is_stop_sent = True
         elif wait_s <= SETTLED_S:
-            container.asking = asyncio.create_task(self._ask_later(container, wait_s), name="ask")
+            container.sending_stop = asyncio.create_task(self._send_stop_later(container, wait_s), name="ask")
 
-    async def _ask_later(self, container: _Container, wait_s: float) -> None:
+    async def _send_stop_later(self, container: _Container, wait_s: float) -> None:
         try:
             await asyncio.sleep(wait_s)
-            container.asking = None
-            await self._ask(container)
+            container.sending_stop = None
+            await self._send_stop(container)
         except BackendError as error:
-            log.warning("%s The next look tries again.", error)
+            log.warning(_RETRY, error)
 
-    def _arm(self, container: _Container, due_s: float) -> None:
+    def _set_deadline(self, container: _Container, due_s: float) -> None:
         container.due_s = due_s
         if container.kill is not None:
             container.kill.cancel()
@@ -338,13 +328,13 @@ class ContainerLauncher:
 
     def _kill(self, container: _Container) -> None:
         if container.ended is None and container.killing is None:
-            container.killing = asyncio.create_task(self._killed(container), name="kill")
+            container.killing = asyncio.create_task(self._send_kill(container), name="kill")
 
-    async def _killed(self, container: _Container) -> None:
+    async def _send_kill(self, container: _Container) -> None:
         try:
             await self._signal(container, "SIGKILL")
         except BackendError as error:
-            log.warning("%s The next look tries again.", error)
+            log.warning(_RETRY, error)
         finally:
             container.killing = None
 
@@ -352,11 +342,11 @@ class ContainerLauncher:
         """Remove the container, running or not, and save its output."""
         if container.ended is None:
             await self._signal(container, "SIGKILL")
-            await self._bury(container)
+            await self._save_end(container)
         await self._run(container, lambda api: remove_container(api, container.id))
         self._endings.forget(container.instance)
 
-    def _over(self, container: _Container, ended: str) -> None:
+    def _end(self, container: _Container, ended: str) -> None:
         container.ended = ended
         container.ended_s = self._clock.monotonic_s()
         if container.kill is not None:
@@ -370,31 +360,31 @@ class ContainerLauncher:
 
     async def _adopt_all(self) -> None:
         """Adopt the containers of earlier launchers at the first call."""
-        if not self._has_looked:
-            await self._look()
+        if not self._is_refreshed:
+            await self._refresh()
 
-    async def _look(self) -> None:
+    async def _refresh(self) -> None:
         """Update the known containers from Docker's list."""
         if self._events is None:
-            self._events = EventStream(self.engine, partial(self._tell, asyncio.get_running_loop()))
-        async with self._looking:
+            self._events = EventStream(self.engine, partial(self._on_event, asyncio.get_running_loop()))
+        async with self._refreshing:
             before = [c for c in self._known.values() if c.id and c.ended is None]
             rows = await self._list(all_=True)
             for row in sorted(rows, key=lambda row: float(row["Labels"].get(LAUNCHED, 0))):
-                await self._see(row)
+                await self._update(row)
             there = {row["Id"] for row in rows}
             for container in before:
                 if container.id not in there and container.ended is None:
-                    self._over(container, "its container was removed")
+                    self._end(container, "its container was removed")
             await self._forget()
-            self._has_looked = True
+            self._is_refreshed = True
 
     async def _list(self, *, all_: bool) -> Sequence[Mapping[str, Any]]:
         wanted = [f"{name}={value}" for name, value in self._labels.items()]
         filters = {"label": [*wanted, INSTANCE]}
         return await self.engine.run("The instances", lambda api: api.containers(all=all_, filters=filters))
 
-    async def _see(self, row: Mapping[str, Any]) -> None:
+    async def _update(self, row: Mapping[str, Any]) -> None:
         container = self._known.get(row["Labels"][INSTANCE])
         if container is None:
             container = self._adopt(row)
@@ -406,13 +396,13 @@ class ContainerLauncher:
             if container.due_s is None:
                 self._boot(container)
             else:
-                await self._call_off(container)
+                await self._cancel_start(container)
         elif row["State"] not in LIVING:
-            await self._bury(container)
+            await self._save_end(container)
         elif self._is_late(container):
             self._kill(container)
         elif container.due_s is not None:
-            await self._ask(container)
+            await self._send_stop(container)
 
     def _adopt(self, row: Mapping[str, Any]) -> _Container:
         labels = row["Labels"]
@@ -421,10 +411,10 @@ class ContainerLauncher:
         self._known[container.instance] = container
         left_s = self._endings.left_s(container.instance, container.id)
         if left_s is not None:
-            self._arm(container, asyncio.get_running_loop().time() + left_s)
+            self._set_deadline(container, asyncio.get_running_loop().time() + left_s)
         return container
 
-    async def _bury(self, container: _Container) -> None:
+    async def _save_end(self, container: _Container) -> None:
         log_file = self._logs / f"{container.instance}.log"
         try:
             state = await self._run(container, partial(save_end, container.id, log_file))
@@ -432,7 +422,7 @@ class ContainerLauncher:
             return  # it was removed a moment ago, and the next look notices it
         if state is None:
             return  # it is still running, and the next look checks again
-        self._over(container, end_text(state, killed=self._is_late(container)))
+        self._end(container, end_text(state, killed=self._is_late(container)))
         self._endings.forget(container.instance)
 
     async def _forget(self) -> None:
@@ -442,13 +432,13 @@ class ContainerLauncher:
                 await self._remove(container)
                 del self._known[name]
 
-    def _tell(self, loop: asyncio.AbstractEventLoop, event: Mapping[str, Any] | None) -> None:
+    def _on_event(self, loop: asyncio.AbstractEventLoop, event: Mapping[str, Any] | None) -> None:
         # If the loop was closed first, nothing waits for this event.
         with suppress(RuntimeError):
-            loop.call_soon_threadsafe(self._seen, event)
+            loop.call_soon_threadsafe(self._handle_event, event)
 
-    def _seen(self, event: Mapping[str, Any] | None) -> None:
-        self._happened += 1
+    def _handle_event(self, event: Mapping[str, Any] | None) -> None:
+        self._events_seen += 1
         if event is None:
             self.changed.set()
             return

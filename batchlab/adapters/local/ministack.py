@@ -296,7 +296,7 @@ class Emulator:
             log.warning("the emulator (pid %d) has ended. It will be started again.", self.pid)
             wait_s = 0.1
             if time.monotonic() - begun_s < _MAX_RETRY_S:
-                await asyncio.sleep(wait_s)  # on a full disk, it ends at every write
+                await asyncio.sleep(wait_s)  # on a full disk, the emulator ends at every write
             while not await self._in_thread(partial(self._restart, restarted)):
                 await asyncio.sleep(wait_s)
                 wait_s = doubled_s(wait_s, _MAX_RETRY_S)

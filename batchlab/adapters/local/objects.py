@@ -1,13 +1,9 @@
-"""Objects port over a folder of files.
+"""Objects port over a folder of files, with atomic writes and listings in key order.
 
-Invariant: a key has one complete object or none, also after a process died while writing it. A conditional create has
-one winner. An object that a job needs is on disk before its put returns. A conditional create replaces a damaged file,
-and an empty document counts as absent.
-
-Files of a bucket that is a folder: atomic writes, and listing in key order.
-
-Invariant: a name appears with its complete content or not at all. A durable write flushes the content and the parent
-folders to disk before the name appears. It flushes the name before the call returns.
+Invariants: a key has one complete object or none, also after a process died during a write. Only one of several
+conditional creates succeeds. A conditional create replaces a damaged file, and an empty document counts as absent. A
+durable write flushes the content and the parent folders to disk before the name of the object appears. It flushes the
+name before the call returns, so an object that a job needs is on disk when its put returns.
 """
 
 from __future__ import annotations
@@ -338,7 +334,7 @@ class LocalObjects:
         with locked(self._root / key):
             object_info = head(self._root, key)
             if object_info is None or object_info.etag != etag:
-                raise AlreadyExists(f"Object {key!r} is another one by now.")
+                raise AlreadyExists(f"Another writer has replaced object {key!r}.")
             return self._writer.replace(key, fill, durable=durable)
 
     async def get(self, key: str, *, limit: int | None = None) -> bytes:

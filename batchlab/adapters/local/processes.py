@@ -149,10 +149,6 @@ class ProcessLauncher:
         instance: str,
         machine: Machine = ANY_MACHINE,  # noqa: ARG002 - all machines are alike here
     ) -> None:
-        """Launch an instance. Raise BackendError if the program cannot be started.
-
-        Raise AlreadyExists if the id was used in the last ten minutes.
-        """
         processes = self._adopted()
         if instance in processes:
             raise AlreadyExists(f"instance {instance} exists already")
@@ -185,10 +181,6 @@ class ProcessLauncher:
         log.info("launched as process %d", record.pid, extra=_about(record))
 
     async def terminate(self, instance: str, *, grace_s: float) -> None:
-        """Send SIGTERM to the instance, and SIGKILL after `grace_s`.
-
-        If the call is repeated, the earlier deadline holds. Unknown and ended instances are ignored.
-        """
         process = self._adopted().get(instance)
         # An instance may have ended while its exit code is not yet known.
         if process is None or process.record.ended is not None or process.pidfd < 0:
@@ -206,7 +198,6 @@ class ProcessLauncher:
             process.kill = loop.call_at(due_s, _kill_group, process.record)
 
     async def running(self) -> Mapping[str, str | None]:
-        """Return how each instance ended, None while it runs. Ends are remembered for ten minutes."""
         processes = self._adopted()
         now_s = self._clock.monotonic_s()
         for name, process in list(processes.items()):

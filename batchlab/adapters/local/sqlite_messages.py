@@ -185,7 +185,7 @@ class SqliteMessages:
         try:
             fcntl.flock(self._turn, fcntl.LOCK_EX if self._waits else _AT_ONCE)
         except BlockingIOError as error:
-            raise Throttled(f"It is somebody else's turn at the queue file {self._path}.") from error
+            raise Throttled(f"Another process holds the lock of the queue file {self._path}.") from error
         try:
             yield
         finally:
@@ -391,5 +391,7 @@ def _translated(path: Path) -> Iterator[None]:
         damaged = code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT)
         raise kinds.get(code, BackendError)(
             f"The queue file {path} cannot be used: {error}.",
-            remedy="Move it away and start the grid again: what was in it is sent anew." if damaged else "",
+            remedy="Move the file away and start the grid again. The manager sends its messages again."
+            if damaged
+            else "",
         ) from error

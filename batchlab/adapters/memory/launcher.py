@@ -1,4 +1,4 @@
-"""Simulated instances. They boot in the loop's time, and then a given function starts them.
+"""Simulated instances. An instance boots in the time of the event loop, and then a function starts its worker.
 
 Invariant: only the calls and the random source determine the events, so a seed reproduces a run.
 """
@@ -66,10 +66,6 @@ class SimLauncher:
         instance: str,
         machine: Machine = ANY_MACHINE,  # noqa: ARG002 - all machines are alike here
     ) -> None:
-        """Launch an instance. Raise BackendError if `refuse` returns a reason.
-
-        Raise AlreadyExists if the id was used in the last ten minutes.
-        """
         if instance in self._slots:
             raise AlreadyExists(f"instance {instance} exists already")
         reason = self.refuse(pool, instance)
@@ -81,10 +77,6 @@ class SimLauncher:
         self.launched(pool, instance)
 
     async def terminate(self, instance: str, *, grace_s: float) -> None:
-        """Ask the instance to stop, and kill it after `grace_s`.
-
-        If the call is repeated, the earlier deadline holds. Unknown and ended instances are ignored.
-        """
         slot = self._slots.get(instance)
         if slot is None or self._look(instance, slot) is not None:
             return
@@ -101,7 +93,6 @@ class SimLauncher:
             slot.kill = loop.call_at(due_s, self._end, instance, slot, "exit -9", context=self._context)
 
     async def running(self) -> Mapping[str, str | None]:
-        """Return how each instance ended, None while it runs. Ends are remembered for ten minutes."""
         now_s = asyncio.get_running_loop().time()
         known = {name: self._look(name, slot) for name, slot in self._slots.items()}
         for name, slot in list(self._slots.items()):

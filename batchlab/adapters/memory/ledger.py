@@ -1,9 +1,8 @@
 """The Ledger port in memory, for the simulator and for forecasts.
 
 Invariant: a call checks everything before it changes anything, so a call that raises changes nothing. The contract
-suite compares its answers with those of SqlLedger.
-
-Rows of a projection in the form of `SqlLedger.dump`, so that tests can compare ledgers.
+suite compares its answers with those of SqlLedger. `dumped` returns rows in the form of `SqlLedger.dump`, so that tests
+can compare ledgers.
 """
 
 from __future__ import annotations
@@ -166,7 +165,7 @@ class SimLedger:
         try:
             return self._jobs[job]
         except KeyError as error:
-            raise NotFound(f"The ledger has no job {job}.") from error
+            raise NotFound(f"The ledger does not have a job {job}.") from error
 
     # --- Changes ---------------------------------------------------------------------------------
 
@@ -298,7 +297,7 @@ class SimLedger:
         if (over is not None) if job is None else not job.rows.is_version(over):
             return False
         if self._tokens.get(past.job.token, name) != name:
-            raise NotFound(f"The ledger has no job {name}.")
+            raise NotFound(f"The ledger does not have a job {name}.")
         restored = ledger_projection.restore(past, self._last_seq + 1)
         await self.forget([name])
         self._last_seq += sum(len(one.completions) for one in past.rounds)

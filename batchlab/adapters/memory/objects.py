@@ -38,7 +38,7 @@ class SimObjects:
     async def put(self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> str:
         check_key(key)
         if if_match is not None and self._stored(key)[1] != if_match:
-            raise AlreadyExists(f"Object {key!r} is another one by now.")
+            raise AlreadyExists(f"Another writer has replaced object {key!r}.")
         if key not in self._objects:
             self._unsorted.append(key)
         elif self._objects[key] is None:
@@ -133,11 +133,9 @@ class SimObjects:
     # --- What a test sees and does ---------------------------------------------------------------
 
     def names(self) -> Sequence[str]:
-        """Return the keys of all objects, in order."""
         return sorted(key for key, stored in self._objects.items() if stored is not None)
 
     def content(self, key: str) -> bytes | None:
-        """Return the content of an object, None if it does not exist."""
         stored = self._objects.get(key)
         return stored[0] if stored else None
 

@@ -392,11 +392,9 @@ class SimQueue:
     # --- What a test sees and does ---------------------------------------------------------------
 
     def names(self) -> list[str]:
-        """Return the names of all queues."""
         return sorted(self._queues)
 
     def bodies(self, queue: str) -> list[str]:
-        """Return the bodies of all messages of the queue."""
         return [entry.body for entry in self._queues[queue].entries.values()]
 
     def held_s(self, queue: str, receipt: str) -> float:

@@ -1,12 +1,11 @@
 """One SimpleDB domain as a store of items, within SimpleDB's limits and with retries.
 
-Invariant: every read is consistent. A call that is throttled or whose answer is lost is retried here. A conditional
-write then checks whether its lost attempt succeeded.
+Invariants: every read is consistent. This module retries a call that is throttled or whose answer is lost. After the
+retry of a conditional write, it checks whether the lost attempt succeeded. All written texts are printable ASCII,
+because SimpleDB returns other characters in an encoded form.
 
 SimpleDB's values have at most 1,024 bytes. So a text is split over attributes of its item, or over further items if it
 does not fit.
-
-Invariant: all written texts are printable ASCII, because SimpleDB returns other characters in an encoded form.
 """
 
 from __future__ import annotations
@@ -228,14 +227,14 @@ class Store:
                 if code == "NoSuchDomain":
                     # NotFound would mean that the job does not exist.
                     raise BackendError(
-                        f"There is no SimpleDB domain {self.domain}.",
+                        f"The SimpleDB domain {self.domain} does not exist.",
                         remedy="Deploy the stack with Ledger=simpledb, or name another domain.",
                     ) from error
                 if code in _FULL:
                     raise BackendError(
                         f"The SimpleDB domain {self.domain} is full ({code}): it holds 10 GB and 10^9 attributes.",
-                        remedy="Deploy the stack with Ledger=postgres; `batchlab ledger rebuild` "
-                        "then makes the ledger anew from the bucket.",
+                        remedy="Deploy the stack with Ledger=postgres. Then `batchlab ledger rebuild` creates the "
+                        "ledger again from the bucket.",
                     ) from error
                 raise
 
@@ -249,7 +248,8 @@ def _check_region(sdb: Any, region: str) -> None:
     regions = boto3.Session().get_available_regions("sdb")
     if region not in regions:
         raise UsageError(
-            f"There is no SimpleDB in {region}.", remedy=f"Take another ledger, or one of {', '.join(regions)}."
+            f"SimpleDB is not available in {region}.",
+            remedy=f"Use another ledger, or one of the regions {', '.join(regions)}.",
         )
 
 
@@ -258,11 +258,11 @@ def check(name: str, pairs: Pairs) -> None:
     for text in (name, *(part for pair in pairs for part in pair)):
         if len(text.encode()) > MAX_BYTES:
             raise TooLarge(
-                f"{text[:60]!r}… has {len(text.encode())} bytes: SimpleDB takes {MAX_BYTES} in a name or value.",
-                remedy="Take shorter names, or another ledger.",
+                f"{text[:60]!r}… has {len(text.encode())} bytes, and SimpleDB allows {MAX_BYTES} in a name or value.",
+                remedy="Use shorter names, or another ledger.",
             )
     if len(pairs) > MAX_PAIRS:
-        raise TooLarge(f"{name!r} has {len(pairs)} attributes: SimpleDB takes {MAX_PAIRS}.")
+        raise TooLarge(f"{name!r} has {len(pairs)} attributes, and SimpleDB allows {MAX_PAIRS}.")
 
 
 def _item(attributes: Iterable[Mapping[str, str]]) -> dict[str, str]:

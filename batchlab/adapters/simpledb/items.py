@@ -1,12 +1,10 @@
-"""Items of jobs. A conditional put of the item of a job commits a change of the job.
+"""Items of jobs and bundles in SimpleDB, and the queries on them.
 
-Invariant: the put requires the stamp that was read, and writes a new unique stamp. A change writes its other items
-before the put, and they count only after it. Or the put contains them (`redo`), and the next reader or writer of the
-job writes them.
+Invariants: a conditional put of the item of a job commits a change of the job. The put requires the stamp that was
+read, and writes a new unique stamp. A change writes its other items before the put, and they count only after it. Or
+the put contains them (`redo`), and the next reader or writer of the job writes them.
 
-Items of bundles, and the queries on them.
-
-Invariant: an item only gains attributes: from the write that planned the bundle, and from the write that folded it.
+The item of a bundle only gains attributes: from the write that planned the bundle, and from the write that folded it.
 Each write adds its number. So a reader sees the bundles as of the moment at which it read the item of the job, even if
 other writes happen meanwhile.
 """
@@ -125,7 +123,7 @@ class BundleItems:
         if text is None:
             raise BackendError(
                 f"A bundle in the SimpleDB domain {self._store.domain} lacks a part.",
-                remedy="`batchlab ledger rebuild` makes it anew from the bucket.",
+                remedy="`batchlab ledger rebuild` creates the ledger again from the bucket.",
             )
         return text
 
@@ -142,9 +140,9 @@ _READ_TRIES = 20
 
 @dataclass(frozen=True, slots=True)
 class JobItem:
-    """The item of a job as it was read. `projection` is None for an item without a job.
+    """The item of a job with the attributes that were read. `projection` is None for an item without a job.
 
-    The items of the generation `gen` belong to the job. Each generation of `gens` may have items.
+    The items of the generation `gen` belong to the job. `gens` lists all generations that may have items.
     """
 
     name: str
@@ -215,7 +213,7 @@ class JobItems:
                 return head
         raise BackendError(
             f"Job {job} in the SimpleDB domain {self._store.domain} lacks a part.",
-            remedy="`batchlab ledger rebuild` makes it anew from the bucket.",
+            remedy="`batchlab ledger rebuild` creates the ledger again from the bucket.",
         )
 
     def _read(self, name: str, item: Item) -> JobItem | None:

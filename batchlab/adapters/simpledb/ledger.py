@@ -1,9 +1,8 @@
 """The Ledger port on Amazon SimpleDB.
 
-Invariant: a call changes a job in one transaction (see `job_items`), and may be repeated. The calls block, so they run
-in threads. Writes run one at a time, in the order of the calls.
-
-Leases, and unique increasing numbers. Each is an item that is changed conditionally.
+Invariant: a call changes a job in one transaction (see `items`), and may be repeated. The calls block, so they run in
+threads. Writes run one at a time, in the order of the calls. Each lease, and the counter of sequence numbers, is an
+item that is changed conditionally.
 """
 
 from __future__ import annotations
@@ -259,7 +258,7 @@ class SimpleDbLedger:
     def _head(self, job: JobId, *, settle: bool = True) -> JobItem:
         head = self._heads.get(job, settle=settle)
         if head is None or head.projection is None:
-            raise NotFound(f"The ledger has no job {job}.")
+            raise NotFound(f"The ledger does not have a job {job}.")
         return head
 
     # --- Reads -----------------------------------------------------------------------------------
@@ -268,8 +267,6 @@ class SimpleDbLedger:
         return (await self.rows(job)).job
 
     async def jobs(self, *, active: bool = False, limit: int = 100, before: str | None = None) -> Sequence[JobRecord]:
-        """Return a page of jobs. Raise NotFound if the job `before` does not exist."""
-
         def page() -> list[JobRecord]:
             last = None
             if before is not None:
@@ -395,4 +392,4 @@ def _next(head: JobItem) -> Projection:
 
 
 def _busy(job: JobId) -> Throttled:
-    return Throttled(f"Somebody else writes to job {job} all the time.")
+    return Throttled(f"Other processes write to job {job} all the time.")

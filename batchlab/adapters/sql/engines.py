@@ -1,19 +1,14 @@
-"""SQLAlchemy engines with the transactions that `SqlLedger` needs.
+"""SQLAlchemy engines with the transactions that `SqlLedger` needs, their errors, and the migration of their schema.
 
-Invariant: writing transactions exclude each other from their start, and a reading transaction sees one state
-(`transaction`). SQLite ensures the first with BEGIN IMMEDIATE and the second with WAL. `postgres` has PostgreSQL's way
-to begin.
+Invariants: writing transactions exclude each other from their start, and a reading transaction sees one state
+(`transaction`). SQLite ensures the first with BEGIN IMMEDIATE and the second with WAL. `postgres` begins transactions
+of PostgreSQL.
 
-Translation of database errors into batchlab's errors.
+A temporary failure (an outage, a lock, a failover) is Unreachable, so the caller retries it. A failure that a person
+must fix is BackendError at once. No message contains a password.
 
-Invariant: a temporary failure (an outage, a lock, a failover) is Unreachable, so the caller retries it. A failure that
-a person must fix is BackendError at once. No message contains a password.
-
-Migration of a database to the schema that this version expects.
-
-Invariant: one transaction of one writer changes the schema. So two processes that open a new database create one
-schema, and after SIGKILL the schema is the old or the new one. Alembic is imported only for a migration, because its
-import dominates the start-up time.
+One transaction of one writer changes the schema. So two processes that open a new database create one schema, and after
+SIGKILL the schema is the old or the new one. Alembic is imported only for a migration, because its import is slow.
 """
 
 from __future__ import annotations
@@ -132,19 +127,20 @@ _PASSING = ("08", "25006", "40", "53", "57", "58")
 _REMEDIES = (
     (
         ("authentication failed", "no password supplied", "no pg_hba.conf entry"),
-        "Look at user and password in the ledger's URL, and at the server's pg_hba.conf.",
+        "Check the user and the password in the ledger's URL, and the server's pg_hba.conf.",
     ),
     (
         ("certificate", "does not support SSL", "sslmode"),
-        "Look at sslmode and sslrootcert in the ledger's URL, or at the CA bundle that was named.",
+        "Check sslmode and sslrootcert in the ledger's URL, or the CA bundle.",
     ),
     (
         ('relation "',),
-        "Its tables are gone. Start the manager again; `batchlab ledger rebuild` then makes them anew from the bucket.",
+        "The tables do not exist anymore. Start the manager again. Then `batchlab ledger rebuild` fills them again "
+        "from the bucket.",
     ),
-    (("does not exist",), "Make it with `createdb` and `createuser`, or name another one."),
-    (("invalid connection option",), "Look at what follows the question mark in the ledger's URL."),
-    (("permission denied",), "The ledger's user must own its schema, or may CREATE one in the database."),
+    (("does not exist",), "Create it with `createdb` and `createuser`, or name another one."),
+    (("invalid connection option",), "Check the options after the question mark in the ledger's URL."),
+    (("permission denied",), "The ledger's user must own the schema, or must have the permission to CREATE a schema."),
 )
 
 
@@ -170,36 +166,37 @@ def translated(engine: Engine) -> Iterator[None]:
     try:
         yield
     except SQLAlchemyError as error:
-        said = error.orig if isinstance(error, DBAPIError) else error
-        if isinstance(said, sqlite3.Error):
-            raise _from_sqlite(engine, error, said) from error
-        raise _from_postgresql(engine, error, said) from error
+        cause = error.orig if isinstance(error, DBAPIError) else error
+        if isinstance(cause, sqlite3.Error):
+            raise _from_sqlite(engine, error, cause) from error
+        raise _from_postgresql(engine, error, cause) from error
 
 
-def _from_sqlite(engine: Engine, error: SQLAlchemyError, said: sqlite3.Error) -> BackendError:
-    code = getattr(said, "sqlite_errorcode", 0) & 0xFF
+def _from_sqlite(engine: Engine, error: SQLAlchemyError, cause: sqlite3.Error) -> BackendError:
+    code = getattr(cause, "sqlite_errorcode", 0) & 0xFF
     if isinstance(error, IntegrityError):
         return _nothing_there()
     if isinstance(error, (OperationalError, InterfaceError)):
         kind = Busy if code == sqlite3.SQLITE_BUSY else Unreachable
-        return kind(f"The ledger {name_of(engine)} does not answer: {said}.")
+        return kind(f"The ledger {name_of(engine)} does not answer: {cause}.")
     damaged = code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT)
     return BackendError(
-        f"The ledger {name_of(engine)} cannot be used: {said}.",
-        remedy="Move it away and start the grid again; `batchlab ledger rebuild` then makes it anew from the bucket."
+        f"The ledger {name_of(engine)} cannot be used: {cause}.",
+        remedy="Move the file away and start the grid again. Then `batchlab ledger rebuild` fills the new ledger from "
+        "the bucket."
         if damaged
         else "",
     )
 
 
-def _from_postgresql(engine: Engine, error: SQLAlchemyError, said: BaseException | None) -> BackendError:
-    state = getattr(said, "sqlstate", None) or ""
-    text = one_line(said)
+def _from_postgresql(engine: Engine, error: SQLAlchemyError, cause: BaseException | None) -> BackendError:
+    state = getattr(cause, "sqlstate", None) or ""
+    text = one_line(cause)
     remedy = next((what for signs, what in _REMEDIES if any(s in text for s in signs)), "")
     if state == _FOREIGN_KEY:
         return _nothing_there()
     if state == _LOCKED:
-        return Busy(f"Somebody else has been writing to the ledger {name_of(engine)} for long.")
+        return Busy(f"Another process has held the lock of the ledger {name_of(engine)} for too long.")
     lost = isinstance(error, DBAPIError) and error.connection_invalidated
     refused = isinstance(error, OperationalError) and not state and not remedy
     if lost or refused or state.startswith(_PASSING):
@@ -207,9 +204,9 @@ def _from_postgresql(engine: Engine, error: SQLAlchemyError, said: BaseException
     return BackendError(f"The ledger {name_of(engine)} cannot be used: {text}.", remedy=remedy)
 
 
-def one_line(said: BaseException | None) -> str:
+def one_line(cause: BaseException | None) -> str:
     """Return the text of a database error in one line."""
-    return " ".join(str(said).split()).rstrip(".")
+    return " ".join(str(cause).split()).rstrip(".")
 
 
 def is_refusal(error: BaseException) -> bool:

@@ -17,11 +17,22 @@ from sqlalchemy import Connection, Engine, Table, bindparam, delete, select, upd
 from batchlab.adapters.clock import CallRunner, InlineRunner, ReadWriteThreads, SingleThread
 from batchlab.adapters.local.sqlite_wal import WalFlush
 from batchlab.adapters.sql import engines
-from batchlab.adapters.sql import rows as bundle_rows
-from batchlab.adapters.sql import rows as job_rows
 from batchlab.adapters.sql.engines import sqlite_engine, transaction, translated
 from batchlab.adapters.sql.logins import Logins
-from batchlab.adapters.sql.rows import Snapshot
+from batchlab.adapters.sql.rows import (
+    Snapshot,
+    add_job,
+    find_job,
+    load_job,
+    load_known,
+    make_void,
+    page_of_jobs,
+    read_bundles,
+    rows_of,
+    select_bundles,
+    store_bundles,
+    store_job,
+)
 from batchlab.adapters.sql.tables import NOBODY, Upserts, bundles, jobs, leases, stages
 from batchlab.core import ledger_projection
 from batchlab.core.atomic_write import Sync
@@ -132,8 +143,8 @@ class SqlLedger:
         if isinstance(change, Fold):
             if not change.completions:
                 return FoldResult([], 0, {})
-            return await self._write(lambda c: self._fold(c, change))
-        written = await self._write(lambda c: self._change(c, change))
+            return await self._write(lambda connection: self._fold(connection, change))
+        written = await self._write(lambda connection: self._change(connection, change))
         # The other changes do not wait for the disk, because the next manager finds them in the bucket.
         if isinstance(change, (AddJob, SetControl, Reopen)):
             await self._on_disk(None)
@@ -142,7 +153,7 @@ class SqlLedger:
     def _change(self, connection: Connection, change: JobChange) -> ChangeResult:
         if isinstance(change, AddJob):
             return self._add_job(connection, change)
-        projection = job_rows.load(connection, change.job_id)
+        projection = load_job(connection, change.job_id)
         before = Snapshot.of(projection)
         # The existing bundles are not loaded, because the statement that stores bundles leaves them.
         rows = ledger_projection.apply(projection, change, {})
@@ -152,18 +163,18 @@ class SqlLedger:
 
     def _add_job(self, connection: Connection, change: AddJob) -> ChangeResult:
         projection, rows = ledger_projection.begin(change)
-        existing = job_rows.add(connection, self._upserts, projection)
+        existing = add_job(connection, self._upserts, projection)
         if existing is not None:
-            return ChangeResult(job_rows.load(connection, existing).rows(), is_new=False)
-        bundle_rows.store_bundle(connection, self._upserts, projection, rows)
+            return ChangeResult(load_job(connection, existing).rows(), is_new=False)
+        store_bundles(connection, self._upserts, projection, rows)
         return ChangeResult(projection.rows(), is_new=True)
 
     def _fold(self, connection: Connection, change: Fold) -> FoldResult:
         count = len(change.completions)
         positions = ledger_projection.positions_by_job(change)
-        loaded = {job: job_rows.load(connection, job) for job in positions}
+        loaded = {job: load_job(connection, job) for job in positions}
         ledger_projection.check_stages(loaded, change)
-        known = bundle_rows.load_known(
+        known = load_known(
             connection,
             self._upserts,
             [
@@ -186,22 +197,21 @@ class SqlLedger:
     def _store(
         self, connection: Connection, projection: Projection, before: Snapshot, rows: Iterable[BundleRow]
     ) -> None:
-        job_rows.store(connection, projection, before)
+        store_job(connection, projection, before)
         void = [name for name, stage in projection.stages.items() if stage.void_at != NEVER]
-        bundle_rows.make_void(connection, projection.job.id, void)
-        bundle_rows.store_bundle(connection, self._upserts, projection, rows)
+        make_void(connection, projection.job.id, void)
+        store_bundles(connection, self._upserts, projection, rows)
 
     # --- Reads -----------------------------------------------------------------------------------
 
     async def job(self, job: JobId) -> JobRecord:
-        return await self._read(lambda c: job_rows.find_job(c, job), quick=True)
+        return await self._read(lambda connection: find_job(connection, job), quick=True)
 
     async def jobs(self, *, active: bool = False, limit: int = 100, before: str | None = None) -> Sequence[JobRecord]:
-        """Return a page of jobs. Raise NotFound if the job `before` does not exist."""
-        return await self._read(lambda c: job_rows.page_of_jobs(c, active, limit, before))
+        return await self._read(lambda connection: page_of_jobs(connection, active, limit, before))
 
     async def rows(self, job: JobId) -> JobRows:
-        return await self._read(lambda c: job_rows.rows_of(c, job), quick=True)
+        return await self._read(lambda connection: rows_of(connection, job), quick=True)
 
     async def bundles(
         self,
@@ -213,8 +223,8 @@ class SqlLedger:
         failed: bool = False,
         limit: int | None = None,
     ) -> Sequence[BundleRecord]:
-        query = bundle_rows.select_bundles(job, stage, done, after_seq, failed).limit(limit)
-        return await self._read(lambda c: bundle_rows.records(c, query))
+        query = select_bundles(job, stage, done, after_seq, failed).limit(limit)
+        return await self._read(lambda connection: read_bundles(connection, query))
 
     # --- The rest --------------------------------------------------------------------------------
 
@@ -230,15 +240,17 @@ class SqlLedger:
         return await self._write(take)
 
     async def release(self, name: str, owner: str) -> None:
-        await self._write(lambda c: c.execute(_release, {"b_name": name, "b_owner": owner}))
+        await self._write(lambda connection: connection.execute(_release, {"b_name": name, "b_owner": owner}))
 
     async def restore(self, past: JobHistory, *, over: JobRows | None) -> bool:
-        return await self._on_disk(await self._write(lambda c: self._restore(c, past, over), quick=False))
+        return await self._on_disk(
+            await self._write(lambda connection: self._restore(connection, past, over), quick=False)
+        )
 
     def _restore(self, connection: Connection, past: JobHistory, over: JobRows | None) -> bool:
         job = past.job.id
         try:
-            is_same = job_rows.rows_of(connection, job).is_version(over)
+            is_same = rows_of(connection, job).is_version(over)
         except NotFound:
             is_same = over is None
         if not is_same:
@@ -247,13 +259,13 @@ class SqlLedger:
         count = sum(len(one.completions) for one in past.rounds)
         last = connection.execute(self._upserts.take_seqs, {"count": count}).scalar_one()
         projection, rows = ledger_projection.restore(past, last - count + 1)
-        if job_rows.add(connection, self._upserts, projection) is not None:
-            raise NotFound(f"The ledger has no job {job}: another job has its token.")
-        bundle_rows.store_bundle(connection, self._upserts, projection, rows)
+        if add_job(connection, self._upserts, projection) is not None:
+            raise NotFound(f"The ledger does not have a job {job}: another job has its token.")
+        store_bundles(connection, self._upserts, projection, rows)
         return True
 
     async def forget(self, jobs: Sequence[JobId] | None = None) -> None:
-        await self._write(lambda c: _forget(c, jobs), quick=False)
+        await self._write(lambda connection: _forget(connection, jobs), quick=False)
         await self._on_disk(None)
 
     async def dump(self) -> dict[str, Json]:
@@ -261,7 +273,9 @@ class SqlLedger:
 
         Two ledgers with the same history are equal, in whatever order they received it. `seq` is this order.
         """
-        return await self._read(lambda c: {table.name: _dump(c, table) for table in (jobs, stages, bundles)})
+        return await self._read(
+            lambda connection: {table.name: _dump(connection, table) for table in (jobs, stages, bundles)}
+        )
 
     async def close(self) -> None:
         """Wait for running calls. No other call may follow."""

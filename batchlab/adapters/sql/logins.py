@@ -19,17 +19,17 @@ if TYPE_CHECKING:
     from batchlab.adapters.aws.endpoint import Endpoint
 
 
-_here = threading.local()
+_thread = threading.local()
 
 
-class _Hush(logging.Filter):
+class _SecretFilter(logging.Filter):
     """Log filter that drops all records of a thread while it receives a secret."""
 
     def filter(self, record: logging.LogRecord) -> bool:  # noqa: ARG002
-        return not getattr(_here, "is_told_a_secret", False)
+        return not getattr(_thread, "receives_secret", False)
 
 
-_hush = _Hush()
+_filter = _SecretFilter()
 
 
 @contextmanager
@@ -37,12 +37,12 @@ def in_secret() -> Iterator[None]:
     """Suppress boto3's log records of this thread. At level DEBUG, botocore logs answers and signatures."""
     for name in list(logging.root.manager.loggerDict):
         if name.startswith(("boto", "urllib3")):
-            logging.getLogger(name).addFilter(_hush)
-    _here.is_told_a_secret = True
+            logging.getLogger(name).addFilter(_filter)
+    _thread.receives_secret = True
     try:
         yield
     finally:
-        _here.is_told_a_secret = False
+        _thread.receives_secret = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ class SecretLogins:
         """Set the name or ARN of the secret, without fetching it."""
         self._endpoint = endpoint
         self._secret = secret
-        self._found: Login | None = None
+        self._login: Login | None = None
         self._lock = threading.Lock()
 
     @property
@@ -89,9 +89,9 @@ class SecretLogins:
     def login(self, *, refused: Login | None = None) -> Login:
         with self._lock:
             # Another thread may have fetched it since the refused login was returned.
-            if self._found is None or self._found == refused:
-                self._found = self._fetch()
-            return self._found
+            if self._login is None or self._login == refused:
+                self._login = self._fetch()
+            return self._login
 
     def _fetch(self) -> Login:
         from batchlab.adapters.aws.endpoint import client, translated
@@ -113,7 +113,7 @@ class SecretLogins:
         if doc is None or not isinstance(user, str) or not isinstance(password, str):
             # The error omits its cause, whose text might contain the secret.
             raise BackendError(
-                f"The secret {self._secret} holds no login.",
+                f"The secret {self._secret} does not contain a login.",
                 remedy='It must be JSON: {"username": ..., "password": ...}.',
             )
         return Login(user, password)

@@ -62,7 +62,7 @@ def postgres_engine(url: str, schema: str, *, ca: Path | None = None, logins: Lo
     if not _SCHEMA_NAME.fullmatch(schema) or schema.startswith("pg_"):
         raise UsageError(
             f"{schema!r} cannot be the name of a schema.",
-            remedy="Take up to 63 small letters, digits, `_`, `-` and `.`, a letter first.",
+            remedy="Use up to 63 small letters, digits, `_`, `-`, and `.`, and begin with a letter.",
         )
     parsed = _parsed(url)
     defaults = _DEFAULTS | _tls(parsed, ca, is_remote=logins is not None)
@@ -89,7 +89,7 @@ def _parsed(url: str) -> URL:
     if parsed is None or parsed.drivername not in ("postgresql", "postgres", "postgresql+psycopg"):
         # The error omits its cause and the URL, which may contain a password.
         raise UsageError(
-            "The ledger's URL is none of a PostgreSQL database.",
+            "The ledger's URL is not the URL of a PostgreSQL database.",
             remedy="Write postgresql://USER:PASSWORD@HOST:PORT/DATABASE, with special characters "
             "of the password as %XX.",
         )
@@ -105,13 +105,13 @@ def _tls(parsed: URL, ca: Path | None, *, is_remote: bool) -> dict[str, str]:
         return {"sslmode": "verify-full", "sslrootcert": "system"}
     if parsed.query.get("sslmode", "verify-full") != "verify-full" or "sslrootcert" in parsed.query:
         raise UsageError(
-            "The ledger's URL and the CA bundle disagree on how its server is checked.",
-            remedy="Leave sslmode and sslrootcert out of the URL, or name no CA bundle.",
+            "The ledger's URL and the CA bundle set different checks of the server.",
+            remedy="Remove sslmode and sslrootcert from the URL, or do not name a CA bundle.",
         )
     if not ca.is_file():
         raise UsageError(
-            f"There is no CA bundle {ca}.",
-            remedy="For RDS download https://truststore.pki.rds.amazonaws.com/global/global-bundle.pem.",
+            f"The CA bundle {ca} does not exist.",
+            remedy="For RDS, download https://truststore.pki.rds.amazonaws.com/global/global-bundle.pem.",
         )
     return {"sslmode": "verify-full", "sslrootcert": str(ca)}
 
@@ -181,17 +181,17 @@ class Connect:
         except psycopg.OperationalError as error:
             if not is_refusal(error):
                 raise
-            text = f"The ledger {self._ledger} does not take the password of {self._logins.where}"
+            text = f"The ledger {self._ledger} refuses the password of {self._logins.where}"
             if self._has_worked == login:
                 # The database already has the new password, but the secret still has the old one.
-                raise Unreachable(f"{text}; it is being changed.") from error
+                raise Unreachable(f"{text}. The password is being changed.") from error
             raise BackendError(
-                f"{text}: {one_line(error)}.", remedy="Look at what it holds, and at whether that user may log in."
+                f"{text}: {one_line(error)}.", remedy="Check the content of the secret and the permissions of the user."
             ) from error
 
     def _connected(self, login: Login, args: Any, options: Any) -> _Bounded:
-        given = {**options, "user": login.user, "password": login.password}
-        connection = _Bounded.connect(*args, autocommit=True, **given)
+        with_login = {**options, "user": login.user, "password": login.password}
+        connection = _Bounded.connect(*args, autocommit=True, **with_login)
         self._has_worked = login
         return connection
 

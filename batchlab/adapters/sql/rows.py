@@ -1,12 +1,8 @@
-"""Loading and storing of job and stage rows.
+"""Loading and storing of the rows of jobs, stages, and bundles.
 
-Invariant: a writing transaction excludes others, so a loaded row has not changed when it is stored. The ledger
-projection decides what a change does.
-
-Loading and storing of bundle rows.
-
-Invariant: the row of a bundle changes once, from planned to done. The statement that stores rows leaves a done row
-unchanged.
+Invariants: a writing transaction excludes others, so a loaded row has not changed when it is stored. The ledger
+projection decides what a change does. The row of a bundle changes once, from planned to done: the statement that stores
+rows does not change a done row.
 """
 
 from __future__ import annotations
@@ -53,7 +49,7 @@ _job_with_stages = (
 )
 _last_seq = select(func.max(bundles.c.seq)).where(bundles.c.job == bindparam("job"))
 _insert_stages = insert(stages)
-_store_job = update(jobs).where(jobs.c.id == bindparam("b_job")).values({name: bindparam(name) for name in _JOB})
+_update_job = update(jobs).where(jobs.c.id == bindparam("b_job")).values({name: bindparam(name) for name in _JOB})
 _stage = update(stages).where(stages.c.job == bindparam("b_job"), stages.c.stage == bindparam("b_stage"))
 _get_job = attrgetter(*_JOB)
 _GROUPS = tuple((attrgetter(*columns), columns) for columns in (_PLAN, _COUNTERS))
@@ -64,7 +60,7 @@ _STORE = {columns: _stage.values({name: bindparam(name) for name in columns}) fo
 # --- Loading --------------------------------------------------------------------------------------
 
 
-def load(connection: Connection, name: JobId) -> Projection:
+def load_job(connection: Connection, name: JobId) -> Projection:
     """Load a job with its stages. Raise NotFound if the job does not exist."""
     rows = connection.execute(_job_with_stages, {"job": name}).all()
     if not rows:
@@ -79,7 +75,7 @@ def load(connection: Connection, name: JobId) -> Projection:
 
 def rows_of(connection: Connection, name: JobId) -> JobRows:
     """Return the rows of a job with their stamp. Raise NotFound if the job does not exist."""
-    projection = load(connection, name)
+    projection = load_job(connection, name)
     # Some completions change no counter, so the newest seq identifies the version of a job.
     last = connection.execute(_last_seq, {"job": name}).scalar_one()
     return projection.rows(-1 if last is None else last)
@@ -105,7 +101,7 @@ def _row(connection: Connection, name: JobId) -> RowMapping:
 
 
 def _no_job(name: JobId) -> NotFound:
-    return NotFound(f"The ledger has no job {name}.")
+    return NotFound(f"The ledger does not have a job {name}.")
 
 
 def _projection(spec: str, state: str, reason: str, control: str, round_: int, ended_s: float | None) -> Projection:
@@ -125,7 +121,7 @@ def _job_def(spec: str) -> JobDef:
 # --- Storing --------------------------------------------------------------------------------------
 
 
-def add(connection: Connection, upserts: Upserts, projection: Projection) -> JobId | None:
+def add_job(connection: Connection, upserts: Upserts, projection: Projection) -> JobId | None:
     """Insert a job with its stages. Return the id of the job that already has its id or token, or None."""
     job = projection.job
     row = {
@@ -164,11 +160,11 @@ class Snapshot:
         )
 
 
-def store(connection: Connection, projection: Projection, before: Snapshot) -> None:
+def store_job(connection: Connection, projection: Projection, before: Snapshot) -> None:
     """Store the values that differ from `before`."""
     name = projection.job.id
     if _get_job(projection) != before.job:
-        connection.execute(_store_job, {"b_job": name, **_job_values(projection)})
+        connection.execute(_update_job, {"b_job": name, **_job_values(projection)})
     for group, (get, columns) in enumerate(_GROUPS):
         changed = [
             {"b_job": name, "b_stage": stage, **_values(one, columns)}
@@ -216,7 +212,7 @@ def make_void(connection: Connection, job: JobId, names: Iterable[StageName]) ->
         connection.execute(_make_void, {"b_job": job, "b_stage": name})
 
 
-def store_bundle(connection: Connection, upserts: Upserts, projection: Projection, rows: Iterable[BundleRow]) -> None:
+def store_bundles(connection: Connection, upserts: Upserts, projection: Projection, rows: Iterable[BundleRow]) -> None:
     """Store these rows. Leave a row that is done or that would be planned a second time."""
     job = projection.job.id
     values = []
@@ -251,7 +247,7 @@ def select_bundles(
     return query
 
 
-def records(connection: Connection, query: Select[int | None, str]) -> list[BundleRecord]:
+def read_bundles(connection: Connection, query: Select[int | None, str]) -> list[BundleRecord]:
     return [_bundle_record(seq, body) for seq, body in connection.execute(query)]
 
 

@@ -1,10 +1,8 @@
 """Tables of the ledger in this version, and the statements that insert or update rows.
 
-Invariant: `metadata` and the migrations up to HEAD describe the same schema. A test compares them, so a new database
-may be created from either.
-
-Only the spelling of the insert-or-update statements differs between SQLite and PostgreSQL. Invariant: each decides and
-answers in one statement, so no second writer comes in between.
+Invariants: `metadata` and the migrations up to HEAD describe the same schema. A test compares them, so a new database
+may be created from either. Each insert-or-update statement decides and answers in one statement, so no second writer
+comes in between. Only its spelling differs between SQLite and PostgreSQL.
 """
 
 from __future__ import annotations

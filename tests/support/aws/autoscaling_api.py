@@ -209,7 +209,7 @@ def moto_world(endpoint: Endpoint, check: FleetCheck) -> None:
         ec2.terminate_instances(InstanceIds=[instance])
 
     rest = lambda: asyncio.sleep(0)  # noqa: E731
-    asyncio.run(_check(check, endpoint, crash, rest, told="gone from its group"))
+    asyncio.run(_check(check, endpoint, crash, rest, told="no longer in its group"))
 
 
 def launch_template(ec2: Any) -> None:

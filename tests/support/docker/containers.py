@@ -20,8 +20,9 @@ import pytest
 from docker import APIClient
 
 from batchlab.adapters.aws.metadata_server import Signals
+from batchlab.adapters.docker.container import Template
 from batchlab.adapters.docker.engine import Engine, sweep
-from batchlab.adapters.docker.launcher import ContainerLauncher, Template
+from batchlab.adapters.docker.launcher import ContainerLauncher
 from batchlab.core import instance_types
 from batchlab.core.errors import BackendError
 from batchlab.core.model import Pool

@@ -89,7 +89,7 @@ PLACES = [
     Case(
         "damaged ledger",
         "has a ledger that is damaged",
-        "file is not a database. Move it away and start the grid again",
+        "file is not a database. Move the file away and start the grid again",
         home("ledger.sqlite", GARBAGE),
         RUN,
         3,
@@ -97,7 +97,7 @@ PLACES = [
     Case(
         "damaged queue",
         "has a queue file that is damaged",
-        "Move it away and start the grid again: what was in it is sent anew",
+        "Move the file away and start the grid again. The manager sends the messages again",
         home("queue.sqlite", GARBAGE),
         RUN,
         3,
