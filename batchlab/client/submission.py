@@ -39,7 +39,7 @@ from batchlab.core.job_definition import JobDef, StageDef
 from batchlab.core.model import JobId, Json, StageName, TaskSet
 from batchlab.core.protocol import json_format, object_keys, values
 from batchlab.core.task_context import File, name_problem
-from batchlab.manager.stage_plans import FEW, FEW_BYTES, ITEM_BYTES, PART_ITEMS, PartWriter
+from batchlab.manager.stage_plans import ITEM_BYTES, MAX_STORED_BYTES, MAX_STORED_ITEMS, PART_ITEMS, PartWriter
 from batchlab.worker.executor_calls import Starred
 
 if TYPE_CHECKING:
@@ -316,9 +316,9 @@ class JobSubmitter:
                 kept.clear()
             kept.append(chunk)
             count += len(chunk.items)
-            if are_few and count <= FEW and not chunk.files:
+            if are_few and count <= MAX_STORED_ITEMS and not chunk.files:
                 size_bytes += sum(map(values.roughly, chunk.items))
-                are_few = size_bytes <= FEW_BYTES
+                are_few = size_bytes <= MAX_STORED_BYTES
             else:
                 are_few = False
         if are_few:

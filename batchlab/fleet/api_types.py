@@ -1,13 +1,8 @@
-"""Types of AWS's Auto Scaling API as frozen values.
+"""Types and errors of AWS's Auto Scaling API, and the external data of a group.
 
 Every field has AWS's name in snake case (`botocore.xform_name`), AWS's default, and AWS's unit. Durations are in
 seconds, times in seconds since the epoch, and percentages from 0 to 100. Fields that AWS omits from an answer are None.
-
-Errors of the Auto Scaling API, with AWS's error codes.
-
-Each `code` is the one in the response. The message is AWS's if it is known.
-
-External data of a group: launch templates, metrics, and prices.
+The name of an error class is AWS's error code, and the message is AWS's if it is known.
 """
 
 from __future__ import annotations
@@ -128,13 +123,12 @@ class InstanceDetails:
     health_status: str
     protected_from_scale_in: bool
     launch_template: LaunchTemplate | None = None
-    """The launch template with the number of the launched version."""
     launch_configuration_name: str = ""
     weighted_capacity: int | None = None
     market: Market = Market.ON_DEMAND
     launched_s: float = 0.0
     note: str = ""
-    """The reason of its state as text. AWS does not have this field."""
+    """Reason of the state. AWS does not have this field."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +140,7 @@ class GroupDetails:
     desired_capacity: int
     created_time: float
     instances: tuple[InstanceDetails, ...]
-    """The instances except Terminated ones and those of the warm pool, as on AWS."""
+    """As on AWS, without Terminated instances and without the warm pool."""
     suspended_processes: tuple[tuple[Process, str], ...] = ()
     """Suspended processes with AWS's SuspensionReason."""
     tags: tuple[Tag, ...] = ()
@@ -180,7 +174,6 @@ class LifecycleHook:
     auto_scaling_group_name: str
     lifecycle_hook_name: str
     lifecycle_transition: str
-    """LAUNCHING or TERMINATING."""
     heartbeat_timeout: int = 3600
     default_result: str = ABANDON
     notification_target_arn: str = ""
@@ -218,8 +211,7 @@ class StepAdjustment:
 
 @dataclass(frozen=True, slots=True)
 class TargetTracking:
-    """TargetTrackingConfiguration. A customized metric is JSON text, which the source of the metric's value
-    interprets."""
+    """TargetTrackingConfiguration. A customized metric is JSON text."""
 
     target_value: float
     predefined_metric_type: str = ""
@@ -236,7 +228,6 @@ class ScalingPolicy:
     policy_type: str = "SimpleScaling"
     """SimpleScaling, StepScaling, or TargetTrackingScaling."""
     adjustment_type: str = ""
-    """ChangeInCapacity, ExactCapacity, or PercentChangeInCapacity."""
     min_adjustment_magnitude: int | None = None
     scaling_adjustment: int | None = None
     cooldown: int | None = None
@@ -278,9 +269,7 @@ class RefreshPreferences:
     checkpoint_percentages: tuple[int, ...] = ()
     checkpoint_delay: int = 3600
     scale_in_protected_instances: str = "Wait"
-    """Wait, Refresh, or Ignore."""
     standby_instances: str = "Wait"
-    """Wait, Terminate, or Ignore."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,7 +305,6 @@ class WarmPool:
     min_size: int = 0
     max_group_prepared_capacity: int | None = None
     pool_state: str = "Stopped"
-    """Stopped, Running, or Hibernated."""
     reuse_on_scale_in: bool = False
     status: str | None = None
     """ "PendingDelete" while its instances are terminated."""
@@ -334,9 +322,9 @@ class Metadata:
     target_lifecycle_state: str
     """`autoscaling/target-lifecycle-state`: InService, Terminated, Standby, Warmed:Stopped, …"""
     spot_action: str = ""
-    """`spot/instance-action`: terminate; empty if there is none (the path answers 404)."""
+    """`spot/instance-action`: terminate, or empty without an interruption (the path answers 404)."""
     spot_time: float | None = None
-    """When the instance is terminated by force, in seconds since the epoch."""
+    """Time of the forced termination, in seconds since the epoch."""
     rebalance_time: float | None = None
     """`events/recommendations/rebalance`: time of the recommendation (epoch seconds)."""
     tags: tuple[tuple[str, str], ...] = field(default=())
@@ -345,7 +333,10 @@ class Metadata:
 class Fault(Refused):
     """A refused request. All have HTTP status 400, as on AWS."""
 
-    code: ClassVar[str] = "ValidationError"
+    code: ClassVar[str]
+
+    def __init_subclass__(cls) -> None:
+        cls.code = cls.__name__
 
 
 class ValidationError(Fault):
@@ -355,52 +346,36 @@ class ValidationError(Fault):
 class AlreadyExists(Fault):
     """A group of this name exists."""
 
-    code = "AlreadyExists"
-
 
 class LimitExceeded(Fault):
     """The group has the maximum number of hooks, policies, or actions."""
-
-    code = "LimitExceeded"
 
 
 class ResourceInUse(Fault):
     """The group has instances, and ForceDelete was not given."""
 
-    code = "ResourceInUse"
-
 
 class ScalingActivityInProgress(Fault):
     """A cooldown or an activity in progress prevents the request."""
-
-    code = "ScalingActivityInProgress"
 
 
 class InstanceRefreshInProgress(Fault):
     """Another instance refresh is in progress."""
 
-    code = "InstanceRefreshInProgress"
-
 
 class ActiveInstanceRefreshNotFound(Fault):
     """The group does not have an active refresh."""
-
-    code = "ActiveInstanceRefreshNotFound"
 
 
 class IrreversibleInstanceRefresh(Fault):
     """The instance refresh cannot be rolled back."""
 
-    code = "IrreversibleInstanceRefresh"
-
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """The data of a launch template version that a launch needs. The launcher gets `slots`, `boot_s`, and `env` in its
-    Pool."""
+    """The data of a launch template version that a launch needs."""
 
     reference: LaunchTemplate
-    """The id, the name, and the number of the version."""
     instance_type: str = ""
     market: Market = Market.ON_DEMAND
     slots: int = 1
@@ -409,7 +384,7 @@ class Template:
 
 
 class Templates(Protocol):
-    """Store of launch templates. Every launch reads it, so `$Latest` is the latest version."""
+    """Store of launch templates. Every launch reads the store, so `$Latest` is the latest version."""
 
     def template(self, reference: LaunchTemplate) -> Template:
         """Return the referenced version. Raise ValidationError if it does not exist."""
@@ -419,9 +394,9 @@ class Templates(Protocol):
 
 
 @runtime_checkable
-class Resting(Protocol):
-    """A launcher that can stop and restart instances. `Launcher.running` includes stopped instances, because they have
-    not ended. `terminate` ends them too."""
+class StoppableLauncher(Protocol):
+    """A launcher that can stop and restart instances. `Launcher.running` includes stopped instances, and `terminate`
+    ends them too."""
 
     async def stop(self, instance: str, *, hibernate: bool) -> None:
         """Stop an instance, and return when it has stopped. `hibernate` keeps its memory."""

@@ -1,12 +1,8 @@
-"""Requests for instance refreshes and warm pools.
+"""AWS's Auto Scaling API over a launcher, with AWS's names, defaults, and errors.
 
-AWS's Auto Scaling requests over the engine, with one file for each kind.
-
-AWS's Auto Scaling API over a launcher, with AWS's names, defaults, and errors.
-
-Requests only change the state. `tick`, the only coroutine, applies the changes. Call it about every
-second, and immediately after a request. A request raises a Fault (see `errors`) if AWS would answer
-400. Lists are complete, because the server does the paging.
+Requests only change the state. `tick`, the only coroutine, applies the changes. The caller calls `tick` about every
+second, and immediately after a request. A request raises a Fault if AWS would answer 400. Lists are complete, because
+the server does the paging.
 """
 
 from __future__ import annotations
@@ -26,7 +22,7 @@ from batchlab.fleet.api_types import (
     IrreversibleInstanceRefresh,
     LaunchTemplate,
     RefreshPreferences,
-    Resting,
+    StoppableLauncher,
     ValidationError,
     WarmPool,
 )
@@ -41,8 +37,6 @@ _STEPLESS = ("$Latest", "$Default")
 
 
 class RefreshRequests(Requests):
-    """Requests for instance refreshes, as in AWS's API reference."""
-
     def start_instance_refresh(
         self,
         name: str,
@@ -59,12 +53,12 @@ class RefreshRequests(Requests):
             )
         if strategy != "Rolling":
             raise ValidationError(f"The strategy {strategy} is not supported; Rolling is.")
-        _check(preferences, desired_configuration)
+        _check_preferences(preferences, desired_configuration)
         if desired_configuration is not None:
             wanted = placement.apply(
                 asg.config, desired_configuration.launch_template, desired_configuration.mixed_instances_policy
             )
-            placement.check(wanted, self._facts)
+            placement.check(wanted, self._data_sources)
         started = InstanceRefresh(
             self._changes.ids.fresh("refresh"),
             name,
@@ -73,7 +67,7 @@ class RefreshRequests(Requests):
             preferences=preferences,
             desired_configuration=desired_configuration,
         )
-        instance_refresh.begin(self._changes, group, asg, started, self._facts)
+        instance_refresh.begin(self._changes, group, asg, started, self._data_sources)
         self._save()
         return started.instance_refresh_id
 
@@ -81,22 +75,22 @@ class RefreshRequests(Requests):
         """Cancel the refresh and return its id. Started replacements are completed."""
         _, asg = self._changeable(name)
         if asg.rolling is None:
-            raise _none(name)
+            raise _no_refresh(name)
         instance_refresh.cancel(self._changes, asg.rolling)
         self._save()
         return asg.rolling.refresh.instance_refresh_id
 
     def rollback_instance_refresh(self, name: str) -> str:
-        """Roll the refresh back and return its id. Raise IrreversibleInstanceRefresh if it has no desired
-        configuration, or if the group's own template has no fixed version."""
+        """Roll the refresh back and return its id. Raise IrreversibleInstanceRefresh if the refresh lacks a desired
+        configuration, or if the version of the group's own template is not fixed."""
         group, asg = self._changeable(name)
         if asg.rolling is None:
-            raise _none(name)
+            raise _no_refresh(name)
         if asg.rolling.refresh.desired_configuration is None:
             raise IrreversibleInstanceRefresh(
                 "The instance refresh has no desired configuration, so there is nothing to undo."
             )
-        own = _template(asg.config)
+        own = _template_of_group(asg.config)
         if own is not None and own.version in _STEPLESS:
             raise IrreversibleInstanceRefresh(f"The group's own launch template version is {own.version}, which moves.")
         instance_refresh.roll_back(self._changes, group, asg.rolling)
@@ -105,7 +99,7 @@ class RefreshRequests(Requests):
 
     def describe_instance_refreshes(self, name: str, refresh_ids: Sequence[str] = ()) -> Sequence[InstanceRefresh]:
         """Return refreshes, newest first."""
-        _, asg = self._named(name)
+        _, asg = self._asg_group(name)
         running = [asg.rolling.refresh] if asg.rolling else []
         return [
             instance_refresh
@@ -114,18 +108,18 @@ class RefreshRequests(Requests):
         ]
 
 
-def _template(config: GroupConfig) -> LaunchTemplate | None:
+def _template_of_group(config: GroupConfig) -> LaunchTemplate | None:
     mixed = config.mixed_instances_policy
     return mixed.launch_template if mixed else config.launch_template
 
 
-def _none(name: str) -> ActiveInstanceRefreshNotFound:
+def _no_refresh(name: str) -> ActiveInstanceRefreshNotFound:
     return ActiveInstanceRefreshNotFound(
         f"No in progress or pending Instance Refresh found for Auto Scaling group {name}"
     )
 
 
-def _check(preferences: RefreshPreferences, wanted: DesiredConfiguration | None) -> None:
+def _check_preferences(preferences: RefreshPreferences, wanted: DesiredConfiguration | None) -> None:
     low, high = preferences.min_healthy_percentage, preferences.max_healthy_percentage
     if not 0 <= low <= 100 <= high <= 200 or high - low > 100:
         raise ValidationError(
@@ -147,8 +141,6 @@ def _check(preferences: RefreshPreferences, wanted: DesiredConfiguration | None)
 
 
 class WarmPoolRequests(Requests):
-    """Requests for warm pools, as in AWS's API reference."""
-
     def put_warm_pool(self, name: str, warm_pool: WarmPool) -> None:
         """Create or change the warm pool. Instances in the pool keep their state."""
         _, asg = self._changeable(name)
@@ -164,14 +156,13 @@ class WarmPoolRequests(Requests):
             raise ValidationError(
                 "MaxGroupPreparedCapacity must not be less than the MinSize of the warm pool or that of the group."
             )
-        if warm_pool.pool_state != "Running" and not isinstance(self._launcher, Resting):
+        if warm_pool.pool_state != "Running" and not isinstance(self._launcher, StoppableLauncher):
             raise ValidationError(
                 f"This endpoint's instances cannot be {warm_pool.pool_state.lower()}; give the warm"
                 " pool the PoolState Running."
             )
         asg.warm_pool = replace(warm_pool, max_group_prepared_capacity=prepared, status=None)
-        self._changes.unsaved = True
-        self._save()
+        self._save(changed=True)
 
     def delete_warm_pool(self, name: str, *, force_delete: bool = False) -> None:
         """Delete the warm pool. With `force_delete`, its instances are terminated at once. Otherwise, the next tick
@@ -187,7 +178,7 @@ class WarmPoolRequests(Requests):
 
     def describe_warm_pool(self, name: str) -> tuple[WarmPool | None, Sequence[InstanceDetails]]:
         """Return the configuration, or None without a warm pool, and the instances."""
-        group, asg = self._named(name)
+        group, asg = self._asg_group(name)
         return asg.warm_pool, [instance_details(group, member) for member in warm.members(group)]
 
 

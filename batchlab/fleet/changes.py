@@ -1,15 +1,8 @@
-"""Changes of a group's state, each with its activity, without I/O.
+"""Changes of a group's state, without I/O, and the record of these changes.
 
-Invariant: a change is always recorded. Each opens or settles exactly one activity, and marks the state as unsaved.
-
-Records of every change of a group: activities, notices, and terminated instances.
-
-Activities of a plain pool have a short form. Activities of an Auto Scaling group have AWS's wording: sentences that
-begin with a time and are separated by two spaces.
-
-The `SteadyClock` gives times that are valid after a restart and never go back. The monotonic clock starts again with
-every process, and the wall clock may jump, so it adds the monotonic clock's progress to the wall clock's value at the
-start.
+Invariant: each change opens or settles exactly one activity, and marks the state as unsaved. Activities of a plain pool
+have a short form. Activities of an Auto Scaling group have AWS's wording: sentences that begin with a time and are
+separated by two spaces.
 """
 
 from __future__ import annotations
@@ -24,24 +17,24 @@ from batchlab.fleet import lifecycle_hooks, warm_pool
 from batchlab.fleet.api_types import LAUNCHING, TERMINATING, LifecycleNotification, Process
 from batchlab.fleet.group_state import ON_STANDBY, STARTING, WARMING, ActivityLog, Asg, Group, Member, weigh
 from batchlab.fleet.placement import Placement
-from batchlab.fleet.termination import CRASH_LOOP, victims, wait_s
+from batchlab.fleet.termination import CRASH_LOOP, crash_loop_wait_s, victims
 
 
 class SteadyClock:
-    """Clock in seconds since the epoch that advances with the monotonic clock."""
+    """Clock in seconds since the epoch that is valid after a restart and never goes back. It adds the monotonic clock's
+    progress to the wall clock's value at the start."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._ahead_s = clock.now_s() - clock.monotonic_s()
 
     def now_s(self) -> float:
-        """Return the time. It differs from the wall clock if that was set since the start."""
         return self._clock.monotonic_s() + self._ahead_s
 
 
 KEEP_NOTICES = 1_000
 KEEP_REASONS = 4
-"""Most reasons in a cause. AWS also limits causes, to 1,023 characters."""
+"""Maximum number of reasons in a cause. AWS also limits causes, to 1,023 characters."""
 
 
 def stamp(at_s: float) -> str:
@@ -50,8 +43,8 @@ def stamp(at_s: float) -> str:
 
 
 class Record:
-    """Activities and other records of changes. `dead` has the instances that ended, and `notices` the newest 1,000
-    notifications of waiting instances. `unsaved` is true if anything changed. The caller resets all three."""
+    """Activities and other records of changes. `dead` has the instances that ended, `notices` the newest 1,000
+    lifecycle notifications, and `unsaved` is true after a change. The caller resets all three."""
 
     def __init__(self, log: ActivityLog, clock: Clock, ids: Ids) -> None:
         self.log = log
@@ -63,7 +56,6 @@ class Record:
         self._clock = clock
 
     def now_s(self) -> float:
-        """Return the wall clock's time."""
         return self._clock.now_s()
 
     def note(self, pool: str, description: str, cause: str, status: str = "Successful") -> int:
@@ -72,17 +64,15 @@ class Record:
         return self.log.add(pool, self.now_s(), description, cause, status)
 
     def settle(self, group: Group, activity: int, status: str, *, more: str = "", message: str = "") -> None:
-        """Give an activity its final status."""
         self.unsaved = True
         name, now_s = group.pool.name, self.now_s()
         self.log.settle(name, activity, status, now_s, more=more, message=message)
 
     def mark(self, group: Group, activity: int, status: str) -> None:
-        """Set the status of an activity in progress."""
         self.unsaved = True
         self.log.mark(group.pool.name, activity, status)
 
-    def told(self, asg: Asg, *sentences: str) -> str:
+    def cause_text(self, asg: Asg, *sentences: str) -> str:
         """Return a cause in AWS's wording: reasons of the desired capacity, then `sentences`."""
         at = stamp(self.now_s())
         return "  ".join([asg.cause] * bool(asg.cause) + [f"At {at} {s}." for s in sentences])
@@ -90,7 +80,7 @@ class Record:
     def explain(self, asg: Asg, sentence: str) -> None:
         """Store the reason of the desired capacity until the capacity is reached. Only the latest KEEP_REASONS reasons
         are kept."""
-        reasons = self.told(asg, sentence).split("  ")
+        reasons = self.cause_text(asg, sentence).split("  ")
         asg.cause = "  ".join(reasons[-KEEP_REASONS:])
         self.unsaved = True
 
@@ -103,15 +93,15 @@ _STUCK = "Could not scale to desired capacity because all remaining instances ar
 class Changes(Record):
     """The only writer of groups and their log."""
 
-    def found(self, pool: Pool) -> Group:
+    def create_group(self, pool: Pool) -> Group:
         """Return a new group for a plain pool."""
         limits = f"min: {pool.min_size}, max: {pool.max_size}, desired: {pool.min_size}"
         self.note(pool.name, "Creating group", f"a user request created the group with {limits}")
         return Group(pool, pool.min_size)
 
-    def want(self, group: Group, desired: int, cause: str, *, cooldown: int | None = None) -> None:
-        """Set desired capacity, and choose instances to terminate at once to keep I5. The cooldown starts when the
-        capacity is reached. `cooldown` replaces the group's default."""
+    def set_desired(self, group: Group, desired: int, cause: str, *, cooldown: int | None = None) -> None:
+        """Set desired capacity, and choose instances to terminate at once to keep I5. `cooldown` replaces the group's
+        default cooldown, which starts when the capacity is reached."""
         before = group.desired
         if desired != before:
             group.desired = desired
@@ -132,7 +122,7 @@ class Changes(Record):
             return
         size = weigh(group.staying())
         for member in victims(group, self.steady.now_s()):
-            left = size - member.bond.weight
+            left = size - member.asg.weight
             shrinking = f"{_DIFFERENCE}, shrinking the capacity from {size} to {left}"
             if warm_pool.takes_back(group, member):
                 warm_pool.take_back(self, group, member, shrinking)
@@ -151,7 +141,7 @@ class Changes(Record):
         group.stuck = stuck
 
     def admit(self, group: Group, size: int, now_s: float, place: Placement | None) -> Member:
-        """Add a Pending member, to be launched, to a group that has `size` without it."""
+        """Add a Pending member to a group with `size` other units of capacity."""
         if group.asg is not None and place is not None:
             return self._admit_to_asg(group, size, now_s, place)
         name = self.ids.fresh("w")
@@ -172,25 +162,25 @@ class Changes(Record):
         asg, name = group.asg, self.ids.fresh("i")
         reason = (
             "an instance was started in response to "
-            f"{_DIFFERENCE}, increasing the capacity from {size} to {size + place.bond.weight}"
+            f"{_DIFFERENCE}, increasing the capacity from {size} to {size + place.asg.weight}"
         )
-        if place.bond.warm:
+        if place.asg.warm:
             reason = "an instance was started to be added to the warm pool"
         elif asg.replacing:
             reason = asg.replacing.pop(0)
         launch = self.note(
-            group.pool.name, f"Launching a new EC2 instance: {name}", self.told(asg, reason), "PreInService"
+            group.pool.name, f"Launching a new EC2 instance: {name}", self.cause_text(asg, reason), "PreInService"
         )
         instance = Instance(
             name,
             group.pool.name,
-            LifecycleState.WARMED_PENDING if place.bond.warm else LifecycleState.PENDING,
+            LifecycleState.WARMED_PENDING if place.asg.warm else LifecycleState.PENDING,
             self.now_s(),
             protected=asg.config.new_instances_protected_from_scale_in,
             note=self._loop_note(group),
             machine=place.machine,
         )
-        member = Member(instance, launch, since_s=now_s, bond=place.bond)
+        member = Member(instance, launch, since_s=now_s, asg=place.asg)
         group.members[name] = member
         return member
 
@@ -202,7 +192,7 @@ class Changes(Record):
     def arrive(self, group: Group, member: Member) -> None:
         """Put an instance into service if it is ready. In a plain pool, its worker must have reported. In an Auto
         Scaling group, its launch hooks must be completed."""
-        if not member.running or member.bond.asleep:
+        if not member.running or member.asg.asleep:
             return
         if member.state in WARMING:
             warm_pool.arrive(self, group, member)
@@ -211,11 +201,11 @@ class Changes(Record):
         if group.asg is None:
             if member.ready:
                 self.put_in_service(group, member)
-                group.calm()
+                group.reset_failures()
         elif (
             member.state is LifecycleState.PENDING
             # Hooks do not run for an instance that returns from standby.
-            and not member.bond.moving
+            and not member.asg.moving
             and lifecycle_hooks.begin(self, group, member, LAUNCHING)
         ):
             self.move(member, LifecycleState.PENDING_WAIT)
@@ -225,18 +215,18 @@ class Changes(Record):
 
     def put_in_service(self, group: Group, member: Member) -> None:
         member.move(LifecycleState.IN_SERVICE, note="")
-        member.bond.in_service_s = self.steady.now_s() if group.asg else None
-        self.settle(group, member.bond.moving or member.launch, "Successful")
-        member.bond.moving, member.bond.warm = 0, False
+        member.asg.in_service_s = self.steady.now_s() if group.asg else None
+        self.settle(group, member.asg.moving or member.launch, "Successful")
+        member.asg.moving, member.asg.warm = 0, False
 
     def move(self, member: Member, state: LifecycleState) -> None:
-        """Change a state, and keep the note and the activity."""
+        """Change a state, and leave the note and the activity unchanged."""
         member.move(state, note=member.instance.note)
         self.unsaved = True
 
     def fail(self, group: Group, member: Member, how: str, *, note: str, why: str = "", dead: bool = False) -> None:
         """Take an unhealthy instance out of service. Hooks do not run for a dead instance."""
-        self._stumble(group, member, how, dead=dead)
+        self._count_failed_start(group, member, how, dead=dead)
         member.instance = replace(member.instance, healthy=False)
         if group.asg is not None and member.staying:
             group.asg.replacing.append(
@@ -246,34 +236,34 @@ class Changes(Record):
 
     def fail_launch(self, group: Group, member: Member, how: str) -> None:
         """Record a failed launch. No instance exists, so no termination is recorded."""
-        self._stumble(group, member, how)
+        self._count_failed_start(group, member, how)
         member.move(LifecycleState.TERMINATING, note=how)
 
     def abandon(self, group: Group, member: Member, how: str) -> None:
         """Terminate an instance whose launch hook was abandoned. It counts as a failed start."""
         self.settle(group, member.launch, "Cancelled", message=how)
-        self._stumble(group, member, how)
+        self._count_failed_start(group, member, how)
         why = "a lifecycle action that was abandoned"
         self.retire(group, member, why=why, note=f"terminated: {how}")
 
     def retire(self, group: Group, member: Member, *, why: str, note: str, hooked: bool = True) -> None:
         """Start the termination of an instance, protected or not. Protection applies only to scale-in. Termination
         hooks run only for instances that have been in service."""
-        if member.bond.moving:
-            self.settle(group, member.bond.moving, "Cancelled")
-            member.bond.moving = 0
+        if member.asg.moving:
+            self.settle(group, member.asg.moving, "Cancelled")
+            member.asg.moving = 0
         elif member.state in STARTING or member.state in WARMING:
             self.settle(group, member.launch, "Cancelled")
         worked = member.state is LifecycleState.IN_SERVICE or member.state in ON_STANDBY
-        member.bond.waits.clear()
-        member.bond.resting = False
+        member.asg.waits.clear()
+        member.asg.resting = False
         member.move(LifecycleState.TERMINATING, note=note)
         if group.asg is None:
             self._open_end(group, member, f"{_OUT} {why}", "instance")
             return
         chosen = [f"instance {member.instance.id} was selected for termination"]
         sentences = [f"{_OUT} {why}", *chosen * (_DIFFERENCE in why)]
-        self._open_end(group, member, self.told(group.asg, *sentences), "EC2 instance")
+        self._open_end(group, member, self.cause_text(group.asg, *sentences), "EC2 instance")
         if hooked and worked and lifecycle_hooks.begin(self, group, member, TERMINATING):
             self.move(member, LifecycleState.TERMINATING_WAIT)
             self.mark(group, member.end, "MidLifecycleAction")
@@ -282,9 +272,8 @@ class Changes(Record):
         what = f"Terminating {noun}: {member.instance.id}"
         member.end = self.note(group.pool.name, what, cause, "InProgress")
 
-    def bury(self, group: Group, member: Member, *, note: str, now_s: float) -> None:
-        """Record that an instance has ended."""
-        member.bond.waits.clear()
+    def record_end(self, group: Group, member: Member, *, note: str, now_s: float) -> None:
+        member.asg.waits.clear()
         member.move(LifecycleState.TERMINATED, note=note)
         member.running, member.since_s = False, now_s
         self.settle(group, member.end, "Successful")
@@ -300,14 +289,14 @@ class Changes(Record):
         group.desired += by
         self.unsaved = True
 
-    def replace_first(self, group: Group, member: Member, why: str) -> None:
-        """Launch a replacement. The instance is terminated once the replacement is in service."""
+    def launch_replacement(self, group: Group, member: Member, why: str) -> None:
+        """Launch a replacement. The group terminates the instance once the replacement is in service."""
         if member.staying and group.asg is not None:
-            member.bond.leaving = why
+            member.asg.leaving = why
             group.asg.replacing.append(f"an instance was launched in response to {why}")
             self.unsaved = True
 
-    def call_healthy(self, member: Member) -> None:
+    def mark_healthy(self, member: Member) -> None:
         """Mark an instance as healthy unless its termination has started."""
         if member.end == 0 and not member.instance.healthy:
             member.instance = replace(member.instance, healthy=True)
@@ -320,7 +309,7 @@ class Changes(Record):
     def back_off(self, group: Group, now_s: float) -> None:
         """Start the next wait of a crash loop if another launch has failed."""
         if group.failed and group.failures >= CRASH_LOOP:
-            pause_s = wait_s(group.waits)
+            pause_s = crash_loop_wait_s(group.waits)
             group.waits += 1
             group.retry_s = now_s + pause_s
             cause = f"{group.failures} instances in a row ended before they were ready, the last: "
@@ -328,7 +317,7 @@ class Changes(Record):
             self.note(group.pool.name, what, cause + group.reason, "Failed")
         group.failed = False
 
-    def forget(self, group: Group, now_s: float) -> None:
+    def forget_terminated(self, group: Group, now_s: float) -> None:
         """Remove instances that have been Terminated for more than KEEP_TERMINATED_S."""
         old = [
             name
@@ -339,16 +328,15 @@ class Changes(Record):
             del group.members[name]
             self.unsaved = True
 
-    def stumble(self, group: Group, how: str) -> None:
-        """Count one more consecutive failed launch."""
+    def count_failure(self, group: Group, how: str) -> None:
         group.failures += 1
         group.reason, group.failed = how, True
-        group.stumbled_s = self.steady.now_s()
+        group.last_failure_s = self.steady.now_s()
 
-    def _stumble(self, group: Group, member: Member, how: str, *, dead: bool = False) -> None:
-        served = member.bond.in_service_s is not None
-        young = dead and served and not lifecycle_hooks.settled(member, self.steady.now_s())
+    def _count_failed_start(self, group: Group, member: Member, how: str, *, dead: bool = False) -> None:
+        served = member.asg.in_service_s is not None
+        young = dead and served and not lifecycle_hooks.has_started(member, self.steady.now_s())
         warming = member.state in WARMING and not served
         if member.state in STARTING or warming or young:
-            self.stumble(group, how)
+            self.count_failure(group, how)
             self.settle(group, member.launch, "Failed", more=f"; {how}", message=how)

@@ -5,12 +5,11 @@ at most max, with two exceptions: protected instances after the limits were lowe
 group that wait for their replacements.
 
 The steps of a tick, and the effect of a crash after each:
-1. Ask the launcher for the running instances, then replace and scale in. A crash has no effect.
-2. Save, then ask the launcher to end Terminating instances. After a crash, it is asked again.
-3. Save the new instances as Pending, then launch them. After a crash, instances that were not
-   launched are found missing and replaced. If they were launched first, the state could miss them.
 
-Launches of instances in a tick, and failed launches.
+1. Ask the launcher for the running instances, then replace and scale in. A crash loses nothing.
+2. Save, then ask the launcher to end Terminating instances. After a crash, the next tick asks again.
+3. Save the new instances as Pending, then launch them. After a crash, the next tick replaces the instances that were not
+   launched.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from batchlab.core.model import Instance, LifecycleState
 from batchlab.core.ports import Clock, Ids, Launcher
 from batchlab.fleet import health, instance_refresh, lifecycle_hooks, placement, scaling_policies, warm_pool
 from batchlab.fleet import warm_pool as warm
-from batchlab.fleet.api_types import Fault, Metrics, Process, Resting
+from batchlab.fleet.api_types import Fault, Metrics, Process, StoppableLauncher
 from batchlab.fleet.changes import Changes
 from batchlab.fleet.group_state import ENDING, STARTING, ActivityLog, Group, Member, Store, weigh
 from batchlab.fleet.placement import Placement, Sources
@@ -33,7 +32,7 @@ from batchlab.fleet.termination import shortfall
 
 
 @dataclass(frozen=True, slots=True)
-class Fresh:
+class PendingLaunch:
     """A member to launch. `place` is None in a plain pool."""
 
     group: Group
@@ -43,37 +42,39 @@ class Fresh:
     """The instance is stopped in the warm pool and must be started."""
 
 
-def admit(changes: Changes, group: Group, missing: int, now_s: float, sources: Sources | None) -> list[Fresh]:
+def admit_members(
+    changes: Changes, group: Group, missing: int, now_s: float, sources: Sources | None
+) -> list[PendingLaunch]:
     """Add members for `missing` units of capacity and for the warm pool."""
     if group.asg is None or sources is None:
         size = len(group.counted())
-        return [Fresh(group, changes.admit(group, size + n, now_s, None)) for n in range(missing)]
+        return [PendingLaunch(group, changes.admit(group, size + n, now_s, None)) for n in range(missing)]
     if group.asg.deleting or group.suspended(Process.LAUNCH):
         return []
-    missing -= weigh(warm.leave(changes, group, missing))
+    missing -= weigh(warm.take_for_launch(changes, group, missing))
     fresh = [
-        Fresh(group, member, asleep=True)
+        PendingLaunch(group, member, asleep=True)
         for member in group.members.values()
-        if member.state is LifecycleState.PENDING and member.bond.asleep
+        if member.state is LifecycleState.PENDING and member.asg.asleep
     ]
     while missing > 0:
-        one = admit_one(changes, group, now_s, sources)
+        one = _admit_member(changes, group, now_s, sources)
         if one is None:
             break
         fresh.append(one)
-        missing -= one.member.bond.weight
+        missing -= one.member.asg.weight
     for _ in range(warm.room(group, now_s)):
-        one = admit_one(changes, group, now_s, sources, warm_pool=True)
+        one = _admit_member(changes, group, now_s, sources, warm_pool=True)
         if one is None:
             break
         fresh.append(one)
     return fresh
 
 
-def admit_one(
+def _admit_member(
     changes: Changes, group: Group, now_s: float, sources: Sources, *, warm_pool: bool = False
-) -> Fresh | None:
-    """Add one member. If its template does not exist, record a failed activity, return None."""
+) -> PendingLaunch | None:
+    """Add one member, or record a failed activity and return None if its template does not exist."""
     assert group.asg is not None
     try:
         place = placement.choose(group, group.asg, sources, changes.steady.now_s(), warm=warm_pool)
@@ -81,19 +82,19 @@ def admit_one(
         _no_template(changes, group, fault)
         return None
     size = weigh(group.staying())
-    return Fresh(group, changes.admit(group, size, now_s, place), place)
+    return PendingLaunch(group, changes.admit(group, size, now_s, place), place)
 
 
 def _no_template(changes: Changes, group: Group, fault: Fault) -> None:
     assert group.asg is not None
     reason = f"{fault.message} Launching EC2 instance failed."
     # Recorded once for every wait of the crash loop, like any failed launch.
-    changes.stumble(group, reason)
+    changes.count_failure(group, reason)
     what = f"Launching a new EC2 instance.  Status Reason: {reason}"
-    changes.note(group.pool.name, what, changes.told(group.asg, "an instance was started"), "Failed")
+    changes.note(group.pool.name, what, changes.cause_text(group.asg, "an instance was started"), "Failed")
 
 
-def failed(changes: Changes, fresh: Fresh, error: str) -> None:
+def _record_failed_launch(changes: Changes, fresh: PendingLaunch, error: str) -> None:
     """Record a failed launch, and avoid its capacity pool for a while."""
     group, member = fresh.group, fresh.member
     if group.asg is not None:
@@ -103,23 +104,25 @@ def failed(changes: Changes, fresh: Fresh, error: str) -> None:
         changes.fail_launch(group, member, f"its launch failed: {error}")
 
 
-def attend(changes: Changes, group: Group, sources: Sources, metrics: Metrics | None, alarm_period_s: float) -> None:
+def _run_processes(
+    changes: Changes, group: Group, sources: Sources, metrics: Metrics | None, alarm_period_s: float
+) -> None:
     """Run all processes of an Auto Scaling group once, in a fixed order."""
     asg = group.asg
     assert asg is not None
     lifecycle_hooks.expire(changes, group)
-    health.arrive(changes, group)
-    health.enforce(changes, group)
+    health.finish_standby(changes, group)
+    health.kill_interrupted(changes, group)
     health.replace_unhealthy(changes, group)
     scaling_policies.run_due(changes, group)
     scaling_policies.track(changes, group, asg, metrics, alarm_period_s)
-    instance_refresh.roll(changes, group)
+    instance_refresh.step(changes, group)
     warm_pool.trim(changes, group, asg)
-    health.keep_up(changes, group, sources)
-    _rest(changes, group)
+    health.continue_replacements(changes, group, sources)
+    _update_cooldown(changes, group)
 
 
-def _rest(changes: Changes, group: Group) -> None:
+def _update_cooldown(changes: Changes, group: Group) -> None:
     """Start the cooldown, and clear causes and failures, once the desired capacity is reached."""
     asg = group.asg
     assert asg is not None
@@ -133,10 +136,10 @@ def _rest(changes: Changes, group: Group) -> None:
         asg.cause, asg.replacing = "", []
         changes.unsaved = True
     if group.failures and any(
-        lifecycle_hooks.settled(member, now_s) and (member.bond.in_service_s or 0.0) >= group.stumbled_s
+        lifecycle_hooks.has_started(member, now_s) and (member.asg.in_service_s or 0.0) >= group.last_failure_s
         for member in members
     ):
-        group.calm()
+        group.reset_failures()
 
 
 DRAIN_S = 30.0
@@ -144,9 +147,12 @@ _TO_END = frozenset({LifecycleState.TERMINATING, LifecycleState.TERMINATING_PROC
 
 
 class Engine:
-    """Engine of plain pools and Auto Scaling groups over a launcher that it alone uses. Auto Scaling groups need
-    `sources` and `metrics`. In a plain pool, an instance is replaced if it sends no heartbeat within `health.GRACE_S`
-    plus the pool's `boot_s` after its launch. A terminated instance has `drain_s` to finish before it is killed."""
+    """Engine of plain pools and Auto Scaling groups. Only the engine uses the launcher.
+
+    Auto Scaling groups need `sources` and `metrics`. In a plain pool, the engine replaces an instance that sends no
+    heartbeat within `health.GRACE_S` plus the pool's `boot_s` after its launch. A terminated instance has `drain_s` to
+    finish before it is killed.
+    """
 
     def __init__(
         self,
@@ -183,52 +189,52 @@ class Engine:
 
     async def tick(self) -> Sequence[Instance]:
         """Run one step, and return the instances that ended since the last call. The end of an instance is reported at
-        least once, and again after a restart. Raise BackendError if the launcher or the store fails. The next tick then
+        least once, and again after a restart. Raise BackendError if the launcher or the store fails; the next tick
         continues."""
         async with self._ticking:
             known = await self._launcher.running()
             now_s = self._clock.monotonic_s()
             for group in list(self._groups.values()):
-                health.look(self._changes, group, known, now_s)
+                health.update_from_launcher(self._changes, group, known, now_s)
                 if group.asg is not None:
-                    self._attend(group)
+                    self._run_asg(group)
                 self._changes.scale_in(group)
             self._save()
             await self._end(self._orphans(known))
-            await self._rest()
+            await self._stop_instances()
             await self._launch(now_s)
             for group in self._groups.values():
-                self._changes.forget(group, now_s)
+                self._changes.forget_terminated(group, now_s)
             self._save()
             dead, self._changes.dead = self._changes.dead, []
             return dead
 
-    def _attend(self, group: Group) -> None:
+    def _run_asg(self, group: Group) -> None:
         """Run the processes of an Auto Scaling group, and remove it once its deletion is done."""
         assert self._sources is not None, "an Auto Scaling group needs its sources"
-        attend(self._changes, group, self._sources, self._metrics, self._alarm_period_s)
+        _run_processes(self._changes, group, self._sources, self._metrics, self._alarm_period_s)
         gone = all(member.state is LifecycleState.TERMINATED for member in group.members.values())
         if group.asg is not None and group.asg.deleting and gone:
             del self._groups[group.pool.name]
             self._changes.unsaved = True
 
     def _orphans(self, known: Mapping[str, str | None]) -> list[str]:
-        """Return newly found running instances that are missing in the state. The state may be older than the
-        instances, or a launch started an instance although it was reported as failed."""
+        """Return newly found running instances that the state does not have. The state may be older than the instances,
+        or a launch that was reported as failed has started an instance."""
         ours = {m.instance.id for _, m in self._members() if m.state is not LifecycleState.TERMINATED}
         strangers = [name for name, ended in known.items() if ended is None and name not in ours]
         return [name for name in strangers if name not in self._disowned]
 
     async def _end(self, orphans: Sequence[str]) -> None:
-        """Ask the launcher to end instances. Try all before an error is raised."""
+        """Ask the launcher to end instances. Try all of them before an error is raised."""
 
         async def end(member: Member) -> None:
             await self._launcher.terminate(member.instance.id, grace_s=self._drain_s)
-            member.asked = True
+            member.end_requested = True
 
         async def kill(member: Member) -> None:
             await self._launcher.terminate(member.instance.id, grace_s=0.0)
-            member.asked = member.killed = True
+            member.end_requested = member.killed = True
 
         async def disown(name: str) -> None:
             await self._launcher.terminate(name, grace_s=self._drain_s)
@@ -238,12 +244,12 @@ class Engine:
         forced = [
             member
             for _, member in self._members()
-            if member.bond.force and not member.killed and member.state is not LifecycleState.TERMINATED
+            if member.asg.force and not member.killed and member.state is not LifecycleState.TERMINATED
         ]
         ending = [
             member
             for _, member in self._members()
-            if member.state in _TO_END and not member.asked and not member.bond.force
+            if member.state in _TO_END and not member.end_requested and not member.asg.force
         ]
         if not (forced or ending or orphans):
             return
@@ -258,11 +264,11 @@ class Engine:
                 raise result
 
     async def _launch(self, now_s: float) -> None:
-        fresh: list[Fresh] = []
+        fresh: list[PendingLaunch] = []
         for group in self._groups.values():
             self._changes.back_off(group, now_s)
             missing = shortfall(group, now_s, self._changes.steady.now_s())
-            fresh += admit(self._changes, group, missing, now_s, self._sources)
+            fresh += admit_members(self._changes, group, missing, now_s, self._sources)
         self._save()
         if not fresh:
             return
@@ -270,7 +276,7 @@ class Engine:
             for one in fresh:
                 tasks.create_task(self._start(one))
 
-    async def _start(self, fresh: Fresh) -> None:
+    async def _start(self, fresh: PendingLaunch) -> None:
         group, member = fresh.group, fresh.member
         try:
             if fresh.asleep:
@@ -281,23 +287,22 @@ class Engine:
                 place = fresh.place
                 await self._launcher.launch(place.pool, member.instance.id, place.machine)
         except BackendError as error:
-            failed(self._changes, fresh, str(error))
+            _record_failed_launch(self._changes, fresh, str(error))
             now_s = self._clock.monotonic_s()
-            self._changes.bury(group, member, note=member.instance.note, now_s=now_s)
+            self._changes.record_end(group, member, note=member.instance.note, now_s=now_s)
         else:
-            member.running, member.bond.asleep = True, False
+            member.running, member.asg.asleep = True, False
             self._changes.arrive(group, member)
 
-    async def _rest(self) -> None:
-        """Stop the instances that their warm pool keeps stopped."""
+    async def _stop_instances(self) -> None:
         for group, member in list(self._members()):
-            if member.bond.resting:
+            if member.asg.resting:
                 hibernate = warm_pool.hibernates(group)
                 await self._resting().stop(member.instance.id, hibernate=hibernate)
-                warm_pool.lie_down(self._changes, group, member)
+                warm_pool.mark_stopped(self._changes, group, member)
 
-    def _resting(self) -> Resting:
-        assert isinstance(self._launcher, Resting), "checked when the warm pool was put"
+    def _resting(self) -> StoppableLauncher:
+        assert isinstance(self._launcher, StoppableLauncher), "checked when the warm pool was put"
         return self._launcher
 
     def _members(self) -> Iterator[tuple[Group, Member]]:
@@ -311,7 +316,7 @@ class Engine:
                 return group, group.members[instance]
         return None
 
-    def _save(self) -> None:
-        if self._changes.unsaved:
+    def _save(self, *, changed: bool = False) -> None:
+        if changed or self._changes.unsaved:
             self._store.save(encode(self._groups, self._changes.log))
             self._changes.unsaved = False

@@ -13,37 +13,35 @@ from batchlab.fleet.termination import clamp
 
 
 class ManagedFleet(Engine):
-    """The Fleet port, plus `ready`, over a launcher that it alone uses. Activities are as on AWS: one for each launch,
-    termination, and change of desired capacity. The status of launches and terminations becomes final later."""
+    """The Fleet port, plus `ready`, over a launcher. Activities are as on AWS: one for each launch, termination, and
+    change of desired capacity."""
 
     async def ensure(self, pool: Pool) -> None:
         """Create the group with desired = min, or change it. Raise Refused unless 0 ≤ min ≤ max ≤ MAX_INSTANCES."""
         limits = check_limits(pool)
         group = self._groups.get(pool.name)
         if group is None:
-            self._groups[pool.name] = self._changes.found(pool)
+            self._groups[pool.name] = self._changes.create_group(pool)
         elif group.pool != pool:
             group.pool = pool
-            group.calm()
+            group.reset_failures()
             cause = f"a user request that set limits to {limits}"
-            self._changes.want(group, clamp(pool, group.desired), cause)
+            self._changes.set_desired(group, clamp(pool, group.desired), cause)
         self._save()
 
     async def describe(self) -> Sequence[GroupView]:
-        """See the port."""
         return [group.view() for group in self._groups.values()]
 
     async def set_desired(self, pool: str, desired: int, *, cause: str) -> None:
         """See the port. Instances to terminate are chosen at once, and the next tick ends them."""
         group = self._group(pool)
         check_desired(group.pool, desired)
-        self._changes.want(group, desired, cause)
+        self._changes.set_desired(group, desired, cause)
         self._save()
 
     async def terminate(self, pool: str, instances: Sequence[str], *, decrement: bool, cause: str) -> None:
         """See the port. Protected instances are terminated too. Raise Refused and change nothing if an instance is
-        unknown, or if `decrement` would lower the desired capacity below min. Ignore instances that are already
-        ending."""
+        unknown, or if `decrement` would lower desired capacity below min. Ignore instances that are already ending."""
         group = self._group(pool)
         named = {name: self._member(group, name) for name in instances}
         leaving = [member for member in named.values() if member.counted]
@@ -52,7 +50,7 @@ class ManagedFleet(Engine):
         for member in leaving:
             self._changes.retire(group, member, why=cause, note=f"terminated: {cause}")
         if decrement:
-            self._changes.want(group, group.desired - len(leaving), cause)
+            self._changes.set_desired(group, group.desired - len(leaving), cause)
         self._save()
 
     async def protect(self, pool: str, instances: Sequence[str], *, on: bool) -> None:
@@ -79,8 +77,8 @@ class ManagedFleet(Engine):
             self._save()
 
     async def ready(self, instance: str) -> None:
-        """Record that the worker in `instance` is ready. Repeated calls have no effect. Ignore an instance that is
-        unknown or ending, because a heartbeat may arrive late."""
+        """Record that the worker in `instance` is ready. Ignore an instance that is unknown or ending, because a
+        heartbeat may arrive late."""
         found = self._find(instance)
         if found is not None:
             group, member = found

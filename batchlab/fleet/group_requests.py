@@ -32,8 +32,6 @@ _NEVER = {"launch_template": None, "mixed_instances_policy": None, "launch_confi
 
 
 class GroupRequests(Requests):
-    """Requests for groups, as in AWS's API reference."""
-
     def create_auto_scaling_group(
         self,
         config: GroupConfig,
@@ -50,16 +48,16 @@ class GroupRequests(Requests):
             )
         config = self._checked(config)
         desired = config.min_size if desired_capacity is None else desired_capacity
-        request_base.desired(config, desired)
+        request_base.check_desired(config, desired)
         for hook in lifecycle_hooks:
-            request_base.hook(hook)
+            request_base.check_hook(hook)
         asg = Asg(config, self._changes.now_s())
         asg.tags = {tag.key: tag for tag in tags}
         asg.hooks = {hook.lifecycle_hook_name: hook for hook in lifecycle_hooks}
         group = Group(Pool(name, config.min_size, config.max_size), 0, asg=asg)
         self._groups[name] = group
         self._changes.unsaved = True
-        self._changes.want(group, desired, "a user request created an AutoScalingGroup", cooldown=0)
+        self._changes.set_desired(group, desired, "a user request created an AutoScalingGroup", cooldown=0)
         self._save()
 
     def update_auto_scaling_group(
@@ -71,9 +69,9 @@ class GroupRequests(Requests):
         config = self._checked(replace(asg.config, **{**cleared, **changes}))
         pool = replace(group.pool, min_size=config.min_size, max_size=config.max_size)
         desired = clamp(pool, group.desired) if desired_capacity is None else desired_capacity
-        request_base.desired(config, desired)
+        request_base.check_desired(config, desired)
         asg.config = config
-        group.calm()
+        group.reset_failures()
         set_limits(
             changes=self._changes,
             group=group,
@@ -85,14 +83,14 @@ class GroupRequests(Requests):
         self._save()
 
     def _checked(self, config: GroupConfig) -> GroupConfig:
-        config = request_base.group(config, self._facts.zones, self._shortest_lifetime_s)
-        placement.check(config, self._facts)
+        config = request_base.checked_group(config, self._data_sources.zones, self._shortest_lifetime_s)
+        placement.check(config, self._data_sources)
         return config
 
     def delete_auto_scaling_group(self, name: str, *, force_delete: bool = False) -> None:
         """Delete a group. If it has instances, raise ResourceInUse or ScalingActivityInProgress. With `force_delete`,
-        end them without their hooks; the group is removed when all have ended."""
-        group, asg = self._named(name)
+        end the instances without their hooks, and remove the group when all have ended."""
+        group, asg = self._asg_group(name)
         here = [m for m in group.members.values() if m.state is not LifecycleState.TERMINATED]
         if here and not force_delete:
             if all(member.state in ENDING for member in here):
@@ -107,7 +105,7 @@ class GroupRequests(Requests):
         asg.deleting, self._changes.unsaved = True, True
         for member in here:
             if member.state is LifecycleState.TERMINATING_WAIT:
-                member.bond.waits.clear()
+                member.asg.waits.clear()
                 self._changes.move(member, LifecycleState.TERMINATING_PROCEED)
             elif member.state not in ENDING:
                 why = "a user request to delete the group"
@@ -165,31 +163,29 @@ class GroupRequests(Requests):
                     " for the AutoScalingGroup."
                 )
         if honor_cooldown:
-            self._honour_cooldown(group, asg)
+            self._check_cooldown(group, asg)
         cause = "a user request explicitly set group desired capacity"
-        self._changes.want(group, desired_capacity, cause)
+        self._changes.set_desired(group, desired_capacity, cause)
         self._save()
 
     def create_or_update_tags(self, name: str, tags: Sequence[Tag]) -> None:
         """Create or replace tags. Raise ValidationError if the group does not exist."""
         _, asg = self._changeable(name)
         asg.tags |= {tag.key: tag for tag in tags}
-        self._changes.unsaved = True
-        self._save()
+        self._save(changed=True)
 
     def delete_tags(self, name: str, keys: Sequence[str]) -> None:
         """Delete tags. Ignore keys that do not exist."""
         _, asg = self._changeable(name)
         asg.tags = {key: tag for key, tag in asg.tags.items() if key not in keys}
-        self._changes.unsaved = True
-        self._save()
+        self._save(changed=True)
 
     def describe_scaling_activities(
         self, name: str | None = None, *, activity_ids: Sequence[str] = (), include_deleted_groups: bool = False
     ) -> Sequence[ActivityDetails]:
         """Return the last 200 activities of each group, newest first."""
         if name is not None and not include_deleted_groups:
-            self._named(name)
+            self._asg_group(name)
         log = self._changes.log
         details = [
             activity_details(activity, self._groups.get(activity.pool))
@@ -202,19 +198,17 @@ class GroupRequests(Requests):
         """Suspend the named processes, or all if none is named."""
         _, asg = self._changeable(name)
         at = self._changes.now_s()
-        for process in request_base.processes(processes):
+        for process in request_base.parse_processes(processes):
             reason = f"User suspended at {stamp(at)}"
             asg.suspended.setdefault(process, reason)
-        self._changes.unsaved = True
-        self._save()
+        self._save(changed=True)
 
     def resume_processes(self, name: str, processes: Sequence[str] = ()) -> None:
-        """Resume the named processes, or all if none is named."""
         group, asg = self._changeable(name)
-        chosen = request_base.processes(processes)
+        chosen = request_base.parse_processes(processes)
         asg.suspended = {p: reason for p, reason in asg.suspended.items() if p not in chosen}
         if Process.LAUNCH in chosen:
-            group.calm()
+            group.reset_failures()
         self._changes.unsaved = True
         self._changes.scale_in(group)
         self._save()

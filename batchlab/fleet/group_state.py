@@ -1,10 +1,7 @@
-"""State of a group as plain data: members, allowed state changes, and activities.
+"""State of groups as plain data: members, allowed state changes, activities, and the data of Auto Scaling groups.
 
-Invariant: a member changes state only through `move`, which allows only the changes in MOVES.
-
-State of an Auto Scaling group beyond that of a plain pool: configuration, hooks, and policies.
-
-All of it is saved. Times that end in `_s` are of the SteadyClock.
+Invariant: a member changes state only through `move`, which allows only the changes in MOVES. Times that end in `_s`
+are of the SteadyClock, unless they say otherwise.
 """
 
 from __future__ import annotations
@@ -35,39 +32,37 @@ from batchlab.fleet.api_types import (
 
 @dataclass(slots=True)
 class Alarm:
-    """The two alarms of a target-tracking policy: since when the metric is above or below."""
+    """The two alarms of a target-tracking policy: since when the metric is above or below its thresholds."""
 
     above_since_s: float | None = None
     below_since_s: float | None = None
     acted_s: float | None = None
-    """When the policy last changed desired capacity. It acts again after one period at the earliest."""
+    """Time of the policy's last change of desired capacity. It acts again after one period at the earliest."""
 
 
 @dataclass(slots=True)
-class Rolling:
+class RefreshProgress:
     """An instance refresh in progress."""
 
     refresh: InstanceRefresh
     warmup: int
     """Seconds in service after which a new instance counts as ready."""
     old: set[str] = field(default_factory=set)
-    """Instances still to be replaced."""
+    """Instances that are still to be replaced."""
     before: set[str] = field(default_factory=set)
     """All instances of the group at the start. A rollback replaces the others."""
     warm: set[str] = field(default_factory=set)
     """Instances of the warm pool that are replaced at the end."""
     total: int = 0
-    """Number of instances to replace at the start."""
     checkpoint: int = 0
-    """Number of checkpoints reached."""
     paused_until_s: float = 0.0
     moved_s: float = 0.0
-    """When the refresh last made progress."""
+    """Time of the last progress."""
 
 
 @dataclass(slots=True)
 class Asg:
-    """Saved state of one Auto Scaling group."""
+    """State of one Auto Scaling group. All of it is saved."""
 
     config: GroupConfig
     created_s: float
@@ -79,10 +74,10 @@ class Asg:
     alarms: dict[str, Alarm] = field(default_factory=dict)
     scheduled: dict[str, ScheduledAction] = field(default_factory=dict)
     due_s: dict[str, float] = field(default_factory=dict)
-    """When each scheduled action runs next."""
+    """Next time of each scheduled action."""
     refreshes: list[InstanceRefresh] = field(default_factory=list)
     """Ended refreshes, newest first."""
-    rolling: Rolling | None = None
+    rolling: RefreshProgress | None = None
     warm_pool: WarmPool | None = None
     deleting: bool = False
     cause: str = ""
@@ -92,9 +87,8 @@ class Asg:
     cooling: int = 0
     """Seconds of cooldown that start once the activities in progress have ended."""
     cooled_s: float = 0.0
-    """When the current cooldown ends."""
     barren_s: dict[str, float] = field(default_factory=dict)
-    """Capacity pools (`type/zone/market`) without capacity, and until when to avoid them."""
+    """Capacity pools (`type/zone/market`) without capacity, and the time until which they are avoided."""
 
 
 S = LifecycleState
@@ -156,60 +150,54 @@ class Wait:
 
 
 @dataclass(slots=True)
-class Bond:
-    """Additional state of a member of an Auto Scaling group. All of it is saved."""
+class AsgMember:
+    """State of a member of an Auto Scaling group. All of it is saved."""
 
     template: LaunchTemplate | None = None
-    """The launch template with its version number."""
     launch_configuration: str = ""
     weight: int = 1
     weighted: bool = False
     """Whether the weight was configured, so that descriptions show it."""
     waits: list[Wait] = field(default_factory=list)
     in_service_s: float | None = None
-    """When the instance came into service, by the SteadyClock."""
+    """Time when the instance came into service."""
     vouched: bool = False
-    """A launch hook was completed for the instance, so it has started successfully."""
+    """Whether a launch hook was completed for the instance, which proves a successful start."""
     leaving: str = ""
-    """Why the instance is terminated once its replacement is in service. It no longer counts."""
+    """Why the instance is terminated once its replacement is in service. Such an instance does not count."""
     rebalance_s: float | None = None
-    """When a rebalance was recommended, in seconds since the epoch."""
+    """Time of a rebalance recommendation, in seconds since the epoch."""
     interrupted_by_s: float | None = None
-    """When a Spot interruption ends the instance by force, in seconds since the epoch."""
+    """Time at which a Spot interruption kills the instance."""
     moving: int = 0
-    """Id of the activity that moves the instance into or out of standby; 0 without one."""
+    """Id of the activity that moves the instance into or out of standby, or 0."""
     force: bool = False
-    """The instance must be killed at once in any state."""
+    """Whether the instance must be killed at once in any state."""
     warm: bool = False
-    """The instance is in the warm pool or comes from it, and has not been in service since."""
+    """Whether the instance is in the warm pool or comes from it, and has not been in service since."""
     resting: bool = False
-    """The launcher must stop the instance, because its warm pool keeps stopped instances."""
+    """Whether the launcher must stop the instance for the warm pool."""
     asleep: bool = False
-    """The launcher has stopped the instance."""
 
 
 @dataclass(slots=True)
 class Member:
-    """An instance with the data that only its group has. `running`, `asked`, `killed`, and `since_s` are not saved. The
-    next manager asks the launcher again, starts the health check grace period again, and repeats the request to
-    terminate."""
+    """An instance with the data that only its group has. `running`, `end_requested`, `killed`, and `since_s` are not
+    saved. After a restart, the engine asks the launcher again, starts the health check grace period again, and repeats
+    the request to terminate."""
 
     instance: Instance
     launch: int
-    """Id of the launch activity."""
     end: int = 0
-    """Id of the termination activity; 0 before the termination."""
+    """Id of the termination activity, or 0."""
     ready: bool = False
-    """The worker of the instance has reported that it is ready."""
+    """Whether the worker of the instance has reported that it is ready."""
     running: bool = False
-    """The launcher reports the instance as running."""
-    asked: bool = False
-    """The launcher was asked to terminate the instance."""
+    end_requested: bool = False
     since_s: float = 0.0
-    """Monotonic time of the launch or, once Terminated, of the end."""
+    """Monotonic time of the launch, or of the end of a Terminated instance."""
     killed: bool = False
-    """The launcher was asked to kill the instance."""
-    bond: Bond = field(default_factory=Bond)
+    asg: AsgMember = field(default_factory=AsgMember)
 
     @property
     def state(self) -> LifecycleState:
@@ -222,7 +210,7 @@ class Member:
     @property
     def staying(self) -> bool:
         """Whether the member counts and is not being replaced."""
-        return self.counted and not self.bond.leaving
+        return self.counted and not self.asg.leaving
 
     def move(self, state: LifecycleState, *, note: str) -> None:
         """Change the state. Raise ValueError if MOVES does not allow it, which is a bug."""
@@ -234,8 +222,8 @@ class Member:
 @dataclass(slots=True)
 class Group:
     """A plain pool or an Auto Scaling group. `members` are in order of launch, the newest last. `asg` is None for a
-    plain pool, whose workers are equal and report that they are ready. The crash-loop fields are not saved: the cause
-    is often fixed before the manager is restarted, so the new manager does not wait."""
+    plain pool, whose workers are equal and report that they are ready. The crash-loop fields are not saved, because the
+    cause is often fixed before the manager is restarted."""
 
     pool: Pool
     desired: int
@@ -245,15 +233,13 @@ class Group:
     failures: int = 0
     """Number of consecutive instances that ended before they were ready."""
     reason: str = ""
-    """How the last of those instances ended."""
     failed: bool = False
-    """Another instance has failed since the last wait was computed."""
+    """Whether another instance has failed since the last wait was computed."""
     waits: int = 0
     """Number of waits of this crash loop. Each wait is twice as long as the previous one."""
     retry_s: float = 0.0
     """Monotonic time of the next launch in a crash loop."""
-    stumbled_s: float = 0.0
-    """When the last of those instances ended, by the SteadyClock."""
+    last_failure_s: float = 0.0
     asg: Asg | None = None
 
     def counted(self) -> list[Member]:
@@ -261,7 +247,7 @@ class Group:
         return [member for member in self.members.values() if member.counted]
 
     def staying(self) -> list[Member]:
-        """Return the counted members that are not being replaced."""
+        """Return the counted members without a replacement."""
         return [member for member in self.members.values() if member.staying]
 
     def suspended(self, process: Process) -> bool:
@@ -270,15 +256,15 @@ class Group:
     def view(self) -> GroupView:
         return GroupView(self.pool, self.desired, tuple(member.instance for member in self.members.values()))
 
-    def calm(self) -> None:
-        """End a crash loop, because an instance became ready or the pool was changed."""
+    def reset_failures(self) -> None:
+        """End a crash loop."""
         self.failures, self.reason, self.failed = 0, "", False
         self.waits, self.retry_s = 0, 0.0
 
 
 def weigh(members: Sequence[Member]) -> int:
     """Return the units of capacity of the members."""
-    return sum(member.bond.weight for member in members)
+    return sum(member.asg.weight for member in members)
 
 
 class ActivityLog:
@@ -315,7 +301,6 @@ class ActivityLog:
             self._pools[pool][number] = replace(old, status=status)
 
     def get(self, pool: str, number: int) -> Activity | None:
-        """Return an activity, or None if it is no longer stored."""
         return self._pools.get(pool, {}).get(number)
 
     def newest(self, pool: str | None, limit: int) -> Sequence[Activity]:
@@ -351,11 +336,11 @@ class ActivityLog:
 
 
 _PROGRESS = {"PreInService": 30, "InProgress": 50, "MidLifecycleAction": 60}
-"""Progress percentages as observed on AWS, which does not document a rule."""
+"""Progress percentages as observed on AWS."""
 
 
 def instance_details(group: Group, member: Member) -> InstanceDetails:
-    instance, bond = member.instance, member.bond
+    instance, bond = member.instance, member.asg
     return InstanceDetails(
         instance_id=instance.id,
         auto_scaling_group_name=group.pool.name,

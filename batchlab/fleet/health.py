@@ -1,10 +1,10 @@
 """Health checks, replacements, forced terminations, and standby.
 
-An instance that is `leaving` no longer counts, so its replacement is launched. It is terminated once enough other
-instances are in service. For zone balance and maximum lifetime, at most a tenth of the group's maximum leaves at a
+An instance that is `leaving` does not count, so the group launches its replacement, and terminates the instance once
+enough others are in service. For zone balance and maximum lifetime, at most a tenth of the group's maximum leaves at a
 time, but at least one instance. The group may exceed its maximum by this number.
 
-An instance on standby belongs to the group, but it does not count and is not checked.
+An instance on standby belongs to the group, but it does not count, and its health is not checked.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ GRACE_S = 60.0
 _UNKNOWN = "its launcher does not know it"
 
 
-def look(changes: Changes, group: Group, known: Mapping[str, str | None], now_s: float) -> None:
+def update_from_launcher(changes: Changes, group: Group, known: Mapping[str, str | None], now_s: float) -> None:
     """Update the state from the launcher's list of instances. `now_s` is monotonic."""
     grace_s = GRACE_S + group.pool.boot_s
     for name, member in group.members.items():
@@ -42,7 +42,7 @@ def look(changes: Changes, group: Group, known: Mapping[str, str | None], now_s:
             if member.state is LifecycleState.PENDING and late:
                 silent = f"no beat within {grace_s:g} s of its launch"
                 changes.fail(group, member, silent, note=f"terminated: {silent}")
-        elif not _overlooked(changes, group, member):
+        elif not _is_ignored(changes, group, member):
             _bury(changes, group, member, ended, now_s)
 
 
@@ -55,12 +55,12 @@ def _bury(changes: Changes, group: Group, member: Member, ended: str, now_s: flo
         note = ended
         why = f"{EC2_CHECK} ({ended})" if group.asg is not None else ""
         changes.fail(group, member, ended, note=ended, why=why, dead=True)
-    changes.bury(group, member, note=note, now_s=now_s)
+    changes.record_end(group, member, note=note, now_s=now_s)
 
 
-def _overlooked(changes: Changes, group: Group, member: Member) -> bool:
-    """Return whether the end of this instance is ignored. This applies to an instance on standby, and to a group with
-    suspended health checks or replacements. The instance stays in the list."""
+def _is_ignored(changes: Changes, group: Group, member: Member) -> bool:
+    """Return whether the end of this instance is ignored, because the instance is on standby, or health checks or
+    replacements of the group are suspended."""
     if group.asg is None or member.end:
         return False
     if member.state in ON_STANDBY or group.suspended(Process.HEALTH_CHECK):
@@ -72,7 +72,6 @@ def _overlooked(changes: Changes, group: Group, member: Member) -> bool:
 
 
 def mark_unhealthy(changes: Changes, member: Member) -> None:
-    """Mark an instance as unhealthy. ReplaceUnhealthy then replaces it."""
     if member.instance.healthy:
         member.instance = replace(member.instance, healthy=False)
         changes.unsaved = True
@@ -92,24 +91,24 @@ _BALANCE = "an instance rebalancing request"
 _AGE = "the maximum instance lifetime being exceeded"
 
 
-def enforce(changes: Changes, group: Group) -> None:
+def kill_interrupted(changes: Changes, group: Group) -> None:
     """Kill instances whose Spot notice is over, regardless of hooks and suspended processes."""
     now_s = changes.steady.now_s()
     for member in group.members.values():
-        by_s = member.bond.interrupted_by_s
+        by_s = member.asg.interrupted_by_s
         living = member.state is not LifecycleState.TERMINATED
-        if by_s is not None and now_s >= by_s and living and not member.bond.force:
-            member.bond.force = True
+        if by_s is not None and now_s >= by_s and living and not member.asg.force:
+            member.asg.force = True
             changes.unsaved = True
 
 
-def keep_up(changes: Changes, group: Group, sources: Sources) -> None:
+def continue_replacements(changes: Changes, group: Group, sources: Sources) -> None:
     """Terminate instances that have a replacement, and choose instances to replace."""
     asg = group.asg
     assert asg is not None
     if asg.deleting or group.suspended(Process.TERMINATE):
         return
-    _release(changes, group, asg)
+    _terminate_replaced(changes, group, asg)
     if group.suspended(Process.LAUNCH):
         return
     _retire_old(changes, group, asg)
@@ -117,21 +116,21 @@ def keep_up(changes: Changes, group: Group, sources: Sources) -> None:
         _balance(changes, group, asg, zones_of(configuration(asg), sources))
 
 
-def _release(changes: Changes, group: Group, asg: Asg) -> None:
+def _terminate_replaced(changes: Changes, group: Group, asg: Asg) -> None:
     """Terminate replaced instances. During a refresh, replacements must also have warmed up."""
     in_service = [m for m in group.counted() if m.state is LifecycleState.IN_SERVICE]
     rolling, now_s = asg.rolling, changes.steady.now_s()
     able = [m for m in in_service if rolling is None or instance_refresh.is_ready(m, rolling, now_s)]
     surplus = weigh(able) - group.desired
     for member in in_service:
-        if member.bond.leaving and member.bond.weight <= surplus:
-            surplus -= member.bond.weight
-            why = member.bond.leaving
+        if member.asg.leaving and member.asg.weight <= surplus:
+            surplus -= member.asg.weight
+            why = member.asg.leaving
             changes.retire(group, member, why=why, note=f"terminated: {why}")
 
 
 def _room(group: Group) -> int:
-    leaving = sum(bool(m.bond.leaving) and m.counted for m in group.members.values())
+    leaving = sum(bool(m.asg.leaving) and m.counted for m in group.members.values())
     return max(1, group.pool.max_size // 10) - leaving
 
 
@@ -142,21 +141,21 @@ def _retire_old(changes: Changes, group: Group, asg: Asg) -> None:
     old = [
         member
         for member in group.staying()
-        if member.bond.in_service_s is not None
-        and now_s - member.bond.in_service_s >= lifetime_s
+        if member.asg.in_service_s is not None
+        and now_s - member.asg.in_service_s >= lifetime_s
         and not member.instance.protected
     ]
     for member in old[: max(0, _room(group))]:
-        changes.replace_first(group, member, _AGE)
+        changes.launch_replacement(group, member, _AGE)
 
 
 def _balance(changes: Changes, group: Group, asg: Asg, zones: tuple[str, ...]) -> None:
-    """Replace one instance for zone balance if no other change is in progress. Choose it from the fullest zone, or from
-    a zone that the group no longer uses. Its replacement goes to the emptiest zone."""
+    """Replace one instance for zone balance if no other change is in progress. The instance is in the fullest zone, or
+    in a zone that the group no longer uses. Its replacement goes to the emptiest zone."""
     members = group.members.values()
     busy = any(member.state in STARTING or member.state in ENDING for member in members)
     staying, now_s = group.staying(), changes.steady.now_s()
-    usable = set(zones) - placement.barren_zones(asg, now_s)
+    usable = set(zones) - placement.avoided_zones(asg, now_s)
     if not usable or busy or group.failures >= CRASH_LOOP or weigh(staying) != group.desired or _room(group) < 1:
         return
     sizes = Counter(member.instance.machine.zone for member in staying)
@@ -170,51 +169,51 @@ def _balance(changes: Changes, group: Group, asg: Asg, zones: tuple[str, ...]) -
     if able:
         worst = max(excess(member) for member in able)
         able = [member for member in able if excess(member) == worst]
-        changes.replace_first(group, narrow(asg, able, now_s), _BALANCE)
+        changes.launch_replacement(group, narrow(asg, able, now_s), _BALANCE)
 
 
-def enter(changes: Changes, group: Group, member: Member, *, lower: bool) -> int:
+def enter_standby(changes: Changes, group: Group, member: Member, *, lower: bool) -> int:
     """Move an instance into standby, and return the activity's id. Without `lower`, the group launches a
     replacement."""
     assert group.asg is not None
-    size, weight = weigh(group.staying()), member.bond.weight
+    size, weight = weigh(group.staying()), member.asg.weight
     change = f", shrinking the capacity from {size} to {size - weight}" * lower
     said = f"instance {member.instance.id} was moved to standby in response to a user request"
-    member.bond.moving = changes.note(
+    member.asg.moving = changes.note(
         group.pool.name,
         f"Moving EC2 instance to Standby: {member.instance.id}",
-        changes.told(group.asg, said + change),
+        changes.cause_text(group.asg, said + change),
         "InProgress",
     )
     changes.move(member, LifecycleState.ENTERING_STANDBY)
     if lower:
         changes.resize(group, -weight)
-    return member.bond.moving
+    return member.asg.moving
 
 
-def arrive(changes: Changes, group: Group) -> None:
-    """Complete moves into standby. They take one tick, because no load balancer must drain."""
+def finish_standby(changes: Changes, group: Group) -> None:
+    """Complete moves into standby in the next tick, because no load balancer must drain."""
     for member in group.members.values():
         if member.state is LifecycleState.ENTERING_STANDBY:
             changes.move(member, LifecycleState.STANDBY)
-            changes.settle(group, member.bond.moving, "Successful")
-            member.bond.moving = 0
+            changes.settle(group, member.asg.moving, "Successful")
+            member.asg.moving = 0
 
 
-def leave(changes: Changes, group: Group, member: Member) -> int:
-    """Move an instance out of standby, and return the activity's id. Desired capacity grows by the instance. It is
-    Pending until the next tick finds it running."""
+def leave_standby(changes: Changes, group: Group, member: Member) -> int:
+    """Move an instance out of standby, and return the activity's id. Desired capacity grows. The instance is Pending
+    until the next tick finds it running."""
     assert group.asg is not None
-    size, weight = weigh(group.staying()), member.bond.weight
+    size, weight = weigh(group.staying()), member.asg.weight
     change = f", increasing the capacity from {size} to {size + weight}"
     who = f"instance {member.instance.id} was moved out of standby in response to a user request"
-    member.bond.moving = changes.note(
+    member.asg.moving = changes.note(
         group.pool.name,
         f"Moving EC2 instance out of Standby: {member.instance.id}",
-        changes.told(group.asg, who + change),
+        changes.cause_text(group.asg, who + change),
         "PreInService",
     )
     changes.move(member, LifecycleState.PENDING)
-    member.bond.leaving = ""
+    member.asg.leaving = ""
     changes.resize(group, weight)
-    return member.bond.moving
+    return member.asg.moving

@@ -1,8 +1,8 @@
 """Instance refresh: replacement of a group's instances in steps, while enough capacity is ready.
 
-A new instance is ready once it has been in service for the warm-up. If the maximum healthy percentage is above 100,
-replacements are launched first. Otherwise, instances are terminated first, as many as the minimum healthy percentage
-allows, or one at a time if it allows none.
+A new instance is ready after the warm-up in service. If the maximum healthy percentage is above 100, replacements are
+launched first. Otherwise, instances are terminated first, as many as the minimum healthy percentage allows, or one at a
+time if it allows none.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from batchlab.core.model import LifecycleState
 from batchlab.fleet.api_types import GroupConfig, InstanceRefresh, Process
 from batchlab.fleet.changes import Changes
-from batchlab.fleet.group_state import ON_STANDBY, WARM, Asg, Group, Member, Rolling, weigh
+from batchlab.fleet.group_state import ON_STANDBY, WARM, Asg, Group, Member, RefreshProgress, weigh
 from batchlab.fleet.placement import Sources, apply, configuration, template_of
 
 GIVE_UP_S = 3_600.0
@@ -28,12 +28,10 @@ def matches(member: Member, config: GroupConfig, sources: Sources) -> bool:
     wanted = template_of(config, sources.templates)
     mixed = config.mixed_instances_policy
     kinds = [override.instance_type for override in mixed.overrides] if mixed else []
-    return member.bond.template == wanted.reference and member.instance.machine.type in (
-        kinds or [wanted.instance_type]
-    )
+    return member.asg.template == wanted.reference and member.instance.machine.type in (kinds or [wanted.instance_type])
 
 
-def roll(changes: Changes, group: Group) -> None:
+def step(changes: Changes, group: Group) -> None:
     """Run one step of the group's refresh."""
     asg = group.asg
     if asg is None or asg.rolling is None:
@@ -48,7 +46,7 @@ def roll(changes: Changes, group: Group) -> None:
         rolling.moved_s = now_s
         return
     _set(changes, rolling, status=_running(rolling.refresh))
-    _strike_off(group, rolling)
+    _drop_finished(group, rolling)
     _measure(changes, group, rolling, now_s)
     if now_s < rolling.paused_until_s:
         rolling.moved_s = now_s
@@ -64,7 +62,7 @@ def _running(refresh: InstanceRefresh) -> str:
     return "InProgress" if refresh.status == "Pending" else refresh.status
 
 
-def _strike_off(group: Group, rolling: Rolling) -> None:
+def _drop_finished(group: Group, rolling: RefreshProgress) -> None:
     """Remove instances from the refresh that have ended or that the preferences ignore."""
     preferences = rolling.refresh.preferences
     for name in list(rolling.old):
@@ -78,22 +76,22 @@ def _strike_off(group: Group, rolling: Rolling) -> None:
             rolling.old.discard(name)
 
 
-def _unready(group: Group, rolling: Rolling, now_s: float) -> int:
+def _unready(group: Group, rolling: RefreshProgress, now_s: float) -> int:
     """Return the units of capacity that are missing, starting, or warming up."""
     new = [m for m in group.staying() if m.instance.id not in rolling.before]
     warming = [m for m in new if not is_ready(m, rolling, now_s)]
     return max(0, group.desired - weigh(group.staying())) + weigh(warming)
 
 
-def is_ready(member: Member, rolling: Rolling, now_s: float) -> bool:
+def is_ready(member: Member, rolling: RefreshProgress, now_s: float) -> bool:
     """Return whether an instance is in service and, if it is new, has warmed up."""
-    since_s = member.bond.in_service_s
+    since_s = member.asg.in_service_s
     if member.state is not LifecycleState.IN_SERVICE or since_s is None:
         return False
     return member.instance.id in rolling.before or now_s - since_s >= rolling.warmup
 
 
-def _measure(changes: Changes, group: Group, rolling: Rolling, now_s: float) -> None:
+def _measure(changes: Changes, group: Group, rolling: RefreshProgress, now_s: float) -> None:
     left = min(rolling.total, len(rolling.old) + _unready(group, rolling, now_s))
     complete = 100 if not rolling.total else 100 * (rolling.total - left) // rolling.total
     if (complete, left) != (rolling.refresh.percentage_complete, rolling.refresh.instances_to_update):
@@ -101,8 +99,8 @@ def _measure(changes: Changes, group: Group, rolling: Rolling, now_s: float) -> 
         _set(changes, rolling, percentage_complete=complete, instances_to_update=left)
 
 
-def _complete(changes: Changes, group: Group, asg: Asg, rolling: Rolling, now_s: float) -> bool:
-    """Return whether the refresh is done. Start the pause of a checkpoint that is reached."""
+def _complete(changes: Changes, group: Group, asg: Asg, rolling: RefreshProgress, now_s: float) -> bool:
+    """Return whether the refresh is done. At a checkpoint, start its pause."""
     complete = rolling.refresh.percentage_complete
     if not rolling.old and not _unready(group, rolling, now_s):
         _succeed(changes, group, asg, rolling)
@@ -118,7 +116,7 @@ def _complete(changes: Changes, group: Group, asg: Asg, rolling: Rolling, now_s:
     return False
 
 
-def _succeed(changes: Changes, group: Group, asg: Asg, rolling: Rolling) -> None:
+def _succeed(changes: Changes, group: Group, asg: Asg, rolling: RefreshProgress) -> None:
     if rolling.refresh.status == _ROLLBACK:
         finish(changes, asg, "RollbackSuccessful", "")
         return
@@ -133,7 +131,6 @@ def _succeed(changes: Changes, group: Group, asg: Asg, rolling: Rolling) -> None
 
 
 def finish(changes: Changes, asg: Asg, status: str, reason: str) -> None:
-    """End the refresh with a status."""
     assert asg.rolling is not None
     ended = replace(asg.rolling.refresh, status=status, status_reason=reason, end_time=changes.now_s())
     asg.refreshes.insert(0, ended)
@@ -141,8 +138,8 @@ def finish(changes: Changes, asg: Asg, status: str, reason: str) -> None:
     changes.unsaved = True
 
 
-def _give_up(changes: Changes, group: Group, asg: Asg, rolling: Rolling) -> None:
-    reason = f"No progress for {GIVE_UP_S:g} s: {_held(group, rolling)}"
+def _give_up(changes: Changes, group: Group, asg: Asg, rolling: RefreshProgress) -> None:
+    reason = f"No progress for {GIVE_UP_S:g} s: {_obstacles(group, rolling)}"
     refresh = rolling.refresh
     if refresh.preferences.auto_rollback and refresh.desired_configuration is not None:
         roll_back(changes, group, rolling)
@@ -151,7 +148,7 @@ def _give_up(changes: Changes, group: Group, asg: Asg, rolling: Rolling) -> None
     finish(changes, asg, "RollbackFailed" if refresh.status == _ROLLBACK else "Failed", reason)
 
 
-def _held(group: Group, rolling: Rolling) -> str:
+def _obstacles(group: Group, rolling: RefreshProgress) -> str:
     old = [group.members[name] for name in sorted(rolling.old)]
     kinds = {
         "protected from scale-in": [m for m in old if m.instance.protected],
@@ -161,8 +158,8 @@ def _held(group: Group, rolling: Rolling) -> str:
     return " and ".join(said) or "new instances do not become ready"
 
 
-def roll_back(changes: Changes, group: Group, rolling: Rolling) -> None:
-    """Roll back: replace the new instances with instances of the group's own configuration."""
+def roll_back(changes: Changes, group: Group, rolling: RefreshProgress) -> None:
+    """Replace the new instances with instances of the group's own configuration."""
     new = {m.instance.id for m in group.counted() if m.instance.id not in rolling.before}
     rolling.before = {m.instance.id for m in group.counted()}
     rolling.old, rolling.total, rolling.checkpoint = new, len(new), 0
@@ -171,24 +168,24 @@ def roll_back(changes: Changes, group: Group, rolling: Rolling) -> None:
     _set(changes, rolling, status=_ROLLBACK, desired_configuration=None, preferences=plain)
 
 
-def _set(changes: Changes, rolling: Rolling, **facts: Any) -> None:
+def _set(changes: Changes, rolling: RefreshProgress, **facts: Any) -> None:
     refresh = replace(rolling.refresh, **facts)
     if refresh != rolling.refresh:
         rolling.refresh = refresh
         changes.unsaved = True
 
 
-def _replace(changes: Changes, group: Group, asg: Asg, rolling: Rolling, now_s: float) -> None:
+def _replace(changes: Changes, group: Group, asg: Asg, rolling: RefreshProgress, now_s: float) -> None:
     """Terminate the next instances, or launch their replacements first."""
     preferences = rolling.refresh.preferences
     unready = _unready(group, rolling, now_s)
-    able = _able(group, rolling)[: _until_checkpoint(rolling)]
+    able = _replaceable(group, rolling)[: _until_checkpoint(rolling)]
     extra = group.desired * preferences.max_healthy_percentage // 100 - group.desired
     if preferences.max_healthy_percentage > 100:
-        leaving = sum(bool(m.bond.leaving) for m in group.counted())
+        leaving = sum(bool(m.asg.leaving) for m in group.counted())
         room = max(1, extra) - max(leaving, unready)
         for member in able[: max(0, room)]:
-            changes.replace_first(group, member, _WHY)
+            changes.launch_replacement(group, member, _WHY)
             rolling.old.discard(member.instance.id)
         return
     least = math.ceil(group.desired * preferences.min_healthy_percentage / 100)
@@ -199,13 +196,13 @@ def _replace(changes: Changes, group: Group, asg: Asg, rolling: Rolling, now_s: 
         rolling.old.discard(member.instance.id)
 
 
-def _able(group: Group, rolling: Rolling) -> list[Member]:
+def _replaceable(group: Group, rolling: RefreshProgress) -> list[Member]:
     """Return old instances that may be replaced now, oldest first. Instances on standby are included only if the
     preferences terminate them."""
     preferences = rolling.refresh.preferences
     found = []
     for name, member in group.members.items():
-        if name not in rolling.old or member.bond.leaving:
+        if name not in rolling.old or member.asg.leaving:
             continue
         waits = preferences.scale_in_protected_instances != "Refresh"
         if member.instance.protected and waits:
@@ -216,7 +213,7 @@ def _able(group: Group, rolling: Rolling) -> list[Member]:
     return found
 
 
-def _until_checkpoint(rolling: Rolling) -> int:
+def _until_checkpoint(rolling: RefreshProgress) -> int:
     """Return how many more instances may be replaced before the next checkpoint."""
     checkpoints = rolling.refresh.preferences.checkpoint_percentages
     if rolling.checkpoint >= len(checkpoints):
@@ -226,7 +223,6 @@ def _until_checkpoint(rolling: Rolling) -> int:
 
 
 def begin(changes: Changes, group: Group, asg: Asg, refresh: InstanceRefresh, sources: Sources) -> None:
-    """Start a validated refresh."""
     members = group.members.values()
     here = [m for m in members if m.counted or m.state in ON_STANDBY]
     pool = [m for m in members if m.state in WARM]
@@ -235,7 +231,7 @@ def begin(changes: Changes, group: Group, asg: Asg, refresh: InstanceRefresh, so
     if warmup is None:
         default = asg.config.default_instance_warmup
         warmup = asg.config.health_check_grace_period if default is None else default
-    rolling = Rolling(refresh, warmup=warmup, moved_s=changes.steady.now_s())
+    rolling = RefreshProgress(refresh, warmup=warmup, moved_s=changes.steady.now_s())
     rolling.before = {m.instance.id for m in here}
     asg.rolling = rolling
     if preferences.skip_matching:
@@ -248,6 +244,6 @@ def begin(changes: Changes, group: Group, asg: Asg, refresh: InstanceRefresh, so
     changes.unsaved = True
 
 
-def cancel(changes: Changes, rolling: Rolling) -> None:
+def cancel(changes: Changes, rolling: RefreshProgress) -> None:
     """Stop replacing. The refresh is Cancelled once the started replacements are ready."""
     _set(changes, rolling, status="Cancelling")

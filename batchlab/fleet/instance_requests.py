@@ -36,8 +36,6 @@ _USER = "a user request"
 
 
 class InstanceRequests(Requests):
-    """As AWS's API reference says, under the same names."""
-
     def terminate_instance_in_auto_scaling_group(
         self, instance_id: str, *, should_decrement_desired_capacity: bool
     ) -> ActivityDetails:
@@ -49,18 +47,18 @@ class InstanceRequests(Requests):
         if member.state not in ENDING:
             lower = should_decrement_desired_capacity and member.staying
             least = asg.config.min_size
-            if lower and group.desired - member.bond.weight < least:
+            if lower and group.desired - member.asg.weight < least:
                 raise ValidationError(
                     f"Currently, desiredSize equals minSize ({least}). Terminating instance"
                     " without replacement will violate group's min size constraint. Either set"
                     " shouldDecrementDesiredCapacity flag to false or lower group's min size."
                 )
             size = weigh(group.staying())
-            change = f", shrinking the capacity from {size} to {size - member.bond.weight}"
+            change = f", shrinking the capacity from {size} to {size - member.asg.weight}"
             why = _USER + change * lower
             self._changes.retire(group, member, why=why, note=f"terminated: {_USER}")
             if lower:
-                self._changes.resize(group, -member.bond.weight)
+                self._changes.resize(group, -member.asg.weight)
             self._save()
         return self._activity(group, member.end)
 
@@ -73,18 +71,18 @@ class InstanceRequests(Requests):
         self, instance_id: str, health_status: str, *, should_respect_grace_period: bool = True
     ) -> None:
         """Set the health of an instance. The next tick replaces an unhealthy one. With `should_respect_grace_period`,
-        Unhealthy is ignored during the group's grace period, which starts when the instance comes into service."""
+        Unhealthy is ignored during the group's grace period after the instance came into service."""
         _, asg, member = self._instance(instance_id)
         if health_status not in (HEALTHY, UNHEALTHY):
             raise ValidationError(f"Valid instance health states are: [{HEALTHY}, {UNHEALTHY}]")
         if health_status == HEALTHY:
-            self._changes.call_healthy(member)
+            self._changes.mark_healthy(member)
         elif not (should_respect_grace_period and self._in_grace(asg, member)):
             health.mark_unhealthy(self._changes, member)
         self._save()
 
     def _in_grace(self, asg: Asg, member: Member) -> bool:
-        since_s = member.bond.in_service_s
+        since_s = member.asg.in_service_s
         grace_s = asg.config.health_check_grace_period
         if since_s is None:
             return grace_s > 0
@@ -116,7 +114,7 @@ class InstanceRequests(Requests):
         lower = should_decrement_desired_capacity
         if lower and group.desired - weigh(members) < asg.config.min_size:
             raise ValidationError(_sizes(group, "place into", len(members)))
-        moved = [health.enter(self._changes, group, member, lower=lower) for member in members]
+        moved = [health.enter_standby(self._changes, group, member, lower=lower) for member in members]
         self._changes.scale_in(group)
         self._save()
         return [self._activity(group, number) for number in moved]
@@ -132,12 +130,12 @@ class InstanceRequests(Requests):
             raise ValidationError("An instance cannot leave Standby while the Launch process is suspended.")
         if group.desired + weigh(members) > asg.config.max_size:
             raise ValidationError(_sizes(group, "bring out of", len(members)))
-        moved = [health.leave(self._changes, group, member) for member in members]
+        moved = [health.leave_standby(self._changes, group, member) for member in members]
         self._save()
         return [self._activity(group, number) for number in moved]
 
     def attach_instances(self, name: str, instance_ids: Sequence[str]) -> None:
-        """Raise ValidationError, because this endpoint has no instances outside of groups."""
+        """Raise ValidationError, because all instances of this endpoint belong to groups."""
         self._changeable(name)
         raise ValidationError(
             f"Invalid Instance ID(s): {list(instance_ids)}. This endpoint has no instances but those its groups launch."
@@ -146,7 +144,7 @@ class InstanceRequests(Requests):
     def detach_instances(
         self, name: str, instance_ids: Sequence[str], *, should_decrement_desired_capacity: bool
     ) -> Sequence[ActivityDetails]:
-        """Raise ValidationError, because an instance without a group is ended as an orphan."""
+        """Raise ValidationError, because an instance without a group is terminated as an orphan."""
         del should_decrement_desired_capacity
         group, _ = self._changeable(name)
         self._instances(group, instance_ids)
@@ -158,24 +156,24 @@ class InstanceRequests(Requests):
     # Spot notices and instance metadata
 
     def interrupt(self, instance_id: str, *, notice_s: float = 120.0) -> None:
-        """Interrupt a Spot instance: it is killed when the notice is over. Its group then replaces it, or replaces it
-        at once with capacity rebalancing."""
+        """Interrupt a Spot instance, which is killed after `notice_s`. With capacity rebalancing, its group launches a
+        replacement at once."""
         group, asg, member = self._spot(instance_id)
         now_s = self._changes.steady.now_s()
-        member.bond.interrupted_by_s = now_s + notice_s
+        member.asg.interrupted_by_s = now_s + notice_s
         placement.avoid(asg, member.instance.machine, now_s)
         self._changes.unsaved = True
         if asg.config.capacity_rebalance:
-            self._changes.replace_first(group, member, "a Spot interruption notice")
+            self._changes.launch_replacement(group, member, "a Spot interruption notice")
         self._save()
 
     def rebalance(self, instance_id: str) -> None:
         """Recommend a rebalance. Only a group with capacity rebalancing replaces the instance."""
         group, asg, member = self._spot(instance_id)
-        member.bond.rebalance_s = self._changes.now_s()
+        member.asg.rebalance_s = self._changes.now_s()
         self._changes.unsaved = True
         if asg.config.capacity_rebalance:
-            self._changes.replace_first(group, member, "an EC2 instance rebalance recommendation")
+            self._changes.launch_replacement(group, member, "an EC2 instance rebalance recommendation")
         self._save()
 
     def _spot(self, instance_id: str) -> tuple[Group, Asg, Member]:
@@ -187,7 +185,7 @@ class InstanceRequests(Requests):
     def metadata(self, instance_id: str) -> Metadata:
         """Return an instance's metadata. Raise ValidationError if the instance is unknown."""
         _, asg, member = self._instance(instance_id)
-        machine, bond = member.instance.machine, member.bond
+        machine, bond = member.instance.machine, member.asg
         return Metadata(
             instance_id=instance_id,
             instance_type=machine.type,
@@ -225,17 +223,14 @@ MAX_HOOKS = 50
 
 
 class HookRequests(Requests):
-    """As AWS's API reference says, under the same names."""
-
     def put_lifecycle_hook(self, hook: LifecycleHook) -> None:
         """Create or replace a hook. Instances that already wait in it keep the old timeouts."""
         _, asg = self._changeable(hook.auto_scaling_group_name)
-        request_base.hook(hook)
+        request_base.check_hook(hook)
         if hook.lifecycle_hook_name not in asg.hooks and len(asg.hooks) >= MAX_HOOKS:
             raise LimitExceeded(f"A group may have {MAX_HOOKS} lifecycle hooks.")
         asg.hooks[hook.lifecycle_hook_name] = hook
-        self._changes.unsaved = True
-        self._save()
+        self._save(changed=True)
 
     def delete_lifecycle_hook(self, name: str, lifecycle_hook_name: str) -> None:
         """Delete a hook. Waiting instances proceed: ABANDON on launch, CONTINUE on termination."""
@@ -251,7 +246,7 @@ class HookRequests(Requests):
 
     def describe_lifecycle_hooks(self, name: str, hook_names: Sequence[str] = ()) -> Sequence[LifecycleHook]:
         """Return the group's hooks, sorted by name. Ignore names that do not exist."""
-        _, asg = self._named(name)
+        _, asg = self._asg_group(name)
         return [asg.hooks[hook] for hook in sorted(asg.hooks) if not hook_names or hook in hook_names]
 
     def complete_lifecycle_action(
@@ -264,11 +259,11 @@ class HookRequests(Requests):
         lifecycle_action_token: str | None = None,
     ) -> None:
         """Complete an action, given by its instance or its token."""
-        request_base.result("LifecycleActionResult", lifecycle_action_result)
+        request_base.check_result("LifecycleActionResult", lifecycle_action_result)
         group, member, wait = self._action(name, lifecycle_hook_name, instance_id, lifecycle_action_token)
         how = f"Lifecycle Action Completed with {lifecycle_action_result} Result"
         if lifecycle_action_result == CONTINUE and wait.hook.lifecycle_transition == LAUNCHING:
-            member.bond.vouched = True
+            member.asg.vouched = True
         lifecycle_hooks.complete(self._changes, group, member, wait, lifecycle_action_result, how)
         self._save()
 
@@ -286,7 +281,7 @@ class HookRequests(Requests):
         self._save()
 
     def _action(self, name: str, hook: str, instance_id: str | None, token: str | None) -> tuple[Group, Member, Wait]:
-        group, _ = self._named(name)
+        group, _ = self._asg_group(name)
         if not instance_id and not token:
             raise ValidationError("Valid requests must contain either InstanceId or LifecycleActionToken parameter.")
         found = lifecycle_hooks.find(group, hook, instance=instance_id, token=token)

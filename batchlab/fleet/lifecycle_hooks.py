@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from batchlab.fleet.changes import Changes
 
 SETTLING_S = 10.0
-"""Seconds in service below which an instance that ends counts as a failed start in a crash loop. AWS has no such limit
-and always replaces the instance."""
+"""Time in service that proves a successful start. An instance that ends earlier counts for a crash loop. AWS always
+replaces the instance."""
 
 EC2 = "EC2"
 _PROCEED = {
@@ -28,11 +28,11 @@ _PROCEED = {
 }
 
 
-def settled(member: Member, now_s: float) -> bool:
-    """Return whether an instance started successfully. It has been in service for SETTLING_S, or its launch hook was
+def has_started(member: Member, now_s: float) -> bool:
+    """Return whether an instance started successfully: it has been in service for SETTLING_S, or its launch hook was
     completed."""
-    since_s = member.bond.in_service_s
-    return since_s is not None and (member.bond.vouched or now_s - since_s >= SETTLING_S)
+    since_s = member.asg.in_service_s
+    return since_s is not None and (member.asg.vouched or now_s - since_s >= SETTLING_S)
 
 
 def begin(changes: Changes, group: Group, member: Member, transition: str) -> bool:
@@ -45,12 +45,12 @@ def begin(changes: Changes, group: Group, member: Member, transition: str) -> bo
         token = changes.ids.fresh("token")
         until_s = now_s + hook.heartbeat_timeout
         wait = Wait(hook, token, until_s, now_s + hook.global_timeout)
-        member.bond.waits.append(wait)
+        member.asg.waits.append(wait)
         origin, destination = _ends(member, transition)
         changes.notices.append(
             LifecycleNotification(hook, member.instance.id, token, changes.now_s(), origin, destination)
         )
-    return bool(member.bond.waits)
+    return bool(member.asg.waits)
 
 
 def _ends(member: Member, transition: str) -> tuple[str, str]:
@@ -59,7 +59,7 @@ def _ends(member: Member, transition: str) -> tuple[str, str]:
     if member.state is LifecycleState.WARMED_PENDING:
         return (EC2 if transition == LAUNCHING else group), pool
     if transition == LAUNCHING:
-        return (pool if member.bond.warm else EC2), group
+        return (pool if member.asg.warm else EC2), group
     return group, EC2
 
 
@@ -68,7 +68,7 @@ def find(
 ) -> tuple[Member, Wait] | None:
     """Return the open action of this hook, by instance or by token."""
     for member in group.members.values():
-        for wait in member.bond.waits:
+        for wait in member.asg.waits:
             mine = wait.token == token if token else member.instance.id == instance
             if mine and wait.hook.lifecycle_hook_name == hook:
                 return member, wait
@@ -76,8 +76,7 @@ def find(
 
 
 def heartbeat(changes: Changes, member: Member, wait: Wait) -> None:
-    """Restart the heartbeat timeout of an action, within the global timeout."""
-    waits = member.bond.waits
+    waits = member.asg.waits
     until_s = changes.steady.now_s() + wait.hook.heartbeat_timeout
     waits[waits.index(wait)] = replace(wait, until_s=until_s)
     changes.unsaved = True
@@ -85,7 +84,7 @@ def heartbeat(changes: Changes, member: Member, wait: Wait) -> None:
 
 def complete(changes: Changes, group: Group, member: Member, wait: Wait, result: str, how: str) -> None:
     """Close an action. The instance proceeds after the last one or after ABANDON."""
-    waits = member.bond.waits
+    waits = member.asg.waits
     waits.remove(wait)
     changes.unsaved = True
     abandoned = result == ABANDON
@@ -105,7 +104,7 @@ def expire(changes: Changes, group: Group) -> None:
     now_s = changes.steady.now_s()
     for member in list(group.members.values()):
         # An abandoned action clears the other actions of its instance.
-        while late := next((w for w in member.bond.waits if _late(w, now_s)), None):
+        while late := next((w for w in member.asg.waits if _late(w, now_s)), None):
             complete(changes, group, member, late, late.hook.default_result, "Heartbeat Timeout")
 
 
@@ -128,4 +127,4 @@ def _go_on(changes: Changes, group: Group, member: Member) -> None:
     if ending:
         changes.mark(group, member.end, "InProgress")
     else:
-        changes.mark(group, member.bond.moving or member.launch, "PreInService")
+        changes.mark(group, member.asg.moving or member.launch, "PreInService")

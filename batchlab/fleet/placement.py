@@ -1,7 +1,5 @@
 """Placement of the next instance of a group: zone, market, type, and template.
 
-Market and instance type of the next instance in a mixed instances group.
-
 Spot capacity is not known in advance. A capacity pool (type, zone, market) that refused a launch or interrupted an
 instance is avoided for a while.
 """
@@ -25,41 +23,38 @@ from batchlab.fleet.api_types import (
     Templates,
     ValidationError,
 )
-from batchlab.fleet.group_state import Asg, Bond, Group, Member, weigh
+from batchlab.fleet.group_state import Asg, AsgMember, Group, Member, weigh
 
-BARREN_S = 300.0
-"""Seconds for which a failed capacity pool is avoided. AWS does not document this time."""
+AVOID_S = 300.0
+"""Time for which a failed capacity pool is avoided. AWS does not document this time."""
 
 
 def pool_name(machine: Machine) -> str:
-    """Return the capacity pool's name in `Asg.barren_s`."""
     return f"{machine.type}/{machine.zone}/{machine.market}"
 
 
 def avoid(asg: Asg, machine: Machine, now_s: float) -> None:
     """Avoid a capacity pool that failed or interrupted an instance."""
     asg.barren_s = {name: until_s for name, until_s in asg.barren_s.items() if until_s > now_s}
-    asg.barren_s[pool_name(machine)] = now_s + BARREN_S
+    asg.barren_s[pool_name(machine)] = now_s + AVOID_S
 
 
-def is_barren(asg: Asg, machine: Machine, now_s: float) -> bool:
+def is_avoided(asg: Asg, machine: Machine, now_s: float) -> bool:
     return asg.barren_s.get(pool_name(machine), 0.0) > now_s
 
 
-def barren_zones(asg: Asg, now_s: float) -> set[str]:
-    """Return the zones in which a capacity pool failed recently."""
+def avoided_zones(asg: Asg, now_s: float) -> set[str]:
     return {name.split("/")[1] for name, until_s in asg.barren_s.items() if until_s > now_s}
 
 
 def wanted_on_demand(shares: InstancesDistribution, capacity: int) -> int:
-    """Return the on-demand units of `capacity`: the base, and a percentage of the rest. The result is rounded up."""
+    """Return the on-demand units of `capacity`: the base, and a percentage of the rest, rounded up."""
     base = min(shares.on_demand_base_capacity, capacity)
     above = (capacity - base) * shares.on_demand_percentage_above_base_capacity
     return base + math.ceil(above / 100)
 
 
 def market_to_add(shares: InstancesDistribution, members: Sequence[Member]) -> Market:
-    """Return the market of the next instance."""
     wanted = wanted_on_demand(shares, weigh(members) + 1)
     return Market.ON_DEMAND if _on_demand(members) < wanted else Market.SPOT
 
@@ -124,13 +119,11 @@ class Placement:
 
     pool: Pool
     machine: Machine
-    bond: Bond
+    asg: AsgMember
 
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """Sources of external data for launches."""
-
     templates: Templates
     prices: Prices | None
     zones: tuple[str, ...]
@@ -176,7 +169,7 @@ def choose(group: Group, asg: Asg, sources: Sources, now_s: float, *, warm: bool
     else:
         options = _mixed(group, mixed, template, zones, sources.prices)
     override, zone, market = next(
-        (o for o in options if not is_barren(asg, Machine(o[0].instance_type, *o[1:]), now_s)), options[0]
+        (o for o in options if not is_avoided(asg, Machine(o[0].instance_type, *o[1:]), now_s)), options[0]
     )
     special = override.launch_template_specification
     if special is not None:
@@ -192,7 +185,7 @@ def choose(group: Group, asg: Asg, sources: Sources, now_s: float, *, warm: bool
             env=template.env,
         ),
         Machine(override.instance_type or template.instance_type, zone, market),
-        Bond(
+        AsgMember(
             template=None if config.launch_configuration_name else template.reference,
             launch_configuration=config.launch_configuration_name,
             weight=override.weighted_capacity or 1,

@@ -23,13 +23,11 @@ ADJUSTMENTS = ("ChangeInCapacity", "ExactCapacity", "PercentChangeInCapacity")
 
 
 class PolicyRequests(Requests):
-    """Requests for scaling policies, as in AWS's API reference."""
-
     def put_scaling_policy(self, policy: ScalingPolicy) -> ScalingPolicy:
         """Create or replace a policy. Return it with its ARN and the names of its alarms."""
         name, this = policy.auto_scaling_group_name, policy.policy_name
         _, asg = self._changeable(name)
-        _check(policy)
+        _check_policy(policy)
         if this not in asg.policies and len(asg.policies) >= MAX_POLICIES:
             raise LimitExceeded(f"A group may have {MAX_POLICIES} scaling policies.")
         arn = self._arn("scalingPolicy", name, f":policyName/{this}")
@@ -39,22 +37,20 @@ class PolicyRequests(Requests):
             alarms = tuple(f"TargetTracking-{name}-Alarm{way}-{unique}" for way in ("High", "Low"))
         asg.policies[this] = replace(policy, policy_arn=arn, alarms=alarms)
         asg.alarms[this] = Alarm()
-        self._changes.unsaved = True
-        self._save()
+        self._save(changed=True)
         return asg.policies[this]
 
     def delete_policy(self, policy_name: str, *, name: str | None = None) -> None:
         """Delete a policy. If `policy_name` is an ARN, the group's name is not needed."""
         _, asg, policy = self._policy(policy_name, name)
         del asg.policies[policy.policy_name], asg.alarms[policy.policy_name]
-        self._changes.unsaved = True
-        self._save()
+        self._save(changed=True)
 
     def describe_policies(
         self, name: str | None = None, *, policy_names: Sequence[str] = (), policy_types: Sequence[str] = ()
     ) -> Sequence[ScalingPolicy]:
         """Return policies sorted by group and name. `policy_names` may be ARNs."""
-        groups = [self._named(name)[0]] if name else [g for _, g in sorted(self._groups.items())]
+        groups = [self._asg_group(name)[0]] if name else [g for _, g in sorted(self._groups.items())]
         return [
             policy
             for group in groups
@@ -83,7 +79,7 @@ class PolicyRequests(Requests):
             raise ValidationError(f"The policy {policy.policy_name} is disabled.")
         if policy.policy_type == SIMPLE:
             if honor_cooldown:
-                self._honour_cooldown(group, asg)
+                self._check_cooldown(group, asg)
             assert policy.scaling_adjustment is not None
             self._set(group, policy, policy.scaling_adjustment, group.desired, cooldown=policy.cooldown)
         elif metric_value is None or breach_threshold is None:
@@ -93,8 +89,8 @@ class PolicyRequests(Requests):
         self._save()
 
     def _step(self, group: Group, asg: Asg, policy: ScalingPolicy, breach: float) -> None:
-        """Apply the step for a breach. Scale out relative to warm capacity, so two consecutive breaches of the same
-        size add instances once. Scale in only if no instance is warming up."""
+        """Apply the step for a breach. Scale-out is relative to warm capacity, so two consecutive breaches of the same
+        size add instances once. Scale-in waits until all instances have warmed up."""
         step = scaling_policies.step_for(policy, breach)
         if step is None:
             return
@@ -112,12 +108,12 @@ class PolicyRequests(Requests):
     ) -> None:
         wanted = scaling_policies.adjusted(group, policy, adjustment, base)
         cause = f"a user request executed policy {policy.policy_name}"
-        self._changes.want(group, wanted, cause, cooldown=cooldown)
+        self._changes.set_desired(group, wanted, cause, cooldown=cooldown)
 
     def _policy(self, policy_name: str, name: str | None) -> tuple[Group, Asg, ScalingPolicy]:
         if not name and not policy_name.startswith("arn:"):
             raise ValidationError("AutoScalingGroupName is needed unless PolicyName is an ARN.")
-        groups = [self._named(name)[0]] if name else list(self._groups.values())
+        groups = [self._asg_group(name)[0]] if name else list(self._groups.values())
         for group in groups:
             for policy in group.asg.policies.values() if group.asg else ():
                 if policy_name in (policy.policy_name, policy.policy_arn):
@@ -126,7 +122,7 @@ class PolicyRequests(Requests):
         raise ValidationError(f"ScalingPolicy not found: {policy_name}")
 
 
-def _check(policy: ScalingPolicy) -> None:
+def _check_policy(policy: ScalingPolicy) -> None:
     request_base.one_of("PolicyType", policy.policy_type, _TYPES)
     if policy.policy_type == TRACKING:
         tracking = policy.target_tracking_configuration
@@ -150,8 +146,6 @@ _FIELD = re.compile(rf"{_TERM}(,{_TERM})*", re.ASCII | re.IGNORECASE)
 
 
 class ScheduleRequests(Requests):
-    """Requests for scheduled actions, as in AWS's API reference. Times are in seconds since the epoch."""
-
     def put_scheduled_update_group_action(self, action: ScheduledAction) -> None:
         """Create or replace an action. As on AWS, two actions of a group need different times."""
         name, this = action.auto_scaling_group_name, action.scheduled_action_name
@@ -165,10 +159,9 @@ class ScheduleRequests(Requests):
         arn = self._arn("scheduledUpdateGroupAction", name, f":scheduledActionName/{this}")
         asg.scheduled[this] = replace(action, scheduled_action_arn=arn)
         asg.due_s[this] = due_s
-        self._changes.unsaved = True
-        self._save()
+        self._save(changed=True)
 
-    def _check(self, asg: Asg, action: ScheduledAction) -> None:
+    def _check_policy(self, asg: Asg, action: ScheduledAction) -> None:
         now_s = self._changes.now_s()
         sizes = (action.min_size, action.max_size, action.desired_capacity)
         if all(size is None for size in sizes):
@@ -198,9 +191,8 @@ class ScheduleRequests(Requests):
         _, asg = self._changeable(name)
         if scheduled_action_name not in asg.scheduled:
             raise ValidationError(f"Scheduled action name not found: {scheduled_action_name}")
-        scaling_policies.forget(asg, scheduled_action_name)
-        self._changes.unsaved = True
-        self._save()
+        scaling_policies.remove_action(asg, scheduled_action_name)
+        self._save(changed=True)
 
     def describe_scheduled_actions(
         self,
@@ -212,7 +204,7 @@ class ScheduleRequests(Requests):
     ) -> Sequence[ScheduledAction]:
         """Return actions that will run again, sorted by their next run. As on AWS, `start_time` of a result is its next
         run. The two times limit the next run, and are ignored if names are given."""
-        groups = [self._named(name)[0]] if name else list(self._groups.values())
+        groups = [self._asg_group(name)[0]] if name else list(self._groups.values())
         found = []
         for asg in (group.asg for group in groups if group.asg is not None):
             for this, due_s in asg.due_s.items():

@@ -1,7 +1,4 @@
-"""Base class and validation of all requests.
-
-Messages of errors are AWS's if they are known.
-"""
+"""Base class and validation of all requests."""
 
 from __future__ import annotations
 
@@ -58,14 +55,14 @@ class Requests(Engine):
         alarm_period_s: float = 60.0,
         shortest_lifetime_s: int = SHORTEST_LIFETIME_S,
     ) -> None:
-        self._facts = Sources(templates, prices, tuple(zones))
+        self._data_sources = Sources(templates, prices, tuple(zones))
         super().__init__(
             launcher,
             clock,
             ids,
             store,
             drain_s=drain_s,
-            sources=self._facts,
+            sources=self._data_sources,
             metrics=metrics,
             alarm_period_s=alarm_period_s,
         )
@@ -73,56 +70,56 @@ class Requests(Engine):
         self._shortest_lifetime_s = shortest_lifetime_s
 
     def take_notifications(self) -> Sequence[LifecycleNotification]:
-        """Return notifications of hooks since the last call, at most the newest 1,000. They are not saved. After a
-        restart, waiting instances are found by their state."""
+        """Return notifications of hooks since the last call, at most the newest 1,000. They are not saved."""
         notices = list(self._changes.notices)
         self._changes.notices.clear()
         return notices
 
-    def _named(self, name: str) -> tuple[Group, Asg]:
-        group = self._groups.get(name)
-        if group is None or group.asg is None:
+    def _asg_group(self, name: str) -> tuple[Group, Asg]:
+        checked_group = self._groups.get(name)
+        if checked_group is None or checked_group.asg is None:
             raise ValidationError(f"AutoScalingGroup name not found - AutoScalingGroup: {name} not found")
-        return group, group.asg
+        return checked_group, checked_group.asg
 
     def _changeable(self, name: str) -> tuple[Group, Asg]:
-        group, asg = self._named(name)
+        checked_group, asg = self._asg_group(name)
         if asg.deleting:
             raise ValidationError("The AutoScaling group may not be modified while it is pending delete")
-        return group, asg
+        return checked_group, asg
 
     def _instance(self, instance_id: str) -> tuple[Group, Asg, Member]:
         found = self._find(instance_id)
         if found is not None:
-            group, member = found
-            if group.asg is not None and member.state is not LifecycleState.TERMINATED:
-                return group, group.asg, member
+            checked_group, member = found
+            if checked_group.asg is not None and member.state is not LifecycleState.TERMINATED:
+                return checked_group, checked_group.asg, member
         raise ValidationError(f"Instance Id not found - No managed instance found for instance ID: {instance_id}")
 
-    def _instances(self, group: Group, instance_ids: Sequence[str]) -> list[Member]:
-        """Return these instances, each once, in the given order."""
+    def _instances(self, checked_group: Group, instance_ids: Sequence[str]) -> list[Member]:
         for one in instance_ids:
-            member = group.members.get(one)
+            member = checked_group.members.get(one)
             if member is None or member.state is LifecycleState.TERMINATED:
-                raise ValidationError(f"The instance {one} is not part of Auto Scaling group {group.pool.name}.")
-        return [group.members[fromkey] for fromkey in dict.fromkeys(instance_ids)]
+                raise ValidationError(
+                    f"The instance {one} is not part of Auto Scaling group {checked_group.pool.name}."
+                )
+        return [checked_group.members[fromkey] for fromkey in dict.fromkeys(instance_ids)]
 
-    def _honour_cooldown(self, group: Group, asg: Asg) -> None:
+    def _check_cooldown(self, checked_group: Group, asg: Asg) -> None:
         if asg.cooling or self._changes.steady.now_s() < asg.cooled_s:
-            newest = self._changes.log.newest(group.pool.name, 1)
+            newest = self._changes.log.newest(checked_group.pool.name, 1)
             which = activity_id(newest[0]) if newest else "of a cooldown"
             raise ScalingActivityInProgress(f"Scaling activity {which} is in progress and blocks this action")
 
-    def _arn(self, kind: str, group: str, rest: str) -> str:
-        unique = uuid5(NAMESPACE_URL, f"{self._account}/{kind}/{group}/{rest}")
+    def _arn(self, kind: str, checked_group: str, rest: str) -> str:
+        unique = uuid5(NAMESPACE_URL, f"{self._account}/{kind}/{checked_group}/{rest}")
         place = f"arn:aws:autoscaling:{self._region}:{self._account}"
-        return f"{place}:{kind}:{unique}:autoScalingGroupName/{group}{rest}"
+        return f"{place}:{kind}:{unique}:autoScalingGroupName/{checked_group}{rest}"
 
 
 LONGEST_LIFETIME_S = 31_536_000
 
 
-def group(config: GroupConfig, zones: Sequence[str], shortest_lifetime_s: int) -> GroupConfig:
+def checked_group(config: GroupConfig, zones: Sequence[str], shortest_lifetime_s: int) -> GroupConfig:
     """Return the validated configuration in its normal form."""
     low, high = config.min_size, config.max_size
     if not 1 <= len(config.auto_scaling_group_name) <= 255:
@@ -171,8 +168,7 @@ def _shares(shares: InstancesDistribution) -> None:
     )
 
 
-def desired(config: GroupConfig, capacity: int) -> None:
-    """Raise ValidationError if the capacity is outside the group's limits."""
+def check_desired(config: GroupConfig, capacity: int) -> None:
     if not config.min_size <= capacity <= config.max_size:
         raise ValidationError(
             f"Desired capacity:{capacity} must be between the specified min"
@@ -180,19 +176,18 @@ def desired(config: GroupConfig, capacity: int) -> None:
         )
 
 
-def hook(one: LifecycleHook) -> None:
-    """Validate a hook's transition, timeout, and default result."""
+def check_hook(one: LifecycleHook) -> None:
     one_of("LifecycleTransition", one.lifecycle_transition, (LAUNCHING, TERMINATING))
     if not 30 <= one.heartbeat_timeout <= 7200:
         raise ValidationError("HeartbeatTimeout must be between 30 and 7200 seconds.")
-    result("DefaultResult", one.default_result)
+    check_result("DefaultResult", one.default_result)
 
 
-def result(name: str, value: str) -> None:
+def check_result(name: str, value: str) -> None:
     one_of(name, value, (CONTINUE, ABANDON))
 
 
-def processes(names: Sequence[str]) -> list[Process]:
+def parse_processes(names: Sequence[str]) -> list[Process]:
     """Return the named processes, or all if none is named."""
     known = [str(process) for process in Process]
     for name in names:

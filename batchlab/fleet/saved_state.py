@@ -1,6 +1,6 @@
-"""Encoding of a fleet's saved state, for restarts and changes of the format.
+"""Encoding of a fleet's saved state.
 
-Format 1 has only plain pools and no end times of activities.
+Format 1 has only plain pools, and its activities lack end times.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from batchlab.core.errors import BackendError
 from batchlab.core.model import Activity, Instance, LifecycleState, Machine, Market, Pool
-from batchlab.fleet.group_state import FINAL, ActivityLog, Asg, Bond, Group, Member
+from batchlab.fleet.group_state import FINAL, ActivityLog, Asg, AsgMember, Group, Member
 
 _FORMAT = 2
-_PLAIN = Bond()
+_PLAIN = AsgMember()
 
 
 @cache
@@ -26,12 +26,11 @@ def _asg_adapter() -> TypeAdapter[Asg]:
 
 
 @cache
-def _bond_adapter() -> TypeAdapter[Bond]:
-    return TypeAdapter(Bond)
+def _bond_adapter() -> TypeAdapter[AsgMember]:
+    return TypeAdapter(AsgMember)
 
 
 def encode(groups: dict[str, Group], log: ActivityLog) -> bytes:
-    """Encode the state as JSON."""
     state = {"format": _FORMAT, "next_activity": log.following, "groups": [_group(group) for group in groups.values()]}
     activities = ",".join(log.written(_activity_text))
     return f'{_dumps(state)[:-1]},"activities":[{activities}]}}'.encode()
@@ -95,9 +94,9 @@ def _pool(pool: Pool) -> dict[str, Any]:
 def _member(m: Member) -> list[Any]:
     i = m.instance
     saved: list[Any] = [i.id, i.state, i.launched_s, i.healthy, i.protected, i.note, m.launch, m.end, m.ready]
-    if i.machine != Machine() or m.bond != _PLAIN:
+    if i.machine != Machine() or m.asg != _PLAIN:
         machine = [i.machine.type, i.machine.zone, i.machine.market]
-        saved += [machine, _bond_adapter().dump_python(m.bond, mode="json")]
+        saved += [machine, _bond_adapter().dump_python(m.asg, mode="json")]
     return saved
 
 
@@ -139,5 +138,5 @@ def _remember(
     )
     again = Member(instance, launch, end, ready)
     if bond is not None:
-        again.bond = _bond_adapter().validate_python(bond)
+        again.asg = _bond_adapter().validate_python(bond)
     return again

@@ -1,14 +1,12 @@
-"""Scaling policies: simple and step scaling with AWS's rounding, and target tracking.
+"""Scaling policies, scheduled actions, and limits of a group's capacity.
 
-Target tracking changes capacity in proportion to a metric, fast when it scales out and slowly when it scales in. A
-policy has two alarms, as on AWS. The high alarm is for a metric above the target for 3 periods, and the low alarm for
-one below nine tenths of it for 15 periods. Any policy may scale out, but the group scales in only if all policies
-agree. Without data, nothing changes.
+Target tracking changes capacity in proportion to a metric, fast for scale-out and slowly for scale-in. A policy has two
+alarms, as on AWS: the high alarm after 3 periods above the target, and the low alarm after 15 periods below nine tenths
+of the target. Any policy may scale out, but the group scales in only if all policies agree. Without data, the capacity
+stays.
 
-Scheduled actions, and changes of a group's min, max, and desired capacity.
-
-Scheduled actions use the wall clock. If the manager was not running, a missed action runs once and late. An action that
-was due while ScheduledActions was suspended does not run.
+Scheduled actions use the wall clock. After a restart, a missed action runs once and late. An action that was due while
+ScheduledActions was suspended does not run.
 
 Invariant: a fleet over a launcher and an EC2 fleet refuse the same limits with the same messages.
 """
@@ -51,7 +49,7 @@ def is_warming(group: Group, warm_after_s: float, now_s: float) -> bool:
 
 
 def _warm(member: Member, warm_after_s: float, now_s: float) -> bool:
-    since_s = member.bond.in_service_s
+    since_s = member.asg.in_service_s
     in_service = member.state is LifecycleState.IN_SERVICE and since_s is not None
     return in_service and since_s is not None and now_s - since_s >= warm_after_s
 
@@ -185,11 +183,11 @@ def _act(changes: Changes, group: Group, asg: Asg, policy: ScalingPolicy, desire
     asg.alarms[policy.policy_name].acted_s = changes.steady.now_s()
     name = policy.alarms[0 if high else 1]
     cause = f"a monitor alarm {name} in state ALARM triggered policy {policy.policy_name}"
-    changes.want(group, desired, cause)
+    changes.set_desired(group, desired, cause)
 
 
 MAX_INSTANCES = 99_999
-"""Most instances of one group. A larger number is probably a mistake."""
+"""Maximum number of instances of one group. A larger number is probably a mistake."""
 
 
 def check_limits(pool: Pool, *, most: int = MAX_INSTANCES) -> str:
@@ -223,22 +221,22 @@ def check_decrement(pool: Pool, desired: int, leaving: int) -> None:
 def set_limits(
     changes: Changes, group: Group, min_size: int | None, max_size: int | None, desired: int | None, *, cause: str
 ) -> None:
-    """Set the sizes that are not None, and move desired capacity into the limits. If min is above max, change nothing
-    and record a failed activity, because no caller can receive an error."""
+    """Set the sizes that are not None, and move desired capacity into the limits. If min is above max, record a failed
+    activity instead, because no caller can receive an error."""
     asg = group.asg
     assert asg is not None
     low = asg.config.min_size if min_size is None else min_size
     high = asg.config.max_size if max_size is None else max_size
     if low > high:
         what = f"Could not set min: {low}, max: {high}: min is above max"
-        changes.note(group.pool.name, what, changes.told(asg, cause), "Failed")
+        changes.note(group.pool.name, what, changes.cause_text(asg, cause), "Failed")
         return
     asg.config = replace(asg.config, min_size=low, max_size=high)
     group.pool = replace(group.pool, min_size=low, max_size=high)
     changes.unsaved = True
     wanted = clamp(group.pool, group.desired if desired is None else desired)
     limits = f"min: {low}, max: {high}, desired: {wanted}"
-    changes.want(group, wanted, f"{cause} update of AutoScalingGroup constraints to {limits}")
+    changes.set_desired(group, wanted, f"{cause} update of AutoScalingGroup constraints to {limits}")
 
 
 def first_s(action: ScheduledAction, now_s: float) -> float | None:
@@ -288,11 +286,11 @@ def run_due(changes: Changes, group: Group) -> None:
             )
         again_s = _recurs_s(action, now_s)
         if again_s is None:
-            forget(asg, name)
+            remove_action(asg, name)
         else:
             asg.due_s[name] = again_s
         changes.unsaved = True
 
 
-def forget(asg: Asg, name: str) -> None:
+def remove_action(asg: Asg, name: str) -> None:
     del asg.scheduled[name], asg.due_s[name]

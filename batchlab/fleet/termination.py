@@ -1,8 +1,8 @@
-"""Decisions of a group as pure functions: which instances to terminate, and how many to launch.
+"""Decisions of a group as pure functions: the instances to terminate, and the number to launch.
 
 Scale-in first chooses the market with too many instances, then the zone with the most. Then each termination policy of
-the group narrows the choice. If several instances remain, AWS takes one at random. This engine takes the one that was
-launched first.
+the group narrows the choice. If several instances remain, AWS takes a random one, and this engine takes the one that
+was launched first.
 
 Invariant (I5): the decisions never take a group above its desired capacity, and never terminate a protected instance.
 """
@@ -21,28 +21,27 @@ from batchlab.fleet.placement import configuration
 
 HOUR_S = 3600.0
 PLAIN = "PendingThenNewest"
-"""Name of a plain pool's policy. An Auto Scaling group may use it too, but not on AWS."""
+"""Name of a plain pool's policy. On AWS, the policy does not exist."""
 
 Policy = Callable[[Asg, Sequence[Member], float], Sequence[Member]]
 
 
 def pending_then_newest(members: Sequence[Member]) -> Sequence[Member]:
-    """Return the unprotected members, Pending before InService, newest before oldest. EC2's default policy takes the
-    oldest launch template and then the oldest instance. In a plain pool, all instances have one template, and the
-    newest one has the least warm state (code, child processes) to lose."""
+    """Return the unprotected members, Pending before InService, newest before oldest. In a plain pool, all instances
+    have one template, and the newest one has the least warm state (code, child processes) to lose."""
     unprotected = [member for member in reversed(members) if not member.instance.protected]
     # The sort is stable, so it keeps the order by age within each state.
     return sorted(unprotected, key=lambda member: member.state is not LifecycleState.PENDING)
 
 
 def choose(group: Group, asg: Asg, now_s: float) -> list[Member]:
-    """Return the instances that scale-in takes from an Auto Scaling group, in order. An instance is not taken if its
-    weight would lower capacity below the desired capacity."""
+    """Return the instances that scale-in takes from an Auto Scaling group, in order. An instance stays if its weight
+    would lower capacity below the desired capacity."""
     staying = group.staying()
     taken: list[Member] = []
     while True:
         excess = weigh(staying) - group.desired
-        able = [member for member in staying if not member.instance.protected and member.bond.weight <= excess]
+        able = [member for member in staying if not member.instance.protected and member.asg.weight <= excess]
         if excess <= 0 or not able:
             return taken
         one = _pick(asg, staying, able, now_s)
@@ -51,7 +50,6 @@ def choose(group: Group, asg: Asg, now_s: float) -> list[Member]:
 
 
 def take_by_default(asg: Asg, members: Sequence[Member], count: int, now_s: float) -> list[Member]:
-    """Choose `count` members by the default policy, regardless of the group's policies."""
     left, taken = list(members), []
     for _ in range(min(count, len(left))):
         member = _default(asg, left, now_s)[0]
@@ -72,7 +70,6 @@ def _pick(asg: Asg, staying: Sequence[Member], able: Sequence[Member], now_s: fl
 
 
 def narrow(asg: Asg, able: Sequence[Member], now_s: float) -> Member:
-    """Choose one member by the group's termination policies."""
     for name in asg.config.termination_policies or ("Default",):
         able = POLICIES[name](asg, able, now_s) or able
     return able[0]
@@ -103,12 +100,12 @@ def _oldest_template(asg: Asg, members: Sequence[Member], now_s: float) -> Seque
     config = configuration(asg)
     if config.launch_configuration_name:
         return _oldest_configuration(asg, members, 0.0)
-    configured = [member for member in members if member.bond.launch_configuration]
+    configured = [member for member in members if member.asg.launch_configuration]
     if configured:
         return configured
     mixed = config.mixed_instances_policy
     current = mixed.launch_template if mixed else config.launch_template
-    others = [m for m in members if m.bond.template and current and not _same(m, current)]
+    others = [m for m in members if m.asg.template and current and not _same(m, current)]
     if others:
         return others
     versions = [_version(member) for member in members]
@@ -116,7 +113,7 @@ def _oldest_template(asg: Asg, members: Sequence[Member], now_s: float) -> Seque
 
 
 def _same(member: Member, current: LaunchTemplate) -> bool:
-    launch_template = member.bond.template
+    launch_template = member.asg.template
     assert launch_template is not None
     if current.launch_template_id:
         return launch_template.launch_template_id == current.launch_template_id
@@ -124,7 +121,7 @@ def _same(member: Member, current: LaunchTemplate) -> bool:
 
 
 def _version(member: Member) -> int:
-    template = member.bond.template
+    template = member.asg.template
     return int(template.version) if template and template.version.isdigit() else 0
 
 
@@ -132,14 +129,13 @@ def _oldest_configuration(asg: Asg, members: Sequence[Member], now_s: float) -> 
     """Return the oldest member with another launch configuration than the current one."""
     current = configuration(asg).launch_configuration_name
     others = [
-        member for member in members if member.bond.launch_configuration and member.bond.launch_configuration != current
+        member for member in members if member.asg.launch_configuration and member.asg.launch_configuration != current
     ]
     return _oldest(asg, others, now_s) if others else members
 
 
 def _closest_to_hour(asg: Asg, members: Sequence[Member], now_s: float) -> Sequence[Member]:
-    """Return the members whose next hour of use starts first. Times are whole seconds, so instances that were launched
-    together are equal."""
+    """Return the members whose next hour of use starts first, in whole seconds."""
     del asg
 
     def left_s(member: Member) -> int:
@@ -188,7 +184,7 @@ POLICIES: dict[str, Policy] = {
 
 
 CRASH_LOOP = 3
-"""Number of consecutive instances that end before they are ready, which starts a crash loop."""
+"""Number of consecutive failed starts at which a crash loop begins."""
 MAX_WAIT_S = 60.0
 
 
@@ -206,8 +202,8 @@ def victims(group: Group, now_s: float) -> Sequence[Member]:
 
 
 def shortfall(group: Group, now_s: float, steady_s: float) -> int:
-    """Return how many units of capacity to launch now. `now_s` is monotonic. In a crash loop, this is one instance at a
-    time after each wait, until an instance is ready."""
+    """Return how many units of capacity to launch now. `now_s` is monotonic. In a crash loop, this is one instance
+    after each wait, until an instance is ready."""
     staying = group.staying()
     missing = max(0, group.desired - weigh(staying))
     if group.failures < CRASH_LOOP or not missing:
@@ -220,9 +216,9 @@ def _on_trial(group: Group, member: Member, steady_s: float) -> bool:
     if member.state in STARTING:
         return True
     new = group.asg is not None and member.state is LifecycleState.IN_SERVICE
-    return new and not lifecycle_hooks.settled(member, steady_s)
+    return new and not lifecycle_hooks.has_started(member, steady_s)
 
 
-def wait_s(waits: int) -> float:
+def crash_loop_wait_s(waits: int) -> float:
     """Return the seconds of the next wait after `waits` earlier ones: 1, 2, 4, … 60."""
     return doubled_s(1.0, MAX_WAIT_S, waits)

@@ -1,7 +1,7 @@
 """Warm pool: instances that are launched in advance and wait, running or stopped, for scale-out.
 
 They pass through the launch hooks twice, when they enter the pool and when they leave it. A launcher that cannot stop
-instances (see `external_data.Resting`) keeps only running ones.
+instances (see `StoppableLauncher`) keeps only running ones.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def size(group: Group) -> int:
 
 
 def room(group: Group, now_s: float) -> int:
-    """Return how many instances to launch into the pool now. A crash loop launches one a wait."""
+    """Return how many instances to launch into the pool now. In a crash loop, this is at most one after each wait."""
     here = members(group)
     missing = max(0, size(group) - len(here))
     if group.failures < CRASH_LOOP:
@@ -73,35 +73,35 @@ def trim(changes: Changes, group: Group, asg: Asg) -> None:
 
 
 def arrive(changes: Changes, group: Group, member: Member) -> None:
-    """Put a running instance into the pool once its hooks are completed. The launch hooks apply, or the termination
-    hooks if the instance returns from service."""
-    if member.state is LifecycleState.WARMED_PENDING and not member.bond.resting:
-        transition = TERMINATING if member.bond.moving else LAUNCHING
+    """Put a running instance into the pool once its hooks are completed: the launch hooks, or the termination hooks if
+    the instance returns from service."""
+    if member.state is LifecycleState.WARMED_PENDING and not member.asg.resting:
+        transition = TERMINATING if member.asg.moving else LAUNCHING
         if lifecycle_hooks.begin(changes, group, member, transition):
             changes.move(member, LifecycleState.WARMED_PENDING_WAIT)
-            activity = member.bond.moving or member.launch
+            activity = member.asg.moving or member.launch
             changes.mark(group, activity, "MidLifecycleAction")
     pool = _pool(group)
     if member.state is LifecycleState.WARMED_PENDING_WAIT or pool is None:
         return
     if pool.pool_state == "Running":
-        lie_down(changes, group, member)
+        mark_stopped(changes, group, member)
     else:
-        member.bond.resting = changes.unsaved = True
+        member.asg.resting = changes.unsaved = True
 
 
-def lie_down(changes: Changes, group: Group, member: Member) -> None:
+def mark_stopped(changes: Changes, group: Group, member: Member) -> None:
     """Move an instance to the pool's state: running, stopped, or hibernated."""
     # A request may have made the instance Terminating while the launcher stopped it.
     if member.state not in WARMING:
         return
     pool = _pool(group)
-    member.bond.asleep, member.bond.resting = member.bond.resting, False
+    member.asg.asleep, member.asg.resting = member.asg.resting, False
     changes.move(member, RESTED[pool.pool_state if pool else "Running"])
-    changes.settle(group, member.bond.moving or member.launch, "Successful")
-    if not member.bond.moving:
-        group.calm()
-    member.bond.moving = 0
+    changes.settle(group, member.asg.moving or member.launch, "Successful")
+    if not member.asg.moving:
+        group.reset_failures()
+    member.asg.moving = 0
 
 
 def hibernates(group: Group) -> bool:
@@ -109,7 +109,7 @@ def hibernates(group: Group) -> bool:
     return pool is not None and pool.pool_state == "Hibernated"
 
 
-def leave(changes: Changes, group: Group, missing: int) -> list[Member]:
+def take_for_launch(changes: Changes, group: Group, missing: int) -> list[Member]:
     """Move instances from the pool into service for `missing` units of capacity, in order."""
     asg = group.asg
     assert asg is not None
@@ -122,13 +122,13 @@ def leave(changes: Changes, group: Group, missing: int) -> list[Member]:
         member.launch = changes.note(
             group.pool.name,
             f"Launching a new EC2 instance from warm pool: {member.instance.id}",
-            changes.told(asg, f"an instance was started in response to {growing}"),
+            changes.cause_text(asg, f"an instance was started in response to {growing}"),
             "PreInService",
         )
         changes.move(member, LifecycleState.PENDING)
-        member.bond.in_service_s = None
+        member.asg.in_service_s = None
         changes.arrive(group, member)
-        missing -= member.bond.weight
+        missing -= member.asg.weight
         taken.append(member)
     return taken
 
@@ -143,12 +143,12 @@ def takes_back(group: Group, member: Member) -> bool:
 def take_back(changes: Changes, group: Group, member: Member, why: str) -> None:
     """Return an instance to the pool for scale-in."""
     assert group.asg is not None
-    member.bond.moving = changes.note(
+    member.asg.moving = changes.note(
         group.pool.name,
         f"Moving EC2 instance to warm pool: {member.instance.id}",
-        changes.told(group.asg, f"an instance was taken out of service in response to {why}"),
+        changes.cause_text(group.asg, f"an instance was taken out of service in response to {why}"),
         "InProgress",
     )
-    member.bond.warm, member.bond.leaving = True, ""
+    member.asg.warm, member.asg.leaving = True, ""
     changes.move(member, LifecycleState.WARMED_PENDING)
     changes.arrive(group, member)

@@ -22,11 +22,11 @@ from batchlab.core.protocol import json_format, object_keys
 from batchlab.core.protocol.field_checks import handler
 from batchlab.manager.state import Ports
 
-LONGEST_NAME = 200
-LONGEST_TAG = 1000
-LATEST_S = 1e11
+MAX_NAME_LENGTH = 200
+MAX_TAG_LENGTH = 1000
+MAX_TIME_S = 1e11
 """Limit of times and durations in seconds. As a time, it is in the year 5138."""
-LARGEST = 2**31 - 1
+MAX_NUMBER = 2**31 - 1
 """Limit of counts and priorities: the ledger's columns store no larger number."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
@@ -70,8 +70,8 @@ def admit(job: JobDef, pools: Mapping[str, int], directory: Directory | None = N
 def _admit_texts(job: JobDef) -> None:
     """Check texts shown in listings, logs, and messages. Control characters could disguise them."""
     for what, text, most in (
-        ("The job's name", job.name, LONGEST_NAME),
-        *(("A tag", text, LONGEST_TAG) for pair in job.tags for text in pair),
+        ("The job's name", job.name, MAX_NAME_LENGTH),
+        *(("A tag", text, MAX_TAG_LENGTH) for pair in job.tags for text in pair),
     ):
         if not text.isprintable():
             raise UsageError(
@@ -89,18 +89,18 @@ def _admit_numbers(job: JobDef) -> None:
 
 
 def _numbers(job: JobDef) -> Iterator[tuple[str, float | None, float, float]]:
-    yield "The time of submission", job.submitted_s, 0, LATEST_S
-    yield "The time of the start", job.start_at_s, 0, LATEST_S
-    yield "`max_failures`", job.max_failures, 0, LARGEST
-    yield "The priority", job.priority, -LARGEST, LARGEST
-    yield "`items`", job.items, 0, LARGEST
+    yield "The time of submission", job.submitted_s, 0, MAX_TIME_S
+    yield "The time of the start", job.start_at_s, 0, MAX_TIME_S
+    yield "`max_failures`", job.max_failures, 0, MAX_NUMBER
+    yield "The priority", job.priority, -MAX_NUMBER, MAX_NUMBER
+    yield "`items`", job.items, 0, MAX_NUMBER
     if job.input:
         yield "The size of a part of the input", job.input.size, 1, 2**53
     for stage in job.stages:
         of = f"of stage {stage.name}"
-        yield f"The timeout {of}", stage.timeout_s, 0, LATEST_S
+        yield f"The timeout {of}", stage.timeout_s, 0, MAX_TIME_S
         yield f"The memory {of}", stage.memory_bytes, 0, 2**53
-        yield f"The bundle size {of}", stage.bundle, 1, LARGEST
+        yield f"The bundle size {of}", stage.bundle, 1, MAX_NUMBER
         for what, number, most in stage.retry.limits():
             yield f"The {what} {of}", number, 0, most
 

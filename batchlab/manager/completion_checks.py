@@ -16,10 +16,10 @@ from batchlab.core.model import Bundle, JobId
 from batchlab.core.protocol import object_keys
 from batchlab.manager.state import LiveJob, Ports
 
-FEW = 8
+MAX_SINGLE_REQUESTS = 8
 """Up to this number of bundles, single requests are faster than a listing."""
 _PAGE = 2_000
-KEPT_JOBS = 1_000
+MAX_JOBS = 1_000
 
 
 async def uncommitted_bundles(ports: Ports, live: LiveJob) -> list[Bundle]:
@@ -34,7 +34,7 @@ async def uncommitted_bundles(ports: Ports, live: LiveJob) -> list[Bundle]:
         last = rows[-1].seq
         if len(rows) < _PAGE:
             break
-    if len(named) <= FEW:
+    if len(named) <= MAX_SINGLE_REQUESTS:
         heads = [ports.patience(partial(ports.objects.head, name)) for name in named]
         object_infos = await asyncio.gather(*heads)
         return [bundle for bundle, head in zip(named.values(), object_infos, strict=True) if head is None]
@@ -72,7 +72,7 @@ class LostTasks:
             return Recovery.NONE
         now_s = self._clock.monotonic_s()
         since_s = self._since_s.setdefault(name, now_s)
-        if len(self._since_s) > KEPT_JOBS:
+        if len(self._since_s) > MAX_JOBS:
             self._since_s.popitem(last=False)
         if now_s - since_s < self._wait_s:
             return Recovery.NONE
@@ -80,6 +80,6 @@ class LostTasks:
         if name in self._restored:
             return Recovery.FAIL
         self._restored[name] = None
-        if len(self._restored) > KEPT_JOBS:
+        if len(self._restored) > MAX_JOBS:
             self._restored.popitem(last=False)
         return Recovery.RESTORE

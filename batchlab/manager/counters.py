@@ -15,7 +15,7 @@ from batchlab.core.model import Completion, JobState
 from batchlab.core.protocol import json_format
 from batchlab.core.protocol.messages import CounterReport
 
-WORKERS_KEPT = 20_000
+MAX_WORKERS = 20_000
 """Number of workers whose last counts are stored. The manager first forgets the worker that has been silent longest."""
 TICK_BOUNDS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 DUPLICATE = "duplicate"
@@ -116,5 +116,5 @@ class Counters:
         # Move the worker to the end, because a worker that still reports must not be forgotten.
         self._reported.pop(told.worker, None)
         self._reported[told.worker] = known
-        while len(self._reported) > WORKERS_KEPT:
+        while len(self._reported) > MAX_WORKERS:
             del self._reported[next(iter(self._reported))]

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _PAGE = 1000
-_TRIES = 10
+_MAX_ATTEMPTS = 10
 
 
 @dataclass(slots=True)
@@ -90,7 +90,7 @@ async def _in_bucket(ports: Ports) -> set[JobId]:
 async def restore(ports: Ports, job: JobId) -> dict[str, str]:
     """Restore one job from the bucket, and return why an outcome object is unreadable, by key. Raise NotFound,
     UnreadableObject for another unreadable object, or Unreachable if the job changes all the time."""
-    for _ in range(_TRIES):
+    for _ in range(_MAX_ATTEMPTS):
         before = await _rows(ports, job)
         past, unreadable = await _read_history(ports, job)
         if await ports.ledger.restore(past, over=before):

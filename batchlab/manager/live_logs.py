@@ -24,8 +24,8 @@ from batchlab.manager.state import LiveJob
 log = logging.getLogger(__name__)
 
 
-JOB_BYTES = 8 * 1024 * 1024
-ALL_BYTES = 8 * JOB_BYTES
+MAX_JOB_BYTES = 8 * 1024 * 1024
+MAX_BYTES = 8 * MAX_JOB_BYTES
 """Memory limits of stored output, per job and for all jobs."""
 
 
@@ -86,7 +86,7 @@ class LiveLogs(Part):
         """Drop the output of the jobs that were read least recently, above the memory limit. The next client reads it
         again."""
         sizes = [sum(worker_logs.size for worker_logs in job_logs.stored.values()) for job_logs in self._jobs.values()]
-        too_much = sum(sizes) - ALL_BYTES
+        too_much = sum(sizes) - MAX_BYTES
         for job_logs, size in zip(self._jobs.values(), sizes, strict=True):
             if too_much <= 0:
                 return
@@ -105,7 +105,7 @@ class LiveLogs(Part):
             return
         looked.read_s = now_s
         stored: dict[str, _WorkerLogs] = {}
-        left = JOB_BYTES
+        left = MAX_JOB_BYTES
         async for page in self._objects.list(object_keys.tails(live.id)):
             for info in page:
                 worker_logs = looked.stored.get(info.key)

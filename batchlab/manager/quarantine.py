@@ -28,10 +28,10 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-KEPT = 20_000
+MAX_REPORTED = 20_000
 """Number of messages and objects that are stored, so that a second delivery is not reported again."""
-KEPT_JOBS = 1_000
-KEPT_OF_A_JOB = 20
+MAX_JOBS = 1_000
+MAX_OBJECTS_PER_JOB = 20
 
 
 class Quarantine:
@@ -81,7 +81,7 @@ class Quarantine:
             self._reported.move_to_end(name)
             return False
         self._reported[name] = None
-        if len(self._reported) > KEPT:
+        if len(self._reported) > MAX_REPORTED:
             self._reported.popitem(last=False)
         self._counts.unreadable[kind] += 1
         return True
@@ -89,9 +89,9 @@ class Quarantine:
     def _note(self, job: JobId, name: str, why: str) -> None:
         found = self._jobs.setdefault(job, {})
         self._jobs.move_to_end(job)
-        if len(found) < KEPT_OF_A_JOB:
+        if len(found) < MAX_OBJECTS_PER_JOB:
             found[name] = why
-        if len(self._jobs) > KEPT_JOBS:
+        if len(self._jobs) > MAX_JOBS:
             self._jobs.popitem(last=False)
 
     def unreadable(self, job: JobId) -> Mapping[str, str]:
@@ -104,7 +104,7 @@ class Quarantine:
         if not found:
             return ""
         first = next(iter(found.values()))
-        more = " or more" if len(found) == KEPT_OF_A_JOB else ""
+        more = " or more" if len(found) == MAX_OBJECTS_PER_JOB else ""
         return f"{len(found)}{more} of its messages and objects cannot be read, the first: {first}"
 
 

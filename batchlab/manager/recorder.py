@@ -48,12 +48,12 @@ REQUESTS_S = 10.0
 SAVE_S = 60.0
 CLOSE_S = 1.0
 SHORT_S = 5.0
-FEW = 64
+MAX_ROWS_OF_SHORT_JOB = 64
 """Number of instances and workers recorded for a job shorter than `SHORT_S`."""
 MAX_DECISIONS = 2_000
 MAX_JOBS = 200
 """Number of jobs whose requests are sampled. For other jobs, only the total is recorded."""
-HEARD = 4_096
+MAX_DUPLICATES = 4_096
 """Number of duplicates whose ids are stored, so that each is counted once."""
 _BOOTING = {LifecycleState.PENDING, LifecycleState.PENDING_WAIT, LifecycleState.PENDING_PROCEED}
 _LEAVING = {LifecycleState.TERMINATING, LifecycleState.TERMINATING_WAIT, LifecycleState.TERMINATING_PROCEED}
@@ -183,7 +183,7 @@ class Recorder:
         doc: RecordedData = {"jobs": {}, "earlier": {job: self._earlier[job]} if job in self._earlier else {}}
         if seen:
             # Most jobs are short, and each would include the whole fleet.
-            most = FEW if took_s < SHORT_S else None
+            most = MAX_ROWS_OF_SHORT_JOB if took_s < SHORT_S else None
             doc |= {
                 "pools": self._pools_doc(seen.pools),
                 "scaling": self._decisions,
@@ -252,7 +252,7 @@ class Recorder:
             if duplicate.execution not in self._counted_duplicates:
                 self._counted_duplicates[duplicate.execution] = None
                 self._count(duplicate.job, duplicate.stage, duplicate.kind, duplicate.slot_s)
-        while len(self._counted_duplicates) > HEARD:
+        while len(self._counted_duplicates) > MAX_DUPLICATES:
             del self._counted_duplicates[next(iter(self._counted_duplicates))]
 
     def _count(self, job: JobId, stage: StageName, kind: str, slot_s: float) -> None:
@@ -360,14 +360,14 @@ class Recorder:
         return json_format.to_bytes({"v": json_format.VERSION, **self._to_doc()})
 
 
-TRIES = 3
+MAX_ATTEMPTS = 3
 RETRY_S = 30.0
 QUIET_S = 1.0
 """A report is written only after no job was submitted for this time, because writing delays short calls (DuckDB takes
 0.1 s to load)."""
-LATEST_S = 30.0
+MAX_DELAY_S = 30.0
 """Maximum delay of a report after the job's end, if jobs are submitted all the time."""
-TROUBLES_KEPT = 1_000
+MAX_TROUBLES = 1_000
 
 
 class Reporter(Protocol):
@@ -396,7 +396,7 @@ class ReportQueue:
     def add(self, job: JobId, took_s: float) -> None:
         """Add a job that ended after `took_s` seconds and whose account is in the bucket."""
         if self._reporter and took_s >= SHORT_S and job not in self._due:
-            self._due[job] = asyncio.get_running_loop().time() + LATEST_S
+            self._due[job] = asyncio.get_running_loop().time() + MAX_DELAY_S
             self._is_due.set()
 
     async def run(self) -> None:
@@ -418,7 +418,7 @@ class ReportQueue:
 
     async def _write(self, job: JobId) -> None:
         assert self._reporter
-        for n in range(TRIES):
+        for n in range(MAX_ATTEMPTS):
             if n:
                 await asyncio.sleep(RETRY_S)
             try:
@@ -427,7 +427,7 @@ class ReportQueue:
                 raise_if_cancelled()
                 log.warning("the performance data of %s is not written: %s", job, error)
                 self._troubles[job] = str(error)
-                while len(self._troubles) > TROUBLES_KEPT:
+                while len(self._troubles) > MAX_TROUBLES:
                     del self._troubles[next(iter(self._troubles))]
             else:
                 self._troubles.pop(job, None)

@@ -20,7 +20,7 @@ from batchlab.manager.scheduler import Scheduler
 
 READY_S = 10.0
 """Maximum time that a command waits until the schedules are read."""
-TRIES = 20
+MAX_ATTEMPTS = 20
 
 
 class ScheduleCommands(Scheduler):
@@ -154,7 +154,7 @@ class ScheduleCommands(Scheduler):
         """Decide due runs, then apply `change` and store the schedule."""
         await self._wait_until_read()
         async with self._lock:
-            for _ in range(TRIES):
+            for _ in range(MAX_ATTEMPTS):
                 self._existing(name)
                 await self._advance(name)
                 before = self._existing(name)

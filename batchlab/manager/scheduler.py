@@ -30,7 +30,7 @@ from batchlab.manager.state import LiveJob, Ports
 log = logging.getLogger(__name__)
 
 
-_TEMPLATES_KEPT = 200
+_MAX_TEMPLATES = 200
 
 
 class ScheduleStore:
@@ -101,7 +101,7 @@ class ScheduleStore:
         """Return the job of that key. Raise NotFound."""
         if key not in self._templates:
             data = await self._ports.patience(partial(self._ports.objects.get, key))
-            while len(self._templates) >= _TEMPLATES_KEPT:
+            while len(self._templates) >= _MAX_TEMPLATES:
                 del self._templates[next(iter(self._templates))]
             self._templates[key] = json_format.job_from_json(json_format.loads(data))
         return self._templates[key]
@@ -122,7 +122,7 @@ class ScheduleStore:
         return True
 
 
-NOTES_KEPT = 100
+MAX_NOTES = 100
 LATE_BY_S = 60.0
 """Maximum delay of a schedule with one due time after the clock was set back (docs/decisions/0019)."""
 
@@ -374,7 +374,7 @@ class Scheduler(Part):
             log.info("%s", text)
             is_new = was is None and not run.asked and after.name not in self._processed
             if is_new and (run.reason or run.decided_s - run.due_s > schedules.ON_TIME_S):
-                self.notes = [*self.notes, text][-NOTES_KEPT:]
+                self.notes = [*self.notes, text][-MAX_NOTES:]
 
 
 def describe_run(schedule: Schedule, run: Run) -> str:

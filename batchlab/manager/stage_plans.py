@@ -27,10 +27,10 @@ from batchlab.manager.state import Ports
 
 PART_ITEMS = 4096
 PART_BYTES = 1_000_000
-BREATHE = 4
+PARTS_PER_PAUSE = 4
 """Number of parts that are written before other asyncio tasks run, about 50 ms of work."""
-FEW = 10_000
-FEW_BYTES = 100_000
+MAX_STORED_ITEMS = 10_000
+MAX_STORED_BYTES = 100_000
 """Limits of the items that are stored with the job's definition. The manager reads this object again after a worker is
 lost."""
 
@@ -259,7 +259,7 @@ class PartWriter:
         key = object_keys.part(self._job, self._stage, self._round, self._parts[-1])
         await self._patience(partial(self._objects.put, key, data))
         self._items, self._bytes = [], 0
-        if len(self._parts) % BREATHE == 0:
+        if len(self._parts) % PARTS_PER_PAUSE == 0:
             # Reads and writes may not have suspended this task, so let others run.
             await asyncio.sleep(0)
 

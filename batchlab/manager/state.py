@@ -1,8 +1,8 @@
 """In-memory state of the manager: its ports, its time constants, and each job that has not ended.
 
 Invariants: the state can be discarded at any moment, because a new leader reads it from the ledger. Retained outcomes
-take at most MAX_BYTES. The oldest outcome is released first, and clients then read it from the bucket. This module
-imports nothing else of the manager, because workers read the time constants too.
+take at most MAX_RETAINED_BYTES. The oldest outcome is released first, and clients then read it from the bucket. This
+module imports nothing else of the manager, because workers read the time constants too.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from batchlab.core.protocol.commit_keys import CommitKeys
 from batchlab.core.protocol.messages import Beat, HeldBundle
 from batchlab.core.tracing import LINKS
 
-MAX_BYTES = 16 * 1024**2
+MAX_RETAINED_BYTES = 16 * 1024**2
 """Limit of retained outcomes of all jobs together, in bytes of JSON."""
-LEAST_BYTES = 1024
+MIN_OUTCOME_BYTES = 1024
 """Minimum size counted for an outcome, which bounds the number of outcomes."""
 
 
@@ -63,21 +63,21 @@ class RetainedOutcomes:
     def add(self, outcome: Outcome, size_bytes: int) -> RetainedOutcome:
         """Retain an outcome whose JSON has about `size_bytes` bytes, and release the oldest outcomes above the
         limit."""
-        retained_outcome = RetainedOutcome(outcome, max(size_bytes, LEAST_BYTES))
+        retained_outcome = RetainedOutcome(outcome, max(size_bytes, MIN_OUTCOME_BYTES))
         self._order.append(retained_outcome)
         self.size_bytes += retained_outcome.size_bytes
-        while self.size_bytes > MAX_BYTES:
+        while self.size_bytes > MAX_RETAINED_BYTES:
             oldest = self._order.popleft()
             oldest.release()
             self.size_bytes -= oldest.size_bytes
         return retained_outcome
 
 
-EARLY = 256
+MAX_EARLY_BUNDLES = 256
 UNKNOWN_TASK_S = 1.0
 """Assumed duration of a task before the first measurement, unless the first task has run longer."""
 PAGE = 1000
-RECENT = 32
+MAX_RECENT_OUTCOMES = 32
 """Number of recent outcomes of a job that stay in memory for waiting clients."""
 
 
@@ -150,7 +150,7 @@ class LiveJob:
     listeners: int = 0
     """Number of clients that wait for the job's first outcomes. They may receive these outcomes before the fold."""
     early_outcomes: list[RetainedOutcome] = field(default_factory=list)
-    """The first outcomes, at most RECENT, while a client waits and no outcome is folded."""
+    """The first outcomes, at most MAX_RECENT_OUTCOMES, while a client waits and no outcome is folded."""
     early_bundles: dict[tuple[StageName, BundleId], None] = field(default_factory=dict)
     """The last bundles whose outcome arrived before their plan. A short bundle may finish before the event of the
     bundle that it follows."""
@@ -217,7 +217,7 @@ class LiveJob:
     def add_early_outcome(self, outcome: RetainedOutcome) -> bool:
         """Pass an outcome that is committed but not folded to clients that wait for first outcomes. Return whether a
         client waits."""
-        if not self.listeners or self.folds or len(self.early_outcomes) >= RECENT:
+        if not self.listeners or self.folds or len(self.early_outcomes) >= MAX_RECENT_OUTCOMES:
             return False
         self.early_outcomes.append(outcome)
         self.notify()
@@ -265,7 +265,7 @@ class LiveJob:
     def retain(self, record: BundleRecord, outcome: RetainedOutcome | None) -> None:
         """Retain a record that was just folded, and its outcome if it is small."""
         self.recent.append((record, outcome))
-        if len(self.recent) > RECENT:
+        if len(self.recent) > MAX_RECENT_OUTCOMES:
             oldest, its = self.recent.popleft()
             self.complete_after = oldest.seq
             if its:
@@ -290,7 +290,7 @@ class LiveJob:
     def remove_outstanding(self, bundle: Bundle) -> None:
         if self.outstanding.get(bundle.stage, {}).pop(bundle.id, None) is None:
             self.early_bundles[bundle.stage, bundle.id] = None
-            while len(self.early_bundles) > EARLY:
+            while len(self.early_bundles) > MAX_EARLY_BUNDLES:
                 del self.early_bundles[next(iter(self.early_bundles))]
 
     def all_outstanding(self) -> list[Outstanding]:

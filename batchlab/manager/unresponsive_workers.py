@@ -100,11 +100,11 @@ class WorkEvidence(Part):
         )
 
 
-SILENCES = 3
+SILENCE_FACTOR = 3
 """Limit of silence as a multiple of `silence_s`. The reconciler recovers the bundles before that."""
 STEPS = 10
 """The stored silences have this many steps up to the limit."""
-LONG_TICKS = 2
+MAX_TICKS = 2
 """Maximum time that counts between two checks, in ticks."""
 
 
@@ -114,8 +114,8 @@ class UnresponsiveWorkers(Part):
     def __init__(self, context: Context, evidence: WorkEvidence) -> None:
         super().__init__(context)
         self._evidence = evidence
-        self._step_s = LONG_TICKS * context.settings.tick_s
-        self.limit_s = max(LOST_S, SILENCES * context.settings.silence_s)
+        self._step_s = MAX_TICKS * context.settings.tick_s
+        self.limit_s = max(LOST_S, SILENCE_FACTOR * context.settings.silence_s)
         self._silences_s: dict[str, float] = {}
         """Seconds of silence, by instance."""
         self._unproven_s: dict[str, float] = {}

@@ -162,8 +162,8 @@ def _digest(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest() if key else ""
 
 
-DEPARTED_KEPT = 1000
-SPOT_KEPT = 20_000
+MAX_DEPARTED = 1000
+MAX_SPOT = 20_000
 MAX_PER_S = 5_000.0
 """Maximum plausible number of requests of one kind per second."""
 GRACE_S = 3_600.0
@@ -291,7 +291,7 @@ class WorkerRegistry:
         self.requests[asked.worker] = asked
         if asked.is_spot:
             self.spot[asked.instance] = None
-            while len(self.spot) > SPOT_KEPT:
+            while len(self.spot) > MAX_SPOT:
                 del self.spot[next(iter(self.spot))]
 
     def _forget_name(self, beat: Beat) -> None:
@@ -307,7 +307,7 @@ class WorkerRegistry:
         self._departed[instance] = (
             _DepartedWorker(worker_status.beat.worker, has_reported_departure=False) if worker_status else before
         )
-        while len(self._departed) > DEPARTED_KEPT:
+        while len(self._departed) > MAX_DEPARTED:
             del self._departed[next(iter(self._departed))]
         return worker_status
 

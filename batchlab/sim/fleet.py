@@ -132,8 +132,8 @@ class _Watched(ManagedFleet):
         self._on_replace(instance, cause)
         await super().set_health(instance, healthy=healthy, cause=cause)
 
-    def _save(self) -> None:
-        super()._save()
+    def _save(self, *, changed: bool = False) -> None:
+        super()._save(changed=changed)
         try:
             invariants.check_bounds([group.view() for group in self._groups.values()])
         except Violated as error:

@@ -23,7 +23,7 @@ MOST_BYTES = 200_000
 
 @pytest.fixture
 def rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
-    monkeypatch.setattr(state, "MAX_BYTES", MOST_BYTES)
+    monkeypatch.setattr(state, "MAX_RETAINED_BYTES", MOST_BYTES)
     with Rig() as made:
         yield made
 
@@ -70,13 +70,13 @@ def test_a_job_that_has_ended_leaves_nothing_in_memory(rig: Rig) -> None:
 
 def test_many_small_outcomes_are_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Finding 18: each of them takes more memory than its JSON has bytes."""
-    monkeypatch.setattr(state, "MAX_BYTES", MOST_BYTES)
+    monkeypatch.setattr(state, "MAX_RETAINED_BYTES", MOST_BYTES)
     memory = RetainedOutcomes()
     bundle = Bundle(JobId("j"), StageName("s"), TaskSet.from_indices({0}), 1)
     outcome = Outcome(bundle, "x", "w", 0.0, 1.0)
     every = [memory.add(outcome, 1) for _ in range(1000)]
     held = [one for one in every if one.outcome]
-    assert len(held) == MOST_BYTES // state.LEAST_BYTES
+    assert len(held) == MOST_BYTES // state.MIN_OUTCOME_BYTES
     assert held == every[-len(held) :]
 
 

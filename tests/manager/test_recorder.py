@@ -27,7 +27,7 @@ from batchlab.core.protocol.messages import Duplicate, Events, events_message, r
 from batchlab.manager import recorded_data
 from batchlab.manager.counters import Counters
 from batchlab.manager.recorded_data import FINE, TimeSeries, latest_point, merge_pool_points
-from batchlab.manager.recorder import FEW, SHORT_S, Recorder, ReportQueue, _LiveRecording
+from batchlab.manager.recorder import MAX_ROWS_OF_SHORT_JOB, SHORT_S, Recorder, ReportQueue, _LiveRecording
 from batchlab.manager.state import Backlog, LiveJob, Ports
 from batchlab.manager.worker_registry import WorkerRegistry
 
@@ -204,7 +204,7 @@ def test_report_is_written_after_a_pause_or_at_the_deadline(latest_s: float, mon
     from batchlab.manager import recorder as report_queue
 
     monkeypatch.setattr(report_queue, "QUIET_S", 0.05)
-    monkeypatch.setattr(report_queue, "LATEST_S", latest_s)
+    monkeypatch.setattr(report_queue, "MAX_DELAY_S", latest_s)
     moody, counts = Moody(0), Counters()
     reports = ReportQueue(moody, counts)
 
@@ -304,7 +304,7 @@ def closed(history: int, seconds: float) -> tuple[dict[str, Any], int]:
         instances.ended[name] = Row(["default", "", "", "", since_s, since_s, since_s, "", "", 2])
         instances.workers[name] = Row([name, "default", 2, since_s, since_s])
         recorder._decisions.append(Row(["default", since_s, 0, 1, 0, 1, 1.0, "a backlog"]))
-    for n in range(FEW + 6):
+    for n in range(MAX_ROWS_OF_SHORT_JOB + 6):
         instances.living[f"i-{n}"] = ["default", "", "", "", 900.0, 900.0, None, "", "", 2]
     for n in range(500):
         recorder._jobs[JobId(f"other-{n}")] = _LiveRecording(0.0, ["default"])
@@ -321,7 +321,7 @@ def test_cost_of_an_ended_job_does_not_grow_with_the_history(seconds: float) -> 
     many, many_looks = closed(10_000, seconds)
     assert many_looks == some_looks < 50
     assert len(json_format.to_bytes(many)) == len(json_format.to_bytes(few))
-    assert len(few["instances"]) == (FEW if seconds < SHORT_S else FEW + 7)
+    assert len(few["instances"]) == (MAX_ROWS_OF_SHORT_JOB if seconds < SHORT_S else MAX_ROWS_OF_SHORT_JOB + 7)
     assert "last" in few["instances"] or seconds < SHORT_S
     assert not few["workers"]
     assert not few["scaling"]

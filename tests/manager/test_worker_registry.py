@@ -171,7 +171,7 @@ def test_unreachable_group_is_notified_with_the_next_heartbeat(error: BatchlabEr
 
 
 def test_worker_that_still_reports_its_work_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("batchlab.manager.counters.WORKERS_KEPT", 3)
+    monkeypatch.setattr("batchlab.manager.counters.MAX_WORKERS", 3)
     counts = Counters()
     for n in range(1, 10):
         counts.record_worker_counts(CounterReport("w-first", {DUPLICATE: n}))

@@ -301,8 +301,8 @@ def test_manager_forgets_unfollowed_logs() -> None:
 
 
 def test_live_logs_of_many_workers_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(live_logs, "JOB_BYTES", 10_000)
-    monkeypatch.setattr(live_logs, "ALL_BYTES", 25_000)
+    monkeypatch.setattr(live_logs, "MAX_JOB_BYTES", 10_000)
+    monkeypatch.setattr(live_logs, "MAX_BYTES", 25_000)
 
     async def main() -> None:
         scene = Followed()
@@ -325,7 +325,7 @@ def test_live_logs_of_many_workers_are_bounded(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_live_logs_of_ended_bundles_free_their_space(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(live_logs, "JOB_BYTES", 1_500)
+    monkeypatch.setattr(live_logs, "MAX_JOB_BYTES", 1_500)
 
     async def main() -> None:
         scene = Followed()

@@ -17,7 +17,7 @@ from batchlab.core.job_definition import JobDef, StageDef
 from batchlab.core.model import Failure, FailureKind, JobId, Json, Ran, StageName, TaskSet
 from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Clock, Objects
-from batchlab.manager.stage_plans import FEW, PartWriter
+from batchlab.manager.stage_plans import MAX_STORED_ITEMS, PartWriter
 from batchlab.runtime.descriptor import Calibration
 from batchlab.scenarios.model import expansion
 from batchlab.scenarios.model.values import TENANT_TAG, Job, StageTemplate, WorkKind
@@ -71,7 +71,7 @@ def task_result(stages: tuple[StageTemplate, ...], stage: str, task: int) -> Jso
 async def store_items(job: JobDef, objects: Objects, patience: Patience) -> list[Json] | None:
     """Return the items of a small job. Write the items of a large job to the bucket."""
     count = job.items or 0
-    if count <= FEW:
+    if count <= MAX_STORED_ITEMS:
         return list(range(count))
     for stage in job.roots():
         writer = PartWriter(objects, patience, job.id, stage.name, 0)

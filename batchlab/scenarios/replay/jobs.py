@@ -19,7 +19,7 @@ from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Clock, Objects
 from batchlab.core.protocol import object_keys, values
 from batchlab.jobs import job_file, submission
-from batchlab.manager.stage_plans import FEW, FEW_BYTES, PartWriter
+from batchlab.manager.stage_plans import MAX_STORED_BYTES, MAX_STORED_ITEMS, PartWriter
 from batchlab.scenarios.model import expansion
 from batchlab.scenarios.model.values import TENANT_TAG, Job, JobTemplate, StageTemplate
 from batchlab.scenarios.replay import standin
@@ -82,7 +82,7 @@ class JobPreparer:
             tags=self._tags(due),
             token=token,
         )
-        if len(items) <= FEW and sum(map(values.roughly, items)) <= FEW_BYTES:
+        if len(items) <= MAX_STORED_ITEMS and sum(map(values.roughly, items)) <= MAX_STORED_BYTES:
             return PreparedJob(due, job, items)
         for stage in job.roots():
             await self._plan(job_id, stage.name, items)
