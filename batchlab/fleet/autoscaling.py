@@ -7,13 +7,20 @@ the server does the paging.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
+from datetime import UTC, datetime
+from uuid import NAMESPACE_URL, uuid5
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from batchlab.fleet import instance_refresh, placement, request_base
+from batchlab.core import due_times
+from batchlab.fleet import group_requests, instance_refresh, placement, scaling_policies
 from batchlab.fleet import warm_pool as warm
 from batchlab.fleet.api_types import (
     ActiveInstanceRefreshNotFound,
+    AlreadyExists,
     DesiredConfiguration,
     GroupConfig,
     InstanceDetails,
@@ -21,16 +28,224 @@ from batchlab.fleet.api_types import (
     InstanceRefreshInProgress,
     IrreversibleInstanceRefresh,
     LaunchTemplate,
+    LimitExceeded,
     RefreshPreferences,
+    ScalingPolicy,
+    ScheduledAction,
     StoppableLauncher,
     ValidationError,
     WarmPool,
 )
-from batchlab.fleet.group_requests import GroupRequests
-from batchlab.fleet.group_state import instance_details
+from batchlab.fleet.group_requests import GroupRequests, Requests
+from batchlab.fleet.group_state import Alarm, Asg, Group, instance_details
 from batchlab.fleet.instance_requests import HookRequests, InstanceRequests
-from batchlab.fleet.policy_requests import PolicyRequests, ScheduleRequests
-from batchlab.fleet.request_base import Requests
+
+MAX_POLICIES = 50
+SIMPLE, STEP, TRACKING = "SimpleScaling", "StepScaling", "TargetTrackingScaling"
+_TYPES = (SIMPLE, STEP, TRACKING)
+ADJUSTMENTS = ("ChangeInCapacity", "ExactCapacity", "PercentChangeInCapacity")
+
+
+class PolicyRequests(Requests):
+    def put_scaling_policy(self, policy: ScalingPolicy) -> ScalingPolicy:
+        """Create or replace a policy. Return it with its ARN and the names of its alarms."""
+        name, this = policy.auto_scaling_group_name, policy.policy_name
+        _, asg = self._changeable(name)
+        _check_policy(policy)
+        if this not in asg.policies and len(asg.policies) >= MAX_POLICIES:
+            raise LimitExceeded(f"A group may have {MAX_POLICIES} scaling policies.")
+        arn = self._arn("scalingPolicy", name, f":policyName/{this}")
+        alarms: tuple[str, ...] = ()
+        if policy.policy_type == TRACKING:
+            unique = uuid5(NAMESPACE_URL, arn)
+            alarms = tuple(f"TargetTracking-{name}-Alarm{way}-{unique}" for way in ("High", "Low"))
+        asg.policies[this] = replace(policy, policy_arn=arn, alarms=alarms)
+        asg.alarms[this] = Alarm()
+        self._save(changed=True)
+        return asg.policies[this]
+
+    def delete_policy(self, policy_name: str, *, name: str | None = None) -> None:
+        """Delete a policy. If `policy_name` is an ARN, the group's name is not needed."""
+        _, asg, policy = self._policy(policy_name, name)
+        del asg.policies[policy.policy_name], asg.alarms[policy.policy_name]
+        self._save(changed=True)
+
+    def describe_policies(
+        self, name: str | None = None, *, policy_names: Sequence[str] = (), policy_types: Sequence[str] = ()
+    ) -> Sequence[ScalingPolicy]:
+        """Return policies sorted by group and name. `policy_names` may be ARNs."""
+        groups = [self._asg_group(name)[0]] if name else [g for _, g in sorted(self._groups.items())]
+        return [
+            policy
+            for group in groups
+            if group.asg is not None
+            for _, policy in sorted(group.asg.policies.items())
+            if not policy_names or {policy.policy_name, policy.policy_arn} & set(policy_names)
+            if not policy_types or policy.policy_type in policy_types
+        ]
+
+    def execute_policy(
+        self,
+        policy_name: str,
+        *,
+        name: str | None = None,
+        honor_cooldown: bool = False,
+        metric_value: float | None = None,
+        breach_threshold: float | None = None,
+    ) -> None:
+        """Execute a simple or a step policy. Raise ScalingActivityInProgress if a cooldown applies to a simple policy.
+        A step policy needs the metric's value and the breach threshold."""
+        group, asg, policy = self._policy(policy_name, name)
+        self._changeable(group.pool.name)
+        if policy.policy_type == TRACKING:
+            raise ValidationError(f"A policy of type {TRACKING} cannot be executed by request.")
+        if not policy.enabled:
+            raise ValidationError(f"The policy {policy.policy_name} is disabled.")
+        if policy.policy_type == SIMPLE:
+            if honor_cooldown:
+                self._check_cooldown(group, asg)
+            assert policy.scaling_adjustment is not None
+            self._set(group, policy, policy.scaling_adjustment, group.desired, cooldown=policy.cooldown)
+        elif metric_value is None or breach_threshold is None:
+            raise ValidationError("MetricValue and BreachThreshold are needed for a policy of type StepScaling.")
+        else:
+            self._step(group, asg, policy, metric_value - breach_threshold)
+        self._save()
+
+    def _step(self, group: Group, asg: Asg, policy: ScalingPolicy, breach: float) -> None:
+        """Apply the step for a breach. Scale-out is relative to warm capacity, so two consecutive breaches of the same
+        size add instances once. Scale-in waits until all instances have warmed up."""
+        step = scaling_policies.step_for(policy, breach)
+        if step is None:
+            return
+        now_s = self._changes.steady.now_s()
+        warm_after_s = scaling_policies.warmup_s(asg.config, policy)
+        base = scaling_policies.warm_capacity(group, warm_after_s, now_s)
+        warming = scaling_policies.is_warming(group, warm_after_s, now_s)
+        wanted = scaling_policies.adjusted(group, policy, step.scaling_adjustment, base if warming else group.desired)
+        shrinks = step.scaling_adjustment < 0 or wanted < group.desired
+        if not (warming and shrinks):
+            self._set(group, policy, step.scaling_adjustment, base if warming else group.desired)
+
+    def _set(
+        self, group: Group, policy: ScalingPolicy, adjustment: int, base: int, *, cooldown: int | None = None
+    ) -> None:
+        wanted = scaling_policies.adjusted(group, policy, adjustment, base)
+        cause = f"a user request executed policy {policy.policy_name}"
+        self._changes.set_desired(group, wanted, cause, cooldown=cooldown)
+
+    def _policy(self, policy_name: str, name: str | None) -> tuple[Group, Asg, ScalingPolicy]:
+        if not name and not policy_name.startswith("arn:"):
+            raise ValidationError("AutoScalingGroupName is needed unless PolicyName is an ARN.")
+        groups = [self._asg_group(name)[0]] if name else list(self._groups.values())
+        for group in groups:
+            for policy in group.asg.policies.values() if group.asg else ():
+                if policy_name in (policy.policy_name, policy.policy_arn):
+                    assert group.asg is not None
+                    return group, group.asg, policy
+        raise ValidationError(f"ScalingPolicy not found: {policy_name}")
+
+
+def _check_policy(policy: ScalingPolicy) -> None:
+    group_requests.one_of("PolicyType", policy.policy_type, _TYPES)
+    if policy.policy_type == TRACKING:
+        tracking = policy.target_tracking_configuration
+        if tracking is None or tracking.target_value <= 0:
+            raise ValidationError("TargetTrackingConfiguration needs a TargetValue above 0.")
+        metrics = (tracking.predefined_metric_type, tracking.customized_metric_specification)
+        if sum(map(bool, metrics)) != 1:
+            raise ValidationError("TargetTrackingConfiguration needs exactly one metric.")
+        return
+    group_requests.one_of("AdjustmentType", policy.adjustment_type, ADJUSTMENTS)
+    if policy.policy_type == SIMPLE and policy.scaling_adjustment is None:
+        raise ValidationError("ScalingAdjustment is needed for a policy of type SimpleScaling.")
+    if policy.policy_type == STEP and not policy.step_adjustments:
+        raise ValidationError("StepAdjustments are needed for a policy of type StepScaling.")
+
+
+MAX_ACTIONS = 125
+# The syntax of cron that AWS documents. cronsim accepts more, such as the last day of a month.
+_TERM = r"(\*|(\d+|[A-Z]{3})(-(\d+|[A-Z]{3}))?)(/\d+)?"
+_FIELD = re.compile(rf"{_TERM}(,{_TERM})*", re.ASCII | re.IGNORECASE)
+
+
+class ScheduleRequests(Requests):
+    def put_scheduled_update_group_action(self, action: ScheduledAction) -> None:
+        """Create or replace an action. As on AWS, two actions of a group need different times."""
+        name, this = action.auto_scaling_group_name, action.scheduled_action_name
+        _, asg = self._changeable(name)
+        self._check_action(asg, action)
+        due_s = scaling_policies.first_s(action, self._changes.now_s())
+        if due_s is None:
+            raise ValidationError("The recurrence does not occur before the end time.")
+        if any(at_s == due_s for other, at_s in asg.due_s.items() if other != this):
+            raise AlreadyExists("There is already a scheduled action at this time.")
+        arn = self._arn("scheduledUpdateGroupAction", name, f":scheduledActionName/{this}")
+        asg.scheduled[this] = replace(action, scheduled_action_arn=arn)
+        asg.due_s[this] = due_s
+        self._save(changed=True)
+
+    def _check_action(self, asg: Asg, action: ScheduledAction) -> None:
+        now_s = self._changes.now_s()
+        sizes = (action.min_size, action.max_size, action.desired_capacity)
+        if all(size is None for size in sizes):
+            raise ValidationError("At least one of MinSize, MaxSize and DesiredCapacity must be provided.")
+        if any(size is not None and size < 0 for size in sizes):
+            raise ValidationError("Sizes must not be negative.")
+        if action.start_time is None and not action.recurrence:
+            raise ValidationError("Either StartTime or Recurrence must be provided.")
+        if action.start_time is not None and action.start_time < now_s:
+            raise ValidationError("Given start time is in the past")
+        if action.end_time is not None and action.end_time < max(now_s, action.start_time or 0):
+            raise ValidationError("Given end time is in the past or before the start time")
+        try:
+            if action.recurrence:
+                _check_recurrence(action.recurrence, now_s)
+            ZoneInfo(action.time_zone or "UTC")
+        except ZoneInfoNotFoundError as error:
+            raise ValidationError(f"Invalid time zone: {action.time_zone}") from error
+        except ValueError as error:
+            raise ValidationError(f"Given recurrence string:{error} is invalid") from error
+        known = action.scheduled_action_name in asg.scheduled
+        if not known and len(asg.scheduled) >= MAX_ACTIONS:
+            raise LimitExceeded(f"A group may have {MAX_ACTIONS} scheduled actions.")
+
+    def delete_scheduled_action(self, name: str, scheduled_action_name: str) -> None:
+        """Delete a scheduled action. Raise ValidationError if it does not exist."""
+        _, asg = self._changeable(name)
+        if scheduled_action_name not in asg.scheduled:
+            raise ValidationError(f"Scheduled action name not found: {scheduled_action_name}")
+        scaling_policies.remove_action(asg, scheduled_action_name)
+        self._save(changed=True)
+
+    def describe_scheduled_actions(
+        self,
+        name: str | None = None,
+        *,
+        scheduled_action_names: Sequence[str] = (),
+        start_time: float | None = None,
+        end_time: float | None = None,
+    ) -> Sequence[ScheduledAction]:
+        """Return actions that will run again, sorted by their next run. As on AWS, `start_time` of a result is its next
+        run. The two times limit the next run, and are ignored if names are given."""
+        groups = [self._asg_group(name)[0]] if name else list(self._groups.values())
+        found = []
+        for asg in (group.asg for group in groups if group.asg is not None):
+            for this, due_s in asg.due_s.items():
+                within = (start_time or 0.0) <= due_s <= (due_s if end_time is None else end_time)
+                if this in scheduled_action_names if scheduled_action_names else within:
+                    found.append((due_s, this, replace(asg.scheduled[this], start_time=due_s)))
+        return [action for _, _, action in sorted(found, key=lambda one: one[:2])]
+
+
+def _check_recurrence(expression: str, now_s: float) -> None:
+    """Raise ValueError if `expression` is not a cron expression."""
+    for field in expression.split():
+        if not _FIELD.fullmatch(field):
+            raise ValueError(f"{field!r} is not a cron field")
+    with suppress(due_times.NeverDue):
+        due_times.local_times(expression, datetime.fromtimestamp(now_s, UTC))
+
 
 DEFAULT_PREFERENCES = RefreshPreferences()
 _STEPLESS = ("$Latest", "$Default")
@@ -146,7 +361,7 @@ class WarmPoolRequests(Requests):
         _, asg = self._changeable(name)
         if asg.rolling is not None:
             raise InstanceRefreshInProgress("The warm pool cannot be changed while an instance refresh is in progress.")
-        request_base.one_of("PoolState", warm_pool.pool_state, tuple(warm.RESTED))
+        group_requests.one_of("PoolState", warm_pool.pool_state, tuple(warm.RESTED))
         prepared = warm_pool.max_group_prepared_capacity
         # AWS's -1 turns the setting off.
         prepared = None if prepared is not None and prepared < 0 else prepared

@@ -8,7 +8,7 @@ The steps of a tick, and the effect of a crash after each:
 
 1. Ask the launcher for the running instances, then replace and scale in. A crash loses nothing.
 2. Save, then ask the launcher to end Terminating instances. After a crash, the next tick asks again.
-3. Save the new instances as Pending, then launch them. After a crash, the next tick replaces the instances that were not
+3. Save the new instances as Pending, then launch them. After a crash, the next tick replaces instances that were not
    launched.
 """
 

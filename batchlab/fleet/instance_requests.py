@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from batchlab.core.model import LifecycleState, Market
-from batchlab.fleet import health, lifecycle_hooks, placement, request_base
+from batchlab.fleet import group_requests, health, lifecycle_hooks, placement
 from batchlab.fleet.api_types import (
     CONTINUE,
     HEALTHY,
@@ -18,6 +18,7 @@ from batchlab.fleet.api_types import (
     Process,
     ValidationError,
 )
+from batchlab.fleet.group_requests import Requests
 from batchlab.fleet.group_state import (
     ENDING,
     ON_STANDBY,
@@ -30,7 +31,6 @@ from batchlab.fleet.group_state import (
     activity_details,
     weigh,
 )
-from batchlab.fleet.request_base import Requests
 
 _USER = "a user request"
 
@@ -226,7 +226,7 @@ class HookRequests(Requests):
     def put_lifecycle_hook(self, hook: LifecycleHook) -> None:
         """Create or replace a hook. Instances that already wait in it keep the old timeouts."""
         _, asg = self._changeable(hook.auto_scaling_group_name)
-        request_base.check_hook(hook)
+        group_requests.check_hook(hook)
         if hook.lifecycle_hook_name not in asg.hooks and len(asg.hooks) >= MAX_HOOKS:
             raise LimitExceeded(f"A group may have {MAX_HOOKS} lifecycle hooks.")
         asg.hooks[hook.lifecycle_hook_name] = hook
@@ -259,7 +259,7 @@ class HookRequests(Requests):
         lifecycle_action_token: str | None = None,
     ) -> None:
         """Complete an action, given by its instance or its token."""
-        request_base.check_result("LifecycleActionResult", lifecycle_action_result)
+        group_requests.check_result("LifecycleActionResult", lifecycle_action_result)
         group, member, wait = self._action(name, lifecycle_hook_name, instance_id, lifecycle_action_token)
         how = f"Lifecycle Action Completed with {lifecycle_action_result} Result"
         if lifecycle_action_result == CONTINUE and wait.hook.lifecycle_transition == LAUNCHING:

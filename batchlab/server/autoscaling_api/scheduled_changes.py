@@ -25,8 +25,7 @@ from batchlab.fleet.api_types import (
     WarmPool,
 )
 from batchlab.fleet.api_types import Fault as EngineFault
-from batchlab.fleet.autoscaling import AutoScaling
-from batchlab.fleet.policy_requests import ADJUSTMENTS
+from batchlab.fleet.autoscaling import ADJUSTMENTS, AutoScaling
 from batchlab.fleet.termination import PLAIN, POLICIES
 from batchlab.server.autoscaling_api import groups
 from batchlab.server.autoscaling_api.app import Fault, invalid
