@@ -1,9 +1,8 @@
 """Thread of an executor, which sends calls to the grid and sets the results of their futures.
 
-Invariant: every future of the executor ends. The thread exists while work exists. Only the thread
-uses the state of the executor, except for the queue of calls to send. Calls that arrive while a
-batch is being sent form the next batch. So a single call is sent at once, and ten thousand calls
-need only a few jobs.
+Invariant: every future of the executor ends. The thread exists while the executor has work. Only the thread uses the
+state of the executor, except for the queue of waiting calls. Calls that arrive during the submission of a batch form
+the next batch. So a single call is sent at once, and ten thousand calls need only a few jobs.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
+from dataclasses import dataclass, field
 from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
@@ -34,25 +34,27 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAX_CALLS = 10_000
-"""Limit of the calls in one batch. The first calls run while the next batch is pickled."""
+"""Limit of the calls in one batch. The calls of a batch run while the next batch is pickled."""
 
 
+@dataclass(slots=True, eq=False)
 class _ThreadRun:
-    """Lifetime of the thread: from the first call until no work is left."""
+    """Lifetime of the thread, from the first call until the executor has no more work."""
 
-    def __init__(self) -> None:
-        self.over = threading.Event()
-        self.thread: threading.Thread | None = None
+    over: threading.Event = field(default_factory=threading.Event)
+    thread: threading.Thread | None = None
 
 
 class Dispatch:
-    """Dispatcher of an executor, callable from any thread. The thread and the futures refer to it,
-    and it refers to the grid, so the grid stays open."""
+    """Dispatcher of an executor. Every thread may call the methods.
+
+    The dispatcher refers to the grid. The thread and the futures refer to the dispatcher, so the grid stays open.
+    """
 
     def __init__(
         self, owner: object, link: Link, outgoing: JobSubmitter, name: str | None, initializer: Initializer | None
     ) -> None:
-        """`owner` closes `link` when no reference to it exists. `name` is the name of the jobs."""
+        """`owner` closes `link` when no reference to `owner` exists. `name` is the name of the jobs."""
         self._owner = owner
         self._link = link
         self._sender = Sender(link, outgoing, name, initializer)
@@ -67,8 +69,8 @@ class Dispatch:
         self._batches: dict[str, Batch] = {}
         """Batches on the grid, by job."""
         self._watch: JobWatch | None = None
-        """Exists only while the thread runs, because it refers to this object."""
-        self._giving_up = False
+        """Watch of the jobs while the thread runs. The watch refers to this object, so an idle executor has none."""
+        self._is_canceling = False
         self._abandoned = False
 
     # --- Called on any thread --------------------------------------------------------------------
@@ -80,28 +82,26 @@ class Dispatch:
         with self._lock:
             self._wake()
             if not self._waiting or self._waiting[-1].whole:
-                self._waiting.append(Batch(self._look_later))
+                self._waiting.append(Batch(self._check_later))
             batch = self._waiting[-1]
             batch.calls.append(call)
             batch.whole = len(batch.calls) >= MAX_CALLS
 
     def submit_all(self, calls: Sequence[Call], *, bundle: int | None) -> None:
-        """Send these calls without other calls in their batches. The errors are those of
-        `submit`."""
+        """Send these calls in batches without other calls. Raise the same errors as `submit`."""
         self._check_grid()
         with self._lock:
             self._wake()
             for first in range(0, len(calls), MAX_CALLS):
-                batch = Batch(self._look_later, bundle=bundle, whole=True)
+                batch = Batch(self._check_later, bundle=bundle, whole=True)
                 batch.calls += calls[first : first + MAX_CALLS]
                 self._waiting.append(batch)
 
     def shutdown(self, *, wait: bool, cancel: bool) -> None:
-        """Accept no further calls. With `cancel`, cancel the calls that have not begun. With
-        `wait`, wait for all calls.
+        """Accept no further calls. With `cancel`, cancel the calls that have not started. With `wait`, wait for all
+        calls.
 
-        Do nothing in a forked child, because the calls belong to its parent and the lock may be
-        held.
+        Do nothing in a forked child, because the calls belong to the parent process and the lock may be held.
         """
         if self._link.forked:
             return
@@ -112,7 +112,7 @@ class Dispatch:
             if cancel:
                 dropped += self._waiting
                 self._waiting.clear()
-                self._events.put(self._give_up)
+                self._events.put(self._cancel_unstarted)
         for batch in dropped:
             for call in batch.calls:
                 call.future.cancel()
@@ -126,7 +126,7 @@ class Dispatch:
         self._events.put(self._abandon)
 
     def _check_grid(self) -> None:
-        # Before the lock, because a forked child may have a copy of a held lock.
+        # This check comes before the lock, because a forked child may have a copy of a held lock.
         try:
             self._link.check_open()
         except UsageError as error:
@@ -147,22 +147,20 @@ class Dispatch:
     def _start(self) -> None:
         self._turn = turn = _ThreadRun()
         try:
-            # `over` is set only after the thread has dropped its reference to this object, because
-            # that may close the grid.
+            # `over` is set after the thread has dropped its reference to this object. The last reference closes the
+            # grid.
             thread_cache.run(partial(self._run, turn), turn.over.set)
             thread_cache.delay_exit_until(turn.over)
         except BaseException:
-            # Ctrl-C may interrupt the start of the thread. If the thread runs anyway, it ends at
-            # once.
+            # Ctrl-C may interrupt the start of the thread. If the thread has started, `_run` returns at once.
             self._turn = None
             raise
 
     def _error(self) -> BrokenGridExecutor:
-        """Return a new exception for each caller, because a raised exception keeps its
-        traceback."""
+        """Return a new exception for each caller, because a raised exception has its own traceback."""
         assert self._broken
-        told, cause = self._broken
-        error = BrokenGridExecutor(f"This executor is broken: {told}")
+        reason, cause = self._broken
+        error = BrokenGridExecutor(f"This executor is broken: {reason}")
         error.__cause__ = cause
         return error
 
@@ -174,20 +172,19 @@ class Dispatch:
             if self._turn is not turn:
                 return
         while True:
-            self._do(self._events.get())
-            if not self._go_on():
+            event = self._events.get()
+            try:
+                event()
+            except BaseException as error:
+                # A bug in this module. Without this handler, every future would wait forever.
+                log.critical("an executor has failed", exc_info=True)
+                self._break(f"{type(error).__name__}: {error}", error)
+            del event  # it may have the last reference to a future
+            if not self._send_next():
                 return
 
-    def _do(self, event: Callable[[], None]) -> None:
-        try:
-            event()
-        except BaseException as error:
-            # A bug in this module. Without this handler, every future would wait forever.
-            log.critical("an executor has failed", exc_info=True)
-            self._break(f"{type(error).__name__}: {error}", error)
-
-    def _go_on(self) -> bool:
-        """Send the next batch. Return False if no work is left."""
+    def _send_next(self) -> bool:
+        """Send the next batch. Return False if the executor has no more work."""
         with self._lock:
             if self._sending:
                 return True
@@ -197,7 +194,7 @@ class Dispatch:
                 return bool(self._batches)
             batch = self._waiting.popleft()
             self._sending = True
-        # Not a coroutine of the link, because this function must end even if the link is closed.
+        # `_send` is not a coroutine of the link, because it must end even if the link is closed.
         try:
             thread_cache.run(partial(self._send, batch))
         except RuntimeError:  # no thread can be started, or Python is exiting
@@ -205,11 +202,17 @@ class Dispatch:
         return True
 
     def _send(self, batch: Batch) -> None:
-        """Send a batch on a thread of its own, because pickling or a busy manager may take long."""
+        """Send a batch. This method has its own thread, because pickling or a busy manager may take long."""
+
+        def accepted() -> None:
+            self._events.put(partial(self._sent, batch, None))
+
         problem: BaseException | None = None
         try:
             if calls := batch.claim():
-                self._submit(batch, calls)
+                after = self._sender.send(batch, calls, accepted, self.outcome)
+                if batch.job:
+                    self._events.put(partial(self._start_watch, batch, after))
         except BaseException as error:  # noqa: BLE001 - any error ends the batch
             problem = error
         if not batch.job:
@@ -217,22 +220,13 @@ class Dispatch:
         elif problem:
             self._events.put(partial(self._lost, batch, problem))
 
-    def _submit(self, batch: Batch, calls: Sequence[Call]) -> None:
-        def accepted() -> None:
-            self._events.put(partial(self._sent, batch, None))
-
-        after = self._sender.send(batch, calls, accepted, self.outcome)
-        if batch.job:
-            self._events.put(partial(self._watch_on, batch, after))
-
     def _sent(self, batch: Batch, problem: BaseException | None) -> None:
-        """Handle the end of the submission. The batch is on the grid, or `problem` prevented
-        that."""
+        """Handle the end of the submission. The grid has accepted the batch unless `problem` is set."""
         with self._lock:
             self._sending = False
         rejected, batch.rejected = batch.rejected, []
         for future, rejection in rejected:
-            rejection.add_note("The call could not be sent. Give it plain data, or what makes it.")
+            rejection.add_note("The call could not be sent. Use arguments that can be pickled, such as plain data.")
             _end(future, error=rejection)
         if problem:
             self._lost(batch, problem)
@@ -244,31 +238,31 @@ class Dispatch:
             elif self._abandoned:
                 self._abandon()
             else:
-                self._look(batch)
+                self._check_wanted(batch)
 
-    def _watch_on(self, batch: Batch, after: int | None) -> None:
-        """JobWatch the batch for outcomes after that seq."""
+    def _start_watch(self, batch: Batch, after: int | None) -> None:
+        """Watch the batch for outcomes with a seq above `after`."""
         if batch.job in self._batches and self._watch:
             self._watch.add(batch.job, after)
 
     # --- Called by the watch on the link's thread ------------------------------------------------
 
     def outcome(self, job: str, outcome: Outcome) -> None:
-        self._events.put(partial(self._take, job, outcome))
+        self._events.put(partial(self._receive, job, outcome))
 
     def ended(self, job: str, view: JobView) -> None:
         self._events.put(partial(self._close, job, view))
 
     def lost(self, job: str, error: Exception) -> None:
-        def tell() -> None:
+        def event() -> None:
             if batch := self._batches.get(job):
                 self._lost(batch, error)
 
-        self._events.put(tell)
+        self._events.put(event)
 
     # --- Results ---------------------------------------------------------------------------------
 
-    def _take(self, job: str, outcome: Outcome) -> None:
+    def _receive(self, job: str, outcome: Outcome) -> None:
         batch = self._batches.get(job)
         if batch is None:
             return
@@ -282,25 +276,25 @@ class Dispatch:
             if failure.final and (future := batch.open.pop(failure.task, None)):
                 _end(future, error=death(outcome, failure))
         if batch.open:
-            self._look(batch)
+            self._check_wanted(batch)
         else:
-            self._forget(batch, cancel=False)
+            self._remove(batch, cancel=False)
 
     def _values(self, batch: Batch, tasks: Sequence[int], encoded: Sequence[Json]) -> None:
-        left = iter(tasks)
+        remaining = iter(tasks)
         own = JobObjects(JobId(batch.job), is_python=True)
         try:
             for value in decoded(self._link, batch.job, MAP, tasks, encoded, own):
-                self._value(batch.open.pop(next(left), None), value)
+                self._value(batch.open.pop(next(remaining), None), value)
         except (BackendError, UsageError) as error:
-            told = f"The call's result cannot be fetched: {error}"
-            for task in left:
+            text = f"The call's result cannot be fetched: {error}"
+            for task in remaining:
                 if future := batch.open.pop(task, None):
-                    _end(future, error=TaskFailed(told, task=task))
+                    _end(future, error=TaskFailed(text, task=task))
 
     def _value(self, future: CallFuture | None, value: Any) -> None:
         if future is None:
-            return  # a repeated result: after a rebuild of the ledger, outcomes are listed again
+            return  # a repeated result, because the manager lists outcomes again after a rebuild of the ledger
         if not isinstance(value, Raised):
             error = value if isinstance(value, TaskFailed) else None
             _end(future, value, error)
@@ -312,44 +306,44 @@ class Dispatch:
 
     # --- Ending ----------------------------------------------------------------------------------
 
-    def _look_later(self, batch: Batch) -> None:
-        self._events.put(partial(self._look, batch))
+    def _check_later(self, batch: Batch) -> None:
+        self._events.put(partial(self._check_wanted, batch))
 
-    def _give_up(self) -> None:
-        self._giving_up = True
+    def _cancel_unstarted(self) -> None:
+        self._is_canceling = True
         for batch in self._batches.values():
-            self._look(batch)
+            self._check_wanted(batch)
 
     def _abandon(self) -> None:
         self._abandoned = True
         for batch in list(self._batches.values()):
-            self._forget(batch, cancel=True)
+            self._remove(batch, cancel=True)
             for future in batch.drain():
                 _end(future, withdrawn=True)
 
-    def _look(self, batch: Batch) -> None:
-        """Cancel the rest of the batch's job if no reader waits for its results."""
+    def _check_wanted(self, batch: Batch) -> None:
+        """Cancel the rest of the batch's job if no caller waits for its results."""
         if batch.ending or batch.job not in self._batches or self._watch is None:
             return
-        if self._giving_up or batch.abandoned:
+        if self._is_canceling or batch.abandoned:
             batch.ending = True
-            self._watch.wind_up(batch.job)
+            self._watch.cancel_gracefully(batch.job)
 
     def _close(self, job: str, view: JobView) -> None:
-        """Handle the end of the job. The calls that are still open will get no result."""
+        """Handle the end of the job. The open calls will get no result."""
         batch = self._batches.get(job)
         if batch is None:
             return
         if self._is_closed():
-            self._lost(batch, Unreachable("The grid was closed.", remedy="Make another Grid."))
+            self._lost(batch, Unreachable("The grid was closed.", remedy="Create another Grid."))
         elif batch.ending:
-            self._forget(batch, cancel=False)
+            self._remove(batch, cancel=False)
             for future in batch.drain():
                 _end(future, withdrawn=True)
         else:
             reason = f" ({view['reason']})" if view["reason"] else ""
-            told = f"Job {job} ended {view['state']}{reason} before the call had."
-            self._fail(batch, lambda: JobFailed(told))
+            text = f"Job {job} ended {view['state']}{reason} before the call ended."
+            self._fail(batch, lambda: JobFailed(text))
 
     def _lost(self, batch: Batch, error: BaseException) -> None:
         """Handle an error after which the batch gets no more results."""
@@ -359,9 +353,9 @@ class Dispatch:
         else:
             self._fail(batch, lambda: JobFailed(f"The call is lost: {error}"))
 
-    def _break(self, told: str, error: BaseException) -> None:
+    def _break(self, reason: str, error: BaseException) -> None:
         with self._lock:
-            self._broken = self._broken or (told, error)
+            self._broken = self._broken or (reason, error)
             waiting, self._waiting = self._waiting, deque()
         for batch in waiting:
             batch.claim()
@@ -369,11 +363,11 @@ class Dispatch:
             self._fail(batch, self._error)
 
     def _fail(self, batch: Batch, error: Callable[[], Exception]) -> None:
-        self._forget(batch, cancel=True)
+        self._remove(batch, cancel=True)
         for future in batch.drain():
             _end(future, error=error())
 
-    def _forget(self, batch: Batch, *, cancel: bool) -> None:
+    def _remove(self, batch: Batch, *, cancel: bool) -> None:
         if self._batches.pop(batch.job, None) and self._watch:
             self._watch.drop(batch.job)
             self._link.leave(batch.job, cancel=cancel)
@@ -400,5 +394,5 @@ def _end(future: CallFuture, value: Any = None, error: BaseException | None = No
             future.set_exception(error)
         else:
             future.set_result(value)
-    except BaseException:  # a Future does not catch exceptions that are not an Exception
+    except BaseException:  # concurrent.futures only catches subclasses of Exception
         log.critical("a callback of %r raised", future, exc_info=True)

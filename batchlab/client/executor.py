@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
 from functools import cached_property, partial
 from itertools import islice
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from batchlab.client.dispatch import Dispatch
@@ -54,26 +53,25 @@ class GridExecutor(Executor):
         initializer: Callable[..., object] | None,
         initargs: Iterable[Any],
     ) -> None:
-        """`owner` closes `link` when no reference to it exists."""
-        made = None
+        """`owner` closes `link` when no reference to `owner` exists."""
+        start = None
         if initializer is not None:
             if not callable(initializer):
                 raise TypeError("initializer must be a callable")
             pickled = outgoing.shipping.function(partial(initializer, *initargs))
-            made = Initializer(link.ids.fresh("executor"), pickled)
+            start = Initializer(link.ids.fresh("executor"), pickled)
         self._link = link
-        self._dispatch = Dispatch(owner, link, outgoing, name, made)
+        self._dispatch = Dispatch(owner, link, outgoing, name, start)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
-            "An executor cannot be pickled, nor a function that uses it. A call that makes calls "
-            'of its own needs a grid of its own: with Grid(home="...") in it, the same folder.'
+            "An executor cannot be pickled, and neither can a function that uses an executor. A call that sends "
+            'calls must create its own Grid(home="...") with the same folder.'
         )
 
     @cached_property
     def _max_workers(self) -> int:
-        """Return the number of calls that can run at once. It is private in `concurrent.futures`,
-        but other libraries read it."""
+        """Return the number of calls that can run at once. Other libraries read this private attribute of executors."""
         pools = self._link.call(lambda client: client.grid())["pools"]
         return sum(pool["max"] * pool["slots"] for pool in pools if pool["name"] == "default") or 1
 
@@ -138,18 +136,16 @@ class GridExecutor(Executor):
         """
         self._dispatch.shutdown(wait=wait, cancel=cancel_futures)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None and issubclass(kind, KeyboardInterrupt):
             self._dispatch.abandon()
         self.shutdown()
 
 
 def _next(futures: deque[CallFuture], timeout_s: float | None) -> Any:
-    """Return the result of the first future. The frame of the iterator must not refer to this
-    result while the iterator is suspended. After a timeout, the future stays in the list, so that
-    it is canceled."""
+    """Remove the first future, and return its result. A separate function, because the frame of the iterator must not
+    refer to the result while the iterator is suspended. After a timeout, the future is not removed, so that the
+    iterator cancels the call."""
     result = futures[0].result(timeout_s)
     futures.popleft()
     return result

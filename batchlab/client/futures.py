@@ -1,11 +1,8 @@
-"""Futures of an executor, their batches and errors, and the encoding of calls.
+"""Futures of an executor, their batches and errors, and the encoding and submission of a batch.
 
-Invariant: a future belongs to a batch from just before it is RUNNING until just before it is done.
-A call that cannot be pickled fails alone, and the other calls of its batch are sent.
-
-Sending of a batch of an executor's calls: pack it, submit it, and receive its first results.
-
-Invariant: an accepted batch stays accepted, even if the answer with its first results fails.
+Invariant: a future belongs to a batch from just before it is RUNNING until just before it is done. A call that cannot
+be pickled fails alone, and the other calls of its batch are sent. An accepted batch stays accepted, even if the request
+for its first results fails.
 """
 
 from __future__ import annotations
@@ -33,7 +30,7 @@ from batchlab.manager.stage_plans import PART_ITEMS
 from batchlab.worker.executor_calls import Calls, Initializer, Raised
 
 if TYPE_CHECKING:
-    from batchlab.core.api_types import OutcomesView
+    from batchlab.core.api_types import OutcomeView
 
 MAX_KNOWN_FUNCTIONS = 4096
 """Number of functions that are remembered as sent."""
@@ -67,7 +64,7 @@ class Packer:
     def __init__(self, shipping: ObjectPickler, initializer: Initializer | None) -> None:
         self._shipping = shipping
         self._initializer = initializer
-        self._known: dict[bytes, None] = {}
+        self._sent: dict[bytes, None] = {}
 
     def pack(self, job: JobId, calls: Sequence[Call]) -> Packed:
         """Encode these calls as the items of `job`."""
@@ -94,33 +91,33 @@ class Packer:
     def _functions(self, calls: Sequence[Call]) -> dict[int, tuple[bytes, bool]]:
         """Return each function that can be pickled, by its id, and whether it belongs in the table.
 
-        The table is sent once for all calls of its functions, but every process loads the whole
-        table. A function that is called once (a bound method, a partial) is sent with its call.
+        The table is sent once for all calls of its functions, but every process loads the whole table. A function that
+        is called once (a bound method, a partial) is sent with its call.
         """
-        found: dict[int, bytes] = {}
+        functions: dict[int, bytes] = {}
         uses: Counter[bytes] = Counter()
         for call in calls:
             key = id(call.function)
-            if key not in found:
+            if key not in functions:
                 with suppress(Exception):  # `_reference` raises the error again for each call
-                    found[key] = pickled(call.function)
-            if key in found:
-                uses[found[key]] += 1
+                    functions[key] = pickled(call.function)
+            if key in functions:
+                uses[functions[key]] += 1
         shared = {}
         for data, count in uses.items():
             digest = hashlib.sha256(data).digest()
-            shared[data] = count > 1 or digest in self._known
-            self._known[digest] = None
-        while len(self._known) > MAX_KNOWN_FUNCTIONS:
-            del self._known[next(iter(self._known))]
-        return {key: (data, shared[data]) for key, data in found.items()}
+            shared[data] = count > 1 or digest in self._sent
+            self._sent[digest] = None
+        while len(self._sent) > MAX_KNOWN_FUNCTIONS:
+            del self._sent[next(iter(self._sent))]
+        return {key: (data, shared[data]) for key, data in functions.items()}
 
 
-def _reference(function: Callable[..., Any], known: tuple[bytes, bool] | None, table: dict[bytes, int]) -> Json:
+def _reference(function: Callable[..., Any], entry: tuple[bytes, bool] | None, table: dict[bytes, int]) -> Json:
     if not callable(function):
         raise TypeError(f"{function!r} is not callable")
-    # An unknown function could not be pickled. Each of its calls gets its own error here.
-    data, shared = known or (pickled(function), False)
+    # Without an entry, the function could not be pickled. Each call of the function gets its own error here.
+    data, shared = entry or (pickled(function), False)
     if shared:
         return table.setdefault(data, len(table))
     return {"$pickle": base64.b64encode(data).decode()}
@@ -138,7 +135,7 @@ def _arguments(call: Call, chunk: Chunk, job: JobId) -> list[Json]:
         raise error.__cause__ from None
 
 
-_DEATHS = (FailureKind.CRASH, FailureKind.EXIT, FailureKind.MEMORY, FailureKind.LOST)
+_PROCESS_ENDS = (FailureKind.CRASH, FailureKind.EXIT, FailureKind.MEMORY, FailureKind.LOST)
 
 
 class BrokenGridExecutor(BackendError, BrokenExecutor):
@@ -147,8 +144,8 @@ class BrokenGridExecutor(BackendError, BrokenExecutor):
 
 
 class WorkerDied(TaskFailed, BrokenExecutor):
-    """The call ended its process: by a crash, by `os._exit`, or by too little memory. Other calls
-    are not affected, and the executor continues."""
+    """The call ended its process by a crash, by `os._exit`, or because of its memory limit. Other calls are not
+    affected, and the executor continues."""
 
 
 class RemoteTraceback(Exception):
@@ -164,12 +161,12 @@ class RemoteTraceback(Exception):
 
 def death(outcome: Outcome, failure: Failure) -> TaskFailed:
     """Return the error of a call that the grid could not run."""
-    return failed(outcome, failure, WorkerDied if failure.kind in _DEATHS else TaskFailed)
+    return failed(outcome, failure, WorkerDied if failure.kind in _PROCESS_ENDS else TaskFailed)
 
 
 def revived(raised: Raised) -> BaseException:
-    """Return the exception that the call raised. If it cannot be unpickled here, return a
-    TaskFailed with its text."""
+    """Return the exception that the call raised. If the exception cannot be unpickled here, return a TaskFailed with
+    its text."""
     try:
         error = pickle.loads(raised.pickled) if raised.pickled else None  # noqa: S301 - pickled by this job
     except Exception:  # noqa: BLE001 - unpickling runs the code of the exception's class
@@ -181,9 +178,8 @@ def revived(raised: Raised) -> BaseException:
 
 
 class CallFuture(Future[Any]):
-    """Future of a call. It is RUNNING from the time it is sent, because this process does not
-    know when a worker begins. Then `cancel` returns False, and the future ends with the call's
-    result."""
+    """Future of a call. A future is RUNNING after its call was sent, because this process does not know when a worker
+    starts the call. `cancel` then returns False, and the future ends with the call's result."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -195,10 +191,10 @@ class CallFuture(Future[Any]):
         return super().cancel() or self._withdrawn
 
     def disown(self) -> None:
-        """Cancel the call, because its future no longer has a reader. A call that was sent and has
-        not begun is canceled when no call of its job has a reader."""
+        """Cancel the call, because no caller waits for it. A call that was sent and has not started is canceled when no
+        caller waits for any call of its job."""
         if not self.cancel() and (batch := self.batch):
-            batch.unwant(self)
+            batch.mark_unwanted(self)
 
     def cancelled(self) -> bool:
         return self._withdrawn or super().cancelled()
@@ -210,8 +206,7 @@ class CallFuture(Future[Any]):
         return error
 
     def withdraw(self) -> None:
-        """Mark the call as canceled. A Future does not have a public way from RUNNING to
-        CANCELLED."""
+        """Mark the call as canceled. A Future has no public method for the change from RUNNING to CANCELLED."""
         self._withdrawn = True
         self.set_exception(CancelledError())
 
@@ -219,9 +214,9 @@ class CallFuture(Future[Any]):
 class Batch:
     """Calls that form one job."""
 
-    def __init__(self, look: Callable[[Batch], None], *, bundle: int | None = None, whole: bool = False) -> None:
-        """`look` is called, on any thread, when no result of the batch is wanted any longer.
-        `bundle` sets the number of calls in a bundle. No call can join a `whole` batch."""
+    def __init__(self, on_unwanted: Callable[[Batch], None], *, bundle: int | None = None, whole: bool = False) -> None:
+        """`on_unwanted` is called, on any thread, when no caller waits for a result of the batch any longer. `bundle`
+        sets the number of calls in a bundle. No call can join a `whole` batch."""
         self.calls: list[Call] = []
         self.bundle = bundle
         self.whole = whole
@@ -231,25 +226,24 @@ class Batch:
         self.rejected: list[tuple[CallFuture, Exception]] = []
         """Calls that could not be sent, with their errors."""
         self.ending = False
-        self._look = look
+        self._on_unwanted = on_unwanted
         self._lock = threading.Lock()
-        self._left = 0
+        self._remaining = 0
         self._unwanted = 0
 
     @property
     def abandoned(self) -> bool:
-        """Return whether no remaining call is wanted."""
-        return self._unwanted >= self._left
+        """Return whether no caller waits for any remaining call."""
+        return self._unwanted >= self._remaining
 
     def claim(self) -> list[Call]:
-        """Return the calls that are not canceled. From now on, they cannot be canceled."""
+        """Return the calls that are not canceled. From now on, these calls cannot be canceled."""
         calls, self.calls = self.calls, []
         with self._lock:
-            self._left += len(calls)
+            self._remaining += len(calls)
         wanted = []
         for call in calls:
-            # The batch is set first. Otherwise a concurrent cancellation could find a RUNNING
-            # future without a batch.
+            # The batch is set first, so that a concurrent cancellation finds no RUNNING future without a batch.
             call.future.batch = self
             if call.future.set_running_or_notify_cancel():
                 wanted.append(call)
@@ -266,12 +260,12 @@ class Batch:
     def settle(self, future: CallFuture) -> None:
         """Remove the future from the batch just before it is done."""
         with self._lock:
-            self._left -= 1
+            self._remaining -= 1
             self._unwanted -= future.unwanted
             future.batch = None
 
-    def unwant(self, future: CallFuture) -> None:
-        """Record that no reader waits for this future."""
+    def mark_unwanted(self, future: CallFuture) -> None:
+        """Record that no caller waits for this future."""
         with self._lock:
             if future.unwanted or future.batch is None:
                 return
@@ -279,19 +273,18 @@ class Batch:
             self._unwanted += 1
             if not self.abandoned:
                 return
-        self._look(self)
+        self._on_unwanted(self)
 
 
 FIRST_S = 0.2
-"""Time in seconds that the submission of a batch waits for first results. Short calls need no
-second request."""
+"""Time in seconds that the submission of a batch waits for first results. Short calls then need no second request."""
 
-Tell = Callable[[str, Outcome], None]
-"""Callback that receives a job's outcome."""
+OnOutcome = Callable[[str, Outcome], None]
+"""Callback that receives a job's id and an outcome."""
 
 
 class Sender:
-    """Sender of the batches of one executor. Each call runs on the caller's thread."""
+    """Sender of the batches of one executor. The methods run on the caller's thread."""
 
     def __init__(self, link: Link, outgoing: JobSubmitter, name: str | None, initializer: Initializer | None) -> None:
         """`name` is the name of the jobs."""
@@ -300,12 +293,14 @@ class Sender:
         self._packer = Packer(outgoing.shipping, initializer)
         self._name = name
 
-    def send(self, batch: Batch, calls: Sequence[Call], accepted: Callable[[], None], tell: Tell) -> int | None:
-        """Submit the calls as the batch's job, if any of them can be packed. Return the seq of the
-        last outcome that `tell` received.
+    def send(
+        self, batch: Batch, calls: Sequence[Call], accepted: Callable[[], None], on_outcome: OnOutcome
+    ) -> int | None:
+        """Submit the calls as the batch's job, without the calls that cannot be packed. Return the seq of the last
+        outcome that `on_outcome` received.
 
-        `accepted` is called once, when the batch has its job. Raise the error that prevents the
-        submission. After the batch is accepted, raise nothing.
+        `accepted` is called once, when the batch has its job. Raise the error that prevents the submission. Raise
+        nothing after the manager has accepted the job.
         """
         stage = StageDef(MAP, retry=RetryRule(attempts=1), bundle=batch.bundle)
         draft = self._outgoing.draft(job_name(calls[0].function, self._name), stage)
@@ -313,29 +308,25 @@ class Sender:
         batch.open = dict(enumerate(packed.futures))
         batch.rejected = packed.rejected
 
-        def note() -> None:
+        def on_accepted() -> None:
             if not batch.job:
                 batch.job = draft.id
                 accepted()
 
+        async def read(views: Sequence[OutcomeView]) -> None:
+            async for outcome in outcomes(self._link, views):
+                on_outcome(batch.job, outcome)
+
         try:
-            page = self._outgoing.send(draft, packed.handler, packed.chunks, note, wait_s=FIRST_S)
-            return self._hear(batch, page, tell) if page else None
+            page = self._outgoing.send(draft, packed.handler, packed.chunks, on_accepted, wait_s=FIRST_S)
+            views = page["outcomes"] if page else []
+            if all(view["outcome"] for view in views):
+                for view in views:
+                    on_outcome(batch.job, json_format.outcome_from_json(view["outcome"]))
+            else:
+                self._link.run(read(views))
+            return views[-1]["seq"] if views else None
         except (BackendError, UsageError):
             if not batch.job:
                 raise
-            return None  # the watch of the job will meet the same error
-
-    def _hear(self, batch: Batch, page: OutcomesView, tell: Tell) -> int | None:
-        listed = page["outcomes"]
-
-        async def read() -> None:
-            async for outcome in outcomes(self._link, listed):
-                tell(batch.job, outcome)
-
-        if all(one["outcome"] for one in listed):
-            for one in listed:
-                tell(batch.job, json_format.outcome_from_json(one["outcome"]))
-        else:
-            self._link.run(read())
-        return listed[-1]["seq"] if listed else None
+            return None  # the watch of the job will raise the same error

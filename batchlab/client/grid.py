@@ -11,8 +11,8 @@ import os
 import weakref
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
 
 from batchlab.client.grid_link import POLL_S, Link
@@ -30,7 +30,6 @@ from batchlab.runtime.home import find_home
 if TYPE_CHECKING:
     from batchlab.client.executor import GridExecutor
     from batchlab.client.results import JobResult
-    from batchlab.core.api_types import JobView
 
 __all__ = ["Grid"]
 
@@ -133,27 +132,22 @@ class Grid:
         function: Callable[..., Any],
         items: Iterable[Any],
         *,
-        name: str | None = None,
-        timeout_s: float | None = None,
-        retry: RetryRule | int | None = None,
-        bundle: int | None = None,
-        ordered: bool = True,
-        return_exceptions: bool = False,
         starred: bool = False,
+        **options: Unpack[MapOptions],
     ) -> Generator[Any, None, None]:
+        timeout_s, bundle = options.get("timeout_s"), options.get("bundle")
+        return_exceptions = options.get("return_exceptions", False)
         _check_positive(timeout_s=timeout_s, bundle=bundle)
-        stage = StageDef(MAP, timeout_s=timeout_s, retry=_rule(retry), bundle=bundle)
-        job = self._outgoing.submit(
-            job_name(function, name), function, items, stage, tolerant=return_exceptions, starred=starred
-        )
-        results = self._results(job, ordered=ordered, return_exceptions=return_exceptions)
+        stage = StageDef(MAP, timeout_s=timeout_s, retry=_rule(options.get("retry")), bundle=bundle)
+        name = job_name(function, options.get("name"))
+        job = self._outgoing.submit(name, function, items, stage, tolerant=return_exceptions, starred=starred)
+        results = self._results(job, ordered=options.get("ordered", True), return_exceptions=return_exceptions)
         # The generator is started, so that its `finally` block runs even if no result is read.
         next(results)
         return results
 
     def _results(self, job: JobDef | None, *, ordered: bool, return_exceptions: bool) -> Generator[Any, None, None]:
-        """Yield the results of a map. As a method, it refers to the grid, so that the grid is not
-        closed during a map."""
+        """Yield the results of a map. The generator refers to the grid, so that the grid is not closed during a map."""
         if job is None:
             yield None
             return
@@ -170,7 +164,7 @@ class Grid:
                     yield value
             done = True
         finally:
-            # The garbage collector may run this on any thread, so it must not wait.
+            # The garbage collector may run this block on any thread, so the block must not wait.
             incoming.drop()
             link.leave(job.id, cancel=not done)
 
@@ -227,7 +221,7 @@ class Grid:
         return self._link.call(lambda client: client.submit(job_def))["id"]
 
     def _prepared(self, file: Path, params: Mapping[str, Any]) -> JobDef:
-        # The imports of pydantic and yaml take longer than a map.
+        # Imported here, because the imports of pydantic and yaml take longer than a map.
         from batchlab.jobs import submission
         from batchlab.jobs.job_file import load
 
@@ -257,8 +251,9 @@ class Grid:
         while view["state"] not in ENDED:
             left_s = end_s - now_s()
             if left_s <= 0:
-                raise JobFailed(f"Job {job} is cancelled: it took longer than {timeout_s:g} s.")
-            view = link.call(_news(view, min(POLL_S, left_s)))
+                raise JobFailed(f"Job {job} is canceled because it took longer than {timeout_s:g} s.")
+            poll = partial(Client.job, job=job, version=view["version"], wait_s=min(POLL_S, left_s))
+            view = link.call(poll)
         return JobResult(self, link, view)
 
     def close(self) -> None:
@@ -275,17 +270,15 @@ class Grid:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
 def _sized(own: Sequence[Pool], workers: int | None, pools: Sequence[Pool], *, warm: bool) -> Sequence[Pool]:
-    """Return the pools of a grid to start, or an empty sequence for the backend's own pools."""
+    """Return the pools of a new grid, or an empty sequence for the backend's own pools."""
     _check_positive(workers=workers)
     if workers is not None and pools:
-        raise UsageError("Both workers and pools are given.", remedy="Leave one of them out.")
+        raise UsageError("Both workers and pools are set.", remedy="Set only one of them.")
     if workers is not None:
         pools = (Pool("default", 0, workers, 1),)
     if warm:
@@ -312,15 +305,11 @@ def _text(value: Any) -> str:
     if value is None or isinstance(value, bool | int | float):
         return json.dumps(value)
     raise UsageError(
-        f"A parameter cannot be of type {type(value).__name__}.", remedy="Give text, a number, True, False or None."
+        f"A parameter cannot be of type {type(value).__name__}.", remedy="Use text, a number, True, False, or None."
     )
-
-
-def _news(view: JobView, wait_s: float) -> Callable[[Client], JobView]:
-    return lambda client: client.job(view["id"], version=view["version"], wait_s=wait_s)
 
 
 def _check_positive(**arguments: float | None) -> None:
     for name, value in arguments.items():
         if value is not None and value <= 0:
-            raise UsageError(f"{name} is {value}.", remedy="Give a number above 0, or None.")
+            raise UsageError(f"{name} is {value}.", remedy="Use a number above 0, or None.")

@@ -46,34 +46,33 @@ class Link:
     """Connection to the manager of `home`, with the thread on which the async ports run."""
 
     def __init__(self, backend: Backend, home: Home, pools: Sequence[Pool]) -> None:
-        """`pools` are the pools of a grid to start. Raise UsageError if they are given and a grid
-        is up."""
+        """`pools` are the pools of a new grid. Raise UsageError if `pools` is not empty and a grid is up."""
         self.backend = backend
         self.home = home
         self.clock = backend.open_clock()
         self.ids = backend.open_ids()
         self.patience = factory.patience()
         self.ours = False
-        """Whether this process started the grid, and stops it."""
+        """Whether this process started the grid. Then `close` stops the grid."""
         self._pools = pools
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._closed = False
         self._clients: list[Client] = []
-        """Clients of the manager. The last one is current, but threads may still use earlier
-        ones."""
+        """Clients of the manager. The last client is current, but threads may still use earlier clients."""
         self._live: set[str] = set()
+        """Jobs for which a caller waits."""
         self._cancelling: dict[Future[None], str] = {}
         """Jobs that the event loop is canceling."""
         self._ending: deque[str] = deque(maxlen=64)
+        """Jobs that no caller waits for any more, and that may not have ended yet."""
         self._folder: Path | None = None
         self._connect()
         # The location of the bucket is known only after a grid has started.
         self.objects = backend.open_objects(home)
         self.files = backend.open_local_files(home)
         self._loop = asyncio.new_event_loop()
-        # The thread is a daemon, because Python would wait for a normal thread before `close` is
-        # called.
+        # The thread is a daemon. At its exit, Python would wait for a normal thread before it calls `close`.
         self._loop.set_default_executor(ThreadPoolExecutor(thread_name_prefix=_OURS))
         self._thread = threading.Thread(target=self._loop.run_forever, name=_OURS, daemon=True)
         self._thread.start()
@@ -81,7 +80,7 @@ class Link:
     # --- The manager -----------------------------------------------------------------------------
 
     def _connect(self) -> None:
-        self.backend.named_place(self.home)  # raises if the home belongs to another endpoint
+        self.backend.named_place(self.home)  # raises UsageError if the home belongs to another endpoint
         record = self.home.record()
         if record is None:
             record = manager_process.start_manager(self.home, self.backend, pools=self._pools, parent=True)
@@ -89,27 +88,28 @@ class Link:
             self.ours = self._has_started(record)
         elif self._pools and not self.ours:
             raise UsageError(
-                f"A grid is up in {self.home.path}, so it cannot be sized here.",
-                remedy="Leave out workers, pools and warm, or name another folder as home.",
+                f"A grid is up in {self.home.path}, and the pools of a running grid cannot be set.",
+                remedy="Leave out workers, pools, and warm, or name another folder as home.",
             )
-        remedy = f'Say Grid("{record.backend}"), or name another folder as home.'
+        remedy = f'Use Grid("{record.backend}"), or name another folder as home.'
         self.home.check_backend(record, self.backend.name, remedy)
-        self._check_python()
-        self._clients.append(Client.of(self.home, record))
-
-    def _has_started(self, record: ManagerRecord) -> bool:
-        """Return whether this process started that manager, or the containers that it runs in."""
-        if self.backend.capabilities.container_manager:
-            return manager_process.has_started(self.home, record)
-        return _is_child(record.pid)  # a forked process has a copy of its parent's state
-
-    def _check_python(self) -> None:
         try:
             self.backend.check_python(self.home)
         except UsageError:
             if self.ours:
                 manager_process.stop_manager(self.home)
             raise
+        self._clients.append(Client.of(self.home, record))
+
+    def _has_started(self, record: ManagerRecord) -> bool:
+        """Return whether this process started the manager process or the manager's container."""
+        if self.backend.capabilities.container_manager:
+            return manager_process.has_started(self.home, record)
+        try:  # asks the system, because a forked process has a copy of its parent's state
+            os.waitid(os.P_PID, record.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            return False
+        return True
 
     @property
     def client(self) -> Client:
@@ -126,16 +126,16 @@ class Link:
         """Raise UsageError after `close`."""
         # In a forked child, the thread does not exist, and waiting for it would never end.
         if self._closed or not self._thread.is_alive():
-            raise UsageError("This grid is closed in this process.", remedy="Make another Grid.")
+            raise UsageError("This grid is closed in this process.", remedy="Create another Grid.")
 
-    def call(self, ask: Callable[[Client], T]) -> T:
-        """Return the manager's answer. If a manager of this process has ended, start another one.
-        The folder has the grid's state, so nothing is lost."""
+    def call(self, request: Callable[[Client], T]) -> T:
+        """Return the manager's answer. If the manager of this process has ended, start another manager. The grid's
+        folder contains the state, so nothing is lost."""
         give_up_s: float | None = None
         while True:
             client = self.client
             try:
-                return ask(client)
+                return request(client)
             except Unreachable as error:
                 now_s = self.clock.monotonic_s()
                 give_up_s = give_up_s or now_s + patience_s(restarted=self._is_restarted)
@@ -159,26 +159,25 @@ class Link:
                 time.sleep(RECORD_POLL_S)
                 return
             if record is None or record.url != client.url:
-                log.warning("the manager has ended; going on with another one")
+                log.warning("the manager has ended, and another manager replaces it")
                 self._connect()
                 return
-        time.sleep(0.05)  # the manager runs, but is very busy
+        time.sleep(0.05)  # the manager runs, but does not answer
 
     # --- The ports -------------------------------------------------------------------------------
 
-    def start(self, doing: Coroutine[Any, Any, T]) -> Future[T]:
+    def start(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
         """Run a coroutine on the event loop's thread."""
-        return asyncio.run_coroutine_threadsafe(doing, self._loop)
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
-    def run(self, doing: Coroutine[Any, Any, T]) -> T:
-        """Return the result of a coroutine. An interrupt cancels the coroutine. Raise UsageError
-        after `close`."""
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Return the result of a coroutine. An interrupt cancels the coroutine. Raise UsageError after `close`."""
         try:
             self.check_open()
         except UsageError:
-            doing.close()  # avoids a warning about a coroutine that never ran
+            coroutine.close()  # avoids a warning about a coroutine that never ran
             raise
-        future = self.start(doing)
+        future = self.start(coroutine)
         try:
             return future.result()
         finally:
@@ -186,7 +185,7 @@ class Link:
 
     @property
     def folder(self) -> Path:
-        """Return this process's folder for fetched files. `close` removes it."""
+        """Return this process's folder for fetched files. `close` removes the folder."""
         if self._folder is None:
             self._folder = self.home.scratch / self.ids.fresh("client")
         return self._folder
@@ -194,13 +193,12 @@ class Link:
     # --- Jobs ------------------------------------------------------------------------------------
 
     def follow(self, job: str) -> None:
-        """Record that a caller waits for this job. `close` cancels it unless `leave` is called
-        first."""
+        """Record that a caller waits for this job. `close` cancels the job unless `leave` is called first."""
         self._live.add(job)
 
     def leave(self, job: str, *, cancel: bool) -> None:
-        """Record that no caller waits for the job any longer. This method starts the cancellation,
-        and `close` waits for it.
+        """Record that no caller waits for the job any longer. With `cancel`, start the cancellation of the job, and
+        `close` waits for the end of the cancellation.
 
         The garbage collector may call this method, on any thread and after `close`.
         """
@@ -219,29 +217,27 @@ class Link:
         except (Refused, NotFound):
             return  # the job has ended, or was never submitted
         except BackendError as error:
-            log.warning("job %s is not cancelled: %s", job, error)
+            log.warning("job %s could not be canceled: %s", job, error)
 
     def _cancelled(self, cancelling: Future[None]) -> None:
         error = None if cancelling.cancelled() else cancelling.exception()
         if error and thread_cache.is_exiting():
-            # Python is exiting, so no thread can be started. The job goes back to `_live` before it
-            # leaves `_cancelling`, so that `close`, which runs next, always finds it.
+            # Python is exiting, so no thread can be started. `close` runs next and cancels the job. The job is added
+            # to `_live` before its removal from `_cancelling`, so that `close` always finds the job.
             self._live.add(self._cancelling[cancelling])
         elif error:
-            log.error("a job is not cancelled", exc_info=error)
+            log.error("a job could not be canceled", exc_info=error)
         self._cancelling.pop(cancelling, None)
 
     # --- Closing ---------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Cancel the remaining jobs, and stop the grid if this process started it. A repetition
-        does no harm."""
-        # A forked child has a copy of this object, but the grid belongs to its parent.
+        """Cancel the remaining jobs, and stop the grid if this process started it. Later calls do nothing."""
+        # A forked child has a copy of this object, but the grid belongs to the parent process.
         if self._closed or self.forked:
             return
         if threading.current_thread().name.startswith(_OURS):
-            # The last reference may be dropped on any thread, and a thread of this object cannot
-            # join itself.
+            # The last reference may be dropped on any thread, and a thread of this object cannot join itself.
             threading.Thread(target=self.close, name="batchlab-close").start()
             return
         with self._lock:
@@ -249,45 +245,45 @@ class Link:
                 return
             self._closed = True
         is_stuck = True
-        with ExitStack() as last:
-            last.callback(self._remove_folder)
-            last.callback(lambda: None if is_stuck else self._stop_loop())
+        with ExitStack() as steps:
+            if self._folder:
+                steps.callback(shutil.rmtree, self._folder, ignore_errors=True)
+            steps.callback(lambda: None if is_stuck else self._stop_loop())
             if self.ours:
-                last.callback(self._stop_manager)
+                steps.callback(self._stop_manager)
             for client in self._clients:
-                last.callback(client.close)
-            last.callback(lambda: self._cancel_left(is_stuck))
-            # This check comes last, because an interrupt during its wait must not skip the steps
-            # above.
+                steps.callback(client.close)
+            steps.callback(lambda: self._cancel_remaining(is_stuck))
+            # This check is not a step, because an interrupt during the check must not skip the steps.
             is_stuck = self._is_stuck()
 
-    def _cancel_left(self, is_stuck: bool) -> None:
+    def _cancel_remaining(self, is_stuck: bool) -> None:
         cancelling = dict(self._cancelling)
         if not is_stuck:
             wait(cancelling)
-        undone = set(cancelling.values())
+        failed = set(cancelling.values())
         if not is_stuck:  # a stuck loop may hold the lock of a future forever
-            undone = {job for future, job in cancelling.items() if not future.cancelled() and future.exception()}
-        for job in undone | self._live:
+            failed = {job for future, job in cancelling.items() if not future.cancelled() and future.exception()}
+        for job in failed | self._live:
             # On this thread, because no thread can be started while Python exits.
             self._cancel(job)
             self._ending.append(job)
         if self.ours and self._ending:
-            self._see_them_end()
+            self._wait_for_ends()
 
     def _is_stuck(self) -> bool:
-        """Return whether the event loop is stuck. An interrupt of a thread that waits for a future
-        of the loop can leave the lock of this future held. The loop then waits for this lock."""
-        answered = threading.Event()
-        self._loop.call_soon_threadsafe(answered.set)
-        if answered.wait(LOOP_TIMEOUT_S):
+        """Return whether the event loop is stuck. An interrupt of a thread that waits for a future of the loop can
+        leave the lock of this future held. The loop then waits for this lock."""
+        responded = threading.Event()
+        self._loop.call_soon_threadsafe(responded.set)
+        if responded.wait(LOOP_TIMEOUT_S):
             return False
-        log.warning("the grid's event loop is stuck, and left behind")
+        log.warning("the grid's event loop does not respond, so its thread is not ended")
         return True
 
-    def _see_them_end(self) -> None:
-        """Wait until the manager shows the jobs as ended. If the grid stopped earlier, it would
-        show a finished job as running."""
+    def _wait_for_ends(self) -> None:
+        """Wait until the manager shows the jobs as ended. If the grid stopped earlier, the next manager would show
+        finished jobs as running."""
         client = self._clients[-1]
         give_up_s = self.clock.monotonic_s() + JOB_END_WAIT_S
         try:
@@ -297,36 +293,22 @@ class Link:
                 ):
                     view = client.job(view["id"], version=view["version"], wait_s=JOB_END_WAIT_S)
         except BackendError as error:
-            log.warning("the grid is stopped without knowing that its jobs have ended: %s", error)
+            log.warning("the grid is stopped, but its jobs may not have ended: %s", error)
 
     def _stop_manager(self) -> None:
         record = self.home.record()
-        # The manager of this process may have ended, and another process may have started a new
-        # one.
+        # The manager of this process may have ended, and another process may have started a new manager.
         if record and self._has_started(record):
             manager_process.stop_manager(self.home)
 
     def _stop_loop(self) -> None:
-        self.start(_cancel_all()).result()
+        async def cancel_tasks() -> None:
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
+
+        self.start(cancel_tasks()).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
-
-    def _remove_folder(self) -> None:
-        if self._folder:
-            shutil.rmtree(self._folder, ignore_errors=True)
-
-
-def _is_child(pid: int) -> bool:
-    try:
-        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    except ChildProcessError:
-        return False
-    return True
-
-
-async def _cancel_all() -> None:
-    others = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in others:
-        task.cancel()
-    await asyncio.gather(*others, return_exceptions=True)

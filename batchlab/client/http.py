@@ -7,7 +7,7 @@ uses them. Every failure is an error class of batchlab.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import quote
 
 from batchlab.client.requests import ANSWER_S, Calls
@@ -37,65 +37,17 @@ if TYPE_CHECKING:
     from batchlab.core.job_definition import JobDef
     from batchlab.core.model import Json
 
-_ALL = "/v1/schedules"
-
-
-class ScheduleCalls(Calls):
-    """The calls of `Client` for schedules."""
-
-    def add_schedule(self, schedule: Mapping[str, Json], job: JobDef, *, replace: bool = False) -> ScheduleView:
-        """Add a schedule, in the form of POST /v1/schedules, with the job that it runs.
-
-        Raise Refused if a schedule with this name exists and `replace` is False."""
-        from batchlab.core.protocol import json_format
-
-        body = {"schedule": schedule, "job": json_format.job_to_json(job), "replace": replace}
-        return cast("ScheduleView", self._call("POST", _ALL, body=body))
-
-    def schedules(self) -> SchedulesView:
-        """Return all schedules by name, each with its last run, and notes on missed runs."""
-        return cast("SchedulesView", self._call("GET", _ALL))
-
-    def schedule(self, name: str) -> ScheduleView:
-        """Return one schedule with its runs."""
-        return cast("ScheduleView", self._call("GET", _schedule_path(name)))
-
-    def coming(self, name: str, *, count: int = 10) -> list[DueView]:
-        """Return the next due times of a schedule."""
-        return cast("list[DueView]", self._call("GET", _schedule_path(name, "/next"), count=count)["times"])
-
-    def pause_schedule(self, name: str) -> ScheduleView:
-        """Pause a schedule. Due times during the pause start no runs."""
-        return cast("ScheduleView", self._call("POST", _schedule_path(name, "/pause")))
-
-    def resume_schedule(self, name: str) -> ScheduleView:
-        """Resume a schedule. It runs at its next due time."""
-        return cast("ScheduleView", self._call("POST", _schedule_path(name, "/resume")))
-
-    def remove_schedule(self, name: str) -> ScheduleView:
-        """Remove a schedule. A running job of the schedule continues."""
-        return cast("ScheduleView", self._call("POST", _schedule_path(name, "/remove")))
-
-    def run_schedule(self, name: str, token: str) -> RunView:
-        """Run the job of a schedule now. A repetition with the same token returns the same run."""
-        return cast("RunView", self._call("POST", _schedule_path(name, "/run"), body={"token": token}))
-
-
-def _schedule_path(name: str, what: str = "") -> str:
-    return f"{_ALL}/{quote(name, safe='')}{what}"
-
-
 REBUILD_S = 3600.0
 MAX_LISTED = 1000
 """Limit of the rows in one answer."""
 
 
-class Client(ScheduleCalls):
+class Client(Calls):
     """Connections to one manager. The client is thread-safe, and is a context manager.
 
-    Each method raises Unreachable if the manager does not answer, NotFound for an unknown id,
-    Refused if the manager refuses, UsageError for an invalid request, and BackendError if the
-    manager cannot work at the moment. Times are in seconds. The client does not use proxies.
+    Each method raises Unreachable if the manager does not answer, NotFound for an unknown id, Refused if the manager
+    refuses the request, UsageError for an invalid request, and BackendError if the manager cannot work at the moment.
+    Times are in seconds. The client does not use proxies.
     """
 
     # --- The manager -----------------------------------------------------------------------------
@@ -114,7 +66,7 @@ class Client(ScheduleCalls):
 
     def code_waits(self, name: str) -> bool:
         """Return whether the code with this name is still valid and unused."""
-        return bool(self._call("GET", f"/v1/sessions/{quote(name, safe='')}")["waits"])
+        return bool(self._call("GET", _path("sessions", name))["waits"])
 
     def rebuild(self) -> int:
         """Rebuild the ledger from the bucket, and return the number of jobs that were found."""
@@ -127,15 +79,15 @@ class Client(ScheduleCalls):
     # --- Jobs ------------------------------------------------------------------------------------
 
     def submit(self, job: JobDef, items: Sequence[Json] | None = None) -> JobView:
-        """Submit a job, with its encoded items if it has a few of its own. A repetition with the
-        same client token returns the known job."""
+        """Submit a job, with its encoded items if the job has a few own items. Repeated requests with the same client
+        token return the same job."""
         return cast("JobView", self._call("POST", "/v1/jobs", body=_submission(job, items)))
 
     def submit_and_hear(
         self, job: JobDef, items: Sequence[Json] | None, accepted: Callable[[], None], *, wait_s: float
     ) -> OutcomesView:
-        """Submit a job as `submit` does, and wait up to `wait_s` for its first outcomes. `accepted`
-        is called when the grid has accepted the job."""
+        """Submit a job as `submit` does, and wait up to `wait_s` for its first outcomes. `accepted` is called when the
+        manager has accepted the job."""
         body = _submission(job, items)
         with self._answer("POST", "/v1/jobs", body, ANSWER_S, {"wait_s": wait_s}) as answer:
             self._document(answer.line())
@@ -148,10 +100,8 @@ class Client(ScheduleCalls):
         return cast("list[JobView]", answer["jobs"])
 
     def job(self, job: str, *, version: int | None = None, wait_s: float = 0.0) -> JobView:
-        """Return one job. With `version`, wait up to `wait_s` until the version of the job
-        differs."""
-        answer = self._call("GET", _job_path(job), version=version, wait_s=wait_s)
-        return cast("JobView", answer)
+        """Return one job. With `version`, wait up to `wait_s` until the version of the job differs."""
+        return cast("JobView", self._call("GET", _job_path(job), version=version, wait_s=wait_s))
 
     def cancel(self, job: str) -> JobView:
         """Cancel a job. Return when no further task of the job can start."""
@@ -172,12 +122,10 @@ class Client(ScheduleCalls):
         fingerprints: Sequence[str] = (),
         tasks: Mapping[str, Sequence[tuple[int, int]]] | None = None,
     ) -> JobView:
-        """Run again all tasks that did not succeed. If `fingerprints` or `tasks` are given, run
-        only the failed tasks with these fingerprints or in these ranges. A range includes its first
-        task and excludes its end."""
-        body = {"fingerprints": list(fingerprints), "tasks": tasks or {}}
-        chosen = body if fingerprints or tasks else None
-        return cast("JobView", self._call("POST", _job_path(job, "/retry"), body=chosen))
+        """Run all tasks again that did not succeed. With `fingerprints` or `tasks`, only run the failed tasks with
+        these fingerprints or in these ranges. A range includes its first task and excludes its end."""
+        choice = {"fingerprints": list(fingerprints), "tasks": tasks or {}} if fingerprints or tasks else None
+        return cast("JobView", self._call("POST", _job_path(job, "/retry"), body=choice))
 
     def eta(self, job: str) -> EtaView:
         """Return the remaining time of a job."""
@@ -190,29 +138,23 @@ class Client(ScheduleCalls):
     def outcomes(
         self, job: str, *, stage: str | None = None, after: int | None = None, limit: int = 1000, wait_s: float = 0.0
     ) -> OutcomesView:
-        """Return outcomes with a seq above `after`, in the order of their seq. Wait up to `wait_s`
-        for the first one."""
-        path = _job_path(job, "/outcomes")
-        answer = self._call("GET", path, stage=stage, after=after, limit=limit, wait_s=wait_s)
-        return cast("OutcomesView", answer)
+        """Return outcomes with a seq above `after`, in the order of their seq. Wait up to `wait_s` for the first
+        outcome."""
+        query: dict[str, Any] = {"stage": stage, "after": after, "limit": limit, "wait_s": wait_s}
+        return cast("OutcomesView", self._call("GET", _job_path(job, "/outcomes"), **query))
 
     def failures(self, job: str, *, limit: int = 100, fingerprint: str | None = None) -> list[FailureView]:
         """Return tasks that failed permanently. `fingerprint` selects one cause."""
-        found: list[FailureView] = []
-        after: str | None = None
-        while len(found) < limit:
-            answer = self._call(
-                "GET",
-                _job_path(job, "/failures"),
-                limit=min(limit - len(found), MAX_LISTED),
-                after=after,
-                fingerprint=fingerprint,
-            )
-            found += cast("list[FailureView]", answer["failures"])
-            after = answer["next"]
+        failures: list[FailureView] = []
+        path, after = _job_path(job, "/failures"), None
+        while len(failures) < limit:
+            page_limit = min(limit - len(failures), MAX_LISTED)
+            page = self._call("GET", path, limit=page_limit, after=after, fingerprint=fingerprint)
+            failures += cast("list[FailureView]", page["failures"])
+            after = page["next"]
             if after is None:
                 break
-        return found
+        return failures
 
     def failure_groups(self, job: str) -> list[FailureGroupView]:
         """Return the failed tasks by fingerprint, the largest group first."""
@@ -223,8 +165,7 @@ class Client(ScheduleCalls):
 
     def task(self, job: str, stage: str, task: int) -> TaskView:
         """Return one ended task, with its input and its log."""
-        path = _job_path(job, f"/stages/{quote(stage, safe='')}/tasks/{task}")
-        return cast("TaskView", self._call("GET", path))
+        return cast("TaskView", self._call("GET", _job_path(job, f"/stages/{quote(stage, safe='')}/tasks/{task}")))
 
     def logs(
         self,
@@ -236,13 +177,16 @@ class Client(ScheduleCalls):
         failed: bool = False,
         since_s: float | None = None,
     ) -> list[LogView]:
-        """Return the logs of tasks, ordered by stage, task, and attempt. `failed` selects tasks
-        that failed permanently. `since_s` selects attempts that ended within this number of
-        seconds."""
-        answer = self._call(
-            "GET", _job_path(job, "/logs"), stage=stage, task=task, limit=limit, failed=failed or None, since_s=since_s
-        )
-        return cast("list[LogView]", answer["logs"])
+        """Return the logs of tasks, ordered by stage, task, and attempt. `failed` selects tasks that failed
+        permanently. `since_s` selects attempts that ended within this number of seconds."""
+        query: dict[str, Any] = {
+            "stage": stage,
+            "task": task,
+            "limit": limit,
+            "failed": failed or None,
+            "since_s": since_s,
+        }
+        return cast("list[LogView]", self._call("GET", _job_path(job, "/logs"), **query)["logs"])
 
     def logs_after(
         self,
@@ -255,23 +199,13 @@ class Client(ScheduleCalls):
         since_s: float | None = None,
         wait_s: float = 0.0,
     ) -> NewLogsView:
-        """Return the logs of outcomes with a seq above `seq`. Wait up to `wait_s` for the first
-        outcome."""
-        answer = self._call(
-            "GET",
-            _job_path(job, "/logs/after"),
-            seq=seq,
-            stage=stage,
-            task=task,
-            failed=failed or None,
-            since_s=since_s,
-            wait_s=wait_s,
-        )
+        """Return the logs of outcomes with a seq above `seq`. Wait up to `wait_s` for the first outcome."""
+        query: dict[str, Any] = {"stage": stage, "task": task, "failed": failed or None, "since_s": since_s}
+        answer = self._call("GET", _job_path(job, "/logs/after"), seq=seq, wait_s=wait_s, **query)
         return cast("NewLogsView", answer)
 
     def tails(self, job: str) -> TailsView:
-        """Return the live logs of running tasks. Workers store them only while a client requests
-        them."""
+        """Return the live logs of running tasks. Workers store live logs only while a client requests them."""
         return cast("TailsView", self._call("POST", _job_path(job, "/tails")))
 
     # --- The grid --------------------------------------------------------------------------------
@@ -294,10 +228,10 @@ class Client(ScheduleCalls):
         desired: int | None = None,
         auto: bool | None = None,
     ) -> PoolView:
-        """Set the limits of a pool, and its desired capacity manually. `auto` True returns the pool
-        to the autoscaler."""
+        """Set the limits of a pool, and its desired capacity. With `auto` True, the autoscaler sets the desired
+        capacity again."""
         body = {"min": min, "max": max, "desired": desired, "auto": auto}
-        return cast("PoolView", self._call("POST", f"/v1/grid/pools/{quote(pool, safe='')}", body=body))
+        return cast("PoolView", self._call("POST", _path("grid/pools", pool), body=body))
 
     def drain(self, pool: str | None = None) -> GridView:
         """Scale one pool or all pools to zero instances, and keep them there."""
@@ -310,10 +244,8 @@ class Client(ScheduleCalls):
         return cast("UseView", self._call("GET", "/v1/use"))
 
     def cap_grid(self, max_cost_usd: float | None) -> UseView:
-        """Set the cap in USD on the grid's cost since its account was opened. None removes the
-        cap."""
-        body = {"max_cost_usd": max_cost_usd}
-        return cast("UseView", self._call("POST", "/v1/use/cap", body=body))
+        """Set the cap in USD on the grid's cost since its account was opened. None removes the cap."""
+        return cast("UseView", self._call("POST", "/v1/use/cap", body={"max_cost_usd": max_cost_usd}))
 
     def job_use(self, job: str) -> JobUseView:
         """Return the usage of a job."""
@@ -321,24 +253,61 @@ class Client(ScheduleCalls):
 
     def cap_job(self, job: str, max_cost_usd: float | None) -> JobUseView:
         """Set the cap in USD on the cost of a job. None removes the cap."""
-        body = {"max_cost_usd": max_cost_usd}
-        return cast("JobUseView", self._call("POST", _job_path(job, "/cap"), body=body))
+        return cast("JobUseView", self._call("POST", _job_path(job, "/cap"), body={"max_cost_usd": max_cost_usd}))
 
     # --- Notifications ---------------------------------------------------------------------------
 
     def notify_targets(self) -> list[TargetView]:
-        """Return the grid's notification targets, and those of jobs that have not ended."""
+        """Return the notification targets of the grid and of jobs that have not ended."""
         return cast("list[TargetView]", self._call("GET", "/v1/notifications/targets")["targets"])
 
     def notify_test(self, target: str) -> TestedView:
-        """Send one test notification to one of the grid's own targets."""
-        path = f"/v1/notifications/targets/{quote(target, safe='')}/test"
-        return cast("TestedView", self._call("POST", path))
+        """Send a test notification to a target of the grid."""
+        return cast("TestedView", self._call("POST", _path("notifications/targets", target, "/test")))
 
     def notifications(self, *, limit: int = 100) -> list[NotificationView]:
-        """Return notifications: first the pending ones, then the results of recent ones."""
+        """Return the pending notifications, and then the results of recent notifications."""
         answer = self._call("GET", "/v1/notifications", limit=limit)
         return cast("list[NotificationView]", answer["notifications"])
+
+    # --- Schedules -------------------------------------------------------------------------------
+
+    def add_schedule(self, schedule: Mapping[str, Json], job: JobDef, *, replace: bool = False) -> ScheduleView:
+        """Add a schedule in the format of POST /v1/schedules, with its job.
+
+        Raise Refused if a schedule with this name exists and `replace` is False."""
+        from batchlab.core.protocol import json_format
+
+        body = {"schedule": schedule, "job": json_format.job_to_json(job), "replace": replace}
+        return cast("ScheduleView", self._call("POST", "/v1/schedules", body=body))
+
+    def schedules(self) -> SchedulesView:
+        """Return all schedules by name, each with its last run, and notes on missed runs."""
+        return cast("SchedulesView", self._call("GET", "/v1/schedules"))
+
+    def schedule(self, name: str) -> ScheduleView:
+        """Return one schedule with its runs."""
+        return cast("ScheduleView", self._call("GET", _path("schedules", name)))
+
+    def coming(self, name: str, *, count: int = 10) -> list[DueView]:
+        """Return the next due times of a schedule."""
+        return cast("list[DueView]", self._call("GET", _path("schedules", name, "/next"), count=count)["times"])
+
+    def pause_schedule(self, name: str) -> ScheduleView:
+        """Pause a schedule. Due times during the pause start no runs."""
+        return cast("ScheduleView", self._call("POST", _path("schedules", name, "/pause")))
+
+    def resume_schedule(self, name: str) -> ScheduleView:
+        """Resume a schedule. The next run starts at the next due time."""
+        return cast("ScheduleView", self._call("POST", _path("schedules", name, "/resume")))
+
+    def remove_schedule(self, name: str) -> ScheduleView:
+        """Remove a schedule. A running job of the schedule continues."""
+        return cast("ScheduleView", self._call("POST", _path("schedules", name, "/remove")))
+
+    def run_schedule(self, name: str, token: str) -> RunView:
+        """Run the job of a schedule now. Repeated requests with the same token return the same run."""
+        return cast("RunView", self._call("POST", _path("schedules", name, "/run"), body={"token": token}))
 
 
 def _submission(job: JobDef, items: Sequence[Json] | None) -> Json:
@@ -347,5 +316,9 @@ def _submission(job: JobDef, items: Sequence[Json] | None) -> Json:
     return {"job": json_format.job_to_json(job), "items": items}
 
 
-def _job_path(job: str, what: str = "") -> str:
-    return f"/v1/jobs/{quote(job, safe='')}{what}"
+def _path(kind: str, name: str, suffix: str = "") -> str:
+    return f"/v1/{kind}/{quote(name, safe='')}{suffix}"
+
+
+def _job_path(job: str, suffix: str = "") -> str:
+    return _path("jobs", job, suffix)

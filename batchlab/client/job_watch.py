@@ -1,7 +1,7 @@
-"""JobWatch of many jobs at once, on the event loop of the grid's link.
+"""Watch of many jobs at once, on the event loop of the grid's link.
 
-Invariant: a listener receives each outcome with results once. At last it receives the end of the
-job, or the reason why the watch ended.
+Invariant: a listener receives each outcome with results once. The last event is the end of the job, or the error that
+ended the watch.
 """
 
 from __future__ import annotations
@@ -34,11 +34,9 @@ CONNECTIONS = 64
 SHORT_POLL_S = 1.0
 """Duration in seconds of a long poll if more jobs are watched than there are connections."""
 GAP_S = 0.05
-"""Maximum pause in seconds between two polls of a job. A program may base its next call on a
-result."""
+"""Maximum pause in seconds between two polls of a job. A program may need a result for its next call."""
 HEARTBEATS_S = 1.0
-"""Time in seconds after which, in addition to the control lease, heartbeats have reported every
-task that has begun."""
+"""Time in seconds after the control lease within which heartbeats report every started task."""
 
 
 class Listener(Protocol):
@@ -47,11 +45,11 @@ class Listener(Protocol):
     def outcome(self, job: str, outcome: Outcome) -> None: ...
     def ended(self, job: str, view: JobView) -> None: ...
     def lost(self, job: str, error: Exception) -> None:
-        """Handle the end of the watch. The job may not have ended."""
+        """Handle the end of the watch by an error. The job may still run."""
 
 
 class JobWatch:
-    """JobWatch of jobs for one listener. It can be called from any thread."""
+    """Watch of jobs for one listener. Every thread may call the public methods."""
 
     def __init__(self, link: Link, listener: Listener) -> None:
         self._link = link
@@ -59,26 +57,25 @@ class JobWatch:
         self._jobs: set[str] = set()
         self._count = 0
         self._http: httpx.AsyncClient | None = None
-        """Exists while jobs are watched, so a watch that is dropped needs no `close`."""
+        """HTTP client while jobs are watched. The end of the last watch closes the client."""
         self._url = ""
 
     def add(self, job: str, after: int | None) -> None:
-        """JobWatch this job for outcomes with a seq above `after`, or for all outcomes. Raise
-        UsageError after the link was closed."""
+        """Watch this job for outcomes with a seq above `after`. Raise UsageError after the link was closed."""
         self._link.check_open()
         self._jobs.add(job)
         self._link.start(self._follow(job, after))
 
     def drop(self, job: str) -> None:
         """Stop the watch of a job that has ended or is about to end."""
-        # The current poll is not canceled, because its answer comes soon. anyio would leak the
-        # socket of a request that is canceled while it connects.
+        # The current poll is not canceled, because its answer comes soon. anyio would leak the socket of a request
+        # that is canceled during the connection.
         self._jobs.discard(job)
 
-    def wind_up(self, job: str) -> None:
-        """Cancel the job, but wait first for the tasks that have begun."""
+    def cancel_gracefully(self, job: str) -> None:
+        """Cancel the job, but first wait for the end of its started tasks."""
         self._link.check_open()
-        self._link.start(self._wind_up(job)).add_done_callback(_tell_of_bugs)
+        self._link.start(self._cancel(job)).add_done_callback(_log_bugs)
 
     # --- Polling ---------------------------------------------------------------------------------
 
@@ -97,9 +94,9 @@ class JobWatch:
     async def _follow(self, job: str, after: int | None) -> None:
         try:
             async with self._asking():
-                view = await self._hear(job, after)
+                view = await self._pass_on(job, after)
         except asyncio.CancelledError:  # the loop is ending
-            self._listener.lost(job, Unreachable("The grid was closed.", remedy="Make another Grid."))
+            self._listener.lost(job, Unreachable("The grid was closed.", remedy="Create another Grid."))
             raise
         except Exception as error:  # noqa: BLE001 - any error ends the watch
             self._listener.lost(job, error)
@@ -107,8 +104,8 @@ class JobWatch:
             if view:
                 self._listener.ended(job, view)
 
-    async def _hear(self, job: str, after: int | None) -> JobView | None:
-        """Pass on every outcome. Return the job after its end, or None after `drop`."""
+    async def _pass_on(self, job: str, after: int | None) -> JobView | None:
+        """Pass every outcome to the listener. Return the job after its end, or None after `drop`."""
         now_s = self._link.clock.monotonic_s
         began_s = now_s()
         while job in self._jobs:
@@ -116,7 +113,7 @@ class JobWatch:
             answered_s = now_s()
             listed = page["outcomes"]
             if page["ended"] and not listed:
-                return await self._again(lambda client: client.job(job))
+                return await self._call(lambda client: client.job(job))
             async for outcome in outcomes(self._link, listed):
                 self._listener.outcome(job, outcome)
             after = listed[-1]["seq"] if listed else after
@@ -140,54 +137,50 @@ class JobWatch:
                     raise
             await asyncio.sleep(0.5)
 
-    async def _ask(self, path: str, query: dict[str, Any], again: Callable[[Client], T]) -> T:
-        """Return the manager's answer, and use no thread while waiting. After an error, call
-        `again` through the link, which restarts a manager and raises batchlab's errors."""
+    async def _ask(self, path: str, query: dict[str, Any], request: Callable[[Client], T]) -> T:
+        """Return the manager's answer to a long poll, which needs no thread. After an error, send `request` through
+        the link, which restarts a manager and raises batchlab's errors."""
         import httpx
 
-        with suppress(httpx.TransportError):
-            response = await (await self._client()).get(path, params=query)
-            if response.is_success:
-                return cast(T, response.json())
-        return await self._again(again)
-
-    async def _again(self, ask: Callable[[Client], T]) -> T:
-        return await asyncio.to_thread(self._link.call, ask)
-
-    async def _client(self) -> httpx.AsyncClient:
         client = self._link.client
         if self._http is None or self._url != client.url:
             old, self._http, self._url = self._http, client.for_loop(CONNECTIONS), client.url
             if old:
                 await old.aclose()
-        return self._http
+        with suppress(httpx.TransportError):
+            response = await self._http.get(path, params=query)
+            if response.is_success:
+                return cast(T, response.json())
+        return await self._call(request)
+
+    async def _call(self, request: Callable[[Client], T]) -> T:
+        return await asyncio.to_thread(self._link.call, request)
 
     # --- Ending ----------------------------------------------------------------------------------
 
-    async def _wind_up(self, job: str) -> None:
+    async def _cancel(self, job: str) -> None:
         try:
             async with self._asking():
-                await self._let_end(job)
+                await self._pause_and_cancel(job)
         except (Refused, NotFound, UsageError):
             return  # the job has ended, or the grid was closed, which cancels the job
         except BackendError as error:
-            log.warning("job %s is not cancelled: %s", job, error)
+            log.warning("job %s could not be canceled: %s", job, error)
 
-    async def _let_end(self, job: str) -> None:
+    async def _pause_and_cancel(self, job: str) -> None:
         now_s = self._link.clock.monotonic_s
-        view = await self._again(lambda client: client.pause(job))
-        # A worker that read the control object just before the pause may start tasks until this
-        # time.
-        sure_s = now_s() + self._link.backend.manager.control_lease_s + HEARTBEATS_S
+        view = await self._call(lambda client: client.pause(job))
+        # A worker that read the control object just before the pause may start tasks until this time.
+        safe_s = now_s() + self._link.backend.manager.control_lease_s + HEARTBEATS_S
         while view["state"] not in ENDED:
-            if now_s() > sure_s and not any(stage["running"] for stage in view["stages"]):
-                await self._again(lambda client: client.cancel(job))
+            if now_s() > safe_s and not any(stage["running"] for stage in view["stages"]):
+                await self._call(lambda client: client.cancel(job))
                 return
             await asyncio.sleep(0.05)
             query = {"version": view["version"], "wait_s": SHORT_POLL_S / 2}
             view = await self._ask(f"/v1/jobs/{quote(job, safe='')}", query, lambda client: client.job(job))
 
 
-def _tell_of_bugs(doing: Future[None]) -> None:
-    if not doing.cancelled() and (error := doing.exception()):
-        log.error("a job is not cancelled", exc_info=error)
+def _log_bugs(future: Future[None]) -> None:
+    if not future.cancelled() and (error := future.exception()):
+        log.error("a job could not be canceled", exc_info=error)

@@ -7,8 +7,7 @@ The import of this module registers the backend:
     with joblib.parallel_config("batchlab", grid=grid):
         GridSearchCV(estimator, parameters).fit(x, y)
 
-Invariant: each call of Parallel has its own executor, so an aborted call does not affect other
-calls.
+Invariant: each call of Parallel has its own executor, so an aborted call does not affect other calls.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ except ModuleNotFoundError as error:
     if (error.name or "").partition(".")[0] != "joblib":
         raise
     raise ModuleNotFoundError(
-        "batchlab.client.joblib needs joblib, which is not installed: pip install joblib brings it.", name="joblib"
+        "batchlab.client.joblib needs joblib, which is not installed: pip install joblib installs it.", name="joblib"
     ) from None
 
 NAME = "batchlab"
@@ -55,23 +54,22 @@ class GridBackend(_Base):
         super().__init__(nesting_level=nesting_level)
         if grid is None:
             raise UsageError(
-                "The joblib backend needs a grid.", remedy='Say joblib.parallel_config("batchlab", grid=grid).'
+                "The joblib backend needs a grid.", remedy='Use joblib.parallel_config("batchlab", grid=grid).'
             )
         self._grid = grid
         self._executor: GridExecutor | None = None
-        self._worked_s = 0.0
+        self._run_s = 0.0
         self.parallel: Any = None
 
     def effective_n_jobs(self, n_jobs: int | None) -> int:
-        """Return the number of jobs. A negative `n_jobs` counts down from the maximum, as in
-        joblib."""
+        """Return the number of jobs. A negative `n_jobs` counts down from the maximum, as in joblib."""
         if n_jobs == 0:
             raise ValueError("n_jobs == 0 in Parallel has no meaning")
         if n_jobs is not None and n_jobs > 0:
             return n_jobs
-        return max(1, self._workers()._max_workers + 1 + (n_jobs or -1))
+        return max(1, self._current_executor()._max_workers + 1 + (n_jobs or -1))
 
-    def _workers(self) -> GridExecutor:
+    def _current_executor(self) -> GridExecutor:
         self._executor = self._executor or self._grid.executor(name="joblib")
         return self._executor
 
@@ -80,32 +78,32 @@ class GridBackend(_Base):
         return self.effective_n_jobs(n_jobs)
 
     def submit(self, func: Callable[[], Any], callback: Callable[[Future[Any]], Any] | None = None) -> Future[Any]:
-        future: Future[Any] = self._workers().submit(Timed(func))
+        future: Future[Any] = self._current_executor().submit(Timed(func))
         if callback is not None:
             future.add_done_callback(callback)
         return future
 
     def retrieve_result_callback(self, out: Future[Any]) -> Any:
-        result, self._worked_s = out.result()
+        result, self._run_s = out.result()
         return result
 
     def batch_completed(self, batch_size: int, duration: float) -> None:  # noqa: ARG002 - see below
-        """Report the workers' run time of the result that was just retrieved. joblib's `duration`
-        includes the transfer. Very short calls would then seem long and would never be batched."""
-        super().batch_completed(batch_size, self._worked_s)
+        """Report the run time of the last retrieved result on the worker. joblib's `duration` includes the transfer.
+        With that duration, joblib would never batch very short calls."""
+        super().batch_completed(batch_size, self._run_s)
 
     def abort_everything(self, ensure_ready: bool = True) -> None:  # noqa: ARG002 - joblib's signature
-        """Cancel the remaining calls, whose results are not needed. The next call creates another
-        executor."""
-        if self._executor:
-            self._executor.shutdown(wait=False, cancel_futures=True)
-            self._executor = None
+        """Cancel the remaining calls. The next call of `submit` creates another executor."""
+        self._close(cancel=True)
 
     def terminate(self) -> None:
-        if self._executor:
-            self._executor.shutdown(wait=False)
-            self._executor = None
+        self._close(cancel=False)
         self.reset_batch_stats()
+
+    def _close(self, *, cancel: bool) -> None:
+        if self._executor:
+            self._executor.shutdown(wait=False, cancel_futures=cancel)
+            self._executor = None
 
 
 register_parallel_backend(NAME, GridBackend)

@@ -33,10 +33,9 @@ IDLE_S = 2.0
 after 5 s, and a request at that moment would fail."""
 
 PATIENCE_S = 20.0
-"""Time in seconds for which a running manager may fail to answer or to lead before an error is
-raised."""
+"""Time in seconds for which a client retries while a running manager does not answer or does not lead."""
 RESTARTED_S = 60.0
-"""The same time for a manager that Docker restarts, on a busy machine."""
+"""Time in seconds for which a client retries while Docker restarts the manager, on a busy machine."""
 
 TRACE_VARIABLE = "TRACEPARENT"
 """Environment variable with the W3C trace context in which the command was called."""
@@ -54,8 +53,7 @@ _ERRORS: dict[int, type[BatchlabError]] = {
 
 
 def patience_s(*, restarted: bool = False) -> float:
-    """Return the time in seconds for which a manager may fail to answer. `restarted` is True if
-    Docker restarts it."""
+    """Return the time in seconds for which a client retries. `restarted` is True if Docker restarts the manager."""
     return RESTARTED_S if restarted else PATIENCE_S
 
 
@@ -68,7 +66,7 @@ class Calls:
     """
 
     def __init__(self, url: str, token: str, unix: Path | None = None) -> None:
-        """`unix` is the manager's Unix socket. It replaces the port in `url`."""
+        """`unix` is the manager's Unix socket, which replaces the port in `url`."""
         self.url = url
         self._token = token
         self._unix = str(unix or "")
@@ -76,8 +74,8 @@ class Calls:
         # Reading the system's certificates takes longer than the rest of this method.
         self._tls = ssl.create_default_context() if parts.scheme == "https" else None
         self._headers = {"Authorization": f"Bearer {token}"} if unix else {}
-        if above := _trace(os.environ.get(TRACE_VARIABLE, "")):
-            self._headers["traceparent"] = above
+        if parent := _trace(os.environ.get(TRACE_VARIABLE, "")):
+            self._headers["traceparent"] = parent
         self._connections = Connections(parts.netloc, self._tls, connect_s=CONNECT_S, idle_s=IDLE_S, unix=self._unix)
 
     @classmethod
@@ -86,8 +84,8 @@ class Calls:
         return cls(record.url, home.token(), home.socket(record))
 
     def for_loop(self, connections: int) -> httpx.AsyncClient:
-        """Return a client of the same manager for an event loop. The caller closes it. Its requests
-        share this number of connections."""
+        """Return a client of the same manager for an event loop, with this number of connections. The caller closes the
+        client."""
         import httpx
 
         from batchlab.client.signed_http import Signing
@@ -120,7 +118,7 @@ class Calls:
     def _call(
         self, method: str, path: str, *, body: Any = None, answer_s: float = ANSWER_S, **query: str | float | None
     ) -> Any:
-        """Return the JSON of the answer. None values in `query` are left out."""
+        """Return the JSON of the answer. The query omits values that are None."""
         with self._answer(method, path, body, answer_s, query) as answer:
             return self._document(answer.read())
 
@@ -134,23 +132,25 @@ class Calls:
     def _answer(
         self, method: str, path: str, body: Any, answer_s: float, query: Mapping[str, str | float | None]
     ) -> Iterator[_Answer]:
-        """Yield the answer to a successful request. If it is read to its end, its connection is
-        reused."""
-        given = {key: _text(value) for key, value in query.items() if value is not None}
-        target = f"{path}?{urlencode(given)}" if given else path
+        """Yield the answer to a successful request. If the caller reads the whole answer, the connection is reused."""
+        values = {
+            key: str(value).lower() if isinstance(value, bool) else str(value)
+            for key, value in query.items()
+            if value is not None
+        }
+        target = f"{path}?{urlencode(values)}" if values else path
         data = None if body is None else json.dumps(body).encode()
         headers = self._headers if data is None else {**self._headers, **_JSON}
         connection: HTTPConnection | None = None
         try:
             connection = self._connections.take()
-            connection.sock.settimeout(answer_s + float(given.get("wait_s", 0.0)))
+            connection.sock.settimeout(answer_s + float(values.get("wait_s", 0.0)))
             signed = None
             if not self._unix:
                 signed = http_connections.sign(self._token, method, target, data or b"")
                 headers = {**headers, "Authorization": signed.header}
             connection.request(method, target, data, headers)
-            # Closed explicitly, because the response's finalizer would lose an interrupt that
-            # arrives while it runs.
+            # The response is closed here, because Python ignores an interrupt during a finalizer.
             with connection.getresponse() as response:
                 answer = _Answer(self._token, signed, response)
                 if response.status >= MIN_ERROR_STATUS:
@@ -162,14 +162,14 @@ class Calls:
                 connection = None
         except (OSError, HTTPException) as error:
             raise Unreachable(
-                f"The manager at {self.url} does not answer: {_told(error)}.",
-                remedy="`batchlab grid up` starts one here.",
+                f"The manager at {self.url} does not answer: {str(error).rstrip('.') or type(error).__name__}.",
+                remedy="`batchlab grid up` starts a manager.",
             ) from error
         except Unproven as error:
             raise Unreachable(
                 f"The program at {self.url} does not prove that it is this grid's manager.",
-                remedy="Another program listens there, the manager has another token, or its "
-                "release is 0.1.0. Nothing that it sent was used, and the token was not sent.",
+                remedy="Another program may listen there, the manager may have another token, or its release may be "
+                "0.1.0. The answer was not used, and the token was not sent.",
             ) from error
         finally:
             if connection:
@@ -177,7 +177,7 @@ class Calls:
 
 
 class _Answer:
-    """Body of an answer, which must be signed if its request was. Its methods raise Unproven."""
+    """Body of an answer. The answer to a signed request must be signed, or the methods raise Unproven."""
 
     def __init__(self, token: str, signed: Signed | None, response: HTTPResponse) -> None:
         self._response = response
@@ -185,7 +185,7 @@ class _Answer:
         self._expected = Expected(token, signed, response.status, response.headers.get(PROOF)) if signed else None
 
     def line(self) -> bytes:
-        """Return the first line as soon as it arrives. `read` checks its signature."""
+        """Return the first line as soon as it arrives. `read` checks the signature of the line."""
         self._line = self._response.readline()
         return self._line
 
@@ -197,17 +197,13 @@ class _Answer:
         return self._expected.checked(self._line + rest)[len(self._line) :]
 
 
-def _trace(given: str) -> str:
-    """Return the trace context of this process, or "" if it is missing or invalid."""
-    if not given:
+def _trace(context: str) -> str:
+    """Return the trace context if it is valid, else ""."""
+    if not context:
         return ""
     from batchlab.core.tracing import is_context
 
-    return given if is_context(given) else ""
-
-
-def _told(error: Exception) -> str:
-    return str(error).rstrip(".") or type(error).__name__
+    return context if is_context(context) else ""
 
 
 def _error(url: str, status: int, content: bytes) -> BatchlabError:
@@ -221,9 +217,6 @@ def _error(url: str, status: int, content: bytes) -> BatchlabError:
 
 def _no_manager(url: str, status: int) -> BackendError:
     return BackendError(
-        f"{url} answered with HTTP {status}, but not as a manager does.", remedy="Is another program listening there?"
+        f"The answer of {url} (HTTP {status}) does not come from a manager.",
+        remedy="Check whether another program listens there.",
     )
-
-
-def _text(value: str | float) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,13 +1,9 @@
-"""Submission of jobs that bring their own items: the function and the plan go into the bucket, and
-then the job is submitted.
+"""Submission of jobs with their own items: pickling of the function and the items, storage in the bucket, and the
+request.
 
-Invariant: objects are written before the objects that refer to them. A job that could not be
-submitted leaves no objects. The items of a map are read on the caller's thread, in parts.
-
-Pickling of functions and items, so that a worker can load them.
-
-Invariant: modules that a worker can import are pickled by name, and all others by value.
-cloudpickle's settings are restored afterwards.
+Invariant: an object is written before the objects that refer to it. A job that could not be submitted leaves no
+objects. The items of a map are read on the caller's thread, in parts. Modules that a worker can import are pickled by
+name, and other modules by value. cloudpickle's settings are restored afterwards.
 """
 
 from __future__ import annotations
@@ -47,9 +43,9 @@ if TYPE_CHECKING:
     from batchlab.core.api_types import OutcomesView
 
 _REGISTRY = threading.RLock()
-"""Held while this module changes cloudpickle's registry, which is global to the process."""
+"""Lock for changes of cloudpickle's registry, which is global to the process."""
 
-_ASK = """
+_FIND_MODULES = """
 import importlib.util, json, sys
 def place(name):
     try:
@@ -62,15 +58,12 @@ json.dump({name: place(name) for name in sys.argv[1:]}, sys.stdout)
 
 
 def _with_file(code: CodeType) -> tuple[Any, ...]:
-    """Reduce a code object as cloudpickle does, but keep the file name, so that tracebacks show
-    it."""
-    make, arguments = cloudpickle.Pickler.dispatch_table[CodeType](code)
-    named = (code.co_filename if argument == "<dynamic-code>" else argument for argument in arguments)
-    return make, tuple(named)
+    """Reduce a code object as cloudpickle does, but keep the file name for tracebacks."""
+    constructor, arguments = cloudpickle.Pickler.dispatch_table[CodeType](code)
+    return constructor, tuple(code.co_filename if value == "<dynamic-code>" else value for value in arguments)
 
 
-# Not a class statement, because cloudpickle lacks type annotations. The type checker would reject a
-# subclass of Any.
+# Not a class statement, because cloudpickle lacks type annotations and the type checker rejects a subclass of Any.
 _Pickler = type(
     "_Pickler",
     (cloudpickle.Pickler,),
@@ -86,102 +79,94 @@ def pickled(function: Callable[..., Any]) -> bytes:
 
 
 class ObjectPickler:
-    """Pickling of objects with the knowledge of which modules of this process the workers lack."""
+    """Pickler of functions and items. The pickler knows the modules of this process that workers cannot import."""
 
     def __init__(self) -> None:
-        self._seen: set[str] = set()
+        self._checked: set[str] = set()
         self._local: list[ModuleType] = []
-        """Top-level modules that the workers lack. Their submodules are pickled with them."""
+        """Top-level modules that workers cannot import. cloudpickle also pickles their submodules by value."""
 
     def function(self, function: Callable[..., Any]) -> bytes:
         """Return the pickled function. Raise UsageError if it cannot be pickled."""
         name = getattr(function, "__qualname__", None) or repr(function)
         if not callable(function):
-            raise UsageError(f"{name} is no function.", remedy="Give map something to call.")
+            raise UsageError(f"{name} is not a function.", remedy="Pass a callable to map.")
         with self.by_value():
             try:
                 return pickled(function)
             except Exception as error:
                 raise UsageError(
                     f"The function {name} cannot be sent to the workers: {type(error).__name__}: {error}.",
-                    remedy="Let it make what it cannot carry (connections, locks, open files), "
-                    "instead of using the ones that are here.",
+                    remedy="Create connections, locks, and open files inside the function. Objects of this process "
+                    "cannot be sent.",
                 ) from error
 
     def items(self, items: Sequence[Any], first: int, file: Callable[[File], Json], *, starred: bool) -> list[Json]:
-        """Return encoded items, or for `starred` lists of encoded arguments. If an item cannot be
-        encoded, raise UsageError with its number, counted from `first`."""
-        done: list[Json] = []
+        """Return encoded items, or for `starred` lists of encoded arguments. Raise UsageError with the number of the
+        item, counted from `first`, if an item cannot be encoded."""
+        encoded: list[Json] = []
         encode = _arguments if starred else values.encode_object
         with self.by_value():
             try:
                 for item in items:
-                    done.append(encode(item, file))  # noqa: PERF401 - see below
+                    encoded.append(encode(item, file))  # noqa: PERF401 - the length is needed after an error
             except values.NotAValue as error:
-                # The number of encoded items is the index of the failed one.
                 raise UsageError(
-                    f"Item {first + len(done)} cannot be sent to the workers: {error.message.rstrip('.')}.",
-                    remedy="Nothing was submitted. Send plain data, or what makes the object.",
+                    f"Item {first + len(encoded)} cannot be sent to the workers: {error.message.rstrip('.')}.",
+                    remedy="Nothing was submitted. Use plain data, and create other objects inside the function.",
                 ) from error
-        return done
+        return encoded
 
     @contextmanager
     def by_value(self) -> Iterator[None]:
-        """Make cloudpickle pickle the modules by value that the workers cannot import, during the
-        block."""
+        """During the block, cloudpickle pickles the modules by value that the workers cannot import."""
         with _REGISTRY:
-            self._look_around()
-            known = cloudpickle.list_registry_pickle_by_value()
-            ours = [one for one in self._local if one.__name__ not in known]
-            for our in ours:
-                cloudpickle.register_pickle_by_value(our)
+            self._check_modules()
+            registered = cloudpickle.list_registry_pickle_by_value()
+            modules = [module for module in self._local if module.__name__ not in registered]
+            for module in modules:
+                cloudpickle.register_pickle_by_value(module)
             try:
                 yield
             finally:
-                for one in ours:
-                    cloudpickle.unregister_pickle_by_value(one)
+                for module in modules:
+                    cloudpickle.unregister_pickle_by_value(module)
 
-    def _look_around(self) -> None:
+    def _check_modules(self) -> None:
         """Check the modules that were imported since the last call."""
-        fresh = sys.modules.keys() - self._seen
+        new = sys.modules.keys() - self._checked
+        paths = sysconfig.get_paths()
+        installed = (f"{paths['purelib']}/", f"{paths['platlib']}/")
         places = {
-            name: place for name in fresh if "." not in name and (place := _place(name)) and not _is_installed(place)
+            name: place
+            for name in new
+            if "." not in name and (place := _place(name)) and not place.startswith(installed)
         }
         if places:
-            theirs = _workers_places(list(places))
-            self._local += [sys.modules[name] for name in places if theirs[name] != places[name]]
-        self._seen |= fresh
+            # As in a task's process, -P excludes the current folder and the script's folder from the path.
+            command = [sys.executable, "-P", "-c", _FIND_MODULES, *places]
+            answer = subprocess.run(command, capture_output=True, text=True, check=True)
+            workers_places: dict[str, str | None] = json.loads(answer.stdout.splitlines()[-1])
+            self._local += [sys.modules[name] for name in places if workers_places[name] != places[name]]
+        self._checked |= new
 
 
 def _arguments(item: Any, file: Callable[[File], Json]) -> Json:
     try:
         arguments = list(item)
     except TypeError:
-        raise values.NotAValue(f"It is {item!r:.60}, and not a sequence of arguments.") from None
+        raise values.NotAValue(f"{item!r:.60} is not a sequence of arguments.") from None
     return [values.encode_object(argument, file) for argument in arguments]
 
 
 def _place(name: str) -> str | None:
-    """Return the file or folder that a module was loaded from. Return None for the standard
-    library, for `__main__`, and for modules without a file."""
+    """Return the file or folder that a module was loaded from. Return None for the standard library, for `__main__`,
+    and for modules without a file."""
     module = sys.modules.get(name)
     if name in sys.stdlib_module_names or name == "__main__":
         return None
     folders = getattr(module, "__path__", None) or ()
     return getattr(module, "__file__", None) or next(iter(folders), None)
-
-
-def _is_installed(place: str) -> bool:
-    paths = sysconfig.get_paths()
-    return place.startswith((f"{paths['purelib']}/", f"{paths['platlib']}/"))
-
-
-def _workers_places(names: Sequence[str]) -> dict[str, str | None]:
-    """Return the paths from which a worker would load these modules. As in a task's process, -P
-    excludes the current folder and the script's folder from the path."""
-    answer = subprocess.run([sys.executable, "-P", "-c", _ASK, *names], capture_output=True, text=True, check=True)
-    found: dict[str, str | None] = json.loads(answer.stdout.splitlines()[-1])
-    return found
 
 
 T = TypeVar("T")
@@ -195,7 +180,7 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
 
 @dataclass(slots=True)
 class Chunk:
-    """Encoded items from index `first`, and the files (path, key) that they refer to."""
+    """Encoded items from index `first`, and the files (path, key) in these items."""
 
     first: int
     items: list[Json]
@@ -208,14 +193,14 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class _PreparedJob:
-    """A job to submit, and its items if they are few."""
+    """A job to submit. `items` are the items of a small job, or None if the bucket contains the items."""
 
     job: JobDef
-    few: list[Json] | None
+    items: list[Json] | None
 
 
 class JobSubmitter:
-    """Submits the jobs of one grid that bring their own items."""
+    """Submitter of jobs with their own items to one grid."""
 
     def __init__(self, link: Link) -> None:
         self._link = link
@@ -235,49 +220,48 @@ class JobSubmitter:
     ) -> JobDef | None:
         """Submit a job with one task per item. Return None if `items` is empty.
 
-        The items of a `starred` function are sequences of arguments. `stage` describes the tasks,
-        without the handler. A `tolerant` job succeeds even if tasks fail. Raise UsageError for an
-        object that cannot be pickled, or the error that the iteration over the items raises. Then
-        nothing is submitted.
+        The items of a `starred` function are sequences of arguments. `stage` describes the tasks, without the handler.
+        A `tolerant` job succeeds even if tasks fail. Submit nothing and raise UsageError if an object cannot be
+        pickled. Submit nothing if the iteration over the items raises an error.
         """
         self._link.check_open()
         pickled = self.shipping.function(Starred(function) if starred else function)
         draft = self.draft(name, stage)
         chunks = self._chunks(draft.id, items, starred=starred)
-        made = self._made(draft, pickled, chunks, tolerant=tolerant)
-        if made is None:
+        prepared = self._prepare(draft, pickled, chunks, tolerant=tolerant)
+        if prepared is None:
             return None
-        self._submitted(made.job, lambda client: client.submit(made.job, made.few))
-        return made.job
+        self._request(prepared.job, lambda client: client.submit(prepared.job, prepared.items))
+        return prepared.job
 
     def draft(self, name: str, stage: StageDef) -> JobDef:
         """Return a job with an id and without items."""
         link = self._link
         job = object_keys.job_id(name, link.ids.fresh("map"))
-        # Without a client token, because no other process can use this id, and the submission is
-        # faster.
+        # The job has no client token, because no other process can use the id, and the submission is faster.
         return JobDef(job, name, (stage,), link.clock.now_s())
 
     def send(
         self, draft: JobDef, pickled: bytes, chunks: Iterable[Chunk], accepted: Callable[[], None], *, wait_s: float
     ) -> OutcomesView | None:
-        """Submit the job with its encoded items and its pickled handler, as `submit` does. The job
-        is tolerant. Wait up to `wait_s` for its first outcomes. `accepted` may be called twice."""
-        made = self._made(draft, pickled, chunks, tolerant=True)
-        if made is None:
+        """Submit a tolerant job with its encoded items and its pickled handler. Wait up to `wait_s` for its first
+        outcomes. `accepted` may be called twice."""
+        prepared = self._prepare(draft, pickled, chunks, tolerant=True)
+        if prepared is None:
             return None
-        return self._submitted(
-            made.job, lambda client: client.submit_and_hear(made.job, made.few, accepted, wait_s=wait_s)
+        return self._request(
+            prepared.job, lambda client: client.submit_and_hear(prepared.job, prepared.items, accepted, wait_s=wait_s)
         )
 
-    def _made(self, draft: JobDef, pickled: bytes, chunks: Iterable[Chunk], *, tolerant: bool) -> _PreparedJob | None:
-        """Store the job's objects in the bucket and return the job. Return None if it would be
-        empty."""
+    def _prepare(
+        self, draft: JobDef, pickled: bytes, chunks: Iterable[Chunk], *, tolerant: bool
+    ) -> _PreparedJob | None:
+        """Store the job's objects in the bucket and return the job. Return None if the job has no items."""
         link, job = self._link, draft.id
         (stage,) = draft.stages
         key = f"code/{hashlib.sha256(pickled).hexdigest()}.pkl"
         try:
-            count, few = self._bring(job, key, pickled, chunks)
+            count, items = self._store_objects(job, key, pickled, chunks)
         except BaseException:
             link.run(self._remove(job))
             raise
@@ -286,35 +270,37 @@ class JobSubmitter:
         job_def = replace(
             draft, stages=(replace(stage, handler=f"pickle:{key}"),), items=count, max_failures=count if tolerant else 0
         )
-        return _PreparedJob(job_def, few)
+        return _PreparedJob(job_def, items)
 
-    def _submitted(self, job: JobDef, submit: Callable[[Client], T]) -> T:
+    def _request(self, job: JobDef, request: Callable[[Client], T]) -> T:
         link = self._link
         link.follow(job.id)
         try:
-            return link.call(submit)
+            return link.call(request)
         except UsageError:
             link.leave(job.id, cancel=False)
             link.run(self._remove(job.id))
             raise
         except BaseException:
-            # The submission may have arrived in spite of the error.
+            # The manager may have accepted the job in spite of the error.
             link.leave(job.id, cancel=True)
             raise
 
-    def _bring(self, job: JobId, key: str, pickled: bytes, chunks: Iterable[Chunk]) -> tuple[int, list[Json] | None]:
-        """Store the handler in the bucket, and also the items if they are many. Return the number
-        of items, and the items if they are few enough for the submission."""
+    def _store_objects(
+        self, job: JobId, key: str, pickled: bytes, chunks: Iterable[Chunk]
+    ) -> tuple[int, list[Json] | None]:
+        """Store the handler in the bucket, and also the items of a large job. Return the number of items, and the items
+        of a small job, which the submission contains."""
         run = self._link.run
         writer = PartWriter(self._link.objects, self._link.patience, job, MAP, 0)
-        kept: list[Chunk] = []
+        pending: list[Chunk] = []
         count = size_bytes = 0
         are_few = True
         for chunk in chunks:
             if not are_few:
-                run(self._write(writer, job, *kept))
-                kept.clear()
-            kept.append(chunk)
+                run(self._write(writer, job, pending))
+                pending.clear()
+            pending.append(chunk)
             count += len(chunk.items)
             if are_few and count <= MAX_STORED_ITEMS and not chunk.files:
                 size_bytes += sum(map(values.roughly, chunk.items))
@@ -322,23 +308,29 @@ class JobSubmitter:
             else:
                 are_few = False
         if are_few:
-            if kept and key not in self._stored:
+            if pending and key not in self._stored:
                 run(self._store(key, pickled))
-            return count, [item for one in kept for item in one.items]
-        # The last chunks are stored together with the rest. Most maps have a single chunk, so they
-        # need one call of the loop.
-        run(self._commit(writer, job, kept, key, pickled))
+            return count, [item for chunk in pending for item in chunk.items]
+
+        async def commit() -> None:
+            await self._write(writer, job, pending)
+            if key not in self._stored:
+                await self._store(key, pickled)
+            await writer.commit(TaskSet())
+
+        # One call of the event loop stores the last chunks and the handler. Most maps have a single chunk.
+        run(commit())
         return count, None
 
     def _chunks(self, job: JobId, items: Iterable[Any], *, starred: bool) -> Iterator[Chunk]:
-        drawn, first = iter(items), 0
-        while some := list(islice(drawn, PART_ITEMS)):
+        iterator, first = iter(items), 0
+        while part := list(islice(iterator, PART_ITEMS)):
             chunk = Chunk(first, [], [])
-            chunk.items += self.shipping.items(some, first, chunk.file(job), starred=starred)
+            chunk.items += self.shipping.items(part, first, chunk.file(job), starred=starred)
             yield chunk
-            first += len(some)
+            first += len(part)
 
-    async def _write(self, writer: PartWriter, job: JobId, *chunks: Chunk) -> None:
+    async def _write(self, writer: PartWriter, job: JobId, chunks: Sequence[Chunk]) -> None:
         for chunk in chunks:
             await self._write_one(writer, job, chunk)
 
@@ -359,22 +351,10 @@ class JobSubmitter:
                 await patience(partial(objects.put, key, data))
             chunk.items[number] = values.value_ref(key)
 
-        await asyncio.gather(
-            *(upload(path, key) for path, key in chunk.files),
-            *(
-                # The writer would store them one at a time.
-                put(n)
-                for n, item in enumerate(chunk.items)
-                if values.roughly(item) > ITEM_BYTES
-            ),
-        )
+        # The writer would store large items one after the other.
+        large = [number for number, item in enumerate(chunk.items) if values.roughly(item) > ITEM_BYTES]
+        await asyncio.gather(*(upload(path, key) for path, key in chunk.files), *map(put, large))
         await writer.add(*chunk.items)
-
-    async def _commit(self, writer: PartWriter, job: JobId, last: Sequence[Chunk], key: str, pickled: bytes) -> None:
-        await self._write(writer, job, *last)
-        if key not in self._stored:
-            await self._store(key, pickled)
-        await writer.commit(TaskSet())
 
     async def _store(self, key: str, pickled: bytes) -> None:
         put = partial(self._link.objects.put, key, pickled, if_absent=True)
@@ -389,28 +369,27 @@ class JobSubmitter:
 
 
 def _reference(prefix: str, files: list[tuple[Path, str]], file: File) -> Json:
-    """Return the reference to a file in the items. A file of this process is added to `files` for
-    the upload."""
+    """Return the reference to a file in an item. A local file is added to `files`, which are uploaded."""
     origin = file.origin()
     if origin is not None:
         return origin
     if not file.path.is_file():
-        raise values.NotAValue(f"It names the file {file.path}, which does not exist.")
+        raise values.NotAValue(f"The file {file.path} does not exist.")
     if problem := name_problem(file.name):
-        raise values.NotAValue(f"It names the file {file.name!r}, but a name {problem}.")
+        raise values.NotAValue(f"The file name {file.name!r} {problem}.")
     key = f"{prefix}/{len(files):06d}/{file.name}"
     files.append((file.path, key))
     return values.file_ref(key, file.name, file.size)
 
 
 def job_name(function: Callable[..., Any], name: str | None) -> str:
-    """Return the job's name: the given one, or one made from the function's name. Raise UsageError
-    if the given one is invalid."""
+    """Return `name`, or a name that is derived from the function's name. Raise UsageError if `name` is invalid."""
     if name is None:
         text = str(getattr(function, "__name__", "")).lower()
         return re.sub(r"[^a-z0-9]+", "-", text).strip("-")[:40] or "map"
     if not _NAME.fullmatch(name):
         raise UsageError(
-            f"{name!r} cannot name a job.", remedy="Use up to 40 lower case letters, digits, - and _, no - or _ first."
+            f"{name!r} is not a valid job name.",
+            remedy="Use up to 40 lower case letters, digits, - and _, and begin with a letter or a digit.",
         )
     return name

@@ -1,18 +1,16 @@
-"""Threads that are reused for a short time, and a delay of Python's exit until the executors' work
-is done.
+"""Threads that are reused for a short time, and a delay of Python's exit until the executors' work is done.
 
-The start of a thread takes a noticeable part of a short call on an idle grid. Invariant: a spare
-thread does not refer to its past work and does not delay the exit of Python. After `is_exiting` returns
-True, executors accept no new work, and the accepted work is still done.
+The start of a thread takes a noticeable part of a short call on an idle grid. Invariant: an idle thread does not refer
+to its past work and does not delay the exit of Python. After `is_exiting` returns True, executors accept no new calls,
+and complete the accepted calls.
 """
 
 from __future__ import annotations
 
 import atexit
 
-# This module is imported for its hook at the exit of Python, which stops every pool of threads.
-# Hooks run in the reverse order of their registration, and the hook of this module must run before
-# that one.
+# The import registers the hook of concurrent.futures, which stops every pool of threads at the exit of Python. Hooks
+# run in the reverse order of their registration, and the hook below must run first.
 import concurrent.futures.thread  # noqa: F401 - see above
 import os
 import threading
@@ -21,7 +19,7 @@ from queue import Empty, SimpleQueue
 from weakref import WeakSet
 
 MAX_IDLE_S = 1.0
-"""Time in seconds that a spare thread waits for more work."""
+"""Time in seconds that an idle thread waits for more work."""
 
 Work = Callable[[], None]
 
@@ -38,19 +36,19 @@ class ThreadCache:
         self._spare_s = spare_s
         self._lock = threading.Lock()
         self._spare: list[SimpleQueue[tuple[Work, Work]]] = []
-        """Queues of the spare threads. The last one has waited for the shortest time."""
+        """Queues of the idle threads. The thread of the last queue has waited for the shortest time."""
 
     @property
     def count(self) -> int:
-        """Return the number of spare threads."""
+        """Return the number of idle threads."""
         return len(self._spare)
 
     def run(self, work: Work, then: Work = _nothing) -> None:
-        """Run `work` on a thread. When no reference to `work` is left, run `then`. Neither may
-        raise. Raise RuntimeError if no thread can be started, or if Python is exiting."""
+        """Run `work` on a thread, and then `then` after the thread has dropped its reference to `work`. Both functions
+        must not raise errors. Raise RuntimeError if no thread can be started, or if Python is exiting."""
         with self._lock:
             if self._spare:
-                # In this order, so that Ctrl-C between the two lines does not lose a thread.
+                # The order of these lines matters: Ctrl-C between them does not lose a thread.
                 self._spare[-1].put((work, then))
                 self._spare.pop()
                 return
@@ -58,7 +56,7 @@ class ThreadCache:
         inbox.put((work, then))
         threading.Thread(target=self._live, args=(inbox,), name=self._name, daemon=True).start()
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Reset the pool in a forked child, which does not have the threads."""
         self._lock = threading.Lock()  # a thread of the parent may have held the lock
         self._spare = []
@@ -76,21 +74,21 @@ class ThreadCache:
             try:
                 work()
             finally:
-                # This may be the last reference, and its finalizers belong to the work.
+                # This may be the last reference to `work`. Its finalizers must run before `then`.
                 del work
                 then()
             del then
             with self._lock:
-                # A queue with work is not spare, because its next work may wait for the work in it.
+                # A thread with waiting work is not idle. New work in its queue would wait for that work.
                 if inbox not in self._spare and inbox.empty():
                     self._spare.append(inbox)
 
 
 _spares = ThreadCache("batchlab-executor")
 run = _spares.run
-"""Run work on a spare thread of this process."""
+"""Run work on an idle or a new thread of this process."""
 
-os.register_at_fork(after_in_child=_spares.forget)
+os.register_at_fork(after_in_child=_spares.reset)
 
 
 _awaited: WeakSet[threading.Event] = WeakSet()
@@ -113,6 +111,6 @@ def _at_exit() -> None:
 # In a forked child, the threads that would set these events do not exist.
 os.register_at_fork(after_in_child=_awaited.clear)
 
-# atexit's own hooks run when threads can no longer be started. This hook is not public, but
-# concurrent.futures and joblib use it. Without it, unfinished calls are canceled at the exit.
+# Hooks of atexit run when threads can no longer be started. This hook of `threading` is not public, but
+# concurrent.futures and joblib use it too. Without the hook, unfinished calls are canceled at the exit.
 getattr(threading, "_register_atexit", atexit.register)(_at_exit)

@@ -136,7 +136,7 @@ def test_a_forked_child_starts_its_own(spares: ThreadCache) -> None:
     child = os.fork()
     if not child:
         done = threading.Event()
-        spares.forget()
+        spares.reset()
         spares.run(done.set)
         os._exit(0 if done.wait(WAIT_S) else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
