@@ -1,11 +1,8 @@
-"""`batchlab conform`: checks whether an endpoint behaves like the AWS services batchlab uses.
+"""`batchlab conform`, checks of an endpoint against AWS's services, and `asg`, a server of Auto Scaling groups.
 
-Invariant: without --aws the command does not use an AWS account. At its end, or on Ctrl-C, it
-removes what it created and nothing else.
-
-`batchlab asg`: Auto Scaling groups on this machine for clients of AWS's API.
-
-Invariant: a server that other machines can reach without signatures prints a warning.
+Invariant: without --aws, `conform` does not use an AWS account. At its end, or on Ctrl-C, `conform`
+removes only the resources that it created. A server that other machines can reach without signatures
+prints a warning.
 """
 
 from __future__ import annotations
@@ -81,23 +78,24 @@ def conform(
     """
     _check_target(endpoint, aws=aws, service=service)
     installation.need("aws", "`batchlab conform`", "boto3")
+    from batchlab.conform.check_table import agrees
+    from batchlab.conform.run import run
+
     checks = _selected(service, only=only, needed=needed, markdown=markdown)
     if template and service != "autoscaling":
         raise UsageError("--template is for --service autoscaling.", remedy="Leave it out.")
     with _interruptible(), _target(endpoint, region, bucket, template) as target:
         if aws:
-            output.say(f"What this makes in {target.place} is named {target.run}*, and removed.")
+            output.say(f"The checks create resources named {target.run}* in {target.place} and remove them.")
         begun_s = time.monotonic()
         target.open({check.service for check in checks})
-        results = _run(target, checks)
+        with _progress(len(checks)) as report:
+            results = run(target, checks, on_result=report)
         took_s = time.monotonic() - begun_s
         name = name or target.place
     _show(name, results, took_s, json=json, every=every)
     if markdown:
         _write(markdown, name, results)
-
-    from batchlab.conform.check_table import agrees
-
     if not agrees(results):
         raise typer.Exit(1)
 
@@ -105,14 +103,14 @@ def conform(
 def _check_target(endpoint: str | None, *, aws: bool, service: str | None) -> None:
     if endpoint is None and not aws:
         raise UsageError(
-            "Without --endpoint this would make a bucket and some 100 queues in an AWS account.",
-            remedy="Name an endpoint with --endpoint URL, or say --aws if that is meant.",
+            "Without --endpoint, the checks would create a bucket and about 100 queues in an AWS account.",
+            remedy="Name an endpoint with --endpoint URL, or add --aws to check AWS itself.",
         )
     if endpoint is not None and aws:
-        raise UsageError("--endpoint and --aws exclude each other.", remedy="Say one of them.")
+        raise UsageError("--endpoint and --aws exclude each other.", remedy="Leave one of them out.")
     if aws and service == "autoscaling":
         raise UsageError(
-            "These checks would launch instances in an AWS account, which is not offered.",
+            "The checks of Auto Scaling launch instances, so they do not run on AWS itself.",
             remedy="Name an endpoint with --endpoint URL.",
         )
 
@@ -181,18 +179,11 @@ def _target(url: str | None, region: str | None, bucket: str | None, template: s
         # The signals stay active until here: Python may drop a raised exception in a finalizer.
         for number in _BOTH:
             signal.signal(number, signal.SIG_IGN)
-        output.say("Interrupted. Removing what was made ...")
+        output.say("Interrupted. Removing the created resources.")
         raise
     finally:
         for left in target.close():
             output.say(f"Left behind: {output.clean(left)}")
-
-
-def _run(target: Target, checks: Sequence[Check]) -> Sequence[Result]:
-    from batchlab.conform.run import run
-
-    with _progress(len(checks)) as report:
-        return run(target, checks, on_result=report)
 
 
 @contextmanager
@@ -343,12 +334,9 @@ def serve(
         metadata_port=metadata_port,
     )
     if host not in _HERE and settings.key is None:
-        output.say(f"Every client that reaches {host} can start and end instances: --signed requires keys.")
+        output.say(f"Every client that reaches {host} can start and end instances. Add --signed to require keys.")
 
-    def up(url: str) -> None:
-        output.answer(json, {"endpoint": url}, url)
-
-    asg_main(settings, up)
+    asg_main(settings, lambda url: output.answer(json, {"endpoint": url}, url))
 
 
 @asg.command()
@@ -369,7 +357,7 @@ def interrupt(
     kind, notice_s = "rebalance" if rebalance else "interruption", seconds_of("--notice", notice)
     at = _named(endpoint) if endpoint else _endpoint_of(home)
     send_notice(at, instance, kind, notice_s)
-    output.say(f"{instance} has its notice.")
+    output.say(f"The notice was sent to {instance}.")
 
 
 def _named(endpoint: str) -> Endpoint:

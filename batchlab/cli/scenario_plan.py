@@ -25,7 +25,7 @@ from batchlab.core.pricing import price_book
 from batchlab.core.pricing.price_book import PriceBook, parse, shown
 from batchlab.runtime.descriptor import Calibration
 from batchlab.scenarios.model.expansion import expand
-from batchlab.scenarios.model.values import Prewarm, Scenario
+from batchlab.scenarios.model.values import Scenario
 from batchlab.scenarios.planner.candidates import QUANTILES, Candidate, EvaluatedCandidate, Goal, quantiles
 from batchlab.scenarios.planner.plan import REQUIRED_SHARE, Plan, SeedShare, is_enough
 from batchlab.scenarios.record import Record
@@ -62,7 +62,8 @@ def plan(
     from batchlab.scenarios.planner.fast_model import FastModel
     from batchlab.scenarios.planner.planner import Search
 
-    goal, backend = _goal(deadline, budget), factory.load(like).name
+    goal = Goal(seconds_of("--deadline", deadline), None if budget is None else parse(budget))
+    backend = factory.load(like).name
     found = loader.load(loader.find(scenario))
     measured = calibrated(calibration, backend, found.compressed)
     book = price_book.load(home_of(home).path)
@@ -93,16 +94,12 @@ def search_and_show(search: Search, *, json: bool) -> int:
         search.cut = "it was interrupted"
     answer = search.answer()
     if answer is None:
-        output.say("Nothing is known yet: it was interrupted before a first candidate had been tried.")
+        output.say("There is no answer: the search was interrupted before its first candidate was simulated.")
         return INTERRUPTED
     output.answer(json, {**answer.to_json(), "yaml": as_yaml(answer.planned) + "\n"}, text(answer))
     if interrupted:
         return INTERRUPTED
     return 0 if answer.holds else 1
-
-
-def _goal(deadline: str, budget: str | None) -> Goal:
-    return Goal(seconds_of("--deadline", deadline), None if budget is None else parse(budget))
 
 
 @contextmanager
@@ -113,11 +110,10 @@ def _progress(search: Search) -> Iterator[None]:
 
 
 def _progress_text(progress: SearchProgress) -> str:
-    best = progress.best
-    known = ""
+    best, suffix = progress.best, ""
     if best is not None and best.finish_s < float("inf"):
-        known = f"; best: {shown(best.usd)}, {output.span(best.finish_s)}"
-    return f"{progress.done} of at most {progress.runs} runs, {progress.phase}{known}"
+        suffix = f"; best: {shown(best.usd)}, {output.span(best.finish_s)}"
+    return f"{progress.done} of at most {progress.runs} runs, {progress.phase}{suffix}"
 
 
 CHOSEN = "◆"
@@ -125,36 +121,21 @@ CHOSEN = "◆"
 
 def text(plan: Plan) -> str:
     """Return the plan as text."""
-    told = [
-        _asked(plan),
-        "",
-        _verdict(plan),
-        "",
-        *_candidate(plan.chosen.candidate),
-        "",
-        *_sure(plan),
-        "",
-        *_frontier(plan),
-        "",
-        "To run it so, put this into the scenario:",
-        "",
-        *(f"  {line}" for line in as_yaml(plan.planned).splitlines()),
-        "",
-        *_waves_to_delete(plan),
-        *(f"Assumed: {one}." for one in plan.assumed),
-    ]
-    if plan.cut:
-        told.append(f"The search ended early: {plan.cut}. There may be better fleets.")
-    return "\n".join(told)
-
-
-def _asked(plan: Plan) -> str:
     budget = plan.goal.budget_usd
     within = "" if budget is None else f" for at most {shown(budget)}"
-    return (
-        f"Scenario {plan.scenario.name}, all done within {output.span(plan.goal.deadline_s)}"
-        f"{within}; {output.count(plan.runs, 'simulated run')}"
-    )
+    deadline, runs = output.span(plan.goal.deadline_s), output.count(plan.runs, "simulated run")
+    lines = [f"Scenario {plan.scenario.name}, all done within {deadline}{within}; {runs}", ""]
+    lines += [_verdict(plan), "", *_candidate(plan.chosen.candidate), "", *_confidence(plan), "", *_frontier(plan), ""]
+    lines += ["For this fleet, put these lines into the scenario:", ""]
+    lines += [*(f"  {line}" for line in as_yaml(plan.planned).splitlines()), ""]
+    if waves := plan.idle_waves:
+        at = " and ".join(output.span(fault.at_s) for fault in waves)
+        which = f"the spot-wave at {at}" if len(waves) == 1 else f"the spot-waves at {at}"
+        lines += [f"Delete {which} from the scenario: this fleet has no Spot instance that it could interrupt.", ""]
+    lines += [f"Assumed: {assumption}." for assumption in plan.assumed]
+    if plan.cut:
+        lines.append(f"The search ended early: {plan.cut}. There may be better fleets.")
+    return "\n".join(lines)
 
 
 def _verdict(plan: Plan) -> str:
@@ -169,7 +150,7 @@ def _verdict(plan: Plan) -> str:
     if not any(map(plan.goal.met, outcomes)) and plan.undone == len(outcomes):
         return _undone(plan)
     if not is_enough(plan.in_time):
-        nearest = f"The nearest that was found is done after {latest} at the latest, for {usd}."
+        nearest = f"The best fleet found is done after {latest} at the latest, for {usd}."
         if not any(map(plan.goal.in_time, (*outcomes, *plan.chosen.outcomes))):
             return f"No fleet meets the deadline of {deadline}.{_cannot(plan)} {nearest}"
         return (
@@ -178,7 +159,7 @@ def _verdict(plan: Plan) -> str:
     if not is_enough(plan.met):
         return _too_dear(plan)
     return (
-        f"The best so far: {usd} a run, done after {latest} at the latest; it has been put to "
+        f"The best so far: {usd} a run, done after {latest} at the latest; tested with "
         f"{len(plan.fresh)} of {output.count(plan.seeds, 'fresh seed')}."
     )
 
@@ -189,7 +170,7 @@ def _cannot(plan: Plan) -> str:
     span_s = jobs[-1].due_s - jobs[0].due_s if jobs else 0.0
     if span_s < plan.goal.deadline_s:
         return ""
-    return f" None can: the last job is due {output.span(span_s)} after the first, from which the deadline counts."
+    return f" No fleet can, because the last job is due {output.span(span_s)} after the first job."
 
 
 def _met(plan: Plan) -> str:
@@ -199,32 +180,29 @@ def _met(plan: Plan) -> str:
 def _undone(plan: Plan) -> str:
     failed = max(outcome.failed_jobs for outcome in plan.outcomes)
     lost = max(outcome.lost for outcome in plan.outcomes)
-    why = []
-    if failed:
-        why.append(f"up to {output.count(failed, 'job')} fail")
-    if lost:
-        why.append(f"up to {output.count(lost, 'task')} are not done")
-    told = f": {' and '.join(why)}" if why else ""
-    return f"No fleet that was tried does all of the work{told}. `batchlab scenario simulate` says more of one run."
+    reasons = [f"up to {output.count(failed, 'job')} fail"] if failed else []
+    reasons += [f"up to {output.count(lost, 'task')} are not done"] if lost else []
+    suffix = f": {' and '.join(reasons)}" if reasons else ""
+    return f"No tested fleet does all of the work{suffix}. `batchlab scenario simulate` shows one run in detail."
 
 
 def _too_dear(plan: Plan) -> str:
     budget = shown(plan.goal.budget_usd or 0.0)
     costs = [outcome.usd for outcome in plan.outcomes]
-    told = (
-        f"No fleet was found that is in time for {budget} in {REQUIRED_SHARE:.0%} of all seeds. "
-        f"The nearest is both in {plan.met.met} of {plan.met.of}: it costs {shown(mean(costs))} "
-        f"on average and {shown(max(costs))} at most."
+    verdict = (
+        f"No fleet was found that is in time for {budget} in {REQUIRED_SHARE:.0%} of all seeds. The best one is both "
+        f"in {plan.met.met} of {plan.met.of} seeds, and costs {shown(mean(costs))} on average and "
+        f"{shown(max(costs))} at most."
     )
     if (other := plan.affordable) is not None and other.candidate != plan.chosen.candidate:
-        return f"{told} For that budget the fastest is done after {_span(other.finish_s)}."
+        return f"{verdict} The fastest fleet for that budget is done after {_span(other.finish_s)}."
     if min(costs) > (plan.goal.budget_usd or 0.0) and other is None:
-        return f"{told} Nothing that was tried costs so little, however late it is."
-    return told
+        return f"{verdict} No tested fleet, however slow, costs so little."
+    return verdict
 
 
 def _span(seconds: float) -> str:
-    return output.span(seconds) if math.isfinite(seconds) else "no time that can be told"
+    return output.span(seconds) if math.isfinite(seconds) else "an unknown time"
 
 
 def _candidate(candidate: Candidate) -> Iterator[str]:
@@ -241,32 +219,26 @@ def _drain(candidate: Candidate) -> str:
 
 
 def _warm(candidate: Candidate) -> str:
-    told = (
-        f"{prewarm.min_size} in pool {prewarm.pool} "
-        f"from {output.span(prewarm.at_s)} until {output.span(prewarm.until_s)}"
-        for prewarm in candidate.prewarm
-    )
-    return "; ".join(told) or "nothing"
+    waves = []
+    for prewarm in candidate.prewarm:
+        from_, until = output.span(prewarm.at_s), output.span(prewarm.until_s)
+        waves.append(f"{prewarm.min_size} in pool {prewarm.pool} from {from_} until {until}")
+    return "; ".join(waves) or "nothing"
 
 
-def _sure(plan: Plan) -> Iterator[str]:
+def _confidence(plan: Plan) -> Iterator[str]:
     outcomes = plan.outcomes
     yield f"{_met(plan).capitalize()} {_share(plan, plan.met)}."
     if (share := plan.in_budget) is not None:
         yield f"In time {_share(plan, plan.in_time)}; within the budget {_share(plan, share)}."
     if plan.failed:
-        yield (
-            f"Before it {output.count(plan.failed, 'candidate')} had been put to other fresh seeds and had not held."
-        )
+        yield f"Before it, {output.count(plan.failed, 'candidate')} failed the test with other fresh seeds."
     if plan.undone:
         yield f"Not all of the work is done in {plan.undone} of {len(outcomes)} seeds."
     if (late := max(outcome.late for outcome in outcomes)) > 0:
         yield f"Up to {output.count(late, 'job')} a run miss their own deadlines."
     if (missed := plan.missed_waves).met:
-        yield (
-            f"The Spot wave hit no instance in {missed.met} of {missed.of} seeds: what it would "
-            "have cost there is not known."
-        )
+        yield f"The Spot wave hit no instance in {missed.met} of {missed.of} seeds, so its cost there is unknown."
     finish = quantiles([outcome.finish_s for outcome in outcomes])
     usd = quantiles([outcome.usd for outcome in outcomes])
     yield output.table(
@@ -280,37 +252,29 @@ def _sure(plan: Plan) -> Iterator[str]:
 
 def _share(plan: Plan, share: SeedShare) -> str:
     low, high = share.interval
-    seeds = "fresh seeds" if plan.fresh else "seeds that it was chosen by"
+    seeds = "fresh seeds" if plan.fresh else "seeds of the search"
     return f"in {share.met} of {share.of} {seeds} (95% interval {low:.0%} to {high:.0%})"
 
 
 def _frontier(plan: Plan) -> Iterator[str]:
     points = plan.frontier
     if not points:
-        yield "Nothing that was tried came to its end, so there is no frontier."
+        yield "No tested fleet completed the work, so there is no frontier of cost against time."
         return
-    yield (
-        f"The frontier of cost (mean) against time (latest) over "
-        f"{output.count(plan.searched, 'seed')} of the search; {CHOSEN} is the one above, "
-        "┊ the deadline"
-    )
-    yield _drawn(plan)
+    seeds = output.count(plan.searched, "seed")
+    yield f"Mean cost against latest end over {seeds} of the search; {CHOSEN} is the fleet above, ┊ the deadline"
+    most_s = max(plan.goal.deadline_s, *(point.finish_s for point in points))
+    chart = Chart(most_s, max(point.usd for point in points))
+    # The recommended point is drawn last, so that no other point covers it.
+    for point in sorted(points, key=lambda point: point.candidate == plan.chosen.candidate):
+        chart.dot(point.finish_s, point.usd, _mark(point, plan))
+    chart.wall(plan.goal.deadline_s)
+    yield chart.text(output.span, shown)
     yield ""
     yield output.table(
         ("", "cost", "done after", "minimum", "maximum", "spot", "drain target", "pre-warm"),
         [_row(point, plan) for point in points],
     )
-
-
-def _drawn(plan: Plan) -> str:
-    points = plan.frontier
-    most_s = max(plan.goal.deadline_s, *(one.finish_s for one in points))
-    chart = Chart(most_s, max(one.usd for one in points))
-    # The recommended point is drawn last, so that no other point covers it.
-    for point in sorted(points, key=lambda one: one.candidate == plan.chosen.candidate):
-        chart.dot(point.finish_s, point.usd, _mark(point, plan))
-    chart.wall(plan.goal.deadline_s)
-    return chart.text(output.span, shown)
 
 
 def _mark(point: EvaluatedCandidate, plan: Plan) -> str:
@@ -319,24 +283,10 @@ def _mark(point: EvaluatedCandidate, plan: Plan) -> str:
 
 def _row(point: EvaluatedCandidate, plan: Plan) -> tuple[str, ...]:
     fleets = point.candidate.fleets
-    return (
-        _mark(point, plan),
-        shown(point.usd),
-        output.span(point.finish_s),
-        ", ".join(str(fleet.min_size) for fleet in fleets),
-        ", ".join(str(fleet.max_size) for fleet in fleets),
-        ", ".join(f"{fleet.spot:.0%}" for fleet in fleets),
-        _drain(point.candidate),
-        _warm(point.candidate),
-    )
-
-
-def _waves_to_delete(plan: Plan) -> Iterator[str]:
-    if waves := plan.idle_waves:
-        at = " and ".join(output.span(fault.at_s) for fault in waves)
-        which = f"the spot-wave at {at}" if len(waves) == 1 else f"the spot-waves at {at}"
-        yield f"Delete {which} there: this fleet has no Spot instance for it to take."
-        yield ""
+    sizes = (", ".join(str(fleet.min_size) for fleet in fleets), ", ".join(str(fleet.max_size) for fleet in fleets))
+    spot = ", ".join(f"{fleet.spot:.0%}" for fleet in fleets)
+    result = (_mark(point, plan), shown(point.usd), output.span(point.finish_s))
+    return (*result, *sizes, spot, _drain(point.candidate), _warm(point.candidate))
 
 
 # --- To paste ------------------------------------------------------------------------------------
@@ -358,17 +308,15 @@ def as_yaml(scenario: Scenario) -> str:
     }
     policy = scenario.policy
     times = {"drain_target": policy.drain_target_s, "cooldown_in": policy.cooldown_in_s, "idle": policy.idle_s}
-    if told := {name: duration(s) for name, s in times.items() if s is not None}:
-        doc["policy"] = told
+    if durations := {name: duration(s) for name, s in times.items() if s is not None}:
+        doc["policy"] = durations
     if scenario.prewarm:
-        doc["prewarm"] = [_prewarmed(prewarm) for prewarm in scenario.prewarm]
-    found: str = yaml.safe_dump(doc, sort_keys=False, default_flow_style=None, width=100)
-    return found.rstrip()
+        doc["prewarm"] = [
+            {"pool": one.pool, "min": one.min_size, "at": duration(one.at_s), "until": duration(one.until_s)}
+            for one in scenario.prewarm
+        ]
+    return str(yaml.safe_dump(doc, sort_keys=False, default_flow_style=None, width=100)).rstrip()
 
 
 def _filled(**values: object) -> Mapping[str, object]:
     return {name: value for name, value in values.items() if value is not None}
-
-
-def _prewarmed(one: Prewarm) -> Mapping[str, object]:
-    return {"pool": one.pool, "min": one.min_size, "at": duration(one.at_s), "until": duration(one.until_s)}

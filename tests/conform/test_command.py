@@ -47,7 +47,7 @@ def verdicts(monkeypatch: pytest.MonkeyPatch) -> dict[str, Verdict]:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ((), "Without --endpoint this would make a bucket and some 100 queues in an AWS account"),
+        ((), "Without --endpoint, the checks would create a bucket and about 100 queues in an AWS account"),
         (("--endpoint", "http://a", "--aws"), "exclude each other"),
         (("--endpoint", "localhost:4566"), "is not the address of an endpoint"),
         (("--endpoint", "https://s3.amazonaws.com"), "is AWS itself"),
@@ -62,7 +62,7 @@ def verdicts(monkeypatch: pytest.MonkeyPatch) -> dict[str, Verdict]:
         (("--endpoint", "http://a", "--region", "eu west"), "eu west is not the name of a region"),
         (("--aws",), "AWS credentials are missing"),
         (("--endpoint", "http://a", "--service", "ec2"), "The service 'ec2' has no checks"),
-        (("--aws", "--service", "autoscaling"), "would launch instances in an AWS account"),
+        (("--aws", "--service", "autoscaling"), "launch instances, so they do not run on AWS itself"),
         (("--endpoint", "http://a", "--template", "t"), "--template is for --service autoscaling"),
         (("--endpoint", "http://a", "--service", "autoscaling", "--only", "s3-*"), "No check has a name like s3-*"),
         (("--endpoint", "http://a", "--service", "s3", "--markdown", "x.md"), "Leave out --only"),

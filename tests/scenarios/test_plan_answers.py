@@ -86,7 +86,7 @@ def test_a_wave_that_has_no_spot_instance_to_take_is_to_be_deleted() -> None:
     found = a_plan(scenario, PoolConfig("default", 0, 2))
     assert found.idle_waves == (wave,)
     assert found.to_json()["idle_waves_at_s"] == [90.0]
-    assert "Delete the spot-wave at 90.0 s there" in scenario_plan.text(found)
+    assert "Delete the spot-wave at 90.0 s from the scenario" in scenario_plan.text(found)
     on_spot = a_plan(scenario, PoolConfig("default", 0, 2, 0.1))
     assert on_spot.idle_waves == ()
     assert "Delete" not in scenario_plan.text(on_spot)
@@ -104,5 +104,5 @@ def test_deadline_before_the_last_arrival_is_impossible(deadline_s: float, canno
     jobs = {"plain": JobTemplate("plain", (stage("work", 30.0),), Constant(1))}
     made = a_plan(a_scenario(jobs=jobs, arrivals=arrivals), PoolConfig("default", 0, 4))
     made = replace(made, goal=Goal(deadline_s), chosen=replace(made.chosen, outcomes=late))
-    told = "None can: the last job is due 20 min 00 s after the first"
+    told = "No fleet can, because the last job is due 20 min 00 s after the first job"
     assert (told in scenario_plan.text(made)) is cannot

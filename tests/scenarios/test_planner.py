@@ -156,7 +156,7 @@ def test_a_deadline_that_nothing_meets(capsys: pytest.CaptureFixture[str]) -> No
     assert code == 1
     assert "No fleet meets the deadline of 80.0 s." in told
     # Not even pre-warmed from the first second: a boot and a task take 90 s.
-    assert "The nearest that was found is done after 90.0 s at the latest" in told
+    assert "The best fleet found is done after 90.0 s at the latest" in told
     # Four are enough to know that it does not hold.
     assert "In time in 0 of 4 fresh seeds" in told
 
@@ -177,9 +177,9 @@ def test_a_budget_that_is_too_small(capsys: pytest.CaptureFixture[str]) -> None:
     told = capsys.readouterr().out
     assert code == 1
     assert "No fleet was found that is in time for" in told
-    assert "For that budget the fastest is done after" in told
+    assert "The fastest fleet for that budget is done after" in told
     assert scenario_plan.search_and_show(Search(scenario, Goal(360.0, 0.0001), grid), json=False) == 1
-    assert "Nothing that was tried costs so little" in capsys.readouterr().out
+    assert "No tested fleet, however slow, costs so little" in capsys.readouterr().out
     assert scenario_plan.search_and_show(Search(scenario, Goal(360.0, 50.0), grid), json=False) == 0
     assert "In time and within the budget in 20 of 20 fresh seeds" in capsys.readouterr().out
 
@@ -275,7 +275,7 @@ class Impatient(Grid):
         return super().__call__(scenario, seed)
 
 
-@pytest.mark.parametrize(("at", "said"), [(0, "Nothing is known yet"), (1, "interrupted"), (50, "interrupted")])
+@pytest.mark.parametrize(("at", "said"), [(0, "There is no answer"), (1, "interrupted"), (50, "interrupted")])
 def test_ctrl_c_ends_the_search_with_its_results(at: int, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     grid = Impatient(200, 30.0)
     grid.at = at

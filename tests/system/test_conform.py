@@ -132,7 +132,7 @@ def test_ctrl_c_leaves_nothing_behind_even_twice(ministack: Endpoint, process: s
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     assert process.stderr is not None
-    assert process.stderr.readline() == "Interrupted. Removing what was made ...\n"
+    assert process.stderr.readline() == "Interrupted. Removing the created resources.\n"
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=WAIT_S)

@@ -148,7 +148,7 @@ def test_commands_for_an_auto_scaling_endpoint(tmp_path: Path) -> None:
         instance = next(iter(server.pids()))
         asked = ["asg", "interrupt", instance, "--notice", "30", "--endpoint", server.url]
         given = subprocess.run([sys.executable, "-m", "batchlab", *asked], capture_output=True, text=True)
-        assert (given.returncode, given.stderr) == (0, f"{instance} has its notice.\n")
+        assert (given.returncode, given.stderr) == (0, f"The notice was sent to {instance}.\n")
     finally:
         if server.process is not None and server.process.poll() is None:
             server.end(signal.SIGTERM)
