@@ -236,7 +236,7 @@ def verdict_text(rows: Sequence[VerdictRow]) -> str:
     if not rows:
         return "The scenario expects nothing, so nothing is judged."
     cells = [
-        (row.measure, row.template or "all", _expected(row), number(row.measured, row.unit), row.colour.value, row.why)
+        (row.measure, row.template or "all", _expected(row), number(row.measured, row.unit), row.verdict.value, row.why)
         for row in rows
     ]
     columns = ("measure", "jobs", "expected", "measured", "verdict", "why")
@@ -268,7 +268,7 @@ def _expected(row: VerdictRow) -> str:
 
 
 def _sum(rows: Sequence[VerdictRow]) -> str:
-    counts = {colour: sum(row.colour is colour for row in rows) for colour in Color}
+    counts = {colour: sum(row.verdict is colour for row in rows) for colour in Color}
     told = ", ".join(f"{count} {colour.value}" for colour, count in counts.items() if count)
     if counts[Color.RED]:
         return f"Red: {told}."

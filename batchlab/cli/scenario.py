@@ -294,7 +294,7 @@ def _note_duration(scenario: Scenario, seed: int | None) -> None:
 
 def _suggest_plan(scenario: str, made: Record, rows: list[VerdictRow]) -> None:
     """Suggest `scenario plan` if the fleet was too slow."""
-    late = [row for row in rows if row.colour is Color.RED and row.measure in ("makespan", "late")]
+    late = [row for row in rows if row.verdict is Color.RED and row.measure in ("makespan", "late")]
     if late:
         # The deadline of a compressed run is compressed, but a plan is for real time.
         most_s = next((row.most for row in rows if row.measure == "makespan" and row.most), None)

@@ -105,7 +105,7 @@ def search_and_show(search: Search, *, json: bool) -> int:
 @contextmanager
 def _progress(search: Search) -> Iterator[None]:
     with bar(30.0) as show:
-        search.told = lambda progress: show(progress.done, progress.runs, _progress_text(progress))
+        search.on_progress = lambda progress: show(progress.done, progress.runs, _progress_text(progress))
         yield
 
 

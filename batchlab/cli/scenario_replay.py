@@ -162,11 +162,10 @@ def _replayed(request: ReplayRequest, backend: Backend, scenario: Scenario, path
     from batchlab.runtime import settings
     from batchlab.scenarios import record
     from batchlab.scenarios.faults import aws_stack
-    from batchlab.scenarios.replay import driver
 
     home = request.home
     is_fixed = backend.capabilities.fixed_pools
-    policy = {} if is_fixed else driver.policy_settings(scenario.policy)
+    policy = {} if is_fixed else scenario.policy.settings()
     is_up = home.record() is not None
     with ExitStack() as stack:
         front = None
@@ -269,8 +268,7 @@ def _compared(
 ) -> Comparison | None:
     """Return the comparison with a forecast, or print a note and return None if that fails."""
     from batchlab.scenarios.faults import fault_injection
-    from batchlab.scenarios.forecast.grid import ForecastOptions
-    from batchlab.scenarios.forecast.simulate import simulate
+    from batchlab.scenarios.forecast.simulate import ForecastOptions, simulate
 
     output.say("Simulating the same.")
     options = ForecastOptions(impossible=fault_injection.impossible(backend.name))

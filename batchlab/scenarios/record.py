@@ -1,7 +1,6 @@
 """Record of a run of a scenario, with the same format for forecasts and replays.
 
-Verdicts, comparisons, and calibrations depend only on records. Times are seconds from the start of
-the run; in a compressed run they are compressed.
+Times are seconds from the start of the run. In a compressed run, they are compressed.
 """
 
 from __future__ import annotations
@@ -9,19 +8,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from batchlab.core.errors import UsageError
 from batchlab.core.text import count
 
+if TYPE_CHECKING:
+    from batchlab.scenarios.model.values import Job
+
 VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)
 class JobRun:
-    """Result of one job. `due_s` is its planned arrival, `submitted_s` its submission, and
-    `started_s` the start of its first task. Counts are tasks of all stages.
+    """Result of one job. Counts are tasks of all stages.
+
+    `due_s` is the planned arrival, `submitted_s` the submission, and `started_s` the start of the first task. `tasks`
+    is the number of tasks of the first stage, and `done_s` the end of the last task, which is before the end of the
+    job. None stands for a time or number that was not observed.
     """
 
     index: int
@@ -39,21 +45,34 @@ class JobRun:
     cancelled: int
     retried: int = 0
     deadline_s: float | None = None
-    """Time of the deadline."""
     label: str = ""
-    """Its name in the trace."""
+    """Name of the job in the trace."""
     tasks: int | None = None
-    """Tasks of its first stage. None if this was not recorded."""
     done_s: float | None = None
-    """End of its last task, which is before the end of the job. None if this was not observed."""
+
+    @classmethod
+    def of(cls, job: Job, *, job_id: str = "", tasks: int | None = None, **measured: Any) -> JobRun:
+        """Return the result of the scenario's job with these measured values. `job_id` is the grid's id of the job."""
+        deadline_s = None if job.template.deadline_s is None else job.due_s + job.template.deadline_s
+        return cls(
+            index=job.index,
+            id=job_id or job.id,
+            template=job.template.name,
+            tenant=job.tenant,
+            due_s=job.due_s,
+            deadline_s=deadline_s,
+            label=job.label,
+            tasks=job.tasks if tasks is None else tasks,
+            **measured,
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class StageRun:
     """Totals of one stage of one template.
 
-    `run_s` is the measured time of the succeeded tasks, and `declared_s` their time in the
-    scenario. `span_s` is the sum of the bundles' times in their workers.
+    `run_s` is the measured time of the succeeded tasks, and `declared_s` their time in the scenario. `span_s` is the
+    sum of the bundles' times in their workers.
     """
 
     template: str
@@ -71,8 +90,8 @@ class StageRun:
     gather: str | None = None
     """Upstream stages and the gather value, as in a job's stage."""
     over_s: tuple[float, ...] = ()
-    """Even samples of the time that bundles took beyond their tasks, and of the ratio of measured
-    to declared time. Both are empty if they were not recorded.
+    """Even samples of the time that bundles took beyond their tasks, and of the ratio of measured to declared time.
+    Both are empty if they were not recorded.
     """
     stretch: tuple[float, ...] = ()
 
@@ -131,8 +150,8 @@ class InstanceRun:
 class InjectedFault:
     """Injected fault. `evidence` describes the observed effect.
 
-    `impossible` has the reason why the fault could not be injected. `trouble` has a failure: of the
-    injection, of the observation in time, or of the rollback.
+    `impossible` has the reason why the fault could not be injected. `trouble` has a failure: of the injection, of the
+    observation in time, or of the rollback.
     """
 
     name: str
@@ -147,10 +166,10 @@ class InjectedFault:
 class Record:
     """One run. `usd` is its cost on AWS at list prices, and `usd_items` has the parts of the cost.
 
-    `lost` counts tasks of ended jobs without a terminal state and tasks of jobs that never ended.
-    `duplicates` counts tasks with several committed results. `settings` has the seconds of the
-    manager's and the workers' settings, and `cores`, the number of shared cores (0: unlimited).
-    `again_s` is the slot time of failed and lost executions, or None if it is unknown.
+    `lost` counts tasks of ended jobs without a terminal state and tasks of jobs that never ended. `duplicates` counts
+    tasks with several committed results. `settings` has the seconds of the manager's and the workers' settings, and
+    `cores`, the number of shared cores (0: unlimited). `again_s` is the slot time of failed and lost executions, or
+    None if it is unknown.
     """
 
     scenario: str
@@ -193,50 +212,51 @@ def to_json(record: Record) -> bytes:
 
 def write(record: Record, path: Path) -> None:
     """Write the record. Raise UsageError if the file cannot be written."""
+    write_file(path, to_json(record), "record")
+
+
+def write_file(path: Path, data: bytes, what: str) -> None:
+    """Write a file and its folder. Raise UsageError, which names the file by `what`, if this is impossible."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(to_json(record))
+        path.write_bytes(data)
     except OSError as error:
         raise UsageError(
-            f"The record {path} cannot be written: {error.strerror}.", remedy="Name another file."
+            f"The {what} {path} cannot be written: {error.strerror}.", remedy="Name another file."
         ) from error
+
+
+def read_file(path: Path, what: str, remedy: str) -> bytes:
+    """Read a file. Raise UsageError, which names the file by `what`, if this is impossible."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"The {what} {path} cannot be read: {error.strerror}.", remedy=remedy) from error
 
 
 def read(path: Path) -> Record:
     """Read a record. Raise UsageError if the file is missing or is not a record of this version."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UsageError(f"The record {path} cannot be read: {error.strerror}.", remedy=_REMEDY) from error
-    return parse(data, path)
+    return parse(read_file(path, "record", _REMEDY), path)
 
 
 def parse(data: bytes, path: Path) -> Record:
     """Parse the record in `path`. Raise UsageError as in `read`."""
     try:
         record = _ADAPTER.validate_json(data)
+        version: object = record.version
     except ValidationError as error:
-        _check_version(_version(data), path)
-        raise UsageError(
-            f"{path} is not a record of a scenario's run ({count(error.error_count(), 'mistake')} in it).",
-            remedy=_REMEDY,
-        ) from error
-    _check_version(record.version, path)
-    return record
-
-
-def _version(data: bytes) -> int:
-    """Return the document's version, or this version if it has none."""
-    try:
-        version = _VERSIONED.validate_json(data).get("version")
-    except ValidationError:
-        return VERSION
-    return version if isinstance(version, int) else VERSION
-
-
-def _check_version(version: int, path: Path) -> None:
+        try:
+            version = _VERSIONED.validate_json(data).get("version")
+        except ValidationError:
+            version = VERSION
+        if version == VERSION or not isinstance(version, int):
+            mistakes = count(error.error_count(), "mistake")
+            raise UsageError(
+                f"{path} is not a record of a scenario's run ({mistakes} in it).", remedy=_REMEDY
+            ) from error
     if version != VERSION:
         raise UsageError(
             f"{path} is a record of version {version}; this batchlab reads version {VERSION}.",
             remedy="Read it with the batchlab that has written it, or make the run again.",
         )
+    return record

@@ -1,15 +1,14 @@
 """Measures of a run, and the verdicts on its expectations.
 
-A measure depends only on the record. A job that has not ended counts as one that never ends, so its
-times are infinite and exceed every bound. A verdict is green only if the run ended. Costs are not
+A job that has not ended counts as one that never ends, so its times are infinite and exceed every bound. Costs are not
 judged in a compressed run, in which instances live shorter than on AWS.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from itertools import pairwise
 
@@ -38,7 +37,8 @@ class Unknown:
 
 
 Measured = float | Unknown
-_WASTE_UNKNOWN = Unknown("nobody could be asked what was thrown away")
+_WASTE_UNKNOWN = Unknown("the manager did not report the time of lost and failed runs")
+_NO_JOB = Unknown("there is no such job")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +56,8 @@ class Measure:
 
 
 def quantile(numbers: Iterable[float], share: float) -> float:
-    """Return the nearest-rank quantile: the smallest number that is at least as large as `share` of
-    all. Raise ValueError for no numbers.
+    """Return the nearest-rank quantile: the smallest number that is at least as large as `share` of all. Raise
+    ValueError for no numbers.
     """
     ordered = sorted(numbers)
     if not ordered:
@@ -70,8 +70,8 @@ def _jobs(record: Record, template: str) -> Sequence[JobRun]:
 
 
 def waits_s(record: Record, template: str) -> list[float]:
-    """Return each job's time from its due time to its first task's start, without jobs that ended
-    before any task started.
+    """Return each job's time from its due time to its first task's start, without jobs that ended before any task
+    started.
     """
     found = []
     for job in _jobs(record, template):
@@ -87,40 +87,78 @@ def turnarounds_s(record: Record, template: str) -> list[float]:
     return [math.inf if job.ended_s is None else max(0.0, job.ended_s - job.due_s) for job in _jobs(record, template)]
 
 
-def _quantile_measure(share: float, times_s: Callable[[Record, str], list[float]]) -> Callable[[Record, str], Measured]:
-    def of(record: Record, template: str) -> Measured:
-        found = times_s(record, template)
-        return quantile(found, share) if found else Unknown("no such job has begun")
+MEASURES: dict[str, Measure] = {}
+"""Measures by name. A scenario's `expect` may use these names."""
 
-    return of
+_Function = Callable[[Record, str], Measured]
 
 
+def _measure(name: str, unit: Unit, meaning: str, *, by_template: bool = False) -> Callable[[_Function], _Function]:
+    """Register the decorated function as a measure."""
+
+    def register(function: _Function) -> _Function:
+        MEASURES[name] = Measure(name, unit, meaning, function, by_template)
+        return function
+
+    return register
+
+
+@_measure("makespan", Unit.SECONDS, "from the first job's due time to the last one's end", by_template=True)
 def _makespan(record: Record, template: str) -> Measured:
     jobs = _jobs(record, template)
     if not jobs:
-        return Unknown("there is no such job")
+        return _NO_JOB
     ends = [math.inf if job.ended_s is None else job.ended_s for job in jobs]
     return max(ends) - min(job.due_s for job in jobs)
 
 
+def _quantile_measure(name: str, share: float, times_s: Callable[[Record, str], list[float]], meaning: str) -> None:
+    @_measure(name, Unit.SECONDS, meaning, by_template=True)
+    def of(record: Record, template: str) -> Measured:
+        times = times_s(record, template)
+        return quantile(times, share) if times else Unknown("no such job has begun")
+
+
+_WAIT = "from due to the first task's start: "
+_quantile_measure("p50_wait", 0.5, waits_s, f"{_WAIT}half of all jobs wait no longer")
+_quantile_measure("p95_wait", 0.95, waits_s, f"{_WAIT}95 of 100 jobs wait no longer")
+_quantile_measure("max_wait", 1.0, waits_s, f"{_WAIT}no job waits longer")
+_quantile_measure("p95_turnaround", 0.95, turnarounds_s, "from due to its end: 95 of 100 jobs take no longer")
+
+
+@_measure("late", Unit.NUMBER, "jobs that missed their deadline", by_template=True)
 def _late(record: Record, template: str) -> Measured:
-    bound = [job for job in _jobs(record, template) if job.deadline_s is not None]
-    if not bound:
+    jobs = [job for job in _jobs(record, template) if job.deadline_s is not None]
+    if not jobs:
         return Unknown("no such job has a deadline")
-    return float(sum(job.ended_s is None or job.ended_s > (job.deadline_s or 0.0) for job in bound))
+    return float(sum(job.ended_s is None or job.ended_s > (job.deadline_s or 0.0) for job in jobs))
 
 
+@_measure("cost", Unit.USD, "instances and requests at AWS's list prices")
+def _cost(record: Record, _: str) -> Measured:
+    return Unknown("the run had no prices") if record.usd is None else record.usd
+
+
+@_measure("lost", Unit.NUMBER, "tasks without a known result")
+def _lost(record: Record, _: str) -> Measured:
+    return float(record.lost)
+
+
+@_measure("duplicates", Unit.NUMBER, "tasks with more than one committed result")
+def _duplicates(record: Record, _: str) -> Measured:
+    return float(record.duplicates)
+
+
+@_measure("failed_tasks", Unit.NUMBER, "tasks that failed for good", by_template=True)
 def _failed_tasks(record: Record, template: str) -> Measured:
     jobs = _jobs(record, template)
-    return float(sum(job.failed for job in jobs)) if jobs else Unknown("there is no such job")
+    return float(sum(job.failed for job in jobs)) if jobs else _NO_JOB
 
 
+@_measure("failed_jobs", Unit.NUMBER, "jobs that failed or were cancelled", by_template=True)
 def _failed_jobs(record: Record, template: str) -> Measured:
-    # A cancelled job has not done its work either.
-    bad = (JobState.FAILED, JobState.CANCELLED)
     jobs = _jobs(record, template)
-    bad_ones = float(sum(job.state in bad for job in jobs))
-    return bad_ones if jobs else Unknown("there is no such job")
+    return float(sum(job.state in (JobState.FAILED, JobState.CANCELLED) for job in jobs)) if jobs else _NO_JOB
 
 
 def end_s(record: Record) -> float:
@@ -155,35 +193,37 @@ def fleet_sizes(record: Record) -> list[tuple[float, int]]:
     return found
 
 
+@_measure("peak_fleet", Unit.NUMBER, "the most instances in service at once")
 def _peak_fleet(record: Record, _: str) -> Measured:
     return float(max((count for _, count in fleet_sizes(record)), default=0))
 
 
+@_measure(
+    "least_fleet", Unit.NUMBER, "the fewest instances in service after the first came and until the last job's end"
+)
 def _least_fleet(record: Record, _: str) -> Measured:
     ends = [job.ended_s for job in record.jobs if job.ended_s is not None]
     last_s = max(ends) if len(ends) == len(record.jobs) and ends else math.inf
-    found = fleet_sizes(record)
-    first = next((i for i, (_, count) in enumerate(found) if count), None)
+    sizes = fleet_sizes(record)
+    first = next((i for i, (_, count) in enumerate(sizes) if count), None)
     if first is None:
         return Unknown("no instance was ever in service")
-    return float(min(count for at_s, count in found[first:] if at_s <= max(last_s, found[first][0])))
+    return float(min(count for at_s, count in sizes[first:] if at_s <= max(last_s, sizes[first][0])))
 
 
+@_measure("flapping", Unit.NUMBER, "times that desired capacity turned within two cooldowns of its last change")
 def _flapping(record: Record, _: str) -> Measured:
     cooldown_s = record.settings.get("cooldown_in_s")
     if cooldown_s is None:
         return Unknown("the record does not say what the cooldown was")
     if not record.samples:
         return Unknown("the record has no samples of the fleet")
-    pools = {name for sample in record.samples for name in sample.pools}
-    return float(sum(_count_turns(record, pool, 2 * cooldown_s) for pool in pools))
-
-
-def _count_turns(record: Record, pool: str, within_s: float) -> int:
-    """Count the reversals of the desired capacity within this time of its last change."""
-    seen = [(s.at_s, s.pools[pool].desired) for s in record.samples if pool in s.pools]
-    steps = [(b[0], b[1] > a[1]) for a, b in pairwise(seen) if a[1] != b[1]]
-    return sum(a[1] != b[1] and b[0] - a[0] <= within_s for a, b in pairwise(steps))
+    turns = 0
+    for pool in {name for sample in record.samples for name in sample.pools}:
+        sizes = [(sample.at_s, sample.pools[pool].desired) for sample in record.samples if pool in sample.pools]
+        steps = [(b[0], b[1] > a[1]) for a, b in pairwise(sizes) if a[1] != b[1]]
+        turns += sum(a[1] != b[1] and b[0] - a[0] <= 2 * cooldown_s for a, b in pairwise(steps))
+    return float(turns)
 
 
 def lifetimes_s(record: Record) -> Iterator[tuple[InstanceRun, float]]:
@@ -193,84 +233,21 @@ def lifetimes_s(record: Record) -> Iterator[tuple[InstanceRun, float]]:
         yield instance, instance.lived_s(last_s)
 
 
+@_measure("again", Unit.SECONDS, "slot time of runs that were thrown away or failed")
+def _again(record: Record, _: str) -> Measured:
+    return _WASTE_UNKNOWN if record.again_s is None else record.again_s
+
+
+@_measure("idle_share", Unit.SHARE, "of the slots' time from launch to end, that without a task")
 def _idle_share(record: Record, _: str) -> Measured:
-    there_s = sum(
-        life_s * record.pools[instance_run.pool][2]
-        for instance_run, life_s in lifetimes_s(record)
-        if instance_run.pool in record.pools
-    )
-    if not there_s:
+    slots = {name: slots for name, (_, _, slots) in record.pools.items()}
+    total_s = sum(life_s * slots.get(instance.pool, 0) for instance, life_s in lifetimes_s(record))
+    if not total_s:
         return Unknown("no instance was ever there")
     if record.again_s is None:
         return _WASTE_UNKNOWN
     used_s = sum(stage.run_s * stage.slots for stage in record.stages) + record.again_s
-    return min(1.0, max(0.0, 1.0 - used_s / there_s))
-
-
-def _cost(record: Record, _: str) -> Measured:
-    return Unknown("the run had no prices") if record.usd is None else record.usd
-
-
-_TIME, _NUMBER = Unit.SECONDS, Unit.NUMBER
-_ALL = (
-    Measure("makespan", _TIME, "from the first job's due time to the last one's end", _makespan, True),
-    Measure(
-        "p50_wait",
-        _TIME,
-        "from due to the first task's start: half of all jobs wait no longer",
-        _quantile_measure(0.5, waits_s),
-        True,
-    ),
-    Measure(
-        "p95_wait",
-        _TIME,
-        "from due to the first task's start: 95 of 100 jobs wait no longer",
-        _quantile_measure(0.95, waits_s),
-        True,
-    ),
-    Measure(
-        "max_wait",
-        _TIME,
-        "from due to the first task's start: no job waits longer",
-        _quantile_measure(1.0, waits_s),
-        True,
-    ),
-    Measure(
-        "p95_turnaround",
-        _TIME,
-        "from due to its end: 95 of 100 jobs take no longer",
-        _quantile_measure(0.95, turnarounds_s),
-        True,
-    ),
-    Measure("late", _NUMBER, "jobs that missed their deadline", _late, True),
-    Measure("cost", Unit.USD, "instances and requests at AWS's list prices", _cost),
-    Measure("lost", _NUMBER, "tasks without a known result", lambda record, _: float(record.lost)),
-    Measure(
-        "duplicates", _NUMBER, "tasks with more than one committed result", lambda record, _: float(record.duplicates)
-    ),
-    Measure("failed_tasks", _NUMBER, "tasks that failed for good", _failed_tasks, True),
-    Measure("failed_jobs", _NUMBER, "jobs that failed or were cancelled", _failed_jobs, True),
-    Measure("peak_fleet", _NUMBER, "the most instances in service at once", _peak_fleet),
-    Measure(
-        "least_fleet",
-        _NUMBER,
-        "the fewest instances in service after the first came and until the last job's end",
-        _least_fleet,
-    ),
-    Measure(
-        "flapping", _NUMBER, "times that desired capacity turned within two cooldowns of its last change", _flapping
-    ),
-    Measure(
-        "again",
-        _TIME,
-        "slot time of runs that were thrown away or failed",
-        lambda record, _: _WASTE_UNKNOWN if record.again_s is None else record.again_s,
-    ),
-    Measure("idle_share", Unit.SHARE, "of the slots' time from launch to end, that without a task", _idle_share),
-)
-
-MEASURES: Mapping[str, Measure] = {measure.name: measure for measure in _ALL}
-"""Measures by name. A scenario's `expect` may use these names."""
+    return min(1.0, max(0.0, 1.0 - used_s / total_s))
 
 
 ENDED = "ended"
@@ -293,8 +270,8 @@ class Color(StrEnum):
 class VerdictRow:
     """Expectation and its measured value in `unit`.
 
-    Without a template, it applies to all jobs. `measured` is None if it is unknown and infinite if
-    something never ended. `why` explains a result that is not green.
+    Without a template, it applies to all jobs. `measured` is None if it is unknown and infinite if something never
+    ended. `why` explains a result that is not green.
     """
 
     measure: str
@@ -303,36 +280,27 @@ class VerdictRow:
     least: float | None
     most: float | None
     measured: float | None
-    colour: Color
+    verdict: Color
     why: str = ""
 
     def to_json(self) -> dict[str, object]:
         """Return a JSON object, in which None replaces infinity."""
-        measured = self.measured
-        return {
-            "measure": self.measure,
-            "template": self.template,
-            "unit": self.unit.value,
-            "least": self.least,
-            "most": self.most,
-            "measured": None if measured is None or math.isinf(measured) else measured,
-            "verdict": self.colour.value,
-            "why": self.why,
-        }
+        is_finite = self.measured is not None and math.isfinite(self.measured)
+        return {**asdict(self), "measured": self.measured if is_finite else None}
 
 
 def judge(record: Record, expectations: Iterable[Expectation]) -> list[VerdictRow]:
     """Judge the expectations.
 
-    Rows about the whole run come first: a cut run is red, and a fault that was not injected as
-    planned is not judged. Raise UsageError for an unknown measure.
+    Rows about the whole run come first: a cut run is red, and a fault that was not injected as planned is not judged.
+    Raise UsageError for an unknown measure.
     """
     return [*_judge_run(record), *(_judge_one(record, expectation) for expectation in expectations)]
 
 
 def is_red(rows: Iterable[VerdictRow]) -> bool:
     """Return whether a gate must fail."""
-    return any(row.colour is Color.RED for row in rows)
+    return any(row.verdict is Color.RED for row in rows)
 
 
 def _judge_run(record: Record) -> Iterator[VerdictRow]:
@@ -367,12 +335,13 @@ def measure_of(name: str, template: str = "") -> Measure:
     return measure
 
 
-def _judge_one(record: Record, wanted: Expectation) -> VerdictRow:
-    measure = measure_of(wanted.measure, wanted.template)
-    measured = measure.of(record, wanted.template)
+def _judge_one(record: Record, expectation: Expectation) -> VerdictRow:
+    name, template, least, most = expectation.measure, expectation.template, expectation.least, expectation.most
+    measure = measure_of(name, template)
+    measured = measure.of(record, template)
     number = None if isinstance(measured, Unknown) else measured
-    colour, why = _color(record, measure, wanted, measured)
-    return VerdictRow(wanted.measure, wanted.template, measure.unit, wanted.least, wanted.most, number, colour, why)
+    color, why = _color(record, measure, expectation, measured)
+    return VerdictRow(name, template, measure.unit, least, most, number, color, why)
 
 
 def _color(record: Record, measure: Measure, wanted: Expectation, measured: float | Unknown) -> tuple[Color, str]:

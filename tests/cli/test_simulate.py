@@ -46,7 +46,7 @@ def test_a_scenario_that_holds_is_green_and_leaves_its_record_and_log(run: Run, 
     assert code == 0, told
     assert "peak, seed 4, as on aws: 2 jobs, 8 tasks, simulated in" in said
     assert "Green: 4 green." in said
-    assert "messages came twice" in said
+    assert "messages were delivered twice" in said
     record = read(out)
     assert (record.scenario, len(record.jobs), record.simulated) == ("peak", 2, True)
     assert len(log.read_text().splitlines()) > 100
@@ -81,7 +81,7 @@ def test_json_has_the_same_verdict(run: Run, tmp_path: Path) -> None:
     doc = json.loads(said)
     assert (code, doc["red"], doc["seed"], doc["like"]) == (0, False, 9, "localstack")
     assert doc["compressed"] == 2
-    assert "the calibration is of runs that were compressed by 1, the forecast by 2" in told
+    assert "the calibration is of runs that were compressed by 1, and the forecast by 2" in told
     assert doc["jobs"] == 2
     verdicts = {row["measure"]: row["verdict"] for row in doc["verdict"]}
     assert verdicts["cost"] == "not judged", "money is not judged in a compressed run"
@@ -96,7 +96,7 @@ def test_record_of_another_backend_is_refused(run: Run, tmp_path: Path) -> None:
     for what in (("simulate",), ("plan", "--deadline", "1h")):
         code, _, told = run("scenario", what[0], peak(tmp_path), *what[1:], "--calibration", tmp_path / "numbers.json")
         assert code == 2
-        assert "was measured on local, and the forecast is to be as on aws" in told
+        assert "was measured on local, and the forecast is for aws" in told
         assert "--like local" in told
 
 

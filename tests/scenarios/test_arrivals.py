@@ -23,10 +23,9 @@ from batchlab.scenarios.model.arrivals import (
     Profile,
     Ramp,
     Step,
+    count_working_days,
     parse_week_time_s,
     split_by_hour,
-    working_days_after,
-    working_days_before,
 )
 from batchlab.scenarios.model.values import Source
 from tests.support.properties import PROPERTY
@@ -223,11 +222,11 @@ def test_times_of_the_week() -> None:
 
 
 def test_working_days() -> None:
-    assert working_days_after(date(2026, 1, 30)) == 0
-    assert working_days_after(date(2026, 1, 26)) == 4
-    assert working_days_after(date(2026, 1, 26), {date(2026, 1, 30)}) == 3
-    assert working_days_before(date(2026, 2, 2)) == 0
-    assert working_days_before(date(2026, 2, 10)) == 6
+    assert count_working_days(date(2026, 1, 30), 1) == 0
+    assert count_working_days(date(2026, 1, 26), 1) == 4
+    assert count_working_days(date(2026, 1, 26), 1, {date(2026, 1, 30)}) == 3
+    assert count_working_days(date(2026, 2, 2), -1) == 0
+    assert count_working_days(date(2026, 2, 10), -1) == 6
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ def test_waits_for_slots_or_boots_are_not_overhead() -> None:
     submit = by_name(calibration.calibrate([record] * 3))["submit"]
     # The first came before any instance was there, the second before the first had ended.
     assert (submit.value, submit.observations) == (None, 0)
-    assert "0 jobs that came when nothing else was to be done" in submit.why
+    assert "0 jobs that arrived while no other job was active" in submit.why
     # One that comes when the last instance has gone waits for a boot.
     late = a_job(2, submitted_s=90.0, started_s=150.0, ended_s=160.0)
     record = a_record(late, instances=tuple(an_instance(i) for i in range(3)))
@@ -133,7 +133,7 @@ def test_record_without_durations_has_no_median() -> None:
     bare = tuple(replace(stage, over_s=(), stretch=()) for stage in old.stages)
     told = by_name(calibration.calibrate([replace(old, stages=bare)]))
     assert told["bundle"].value is told["stretch claims/parse"].value is None
-    assert "in records that say what each took" in told["bundle"].why
+    assert "in records with task times" in told["bundle"].why
 
 
 def test_samples_are_weighted_by_their_population() -> None:
@@ -147,7 +147,7 @@ def test_numbers_are_for_the_backend_and_compression_that_they_are_of() -> None:
     made = calibration.calibrate([replace(a_run(1), compressed=60.0)]).calibration
     assert made.compressed == 60.0
     assert calibration.check_fit(made, "local", 60.0) == ""
-    assert "compressed by 60, the forecast by 1" in calibration.check_fit(made, "local", 1.0)
+    assert "compressed by 60, and the forecast by 1" in calibration.check_fit(made, "local", 1.0)
     with pytest.raises(UsageError, match="measured on local") as refused:
         calibration.check_fit(made, "aws", 60.0)
     assert "--like local" in refused.value.remedy

@@ -79,7 +79,7 @@ def test_differences_that_reduce_comparability_are_reported() -> None:
         ),
     )
     told = " ".join(found.notes)
-    for word in ("file was changed", "seeds", "not simulated", "cut", "1 jobs", "pools", "kill"):
+    for word in ("file was changed", "seeds", "not a simulated one", "cut", "1 jobs", "pools", "kill"):
         assert word in told
     assert "cooldown_in_s" in told
     assert compare(FORECAST, FACT).notes == ()
@@ -88,7 +88,7 @@ def test_differences_that_reduce_comparability_are_reported() -> None:
 def test_incomparable_records_are_refused() -> None:
     with pytest.raises(UsageError, match="of b"):
         compare(a_record(), a_record(scenario="b"))
-    with pytest.raises(UsageError, match="divided by 1, those of the fact by 60"):
+    with pytest.raises(UsageError, match="divided by 1, and the fact's times by 60"):
         compare(a_record(), a_record(compressed=60.0))
 
 

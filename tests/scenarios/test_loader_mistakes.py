@@ -291,7 +291,7 @@ def test_a_spot_wave_needs_something_to_take(tmp_path: Path) -> None:
     text = changed(KILL, "{at: 30m, fault: spot-wave}")
     assert load(tmp_path, text)
     [error] = refused(tmp_path, text.replace("spot: 0.5", "spot: 0"))
-    assert "there are none" in error.message
+    assert "the scenario has none" in error.message
 
 
 @pytest.mark.parametrize(

@@ -246,7 +246,7 @@ def test_one_crew_lives_through_all_rounds(is_stopped: bool, monkeypatch: pytest
         if is_stopped and progress.done == 30:
             raise KeyboardInterrupt
 
-    search.told = look
+    search.on_progress = look
     with pytest.raises(KeyboardInterrupt) if is_stopped else nullcontext():
         search.search()
     assert len(made) == 1
@@ -259,7 +259,7 @@ def test_limited_search_is_reported() -> None:
     grid = Grid(200, 30.0)
     found = a_plan(grid, Goal(600.0), seeds=5, runs=20)
     assert len(grid.asked) == found.runs <= 20
-    assert "of the 20 runs that it may make, 5 are kept to confirm" in found.cut
+    assert "5 of the 20 runs are reserved to confirm" in found.cut
     assert len(found.fresh) == 5
     assert "There may be better fleets" in scenario_plan.text(found)
 

@@ -58,7 +58,7 @@ class FakeLink:
     def __init__(self, *answers: Any) -> None:
         self.answers = list(answers)
 
-    async def glance(self, ask: Any) -> Any:
+    async def try_call(self, ask: Any) -> Any:
         return self.answers.pop(0)
 
 
@@ -105,7 +105,7 @@ def test_an_instances_life_is_put_together_from_looks_and_activities() -> None:
 
     async def go() -> None:
         for now_s in (1001.2, 1002.0, 1003.0, 1005.0):
-            await sampler.look(now_s)
+            await sampler.sample(now_s)
         await sampler.read_activities()
 
     asyncio.run(go())
@@ -128,7 +128,7 @@ def test_instance_missing_from_one_sample_continues() -> None:
 
     async def go() -> None:
         for now_s in (1002.0, 1003.0, 1004.0, 1005.0, 1006.0):
-            await sampler.look(now_s)
+            await sampler.sample(now_s)
             ends.append(sampler.instances()[0].ended_s)
 
     asyncio.run(go())

@@ -83,7 +83,7 @@ class Line(ManagerConnection):
         super().__init__(Home(folder), away_s=0.1)
         self._manager = manager
 
-    def _asked(self, ask: Callable[[Client], Any]) -> Any:
+    def _request(self, ask: Callable[[Client], Any]) -> Any:
         return self._manager.grid() if ask is Client.grid else ask(self._manager)
 
 
@@ -123,7 +123,7 @@ class World:
                     stop.set()
 
             try:
-                await self.run.go(LIMIT_S, stop, look)
+                await self.run.run(LIMIT_S, stop, look)
             finally:
                 self.link.close()
 
@@ -132,8 +132,8 @@ class World:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(running, "LOOK_S", 0.01)
-    monkeypatch.setattr(running, "REST_S", 0.0)
+    monkeypatch.setattr(running, "POLL_INTERVAL_S", 0.01)
+    monkeypatch.setattr(running, "SHRINK_TIMEOUT_S", 0.0)
 
 
 @pytest.mark.parametrize("good", [0, 1])
@@ -174,11 +174,11 @@ def test_a_submission_that_is_under_way_at_ctrl_c_is_recorded_and_cancelled(tmp_
     assert world.course.cut == INTERRUPTED
     assert len(world.manager.taken) == 1
     assert list(world.course.running) == world.manager.taken == world.manager.cancelled
-    assert world.course.told()
+    assert world.course.observed()
 
 
 def test_unanswered_submission_is_looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(running, "LAST_S", 0.1)
+    monkeypatch.setattr(running, "FINAL_TIMEOUT_S", 0.1)
 
     class Mute(Manager):
         def submit(self, job: JobDef, items: object = None) -> Any:
@@ -207,8 +207,8 @@ def warmed(folder: Path, *warm: Prewarm, **fields: Any) -> Manager:
     world.run._prepared.set()
     monkey = pytest.MonkeyPatch()
     with monkey.context() as patch:
-        patch.setattr(type(world.run), "_first", lambda _: asyncio.sleep(0))
-        patch.setattr("batchlab.scenarios.replay.run.EVERY_S", 0.02)
+        patch.setattr(type(world.run), "_wait_for_start", lambda _: asyncio.sleep(0))
+        patch.setattr("batchlab.scenarios.replay.run.SAMPLE_INTERVAL_S", 0.02)
         world.go(stop_when=is_over)
     return world.manager
 
@@ -256,7 +256,7 @@ def test_a_pool_is_cooled_also_where_the_first_call_for_that_has_failed(tmp_path
         warmer = Prewarmer(world.course, world.link, world.run.sampler)
         with pytest.raises(Refused):
             await warmer.warm(warm)
-        await warmer.cool(within_s=1.0)
+        await warmer.restore(within_s=1.0)
 
     asyncio.run(go())
     assert [size for _, size in scaled] == [2, *failed]
@@ -264,7 +264,7 @@ def test_a_pool_is_cooled_also_where_the_first_call_for_that_has_failed(tmp_path
 
 def test_absence_of_the_manager_does_not_delay_the_next_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is away for 0.3 s, and the job ends meanwhile: no further 1.2 s until that is seen."""
-    monkeypatch.setattr("batchlab.scenarios.replay.run_state.AGAIN_S", 0.01)
+    monkeypatch.setattr("batchlab.scenarios.replay.run_state.RETRY_INTERVAL_S", 0.01)
 
     class Leaving(Manager):
         def __init__(self) -> None:

@@ -115,7 +115,7 @@ def test_every_measure_of_an_empty_run_is_a_number_or_gives_a_reason() -> None:
 
 
 def colours(record: Record, *expected: Expectation) -> list[str]:
-    return [row.colour.value for row in judge(record, expected)]
+    return [row.verdict.value for row in judge(record, expected)]
 
 
 def test_bounds_hold_up_to_the_last_but_one_digit() -> None:
@@ -132,10 +132,10 @@ def test_money_is_judged_in_real_time_only() -> None:
     assert colours(a_record(usd=1.5), dear) == ["red"]
     assert colours(a_record(usd=0.5), dear) == ["green"]
     (row,) = judge(a_record(usd=1.5, compressed=60.0), [dear])
-    assert (row.colour, row.measured) == (Color.NOT_JUDGED, 1.5)
+    assert (row.verdict, row.measured) == (Color.NOT_JUDGED, 1.5)
     assert "compressed" in row.why
     (row,) = judge(a_record(), [dear])
-    assert (row.colour, row.measured) == (Color.NOT_JUDGED, None)
+    assert (row.verdict, row.measured) == (Color.NOT_JUDGED, None)
 
 
 def test_a_run_in_which_nothing_arrived_is_red() -> None:
@@ -147,7 +147,7 @@ def test_a_run_in_which_nothing_arrived_is_red() -> None:
 def test_a_run_that_was_cut_is_red_and_never_green() -> None:
     record = a_record(a_job(0), cut="it took more than 1 h")
     rows = judge(record, [Expectation("makespan", most=100), Expectation("max_wait", most=1)])
-    assert [row.colour for row in rows] == [Color.RED, Color.NOT_JUDGED, Color.RED]
+    assert [row.verdict for row in rows] == [Color.RED, Color.NOT_JUDGED, Color.RED]
     assert rows[0].why == "it took more than 1 h"
     assert is_red(rows)
     assert is_red(judge(record, []))
@@ -156,14 +156,14 @@ def test_a_run_that_was_cut_is_red_and_never_green() -> None:
 def test_a_job_without_an_end_is_red() -> None:
     record = a_record(a_job(ended_s=None, state="RUNNING"))
     (row,) = judge(record, [Expectation("makespan", most=1e12)])
-    assert row.colour is Color.RED
+    assert row.verdict is Color.RED
     assert json.dumps(row.to_json(), allow_nan=False)
 
 
 def test_fault_that_was_not_injected_is_reported() -> None:
     record = a_record(faults=(InjectedFault("kill", 1.0, impossible="nothing runs there"),))
     rows = judge(record, [Expectation("makespan", most=100)])
-    assert [row.colour for row in rows] == [Color.NOT_JUDGED, Color.GREEN]
+    assert [row.verdict for row in rows] == [Color.NOT_JUDGED, Color.GREEN]
     assert "nothing runs there" in rows[0].why
     assert not is_red(rows)
 

@@ -16,7 +16,7 @@ from batchlab.runtime import aws_deployment, factory
 from batchlab.runtime.aws_deployment import AwsDeployment, Database
 from batchlab.runtime.home import Home
 from batchlab.scenarios.faults.aws_stack import StackFaults, ZoneOutage, _count_waiting, _Group, _launched_elsewhere
-from batchlab.scenarios.faults.target_grid import FaultResult, TargetGrid
+from batchlab.scenarios.faults.target_grid import FaultResult, NothingHit, TargetGrid
 from batchlab.scenarios.model.values import Fault, FaultName
 from tests.scenarios.test_fault_table import grid
 from tests.support.aws.autoscaling_api import aws
@@ -95,12 +95,11 @@ def test_subnets_of_a_lost_zone_are_taken_and_given_back(moto: Endpoint, tmp_pat
         assert meanwhile[0] == {"s-wide": ({subnets[1]}, []), "s-narrow": ({subnets[0]}, ["Launch"])}
         assert state() == before
         assert "launched in us-east-1b only, and then in us-east-1a, us-east-1b again" in seen.evidence
-        assert "There are" not in seen.impossible
-        empty = asyncio.run(lose())
-        assert empty.impossible.startswith("No instance was in us-east-1a, and no launch was pending")
+        with pytest.raises(NothingHit, match=r"^No instance was in us-east-1a, and no launch was pending"):
+            asyncio.run(lose())
         assert state() == before
-        nowhere = asyncio.run(lose(zone="f"))
-        assert nowhere.impossible.startswith("No group launches in the zone 'f'")
+        with pytest.raises(NothingHit, match=r"^No group launches in the zone 'f'"):
+            asyncio.run(lose(zone="f"))
         assert state() == before
     finally:
         for name in before:
@@ -155,11 +154,12 @@ def test_rds_is_rebooted_and_the_ledger_rebuilt(
     there = StackFaults(TargetGrid(factory.load("aws"), home, manager))
     fault = Fault(FaultName.DATABASE_LOSS, 0.0, for_s=0.1)
     empty = StackFaults(TargetGrid(factory.load("aws"), home, Manager()))
-    assert asyncio.run(empty.lose_database(fault)).impossible == "The ledger had no jobs."
+    with pytest.raises(NothingHit, match=r"^The ledger had no jobs.$"):
+        asyncio.run(empty.lose_database(fault))
     seen = asyncio.run(there.lose_database(fault))
     assert seen.targets == (host,)
     assert seen.evidence.startswith("RDS rebooted ledger: ")
     assert "available" in seen.evidence
-    assert "of 3 jobs the ledger knew 3 then, and 3 once it was rebuilt" in seen.evidence
+    assert "of 3 jobs the ledger had 3 after the loss, and 3 after the rebuild" in seen.evidence
     assert manager.rebuilds == 1
     rds.delete_db_instance(DBInstanceIdentifier="ledger", SkipFinalSnapshot=True)

@@ -80,7 +80,7 @@ def test_wave_gives_instances_a_notice(bench: Bench) -> None:
     until(lambda: len(bench.in_service()) == 2, 90, pause_s=0.2)
     seen = Work(bench.grid, None, "").hurt(FaultName.SPOT_WAVE, count=1, notice_s=60.0)
     (target,) = seen.targets
-    assert seen.evidence.startswith(("told to leave: 1 Terminating", "told to leave: 1 gone"))
+    assert seen.evidence.startswith(("after the notice: 1 Terminating", "after the notice: 1 gone"))
     assert "1 of 1 were gone after" in seen.evidence
     until(lambda: target not in bench.in_service(), 60, pause_s=0.2)
     right(bench)
@@ -100,10 +100,10 @@ def test_a_group_with_one_zone_launches_nothing_while_that_is_lost(there: Accoun
 def test_messages_are_duplicated_and_delayed(bench: Bench) -> None:
     with bench.work(100, 0.2) as work:
         seen = work.hurt(FaultName.SQS_DUPLICATES, rate=1.0, for_s=3.0)
-        assert number(r"and (\d+) of those originals", seen) > 0
+        assert number(r"and (\d+) of the originals", seen) > 0
     with bench.work(100, 0.2) as work:
         seen = work.hurt(FaultName.SQS_DELAYS, rate=0.5, for_s=3.0)
-        assert number(r"kept back, (\d+) of them", seen) > 0
+        assert number(r"were hidden, and (\d+) of them", seen) > 0
 
 
 def test_a_manager_dies_with_its_instance(bench: Bench) -> None:
@@ -120,8 +120,8 @@ def test_a_file_of_a_ledger_is_lost_with_it_and_rebuilt(there: Account, bench: B
     jobs = len(bench.grid.client.jobs())
     assert jobs
     seen = Work(bench.grid, None, "").hurt(FaultName.DATABASE_LOSS, for_s=0.5)
-    assert number(r"; of (\d+) jobs the ledger knew 0 then", seen) >= jobs
-    found = number(r"and (\d+) once it was rebuilt", seen)
+    assert number(r"; of (\d+) jobs the ledger had 0 after the loss", seen) >= jobs
+    found = number(r"and (\d+) after the rebuild", seen)
     assert found == len(bench.grid.client.jobs()) >= jobs
     right(bench)
 

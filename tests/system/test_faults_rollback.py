@@ -25,8 +25,7 @@ from batchlab.runtime.home import Home, ManagerRecord
 from batchlab.scenarios.faults import aws_stack, processes, services, target_grid
 from batchlab.scenarios.faults.aws_stack import StackFaults
 from batchlab.scenarios.faults.proxy import FaultProxy
-from batchlab.scenarios.faults.services import ManagerProcess
-from batchlab.scenarios.faults.target_grid import EffectNotSeen, FaultResult
+from batchlab.scenarios.faults.target_grid import EffectNotSeen, FaultResult, NothingHit
 from batchlab.scenarios.model.values import Fault, FaultName
 from tests.scenarios.test_fault_table import grid
 from tests.support.grid.local_grid import processes_of
@@ -160,7 +159,7 @@ def test_manager_and_ledger_recover_after_any_cancellation(tmp_path: Path, monke
     def world() -> Books:
         return Books(tmp_path, monkeypatch)
 
-    assert at_every_wait(world, lambda there: ManagerProcess(there.scene).crash(fault)) > 3
+    assert at_every_wait(world, lambda there: services.crash_manager(there.scene, fault)) > 3
     assert at_every_wait(world, lambda there: services.lose_ledger(there.scene, fault)) > 4
 
 
@@ -170,8 +169,8 @@ def test_ledger_without_jobs_is_not_rebuilt(tmp_path: Path, monkeypatch: pytest.
 
     books = Books(tmp_path, monkeypatch)
     monkeypatch.setattr(books, "jobs", none)
-    seen = asyncio.run(services.lose_ledger(books.scene, Fault(FaultName.DATABASE_LOSS, 0.0)))
-    assert seen == FaultResult(impossible="The ledger had no jobs.")
+    with pytest.raises(NothingHit, match=r"^The ledger had no jobs.$"):
+        asyncio.run(services.lose_ledger(books.scene, Fault(FaultName.DATABASE_LOSS, 0.0)))
     assert (books.lost_at, books.client.rebuilds) == (-1, 0)
 
 
@@ -199,7 +198,7 @@ def test_database_on_aws_is_rebuilt_after_any_cancellation(tmp_path: Path, monke
             await asyncio.sleep(CALL_S)
             return "rebooted"
 
-        monkeypatch.setattr(there, "_rebooted", rebooted)
+        monkeypatch.setattr(there, "_reboot", rebooted)
         return there.lose_database(fault)
 
     assert at_every_wait(lambda: Books(tmp_path, monkeypatch), do) > 3

@@ -190,9 +190,9 @@ def test_a_grid_that_is_up_is_used_where_it_fits_and_refused_where_not(tmp_path:
         command(*replay)
         assert Home(home).record() == pid, "another grid was started"
         _, said = command(*replay, "--compress", "20", code=2)
-        assert "drain_target_s of the grid that is up is 3, and the scenario asks for 1.5" in said
+        assert "drain_target_s of the running grid is 3, and the scenario needs 1.5" in said
         other = write(tmp_path, pools={"default": {"min": 0, "max": 3, "slots": 2}})
         _, said = command("scenario", "replay", other, "--home", home, code=2)
-        assert "is 0-2x2, and the scenario asks for 0-3x2" in said
+        assert "is 0-2x2, and the scenario needs 0-3x2" in said
     finally:
         command("grid", "down", "--home", home)

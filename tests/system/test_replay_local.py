@@ -133,7 +133,7 @@ def test_a_limit_ends_it_in_good_order(tmp_path: Path) -> None:
     begun_s = time.monotonic()
     run = replay(tmp_path / "home", scenario(long, at=((0.0, 1), (60.0, 1))), limit=3.0)
     assert time.monotonic() - begun_s < 25
-    assert "3 s, its limit" in run.cut
+    assert "its limit of 3 s" in run.cut
     assert [job.state in ("STARTING", "RUNNING") for job in run.jobs] == [True]
     assert run.jobs[0].ended_s is None
     assert run.lost == 4
@@ -164,7 +164,7 @@ def test_stop_keeps_the_record_and_cancels_running_jobs(tmp_path: Path) -> None:
 def test_permanent_loss_of_the_manager_stops_the_run_and_keeps_the_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(driver, "AWAY_S", 2.0)
+    monkeypatch.setattr(driver, "ABSENCE_LIMIT_S", 2.0)
     home = Home(tmp_path / "home")
     wanted = scenario(JobTemplate("long", (stage("work", 30.0),), Constant(4)))
 

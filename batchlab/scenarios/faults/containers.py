@@ -1,7 +1,7 @@
 """Faults of a grid in containers, through Docker and the grid's own Auto Scaling endpoint.
 
-A crash is a signal to the first process from outside, so that Docker treats it as a crash and
-restarts the container if configured.
+A crash is a signal from outside to a container's first process, so Docker treats it as a crash and restarts the
+container if configured.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from batchlab.scenarios.faults.aws_stack import ZoneOutage
 from batchlab.scenarios.faults.proxy import PYTHON, LocalStackProxy, networks
 from batchlab.scenarios.faults.target_grid import (
     EFFECT_TIMEOUT_S,
-    NO_INSTANCE,
     FaultAction,
     FaultResult,
+    NothingHit,
     Rollback,
     TargetGrid,
     complete,
@@ -52,12 +52,12 @@ _PROBE = "import socket, sys; socket.create_connection((sys.argv[1], int(sys.arg
 class ContainerFaults:
     """Faults of the containers of the grid's project, which are found by their labels."""
 
-    def __init__(self, scene: TargetGrid) -> None:
-        self._scene = scene
-        self.at = scene.backend.deployment(scene.home)
-        self.home = scene.home.path
+    def __init__(self, grid: TargetGrid) -> None:
+        self._grid = grid
+        self.at = grid.backend.deployment(grid.home)
+        self.home = grid.home.path
         self.engine = Engine()
-        scene.leaving.push_async_callback(self.engine.close)
+        grid.leaving.push_async_callback(self.engine.close)
 
     async def do(self, what: str, call: Callable[[APIClient], T]) -> T:
         return await self.engine.run(what, call)
@@ -92,25 +92,23 @@ class ContainerFaults:
     async def is_running(self, container: str) -> bool:
         return bool((await self.look(container)).get("State", {}).get("Running"))
 
-    async def hit(self, fault: Fault, among: Mapping[str, Any] | None = None) -> dict[str, str]:
+    async def targets(self, fault: Fault, among: Mapping[str, Any] | None = None) -> dict[str, str]:
         """Return the containers of the targets by instance."""
-        there = await self.instances() if among is None else among
-        return {name: str(there[name]["Id"]) for name in await self._scene.hit(fault, there)}
+        rows = await self.instances() if among is None else among
+        return {name: str(rows[name]["Id"]) for name in await self._grid.targets(fault, rows)}
 
     async def kill(self, fault: Fault) -> FaultResult:
-        hit = await self.hit(fault)
-        if not hit:
-            return FaultResult(impossible=NO_INSTANCE)
-        return FaultResult(tuple(hit), first_of(await self.killed(hit)))
+        targets = await self.targets(fault)
+        return FaultResult(tuple(targets), first_of(await self.killed(targets)))
 
-    async def killed(self, hit: Mapping[str, str]) -> list[str]:
+    async def killed(self, targets: Mapping[str, str]) -> list[str]:
         """Kill the first process of each container and return the final states."""
-        for name, container in hit.items():
+        for name, container in targets.items():
             with suppress(NotFound):  # it has already ended
                 await complete(self.breaks(name, partial(_kill, container)))
-        return [f"{name}: {await self._ended(one)}" for name, one in hit.items()]
+        return [f"{name}: {await self._wait_for_end(container)}" for name, container in targets.items()]
 
-    async def _ended(self, container: str) -> str:
+    async def _wait_for_end(self, container: str) -> str:
         async def look() -> str:
             state = (await self.look(container)).get("State")
             if state is None:
@@ -120,23 +118,21 @@ class ContainerFaults:
         return await wait_for(look, "the end of the container")
 
     async def pause(self, fault: Fault) -> FaultResult:
-        hit = await self.hit(fault)
-        if not hit:
-            return FaultResult(impossible=NO_INSTANCE)
-        async with Rollback(self._scene.over) as undoing:
-            for name, container in hit.items():
+        targets = await self.targets(fault)
+        async with Rollback(self._grid.over) as undoing:
+            for name, container in targets.items():
                 await undoing.breaking(
                     f"the pause of {name}",
                     partial(self._unpause, container),
                     partial(self.breaks, name, partial(_pause, container)),
                 )
-            states = [(await self.look(one)).get("State", {}).get("Status") for one in hit.values()]
-            held_s = await self._scene.hold(fault.for_s)
-        after = [name for name, one in hit.items() if await self.is_running(one)]
+            states = [(await self.look(container)).get("State", {}).get("Status") for container in targets.values()]
+            held_s = await self._grid.hold(fault.for_s)
+        alive = [name for name, container in targets.items() if await self.is_running(container)]
         return FaultResult(
-            tuple(hit),
-            f"{states.count('paused')} of {len(hit)} containers were paused for {held_s:.1f} s; "
-            f"{len(after)} go on, {len(hit) - len(after)} had been ended meanwhile",
+            tuple(targets),
+            f"{states.count('paused')} of {len(targets)} containers were paused for {held_s:.1f} s; {len(alive)} run "
+            f"again, {len(targets) - len(alive)} ended meanwhile",
         )
 
     async def _unpause(self, container: str) -> None:
@@ -146,25 +142,22 @@ class ContainerFaults:
                 await self.do("The pause", lambda api: api.unpause(container))
 
     async def partition(self, fault: Fault) -> FaultResult:
-        hit = await self.hit(fault)
-        if not hit:
-            return FaultResult(impossible=NO_INSTANCE)
-        async with Rollback(self._scene.over) as undoing:
-            for name, container in hit.items():
+        targets = await self.targets(fault)
+        async with Rollback(self._grid.over) as undoing:
+            for name, container in targets.items():
                 await undoing.breaking(
                     f"the partition of {name}",
                     partial(self._connect, container),
                     partial(self.breaks, name, partial(_disconnect, container, self.at.project)),
                 )
-            cut = [name for name, one in hit.items() if not await self._reaches(one)]
-            held_s = await self._scene.hold(fault.for_s)
-        back = [name for name, one in hit.items() if await self._is_connected(one)]
-        reach = [name for name in back if await self._reaches(hit[name])]
+            cut = [name for name, container in targets.items() if not await self._reaches(container)]
+            held_s = await self._grid.hold(fault.for_s)
+        back = [name for name, container in targets.items() if await self._is_connected(container)]
+        reach = [name for name in back if await self._reaches(targets[name])]
         return FaultResult(
-            tuple(hit),
-            f"from within, {len(cut)} of {len(hit)} reached the grid's services no more for "
-            f"{held_s:.1f} s, and {len(reach)} do again; {len(hit) - len(back)} had been ended "
-            "meanwhile",
+            tuple(targets),
+            f"{len(cut)} of {len(targets)} instances could not reach the grid's services for {held_s:.1f} s, and "
+            f"{len(reach)} reach them again; {len(targets) - len(back)} ended meanwhile",
         )
 
     async def _reaches(self, container: str) -> bool:
@@ -182,56 +175,51 @@ class ContainerFaults:
 
     async def _connect(self, container: str) -> None:
         """Reconnect a container that still runs to the network."""
-        if not await self.is_running(container) or await self._is_connected(container):
-            return
-        try:
-            await self.do("The network", lambda api: api.connect_container_to_network(container, self.at.project))
-        except BackendError:
-            if await self.is_running(container):  # otherwise it ended during the call
-                raise
+        if await self.is_running(container) and not await self._is_connected(container):
+            try:
+                await self.do("The network", lambda api: api.connect_container_to_network(container, self.at.project))
+            except BackendError:
+                if await self.is_running(container):  # otherwise it ended during the call
+                    raise
 
     async def _is_connected(self, container: str) -> bool:
         return self.at.project in networks(await self.look(container))
 
     async def spot_wave(self, fault: Fault) -> FaultResult:
-        there = {
-            name: row for name, row in (await self.instances()).items() if row["Labels"].get(MARKET) == Market.SPOT
-        }
-        if not there:
-            return FaultResult(
-                impossible="No instance is a Spot Instance, and only Spot Instances are "
-                "interrupted: give the pool a Spot share."
+        rows = await self.instances()
+        spot = {name: row for name, row in rows.items() if row["Labels"].get(MARKET) == Market.SPOT}
+        if not spot:
+            raise NothingHit(
+                "No instance is a Spot Instance, and only Spot Instances are interrupted: give the pool a Spot share."
             )
-        hit = await self.hit(fault, there)
-        if not hit:
-            return FaultResult(impossible=NO_INSTANCE)
+        targets = await self.targets(fault, spot)
         began_s = time.monotonic()
-        told = [name for name in hit if await self._notice(name, fault.notice_s)]
+        notified = [name for name in targets if await self._notice(name, fault.notice_s)]
+
+        async def alive() -> list[str]:
+            return [name for name, container in targets.items() if await self.is_running(container)]
 
         async def look() -> bool:
-            return self._scene.over.is_set() or not any([await self.is_running(one) for one in hit.values()])
+            return self._grid.over.is_set() or not await alive()
 
         await wait_for(look, "the end of the instances", within_s=fault.notice_s + EFFECT_TIMEOUT_S)
         took_s = time.monotonic() - began_s
-        left = [name for name, one in hit.items() if await self.is_running(one)]
-        whose, gone = "its" if len(told) == 1 else "their", len(hit) - len(left)
+        ended = len(targets) - len(await alive())
         return FaultResult(
-            tuple(hit),
-            f"{len(told)} of {len(hit)} had {whose} notice of {fault.notice_s:g} s, and {gone} "
-            f"{'was' if gone == 1 else 'were'} gone after {took_s:.1f} s ({first_of(list(hit))})",
+            tuple(targets),
+            f"{len(notified)} of {len(targets)} instances received a notice of {fault.notice_s:g} s, and {ended} ended "
+            f"within {took_s:.1f} s ({first_of(list(targets))})",
         )
 
     async def _notice(self, instance: str, notice_s: float) -> bool:
-        endpoint = compose_deployment.autoscaling(self._scene.home, self.at)
+        endpoint = compose_deployment.autoscaling(self._grid.home, self.at)
         with suppress(UsageError):  # the instance has ended
             await asyncio.to_thread(send_notice, endpoint, instance, "interruption", notice_s)
             return True
         return False
 
     async def crashed(self, service: str, undoing: Rollback) -> str:
-        """Kill a service's first process, wait until Docker has restarted it, and return the
-        evidence.
-        """
+        """Kill a service's first process, wait until Docker has restarted it, and return the evidence."""
         container = await self.service(service)
         before = await self.look(container)
         pid = int(before["State"]["Pid"])
@@ -245,8 +233,7 @@ class ContainerFaults:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         else:
-            # The process belongs to another user or a virtual machine. Docker then treats the kill
-            # as a stop.
+            # The process belongs to another user or a virtual machine. Docker then treats the kill as a stop.
             await complete(self.breaks(service, partial(_kill, container)))
             await start()
 
@@ -259,22 +246,22 @@ class ContainerFaults:
         return await wait_for(look, f"the restart of {service}")
 
     async def crash_manager(self, _: Fault) -> FaultResult:
-        before = await self._scene.grid()
+        owner = (await self._grid.grid())["owner"]
         began_s = time.monotonic()
-        async with Rollback(self._scene.over) as undoing:
-            said = await self.crashed("manager", undoing)
-        owner = await self._scene.leader(after=before["owner"])
+        async with Rollback(self._grid.over) as undoing:
+            evidence = await self.crashed("manager", undoing)
+        successor = await self._grid.leader(after=owner)
         took_s = time.monotonic() - began_s
-        return FaultResult((before["owner"],), f"{said}; {owner} led {took_s:.1f} s later, where {before['owner']} had")
+        return FaultResult((owner,), f"{evidence}; {successor} led {took_s:.1f} s later, in place of {owner}")
 
     async def lose_database(self, fault: Fault) -> FaultResult:
         async def restart(undoing: Rollback) -> str:
             return f"{await self.crashed('postgres', undoing)}; "
 
-        return await services.lose_ledger(self._scene, fault, before=restart)
+        return await services.lose_ledger(self._grid, fault, before=restart)
 
     async def zone_loss(self, fault: Fault) -> FaultResult:
-        zones = ZoneOutage(compose_deployment.autoscaling(self._scene.home, self.at), prefix=f"{self.at.project}-")
+        zones = ZoneOutage(compose_deployment.autoscaling(self._grid.home, self.at), prefix=f"{self.at.project}-")
 
         async def kill(instances: Sequence[str]) -> list[str]:
             there = await self.instances()
@@ -284,16 +271,14 @@ class ContainerFaults:
             rows = (await self.instances()).items()
             return sorted(name for name, row in rows if row["Labels"].get(ZONE) == zone)
 
-        return await zones.lose(self._scene, fault, inside=inside, kill=kill)
+        return await zones.lose(self._grid, fault, inside=inside, kill=kill)
 
     async def s3_errors(self, fault: Fault) -> FaultResult:
-        place = self._scene.backend.place(self._scene.home)
+        place = self._grid.backend.place(self._grid.home)
         if place.named:
-            return FaultResult(
-                impossible=f"The endpoint {place.url} is the user's own: the grid cannot put a proxy before it."
-            )
+            raise NothingHit(f"The endpoint {place.url} is the user's own: the grid cannot put a proxy before it.")
         storage = await self.service("localstack")
-        return await LocalStackProxy(self, storage, place.url).hold(self._scene, fault)
+        return await LocalStackProxy(self, storage, place.url).hold(self._grid, fault)
 
 
 def _kill(container: str, api: APIClient) -> None:
@@ -317,18 +302,18 @@ def _is_its(pid: int, container: str) -> bool:
     return False
 
 
-def actions(scene: TargetGrid) -> Mapping[FaultName, FaultAction]:
+def actions(grid: TargetGrid) -> Mapping[FaultName, FaultAction]:
     """Return the faults that the table declares possible."""
-    container_faults = ContainerFaults(scene)
+    faults = ContainerFaults(grid)
     return {
-        FaultName.KILL: container_faults.kill,
-        FaultName.PAUSE: container_faults.pause,
-        FaultName.PARTITION: container_faults.partition,
-        FaultName.SPOT_WAVE: container_faults.spot_wave,
-        FaultName.ZONE_LOSS: container_faults.zone_loss,
-        FaultName.S3_ERRORS: container_faults.s3_errors,
-        FaultName.SQS_DUPLICATES: partial(services.duplicates, scene),
-        FaultName.SQS_DELAYS: partial(services.delays, scene),
-        FaultName.MANAGER_CRASH: container_faults.crash_manager,
-        FaultName.DATABASE_LOSS: container_faults.lose_database,
+        FaultName.KILL: faults.kill,
+        FaultName.PAUSE: faults.pause,
+        FaultName.PARTITION: faults.partition,
+        FaultName.SPOT_WAVE: faults.spot_wave,
+        FaultName.ZONE_LOSS: faults.zone_loss,
+        FaultName.S3_ERRORS: faults.s3_errors,
+        FaultName.SQS_DUPLICATES: partial(services.duplicates, grid),
+        FaultName.SQS_DELAYS: partial(services.delays, grid),
+        FaultName.MANAGER_CRASH: faults.crash_manager,
+        FaultName.DATABASE_LOSS: faults.lose_database,
     }

@@ -1,11 +1,7 @@
-"""Injection of a scenario's faults into a running grid.
+"""Injection of a scenario's faults into a running grid, and the table of supported faults.
 
-Each fault is undone, also on a cancellation, and a failed rollback is reported. Faults that would
-affect the same part run one after another.
-
-Support of each fault on each backend: its mechanism, or the reason why it is impossible.
-
-An injector does exactly what its row says. docs/faults.md and `scenario faults` print this table.
+Each fault is undone, also on a cancellation, and a failed rollback is reported. Faults that would affect the same part
+run one after another. docs/faults.md and `scenario faults` print the table.
 """
 
 from __future__ import annotations
@@ -21,7 +17,7 @@ from batchlab.core.errors import BatchlabError, UsageError
 from batchlab.core.model import Pool
 from batchlab.runtime.factory import Backend
 from batchlab.runtime.home import Home
-from batchlab.scenarios.faults.target_grid import FaultAction, FaultResult, RunEnded, TargetGrid
+from batchlab.scenarios.faults.target_grid import FaultAction, FaultResult, NothingHit, RunEnded, TargetGrid
 from batchlab.scenarios.model.values import Fault, FaultName
 from batchlab.scenarios.record import InjectedFault
 from batchlab.scenarios.replay.run_state import RUN_ENDED
@@ -109,14 +105,12 @@ TABLE: Mapping[FaultName, Mapping[str, FaultSupport]] = {
         "local": _NO_ZONES,
         "ministack": _NO_ZONES,
         "localstack": FaultSupport(
-            "UpdateAutoScalingGroup removes the zone from the groups (SuspendProcesses if a group "
-            "has only this zone), then docker kill to all containers in it; the zone is restored "
-            "at the end"
+            "UpdateAutoScalingGroup removes the zone from the groups (SuspendProcesses if a group has only this "
+            "zone), then docker kill to all containers in it; the zone is restored at the end"
         ),
         "aws": FaultSupport(
-            "UpdateAutoScalingGroup removes the zone's subnets from the groups (SuspendProcesses "
-            "if a group has only these), then EC2 TerminateInstances for all instances in it; the "
-            "subnets are restored at the end"
+            "UpdateAutoScalingGroup removes the zone's subnets from the groups (SuspendProcesses if a group has only "
+            "these), then EC2 TerminateInstances for all instances in it; the subnets are restored at the end"
         ),
     },
     FaultName.S3_ERRORS: {
@@ -174,11 +168,7 @@ def support_of(fault: FaultName, backend: str) -> FaultSupport:
 def impossible(backend: str) -> dict[FaultName, str]:
     """Return the impossible faults of the backend, each with its reason as a part of a sentence."""
     cells = {fault: support_of(fault, backend) for fault in FaultName}
-    return {
-        fault: fault_support.why_not.removesuffix(".")
-        for fault, fault_support in cells.items()
-        if not fault_support.possible
-    }
+    return {fault: cell.why_not.removesuffix(".") for fault, cell in cells.items() if not cell.possible}
 
 
 def rows(backends: tuple[str, ...] = BACKENDS) -> Iterator[tuple[FaultName, str, FaultSupport]]:
@@ -191,60 +181,52 @@ def rows(backends: tuple[str, ...] = BACKENDS) -> Iterator[tuple[FaultName, str,
 class FaultInjector:
     """Injector of the faults of one backend."""
 
-    def __init__(self, scene: TargetGrid, harms: Mapping[FaultName, FaultAction]) -> None:
-        self._scene = scene
-        self._harms = harms
-        self._standing: dict[asyncio.Task[FaultResult], Fault] = {}
+    def __init__(self, grid: TargetGrid, actions: Mapping[FaultName, FaultAction]) -> None:
+        self._grid = grid
+        self._actions = actions
+        self._active: dict[asyncio.Task[FaultResult], Fault] = {}
 
     async def inject(self, fault: Fault, at_s: float) -> InjectedFault:
         """Inject the fault, hold it for `for_s`, undo it, and return what was observed.
 
-        A cancellation undoes the fault first. Errors are reported in `trouble`: of the injection,
-        of the observation (the fault is undone anyway), or of the rollback. A fault waits for a
-        conflicting one and then has its full time.
+        A cancellation undoes the fault first. `trouble` has an error of the injection, of the observation (the fault is
+        undone anyway), or of the rollback. A fault waits for a conflicting one and then has its full time.
         """
-        row = support_of(fault.name, self._scene.backend.name)
-        harm = self._harms.get(fault.name)
-        if not row.possible or harm is None:
-            return InjectedFault(fault.name, at_s, impossible=_clause(row.why_not))
-        came_s = time.monotonic()
-        while before := [task_ for task_, other in self._standing.items() if fault.shares(other)]:
-            await asyncio.wait(before)
+        row = support_of(fault.name, self._grid.backend.name)
+        action = self._actions.get(fault.name)
+        if not row.possible or action is None:
+            return InjectedFault(fault.name, at_s, impossible=row.why_not.removesuffix("."))
+        begun_s = time.monotonic()
+        while conflicts := [task for task, other in self._active.items() if fault.shares(other)]:
+            await asyncio.wait(conflicts)
             await asyncio.sleep(0)  # lets the other fault's caller run first
-            at_s, came_s = at_s + time.monotonic() - came_s, time.monotonic()
-        if self._scene.over.is_set():
+            at_s, begun_s = at_s + time.monotonic() - begun_s, time.monotonic()
+        if self._grid.over.is_set():
             return InjectedFault(fault.name, at_s, impossible=RUN_ENDED)
-        doing = asyncio.ensure_future(harm(fault))
-        self._standing[doing] = fault
+        task = asyncio.ensure_future(action(fault))
+        self._active[task] = fault
         try:
-            fault_result = await doing
-        except RunEnded:
-            return InjectedFault(fault.name, at_s, impossible=RUN_ENDED)
+            result = await task
+        except (RunEnded, NothingHit) as error:
+            return InjectedFault(fault.name, at_s, impossible=error.message.removesuffix("."))
         except BatchlabError as error:
             return InjectedFault(fault.name, at_s, trouble=error.message)
         except OSError as error:  # this machine lacks disk space, processes, or sockets
             return InjectedFault(fault.name, at_s, trouble=f"This machine refused it: {error}.")
         finally:
-            del self._standing[doing]
-        return InjectedFault(
-            fault.name, at_s, fault_result.targets, fault_result.evidence, _clause(fault_result.impossible)
-        )
+            del self._active[task]
+        return InjectedFault(fault.name, at_s, result.targets, result.evidence)
 
     async def undo(self) -> None:
         """Undo all current faults and inject no more. Every `inject` then returns."""
-        self._scene.over.set()
-        if self._standing:
-            await asyncio.wait(set(self._standing))
+        self._grid.over.set()
+        if self._active:
+            await asyncio.wait(set(self._active))
 
     async def close(self) -> None:
         """Undo all faults and close the used resources. The client belongs to the caller."""
         await self.undo()
-        await self._scene.leaving.aclose()
-
-
-def _clause(why: str) -> str:
-    """Return the text without its period, as a part of a sentence."""
-    return why.removesuffix(".")
+        await self._grid.leaving.aclose()
 
 
 def injector_for(
@@ -258,29 +240,29 @@ def injector_for(
 ) -> FaultInjector:
     """Create the injector of a running grid, inside an event loop.
 
-    `pools` and `parent` are the arguments with which its manager was started. A restarted manager
-    gets the same address, so that `client` continues to work. `front` is the proxy before its
-    endpoint (see `with_proxy`). Raise UsageError for a backend without real processes.
+    `pools` and `parent` are the arguments with which its manager was started. A restarted manager gets the same
+    address, so that `client` continues to work. `front` is the proxy before its endpoint (see `with_proxy`). Raise
+    UsageError for a backend without real processes.
     """
     if backend.capabilities.simulated:
         raise UsageError(
             f"Nothing real runs on the backend {backend.name}.",
             remedy="`batchlab scenario simulate` injects every fault itself.",
         )
-    scene = TargetGrid(backend, home, client, tuple(pools), parent)
-    return FaultInjector(scene, _actions(scene, front))
+    grid = TargetGrid(backend, home, client, tuple(pools), parent)
+    return FaultInjector(grid, _actions(grid, front))
 
 
-def _actions(scene: TargetGrid, front: FaultProxy | None) -> Mapping[FaultName, FaultAction]:
+def _actions(grid: TargetGrid, front: FaultProxy | None) -> Mapping[FaultName, FaultAction]:
     # Imported only when needed, because the Docker SDK and boto3 are slow to import.
-    if scene.backend.capabilities.stack:
+    if grid.backend.capabilities.stack:
         from batchlab.scenarios.faults import aws_stack
 
-        return aws_stack.actions(scene)
-    if scene.backend.capabilities.container_manager:
+        return aws_stack.actions(grid)
+    if grid.backend.capabilities.container_manager:
         from batchlab.scenarios.faults import containers
 
-        return containers.actions(scene)
+        return containers.actions(grid)
     from batchlab.scenarios.faults import processes
 
-    return processes.actions(scene, front)
+    return processes.actions(grid, front)

@@ -1,8 +1,6 @@
 """Faults of a grid whose manager and instances are processes of this machine, and slow disks.
 
-A process is hit only while it is the one in the launcher's record. A disk is slowed by programs
-that write and fsync without a pause. They need only the standard library, use unnamed files, and
-end with this process.
+A signal is sent to a process only while the launcher's record has this process.
 """
 
 from __future__ import annotations
@@ -26,11 +24,11 @@ from batchlab.core.errors import BackendError, UsageError
 from batchlab.core.text import first_of
 from batchlab.scenarios.faults import proxy, services
 from batchlab.scenarios.faults.target_grid import (
-    NO_INSTANCE,
     NOTHING_HIT,
     EffectNotSeen,
     FaultAction,
     FaultResult,
+    NothingHit,
     Rollback,
     TargetGrid,
     in_thread,
@@ -60,15 +58,15 @@ with tempfile.TemporaryFile(dir=sys.argv[1]) as file:
 """
 
 
-async def slow_disk(scene: TargetGrid, fault: Fault) -> FaultResult:
-    """Keep the disk of the workers' folders busy.
+async def slow_disk(grid: TargetGrid, fault: Fault) -> FaultResult:
+    """Keep the disk of the workers' folders busy with programs that write and fsync without a pause.
 
-    Raise BackendError if the disk is full or no process can start, and EffectNotSeen if the
-    slowdown is too small.
+    The programs use unnamed files and end with this process. Raise BackendError if the disk is full or no process can
+    start, and EffectNotSeen if the slowdown is too small.
     """
-    folder = scene.home.scratch
+    folder = grid.home.scratch
     try:
-        return await _slow(scene, fault, folder)
+        return await _slow_disk(grid, fault, folder)
     except OSError as error:
         raise BackendError(
             f"The disk of {folder} could not be kept busy: {error.strerror or error}.",
@@ -76,53 +74,49 @@ async def slow_disk(scene: TargetGrid, fault: Fault) -> FaultResult:
         ) from error
 
 
-async def _slow(scene: TargetGrid, fault: Fault, folder: Path) -> FaultResult:
+async def _slow_disk(grid: TargetGrid, fault: Fault, folder: Path) -> FaultResult:
     await asyncio.to_thread(partial(folder.mkdir, parents=True, exist_ok=True))
     before_s = await asyncio.to_thread(fsync_s, folder)
-    hogs: list[subprocess.Popen[bytes]] = []
+    writers: list[subprocess.Popen[bytes]] = []
     began_s = time.monotonic()
-    async with Rollback(scene.over) as undoing:
-        undoing.owe(f"what keeps the disk of {folder} busy", partial(in_thread, _end, hogs))
+    async with Rollback(grid.over) as undoing:
+        undoing.owe(f"the load on the disk of {folder}", partial(in_thread, _kill_writers, writers))
         for number in WRITER_COUNTS:
-            while len(hogs) < number:
-                hogs.append(_start_writer(folder))
-            await scene.hold(min(_WARM_S, fault.for_s))
+            while len(writers) < number:
+                writers.append(_start_writer(folder))
+            await grid.hold(min(_WARM_S, fault.for_s))
             during_s = await asyncio.to_thread(fsync_s, folder)
-            felt = during_s >= MIN_SLOWDOWN * before_s
-            if felt or scene.over.is_set():
+            is_slow = during_s >= MIN_SLOWDOWN * before_s
+            if is_slow or grid.over.is_set():
                 break
-        await scene.hold(fault.for_s - (time.monotonic() - began_s))
-        end_of = [hog.returncode for hog in hogs if hog.poll() is not None]
-    if end_of:
+        await grid.hold(fault.for_s - (time.monotonic() - began_s))
+        exit_codes = [writer.returncode for writer in writers if writer.poll() is not None]
+    if exit_codes:
         raise UsageError(
-            f"A program that writes to the disk of {folder} ended with exit code {end_of[0]}.",
+            f"A program that writes to the disk of {folder} ended with exit code {exit_codes[0]}.",
             remedy=f"Is there room for {_NEEDED_MIB} MiB on it?",
         )
     evidence = (
-        f"an fsync of 4 KiB took {before_s * 1e3:.2f} ms before and {during_s * 1e3:.2f} ms "
-        f"during (medians of {_PROBES}), with {len(hogs)} programs that write and fsync"
+        f"an fsync of 4 KiB took {before_s * 1e3:.2f} ms before and {during_s * 1e3:.2f} ms during (medians of "
+        f"{_PROBES}), with {len(writers)} programs that write and fsync"
     )
-    if not felt:
+    if not is_slow:
         raise EffectNotSeen(f"The disk of {folder} was not {MIN_SLOWDOWN:g} times as slow: {evidence}.")
     return FaultResult((str(folder),), evidence)
 
 
-def _end(hogs: Sequence[subprocess.Popen[bytes]]) -> None:
-    for hog in hogs:
-        hog.kill()
-    for hog in hogs:
-        hog.wait()
-
-
 def _start_writer(folder: Path) -> subprocess.Popen[bytes]:
     # The writer has its own session, so Ctrl-C does not reach it.
-    return subprocess.Popen(
-        [sys.executable, "-I", "-c", WRITER_PROGRAM, str(folder)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    command = [sys.executable, "-I", "-c", WRITER_PROGRAM, str(folder)]
+    null = subprocess.DEVNULL
+    return subprocess.Popen(command, stdin=null, stdout=null, stderr=null, start_new_session=True)
+
+
+def _kill_writers(writers: Sequence[subprocess.Popen[bytes]]) -> None:
+    for writer in writers:
+        writer.kill()
+    for writer in writers:
+        writer.wait()
 
 
 def fsync_s(folder: Path) -> float:
@@ -139,151 +133,133 @@ def fsync_s(folder: Path) -> float:
 
 _SETTLES_S = 15.0
 _GRACE_S = 0.2
-_STOPPED = (b"T", b"t")
 
 
 class ProcessFaults:
     """Faults of the grid's instances, which the launcher's records list."""
 
-    def __init__(self, scene: TargetGrid) -> None:
-        self._scene = scene
-        self._root = scene.home.fleet
+    def __init__(self, grid: TargetGrid) -> None:
+        self._grid = grid
+        self._root = grid.home.fleet
 
-    async def hit(self, fault: Fault) -> dict[str, int]:
+    async def targets(self, fault: Fault) -> dict[str, int]:
         """Return the process ids of the targets by instance."""
-        there = await asyncio.to_thread(living, self._root)
-        return {name: there[name] for name in await self._scene.hit(fault, there)}
+        pids = await asyncio.to_thread(living, self._root)
+        return {name: pids[name] for name in await self._grid.targets(fault, pids)}
 
-    async def _gone(self, instances: Collection[str]) -> Mapping[str, str]:
+    async def _wait_for_end(self, instances: Collection[str]) -> Mapping[str, str]:
         """Wait until all have ended, and return how, by the launcher's records."""
 
         async def look() -> Mapping[str, str]:
-            said = {instance: end_of(self._root, instance) for instance in instances}
-            return said if all(said.values()) else {}
+            ends = {instance: end_of(self._root, instance) for instance in instances}
+            return ends if all(ends.values()) else {}
 
         return await wait_for(look, "the end of the instances")
 
     async def kill(self, fault: Fault) -> FaultResult:
-        hit = await self.hit(fault)
-        if not hit:
-            return FaultResult(impossible=NO_INSTANCE)
-        await asyncio.to_thread(self._kill, hit)
-        said = await self._gone(hit)
-        return FaultResult(tuple(hit), first_of([f"{one} (pid {hit[one]}): {said[one]}" for one in hit]))
+        targets = await self.targets(fault)
+        await asyncio.to_thread(self._kill, targets)
+        ends = await self._wait_for_end(targets)
+        return FaultResult(
+            tuple(targets), first_of([f"{name} (pid {pid}): {ends[name]}" for name, pid in targets.items()])
+        )
 
-    def _kill(self, hit: Mapping[str, int]) -> None:
-        for pid in hit.values():
+    def _kill(self, targets: Mapping[str, int]) -> None:
+        for pid in targets.values():
             members = family(pid)
             # The worker is killed first, so that it cannot report the deaths of its tasks.
             _send(signal.SIGKILL, [pid, *sorted(members - {pid})])
 
     async def pause(self, fault: Fault) -> FaultResult:
-        hit = await self.hit(fault)
-        if not hit:
-            return FaultResult(impossible=NO_INSTANCE)
+        targets = await self.targets(fault)
         halted: dict[int, int] = {}
-        async with Rollback(self._scene.over) as undoing:
+        names = first_of(list(targets))
+        async with Rollback(self._grid.over) as undoing:
             await undoing.breaking(
-                f"the pause of {first_of(list(hit))}",
-                partial(in_thread, _go_on, halted),
-                partial(in_thread, _halt, hit.values(), halted),
+                f"the pause of {names}",
+                partial(in_thread, _resume, halted),
+                partial(in_thread, _halt, targets.values(), halted),
             )
-            stood = await self._still(halted)
-            held_s = await self._scene.hold(fault.for_s)
-            still = sum(_is_in(pid, _STOPPED) for pid in halted)
-        evidence = (
-            f"{stood} of {len(halted)} processes of {first_of(list(hit))} stood still, {still} of "
-            f"them still did after {held_s:.1f} s; then {await self._moving(halted)} went on"
+            stopped = await self._wait_for_state(halted, "the beginning of the pause", stopped=True)
+            held_s = await self._grid.hold(fault.for_s)
+            still = sum(_is_stopped(pid) for pid in halted)
+        resumed = await self._wait_for_state(halted, "the end of the pause", stopped=False)
+        return FaultResult(
+            tuple(targets),
+            f"{stopped} of {len(halted)} processes of {names} were stopped, {still} of them for {held_s:.1f} s; then "
+            f"{resumed} resumed",
         )
-        return FaultResult(tuple(hit), evidence)
 
-    async def _still(self, halted: Mapping[int, int]) -> int:
-        """Wait until all living processes are stopped, and count them. A signal needs some time."""
-
-        async def look() -> int:
-            here = [pid for pid, ticks in halted.items() if start_ticks(pid) == ticks]
-            still = sum(_is_in(pid, _STOPPED) for pid in here)
-            return still + 1 if still == len(here) else 0
-
-        return await wait_for(look, "the beginning of the pause", within_s=_SETTLES_S) - 1
-
-    async def _moving(self, halted: Mapping[int, int]) -> int:
-        """Wait until all living processes run again, and count them."""
+    async def _wait_for_state(self, halted: Mapping[int, int], what: str, *, stopped: bool) -> int:
+        """Wait until all living processes are stopped or run again, and count them. A signal needs some time."""
 
         async def look() -> int:
-            here = [pid for pid, ticks in halted.items() if start_ticks(pid) == ticks]
-            moving = sum(not _is_in(pid, _STOPPED) for pid in here)
-            return moving + 1 if moving == len(here) else 0
+            alive = [pid for pid, ticks in halted.items() if start_ticks(pid) == ticks]
+            number = sum(_is_stopped(pid) is stopped for pid in alive)
+            return number + 1 if number == len(alive) else 0
 
-        return await wait_for(look, "the end of the pause", within_s=_SETTLES_S) - 1
+        return await wait_for(look, what, within_s=_SETTLES_S) - 1
 
     async def spot_wave(self, fault: Fault) -> FaultResult:
-        hit = await self.hit(fault)
-        if not hit:
-            return FaultResult(impossible=NO_INSTANCE)
-        _send(signal.SIGTERM, hit.values())
-        ticks = {one: start_ticks(pid) for one, pid in hit.items()}
+        targets = await self.targets(fault)
+        _send(signal.SIGTERM, targets.values())
+        ticks = {name: start_ticks(pid) for name, pid in targets.items()}
 
-        async def look() -> bool:
-            return not any(ticks[one] and start_ticks(hit[one]) == ticks[one] for one in hit)
+        def alive() -> dict[str, int]:
+            return {name: pid for name, pid in targets.items() if ticks[name] and start_ticks(pid) == ticks[name]}
 
         waited_s = 0.0
-        while waited_s < fault.notice_s and not await look() and not self._scene.over.is_set():
-            waited_s += await self._scene.hold(_GRACE_S)
-        late = {one: pid for one, pid in hit.items() if ticks[one] and start_ticks(pid) == ticks[one]}
+        while waited_s < fault.notice_s and alive() and not self._grid.over.is_set():
+            waited_s += await self._grid.hold(_GRACE_S)
+        late = alive()
         await asyncio.to_thread(self._kill, late)
-        said = await self._gone(hit)
-        left = [f"{one}: {how}" for one, how in said.items()]
+        ends = [f"{name}: {how}" for name, how in (await self._wait_for_end(targets)).items()]
         return FaultResult(
-            tuple(hit),
-            f"{len(hit) - len(late)} of {len(hit)} left by themselves, the last after "
-            f"{waited_s:.1f} s of {fault.notice_s:g} s, {len(late)} were killed ({first_of(left)})",
+            tuple(targets),
+            f"{len(targets) - len(late)} of {len(targets)} instances ended by themselves within {waited_s:.1f} s of "
+            f"{fault.notice_s:g} s, {len(late)} were killed ({first_of(ends)})",
         )
 
     async def partition(self, front: FaultProxy | None, fault: Fault) -> FaultResult:
         if front is None:
-            return FaultResult(
-                impossible="The grid was started without a proxy before its endpoint, so its "
-                "instances cannot be cut off from it."
+            raise NothingHit(
+                "The grid was started without a proxy before its endpoint, so its instances cannot be cut off from it."
             )
-        hit = await self.hit(fault)
-        if not hit:
-            return FaultResult(impossible=NO_INSTANCE)
+        targets = await self.targets(fault)
         before = front.counts.kept_waiting
 
-        async def answer() -> None:
+        async def reconnect() -> None:
             front.cut(None)
 
-        async with Rollback(self._scene.over) as undoing:
-            undoing.owe(f"the partition of {first_of(list(hit))}", answer)
-            front.cut(partial(proxy.is_port_of, frozenset(hit.values())))
-            held_s = await self._scene.hold(fault.for_s)
+        async with Rollback(self._grid.over) as undoing:
+            undoing.owe(f"the partition of {first_of(list(targets))}", reconnect)
+            front.cut(partial(proxy.is_port_of, frozenset(targets.values())))
+            held_s = await self._grid.hold(fault.for_s)
         waiting = front.counts.kept_waiting - before
         if not waiting:
-            return FaultResult(impossible=NOTHING_HIT.format(one="request of theirs"))
+            raise NothingHit(NOTHING_HIT.format(one="request of these instances"))
         return FaultResult(
-            tuple(hit), f"{waiting} requests of {first_of(list(hit))} were left without an answer in {held_s:.1f} s"
+            tuple(targets), f"{waiting} requests of {first_of(list(targets))} got no answer in {held_s:.1f} s"
         )
 
 
-async def s3_errors(scene: TargetGrid, front: FaultProxy | None, fault: Fault) -> FaultResult:
+async def s3_errors(grid: TargetGrid, front: FaultProxy | None, fault: Fault) -> FaultResult:
     if front is None:
-        return FaultResult(
-            impossible="The grid was started without a proxy before its endpoint, so no "
-            "request can be answered with 503."
+        raise NothingHit(
+            "The grid was started without a proxy before its endpoint, so no request can be answered with 503."
         )
     before = front.counts.asked, front.counts.refused
 
-    async def pass_on() -> None:
+    async def stop_refusing() -> None:
         front.rate = 0.0
 
-    async with Rollback(scene.over) as undoing:
-        undoing.owe("the proxy's refusal of requests", pass_on)
+    async with Rollback(grid.over) as undoing:
+        undoing.owe("the proxy's refusal of requests", stop_refusing)
         front.rate = fault.rate
-        held_s = await scene.hold(fault.for_s)
-    asked, refused = (front.counts.asked - before[0], front.counts.refused - before[1])
+        held_s = await grid.hold(fault.for_s)
+    asked, refused = front.counts.asked - before[0], front.counts.refused - before[1]
     if not refused:
-        return FaultResult(impossible=NOTHING_HIT.format(one="request"))
+        raise NothingHit(NOTHING_HIT.format(one="request"))
     return FaultResult(
         (front.target,), f"{refused} of {asked} requests to S3 were answered 503 SlowDown in {held_s:.1f} s"
     )
@@ -311,29 +287,29 @@ def _halt(leaders: Iterable[int], halted: dict[int, int]) -> None:
                 break
 
 
-def _go_on(halted: Mapping[int, int]) -> None:
+def _resume(halted: Mapping[int, int]) -> None:
     _send(signal.SIGCONT, [pid for pid, ticks in halted.items() if start_ticks(pid) == ticks])
 
 
-def _is_in(pid: int, states: Collection[bytes]) -> bool:
+def _is_stopped(pid: int) -> bool:
     fields = stat(pid)
-    return bool(fields) and fields[0] in states
+    return bool(fields) and fields[0] in (b"T", b"t")
 
 
-def actions(scene: TargetGrid, front: FaultProxy | None) -> Mapping[FaultName, FaultAction]:
+def actions(grid: TargetGrid, front: FaultProxy | None) -> Mapping[FaultName, FaultAction]:
     """Return the faults that the table declares possible."""
-    instances, keeper = ProcessFaults(scene), services.ManagerProcess(scene)
-    found: dict[FaultName, FaultAction] = {
+    instances = ProcessFaults(grid)
+    possible: dict[FaultName, FaultAction] = {
         FaultName.KILL: instances.kill,
         FaultName.PAUSE: instances.pause,
         FaultName.SPOT_WAVE: instances.spot_wave,
-        FaultName.SQS_DUPLICATES: partial(services.duplicates, scene),
-        FaultName.SQS_DELAYS: partial(services.delays, scene),
-        FaultName.SLOW_DISK: partial(slow_disk, scene),
-        FaultName.MANAGER_CRASH: keeper.crash,
-        FaultName.DATABASE_LOSS: keeper.lose_ledger,
+        FaultName.SQS_DUPLICATES: partial(services.duplicates, grid),
+        FaultName.SQS_DELAYS: partial(services.delays, grid),
+        FaultName.SLOW_DISK: partial(slow_disk, grid),
+        FaultName.MANAGER_CRASH: partial(services.crash_manager, grid),
+        FaultName.DATABASE_LOSS: partial(services.lose_ledger, grid),
     }
-    if scene.backend.emulator:
-        found[FaultName.PARTITION] = partial(instances.partition, front)
-        found[FaultName.S3_ERRORS] = partial(s3_errors, scene, front)
-    return found
+    if grid.backend.emulator:
+        possible[FaultName.PARTITION] = partial(instances.partition, front)
+        possible[FaultName.S3_ERRORS] = partial(s3_errors, grid, front)
+    return possible

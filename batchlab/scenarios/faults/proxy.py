@@ -1,13 +1,8 @@
-"""Proxy before an endpoint of S3 and SQS. It can answer a share of S3's requests with 503 or leave
-some clients without an answer.
+"""Proxy before an endpoint of S3 and SQS, which answers a share of S3's requests with 503 or delays clients.
 
-Requests are forwarded unchanged, including the Host header, because the signature covers it.
-Clients are identified by the owner of their port on this machine (Linux).
-
-Proxy that temporarily takes the network address of a grid's LocalStack.
-
-As a program, this module runs the proxy: it listens, forwards, and prints its counts at the end.
-LocalStack gets its address back whatever happens to the proxy.
+Requests are forwarded unchanged, including the Host header, because the signature covers this header. A client is
+identified by the owner of its port on this machine (Linux). On a grid in containers, this module is also a program that
+takes LocalStack's address, forwards requests, and prints its counts at the end.
 """
 
 from __future__ import annotations
@@ -38,7 +33,15 @@ from batchlab.runtime import factory
 from batchlab.runtime.compose_project import HOME_LABEL, LABEL
 from batchlab.runtime.factory import Backend, new_bucket_name
 from batchlab.runtime.home import Home, Place
-from batchlab.scenarios.faults.target_grid import NOTHING_HIT, FaultResult, Rollback, TargetGrid, complete, wait_for
+from batchlab.scenarios.faults.target_grid import (
+    NOTHING_HIT,
+    FaultResult,
+    NothingHit,
+    Rollback,
+    TargetGrid,
+    complete,
+    wait_for,
+)
 from batchlab.scenarios.model.values import Fault
 from batchlab.worker.child_process import family
 
@@ -71,10 +74,7 @@ class RequestCounts:
 
 
 class FaultProxy:
-    """Proxy before the endpoint at `target`.
-
-    `rate` is the share of S3's requests that get a 503.
-    """
+    """Proxy before the endpoint at `target`. `rate` is the share of S3's requests that get a 503."""
 
     def __init__(self, target: str) -> None:
         self.target = target
@@ -203,9 +203,7 @@ def server_of(front: FaultProxy) -> uvicorn.Server:
 
 @contextmanager
 def run_proxy(front: FaultProxy) -> Iterator[FaultProxy]:
-    """Run the proxy on 127.0.0.1 in its own thread, so that a busy event loop does not delay the
-    grid.
-    """
+    """Run the proxy on 127.0.0.1 in its own thread, so that a busy event loop does not delay the grid."""
     listener = socket.create_server(("127.0.0.1", 0), backlog=256)
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     front.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -230,12 +228,11 @@ def run_proxy(front: FaultProxy) -> Iterator[FaultProxy]:
 
 @contextmanager
 def with_proxy(backend: Backend, home: Home, say: Callable[[str], None]) -> Iterator[tuple[Backend, FaultProxy | None]]:
-    """Run a proxy before the endpoint of a grid that is started later. Yield the backend with the
-    proxy's address, and the proxy, which must run as long as the grid. On other backends, yield the
-    unchanged backend and None.
+    """Run a proxy before the endpoint of a grid that is started later. Yield the backend with the proxy's address, and
+    the proxy, which must run as long as the grid. On other backends, yield the unchanged backend and None.
 
-    The home has the proxy's address during this time and the endpoint's address afterwards. Raise
-    BackendError or UsageError.
+    The home has the proxy's address during this time and the endpoint's address afterwards. Raise BackendError or
+    UsageError.
     """
     if backend.emulator is None:
         yield backend, None
@@ -258,10 +255,7 @@ def with_proxy(backend: Backend, home: Home, say: Callable[[str], None]) -> Iter
 
 @contextmanager
 def _proxied_home(home: Home, name: str, place: Place, url: str, *, is_new: bool) -> Iterator[None]:
-    """Store the proxy's address in the home.
-
-    A new place is removed again unless a grid has stored it meanwhile.
-    """
+    """Store the proxy's address in the home. A new place is removed again unless a grid has stored it meanwhile."""
     written = home.backend_folder(name) / "endpoint.json"
     ours: tuple[int, int] | None = None
     try:
@@ -282,9 +276,7 @@ def _version(file: Path) -> tuple[int, int]:
 
 
 def is_port_of(leaders: Collection[int], port: int) -> bool:
-    """Return whether one of these processes, or a child of one, owns the connection at this local
-    port.
-    """
+    """Return whether one of these processes, or a child of one, owns the connection at this local port."""
     links = {f"socket:[{inode}]" for inode in _inodes(port)}
     if not links:
         return False
@@ -321,9 +313,7 @@ _WHAT = "The front before LocalStack"
 PYTHON = "/opt/batchlab/venv/bin/python"
 """Python in the images that compose/Dockerfile builds."""
 _ASIDE, _BESIDE = 9, 8
-"""Last byte of LocalStack's address while the proxy has its own, and of the proxy's address before
-that.
-"""
+"""Last byte of LocalStack's address while the proxy has its own, and of the proxy's address before that."""
 _STOP_S = 5
 _MARGIN_S = 60.0
 _MEMORY = "256m"
@@ -370,12 +360,11 @@ class LocalStackProxy:
             away_s = time.monotonic() - began_s
             held_s = await scene.hold(fault.for_s)
         if not counts.refused:
-            return FaultResult(impossible=NOTHING_HIT.format(one="request"))
+            raise NothingHit(NOTHING_HIT.format(one="request"))
         return FaultResult(
             (f"{self._host}:{self._port}",),
-            f"{counts.refused} of {counts.asked} requests to S3 were answered 503 SlowDown in "
-            f"{held_s:.1f} s; the address itself was nobody's for {away_s:.1f} s before and "
-            f"{backs_s[-1]:.1f} s after",
+            f"{counts.refused} of {counts.asked} requests to S3 were answered 503 SlowDown in {held_s:.1f} s; the "
+            f"address itself was nobody's for {away_s:.1f} s before and {backs_s[-1]:.1f} s after",
         )
 
     async def _do(self, call: Callable[[APIClient], T]) -> T:
@@ -470,17 +459,14 @@ def _answers(host: str, port: int) -> bool:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run the proxy with the arguments PORT TARGET-HOST:PORT RATE SECONDS until SIGTERM, then print
-    the counts.
+    """Run the proxy with the arguments PORT TARGET-HOST:PORT RATE SECONDS until SIGTERM, then print the counts.
 
-    After SECONDS it only forwards requests, because the process that should have stopped it has
-    died.
+    After SECONDS it only forwards requests, because the process that should have stopped it has died.
     """
     port, target, rate = int(arguments[0]), arguments[1], float(arguments[2])
     front = FaultProxy(f"http://{target}")
     front.rate = rate
-    # It listens on all addresses, because its own address changes. In a container, that is not
-    # wider.
+    # It listens on all addresses, because its own address changes. In a container, that is not wider.
     listener = socket.create_server(("0.0.0.0", port), backlog=256)  # noqa: S104
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     server = server_of(front)

@@ -1,9 +1,7 @@
-"""Running grid that faults are injected into, and the result of a fault.
+"""Running grid that faults are injected into, and the rollback of their changes.
 
-Rollback of a fault's changes. The undo of each change is registered before the change.
-
-All registered changes are undone on exit, the latest first. Neither a cancellation nor a failed
-undo prevents the other undos.
+The undo of each change is registered before the change. On exit, all changes are undone, the latest change first, even
+after a cancellation or a failed undo.
 """
 
 from __future__ import annotations
@@ -49,28 +47,28 @@ class RunEnded(BatchlabError):
         super().__init__(RUN_ENDED)
 
 
+class NothingHit(BatchlabError):
+    """The fault had no target or no effect. The message has the reason."""
+
+
 @dataclass(frozen=True, slots=True)
 class FaultResult:
-    """Targets and observed evidence of a fault.
+    """Targets and observed evidence of a fault."""
 
-    `impossible` has the reason why it could not be injected.
-    """
-
-    targets: tuple[str, ...] = ()
-    evidence: str = ""
-    impossible: str = ""
+    targets: tuple[str, ...]
+    evidence: str
 
 
 FaultAction = Callable[[Fault], Coroutine[Any, Any, FaultResult]]
-"""Coroutine that injects a fault, holds it for its time, and undoes it, also on a cancellation."""
+"""Coroutine that injects a fault, holds it for its time, and undoes it, also on a cancellation.
+
+It raises NothingHit if the fault has no target or no effect.
+"""
 
 
 @dataclass
 class TargetGrid:
-    """Running grid into which faults are injected.
-
-    `over` is set when all faults must be undone early.
-    """
+    """Running grid into which faults are injected. `over` is set when all faults must be undone early."""
 
     backend: Backend
     home: Home
@@ -90,25 +88,32 @@ class TargetGrid:
 
     async def grid(self) -> GridView:
         """Return the pools with their instances. Wait for a manager that does not answer."""
-        view = await wait_for(self._grid, "the manager's answer")
+
+        async def look() -> GridView | None:
+            with suppress(BackendError):  # the manager or a service behind it does not answer
+                return await asyncio.to_thread(self.client.grid)
+            return None
+
+        view = await wait_for(look, "the manager's answer")
         assert view is not None
         return view
 
-    async def _grid(self) -> GridView | None:
-        try:
-            return await asyncio.to_thread(self.client.grid)
-        except BackendError:  # the manager or a service behind it does not answer
-            return None
-
-    async def hit(self, fault: Fault, among: Collection[str] | None = None) -> list[str]:
+    async def targets(self, fault: Fault, among: Collection[str] | None = None) -> list[str]:
         """Return the fault's targets, optionally only those in `among`.
 
-        Raise RunEnded if nothing more may be broken.
+        Raise NothingHit if there are none, and RunEnded if nothing more may be broken.
         """
         grid = await self.grid()
         if self.over.is_set():
             raise RunEnded
-        return select_targets(grid, fault, among)
+        targets = select_targets(grid, fault, among)
+        if not targets:
+            raise NothingHit(NO_INSTANCE)
+        return targets
+
+    async def pool_names(self, pool: str) -> list[str]:
+        """Return the pool's name, or the names of all pools for an empty name."""
+        return [view["name"] for view in (await self.grid())["pools"] if pool in ("", view["name"])]
 
     async def leader(self, *, after: str, within_s: float = 5 * EFFECT_TIMEOUT_S) -> str:
         """Wait for another leader than `after` and return its name."""
@@ -125,25 +130,25 @@ class TargetGrid:
 
 def select_targets(grid: GridView, fault: Fault, among: Collection[str] | None = None) -> list[str]:
     """Return the fault's count or share of the instances in service, the oldest first."""
-    there: list[InstanceView] = [
-        one
+    instances: list[InstanceView] = [
+        instance
         for pool in grid["pools"]
         if fault.pool in ("", pool["name"])
-        for one in pool["instances"]
-        if one["state"] == LifecycleState.IN_SERVICE and (among is None or one["id"] in among)
+        for instance in pool["instances"]
+        if instance["state"] == LifecycleState.IN_SERVICE and (among is None or instance["id"] in among)
     ]
-    there.sort(key=lambda one: (one["launched_s"], one["id"]))
-    return [one["id"] for one in there[: fault.among(len(there))]]
+    instances.sort(key=lambda instance: (instance["launched_s"], instance["id"]))
+    return [instance["id"] for instance in instances[: fault.among(len(instances))]]
 
 
 async def wait_for(look: Callable[[], Awaitable[T]], what: str, *, within_s: float = EFFECT_TIMEOUT_S) -> T:
     """Poll `look` until its result is true. Raise EffectNotSeen after `within_s`."""
-    give_up_s = time.monotonic() + within_s
-    while not (found := await look()):
-        if time.monotonic() > give_up_s:
-            raise EffectNotSeen(f"{what[0].upper()}{what[1:]} was not seen within {within_s:g} s.")
+    deadline_s = time.monotonic() + within_s
+    while not (result := await look()):
+        if time.monotonic() > deadline_s:
+            raise EffectNotSeen(f"{capital(what)} was not seen within {within_s:g} s.")
         await asyncio.sleep(POLL_S)
-    return found
+    return result
 
 
 log = logging.getLogger(__name__)
@@ -151,8 +156,7 @@ log = logging.getLogger(__name__)
 Undo = Callable[[], Awaitable[object]]
 """Function that undoes one change.
 
-It also runs after a failed change and again after its own failure, so it must accept an intact
-part.
+It also runs after a failed change and again after its own failure, so it must accept an intact part.
 """
 
 UNDO_TRIES = 3
@@ -169,9 +173,8 @@ class RollbackFailed(BackendError):
 class Rollback:
     """Async context manager that undoes all changes on exit, the latest change first.
 
-    `over` is set when nothing more may be broken. The exit raises RollbackFailed for the changes
-    that it could not undo, with the message of the original error. On a cancellation, it logs
-    them instead.
+    `over` is set when nothing more may be broken. The exit raises RollbackFailed for the changes that it could not
+    undo, with the message of the original error. On a cancellation, it logs them instead.
     """
 
     def __init__(self, over: asyncio.Event) -> None:
@@ -190,8 +193,7 @@ class Rollback:
     async def breaking(self, what: str, undo: Undo, call: Callable[[], Awaitable[T]]) -> T:
         """Register the undo and then call `call`.
 
-        On a cancellation, wait for the end of the call, because a change can be undone only after
-        it was made.
+        On a cancellation, wait for the end of the call, because a change can be undone only after it was made.
         """
         self.owe(what, undo)
         return await complete(call())
@@ -202,20 +204,20 @@ class Rollback:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
-        stands: list[tuple[str, BaseException]] = []
+        failures: list[tuple[str, BaseException]] = []
         cancelled: asyncio.CancelledError | None = None
         while self._owed:
             what, undo, tries = self._owed.pop()
-            why, stopped = await _run_undo(undo, tries)
+            failure, stopped = await _run_undo(undo, tries)
             cancelled = stopped or cancelled
-            if why is not None:
-                stands.append((what, why))
-        told = " ".join(f"{capital(what)} could not be undone: {why}" for what, why in stands)
-        ends = cancelled is not None or not isinstance(error, Exception | None)
-        if stands and ends:
-            log.error("%s", told)
-        elif stands:
-            raise RollbackFailed(f"{error} {told}" if error else told) from (error or stands[0][1])
+            if failure is not None:
+                failures.append((what, failure))
+        message = " ".join(f"{capital(what)} could not be undone: {failure}" for what, failure in failures)
+        is_exit = cancelled is not None or not isinstance(error, Exception | None)
+        if failures and is_exit:
+            log.error("%s", message)
+        elif failures:
+            raise RollbackFailed(f"{error} {message}" if error else message) from (error or failures[0][1])
         if cancelled is not None and isinstance(error, Exception | None):
             raise cancelled from error
 
@@ -223,20 +225,20 @@ class Rollback:
 async def _run_undo(undo: Undo, tries: int) -> tuple[BaseException | None, asyncio.CancelledError | None]:
     """Run an undo. Return its error and a cancellation that arrived meanwhile."""
 
-    async def mend() -> None:
+    async def run() -> None:
         await undo()
 
     cancelled = None
     failures: list[BaseException] = []
     for _ in range(tries + MAX_UNDO_RESTARTS):
-        task = asyncio.ensure_future(mend())
+        task = asyncio.ensure_future(run())
         cancelled = await _wait_uncancelled(task) or cancelled
         if task.cancelled():  # a closing loop cancels all tasks: try again
             continue
-        why = task.exception()
-        if why is None:
+        failure = task.exception()
+        if failure is None:
             return None, cancelled
-        failures.append(why)
+        failures.append(failure)
         if len(failures) == tries:
             break
         cancelled = await _wait_uncancelled(asyncio.ensure_future(asyncio.sleep(PAUSE_S))) or cancelled

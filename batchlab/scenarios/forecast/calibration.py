@@ -1,7 +1,6 @@
 """Calibration of forecasts by measured runs: boot times, overheads, and task times.
 
-The values are medians, so single outliers have no effect. Each value has quartiles and a number of
-observations. A value with fewer than MIN_OBSERVATIONS observations is left out.
+The values are medians, so single outliers have no effect. A value needs at least MIN_OBSERVATIONS observations.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from batchlab.core.capabilities import backend_names
 from batchlab.core.errors import UsageError
 from batchlab.runtime import factory
 from batchlab.runtime.descriptor import Calibration
-from batchlab.scenarios.record import JobRun, Record
+from batchlab.scenarios.record import JobRun, Record, StageRun, read_file, write_file
 
 MIN_OBSERVATIONS = 3
 """Fewer observations are not enough for a value."""
@@ -35,8 +34,7 @@ _ADAPTER: TypeAdapter[Calibration] = TypeAdapter(Calibration)
 class CalibratedValue:
     """Median and quartiles of one quantity, in seconds, except for the factor `stretch`.
 
-    `what` names the observations. `value` is None if there were too few; `why` says what would
-    help.
+    `what` names the observations. `value` is None if there were too few; `why` says what would help.
     """
 
     name: str
@@ -50,16 +48,7 @@ class CalibratedValue:
     why: str = ""
 
     def to_json(self) -> dict[str, object]:
-        return {
-            "name": self.name,
-            "of": self.of,
-            "value": self.value,
-            "low": self.low,
-            "high": self.high,
-            "observations": self.observations,
-            "what": self.what,
-            "why": self.why,
-        }
+        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,44 +73,36 @@ def calibrate(records: Sequence[Record]) -> CalibrationResult:
         )
     factors = sorted({record.compressed for record in records})
     if len(factors) != 1:
-        told = ", ".join(f"{factor:g}" for factor in factors)
         raise UsageError(
-            f"The records' times were divided by different numbers: {told}.",
+            f"The records' times were divided by different numbers: {', '.join(f'{factor:g}' for factor in factors)}.",
             remedy="Calibrate each compression by itself: a boot of one is not a boot of another.",
         )
-    calibrated_values = [
+    submits = [(wait_s, 1.0) for record in records for wait_s in _submit_delays(record)]
+    ends = [
+        (max(0.0, job.ended_s - job.done_s), 1.0)
+        for record in records
+        for job in record.jobs
+        if job.ended_s is not None and job.done_s is not None
+    ]
+    quantities = (
         *_boots(records),
         _median(
-            "bundle",
-            "",
-            _bundle_overheads(records),
-            "bundles",
-            "in which every task succeeded, in records that say what each took",
+            "bundle", "", _bundle_overheads(records), "bundles", "without a failed task, in records with task times"
         ),
         _median(
-            "submit",
-            "",
-            ((wait_s, 1) for record in records for wait_s in _submit_delays(record)),
-            "jobs",
-            "that came when nothing else was to be done and an instance was in service",
+            "submit", "", submits, "jobs", "that arrived while no other job was active and an instance was in service"
         ),
-        _median(
-            "end",
-            "",
-            ((end_s, 1) for record in records for end_s in _end_delays(record)),
-            "jobs",
-            "that ended, and of which it is known when their last task did",
-        ),
+        _median("end", "", ends, "jobs", "that ended and whose last task's end is known"),
         *_stretches(records),
-    ]
-    if all(calibrated_value.value is None for calibrated_value in calibrated_values):
+    )
+    if all(quantity.value is None for quantity in quantities):
+        subject = "The record has" if len(records) == 1 else f"The {len(records)} records have"
         raise UsageError(
-            f"{_subject(records)} too little to calibrate anything by: "
-            f"{'; '.join(dict.fromkeys(calibrated_value.why for calibrated_value in calibrated_values))}.",
+            f"{subject} too little to calibrate anything by: "
+            f"{'; '.join(dict.fromkeys(quantity.why for quantity in quantities))}.",
             remedy="Record a longer run, or several.",
         )
-    calibration = replace(_calibration(names[0], calibrated_values, len(records)), compressed=factors[0])
-    return CalibrationResult(calibration, tuple(calibrated_values), _notes(records))
+    return CalibrationResult(_calibration(names[0], quantities, len(records), factors[0]), quantities, _notes(records))
 
 
 def check_fit(calibration: Calibration, backend: str, compressed: float) -> str:
@@ -131,47 +112,38 @@ def check_fit(calibration: Calibration, backend: str, compressed: float) -> str:
     """
     if calibration.backend != backend:
         raise UsageError(
-            f"The calibration was measured on {calibration.backend}, and the forecast is to be as on {backend}.",
-            remedy=f"Give --like {calibration.backend}, or records of {backend} to calibrate by.",
+            f"The calibration was measured on {calibration.backend}, and the forecast is for {backend}.",
+            remedy=f"Give --like {calibration.backend}, or calibrate with records of {backend}.",
         )
     if calibration.compressed == compressed:
         return ""
     return (
-        f"the calibration is of runs that were compressed by {calibration.compressed:g}, the "
-        f"forecast by {compressed:g}: overheads are the same seconds, but boots are not, and of a "
-        "shorter task they are a larger share"
+        f"the calibration is of runs that were compressed by {calibration.compressed:g}, and the forecast by "
+        f"{compressed:g}: overheads take the same seconds, but boot times differ, and an overhead is a larger share of "
+        "a shorter task"
     )
 
 
-def _subject(records: Sequence[Record]) -> str:
-    return "The record has" if len(records) == 1 else f"The {len(records)} records have"
+def _calibration(backend: str, quantities: Iterable[CalibratedValue], runs: int, compressed: float) -> Calibration:
+    values = {(quantity.name, quantity.of): quantity.value for quantity in quantities if quantity.value is not None}
 
+    def by_name(name: str) -> dict[str, float]:
+        return {of: value for (kind, of), value in values.items() if kind == name}
 
-def _calibration(backend: str, found: Iterable[CalibratedValue], runs: int) -> Calibration:
-    known = {
-        (calibrated_value.name, calibrated_value.of): calibrated_value.value
-        for calibrated_value in found
-        if calibrated_value.value is not None
-    }
-
-    def by(name: str) -> dict[str, float]:
-        return {of: value for (kind, of), value in known.items() if kind == name}
-
-    usual = Calibration(backend)
-    if backend in backend_names():
-        usual = factory.load(backend).usual
-    # A measured bundle time includes its time on a core. The simulator adds this again for shared
-    # cores, so it is subtracted.
-    bundle_s = known.get(("bundle", ""))
+    usual = factory.load(backend).usual if backend in backend_names() else Calibration(backend)
+    # A measured bundle time includes its time on a core. The simulator adds this again for shared cores, so it is
+    # subtracted.
+    bundle_s = values.get(("bundle", ""))
     shared_s = usual.bundle_cpu_s if usual.cores else 0.0
     return replace(
         usual,
-        boot_s=by("boot"),
+        boot_s=by_name("boot"),
         bundle_s=usual.bundle_s if bundle_s is None else max(0.0, bundle_s - shared_s),
-        submit_s=known.get(("submit", ""), 0.0),
-        end_s=known.get(("end", ""), 0.0),
-        stretch=by("stretch"),
+        submit_s=values.get(("submit", ""), 0.0),
+        end_s=values.get(("end", ""), 0.0),
+        stretch=by_name("stretch"),
         runs=runs,
+        compressed=compressed,
     )
 
 
@@ -180,9 +152,9 @@ def _notes(records: Sequence[Record]) -> tuple[str, ...]:
     if records[0].compressed != 1:
         notes.append(f"it holds for runs that are compressed by {records[0].compressed:g}")
     if any(record.simulated for record in records):
-        notes.append("a simulated run is among them, which was not measured on anything")
+        notes.append("one of the runs was simulated, so its values were not measured")
     if any(record.cut for record in records):
-        notes.append("a run among them was cut; what it showed until then counts")
+        notes.append("one of the runs was cut, and its measurements until then are used")
     return tuple(notes)
 
 
@@ -211,16 +183,14 @@ def _bundle_overheads(records: Sequence[Record]) -> Iterator[tuple[float, float]
 
 
 def _submit_delays(record: Record) -> Iterator[float]:
-    """Yield the delays from submission to the first task of jobs that waited neither for other jobs
-    nor for a boot.
-    """
+    """Yield the delays from submission to the first task of jobs that waited neither for other jobs nor for a boot."""
     for job in record.jobs:
+        at_s = job.submitted_s
         if job.started_s is None or not _runs_alone(job, record.jobs):
             continue
-        at_s = job.submitted_s
         if any(
-            instance.ready_s is not None and instance.ready_s <= at_s and (instance.ended_s or at_s + 1) > at_s
-            for instance in record.instances
+            life.ready_s is not None and life.ready_s <= at_s and (life.ended_s or at_s + 1) > at_s
+            for life in record.instances
         ):
             yield max(0.0, job.started_s - at_s)
 
@@ -234,42 +204,32 @@ def _runs_alone(job: JobRun, jobs: Iterable[JobRun]) -> bool:
     )
 
 
-def _end_delays(record: Record) -> Iterator[float]:
-    for job in record.jobs:
-        if job.ended_s is not None and job.done_s is not None:
-            yield max(0.0, job.ended_s - job.done_s)
-
-
 def _stretches(records: Sequence[Record]) -> Iterator[CalibratedValue]:
-    stages = [stage for record in records for stage in record.stages]
-    for of in sorted({f"{stage.template}/{stage.stage}" for stage in stages}):
-        ratios = (
-            (ratio, stage.tasks / len(stage.stretch))
-            for stage in stages
-            if f"{stage.template}/{stage.stage}" == of
-            for ratio in stage.stretch
-        )
-        which = f"of {of} with a declared time, in records that say what each took"
-        yield _median("stretch", of, ratios, "tasks", which)
+    stages: dict[str, list[StageRun]] = {}
+    for stage in (stage for record in records for stage in record.stages):
+        stages.setdefault(f"{stage.template}/{stage.stage}", []).append(stage)
+    for of, runs in sorted(stages.items()):
+        ratios = [(ratio, run.tasks / len(run.stretch)) for run in runs for ratio in run.stretch]
+        yield _median("stretch", of, ratios, "tasks", f"of {of} with a declared time, in records with task times")
 
 
 def _median(name: str, of: str, observed: Iterable[tuple[float, float]], what: str, which: str) -> CalibratedValue:
     """Return the weighted median and quartiles of (number, weight) pairs."""
     ordered = sorted((value, weight) for value, weight in observed if weight > 0)
-    count = round(sum(weight for _, weight in ordered))
-    if count < MIN_OBSERVATIONS:
-        why = f"{count} {what} {which}, of {MIN_OBSERVATIONS} that are needed"
-        return CalibratedValue(name, of, None, None, None, count, what, why)
+    number = round(sum(weight for _, weight in ordered))
+    if number < MIN_OBSERVATIONS:
+        why = f"{number} {what} {which}, of {MIN_OBSERVATIONS} that are needed"
+        return CalibratedValue(name, of, None, None, None, number, what, why)
 
     def at(share: float) -> float:
         passed = 0.0
         for value, weight in ordered:
             passed += weight
-            if passed >= share * count - 1e-6:
+            if passed >= share * number - 1e-6:
                 return value
         return ordered[-1][0]
 
-    return CalibratedValue(name, of, at(0.5), at(0.25), at(0.75), count, what)
+    return CalibratedValue(name, of, at(0.5), at(0.25), at(0.75), number, what)
 
 
 def to_json(calibration: Calibration) -> bytes:
@@ -278,42 +238,27 @@ def to_json(calibration: Calibration) -> bytes:
 
 def write(calibration: Calibration, path: Path) -> None:
     """Write the calibration. Raise UsageError if the file cannot be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(to_json(calibration))
-    except OSError as error:
-        raise UsageError(
-            f"The calibration {path} cannot be written: {error.strerror}.", remedy="Name another file."
-        ) from error
+    write_file(path, to_json(calibration), "calibration")
 
 
 def read(path: Path) -> Calibration:
     """Read a calibration. Raise UsageError for a missing file or impossible values."""
     remedy = "Name the file that `batchlab scenario calibrate RECORD --out FILE` has written."
+    data = read_file(path, "calibration", remedy)
     try:
-        data = path.read_bytes()
         calibration = _ADAPTER.validate_json(data)
-    except OSError as error:
-        raise UsageError(f"The calibration {path} cannot be read: {error.strerror}.", remedy=remedy) from error
     except ValidationError as error:
-        raise UsageError(
-            f"{path} is not a calibration ({text.count(error.error_count(), 'mistake')} in it).", remedy=remedy
-        ) from error
-    known = [field.name for field in fields(Calibration)]
+        mistakes = text.count(error.error_count(), "mistake")
+        raise UsageError(f"{path} is not a calibration ({mistakes} in it).", remedy=remedy) from error
+    names = [field.name for field in fields(Calibration)]
     for name in json.loads(data):
-        if name not in known:
-            near = get_close_matches(name, known, n=1)
+        if name not in names:
+            near = get_close_matches(name, names, n=1)
             hint = f"Did you mean {near[0]}? " if near else ""
-            raise UsageError(f"{path} has the unknown key {name!r}.", remedy=f"{hint}The keys are {', '.join(known)}.")
+            raise UsageError(f"{path} has the unknown key {name!r}.", remedy=f"{hint}The keys are {', '.join(names)}.")
     low, high = calibration.call_s
-    times = (
-        *calibration.call_s,
-        calibration.bundle_s,
-        calibration.submit_s,
-        calibration.end_s,
-        *calibration.boot_s.values(),
-    )
-    times += (calibration.manager_s, calibration.bundle_cpu_s, calibration.other_boot_s or 0.0)
+    times = [low, high, calibration.bundle_s, calibration.submit_s, calibration.end_s, *calibration.boot_s.values()]
+    times += [calibration.manager_s, calibration.bundle_cpu_s, calibration.other_boot_s or 0.0]
     factors = (calibration.compressed, *calibration.stretch.values())
     if not all(0 <= time < math.inf for time in times) or low > high:
         raise UsageError(f"{path} has a time that is negative or not a number.", remedy=remedy)

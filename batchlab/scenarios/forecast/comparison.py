@@ -1,18 +1,17 @@
 """Comparison of a forecast with a real run of the same scenario.
 
-The comparison depends only on the two records. An error is forecast minus fact. A value that one
-record lacks is reported as missing, not as an error of 0.
+An error is forecast minus fact. A value that one record lacks is reported as missing, not as an error of 0.
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 
 from batchlab.core.errors import UsageError
-from batchlab.scenarios.record import Record
+from batchlab.scenarios.record import Record, Sample
 from batchlab.scenarios.verdicts import MEASURES, Unit, Unknown, end_s, fleet_sizes, uncertainty
 
 RUN_MEASURES = (
@@ -42,8 +41,8 @@ StepCurve = Sequence[tuple[float, float]]
 class Difference:
     """One measure of both records.
 
-    None means that a record lacks it or that something never ended. `absolute` is in `unit`, and
-    `relative` is a share of the fact.
+    None means that a record lacks it or that something never ended. `absolute` is in `unit`, and `relative` is a share
+    of the fact.
     """
 
     measure: str
@@ -54,9 +53,7 @@ class Difference:
 
     @property
     def absolute(self) -> float | None:
-        if self.forecast is None or self.fact is None:
-            return None
-        return self.forecast - self.fact
+        return None if self.forecast is None or self.fact is None else self.forecast - self.fact
 
     @property
     def relative(self) -> float | None:
@@ -67,15 +64,7 @@ class Difference:
         return absolute / self.fact if self.fact else 0.0
 
     def to_json(self) -> dict[str, object]:
-        return {
-            "measure": self.measure,
-            "template": self.template,
-            "unit": self.unit.value,
-            "forecast": self.forecast,
-            "fact": self.fact,
-            "absolute": self.absolute,
-            "relative": self.relative,
-        }
+        return {**asdict(self), "absolute": self.absolute, "relative": self.relative}
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,10 +113,9 @@ class Comparison:
 
     def of(self, measure: str, template: str = "") -> Difference:
         """Return the difference of a measure. Raise KeyError if it was not compared."""
-        for difference in self.differences:
-            if (difference.measure, difference.template) == (measure, template):
-                return difference
-        raise KeyError(measure)
+        return {(difference.measure, difference.template): difference for difference in self.differences}[
+            measure, template
+        ]
 
     def to_json(self) -> dict[str, object]:
         return {
@@ -150,25 +138,21 @@ def compare(forecast: Record, fact: Record) -> Comparison:
         )
     if forecast.compressed != fact.compressed:
         raise UsageError(
-            f"The forecast's times were divided by {forecast.compressed:g}, those of the fact by "
-            f"{fact.compressed:g}, so their seconds are not the same ones.",
+            f"The forecast's times were divided by {forecast.compressed:g}, and the fact's times by "
+            f"{fact.compressed:g}, so their seconds are not comparable.",
             remedy=f"Forecast it with `batchlab scenario simulate --compress {fact.compressed:g}`.",
         )
     templates = sorted({job.template for job in (*forecast.jobs, *fact.jobs)})
-    asked = [(name, "") for name in RUN_MEASURES]
+    measures = [(name, "") for name in RUN_MEASURES]
     if len(templates) > 1:
-        asked += [(name, template) for template in templates for name in TEMPLATE_MEASURES]
+        measures += [(name, template) for template in templates for name in TEMPLATE_MEASURES]
     return Comparison(
         fact.scenario,
         _backend_label(forecast),
         _backend_label(fact),
         fact.compressed,
-        tuple(_difference(name, template, forecast, fact) for name, template in asked),
-        (
-            _curve_pair("messages waiting", forecast, fact, _queue),
-            _curve_pair("tasks to do", forecast, fact, _backlog),
-            _curve_pair("instances in service", forecast, fact, _fleet),
-        ),
+        tuple(_difference(name, template, forecast, fact) for name, template in measures),
+        tuple(_curve_pair(what, forecast, fact, curve) for what, curve in _CURVES.items()),
         tuple(_notes(forecast, fact)),
     )
 
@@ -179,30 +163,24 @@ def _backend_label(record: Record) -> str:
 
 def _difference(name: str, template: str, forecast: Record, fact: Record) -> Difference:
     measure = MEASURES[name]
-
-    def of(record: Record) -> float | None:
-        found = measure.of(record, template)
-        return None if isinstance(found, Unknown) or math.isinf(found) else found
-
-    return Difference(name, template, measure.unit, of(forecast), of(fact))
+    values = (measure.of(record, template) for record in (forecast, fact))
+    first, second = (None if isinstance(value, Unknown) or math.isinf(value) else value for value in values)
+    return Difference(name, template, measure.unit, first, second)
 
 
-def _queue(record: Record) -> StepCurve:
-    return [(sample.at_s, float(sample.waiting)) for sample in record.samples]
+def _backlog(sample: Sample) -> float:
+    return float(sum(pool.backlog_tasks for pool in sample.pools.values()))
 
 
-def _backlog(record: Record) -> StepCurve:
-    return [
-        (sample.at_s, float(sum(pool.backlog_tasks for pool in sample.pools.values()))) for sample in record.samples
-    ]
+_CURVES: Mapping[str, Callable[[Record], StepCurve]] = {
+    "messages waiting": lambda record: [(sample.at_s, float(sample.waiting)) for sample in record.samples],
+    "tasks to do": lambda record: [(sample.at_s, _backlog(sample)) for sample in record.samples],
+    "instances in service": lambda record: [(at_s, float(count)) for at_s, count in fleet_sizes(record)],
+}
 
 
-def _fleet(record: Record) -> StepCurve:
-    return [(at_s, float(count)) for at_s, count in fleet_sizes(record)]
-
-
-def _curve_pair(what: str, forecast: Record, fact: Record, of: Callable[[Record], StepCurve]) -> CurvePair:
-    first, second = of(forecast), of(fact)
+def _curve_pair(what: str, forecast: Record, fact: Record, curve: Callable[[Record], StepCurve]) -> CurvePair:
+    first, second = curve(forecast), curve(fact)
     until_s = max(end_s(forecast), end_s(fact))
     pairs = list(zip(sample_curve(first, until_s), sample_curve(second, until_s), strict=True))
     error = sum(abs(a - b) for a, b in pairs) / len(pairs)
@@ -210,25 +188,19 @@ def _curve_pair(what: str, forecast: Record, fact: Record, of: Callable[[Record]
 
 
 def sample_curve(curve: StepCurve, until_s: float, points: int = CURVE_POINTS) -> list[float]:
-    """Sample the curve in the middle of equal intervals.
-
-    It is 0 before its first time and constant after the last.
-    """
+    """Sample the curve in the middle of equal intervals. It is 0 before its first time and constant after the last."""
     moments = [at_s for at_s, _ in curve]
-    found = []
-    for i in range(points):
-        index = bisect_right(moments, (i + 0.5) * until_s / points) - 1
-        found.append(curve[index][1] if index >= 0 else 0.0)
-    return found
+    indexes = (bisect_right(moments, (i + 0.5) * until_s / points) - 1 for i in range(points))
+    return [curve[index][1] if index >= 0 else 0.0 for index in indexes]
 
 
 def _notes(forecast: Record, fact: Record) -> Iterator[str]:
     if forecast.digest != fact.digest:
         yield "the scenario's file was changed between the two runs"
     if forecast.seed != fact.seed:
-        yield f"the seeds differ ({forecast.seed} and {fact.seed}), so arrivals and task times do"
+        yield f"the seeds differ ({forecast.seed} and {fact.seed}), so the arrivals and the task times differ"
     if not forecast.simulated:
-        yield "the forecast was not simulated: it is a run itself"
+        yield "the forecast is a real run, not a simulated one"
     for name, record in (("forecast", forecast), ("fact", fact)):
         if record.cut:
             yield f"the {name} was cut before it had ended: {record.cut}"
@@ -237,14 +209,9 @@ def _notes(forecast: Record, fact: Record) -> Iterator[str]:
     if dict(forecast.pools) != dict(fact.pools):
         yield "their pools differ in size or slots"
     names = sorted(set(forecast.settings) & set(fact.settings))
-    if odd := [name for name in names if forecast.settings[name] != fact.settings[name]]:
-        yield f"their settings differ: {', '.join(odd)}"
-    told = (
-        f"fault {fault.name}: {why}"
-        for record in (forecast, fact)
-        for fault in record.faults
-        if (why := uncertainty(fault))
-    )
-    yield from dict.fromkeys(told)
+    if different := [name for name in names if forecast.settings[name] != fact.settings[name]]:
+        yield f"their settings differ: {', '.join(different)}"
+    faults = [*forecast.faults, *fact.faults]
+    yield from dict.fromkeys(f"fault {fault.name}: {why}" for fault in faults if (why := uncertainty(fault)))
     if fact.compressed != 1:
-        yield "both are compressed: their money is that of a shorter run, not of one on AWS"
+        yield "both runs are compressed, so their costs are lower than the costs of a run on AWS"

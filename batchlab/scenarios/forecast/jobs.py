@@ -1,9 +1,7 @@
-"""Jobs of a scenario in the simulator: definitions, items, shared cores and disks, and the task
-runner.
+"""Jobs of a scenario in the simulator: definitions, items, shared cores and disks, and the task runner.
 
-An item is its task's number. A task's behavior depends only on the scenario's seed and its job,
-stage, number, and attempt, so a forecast needs neither data nor code. The cost of a bundle on
-shared cores depends only on the bundles before it.
+An item is the number of its task. A task's behavior depends only on the scenario's seed and on the task's job, stage,
+number, and attempt, so a forecast needs neither data nor code.
 """
 
 from __future__ import annotations
@@ -31,10 +29,25 @@ _ITEMS_PER_PART = 4096
 def job_def(job: Job, submitted_s: float) -> JobDef:
     """Return the job's definition. `submitted_s` is in epoch seconds."""
     template = job.template
+    stages = (
+        StageDef(
+            StageName(stage.name),
+            tuple(map(StageName, stage.after)),
+            # A result has one field for each stage that gathers by key, with the stage's name.
+            gather=stage.name if stage.gather == "key" else stage.gather,
+            handler=HANDLER,
+            retry=stage.retry,
+            slots=stage.slots,
+            memory_bytes=stage.memory_bytes,
+            bundle=stage.bundle,
+            pool=stage.pool,
+        )
+        for stage in template.stages
+    )
     return JobDef(
         JobId(job.id),
         template.name,
-        tuple(map(_stage_def, template.stages)),
+        tuple(stages),
         submitted_s,
         items=job.tasks,
         max_failures=template.max_failures,
@@ -44,28 +57,10 @@ def job_def(job: Job, submitted_s: float) -> JobDef:
     )
 
 
-def _stage_def(stage: StageTemplate) -> StageDef:
-    return StageDef(
-        StageName(stage.name),
-        tuple(map(StageName, stage.after)),
-        # A result has one field for each stage that gathers by key, with the stage's name.
-        gather=stage.name if stage.gather == "key" else stage.gather,
-        handler=HANDLER,
-        retry=stage.retry,
-        slots=stage.slots,
-        memory_bytes=stage.memory_bytes,
-        bundle=stage.bundle,
-        pool=stage.pool,
-    )
-
-
 def task_result(stages: tuple[StageTemplate, ...], stage: str, task: int) -> Json:
     """Return a task's result: its group, for each stage that gathers it by key."""
-    return {
-        stage_template.name: f"{task % stage_template.groups:06d}"
-        for stage_template in stages
-        if stage_template.gather == "key" and stage in stage_template.after
-    } or None
+    gathers = (after for after in stages if after.gather == "key" and stage in after.after)
+    return {after.name: f"{task % after.groups:06d}" for after in gathers} or None
 
 
 async def store_items(job: JobDef, objects: Objects, patience: Patience) -> list[Json] | None:
@@ -83,11 +78,11 @@ async def store_items(job: JobDef, objects: Objects, patience: Patience) -> list
 
 @dataclass(slots=True)
 class SharedCores:
-    """`count` shared cores (0: unlimited). Each bundle takes `bundle_s` of a core to be sent,
-    received, run, committed, and counted. Bundles are served in order.
+    """`count` shared cores (0: unlimited). A bundle takes `bundle_s` of a core, and bundles take cores in order.
 
-    A CPU-bound task holds a core whenever it can. The kernel shares cores fairly among processes,
-    so such tasks slow down the manager and the workers, and bundles take longer.
+    The time of a bundle includes its send, receive, run, commit, and count. A CPU-bound task holds a core whenever it
+    can. The kernel shares cores fairly among processes, so such tasks slow down the manager and the workers, and
+    bundles take longer.
     """
 
     count: int
@@ -101,8 +96,7 @@ class SharedCores:
         """Start a bundle in this worker. Return the seconds until its share of the core is done."""
         if not (self.count and self.bundle_s):
             return 0.0
-        if not self._free_s:
-            self._free_s = [now_s] * self.count
+        self._free_s = self._free_s or [now_s] * self.count
         shared = 1.0 + self._computing / (1 + len(self._at_work))
         self._at_work[worker] += 1
         self._computing += computes
@@ -111,7 +105,6 @@ class SharedCores:
         return self._free_s[core] - now_s
 
     def end(self, worker: str, *, computes: bool) -> None:
-        """End a bundle."""
         if not (self.count and self.bundle_s):
             return
         self._computing -= computes
@@ -140,8 +133,8 @@ ALL_WORKERS = ""
 class SimulatedDisks:
     """Disks of the instances.
 
-    On a slow disk, I/O takes SLOW_DISK_FACTOR times as long, and a bundle starts `start_s` later
-    because its scratch folder and its log are files. `slow` counts the slow-disk faults per worker.
+    On a slow disk, I/O takes SLOW_DISK_FACTOR times as long, and a bundle starts `start_s` later because its scratch
+    folder and its log are files. `slow` counts the slow-disk faults per worker.
     """
 
     start_s: float = 0.0
@@ -179,10 +172,6 @@ class SimulatedStage:
     template: StageTemplate
     stretch: float
 
-    @property
-    def returns_nothing(self) -> bool:
-        return task_result(self.job.template.stages, self.template.name, 0) is None
-
 
 @dataclass(slots=True)
 class SimulatedWork:
@@ -206,25 +195,23 @@ class SimulatedWork:
     def __post_init__(self) -> None:
         self.cores = SharedCores(self.calibration.cores, self.calibration.bundle_cpu_s)
 
-    def stage(self, job: JobId, name: str) -> SimulatedStage:
-        simulated_stage = self._stages.get((job, name))
-        if simulated_stage is None:
-            scenario_job = self.jobs[job]
-            (template,) = (
-                stage_template for stage_template in scenario_job.template.stages if stage_template.name == name
-            )
-            stretch = self.calibration.stretch.get(f"{scenario_job.template.name}/{name}", 1.0)
-            simulated_stage = self._stages[job, name] = SimulatedStage(scenario_job, template, stretch)
-        return simulated_stage
+    def stage(self, job_id: JobId, name: str) -> SimulatedStage:
+        stage = self._stages.get((job_id, name))
+        if stage is None:
+            job = self.jobs[job_id]
+            (template,) = (template for template in job.template.stages if template.name == name)
+            stretch = self.calibration.stretch.get(f"{job.template.name}/{name}", 1.0)
+            stage = self._stages[job_id, name] = SimulatedStage(job, template, stretch)
+        return stage
 
     def take_s(self, work: Work) -> Sequence[float]:
         """Return the seconds of each task of a bundle."""
         stage = self.stage(work.job.id, work.stage.name)
-        found = expansion.task_times_s(self.seed, stage.job, stage.template, work.bundle.tasks)
+        times_s = expansion.task_times_s(self.seed, stage.job, stage.template, work.bundle.tasks)
         factor = stage.stretch
-        if self.disks.slow and stage.template.kind is WorkKind.IO and (whole_s := sum(found)):
-            factor *= self.disks.io_s(_worker(work), whole_s, len(found)) / whole_s
-        return found if factor == 1 else [one * factor for one in found]
+        if self.disks.slow and stage.template.kind is WorkKind.IO and (total_s := sum(times_s)):
+            factor *= self.disks.io_s(_worker(work), total_s, len(times_s)) / total_s
+        return times_s if factor == 1 else [time_s * factor for time_s in times_s]
 
     def start_s(self, work: Work) -> float:
         """Return the seconds before a bundle's first task."""
@@ -234,85 +221,82 @@ class SimulatedWork:
 class DeclaredRunner:
     """Runner of declared tasks on one instance. A task that kills its worker calls `die`."""
 
-    def __init__(self, plays: SimulatedWork, clock: Clock, die: Callable[[], None]) -> None:
-        self._plays = plays
+    def __init__(self, work: SimulatedWork, clock: Clock, die: Callable[[], None]) -> None:
+        self._work = work
         self._clock = clock
         self._die = die
-        self._patient = TimedRunner(plays.take_s, clock, together_s=plays.together_s)
-        together_s = min(BUDGETED_BATCH_S, plays.together_s)
-        self._hasty = TimedRunner(plays.take_s, clock, together_s=together_s, look_s=plays.together_s)
+        self._unlimited = TimedRunner(work.take_s, clock, together_s=work.together_s)
+        batch_s = min(BUDGETED_BATCH_S, work.together_s)
+        self._budgeted = TimedRunner(work.take_s, clock, together_s=batch_s, look_s=work.together_s)
 
     async def run(self, work: Work, handle: Handle) -> AsyncIterator[Ran]:
-        plays, begun_s = self._plays, self._clock.monotonic_s()
-        plays.begun += 1
-        worker = plays.running[work.execution] = _worker(work)
-        stage = plays.stage(work.job.id, work.stage.name)
-        computes = stage.template.kind is WorkKind.CPU
+        simulated, begun_s = self._work, self._clock.monotonic_s()
+        simulated.begun += 1
+        worker = simulated.running[work.execution] = _worker(work)
+        stage = simulated.stage(work.job.id, work.stage.name)
+        template = stage.template
+        computes = template.kind is WorkKind.CPU
         # As on a real grid, a task starts with its bundle.
-        plays.first_s.setdefault(work.job.id, begun_s)
+        simulated.first_s.setdefault(work.job.id, begun_s)
         try:
-            shared_s = plays.cores.begin(begun_s, worker, computes=computes)
-            if start_s := shared_s + plays.start_s(work):
+            start_s = simulated.cores.begin(begun_s, worker, computes=computes) + simulated.start_s(work)
+            if start_s:
                 await asyncio.sleep(start_s)
-            inner = self._patient if work.budget_s is None else self._hasty
-            if stage.template.poison:
-                async for ran in self._with_poison(stage, work, handle, inner):
-                    yield ran
-            elif stage.template.fails or not stage.returns_nothing:
-                async for ran in self._ended(stage, work, inner.run(work, handle)):
-                    yield ran
+            runner = self._unlimited if work.budget_s is None else self._budgeted
+            if template.poison:
+                runs = self._run_with_poison(stage, work, handle, runner)
+            elif template.fails or task_result(stage.job.template.stages, template.name, 0) is not None:
+                runs = self._add_results(stage, work, runner.run(work, handle))
             else:
-                async for ran in inner.run(work, handle):
-                    yield ran
+                runs = runner.run(work, handle)
+            async for ran in runs:
+                yield ran
         finally:
-            del plays.running[work.execution]
-            plays.cores.end(worker, computes=computes)
+            del simulated.running[work.execution]
+            simulated.cores.end(worker, computes=computes)
             took_s = self._clock.monotonic_s() - begun_s
-            plays.spans[work.execution] = (work.stage.pool, took_s * work.stage.slots)
+            simulated.spans[work.execution] = (work.stage.pool, took_s * work.stage.slots)
 
     async def close(self) -> None:
         """Do nothing."""
 
-    async def _ended(self, stage: SimulatedStage, work: Work, runs: AsyncIterator[Ran]) -> AsyncIterator[Ran]:
+    async def _add_results(self, stage: SimulatedStage, work: Work, runs: AsyncIterator[Ran]) -> AsyncIterator[Ran]:
         """Add declared failures and results to the tasks that ran."""
         bundle = work.bundle
-        bad = expansion.failing_tasks(self._plays.seed, stage.job, stage.template, bundle.tasks, bundle.attempt)
+        failing = expansion.failing_tasks(self._work.seed, stage.job, stage.template, bundle.tasks, bundle.attempt)
         stages, name = stage.job.template.stages, stage.template.name
         async for ran in runs:
-            if ran.task in bad:
-                yield ran._replace(failure=_declared_failure(ran))
+            if ran.task in failing:
+                reason = "the scenario lets this attempt fail"
+                failure = Failure(ran.task, FailureKind.EXCEPTION, reason, error=DECLARED_FAILURE, run_s=ran.run_s)
+                yield ran._replace(failure=failure)
             else:
                 yield ran._replace(value=task_result(stages, name, ran.task))
 
-    async def _with_poison(
-        self, stage: SimulatedStage, work: Work, handle: Handle, inner: TimedRunner
+    async def _run_with_poison(
+        self, stage: SimulatedStage, work: Work, handle: Handle, runner: TimedRunner
     ) -> AsyncIterator[Ran]:
         """Run up to the first task that kills the worker, and half of that task."""
         tasks = list(work.bundle.tasks)
-        kills = (n for n, t in enumerate(tasks) if expansion.kills_worker(stage.job, stage.template, t))
-        doomed = next(kills, len(tasks))
+        deadly = (n for n, t in enumerate(tasks) if expansion.kills_worker(stage.job, stage.template, t))
+        place = next(deadly, len(tasks))
         ran_all = True
-        if doomed:
-            before = replace(work.bundle, tasks=TaskSet.from_indices(tasks[:doomed]))
-            count, part = 0, replace(work, bundle=before, items=work.items[:doomed])
-            async for ran in self._ended(stage, part, inner.run(part, handle)):
+        if place:
+            before = replace(work.bundle, tasks=TaskSet.from_indices(tasks[:place]))
+            count, part = 0, replace(work, bundle=before, items=work.items[:place])
+            async for ran in self._add_results(stage, part, runner.run(part, handle)):
                 count += 1
                 yield ran
-            ran_all = count == doomed
-        over = handle.stop or handle.kill or self._clock.monotonic_s() >= handle.until_s
-        if doomed == len(tasks) or not ran_all or over:
+            ran_all = count == place
+        is_over = handle.stop or handle.kill or self._clock.monotonic_s() >= handle.until_s
+        if place == len(tasks) or not ran_all or is_over:
             return
-        handle.running = tasks[doomed]
-        alone = replace(work.bundle, tasks=TaskSet.from_indices(tasks[doomed : doomed + 1]))
-        (takes_s,) = self._plays.take_s(replace(work, bundle=alone))
+        handle.running = tasks[place]
+        alone = replace(work.bundle, tasks=TaskSet.from_indices(tasks[place : place + 1]))
+        (takes_s,) = self._work.take_s(replace(work, bundle=alone))
         await asyncio.sleep(takes_s / 2)
         self._die()
 
 
 def _worker(work: Work) -> str:
     return work.execution.rpartition("-")[0]
-
-
-def _declared_failure(ran: Ran) -> Failure:
-    reason = "the scenario lets this attempt fail"
-    return Failure(ran.task, FailureKind.EXCEPTION, reason, error=DECLARED_FAILURE, run_s=ran.run_s)

@@ -1,7 +1,4 @@
-"""Machines of simulated instances: market, zone, and lifetime.
-
-The machine of a launch depends only on the instances that live at that time.
-"""
+"""Machines of simulated instances: market, zone, and lifetime."""
 
 from __future__ import annotations
 
@@ -39,8 +36,8 @@ class SimulatedInstance:
 class Machines:
     """Machines of all pools.
 
-    A launch gets a Spot Instance according to the pool's share, in the zone with the fewest
-    instances of the pool. `now_s` returns the run's time.
+    A launch gets a Spot Instance according to the pool's share, in the zone with the fewest instances of the pool.
+    `now_s` returns the run's time.
     """
 
     def __init__(self, plans: Sequence[PoolPlan], zones: Sequence[str], now_s: Callable[[], float]) -> None:
@@ -64,14 +61,13 @@ class Machines:
     def launched(self, pool: Pool, instance: str) -> None:
         """Record a launch and choose its machine."""
         alive = self._alive[pool.name]
-        machines = [self.lives[one].machine for one in alive]
-        spot = sum(one.market is Market.SPOT for one in machines)
+        machines = [self.lives[name].machine for name in alive]
+        spot = sum(machine.market is Market.SPOT for machine in machines)
         # Rounding favors On-Demand, as in a mixed group of EC2 Auto Scaling.
         is_spot = spot + 1 <= self._spot[pool.name] * (len(machines) + 1) + _EXACT
         open_zones = [zone for zone in self._zones if zone not in self.lost_zones]
-        zone = min(open_zones, key=lambda name: sum(one.zone == name for one in machines))
-        market = Market.SPOT if is_spot else Market.ON_DEMAND
-        machine = Machine(pool.instance_type, zone, market)
+        zone = min(open_zones, key=lambda name: sum(machine.zone == name for machine in machines))
+        machine = Machine(pool.instance_type, zone, Market.SPOT if is_spot else Market.ON_DEMAND)
         self.lives[instance] = SimulatedInstance(pool.name, machine, self._now_s())
         alive[instance] = None
 
@@ -83,13 +79,9 @@ class Machines:
 
     def alive(self, pool: str = "") -> Mapping[str, SimulatedInstance]:
         """Return the ready instances of one pool or of all pools."""
-        names = [pool] if pool else list(self._alive)
-        return {
-            one: self.lives[one]
-            for name in names
-            for one in self._alive.get(name, ())
-            if self.lives[one].ready_s is not None
-        }
+        pools = [pool] if pool else list(self._alive)
+        names = (name for pool_name in pools for name in self._alive.get(pool_name, ()))
+        return {name: self.lives[name] for name in names if self.lives[name].ready_s is not None}
 
     def living(self, pool: str) -> int:
         """Count the living instances of a pool."""
@@ -122,17 +114,13 @@ class Machines:
 
     def booting(self, zone: str) -> list[str]:
         """Return the instances of a zone that are not ready."""
-        return [
-            name
-            for names in self._alive.values()
-            for name in names
-            if self.lives[name].ready_s is None and self.lives[name].machine.zone == zone
-        ]
+        lives = ((name, self.lives[name]) for names in self._alive.values() for name in names)
+        return [name for name, life in lives if life.ready_s is None and life.machine.zone == zone]
 
     def oldest_first(self, names: Iterable[str]) -> list[str]:
         """Sort instances by launch."""
-        wanted = set(names)
-        return [live for live in self.lives if live in wanted]
+        chosen = set(names)
+        return [name for name in self.lives if name in chosen]
 
     def since(self, at_s: float) -> list[SimulatedInstance]:
         """Return the instances launched since then."""
@@ -140,24 +128,16 @@ class Machines:
 
     def runs(self) -> tuple[InstanceRun, ...]:
         """Return all instances for the record."""
-        return tuple(
-            InstanceRun(
-                name,
-                life.pool,
-                life.machine.type,
-                life.machine.market.value,
-                life.machine.zone,
-                life.launched_s,
-                life.ready_s,
-                life.ended_s,
-                life.note,
-            )
-            for name, life in self.lives.items()
-        )
+        runs = []
+        for name, life in self.lives.items():
+            kind, zone, market = life.machine.type, life.machine.zone, life.machine.market.value
+            times = life.launched_s, life.ready_s, life.ended_s
+            runs.append(InstanceRun(name, life.pool, kind, market, zone, *times, life.note))
+        return tuple(runs)
 
 
 def calibrated_pool(plan: PoolPlan, calibration: Calibration) -> Pool:
     """Return the plan's pool with the measured boot time, if there is one."""
-    pool, other_s = plan.pool, calibration.other_boot_s
-    said_s = pool.boot_s if other_s is None else other_s
-    return replace(pool, boot_s=calibration.boot_s.get(pool.name, said_s))
+    pool = plan.pool
+    boot_s = pool.boot_s if calibration.other_boot_s is None else calibration.other_boot_s
+    return replace(pool, boot_s=calibration.boot_s.get(pool.name, boot_s))

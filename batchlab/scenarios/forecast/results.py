@@ -1,15 +1,14 @@
 """Results of a simulated run: outcomes, samples of the grid, and the bill.
 
-Results are counted from the outcomes in the bucket, so a task that the ledger lost or that ran
-twice is noticed. Sampling does not change the run. Every change of the fleet is recorded, and
-unchanged samples are thinned out. Each instance second costs the price of the instance's type and
-market.
+Results are counted from the outcomes in the bucket, so tasks that the ledger lost or that ran twice are found. Sampling
+does not change the run.
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from batchlab.core.commit import outcome_at
 from batchlab.core.errors import NotFound
@@ -26,20 +25,21 @@ from batchlab.core.model import (
     TaskSet,
 )
 from batchlab.core.ports import Depth, JobRecord, Ledger, Objects
-from batchlab.core.pricing.bill import Bill, PoolFacts, StageUse, bill, usd_per_s
+from batchlab.core.pricing.bill import PoolFacts, StageUse, bill, usd_per_s
 from batchlab.core.pricing.price_book import PriceBook
 from batchlab.core.pricing.request_costs import Pace
 from batchlab.core.pricing.usage import Kind, Meter
 from batchlab.core.protocol import object_keys
 from batchlab.core.protocol.commit_keys import CommitKeys
 from batchlab.manager.state import ManagerSettings
+from batchlab.runtime.descriptor import Calibration
+from batchlab.runtime.factory import Backend
 from batchlab.scenarios.forecast.jobs import SimulatedWork
-from batchlab.scenarios.forecast.machines import Machines
-from batchlab.scenarios.model.values import Job, StageTemplate
+from batchlab.scenarios.forecast.machines import Machines, calibrated_pool
+from batchlab.scenarios.model.values import Job, Scenario, StageTemplate
 from batchlab.scenarios.record import InstanceRun, JobRun, PoolSample, Record, Sample, StageRun
 from batchlab.scenarios.verdicts import end_s
 from batchlab.sim.world import World
-from batchlab.worker.inflight_message import WorkerSettings
 
 SAMPLE_SIZE = 200
 """Number of task times per stage in the record."""
@@ -65,21 +65,20 @@ class EvenSample:
     """Even sample of a stream of numbers."""
 
     def __init__(self) -> None:
-        self._kept: list[float] = []
+        self._numbers: list[float] = []
         self._every = 1
         self._skip = 0
 
     def add(self, numbers: Sequence[float]) -> None:
-        """Add numbers."""
-        self._kept += numbers[self._skip :: self._every]
+        self._numbers += numbers[self._skip :: self._every]
         self._skip = (self._skip - len(numbers)) % self._every
-        while len(self._kept) > _BUFFER_SIZE:
-            self._kept = self._kept[::2]
+        while len(self._numbers) > _BUFFER_SIZE:
+            self._numbers = self._numbers[::2]
             self._every *= 2
 
     def spread(self) -> tuple[float, ...]:
         """Return at most SAMPLE_SIZE numbers, evenly from the sorted ones."""
-        ordered = sorted(self._kept)
+        ordered = sorted(self._numbers)
         if len(ordered) <= SAMPLE_SIZE:
             return tuple(ordered)
         last = len(ordered) - 1
@@ -104,8 +103,8 @@ class StageTotals:
 class Results:
     """Counted results of a run.
 
-    `failed_s` and `thrown_s` are slot seconds per pool of failed attempts and of executions without
-    a committed outcome.
+    `failed_s` and `thrown_s` are slot seconds per pool of failed attempts and of executions without a committed
+    outcome.
     """
 
     jobs: list[JobRun] = field(default_factory=list)
@@ -114,7 +113,7 @@ class Results:
     bundles: int = 0
     failed_s: dict[str, float] = field(default_factory=dict)
     thrown_s: dict[str, float] = field(default_factory=dict)
-    sums: dict[tuple[str, str], StageTotals] = field(default_factory=dict)
+    totals: dict[tuple[str, str], StageTotals] = field(default_factory=dict)
 
     @property
     def again_s(self) -> float:
@@ -124,141 +123,127 @@ class Results:
     def stages(self, jobs: Sequence[Job]) -> tuple[StageRun, ...]:
         """Return the totals by template and stage, in the scenario's order."""
         templates = {job.template.name: job.template for job in jobs}
-        found = []
-        for name, template in templates.items():
-            for stage in template.stages:
-                sums = self.sums.get((name, stage.name), StageTotals())
-                found.append(
-                    StageRun(
-                        template=name,
-                        stage=stage.name,
-                        pool=stage.pool,
-                        slots=stage.slots,
-                        tasks=sums.tasks,
-                        bundles=sums.bundles,
-                        run_s=sums.run_s,
-                        declared_s=sums.declared_s,
-                        span_s=sums.span_s,
-                        task_s=sums.times.spread(),
-                        over_s=sums.over.spread(),
-                        stretch=sums.stretch.spread(),
-                    )
-                )
-        return tuple(found)
-
-
-class ResultCounter:
-    """Counter of the results of one run, which started at `begin_s` (epoch) and `base_s`
-    (monotonic).
-    """
-
-    def __init__(self, objects: Objects, ledger: Ledger, plays: SimulatedWork, begin_s: float, base_s: float) -> None:
-        self._objects = objects
-        self._ledger = ledger
-        self._plays = plays
-        self._begin_s = begin_s
-        self._base_s = base_s
-        self._results = Results()
-
-    async def all(self, jobs: Sequence[Job], submitted_s: Mapping[str, float], end_s: float) -> Results:
-        """Count these jobs. `submitted_s` has the submission of each in run seconds.
-
-        A job ends at least `end_s` after its last task.
-        """
-        spans = dict(self._plays.spans)
-        for job in jobs:
-            await self._job(job, submitted_s.get(job.id, job.due_s), spans, end_s)
-        for pool, span_s in spans.values():
-            self._results.thrown_s[pool] = self._results.thrown_s.get(pool, 0.0) + span_s
-        return self._results
-
-    async def _job(self, job: Job, submitted_s: float, spans: dict[str, tuple[str, float]], end_s: float) -> None:
-        name = JobId(job.id)
-        found: dict[str, list[Outcome]] = {}
-        last_s = 0.0
-        async for outcome in read_outcomes(self._objects, name):
-            self._take(job, outcome, spans)
-            slim = Outcome(
-                outcome.bundle,
-                outcome.execution,
-                outcome.worker,
-                outcome.started_s,
-                outcome.ended_s,
-                outcome.succeeded,
-                failed=outcome.failed,
+        return tuple(
+            StageRun(
+                template=name,
+                stage=stage.name,
+                pool=stage.pool,
+                slots=stage.slots,
+                tasks=totals.tasks,
+                bundles=totals.bundles,
+                run_s=totals.run_s,
+                declared_s=totals.declared_s,
+                span_s=totals.span_s,
+                task_s=totals.times.spread(),
+                over_s=totals.over.spread(),
+                stretch=totals.stretch.spread(),
             )
-            found.setdefault(outcome.bundle.stage, []).append(slim)
+            for name, template in templates.items()
+            for stage in template.stages
+            for totals in (self.totals.get((name, stage.name), StageTotals()),)
+        )
+
+
+@dataclass(slots=True)
+class ResultCounter:
+    """Counter of the results of one run, which started at `begin_s` (epoch) and `base_s` (monotonic)."""
+
+    objects: Objects
+    ledger: Ledger
+    work: SimulatedWork
+    begin_s: float
+    base_s: float
+    results: Results = field(default_factory=Results)
+
+    async def count(self, jobs: Sequence[Job], submitted_s: Mapping[str, float], end_s: float) -> Results:
+        """Count the results of these jobs.
+
+        `submitted_s` has the submission of each job in run seconds. A job ends at least `end_s` after its last task.
+        """
+        spans = dict(self.work.spans)
+        for job in jobs:
+            await self._count_job(job, submitted_s.get(job.id, job.due_s), spans, end_s)
+        for pool, span_s in spans.values():
+            self.results.thrown_s[pool] = self.results.thrown_s.get(pool, 0.0) + span_s
+        return self.results
+
+    async def _count_job(self, job: Job, submitted_s: float, spans: dict[str, tuple[str, float]], end_s: float) -> None:
+        name = JobId(job.id)
+        outcomes: dict[str, list[Outcome]] = {}
+        last_s = 0.0
+        async for outcome in read_outcomes(self.objects, name):
+            self._add(job, outcome, spans)
+            # The values and times of single tasks are left out, because they need much memory.
+            slim = Outcome(outcome.bundle, outcome.execution, "", 0.0, 0.0, outcome.succeeded, failed=outcome.failed)
+            outcomes.setdefault(outcome.bundle.stage, []).append(slim)
             last_s = max(last_s, outcome.ended_s)
         try:
-            record: JobRecord | None = await self._ledger.job(name)
-            counts = [s.counts for s in (await self._ledger.rows(name)).stages]
+            record: JobRecord | None = await self.ledger.job(name)
+            counts = [stage.counts for stage in (await self.ledger.rows(name)).stages]
         except NotFound:
             record, counts = None, []
         by_stage = {str(count.stage): count for count in counts}
         for stage in job.template.stages:
-            self._compare(job, stage, by_stage.get(stage.name), found.get(stage.name, []))
+            self._count_lost(job, stage, by_stage.get(stage.name), outcomes.get(stage.name, []))
         ended_s = None
         if record is not None and record.state.ended and record.ended_s is not None:
-            ended_s = max(record.ended_s, last_s + end_s) - self._begin_s
-        first_s = self._plays.first_s.get(name)
-        self._results.jobs.append(
-            JobRun(
-                job.index,
-                job.id,
-                job.template.name,
-                job.tenant,
-                job.due_s,
-                submitted_s,
-                None if first_s is None else first_s - self._base_s,
-                ended_s,
-                record.state.value if record else NEVER_SUBMITTED,
-                sum(count.planned or 0 for count in counts),
-                sum(count.succeeded for count in counts),
-                sum(count.failed for count in counts),
-                sum(count.cancelled for count in counts),
-                sum(count.retried for count in counts),
-                None if job.template.deadline_s is None else job.due_s + job.template.deadline_s,
-                job.label,
-                job.tasks,
-                done_s=last_s - self._begin_s if last_s else None,
+            ended_s = max(record.ended_s, last_s + end_s) - self.begin_s
+        first_s = self.work.first_s.get(name)
+        self.results.jobs.append(
+            JobRun.of(
+                job,
+                submitted_s=submitted_s,
+                started_s=None if first_s is None else first_s - self.base_s,
+                ended_s=ended_s,
+                state=record.state.value if record else NEVER_SUBMITTED,
+                planned=sum(count.planned or 0 for count in counts),
+                succeeded=sum(count.succeeded for count in counts),
+                failed=sum(count.failed for count in counts),
+                cancelled=sum(count.cancelled for count in counts),
+                retried=sum(count.retried for count in counts),
+                done_s=last_s - self.begin_s if last_s else None,
             )
         )
 
-    def _take(self, job: Job, outcome: Outcome, spans: dict[str, tuple[str, float]]) -> None:
-        results, name = self._results, str(outcome.bundle.stage)
-        stage = self._plays.stage(JobId(job.id), name)
-        sums = results.sums.setdefault((job.template.name, name), StageTotals())
+    def _add(self, job: Job, outcome: Outcome, spans: dict[str, tuple[str, float]]) -> None:
+        results, name = self.results, str(outcome.bundle.stage)
+        stage = self.work.stage(JobId(job.id), name)
+        totals = results.totals.setdefault((job.template.name, name), StageTotals())
         # The writer of a bundle that was split after worker losses did not run it.
-        ran = spans.pop(outcome.execution, None) is not None
+        has_run = spans.pop(outcome.execution, None) is not None
         results.bundles += 1
         run_s = sum(outcome.run_s)
-        sums.tasks += len(outcome.succeeded)
-        sums.run_s += run_s
-        sums.declared_s += run_s / stage.stretch
-        if ran:
-            sums.bundles += 1
+        totals.tasks += len(outcome.succeeded)
+        totals.run_s += run_s
+        totals.declared_s += run_s / stage.stretch
+        if has_run:
+            totals.bundles += 1
             span_s = outcome.ended_s - outcome.started_s
-            sums.span_s += span_s
-            sums.over.add([max(0.0, span_s - run_s)])
-        sums.times.add(outcome.run_s)
-        sums.stretch.add([stage.stretch] * len(outcome.run_s))
+            totals.span_s += span_s
+            totals.over.add([max(0.0, span_s - run_s)])
+        totals.times.add(outcome.run_s)
+        totals.stretch.add([stage.stretch] * len(outcome.run_s))
         failed_s = sum(failure.run_s for failure in outcome.failed) * stage.template.slots
         if failed_s:
             pool = stage.template.pool
             results.failed_s[pool] = results.failed_s.get(pool, 0.0) + failed_s
 
-    def _compare(self, job: Job, stage: StageTemplate, counts: StageCounts | None, found: Sequence[Outcome]) -> None:
+    def _count_lost(
+        self, job: Job, stage: StageTemplate, counts: StageCounts | None, outcomes: Sequence[Outcome]
+    ) -> None:
         """Count lost and duplicate tasks of a stage."""
-        succeeded = TaskSet.union(one.succeeded for one in found)
-        self._results.duplicates += sum(len(one.succeeded) for one in found) - len(succeeded)
-        failed = TaskSet.from_indices(one.task for each in found for one in each.failed if one.final)
+        succeeded = TaskSet.union(outcome.succeeded for outcome in outcomes)
+        self.results.duplicates += sum(len(outcome.succeeded) for outcome in outcomes) - len(succeeded)
+        failed = TaskSet.from_indices(
+            failure.task for outcome in outcomes for failure in outcome.failed if failure.final
+        )
         planned = counts.planned if counts else None
         if planned is None:
             planned = 0 if stage.after else job.tasks
         # Tasks that never ran because of an earlier failure are missing from the outcomes.
         cancelled = counts.cancelled if counts else 0
         ended = len(TaskSet.union((succeeded, failed))) + cancelled
-        self._results.lost += max(0, planned - ended)
+        self.results.lost += max(0, planned - ended)
 
 
 MAX_QUIET_SAMPLES = 1000
@@ -274,8 +259,7 @@ Counts = tuple[int, int, int]
 class GridSampler:
     """Sampler of the leading manager's groups.
 
-    `spacing_s` is the initial distance of unchanged samples, and `base_s` the loop time at second 0
-    of the run.
+    `spacing_s` is the initial distance of unchanged samples, and `base_s` the loop time at second 0 of the run.
     """
 
     world: World
@@ -305,9 +289,9 @@ class GridSampler:
         self._last = counts
         pools = {}
         waiting = in_flight = 0
-        for name, (desired, there, coming) in counts.items():
+        for name, pool_counts in counts.items():
             backlog = manager.autoscaler.backlog(name)
-            pools[name] = PoolSample(desired, there, coming, backlog.tasks, backlog.seconds)
+            pools[name] = PoolSample(*pool_counts, backlog.tasks, backlog.seconds)
             depth: Depth = await self.world.queue.depth(object_keys.tasks_queue(name))
             waiting += depth.visible + depth.delayed
             in_flight += depth.in_flight
@@ -315,63 +299,94 @@ class GridSampler:
             self._quiet.append(len(self.samples))
         self.samples.append(Sample(now_s, pools, waiting, in_flight))
         if len(self._quiet) > MAX_QUIET_SAMPLES:
-            self._thin()
+            dropped = set(self._quiet[::2])
+            rest = [(n, sample) for n, sample in enumerate(self.samples) if n not in dropped]
+            quiet = set(self._quiet) - dropped
+            self.samples = [sample for _, sample in rest]
+            self._quiet = [place for place, (n, _) in enumerate(rest) if n in quiet]
+            self.spacing_s *= 2
 
     def _counts(self, view: GroupView, now_s: float) -> Counts:
-        there = coming = 0
-        lives = self.machines.lives
+        in_service = pending = 0
         for instance in view.instances:
             if instance.state is LifecycleState.IN_SERVICE:
-                there += 1
-                life = lives[instance.id]
-                if life.ready_s is None:
-                    life.ready_s = now_s
+                in_service += 1
+                life = self.machines.lives[instance.id]
+                life.ready_s = now_s if life.ready_s is None else life.ready_s
             elif instance.state in _PENDING_STATES:
-                coming += 1
-        return view.desired, there, coming
-
-    def _thin(self) -> None:
-        gone = set(self._quiet[::2])
-        kept = [(n, sample) for n, sample in enumerate(self.samples) if n not in gone]
-        quiet = set(self._quiet) - gone
-        self.samples = [sample for _, sample in kept]
-        self._quiet = [place for place, (n, _) in enumerate(kept) if n in quiet]
-        self.spacing_s *= 2
+                pending += 1
+        return view.desired, in_service, pending
 
 
-def compute_bill(
-    pools: Mapping[str, Pool],
-    instances: Sequence[InstanceRun],
-    stages: Sequence[StageRun],
-    results: Results,
-    book: PriceBook,
-    manager: ManagerSettings,
-    worker: WorkerSettings,
-    over_s: float,
-) -> Bill:
-    """Compute the bill of a run that ended at `over_s`. Living instances count until then."""
-    meter = Meter()
-    for instance in instances:
-        last_s = over_s if instance.ended_s is None else instance.ended_s
-        machine = Machine(instance.type, instance.zone, Market(instance.market))
-        meter.bill_instance(
-            pools[instance.pool],
-            Instance(instance.id, instance.pool, LifecycleState.IN_SERVICE, 0.0, machine=machine),
-            now_s=last_s - instance.launched_s,
-            monotonic_s=last_s,
-            shares={},
-            accounts={},
+@dataclass(frozen=True, slots=True)
+class ForecastSetup:
+    """Scenario and seed of a forecast, with the backend's settings, its measurements, and the prices."""
+
+    scenario: Scenario
+    seed: int
+    backend: Backend
+    calibration: Calibration
+    book: PriceBook
+
+    def pools(self) -> dict[str, Pool]:
+        """Return the pools with their measured boot times."""
+        return {plan.pool.name: calibrated_pool(plan, self.calibration) for plan in self.scenario.pools}
+
+    def manager(self) -> ManagerSettings:
+        """Return the manager's settings with the scenario's policy."""
+        return replace(self.backend.manager, **self.scenario.policy.settings())
+
+    def record(
+        self,
+        *,
+        results: Results,
+        jobs: tuple[JobRun, ...],
+        stages: tuple[StageRun, ...],
+        samples: Sequence[Sample],
+        instances: tuple[InstanceRun, ...],
+        end_s: float,
+        **rest: Any,
+    ) -> Record:
+        """Return the record of a run that ended at `end_s`, with its bill. Living instances count until then."""
+        pools, worker, manager = self.pools(), self.backend.worker, self.manager()
+        meter = Meter()
+        for instance in instances:
+            last_s = end_s if instance.ended_s is None else instance.ended_s
+            machine = Machine(instance.type, instance.zone, Market(instance.market))
+            meter.bill_instance(
+                pools[instance.pool],
+                Instance(instance.id, instance.pool, LifecycleState.IN_SERVICE, 0.0, machine=machine),
+                now_s=last_s - instance.launched_s,
+                monotonic_s=last_s,
+                shares={},
+                accounts={},
+            )
+        account = meter.total
+        account.bundles = results.bundles
+        for pool, failed_s in results.failed_s.items():
+            account.fail(pool, failed_s)
+        for pool, thrown_s in results.thrown_s.items():
+            account.lose(pool, thrown_s)
+        uses = [StageUse(stage.stage, stage.pool, stage.run_s, stage.slots) for stage in stages]
+        facts = {name: PoolFacts(pool.slots, pool.instance_type) for name, pool in pools.items()}
+        pace = Pace(worker.control_lease_s, worker.visibility_s, worker.beat_s, manager.tick_s)
+        cost = bill(uses, account, facts, self.book, pace=pace)
+        return Record(
+            scenario=self.scenario.name,
+            digest=self.scenario.digest,
+            seed=self.seed,
+            backend=self.backend.name,
+            compressed=self.scenario.compressed,
+            pools={name: (pool.min_size, pool.max_size, pool.slots) for name, pool in pools.items()},
+            jobs=jobs,
+            stages=stages,
+            samples=tuple(samples),
+            instances=instances,
+            usd=cost.usd.typical,
+            usd_items={item.what: item.usd.typical for item in cost.items},
+            simulated=True,
+            **rest,
         )
-    account = meter.total
-    account.bundles = results.bundles
-    for pool, failed_s in results.failed_s.items():
-        account.fail(pool, failed_s)
-    for pool, thrown_s in results.thrown_s.items():
-        account.lose(pool, thrown_s)
-    uses = [StageUse(stage.stage, stage.pool, stage.run_s, stage.slots) for stage in stages]
-    facts = {name: PoolFacts(pool.slots, pool.instance_type) for name, pool in pools.items()}
-    pace = Pace(worker.control_lease_s, worker.visibility_s, worker.beat_s, manager.tick_s)
-    return bill(uses, account, facts, book, pace=pace)
 
 
 def minimum_usd(record: Record, until_s: float, book: PriceBook) -> float:
@@ -379,18 +394,14 @@ def minimum_usd(record: Record, until_s: float, book: PriceBook) -> float:
 
     Living instances stay, and missing ones are On-Demand.
     """
-    left_s = until_s - end_s(record)
-    if left_s <= 0:
+    rest_s = until_s - end_s(record)
+    if rest_s <= 0:
         return 0.0
     usd = 0.0
     for pool, (least, _, slots) in record.pools.items():
-        instance_runs = [instance for instance in record.instances if instance.pool == pool]
-        kinds = [
-            Kind(pool, instance_run.type, Market(instance_run.market))
-            for instance_run in instance_runs
-            if instance_run.ended_s is None
-        ]
-        usual = Kind(pool, instance_runs[0].type if instance_runs else "")
+        lives = [instance for instance in record.instances if instance.pool == pool]
+        kinds = [Kind(pool, life.type, Market(life.market)) for life in lives if life.ended_s is None]
+        usual = Kind(pool, lives[0].type if lives else "")
         for kind in [*kinds, *[usual] * least][:least]:
-            usd += usd_per_s({kind: 1.0}, PoolFacts(slots, kind.type), book).typical * left_s
+            usd += usd_per_s({kind: 1.0}, PoolFacts(slots, kind.type), book).typical * rest_s
     return usd

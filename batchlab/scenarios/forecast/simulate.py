@@ -1,35 +1,46 @@
-"""Forecast: run of a scenario on the simulated grid in virtual time.
+"""Forecast: run of a scenario on a simulated grid in virtual time, with the manager, fleet, and worker of every
+backend.
 
-The record (without the wall time) and the event log depend only on the scenario, the seed, the
-backend's settings, the calibration, and the price book.
+The record (without the wall time) and the event log depend only on the scenario, the seed, the backend's settings, the
+calibration, and the price book.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 
+from batchlab.core.errors import BatchlabError, UsageError
 from batchlab.core.model import JobId
 from batchlab.core.port_retries import Patience
+from batchlab.core.ports import MAX_WAIT_S, Objects
 from batchlab.core.pricing import price_book
 from batchlab.core.pricing.price_book import PriceBook
 from batchlab.manager import fleet_commands
+from batchlab.manager.admission import admit
+from batchlab.manager.manager import LEASE, Manager
 from batchlab.runtime import factory
 from batchlab.runtime.descriptor import Calibration
 from batchlab.runtime.factory import Backend
-from batchlab.scenarios.forecast.grid import ForecastGrid, ForecastOptions
-from batchlab.scenarios.forecast.jobs import job_def, store_items
-from batchlab.scenarios.forecast.results import ResultCounter, compute_bill
+from batchlab.scenarios.forecast.fault_timeline import FaultTimeline, FaultyQueue, ScenarioCallFaults, ServiceFaults
+from batchlab.scenarios.forecast.jobs import DeclaredRunner, SimulatedWork, job_def, store_items
+from batchlab.scenarios.forecast.machines import Machines, zone_names
+from batchlab.scenarios.forecast.results import ForecastSetup, GridSampler, ResultCounter
 from batchlab.scenarios.model.expansion import expand
-from batchlab.scenarios.model.values import Job, Prewarm, Scenario, Schedule
+from batchlab.scenarios.model.values import FaultName, Job, Prewarm, Scenario
 from batchlab.scenarios.record import Record
 from batchlab.sim.event_loop import SimLoop
 from batchlab.sim.fuzz import silence
+from batchlab.sim.world import World
+from batchlab.worker.inflight_message import Runner
 
 DEFAULT_BACKEND = "aws"
 """Default backend of a forecast's settings."""
+
+READY_S = 600.0
+"""Time in which permanent instances must be ready before the run, beyond their boot time."""
 
 STALL_LIMIT_S = 4 * 3600.0
 """A run without any work for this time, and without later events, is cut."""
@@ -39,6 +50,25 @@ SHRINK_LIMIT_S = 3600.0
 
 SUBMIT_CALLS = 4
 """Port calls from a submission to the receive of its first bundle. Each takes one latency."""
+
+Examine = Callable[[World, Sequence[JobId]], Awaitable[None]]
+"""Function that examines the world at the end of a run, with the submitted jobs."""
+
+
+@dataclass(frozen=True, slots=True)
+class ForecastOptions:
+    """Rarely used options of a forecast.
+
+    `fifo` and `max_wait_s` belong to the queue (see SimQueue). `watched` enables the runtime checks of the protocol.
+    `examine` is called with the world at the end. Faults in `impossible` are skipped, with their reasons.
+    """
+
+    fifo: bool = False
+    max_wait_s: float = MAX_WAIT_S
+    watched: bool = False
+    examine: Examine | None = None
+    impossible: Mapping[FaultName, str] = field(default_factory=dict)
+
 
 DEFAULT_OPTIONS = ForecastOptions()
 
@@ -66,203 +96,288 @@ def simulate(
 ) -> Record:
     """Run the scenario and its faults to their end.
 
-    `seed` replaces the scenario's own. `like` is the backend whose settings apply (default: aws).
-    Lines of the event log are appended to `log`. Without `book`, the shipped price book applies.
-    Raise UsageError for a scenario that no grid can run.
+    `seed` replaces the scenario's own. `like` is the backend whose settings apply (default: aws). Lines of the event
+    log are appended to `log`. Without `book`, the shipped price book applies. Raise UsageError for a scenario that no
+    grid can run.
     """
     begun_s = time.monotonic()
-    run = _Simulation(
-        scenario,
-        scenario.seed if seed is None else seed,
-        factory.load(DEFAULT_BACKEND) if like is None else like,
-        calibration,
-        log,
-        progress,
-        options,
-        price_book.load() if book is None else book,
-    )
+    backend = factory.load(DEFAULT_BACKEND) if like is None else like
+    seed = scenario.seed if seed is None else seed
+    prices = price_book.load() if book is None else book
+    setup = ForecastSetup(scenario, seed, backend, calibration or backend.usual, prices)
     with silence():
-        record = SimLoop(inline_executor=True).run(run.main())
+        record = SimLoop(inline_executor=True).run(_Simulation(setup, log, progress, options).run())
     return replace(record, wall_s=time.monotonic() - begun_s)
+
+
+class ForecastGrid:
+    """Simulated world of one scenario on the running SimLoop.
+
+    `now_s` returns the run's time, which is negative until `come_up` returns.
+    """
+
+    def __init__(
+        self, setup: ForecastSetup, jobs: Mapping[JobId, Job], log: list[str] | None, options: ForecastOptions
+    ) -> None:
+        """Build the grid. Raise UsageError for unknown pools and impossible jobs."""
+        scenario, backend = setup.scenario, setup.backend
+        self._backend, self._manager_s = backend, setup.calibration.manager_s
+        self.pools = setup.pools()
+        self._check_names(scenario)
+        self.manager = setup.manager()
+        self.work = SimulatedWork(setup.seed, jobs, setup.calibration, together_s=backend.worker.control_lease_s)
+        services = ServiceFaults()
+        self.world = self._create_world(setup, services, log, options)
+        self.machines = Machines(scenario.pools, zone_names(scenario.zones), self.now_s)
+        launcher = self.world.launcher
+        launcher.refuse = self.machines.refuse
+        launcher.launched, launcher.ended = self.machines.launched, self.machines.ended
+        self.timeline = FaultTimeline(
+            scenario, backend, self.world, self.machines, self.work, services, self.now_s, options.impossible
+        )
+        self.sampler = GridSampler(self.world, self.machines, self.manager.tick_s)
+        self.base_s = 0.0
+        """Loop time at second 0 of the run."""
+
+    def _check_names(self, scenario: Scenario) -> None:
+        slots = {name: pool.slots for name, pool in self.pools.items()}
+        for template in scenario.jobs.values():
+            admit(job_def(Job(0, template.name, template, 0.0, 1), 0.0), slots)
+        for name in [prewarm.pool for prewarm in scenario.prewarm] + [fault.pool for fault in scenario.faults]:
+            if name and name not in self.pools:
+                raise UsageError(
+                    f"The scenario names the pool {name!r}, which does not exist.",
+                    remedy=f"Its pools are {', '.join(self.pools)}.",
+                )
+
+    def _create_world(
+        self, setup: ForecastSetup, services: ServiceFaults, log: list[str] | None, options: ForecastOptions
+    ) -> World:
+        def runner(world: World, die: Callable[[], None], _objects: Objects) -> Runner:
+            return DeclaredRunner(self.work, world.clock, die)
+
+        world = World(
+            setup.seed,
+            tuple(self.pools.values()),
+            make_runner=runner,
+            manager_settings=self.manager,
+            worker_settings=setup.backend.worker,
+            logged=log is not None,
+            watched=options.watched,
+            sql=False,
+        )
+        world.faults = ScenarioCallFaults(world.rng("calls"), services, latency_s=setup.calibration.call_s)
+        world.queue = FaultyQueue(
+            world.clock,
+            world.rng("queue"),
+            services,
+            seed=setup.seed,
+            compressed=setup.scenario.compressed,
+            fifo=options.fifo,
+            max_wait_s=options.max_wait_s,
+        )
+        if options.watched:
+            world.watch.queue = world.queue
+            world.queue.lapsed = world.watch.lapsed
+        if world.log is not None and log is not None:
+            world.log.lines = log
+        return world
+
+    def now_s(self) -> float:
+        """Return the seconds since the start of the run."""
+        return self.world.clock.monotonic_s() - self.base_s
+
+    @property
+    def leader(self) -> Manager | None:
+        """Return the leading manager, or None."""
+        manager = self.world.manager
+        return manager if manager is not None and manager.is_leader.is_set() else None
+
+    async def supervise(self) -> None:
+        """Start managers one after another, as the backend does. This coroutine never returns."""
+        world, rng = self.world, self.world.rng("supervisor")
+        while True:
+            await asyncio.wait([world.start_manager()])
+            await self.timeline.wait_for_restart()
+            await asyncio.sleep(rng.uniform(0.75, 1.25) * self._manager_s)
+            if self._backend.capabilities.keeps_home:
+                await world.ledger.release(LEASE, world.last_owner)
+
+    async def come_up(self) -> None:
+        """Wait until a manager leads and the permanent instances are ready, then start the run.
+
+        Raise UsageError on a timeout.
+        """
+        least = sum(pool.min_size for pool in self.pools.values())
+        limit_s = READY_S + 2 * max((pool.boot_s for pool in self.pools.values()), default=0.0)
+        while True:
+            leader = self.leader
+            ready = list(leader.registry.workers) if leader is not None else []
+            if leader is not None and leader.groups and len(ready) >= least:
+                break
+            if self.now_s() > limit_s:
+                raise UsageError(
+                    f"Only {len(ready)} of the {least} permanent instances were ready in {limit_s:.0f} s.",
+                    remedy="Give their pools a lower min or a shorter boot time.",
+                )
+            await asyncio.sleep(min(1.0, self.manager.tick_s))
+        self.base_s = self.world.clock.monotonic_s()
+        # A replay sets the Spot share only for later launches.
+        self.machines.begin(ready, on_demand=self._backend.capabilities.sets_spot_share)
+        self.sampler.begin(self.base_s)
+
+    def is_down(self) -> bool:
+        """Return whether every pool has shrunk to its minimum size."""
+        leader = self.leader
+        return leader is not None and all(
+            view.desired == view.pool.min_size == self.machines.living(view.pool.name)
+            for view in leader.groups.values()
+        )
+
+    async def ask(self, call: Callable[[Manager], object], name: str) -> object:
+        """Call the leading manager until it answers. Raise its error if it refuses."""
+        answer = await self.world.ask(call, name)
+        if isinstance(answer, BatchlabError):
+            raise answer
+        return answer
 
 
 class _Simulation:
     def __init__(
         self,
-        scenario: Scenario,
-        seed: int,
-        like: Backend,
-        calibration: Calibration | None,
+        setup: ForecastSetup,
         log: list[str] | None,
         progress: Callable[[SimulationProgress], None] | None,
         options: ForecastOptions,
-        book: PriceBook,
     ) -> None:
-        self._scenario, self._seed, self._like = scenario, seed, like
-        self._book = book
-        self._calibration = calibration or like.usual
+        self._setup, self._scenario = setup, setup.scenario
         self._log, self._progress, self._options = log, progress, options
-        self._schedule: Schedule = expand(scenario, seed)
+        self._jobs = expand(setup.scenario, setup.seed).jobs
         self._submitted_s: dict[str, float] = {}
         self._open: dict[str, None] = {}
         """Submitted jobs that are not known to have ended."""
-        self._moved_s = 0.0
+        self._progress_s = 0.0
         """Run time of the last observed progress."""
         self._begun = 0
         self._cut = ""
 
-    async def main(self) -> Record:
-        jobs = {JobId(job.id): job for job in self._schedule.jobs}
-        self._grid = ForecastGrid(
-            scenario=self._scenario,
-            seed=self._seed,
-            like=self._like,
-            calibration=self._calibration,
-            jobs=jobs,
-            log=self._log,
-            options=self._options,
-        )
+    async def run(self) -> Record:
+        jobs = {JobId(job.id): job for job in self._jobs}
+        self._grid = ForecastGrid(self._setup, jobs, self._log, self._options)
         supervisor = asyncio.create_task(self._grid.supervise(), name="supervisor")
         try:
             await self._grid.come_up()
-            await self._live()
-            return await self._told()
+            await self._run_to_end()
+            return await self._record()
         finally:
             supervisor.cancel()
             await self._grid.world.ledger.close()
 
-    async def _live(self) -> None:
+    async def _run_to_end(self) -> None:
         grid = self._grid
-        todo = [
+        tasks = [
             asyncio.create_task(grid.timeline.run(), name="timeline"),
-            *(asyncio.create_task(self._warm(prewarm)) for prewarm in self._scenario.prewarm),
-            asyncio.create_task(self._arrive(), name="arrivals"),
+            *(asyncio.create_task(self._prewarm(prewarm)) for prewarm in self._scenario.prewarm),
+            asyncio.create_task(self._submit_all(), name="arrivals"),
         ]
         ended_s: float | None = None
         while True:
             await asyncio.sleep(grid.manager.tick_s)
-            await grid.watching.look()
-            await self._look_for_ends()
-            for task in todo:
+            await grid.sampler.look()
+            await self._find_ended_jobs()
+            for task in tasks:
                 if task.done():
                     task.result()
             if self._progress:
-                sent = len(self._submitted_s)
-                ended = sent - len(self._open)
-                self._progress(SimulationProgress(grid.now_s(), sent, ended, len(self._schedule.jobs)))
-            if not all(task.done() for task in todo):
+                submitted = len(self._submitted_s)
+                ended = submitted - len(self._open)
+                self._progress(SimulationProgress(grid.now_s(), submitted, ended, len(self._jobs)))
+            if not all(task.done() for task in tasks):
                 continue
             if self._open:
-                if self._stands_still():
+                stalled_s = grid.now_s() - self._progress_s
+                if stalled_s >= STALL_LIMIT_S:
+                    self._cut = f"{len(self._open)} jobs had not ended, and nothing had run for {stalled_s:.0f} s"
                     return
                 continue
             ended_s = grid.now_s() if ended_s is None else ended_s
             if grid.is_down() or grid.now_s() - ended_s > SHRINK_LIMIT_S:
                 return
 
-    async def _arrive(self) -> None:
+    async def _submit_all(self) -> None:
         async with asyncio.TaskGroup() as group:
-            for job in self._schedule.jobs:
-                if (left_s := job.due_s - self._grid.now_s()) > 0:
-                    await asyncio.sleep(left_s)
+            for job in self._jobs:
+                if (wait_s := job.due_s - self._grid.now_s()) > 0:
+                    await asyncio.sleep(wait_s)
                 group.create_task(self._submit(job), name=f"submit {job.id}")
 
     async def _submit(self, job: Job) -> None:
-        grid, world = self._grid, self._grid.world
+        grid, world, calibration = self._grid, self._grid.world, self._setup.calibration
         self._submitted_s[job.id] = grid.now_s()
         self._open[job.id] = None
-        calls_s = SUBMIT_CALLS * sum(self._calibration.call_s) / 2
-        if (extra_s := self._calibration.submit_s - calls_s) > 0:
+        calls_s = SUBMIT_CALLS * sum(calibration.call_s) / 2
+        if (extra_s := calibration.submit_s - calls_s) > 0:
             await asyncio.sleep(extra_s)
-        made = job_def(job, world.clock.now_s())
-        items = await store_items(made, world.objects, Patience(world.rng(f"client/{job.id}")))
-        await grid.ask(lambda m: m.job_commands.submit(made, items), f"submit {job.id}")
+        definition = job_def(job, world.clock.now_s())
+        items = await store_items(definition, world.objects, Patience(world.rng(f"client/{job.id}")))
+        await grid.ask(lambda manager: manager.job_commands.submit(definition, items), f"submit {job.id}")
 
-    async def _warm(self, plan: Prewarm) -> None:
-        """Keep the pool prewarmed for a while. A new leader gets the size again."""
+    async def _prewarm(self, plan: Prewarm) -> None:
+        """Keep the pool prewarmed until the plan's end. A new leader gets the size again."""
         grid = self._grid
         await asyncio.sleep(max(0.0, plan.at_s - grid.now_s()))
-        led = 0
-        while (left_s := plan.until_s - grid.now_s()) > 0:
-            if led != grid.world.managers:
-                led = grid.world.managers
-                await self._at_least(plan.pool)
-            await asyncio.sleep(min(grid.manager.lease_ttl_s, left_s))
-        await self._at_least(plan.pool)
+        managers = 0
+        while (rest_s := plan.until_s - grid.now_s()) > 0:
+            if managers != grid.world.managers:
+                managers = grid.world.managers
+                await self._set_minimum(plan.pool)
+            await asyncio.sleep(min(grid.manager.lease_ttl_s, rest_s))
+        await self._set_minimum(plan.pool)
 
-    async def _at_least(self, pool: str) -> None:
+    async def _set_minimum(self, pool: str) -> None:
         """Set the pool's minimum to the value planned for now."""
-        now_s = self._grid.now_s()
-        planned = [
-            prewarm.min_size
-            for prewarm in self._scenario.prewarm
-            if prewarm.pool == pool and prewarm.at_s <= now_s < prewarm.until_s
-        ]
-        least = max(self._grid.pools[pool].min_size, *planned, 0)
-        await self._grid.ask(lambda m: fleet_commands.scale(m, pool, min_size=least), f"prewarm {pool}")
+        now_s, plans = self._grid.now_s(), self._scenario.prewarm
+        sizes = [plan.min_size for plan in plans if plan.pool == pool and plan.at_s <= now_s < plan.until_s]
+        least = max(self._grid.pools[pool].min_size, *sizes, 0)
+        await self._grid.ask(lambda manager: fleet_commands.scale(manager, pool, min_size=least), f"prewarm {pool}")
 
-    async def _look_for_ends(self) -> None:
-        grid, plays = self._grid, self._grid.plays
+    async def _find_ended_jobs(self) -> None:
+        grid, work = self._grid, self._grid.work
         leader = grid.leader
         if leader is None:
             return
         before = len(self._open)
-        for job in [one for one in self._open if one not in leader.lives]:
+        for job in [job for job in self._open if job not in leader.lives]:
             record = await grid.world.find(JobId(job))
             if record is not None and record.state.ended:
                 del self._open[job]
-        if before != len(self._open) or plays.running or plays.begun != self._begun:
-            self._moved_s, self._begun = grid.now_s(), plays.begun
+        if before != len(self._open) or work.running or work.begun != self._begun:
+            self._progress_s, self._begun = grid.now_s(), work.begun
 
-    def _stands_still(self) -> bool:
-        still_s = self._grid.now_s() - self._moved_s
-        if still_s >= STALL_LIMIT_S:
-            self._cut = f"{len(self._open)} jobs had not ended, and nothing had run for {still_s:.0f} s"
-        return bool(self._cut)
-
-    async def _told(self) -> Record:
-        grid, scenario, world = self._grid, self._scenario, self._grid.world
+    async def _record(self) -> Record:
+        grid, world, setup = self._grid, self._grid.world, self._setup
         end_s = grid.now_s()
-        begin_s = world.clock.now_s() - end_s
-        counting = ResultCounter(world.objects, world.ledger, grid.plays, begin_s, grid.base_s)
-        jobs = self._schedule.jobs
-        results = await counting.all(jobs, self._submitted_s, self._calibration.end_s)
+        counter = ResultCounter(world.objects, world.ledger, grid.work, world.clock.now_s() - end_s, grid.base_s)
+        results = await counter.count(self._jobs, self._submitted_s, setup.calibration.end_s)
         if self._options.examine is not None:
-            await self._options.examine(world, [JobId(one) for one in self._submitted_s])
-        stages, instances = results.stages(jobs), grid.machines.runs()
-        bill = compute_bill(
-            pools=grid.pools,
-            instances=instances,
-            stages=stages,
-            results=results,
-            book=self._book,
-            manager=grid.manager,
-            worker=grid.worker,
-            over_s=end_s,
-        )
+            await self._options.examine(world, [JobId(job) for job in self._submitted_s])
+        instances = grid.machines.runs()
         settings: dict[str, float] = {**asdict(grid.manager)}
-        settings.update({f"worker.{name}": s for name, s in asdict(grid.worker).items()})
-        settings["cores"] = self._calibration.cores
-        return Record(
-            scenario.name,
-            scenario.digest,
-            self._seed,
-            self._like.name,
-            scenario.compressed,
-            {name: (p.min_size, p.max_size, p.slots) for name, p in grid.pools.items()},
-            tuple(results.jobs),
-            stages,
-            tuple(grid.watching.samples),
-            instances,
-            tuple(grid.timeline.injected),
-            results.lost,
-            results.duplicates,
-            sum(instance.lived_s(end_s) for instance in instances),
-            results.again_s,
-            bill.usd.typical,
-            {item.what: item.usd.typical for item in bill.items},
-            settings,
-            simulated=True,
+        settings.update({f"worker.{name}": value for name, value in asdict(setup.backend.worker).items()})
+        settings["cores"] = setup.calibration.cores
+        return setup.record(
+            results=results,
+            jobs=tuple(results.jobs),
+            stages=results.stages(self._jobs),
+            samples=grid.sampler.samples,
+            instances=instances,
+            end_s=end_s,
+            faults=tuple(grid.timeline.injected),
+            lost=results.lost,
+            duplicates=results.duplicates,
+            instance_s=sum(instance.lived_s(end_s) for instance in instances),
+            again_s=results.again_s,
+            settings=settings,
             log_digest=world.log.digest() if world.log else "",
             cut=self._cut,
         )

@@ -1,11 +1,8 @@
 """Synthetic arrival processes: Poisson, bursts, daily and monthly profiles, steps, and ramps.
 
-All sources but `FixedTimes` are Poisson processes with a variable rate. Event times of a process
-with rate one are mapped through the integral of the rate (Cinlar 1975), so the draw is exact.
-Rates are in jobs per hour, times in seconds from the start of the scenario. Jobs arrive from
-`from_s` until before `until_s`. `speed` is the factor by which the scenario was compressed.
-
-Calendar days have 24 hours: a scenario has no daylight-saving changes.
+All sources but `FixedTimes` are Poisson processes with a variable rate. Event times of a process with rate one are
+mapped through the integral of the rate (Cinlar 1975), so the draw is exact. Rates are in jobs per hour, times in
+seconds from the start of the scenario. A day always has 24 hours.
 """
 
 from __future__ import annotations
@@ -31,23 +28,17 @@ _WEEK = re.compile(r"\s*([a-z]{3,9})(?:\s+(\d{1,2}):(\d{2}))?\s*", re.IGNORECASE
 
 
 def parse_week_time_s(text: str) -> float:
-    """Return the seconds from Monday 00:00 to a time such as `tue 06:30`.
-
-    Raise ValueError for other texts.
-    """
+    """Return the seconds from Monday 00:00 to a time such as `tue 06:30`. Raise ValueError for other texts."""
     if match := _WEEK.fullmatch(text):
         name, hour, minute = match.groups(default="0")
-        found = [i for i, day in enumerate(WEEKDAYS) if name.lower() in (day, day[:3])]
-        if found and int(hour) < 24 and int(minute) < 60:
-            return found[0] * DAY_S + int(hour) * HOUR_S + int(minute) * 60.0
+        days = [i for i, day in enumerate(WEEKDAYS) if name.lower() in (day, day[:3])]
+        if days and int(hour) < 24 and int(minute) < 60:
+            return days[0] * DAY_S + int(hour) * HOUR_S + int(minute) * 60.0
     raise ValueError(f"{text!r} is not a time of the week ({WEEK_FORMS})")
 
 
 def split_by_hour(from_s: float, until_s: float, offset_s: float = 0.0) -> Iterator[tuple[float, float, int]]:
-    """Split the span at every full hour into (start, end, hour).
-
-    Hour 0 begins `offset_s` before time 0.
-    """
+    """Split the span at every full hour into (start, end, hour). Hour 0 begins `offset_s` before time 0."""
     hour = int((from_s + offset_s) // HOUR_S)
     start_s = from_s
     while start_s < until_s:
@@ -63,23 +54,14 @@ def is_working_day(day: date, holidays: Container[date] = ()) -> bool:
     return day.weekday() < 5 and day not in holidays
 
 
-def working_days_after(day: date, holidays: Container[date] = ()) -> int:
-    """Count the working days after `day` in its month."""
-    return _count_working_days(day, 1, holidays)
-
-
-def working_days_before(day: date, holidays: Container[date] = ()) -> int:
-    """Count the working days before `day` in its month."""
-    return _count_working_days(day, -1, holidays)
-
-
-def _count_working_days(day: date, step: int, holidays: Container[date]) -> int:
-    found = 0
+def count_working_days(day: date, step: int, holidays: Container[date] = ()) -> int:
+    """Count the working days after `day` in its month, or before it if `step` is -1."""
+    count = 0
     other = day + timedelta(step)
     while other.month == day.month:
-        found += is_working_day(other, holidays)
+        count += is_working_day(other, holidays)
         other += timedelta(step)
-    return found
+    return count
 
 
 MAX_JOBS = 1_000_000
@@ -147,8 +129,8 @@ class _PoissonProcess(ABC):
 
     def at_least(self) -> float:
         """Return a minimum of jobs that is exceeded except with a chance of one in a billion."""
-        found = self.segments(Random(0))  # noqa: S311 - of rates that chance has no part in
-        return _likely_minimum(sum((end - start) * (a + b) / 2 for start, end, a, b in found) / HOUR_S)
+        segments = self.segments(Random(0))  # noqa: S311 - these rates are not random
+        return _likely_minimum(sum((end - start) * (first + last) / 2 for start, end, first, last in segments) / HOUR_S)
 
     def odd(self) -> tuple[Anomaly, ...]:
         return ()
@@ -172,9 +154,8 @@ class Poisson(_PoissonProcess):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OnOff(_PoissonProcess):
-    """Bursts: `per_hour` in on periods and `idle_per_hour` in off periods, starting with an on
-    period. Periods last `on_s` and `off_s` on average and are exponentially distributed. With
-    `regular` they have exactly this length.
+    """Bursts: `per_hour` in on periods and `idle_per_hour` in off periods, starting with an on period. Periods last
+    `on_s` and `off_s` on average and are exponentially distributed. With `regular` they have exactly this length.
     """
 
     per_hour: float
@@ -215,9 +196,8 @@ class OnOff(_PoissonProcess):
 class Profile(_PoissonProcess):
     """Hourly and weekly profile.
 
-    `daily` has a rate for each hour of the day, `weekly` a factor for each day from Monday. With
-    `per_hour`, both are weights, and `per_hour` is the mean over a week. `begins_s` is the
-    scenario's start in seconds after Monday 00:00.
+    `daily` has a rate for each hour of the day, `weekly` a factor for each day from Monday. With `per_hour`, both are
+    weights, and `per_hour` is the mean over a week. `begins_s` is the scenario's start in seconds after Monday 00:00.
     """
 
     daily: tuple[float, ...]
@@ -248,12 +228,11 @@ class Profile(_PoissonProcess):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MonthEnd(_PoissonProcess):
-    """Calendar profile: `per_hour` on an ordinary working day, and multiples of it around the turn
-    of a month.
+    """Calendar profile: `per_hour` on an ordinary working day, and multiples of it around the turn of a month.
 
-    `last` has the factors of the month's last working days, the last day first. `first` has the
-    factors of its first working days, and `off` is the factor of weekends and `holidays`. `daily`
-    has weights for the 24 hours. The scenario starts on the day `begins` at 00:00.
+    `last` has the factors of the month's last working days, the last day first. `first` has the factors of its first
+    working days, and `off` is the factor of weekends and `holidays`. `daily` has weights for the 24 hours. The scenario
+    starts on the day `begins` at 00:00.
     """
 
     per_hour: float
@@ -276,11 +255,11 @@ class MonthEnd(_PoissonProcess):
         """Return the day's rate relative to an ordinary working day."""
         if not is_working_day(day, self.holidays):
             return self.off
-        left = working_days_after(day, self.holidays)
-        if left < len(self.last):
-            return self.last[left]
-        gone = working_days_before(day, self.holidays)
-        return self.first[gone] if gone < len(self.first) else 1.0
+        after = count_working_days(day, 1, self.holidays)
+        if after < len(self.last):
+            return self.last[after]
+        before = count_working_days(day, -1, self.holidays)
+        return self.first[before] if before < len(self.first) else 1.0
 
     def segments(self, random: Random) -> Iterator[Segment]:  # noqa: ARG002
         scale = self.per_hour * 24 / sum(self.daily)

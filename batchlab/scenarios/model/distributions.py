@@ -1,12 +1,8 @@
 """Distributions of task times and job sizes, and named streams of random numbers.
 
-Distributions are quantile functions of a unit in [0, 1) with values of at least 0. Times are in
-seconds. Invalid parameters raise ValueError.
-
-A number of a Stream depends only on the seed, the stream's name, and its own index. So one part of
-a scenario can change without a change in the draws of another, and a task takes the same time in
-the simulator and in a replay. The generator is SplitMix64 (Steele, Lea, and Flood, OOPSLA 2014),
-whose n-th output needs no state.
+A number of a Stream depends only on the seed, the stream's name, and the number's index. So a change of one part of a
+scenario does not change the draws of another part, and a task takes the same time in the simulator and in a replay. The
+generator is SplitMix64 (Steele, Lea, and Flood, OOPSLA 2014), whose n-th output needs no state.
 """
 
 from __future__ import annotations
@@ -98,10 +94,7 @@ class Exponential:
 
 @dataclass(frozen=True, slots=True)
 class Lognormal:
-    """Lognormal distribution with this median.
-
-    `sigma` is the standard deviation of the logarithm.
-    """
+    """Lognormal distribution with this median. `sigma` is the standard deviation of the logarithm."""
 
     median: float
     sigma: float
@@ -125,8 +118,7 @@ class Lognormal:
 class Weibull:
     """Weibull distribution.
 
-    A `shape` below 1 has a heavier tail than the exponential distribution, a `shape` above 1 a
-    lighter one.
+    A `shape` below 1 has a heavier tail than the exponential distribution, a `shape` above 1 a lighter one.
     """
 
     scale: float
@@ -149,8 +141,8 @@ class Weibull:
 
 @dataclass(frozen=True, slots=True)
 class Pareto:
-    """Pareto distribution from `least`, with a tail that falls as x^-alpha, optionally cut at
-    `most`. Without `most`, `alpha` must be above 1, because otherwise the mean is infinite.
+    """Pareto distribution from `least`, with a tail that falls as x^-alpha, optionally cut at `most`. Without `most`,
+    `alpha` must be above 1, because otherwise the mean is infinite.
     """
 
     least: float
@@ -172,8 +164,8 @@ class Pareto:
         if self.alpha == 1:
             return self.least / (1 - share) * -log(share)
         above = self.alpha - 1
-        kept: float = (1 - share**above) / (1 - share**self.alpha)
-        return self.least * self.alpha / above * kept
+        truncation: float = (1 - share**above) / (1 - share**self.alpha)
+        return self.least * self.alpha / above * truncation
 
     def at(self, unit: float) -> float:
         if self.most is not None:
@@ -214,8 +206,7 @@ class Empirical:
 class Mixture:
     """Weighted mixture of distributions.
 
-    `at` has the right distribution but is not monotonic: the unit selects the part and then a
-    position within it.
+    `at` has the right distribution but is not monotonic: the unit selects the part and then a position within it.
     """
 
     parts: tuple[tuple[float, Distribution], ...]
@@ -232,8 +223,7 @@ class Mixture:
 
     @property
     def mean(self) -> float:
-        whole = sum(weight for weight, _ in self.parts)
-        return sum(weight * draw.mean for weight, draw in self.parts) / whole
+        return sum(weight * part.mean for weight, part in self.parts) / sum(weight for weight, _ in self.parts)
 
     def at(self, unit: float) -> float:
         part = bisect_right(self._ends, unit)
@@ -252,15 +242,15 @@ _SECOND = 0x94D049BB133111EB
 _MASK = 2**64 - 1
 _UNIT = 2.0**-53
 
-# A large integer holds many numbers in lanes of 128 bits, wide enough for the product of two 64-bit
-# numbers. One multiplication in C then replaces `_LANES` multiplications in Python.
+# A large integer holds many numbers in lanes of 128 bits, wide enough for the product of two 64-bit numbers. One
+# multiplication in C then replaces `_LANES` multiplications in Python.
 _LANES = 256
 _ONES = sum(1 << (128 * lane) for lane in range(_LANES))
 _STEPS = sum((lane * _STEP & _MASK) << (128 * lane) for lane in range(_LANES))
 _MASKS = _MASK * _ONES
 _MASKS_53 = (2**53 - 1) * _ONES
-_FEW = 8
-"""For at most this many numbers, a loop is faster."""
+_MIN_LANES = 9
+"""Smallest count for which lanes are faster than a loop."""
 
 
 class Stream:
@@ -281,12 +271,12 @@ class Stream:
 
     def units(self, start: int, stop: int) -> list[float]:
         """Return `unit(i)` for i from `start` to `stop` - 1, about ten times as fast."""
-        if stop - start <= _FEW:
+        if stop - start < _MIN_LANES:
             return [self.unit(i) for i in range(start, stop)]
-        found: list[float] = []
+        numbers: list[float] = []
         for at in range(start, stop, _LANES):
-            found += self._lanes(at, min(_LANES, stop - at))
-        return found
+            numbers += self._lanes(at, min(_LANES, stop - at))
+        return numbers
 
     def _lanes(self, start: int, count: int) -> list[float]:
         ones, steps, masks, masks_53 = _ONES, _STEPS, _MASKS, _MASKS_53

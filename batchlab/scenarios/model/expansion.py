@@ -1,14 +1,13 @@
 """Jobs of a scenario, their task times and failures, and compression of a scenario.
 
-Jobs, their times, and their sizes depend only on the scenario and the seed. Each source has its own
-random stream, so another source does not change its arrivals. Task times and failures depend only
-on (seed, job, stage, task, attempt), so they are equal in the simulator and in a replay.
+Jobs, their times, and their sizes depend only on the scenario and the seed. Each source has its own random stream, so
+another source does not change its arrivals. Task times and failures depend only on (seed, job, stage, task, attempt),
+so they are equal in the simulator and in a replay.
 
-Demand of a scenario over time: jobs and work that arrive, compared with the capacity of its
-fleet.
+Demand of a scenario over time: jobs and work that arrive, compared with the capacity of its fleet.
 
-The curve depends only on the scenario and its jobs. Work is in slot seconds: the mean task times
-multiplied by the slots of each task.
+The curve depends only on the scenario and its jobs. Work is in slot seconds: the mean task times multiplied by the
+slots of each task.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from functools import lru_cache
 from heapq import merge
 from itertools import islice
 from math import ceil
+from typing import TYPE_CHECKING, TypeVar
 
 from batchlab.core.errors import UsageError
 from batchlab.core.model import TaskSet
@@ -27,15 +27,10 @@ from batchlab.jobs.field_types import MAX_TASKS
 from batchlab.scenarios.model.arrivals import MAX_JOBS
 from batchlab.scenarios.model.distributions import Constant, Stream
 from batchlab.scenarios.model.values import (
-    Anomaly,
     Arrival,
     Expectation,
-    Fault,
     Job,
     JobTemplate,
-    Policy,
-    PoolPlan,
-    Prewarm,
     Scenario,
     Schedule,
     Source,
@@ -43,23 +38,29 @@ from batchlab.scenarios.model.values import (
 )
 from batchlab.scenarios.verdicts import MEASURES, Unit
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
+
 
 def expand(scenario: Scenario, seed: int | None = None) -> Schedule:
     """Return all jobs in order of time; at equal times, in the order of the sources.
 
-    `seed` replaces the scenario's seed. Raise UsageError for an unknown job name, for stages with
-    unequal numbers of tasks in a join, and for more than MAX_JOBS jobs.
+    `seed` replaces the scenario's seed. Raise UsageError for an unknown job name, for stages with unequal numbers of
+    tasks in a join, and for more than MAX_JOBS jobs.
     """
     seed = scenario.seed if seed is None else seed
     identity = (scenario.name, scenario.digest, scenario.compressed, seed)
     tag = hashlib.sha256(repr(identity).encode()).hexdigest()[:8]
-    streams = [
-        _numbered_arrivals(source, Stream(seed, "arrivals", number), number)
-        for number, source in enumerate(scenario.arrivals)
-    ]
+
+    def numbered(number: int, source: Source) -> Iterator[tuple[float, int, int, Arrival]]:
+        for count, arrival in enumerate(source.arrivals(Stream(seed, "arrivals", number).random())):
+            yield arrival.at_s, number, count, arrival
+
+    streams = [numbered(number, source) for number, source in enumerate(scenario.arrivals)]
     units = [Stream(seed, "sizes", number) for number, _ in enumerate(scenario.arrivals)]
-    # The limit is checked before jobs are built, because a job costs three times as much as an
-    # arrival.
+    # The limit is checked before jobs are built, because a job costs three times as much as an arrival.
     arrived = list(islice(merge(*streams), MAX_JOBS + 1))
     if len(arrived) > MAX_JOBS:
         raise UsageError(
@@ -68,29 +69,16 @@ def expand(scenario: Scenario, seed: int | None = None) -> Schedule:
         )
     jobs: list[Job] = []
     joined = {name for name, template in scenario.jobs.items() if item_joins(template)}
-    for index, (_, number, count, arrival) in enumerate(arrived):
+    for index, (at_s, number, count, arrival) in enumerate(arrived):
         template = _template(scenario, arrival)
-        job = Job(
-            index,
-            f"{scenario.name}-{tag}-{index:05d}",
-            template,
-            arrival.at_s,
-            _size(template, arrival, units[number].unit(count)),
-            arrival.tenant or template.tenant,
-            arrival.task_s,
-            arrival.label,
-        )
-        if template.name in joined and (stage := find_unequal_join(template, job.tasks)):
-            what = f"A job {template.name!r} of {job.tasks:,} tasks cannot run: "
+        tasks = _size(template, arrival, units[number].unit(count))
+        tenant = arrival.tenant or template.tenant
+        job_id = f"{scenario.name}-{tag}-{index:05d}"
+        jobs.append(Job(index, job_id, template, at_s, tasks, tenant, arrival.task_s, arrival.label))
+        if template.name in joined and (stage := find_unequal_join(template, tasks)):
+            what = f"A job {template.name!r} of {tasks:,} tasks cannot run: "
             raise UsageError(f"{what}{unequal_join_message(stage)}", remedy=UNEQUAL_JOIN_REMEDY)
-        jobs.append(job)
-    odd: tuple[Anomaly, ...] = tuple(anomaly for source in scenario.arrivals for anomaly in source.odd())
-    return Schedule(tuple(jobs), odd)
-
-
-def _numbered_arrivals(source: Source, stream: Stream, number: int) -> Iterator[tuple[float, int, int, Arrival]]:
-    for count, arrival in enumerate(source.arrivals(stream.random())):
-        yield arrival.at_s, number, count, arrival
+    return Schedule(tuple(jobs), tuple(anomaly for source in scenario.arrivals for anomaly in source.odd()))
 
 
 def _template(scenario: Scenario, arrival: Arrival) -> JobTemplate:
@@ -125,19 +113,26 @@ def compress_scenario(scenario: Scenario, factor: float) -> Scenario:
         raise UsageError(f"A scenario cannot be compressed {factor:g}-fold.", remedy="Use a number above 0.")
     if factor == 1:
         return scenario
+
+    def divided(value: T, *names: str) -> T:
+        """Return a copy of the dataclass in which these times are divided."""
+        return replace(value, **{name: _divided(getattr(value, name), factor) for name in names})
+
+    def compressed_stage(stage: StageTemplate) -> StageTemplate:
+        return replace(stage, task_s=stage.task_s.scaled(1 / factor), retry=stage.retry.divided(factor))
+
+    def compressed_job(template: JobTemplate) -> JobTemplate:
+        return replace(divided(template, "deadline_s"), stages=tuple(map(compressed_stage, template.stages)))
+
     return replace(
         scenario,
-        jobs={name: _job(template, factor) for name, template in scenario.jobs.items()},
+        jobs={name: compressed_job(template) for name, template in scenario.jobs.items()},
         arrivals=tuple(source.compressed(factor) for source in scenario.arrivals),
-        pools=tuple(_pool(plan, factor) for plan in scenario.pools),
-        policy=Policy(
-            _divided(scenario.policy.drain_target_s, factor),
-            _divided(scenario.policy.cooldown_in_s, factor),
-            _divided(scenario.policy.idle_s, factor),
-        ),
-        prewarm=tuple(_prewarm(one, factor) for one in scenario.prewarm),
-        faults=tuple(_fault(fault, factor) for fault in scenario.faults),
-        expect=tuple(_expectation(one, factor) for one in scenario.expect),
+        pools=tuple(replace(plan, pool=divided(plan.pool, "boot_s")) for plan in scenario.pools),
+        policy=divided(scenario.policy, "drain_target_s", "cooldown_in_s", "idle_s"),
+        prewarm=tuple(divided(prewarm, "at_s", "until_s") for prewarm in scenario.prewarm),
+        faults=tuple(divided(fault, "at_s", "for_s", "notice_s") for fault in scenario.faults),
+        expect=tuple(_expectation(expectation, factor) for expectation in scenario.expect),
         compressed=scenario.compressed * factor,
     )
 
@@ -146,35 +141,11 @@ def _divided(time_s: float | None, factor: float) -> float | None:
     return None if time_s is None else time_s / factor
 
 
-def _job(template: JobTemplate, factor: float) -> JobTemplate:
-    return replace(
-        template,
-        stages=tuple(_stage(stage, factor) for stage in template.stages),
-        deadline_s=_divided(template.deadline_s, factor),
-    )
-
-
-def _stage(stage: StageTemplate, factor: float) -> StageTemplate:
-    return replace(stage, task_s=stage.task_s.scaled(1 / factor), retry=stage.retry.divided(factor))
-
-
-def _pool(plan: PoolPlan, factor: float) -> PoolPlan:
-    return replace(plan, pool=replace(plan.pool, boot_s=plan.pool.boot_s / factor))
-
-
-def _prewarm(one: Prewarm, factor: float) -> Prewarm:
-    return replace(one, at_s=one.at_s / factor, until_s=one.until_s / factor)
-
-
-def _fault(one: Fault, factor: float) -> Fault:
-    return replace(one, at_s=one.at_s / factor, for_s=one.for_s / factor, notice_s=one.notice_s / factor)
-
-
-def _expectation(one: Expectation, factor: float) -> Expectation:
-    measure = MEASURES.get(one.measure)
+def _expectation(expectation: Expectation, factor: float) -> Expectation:
+    measure = MEASURES.get(expectation.measure)
     if measure is None or measure.unit is not Unit.SECONDS:
-        return one
-    return replace(one, least=_divided(one.least, factor), most=_divided(one.most, factor))
+        return expectation
+    return replace(expectation, least=_divided(expectation.least, factor), most=_divided(expectation.most, factor))
 
 
 # Bundles of a job are consecutive and often small, so streams are cached.
@@ -186,6 +157,11 @@ def _fixed_task_s(job: Job, stage: StageTemplate) -> float | None:
     if job.task_s is not None and not stage.after:
         return job.task_s
     return stage.task_s.value if isinstance(stage.task_s, Constant) else None
+
+
+def mean_task_s(job: Job, stage: StageTemplate) -> float:
+    """Return the mean time of the stage's tasks."""
+    return stage.task_s.mean if job.task_s is None or stage.after else job.task_s
 
 
 def task_s(seed: int, job: Job, stage: StageTemplate, task: int) -> float:
@@ -234,49 +210,32 @@ def kills_worker(job: Job, stage: StageTemplate, task: int) -> bool:  # noqa: AR
 
 
 def stage_sizes(template: JobTemplate, tasks: int) -> dict[str, int]:
-    """Return the number of tasks of each stage if all tasks succeed.
-
-    Raise ValueError for a cycle of stages.
-    """
-    found: dict[str, int] = {}
-    left = list(template.stages)
-    while left:
-        ready = [stage for stage in left if all(name in found for name in stage.after)]
-        for stage in ready:
-            found[stage.name] = _stage_size(stage, found, tasks)
-        left = [stage for stage in left if stage not in ready]
+    """Return the number of tasks of each stage if all tasks succeed. Raise ValueError for a cycle of stages."""
+    sizes: dict[str, int] = {}
+    waiting = list(template.stages)
+    while waiting:
+        ready = [stage for stage in waiting if all(name in sizes for name in stage.after)]
         if not ready:
             raise ValueError("the stages run in a circle")
-    return found
-
-
-def _stage_size(stage: StageTemplate, found: dict[str, int], tasks: int) -> int:
-    if not stage.after:
-        return tasks
-    if stage.gather == "*":
-        return 1
-    before = max(found[name] for name in stage.after)
-    return before if stage.gather is None else min(stage.groups, before)
+        for stage in ready:
+            most = max((sizes[name] for name in stage.after), default=tasks)
+            if stage.after and stage.gather is not None:
+                most = 1 if stage.gather == "*" else min(stage.groups, most)
+            sizes[stage.name] = most
+        waiting = [stage for stage in waiting if stage not in ready]
+    return sizes
 
 
 def item_joins(template: JobTemplate) -> list[StageTemplate]:
-    """Return the stages that join several stages item by item.
-
-    These must have equal numbers of tasks.
-    """
+    """Return the stages that join several stages item by item. These must have equal numbers of tasks."""
     return [stage for stage in template.stages if stage.gather is None and len(stage.after) > 1]
 
 
 def find_unequal_join(template: JobTemplate, tasks: int) -> StageTemplate | None:
-    """Return the first join of stages with unequal numbers of tasks.
-
-    Raise ValueError for a cycle.
-    """
-    joined = item_joins(template)
-    sizes = stage_sizes(template, tasks) if joined else {}
-    return next(
-        (stage_template for stage_template in joined if len({sizes[name] for name in stage_template.after}) > 1), None
-    )
+    """Return the first join of stages with unequal numbers of tasks. Raise ValueError for a cycle."""
+    joins = item_joins(template)
+    sizes = stage_sizes(template, tasks) if joins else {}
+    return next((stage for stage in joins if len({sizes[name] for name in stage.after}) > 1), None)
 
 
 def unequal_join_message(stage: StageTemplate) -> str:
@@ -309,9 +268,7 @@ COLUMN_WIDTHS_S = (
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """Arrivals from `at_s` until the next column: jobs, tasks of all stages, and slot seconds per
-    pool.
-    """
+    """Arrivals from `at_s` until the next column: jobs, tasks of all stages, and slot seconds per pool."""
 
     at_s: float
     jobs: int
@@ -321,9 +278,9 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class PoolLoad:
-    """Load of one pool. `slots` is the capacity of its largest fleet, and `busy` is the work that
-    arrives in each column, in busy slots. `behind_s` is the longest delay of work on the largest
-    fleet, and `behind_at_s` its time. `idle_from_s` is the time at which all work would be done.
+    """Load of one pool. `slots` is the capacity of its largest fleet, and `busy` is the work that arrives in each
+    column, in busy slots. `behind_s` is the longest delay of work on the largest fleet, and `behind_at_s` its time.
+    `idle_from_s` is the time at which all work would be done.
     """
 
     pool: str
@@ -357,65 +314,45 @@ class Curve:
 
 def build_curve(scenario: Scenario, jobs: Sequence[Job], most: int = 72) -> Curve:
     """Build the curve of `jobs` with at most `most` columns."""
-    width_s = column_width_s(_span_s(scenario, jobs), most)
-    count = max(1, ceil(_span_s(scenario, jobs) / width_s - 1e-9))
+    # The span ends shortly after the last event of the scenario.
+    ends = [prewarm.until_s for prewarm in scenario.prewarm]
+    ends += [at_s * (1 + 1e-9) for at_s in (*(job.due_s for job in jobs[-1:]), *(f.at_s for f in scenario.faults))]
+    span_s = max([1.0, *ends])
+    width_s = column_width_s(span_s, most)
+    count = max(1, ceil(span_s / width_s - 1e-9))
     number, tasks = [0] * count, [0] * count
     work: list[dict[str, float]] = [{} for _ in range(count)]
     for job in jobs:
         i = min(int(job.due_s / width_s), count - 1)
         number[i] += 1
-        for name, size, slot_s in _stage_work(job):
-            tasks[i] += size
-            work[i][name] = work[i].get(name, 0.0) + slot_s
+        sizes = stage_sizes(job.template, job.tasks)
+        for stage in job.template.stages:
+            tasks[i] += sizes[stage.name]
+            slot_s = sizes[stage.name] * mean_task_s(job, stage) * stage.slots
+            work[i][stage.pool] = work[i].get(stage.pool, 0.0) + slot_s
     columns = tuple(Column(i * width_s, number[i], tasks[i], work[i]) for i in range(count))
-    asks = []
-    for plan in scenario.pools:
-        pool = plan.pool
+    loads = []
+    for pool in (plan.pool for plan in scenario.pools):
         arriving = [column.work_s.get(pool.name, 0.0) for column in columns]
         slots = pool.max_size * pool.slots
-        behind = _backlog(arriving, slots, width_s)
-        busy = tuple(one / width_s for one in arriving)
-        asks.append(PoolLoad(pool.name, slots, busy, *behind))
-    return Curve(width_s, columns, tuple(asks))
+        busy = tuple(work_s / width_s for work_s in arriving)
+        loads.append(PoolLoad(pool.name, slots, busy, *_backlog(arriving, slots, width_s)))
+    return Curve(width_s, columns, tuple(loads))
 
 
 def column_width_s(span_s: float, most: int) -> float:
     """Return the smallest width with which at most `most` columns cover `span_s`."""
-    return next((one for one in COLUMN_WIDTHS_S if span_s / one <= most + 1e-9), span_s / most)
-
-
-def _span_s(scenario: Scenario, jobs: Sequence[Job]) -> float:
-    """Return the time shortly after the last event of the scenario."""
-    ends = [job.due_s * (1 + 1e-9) for job in jobs[-1:]]
-    ends += [fault.at_s * (1 + 1e-9) for fault in scenario.faults]
-    ends += [prewarm.until_s for prewarm in scenario.prewarm]
-    return max([1.0, *ends])
+    return next((width_s for width_s in COLUMN_WIDTHS_S if span_s / width_s <= most + 1e-9), span_s / most)
 
 
 def _backlog(arriving: Sequence[float], slots: int, width_s: float) -> tuple[float, float, float]:
-    """Return the longest delay, its time, and the time at which all work is done.
-
-    Work is treated as a fluid.
-    """
-    left, worst, worst_at_s, idle_s = 0.0, 0.0, 0.0, 0.0
-    for i, work in enumerate(arriving):
-        before = left
-        left = max(0.0, left + work - slots * width_s)
-        if left > worst:
-            worst, worst_at_s = left, (i + 1) * width_s
-        if before + work > 0:
-            idle_s = i * width_s + min(width_s, (before + work) / slots) + left / slots
-    return worst / slots, worst_at_s, idle_s
-
-
-def _stage_work(job: Job) -> list[tuple[str, int, float]]:
-    """Return (pool, tasks, slot seconds) of each stage."""
-    count = stage_sizes(job.template, job.tasks)
-    found = []
-    for stage in job.template.stages:
-        draw = stage.task_s
-        if job.task_s is not None and not stage.after:
-            draw = Constant(job.task_s)
-        size = count[stage.name]
-        found.append((stage.pool, size, size * draw.mean * stage.slots))
-    return found
+    """Return the longest delay, its time, and the time at which all work is done. Work is treated as a fluid."""
+    backlog_s, worst_s, worst_at_s, idle_s = 0.0, 0.0, 0.0, 0.0
+    for i, work_s in enumerate(arriving):
+        total_s = backlog_s + work_s
+        backlog_s = max(0.0, total_s - slots * width_s)
+        if backlog_s > worst_s:
+            worst_s, worst_at_s = backlog_s, (i + 1) * width_s
+        if total_s > 0:
+            idle_s = i * width_s + min(width_s, total_s / slots) + backlog_s / slots
+    return worst_s / slots, worst_at_s, idle_s

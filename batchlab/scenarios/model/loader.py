@@ -1,7 +1,7 @@
 """Scenario files: find, load, and check them, and list the shipped ones.
 
-A loaded Scenario has passed every check: it names only existing jobs, pools, zones, and instance
-types, and expects only measures that a record has. It depends only on the file's text and location.
+A loaded Scenario has passed every check: its jobs, pools, zones, and instance types exist, and a record has its
+expected measures.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 from batchlab.core import installation, instance_types
 from batchlab.core.errors import UsageError
+from batchlab.core.model import Pool
 from batchlab.core.pricing import price_book
 from batchlab.jobs import handler_lookup, yaml_source
 from batchlab.jobs.field_types import MAX_TASKS
@@ -24,7 +25,7 @@ from batchlab.scenarios.model.build import FAULTS
 from batchlab.scenarios.model.distributions import Constant
 from batchlab.scenarios.model.schema import SHAPE, FaultSpec, ScenarioSpec, is_text
 from batchlab.scenarios.model.schema_distributions import StepSpec
-from batchlab.scenarios.model.values import LASTING_FAULTS, FaultName, JobTemplate, Scenario, Source
+from batchlab.scenarios.model.values import LASTING_FAULTS, FaultName, JobTemplate, Policy, PoolPlan, Prewarm, Scenario
 from batchlab.scenarios.verdicts import MEASURES
 
 
@@ -32,36 +33,40 @@ from batchlab.scenarios.verdicts import MEASURES
 class CheckedScenario:
     """Validated scenario in which placeholders replace invalid values, with its problems."""
 
-    found: Structure[ScenarioSpec]
+    structure: Structure[ScenarioSpec]
     spec: ScenarioSpec
     jobs: Mapping[str, JobTemplate]
 
-    def unknown(self, section: str, name: str) -> bool:
-        """Return whether the file has no entry of that name, not even an invalid one."""
-        if name in getattr(self.spec, section):
-            return False
-        for loc in self.found.broken:
-            if loc[:1] == (section,) and (loc[1:2] in ((), (name,)) or loc[-1] == "[key]"):
-                return False
-        return True
+    def is_sound(self, *loc: str | int) -> bool:
+        """Return whether the file has no mistake at the location."""
+        return self.structure.sound(loc)
 
-    def whole(self, pool: str) -> bool:
-        """Return whether the pool has no mistakes."""
-        return self.found.sound(("pools", pool))
+    def check_name(
+        self, section: str, name: str, loc: Loc, purpose: str = "", *, at_key: bool = False
+    ) -> list[Problem]:
+        """Return a problem if the section has no entry of that name, not even an invalid one."""
+        entries = getattr(self.spec, section)
+        if name in entries:
+            return []
+        for broken in self.structure.broken:
+            if broken[:1] == (section,) and (broken[1:2] in ((), (name,)) or broken[-1] == "[key]"):
+                return []
+        message = f"There is no {section.removesuffix('s')} '{name}'{purpose}."
+        return [Problem(loc, message, suggest(name, entries, section), at_key)]
 
 
 ZONES = "abcdef"
 
-_HITS_INSTANCES = frozenset(
+_INSTANCE_FAULTS = frozenset(
     {FaultName.KILL, FaultName.PAUSE, FaultName.PARTITION, FaultName.SPOT_WAVE, FaultName.SLOW_DISK}
 )
-_HITS_CALLS = frozenset({FaultName.S3_ERRORS, FaultName.SQS_DUPLICATES, FaultName.SQS_DELAYS})
+_CALL_FAULTS = frozenset({FaultName.S3_ERRORS, FaultName.SQS_DUPLICATES, FaultName.SQS_DELAYS})
 _FAULTS_BY_KEY: Mapping[str, frozenset[FaultName]] = {
     "for_s": LASTING_FAULTS,
-    "pool": _HITS_INSTANCES,
-    "share": _HITS_INSTANCES,
-    "count": _HITS_INSTANCES,
-    "rate": _HITS_CALLS,
+    "pool": _INSTANCE_FAULTS,
+    "share": _INSTANCE_FAULTS,
+    "count": _INSTANCE_FAULTS,
+    "rate": _CALL_FAULTS,
     "notice": frozenset({FaultName.SPOT_WAVE}),
     "zone": frozenset({FaultName.ZONE_LOSS}),
 }
@@ -76,16 +81,13 @@ _ZERO_MESSAGES = {
 """Messages for a value of 0."""
 
 
-def find_problems(found: Structure[ScenarioSpec], jobs: Mapping[str, JobTemplate]) -> list[Problem]:
+def find_problems(structure: Structure[ScenarioSpec], jobs: Mapping[str, JobTemplate]) -> list[Problem]:
     """Return the problems of all checks whose inputs are valid."""
-    if found.whole is None:
+    if structure.whole is None:
         return []
-    subject = CheckedScenario(found, found.whole, jobs)
-    problems: list[Problem] = []
-    for check, places in _CHECKS:
-        if found.sound(*places):
-            problems.extend(check(subject))
-    return [problem for problem in problems if problem.loc is None or found.sound(problem.loc)]
+    subject = CheckedScenario(structure, structure.whole, jobs)
+    problems = [problem for check, places in _CHECKS if structure.sound(*places) for problem in check(subject)]
+    return [problem for problem in problems if problem.loc is None or structure.sound(problem.loc)]
 
 
 def _pools(subject: CheckedScenario) -> Iterator[Problem]:
@@ -107,21 +109,19 @@ def _stages(subject: CheckedScenario) -> Iterator[Problem]:
     for template in subject.jobs.values():
         for i, stage in enumerate(template.stages):
             pool = subject.spec.pools.get(stage.pool)
-            if subject.unknown("pools", stage.pool):
-                message = f"There is no pool '{stage.pool}' for the stage '{stage.name}'."
-                loc = _stage_location(subject, template, i, "pool")
-                yield Problem(loc, message, suggest(stage.pool, subject.spec.pools, "pools"))
-            elif pool is not None and stage.slots > pool.slots and subject.whole(stage.pool):
+            loc = _stage_location(subject, template, i, "pool")
+            yield from subject.check_name("pools", stage.pool, loc, f" for the stage '{stage.name}'")
+            if pool is not None and stage.slots > pool.slots and subject.is_sound("pools", stage.pool):
                 message = (
-                    f"A task of the stage '{stage.name}' takes {stage.slots} slots, and an "
-                    f"instance of the pool '{stage.pool}' has {pool.slots}: it would never run."
+                    f"A task of the stage '{stage.name}' takes {stage.slots} slots, and an instance of the pool "
+                    f"'{stage.pool}' has {pool.slots}: it would never run."
                 )
-                remedy = "Give the pool's instances more slots."
-                yield Problem(_stage_location(subject, template, i, "slots"), message, remedy)
+                loc = _stage_location(subject, template, i, "slots")
+                yield Problem(loc, message, "Give the pool's instances more slots.")
 
 
 def _stage_location(subject: CheckedScenario, template: JobTemplate, stage: int, key: str) -> Loc:
-    """Return the location of the stage's key, or of the job if it has no stages."""
+    """Return the location of the stage's key. Without stages, return the location of the job or of its file."""
     loc: Loc = ("jobs", template.name)
     if template.file is not None:
         return (*loc, "file")
@@ -133,8 +133,8 @@ def _joins(subject: CheckedScenario) -> Iterator[Problem]:
     for template in subject.jobs.values():
         if any(arrival.trace is not None and arrival.job in (None, template.name) for arrival in subject.spec.arrivals):
             continue
-        always = isinstance(template.tasks, Constant)
-        tasks = max(1, int(template.tasks.mean + 0.5)) if always else MAX_TASKS
+        is_fixed = isinstance(template.tasks, Constant)
+        tasks = max(1, int(template.tasks.mean + 0.5)) if is_fixed else MAX_TASKS
         try:
             stage = expansion.find_unequal_join(template, tasks)
         except ValueError:
@@ -146,120 +146,104 @@ def _joins(subject: CheckedScenario) -> Iterator[Problem]:
 
 def _arrivals(subject: CheckedScenario) -> Iterator[Problem]:
     for i, arrival in enumerate(subject.spec.arrivals):
-        if arrival.step is not None and subject.found.sound(("arrivals", i, "step")):
+        if arrival.step is not None and subject.is_sound("arrivals", i, "step"):
             yield from _steps(arrival.step, ("arrivals", i, "step", "steps"))
-        if arrival.job is not None and subject.unknown("jobs", arrival.job):
-            message = f"There is no job '{arrival.job}'."
-            yield Problem(("arrivals", i, "job"), message, suggest(arrival.job, subject.spec.jobs, "jobs"))
+        if arrival.job is not None:
+            yield from subject.check_name("jobs", arrival.job, ("arrivals", i, "job"))
 
 
 def _steps(spec: StepSpec, loc: Loc) -> Iterator[Problem]:
     """Report steps without an effect."""
-    for i, step_at in enumerate(spec.steps):
-        if step_at.at_s >= spec.until_s:
+    for i, step in enumerate(spec.steps):
+        if step.at_s >= spec.until_s:
             message = f"Nothing arrives from {spec.until_s:g} s on: this step never comes."
             yield Problem((*loc, i, "at"), message, "Write a later until, or delete the step.")
-        elif i and step_at.at_s == spec.steps[i - 1].at_s:
-            message = f"Two steps are at {step_at.at_s:g} s."
+        elif i and step.at_s == spec.steps[i - 1].at_s:
+            message = f"Two steps are at {step.at_s:g} s."
             yield Problem((*loc, i, "at"), message, "Delete one of the two, or write a later at.")
 
 
 def _prewarm(subject: CheckedScenario) -> Iterator[Problem]:
-    for i, prewarm_spec in enumerate(subject.spec.prewarm):
+    for i, spec in enumerate(subject.spec.prewarm):
         loc: Loc = ("prewarm", i)
-        pool = subject.spec.pools.get(prewarm_spec.pool)
-        if subject.unknown("pools", prewarm_spec.pool):
-            message = f"There is no pool '{prewarm_spec.pool}' to warm up."
-            yield Problem((*loc, "pool"), message, suggest(prewarm_spec.pool, subject.spec.pools, "pools"))
-        elif pool is not None and prewarm_spec.min > pool.max and subject.whole(prewarm_spec.pool):
-            message = f"The pool '{prewarm_spec.pool}' has {pool.max} instances at the most."
-            yield Problem((*loc, "min"), message, f"Write {pool.max} or less, or raise its max.")
-        elif pool is not None and prewarm_spec.min <= pool.min <= pool.max and subject.whole(prewarm_spec.pool):
-            message = f"The pool '{prewarm_spec.pool}' always has {pool.min} instances or more."
-            yield Problem((*loc, "min"), message, f"Write {pool.min + 1} or more, or delete it.")
-        if prewarm_spec.until_s <= prewarm_spec.at_s and subject.found.sound((*loc, "at")):
-            message = "It ends before it begins."
-            yield Problem((*loc, "until"), message, "Write an until that is later than at.")
+        yield from subject.check_name("pools", spec.pool, (*loc, "pool"), " to warm up")
+        pool = subject.spec.pools.get(spec.pool)
+        if pool is not None and subject.is_sound("pools", spec.pool):
+            if spec.min > pool.max:
+                message = f"The pool '{spec.pool}' has {pool.max} instances at the most."
+                yield Problem((*loc, "min"), message, f"Write {pool.max} or less, or raise its max.")
+            elif spec.min <= pool.min <= pool.max:
+                message = f"The pool '{spec.pool}' always has {pool.min} instances or more."
+                yield Problem((*loc, "min"), message, f"Write {pool.min + 1} or more, or delete it.")
+        if spec.until_s <= spec.at_s and subject.is_sound(*loc, "at"):
+            yield Problem((*loc, "until"), "It ends before it begins.", "Write an until that is later than at.")
 
 
 def _faults(subject: CheckedScenario) -> Iterator[Problem]:
-    for i, fault_spec in enumerate(subject.spec.faults):
+    letters = ZONES[: subject.spec.zones]
+    for i, spec in enumerate(subject.spec.faults):
         loc: Loc = ("faults", i)
-        yield from _unused_fault_keys(fault_spec, loc)
-        if fault_spec.pool is not None and subject.unknown("pools", fault_spec.pool):
-            message = f"There is no pool '{fault_spec.pool}' to break."
-            yield Problem((*loc, "pool"), message, suggest(fault_spec.pool, subject.spec.pools, "pools"))
-        letters = ZONES[: subject.spec.zones]
-        if fault_spec.zone is not None and (len(fault_spec.zone) != 1 or fault_spec.zone not in letters):
-            message = f"There is no zone '{fault_spec.zone}': the fleet has {subject.spec.zones}."
-            remedy = f"Write {' or '.join(letters)}, or raise zones."
-            yield Problem((*loc, "zone"), message, remedy)
-        if FAULTS[fault_spec.fault] is FaultName.SPOT_WAVE:
-            yield from _without_spot(subject, fault_spec, loc)
+        yield from _unused_fault_keys(spec, loc)
+        if spec.pool is not None:
+            yield from subject.check_name("pools", spec.pool, (*loc, "pool"), " to break")
+        if spec.zone is not None and (len(spec.zone) != 1 or spec.zone not in letters):
+            message = f"There is no zone '{spec.zone}': the fleet has {subject.spec.zones}."
+            yield Problem((*loc, "zone"), message, f"Write {' or '.join(letters)}, or raise zones.")
+        pools = [pool for name, pool in subject.spec.pools.items() if spec.pool in (None, name)]
+        is_known = FAULTS[spec.fault] is FaultName.SPOT_WAVE and pools and subject.is_sound("pools")
+        if is_known and not any(pool.spot for pool in pools):
+            message = "A Spot wave interrupts Spot Instances, and the scenario has none."
+            yield Problem((*loc, "fault"), message, "Give a pool a Spot share, such as spot: 0.5.")
 
 
 def _overlaps(subject: CheckedScenario) -> Iterator[Problem]:
     """Report overlapping faults: the end of the first would also end the second."""
-    faults = [
-        (("faults", i), build.fault(one))
-        for i, one in enumerate(subject.spec.faults)
-        if subject.found.sound(("faults", i))
-    ]
-    for n, (loc, one) in enumerate(faults):
+    specs = enumerate(subject.spec.faults)
+    faults = [(("faults", i), build.fault(spec)) for i, spec in specs if subject.is_sound("faults", i)]
+    for n, (loc, fault) in enumerate(faults):
         for _, other in faults[:n]:
-            begins_s = max(one.at_s, other.at_s)
-            ends_s = min(one.at_s + one.for_s, other.at_s + other.for_s)
-            if one.shares(other) and (begins_s < ends_s or one.at_s == other.at_s):
+            begins_s = max(fault.at_s, other.at_s)
+            ends_s = min(fault.at_s + fault.for_s, other.at_s + other.for_s)
+            if fault.shares(other) and (begins_s < ends_s or fault.at_s == other.at_s):
                 message = (
-                    f"It overlaps with another {one.name.value}, which lasts from {other.at_s:g} s "
-                    f"to {other.at_s + other.for_s:g} s."
+                    f"It overlaps with another {fault.name.value}, which lasts from {other.at_s:g} s to "
+                    f"{other.at_s + other.for_s:g} s."
                 )
                 remedy = "Let one be over before the other begins, or make one of the two."
                 yield Problem((*loc, "at"), message, remedy)
                 break
 
 
-def _unused_fault_keys(one: FaultSpec, loc: Loc) -> Iterator[Problem]:
-    fault = FAULTS[one.fault]
+def _unused_fault_keys(spec: FaultSpec, loc: Loc) -> Iterator[Problem]:
+    fault = FAULTS[spec.fault]
     for key, faults in _FAULTS_BY_KEY.items():
-        if key not in one.model_fields_set:
+        if key not in spec.model_fields_set:
             continue
         name = key.removesuffix("_s")
         if fault not in faults:
             message = f"'{name}' means nothing for {fault.value}."
             remedy = f"Delete it; it goes with {', '.join(sorted(faults))}."
             yield Problem((*loc, name), message, remedy, at_key=True)
-        elif key in _ZERO_MESSAGES and fault not in _MAY_END_AT_ONCE and not getattr(one, key):
+        elif key in _ZERO_MESSAGES and fault not in _MAY_END_AT_ONCE and not getattr(spec, key):
             yield Problem((*loc, name), _ZERO_MESSAGES[key], "Write more than 0, or delete the fault.")
-    if one.share is not None and one.count is not None:
-        message = "It says both a share and a count."
-        yield Problem((*loc, "count"), message, "Delete one of the two.", at_key=True)
-
-
-def _without_spot(subject: CheckedScenario, one: FaultSpec, loc: Loc) -> Iterator[Problem]:
-    hit = [name for name in subject.spec.pools if one.pool in (None, name)]
-    if hit and subject.found.sound(("pools",)) and not any(subject.spec.pools[name].spot for name in hit):
-        message = "A Spot wave takes Spot instances, and there are none."
-        yield Problem((*loc, "fault"), message, "Give a pool a share of them, such as spot: 0.5.")
+    if spec.share is not None and spec.count is not None:
+        yield Problem((*loc, "count"), "It says both a share and a count.", "Delete one of the two.", at_key=True)
 
 
 def _expectations(subject: CheckedScenario) -> Iterator[Problem]:
-    whole: Any = subject.spec.expect
+    expect: Any = subject.spec.expect
     loc: Loc = ("expect",)
-    yield from _bounds(whole, loc)
-    for name, own in whole.jobs.items():
+    yield from _bounds(expect, loc)
+    for name, own in expect.jobs.items():
         at = (*loc, "jobs", name)
-        if subject.unknown("jobs", name):
-            message = f"There is no job '{name}' to expect this of."
-            yield Problem(at, message, suggest(name, subject.spec.jobs, "jobs"), at_key=True)
+        yield from subject.check_name("jobs", name, at, " to expect this of", at_key=True)
         yield from _bounds(own, at)
-        job = subject.jobs.get(name)
-        known = subject.found.sound(("jobs", name, "deadline"))
-        if own.late is not None and job is not None and job.deadline_s is None and known:
+        job = subject.jobs.get(name) if subject.is_sound("jobs", name, "deadline") else None
+        if own.late is not None and job is not None and job.deadline_s is None:
             message = f"The job '{name}' has no deadline to miss."
             yield Problem((*at, "late"), message, "Give it a deadline.", at_key=True)
-    known = subject.found.sound(("jobs",))
-    if whole.late is not None and known and all(job.deadline_s is None for job in subject.jobs.values()):
+    has_deadline = any(job.deadline_s is not None for job in subject.jobs.values())
+    if expect.late is not None and subject.is_sound("jobs") and not has_deadline:
         message = "No job has a deadline to miss."
         yield Problem((*loc, "late"), message, "Give one of the jobs a deadline.", at_key=True)
 
@@ -272,8 +256,7 @@ def _bounds(spec: Any, loc: Loc) -> Iterator[Problem]:
         if bound.least is None and bound.most is None:
             yield Problem((*loc, name), "It says neither least nor most.", f"Write `{name}: 0`.")
         elif None not in (bound.least, bound.most) and _number(bound.least) > _number(bound.most):
-            message = "least is more than most."
-            yield Problem((*loc, name), message, "Write the smaller one as least.")
+            yield Problem((*loc, name), "least is more than most.", "Write the smaller one as least.")
 
 
 def _number(limit: float | str) -> float:
@@ -281,12 +264,11 @@ def _number(limit: float | str) -> float:
 
 
 def _price(subject: CheckedScenario) -> Iterator[Problem]:
-    whole: Any = subject.spec.expect
-    if whole.cost is not None:
-        for name, pool in subject.spec.pools.items():
-            if not pool.instance_type:
-                message = f"What it costs cannot be known: the pool '{name}' has no instance type."
-                yield Problem(("expect", "cost"), message, "Give it one, such as m7i.large.")
+    expect: Any = subject.spec.expect
+    for name, pool in subject.spec.pools.items():
+        if expect.cost is not None and not pool.instance_type:
+            message = f"What it costs cannot be known: the pool '{name}' has no instance type."
+            yield Problem(("expect", "cost"), message, "Give it one, such as m7i.large.")
 
 
 _CHECKS: tuple[tuple[Callable[[CheckedScenario], Iterator[Problem]], tuple[Loc, ...]], ...] = (
@@ -324,17 +306,12 @@ def names() -> list[str]:
 
 def shipped_scenarios() -> list[ShippedScenario]:
     """Return the shipped scenarios, sorted by name."""
-    found = []
-    for name in names():
-        path = installation.folder(FOLDER) / f"{name}{SUFFIX}"
-        found.append(ShippedScenario(name, lesson_of(load(path).about), path))
-    return found
+    paths = [installation.folder(FOLDER) / f"{name}{SUFFIX}" for name in names()]
+    return [ShippedScenario(path.stem, lesson_of(load(path).about), path) for path in paths]
 
 
 def lesson_of(about: str) -> str:
-    """Return the rest of the sentence that starts with "It teaches", up to a colon, or else the
-    first sentence.
-    """
+    """Return the rest of the sentence that starts with "It teaches", up to a colon, or else the first sentence."""
     text = " ".join(about.split())
     text = text.partition(_TEACHES)[2] or text
     return text.partition(". ")[0].partition(": ")[0].rstrip(".")
@@ -344,9 +321,8 @@ def find(text: str) -> Path:
     """Return the path of the scenario that `text` names: a file or a shipped scenario."""
     if handler_lookup.is_file(Path(text)) or "/" in text or text.endswith((SUFFIX, ".yml")):
         return Path(text)
-    known = names()
-    if text not in known:
-        raise UsageError(f"There is no scenario {text!r}.", remedy=suggest(text, known, "shipped scenarios"))
+    if text not in names():
+        raise UsageError(f"There is no scenario {text!r}.", remedy=suggest(text, names(), "shipped scenarios"))
     return installation.folder(FOLDER) / f"{text}{SUFFIX}"
 
 
@@ -381,23 +357,26 @@ def parse(text: str, path: Path) -> Scenario:
 def _build_scenario(
     structure: Structure[ScenarioSpec], spec: ScenarioSpec, text: str, path: Path
 ) -> tuple[Scenario, Sequence[Problem]]:
-    maker = build.ScenarioBuilder(structure, path.parent)
-    jobs: dict[str, JobTemplate] = {name: maker.job(name, one) for name, one in spec.jobs.items()}
-    arrivals: list[Source | None] = [maker.source(i, one) for i, one in enumerate(spec.arrivals)]
+    builder = build.ScenarioBuilder(structure, path.parent)
+    jobs = {name: builder.job(name, job) for name, job in spec.jobs.items()}
+    arrivals = [builder.source(i, arrival) for i, arrival in enumerate(spec.arrivals)]
     scenario = Scenario(
         name=spec.name,
         about=spec.about.strip(),
         jobs=jobs,
         arrivals=tuple(arrival for arrival in arrivals if arrival is not None),
-        pools=build.pools(spec),
+        pools=tuple(
+            PoolPlan(Pool(name, pool.min, pool.max, pool.slots, pool.boot, instance_type=pool.instance_type), pool.spot)
+            for name, pool in spec.pools.items()
+        ),
         seed=spec.seed,
-        policy=build.policy(spec),
-        prewarm=build.prewarm(spec),
-        faults=build.faults(spec),
+        policy=Policy(spec.policy.drain_target, spec.policy.cooldown_in, spec.policy.idle),
+        prewarm=tuple(Prewarm(warm.pool, warm.min, warm.at_s, warm.until_s) for warm in spec.prewarm),
+        faults=tuple(sorted(map(build.fault, spec.faults), key=lambda fault: fault.at_s)),
         expect=build.expectations(spec),
         zones=spec.zones,
         compress=spec.compress,
         digest=hashlib.sha256(text.encode()).hexdigest(),
         path=path,
     )
-    return scenario, [*maker.problems, *find_problems(structure, jobs)]
+    return scenario, [*builder.problems, *find_problems(structure, jobs)]

@@ -14,6 +14,15 @@ from batchlab.jobs.schema import Keys
 from batchlab.scenarios.model.arrivals import WEEK_FORMS, parse_week_time_s
 
 N = TypeVar("N")
+
+
+def key(description: str, example: Any, default: Any = ..., **limits: Any) -> Any:
+    """Return the field of a key with its description, an example, its default (none: required), and its limits."""
+    if "default_factory" not in limits:
+        limits["default"] = default
+    return Field(description=description, examples=[example], **limits)
+
+
 _YEARS = range(1000, 9000)
 
 
@@ -79,95 +88,73 @@ class Of(Keys, Generic[N]):
 class Uniform(Of[N], Generic[N]):
     """Uniform distribution between two numbers."""
 
-    least: N = Field(description="Minimum value.", examples=[2])
-    most: N = Field(description="Maximum value.", examples=[8])
+    least: N = key("Minimum value.", 2)
+    most: N = key("Maximum value.", 8)
 
 
 class Exponential(Of[N], Generic[N]):
     """Exponential distribution: many short times, few long ones."""
 
-    mean: N = Field(description="The mean, above 0.", examples=[30])
+    mean: N = key("The mean, above 0.", 30)
 
 
 class Lognormal(Of[N], Generic[N]):
     """Lognormal distribution, which fits most run times: a peak with a long right tail."""
 
-    median: N = Field(description="Median: half of all values are below it. It must be above 0.", examples=[200])
-    sigma: Amount = Field(
-        description="Standard deviation of the logarithm: 0.5 is a small spread, 1.5 a large one.", examples=[0.6]
-    )
+    median: N = key("Median: half of all values are below it. It must be above 0.", 200)
+    sigma: Amount = key("Standard deviation of the logarithm: 0.5 is a small spread, 1.5 a large one.", 0.6)
 
 
 class Pareto(Of[N], Generic[N]):
     """Pareto distribution: most values are near the minimum, and a few are very large."""
 
-    least: N = Field(description="Minimum value, above 0.", examples=[10])
-    alpha: Amount = Field(
-        description="Speed at which the tail falls: 3 gives a light tail, 1.1 a very heavy one. It "
-        "must be above 1 without `most`.",
-        examples=[1.5],
+    least: N = key("Minimum value, above 0.", 10)
+    alpha: Amount = key(
+        "Speed at which the tail falls: 3 gives a light tail, 1.1 a very heavy one. It must be above 1 without `most`.",
+        1.5,
     )
-    most: N | None = Field(
-        default=None, description="Maximum value. Without it the distribution has no maximum.", examples=[3600]
-    )
+    most: N | None = key("Maximum value. Without it the distribution has no maximum.", 3600, None)
 
 
 class Weibull(Of[N], Generic[N]):
     """Weibull distribution: like exponential, with a heavier or lighter tail."""
 
-    scale: N = Field(
-        description="Scale: about two thirds of all values are below it. It must be above 0.", examples=[60]
-    )
-    shape: Amount = Field(
-        description="Below 1 the tail is heavier than exponential, above 1 it is lighter.", examples=[0.7]
-    )
+    scale: N = key("Scale: about two thirds of all values are below it. It must be above 0.", 60)
+    shape: Amount = key("Below 1 the tail is heavier than exponential, above 1 it is lighter.", 0.7)
 
 
 class One(Of[N], Generic[N]):
     """A distribution, given by exactly one of these keys."""
 
-    constant: N | None = Field(default=None, description="Constant value.", examples=[4])
-    uniform: Uniform[N] | None = Field(
-        default=None, description="Uniform distribution between two numbers.", examples=[{"least": 2, "most": 8}]
+    constant: N | None = key("Constant value.", 4, None)
+    uniform: Uniform[N] | None = key("Uniform distribution between two numbers.", {"least": 2, "most": 8}, None)
+    exponential: Exponential[N] | None = key("Exponential distribution with this mean.", {"mean": 30}, None)
+    lognormal: Lognormal[N] | None = key(
+        "Lognormal distribution, which fits most run times.", {"median": 4, "sigma": 0.8}, None
     )
-    exponential: Exponential[N] | None = Field(
-        default=None, description="Exponential distribution with this mean.", examples=[{"mean": 30}]
+    pareto: Pareto[N] | None = key("Pareto distribution, which has a heavy tail.", {"least": 10, "alpha": 1.5}, None)
+    weibull: Weibull[N] | None = key(
+        "Weibull distribution, whose tail is heavier or lighter than exponential.", {"scale": 60, "shape": 0.7}, None
     )
-    lognormal: Lognormal[N] | None = Field(
-        default=None,
-        description="Lognormal distribution, which fits most run times.",
-        examples=[{"median": 4, "sigma": 0.8}],
-    )
-    pareto: Pareto[N] | None = Field(
-        default=None, description="Pareto distribution, which has a heavy tail.", examples=[{"least": 10, "alpha": 1.5}]
-    )
-    weibull: Weibull[N] | None = Field(
-        default=None,
-        description="Weibull distribution, whose tail is heavier or lighter than exponential.",
-        examples=[{"scale": 60, "shape": 0.7}],
-    )
-    empirical: list[N] | None = Field(
-        default=None,
-        min_length=1,
-        description="Measured values, each with the same probability.",
-        examples=[[3, 4, 4, 9]],
+    empirical: list[N] | None = key(
+        "Measured values, each with the same probability.", [3, 4, 4, 9], None, min_length=1
     )
 
 
 class Part(One[N], Generic[N]):
     """One of the distributions of a mixture, with its weight."""
 
-    weight: Amount = Field(description="Weight relative to the other parts, above 0.", examples=[9])
+    weight: Amount = key("Weight relative to the other parts, above 0.", 9)
 
 
 class Draw(One[N], Generic[N]):
     """A distribution, given by exactly one of these keys. A plain number means `constant`."""
 
-    mixture: list[Part[N]] | None = Field(
-        default=None,
+    mixture: list[Part[N]] | None = key(
+        "Weighted mixture of distributions, for example mostly short times and some long ones.",
+        [{"weight": 9, "constant": 4}, {"weight": 1, "constant": 60}],
+        None,
         min_length=1,
-        description="Weighted mixture of distributions, for example mostly short times and some long ones.",
-        examples=[[{"weight": 9, "constant": 4}, {"weight": 1, "constant": 60}]],
     )
 
 
@@ -196,10 +183,8 @@ JobTimes = Annotated[
 class Span(Keys):
     """Start and end of a source of arrivals."""
 
-    from_s: field_types.Duration = Field(
-        alias="from", default=0.0, description="Time from which jobs may arrive.", examples=["30m"]
-    )
-    until_s: field_types.Duration = Field(alias="until", description="Time from which no jobs arrive.", examples=["8h"])
+    from_s: field_types.Duration = key("Time from which jobs may arrive.", "30m", 0.0, alias="from")
+    until_s: field_types.Duration = key("Time from which no jobs arrive.", "8h", alias="until")
 
 
 _PER_HOUR = "Jobs an hour, on average."
@@ -208,105 +193,96 @@ _PER_HOUR = "Jobs an hour, on average."
 class PoissonSpec(Span):
     """Independent arrivals at one rate."""
 
-    per_hour: Amount = Field(description=_PER_HOUR, examples=[30])
+    per_hour: Amount = key(_PER_HOUR, 30)
 
 
 class OnOffSpec(Span):
     """Bursts and pauses, starting with a burst."""
 
-    per_hour: Amount = Field(description="Mean number of jobs per hour in a burst.", examples=[120])
-    on_s: field_types.Duration = Field(alias="on", description="Mean length of a burst.", examples=["5m"])
-    off_s: field_types.Duration = Field(alias="off", description="Mean length of a pause.", examples=["25m"])
-    idle_per_hour: Amount = Field(default=0.0, description="Mean number of jobs per hour in a pause.", examples=[2])
-    regular: bool = Field(
-        default=False, description="Whether bursts and pauses always have their mean length.", examples=[True]
-    )
+    per_hour: Amount = key("Mean number of jobs per hour in a burst.", 120)
+    on_s: field_types.Duration = key("Mean length of a burst.", "5m", alias="on")
+    off_s: field_types.Duration = key("Mean length of a pause.", "25m", alias="off")
+    idle_per_hour: Amount = key("Mean number of jobs per hour in a pause.", 2, 0.0)
+    regular: bool = key("Whether bursts and pauses always have their mean length.", True, False)
 
 
 class ProfileSpec(Span):
     """Profile with a rate for each hour of the day and a factor for each day of the week."""
 
-    daily: list[Amount] = Field(
+    daily: list[Amount] = key(
+        "24 numbers, one for each hour from midnight: jobs per hour, or weights if `per_hour` is given.",
+        [2] * 24,
         min_length=24,
         max_length=24,
-        description="24 numbers, one for each hour from midnight: jobs per hour, or weights if `per_hour` is given.",
-        examples=[[2] * 24],
     )
-    weekly: list[Amount] = Field(
+    weekly: list[Amount] = key(
+        "7 factors, one for each day from Monday. The default is 1 for each.",
+        [1, 1, 1, 1, 1, 0.3, 0.1],
         default_factory=lambda: [1.0] * 7,
         min_length=7,
         max_length=7,
-        description="7 factors, one for each day from Monday. The default is 1 for each.",
-        examples=[[1, 1, 1, 1, 1, 0.3, 0.1]],
     )
-    per_hour: Amount | None = Field(
-        default=None, description="Mean number of jobs per hour over a whole week.", examples=[30]
-    )
-    begins_s: Week = Field(
+    per_hour: Amount | None = key("Mean number of jobs per hour over a whole week.", 30, None)
+    begins_s: Week = key(
+        f"Time of the week at the scenario's start: {WEEK_FORMS}. The default is Monday at midnight.",
+        "monday 06:00",
         alias="begins",
         default_factory=lambda: 0.0,
-        description=f"Time of the week at the scenario's start: {WEEK_FORMS}. The default is Monday at midnight.",
-        examples=["monday 06:00"],
     )
 
 
 class MonthEndSpec(Span):
     """Calendar profile with an ordinary rate and higher rates around the turn of a month."""
 
-    per_hour: Amount = Field(description="Mean number of jobs per hour on an ordinary working day.", examples=[2])
-    begins: Day = Field(description="Date on which the scenario starts at midnight.", examples=["2026-01-26"])
-    last: list[Amount] = Field(
+    per_hour: Amount = key("Mean number of jobs per hour on an ordinary working day.", 2)
+    begins: Day = key("Date on which the scenario starts at midnight.", "2026-01-26")
+    last: list[Amount] = key(
+        "Factors for the month's last working day, the one before it, and so on. The default is 6, 4, and 2.",
+        [6, 4, 2],
         default_factory=lambda: [6.0, 4.0, 2.0],
-        description="Factors for the month's last working day, the one before it, and so on. The "
-        "default is 6, 4, and 2.",
-        examples=[[6, 4, 2]],
     )
-    first: list[Amount] = Field(
+    first: list[Amount] = key(
+        "Factors for the month's first working day and those after it. The default is 3.",
+        [3, 1.5],
         default_factory=lambda: [3.0],
-        description="Factors for the month's first working day and those after it. The default is 3.",
-        examples=[[3, 1.5]],
     )
-    off: Amount = Field(default=0.1, description="Factor for weekends and holidays.", examples=[0.1])
-    holidays: list[Day] = Field(default_factory=list, description="Days without work.", examples=[["2026-01-01"]])
-    daily: list[Amount] = Field(
+    off: Amount = key("Factor for weekends and holidays.", 0.1, 0.1)
+    holidays: list[Day] = key("Days without work.", ["2026-01-01"], default_factory=list)
+    daily: list[Amount] = key(
+        "24 weights, one for each hour from midnight. The default is 1 for each.",
+        [1] * 24,
         default_factory=lambda: [1.0] * 24,
         min_length=24,
         max_length=24,
-        description="24 weights, one for each hour from midnight. The default is 1 for each.",
-        examples=[[1] * 24],
     )
 
 
 class StepAt(Keys):
     """A change of the rate."""
 
-    at_s: field_types.Duration = Field(alias="at", description="Start time.", examples=["1h"])
-    per_hour: Amount = Field(description=_PER_HOUR, examples=[120])
+    at_s: field_types.Duration = key("Start time.", "1h", alias="at")
+    per_hour: Amount = key(_PER_HOUR, 120)
 
 
 class StepSpec(Span):
     """A rate that changes at given times."""
 
-    per_hour: Amount = Field(description="Mean number of jobs per hour at the start.", examples=[10])
-    steps: list[StepAt] = Field(
-        min_length=1, description="The changes, in order of time.", examples=[[{"at": "1h", "per_hour": 120}]]
-    )
+    per_hour: Amount = key("Mean number of jobs per hour at the start.", 10)
+    steps: list[StepAt] = key("The changes, in order of time.", [{"at": "1h", "per_hour": 120}], min_length=1)
 
 
 class RampSpec(Span):
     """A rate that changes linearly from start to end."""
 
-    per_hour: Amount = Field(description="Jobs per hour at the start.", examples=[0])
-    to_per_hour: Amount = Field(description="Jobs per hour at the end.", examples=[120])
+    per_hour: Amount = key("Jobs per hour at the start.", 0)
+    to_per_hour: Amount = key("Jobs per hour at the end.", 120)
 
 
 class MomentSpec(Keys):
     """A time at which several jobs arrive."""
 
-    at_s: field_types.Duration = Field(alias="at", description="Time of the arrivals.", examples=["2h"])
-    count: int = Field(
-        default=1, ge=0, le=1_000_000, description="Number of jobs that arrive at this time.", examples=[50]
-    )
+    at_s: field_types.Duration = key("Time of the arrivals.", "2h", alias="at")
+    count: int = key("Number of jobs that arrive at this time.", 50, 1, ge=0, le=1_000_000)
 
 
 def _moment(value: Any) -> Any:

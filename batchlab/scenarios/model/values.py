@@ -1,18 +1,17 @@
 """Immutable values of a scenario. Forecasts and replays read the same values.
 
-Times are seconds from the start of the scenario, and durations are in seconds, unless a name has
-another unit.
+Times are seconds from the start of the scenario, and durations are in seconds, unless a name has another unit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from math import ceil
 from pathlib import Path
 from random import Random
-from typing import Protocol
+from typing import Any, Protocol
 
 from batchlab.core.model import Pool
 from batchlab.core.retry_rule import RetryRule
@@ -24,8 +23,7 @@ TENANT_TAG = "tenant"
 class Distribution(Protocol):
     """Distribution of numbers of at least 0, as a quantile function.
 
-    The result depends only on the given unit, so a task takes the same time wherever and whenever
-    it runs.
+    The result depends only on the given unit, so a task takes the same time wherever and whenever it runs.
     """
 
     @property
@@ -51,9 +49,9 @@ class WorkKind(StrEnum):
 class StageTemplate:
     """Stage of a job template, with times instead of code.
 
-    `gather` is None (item by item), "*" (one task of all results), or "key" (one task for each of
-    `groups`). `fails` is the share of attempts that raise an exception. The first `poison` tasks of
-    each job kill their worker in every attempt.
+    `gather` is None (item by item), "*" (one task of all results), or "key" (one task for each of `groups`). `fails` is
+    the share of attempts that raise an exception. The first `poison` tasks of each job kill their worker in every
+    attempt.
     """
 
     name: str
@@ -73,9 +71,8 @@ class StageTemplate:
 
 @dataclass(frozen=True, slots=True)
 class JobTemplate:
-    """Job template. `file` is a job file whose real work a replay runs instead of stand-ins, and
-    whose stages the template then has. `deadline_s` counts from the arrival. `max_failures` is a
-    number of tasks, as in a job file.
+    """Job template. `file` is a job file whose real work a replay runs instead of stand-ins, and whose stages the
+    template then has. `deadline_s` counts from the arrival. `max_failures` is a number of tasks, as in a job file.
     """
 
     name: str
@@ -92,8 +89,8 @@ class JobTemplate:
 class Arrival:
     """One job that arrives at `at_s`.
 
-    `tasks` and `task_s` (of each root task) replace draws of the template. `label` is its name in
-    the trace, and `tenant` replaces the template's.
+    `tasks` and `task_s` (of each root task) replace draws of the template. `label` is its name in the trace, and
+    `tenant` replaces the template's.
     """
 
     at_s: float
@@ -163,9 +160,9 @@ LASTING_FAULTS = frozenset(FaultName) - {FaultName.KILL, FaultName.SPOT_WAVE}
 class Fault:
     """One fault from `at_s` for `for_s`.
 
-    A fault of instances hits `share` of the pool's instances in service (rounded up), or `count` of
-    them. Without a pool it hits all pools. `rate` is the share of affected requests or messages of
-    s3-errors, sqs-duplicates, and sqs-delays. `notice_s` is the notice of a Spot wave.
+    A fault of instances hits `share` of the pool's instances in service (rounded up), or `count` of them. Without a
+    pool it hits all pools. `rate` is the share of affected requests or messages of s3-errors, sqs-duplicates, and
+    sqs-delays. `notice_s` is the notice of a Spot wave.
     """
 
     name: FaultName
@@ -217,6 +214,10 @@ class Policy:
     drain_target_s: float | None = None
     cooldown_in_s: float | None = None
     idle_s: float | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings that the scenario has, by the manager's names."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True, slots=True)

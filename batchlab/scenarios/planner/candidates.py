@@ -1,9 +1,7 @@
-"""Candidates of the planner (fleets and policies), and their trials in the simulator or the fast
-model.
+"""Candidates of the planner (fleets and policies), and their trials in the simulator or the fast model.
 
-A candidate is a value. The planner changes only pools, policy, and prewarming of a scenario. All
-candidates run with the same arrivals and task times for a seed (common random numbers), so
-differences come from the candidates. A result does not depend on the process.
+All candidates run with the same arrivals and task times for a seed (common random numbers), so their results differ
+only by the candidates.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ from batchlab.core.pricing import price_book
 from batchlab.core.pricing.price_book import PriceBook
 from batchlab.scenarios.forecast.results import minimum_usd
 from batchlab.scenarios.model.distributions import Stream
-from batchlab.scenarios.model.values import Fault, FaultName, PoolPlan, Prewarm, Scenario
+from batchlab.scenarios.model.values import Fault, FaultName, Prewarm, Scenario
 from batchlab.scenarios.record import Record
 from batchlab.scenarios.verdicts import MEASURES, Unknown, quantile
 from batchlab.sim.process_pool import ProcessDeath, ProcessPool
@@ -54,23 +52,21 @@ class Candidate:
         """Sort key that prefers the simpler of equally good candidates."""
         return (
             len(self.prewarm),
-            sum(prewarm.min_size for prewarm in self.prewarm),
+            sum(warm.min_size for warm in self.prewarm),
             sum(fleet.min_size for fleet in self.fleets),
             sum(fleet.max_size for fleet in self.fleets),
             sum(round(100 * fleet.spot) for fleet in self.fleets),
         )
 
     def to_json(self) -> dict[str, object]:
-        return {
-            "pools": {
-                fleet.pool: {"min": fleet.min_size, "max": fleet.max_size, "spot": fleet.spot} for fleet in self.fleets
-            },
-            "drain_target_s": self.drain_s,
-            "prewarm": [
-                {"pool": prewarm.pool, "min": prewarm.min_size, "at_s": prewarm.at_s, "until_s": prewarm.until_s}
-                for prewarm in self.prewarm
-            ],
+        pools = {
+            fleet.pool: {"min": fleet.min_size, "max": fleet.max_size, "spot": fleet.spot} for fleet in self.fleets
         }
+        prewarm = [
+            {"pool": warm.pool, "min": warm.min_size, "at_s": warm.at_s, "until_s": warm.until_s}
+            for warm in self.prewarm
+        ]
+        return {"pools": pools, "drain_target_s": self.drain_s, "prewarm": prewarm}
 
 
 def current_candidate(scenario: Scenario) -> Candidate:
@@ -87,30 +83,23 @@ def apply_candidate(scenario: Scenario, candidate: Candidate, wave_s: float | No
 
     If it has Spot Instances, AWS interrupts all of them once at `wave_s`.
     """
-    fleets = {one.pool: one for one in candidate.fleets}
-
-    def with_limits(plan: PoolPlan) -> PoolPlan:
+    fleets = {fleet.pool: fleet for fleet in candidate.fleets}
+    pools = []
+    for plan in scenario.pools:
         fleet = fleets[plan.pool.name]
         pool = replace(plan.pool, min_size=fleet.min_size, max_size=fleet.max_size)
-        return replace(plan, pool=pool, spot=fleet.spot)
-
+        pools.append(replace(plan, pool=pool, spot=fleet.spot))
     faults = scenario.faults
     if wave_s is not None and any(fleet.spot for fleet in candidate.fleets):
-        wave = Fault(FaultName.SPOT_WAVE, wave_s)
-        faults = tuple(sorted((*faults, wave), key=lambda one: one.at_s))
-    return replace(
-        scenario,
-        pools=tuple(with_limits(plan) for plan in scenario.pools),
-        policy=replace(scenario.policy, drain_target_s=candidate.drain_s),
-        prewarm=candidate.prewarm,
-        faults=faults,
-    )
+        faults = tuple(sorted((*faults, Fault(FaultName.SPOT_WAVE, wave_s)), key=lambda fault: fault.at_s))
+    policy = replace(scenario.policy, drain_target_s=candidate.drain_s)
+    return replace(scenario, pools=tuple(pools), policy=policy, prewarm=candidate.prewarm, faults=faults)
 
 
 @dataclass(frozen=True, slots=True)
 class PoolDemand:
-    """Observed demand of a pool: slot seconds of work, tasks times slots, the time at which half of
-    the peak was desired, and the boot time of its instances.
+    """Observed demand of a pool: slot seconds of work, tasks times slots, the time at which half of the peak was
+    desired, and the boot time of its instances.
     """
 
     work_s: float
@@ -121,30 +110,32 @@ class PoolDemand:
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """Goal of a plan: the last job ends within `deadline_s` after the first job's due time, and a
-    run costs at most `budget_usd`.
+    """Goal of a plan: the last job ends within `deadline_s` after the first job's due time, and a run costs at most
+    `budget_usd`.
     """
 
     deadline_s: float
     budget_usd: float | None = None
 
-    def met(self, one: TrialResult) -> bool:
+    def met(self, result: TrialResult) -> bool:
         """Return whether a run finished its work in time and within the budget."""
-        return self.in_time(one) and self.in_budget(one)
+        return self.in_time(result) and self.in_budget(result)
 
-    def in_time(self, one: TrialResult) -> bool:
-        return one.finish_s <= self.deadline_s
+    def in_time(self, result: TrialResult) -> bool:
+        return result.finish_s <= self.deadline_s
 
-    def in_budget(self, one: TrialResult) -> bool:
-        return self.budget_usd is None or one.usd <= self.budget_usd
+    def in_budget(self, result: TrialResult) -> bool:
+        return self.budget_usd is None or result.usd <= self.budget_usd
 
 
 @dataclass(frozen=True, slots=True)
 class TrialResult:
-    """Result of one seed. `finish_s` is the time from the first job's due time to the last job's
-    end. It is infinite if a job never ended, tasks were lost, or too many jobs failed. `usd` is the
-    cost of the run and of the minimum sizes until the deadline. `hit` says whether a Spot wave hit
-    an instance, or is None without a wave.
+    """Result of one seed.
+
+    `finish_s` is the time from the first job's due time to the last job's end. It is infinite if a job never ended,
+    tasks were lost, or too many jobs failed. `usd` is the cost of the run and of the minimum sizes until the deadline.
+    `hit` is True if a Spot wave hit an instance, and None without a wave. `busiest_s` is the start of the busiest
+    quarter of the deadline, in run seconds.
     """
 
     seed: int
@@ -157,7 +148,6 @@ class TrialResult:
     pools: Mapping[str, PoolDemand]
     hit: bool | None = None
     busiest_s: float = 0.0
-    """Start of the busiest quarter of the deadline, in run seconds."""
 
     @property
     def is_done(self) -> bool:
@@ -176,17 +166,18 @@ def trial_result(
             f"The forecast of {record.scenario} has no cost, and a plan needs it.",
             remedy="Name instance types that are in the price book: see `batchlab prices show`.",
         )
-    finish_s, failed = _measure(record, "makespan", math.inf), _measure(record, "failed_jobs", 0.0)
-    if record.cut or record.lost or _has_too_many_failures(record, allowed_failures):
-        finish_s = math.inf
+    otherwise = math.inf if "" in allowed_failures else 0.0
+    limits = {**{job.template: otherwise for job in record.jobs}, **allowed_failures}
+    has_failed = any(_measure(record, "failed_jobs", 0.0, template) > most for template, most in limits.items())
+    finish_s = _measure(record, "makespan", math.inf)
     first_s = min((job.due_s for job in record.jobs), default=0.0)
     waves = [fault for fault in record.faults if fault.name == FaultName.SPOT_WAVE]
     return TrialResult(
         record.seed,
-        finish_s,
+        math.inf if record.cut or record.lost or has_failed else finish_s,
         record.usd + minimum_usd(record, first_s + deadline_s, book),
         int(_measure(record, "late", 0.0)),
-        int(failed),
+        int(_measure(record, "failed_jobs", 0.0)),
         record.lost,
         int(_measure(record, "peak_fleet", 0.0)),
         {name: _pool_demand(record, name) for name in record.pools},
@@ -196,16 +187,13 @@ def trial_result(
 
 
 def _busiest_s(record: Record, first_s: float, deadline_s: float) -> float:
-    """Return the start of the busiest window, the earliest if there are several: faster runs are
-    busy then too.
-    """
+    """Return the start of the busiest window, the earliest if there are several: faster runs are busy then too."""
+    moments = [sample.at_s for sample in record.samples]
     busy = [
-        (at_s, float(sum(pool.in_service for pool in pools.values() if pool.backlog_tasks)))
-        for at_s, pools in ((sample.at_s, sample.pools) for sample in record.samples)
+        float(sum(pool.in_service for pool in sample.pools.values() if pool.backlog_tasks)) for sample in record.samples
     ]
-    moments = [at_s for at_s, _ in busy]
     areas = [0.0]
-    for (at_s, count), (next_s, _) in pairwise(busy):
+    for count, (at_s, next_s) in zip(busy, pairwise(moments), strict=False):
         areas.append(areas[-1] + count * (next_s - at_s))
 
     def until(at_s: float) -> float:
@@ -213,7 +201,7 @@ def _busiest_s(record: Record, first_s: float, deadline_s: float) -> float:
         i = bisect_right(moments, at_s) - 1
         if i < 0:
             return 0.0
-        return areas[i] + (busy[i][1] * (at_s - moments[i]) if i + 1 < len(busy) else 0.0)
+        return areas[i] + (busy[i] * (at_s - moments[i]) if i + 1 < len(busy) else 0.0)
 
     width_s = BUSIEST_WINDOW * deadline_s
     last_s = first_s + deadline_s - width_s
@@ -222,39 +210,32 @@ def _busiest_s(record: Record, first_s: float, deadline_s: float) -> float:
 
 
 def allowed_failures(scenario: Scenario) -> dict[str, float]:
-    """Return the allowed failed jobs by template ("" for all jobs) from the scenario's
-    expectations. Without an expectation, no job may fail.
+    """Return the allowed failed jobs by template ("" for all jobs) from the scenario's expectations.
+
+    Without an expectation, no job may fail.
     """
-    told: dict[str, float] = {}
+    limits: dict[str, float] = {}
     for expectation in scenario.expect:
         if expectation.measure == "failed_jobs" and expectation.most is not None:
-            told[expectation.template] = min(expectation.most, told.get(expectation.template, math.inf))
-    return told
-
-
-def _has_too_many_failures(record: Record, allowed_failures: Mapping[str, float]) -> bool:
-    otherwise = math.inf if "" in allowed_failures else 0.0
-    told = {**{job.template: otherwise for job in record.jobs}, **allowed_failures}
-    return any(_measure(record, "failed_jobs", 0.0, of) > most for of, most in told.items())
+            limits[expectation.template] = min(expectation.most, limits.get(expectation.template, math.inf))
+    return limits
 
 
 def _measure(record: Record, name: str, otherwise: float, template: str = "") -> float:
-    found = MEASURES[name].of(record, template)
-    return otherwise if isinstance(found, Unknown) else found
+    value = MEASURES[name].of(record, template)
+    return otherwise if isinstance(value, Unknown) else value
 
 
 def _pool_demand(record: Record, pool: str) -> PoolDemand:
     stages = [stage for stage in record.stages if stage.pool == pool]
-    desired = [(s.at_s, s.pools[pool].desired) for s in record.samples if pool in s.pools]
+    desired = [(sample.at_s, sample.pools[pool].desired) for sample in record.samples if pool in sample.pools]
     peak = max((count for _, count in desired), default=0)
-    rise_s = next((at_s for at_s, count in desired if peak and 2 * count >= peak), None)
-    instance_runs = (instance for instance in record.instances if instance.pool == pool)
-    boots = [instance_run.boot_s for instance_run in instance_runs if instance_run.boot_s is not None]
+    boots = [life.boot_s for life in record.instances if life.pool == pool and life.boot_s is not None]
     return PoolDemand(
-        sum(stage.run_s * stage.slots for stage in stages),
-        sum(stage.tasks * stage.slots for stage in stages),
-        rise_s,
-        median(boots) if boots else 0.0,
+        work_s=sum(stage.run_s * stage.slots for stage in stages),
+        slots=sum(stage.tasks * stage.slots for stage in stages),
+        rise_s=next((at_s for at_s, count in desired if peak and 2 * count >= peak), None),
+        boot_s=median(boots) if boots else 0.0,
     )
 
 
@@ -299,8 +280,8 @@ QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9, "most": 1.0}
 
 def quantiles(numbers: Sequence[float]) -> dict[str, float | None]:
     """Return quantiles by name. None replaces infinity, which JSON does not have."""
-    found = {name: quantile(numbers, share) for name, share in QUANTILES.items()}
-    return {name: one if math.isfinite(one) else None for name, one in found.items()}
+    values = {name: quantile(numbers, share) for name, share in QUANTILES.items()}
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 Forecaster = Callable[[Scenario, int], Record]
@@ -309,10 +290,7 @@ Forecaster = Callable[[Scenario, int], Record]
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One run of one candidate.
-
-    `wave_s` is the time of the Spot wave. `rough` runs use the fast model.
-    """
+    """One run of one candidate. `wave_s` is the time of the Spot wave. `rough` runs use the fast model."""
 
     candidate: Candidate
     index: int
@@ -353,7 +331,7 @@ class TrialRunner:
     book: PriceBook = field(default_factory=price_book.load)
     window_s: float = 0.0
     """Start of the window in which the Spot wave occurs, in run seconds."""
-    _crew: ProcessPool[Trial, TrialResult | BatchlabError] | None = None
+    _pool: ProcessPool[Trial, TrialResult | BatchlabError] | None = None
     _work: _TrialTask = field(init=False)
 
     def __post_init__(self) -> None:
@@ -380,7 +358,7 @@ class TrialRunner:
         start, rough = current_candidate(self.scenario), self.sketch is not None
         return _result_or_raise(self._work(Trial(start, 0, self.scenario.seed, None, rough)))
 
-    def outcomes(self, trials: Sequence[Trial]) -> Iterator[tuple[Trial, TrialResult]]:
+    def results(self, trials: Sequence[Trial]) -> Iterator[tuple[Trial, TrialResult]]:
         """Yield each trial with its result, in the order of completion.
 
         Raise BatchlabError for a failed run or a process that died.
@@ -389,25 +367,25 @@ class TrialRunner:
             for trial in trials:
                 yield trial, _result_or_raise(self._work(trial))
             return
-        if self._crew is None:
-            self._crew = ProcessPool(self._work, self.processes)
-        with closing(self._crew.each(trials)) as each:
-            for trial, found in each:
-                yield trial, _result_or_raise(found)
+        if self._pool is None:
+            self._pool = ProcessPool(self._work, self.processes)
+        with closing(self._pool.each(trials)) as results:
+            for trial, result in results:
+                yield trial, _result_or_raise(result)
 
     def close(self) -> None:
         """End the processes."""
-        if self._crew is not None:
-            self._crew.close()
-            self._crew = None
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
 
 
-def _result_or_raise(found: TrialResult | BatchlabError | ProcessDeath) -> TrialResult:
-    if isinstance(found, ProcessDeath):
+def _result_or_raise(result: TrialResult | BatchlabError | ProcessDeath) -> TrialResult:
+    if isinstance(result, ProcessDeath):
         raise BatchlabError(
-            f"A simulated run ended with exit code {found.exit_code} instead of an answer.",
+            f"The process of a simulated run ended with exit code {result.exit_code} and without a result.",
             remedy="Plan again with --jobs 1, and on a machine with more memory.",
         )
-    if isinstance(found, BatchlabError):
-        raise found
-    return found
+    if isinstance(result, BatchlabError):
+        raise result
+    return result

@@ -1,8 +1,6 @@
 """Answer of the planner: the recommended fleet, its certainty, and the alternatives.
 
-A plan holds only if all requested fresh seeds have run. Certainty is computed only from these,
-because a search selects candidates that were lucky in its own seeds. No point of the frontier is
-beaten in cost or time by another one without a disadvantage.
+Certainty is computed only from fresh seeds, because a search selects candidates that were lucky in its own seeds.
 """
 
 from __future__ import annotations
@@ -38,12 +36,12 @@ def frontier(points: Iterable[P]) -> list[P]:
 
     Points without an end or a price are left out.
     """
-    found: list[P] = []
-    able = (point for point in points if math.isfinite(point.usd) and math.isfinite(point.finish_s))
-    for one in sorted(able, key=lambda one: (one.usd, one.finish_s)):
-        if not found or one.finish_s < found[-1].finish_s:
-            found.append(one)
-    return found
+    best: list[P] = []
+    finite = (point for point in points if math.isfinite(point.usd) and math.isfinite(point.finish_s))
+    for point in sorted(finite, key=lambda point: (point.usd, point.finish_s)):
+        if not best or point.finish_s < best[-1].finish_s:
+            best.append(point)
+    return best
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +57,7 @@ class SeedShare:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Return Wilson's score interval, which is also useful for shares of 0 and 1 (E.
-
-        B. Wilson, J. Am. Stat. Assoc. 22 (1927) 209-212).
-        """
+        """Return Wilson's score interval (J. Am. Stat. Assoc. 22, 1927), which suits shares of 0 and 1 too."""
         if not self.of:
             return 0.0, 1.0
         n, p, z2 = self.of, self.value, Z_95**2
@@ -83,11 +78,10 @@ REQUIRED_SHARE = 0.95
 class Plan:
     """Answer of the planner.
 
-    `chosen` is recommended if it `holds`; otherwise it is the nearest candidate. It was chosen by
-    `searched` seeds. `fresh` has its results for other seeds, of which `seeds` are required.
-    `failed` is the number of candidates that did not hold before. `frontier` is sorted from the
-    cheapest to the fastest; the latest finish of the searched seeds counts. `waves` says whether a
-    Spot wave was added.
+    `chosen` is recommended if it `holds`; otherwise it is the nearest candidate. `searched` seeds selected it. `fresh`
+    has its results for other seeds, of which `seeds` are required. `failed` candidates failed the confirmation before.
+    `frontier` is sorted from the cheapest to the fastest; the latest finish of the searched seeds counts. `waves` is
+    True if a Spot wave was added to the scenario.
     """
 
     scenario: Scenario
@@ -143,18 +137,15 @@ class Plan:
     @property
     def missed_waves(self) -> SeedShare:
         """Return the share of results whose Spot wave hit no instance."""
-        had = [outcome.hit for outcome in self.outcomes if outcome.hit is not None]
-        return SeedShare(had.count(False), len(had))
+        hits = [outcome.hit for outcome in self.outcomes if outcome.hit is not None]
+        return SeedShare(hits.count(False), len(hits))
 
     @property
     def affordable(self) -> EvaluatedCandidate | None:
         """Return the fastest point of the frontier within the budget, or None."""
-        budget_usd = self.goal.budget_usd
-        within = [
-            evaluated_candidate
-            for evaluated_candidate in self.frontier
-            if budget_usd is not None and all(map(self.goal.in_budget, evaluated_candidate.outcomes))
-        ]
+        if self.goal.budget_usd is None:
+            return None
+        within = [point for point in self.frontier if all(map(self.goal.in_budget, point.outcomes))]
         return within[-1] if within else None
 
     @property
@@ -178,22 +169,20 @@ class Plan:
     @property
     def assumed(self) -> list[str]:
         """Return the assumptions, one sentence each."""
-        told = [
+        wave = (
+            "as the scenario has no Spot wave, all Spot Instances are interrupted once, in the quarter of the deadline "
+            "in which most of them have work"
+        )
+        return [
             "a run's time is from when its first job is due until its last one has ended",
             "its cost is at AWS's list prices, Spot at what is typical in the price book",
             "a minimum is paid for until the deadline, however early the work is done",
             "cooldown, idle time, slots and instance types are as in the scenario",
+            *([wave] if self.waves else []),
         ]
-        if self.waves:
-            told.append(
-                "as the scenario has no Spot wave of its own, all Spot instances are taken away "
-                "once, in the quarter of the deadline in which most of them are at work"
-            )
-        return told
 
     def to_json(self) -> dict[str, object]:
-        outcomes = self.outcomes
-        in_budget = self.in_budget
+        outcomes, in_budget = self.outcomes, self.in_budget
         return {
             "scenario": self.scenario.name,
             "seed": self.scenario.seed,
@@ -201,7 +190,7 @@ class Plan:
             "budget_usd": self.goal.budget_usd,
             "holds": self.holds,
             "recommended": self.chosen.candidate.to_json(),
-            "fresh_seeds": [trial_result.seed for trial_result in self.fresh],
+            "fresh_seeds": [result.seed for result in self.fresh],
             "met": self.met.to_json(),
             "in_time": self.in_time.to_json(),
             "in_budget": in_budget.to_json() if in_budget else None,

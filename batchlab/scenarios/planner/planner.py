@@ -1,8 +1,7 @@
-"""Deadline planner: search of the cheapest fleet and policy that meets a goal, with a confirmation
-by fresh seeds.
+"""Deadline planner: search of the cheapest fleet and policy that meets a goal, with a confirmation by fresh seeds.
 
-The answer depends only on the scenario and its seed, not on the number of processes. The best known
-answer is available whenever the search ends.
+The answer depends only on the scenario and its seed, not on the number of processes. If the search is interrupted, the
+best candidate so far is the answer.
 """
 
 from __future__ import annotations
@@ -54,10 +53,7 @@ MAX_MODEL_RUNS = 500
 MAX_ROUNDS = 4
 """Maximum number of corrections of the fast model by the simulator."""
 PICKED_CANDIDATES = 3
-"""Candidates of the fast model that are simulated per round.
-
-The first round adds as many from the frontier.
-"""
+"""Candidates of the fast model that are simulated per round. The first round adds as many from the frontier."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +82,7 @@ class Search:
     sketch: Forecaster | None = None
     book: PriceBook = field(default_factory=price_book.load)
     """Price book for the cost of minimum sizes until the deadline."""
-    told: Callable[[SearchProgress], None] = lambda _: None
+    on_progress: Callable[[SearchProgress], None] = lambda _: None
     cut: str = ""
     """Reason why the search ended early."""
     real: Evaluations = field(init=False)
@@ -113,12 +109,12 @@ class Search:
         self.real = Evaluations(self._trials, self.goal, list(range(searched)), limit)
         self.real.phase = "the scenario as it is"
         self._rough = Evaluations(self._trials, self.goal, list(range(SEARCH_SEEDS)), MAX_MODEL_RUNS, rough=True)
-        self.real.told = self._rough.told = self._tell
+        self.real.on_progress = self._rough.on_progress = self._report
 
     @property
     def done(self) -> int:
         """Return the number of simulated runs."""
-        return self.real.done
+        return self.real.runs
 
     def search(self) -> None:
         """Run the search. The answer is available even if an exception ends it."""
@@ -132,89 +128,84 @@ class Search:
         self._trials.window_s = base.busiest_s
         start = current_candidate(self.scenario)
         if self.sketch is None:
-            self.real.done += 1
+            self.real.runs += 1
             if not (self._trials.waves and any(fleet.spot for fleet in start.fleets)):
-                self.real.known[start] = {0: base}
-            self.real.told()
-        room = SizeLimits.of(self.scenario, base, self.goal.deadline_s)
+                self.real.results[start] = {0: base}
+            self.real.on_progress()
+        limits = SizeLimits.of(self.scenario, base, self.goal.deadline_s)
         if self.sketch is None:
-            self._within(partial(self.real.explore, start, room))
+            self._until_limit(partial(self.real.explore, start, limits))
         else:
-            self._within(partial(self._guided, start, room))
-        self._confirm(room)
+            self._until_limit(partial(self._guided, start, limits))
+        self._confirm(limits)
 
-    def _within(self, call: Callable[[], None]) -> None:
+    def _until_limit(self, call: Callable[[], None]) -> None:
         """Call until the limit of runs is reached."""
         try:
             call()
         except RunLimitReached:
-            self.cut = f"of the {self.runs:,} runs that it may make, {self.seeds:,} are kept to confirm an answer"
+            self.cut = f"{self.seeds:,} of the {self.runs:,} runs are reserved to confirm the answer"
 
-    def _tell(self) -> None:
-        self.told(SearchProgress(self.done, self.runs, self.real.phase, self.real.best()))
+    def _report(self) -> None:
+        self.on_progress(SearchProgress(self.done, self.runs, self.real.phase, self.real.best()))
 
-    def _guided(self, start: Candidate, room: SizeLimits) -> None:
+    def _guided(self, start: Candidate, limits: SizeLimits) -> None:
         """Search in the fast model, simulate its best candidates, correct the model, and repeat."""
-        self.real.phase = "a sketch of it"
-        _until_run_limit(partial(self._rough.explore, start, room))
-        edge = [evaluated_candidate.candidate for evaluated_candidate in frontier(self._rough.points())]
-        self._simulate([*self._worth_it(), *pick_evenly(edge, PICKED_CANDIDATES)])
+        self.real.phase = "the fast model"
+        _until_run_limit(partial(self._rough.explore, start, limits))
+        edge = [point.candidate for point in frontier(self._rough.points())]
+        self._simulate([*self._promising(), *pick_evenly(edge, PICKED_CANDIDATES)])
         for _ in range(MAX_ROUNDS):
             before = self.real.best()
-            self._ask(room)
+            self._search_again(limits)
             after = self.real.best()
             if after is None or before is None or after.candidate == before.candidate:
                 return
 
-    def _ask(self, room: SizeLimits) -> None:
+    def _search_again(self, limits: SizeLimits) -> None:
         """Correct the fast model and search in it again."""
-        self._put_right()
-        self.real.phase = "a sketch of it"
-        _until_run_limit(partial(self._rough.refine, room, STEP_SIZES[1:]))
-        self._simulate(self._worth_it())
+        self._correct_goal()
+        self.real.phase = "the fast model"
+        _until_run_limit(partial(self._rough.refine, limits, STEP_SIZES[1:]))
+        self._simulate(self._promising())
 
     def _simulate(self, candidates: Sequence[Candidate]) -> None:
         """Simulate with one seed, and the best of them with all seeds."""
-        self.real.phase = "the best of a sketch"
-        evaluated_candidates = self.real.look(list(dict.fromkeys(candidates)))
-        good = [*evaluated_candidates[: PICKED_CANDIDATES - 1], *frontier(evaluated_candidates)]
-        self.real.measure([evaluated_candidate.candidate for evaluated_candidate in good], self.real.hard)
+        self.real.phase = "the best of the fast model"
+        points = self.real.preselect(list(dict.fromkeys(candidates)))
+        good = [*points[: PICKED_CANDIDATES - 1], *frontier(points)]
+        self.real.measure([point.candidate for point in good], self.real.hard)
 
-    def _worth_it(self) -> list[Candidate]:
-        """Return the best candidates of the fast model that were not simulated, no two of them
-        similar.
-        """
-        found: dict[tuple[float, float], Candidate] = {}
+    def _promising(self) -> list[Candidate]:
+        """Return the best candidates of the fast model that were not simulated, no two of them similar."""
+        best: dict[tuple[float, float], Candidate] = {}
         for point in self._rough.ranked():
             kind = (tolerance_class(point.usd, USD_TOLERANCE), tolerance_class(point.finish_s, TIME_TOLERANCE))
-            found.setdefault(kind, point.candidate)
-            if len(found) == 4 * PICKED_CANDIDATES:
+            best.setdefault(kind, point.candidate)
+            if len(best) == 4 * PICKED_CANDIDATES:
                 break
-        return [candidate for candidate in found.values() if not self.real.known.get(candidate)][:PICKED_CANDIDATES]
+        return [candidate for candidate in best.values() if not self.real.results.get(candidate)][:PICKED_CANDIDATES]
 
-    def _put_right(self) -> None:
+    def _correct_goal(self) -> None:
         """Scale the goal of the fast model by its measured errors."""
         pairs = [
-            (trial_result, self._rough.known[candidate][index])
-            for candidate, outcomes in self.real.known.items()
-            for index, trial_result in outcomes.items()
-            if index in self._rough.known.get(candidate, {})
+            (result, self._rough.results[candidate][index])
+            for candidate, results in self.real.results.items()
+            for index, result in results.items()
+            if index in self._rough.results.get(candidate, {})
         ]
         pairs = [(a, b) for a, b in pairs if a.is_done and b.is_done and b.finish_s and b.usd]
-        late = [a.finish_s / b.finish_s for a, b in pairs] or [1.0]
-        dear = [a.usd / b.usd for a, b in pairs] or [1.0]
+        time_factor = median([a.finish_s / b.finish_s for a, b in pairs] or [1.0])
+        usd_factor = median([a.usd / b.usd for a, b in pairs] or [1.0])
         budget_usd = self.goal.budget_usd
         self._rough.goal = Goal(
-            self.goal.deadline_s / median(late), None if budget_usd is None else budget_usd / median(dear)
+            self.goal.deadline_s / time_factor, None if budget_usd is None else budget_usd / usd_factor
         )
 
-    def _confirm(self, room: SizeLimits) -> None:
-        """Confirm the best candidate with fresh seeds.
-
-        If it fails, confirm the next one with others.
-        """
+    def _confirm(self, limits: SizeLimits) -> None:
+        """Confirm the best candidate with fresh seeds. If it fails, confirm the next one with others."""
         while (best := self._candidate()) is not None:
-            self.real.phase = f"being sure over {self.seeds} fresh seeds"
+            self.real.phase = f"confirmation by {self.seeds} fresh seeds"
             first = SEARCH_SEEDS + len(self.attempts) * self.seeds
             fresh = self.attempts[best.candidate] = list(range(first, first + self.seeds))
             self.real.limit = self.done + self.seeds
@@ -223,33 +214,27 @@ class Search:
             if missed is None or not self.real.meets(best) or len(self.attempts) == MAX_CONFIRMATIONS:
                 return
             # The failed candidate was lucky before, so all others must pass the failed seed too.
-            self.real.phase = "a seed that is harder"
-            self._within(partial(self._again, room, missed))
+            self.real.phase = "a harder seed"
+            self._until_limit(partial(self._add_failed_seed, limits, missed))
             if self.done + self.seeds > self.runs:
                 return
 
     def _candidate(self) -> EvaluatedCandidate | None:
         """Return the best candidate that was not confirmed before, or None."""
-        left = [
-            evaluated_candidate
-            for evaluated_candidate in self.real.ranked()
-            if evaluated_candidate.candidate not in self.attempts
-        ]
-        if not left or (self.attempts and not self.real.meets(left[0])):
-            return None
-        return left[0]
+        best = next((point for point in self.real.ranked() if point.candidate not in self.attempts), None)
+        return None if best is None or (self.attempts and not self.real.meets(best)) else best
 
     def _missed(self, candidate: Candidate, fresh: Sequence[int]) -> int | None:
         """Return the index of the worst seed if too many seeds miss the goal."""
         for indices in (fresh[:FIRST_SEEDS], fresh):
             self.real.measure([candidate], indices)
-            outcomes = self.real.known[candidate]
+            outcomes = self.real.results[candidate]
             missed = [(outcomes[i].finish_s, outcomes[i].usd, -i) for i in indices if not self.goal.met(outcomes[i])]
             if len(missed) > (1 - REQUIRED_SHARE) * self.seeds + 1e-9:
                 return -max(missed)[2]
         return None
 
-    def _again(self, room: SizeLimits, missed: int) -> None:
+    def _add_failed_seed(self, limits: SizeLimits, missed: int) -> None:
         """Add the failed seed: run candidates with it until one passes, then refine."""
         rivals = self.real.ranked()
         self.real.hard.append(missed)
@@ -260,14 +245,12 @@ class Search:
             if self.real.meets(self.real.point(rival.candidate, self.real.hard)):
                 break
         if self.sketch is None:
-            self.real.refine(room, STEP_SIZES[1:])
+            self.real.refine(limits, STEP_SIZES[1:])
             return
         self._rough.hard.append(missed)
-        again = [
-            evaluated_candidate.candidate for evaluated_candidate in self._rough.ranked()[: 2 * PROMOTED_CANDIDATES]
-        ]
+        again = [point.candidate for point in self._rough.ranked()[: 2 * PROMOTED_CANDIDATES]]
         _until_run_limit(partial(self._rough.measure, again, [missed]))
-        self._ask(room)
+        self._search_again(limits)
 
     def answer(self) -> Plan | None:
         """Return the plan, or None if no candidate has a result."""
@@ -289,7 +272,7 @@ class Search:
             self.seeds,
             self.done,
             len(chosen.outcomes),
-            self._trials.waves and any(fleet.spot for candidate in self.real.known for fleet in candidate.fleets),
+            self._trials.waves and any(fleet.spot for candidate in self.real.results for fleet in candidate.fleets),
             fresh=fresh,
             failed=max(0, len(self.attempts) - 1),
             cut=self.cut,
@@ -299,14 +282,14 @@ class Search:
         """Return the confirmed or nearest candidate with its fresh results."""
         found = []
         for candidate, indices in self.attempts.items():
-            outcomes = self.real.known[candidate]
+            outcomes = self.real.results[candidate]
             fresh = tuple(outcomes[i] for i in indices if i in outcomes)
             share = sum(map(self.goal.met, fresh)) / len(fresh) if fresh else 0.0
             found.append((len(fresh) == self.seeds and share >= REQUIRED_SHARE, share, candidate, fresh))
         if not found:
             return self.real.best(), ()
         _, _, candidate, fresh = max(found, key=lambda one: one[:2])
-        outcomes = self.real.known[candidate]
+        outcomes = self.real.results[candidate]
         return self.real.point(candidate, [i for i in self.real.hard if i in outcomes]), fresh
 
 

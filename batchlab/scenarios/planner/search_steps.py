@@ -1,7 +1,6 @@
 """Search of candidates: a coarse grid, growth, and ever smaller steps from the best candidate.
 
-The search is deterministic: the same results lead to the same candidates in the same order,
-independent of the speed of processes.
+The search is deterministic: the same results lead to the same candidates in the same order.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 
 from batchlab.scenarios.model.values import Prewarm, Scenario
 from batchlab.scenarios.planner.candidates import (
@@ -33,8 +33,9 @@ MIN_PREWARM_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class SizeLimits:
-    """Sensible sizes of each pool: `needed` instances finish by the deadline if they are always
-    busy, and more than `useful` instances would be idle.
+    """Sensible sizes of each pool.
+
+    `needed` instances finish by the deadline if they are always busy, and more than `useful` instances would be idle.
     """
 
     needed: Mapping[str, int]
@@ -42,19 +43,22 @@ class SizeLimits:
     demand: Mapping[str, PoolDemand]
 
     @classmethod
-    def of(cls, scenario: Scenario, shown: TrialResult, deadline_s: float) -> SizeLimits:
+    def of(cls, scenario: Scenario, base: TrialResult, deadline_s: float) -> SizeLimits:
         """Derive the limits from the run of the unchanged scenario."""
         needed, useful = {}, {}
-        for plan in scenario.pools:
-            name, slots = plan.pool.name, plan.pool.slots
-            demand = shown.pools[name]
-            left_s = deadline_s - demand.boot_s
-            if left_s <= 0:
-                left_s = deadline_s
-            useful[name] = max(1, math.ceil(demand.slots / slots))
-            wanted = math.ceil(demand.work_s / (slots * left_s) - 1e-9)
-            needed[name] = max(1, min(useful[name], wanted))
-        return cls(needed, useful, shown.pools)
+        for pool in (plan.pool for plan in scenario.pools):
+            demand = base.pools[pool.name]
+            work_time_s = deadline_s - demand.boot_s
+            if work_time_s <= 0:
+                work_time_s = deadline_s
+            useful[pool.name] = max(1, math.ceil(demand.slots / pool.slots))
+            wanted = math.ceil(demand.work_s / (pool.slots * work_time_s) - 1e-9)
+            needed[pool.name] = max(1, min(useful[pool.name], wanted))
+        return cls(needed, useful, base.pools)
+
+    def fit(self, pool: str, size: int) -> int:
+        """Return the size, limited to between 1 and the useful size."""
+        return max(1, min(self.useful[pool], size))
 
 
 def round_to_two_digits(number: float) -> float:
@@ -65,34 +69,30 @@ def round_to_two_digits(number: float) -> float:
     return round(number, digits)
 
 
-def scale_pools(start: Candidate, room: SizeLimits, factor: float) -> Candidate:
+def scale_pools(start: Candidate, limits: SizeLimits, factor: float) -> Candidate:
     """Scale all pools to `factor` times their needed size, up to the useful size."""
-
-    def with_size(fleet: PoolConfig) -> PoolConfig:
-        most = math.ceil(factor * room.needed[fleet.pool] - 1e-9)
-        return with_max_size(fleet, max(1, min(room.useful[fleet.pool], most)))
-
-    return _fit_prewarming(start, map(with_size, start.fleets))
+    sizes = {f.pool: math.ceil(factor * limits.needed[f.pool] - 1e-9) for f in start.fleets}
+    fleets = [with_max_size(fleet, limits.fit(fleet.pool, sizes[fleet.pool])) for fleet in start.fleets]
+    return _fit_prewarming(start, fleets)
 
 
 def with_max_size(fleet: PoolConfig, most: int) -> PoolConfig:
     return replace(fleet, max_size=most, min_size=min(fleet.min_size, most))
 
 
-def _fit_prewarming(start: Candidate, fleets: Iterable[PoolConfig]) -> Candidate:
+def _fit_prewarming(start: Candidate, fleets: Sequence[PoolConfig]) -> Candidate:
     """Replace the pools and limit prewarming to sizes between their minimum and maximum."""
-    pool_configs = tuple(fleets)
-    of = {fleet.pool: fleet for fleet in pool_configs}
-    warm = (replace(prewarm, min_size=min(prewarm.min_size, of[prewarm.pool].max_size)) for prewarm in start.prewarm)
-    prewarms = tuple(prewarm for prewarm in warm if prewarm.min_size > of[prewarm.pool].min_size)
-    return replace(start, fleets=pool_configs, prewarm=prewarms)
+    by_pool = {fleet.pool: fleet for fleet in fleets}
+    warm = (replace(warm, min_size=min(warm.min_size, by_pool[warm.pool].max_size)) for warm in start.prewarm)
+    prewarm = tuple(plan for plan in warm if plan.min_size > by_pool[plan.pool].min_size)
+    return replace(start, fleets=tuple(fleets), prewarm=prewarm)
 
 
-def coarse_grid(start: Candidate, room: SizeLimits, deadline_s: float) -> list[Candidate]:
+def coarse_grid(start: Candidate, limits: SizeLimits, deadline_s: float) -> list[Candidate]:
     """Return the initial grid of candidates."""
     drains = [start.drain_s, *(max(MIN_DRAIN_S, round_to_two_digits(s * deadline_s)) for s in DRAIN_SHARES)]
     candidates = [
-        replace(scale_pools(start, room, factor), drain_s=drain_s) for factor in SIZE_FACTORS for drain_s in drains
+        replace(scale_pools(start, limits, factor), drain_s=drain_s) for factor in SIZE_FACTORS for drain_s in drains
     ]
     return list(dict.fromkeys([start, *candidates]))
 
@@ -100,8 +100,8 @@ def coarse_grid(start: Candidate, room: SizeLimits, deadline_s: float) -> list[C
 def with_spot_variants(candidates: Iterable[Candidate]) -> list[Candidate]:
     """Return each candidate with 0%, 50%, and 100% Spot.
 
-    A larger Spot fleet may be cheaper than a smaller fleet without Spot, and small steps do not
-    lead from one to the other.
+    A larger Spot fleet may be cheaper than a smaller fleet without Spot, and small steps do not lead from one to the
+    other.
     """
     return [
         replace(candidate, fleets=tuple(replace(fleet, spot=share) for fleet in candidate.fleets))
@@ -110,38 +110,35 @@ def with_spot_variants(candidates: Iterable[Candidate]) -> list[Candidate]:
     ]
 
 
-def double_size(start: Candidate, room: SizeLimits) -> Candidate | None:
+def double_size(start: Candidate, limits: SizeLimits) -> Candidate | None:
     """Double the sizes up to the useful size, or return None."""
-    fleets = [with_max_size(f, min(room.useful[f.pool], 2 * f.max_size)) for f in start.fleets]
+    fleets = [with_max_size(f, min(limits.useful[f.pool], 2 * f.max_size)) for f in start.fleets]
     candidate = _fit_prewarming(start, fleets)
     return None if candidate == start else candidate
 
 
-def neighbors(best: Candidate, room: SizeLimits, step: float) -> list[Candidate]:
-    """Return candidates near `best`.
-
-    `step` is the relative change, 0.5 at first and then smaller.
-    """
+def neighbors(best: Candidate, limits: SizeLimits, step: float) -> list[Candidate]:
+    """Return candidates near `best`. `step` is the relative change, 0.5 at first and then smaller."""
     candidates = [
-        *_size_changes(best, room, step),
+        *_size_changes(best, limits, step),
         *_drain_changes(best, step),
         *_spot_changes(best, step),
-        *_size_and_spot_changes(best, room, step),
+        *_size_and_spot_changes(best, limits, step),
         *_minimum_changes(best, step),
-        *_prewarm_changes(best, room, step),
+        *_prewarm_changes(best, limits, step),
     ]
-    return [fromkey for fromkey in dict.fromkeys(candidates) if fromkey != best]
+    return [candidate for candidate in dict.fromkeys(candidates) if candidate != best]
 
 
 def _replace_pools(best: Candidate, changed: Mapping[str, PoolConfig]) -> Candidate:
-    return _fit_prewarming(best, (changed.get(fleet.pool, fleet) for fleet in best.fleets))
+    return _fit_prewarming(best, [changed.get(fleet.pool, fleet) for fleet in best.fleets])
 
 
-def _size_changes(best: Candidate, room: SizeLimits, step: float) -> Iterator[Candidate]:
+def _size_changes(best: Candidate, limits: SizeLimits, step: float) -> Iterator[Candidate]:
     def resized(fleet: PoolConfig, factor: float, more: int) -> PoolConfig:
         size = round(fleet.max_size * factor)
         size = fleet.max_size + more if size == fleet.max_size else size
-        return with_max_size(fleet, max(1, min(room.useful[fleet.pool], size)))
+        return with_max_size(fleet, limits.fit(fleet.pool, size))
 
     for factor, more in ((1 - step, -1), (1 + step, 1), (1 - step / 2, -1), (1 + step / 2, 1)):
         yield _replace_pools(best, {f.pool: resized(f, factor, more) for f in best.fleets})
@@ -169,17 +166,15 @@ def _spot_changes(best: Candidate, step: float) -> Iterator[Candidate]:
             yield _replace_pools(best, {f.pool: replace(f, spot=share) for f in best.fleets})
 
 
-def _size_and_spot_changes(best: Candidate, room: SizeLimits, step: float) -> Iterator[Candidate]:
+def _size_and_spot_changes(best: Candidate, limits: SizeLimits, step: float) -> Iterator[Candidate]:
     """Change sizes and Spot shares together: more instances compensate for a Spot wave."""
-    for sign in (1, -1):
-        for share in (step, 2 * step):
-            for extra in (1, 2):
-                fleets = []
-                for fleet in best.fleets:
-                    most = max(1, min(room.useful[fleet.pool], fleet.max_size + sign * extra))
-                    spot = max(0.0, min(1.0, fleet.spot + sign * share))
-                    fleets.append(replace(with_max_size(fleet, most), spot=round(spot, 3)))
-                yield _fit_prewarming(best, fleets)
+    for sign, share, extra in product((1, -1), (step, 2 * step), (1, 2)):
+        fleets = []
+        for fleet in best.fleets:
+            spot = max(0.0, min(1.0, fleet.spot + sign * share))
+            resized = with_max_size(fleet, limits.fit(fleet.pool, fleet.max_size + sign * extra))
+            fleets.append(replace(resized, spot=round(spot, 3)))
+        yield _fit_prewarming(best, fleets)
 
 
 def _minimum_changes(best: Candidate, step: float) -> Iterator[Candidate]:
@@ -189,10 +184,12 @@ def _minimum_changes(best: Candidate, step: float) -> Iterator[Candidate]:
             yield _replace_pools(best, {fleet.pool: replace(fleet, min_size=size)})
 
 
-def _prewarm_changes(best: Candidate, room: SizeLimits, step: float) -> Iterator[Candidate]:
-    """Remove, shrink, or grow each prewarming, and add the first one of a pool, early enough for
-    its rise.
-    """
+def _prewarm_changes(best: Candidate, limits: SizeLimits, step: float) -> Iterator[Candidate]:
+    """Remove, shrink, or grow each prewarming, and add the first one of a pool, early enough for its rise."""
+
+    def with_plans(*plans: Prewarm) -> Candidate:
+        return replace(best, prewarm=tuple(sorted(plans, key=lambda plan: (plan.at_s, plan.pool))))
+
     for i, prewarm in enumerate(best.prewarm):
         others = (*best.prewarm[:i], *best.prewarm[i + 1 :])
         yield replace(best, prewarm=others)
@@ -200,25 +197,19 @@ def _prewarm_changes(best: Candidate, room: SizeLimits, step: float) -> Iterator
         fleet = next(f for f in best.fleets if f.pool == prewarm.pool)
         for size in (prewarm.min_size - change, min(fleet.max_size, prewarm.min_size + change)):
             if size > fleet.min_size:
-                changed = replace(prewarm, min_size=size)
-                yield replace(best, prewarm=_sorted_prewarms(*others, changed))
+                yield with_plans(*others, replace(prewarm, min_size=size))
     for fleet in best.fleets:
-        demand = room.demand[fleet.pool]
+        demand = limits.demand[fleet.pool]
         if demand.rise_s is None or any(prewarm.pool == fleet.pool for prewarm in best.prewarm):
             continue
         at_s = math.floor(max(0.0, demand.rise_s - 1.1 * demand.boot_s))
         until_s = math.ceil(demand.rise_s + max(MIN_PREWARM_S, demand.boot_s))
         for size in sorted({fleet.max_size, math.ceil(fleet.max_size / 2), fleet.min_size} - {0}):
-            warm = Prewarm(fleet.pool, size, float(at_s), float(until_s))
-            with_it = replace(best, prewarm=_sorted_prewarms(*best.prewarm, warm))
+            candidate = with_plans(*best.prewarm, Prewarm(fleet.pool, size, float(at_s), float(until_s)))
             if size > fleet.min_size:
-                yield with_it
-            if fleet.min_size:  # for a while, in place of always
-                yield _replace_pools(with_it, {fleet.pool: replace(fleet, min_size=0)})
-
-
-def _sorted_prewarms(*warm: Prewarm) -> tuple[Prewarm, ...]:
-    return tuple(sorted(warm, key=lambda one: (one.at_s, one.pool)))
+                yield candidate
+            if fleet.min_size:  # the prewarming replaces the permanent instances
+                yield _replace_pools(candidate, {fleet.pool: replace(fleet, min_size=0)})
 
 
 def pick_evenly(points: Sequence[Candidate], number: int) -> list[Candidate]:
@@ -231,10 +222,7 @@ def pick_evenly(points: Sequence[Candidate], number: int) -> list[Candidate]:
 
 STEP_SIZES = (0.5, 0.25, 0.12, 0.06)
 PROMOTED_CANDIDATES = 8
-"""Candidates of the coarse grid that run with more than one seed.
-
-Later rounds take half as many.
-"""
+"""Candidates of the coarse grid that run with more than one seed. Later rounds take half as many."""
 USD_TOLERANCE, TIME_TOLERANCE = 1.005, 1.01
 """Relative differences of costs and times below which candidates count as equal."""
 
@@ -247,8 +235,8 @@ class RunLimitReached(Exception):
 class Evaluations:
     """Candidates that were evaluated in one way, with their results.
 
-    `hard` has the indexes of the seeds that serious candidates must pass. The first seed is for
-    preselection. `limit` is the maximum number of runs.
+    `hard` has the indexes of the seeds that serious candidates must pass. The first seed is for preselection. `limit`
+    is the maximum number of runs.
     """
 
     trials: TrialRunner
@@ -257,46 +245,42 @@ class Evaluations:
     limit: int
     rough: bool = False
     phase: str = ""
-    told: Callable[[], None] = lambda: None
-    known: dict[Candidate, dict[int, TrialResult]] = field(default_factory=dict)
+    on_progress: Callable[[], None] = lambda: None
+    results: dict[Candidate, dict[int, TrialResult]] = field(default_factory=dict)
     """Results by candidate and seed index."""
-    done: int = 0
+    runs: int = 0
 
     def measure(self, candidates: Iterable[Candidate], indices: Sequence[int]) -> None:
         """Run the missing trials. Raise RunLimitReached at the limit."""
-        wanted = [
+        missing = [
             (candidate, index)
             for candidate in dict.fromkeys(candidates)
             for index in indices
-            if index not in self.known.get(candidate, {})
+            if index not in self.results.get(candidate, {})
         ]
-        for candidate, _ in wanted:
+        for candidate, _ in missing:
             # Candidates are inserted in this order, because ties go to the first one.
-            self.known.setdefault(candidate, {})
-        may = wanted[: max(0, self.limit - self.done)]
-        trials = [self.trials.trial(*one, rough=self.rough) for one in may]
-        for trial, trial_result in self.trials.outcomes(trials):
-            self.known[trial.candidate][trial.index] = trial_result
-            self.done += 1
-            self.told()
-        if len(may) < len(wanted):
+            self.results.setdefault(candidate, {})
+        allowed = missing[: max(0, self.limit - self.runs)]
+        trials = [self.trials.trial(candidate, index, rough=self.rough) for candidate, index in allowed]
+        for trial, result in self.trials.results(trials):
+            self.results[trial.candidate][trial.index] = result
+            self.runs += 1
+            self.on_progress()
+        if len(allowed) < len(missing):
             raise RunLimitReached
 
     def point(self, candidate: Candidate, indices: Sequence[int]) -> EvaluatedCandidate:
-        outcomes = self.known[candidate]
-        return EvaluatedCandidate(candidate, tuple(outcomes[i] for i in indices))
+        results = self.results[candidate]
+        return EvaluatedCandidate(candidate, tuple(results[i] for i in indices))
 
     def points(self) -> list[EvaluatedCandidate]:
         """Return the candidates with results for all seeds, or for as many as possible."""
         for count in range(len(self.hard), 0, -1):
             indices = self.hard[:count]
-            evaluated_candidates = [
-                self.point(candidate, indices)
-                for candidate, outcomes in self.known.items()
-                if all(i in outcomes for i in indices)
-            ]
-            if evaluated_candidates:
-                return evaluated_candidates
+            done = [candidate for candidate, results in self.results.items() if all(i in results for i in indices)]
+            if done:
+                return [self.point(candidate, indices) for candidate in done]
         return []
 
     def in_time(self, point: EvaluatedCandidate) -> bool:
@@ -306,9 +290,8 @@ class Evaluations:
         return point.met(self.goal) == len(point.outcomes)
 
     def rank(self, point: EvaluatedCandidate) -> tuple[float, ...]:
-        """Return a sort key. Candidates that meet the goal come first, by cost, time, and
-        simplicity. Then come those in time but too expensive, and then the others by lateness and
-        unfinished work.
+        """Return a sort key. Candidates that meet the goal come first, by cost, time, and simplicity. Then come those
+        in time but too expensive, and then the others by lateness and unfinished work.
         """
         usd, finish_s = (tolerance_class(point.usd, USD_TOLERANCE), tolerance_class(point.finish_s, TIME_TOLERANCE))
         exactly = (*map(float, point.candidate.simplicity), point.usd, point.finish_s)
@@ -324,78 +307,50 @@ class Evaluations:
         """Return the cheapest candidate that meets the goal in all seeds, or the nearest one."""
         return min(self.points(), key=self.rank, default=None)
 
-    def explore(self, start: Candidate, room: SizeLimits) -> None:
+    def explore(self, start: Candidate, limits: SizeLimits) -> None:
         """Run a complete search. Raise RunLimitReached at the limit."""
-        self.phase = "a coarse look"
-        grid = coarse_grid(start, room, self.goal.deadline_s)
-        evaluated_candidates = self.look(grid)
-        evaluated_candidates = self.look(
-            [
-                *grid,
-                *with_spot_variants(
-                    evaluated_candidate.candidate
-                    for evaluated_candidate in self._best_of_each_size(evaluated_candidates)
-                ),
-            ]
-        )
-        edge = pick_evenly(
-            [evaluated_candidate.candidate for evaluated_candidate in frontier(evaluated_candidates)],
-            PROMOTED_CANDIDATES,
-        )
-        self.measure(
-            [
-                *(evaluated_candidate.candidate for evaluated_candidate in evaluated_candidates[:PROMOTED_CANDIDATES]),
-                *edge,
-            ],
-            self.hard,
-        )
-        self._grow(room)
-        self.refine(room, STEP_SIZES)
+        self.phase = "a coarse grid"
+        grid = coarse_grid(start, limits, self.goal.deadline_s)
+        best = self._best_of_each_size(self.preselect(grid))
+        points = self.preselect([*grid, *with_spot_variants(point.candidate for point in best)])
+        edge = pick_evenly([point.candidate for point in frontier(points)], PROMOTED_CANDIDATES)
+        self.measure([*(point.candidate for point in points[:PROMOTED_CANDIDATES]), *edge], self.hard)
+        # The fleet is doubled while no candidate is in time and it still gets faster.
+        while (point := self.best()) is not None and not self.in_time(point):
+            larger = double_size(point.candidate, limits)
+            if larger is None or larger in self.results:
+                break
+            self.measure([larger], self.hard)
+            if self.point(larger, self.hard).finish_s * TIME_TOLERANCE > point.finish_s:
+                break
+        self.refine(limits, STEP_SIZES)
 
-    def look(self, candidates: Sequence[Candidate]) -> list[EvaluatedCandidate]:
+    def preselect(self, candidates: Sequence[Candidate]) -> list[EvaluatedCandidate]:
         """Evaluate with the first seed and sort, the best first."""
         self.measure(candidates, self.hard[:1])
         return sorted((self.point(candidate, self.hard[:1]) for candidate in candidates), key=self.rank)
 
-    def _best_of_each_size(self, looked: Sequence[EvaluatedCandidate]) -> list[EvaluatedCandidate]:
-        """Return the best candidate of each observed fleet size that is in time, or the overall
-        best.
-        """
-        found: dict[int, EvaluatedCandidate] = {}
-        for point in looked:
-            found.setdefault(point.peak, point)
-        sizes = list(found.values())
-        return [size for size in sizes if self.in_time(size)][:PROMOTED_CANDIDATES] or sizes[:1]
+    def _best_of_each_size(self, points: Sequence[EvaluatedCandidate]) -> list[EvaluatedCandidate]:
+        """Return the best candidate of each observed fleet size that is in time, or the overall best."""
+        best: dict[int, EvaluatedCandidate] = {}
+        for point in points:
+            best.setdefault(point.peak, point)
+        return [point for point in best.values() if self.in_time(point)][:PROMOTED_CANDIDATES] or list(best.values())[
+            :1
+        ]
 
-    def _grow(self, room: SizeLimits) -> None:
-        """Double the fleet while no candidate is in time and it still gets faster."""
-        while (best := self.best()) is not None and not self.in_time(best):
-            more = double_size(best.candidate, room)
-            if more is None or more in self.known:
-                return
-            self.measure([more], self.hard)
-            if self.point(more, self.hard).finish_s * TIME_TOLERANCE > best.finish_s:
-                return
-
-    def refine(self, room: SizeLimits, steps: Sequence[float]) -> None:
-        """Search around the best candidate with decreasing steps.
-
-        Raise RunLimitReached at the limit.
-        """
+    def refine(self, limits: SizeLimits, steps: Sequence[float]) -> None:
+        """Search around the best candidate with decreasing steps. Raise RunLimitReached at the limit."""
         for step in steps:
             self.phase = f"steps of {step:.0%} from the best"
             # A better candidate may have another good neighbor at the same distance.
             for _ in range(2):
                 before = self.best()
                 assert before is not None
-                evaluated_candidates = self.look(neighbors(before.candidate, room, step))
-                at_first = self.rank(self.point(before.candidate, self.hard[:1]))
-                good = [
-                    evaluated_candidate.candidate
-                    for evaluated_candidate in evaluated_candidates
-                    if self.rank(evaluated_candidate) < at_first
-                ]
-                self.measure(good[: PROMOTED_CANDIDATES // 2], self.hard)
+                points = self.preselect(neighbors(before.candidate, limits, step))
+                least = self.rank(self.point(before.candidate, self.hard[:1]))
+                better = [point.candidate for point in points if self.rank(point) < least]
+                self.measure(better[: PROMOTED_CANDIDATES // 2], self.hard)
                 after = self.best()
                 if after is None or after.candidate == before.candidate:
                     break

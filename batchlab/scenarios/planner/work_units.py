@@ -1,7 +1,6 @@
 """Work units of a scenario's jobs for the fast model, and the model's state.
 
-Tasks and times are those of the simulator. Short neighbors form one unit, and a long task is its
-own unit, so that long tails stay visible.
+Tasks and times are the same as in the simulator. Short neighbors form one unit, and a long task is its own unit.
 """
 
 from __future__ import annotations
@@ -51,14 +50,8 @@ def split_jobs(schedule: Schedule, seed: int, calibration: Calibration) -> tuple
     total_s = 0.0
     for job in schedule.jobs:
         counts = expansion.stage_sizes(job.template, job.tasks)
-        total_s += sum(_mean_s(job, stage) * counts[stage.name] for stage in job.template.stages)
+        total_s += sum(expansion.mean_task_s(job, stage) * counts[stage.name] for stage in job.template.stages)
     return tuple(_split_job(job, seed, calibration, total_s / TARGET_UNITS) for job in schedule.jobs)
-
-
-def _mean_s(job: Job, stage: StageTemplate) -> float:
-    if job.task_s is not None and not stage.after:
-        return job.task_s
-    return stage.task_s.mean
 
 
 def _split_job(job: Job, seed: int, calibration: Calibration, grain_s: float) -> JobWork:
@@ -66,21 +59,16 @@ def _split_job(job: Job, seed: int, calibration: Calibration, grain_s: float) ->
     base = _join_groups(job.template.stages)
     lengths = []
     for stage in job.template.stages:
-        takes = expansion.task_times_s(seed, job, stage, TaskSet.span(0, counts[stage.name]))
+        times_s = expansion.task_times_s(seed, job, stage, TaskSet.span(0, counts[stage.name]))
         stretch = calibration.stretch.get(f"{job.template.name}/{stage.name}", 1.0)
-        again = 1 / (1 - min(MAX_FAILURE_SHARE, stage.fails))
-        lengths.append([take * stretch * again for take in takes])
+        attempts = 1 / (1 - min(MAX_FAILURE_SHARE, stage.fails))
+        lengths.append([time_s * stretch * attempts for time_s in times_s])
     cuts: dict[int, list[tuple[int, int]]] = {}
     for first in dict.fromkeys(base):
-        fed = [lengths[n] for n, one in enumerate(base) if one == first]
-        cuts[first] = list(_cut([max(column) for column in zip(*fed, strict=True)], grain_s))
-    return JobWork(
-        job,
-        tuple(
-            tuple(_work_units(job, number, cuts[base[number]], lengths[number]))
-            for number, _ in enumerate(job.template.stages)
-        ),
-    )
+        joined = [lengths[n] for n, group in enumerate(base) if group == first]
+        cuts[first] = list(_cut([max(column) for column in zip(*joined, strict=True)], grain_s))
+    units = (tuple(_work_units(job, number, cuts[first], lengths[number])) for number, first in enumerate(base))
+    return JobWork(job, tuple(units))
 
 
 def _join_groups(stages: Sequence[StageTemplate]) -> list[int]:
@@ -93,26 +81,26 @@ def _join_groups(stages: Sequence[StageTemplate]) -> list[int]:
     for number, stage in enumerate(stages):
         if stage.gather is None:
             joined = {number, *(base[places[name]] for name in stage.after)}
-            base = [min(joined) if one in joined else one for one in base]
+            base = [min(joined) if group in joined else group for group in base]
     return base
 
 
 def _cut(longest_s: list[float], grain_s: float) -> Iterator[tuple[int, int]]:
     begin, sum_s = 0, 0.0
-    for number, one_s in enumerate(longest_s):
-        if number > begin and sum_s + one_s > grain_s:
+    for number, task_s in enumerate(longest_s):
+        if number > begin and sum_s + task_s > grain_s:
             yield begin, number
             begin, sum_s = number, 0.0
-        sum_s += one_s
+        sum_s += task_s
     if longest_s:
         yield begin, len(longest_s)
 
 
-def _work_units(job: Job, number: int, cuts: list[tuple[int, int]], takes: list[float]) -> Iterator[WorkUnit]:
-    fixed = job.template.stages[number].bundle
+def _work_units(job: Job, number: int, cuts: list[tuple[int, int]], times_s: list[float]) -> Iterator[WorkUnit]:
+    bundle = job.template.stages[number].bundle
     for n, (begin, end) in enumerate(cuts):
-        run_s, count = sum(takes[begin:end]), end - begin
-        bundles = -(-count // fixed) if fixed else min(count, max(1, round(run_s / TARGET_S)))
+        run_s, count = sum(times_s[begin:end]), end - begin
+        bundles = -(-count // bundle) if bundle else min(count, max(1, round(run_s / TARGET_S)))
         yield WorkUnit(job.index, number, n, count, run_s, bundles)
 
 
@@ -148,7 +136,7 @@ class StageProgress:
 
     planned: bool
     left: int
-    pieces: int
+    units: int
     waits: list[int]
     """For each unit, the number of units that it waits for."""
     began_s: float | None = None
@@ -158,8 +146,6 @@ class StageProgress:
 
 @dataclass(slots=True)
 class JobProgress:
-    """Progress of a job."""
-
     work: JobWork
     stages: list[StageProgress]
     started_s: float | None = None
@@ -168,28 +154,15 @@ class JobProgress:
 
 def stage_runs(scenario: Scenario, split_jobs: Sequence[JobWork]) -> Iterator[StageRun]:
     """Yield the totals by template and stage."""
-    sums: dict[tuple[str, int], tuple[int, int, float]] = {}
+    totals: dict[tuple[str, int], tuple[int, int, float]] = {}
     for work in split_jobs:
-        for number, pieces in enumerate(work.stages):
-            tasks, bundles, run_s = sums.get((work.job.template.name, number), (0, 0, 0.0))
-            sums[work.job.template.name, number] = (
-                tasks + sum(piece.tasks for piece in pieces),
-                bundles + sum(piece.bundles for piece in pieces),
-                run_s + sum(piece.run_s for piece in pieces),
-            )
-    for (name, number), (tasks, bundles, run_s) in sums.items():
+        for key, units in (((work.job.template.name, n), units) for n, units in enumerate(work.stages)):
+            tasks, bundles, run_s = totals.get(key, (0, 0, 0.0))
+            tasks, bundles = tasks + sum(unit.tasks for unit in units), bundles + sum(unit.bundles for unit in units)
+            totals[key] = tasks, bundles, run_s + sum(unit.run_s for unit in units)
+    for (name, number), (tasks, bundles, run_s) in totals.items():
         stage = scenario.jobs[name].stages[number]
-        yield StageRun(
-            template=name,
-            stage=stage.name,
-            pool=stage.pool,
-            slots=stage.slots,
-            tasks=tasks,
-            bundles=bundles,
-            run_s=run_s,
-            declared_s=run_s,
-            span_s=run_s,
-        )
+        yield StageRun(name, stage.name, stage.pool, stage.slots, tasks, bundles, run_s, run_s, run_s)
 
 
 def stages_known_at_start(stages: Iterable[StageTemplate]) -> set[str]:
@@ -197,41 +170,33 @@ def stages_known_at_start(stages: Iterable[StageTemplate]) -> set[str]:
 
     The tasks of a gather and of its followers are known only after the gathered tasks.
     """
-    found: set[str] = set()
+    names: set[str] = set()
     for stage in stages:
-        if stage.gather is None and found.issuperset(stage.after):
-            found.add(stage.name)
-    return found
+        if stage.gather is None and names.issuperset(stage.after):
+            names.add(stage.name)
+    return names
 
 
 def end_times_s(scenario: Scenario) -> list[float]:
     """Return the end times of prewarmings and faults. A run lasts at least until then."""
-    found = [warm.until_s for warm in scenario.prewarm]
+    ends = [warm.until_s for warm in scenario.prewarm]
     for fault in scenario.faults:
         lasts_s = fault.for_s if fault.name in LASTING_FAULTS else 0.0
-        found.append(fault.at_s + (fault.notice_s if fault.name is FaultName.SPOT_WAVE else lasts_s))
-    return found
+        ends.append(fault.at_s + (fault.notice_s if fault.name is FaultName.SPOT_WAVE else lasts_s))
+    return ends
 
 
 def job_run(job: JobProgress) -> JobRun:
     """Return the job for the record."""
-    of, deadline_s = job.work.job, job.work.job.template.deadline_s
     done = sum(stage.done for stage in job.stages)
-    state = JobState.RUNNING if job.ended_s is None else JobState.SUCCEEDED
-    return JobRun(
-        index=of.index,
-        id=of.id,
-        template=of.template.name,
-        tenant=of.tenant,
-        due_s=of.due_s,
-        submitted_s=of.due_s,
+    return JobRun.of(
+        job.work.job,
+        submitted_s=job.work.job.due_s,
         started_s=job.started_s,
         ended_s=job.ended_s,
-        state=state.value,
+        state=(JobState.RUNNING if job.ended_s is None else JobState.SUCCEEDED).value,
         planned=done,
         succeeded=done,
         failed=0,
         cancelled=0,
-        deadline_s=None if deadline_s is None else of.due_s + deadline_s,
-        tasks=of.tasks,
     )

@@ -1,20 +1,20 @@
 """Jobs of a replay: stand-ins with the drawn times, or real work.
 
-All objects of a job are in the bucket before it is due, so that its submission is one request.
+All objects of a job are in the bucket before the job is due, so its submission is one request.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from batchlab.core.errors import AlreadyExists
 from batchlab.core.job_definition import JobDef, StageDef
-from batchlab.core.model import JobId, Json, StageName, TaskSet
+from batchlab.core.model import Json, StageName, TaskSet
 from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Clock, Objects
 from batchlab.core.protocol import object_keys, values
@@ -39,44 +39,40 @@ class PreparedJob:
     items: list[Json] | None = None
 
 
+@dataclass
 class JobPreparer:
     """Preparation of the jobs of one run.
 
-    `run` is an id that distinguishes the jobs of this run from the jobs of other runs of the same
-    scenario.
+    `run` is an id that distinguishes the jobs of this run from the jobs of other runs of the same scenario.
     """
 
-    def __init__(
-        self, *, scenario: str, seed: int, run: str, objects: Objects, clock: Clock, patience: Patience
-    ) -> None:
-        self._scenario = scenario
-        self._seed = seed
-        self._run = run
-        self._objects = objects
-        self._clock = clock
-        self._patience = patience
-        self._stored: set[str] = set()
-        self._files: dict[Path, tuple[job_file.JobFile, tuple[bytes, str]]] = {}
+    scenario: str
+    seed: int
+    run: str
+    objects: Objects
+    clock: Clock
+    patience: Patience
+    _stored: set[str] = field(default_factory=set)
+    _files: dict[Path, tuple[job_file.JobFile, tuple[bytes, str]]] = field(default_factory=dict)
 
     async def prepare(self, due: Job) -> PreparedJob:
         """Prepare a job for submission.
 
         Raise JobFileErrors for a template without a readable job file, UsageError, or BackendError.
         """
-        if due.template.file:
-            return await self._real(due, due.template.file)
         template = due.template
-        token = f"{due.id}@{self._run}"
-        job_id = object_keys.job_id(template.name, token)
-        items = list(job_items(self._seed, due))
+        if template.file:
+            return await self._prepare_file(due, template.file)
+        token = f"{due.id}@{self.run}"
+        items = list(job_items(self.seed, due))
         job = JobDef(
-            job_id,
+            object_keys.job_id(template.name, token),
             template.name,
             tuple(stage_def(stage) for stage in template.stages),
-            self._clock.now_s(),
+            self.clock.now_s(),
             items=due.tasks,
             code=await self._code(),
-            params=(("stages", stage_parameters(self._seed, due)),),
+            params=(("stages", stage_parameters(self.seed, due)),),
             max_failures=template.max_failures,
             priority=template.priority,
             tags=self._tags(due),
@@ -85,19 +81,14 @@ class JobPreparer:
         if len(items) <= MAX_STORED_ITEMS and sum(map(values.roughly, items)) <= MAX_STORED_BYTES:
             return PreparedJob(due, job, items)
         for stage in job.roots():
-            await self._plan(job_id, stage.name, items)
+            writer = PartWriter(self.objects, self.patience, job.id, stage.name, 0)
+            await writer.add(*items)
+            await writer.commit(TaskSet())
         return PreparedJob(due, job)
 
     def _tags(self, due: Job) -> tuple[tuple[str, str], ...]:
-        tags = [(SCENARIO_TAG, self._scenario)]
-        if due.tenant:
-            tags.append((TENANT_TAG, due.tenant))
-        return tuple(tags)
-
-    async def _plan(self, job: JobId, stage: StageName, items: list[Json]) -> None:
-        writer = PartWriter(self._objects, self._patience, job, stage, 0)
-        await writer.add(*items)
-        await writer.commit(TaskSet())
+        tenant = ((TENANT_TAG, due.tenant),) if due.tenant else ()
+        return ((SCENARIO_TAG, self.scenario), *tenant)
 
     @cached_property
     def _packed(self) -> bytes:
@@ -107,21 +98,21 @@ class JobPreparer:
         key = code_cache.key(self._packed)
         if key not in self._stored:
             with suppress(AlreadyExists):  # the name is a content hash
-                await self._patience(partial(self._objects.put, key, self._packed, if_absent=True))
+                await self.patience(partial(self.objects.put, key, self._packed, if_absent=True))
             self._stored.add(key)
         return key
 
-    async def _real(self, due: Job, file: Path) -> PreparedJob:
+    async def _prepare_file(self, due: Job, file: Path) -> PreparedJob:
         if file not in self._files:
             jobfile = job_file.load(file, {})
             self._files[file] = (jobfile, submission.code_digest(jobfile))
         jobfile, packed = self._files[file]
         job = await submission.prepare(
             jobfile,
-            objects=self._objects,
-            clock=self._clock,
-            patience=self._patience,
-            token=f"{due.id}@{self._run}",
+            objects=self.objects,
+            clock=self.clock,
+            patience=self.patience,
+            token=f"{due.id}@{self.run}",
             packed=packed,
         )
         tags = {**dict(job.tags), **dict(self._tags(due))}
@@ -152,28 +143,20 @@ def _gathers_by_key(stage: StageTemplate) -> bool:
 
 
 def item_followers(template: JobTemplate, name: str) -> list[StageTemplate]:
-    """Return the stages that follow `name` item by item, directly or indirectly.
-
-    They have the same number of tasks.
-    """
-    fed, found = {name}, []
+    """Return the stages that follow `name` item by item, directly or indirectly, so have the same number of tasks."""
+    names, followers = {name}, []
     for stage in template.stages:
-        if stage.gather is None and fed.intersection(stage.after):
-            fed.add(stage.name)
-            found.append(stage)
-    return found
+        if stage.gather is None and names.intersection(stage.after):
+            names.add(stage.name)
+            followers.append(stage)
+    return followers
 
 
 def job_items(seed: int, due: Job) -> Iterator[Json]:
     """Yield the items of the root stages in task order."""
-    template = due.template
-    roots = [stage for stage in template.stages if not stage.after]
-    fed = {
-        stage_template.name: stage_template
-        for root in roots
-        for stage_template in (root, *item_followers(template, root.name))
-    }
-    columns = {stage.name: _task_entries(seed, due, stage, due.tasks) for stage in fed.values()}
+    roots = [stage for stage in due.template.stages if not stage.after]
+    stages = {s.name: s for root in roots for s in (root, *item_followers(due.template, root.name))}
+    columns = {name: _task_entries(seed, due, stage, due.tasks) for name, stage in stages.items()}
     for task in range(due.tasks):
         yield {"t": {name: column[task] for name, column in columns.items()}}
 
@@ -182,29 +165,23 @@ def stage_parameters(seed: int, due: Job) -> dict[str, Any]:
     """Return the stand-ins' parameters of each stage (see standins)."""
     template = due.template
     counts = expansion.stage_sizes(template, due.tasks)
-    shapes: dict[str, Any] = {}
+    parameters: dict[str, Any] = {}
     for stage in template.stages:
-        passes = item_followers(template, stage.name)
-        shape: dict[str, Any] = {
+        followers = item_followers(template, stage.name)
+        gathers = [after for after in template.stages if _gathers_by_key(after) and stage.name in after.after]
+        parameters[stage.name] = {
             "kind": stage.kind.value,
             # The interpreter needs the other half of the limit.
             "hold": stage.memory_bytes // 2 if stage.memory_bytes else None,
-            "passes": [stage_template.name for stage_template in passes],
-            "groups": {
-                f"group_{stage_template.name}": stage_template.groups
-                for stage_template in template.stages
-                if _gathers_by_key(stage_template) and stage.name in stage_template.after
-            },
+            "passes": [follower.name for follower in followers],
+            "groups": {f"group_{after.name}": after.groups for after in gathers},
         }
         if stage.gather is not None:
             count = counts[stage.name]
-            columns = {
-                stage_template.name: _task_entries(seed, due, stage_template, count)
-                for stage_template in (stage, *passes)
-            }
-            shape["tasks"] = [{name: column[task] for name, column in columns.items()} for task in range(count)]
-        shapes[stage.name] = shape
-    return shapes
+            columns = {s.name: _task_entries(seed, due, s, count) for s in (stage, *followers)}
+            tasks = [{name: column[task] for name, column in columns.items()} for task in range(count)]
+            parameters[stage.name]["tasks"] = tasks
+    return parameters
 
 
 def _task_entries(seed: int, due: Job, stage: StageTemplate, count: int) -> list[Json]:
@@ -223,7 +200,7 @@ def _task_entries(seed: int, due: Job, stage: StageTemplate, count: int) -> list
 
 def declared_s(seed: int, due: Job, stage: str, tasks: TaskSet) -> dict[int, float]:
     """Return the declared time of each task, or nothing for an unknown stage."""
-    for stage_template in due.template.stages:
-        if stage_template.name == stage:
-            return dict(zip(tasks, expansion.task_times_s(seed, due, stage_template, tasks), strict=True))
+    for template in due.template.stages:
+        if template.name == stage:
+            return dict(zip(tasks, expansion.task_times_s(seed, due, template, tasks), strict=True))
     return {}

@@ -1,14 +1,13 @@
 """Recording of past jobs as a scenario: a trace of arrivals, measured task times, and the pools.
 
-With the file's own seed, the total task time equals the measured total: measured times are scaled,
-because sampling alone would change the sum.
+Measured times are scaled, so that with the file's own seed the total task time equals the measured total.
 """
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
@@ -89,27 +88,28 @@ def from_record(record: Record, name: str) -> RecordedWorkload:
     stages: dict[str, list[StageRun]] = defaultdict(list)
     for stage in record.stages:
         stages[stage.template].append(stage)
-    jobs = [job for job in record.jobs if job.template in stages and job.tasks]
+    jobs = sorted((job for job in record.jobs if job.template in stages and job.tasks), key=lambda job: job.submitted_s)
     if not jobs:
         raise UsageError(
             f"The record of {record.scenario} has no job with a known number of tasks.",
             remedy="Name the record of a replay that has come to its end.",
         )
-    begun_s = min(job.submitted_s for job in jobs)
-    counts: dict[str, list[JobRun]] = defaultdict(list)
+    runs: dict[str, list[JobRun]] = defaultdict(list)
     for job in jobs:
-        counts[job.template].append(job)
+        runs[job.template].append(job)
+    begun_s = jobs[0].submitted_s
+    templates = {}
+    for template in dict.fromkeys(job.template for job in record.jobs if job.template in runs):
+        deadlines = [job.deadline_s - job.due_s for job in runs[template] if job.deadline_s is not None]
+        templates[template] = RecordedTemplate(stages[template], len(runs[template]), max(deadlines, default=None))
     return RecordedWorkload(
         name,
-        f"What the scenario {record.scenario} came to on {record.backend}, measured.",
+        f"The scenario {record.scenario}, as measured on {record.backend}.",
         [
             RecordedArrival(job.submitted_s - begun_s, job.template, job.tasks or 0, job.tenant, job.label)
-            for job in sorted(jobs, key=lambda one: one.submitted_s)
+            for job in jobs
         ],
-        {
-            name: RecordedTemplate(stages[name], len(job_runs), _deadline_s(job_runs))
-            for name, job_runs in counts.items()
-        },
+        templates,
         _pools(record),
         record.settings,
         record.compressed,
@@ -118,23 +118,18 @@ def from_record(record: Record, name: str) -> RecordedWorkload:
     )
 
 
-def _deadline_s(jobs: Iterable[JobRun]) -> float | None:
-    found = [job.deadline_s - job.due_s for job in jobs if job.deadline_s is not None]
-    return max(found, default=None)
-
-
 def _pools(record: Record) -> list[PoolPlan]:
-    found = []
+    plans = []
     known = instance_types.load().types
     for name, (least, most, slots) in record.pools.items():
-        instance_runs = [instance for instance in record.instances if instance.pool == name]
-        boots = [instance_run.boot_s for instance_run in instance_runs if instance_run.boot_s is not None]
-        spot = sum(instance_run.market == Market.SPOT for instance_run in instance_runs) / max(1, len(instance_runs))
-        kinds = [instance_run.type for instance_run in instance_runs if instance_run.type in known]
-        kind = max(kinds, key=kinds.count) if kinds else ""
+        lives = [life for life in record.instances if life.pool == name]
+        boots = [life.boot_s for life in lives if life.boot_s is not None]
+        spot = sum(life.market == Market.SPOT for life in lives) / max(1, len(lives))
+        types = [life.type for life in lives if life.type in known]
+        kind = max(types, key=types.count) if types else ""
         boot_s = median(boots) if boots else 0.0
-        found.append(PoolPlan(Pool(name, least, most, slots, boot_s, instance_type=kind), spot))
-    return found
+        plans.append(PoolPlan(Pool(name, least, most, slots, boot_s, instance_type=kind), spot))
+    return plans
 
 
 def from_jobs(
@@ -148,46 +143,38 @@ def from_jobs(
 
     Jobs of the same name and stages form one template.
     """
-    ordered = sorted(jobs, key=lambda one: one[0]["submitted_s"])
+    ordered = sorted(jobs, key=lambda pair: pair[0]["submitted_s"])
+    ids = [view["id"] for view, _ in ordered]
     begun_s = ordered[0][0]["submitted_s"]
-    known: dict[tuple[str, object], str] = {}
+    names: dict[tuple[str, object], str] = {}
     templates: dict[str, RecordedTemplate] = {}
     stages: dict[str, Measurements] = {}
-    arrived = []
+    arrivals = []
     for view, job in ordered:
-        same = (job.name, tuple((s.name, s.after, s.gather, s.pool, s.slots) for s in job.stages))
-        if same not in known:
-            others = sum(named == job.name for named, _ in known)
-            known[same] = f"{job.name[:37]}-{others + 1}" if others else job.name
-        template = known[same]
-        one = templates.setdefault(
-            template, RecordedTemplate([], 0, priority=job.priority, max_failures=_allowed(job), definition=job)
+        kind = (job.name, tuple((s.name, s.after, s.gather, s.pool, s.slots) for s in job.stages))
+        if kind not in names:
+            others = sum(other == job.name for other, _ in names)
+            names[kind] = f"{job.name[:37]}-{others + 1}" if others else job.name
+        template = names[kind]
+        max_failures = 0 if job.max_failures_percent else int(job.max_failures)
+        recorded = templates.setdefault(
+            template, RecordedTemplate([], 0, priority=job.priority, max_failures=max_failures, definition=job)
         )
-        one.jobs += 1
+        recorded.jobs += 1
         stages.setdefault(template, Measurements()).add(measured[view["id"]])
-        after = {str(stage.name): tuple(stage.after) for stage in job.stages}
-        tasks = root_tasks(view, after)
+        tasks = root_tasks(view, {str(stage.name): tuple(stage.after) for stage in job.stages})
         tenant = dict(job.tags).get(TENANT_TAG, "")
-        arrived.append(RecordedArrival(view["submitted_s"] - begun_s, template, tasks, tenant, view["id"]))
+        arrivals.append(RecordedArrival(view["submitted_s"] - begun_s, template, tasks, tenant, view["id"]))
     for template, measurements in stages.items():
         templates[template].stages = list(measurements.runs())
-    return RecordedWorkload(name, f"{_describe_jobs(ordered)}, recorded.", arrived, templates, list(pools), policy)
+    about = f"The job {ids[0]}" if len(ids) == 1 else f"{len(ids)} jobs from {ids[0]} to {ids[-1]}"
+    return RecordedWorkload(name, f"{about}, recorded.", arrivals, templates, list(pools), policy)
 
 
-def _allowed(job: JobDef) -> int:
-    return 0 if job.max_failures_percent else int(job.max_failures)
+def write(workload: RecordedWorkload, path: Path) -> WrittenScenario:
+    """Write the scenario to `path`, and its trace to a JSON Lines file of the same name.
 
-
-def _describe_jobs(jobs: Sequence[tuple[JobView, JobDef]]) -> str:
-    ids = [view["id"] for view, _ in jobs]
-    return f"The job {ids[0]}" if len(ids) == 1 else f"{len(ids)} jobs from {ids[0]} to {ids[-1]}"
-
-
-def write(past: RecordedWorkload, path: Path) -> WrittenScenario:
-    """Write the scenario to `path`, and its trace beside it as JSON Lines.
-
-    Raise UsageError for an unwritable file, an existing file with the trace's name, or an invalid
-    scenario.
+    Raise UsageError for an unwritable file, an existing file with the trace's name, or an invalid scenario.
     """
     trace = path.with_suffix(".jsonl")
     if trace == path:
@@ -202,10 +189,9 @@ def write(past: RecordedWorkload, path: Path) -> WrittenScenario:
         )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = (json.dumps(_line(recorded_arrival, past.compressed)) for recorded_arrival in past.arrived)
-        trace.write_text("".join(f"{line}\n" for line in lines))
-        path.write_text(_text(past, trace, {}))
-        path.write_text(_text(past, trace, _scale_factors(past, path)))
+        trace.write_text("".join(f"{_line(arrival, workload.compressed)}\n" for arrival in workload.arrived))
+        path.write_text(_text(workload, trace, {}))
+        path.write_text(_text(workload, trace, _scale_factors(workload, path)))
     except OSError as error:
         raise UsageError(
             f"The scenario {path} cannot be written: {error.strerror}.", remedy="Name another file with --out."
@@ -213,78 +199,70 @@ def write(past: RecordedWorkload, path: Path) -> WrittenScenario:
     tasks, task_s = 0, 0.0
     for count, seconds in drawn_times(path).values():
         tasks, task_s = tasks + count, task_s + seconds
-    return WrittenScenario(path, trace, len(past.arrived), tasks, task_s, past.left_out)
+    return WrittenScenario(path, trace, len(workload.arrived), tasks, task_s, workload.left_out)
 
 
 def _traces(path: Path) -> set[str]:
     """Return the trace files of the existing scenario."""
     try:
-        doc = yaml.safe_load(path.read_text())
-        return {str(one["trace"]["file"]) for one in doc["arrivals"] if "trace" in one}
+        arrivals = yaml.safe_load(path.read_text())["arrivals"]
+        return {str(arrival["trace"]["file"]) for arrival in arrivals if "trace" in arrival}
     except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError):
         return set()
 
 
 def drawn_times(path: Path) -> dict[tuple[str, str], tuple[int, float]]:
-    """Return the number of tasks and their total seconds by template and stage, as drawn with the
-    file's own seed.
-    """
+    """Return the number of tasks and their total seconds by template and stage, drawn with the file's own seed."""
     scenario = loader.load(path)
-    found: dict[tuple[str, str], tuple[int, float]] = {}
+    totals: dict[tuple[str, str], tuple[int, float]] = {}
     for job in expand(scenario).jobs:
         counts = expansion.stage_sizes(job.template, job.tasks)
         for stage in job.template.stages:
             count = counts[stage.name]
             seconds = sum(expansion.task_times_s(scenario.seed, job, stage, TaskSet.span(0, count)))
-            before = found.get((job.template.name, stage.name), (0, 0.0))
-            found[job.template.name, stage.name] = before[0] + count, before[1] + seconds
-    return found
+            before = totals.get((job.template.name, stage.name), (0, 0.0))
+            totals[job.template.name, stage.name] = before[0] + count, before[1] + seconds
+    return totals
 
 
-def _scale_factors(past: RecordedWorkload, path: Path) -> dict[tuple[str, str], float]:
+def _scale_factors(workload: RecordedWorkload, path: Path) -> dict[tuple[str, str], float]:
     """Return the factor for each stage's times so that they sum to the measured total.
 
     Failed tasks count with the mean time of the others.
     """
-    found = {}
+    factors = {}
     for (template, name), (count, seconds) in drawn_times(path).items():
-        stage = next(stage_run for stage_run in past.templates[template].stages if stage_run.stage == name)
+        stage = next(run for run in workload.templates[template].stages if run.stage == name)
         if stage.tasks and seconds:
-            mean_s = stage.run_s * past.compressed / stage.tasks
-            found[template, name] = mean_s * count / seconds
-    return found
+            factors[template, name] = stage.run_s * workload.compressed / stage.tasks * count / seconds
+    return factors
 
 
-def _line(one: RecordedArrival, compressed: float) -> dict[str, Any]:
-    fields = {**asdict(one), "due_s": round(one.due_s * compressed, _DIGITS)}
-    return {name: value for name, value in fields.items() if value != ""}
+def _line(arrival: RecordedArrival, compressed: float) -> str:
+    fields = {**asdict(arrival), "due_s": round(arrival.due_s * compressed, _DIGITS)}
+    return json.dumps({name: value for name, value in fields.items() if value != ""})
 
 
-_HEAD = """\
-# Made by `batchlab scenario record`. Task times are those that were measured, scaled so that with
-# this seed they add up to what all of them took.
-"""
+_HEAD = (
+    "# Made by `batchlab scenario record`. Task times are measured times, scaled so that with this seed\n"
+    "# their sum equals the measured total.\n"
+)
 
 
-def _text(past: RecordedWorkload, trace: Path, factors: Mapping[tuple[str, str], float]) -> str:
-    doc: dict[str, Any] = {"name": past.name, "about": past.about, "seed": past.seed}
-    if past.compressed > 1:
-        doc["compress"] = past.compressed
-    doc["jobs"] = {
-        name: _job(name, recorded_template, past.compressed, factors)
-        for name, recorded_template in past.templates.items()
-    }
+def _text(workload: RecordedWorkload, trace: Path, factors: Mapping[tuple[str, str], float]) -> str:
+    compressed = workload.compressed
+    doc: dict[str, Any] = {"name": workload.name, "about": workload.about, "seed": workload.seed}
+    if compressed > 1:
+        doc["compress"] = compressed
+    doc["jobs"] = {name: _job(name, template, compressed, factors) for name, template in workload.templates.items()}
     doc["arrivals"] = [{"trace": {"file": trace.name, "format": "jsonl"}}]
-    used = {stage.pool for template in past.templates.values() for stage in template.stages}
-    doc["pools"] = {
-        plan.pool.name: _pool(plan, past.compressed)
-        for plan in past.pools
-        if plan.pool.max_size or plan.pool.name in used
-    }
+    used = {stage.pool for template in workload.templates.values() for stage in template.stages}
+    plans = (plan for plan in workload.pools if plan.pool.max_size or plan.pool.name in used)
+    doc["pools"] = {plan.pool.name: _pool(plan, compressed) for plan in plans}
     policy = {
-        key: round(past.policy[f"{key}_s"] * past.compressed, _DIGITS)
+        key: round(workload.policy[f"{key}_s"] * compressed, _DIGITS)
         for key in ("drain_target", "cooldown_in", "idle")
-        if f"{key}_s" in past.policy
+        if f"{key}_s" in workload.policy
     }
     if policy:
         doc["policy"] = policy
@@ -308,28 +286,28 @@ _Dumper.add_representer(
 def _pool(plan: PoolPlan, compressed: float) -> dict[str, Any]:
     pool = plan.pool
     # A pool that was reduced to 0 had an instance before.
-    most = max(1, pool.max_size)
-    doc: dict[str, Any] = {"min": pool.min_size, "max": most, "slots": pool.slots}
-    if pool.boot_s:
-        doc["boot"] = round(pool.boot_s * compressed, 3)
-    if pool.instance_type:
-        doc["instance_type"] = pool.instance_type
-    if plan.spot:
-        doc["spot"] = round(plan.spot, 3)
-    return doc
+    doc: dict[str, Any] = {"min": pool.min_size, "max": max(1, pool.max_size), "slots": pool.slots}
+    rest = {
+        "boot": round(pool.boot_s * compressed, 3),
+        "instance_type": pool.instance_type,
+        "spot": round(plan.spot, 3),
+    }
+    return doc | {key: value for key, value in rest.items() if value}
 
 
 def _job(
-    name: str, one: RecordedTemplate, compressed: float, factors: Mapping[tuple[str, str], float]
+    name: str, template: RecordedTemplate, compressed: float, factors: Mapping[tuple[str, str], float]
 ) -> dict[str, Any]:
     doc: dict[str, Any] = {}
-    if one.deadline_s is not None:
-        doc["deadline"] = round(one.deadline_s * compressed, _DIGITS)
-    if one.priority:
-        doc["priority"] = one.priority
-    if one.max_failures:
-        doc["max_failures"] = one.max_failures
-    doc["stages"] = [_stage(stage, one, compressed * factors.get((name, stage.stage), 1.0)) for stage in one.stages]
+    if template.deadline_s is not None:
+        doc["deadline"] = round(template.deadline_s * compressed, _DIGITS)
+    if template.priority:
+        doc["priority"] = template.priority
+    if template.max_failures:
+        doc["max_failures"] = template.max_failures
+    doc["stages"] = [
+        _stage(stage, template, compressed * factors.get((name, stage.stage), 1.0)) for stage in template.stages
+    ]
     return doc
 
 

@@ -1,7 +1,6 @@
 """Control loops of a replay: submission, observation, sampling, prewarming, and faults.
 
-However a run ends, its faults are undone, pool sizes are restored, and its unfinished jobs are
-canceled.
+At every end of a run, its faults are undone, pool sizes are restored, and its unfinished jobs are canceled.
 """
 
 from __future__ import annotations
@@ -11,10 +10,10 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
-from functools import partial
+from itertools import count
+from operator import methodcaller
 from typing import Any, Protocol
 
-from batchlab.client.http import Client
 from batchlab.core.api_types import JobView, PoolView
 from batchlab.core.errors import BackendError, BatchlabError, NotFound
 from batchlab.core.ports import Clock
@@ -22,8 +21,8 @@ from batchlab.scenarios.model.values import Fault, FaultName, Prewarm
 from batchlab.scenarios.record import InjectedFault
 from batchlab.scenarios.replay.jobs import JobPreparer, PreparedJob
 from batchlab.scenarios.replay.run_state import (
-    EVERY_S,
     RUN_ENDED,
+    SAMPLE_INTERVAL_S,
     GridSampler,
     ManagerConnection,
     ReplayProgress,
@@ -31,26 +30,26 @@ from batchlab.scenarios.replay.run_state import (
     SubmittedJob,
 )
 
-AHEAD = 64
+MAX_PREPARED = 64
 """Number of jobs that are prepared ahead."""
-AT_ONCE = 4
+MAX_REQUESTS = 4
 """Maximum number of parallel requests of one kind."""
-LOOK_S = 0.5
-"""Interval between two looks at the unfinished jobs."""
-LOOK_SHARE = 4.0
-"""Minimum pause after a look, as a multiple of its duration."""
+POLL_INTERVAL_S = 0.5
+"""Interval between two reads of the unfinished jobs."""
+POLL_PAUSE_FACTOR = 4.0
+"""Minimum pause after a read, as a multiple of its duration."""
 PAGE = 1000
-ACTIVITIES_EVERY = 10
+ACTIVITIES_INTERVAL = 10
 """Scaling activities are read with every tenth look at the grid."""
-READY_S = 600.0
+READY_TIMEOUT_S = 600.0
 """Time in which permanent instances must be ready before the run."""
-REST_S = 60.0
+SHRINK_TIMEOUT_S = 60.0
 """Time in which the fleet must shrink after the last job's end, beyond its idle time."""
-LAST_S = 5.0
+FINAL_TIMEOUT_S = 5.0
 """Timeout in seconds of the final request when the manager does not respond."""
-END_S = 60.0
+CANCEL_TIMEOUT_S = 60.0
 """Timeout of all cancellations."""
-CANCEL_AT_ONCE = 10
+MAX_CANCELLATIONS = 10
 """Each cancellation waits until no worker can start a task."""
 INTERRUPTED = "It was interrupted."
 
@@ -58,57 +57,57 @@ INTERRUPTED = "It was interrupted."
 class Prewarmer:
     """Scheduled capacity of one run, as a raised minimum size of a pool.
 
-    The largest of several sizes applies, and the pool's own minimum is restored at the end. After a
-    change of the leader the size is set again, because a new leader has the original limits.
+    The largest of several sizes applies, and the pool's own minimum is restored at the end. After a change of the
+    leader the size is set again, because a new leader has the original limits.
     """
 
-    def __init__(self, course: RunState, link: ManagerConnection, sampler: GridSampler) -> None:
-        self._course = course
+    def __init__(self, state: RunState, link: ManagerConnection, sampler: GridSampler) -> None:
+        self._state = state
         self._link = link
         self._sampler = sampler
-        self._own = {pool.pool.name: pool.pool.min_size for pool in course.scenario.pools}
+        self._own = {plan.pool.name: plan.pool.min_size for plan in state.scenario.pools}
         self._wanted: dict[str, list[int]] = defaultdict(list)
-        self._told: dict[str, tuple[int, str]] = {}
+        self._sent: dict[str, tuple[int, str]] = {}
         """Latest minimum size of each pool, and the leader at that time."""
-        self._telling: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
-        self._flying: set[asyncio.Task[PoolView]] = set()
+        self._locks: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._requests: set[asyncio.Task[PoolView]] = set()
 
-    async def warm(self, one: Prewarm) -> None:
+    async def warm(self, plan: Prewarm) -> None:
         """Wait for the start and keep the pool warm until the end. Raise BackendError."""
-        await self._course.until(one.at_s)
-        self._wanted[one.pool].append(one.min_size)
-        while (left_s := one.until_s - self._course.at_s()) > 0:
-            await self._tell(one.pool)
-            await asyncio.sleep(min(EVERY_S, left_s))
-        self._wanted[one.pool].remove(one.min_size)
-        await self._tell(one.pool)
+        await self._state.until(plan.at_s)
+        self._wanted[plan.pool].append(plan.min_size)
+        while (rest_s := plan.until_s - self._state.at_s()) > 0:
+            await self._send(plan.pool)
+            await asyncio.sleep(min(SAMPLE_INTERVAL_S, rest_s))
+        self._wanted[plan.pool].remove(plan.min_size)
+        await self._send(plan.pool)
 
-    async def cool(self, *, within_s: float) -> None:
+    async def restore(self, *, within_s: float) -> None:
         """Restore the minimum sizes of all pools, as far as the manager responds."""
-        if self._flying:  # otherwise a call in a thread could arrive after the next one
-            _, late = await asyncio.wait(set(self._flying), timeout=within_s)
-            for task_ in late:
-                task_.cancel()
-        for pool in list(self._told):
+        if self._requests:  # otherwise a call in a thread could arrive after the next one
+            _, late = await asyncio.wait(set(self._requests), timeout=within_s)
+            for task in late:
+                task.cancel()
+        for pool in list(self._sent):
             self._wanted[pool].clear()
             # The recorded request may have failed.
-            self._told.pop(pool, None)
+            self._sent.pop(pool, None)
             with suppress(BackendError):
-                await self._tell(pool, within_s=within_s)
+                await self._send(pool, within_s=within_s)
 
-    async def _tell(self, pool: str, *, within_s: float | None = None) -> None:
-        async with self._telling[pool]:  # the last request must be the wanted one
+    async def _send(self, pool: str, *, within_s: float | None = None) -> None:
+        async with self._locks[pool]:  # the last request must be the wanted one
             least = max(self._own[pool], *self._wanted[pool], 0)
-            leads = self._sampler.grid["owner"] if self._sampler.grid else ""
-            if self._told.get(pool) == (least, leads):
+            leader = self._sampler.grid["owner"] if self._sampler.grid else ""
+            if self._sent.get(pool) == (least, leader):
                 return
             # It is recorded before the call, so that a cancellation restores it.
-            self._told[pool] = least, leads
-            call = self._link.call(lambda there: there.scale(pool, min=least), within_s=within_s)
-            flying = asyncio.create_task(call)
-            self._flying.add(flying)
-            flying.add_done_callback(self._flying.discard)
-            await asyncio.shield(flying)
+            self._sent[pool] = least, leader
+            call = self._link.call(lambda client: client.scale(pool, min=least), within_s=within_s)
+            request = asyncio.create_task(call)
+            self._requests.add(request)
+            request.add_done_callback(self._requests.discard)
+            await asyncio.shield(request)
 
 
 class Injector(Protocol):
@@ -125,102 +124,105 @@ class Injector(Protocol):
 
 
 class ReplayRun:
-    """One run, for a single call of `go`. `course` and `sampler` then have the measurements."""
+    """One run, for a single call of `run`. `state` and `sampler` then have the measurements."""
 
     def __init__(
-        self, course: RunState, link: ManagerConnection, preparer: JobPreparer, clock: Clock, injector: Injector | None
+        self, state: RunState, link: ManagerConnection, preparer: JobPreparer, clock: Clock, injector: Injector | None
     ) -> None:
-        self.course = course
+        self.state = state
         self.sampler = GridSampler(link)
         self._link = link
         self._preparer = preparer
         self._clock = clock
         self._injector = injector
-        self._faults = course.scenario.faults if injector else ()
+        self._sizes = {plan.pool.name: plan.pool.min_size for plan in state.scenario.pools}
         self._prepared = asyncio.Event()
-        self._breaking: set[asyncio.Task[Any]] = set()
+        self._injecting: set[asyncio.Task[Any]] = set()
         """Tasks that currently inject a fault."""
-        self._warmer = Prewarmer(course, link, self.sampler)
-        self._flying: dict[str, tuple[PreparedJob, asyncio.Task[None]]] = {}
+        self._prewarmer = Prewarmer(state, link, self.sampler)
+        self._submissions: dict[str, tuple[PreparedJob, asyncio.Task[None]]] = {}
         """Submissions in progress by job id."""
 
-    async def go(self, limit_s: float, stop: asyncio.Event, progress: Callable[[ReplayProgress], None]) -> None:
+    async def run(self, limit_s: float, stop: asyncio.Event, progress: Callable[[ReplayProgress], None]) -> None:
         """Run until all jobs have ended, `stop` is set, or `limit_s` of the run have passed."""
-        ready: asyncio.Queue[PreparedJob] = asyncio.Queue(AHEAD)
+        ready: asyncio.Queue[PreparedJob] = asyncio.Queue(MAX_PREPARED)
         preparing = asyncio.create_task(self._prepare(ready))
         stopping = asyncio.create_task(stop.wait())
         # Jobs that are due at once must be prepared before the run starts.
-        first = asyncio.create_task(self._first())
-        before = (first, preparing, stopping)
+        starting = asyncio.create_task(self._wait_for_start())
+        tasks: tuple[asyncio.Task[Any], ...] = (starting, preparing, stopping)
         try:
-            while not (first.done() or stopping.done()):
-                left = [one for one in before if not one.done()]
-                await asyncio.wait(left, return_when=asyncio.FIRST_COMPLETED)
-                if first.done():
-                    first.result()
+            while not (starting.done() or stopping.done()):
+                await asyncio.wait([task for task in tasks if not task.done()], return_when=asyncio.FIRST_COMPLETED)
+                if starting.done():
+                    starting.result()
                 if preparing.done():
                     preparing.result()
-            first.cancel()
-            self.course.begin(self._clock.now_s())
-            self.sampler.begin(self.course.begun_s)
-            await self._going(ready, limit_s, (preparing, stopping), progress)
+            starting.cancel()
+            self.state.begin(self._clock.now_s())
+            self.sampler.begin(self.state.begun_s)
+            await self._run_to_end(ready, limit_s, (preparing, stopping), progress)
         finally:
-            for one in before:
-                one.cancel()
-            await asyncio.gather(*before, return_exceptions=True)
-            self.course.took_s = self.course.at_s()
-            await self._finish()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            self.state.took_s = self.state.at_s()
+            await self._prewarmer.restore(within_s=FINAL_TIMEOUT_S)
+            await self._cancel([*self.state.open, *self._submissions])
+            if not self.state.cut:
+                await self._sample()
+            await self.sampler.read_activities()
 
-    async def _first(self) -> None:
+    async def _wait_for_start(self) -> None:
         """Wait until the first jobs are prepared and the permanent instances are ready."""
         await self._prepared.wait()
-        least = {p.pool.name: p.pool.min_size for p in self.course.scenario.pools}
-        async with _time_limit(READY_S):
-            while not await self.sampler.has_up(least):  # noqa: ASYNC110 - somebody else's state
-                await asyncio.sleep(LOOK_S)
+        async with _time_limit(READY_TIMEOUT_S):
+            while not await self.sampler.has_in_service(self._sizes):  # noqa: ASYNC110 - state of another process
+                await asyncio.sleep(POLL_INTERVAL_S)
 
-    async def _going(
+    async def _run_to_end(
         self,
         ready: asyncio.Queue[PreparedJob],
         limit_s: float,
-        before: tuple[asyncio.Task[Any], asyncio.Task[Any]],
+        outer: tuple[asyncio.Task[Any], asyncio.Task[Any]],
         progress: Callable[[ReplayProgress], None],
     ) -> None:
-        preparing, stopped = before
+        preparing, stopping = outer
         work = asyncio.create_task(self._work(ready))
-        aside = {asyncio.create_task(one) for one in self._aside(progress)}
-        going: set[asyncio.Task[Any]] = {work, preparing, stopped, *aside}
+        helpers = {asyncio.create_task(helper) for helper in self._helpers(progress)}
+        running: set[asyncio.Task[Any]] = {work, preparing, stopping, *helpers}
         try:
-            while not (work.done() or stopped.done()):
-                left_s = limit_s - self.course.at_s()
-                done, _ = await asyncio.wait(going, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+            while not (work.done() or stopping.done()):
+                rest_s = limit_s - self.state.at_s()
+                done, _ = await asyncio.wait(running, timeout=rest_s, return_when=asyncio.FIRST_COMPLETED)
                 if not done:
-                    self.course.cut = f"It was ended after {limit_s:g} s, its limit."
+                    self.state.cut = f"The run was ended after its limit of {limit_s:g} s."
                     return
-                for one in done & aside:
-                    one.result()
-                if preparing in done:
-                    preparing.result()
-                going -= done
+                for task in done & {preparing, *helpers}:
+                    task.result()
+                running -= done
             if not work.done():
-                self.course.cut = INTERRUPTED
+                self.state.cut = INTERRUPTED
                 return
             work.result()
-            await self._rest(stopped)
+            # Late instances cost money too, so the run ends when the fleet has shrunk to its minimum.
+            settings = self.sampler.grid["settings"] if self.sampler.grid else {}
+            async with _time_limit(settings.get("idle_s", 0.0) + SHRINK_TIMEOUT_S):
+                while not (self.sampler.is_down_to(self._sizes) or stopping.done()):  # noqa: ASYNC110
+                    await asyncio.sleep(POLL_INTERVAL_S)
         except BackendError as error:
-            self.course.cut = error.message
+            self.state.cut = error.message
         finally:
-            # Faults are undone and recorded first: a call in a thread may still break something,
-            # and no cancellation stops it.
+            # Faults are undone and recorded first: a call in a thread may still break something, and no cancellation
+            # stops it.
             if self._injector:
                 await self._injector.undo()
-            if self._breaking:
-                await asyncio.wait(set(self._breaking))
-            everything = (work, *aside)
-            for one in everything:
-                one.cancel()
-            await asyncio.gather(*everything, return_exceptions=True)
-            await self._landed()
+            if self._injecting:
+                await asyncio.wait(set(self._injecting))
+            for task in (work, *helpers):
+                task.cancel()
+            await asyncio.gather(work, *helpers, return_exceptions=True)
+            await self._await_submissions()
 
     async def _work(self, ready: asyncio.Queue[PreparedJob]) -> None:
         try:
@@ -231,172 +233,153 @@ class ReplayRun:
             raise _first(errors) from None
 
     async def _prepare(self, ready: asyncio.Queue[PreparedJob]) -> None:
-        for due in self.course.jobs:
-            prepared_job = await self._preparer.prepare(due)
+        for due in self.state.jobs:
+            prepared = await self._preparer.prepare(due)
             if ready.full():
                 self._prepared.set()
-            await ready.put(prepared_job)
+            await ready.put(prepared)
         self._prepared.set()
 
     async def _submit(self, ready: asyncio.Queue[PreparedJob]) -> None:
-        room = asyncio.Semaphore(AT_ONCE)
+        limit = asyncio.Semaphore(MAX_REQUESTS)
+
+        async def wait_shielded(task: asyncio.Task[None]) -> None:
+            await asyncio.shield(task)
+
         async with asyncio.TaskGroup() as group:
-            for _ in self.course.jobs:
-                prepared_job = await ready.get()
-                await self.course.until(prepared_job.due.due_s)
-                await room.acquire()
+            for _ in self.state.jobs:
+                prepared = await ready.get()
+                await self.state.until(prepared.due.due_s)
+                await limit.acquire()
                 # A separate task, because a call in a thread completes even after a cancellation.
-                flying = asyncio.create_task(self._submit_one(prepared_job, room))
-                self._flying[prepared_job.job.id] = prepared_job, flying
-                group.create_task(_wait_shielded(flying))
+                submission = asyncio.create_task(self._submit_one(prepared, limit))
+                self._submissions[prepared.job.id] = prepared, submission
+                group.create_task(wait_shielded(submission))
 
-    async def _submit_one(self, one: PreparedJob, room: asyncio.Semaphore) -> None:
+    async def _submit_one(self, prepared: PreparedJob, limit: asyncio.Semaphore) -> None:
         try:
-            job = replace(one.job, submitted_s=self._clock.now_s())
-            view = await self._link.call(lambda client: client.submit(job, one.items))
+            job = replace(prepared.job, submitted_s=self._clock.now_s())
+            view = await self._link.call(lambda client: client.submit(job, prepared.items))
         finally:
-            room.release()
-        self._note(one, view)
+            limit.release()
+        self._record(prepared, view)
 
-    def _note(self, one: PreparedJob, view: JobView) -> None:
-        self.course.running[one.job.id] = SubmittedJob(one.due, self.course.at_s(), view)
-        del self._flying[one.job.id]
+    def _record(self, prepared: PreparedJob, view: JobView) -> None:
+        self.state.running[prepared.job.id] = SubmittedJob(prepared.due, self.state.at_s(), view)
+        del self._submissions[prepared.job.id]
 
-    async def _landed(self) -> None:
+    async def _await_submissions(self) -> None:
         """Wait for the submissions in progress. Look up each unanswered one by its id."""
-        if not self._flying:
+        if not self._submissions:
             return
-        await asyncio.wait([flying for _, flying in self._flying.values()], timeout=LAST_S)
-        for job, (prepared_job, flying) in list(self._flying.items()):
-            flying.cancel()
+        await asyncio.wait([task for _, task in self._submissions.values()], timeout=FINAL_TIMEOUT_S)
+        for job, (prepared, task) in list(self._submissions.items()):
+            task.cancel()
             with suppress(BatchlabError):  # then its submission is unknown
-                view = await self._link.call(partial(_job, job=job), within_s=LAST_S)
-                self._note(prepared_job, view)
+                view = await self._link.call(methodcaller("job", job), within_s=FINAL_TIMEOUT_S)
+                self._record(prepared, view)
 
     async def _watch(self) -> None:
-        pause_s = LOOK_S
-        while not self.course.is_over:
+        pause_s = POLL_INTERVAL_S
+        while not self.state.is_over:
             await asyncio.sleep(pause_s)
-            begun_s, unanswered = self.course.at_s(), self._link.unanswered
-            await self._look()
-            # With many jobs, a look is work for the manager too. Waiting for an absent manager is
-            # not, and must not delay the next look.
-            took_s = self.course.at_s() - begun_s if self._link.unanswered == unanswered else 0.0
-            pause_s = max(LOOK_S, LOOK_SHARE * took_s)
+            begun_s, unanswered = self.state.at_s(), self._link.unanswered
+            await self._read_jobs()
+            # With many jobs, a read is work for the manager too. Waiting for an absent manager is not, and must not
+            # delay the next read.
+            took_s = self.state.at_s() - begun_s if self._link.unanswered == unanswered else 0.0
+            pause_s = max(POLL_INTERVAL_S, POLL_PAUSE_FACTOR * took_s)
 
-    async def _look(self) -> None:
+    async def _read_jobs(self) -> None:
         """Update the unfinished jobs with one or two requests."""
-        running = self.course.running
-        open_ = self.course.open  # read first: later submissions may be missing in the answer
-        if not open_:
+        running = self.state.running
+        unfinished = self.state.open  # read first: later submissions may be missing in the answer
+        if not unfinished:
             return
-        active = await self._active()
-        room = asyncio.Semaphore(AT_ONCE)
+        active = await self._active_jobs()
+        limit = asyncio.Semaphore(MAX_REQUESTS)
 
-        async def news(job: str) -> None:
-            async with room:
+        async def read(job: str) -> None:
+            async with limit:
                 try:
                     running[job].view = await self._link.call(lambda client: client.job(job))
                 except NotFound:
                     # A lost ledger has the job again after its rebuild.
-                    if not any(fault.name is FaultName.DATABASE_LOSS for fault in self._faults):
+                    faults = self.state.scenario.faults if self._injector else ()
+                    if not any(fault.name is FaultName.DATABASE_LOSS for fault in faults):
                         raise
 
-        for job in open_:
+        for job in unfinished:
             if job in active:
                 running[job].view = active[job]
-        await asyncio.gather(*(news(job) for job in open_ if job not in active))
+        await asyncio.gather(*(read(job) for job in unfinished if job not in active))
 
-    async def _active(self) -> dict[str, JobView]:
-        found: dict[str, JobView] = {}
+    async def _active_jobs(self) -> dict[str, JobView]:
+        jobs: dict[str, JobView] = {}
         before: str | None = None
         while True:
-            ask = partial(_page, before=before)
-            page = await self._link.call(ask)
-            found.update((view["id"], view) for view in page)
+            page = await self._link.call(methodcaller("jobs", limit=PAGE, before=before, active=True))
+            jobs.update((view["id"], view) for view in page)
             if len(page) < PAGE:
-                return found
+                return jobs
             before = page[-1]["id"]
 
-    def _aside(self, progress: Callable[[ReplayProgress], None]) -> list[Coroutine[Any, Any, None]]:
-        scenario = self.course.scenario
-        found = [self._sample(), self._tell(progress)]
-        found += [self._warmer.warm(prewarm) for prewarm in scenario.prewarm]
+    def _helpers(self, progress: Callable[[ReplayProgress], None]) -> list[Coroutine[Any, Any, None]]:
+        scenario = self.state.scenario
+        helpers = [self._sample_periodically(), self._report(progress)]
+        helpers += [self._prewarmer.warm(prewarm) for prewarm in scenario.prewarm]
         if self._injector:
-            found += [self._break(self._injector, fault) for fault in scenario.faults]
-        return found
+            helpers += [self._inject(self._injector, fault) for fault in scenario.faults]
+        return helpers
+
+    async def _sample_periodically(self) -> None:
+        for number in count():
+            await self._sample()
+            if number % ACTIVITIES_INTERVAL == 0:
+                await self.sampler.read_activities()
+            # The schedule follows the run's clock, so a slow answer delays only one sample.
+            await self.state.until((self.state.at_s() // SAMPLE_INTERVAL_S + 1) * SAMPLE_INTERVAL_S)
 
     async def _sample(self) -> None:
-        number = 0
-        while True:
-            await self._see()
-            if number % ACTIVITIES_EVERY == 0:
-                await self.sampler.read_activities()
-            number += 1
-            # The schedule follows the run's clock, so a slow answer delays only one look.
-            await self.course.until((self.course.at_s() // EVERY_S + 1) * EVERY_S)
-
-    async def _see(self) -> None:
         # The wall clock may jump.
-        await self.sampler.look(self.course.begun_s + self.course.at_s())
+        await self.sampler.sample(self.state.begun_s + self.state.at_s())
 
-    async def _tell(self, progress: Callable[[ReplayProgress], None]) -> None:
+    async def _report(self, progress: Callable[[ReplayProgress], None]) -> None:
         while True:
-            progress(self.course.state(self.sampler.last))
-            await asyncio.sleep(LOOK_S)
+            progress(self.state.progress(self.sampler.last))
+            await asyncio.sleep(POLL_INTERVAL_S)
 
-    async def _break(self, injector: Injector, fault: Fault) -> None:
+    async def _inject(self, injector: Injector, fault: Fault) -> None:
         try:
-            await self.course.until(fault.at_s)
+            await self.state.until(fault.at_s)
         except asyncio.CancelledError:
-            injected_fault = InjectedFault(fault.name, fault.at_s, impossible=RUN_ENDED)
-            self.course.injected.append(injected_fault)
+            self.state.injected.append(InjectedFault(fault.name, fault.at_s, impossible=RUN_ENDED))
             raise
-        at_s = self.course.at_s()
-        self.course.breaking.append(fault.name)
+        at_s = self.state.at_s()
+        self.state.breaking.append(fault.name)
         task = asyncio.current_task()
         assert task
-        self._breaking.add(task)
+        self._injecting.add(task)
         try:
-            injected_fault = await injector.inject(fault, at_s)
+            injected = await injector.inject(fault, at_s)
         except BatchlabError as error:
-            injected_fault = InjectedFault(fault.name, at_s, trouble=error.message)
+            injected = InjectedFault(fault.name, at_s, trouble=error.message)
         finally:
-            self.course.breaking.remove(fault.name)
-            self._breaking.discard(task)
-        self.course.injected.append(injected_fault)
-
-    async def _rest(self, stopped: asyncio.Task[Any]) -> None:
-        """Wait until the fleet has shrunk to its minimum, because late instances cost money too."""
-        settings = self.sampler.grid["settings"] if self.sampler.grid else {}
-        least = {p.pool.name: p.pool.min_size for p in self.course.scenario.pools}
-        async with _time_limit(settings.get("idle_s", 0.0) + REST_S):
-            while not (self.sampler.is_down_to(least) or stopped.done()):  # noqa: ASYNC110
-                await asyncio.sleep(LOOK_S)
-
-    async def _finish(self) -> None:
-        await self._warmer.cool(within_s=LAST_S)
-        await self._cancel([*self.course.open, *self._flying])
-        if not self.course.cut:
-            await self._see()
-        await self.sampler.read_activities()
+            self.state.breaking.remove(fault.name)
+            self._injecting.discard(task)
+        self.state.injected.append(injected)
 
     async def _cancel(self, jobs: Sequence[str]) -> None:
         """Cancel these jobs. The record keeps their earlier states."""
-        room = asyncio.Semaphore(CANCEL_AT_ONCE)
+        limit = asyncio.Semaphore(MAX_CANCELLATIONS)
 
         async def cancel(job: str) -> None:
-            async with room:
+            async with limit:
                 with suppress(BatchlabError):
-                    await self._link.call(lambda client: client.cancel(job), within_s=LAST_S)
+                    await self._link.call(lambda client: client.cancel(job), within_s=FINAL_TIMEOUT_S)
 
-        async with _time_limit(END_S):
+        async with _time_limit(CANCEL_TIMEOUT_S):
             await asyncio.gather(*map(cancel, jobs))
-
-
-async def _wait_shielded(task: asyncio.Task[None]) -> None:
-    """Wait for the task, which continues if the waiter is cancelled."""
-    await asyncio.shield(task)
 
 
 @asynccontextmanager
@@ -407,15 +390,7 @@ async def _time_limit(seconds: float) -> AsyncIterator[None]:
             yield
 
 
-def _job(client: Client, *, job: str) -> JobView:
-    return client.job(job)
-
-
-def _page(client: Client, *, before: str | None) -> list[JobView]:
-    return client.jobs(limit=PAGE, before=before, active=True)
-
-
 def _first(errors: BaseExceptionGroup[BatchlabError]) -> BatchlabError:
     """Return the first error. The others have the same cause."""
-    one = errors.exceptions[0]
-    return _first(one) if isinstance(one, BaseExceptionGroup) else one
+    error = errors.exceptions[0]
+    return _first(error) if isinstance(error, BaseExceptionGroup) else error

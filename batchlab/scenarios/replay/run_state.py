@@ -1,11 +1,6 @@
-"""State of a replay, and its connection to the manager.
+"""State of a replay, its connection to the manager, and samples of the grid.
 
-Nothing here starts or ends a manager. An absent manager is waited for, because the scenario may
-have stopped it.
-
-Samples of fleet and queues once a second, and the lifetimes of all instances.
-
-All data comes from views of the grid and from scaling activities.
+A replay does not start or stop a manager. Calls wait for an absent manager, because a fault may have stopped it.
 """
 
 from __future__ import annotations
@@ -34,10 +29,10 @@ RUN_ENDED = "the run was over before"
 
 @dataclass(frozen=True, slots=True)
 class ReplayProgress:
-    """Progress of a replay: numbers of jobs.
+    """Progress of a replay, with numbers of jobs.
 
-    `bad` jobs ended without success. `late_s` is the longest delay of a submission, `left_s` an
-    estimate of the remaining time, and `doing` lists the current faults.
+    `bad` jobs ended without success. `late_s` is the longest delay of a submission, `left_s` an estimate of the
+    remaining time, and `doing` lists the current faults.
     """
 
     at_s: float
@@ -66,8 +61,10 @@ class SubmittedJob:
 
 @dataclass(slots=True)
 class RunState:
-    """State of a run. `begun_s` is its start (epoch), and `begun_at_s` the same by the event loop's
-    clock. `running` has the submitted jobs by id. `cut` has the reason for an early end.
+    """State of a run.
+
+    `begun_s` is the start as epoch time, and `begun_at_s` the start by the event loop's clock. `running` has the
+    submitted jobs by id. `cut` has the reason for an early end.
     """
 
     scenario: Scenario
@@ -96,37 +93,31 @@ class RunState:
     @property
     def open(self) -> list[str]:
         """Return the ids of the unfinished jobs."""
-        return [name for name, submitted_job in self.running.items() if not submitted_job.has_ended]
+        return [name for name, job in self.running.items() if not job.has_ended]
 
     @property
     def is_over(self) -> bool:
         return len(self.running) == len(self.jobs) and not self.open
 
-    def told(self) -> list[ObservedJob]:
-        return [
-            ObservedJob(submitted_job.due.template.name, submitted_job.view, submitted_job.due)
-            for submitted_job in self.running.values()
-        ]
+    def observed(self) -> list[ObservedJob]:
+        return [ObservedJob(job.due.template.name, job.view, job.due) for job in self.running.values()]
 
-    def state(self, sample: Sample | None) -> ReplayProgress:
-        """Return the progress."""
-        ended = [submitted_job for submitted_job in self.running.values() if submitted_job.has_ended]
+    def progress(self, sample: Sample | None) -> ReplayProgress:
+        ended = [job for job in self.running.values() if job.has_ended]
         return ReplayProgress(
             self.at_s(),
             len(self.jobs),
             len(self.running),
             len(ended),
-            sum(submitted_job.view["state"] != "SUCCEEDED" for submitted_job in ended),
-            max((submitted_job.at_s - submitted_job.due.due_s for submitted_job in self.running.values()), default=0.0),
-            self._left_s(sample),
+            sum(job.view["state"] != "SUCCEEDED" for job in ended),
+            max((job.at_s - job.due.due_s for job in self.running.values()), default=0.0),
+            self._rest_s(sample),
             sample,
             tuple(self.breaking),
         )
 
-    def _left_s(self, sample: Sample | None) -> float:
-        """Estimate the time until the last arrival and the end of the backlog with the current
-        fleet.
-        """
+    def _rest_s(self, sample: Sample | None) -> float:
+        """Estimate the time until the last arrival and the end of the backlog with the current fleet."""
         arrivals_s = self.jobs[-1].due_s - self.at_s() if self.jobs else 0.0
         slots = {plan.pool.name: plan.pool.slots for plan in self.scenario.pools}
         works_s = (
@@ -138,16 +129,13 @@ class RunState:
 
 T = TypeVar("T")
 
-AGAIN_S = 0.25
-AT_ONCE = 12
+RETRY_INTERVAL_S = 0.25
+MAX_REQUESTS = 12
 """Maximum number of parallel requests."""
 
 
 class ManagerConnection:
-    """Calls of the manager of one home.
-
-    The home's record names the address of a restarted manager.
-    """
+    """Connection to the manager of one home. The home's record has the address of a restarted manager."""
 
     def __init__(self, home: Home, *, away_s: float) -> None:
         """Create a connection. Each call waits up to `away_s` for an absent manager."""
@@ -157,63 +145,61 @@ class ManagerConnection:
         """Number of repeated calls to an absent manager."""
         self._client: Client | None = None
         # Its own threads, so that waiting calls do not block fault injection.
-        self._threads = ThreadPoolExecutor(AT_ONCE, "replay")
+        self._threads = ThreadPoolExecutor(MAX_REQUESTS, "replay")
 
-    async def call(self, ask: Callable[[Client], T], *, within_s: float | None = None) -> T:
+    async def call(self, request: Callable[[Client], T], *, within_s: float | None = None) -> T:
         """Call the manager and return its answer.
 
-        Raise Unreachable or BackendError if it is absent for too long, and its refusals (NotFound,
-        Refused, UsageError) at once.
+        Raise Unreachable or BackendError if the manager is absent for too long. Raise its refusals (NotFound, Refused,
+        UsageError) at once.
         """
         loop = asyncio.get_running_loop()
-        give_up_s = loop.time() + (self._away_s if within_s is None else within_s)
+        deadline_s = loop.time() + (self._away_s if within_s is None else within_s)
         while True:
             try:
-                return await loop.run_in_executor(self._threads, self._asked, ask)
+                return await loop.run_in_executor(self._threads, self._request, request)
             except NotFound:
                 raise
             except BackendError:
-                if loop.time() > give_up_s:
+                if loop.time() > deadline_s:
                     raise
             self.unanswered += 1
-            await asyncio.sleep(AGAIN_S)
+            await asyncio.sleep(RETRY_INTERVAL_S)
 
-    async def glance(self, ask: Callable[[Client], T]) -> T | None:
+    async def try_call(self, request: Callable[[Client], T]) -> T | None:
         """Call the manager once. Return None if it does not answer."""
         try:
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._threads, self._asked, ask)
+            return await asyncio.get_running_loop().run_in_executor(self._threads, self._request, request)
         except BackendError:
             return None
 
-    def _asked(self, ask: Callable[[Client], T]) -> T:
+    def _request(self, request: Callable[[Client], T]) -> T:
         record = self._home.record()
         if record is None:
             raise Unreachable(
                 f"The manager of the grid in {self._home.path} has ended.",
                 remedy=f"Its log is {self._home.manager_log}.",
             )
-        client = self._client
-        if client is None or client.url != record.url:
-            self._let_go()
-            client = self._client = Client.of(self._home, record)
-        return ask(client)
+        if self._client is None or self._client.url != record.url:
+            self._close_client()
+            self._client = Client.of(self._home, record)
+        return request(self._client)
 
     def close(self) -> None:
         """Close the connection."""
         self._threads.shutdown(wait=False, cancel_futures=True)
-        self._let_go()
+        self._close_client()
 
-    def _let_go(self) -> None:
+    def _close_client(self) -> None:
         if self._client:
             self._client.close()
         self._client = None
 
 
-EVERY_S = 1.0
-ACTIVITIES = 1000
-_UP = LifecycleState.IN_SERVICE.value
-_COMING = ("Pending", "Pending:Wait", "Pending:Proceed")
+SAMPLE_INTERVAL_S = 1.0
+MAX_ACTIVITIES = 1000
+_IN_SERVICE = LifecycleState.IN_SERVICE.value
+_PENDING = ("Pending", "Pending:Wait", "Pending:Proceed")
 _LAUNCH = re.compile(r"Launching a new (?:EC2 )?instance: (\S+)")
 _END = re.compile(r"Terminating (?:EC2 )?instance: (\S+)")
 
@@ -241,7 +227,7 @@ class GridSampler:
         self._link = link
         self._begun_s = 0.0
         self._lives: dict[str, _InstanceHistory] = {}
-        self._told: dict[tuple[str, int], ActivityView] = {}
+        self._activities: dict[tuple[str, int], ActivityView] = {}
 
     @property
     def last(self) -> Sample | None:
@@ -252,74 +238,80 @@ class GridSampler:
         """Start the run at this time (epoch)."""
         self._begun_s = begun_s
 
-    async def has_up(self, least: Mapping[str, int]) -> bool:
+    async def has_in_service(self, sizes: Mapping[str, int]) -> bool:
         """Return whether each pool has this many instances in service."""
-        grid = await self._link.glance(Client.grid)
-        up = {pool["name"]: _pool(pool).in_service for pool in grid["pools"]} if grid else {}
-        return all(up.get(name, -1) >= size for name, size in least.items())
+        grid = await self._link.try_call(Client.grid)
+        numbers = {pool["name"]: _pool_sample(pool).in_service for pool in grid["pools"]} if grid else {}
+        return all(numbers.get(name, -1) >= size for name, size in sizes.items())
 
-    def is_down_to(self, least: Mapping[str, int]) -> bool:
-        """Return whether each pool had this size in the latest view, with no instance leaving."""
+    def is_down_to(self, sizes: Mapping[str, int]) -> bool:
+        """Return whether each pool had this size in the latest view, with no instance in termination."""
         if self.last is None or self.grid is None:
             return False
-        gone = LifecycleState.TERMINATED.value
-        living = {pool["name"]: sum(one["state"] != gone for one in pool["instances"]) for pool in self.grid["pools"]}
+        ended = LifecycleState.TERMINATED.value
+        alive = {
+            pool["name"]: sum(instance["state"] != ended for instance in pool["instances"])
+            for pool in self.grid["pools"]
+        }
+        pools = self.last.pools
         return all(
-            living.get(name, 0) <= size and self.last.pools[name].desired <= size
-            for name, size in least.items()
-            if name in self.last.pools
+            alive.get(name, 0) <= size and pools[name].desired <= size for name, size in sizes.items() if name in pools
         )
 
-    async def look(self, now_s: float) -> None:
+    async def sample(self, now_s: float) -> None:
         """Take a sample at `now_s` (epoch), unless the manager does not answer."""
-        grid = await self._link.glance(Client.grid)
+        grid = await self._link.try_call(Client.grid)
         if grid is None:
             return
         self.grid = grid
-        self.samples.append(_sample(grid, now_s - self._begun_s))
+        tasks = {object_keys.tasks_queue(pool["name"]) for pool in grid["pools"]}
+        queues = [queue for queue in grid["queues"] if queue["name"] in tasks]
+        self.samples.append(
+            Sample(
+                now_s - self._begun_s,
+                {pool["name"]: _pool_sample(pool) for pool in grid["pools"]},
+                sum(queue["visible"] + queue["delayed"] for queue in queues),
+                sum(queue["in_flight"] for queue in queues),
+            )
+        )
         seen = set()
         for pool in grid["pools"]:
             for instance in pool["instances"]:
                 seen.add(instance["id"])
-                self._see(pool["name"], instance, now_s)
+                self._record(pool["name"], instance, now_s)
         for name, life in self._lives.items():
             if name not in seen and life.ended_s is None:
                 life.ended_s = now_s
 
-    def _see(self, pool: str, view: InstanceView, now_s: float) -> None:
+    def _record(self, pool: str, view: InstanceView, now_s: float) -> None:
         life = self._lives.setdefault(view["id"], _InstanceHistory(view, pool))
         life.view = view
         if view["state"] != LifecycleState.TERMINATED.value:
-            # An instance may be missing in a single view, for example during a change of the
-            # leader.
+            # An instance may be missing in a single view, for example during a change of the leader.
             life.ended_s = None
-        if view["state"] == _UP and life.ready_s is None:
-            life.ready_s = now_s
-        if view["state"] == LifecycleState.TERMINATED.value and life.ended_s is None:
+        elif life.ended_s is None:
             life.ended_s = now_s
+        if view["state"] == _IN_SERVICE and life.ready_s is None:
+            life.ready_s = now_s
 
     async def read_activities(self) -> None:
         """Read the available scaling activities of all pools."""
         for pool in self.grid["pools"] if self.grid else ():
-            found = await self._link.glance(methodcaller("activities", pool=pool["name"], limit=ACTIVITIES))
-            for one in found or ():
-                self._told[one["pool"], one["id"]] = one
+            read = methodcaller("activities", pool=pool["name"], limit=MAX_ACTIVITIES)
+            for activity in await self._link.try_call(read) or ():
+                self._activities[activity["pool"], activity["id"]] = activity
 
     def instances(self) -> tuple[InstanceRun, ...]:
-        """Return every instance of the run by launch.
-
-        Earlier launches count from the run's start.
-        """
+        """Return every instance of the run by launch. Earlier launches count from the run's start."""
         ready, ended = self._times(_LAUNCH), self._times(_END)
         runs = []
         for name, life in self._lives.items():
-            view = life.view
-            gone_s = life.ended_s
-            if gone_s is not None:
-                gone_s = min(gone_s, ended.get(name, gone_s))
-            if gone_s is not None and gone_s < self._begun_s:
-                continue
-            ready_s = ready.get(name, life.ready_s)
+            view, ended_s = life.view, life.ended_s
+            if ended_s is not None:
+                ended_s = min(ended_s, ended.get(name, ended_s))
+                if ended_s < self._begun_s:
+                    continue
+            ready_s = self._run_time(ready.get(name, life.ready_s))
             runs.append(
                 InstanceRun(
                     name,
@@ -328,58 +320,37 @@ class GridSampler:
                     view["market"],
                     view["zone"],
                     max(0.0, view["launched_s"] - self._begun_s),
-                    None if ready_s is None else max(0.0, ready_s - self._begun_s),
-                    None if gone_s is None else gone_s - self._begun_s,
+                    None if ready_s is None else max(0.0, ready_s),
+                    self._run_time(ended_s),
                     view["note"],
                 )
             )
-        return tuple(sorted([*runs, *self._unseen(ended)], key=lambda one: one.launched_s))
+        return tuple(sorted([*runs, *self._unseen(ended)], key=lambda run: run.launched_s))
+
+    def _run_time(self, at_s: float | None) -> float | None:
+        return None if at_s is None else at_s - self._begun_s
 
     def _unseen(self, ended: Mapping[str, float]) -> Iterator[InstanceRun]:
         """Yield instances that lived only between two samples, by their activities."""
-        for one in self._told.values():
-            match = _LAUNCH.match(one["description"])
-            if not match or match[1] in self._lives or one["at_s"] < self._begun_s:
-                continue
-            ready_s, gone_s = one["ended_s"], ended.get(match[1])
-            yield InstanceRun(
-                id=match[1],
-                pool=one["pool"],
-                type="",
-                market=Market.ON_DEMAND.value,
-                zone="",
-                launched_s=one["at_s"] - self._begun_s,
-                ready_s=None if ready_s is None else ready_s - self._begun_s,
-                ended_s=None if gone_s is None else gone_s - self._begun_s,
-            )
+        for activity in self._activities.values():
+            launch = _LAUNCH.match(activity["description"])
+            if launch and launch[1] not in self._lives and activity["at_s"] >= self._begun_s:
+                launched_s = activity["at_s"] - self._begun_s
+                ready_s, ended_s = self._run_time(activity["ended_s"]), self._run_time(ended.get(launch[1]))
+                market = Market.ON_DEMAND.value
+                yield InstanceRun(launch[1], activity["pool"], "", market, "", launched_s, ready_s, ended_s)
 
     def _times(self, what: re.Pattern[str]) -> dict[str, float]:
         """Return the end of each instance's successful activity of that kind."""
-        found: dict[str, float] = {}
-        for one in self._told.values():
-            match = what.match(one["description"])
-            if match and one["ended_s"] is not None and one["status"] == "Successful":
-                found[match[1]] = one["ended_s"]
-        return found
+        times: dict[str, float] = {}
+        for activity in self._activities.values():
+            match = what.match(activity["description"])
+            if match and activity["ended_s"] is not None and activity["status"] == "Successful":
+                times[match[1]] = activity["ended_s"]
+        return times
 
 
-def _sample(grid: GridView, at_s: float) -> Sample:
-    tasks = {object_keys.tasks_queue(pool["name"]) for pool in grid["pools"]}
-    queues = [queue for queue in grid["queues"] if queue["name"] in tasks]
-    return Sample(
-        at_s,
-        {pool["name"]: _pool(pool) for pool in grid["pools"]},
-        sum(queue["visible"] + queue["delayed"] for queue in queues),
-        sum(queue["in_flight"] for queue in queues),
-    )
-
-
-def _pool(pool: PoolView) -> PoolSample:
-    states: Sequence[str] = [one["state"] for one in pool["instances"]]
-    return PoolSample(
-        pool["desired"],
-        states.count(_UP),
-        sum(state in _COMING for state in states),
-        pool["backlog_tasks"],
-        pool["backlog_s"],
-    )
+def _pool_sample(pool: PoolView) -> PoolSample:
+    states: Sequence[str] = [instance["state"] for instance in pool["instances"]]
+    in_service, pending = states.count(_IN_SERVICE), sum(state in _PENDING for state in states)
+    return PoolSample(pool["desired"], in_service, pending, pool["backlog_tasks"], pool["backlog_s"])

@@ -1,19 +1,8 @@
-"""Readers of trace files: JSON Lines, whole records, the Standard Workload Format, and tables of
-text. Files may be compressed with gzip, whatever their names are.
+"""Readers of trace files: JSON Lines, whole records, the Standard Workload Format, and tables of text.
 
-A file that is damaged, truncated, or not in UTF-8 is read as far as possible, and the problem is
-reported.
-
-JSON Lines have one object per line. In a whole record, a job's line is its number, and times of a
-compressed run are stretched again.
-
-The Standard Workload Format is that of the Parallel Workloads Archive (version 2.2, swf.html
-there). Lines that begin with ';' are the header and comments. Every other line is one job of 18
-fields, with -1 for an unknown value. Times are in seconds and may be fractions; a run time of 0 is
-valid.
-
-In a table of text, every line is one record, because a quoted field ends with its line. So an
-unclosed quote affects only one record.
+Files may be compressed with gzip. A file that is damaged, truncated, or not in UTF-8 is read as far as possible, and
+the problem is reported. The Standard Workload Format is that of the Parallel Workloads Archive (version 2.2, swf.html
+there). In a table, every line is one record, so an unclosed quote affects only one record.
 """
 
 from __future__ import annotations
@@ -24,6 +13,7 @@ import re
 import zlib
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import fields
 from itertools import chain, islice
 from pathlib import Path
@@ -49,29 +39,30 @@ from batchlab.scenarios.traces.rows import (
 )
 
 _CHUNK = 1 << 18
-_FEW = 64
+_UTF16_PROBE_BYTES = 64
 """Number of bytes that detect UTF-16."""
 _GZIP = b"\x1f\x8b"
 _DAMAGED = "the file is damaged from here"
+_PRESENT_READ = "those that are there were read"
 _CHECKS = ("incorrect data check", "incorrect length check")
 """Messages of zlib for complete data with a wrong checksum or length."""
 
 
 class _ReadProblem(NamedTuple):
-    """Reason why a file is not read further. `whole` says whether the data before it is intact."""
+    """Reason why a file is not read further. `intact` is True if the data before the problem is intact."""
 
     what: str
     done: str = LEFT_OUT
     detail: str = ""
-    whole: bool = True
+    intact: bool = True
 
 
 class _UnreadableError(Exception):
     """The rest of the file cannot be read."""
 
-    def __init__(self, trouble: _ReadProblem) -> None:
-        super().__init__(trouble.what)
-        self.trouble = trouble
+    def __init__(self, problem: _ReadProblem) -> None:
+        super().__init__(problem.what)
+        self.problem = problem
 
 
 def read_lines(path: Path, odd: list[Anomaly]) -> Iterator[tuple[int, str]]:
@@ -80,28 +71,28 @@ def read_lines(path: Path, odd: list[Anomaly]) -> Iterator[tuple[int, str]]:
     Raise UsageError if the file cannot be read.
     """
     number = 0
-    rest = end = b""
+    rest = separator = b""
     try:
         for chunk in _chunks(path):
-            end = end or _line_end(chunk, path)
-            *whole, rest = (rest + chunk).split(end)
-            for line in whole:
+            separator = separator or _line_separator(chunk, path)
+            *lines, rest = (rest + chunk).split(separator)
+            for line in lines:
                 number += 1
                 yield number, _decode(line, number, path, odd)
     except _UnreadableError as error:
-        trouble = error.trouble
+        problem = error.problem
         # A truncated value could still look like a number.
-        rest = rest if trouble.whole else b""
-        at = number + 1 + bool(rest)
-        odd.append(Anomaly(str(path), at, trouble.what, trouble.done, trouble.detail))
+        rest = rest if problem.intact else b""
+        odd.append(Anomaly(str(path), number + 1 + bool(rest), problem.what, problem.done, problem.detail))
     if rest:
         yield number + 1, _decode(rest, number + 1, path, odd)
 
 
-def _line_end(chunk: bytes, path: Path) -> bytes:
+def _line_separator(chunk: bytes, path: Path) -> bytes:
     """Return the line separator, from the first chunk. Raise UsageError for UTF-16."""
-    wide = len(chunk) >= _FEW and not (any(chunk[:_FEW:2]) and any(chunk[1:_FEW:2]))
-    if wide or chunk.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
+    start = chunk[:_UTF16_PROBE_BYTES]
+    is_wide = len(start) == _UTF16_PROBE_BYTES and not (any(start[::2]) and any(start[1::2]))
+    if is_wide or chunk.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
         raise UsageError(
             f"The trace {path} is UTF-16, and only UTF-8 is read.",
             remedy="Convert it, for example with `iconv -f UTF-16 -t UTF-8`.",
@@ -111,13 +102,11 @@ def _line_end(chunk: bytes, path: Path) -> bytes:
 
 def read_unpacked(path: Path) -> bytes:
     """Return the readable part of the file. Raise UsageError if it cannot be opened."""
-    found = bytearray()
-    try:
+    data = bytearray()
+    with suppress(_UnreadableError):
         for chunk in _chunks(path):
-            found += chunk
-    except _UnreadableError:
-        return bytes(found)
-    return bytes(found)
+            data += chunk
+    return bytes(data)
 
 
 def _decode(line: bytes, number: int, path: Path, odd: list[Anomaly]) -> str:
@@ -155,7 +144,7 @@ def _gzip_members(file: BinaryIO, data: bytes) -> Iterator[bytes]:
             data = unpacker.unused_data or file.read(_CHUNK)
         if not unpacker.eof:
             yield unpacker.flush()
-            raise _UnreadableError(_ReadProblem(_DAMAGED, detail="it breaks off", whole=False))
+            raise _UnreadableError(_ReadProblem(_DAMAGED, detail="it breaks off", intact=False))
         while data and not (data := data.lstrip(b"\0")):
             data = file.read(_CHUNK)
         if len(data) == 1:
@@ -190,14 +179,14 @@ def _decompress_until_damage(unpacker: zlib._Decompress, data: bytes) -> Iterato
 def _problem_of(error: zlib.error) -> _ReadProblem:
     if any(check in str(error) for check in _CHECKS):
         return _ReadProblem("the file's checksum is wrong here", "what is before was read, and may be spoilt")
-    return _ReadProblem(_DAMAGED, detail=str(error), whole=False)
+    return _ReadProblem(_DAMAGED, detail=str(error), intact=False)
 
 
-_OF_A_RECORD = frozenset({"scenario", "jobs", "version"})
+_RECORD_KEYS = frozenset({"scenario", "jobs", "version"})
 
 
 def read_jsonl(path: Path, columns: Columns = RECORD_COLUMNS) -> TraceContent:
-    """Read JSON Lines or a whole record.
+    """Read JSON Lines or a whole record. In a record, the line of a job is its number.
 
     Raise UsageError for an unreadable file, or if all records lack a column.
     """
@@ -211,24 +200,22 @@ def read_jsonl(path: Path, columns: Columns = RECORD_COLUMNS) -> TraceContent:
 
 
 def _is_a_record(line: str, path: Path) -> bool:
-    """Detect a whole record by its first line.
-
-    A record has many lines, or one if it was reformatted.
-    """
+    """Detect a whole record by its first line. A record has many lines, or one if it was reformatted."""
     if line.strip() == "{":
         return isinstance(_parse_json(read_unpacked(path)), dict)
-    found = _parse_json(line)
-    return isinstance(found, dict) and found.keys() >= _OF_A_RECORD
+    document = _parse_json(line)
+    return isinstance(document, dict) and document.keys() >= _RECORD_KEYS
 
 
 def _record_jobs(run: record.Record, columns: Columns, mapper: RowMapper) -> Iterator[RawRecord]:
     names = [field.name for field in fields(record.JobRun)]
     for number, job in enumerate(run.jobs, 1):
-        found = {name: getattr(job, name) for name in names}
-        for name, value in found.items():
-            if name.endswith("_s") and value is not None:
-                found[name] = value * run.compressed
-        yield RawRecord(number, _selected_values(found, number, columns, mapper))
+        values = {name: getattr(job, name) for name in names}
+        # Times of a compressed run are stretched again.
+        times = {
+            name: value * run.compressed for name, value in values.items() if name.endswith("_s") and value is not None
+        }
+        yield RawRecord(number, _selected_values(values | times, number, columns, mapper))
 
 
 def _json_lines(
@@ -238,13 +225,13 @@ def _json_lines(
     missing = set(columns.used()) - set(RECORD_COLUMNS.used())
     keys: list[str] = []
     for number, line in numbered:
-        found = _parse_json(line)
-        if not isinstance(found, dict):
+        document = _parse_json(line)
+        if not isinstance(document, dict):
             mapper.note(number, "not a JSON object", LEFT_OUT, shown(line))
             yield None
             continue
-        values = _selected_values(found, number, columns, mapper)
-        keys = keys or list(found)
+        values = _selected_values(document, number, columns, mapper)
+        keys = keys or list(document)
         missing -= values.keys()
         yield RawRecord(number, values)
     if missing and keys:
@@ -261,27 +248,23 @@ def _parse_json(text: str | bytes) -> Any:
         return None
 
 
-def _selected_values(found: Mapping[str, Any], number: int, columns: Columns, mapper: RowMapper) -> dict[str, object]:
-    values: dict[str, object] = {}
-    for name in columns.used():
-        value = _value(found, name)
-        if value is not None:
-            values[name] = value
-    if columns.tasks == RECORD_COLUMNS.tasks and "tasks" not in values and "planned" in found:
-        values["tasks"] = found["planned"]
+def _selected_values(
+    document: Mapping[str, Any], number: int, columns: Columns, mapper: RowMapper
+) -> dict[str, object]:
+    values = {name: value for name in columns.used() if (value := _value(document, name)) is not None}
+    if columns.tasks == RECORD_COLUMNS.tasks and "tasks" not in values and "planned" in document:
+        values["tasks"] = document["planned"]
         mapper.note(number, "no count of its first stage's tasks", "that of all stages was taken")
     return values
 
 
-def _value(found: Mapping[str, Any], name: str) -> object:
-    if name in found:
-        return found[name]
-    inner: Any = found
+def _value(document: Mapping[str, Any], name: str) -> object:
+    if name in document:
+        return document[name]
+    value: Any = document
     for part in name.split("."):
-        if not isinstance(inner, dict):
-            return None
-        inner = inner.get(part)
-    return inner
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
 
 
 SWF_FIELDS = (
@@ -312,10 +295,7 @@ _RECORDS = re.compile(r";\s*(MaxRecords|MaxJobs)\s*:\s*(\d+)\s*", re.IGNORECASE)
 
 
 def read_swf(path: Path, columns: Columns = SWF_COLUMNS) -> TraceContent:
-    """Read a file in the Standard Workload Format.
-
-    Raise UsageError for an unreadable file or unknown columns.
-    """
+    """Read a file in the Standard Workload Format. Raise UsageError for an unreadable file or unknown columns."""
     odd: list[Anomaly] = []
     mapper = RowMapper(path, columns, odd, unknown=_UNKNOWN)
     reader = _SwfReader(path, columns, mapper, odd)
@@ -333,42 +313,35 @@ class _SwfReader:
         self._promised: dict[str, tuple[int, int]] = {}
 
     def records(self) -> Iterator[RawRecord | None]:
-        found = 0
+        count = 0
         jobs: set[str] = set()
         for number, line in skip_blank_lines(read_lines(self._path, self._odd), self._path, self._odd):
             if line.lstrip().startswith(";"):
                 if match := _RECORDS.fullmatch(line.strip()):
                     self._promised[match[1].lower()] = (number, int(match[2]))
                 continue
-            found += 1
+            count += 1
             yield self._record(number, line, jobs)
         # MaxRecords is the number of lines. MaxJobs is too, unless jobs were swapped out.
-        at, promised = self._promised.get("maxrecords") or self._promised.get("maxjobs", (0, found))
-        if promised != found:
-            self._mapper.note(
-                at,
-                "the header promises another number of records",
-                "those that are there were read",
-                f"{promised:,}, not {found:,}",
-            )
+        at, promised = self._promised.get("maxrecords") or self._promised.get("maxjobs", (0, count))
+        if promised != count:
+            what = "the header promises another number of records"
+            self._mapper.note(at, what, _PRESENT_READ, f"{promised:,}, not {count:,}")
 
     def _record(self, number: int, line: str, jobs: set[str]) -> RawRecord | None:
         parts = line.split()
         values = dict(zip(SWF_FIELDS, parts, strict=False))
         if len(parts) < len(SWF_FIELDS):
             enough = self._needed <= values.keys()
-            done = "those that are there were read" if enough else LEFT_OUT
+            done = _PRESENT_READ if enough else LEFT_OUT
             self._mapper.note(number, "fewer than 18 fields", done, str(len(parts)))
             if not enough:
                 return None
         elif len(parts) > len(SWF_FIELDS):
             self._mapper.note(number, "more than 18 fields", "the first 18 were read", str(len(parts)))
         if values.get("status") in _PARTIAL:
-            self._mapper.note(
-                number,
-                "part of a job that was swapped out (status 2, 3 or 4)",
-                "left out, since the job has a line of its own",
-            )
+            what = "part of a job that was swapped out (status 2, 3 or 4)"
+            self._mapper.note(number, what, "left out, since the job has a line of its own")
             return None
         if parts[0] in jobs:
             self._mapper.note(number, "a job number that was there before", "kept", parts[0])
@@ -384,8 +357,8 @@ _DELIMITERS = "\t;|,"
 
 
 def read_table(path: Path, columns: Columns, *, names: tuple[str, ...] = (), delimiter: str = "") -> TraceContent:
-    """Read a table of text. `names` are its column names if it has no header. Without `delimiter`,
-    the most frequent of tab, semicolon, bar, and comma in the first line is used.
+    """Read a table of text. `names` are its column names if it has no header. Without `delimiter`, the most frequent of
+    tab, semicolon, bar, and comma in the first line is used.
 
     Raise UsageError for an unreadable file or a missing column.
     """
@@ -397,12 +370,13 @@ def read_table(path: Path, columns: Columns, *, names: tuple[str, ...] = (), del
 def _table_records(
     path: Path, columns: Columns, names: tuple[str, ...], delimiter: str, mapper: RowMapper, odd: list[Anomaly]
 ) -> Iterator[RawRecord | None]:
-    numbered = iter(skip_blank_lines(read_lines(path, odd), path, odd))
     header = tuple(names)
     if header:
         check_columns(columns.used(), header, path)
-    for number, line in numbered:
-        delimiter = delimiter or _guess_delimiter(line)
+    for number, line in skip_blank_lines(read_lines(path, odd), path, odd):
+        if not delimiter:
+            likely = max(_DELIMITERS, key=line.count)
+            delimiter = likely if likely in line else ","
         parts = _split_line(line, delimiter)
         if not header:
             header = tuple(part.strip() for part in parts or ())
@@ -413,19 +387,12 @@ def _table_records(
             yield None
             continue
         if len(parts) > len(header):
-            done = f"the first {len(header)} were read"
-            mapper.note(number, "more fields than columns", done, str(len(parts)))
+            mapper.note(number, "more fields than columns", f"the first {len(header)} were read", str(len(parts)))
         elif len(parts) < len(header):
-            done = "those that are there were read"
-            mapper.note(number, "fewer fields than columns", done, str(len(parts)))
+            mapper.note(number, "fewer fields than columns", _PRESENT_READ, str(len(parts)))
         yield RawRecord(number, dict(zip(header, map(str.strip, parts), strict=False)))
     if not header:
         raise UsageError(f"The trace {path} is empty.", remedy="Name a file with records.")
-
-
-def _guess_delimiter(line: str) -> str:
-    found = max(_DELIMITERS, key=line.count)
-    return found if found in line else ","
 
 
 def _split_line(line: str, delimiter: str) -> list[str] | None:

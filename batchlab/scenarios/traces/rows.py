@@ -1,12 +1,8 @@
-"""Conversion of a trace's records to rows, independent of the format, and reports about bad
-records.
+"""Conversion of a trace's records to rows by a map of columns, independent of the format.
 
-Every record becomes a row or is reported in `odd`. A changed record is in both.
-
-Column map of a trace, and timestamps.
-
-A column is named as in its format: by a table's header, by a field of the Standard Workload Format
-(see formats.SWF_FIELDS), or by a key of a JSON object, with dots for nested objects.
+Every record becomes a row or is reported in `odd`. A changed record is in both. A column is named by a table's header,
+by a field of the Standard Workload Format (see formats.SWF_FIELDS), or by a key of a JSON object, with dots for nested
+objects.
 """
 
 from __future__ import annotations
@@ -81,18 +77,15 @@ def parse_number(value: object) -> float | None:
 
 
 def all_numbers(text: str) -> bool:
-    """Return whether `text` contains only numbers and blanks.
-
-    This check is fast and covers most lines.
-    """
+    """Return whether `text` contains only numbers and blanks. This check is fast and covers most lines."""
     return _NUMBERS.fullmatch(text) is not None
 
 
 def parse_timestamp(value: object, unit: str) -> Timestamp | None:
     """Parse a timestamp, or return None. A timestamp without a zone is read as UTC.
 
-    A number counts in `unit`. A text is in ISO 8601 (a space may replace the T, and a fraction may
-    have any number of digits) or in the strptime format `unit`.
+    A number counts in `unit`. A text is in ISO 8601 (a space may replace the T, and a fraction may have any number of
+    digits) or in the strptime format `unit`.
     """
     if unit in UNITS:
         number = parse_number(value)
@@ -102,12 +95,11 @@ def parse_timestamp(value: object, unit: str) -> Timestamp | None:
         return None
     try:
         text = value.strip()
-        read = datetime.fromisoformat(text) if unit in UNITS else _strptime(text, unit)
+        moment = datetime.fromisoformat(text) if unit in UNITS else _strptime(text, unit)
     except ValueError:
         return None
-    if read.tzinfo is None:
-        return Timestamp((read.replace(tzinfo=UTC) - _EPOCH).total_seconds(), TimestampKind.LOCAL)
-    return Timestamp((read - _EPOCH).total_seconds(), TimestampKind.ZONED)
+    kind = TimestampKind.ZONED if moment.tzinfo else TimestampKind.LOCAL
+    return Timestamp(((moment if moment.tzinfo else moment.replace(tzinfo=UTC)) - _EPOCH).total_seconds(), kind)
 
 
 def _strptime(text: str, form: str) -> datetime:
@@ -122,8 +114,8 @@ def _strptime(text: str, form: str) -> datetime:
 class ColumnSum:
     """Number of a record: the sum of its `columns`, divided by `per`.
 
-    `ColumnSum(("duration_ms",), per=1000)` gives seconds. `ColumnSum(("input", "shuffle"), per=64 *
-    2**20)` gives tasks of 64 MiB each. Unless it is `needed`, a record may lack these columns.
+    `ColumnSum(("duration_ms",), per=1000)` gives seconds. `ColumnSum(("input", "shuffle"), per=64 * 2**20)` gives tasks
+    of 64 MiB each. Unless it is `needed`, a record may lack these columns.
     """
 
     columns: tuple[str, ...]
@@ -141,15 +133,12 @@ class ColumnSum:
 class Columns:
     """Columns from which each value of a record is read. The job's template has the other values.
 
-    `at` is the arrival time, a number or a timestamp. `minus` is a column of seconds that is
-    subtracted from it, for traces that record ends. `unit` is the unit of a number in `at`, one of
-    UNITS, or a strptime format (with a %) for timestamps that are not in ISO 8601.
-
-    With `count`, a record is an interval of `every_s` from `at` in which `count` times `scale` jobs
-    arrive. Without `every_s`, the most common gap between records is the length.
-
-    `tasks` is the number of a job's root tasks, rounded up to at least one, and `task_s` is the
-    time of each. `label`, `tenant`, and `template` are text columns.
+    `at` is the arrival time, a number or a timestamp. `minus` is a column of seconds that is subtracted from the
+    arrival time, for traces that record ends. `unit` is the unit of a number in `at`, one of UNITS, or a strptime
+    format (with a %) for timestamps that are not in ISO 8601. With `count`, a record is an interval of `every_s` from
+    `at` in which `count` times `scale` jobs arrive. Without `every_s`, the most common gap between records is the
+    length. `tasks` is the number of a job's root tasks, rounded up to at least one, and `task_s` is the time of each.
+    `label`, `tenant`, and `template` are text columns.
     """
 
     at: str
@@ -175,18 +164,16 @@ class Columns:
 
     def used(self) -> tuple[str, ...]:
         """Return the columns that a trace must have."""
-        numbers = (name for take in self._takes() for name in take.columns)
+        numbers = (name for number in self._sums() for name in number.columns)
         return _distinct(*self.needed(), *numbers, self.label, self.tenant)
 
     def needed(self) -> tuple[str, ...]:
         """Return the columns that every record must have."""
-        found = [self.at, self.minus, self.count, self.template]
-        for take in self._takes():
-            found += take.columns if take.needed else ()
-        return _distinct(*found)
+        numbers = (name for number in self._sums() if number.needed for name in number.columns)
+        return _distinct(self.at, self.minus, self.count, self.template, *numbers)
 
-    def _takes(self) -> tuple[ColumnSum, ...]:
-        return tuple(take for take in (self.tasks, self.task_s) if take)
+    def _sums(self) -> tuple[ColumnSum, ...]:
+        return tuple(number for number in (self.tasks, self.task_s) if number)
 
 
 def _distinct(*names: str) -> tuple[str, ...]:
@@ -194,9 +181,7 @@ def _distinct(*names: str) -> tuple[str, ...]:
 
 
 SWF_COLUMNS = Columns("submit", task_s=ColumnSum(("run",)), label="job")
-"""Each job of the log becomes a job of the scenario, and each of its tasks takes the job's run
-time.
-"""
+"""Each job of the log becomes a job of the scenario, and each of its tasks takes the job's run time."""
 
 RECORD_COLUMNS = Columns(
     "due_s", tasks=ColumnSum(("tasks",), needed=False), label="label", tenant="tenant", template="template"
@@ -234,8 +219,8 @@ class TraceRow(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class TraceContent:
-    """Content of a trace: its rows in order of time, the number of `records`, the reports in order
-    of lines, and the form of the first valid time.
+    """Content of a trace: its rows in order of time, the number of `records`, the reports in order of lines, and the
+    form of the first valid time.
     """
 
     rows: tuple[TraceRow, ...]
@@ -261,10 +246,7 @@ def _checked_size(number: float, *columns: str) -> float:
 
 
 class RowMapper:
-    """Converter of records by a column map.
-
-    `unknown` is the number that stands for a missing value.
-    """
+    """Converter of records by a column map. `unknown` is the number that stands for a missing value."""
 
     def __init__(self, path: Path, columns: Columns, odd: list[Anomaly], *, unknown: float | None = None) -> None:
         self._file = str(path)
@@ -279,26 +261,26 @@ class RowMapper:
         Raise UsageError if the length of intervals cannot be derived.
         """
         rows: list[TraceRow] = []
-        found, before_s = 0, float("-inf")
-        for fields in records:
-            found += 1
-            if fields is None:
+        count, before_s = 0, float("-inf")
+        for record in records:
+            count += 1
+            if record is None:
                 continue
             try:
-                row = self._row(fields)
-            except _LeftOutError as left:
-                self.note(fields.line, left.what, LEFT_OUT, left.detail)
+                row = self._row(record)
+            except _LeftOutError as error:
+                self.note(record.line, error.what, LEFT_OUT, error.detail)
                 continue
             # A trace that is sorted by end times need not be sorted by start times.
             if row.at_s < before_s and not self._columns.minus:
-                self.note(fields.line, "earlier than the record before it", "put in order of time")
+                self.note(record.line, "earlier than the record before it", "put in order of time")
             before_s = row.at_s
             rows.append(row)
         rows.sort(key=lambda row: row.at_s)
         if self._columns.count and rows:
             rows = self._intervals(rows)
         self._odd.sort(key=lambda odd: odd.line)
-        return TraceContent(tuple(rows), found, tuple(self._odd), self._kind)
+        return TraceContent(tuple(rows), count, tuple(self._odd), self._kind)
 
     def note(self, line: int, what: str, done: str, detail: str = "") -> None:
         self._odd.append(Anomaly(self._file, line, what, done, detail))
@@ -366,25 +348,25 @@ class RowMapper:
             raise self._below(name, number)
         return number
 
-    def _sum(self, fields: RawRecord, take: ColumnSum | None) -> float | None:
-        if take is None or not (take.needed or any(column in fields.values for column in take.columns)):
+    def _sum(self, record: RawRecord, columns: ColumnSum | None) -> float | None:
+        if columns is None or not (columns.needed or any(column in record.values for column in columns.columns)):
             return None
-        if len(take.columns) == 1:
-            return self._number(fields, take.columns[0]) / take.per
-        return sum(self._number(fields, name) for name in take.columns) / take.per
+        if len(columns.columns) == 1:
+            return self._number(record, columns.columns[0]) / columns.per
+        return sum(self._number(record, name) for name in columns.columns) / columns.per
 
-    def _seconds(self, fields: RawRecord, take: ColumnSum | None) -> float | None:
-        number = self._sum(fields, take)
-        return number if take is None or number is None else _checked_size(number, *take.columns)
+    def _seconds(self, record: RawRecord, columns: ColumnSum | None) -> float | None:
+        number = self._sum(record, columns)
+        return number if columns is None or number is None else _checked_size(number, *columns.columns)
 
-    def _tasks(self, fields: RawRecord, take: ColumnSum | None) -> int | None:
-        number = self._sum(fields, take)
-        if take is None or number is None:
+    def _tasks(self, record: RawRecord, columns: ColumnSum | None) -> int | None:
+        number = self._sum(record, columns)
+        if columns is None or number is None:
             return None
         if number > MAX_TASKS:
             raise _LeftOutError("more tasks than a job may have", float(f"{number:g}"))
-        if number == 0 and take.per == 1:
-            self.note(fields.line, f"{' and '.join(take.columns)} is 0", "counted as one task")
+        if number == 0 and columns.per == 1:
+            self.note(record.line, f"{' and '.join(columns.columns)} is 0", "counted as one task")
         return max(1, ceil(number))
 
     def _text(self, fields: RawRecord, name: str) -> str:
@@ -394,10 +376,18 @@ class RowMapper:
         return str(value).strip()
 
     def _intervals(self, rows: list[TraceRow]) -> list[TraceRow]:
-        every_s = self._columns.every_s or self._most_common_gap(rows)
+        every_s = self._columns.every_s
+        if not every_s:
+            gaps = Counter(round(b.at_s - a.at_s, 3) for a, b in pairwise(rows) if b.at_s > a.at_s)
+            if not gaps:
+                raise UsageError(
+                    f"The length of the intervals of {self._file} cannot be derived from its records.",
+                    remedy="Write it, for example every: 5m.",
+                )
+            every_s = gaps.most_common(1)[0][0]
         # The fraction of a timestamp may be rounded.
         slack_s = every_s / 1000
-        wide: list[TraceRow] = []
+        intervals: list[TraceRow] = []
         for row, after in pairwise(rows):
             gap_s = after.at_s - row.at_s
             detail = f"{gap_s:g} s, not {every_s:g} s"
@@ -405,18 +395,8 @@ class RowMapper:
                 self.note(row.line, "the next record is late", "nothing arrives in the gap", detail)
             elif gap_s < every_s - slack_s:
                 self.note(row.line, "the next record is early", "its interval ends there", detail)
-            wide.append(row._replace(wide_s=min(gap_s, every_s)))
-        wide += [row._replace(wide_s=every_s) for row in rows[-1:]]
-        return wide
-
-    def _most_common_gap(self, rows: list[TraceRow]) -> float:
-        gaps = Counter(round(b.at_s - a.at_s, 3) for a, b in pairwise(rows) if b.at_s > a.at_s)
-        if not gaps:
-            raise UsageError(
-                f"The length of the intervals of {self._file} cannot be derived from its records.",
-                remedy="Write it, for example every: 5m.",
-            )
-        return gaps.most_common(1)[0][0]
+            intervals.append(row._replace(wide_s=min(gap_s, every_s)))
+        return [*intervals, *(row._replace(wide_s=every_s) for row in rows[-1:])]
 
 
 def check_columns(used: Iterable[str], known: Sequence[str], path: Path) -> None:
@@ -432,8 +412,8 @@ def check_columns(used: Iterable[str], known: Sequence[str], path: Path) -> None
 def list_names(names: Sequence[str]) -> str:
     """List the names, or only the first of many."""
     clear = (name if name.isprintable() and len(name) <= 40 else shown(name) for name in names)
-    few = ", ".join(islice(clear, _MAX_SHOWN))
-    return f"{few} and {len(names) - _MAX_SHOWN} more" if len(names) > _MAX_SHOWN else few
+    first = ", ".join(islice(clear, _MAX_SHOWN))
+    return f"{first} and {len(names) - _MAX_SHOWN} more" if len(names) > _MAX_SHOWN else first
 
 
 def skip_blank_lines(numbered: Iterable[tuple[int, str]], path: Path, odd: list[Anomaly]) -> Iterable[tuple[int, str]]:
@@ -461,10 +441,10 @@ class AnomalyKind:
 
 def summarize(odds: Iterable[Anomaly]) -> tuple[AnomalyKind, ...]:
     """Group the problems by file and kind, the most frequent first."""
-    found: dict[tuple[str, str, str], list[int]] = {}
+    lines: dict[tuple[str, str, str], list[int]] = {}
     for odd in odds:
-        found.setdefault((odd.file, odd.what, odd.done), []).append(odd.line)
-    kinds = [AnomalyKind(*key, len(at), min(at)) for key, at in found.items()]
+        lines.setdefault((odd.file, odd.what, odd.done), []).append(odd.line)
+    kinds = [AnomalyKind(*key, len(numbers), min(numbers)) for key, numbers in lines.items()]
     return tuple(sorted(kinds, key=lambda kind: (kind.file, -kind.count, kind.first_line)))
 
 

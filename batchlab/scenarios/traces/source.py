@@ -1,11 +1,9 @@
-"""Source of arrivals from a trace.
-
-The trace's first job, or `from_s` after it, arrives at `starts_s`.
-"""
+"""Source of arrivals from a trace. The trace's first job, or `from_s` after it, arrives at `starts_s`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
@@ -39,10 +37,10 @@ class TraceFormat(StrEnum):
 class Trace:
     """Arrivals from the trace at `path`, as jobs of `template`.
 
-    Without a template, each record names its own. Without `columns`, the format's own columns
-    apply (`SWF_COLUMNS` or `RECORD_COLUMNS`); a table has none. `names` and `delimiter` are for
-    tables. The source uses records from `from_s` until `until_s` after the trace's first job, at
-    most `limit` jobs. `speed` is the factor by which the scenario was compressed.
+    Without a template, each record names its own. Without `columns`, the format's own columns apply (`SWF_COLUMNS` or
+    `RECORD_COLUMNS`); a table has none. `names` and `delimiter` are for tables. The source uses records from `from_s`
+    until `until_s` after the trace's first job, at most `limit` jobs. `speed` is the factor by which the scenario was
+    compressed.
     """
 
     template: str
@@ -73,9 +71,7 @@ class Trace:
             raise ValueError("neither the arrival nor a column names the job")
 
     def arrivals(self, random: Random) -> Iterator[Arrival]:
-        """Yield the arrivals. Raise UsageError for a trace that is unreadable or has no valid
-        record.
-        """
+        """Yield the arrivals. Raise UsageError for a trace that is unreadable or has no valid record."""
         reading = self.reading()
         if not reading.rows:
             raise self._useless(reading)
@@ -102,8 +98,8 @@ class Trace:
         return self.reading().odd
 
     def begins(self) -> str:
-        """Return the time at second 0 of the scenario in ISO 8601, without a zone if the trace has
-        none, or "" if its times are numbers.
+        """Return the time at second 0 of the scenario in ISO 8601, without a zone if the trace has none, or "" if its
+        times are numbers.
         """
         reading = self.reading()
         if not reading.rows or reading.kind not in (TimestampKind.ZONED, TimestampKind.LOCAL):
@@ -121,26 +117,24 @@ class Trace:
 
     def reading(self) -> TraceContent:
         """Read the whole trace. Raise UsageError if it cannot be read."""
-        try:
+        stamp = (0, 0)
+        with suppress(OSError):
             state = self.path.stat()
-        except OSError:
-            stamp = (0, 0)
-        else:
             stamp = (state.st_mtime_ns, state.st_size)
         columns = replace(self._map(), template="") if self.template else self._map()
         return _read_cached(self.path, self.format, columns, self.names, self.delimiter, stamp)
 
-    def _useless(self, reading: TraceContent) -> UsageError:
-        if not reading.records:
+    def _useless(self, content: TraceContent) -> UsageError:
+        if not content.records:
             return UsageError(f"The trace {self.path} has no records.", remedy="Name a file with records.")
         remedy = "Check its format and the map of its columns."
-        if any(anomaly.what == f"{self._map().at} is not a time" for anomaly in reading.odd):
+        if any(anomaly.what == f"{self._map().at} is not a time" for anomaly in content.odd):
             remedy += (
-                ' A date that is not written as 2026-10-31 18:05:00 needs its form, such as unit: "%d.%m.%Y %H:%M:%S".'
+                ' A date that is not like 2026-10-31 18:05:00 needs its format, such as unit: "%d.%m.%Y %H:%M:%S".'
             )
-        first = f" The first that is odd: {describe(reading.odd[0])}." if reading.odd else ""
+        first = f" The first problem is: {describe(content.odd[0])}." if content.odd else ""
         return UsageError(
-            f"None of the {reading.records:,} records of the trace {self.path} can be used.{first}", remedy=remedy
+            f"None of the {content.records:,} records of the trace {self.path} can be used.{first}", remedy=remedy
         )
 
     def _map(self) -> Columns:
@@ -150,27 +144,28 @@ class Trace:
         """Yield each job's arrival in seconds after the first job, in order."""
         begin_s = rows[0].at_s
         scale = self._map().scale
-        counted, sent = 0.0, 0
+        total, sent = 0.0, 0
         for row in rows:
             if row.wide_s is None:
                 yield row.at_s - begin_s, row
                 continue
             # Fractions are carried over, so that the total is right for small scales.
-            counted += row.jobs * scale
-            due = floor(counted + 1e-9) - sent
+            total += row.jobs * scale
+            due = floor(total + 1e-9) - sent
             sent += due
             for moment_s in _random_times(due, row.wide_s, random):
                 yield row.at_s - begin_s + moment_s, row
 
 
 def _random_times(count: int, wide_s: float, random: Random) -> Iterator[float]:
-    """Draw `count` uniform times within `wide_s`, in order, without storing them: the largest of k
-    uniform numbers is distributed as the k-th root of one.
+    """Draw `count` uniform times within `wide_s`, in order and without a list.
+
+    The largest of k uniform numbers is distributed as the k-th root of one.
     """
-    left = 1.0
+    rest = 1.0
     for k in range(count, 0, -1):
-        left *= random.random() ** (1 / k)
-        yield wide_s * (1 - left)
+        rest *= random.random() ** (1 / k)
+        yield wide_s * (1 - rest)
 
 
 @lru_cache(maxsize=4)

@@ -11,7 +11,7 @@ from batchlab.manager.state import ManagerSettings
 from batchlab.runtime import factory
 from batchlab.runtime.descriptor import Calibration
 from batchlab.runtime.factory import Backend
-from batchlab.scenarios.forecast.grid import ForecastOptions
+from batchlab.scenarios.forecast.simulate import ForecastOptions
 from batchlab.scenarios.model.distributions import Constant
 from batchlab.scenarios.model.values import Distribution, JobTemplate, PoolPlan, Scenario, Source, StageTemplate
 from batchlab.worker.inflight_message import WorkerSettings

@@ -63,7 +63,7 @@ def scenario(*jobs: JobTemplate, at: tuple[tuple[float, int], ...] = ((0.0, 1),)
 def up(home: Home, wanted: Scenario) -> Iterator[factory.Backend]:
     """A grid on `local` with the scenario's pools and policy."""
     backend = factory.load("local")
-    with settings.temporary_settings(home, driver.policy_settings(wanted.policy), why="For a test."):
+    with settings.temporary_settings(home, wanted.policy.settings(), why="For a test."):
         pools = [plan.pool for plan in wanted.pools]
         manager_process.start_manager(home, backend, pools=pools, parent=True)
         try:

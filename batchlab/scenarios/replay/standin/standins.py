@@ -1,11 +1,10 @@
 """Stand-in tasks, which take exactly the times in the scenario.
 
-This module is sent to the workers as a job's code, so it needs only the standard library and does
-not depend on a worker's version of batchlab.
+This module is sent to the workers as a job's code, so it needs only the standard library and does not depend on a
+worker's version of batchlab.
 
-Item and result: {"t": {stage: [seconds, [failing attempts], kills]}, "group_STAGE": group}. An item
-has the entries of its own stage and of stages that follow it item by item. A gather's task finds
-its entry in the job's parameters.
+Item and result: {"t": {stage: [seconds, [failing attempts], kills]}, "group_STAGE": group}. An item has the entries of
+its own stage and of stages that follow it item by item. A gather's task finds its entry in the job's parameters.
 """
 
 from __future__ import annotations
@@ -20,9 +19,7 @@ from typing import Any, Protocol
 
 BLOCK_BYTES = 256 * 1024
 FILE_BYTES = 16 * 1024 * 1024
-"""Bytes that a task writes to disk before it starts again at the front, so that the disk does not
-fill up.
-"""
+"""Bytes that a task writes to disk before it starts again at the front, so that the disk does not fill up."""
 PAGE_BYTES = 4096
 HELD_BYTES = 64 * 1024 * 1024
 """Memory of a task whose stage declares none."""
