@@ -1,29 +1,8 @@
 """Errors that batchlab raises on purpose. Adapters translate other errors and chain the cause.
 
-  BatchlabError
-  ├── UsageError              exit 2: the command, the job file, or the scenario is wrong
-  │   ├── JobFileError        has the file, the line, and the remedy
-  │   │   └── JobFileErrors   jobs: all errors of one file
-  │   └── NotAValue           core.protocol.values: a value that cannot be sent
-  ├── BackendError            exit 3: a port could not do its work
-  │   ├── Unreachable         the service behind the port does not answer
-  │   ├── Throttled           try again later (S3 503, SQS throttling)
-  │   ├── NotFound            the object, queue, or row does not exist
-  │   ├── AlreadyExists       a conditional create lost (HTTP 412)
-  │   ├── TooLarge            over a limit of the service
-  │   ├── TooNew              a later batchlab wrote data that this version cannot read
-  │   ├── Malformed           bytes of a message or an object that cannot be read
-  │   ├── BrokenGridExecutor  client: the executor cannot run any more calls
-  │   └── StackFailed         deploy: an operation of CloudFormation failed
-  ├── JobFailed               exit 1: the job ended FAILED or CANCELLED
-  │   └── TaskFailed          one task's failure, with the remote traceback
-  │       └── WorkerDied      client: a call of an executor ended its process
-  ├── NotDelivered            core.notifications: a notification did not reach its target
-  ├── Refused                 exit 2: the manager declines (state, duplicate token, unknown id)
-  │   └── Fault               fleet: AWS's Auto Scaling answers with 400
-  └── SimulationError         sim: an invariant is broken, or the simulation is set up wrongly
-
-Subclasses that only one part of the code uses are not shown.
+A subclass of UsageError is exit code 2, of BackendError 3, and of JobFailed 1. Other modules define further subclasses,
+such as `core.protocol.values.NotAValue`, `core.notifications.NotDelivered`, `client.BrokenGridExecutor`,
+`deploy.StackFailed`, and `fleet.Fault`.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ def sentence(extra: str, what: str, module: str) -> str:
 
 def remedy(*extras: str) -> str:
     """Return a sentence with the command that installs the extras into this environment."""
-    origin, names = _origin(), ",".join(extras)
+    origin, names, python = _origin(), ",".join(extras), shlex.quote(sys.executable)
     url = str(origin.get("url") or _ELSEWHERE)
     if origin.get("dir_info", {}).get("editable"):
         what = "-e " + shlex.quote(f"{unquote(urlsplit(url).path)}[{names}]")
@@ -79,7 +79,8 @@ def remedy(*extras: str) -> str:
         if vcs := origin.get("vcs_info"):
             url = f"{vcs['vcs']}+{url}@{vcs['commit_id']}"
         what = shlex.quote(f"batchlab[{names}] @ {url}")
-    return f"`{_installer()} {what}` brings {'it' if len(extras) == 1 else 'them'}."
+    installer = f"{python} -m pip install" if find_spec("pip") else f"uv pip install --python {python}"
+    return f"`{installer} {what}` brings {'it' if len(extras) == 1 else 'them'}."
 
 
 def anywhere(extra: str) -> str:
@@ -107,11 +108,6 @@ def _origin() -> Mapping[str, Any]:
     return origin
 
 
-def _installer() -> str:
-    here = shlex.quote(sys.executable)
-    return f"{here} -m pip install" if find_spec("pip") else f"uv pip install --python {here}"
-
-
 FOLDERS = ("backends", "scenarios", "compose", "examples")
 
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -131,6 +127,19 @@ def starter() -> dict[str, str]:
     root = folder("examples") / "starter"
     # Files in a folder `data` of an example are its generated input, which a wheel does not contain.
     return {name: (root / Path(name).name).read_text() for name in ("job.yaml", "handlers.py", "data/claims.csv")}
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Return the document in a TOML file. Raise UsageError if it cannot be read."""
+    import tomllib  # a worker does not need it
+
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        remedy = "Name an existing file that can be read."
+        raise UsageError(f"{path} cannot be read: {error.strerror}.", remedy=remedy) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not TOML: {error}.", remedy="Correct this line.") from error
 
 
 def files() -> Iterator[tuple[str, Path]]:

@@ -6,7 +6,6 @@ Invariant: in a loaded catalog, each type has every figure, and every figure is 
 from __future__ import annotations
 
 import difflib
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +40,7 @@ class Share:
 
 
 @dataclass(frozen=True, slots=True)
-class Catalogue:
+class Catalog:
     """Instance types by name, in the order of their file."""
 
     types: Mapping[str, InstanceType]
@@ -70,27 +69,20 @@ class Catalogue:
         return Share(kind.vcpu * scale, memory_mib)
 
 
-def load(path: Path | None = None) -> Catalogue:
+def load(path: Path | None = None) -> Catalog:
     """Return the catalog in the file `path`, by default the file that ships with batchlab.
 
     Raise UsageError if it is not valid.
     """
     path = path or installation.folder("backends") / "instance-types.toml"
-    try:
-        doc = tomllib.loads(path.read_text())
-    except OSError as error:
-        raise UsageError(
-            f"{path} cannot be read: {error.strerror}.", remedy="Name an existing file that can be read."
-        ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not TOML: {error}.", remedy="Correct this line.") from error
+    doc = installation.read_toml(path)
     rows = doc.get("types")
     if set(doc) != {"types"} or not isinstance(rows, dict) or not rows:
         raise UsageError(
             f"{path} must have a table [types] with a line for each instance type.",
             remedy="backends/instance-types.toml has one.",
         )
-    return Catalogue({name: _type(path, name, row) for name, row in rows.items()})
+    return Catalog({name: _type(path, name, row) for name, row in rows.items()})
 
 
 def _type(path: Path, name: str, row: Any) -> InstanceType:

@@ -152,7 +152,7 @@ class TaskSet:
     def last(self) -> int:
         return self.ranges[-1][1] - 1
 
-    def take(self, count: int) -> tuple[TaskSet, TaskSet]:
+    def split_at(self, count: int) -> tuple[TaskSet, TaskSet]:
         """Return the first `count` indices, and the rest."""
         head: list[tuple[int, int]] = []
         for i, (start, stop) in enumerate(self.ranges):
@@ -168,7 +168,7 @@ class TaskSet:
 
     def halves(self) -> tuple[TaskSet, TaskSet]:
         """Return two parts of nearly equal size. The first is the larger one."""
-        return self.take((len(self) + 1) // 2)
+        return self.split_at((len(self) + 1) // 2)
 
 
 class _Named:

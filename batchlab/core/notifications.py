@@ -331,7 +331,7 @@ def origin(url: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Directory:
+class NotificationSettings:
     """Notification settings that the operator of a grid wrote.
 
     `local` are origins on the manager's machine that webhooks of jobs may call. `secrets` maps the variable with a

@@ -258,7 +258,7 @@ class _DueRun:
     late: bool = False
 
 
-def lapse(schedule: Schedule, now_s: float) -> Schedule:
+def decide_due_times(schedule: Schedule, now_s: float) -> Schedule:
     """Decide all due times up to now. Return the schedule itself if there are none."""
     if schedule.paused or schedule.removed:
         return schedule

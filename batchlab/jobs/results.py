@@ -155,13 +155,13 @@ class Files:
         return plain(value, replacements)
 
     async def _file(self, reference: Json, names: Names) -> str:
-        name, is_new = names.of(reference)
+        name, is_new = names.path_of(reference)
         self.own.key(reference)
         if is_new:
             path = self.out / name
             path.parent.mkdir(parents=True, exist_ok=True)
             if self.within:
-                self.within.claim(await self._told(reference))
+                self.within.claim(await self._size_of(reference))
             async with self.limit:
                 if values.kind(reference) == "$part":
                     size_bytes = await self._part(reference, path)
@@ -173,7 +173,7 @@ class Files:
             self.count += 1
         return name
 
-    async def _told(self, reference: Json) -> int:
+    async def _size_of(self, reference: Json) -> int:
         """Return the size of a file, or 0 if it does not exist. The later download then fails.
 
         The size in the reference is not trusted, because every writer of outcomes may have written it.
@@ -217,7 +217,7 @@ class Names:
         self._taken: set[str] = set()
         """Names and their folders in case-folded form, because some file systems ignore case."""
 
-    def of(self, reference: Json) -> tuple[str, bool]:
+    def path_of(self, reference: Json) -> tuple[str, bool]:
         """Return the path of the referenced file, and whether it is new."""
         key = _id(reference)
         if key in self._known:

@@ -17,7 +17,7 @@ from batchlab.core import notifications
 from batchlab.core.atomic_write import check_key
 from batchlab.core.errors import NotFound, UsageError
 from batchlab.core.job_definition import JobDef, StageDef
-from batchlab.core.notifications import Directory
+from batchlab.core.notifications import NotificationSettings
 from batchlab.core.protocol import json_format, object_keys
 from batchlab.core.protocol.field_checks import handler
 from batchlab.manager.state import Ports
@@ -36,7 +36,7 @@ def is_name(text: str) -> bool:
     return _NAME.fullmatch(text) is not None
 
 
-def admit(job: JobDef, pools: Mapping[str, int], directory: Directory | None = None) -> None:
+def admit(job: JobDef, pools: Mapping[str, int], directory: NotificationSettings | None = None) -> None:
     """Raise UsageError if a grid with these pools (name: slots) can never run the job, or if `directory` refuses a
     notification target of the job."""
     if not job.stages:

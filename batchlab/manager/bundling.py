@@ -46,7 +46,7 @@ class Bundler(Part):
             sizes = _affordable_sizes(live, stage, live.budget, sizes)
         bundles: list[Bundle] = []
         for size in sizes:
-            tasks, left = left.take(size)
+            tasks, left = left.split_at(size)
             bundles.append(Bundle(live.id, stage.name, tasks, round=round_))
         return tuple(bundles), left
 

@@ -262,10 +262,10 @@ class Collector(Part):
             if await self._registry.receive_beat(beat, trusted):
                 instances[beat.worker] = beat.instance
                 self._reset_silence(beat, trusted)
-        for counts in events.told:
+        for counts in events.counters:
             if counts.worker in instances:
                 self._counts.record_worker_counts(counts)
-        for requests in events.asked:
+        for requests in events.requests:
             if instances.get(requests.worker) == requests.instance:
                 self._registry.record_requests(requests)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from batchlab.core.job_definition import JobDef
 from batchlab.core.model import GroupView, JobId, LifecycleState, Pool
-from batchlab.core.notifications import Directory, Notification, Target
+from batchlab.core.notifications import Notification, NotificationSettings, Target
 from batchlab.core.ports import Depth
 from batchlab.core.tracing import NO_TRACER, Tracer
 from batchlab.manager import admission
@@ -30,7 +30,7 @@ Deliver = Callable[[Target, Notification], Awaitable[None]]
 class NotificationChannels:
     """The grid's current target directory, and the delivery function."""
 
-    directory: Callable[[], Directory]
+    directory: Callable[[], NotificationSettings]
     deliver: Deliver
 
 

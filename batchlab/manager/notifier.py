@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from batchlab.core import notifications
 from batchlab.core.errors import BackendError, NotFound
 from batchlab.core.model import Control, JobId, JobState
-from batchlab.core.notifications import Directory, NotDelivered, Notification, Target
+from batchlab.core.notifications import NotDelivered, Notification, NotificationSettings, Target
 from batchlab.core.port_retries import doubled_s, set_within
 from batchlab.core.ports import Ending
 from batchlab.core.protocol import json_format, object_keys
@@ -184,7 +184,7 @@ class Notifier(Part):
         self._known_ids: dict[JobId, set[str]] = {}
         """Ids of notifications about live jobs that were ever in the outbox. The outbox forgets old ids."""
 
-    def directory(self) -> Directory:
+    def directory(self) -> NotificationSettings:
         """Return the grid's targets, and the rules for targets of jobs."""
         return self._channels.directory()
 

@@ -245,7 +245,7 @@ class Scheduler(Part):
         # If nothing is due, only a clock that was set back needs a decision.
         if (due_s is None or due_s > now_s) and schedule.through_s - now_s <= schedules.SET_BACK_S:
             return schedule
-        return schedules.lapse(schedule, now_s)
+        return schedules.decide_due_times(schedule, now_s)
 
     def _has_waited(self, schedule: Schedule, at_s: float, now_s: float) -> bool:
         monotonic_s = self._clock.monotonic_s()

@@ -44,7 +44,7 @@ from urllib.parse import urlsplit
 from batchlab.core import notifications
 from batchlab.core.atomic_write import write_whole
 from batchlab.core.errors import UsageError
-from batchlab.core.notifications import KINDS, MOMENTS, SECRET_PREFIX, TARGET_NAME, Directory, Target
+from batchlab.core.notifications import KINDS, MOMENTS, SECRET_PREFIX, TARGET_NAME, NotificationSettings, Target
 from batchlab.manager.state import ManagerSettings
 from batchlab.runtime.factory import Backend
 from batchlab.runtime.home import Home
@@ -161,7 +161,9 @@ def temporary_settings(home: Home, values: Mapping[str, float], *, why: str, kee
 # --- Notifications -------------------------------------------------------------------------------
 
 
-def read_notifications(home: Home, environ: Mapping[str, str] = os.environ, *, in_container: bool = False) -> Directory:
+def read_notifications(
+    home: Home, environ: Mapping[str, str] = os.environ, *, in_container: bool = False
+) -> NotificationSettings:
     """Return the settings, which are empty without a file. Raise UsageError if the file is invalid.
 
     A manager in a container can write this file, but must not choose a command for its user. If the home was ever used
@@ -177,7 +179,7 @@ def read_notifications(home: Home, environ: Mapping[str, str] = os.environ, *, i
         f"{path} contains a command, and a manager in a container may have written it.",
         f"Name another folder with --home, or check the file and delete {container_folder}.",
     )
-    return Directory(tuple(targets), local, secrets)
+    return NotificationSettings(tuple(targets), local, secrets)
 
 
 def variables(home: Home, environ: Mapping[str, str] = os.environ) -> list[str]:
@@ -194,7 +196,7 @@ def variables(home: Home, environ: Mapping[str, str] = os.environ) -> list[str]:
     return sorted((named | for_jobs) & environ.keys())
 
 
-def notification_watcher(home: Home, *, in_container: bool = False) -> Callable[[], Directory]:
+def notification_watcher(home: Home, *, in_container: bool = False) -> Callable[[], NotificationSettings]:
     """Return a function that returns the current settings.
 
     It reads the file again after a change. If the new file is invalid, it logs a warning once and returns the previous
@@ -203,7 +205,7 @@ def notification_watcher(home: Home, *, in_container: bool = False) -> Callable[
     last_state: tuple[int, int] | None = None
     directory = read_notifications(home, in_container=in_container)
 
-    def current() -> Directory:
+    def current() -> NotificationSettings:
         nonlocal last_state, directory
         try:
             stat = home.notify_file.stat()

@@ -22,7 +22,7 @@ from batchlab.adapters.memory.queue import SimQueue
 from batchlab.core.errors import BackendError, NotFound, Refused
 from batchlab.core.job_definition import JobDef
 from batchlab.core.model import GroupView, JobId, Pool
-from batchlab.core.notifications import Directory, Notification, Target
+from batchlab.core.notifications import Notification, NotificationSettings, Target
 from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Fleet, JobRecord, JobRows, Objects
 from batchlab.core.pricing.usage import Accounting
@@ -53,7 +53,7 @@ EPOCH_S = 1_700_000_000.0
 RESTART_S = 3.0
 """Average seconds from the death of a manager to the start of the next one."""
 
-DIRECTORY = Directory((Target("everybody", "webhook", "https://target.invalid/"),))
+DIRECTORY = NotificationSettings((Target("everybody", "webhook", "https://target.invalid/"),))
 
 MANAGER = ManagerSettings(drain_target_s=10.0, silence_s=120.0, control_lease_s=4.0)
 WORKER = WorkerSettings(control_lease_s=4.0)

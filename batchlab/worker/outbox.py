@@ -196,9 +196,9 @@ class Outbox:
             worker, instance = beats[-1].worker, beats[-1].instance
             if self._tally and (requests := self._tally.read()):
                 asked = WorkerRequests(worker, instance, requests, self._tally.is_spot)
-                packed[last] = replace(packed[last], asked=(asked,))
+                packed[last] = replace(packed[last], requests=(asked,))
             if counts := self.counters.unsent():
-                packed[last] = replace(packed[last], told=(CounterReport(worker, counts),))
+                packed[last] = replace(packed[last], counters=(CounterReport(worker, counts),))
         duplicates = self._duplicates[:DUPLICATES_AT_ONCE]
         if duplicates:
             packed[-1] = replace(packed[-1], duplicates=tuple(duplicates))

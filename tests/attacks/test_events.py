@@ -117,7 +117,7 @@ def test_heartbeats_of_another_instance_are_ignored(bring_up: Bring, tmp_path: P
                 beat = beat_of(instance, **changes)
                 asked = WorkerRequests(beat.worker, instance, Requests(sqs=1e9))
                 told = CounterReport(beat.worker, {"duplicate": 1000})
-                events = Events(beats=(beat,), asked=(asked,), told=(told,))
+                events = Events(beats=(beat,), requests=(asked,), counters=(told,))
                 worker.send_events(events_message(events))
         beats = [beat_of(one, gone=one[-1] in "13579") for one in unknown]
         for start in range(0, len(beats), 500):

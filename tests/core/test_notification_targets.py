@@ -15,7 +15,7 @@ from batchlab.core import notifications
 from batchlab.core.errors import UsageError
 from batchlab.core.job_definition import JobDef, NotifyDef, StageDef
 from batchlab.core.model import JobId, StageName
-from batchlab.core.notifications import Directory, Target
+from batchlab.core.notifications import NotificationSettings, Target
 from batchlab.core.protocol import json_format
 from batchlab.manager.admission import admit
 from batchlab.runtime import settings
@@ -168,7 +168,7 @@ def test_an_address_is_shown_without_its_path() -> None:
 # --- What a job may do in this grid --------------------------------------------------------------
 
 A = "env:BATCHLAB_NOTIFY_A"
-KNOWN = Directory(
+KNOWN = NotificationSettings(
     (
         Target("ops", "webhook", URL),
         Target("chat", "webhook", URL, on=(), secret="file:/etc/batchlab/secret", jobs=True),
@@ -203,8 +203,8 @@ def test_target_without_permission_is_refused(one: NotifyDef, told: str) -> None
 def test_without_a_word_of_the_operators_jobs_sign_nothing_and_reach_nothing_here() -> None:
     for one in (NotifyDef("webhook", "http://localhost/"), NotifyDef("webhook", URL, secret=A)):
         with pytest.raises(UsageError, match="only if the grid's operator lists"):
-            admit(a_job(one), {"default": 1}, Directory())
-    admit(a_job(NotifyDef("webhook", URL)), {"default": 1}, Directory())
+            admit(a_job(one), {"default": 1}, NotificationSettings())
+    admit(a_job(NotifyDef("webhook", URL)), {"default": 1}, NotificationSettings())
 
 
 def test_permitted_targets() -> None:
@@ -289,7 +289,7 @@ command = ["/usr/local/bin/page", "--urgent"]
 
 
 def test_missing_file_means_no_target(tmp_path: Path) -> None:
-    assert settings.read_notifications(at(tmp_path, None)) == Directory()
+    assert settings.read_notifications(at(tmp_path, None)) == NotificationSettings()
 
 
 @pytest.mark.parametrize(

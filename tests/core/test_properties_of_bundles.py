@@ -54,7 +54,7 @@ def test_the_cuts_of_a_stage_cover_each_task_once(
     while left:
         room = rooms.pop() if rooms else 50
         for size in settlement.wave(len(left), slots, mean_s, fixed, room):
-            tasks, left = left.take(size)
+            tasks, left = left.split_at(size)
             bundles.append(Bundle(JOB.id, ONE, tasks))
     assert [task for bundle in bundles for task in bundle.tasks] == list(range(planned))
     assert len({bundle.id for bundle in bundles}) == len(bundles)

@@ -140,7 +140,7 @@ def test_fetched_files_neither_leave_their_folder_nor_hide_each_other(named: lis
     names = Names("files/s/0")
     found: dict[str, tuple[str, int]] = {}
     for name, number in named:
-        path, is_new = names.of({"$file": f"k{number}", "name": name, "size": 1})
+        path, is_new = names.path_of({"$file": f"k{number}", "name": name, "size": 1})
         assert is_new == (path not in found)
         assert found.setdefault(path, (name, number)) == (name, number)
         assert path.startswith("files/s/0/")

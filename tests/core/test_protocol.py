@@ -237,7 +237,7 @@ def test_messages_round_trip() -> None:
     events = Events((done,), (object_keys.outcome(BUNDLE, UNSEALED),), (beat,), (outcome,))
     assert read_events_message(events_message(events)) == events
     asked = (WorkerRequests("w", "i", Requests(10, 2, 3, 4, 5), is_spot=True),)
-    assert read_events_message(events_message(replace(events, asked=asked))).asked == asked
+    assert read_events_message(events_message(replace(events, requests=asked))).requests == asked
 
 
 def test_optional_fields_are_omitted_from_messages() -> None:
@@ -248,7 +248,7 @@ def test_optional_fields_are_omitted_from_messages() -> None:
     capped = replace(JOB, max_cost_usd=5.0)
     assert json_format.job_from_json(json_format.loads(json_format.to_bytes(json_format.job_to_json(capped)))) == capped
     # What an earlier worker sends has no counts, and what an earlier manager reads it skips.
-    assert read_events_message(events_message(Events())).asked == ()
+    assert read_events_message(events_message(Events())).requests == ()
     assert "q" not in json_format.loads(events_message(Events()))
 
 
@@ -275,7 +275,7 @@ def test_the_policy_counts_tasks_or_percent() -> None:
 
 
 def test_worker_reports_round_trip_and_survive_tampering() -> None:
-    told = Events(told=(CounterReport("w-1", {"retried.timeout": 2}),))
+    told = Events(counters=(CounterReport("w-1", {"retried.timeout": 2}),))
     assert read_events_message(events_message(told)) == told
     for mischief in ([["w", 3]], [["w", {"a": "x"}]], [["w"]], [["w", {"a": float("inf")}]]):
         body = json.dumps({"v": 1, "m": mischief})

@@ -35,21 +35,21 @@ def ended(made: Schedule) -> Schedule:
 
 def test_nothing_due_changes_nothing() -> None:
     made = schedule()
-    assert schedules.lapse(made, BEGIN_S + 29 * MINUTE) is made
-    after = schedules.lapse(made, BEGIN_S + 30 * MINUTE)
+    assert schedules.decide_due_times(made, BEGIN_S + 29 * MINUTE) is made
+    after = schedules.decide_due_times(made, BEGIN_S + 30 * MINUTE)
     assert states(after) == ["10:00 waiting"]
-    assert schedules.lapse(after, BEGIN_S + 31 * MINUTE) is after
+    assert schedules.decide_due_times(after, BEGIN_S + 31 * MINUTE) is after
 
 
 def test_late_by_a_minute_is_on_time_and_by_more_is_missed() -> None:
     made = schedule(missed=Missed.SKIP)
-    assert states(schedules.lapse(made, BEGIN_S + 31 * MINUTE)) == ["10:00 waiting"]
-    assert states(schedules.lapse(made, BEGIN_S + 31 * MINUTE + 1)) == ["10:00 skipped"]
+    assert states(schedules.decide_due_times(made, BEGIN_S + 31 * MINUTE)) == ["10:00 waiting"]
+    assert states(schedules.decide_due_times(made, BEGIN_S + 31 * MINUTE + 1)) == ["10:00 skipped"]
 
 
 def test_at_most_100_missed_runs_start_and_the_rest_is_reported() -> None:
     made = schedule("* * * * *", missed=Missed.RUN_ALL)
-    after = schedules.lapse(made, BEGIN_S + 100 * HOUR + 30)
+    after = schedules.decide_due_times(made, BEGIN_S + 100 * HOUR + 30)
     waiting = [run for run in after.runs if run.state is RunState.WAITING]
     assert len(waiting) == schedules.MAX_MISSED
     assert waiting[-1].due_s == BEGIN_S + 100 * HOUR
@@ -57,7 +57,7 @@ def test_at_most_100_missed_runs_start_and_the_rest_is_reported() -> None:
 
 
 def test_run_once_uses_the_latest_run_that_is_on_time() -> None:
-    after = schedules.lapse(schedule(), BEGIN_S + 3 * HOUR + 30 * MINUTE + 5)
+    after = schedules.decide_due_times(schedule(), BEGIN_S + 3 * HOUR + 30 * MINUTE + 5)
     assert states(after) == ["13:00 waiting"]
     assert "3 due times were missed" in after.runs[0].reason
 
@@ -65,7 +65,7 @@ def test_run_once_uses_the_latest_run_that_is_on_time() -> None:
 def test_number_of_waiting_runs_is_bounded() -> None:
     made = schedule("* * * * *", overlap=Overlap.QUEUE)
     for minute in range(schedules.MAX_WAITING + 3):
-        made = schedules.lapse(made, BEGIN_S + (minute + 1) * MINUTE)
+        made = schedules.decide_due_times(made, BEGIN_S + (minute + 1) * MINUTE)
     states_ = [run.state for run in made.runs]
     assert states_.count(RunState.WAITING) == schedules.MAX_WAITING
     assert made.runs[-1].reason == "100 runs already wait for the previous run"
@@ -73,10 +73,10 @@ def test_number_of_waiting_runs_is_bounded() -> None:
 
 def test_a_schedule_remembers_so_many_runs_and_all_that_have_not_ended() -> None:
     made = schedule("* * * * *", overlap=Overlap.QUEUE)
-    made = schedules.lapse(made, BEGIN_S + MINUTE)
+    made = schedules.decide_due_times(made, BEGIN_S + MINUTE)
     first = made.runs[0]
     for minute in range(1, MAX_RUNS + 10):
-        made = schedules.lapse(made, BEGIN_S + (minute + 1) * MINUTE)
+        made = schedules.decide_due_times(made, BEGIN_S + (minute + 1) * MINUTE)
         made = made.with_run(replace(made.runs[-1], state=RunState.ENDED))
     assert len(made.runs) == MAX_RUNS + 1
     assert made.runs[0] == first
@@ -84,20 +84,20 @@ def test_a_schedule_remembers_so_many_runs_and_all_that_have_not_ended() -> None
 
 def test_a_clock_set_back_brings_back_what_was_skipped_and_not_what_has_run() -> None:
     made = schedule(missed=Missed.SKIP)
-    made = schedules.lapse(made, BEGIN_S + 30 * MINUTE)
+    made = schedules.decide_due_times(made, BEGIN_S + 30 * MINUTE)
     run = schedules.startable(made)
     assert run
     made = ended(schedules.started(made, run, BEGIN_S + 30 * MINUTE))
-    made = schedules.lapse(made, BEGIN_S + 90 * MINUTE + 61)  # 11:00 is skipped, by a clock ahead
+    made = schedules.decide_due_times(made, BEGIN_S + 90 * MINUTE + 61)  # 11:00 is skipped, by a clock ahead
     assert states(made) == ["10:00 ended", "11:00 skipped"]
-    back = schedules.lapse(made, BEGIN_S + 20 * MINUTE)
+    back = schedules.decide_due_times(made, BEGIN_S + 20 * MINUTE)
     assert back.through_s == BEGIN_S + 20 * MINUTE
-    again = schedules.lapse(schedules.lapse(back, BEGIN_S + 30 * MINUTE), BEGIN_S + 90 * MINUTE)
+    again = schedules.decide_due_times(schedules.decide_due_times(back, BEGIN_S + 30 * MINUTE), BEGIN_S + 90 * MINUTE)
     assert states(again) == ["10:00 ended", "11:00 waiting"]
 
 
 def test_manual_run_follows_the_overlap_policy() -> None:
-    made = schedules.lapse(schedule(), BEGIN_S + 30 * MINUTE)
+    made = schedules.decide_due_times(schedule(), BEGIN_S + 30 * MINUTE)
     with pytest.raises(Refused, match="has not ended"):
         schedules.by_hand(made, "mine", BEGIN_S + 31 * MINUTE)
     queued = replace(made, definition=replace(made.definition, overlap=Overlap.QUEUE))
@@ -109,14 +109,14 @@ def test_manual_run_follows_the_overlap_policy() -> None:
 
 def test_paused_schedule_starts_only_manual_runs() -> None:
     made = replace(schedule(), paused=True)
-    assert schedules.lapse(made, BEGIN_S + 10 * HOUR) is made
+    assert schedules.decide_due_times(made, BEGIN_S + 10 * HOUR) is made
     run = schedules.startable(schedules.by_hand(made, "mine", BEGIN_S))
     assert run
     assert run.asked == "mine"
 
 
 def test_stored_schedule_round_trips() -> None:
-    made = schedules.lapse(schedule(overlap=Overlap.QUEUE, missed_within_s=5.0), BEGIN_S + HOUR)
+    made = schedules.decide_due_times(schedule(overlap=Overlap.QUEUE, missed_within_s=5.0), BEGIN_S + HOUR)
     run = replace(made.runs[0], state=RunState.ENDED, result="FAILED", peak=(("default", 3),), tasks=7)
     made = made.with_run(run).with_run(Run(1.0, "t", RunState.WAITING, 2.0, asked="mine"))
     assert schedules.from_bytes(schedules.to_bytes(made)) == made

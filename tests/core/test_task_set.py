@@ -29,7 +29,7 @@ def test_difference_intersection_and_union_are_those_of_sets(a: set[int], b: set
 
 @given(indices, st.integers(0, 70))
 def test_take_cuts_in_two_without_losing_any(members: set[int], count: int) -> None:
-    head, tail = TaskSet.from_indices(members).take(count)
+    head, tail = TaskSet.from_indices(members).split_at(count)
     assert len(head) == min(count, len(members))
     assert list(head) + list(tail) == sorted(members)
 

@@ -108,7 +108,7 @@ def test_otel_variables_disable_tracing(
 ) -> None:
     environment.setenv(name, value)
     assert opened("http://127.0.0.1:9", environment) is NO_TRACER
-    assert ("http/protobuf only" in caplog.text) == (value == "grpc")
+    assert ("only http/protobuf" in caplog.text) == (value == "grpc")
 
 
 def test_a_missing_extra_is_one_sentence(environment: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -78,9 +78,9 @@ def test_worker_reports_are_counted_once(rig: Rig) -> None:
     for retried in (1, 3, 3, 2):  # the queue may deliver twice, and in any order
         counts = {"retried.timeout": retried, "duplicate": 1}
         forged = CounterReport("w-9", {"retried.timeout": 1000})
-        rig.run(rig.tell(Events(told=(CounterReport(beat.worker, counts), forged), beats=(beat,))))
+        rig.run(rig.tell(Events(counters=(CounterReport(beat.worker, counts), forged), beats=(beat,))))
     unreadable = CounterReport(beat.worker, {"retried.x\n": 5})
-    rig.run(rig.tell(Events(told=(unreadable,), beats=(beat,))))
+    rig.run(rig.tell(Events(counters=(unreadable,), beats=(beat,))))
     labels = {"reason": "timeout", "followed": "retried"}
     was = at(before, "attempts_failed_total", **labels)
     rig.until(lambda: at(samples(rig), "attempts_failed_total", **labels) == was + 3, "the count")

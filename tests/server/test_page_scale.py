@@ -32,7 +32,7 @@ JOB = JobDef(
 
 def outcome(number: int) -> Outcome:
     tasks = TaskSet.span(number * TASKS, (number + 1) * TASKS)
-    bad = tasks.take(BAD)[0] if number % 2 else TaskSet()
+    bad = tasks.split_at(BAD)[0] if number % 2 else TaskSet()
     good = tasks - bad
     failures = tuple(
         Failure(task, FailureKind.EXCEPTION, f"row {task} of kind {'ab'[task % 2]}", "ValueError") for task in bad

@@ -28,16 +28,16 @@ def test_a_world_with_a_schedule_is_a_function_of_its_seed() -> None:
 
 
 def test_a_due_time_that_is_lost_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    lapse, seen = schedules.lapse, 0
+    decide, seen = schedules.decide_due_times, 0
 
     def losing(schedule: Schedule, now_s: float) -> Schedule:
         nonlocal seen
-        after = lapse(schedule, now_s)
+        after = decide(schedule, now_s)
         seen += after is not schedule
         lost = after is not schedule and seen == 2
         return replace(schedule, through_s=after.through_s) if lost else after
 
-    monkeypatch.setattr(schedules, "lapse", losing)
+    monkeypatch.setattr(schedules, "decide_due_times", losing)
     with pytest.raises(Violated, match="nothing has run at"):
         trial.run(WHOLE, Weather(timed=True), sql=False)
 

@@ -82,7 +82,7 @@ def test_messages_and_outcomes_of_an_earlier_release_are_read() -> None:
     events = read_events_message((BEFORE / "events.json").read_text())
     assert events.outcomes == (outcome,)
     assert [one.execution for one in events.duplicates] == ["w-1-1"]
-    assert events.asked[0].requests.sqs_bytes == 6
+    assert events.requests[0].requests.sqs_bytes == 6
     assert events.beats[0].held[0].bundle == BUNDLE.id
     assert control_from_bytes((BEFORE / "word.json").read_bytes()).control is Control.CANCEL
     for name in ("message", "events", "outcome", "word"):

@@ -77,11 +77,11 @@ def test_unsent_report_is_part_of_the_next_event() -> None:
         sent.away = False
         await outbox.send_event(beat(3))
         assert sent.duplicates == ["w-1-1"]
-        assert [one.counts for events in sent.events for one in events.told] == [{"duplicate": 1}]
+        assert [one.counts for events in sent.events for one in events.counters] == [{"duplicate": 1}]
         # Told once, and no more.
         await outbox.send_event(beat(4))
         assert not sent.events[-1].duplicates
-        assert not sent.events[-1].told
+        assert not sent.events[-1].counters
 
     asyncio.run(main())
 
@@ -107,7 +107,7 @@ def test_report_during_a_send_is_part_of_the_next_event() -> None:
         await first
         await outbox.send_event(beat(2))
         assert [[one.execution for one in events.duplicates] for events in sent.events] == [["w-1-1"], ["w-1-2"]]
-        assert [events.told[0].counts["duplicate"] for events in sent.events] == [1, 2]
+        assert [events.counters[0].counts["duplicate"] for events in sent.events] == [1, 2]
 
     asyncio.run(main())
 

@@ -42,7 +42,7 @@ from batchlab.adapters.docker.container import (
 from batchlab.adapters.docker.engine import Engine, EventStream, remove_container
 from batchlab.core.atomic_write import write_whole
 from batchlab.core.errors import AlreadyExists, BackendError, NotFound, Unreachable, UsageError
-from batchlab.core.instance_types import Catalogue
+from batchlab.core.instance_types import Catalog
 from batchlab.core.model import Machine, Pool
 from batchlab.core.ports import ANY_MACHINE, KEEP_ENDED_S, Clock
 
@@ -136,7 +136,7 @@ class ContainerLauncher:
     def __init__(
         self,
         template: Callable[[Pool], Template],
-        catalogue: Catalogue,
+        catalogue: Catalog,
         clock: Clock,
         folder: Path,
         *,

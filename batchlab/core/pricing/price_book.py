@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import difflib
 import re
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -253,15 +252,7 @@ def _shipped() -> Path:
 
 def read(path: Path) -> PriceBook:
     """Return the price book in a file. Raise UsageError if it is not valid."""
-    try:
-        doc = tomllib.loads(path.read_text())
-    except OSError as error:
-        raise UsageError(
-            f"{path} cannot be read: {error.strerror}.", remedy="Name an existing file that can be read."
-        ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not TOML: {error}.", remedy="Correct this line.") from error
-    return from_doc(doc, path)
+    return from_doc(installation.read_toml(path), path)
 
 
 def from_doc(doc: Mapping[str, Any], path: Path) -> PriceBook:

@@ -193,7 +193,7 @@ class Inputs:
                 data = await self._patience(partial(self._objects.get, key))
             except NotFound:
                 continue
-            manifest = _whole(key, data, Manifest.from_bytes)
+            manifest = _read_or_absent(key, data, Manifest.from_bytes)
             return self._keep_manifest(bundle.job, bundle.stage, manifest)
         return await self._brought(job, bundle, key)
 
@@ -207,7 +207,7 @@ class Inputs:
             raise NotFound(f"{what} does not have a plan yet, or its plan was deleted: {lost}.")
         key = object_keys.spec(bundle.job)
         data = await self._patience(partial(self._objects.get, key))
-        opening = _whole(key, data, lambda data: commit_keys.opening_in(json_format.loads(data)))
+        opening = _read_or_absent(key, data, lambda data: commit_keys.opening_in(json_format.loads(data)))
         if opening is None:
             what = f"The plan of stage {bundle.stage} of job {bundle.job}"
             raise NotFound(f"{what} is gone: {lost}.")
@@ -235,7 +235,7 @@ class Inputs:
                 if key not in self._parts:
                     raise
             else:
-                self._keep_part(key, _whole(key, data, partial(_items, manifest.part(number))))
+                self._keep_part(key, _read_or_absent(key, data, partial(_items, manifest.part(number))))
         self._parts.move_to_end(key)
         return self._parts[key]
 
@@ -245,7 +245,7 @@ class Inputs:
             self._parts.popitem(last=False)
 
 
-def _whole(key: str, data: bytes, read: Callable[[bytes], T]) -> T:
+def _read_or_absent(key: str, data: bytes, read: Callable[[bytes], T]) -> T:
     """Return the result of `read` for an object.
 
     An object that cannot be read counts as absent. Its tasks fail with a reason that names it.

@@ -202,10 +202,10 @@ class Events:
     beats: tuple[Beat, ...] = ()
     outcomes: tuple[Outcome, ...] = ()
     """Small outcomes, sent instead of completions, so that clients that wait for results do not need to fetch them."""
-    asked: tuple[WorkerRequests, ...] = ()
+    requests: tuple[WorkerRequests, ...] = ()
     """Sent together with heartbeats."""
     duplicates: tuple[Duplicate, ...] = ()
-    told: tuple[CounterReport, ...] = ()
+    counters: tuple[CounterReport, ...] = ()
     """Sent together with heartbeats."""
     traces: Traces = ()
     """Trace contexts of those outcomes in this message whose job is traced."""
@@ -221,12 +221,12 @@ def events_message(e: Events) -> str:
         texts["h"] = dumps([_beat_to_json(b) for b in e.beats])
     if e.outcomes:
         texts["o"] = f"[{','.join(map(outcome_text, e.outcomes))}]"
-    if e.asked:
-        texts["q"] = dumps([[a.worker, a.instance, a.is_spot, *astuple(a.requests)] for a in e.asked])
+    if e.requests:
+        texts["q"] = dumps([[a.worker, a.instance, a.is_spot, *astuple(a.requests)] for a in e.requests])
     if e.duplicates:
         texts["d"] = dumps([list(astuple(d)) for d in e.duplicates])
-    if e.told:
-        texts["m"] = dumps([[t.worker, t.counts] for t in e.told])
+    if e.counters:
+        texts["m"] = dumps([[t.worker, t.counts] for t in e.counters])
     if e.traces:
         texts["tp"] = dumps(e.traces)
     pairs = (f'"{key}":{text}' for key, text in texts.items())
@@ -240,10 +240,9 @@ def _beat_to_json(b: Beat) -> dict[str, Json]:
     return doc
 
 
-def _completion_from_json(doc: dict[str, Any]) -> Completion:
-    completion = completion_from_json(doc)
-    check_parts(completion.bundle, completion.succeeded, completion.failed, completion.cancelled, completion.follows)
-    return completion
+def _checked(c: Completion) -> Completion:
+    check_parts(c.bundle, c.succeeded, c.failed, c.cancelled, c.follows)
+    return c
 
 
 def _beat_from_json(doc: Mapping[str, Any]) -> Beat:
@@ -312,7 +311,7 @@ def read_events_message(body: str) -> Events:
 def _events_from_json(doc: dict[str, Any]) -> Events:
     # Most messages have one or two of these parts, and an absent part must not cost time.
     return Events(
-        tuple([_completion_from_json(c) for c in listed(doc["c"])]) if "c" in doc else (),
+        tuple([_checked(completion_from_json(c)) for c in listed(doc["c"])]) if "c" in doc else (),
         tuple([_key_from_json(key) for key in listed(doc["k"])]) if "k" in doc else (),
         tuple([_beat_from_json(b) for b in listed(doc["h"])]) if "h" in doc else (),
         tuple([outcome_from_json(o) for o in listed(doc["o"])]) if "o" in doc else (),

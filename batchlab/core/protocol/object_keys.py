@@ -89,7 +89,6 @@ def tasks_queue(pool: str) -> str:
 
 
 def dead_letters(pool: str) -> str:
-    """Return the name of a pool's dead-letter queue."""
     return f"tasks-{pool}-dead"
 
 
@@ -108,14 +107,22 @@ GRID = "grid/"
 
 COMMIT_SECRET = "grid/commit-secret.json"  # noqa: S105 - the name of the object, not the secret
 """The secret from which the commit keys of all jobs are derived. Workers cannot read it."""
-
-
 USE = "grid/use.json"
 """Usage of the grid, as AWS would bill it, and the caps on its cost."""
-
-
 NOTIFICATIONS = "grid/notifications.json"
 """Pending notifications, and the results of finished ones."""
+INSTANCES = "grid/instances.json"
+"""Digests of the keys of the fleet's instances."""
+RECORD = "grid/record.json"
+"""Recorded queues and fleet while jobs ran, for the reports of these jobs."""
+SCHEDULES = "grid/schedules/"
+"""Prefix of the schedules, one object each."""
+JOBS = "jobs/"
+"""Prefix of all committed objects, of every job."""
+NO_STAGES = frozenset({"spec.json", "control.json"})
+"""Objects in a job's folder whose names cannot be the name of a stage."""
+WITHDRAWN = "withdrawn"
+"""End of the name of a marker that withdraws a start."""
 
 
 def addresses(job: JobId, digest: str) -> str:
@@ -128,21 +135,8 @@ def used(job: JobId) -> str:
     return f"grid/used/{job}.json"
 
 
-INSTANCES = "grid/instances.json"
-"""Digests of the keys of the fleet's instances."""
-
-
-RECORD = "grid/record.json"
-"""Recorded queues and fleet while jobs ran, for the reports of these jobs."""
-
-
 def reports(job: JobId) -> str:
-    """Return the prefix of a job's performance data."""
     return f"reports/{job}/"
-
-
-SCHEDULES = "grid/schedules/"
-"""Prefix of the schedules, one object each."""
 
 
 def schedule(name: str) -> str:
@@ -155,17 +149,9 @@ def template(digest: str) -> str:
     return f"grid/templates/{digest}.json"
 
 
-JOBS = "jobs/"
-"""Prefix of all committed objects, of every job."""
-
-
 def committed(job: JobId) -> str:
     """Return the prefix of all committed objects of a job."""
     return f"{JOBS}{job}/"
-
-
-NO_STAGES = frozenset({"spec.json", "control.json"})
-"""Objects in a job's folder whose names cannot be the name of a stage."""
 
 
 def spec(job: JobId) -> str:
@@ -174,7 +160,6 @@ def spec(job: JobId) -> str:
 
 
 def control(job: JobId) -> str:
-    """Return the key of a job's control object."""
     return f"jobs/{job}/control.json"
 
 
@@ -184,7 +169,6 @@ def code(digest: str) -> str:
 
 
 def raw(job: JobId) -> str:
-    """Return the prefix of a job's uploaded raw data."""
     return f"raw/{job}/"
 
 
@@ -232,7 +216,6 @@ def cut(job: JobId, stage: StageName, round: int, seq: int) -> str:
 
 
 def outcomes(job: JobId, stage: StageName) -> str:
-    """Return the prefix of a stage's outcomes."""
     return f"jobs/{job}/{stage}/outcomes/"
 
 
@@ -256,7 +239,6 @@ def replacement(bundle: Bundle) -> str:
 
 
 def is_replacement(key: str) -> bool:
-    """Return whether the key is that of a replacement."""
     return _REPLACEMENT.match(key) is not None
 
 
@@ -295,17 +277,14 @@ def tail(job: JobId, worker: str) -> str:
 
 
 def logs(job: JobId) -> str:
-    """Return the prefix of a job's logs."""
     return f"logs/{job}/"
 
 
 def is_cut(key: str) -> bool:
-    """Return whether the key is that of a cut."""
     return _CUT.match(key) is not None
 
 
 def is_outcome(key: str) -> bool:
-    """Return whether the key is that of an outcome."""
     return _OUTCOME.match(key) is not None
 
 
@@ -357,10 +336,6 @@ def everything_of(job: JobId) -> tuple[str, ...]:
 def starts(bundle: Bundle) -> str:
     """Return the prefix of a suspect's start markers. Each start by a worker writes one."""
     return f"jobs/{bundle.job}/{bundle.stage}/starts/{bundle.id}/"
-
-
-WITHDRAWN = "withdrawn"
-"""End of the name of a marker that withdraws a start."""
 
 
 def start(bundle: Bundle, execution: str, key: CommitKey, then: str = "") -> str:

@@ -186,7 +186,9 @@ def _encode(value: Any, file: Callable[[File], Json], depth: int) -> Json:
     if isinstance(value, str):
         return _text(value)
     if isinstance(value, int):
-        return _integer(value)
+        if value.bit_length() > _MAX_INT_BITS:
+            raise _EncodingProblem(f"an integer of {value.bit_length()} bits, too long to be written")
+        return value if cls is int else int.__int__(value)
     if isinstance(value, float):
         if not math.isfinite(value):
             raise _EncodingProblem(f"the number {float(value)}, which JSON does not have")
@@ -234,12 +236,6 @@ def _text(value: str) -> str:
         except UnicodeEncodeError:
             raise _EncodingProblem(f"text that UTF-8 cannot represent: {_short(value)}") from None
     return value if type(value) is str else str.__str__(value)
-
-
-def _integer(value: int) -> int:
-    if value.bit_length() > _MAX_INT_BITS:
-        raise _EncodingProblem(f"an integer of {value.bit_length()} bits, too long to be written")
-    return value if type(value) is int else int.__int__(value)
 
 
 def _short(value: object) -> str:

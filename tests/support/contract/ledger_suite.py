@@ -197,8 +197,8 @@ def done(
     retried: int = 0,
 ) -> Completion:
     """`of` has come to its end: its first tasks failed, the next were cancelled, the rest did."""
-    bad, rest = of.tasks.take(failed)
-    dropped, good = rest.take(cancelled)
+    bad, rest = of.tasks.split_at(failed)
+    dropped, good = rest.split_at(cancelled)
     return Completion(
         of, "w-1", started_s, started_s + 2.5, good, bad, dropped, run_s, tuple(Follow(one) for one in follows), retried
     )
@@ -254,7 +254,7 @@ def history(rng: Random, tasks: int) -> tuple[list[Cut], list[Completion]]:
     cuts: list[Cut] = []
     left = TaskSet.span(0, tasks)
     while left:
-        tasks_of_one, left = left.take(rng.randint(1, 7))
+        tasks_of_one, left = left.split_at(rng.randint(1, 7))
         one = Bundle(JOB.id, RESIZE, tasks_of_one)
         planned = None if cuts else tasks
         cuts.append(Cut(JOB.id, RESIZE, 0, len(cuts), (one,), left, planned))
@@ -278,7 +278,7 @@ def _execution(rng: Random, of: Bundle) -> Outcome:
             rng.randint(0, 3_000_000) / 1e6,
             failure=Failure(task, FailureKind.EXCEPTION, "no") if rng.random() < 0.3 else None,
         )
-        for task in of.tasks.take(until)[0]
+        for task in of.tasks.split_at(until)[0]
     ]
     return settlement.settle(
         JOB,

@@ -12,7 +12,7 @@ from batchlab.adapters.memory.objects import SimObjects
 from batchlab.adapters.sql import open_memory
 from batchlab.core.job_definition import JobDef, NotifyDef, StageDef
 from batchlab.core.model import JobId, JobState, StageCounts, StageName
-from batchlab.core.notifications import Directory, NotDelivered, Notification, Target
+from batchlab.core.notifications import NotDelivered, Notification, NotificationSettings, Target
 from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Ending, JobRecord, StageRecord
 from batchlab.core.protocol import json_format, object_keys
@@ -63,8 +63,8 @@ class Scene:
         if error := self.answers(len(self.tried)):
             raise error
 
-    def directory(self) -> Directory:
-        return Directory(tuple(self.targets), secrets=self.secrets)
+    def directory(self) -> NotificationSettings:
+        return NotificationSettings(tuple(self.targets), secrets=self.secrets)
 
     def manager(self) -> Notifier:
         channels = NotificationChannels(self.directory, self.deliver)
