@@ -108,7 +108,7 @@ class SingleThread:
 
     async def __call__(self, call: Callable[[], T], /, *, writes: bool, quick: bool) -> T:  # noqa: ARG002
         if quick and self.is_idle:
-            # The wait for another process's lock takes place in the thread, where it blocks no other task.
+            # The thread waits for the lock of another process, so that other tasks are not blocked.
             with suppress(Busy):
                 return call()
         return await asyncio.wrap_future(self.submit(lambda: _retry_while_busy(call)))

@@ -246,7 +246,7 @@ class Webhooks:
             "Batchlab-Attempt": str(notification.attempts + 1),
         }
         if target.secret:
-            # The time is that of this try, because receivers refuse old times and a retry may be hours later.
+            # The signature contains the time of this attempt, because receivers refuse old times.
             at_s = int(self._clock.now_s())
             key = secret_of(target, os.environ)
             headers["Batchlab-Signature"] = signature(key, at_s, notification.body.encode())

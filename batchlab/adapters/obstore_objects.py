@@ -79,7 +79,7 @@ class ObstoreObjects:
         """Set the store and the counter of requests, which does not count obstore's repetitions."""
         self._store = store
         self._tally = tally or RequestCounter()
-        self._made = 0
+        self._created_count = 0
         self._making = threading.Lock()
         # obstore's own async calls are not used. Rust threads complete their futures, and abort the process (SIGABRT)
         # if it exits at that moment. A process that exits right after a put did so 6 times in 10. These calls also take
@@ -89,15 +89,15 @@ class ObstoreObjects:
     def check(self) -> None:
         """Raise BackendError if the service does not answer, or the bucket cannot be listed."""
         with self._translated(""):
-            self._sure(lambda: next(iter(obstore.list(self._store, chunk_size=1)), None))
+            self._with_bucket(lambda: next(iter(obstore.list(self._store, chunk_size=1)), None))
 
     async def _do(self, key: str, call: Callable[[], T]) -> T:
         with self._translated(key):
-            return await asyncio.wrap_future(self._threads.submit(self._sure, call))
+            return await asyncio.wrap_future(self._threads.submit(self._with_bucket, call))
 
-    def _sure(self, call: Callable[[], T]) -> T:
+    def _with_bucket(self, call: Callable[[], T]) -> T:
         """Return the result of `call`. Create a missing bucket first if the store can do that."""
-        made = self._made
+        count = self._created_count
         try:
             return call()
         except (FileNotFoundError, BaseError, NotFound) as error:
@@ -105,10 +105,10 @@ class ObstoreObjects:
                 raise
             with self._making:
                 # Another thread may have created it meanwhile.
-                if self._made == made:
+                if self._created_count == count:
                     if not self._make_bucket():
                         raise
-                    self._made += 1
+                    self._created_count += 1
         return call()
 
     # --- Where stores differ ---------------------------------------------------------------------
@@ -269,8 +269,8 @@ class ObstoreObjects:
         for key in keys:
             check_key(key)
         for start in range(0, len(keys), PAGE):
-            some = keys[start : start + PAGE]
-            await self._do(keys[start], partial(self._delete, some))
+            batch = keys[start : start + PAGE]
+            await self._do(keys[start], partial(self._delete, batch))
 
     async def upload(self, key: str, path: Path, *, if_absent: bool = False) -> int:
         check_key(key)

@@ -1,7 +1,7 @@
 """Traces of OpenTelemetry over OTLP, configured by its own environment variables.
 
-Invariant: recording adds a span to a queue without waiting. If the receiver is down, spans are lost, but work goes on.
-This module is imported only if an endpoint is configured, because the import of the SDK is slow.
+Invariant: recording adds a span to a queue without waiting. If the receiver is down, spans are lost, but the work
+continues. This module is imported only if an endpoint is configured, because the import of the SDK is slow.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _KINDS = {
 }
 
 
-class _Recorded:
+class _RecordedSpan:
     """The Span port over a span of OpenTelemetry."""
 
     __slots__ = ("_span", "context")
@@ -61,7 +61,7 @@ class _Recorded:
         self.context = f"00-{at.trace_id:032x}-{at.span_id:016x}-01" if span.is_recording() else parent
 
     def note(self, **attributes: Attribute) -> None:
-        self._span.set_attributes(_named(attributes))
+        self._span.set_attributes(_prefixed(attributes))
 
     def end(self, *, error: str = "", end_s: float | None = None) -> None:
         if error:
@@ -128,7 +128,7 @@ class OtelTracer:
         start_s: float | None,
         links: Sequence[str],
         attributes: Mapping[str, Attribute],
-    ) -> _Recorded:
+    ) -> _RecordedSpan:
         # The context is empty, because other traces of this thread do not belong to batchlab.
         above = Context()
         if parent:
@@ -137,11 +137,11 @@ class OtelTracer:
             name,
             above,
             _KINDS.get(name, SpanKind.INTERNAL),
-            {**_of(about), **_named(attributes)},
+            {**_subject_attributes(about), **_prefixed(attributes)},
             [Link(_read(link)) for link in links if is_context(link)],
             None if start_s is None else _ns(start_s),
         )
-        return _Recorded(span, parent)
+        return _RecordedSpan(span, parent)
 
     async def close(self) -> None:
         """Send the remaining spans in a thread, and wait for it at most `CLOSE_S`."""
@@ -149,7 +149,7 @@ class OtelTracer:
 
         def flush() -> None:
             self._provider.shutdown()
-            with suppress(RuntimeError):  # the loop has not waited
+            with suppress(RuntimeError):  # the loop is already closed
                 loop.call_soon_threadsafe(done.set)
 
         threading.Thread(target=flush, name="last spans", daemon=True).start()
@@ -163,21 +163,21 @@ def _read(context: str) -> SpanContext:
     return SpanContext(int(trace, 16), int(span, 16), True, TraceFlags(int(flags, 16)))
 
 
-def _of(about: Bundle | Subject) -> dict[str, Attribute]:
-    found: dict[str, Attribute] = {"batchlab.job": about.job}
+def _subject_attributes(about: Bundle | Subject) -> dict[str, Attribute]:
+    attributes: dict[str, Attribute] = {"batchlab.job": about.job}
     if about.stage:
-        found["batchlab.stage"] = about.stage
+        attributes["batchlab.stage"] = about.stage
     if isinstance(about, Bundle):
-        found["batchlab.bundle"] = about.id
-        found["batchlab.tasks"] = len(about.tasks)
-        found["batchlab.task.first"] = about.tasks.first
-        found["batchlab.task.last"] = about.tasks.last
-        found["batchlab.attempt"] = about.attempt
-        found["batchlab.round"] = about.round
-    return found
+        attributes["batchlab.bundle"] = about.id
+        attributes["batchlab.tasks"] = len(about.tasks)
+        attributes["batchlab.task.first"] = about.tasks.first
+        attributes["batchlab.task.last"] = about.tasks.last
+        attributes["batchlab.attempt"] = about.attempt
+        attributes["batchlab.round"] = about.round
+    return attributes
 
 
-def _named(attributes: Mapping[str, Attribute]) -> dict[str, Attribute]:
+def _prefixed(attributes: Mapping[str, Attribute]) -> dict[str, Attribute]:
     return {f"batchlab.{name}": value for name, value in attributes.items()}
 
 

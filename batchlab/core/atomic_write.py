@@ -67,6 +67,16 @@ def private(path: str | os.PathLike[str], flags: int) -> int:
     return os.open(path, flags, PRIVATE)
 
 
+def make_private(path: Path) -> None:
+    """Create the file, empty, if it does not exist, so that only its user may read it.
+
+    SQLite gives the same permissions to the log and the index next to it. This function ignores errors, because SQLite
+    later reports why it cannot open a file.
+    """
+    with suppress(OSError):
+        os.close(private(path, os.O_CREAT | os.O_RDWR))
+
+
 def make_folder(folder: Path) -> None:
     """Create the folder for its user only, and its parents. Wait until their names are on the disk."""
     new_folders = []

@@ -166,13 +166,13 @@ def forget(home: Home) -> None:
     _CREATED_HERE.discard(home.path)
 
 
-def free_subnet(taken: Iterable[str], project: str = "") -> str:
-    """Return the first of batchlab's /24 networks that overlaps none of the networks `taken`.
+def free_subnet(used: Iterable[str], project: str = "") -> str:
+    """Return the first of batchlab's /24 networks that overlaps none of the networks `used`.
 
-    `taken` contains networks such as "10.0.0.0/8". Each project starts the search at another block, because two
+    `used` contains networks such as "10.0.0.0/8". Each project starts the search at another block, because two
     projects that start at the same time do not see each other's network. Raise UsageError if all are taken.
     """
-    networks = [ipaddress.ip_network(address, strict=False) for address in taken]
+    networks = [ipaddress.ip_network(address, strict=False) for address in used]
     begin = zlib.crc32(project.encode()) % len(_BLOCK)
     for block in _BLOCK[begin:] + _BLOCK[:begin]:
         wanted = ipaddress.ip_network(f"{block}.0/24")

@@ -102,7 +102,7 @@ def _plan(
     home: Home,
     backend: Backend,
     pools: Sequence[Pool],
-    known: Deployment | None,
+    existing: Deployment | None,
     named: Place | None,
     say: Callable[[str], None],
 ) -> Deployment:
@@ -112,23 +112,23 @@ def _plan(
     """
     recipe = compose_project.Recipe.from_settings(os.environ, apt=backend.image.apt, pip=backend.image.pip)
     image = compose_project.provide(recipe, home.backend_folder(backend.name) / "image.log", say)
-    if known is None:
+    if existing is None:
         name = name_for(home)
         subnet = compose_deployment.free_subnet(networks(), name)
         at = Deployment(name, subnet, image, _user(), compose_project.python_of(image))
     else:
-        at = replace(known, image=image, python=compose_project.python_of(image))
+        at = replace(existing, image=image, python=compose_project.python_of(image))
     if pools:
         at = replace(at, pools=tuple(map(pool_option, pools)))
     place = (
         named
-        or (home.place(backend.name) if known else None)
+        or (home.place(backend.name) if existing else None)
         or Place(at.storage_url(_storage_port()), new_bucket_name(), named=False)
     )
     compose_deployment.write(home, at)
     path = compose_deployment.folder(home) / "templates.toml"
-    if known and not pools and path.exists():  # the user may have edited the existing templates
-        old, new = (f"image = {json.dumps(deployment.image)}" for deployment in (known, at))
+    if existing and not pools and path.exists():  # the user may have edited the existing templates
+        old, new = (f"image = {json.dumps(deployment.image)}" for deployment in (existing, at))
         templates = path.read_text().replace(old, new)
     else:
         more = descriptor.inherited_variables(os.environ)
@@ -186,9 +186,9 @@ def _storage_port() -> int:
 def _refuse_foreign(home: Home) -> None:
     """Raise UsageError if root uses a folder with other files, because the grid changes its owner."""
     folder = home.path
-    known = {object_keys.MADE, home.settings_file.name, home.notify_file.name}
+    grid_files = {object_keys.MADE, home.settings_file.name, home.notify_file.name}
     is_grids = not folder.exists() or (folder / object_keys.MADE).exists()
-    if not os.getuid() and not is_grids and {path.name for path in folder.iterdir()} - known:
+    if not os.getuid() and not is_grids and {path.name for path in folder.iterdir()} - grid_files:
         raise UsageError(
             f"{folder} contains other files. A grid in containers that root starts changes the owner of its folder.",
             remedy="Name a new or an empty folder with --home, or start the grid as another user than root.",

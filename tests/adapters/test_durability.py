@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from batchlab.adapters.local.objects import open_local
-from batchlab.adapters.local.sqlite_wal import WalFlush
+from batchlab.adapters.sql.engines import WalFlush
 from batchlab.adapters.sql.ledger import open_sqlite
 from batchlab.core.atomic_write import Sync, of_single_call, read_sync, repeated
 from batchlab.core.errors import UsageError

@@ -230,7 +230,7 @@ class Ec2Fleet:
         group = await self._current(pool, instances)
         for name in instances:
             if (state := group.instances[name].state) is not LifecycleState.IN_SERVICE:
-                raise Refused(f"instance {name} is {state}, not InService")
+                raise Refused(f"Instance {name} is {state}, not InService.")
         for start in range(0, len(instances), MAX_PROTECTED):
             batch = instances[start : start + MAX_PROTECTED]
             try:
@@ -333,8 +333,8 @@ class Ec2Fleet:
             for pool, group in list(self._groups.items()):
                 if group.unexplained:
                     explained = group.explain(await self._request(pool, self._activities))
-                    known = {instance.id: instance for instance in explained}
-                    self._ended = [known.get(instance.id, instance) for instance in self._ended]
+                    by_id = {instance.id: instance for instance in explained}
+                    self._ended = [by_id.get(instance.id, instance) for instance in self._ended]
             if self._deleted:
                 raise NotFound(f"The group of pool {min(self._deleted)!r} does not exist anymore.")
 

@@ -74,8 +74,8 @@ class GroupState:
         return GroupView(self.pool, self.desired, tuple(self.instances.values()))
 
     def is_counted(self, instance: str) -> bool:
-        found = self.instances.get(instance)
-        return found is not None and found.state in COUNTED
+        known_instance = self.instances.get(instance)
+        return known_instance is not None and known_instance.state in COUNTED
 
     def update(self, group: AutoScalingGroupTypeDef, now_s: float) -> list[Instance]:
         """Update the state from a description of the group.
@@ -197,7 +197,7 @@ class ActivityLog:
     def __init__(self) -> None:
         self._next = 1
         self._notes: list[Activity] = []
-        self._known: dict[str, Activity] = {}
+        self._activities: dict[str, Activity] = {}
         """Key: the service's id of an activity, or the number of a note."""
 
     def note(self, pool: str, at_s: float, description: str, cause: str) -> None:
@@ -211,20 +211,20 @@ class ActivityLog:
         for pool, activities in described.items():
             for activity in activities:
                 name = activity["ActivityId"]
-                if name in self._known:
-                    number = self._known[name].id
-                    self._known[name] = replace(_activity(pool, activity), id=number)
+                if name in self._activities:
+                    number = self._activities[name].id
+                    self._activities[name] = replace(_activity(pool, activity), id=number)
                 else:
                     new.append((name, _activity(pool, activity)))
         for name, entry in sorted(new, key=lambda pair: pair[1].at_s):
-            self._known[name or f"note {self._next}"] = replace(entry, id=self._next)
+            self._activities[name or f"note {self._next}"] = replace(entry, id=self._next)
             self._next += 1
-        for name in list(self._known)[:-MAX_ACTIVITIES]:
-            del self._known[name]
+        for name in list(self._activities)[:-MAX_ACTIVITIES]:
+            del self._activities[name]
 
     def newest(self, pool: str | None, limit: int) -> list[Activity]:
         """Return up to `limit` activities of one pool, or of all pools, newest first."""
-        newest = sorted(self._known.values(), key=lambda activity: activity.id, reverse=True)
+        newest = sorted(self._activities.values(), key=lambda activity: activity.id, reverse=True)
         return [activity for activity in newest if pool in (None, activity.pool)][:limit]
 
 

@@ -97,8 +97,8 @@ def _create_in_parts(endpoint: Endpoint, bucket: str, key: str, path: Path, part
             )
         except s3.exceptions.NoSuchUpload as error:
             # boto3 may have repeated the request, and its first attempt may have completed the upload.
-            found = s3.list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1).get("Contents", [])
-            if any(one["Key"] == key for one in found):
+            listed = s3.list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1).get("Contents", [])
+            if any(entry["Key"] == key for entry in listed):
                 raise AlreadyExists(f"Object {key!r} exists.") from error
             raise
         except BaseException:

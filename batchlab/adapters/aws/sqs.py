@@ -229,12 +229,12 @@ class SqsQueue:
         if visibility_s is not None:
             request["VisibilityTimeout"] = math.ceil(visibility_s)
         try:
-            found: list[MessageTypeDef] = self._call("ReceiveMessage", request).get("Messages", [])
+            received: list[MessageTypeDef] = self._call("ReceiveMessage", request).get("Messages", [])
         except BaseException:
             self._tally.received(0, 0)
             raise
-        self._tally.received(sum(body_bytes(message["Body"]) for message in found), len(found))
-        return [_message(message) for message in found]
+        self._tally.received(sum(body_bytes(message["Body"]) for message in received), len(received))
+        return [_message(message) for message in received]
 
     def _return_messages(self, queue: str, receiving: Future[list[Message]]) -> None:
         try:
@@ -242,7 +242,7 @@ class SqsQueue:
                 changes = [(message.receipt, 0.0) for message in messages]
                 self._at(queue, lambda url: self._change(url, changes))
         except (concurrent.futures.CancelledError, BackendError):
-            # Nothing was received, or the messages become visible at their timeout: late, but not lost.
+            # No messages were received, or they become visible at their visibility timeout, so none is lost.
             return
 
     async def delete(self, queue: str, receipts: Sequence[str]) -> Sequence[str]:
@@ -318,12 +318,12 @@ class SqsQueue:
             return
 
 
-def _message(found: MessageTypeDef) -> Message:
-    facts = found["Attributes"]
+def _message(received: MessageTypeDef) -> Message:
+    facts = received["Attributes"]
     return Message(
-        id=found["MessageId"],
-        body=found["Body"],
-        receipt=found["ReceiptHandle"],
+        id=received["MessageId"],
+        body=received["Body"],
+        receipt=received["ReceiptHandle"],
         receive_count=int(facts["ApproximateReceiveCount"]),
         sent_s=int(facts["SentTimestamp"]) / 1000,
         first_received_s=int(facts["ApproximateFirstReceiveTimestamp"]) / 1000,

@@ -128,9 +128,9 @@ class EventStream:
     stream was opened, and when it breaks. A broken stream is opened again.
     """
 
-    def __init__(self, engine: Engine, seen: Callable[[Mapping[str, Any] | None], None]) -> None:
+    def __init__(self, engine: Engine, on_event: Callable[[Mapping[str, Any] | None], None]) -> None:
         self._engine = engine
-        self._seen = seen
+        self._on_event = on_event
         self._closing = threading.Event()
         self._stream: CancellableStream[dict[str, Any]] | None = None
         self.is_open = False
@@ -152,27 +152,24 @@ class EventStream:
     def _follow(self) -> None:
         filters = {"type": ["container", "network"], "event": ["start", "die", "destroy", "connect", "disconnect"]}
 
-        def open_stream(api: APIClient) -> CancellableStream[dict[str, Any]]:
-            return api.events(decode=True, filters=filters)
-
         while not self._closing.is_set():
             # A caller of the Engine gets the error from its own call.
             with suppress(BackendError), translated("Docker's events"):
-                self._read(self._engine.do("Docker's events", open_stream))
+                self._read(self._engine.do("Docker's events", lambda api: api.events(decode=True, filters=filters)))
             self._closing.wait(RECONNECT_S)
 
     def _read(self, stream: CancellableStream[dict[str, Any]]) -> None:
         self._stream, self.is_open = stream, True
         try:
-            self._seen(None)
+            self._on_event(None)
             for event in stream:
-                self._seen(event)
+                self._on_event(event)
         finally:
             self._stream, self.is_open = None, False
-            self._seen(None)
+            self._on_event(None)
 
 
-# --- LabeledResource by label ------------------------------------------------------------------------------
+# --- Resources by label ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)

@@ -159,7 +159,7 @@ class ContainerLauncher:
         self._scale = scale
         self._boot_s = boot_s
         self._signals = signals
-        self._known: dict[str, _Container] = {}
+        self._containers: dict[str, _Container] = {}
         self._is_refreshed = False
         self._is_closing = False
         self._refreshing = asyncio.Lock()
@@ -171,17 +171,17 @@ class ContainerLauncher:
 
     async def launch(self, pool: Pool, instance: str, machine: Machine = ANY_MACHINE) -> None:
         await self._adopt_all()
-        if instance in self._known:
-            raise AlreadyExists(f"instance {instance} exists already")
+        if instance in self._containers:
+            raise AlreadyExists(f"Instance {instance} already exists.")
         booted_s = self._clock.now_s() + self._boot_s
         settings = self._settings(pool, instance, machine, booted_s)
         name = f"batchlab-{self._grid}-{instance}"
         container = _Container(instance, booted_s=booted_s, stop=settings["stop_signal"])
-        self._known[instance] = container
+        self._containers[instance] = container
         try:
             container.id = await self.engine.run(f"The container {name}", partial(create_container, name, settings))
         except BaseException:
-            del self._known[instance]
+            del self._containers[instance]
             raise
         self._boot(container)
 
@@ -191,7 +191,7 @@ class ContainerLauncher:
         Raise BackendError if Docker cannot send the signal. Even then, the deadline holds.
         """
         await self._adopt_all()
-        container = self._known.get(instance)
+        container = self._containers.get(instance)
         if container is None or container.ended is not None:
             return
         due_s = asyncio.get_running_loop().time() + grace_s
@@ -206,19 +206,19 @@ class ContainerLauncher:
 
     async def running(self) -> Mapping[str, str | None]:
         await self._refresh()
-        return {name: container.ended for name, container in self._known.items()}
+        return {name: container.ended for name, container in self._containers.items()}
 
     async def close(self, *, kill: bool) -> None:
         """Release all instances. With `kill`, end them at once and remove their containers."""
         self._is_closing = True
-        for container in self._known.values():
+        for container in self._containers.values():
             for handle in (container.kill, container.boot, container.sending_stop, container.killing):
                 if handle is not None:
                     handle.cancel()
         try:
             if kill:
                 await self._refresh()
-                await asyncio.gather(*map(self._remove, list(self._known.values())))
+                await asyncio.gather(*map(self._remove, list(self._containers.values())))
         finally:
             if self._events is not None:
                 await asyncio.to_thread(self._events.close)
@@ -237,17 +237,17 @@ class ContainerLauncher:
     async def _by_address(self) -> Mapping[str, Metadata]:
         # An address may pass from one container to the next, so the result is valid only until Docker reports an event.
         await self._adopt_all()
-        happened, known = self._addresses
+        happened, cached = self._addresses
         if happened == self._events_seen and self._events is not None and self._events.is_open:
-            return known
+            return cached
         happened = self._events_seen
-        found: dict[str, Metadata] = {}
+        by_address: dict[str, Metadata] = {}
         for row in await self._list(all_=False):
             for network in row["NetworkSettings"]["Networks"].values():
                 if address := network["IPAddress"]:
-                    found[address] = metadata_of(row, address)
-        self._addresses = happened, found
-        return found
+                    by_address[address] = metadata_of(row, address)
+        self._addresses = happened, by_address
+        return by_address
 
     # --- Creating and starting -------------------------------------------------------------------
 
@@ -368,13 +368,13 @@ class ContainerLauncher:
         if self._events is None:
             self._events = EventStream(self.engine, partial(self._on_event, asyncio.get_running_loop()))
         async with self._refreshing:
-            before = [c for c in self._known.values() if c.id and c.ended is None]
+            before = [c for c in self._containers.values() if c.id and c.ended is None]
             rows = await self._list(all_=True)
             for row in sorted(rows, key=lambda row: float(row["Labels"].get(LAUNCHED, 0))):
                 await self._update(row)
-            there = {row["Id"] for row in rows}
+            listed = {row["Id"] for row in rows}
             for container in before:
-                if container.id not in there and container.ended is None:
+                if container.id not in listed and container.ended is None:
                     self._end(container, "its container was removed")
             await self._forget()
             self._is_refreshed = True
@@ -385,7 +385,7 @@ class ContainerLauncher:
         return await self.engine.run("The instances", lambda api: api.containers(all=all_, filters=filters))
 
     async def _update(self, row: Mapping[str, Any]) -> None:
-        container = self._known.get(row["Labels"][INSTANCE])
+        container = self._containers.get(row["Labels"][INSTANCE])
         if container is None:
             container = self._adopt(row)
         if container.id != row["Id"] or container.ended is not None:
@@ -408,7 +408,7 @@ class ContainerLauncher:
         labels = row["Labels"]
         container = _Container(labels[INSTANCE], row["Id"], float(labels.get(BOOTED, 0)))
         container.stop = labels.get(STOP, "SIGTERM")
-        self._known[container.instance] = container
+        self._containers[container.instance] = container
         left_s = self._endings.left_s(container.instance, container.id)
         if left_s is not None:
             self._set_deadline(container, asyncio.get_running_loop().time() + left_s)
@@ -419,21 +419,21 @@ class ContainerLauncher:
         try:
             state = await self._run(container, partial(save_end, container.id, log_file))
         except NotFound:
-            return  # it was removed a moment ago, and the next look notices it
+            return  # it was removed a moment ago, and the next check notices it
         if state is None:
-            return  # it is still running, and the next look checks again
+            return  # it is still running, and the next check checks again
         self._end(container, end_text(state, killed=self._is_late(container)))
         self._endings.forget(container.instance)
 
     async def _forget(self) -> None:
         now_s = self._clock.monotonic_s()
-        for name, container in list(self._known.items()):
+        for name, container in list(self._containers.items()):
             if container.ended is not None and now_s - container.ended_s > KEEP_ENDED_S:
                 await self._remove(container)
-                del self._known[name]
+                del self._containers[name]
 
     def _on_event(self, loop: asyncio.AbstractEventLoop, event: Mapping[str, Any] | None) -> None:
-        # If the loop was closed first, nothing waits for this event.
+        # If the loop is closed already, no task waits for this event.
         with suppress(RuntimeError):
             loop.call_soon_threadsafe(self._handle_event, event)
 

@@ -66,13 +66,13 @@ def main(listening: str, lock: str, orphan_s: float, keys: str) -> None:
     logging.getLogger("s3").addHandler(_ExitOnWriteError(logging.WARNING))
     # The owner also holds the listener, so clients of a killed emulator wait for the next one.
     listener = socket.socket(fileno=int(listening))
-    known = json.loads(Path(keys).read_text())
+    pair = json.loads(Path(keys).read_text())
     # MiniStack itself verifies the signature of a presigned URL with these keys.
-    os.environ["AWS_ACCESS_KEY_ID"] = known["access_key"]
-    os.environ["AWS_SECRET_ACCESS_KEY"] = known["secret_key"]
+    os.environ["AWS_ACCESS_KEY_ID"] = pair["access_key"]
+    os.environ["AWS_SECRET_ACCESS_KEY"] = pair["secret_key"]
     # MiniStack's own server, Hypercorn, is written in Python and takes over half of a call's CPU time.
     config = uvicorn.Config(
-        Signed(importlib.import_module("ministack.app").app, **known),
+        Signed(importlib.import_module("ministack.app").app, **pair),
         loop="asyncio",
         http="httptools",
         ws="none",
@@ -132,7 +132,10 @@ class Signed:
             return
         headers = _joined(scope["headers"])
         try:
-            _check_caller(headers)
+            if b"origin" in headers:
+                raise Refusal("AccessDenied", "The emulator of a grid refuses requests of web pages.")
+            if not _HOST.fullmatch(headers.get(b"host", b"")):
+                raise Refusal("AccessDenied", "The Host header does not name this machine's loopback.")
             if scope["method"] != "GET" or scope["path"] != _HEALTH:
                 receive = await self._checked(scope, headers, receive)
         except Refusal as refusal:
@@ -156,16 +159,16 @@ class Signed:
         if not hmac.compare_digest(signature.key.encode(), self._access_key.encode()):
             raise Refusal("InvalidAccessKeyId", "The access key is not a key of this grid.")
         _check_time(signature)
-        told = "UNSIGNED-PAYLOAD" if signature.is_in_query and signature.service == "s3" else ""
-        told = told or headers.get(b"x-amz-content-sha256", b"").decode("latin-1")
-        if told:
-            self._check(scope, headers, query, signature, told)
-        if told and not _SHA256.fullmatch(told):
+        payload = "UNSIGNED-PAYLOAD" if signature.is_in_query and signature.service == "s3" else ""
+        payload = payload or headers.get(b"x-amz-content-sha256", b"").decode("latin-1")
+        if payload:
+            self._check(scope, headers, query, signature, payload)
+        if payload and not _SHA256.fullmatch(payload):
             return receive  # without a hash, the signature covers only the headers
-        body, digest = await _body(receive, limit=None if told else MAX_UNHASHED_BYTES)
-        if not told:
+        body, digest = await _body(receive, limit=None if payload else MAX_UNHASHED_BYTES)
+        if not payload:
             self._check(scope, headers, query, signature, digest)
-        elif told != digest:
+        elif payload != digest:
             raise Refusal("XAmzContentSHA256Mismatch", "The body does not match its hash.")
         whole: list[Event] = [{"type": "http.request", "body": body, "more_body": False}]
 
@@ -179,47 +182,40 @@ class Signed:
         scope: Event,
         headers: Mapping[bytes, bytes],
         query: list[tuple[str, str]],
-        asked: _Signature,
+        signature: _Signature,
         payload: str,
     ) -> None:
-        names = asked.headers.split(";")
+        names = signature.headers.split(";")
         pairs = sorted(
             (quote(name, safe="-_.~"), quote(value, safe="-_.~")) for name, value in query if name != "X-Amz-Signature"
         )
         canonical = "\n".join(
             (
                 scope["method"],
-                _path(scope["raw_path"], asked.service),
+                _path(scope["raw_path"], signature.service),
                 "&".join(f"{name}={value}" for name, value in pairs),
                 *(f"{name}:{headers.get(name.encode(), b'').decode('utf-8', 'surrogateescape')}" for name in names),
                 "",
-                asked.headers,
+                signature.headers,
                 payload,
             )
         )
         digest = hashlib.sha256(canonical.encode("utf-8", "surrogateescape")).hexdigest()
-        realm = f"{asked.date}/{asked.region}/{asked.service}/aws4_request"
-        text = f"AWS4-HMAC-SHA256\n{asked.stamp}\n{realm}\n{digest}"
-        key = self._signing_key(asked.date, asked.region, asked.service)
+        realm = f"{signature.date}/{signature.region}/{signature.service}/aws4_request"
+        text = f"AWS4-HMAC-SHA256\n{signature.stamp}\n{realm}\n{digest}"
+        key = self._signing_key(signature.date, signature.region, signature.service)
         computed = hmac.digest(key, text.encode(), "sha256").hex()
-        if "host" not in names or not hmac.compare_digest(computed, asked.value):
+        if "host" not in names or not hmac.compare_digest(computed, signature.value):
             raise Refusal("SignatureDoesNotMatch", "The signature was not made with the grid's keys.")
 
 
 def _joined(headers: list[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
     """Return the headers by name, with each value in the form that a signature uses."""
-    found: dict[bytes, bytes] = {}
+    joined: dict[bytes, bytes] = {}
     for name, value in headers:
         value = b" ".join(value.split()) if b"  " in value else value.strip()
-        found[name] = found[name] + b"," + value if name in found else value
-    return found
-
-
-def _check_caller(headers: Mapping[bytes, bytes]) -> None:
-    if b"origin" in headers:
-        raise Refusal("AccessDenied", "The emulator of a grid refuses requests of web pages.")
-    if not _HOST.fullmatch(headers.get(b"host", b"")):
-        raise Refusal("AccessDenied", "The Host header does not name this machine's loopback.")
+        joined[name] = joined[name] + b"," + value if name in joined else value
+    return joined
 
 
 def _signature(headers: Mapping[bytes, bytes], query: Mapping[str, str]) -> _Signature:
@@ -243,9 +239,9 @@ def _signature(headers: Mapping[bytes, bytes], query: Mapping[str, str]) -> _Sig
     return _Signature(key, date, region, service, signed, value, stamp, float(expires), is_in_query)
 
 
-def _check_time(asked: _Signature) -> None:
-    age_s = time.time() - _epoch_s(asked.stamp)
-    if not -MAX_SKEW_S <= age_s <= asked.expires_s or asked.stamp[:8] != asked.date:
+def _check_time(signature: _Signature) -> None:
+    age_s = time.time() - _epoch_s(signature.stamp)
+    if not -MAX_SKEW_S <= age_s <= signature.expires_s or signature.stamp[:8] != signature.date:
         raise Refusal("RequestTimeTooSkewed", "The request's signature has expired.")
 
 

@@ -96,17 +96,17 @@ def _below(root: str, folder: str, prefix: str, after: str) -> Iterator[ObjectIn
 
 def _info(path: str, key: str) -> ObjectInfo | None:
     try:
-        found = os.stat(path)  # noqa: PTH116 - a Path costs as much again
+        status = os.stat(path)  # noqa: PTH116 - a Path costs as much again
     except (FileNotFoundError, NotADirectoryError):
         return None
-    if stat.S_ISDIR(found.st_mode) or is_remains(key, found.st_size):
+    if stat.S_ISDIR(status.st_mode) or is_remains(key, status.st_size):
         return None
-    return ObjectInfo(key, found.st_size, etag_of(found))
+    return ObjectInfo(key, status.st_size, etag_of(status))
 
 
-def etag_of(found: os.stat_result) -> str:
+def etag_of(status: os.stat_result) -> str:
     """Return the ETag of a file. Two contents within one clock tick may have the same ETag."""
-    return f'"{found.st_ino:x}-{found.st_mtime_ns // 1000:x}-{found.st_size:x}"'
+    return f'"{status.st_ino:x}-{status.st_mtime_ns // 1000:x}-{status.st_size:x}"'
 
 
 def is_remains(key: str, size: int) -> bool:
@@ -125,8 +125,8 @@ def damage(root: Path, key: str) -> str | None:
         return "is empty"
     if match := _DIGEST.match(key):
         with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        return None if found == match[1] else "does not have the content that it is named by"
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return None if digest == match[1] else "does not have the content that it is named by"
     if key.startswith(NEVER_EMPTY) and key.endswith(".json"):
         try:
             json.loads(path.read_bytes())
@@ -227,7 +227,7 @@ class FileWriter:
         while folder not in self._on_disk:
             fresh.append(folder)
             folder = os.path.dirname(folder)  # noqa: PTH120
-        names = [self._threads.submit(sync_folder, os.path.dirname(one)) for one in fresh]  # noqa: PTH120
+        names = [self._threads.submit(sync_folder, os.path.dirname(parent)) for parent in fresh]  # noqa: PTH120
         try:
             os.fdatasync(file)
         finally:
@@ -265,7 +265,7 @@ def _stage(target: str) -> tuple[str, BinaryIO]:
             continue  # another writer's file, or left by a process that was killed
         except FileNotFoundError:
             os.makedirs(os.path.dirname(target), exist_ok=True)  # noqa: PTH103, PTH120
-    raise AssertionError("numbers do not end")
+    raise AssertionError("count() never ends")
 
 
 def copy_into(source: BinaryIO) -> Fill:
@@ -450,6 +450,6 @@ def _translated(key: str) -> Iterator[None]:
     except _MISSING as error:
         raise NotFound(f"No object {key!r}.") from error
     except OSError as error:
-        # A full disk is retried like an outage.
+        # A full disk raises Unreachable, so that the caller retries.
         kind = Unreachable if error.errno == errno.ENOSPC else BackendError
         raise kind(f"Object {key!r}: {error.strerror or error}.") from error

@@ -151,7 +151,7 @@ class ProcessLauncher:
     ) -> None:
         processes = self._adopted()
         if instance in processes:
-            raise AlreadyExists(f"instance {instance} exists already")
+            raise AlreadyExists(f"Instance {instance} already exists.")
         record = _Record(instance, pool.name, boot_id())
         process = _Process(record)
         argv = list(self._argv(pool, instance))
@@ -351,15 +351,15 @@ def living(root: Path) -> dict[str, int]:
 
     It is meant for other processes than the manager that launches in `root`.
     """
-    found = {}
+    pids = {}
     for path in (root / "instances").glob("*.json"):
         try:
             record = _Record(**json.loads(path.read_text()))
         except (OSError, ValueError, TypeError):
             continue  # the record is being removed or is incomplete, so it identifies no process
         if record.ended is None and is_alive(record.pid, record.start_ticks, record.boot):
-            found[record.instance] = record.pid
-    return found
+            pids[record.instance] = record.pid
+    return pids
 
 
 def end_of(root: Path, instance: str) -> str:

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from batchlab.adapters.limits import MAX_IN_FLIGHT
-from batchlab.adapters.local.sqlite_wal import make_private
-from batchlab.core.atomic_write import private
+from batchlab.core.atomic_write import make_private, private
 from batchlab.core.errors import BackendError, NotFound, Throttled, Unreachable
 from batchlab.core.ports import MAX_VISIBILITY_S, Clock, Depth, Message, Outgoing, QueueSpec
 
@@ -240,16 +239,16 @@ class SqliteMessages:
         if due_in_s is None or due_in_s > 0:
             return ReceiveResult(due_in_s=due_in_s)
         with self._transaction() as db:
-            return self._take(db, self._queue(name), limit, visibility_s)
+            return self._receive(db, self._queue(name), limit, visibility_s)
 
     def _due_in_s(self, queue: _Queue) -> float | None:
         return None if queue.first_s is None else queue.first_s - self._clock.now_s()
 
-    def _take(self, db: sqlite3.Connection, queue: _Queue, limit: int, visibility_s: float | None) -> ReceiveResult:
+    def _receive(self, db: sqlite3.Connection, queue: _Queue, limit: int, visibility_s: float | None) -> ReceiveResult:
         now_s = self._clock.now_s()
         if queue.total >= self._max_in_flight:
-            (held,) = db.execute(_IN_FLIGHT, (queue.id, now_s)).fetchone()
-            limit = min(limit, self._max_in_flight - held)
+            (in_flight,) = db.execute(_IN_FLIGHT, (queue.id, now_s)).fetchone()
+            limit = min(limit, self._max_in_flight - in_flight)
             if limit <= 0:
                 return ReceiveResult(over_limit=True)
         dead = self._dead_letters(queue)
@@ -384,7 +383,7 @@ def _translated(path: Path) -> Iterator[None]:
         kinds = {
             sqlite3.SQLITE_BUSY: Throttled,
             sqlite3.SQLITE_CANTOPEN: Unreachable,
-            # A full disk is retried like an outage.
+            # A full disk raises Unreachable, so that the caller retries.
             sqlite3.SQLITE_FULL: Unreachable,
         }
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF

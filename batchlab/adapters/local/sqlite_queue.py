@@ -36,7 +36,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 POLL_S = 1.0
-"""Interval in seconds at which a waiting receiver looks for messages.
+"""Interval in seconds at which a waiting receiver checks for messages.
 
 So it knows when each later message becomes visible, and waits exactly until then. Only messages that become visible
 sooner require a wakeup.
@@ -55,7 +55,7 @@ class SqliteQueue:
 
     def __init__(self, path: Path, clock: Clock, *, max_in_flight: int = MAX_IN_FLIGHT) -> None:
         self._messages = SqliteMessages(path, clock, max_in_flight=max_in_flight)
-        self._wake = path.parent / "wake"
+        self._wakeups = path.parent / "wake"
         self._thread = SingleThread("sqlite-queue")
 
     async def close(self) -> None:
@@ -89,70 +89,70 @@ class SqliteQueue:
 
     def _send(self, queue: str, messages: Sequence[Outgoing]) -> None:
         self._messages.send(queue, messages)
-        # The ring is part of the call, so the cancellation of the caller cannot prevent it.
-        self._ring(queue, sum(message.delay_s < POLL_S for message in messages))
+        # The wakeup is part of the call, so the cancellation of the caller cannot prevent it.
+        self._wake_receivers(queue, sum(message.delay_s < POLL_S for message in messages))
 
-    def _ring(self, queue: str, count: int) -> None:
-        wake(self._wake / queue, count)
+    def _wake_receivers(self, queue: str, count: int) -> None:
+        wake(self._wakeups / queue, count)
 
     async def receive(
         self, queue: str, *, max_messages: int = 10, wait_s: float = 20.0, visibility_s: float | None = None
     ) -> Sequence[Message]:
         check_receive(max_messages, wait_s, visibility_s)
         ends_s = asyncio.get_running_loop().time() + wait_s
-        taken = await self._take(queue, max_messages, visibility_s)
-        if taken.over_limit and wait_s == 0:
+        result = await self._receive(queue, max_messages, visibility_s)
+        if result.over_limit and wait_s == 0:
             raise Throttled(f"Queue {queue!r} has too many messages in flight.")
-        if taken.messages or wait_s <= 0:
-            return taken.messages
+        if result.messages or wait_s <= 0:
+            return result.messages
 
-        async def look() -> tuple[Sequence[Message], float]:
-            taken = await self._take(queue, max_messages, visibility_s)
-            due_s = POLL_S if taken.due_in_s is None else max(taken.due_in_s, 0.001)
-            return taken.messages, min(due_s, POLL_S)
+        async def poll() -> tuple[Sequence[Message], float]:
+            result = await self._receive(queue, max_messages, visibility_s)
+            due_s = POLL_S if result.due_in_s is None else max(result.due_in_s, 0.001)
+            return result.messages, min(due_s, POLL_S)
 
-        return await wait_for_messages(self._wake / queue, look, ends_s)
+        return await wait_for_messages(self._wakeups / queue, poll, ends_s)
 
-    async def _take(self, queue: str, limit: int, visibility_s: float | None) -> ReceiveResult:
+    async def _receive(self, queue: str, limit: int, visibility_s: float | None) -> ReceiveResult:
         try:
             is_quick = await self._may_be_quick()
         except asyncio.CancelledError:
             # The message that woke this receive may still be in the queue.
-            self._ring(queue, 1)
+            self._wake_receivers(queue, 1)
             raise
         if is_quick:
             with suppress(Throttled), self._messages.at_once():
-                taken = self._take_some(queue, limit, visibility_s)
-                if taken.messages or not taken.more:
-                    return taken
-        taking = self._thread.submit(partial(self._take_now, queue, limit, visibility_s))
+                result = self._receive_batch(queue, limit, visibility_s)
+                if result.messages or not result.more:
+                    return result
+        receiving = self._thread.submit(partial(self._receive_all, queue, limit, visibility_s))
         try:
-            return await asyncio.wrap_future(taking)
+            return await asyncio.wrap_future(receiving)
         except asyncio.CancelledError:
             # Messages without a reader would stay hidden for a whole visibility timeout.
-            self._thread.submit(partial(self._take_back, queue, taking))
+            self._thread.submit(partial(self._undo_receive, queue, receiving))
             raise
 
-    def _take_now(self, queue: str, limit: int, visibility_s: float | None) -> ReceiveResult:
+    def _receive_all(self, queue: str, limit: int, visibility_s: float | None) -> ReceiveResult:
         while True:
-            taken = self._take_some(queue, limit, visibility_s)
-            if taken.messages or not taken.more:
-                return taken
+            result = self._receive_batch(queue, limit, visibility_s)
+            if result.messages or not result.more:
+                return result
 
-    def _take_some(self, queue: str, limit: int, visibility_s: float | None) -> ReceiveResult:
-        taken = self._messages.receive(queue, limit, visibility_s)
-        if taken.dead_letters is not None:
-            self._ring(taken.dead_letters, taken.moved)
-        return taken
+    def _receive_batch(self, queue: str, limit: int, visibility_s: float | None) -> ReceiveResult:
+        result = self._messages.receive(queue, limit, visibility_s)
+        if result.dead_letters is not None:
+            self._wake_receivers(result.dead_letters, result.moved)
+        return result
 
-    def _take_back(self, queue: str, taking: Future[ReceiveResult]) -> None:
+    def _undo_receive(self, queue: str, receiving: Future[ReceiveResult]) -> None:
         # If this fails, the messages become visible at their timeout: late, but not lost.
-        failed = taking.cancelled() or taking.exception() is not None
-        messages = () if failed else taking.result().messages
+        failed = receiving.cancelled() or receiving.exception() is not None
+        messages = () if failed else receiving.result().messages
         if messages:
             self._messages.undo(queue, messages)
-        # It rings at least once, because the message that woke this receive may still be in the queue.
-        self._ring(queue, max(1, len(messages)))
+        # It wakes at least one receiver, because the message that woke this receive may still be in the queue.
+        self._wake_receivers(queue, max(1, len(messages)))
 
     async def delete(self, queue: str, receipts: Sequence[str]) -> Sequence[str]:
         check_batch(receipts)
@@ -164,7 +164,7 @@ class SqliteQueue:
 
     def _change_visibility(self, queue: str, changes: Sequence[tuple[str, float]]) -> list[str]:
         refused = self._messages.change_visibility(queue, changes)
-        self._ring(queue, sum(visibility_s < POLL_S for _, visibility_s in changes))
+        self._wake_receivers(queue, sum(visibility_s < POLL_S for _, visibility_s in changes))
         return refused
 
     async def depth(self, queue: str) -> Depth:
@@ -176,4 +176,4 @@ class SqliteQueue:
     async def remove(self, queue: str) -> None:
         await self._at_length(self._messages.remove, queue)
         # Receivers that still wait must see that the queue is removed.
-        await self._at_length(self._ring, queue, ALL_RECEIVERS)
+        await self._at_length(self._wake_receivers, queue, ALL_RECEIVERS)

@@ -67,7 +67,7 @@ class SimLauncher:
         machine: Machine = ANY_MACHINE,  # noqa: ARG002 - all machines are alike here
     ) -> None:
         if instance in self._slots:
-            raise AlreadyExists(f"instance {instance} exists already")
+            raise AlreadyExists(f"Instance {instance} already exists.")
         reason = self.refuse(pool, instance)
         if reason is not None:
             raise BackendError(reason)
@@ -78,7 +78,7 @@ class SimLauncher:
 
     async def terminate(self, instance: str, *, grace_s: float) -> None:
         slot = self._slots.get(instance)
-        if slot is None or self._look(instance, slot) is not None:
+        if slot is None or self._refresh(instance, slot) is not None:
             return
         if slot.worker is None:
             self._end(instance, slot, "exit -15")
@@ -94,11 +94,11 @@ class SimLauncher:
 
     async def running(self) -> Mapping[str, str | None]:
         now_s = asyncio.get_running_loop().time()
-        known = {name: self._look(name, slot) for name, slot in self._slots.items()}
+        ends = {name: self._refresh(name, slot) for name, slot in self._slots.items()}
         for name, slot in list(self._slots.items()):
             if slot.ended_s is not None and now_s - slot.ended_s > KEEP_ENDED_S:
                 del self._slots[name]
-        return known
+        return ends
 
     def crash(self, instance: str, note: str = "exit -9") -> None:
         """End the instance at once, as if by itself, unless it has ended. Raise KeyError if unknown."""
@@ -111,7 +111,7 @@ class SimLauncher:
         slot.worker = self._start(pool, instance)
 
     def _end(self, instance: str, slot: _Slot, how: str) -> None:
-        if self._look(instance, slot) is not None:
+        if self._refresh(instance, slot) is not None:
             return
         if slot.booting is not None:
             slot.booting.cancel()
@@ -119,7 +119,7 @@ class SimLauncher:
             slot.worker.kill(how)
         self._settle(instance, slot, how)
 
-    def _look(self, instance: str, slot: _Slot) -> str | None:
+    def _refresh(self, instance: str, slot: _Slot) -> str | None:
         if slot.ended is None and slot.worker is not None and slot.worker.ended is not None:
             self._settle(instance, slot, slot.worker.ended)
         return slot.ended

@@ -264,16 +264,16 @@ class SimLedger:
         failed: bool = False,
         limit: int | None = None,
     ) -> Sequence[BundleRecord]:
-        one = self._jobs.get(job)
-        if one is None:
+        job_rows = self._jobs.get(job)
+        if job_rows is None:
             return []
         bundle_rows: list[BundleRow] = []
         if done is not False:
             after = _NO_SEQ if after_seq is None else after_seq
-            bundle_rows += islice(one.done(after, stage, failed), limit)
+            bundle_rows += islice(job_rows.done(after, stage, failed), limit)
         if done is not True and after_seq is None and not failed:
-            bundle_rows += one.waiting(stage)
-        return [row.record(one.projection.last_seq) for row in bundle_rows[:limit]]
+            bundle_rows += job_rows.waiting(stage)
+        return [row.record(job_rows.projection.last_seq) for row in bundle_rows[:limit]]
 
     # --- Leases ----------------------------------------------------------------------------------
 
@@ -300,7 +300,7 @@ class SimLedger:
             raise NotFound(f"The ledger does not have a job {name}.")
         restored = ledger_projection.restore(past, self._last_seq + 1)
         await self.forget([name])
-        self._last_seq += sum(len(one.completions) for one in past.rounds)
+        self._last_seq += sum(len(part.completions) for part in past.rounds)
         self._install(*restored)
         return True
 

@@ -109,7 +109,7 @@ class SimObjects:
             self._keys.sort()
         self._unsorted.clear()
         if self._gone * 2 > len(self._keys):
-            self._objects = {key: kept for key, kept in self._objects.items() if kept is not None}
+            self._objects = {key: stored for key, stored in self._objects.items() if stored is not None}
             self._keys = [key for key in self._keys if key in self._objects]
             self._gone = 0
 

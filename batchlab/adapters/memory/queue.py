@@ -75,12 +75,12 @@ class Bag:
 class Waiter:
     """A waiting receive with its arguments.
 
-    The result of `given` is None if its wait ended or if the queue was removed.
+    The value of `result` is None if its wait ended or if the queue was removed.
     """
 
     limit: int
     visibility_s: float | None
-    given: asyncio.Future[list[Message] | None]
+    result: asyncio.Future[list[Message] | None]
 
 
 @dataclass(slots=True, eq=False)
@@ -149,7 +149,7 @@ class SimQueue:
         # The service's timers do not belong to a client, so they also fire while a client is frozen.
         self._context = copy_context()
 
-    def _found(self, name: str) -> QueueState:
+    def _queue(self, name: str) -> QueueState:
         try:
             queue = self._queues[name]
         except KeyError as error:
@@ -185,18 +185,18 @@ class SimQueue:
         queue.in_flight.discard(entry.number)
         queue.visible -= entry.visible
 
-    def _stir(self, queue: QueueState) -> None:
+    def _deliver(self, queue: QueueState) -> None:
         """Give messages to the waiting receives in their order.
 
         A service does not check whether a receiver still exists, so neither does this queue.
         """
         while queue.waiters and queue.visible and len(queue.in_flight) < self._max_in_flight:
             number, waiter = next(iter(queue.waiters.items()))
-            if not waiter.given.done():
-                messages = self._take(queue, waiter.limit, waiter.visibility_s)
+            if not waiter.result.done():
+                messages = self._receive_some(queue, waiter.limit, waiter.visibility_s)
                 if not messages:
                     break
-                waiter.given.set_result(messages)
+                waiter.result.set_result(messages)
             del queue.waiters[number]
         if queue.waiters:
             self._arm(queue)
@@ -217,18 +217,18 @@ class SimQueue:
             queue.timer.cancel()
         queue.timer_s = due_s
         queue.timer = asyncio.get_running_loop().call_later(
-            max(0.0, due_s - self._clock.now_s()), self._appeared, queue, context=self._context
+            max(0.0, due_s - self._clock.now_s()), self._on_timer, queue, context=self._context
         )
 
-    def _appeared(self, queue: QueueState) -> None:
+    def _on_timer(self, queue: QueueState) -> None:
         queue.timer = None
         if self._queues.get(queue.spec.name) is queue:
-            self._stir(self._found(queue.spec.name))
+            self._deliver(self._queue(queue.spec.name))
 
     async def ensure(self, spec: QueueSpec) -> None:
         check_queue_name(spec.name)
         if spec.dead_letters is not None:
-            self._found(spec.dead_letters)
+            self._queue(spec.dead_letters)
         if spec.name in self._queues:
             self._queues[spec.name].spec = spec
         else:
@@ -236,7 +236,7 @@ class SimQueue:
 
     async def send(self, queue: str, messages: Sequence[Outgoing]) -> None:
         check_send(messages)
-        queue_state, now_s = self._found(queue), self._clock.now_s()
+        queue_state, now_s = self._queue(queue), self._clock.now_s()
         for message in messages:
             self._sent += 1
             entry = Entry(self._sent, message.body, now_s, now_s)
@@ -245,7 +245,7 @@ class SimQueue:
                 self._hide(queue_state, entry, now_s + message.delay_s)
             else:
                 self._show(queue_state, entry)
-        self._stir(queue_state)
+        self._deliver(queue_state)
 
     def _enter(self, queue: QueueState, entry: Entry) -> None:
         queue.entries[entry.number] = entry
@@ -255,9 +255,9 @@ class SimQueue:
         self, queue: str, *, max_messages: int = 10, wait_s: float = 20.0, visibility_s: float | None = None
     ) -> Sequence[Message]:
         check_receive(max_messages, wait_s, visibility_s, max_wait_s=self._max_wait_s)
-        queue_state = self._found(queue)
-        messages = self._take(queue_state, max_messages, visibility_s)
-        self._stir(queue_state)
+        queue_state = self._queue(queue)
+        messages = self._receive_some(queue_state, max_messages, visibility_s)
+        self._deliver(queue_state)
         if not messages and wait_s > _TICK_S:
             return await self._wait(queue, wait_s, max_messages, visibility_s)
         if not messages and len(queue_state.in_flight) >= self._max_in_flight:
@@ -270,30 +270,30 @@ class SimQueue:
         number, waiter = self._waits, Waiter(limit, visibility_s, loop.create_future())
         queue.waiters[number] = waiter
         self._arm(queue)
-        timer = loop.call_later(wait_s, _settle, waiter.given, context=self._context)
+        timer = loop.call_later(wait_s, _settle, waiter.result, context=self._context)
         try:
-            messages = await waiter.given
+            messages = await waiter.result
         except asyncio.CancelledError:
-            if waiter.given.done() and not waiter.given.cancelled():
-                self._take_back(queue, waiter.given.result() or [])
+            if waiter.result.done() and not waiter.result.cancelled():
+                self._undo_receive(queue, waiter.result.result() or [])
             raise
         finally:
             timer.cancel()
             queue.waiters.pop(number, None)
         if messages is None:
-            self._found(name)
+            self._queue(name)
         return messages or []
 
-    def _take_back(self, queue: QueueState, messages: Sequence[Message]) -> None:
+    def _undo_receive(self, queue: QueueState, messages: Sequence[Message]) -> None:
         """Undo a receive that got its messages and was canceled at the same instant."""
         for message in messages:
             entry = entry_of(queue, message.receipt)
             if entry is not None and not entry.visible:
                 entry.receives -= 1
                 self._show(queue, entry)
-        self._stir(queue)
+        self._deliver(queue)
 
-    def _take(self, queue: QueueState, limit: int, visibility_s: float | None) -> list[Message]:
+    def _receive_some(self, queue: QueueState, limit: int, visibility_s: float | None) -> list[Message]:
         spec, now_s = queue.spec, self._clock.now_s()
         limit = min(limit, self._max_in_flight - len(queue.in_flight))
         dead = self._queues.get(spec.dead_letters or "")
@@ -306,7 +306,7 @@ class SimQueue:
                 self._forget(queue, entry)
                 self._enter(dead, entry)
                 self._show(dead, entry)
-                self._stir(dead)
+                self._deliver(dead)
             else:
                 messages.append(self._receive(queue, entry, now_s, hidden_s))
         return messages
@@ -345,7 +345,7 @@ class SimQueue:
 
     async def delete(self, queue: str, receipts: Sequence[str]) -> Sequence[str]:
         check_batch(receipts)
-        queue_state = self._found(queue)
+        queue_state = self._queue(queue)
         refused = []
         for receipt in receipts:
             entry = entry_of(queue_state, receipt)
@@ -353,12 +353,12 @@ class SimQueue:
                 refused.append(receipt)
             else:
                 self._forget(queue_state, entry)
-        self._stir(queue_state)
+        self._deliver(queue_state)
         return refused
 
     async def change_visibility(self, queue: str, changes: Sequence[tuple[str, float]]) -> Sequence[str]:
         check_changes(changes)
-        queue_state, now_s = self._found(queue), self._clock.now_s()
+        queue_state, now_s = self._queue(queue), self._clock.now_s()
         refused = []
         for receipt, visibility_s in changes:
             entry, until_s = entry_of(queue_state, receipt), now_s + visibility_s
@@ -368,17 +368,17 @@ class SimQueue:
                 self._hide(queue_state, entry, until_s)
             else:
                 self._show(queue_state, entry)
-        self._stir(queue_state)
+        self._deliver(queue_state)
         return refused
 
     async def depth(self, queue: str) -> Depth:
-        queue_state = self._found(queue)
+        queue_state = self._queue(queue)
         in_flight = len(queue_state.in_flight)
         delayed = len(queue_state.entries) - queue_state.visible - in_flight
         return Depth(visible=queue_state.visible, in_flight=in_flight, delayed=delayed)
 
     async def purge(self, queue: str) -> None:
-        queue_state = self._found(queue)
+        queue_state = self._queue(queue)
         for entry in list(queue_state.entries.values()):
             self._forget(queue_state, entry)
 
@@ -387,7 +387,7 @@ class SimQueue:
         if queue_state is not None:
             # Receivers that still wait get the answer that the queue does not exist.
             for waiter in queue_state.waiters.values():
-                _settle(waiter.given)
+                _settle(waiter.result)
 
     # --- What a test sees and does ---------------------------------------------------------------
 
@@ -412,17 +412,17 @@ class SimQueue:
 
         Return its id, None if no message is in flight.
         """
-        queue_state = self._found(queue)
+        queue_state = self._queue(queue)
         number = queue_state.in_flight.pick(rng)
         if number is None:
             return None
         self._show(queue_state, queue_state.entries[number])
-        self._stir(queue_state)
+        self._deliver(queue_state)
         return str(number)
 
     def drop(self, queue: str, rng: random.Random) -> str | None:
         """Inject a fault: lose a random message. Return its id, None if the queue is empty."""
-        queue_state = self._found(queue)
+        queue_state = self._queue(queue)
         number = queue_state.everyone.pick(rng)
         if number is None:
             return None
@@ -431,7 +431,7 @@ class SimQueue:
 
     def expire(self, queue: str, age_s: float) -> int:
         """Inject a fault: delete messages sent more than `age_s` ago. Return their number."""
-        queue_state, now_s = self._found(queue), self._clock.now_s()
+        queue_state, now_s = self._queue(queue), self._clock.now_s()
         old = [entry for entry in queue_state.entries.values() if entry.sent_s + age_s <= now_s]
         for entry in old:
             self._forget(queue_state, entry)
@@ -439,7 +439,7 @@ class SimQueue:
 
     def shuffle(self, queue: str, rng: random.Random) -> bool:
         """Inject a fault: shuffle the visible messages. Return False if there are fewer than two."""
-        queue_state = self._found(queue)
+        queue_state = self._queue(queue)
         waiting = [number for number in (*queue_state.window, *queue_state.ready) if number in queue_state.entries]
         rng.shuffle(waiting)
         queue_state.window, queue_state.ready = [], deque(waiting)

@@ -130,11 +130,12 @@ class Store:
         """Write these items without a condition. The writes are not atomic, but may be repeated."""
         for name, pairs in items.items():
             check(name, pairs)
-        list(self._threads.map(self._put_batch, _batches(items)))
 
-    def _put_batch(self, batch: Sequence[tuple[str, Pairs]]) -> None:
-        items = [{"Name": name, "Attributes": _replacing(pairs)} for name, pairs in batch]
-        self._ask("batch_put_attributes", Items=items)
+        def put(batch: Sequence[tuple[str, Pairs]]) -> None:
+            entries = [{"Name": name, "Attributes": _replacing(pairs)} for name, pairs in batch]
+            self._ask("batch_put_attributes", Items=entries)
+
+        list(self._threads.map(put, _batches(items)))
 
     def drop_value(self, name: str, key: str, value: str) -> None:
         """Remove one value of an item's attribute."""
@@ -154,8 +155,8 @@ class Store:
 
     def delete_all(self, names: Iterable[str]) -> None:
         """Delete these items. Ignore missing ones."""
-        some = list(names)
-        batches = [some[i : i + MAX_BATCH] for i in range(0, len(some), MAX_BATCH)]
+        all_names = list(names)
+        batches = [all_names[i : i + MAX_BATCH] for i in range(0, len(all_names), MAX_BATCH)]
         list(self._threads.map(self._delete_batch, batches))
 
     def _delete_batch(self, names: Sequence[str]) -> None:
@@ -171,8 +172,8 @@ class Store:
         more: dict[str, str] = {}
         while True:
             answer = self._ask("select", SelectExpression=expression, ConsistentRead=True, domain=False, **more)
-            for found in answer.get("Items", ()):
-                yield found["Name"], _item(found.get("Attributes", ()))
+            for row in answer.get("Items", ()):
+                yield row["Name"], _item(row.get("Attributes", ()))
             # A page may be short, even empty, without being the last one.
             if not answer.get("NextToken"):
                 return
@@ -182,17 +183,17 @@ class Store:
         """Return the existing items of these names, by name."""
         parts = [names[i : i + MAX_TESTS] for i in range(0, len(names), MAX_TESTS)]
 
-        def some(part: Sequence[str]) -> list[tuple[str, Item]]:
+        def select_part(part: Sequence[str]) -> list[tuple[str, Item]]:
             where = f"itemName() in ({', '.join(map(quoted, part))})"
             return list(self.select(output, where))
 
-        return {name: item for found in self._threads.map(some, parts) for name, item in found}
+        return {name: item for items in self._threads.map(select_part, parts) for name, item in items}
 
     # --- Calls ------------------------------------------------------------------------------------
 
-    def _ask(self, operation: str, **given: Any) -> Any:
+    def _ask(self, operation: str, **parameters: Any) -> Any:
         """Make a call that may be repeated."""
-        return self._patiently(lambda: self._call(operation, **given))
+        return self._patiently(lambda: self._call(operation, **parameters))
 
     def _patiently(self, call: Callable[[], T]) -> T:
         deadline_s = time.monotonic() + PATIENCE_S
@@ -210,14 +211,14 @@ class Store:
             time.sleep(wait_s * (0.5 + self._random.random()))
             wait_s = doubled_s(wait_s, _LONGEST_WAIT_S)
 
-    def _call(self, operation: str, *, domain: bool = True, **given: Any) -> Any:
+    def _call(self, operation: str, *, domain: bool = True, **parameters: Any) -> Any:
         from botocore.exceptions import ClientError
 
         if domain:
-            given["DomainName"] = self.domain
+            parameters["DomainName"] = self.domain
         with translated(f"SimpleDB domain {self.domain!r}"):
             try:
-                return getattr(self._sdb, operation)(**given)
+                return getattr(self._sdb, operation)(**parameters)
             except ClientError as error:
                 code = code_of(error)
                 if code in _CONDITION:
@@ -266,11 +267,11 @@ def check(name: str, pairs: Pairs) -> None:
 
 
 def _item(attributes: Iterable[Mapping[str, str]]) -> dict[str, str]:
-    found: dict[str, str] = {}
+    values: dict[str, str] = {}
     for attribute in attributes:
         name, value = attribute["Name"], attribute.get("Value", "")
-        found[name] = f"{found[name]},{value}" if name in found else value
-    return found
+        values[name] = f"{values[name]},{value}" if name in values else value
+    return values
 
 
 def _replacing(pairs: Pairs) -> list[dict[str, Any]]:
@@ -319,8 +320,8 @@ def split(
         return [(prefix, f"{len(parts)}"), *pieces], {}
     items: dict[str, Pairs] = {}
     for number, start in enumerate(range(0, len(parts), _PER_ITEM)):
-        some = parts[start : start + _PER_ITEM]
-        pieces = [(f"{i:03d}", part) for i, part in enumerate(some)]
+        chunk = parts[start : start + _PER_ITEM]
+        pieces = [(f"{i:03d}", part) for i, part in enumerate(chunk)]
         items[f"{name}/{prefix}{number:06d}"] = [("gen", gen), *pieces]
     return [(prefix, f"{len(parts)}@{name}")], items
 
@@ -337,9 +338,9 @@ def join(item: Item, prefix: str, get_all: Callable[[Iterable[str]], list[Item |
     if not elsewhere:
         return "".join(item[f"{prefix}{i:03d}"] for i in range(int(count)))
     parts: list[str] = []
-    for found in get_all(names(item, prefix)):
-        if found is None:
+    for item_part in get_all(names(item, prefix)):
+        if item_part is None:
             return None
-        left = min(_PER_ITEM, int(count) - len(parts))
-        parts += [found[f"{i:03d}"] for i in range(left)]
+        count_left = min(_PER_ITEM, int(count) - len(parts))
+        parts += [item_part[f"{i:03d}"] for i in range(count_left)]
     return "".join(parts)

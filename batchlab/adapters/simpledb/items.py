@@ -49,9 +49,9 @@ def row_items(gen: str, row: BundleRow) -> dict[str, Pairs]:
             pairs.append(("fail", _order(gen, row.seq)))
         items |= extra
     items[name] = pairs
-    for one, its in items.items():
+    for item_name, its in items.items():
         # The check precedes the commit, because a committed change cannot be refused.
-        check(one, its)
+        check(item_name, its)
     return items
 
 
@@ -72,8 +72,8 @@ class BundleItems:
     def known(self, gen: str, keys: Sequence[Key]) -> Known:
         """Return which of these bundles exist, and whether each is done."""
         names = {_name(gen, key): key for key in keys}
-        found = self._store.select_named("at, done", list(names))
-        return {names[name]: "done" in item for name, item in found.items()}
+        items = self._store.select_named("at, done", list(names))
+        return {names[name]: "done" in item for name, item in items.items()}
 
     def folded(
         self, gen: str, projection: Projection, *, stage: StageName | None, after: int, failed: bool, page: int
@@ -206,7 +206,7 @@ class JobItems:
             item = self._store.get(name)
             if item is None:
                 return None
-            if settle and self._has_redo(item) and not self._settle(name, item):
+            if settle and item.get("redo", NOBODY) != NOBODY and not self._settle(name, item):
                 continue
             head = self._read(name, item)
             if head:
@@ -258,8 +258,8 @@ class JobItems:
         pairs, extra = self._state(projection, gen, stamp)
         redo: dict[str, Pairs] = {}
         if items:
-            told, redo = domain.split(f"{gen}/redo/{stamp}", "redo", domain.dumps(items), gen, inline=0)
-            pairs += told
+            redo_pairs, redo = domain.split(f"{gen}/redo/{stamp}", "redo", domain.dumps(items), gen, inline=0)
+            pairs += redo_pairs
         else:
             pairs.append(("redo", NOBODY))
         self._store.put_all({**extra, **redo})
@@ -276,7 +276,7 @@ class JobItems:
     def install(self, job: JobId, head: JobItem | None, projection: Projection, rows: Sequence[BundleRow]) -> bool:
         """Replace the job and its bundles. Return False if the job has changed since it was read."""
         name, gen, stamp = name_of(job), unique(), unique()
-        held = head.stamp if head else None
+        current = head.stamp if head else None
         text = domain.dumps(json_format.job_to_json(projection.job))
         spec, items = domain.split(f"{gen}/spec", "j", text, gen)
         state, extra = self._state(projection, gen, stamp)
@@ -287,17 +287,17 @@ class JobItems:
             place = [(_STAMP, unique())]
             if head is None:
                 place += [("okey", NOBODY), ("live", NOBODY)]
-            if not self._store.put_if(name, place, _STAMP, held, more=[("gens", gen)]):
+            if not self._store.put_if(name, place, _STAMP, current, more=[("gens", gen)]):
                 return False
-            held = place[0][1]
+            current = place[0][1]
             self._store.put_all(items)
         token = _token_name(projection.job.token) if projection.job.token else NOBODY
         pairs = [*state, *spec, ("now", gen), ("redo", NOBODY), ("token", token)]
-        is_ours = self._store.put_if(name, pairs, _STAMP, held, more=[("gens", gen)])
+        is_ours = self._store.put_if(name, pairs, _STAMP, current, more=[("gens", gen)])
         if is_ours is False:
             self.sweep(gen)
         if is_ours and head:
-            self._bury(name, head.gens)
+            self._remove_generations(name, head.gens)
         return bool(is_ours)
 
     def hold(self, job: JobId, head: JobItem | None) -> bool:
@@ -306,8 +306,8 @@ class JobItems:
         Another process that is about to add the job then reads the item again.
         """
         pairs = [(_STAMP, unique()), ("okey", NOBODY), ("live", NOBODY)]
-        held = head.stamp if head else None
-        return bool(self._store.put_if(name_of(job), pairs, _STAMP, held))
+        current = head.stamp if head else None
+        return bool(self._store.put_if(name_of(job), pairs, _STAMP, current))
 
     def forget(self, job: JobId) -> None:
         """Delete the job and all of its items."""
@@ -318,7 +318,7 @@ class JobItems:
             if self._store.put_if(name, pairs, _STAMP, head.stamp):
                 for gen in head.gens:
                     self.sweep(gen)
-                self._give_up(head.item.get("token", NOBODY), job)
+                self._release_token(head.item.get("token", NOBODY), job)
                 # Another process may have begun to add the job again.
                 self._store.delete_if(name, _STAMP, stamp)
                 return
@@ -333,13 +333,13 @@ class JobItems:
 
         The item of a job names a generation before the generation has items.
         """
-        found = {item["gen"] for _, item in self._store.select("gen", "gen is not null")}
+        lost = {item["gen"] for _, item in self._store.select("gen", "gen is not null")}
         for _, item in self._store.select("gens", "okey is not null"):
-            found.difference_update(gens_of(item))
-        for gen in sorted(found):
+            lost.difference_update(gens_of(item))
+        for gen in sorted(lost):
             self.sweep(gen)
 
-    def _bury(self, name: str, gens: Iterable[str]) -> None:
+    def _remove_generations(self, name: str, gens: Iterable[str]) -> None:
         for gen in gens:
             self.sweep(gen)
             self._store.drop_value(name, "gens", gen)
@@ -353,9 +353,6 @@ class JobItems:
         return [(_STAMP, stamp), ("okey", order), ("live", live), *state], items
 
     # --- What a commit leaves to be written -------------------------------------------------------
-
-    def _has_redo(self, item: Item) -> bool:
-        return item.get("redo", NOBODY) != NOBODY
 
     def _settle(self, name: str, item: Item, items: Mapping[str, Pairs] | None = None) -> bool:
         """Write the items that the last change contains, and remove them from the change.
@@ -392,7 +389,7 @@ class JobItems:
                 return head.projection
             if self._store.put_if(name, pairs, _STAMP, item[_STAMP]):
                 break
-        # The process that had the token may have read it before, and may be about to add its job.
+        # The process that owned the token may have read the token earlier, and may still add its job.
         while not self.hold(other, head):
             head = self.get(other, settle=False)
             if head and head.projection:
@@ -401,7 +398,7 @@ class JobItems:
                 return head.projection
         return None
 
-    def _give_up(self, name: str, job: JobId) -> None:
+    def _release_token(self, name: str, job: JobId) -> None:
         item = self._store.get(name) if name != NOBODY else None
         if item and item["job"] == job:
             self._store.delete_if(name, _STAMP, item[_STAMP])

@@ -49,20 +49,20 @@ class Leases:
     def take(self, name: str, owner: str, over: Lease | None) -> Lease:
         while True:
             item = self._store.get(_name(name))
-            stands = _lease(item)
-            if stands and stands.owner != owner and stands != over:
-                return stands
-            taken = Lease(owner, 1 + (int(item["beat"]) if item else 0))
-            pairs = [(_STAMP, unique()), ("owner", owner), ("beat", str(taken.beat))]
+            current = _lease(item)
+            if current and current.owner != owner and current != over:
+                return current
+            lease = Lease(owner, 1 + (int(item["beat"]) if item else 0))
+            pairs = [(_STAMP, unique()), ("owner", owner), ("beat", str(lease.beat))]
             pairs.append(("free", "no"))
             if self._store.put_if(_name(name), pairs, _STAMP, item[_STAMP] if item else None):
-                return taken
+                return lease
 
     def give_back(self, name: str, owner: str) -> None:
         while True:
             item = self._store.get(_name(name))
-            stands = _lease(item)
-            if item is None or stands is None or stands.owner != owner:
+            current = _lease(item)
+            if item is None or current is None or current.owner != owner:
                 return
             pairs = [(_STAMP, unique()), ("free", "yes")]
             if self._store.put_if(_name(name), pairs, _STAMP, item[_STAMP]):
@@ -327,7 +327,7 @@ class SimpleDbLedger:
             return False
         if job.token:
             self._heads.claim(job.token, job.id)
-        count = sum(len(one.completions) for one in past.rounds)
+        count = sum(len(part.completions) for part in past.rounds)
         newest = head.projection.last_seq if head and head.projection else -1
         first = self._numbers.take(count, above=newest)
         projection, rows = ledger_projection.restore(past, first)

@@ -13,9 +13,12 @@ SIGKILL the schema is the old or the new one. Alembic is imported only for a mig
 
 from __future__ import annotations
 
+import asyncio
+import os
 import sqlite3
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -25,8 +28,8 @@ from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, Operation
 from sqlalchemy.schema import CreateSchema
 
 from batchlab.adapters.clock import Busy
-from batchlab.adapters.local.sqlite_wal import make_private
 from batchlab.adapters.sql.tables import HEAD, metadata, versions
+from batchlab.core.atomic_write import make_private, sync_folder
 from batchlab.core.errors import BackendError, NotFound, Unreachable
 
 _BUSY_S = 10.0
@@ -117,6 +120,62 @@ def _begin(connection: Connection, *, writes: bool, lasts: bool) -> None:  # noq
     # If a transaction began as a reader and then wrote, SQLite would refuse the write without waiting whenever another
     # process has written meanwhile.
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+class WalFlush:
+    """Group commit for a SQLite file in WAL mode, for open connections of this process.
+
+    With `synchronous = NORMAL`, a commit is in the log. The end of a process cannot harm it, but the log may not be on
+    disk. This class flushes the log outside of SQLite's lock, and calls that wait at the same time share one flush. A
+    checkpoint flushes both files itself.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._threads = ThreadPoolExecutor(1, thread_name_prefix="sqlite-flush")
+        self._current: asyncio.Task[None] | None = None
+        self._next: asyncio.Task[None] | None = None
+        self._is_name_flushed = False
+
+    async def __call__(self) -> None:
+        """Wait until every committed transaction is on disk. Raise BackendError if the flush fails."""
+        if self._next is None:
+            # The current flush may have begun before the caller's commit.
+            self._next = asyncio.get_running_loop().create_task(self._flush_after(self._current))
+            self._next.add_done_callback(_read_error)
+        # The cancellation of one caller must not cancel the flush of the others.
+        await asyncio.shield(self._next)
+
+    async def _flush_after(self, before: asyncio.Task[None] | None) -> None:
+        if before is not None and not before.done():
+            await asyncio.wait([before])
+        self._current, self._next = self._next, None
+        await asyncio.wrap_future(self._threads.submit(self._flush))
+
+    def _flush(self) -> None:
+        try:
+            descriptor = os.open(f"{self._path}-wal", os.O_RDONLY)
+            try:
+                os.fdatasync(descriptor)
+            finally:
+                os.close(descriptor)
+            if not self._is_name_flushed:
+                sync_folder(self._path.parent)
+                self._is_name_flushed = True
+        except FileNotFoundError:
+            return  # the last connection was closed, which moved the log into the database
+        except OSError as error:
+            raise BackendError(f"{self._path} cannot be written: {error.strerror}.") from error
+
+    def close(self) -> None:
+        """End the thread after its current flush."""
+        self._threads.shutdown(wait=False)
+
+
+def _read_error(flush: asyncio.Task[None]) -> None:
+    # All callers may have been canceled, and asyncio warns about an error that is never read.
+    if not flush.cancelled():
+        flush.exception()
 
 
 _LOCKED = "55P03"
@@ -229,11 +288,11 @@ def ensure(engine: Engine) -> None:
             return
     with transaction(engine, writes=True, lasts=True) as connection:
         # The version is read again, because from now on no other process can change it.
-        found = _version(connection)
-        if found is None:
+        version = _version(connection)
+        if version is None:
             _make_room(connection)
             create(connection)
-        elif found != HEAD:
+        elif version != HEAD:
             upgrade(connection)
 
 
@@ -265,10 +324,10 @@ def _version(connection: Connection) -> str | None:
     """Return None for a new database, and "" if Alembic has begun without a migration."""
     if not inspect(connection).has_table(versions.name):
         return None
-    found = connection.execute(select(versions.c.version_num)).scalar() or ""
-    if found > HEAD:
+    version = connection.execute(select(versions.c.version_num)).scalar() or ""
+    if version > HEAD:
         raise BackendError(
-            f"{name_of(connection.engine)} was written by a newer batchlab (schema {found}).",
+            f"{name_of(connection.engine)} was written by a newer batchlab (schema {version}).",
             remedy=f"Install that version, or {other_database(connection.engine)}.",
         )
-    return found
+    return version

@@ -15,9 +15,8 @@ from typing import Any, TypeVar, overload
 from sqlalchemy import Connection, Engine, Table, bindparam, delete, select, update
 
 from batchlab.adapters.clock import CallRunner, InlineRunner, ReadWriteThreads, SingleThread
-from batchlab.adapters.local.sqlite_wal import WalFlush
 from batchlab.adapters.sql import engines
-from batchlab.adapters.sql.engines import sqlite_engine, transaction, translated
+from batchlab.adapters.sql.engines import WalFlush, sqlite_engine, transaction, translated
 from batchlab.adapters.sql.logins import Logins
 from batchlab.adapters.sql.rows import (
     Snapshot,
@@ -155,7 +154,7 @@ class SqlLedger:
             return self._add_job(connection, change)
         projection = load_job(connection, change.job_id)
         before = Snapshot.of(projection)
-        # The existing bundles are not loaded, because the statement that stores bundles leaves them.
+        # The existing bundles are not loaded, because the statement that stores bundles does not change them.
         rows = ledger_projection.apply(projection, change, {})
         if rows is not None:
             self._store(connection, projection, before, rows)
@@ -179,8 +178,8 @@ class SqlLedger:
             self._upserts,
             [
                 (job, key)
-                for job, mine in positions.items()
-                for key in ledger_projection.keys_of(change, mine, with_follows=False)
+                for job, own in positions.items()
+                for key in ledger_projection.keys_of(change, own, with_follows=False)
             ],
         )
         last = connection.execute(self._upserts.take_seqs, {"count": count}).scalar_one()
@@ -192,7 +191,7 @@ class SqlLedger:
                 self._store(connection, projection, before, rows)
             for position in fresh:
                 new[position] = True
-        return FoldResult(new, first, {job: one.rows() for job, one in loaded.items()})
+        return FoldResult(new, first, {job: projection.rows() for job, projection in loaded.items()})
 
     def _store(
         self, connection: Connection, projection: Projection, before: Snapshot, rows: Iterable[BundleRow]
@@ -256,7 +255,7 @@ class SqlLedger:
         if not is_same:
             return False
         _forget(connection, [job])
-        count = sum(len(one.completions) for one in past.rounds)
+        count = sum(len(part.completions) for part in past.rounds)
         last = connection.execute(self._upserts.take_seqs, {"count": count}).scalar_one()
         projection, rows = ledger_projection.restore(past, last - count + 1)
         if add_job(connection, self._upserts, projection) is not None:

@@ -68,8 +68,8 @@ def load_job(connection: Connection, name: JobId) -> Projection:
     spec, *job = rows[0][: 1 + len(_JOB)]
     projection = _projection(spec, *job)
     for stage, uncut, *values in (row[1 + len(_JOB) :] for row in rows):
-        left = json_format.tasks_from_json(json.loads(uncut))
-        projection.stages[StageName(stage)] = Stage(*(*values, left))
+        uncut_tasks = json_format.tasks_from_json(json.loads(uncut))
+        projection.stages[StageName(stage)] = Stage(*(*values, uncut_tasks))
     return projection
 
 
@@ -167,9 +167,9 @@ def store_job(connection: Connection, projection: Projection, before: Snapshot) 
         connection.execute(_update_job, {"b_job": name, **_job_values(projection)})
     for group, (get, columns) in enumerate(_GROUPS):
         changed = [
-            {"b_job": name, "b_stage": stage, **_values(one, columns)}
-            for stage, one in projection.stages.items()
-            if get(one) != before.stages[stage][group]
+            {"b_job": name, "b_stage": stage, **_values(loaded, columns)}
+            for stage, loaded in projection.stages.items()
+            if get(loaded) != before.stages[stage][group]
         ]
         if changed:
             connection.execute(_STORE[columns], changed)

@@ -98,8 +98,8 @@ bundles = Table(
     Column("id", _Name, nullable=False),
     Column("seq", BigInteger),
     Column("failed", Integer, nullable=False),
-    # 1 for a bundle of a plan that a retry has replaced. The row stays, so that a late event is not counted, but it is
-    # in no listing.
+    # 1 for a bundle of a plan that a retry has replaced. The row stays, so that a late event is not counted, but
+    # listings omit the row.
     Column("void", Integer, nullable=False, server_default="0"),
     Column("body", Text, nullable=False),
     PrimaryKeyConstraint("job", "stage", "id", name="bundles_pk"),
@@ -240,8 +240,8 @@ def known_on_postgresql() -> Select[Any]:
     keys = _unpacked(_KEY).subquery()
     is_done = bundles.c.seq.is_not(None).label("is_done")
     same = (bundles.c[name] == keys.c[name] for name in _KEY)
-    found = select(is_done).where(*same).limit(literal_column("1")).lateral()
-    return select(*(keys.c[name] for name in _KEY), found.c.is_done).join_from(keys, found, true())
+    matches = select(is_done).where(*same).limit(literal_column("1")).lateral()
+    return select(*(keys.c[name] for name in _KEY), matches.c.is_done).join_from(keys, matches, true())
 
 
 def _known_on_postgresql() -> Callable[[Connection, Sequence[KeyValues]], Iterable[Sequence[Any]]]:
@@ -266,18 +266,18 @@ def _stored_on_sqlite(store: Any) -> Callable[[Connection, Sequence[BundleValues
     from sqlalchemy.dialects import sqlite
 
     text = str(store.compile(dialect=sqlite.dialect(), column_keys=BUNDLE))
-    one = f"({', '.join('?' * len(BUNDLE))})"
-    before, after = text.split(one)
-    return lambda connection, rows: _in_parts(connection, before, one, after, rows)
+    row = f"({', '.join('?' * len(BUNDLE))})"
+    before, after = text.split(row)
+    return lambda connection, rows: _in_parts(connection, before, row, after, rows)
 
 
-def _in_parts(connection: Connection, before: str, one: str, after: str, rows: Sequence[Sequence[Any]]) -> list[Any]:
-    """Execute the statement with some of the rows at a time, each written as `one`."""
+def _in_parts(connection: Connection, before: str, row: str, after: str, rows: Sequence[Sequence[Any]]) -> list[Any]:
+    """Execute the statement with some of the rows at a time, each written as `row`."""
     returned: list[Any] = []
     for at in range(0, len(rows), _ROWS_AT_ONCE):
-        some = rows[at : at + _ROWS_AT_ONCE]
-        statement = f"{before}{', '.join([one] * len(some))}{after}"
-        result = connection.exec_driver_sql(statement, tuple(chain.from_iterable(some)))
+        batch = rows[at : at + _ROWS_AT_ONCE]
+        statement = f"{before}{', '.join([row] * len(batch))}{after}"
+        result = connection.exec_driver_sql(statement, tuple(chain.from_iterable(batch)))
         if result.returns_rows:
             returned += result
     return returned
