@@ -284,8 +284,7 @@ def share(site: Site) -> None:
     expect(set(bodies) == sent, f"{len(sent - set(bodies))} of 60 messages reach no receiver")
 
 
-STALE = "SQS API, DeleteMessage"
-LONGEST_S = int(MAX_VISIBILITY_S)
+MAX_TIMEOUT_S = int(MAX_VISIBILITY_S)
 
 SQS_RECEIPTS = Table("sqs")
 
@@ -367,18 +366,20 @@ def delete_batch_partial(site: Site) -> None:
     the invalid receipt under Failed.
     """
     queue, message = site.received_message(VisibilityTimeout="2")
-    entries = [{"Id": "good", "ReceiptHandle": message.receipt}, {"Id": "bad", "ReceiptHandle": "nonsense"}]
-    response = queue.call("DeleteMessageBatch", Entries=entries).accepted().data
-    _one_failed(response.get("Failed", ()))
-    expect(
-        [entry["Id"] for entry in response.get("Successful", ())] == ["good"], "the entry with the valid receipt fails"
-    )
+    _call_with_invalid_receipt(queue, "DeleteMessageBatch", message)
     expect(queue.empty(wait_s=3), "the message of the valid receipt is received again")
 
 
-def _one_failed(failed: Any) -> None:
+def _call_with_invalid_receipt(queue: OwnQueue, action: str, message: Received, **more: Any) -> None:
+    """Call a batch action with the receipt of the message and with an invalid receipt."""
+    receipts = {"good": message.receipt, "bad": "nonsense"}
+    entries = [{"Id": name, "ReceiptHandle": receipt, **more} for name, receipt in receipts.items()]
+    response = queue.call(action, Entries=entries).accepted().data
+    failed = response.get("Failed", ())
     expect([entry["Id"] for entry in failed] == ["bad"], "Failed does not list the invalid receipt")
     expect(failed[0].get("Code") == "ReceiptHandleIsInvalid", f"the error code is {failed[0]['Code']}")
+    successful = [entry["Id"] for entry in response.get("Successful", ())]
+    expect(successful == ["good"], "the entry with the valid receipt fails")
 
 
 @SQS_RECEIPTS.noted(
@@ -391,20 +392,12 @@ def change_batch_partial(site: Site) -> None:
     the invalid receipt under Failed.
     """
     queue, message = site.received_message(VisibilityTimeout="600")
-    entries = [
-        {"Id": "good", "ReceiptHandle": message.receipt, "VisibilityTimeout": 0},
-        {"Id": "bad", "ReceiptHandle": "nonsense", "VisibilityTimeout": 0},
-    ]
-    response = queue.call("ChangeMessageVisibilityBatch", Entries=entries).accepted().data
-    _one_failed(response.get("Failed", ()))
-    expect(
-        [entry["Id"] for entry in response.get("Successful", ())] == ["good"], "the entry with the valid receipt fails"
-    )
+    _call_with_invalid_receipt(queue, "ChangeMessageVisibilityBatch", message, VisibilityTimeout=0)
     expect(queue.one().id == message.id, "the message of the valid receipt is not changed")
 
 
 @SQS_RECEIPTS.noted(
-    source=STALE,
+    source="SQS API, DeleteMessage",
     promise="Queue.delete: the adapter returns a refusal and does not raise",
     otherwise="a worker learns that it lost its message, which AWS does not report",
 )
@@ -415,7 +408,7 @@ def stale_delete_answer(site: Site) -> None:
 
 
 @SQS_RECEIPTS.noted(
-    source=STALE,
+    source="SQS API, DeleteMessage",
     promise="none: the commit decides, not the delete",
     otherwise=(
         "a late worker deletes a message that another worker holds. If that worker dies, too, the"
@@ -478,7 +471,7 @@ def change_deleted(site: Site) -> None:
 def change_over_12h(site: Site) -> None:
     """A VisibilityTimeout over 43,200 s returns 400 InvalidParameterValue."""
     queue, message = site.received_message()
-    queue.hide(message.receipt, LONGEST_S + 1).refused(400, "InvalidParameterValue")
+    queue.hide(message.receipt, MAX_TIMEOUT_S + 1).refused(400, "InvalidParameterValue")
 
 
 @SQS_RECEIPTS.noted(
@@ -492,7 +485,7 @@ def change_total_12h(site: Site) -> None:
     """
     queue, message = site.received_message()
     time.sleep(2)
-    queue.hide(message.receipt, LONGEST_S).refused(400, "InvalidParameterValue")
+    queue.hide(message.receipt, MAX_TIMEOUT_S).refused(400, "InvalidParameterValue")
 
 
 @SQS_RECEIPTS.noted(

@@ -82,9 +82,11 @@ class Destroy:
     sleep: Callable[[float], None] = time.sleep
 
     def run(self) -> list[Resource] | None:
-        """Destroy the stack, and return the resources that remain, or None if the user declined.
-        Raises Refused if data would be lost without `delete_data`, StackFailed, and
-        BackendError."""
+        """Destroy the stack. Return the resources that remain, or None if the user declined.
+
+        Raise Refused if the deletion would lose data without `delete_data`, StackFailed if CloudFormation fails, and
+        BackendError if AWS refuses a call.
+        """
         state = follow_operation(self.stack, self.interface)
         if state is None:
             raise Refused(
@@ -93,39 +95,42 @@ class Destroy:
             )
         if state.status == "DELETE_COMPLETE":
             return []
-        held = [] if state.is_new else data_resources(self.stack)
-        lost = ", ".join(resource.text for resource in held if resource.fate == "deleted")
+        data = [] if state.is_new else data_resources(self.stack)
+        lost = ", ".join(item.text for item in data if item.fate == "deleted")
         if lost and not self.delete_data:
             raise Refused(
                 f"The data of the stack {state.name} would be deleted: {lost}.",
                 remedy="Download what you need, then use --delete-data.",
             )
-        if not self.interface.agrees(self._question(state, held)):
+        if not self.interface.agrees(self._question(state, data)):
             return None
         if state.is_protected:
             self.stack.protect(on=False)
         if not state.is_new:
             self._end_instances(state)
-            self._release_databases(held)
-            self._empty_buckets(held)
-        remaining = [*self._delete(state), *self._snapshots(held)]
-        self._delete_logs(held)
+            self._release_databases(data)
+            self._empty_buckets(data)
+        remaining = [*self._delete(state), *self._snapshots(data)]
+        self._delete_logs(data)
         return remaining
 
-    def _question(self, state: State, held: list[DataResource]) -> str:
+    def _question(self, state: State, data: list[DataResource]) -> str:
         if self.delete_data:
-            data = ", ".join(resource.text for resource in held) or "no data"
-            return f"Destroy the stack {state.name}, and with it {data}?"
+            texts = ", ".join(item.text for item in data) or "no data"
+            return f"Destroy the stack {state.name}, and with it {texts}?"
         remaining = ", ".join(
-            f"{data.resource.physical} {'remains' if data.fate == 'kept' else 'leaves a last snapshot'}"
-            for data in held
-            if data.fate != "deleted"
+            f"{item.resource.physical} {'remains' if item.fate == 'kept' else 'leaves a last snapshot'}"
+            for item in data
+            if item.fate != "deleted"
         )
         return f"Destroy the stack {state.name}{f' ({remaining})' if remaining else ''}?"
 
     def _end_instances(self, state: State) -> None:
-        """End all instances. A manager would launch and protect others, a worker would write into a
-        bucket that is being emptied, and a protected instance would keep its group."""
+        """End all instances before the deletion.
+
+        A manager would launch and protect instances, a worker would write into a bucket that is being emptied, and a
+        protected instance would keep its group.
+        """
         names = [resource.physical for resource in self.stack.resources() if resource.type == _GROUP]
         if not names:
             return
@@ -168,7 +173,7 @@ class Destroy:
             self.sleep(2.0)
 
     def _unprotect(self, group: Mapping[str, Any]) -> bool:
-        """Remove the scale-in protection of instances. Return whether any was protected."""
+        """Remove the scale-in protection of instances. Return whether an instance was protected."""
         scaling = self.stack.account.client("autoscaling")
         guarded = [instance["InstanceId"] for instance in _instances(group) if instance["ProtectedFromScaleIn"]]
         for begin in range(0, len(guarded), MAX_PROTECTION_CALL):
@@ -180,13 +185,13 @@ class Destroy:
                 )
         return bool(guarded)
 
-    def _release_databases(self, held: list[DataResource]) -> None:
-        """Turn off the deletion protection of databases, without which CloudFormation cannot delete them."""
+    def _release_databases(self, data: list[DataResource]) -> None:
+        """Turn off the deletion protection of databases. CloudFormation cannot delete a protected database."""
         rds = self.stack.account.client("rds")
-        for data in held:
-            if data.resource.type != _DATABASE or data.fate == "kept":
+        for item in data:
+            if item.resource.type != _DATABASE or item.fate == "kept":
                 continue
-            name = data.resource.physical
+            name = item.resource.physical
             # The user may have deleted the database. CloudFormation ignores that.
             with (
                 suppress(Missing),
@@ -196,9 +201,9 @@ class Destroy:
                 if database.get("DeletionProtection"):
                     rds.modify_db_instance(DBInstanceIdentifier=name, DeletionProtection=False, ApplyImmediately=True)
 
-    def _empty_buckets(self, held: list[DataResource]) -> None:
-        """Empty the buckets that CloudFormation must delete. A bucket with nothing but releases holds no data."""
-        kept = [] if self.delete_data else [data.resource for data in held]
+    def _empty_buckets(self, data: list[DataResource]) -> None:
+        """Empty the buckets that CloudFormation must delete. A bucket that has only releases has no data."""
+        kept = [] if self.delete_data else [item.resource for item in data]
         for resource in self.stack.resources():
             if resource.type == _BUCKET and resource not in kept and resource.status != "CREATE_FAILED":
                 leftovers.empty(self.stack.account, resource.physical, self.interface.say)
@@ -217,23 +222,25 @@ class Destroy:
         skipped = {event.resource for event in events if event.status == "DELETE_SKIPPED"}
         return [resource for resource in before if resource.id in skipped and not self._remove(resource)]
 
-    def _snapshots(self, held: list[DataResource]) -> Iterator[Resource]:
+    def _snapshots(self, data: list[DataResource]) -> Iterator[Resource]:
         """Yield the last snapshots of deleted databases."""
-        for data in held:
-            if data.fate != "snapshot":
+        for item in data:
+            if item.fate != "snapshot":
                 continue
-            query = {"DBInstanceIdentifier": data.resource.physical, "SnapshotType": "manual"}
+            query = {"DBInstanceIdentifier": item.resource.physical, "SnapshotType": "manual"}
             for snapshot in self.stack.account.pages("rds", "describe_db_snapshots", "DBSnapshots", **query):
                 name, status = snapshot["DBSnapshotIdentifier"], snapshot["Status"]
-                yield Resource(data.resource.id, "AWS::RDS::DBSnapshot", name, status)
+                yield Resource(item.resource.id, "AWS::RDS::DBSnapshot", name, status)
 
-    def _delete_logs(self, held: list[DataResource]) -> None:
-        """Delete the log groups that RDS created again for its last messages, after the stack's own were deleted."""
+    def _delete_logs(self, data: list[DataResource]) -> None:
+        """Delete the log groups that RDS created again for its last messages, after the stack's own log groups were
+        deleted.
+        """
         account = self.stack.account
-        for data in held:
-            if data.resource.type != _DATABASE or data.fate == "kept":
+        for item in data:
+            if item.resource.type != _DATABASE or item.fate == "kept":
                 continue
-            prefix = f"/aws/rds/instance/{data.resource.physical}/"
+            prefix = f"/aws/rds/instance/{item.resource.physical}/"
             try:
                 for group in account.pages("logs", "describe_log_groups", "logGroups", logGroupNamePrefix=prefix):
                     name = group["logGroupName"]
@@ -244,8 +251,10 @@ class Destroy:
                 self.interface.say(f"Logs below {prefix} may remain: {error}")
 
     def _remove(self, resource: Resource) -> bool:
-        """Remove a resource that CloudFormation has kept, if the user asked for that or if it is a
-        bucket without data. Return whether it was removed."""
+        """Remove a resource that CloudFormation has kept, and return whether it was removed.
+
+        The resource stays unless the user wants to delete the data, or the resource is a bucket without data.
+        """
         kind = _KINDS.get(resource.type)
         name, account = resource.physical, self.stack.account
         is_wanted = self.delete_data or (resource.type == _BUCKET and not leftovers.has_data(account, name))

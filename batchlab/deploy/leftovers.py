@@ -50,7 +50,7 @@ def resource_of(arn: str, stack: str) -> AwsResource:
 
 
 def remove(account: Account, resource: AwsResource, say: Say) -> None:
-    """Remove the resource. Raises BackendError if AWS refuses, or if users must remove this kind themselves."""
+    """Remove the resource. Raise BackendError if AWS refuses, or if batchlab cannot remove this kind of resource."""
     remover = _REMOVERS.get(resource.kind)
     if remover is None:
         raise BackendError(f"batchlab cannot remove {resource.arn}.", remedy="Remove this resource in the console.")
@@ -62,7 +62,7 @@ OWN_FOLDERS = (release.PREFIX, plan.FOLDER)
 
 
 def has_data(account: Account, bucket: str) -> bool:
-    """Return whether the bucket has a version of an object outside `OWN_FOLDERS`. A deleted bucket has none."""
+    """Return whether the bucket has a version of an object outside `OWN_FOLDERS`. A deleted bucket has no data."""
     try:
         with aws_errors(f"Bucket {bucket!r}"):
             page = account.client("s3").list_object_versions(Bucket=bucket, Delimiter="/")
@@ -73,8 +73,10 @@ def has_data(account: Account, bucket: str) -> bool:
 
 
 def empty(account: Account, bucket: str, say: Say) -> int:
-    """Delete every version of every object, report the count after each batch, and return it. A
-    deleted bucket has none. Raises BackendError with the first object that cannot be deleted."""
+    """Delete every version of every object, and report the count after each batch. Return the count.
+
+    A deleted bucket counts 0. Raise BackendError with the first object that cannot be deleted.
+    """
     s3 = account.client("s3")
     count = 0
     with suppress(NotFound), aws_errors(f"Bucket {bucket!r}"):
@@ -116,7 +118,7 @@ def _group(account: Account, resource: AwsResource, _say: Say) -> None:
 
 
 def _calling(service: str, operation: str, parameter: str, **more: Any) -> Callable[..., None]:
-    """Return a remover that makes one call with the resource's name, as a list if the parameter is plural."""
+    """Return a remover with one call. The call has the resource's name, as a list if the parameter is plural."""
 
     def call(account: Account, resource: AwsResource, _say: Say) -> None:
         name = resource.arn if service in ("secretsmanager", "sns") else resource.name
@@ -153,8 +155,11 @@ _DATABASE_LOG = re.compile(rf"/aws/rds/instance/(?P<database>{_STACK}-ledger)/(p
 
 @dataclass(frozen=True, slots=True)
 class Leftover:
-    """A resource of a stack. `is_used` if its stack exists and has it. `is_guessed` if only its
-    name suggests its stack."""
+    """Resource of a stack.
+
+    `is_used` means that the stack exists and has the resource. `is_guessed` means that only the name suggests the
+    stack.
+    """
 
     resource: AwsResource
     is_used: bool
@@ -162,15 +167,17 @@ class Leftover:
 
 
 class Leftovers:
-    """Search of one account in one region. Each stack is read once."""
+    """Search for leftovers in one account and region. Each stack is read once."""
 
     def __init__(self, account: Account) -> None:
         self._account = account
         self._parts: dict[str, list[str] | None] = {}
 
     def tagged(self) -> Iterator[Leftover]:
-        """Yield the resources with a batchlab stack's tag, from AWS's list of tagged resources. It
-        does not contain IAM roles or resources that cannot have tags."""
+        """Yield the resources with the tag of a batchlab stack.
+
+        AWS's list of tagged resources lacks IAM roles and resources that cannot have tags.
+        """
         for page in self._account.pages(
             "resourcegroupstaggingapi", "get_resources", "ResourceTagMappingList", TagFilters=[{"Key": TAG}]
         ):
@@ -180,9 +187,11 @@ class Leftovers:
                 yield Leftover(resource, _is_used(resource, self._parts_of(resource.stack)))
 
     def named(self, known: Collection[str], say: Callable[[str], None]) -> Iterator[Leftover]:
-        """Yield the resources without a tag whose names look like a stack's: SimpleDB domains,
-        which cannot have tags, and logs of a deleted database. `known` are the names of `tagged`.
-        `say` receives a message for each listing that fails."""
+        """Yield the resources without a tag whose names suggest a stack: SimpleDB domains, and logs of deleted
+        databases.
+
+        `known` are the names of `tagged`. `say` receives a message for each listing that fails.
+        """
         for what, listing in (("SimpleDB domains", self._domains), ("RDS's logs", self._logs)):
             try:
                 resources = [resource for resource in listing() if resource.name not in known]
@@ -224,10 +233,14 @@ class Leftovers:
         return self._parts[name]
 
 
-def select_removable(found: Sequence[Leftover], names: Sequence[str]) -> list[Leftover]:
-    """Return the resources to remove. `names` are the user's choice of resources known only by
-    name. Raises NotFound or Refused for a name that is not a leftover."""
-    guessed: Mapping[str, Leftover] = {leftover.resource.name: leftover for leftover in found if leftover.is_guessed}
+def select_removable(leftovers: Sequence[Leftover], names: Sequence[str]) -> list[Leftover]:
+    """Return the leftovers to remove. `names` are the user's choice of resources without a tag.
+
+    Raise NotFound for an unknown name, and Refused for a resource in use.
+    """
+    guessed: Mapping[str, Leftover] = {
+        leftover.resource.name: leftover for leftover in leftovers if leftover.is_guessed
+    }
     for name in names:
         if name not in guessed:
             raise NotFound(
@@ -241,7 +254,7 @@ def select_removable(found: Sequence[Leftover], names: Sequence[str]) -> list[Le
             )
     return [
         leftover
-        for leftover in found
+        for leftover in leftovers
         if not leftover.is_used and (not leftover.is_guessed or leftover.resource.name in names)
     ]
 

@@ -97,15 +97,17 @@ def create_plan(
     home: Home | None = None,
     release: str | None = None,
 ) -> Iterator[Plan]:
-    """Yield the plan that changes the stack, now in `state`, to the wanted settings. After the
-    block, it is deleted unless it was executed. Without a `release`, the deployed one stays."""
+    """Yield the plan that changes the stack, which is now in `state`, to the wanted settings.
+
+    After the block, the plan is deleted unless it was executed. Without a `release`, the deployed release stays.
+    """
     is_new = state is None or state.is_new
     deployed = {} if state is None or is_new else state.parameters
     base = deployed.get("PoolName", template.BASE)
-    given = settings.parameters(wanted, source, base)
+    values = settings.parameters(wanted, source, base)
     expanded = template.expand(source, [pool.name for pool in wanted.pools], base)
-    sent = _sent(expanded, given, deployed, release)
-    effective = _effective(expanded, given)
+    sent = _sent(expanded, values, deployed, release)
+    effective = _effective(expanded, values)
     region = stack.account.region
     if effective.get("Ledger") == "simpledb" and region not in WITH_SIMPLEDB:
         raise UsageError(
@@ -137,23 +139,23 @@ def create_plan(
 
 
 def _sent(
-    expanded: Template, given: Mapping[str, str], deployed: Mapping[str, str], release: str | None
+    expanded: Template, values: Mapping[str, str], deployed: Mapping[str, str], release: str | None
 ) -> list[dict[str, Any]]:
     sent: list[dict[str, Any]] = []
     for name, form in expanded.get("Parameters", {}).items():
         if name == RELEASE and release is not None:
             sent.append({"ParameterKey": name, "ParameterValue": release})
-        elif name in given:
-            sent.append({"ParameterKey": name, "ParameterValue": given[name]})
+        elif name in values:
+            sent.append({"ParameterKey": name, "ParameterValue": values[name]})
         elif name in deployed and (name == RELEASE or text_of(form.get("NoEcho")) == "true"):
             # AWS does not return secret values, so they cannot be sent again.
             sent.append({"ParameterKey": name, "UsePreviousValue": True})
     return sent
 
 
-def _effective(expanded: Template, given: Mapping[str, str]) -> dict[str, str]:
+def _effective(expanded: Template, values: Mapping[str, str]) -> dict[str, str]:
     declared = expanded.get("Parameters", {})
-    return {name: given.get(name, text_of(form.get("Default"))) for name, form in declared.items()}
+    return {name: values.get(name, text_of(form.get("Default"))) for name, form in declared.items()}
 
 
 def shape_of(template: Template) -> StackShape:
@@ -168,8 +170,10 @@ def shape_of(template: Template) -> StackShape:
 
 
 def cost(parameters: Mapping[str, str], region: str, home: Home | None, shape: StackShape) -> Cost:
-    """Return the cost of a stack with these parameters, at the region's prices or at those of the
-    price book's region."""
+    """Return the cost of a stack with these parameters.
+
+    Without prices for the region, the cost is at the prices of the price book's region.
+    """
     book = price_book.load(home.path if home else None)
     note = ""
     try:
@@ -185,22 +189,26 @@ def cost(parameters: Mapping[str, str], region: str, home: Home | None, shape: S
 
 
 def offline_plan(wanted: Settings, source: Template, home: Home) -> tuple[Template, Cost]:
-    """Return the template with the settings as its defaults, and the cost of its stack, without
-    calls to AWS. Raises UsageError for settings that the template does not accept."""
-    given = settings.parameters(wanted, source)
-    made = template.expand(source, [pool.name for pool in wanted.pools])
+    """Return the template with the settings as its defaults, and the cost of its stack, without calls to AWS.
+
+    Raise UsageError for settings that the template does not accept.
+    """
+    values = settings.parameters(wanted, source)
+    expanded = template.expand(source, [pool.name for pool in wanted.pools])
     region = wanted.region or price_book.load(home.path).region
-    costs = cost(_effective(made, given), region, home, shape_of(made))
-    declared = made["Parameters"]
-    defaults = {name: {**declared[name], "Default": value} for name, value in given.items()}
-    return {**made, "Parameters": {**declared, **defaults}}, costs
+    costs = cost(_effective(expanded, values), region, home, shape_of(expanded))
+    declared = expanded["Parameters"]
+    defaults = {name: {**declared[name], "Default": value} for name, value in values.items()}
+    return {**expanded, "Parameters": {**declared, **defaults}}, costs
 
 
 @contextmanager
 def _reachable(stack: Stack, body: str, state: State | None) -> Iterator[dict[str, str]]:
-    """Yield the template's arguments for CreateChangeSet. A small template is sent in the request.
-    A larger one is read from the stack's own bucket, or for a new stack from a bucket that exists
-    during this block."""
+    """Yield the template's arguments for CreateChangeSet.
+
+    The request contains a small template. AWS reads a larger template from the stack's own bucket, or for a new stack
+    from a bucket that exists during this block.
+    """
     if len(body.encode()) <= MAX_INLINE_BYTES:
         yield {"TemplateBody": body}
         return

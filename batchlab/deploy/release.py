@@ -54,15 +54,17 @@ _EPOCH = (1980, 1, 1, 0, 0, 0)
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Target of the wheels: Linux with glibc, of an architecture and a Python version ("3.12")."""
+    """Target of the wheels: Linux with glibc, with an architecture and a Python version such as "3.12"."""
 
     architecture: str
     python: str
 
     @classmethod
     def of(cls, architecture: str, python: str) -> Target:
-        """Return the target. An empty version means the running Python. Raises UsageError for one
-        that instances do not have."""
+        """Return the target. An empty version means the running Python.
+
+        Raise UsageError for a version or an architecture that instances do not support.
+        """
         # Functions are sent as bytecode, which only the same Python version can run.
         python = python or f"{sys.version_info.major}.{sys.version_info.minor}"
         if architecture not in ARCHITECTURES:
@@ -104,7 +106,7 @@ class Target:
 
 
 def own_wheel(folder: Path) -> Path:
-    """Write batchlab's wheel from the files and metadata of the running package, and return its path."""
+    """Write batchlab's wheel from the files and metadata of the running package, and return the path of the wheel."""
     installed = metadata.distribution("batchlab")
     version = installed.version
     info = f"batchlab-{version}.dist-info"
@@ -134,9 +136,11 @@ def _digest(body: bytes) -> str:
 
 
 def fetch(folder: Path, target: Target, packages: Sequence[str] = ()) -> list[str]:
-    """Download the wheels of batchlab's and `packages`' dependencies from pip's configured index,
-    and return them as "name==version". Raises BackendError with pip's reason, and UsageError for an
-    invalid package name."""
+    """Download the wheels of batchlab's dependencies and of `packages` from pip's configured index.
+
+    Return the packages as "name==version". Raise BackendError with pip's reason, and UsageError for an invalid package
+    name.
+    """
     with _Pip(target, folder) as pip:
         pins, missing = _closure([*compose_project.requirements(), *packages], target, pip)
         pip.download([*pins, INSTALLER])
@@ -144,28 +148,31 @@ def fetch(folder: Path, target: Target, packages: Sequence[str] = ()) -> list[st
 
 
 def _closure(roots: Sequence[str], target: Target, pip: _Pip) -> tuple[Sequence[str], Sequence[str]]:
-    """Return the dependencies for the target: pins of those that are installed here, and those of
-    the others, which are downloaded to read their metadata."""
+    """Return the dependencies for the target as two lists of pins.
+
+    The first list has the versions of packages that are installed here. The packages of the second list are downloaded,
+    because their metadata is needed.
+    """
     pins: dict[str, str] = {}
     fetched: dict[str, metadata.Distribution] = {}
-    seen: set[tuple[str, str]] = set()
+    visited: set[tuple[str, str]] = set()
     waiting = [_requirement(line) for line in roots]
     while waiting:
         wanted = waiting.pop()
         name = canonicalize_name(wanted.name)
         if name not in fetched:
             try:
-                found = metadata.distribution(name)
-                pins[name] = f"{name}=={found.version}"
+                distribution = metadata.distribution(name)
+                pins[name] = f"{name}=={distribution.version}"
             except metadata.PackageNotFoundError:
-                found = fetched[name] = pip.one(f"{name}{wanted.specifier}", name)
+                distribution = fetched[name] = pip.one(f"{name}{wanted.specifier}", name)
         else:
-            found = fetched[name]
+            distribution = fetched[name]
         for extra in ("", *sorted(wanted.extras)):
-            if (name, extra) not in seen:
-                seen.add((name, extra))
+            if (name, extra) not in visited:
+                visited.add((name, extra))
                 environment = {**target.markers(), "extra": extra}
-                requirements = map(Requirement, found.requires or ())
+                requirements = map(Requirement, distribution.requires or ())
                 waiting += [need for need in requirements if need.marker is None or need.marker.evaluate(environment)]
     return list(pins.values()), [f"{name}=={distribution.version}" for name, distribution in fetched.items()]
 
@@ -209,8 +216,10 @@ class _Pip:
         raise BackendError(f"pip reports a download of {requirement}, but its wheel is missing.")
 
     def download(self, requirements: Sequence[str]) -> None:
-        """Download a wheel of each requirement. A package that has only a source distribution is
-        built here, if its wheel fits any platform. Raises BackendError with the reason."""
+        """Download a wheel of each requirement. Raise BackendError with pip's reason.
+
+        If a package has only a source distribution, build its wheel here. The wheel must fit any platform.
+        """
         wanted = list(requirements)
         while wanted:
             output = self._run("download", *self._target.pip(), *wanted)
@@ -223,17 +232,17 @@ class _Pip:
             self._build(missing[1])
 
     def _build(self, requirement: str) -> None:
-        with tempfile.TemporaryDirectory(dir=self._made.name) as made:
-            output = self._run("wheel", "--no-deps", requirement, folder=made)
+        with tempfile.TemporaryDirectory(dir=self._made.name) as temporary:
+            output = self._run("wheel", "--no-deps", requirement, folder=temporary)
             if output is not None:
                 raise self._refusal(output)
-            (wheel,) = Path(made).glob("*.whl")
+            (wheel,) = Path(temporary).glob("*.whl")
             if not wheel.name.endswith("-none-any.whl"):
                 raise self._refusal(f"{requirement} has no wheel for that platform")
             wheel.replace(self._folder / wheel.name)
 
     def _run(self, command: str, *options: str, folder: str = "") -> str | None:
-        """Run pip, and return its error output, or None on success."""
+        """Run pip. Return its error output, or None on success."""
         done = subprocess.run(
             [
                 *(self._interpreter(), "-I", "-m", "pip", command),
@@ -308,15 +317,15 @@ def build_release(
     variables: Mapping[str, str] = MappingProxyType({}),
     say: Callable[[str], None] = lambda _: None,
 ) -> Path:
-    """Write `<folder>/<sha256>.tar.gz` for instances with the architecture and Python version, and return its path. An
-    empty version means the running Python. The archive contains the PyPI `packages` of users' tasks, the certificates
-    of the database, and `variables` for the environment of manager and workers. `say` receives progress messages.
+    """Write `<folder>/<sha256>.tar.gz` for the architecture and the Python version, and return its path.
 
-    Raises BackendError if a package is not available, and UsageError for invalid arguments.
+    An empty version means the running Python. The archive contains the PyPI `packages` of users' tasks, the
+    certificates of the database, and `variables` for the environment of manager and workers. `say` receives progress
+    messages. Raise BackendError if a package is not available, and UsageError for invalid arguments.
     """
     target = Target.of(architecture, python)
-    with tempfile.TemporaryDirectory(prefix="batchlab-release-") as made:
-        wheels = Path(made)
+    with tempfile.TemporaryDirectory(prefix="batchlab-release-") as temporary:
+        wheels = Path(temporary)
         say(f"Fetching the packages for {target}.")
         pins = fetch(wheels, target, packages)
         own_wheel(wheels)
@@ -330,7 +339,7 @@ def build_release(
             content[DATABASE_CA] = _read(database_ca)
         if variables:
             content[descriptor.FILE] = descriptor.content(variables)
-        content |= {f"wheels/{one.name}": one.read_bytes() for one in wheels.glob("*.whl")}
+        content |= {f"wheels/{wheel.name}": wheel.read_bytes() for wheel in wheels.glob("*.whl")}
     path = _write(folder, content)
     size_mib = path.stat().st_size / _MIB
     say(f"The release {release_of(path)[:12]} has {len(pins) + 1} packages, {size_mib:.0f} MiB.")
@@ -348,7 +357,7 @@ def key_of(release: str) -> str:
 
 
 def upload(objects: Objects, archive: Path, patience: Patience, say: Callable[[str], None]) -> str:
-    """Upload the archive to the stack's bucket unless it exists there, and return its key. Raises BackendError."""
+    """Upload the archive to the stack's bucket unless it exists there, and return its key."""
     key, size = key_of(release_of(archive)), archive.stat().st_size
 
     async def put() -> None:

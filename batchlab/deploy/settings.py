@@ -98,8 +98,11 @@ class Settings:
 
 
 def processor_of(instance_type: str) -> str:
-    """Return x86_64 or arm64. For a type outside the catalog, the name decides: a g right after the
-    generation means Graviton (https://docs.aws.amazon.com/ec2/latest/instancetypes)."""
+    """Return x86_64 or arm64.
+
+    For a type outside the catalog, the name decides: a "g" right after the generation means Graviton
+    (https://docs.aws.amazon.com/ec2/latest/instancetypes).
+    """
     if catalog_entry := instance_types.load().types.get(instance_type):
         return catalog_entry.architecture
     return "arm64" if re.match(r"[a-z]+[0-9]+g|a1\.", instance_type) else "x86_64"
@@ -148,9 +151,9 @@ def document(settings: Settings) -> dict[str, Any]:
     return {**document, "environment": dict(settings.environment)}
 
 
-def parse(found: Any, where: str) -> Settings:
+def parse(document: Any, where: str) -> Settings:
     """Return the settings of a YAML or JSON object. Raise UsageError with the invalid key."""
-    values = _values(found, Settings, where)
+    values = _values(document, Settings, where)
     pools = []
     for pool in values.pop("pools", None) or []:
         pool_values = _values(pool, PoolSettings, f"{where}: pools")
@@ -163,17 +166,17 @@ def parse(found: Any, where: str) -> Settings:
     return Settings(**values)
 
 
-def _values(found: Any, kind: type[Settings | PoolSettings], where: str) -> dict[str, Any]:
+def _values(document: Any, kind: type[Settings | PoolSettings], where: str) -> dict[str, Any]:
     """Return the values of an object by the names of the fields of `kind`."""
     names = sorted(field.name for field in fields(kind))
-    if not isinstance(found, dict):
+    if not isinstance(document, dict):
         raise UsageError(f"{where} is not an object with {', '.join(names)}.", remedy="Write `name: value` lines.")
-    if unknown := sorted(map(str, set(found) - set(names))):
+    if unknown := sorted(map(str, set(document) - set(names))):
         raise UsageError(
             f"{where} has {', '.join(map(repr, unknown))}, which is not a setting.",
             remedy=f"The settings are {', '.join(names)}.",
         )
-    return {name: _value(name, value, f"{where}: {name}") for name, value in found.items()}
+    return {name: _value(name, value, f"{where}: {name}") for name, value in document.items()}
 
 
 def _value(name: str, value: Any, where: str) -> Any:
@@ -202,8 +205,10 @@ def text_of(value: Any) -> str:
 
 
 def from_stack(name: str, region: str, deployed: Mapping[str, str]) -> tuple[Settings, str]:
-    """Return the settings of an existing stack from its parameters, and its base pool, whose ids do
-    not contain its name."""
+    """Return the settings of an existing stack from its parameters, and the name of its base pool.
+
+    The logical ids of the base pool do not contain its name.
+    """
     names = {key: pool for key, pool in deployed.items() if _IS_NAME.fullmatch(key)}
     base = names.get("PoolName", BASE)
     rest = {key: value for key, value in deployed.items() if key != RELEASE}
@@ -225,15 +230,16 @@ def _pool(own: dict[str, str]) -> PoolSettings:
 
 
 def parameters(settings: Settings, template: Template, base: str = BASE) -> dict[str, str]:
-    """Return all parameters that the settings give a value, by their names in the expanded
-    template. Raises UsageError for one that is missing, or that the file `template` does not have
-    or accept."""
-    given, declared = values(settings, template, base), template.get("Parameters", {})
+    """Return all parameters with a value in the settings, by their names in the expanded template.
+
+    Raise UsageError for a missing parameter, and for a parameter or a value that the template does not accept.
+    """
+    parameter_values, declared = values(settings, template, base), template.get("Parameters", {})
     for name, form in declared.items():
-        if "Default" not in form and name not in (*given, *parameters_of(template), RELEASE):
+        if "Default" not in form and name not in (*parameter_values, *parameters_of(template), RELEASE):
             raise UsageError(f"The stack needs the parameter {name}.", remedy=f"Set it with --set {name}=VALUE.")
-    _check_machines(settings, given, declared)
-    return given
+    _check_machines(settings, parameter_values, declared)
+    return parameter_values
 
 
 def values(settings: Settings, template: Template, base: str = BASE) -> dict[str, str]:
@@ -241,28 +247,31 @@ def values(settings: Settings, template: Template, base: str = BASE) -> dict[str
     check(settings)
     per_pool = parameters_of(template)
     declared = template.get("Parameters", {})
-    given = {}
+    parameter_values = {}
     for name, value in settings.parameters:
         if name not in declared or name in per_pool or name == RELEASE:
             raise _no_parameter(name, [n for n in declared if n not in (*per_pool, RELEASE)])
-        given[name] = _accepted(name, value, declared[name])
+        parameter_values[name] = _accepted(name, value, declared[name])
     for pool in settings.pools:
         for name, value in pool.template_parameters().items():
             if name not in per_pool:
                 raise _no_parameter(name, per_pool)
-            given[renamed(name, pool.name, base)] = _accepted(name, value, declared[name])
-    return given
+            parameter_values[renamed(name, pool.name, base)] = _accepted(name, value, declared[name])
+    return parameter_values
 
 
-def _check_machines(settings: Settings, given: Mapping[str, str], declared: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise UsageError if the images or the manager have another processor than the pools' types.
-    Such an instance could not launch, or not boot the release. An AMI given by its id is not
-    checked."""
+def _check_machines(
+    settings: Settings, parameter_values: Mapping[str, str], declared: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Raise UsageError if the images or the manager have another processor than the pools' instance types.
+
+    Such an instance could not launch or boot. The function does not check an AMI with an explicit id.
+    """
     if not any(pool.types for pool in settings.pools):
         return
     wanted, wrong = settings.architecture, {}
     for name in ("WorkerImage", "ManagerImage", "ManagerInstanceType"):
-        value = given.get(name, text_of(declared.get(name, {}).get("Default")))
+        value = parameter_values.get(name, text_of(declared.get(name, {}).get("Default")))
         if name == "ManagerInstanceType" and _TYPE.fullmatch(value):
             if processor_of(value) != wanted:
                 wrong[name] = _MANAGERS[wanted]
@@ -278,10 +287,10 @@ def _check_machines(settings: Settings, given: Mapping[str, str], declared: Mapp
         )
 
 
-def _no_parameter(name: str, known: Sequence[str]) -> UsageError:
+def _no_parameter(name: str, names: Sequence[str]) -> UsageError:
     import difflib
 
-    near = difflib.get_close_matches(name, known, n=3) or sorted(known)
+    near = difflib.get_close_matches(name, names, n=3) or sorted(names)
     return UsageError(f"The stack has no parameter {name!r}.", remedy=f"Similar parameters: {', '.join(near)}.")
 
 

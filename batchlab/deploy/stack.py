@@ -105,9 +105,10 @@ class Stack:
     def propose(
         self, template: Mapping[str, str], parameters: Sequence[Mapping[str, Any]], *, is_new: bool
     ) -> ChangeSet:
-        """Create a change set, and return it once AWS has computed it. It is empty if it changes
-        nothing. `template` is TemplateBody or TemplateURL. Raises BackendError with AWS's reason if
-        AWS cannot make the changes."""
+        """Create a change set, and return it once AWS has computed it. It is empty if it changes nothing.
+
+        `template` is TemplateBody or TemplateURL. Raise BackendError with AWS's reason if AWS cannot make the changes.
+        """
         try:
             response = self._call(
                 "CreateChangeSet",
@@ -167,7 +168,8 @@ class Stack:
 
     def withdraw(self, change_set: ChangeSet, *, is_new: bool) -> None:
         """Delete the change set, and a stack that was created only for it. AWS deletes an executed
-        change set itself."""
+        change set itself.
+        """
         if change_set.id in self._executed:
             return
         try:
@@ -188,7 +190,7 @@ class Stack:
     # --- Operations ------------------------------------------------------------------------------
 
     def execute(self, change_set: ChangeSet) -> None:
-        """Begin to change the stack. `follow` waits for the end."""
+        """Start the changes of a change set. `follow` waits for the end."""
         # Record the change set before the call: if its creation may have begun, the stack must not be deleted as empty.
         self._executed.add(change_set.id)
         token = _token("execute")
@@ -199,7 +201,9 @@ class Stack:
         self._call("UpdateTerminationProtection", StackName=self.name, EnableTerminationProtection=on)
 
     def delete(self, stack_id: str, retain: Sequence[str] = ()) -> None:
-        """Begin to delete the stack. `retain` are logical ids to keep, for a stack whose deletion has failed."""
+        """Start the deletion of the stack. After a failed deletion, `retain` lists the logical ids of resources to
+        keep.
+        """
         more = {"RetainResources": list(retain)} if retain else {}
         self._call("DeleteStack", StackName=stack_id, ClientRequestToken=_token("delete"), **more)
 
@@ -214,8 +218,10 @@ class Stack:
         return next((event.id for event in self._events(stack_id)), "")
 
     def last_operation(self, stack_id: str) -> tuple[str, list[Event]]:
-        """Return the events of the last operation, oldest first, and the id of the event before
-        them, or "" without one. A rollback belongs to the operation that it rolls back."""
+        """Return the id of the event before the last operation, or "", and the events of the operation, oldest first.
+
+        A rollback belongs to the operation that it rolls back.
+        """
         events: list[Event] = []
         for event in self._events(stack_id):
             if events and events[-1].begins_operation:
@@ -229,7 +235,7 @@ class Stack:
         return events[::-1]
 
     def cause(self, stack_id: str, events: Sequence[Event]) -> Cause | None:
-        """Return the cause of failure of the operation with these events, or None without a failure."""
+        """Return the cause of a failed operation from its events, or None without a failure."""
         cause = root_cause(events)
         if cause and (_DETAILS_ELSEWHERE in cause.reason or "alidation fail" in cause.reason):
             # CloudFormation validates some resources before the operation. DescribeEvents has these errors.
@@ -248,7 +254,7 @@ class Stack:
         return None
 
     def _events(self, stack_id: str) -> Iterator[Event]:
-        """Yield the events, newest first, and none for a stack that AWS does not find yet."""
+        """Yield the events, newest first. A stack that AWS does not find yet has no events."""
         pages = self._cloud.get_paginator("describe_stack_events").paginate(StackName=stack_id)
         try:
             with aws_errors("DescribeStackEvents", _is_missing):
@@ -258,8 +264,10 @@ class Stack:
             return
 
     def follow(self, stack_id: str, since: str, see: Callable[[Event], None]) -> State:
-        """Wait for the end of the operation that began after the event `since`. `see` receives each
-        of its events once, oldest first."""
+        """Wait for the end of the operation that began after the event `since`, and return the state.
+
+        `see` receives each event of the operation once, oldest first.
+        """
         last, has_ended = since, False
         while True:
             for event in self.events(stack_id, last):

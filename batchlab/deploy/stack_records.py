@@ -126,7 +126,7 @@ _DENIED = re.compile(
 
 
 def root_cause(events: Iterable[Event]) -> Cause | None:
-    """Return the earliest failure of a resource that another failure did not cause, or None without a failure."""
+    """Return the earliest failure of a resource that no other failure caused, or None without a failure."""
     ordered = sorted(events, key=lambda event: event.at_s)
     failed = [event for event in ordered if event.has_failed and not event.is_of_stack]
     own = [event for event in failed if not _FOLLOWS.match(event.reason)]
@@ -139,7 +139,7 @@ def root_cause(events: Iterable[Event]) -> Cause | None:
 
 
 def advice(reason: str) -> str:
-    """Return the remedy for one of AWS's reasons."""
+    """Return the remedy for a reason of AWS."""
     if denied := _DENIED.search(reason):
         action = denied["action"] or "the action in the reason"
         return f"Allow the deployer {action}. docs/deploy.md lists all actions of a deployment."
@@ -181,7 +181,7 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """The change of one resource in a change set. `replacement` is True, False, Conditional, or empty."""
+    """Change of one resource in a change set. `replacement` is True, False, Conditional, or empty."""
 
     action: str
     id: str
@@ -214,8 +214,8 @@ def state_of(response: Mapping[str, Any]) -> State:
         response["StackId"],
         response["StackName"],
         response["StackStatus"],
-        {one["ParameterKey"]: one["ParameterValue"] for one in response.get("Parameters", ())},
-        {one["OutputKey"]: one["OutputValue"] for one in response.get("Outputs", ())},
+        {entry["ParameterKey"]: entry["ParameterValue"] for entry in response.get("Parameters", ())},
+        {entry["OutputKey"]: entry["OutputValue"] for entry in response.get("Outputs", ())},
         bool(response.get("EnableTerminationProtection")),
         changed.timestamp(),
     )

@@ -37,9 +37,10 @@ def pool_groups(state: State) -> list[str]:
 
 
 def deployment_of(state: State, region: str, python: str = "") -> AwsDeployment:
-    """Return the deployment from the outputs and parameters of the stack. The caller gives the
-    `python` of its release, which they do not contain. Raises BackendError if an output is
-    missing."""
+    """Return the deployment from the outputs and parameters of the stack, with the `python` of its release.
+
+    The outputs do not contain the Python version. Raise BackendError if an output is missing.
+    """
     ledger = output_of(state, "Ledger")
     database = None
     if ledger == "postgres":
@@ -107,7 +108,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Queue:
-    """A queue and its approximate numbers of messages."""
+    """Queue and its approximate numbers of messages."""
 
     name: str
     visible: int
@@ -164,23 +165,23 @@ def read_status(stack: Stack, state: State, home: Home) -> Status:
     cause = None
     if not state.has_succeeded and not state.is_moving and not state.is_new:
         cause = stack.cause(state.id, stack.last_operation(state.id)[1])
-    found = None
+    deployment = None
     if state.outputs.get("Bucket"):
-        found = deployment_of(state, account.region, _python(home))
-    names = [found.manager_group, *pool_groups(state)] if found else []
+        deployment = deployment_of(state, account.region, _python(home))
+    names = [deployment.manager_group, *pool_groups(state)] if deployment else []
     return Status(
         state,
         cause,
-        found,
-        tuple(drift(home, found)) if found else (),
+        deployment,
+        tuple(drift(home, deployment)) if deployment else (),
         tuple(_groups(account, names)),
-        tuple(_queues(account, found)) if found else (),
-        tuple(_alarms(account, found)) if found else (),
+        tuple(_queues(account, deployment)) if deployment else (),
+        tuple(_alarms(account, deployment)) if deployment else (),
     )
 
 
 def _python(home: Home) -> str:
-    """Return the Python version in the home's deployment file. The stack does not have it."""
+    """Return the Python version of the home's deployment file, because the stack does not have it."""
     try:
         deployment = aws_deployment.read(home)
     except BackendError:
@@ -188,7 +189,7 @@ def _python(home: Home) -> str:
     return deployment.python if deployment else ""
 
 
-def drift(home: Home, found: AwsDeployment) -> Iterator[str]:
+def drift(home: Home, expected: AwsDeployment) -> Iterator[str]:
     """Yield the fields in which the home's file differs from the stack's outputs."""
     try:
         deployment = aws_deployment.read(home)
@@ -199,7 +200,7 @@ def drift(home: Home, found: AwsDeployment) -> Iterator[str]:
         yield "no file"
         return
     for field in fields(AwsDeployment):
-        if getattr(deployment, field.name) != getattr(found, field.name):
+        if getattr(deployment, field.name) != getattr(expected, field.name):
             yield field.name
 
 

@@ -44,8 +44,9 @@ LIMITS = {"Resources": 500, "Parameters": 200, "Outputs": 200, "Mappings": 200}
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML loader that supports CloudFormation's short forms such as !Ref. It reads dates as text,
-    as AWS does: the Version of a policy is one."""
+    """YAML loader for CloudFormation's short forms such as !Ref. Like AWS, it reads dates such as a policy's Version as
+    text.
+    """
 
 
 def _short_form(loader: _Loader, suffix: str, node: yaml.Node) -> Any:
@@ -66,8 +67,8 @@ def _short_form(loader: _Loader, suffix: str, node: yaml.Node) -> Any:
 
 _Loader.add_multi_constructor("!", _short_form)
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, form) for tag, form in known if tag != "tag:yaml.org,2002:timestamp"]
-    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    first: [(tag, form) for tag, form in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 
 
@@ -77,7 +78,7 @@ def shipped() -> Path:
 
 
 def load(path: Path) -> Template:
-    """Return the template in a YAML or JSON file. Raises UsageError if it is not a template."""
+    """Return the template in a YAML or JSON file. Raise UsageError if the file is not a template."""
     try:
         return parse(path.read_text(), str(path))
     except OSError as error:
@@ -87,21 +88,21 @@ def load(path: Path) -> Template:
 
 
 def parse(text: str, where: str) -> Template:
-    """Return the template in a YAML or JSON text. Raises UsageError if it is not a template."""
+    """Return the template in a YAML or JSON text. Raise UsageError if the text is not a template."""
     try:
-        found = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        document = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
     except yaml.YAMLError as error:
         raise UsageError(f"{where} is not YAML: {error}.", remedy="Correct this line.") from error
-    if not isinstance(found, dict) or not isinstance(found.get("Resources"), dict):
+    if not isinstance(document, dict) or not isinstance(document.get("Resources"), dict):
         raise UsageError(
             f"{where} is not a CloudFormation template: it lacks Resources.",
             remedy="An example is backends/aws/stack.yaml.",
         )
-    return found
+    return document
 
 
 def body(template: Template) -> str:
-    """Return the template as compact JSON. Raises UsageError if CloudFormation would refuse it."""
+    """Return the template as compact JSON. Raise UsageError if CloudFormation would refuse it."""
     for section, most in LIMITS.items():
         if (count := len(template.get(section, ()))) > most:
             raise UsageError(
@@ -121,9 +122,11 @@ _NAMED = re.compile(r"\$\{([^!}][^}]*)\}")
 
 
 def render(template: Template, values: Mapping[str, str]) -> Template:
-    """Return the template without conditions and the parts that they exclude. `values` has all
-    parameters and the pseudo parameters that conditions may use, such as AWS::Region."""
-    return _Rendering(template, values).made()
+    """Return the template without conditions and without the parts that they exclude.
+
+    `values` has all parameters and the pseudo parameters that conditions may use, such as AWS::Region.
+    """
+    return _Rendering(template, values).result()
 
 
 class _Rendering:
@@ -131,20 +134,20 @@ class _Rendering:
         self._template = template
         self._values = values
 
-    def made(self) -> Template:
-        made = {name: held for name, held in self._template.items() if name != "Conditions"}
+    def result(self) -> Template:
+        rendered = {name: content for name, content in self._template.items() if name != "Conditions"}
         for section in ("Resources", "Outputs"):
-            made[section] = {
-                name: self._chosen({k: v for k, v in one.items() if k != "Condition"})
-                for name, one in self._template.get(section, {}).items()
-                if "Condition" not in one or self._holds(one["Condition"])
+            rendered[section] = {
+                name: self._chosen({k: v for k, v in part.items() if k != "Condition"})
+                for name, part in self._template.get(section, {}).items()
+                if "Condition" not in part or self._holds(part["Condition"])
             }
-        for one in made["Resources"].values():
-            if depends := one.pop("DependsOn", None):
+        for part in rendered["Resources"].values():
+            if depends := part.pop("DependsOn", None):
                 names = [depends] if isinstance(depends, str) else depends
-                if kept := [name for name in names if name in made["Resources"]]:
-                    one["DependsOn"] = kept
-        return made
+                if remaining := [name for name in names if name in rendered["Resources"]]:
+                    part["DependsOn"] = remaining
+        return rendered
 
     def _holds(self, name: str) -> bool:
         return self._test(self._template["Conditions"][name])
@@ -152,7 +155,7 @@ class _Rendering:
     def _chosen(self, node: Any) -> Any:
         """Return the node with every Fn::If evaluated."""
         if isinstance(node, list):
-            return [self._chosen(one) for one in node]
+            return [self._chosen(part) for part in node]
         if not isinstance(node, dict):
             return node
         if "Fn::If" in node:
@@ -183,7 +186,7 @@ class _Rendering:
         if name == "Ref":
             return self._value(value)
         if name == "Fn::Sub" and isinstance(value, str):
-            return _NAMED.sub(lambda found: self._value(found[1]), value)
+            return _NAMED.sub(lambda match: self._value(match[1]), value)
         if name == "Fn::Join":
             return str(value[0]).join(map(self._text, value[1]))
         if name == "Fn::Select":
@@ -194,7 +197,7 @@ class _Rendering:
         if isinstance(node, dict) and "Fn::Split" in node:
             separator, text = node["Fn::Split"]
             return self._text(text).split(separator)
-        return [self._text(one) for one in node]
+        return [self._text(part) for part in node]
 
     def _value(self, name: str) -> str:
         if name in self._values:
@@ -227,13 +230,14 @@ def parameters_of(template: Template) -> list[str]:
 
 
 def expand(template: Template, pools: Sequence[str], base: str = BASE) -> Template:
-    """Return a template with exactly these pools. Raises UsageError if their names collide.
+    """Return a template with exactly these pools. Raise UsageError if their names collide.
 
-    `base` is the pool whose ids do not contain its name. Metadata for tools that read the file is left out.
+    `base` is the pool whose logical ids do not contain its name. The result lacks the metadata for tools that read the
+    file.
     """
     if not pools:
         raise UsageError("A stack needs a pool.", remedy="Add --pool default:0-10x2.")
-    return _Expansion(template, list(pools), base).made()
+    return _Expansion(template, list(pools), base).result()
 
 
 class _Expansion:
@@ -241,7 +245,7 @@ class _Expansion:
         self._template = template
         self._pools = pools
         self._base = base
-        self._resources = {name for name, one in template["Resources"].items() if _is_per_pool(name, one)}
+        self._resources = {name for name, resource in template["Resources"].items() if _is_per_pool(name, resource)}
         self._per_pool = self._resources | {
             name
             for section in ("Parameters", "Conditions", "Rules")
@@ -249,40 +253,40 @@ class _Expansion:
             if name.startswith(PREFIX)
         }
 
-    def made(self) -> Template:
-        made: Template = {}
-        for section, held in self._template.items():
+    def result(self) -> Template:
+        expanded: Template = {}
+        for section, content in self._template.items():
             if section == "Metadata":
-                if _INTERFACE in held:
-                    made[section] = {_INTERFACE: self._interface(held[_INTERFACE])}
+                if _INTERFACE in content:
+                    expanded[section] = {_INTERFACE: self._interface(content[_INTERFACE])}
             elif section in ("Parameters", "Conditions", "Rules", "Resources", "Outputs"):
-                made[section] = self._section(section, held)
+                expanded[section] = self._section(section, content)
             else:
-                made[section] = held
+                expanded[section] = content
         for pool in self._pools:
-            made["Parameters"][renamed("PoolName", pool, self._base)]["Default"] = pool
-        return made
+            expanded["Parameters"][renamed("PoolName", pool, self._base)]["Default"] = pool
+        return expanded
 
-    def _section(self, section: str, held: dict[str, Any]) -> dict[str, Any]:
-        made: dict[str, Any] = {}
-        for name, one in held.items():
+    def _section(self, section: str, content: dict[str, Any]) -> dict[str, Any]:
+        section_parts: dict[str, Any] = {}
+        for name, part in content.items():
             if section == "Resources":
-                one = _without_notes(one)
-            shared, is_open = self._spread(one)
+                part = _without_notes(part)
+            shared, is_open = self._spread(part)
             if name in self._per_pool or (is_open and section == "Outputs" and name.startswith(PREFIX)):
-                found = [(renamed(name, p, self._base), _mapped(one, self._for(p))) for p in self._pools]
+                copies = [(renamed(name, p, self._base), _mapped(part, self._for(p))) for p in self._pools]
             elif is_open:
                 raise _flawed(f"{section} {name} mentions a pool's part outside of a list.")
             else:
-                found = [(name, shared)]
-            for key, value in found:
-                if key in made or (key != name and key in held):
+                copies = [(name, shared)]
+            for key, value in copies:
+                if key in section_parts or (key != name and key in content):
                     raise UsageError(
                         f"The pools {', '.join(self._pools)} cannot be in one stack: two things would be called {key}.",
                         remedy="Give a pool another name.",
                     )
-                made[key] = value
-        return made
+                section_parts[key] = value
+        return section_parts
 
     def _for(self, pool: str) -> _Rename:
         def rename(name: str) -> str:
@@ -291,19 +295,19 @@ class _Expansion:
         return rename
 
     def _spread(self, node: Any) -> tuple[Any, bool]:
-        """Return the node with list elements repeated, and whether it still refers to a pool's part."""
+        """Return the node with repeated list elements, and whether it still refers to a resource of a pool."""
         if isinstance(node, dict):
-            made, is_open = {}, False
+            spread, is_open = {}, False
             for key, value in node.items():
                 if key == "DependsOn" and isinstance(value, str):
                     value = [value] if value in self._per_pool else value
-                made[key], opened = self._spread_in(key, value)
+                spread[key], opened = self._spread_in(key, value)
                 is_open |= opened
-            return made, is_open or self._mentioned(node)
+            return spread, is_open or self._mentioned(node)
         if isinstance(node, list):
             repeated: list[Any] = []
             for element in node:
-                one, is_open = self._spread(element)
+                element_spread, is_open = self._spread(element)
                 if is_open or (isinstance(element, str) and element in self._resources):
                     # A text is an element of DependsOn.
                     renames = [self._for(pool) for pool in self._pools]
@@ -311,7 +315,7 @@ class _Expansion:
                         rename(element) if isinstance(element, str) else _mapped(element, rename) for rename in renames
                     ]
                 else:
-                    repeated.append(one)
+                    repeated.append(element_spread)
             return repeated, False
         return node, False
 
@@ -319,31 +323,31 @@ class _Expansion:
         if key.startswith("Fn::") and isinstance(value, list):
             # Arguments of a function have fixed positions, so none is repeated.
             parts = [self._spread(part) for part in value]
-            return [one for one, _ in parts], any(is_open for _, is_open in parts)
+            return [part_spread for part_spread, _ in parts], any(is_open for _, is_open in parts)
         return self._spread(value)
 
     def _mentioned(self, node: dict[str, Any]) -> bool:
-        """Return whether this node itself, without the nodes below it, refers to a pool's part."""
-        found = False
+        """Return whether this node itself, without its child nodes, refers to a resource of a pool."""
+        is_mentioned = False
 
-        def see(name: str) -> str:
-            nonlocal found
-            found |= name in self._per_pool
+        def record(name: str) -> str:
+            nonlocal is_mentioned
+            is_mentioned |= name in self._per_pool
             return name
 
         for key, value in node.items():
             if key != "DependsOn":
-                _mentions(key, value, see)
-        return found
+                _mentions(key, value, record)
+        return is_mentioned
 
-    def _interface(self, held: dict[str, Any]) -> dict[str, Any]:
+    def _interface(self, original: dict[str, Any]) -> dict[str, Any]:
         """Return the groups and labels of parameters that the console shows."""
-        made = copy.deepcopy(held)
-        for group in made.get("ParameterGroups", ()):
+        interface = copy.deepcopy(original)
+        for group in interface.get("ParameterGroups", ()):
             group["Parameters"] = [new for name in group.get("Parameters", ()) for new in self._names(name)]
-        if labels := made.get("ParameterLabels"):
-            made["ParameterLabels"] = {new: label for name, label in labels.items() for new in self._names(name)}
-        return made
+        if labels := interface.get("ParameterLabels"):
+            interface["ParameterLabels"] = {new: label for name, label in labels.items() for new in self._names(name)}
+        return interface
 
     def _names(self, name: str) -> list[str]:
         """Return the names of a parameter for all pools, or the parameter of the whole stack."""
@@ -359,17 +363,17 @@ def _is_per_pool(name: str, resource: dict[str, Any]) -> bool:
 
 def _without_notes(resource: dict[str, Any]) -> dict[str, Any]:
     """Return the resource without the metadata for checkov, cfn-lint, and this module."""
-    kept = {k: v for k, v in resource.get("Metadata", {}).items() if k.startswith("AWS::")}
-    made = {key: value for key, value in resource.items() if key != "Metadata"}
-    return {**made, "Metadata": kept} if kept else made
+    metadata = {k: v for k, v in resource.get("Metadata", {}).items() if k.startswith("AWS::")}
+    stripped = {key: value for key, value in resource.items() if key != "Metadata"}
+    return {**stripped, "Metadata": metadata} if metadata else stripped
 
 
 def _mentions(key: str, value: Any, rename: _Rename) -> Any:
-    """Return `value` under `key` with every logical id that it names directly renamed."""
+    """Return `value` under `key` with every logical id renamed that `value` names directly."""
     if key in ("Ref", "Condition") and isinstance(value, str):
         return rename(value)
     if key == "DependsOn":
-        return rename(value) if isinstance(value, str) else [rename(one) for one in value]
+        return rename(value) if isinstance(value, str) else [rename(dependency) for dependency in value]
     if key == "Fn::GetAtt" and isinstance(value, str):
         name, dot, attribute = value.partition(".")
         return f"{rename(name)}{dot}{attribute}"
@@ -378,11 +382,11 @@ def _mentions(key: str, value: Any, rename: _Rename) -> Any:
     if key == "Fn::Sub":
         text, own = (value, {}) if isinstance(value, str) else value
 
-        def put(found: re.Match[str]) -> str:
-            name = found[1] if found[1] in own else rename(found[1])
-            return f"${{{name}{found[2]}}}"
+        def replace(match: re.Match[str]) -> str:
+            name = match[1] if match[1] in own else rename(match[1])
+            return f"${{{name}{match[2]}}}"
 
-        text = _NAMED_TEMPLATES.sub(put, text)
+        text = _NAMED_TEMPLATES.sub(replace, text)
         return text if isinstance(value, str) else [text, own]
     return value
 
@@ -392,7 +396,7 @@ def _mapped(node: Any, rename: _Rename) -> Any:
     if isinstance(node, dict):
         return {key: _mapped(_mentions(key, value, rename), rename) for key, value in node.items()}
     if isinstance(node, list):
-        return [_mapped(one, rename) for one in node]
+        return [_mapped(part, rename) for part in node]
     return node
 
 

@@ -46,8 +46,8 @@ class Measure:
 
 
 MEASURES: Mapping[str, Measure] = {
-    one.name: one
-    for one in (
+    measure.name: measure
+    for measure in (
         Measure("took", "s", "time from submission to end"),
         Measure("tasks_per_s", "", "tasks that succeeded per second", more_is_better=True),
         Measure("cost", "usd", "cost per 1,000 tasks that succeeded"),
