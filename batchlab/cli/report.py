@@ -76,7 +76,7 @@ def html(
         is_bare = Path(run).is_dir() and not backend
         cases = [] if no_logs or is_bare else failures.cases(Run(connection, job))
         samples = _samples(source, job, cases) if cases else {}
-        report_page = page.page(connection, job, samples=samples.get, version=__version__)
+        report_page = page.Page(connection, job, samples=samples.get, version=__version__)
     try:
         size_bytes = file.write_bytes(page.render(report_page).encode())
     except OSError as error:

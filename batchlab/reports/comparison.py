@@ -115,15 +115,8 @@ def _rng(*of: object) -> random.Random:
     return random.Random("/".join(map(str, of)))  # noqa: S311 - statistics
 
 
-def _rows(connection: DuckDBPyConnection, sql: str, parameters: Sequence[object] = ()) -> Iterator[dict[str, Any]]:
-    result = connection.execute(sql, list(parameters))
-    names = [column[0] for column in result.description or ()]
-    for row in result.fetchall():
-        yield dict(zip(names, row, strict=True))
-
-
 def _jobs(connection: DuckDBPyConnection, seed: int) -> Iterator[Run]:
-    for row in _rows(connection, "SELECT * FROM jobs ORDER BY submitted_s, job"):
+    for row in store.rows(connection, "SELECT * FROM jobs ORDER BY submitted_s, job"):
         run = Run(row["job"], row["name"], row["is_final"])
         run.put("took", "", row["took_s"])
         if row["took_s"]:
@@ -135,7 +128,7 @@ def _jobs(connection: DuckDBPyConnection, seed: int) -> Iterator[Run]:
 
 def _stages(connection: DuckDBPyConnection, run: Run, seed: int) -> None:
     sql = "SELECT * FROM stages WHERE job = ? ORDER BY position"
-    for row in _rows(connection, sql, [run.job]):
+    for row in store.rows(connection, sql, [run.job]):
         stage = row["stage"]
         run.stages.append(stage)
         wasted_s = row["failed_run_s"] * row["slots"]
@@ -161,7 +154,7 @@ def _tasks(connection: DuckDBPyConnection, run: Run, stage: str, rng: random.Ran
     building resamples. DuckDB computes all of them in one pass.
     """
     where = "FROM tasks WHERE job = ? AND stage = ? AND state = 'SUCCEEDED'"
-    (count,) = _rows(connection, f"SELECT count(*) AS n {where}", [run.job, stage])
+    (count,) = store.rows(connection, f"SELECT count(*) AS n {where}", [run.job, stage])
     if not (n := count["n"]):
         return
     ranks: list[float] = []
@@ -170,7 +163,7 @@ def _tasks(connection: DuckDBPyConnection, run: Run, stage: str, rng: random.Ran
         ranks += [rng.betavariate(n * share + 1, n * (1 - share) + 1) for _ in range(DRAWS)]
     wanted = ", ".join(repr(min(1.0, max(0.0, rank))) for rank in ranks)
     columns = ", ".join(f"quantile_cont({c}, [{wanted}]) AS {c}" for _, c in _COLUMNS)
-    (row,) = _rows(connection, f"SELECT {columns} {where}", [run.job, stage])
+    (row,) = store.rows(connection, f"SELECT {columns} {where}", [run.job, stage])
     for prefix, column in _COLUMNS:
         values = row[column]
         for i, name in enumerate(QUANTILES):
@@ -186,9 +179,9 @@ def _fleet(connection: DuckDBPyConnection, runs_by_job: Mapping[str, Run]) -> No
         "SELECT job, sum(most) AS instances FROM (SELECT job, pool, max(in_service) AS most "
         "FROM fleet GROUP BY job, pool) GROUP BY job"
     )
-    for row in _rows(connection, instances):
+    for row in store.rows(connection, instances):
         runs_by_job[row["job"]].put("instances", "", row["instances"])
-    for row in _rows(connection, store.named("scaling_lag").sql):
+    for row in store.rows(connection, store.named("scaling_lag").sql):
         run, lag_s = runs_by_job[row["job"]], row["lag_p50_s"]
         sample = run.samples.get(("scaling_lag", ""))
         if lag_s is not None and (sample is None or lag_s > sample.value):

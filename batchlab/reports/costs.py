@@ -19,6 +19,9 @@ DIGIT = Decimal("0.000000000001")
 
 _REQUESTS = {"SQS requests": "sqs", "S3 requests": "s3"}
 
+_Line = tuple[str, str | None, float | None, Mapping[str | None, float]]
+"""Kind, pool, seconds, and weights of the stages of a line of the bill."""
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
@@ -66,17 +69,13 @@ def parts(
     job_bill = bill(stages, account, pools, book, stored_bytes=stored_bytes, pace=pace)
     parts: list[Part] = []
     by_bundle: dict[str | None, float] = {use.stage.name: float(use.bundles) for use in uses}
-    lines: dict[str, tuple[str, str | None, float | None, Mapping[str | None, float]]] = {
-        name: (kind, None, None, by_bundle) for name, kind in _REQUESTS.items()
-    }
+    lines: dict[str, _Line] = {name: (kind, None, None, by_bundle) for name, kind in _REQUESTS.items()}
     for pool, facts in pools.items():
         billed = seconds(pool, facts, stages, account)
         pool_uses = [use for use in uses if use.stage.pool == pool]
         lines |= _of_pool(pool, billed, pool_uses, account)
     for item in job_bill.items:
-        other: tuple[str, str | None, float | None, Mapping[str | None, float]]
-        other = ("storage", None, None, {})
-        kind, pool_, seconds_, weights = lines.get(item.what, other)
+        kind, pool_, seconds_, weights = lines.get(item.what, ("storage", None, None, {}))
         usd = Decimal(repr(item.usd.typical)).quantize(DIGIT, ROUND_HALF_EVEN)
         for stage, (share, part) in split(usd, weights).items():
             spent_s = None if seconds_ is None else seconds_ * share
@@ -84,9 +83,7 @@ def parts(
     return job_bill, parts
 
 
-def _of_pool(
-    pool: str, billed: Billed, uses: Sequence[Use], account: Account | None
-) -> dict[str, tuple[str, str | None, float | None, Mapping[str | None, float]]]:
+def _of_pool(pool: str, billed: Billed, uses: Sequence[Use], account: Account | None) -> dict[str, _Line]:
     useful: dict[str | None, float] = {use.stage.name: use.stage.run_s * use.stage.slots for use in uses}
     wasted: dict[str | None, float] = {use.stage.name: use.failed_slot_s for use in uses}
     if account and (lost_s := account.lost_s.get(pool)):

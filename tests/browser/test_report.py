@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from batchlab.reports.html.failures import Case, Sample
-from batchlab.reports.html.page import page as made_page
+from batchlab.reports.html.page import Page as ReportPage
 from batchlab.reports.html.page import render
 from batchlab.reports.queries.store import opened
 from tests.support.browser import offences, tab_stops, too_wide
@@ -42,7 +42,7 @@ def _sample(case: Case) -> Sample:
 
 def _written(folder: Path, file: Path, job: str = Made().job, *, samples: bool = True) -> Path:
     with opened([folder]) as connection:
-        found = made_page(connection, job, samples=_sample if samples else None, version="1.2.3")
+        found = ReportPage(connection, job, samples=_sample if samples else None, version="1.2.3")
         file.write_text(render(found), encoding="utf-8")
     return file
 
@@ -143,7 +143,7 @@ def test_shown_figures_add_up(desk: Page) -> None:
     whole = stages.pop()
     for column in range(2, 8):
         assert sum(_number(row[column]) for row in stages) == _number(whole[column])
-    for label in ("Cost by what it was for", "Cost by stage", "The bill's lines"):
+    for label in ("Cost by purpose", "Cost by stage", "Lines of the bill"):
         rows = _table(desk, label)
         total = _table(desk, label, "tfoot")[0][1]
         assert sum(round(_number(row[1]) * 1e6) for row in rows) == round(_number(total) * 1e6)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import pytest
 
 from batchlab.reports.html.failures import Case, Sample
-from batchlab.reports.html.page import page as made_page
+from batchlab.reports.html.page import Page as ReportPage
 from batchlab.reports.html.page import render
 from batchlab.reports.queries.store import opened
 from tests.support.browser import opened as shown
@@ -41,7 +41,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     found = {}
     for name, run in RUNS.items():
         with opened([write_run(place / name, run)]) as connection:
-            page = made_page(connection, run.job, samples=_sample, version="1.2.3")
+            page = ReportPage(connection, run.job, samples=_sample, version="1.2.3")
         found[name] = place / f"{name}.html"
         found[name].write_text(render(page), encoding="utf-8")
     return found

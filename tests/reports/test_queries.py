@@ -142,6 +142,6 @@ def test_throughput_counts_every_task(connection: DuckDBPyConnection) -> None:
 
 
 def test_unknown_query_is_refused() -> None:
-    with pytest.raises(UsageError, match="no query 'slowest'") as caught:
+    with pytest.raises(UsageError, match="query 'slowest' does not exist") as caught:
         store.named("slowest")
     assert "slowest_tasks" in caught.value.remedy

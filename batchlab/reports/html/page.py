@@ -20,12 +20,11 @@ from batchlab.core.pricing.price_book import shown
 from batchlab.core.text import count, listed, span
 from batchlab.reports.html import costs, durations, gantt, load
 from batchlab.reports.html import failures as failed
-from batchlab.reports.html.charts import Chart, Data
+from batchlab.reports.html.charts import Data
 from batchlab.reports.html.checks import Finding, Level, findings
 from batchlab.reports.html.costs import Cost
 from batchlab.reports.html.durations import Spread
 from batchlab.reports.html.failures import Failures, Samples
-from batchlab.reports.html.load import Decision
 from batchlab.reports.html.metrics import RunFigures, run_figures
 from batchlab.reports.html.source import Run, moment, offset, share, visible
 
@@ -256,71 +255,46 @@ def particulars(run: Run) -> list[tuple[str, str]]:
 _HERE = Path(__file__).parent
 
 
-@dataclass(frozen=True, slots=True)
 class Page:
-    """Data for the template."""
+    """Data of the template for a job in an opened store (`batchlab.reports.queries.store.opened`).
 
-    title: str
-    state: str
-    particulars: Sequence[tuple[str, str]]
-    answers: Sequence[Answer]
-    tiles: Sequence[Tile]
-    stages: Data
-    to_do: Sequence[Finding]
-    good: Sequence[Finding]
-    gantt: Chart | None
-    load: Sequence[Chart]
-    decisions: Sequence[Decision]
-    decisions_in_all: int
-    run_times: Data
-    wait_times: Data
-    run_charts: Sequence[Chart]
-    wait_charts: Sequence[Chart]
-    longest: Data
-    cost: Cost | None
-    failures: Failures
-    twice: Data | None
-    version: str
-
-
-def page(connection: DuckDBPyConnection, job: str, *, samples: Samples | None = None, version: str = "") -> Page:
-    """Return the page of a job in an opened store (`batchlab.reports.queries.store.opened`).
-
-    `samples` returns tracebacks and logs of failed attempts. `version` is the version of batchlab.
-    Raise UsageError if the store does not contain the job.
+    `samples` returns tracebacks and logs of failed attempts. `version` is the version of batchlab. The constructor
+    raises UsageError if the store does not contain the job.
     """
-    run = Run(connection, job)
-    series = load.series(run)
-    decisions, total_decisions = load.decisions(run)
-    cost = costs.cost(run)
-    figures = run_figures(run, series, cost)
-    all_findings = findings(figures)
-    failures = failed.failures(run, samples)
-    run_times, wait_times = durations.spreads(run, "run_s"), durations.spreads(run, "wait_s")
-    facts = Facts(run, figures, cost, failures, wait_times, all_findings)
-    return Page(
-        title=visible(run.job["name"] or job, 80),
-        state=visible(str(run.job["state"]), 20),
-        particulars=particulars(run),
-        answers=answers(facts),
-        tiles=tiles(facts),
-        stages=stages(run),
-        to_do=[finding for finding in all_findings if finding.level > Level.GOOD],
-        good=[finding for finding in all_findings if finding.level is Level.GOOD],
-        gantt=gantt.draw(run),
-        load=load.draw(run, series, decisions),
-        decisions=decisions,
-        decisions_in_all=total_decisions,
-        run_times=durations.table(run_times),
-        wait_times=durations.table(wait_times),
-        run_charts=durations.draw_histograms(run, run_times, "run_s"),
-        wait_charts=durations.draw_histograms(run, wait_times, "wait_s"),
-        longest=durations.longest(run),
-        cost=cost,
-        failures=failures,
-        twice=failed.twice(run),
-        version=version,
-    )
+
+    def __init__(
+        self, connection: DuckDBPyConnection, job: str, *, samples: Samples | None = None, version: str = ""
+    ) -> None:
+        run = Run(connection, job)
+        series = load.series(run)
+        decisions, total_decisions = load.decisions(run)
+        cost = costs.cost(run)
+        figures = run_figures(run, series, cost)
+        all_findings = findings(figures)
+        failures = failed.failures(run, samples)
+        run_times, wait_times = durations.spreads(run, "run_s"), durations.spreads(run, "wait_s")
+        facts = Facts(run, figures, cost, failures, wait_times, all_findings)
+        self.title = visible(run.job["name"] or job, 80)
+        self.state = visible(str(run.job["state"]), 20)
+        self.particulars = particulars(run)
+        self.answers = answers(facts)
+        self.tiles = tiles(facts)
+        self.stages = stages(run)
+        self.to_do = [finding for finding in all_findings if finding.level > Level.GOOD]
+        self.good = [finding for finding in all_findings if finding.level is Level.GOOD]
+        self.gantt = gantt.draw(run)
+        self.load = load.draw(run, series, decisions)
+        self.decisions = decisions
+        self.decisions_in_all = total_decisions
+        self.run_times = durations.table(run_times)
+        self.wait_times = durations.table(wait_times)
+        self.run_charts = durations.draw_histograms(run, run_times, "run_s")
+        self.wait_charts = durations.draw_histograms(run, wait_times, "wait_s")
+        self.longest = durations.longest(run)
+        self.cost = cost
+        self.failures = failures
+        self.twice = failed.twice(run)
+        self.version = version
 
 
 def render(page: Page) -> str:

@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from batchlab.core.errors import UsageError
+from batchlab.reports.queries import store
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -105,9 +106,7 @@ class Run:
         if "$a" in sql or "$b" in sql:
             parameters |= {"a": self.start_s, "b": self.end_s}
         used = {name: value for name, value in parameters.items() if f"${name}" in sql}
-        cursor = self._connection.execute(sql, used)
-        names = [column[0] for column in cursor.description or ()]
-        return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+        return list(store.rows(self._connection, sql, used))
 
     def one(self, sql: str, **values: object) -> Row:
         """Run a query that always returns one row, and return this row."""

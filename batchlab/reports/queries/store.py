@@ -129,6 +129,13 @@ def _sentence(error: Exception) -> str:
     return str(error).strip().split("\n", 1)[0]
 
 
+def rows(connection: DuckDBPyConnection, sql: str, parameters: object = None) -> list[dict[str, Any]]:
+    """Run one of batchlab's own queries, and return its rows by column name."""
+    result = connection.execute(sql, parameters)
+    names = [str(column[0]) for column in result.description or ()]
+    return [dict(zip(names, row, strict=True)) for row in result.fetchall()]
+
+
 # --- User queries --------------------------------------------------------------------------------
 
 

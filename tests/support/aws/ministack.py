@@ -24,7 +24,7 @@ ACCOUNT = "000000000000"
 ROOT = {"aws_access_key_id": "test", "aws_secret_access_key": "test"}
 END_S = 30.0
 CONDITIONS = Path(__file__).with_name("ministack_conditions.py")
-INLINE_BYTES = 51_200
+MAX_INLINE_BYTES = 51_200
 """So much of a template a request holds."""
 
 
@@ -196,7 +196,7 @@ class Stack:
 
     def _request(self, template: cfn.Template, parameters: Mapping[str, Any]) -> dict[str, Any]:
         body = cfn.body(template)
-        told = {"TemplateBody": body} if len(body) <= INLINE_BYTES else self._lent(body)
+        told = {"TemplateBody": body} if len(body) <= MAX_INLINE_BYTES else self._lent(body)
         return {
             "StackName": self.name,
             **told,

@@ -122,7 +122,7 @@ def test_large_template_is_uploaded_to_the_stacks_bucket(
 ) -> None:
     archive = release(tmp_path)
     deploy("apply", "--yes", "--release", archive)
-    monkeypatch.setattr("batchlab.deploy.plan.INLINE_BYTES", 100)
+    monkeypatch.setattr("batchlab.deploy.plan.MAX_INLINE_BYTES", 100)
     code, out, err = deploy("plan", "--json", "--pool", "default:0-20x2")
     assert (code, err) == (0, "")
     assert [one["id"] for one in json.loads(out)["changes"]] == ["PoolGroup"]

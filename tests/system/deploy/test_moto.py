@@ -95,4 +95,4 @@ def test_protection_is_removed_and_the_manager_ends_first(calls: list[tuple[str,
     assert not any(one["ProtectedFromScaleIn"] for one in freed)
     of_pool = [one for one in freed if one["AutoScalingGroupName"] == "grid-pool-default"]
     assert sorted(len(one["InstanceIds"]) for one in of_pool) == [10, 50]
-    assert "60 instances are ending." in front.said
+    assert "60 instances are terminating." in front.said

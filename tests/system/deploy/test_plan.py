@@ -89,7 +89,7 @@ def test_impossible_settings_are_refused(deploy: Run, arguments: tuple[str, ...]
 
 
 def test_oversized_template_uses_a_temporary_bucket(deploy: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("batchlab.deploy.plan.INLINE_BYTES", 100)
+    monkeypatch.setattr("batchlab.deploy.plan.MAX_INLINE_BYTES", 100)
     code, out, err = deploy("plan", "--json")
     assert (code, err) == (0, "")
     assert json.loads(out)["action"] == "create"

@@ -152,7 +152,7 @@ def test_the_documented_policy_is_enough_for_all_commands(
     account = use(monkeypatch, strict.url, SMALL)
     deployer(monkeypatch, documented_policy(account))
     archive = release(tmp_path)
-    monkeypatch.setattr("batchlab.deploy.plan.INLINE_BYTES", 100)
+    monkeypatch.setattr("batchlab.deploy.plan.MAX_INLINE_BYTES", 100)
     for arguments in (
         ("plan",),
         ("apply", "--yes", "--release", archive),
