@@ -159,7 +159,7 @@ async def _up_and_down(site: Site, folder: Path) -> None:
 SQS_PORTS = Table("sqs")
 
 
-async def _take(queue: SqsQueue, name: str, count: int = 1) -> Sequence[Message]:
+async def _receive(queue: SqsQueue, name: str, count: int = 1) -> Sequence[Message]:
     messages: list[Message] = []
     for _ in range(4):
         messages += await queue.receive(name, max_messages=count - len(messages), wait_s=3)
@@ -176,11 +176,11 @@ async def port_round(site: Site) -> None:
     async with site.port() as queue:
         await queue.ensure(QueueSpec("a", visibility_s=300))
         await queue.send("a", [Outgoing("one")])
-        (first,) = await _take(queue, "a")
+        (first,) = await _receive(queue, "a")
         expect((first.body, first.receive_count) == ("one", 1), "another message is received")
         refused = await queue.change_visibility("a", [(first.receipt, 0)])
         expect(not refused, "ChangeMessageVisibility refuses the message's receipt")
-        (second,) = await _take(queue, "a")
+        (second,) = await _receive(queue, "a")
         expect((second.id, second.receive_count) == (first.id, 2), "the second receive returns another message")
         expect(second.sent_s == first.sent_s, "the sent time changes at the second receive")
         expect(not await queue.delete("a", [second.receipt]), "DeleteMessage refuses the message's receipt")
@@ -204,15 +204,15 @@ async def port_ensure(site: Site) -> None:
             await queue.ensure(spec)
         await asyncio.sleep(site.lag_s)
         await queue.send("a", [Outgoing("one")])
-        await _take(queue, "a")
+        await _receive(queue, "a")
         expect(not await queue.receive("a", wait_s=3), "the message is received more often than max_receives")
-        (corpse,) = await _take(queue, "dead")
-        expect(corpse.body == "one", "the dead-letter queue has another message")
+        (dead_letter,) = await _receive(queue, "dead")
+        expect(dead_letter.body == "one", "the dead-letter queue has another message")
         await queue.ensure(QueueSpec("a", visibility_s=1))
         await asyncio.sleep(site.lag_s)
         await queue.send("a", [Outgoing("two")])
-        await _take(queue, "a")
-        (again,) = await _take(queue, "a")
+        await _receive(queue, "a")
+        (again,) = await _receive(queue, "a")
         expect(again.body == "two", "the redrive policy cannot be removed")
 
 
@@ -226,11 +226,11 @@ async def port_refused(site: Site) -> None:
     async with site.port() as queue:
         await queue.ensure(QueueSpec("a", visibility_s=300))
         await queue.send("a", [Outgoing("one"), Outgoing("two")])
-        message, two = await _take(queue, "a", 2)
+        message, two = await _receive(queue, "a", 2)
         changes = [(message.receipt, 0.0), ("nonsense", 0.0), (two.receipt, 300.0)]
         refused = await queue.change_visibility("a", changes)
         expect(list(refused) == ["nonsense"], "a change refuses other receipts")
-        (again,) = await _take(queue, "a")
+        (again,) = await _receive(queue, "a")
         expect(again.id == message.id, "the message of the valid receipt is not changed")
         refused = await queue.delete("a", [again.receipt, "nonsense", two.receipt])
         expect(list(refused) == ["nonsense"], "a delete refuses other receipts")

@@ -131,9 +131,6 @@ def token_nonsense(site: Site) -> None:
     answer.refused(400, "InvalidNextToken")
 
 
-# --- Capacity -------------------------------------------------------------------------------------
-
-
 @ASG_GROUPS.needed(
     source="Auto Scaling API, SetDesiredCapacity; Auto Scaling User Guide, instance lifecycle",
     promise="Fleet.set_desired: a pool grows and shrinks",
@@ -243,9 +240,6 @@ def activities(site: Site) -> None:
     expect(bool(newest.get("Cause") and oldest.get("Cause")), "an activity has no Cause")
     times = newest["StartTime"], oldest["StartTime"]
     expect(all(isinstance(time, datetime) for time in times), "an activity has no StartTime")
-
-
-# --- Deletion -------------------------------------------------------------------------------------
 
 
 @ASG_GROUPS.noted(

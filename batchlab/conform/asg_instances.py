@@ -151,9 +151,6 @@ def _replaced(group: OwnGroup, instance: str, *, beside: str) -> None:
     expect(group.desired == 2, f"the desired capacity is {group.desired}")
 
 
-# --- Protection -----------------------------------------------------------------------------------
-
-
 @ASG_INSTANCES.needed(
     source="Auto Scaling User Guide, scale-in protection; Auto Scaling API, SetInstanceProtection",
     promise="Fleet.protect: scaling in does not terminate an instance with work",
@@ -202,9 +199,6 @@ def protect_51(site: Site) -> None:
     group = OwnGroup.created(site)
     answer = group.protect(*(f"i-{number:017x}" for number in range(51)))
     answer.refused(400, REFUSED)
-
-
-# --- batchlab's own adapter -----------------------------------------------------------------------
 
 
 @ASG_INSTANCES.needed(

@@ -17,6 +17,8 @@ from batchlab.adapters.aws.sqs import SqsQueue
 from batchlab.conform.check import Answer, Differs, Untried, answer, snake
 
 if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
     from batchlab.adapters.obstore_objects import ObstoreObjects
     from batchlab.conform.target import Target
     from batchlab.core.ports import QueueSpec
@@ -65,30 +67,28 @@ class Site:
         """Return bucket and key as parameters of a request."""
         return {"Bucket": self.target.bucket, "Key": self._prefix + key}
 
+    def _call_s3(self, action: str, key: str, client: S3Client, **more: Any) -> Answer:
+        request: Any = {**self.named(key), **more}
+        return answer(action, lambda: getattr(client, snake(action))(**request))
+
     def put(self, key: str, data: bytes, *, if_absent: bool = False, **more: str) -> Answer:
         """Call PutObject. `if_absent` sends `If-None-Match: *`."""
         if if_absent:
             more["IfNoneMatch"] = "*"
-        request: Any = {**self.named(key), "Body": data, **more}
-        return answer("PutObject", lambda: self.target.s3.put_object(**request))
+        return self._call_s3("PutObject", key, self.target.s3, Body=data, **more)
 
     def get(self, key: str, **more: str) -> Answer:
         """Call GetObject and read the body, over other connections than `put`."""
-        request: Any = {**self.named(key), **more}
-        return answer("GetObject", lambda: cast("Any", self.target.other_s3.get_object(**request)))
+        return self._call_s3("GetObject", key, self.target.other_s3, **more)
 
     def head(self, key: str) -> Answer:
         """Call HeadObject, over other connections than `put`."""
-        request: Any = self.named(key)
-        return answer("HeadObject", lambda: self.target.other_s3.head_object(**request))
+        return self._call_s3("HeadObject", key, self.target.other_s3)
 
     def delete(self, key: str) -> Answer:
-        """Call DeleteObject."""
-        request: Any = self.named(key)
-        return answer("DeleteObject", lambda: self.target.s3.delete_object(**request))
+        return self._call_s3("DeleteObject", key, self.target.s3)
 
     def delete_many(self, keys: Sequence[str]) -> Answer:
-        """Call DeleteObjects."""
         request: Any = {"Bucket": self.target.bucket, "Delete": {"Objects": [{"Key": self.own(key)} for key in keys]}}
         return answer("DeleteObjects", lambda: self.target.s3.delete_objects(**request))
 
@@ -108,7 +108,6 @@ class Site:
         return [entry["Key"].removeprefix(self._prefix) for entry in page.data.get("Contents", ())]
 
     def keys(self, prefix: str = "", *, after: str = "", most: int = 0) -> list[str]:
-        """Return the keys of all pages."""
         keys: list[str] = []
         token = ""
         for _ in range(200):
@@ -130,7 +129,6 @@ class Site:
     # --- SQS --------------------------------------------------------------------------------------
 
     def new_name(self) -> str:
-        """Return a queue name that no other check uses."""
         return f"{self.target.run}-{self._name}-{next(self._numbers)}"
 
     def queue(self, name: str = "", **attributes: str) -> OwnQueue:

@@ -189,7 +189,7 @@ def _redrive(dead: OwnQueue, receives: int) -> str:
     return json.dumps({"deadLetterTargetArn": dead.arn(), "maxReceiveCount": receives})
 
 
-def _dead(site: Site, receives: int) -> tuple[OwnQueue, OwnQueue, Received]:
+def _poison_queues(site: Site, receives: int) -> tuple[OwnQueue, OwnQueue, Received]:
     """Create two queues and receive a message `receives` times without deleting it."""
     dead = site.queue()
     queue = site.queue_with("poison", VisibilityTimeout="0", RedrivePolicy=_redrive(dead, receives))
@@ -199,7 +199,7 @@ def _dead(site: Site, receives: int) -> tuple[OwnQueue, OwnQueue, Received]:
     return queue, dead, message
 
 
-def _corpse(queue: OwnQueue, dead: OwnQueue) -> Received:
+def _dead_letter(queue: OwnQueue, dead: OwnQueue) -> Received:
     # AWS moves the message by itself. Emulators move the message at the next receive.
     expect(queue.empty(), "the message is received more often than maxReceiveCount")
     return dead.one()
@@ -214,8 +214,8 @@ def dead_letter(site: Site) -> None:
     """A message that was received maxReceiveCount times moves to the dead-letter queue with its body, instead of being
     received again.
     """
-    queue, dead, _ = _dead(site, 2)
-    expect(_corpse(queue, dead).body == "poison", "the dead letter has another body")
+    queue, dead, _ = _poison_queues(site, 2)
+    expect(_dead_letter(queue, dead).body == "poison", "the dead letter has another body")
     expect(queue.empty(), "the message is in both queues")
 
 
@@ -226,18 +226,18 @@ def dead_letter(site: Site) -> None:
 )
 def dead_letter_history(site: Site) -> None:
     """A dead letter keeps its message id, its sent time, and its receive count."""
-    queue, dead, message = _dead(site, 1)
-    corpse = _corpse(queue, dead)
-    expect(corpse.id == message.id, "the dead letter has another id")
-    expect(corpse.times_ms[0] == message.times_ms[0], "the dead letter has another sent time")
-    expect(corpse.count == message.count + 1, "the receive count of the dead letter starts again")
+    queue, dead, message = _poison_queues(site, 1)
+    dead_letter = _dead_letter(queue, dead)
+    expect(dead_letter.id == message.id, "the dead letter has another id")
+    expect(dead_letter.times_ms[0] == message.times_ms[0], "the dead letter has another sent time")
+    expect(dead_letter.count == message.count + 1, "the receive count of the dead letter starts again")
 
 
 @SQS_QUEUES.noted(source="SQS API, ReceiveMessage; recorded answers of AWS", promise="none: the body names its stage")
 def dead_letter_source(site: Site) -> None:
     """DeadLetterQueueSourceArn of a dead letter names its source queue."""
-    queue, dead, _ = _dead(site, 1)
-    facts = _corpse(queue, dead).raw.get("Attributes", {})
+    queue, dead, _ = _poison_queues(site, 1)
+    facts = _dead_letter(queue, dead).raw.get("Attributes", {})
     expect(
         facts.get("DeadLetterQueueSourceArn") == queue.arn(), "DeadLetterQueueSourceArn does not name the source queue"
     )

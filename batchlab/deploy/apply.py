@@ -59,8 +59,8 @@ def follow_operation(stack: Stack, interface: Interface) -> State | None:
     if state and state.is_moving:
         interface.say(f"The stack {state.name} is {state.status}. Waiting for the end of this operation.")
         since, _ = stack.last_operation(state.id)
-        with interface.watching(state.status, 0) as see:
-            state = stack.follow(state.id, since, see)
+        with interface.watching(state.status, 0) as on_event:
+            state = stack.follow(state.id, since, on_event)
     return state
 
 
@@ -191,8 +191,8 @@ class Apply:
         return self._follow(plan.change_set.stack_id, since, what, len(plan.changes))
 
     def _follow(self, stack_id: str, since: str, what: str, total: int, *, must_succeed: bool = True) -> State:
-        with self.interface.watching(what, total) as see:
-            state = self.stack.follow(stack_id, since, see)
+        with self.interface.watching(what, total) as on_event:
+            state = self.stack.follow(stack_id, since, on_event)
         if must_succeed and not state.has_succeeded:
             raise self._failure(state, since)
         return state

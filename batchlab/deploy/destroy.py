@@ -214,8 +214,8 @@ class Destroy:
         self.stack.delete(state.id)
         if state.is_new:
             return []
-        with self.interface.watching("deleting", len(before)) as see:
-            ended = self.stack.follow(state.id, since, see)
+        with self.interface.watching("deleting", len(before)) as on_event:
+            ended = self.stack.follow(state.id, since, on_event)
         events = self.stack.events(state.id, since)
         if ended.status != "DELETE_COMPLETE":
             raise StackFailed(ended, self.stack.cause(state.id, events))

@@ -263,17 +263,17 @@ class Stack:
         except Missing:
             return
 
-    def follow(self, stack_id: str, since: str, see: Callable[[Event], None]) -> State:
+    def follow(self, stack_id: str, since: str, on_event: Callable[[Event], None]) -> State:
         """Wait for the end of the operation that began after the event `since`, and return the state.
 
-        `see` receives each event of the operation once, oldest first.
+        `on_event` receives each event of the operation once, oldest first.
         """
         last, has_ended = since, False
         while True:
             for event in self.events(stack_id, last):
                 last = event.id
                 has_ended |= event.is_of_stack and event.ends_operation
-                see(event)
+                on_event(event)
             # Read the state only after the last event. Before that, AWS may still return the old state.
             if has_ended:
                 state = self.state(stack_id)

@@ -40,7 +40,7 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
-class Use:
+class StageUsage:
     """Usage of a stage.
 
     `failed_slot_s` is the slot time of failed attempts. `bundles` counts the bundles with an outcome.
@@ -52,7 +52,7 @@ class Use:
 
 
 def parts(
-    uses: Sequence[Use],
+    uses: Sequence[StageUsage],
     account: Account | None,
     pools: Mapping[str, PoolFacts],
     book: PriceBook,
@@ -83,7 +83,7 @@ def parts(
     return job_bill, parts
 
 
-def _of_pool(pool: str, billed: Billed, uses: Sequence[Use], account: Account | None) -> dict[str, _Line]:
+def _of_pool(pool: str, billed: Billed, uses: Sequence[StageUsage], account: Account | None) -> dict[str, _Line]:
     useful: dict[str | None, float] = {use.stage.name: use.stage.run_s * use.stage.slots for use in uses}
     wasted: dict[str | None, float] = {use.stage.name: use.failed_slot_s for use in uses}
     if account and (lost_s := account.lost_s.get(pool)):

@@ -20,8 +20,8 @@ from batchlab.core.protocol.commit_keys import CommitKeys
 from batchlab.core.retry_rule import RetryRule
 from batchlab.manager.recorder import ReportQueue
 from batchlab.reports.queries import store
-from batchlab.reports.tables.build import Building
-from batchlab.reports.tables.gather import Gatherer
+from batchlab.reports.tables.build import TableBuilder
+from batchlab.reports.tables.gather import JobDataReader
 from batchlab.reports.tables.schema import TABLES
 from batchlab.reports.tables.write import Writer, fetch, index_of
 from batchlab.sim.tasks import Play, Scene
@@ -233,8 +233,8 @@ def test_stop_after_the_end_is_ignored(tmp_path: Path) -> None:
         made = job(stage(A), items=6)
         await submitted(world, made)
         await ended(world, made)
-        gathered = await Gatherer(world.objects, patience(world)).gather(made.id, tmp_path)
-        building = Building(gathered, told.setting(POOLS), tmp_path)
+        gathered = await JobDataReader(world.objects, patience(world)).gather(made.id, tmp_path)
+        building = TableBuilder(gathered, told.setting(POOLS), tmp_path)
         assert building.run(tmp_path)["tasks"] == 6
         building.interrupt()
 

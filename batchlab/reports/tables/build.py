@@ -20,7 +20,7 @@ from batchlab.core.pricing.price_book import PriceBook
 from batchlab.core.pricing.request_costs import Pace
 from batchlab.reports import costs
 from batchlab.reports.queries.store import sections
-from batchlab.reports.tables.gather import Gathered
+from batchlab.reports.tables.gather import JobData
 from batchlab.reports.tables.schema import BY_NAME, TABLES, VERSION, Table, types
 from batchlab.reports.tables.staging import FILES, plain
 
@@ -94,10 +94,10 @@ class Setting:
     book: PriceBook | None = None
 
 
-class Building:
+class TableBuilder:
     """Builder of one job's tables. `scratch` contains the staged files."""
 
-    def __init__(self, gathered: Gathered, setting: Setting, scratch: Path) -> None:
+    def __init__(self, gathered: JobData, setting: Setting, scratch: Path) -> None:
         import duckdb
 
         self._gathered = gathered
@@ -290,12 +290,12 @@ class Building:
         self._fill("cost_lines", _COST, rows)
         return prices
 
-    def _uses(self) -> list[costs.Use]:
+    def _uses(self) -> list[costs.StageUsage]:
         rows = self._connection.execute(
             "SELECT stage, pool, run_s, slots, failed_slot_s, bundles FROM stage_sums ORDER BY position"
         ).fetchall()
         return [
-            costs.Use(StageUse(stage, pool, run_s, slots), failed_slot_s, bundles)
+            costs.StageUsage(StageUse(stage, pool, run_s, slots), failed_slot_s, bundles)
             for stage, pool, run_s, slots, failed_slot_s, bundles in rows
         ]
 

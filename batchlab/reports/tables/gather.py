@@ -23,7 +23,7 @@ from batchlab.core.protocol import commit_keys, json_format, object_keys
 from batchlab.core.protocol.commit_keys import CommitKeys
 from batchlab.manager import recorded_data
 from batchlab.manager.retry_rounds import Retry
-from batchlab.reports.tables.staging import Staging, universe
+from batchlab.reports.tables.staging import Staging, planned_tasks
 
 MAX_FETCHES = 8
 """Objects that are fetched concurrently. The value is low because the manager sends other requests."""
@@ -32,8 +32,8 @@ MAX_BATCH_BYTES = 8 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Gathered:
-    """Gathered data that is not in the staged files.
+class JobData:
+    """JobData data that is not in the staged files.
 
     `account` is None if the usage was not recorded. `planned` contains the tasks of each planned
     stage. `began_s` is the start of the last round.
@@ -50,7 +50,7 @@ class Gathered:
     began_s: float
 
 
-class Gatherer:
+class JobDataReader:
     """Reader of the jobs of one bucket."""
 
     def __init__(self, objects: Objects, patience: Patience) -> None:
@@ -58,7 +58,7 @@ class Gatherer:
         self._patience = patience
         self._keys = CommitKeys(objects, patience)
 
-    async def gather(self, job: JobId, folder: Path) -> Gathered:
+    async def gather(self, job: JobId, folder: Path) -> JobData:
         """Read the job, and stage the data that grows with its size in `folder`.
 
         Raise UsageError if the bucket does not contain the job.
@@ -83,12 +83,12 @@ class Gatherer:
         cuts += [cut for retry in retries for cut in retry.cuts]
         with await asyncio.to_thread(Staging, folder, spec, void_before) as staging:
             stored_bytes = await self._outcomes(spec, staging, cuts)
-            planned = universe(spec, cuts, void_before)
+            planned = planned_tasks(spec, cuts, void_before)
             await asyncio.to_thread(_plan, staging, cuts, planned, submitted_s)
         stored_bytes += await self._size(object_keys.raw(job))
         account, record = await self._used(job)
         again_s = [cut.at_s for cut in retries[-1].cuts if cut.at_s] if retries else []
-        return Gathered(
+        return JobData(
             spec,
             len(retries),
             await self._ending(job, len(retries)),

@@ -182,7 +182,7 @@ def _gaps(marks: bytearray, start: int, stop: int) -> Iterator[tuple[int, int]]:
         yield first, at
 
 
-def universe(job: JobDef, cuts: Iterable[Cut], void_before: Mapping[StageName, int]) -> dict[StageName, TaskSet]:
+def planned_tasks(job: JobDef, cuts: Iterable[Cut], void_before: Mapping[StageName, int]) -> dict[StageName, TaskSet]:
     """Return the tasks of each planned stage, from the stage's first cut.
 
     A chained stage has the same tasks as the stage that it follows.

@@ -21,8 +21,8 @@ from batchlab.core.model import JobId
 from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Objects
 from batchlab.core.protocol import json_format, object_keys
-from batchlab.reports.tables.build import Building, Setting
-from batchlab.reports.tables.gather import Gatherer
+from batchlab.reports.tables.build import Setting, TableBuilder
+from batchlab.reports.tables.gather import JobDataReader
 from batchlab.reports.tables.schema import TABLES, VERSION
 
 INDEX = "report.json"
@@ -85,8 +85,8 @@ class Writer:
     async def make(self, job: JobId, folder: Path) -> Index:
         """Write the job's data into a folder and return the index."""
         async with self._folder() as scratch:
-            gathered = await Gatherer(self._objects, self._patience).gather(job, scratch)
-            building = await asyncio.to_thread(Building, gathered, self._setting, scratch)
+            gathered = await JobDataReader(self._objects, self._patience).gather(job, scratch)
+            building = await asyncio.to_thread(TableBuilder, gathered, self._setting, scratch)
             try:
                 rows = await asyncio.to_thread(building.run, folder)
             except asyncio.CancelledError:
