@@ -165,14 +165,14 @@ def _shell(prepared: TaskRun, how: RunOptions) -> None:
 
 def _run(prepared: TaskRun, how: RunOptions, *, json: bool) -> None:
     from batchlab.client.debug import foreground
-    from batchlab.client.debug.task_folder import judge, limits
+    from batchlab.client.debug.task_folder import compare, limits
 
     within = "none" if how.no_limits else limits(prepared)
     limits_text = "" if within == "none" else f", within {within}"
     output.say(f"Running {prepared.name}, attempt {prepared.attempt}, on this machine{limits_text}.")
     output.say(_warning(how))
     ended = foreground.run(prepared, how)
-    found = judge(prepared, ended)
+    found = compare(prepared, ended)
     found.differences.extend(foreground.not_applied(prepared, how))
     if json:
         output.show_json(

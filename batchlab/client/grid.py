@@ -165,7 +165,7 @@ class Grid:
             done = True
         finally:
             # The garbage collector may run this block on any thread, so the block must not wait.
-            incoming.drop()
+            incoming.cancel()
             link.leave(job.id, cancel=not done)
 
     def executor(

@@ -1,11 +1,7 @@
-"""Results of a map: outcomes that the manager lists, read in parts.
+"""Results of a map and of a job file, which are read in parts.
 
-Invariant: each task's result is returned once. Memory holds only a few outcomes, even for a long
-job or a slow caller.
-
-Result of a job that was run from a job file.
-
-Invariant: the object reads results on request, in parts, and in task order.
+Invariant: each task's result is returned once. Memory contains only a few outcomes, even for a long job or a slow
+caller. JobResult reads results on request, in task order.
 """
 
 from __future__ import annotations
@@ -41,9 +37,8 @@ MAX_FETCHES = 4
 """Number of outcomes that are fetched in advance."""
 GAP_S = 0.2
 GAP_SHARE = 0.1
-"""Share of the watched time that is the pause between two polls. If little work remains at the
-current pace, the pause is shorter. It is at most `GAP_S`. A busy job always has new outcomes, and
-the manager needs time for them."""
+"""Pause between two polls, as a share of the watched time. The pause is at most `GAP_S`, and shorter if little work
+remains. Without a pause, the manager would answer a poll for each new outcome of a busy job."""
 VALUES_AT_ONCE = 16
 """Number of large values and files that are fetched at the same time."""
 
@@ -61,108 +56,93 @@ class MapResults:
         self._count = count
         self._ordered = ordered
         self._after: int | None = None
-        self._heard = 0
-        """Number of tasks that listed outcomes contain."""
+        self._ended = 0
+        """Number of ended tasks in the listed outcomes."""
         self._began_s = self._answered_s = link.clock.monotonic_s()
         self._listed: list[tuple[float, int, OutcomeView]] = []
-        """Heap of outcomes to fetch: (task or seq from which it is needed, seq, view)."""
-        self._coming: list[tuple[float, int, Future[Outcome]]] = []
+        """Heap of outcomes to fetch: (first task or seq of the outcome, seq, view)."""
+        self._fetching: list[tuple[float, int, Future[Outcome]]] = []
         """Heap of outcomes that are being fetched, in the same order."""
 
     def runs(self) -> Iterator[Run]:
-        """Yield every task's result once: in task order from 0, or as results arrive."""
+        """Yield every task's result once, in task order or in the order of arrival."""
         ready: list[Run] = []
-        given = 0
-        while given < self._count:
-            needed = given if self._ordered else math.inf
+        returned = 0
+        while returned < self._count:
+            needed = returned if self._ordered else math.inf
             if ready and ready[0][0] <= needed:
                 run = heappop(ready)
-                given += len(run[1])
+                returned += len(run[1])
                 yield run
             elif outcome := self._next(needed):
                 for run in _runs(outcome):
                     heappush(ready, run)
             else:
-                self._listen(given)
+                self._poll(returned)
 
-    def drop(self) -> None:
+    def cancel(self) -> None:
         """Cancel the fetches, because no more results are needed."""
-        for _, _, coming in self._coming:
-            coming.cancel()
+        for _, _, future in self._fetching:
+            future.cancel()
 
     def _next(self, needed: float) -> Outcome | None:
-        """Return the next outcome that may contain a needed result, or None until another outcome
-        is listed."""
-        listed, coming = self._listed, self._coming
-        while listed and (len(coming) < MAX_FETCHES or listed[0][0] <= needed < coming[0][0]):
+        """Return the next outcome that may contain a needed result. Return None if no listed outcome does."""
+        listed, fetching = self._listed, self._fetching
+        while listed and (len(fetching) < MAX_FETCHES or listed[0][0] <= needed < fetching[0][0]):
             at, seq, view = heappop(listed)
-            heappush(coming, (at, seq, self._link.start(fetched(self._link, view))))
-        if not coming or coming[0][0] > needed:
+            heappush(fetching, (at, seq, self._link.start(fetched(self._link, view))))
+        if not fetching or fetching[0][0] > needed:
             return None
-        return heappop(coming)[2].result()
+        return heappop(fetching)[2].result()
 
-    def _listen(self, given: int) -> None:
-        """Wait for outcomes. Raise JobFailed if the job has ended without outcomes for all
-        tasks."""
+    def _poll(self, returned: int) -> None:
+        """Wait for outcomes. Raise JobFailed if the job has ended without outcomes for all tasks."""
         now_s = self._link.clock.monotonic_s
-        left = (self._count - self._heard) / self._heard if self._heard else math.inf
+        left = (self._count - self._ended) / self._ended if self._ended else math.inf
         pause_s = gap_s(self._answered_s - self._began_s, left)
         time.sleep(max(0.0, self._answered_s + pause_s - now_s()))
         page = self._link.call(lambda client: client.outcomes(self._job, after=self._after, wait_s=POLL_S))
         self._answered_s = now_s()
-        for one in page["outcomes"]:
-            self._after = one["seq"]
-            self._heard += one["failed"] + sum(stop - start for start, stop in one["tasks"])
-            # Other outcomes contain no result: all of their tasks are retried, split off, or
-            # canceled.
-            if one["tasks"] or one["failed"]:
-                at = _first(one) if self._ordered else one["seq"]
-                heappush(self._listed, (at, one["seq"], one))
+        for view in page["outcomes"]:
+            self._after = view["seq"]
+            self._ended += view["failed"] + sum(stop - start for start, stop in view["tasks"])
+            # An outcome without ended tasks has no result, because its tasks are retried, split off, or canceled.
+            if view["tasks"] or view["failed"]:
+                # The view does not list the failed tasks, so the first task of the bundle is used.
+                first = int(view["bundle"].partition("-")[0]) if view["failed"] else view["tasks"][0][0]
+                heappush(self._listed, (first if self._ordered else view["seq"], view["seq"], view))
         if page["ended"] and not page["outcomes"]:
-            view = self._link.call(lambda client: client.job(self._job))
-            reason = f" ({view['reason']})" if view["reason"] else ""
-            raise JobFailed(
-                f"Job {self._job} ended {view['state']}{reason} with {given} of {self._count} results given."
-            )
+            job = self._link.call(lambda client: client.job(self._job))
+            reason = f" ({job['reason']})" if job["reason"] else ""
+            raise JobFailed(f"Job {self._job} ended {job['state']}{reason} with {returned} of {self._count} results.")
 
 
 def gap_s(watched_s: float, left: float = math.inf, *, most_s: float = GAP_S) -> float:
-    """Return the pause in seconds between an answer and the next poll. `watched_s` is the time
-    since the first poll, and `left` is the ratio of remaining tasks to ended tasks."""
+    """Return the pause in seconds between an answer and the next poll. `watched_s` is the time since the first poll,
+    and `left` is the ratio of remaining tasks to ended tasks."""
     return min(most_s, GAP_SHARE * watched_s * min(1.0, max(0.0, left)))
 
 
-async def fetched(link: Link, one: OutcomeView) -> Outcome:
-    """Return the listed outcome, and fetch it if the list does not contain it."""
-    if one["outcome"]:
-        outcome = json_format.outcome_from_json(one["outcome"])
+async def fetched(link: Link, view: OutcomeView) -> Outcome:
+    """Return the outcome in the view. If the view does not contain the outcome, fetch it from the bucket."""
+    if view["outcome"]:
+        outcome = json_format.outcome_from_json(view["outcome"])
     else:
-        get = partial(link.objects.get, one["key"])
+        get = partial(link.objects.get, view["key"])
         outcome = json_format.outcome_from_json(json_format.loads(await link.patience(get)))
-    outcome_key, bundle = object_keys.outcome_key(one["key"]), outcome.bundle
-    if outcome_key is None or (outcome_key.job, outcome_key.stage, outcome_key.bundle) != (
-        bundle.job,
-        bundle.stage,
-        bundle.id,
-    ):
-        raise BackendError(f"The outcome {one['key']} is one of another bundle.")
+    key, bundle = object_keys.outcome_key(view["key"]), outcome.bundle
+    if key is None or (key.job, key.stage, key.bundle) != (bundle.job, bundle.stage, bundle.id):
+        raise BackendError(f"The outcome {view['key']} belongs to another bundle.")
     return outcome
 
 
-async def outcomes(link: Link, listed: Sequence[OutcomeView]) -> AsyncIterator[Outcome]:
-    """Read these outcomes, several at a time."""
-    # Other outcomes contain no result: all of their tasks are retried, split off, or canceled.
-    wanted = [one for one in listed if one["tasks"] or one["failed"]]
-    for first in range(0, len(wanted), MAX_FETCHES):
-        some = (fetched(link, one) for one in wanted[first : first + MAX_FETCHES])
-        for outcome in await asyncio.gather(*some):
+async def outcomes(link: Link, views: Sequence[OutcomeView]) -> AsyncIterator[Outcome]:
+    """Read the outcomes with ended tasks. Up to MAX_FETCHES reads run in parallel."""
+    with_results = [view for view in views if view["tasks"] or view["failed"]]
+    for first in range(0, len(with_results), MAX_FETCHES):
+        batch = (fetched(link, view) for view in with_results[first : first + MAX_FETCHES])
+        for outcome in await asyncio.gather(*batch):
             yield outcome
-
-
-def _first(one: OutcomeView) -> int:
-    """Return a task from which the outcome may be needed. The list does not contain the failed
-    tasks."""
-    return int(one["bundle"].partition("-")[0]) if one["failed"] else one["tasks"][0][0]
 
 
 def _runs(outcome: Outcome) -> Iterator[Run]:
@@ -178,7 +158,7 @@ def _runs(outcome: Outcome) -> Iterator[Run]:
 def failed(outcome: Outcome, failure: Failure, kind: type[TaskFailed] = TaskFailed) -> TaskFailed:
     """Return the error for a task's permanent failure."""
     attempt = outcome.bundle.attempt
-    times = f" {attempt} times, at last" if attempt > 1 else ""
+    times = f" {attempt} times, the last time" if attempt > 1 else ""
     name = task_name(outcome.bundle.stage, failure.task)
     return kind(
         f"Task {name} of job {outcome.bundle.job} failed{times}: {failure.reason}",
@@ -193,38 +173,33 @@ def failed(outcome: Outcome, failure: Failure, kind: type[TaskFailed] = TaskFail
 def decoded(
     link: Link, where: str, stage: str, tasks: Sequence[int], encoded: Sequence[Json | TaskFailed], own: JobObjects
 ) -> Iterator[Any]:
-    """Decode the values of these tasks of a stage, and fetch their files and large values into the
-    folder `where`.
+    """Decode the values of these tasks of a stage, and fetch their files and large values into the folder `where`.
 
-    A TaskFailed is yielded as it is. A value that cannot be read becomes a TaskFailed. Pickled
+    Errors are yielded as TaskFailed: a TaskFailed in `encoded`, and the error of a value that cannot be read. Pickled
     objects are read only for a job of the Python API.
     """
-    if not any(type(one) is dict or type(one) is list for one in encoded):
+    if not any(type(value) is dict or type(value) is list for value in encoded):
         yield from encoded
         return
-    for at in range(0, len(encoded), VALUES_AT_ONCE):
-        stop = at + VALUES_AT_ONCE
-        some = dict(zip(tasks[at:stop], encoded[at:stop], strict=True))
-        needy = [(task, one) for task, one in some.items() if _refers(one)]
-        if needy:
+    for first in range(0, len(encoded), VALUES_AT_ONCE):
+        stop = first + VALUES_AT_ONCE
+        batch = dict(zip(tasks[first:stop], encoded[first:stop], strict=True))
+        references = [(task, value) for task, value in batch.items() if next(values.references(value), None)]
+        if references:
             folder = link.folder / where
             inputs = materialization.Inputs(link.objects, folder, asyncio.to_thread, own, link.files)
-            some |= dict(link.run(inputs.fetch(needy)))
-        for task, one in some.items():
-            yield _decoded(stage, task, one, pickles=own.is_python)
-
-
-def _refers(encoded: Json | TaskFailed) -> bool:
-    return next(values.references(encoded), None) is not None
+            batch |= dict(link.run(inputs.fetch(references)))
+        for task, value in batch.items():
+            yield _decoded(stage, task, value, pickles=own.is_python)
 
 
 def _decoded(stage: str, task: int, encoded: Json | Failure | TaskFailed, *, pickles: bool) -> Any:
     if isinstance(encoded, Failure):
         name = task_name(stage, task)
-        return TaskFailed(f"The result of task {name} cannot be had: {encoded.reason}", task=task)
+        return TaskFailed(f"The result of task {name} cannot be fetched: {encoded.reason}", task=task)
     try:
         return values.decode(encoded, _file, pickles=pickles)
-    except Exception as error:  # noqa: BLE001 - unpickling runs whatever code the value names
+    except Exception as error:  # noqa: BLE001 - unpickling runs code that the value names
         name = task_name(stage, task)
         task_failed = TaskFailed(
             f"The result of task {name} cannot be read here: {type(error).__name__}: {error}", task=task
@@ -247,8 +222,7 @@ class JobResult:
     """A job that has ended. Its results can be read while the grid is open."""
 
     def __init__(self, owner: object, link: Link, view: JobView) -> None:
-        """`owner` closes `link` when no reference to it exists. The reference here keeps it
-        open."""
+        """`owner` closes `link` when no reference to `owner` exists. This object keeps a reference."""
         self._owner = owner
         self._link = link
         self.view = view
@@ -275,14 +249,13 @@ class JobResult:
         return self.view["reason"]
 
     def raise_for_state(self) -> None:
-        """Raise an error unless the job SUCCEEDED: TaskFailed with its first failure, or
-        JobFailed."""
+        """Raise an error unless the job SUCCEEDED: TaskFailed with its first failure, or JobFailed."""
         if self.state is JobState.SUCCEEDED:
             return
-        told = f"Job {self.id} ended {self.state}: {self.reason}."
+        text = f"Job {self.id} ended {self.state}: {self.reason}."
         for first in self.failures:
-            raise TaskFailed(told, task=first["task"], traceback=first["traceback"])
-        raise JobFailed(told)
+            raise TaskFailed(text, task=first["task"], traceback=first["traceback"])
+        raise JobFailed(text)
 
     def results(self, stage: str | None = None) -> Iterator[Any]:
         """Return the values of `stage` in task order.
@@ -300,20 +273,14 @@ class JobResult:
     def _values(self, stages: Sequence[StageName], own: JobObjects) -> Iterator[Any]:
         link = self._link
         for stage in stages:
-            coming = self._encoded(stage, list_outcomes(link, self.id))
-            while some := link.run(_some(coming, MAX_VALUES_READ)):
-                tasks, encoded = zip(*some, strict=True)
-                where = f"{self.id}/{stage}"
-                for value in decoded(link, where, stage, tasks, encoded, own):
+            listing = results.of_stage(stage, list_outcomes(link, self.id))
+            pairs = results.in_task_order(link.objects, listing, link.patience)
+            while part := link.run(_next_values(pairs, MAX_VALUES_READ)):
+                tasks, encoded = zip(*part, strict=True)
+                for value in decoded(link, f"{self.id}/{stage}", stage, tasks, encoded, own):
                     if isinstance(value, TaskFailed):
                         raise value
                     yield value
-
-    async def _encoded(self, stage: StageName, listing: Sequence[Listed]) -> AsyncIterator[tuple[int, Json]]:
-        objects, patience = self._link.objects, self._link.patience
-        chosen = results.of_stage(stage, listing)
-        async for pair in results.in_task_order(objects, chosen, patience):
-            yield pair
 
     def fetch(self, out: Path) -> Fetched:
         """Write the final stages' results and their files into the folder `out`."""
@@ -329,10 +296,10 @@ def list_outcomes(link: Link, job: str) -> list[Listed]:
     return results.listed(lambda after: link.call(partial(Client.outcomes, job=job, after=after)))
 
 
-async def _some(values: AsyncIterator[T], count: int) -> list[T]:
-    found: list[T] = []
-    async for value in values:
-        found.append(value)
-        if len(found) == count:
+async def _next_values(iterator: AsyncIterator[T], count: int) -> list[T]:
+    values: list[T] = []
+    async for value in iterator:
+        values.append(value)
+        if len(values) == count:
             break
-    return found
+    return values

@@ -41,7 +41,7 @@ def test_unreadable_result_names_its_task(tmp_path: Path) -> None:
 
 def test_missing_result_names_its_task(tmp_path: Path) -> None:
     gone = {"$file": "jobs/sums-1/files/x", "name": "x", "size": 1, "origin": ""}
-    assert str(told(tmp_path, gone)).startswith("The result of task parse/3 cannot be had: ")
+    assert str(told(tmp_path, gone)).startswith("The result of task parse/3 cannot be fetched: ")
 
 
 def test_questions_are_as_rare_as_their_answers_may_be_late() -> None:

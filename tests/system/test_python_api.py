@@ -235,7 +235,7 @@ def test_task_has_the_attempts_of_its_rule(grid: Grid, tmp_path: Path) -> None:
     def always(_: int) -> None:
         raise OSError("never")
 
-    with pytest.raises(TaskFailed, match="failed 2 times, at last: OSError: never"):
+    with pytest.raises(TaskFailed, match="failed 2 times, the last time: OSError: never"):
         list(grid.map(always, [1], retry=rule))
 
 

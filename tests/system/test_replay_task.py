@@ -100,7 +100,7 @@ def test_time_memory_and_crashes_are_judged_as_on_a_worker(here: Ran, verdict: V
 def test_missing_limits_are_reported_and_the_task_runs(here: Ran, verdict: Verdict) -> None:
     found = verdict(here, "eat/0", "--no-limits")
     assert found["verdict"] == "not at all"
-    assert "Its memory limit of 128 MiB did not hold." in found["differences"]
+    assert "The memory limit of 128 MiB did not apply." in found["differences"]
 
 
 # --- Debuggers -----------------------------------------------------------------------------------
@@ -120,13 +120,13 @@ def test_debugger_stops_at_the_first_line_of_the_handler(here: Ran) -> None:
     assert "'amounts.csv'" in done.stdout
     assert "['name,amount', 'c,3', 'd,four']" in done.stdout
     assert "failed the same way" in done.stdout
-    assert "Its time limit of 30 s did not hold." in done.stdout
+    assert "The time limit of 30 s did not apply." in done.stdout
 
 
 def test_leaving_the_debugger_is_not_a_failure(here: Ran) -> None:
     done = here.cli("replay-task", "parse/0", "--break", typed="q\n")
     assert done.returncode == 1
-    assert "was left before its end" in done.stdout
+    assert "did not run to its end" in done.stdout
 
 
 def test_ctrl_c_is_for_the_task_and_leaves_nothing_behind(here: Ran) -> None:
@@ -143,7 +143,7 @@ def test_ctrl_c_is_for_the_task_and_leaves_nothing_behind(here: Ran) -> None:
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=30)
     assert process.returncode == 1, err
-    assert "was left before its end" in out
+    assert "did not run to its end" in out
     assert not folder.exists()
 
 
@@ -257,7 +257,7 @@ def test_a_task_is_given_no_secret_that_is_not_named(here: Ran) -> None:
         assert hidden not in done.stdout + done.stderr
     assert "It is the job's code, and runs with your rights." in done.stderr
     assert "AWS_PROFILE, " in done.stderr
-    assert "set here and are not given to it" in done.stderr
+    assert "which are set here. --env NAME" in done.stderr
     assert "--env NAME" in done.stderr
 
 
@@ -275,7 +275,7 @@ def test_secrets_are_withheld_from_programs_and_kept_folders(here: Ran, tmp_path
     assert "the-profile" in done.stdout
     assert "the-plain" not in done.stdout
     assert "the-token" not in done.stdout
-    assert "not given to it" in done.stderr
+    assert "The task does not get" in done.stderr
 
 
 def test_unset_variable_is_reported(here: Ran, quick: Quick) -> None:
@@ -328,9 +328,9 @@ def test_nothing_of_the_grid_is_changed_and_none_need_be_up(here: Ran, tmp_path:
 @pytest.mark.parametrize(
     ("prefix", "task", "what", "remedy"),
     [
-        ("files", "gathered/0", "The input of gathered/0 cannot be had", "AttemptDays"),
-        ("raw", "parse/1", "The input of parse/1 cannot be had", "uploads its input again"),
-        ("code", "parse/1", "The code of parse/1 cannot be had", "uploads its code again"),
+        ("files", "gathered/0", "The input of gathered/0 cannot be fetched", "AttemptDays"),
+        ("raw", "parse/1", "The input of parse/1 cannot be fetched", "uploads its input again"),
+        ("code", "parse/1", "The code of parse/1 cannot be fetched", "uploads its code again"),
         ("jobs", "parse/1", "The bucket does not contain the job", "job list"),
     ],
 )
@@ -351,4 +351,4 @@ def test_task_without_logs_is_replayed_and_unknown_facts_are_named(here: Ran, tm
     shutil.rmtree(tmp_path / "objects" / "logs")
     found = verdict(here.moved(tmp_path), "parse/1")
     assert found["verdict"] == "same"
-    assert found["differences"][0].startswith("Nothing is known of the surroundings")
+    assert found["differences"][0].startswith("The environment of the worker")

@@ -1,7 +1,7 @@
 """Debuggers for a task: none, pdb, or an IDE with debugpy.
 
-Invariant: a debugger does not change the exception that the task raises. The process that runs the
-task imports this module, which uses only the standard library, and debugpy on request.
+Invariant: a debugger does not change the exception that the task raises. The process that runs the task imports this
+module, which therefore uses only light modules, and debugpy on request.
 """
 
 from __future__ import annotations
@@ -23,34 +23,32 @@ HOST = "127.0.0.1"
 class Debugger:
     """No debugger: the task just runs."""
 
-    def begin(self, told: TaskRun) -> None:
+    def begin(self, task_run: TaskRun) -> None:
         """Prepare for the call of the loaded handler."""
 
     @contextmanager
-    def around(self, told: TaskRun) -> Iterator[None]:
+    def around(self, task_run: TaskRun) -> Iterator[None]:
         """Wrap the handler's call."""
-        del told
+        del task_run
         yield
 
     def failed(self, error: BaseException | None) -> None:
-        """Handle the exception that the task raised. `error` is None if none of the user's code was
-        running."""
+        """Handle the exception that the task raised. `error` is None if the user's code was not running."""
 
 
 class Pdb(Debugger):
-    """Python's own debugger: at the exception, and with `at_start` also at the handler's first
-    line."""
+    """Python's own debugger. It starts at the exception, and with `at_start` also at the handler's first line."""
 
     def __init__(self, *, at_start: bool) -> None:
         self._at_start = at_start
 
-    def begin(self, told: TaskRun) -> None:
-        if self._at_start and _code(told) is None:
-            _say("There is no first line to stop at: the handler is not a function of Python.")
+    def begin(self, task_run: TaskRun) -> None:
+        if self._at_start and _code(task_run) is None:
+            _say("The debugger cannot stop at the first line, because the handler is not a Python function.")
 
     @contextmanager
-    def around(self, told: TaskRun) -> Iterator[None]:
-        code = _code(told) if self._at_start else None
+    def around(self, task_run: TaskRun) -> Iterator[None]:
+        code = _code(task_run) if self._at_start else None
         if code is None:
             yield
             return
@@ -66,8 +64,8 @@ class Pdb(Debugger):
         import pdb
 
         _say(
-            f"Post-mortem of {type(error).__name__}: `p` shows values, `u` and `d` go up and down "
-            "the stack, `q` leaves."
+            f"Post-mortem of {type(error).__name__}: `p` shows values, `u` and `d` go up and down the stack, and `q` "
+            "ends the debugger."
         )
         pdb.post_mortem(error.__traceback__)
 
@@ -96,12 +94,12 @@ class Ide(Debugger):
         self._port = port
         self._at_start = at_start
 
-    def begin(self, told: TaskRun) -> None:
+    def begin(self, task_run: TaskRun) -> None:
         debugpy = importlib.import_module("debugpy")
         debugpy.listen((HOST, self._port))
-        code = told.request["code"]
+        code = task_run.request["code"]
         _say(
-            f"Waiting for an IDE to attach at {HOST}:{self._port}; the code is in "
+            f"Waiting for an IDE to attach at {HOST}:{self._port}. The code is in "
             f"{code or 'the function that was submitted'}."
         )
         debugpy.wait_for_client()
@@ -116,15 +114,15 @@ def choose(*, pdb: bool, at_start: bool, port: int | None) -> Debugger:
     return Pdb(at_start=at_start) if pdb or at_start else Debugger()
 
 
-def _code(told: TaskRun) -> CodeType | None:
+def _code(task_run: TaskRun) -> CodeType | None:
     """Return the code of the user's function without its decorators, or None."""
-    handler = told.request["handler"]
+    handler = task_run.request["handler"]
     if not handler:
         return None
-    found = inspect.unwrap(handlers.find(handler, told.request["function"]))
-    if not inspect.isfunction(found) and not inspect.ismethod(found):
-        found = getattr(type(found), "__call__", None)  # noqa: B004 - reads its code
-    code = getattr(found, "__code__", None)
+    function = inspect.unwrap(handlers.find(handler, task_run.request["function"]))
+    if not inspect.isfunction(function) and not inspect.ismethod(function):
+        function = getattr(type(function), "__call__", None)  # noqa: B004 - reads its code
+    code = getattr(function, "__code__", None)
     return code if isinstance(code, CodeType) else None
 
 

@@ -1,10 +1,9 @@
 """Foreground run of a prepared task, within the job's limits, or a shell for the task.
 
-Invariant: the worker's code judges the limits, and all processes that the task started end with it.
-A variable of the environment reaches the task only if the user names it or
-`environment.is_harmless` lists it. No rule recognizes every secret, so a variable must be known to
-be harmless. This is not a sandbox: the task runs with the user's rights. The process that runs the
-task imports this module, so it uses few imports.
+Invariant: the worker's code checks the limits, and all processes that the task started end with the task. The task gets
+an environment variable only if the user names the variable or `environment.is_harmless` lists it. No rule recognizes
+every secret, so only harmless variables are listed. This is not a sandbox: the task runs with the user's rights. The
+process that runs the task imports this module, which therefore uses few imports.
 """
 
 from __future__ import annotations
@@ -34,13 +33,13 @@ from batchlab.worker.shared_memory import ChildState
 from batchlab.worker.task_executor import decoded
 
 NAMED = 5
-"""Number of variables that are listed by name. Further variables are only counted."""
+"""Number of withheld variables that a text lists by name. The text only counts further variables."""
 _LOGIN = re.compile(r"://[^/@\s]*:[^/@\s]+@")
 """A URL with a password."""
 
 
 def withheld(environ: Mapping[str, str], passed: Collection[str] = ()) -> list[str]:
-    """Return the names of the variables that the task does not get. `passed` are exceptions."""
+    """Return the names of the variables that the task does not get. The task gets the variables in `passed`."""
     return sorted(
         name
         for name, value in environ.items()
@@ -60,21 +59,22 @@ def withheld_text(names: list[str]) -> str:
         return ""
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     are = "is" if len(names) == 1 else "are"
-    return f"{', '.join(names[:NAMED])}{more} {are} set here and {are} not given to it: --env NAME gives it one."
+    return (
+        f"The task does not get {', '.join(names[:NAMED])}{more}, which {are} set here. --env NAME passes a variable."
+    )
 
 
-_LOOK_S = 0.2
-"""Time in seconds that a task over its time limit has to print its stack."""
+_STACK_S = 0.2
+"""Time in seconds that a task has to print its stack after its time limit."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
     """The user's options for a run.
 
-    `pdb` debugs at the exception, `at_start` also at the first line, and `debugpy` is the port for
-    an IDE. `no_limits` ignores the job's limits. `aside` redirects the output of the task to
-    stderr, so that a program can read stdout. `passed` are variables that the task gets although
-    they may be secrets.
+    `pdb` debugs at the exception, `at_start` also at the first line, and `debugpy` is the port for an IDE. `no_limits`
+    ignores the job's limits. `aside` redirects the output of the task to stderr, so that a program can read stdout. The
+    task gets the variables in `passed`, which may be secrets.
     """
 
     pdb: bool = False
@@ -94,40 +94,39 @@ class RunOptions:
         return self.at_start or self.debugpy is not None
 
 
-def run(withheld_text: TaskRun, how: RunOptions) -> RunResult:
+def run(task_run: TaskRun, how: RunOptions) -> RunResult:
     """Run the task to its end in a separate process."""
-    (withheld_text.folder / ENDED).unlink(missing_ok=True)
-    board = ChildState(withheld_text.board, create=True)
-    with _left_to_it():
+    (task_run.folder / ENDED).unlink(missing_ok=True)
+    board = ChildState(task_run.board, create=True)
+    with _interrupts_ignored():
         process = subprocess.Popen(
-            argv(withheld_text, how),
+            argv(task_run, how),
             env=task_environment(os.environ, how.passed),
             # A task on a worker cannot read from stdin either.
             stdin=None if how.is_interactive else subprocess.DEVNULL,
             stdout=2 if how.aside else None,
         )
         try:
-            return _watch(withheld_text, how, _Watched(process.pid, board), process)
+            return _watch(task_run, how, _Watched(process.pid, board), process)
         finally:
             _end(process)
             board.close()
 
 
-def argv(withheld_text: TaskRun, how: RunOptions) -> list[str]:
+def argv(task_run: TaskRun, how: RunOptions) -> list[str]:
     """Return the command of the task's process."""
     debugging = [
         *(["--pdb"] if how.pdb else []),
         *(["--break"] if how.at_start else []),
         *(["--debugpy", str(how.debugpy)] if how.debugpy is not None else []),
     ]
-    inside = ("-P", "-m", "batchlab.client.debug.child", str(withheld_text.folder), "--supervised")
+    inside = ("-P", "-m", "batchlab.client.debug.child", str(task_run.folder), "--supervised")
     return [sys.executable, *inside, *debugging]
 
 
 @contextmanager
-def _left_to_it() -> Iterator[None]:
-    """Ignore SIGINT in this process while the task or its debugger handles it. The terminal sends
-    it to both."""
+def _interrupts_ignored() -> Iterator[None]:
+    """Ignore SIGINT in this process. The terminal also sends SIGINT to the task or its debugger, which handles it."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
@@ -142,17 +141,23 @@ class _Watched:
 
 
 class _Memory:
-    """Memory of a process and its descendants. The process is in this process group, because the
-    terminal requires that."""
+    """Memory of a process and its descendants. The terminal requires that the process is in this process group, so a
+    process group cannot identify them."""
 
     def resident_bytes(self, group: int, since_s: float) -> int:
         del since_s
-        ours = family(group)
-        return sum(process.resident_bytes for process in table() if process.pid in ours)
+        pids = family(group)
+        return sum(process.resident_bytes for process in table() if process.pid in pids)
 
 
-def _watch(withheld_text: TaskRun, how: RunOptions, watched: _Watched, process: subprocess.Popen[bytes]) -> RunResult:
-    limits = Limits(_limited(withheld_text, how), _Memory())
+def _watch(task_run: TaskRun, how: RunOptions, watched: _Watched, process: subprocess.Popen[bytes]) -> RunResult:
+    stage = StageDef(
+        StageName(task_run.stage),
+        handler=task_run.request["handler"],
+        timeout_s=None if how.no_limits or how.takes_time else task_run.timeout_s,
+        memory_bytes=None if how.no_limits else task_run.memory_bytes,
+    )
+    limits = Limits(stage, _Memory())
     began_s = time.monotonic()
     while True:
         try:
@@ -163,20 +168,19 @@ def _watch(withheld_text: TaskRun, how: RunOptions, watched: _Watched, process: 
                 continue
             # SIGUSR1 prints the stack of the task to stderr.
             os.kill(process.pid, signal.SIGUSR1)
-            time.sleep(_LOOK_S)
+            time.sleep(_STACK_S)
             _end(process)
             return RunResult(fault(termination.kind, termination.sentence), run_s=termination.ran_s)
-        if ended := read_ended(withheld_text.folder):
+        if ended := read_ended(task_run.folder):
             return ended
-        slain = LOSS_LIMIT if code == -signal.SIGKILL else 0
-        reason = describe_crash(code, slain)
-        failure = fault(FailureKind.CRASH, reason, exit_code=code)
+        kills = LOSS_LIMIT if code == -signal.SIGKILL else 0
+        failure = fault(FailureKind.CRASH, describe_crash(code, kills), exit_code=code)
         return RunResult(failure, run_s=time.monotonic() - began_s)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Kill the process and its descendants. It does not lead a process group, unlike a worker's
-    child process."""
+    """Kill the process and its descendants. Unlike a worker's child process, the process does not lead a process
+    group."""
     if process.poll() is None:
         for pid in family(process.pid):
             with suppress(ProcessLookupError):  # the process has just ended
@@ -184,24 +188,14 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _limited(withheld_text: TaskRun, how: RunOptions) -> StageDef:
-    unlimited = how.no_limits
-    return StageDef(
-        StageName(withheld_text.stage),
-        handler=withheld_text.request["handler"],
-        timeout_s=None if unlimited or how.takes_time else withheld_text.timeout_s,
-        memory_bytes=None if unlimited else withheld_text.memory_bytes,
-    )
-
-
-def not_applied(withheld_text: TaskRun, how: RunOptions) -> list[str]:
-    """Return one sentence for each limit of the job that does not apply to such a run."""
-    found = []
-    if withheld_text.timeout_s is not None and (how.no_limits or how.takes_time):
-        found.append(f"Its time limit of {withheld_text.timeout_s:g} s did not hold.")
-    if withheld_text.memory_bytes is not None and how.no_limits:
-        found.append(f"Its memory limit of {withheld_text.memory_bytes / 2**20:g} MiB did not hold.")
-    return found
+def not_applied(task_run: TaskRun, how: RunOptions) -> list[str]:
+    """Return one sentence for each limit of the job that does not apply to the run."""
+    sentences = []
+    if task_run.timeout_s is not None and (how.no_limits or how.takes_time):
+        sentences.append(f"The time limit of {task_run.timeout_s:g} s did not apply.")
+    if task_run.memory_bytes is not None and how.no_limits:
+        sentences.append(f"The memory limit of {task_run.memory_bytes / 2**20:g} MiB did not apply.")
+    return sentences
 
 
 # --- A shell -------------------------------------------------------------------------------------
@@ -209,28 +203,28 @@ def not_applied(withheld_text: TaskRun, how: RunOptions) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Shell:
-    """Task of a command stage, ready for a shell. `command` is the line to type."""
+    """Prepared task of a command stage. `command` is the line to type in the shell."""
 
     command: str
     call: programs.Call
 
 
-def shell(withheld_text: TaskRun, passed: Collection[str] = ()) -> Shell:
-    """Prepare the task for a shell. Raise UsageError if it is not a command, or if its command
-    cannot be built. `passed` is as in RunOptions."""
-    if not withheld_text.is_command:
+def shell(task_run: TaskRun, passed: Collection[str] = ()) -> Shell:
+    """Prepare the task for a shell. Raise UsageError if the task is not a command, or if its command cannot be built.
+    `passed` is as in RunOptions."""
+    if not task_run.is_command:
         raise UsageError(
-            f"{withheld_text.name} is a Python function, not a command.",
-            remedy="Leave out --shell to debug it, or say --keep DIR.",
+            f"{task_run.name} is a Python function, not a command.",
+            remedy="Leave out --shell to debug the function, or add --keep DIR.",
         )
-    withheld_text.clean()
-    request = withheld_text.request
+    task_run.clean()
+    request = task_run.request
     try:
-        item: Any = decoded(withheld_text.item, pickles=withheld_text.request["objects"])
-        call = programs.prepare(request["command"], request["stdout"], request["code"], item, withheld_text.context)
+        item: Any = decoded(task_run.item, pickles=task_run.request["objects"])
+        call = programs.prepare(request["command"], request["stdout"], request["code"], item, task_run.context)
     except Problem as problem:
         raise UsageError(
-            f"The command of {withheld_text.name} cannot be made: {problem}.", remedy="It fails so on the grid too."
+            f"The command of {task_run.name} cannot be made: {problem}.", remedy="It fails so on the grid too."
         ) from problem
     return Shell(typed(call), call._replace(environment=task_environment(call.environment, passed)))
 
@@ -243,7 +237,7 @@ def typed(call: programs.Call) -> str:
 
 def open_shell(ready: Shell) -> int:
     """Run the user's shell in the folder of the command, and return its exit code."""
-    with _left_to_it():
+    with _interrupts_ignored():
         return subprocess.run(
             [os.environ.get("SHELL") or "/bin/sh"], cwd=ready.call.cwd, env=ready.call.environment, check=False
         ).returncode

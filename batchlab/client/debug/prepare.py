@@ -1,14 +1,15 @@
-"""Copy of a task's input and code from the bucket into a folder, made with the worker's code.
+"""Preparation of a task folder: the worker's code copies a task's input and code from the bucket.
 
-Invariant: `ReadOnlyObjects` reads the bucket and cannot write to it. The folder contains copies, so
-debugging cannot change the grid.
+Invariant: `ReadOnlyObjects` cannot write to the bucket. The folder contains copies, so debugging cannot change the
+grid.
 """
 
 from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from batchlab.client.debug import task_folder
@@ -70,7 +71,7 @@ class ReadOnlyObjects:
 
 
 def _only_reads(key: str) -> Refused:
-    return Refused(f"{key} is not written: a task that runs again on this machine commits nothing.")
+    return Refused(f"{key} cannot be written, because a replay of a task commits nothing.")
 
 
 class _Layout(Scratch):
@@ -98,60 +99,55 @@ async def prepare_task(
 ) -> TaskRun:
     """Prepare `folder` for a task.
 
-    The attempt is the named one, else the last failed one, else the last one. A task without an
-    ended attempt is prepared if its input exists. Raise UsageError if the task or the attempt does
-    not exist, or if one of its objects was deleted. Raise BackendError if the bucket cannot be
-    read.
+    `number` and `round_` select the attempt. Without them, select the last failed attempt, or else the last attempt. A
+    task without an ended attempt is prepared if its input exists. Raise UsageError if the task or the attempt does not
+    exist, or if one of its objects was deleted. Raise BackendError if the bucket cannot be read.
     """
     reading = ReadOnlyObjects(objects, patience)
+    with _denied_access():
+        job_def = await _definition(reading, job, patience)
+        names = [stage_def.name for stage_def in job_def.stages]
+        if stage not in names:
+            raise UsageError(f"Job {job} has no stage {stage!r}.", remedy=f"It has {', '.join(names)}.")
+        ended = await attempts.attempts(reading, job_def, stage, task, patience)
+        attempt = attempts.chosen(ended, number, round_)
+        if attempt is None and (number, round_) != (None, None):
+            numbers = [f"{a.outcome.bundle.attempt} (round {a.outcome.bundle.round})" for a in ended]
+            raise UsageError(
+                f"{task_name(stage, task)} has no such attempt.",
+                remedy=f"It has {', '.join(numbers)}." if numbers else "No attempt of the task has ended yet.",
+            )
+        try:
+            bundle = attempt.bundle if attempt else await attempts.task_bundle(reading, job_def, stage, task, patience)
+            item = await attempts.task_input(reading, job_def, bundle, patience)
+        except NoSuchTask as error:
+            raise UsageError(error.message, remedy=error.remedy) from error
+        except NotFound as error:
+            raise _missing("input", stage, task, error.message) from error
+        worker = await environment.load(reading, attempt.outcome.worker, patience) if attempt else None
+        task_run = await _fetch(reading, job_def, bundle, item, folder, attempt, worker)
+    write(task_run)
+    (folder / object_keys.MADE).touch()
+    (folder / README).write_text(task_folder.text(task_run, attempts.describe(item)))
+    (folder / RUN).write_text(task_folder.script(task_run))
+    return task_run
+
+
+@contextmanager
+def _denied_access() -> Iterator[None]:
+    """Convert an error that reports missing permissions into a UsageError that lists the permissions."""
     try:
-        return await _bring(reading, job, stage, task, folder, patience, number, round_)
+        yield
     except (NotFound, UsageError):
         raise
     except BackendError as error:
-        if any(word in str(error) for word in _FORBIDDEN):
+        if any(text in str(error) for text in _FORBIDDEN):
             raise UsageError(
-                f"The bucket does not let you read what the task needs: {error.message}",
-                remedy="It takes s3:GetObject below jobs/, raw/, files/, code/ and logs/ and of "
+                f"You have no permission to read the objects of the task: {error.message}",
+                remedy="The permissions are s3:GetObject below jobs/, raw/, files/, code/, and logs/ and for "
                 "grid/commit-secret.json, and s3:ListBucket.",
             ) from error
         raise
-
-
-async def _bring(
-    reading: Objects,
-    job_id: JobId,
-    stage: StageName,
-    task: int,
-    folder: Path,
-    patience: Patience,
-    number: int | None,
-    round_: int | None,
-) -> TaskRun:
-    job = await _definition(reading, job_id, patience)
-    if stage not in (stage_def.name for stage_def in job.stages):
-        names = ", ".join(stage_def.name for stage_def in job.stages)
-        raise UsageError(f"Job {job_id} has no stage {stage!r}.", remedy=f"It has {names}.")
-    found = await attempts.attempts(reading, job, stage, task, patience)
-    attempt = attempts.chosen(found, number, round_)
-    if attempt is None and (number, round_) != (None, None):
-        raise _no_such_attempt(stage, task, found)
-    try:
-        bundle = attempt.bundle if attempt else await attempts.task_bundle(reading, job, stage, task, patience)
-        item = await attempts.task_input(reading, job, bundle, patience)
-    except NoSuchTask as error:
-        raise UsageError(error.message, remedy=error.remedy) from error
-    except NotFound as error:
-        raise _gone("input", stage, task, error.message) from error
-    there = None
-    if attempt:
-        there = await environment.load(reading, attempt.outcome.worker, patience)
-    told = await _fetched(reading, job, bundle, item, folder, attempt, there)
-    write(told)
-    (folder / object_keys.MADE).touch()
-    (folder / README).write_text(task_folder.text(told, attempts.describe(item)))
-    (folder / RUN).write_text(task_folder.script(told))
-    return told
 
 
 async def _definition(reading: Objects, job: JobId, patience: Patience) -> JobDef:
@@ -159,27 +155,19 @@ async def _definition(reading: Objects, job: JobId, patience: Patience) -> JobDe
         return await attempts.definition(reading, job, patience)
     except NotFound as error:
         raise UsageError(
-            f"The bucket has no job {job}: it never had, or its objects have been removed.",
-            remedy="Name the job by its whole id, as `batchlab job list` shows it.",
+            f"The bucket has no job {job}. The id is wrong, or the objects of the job were deleted.",
+            remedy="Use the whole id of the job, as `batchlab job list` shows it.",
         ) from error
 
 
-def _no_such_attempt(stage: str, task: int, found: Sequence[Attempt]) -> UsageError:
-    there = [f"{a.outcome.bundle.attempt} (round {a.outcome.bundle.round})" for a in found]
-    return UsageError(
-        f"{task_name(stage, task)} has no such attempt.",
-        remedy=f"It has {', '.join(there)}." if there else "None of it has ended yet.",
-    )
-
-
-async def _fetched(
+async def _fetch(
     reading: Objects,
     job: JobDef,
     bundle: Bundle,
     item: Json,
     folder: Path,
     attempt: Attempt | None,
-    there: Environment | None,
+    worker: Environment | None,
 ) -> TaskRun:
     step, task = job.stage(bundle.stage), bundle.tasks.first
     layout = _Layout(folder)
@@ -190,14 +178,15 @@ async def _fetched(
         key = materialization.function_key(work)
         function = await code_cache.function(key) if key else None
     except Problem as problem:
-        raise _gone("code", bundle.stage, task, problem.fault["reason"]) from problem
+        raise _missing("code", bundle.stage, task, problem.fault["reason"]) from problem
     execution = layout.execution("")
     request = materialization.request(work, execution, function=function, code=code)
     inputs = materialization.Inputs(reading, execution, asyncio.to_thread, JobObjects.of_job(job))
     [(_, ready)] = await inputs.fetch([(task, item)])
     failure = attempt.failure if attempt else None
     if isinstance(ready, Failure):
-        raise _gone("input", bundle.stage, task, ready.reason)
+        raise _missing("input", bundle.stage, task, ready.reason)
+    fields = ("kind", "reason", "error", "traceback", "exit_code")
     return TaskRun(
         folder,
         job.id,
@@ -210,61 +199,55 @@ async def _fetched(
         step.timeout_s,
         step.memory_bytes,
         attempt.state if attempt else "",
-        _fields(failure) if failure else None,
+        {name: getattr(failure, name) for name in fields} if failure else None,
         attempt.value if attempt else None,
-        environment.to_json(there) if there else None,
-        _notes(attempt, there, is_pickled=function is not None),
+        environment.to_json(worker) if worker else None,
+        _notes(attempt, worker, is_pickled=function is not None),
     )
 
 
-def _fields(failure: Failure) -> dict[str, Json]:
-    names = ("kind", "reason", "error", "traceback", "exit_code")
-    return {name: getattr(failure, name) for name in names}
-
-
-def _notes(attempt: Attempt | None, there: Environment | None, *, is_pickled: bool) -> list[str]:
+def _notes(attempt: Attempt | None, worker: Environment | None, *, is_pickled: bool) -> list[str]:
     """Return notes on differences from the grid that the run itself cannot detect."""
     notes = []
-    if attempt and there is None:
+    if attempt and worker is None:
         notes.append(
-            f"Nothing is known of the surroundings of its worker {attempt.outcome.worker}: it has "
-            "stored none, or they have expired."
+            f"The environment of the worker {attempt.outcome.worker} is unknown, because it was not stored or has "
+            "expired."
         )
-    if is_pickled and there and there.minor != environment.current().minor:
-        notes.append(f"Its function was pickled for Python {there.minor}, which no other version is sure to run.")
+    if is_pickled and worker and worker.minor != environment.current().minor:
+        notes.append(f"The function was pickled with Python {worker.minor}, and another version may not run it.")
     if attempt and attempt.failure and attempt.failure.kind is FailureKind.LOST:
-        notes.append("On the grid nobody saw it fail: its workers were gone each time.")
+        notes.append("On the grid, each worker of the task disappeared, and no worker reported an error.")
     return notes
 
 
-def _gone(what: str, stage: str, task: int, reason: str) -> UsageError:
+def _missing(what: str, stage: str, task: int, reason: str) -> UsageError:
     """Return the error for a missing part of the task, with a remedy."""
     if what == "code":
-        remedy = "Submit the job again from its folder: that uploads its code again."
+        remedy = "Submit the job again from its folder, which uploads its code again."
     elif "'files/" in reason:
-        remedy = (
-            "Files that tasks have written expire where the stack says so (AttemptDays); run the stage before it again."
-        )
+        remedy = "Run the previous stage again. Files of tasks expire after the stack's parameter AttemptDays."
     elif "'raw/" in reason:
-        remedy = "Submit the job again: that uploads its input again."
+        remedy = "Submit the job again, which uploads its input again."
     else:
-        remedy = f"`batchlab job show-task JOB {task_name(stage, task)}` shows what is left of it."
+        remedy = f"`batchlab job show-task JOB {task_name(stage, task)}` shows the stored parts of the task."
     text = reason.rstrip(".")
-    return UsageError(f"The {what} of {task_name(stage, task)} cannot be had: {text}.", remedy=remedy)
+    return UsageError(f"The {what} of {task_name(stage, task)} cannot be fetched: {text}.", remedy=remedy)
 
 
 def make_folder(folder: Path) -> None:
-    """Create `folder`, or empty it if it is the folder of an earlier task. Raise UsageError if it
-    has other contents or cannot be created."""
+    """Create `folder`, or empty it if it is the folder of an earlier task. Raise UsageError if the folder has other
+    contents or cannot be created."""
     try:
         if folder.is_dir() and any(folder.iterdir()):
             if not ((folder / object_keys.MADE).is_file() and (folder / TASK).is_file()):
                 raise UsageError(
-                    f"{folder} is not empty, and not the folder of a task.", remedy="Name another folder with --keep."
+                    f"{folder} is not empty, and is not the folder of a task.",
+                    remedy="Name another folder with --keep.",
                 )
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(
-            f"{folder} cannot be made: {error.strerror}.", remedy="Name another folder with --keep."
+            f"{folder} cannot be created: {error.strerror}.", remedy="Name another folder with --keep."
         ) from error

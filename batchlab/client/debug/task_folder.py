@@ -12,11 +12,8 @@ uses few imports.
     run/cwd/     the current folder of a Python handler
     ended.json   how the last local run ended
 
-Comparison of a local run with the run on the grid, and the README and `run.py` of a task folder.
-
-Invariant: the comparison depends only on `task.json`, the end of the run, and the environment. The
-commands in the README work in any folder, with the Python that prepared it. The process that runs
-the task imports this module, which uses few imports.
+The module also compares a local run with the run on the grid, and writes the README and `run.py` of a task folder. The
+comparison depends only on `task.json`, the result of the run, and the environment.
 """
 
 from __future__ import annotations
@@ -46,17 +43,16 @@ CODE, EXECUTION = "code", "run"
 
 
 class NotATaskFolder(Exception):
-    """The folder is not a task folder, or another version of batchlab made it."""
+    """The folder is not a task folder, or another version of batchlab prepared it."""
 
 
 @dataclass(frozen=True, slots=True)
 class TaskRun:
     """Contents of `task.json`.
 
-    The paths in `request` and `item` are those of the folder's current place. `state` is the
-    attempt's state on the grid, or "" if it has not ended. `failure` has the fields of its Failure,
-    and `value` is its encoded result. `there` is the recorded environment of its worker. `notes`
-    are differences that are already known.
+    The paths in `request` and `item` are in the current folder. `state` is the attempt's state on the grid, or "" if
+    the attempt has not ended. `failure` has the fields of the attempt's Failure, and `value` is the encoded result.
+    `there` is the recorded environment of the worker. `notes` are differences that were found by the preparation.
     """
 
     folder: Path
@@ -93,7 +89,7 @@ class TaskRun:
         return self.folder / BOARD
 
     def clean(self) -> None:
-        """Restore the state before the first run: delete the task's output and keep its input."""
+        """Delete the task's output of earlier runs, and keep its input."""
         own = self.folder / EXECUTION / str(self.task)
         for name in ("out", "scratch", "value", "kept"):
             shutil.rmtree(own / name, ignore_errors=True)  # only some tasks create these
@@ -102,27 +98,29 @@ class TaskRun:
         (self.folder / ENDED).unlink(missing_ok=True)
 
 
-def write(told: TaskRun) -> None:
-    root = f"{told.folder}/"
+def write(task_run: TaskRun) -> None:
+    root = f"{task_run.folder}/"
     doc = {
         "v": VERSION,
-        **{name: value for name, value in json_format.fields(told).items() if name != "folder"},
-        "request": {key: one.removeprefix(root) if isinstance(one, str) else one for key, one in told.request.items()},
-        "item": values.replace(told.item, lambda ref: _moved(ref, lambda p: p.removeprefix(root))),
+        **{name: value for name, value in json_format.fields(task_run).items() if name != "folder"},
+        "request": {
+            key: one.removeprefix(root) if isinstance(one, str) else one for key, one in task_run.request.items()
+        },
+        "item": values.replace(task_run.item, lambda ref: _moved(ref, lambda p: p.removeprefix(root))),
     }
-    (told.folder / TASK).write_text(json.dumps(doc, indent=2) + "\n")
+    (task_run.folder / TASK).write_text(json.dumps(doc, indent=2) + "\n")
 
 
 def read(folder: Path) -> TaskRun:
-    """Return the run that a folder describes. Raise NotATaskFolder if it is not a task folder."""
+    """Return the run that a folder describes. Raise NotATaskFolder if the folder is not a task folder."""
     folder = folder.absolute()
     try:
         doc = json.loads((folder / TASK).read_text())
         version = doc.pop("v")
     except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise NotATaskFolder(f"{folder} holds no task: there is no {TASK} to be read.") from error
+        raise NotATaskFolder(f"{folder} is not a task folder, because {TASK} cannot be read.") from error
     if version != VERSION:
-        raise NotATaskFolder(f"{folder} was made by another batchlab.")
+        raise NotATaskFolder(f"Another version of batchlab prepared {folder}.")
     request = doc["request"]
     for key in ("folder", "cwd", "code", "function"):
         if request[key]:
@@ -137,8 +135,8 @@ def _moved(reference: Json, move: Any) -> Json:
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """End of a local run: `failure` (the fields of a Failure) or the encoded `value`. `left` is
-    True if the user left the debugger before the end."""
+    """Result of a local run: `failure` (the fields of a Failure) or the encoded `value`. `left` is True if the user
+    ended the debugger before the end of the task."""
 
     failure: dict[str, Any] | None = None
     value: Json = None
@@ -147,14 +145,14 @@ class RunResult:
 
 
 def write_ended(folder: Path, ended: RunResult) -> None:
-    """Write the end of a run atomically."""
+    """Write the result of a run atomically."""
     staged = folder / f".{ENDED}"
     staged.write_text(json.dumps(json_format.fields(ended)))
     staged.replace(folder / ENDED)
 
 
 def read_ended(folder: Path) -> RunResult | None:
-    """Return the end of the last run, or None if it recorded none."""
+    """Return the result of the last run, or None if the run did not write one."""
     try:
         return RunResult(**json.loads((folder / ENDED).read_text()))
     except FileNotFoundError:
@@ -169,9 +167,9 @@ SUCCEEDED, FAILED, LEFT = "succeeded", "failed", "left"
 class Comparison:
     """Result of the comparison.
 
-    `word` is "same" (it failed as on the grid), "different", or "not at all" (it did not fail). It
-    is "succeeded" or "failed" if the task did not fail on the grid, and "left" if the user left
-    before the end. `here` and `there` are fingerprints, or "" without a failure.
+    If the task failed on the grid, `word` is "same" (the local run failed in the same way), "different", or "not at
+    all" (the local run did not fail). Otherwise, `word` is "succeeded" or "failed". If the user ended the debugger
+    before the end, `word` is "left". `here` and `there` are fingerprints, or "" without a failure.
     """
 
     word: str
@@ -187,34 +185,37 @@ class Comparison:
             return [self.sentence]
         return [
             self.sentence,
-            "What is known to be different here:",
+            "Known differences of this machine:",
             *(f"  - {difference}" for difference in self.differences),
         ]
 
 
-def failure_of(told: dict[str, Any] | None) -> Failure | None:
+def failure_of(task_run: dict[str, Any] | None) -> Failure | None:
     """Return the Failure with these fields."""
-    if told is None:
+    if task_run is None:
         return None
-    return Failure(**{"task": 0, **told, "kind": FailureKind(told["kind"])})
+    return Failure(**{"task": 0, **task_run, "kind": FailureKind(task_run["kind"])})
 
 
-def judge(told: TaskRun, ended: RunResult, environ: Mapping[str, str] = os.environ) -> Comparison:
-    """Compare the local run with the run on the grid. `environ` is the user's environment, from
-    which the command withholds variables."""
-    differences = [*_differences(told, environ), *told.notes]
-    failure, here = failure_of(told.failure), failure_of(ended.failure)
+def compare(task_run: TaskRun, ended: RunResult, environ: Mapping[str, str] = os.environ) -> Comparison:
+    """Compare the local run with the run on the grid. `environ` is the user's environment, which contains variables
+    that the task did not get."""
+    differences = list(task_run.notes)
+    if task_run.there is not None:
+        there = environment.from_json(task_run.there)
+        differences = [*environment.differences(there, environment.current(environ)), *differences]
+    failure, here = failure_of(task_run.failure), failure_of(ended.failure)
     prints = (fingerprint(here) if here else "", fingerprint(failure) if failure else "")
-    word, sentence = _word(told, ended, failure, here, *prints)
+    word, sentence = _word(task_run, ended, failure, here, *prints)
     return Comparison(word, sentence, *prints, differences)
 
 
 def _word(
-    told: TaskRun, ended: RunResult, there: Failure | None, here: Failure | None, print_here: str, print_there: str
+    task_run: TaskRun, ended: RunResult, there: Failure | None, here: Failure | None, print_here: str, print_there: str
 ) -> tuple[str, str]:
-    name = told.name
+    name = task_run.name
     if ended.left:
-        return LEFT, f"{name} was left before its end, so it cannot be compared."
+        return LEFT, f"{name} did not run to its end, so it cannot be compared."
     if here and there:
         if print_here == print_there:
             return SAME, f"{name} failed the same way as on the grid ({print_here}): {here.reason}"
@@ -222,71 +223,65 @@ def _word(
             f"{name} failed differently. Here ({print_here}): {here.reason} On the grid ({print_there}): {there.reason}"
         )
     if there:
-        return NOT_AT_ALL, (f"{name} did not fail here. On the grid it did ({print_there}): {there.reason}")
-    on_grid = "succeeded" if told.state == "SUCCEEDED" else "has not come to an end"
+        return NOT_AT_ALL, f"{name} did not fail here. On the grid it failed ({print_there}): {there.reason}"
+    on_grid = "succeeded" if task_run.state == "SUCCEEDED" else "has not ended"
     if here:
         return FAILED, f"{name} failed here ({print_here}): {here.reason} On the grid it {on_grid}."
-    if told.state != "SUCCEEDED":
+    if task_run.state != "SUCCEEDED":
         return SUCCEEDED, f"{name} succeeded here. On the grid it {on_grid}."
-    return SUCCEEDED, f"{name} succeeded, as on the grid{_result(told, ended)}."
+    return SUCCEEDED, f"{name} succeeded, as on the grid{_result(task_run, ended)}."
 
 
-def _result(told: TaskRun, ended: RunResult) -> str:
-    for value in (told.value, ended.value):
+def _result(task_run: TaskRun, ended: RunResult) -> str:
+    for value in (task_run.value, ended.value):
         if next(values.references(value), None) is not None or values.kind(value):
             return ""  # the names of files and pickled objects always differ
-    return ", with the same result" if told.value == ended.value else ", with another result"
+    return ", with the same result" if task_run.value == ended.value else ", with another result"
 
 
-def _differences(told: TaskRun, environ: Mapping[str, str]) -> list[str]:
-    if told.there is None:
-        return []
-    return environment.differences(environment.from_json(told.there), environment.current(environ))
-
-
-def text(told: TaskRun, given: str) -> str:
-    """Return the text of the README. `given` describes the input."""
-    script = f"{shlex.quote(sys.executable)} {shlex.quote(str(told.folder / RUN))}"
-    what = "Its command" if told.is_command else f"The handler `{told.request['handler']}`"
-    files = f"`{EXECUTION}/{told.task}/in`" if _has_files(told) else f"`item` in `task.json`: {given}"
+def text(task_run: TaskRun, input_text: str) -> str:
+    """Return the text of the README. `input_text` describes the input."""
+    script = f"{shlex.quote(sys.executable)} {shlex.quote(str(task_run.folder / RUN))}"
+    what = "Its command" if task_run.is_command else f"The handler `{task_run.request['handler']}`"
+    files = f"`{EXECUTION}/{task_run.task}/in`" if _has_files(task_run) else f"`item` in `task.json`: {input_text}"
     lines = [
-        f"# {told.name} of {told.job}",
+        f"# {task_run.name} of {task_run.job}",
         "",
-        f"Attempt {told.attempt} of round {told.round}, to be run again here. {_on_grid(told)}",
-        "Nothing of a run here reaches the grid.",
+        f"Attempt {task_run.attempt} of round {task_run.round}, prepared for this machine. {_on_grid(task_run)}",
+        "A run on this machine does not change the grid.",
         "",
-        f"- {what}, code in `{CODE}/`" + ("" if told.request["code"] else " (the job brought none)"),
-        f"- input: {given}" + (f", in {files}" if _has_files(told) else ""),
-        f"- limits on the grid: {limits(told)}; a run by `{RUN}` has none",
+        f"- {what}, code in `{CODE}/`" + ("" if task_run.request["code"] else " (the job has no code)"),
+        f"- input: {input_text}" + (f", in {files}" if _has_files(task_run) else ""),
+        f"- limits on the grid: {limits(task_run)}; `{RUN}` applies no limits",
         "",
         "```sh",
         script,
-        *([] if told.is_command else [f"{script} --pdb", f"{script} --break"]),
+        *([] if task_run.is_command else [f"{script} --pdb", f"{script} --break"]),
         "```",
         "",
-        "`--pdb` debugs where it fails, `--break` stops at the handler's first line. In an IDE, "
+        "`--pdb` debugs at the exception, and `--break` stops at the handler's first line. In an IDE, "
         f"set breakpoints below `{CODE}/`, and debug `{RUN}` with {sys.executable}.",
         "",
-        "It is the job's code, and runs with your rights. Variables that look like secrets are not "
-        "given to it; `--env NAME` gives it one.",
+        "The job's code runs with your rights. The task does not get environment variables that may be secrets. "
+        "`--env NAME` passes a variable.",
     ]
-    if told.there:
-        there = environment.from_json(told.there)
-        lines += ["", f"Its worker: {there}."]
+    if task_run.there:
+        there = environment.from_json(task_run.there)
+        lines += ["", f"The worker on the grid: {there}."]
         if different := environment.differences(there, environment.current()):
-            lines += ["", *(f"- {one}" for one in different)]
-    if told.notes:
-        lines += ["", *(f"- {note}" for note in told.notes)]
-    if told.failure and told.failure["traceback"]:
-        lines += ["", "On the grid:", "", "```", told.failure["traceback"].rstrip(), "```"]
+            lines += ["", *(f"- {difference}" for difference in different)]
+    if task_run.notes:
+        lines += ["", *(f"- {note}" for note in task_run.notes)]
+    if task_run.failure and task_run.failure["traceback"]:
+        lines += ["", "On the grid:", "", "```", task_run.failure["traceback"].rstrip(), "```"]
     return "\n".join(lines) + "\n"
 
 
-def script(told: TaskRun) -> str:
+def script(task_run: TaskRun) -> str:
     """Return the text of `run.py`."""
     here = str(Path(batchlab.__file__).resolve().parent.parent)
     return (
-        f'"""Runs {told.name} of {told.job} again; {README} says more."""\n\n'
+        f'"""Runs {task_run.name} of {task_run.job} again. {README} has more information."""\n\n'
         "import sys\nfrom pathlib import Path\n\n"
         f"HERE = {here!r}\n"
         "sys.path[:1] = [] if HERE in sys.path[1:] else [HERE]\n\n"
@@ -295,22 +290,22 @@ def script(told: TaskRun) -> str:
     )
 
 
-def limits(told: TaskRun) -> str:
+def limits(task_run: TaskRun) -> str:
     """Return the job's limits in words."""
-    found = []
-    if told.timeout_s is not None:
-        found.append(f"{told.timeout_s:g} s")
-    if told.memory_bytes is not None:
-        found.append(f"{told.memory_bytes / 2**20:g} MiB")
-    return " and ".join(found) or "none"
+    texts = []
+    if task_run.timeout_s is not None:
+        texts.append(f"{task_run.timeout_s:g} s")
+    if task_run.memory_bytes is not None:
+        texts.append(f"{task_run.memory_bytes / 2**20:g} MiB")
+    return " and ".join(texts) or "none"
 
 
-def _has_files(told: TaskRun) -> bool:
-    return (told.folder / EXECUTION / str(told.task) / "in").is_dir()
+def _has_files(task_run: TaskRun) -> bool:
+    return (task_run.folder / EXECUTION / str(task_run.task) / "in").is_dir()
 
 
-def _on_grid(told: TaskRun) -> str:
-    failure = failure_of(told.failure)
+def _on_grid(task_run: TaskRun) -> str:
+    failure = failure_of(task_run.failure)
     if failure:
         return f"On the grid it failed ({fingerprint(failure)}): {failure.reason}"
-    return f"On the grid it ended {told.state}." if told.state else "It has not ended on the grid."
+    return f"On the grid it ended {task_run.state}." if task_run.state else "It has not ended on the grid."
