@@ -208,23 +208,23 @@ async def send_all(queue: Queue, messages: Sequence[Addressed], patience: Patien
 
 @dataclass(frozen=True, slots=True)
 class StoredCommand:
-    """A word with the ETag of the object that it was read from."""
+    """A command with the ETag of the object that it was read from."""
 
     command: ControlCommand
     etag: str
 
 
 async def read_if_changed(objects: Objects, job: JobId, etag: str | None) -> StoredCommand | None:
-    """Return the word, or None if its ETag is still `etag`. Raise NotFound if it does not exist."""
+    """Return the command, or None if its ETag is still `etag`. Raise NotFound if it does not exist."""
     changed = await objects.get_if_changed(object_keys.control(job), etag)
     return StoredCommand(json_format.control_from_bytes(changed[0]), changed[1]) if changed else None
 
 
 async def read_stored(objects: Objects, job: JobId, patience: Patience) -> StoredCommand | None:
-    """Return the current word so that another one can replace it, or None if the object does not exist.
+    """Return the current command so that another one can replace it, or None if the object does not exist.
 
-    An object that cannot be read, or that has an unknown word, counts as RUN in the first round. Every word may replace
-    that.
+    An object that cannot be read, or that has an unknown command, counts as RUN in the first round. Every command may
+    replace that.
     """
     try:
         found = await patience(partial(objects.get_if_changed, object_keys.control(job), None))
@@ -239,19 +239,19 @@ async def read_stored(objects: Objects, job: JobId, patience: Patience) -> Store
 
 
 async def read_command(objects: Objects, job: JobId, patience: Patience) -> ControlCommand:
-    """Return the word. Raise NotFound if it does not exist."""
+    """Return the command. Raise NotFound if it does not exist."""
     return json_format.control_from_bytes(await patience(partial(objects.get, object_keys.control(job))))
 
 
 async def replace_command(
-    objects: Objects, job: JobId, word: ControlCommand, patience: Patience, *, over: StoredCommand | None
+    objects: Objects, job: JobId, command: ControlCommand, patience: Patience, *, over: StoredCommand | None
 ) -> bool:
-    """Replace the word `over` by `word`, and return whether this succeeded.
+    """Replace the command `over` by `command`, and return whether this succeeded.
 
-    Return False if the object has changed since it was read. The new word may be a cancellation, or our own word if the
-    response to our write was lost.
+    Return False if the object has changed since it was read. The new command may be a cancellation, or our own command
+    if the response to our write was lost.
     """
-    numbered = replace(word, number=over.command.number + 1 if over else 0)
+    numbered = replace(command, number=over.command.number + 1 if over else 0)
     put = partial(
         objects.put,
         object_keys.control(job),
@@ -267,27 +267,27 @@ async def replace_command(
 
 
 async def write_cancellation(
-    objects: Objects, job: JobId, word: ControlCommand, patience: Patience
+    objects: Objects, job: JobId, command: ControlCommand, patience: Patience
 ) -> ControlCommand | None:
-    """Write a cancellation over every other word of the same or an earlier round.
+    """Write a cancellation over every other command of the same or an earlier round.
 
     Return the cancellation in effect, which is the first one of that round. Return None and write nothing if the bucket
-    has a word of a later round.
+    has a command of a later round.
     """
     while True:
         stored = await read_stored(objects, job, patience)
-        if stored and stored.command.round > word.round:
+        if stored and stored.command.round > command.round:
             return None
-        if stored and stored.command.control is Control.CANCEL and stored.command.round == word.round:
+        if stored and stored.command.control is Control.CANCEL and stored.command.round == command.round:
             return stored.command
-        if await replace_command(objects, job, word, patience, over=stored):
-            return word
+        if await replace_command(objects, job, command, patience, over=stored):
+            return command
 
 
 async def repair_command(objects: Objects, job: JobId, control: Control, round: int, patience: Patience) -> None:
-    """Write the word of the ledger if the control object is missing or cannot be read.
+    """Write the command of the ledger if the control object is missing or cannot be read.
 
-    A word that another manager wrote in between stays.
+    A command that another manager wrote in between stays.
     """
     try:
         await read_command(objects, job, patience)
@@ -298,9 +298,9 @@ async def repair_command(objects: Objects, job: JobId, control: Control, round: 
 
 
 async def permit_round(objects: Objects, job: JobId, round: int, patience: Patience) -> None:
-    """Write the word that permits the tasks of a new round over the words of earlier rounds.
+    """Write the command that permits the tasks of a new round over the commands of earlier rounds.
 
-    A word of that round or a later one stays.
+    A command of that round or a later one stays.
     """
     while True:
         stored = await read_stored(objects, job, patience)

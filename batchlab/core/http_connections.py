@@ -51,7 +51,7 @@ class Connections:
         self._close_idle()
 
     def _close_idle(self) -> None:
-        with suppress(IndexError):  # other threads take connections too
+        with suppress(IndexError):  # Another thread may have taken the connection.
             while True:
                 self._idle.pop()[1].close()
 
@@ -61,7 +61,7 @@ class Connections:
         The caller closes it or gives it back. The caller also sets the timeout of its socket, which is `connect_s` or
         the last user's.
         """
-        with suppress(IndexError):  # other threads take connections too
+        with suppress(IndexError):  # Another thread may have taken the connection.
             while True:
                 used_s, kept = self._idle.pop()
                 if time.monotonic() - used_s < self._idle_s and _is_open(kept):

@@ -21,7 +21,7 @@ Json = Any
 
 
 class JobState(StrEnum):
-    """Job states that a user sees. They are AWS Batch's states where these fit."""
+    """Job states that a user sees. They are AWS Batch's states where AWS Batch has a matching one."""
 
     SCHEDULED = "SCHEDULED"
     SUBMITTED = "SUBMITTED"

@@ -320,7 +320,7 @@ def origin(url: str) -> str:
     parts = urlsplit(url)
     host = parts.hostname
     if parts.scheme not in PORTS or not host:
-        raise ValueError("it has no scheme and host")
+        raise ValueError("it does not have a scheme and a host")
     try:
         address = ipaddress.ip_address(host)
     except ValueError:

@@ -468,7 +468,7 @@ class MoveJob:
 
 @dataclass(frozen=True, slots=True)
 class SetControl:
-    """Record the word of the job's control object.
+    """Record the command in the job's control object.
 
     The change is ignored if the job is in another round or has ended. A cancellation is final within its round.
     """

@@ -244,7 +244,7 @@ ON_TIME_S = 60.0
 MAX_MISSED = 100
 """Maximum number of missed due times that are made up for. The latest ones are taken."""
 MAX_WAITING = 100
-"""Maximum number of runs that wait for the one before them. Further due times are skipped."""
+"""Maximum number of runs that wait for the previous run. Further due times are skipped."""
 SET_BACK_S = 60.0
 """If the clock is behind the last decided due time by more than this, it was set back."""
 
@@ -379,7 +379,7 @@ def startable(schedule: Schedule) -> Run | None:
 
 
 def started(schedule: Schedule, run: Run, now_s: float) -> Schedule:
-    """Return the schedule with the run marked as having its job. Once this is written, the job must be submitted."""
+    """Return the schedule with the run marked as RUNNING. Once this is written, the job must be submitted."""
     job = object_keys.job_id(schedule.definition.job, run.token)
     return schedule.with_run(replace(run, state=RunState.RUNNING, job=job, started_s=now_s))
 

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from batchlab.core.installation import starter
-from batchlab.core.job_definition import InputDef, JobDef, SplitBy, StageDef
+from batchlab.core.job_definition import SPLITS, InputDef, JobDef, SplitBy, StageDef
 from batchlab.core.model import FailureKind, JobId, StageName
 from batchlab.core.protocol import values
 from batchlab.core.retry_rule import RetryRule
@@ -116,6 +116,12 @@ def test_every_key_reaches_the_job(folder: Path) -> None:
     assert (job.max_failures, job.max_failures_percent, job.fail_fast) == (2.5, True, True)
     assert (job.priority, job.tags) == (-3, (("year", "2024"), ("owner", "on")))
     assert job.start_at_s == 1769835600.0
+
+
+def test_every_way_to_split_is_in_the_table_and_on_the_page() -> None:
+    assert list(SPLITS) == list(SplitBy)
+    page = (Path(__file__).parents[2] / "docs" / "job-file.md").read_text()
+    assert all(f"`{way}`" in page and split.meaning in page and split.size in page for way, split in SPLITS.items())
 
 
 @pytest.mark.parametrize(

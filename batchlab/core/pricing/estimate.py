@@ -190,7 +190,7 @@ def estimate(
     for stage in stages:
         if stage.pool not in by_name:
             raise UsageError(
-                f"Stage {stage.name} runs in pool {stage.pool!r}, which has no description.",
+                f"Stage {stage.name} runs in pool {stage.pool!r}, and this pool is not described.",
                 remedy=f"Describe it with --pool {stage.pool}:0-4x2.",
             )
     used = [pool for pool in pools if any(stage.pool == pool.name for stage in stages)]

@@ -210,7 +210,7 @@ class Inputs:
         opening = _read_or_absent(key, data, lambda data: commit_keys.opening_in(json_format.loads(data)))
         if opening is None:
             what = f"The plan of stage {bundle.stage} of job {bundle.job}"
-            raise NotFound(f"{what} is gone: {lost}.")
+            raise NotFound(f"{what} no longer exists: {lost}.")
         return self.keep(bundle.job, bundle.stage, opening.items)
 
     def keep(self, job: JobId, stage: StageName, items: Sequence[Json]) -> Manifest:

@@ -1,8 +1,8 @@
-"""JSON format of jobs, cuts, bundles, outcomes, completions, words, and endings.
+"""JSON format of jobs, cuts, bundles, outcomes, completions, control commands, and endings.
 
 Invariant: `x_from_json(x_to_json(x)) == x`. A reader ignores fields that a later batchlab added. If readers must know a
-new field, the later batchlab changes `v`, or sets `needs` in the job. Readers refuse such a document and do not guess.
-Outcomes, completions, and bundles are converted by hand, because a table of fields takes up to five times as long.
+new field, the later batchlab changes `v`, or sets `needs` in the job. Readers refuse such a document. Outcomes,
+completions, and bundles are converted by hand, because a table of fields takes up to five times as long.
 """
 
 from __future__ import annotations
@@ -507,10 +507,10 @@ class ControlCommand:
     """Content of a control object.
 
     With CANCEL, `state` and `reason` are the final state of the job and its reason. `round` is the round of the job to
-    which the word applies. A word never replaces the word of a later round. Because of `round`, the words of two rounds
-    differ in buckets whose ETags are hashes. `tail` grows with each request for live logs, and `tail_s` (epoch) is the
-    time of the last request (see `worker.live_logs`). `number` counts the words before it, so all words of a job
-    differ.
+    which the command applies. A command never replaces the command of a later round. Because of `round`, the commands
+    of two rounds differ in buckets whose ETags are hashes. `tail` grows with each request for live logs, and `tail_s`
+    (epoch) is the time of the last request (see `worker.live_logs`). `number` counts the commands before it, so all
+    commands of a job differ.
     """
 
     control: Control
@@ -522,23 +522,23 @@ class ControlCommand:
     number: int = field(default=0, compare=False)
 
 
-def control_to_bytes(word: ControlCommand) -> bytes:
-    doc: dict[str, Any] = {"v": VERSION, "control": word.control.value}
-    if word.control is Control.CANCEL:
-        doc |= {"state": word.state.value, "reason": word.reason, "round": word.round}
-    elif word.round:
-        doc["round"] = word.round
-    if word.tail:
-        doc["tail"] = word.tail
-        if word.tail_s is not None:
-            doc["tail_s"] = word.tail_s
-    if word.number:
-        doc["number"] = word.number
+def control_to_bytes(command: ControlCommand) -> bytes:
+    doc: dict[str, Any] = {"v": VERSION, "control": command.control.value}
+    if command.control is Control.CANCEL:
+        doc |= {"state": command.state.value, "reason": command.reason, "round": command.round}
+    elif command.round:
+        doc["round"] = command.round
+    if command.tail:
+        doc["tail"] = command.tail
+        if command.tail_s is not None:
+            doc["tail_s"] = command.tail_s
+    if command.number:
+        doc["number"] = command.number
     return to_bytes(doc)
 
 
 def control_from_bytes(data: bytes) -> ControlCommand:
-    """Return the word in a control object.
+    """Return the command in a control object.
 
     Raise BackendError if it cannot be read. In that case, the caller must not start tasks.
     """

@@ -203,10 +203,10 @@ class Events:
     outcomes: tuple[Outcome, ...] = ()
     """Small outcomes, sent instead of completions, so that clients that wait for results do not need to fetch them."""
     requests: tuple[WorkerRequests, ...] = ()
-    """Sent together with heartbeats."""
+    """Workers send them together with heartbeats."""
     duplicates: tuple[Duplicate, ...] = ()
     counters: tuple[CounterReport, ...] = ()
-    """Sent together with heartbeats."""
+    """Workers send them together with heartbeats."""
     traces: Traces = ()
     """Trace contexts of those outcomes in this message whose job is traced."""
 
