@@ -100,13 +100,13 @@ def gc(
 
 
 def _sweep_docker(*, dry_run: bool, json: bool) -> None:
-    from batchlab.runtime.compose_project import projects, sweep
+    from batchlab.runtime.compose_project import projects, remove_project
 
     documents, lines = [], []
     for project in projects():
         is_removed = project.is_orphan and not dry_run
         if is_removed:
-            sweep(project.project)
+            remove_project(project.project)
         outcome = "removed." if is_removed else "would be removed."
         if not project.is_orphan:
             owner = f"of the grid in {project.home}" if project.home else "not created by a grid"

@@ -25,8 +25,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from batchlab.adapters.docker import engine as docker_engine
-from batchlab.adapters.docker.engine import Engine
+from batchlab.adapters.docker.engine import Engine, find_resources, remove_resources
 from batchlab.core import installation
 from batchlab.core.errors import BackendError, Unreachable, UsageError
 from batchlab.runtime import compose_deployment
@@ -309,10 +308,10 @@ class Project:
         self._run("stop", "--timeout", _STOP_S, "manager")
         # The endpoint would otherwise replace the instances that end.
         self._run("kill", "asg")
-        sweep_instances(self._at.project, drain_s=drain_s)
+        remove_instances(self._at.project, drain_s=drain_s)
         # Compose does not remove a network that still has containers. The sweep below removes it.
         self._run("--profile", "localstack", "down", "--timeout", _STOP_S, "--volumes", "--remove-orphans")
-        sweep(self._at.project)
+        remove_project(self._at.project)
 
     def _keep_logs(self) -> Path:
         path = compose_deployment.folder(self._home) / "services.log"
@@ -403,7 +402,7 @@ def checked(*arguments: str) -> str:
     return done.stdout
 
 
-def sweep_instances(project: str, *, drain_s: float) -> None:
+def remove_instances(project: str, *, drain_s: float) -> None:
     """Stop the project's instances within `drain_s` and remove them."""
     filters = ("--filter", f"label={LABEL}={project}", "--filter", "label=batchlab.instance")
     if drain_s and (ids := checked("ps", "-q", *filters).split()):
@@ -412,10 +411,10 @@ def sweep_instances(project: str, *, drain_s: float) -> None:
         docker("rm", "--force", "--volumes", *ids)
 
 
-def sweep(project: str) -> int:
+def remove_project(project: str) -> int:
     """Remove all containers, networks, and volumes with the project's label. Return their number."""
     with Engine() as engine:
-        return len(docker_engine.sweep(engine, {LABEL: project}))
+        return len(remove_resources(engine, {LABEL: project}))
 
 
 @dataclass(frozen=True, slots=True)
@@ -447,7 +446,7 @@ def projects() -> list[ProjectParts]:
     homes: dict[str, str] = {}
     parts: Counter[str] = Counter()
     with Engine() as engine:
-        resources = docker_engine.find(engine, {LABEL: None})
+        resources = find_resources(engine, {LABEL: None})
     for resource in resources:
         name = resource.labels[LABEL]
         parts[name] += 1

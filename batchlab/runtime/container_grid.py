@@ -19,12 +19,12 @@ from batchlab.core.errors import Unreachable, UsageError
 from batchlab.core.model import Pool
 from batchlab.core.protocol import object_keys
 from batchlab.runtime import compose_deployment, compose_project, descriptor
-from batchlab.runtime import settings as notification_settings
 from batchlab.runtime.compose_deployment import MANAGER_PORT, Deployment
 from batchlab.runtime.compose_project import Project, name_for, networks
 from batchlab.runtime.descriptor import pool_option
 from batchlab.runtime.factory import VARIABLE, Backend, new_bucket_name
 from batchlab.runtime.home import Home, ManagerRecord, Place
+from batchlab.runtime.settings import notification_variables
 
 _TYPE = "m7i.large"
 """Instance type of a pool that does not name one."""
@@ -60,7 +60,7 @@ def up(home: Home, backend: Backend, pools: Sequence[Pool], say: Callable[[str],
 def _up(
     home: Home, backend: Backend, pools: Sequence[Pool], named: Place | None, say: Callable[[str], None]
 ) -> ManagerRecord:
-    passed = notification_settings.variables(home)  # check notify.toml before anything starts
+    passed = notification_variables(home)  # check notify.toml before anything starts
     deployment = compose_deployment.read(home)
     try:
         at = _plan(home, backend, pools, deployment, named, say)

@@ -33,17 +33,16 @@ from __future__ import annotations
 import logging
 import math
 import os
-import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from batchlab.core import notifications
 from batchlab.core.atomic_write import write_whole
 from batchlab.core.errors import UsageError
+from batchlab.core.installation import read_toml
 from batchlab.core.notifications import KINDS, MOMENTS, SECRET_PREFIX, TARGET_NAME, NotificationSettings, Target
 from batchlab.manager.state import ManagerSettings
 from batchlab.runtime.factory import Backend
@@ -67,17 +66,6 @@ JOBS = "jobs"
 def _require(is_valid: object, problem: str, remedy: str) -> None:
     if not is_valid:
         raise UsageError(problem, remedy=remedy)
-
-
-def _read_toml(path: Path, what: str) -> dict[str, Any]:
-    """Return the content of the file, which is empty if the file does not exist."""
-    try:
-        return tomllib.loads(path.read_bytes().decode())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or str(error)
-        raise UsageError(f"{what} {path} cannot be read: {why}.", remedy="Correct or delete the file.") from error
 
 
 # --- Manager -------------------------------------------------------------------------------------
@@ -104,7 +92,7 @@ def with_home_settings(backend: Backend, home: Home) -> Backend:
 def read(home: Home) -> dict[str, float]:
     """Return the home's settings by name. Raise UsageError if the file is invalid."""
     path = home.settings_file
-    doc = _read_toml(path, "The grid's settings file")
+    doc = read_toml(path) if path.exists() else {}
     for name in doc.keys() - {TABLE}:
         raise UsageError(f"{path} has the unknown table or key {name!r}.", remedy=f"Write settings below [{TABLE}].")
     values: dict[str, float] = doc.get(TABLE, {})
@@ -170,7 +158,7 @@ def read_notifications(
     by such a manager, commands are refused outside a container.
     """
     path = home.notify_file
-    doc = _read_toml(path, "The grid's notification settings")
+    doc = read_toml(path) if path.exists() else {}
     local, secrets = _limits_of_jobs(str(path), doc.pop(JOBS, {}))
     targets = [_target(f"{path}: target {name!r}", name, table, environ) for name, table in doc.items()]
     container_folder = home.backend_folder(CONTAINERS)
@@ -182,14 +170,14 @@ def read_notifications(
     return NotificationSettings(tuple(targets), local, secrets)
 
 
-def variables(home: Home, environ: Mapping[str, str] = os.environ) -> list[str]:
+def notification_variables(home: Home, environ: Mapping[str, str] = os.environ) -> list[str]:
     """Return the names of the set variables that the manager needs for its notifications.
 
     These are the variables that the grid's targets name, and those that jobs may name. Raise UsageError if the file is
     invalid.
     """
     read_notifications(home, environ, in_container=True)
-    doc = tomllib.loads(home.notify_file.read_text()) if home.notify_file.exists() else {}
+    doc = read_toml(home.notify_file) if home.notify_file.exists() else {}
     texts = [text for table in doc.values() for text in table.values() if isinstance(text, str)]
     named = {text.removeprefix(_ENV) for text in texts if text.startswith(_ENV)}
     for_jobs = {name for name in environ if name.startswith(SECRET_PREFIX)}

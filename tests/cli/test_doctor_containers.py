@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from batchlab.adapters.docker import engine
 from batchlab.adapters.docker.engine import LabeledResource
 from batchlab.cli import doctor
 from batchlab.cli.doctor import Finding, Level, container_findings
@@ -46,7 +45,7 @@ def examined(
 
     monkeypatch.setattr(compose_project, "docker", docker)
     monkeypatch.setattr(compose_project, "docker", docker)
-    monkeypatch.setattr(engine, "find", lambda *_: left)
+    monkeypatch.setattr(compose_project, "find_resources", lambda *_: left)
     monkeypatch.setattr(compose_project, "networks", list)
     for name in ("BATCHLAB_LOCALSTACK_IMAGE", "LOCALSTACK_AUTH_TOKEN", "BATCHLAB_ENDPOINT"):
         monkeypatch.delenv(name, raising=False)

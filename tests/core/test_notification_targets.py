@@ -295,7 +295,7 @@ def test_missing_file_means_no_target(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("[ops\n", "cannot be read"),
+        ("[ops\n", "is not TOML"),
         ("ops = 3\n", "is not a table"),
         ("[Ops]\ncommand = ['x']\n", "has an invalid name"),
         ("[ops]\n", "Write exactly one of webhook, sns, and command"),
@@ -334,12 +334,12 @@ def test_the_manager_needs_the_variables_that_are_named(tmp_path: Path) -> None:
     text = "[ops]\nwebhook = 'env:HOOK'\nsecret = 'env:KEY'\n[chat]\nwebhook = 'https://a.b'\n"
     home = at(tmp_path, text + "secret = 'env:NOT_SET'\n")
     environ = {"HOOK": URL, "KEY": "k", "BATCHLAB_NOTIFY_TEAM": "t", "OTHER": "o"}
-    assert settings.variables(home, environ) == ["BATCHLAB_NOTIFY_TEAM", "HOOK", "KEY"]
+    assert settings.notification_variables(home, environ) == ["BATCHLAB_NOTIFY_TEAM", "HOOK", "KEY"]
     home.notify_file.unlink()
-    assert settings.variables(home, environ) == ["BATCHLAB_NOTIFY_TEAM"]
+    assert settings.notification_variables(home, environ) == ["BATCHLAB_NOTIFY_TEAM"]
     home.notify_file.write_text("[ops\n")
-    with pytest.raises(UsageError, match="cannot be read"):
-        settings.variables(home, environ)
+    with pytest.raises(UsageError, match="is not TOML"):
+        settings.notification_variables(home, environ)
 
 
 def test_the_file_is_read_again_when_it_changes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -44,7 +44,7 @@ def test_settings_file_overrides_the_backend(tmp_path: Path) -> None:
         ("[manager]\nmax_receives = 2.5\n", "which is not a valid number"),
         ("[manager]\nwindow = 2.5\n", "which is not a valid number"),
         ("[worker]\nbeat_s = 3\n", "unknown table or key 'worker'"),
-        ("[manager\n", "cannot be read"),
+        ("[manager\n", "is not TOML"),
     ],
 )
 def test_invalid_setting_is_a_clear_error(tmp_path: Path, text: str, told: str) -> None:

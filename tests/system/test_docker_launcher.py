@@ -13,7 +13,7 @@ import pytest
 from docker import APIClient
 
 from batchlab.adapters.docker.container import Template
-from batchlab.adapters.docker.engine import Engine, find
+from batchlab.adapters.docker.engine import Engine, find_resources
 from batchlab.core.errors import AlreadyExists, BackendError
 from batchlab.core.model import Machine, Market, Pool
 from batchlab.core.ports import KEEP_ENDED_S
@@ -187,7 +187,7 @@ def test_an_instance_that_still_boots_is_called_off(grid: DockerGrid) -> None:
             await launcher.terminate("i-1", grace_s=60.0)
             assert await launcher.running() == {"i-1": "exit -15"}
             with Engine() as engine:
-                assert find(engine, grid.labels) == []
+                assert find_resources(engine, grid.labels) == []
         finally:
             await launcher.close(kill=True)
 
@@ -262,7 +262,7 @@ def test_output_of_an_ended_instance_is_kept_and_its_container_removed(grid: Doc
             clock.time_s += 1.0
             assert await launcher.running() == {}
             with Engine() as engine:
-                assert find(engine, grid.labels) == []
+                assert find_resources(engine, grid.labels) == []
             assert log.exists()
         finally:
             await launcher.close(kill=True)
@@ -279,7 +279,7 @@ def test_close_keeps_the_output_and_removes_the_containers(grid: DockerGrid) -> 
         await launcher.launch(STUBBORN, "i-late")
         await launcher.close(kill=True)
         with Engine() as engine:
-            assert find(engine, grid.labels) == []
+            assert find_resources(engine, grid.labels) == []
         assert (grid.root / "logs" / "i-0.log").read_text() == "up\n"
 
     run(main)

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from docker.transport.unixconn import UnixHTTPConnection
 
-from batchlab.adapters.docker.engine import Engine, find, sweep
+from batchlab.adapters.docker.engine import Engine, find_resources, remove_resources
 from batchlab.adapters.docker.launcher import SETTLED_S
 from batchlab.adapters.local.state_files import StateFile
 from batchlab.core.errors import AlreadyExists, Unreachable, UsageError
@@ -264,22 +264,22 @@ def test_a_sweep_takes_everything_with_the_labels_and_nothing_else(grid: DockerG
             # A stranger in the network must not keep it.
             grid.api.connect_container_to_network(f"{grid.id}-1", f"{grid.id}-0")
             assert kinds(engine, grid.labels) == ["container", "network", "volume"]
-            assert len(find(engine, {"batchlab.grid": None, **grid.labels})) == 3
-            swept = sweep(engine, grid.labels)
+            assert len(find_resources(engine, {"batchlab.grid": None, **grid.labels})) == 3
+            swept = remove_resources(engine, grid.labels)
             assert sorted(one.kind for one in swept) == ["container", "network", "volume"]
             assert {one.name for one in swept} == {f"{grid.id}-0"}
             assert kinds(engine, grid.labels) == []
-            assert sweep(engine, grid.labels) == []
+            assert remove_resources(engine, grid.labels) == []
             assert kinds(engine, other) == ["container", "network", "volume"]
         finally:
-            sweep(engine, other)
+            remove_resources(engine, other)
         assert kinds(engine, other) == []
         with pytest.raises(UsageError, match="without a label"):
-            sweep(engine, {})
+            remove_resources(engine, {})
 
 
 def kinds(engine: Engine, labels: dict[str, str]) -> list[str]:
-    return sorted(one.kind for one in find(engine, labels))
+    return sorted(one.kind for one in find_resources(engine, labels))
 
 
 def test_close_leaves_no_thread_and_no_file(grid: DockerGrid) -> None:

@@ -8,6 +8,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from batchlab.adapters.aws.endpoint import Endpoint, client, create_bucket, credentials, s3_url, translated
 from batchlab.adapters.limits import Bucket
 from batchlab.adapters.obstore_objects import PARTS_AT_ONCE, ObstoreObjects, client_options, retries
 from batchlab.core.errors import AlreadyExists, BatchlabError
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from mypy_boto3_s3.type_defs import CompletedPartTypeDef
     from obstore.store import ObjectStore, S3Config
 
-    from batchlab.adapters.aws.endpoint import Endpoint
 
 log = logging.getLogger(__name__)
 
@@ -34,11 +34,9 @@ class S3Objects(ObstoreObjects):
         self._bucket = bucket
 
     def _make_bucket(self) -> bool:
-        from batchlab.adapters.aws import endpoint as aws
-
         if not self._endpoint.url:
             return False
-        aws.create_bucket(self._endpoint, self._bucket)
+        create_bucket(self._endpoint, self._bucket)
         return True
 
     def _create_in_parts(self, key: str, path: Path, part_bytes: int) -> None:
@@ -61,23 +59,20 @@ def open_s3(endpoint: Endpoint, bucket: str, tally: RequestCounter | None = None
     """
     from obstore.store import S3Store
 
-    from batchlab.adapters.aws import endpoint as aws
-
-    url = aws.s3_url(endpoint)
+    url = s3_url(endpoint)
     config: S3Config = {"region": endpoint.region, "conditional_put": "etag", "endpoint": url}
     store = S3Store(
         bucket,
         config=config,
         client_options=client_options(url),
         retry_config=retries(),
-        credential_provider=aws.credentials(endpoint),
+        credential_provider=credentials(endpoint),
     )
     return S3Objects(store, endpoint, bucket, tally)
 
 
 def _create_in_parts(endpoint: Endpoint, bucket: str, key: str, path: Path, part_bytes: int) -> None:
     """Upload a file in parts. Raise AlreadyExists if the object exists at the end."""
-    from batchlab.adapters.aws import endpoint as aws
 
     def upload(number: int) -> CompletedPartTypeDef:
         with path.open("rb") as file:
@@ -86,7 +81,7 @@ def _create_in_parts(endpoint: Endpoint, bucket: str, key: str, path: Path, part
         part = s3.upload_part(Bucket=bucket, Key=key, UploadId=upload_id, PartNumber=number, Body=data)
         return {"PartNumber": number, "ETag": part["ETag"]}
 
-    with closing(aws.client(endpoint, "s3", connections=PARTS_AT_ONCE)) as s3, aws.translated(f"Object {key!r}"):
+    with closing(client(endpoint, "s3", connections=PARTS_AT_ONCE)) as s3, translated(f"Object {key!r}"):
         upload_id = s3.create_multipart_upload(Bucket=bucket, Key=key)["UploadId"]
         count = -(-path.stat().st_size // part_bytes)
         try:
@@ -108,10 +103,8 @@ def _create_in_parts(endpoint: Endpoint, bucket: str, key: str, path: Path, part
 
 def _abort(s3: S3Client, bucket: str, key: str, upload_id: str) -> None:
     """Remove the parts of an upload. If this fails, the bucket's lifecycle rule removes them."""
-    from batchlab.adapters.aws import endpoint as aws
-
     try:
-        with aws.translated(f"Object {key!r}"):
+        with translated(f"Object {key!r}"):
             s3.abort_multipart_upload(Bucket=bucket, Key=key, UploadId=upload_id)
     except BatchlabError as error:
         log.warning("parts of an unfinished upload stay for a while: %s", error)

@@ -182,7 +182,7 @@ class LabeledResource:
     labels: Mapping[str, str]
 
 
-def find(engine: Engine, labels: Mapping[str, str | None]) -> Sequence[LabeledResource]:
+def find_resources(engine: Engine, labels: Mapping[str, str | None]) -> Sequence[LabeledResource]:
     """Return the resources with all of these labels, containers first. None matches any value.
 
     Raise UsageError without a label, because this would return everything on the machine.
@@ -203,12 +203,12 @@ def find(engine: Engine, labels: Mapping[str, str | None]) -> Sequence[LabeledRe
     return engine.do("Search for resources with batchlab's labels", search)
 
 
-def sweep(engine: Engine, labels: Mapping[str, str | None]) -> Sequence[LabeledResource]:
+def remove_resources(engine: Engine, labels: Mapping[str, str | None]) -> Sequence[LabeledResource]:
     """Remove the resources with all of these labels, running or not. Return them.
 
     Ignore resources that no longer exist. If some cannot be removed, remove the others and then raise BackendError.
     """
-    resources = find(engine, labels)
+    resources = find_resources(engine, labels)
     failed: BackendError | None = None
     for resource in resources:
         try:

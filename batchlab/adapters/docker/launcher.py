@@ -152,7 +152,7 @@ class ContainerLauncher:
         self._template = template
         self._catalogue = catalogue
         self._clock = clock
-        self._endings = StopDeadlines(folder / "ending", clock)
+        self._deadlines = StopDeadlines(folder / "ending", clock)
         self._logs = folder / "logs"
         self._grid = grid
         self._labels = dict(labels)
@@ -197,7 +197,7 @@ class ContainerLauncher:
         due_s = asyncio.get_running_loop().time() + grace_s
         if container.due_s is None or due_s < container.due_s:
             # The deadline is stored first. If this process dies in between, the next launcher sends the signal.
-            self._endings.note(instance, container.id, grace_s)
+            self._deadlines.note(instance, container.id, grace_s)
             self._set_deadline(container, due_s)
         if container.is_waiting:
             await self._cancel_start(container)
@@ -344,7 +344,7 @@ class ContainerLauncher:
             await self._signal(container, "SIGKILL")
             await self._save_end(container)
         await self._run(container, lambda api: remove_container(api, container.id))
-        self._endings.forget(container.instance)
+        self._deadlines.forget(container.instance)
 
     def _end(self, container: _Container, ended: str) -> None:
         container.ended = ended
@@ -409,7 +409,7 @@ class ContainerLauncher:
         container = _Container(labels[INSTANCE], row["Id"], float(labels.get(BOOTED, 0)))
         container.stop = labels.get(STOP, "SIGTERM")
         self._containers[container.instance] = container
-        left_s = self._endings.left_s(container.instance, container.id)
+        left_s = self._deadlines.left_s(container.instance, container.id)
         if left_s is not None:
             self._set_deadline(container, asyncio.get_running_loop().time() + left_s)
         return container
@@ -423,7 +423,7 @@ class ContainerLauncher:
         if state is None:
             return  # it is still running, and the next check checks again
         self._end(container, end_text(state, killed=self._is_late(container)))
-        self._endings.forget(container.instance)
+        self._deadlines.forget(container.instance)
 
     async def _forget(self) -> None:
         now_s = self._clock.monotonic_s()

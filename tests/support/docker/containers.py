@@ -21,7 +21,7 @@ from docker import APIClient
 
 from batchlab.adapters.aws.metadata_server import Signals
 from batchlab.adapters.docker.container import Template
-from batchlab.adapters.docker.engine import Engine, sweep
+from batchlab.adapters.docker.engine import Engine, remove_resources
 from batchlab.adapters.docker.launcher import ContainerLauncher
 from batchlab.core import instance_types
 from batchlab.core.errors import BackendError
@@ -115,7 +115,7 @@ def docker_grid(root: Path) -> Iterator[DockerGrid]:
         yield grid
     finally:
         with Engine() as engine:
-            sweep(engine, grid.labels)
+            remove_resources(engine, grid.labels)
         grid.api.close()
 
 
