@@ -1,4 +1,4 @@
 """Deterministic simulation: the grid's own code on virtual time, under faults chosen by a seed.
 
-Invariant: a run is a function of its seed; two runs write the same event log, byte for byte.
+Invariant: a run is a function of its seed. Two runs write the same event log, byte for byte.
 """

@@ -1,12 +1,7 @@
-"""An asyncio event loop whose clock jumps to the next timer when nothing is left to run.
+"""An asyncio event loop whose clock jumps to the next timer when no callback is ready.
 
-Invariant: the program alone decides which callbacks run, and in which order. Callbacks with equal
-times run in the order in which they were scheduled. Threads, sockets, and wall time cannot affect
-it.
-
-Handles have the fields of asyncio's own, which asyncio's futures read, but skip the costs of debug
-mode. The loop creates and runs about 100 handles for each simulated bundle. Tasks hash by a serial
-number, never by their address.
+Invariant: the program alone decides which callbacks run, and in which order. Callbacks with equal times run in the
+order in which they were scheduled. Threads, sockets, and wall time cannot affect the order.
 """
 
 from __future__ import annotations
@@ -27,7 +22,10 @@ from batchlab.sim.actors import CANCEL_ROUNDS, CURRENT, Actor, ActorKilled, Simu
 
 
 class SimHandle(asyncio.Handle):
-    """A callback to run."""
+    """A callback to run, with the fields that asyncio's futures read.
+
+    The loop runs about 100 handles for each simulated bundle, so a handle skips the costs of asyncio's debug mode.
+    """
 
     __slots__ = ()
     _callback: Any
@@ -52,7 +50,7 @@ class SimHandle(asyncio.Handle):
 
 
 class SimTimer(SimHandle, asyncio.TimerHandle):
-    """A callback to run at `when`, in seconds of its loop. The loop maintains `_scheduled`."""
+    """A callback to run at `when`, in seconds of its loop."""
 
     __slots__ = ()
     _when: float
@@ -66,7 +64,7 @@ class SimTimer(SimHandle, asyncio.TimerHandle):
         loop: asyncio.AbstractEventLoop,
         context: Context | None,
     ) -> None:
-        # This does not call the base constructor, which would double the time.
+        # A call of the base constructor would double the time.
         self._callback = callback
         self._args = args
         self._loop = loop
@@ -76,8 +74,7 @@ class SimTimer(SimHandle, asyncio.TimerHandle):
         self._scheduled = True
 
     def cancel(self) -> None:
-        """Cancel the timer as asyncio does. The loop is notified only if the timer has not fired
-        yet."""
+        """Cancel the timer as asyncio does. Notify the loop only if the timer has not fired yet."""
         if not self._cancelled:
             self._cancelled = True
             self._callback = self._args = None
@@ -86,10 +83,10 @@ class SimTimer(SimHandle, asyncio.TimerHandle):
 
 
 class SimTask(asyncio.Task[Any]):
-    """A task that has its actor, and whose hash is its serial number.
+    """A task of an actor, whose hash is its serial number.
 
-    TaskGroup and asyncio.wait keep tasks in sets. With the default hash, an address, the order of
-    cancellations would differ between processes.
+    TaskGroup and asyncio.wait store tasks in sets. With the default hash, an address, the order of cancellations would
+    differ between processes.
     """
 
     __slots__ = ("actor", "serial")
@@ -129,8 +126,8 @@ Ts = TypeVarTuple("Ts")
 
 _YOUNG_STEPS = 1 << 16
 _FULL_STEPS = 1 << 20
-_FEW_TIMERS = 64
-_NAMED = 20
+_MIN_CANCELLED_TIMERS = 64
+_MAX_NAMED_TASKS = 20
 
 
 class Deadlock(SimulationError):
@@ -146,14 +143,16 @@ class StepLimit(SimulationError):
 
 
 class Crashed(SimulationError):
-    """A task or callback raised an exception that was never retrieved. It is the `__cause__`."""
+    """A task or callback raised an exception that was never retrieved. The exception is the `__cause__`."""
 
 
 class SimLoop(asyncio.BaseEventLoop):
     """An event loop in virtual time, which starts at 0 and is independent of the machine's clock.
 
-    The loop has no file descriptor, so it does not need to be closed. Pass tasks to
-    `asyncio.as_completed`: it keeps bare coroutines in a set ordered by their addresses.
+    The loop has no file descriptor, so it does not need to be closed. Pass tasks to `asyncio.as_completed`, because it
+    stores bare coroutines in a set ordered by their addresses.
+
+    With `inline_executor`, calls for a thread (asyncio.to_thread) run at once in the loop.
     """
 
     _ready: deque[Any]
@@ -161,8 +160,6 @@ class SimLoop(asyncio.BaseEventLoop):
     _thread_id: int | None
 
     def __init__(self, *, inline_executor: bool = False) -> None:
-        """Create a loop. With `inline_executor`, calls for a thread (asyncio.to_thread) run at once
-        in the loop."""
         super().__init__()
         self.steps = 0
         """Number of callbacks run so far."""
@@ -186,14 +183,13 @@ class SimLoop(asyncio.BaseEventLoop):
     def run(self, main: Coroutine[Any, Any, T], *, limit_s: float | None = None, limit_steps: int | None = None) -> T:
         """Run `main` to its end, then stop all other tasks, as if the machine were switched off.
 
-        `limit_s` (virtual seconds) and `limit_steps` (callbacks) count from now. Raises the
-        exception of `main`, Deadlock, TimeLimit, StepLimit, or Crashed once another task's
-        exception is lost.
+        `limit_s` (virtual seconds) and `limit_steps` (callbacks) count from now. Raise the exception of `main`,
+        Deadlock, TimeLimit, StepLimit, or Crashed when another task's exception is lost.
         """
         self._limit_s = math.inf if limit_s is None else self._now_s + limit_s
         self._limit_steps = math.inf if limit_steps is None else self.steps + limit_steps
-        # The collector runs generator finalizers, and it runs after a number of allocations, which
-        # differs between processes. So the loop collects after a number of steps instead.
+        # The garbage collector runs generator finalizers after a number of allocations, which differs
+        # between processes. So the loop collects garbage after a number of steps instead.
         collecting = gc.isenabled()
         gc.disable()
         try:
@@ -214,13 +210,12 @@ class SimLoop(asyncio.BaseEventLoop):
     # --- time and order ---
 
     def time(self) -> float:
-        """Return the virtual seconds since the loop was made."""
+        """Return the virtual seconds since the loop was created."""
         return self._now_s
 
     def call_soon(
         self, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
     ) -> asyncio.Handle:
-        """Schedule a callback as asyncio does."""
         handle = SimHandle(callback, args, self, context)
         self._ready.append(handle)
         return handle
@@ -228,7 +223,6 @@ class SimLoop(asyncio.BaseEventLoop):
     def call_at(
         self, when: float, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
     ) -> asyncio.TimerHandle:
-        """Schedule a callback after a delay, as asyncio does."""
         timer = SimTimer(when, callback, args, self, context)
         heappush(self._timers, (when, next(self._numbers), timer))
         return timer
@@ -236,7 +230,6 @@ class SimLoop(asyncio.BaseEventLoop):
     def call_later(
         self, delay: float, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
     ) -> asyncio.TimerHandle:
-        """Schedule a callback at a time, as asyncio does."""
         timer = SimTimer(self._now_s + delay, callback, args, self, context)
         heappush(self._timers, (timer._when, next(self._numbers), timer))
         return timer
@@ -244,14 +237,13 @@ class SimLoop(asyncio.BaseEventLoop):
     def _timer_handle_cancelled(self, _timer: asyncio.TimerHandle) -> None:
         # asyncio calls this for timers that have not fired yet.
         self._timers_cancelled += 1
-        if self._timers_cancelled > _FEW_TIMERS and self._timers_cancelled * 2 > len(self._timers):
+        if self._timers_cancelled > _MIN_CANCELLED_TIMERS and self._timers_cancelled * 2 > len(self._timers):
             self._timers[:] = [entry for entry in self._timers if not entry[2]._cancelled]
             heapify(self._timers)
             self._timers_cancelled = 0
 
     def _run_once(self) -> None:
-        # The base's run_forever calls this repeatedly. Its own loop would cost one call per
-        # instant.
+        # The run_forever method of the base class would call this method once per instant.
         ready, timers = self._ready, self._timers
         while not self._stopping:
             if self._crashes and not self._ending:
@@ -274,11 +266,11 @@ class SimLoop(asyncio.BaseEventLoop):
         self.steps = after = before + count
         if after > self._limit_steps:
             raise StepLimit(f"No end after {before} steps, at {self._now_s:.3f} s. {self._waiting()}")
-        take, frozen = ready.popleft, self._frozen
+        pop, frozen = ready.popleft, self._frozen
         for _ in range(count):
-            handle = take()
+            handle = pop()
             if not handle._cancelled:
-                if frozen and self._parked(handle):
+                if frozen and self._park(handle):
                     continue
                 try:
                     handle._context.run(handle._callback, *handle._args)
@@ -293,7 +285,8 @@ class SimLoop(asyncio.BaseEventLoop):
         if before // _YOUNG_STEPS != after // _YOUNG_STEPS:
             gc.collect(2 if before // _FULL_STEPS != after // _FULL_STEPS else 1)
 
-    def _parked(self, handle: Any) -> bool:
+    def _park(self, handle: Any) -> bool:
+        """Store the handle until its actor is thawed. Return False if the actor is not frozen."""
         actor = handle._context.get(CURRENT)
         waiting = self._frozen.get(actor) if actor is not None else None
         if waiting is None:
@@ -315,37 +308,35 @@ class SimLoop(asyncio.BaseEventLoop):
             self._now_s = when
 
     def _waiting(self) -> str:
-        names = [str(task) for task in itertools.islice(self._tasks, _NAMED)]
+        names = [str(task) for task in itertools.islice(self._tasks, _MAX_NAMED_TASKS)]
         more = len(self._tasks) - len(names)
         return f"Waiting: {', '.join(names)}{f' and {more} more' if more else ''}."
 
     # --- freezing and failing ---
 
     def freeze(self, actor: Actor) -> None:
-        """Stop the actor from now on, as after SIGSTOP. Its timers expire and answers arrive, but
-        it sees them only once it is thawed."""
+        """Stop the actor, as after SIGSTOP. The actor's expired timers and received answers wait until it is thawed."""
         self._frozen.setdefault(actor, deque())
 
     def parked(self, actor: Actor) -> int:
-        """Return how many steps of a frozen actor wait until it is thawed."""
+        """Return the number of steps of a frozen actor that wait until it is thawed."""
         return len(self._frozen.get(actor, ()))
 
     def thaw(self, actor: Actor) -> None:
-        """Thaw the actor. The steps that became due in the meantime run now, in their order."""
+        """Thaw the actor, and run the steps that became due in the meantime, in their order."""
         if actor in self._frozen:
             self._thawed_s[actor] = self.time()
         self._ready.extend(self._frozen.pop(actor, ()))
 
     def thawed_s(self, actor: Actor) -> float:
-        """Return when the actor was last thawed, or minus infinity if it never was."""
+        """Return the time when the actor was last thawed, or minus infinity if it never was."""
         return self._thawed_s.get(actor, -math.inf)
 
     def is_frozen(self, actor: Actor) -> bool:
         return actor in self._frozen
 
     def fail(self, error: SimulationError) -> None:
-        """End the run with `error`, whichever task is running. The code under test cannot catch
-        it."""
+        """End the run with `error`, which the code under test cannot catch."""
         self._crashes.append(error)
 
     # --- tasks ---
@@ -357,7 +348,7 @@ class SimLoop(asyncio.BaseEventLoop):
         name: object = None,
         context: Context | None = None,
     ) -> asyncio.Task[T]:
-        """Create a task as asyncio does. It belongs to the actor in whose context it is created."""
+        """Create a task of the actor in whose context this method is called."""
         actor = CURRENT.get() if context is None else context.get(CURRENT)
         serial = next(self._numbers)
         # asyncio's default names count up over the whole process, so a second run would differ.
@@ -375,13 +366,11 @@ class SimLoop(asyncio.BaseEventLoop):
         if task.actor is not None:
             task.actor.forget(task)
         if not task.cancelled() and task._log_traceback:
-            # A weak reference, so that an exception that can no longer be retrieved is reported at
-            # once.
+            # A weak reference, so that a lost exception is reported at once.
             self._failed.append(weakref.ref(task))
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
-        """Store errors that asyncio would only log, so that `run` raises them. `__del__` may call
-        this."""
+        """Store an error that asyncio would only log, so that `run` raises it. `__del__` may call this method."""
         error = context.get("exception")
         task = context.get("task") or context.get("future")
         handle = context.get("handle")
@@ -389,7 +378,7 @@ class SimLoop(asyncio.BaseEventLoop):
             actor = task.actor
         else:
             actor = handle._context.get(CURRENT) if handle is not None else CURRENT.get()
-        if (actor is not None and not actor.alive) or _of_the_dead(error):
+        if (actor is not None and not actor.alive) or _reports_a_kill(error):
             return
         who = f"{actor.name}: " if actor is not None else ""
         what = f" ({task.get_name()})" if isinstance(task, asyncio.Task) else ""
@@ -399,7 +388,9 @@ class SimLoop(asyncio.BaseEventLoop):
 
     def _switch_off(self, *, interrupted: bool) -> list[SimulationError]:
         """End every task at this instant, and return the exceptions that were never retrieved.
-        Raises the interrupt that hits this run, unless the run was `interrupted` before."""
+
+        Raise an interrupt that arrives meanwhile, unless the run was `interrupted` before.
+        """
         self._limit_s = self._limit_steps = math.inf
         self._ending = True
         for task in self._tasks:
@@ -445,8 +436,8 @@ class SimLoop(asyncio.BaseEventLoop):
         raise SimulationError(f"Tasks swallow every cancellation. {self._waiting()}")
 
     def _asyncgen_finalizer_hook(self, generator: AsyncGenerator[Any, Any]) -> None:
-        # The interpreter calls this for a generator that is dropped before its end. It does as the
-        # base class does, except after the run, when no loop would await the closing.
+        # The interpreter calls this for a generator that is dropped before its end. After the run, no
+        # loop would await the closing, so this method does nothing.
         if self.is_running():
             self.call_soon(self.create_task, generator.aclose())
 
@@ -455,54 +446,39 @@ class SimLoop(asyncio.BaseEventLoop):
     def call_soon_threadsafe(
         self, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
     ) -> asyncio.Handle:
-        """Schedule a callback as call_soon does. Raises SimulationError in any other thread."""
+        """Schedule a callback as call_soon does. Raise SimulationError in any other thread."""
         if self._thread_id not in (None, threading.get_ident()):
             raise SimulationError("Another thread called the simulation.")
         return self.call_soon(callback, *args, context=context)
 
     def run_in_executor(self, _executor: object, func: Callable[[*Ts], T], *args: *Ts) -> asyncio.Future[T]:
-        """Raise SimulationError, or with `inline_executor` run `func` before returning."""
+        """Run `func` before returning. Raise SimulationError without `inline_executor`."""
         if not self._inline_executor:
             raise SimulationError(f"The simulation cannot run {func!r}: it has no threads.")
         future: asyncio.Future[T] = self.create_future()
         try:
             future.set_result(func(*args))
-        except Exception as error:  # noqa: BLE001 - it belongs to whoever awaits the future
+        except Exception as error:  # noqa: BLE001 - the awaiting task receives it
             future.set_exception(error)
         return future
 
 
-def _of_the_dead(error: BaseException | None) -> bool:
+def _reports_a_kill(error: BaseException | None) -> bool:
     """Return whether the error only reports that an actor was killed, as futures of gather may."""
     if isinstance(error, BaseExceptionGroup):
-        return all(map(_of_the_dead, error.exceptions))
+        return all(map(_reports_a_kill, error.exceptions))
     return isinstance(error, ActorKilled)
 
 
-def _no_outside(*_: object, **__: object) -> NoReturn:
+def _refuse(*_: object, **__: object) -> NoReturn:
     raise SimulationError("The simulation does not support sockets, pipes, processes, or signals.")
 
 
-# These methods are defined because the base would open real sockets before it fails.
-for _name in (
-    "create_connection",
-    "create_server",
-    "create_datagram_endpoint",
-    "create_unix_connection",
-    "create_unix_server",
-    "connect_accepted_socket",
-    "connect_read_pipe",
-    "connect_write_pipe",
-    "subprocess_exec",
-    "subprocess_shell",
-    "add_reader",
-    "add_writer",
-    "add_signal_handler",
-    "getaddrinfo",
-    "getnameinfo",
-    "sock_accept",
-    "sock_connect",
-    "sock_recv",
-    "sock_sendall",
-):
-    setattr(SimLoop, _name, _no_outside)
+# These methods are defined because the base class would open real sockets before it fails.
+_UNSUPPORTED = """
+    create_connection create_server create_datagram_endpoint create_unix_connection create_unix_server
+    connect_accepted_socket connect_read_pipe connect_write_pipe subprocess_exec subprocess_shell add_reader add_writer
+    add_signal_handler getaddrinfo getnameinfo sock_accept sock_connect sock_recv sock_sendall
+"""
+for _name in _UNSUPPORTED.split():
+    setattr(SimLoop, _name, _refuse)

@@ -1,8 +1,7 @@
 """Faults of port calls and of the world, drawn from a seed or replayed from a list.
 
-Invariant: every port call and every draw of a world event has an identity (actor, number), and its
-random values depend on nothing else. So a fault can be left out, and latencies and draws elsewhere
-stay the same.
+Invariant: every port call and every draw of a world event has an identity (actor, number), and its random values depend
+on nothing else. So a fault can be left out, and latencies and draws elsewhere stay the same.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ DELAY_S = (1.0, 60.0)
 LATE_S = (1.0, 300.0)
 
 WEATHER = "weather"
-"""Label, and actor name, of world events, which no port call causes."""
+"""Label and actor name of world events, which no port call causes."""
 
 USER = "user"
 """Label of a user's requests."""
@@ -30,14 +29,15 @@ CREATE = "objects.create"
 LOOK = "objects.get_if_changed"
 """Label of a read of a control object."""
 SLOW_SHARE = 0.4
-"""Share of a worker's reads of control objects that get slow answers, in a world with slow
-reads."""
+"""Share of slow answers to a worker's reads of control objects, in a world with slow reads."""
 
 
 class FaultKind(StrEnum):
-    """Kinds of faults that may hit a port call (any call if `label` is empty, else calls with that
-    label), the world (WEATHER), or a user's request (USER). The values are the names of the fields of
-    Weather. `meaning` describes each in words."""
+    """Kinds of faults that may hit a port call, the world (WEATHER), or a user's request (USER).
+
+    A kind with a `label` hits only calls with that label. The values are the names of the fields of Weather. `meaning`
+    describes the kind in words.
+    """
 
     label: str
     meaning: str
@@ -83,7 +83,7 @@ class FaultKind(StrEnum):
     RESUMED = "resumed", USER, "a user resumes a job"
     RETRIED = "retried", USER, "a user retries a job"
     RESUBMITTED = "resubmitted", USER, "a user submits a job again under its token"
-    # New kinds are added at the end: the kinds before them then keep their draws.
+    # Add new kinds at the end, so that the kinds before them keep their draws.
     CORRUPTED = "corrupted", WEATHER, "a worker begins to lie, within the rights of its role"
     TORN = "torn", WEATHER, "the store keeps only the beginning of an object"
     MISSING = "missing", WEATHER, "the store loses an object"
@@ -102,10 +102,9 @@ class FaultKind(StrEnum):
 class Weather:
     """Probability of each kind of fault per port call, world event, or user request.
 
-    With `varied`, each seed chooses its kinds and their rates. With `timed`, its worlds also have a
-    schedule. With `lies`, every seed has CORRUPTED, and additional jobs. With `storage`, every seed
-    has damaged objects, and additional jobs. With `accounts`, managers record the usage of each
-    job.
+    With `varied`, each seed chooses its kinds and their rates. With `timed`, its worlds also have a schedule. With
+    `lies`, every seed has CORRUPTED, and additional jobs. With `storage`, every seed has damaged objects, and
+    additional jobs. With `accounts`, managers record the usage of each job.
     """
 
     kill_before: float = 0.0
@@ -180,8 +179,10 @@ _SHARES = (0.0, 0.0, 0.3, 1.0, 2.0)
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """The fault `kind` at the port call number `call` (from 1) of the actors named `actor`, or at
-    the world event or user request with that number."""
+    """The fault `kind` at a port call, world event, or user request.
+
+    `call` is its number among those of the actors named `actor`, from 1.
+    """
 
     actor: str
     call: int
@@ -201,12 +202,12 @@ class Point:
 
 
 class Faults:
-    """The faults of one run, shared by all wrapped ports. It also draws the latency of each call.
+    """Source of the faults and latencies of one run, shared by all wrapped ports.
 
-    `budget` limits the number of injected faults per kind (by default without limit). `latency_s`
-    bounds the time of a request and its answer together, and `delay_s` the addition of DELAYED.
-    Unless `answers` take time, the request takes all of it, which halves the number of waits. That
-    fits runs whose answers are never lost.
+    `budget` limits the number of injected faults per kind (by default without limit). `latency_s` is the range of the
+    time of a request and its answer together. `delay_s` is the range of the additional time of DELAYED. Without
+    `answers`, the request takes the whole time, which halves the number of waits. Runs whose answers are never lost can
+    use that.
     """
 
     def __init__(
@@ -219,7 +220,7 @@ class Faults:
         delay_s: tuple[float, float] = DELAY_S,
         answers: bool = True,
     ) -> None:
-        """Raise ValueError if the rates of one kind of call sum up to more than 1."""
+        """Raise ValueError if the sum of the rates of one kind of call is more than 1."""
         for label in sorted({kind.label for kind in FaultKind}):
             if sum(rates.rate(kind) for kind in FaultKind if kind.applies(label)) > 1:
                 raise ValueError(f"fault rates sum up to more than 1: {rates}")
@@ -228,7 +229,7 @@ class Faults:
         self.slow_looks_s: tuple[float, float] | None = None
         """Seconds that the answers to some reads of control objects take."""
         self.injected: list[Fault] = []
-        """The injected faults, in order. `from_list` replays them."""
+        """The injected faults, in order, for a replay by `from_list`."""
         self._seed = rng.getrandbits(64)
         self._rates = rates
         self._budget = dict(budget or {})
@@ -249,11 +250,10 @@ class Faults:
         latency_s: tuple[float, float] = LATENCY_S,
         delay_s: tuple[float, float] = DELAY_S,
     ) -> Faults:
-        """Return a source of exactly these faults. With `rng` seeded as in the first run, it
-        replays that run.
+        """Return a source of exactly these faults. With the `rng` of an earlier run, replay that run.
 
-        A fault that does not fit its call (a lost message at a call that does not send) is skipped.
-        This happens if a list was shortened or the code has changed.
+        A fault that does not fit its call is skipped, for example a lost message at a call that does not send. This
+        happens if the list was shortened or the code has changed.
         """
         replay = cls(rng, latency_s=latency_s, delay_s=delay_s)
         replay._script = {(fault.actor, fault.call): fault.kind for fault in faults}
@@ -261,13 +261,12 @@ class Faults:
 
     @property
     def calls(self) -> Mapping[str, int]:
-        """Return the number of port calls so far by actor. They are the crash points to
-        enumerate."""
+        """The number of port calls so far, by actor. Each call is a crash point to enumerate."""
         return self._calls
 
     @property
     def counts(self) -> Counter[FaultKind]:
-        """Return how many faults of each kind have been injected."""
+        """The number of injected faults, by kind."""
         return Counter(fault.kind for fault in self.injected)
 
     def next(self, actor: str) -> Point:
@@ -286,15 +285,14 @@ class Faults:
         return Point(actor, call, request_s, answer_s, draw(), draw())
 
     def strike(self, point: Point, label: str) -> FaultKind | None:
-        """Inject and return the fault, if any, that hits the call `label` ("queue.send") at
-        `point`."""
+        """Inject and return the fault, if any, that hits the call `label`, such as "queue.send", at `point`."""
         kind = self.due(point, label)
         if kind is not None:
             self.happened(point, kind)
         return kind
 
     def due(self, point: Point, label: str) -> FaultKind | None:
-        """Return the fault that `strike` would return. Call `happened` if it takes effect."""
+        """Return the fault that `strike` would return. The caller calls `happened` if the fault takes effect."""
         if self._script is None:
             kind = self._drawn(point.chance, label)
         else:
@@ -317,7 +315,7 @@ class Faults:
         return (0.0, extra_s) if late_answer else (extra_s, 0.0)
 
     def slow_s(self, point: Point, label: str) -> float:
-        """Return how much longer the answer to a worker's look takes."""
+        """Return the additional seconds of the answer to a worker's read of a control object."""
         if self.slow_looks_s is None or label != LOOK or not point.actor.startswith("worker"):
             return 0.0
         rng = random.Random(f"{self._seed}/{point.actor}/{point.call}/slow")  # noqa: S311

@@ -1,8 +1,7 @@
-"""The fleet of the managers in the simulator. Its state outlives them, and its decisions are
-checked.
+"""Fleet of the managers in the simulator, whose state outlives the managers and whose decisions are checked.
 
-Invariant: only the manager that read the state last can change it. Any other manager's change is
-refused, as by a conditional put, and that manager must read the state again.
+Invariant: only the manager that read the state last can change the state. The change of any other manager is refused,
+as by a conditional put, and that manager must read the state again.
 """
 
 from __future__ import annotations
@@ -23,44 +22,44 @@ from batchlab.sim.actors import SimulationError, Violated
 
 Fail = Callable[[SimulationError], None]
 BusyAndIdle = Callable[[str], tuple[set[str], set[str]]]
-"""Return the instances of a pool from the registry of its manager."""
+"""Returns the busy and the idle instances of a pool from the registry of its manager."""
 OnReplace = Callable[[str, str], None]
-"""Called with an instance and the reason for which a manager replaces it."""
+"""Called with an instance and the reason why a manager replaces the instance."""
 
 
 class FleetState:
-    """State of the fleet, which all managers of a world share. `turns` counts the managers that
-    loaded it."""
+    """State of the fleet, which all managers of a world share. `loads` counts the loads of the state."""
 
     def __init__(self) -> None:
         self.store = MemoryState()
-        self.turns = 0
+        self.loads = 0
 
 
-class _Turn:
-    """The Store of one manager. Loading takes the state from the manager before, whose next save
-    fails."""
+class _ManagerStore:
+    """The Store of one manager. After a load, the next save of any other manager fails."""
 
-    def __init__(self, state: FleetState, taken: Callable[[], None]) -> None:
+    def __init__(self, state: FleetState, on_conflict: Callable[[], None]) -> None:
         self._state = state
-        self._taken = taken
-        self._turn = 0
+        self._on_conflict = on_conflict
+        self._load_number = 0
 
     def load(self) -> bytes | None:
-        self._state.turns += 1
-        self._turn = self._state.turns
+        self._state.loads += 1
+        self._load_number = self._state.loads
         return self._state.store.load()
 
     def save(self, data: bytes) -> None:
-        if self._turn != self._state.turns:
-            self._taken()
+        if self._load_number != self._state.loads:
+            self._on_conflict()
             raise BackendError("Another manager has loaded the fleet since.")
         self._state.store.save(data)
 
 
 class SimFleet:
-    """The Fleet port of one manager. It reads its state at first use, because a standby manager's
-    state would become old."""
+    """The Fleet port of one manager.
+
+    The port reads its state at first use, because the state of a standby manager would become outdated.
+    """
 
     def __init__(
         self,
@@ -74,30 +73,29 @@ class SimFleet:
         on_replace: OnReplace = lambda *_: None,
     ) -> None:
         self.registry: WorkerRegistry | None = None
-        """Return the workers that the manager considers busy. The property is set after the fleet
-        is made."""
-        self._made: _Watched | None = None
+        """The manager's record of workers, set after the fleet is created."""
+        self._fleet: _CheckedFleet | None = None
         self._launcher, self._clock, self._ids = launcher, clock, ids
         self._state, self._drain_s, self._fail = state, drain_s, fail
         self._on_replace = on_replace
 
     def __getattr__(self, name: str) -> Any:
-        if self._made is None:
-            self._made = _Watched(
+        if self._fleet is None:
+            self._fleet = _CheckedFleet(
                 self._launcher,
                 self._clock,
                 self._ids,
-                _Turn(self._state, self._forget),
+                _ManagerStore(self._state, self._forget),
                 drain_s=self._drain_s,
                 fail=self._fail,
                 busy_and_idle=self._busy_and_idle,
                 on_replace=self._on_replace,
             )
-        return getattr(self._made, name)
+        return getattr(self._fleet, name)
 
     def _forget(self) -> None:
-        """Drop the state. A manager may have lost and regained leadership without noticing."""
-        self._made = None
+        """Drop the state. A manager may have lost and regained the lease without noticing."""
+        self._fleet = None
 
     def _busy_and_idle(self, pool: str) -> tuple[set[str], set[str]]:
         if self.registry is None:
@@ -105,15 +103,15 @@ class SimFleet:
         return set(self.registry.busy(pool)), set(self.registry.idle(pool))
 
 
-class _Watched(ManagedFleet):
-    """Check I5 after every change and at every choice."""
+class _CheckedFleet(ManagedFleet):
+    """A fleet that checks I5 after every change and at every scale-in."""
 
     def __init__(
         self,
         launcher: Launcher,
         clock: Clock,
         ids: Ids,
-        store: _Turn,
+        store: _ManagerStore,
         *,
         drain_s: float,
         fail: Fail,
@@ -123,12 +121,11 @@ class _Watched(ManagedFleet):
         super().__init__(launcher, clock, ids, store, drain_s=drain_s)
         self._fail, self._on_replace = fail, on_replace
         dead = self._changes.dead
-        self._changes = _WatchedChanges(self._changes.log, clock, ids, fail, busy_and_idle)
+        self._changes = _CheckedChanges(self._changes.log, clock, ids, fail, busy_and_idle)
         self._changes.dead = dead
 
     async def set_health(self, instance: str, *, healthy: bool, cause: str) -> None:
-        """Replace instances as the port defines. The world checks each instance that a manager
-        replaces."""
+        """See `Fleet.set_health`. The world checks each replacement of an instance."""
         self._on_replace(instance, cause)
         await super().set_health(instance, healthy=healthy, cause=cause)
 
@@ -140,22 +137,21 @@ class _Watched(ManagedFleet):
             self._fail(error)
 
 
-class _WatchedChanges(Changes):
+class _CheckedChanges(Changes):
     def __init__(self, log: ActivityLog, clock: Clock, ids: Ids, report: Fail, busy_and_idle: BusyAndIdle) -> None:
         super().__init__(log, clock, ids)
         self._report = report
         self._busy_and_idle = busy_and_idle
 
     def scale_in(self, group: Group) -> None:
-        """Check that no busy worker is chosen while an idle one exists, as far as the manager can
-        see."""
+        """Check that scale-in selects no busy worker while the manager knows of an idle worker."""
         before = {m.instance.id for m in group.counted() if m.state is LifecycleState.IN_SERVICE}
         super().scale_in(group)
-        kept = before & {m.instance.id for m in group.counted()}
-        if kept == before:
+        after = before & {m.instance.id for m in group.counted()}
+        if after == before:
             return
         busy, idle = self._busy_and_idle(group.pool.name)
-        wrong, spared = sorted((before - kept) & busy), sorted(kept & idle)
+        wrong, spared = sorted((before - after) & busy), sorted(after & idle)
         if wrong and spared:
             facts = f"{wrong} are busy and chosen, {spared} are idle and stay"
             self._report(Violated(f"I5 is violated: {facts}"))

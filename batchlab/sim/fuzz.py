@@ -1,10 +1,7 @@
 """Fuzzing: run one random world per seed, shrink failures, and print the commands to replay them.
 
-Invariant: the result of a seed depends only on the seed, the weather, and the faults. The sums over
-seeds depend neither on their order nor on the number of processes.
-
-Shrinking uses delta debugging. Its result was tried and still fails, except for parts that played
-no role. It depends only on the list and the results of the attempts, unless time runs out.
+Invariant: the result of a seed depends only on the seed, the weather, and the faults. The sums over seeds depend
+neither on the order of the seeds nor on the number of processes.
 """
 
 from __future__ import annotations
@@ -23,7 +20,7 @@ from batchlab.core.errors import UsageError
 from batchlab.sim import trial
 from batchlab.sim.actors import ActorKilled, SimulationError, Violated
 from batchlab.sim.event_loop import Crashed, Deadlock, StepLimit
-from batchlab.sim.faults import Fault, FaultKind, Faults, Weather
+from batchlab.sim.faults import Fault, FaultKind, Weather
 from batchlab.sim.process_pool import ProcessDeath, spread
 
 T = TypeVar("T", bound=Hashable)
@@ -33,15 +30,14 @@ MAX_TRIES = 400
 
 @dataclass(frozen=True, slots=True)
 class ShrinkResult(Generic[T]):
-    """The smallest list found. `least` is True if no part can be left out, and False if the tries
-    or the time ran out."""
+    """The smallest failing list. `least` is False if the tries or the time ran out before the search ended."""
 
     parts: tuple[T, ...]
     tries: int
     least: bool
 
 
-class _Enough(Exception):
+class _SearchLimit(Exception):
     """The tries or the time have run out."""
 
 
@@ -52,10 +48,10 @@ def shrink(
     tries: int = MAX_TRIES,
     out_of_time: Callable[[], bool] = lambda: False,
 ) -> ShrinkResult[T] | None:
-    """Return the fewest of `parts` (all different) for which `attempt` does not return None.
+    """Return the fewest of `parts` (all different) for which `attempt` does not return None, by delta debugging.
 
-    `attempt` returns the parts that played a role. The others are dropped at once. Returns None if
-    `attempt` returns None for the whole list.
+    `attempt` returns the parts that played a role, and all other parts are dropped at once. Return None if `attempt`
+    returns None for the whole list.
     """
     search = _Search(tuple(parts), attempt, tries, out_of_time)
     try:
@@ -63,44 +59,37 @@ def shrink(
             if not search.holds(search.parts):
                 return None
             search.halve()
-    except _Enough:
+    except _SearchLimit:
         return ShrinkResult(search.parts, search.tried, least=False)
     return ShrinkResult(search.parts, search.tried, least=True)
 
 
+@dataclass
 class _Search(Generic[T]):
-    def __init__(
-        self,
-        parts: tuple[T, ...],
-        attempt: Callable[[tuple[T, ...]], Sequence[T] | None],
-        tries: int,
-        out_of_time: Callable[[], bool],
-    ) -> None:
-        self._attempt = attempt
-        self._tries = tries
-        self._out_of_time = out_of_time
-        self._vain: set[tuple[T, ...]] = set()
-        self.parts = parts
-        self.tried = 0
+    parts: tuple[T, ...]
+    attempt: Callable[[tuple[T, ...]], Sequence[T] | None]
+    max_tries: int
+    out_of_time: Callable[[], bool]
+    vain: set[tuple[T, ...]] = field(default_factory=set)
+    tried: int = 0
 
     def holds(self, parts: tuple[T, ...]) -> bool:
-        """Return whether these parts reproduce the result. If so, keep only them."""
-        if parts in self._vain:
+        """Return whether these parts reproduce the result. If so, keep only these parts."""
+        if parts in self.vain:
             return False
-        if self.tried >= self._tries or self._out_of_time():
-            raise _Enough
+        if self.tried >= self.max_tries or self.out_of_time():
+            raise _SearchLimit
         self.tried += 1
-        needed = self._attempt(parts)
+        needed = self.attempt(parts)
         if needed is None:
-            self._vain.add(parts)
+            self.vain.add(parts)
             return False
         role = set(needed)
         self.parts = tuple(part for part in parts if part in role)
         return True
 
     def halve(self) -> None:
-        """Run Zeller's ddmin: try ever smaller pieces, alone or left out, until no single part can
-        be left out."""
+        """Run Zeller's ddmin: try ever smaller pieces, alone or left out, until every single part is needed."""
         pieces = 2
         while len(self.parts) > 1:
             whole = self.parts
@@ -128,19 +117,18 @@ WEATHERS: Mapping[str, Weather] = {
     "timed": trial.TIMED,
 }
 FAIR = "none"
-"""The text of an empty list of faults. A shell easily loses an empty argument."""
+"""The text of an empty list of faults, because a shell easily loses an empty argument."""
 
 MAX_SHRINK_S = 180.0
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A seed that broke a promise. `faults` are those that had happened until then."""
+    """A seed that broke a promise after `faults`."""
 
     seed: int
     promise: str
-    """I1 to I8, a step of the protocol, or the kind of error. A smaller list of faults must break
-    the same."""
+    """I1 to I8, a step of the protocol, or the kind of error. A smaller list of faults must break the same promise."""
     text: str
     faults: tuple[Fault, ...]
     trace: str = ""
@@ -149,7 +137,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class SeedResult:
-    """The result of a seed: a report or a failure."""
+    """Result of a seed: a report or a failure."""
 
     seed: int
     faults: tuple[Fault, ...]
@@ -163,29 +151,28 @@ def try_seed(seed: int, weather: str) -> SeedResult:
 
 
 def replay(seed: int, weather: str, only: Iterable[Fault] | None, log: list[str] | None = None) -> SeedResult:
-    """Run a seed's world with `only` these faults, or with those that the weather draws if it is
-    None. Faults that fit no call do not happen. The lines of the event log are appended to
-    `log`."""
+    """Run a seed's world with `only` these faults, or with the faults that the weather draws if `only` is None.
+
+    A fault that fits no call does not happen. The lines of the event log are appended to `log`.
+    """
     kind = WEATHERS[weather]
     faults = trial.faults_for(seed, kind) if only is None else trial.replayed(seed, only)
     try:
         report = trial.run(seed, kind, faults=faults, log=log)
-    except (Exception, ActorKilled) as error:  # noqa: BLE001 - whatever it is, the seed has failed
-        failure = _failure(seed, error, faults)
+    except (Exception, ActorKilled) as error:  # noqa: BLE001 - any error is a failure of the seed
+        origin = error.__cause__ if isinstance(error, Crashed) and error.__cause__ else error
+        trace = "" if isinstance(origin, SimulationError) else "".join(format_exception(origin))
+        text = str(origin) if isinstance(origin, Violated) else f"{type(error).__name__}: {error}"
+        failure = Failure(seed, promise(origin), text, tuple(faults.injected), trace)
         return SeedResult(seed, failure.faults, None, failure)
     return SeedResult(seed, tuple(faults.injected), report, None)
 
 
-def _failure(seed: int, error: BaseException, faults: Faults) -> Failure:
-    origin = error.__cause__ if isinstance(error, Crashed) and error.__cause__ else error
-    trace = "" if isinstance(origin, SimulationError) else "".join(format_exception(origin))
-    text = str(origin) if isinstance(origin, Violated) else f"{type(error).__name__}: {error}"
-    return Failure(seed, promise(origin), text, tuple(faults.injected), trace)
-
-
 def promise(error: BaseException) -> str:
-    """Return the name of the broken promise, or the error's kind. A world that stops, or that never
-    ends, breaks I7."""
+    """Return the name of the broken promise, or the error's kind.
+
+    A world that stops, or that never ends, breaks I7.
+    """
     if isinstance(error, Deadlock | StepLimit):
         return "I7"
     broken = re.match(r"(.+?) is violated", str(error))
@@ -194,7 +181,7 @@ def promise(error: BaseException) -> str:
 
 @contextmanager
 def silence() -> Iterator[None]:
-    """Turn off logging: it would report only the injected faults."""
+    """Turn off logging, which would report only the injected faults."""
     log = logging.getLogger("batchlab")
     before = log.level
     log.setLevel(logging.CRITICAL + 1)
@@ -216,7 +203,7 @@ class Tally:
     starts: int = 0
     managers: int = 0
     virtual_ms: int = 0
-    """Whole milliseconds per seed, because a sum of floats depends on their order."""
+    """Sum of whole milliseconds per seed, because a sum of floats depends on their order."""
     states: Counter[str] = field(default_factory=Counter)
     """Number of jobs by their final state. A retried job counts by its last round."""
     times: Counter[FaultKind] = field(default_factory=Counter)
@@ -224,16 +211,16 @@ class Tally:
     """Number of seeds in which each kind of fault happened."""
     failures: list[Failure] = field(default_factory=list)
 
-    def add(self, tried: SeedResult) -> None:
+    def add(self, result: SeedResult) -> None:
         """Add one seed. A failed seed has no report, so only its faults count."""
         self.seeds += 1
-        kinds = Counter(fault.kind for fault in tried.faults)
+        kinds = Counter(fault.kind for fault in result.faults)
         self.times += kinds
         self.worlds += Counter(set(kinds))
-        if tried.failure:
-            self.failures.append(tried.failure)
-            self.failures.sort(key=lambda one: one.seed)
-        if report := tried.report:
+        if result.failure:
+            self.failures.append(result.failure)
+            self.failures.sort(key=lambda failure: failure.seed)
+        if report := result.report:
             self.tasks += report.tasks
             self.starts += report.starts
             self.managers += report.managers
@@ -244,8 +231,8 @@ class Tally:
 def campaign(seeds: Iterable[int], weather: str, processes: int) -> Generator[SeedResult, None, None]:
     """Try seeds in several processes. Close the generator to stop them at once."""
     work = partial(_quietly, try_seed, weather=weather)
-    for seed, tried in spread(work, seeds, processes):
-        yield _lost(seed, tried) if isinstance(tried, ProcessDeath) else tried
+    for seed, result in spread(work, seeds, processes):
+        yield _lost(seed, result) if isinstance(result, ProcessDeath) else result
 
 
 def _quietly(work: Callable[..., R], *args: Any, **kwargs: Any) -> R:
@@ -264,8 +251,10 @@ def _lost(seed: int, end: ProcessDeath) -> SeedResult:
 def fewest(
     failure: Failure, weather: str, now_s: Callable[[], float], limit_s: float = MAX_SHRINK_S
 ) -> ShrinkResult[Fault] | None:
-    """Return the fewest of a failure's faults that break the same promise, or None if a replay does
-    not break it. `limit_s` bounds the search in seconds of `now_s`, except for the last attempt."""
+    """Return the fewest of a failure's faults that break the same promise.
+
+    Return None if a replay does not break the promise. The search starts no attempt after `limit_s` seconds of `now_s`.
+    """
     end_s = now_s() + limit_s
 
     def attempt(only: tuple[Fault, ...]) -> Sequence[Fault] | None:
@@ -280,22 +269,21 @@ def all_fewest(
 ) -> Generator[tuple[Failure, ShrinkResult[Fault] | None], None, None]:
     """Shrink failures in several processes. `now_s` is pickled."""
     work = partial(_quietly, fewest, weather=weather, now_s=now_s)
-    for failure, found in spread(work, failures, processes):
-        yield failure, None if isinstance(found, ProcessDeath) else found
+    for failure, result in spread(work, failures, processes):
+        yield failure, None if isinstance(result, ProcessDeath) else result
 
 
 # --- On the command line -------------------------------------------------------------------------
 
 
 def written(faults: Sequence[Fault]) -> str:
-    """Return `faults` in the form that `read` accepts, without characters that a shell
-    interprets."""
+    """Return `faults` in the form that `read` accepts, without characters that a shell interprets."""
     words = (f"{fault.actor.replace(' ', '+')}:{fault.call}:{fault.kind.value}" for fault in faults)
     return ",".join(words) or FAIR
 
 
 def read(text: str) -> list[Fault]:
-    """Return the faults in `text`. Raises UsageError."""
+    """Return the faults in `text`. Raise UsageError if the text is malformed."""
     if text == FAIR:
         return []
     return [_read(part) for part in text.split(",")]
@@ -316,8 +304,7 @@ def _read(part: str) -> Fault:
 
 
 def command(failure: Failure, weather: str, only: Sequence[Fault] | None = None) -> str:
-    """Return the command that replays a failure. `only` is the smallest list of faults, if
-    known."""
+    """Return the command that replays a failure. `only` is the smallest list of faults, if known."""
     words = ["batchlab sim replay", str(failure.seed)]
     if only is not None and len(only) < len(failure.faults):
         words.append(f"--only {written(only)}")

@@ -1,7 +1,7 @@
-"""A job file on the `sim` backend: its own handlers run, on a grid in virtual time.
+"""Run of a job file on the `sim` backend: the job's own handlers on a grid in virtual time.
 
-Invariant: the manager, fleet, and worker classes are those of every other backend. Only services,
-instances, and time are simulated. The same seed gives the same run.
+Invariant: the manager, fleet, and worker classes are the same as on every other backend. Only services, instances, and
+time are simulated. The same seed gives the same run.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 
 from batchlab.core.api_types import JobView
-from batchlab.core.job_definition import JobDef
 from batchlab.core.model import JobId, Pool
 from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Objects
@@ -45,8 +44,7 @@ MAX_TICKS = 60
 
 @dataclass(frozen=True, slots=True)
 class SimulatedRun:
-    """The end of a simulated run. `virtual_s` counts from the start of the grid to the job's
-    end."""
+    """Result of a simulated run. `virtual_s` counts from the start of the grid to the job's end."""
 
     view: JobView
     fetched: Fetched
@@ -56,8 +54,10 @@ class SimulatedRun:
 
 
 def run_job(jobfile: JobFile, pools: Sequence[Pool], *, seed: int, out: Path, setting: Setting) -> SimulatedRun:
-    """Run the job to its end in virtual time. Write its results to `out`, and its performance data
-    to a folder in it."""
+    """Run the job to its end in virtual time.
+
+    Write the results to the folder `out`, and the performance data to a folder inside it.
+    """
     loop = SimLoop(inline_executor=True)
     with InlineChildren() as children:
         return loop.run(_main(jobfile, pools, seed, out, setting, children))
@@ -84,9 +84,13 @@ async def _main(
     await world.submit(job)
     await world.ended(job.id)
     virtual_s = world.clock.monotonic_s()
-    view, listing = await _told(world, job)
+    record = await world.ledger.job(job.id)
+    view = job_view(record, (await world.ledger.rows(job.id)).stages)
+    rows = await world.ledger.bundles(job.id, done=True)
+    key = await CommitKeys(world.objects).key_of(record.job)
+    listing = [Listed.from_view(outcome_view(row, key)) for row in rows]
     fetched = await fetch(world.objects, view, listing, out, patience=patience)
-    await _accounted(world, job.id)
+    await _wait_for_account(world, job.id)
     report = out / REPORT
     report.mkdir(parents=True, exist_ok=True)
     await Writer(world.objects, patience, setting).make(job.id, report)
@@ -95,20 +99,12 @@ async def _main(
     return SimulatedRun(view, fetched, virtual_s, len(world.workers))
 
 
-async def _accounted(world: World, job: JobId) -> None:
-    """Wait until the job's usage is written. The manager writes it at its next tick."""
+async def _wait_for_account(world: World, job: JobId) -> None:
+    """Wait until the manager has written the job's usage, at its next tick."""
     for _ in range(MAX_TICKS):
         if await world.objects.head(object_keys.used(job)):
             return
         await asyncio.sleep(1.0)
-
-
-async def _told(world: World, job: JobDef) -> tuple[JobView, list[Listed]]:
-    record = await world.ledger.job(job.id)
-    view = job_view(record, (await world.ledger.rows(job.id)).stages)
-    rows = await world.ledger.bundles(job.id, done=True)
-    key = await CommitKeys(world.objects).key_of(record.job)
-    return view, [Listed.from_view(outcome_view(row, key)) for row in rows]
 
 
 def _real_handlers(children: InlineChildren, world: World, _die: Callable[[], None], objects: Objects) -> Runner:

@@ -1,7 +1,7 @@
-"""The lies of a worker about jobs whose commit keys it has: sealed outcomes and proven events.
+"""Lies of a worker that has the commit keys of some jobs: sealed outcomes and proven events.
 
-Invariant: a lie has a valid seal or proof of a job that the worker was given, and breaks one other
-rule. This module uses only the functions that make seals and proofs, never a writer of the product.
+Invariant: a lie has a valid seal or proof of a job whose messages the worker received, and breaks one other rule. This
+module uses only the functions that make seals and proofs, never a writer of the product.
 """
 
 from __future__ import annotations
@@ -25,63 +25,62 @@ MAX_LIES = 24
 GAP_S = (0.1, 6.0)
 """Seconds between two lies."""
 TAKING_SHARE = 0.3
-"""Share of the insiders that also receive messages themselves. They run none of these tasks."""
+"""Share of the insiders that also receive messages themselves, and run none of their tasks."""
 MAX_TASKS = 40
 """Task messages that an insider remembers."""
 FORGED_STARTS = 3
-"""Workers that a task alone must have killed before it is condemned."""
+"""Number of forged deaths of workers, which is enough to make a task count as poison."""
 
 
 class Insider:
-    """The lying part of one worker that uses commit keys. `liar` is the part that needs none."""
+    """The lying part of one worker that uses commit keys. `liar` is the part without commit keys."""
 
-    def __init__(self, means: WorkerPorts, liar: Liar, rng: random.Random) -> None:
-        self._means, self._liar, self._rng = means, liar, rng
+    def __init__(self, ports: WorkerPorts, liar: Liar, rng: random.Random) -> None:
+        self._ports, self._liar, self._rng = ports, liar, rng
         self._tasks: list[Doc] = []
         """Task messages with a commit key, oldest first."""
         self._takes = rng.random() < TAKING_SHARE
         self._may_be_huge = True
         self._lies: Sequence[Callable[[], Awaitable[None]]] = (
-            self._foreign_reference,
-            self._foreign_reference,
-            self._huge,
-            self._unreadable,
-            self._foreign_follow,
-            self._odd_outcome,
-            self._other_facts,
-            self._other_facts,
-            self._hold_of_others,
-            self._hold_of_others,
-            self._odd_completion,
-            self._starts,
-            self._starts,
-            self._starts,
-            self._other_task,
-            self._other_task,
+            self._commit_foreign_references,
+            self._commit_foreign_references,
+            self._commit_huge_outcome,
+            self._commit_unreadable,
+            self._commit_foreign_follow,
+            self._commit_odd_outcome,
+            self._report_on_another_job,
+            self._report_on_another_job,
+            self._claim_foreign_bundle,
+            self._claim_foreign_bundle,
+            self._send_odd_completion,
+            self._forge_starts,
+            self._forge_starts,
+            self._forge_starts,
+            self._send_foreign_task,
+            self._send_foreign_task,
         )
 
     async def lie(self, pace: float) -> None:
-        """Tell MAX_LIES lies. Errors that a service answers are expected and ignored."""
+        """Tell MAX_LIES lies. Ignore the expected errors of services."""
         for _ in range(MAX_LIES):
             await asyncio.sleep(self._rng.uniform(*GAP_S) * pace)
             try:
-                await self._learn()
+                await self._remember_tasks()
                 await self._rng.choice(self._lies)()
             except (BackendError, ValueError):
                 continue
 
-    async def _learn(self) -> None:
+    async def _remember_tasks(self) -> None:
         """Remember the task messages that this worker has received."""
-        bodies = [body for queue, body in self._means.bodies() if queue != object_keys.EVENTS]
+        bodies = [body for queue, body in self._ports.bodies() if queue != object_keys.EVENTS]
         if self._takes and self._rng.random() < 0.3:
-            queue = object_keys.tasks_queue(self._means.who.pool)
-            taken: Sequence[Message] = await self._means.queue.receive(queue, max_messages=2, wait_s=0.0)
-            bodies += [message.body for message in taken]
+            queue = object_keys.tasks_queue(self._ports.who.pool)
+            messages: Sequence[Message] = await self._ports.queue.receive(queue, max_messages=2, wait_s=0.0)
+            bodies += [message.body for message in messages]
         for doc in map(doc_of, bodies):
             # Other liars send malformed messages.
             bundle = doc["b"] if isinstance(doc.get("b"), dict) else {}
-            named = (doc.get("ck"), bundle.get("j"), bundle.get("s"))
-            if all(isinstance(one, str) for one in named):
+            if all(isinstance(text, str) for text in (doc.get("ck"), bundle.get("j"), bundle.get("s"))):
                 self._tasks.append(doc)
         self._tasks = self._tasks[-MAX_TASKS:]
 
@@ -95,15 +94,15 @@ class Insider:
     # --- Sealed outcomes -------------------------------------------------------------------------
 
     async def _commit(self, bundle: Doc, key: CommitKey, data: bytes) -> str:
-        """Store `data` where the outcome of the bundle belongs, and return its key."""
+        """Store `data` under the key of the bundle's outcome, and return the key."""
         name = bundle_id(bundle)
         spread = hashlib.sha256(name.encode()).hexdigest()[:2]
         sealed = seal(key, "outcome", bundle["s"], name)
         where = f"jobs/{bundle['j']}/{bundle['s']}/outcomes/{spread}/{name}.{sealed}.json"
-        await self._means.objects.put(where, data, if_absent=True)
+        await self._ports.objects.put(where, data, if_absent=True)
         return where
 
-    async def _lying_outcome(self, bundle: Doc, **changes: Any) -> None:
+    async def _commit_outcome(self, bundle: Doc, **changes: Any) -> None:
         key = next(CommitKey(task["ck"]) for task in self._tasks if task["b"] == bundle)
         doc = {**self._liar.outcome(bundle), **changes}
         try:
@@ -111,49 +110,49 @@ class Insider:
         except AlreadyExists:
             return  # too late for this bundle
         parts = self._rng.choice(({"o": [doc]}, {"k": [where]}))
-        await self._proven({bundle["j"]: key}, **parts)
+        await self._send_proven({bundle["j"]: key}, **parts)
 
-    async def _foreign_reference(self) -> None:
+    async def _commit_foreign_references(self) -> None:
         """Commit results of several bundles that refer to an object that belongs to no job."""
-        reference = {"$value": await self._means.bait(self._rng)}
+        reference = {"$value": await self._ports.bait(self._rng)}
         for doc in self._tasks[-5:]:
             bundle = doc["b"]
-            await self._lying_outcome(bundle, values=[reference] * tasks_in(bundle))
+            await self._commit_outcome(bundle, values=[reference] * tasks_in(bundle))
 
-    async def _foreign_follow(self) -> None:
+    async def _commit_foreign_follow(self) -> None:
         """Commit an outcome whose follow-up is a bundle of another job."""
         follow = {"b": self._liar.a_bundle(), "d": self._rng.choice((0.0, 1e9))}
-        await self._lying_outcome(self._task()[0], follows=[follow])
+        await self._commit_outcome(self._task()[0], follows=[follow])
 
-    async def _odd_outcome(self) -> None:
+    async def _commit_odd_outcome(self) -> None:
         name = self._rng.choice(("worker", "execution", "succeeded", "values", "run_s", "log"))
-        await self._lying_outcome(self._task()[0], **{name: self._rng.choice(ODD_VALUES)})
+        await self._commit_outcome(self._task()[0], **{name: self._rng.choice(ODD_VALUES)})
 
-    async def _unreadable(self) -> None:
+    async def _commit_unreadable(self) -> None:
         bundle, key = self._task()
         data = self._rng.choice(UNREADABLE_BODIES)
         data = data if isinstance(data, bytes) else data.encode()
         where = await self._commit(bundle, key, data)
-        await self._proven({bundle["j"]: key}, k=[where])
+        await self._send_proven({bundle["j"]: key}, k=[where])
 
-    async def _huge(self) -> None:
+    async def _commit_huge_outcome(self) -> None:
         """Commit an outcome that is larger than allowed, at most once for each insider."""
         bundle, key = self._task()
         if self._may_be_huge:
             self._may_be_huge = False
             where = await self._commit(bundle, key, b" " * (OUTCOME_WEIGHT + 1))
-            await self._proven({bundle["j"]: key}, k=[where])
+            await self._send_proven({bundle["j"]: key}, k=[where])
 
     # --- Proven events ---------------------------------------------------------------------------
 
-    async def _proven(self, keys: dict[str, CommitKey], **parts: Any) -> None:
+    async def _send_proven(self, keys: dict[str, CommitKey], **parts: Any) -> None:
         """Send an event with the proofs of these jobs."""
         text = json.dumps({"v": 1, **parts}, separators=(",", ":"))
         proofs = {job: proof(key, summary(text)) for job, key in keys.items()}
-        told = json.dumps(proofs, separators=(",", ":"))
-        await self._means.send(object_keys.EVENTS, f'{{"p":{told},{text[1:]}')
+        proof_text = json.dumps(proofs, separators=(",", ":"))
+        await self._ports.send(object_keys.EVENTS, f'{{"p":{proof_text},{text[1:]}')
 
-    async def _other_facts(self) -> None:
+    async def _report_on_another_job(self) -> None:
         """Report on another job with a proof of this worker's job, under one job's name or both."""
         bundle, key = self._task()
         other = self._liar.a_bundle()
@@ -161,38 +160,38 @@ class Insider:
         completion = self._liar.completion(other)
         outcome = self._liar.odd_outcome(other)
         parts = self._rng.choice(({"c": [completion]}, {"o": [outcome]}))
-        await self._proven(dict.fromkeys(jobs, key), **parts)
+        await self._send_proven(dict.fromkeys(jobs, key), **parts)
 
-    async def _odd_completion(self) -> None:
+    async def _send_odd_completion(self) -> None:
         """Send a valid completion together with a malformed one."""
         bundle, key = self._task()
         good, odd = self._liar.completion(bundle), self._liar.completion(bundle)
         odd[self._rng.choice(sorted(odd))] = self._rng.choice(ODD_VALUES)
-        await self._proven({bundle["j"]: key}, c=[good, odd])
+        await self._send_proven({bundle["j"]: key}, c=[good, odd])
 
-    async def _hold_of_others(self) -> None:
+    async def _claim_foreign_bundle(self) -> None:
         """Claim a bundle of another job together with a bundle of this worker's job."""
         bundle, key = self._task()
-        queue = object_keys.tasks_queue(self._means.who.pool)
+        queue = object_keys.tasks_queue(self._ports.who.pool)
         held = [
             {
                 "queue": queue,
                 "receipt": f"{self._rng.randrange(400)}.1",
-                "job": one["j"],
-                "stage": one["s"],
-                "bundle": bundle_id(one),
+                "job": claimed["j"],
+                "stage": claimed["s"],
+                "bundle": bundle_id(claimed),
                 "running": True,
             }
-            for one in (bundle, self._liar.a_bundle())
+            for claimed in (bundle, self._liar.a_bundle())
         ]
-        beat = self._liar.beat(self._means.who.worker, held=held, busy=1)
+        beat = self._liar.beat(self._ports.who.worker, held=held, busy=1)
         # The manager believes the worker's latest beat.
         beat["number"] = 10**6 + self._rng.randrange(10**6)
-        await self._proven({bundle["j"]: key}, h=[beat])
+        await self._send_proven({bundle["j"]: key}, h=[beat])
 
     # --- Markers and messages --------------------------------------------------------------------
 
-    async def _starts(self) -> None:
+    async def _forge_starts(self) -> None:
         """Forge start markers of workers that died, for tasks that are alone in their bundles."""
         alone = [open_bundle for open_bundle in self._liar.open_bundles() if tasks_in(open_bundle) == 1]
         for other in self._rng.sample(alone, min(FORGED_STARTS, len(alone))):
@@ -207,14 +206,14 @@ class Insider:
                 folder = f"jobs/{other['j']}/{stage}/starts/{name}"
                 where = f"{folder}/w-forged{number}-1{sealed}"
                 try:
-                    await self._means.objects.put(where, data.encode(), if_absent=True)
+                    await self._ports.objects.put(where, data.encode(), if_absent=True)
                 except AlreadyExists:
                     continue
 
-    async def _other_task(self) -> None:
+    async def _send_foreign_task(self) -> None:
         """Send a task message for another job's bundle with the commit key of this worker's job."""
         bundle, key = self._task()
         other = self._liar.a_bundle()
         if other["j"] != bundle["j"]:
             doc = {"v": 1, "b": other, "ck": key, "in": [666] * tasks_in(other)}
-            await self._means.send(self._liar.tasks_queue(), json.dumps(doc))
+            await self._ports.send(self._liar.tasks_queue(), json.dumps(doc))

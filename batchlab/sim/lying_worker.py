@@ -1,8 +1,7 @@
-"""A worker that lies: it forges every kind of message and object that its role lets it write.
+"""A lying worker, which forges every kind of message and object that its role allows it to write.
 
-Invariant: a lie consists of raw JSON and of names read from the bucket. The module does not use the
-product's readers or writers, so none of their checks can stop a lie. All choices come from the
-random source.
+Invariant: a lie consists of raw JSON and of names read from the bucket. This module does not use the product's readers
+or writers, so no check of the product can prevent a lie. All choices come from the random source.
 """
 
 from __future__ import annotations
@@ -92,9 +91,11 @@ def some_tasks(bundle: Doc) -> list[int]:
 
 
 def guesses(keys: list[str]) -> list[Doc]:
-    """Return bundles that may exist next to those with these outcomes: the next tasks, the next
-    attempt, and the same tasks in the next stage."""
-    found: list[Doc] = []
+    """Return bundles that may exist because these outcomes exist.
+
+    They have the next tasks, the next attempt, or the same tasks in the next stage.
+    """
+    bundles: list[Doc] = []
     for key in keys:
         parts = _OUTCOME.fullmatch(key)
         if parts is None:
@@ -102,13 +103,12 @@ def guesses(keys: list[str]) -> list[Doc]:
         job, stage = parts[1], parts[2]
         first, last, round_, attempt = map(int, parts.groups()[2:])
         same: Doc = {"j": job, "s": stage, "t": [[first, last + 1]], "r": round_, "a": attempt}
-        length = last + 1 - first
-        found += [
-            {**same, "t": [[last + 1, last + 1 + length]]},
+        bundles += [
+            {**same, "t": [[last + 1, 2 * (last + 1) - first]]},
             {**same, "a": attempt + 1},
             {**same, "s": chr(ord(stage[0]) + 1)},
         ]
-    return found
+    return bundles
 
 
 MAX_LIES = 40
@@ -120,7 +120,7 @@ LEARN_EVERY = 6
 
 @dataclass(slots=True)
 class WorkerPorts:
-    """The ports and the identity of a lying worker. `bucket` bypasses its role, for baits."""
+    """The ports and the identity of a lying worker. `bucket` is the store without the limits of its role."""
 
     actor: Actor
     who: Identity
@@ -132,11 +132,10 @@ class WorkerPorts:
     baits: int = 0
 
     def bodies(self) -> Sequence[tuple[str, str]]:
-        """The (queue, body) pairs of the last messages that the worker received or sent."""
+        """Return the (queue, body) pairs of the last messages that the worker received or sent."""
         return self.trust.bodies(self.actor)
 
     async def send(self, queue: str, body: str) -> None:
-        """Send one message."""
         await self.queue.send(queue, [Outgoing(body)])
 
     async def bait(self, rng: random.Random) -> str:
@@ -153,56 +152,56 @@ class WorkerPorts:
 class Liar:
     """The lying part of one worker, which needs no commit key of any job."""
 
-    def __init__(self, means: WorkerPorts, rng: random.Random) -> None:
-        self._means, self._rng = means, rng
-        self._who, self._clock = means.who, means.clock
-        self._objects, self._queue = means.objects, means.queue
+    def __init__(self, ports: WorkerPorts, rng: random.Random) -> None:
+        self._ports, self._rng = ports, rng
+        self._who, self._clock = ports.who, ports.clock
+        self._objects, self._queue = ports.objects, ports.queue
         self.keys: list[str] = []
         """Keys of objects from the last listing of the bucket."""
         self._bundles: list[Doc] = []
         self._jobs: list[str] = []
-        self._pools = {means.who.pool}
+        self._pools = {ports.who.pool}
         self._workers: list[str] = []
         self._lies: Sequence[Callable[[], Awaitable[None]]] = (
-            self._beat_of_another,
-            self._beat_of_another,
-            self._beat_of_nobody,
-            self._hold_what_others_have,
-            self._completion,
-            self._outcome_event,
-            self._keys_event,
-            self._counters,
-            self._outcome_object,
-            self._outcome_object,
-            self._forged_job,
-            self._markers,
-            self._markers,
-            self._unmark,
-            self._task,
-            self._task,
-            self._replay,
-            self._swap,
-            self._mutate,
-            self._noise,
-            self._steal,
-            self._trespass,
+            self._forge_beat_of_another,
+            self._forge_beat_of_another,
+            self._forge_beat_of_unknown,
+            self._claim_bundles,
+            self._send_completion,
+            self._send_outcome,
+            self._send_keys,
+            self._send_counters,
+            self._write_outcome,
+            self._write_outcome,
+            self._write_job,
+            self._write_markers,
+            self._write_markers,
+            self._delete_markers,
+            self._send_task,
+            self._send_task,
+            self._send_again,
+            self._send_with_other_names,
+            self._send_with_odd_values,
+            self._send_noise,
+            self._steal_messages,
+            self._exceed_role,
         )
 
     async def lie(self, pace: float) -> None:
-        """Tell MAX_LIES lies. Errors from a service are expected and ignored."""
+        """Tell MAX_LIES lies. Ignore the expected errors of services."""
         for number in range(MAX_LIES):
             await asyncio.sleep(self._rng.uniform(*GAP_S) * pace)
             try:
                 if number % LEARN_EVERY == 0:
-                    await self._learn()
+                    await self._read_bucket()
                 await self._rng.choice(self._lies)()
             except (BackendError, ValueError):
                 continue
 
     # --- Knowledge -------------------------------------------------------------------------------
 
-    async def _learn(self) -> None:
-        """Read what the role may read: every job's spec, and outcomes. Guess other bundles."""
+    async def _read_bucket(self) -> None:
+        """Read every job's definition and some outcomes, as the role allows. Guess other bundles."""
         keys: list[str] = []
         async for page in self._objects.list(object_keys.JOBS):
             keys += [info.key for info in page]
@@ -216,8 +215,8 @@ class Liar:
                 doc = json.loads(await self._objects.get(key))
             except (ValueError, RecursionError):
                 continue
-            self._bundles += [one for one in dicts(doc) if {"j", "s", "t", "a"} <= one.keys()]
-            self._pools |= {one["pool"] for one in dicts(doc) if isinstance(one.get("pool"), str)}
+            self._bundles += [bundle for bundle in dicts(doc) if {"j", "s", "t", "a"} <= bundle.keys()]
+            self._pools |= {stage["pool"] for stage in dicts(doc) if isinstance(stage.get("pool"), str)}
             if isinstance(doc, dict) and isinstance(doc.get("worker"), str):
                 self._workers.append(doc["worker"])
         self._bundles += guesses(self._rng.sample(outcomes, min(5, len(outcomes))))
@@ -242,18 +241,18 @@ class Liar:
 
     @property
     def _victim(self) -> str:
-        """Return the name of a worker, mostly of another one."""
+        """The name of a worker, in most cases another worker."""
         return self._rng.choice(self._workers) if self._workers else self._who.worker
 
     def _remembered(self, *, events: bool) -> list[Doc]:
-        bodies = self._means.bodies()
+        bodies = self._ports.bodies()
         docs = [doc_of(body) for queue, body in bodies if (queue == object_keys.EVENTS) is events]
         return [doc for doc in docs if doc]
 
     # --- Sending ---------------------------------------------------------------------------------
 
     async def _event(self, **parts: Any) -> None:
-        await self._means.send(object_keys.EVENTS, json.dumps({"v": 1, **parts}))
+        await self._ports.send(object_keys.EVENTS, json.dumps({"v": 1, **parts}))
 
     def tasks_queue(self) -> str:
         """Return the task queue of any known pool."""
@@ -262,8 +261,8 @@ class Liar:
     # --- Heartbeats ------------------------------------------------------------------------------
 
     def beat(self, worker: str, **changes: Any) -> Doc:
-        """Return a heartbeat for another worker: this worker's last one with changes."""
-        own = [one for doc in self._remembered(events=True) for one in dicts(doc) if "slots" in one]
+        """Return a heartbeat for another worker: this worker's last heartbeat with changes."""
+        own = [beat for doc in self._remembered(events=True) for beat in dicts(doc) if "slots" in beat]
         beat: Doc = {
             **(own[-1] if own else {}),
             "worker": worker,
@@ -279,33 +278,32 @@ class Liar:
         }
         return beat | changes
 
-    async def _beat_of_another(self) -> None:
+    async def _forge_beat_of_another(self) -> None:
         changes = self._rng.choice(
             ({"gone": True}, {"leaving": True}, {}, {"busy": 10**6}, {"at_s": 1e18}, {"slots": -3})
         )
         beat = self.beat(self._victim, **changes)
         if self._rng.random() < 0.3:
             beat["worker"] = f"w-{self._rng.getrandbits(32):08x}"
-        if beat["instance"] in self._means.trust.known_instances:
+        if beat["instance"] in self._ports.trust.known_instances:
             await self._event(h=[beat])
 
-    async def _beat_of_nobody(self) -> None:
+    async def _forge_beat_of_unknown(self) -> None:
         name = f"w-{self._rng.getrandbits(32):08x}"
         await self._event(h=[self.beat(name, pool=self._rng.choice(("default", "none", "a/b")))])
 
-    async def _hold_what_others_have(self) -> None:
-        """Claim to hold bundles, so that managers do not look for them, with receipts of other
-        queues."""
+    async def _claim_bundles(self) -> None:
+        """Claim to hold bundles, so that managers do not look for them, with receipts of other queues."""
         held = [
             {
                 "queue": self._rng.choice((object_keys.EVENTS, self.tasks_queue(), "tasks-none")),
                 "receipt": f"{self._rng.randrange(400)}.1",
-                "job": one["j"],
-                "stage": one["s"],
-                "bundle": bundle_id(one),
+                "job": bundle["j"],
+                "stage": bundle["s"],
+                "bundle": bundle_id(bundle),
                 "running": self._rng.random() < 0.7,
             }
-            for one in (self.a_bundle() for _ in range(self._rng.choice((1, 5, 30))))
+            for bundle in (self.a_bundle() for _ in range(self._rng.choice((1, 5, 30))))
         ]
         await self._event(h=[self.beat(self._who.worker, held=held, busy=len(held))])
 
@@ -316,22 +314,22 @@ class Liar:
 
     def completion(self, bundle: Doc) -> Doc:
         """Return a forged completion of the bundle."""
-        ways = [bundle["t"], [], []]
-        self._rng.shuffle(ways)
+        tasks = [bundle["t"], [], []]
+        self._rng.shuffle(tasks)
         return {
             "b": bundle,
             "w": self._victim,
             "t0": 0.0,
             "t1": self._clock.now_s(),
             "run": 1.0,
-            "ok": ways[0],
-            "no": ways[1],
-            "x": ways[2],
+            "ok": tasks[0],
+            "no": tasks[1],
+            "x": tasks[2],
             "re": self._rng.choice((0, 0, 10**9)),
             "next": self._rng.choice(([], self._follows())),
         }
 
-    async def _completion(self) -> None:
+    async def _send_completion(self) -> None:
         await self._event(c=[self.completion(self.a_bundle())])
 
     def outcome(self, bundle: Doc) -> Doc:
@@ -369,12 +367,12 @@ class Liar:
             forged[self._rng.choice(sorted(forged))] = self._rng.choice(ODD_VALUES)
         return forged
 
-    async def _outcome_event(self) -> None:
+    async def _send_outcome(self) -> None:
         await self._event(o=[self.odd_outcome(self.a_bundle())])
 
-    async def _keys_event(self) -> None:
-        """Name keys that the manager must not read: baits, and other jobs' objects."""
-        keys = [await self._means.bait(self._rng)]
+    async def _send_keys(self) -> None:
+        """Send keys that the manager must not read: baits, and other jobs' objects."""
+        keys = [await self._ports.bait(self._rng)]
         if self.keys:
             keys += self._rng.sample(self.keys, min(3, len(self.keys)))
         bundle = self.a_bundle()
@@ -383,7 +381,7 @@ class Liar:
         for key in keys:
             await self._event(k=[key])
 
-    async def _counters(self) -> None:
+    async def _send_counters(self) -> None:
         job, stage = self.a_bundle()["j"], self.a_bundle()["s"]
         name = f"x-{self._rng.getrandbits(32)}"
         await self._rng.choice(
@@ -402,13 +400,13 @@ class Liar:
         name = bundle_id(bundle)
         spread = hashlib.sha256(name.encode()).hexdigest()[:2]
         key = f"jobs/{bundle['j']}/{bundle['s']}/outcomes/{spread}/{name}"
-        forms = [one for one in self.keys if "/outcomes/" in one]
-        if forms and self._rng.random() < 0.5:
-            form = self._rng.choice(forms).rpartition("/")[2]
-            return key + form[len(name) :]
+        outcomes = [key for key in self.keys if "/outcomes/" in key]
+        if outcomes and self._rng.random() < 0.5:
+            other = self._rng.choice(outcomes).rpartition("/")[2]
+            return key + other[len(name) :]
         return f"{key}.json"
 
-    async def _outcome_object(self) -> None:
+    async def _write_outcome(self) -> None:
         bundle = self.a_bundle()
         if self._rng.random() < 0.7 and (waiting := self.open_bundles()):
             bundle = self._rng.choice(waiting)
@@ -419,8 +417,8 @@ class Liar:
         data = text if isinstance(text, bytes) else text.encode()
         await self._objects.put(self._outcome_key(bundle), data, if_absent=True)
 
-    async def _forged_job(self) -> None:
-        """Write a spec where the role can write one, and name the job that it would define."""
+    async def _write_job(self) -> None:
+        """Write a job definition under a key that the role may write, and send an outcome of that job."""
         folder = self._rng.choice(("outcomes", "running", "starts"))
         job = f"forged/{self._rng.choice('ab')}/{folder}/x{self._rng.getrandbits(16)}"
         specs = [key for key in self.keys if key.endswith("/spec.json")]
@@ -435,7 +433,7 @@ class Liar:
         bundle = {**self.a_bundle(), "j": job}
         await self._event(o=[self.outcome(bundle)])
 
-    async def _markers(self) -> None:
+    async def _write_markers(self) -> None:
         """Pretend that a bundle runs, or that three workers have started it and died."""
         bundle = self.a_bundle()
         prefix = f"jobs/{bundle['j']}/{bundle['s']}"
@@ -452,14 +450,14 @@ class Liar:
                 key = f"{prefix}/starts/{alone}/w-forged{number}-1"
                 await self._objects.put(key, data, if_absent=True)
 
-    async def _unmark(self) -> None:
+    async def _delete_markers(self) -> None:
         starts = [key for key in self.keys if "/starts/" in key]
         if starts:
             await self._objects.delete(self._rng.sample(starts, min(5, len(starts))))
 
     # --- Task messages ---------------------------------------------------------------------------
 
-    async def _task(self) -> None:
+    async def _send_task(self) -> None:
         """Send work that no manager has planned, or with inputs that no plan has."""
         bundle = dict(self.a_bundle())
         if self._rng.random() < 0.5:
@@ -471,28 +469,28 @@ class Liar:
             doc["nb"] = self._rng.choice((1e18, "soon", -1.0))
         if self._rng.random() < 0.2:
             doc["wd"] = True
-        await self._means.send(self.tasks_queue(), json.dumps(doc))
+        await self._ports.send(self.tasks_queue(), json.dumps(doc))
 
-    async def _replay(self) -> None:
-        bodies = self._means.bodies()
+    async def _send_again(self) -> None:
+        bodies = self._ports.bodies()
         for queue, body in self._rng.sample(list(bodies), min(3, len(bodies))):
-            await self._means.send(queue, body)
+            await self._ports.send(queue, body)
 
-    async def _swap(self) -> None:
+    async def _send_with_other_names(self) -> None:
         """Send a message of this worker with the names of another job and bundle."""
         events = self._rng.random() < 0.5
         own = self._remembered(events=events)
         if own:
             doc, other = self._rng.choice(own), self.a_bundle()
-            for one in dicts(doc):
-                if {"j", "s", "t"} <= one.keys():
-                    one.update(other)
-                if {"job", "stage", "bundle"} <= one.keys():
-                    one.update(job=other["j"], stage=other["s"], bundle=bundle_id(other))
+            for part in dicts(doc):
+                if {"j", "s", "t"} <= part.keys():
+                    part.update(other)
+                if {"job", "stage", "bundle"} <= part.keys():
+                    part.update(job=other["j"], stage=other["s"], bundle=bundle_id(other))
             queue = object_keys.EVENTS if events else self.tasks_queue()
-            await self._means.send(queue, json.dumps(doc))
+            await self._ports.send(queue, json.dumps(doc))
 
-    async def _mutate(self) -> None:
+    async def _send_with_odd_values(self) -> None:
         """Send a message of this worker with odd values in some places."""
         events = self._rng.random() < 0.7
         own = self._remembered(events=events)
@@ -500,32 +498,29 @@ class Liar:
             doc = self._rng.choice(own)
             for choice in self._rng.choices(list(dicts(doc)), k=2):
                 choice[self._rng.choice(sorted(choice) or ["x"])] = self._rng.choice(ODD_VALUES)
-            await self._means.send(object_keys.EVENTS if events else self.tasks_queue(), json.dumps(doc))
+            await self._ports.send(object_keys.EVENTS if events else self.tasks_queue(), json.dumps(doc))
 
-    async def _noise(self) -> None:
+    async def _send_noise(self) -> None:
         queue = self._rng.choice((object_keys.EVENTS, self.tasks_queue()))
         letters = [chr(self._rng.randrange(32, 255)) for _ in range(self._rng.choice((1, 40, 900)))]
         deep = "[" * self._rng.choice((100, 5_000, 60_000))
         body = self._rng.choice(("".join(letters), deep, f'{{"v":1,"h":{deep}', '{"v":1e999}', '{"v":1,"o":{}}', "{}"))
-        await self._means.send(queue, body)
+        await self._ports.send(queue, body)
 
-    async def _steal(self) -> None:
-        """Receive messages of any pool, and delete, keep, or release them.
-
-        This touches their jobs.
-        """
+    async def _steal_messages(self) -> None:
+        """Receive messages of any pool, and delete, keep, or release the messages. This touches their jobs."""
         if self._rng.random() < 0.5:
             return  # Otherwise no job would remain untouched.
         queue = self.tasks_queue()
-        taken: Sequence[Message] = await self._queue.receive(queue, max_messages=2, wait_s=0.0)
-        receipts = [message.receipt for message in taken]
+        messages: Sequence[Message] = await self._queue.receive(queue, max_messages=2, wait_s=0.0)
+        receipts = [message.receipt for message in messages]
         if receipts and self._rng.random() < 0.3:
             await self._queue.delete(queue, receipts)
         elif receipts and self._rng.random() < 0.5:
             wait_s = self._rng.choice((0.0, 600.0))
             await self._queue.change_visibility(queue, [(receipt, wait_s) for receipt in receipts])
 
-    async def _trespass(self) -> None:
+    async def _exceed_role(self) -> None:
         """Make a call that the role does not allow. The service must refuse it."""
         job = self._job
         outcomes = [key for key in self.keys if "/outcomes/" in key]

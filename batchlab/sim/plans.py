@@ -1,11 +1,7 @@
-"""Plan of one seed: pools, jobs, settings, and their sizes.
+"""Plan of one seed: pools, jobs, settings, their sizes, and the focus of the world.
 
-Invariant: a plan is a function of its seed alone, whatever the weather.
-
-Worlds with a focus: one rare situation happens in them again and again.
-
-Invariant: a separate random source decides whether a seed has a focus, and which focus, so the
-other seeds keep their worlds.
+Invariant: a plan is a function of its seed alone, whatever the weather. A separate random source decides the focus of a
+seed, so that a new focus does not change the worlds of other seeds.
 """
 
 from __future__ import annotations
@@ -29,8 +25,10 @@ LONG_SHARE = 0.015
 """Share of seeds with tasks that are longer than the maximum visibility timeout of SQS."""
 
 MAX_WORK_S = 600.0
-"""Approximate time that a world's tasks take on its maximum number of instances. Faults come early,
-and a longer world would only repeat itself."""
+"""Maximum time in seconds that a world's tasks take on its maximum number of instances, approximately.
+
+Faults come early, and a longer world would only repeat itself.
+"""
 
 PERCENT_SHARE, CHAIN_SHARE = 0.15, 0.1
 """Shares of the jobs with a failure limit in percent, and of the jobs with three chained stages."""
@@ -43,10 +41,9 @@ LONG_LIMIT_S = 20 * 86_400.0
 class Plan:
     """The plan of a world.
 
-    `run_s` are the times that a task may take. `heaviness` scales the rates of faults of port
-    calls. `pace` stretches the pauses between events and between user requests: a world of many
-    hours has many calls, and its last hour should also have faults. All jobs must end within
-    `limit_s` (I7).
+    `run_s` are the possible durations of a task. `heaviness` scales the rates of faults of port calls. `pace` stretches
+    the pauses between events and between user requests: a world of many hours has many calls, and its last hour should
+    also have faults. All jobs must end within `limit_s` (I7).
     """
 
     pools: tuple[Pool, ...]
@@ -59,7 +56,7 @@ class Plan:
     pace: float = 1.0
     limit_s: float = LIMIT_S
     focus: str = ""
-    """The focus of the world; see `focused_worlds`."""
+    """The focus of the world (see `Focus`), or ""."""
     slow_looks_s: tuple[float, float] | None = None
     """Seconds that some answers to a worker's read of a control object take."""
 
@@ -90,7 +87,7 @@ def draw(seed: int) -> Plan:
 
 
 def with_bystanders(seed: int, plan: Plan) -> Plan:
-    """Return the plan with two more small jobs, of which lying workers may receive no message."""
+    """Return the plan with two more small jobs, whose messages lying workers may not receive."""
     rng = random.Random(f"{seed}/bystanders")  # noqa: S311 - simulation
     first = len(plan.jobs)
     more = [_job(seed, first + number, rng, plan.pools) for number in range(2)]
@@ -99,7 +96,7 @@ def with_bystanders(seed: int, plan: Plan) -> Plan:
 
 
 def _work_s(pools: Sequence[Pool], jobs: Sequence[JobDef], run_s: Sequence[float]) -> float:
-    """Return how long the pool with the most work is busy if all its instances run."""
+    """Return the seconds of work of the busiest pool, if all its instances run."""
     slots = {pool.name: pool.max_size * pool.slots for pool in pools}
     return max(
         sum(
@@ -135,8 +132,7 @@ def _settings(rng: random.Random) -> tuple[ManagerSettings, WorkerSettings]:
 
 
 def _long(seed: int, rng: random.Random) -> Plan:
-    """Return a plan of many hours, with slow polling. With normal polling, most of its calls would
-    be polls."""
+    """Return a plan of many hours, with slow polling. With normal polling, most calls would be polls."""
     pools = [Pool("default", 0, 2, rng.choice([1, 2]), boot_s=20)]
     stages = rng.choice([(_stage(A, rng, pools),), (_stage(A, rng, pools), _stage(B, rng, pools, A))])
     job = JobDef(JobId("job-0"), "job-0", stages, EPOCH_S, items=rng.choice([1, 2, 3]), token=f"{seed}")
@@ -179,7 +175,7 @@ def _job(seed: int, number: int, rng: random.Random, pools: Sequence[Pool]) -> J
 def _varied(seed: int, number: int, job: JobDef, pools: Sequence[Pool]) -> JobDef:
     """Return the job, in some seeds with a failure limit in percent or with three chained stages.
 
-    It has its own random source, so that the other seeds keep their jobs.
+    The separate random source does not change the jobs of other seeds.
     """
     rng = random.Random(f"{seed}/{number}/varied")  # noqa: S311 - simulation
     if rng.random() < PERCENT_SHARE:
@@ -223,15 +219,14 @@ SHARE = 0.18
 
 
 class Focus(StrEnum):
-    """The rare situation that a world makes frequent."""
+    """A rare situation that a world makes frequent."""
 
     STEADY = "steady"
-    """A queue that does not become empty, workers that freeze for ever, and lost messages."""
+    """A queue that does not become empty, workers that freeze forever, and lost messages."""
     WORDS = "words"
-    """Users who pause, resume, and cancel running bundles, slow reads of control objects, and lost
-    events."""
+    """Users who pause, resume, and cancel running bundles, slow reads of control objects, and lost events."""
     RIVALS = "rivals"
-    """Managers that take the lead from each other, and users who retry some of the failed tasks."""
+    """Managers that take the lease from each other, and users who retry some of the failed tasks."""
 
 
 WEATHERS = {
@@ -267,11 +262,10 @@ def focus_of(seed: int) -> Focus | None:
 
 
 def focused(seed: int, focus: Focus, plan: Plan) -> Plan:
-    """Return the plan of a world with the focus, made from the seed's `plan`."""
-    rng = _rng(seed, "plan")
-    makers = {Focus.STEADY: _steady, Focus.WORDS: _words, Focus.RIVALS: _rivals}
-    made = makers[focus](rng, plan)
-    return replace(made, focus=focus.value, skew_s=0.0, heaviness=1.0, pace=1.0)
+    """Return the plan of a world with the focus, based on the seed's `plan`."""
+    make = {Focus.STEADY: _steady, Focus.WORDS: _words, Focus.RIVALS: _rivals}[focus]
+    plan = make(_rng(seed, "plan"), plan)
+    return replace(plan, focus=focus.value, skew_s=0.0, heaviness=1.0, pace=1.0)
 
 
 def _rng(seed: int, what: str) -> random.Random:

@@ -1,4 +1,4 @@
-"""Ports as one actor sees them: slow, faulty, logged, and without effect once the actor is dead.
+"""Wrappers of ports, which add latency, faults, and log lines, and which end the effects of a dead actor.
 
 Invariant: every port call of a wrapped actor is one fault point and one line of the event log.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -24,8 +24,8 @@ from batchlab.sim.worker_rights import Rights
 T = TypeVar("T")
 
 
-class _Mark(Enum):
-    """Placeholder in a line of the log if the call has no answer."""
+class _NoAnswer(Enum):
+    """Text in a line of the log if the call has no answer."""
 
     END = "end"
     CANCELLED = "cancelled"
@@ -44,11 +44,13 @@ def wrap(
     watch: Watch | None = None,
     rights: Rights | None = None,
 ) -> T:
-    """Return `inner` as `actor` sees it. `port` is its name in the log, and "queue" has the faults
-    of a queue. `rights` refuses the calls that the actor's role does not allow.
+    """Return a wrapper of the port `inner` for one actor.
 
-    Without faults and log it returns `inner` itself, which costs nothing, but then the actor cannot
-    be killed. Faults without rates and latency keep the actor killable.
+    `port` is the port's name in the log. Calls of the port "queue" have the faults of a queue. `rights` refuses the
+    calls that the actor's role does not allow.
+
+    Without faults and log, return `inner` itself, which costs nothing. The actor then cannot be killed. Faults whose
+    rates and latencies are 0 keep the actor killable.
     """
     if faults is None and log is None:
         actor.guarded = False
@@ -58,29 +60,19 @@ def wrap(
     return cast(T, _Port(inner, port, actor, faults, log, watch, rights))
 
 
+@dataclass(eq=False, repr=False)
 class _Port:
-    def __init__(
-        self,
-        inner: Any,
-        port: str,
-        actor: Actor,
-        faults: Faults | None,
-        log: EventLog | None,
-        watch: Watch | None,
-        rights: Rights | None,
-    ) -> None:
-        self._inner = inner
-        self._port = port
-        self._actor = actor
-        self._faults = faults
-        self._log = log
-        self._watch = watch
-        self._rights = rights
-        self._pause = Pause()
+    _inner: Any
+    _port: str
+    _actor: Actor
+    _faults: Faults | None
+    _log: EventLog | None
+    _watch: Watch | None
+    _rights: Rights | None
+    _pause: Pause = field(default_factory=Pause)
 
     def __getattr__(self, name: str) -> Any:
-        # Called only once per method: the wrapper is stored on the instance, where it is found
-        # directly.
+        # Called only once per method, because the wrapper is stored on the instance.
         target = getattr(self._inner, name)
         if not callable(target):
             return target
@@ -112,12 +104,12 @@ class _Port:
 
     async def _pages(self, label: str, inner: AsyncIterator[Any], shown: tuple[Any, Any]) -> AsyncIterator[Any]:
         # Each page is a separate request, so each is a separate fault point.
-        step = partial(anext, inner, _Mark.END)
+        step = partial(anext, inner, _NoAnswer.END)
         try:
-            while (page := await self._perform(label, step, (), {}, shown)) is not _Mark.END:
+            while (page := await self._perform(label, step, (), {}, shown)) is not _NoAnswer.END:
                 yield page
         finally:
-            # If the garbage collector closed it, it would need a loop that may have ended.
+            # The garbage collector would close the generator in a loop that may have ended.
             if isinstance(inner, AsyncGenerator):
                 await inner.aclose()
 
@@ -140,7 +132,7 @@ class _Port:
             if point.request_s:
                 await self._pause(point.request_s)
             conditional = bool(kwargs.get("if_absent") or kwargs.get("if_match"))
-            self._permit(label, shown[0], conditional)
+            self._check_rights(label, shown[0], conditional)
             if faults is not None:
                 kind = faults.strike(point, CREATE if conditional else label)
             target = self._intercepted(target, label, point)
@@ -154,7 +146,7 @@ class _Port:
             if self._watch is not None:
                 self._watch.called(self._actor, label, args, result)
         except asyncio.CancelledError:
-            self._note(point, kind, label, shown, _Mark.CANCELLED)
+            self._note(point, kind, label, shown, _NoAnswer.CANCELLED)
             raise
         except Exception as raised:  # noqa: BLE001 - raised below, when the answer has arrived
             error = raised
@@ -165,8 +157,8 @@ class _Port:
             self._die()
         takes_s = point.answer_s + (faults.slow_s(point, label) if faults is not None else 0.0)
         if takes_s or extra_s:
-            taken = result if label == "queue.receive" and kind is not FaultKind.ANSWER_LOST else []
-            await self._answer(takes_s, extra_s, args, taken)
+            received = result if label == "queue.receive" and kind is not FaultKind.ANSWER_LOST else []
+            await self._answer(takes_s, extra_s, args, received)
         self._acknowledge(label, args)
         if kind is not None:
             self._disturbed(0.0)
@@ -176,28 +168,27 @@ class _Port:
             raise error
         return result
 
+    def _check_rights(self, label: str, args: Sequence[Any], conditional: bool) -> None:
+        if self._rights is not None:
+            self._rights.check(label, args, conditional=conditional)
+
     def _acknowledge(self, label: str, args: Sequence[Any]) -> None:
-        # A writer that finds another writer's object has also waited until that is on the disk.
+        # A writer that finds another writer's object has also waited until that object is on the disk.
         if label == "objects.put" and self._watch is not None:
             self._watch.unsynced.acknowledged(args[0])
 
-    async def _answer(self, takes_s: float, extra_s: float, args: tuple[Any, ...], taken: Sequence[Any]) -> None:
+    async def _answer(self, takes_s: float, extra_s: float, args: tuple[Any, ...], received: Sequence[Any]) -> None:
         if extra_s:
-            # Log it again: a receive has waited for a message since the fault was drawn.
+            # Recorded again: a receive has waited for a message since the fault was drawn.
             self._disturbed(extra_s)
         try:
             await self._pause(takes_s + extra_s)
         except asyncio.CancelledError:
             # The port's promise: a canceled receive loses no message. An SQS adapter can only make
-            # it visible again, and a dead process cannot even do that.
-            if taken and self._actor.alive:
-                back = [(message.receipt, 0.0) for message in taken]
-                await self._inner.change_visibility(args[0], back)
+            # the message visible again, and a dead process cannot even do that.
+            if received and self._actor.alive:
+                await self._inner.change_visibility(args[0], [(message.receipt, 0.0) for message in received])
             raise
-
-    def _permit(self, label: str, args: Sequence[Any], conditional: bool) -> None:
-        if self._rights is not None:
-            self._rights.check(label, args, conditional=conditional)
 
     def _intercepted(
         self, target: Callable[..., Awaitable[Any]], label: str, point: Point
@@ -216,7 +207,7 @@ class _Port:
         if late_s:
             await asyncio.sleep(late_s)
         if kind is FaultKind.KILL_BEFORE:
-            self._note(point, kind, label, shown, _Mark.KILLED)
+            self._note(point, kind, label, shown, _NoAnswer.KILLED)
             self._die()
         if kind is FaultKind.THROTTLED:
             raise Throttled(f"{label} is throttled.")
@@ -237,11 +228,11 @@ class _Port:
         if self._log is None or not self._actor.alive:
             return
         args, kwargs = shown
-        told = [brief(arg) for arg in args]
-        told += [f"{name}={brief(value)}" for name, value in kwargs.items()]
+        texts = [brief(arg) for arg in args]
+        texts += [f"{name}={brief(value)}" for name, value in kwargs.items()]
         fault = f" !{kind.value}" if kind is not None else ""
-        answer = result.value if isinstance(result, _Mark) else brief(result)
-        self._log.add(self._actor.name, f"#{point.call} {label}({', '.join(told)}){fault} -> {answer}")
+        answer = result.value if isinstance(result, _NoAnswer) else brief(result)
+        self._log.add(self._actor.name, f"#{point.call} {label}({', '.join(texts)}){fault} -> {answer}")
 
 
 async def _effect(
@@ -251,7 +242,7 @@ async def _effect(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> Any:
-    """Perform the call, or the part of it that a fault of the queue leaves."""
+    """Perform the call with the faults of a queue."""
     if kind is FaultKind.DROPPED:
         await target(*args, **kwargs)
         return []
@@ -264,15 +255,15 @@ async def _send(
     kind: FaultKind, point: Point, target: Callable[..., Awaitable[Any]], queue: str, messages: Sequence[Any]
 ) -> None:
     chosen, fraction = divmod(point.pick * len(messages), 1)
-    one = messages[int(chosen)]
+    target_message = messages[int(chosen)]
     rest = [message for i, message in enumerate(messages) if i != chosen]
     if kind is FaultKind.DUPLICATED:
         await target(queue, messages)
-        await target(queue, [one])
+        await target(queue, [target_message])
         return
     if rest:
         await target(queue, rest)
     if kind is FaultKind.LATE:
         low, high = LATE_S
-        late_s = min(MAX_DELAY_S, one.delay_s + low + (high - low) * fraction)
-        await target(queue, [replace(one, delay_s=late_s)])
+        late_s = min(MAX_DELAY_S, target_message.delay_s + low + (high - low) * fraction)
+        await target(queue, [replace(target_message, delay_s=late_s)])

@@ -1,7 +1,7 @@
-"""A process pool that runs one item at a time per process, so that a dying process costs one item.
+"""A process pool that runs one item at a time per process, so that the death of a process costs one item.
 
-Invariant: every item is returned once, with its result or with the way its process ended. When the
-generator is closed, by any exception, all its processes have ended.
+Invariant: every item is returned once, with its result or with the end of its process. After the generator is closed,
+by any exception, all its processes have ended.
 """
 
 from __future__ import annotations
@@ -23,22 +23,25 @@ R = TypeVar("R")
 MAX_ITEM_S = 900
 """Real seconds after which SIGALRM ends a process that hangs in an item."""
 
-# fork would copy the parent's threads and locks. In concurrent.futures, a process that dies breaks
-# its whole pool, and the item that killed it is not known.
+# fork would copy the parent's threads and locks. In concurrent.futures, the death of a process ends
+# the whole pool, and does not show which item caused the death.
 _SPAWN = multiprocessing.get_context("spawn")
 
 
 @dataclass(frozen=True, slots=True)
 class ProcessDeath:
-    """The process that had the item ended without an answer."""
+    """End of the process of an item without a result."""
 
     exit_code: int | None
     """Exit code of the process. A negative value is the signal that ended it."""
 
 
 class ProcessPool(Generic[T, R]):
-    """A pool of at most `processes` processes, no more than there are items, for the same `work`.
-    They stay alive between calls of `each`. `work`, items, and results are pickled."""
+    """A pool of at most `processes` processes for the same `work`.
+
+    The pool starts no more processes than there are items. The processes stay alive between calls of `each`. `work`,
+    items, and results are pickled.
+    """
 
     def __init__(self, work: Callable[[T], R], processes: int) -> None:
         self.processes = processes
@@ -48,40 +51,40 @@ class ProcessPool(Generic[T, R]):
     def each(self, items: Iterable[T]) -> Generator[tuple[T, R | ProcessDeath], None, None]:
         """Yield each item with the result of `work`, in the order of completion.
 
-        Items are read from their source as processes become free, so the source may be endless. If
-        the generator is closed early, unfinished items end with their processes.
+        Items are read from their source as processes become free, so the source may be endless. If the generator is
+        closed early, unfinished items end with their processes.
         """
-        left = iter(items)
+        remaining = iter(items)
         busy: dict[Connection, tuple[SpawnProcess, T]] = {}
         try:
-            for item in islice(left, self.processes):
-                self._give(item, busy)
+            for item in islice(remaining, self.processes):
+                self._start_item(item, busy)
             while busy:
                 for pipe in wait(list(busy)):
                     assert isinstance(pipe, Connection)
                     process, done = busy[pipe]
-                    result: R | ProcessDeath = _answer(pipe, process)
+                    result: R | ProcessDeath = _result(pipe, process)
                     del busy[pipe]
                     if isinstance(result, ProcessDeath):
-                        _dismiss(pipe, process)
+                        _end(pipe, process)
                     else:
                         self._idle[pipe] = process
-                    for item in islice(left, 1):
-                        self._give(item, busy)
+                    for item in islice(remaining, 1):
+                        self._start_item(item, busy)
                     yield done, result
         finally:
             for pipe, (process, _) in busy.items():
-                _dismiss(pipe, process)
+                _end(pipe, process)
 
     def close(self) -> None:
-        """End the idle processes. After `each` is over, these are all."""
+        """End the idle processes. After the end of `each`, all processes are idle."""
         while self._idle:
-            _dismiss(*self._idle.popitem())
+            _end(*self._idle.popitem())
 
-    def _give(self, item: T, busy: dict[Connection, tuple[SpawnProcess, T]]) -> None:
-        pipe, process = self._idle.popitem() if self._idle else _hire(self._work)
+    def _start_item(self, item: T, busy: dict[Connection, tuple[SpawnProcess, T]]) -> None:
+        pipe, process = self._idle.popitem() if self._idle else _start_process(self._work)
         busy[pipe] = process, item
-        with suppress(BrokenPipeError, ConnectionResetError):  # _answer reports its death.
+        with suppress(BrokenPipeError, ConnectionResetError):  # _result reports the death.
             pipe.send(item)
 
 
@@ -89,11 +92,11 @@ def spread(
     work: Callable[[T], R], items: Iterable[T], processes: int
 ) -> Generator[tuple[T, R | ProcessDeath], None, None]:
     """Run `work` on these items as ProcessPool.each does, with processes for this call only."""
-    with closing(ProcessPool(work, processes)) as crew:
-        yield from crew.each(items)
+    with closing(ProcessPool(work, processes)) as pool:
+        yield from pool.each(items)
 
 
-def _hire(work: Callable[[T], R]) -> tuple[Connection, SpawnProcess]:
+def _start_process(work: Callable[[T], R]) -> tuple[Connection, SpawnProcess]:
     pipe, far_end = _SPAWN.Pipe()
     process = _SPAWN.Process(target=_serve, args=(far_end, work), daemon=True)
     # A terminal's Ctrl-C reaches the whole process group, but only this process must handle it. The
@@ -109,7 +112,7 @@ def _hire(work: Callable[[T], R]) -> tuple[Connection, SpawnProcess]:
     return pipe, process
 
 
-def _answer(pipe: Connection, process: SpawnProcess) -> R | ProcessDeath:
+def _result(pipe: Connection, process: SpawnProcess) -> R | ProcessDeath:
     try:
         result: R = pipe.recv()
     except (EOFError, ConnectionResetError):
@@ -118,7 +121,7 @@ def _answer(pipe: Connection, process: SpawnProcess) -> R | ProcessDeath:
     return result
 
 
-def _dismiss(pipe: Connection, process: SpawnProcess) -> None:
+def _end(pipe: Connection, process: SpawnProcess) -> None:
     process.kill()
     process.join()
     process.close()

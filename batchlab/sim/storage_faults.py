@@ -1,9 +1,6 @@
-"""Damage to objects in the store, and the promises that still hold.
+"""Damage to objects in the store, and writes that a power cut may undo.
 
-Invariant: the store damages only objects of vulnerable jobs. Every promise is checked for all other
-jobs.
-
-Writes of objects that a power cut may undo, since they may not be on the disk yet.
+Invariant: the store damages only objects of vulnerable jobs. Every promise is checked for all other jobs.
 """
 
 from __future__ import annotations
@@ -23,13 +20,13 @@ from batchlab.sim.faults import FaultKind
 
 @dataclass(slots=True)
 class Damage:
-    """The damaged objects of one world. `touched` collects the jobs that have a damaged object."""
+    """The damaged objects of one world. A job with a damaged object is also added to `touched`."""
 
     objects: SimObjects
     ledger: object
     touched: set[str]
     jobs: set[str]
-    """The jobs that have a damaged object."""
+    """Jobs that have a damaged object."""
     vulnerable: set[JobId] = field(default_factory=set)
     hit: dict[str, tuple[FaultKind, bytes | None]] = field(default_factory=dict)
     """The kind of damage, and the content after it, by key."""
@@ -38,12 +35,12 @@ class Damage:
     """The state of the ledger after its last transaction that waited for the disk."""
 
     def save_ledger(self) -> None:
-        """Save the current state of the ledger, whose log has reached the disk."""
+        """Save the current state of the ledger, which has reached the disk."""
         if isinstance(self.ledger, SimLedger):
             self._flushed = copy.deepcopy(vars(self.ledger))
 
     def lose_folds(self) -> None:
-        """Restore the last state of the ledger that has reached the disk."""
+        """Restore the last saved state of the ledger."""
         if isinstance(self.ledger, SimLedger) and self._flushed is not None:
             vars(self.ledger).update(copy.deepcopy(self._flushed))
 
@@ -97,7 +94,7 @@ def _damaged(kind: FaultKind, data: bytes, rng: random.Random) -> bytes | None:
 
 
 SYNC_S = 0.1
-"""Seconds after which a write has reached the disk, even if its writer lacks the answer."""
+"""Seconds after which a write has reached the disk, even if its writer has no answer yet."""
 
 
 @dataclass(slots=True)
@@ -109,15 +106,15 @@ class Unsynced:
     """The content before the first unacknowledged write, and its time, by key."""
 
     def written(self, key: str, before: bytes | None) -> None:
-        """Record a write of the object that is not acknowledged yet."""
+        """Record an unacknowledged write of the object."""
         self._before.setdefault(key, (before, self.clock.monotonic_s()))
 
     def acknowledged(self, key: str) -> None:
-        """Record that a writer of the object has the answer that it is on the disk."""
+        """Record that a writer of the object has its answer, so the object is on the disk."""
         self._before.pop(key, None)
 
     def before(self) -> dict[str, bytes | None]:
         """Return the content before each write that a power cut may undo now, by key."""
         since_s = self.clock.monotonic_s() - SYNC_S
-        self._before = {key: one for key, one in self._before.items() if one[1] > since_s}
+        self._before = {key: write for key, write in self._before.items() if write[1] > since_s}
         return {key: before for key, (before, _) in self._before.items()}

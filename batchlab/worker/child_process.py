@@ -1,17 +1,8 @@
-"""The worker's side of its warm child processes: pipes, shared memory, exit, and the pool.
+"""The worker's side of its warm child processes: pipes, exit, kill, limits, and the pool.
 
-Invariants: nothing here blocks the event loop. Each ended child is reaped after its process group
-is killed. A worker has at most as many children as slots, and a child serves only one code folder.
-
-Process table from /proc, memory per process group, and kills of process trees.
-
-Invariant: a kill ends the process group and all descendants whose parents still exist, so programs
-that a task started do not outlive the task.
-
-Time and memory limits of running tasks.
-
-Invariant: a verdict names its task, because another task may be running in the process by the time
-the process is killed.
+Invariants: nothing in this module blocks the event loop. Each ended child is reaped after its process group is killed.
+A kill ends the process group and all descendants whose parents still exist, so programs that a task started do not
+outlive the task. A worker has at most as many children as slots, and a child runs only handlers of one code folder.
 """
 
 from __future__ import annotations
@@ -94,14 +85,11 @@ class Sampler:
 
 def family(leader: int) -> set[int]:
     """Return the ids of the process, its process group, and the descendants of both."""
-    left = table()
-    found = {leader} | {p.pid for p in left if p.group == leader}
-    grew = True
-    while grew:
-        more = {p.pid for p in left if p.parent in found and p.pid not in found}
-        found |= more
-        grew = bool(more)
-    return found
+    processes = table()
+    members = {leader} | {p.pid for p in processes if p.group == leader}
+    while descendants := {p.pid for p in processes if p.parent in members and p.pid not in members}:
+        members |= descendants
+    return members
 
 
 def kill_family(leader: int) -> None:
@@ -147,7 +135,7 @@ class ChildProcess:
         self._buffer = bytearray()
         self._read_s = 0.0
         self._eof = False
-        self.spoilt = False
+        self.corrupted = False
         """A handler wrote into the pipe. Only the answers before that are valid."""
         self._closed = False
         self._unsent = bytearray()
@@ -155,7 +143,7 @@ class ChildProcess:
         self.board = ChildState(folder / "board", create=True)
         requests, self._requests = os.pipe()
         self._answers, answers = os.pipe()
-        # Nothing is written to this pipe: the child watches for its end.
+        # Nothing is written to this pipe. Its end tells the child that the worker has exited.
         life, self._life = os.pipe()
         theirs = (requests, answers, life)
         try:
@@ -198,7 +186,7 @@ class ChildProcess:
     # --- Requests and answers ---
 
     def send(self, line: RequestLine) -> None:
-        """Send a request. The event loop writes what the pipe does not take at once."""
+        """Send a request. The event loop writes the part that does not fit into the pipe at once."""
         self._unsent += json.dumps(line).encode() + b"\n"
         self._writable()
 
@@ -210,7 +198,7 @@ class ChildProcess:
             self._loop.add_writer(self._requests, self._writable)
             return
         except BrokenPipeError:
-            self._unsent.clear()  # The child is dead: its answers end, which `answers` reports.
+            self._unsent.clear()  # The child is dead, which `answers` reports.
         self._loop.remove_writer(self._requests)
 
     async def answers(self, wait_s: float, *, gather_s: float) -> list[Any]:
@@ -255,16 +243,16 @@ class ChildProcess:
 
     def _lines(self) -> list[Any]:
         whole, newline, rest = self._buffer.rpartition(b"\n")
-        if not newline or self.spoilt:
+        if not newline or self.corrupted:
             return []
         self._buffer = bytearray(rest)
         try:
             lines = json.loads(b"[" + whole.replace(b"\n", b",") + b"]")
         except ValueError:
             lines = [_parsed(line) for line in whole.split(b"\n")]
-        good = list(takewhile(_is_answer, lines))
-        self.spoilt = len(good) < len(lines)
-        return good
+        answers = list(takewhile(_is_answer, lines))
+        self.corrupted = len(answers) < len(lines)
+        return answers
 
     # --- Ending ---
 
@@ -290,15 +278,12 @@ class ChildProcess:
             # A surviving descendant may hold the pipe open, so do not wait for its end.
             while self._read():
                 pass
-            self._close()
+            self._closed = True
+            self._loop.remove_reader(self._answers)
+            self._loop.remove_writer(self._requests)
+            for fd in (self._answers, self._requests, self._life):
+                os.close(fd)
         return self._process.returncode, self._lines()
-
-    def _close(self) -> None:
-        self._closed = True
-        self._loop.remove_reader(self._answers)
-        self._loop.remove_writer(self._requests)
-        for fd in (self._answers, self._requests, self._life):
-            os.close(fd)
 
     def close(self) -> None:
         """Remove the files of the process. Call `kill` first."""
@@ -309,8 +294,8 @@ class ChildProcess:
     def check_booted(self, code: int) -> None:
         """Raise BackendError if the process died during start-up, which is no task's fault."""
         if self.board.task == BOOTING:
-            said = (self._folder / "boot.log").read_text(errors="replace").strip()[-500:]
-            raise BackendError(f"A task process could not start ({describe_exit(code)}): {said}")
+            output = (self._folder / "boot.log").read_text(errors="replace").strip()[-500:]
+            raise BackendError(f"A task process could not start ({describe_exit(code)}): {output}")
 
 
 def _wake(future: asyncio.Future[None]) -> None:
@@ -332,11 +317,11 @@ def describe_crash(code: int, times: int) -> str:
     """Return the reason of a crash with exit code `code` after `times` deaths by SIGKILL."""
     if code == EXIT_PIPE_LOST:
         return "closed the file descriptors of its process"
-    told = f"killed its process: {describe_exit(code)}"
+    text = f"killed its process: {describe_exit(code)}"
     if code == -signal.SIGKILL:
-        told += f" {times} times" if times else ""
-        told += "; the machine may have run out of memory"
-    return told
+        text += f" {times} times" if times else ""
+        text += "; the machine may have run out of memory"
+    return text
 
 
 def monotonic_s() -> float:
@@ -358,9 +343,9 @@ class Children:
         self._idle: list[ChildProcess] = []
         self._busy: list[ChildProcess] = []
         self._started = 0
-        self._quiet = asyncio.Event()
+        self._has_no_busy = asyncio.Event()
 
-    async def take(self, digest: str, code: Path | None) -> ChildProcess:
+    async def acquire(self, digest: str, code: Path | None) -> ChildProcess:
         """Return an idle child for this code, or start one. Raise OSError if it cannot start."""
         for child in reversed(self._idle):
             if child.digest == digest and not child.ended:
@@ -368,40 +353,40 @@ class Children:
                 self._busy.append(child)
                 return child
         while self._idle and len(self._idle) + len(self._busy) >= self._slots:
-            await self.bury(self._idle[0])
+            await self.kill(self._idle[0])
         self._started += 1
         place = self._folder / f"{os.getpid()}-{self._started}"
         child = ChildProcess(place, digest, code)
         self._busy.append(child)
         return child
 
-    def give_back(self, child: ChildProcess) -> None:
+    def release(self, child: ChildProcess) -> None:
         """Make a child available for the next request."""
         self._busy.remove(child)
         self._idle.append(child)
-        self._tell()
+        self._notify()
 
-    async def bury(self, child: ChildProcess) -> None:
+    async def kill(self, child: ChildProcess) -> None:
         """Kill a child, idle or busy, and remove its files."""
         for group in (self._idle, self._busy):
             if child in group:
                 group.remove(child)
         await child.kill()
         child.close()
-        self._tell()
+        self._notify()
 
-    def _tell(self) -> None:
+    def _notify(self) -> None:
         if not self._busy:
-            self._quiet.set()
+            self._has_no_busy.set()
 
     async def close(self) -> None:
         """Kill all children. Active runs see `closed` and end as if they were killed."""
         self.closed = True
         while self._busy:
-            self._quiet.clear()
-            await self._quiet.wait()
+            self._has_no_busy.clear()
+            await self._has_no_busy.wait()
         for child in tuple(self._idle):
-            await self.bury(child)
+            await self.kill(child)
 
 
 TICK_S = 0.04
@@ -412,7 +397,10 @@ _IMPORT_S = 60.0
 
 
 class Termination(NamedTuple):
-    """The reason why `task` (or IMPORTING) is ended."""
+    """The reason to end `task` (or IMPORTING).
+
+    The task is part of the reason, because another task may be running when the process is killed.
+    """
 
     task: int
     kind: FailureKind
@@ -426,20 +414,16 @@ class Termination(NamedTuple):
 
 
 class WatchedProcess(Protocol):
-    """A process that runs tasks."""
+    """A process that runs tasks, and the shared memory with its running task."""
 
     @property
-    def pid(self) -> int:
-        """The process id."""
+    def pid(self) -> int: ...
 
     @property
-    def board(self) -> ChildState:
-        """The shared memory that names the running task."""
+    def board(self) -> ChildState: ...
 
 
 class MemorySampler(Protocol):
-    """Measurement of the memory of a process group."""
-
     def resident_bytes(self, group: int, since_s: float) -> int:
         """Return the memory of the group, measured after `since_s` (monotonic)."""
 

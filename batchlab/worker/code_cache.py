@@ -1,9 +1,8 @@
 """User code as content-addressed zips, and the cache of unpacked code on an instance.
 
-Invariants: the same folder packs to the same bytes. A folder of unpacked code is either absent or
-complete, and its content matches its digest. No entry of a zip can write outside that folder.
-Missing or damaged code fails the job with a reason. An unavailable object store raises
-BackendError instead.
+Invariants: the same folder packs to the same bytes. A folder of unpacked code is either absent or complete, and its
+content matches its digest. No entry of a zip can write outside that folder. Missing or damaged code fails the job with
+a reason. An unavailable object store raises BackendError instead.
 """
 
 from __future__ import annotations
@@ -33,13 +32,17 @@ MAX_FILES = 20_000
 
 _SKIPPED = frozenset({"__pycache__", ".git", ".venv", ".batchlab", ".mypy_cache", ".pytest_cache", ".ruff_cache"})
 _MARKS = ("pyvenv.cfg", object_keys.MADE)
-"""Files that identify a virtual environment, a grid's home folder, and fetched results. Such
-folders are skipped under any name, because they would change a job's code with every run."""
+"""Files that identify a virtual environment, a grid's home folder, and fetched results.
+
+Such folders are skipped under any name, because they would change a job's code with every run.
+"""
 _BAD_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError)
 """Errors of zipfile for a zip that is damaged, encrypted, or packed by an unknown method."""
 _BAD_NAMES = (errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EILSEQ, None)
 """OSErrors caused by the zip: names that conflict or are too long, and bad bz2 data (no errno).
-This machine causes all other OSErrors."""
+
+The machine causes all other OSErrors.
+"""
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 _CHUNK = 1024 * 1024
 
@@ -71,22 +74,32 @@ def pack(folder: Path, data: Collection[Path] = (), most_bytes: int | None = Non
         raise UsageError(
             f"The code folder {folder} does not exist.", remedy="Name the folder that contains the job's code."
         )
-    left_out = {path.resolve() for path in data}
+    excluded = {path.resolve() for path in data}
+    buffer = io.BytesIO()
     try:
-        return _packed(_chosen(folder, root, left_out, most_bytes or MAX_BYTES), root)
+        files = _select_files(folder, root, excluded, most_bytes or MAX_BYTES)
+        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+            for path in files:
+                info = zipfile.ZipInfo(path.relative_to(root).as_posix(), _EPOCH)
+                mode = 0o755 if path.stat().st_mode & stat.S_IXUSR else 0o644
+                info.external_attr = (stat.S_IFREG | mode) << 16
+                info.create_system = 3  # Unix on every platform, for equal bytes
+                info.compress_type = zipfile.ZIP_DEFLATED
+                archive.writestr(info, path.read_bytes())
     except OSError as error:
         raise UsageError(
             f"{error.filename or folder} cannot be read: {error.strerror}.",
             remedy="Make it readable, or move it out of the code folder.",
         ) from error
+    return buffer.getvalue()
 
 
-def _chosen(folder: Path, root: Path, left_out: Collection[Path], most_bytes: int) -> list[Path]:
+def _select_files(folder: Path, root: Path, excluded: Collection[Path], most_bytes: int) -> list[Path]:
     """Return the files to pack, sorted by name."""
     files: list[Path] = []
     total = 0
     for path in _files(root, root):
-        if path not in left_out:
+        if path not in excluded:
             files.append(path)
             total += path.stat().st_size
         # Checked during the walk, because the folder may be a whole disk.
@@ -97,19 +110,6 @@ def _chosen(folder: Path, root: Path, left_out: Collection[Path], most_bytes: in
                 remedy="Move data out of it and declare the data as the job's input.",
             )
     return sorted(files, key=lambda path: path.relative_to(root).as_posix())
-
-
-def _packed(files: Collection[Path], root: Path) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-        for path in files:
-            info = zipfile.ZipInfo(path.relative_to(root).as_posix(), _EPOCH)
-            mode = 0o755 if path.stat().st_mode & stat.S_IXUSR else 0o644
-            info.external_attr = (stat.S_IFREG | mode) << 16
-            info.create_system = 3  # Unix on every platform, for equal bytes
-            info.compress_type = zipfile.ZIP_DEFLATED
-            archive.writestr(info, path.read_bytes())
-    return buffer.getvalue()
 
 
 def _files(folder: Path, root: Path) -> Iterator[Path]:
@@ -175,7 +175,7 @@ def _extract(data: bytes, folder: Path) -> None:
         entries = archive.infolist()
         if len(entries) > MAX_FILES:
             raise UsageError(f"The code zip has {len(entries)} files; the limit is {MAX_FILES}.")
-        left = MAX_BYTES
+        remaining = MAX_BYTES
         for entry in entries:
             target = folder / _safe(entry)
             if entry.is_dir():
@@ -185,7 +185,7 @@ def _extract(data: bytes, folder: Path) -> None:
                 raise UsageError(f"The code zip names {entry.filename!r} twice.")
             target.parent.mkdir(parents=True, exist_ok=True)
             with archive.open(entry) as source, target.open("xb") as file:
-                left = _copy(source, file, left)
+                remaining = _copy(source, file, remaining)
             target.chmod(0o755 if entry.external_attr >> 16 & stat.S_IXUSR else 0o644)
 
 
@@ -199,14 +199,14 @@ def _safe(entry: zipfile.ZipInfo) -> PurePosixPath:
     return name
 
 
-def _copy(source: IO[bytes], file: IO[bytes], left: int) -> int:
+def _copy(source: IO[bytes], file: IO[bytes], remaining: int) -> int:
     """Copy a file and return the remaining byte limit. Sizes in a zip's directory may be wrong."""
     while chunk := source.read(_CHUNK):
-        left -= len(chunk)
-        if left < 0:
+        remaining -= len(chunk)
+        if remaining < 0:
             raise UsageError(f"The code zip unpacks to more than {MAX_BYTES / 2**20:.0f} MiB.")
         file.write(chunk)
-    return left
+    return remaining
 
 
 class CodeCache:
@@ -237,8 +237,8 @@ class CodeCache:
             raise Problem("import", f"The job's code cannot be fetched: {error}") from error
         return digest, folder
 
-    def at_hand(self, key: str) -> Path | None:
-        """Return the file of a pickled function, or None if it has not been fetched."""
+    def cached_function(self, key: str) -> Path | None:
+        """Return the file of a pickled function, or None if the function has not been fetched."""
         return self._functions.get(key)
 
     async def function(self, key: str) -> Path:

@@ -1,8 +1,8 @@
 """Environment of the tasks on a worker: Python, packages, platform, image, and variable names.
 
-Invariant: values are stored only for the few environment variables in `SETTINGS`, because any other
-variable may contain a secret. Each worker stores its environment once as a separate object, and
-outcomes name the worker. An outcome without a stored environment is valid.
+Invariant: values are stored only for the few environment variables in `SETTINGS`, because any other variable may
+contain a secret. Each worker stores its environment once as a separate object, and outcomes name the worker. An outcome
+without a stored environment is valid.
 """
 
 from __future__ import annotations
@@ -22,84 +22,38 @@ from batchlab.core.ports import Objects
 from batchlab.core.protocol import json_format, object_keys
 from batchlab.core.protocol.field_checks import UNREADABLE, decode
 
-SETTINGS = (
-    "LANG",
-    "LC_ALL",
-    "TZ",
-    "OMP_NUM_THREADS",
-    "MALLOC_ARENA_MAX",
-    "PYTHONHASHSEED",
-    "PYTHONUTF8",
-    "PYTHONOPTIMIZE",
-    "PYTHONDEVMODE",
-    "PYTHONWARNINGS",
-)
+_SETTING_NAMES = """
+    LANG LC_ALL TZ OMP_NUM_THREADS MALLOC_ARENA_MAX PYTHONHASHSEED PYTHONUTF8 PYTHONOPTIMIZE PYTHONDEVMODE
+    PYTHONWARNINGS
+"""
+SETTINGS = tuple(_SETTING_NAMES.split())
 """Variables that change how programs behave and whose values are not secret."""
 
 MAX_NAMES = 200
 MAX_PACKAGES = 2000
 
-_SESSION = frozenset(
-    (
-        "_",
-        "COLUMNS",
-        "COLORTERM",
-        "DISPLAY",
-        "EDITOR",
-        "HOME",
-        "HOSTNAME",
-        "LINES",
-        "LOGNAME",
-        "LS_COLORS",
-        "MAIL",
-        "OLDPWD",
-        "PAGER",
-        "PATH",
-        "PS1",
-        "PWD",
-        "SHELL",
-        "SHLVL",
-        "TERM",
-        "TMPDIR",
-        "USER",
-        "VIRTUAL_ENV",
-        "VISUAL",
-        "JOURNAL_STREAM",
-        "INVOCATION_ID",
-        "PYTHONPATH",
-        "SYSTEMD_EXEC_PID",
-        "MEMORY_PRESSURE_WATCH",
-        "MEMORY_PRESSURE_WRITE",
-    )
-)
-_HARMLESS = _SESSION | {
-    "LANGUAGE",
-    "LD_LIBRARY_PATH",
-    "LIBRARY_PATH",
-    "DYLD_LIBRARY_PATH",
-    "MANPATH",
-    "NO_COLOR",
-    "CONDA_DEFAULT_ENV",
-    "CONDA_PREFIX",
-    "JAVA_HOME",
-    "TEMP",
-    "TMP",
-    "CI",
-    "NO_PROXY",
-    "no_proxy",
-    "SSL_CERT_FILE",
-    "SSL_CERT_DIR",
-    "REQUESTS_CA_BUNDLE",
-    "CURL_CA_BUNDLE",
-}
+_SESSION_NAMES = """
+    _ COLUMNS COLORTERM DISPLAY EDITOR HOME HOSTNAME LINES LOGNAME LS_COLORS MAIL OLDPWD PAGER PATH PS1 PWD SHELL SHLVL
+    TERM TMPDIR USER VIRTUAL_ENV VISUAL JOURNAL_STREAM INVOCATION_ID PYTHONPATH SYSTEMD_EXEC_PID MEMORY_PRESSURE_WATCH
+    MEMORY_PRESSURE_WRITE
+"""
+_HARMLESS_NAMES = """
+    LANGUAGE LD_LIBRARY_PATH LIBRARY_PATH DYLD_LIBRARY_PATH MANPATH NO_COLOR CONDA_DEFAULT_ENV CONDA_PREFIX JAVA_HOME
+    TEMP TMP CI NO_PROXY no_proxy SSL_CERT_FILE SSL_CERT_DIR REQUESTS_CA_BUNDLE CURL_CA_BUNDLE
+"""
+_SESSION = frozenset(_SESSION_NAMES.split())
+_HARMLESS = _SESSION.union(_HARMLESS_NAMES.split())
 _HARMLESS_KINDS = ("LC_", "PYTHON", "OMP_", "MKL_", "OPENBLAS_", "NUMEXPR_", "CUDA_VISIBLE_")
 _SESSIONS = ("AWS_", "BATCHLAB_", "DBUS_", "GIT_", "LESS", "PYTEST_", "SSH_", "TERM_", "XDG_")
 
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """Environment of one worker. `packages` maps normalized names to versions, and `variables` has
-    the names of variables that may have been set on purpose."""
+    """Environment of one worker.
+
+    `packages` maps normalized names to versions. `variables` has the names of variables that may have been set on
+    purpose.
+    """
 
     python: str
     implementation: str
@@ -125,10 +79,10 @@ class Environment:
 
 
 def current(environ: Mapping[str, str] = os.environ, *, image: str = "") -> Environment:
-    """Return the environment of this process. Listing the packages takes a few milliseconds."""
+    """Return the environment of this process. The list of packages takes a few milliseconds."""
     from batchlab import __version__
 
-    names = [name for name in environ if not _is_of_a_session(name)]
+    names = [name for name in environ if not (name in _SESSION or name in SETTINGS or name.startswith(_SESSIONS))]
     return Environment(
         platform.python_version(),
         platform.python_implementation(),
@@ -143,15 +97,11 @@ def current(environ: Mapping[str, str] = os.environ, *, image: str = "") -> Envi
 
 
 def is_harmless(name: str) -> bool:
-    """Return whether every program may have this variable, because its value is never a secret.
+    """Return whether the variable is known to have no secret value, so every program may have it.
 
     No rule recognizes each secret by its name, so the harmless names are listed instead.
     """
     return name in SETTINGS or name in _HARMLESS or name.startswith(_HARMLESS_KINDS)
-
-
-def _is_of_a_session(name: str) -> bool:
-    return name in _SESSION or name in SETTINGS or name.startswith(_SESSIONS)
 
 
 def packages(path: list[str]) -> dict[str, str]:
@@ -159,14 +109,14 @@ def packages(path: list[str]) -> dict[str, str]:
 
     Versions come from folder names, which is 100 times as fast as reading metadata with importlib.
     """
-    found: dict[str, str] = {}
+    versions: dict[str, str] = {}
     for folder in path:
         for entry in _metadata(folder):
             stem = entry.removesuffix(".dist-info").removesuffix(".egg-info")
             name, _, version = stem.partition("-")
             if name and version:
-                found.setdefault(name.lower().replace("_", "-").replace(".", "-"), version)
-    return dict(sorted(found.items())[:MAX_PACKAGES])
+                versions.setdefault(name.lower().replace("_", "-").replace(".", "-"), version)
+    return dict(sorted(versions.items())[:MAX_PACKAGES])
 
 
 def _metadata(folder: str) -> list[str]:
@@ -200,7 +150,7 @@ def to_json(environment: Environment) -> dict[str, Json]:
 
 
 def from_json(doc: Mapping[str, Any]) -> Environment:
-    """Return the environment in a document. Raise Malformed if it cannot be read.
+    """Return the environment in a document. Raise Malformed if the document is malformed.
 
     Fields added by a newer batchlab version are ignored.
     """
@@ -216,50 +166,43 @@ def from_json(doc: Mapping[str, Any]) -> Environment:
 
 # --- Comparison ----------------------------------------------------------------------------------
 
-NAMED = 8
-"""Number of packages or variables that are named before the rest is counted."""
+MAX_LISTED = 8
+"""Maximum number of packages or variables in a sentence. Further ones are counted."""
 
 
-def differences(there: Environment, now: Environment) -> list[str]:
-    """Return one sentence for each difference from the worker, most relevant first."""
-    found = []
-    if (there.implementation, there.python) != (now.implementation, now.python):
-        found.append(
-            f"Python is {now.implementation} {now.python} here and was {there.implementation} "
-            f"{there.python} on the worker."
+def differences(worker: Environment, local: Environment) -> list[str]:
+    """Return one sentence for each difference of `local` from the worker, most relevant first."""
+    sentences = []
+    if (worker.implementation, worker.python) != (local.implementation, local.python):
+        sentences.append(
+            f"Python is {local.implementation} {local.python} here and was {worker.implementation} "
+            f"{worker.python} on the worker."
         )
-    if there.batchlab != now.batchlab:
-        found.append(f"batchlab is {now.batchlab} here and was {there.batchlab} there.")
-    found += _packages(there.packages, now.packages)
-    if there.image and there.image != now.image:
-        found.append(f"The worker ran from the image {there.image}.")
-    if there.platform != now.platform:
-        found.append(f"The platform is {now.platform} here and was {there.platform} there.")
-    for name in SETTINGS:
-        one, other = there.settings.get(name), now.settings.get(name)
-        if one != other:
-            found.append(f"{name} is {_shown(other)} here and was {_shown(one)} there.")
-    if missing := [name for name in there.variables if name not in now.variables]:
-        are = "is" if len(missing) == 1 else "are"
-        found.append(f"{_some(missing)} {are} not set here and had a value there, which is not stored.")
-    return found
-
-
-def _packages(there: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    found = []
-    other = [f"{n} ({now[n]}, there {v})" for n, v in there.items() if now.get(n, v) != v]
-    missing = [f"{n} ({v})" for n, v in there.items() if n not in now]
+    if worker.batchlab != local.batchlab:
+        sentences.append(f"batchlab is {local.batchlab} here and was {worker.batchlab} there.")
+    installed = local.packages
+    other = [f"{n} ({installed[n]}, there {v})" for n, v in worker.packages.items() if installed.get(n, v) != v]
     if other:
-        found.append(f"Other versions are installed here of {_some(other)}.")
-    if missing:
-        found.append(f"Installed there and not here: {_some(missing)}.")
-    return found
+        sentences.append(f"Other versions are installed here of {_listed(other)}.")
+    if missing := [f"{n} ({v})" for n, v in worker.packages.items() if n not in installed]:
+        sentences.append(f"Installed there and not here: {_listed(missing)}.")
+    if worker.image and worker.image != local.image:
+        sentences.append(f"The worker ran from the image {worker.image}.")
+    if worker.platform != local.platform:
+        sentences.append(f"The platform is {local.platform} here and was {worker.platform} there.")
+    for name in SETTINGS:
+        here, there = (
+            "not set" if value is None else repr(value)
+            for value in (local.settings.get(name), worker.settings.get(name))
+        )
+        if here != there:
+            sentences.append(f"{name} is {here} here and was {there} there.")
+    if missing := [name for name in worker.variables if name not in local.variables]:
+        are = "is" if len(missing) == 1 else "are"
+        sentences.append(f"{_listed(missing)} {are} not set here and had a value there, which is not stored.")
+    return sentences
 
 
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more
-
-
-def _shown(value: str | None) -> str:
-    return "not set" if value is None else repr(value)
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+    return ", ".join(names[:MAX_LISTED]) + more

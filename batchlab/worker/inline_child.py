@@ -2,8 +2,8 @@
 
 The caller defines how much virtual time each task takes, and blocks while a child runs a task.
 
-Invariants: virtual time does not pass while a child runs a task. A task that ends its process or
-breaks a real limit of its stage fails. Output of tasks goes to the simulator's standard error.
+Invariants: virtual time does not pass while a child runs a task. A task that ends its process or exceeds a real limit
+of its stage fails. The output of tasks goes to the simulator's standard error.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ class InlineChildren:
     def ask(self, stage: StageDef, code: Path | None, request: RequestLine) -> Answer | None:
         """Return the child's answer, or None if the request has no task and the handler loads.
 
-        A crash or a broken limit gives the answer of a failed task. Raise BackendError if no child
-        can start.
+        After a crash or an exceeded limit, return the answer of a failed task. Raise BackendError if no child can
+        start.
         """
         log = Path(request["log"])
         before = log.stat().st_size if log.exists() else 0
@@ -90,20 +90,20 @@ class InlineChildren:
         self._loop.close()
         shutil.rmtree(self._folder, ignore_errors=True)  # A task may still write there.
 
-    def _wait(self, doing: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(doing, self._loop).result()
+    def _wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
     async def _ask(self, stage: StageDef, code: Path | None, request: RequestLine) -> Answer | None:
         try:
-            child = await self._children.take(str(code or ""), code)
+            child = await self._children.acquire(str(code or ""), code)
         except OSError as error:
             raise BackendError(f"A task process could not start: {error}") from error
         answer, is_alive = await self._answer(stage, child, request)
         # Python seldom returns memory, so the next task would be charged for this task's memory.
         if is_alive and stage.memory_bytes is None:
-            self._children.give_back(child)
+            self._children.release(child)
         else:
-            await self._children.bury(child)
+            await self._children.kill(child)
         return answer
 
     async def _answer(self, stage: StageDef, child: ChildProcess, request: RequestLine) -> tuple[Answer | None, bool]:
@@ -118,32 +118,31 @@ class InlineChildren:
             if any(line[0] == "end" for line in lines):
                 return (answers[0] if answers else None), True
             verdict = limits.broken(child)
-            if verdict or child.spoilt or (not lines and child.ended):
-                return await self._lost(child, verdict, answers), False
+            if verdict or child.corrupted or (not lines and child.ended):
+                return await self._end_child(child, verdict, answers), False
 
-    async def _lost(self, child: ChildProcess, verdict: Termination | None, answers: list[Answer]) -> Answer:
+    async def _end_child(self, child: ChildProcess, verdict: Termination | None, answers: list[Answer]) -> Answer:
         exit_code, last = await child.kill()
         child.check_booted(exit_code)
         task, since_s = child.board.running()
         ran_s = monotonic_s() - since_s
         answers += [line for line in last if line[0] != "end"]
         if answers:
-            return answers[0]  # the task ended before its process did
+            return answers[0]  # The task ended before its process did.
         if verdict:
-            found = fault(verdict.kind, verdict.sentence)
-        elif child.spoilt:
-            found = fault(FailureKind.CRASH, "wrote into its process's pipe")
+            cause = fault(verdict.kind, verdict.sentence)
+        elif child.corrupted:
+            cause = fault(FailureKind.CRASH, "wrote into its process's pipe")
         else:
-            reason = describe_crash(exit_code, 0)
-            found = fault(FailureKind.CRASH, reason, exit_code=exit_code)
-        return ["failed", task, ran_s, found, None]
+            cause = fault(FailureKind.CRASH, describe_crash(exit_code, 0), exit_code=exit_code)
+        return ["failed", task, ran_s, cause, None]
 
 
-_SHORTEST_LOOK_S = 0.1
-_LONGEST_LOOK_S = 5.0
+_MIN_CHECK_S = 0.1
+_MAX_CHECK_S = 5.0
 
 
-async def _here(function: Callable[..., Any], *args: Any) -> Any:
+async def _call_inline(function: Callable[..., Any], *args: Any) -> Any:
     return function(*args)
 
 
@@ -157,8 +156,10 @@ class _Run:
 
 
 class InlineRunner:
-    """The Runner of the simulator. It calls `duration_s(work, task)` once per start for the
-    virtual duration of the task."""
+    """The Runner of real handlers in the simulator.
+
+    The runner calls `duration_s(work, task)` once per start for the virtual duration of the task.
+    """
 
     def __init__(
         self, objects: Objects, clock: Clock, duration_s: Callable[[Work, int], float], children: InlineChildren
@@ -167,11 +168,11 @@ class InlineRunner:
         self._clock = clock
         self._duration_s = duration_s
         self._scratch = Scratch(Path(tempfile.mkdtemp(prefix="batchlab-")))
-        self._code_cache = CodeCache(objects, self._scratch, _here)
+        self._code_cache = CodeCache(objects, self._scratch, _call_inline)
         self._children = children
 
     async def run(self, work: Work, handle: Handle) -> AsyncIterator[Ran]:
-        """See `runner.Runner`."""
+        """See `inflight_message.Runner`."""
         began_s = self._clock.monotonic_s()
         folder = self._scratch.execution(work.execution)
         try:
@@ -183,7 +184,9 @@ class InlineRunner:
                 return
             started = False
             for task, item in zip(work.bundle.tasks, work.items, strict=True):
-                if not self._may_start(work, handle, began_s, started=started):
+                now_s = self._clock.monotonic_s()
+                is_spent = started and work.budget_s is not None and now_s - began_s >= work.budget_s
+                if handle.stop or handle.kill or now_s >= handle.until_s or is_spent:
                     return
                 started = True
                 ran = await self._task(run, task, item)
@@ -204,7 +207,7 @@ class InlineRunner:
         function = await self._code_cache.function(key) if key else None
         request = materialization.request(work, folder, function=function, code=code)
         (folder / "cwd").mkdir(parents=True)
-        inputs = materialization.Inputs(self._objects, folder, _here, JobObjects.of_job(work.job))
+        inputs = materialization.Inputs(self._objects, folder, _call_inline, JobObjects.of_job(work.job))
         run = _Run(work, handle, request, code, inputs)
         answer = self._ask(run, [])
         if answer:
@@ -214,39 +217,34 @@ class InlineRunner:
             raise problem
         return run
 
-    def _ask(self, one: _Run, items: list[tuple[int, Json]]) -> Answer | None:
-        folder, stage = Path(one.request["folder"]), one.work.stage
+    def _ask(self, run: _Run, items: list[tuple[int, Json]]) -> Answer | None:
+        folder, stage = Path(run.request["folder"]), run.work.stage
         line = RequestLine(
-            request=one.request,
+            request=run.request,
             items=items,
             log=str(folder / "log"),
             left_s=None,
             must_start=True,
             memory_bytes=stage.memory_bytes,
         )
-        return self._children.ask(stage, one.code, line)
+        return self._children.ask(stage, run.code, line)
 
-    def _may_start(self, work: Work, handle: Handle, began_s: float, *, started: bool) -> bool:
-        now_s = self._clock.monotonic_s()
-        spent = work.budget_s is not None and now_s - began_s >= work.budget_s
-        return not (handle.stop or handle.kill or now_s >= handle.until_s or (started and spent))
-
-    async def _task(self, one: _Run, task: int, item: Json) -> Ran | None:
-        """Return the result of the task, or None if it is killed."""
-        [(_, ready)] = await one.inputs.fetch([(task, item)])
-        if isinstance(ready, Failure):
-            return Ran(task, 0.0, failure=ready)
-        one.handle.running = task
-        limit_s = one.work.stage.timeout_s or math.inf
-        wanted_s = self._duration_s(one.work, task)
-        run_s = min(wanted_s, limit_s)
-        if not await self._pass(run_s, one.handle):
+    async def _task(self, run: _Run, task: int, item: Json) -> Ran | None:
+        """Return the result of the task, or None if the task is killed."""
+        [(_, local_item)] = await run.inputs.fetch([(task, item)])
+        if isinstance(local_item, Failure):
+            return Ran(task, 0.0, failure=local_item)
+        run.handle.running = task
+        limit_s = run.work.stage.timeout_s or math.inf
+        duration_s = self._duration_s(run.work, task)
+        run_s = min(duration_s, limit_s)
+        if not await self._sleep(run_s, run.handle):
             return None
-        one.handle.running = None
-        if wanted_s > limit_s:
+        run.handle.running = None
+        if duration_s > limit_s:
             reason = f"ran longer than its timeout of {limit_s:g} s"
             return _failed(task, fault(FailureKind.TIMEOUT, reason), run_s)
-        answer = self._ask(one, [(task, ready)])
+        answer = self._ask(run, [(task, local_item)])
         assert answer is not None
         word, *_, payload, extra = answer
         if word == "import":
@@ -256,17 +254,17 @@ class InlineRunner:
         await materialization.upload(self._objects, (extra or {}).get("uploads", []))
         return Ran(task, run_s, payload)
 
-    async def _pass(self, duration_s: float, handle: Handle) -> bool:
+    async def _sleep(self, duration_s: float, handle: Handle) -> bool:
         """Let virtual time pass. Return False if the task is killed meanwhile."""
         until_s = self._clock.monotonic_s() + duration_s
-        look_s = min(_LONGEST_LOOK_S, max(_SHORTEST_LOOK_S, duration_s / 10))
+        check_s = min(_MAX_CHECK_S, max(_MIN_CHECK_S, duration_s / 10))
         while not handle.kill:
-            left_s = until_s - self._clock.monotonic_s()
-            if left_s <= 0:
+            remaining_s = until_s - self._clock.monotonic_s()
+            if remaining_s <= 0:
                 return True
-            await asyncio.sleep(min(left_s, look_s))
+            await asyncio.sleep(min(remaining_s, check_s))
         return False
 
 
-def _failed(task: int, found: Fault, run_s: float) -> Ran:
-    return Ran(task, run_s, failure=materialization.failure(task, found, run_s))
+def _failed(task: int, cause: Fault, run_s: float) -> Ran:
+    return Ran(task, run_s, failure=materialization.failure(task, cause, run_s))

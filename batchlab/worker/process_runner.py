@@ -1,7 +1,7 @@
 """Runner in warm child processes, which may crash, hang, or leak without harm to the worker.
 
-Invariant: at most `slots` runs are active, each with its own child. A task cannot raise an
-exception here, and its processes do not outlive its run.
+Invariant: at most `slots` runs are active, each with its own child. A task cannot raise an exception in the worker, and
+its processes do not outlive its run.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from batchlab.core.model import Ran
 from batchlab.core.ports import Clock, LocalFiles, Objects
 from batchlab.worker.child_process import TICK_S, Children, Sampler, monotonic_s
 from batchlab.worker.code_cache import CodeCache
-from batchlab.worker.execution import Execution
+from batchlab.worker.execution import Execution, ExecutionContext
 from batchlab.worker.inflight_message import Handle, Scratch, Work
 
 CLEAN_AFTER_S = 0.02
@@ -30,40 +30,28 @@ class ProcessRunner:
     ) -> None:
         # Children have other current folders, so paths must be absolute.
         scratch = Scratch(scratch.root.absolute())
-        self._objects = objects
-        self._files = files
         self._scratch = scratch
-        self._clock = clock
         self._slots = asyncio.Semaphore(slots)
         self._cleaning: set[asyncio.Task[None]] = set()
-        self._children = Children(scratch.root / "children", slots)
-        self._code_cache = CodeCache(objects, scratch, asyncio.to_thread)
-        self._sampler = Sampler(monotonic_s, TICK_S / 2)
+        children = Children(scratch.root / "children", slots)
+        code_cache = CodeCache(objects, scratch, asyncio.to_thread)
+        sampler = Sampler(monotonic_s, TICK_S / 2)
+        self._context = ExecutionContext(objects, files, clock, children, code_cache, sampler)
 
     async def run(self, work: Work, handle: Handle) -> AsyncIterator[Ran]:
-        """See `runner.Runner`."""
+        """See `inflight_message.Runner`."""
         async with self._slots:
-            execution = Execution(
-                work,
-                handle,
-                self._scratch.execution(work.execution),
-                objects=self._objects,
-                files=self._files,
-                clock=self._clock,
-                children=self._children,
-                code_cache=self._code_cache,
-                sampler=self._sampler,
-            )
-            driver = asyncio.create_task(execution.drive())
+            execution = Execution(work, handle, self._scratch.execution(work.execution), self._context)
+            driver = asyncio.create_task(execution.run())
             try:
-                async with aclosing(_ended(execution)) as ended:
-                    async for ran in ended:
+                async with aclosing(_results(execution)) as results:
+                    async for ran in results:
                         yield ran
                 await driver
             finally:
                 driver.cancel()
                 await asyncio.gather(driver, return_exceptions=True)
-                await execution.drop()
+                await execution.cancel_uploads()
                 cleaning = asyncio.create_task(_clean(execution))
                 self._cleaning.add(cleaning)
                 cleaning.add_done_callback(self._cleaning.discard)
@@ -73,7 +61,7 @@ class ProcessRunner:
 
         Unpacked code stays, because it saves a download at the next start.
         """
-        await self._children.close()
+        await self._context.children.close()
         await asyncio.gather(*self._cleaning, return_exceptions=True)
         for name in ("children", "run", "functions"):
             await asyncio.to_thread(shutil.rmtree, self._scratch.root / name, ignore_errors=True)
@@ -85,8 +73,8 @@ async def _clean(execution: Execution) -> None:
     await execution.clean()
 
 
-async def _ended(execution: Execution) -> AsyncGenerator[Ran, None]:
-    while (entry := await execution.ended.get()) is not None:
+async def _results(execution: Execution) -> AsyncGenerator[Ran, None]:
+    while (entry := await execution.results.get()) is not None:
         if isinstance(entry, list):
             for ran in entry:
                 yield ran

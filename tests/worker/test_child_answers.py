@@ -16,7 +16,7 @@ class Pipe(ChildProcess):
         self._loop = asyncio.get_running_loop()
         self._buffer = bytearray()
         self._read_s = 0.0
-        self._eof = self.spoilt = False
+        self._eof = self.corrupted = False
         self.coming: list[bytes] = []
         self.waits: list[float] = []
 
