@@ -91,7 +91,8 @@ class Actor:
     def kill(self) -> None:
         """Simulate SIGKILL: disconnect the ports, then cancel all tasks now, in the order of their creation.
 
-        The `finally` blocks of the tasks run, because a coroutine cannot be dropped, but they have no effect.
+        The `finally` blocks of the tasks run, because a coroutine cannot be dropped, but their port calls take no
+        effect.
         """
         if not self.alive:
             return

@@ -22,7 +22,7 @@ MAX_VALUE_LENGTH = 72
 
 
 class EventLog:
-    """A log to which lines are appended, each with its virtual time in seconds. `time` is the loop's."""
+    """A log to which lines are appended, each with its virtual time in seconds. `time` returns the virtual time."""
 
     def __init__(self, time: Callable[[], float]) -> None:
         self._time = time
@@ -97,7 +97,7 @@ def name_of_bundle(bundle: Bundle) -> Name:
 
 
 def doc_of(body: str) -> dict[str, Any]:
-    """Return the JSON object of a message, or an empty one if the message is not a JSON object."""
+    """Return the JSON object of a message, or an empty dict if the message is not a JSON object."""
     try:
         doc = json.loads(body)
     except (ValueError, RecursionError):
@@ -106,7 +106,7 @@ def doc_of(body: str) -> dict[str, Any]:
 
 
 def bundle_in(doc: Mapping[str, Any]) -> Bundle | None:
-    """Return the bundle in a task message, or None if the message has no valid bundle."""
+    """Return the bundle in a task message, or None if it is missing or malformed."""
     try:
         return json_format.bundle_from_json(doc["b"])
     except Exception:  # noqa: BLE001 - as above

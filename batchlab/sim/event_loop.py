@@ -149,8 +149,8 @@ class Crashed(SimulationError):
 class SimLoop(asyncio.BaseEventLoop):
     """An event loop in virtual time, which starts at 0 and is independent of the machine's clock.
 
-    The loop has no file descriptor, so it does not need to be closed. Pass tasks to `asyncio.as_completed`, because it
-    stores bare coroutines in a set ordered by their addresses.
+    The loop opens no file descriptor, so the caller does not need to close it. Pass tasks to `asyncio.as_completed`,
+    because it stores bare coroutines in a set ordered by their addresses.
 
     With `inline_executor`, calls for a thread (asyncio.to_thread) run at once in the loop.
     """
@@ -280,7 +280,7 @@ class SimLoop(asyncio.BaseEventLoop):
                     message = f"Exception in callback {handle._callback!r}"
                     self.call_exception_handler({"message": message, "exception": error, "handle": handle})
                 # A failed task's traceback may hold this handle. Without a reference back to the
-                # task there is no cycle, so the failure is reported at once.
+                # task, no cycle exists, so the failure is reported at once.
                 handle._callback = None
         if before // _YOUNG_STEPS != after // _YOUNG_STEPS:
             gc.collect(2 if before // _FULL_STEPS != after // _FULL_STEPS else 1)

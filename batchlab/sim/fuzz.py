@@ -212,7 +212,7 @@ class Tally:
     failures: list[Failure] = field(default_factory=list)
 
     def add(self, result: SeedResult) -> None:
-        """Add one seed. A failed seed has no report, so only its faults count."""
+        """Add one seed. The faults of a failed seed also count."""
         self.seeds += 1
         kinds = Counter(fault.kind for fault in result.faults)
         self.times += kinds

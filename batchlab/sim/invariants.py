@@ -136,7 +136,7 @@ def check_terminal_states(job: JobId, outcomes: Sequence[Outcome]) -> None:
 async def check_listed(ledger: Ledger, job: JobId) -> None:
     """I1: each task that succeeded has exactly one committed result.
 
-    A later round replaces an earlier one. Tasks whose upstream failed have no outcome.
+    A later round replaces an earlier one. A task whose upstream failed lacks an outcome.
     """
     for stage in (await ledger.rows(job)).stages:
         name, c = stage.counts.stage, stage.counts
@@ -263,7 +263,7 @@ def check_failures(world: World, task_plans: TaskPlans, job: JobDef, outcomes: S
         bundle = outcome.bundle
         attempts = job.stage(bundle.stage).retry.attempts
         for failure in outcome.failed:
-            task_plan = task_plans.of(job.id, bundle.stage, failure.task)
+            task_plan = task_plans.plan_of(job.id, bundle.stage, failure.task)
             name = f"task {task_name(bundle.stage, failure.task)} of {job.id}"
             if failure.kind is FailureKind.LOST:
                 lost = world.watch.lost_starts(bundle, failure.task)

@@ -224,7 +224,7 @@ class Liar:
         self._workers = self._workers[-50:]
 
     def open_bundles(self) -> list[Doc]:
-        """Return the known bundles that had no outcome in the last listing of the bucket."""
+        """Return the known bundles without an outcome in the last listing of the bucket."""
         done = {key.rpartition("/")[2] for key in self.keys if "/outcomes/" in key}
         names = {".".join(name.split(".")[:3]) for name in done}
         return [bundle for bundle in self._bundles if bundle_id(bundle) not in names]
@@ -427,7 +427,7 @@ class Liar:
             spec = json.loads(await self._objects.get(self._rng.choice(specs)))
             spec["id"] = job
             if self._rng.random() < 0.7:
-                # Jobs of release 0.1.0 have no commit key.
+                # Jobs of release 0.1.0 lack a commit key.
                 spec |= {"commit_hash": "", "needs": 1}
         await self._objects.put(f"jobs/{job}/spec.json", json.dumps(spec).encode(), if_absent=True)
         bundle = {**self.a_bundle(), "j": job}

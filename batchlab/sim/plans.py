@@ -229,7 +229,7 @@ class Focus(StrEnum):
     """Managers that take the lease from each other, and users who retry some of the failed tasks."""
 
 
-WEATHERS = {
+FOCUS_WEATHERS = {
     Focus.STEADY: Weather(vanished=0.1, lost=0.01, frozen=0.1, crashed=0.02, manager_stopped=0.02, kill_after=0.0003),
     Focus.WORDS: Weather(
         cancelled=0.06,

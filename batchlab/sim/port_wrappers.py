@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 class _NoAnswer(Enum):
-    """Text in a line of the log if the call has no answer."""
+    """Text in a line of the log in place of the answer of a call."""
 
     END = "end"
     CANCELLED = "cancelled"

@@ -294,8 +294,8 @@ class Watch:
             may_receive = not self.waste.is_draining(actor, now_s) or self._excused(actor, now_s)
             self.check(may_receive, "I6", f"{actor.name} receives {name} though it was told to drain", name[0])
             if is_work:
-                held = HeldMessage(actor, name, message.receive_count, bundle.losses, now_s, now_s)
-                self._holds[queue, message.receipt] = held
+                hold = HeldMessage(actor, name, message.receive_count, bundle.losses, now_s, now_s)
+                self._holds[queue, message.receipt] = hold
 
     def _sends(self, actor: Actor, queue: str, messages: Sequence[Any]) -> None:
         now_s = self.clock.monotonic_s()
@@ -327,13 +327,13 @@ class Watch:
         A follow-up may also be sent because of its outcome. The follow-up then counts as new.
         """
         name = name_of_bundle(bundle)
-        expected = [held.deliveries for held in self._held_by(actor, name)]
+        expected = [hold.deliveries for hold in self._held_by(actor, name)]
         is_right = not expected or name in self._following or bundle.losses >= min(expected)
         facts = f"{actor.name} sends {name} with {bundle.losses} losses instead of {expected}"
         self.check(is_right, "losses", facts, name[0])
 
     def _held_by(self, actor: Actor | None, name: Name) -> list[HeldMessage]:
-        return [held for held in self._holds.values() if held.actor is actor and held.bundle == name]
+        return [hold for hold in self._holds.values() if hold.actor is actor and hold.bundle == name]
 
     def _check_adoption(self, actor: Actor, name: Name, now_s: float) -> None:
         """Check that a manager that has just begun to lead sends no bundle again that a worker still has."""
@@ -342,10 +342,10 @@ class Watch:
             return
         if name in self._opened or self.waste.has_dead_letters(led_s):
             return  # Their outcomes are forwarded again.
-        holds = [held for held in self._holds.values() if held.bundle == name]
-        are_well = all(held.actor.alive and not self._excused(held.actor, held.received_s) for held in holds)
+        holds = [hold for hold in self._holds.values() if hold.bundle == name]
+        are_well = all(hold.actor.alive and not self._excused(hold.actor, hold.received_s) for hold in holds)
         # Workers drop the messages of a paused job, so a resume sends all of its bundles.
-        since_s = min((held.received_s for held in holds), default=now_s)
+        since_s = min((hold.received_s for hold in holds), default=now_s)
         may_send = since_s >= led_s or not are_well or self.controls.was_stopped(name[0], since_s)
         facts = f"{actor.name} leads since {led_s:.1f} and sends {name} again, which a worker has"
         self.check(may_send, "waste", facts, name[0])
@@ -354,50 +354,50 @@ class Watch:
         if queue != object_keys.EVENTS and not _carries_tasks(queue):
             self.waste.deleted(receipts, is_live=self.controls.is_live)
         for receipt in receipts:
-            held = self._holds.pop((queue, receipt), None)
-            if held is None:
+            hold = self._holds.pop((queue, receipt), None)
+            if hold is None:
                 continue
             # A manager sends its copy before it knows which bundles the dead worker held, so an
             # earlier send of the manager counts too.
-            since_s = held.received_s if held.actor is actor else 0.0
-            is_done = self._settled_s.get((actor, held.bundle), -1.0) >= since_s
+            since_s = hold.received_s if hold.actor is actor else 0.0
+            is_done = self._settled_s.get((actor, hold.bundle), -1.0) >= since_s
             # The manager may replace a part that its worker kept, after the worker had reported the
             # bundle and returned the rest.
-            reported_s = self._settled_s.get((held.actor, held.bundle), -1.0)
-            is_done = is_done or (held.actor is not actor and reported_s >= held.received_s)
-            may_delete = is_done or self.controls.was_stopped(held.bundle[0], held.received_s)
-            facts = f"{actor.name} deletes {held.bundle}, and has neither told of it nor sent it again"
-            self.check(may_delete, "step 4", facts, held.bundle[0])
+            reported_s = self._settled_s.get((hold.actor, hold.bundle), -1.0)
+            is_done = is_done or (hold.actor is not actor and reported_s >= hold.received_s)
+            may_delete = is_done or self.controls.was_stopped(hold.bundle[0], hold.received_s)
+            facts = f"{actor.name} deletes {hold.bundle}, and has neither told of it nor sent it again"
+            self.check(may_delete, "step 4", facts, hold.bundle[0])
 
     def _extends(self, queue: str, changes: Sequence[tuple[str, float]]) -> None:
         now_s = self.clock.monotonic_s()
         for receipt, visibility_s in changes:
-            held = self._holds.get((queue, receipt))
-            if held is None:
+            hold = self._holds.get((queue, receipt))
+            if hold is None:
                 continue
-            held.extended_s, held.given_back = now_s, self._gives_back(held, visibility_s)
-            is_beyond = now_s + visibility_s > held.received_s + MAX_VISIBILITY_S
-            facts = f"{held.actor.name} asks to hold {held.bundle} longer than SQS lets anybody"
-            self.check(not is_beyond or self._excused(held.actor, held.received_s), "12 h", facts, held.bundle[0])
+            hold.extended_s, hold.given_back = now_s, self._gives_back(hold, visibility_s)
+            is_beyond = now_s + visibility_s > hold.received_s + MAX_VISIBILITY_S
+            facts = f"{hold.actor.name} asks to hold {hold.bundle} longer than SQS lets anybody"
+            self.check(not is_beyond or self._excused(hold.actor, hold.received_s), "12 h", facts, hold.bundle[0])
 
-    def _gives_back(self, held: HeldMessage, visibility_s: float) -> bool:
+    def _gives_back(self, hold: HeldMessage, visibility_s: float) -> bool:
         """Return whether a change of the visibility timeout returns the message to the queue.
 
         The new timeout is then shorter than the timeout that keeps the message. Or it equals the wait after so many
         receives, which may exceed a short timeout.
         """
-        return visibility_s < self.visibility_s or visibility_s == RETURN_S * held.receives
+        return visibility_s < self.visibility_s or visibility_s == RETURN_S * hold.receives
 
     def lapsed(self, queue: str, receipt: str) -> None:
         """Check that no worker loses a message to its timeout while the worker could extend the timeout."""
-        held = self._holds.pop((queue, receipt), None)
-        if held is None or held.given_back or not held.actor.alive:
+        hold = self._holds.pop((queue, receipt), None)
+        if hold is None or hold.given_back or not hold.actor.alive:
             return
         facts = (
-            f"the visibility of {held.bundle} ran out in the hands of {held.actor.name}, which is "
-            f"alive and was not disturbed since {held.extended_s:.3f}"
+            f"the visibility of {hold.bundle} ran out in the hands of {hold.actor.name}, which is "
+            f"alive and was not disturbed since {hold.extended_s:.3f}"
         )
-        self.check(self._excused(held.actor, held.extended_s), "heartbeat", facts, held.bundle[0])
+        self.check(self._excused(hold.actor, hold.extended_s), "heartbeat", facts, hold.bundle[0])
 
     def leaves(self, actor: Actor) -> None:
         """Record that a worker starts to drain."""
@@ -409,23 +409,23 @@ class Watch:
 
     def _check_drain(self, actor: Actor) -> None:
         """I6: a draining worker holds no message whose tasks it has not begun."""
-        for (queue, receipt), held in list(self._holds.items()):
-            is_kept = held.actor is actor and not held.given_back and actor.alive
-            if not is_kept or self.waste.has_begun(actor, held.bundle):
+        for (queue, receipt), hold in list(self._holds.items()):
+            is_kept = hold.actor is actor and not hold.given_back and actor.alive
+            if not is_kept or self.waste.has_begun(actor, hold.bundle):
                 continue
-            is_allowed = not self.queue.held_s(queue, receipt) or self._excused(actor, held.received_s)
-            facts = f"{actor.name} was told to drain {GIVE_BACK_S} s ago and keeps {held.bundle}"
-            self.check(is_allowed, "I6", facts, held.bundle[0])
+            is_allowed = not self.queue.held_s(queue, receipt) or self._excused(actor, hold.received_s)
+            facts = f"{actor.name} was told to drain {GIVE_BACK_S} s ago and keeps {hold.bundle}"
+            self.check(is_allowed, "I6", facts, hold.bundle[0])
 
     def check_silences(self, leaders: Sequence[Actor]) -> None:
         """I7, at any time: lost bundles are found, even if the queues do not become empty."""
         names = [name for name in self._planned - self._committed if self.controls.is_live(name[0])]
-        held = {held.bundle for held in self._holds.values() if held.actor.alive}
+        held_bundles = {hold.bundle for hold in self._holds.values() if hold.actor.alive}
         sent: set[Name] = set()
         if names:
             bodies = [body for queue in self.queue.names() for body in self.queue.bodies(queue)]
             sent = {name for body in bodies if (name := name_in(body))}
-        lost = sorted(name for name in names if name not in held and name not in sent)
+        lost = sorted(name for name in names if name not in held_bundles and name not in sent)
         since_s = [self._undisturbed_lead_s(leader) for leader in leaders if not self.frozen(leader)]
         self.silences.check_progress(lost, max(since_s, default=None), self.clock.monotonic_s())
 
@@ -434,12 +434,12 @@ class Watch:
 
         A message returned with a wait is not held any more, because the worker asked for the wait.
         """
-        for (queue, receipt), held in list(self._holds.items()):
-            if held.actor is not actor or held.given_back:
+        for (queue, receipt), hold in list(self._holds.items()):
+            if hold.actor is not actor or hold.given_back:
                 continue
-            is_allowed = not self.queue.held_s(queue, receipt) or self._excused(actor, held.received_s)
-            facts = f"{actor.name} has left, and {held.bundle} waits for its timeout"
-            self.check(is_allowed, "I6", facts, held.bundle[0])
+            is_allowed = not self.queue.held_s(queue, receipt) or self._excused(actor, hold.received_s)
+            facts = f"{actor.name} has left, and {hold.bundle} waits for its timeout"
+            self.check(is_allowed, "I6", facts, hold.bundle[0])
 
     def notified(self, job: str, moment: str, ending: Ending | None) -> None:
         """Check that a notification reports an end that is committed."""
@@ -471,8 +471,8 @@ class Watch:
         # The worker may have received the bundle twice, and starts either message.
         holds = self._held_by(actor, name)
         if actor is not None and holds:
-            received_s = min(held.received_s for held in holds)
-            deliveries = min(held.deliveries for held in holds)
+            received_s = min(hold.received_s for hold in holds)
+            deliveries = min(hold.deliveries for hold in holds)
             self.waste.begins_again(actor, bundle, received_s, deliveries)
 
     def killed(self, actor: Actor) -> None:

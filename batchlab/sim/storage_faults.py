@@ -94,7 +94,7 @@ def _damaged(kind: FaultKind, data: bytes, rng: random.Random) -> bytes | None:
 
 
 SYNC_S = 0.1
-"""Seconds after which a write has reached the disk, even if its writer has no answer yet."""
+"""Seconds after which a write has reached the disk, even without an answer to its writer."""
 
 
 @dataclass(slots=True)

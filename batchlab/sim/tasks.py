@@ -85,7 +85,7 @@ class ScriptedRunner:
             yield Ran(task, play.run_s, play.value, play.failure)
 
     async def close(self) -> None:
-        """Do nothing: there are no processes to end."""
+        """Do nothing, because the tasks use no processes."""
 
 
 async def _run_for(run_s: float, check_s: float, handle: Handle, clock: Clock, pause: Pause) -> bool:
@@ -126,7 +126,7 @@ class TaskPlans:
         self._seed = seed
         self._run_s = run_s
 
-    def of(self, job: str, stage: str, task: int) -> TaskPlan:
+    def plan_of(self, job: str, stage: str, task: int) -> TaskPlan:
         """Return the plan of a task."""
         rng = random.Random(f"{self._seed}/{job}/{stage}/{task}")  # noqa: S311 - simulation
         run_s, chance, attempts = rng.choice(self._run_s), rng.random(), rng.randint(1, 4)
@@ -135,7 +135,7 @@ class TaskPlans:
         return TaskPlan(run_s, failing_attempts=attempts if chance < 0.12 else 0)
 
     def __call__(self, scene: Scene) -> Play:
-        plan = self.of(scene.job.id, scene.stage.name, scene.task)
+        plan = self.plan_of(scene.job.id, scene.stage.name, scene.task)
         if plan.poison:
             return Play(plan.run_s, kills_worker=True)
         if scene.bundle.attempt <= plan.failing_attempts and not scene.bundle.round:
@@ -226,7 +226,7 @@ class TimedRunner:
             yield Ran(tasks[n], durations[n])
 
     async def close(self) -> None:
-        """Do nothing: there are no processes to end."""
+        """Do nothing, because the tasks use no processes."""
 
     def _groups(self, durations: Sequence[float]) -> Iterator[tuple[int, float]]:
         """Yield (first task, seconds) for each group of tasks that share a wait."""

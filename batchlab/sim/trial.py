@@ -16,8 +16,7 @@ from batchlab.sim import invariants
 from batchlab.sim.actors import Violated
 from batchlab.sim.event_loop import SimLoop, TimeLimit
 from batchlab.sim.faults import DAMAGES, Fault, FaultKind, Faults, Weather
-from batchlab.sim.plans import LIMIT_S, Focus, Plan, draw, focus_of, focused, with_bystanders
-from batchlab.sim.plans import WEATHERS as FOCUSED
+from batchlab.sim.plans import FOCUS_WEATHERS, LIMIT_S, Focus, Plan, draw, focus_of, focused, with_bystanders
 from batchlab.sim.random_faults import WorldFaults
 from batchlab.sim.tasks import TaskPlans
 from batchlab.sim.users import ScheduleUser, User
@@ -99,7 +98,7 @@ MAX_WAITS, MAX_WAITS_WITH_LIARS = 600, 4_000
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Result of a trial. `digest` is the digest of its event log, or "" if the trial has no log."""
+    """Result of a trial. `digest` is the digest of its event log, or "" without a log."""
 
     seed: int
     digest: str
@@ -139,7 +138,7 @@ def weather_of(seed: int, weather: Weather = ALL) -> Weather:
     """Return the part of `weather` that the world of `seed` has, with its rates."""
     focus = _focus_of(seed, weather, draw(seed))
     if focus:
-        return FOCUSED[focus]
+        return FOCUS_WEATHERS[focus]
     rng = random.Random(f"{seed}/weather")  # noqa: S311 - simulation
     return weather.of_seed(rng, heaviness=draw(seed).heaviness)
 

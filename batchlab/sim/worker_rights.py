@@ -1,6 +1,6 @@
 """The rights of a worker's role on AWS, enforced at the ports of simulated workers, and the record of their lies.
 
-Invariant: a call outside these rights has no effect. `tests/sim/test_worker_rights.py` compares the key patterns and
+Invariant: a call outside these rights is refused. `tests/sim/test_worker_rights.py` compares the key patterns and
 queue actions with the stack template.
 
 Promise I8: a lying worker harms only touched jobs. A job is touched once a lying worker has received a message of the
@@ -170,7 +170,7 @@ class Trust:
     def commits(self, key: str, job: str) -> bool:
         """Check and return whether the key of a new outcome has the seal of its job.
 
-        A manager or an honest worker has written the outcome. It may have received a wrong commit key.
+        A manager or an honest worker has written the outcome. The writer may have received a wrong commit key.
         """
         commit_key = self._keys.get(job)
         is_sealed = object_keys.outcome_key(key) is not None
@@ -190,8 +190,8 @@ class Trust:
     def check_registry(self, registry: WorkerRegistry) -> None:
         """Check what a manager has recorded about workers.
 
-        Of an honest worker, the manager may record only heartbeats that the worker sent. Of a lying worker, it may
-        record only held bundles of touched jobs.
+        The manager may record only those heartbeats of an honest worker that the worker sent. It may record a lying
+        worker's claims to hold bundles only for touched jobs.
         """
         self.known_instances |= registry.workers.keys()
         if not self._liars:

@@ -1,13 +1,12 @@
 """The warm child process that runs user code, one bundle's tasks per request.
 
-Invariant: a task's answer is in the pipe before the next task starts, and the shared memory names
-the running task. A crash of this process therefore costs at most the task that caused it. This
-module imports only the standard library and a few light modules, because its start-up delays the
-first task.
+Invariant: a task's answer is in the pipe before the next task starts, and the shared memory has the index of the
+running task. A crash of this process therefore fails at most the task that caused the crash. This module imports only
+the standard library and a few light modules, because its start-up delays the first task.
 
-Requests and answers are lines of JSON. The answer to a task is ["ok", task, run_s, value, extra] or
-["failed", task, run_s, fault, extra]. If the handler cannot be loaded, the only answer is
-["import", fault, extra]. The last line of each request is ["end", why].
+Requests and answers are lines of JSON. The answer to a task is ["ok", task, run_s, value, extra] or ["failed", task,
+run_s, fault, extra]. If the handler cannot be loaded, the only answer is ["import", fault, extra]. The last line of
+each request is ["end", why].
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ class RequestLine(TypedDict):
 
 
 class Child:
-    """Loop of a child process: it serves requests until the pipe is closed."""
+    """Loop of a child process, which runs requests until the pipe is closed."""
 
     def __init__(self, requests: int, answers: int, board: ChildState) -> None:
         self._requests = requests
@@ -65,7 +64,7 @@ class Child:
             line, rest = self._line(rest)
             if not line:
                 return
-            why = self._serve_line(json.loads(line))
+            why = self._run_request(json.loads(line))
             self._out.detach()
             self._check_requests()
             self._answer(f'["end","{why}"]')
@@ -80,14 +79,15 @@ class Child:
         line, _, rest = b"".join(pieces).partition(b"\n")
         return line, rest
 
-    def _serve_line(self, asked: RequestLine) -> str:
-        left_s = asked["left_s"]
+    def _run_request(self, line: RequestLine) -> str:
+        """Run the tasks of a request. Return the reason why the request ended."""
+        left_s = line["left_s"]
         deadline_s = float("inf") if left_s is None else time.monotonic() + left_s
-        self._out.attach(asked["log"], asked["request"]["cwd"])
+        self._out.attach(line["log"], line["request"]["cwd"])
         log_at = self._out.size()
         self._board.mark(IMPORTING, time.monotonic(), log_at)
         try:
-            executor = TaskExecutor(asked["request"])
+            executor = TaskExecutor(line["request"])
         except handlers.Problem as problem:
             self._exit_if_forked()
             span = (log_at, self._out.settle(log_at))
@@ -95,10 +95,10 @@ class Child:
             return "import"
         self._exit_if_forked()
         # Read after the handler is loaded, so that settings made by its modules stay.
-        habits = ProcessState()
-        memory = MemoryGrowth(asked["memory_bytes"])
-        must_start = asked["must_start"]
-        for task, item in asked["items"]:
+        process_state = ProcessState()
+        memory = MemoryGrowth(line["memory_bytes"])
+        must_start = line["must_start"]
+        for task, item in line["items"]:
             self._board.rest()
             now_s = time.monotonic()
             if not self._board.may_start():
@@ -109,7 +109,7 @@ class Child:
                 return "worn out"
             must_start = False
             log_at = self._task(executor, task, item, log_at)
-            habits.restore()
+            process_state.restore()
         return "done"
 
     def _task(self, executor: TaskExecutor, task: int, item: Any, log_at: int) -> int:
@@ -139,7 +139,7 @@ class Child:
         return end
 
     def _exit_if_forked(self) -> None:
-        # A handler that forks may return in both processes; only the original one answers.
+        # A handler that forks may return in both processes. Only the original process answers.
         if os.getpid() != self._pid:
             os._exit(0)
 
@@ -219,14 +219,12 @@ class Output:
                 sys.stdout, sys.stderr = out, err
             first = os.fstat(1)
             if first.st_ino == self._inode == os.fstat(2).st_ino:
-                return task_log.trim(self._log, log_at) if self._large(first, log_at) else first.st_size
+                is_large = first.st_size - log_at > task_log.share(log_at)
+                return task_log.trim(self._log, log_at) if is_large else first.st_size
         except (OSError, ValueError):
             os.makedirs(self._cwd, exist_ok=True)  # noqa: PTH103 - the task may have removed it
         self.attach(self._log, self._cwd)
         return self.size()
-
-    def _large(self, info: os.stat_result, log_at: int) -> bool:
-        return info.st_size - log_at > task_log.share(log_at)
 
 
 def _stream(fd: int) -> IO[str]:
@@ -245,14 +243,14 @@ class ProcessState:
 
     def restore(self) -> None:
         os.umask(self._umask)
-        # A pending alarm would signal the next task, which has no handler for it.
+        # A pending alarm would signal the next task, which lacks a handler for the signal.
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 class MemoryGrowth:
-    """Memory growth of this process, which decides when a fresh process must replace it.
+    """Memory growth of this process, which decides when a fresh process must replace this process.
 
-    Python seldom returns memory to the system, so a task would be charged for earlier tasks.
+    Python seldom returns memory to the system, so the memory of earlier tasks would count for a later task.
     """
 
     def __init__(self, limit_bytes: int | None) -> None:

@@ -292,7 +292,7 @@ class ChildProcess:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def check_booted(self, code: int) -> None:
-        """Raise BackendError if the process died during start-up, which is no task's fault."""
+        """Raise BackendError if the process died during start-up, which is not the fault of a task."""
         if self.board.task == BOOTING:
             output = (self._folder / "boot.log").read_text(errors="replace").strip()[-500:]
             raise BackendError(f"A task process could not start ({describe_exit(code)}): {output}")

@@ -262,7 +262,7 @@ class BundleFinisher:
         """Delete the message, unless the worker has already given up its receipt."""
         if inflight.receipt is not None:
             receipt, inflight.receipt = inflight.receipt, None
-            # If this worker has no other message, events and follow-ups are sent before deletes.
+            # Without another message, events and follow-ups are sent before deletes.
             await self._context.outbox.delete(inflight.queue, receipt, urgent=len(self._context.inflight) > 1)
 
 

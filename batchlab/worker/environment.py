@@ -97,7 +97,7 @@ def current(environ: Mapping[str, str] = os.environ, *, image: str = "") -> Envi
 
 
 def is_harmless(name: str) -> bool:
-    """Return whether the variable is known to have no secret value, so every program may have it.
+    """Return whether every program may have this variable, because its value is never secret.
 
     No rule recognizes each secret by its name, so the harmless names are listed instead.
     """

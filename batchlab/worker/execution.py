@@ -128,7 +128,7 @@ class Execution:
     async def _run(self) -> None:
         if self._folder.exists():
             await asyncio.to_thread(_remove, self._folder)
-        (self._folder / "cwd").mkdir(parents=True)
+        _create_folder(self._folder / "cwd")
         try:
             prepared = self._cached_request() or await self._unless_stopped(self._prepare())
         except Problem as problem:
@@ -428,6 +428,10 @@ def gathering_s(count: int, pace_s: float) -> float:
 def _span_of(task: int, extra: dict[str, Any]) -> list[tuple[int, int, int]]:
     start, end = extra.get("span", (0, 0))
     return [(task, start, end)] if end > start else []
+
+
+def _create_folder(folder: Path) -> None:
+    folder.mkdir(parents=True)
 
 
 def _remove(folder: Path) -> None:

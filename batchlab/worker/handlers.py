@@ -1,7 +1,7 @@
 """Loading of user handlers, and descriptions of their exceptions.
 
-Invariant: every exception of user code becomes a failure with a reason. Every child process imports
-this module, so it imports only the standard library and light modules.
+Invariant: every exception of user code becomes a failure with a reason. Every child process imports this module, so it
+imports only the standard library and light modules.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ Call = Callable[[Any, Context], Any]
 Fault = dict[str, Any]
 """The fields of a `model.Failure` except the task, as a child sends them."""
 
-_HERE = str(Path(__file__).resolve().parent.parent) + "/"
-_REASON = 400
-_TRACE = 12_000
+_PACKAGE_FOLDER = str(Path(__file__).resolve().parent.parent) + "/"
+_MAX_REASON_LENGTH = 400
+_MAX_TRACEBACK_LENGTH = 12_000
 
 
 class Problem(Exception):
@@ -38,20 +38,18 @@ def fault(kind: str, reason: str, *, error: str = "", traceback: str = "", exit_
     """Return the fields of a Failure. Texts are shortened, and unprintable characters escaped."""
     return {
         "kind": kind,
-        "reason": _visible(" ".join(_clip(reason, _REASON).split())),
+        "reason": _visible(" ".join(_clip(reason, _MAX_REASON_LENGTH).split())),
         "error": _visible(error),
-        "traceback": "\n".join(map(_visible, _clip(traceback, _TRACE).split("\n"))),
+        "traceback": "\n".join(map(_visible, _clip(traceback, _MAX_TRACEBACK_LENGTH).split("\n"))),
         "exit_code": exit_code,
     }
 
 
 def _visible(text: str) -> str:
     """Escape unprintable characters in `text`: lone surrogates, color codes, NUL."""
-    return text if text.isprintable() else "".join(map(_escaped, text))
-
-
-def _escaped(character: str) -> str:
-    return character if character.isprintable() or character == "\t" else repr(character)[1:-1]
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\t" else repr(c)[1:-1] for c in text)
 
 
 def _clip(text: str, limit: int) -> str:
@@ -70,11 +68,11 @@ def load(handler: str, function: str | None) -> Call:
     The returned callable always takes (item, ctx). Raise Problem of kind "import" on failure.
     """
     try:
-        found = find(handler, function)
-        if not callable(found):
-            raise Problem("import", f"{handler} is not a function: its type is {type(found).__name__}.")
-        # The handler name of a pickled function is an object key, which means nothing to users.
-        return _adapted("The function" if function else handler, found)
+        target = find(handler, function)
+        if not callable(target):
+            raise Problem("import", f"{handler} is not a function: its type is {type(target).__name__}.")
+        # The handler name of a pickled function is an object key, which users do not know.
+        return _adapted("The function" if function else handler, target)
     except Problem:
         raise
     except BaseException as error:  # User code runs on import and may raise anything.
@@ -91,24 +89,23 @@ def find(handler: str, function: str | None) -> Any:
 
 def _imported(handler: str) -> Any:
     module_name, _, name = handler.partition(":")
-    found: Any = importlib.import_module(module_name)
+    target: Any = importlib.import_module(module_name)
     for part in name.split("."):
-        if not hasattr(found, part):
+        if not hasattr(target, part):
             raise Problem(
-                "import", f"The module {module_name} has no function {name!r}{_instead(found)}.", error="AttributeError"
+                "import",
+                f"The module {module_name} has no function {name!r}{_existing_functions(target)}.",
+                error="AttributeError",
             )
-        found = getattr(found, part)
-    return found
+        target = getattr(target, part)
+    return target
 
 
-def _instead(module: Any) -> str:
+def _existing_functions(module: Any) -> str:
     if not isinstance(module, ModuleType):
         return ""
-    own = [
-        name
-        for name, one in vars(module).items()
-        if isinstance(one, FunctionType) and one.__module__ == module.__name__
-    ]
+    functions = {name: value for name, value in vars(module).items() if isinstance(value, FunctionType)}
+    own = [name for name, function in functions.items() if function.__module__ == module.__name__]
     return f"; it has {', '.join(sorted(own)[:10])}" if own else "; it defines no function"
 
 
@@ -122,10 +119,10 @@ def _unpickled(path: Path) -> Any:
 def _import_problem(handler: str, error: BaseException) -> Problem:
     module = handler.partition(":")[0]
     if isinstance(error, ModuleNotFoundError) and error.name:
-        ours = error.name.partition(".")[0] == module.partition(".")[0]
+        is_own = error.name.partition(".")[0] == module.partition(".")[0]
         reason = (
             f"There is no module {error.name!r}: add it to the job's code folder."
-            if ours
+            if is_own
             else f"Loading {handler} needs the module {error.name!r}: install it on the workers, "
             "or add it to the job's code folder."
         )
@@ -141,13 +138,13 @@ def _import_problem(handler: str, error: BaseException) -> Problem:
     return problem
 
 
-def _adapted(handler: str, found: Callable[..., Any]) -> Call:
+def _adapted(handler: str, function: Callable[..., Any]) -> Call:
     import inspect  # Imported here because it is slow, and start-up does not need it.
 
     try:
-        parameters = list(inspect.signature(found).parameters.values())
+        parameters = list(inspect.signature(function).parameters.values())
     except (ValueError, TypeError):
-        return lambda item, _: found(item)  # inspect cannot read compiled functions
+        return lambda item, _: function(item)  # inspect cannot read compiled functions
     places = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     by_place = [p for p in parameters if p.kind in places]
     required = [p for p in by_place if p.default is p.empty]
@@ -157,12 +154,12 @@ def _adapted(handler: str, found: Callable[..., Any]) -> Call:
         raise Problem(
             "import",
             f"{handler} cannot be called as a handler: it must take (item) or (item, ctx), "
-            f"and takes {inspect.signature(found)}.",
+            f"and takes {inspect.signature(function)}.",
         )
     # A second parameter with a default is the user's own option unless it is named like a context.
     if len(required) == 2 or (len(by_place) > 1 and by_place[1].name in ("ctx", "context")):
-        return found
-    return lambda item, _: found(item)
+        return function
+    return lambda item, _: function(item)
 
 
 # --- Failures ------------------------------------------------------------------------------------
@@ -203,16 +200,12 @@ def user_traceback(error: BaseException) -> str:
     """Return the traceback with only the user's frames."""
     whole = traceback.TracebackException.from_exception(error)
     seen: set[int] = set()
-    left: list[traceback.TracebackException | None] = [whole]
-    while left:
-        one = left.pop()
-        if one is None or id(one) in seen:
+    todo: list[traceback.TracebackException | None] = [whole]
+    while todo:
+        part = todo.pop()
+        if part is None or id(part) in seen:
             continue
-        seen.add(id(one))
-        one.stack[:] = [f for f in one.stack if not _ours(f.filename)]
-        left += [one.__cause__, one.__context__, *(getattr(one, "exceptions", None) or ())]
+        seen.add(id(part))
+        part.stack[:] = [f for f in part.stack if not f.filename.startswith((_PACKAGE_FOLDER, "<frozen importlib"))]
+        todo += [part.__cause__, part.__context__, *(getattr(part, "exceptions", None) or ())]
     return "".join(whole.format())
-
-
-def _ours(filename: str) -> bool:
-    return filename.startswith((_HERE, "<frozen importlib"))

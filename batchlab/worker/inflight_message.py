@@ -67,7 +67,7 @@ class Handle:
 
     The runner sets the other fields. `running` is the running task, or None between tasks. At the end of the run, the
     runner sets `log` and `log_spans` (see `Outcome`). `peek(n)` returns at most the last n bytes of the running task's
-    output, or None between tasks. `peek` is None if there is no log.
+    output, or None between tasks. `peek` is None without a log.
     """
 
     stop: bool = False

@@ -195,7 +195,7 @@ class InlineRunner:
                 yield ran
         finally:
             handle.running = None
-            shutil.rmtree(folder, ignore_errors=True)  # Most executions have no folder.
+            shutil.rmtree(folder, ignore_errors=True)  # Many executions never create the folder.
 
     async def close(self) -> None:
         """Remove scratch files. Repeated calls are safe."""
@@ -211,7 +211,7 @@ class InlineRunner:
         run = _Run(work, handle, request, code, inputs)
         answer = self._ask(run, [])
         if answer:
-            # The request had no task, so the answer is the reason why the handler does not load.
+            # A request without a task is answered only if the handler does not load.
             problem = Problem(FailureKind.CRASH, "")
             problem.fault = answer[1] if answer[0] == "import" else answer[3]
             raise problem

@@ -48,7 +48,7 @@ class LiveLogs:
         self._has_jobs.set()
 
     async def run(self) -> None:
-        """Store the requested live logs forever. Sleep while there is no request."""
+        """Store the requested live logs forever. Sleep without a request."""
         while True:
             raise_if_cancelled()
             await self._has_jobs.wait()

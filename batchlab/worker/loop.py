@@ -98,7 +98,7 @@ class Shutdown:
         self._due_s: float | None = None
 
     def set_limit(self, notice: Notice | None) -> None:
-        """Set the time limit: the notice's time, or `drain_s` if there is no notice.
+        """Set the time limit: the notice's time, or `drain_s` without a notice.
 
         The earliest limit of several notices applies. For example, a SIGTERM after a two-minute Spot notice shortens
         the limit.
@@ -372,7 +372,7 @@ class Worker:
                 await self._finisher.forward_again(inflight, outcome)
                 return
         elif inflight.bundle.attempt > 1 and (outcome := await self._poison_detector.outcome(inflight)):
-            # A retry waits in the queue for its backoff. A copy of it may have finished meanwhile.
+            # A retry waits in the queue for its backoff. A copy of the retry may have finished meanwhile.
             await self._finisher.forward_again(inflight, outcome)
             return
         try:

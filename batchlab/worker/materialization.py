@@ -27,13 +27,13 @@ from batchlab.worker.inflight_message import Work
 from batchlab.worker.task_executor import ExecutionRequest, local_ref
 
 OffLoop = Callable[..., Awaitable[Any]]
-"""Call of a blocking function, in a thread or directly if the event loop has no threads."""
+"""Call of a blocking function, in a thread, or directly in an event loop without threads."""
 
 _PIECE_BYTES = 8 * 1024 * 1024
-_AT_ONCE = 16
-_CHUNK_TASKS = 16
-_CHUNK_BYTES = 256 * 1024 * 1024
-_DEEPEST = 8
+_MAX_DOWNLOADS = 16
+_MAX_CHUNK_TASKS = 16
+_MAX_CHUNK_BYTES = 256 * 1024 * 1024
+_MAX_DEPTH = 8
 
 
 def request(work: Work, folder: Path, *, function: Path | None, code: Path | None) -> ExecutionRequest:
@@ -72,10 +72,10 @@ def chunks(tasks: Sequence[int], items: Sequence[Json]) -> Iterator[list[tuple[i
     limit, count, size = 1, 0, 0
     for task, item in zip(tasks, items, strict=True):
         needs = [_bytes(reference) for reference in values.references(item)] if item else []
-        if needs and chunk and (count >= limit or size + sum(needs) > _CHUNK_BYTES):
+        if needs and chunk and (count >= limit or size + sum(needs) > _MAX_CHUNK_BYTES):
             yield chunk
             chunk, count, size = [], 0, 0
-            limit = min(2 * limit, _CHUNK_TASKS)
+            limit = min(2 * limit, _MAX_CHUNK_TASKS)
         chunk.append((task, item))
         count += bool(needs)
         size += sum(needs)
@@ -108,7 +108,7 @@ class Inputs:
         self._own = own
         self._folder = folder
         self._off_loop = off_loop
-        self._at_once = asyncio.Semaphore(_AT_ONCE)
+        self._at_once = asyncio.Semaphore(_MAX_DOWNLOADS)
         self.fetched: set[int] = set()
         """Tasks that have a folder for their inputs."""
         self._headers: dict[tuple[str, int, int], bytes] = {}
@@ -116,15 +116,15 @@ class Inputs:
     async def fetch(self, chunk: Iterable[tuple[int, Json]]) -> list[tuple[int, Json | Failure]]:
         """Return the chunk with local references, and a Failure for each missing input."""
         items = dict(chunk)
-        needy = [task for task, item in items.items() if _refers(item)]
-        self.fetched.update(needy)
-        items |= await _all(self._one(task, items[task]) for task in needy)
+        referring = [task for task, item in items.items() if _refers(item)]
+        self.fetched.update(referring)
+        items |= await _all(self._fetch_item(task, items[task]) for task in referring)
         return list(items.items())
 
-    async def _one(self, task: int, item: Json) -> tuple[int, Json | Failure]:
+    async def _fetch_item(self, task: int, item: Json) -> tuple[int, Json | Failure]:
         folder = self._folder / str(task) / "in"
         try:
-            return task, await self._local(item, folder, _DEEPEST)
+            return task, await self._local(item, folder, _MAX_DEPTH)
         except NotFound as error:
             return task, _failure(task, f"Its input does not exist: {error}", error)
         except (BackendError, OSError) as error:
@@ -138,15 +138,16 @@ class Inputs:
             return task, _failure(task, f"Its input cannot be read: {error}", error)
 
     async def _local(self, item: Json, folder: Path, depth: int) -> Json:
-        found: dict[str, Json] = {}
+        references: dict[str, Json] = {}
         for reference in values.references(item):
-            found.setdefault(json.dumps(reference, sort_keys=True), reference)
-        if found and not depth:
-            raise ValueError(f"it refers to objects more than {_DEEPEST} deep")
+            references.setdefault(json.dumps(reference, sort_keys=True), reference)
+        if references and not depth:
+            raise ValueError(f"it refers to objects more than {_MAX_DEPTH} deep")
         fetched = await _all(
-            self._reference(reference, folder / str(number), depth) for number, reference in enumerate(found.values())
+            self._reference(reference, folder / str(number), depth)
+            for number, reference in enumerate(references.values())
         )
-        by_reference = dict(zip(found, fetched, strict=True))
+        by_reference = dict(zip(references, fetched, strict=True))
         return values.replace(item, lambda ref: by_reference[json.dumps(ref, sort_keys=True)])
 
     async def _reference(self, reference: Json, folder: Path, depth: int) -> Json:
@@ -227,24 +228,24 @@ def _failure(task: int, reason: str, error: Exception) -> Failure:
     return Failure(task, FailureKind.INPUT, reason, error=type(error).__name__)
 
 
-def failure(task: int, found: Fault, run_s: float) -> Failure:
-    """Return the Failure of a task from the fields in `found`."""
-    return Failure(task, run_s=run_s, **{**found, "kind": FailureKind(found["kind"])})
+def failure(task: int, fault: Fault, run_s: float) -> Failure:
+    """Return the Failure of a task from the fields in `fault`."""
+    return Failure(task, run_s=run_s, **{**fault, "kind": FailureKind(fault["kind"])})
 
 
 def no_room(error: BaseException) -> str | None:
     """Return the system's message if a full disk or quota caused `error`, else None."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT):
-            return seen.strerror
-        seen = seen.__cause__
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            return cause.strerror
+        cause = cause.__cause__
     return None
 
 
 async def upload(objects: Objects, uploads: Iterable[tuple[str, str]]) -> None:
     """Store each (path, key). Only this execution uses these keys."""
     for path, key in uploads:
-        # If the key exists, an earlier try of this request has written it and its answer was lost.
+        # If the key exists, an earlier try of this request wrote the object, and the answer was lost.
         with suppress(AlreadyExists):
             await objects.upload(key, Path(path), if_absent=True)

@@ -76,15 +76,19 @@ def _arguments(template: Sequence[str], code: str, item: Any, ctx: Context) -> l
     if "input" in used:
         values["input"] = _path(item, "item.json", ctx)
     if "inputs" in used or "inputs_list" in used:
-        several = item if isinstance(item, list) else [item]
-        inputs = [_path(one, f"{number}.json", ctx) for number, one in enumerate(_flat(several), start=1)]
+        items = _flat(item if isinstance(item, list) else [item])
+        inputs = [_path(part, f"{number}.json", ctx) for number, part in enumerate(items, start=1)]
     if "inputs_list" in used:
         listing = ctx.make_folder("in") / "inputs.txt"
         listing.write_text("".join(f"{path}\n" for path in inputs))
         values["inputs_list"] = str(listing)
     for name in used:
         if name.startswith("params."):
-            values[name] = _param(name.removeprefix("params."), ctx)
+            key = name.removeprefix("params.")
+            if key not in ctx.params:
+                raise Problem("import", f"The command uses {{params.{key}}}; the job does not define it.")
+            value = ctx.params[key]
+            values[name] = value if isinstance(value, str) else json.dumps(value)
     out = f"{ctx.folder / 'out'}/"
     return placeholders.expand(template, values, inputs, lambda name: out + name)
 
@@ -111,13 +115,6 @@ def _as_path(value: object) -> str:
     if isinstance(value, File):
         return str(value.path)
     raise Problem("input", f"A command does not accept an item of type {type(value).__name__}.")
-
-
-def _param(key: str, ctx: Context) -> str:
-    if key not in ctx.params:
-        raise Problem("import", f"The command uses {{params.{key}}}; the job does not define it.")
-    value = ctx.params[key]
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 # --- Running -------------------------------------------------------------------------------------
@@ -192,7 +189,7 @@ def _exit_reason(code: int) -> str:
 def _relay(process: subprocess.Popen[bytes]) -> str:
     """Copy standard error to the log until the process ends. Return its last line.
 
-    The end of the pipe does not count, because a descendant may keep the pipe open.
+    The end of the process decides, not the end of the pipe: a descendant may keep the pipe open.
     """
     import select
 
@@ -207,7 +204,9 @@ def _relay(process: subprocess.Popen[bytes]) -> str:
         while (chunk := _read(fd)) is not None:
             if not chunk:
                 return _last_line(tail)
-            _write_all(2, chunk)
+            unwritten = chunk
+            while unwritten:
+                unwritten = unwritten[os.write(2, unwritten) :]
             tail = (tail + chunk)[-_TAIL_BYTES:]
         if ended:
             return _last_line(tail)
@@ -221,11 +220,6 @@ def _read(fd: int) -> bytes | None:
         return None
 
 
-def _write_all(fd: int, data: bytes) -> None:
-    while data:
-        data = data[os.write(fd, data) :]
-
-
 def _last_line(data: bytes) -> str:
     lines = [line.strip() for line in data.decode(errors="replace").splitlines()]
     return next((line for line in reversed(lines) if line), "")
@@ -234,8 +228,8 @@ def _last_line(data: bytes) -> str:
 def _output(out: Path, name: str) -> File | list[File]:
     path = out / name
     if name.endswith("/"):
-        paths = sorted(one for one in path.rglob("*") if one.is_file())
-        return [File(one, one.relative_to(out).as_posix()) for one in paths]
+        paths = sorted(file for file in path.rglob("*") if file.is_file())
+        return [File(file, file.relative_to(out).as_posix()) for file in paths]
     if not path.is_file():
         raise Problem("result", f"The command did not write its output {name!r}.")
     return File(path, name)

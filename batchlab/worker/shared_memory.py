@@ -1,7 +1,7 @@
 """Memory page shared by a child process and its worker.
 
-Invariant: the child records each step before the step begins, without a system call. However the
-child ends, the worker knows the running task and its start time.
+Invariant: the child records each step before the step begins, without a system call. After any end of the child, the
+worker therefore knows the running task and its start time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _TASK, _SINCE, _LOG_AT, _STOP, _UNTIL = range(5)
 
 
 def boot_s() -> float:
-    """Return the seconds since the machine started, including suspended time if the system has it.
+    """Return the seconds since the machine started, including suspended time if the system counts it.
 
     A lease must expire while the machine is suspended.
     """
@@ -32,8 +32,8 @@ def boot_s() -> float:
 class ChildState:
     """State of a child process in a shared page.
 
-    Times are of the system's monotonic clock, which all processes of a machine share. Only the time
-    until which tasks may start is a time of `boot_s`.
+    Times are of the system's monotonic clock, which all processes of a machine share. Only the time until which tasks
+    may start is a time of `boot_s`.
     """
 
     def __init__(self, path: str | Path, *, create: bool = False) -> None:
@@ -45,7 +45,7 @@ class ChildState:
             path.write_bytes(bytes(_BYTES))
         with path.open("r+b") as file:
             # mmap keeps a copy of the descriptor with this offset. If a handler writes into an
-            # unknown descriptor, the data goes behind the page.
+            # unknown descriptor, the data is appended after the page.
             os.lseek(file.fileno(), 0, os.SEEK_END)
             self._map = mmap.mmap(file.fileno(), _BYTES)
         page = memoryview(self._map)

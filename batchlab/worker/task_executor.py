@@ -1,7 +1,7 @@
 """Executor of an execution's tasks, one after the other, in the calling process.
 
-Invariant: results are encoded and refer only to objects that `TaskResult.uploads` stores. Every
-child process imports this module, so it imports only the standard library and light modules.
+Invariant: results are encoded and refer only to objects that `TaskResult.uploads` stores. Every child process imports
+this module, so it imports only the standard library and light modules.
 """
 
 from __future__ import annotations
@@ -23,14 +23,16 @@ INLINE_BYTES = 32 * 1024
 """Encoded values up to this size stay inline. Larger ones are stored as objects."""
 
 INLINE_WEIGHT = values.OUTCOME_WEIGHT // 4
-"""Total weight of an execution's inline values; further ones are stored as objects. The rest of the
-outcome's limit is for failures, and for executions that need several processes."""
-LEAST_APART = 256
-"""Shorter values always stay inline, because a reference is about as long."""
+"""Maximum total weight of an execution's inline values. Further values are stored as objects.
 
-_SHORT = 1 << 64
+The rest of the outcome's limit is for failures, and for executions that need several processes.
+"""
+MIN_OBJECT_LENGTH = 256
+"""A shorter value always stays inline, because a reference is about as long."""
+
+_MAX_SHORT_INT = 1 << 64
 _PLAIN = frozenset({type(None), bool, int, float, str})
-_NOTHING: list[tuple[str, str]] = []
+_NO_UPLOADS: list[tuple[str, str]] = []
 _dumps = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 
@@ -67,7 +69,7 @@ class TaskResult(NamedTuple):
 
 
 class TaskExecutor:
-    """Executor of tasks, which keeps the loaded handler. Raises Problem if it cannot be loaded."""
+    """Executor of tasks with one handler. Its constructor raises Problem if the handler cannot be loaded."""
 
     def __init__(self, request: ExecutionRequest) -> None:
         self._request = request
@@ -79,7 +81,7 @@ class TaskExecutor:
         try:
             self._call = handlers.load(handler, request["function"]) if handler else self._command
         except handlers.Problem as problem:
-            problem.fault = self._tidy(problem.fault)
+            problem.fault = self._without_paths(problem.fault)
             raise
         self._encode: Callable[[Any, Callable[[File], Json]], Json] = (
             values.encode_object if request["objects"] else values.encode
@@ -90,17 +92,17 @@ class TaskExecutor:
         ctx = context(self._request, task)
         try:
             value = self._call(item if type(item) in _PLAIN else decoded(item, pickles=self._pickles), ctx)
-            if type(value) is int and not ctx.saved and -_SHORT < value < _SHORT:
-                return TaskResult(str(value), _NOTHING)
-            return self._keep(value, ctx)
+            if type(value) is int and not ctx.saved and -_MAX_SHORT_INT < value < _MAX_SHORT_INT:
+                return TaskResult(str(value), _NO_UPLOADS)
+            return self._encode_result(value, ctx)
         finally:
             self.touched = ctx.touched
 
     def explain(self, error: BaseException) -> handlers.Fault:
         """Describe an exception that `run` raised."""
-        return self._tidy(handlers.explain(error))
+        return self._without_paths(handlers.explain(error))
 
-    def _tidy(self, fault: handlers.Fault) -> handlers.Fault:
+    def _without_paths(self, fault: handlers.Fault) -> handlers.Fault:
         # Paths of this worker are removed: they differ between workers and do not help users.
         for path in (self._request["code"], self._request["folder"]):
             if path:
@@ -112,7 +114,7 @@ class TaskExecutor:
         request = self._request
         return programs.run(request["command"], request["stdout"], request["code"], item, ctx)
 
-    def _keep(self, value: Any, ctx: Context) -> TaskResult:
+    def _encode_result(self, value: Any, ctx: Context) -> TaskResult:
         outputs = Outputs(f"{self._request['prefix']}{ctx.task}", ctx)
         try:
             for file in ctx.saved.values():
@@ -121,7 +123,7 @@ class TaskExecutor:
         except values.NotAValue as error:
             raise handlers.Problem("result", str(error)) from error
         weight = values.weight(text)
-        if len(text) > INLINE_BYTES or (weight > self._room and len(text) > LEAST_APART):
+        if len(text) > INLINE_BYTES or (weight > self._room and len(text) > MIN_OBJECT_LENGTH):
             text = outputs.value(text)
         else:
             self._room -= weight
@@ -180,7 +182,7 @@ class Outputs:
             what = "is not a regular file" if os.path.lexists(file.path) else "does not exist"
             raise values.NotAValue(f"The result names the file {file.path}, which {what}.")
         name = self._name(file)
-        path = self._own(file.path, name)
+        path = self._private_path(file.path, name)
         key = f"{self._prefix}/{name}"
         self.uploads.append((str(path), key))
         ref = self._refs[file.path] = values.file_ref(key, file.name, path.stat().st_size)
@@ -203,13 +205,13 @@ class Outputs:
             raise values.NotAValue(f"The result names the file {plain!r}, but a name {problem}.")
         name, number = plain, 1
         # A key must not repeat, and must not be the folder of another key.
-        while any(f"{a}/".startswith(f"{b}/") for u in self._names for a, b in _both(u, name)):
+        while any(f"{a}/".startswith(f"{b}/") for other in self._names for a, b in ((other, name), (name, other))):
             number += 1
             name = f"{number}-{plain}"
         self._names.add(name)
         return name
 
-    def _own(self, path: Path, name: str) -> Path:
+    def _private_path(self, path: Path, name: str) -> Path:
         """Return a path in the task's folder, where no other task can change the file."""
         if path.resolve().is_relative_to(self._ctx.folder.resolve()):
             return path
@@ -217,7 +219,3 @@ class Outputs:
         target.parent.mkdir(parents=True, exist_ok=True)
         self._ctx.move_or_copy(path, target)
         return target
-
-
-def _both(one: str, other: str) -> tuple[tuple[str, str], tuple[str, str]]:
-    return (one, other), (other, one)

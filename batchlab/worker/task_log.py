@@ -1,7 +1,7 @@
 """Log file of one execution, to which the output of all its tasks is appended.
 
-Invariant: the output of a task is trimmed to its share, so a task cannot fill the disk. Every child
-process imports this module.
+Invariant: the output of a task is trimmed to its share, so a task cannot fill the disk. Every child process imports
+this module.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ import os
 import re
 
 TASK_BYTES = 1024 * 1024
-"""Size limit of one task's output. The first and the last half of this size are kept."""
+"""Size limit of one task's output. The first and the last half of this size remain after a trim."""
 _EXECUTION_BYTES = 64 * 1024 * 1024
-_LEAST_BYTES = 4096
+_MIN_SHARE_BYTES = 4096
 _STRAY = re.compile("[\udc80-\udcff]")
 # The output of a running task may reach this multiple of its share before the worker trims it.
 _SLACK = 16
 
 
 def share(start: int) -> int:
-    """Return the size limit of output that begins at `start`. It is small in a long log."""
-    return min(TASK_BYTES, max(_LEAST_BYTES, _EXECUTION_BYTES - start))
+    """Return the size limit of output that begins at `start`. The limit is small in a long log."""
+    return min(TASK_BYTES, max(_MIN_SHARE_BYTES, _EXECUTION_BYTES - start))
 
 
 def read(path: str, start: int, length: int) -> bytes:

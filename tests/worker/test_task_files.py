@@ -193,7 +193,7 @@ def test_no_room_for_the_runs_own_folder_fails_the_bundle(tmp_path: Path, monkey
     async def main() -> None:
         async with opened(tmp_path) as rig:
             work = await rig.work([1, 2])
-            monkeypatch.setattr("batchlab.worker.execution._make", full)
+            monkeypatch.setattr("batchlab.worker.execution._create_folder", full)
             ran = [one async for one in rig.runner.run(work, Handle())]
             reasons = [one.failure.reason for one in ran if one.failure]
             assert reasons == ["The worker's disk is full: No space left on device"] * 2
