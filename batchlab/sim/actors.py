@@ -218,13 +218,13 @@ class JobControls:
 
     # --- Control words ---------------------------------------------------------------------------
 
-    def written(self, job: str, word: ControlCommand) -> None:
+    def on_write(self, job: str, word: ControlCommand) -> None:
         """Record a control word that was written to the bucket."""
         self._words.setdefault(job, []).append((self.clock.monotonic_s(), word.control))
         if word.control is Control.CANCEL:
             self._cancelled[job] = max(word.round, self._cancelled.get(job, -1))
 
-    def ended(self, job: str) -> None:
+    def on_end(self, job: str) -> None:
         self._ended.add(job)
 
     def is_live(self, job: str) -> bool:
@@ -259,7 +259,7 @@ class JobControls:
 
     # --- Requests of users -----------------------------------------------------------------------
 
-    def cancel_requested(self, job: JobId) -> Callable[[], None]:
+    def on_cancel_request(self, job: JobId) -> Callable[[], None]:
         """Record that a user cancels the job. Return a function to call when the cancellation is acknowledged.
 
         A cancellation that overlaps a retry does not count, because their order is unknown.
@@ -272,11 +272,11 @@ class JobControls:
 
         return acknowledged
 
-    def chosen(self, job: JobId, choice: TaskSelection | None) -> None:
+    def on_choice(self, job: JobId, choice: TaskSelection | None) -> None:
         """Record the failures that a user asks to retry; None for all failures."""
         self.choices.setdefault(job, []).append(choice)
 
-    def retry_requested(self, job: JobId) -> Callable[[], None]:
+    def on_retry_request(self, job: JobId) -> Callable[[], None]:
         """Record that a user retries the job. Return a function to call when the retry is acknowledged."""
         counts = self._retries.setdefault(job, [0, 0])
         counts[0] += 1

@@ -237,7 +237,8 @@ def missing_queues(world: World) -> list[str]:
 async def check_results(world: World, job: JobDef) -> None:
     """Check that every result follows from its input, and that every gather received all its inputs.
 
-    A stage after a doomed one may have run fewer tasks, but no others. A job that succeeded has run all tasks.
+    A stage after a failed stage may have run fewer tasks, but no additional tasks. A job that succeeded has run all
+    tasks.
     """
     record = await world.ledger.job(job.id)
     counts = {stage.counts.stage: stage.counts for stage in (await world.ledger.rows(job.id)).stages}

@@ -144,7 +144,7 @@ class _Port:
                 await self._before(point, kind, late_s, label, shown)
                 result = await _effect(kind, point, target, args, kwargs)
             if self._watch is not None:
-                self._watch.called(self._actor, label, args, result)
+                self._watch.on_call(self._actor, label, args, result)
         except asyncio.CancelledError:
             self._note(point, kind, label, shown, _NoAnswer.CANCELLED)
             raise
@@ -175,7 +175,7 @@ class _Port:
     def _acknowledge(self, label: str, args: Sequence[Any]) -> None:
         # A writer that finds another writer's object has also waited until that object is on the disk.
         if label == "objects.put" and self._watch is not None:
-            self._watch.unsynced.acknowledged(args[0])
+            self._watch.unsynced.on_acknowledge(args[0])
 
     async def _answer(self, takes_s: float, extra_s: float, args: tuple[Any, ...], received: Sequence[Any]) -> None:
         if extra_s:
@@ -201,7 +201,7 @@ class _Port:
 
     def _disturbed(self, for_s: float) -> None:
         if self._watch is not None:
-            self._watch.disturbed(self._actor, for_s)
+            self._watch.on_fault(self._actor, for_s)
 
     async def _before(self, point: Point, kind: FaultKind, late_s: float, label: str, shown: Any) -> None:
         if late_s:

@@ -44,7 +44,7 @@ class LeadershipChecks:
         """Return the time when the manager took the lease, or infinity if it never did."""
         return self._led_s.get(actor, math.inf)
 
-    def leased(self, actor: Actor, owner: str, now_s: float) -> None:
+    def on_lease(self, actor: Actor, owner: str, now_s: float) -> None:
         """Record the ledger's answer to a manager that `owner` holds the lease."""
         if owner == actor.name:
             self._renewed_s[actor] = now_s
@@ -52,7 +52,7 @@ class LeadershipChecks:
         elif actor in self._renewed_s:
             self._deposed_s.setdefault(actor, now_s)
 
-    def called(self, actor: Actor, label: str, now_s: float, *, disturbed: bool) -> None:
+    def check_call(self, actor: Actor, label: str, now_s: float, *, disturbed: bool) -> None:
         """Check a call of a manager. A `disturbed` manager may receive the answer about its lease later."""
         renewed_s = self._renewed_s.get(actor)
         if renewed_s is None or label in FREE:
@@ -90,11 +90,11 @@ class SilenceChecks:
     _lost_s: dict[Name, float] = field(default_factory=dict)
     _checked_s: float = 0.0
 
-    def stops(self, actor: Actor) -> None:
+    def on_stop(self, actor: Actor) -> None:
         """Record that a worker stops forever."""
         self.stopped[actor] = 0.0
 
-    def sent(self, name: Name) -> None:
+    def on_send(self, name: Name) -> None:
         """Record that a bundle is sent, whether or not its message arrives."""
         self._lost_s.pop(name, None)
 
@@ -140,10 +140,10 @@ class StartTimeChecks:
     _jobs: dict[str, JobDef] = field(default_factory=dict)
     _due_s: dict[Attempt, float] = field(default_factory=dict)
 
-    def defined(self, job: JobDef) -> None:
+    def on_definition(self, job: JobDef) -> None:
         self._jobs[job.id] = job
 
-    def committed(self, outcome: Outcome) -> None:
+    def on_commit(self, outcome: Outcome) -> None:
         """Record the further attempts that follow from an outcome."""
         bundle = outcome.bundle
         job = self._jobs.get(bundle.job)
@@ -161,7 +161,7 @@ class StartTimeChecks:
             for task in retry.tasks:
                 self._due_s[retry.job, retry.stage, retry.round, retry.attempt, task] = due_s
 
-    def started(self, bundle: Bundle, task: int, now_s: float) -> None:
+    def check_start(self, bundle: Bundle, task: int, now_s: float) -> None:
         """Check the start of a task."""
         if not self.is_exact:
             return
@@ -206,21 +206,21 @@ class WasteChecks:
     """Time since which each stage of each job has tasks that are in no bundle."""
     _jobs: dict[str, JobDef] = field(default_factory=dict)
 
-    def defined(self, job: JobDef) -> None:
+    def on_definition(self, job: JobDef) -> None:
         self._jobs[job.id] = job
 
-    def committed(self, name: Name, now_s: float) -> None:
+    def on_commit(self, name: Name, now_s: float) -> None:
         self._committed_s[name] = now_s
 
-    def uncommitted(self, name: Name) -> None:
+    def on_undo(self, name: Name) -> None:
         """Record that a power cut has removed the outcome."""
         self._committed_s.pop(name, None)
 
-    def leaves(self, actor: Actor, now_s: float) -> None:
+    def on_drain(self, actor: Actor, now_s: float) -> None:
         """Record that a worker starts to drain."""
         self._leaves_s.setdefault(actor, now_s)
 
-    def started(self, bundle: Bundle, now_s: float, actor: Actor | None, *, disturbed: bool) -> None:
+    def check_start(self, bundle: Bundle, now_s: float, actor: Actor | None, *, disturbed: bool) -> None:
         """Check the start of a task of the bundle. A `disturbed` worker may start it later."""
         name = name_of_bundle(bundle)
         if actor is None or (actor, name) in self._begun:
@@ -230,7 +230,7 @@ class WasteChecks:
         facts = f"{actor.name} begins {name} {late_s:.1f} s after it was told to drain"
         self.check(disturbed or late_s <= LEAVING_S, "I6", facts, bundle.job)
 
-    def begins_again(self, actor: Actor, bundle: Bundle, received_s: float, deliveries: int) -> None:
+    def check_rerun(self, actor: Actor, bundle: Bundle, received_s: float, deliveries: int) -> None:
         """Check that a worker looked for an outcome before it begins a retry or a repeated delivery."""
         name = name_of_bundle(bundle)
         is_open = self._committed_s.get(name, received_s) >= received_s
@@ -245,7 +245,7 @@ class WasteChecks:
         """Return whether the worker has begun a task of the bundle."""
         return (actor, name) in self._begun
 
-    def cut(self, cut: Cut, now_s: float, since_s: float, live_since_s: Callable[[str], float]) -> None:
+    def check_cut(self, cut: Cut, now_s: float, since_s: float, live_since_s: Callable[[str], float]) -> None:
         """Check that a manager, undisturbed since `since_s`, cuts bundles in the order of priority.
 
         `live_since_s` returns the time when a job began or was last resumed.
@@ -268,7 +268,7 @@ class WasteChecks:
         if cut.left:
             self._uncut_s[cut.job, cut.stage] = now_s
 
-    def dead_letter(self, receipt: str, bundle: Bundle, now_s: float) -> None:
+    def on_dead_letter(self, receipt: str, bundle: Bundle, now_s: float) -> None:
         """Record that a manager has received a dead letter."""
         self._dead[receipt] = name_of_bundle(bundle), now_s
         self._last_dead_s = now_s
@@ -277,7 +277,7 @@ class WasteChecks:
         """Return whether a manager has received a dead letter since then."""
         return self._last_dead_s >= since_s
 
-    def deleted(self, receipts: Iterable[str], *, is_live: Callable[[str], bool]) -> None:
+    def check_deletes(self, receipts: Iterable[str], *, is_live: Callable[[str], bool]) -> None:
         """Check that the bundle of each deleted dead letter is committed, or was sent again."""
         for receipt in receipts:
             name, since_s = self._dead.pop(receipt, (None, 0.0))
@@ -286,7 +286,7 @@ class WasteChecks:
                 facts = f"{name} is deleted from the dead letters, and neither committed nor sent"
                 self.check(is_settled, "dead letters", facts, name[0])
 
-    def sent(self, sender: str, bundle: Bundle, now_s: float, *, disturbed: bool) -> None:
+    def check_send(self, sender: str, bundle: Bundle, now_s: float, *, disturbed: bool) -> None:
         """Check the send of a task message. A `disturbed` sender has a longer time limit."""
         name = name_of_bundle(bundle)
         self._sent_s[name] = now_s

@@ -156,7 +156,7 @@ class WorldFaults:
 
         async def thaw() -> None:
             await asyncio.sleep(seconds)
-            self._world.watch.disturbed(actor)
+            self._world.watch.on_fault(actor)
             actor.thaw()
 
         self._later(thaw(), f"thaw {actor.name}")
@@ -169,7 +169,7 @@ class WorldFaults:
         if worker is None or any(other.actor in silences.stopped for other in self._workers()):
             return None
         worker.actor.freeze()
-        silences.stops(worker.actor)
+        silences.on_stop(worker.actor)
         return worker.actor.name
 
     async def _make_worker_lie(self, rng: random.Random) -> str | None:
@@ -201,7 +201,7 @@ class WorldFaults:
                 world.launcher.crash(instance)
         for key, before in lost.items():
             world.objects.damage(key, before)
-            watch.undone(key, before)
+            watch.on_undo(key, before)
         for name in world.queue.names():
             for _ in range(rng.randint(0, MAX_LOST_MESSAGES)):
                 world.queue.drop(name, rng)

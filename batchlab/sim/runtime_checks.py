@@ -146,13 +146,13 @@ class Watch:
 
     # --- The bucket ------------------------------------------------------------------------------
 
-    def written(self, key: str, before: bytes | None, data: bytes, if_absent: bool) -> None:
+    def on_write(self, key: str, before: bytes | None, data: bytes, if_absent: bool) -> None:
         """I1: a committed outcome never changes, and is written by a conditional put."""
         parts = key.split("/")
         if parts[0] != "jobs":
             return
         if CURRENT.get() is not None:  # Otherwise a client wrote it, and waits for the manager.
-            self.unsynced.written(key, before)
+            self.unsynced.on_write(key, before)
         job, kind = parts[1], parts[2]
         if self.trust.is_liar(CURRENT.get()):
             if job not in self.trust.touched:
@@ -163,15 +163,15 @@ class Watch:
                     self._record_plan("outcomes", parts[-2], data)
             return
         if kind == "control.json":
-            self.controls.written(job, json_format.control_from_bytes(data))
+            self.controls.on_write(job, json_format.control_from_bytes(data))
             return
         if kind == "final":
-            self.controls.ended(job)
+            self.controls.on_end(job)
         if kind not in ("spec.json", "retries", "final"):
             kind = parts[3]
         if kind in ("starts", "running"):
             return
-        if kind == "outcomes" and not self.trust.commits(key, job):
+        if kind == "outcomes" and not self.trust.check_seal(key, job):
             return
         self.check(before in (None, data), "I1", f"{key} has changed after its commit", job)
         # Parts are written before the manifest that commits them. Their names are hashes of their
@@ -180,18 +180,18 @@ class Watch:
         self.check(is_conditional, "I1", f"{key} is written without a condition")
         self._record_plan(kind, parts[-2], data)
 
-    def undone(self, key: str, before: bytes | None) -> None:
+    def on_undo(self, key: str, before: bytes | None) -> None:
         """Record that a power cut has undone a write."""
         parts = key.split("/")
         if parts[2] == "control.json":
             word = json_format.ControlCommand(Control.RUN)
             with suppress(Malformed, TooNew):  # The store had damaged it before.
                 word = json_format.control_from_bytes(before or b"")
-            self.controls.written(parts[1], word)
+            self.controls.on_write(parts[1], word)
         elif outcome_key := object_keys.outcome_key(key):
             name = outcome_key.job, outcome_key.stage, outcome_key.bundle
             self._committed.discard(name)
-            self.waste.uncommitted(name)
+            self.waste.on_undo(name)
 
     def _record_plan(self, kind: str, folder: str, data: bytes) -> None:
         """Record which bundles an object commits or plans."""
@@ -200,8 +200,8 @@ class Watch:
             name = name_of_bundle(outcome.bundle)
             self.check(name in self._planned, "I1", f"{name} is committed, but not planned", name[0])
             self._committed.add(name)
-            self.waste.committed(name, self.clock.monotonic_s())
-            self.start_times.committed(outcome)
+            self.waste.on_commit(name, self.clock.monotonic_s())
+            self.start_times.on_commit(outcome)
             # A follow-up of another job is a lie.
             bundles = [follow.bundle for follow in outcome.follows if follow.bundle.job == outcome.bundle.job]
             self._plan(bundles)
@@ -209,8 +209,8 @@ class Watch:
         elif kind == "spec.json":
             doc = json_format.loads(data)
             job, opening = json_format.job_from_json(doc), commit_keys.opening_in(doc)
-            self.waste.defined(job)
-            self.start_times.defined(job)
+            self.waste.on_definition(job)
+            self.start_times.on_definition(job)
             if opening and opening.cut:
                 self._opened.update(map(name_of_bundle, opening.cut.bundles))
                 self._cut(opening.cut)
@@ -225,14 +225,14 @@ class Watch:
         actor = CURRENT.get()
         if actor is not None and actor.name.startswith("manager"):
             since_s = self._undisturbed_lead_s(actor)
-            self.waste.cut(cut, self.clock.monotonic_s(), since_s, self.controls.live_since_s)
+            self.waste.check_cut(cut, self.clock.monotonic_s(), since_s, self.controls.live_since_s)
 
     def _plan(self, bundles: Sequence[Bundle]) -> None:
         self._planned.update(map(name_of_bundle, bundles))
 
     # --- Port calls ------------------------------------------------------------------------------
 
-    def disturbed(self, actor: Actor, for_s: float = 0.0) -> None:
+    def on_fault(self, actor: Actor, for_s: float = 0.0) -> None:
         """Record that a lasting fault has hit the actor, which may therefore be late."""
         until_s = self.clock.monotonic_s() + for_s
         self._disturbed_s[actor] = max(until_s, self._disturbed_s.get(actor, 0.0))
@@ -244,14 +244,14 @@ class Watch:
     def _undisturbed_lead_s(self, actor: Actor) -> float:
         return max(self.leadership.led_s(actor), self._disturbed_s.get(actor, 0.0))
 
-    def called(self, actor: Actor, label: str, args: Sequence[Any], result: Any) -> None:
+    def on_call(self, actor: Actor, label: str, args: Sequence[Any], result: Any) -> None:
         """Record that a port call of `actor` has taken effect."""
         now_s = self.clock.monotonic_s()
         if label == "ledger.lease":
-            self.leadership.leased(actor, result.owner, now_s)
+            self.leadership.on_lease(actor, result.owner, now_s)
         elif actor.name.startswith("manager"):
             disturbed = self._excused(actor, now_s - self.lead_ttl_s)
-            self.leadership.called(actor, label, now_s, disturbed=disturbed)
+            self.leadership.check_call(actor, label, now_s, disturbed=disturbed)
         if label == "queue.receive":
             self._received(actor, args[0], result)
         elif label == "queue.send":
@@ -271,7 +271,7 @@ class Watch:
             else:
                 self._start_markers.setdefault(start, (actor, now_s))
         elif label == "objects.get":
-            self.trust.reads(actor, args[0], len(result))
+            self.trust.check_read(actor, args[0], len(result))
         elif label == "objects.delete" and not self.trust.is_liar(actor):
             self.check(False, "I1", f"{actor.name} deletes {args[0]}")
 
@@ -288,9 +288,9 @@ class Watch:
             is_work = name in self._planned and message.body not in self.trust.lies_sent
             if not _carries_tasks(queue):
                 if is_work:
-                    self.waste.dead_letter(message.receipt, bundle, now_s)
+                    self.waste.on_dead_letter(message.receipt, bundle, now_s)
                 continue
-            self.trust.received(actor, queue, name[0], message.body)
+            self.trust.on_receive(actor, queue, name[0], message.body)
             may_receive = not self.waste.is_draining(actor, now_s) or self._excused(actor, now_s)
             self.check(may_receive, "I6", f"{actor.name} receives {name} though it was told to drain", name[0])
             if is_work:
@@ -302,7 +302,7 @@ class Watch:
         is_liar = self.trust.is_liar(actor)
         for message in messages:
             doc = doc_of(message.body)
-            self.trust.sent(actor, queue, message.body, doc)
+            self.trust.on_send(actor, queue, message.body, doc)
             if is_liar:
                 continue
             if queue == object_keys.EVENTS:
@@ -313,8 +313,8 @@ class Watch:
             elif (bundle := bundle_in(doc)) is not None:
                 name = name_of_bundle(bundle)
                 disturbed = self._excused(actor, now_s - RECENT_S)
-                self.waste.sent(actor.name, bundle, now_s, disturbed=disturbed)
-                self.silences.sent(name)
+                self.waste.check_send(actor.name, bundle, now_s, disturbed=disturbed)
+                self.silences.on_send(name)
                 self._check_losses(actor, bundle)
                 self._check_adoption(actor, name, now_s)
                 facts = f"{actor.name} sends {name}, which follows from nothing that is committed"
@@ -352,7 +352,7 @@ class Watch:
 
     def _deletes(self, actor: Actor, queue: str, receipts: Sequence[str]) -> None:
         if queue != object_keys.EVENTS and not _carries_tasks(queue):
-            self.waste.deleted(receipts, is_live=self.controls.is_live)
+            self.waste.check_deletes(receipts, is_live=self.controls.is_live)
         for receipt in receipts:
             hold = self._holds.pop((queue, receipt), None)
             if hold is None:
@@ -388,7 +388,7 @@ class Watch:
         """
         return visibility_s < self.visibility_s or visibility_s == RETURN_S * hold.receives
 
-    def lapsed(self, queue: str, receipt: str) -> None:
+    def on_lapse(self, queue: str, receipt: str) -> None:
         """Check that no worker loses a message to its timeout while the worker could extend the timeout."""
         hold = self._holds.pop((queue, receipt), None)
         if hold is None or hold.given_back or not hold.actor.alive:
@@ -399,9 +399,9 @@ class Watch:
         )
         self.check(self._excused(hold.actor, hold.extended_s), "heartbeat", facts, hold.bundle[0])
 
-    def leaves(self, actor: Actor) -> None:
+    def on_drain(self, actor: Actor) -> None:
         """Record that a worker starts to drain."""
-        self.waste.leaves(actor, self.clock.monotonic_s())
+        self.waste.on_drain(actor, self.clock.monotonic_s())
         if self.are_looks_slow:
             return  # A worker may wait for an answer before it returns a message.
         loop = asyncio.get_running_loop()
@@ -429,7 +429,7 @@ class Watch:
         since_s = [self._undisturbed_lead_s(leader) for leader in leaders if not self.frozen(leader)]
         self.silences.check_progress(lost, max(since_s, default=None), self.clock.monotonic_s())
 
-    def left(self, actor: Actor) -> None:
+    def on_exit(self, actor: Actor) -> None:
         """I6: a worker that has drained and left holds no message, unless its own calls were lost.
 
         A message returned with a wait is not held any more, because the worker asked for the wait.
@@ -441,7 +441,7 @@ class Watch:
             facts = f"{actor.name} has left, and {hold.bundle} waits for its timeout"
             self.check(is_allowed, "I6", facts, hold.bundle[0])
 
-    def notified(self, job: str, moment: str, ending: Ending | None) -> None:
+    def on_notification(self, job: str, moment: str, ending: Ending | None) -> None:
         """Check that a notification reports an end that is committed."""
         state = ending.state.value.lower() if ending else "not ended"
         facts = f"a target is notified that {job} is {moment}, and it is {state}"
@@ -449,7 +449,7 @@ class Watch:
 
     # --- Tasks -----------------------------------------------------------------------------------
 
-    def started(self, start: Start) -> None:
+    def on_start(self, start: Start) -> None:
         """I4: no task starts after its job's cancellation has been acknowledged."""
         self.starts.append(start)
         task = task_name(start.stage, start.task)
@@ -460,26 +460,26 @@ class Watch:
         facts = f"{start.job} is stopped since {since_s}, and task {task} starts at {start.at_s}"
         self.check(start.at_s <= since_s + self.lease_s, "lease", facts, start.job)
 
-    def begins(self, bundle: Bundle, task: int, actor: Actor | None) -> None:
+    def on_task(self, bundle: Bundle, task: int, actor: Actor | None) -> None:
         """Check and record the start of a task of this bundle."""
         now_s, name = self.clock.monotonic_s(), name_of_bundle(bundle)
         if actor is not None:
             self._begun.setdefault(actor, set()).add(name)
-        self.start_times.started(bundle, task, self.clock.now_s())
+        self.start_times.check_start(bundle, task, self.clock.now_s())
         disturbed = actor is not None and self._excused(actor, now_s - RECENT_S)
-        self.waste.started(bundle, now_s, actor, disturbed=disturbed)
+        self.waste.check_start(bundle, now_s, actor, disturbed=disturbed)
         # The worker may have received the bundle twice, and starts either message.
         holds = self._held_by(actor, name)
         if actor is not None and holds:
             received_s = min(hold.received_s for hold in holds)
             deliveries = min(hold.deliveries for hold in holds)
-            self.waste.begins_again(actor, bundle, received_s, deliveries)
+            self.waste.check_rerun(actor, bundle, received_s, deliveries)
 
-    def killed(self, actor: Actor) -> None:
+    def on_kill(self, actor: Actor) -> None:
         """Record that a worker has ended without draining."""
         self._killed_s[actor] = self.clock.monotonic_s()
 
-    def replaced(self, actor: Actor, cause: str) -> None:
+    def on_replace(self, actor: Actor, cause: str) -> None:
         """I8: a manager replaces the instance of an honest worker only in three cases.
 
         The manager received no heartbeat from the worker, a fault has hit the worker, or the worker runs only copies of
@@ -523,7 +523,7 @@ class Watch:
         """Reset the counters, because the ledger is rebuilt."""
         self._counts.clear()
 
-    def counted(self, job: JobId, round_: int, stages: Sequence[StageRecord]) -> None:
+    def check_counts(self, job: JobId, round_: int, stages: Sequence[StageRecord]) -> None:
         """I2, at any time: no more tasks have ended than were planned, and counters do not fall within a round."""
         for record in stages:
             now = record.counts

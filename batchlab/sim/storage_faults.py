@@ -105,11 +105,11 @@ class Unsynced:
     _before: dict[str, tuple[bytes | None, float]] = field(default_factory=dict)
     """The content before the first unacknowledged write, and its time, by key."""
 
-    def written(self, key: str, before: bytes | None) -> None:
+    def on_write(self, key: str, before: bytes | None) -> None:
         """Record an unacknowledged write of the object."""
         self._before.setdefault(key, (before, self.clock.monotonic_s()))
 
-    def acknowledged(self, key: str) -> None:
+    def on_acknowledge(self, key: str) -> None:
         """Record that a writer of the object has its answer, so the object is on the disk."""
         self._before.pop(key, None)
 

@@ -241,7 +241,7 @@ async def _watch_ledger(world: World, plan: Plan) -> None:
         for job in plan.jobs:
             record = None if world.rebuilding else await world.find(job.id)
             if record is not None:
-                world.watch.counted(job.id, record.round, (await world.rows(job.id)).stages)
+                world.watch.check_counts(job.id, record.round, (await world.rows(job.id)).stages)
 
 
 async def _wait_for_rest(world: World, longest_s: float) -> None:

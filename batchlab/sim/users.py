@@ -161,7 +161,7 @@ class User:
         return self._start(lambda m: getattr(m.job_commands, verb)(job), verb)
 
     def _cancel(self) -> asyncio.Task[object]:
-        job, acknowledge = self._job.id, self._world.watch.controls.cancel_requested(self._job.id)
+        job, acknowledge = self._job.id, self._world.watch.controls.on_cancel_request(self._job.id)
 
         def on_answer(answer: object) -> None:
             if not isinstance(answer, Refused):
@@ -176,12 +176,12 @@ class User:
 
     def _ask_to_retry(self) -> asyncio.Task[object]:
         job, controls = self._job.id, self._world.watch.controls
-        acknowledge = controls.retry_requested(job)
+        acknowledge = controls.on_retry_request(job)
         seed = self._choices.random() if self._choices and self._choices.random() < 0.7 else None
 
         async def retry(manager: Manager) -> object:
             chosen = None if seed is None else await self._choice(manager, seed)
-            controls.chosen(job, chosen)
+            controls.on_choice(job, chosen)
             return await manager.job_commands.retry(job, chosen)
 
         return self._start(retry, "retry", lambda _: acknowledge())

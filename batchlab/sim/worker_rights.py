@@ -127,7 +127,7 @@ class Trust:
     def is_liar(self, actor: Actor | None) -> bool:
         return actor in self._liars
 
-    def begins_to_lie(self, actor: Actor) -> None:
+    def on_corruption(self, actor: Actor) -> None:
         """Record that further calls of the worker are lies. Each job whose messages the worker had is touched."""
         self._liars.add(actor)
         self.touched |= self._jobs.get(actor, set())
@@ -136,7 +136,7 @@ class Trust:
         """Return the (queue, body) pairs of the last messages that the process received or sent."""
         return self._bodies.get(actor, ())
 
-    def deny(self, actor: Actor, call: str) -> None:
+    def on_denial(self, actor: Actor, call: str) -> None:
         """Record a call that the worker's role does not allow. Only a lying worker may try such a call."""
         if actor in self._liars:
             self.denied += 1
@@ -145,14 +145,14 @@ class Trust:
 
     # --- Port calls ------------------------------------------------------------------------------
 
-    def received(self, actor: Actor, queue: str, job: str, body: str) -> None:
+    def on_receive(self, actor: Actor, queue: str, job: str, body: str) -> None:
         """Record that a worker has received a message of the job."""
         self._jobs.setdefault(actor, set()).add(job)
         self._remember(actor, queue, body)
         if actor in self._liars:
             self.touched.add(job)
 
-    def sent(self, actor: Actor, queue: str, body: str, doc: Mapping[str, Any]) -> None:
+    def on_send(self, actor: Actor, queue: str, body: str, doc: Mapping[str, Any]) -> None:
         """Record that a worker has sent a message. `doc` is its JSON."""
         self._remember(actor, queue, body)
         if actor in self._liars:
@@ -167,7 +167,7 @@ class Trust:
     def _remember(self, actor: Actor, queue: str, body: str) -> None:
         self._bodies.setdefault(actor, deque(maxlen=MAX_BODIES)).append((queue, body))
 
-    def commits(self, key: str, job: str) -> bool:
+    def check_seal(self, key: str, job: str) -> bool:
         """Check and return whether the key of a new outcome has the seal of its job.
 
         A manager or an honest worker has written the outcome. The writer may have received a wrong commit key.
@@ -178,7 +178,7 @@ class Trust:
         self.check(is_sealed, "I8", f"{key} is written, which has not the seal of {job}")
         return is_sealed
 
-    def reads(self, actor: Actor, key: str, size: int) -> None:
+    def check_read(self, actor: Actor, key: str, size: int) -> None:
         """Check that an honest process reads `size` bytes of an object."""
         if actor in self._liars:
             return

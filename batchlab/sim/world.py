@@ -152,8 +152,8 @@ class World:
         self.damage = Damage(self.objects, self.ledger, self.watch.trust.touched, self.watch.damaged)
         self.watch.are_looks_slow = bool(self.faults and self.faults.slow_looks_s)
         if self.watched:
-            self.objects.written = self.watch.written
-            self.queue.lapsed = self.watch.lapsed
+            self.objects.written = self.watch.on_write
+            self.queue.lapsed = self.watch.on_lapse
 
     def rng(self, name: str) -> random.Random:
         """Return an independent random source of the seed, the same in every process."""
@@ -234,13 +234,13 @@ class World:
         key = object_keys.final(JobId(notification.job), round_)
         is_stored = await self.objects.head(key)
         ending = json_format.ending_from_json(json_format.loads(await self.objects.get(key))) if is_stored else None
-        self.watch.notified(notification.job, notification.moment, ending)
+        self.watch.on_notification(notification.job, notification.moment, ending)
 
     def _replaced(self, instance: str, cause: str) -> None:
         """Check that a manager may replace an instance."""
         worker = self.workers.get(instance)
         if worker is not None:
-            self.watch.replaced(worker.actor, cause)
+            self.watch.on_replace(worker.actor, cause)
 
     def _ended(self, process: ManagerProcess) -> None:
         """Remove a manager that was killed, stopped, or deposed. Its process and its open requests end."""
@@ -286,8 +286,8 @@ class World:
         now_s = self.clock.monotonic_s()
         job, stage = scene.job.id, scene.stage.name
         start = Start(now_s, CURRENT.get(), job, stage, scene.task, scene.bundle.round)
-        self.watch.started(start)
-        self.watch.begins(scene.bundle, scene.task, start.actor)
+        self.watch.on_start(start)
+        self.watch.on_task(scene.bundle, scene.task, start.actor)
 
         def ended() -> None:
             start.ended_s = self.clock.monotonic_s()
@@ -368,7 +368,7 @@ class SimWorker:
         self._world = world
         rng = world.rng(f"worker/{instance}")
         self.clock = world._clock_of(rng)
-        self.rights = Rights(partial(world.watch.trust.deny, self.actor), pool.name)
+        self.rights = Rights(partial(world.watch.trust.on_denial, self.actor), pool.name)
         rights = self.rights if world.watched else None
         objects = world._wrapped(world.objects, "objects", self.actor, rights)
         queue = world._wrapped(world.queue, "queue", self.actor, rights)
@@ -382,9 +382,9 @@ class SimWorker:
     def begin_to_lie(self, rng: random.Random, pace: float) -> None:
         """Make the worker lie from now on. In half of the cases, it no longer receives messages."""
         world = self._world
-        world.watch.trust.begins_to_lie(self.actor)
+        world.watch.trust.on_corruption(self.actor)
         self.rights.deaf = rng.random() < 0.5
-        rights = Rights(partial(world.watch.trust.deny, self.actor), self.who.pool)
+        rights = Rights(partial(world.watch.trust.on_denial, self.actor), self.who.pool)
         ports = WorkerPorts(
             self.actor,
             self.who,
@@ -402,14 +402,14 @@ class SimWorker:
     def stop(self, grace_s: float) -> None:  # noqa: ARG002 - the launcher keeps the deadline
         """Simulate SIGTERM."""
         if self.ended is None:
-            self._world.watch.leaves(self.actor)
+            self._world.watch.on_drain(self.actor)
             self.worker.drain()
 
     def kill(self, reason: str) -> None:
         """Simulate SIGKILL."""
         if self.ended is None:
             self.ended = reason
-            self._world.watch.killed(self.actor)
+            self._world.watch.on_kill(self.actor)
             self.actor.kill()
 
     def _die(self) -> None:
@@ -422,7 +422,7 @@ class SimWorker:
             crashed = main.cancelled() or main.exception()
             self.ended = "exit -9" if crashed else "exit 0"
             if crashed:
-                self._world.watch.killed(self.actor)
+                self._world.watch.on_kill(self.actor)
             else:
-                self._world.watch.left(self.actor)
+                self._world.watch.on_exit(self.actor)
             self.actor.kill()

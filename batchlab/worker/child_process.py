@@ -393,7 +393,7 @@ TICK_S = 0.04
 """Seconds between two checks of a running child."""
 
 _IMPORT_S = 60.0
-"""Time limit for loading a handler. A longer timeout of the stage replaces it."""
+"""Time limit for loading a handler. A longer timeout of the stage replaces this limit."""
 
 
 class Termination(NamedTuple):

@@ -167,7 +167,7 @@ def from_json(doc: Mapping[str, Any]) -> Environment:
 # --- Comparison ----------------------------------------------------------------------------------
 
 MAX_LISTED = 8
-"""Maximum number of packages or variables in a sentence. Further ones are counted."""
+"""Maximum number of packages or variables in a sentence. The sentence has the number of further names."""
 
 
 def differences(worker: Environment, local: Environment) -> list[str]:

@@ -139,7 +139,7 @@ def _import_problem(handler: str, error: BaseException) -> Problem:
 
 
 def _adapted(handler: str, function: Callable[..., Any]) -> Call:
-    import inspect  # Imported here because it is slow, and start-up does not need it.
+    import inspect  # Imported here because the import is slow, and start-up does not need it.
 
     try:
         parameters = list(inspect.signature(function).parameters.values())

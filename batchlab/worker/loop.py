@@ -304,7 +304,8 @@ class Worker:
             await self._process_bundle(inflight)
         except TooNew as error:
             await self._poison_detector.withdraw(inflight)
-            if inflight.receipt is not None:  # None: a watchdog or another worker has the bundle.
+            # Without a receipt, a watchdog message or another worker has the bundle.
+            if inflight.receipt is not None:
                 inflight.receipt = None
                 await self._finisher.return_too_new(inflight.queue, inflight.message, error)
         except BackendError as error:

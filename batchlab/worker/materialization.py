@@ -97,7 +97,7 @@ def _bytes(reference: Json) -> int:
 class Inputs:
     """Downloader of the objects that the items of one execution refer to.
 
-    Objects in `files` are used in place. All others are downloaded into the task's folder.
+    Objects in `files` are used in place. All other objects are downloaded into the task's folder.
     """
 
     def __init__(

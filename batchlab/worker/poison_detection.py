@@ -119,7 +119,7 @@ class PoisonDetector:
         """Return the number of workers that have started the bundle and then died.
 
         If fewer than LOSS_LIMIT workers have started the bundle, return that number without checking for deaths. An
-        unchanged marker proves a death. The marker's time does not, because clocks differ.
+        unchanged marker proves a death. The marker's time proves nothing, because clocks differ.
         """
         bundle = inflight.bundle
         before = await self._starts(bundle, inflight.key)

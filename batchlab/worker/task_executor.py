@@ -20,7 +20,7 @@ from batchlab.worker import handlers, programs
 Json = Any
 
 INLINE_BYTES = 32 * 1024
-"""Encoded values up to this size stay inline. Larger ones are stored as objects."""
+"""Encoded values up to this size stay inline. A larger value is stored as an object."""
 
 INLINE_WEIGHT = values.OUTCOME_WEIGHT // 4
 """Maximum total weight of an execution's inline values. Further values are stored as objects.

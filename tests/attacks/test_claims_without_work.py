@@ -27,7 +27,7 @@ async def liar_of(world: World) -> SimWorker:
     while not world.workers:
         await asyncio.sleep(0.1)
     liar = next(iter(world.workers.values()))
-    world.watch.trust.begins_to_lie(liar.actor)
+    world.watch.trust.on_corruption(liar.actor)
     liar.rights.deaf = True
     return liar
 

@@ -165,10 +165,10 @@ def test_late_receive_is_excused_until_it_arrives() -> None:
     queue, loop, excused_s = ToyQueue(), SimLoop(), list[float]()
 
     class Notes:
-        def disturbed(self, _actor: Actor, for_s: float) -> None:
+        def on_fault(self, _actor: Actor, for_s: float) -> None:
             excused_s.append(loop.time() + for_s)
 
-        def called(self, *_: object) -> None:
+        def on_call(self, *_: object) -> None:
             taken_s.append(loop.time())
 
     taken_s = list[float]()

@@ -122,11 +122,11 @@ def test_a_start_counts_only_where_its_worker_died_at_once() -> None:
 
         async def lost(worker: str, *, after_s: float = 0.0, withdrawn: bool = False) -> int:
             actor, key = Actor(worker), object_keys.starts(bundle) + worker
-            world.watch.called(actor, "objects.put", (key, b""), '"1"')
+            world.watch.on_call(actor, "objects.put", (key, b""), '"1"')
             if withdrawn:
-                world.watch.called(actor, "objects.put", (f"{key}.{object_keys.WITHDRAWN}", b""), '"2"')
+                world.watch.on_call(actor, "objects.put", (f"{key}.{object_keys.WITHDRAWN}", b""), '"2"')
             await asyncio.sleep(after_s)
-            world.watch.killed(actor)
+            world.watch.on_kill(actor)
             return world.watch.lost_starts(bundle, 0)
 
         assert await lost("w-waits", after_s=2 * BEGIN_S) == 0

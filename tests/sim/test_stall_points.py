@@ -47,7 +47,7 @@ def later(world: World, verb: str, made: JobDef) -> asyncio.Task[None]:
     would be a request of its own. The watch learns when a cancellation is acknowledged."""
 
     async def cancel() -> None:
-        acknowledged = world.watch.controls.cancel_requested(made.id)
+        acknowledged = world.watch.controls.on_cancel_request(made.id)
         assert world.leader
         request = world.leader.actor.spawn(world.leader.manager.job_commands.cancel(made.id), name=verb)
         await asyncio.wait([request])
@@ -55,7 +55,7 @@ def later(world: World, verb: str, made: JobDef) -> asyncio.Task[None]:
             acknowledged()
 
     async def ask() -> None:
-        answered = world.watch.controls.retry_requested(made.id) if verb == "retry" else None
+        answered = world.watch.controls.on_retry_request(made.id) if verb == "retry" else None
         await world.ask(lambda m: getattr(m.job_commands, verb)(made.id), verb)
         if answered:
             answered()

@@ -236,7 +236,7 @@ class FaultTimeline:
         for name in names:
             actor = self._worker(name).actor
             steps += loop.parked(actor)
-            self.world.watch.disturbed(actor)
+            self.world.watch.on_fault(actor)
             # A pause that begins when another one ends may be processed first.
             if not self.pauses[name]:
                 actor.thaw()

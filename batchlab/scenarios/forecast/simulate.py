@@ -178,7 +178,7 @@ class ForecastGrid:
         )
         if options.watched:
             world.watch.queue = world.queue
-            world.queue.lapsed = world.watch.lapsed
+            world.queue.lapsed = world.watch.on_lapse
         if world.log is not None and log is not None:
             world.log.lines = log
         return world
