@@ -1,8 +1,8 @@
-"""Connection to the manager of a stack on AWS, held by a separate process.
+"""Process that holds a connection to the manager of a stack on AWS.
 
-Invariant: while the process runs, the home's record names its address, so every command finds the
-manager as it finds a local one. The process ends by a signal or with its parent process, and does
-not change the stack.
+Invariant: while the process runs, the home's record names the local address of the connection, so every command finds
+the manager as it finds a local manager. The process ends by a signal or with its parent process, and does not change
+the stack.
 """
 
 from __future__ import annotations
@@ -35,60 +35,60 @@ OPEN_S = 20.0
 """Time in seconds within which the port of a session must answer."""
 BOOT_S = 600.0
 """Time in seconds that an instance may take from its launch until its manager answers."""
-AGAIN_S = (1.0, 30.0)
-"""Shortest and longest pause in seconds before a new session replaces an ended one."""
+MIN_PAUSE_S, MAX_PAUSE_S = 1.0, 30.0
+"""Shortest and longest pause in seconds before a new session replaces an ended session."""
 
 
 async def hold(home: Home, backend: Backend, stop: asyncio.Event) -> None:
     """Hold the connection until `stop` is set.
 
-    Before the first connection, wait up to BOOT_S for an instance that boots, and then raise
-    BackendError. After the first connection, reconnect without a time limit. Raise UsageError if
-    the Session Manager plugin is missing, or if VARIABLE is invalid.
+    Raise BackendError if the first connection fails for BOOT_S, within which an instance boots. After the first
+    connection, reconnect without a time limit. Raise UsageError if the Session Manager plugin is missing, or if
+    VARIABLE is invalid.
     """
     at = backend.stack(home)
     token = await asyncio.to_thread(backend.api_token, home)
-    if named := os.environ.get(VARIABLE):
-        _check(named)
-        _say(home, backend, named)
+    if url := os.environ.get(VARIABLE):
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise UsageError(
+                f"{VARIABLE} is {url!r}, which is not a URL.", remedy="Write for example http://127.0.0.1:8080."
+            )
+        _write_record(home, backend, url)
         await stop.wait()
         return
-    stack_connections.find_plugin()  # a missing plugin fails at once, without retries
-    port = _free_port()
+    stack_connections.find_plugin()  # raises UsageError before the retries begin
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
     url = f"http://127.0.0.1:{port}"
     give_up_s = asyncio.get_running_loop().time() + BOOT_S
-    pause_s, was_up = AGAIN_S[0], False
+    pause_s, was_up = MIN_PAUSE_S, False
     while not stop.is_set():
         try:
-            session = await _opened(home, at, port, Client(url, token))
+            session = await _open_session(home, at, port, Client(url, token))
         except BackendError as error:
             if not was_up and asyncio.get_running_loop().time() > give_up_s:
                 raise
             log.warning("%s", error)
             await set_within(stop, pause_s)
-            pause_s = doubled_s(pause_s, AGAIN_S[1])
+            pause_s = doubled_s(pause_s, MAX_PAUSE_S)
             continue
         if not was_up:
-            _say(home, backend, url)
-        pause_s, was_up = AGAIN_S[0], True
-        if not await _ended_first(session, stop):
-            log.warning("the session has ended; opening another one")
+            _write_record(home, backend, url)
+        pause_s, was_up = MIN_PAUSE_S, True
+        if not await _stopped_first(session, stop):
+            log.warning("the session has ended, and a new session replaces it")
             await set_within(stop, pause_s)
 
 
-def _say(home: Home, backend: Backend, url: str) -> None:
+def _write_record(home: Home, backend: Backend, url: str) -> None:
     home.write_record(ManagerRecord(url, os.getpid(), f"connection-{os.getpid()}", backend.name))
     log.info("the manager of the stack is at %s", url)
 
 
-def _check(url: str) -> None:
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UsageError(f"{VARIABLE} is {url!r}, which is no URL.", remedy="Write for example http://127.0.0.1:8080.")
-
-
-async def _opened(home: Home, at: AwsDeployment, port: int, manager: Client) -> subprocess.Popen[bytes]:
-    """Open a session through which the manager answers. Raise Unreachable if it does not answer."""
+async def _open_session(home: Home, at: AwsDeployment, port: int, manager: Client) -> subprocess.Popen[bytes]:
+    """Open a session to the manager. Raise Unreachable if the manager does not answer."""
     instance = await asyncio.to_thread(stack_connections.manager_instance, at)
     session = await asyncio.to_thread(stack_connections.open_session, at, instance, port, home.manager_log)
     try:
@@ -106,12 +106,13 @@ async def _opened(home: Home, at: AwsDeployment, port: int, manager: Client) -> 
     finally:
         manager.close()
     raise Unreachable(
-        f"A session on {instance} was opened, and no manager answers through it.",
-        remedy="It may still be booting; docs/boot.md says how to look at one that does not.",
+        f"The manager does not answer through a session on the instance {instance}.",
+        remedy="Wait until the instance has booted. docs/boot.md describes how to inspect an instance that does not "
+        "boot.",
     )
 
 
-async def _ended_first(session: subprocess.Popen[bytes], stop: asyncio.Event) -> bool:
+async def _stopped_first(session: subprocess.Popen[bytes], stop: asyncio.Event) -> bool:
     """Return whether `stop` was set before the session ended. If so, end the session."""
     while session.poll() is None:
         if await set_within(stop, 0.5):
@@ -121,8 +122,7 @@ async def _ended_first(session: subprocess.Popen[bytes], stop: asyncio.Event) ->
 
 
 def _end(session: subprocess.Popen[bytes]) -> None:
-    # After SIGTERM, the session reports its end to AWS at once. AWS notices a killed session only
-    # later.
+    # After SIGTERM, the session reports its end to AWS at once. AWS detects the end of a killed session later.
     session.send_signal(signal.SIGTERM)
     try:
         session.wait(5.0)
@@ -131,15 +131,8 @@ def _end(session: subprocess.Popen[bytes]) -> None:
         session.wait()
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def connection_main(home: Home, backend: Backend, *, parent: int = 0) -> None:
-    """Hold a connection to a stack's manager until SIGTERM, SIGINT, or the end of process
-    `parent`."""
+    """Hold a connection to a stack's manager until SIGTERM, SIGINT, or the end of process `parent`."""
     gc_control.resume()
     logs.set_up(service="connect")
     with home.locked():

@@ -39,7 +39,7 @@ MAX_CALLS = 10_000
 
 @dataclass(slots=True, eq=False)
 class _ThreadRun:
-    """Lifetime of the thread, from the first call until the executor has no more work."""
+    """Lifetime of the thread, from the first call until all work is done."""
 
     over: threading.Event = field(default_factory=threading.Event)
     thread: threading.Thread | None = None
@@ -184,7 +184,7 @@ class Dispatch:
                 return
 
     def _send_next(self) -> bool:
-        """Send the next batch. Return False if the executor has no more work."""
+        """Send the next batch. Return False if all work is done."""
         with self._lock:
             if self._sending:
                 return True

@@ -206,7 +206,7 @@ class CallFuture(Future[Any]):
         return error
 
     def withdraw(self) -> None:
-        """Mark the call as canceled. A Future has no public method for the change from RUNNING to CANCELLED."""
+        """Mark the call as canceled. Future does not offer the change from RUNNING to CANCELLED."""
         self._withdrawn = True
         self.set_exception(CancelledError())
 

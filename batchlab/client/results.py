@@ -106,7 +106,7 @@ class MapResults:
         for view in page["outcomes"]:
             self._after = view["seq"]
             self._ended += view["failed"] + sum(stop - start for start, stop in view["tasks"])
-            # An outcome without ended tasks has no result, because its tasks are retried, split off, or canceled.
+            # An outcome without ended tasks contains no results. Its tasks are retried, split off, or canceled.
             if view["tasks"] or view["failed"]:
                 # The view does not list the failed tasks, so the first task of the bundle is used.
                 first = int(view["bundle"].partition("-")[0]) if view["failed"] else view["tasks"][0][0]

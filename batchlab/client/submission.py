@@ -238,7 +238,8 @@ class JobSubmitter:
         """Return a job with an id and without items."""
         link = self._link
         job = object_keys.job_id(name, link.ids.fresh("map"))
-        # The job has no client token, because no other process can use the id, and the submission is faster.
+        # A client token is not needed, because no other process can use the id. A job without a token is accepted
+        # faster.
         return JobDef(job, name, (stage,), link.clock.now_s())
 
     def send(
@@ -256,7 +257,7 @@ class JobSubmitter:
     def _prepare(
         self, draft: JobDef, pickled: bytes, chunks: Iterable[Chunk], *, tolerant: bool
     ) -> _PreparedJob | None:
-        """Store the job's objects in the bucket and return the job. Return None if the job has no items."""
+        """Store the job's objects in the bucket and return the job. Return None for a job without items."""
         link, job = self._link, draft.id
         (stage,) = draft.stages
         key = f"code/{hashlib.sha256(pickled).hexdigest()}.pkl"

@@ -102,8 +102,8 @@ def running_tasks(live: LiveJob, workers: Iterable[WorkerStatus]) -> Mapping[str
 
 
 def outcome_view(record: BundleRecord, key: CommitKey, outcome: Outcome | None = None) -> OutcomeView:
-    """Return the view of a bundle that the ledger has folded. `key` is the commit key of its job. Raise ValueError if
-    the bundle has no outcome."""
+    """Return the view of a bundle that the ledger has folded. `key` is the commit key of its job. Raise ValueError for
+    a bundle without an outcome."""
     if record.completion is None or record.seq is None:
         raise ValueError(f"bundle {record.bundle.id} has no outcome")
     return {

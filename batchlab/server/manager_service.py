@@ -304,7 +304,7 @@ async def _wake_on_change(lead: _Lead, changed: asyncio.Event) -> None:
 
 
 def accounting_of(home: Home, pools: Sequence[Pool], tally: RequestCounter) -> Accounting:
-    """Return the accounting of the grid. Without a readable price book, the accounting has no prices."""
+    """Return the accounting of the grid. Without a readable price book, prices are missing."""
     try:
         book = price_book.load(home.path)
     except UsageError as error:

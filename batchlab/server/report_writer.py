@@ -39,8 +39,8 @@ def open_writer(
     on_error: Callable[[UsageError], None],
     scratch: Path | None = None,
 ) -> Writer:
-    """Return a writer of job performance data with the prices of the home. If the price book cannot be read, the data
-    has no costs, and `on_error` is called with the error."""
+    """Return a writer of job performance data with the prices of the home. If the price book cannot be read, costs are
+    missing from the data, and `on_error` is called with the error."""
     from batchlab.core.pricing import price_book
     from batchlab.reports.tables.build import Setting
     from batchlab.reports.tables.write import Writer

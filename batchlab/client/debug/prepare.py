@@ -143,8 +143,8 @@ def _denied_access() -> Iterator[None]:
     except BackendError as error:
         if any(text in str(error) for text in _FORBIDDEN):
             raise UsageError(
-                f"You have no permission to read the objects of the task: {error.message}",
-                remedy="The permissions are s3:GetObject below jobs/, raw/, files/, code/, and logs/ and for "
+                f"You are not allowed to read the objects of the task: {error.message}",
+                remedy="The required permissions are s3:GetObject below jobs/, raw/, files/, code/, and logs/ and for "
                 "grid/commit-secret.json, and s3:ListBucket.",
             ) from error
         raise

@@ -195,7 +195,7 @@ class _Signatures:
 
 
 def host_name(host: str) -> str:
-    """Return the name in a `Host` header in lower case, or "" if the header has no valid name."""
+    """Return the name in a `Host` header in lower case, or "" if the header is invalid."""
     try:
         return (urlsplit(f"//{host}").hostname or "").lower()
     except ValueError:

@@ -35,7 +35,7 @@ class _Room:
     is_over: bool = False
 
     def reserve(self, outcome: Outcome, attempt: Attempt) -> bool:
-        """Reserve room for a log. Return False if the answer has no room for the log."""
+        """Reserve room for a log. Return False if the log is too large for the rest of the answer."""
         spans = (stop - start for task, start, stop in outcome.log_spans if task == attempt.task)
         size_bytes = sum(max(0, span) for span in spans)
         if size_bytes > self.left_bytes:

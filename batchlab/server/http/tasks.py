@@ -59,7 +59,7 @@ async def task(manager: Leader, job: JobId, stage: StageName, task: Index, seq: 
     outcome = await committed(objects, row.bundle, patience, key) if row else None
     if row is None or outcome is None:
         raise NotFound(
-            f"Task {task_name(stage, task)} of job {job} has no outcome.",
+            f"Task {task_name(stage, task)} of job {job} has not ended, or does not exist.",
             remedy="Check the number of the task, or wait until the task has ended.",
         )
     attempt = attempt_in(outcome, task)

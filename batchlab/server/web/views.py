@@ -68,7 +68,7 @@ async def job_page(request: Request, manager: Leader, served: StateDep, page: Pa
 
 
 async def _cost(manager: Manager, page: PageState, job: JobId) -> dict[str, object] | None:
-    """Return the costs and the cap of the job. Return None if the manager has no account or no prices."""
+    """Return the costs and the cap of the job. Return None if the account or the prices are missing."""
     if manager.spending is None or page.prices is None:
         return None
     use = await grid.job_use(manager.spending, manager, job)
