@@ -133,9 +133,8 @@ class InstanceRun:
 
     @property
     def boot_s(self) -> float | None:
-        """Return the time from launch to InService.
-
-        None if this was not observed, as for instances that were ready at the start.
+        """Return the time from launch to InService. None if this was not observed, as for instances that were ready at
+        the start.
         """
         if self.ready_s is None or self.ready_s <= 0.0:
             return None
@@ -178,7 +177,7 @@ class Record:
     backend: str
     compressed: float
     pools: Mapping[str, tuple[int, int, int]]
-    """(min, max, slots)."""
+    """Minimum size, maximum size, and slots of each pool."""
     jobs: tuple[JobRun, ...]
     stages: tuple[StageRun, ...]
     samples: tuple[Sample, ...]

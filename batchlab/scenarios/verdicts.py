@@ -45,7 +45,7 @@ _NO_JOB = Unknown("there is no such job")
 class Measure:
     """Measure of a record. `of` takes a record and a template's name ("" for all jobs).
 
-    `by_template` says whether a template can be named.
+    `by_template` is True if a template can be named.
     """
 
     name: str
@@ -94,7 +94,6 @@ _Function = Callable[[Record, str], Measured]
 
 
 def _measure(name: str, unit: Unit, meaning: str, *, by_template: bool = False) -> Callable[[_Function], _Function]:
-    """Register the decorated function as a measure."""
 
     def register(function: _Function) -> _Function:
         MEASURES[name] = Measure(name, unit, meaning, function, by_template)
@@ -174,9 +173,8 @@ def end_s(record: Record) -> float:
 
 
 def fleet_sizes(record: Record) -> list[tuple[float, int]]:
-    """Return the number of instances in service over time, as (start time, number).
-
-    Without samples, it comes from the instances' own times.
+    """Return the number of instances in service over time, as (start time, number). Without samples, it comes from the
+    instances' own times.
     """
     if record.samples:
         return [(sample.at_s, sum(pool.in_service for pool in sample.pools.values())) for sample in record.samples]
@@ -326,7 +324,7 @@ def measure_of(name: str, template: str = "") -> Measure:
     """Return the measure. Raise UsageError if it does not exist, or not for one template."""
     measure = MEASURES.get(name)
     if measure is None:
-        raise UsageError(f"There is no measure {name!r}.", remedy=f"There are {', '.join(MEASURES)}.")
+        raise UsageError(f"The measure {name!r} does not exist.", remedy=f"The measures are {', '.join(MEASURES)}.")
     if template and not measure.by_template:
         raise UsageError(
             f"{name} is of a whole run, not of one job template ({template}).",

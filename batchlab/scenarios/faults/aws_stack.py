@@ -84,9 +84,8 @@ class ZoneOutage:
         inside: Callable[[str], Awaitable[list[str]]],
         kill: Callable[[Sequence[str]], Awaitable[list[str]]],
     ) -> FaultResult:
-        """Remove the fault's zone for its time; without a name, the first zone of the groups.
-
-        `inside` lists the living instances of a zone, and `kill` ends instances and reports how.
+        """Remove the fault's zone for its time; without a name, the first zone of the groups. `inside` lists the living
+        instances of a zone, and `kill` ends instances and reports how.
         """
         names = [self._prefix + pool for pool in await grid.pool_names(fault.pool)]
         groups = await asyncio.to_thread(self._groups, names)
@@ -159,7 +158,6 @@ class ZoneOutage:
                 scaling.resume_processes(AutoScalingGroupName=group.name, ScalingProcesses=_LAUNCH)
 
     def _subnet_zones(self, groups: Sequence[_Group]) -> dict[str, str]:
-        """Return the zone of each subnet of the groups."""
         names = sorted({subnet for group in groups for subnet in group.subnets})
         if not names:
             return {}
@@ -203,9 +201,8 @@ _GROUPS_TIMEOUT_S = 60.0
 
 @contextmanager
 def with_spot_shares(backend: Backend, home: Home, spot: Mapping[str, float]) -> Iterator[None]:
-    """Let each of these pools launch this share as Spot Instances; existing instances stay.
-
-    Do nothing on other backends: processes have no market, and a stack on AWS has its own shares. Raise BackendError.
+    """Let each of these pools launch this share as Spot Instances; existing instances stay. Other backends are not
+    changed, because a stack on AWS has its own shares. Raise BackendError.
     """
     shares = {pool: share for pool, share in spot.items() if share > 0}
     if not backend.capabilities.sets_spot_share or not shares:
@@ -239,7 +236,6 @@ def with_spot_shares(backend: Backend, home: Home, spot: Mapping[str, float]) ->
 
 
 def _wait_for_groups(endpoint: Endpoint, names: Sequence[str]) -> dict[str, Any]:
-    """Wait until all groups exist and return them."""
     deadline_s = time.monotonic() + _GROUPS_TIMEOUT_S
     while True:
         groups = {group["AutoScalingGroupName"]: group for group in _describe_groups(endpoint, names)}
@@ -274,7 +270,6 @@ class StackFaults:
         self._endpoint = Endpoint(region=self.at.region)
 
     def _states(self, instances: Sequence[str]) -> dict[str, str]:
-        """Return the EC2 state of each instance."""
         with _calling(self._endpoint, "ec2", "The instances") as ec2:
             reservations = ec2.describe_instances(InstanceIds=list(instances))["Reservations"]
         described = (instance for reservation in reservations for instance in reservation["Instances"])
@@ -430,7 +425,6 @@ class StackFaults:
         return f"RDS rebooted {name}: {', '.join(dict.fromkeys(states))} after {took_s:.0f} s"
 
     def _database_at(self, host: str) -> str:
-        """Return the name of the DB instance at this address."""
         with _calling(self._endpoint, "rds", "The databases") as rds:
             pages = rds.get_paginator("describe_db_instances").paginate()
             for instance in (instance for page in pages for instance in page["DBInstances"]):

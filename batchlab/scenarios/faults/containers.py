@@ -77,7 +77,7 @@ class ContainerFaults:
         wanted = {"label": [f"{LABEL}={self.at.project}", f"{SERVICE}={name}"]}
         rows = await self.do(name, lambda api: api.containers(all=True, filters=wanted))
         if not rows:
-            raise BackendError(f"The grid has no container of the service {name}.")
+            raise BackendError(f"The service {name} of the grid does not have a container.")
         return str(rows[0]["Id"])
 
     async def look(self, container: str) -> Mapping[str, Any]:
@@ -136,7 +136,6 @@ class ContainerFaults:
         )
 
     async def _unpause(self, container: str) -> None:
-        """Unpause a container that still exists."""
         if (await self.look(container)).get("State", {}).get("Paused"):
             with suppress(NotFound):
                 await self.do("The pause", lambda api: api.unpause(container))

@@ -31,7 +31,7 @@ BACKENDS = ("local", "ministack", "localstack", "aws")
 
 @dataclass(frozen=True, slots=True)
 class FaultSupport:
-    """Support of one fault on one backend: the mechanism or the reason; the other one is empty."""
+    """Support of one fault on one backend: `how` it is injected, or `why_not` if this is impossible."""
 
     how: str = ""
     why_not: str = ""
@@ -199,7 +199,7 @@ class FaultInjector:
         begun_s = time.monotonic()
         while conflicts := [task for task, other in self._active.items() if fault.shares(other)]:
             await asyncio.wait(conflicts)
-            await asyncio.sleep(0)  # lets the other fault's caller run first
+            await asyncio.sleep(0)  # lets the caller of the other fault run first
             at_s, begun_s = at_s + time.monotonic() - begun_s, time.monotonic()
         if self._grid.over.is_set():
             return InjectedFault(fault.name, at_s, impossible=RUN_ENDED)

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from batchlab.scenarios.faults.proxy import FaultProxy
 
 WRITER_COUNTS = (4, 8, 16)
-"""Numbers of programs. More of them start if the slowdown is too small."""
+"""Numbers of programs. More programs start if the slowdown is too small."""
 MIN_SLOWDOWN = 2.0
 """Minimum factor by which an fsync must slow down."""
 _PROBES = 25

@@ -57,7 +57,7 @@ _SLOW_DOWN = (
     b"<Message>Please reduce your request rate.</Message><RequestId>0</RequestId></Error>"
 )
 _ANSWER_S = 120.0
-"""Longer than the timeout of any client."""
+"""Timeout in seconds of a forwarded request. It is longer than the timeout of any client."""
 
 Event = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Event]]
@@ -87,9 +87,8 @@ class FaultProxy:
         self._client: httpx.AsyncClient | None = None
 
     def cut(self, is_cut: Callable[[int], bool] | None) -> None:
-        """Leave clients without an answer if `is_cut` returns True for their port.
-
-        None answers all clients again. Any thread may call this.
+        """Leave clients without an answer if `is_cut` returns True for their port. None answers all clients again. Any
+        thread may call this.
         """
         self._cut = is_cut
 
@@ -285,7 +284,6 @@ def is_port_of(leaders: Collection[int], port: int) -> bool:
 
 
 def _inodes(port: int) -> list[str]:
-    """Return the inodes of the TCP sockets with this local port."""
     found = []
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         with suppress(FileNotFoundError):
@@ -297,7 +295,6 @@ def _inodes(port: int) -> list[str]:
 
 
 def _open_files(pid: int) -> list[str]:
-    """Return the targets of the process's open file descriptors."""
     found = []
     # The process may end or close files meanwhile.
     with suppress(OSError):
@@ -459,14 +456,13 @@ def _answers(host: str, port: int) -> bool:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run the proxy with the arguments PORT TARGET-HOST:PORT RATE SECONDS until SIGTERM, then print the counts.
-
-    After SECONDS it only forwards requests, because the process that should have stopped it has died.
+    """Run the proxy with the arguments PORT TARGET-HOST:PORT RATE SECONDS until SIGTERM, then print the counts. After
+    SECONDS it only forwards requests, because the process that should have stopped it has died.
     """
     port, target, rate = int(arguments[0]), arguments[1], float(arguments[2])
     front = FaultProxy(f"http://{target}")
     front.rate = rate
-    # It listens on all addresses, because its own address changes. In a container, that is not wider.
+    # The proxy listens on all addresses, because the address of its container changes.
     listener = socket.create_server(("0.0.0.0", port), backlog=256)  # noqa: S104
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     server = server_of(front)

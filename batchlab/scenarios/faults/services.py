@@ -138,9 +138,8 @@ async def delays(grid: TargetGrid, fault: Fault) -> FaultResult:
 async def _release(
     queue: Queue, name: str, state: _QueueState, batch: Sequence[Message], *, held: bool = False
 ) -> set[str]:
-    """Make messages visible again, and return the receipts that were still valid.
-
-    A receipt is valid if no other consumer has received the message. Record the hold time of `held` messages.
+    """Make messages visible again, and return the receipts that were still valid. A receipt is valid if no other
+    consumer has received the message. Record the hold time of `held` messages.
     """
     valid: set[str] = set()
     for start in range(0, len(batch), _BATCH):
@@ -157,7 +156,6 @@ async def _release(
 async def _received_batches(
     queue: Queue, name: str, state: _QueueState, rest_s: Callable[[], float], hide_s: Callable[[], float]
 ) -> AsyncIterator[tuple[list[Message], list[Message]]]:
-    """Yield batches of new and of all messages until the time is over."""
 
     async def receive(wait_s: float) -> list[Message]:
         batch = await queue.receive(name, wait_s=wait_s, visibility_s=hide_s(), max_messages=_BATCH)
@@ -244,15 +242,14 @@ async def crash_manager(grid: TargetGrid, fault: Fault) -> FaultResult:
 async def lose_ledger(
     grid: TargetGrid, fault: Fault, *, before: Callable[[Rollback], Awaitable[str]] | None = None
 ) -> FaultResult:
-    """Empty the ledger, and let the manager rebuild it from the bucket after the fault's time.
-
-    `before` first breaks the database and returns its evidence.
+    """Empty the ledger, and let the manager rebuild it from the bucket after the fault's time. `before` first breaks
+    the database and returns its evidence.
     """
     ledger = grid.backend.open_ledger(grid.home)
     rebuilt: list[int] = []
 
     async def forget() -> bool:
-        with suppress(BackendError):  # the database may be starting
+        with suppress(BackendError):  # the database does not answer while it starts
             await complete(ledger.forget())
             return True
         return False

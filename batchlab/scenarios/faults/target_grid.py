@@ -48,7 +48,7 @@ class RunEnded(BatchlabError):
 
 
 class NothingHit(BatchlabError):
-    """The fault had no target or no effect. The message has the reason."""
+    """The fault did not have a target or an effect. The message gives the reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class FaultResult:
 FaultAction = Callable[[Fault], Coroutine[Any, Any, FaultResult]]
 """Coroutine that injects a fault, holds it for its time, and undoes it, also on a cancellation.
 
-It raises NothingHit if the fault has no target or no effect.
+It raises NothingHit for a fault without a target or an effect.
 """
 
 
@@ -99,9 +99,8 @@ class TargetGrid:
         return view
 
     async def targets(self, fault: Fault, among: Collection[str] | None = None) -> list[str]:
-        """Return the fault's targets, optionally only those in `among`.
-
-        Raise NothingHit if there are none, and RunEnded if nothing more may be broken.
+        """Return the fault's targets, optionally only those in `among`. Raise NothingHit if there are none, and
+        RunEnded if nothing more may be broken.
         """
         grid = await self.grid()
         if self.over.is_set():
@@ -182,18 +181,16 @@ class Rollback:
         self._owed: list[tuple[str, Undo, int]] = []
 
     def owe(self, what: str, undo: Undo, *, tries: int = UNDO_TRIES) -> None:
-        """Register the undo of a change that follows.
-
-        Raise RunEnded if nothing more may be broken, except for a fault that has already begun.
+        """Register the undo of a change that follows. Raise RunEnded if nothing more may be broken, except for a fault
+        that has already begun.
         """
         if self._over.is_set() and not self._owed:
             raise RunEnded
         self._owed.append((what, undo, tries))
 
     async def breaking(self, what: str, undo: Undo, call: Callable[[], Awaitable[T]]) -> T:
-        """Register the undo and then call `call`.
-
-        On a cancellation, wait for the end of the call, because a change can be undone only after it was made.
+        """Register the undo and then call `call`. On a cancellation, wait for the end of the call, because a change can
+        be undone only after it was made.
         """
         self.owe(what, undo)
         return await complete(call())
@@ -257,9 +254,8 @@ async def _wait_uncancelled(future: asyncio.Future[Any]) -> asyncio.CancelledErr
 
 
 async def complete(doing: Awaitable[T]) -> T:
-    """Await to the end, even if the caller is cancelled meanwhile; then raise the cancellation.
-
-    A call in a thread cannot be stopped.
+    """Await to the end, even if the caller is cancelled meanwhile; then raise the cancellation. A call in a thread
+    cannot be stopped.
     """
     future = asyncio.ensure_future(doing)
     cancelled = await _wait_uncancelled(future)

@@ -1,6 +1,6 @@
 """Calibration of forecasts by measured runs: boot times, overheads, and task times.
 
-The values are medians, so single outliers have no effect. A value needs at least MIN_OBSERVATIONS observations.
+The values are medians, so single outliers do not change them. A value needs at least MIN_OBSERVATIONS observations.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _ADAPTER: TypeAdapter[Calibration] = TypeAdapter(Calibration)
 class CalibratedValue:
     """Median and quartiles of one quantity, in seconds, except for the factor `stretch`.
 
-    `what` names the observations. `value` is None if there were too few; `why` says what would help.
+    `what` names the observations. `value` is None if there were too few; `why` names the missing observations.
     """
 
     name: str
@@ -61,9 +61,8 @@ class CalibrationResult:
 
 
 def calibrate(records: Sequence[Record]) -> CalibrationResult:
-    """Calibrate by runs of the same backend and compression.
-
-    Raise UsageError if these differ, or if no value can be derived.
+    """Calibrate by runs of the same backend and compression. Raise UsageError if these differ, or if no value can be
+    derived.
     """
     names = sorted({record.backend for record in records})
     if len(names) != 1:
@@ -106,9 +105,8 @@ def calibrate(records: Sequence[Record]) -> CalibrationResult:
 
 
 def check_fit(calibration: Calibration, backend: str, compressed: float) -> str:
-    """Return a warning if the calibration has another compression than the forecast, or "".
-
-    Raise UsageError for another backend's calibration.
+    """Return a warning if the calibration has another compression than the forecast, or "". Raise UsageError for
+    another backend's calibration.
     """
     if calibration.backend != backend:
         raise UsageError(
@@ -170,9 +168,8 @@ def _boots(records: Sequence[Record]) -> Iterator[CalibratedValue]:
 
 
 def _bundle_overheads(records: Sequence[Record]) -> Iterator[tuple[float, float]]:
-    """Yield the time of bundles beyond their tasks, from a sample with weights.
-
-    A failed task's time is only in the bundle's time, so templates with failures are left out.
+    """Yield the time of bundles beyond their tasks, from a sample with weights. A failed task's time is only in the
+    bundle's time, so templates with failures are left out.
     """
     for record in records:
         spoilt = {job.template for job in record.jobs if job.failed or job.retried or job.cancelled}
@@ -214,7 +211,6 @@ def _stretches(records: Sequence[Record]) -> Iterator[CalibratedValue]:
 
 
 def _median(name: str, of: str, observed: Iterable[tuple[float, float]], what: str, which: str) -> CalibratedValue:
-    """Return the weighted median and quartiles of (number, weight) pairs."""
     ordered = sorted((value, weight) for value, weight in observed if weight > 0)
     number = round(sum(weight for _, weight in ordered))
     if number < MIN_OBSERVATIONS:

@@ -133,7 +133,7 @@ def compare(forecast: Record, fact: Record) -> Comparison:
     """Compare two records. Raise UsageError if they have different scenarios or compressions."""
     if forecast.scenario != fact.scenario:
         raise UsageError(
-            f"The forecast is of scenario {forecast.scenario}, the fact of {fact.scenario}.",
+            f"The forecast is of scenario {forecast.scenario}, and the fact is of scenario {fact.scenario}.",
             remedy="Name two records of the same scenario.",
         )
     if forecast.compressed != fact.compressed:

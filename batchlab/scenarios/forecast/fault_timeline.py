@@ -128,7 +128,7 @@ TargetsAndEvidence = tuple[Sequence[str], str]
 
 
 class NothingHit(Exception):
-    """The fault had no target or no effect."""
+    """The fault did not have a target or an effect. The message gives the reason."""
 
 
 @dataclass(slots=True)
@@ -201,7 +201,6 @@ class FaultTimeline:
         return self.machines.oldest_first(names)[:number]
 
     def _executions(self, names: Sequence[str]) -> list[str]:
-        """Return the executions that run on these instances."""
         workers = {self._worker(name).worker.who.worker for name in names}
         return [execution for execution, worker in self.work.running.items() if worker in workers]
 
@@ -259,7 +258,7 @@ class FaultTimeline:
         return names, f"{calls} calls of {count(len(names), 'instance')} could not reach a service"
 
     async def _interrupt_spot(self, fault: Fault) -> TargetsAndEvidence:
-        # Processes have no market, so any instance is interrupted. Its drain is a normal one, without an end time.
+        # Processes are not Spot Instances, so any of them is interrupted, by a normal drain without an end time.
         has_market = not self.backend.capabilities.one_machine
         names = self._targets(fault, market=Market.SPOT if has_market else None)
         bundles = len(self._executions(names))
@@ -300,7 +299,6 @@ class FaultTimeline:
         )
 
     async def _raise_rate(self, rate: str, service: str, unit: str, effect: str, fault: Fault) -> TargetsAndEvidence:
-        """Raise this rate of ServiceFaults for the fault's time."""
         before = self.services.hits[rate]
         setattr(self.services, rate, getattr(self.services, rate) + fault.rate)
         await asyncio.sleep(fault.for_s)
@@ -359,7 +357,7 @@ class FaultTimeline:
 
         before = await count_jobs()
         if not before:
-            raise NothingHit("the ledger had no jobs")
+            raise NothingHit("the ledger was empty")
         await ledger.forget()
         after = await count_jobs()
         await asyncio.sleep(fault.for_s)

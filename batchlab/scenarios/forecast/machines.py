@@ -88,9 +88,8 @@ class Machines:
         return len(self._alive[pool])
 
     def begin(self, ready: Sequence[str], *, on_demand: bool = False) -> None:
-        """Start the run: living instances count from second 0, and those in `ready` are ready.
-
-        With `on_demand`, none of them is a Spot Instance.
+        """Start the run: living instances count from second 0, and those in `ready` are ready. With `on_demand`, none
+        of them is a Spot Instance.
         """
         self.lives = {name: life for name, life in self.lives.items() if life.ended_s is None}
         for life in self.lives.values():
@@ -101,9 +100,8 @@ class Machines:
             self.lives[name].ready_s = 0.0
 
     def zone(self, name: str) -> str:
-        """Return the zone by its name or last letter; the first zone for an empty name.
-
-        Raise UsageError for an unknown zone.
+        """Return the zone by its name or last letter; the first zone for an empty name. Raise UsageError for an unknown
+        zone.
         """
         if not name:
             return self._zones[0]

@@ -156,9 +156,8 @@ class ResultCounter:
     results: Results = field(default_factory=Results)
 
     async def count(self, jobs: Sequence[Job], submitted_s: Mapping[str, float], end_s: float) -> Results:
-        """Count the results of these jobs.
-
-        `submitted_s` has the submission of each job in run seconds. A job ends at least `end_s` after its last task.
+        """Count the results of these jobs. `submitted_s` has the submission of each job in run seconds. A job ends at
+        least `end_s` after its last task.
         """
         spans = dict(self.work.spans)
         for job in jobs:
@@ -231,7 +230,6 @@ class ResultCounter:
     def _count_lost(
         self, job: Job, stage: StageTemplate, counts: StageCounts | None, outcomes: Sequence[Outcome]
     ) -> None:
-        """Count lost and duplicate tasks of a stage."""
         succeeded = TaskSet.union(outcome.succeeded for outcome in outcomes)
         self.results.duplicates += sum(len(outcome.succeeded) for outcome in outcomes) - len(succeeded)
         failed = TaskSet.from_indices(
@@ -272,7 +270,6 @@ class GridSampler:
     _last: dict[str, Counts] = field(default_factory=dict)
 
     def begin(self, base_s: float) -> None:
-        """Start the run and drop earlier samples."""
         self.base_s = base_s
         self.samples, self._quiet, self._last = [], [], {}
 
@@ -390,9 +387,8 @@ class ForecastSetup:
 
 
 def minimum_usd(record: Record, until_s: float, book: PriceBook) -> float:
-    """Return the cost of the pools' minimum sizes from the run's end until `until_s`.
-
-    Living instances stay, and missing ones are On-Demand.
+    """Return the cost of the pools' minimum sizes from the run's end until `until_s`. Living instances stay, and
+    missing ones are On-Demand.
     """
     rest_s = until_s - end_s(record)
     if rest_s <= 0:

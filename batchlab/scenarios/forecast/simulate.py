@@ -204,9 +204,8 @@ class ForecastGrid:
                 await world.ledger.release(LEASE, world.last_owner)
 
     async def come_up(self) -> None:
-        """Wait until a manager leads and the permanent instances are ready, then start the run.
-
-        Raise UsageError on a timeout.
+        """Wait until a manager leads and the permanent instances are ready, then start the run. Raise UsageError on a
+        timeout.
         """
         least = sum(pool.min_size for pool in self.pools.values())
         limit_s = READY_S + 2 * max((pool.boot_s for pool in self.pools.values()), default=0.0)

@@ -74,7 +74,6 @@ Segment = tuple[float, float, float, float]
 
 
 def _poisson_times(segments: Iterable[Segment], random: Random) -> Iterator[float]:
-    """Draw the event times of a Poisson process with this rate, in order."""
     due = random.expovariate(1.0)
     for start_s, end_s, first, last in segments:
         length_s, first_s, last_s = end_s - start_s, first / HOUR_S, last / HOUR_S

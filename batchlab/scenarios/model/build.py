@@ -259,7 +259,7 @@ def _gather(spec: GatherSpec | GroupsSpec | None) -> str | None:
 
 
 def _unused_keys(form: TraceFormat, spec: TraceSpec, job: str) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Yield each key that has no effect, with the reason."""
+    """Yield each ineffective key, with the reason."""
     if form is not TraceFormat.TABLE:
         for key in sorted({"names", "delimiter"} & spec.model_fields_set, reverse=True):
             yield (key,), f"in a trace of the format {form.value}"

@@ -105,9 +105,8 @@ def _size(template: JobTemplate, arrival: Arrival, unit: float) -> int:
 
 
 def compress_scenario(scenario: Scenario, factor: float) -> Scenario:
-    """Divide every time in the scenario by `factor`.
-
-    Costs, counts, and shares stay the same. Real work of a job file takes as long as before.
+    """Divide every time in the scenario by `factor`. Costs, counts, and shares stay the same. Real work of a job file
+    takes as long as before.
     """
     if not 0 < factor < float("inf"):
         raise UsageError(f"A scenario cannot be compressed {factor:g}-fold.", remedy="Use a number above 0.")

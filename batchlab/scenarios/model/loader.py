@@ -38,13 +38,13 @@ class CheckedScenario:
     jobs: Mapping[str, JobTemplate]
 
     def is_sound(self, *loc: str | int) -> bool:
-        """Return whether the file has no mistake at the location."""
+        """Return whether the file is free of mistakes at the location."""
         return self.structure.sound(loc)
 
     def check_name(
         self, section: str, name: str, loc: Loc, purpose: str = "", *, at_key: bool = False
     ) -> list[Problem]:
-        """Return a problem if the section has no entry of that name, not even an invalid one."""
+        """Return a problem if the section lacks the name. An invalid entry of that name is not a problem."""
         entries = getattr(self.spec, section)
         if name in entries:
             return []
@@ -105,7 +105,6 @@ def _pools(subject: CheckedScenario) -> Iterator[Problem]:
 
 
 def _stages(subject: CheckedScenario) -> Iterator[Problem]:
-    """Check the pool of each stage."""
     for template in subject.jobs.values():
         for i, stage in enumerate(template.stages):
             pool = subject.spec.pools.get(stage.pool)
@@ -292,7 +291,7 @@ _REMEDY = "Write its path, or the name of one that `batchlab scenario list` show
 
 @dataclass(frozen=True, slots=True)
 class ShippedScenario:
-    """Scenario that is part of the package. `teaches` comes from its own text."""
+    """Scenario that is part of the package. `teaches` is the lesson from its own description."""
 
     name: str
     teaches: str
@@ -322,7 +321,7 @@ def find(text: str) -> Path:
     if handler_lookup.is_file(Path(text)) or "/" in text or text.endswith((SUFFIX, ".yml")):
         return Path(text)
     if text not in names():
-        raise UsageError(f"There is no scenario {text!r}.", remedy=suggest(text, names(), "shipped scenarios"))
+        raise UsageError(f"The scenario {text!r} does not exist.", remedy=suggest(text, names(), "shipped scenarios"))
     return installation.folder(FOLDER) / f"{text}{SUFFIX}"
 
 

@@ -72,7 +72,8 @@ class StageTemplate:
 @dataclass(frozen=True, slots=True)
 class JobTemplate:
     """Job template. `file` is a job file whose real work a replay runs instead of stand-ins, and whose stages the
-    template then has. `deadline_s` counts from the arrival. `max_failures` is a number of tasks, as in a job file.
+    template then has. `deadline_s` is the time from the arrival to the deadline. `max_failures` is a number of tasks,
+    as in a job file.
     """
 
     name: str

@@ -79,9 +79,8 @@ def current_candidate(scenario: Scenario) -> Candidate:
 
 
 def apply_candidate(scenario: Scenario, candidate: Candidate, wave_s: float | None = None) -> Scenario:
-    """Return the scenario with this fleet and policy.
-
-    If it has Spot Instances, AWS interrupts all of them once at `wave_s`.
+    """Return the scenario with this fleet and policy. If it has Spot Instances, AWS interrupts all of them once at
+    `wave_s`.
     """
     fleets = {fleet.pool: fleet for fleet in candidate.fleets}
     pools = []
@@ -210,9 +209,8 @@ def _busiest_s(record: Record, first_s: float, deadline_s: float) -> float:
 
 
 def allowed_failures(scenario: Scenario) -> dict[str, float]:
-    """Return the allowed failed jobs by template ("" for all jobs) from the scenario's expectations.
-
-    Without an expectation, no job may fail.
+    """Return the allowed failed jobs by template ("" for all jobs) from the scenario's expectations. Without an
+    expectation, no job may fail.
     """
     limits: dict[str, float] = {}
     for expectation in scenario.expect:
@@ -359,9 +357,8 @@ class TrialRunner:
         return _result_or_raise(self._work(Trial(start, 0, self.scenario.seed, None, rough)))
 
     def results(self, trials: Sequence[Trial]) -> Iterator[tuple[Trial, TrialResult]]:
-        """Yield each trial with its result, in the order of completion.
-
-        Raise BatchlabError for a failed run or a process that died.
+        """Yield each trial with its result, in the order of completion. Raise BatchlabError for a failed run or a
+        process that died.
         """
         if self.processes <= 1 or len(trials) <= 1:
             for trial in trials:
@@ -374,7 +371,6 @@ class TrialRunner:
                 yield trial, _result_or_raise(result)
 
     def close(self) -> None:
-        """End the processes."""
         if self._pool is not None:
             self._pool.close()
             self._pool = None

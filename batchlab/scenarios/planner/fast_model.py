@@ -301,7 +301,7 @@ class _FastRun:
         name = f"{pool.pool.name}-{len(self._machines.lives)}"
         self._machines.launched(pool.pool, name)
         market = self._machines.lives[name].machine.market
-        # Processes have no market, so a Spot wave can interrupt any of them.
+        # Processes are not Spot Instances, so a Spot wave can interrupt any of them.
         is_spot = market is Market.SPOT or not self._has_market
         pool.alive[name] = instance = ModelInstance(name, pool, pool.pool.slots, self._now_s + boot_s, is_spot)
         self._at(instance.ready_s, partial(self._booted, instance))
@@ -313,7 +313,6 @@ class _FastRun:
             self._assign()
 
     def _end(self, instance: ModelInstance) -> None:
-        """End an instance and queue its units again."""
         del instance.pool.alive[instance.name]
         instance.pool.open.pop(instance.name, None)
         for unit in instance.running:

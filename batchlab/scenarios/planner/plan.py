@@ -32,9 +32,8 @@ P = TypeVar("P", bound=Priced)
 
 
 def frontier(points: Iterable[P]) -> list[P]:
-    """Return the points that no other point beats, from the cheapest to the fastest.
-
-    Points without an end or a price are left out.
+    """Return the points that no other point beats, from the cheapest to the fastest. Points without an end or a price
+    are left out.
     """
     best: list[P] = []
     finite = (point for point in points if math.isfinite(point.usd) and math.isfinite(point.finish_s))
@@ -155,9 +154,8 @@ class Plan:
 
     @property
     def idle_waves(self) -> tuple[Fault, ...]:
-        """Return the scenario's Spot waves without a target in the chosen fleet.
-
-        A scenario with such a wave is invalid.
+        """Return the scenario's Spot waves without a target in the chosen fleet. A scenario with such a wave is
+        invalid.
         """
         on_spot = {fleet.pool for fleet in self.chosen.candidate.fleets if fleet.spot}
         return tuple(

@@ -140,7 +140,6 @@ class Search:
         self._confirm(limits)
 
     def _until_limit(self, call: Callable[[], None]) -> None:
-        """Call until the limit of runs is reached."""
         try:
             call()
         except RunLimitReached:
@@ -163,7 +162,6 @@ class Search:
                 return
 
     def _search_again(self, limits: SizeLimits) -> None:
-        """Correct the fast model and search in it again."""
         self._correct_goal()
         self.real.phase = "the fast model"
         _until_run_limit(partial(self._rough.refine, limits, STEP_SIZES[1:]))
@@ -294,7 +292,6 @@ class Search:
 
 
 def _until_run_limit(call: Callable[[], None]) -> None:
-    """Call until the limit of runs of the fast model is reached."""
     try:
         call()
     except RunLimitReached:

@@ -72,9 +72,8 @@ def _split_job(job: Job, seed: int, calibration: Calibration, grain_s: float) ->
 
 
 def _join_groups(stages: Sequence[StageTemplate]) -> list[int]:
-    """Return for each stage the first stage that it is joined with item by item.
-
-    A unit that follows several stages waits for the same items of each.
+    """Return for each stage the first stage that it is joined with item by item. A unit that follows several stages
+    waits for the same items of each.
     """
     base = list(range(len(stages)))
     places = {stage.name: n for n, stage in enumerate(stages)}
@@ -166,9 +165,8 @@ def stage_runs(scenario: Scenario, split_jobs: Sequence[JobWork]) -> Iterator[St
 
 
 def stages_known_at_start(stages: Iterable[StageTemplate]) -> set[str]:
-    """Return the stages whose tasks are known at the start.
-
-    The tasks of a gather and of its followers are known only after the gathered tasks.
+    """Return the stages whose tasks are known at the start. The tasks of a gather and of its followers are known only
+    after the gathered tasks.
     """
     names: set[str] = set()
     for stage in stages:

@@ -54,9 +54,8 @@ def compute_cost(
     backend: Backend,
     book: PriceBook,
 ) -> RunCost:
-    """Compute the cost between two accounts.
-
-    Except on AWS, instances count with the types and Spot shares of the scenario's pools.
+    """Compute the cost between two accounts. Except on AWS, instances count with the types and Spot shares of the
+    scenario's pools.
     """
     plans = {plan.pool.name: plan for plan in pools}
     used = Account(
@@ -133,7 +132,7 @@ async def build_record(
     stages = measured.runs()
     cost = None
     if after is not None:
-        with suppress(UsageError):  # without a readable price book, the record has no cost
+        with suppress(UsageError):  # an unreadable price book leaves the cost empty
             cost = compute_cost(before, after, stages, scenario.pools, backend, price_book.load(home.path))
     jobs = (job_run(job, state.begun_s) for job in state.running.values())
     return Record(
@@ -165,9 +164,8 @@ async def build_record(
 
 
 async def _account(link: ManagerConnection, jobs: Sequence[str]) -> Account | None:
-    """Return the grid's account, or None if the manager does not answer.
-
-    The wasted attempts come from the accounts of these jobs, because the grid's account does not have them.
+    """Return the grid's account, or None if the manager does not answer. The wasted attempts come from the accounts of
+    these jobs, because the grid's account does not have them.
     """
     limit = asyncio.Semaphore(MAX_REQUESTS)
 
@@ -229,16 +227,15 @@ _TOLERANCE = 1e-6
 
 
 def check_grid(grid: GridView, scenario: Scenario, *, deployed: bool) -> None:
-    """Check the grid's pools and policy against the scenario.
-
-    Raise Refused if they differ. Other pools of the grid are ignored.
+    """Check the grid's pools and policy against the scenario. Raise Refused if they differ. Other pools of the grid are
+    ignored.
     """
     remedy = _STACK_REMEDY if deployed else _REMEDY
     pools = {pool["name"]: pool for pool in grid["pools"]}
     for wanted in (plan.pool for plan in scenario.pools):
         pool = pools.get(wanted.name)
         if pool is None:
-            raise Refused(f"The running grid has no pool {wanted.name!r}, which the scenario needs.", remedy=remedy)
+            raise Refused(f"The running grid lacks the pool {wanted.name!r}, which the scenario needs.", remedy=remedy)
         ours = (wanted.min_size, wanted.max_size, wanted.slots)
         theirs = (pool["min"], pool["max"], pool["slots"])
         if ours != theirs:

@@ -56,9 +56,8 @@ class JobPreparer:
     _files: dict[Path, tuple[job_file.JobFile, tuple[bytes, str]]] = field(default_factory=dict)
 
     async def prepare(self, due: Job) -> PreparedJob:
-        """Prepare a job for submission.
-
-        Raise JobFileErrors for a template without a readable job file, UsageError, or BackendError.
+        """Prepare a job for submission. Raise JobFileErrors for a template without a readable job file, UsageError, or
+        BackendError.
         """
         template = due.template
         if template.file:

@@ -180,8 +180,6 @@ def _lost(job: JobView, stage: StageView, succeeded: int) -> int:
 
 
 class _OutcomeReader:
-    """Reader of outcomes with limited parallelism."""
-
     def __init__(self, objects: Objects, patience: Patience) -> None:
         self._objects = objects
         self._patience = patience

@@ -91,7 +91,7 @@ def from_record(record: Record, name: str) -> RecordedWorkload:
     jobs = sorted((job for job in record.jobs if job.template in stages and job.tasks), key=lambda job: job.submitted_s)
     if not jobs:
         raise UsageError(
-            f"The record of {record.scenario} has no job with a known number of tasks.",
+            f"The record of {record.scenario} does not have a job with a known number of tasks.",
             remedy="Name the record of a replay that has come to its end.",
         )
     runs: dict[str, list[JobRun]] = defaultdict(list)
@@ -139,10 +139,7 @@ def from_jobs(
     pools: Sequence[PoolPlan],
     policy: Mapping[str, float],
 ) -> RecordedWorkload:
-    """Convert ended jobs with their measurements by job id.
-
-    Jobs of the same name and stages form one template.
-    """
+    """Convert ended jobs with their measurements by job id. Jobs of the same name and stages form one template."""
     ordered = sorted(jobs, key=lambda pair: pair[0]["submitted_s"])
     ids = [view["id"] for view, _ in ordered]
     begun_s = ordered[0][0]["submitted_s"]
@@ -172,9 +169,8 @@ def from_jobs(
 
 
 def write(workload: RecordedWorkload, path: Path) -> WrittenScenario:
-    """Write the scenario to `path`, and its trace to a JSON Lines file of the same name.
-
-    Raise UsageError for an unwritable file, an existing file with the trace's name, or an invalid scenario.
+    """Write the scenario to `path`, and its trace to a JSON Lines file of the same name. Raise UsageError for an
+    unwritable file, an existing file with the trace's name, or an invalid scenario.
     """
     trace = path.with_suffix(".jsonl")
     if trace == path:
@@ -203,7 +199,6 @@ def write(workload: RecordedWorkload, path: Path) -> WrittenScenario:
 
 
 def _traces(path: Path) -> set[str]:
-    """Return the trace files of the existing scenario."""
     try:
         arrivals = yaml.safe_load(path.read_text())["arrivals"]
         return {str(arrival["trace"]["file"]) for arrival in arrivals if "trace" in arrival}
@@ -226,9 +221,8 @@ def drawn_times(path: Path) -> dict[tuple[str, str], tuple[int, float]]:
 
 
 def _scale_factors(workload: RecordedWorkload, path: Path) -> dict[tuple[str, str], float]:
-    """Return the factor for each stage's times so that they sum to the measured total.
-
-    Failed tasks count with the mean time of the others.
+    """Return the factor for each stage's times so that they sum to the measured total. Failed tasks count with the mean
+    time of the others.
     """
     factors = {}
     for (template, name), (count, seconds) in drawn_times(path).items():

@@ -48,7 +48,7 @@ SHRINK_TIMEOUT_S = 60.0
 FINAL_TIMEOUT_S = 5.0
 """Timeout in seconds of the final request when the manager does not respond."""
 CANCEL_TIMEOUT_S = 60.0
-"""Timeout of all cancellations."""
+"""Timeout in seconds of the cancellation of all jobs."""
 MAX_CANCELLATIONS = 10
 """Each cancellation waits until no worker can start a task."""
 INTERRUPTED = "It was interrupted."
@@ -174,7 +174,6 @@ class ReplayRun:
             await self.sampler.read_activities()
 
     async def _wait_for_start(self) -> None:
-        """Wait until the first jobs are prepared and the permanent instances are ready."""
         await self._prepared.wait()
         async with _time_limit(READY_TIMEOUT_S):
             while not await self.sampler.has_in_service(self._sizes):  # noqa: ASYNC110 - state of another process
@@ -391,6 +390,6 @@ async def _time_limit(seconds: float) -> AsyncIterator[None]:
 
 
 def _first(errors: BaseExceptionGroup[BatchlabError]) -> BatchlabError:
-    """Return the first error. The others have the same cause."""
+    """Return the first error. The other errors have the same cause."""
     error = errors.exceptions[0]
     return _first(error) if isinstance(error, BaseExceptionGroup) else error

@@ -186,7 +186,6 @@ class ManagerConnection:
         return request(self._client)
 
     def close(self) -> None:
-        """Close the connection."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._close_client()
 
@@ -235,7 +234,6 @@ class GridSampler:
         return self.samples[-1] if self.samples else None
 
     def begin(self, begun_s: float) -> None:
-        """Start the run at this time (epoch)."""
         self._begun_s = begun_s
 
     async def has_in_service(self, sizes: Mapping[str, int]) -> bool:
@@ -341,7 +339,6 @@ class GridSampler:
                 yield InstanceRun(launch[1], activity["pool"], "", market, "", launched_s, ready_s, ended_s)
 
     def _times(self, what: re.Pattern[str]) -> dict[str, float]:
-        """Return the end of each instance's successful activity of that kind."""
         times: dict[str, float] = {}
         for activity in self._activities.values():
             match = what.match(activity["description"])

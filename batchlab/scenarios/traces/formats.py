@@ -66,9 +66,8 @@ class _UnreadableError(Exception):
 
 
 def read_lines(path: Path, odd: list[Anomaly]) -> Iterator[tuple[int, str]]:
-    """Yield (number from 1, text) of every line, and add problems to `odd`.
-
-    Raise UsageError if the file cannot be read.
+    """Yield (number from 1, text) of every line, and add problems to `odd`. Raise UsageError if the file cannot be
+    read.
     """
     number = 0
     rest = separator = b""
@@ -186,9 +185,8 @@ _RECORD_KEYS = frozenset({"scenario", "jobs", "version"})
 
 
 def read_jsonl(path: Path, columns: Columns = RECORD_COLUMNS) -> TraceContent:
-    """Read JSON Lines or a whole record. In a record, the line of a job is its number.
-
-    Raise UsageError for an unreadable file, or if all records lack a column.
+    """Read JSON Lines or a whole record. In a record, the line of a job is its number. Raise UsageError for an
+    unreadable file, or if all records lack a column.
     """
     odd: list[Anomaly] = []
     mapper = RowMapper(path, columns, odd)
@@ -241,7 +239,6 @@ def _json_lines(
 
 
 def _parse_json(text: str | bytes) -> Any:
-    """Parse JSON, or return None."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -322,7 +319,7 @@ class _SwfReader:
                 continue
             count += 1
             yield self._record(number, line, jobs)
-        # MaxRecords is the number of lines. MaxJobs is too, unless jobs were swapped out.
+        # MaxRecords is the number of lines. MaxJobs is the same number, unless jobs were swapped out.
         at, promised = self._promised.get("maxrecords") or self._promised.get("maxjobs", (0, count))
         if promised != count:
             what = "the header promises another number of records"
@@ -357,8 +354,8 @@ _DELIMITERS = "\t;|,"
 
 
 def read_table(path: Path, columns: Columns, *, names: tuple[str, ...] = (), delimiter: str = "") -> TraceContent:
-    """Read a table of text. `names` are its column names if it has no header. Without `delimiter`, the most frequent of
-    tab, semicolon, bar, and comma in the first line is used.
+    """Read a table of text. `names` are the column names of a table without a header. Without `delimiter`, the most
+    frequent of tab, semicolon, bar, and comma in the first line is used.
 
     Raise UsageError for an unreadable file or a missing column.
     """

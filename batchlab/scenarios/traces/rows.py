@@ -105,7 +105,7 @@ def parse_timestamp(value: object, unit: str) -> Timestamp | None:
 def _strptime(text: str, form: str) -> datetime:
     directives = set(_DIRECTIVE.findall(form))
     if "d" in directives and not directives & {"Y", "y", "G"}:
-        # strptime assumes 1900, which has no 29 February; Python 3.15 refuses such formats.
+        # strptime assumes 1900, a year without 29 February. Python 3.15 refuses such formats.
         text, form = f"{_LEAP_YEAR} {text}", f"%Y {form}"
     return datetime.strptime(text, form)  # noqa: DTZ007 - the caller asks for the zone
 
@@ -256,9 +256,8 @@ class RowMapper:
         self._kind: TimestampKind | None = None
 
     def reading(self, records: Iterable[RawRecord | None]) -> TraceContent:
-        """Convert all records. None stands for a record that was left out and reported already.
-
-        Raise UsageError if the length of intervals cannot be derived.
+        """Convert all records. None stands for a record that was left out and reported already. Raise UsageError if the
+        length of intervals cannot be derived.
         """
         rows: list[TraceRow] = []
         count, before_s = 0, float("-inf")

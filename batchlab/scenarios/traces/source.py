@@ -71,7 +71,7 @@ class Trace:
             raise ValueError("neither the arrival nor a column names the job")
 
     def arrivals(self, random: Random) -> Iterator[Arrival]:
-        """Yield the arrivals. Raise UsageError for a trace that is unreadable or has no valid record."""
+        """Yield the arrivals. Raise UsageError for a trace that is unreadable or lacks a valid record."""
         reading = self.reading()
         if not reading.rows:
             raise self._useless(reading)
@@ -141,7 +141,6 @@ class Trace:
         return self.columns or (RECORD_COLUMNS if self.format is TraceFormat.JSONL else SWF_COLUMNS)
 
     def _placed(self, rows: tuple[TraceRow, ...], random: Random) -> Iterator[tuple[float, TraceRow]]:
-        """Yield each job's arrival in seconds after the first job, in order."""
         begin_s = rows[0].at_s
         scale = self._map().scale
         total, sent = 0.0, 0
@@ -158,9 +157,8 @@ class Trace:
 
 
 def _random_times(count: int, wide_s: float, random: Random) -> Iterator[float]:
-    """Draw `count` uniform times within `wide_s`, in order and without a list.
-
-    The largest of k uniform numbers is distributed as the k-th root of one.
+    """Draw `count` uniform times within `wide_s`, in order and without a list. The largest of k uniform numbers is
+    distributed as the k-th root of one.
     """
     rest = 1.0
     for k in range(count, 0, -1):
@@ -177,7 +175,6 @@ def _read_cached(
     delimiter: str,
     stamp: tuple[int, int],  # noqa: ARG001 - a file that has changed is read again
 ) -> TraceContent:
-    """Read a trace once for several callers."""
     if form is TraceFormat.SWF:
         return formats.read_swf(path, columns)
     if form is TraceFormat.JSONL:

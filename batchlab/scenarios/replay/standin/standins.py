@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 BLOCK_BYTES = 256 * 1024
 FILE_BYTES = 16 * 1024 * 1024
-"""Bytes that a task writes to disk before it starts again at the front, so that the disk does not fill up."""
+"""Size at which a task overwrites its file from the start, so that the disk does not fill up."""
 PAGE_BYTES = 4096
 HELD_BYTES = 64 * 1024 * 1024
 """Memory of a task whose stage declares none."""
@@ -75,7 +75,7 @@ def _entries(item: Any, ctx: Task, shape: dict[str, Any]) -> dict[str, Any]:
 
 def _kill_worker() -> None:
     worker = os.getppid()
-    if worker > 1:  # otherwise the worker has ended and the parent is another process
+    if worker > 1:  # otherwise the worker has ended, and the parent is another process
         os.kill(worker, signal.SIGKILL)
     # This process ends with the worker.
     time.sleep(60.0)
