@@ -220,8 +220,8 @@ class ContainerFaults:
     async def crashed(self, service: str, undoing: Rollback) -> str:
         """Kill a service's first process, wait until Docker has restarted it, and return the evidence."""
         container = await self.service(service)
-        before = await self.look(container)
-        pid = int(before["State"]["Pid"])
+        before = (await self.look(container))["State"]
+        pid = int(before["Pid"])
 
         async def start() -> None:
             if not await self.is_running(container):
@@ -238,9 +238,8 @@ class ContainerFaults:
 
         async def look() -> str:
             state = (await self.look(container)).get("State", {})
-            began = state.get("StartedAt", "")
-            is_new = state.get("Running") and began != before["State"]["StartedAt"]
-            return f"{service} (pid {pid}) was killed, and runs again (pid {state['Pid']})" * bool(is_new)
+            is_new = state.get("Running") and state.get("StartedAt", "") != before["StartedAt"]
+            return f"{service} (pid {pid}) was killed, and runs again (pid {state['Pid']})" if is_new else ""
 
         return await wait_for(look, f"the restart of {service}")
 

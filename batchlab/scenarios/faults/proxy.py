@@ -96,39 +96,33 @@ class FaultProxy:
         """Handle a request as an ASGI application."""
         if scope["type"] != "http":
             return
-        await self._wait(scope["client"][1])
-        if self._is_s3(scope):
+        is_counted = False
+        while (is_cut := self._cut) is not None and await asyncio.to_thread(is_cut, scope["client"][1]):
+            self.counts.kept_waiting += not is_counted
+            is_counted = True
+            await asyncio.sleep(0.1)
+        signature = dict(scope["headers"]).get(b"authorization", b"")
+        if _S3.search(signature) or _S3.search(scope["query_string"].replace(b"%2F", b"/")):
             self.counts.asked += 1
             if self._random.random() < self.rate:
                 self.counts.refused += 1
-                await _refuse(receive, send)
+                # A client that gets an answer before it has sent its body would see a broken connection.
+                await _drain(receive)
+                await _answer(send, 503, b"application/xml", _SLOW_DOWN)
                 return
-        await self._pass_on(scope, receive, send)
+        await self._forward(scope, receive, send)
 
-    async def _wait(self, port: int) -> None:
-        counted = False
-        while (is_cut := self._cut) is not None and await asyncio.to_thread(is_cut, port):
-            self.counts.kept_waiting += not counted
-            counted = True
-            await asyncio.sleep(0.1)
-
-    def _is_s3(self, scope: Mapping[str, Any]) -> bool:
-        headers = dict(scope["headers"])
-        return bool(
-            _S3.search(headers.get(b"authorization", b"")) or _S3.search(scope["query_string"].replace(b"%2F", b"/"))
-        )
-
-    async def _pass_on(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
+    async def _forward(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
         if self._client is None:
             limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
             self._client = httpx.AsyncClient(trust_env=False, limits=limits, timeout=_ANSWER_S)
         path = scope["raw_path"] + (b"?" + scope["query_string"]) * bool(scope["query_string"])
-        headers = [(k, v) for k, v in scope["headers"] if k not in _HOP]
-        has_body = any(k in (b"content-length", b"transfer-encoding") for k, _ in scope["headers"])
-        there = httpx.URL(self.target).copy_with(raw_path=path)
-        asked = httpx.Request(scope["method"], there, headers=headers, content=_body(receive) if has_body else None)
+        headers = [(key, value) for key, value in scope["headers"] if key not in _HOP]
+        has_body = any(key in (b"content-length", b"transfer-encoding") for key, _ in scope["headers"])
+        url = httpx.URL(self.target).copy_with(raw_path=path)
+        request = httpx.Request(scope["method"], url, headers=headers, content=_body(receive) if has_body else None)
         try:
-            answer = await self._client.send(asked, stream=True)
+            answer = await self._client.send(request, stream=True)
         except _ClientDisconnected:
             return
         except httpx.TransportError:
@@ -136,9 +130,8 @@ class FaultProxy:
             await _answer(send, 502, b"text/plain", b"The endpoint behind the proxy does not answer.\n")
             return
         try:
-            kept = [(k.lower(), v) for k, v in answer.headers.raw if k.lower() not in _HOP]
-            start = {"type": "http.response.start", "status": answer.status_code, "headers": kept}
-            await send(start)
+            headers = [(key.lower(), value) for key, value in answer.headers.raw if key.lower() not in _HOP]
+            await send({"type": "http.response.start", "status": answer.status_code, "headers": headers})
             async for part in answer.aiter_raw():
                 await send({"type": "http.response.body", "body": part, "more_body": True})
             await send({"type": "http.response.body", "body": b""})
@@ -169,12 +162,6 @@ async def _drain(receive: Receive) -> None:
     with suppress(_ClientDisconnected):
         async for _ in _body(receive):
             pass
-
-
-async def _refuse(receive: Receive, send: Send) -> None:
-    # A client that gets an answer before it has sent its body would see a broken connection.
-    await _drain(receive)
-    await _answer(send, 503, b"application/xml", _SLOW_DOWN)
 
 
 async def _answer(send: Send, status: int, kind: bytes, body: bytes) -> None:
@@ -270,8 +257,8 @@ def _proxied_home(home: Home, name: str, place: Place, url: str, *, is_new: bool
 
 def _version(file: Path) -> tuple[int, int]:
     """Return a value that changes when the file is replaced."""
-    found = file.stat()
-    return found.st_ino, found.st_mtime_ns
+    state = file.stat()
+    return state.st_ino, state.st_mtime_ns
 
 
 def is_port_of(leaders: Collection[int], port: int) -> bool:
@@ -284,29 +271,27 @@ def is_port_of(leaders: Collection[int], port: int) -> bool:
 
 
 def _inodes(port: int) -> list[str]:
-    found = []
+    inodes = []
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         with suppress(FileNotFoundError):
-            for line in Path(table).read_text().splitlines()[1:]:
-                fields = line.split()
-                if int(fields[1].rpartition(":")[2], 16) == port:
-                    found.append(fields[9])
-    return found
+            sockets = map(str.split, Path(table).read_text().splitlines()[1:])
+            inodes += [fields[9] for fields in sockets if int(fields[1].rpartition(":")[2], 16) == port]
+    return inodes
 
 
 def _open_files(pid: int) -> list[str]:
-    found = []
+    files = []
     # The process may end or close files meanwhile.
     with suppress(OSError):
         for name in os.listdir(f"/proc/{pid}/fd"):  # noqa: PTH208 - called often
             with suppress(OSError):
-                found.append(os.readlink(f"/proc/{pid}/fd/{name}"))  # noqa: PTH115
-    return found
+                files.append(os.readlink(f"/proc/{pid}/fd/{name}"))  # noqa: PTH115
+    return files
 
 
 T = TypeVar("T")
 
-_WHAT = "The front before LocalStack"
+_WHAT = "The proxy before LocalStack"
 PYTHON = "/opt/batchlab/venv/bin/python"
 """Python in the images that compose/Dockerfile builds."""
 _ASIDE, _BESIDE = 9, 8
@@ -327,10 +312,10 @@ class LocalStackProxy:
         self._aside = f"{there.at.subnet}.{_ASIDE}"
         self._beside = f"{there.at.subnet}.{_BESIDE}"
 
-    async def hold(self, scene: TargetGrid, fault: Fault) -> FaultResult:
+    async def hold(self, grid: TargetGrid, fault: Fault) -> FaultResult:
         """Answer the fault's share of S3 requests with 503 for its time."""
         # The name is known before the creation, because a cancellation would lose the id.
-        front = scene.backend.open_ids().fresh(f"{self._there.at.project}-front")
+        front = grid.backend.open_ids().fresh(f"{self._there.at.project}-front")
         counts, backs_s = RequestCounts(), [0.0]
 
         async def give_back() -> None:
@@ -338,30 +323,30 @@ class LocalStackProxy:
             await self._give_back(front)
             backs_s.append(time.monotonic() - began_s)
 
-        async with Rollback(scene.over) as undoing:
+        async with Rollback(grid.over) as undoing:
             await undoing.breaking(
                 f"the container {front}",
                 partial(self._end, front, counts),
-                partial(self._breaks, self._creating(front, fault)),
+                partial(self._breaks, self._creation(front, fault)),
             )
             await self._do(lambda api: api.start(front))
-            await self._answered(self._beside)
+            await self._wait_for_answer(self._beside)
             began_s = time.monotonic()
             await undoing.breaking(
                 f"the loss of LocalStack's address {self._host}",
                 give_back,
-                partial(self._breaks, self._moving(self._storage, self._aside)),
+                partial(self._breaks, self._move(self._storage, self._aside)),
             )
-            await complete(self._breaks(self._moving(front, self._host)))
-            await self._answered(self._host)
+            await complete(self._breaks(self._move(front, self._host)))
+            await self._wait_for_answer(self._host)
             away_s = time.monotonic() - began_s
-            held_s = await scene.hold(fault.for_s)
+            held_s = await grid.hold(fault.for_s)
         if not counts.refused:
             raise NothingHit(NOTHING_HIT.format(one="request"))
         return FaultResult(
             (f"{self._host}:{self._port}",),
             f"{counts.refused} of {counts.asked} requests to S3 were answered 503 SlowDown in {held_s:.1f} s; the "
-            f"address itself was nobody's for {away_s:.1f} s before and {backs_s[-1]:.1f} s after",
+            f"address was unreachable for {away_s:.1f} s before and {backs_s[-1]:.1f} s after",
         )
 
     async def _do(self, call: Callable[[APIClient], T]) -> T:
@@ -370,7 +355,7 @@ class LocalStackProxy:
     def _breaks(self, call: Callable[[APIClient], None]) -> asyncio.Future[None]:
         return self._there.breaks(_WHAT, call)
 
-    def _creating(self, front: str, fault: Fault) -> Callable[[APIClient], None]:
+    def _creation(self, front: str, fault: Fault) -> Callable[[APIClient], None]:
         at = self._there.at
         argv = ["-m", __name__, str(self._port), f"{self._aside}:{self._port}"]
 
@@ -401,13 +386,13 @@ class LocalStackProxy:
 
         return create
 
-    async def _answered(self, host: str) -> None:
+    async def _wait_for_answer(self, host: str) -> None:
         async def listens() -> bool:
             return await asyncio.to_thread(_answers, host, self._port)
 
         await wait_for(listens, f"an answer at {host}:{self._port}")
 
-    def _moving(self, container: str, address: str) -> Callable[[APIClient], None]:
+    def _move(self, container: str, address: str) -> Callable[[APIClient], None]:
         """Return a call that gives the container this address on the grid's network."""
         network = self._there.at.project
 
@@ -424,12 +409,12 @@ class LocalStackProxy:
     async def _give_back(self, front: str) -> None:
         """Give LocalStack its address back and wait until it answers."""
         try:
-            await self._do(self._moving(front, self._beside))
+            await self._do(self._move(front, self._beside))
         except BackendError:
             with suppress(NotFound):  # an ended container does not have the address either
                 await self._do(lambda api: api.stop(front, timeout=_STOP_S))
-        await self._do(self._moving(self._storage, self._host))
-        await self._answered(self._host)
+        await self._do(self._move(self._storage, self._host))
+        await self._wait_for_answer(self._host)
 
     async def _end(self, front: str, counts: RequestCounts) -> None:
         """Remove the proxy and read its counts."""

@@ -71,9 +71,10 @@ class StageTemplate:
 
 @dataclass(frozen=True, slots=True)
 class JobTemplate:
-    """Job template. `file` is a job file whose real work a replay runs instead of stand-ins, and whose stages the
-    template then has. `deadline_s` is the time from the arrival to the deadline. `max_failures` is a number of tasks,
-    as in a job file.
+    """Job template.
+
+    `file` is a job file. A replay then runs the file's real work instead of stand-ins, and the template has the file's
+    stages. `deadline_s` is the time from the arrival to the deadline. `max_failures` is a number of tasks.
     """
 
     name: str
@@ -177,11 +178,11 @@ class Fault:
     zone: str = ""
     """Lost zone. An empty name means the first zone."""
 
-    def among(self, there: int) -> int:
-        """Return the number of instances that the fault hits."""
+    def among(self, number: int) -> int:
+        """Return how many of `number` instances the fault hits."""
         # The subtraction corrects products such as 0.14 × 50, which is slightly above 7.
-        wanted = ceil(self.share * there - 1e-9) if self.count is None else self.count
-        return min(wanted, there)
+        wanted = ceil(self.share * number - 1e-9) if self.count is None else self.count
+        return min(wanted, number)
 
     def shares(self, other: Fault) -> bool:
         """Return whether the end of one fault would also end the other."""

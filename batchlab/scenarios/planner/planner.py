@@ -278,17 +278,17 @@ class Search:
 
     def _chosen(self) -> tuple[EvaluatedCandidate | None, tuple[TrialResult, ...]]:
         """Return the confirmed or nearest candidate with its fresh results."""
-        found = []
+        attempts = []
         for candidate, indices in self.attempts.items():
-            outcomes = self.real.results[candidate]
-            fresh = tuple(outcomes[i] for i in indices if i in outcomes)
+            results = self.real.results[candidate]
+            fresh = tuple(results[i] for i in indices if i in results)
             share = sum(map(self.goal.met, fresh)) / len(fresh) if fresh else 0.0
-            found.append((len(fresh) == self.seeds and share >= REQUIRED_SHARE, share, candidate, fresh))
-        if not found:
+            attempts.append((len(fresh) == self.seeds and share >= REQUIRED_SHARE, share, candidate, fresh))
+        if not attempts:
             return self.real.best(), ()
-        _, _, candidate, fresh = max(found, key=lambda one: one[:2])
-        outcomes = self.real.results[candidate]
-        return self.real.point(candidate, [i for i in self.real.hard if i in outcomes]), fresh
+        _, _, candidate, fresh = max(attempts, key=lambda attempt: attempt[:2])
+        results = self.real.results[candidate]
+        return self.real.point(candidate, [i for i in self.real.hard if i in results]), fresh
 
 
 def _until_run_limit(call: Callable[[], None]) -> None:
