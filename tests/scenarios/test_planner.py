@@ -237,7 +237,7 @@ def test_one_crew_lives_through_all_rounds(is_stopped: bool, monkeypatch: pytest
         made.append(ProcessPool(work, processes))
         return made[-1]
 
-    monkeypatch.setattr(candidates, "Crew", hired)
+    monkeypatch.setattr(candidates, "ProcessPool", hired)
     search = Search(a_scenario(), Goal(300.0), Grid(50, 30.0), 6, 2, 60)
     seen: set[int | None] = set()
 
