@@ -73,13 +73,13 @@ def waits_s(record: Record, template: str) -> list[float]:
     """Return each job's time from its due time to its first task's start, without jobs that ended before any task
     started.
     """
-    found = []
+    waits = []
     for job in _jobs(record, template):
         if job.started_s is not None:
-            found.append(max(0.0, job.started_s - job.due_s))
+            waits.append(max(0.0, job.started_s - job.due_s))
         elif job.ended_s is None:
-            found.append(math.inf)
-    return found
+            waits.append(math.inf)
+    return waits
 
 
 def turnarounds_s(record: Record, template: str) -> list[float]:
@@ -184,11 +184,11 @@ def fleet_sizes(record: Record) -> list[tuple[float, int]]:
             changes.append((instance.ready_s, 1))
             if instance.ended_s is not None:
                 changes.append((instance.ended_s, -1))
-    found, count = [], 0
+    sizes, count = [], 0
     for at_s, change in sorted(changes):
         count += change
-        found.append((at_s, count))
-    return found
+        sizes.append((at_s, count))
+    return sizes
 
 
 @_measure("peak_fleet", Unit.NUMBER, "the most instances in service at once")
@@ -342,16 +342,16 @@ def _judge_one(record: Record, expectation: Expectation) -> VerdictRow:
     return VerdictRow(name, template, measure.unit, least, most, number, color, why)
 
 
-def _color(record: Record, measure: Measure, wanted: Expectation, measured: float | Unknown) -> tuple[Color, str]:
+def _color(record: Record, measure: Measure, expectation: Expectation, measured: float | Unknown) -> tuple[Color, str]:
     if measure.unit is Unit.USD and record.compressed != 1:
         return Color.NOT_JUDGED, "money is not judged in a compressed run"
     if isinstance(measured, Unknown):
         return Color.NOT_JUDGED, measured.why
     if math.isinf(measured):
         return Color.RED, "it never ended"
-    if wanted.most is not None and measured > wanted.most + _SLACK * abs(wanted.most):
+    if expectation.most is not None and measured > expectation.most + _SLACK * abs(expectation.most):
         return Color.RED, "more than expected"
-    if wanted.least is not None and measured < wanted.least - _SLACK * abs(wanted.least):
+    if expectation.least is not None and measured < expectation.least - _SLACK * abs(expectation.least):
         # A cut run might still have reached the value, but then the row `ended` is red.
         return Color.RED, "less than expected"
     if record.cut:

@@ -68,14 +68,14 @@ class ContainerFaults:
 
     async def instances(self) -> dict[str, Mapping[str, Any]]:
         """Return Docker's rows of the running instances by instance."""
-        wanted = {"label": [f"{LABEL}={self.at.project}", INSTANCE], "status": "running"}
-        rows = await self.do("The instances", lambda api: api.containers(filters=wanted))
+        filters = {"label": [f"{LABEL}={self.at.project}", INSTANCE], "status": "running"}
+        rows = await self.do("The instances", lambda api: api.containers(filters=filters))
         return {row["Labels"][INSTANCE]: row for row in rows}
 
     async def service(self, name: str) -> str:
         """Return the container id of a service. Raise BackendError if there is none."""
-        wanted = {"label": [f"{LABEL}={self.at.project}", f"{SERVICE}={name}"]}
-        rows = await self.do(name, lambda api: api.containers(all=True, filters=wanted))
+        filters = {"label": [f"{LABEL}={self.at.project}", f"{SERVICE}={name}"]}
+        rows = await self.do(name, lambda api: api.containers(all=True, filters=filters))
         if not rows:
             raise BackendError(f"The service {name} of the grid does not have a container.")
         return str(rows[0]["Id"])
@@ -83,10 +83,10 @@ class ContainerFaults:
     async def look(self, container: str) -> Mapping[str, Any]:
         """Inspect a container. Return an empty mapping if it no longer exists."""
         with suppress(NotFound):
-            found: Mapping[str, Any] = await self.do(
+            state: Mapping[str, Any] = await self.do(
                 f"Container {container[:12]}", lambda api: api.inspect_container(container)
             )
-            return found
+            return state
         return {}
 
     async def is_running(self, container: str) -> bool:
@@ -151,12 +151,12 @@ class ContainerFaults:
                 )
             cut = [name for name, container in targets.items() if not await self._reaches(container)]
             held_s = await self._grid.hold(fault.for_s)
-        back = [name for name, container in targets.items() if await self._is_connected(container)]
-        reach = [name for name in back if await self._reaches(targets[name])]
+        connected = [name for name, container in targets.items() if await self._is_connected(container)]
+        reachable = [name for name in connected if await self._reaches(targets[name])]
         return FaultResult(
             tuple(targets),
             f"{len(cut)} of {len(targets)} instances could not reach the grid's services for {held_s:.1f} s, and "
-            f"{len(reach)} reach them again; {len(targets) - len(back)} ended meanwhile",
+            f"{len(reachable)} reach them again; {len(targets) - len(connected)} ended meanwhile",
         )
 
     async def _reaches(self, container: str) -> bool:
@@ -164,9 +164,9 @@ class ContainerFaults:
         argv = [PYTHON, "-c", _PROBE, f"{self.at.subnet}.12", str(compose_deployment.METADATA_PORT)]
 
         def probe(api: APIClient) -> bool:
-            made = api.exec_create(container, argv)["Id"]
-            api.exec_start(made)
-            return bool(api.exec_inspect(made)["ExitCode"] == 0)
+            execution = api.exec_create(container, argv)["Id"]
+            api.exec_start(execution)
+            return bool(api.exec_inspect(execution)["ExitCode"] == 0)
 
         with suppress(BackendError):  # the container has ended
             return await self.do("A look from within", probe)
@@ -262,8 +262,8 @@ class ContainerFaults:
         zones = ZoneOutage(compose_deployment.autoscaling(self._grid.home, self.at), prefix=f"{self.at.project}-")
 
         async def kill(instances: Sequence[str]) -> list[str]:
-            there = await self.instances()
-            return await self.killed({instance: there[instance]["Id"] for instance in instances if instance in there})
+            rows = await self.instances()
+            return await self.killed({instance: rows[instance]["Id"] for instance in instances if instance in rows})
 
         async def inside(zone: str) -> list[str]:
             rows = (await self.instances()).items()

@@ -237,7 +237,7 @@ class ProcessFaults:
             held_s = await self._grid.hold(fault.for_s)
         waiting = front.counts.kept_waiting - before
         if not waiting:
-            raise NothingHit(NOTHING_HIT.format(one="request of these instances"))
+            raise NothingHit(NOTHING_HIT.format(unit="request of these instances"))
         return FaultResult(
             tuple(targets), f"{waiting} requests of {first_of(list(targets))} got no answer in {held_s:.1f} s"
         )
@@ -259,7 +259,7 @@ async def s3_errors(grid: TargetGrid, front: FaultProxy | None, fault: Fault) ->
         held_s = await grid.hold(fault.for_s)
     asked, refused = front.counts.asked - before[0], front.counts.refused - before[1]
     if not refused:
-        raise NothingHit(NOTHING_HIT.format(one="request"))
+        raise NothingHit(NOTHING_HIT.format(unit="request"))
     return FaultResult(
         (front.target,), f"{refused} of {asked} requests to S3 were answered 503 SlowDown in {held_s:.1f} s"
     )

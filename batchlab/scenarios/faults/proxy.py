@@ -226,16 +226,16 @@ def with_proxy(backend: Backend, home: Home, say: Callable[[str], None]) -> Iter
     with ExitStack() as stack:
         home.make()
         backend.provide(home, say)
-        known, place = home.place(backend.name), backend.named_place(home)
+        stored, place = home.place(backend.name), backend.named_place(home)
         if place is None:
             # The emulator that the grid itself would start, with its data.
             emulator = backend.open_emulator(home)
             assert emulator
             url = stack.enter_context(emulator).url
-            place = Place(url, known.bucket if known else new_bucket_name(), named=False)
+            place = Place(url, stored.bucket if stored else new_bucket_name(), named=False)
         front = stack.enter_context(run_proxy(FaultProxy(place.url)))
         home.backend_folder(backend.name).mkdir(exist_ok=True)
-        stack.enter_context(_proxied_home(home, backend.name, place, front.url, is_new=known is None))
+        stack.enter_context(_proxied_home(home, backend.name, place, front.url, is_new=stored is None))
         yield factory.load(backend.name, f"{front.url}/{place.bucket}"), front
 
 
@@ -304,18 +304,18 @@ _MEMORY = "256m"
 class LocalStackProxy:
     """LocalStack's container `storage` with the address `url` on the grid's network."""
 
-    def __init__(self, there: ContainerFaults, storage: str, url: str) -> None:
-        self._there = there
+    def __init__(self, containers: ContainerFaults, storage: str, url: str) -> None:
+        self._containers = containers
         self._storage = storage
         parts = urlsplit(url)
         self._host, self._port = parts.hostname or "", parts.port or 80
-        self._aside = f"{there.at.subnet}.{_ASIDE}"
-        self._beside = f"{there.at.subnet}.{_BESIDE}"
+        self._aside = f"{containers.at.subnet}.{_ASIDE}"
+        self._beside = f"{containers.at.subnet}.{_BESIDE}"
 
     async def hold(self, grid: TargetGrid, fault: Fault) -> FaultResult:
         """Answer the fault's share of S3 requests with 503 for its time."""
         # The name is known before the creation, because a cancellation would lose the id.
-        front = grid.backend.open_ids().fresh(f"{self._there.at.project}-front")
+        front = grid.backend.open_ids().fresh(f"{self._containers.at.project}-front")
         counts, backs_s = RequestCounts(), [0.0]
 
         async def give_back() -> None:
@@ -342,7 +342,7 @@ class LocalStackProxy:
             away_s = time.monotonic() - began_s
             held_s = await grid.hold(fault.for_s)
         if not counts.refused:
-            raise NothingHit(NOTHING_HIT.format(one="request"))
+            raise NothingHit(NOTHING_HIT.format(unit="request"))
         return FaultResult(
             (f"{self._host}:{self._port}",),
             f"{counts.refused} of {counts.asked} requests to S3 were answered 503 SlowDown in {held_s:.1f} s; the "
@@ -350,13 +350,13 @@ class LocalStackProxy:
         )
 
     async def _do(self, call: Callable[[APIClient], T]) -> T:
-        return await self._there.do(_WHAT, call)
+        return await self._containers.do(_WHAT, call)
 
     def _breaks(self, call: Callable[[APIClient], None]) -> asyncio.Future[None]:
-        return self._there.breaks(_WHAT, call)
+        return self._containers.breaks(_WHAT, call)
 
     def _creation(self, front: str, fault: Fault) -> Callable[[APIClient], None]:
-        at = self._there.at
+        at = self._containers.at
         argv = ["-m", __name__, str(self._port), f"{self._aside}:{self._port}"]
 
         def create(api: APIClient) -> None:
@@ -370,7 +370,7 @@ class LocalStackProxy:
                 entrypoint=[PYTHON, "-P"],
                 command=[*argv, str(fault.rate), str(fault.for_s + _MARGIN_S)],
                 user=at.user,
-                labels={LABEL: at.project, HOME_LABEL: str(self._there.home)},
+                labels={LABEL: at.project, HOME_LABEL: str(self._containers.home)},
                 networking_config=networking,
                 stop_signal="SIGTERM",
                 host_config=api.create_host_config(
@@ -394,7 +394,7 @@ class LocalStackProxy:
 
     def _move(self, container: str, address: str) -> Callable[[APIClient], None]:
         """Return a call that gives the container this address on the grid's network."""
-        network = self._there.at.project
+        network = self._containers.at.project
 
         def move(api: APIClient) -> None:
             has = networks(api.inspect_container(container)).get(network)
@@ -421,8 +421,8 @@ class LocalStackProxy:
         with suppress(NotFound):
             try:
                 await self._do(lambda api: api.stop(front, timeout=_STOP_S))
-                said = await self._do(lambda api: api.logs(front, tail=20))
-                if lines := [line for line in said.decode().splitlines() if line[:1] == "{"]:
+                output = await self._do(lambda api: api.logs(front, tail=20))
+                if lines := [line for line in output.decode().splitlines() if line[:1] == "{"]:
                     vars(counts).update(json.loads(lines[-1]))
             finally:
                 await self._do(lambda api: api.remove_container(front, v=True, force=True))
@@ -430,8 +430,8 @@ class LocalStackProxy:
 
 def networks(container: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the networks of a container by name."""
-    found: Mapping[str, Any] = container.get("NetworkSettings", {}).get("Networks", {})
-    return found
+    by_name: Mapping[str, Any] = container.get("NetworkSettings", {}).get("Networks", {})
+    return by_name
 
 
 def _answers(host: str, port: int) -> bool:

@@ -100,7 +100,7 @@ async def duplicates(grid: TargetGrid, fault: Fault) -> FaultResult:
     again = sum(len(state.ids[digest]) > 1 for state in states for digest in state.hit)
     released = sum(state.released for state in states)
     if not hit:
-        raise NothingHit(NOTHING_HIT.format(one="message"))
+        raise NothingHit(NOTHING_HIT.format(unit="message"))
     return FaultResult(
         tuple(queues),
         f"{hit} of {seen} received messages were sent a second time, and {released} of the originals returned to the "
@@ -128,7 +128,7 @@ async def delays(grid: TargetGrid, fault: Fault) -> FaultResult:
     held_s = sorted(seconds for state in states for seconds in state.held_s)
     spread = f", after {held_s[0]:.1f} to {held_s[-1]:.1f} s each" if held_s else ""
     if not hit:
-        raise NothingHit(NOTHING_HIT.format(one="message"))
+        raise NothingHit(NOTHING_HIT.format(unit="message"))
     return FaultResult(
         tuple(queues),
         f"{hit} of {seen} received messages were hidden, and {len(held_s)} of them returned to the queue{spread}",

@@ -33,7 +33,7 @@ POLL_S = 0.1
 EFFECT_TIMEOUT_S = 60.0
 """Time in which an effect must become visible."""
 NO_INSTANCE = "No instance was in service."
-NOTHING_HIT = "No {one} was affected: there were none, or too few."
+NOTHING_HIT = "No {unit} was affected: there were none, or too few."
 
 
 class EffectNotSeen(Unreachable):

@@ -165,17 +165,17 @@ def mean_task_s(job: Job, stage: StageTemplate) -> float:
 
 def task_s(seed: int, job: Job, stage: StageTemplate, task: int) -> float:
     """Return the seconds that a task takes in every attempt."""
-    known = _fixed_task_s(job, stage)
-    if known is not None:
-        return known
+    fixed_s = _fixed_task_s(job, stage)
+    if fixed_s is not None:
+        return fixed_s
     return stage.task_s.at(_stream(seed, "tasks", job.index, stage.name).unit(task))
 
 
 def task_times_s(seed: int, job: Job, stage: StageTemplate, tasks: TaskSet) -> list[float]:
     """Return `task_s` of each task, in order. It takes well under a microsecond per task."""
-    known = _fixed_task_s(job, stage)
-    if known is not None:
-        return [known] * len(tasks)
+    fixed_s = _fixed_task_s(job, stage)
+    if fixed_s is not None:
+        return [fixed_s] * len(tasks)
     stream = _stream(seed, "tasks", job.index, stage.name)
     at = stage.task_s.at
     if len(tasks.ranges) == 1:

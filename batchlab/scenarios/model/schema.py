@@ -370,7 +370,7 @@ _FORMS: dict[Unit, tuple[Any, Any]] = {
 
 def _expected(by_template: bool) -> dict[str, Any]:
     """Return a field for each measure."""
-    found: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for name, measure in MEASURES.items():
         if by_template and not measure.by_template:
             continue
@@ -378,8 +378,8 @@ def _expected(by_template: bool) -> dict[str, Any]:
         bound: Any = Bound[form]  # type: ignore[valid-type]
         limit = Annotated[bound | None, BeforeValidator(_bound, json_schema_input_type=form | bound)]
         says = f"{measure.meaning[0].upper()}{measure.meaning[1:]}."
-        found[name] = (limit, key(says, example, None))
-    return found
+        fields[name] = (limit, key(says, example, None))
+    return fields
 
 
 class _JobExpect(Keys):

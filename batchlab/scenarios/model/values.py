@@ -181,8 +181,8 @@ class Fault:
     def among(self, number: int) -> int:
         """Return how many of `number` instances the fault hits."""
         # The subtraction corrects products such as 0.14 × 50, which is slightly above 7.
-        wanted = ceil(self.share * number - 1e-9) if self.count is None else self.count
-        return min(wanted, number)
+        most = ceil(self.share * number - 1e-9) if self.count is None else self.count
+        return min(most, number)
 
     def shares(self, other: Fault) -> bool:
         """Return whether the end of one fault would also end the other."""

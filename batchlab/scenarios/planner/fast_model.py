@@ -134,13 +134,13 @@ class _FastRun:
 
     def _submit(self, work: JobWork) -> None:
         template = work.job.template
-        stages, known = [], stages_known_at_start(template.stages)
+        stages, planned = [], stages_known_at_start(template.stages)
         places = {stage.name: n for n, stage in enumerate(template.stages)}
         for stage, units in zip(template.stages, work.stages, strict=True):
             upstream = [work.stages[places[name]] for name in stage.after]
             waits = len(stage.after) if stage.gather is None else sum(map(len, upstream))
             tasks = sum(unit.tasks for unit in units)
-            stages.append(StageProgress(stage.name in known, tasks, len(units), [waits] * len(units)))
+            stages.append(StageProgress(stage.name in planned, tasks, len(units), [waits] * len(units)))
         job = JobProgress(work, stages)
         self._jobs.append(job)
         self._open[work.job.index] = job

@@ -52,8 +52,8 @@ class SizeLimits:
             if work_time_s <= 0:
                 work_time_s = deadline_s
             useful[pool.name] = max(1, math.ceil(demand.slots / pool.slots))
-            wanted = math.ceil(demand.work_s / (pool.slots * work_time_s) - 1e-9)
-            needed[pool.name] = max(1, min(useful[pool.name], wanted))
+            size = math.ceil(demand.work_s / (pool.slots * work_time_s) - 1e-9)
+            needed[pool.name] = max(1, min(useful[pool.name], size))
         return cls(needed, useful, base.pools)
 
     def fit(self, pool: str, size: int) -> int:

@@ -78,7 +78,7 @@ def compute_cost(
 
 def wasted_s(before: Account, after: Account) -> float:
     """Return the slot seconds of failed attempts and lost executions between two accounts."""
-    first_s, last_s = (sum(one.failed_s.values()) + sum(one.lost_s.values()) for one in (before, after))
+    first_s, last_s = (sum(account.failed_s.values()) + sum(account.lost_s.values()) for account in (before, after))
     return last_s - first_s
 
 
@@ -232,22 +232,22 @@ def check_grid(grid: GridView, scenario: Scenario, *, deployed: bool) -> None:
     """
     remedy = _STACK_REMEDY if deployed else _REMEDY
     pools = {pool["name"]: pool for pool in grid["pools"]}
-    for wanted in (plan.pool for plan in scenario.pools):
-        pool = pools.get(wanted.name)
+    for planned in (plan.pool for plan in scenario.pools):
+        pool = pools.get(planned.name)
         if pool is None:
-            raise Refused(f"The running grid lacks the pool {wanted.name!r}, which the scenario needs.", remedy=remedy)
-        ours = (wanted.min_size, wanted.max_size, wanted.slots)
+            raise Refused(f"The running grid lacks the pool {planned.name!r}, which the scenario needs.", remedy=remedy)
+        ours = (planned.min_size, planned.max_size, planned.slots)
         theirs = (pool["min"], pool["max"], pool["slots"])
         if ours != theirs:
             raise Refused(
-                f"The pool {wanted.name!r} of the running grid is {_describe_pool(*theirs)}, and the scenario needs "
+                f"The pool {planned.name!r} of the running grid is {_describe_pool(*theirs)}, and the scenario needs "
                 f"{_describe_pool(*ours)}.",
                 remedy=remedy,
             )
         if pool["held_by_hand"]:
             raise Refused(
-                f"The capacity of the pool {wanted.name!r} of the running grid is set by hand.",
-                remedy=f"`batchlab grid scale {wanted.name} --auto` returns it to the policy.",
+                f"The capacity of the pool {planned.name!r} of the running grid is set by hand.",
+                remedy=f"`batchlab grid scale {planned.name} --auto` returns it to the policy.",
             )
     for name, value in scenario.policy.settings().items():
         actual = grid["settings"].get(name)

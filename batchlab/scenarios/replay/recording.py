@@ -120,12 +120,12 @@ def from_record(record: Record, name: str) -> RecordedWorkload:
 
 def _pools(record: Record) -> list[PoolPlan]:
     plans = []
-    known = instance_types.load().types
+    known_types = instance_types.load().types
     for name, (least, most, slots) in record.pools.items():
         lives = [life for life in record.instances if life.pool == name]
         boots = [life.boot_s for life in lives if life.boot_s is not None]
         spot = sum(life.market == Market.SPOT for life in lives) / max(1, len(lives))
-        types = [life.type for life in lives if life.type in known]
+        types = [life.type for life in lives if life.type in known_types]
         kind = max(types, key=types.count) if types else ""
         boot_s = median(boots) if boots else 0.0
         plans.append(PoolPlan(Pool(name, least, most, slots, boot_s, instance_type=kind), spot))

@@ -398,14 +398,14 @@ class RowMapper:
         return [*intervals, *(row._replace(wide_s=every_s) for row in rows[-1:])]
 
 
-def check_columns(used: Iterable[str], known: Sequence[str], path: Path) -> None:
+def check_columns(used: Iterable[str], columns: Sequence[str], path: Path) -> None:
     """Raise UsageError for a column that is missing or duplicated."""
     for name in used:
-        times = known.count(name)
+        times = columns.count(name)
         if times == 1:
             continue
         fault = "has no column" if not times else f"has {times} columns called"
-        raise UsageError(f"The trace {path} {fault} {name!r}.", remedy=f"Its columns are: {list_names(known)}.")
+        raise UsageError(f"The trace {path} {fault} {name!r}.", remedy=f"Its columns are: {list_names(columns)}.")
 
 
 def list_names(names: Sequence[str]) -> str:

@@ -65,8 +65,8 @@ def work(item: Any, ctx: Task) -> Any:
 def _entries(item: Any, ctx: Task, shape: dict[str, Any]) -> dict[str, Any]:
     gathered = shape.get("tasks")
     if gathered is not None:
-        found: dict[str, Any] = gathered[ctx.task]
-        return found
+        entries: dict[str, Any] = gathered[ctx.task]
+        return entries
     if "t" in item:
         return dict(item["t"])
     # After several stages, the item has the values of all of them by stage.
@@ -95,9 +95,9 @@ def _cpu(until_s: float, _shape: dict[str, Any], _ctx: Task) -> None:
 def _memory(until_s: float, shape: dict[str, Any], _ctx: Task) -> None:
     # The memory comes from the system, so that it is released after the task.
     size = max(PAGE_BYTES, int(shape["hold"] or HELD_BYTES))
-    with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as held:
-        for at in range(0, len(held), PAGE_BYTES):
-            held[at] = 1
+    with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        for at in range(0, len(memory), PAGE_BYTES):
+            memory[at] = 1
             if time.monotonic() >= until_s:
                 break
         time.sleep(max(0.0, until_s - time.monotonic()))
