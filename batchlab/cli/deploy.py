@@ -61,8 +61,7 @@ def plan(arguments: DeployArguments, home: Path | None = HOME, json: bool = JSON
     \b
     Example: batchlab deploy plan --pool default:0-10x2@m7i.large --ledger postgres --budget 150
     """
-    from batchlab.deploy import settings as settings_
-    from batchlab.deploy import template
+    from batchlab.deploy import settings, template
     from batchlab.deploy.plan import create_plan
     from batchlab.deploy.stack_records import refuse_unchangeable
 
@@ -78,7 +77,7 @@ def plan(arguments: DeployArguments, home: Path | None = HOME, json: bool = JSON
                 output.show_json(plan.to_json())
             else:
                 Person().show(plan)
-        settings_.write(where, wanted)
+        settings.write(where, wanted)
 
 
 @app.command("template")

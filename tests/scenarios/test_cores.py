@@ -9,8 +9,8 @@ import pytest
 
 from batchlab.core.model import Pool
 from batchlab.runtime import factory
-from batchlab.scenarios.forecast.jobs import SharedCores
 from batchlab.scenarios.forecast.simulate import simulate
+from batchlab.scenarios.forecast.simulated_work import SharedCores
 from batchlab.scenarios.model.distributions import Constant
 from batchlab.scenarios.model.values import PoolPlan, Scenario, StageTemplate, WorkKind
 from batchlab.scenarios.planner.fast_model import FastModel

@@ -18,8 +18,7 @@ from batchlab.core.ports import MAX_BATCH, MAX_DELAY_S, MAX_WAIT_S, Clock, Notic
 from batchlab.core.text import count
 from batchlab.manager.ledger_rebuild import RebuildResult
 from batchlab.runtime.factory import Backend
-from batchlab.scenarios.forecast.jobs import ALL_WORKERS, SimulatedWork
-from batchlab.scenarios.forecast.machines import Machines
+from batchlab.scenarios.forecast.simulated_work import ALL_WORKERS, Machines, SimulatedWork
 from batchlab.scenarios.model.distributions import Stream
 from batchlab.scenarios.model.values import Fault, FaultName, Scenario
 from batchlab.scenarios.record import InjectedFault
@@ -330,22 +329,22 @@ class FaultTimeline:
         )
 
     async def _crash_manager(self, fault: Fault) -> TargetsAndEvidence:
-        post = self.world.leader
-        if post is None:
+        leader = self.world.leader
+        if leader is None:
             raise NothingHit("no manager ran then")
-        jobs, died_s = len(post.manager.lives), self.now_s()
+        jobs, died_s = len(leader.manager.lives), self.now_s()
         # On other backends, Docker or the group restarts the manager at its own time.
         waits = self.backend.capabilities.local_manager
         self.restart_blocks += waits
-        post.actor.kill()
+        leader.actor.kill()
         if waits:
             await asyncio.sleep(fault.for_s)
             self.restart_blocks -= 1
             self._unblocked.set()
         while (manager := self.world.manager) is None or not manager.is_leader.is_set():  # noqa: ASYNC110
             await asyncio.sleep(1.0 / self.scenario.compressed)
-        return (post.actor.name,), (
-            f"{post.actor.name} died with {count(jobs, 'active job')}; its successor {self.world.last_owner} "
+        return (leader.actor.name,), (
+            f"{leader.actor.name} died with {count(jobs, 'active job')}; its successor {self.world.last_owner} "
             f"led {self.now_s() - died_s:.1f} s later"
         )
 

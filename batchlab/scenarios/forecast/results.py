@@ -34,8 +34,7 @@ from batchlab.core.protocol.commit_keys import CommitKeys
 from batchlab.manager.state import ManagerSettings
 from batchlab.runtime.descriptor import Calibration
 from batchlab.runtime.factory import Backend
-from batchlab.scenarios.forecast.jobs import SimulatedWork
-from batchlab.scenarios.forecast.machines import Machines, calibrated_pool
+from batchlab.scenarios.forecast.simulated_work import Machines, SimulatedWork, calibrated_pool
 from batchlab.scenarios.model.values import Job, Scenario, StageTemplate
 from batchlab.scenarios.record import InstanceRun, JobRun, PoolSample, Record, Sample, StageRun
 from batchlab.scenarios.verdicts import end_s

@@ -25,9 +25,15 @@ from batchlab.runtime import factory
 from batchlab.runtime.descriptor import Calibration
 from batchlab.runtime.factory import Backend
 from batchlab.scenarios.forecast.fault_timeline import FaultTimeline, FaultyQueue, ScenarioCallFaults, ServiceFaults
-from batchlab.scenarios.forecast.jobs import DeclaredRunner, SimulatedWork, job_def, store_items
-from batchlab.scenarios.forecast.machines import Machines, zone_names
 from batchlab.scenarios.forecast.results import ForecastSetup, GridSampler, ResultCounter
+from batchlab.scenarios.forecast.simulated_work import (
+    DeclaredRunner,
+    Machines,
+    SimulatedWork,
+    job_def,
+    store_items,
+    zone_names,
+)
 from batchlab.scenarios.model.expansion import expand
 from batchlab.scenarios.model.values import FaultName, Job, Prewarm, Scenario
 from batchlab.scenarios.record import Record

@@ -20,9 +20,9 @@ from batchlab.manager.state import UNKNOWN_TASK_S, Backlog
 from batchlab.runtime import factory
 from batchlab.runtime.descriptor import Calibration
 from batchlab.scenarios.forecast.fault_timeline import NO_INSTANCE
-from batchlab.scenarios.forecast.machines import Machines, zone_names
 from batchlab.scenarios.forecast.results import ForecastSetup, Results
 from batchlab.scenarios.forecast.simulate import SHRINK_LIMIT_S
+from batchlab.scenarios.forecast.simulated_work import Machines, zone_names
 from batchlab.scenarios.model.expansion import expand
 from batchlab.scenarios.model.values import Fault, FaultName, Scenario
 from batchlab.scenarios.planner.work_units import (
@@ -128,7 +128,7 @@ class _FastRun:
             instances=self._machines.runs(),
             end_s=self._now_s,
             faults=tuple(self._injected),
-            lost=sum(stage.left for job in self._open.values() for stage in job.stages),
+            lost=sum(stage.remaining for job in self._open.values() for stage in job.stages),
             cut=self._cut,
         )
 
@@ -202,7 +202,7 @@ class _FastRun:
         elif not instance.running:
             self._end(instance)
         stage, template = job.stages[unit.stage], job.work.job.template
-        stage.left -= unit.tasks
+        stage.remaining -= unit.tasks
         stage.units -= 1
         stage.done += unit.tasks
         stage.done_s += unit.run_s
@@ -264,8 +264,8 @@ class _FastRun:
                 else:
                     began_s = self._now_s if stage.began_s is None else stage.began_s
                     mean_s = max(UNKNOWN_TASK_S, self._now_s - began_s)
-                seconds += stage.left * mean_s * template.slots
-                tasks += stage.left * template.slots
+                seconds += stage.remaining * mean_s * template.slots
+                tasks += stage.remaining * template.slots
         return Backlog(seconds, tasks)
 
     def _scale(self, pool: ModelPool) -> Backlog:

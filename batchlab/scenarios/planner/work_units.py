@@ -134,7 +134,7 @@ class StageProgress:
     """Progress of a stage of one job."""
 
     planned: bool
-    left: int
+    remaining: int
     units: int
     waits: list[int]
     """For each unit, the number of units that it waits for."""
