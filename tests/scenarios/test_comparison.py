@@ -86,7 +86,7 @@ def test_differences_that_reduce_comparability_are_reported() -> None:
 
 
 def test_incomparable_records_are_refused() -> None:
-    with pytest.raises(UsageError, match="of b"):
+    with pytest.raises(UsageError, match="of scenario b"):
         compare(a_record(), a_record(scenario="b"))
     with pytest.raises(UsageError, match="divided by 1, and the fact's times by 60"):
         compare(a_record(), a_record(compressed=60.0))

@@ -174,7 +174,7 @@ def test_jobs_with_too_little_data_are_counted(tmp_path: Path) -> None:
 
 
 def test_a_record_without_jobs_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no job with a known number of tasks"):
+    with pytest.raises(UsageError, match="not have a job with a known number of tasks"):
         recording.from_record(replace(_record(), jobs=()), "none")
 
 

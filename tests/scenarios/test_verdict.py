@@ -169,7 +169,7 @@ def test_fault_that_was_not_injected_is_reported() -> None:
 
 
 def test_unmeasurable_expectation_is_refused() -> None:
-    with pytest.raises(UsageError, match="no measure 'speed'"):
+    with pytest.raises(UsageError, match="measure 'speed' does not exist"):
         judge(a_record(), [Expectation("speed", most=1)])
     with pytest.raises(UsageError, match="whole run"):
         judge(a_record(), [Expectation("cost", most=1, template="claims")])
