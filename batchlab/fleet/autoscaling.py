@@ -206,8 +206,8 @@ class ScheduleRequests(Requests):
             raise ValidationError(f"Invalid time zone: {action.time_zone}") from error
         except ValueError as error:
             raise ValidationError(f"Given recurrence string:{error} is invalid") from error
-        known = action.scheduled_action_name in asg.scheduled
-        if not known and len(asg.scheduled) >= MAX_ACTIONS:
+        exists = action.scheduled_action_name in asg.scheduled
+        if not exists and len(asg.scheduled) >= MAX_ACTIONS:
             raise LimitExceeded(f"A group may have {MAX_ACTIONS} scheduled actions.")
 
     def delete_scheduled_action(self, name: str, scheduled_action_name: str) -> None:
@@ -229,13 +229,13 @@ class ScheduleRequests(Requests):
         """Return actions that will run again, sorted by their next run. As on AWS, `start_time` of a result is its next
         run. The two times limit the next run, and are ignored if names are given."""
         groups = [self._asg_group(name)[0]] if name else list(self._groups.values())
-        found = []
+        actions = []
         for asg in (group.asg for group in groups if group.asg is not None):
             for this, due_s in asg.due_s.items():
                 within = (start_time or 0.0) <= due_s <= (due_s if end_time is None else end_time)
                 if this in scheduled_action_names if scheduled_action_names else within:
-                    found.append((due_s, this, replace(asg.scheduled[this], start_time=due_s)))
-        return [action for _, _, action in sorted(found, key=lambda one: one[:2])]
+                    actions.append((due_s, this, replace(asg.scheduled[this], start_time=due_s)))
+        return [action for _, _, action in sorted(actions, key=lambda item: item[:2])]
 
 
 def _check_recurrence(expression: str, now_s: float) -> None:

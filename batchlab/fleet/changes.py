@@ -122,13 +122,13 @@ class Changes(Record):
             return
         size = weigh(group.staying())
         for member in victims(group, self.steady.now_s()):
-            left = size - member.asg.weight
-            shrinking = f"{_DIFFERENCE}, shrinking the capacity from {size} to {left}"
+            remaining = size - member.asg.weight
+            shrinking = f"{_DIFFERENCE}, shrinking the capacity from {size} to {remaining}"
             if warm_pool.takes_back(group, member):
                 warm_pool.take_back(self, group, member, shrinking)
             else:
                 self.retire(group, member, why=shrinking, note="terminated: scale-in")
-            size = left
+            size = remaining
         all_protected = all(member.instance.protected for member in group.staying())
         stuck = max(0, size - group.desired) if all_protected else 0
         if stuck and stuck != group.stuck:

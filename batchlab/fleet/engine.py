@@ -58,16 +58,16 @@ def admit_members(
         if member.state is LifecycleState.PENDING and member.asg.asleep
     ]
     while missing > 0:
-        one = _admit_member(changes, group, now_s, sources)
-        if one is None:
+        launch = _admit_member(changes, group, now_s, sources)
+        if launch is None:
             break
-        fresh.append(one)
-        missing -= one.member.asg.weight
+        fresh.append(launch)
+        missing -= launch.member.asg.weight
     for _ in range(warm.room(group, now_s)):
-        one = _admit_member(changes, group, now_s, sources, warm_pool=True)
-        if one is None:
+        launch = _admit_member(changes, group, now_s, sources, warm_pool=True)
+        if launch is None:
             break
-        fresh.append(one)
+        fresh.append(launch)
     return fresh
 
 
@@ -192,15 +192,15 @@ class Engine:
         least once, and again after a restart. Raise BackendError if the launcher or the store fails; the next tick
         continues."""
         async with self._ticking:
-            known = await self._launcher.running()
+            instances = await self._launcher.running()
             now_s = self._clock.monotonic_s()
             for group in list(self._groups.values()):
-                health.update_from_launcher(self._changes, group, known, now_s)
+                health.update_from_launcher(self._changes, group, instances, now_s)
                 if group.asg is not None:
                     self._run_asg(group)
                 self._changes.scale_in(group)
             self._save()
-            await self._end(self._orphans(known))
+            await self._end(self._orphans(instances))
             await self._stop_instances()
             await self._launch(now_s)
             for group in self._groups.values():
@@ -213,16 +213,16 @@ class Engine:
         """Run the processes of an Auto Scaling group, and remove it once its deletion is done."""
         assert self._sources is not None, "an Auto Scaling group needs its sources"
         _run_processes(self._changes, group, self._sources, self._metrics, self._alarm_period_s)
-        gone = all(member.state is LifecycleState.TERMINATED for member in group.members.values())
-        if group.asg is not None and group.asg.deleting and gone:
+        is_empty = all(member.state is LifecycleState.TERMINATED for member in group.members.values())
+        if group.asg is not None and group.asg.deleting and is_empty:
             del self._groups[group.pool.name]
             self._changes.unsaved = True
 
-    def _orphans(self, known: Mapping[str, str | None]) -> list[str]:
+    def _orphans(self, instances: Mapping[str, str | None]) -> list[str]:
         """Return newly found running instances that the state does not have. The state may be older than the instances,
         or a launch that was reported as failed has started an instance."""
-        ours = {m.instance.id for _, m in self._members() if m.state is not LifecycleState.TERMINATED}
-        strangers = [name for name, ended in known.items() if ended is None and name not in ours]
+        living = {m.instance.id for _, m in self._members() if m.state is not LifecycleState.TERMINATED}
+        strangers = [name for name, ended in instances.items() if ended is None and name not in living]
         return [name for name in strangers if name not in self._disowned]
 
     async def _end(self, orphans: Sequence[str]) -> None:
@@ -273,8 +273,8 @@ class Engine:
         if not fresh:
             return
         async with asyncio.TaskGroup() as tasks:
-            for one in fresh:
-                tasks.create_task(self._start(one))
+            for launch in fresh:
+                tasks.create_task(self._start(launch))
 
     async def _start(self, fresh: PendingLaunch) -> None:
         group, member = fresh.group, fresh.member

@@ -68,10 +68,10 @@ class ManagedFleet(Engine):
 
     async def set_health(self, instance: str, *, healthy: bool, cause: str) -> None:
         """See the port. Raise Refused if the instance is unknown. Ignore an ending instance."""
-        found = self._find(instance)
-        if found is None:
+        group_and_member = self._find(instance)
+        if group_and_member is None:
             raise Refused(f"there is no instance {instance!r}")
-        group, member = found
+        group, member = group_and_member
         if member.counted and not healthy:
             self._changes.fail(group, member, cause, note=f"terminated: unhealthy: {cause}")
             self._save()
@@ -79,9 +79,9 @@ class ManagedFleet(Engine):
     async def ready(self, instance: str) -> None:
         """Record that the worker in `instance` is ready. Ignore an instance that is unknown or ending, because a
         heartbeat may arrive late."""
-        found = self._find(instance)
-        if found is not None:
-            group, member = found
+        group_and_member = self._find(instance)
+        if group_and_member is not None:
+            group, member = group_and_member
             member.ready = True
             self._changes.arrive(group, member)
 

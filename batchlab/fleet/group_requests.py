@@ -95,44 +95,44 @@ class Requests(Engine):
         return notices
 
     def _asg_group(self, name: str) -> tuple[Group, Asg]:
-        checked_group = self._groups.get(name)
-        if checked_group is None or checked_group.asg is None:
+        group = self._groups.get(name)
+        if group is None or group.asg is None:
             raise ValidationError(f"AutoScalingGroup name not found - AutoScalingGroup: {name} not found")
-        return checked_group, checked_group.asg
+        return group, group.asg
 
     def _changeable(self, name: str) -> tuple[Group, Asg]:
-        checked_group, asg = self._asg_group(name)
+        group, asg = self._asg_group(name)
         if asg.deleting:
             raise ValidationError("The AutoScaling group may not be modified while it is pending delete")
-        return checked_group, asg
+        return group, asg
 
     def _instance(self, instance_id: str) -> tuple[Group, Asg, Member]:
-        found = self._find(instance_id)
-        if found is not None:
-            checked_group, member = found
-            if checked_group.asg is not None and member.state is not LifecycleState.TERMINATED:
-                return checked_group, checked_group.asg, member
+        group_and_member = self._find(instance_id)
+        if group_and_member is not None:
+            group, member = group_and_member
+            if group.asg is not None and member.state is not LifecycleState.TERMINATED:
+                return group, group.asg, member
         raise ValidationError(f"Instance Id not found - No managed instance found for instance ID: {instance_id}")
 
-    def _instances(self, checked_group: Group, instance_ids: Sequence[str]) -> list[Member]:
-        for one in instance_ids:
-            member = checked_group.members.get(one)
+    def _instances(self, group: Group, instance_ids: Sequence[str]) -> list[Member]:
+        for instance_id in instance_ids:
+            member = group.members.get(instance_id)
             if member is None or member.state is LifecycleState.TERMINATED:
                 raise ValidationError(
-                    f"The instance {one} is not part of Auto Scaling group {checked_group.pool.name}."
+                    f"The instance {instance_id} is not part of Auto Scaling group {group.pool.name}."
                 )
-        return [checked_group.members[fromkey] for fromkey in dict.fromkeys(instance_ids)]
+        return [group.members[fromkey] for fromkey in dict.fromkeys(instance_ids)]
 
-    def _check_cooldown(self, checked_group: Group, asg: Asg) -> None:
+    def _check_cooldown(self, group: Group, asg: Asg) -> None:
         if asg.cooling or self._changes.steady.now_s() < asg.cooled_s:
-            newest = self._changes.log.newest(checked_group.pool.name, 1)
+            newest = self._changes.log.newest(group.pool.name, 1)
             which = activity_id(newest[0]) if newest else "of a cooldown"
             raise ScalingActivityInProgress(f"Scaling activity {which} is in progress and blocks this action")
 
-    def _arn(self, kind: str, checked_group: str, rest: str) -> str:
-        unique = uuid5(NAMESPACE_URL, f"{self._account}/{kind}/{checked_group}/{rest}")
+    def _arn(self, kind: str, group: str, rest: str) -> str:
+        unique = uuid5(NAMESPACE_URL, f"{self._account}/{kind}/{group}/{rest}")
         place = f"arn:aws:autoscaling:{self._region}:{self._account}"
-        return f"{place}:{kind}:{unique}:autoScalingGroupName/{checked_group}{rest}"
+        return f"{place}:{kind}:{unique}:autoScalingGroupName/{group}{rest}"
 
 
 LONGEST_LIFETIME_S = 31_536_000
@@ -195,11 +195,11 @@ def check_desired(config: GroupConfig, capacity: int) -> None:
         )
 
 
-def check_hook(one: LifecycleHook) -> None:
-    one_of("LifecycleTransition", one.lifecycle_transition, (LAUNCHING, TERMINATING))
-    if not 30 <= one.heartbeat_timeout <= 7200:
+def check_hook(lifecycle_hook: LifecycleHook) -> None:
+    one_of("LifecycleTransition", lifecycle_hook.lifecycle_transition, (LAUNCHING, TERMINATING))
+    if not 30 <= lifecycle_hook.heartbeat_timeout <= 7200:
         raise ValidationError("HeartbeatTimeout must be between 30 and 7200 seconds.")
-    check_result("DefaultResult", one.default_result)
+    check_result("DefaultResult", lifecycle_hook.default_result)
 
 
 def check_result(name: str, value: str) -> None:
@@ -208,11 +208,11 @@ def check_result(name: str, value: str) -> None:
 
 def parse_processes(names: Sequence[str]) -> list[Process]:
     """Return the named processes, or all if none is named."""
-    known = [str(process) for process in Process]
+    valid = [str(process) for process in Process]
     for name in names:
-        if name not in known:
+        if name not in valid:
             raise ValidationError(f"Unknown process type: {name}")
-    return [Process(name) for name in names or known]
+    return [Process(name) for name in names or valid]
 
 
 def _seconds(name: str, value: int) -> None:
@@ -289,9 +289,9 @@ class GroupRequests(Requests):
         """Delete a group. If it has instances, raise ResourceInUse or ScalingActivityInProgress. With `force_delete`,
         end the instances without their hooks, and remove the group when all have ended."""
         group, asg = self._asg_group(name)
-        here = [m for m in group.members.values() if m.state is not LifecycleState.TERMINATED]
-        if here and not force_delete:
-            if all(member.state in ENDING for member in here):
+        living = [m for m in group.members.values() if m.state is not LifecycleState.TERMINATED]
+        if living and not force_delete:
+            if all(member.state in ENDING for member in living):
                 raise ScalingActivityInProgress(
                     "You cannot delete an AutoScalingGroup while there are scaling activities in"
                     " progress for that group."
@@ -301,7 +301,7 @@ class GroupRequests(Requests):
                 " instance request(s) still in the group."
             )
         asg.deleting, self._changes.unsaved = True, True
-        for member in here:
+        for member in living:
             if member.state is LifecycleState.TERMINATING_WAIT:
                 member.asg.waits.clear()
                 self._changes.move(member, LifecycleState.TERMINATING_PROCEED)
@@ -309,7 +309,7 @@ class GroupRequests(Requests):
                 why = "a user request to delete the group"
                 note = "terminated: the group is deleted"
                 self._changes.retire(group, member, why=why, note=note, hooked=False)
-        if not here:
+        if not living:
             del self._groups[name]
         self._save()
 

@@ -278,11 +278,11 @@ class ActivityLog:
     def add(self, pool: str, at_s: float, description: str, cause: str, status: str) -> int:
         """Record one activity and return its id. Ids increase."""
         number, self._next = self._next, self._next + 1
-        kept = self._pools.setdefault(pool, {})
+        activities = self._pools.setdefault(pool, {})
         ended_s = at_s if status in FINAL else None
-        kept[number] = Activity(number, pool, at_s, description, cause, status, ended_s)
-        if len(kept) > KEEP_ACTIVITIES:
-            del kept[next(iter(kept))]
+        activities[number] = Activity(number, pool, at_s, description, cause, status, ended_s)
+        if len(activities) > KEEP_ACTIVITIES:
+            del activities[next(iter(activities))]
         return number
 
     def settle(self, pool: str, number: int, status: str, at_s: float, *, more: str = "", message: str = "") -> None:

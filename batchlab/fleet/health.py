@@ -28,11 +28,11 @@ GRACE_S = 60.0
 _UNKNOWN = "its launcher does not know it"
 
 
-def update_from_launcher(changes: Changes, group: Group, known: Mapping[str, str | None], now_s: float) -> None:
+def update_from_launcher(changes: Changes, group: Group, instances: Mapping[str, str | None], now_s: float) -> None:
     """Update the state from the launcher's list of instances. `now_s` is monotonic."""
     grace_s = GRACE_S + group.pool.boot_s
     for name, member in group.members.items():
-        ended = known.get(name, _UNKNOWN)
+        ended = instances.get(name, _UNKNOWN)
         if member.state is LifecycleState.TERMINATED:
             continue
         if ended is None:
@@ -120,8 +120,8 @@ def _terminate_replaced(changes: Changes, group: Group, asg: Asg) -> None:
     """Terminate replaced instances. During a refresh, replacements must also have warmed up."""
     in_service = [m for m in group.counted() if m.state is LifecycleState.IN_SERVICE]
     rolling, now_s = asg.rolling, changes.steady.now_s()
-    able = [m for m in in_service if rolling is None or instance_refresh.is_ready(m, rolling, now_s)]
-    surplus = weigh(able) - group.desired
+    ready = [m for m in in_service if rolling is None or instance_refresh.is_ready(m, rolling, now_s)]
+    surplus = weigh(ready) - group.desired
     for member in in_service:
         if member.asg.leaving and member.asg.weight <= surplus:
             surplus -= member.asg.weight
@@ -165,11 +165,11 @@ def _balance(changes: Changes, group: Group, asg: Asg, zones: tuple[str, ...]) -
         zone = member.instance.machine.zone
         return sizes[zone] - least if zone in zones else len(staying) + 1
 
-    able = [m for m in staying if excess(m) > 1 and not m.instance.protected]
-    if able:
-        worst = max(excess(member) for member in able)
-        able = [member for member in able if excess(member) == worst]
-        changes.launch_replacement(group, narrow(asg, able, now_s), _BALANCE)
+    candidates = [m for m in staying if excess(m) > 1 and not m.instance.protected]
+    if candidates:
+        worst = max(excess(member) for member in candidates)
+        candidates = [member for member in candidates if excess(member) == worst]
+        changes.launch_replacement(group, narrow(asg, candidates, now_s), _BALANCE)
 
 
 def enter_standby(changes: Changes, group: Group, member: Member, *, lower: bool) -> int:
@@ -178,11 +178,11 @@ def enter_standby(changes: Changes, group: Group, member: Member, *, lower: bool
     assert group.asg is not None
     size, weight = weigh(group.staying()), member.asg.weight
     change = f", shrinking the capacity from {size} to {size - weight}" * lower
-    said = f"instance {member.instance.id} was moved to standby in response to a user request"
+    sentence = f"instance {member.instance.id} was moved to standby in response to a user request"
     member.asg.moving = changes.note(
         group.pool.name,
         f"Moving EC2 instance to Standby: {member.instance.id}",
-        changes.cause_text(group.asg, said + change),
+        changes.cause_text(group.asg, sentence + change),
         "InProgress",
     )
     changes.move(member, LifecycleState.ENTERING_STANDBY)
@@ -206,11 +206,11 @@ def leave_standby(changes: Changes, group: Group, member: Member) -> int:
     assert group.asg is not None
     size, weight = weigh(group.staying()), member.asg.weight
     change = f", increasing the capacity from {size} to {size + weight}"
-    who = f"instance {member.instance.id} was moved out of standby in response to a user request"
+    sentence = f"instance {member.instance.id} was moved out of standby in response to a user request"
     member.asg.moving = changes.note(
         group.pool.name,
         f"Moving EC2 instance out of Standby: {member.instance.id}",
-        changes.cause_text(group.asg, who + change),
+        changes.cause_text(group.asg, sentence + change),
         "PreInService",
     )
     changes.move(member, LifecycleState.PENDING)

@@ -37,12 +37,12 @@ def step(changes: Changes, group: Group) -> None:
     if asg is None or asg.rolling is None:
         return
     rolling, now_s = asg.rolling, changes.steady.now_s()
-    held = (Process.INSTANCE_REFRESH, Process.LAUNCH, Process.TERMINATE)
+    required = (Process.INSTANCE_REFRESH, Process.LAUNCH, Process.TERMINATE)
     if rolling.refresh.status == "Cancelling":
         if not _unready(group, rolling, now_s):
             finish(changes, asg, "Cancelled", "Cancelled due to user request.")
         return
-    if any(group.suspended(process) for process in held):
+    if any(group.suspended(process) for process in required):
         rolling.moved_s = now_s
         return
     _set(changes, rolling, status=_running(rolling.refresh))
@@ -67,12 +67,12 @@ def _drop_finished(group: Group, rolling: RefreshProgress) -> None:
     preferences = rolling.refresh.preferences
     for name in list(rolling.old):
         member = group.members.get(name)
-        gone = member is None or not (member.counted or member.state in ON_STANDBY)
+        ended = member is None or not (member.counted or member.state in ON_STANDBY)
         ignored = member is not None and (
             (member.instance.protected and preferences.scale_in_protected_instances == "Ignore")
             or (member.state in ON_STANDBY and preferences.standby_instances == "Ignore")
         )
-        if gone or ignored:
+        if ended or ignored:
             rolling.old.discard(name)
 
 
@@ -92,11 +92,11 @@ def is_ready(member: Member, rolling: RefreshProgress, now_s: float) -> bool:
 
 
 def _measure(changes: Changes, group: Group, rolling: RefreshProgress, now_s: float) -> None:
-    left = min(rolling.total, len(rolling.old) + _unready(group, rolling, now_s))
-    complete = 100 if not rolling.total else 100 * (rolling.total - left) // rolling.total
-    if (complete, left) != (rolling.refresh.percentage_complete, rolling.refresh.instances_to_update):
+    remaining = min(rolling.total, len(rolling.old) + _unready(group, rolling, now_s))
+    complete = 100 if not rolling.total else 100 * (rolling.total - remaining) // rolling.total
+    if (complete, remaining) != (rolling.refresh.percentage_complete, rolling.refresh.instances_to_update):
         rolling.moved_s = now_s
-        _set(changes, rolling, percentage_complete=complete, instances_to_update=left)
+        _set(changes, rolling, percentage_complete=complete, instances_to_update=remaining)
 
 
 def _complete(changes: Changes, group: Group, asg: Asg, rolling: RefreshProgress, now_s: float) -> bool:
@@ -154,8 +154,8 @@ def _obstacles(group: Group, rolling: RefreshProgress) -> str:
         "protected from scale-in": [m for m in old if m.instance.protected],
         "on standby": [m for m in old if m.state in ON_STANDBY],
     }
-    said = [f"{len(members)} instances are {what}" for what, members in kinds.items() if members]
-    return " and ".join(said) or "new instances do not become ready"
+    reasons = [f"{len(members)} instances are {what}" for what, members in kinds.items() if members]
+    return " and ".join(reasons) or "new instances do not become ready"
 
 
 def roll_back(changes: Changes, group: Group, rolling: RefreshProgress) -> None:
@@ -179,18 +179,18 @@ def _replace(changes: Changes, group: Group, asg: Asg, rolling: RefreshProgress,
     """Terminate the next instances, or launch their replacements first."""
     preferences = rolling.refresh.preferences
     unready = _unready(group, rolling, now_s)
-    able = _replaceable(group, rolling)[: _until_checkpoint(rolling)]
+    replaceable = _replaceable(group, rolling)[: _until_checkpoint(rolling)]
     extra = group.desired * preferences.max_healthy_percentage // 100 - group.desired
     if preferences.max_healthy_percentage > 100:
         leaving = sum(bool(m.asg.leaving) for m in group.counted())
         room = max(1, extra) - max(leaving, unready)
-        for member in able[: max(0, room)]:
+        for member in replaceable[: max(0, room)]:
             changes.launch_replacement(group, member, _WHY)
             rolling.old.discard(member.instance.id)
         return
     least = math.ceil(group.desired * preferences.min_healthy_percentage / 100)
     spare = group.desired - unready - least
-    for member in able[: max(spare, 0 if unready else 1)]:
+    for member in replaceable[: max(spare, 0 if unready else 1)]:
         asg.replacing.append(f"an instance was launched in response to {_WHY}")
         changes.retire(group, member, why=_WHY, note=f"terminated: {_WHY}")
         rolling.old.discard(member.instance.id)
@@ -200,7 +200,7 @@ def _replaceable(group: Group, rolling: RefreshProgress) -> list[Member]:
     """Return old instances that may be replaced now, oldest first. Instances on standby are included only if the
     preferences terminate them."""
     preferences = rolling.refresh.preferences
-    found = []
+    replaceable = []
     for name, member in group.members.items():
         if name not in rolling.old or member.asg.leaving:
             continue
@@ -209,8 +209,8 @@ def _replaceable(group: Group, rolling: RefreshProgress) -> list[Member]:
             continue
         on_standby = member.state in ON_STANDBY and preferences.standby_instances == "Terminate"
         if on_standby or member.state is LifecycleState.IN_SERVICE:
-            found.append(member)
-    return found
+            replaceable.append(member)
+    return replaceable
 
 
 def _until_checkpoint(rolling: RefreshProgress) -> int:
@@ -224,7 +224,7 @@ def _until_checkpoint(rolling: RefreshProgress) -> int:
 
 def begin(changes: Changes, group: Group, asg: Asg, refresh: InstanceRefresh, sources: Sources) -> None:
     members = group.members.values()
-    here = [m for m in members if m.counted or m.state in ON_STANDBY]
+    counted = [m for m in members if m.counted or m.state in ON_STANDBY]
     pool = [m for m in members if m.state in WARM]
     preferences = refresh.preferences
     warmup = preferences.instance_warmup
@@ -232,13 +232,13 @@ def begin(changes: Changes, group: Group, asg: Asg, refresh: InstanceRefresh, so
         default = asg.config.default_instance_warmup
         warmup = asg.config.health_check_grace_period if default is None else default
     rolling = RefreshProgress(refresh, warmup=warmup, moved_s=changes.steady.now_s())
-    rolling.before = {m.instance.id for m in here}
+    rolling.before = {m.instance.id for m in counted}
     asg.rolling = rolling
     if preferences.skip_matching:
         config = configuration(asg)
-        here = [m for m in here if not matches(m, config, sources)]
+        counted = [m for m in counted if not matches(m, config, sources)]
         pool = [m for m in pool if not matches(m, config, sources)]
-    rolling.old, rolling.total = {m.instance.id for m in here}, len(here)
+    rolling.old, rolling.total = {m.instance.id for m in counted}, len(counted)
     rolling.warm = {m.instance.id for m in pool}
     _set(changes, rolling, instances_to_update=rolling.total)
     changes.unsaved = True

@@ -284,8 +284,8 @@ class HookRequests(Requests):
         group, _ = self._asg_group(name)
         if not instance_id and not token:
             raise ValidationError("Valid requests must contain either InstanceId or LifecycleActionToken parameter.")
-        found = lifecycle_hooks.find(group, hook, instance=instance_id, token=token)
-        if found is None:
+        action = lifecycle_hooks.find(group, hook, instance=instance_id, token=token)
+        if action is None:
             by = f"token {token}" if token else f"instance ID {instance_id}"
             raise ValidationError(f"No active Lifecycle Action found with {by}")
-        return group, *found
+        return group, *action

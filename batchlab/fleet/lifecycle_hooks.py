@@ -69,8 +69,8 @@ def find(
     """Return the open action of this hook, by instance or by token."""
     for member in group.members.values():
         for wait in member.asg.waits:
-            mine = wait.token == token if token else member.instance.id == instance
-            if mine and wait.hook.lifecycle_hook_name == hook:
+            matches = wait.token == token if token else member.instance.id == instance
+            if matches and wait.hook.lifecycle_hook_name == hook:
                 return member, wait
     return None
 
@@ -112,9 +112,9 @@ def drop(changes: Changes, group: Group, hook: LifecycleHook) -> None:
     """Close the actions of a deleted hook: ABANDON on launch, CONTINUE on termination."""
     result = ABANDON if hook.lifecycle_transition == LAUNCHING else CONTINUE
     for member in list(group.members.values()):
-        found = find(group, hook.lifecycle_hook_name, instance=member.instance.id)
-        if found is not None:
-            complete(changes, group, member, found[1], result, "Lifecycle Hook Deleted")
+        action = find(group, hook.lifecycle_hook_name, instance=member.instance.id)
+        if action is not None:
+            complete(changes, group, member, action[1], result, "Lifecycle Hook Deleted")
 
 
 def _late(wait: Wait, now_s: float) -> bool:

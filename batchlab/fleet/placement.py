@@ -219,8 +219,8 @@ def _mixed(
 
 def check(config: GroupConfig, sources: Sources) -> None:
     """Raise ValidationError if a template of the configuration does not exist."""
-    given = [config.launch_template, config.mixed_instances_policy]
-    count = sum(one is not None for one in given) + bool(config.launch_configuration_name)
+    settings = [config.launch_template, config.mixed_instances_policy]
+    count = sum(setting is not None for setting in settings) + bool(config.launch_configuration_name)
     if count != 1:
         raise ValidationError(
             "Valid requests must contain either LaunchTemplate, LaunchConfigurationName,"

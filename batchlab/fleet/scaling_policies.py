@@ -148,10 +148,10 @@ def _scale_out(
         ready = _due(alarm, alarm.above_since_s, HIGH_PERIODS, now_s, period_s)
         return ready and wanted[policy.policy_name] > group.desired
 
-    able = [policy for policy in policies if policy.policy_name in wanted and due(policy)]
-    if not able:
+    candidates = [policy for policy in policies if policy.policy_name in wanted and due(policy)]
+    if not candidates:
         return False
-    most = max(able, key=lambda policy: wanted[policy.policy_name])
+    most = max(candidates, key=lambda policy: wanted[policy.policy_name])
     _act(changes, group, asg, most, wanted[most.policy_name], high=True)
     return True
 
@@ -160,8 +160,8 @@ def _scale_in(
     changes: Changes, group: Group, asg: Asg, policies: Sequence[ScalingPolicy], wanted: dict[str, int], period_s: float
 ) -> None:
     now_s = changes.steady.now_s()
-    able = [policy for policy in policies if not _no_scale_in(policy)]
-    for policy in able:
+    candidates = [policy for policy in policies if not _no_scale_in(policy)]
+    for policy in candidates:
         alarm = asg.alarms[policy.policy_name]
         if policy.policy_name not in wanted or not _due(
             alarm=alarm, since_s=alarm.below_since_s, periods=LOW_PERIODS, now_s=now_s, period_s=period_s
@@ -169,7 +169,7 @@ def _scale_in(
             return
         if is_warming(group, warmup_s(asg.config, policy), now_s):
             return
-    most = max(able, key=lambda policy: wanted[policy.policy_name], default=None)
+    most = max(candidates, key=lambda policy: wanted[policy.policy_name], default=None)
     if most is not None and wanted[most.policy_name] < group.desired:
         _act(changes, group, asg, most, wanted[most.policy_name], high=False)
 

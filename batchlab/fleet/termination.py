@@ -38,41 +38,41 @@ def choose(group: Group, asg: Asg, now_s: float) -> list[Member]:
     """Return the instances that scale-in takes from an Auto Scaling group, in order. An instance stays if its weight
     would lower capacity below the desired capacity."""
     staying = group.staying()
-    taken: list[Member] = []
+    chosen: list[Member] = []
     while True:
         excess = weigh(staying) - group.desired
-        able = [member for member in staying if not member.instance.protected and member.asg.weight <= excess]
-        if excess <= 0 or not able:
-            return taken
-        one = _pick(asg, staying, able, now_s)
-        staying.remove(one)
-        taken.append(one)
+        candidates = [member for member in staying if not member.instance.protected and member.asg.weight <= excess]
+        if excess <= 0 or not candidates:
+            return chosen
+        victim = _pick(asg, staying, candidates, now_s)
+        staying.remove(victim)
+        chosen.append(victim)
 
 
 def take_by_default(asg: Asg, members: Sequence[Member], count: int, now_s: float) -> list[Member]:
-    left, taken = list(members), []
-    for _ in range(min(count, len(left))):
-        member = _default(asg, left, now_s)[0]
-        left.remove(member)
-        taken.append(member)
-    return taken
+    remaining, chosen = list(members), []
+    for _ in range(min(count, len(remaining))):
+        member = _default(asg, remaining, now_s)[0]
+        remaining.remove(member)
+        chosen.append(member)
+    return chosen
 
 
-def _pick(asg: Asg, staying: Sequence[Member], able: Sequence[Member], now_s: float) -> Member:
+def _pick(asg: Asg, staying: Sequence[Member], candidates: Sequence[Member], now_s: float) -> Member:
     mixed = configuration(asg).mixed_instances_policy
     if mixed is not None:
         market = placement.market_to_remove(mixed.instances_distribution, staying)
-        able = [m for m in able if m.instance.machine.market is market] or able
+        candidates = [m for m in candidates if m.instance.machine.market is market] or candidates
     sizes = Counter(member.instance.machine.zone for member in staying)
-    most = max(sizes[member.instance.machine.zone] for member in able)
-    able = [member for member in able if sizes[member.instance.machine.zone] == most]
-    return narrow(asg, able, now_s)
+    most = max(sizes[member.instance.machine.zone] for member in candidates)
+    candidates = [member for member in candidates if sizes[member.instance.machine.zone] == most]
+    return narrow(asg, candidates, now_s)
 
 
-def narrow(asg: Asg, able: Sequence[Member], now_s: float) -> Member:
+def narrow(asg: Asg, candidates: Sequence[Member], now_s: float) -> Member:
     for name in asg.config.termination_policies or ("Default",):
-        able = POLICIES[name](asg, able, now_s) or able
-    return able[0]
+        candidates = POLICIES[name](asg, candidates, now_s) or candidates
+    return candidates[0]
 
 
 def _default(asg: Asg, members: Sequence[Member], now_s: float) -> Sequence[Member]:

@@ -45,11 +45,11 @@ def size(group: Group) -> int:
 
 def room(group: Group, now_s: float) -> int:
     """Return how many instances to launch into the pool now. In a crash loop, this is at most one after each wait."""
-    here = members(group)
-    missing = max(0, size(group) - len(here))
+    pool = members(group)
+    missing = max(0, size(group) - len(pool))
     if group.failures < CRASH_LOOP:
         return missing
-    probing = any(member.state in WARMING for member in here)
+    probing = any(member.state in WARMING for member in pool)
     return 0 if probing or now_s < group.retry_s else min(1, missing)
 
 
@@ -57,15 +57,15 @@ def trim(changes: Changes, group: Group, asg: Asg) -> None:
     """Terminate unhealthy and surplus instances of the pool, by the default termination policy. Remove a deleted pool
     once it is empty."""
     if not group.suspended(Process.TERMINATE):
-        here = members(group)
-        for member in here:
+        members_now = members(group)
+        for member in members_now:
             if not member.instance.healthy and not group.suspended(Process.REPLACE_UNHEALTHY):
                 changes.retire(group, member, why="a user health-check", note="terminated")
-        here = members(group)
+        members_now = members(group)
         # Instances that the group is about to take are not surplus.
         owed = max(0, group.desired - weigh(group.staying()))
-        excess = len(here) - owed - size(group)
-        for member in take_by_default(asg, here, excess, changes.steady.now_s()):
+        excess = len(members_now) - owed - size(group)
+        for member in take_by_default(asg, members_now, excess, changes.steady.now_s()):
             changes.retire(group, member, why=_TRIM, note=f"terminated: {_TRIM}")
     pool = asg.warm_pool
     if pool is not None and pool.status is not None and not members(group):
@@ -113,7 +113,7 @@ def take_for_launch(changes: Changes, group: Group, missing: int) -> list[Member
     """Move instances from the pool into service for `missing` units of capacity, in order."""
     asg = group.asg
     assert asg is not None
-    taken: list[Member] = []
+    launched: list[Member] = []
     ready = [m for m in members(group) if m.state not in WARMING and m.instance.healthy]
     for member in ready:
         if missing <= 0:
@@ -129,8 +129,8 @@ def take_for_launch(changes: Changes, group: Group, missing: int) -> list[Member
         member.asg.in_service_s = None
         changes.arrive(group, member)
         missing -= member.asg.weight
-        taken.append(member)
-    return taken
+        launched.append(member)
+    return launched
 
 
 def takes_back(group: Group, member: Member) -> bool:

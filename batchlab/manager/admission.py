@@ -190,7 +190,7 @@ async def store_addresses(ports: Ports, job: JobDef) -> None:
 
 async def restore_addresses(ports: Ports, job: JobDef) -> JobDef:
     """Return the job with its webhook addresses. A reference without an object stays, and nothing is sent to it."""
-    found = []
+    targets = []
     for notify_def in job.notify:
         if notify_def.kind == _KIND and (reference := _REFERENCE.fullmatch(notify_def.to)):
             key = object_keys.addresses(job.id, reference[1])
@@ -199,8 +199,8 @@ async def restore_addresses(ports: Ports, job: JobDef) -> JobDef:
                 notify_def = replace(notify_def, to=str(to[int(reference[2])]))
             except (NotFound, LookupError):
                 pass  # `address_problem` refuses the reference when it is called
-        found.append(notify_def)
-    return replace(job, notify=tuple(found))
+        targets.append(notify_def)
+    return replace(job, notify=tuple(targets))
 
 
 def _address_document(job: JobDef) -> bytes:

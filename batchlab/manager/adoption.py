@@ -90,16 +90,16 @@ class Adoption(Part):
                 key = object_keys.committed(record.job.id)
                 self._quarantine.object(key, error, record.job.id, "object")
 
-    async def adopt(self, found: ChangeResult, *, beside: bool = False) -> LiveJob:
+    async def adopt(self, result: ChangeResult, *, beside: bool = False) -> LiveJob:
         """Conduct a new, taken-over, or reopened job. With `beside`, other tasks may fold completions meanwhile."""
-        ledger, rows = self._ledger, found.rows
+        ledger, rows = self._ledger, result.rows
         job = rows.job.job
         # A retry is two steps in the ledger. The previous leader may have died between them.
         cuts, unreadable = await self._cuts(rows.job)
         for cut in cuts:
             rows = (await ledger.apply(AddCut(cut))).rows
         planned: Sequence[BundleRecord] = ()
-        if not found.is_new:
+        if not result.is_new:
             planned = await ledger.bundles(job.id, done=False)
             if beside:
                 # The rows are read after the bundles. A bundle that is folded in between stays outstanding until the
@@ -112,19 +112,19 @@ class Adoption(Part):
             rows.job,
             {s.counts.stage: s for s in rows.stages},
             version=int(self._clock.now_s() * 1000),
-            doubtful=not found.is_new,
+            doubtful=not result.is_new,
             unreadable=unreadable,
             retried_s=min((cut.at_s for cut in cuts if cut.at_s is not None), default=None),
-            complete_after=0 if found.is_new else None,
+            complete_after=0 if result.is_new else None,
         )
-        if not found.is_new:
+        if not result.is_new:
             # Bundles that a crashed leader planned but did not send are recovered well before `silence_s`.
             heard_s = self._clock.monotonic_s() - 0.75 * self._settings.silence_s
             # The silence of a retry begins at the end of its backoff.
             now_s = self._clock.now_s()
             live.add_outstanding((r.bundle, heard_s + settlement.wait_s(job, r.bundle, now_s)) for r in planned)
         if self._spending:
-            await self._spending.open_account(live, is_new=found.is_new)
+            await self._spending.open_account(live, is_new=result.is_new)
         if self._recorder:
             self._recorder.adopt(live)
         live_job = self._lives.get(job.id)

@@ -27,16 +27,16 @@ class Bundler(Part):
         (stage,) = job.roots()
         stages = {s.name: StageRecord(StageCounts(s.name)) for s in job.stages}
         live = LiveJob(JobRecord(job, JobState.SUBMITTED), stages)
-        bundles, left = self.wave(live, stage, TaskSet.span(0, len(items)), 0)
-        return commit_keys.Opening(items, Cut(job.id, stage.name, 0, 0, bundles, left, len(items)))
+        bundles, uncut = self.wave(live, stage, TaskSet.span(0, len(items)), 0)
+        return commit_keys.Opening(items, Cut(job.id, stage.name, 0, 0, bundles, uncut, len(items)))
 
-    def wave(self, live: LiveJob, stage: StageDef, left: TaskSet, round_: int) -> tuple[tuple[Bundle, ...], TaskSet]:
+    def wave(self, live: LiveJob, stage: StageDef, uncut: TaskSet, round_: int) -> tuple[tuple[Bundle, ...], TaskSet]:
         """Return the bundles of the next cut, and the tasks that remain after it."""
-        if not left:
-            return (), left  # the check for room iterates over all other jobs
+        if not uncut:
+            return (), uncut  # the check for room iterates over all other jobs
         pace_s = live.pace_s(stage.name)
         sizes = settlement.wave(
-            len(left),
+            len(uncut),
             max(1, self._context.slots.get(stage.pool, 1) // stage.slots),
             pace_s,
             stage.bundle,
@@ -46,9 +46,9 @@ class Bundler(Part):
             sizes = _affordable_sizes(live, stage, live.budget, sizes)
         bundles: list[Bundle] = []
         for size in sizes:
-            tasks, left = left.split_at(size)
+            tasks, uncut = uncut.split_at(size)
             bundles.append(Bundle(live.id, stage.name, tasks, round=round_))
-        return tuple(bundles), left
+        return tuple(bundles), uncut
 
     def _room(self, live: LiveJob, stage: StageDef) -> int:
         """Return how many bundles of this stage may be sent now. Jobs of the highest priority with uncut tasks share
@@ -56,23 +56,23 @@ class Bundler(Part):
         if live.is_held:
             return 0
         pool = stage.pool
-        slots, mine = self._context.slots.get(pool, 1), outstanding_in_pool({live.id: live}, pool)
+        slots, outstanding = self._context.slots.get(pool, 1), outstanding_in_pool({live.id: live}, pool)
         window = self._settings.window * slots + 1
 
         def worth(room: int) -> int:
             # A cut costs the same for any number of bundles. Cut one for every slot, unless no other bundle waits
             # behind the running ones.
-            return room if room >= slots or mine <= slots else 0
+            return room if room >= slots or outstanding <= slots else 0
 
         # There may be many other jobs, and each of them only reduces the room.
-        room, peers = window - mine, 1
+        room, peers = window - outstanding, 1
         if worth(room) <= 0:
             return 0
         for rival in self._rivals(live, pool):
             if rival.job.priority > live.job.priority:
                 return 0
             peers += 1
-            room = max(1, window // peers) - mine
+            room = max(1, window // peers) - outstanding
             if worth(room) <= 0:
                 return 0
         if peers == 1:

@@ -46,10 +46,10 @@ class UsageAttribution:
         jobs = [job for job in jobs if job in self._lives]
         if not jobs:
             return waiting
-        found: dict[JobId, float] = {}
+        shares: dict[JobId, float] = {}
         for job in jobs:
-            found[job] = found.get(job, 0.0) + 1 / len(jobs)
-        return found
+            shares[job] = shares.get(job, 0.0) + 1 / len(jobs)
+        return shares
 
 
 USED_SHARE = 0.8
@@ -166,19 +166,19 @@ class CostCaps(Part):
 
     def _next_usd(self, live: LiveJob, slot_usd_s: Mapping[str, float]) -> float:
         """Return the minimum cost of the job's next task, including an instance if the pool has none."""
-        now_s, found = self._clock.monotonic_s(), []
+        now_s, costs_usd = self._clock.monotonic_s(), []
         for stage in live.job.stages:
             record = live.stages[stage.name]
             is_next = record.left or (record.counts.planned is None and not stage.after)
             if stage.pool not in self._pools or not is_next:
                 continue
             # Before a measurement, the cost of a task is unknown and counts as 0.
-            known = record.counts.mean_s is not None
-            usd = slot_usd_s.get(stage.pool, 0.0) * live.task_s(stage, now_s) * known
+            is_measured = record.counts.mean_s is not None
+            usd = slot_usd_s.get(stage.pool, 0.0) * live.task_s(stage, now_s) * is_measured
             if not any(life.kind.pool == stage.pool for life in self._meter.lives.values()):
                 usd += self._launch_usd(self._pools[stage.pool])
-            found.append(usd)
-        return min(found, default=0.0)
+            costs_usd.append(usd)
+        return min(costs_usd, default=0.0)
 
     def _work_usd(self, live: LiveJob, slot_usd_s: Mapping[str, float]) -> float:
         now_s = self._clock.monotonic_s()
@@ -245,11 +245,11 @@ class CostCaps(Part):
         if count == wanted:
             return desired, why
         dry = min(budgets, key=lambda budget: budget.left_usd)
-        told = f"{why}; but a cap on cost allows {count} more, each for {shown(each)} at least: {dry.text()}"
-        self.capped[pool.name] = told
+        reason = f"{why}; but a cap on cost allows {count} more, each for {shown(each)} at least: {dry.text()}"
+        self.capped[pool.name] = reason
         if not was:
-            log.info("%s", told, extra={"pool": pool.name})
-        return desired - wanted + count, told
+            log.info("%s", reason, extra={"pool": pool.name})
+        return desired - wanted + count, reason
 
     def _budgets(self, pool: str) -> list[CapBudget]:
         """Return the budgets that pay for a launch in the pool: the grid's, and those of its jobs if all jobs with work
@@ -259,6 +259,6 @@ class CostCaps(Part):
         own = [p for live in working if live.budget for p in live.budget.caps]
         own = [budget for budget in own if budget is not self._grid]
         if working and len(own) == len(working):
-            left = sum(max(0.0, budget.left_usd) for budget in own)
-            budgets.append(own[0] if len(own) == 1 else CapBudget("what its jobs", left))
+            left_usd = sum(max(0.0, budget.left_usd) for budget in own)
+            budgets.append(own[0] if len(own) == 1 else CapBudget("what its jobs", left_usd))
         return budgets

@@ -99,22 +99,22 @@ class Counters:
         if before != after:
             self.decisions[pool, "out" if after > before else "in"] += 1
 
-    def record_worker_counts(self, told: CounterReport) -> None:
+    def record_worker_counts(self, report: CounterReport) -> None:
         """Add the increase since the worker's last report. An older report changes nothing."""
-        before = self._reported.get(told.worker, {})
-        known = dict(before)
-        for name in WORKER_COUNTERS & told.counts.keys():
-            more = told.counts[name] - before.get(name, 0)
+        before = self._reported.get(report.worker, {})
+        counts = dict(before)
+        for name in WORKER_COUNTERS & report.counts.keys():
+            more = report.counts[name] - before.get(name, 0)
             if more <= 0:
                 continue
-            known[name] = told.counts[name]
+            counts[name] = report.counts[name]
             what, _, kind = name.partition(".")
             if what == DUPLICATE:
                 self.duplicates += more
             else:
                 self.attempts[kind, what] += more
         # Move the worker to the end, because a worker that still reports must not be forgotten.
-        self._reported.pop(told.worker, None)
-        self._reported[told.worker] = known
+        self._reported.pop(report.worker, None)
+        self._reported[report.worker] = counts
         while len(self._reported) > MAX_WORKERS:
             del self._reported[next(iter(self._reported))]

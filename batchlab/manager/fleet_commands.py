@@ -26,10 +26,10 @@ async def groups(manager: Manager) -> dict[str, GroupView]:
 
 async def group(manager: Manager, pool: str) -> GroupView:
     """Return the group of a pool. Raise NotFound."""
-    found = await groups(manager)
-    if pool not in found:
-        raise NotFound(f"There is no pool {pool!r}.", remedy=f"The pools are {', '.join(sorted(found))}.")
-    return found[pool]
+    views = await groups(manager)
+    if pool not in views:
+        raise NotFound(f"There is no pool {pool!r}.", remedy=f"The pools are {', '.join(sorted(views))}.")
+    return views[pool]
 
 
 async def scale(
@@ -72,17 +72,17 @@ async def _limit(manager: Manager, view: GroupView, min_size: int | None, max_si
 
 
 async def _hold(manager: Manager, view: GroupView, desired: int) -> None:
-    held, pool = manager.autoscaler.user_capacity, view.pool.name
-    before = held.get(pool)
+    capacities, pool = manager.autoscaler.user_capacity, view.pool.name
+    before = capacities.get(pool)
     # First, because a tick in between would restore the policy's capacity.
-    held[pool] = desired
+    capacities[pool] = desired
     try:
         await manager.autoscaler.set_desired(view, desired, CAUSE)
     except BatchlabError:
         if before is None:
-            del held[pool]
+            del capacities[pool]
         else:
-            held[pool] = before
+            capacities[pool] = before
         raise
 
 
@@ -94,7 +94,7 @@ async def drain(manager: Manager, pool: str | None = None) -> None:
         await scale(manager, name, min_size=0, desired=0)
         # A lower desired capacity ends only unprotected instances. Busy instances are protected, so they are named.
         instances = (await group(manager, name)).instances
-        left = [i.id for i in instances if i.state in _COUNTED]
-        if left:
-            await manager.ports.fleet.terminate(name, left, decrement=False, cause=CAUSE)
+        ids = [i.id for i in instances if i.state in _COUNTED]
+        if ids:
+            await manager.ports.fleet.terminate(name, ids, decrement=False, cause=CAUSE)
     manager.wake()

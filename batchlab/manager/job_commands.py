@@ -128,19 +128,19 @@ class JobCommands(Part):
                 await self._patience(lambda: self._objects.put(key, data, if_absent=True))
         except AlreadyExists:
             try:
-                job_def, its = await read_stored(self._ports, key, _read_definition)
+                job_def, committed_opening = await read_stored(self._ports, key, _read_definition)
             except UnreadableObject as error:
                 raise Refused(
                     f"A job with the id {job.id} is in the bucket, and its definition cannot be read: {error.message}",
                     remedy=f"Remove the object {key}, or submit the job under another name.",
                 ) from error
-            if _comparable(admission.hide_addresses(job_def), its) != _comparable(hidden, opening):
+            if _comparable(admission.hide_addresses(job_def), committed_opening) != _comparable(hidden, opening):
                 by = "client token" if job.token else "id"
                 raise Refused(
                     f"Job {job.id} is another one, submitted with the same {by}.",
                     remedy=f"Give each job {'a token' if job.token else 'an id'} of its own.",
                 ) from None
-            return await admission.restore_addresses(self._ports, job_def), its, False
+            return await admission.restore_addresses(self._ports, job_def), committed_opening, False
         return job, opening, True
 
     async def cancel(self, job: JobId) -> None:

@@ -168,9 +168,9 @@ class JobCoordinator(Part):
 
     async def _first_cut(self, live: LiveJob, stage: StageDef, tasks: TaskSet) -> None:
         round_ = live.round
-        bundles, left = self._bundler.wave(live, stage, tasks, round_)
+        bundles, uncut = self._bundler.wave(live, stage, tasks, round_)
         now_s = self._clock.now_s()
-        cut = Cut(live.id, stage.name, round_, 0, bundles, left, len(tasks), now_s)
+        cut = Cut(live.id, stage.name, round_, 0, bundles, uncut, len(tasks), now_s)
         await self._commit_and_send(live, cut)
         extra = {"job": live.id, "stage": stage.name}
         log.info("planned %d tasks, the first %d bundles sent", len(tasks), len(bundles), extra=extra)
@@ -194,11 +194,11 @@ class JobCoordinator(Part):
         while live.record.control is Control.RUN:
             record = live.stages[stage.name]
             round_ = live.round
-            bundles, left = self._bundler.wave(live, stage, record.left, round_)
+            bundles, uncut = self._bundler.wave(live, stage, record.left, round_)
             if not bundles:
                 return
             seq, now_s = record.cut_seq + 1, self._clock.now_s()
-            cut = Cut(live.id, stage.name, round_, seq, bundles, left, at_s=now_s)
+            cut = Cut(live.id, stage.name, round_, seq, bundles, uncut, at_s=now_s)
             await self._commit_and_send(live, cut)
 
     async def _commit_cut(self, live: LiveJob, cut: Cut) -> Cut:
@@ -365,10 +365,10 @@ class JobCoordinator(Part):
         for stage in live.job.stages:
             if stage.chained:
                 await self._plan(live, stage)
-        who = f"manager-{live.round}"
+        name = f"manager-{live.round}"
         while outstanding := live.all_outstanding()[:MAX_CONCURRENT_OUTCOMES]:
             now_s = self._clock.now_s()
-            drafts = [settlement.sealed(o.bundle, execution=who, worker=who, now_s=now_s) for o in outstanding]
+            drafts = [settlement.sealed(o.bundle, execution=name, worker=name, now_s=now_s) for o in outstanding]
             outcomes = await asyncio.gather(*(self._outcomes.commit(live.job, draft) for draft in drafts))
             await self._ledger_writer.fold([settlement.completion(outcome) for outcome in outcomes])
         return _uncut_tasks(live)

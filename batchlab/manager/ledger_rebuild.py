@@ -49,9 +49,9 @@ async def rebuild(ports: Ports) -> RebuildResult:
     # first, because a job submitted meanwhile must not be forgotten
     ids = await _in_ledger(ports)
     job_ids = await _in_bucket(ports)
-    gone = sorted(ids - job_ids)
-    if gone:
-        await ports.ledger.forget(gone)
+    lost = sorted(ids - job_ids)
+    if lost:
+        await ports.ledger.forget(lost)
     rebuilt = RebuildResult(0)
     for job in sorted(job_ids):
         try:
@@ -180,23 +180,23 @@ async def _key_of(ports: Ports, job: JobDef) -> CommitKey:
         raise UnreadableObject(object_keys.spec(job.id), error.message) from error
 
 
-async def _rounds(ports: Ports, job: JobDef, found: _JobObjects) -> Sequence[Round]:
+async def _rounds(ports: Ports, job: JobDef, job_objects: _JobObjects) -> Sequence[Round]:
     rounds: list[Round] = []
     retry = Retry((), ())
     while True:
-        rounds.append(await _round(ports, job, len(rounds), retry, found))
+        rounds.append(await _round(ports, job, len(rounds), retry, job_objects))
         try:
             retry = await read_retry(ports, job, len(rounds))
         except NotFound:
             return rounds
         if rounds[-1].ending is None:
             final = object_keys.final(job.id, len(rounds) - 1)
-            why = found.unreadable.get(final, "It does not exist, and a retry follows it.")
+            why = job_objects.unreadable.get(final, "It does not exist, and a retry follows it.")
             raise UnreadableObject(final, why)
 
 
-async def _round(ports: Ports, job: JobDef, number: int, retry: Retry, found: _JobObjects) -> Round:
-    cuts = sorted((cut for cut in found.cuts if cut.round == number), key=lambda cut: (cut.stage, cut.seq))
+async def _round(ports: Ports, job: JobDef, number: int, retry: Retry, job_objects: _JobObjects) -> Round:
+    cuts = sorted((cut for cut in job_objects.cuts if cut.round == number), key=lambda cut: (cut.stage, cut.seq))
     planned: dict[StageName, int] = {}
     for cut in cuts:
         if cut.planned is not None:
@@ -206,36 +206,36 @@ async def _round(ports: Ports, job: JobDef, number: int, retry: Retry, found: _J
         if cut.stage not in stages:
             key = object_keys.cut(job.id, cut.stage, cut.round, cut.seq)
             raise UnreadableObject(key, "It is a cut of a stage that the job does not have.")
-    completions = [completion for completion in found.completions if completion.bundle.round == number]
+    completions = [completion for completion in job_objects.completions if completion.bundle.round == number]
     return Round(
         retry.reopened,
         (*retry.cuts, *cuts),
         planned,
         completions,
         [settlement.casualties(job, completion) for completion in completions],
-        await _ending(ports, job.id, number, found),
+        await _ending(ports, job.id, number, job_objects),
     )
 
 
-async def _ending(ports: Ports, job: JobId, round_: int, found: _JobObjects) -> Ending | None:
+async def _ending(ports: Ports, job: JobId, round_: int, job_objects: _JobObjects) -> Ending | None:
     try:
         return await _read(ports, object_keys.final(job, round_), json_format.ending_from_json)
     except NotFound:
         return None
     except UnreadableObject as error:
         # The manager computes the end again from the counters.
-        found.unreadable[error.key] = error.message
+        job_objects.unreadable[error.key] = error.message
         return None
 
 
-async def _control(ports: Ports, job: JobId, found: _JobObjects) -> Control:
+async def _control(ports: Ports, job: JobId, job_objects: _JobObjects) -> Control:
     try:
         return (await read_command(ports.objects, job, ports.patience)).control
     except NotFound:
         return Control.RUN
     except Malformed as error:
         # The word may have been a cancellation. The user can resume the job.
-        found.unreadable[object_keys.control(job)] = error.message
+        job_objects.unreadable[object_keys.control(job)] = error.message
         return Control.PAUSE
     except TooNew as error:
         raise UnreadableObject(object_keys.control(job), error.message) from error

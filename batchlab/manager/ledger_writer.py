@@ -41,27 +41,27 @@ class LedgerWriter(Part):
         self, completions: Sequence[Completion], whole: OutcomesByBundle = EMPTY, traces: Traces = EMPTY
     ) -> None:
         """Fold completions and wake their jobs. `whole` has the outcomes that arrived completely."""
-        known = await self._accepted(completions)
-        if not known:
+        accepted = await self._accepted(completions)
+        if not accepted:
             return
-        lives = (self._lives.get(completion.bundle.job) for completion, _ in known)
+        lives = (self._lives.get(completion.bundle.job) for completion, _ in accepted)
         before = {live.id: live.record for live in lives if live}
         begun_s = self._clock.now_s() if traces else 0.0
         folded = await self._ledger.apply(
             Fold(
-                [completion for completion, _ in known],
-                [settlement.casualties(job, completion) for completion, job in known],
+                [completion for completion, _ in accepted],
+                [settlement.casualties(job, completion) for completion, job in accepted],
             )
         )
-        for (completion, job), is_new in zip(known, folded.new, strict=True):
+        for (completion, job), is_new in zip(accepted, folded.new, strict=True):
             if is_new:
                 self._counts.count_fold(job.stage(completion.bundle.stage), completion)
                 self._registry.authors.add(completion.worker)
             else:
                 self._counts.repeated += 1
         if traces:
-            self._trace([completion for completion, _ in known], traces, begun_s)
-        touched = self._update_lives([completion for completion, _ in known], folded, whole)
+            self._trace([completion for completion, _ in accepted], traces, begun_s)
+        touched = self._update_lives([completion for completion, _ in accepted], folded, whole)
         for live in touched:
             await self._update_rows(live, before.get(live.id), folded.jobs[live.id])
             live.wake.set()
@@ -77,7 +77,7 @@ class LedgerWriter(Part):
 
     async def _accepted(self, completions: Sequence[Completion]) -> list[tuple[Completion, JobDef]]:
         """Return the completions that the ledger accepts, with their jobs."""
-        known: list[tuple[Completion, JobDef]] = []
+        accepted: list[tuple[Completion, JobDef]] = []
         names = dict.fromkeys(completion.bundle.job for completion in completions)
         jobs = {name: await self.job(name) for name in names}
         for completion in completions:
@@ -89,12 +89,12 @@ class LedgerWriter(Part):
                 about = {"job": job.id, "bundle": completion.bundle.id}
                 log.error("dropped a completion of a stage that the job does not have", extra=about)
                 continue
-            known.append((completion, job))
+            accepted.append((completion, job))
             live = self._lives.get(job.id)
             # Before the fold, so that the stage does not seem to have ended by this completion.
             if live is not None and completion.cancelled and live.record.control is not Control.CANCEL:
                 live.doubtful = True
-        return known
+        return accepted
 
     def _update_lives(
         self, completions: Sequence[Completion], folded: FoldResult, whole: OutcomesByBundle

@@ -64,13 +64,13 @@ class LiveLogs(Part):
         self._evict()
         return [tail for worker_logs in job_logs.stored.values() for tail in _running_only(live, worker_logs.tails)]
 
-    async def _request(self, live: LiveJob, looked: _JobLogs) -> None:
+    async def _request(self, live: LiveJob, job_logs: _JobLogs) -> None:
         now_s = self._clock.monotonic_s()
-        if now_s - looked.asked_s < ASKED_S / 2:
+        if now_s - job_logs.asked_s < ASKED_S / 2:
             return
         async with live.control_lock:
             if await self._write_request(live):
-                looked.asked_s = now_s
+                job_logs.asked_s = now_s
 
     async def _write_request(self, live: LiveJob) -> bool:
         """Write the request, and return whether workers will see it."""
@@ -79,8 +79,8 @@ class LiveLogs(Part):
         word = spoken.command if spoken else json_format.ControlCommand(Control.RUN, round=live.round)
         if word.control is not live.record.control or word.control is Control.CANCEL:
             return False
-        asked = replace(word, tail=word.tail + 1, tail_s=self._clock.now_s())
-        return await commit.replace_command(self._objects, live.id, asked, self._patience, over=spoken)
+        request = replace(word, tail=word.tail + 1, tail_s=self._clock.now_s())
+        return await commit.replace_command(self._objects, live.id, request, self._patience, over=spoken)
 
     def _evict(self) -> None:
         """Drop the output of the jobs that were read least recently, above the memory limit. The next client reads it
@@ -99,26 +99,26 @@ class LiveLogs(Part):
             if job_logs.wanted_s < now_s - 2 * ASKED_S:
                 del self._jobs[job]
 
-    async def _refresh(self, live: LiveJob, looked: _JobLogs) -> None:
+    async def _refresh(self, live: LiveJob, job_logs: _JobLogs) -> None:
         now_s = self._clock.monotonic_s()
-        if now_s - looked.read_s < self.every_s / 2:
+        if now_s - job_logs.read_s < self.every_s / 2:
             return
-        looked.read_s = now_s
+        job_logs.read_s = now_s
         stored: dict[str, _WorkerLogs] = {}
-        left = MAX_JOB_BYTES
+        free_bytes = MAX_JOB_BYTES
         async for page in self._objects.list(object_keys.tails(live.id)):
             for info in page:
-                worker_logs = looked.stored.get(info.key)
+                worker_logs = job_logs.stored.get(info.key)
                 if worker_logs is None or worker_logs.etag != info.etag:
-                    if info.size > left:
+                    if info.size > free_bytes:
                         continue  # for this many workers, the output of some is enough
-                    worker_logs = await self._read_stored(info, left)
+                    worker_logs = await self._read_stored(info, free_bytes)
                 elif not _running_only(live, worker_logs.tails):
                     worker_logs = _WorkerLogs(info.etag, 0, ())  # the bundle or its worker has ended
-                if worker_logs.size <= left:
+                if worker_logs.size <= free_bytes:
                     stored[info.key] = worker_logs
-                    left -= worker_logs.size
-        looked.stored = stored
+                    free_bytes -= worker_logs.size
+        job_logs.stored = stored
 
     async def _read_stored(self, info: ObjectInfo, limit: int) -> _WorkerLogs:
         """Return the output that a worker has stored. Return no output if the object is unreadable or larger than

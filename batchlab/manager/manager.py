@@ -67,12 +67,12 @@ class LeaderLease:
         while True:
             asked_s = self._clock.monotonic_s()
             is_over = asked_s - since_s >= self._ttl_s
-            stands = await self._ledger.lease(LEASE, self._owner, over=seen if is_over else None)
-            if stands.owner == self._owner:
-                self._beat, self._renewed_s = stands.beat, asked_s
+            lease = await self._ledger.lease(LEASE, self._owner, over=seen if is_over else None)
+            if lease.owner == self._owner:
+                self._beat, self._renewed_s = lease.beat, asked_s
                 return
-            if stands != seen:
-                seen, since_s = stands, self._clock.monotonic_s()
+            if lease != seen:
+                seen, since_s = lease, self._clock.monotonic_s()
             await asyncio.sleep(self._ttl_s / 3)
 
     async def renew(self, on_gap: Callable[[], None]) -> None:
@@ -87,16 +87,16 @@ class LeaderLease:
             left_s = self._renewed_s + self._ttl_s - asked_s
             try:
                 async with asyncio.timeout(left_s if left_s > 0 else self._ttl_s * 2 / 3):
-                    stands = await self._ledger.lease(LEASE, self._owner)
+                    lease = await self._ledger.lease(LEASE, self._owner)
             except TimeoutError:
                 return  # the lease has expired, and a standby may have taken it
-            if stands.owner != self._owner:
+            if lease.owner != self._owner:
                 return
-            if stands.beat != self._beat + 1:
+            if lease.beat != self._beat + 1:
                 # This process was paused, and the lease was free again. Or a response was lost, and the request was
                 # sent twice. Then `on_gap` is not needed, but harmless.
                 on_gap()
-            self._beat, self._renewed_s = stands.beat, asked_s
+            self._beat, self._renewed_s = lease.beat, asked_s
 
     async def release(self) -> None:
         with suppress(BackendError):  # the lease expires by itself

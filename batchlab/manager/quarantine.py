@@ -45,14 +45,14 @@ class Quarantine:
     def message(self, kind: str, id_: str, length: int, error: Exception, job: JobId | None = None) -> None:
         """Report a dropped message of the kind "event" or "dead letter" with `length` characters."""
         # The content is not logged, because it may be a user's.
-        told = f"{kind} of {length} characters"
+        what = f"{kind} of {length} characters"
         if self._is_new(kind, f"{kind} {id_}"):
             article = "an" if kind[0] in "aeiou" else "a"
             why = json_format.brief(error)
             about = {"job": job} if job else {}
-            log.error("dropped %s %s that cannot be read: %s", article, told, why, extra=about)
+            log.error("dropped %s %s that cannot be read: %s", article, what, why, extra=about)
         if job:
-            self._note(job, f"{kind} {id_}", f"a {told}: {json_format.brief(error)}")
+            self._note(job, f"{kind} {id_}", f"a {what}: {json_format.brief(error)}")
 
     def unproven(self, id_: str, facts: int, jobs: Collection[JobId]) -> None:
         """Report an event with unproven facts about these jobs."""
@@ -87,10 +87,10 @@ class Quarantine:
         return True
 
     def _note(self, job: JobId, name: str, why: str) -> None:
-        found = self._jobs.setdefault(job, {})
+        errors = self._jobs.setdefault(job, {})
         self._jobs.move_to_end(job)
-        if len(found) < MAX_OBJECTS_PER_JOB:
-            found[name] = why
+        if len(errors) < MAX_OBJECTS_PER_JOB:
+            errors[name] = why
         if len(self._jobs) > MAX_JOBS:
             self._jobs.popitem(last=False)
 
@@ -100,12 +100,12 @@ class Quarantine:
 
     def trouble(self, job: JobId) -> str:
         """Return a clause about unreadable messages and objects of the job, or ""."""
-        found = self.unreadable(job)
-        if not found:
+        errors = self.unreadable(job)
+        if not errors:
             return ""
-        first = next(iter(found.values()))
-        more = " or more" if len(found) == MAX_OBJECTS_PER_JOB else ""
-        return f"{len(found)}{more} of its messages and objects cannot be read, the first: {first}"
+        first = next(iter(errors.values()))
+        more = " or more" if len(errors) == MAX_OBJECTS_PER_JOB else ""
+        return f"{len(errors)}{more} of its messages and objects cannot be read, the first: {first}"
 
 
 class UnreadableObject(Malformed):

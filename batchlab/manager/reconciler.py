@@ -157,8 +157,8 @@ class Reconciler(Part):
         follow-ups are not sent again."""
         key = await self._keys.key_of(job)
         follows = await uncommitted(self._objects, outcome.follows, self._patience, key)
-        left = replace(outcome, follows=follows)
-        messages = follow_ups(job, left, key, now_s=self._clock.now_s())
+        uncommitted_part = replace(outcome, follows=follows)
+        messages = follow_ups(job, uncommitted_part, key, now_s=self._clock.now_s())
         await send_all(self._queue, messages, self._patience)
         await self._ledger_writer.fold([settlement.completion(outcome)])
 

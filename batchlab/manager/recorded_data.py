@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice, takewhile
+from operator import add
 from typing import Any
 
 from batchlab.core.model import GroupView, Instance, JobId, Json, LifecycleState
@@ -31,19 +32,19 @@ def job_part(doc: RecordedData, job: JobId) -> RecordedData:
     if own is None:
         return earlier or empty_part()
     since_s = own["since_s"]
-    mine = {name: pool for name, pool in doc["pools"].items() if name in own["pools"]}
+    pools = {name: pool for name, pool in doc["pools"].items() if name in own["pools"]}
     part = {
         "pools": {
             name: {**pool, "series": pool["series"][bisect_right(pool["series"], since_s, key=_at) :]}
-            for name, pool in mine.items()
+            for name, pool in pools.items()
         },
-        "scaling": _decisions(doc["scaling"], mine, since_s - BEFORE_S),
+        "scaling": _decisions(doc["scaling"], pools, since_s - BEFORE_S),
         "instances": {
-            name: list(one)
-            for name, one in doc["instances"].items()
-            if one[0] in mine and (one[6] is None or one[6] >= since_s)
+            name: list(row)
+            for name, row in doc["instances"].items()
+            if row[0] in pools and (row[6] is None or row[6] >= since_s)
         },
-        "workers": {name: list(one) for name, one in doc["workers"].items() if one[1] in mine and one[4] >= since_s},
+        "workers": {name: list(row) for name, row in doc["workers"].items() if row[1] in pools and row[4] >= since_s},
         "requests": list(own["requests"]),
         "duplicates": {
             stage: {kind: list(counted) for kind, counted in kinds.items()}
@@ -58,8 +59,8 @@ def _at(point: Sequence[Any]) -> float:
 
 
 def _decisions(every: Sequence[Sequence[Any]], pools: Collection[str], since_s: float) -> list[list[Any]]:
-    recent = takewhile(lambda one: one[1] > since_s, reversed(every))
-    return [list(one) for one in recent if one[0] in pools][::-1]
+    recent = takewhile(lambda decision: decision[1] > since_s, reversed(every))
+    return [list(decision) for decision in recent if decision[0] in pools][::-1]
 
 
 def empty_part() -> RecordedData:
@@ -73,25 +74,28 @@ def join_rounds(a: RecordedData, b: RecordedData) -> RecordedData:
     for name, pool in b["pools"].items():
         series = [*pools[name]["series"], *pool["series"]] if name in pools else pool["series"]
         pools[name] = {**pool, "series": series}
-    duplicates: dict[str, dict[str, list[float]]] = {}
-    for one in (a, b):
-        for stage, kinds in one["duplicates"].items():
-            for kind, (count, slot_s) in kinds.items():
-                known = duplicates.setdefault(stage, {}).setdefault(kind, [0, 0.0])
-                known[0] += count
-                known[1] += slot_s
     workers = dict(a["workers"])
     for name, worker in b["workers"].items():
         first_s = min(worker[3], workers[name][3]) if name in workers else worker[3]
         workers[name] = [*worker[:3], first_s, worker[4]]
     return {
         "pools": pools,
-        "scaling": [*a["scaling"], *(one for one in b["scaling"] if one not in a["scaling"])],
+        "scaling": [*a["scaling"], *(part for part in b["scaling"] if part not in a["scaling"])],
         "instances": {**a["instances"], **b["instances"]},
         "workers": workers,
         "requests": [*a["requests"], *b["requests"]],
-        "duplicates": duplicates,
+        "duplicates": _combine_duplicates(a, b, add),
     }
+
+
+def _combine_duplicates(a: RecordedData, b: RecordedData, combine: Callable[[float, float], float]) -> RecordedData:
+    """Combine the counts of duplicates by stage and kind."""
+    duplicates = {stage: dict(kinds) for stage, kinds in a["duplicates"].items()}
+    for stage, kinds in b["duplicates"].items():
+        counts = duplicates.setdefault(stage, {})
+        for kind, counted in kinds.items():
+            counts[kind] = [combine(x, y) for x, y in zip(counts.get(kind, [0, 0.0]), counted, strict=True)]
+    return duplicates
 
 
 def merge_parts(a: RecordedData, b: RecordedData) -> RecordedData:
@@ -102,14 +106,8 @@ def merge_parts(a: RecordedData, b: RecordedData) -> RecordedData:
 
 def _merge_own(a: RecordedData, b: RecordedData) -> RecordedData:
     """Merge the data of the job itself: requests and duplicates."""
-    duplicates = {stage: dict(kinds) for stage, kinds in a["duplicates"].items()}
-    for stage, kinds in b["duplicates"].items():
-        known = duplicates.setdefault(stage, {})
-        for kind, counted in kinds.items():
-            before = known.get(kind, [0, 0.0])
-            known[kind] = [max(x, y) for x, y in zip(counted, before, strict=True)]
     requests = _cumulative(_interleave(a["requests"], b["requests"]))
-    return {"requests": requests, "duplicates": duplicates}
+    return {"requests": requests, "duplicates": _combine_duplicates(a, b, max)}
 
 
 def merge_fleets(a: RecordedData, b: RecordedData) -> RecordedData:
@@ -118,7 +116,7 @@ def merge_fleets(a: RecordedData, b: RecordedData) -> RecordedData:
     for name, pool in b["pools"].items():
         seen = pools[name]["series"] if name in pools else []
         pools[name] = {**pool, "series": _interleave(seen, pool["series"])}
-    scaling = [*a["scaling"], *(one for one in b["scaling"] if one not in a["scaling"])]
+    scaling = [*a["scaling"], *(decision for decision in b["scaling"] if decision not in a["scaling"])]
     instances = dict(a["instances"])
     for name, instance in b["instances"].items():
         instances[name] = max(instances.get(name, instance), instance, key=_completeness)
@@ -128,7 +126,7 @@ def merge_fleets(a: RecordedData, b: RecordedData) -> RecordedData:
         workers[name] = [*worker[:3], min(worker[3], other[3]), max(worker[4], other[4])]
     return {
         "pools": pools,
-        "scaling": sorted(scaling, key=lambda one: float(one[1])),
+        "scaling": sorted(scaling, key=lambda decision: float(decision[1])),
         "instances": instances,
         "workers": workers,
     }
@@ -141,25 +139,25 @@ def _completeness(instance: Sequence[Any]) -> tuple[bool, bool]:
 
 def _interleave(a: Sequence[Sequence[Any]], b: Sequence[Sequence[Any]]) -> list[list[Any]]:
     """Return the points of `a`, and those points of `b` whose time `a` does not cover."""
-    found = sorted((list(point) for point in a), key=_at)
-    ends = [_at(point) for point in found]
+    points = sorted((list(point) for point in a), key=_at)
+    ends = [_at(point) for point in points]
     for point in b:
         end, begin = _at(point), _at(point) - point[1]
         n = bisect_left(ends, end)
-        behind = n < len(ends) and (ends[n] == end or ends[n] - found[n][1] < end)
+        behind = n < len(ends) and (ends[n] == end or ends[n] - points[n][1] < end)
         if not behind and not (n and ends[n - 1] > begin):
-            found.insert(n, list(point))
+            points.insert(n, list(point))
             ends.insert(n, end)
-    return found
+    return points
 
 
 def _cumulative(points: Sequence[Sequence[Any]]) -> list[list[Any]]:
     """Make the counts of two observers grow from point to point."""
-    found: list[list[Any]] = []
+    cumulative: list[list[Any]] = []
     for point in points:
-        most = found[-1][2:] if found else point[2:]
-        found.append([*point[:2], *(max(x, y) for x, y in zip(point[2:], most, strict=True))])
-    return found
+        most = cumulative[-1][2:] if cumulative else point[2:]
+        cumulative.append([*point[:2], *(max(x, y) for x, y in zip(point[2:], most, strict=True))])
+    return cumulative
 
 
 def merge_documents(a: RecordedData, b: RecordedData) -> RecordedData:
@@ -204,14 +202,14 @@ class TimeSeries:
         if not self.points:
             return
         now_s = self.points[-1][0]
-        kept: list[Point] = []
+        merged_points: list[Point] = []
         for point in self.points:
-            if kept and kept[-1][1] + point[1] <= (now_s - point[0]) / FINE:
-                merged = self._merge(kept[-1], point)
-                kept[-1] = [point[0], kept[-1][1] + point[1], *merged[2:]]
+            if merged_points and merged_points[-1][1] + point[1] <= (now_s - point[0]) / FINE:
+                merged = self._merge(merged_points[-1], point)
+                merged_points[-1] = [point[0], merged_points[-1][1] + point[1], *merged[2:]]
             else:
-                kept.append(point)
-        self.points = kept
+                merged_points.append(point)
+        self.points = merged_points
 
     def since(self, moment_s: float) -> list[Point]:
         return [point for point in self.points if point[0] > moment_s]
@@ -263,55 +261,55 @@ class InstanceHistory:
 
     def record_instances(self, views: Iterable[GroupView], now_s: float, since_s: Callable[[], float]) -> None:
         """Record the instances of the groups. `since_s()` returns the start of the recording."""
-        there: set[str] = set()
+        described: set[str] = set()
         for view in views:
             for instance in view.instances:
-                there.add(instance.id)
+                described.add(instance.id)
                 self._record_instance(instance, view, now_s, since_s)
-        for one in [name for name in self.living if name not in there]:
-            self.living[one][7] = _GONE.value
-            self._end(one, now_s)
+        for name in self.living.keys() - described:
+            self.living[name][7] = _GONE.value
+            self._end(name, now_s)
 
     def _record_instance(self, instance: Instance, view: GroupView, now_s: float, since_s: Callable[[], float]) -> None:
-        known = self.living.get(instance.id) or self.ended.get(instance.id)
-        if known is None:
+        row = self.living.get(instance.id) or self.ended.get(instance.id)
+        if row is None:
             if instance.state is _GONE and instance.launched_s < since_s():
                 # the instance ended before the recording; a group lists ended instances for a while
                 return
             launched_s = round(instance.launched_s, 3)
-            known = [instance.pool, "", "", "", launched_s, None, None, "", "", view.pool.slots]
-            self.living[instance.id] = known
+            row = [instance.pool, "", "", "", launched_s, None, None, "", "", view.pool.slots]
+            self.living[instance.id] = row
         machine = instance.machine
         spot = instance.id in self._registry.spot
         type_ = machine.type or view.pool.instance_type
-        known[1:4] = type_, machine.zone, "spot" if spot else machine.market.value
-        known[7] = instance.state.value
-        known[8] = instance.note or known[8]
-        if instance.state is LifecycleState.IN_SERVICE and known[5] is None:
-            known[5] = round(now_s, 3)
-        if instance.state is _GONE and known[6] is None:
+        row[1:4] = type_, machine.zone, "spot" if spot else machine.market.value
+        row[7] = instance.state.value
+        row[8] = instance.note or row[8]
+        if instance.state is LifecycleState.IN_SERVICE and row[5] is None:
+            row[5] = round(now_s, 3)
+        if instance.state is _GONE and row[6] is None:
             self._end(instance.id, now_s)
 
     def _end(self, instance: str, now_s: float) -> None:
-        known = self.ended[instance] = self.living.pop(instance)
-        known[6] = round(now_s, 3)
+        row = self.ended[instance] = self.living.pop(instance)
+        row[6] = round(now_s, 3)
 
     def record_workers(self, now_s: float) -> None:
         for worker_status in self._registry.workers.values():
             beat = worker_status.beat
-            known = self.workers.pop(beat.worker, None)
-            if known is None:
-                known = [beat.instance, beat.pool, beat.slots, round(now_s, 3), 0.0]
-            known[4] = round(now_s, 3)
-            self.workers[beat.worker] = known
+            row = self.workers.pop(beat.worker, None)
+            if row is None:
+                row = [beat.instance, beat.pool, beat.slots, round(now_s, 3), 0.0]
+            row[4] = round(now_s, 3)
+            self.workers[beat.worker] = row
 
     def rows(self, pools: Collection[str], since_s: float, most: int | None) -> RecordedData:
         """Return the rows of these pools since `since_s`, at most `most` of each kind."""
-        ended = takewhile(lambda one: one[1][6] >= since_s, reversed(self.ended.items()))
-        lately = takewhile(lambda one: one[1][4] >= since_s, reversed(self.workers.items()))
-        there = chain(self.living.items(), ended)
+        ended = takewhile(lambda item: item[1][6] >= since_s, reversed(self.ended.items()))
+        lately = takewhile(lambda item: item[1][4] >= since_s, reversed(self.workers.items()))
+        instances = chain(self.living.items(), ended)
         return {
-            "instances": dict(islice(_in_pools(there, pools, 0), most)),
+            "instances": dict(islice(_in_pools(instances, pools, 0), most)),
             "workers": dict(islice(_in_pools(lately, pools, 1), most)),
         }
 
@@ -323,9 +321,9 @@ class InstanceHistory:
                 del self.ended[name]
                 too_many -= 1
         beating = {worker_status.beat.worker for worker_status in self._registry.workers.values()}
-        gone = [name for name in self.workers if name not in beating]
+        silent = [name for name in self.workers if name not in beating]
         too_many = len(self.workers) - MAX_INSTANCES
-        for name in gone:
+        for name in silent:
             if self.workers[name][4] < since_s or too_many > 0:
                 del self.workers[name]
                 too_many -= 1
@@ -337,10 +335,10 @@ class InstanceHistory:
     def from_doc(cls, doc: Mapping[str, Any], registry: WorkerRegistry) -> InstanceHistory:
         """Read rows written by `to_doc`, possibly of another leader."""
         instance_history = cls(registry)
-        instance_history.living = {name: list(one) for name, one in doc["instances"].items()}
-        ended = sorted((one[6], name) for name, one in instance_history.living.items() if one[6] is not None)
+        instance_history.living = {name: list(row) for name, row in doc["instances"].items()}
+        ended = sorted((row[6], name) for name, row in instance_history.living.items() if row[6] is not None)
         instance_history.ended = {name: instance_history.living.pop(name) for _, name in ended}
-        workers = sorted((one[4], name) for name, one in doc["workers"].items())
+        workers = sorted((row[4], name) for name, row in doc["workers"].items())
         instance_history.workers = {name: list(doc["workers"][name]) for _, name in workers}
         return instance_history
 

@@ -167,16 +167,16 @@ class Recorder:
         each."""
         now_s = self._ports.clock.now_s()
         self._history.record_workers(now_s)
-        found: dict[JobId, tuple[float, RecordedData]] = {}
+        closed: dict[JobId, tuple[float, RecordedData]] = {}
         for job, account in ended.items():
             if live_recording := self._jobs.get(job):
                 live_recording.requests.add(request_point(account, now_s, 0.0))
             took_s = live_recording.took_s(now_s, self._ports.clock.monotonic_s()) if live_recording else 0.0
-            found[job] = took_s, self._part(job, live_recording, took_s)
+            closed[job] = took_s, self._part(job, live_recording, took_s)
             # Now and not at the next sample, because a retry may begin before that.
             self._jobs.pop(job, None)
             self._earlier.pop(job, None)
-        return found
+        return closed
 
     def _part(self, job: JobId, seen: _LiveRecording | None, took_s: float) -> RecordedData:
         """Return the recorded data of the job. Older rows are not read, because there may be many jobs."""
@@ -321,13 +321,13 @@ class Recorder:
         slots = {name: (pool["slots"], pool["type"]) for name, pool in doc["pools"].items()}
         history = InstanceHistory.from_doc(doc, self._registry)
         jobs: dict[JobId, _LiveRecording] = {}
-        for job, one in doc["jobs"].items():
-            live_recording = jobs[JobId(job)] = _LiveRecording(one["since_s"], one["pools"])
-            if ours := self._jobs.get(JobId(job)):
-                live_recording.begun_s, live_recording.live = ours.begun_s, ours.live
-            live_recording.requests = TimeSeries(latest_point, one["requests"])
-            live_recording.duplicates = one["duplicates"]
-        earlier = {JobId(job): one for job, one in doc["earlier"].items()}
+        for job, part in doc["jobs"].items():
+            live_recording = jobs[JobId(job)] = _LiveRecording(part["since_s"], part["pools"])
+            if own := self._jobs.get(JobId(job)):
+                live_recording.begun_s, live_recording.live = own.begun_s, own.live
+            live_recording.requests = TimeSeries(latest_point, part["requests"])
+            live_recording.duplicates = part["duplicates"]
+        earlier = {JobId(job): part for job, part in doc["earlier"].items()}
         # Only now, after all of the document could be read.
         self._slots, self._pools, self._jobs, self._earlier = slots, pools, jobs, earlier
         self._history = history

@@ -103,13 +103,13 @@ class RetriedTasks:
 
 async def failed_tasks(ports: Ports, record: JobRecord) -> dict[StageName, TaskSet]:
     """Return the tasks whose failure was not retried, by stage."""
-    taken = await RetriedTasks.read(ports, record)
-    found: dict[StageName, list[TaskSet]] = {}
+    retried = await RetriedTasks.read(ports, record)
+    sets_by_stage: dict[StageName, list[TaskSet]] = {}
     for row in await ports.ledger.bundles(record.job.id, failed=True):
         if row.completion:
-            standing = taken.remaining(row.bundle, row.completion.failed)
-            found.setdefault(row.bundle.stage, []).append(standing)
-    return {stage: tasks for stage, sets in found.items() if (tasks := TaskSet.union(sets))}
+            standing = retried.remaining(row.bundle, row.completion.failed)
+            sets_by_stage.setdefault(row.bundle.stage, []).append(standing)
+    return {stage: tasks for stage, sets in sets_by_stage.items() if (tasks := TaskSet.union(sets))}
 
 
 @dataclass(slots=True)
@@ -183,16 +183,17 @@ class RetryPlanner:
                 f"Job {record.job.id} has no failed task that matches.",
                 remedy="`batchlab job failures` lists the failed tasks.",
             )
-        kept = {name: tasks - chosen.get(name, TaskSet()) for name, tasks in failed.items()}
-        left = [
-            replace(stage_record.counts, failed=len(kept.get(name, TaskSet()))) for name, stage_record in stages.items()
+        remaining = {name: tasks - chosen.get(name, TaskSet()) for name, tasks in failed.items()}
+        counts = [
+            replace(stage_record.counts, failed=len(remaining.get(name, TaskSet())))
+            for name, stage_record in stages.items()
         ]
-        if (verdict := judge(record.job, left)).stop:
+        if (verdict := judge(record.job, counts)).stop:
             raise Refused(
                 f"The remaining failures would stop job {record.job.id} at once, by its own policy: {verdict.reason}.",
                 remedy="Retry all of them together.",
             )
-        return kept
+        return remaining
 
     async def _cut_again(
         self, record: JobRecord, stage: StageDef, stages: Mapping[StageName, StageRecord], round_: int, out: TaskSet

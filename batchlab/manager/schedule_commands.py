@@ -40,8 +40,8 @@ class ScheduleCommands(Scheduler):
     async def all(self) -> list[Schedule]:
         """Return the schedules that are not removed, by name."""
         await self._wait_until_read()
-        found = self.store.schedules
-        return [found[name] for name in sorted(found) if not found[name].removed]
+        by_name = self.store.schedules
+        return [by_name[name] for name in sorted(by_name) if not by_name[name].removed]
 
     async def get(self, name: str) -> Schedule:
         """Return a schedule. Raise NotFound."""
@@ -97,11 +97,11 @@ class ScheduleCommands(Scheduler):
             raise UsageError("The time is in the past.", remedy="Give a time in the future.")
         if before is None or before.removed:
             generation = before.generation + 1 if before else 1
-            made = Schedule(definition, generation, added_s=now_s, through_s=now_s)
+            new_schedule = Schedule(definition, generation, added_s=now_s, through_s=now_s)
             async with self._lock:
-                if await self.store.put(made):
+                if await self.store.put(new_schedule):
                     self._wake.set()
-                    return made, True
+                    return new_schedule, True
             return await self.add(definition, job, replacing=replacing)
         if not replacing:
             raise Refused(

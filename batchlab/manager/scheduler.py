@@ -53,18 +53,18 @@ class ScheduleStore:
     async def read(self, name: str) -> None:
         objects, key = self._ports.objects, object_keys.schedule(name)
         try:
-            found = await self._ports.patience(partial(objects.get_if_changed, key, None))
+            content = await self._ports.patience(partial(objects.get_if_changed, key, None))
         except NotFound:
-            found = None
+            content = None
         self.schedules.pop(name, None)
         self._etags.pop(name, None)
         self.unreadable.discard(name)
-        if found:
+        if content:
             try:
-                schedule = schedules.from_bytes(found[0])
+                schedule = schedules.from_bytes(content[0])
                 schedule.next_s()
                 self.schedules[name] = schedule
-                self._etags[name] = found[1]
+                self._etags[name] = content[1]
             except (BackendError, UsageError, KeyError, TypeError, ValueError) as error:
                 # A schedule of a later release, a damaged one, or an unknown time zone must not block the others.
                 log.error("schedule %s cannot be read and is ignored: %r", name, error)
@@ -169,18 +169,15 @@ class Scheduler(Part):
             async with self._lock:
                 if not self._is_read.is_set():
                     self._is_read.set()  # first, because another manager may lead meanwhile
-                    await self._load()
+                    try:
+                        await self.store.load()
+                    except BaseException:
+                        self._is_read.clear()
+                        raise
                 for name in sorted(self.store.schedules):
                     await self._advance_safely(name)
         except BackendError as error:
             log.warning("the schedules wait for the backend: %s", error)
-
-    async def _load(self) -> None:
-        try:
-            await self.store.load()
-        except BaseException:
-            self._is_read.clear()
-            raise
 
     async def _advance_safely(self, name: str) -> None:
         try:
@@ -196,15 +193,15 @@ class Scheduler(Part):
         """Return the wait until the next due time, at most one tick."""
         now_s = self._clock.now_s()
         soon = (self.next_s(schedule) for schedule in self.store.schedules.values())
-        first_s = min((one - now_s for one in soon if one is not None), default=math.inf)
+        first_s = min((due_s - now_s for due_s in soon if due_s is not None), default=math.inf)
         return max(0.001, min(self._settings.tick_s, first_s))
 
     def next_s(self, schedule: Schedule) -> float | None:
         """Return the schedule's next due time, from a cache."""
-        known = self._next.get(schedule.name)
-        if known is None or known[0] is not schedule:
-            known = self._next[schedule.name] = schedule, schedule.next_s()
-        return known[1]
+        cached = self._next.get(schedule.name)
+        if cached is None or cached[0] is not schedule:
+            cached = self._next[schedule.name] = schedule, schedule.next_s()
+        return cached[1]
 
     async def _advance(self, name: str) -> None:
         before = self.store.schedules[name]
@@ -249,10 +246,10 @@ class Scheduler(Part):
 
     def _has_waited(self, schedule: Schedule, at_s: float, now_s: float) -> bool:
         monotonic_s = self._clock.monotonic_s()
-        known = self._waits_s.get(schedule.name)
-        if known is None or known[0] != at_s:
-            known = self._waits_s[schedule.name] = at_s, monotonic_s + at_s - now_s
-        return monotonic_s - known[1] > LATE_BY_S and schedule.next_s() is not None
+        wait = self._waits_s.get(schedule.name)
+        if wait is None or wait[0] != at_s:
+            wait = self._waits_s[schedule.name] = at_s, monotonic_s + at_s - now_s
+        return monotonic_s - wait[1] > LATE_BY_S and schedule.next_s() is not None
 
     async def _with_started_run(self, schedule: Schedule) -> Schedule:
         """Return the schedule after its next startable run has started."""
@@ -365,9 +362,9 @@ class Scheduler(Part):
 
     def _log_decisions(self, before: Schedule, after: Schedule) -> None:
         """Log the decisions. Store notes about missed runs for the command that started this manager."""
-        known = {run.token: run for run in before.runs}
+        runs = {run.token: run for run in before.runs}
         for run in after.runs:
-            was = known.get(run.token)
+            was = runs.get(run.token)
             if was and was.state is run.state:
                 continue
             text = describe_run(after, run)

@@ -132,7 +132,7 @@ class Spending(Part):
         for view in views:
             waiting = self.caps.shares.waiting_shares(view)
             for instance in view.instances:
-                known = len(self.meter.lives)
+                count = len(self.meter.lives)
                 self.meter.bill_instance(
                     view.pool,
                     instance,
@@ -142,7 +142,7 @@ class Spending(Part):
                     accounts=self._accounts,
                     is_spot=instance.id in self._registry.spot,
                 )
-                self._is_changed |= len(self.meter.lives) != known
+                self._is_changed |= len(self.meter.lives) != count
         self._is_changed |= self.meter.retain({instance.id for view in views for instance in view.instances})
         self._count_requests()
         self.update_budgets()
@@ -170,11 +170,11 @@ class Spending(Part):
         running = [job for job in accounts if job not in paused]
         equal_shares = dict.fromkeys(running, 1 / len(running)) if running else {}
         self.meter.count_requests(MANAGER, self._manager_requests(), equal_shares, accounts)
-        for worker, asked in self._registry.requests.items():
+        for worker, report in self._registry.requests.items():
             shares: Mapping[JobId, float] = equal_shares
-            if asked.instance in self._registry.workers:
-                shares = self.caps.shares.shares_of(asked.instance, equal_shares)
-            self.meter.count_requests(worker, asked.requests, shares, accounts)
+            if report.instance in self._registry.workers:
+                shares = self.caps.shares.shares_of(report.instance, equal_shares)
+            self.meter.count_requests(worker, report.requests, shares, accounts)
         self._registry.requests.clear()
 
     def set_cap(self, job: JobId | None, usd: float | None) -> None:

@@ -79,8 +79,8 @@ class StagePlans:
         if cut.seq or cut.round or job.items is None:
             return None
         opening = await self._opening(job)
-        found = opening.cut if opening else None
-        return found if found and found.stage == cut.stage else None
+        first = opening.cut if opening else None
+        return first if first and first.stage == cut.stage else None
 
     async def _opening(self, job: JobDef) -> commit_keys.Opening | None:
         def opening(data: bytes) -> commit_keys.Opening | None:
@@ -126,9 +126,9 @@ class StagePlans:
     ) -> AsyncIterator[Json]:
         groups: dict[str, list[Json]] = {}
         for upstream in stage.after:
-            found = [one async for one in self._values(job, counts[upstream])]
+            results = [pair async for pair in self._values(job, counts[upstream])]
             # A bundle may have several task ranges, and a retried task is in a separate bundle.
-            for task, value in sorted(found, key=itemgetter(0)):
+            for task, value in sorted(results, key=itemgetter(0)):
                 for element in value if isinstance(value, list) else [value]:
                     if not isinstance(element, dict) or field not in element:
                         raise UsageError(
@@ -145,10 +145,10 @@ class StagePlans:
     ) -> Manifest:
         planned = {u: counts[u].planned or 0 for u in stage.after}
         if len(set(planned.values())) > 1:
-            told = ", ".join(f"{u} has {planned[u]}" for u in stage.after)
+            numbers = ", ".join(f"{u} has {planned[u]}" for u in stage.after)
             raise UsageError(
                 f"Stage {stage.name} follows several stages item by item, but these differ in "
-                f"their number of tasks: {told}.",
+                f"their number of tasks: {numbers}.",
                 remedy="Gather them, or let them have one common input.",
             )
         count = planned[stage.after[0]]

@@ -266,10 +266,10 @@ class LiveJob:
         """Retain a record that was just folded, and its outcome if it is small."""
         self.recent.append((record, outcome))
         if len(self.recent) > MAX_RECENT_OUTCOMES:
-            oldest, its = self.recent.popleft()
+            oldest, released = self.recent.popleft()
             self.complete_after = oldest.seq
-            if its:
-                its.release()
+            if released:
+                released.release()
 
     def outcomes_after(self, seq: int | None) -> list[tuple[BundleRecord, Outcome | None]] | None:
         """Return the outcomes folded after `seq`, or None if only the ledger has all of them."""

@@ -36,10 +36,10 @@ MANAGER = "manager"
 class WorkEvidence(Part):
     """Evidence of work for each worker of a grid."""
 
-    def __init__(self, context: Context, known: Callable[[JobId], Awaitable[JobRecord]]) -> None:
-        """`known` returns a job of the ledger or the bucket, or raises NotFound."""
+    def __init__(self, context: Context, job_record: Callable[[JobId], Awaitable[JobRecord]]) -> None:
+        """`job_record` returns a job of the ledger or the bucket, or raises NotFound."""
         super().__init__(context)
-        self._job_record = known
+        self._job_record = job_record
 
     def missing(self, pools: Mapping[str, str]) -> dict[str, str]:
         """Return the reason for each instance without evidence. `pools` maps instances to pools. An idle instance needs
@@ -82,9 +82,9 @@ class WorkEvidence(Part):
         if depth is None or not depth.visible:
             return False
         held = {
-            (one.job, one.stage, one.bundle)
+            (bundle.job, bundle.stage, bundle.bundle)
             for worker_status in self._registry.workers.values()
-            for one in worker_status.beat.held
+            for bundle in worker_status.beat.held
         }
         return any(self._has_due(live, pool, held) for live in self._lives.values())
 
@@ -142,30 +142,30 @@ class UnresponsiveWorkers(Part):
             pool: 0.0 if self._has_reported(pool, since_s) else self._silences_s.get(pool, 0.0) + step_s
             for pool in pools
         }
-        for one in self._overdue(self._silences_s, pools):
-            cause = f"its worker has been silent for {self._silences_s[one]:.0f} s"
-            await self._replace(one, pools.pop(one), cause)
-            self._silences_s[one] = 0.0
+        for instance_id in self._overdue(self._silences_s, pools):
+            cause = f"its worker has been silent for {self._silences_s[instance_id]:.0f} s"
+            await self._replace(instance_id, pools.pop(instance_id), cause)
+            self._silences_s[instance_id] = 0.0
         part_s = self.limit_s / STEPS
-        stored_s = {one: part_s * (quiet_s // part_s) for one, quiet_s in self._silences_s.items()}
+        stored_s = {instance_id: part_s * (quiet_s // part_s) for instance_id, quiet_s in self._silences_s.items()}
         # Few instances are silent for long, so the stored value rarely changes.
-        self._registry.instances.record_silences({one: s for one, s in stored_s.items() if s})
+        self._registry.instances.record_silences({instance_id: s for instance_id, s in stored_s.items() if s})
         missing = self._evidence.missing(pools)
         self._unproven_s = {
             pool: self._unproven_s.get(pool, 0.0) + step_s if pool in missing else 0.0 for pool in pools
         }
-        for one in self._overdue(self._unproven_s, pools):
-            cause = f"{missing[one]} for {self._unproven_s[one]:.0f} s"
-            if await self._is_refuted(one, pools[one], cause):
-                await self._replace(one, pools[one], cause)
-            self._unproven_s[one] = 0.0
+        for instance_id in self._overdue(self._unproven_s, pools):
+            cause = f"{missing[instance_id]} for {self._unproven_s[instance_id]:.0f} s"
+            if await self._is_refuted(instance_id, pools[instance_id], cause):
+                await self._replace(instance_id, pools[instance_id], cause)
+            self._unproven_s[instance_id] = 0.0
 
     def _overdue(self, counted_s: dict[str, float], pools: Mapping[str, str]) -> list[str]:
         """Return the instances above the limit. If that is the whole pool, return only the first one, and restart the
         count of the others."""
         overdue: list[str] = []
         for pool in dict.fromkeys(pools.values()):
-            members = [one for one in pools if pools[one] == pool]
+            members = [instance_id for instance_id in pools if pools[instance_id] == pool]
             over = [member for member in members if counted_s[member] >= self.limit_s]
             if len(over) == len(members):
                 counted_s |= dict.fromkeys(over[1:], 0.0)

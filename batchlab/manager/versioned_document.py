@@ -43,11 +43,11 @@ class VersionedDocument:
     async def read(self) -> bytes | None:
         """Return the content, or None if the object does not exist. Raise BackendError."""
         try:
-            found = await self._ports.patience(partial(self._ports.objects.get_if_changed, self._key, None))
+            content = await self._ports.patience(partial(self._ports.objects.get_if_changed, self._key, None))
         except NotFound:
-            found = None
-        self._etag = found[1] if found else None
-        return found[0] if found else None
+            content = None
+        self._etag = content[1] if content else None
+        return content[0] if content else None
 
     async def load(self) -> None:
         """Read and merge the content. Raise BackendError if the bucket does not respond."""

@@ -65,8 +65,8 @@ class InstanceKeys:
             instance = self._instances.get(beat.instance)
             if instance is not None and instance.pool == beat.pool:
                 digest = _digest(beat.key)
-                known = self._digests.get(beat.instance)
-                if known is None or (not known and digest):
+                stored = self._digests.get(beat.instance)
+                if stored is None or (not stored and digest):
                     self._unsaved.setdefault(beat.instance, digest)
         if self._unsaved:
             await self.save()
@@ -75,38 +75,38 @@ class InstanceKeys:
         """Return whether the heartbeat has the key of its instance. Store the heartbeat if the instance is not
         described yet."""
         instance = self._instances.get(beat.instance)
-        known = self._digests.get(beat.instance)
-        if instance is None or (known is None and instance.pool == beat.pool):
+        stored = self._digests.get(beat.instance)
+        if instance is None or (stored is None and instance.pool == beat.pool):
             self._store_waiting(beat, trusted)
             return False
         if instance.pool != beat.pool:
             self._on_rejected(beat.instance, "it names another pool than that of its instance")
             return False
-        if known is None or not hmac.compare_digest(known, _digest(beat.key)):
+        if stored is None or not hmac.compare_digest(stored, _digest(beat.key)):
             self._on_rejected(beat.instance, "it has another key than its instance")
             return False
         return True
 
     def _store_waiting(self, beat: Beat, trusted: Collection[JobId]) -> None:
-        known = self._waiting.get(beat.instance)
-        if known is None or (known[0].key == beat.key and known[0].number <= beat.number):
+        waiting = self._waiting.get(beat.instance)
+        if waiting is None or (waiting[0].key == beat.key and waiting[0].number <= beat.number):
             self._waiting[beat.instance] = beat, trusted
         while len(self._waiting) > MAX_UNKNOWN_INSTANCES:
             del self._waiting[next(iter(self._waiting))]
 
     def launched_s(self, instance: str) -> float | None:
         """Return when the instance was launched (seconds since the epoch), or None."""
-        known = self._instances.get(instance)
-        return known.launched_s if known else None
+        described = self._instances.get(instance)
+        return described.launched_s if described else None
 
-    def update_instances(self, there: Mapping[str, Instance]) -> list[Waiting]:
+    def update_instances(self, instances: Mapping[str, Instance]) -> list[Waiting]:
         """Set the described instances, and return the heartbeats that waited for them."""
         for digests in (self._digests, self._unsaved):
-            for instance in digests.keys() - there.keys():
+            for instance in digests.keys() - instances.keys():
                 del digests[instance]
                 self._are_changed = True
-        self._instances = there
-        return [self._waiting.pop(stranger) for stranger in list(self._waiting) if stranger in there]
+        self._instances = instances
+        return [self._waiting.pop(stranger) for stranger in list(self._waiting) if stranger in instances]
 
     def record_silences(self, quiet_s: Mapping[str, float]) -> None:
         self._are_changed = self._are_changed or self.silences_s != quiet_s
@@ -222,8 +222,8 @@ class WorkerRegistry:
         worker_status = self.workers.get(beat.instance)
         if worker_status and worker_status.beat.worker == beat.worker and worker_status.beat.number > beat.number:
             return True  # the queue may deliver beats out of order
-        gone = self._departed.get(beat.instance)
-        if gone and gone.worker in ("", beat.worker):
+        departed = self._departed.get(beat.instance)
+        if departed and departed.worker in ("", beat.worker):
             return True
         if beat.gone:
             if worker_status is None or worker_status.beat.worker == beat.worker:
@@ -261,8 +261,8 @@ class WorkerRegistry:
 
     async def update_instances(self, views: Iterable[GroupView]) -> None:
         """Set the described instances, and process the heartbeats that waited for them."""
-        there = {instance.id: instance for view in views for instance in view.instances}
-        waiting = self.instances.update_instances(there)
+        instances = {instance.id: instance for view in views for instance in view.instances}
+        waiting = self.instances.update_instances(instances)
         await self.instances.bind(beat for beat, _ in waiting)
         for beat, trusted in waiting:
             await self.receive_beat(beat, trusted)
@@ -277,20 +277,20 @@ class WorkerRegistry:
         else:
             self._ready.add(instance)
 
-    def record_requests(self, asked: WorkerRequests) -> None:
+    def record_requests(self, report: WorkerRequests) -> None:
         """Record the request counts of a worker if they are plausible."""
-        launched_s = self.instances.launched_s(asked.instance)
+        launched_s = self.instances.launched_s(report.instance)
         if launched_s is None:
             return
         most = MAX_PER_S * (GRACE_S + self._ports.clock.now_s() - launched_s)
-        requests = replace(asked.requests, sqs_bytes=asked.requests.sqs_bytes / STEP_BYTES)
-        if not all(0 <= one <= most for one in astuple(requests)):
+        requests = replace(report.requests, sqs_bytes=report.requests.sqs_bytes / STEP_BYTES)
+        if not all(0 <= number <= most for number in astuple(requests)):
             why = "its worker reports more requests than it can have made"
-            self._quarantine.beat(asked.instance, why)
+            self._quarantine.beat(report.instance, why)
             return
-        self.requests[asked.worker] = asked
-        if asked.is_spot:
-            self.spot[asked.instance] = None
+        self.requests[report.worker] = report
+        if report.is_spot:
+            self.spot[report.instance] = None
             while len(self.spot) > MAX_SPOT:
                 del self.spot[next(iter(self.spot))]
 
@@ -311,31 +311,31 @@ class WorkerRegistry:
             del self._departed[next(iter(self._departed))]
         return worker_status
 
-    def forget_vanished(self, there: Collection[str]) -> None:
+    def forget_vanished(self, existing: Collection[str]) -> None:
         """Remove workers that were silent for `LOST_S` on instances that do not exist, because another leader handled
         their end."""
         since_s = self._ports.clock.monotonic_s() - LOST_S
         for instance, worker_status in list(self.workers.items()):
-            if worker_status.heard_s < since_s and instance not in there:
+            if worker_status.heard_s < since_s and instance not in existing:
                 self._remove(instance)
 
     def readmit(self, living: Collection[str]) -> None:
         """Accept heartbeats again from living instances that were considered dead, because a group may omit an instance
         for a while. A worker that reported its departure does not return."""
         for instance in living:
-            gone = self._departed.get(instance)
-            if gone and not gone.has_reported_departure:
+            departed = self._departed.get(instance)
+            if departed and not departed.has_reported_departure:
                 del self._departed[instance]
 
     def has_reported(self, instance: str) -> bool:
         """Return whether a worker on the instance has ever sent a heartbeat."""
-        gone = self._departed.get(instance)
-        return instance in self.workers or bool(gone and gone.worker)
+        departed = self._departed.get(instance)
+        return instance in self.workers or bool(departed and departed.worker)
 
     def has_left(self, instance: str) -> bool:
         """Return whether the last worker of the instance has reported that it leaves."""
-        gone = self._departed.get(instance)
-        return bool(gone and gone.has_reported_departure)
+        departed = self._departed.get(instance)
+        return bool(departed and departed.has_reported_departure)
 
     def idle(self, pool: str) -> list[str]:
         """Return the pool's instances without a bundle, longest silent first."""
@@ -362,13 +362,13 @@ class WorkerRegistry:
             self._record_loss(worker_status)
             if self._ports.clock.monotonic_s() - worker_status.heard_s >= LOST_S:
                 continue  # the messages have returned by themselves, and other workers have them
-            explained = instance.note.startswith("terminated")
-            about = {"instance": instance.id, "pool": instance.pool}
-            log.info("died (%s): its messages are given back", instance.note, extra=about)
+            was_terminated = instance.note.startswith("terminated")
+            extra = {"instance": instance.id, "pool": instance.pool}
+            log.info("the instance died (%s), and its messages return to the queue", instance.note, extra=extra)
             try:
-                await self._return_messages(worker_status.beat.held, explained=explained)
+                await self._return_messages(worker_status.beat.held, as_copies=was_terminated)
             except BackendError as error:
-                log.warning("they return when their visibility runs out: %s", error, extra=about)
+                log.warning("the messages return after their visibility timeout: %s", error, extra=extra)
 
     def _record_loss(self, seen: WorkerStatus) -> None:
         """Record the lost run time of the worker's bundles."""
@@ -379,20 +379,20 @@ class WorkerRegistry:
                 stage = live.job.stage(held.stage)
                 live.account.lose(stage.pool, (now_s - since_s) * stage.slots)
 
-    async def _return_messages(self, held: Sequence[HeldBundle], *, explained: bool) -> None:
-        ours = [one for one in held if one.receipt]
-        copied = [our for our in ours if explained and self._outstanding_bundle(our)]
+    async def _return_messages(self, held: Sequence[HeldBundle], *, as_copies: bool) -> None:
+        received = [bundle for bundle in held if bundle.receipt]
+        copied = [our for our in received if as_copies and self._outstanding_bundle(our)]
         await self._send_copies(copied)
         await self._release(copied, visible=False)
-        await self._release([our for our in ours if our not in copied], visible=True)
+        await self._release([our for our in received if our not in copied], visible=True)
 
     async def _release(self, held: Sequence[HeldBundle], *, visible: bool) -> None:
         """Make messages visible again, or delete messages that were replaced by copies."""
         queue, patience = self._ports.queue, self._ports.patience
         receipts: dict[str, list[str]] = {}
-        for one in held:
-            if one.receipt:
-                receipts.setdefault(one.queue, []).append(one.receipt)
+        for bundle in held:
+            if bundle.receipt:
+                receipts.setdefault(bundle.queue, []).append(bundle.receipt)
         for name, all_of_it in receipts.items():
             for i in range(0, len(all_of_it), MAX_BATCH):
                 batch = all_of_it[i : i + MAX_BATCH]
@@ -411,8 +411,8 @@ class WorkerRegistry:
         now_s = self._ports.clock.now_s()
         messages = [
             address(job, bundle, await self._ports.keys.key_of(job), now_s=now_s)
-            for one in held
-            if (bundle := self._outstanding_bundle(one))
-            for job in (self._lives[one.job].job,)
+            for held_bundle in held
+            if (bundle := self._outstanding_bundle(held_bundle))
+            for job in (self._lives[held_bundle.job].job,)
         ]
         await send_all(self._ports.queue, messages, self._ports.patience)
