@@ -70,7 +70,7 @@ class ManagedFleet(Engine):
         """See the port. Raise Refused if the instance is unknown. Ignore an ending instance."""
         group_and_member = self._find(instance)
         if group_and_member is None:
-            raise Refused(f"there is no instance {instance!r}")
+            raise Refused(f"the instance {instance!r} does not exist")
         group, member = group_and_member
         if member.counted and not healthy:
             self._changes.fail(group, member, cause, note=f"terminated: unhealthy: {cause}")
@@ -91,10 +91,10 @@ class ManagedFleet(Engine):
 
     def _group(self, pool: str) -> Group:
         if pool not in self._groups:
-            raise Refused(f"there is no pool {pool!r}", remedy="`batchlab grid status` lists the pools.")
+            raise Refused(f"the pool {pool!r} does not exist", remedy="`batchlab grid status` lists the pools.")
         return self._groups[pool]
 
     def _member(self, group: Group, instance: str) -> Member:
         if instance not in group.members:
-            raise Refused(f"there is no instance {instance!r} in pool {group.pool.name!r}")
+            raise Refused(f"the pool {group.pool.name!r} does not have an instance {instance!r}")
         return group.members[instance]

@@ -120,7 +120,7 @@ class InstanceRequests(Requests):
         return [self._activity(group, number) for number in moved]
 
     def exit_standby(self, name: str, instance_ids: Sequence[str]) -> Sequence[ActivityDetails]:
-        """Move all these instances out of standby. Desired capacity grows by them."""
+        """Move all these instances out of standby. Desired capacity grows by their weight."""
         group, asg = self._changeable(name)
         members = self._instances(group, instance_ids)
         for member in members:

@@ -40,7 +40,7 @@ def admit(job: JobDef, pools: Mapping[str, int], directory: NotificationSettings
     """Raise UsageError if a grid with these pools (name: slots) can never run the job, or if `directory` refuses a
     notification target of the job."""
     if not job.stages:
-        raise UsageError(f"Job {job.name} has no stages.", remedy="Give it at least one.")
+        raise UsageError(f"Job {job.name} does not have stages.", remedy="Give it at least one stage.")
     for text in (job.id, *(stage.name for stage in job.stages)):
         if not is_name(text):
             raise UsageError(
@@ -130,7 +130,7 @@ def _admit_stage(stage: StageDef, earlier: set[str]) -> None:
     for upstream in stage.after:
         if upstream not in earlier:
             raise UsageError(
-                f"Stage {stage.name} comes after {upstream!r}, which is no stage before it.",
+                f"Stage {stage.name} comes after {upstream!r}, which is not an earlier stage.",
                 remedy="List the stages in an order in which they can run.",
             )
     if (stage.handler is None) != bool(stage.command):

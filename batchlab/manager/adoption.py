@@ -90,8 +90,8 @@ class Adoption(Part):
                 key = object_keys.committed(record.job.id)
                 self._quarantine.object(key, error, record.job.id, "object")
 
-    async def adopt(self, result: ChangeResult, *, beside: bool = False) -> LiveJob:
-        """Conduct a new, taken-over, or reopened job. With `beside`, other tasks may fold completions meanwhile."""
+    async def adopt(self, result: ChangeResult, *, concurrent: bool = False) -> LiveJob:
+        """Conduct a new, taken-over, or reopened job. With `concurrent`, other tasks may fold completions meanwhile."""
         ledger, rows = self._ledger, result.rows
         job = rows.job.job
         # A retry is two steps in the ledger. The previous leader may have died between them.
@@ -101,7 +101,7 @@ class Adoption(Part):
         planned: Sequence[BundleRecord] = ()
         if not result.is_new:
             planned = await ledger.bundles(job.id, done=False)
-            if beside:
+            if concurrent:
                 # The rows are read after the bundles. A bundle that is folded in between stays outstanding until the
                 # reconciler finds its outcome. In the other order, the counters would miss the bundle.
                 rows = await ledger.rows(job.id)
@@ -149,7 +149,7 @@ class Adoption(Part):
             key = object_keys.retry(record.job.id, record.round)
             return (), UnreadableObject(key, error.message)
 
-    async def restore(self, job: JobId, *, beside: bool = False) -> JobDef | None:
+    async def restore(self, job: JobId, *, concurrent: bool = False) -> JobDef | None:
         """Restore a job from the bucket, because its submission crashed or the ledger was lost. Return None if the
         bucket does not have a readable job of that name, or if this grid does not admit the job. A worker may name any
         job in an event."""
@@ -180,7 +180,7 @@ class Adoption(Part):
         log.warning("job %s was not in the ledger and is restored", job, extra={"job": job})
         rows = await self._ledger.rows(job)
         if not rows.job.state.ended:
-            await self.adopt(ChangeResult(rows, is_new=False), beside=beside)
+            await self.adopt(ChangeResult(rows, is_new=False), concurrent=concurrent)
         return rows.job.job
 
     async def readopt(self, live: LiveJob) -> None:
@@ -188,7 +188,7 @@ class Adoption(Part):
         committed."""
         await restore(self._ports, live.id)
         live.ended.set()
-        await self.adopt(ChangeResult(await self._ledger.rows(live.id), is_new=False), beside=True)
+        await self.adopt(ChangeResult(await self._ledger.rows(live.id), is_new=False), concurrent=True)
 
     async def _give_up(self, live: LiveJob, error: Malformed) -> None:
         """End a job that can never continue, unless the backend is unavailable."""

@@ -9,7 +9,7 @@ instances forever, and every launch is billed. After consecutive failed launches
 instances, and one more instance is launched after each pause. Each pause is twice as long as the one before. The first
 instance that starts closes the breaker.
 
-Prewarming is the minimum capacity of a pool before a schedule is due. It ends when the policy knows the job's work, or
+Prewarming sets a minimum capacity of a pool before a schedule is due. It ends when the policy knows the job's work, or
 when no job starts at the due time. Cost caps limit it.
 """
 
@@ -94,7 +94,7 @@ class LaunchBreaker:
         elif since_s >= pool.retry_s:
             pool.pause_s = doubled_s(pool.pause_s, MAX_PAUSE_S)
         else:
-            return  # launched before the stop, so it was not an attempt
+            return  # launched before the breaker opened, so this launch was not an attempt
         pool.retry_s = now_s + pool.pause_s
         log.warning("%s", self.trouble(name), extra={"pool": name})
 

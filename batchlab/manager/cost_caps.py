@@ -79,7 +79,7 @@ class CostCaps(Part):
         """Set the cap of a job, or of the grid if `job` is None. Raise Refused if the grid does not have prices."""
         if usd is not None and self._rates is None:
             raise Refused(
-                "This grid has no prices, so no cost can be capped.",
+                "This grid does not have prices, so costs cannot be capped.",
                 remedy="`batchlab prices show` shows the problem with the price book.",
             )
         if job is None:

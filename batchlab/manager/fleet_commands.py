@@ -28,7 +28,7 @@ async def group(manager: Manager, pool: str) -> GroupView:
     """Return the group of a pool. Raise NotFound."""
     views = await groups(manager)
     if pool not in views:
-        raise NotFound(f"There is no pool {pool!r}.", remedy=f"The pools are {', '.join(sorted(views))}.")
+        raise NotFound(f"The pool {pool!r} does not exist.", remedy=f"The pools are {', '.join(sorted(views))}.")
     return views[pool]
 
 

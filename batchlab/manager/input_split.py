@@ -68,7 +68,9 @@ async def _under(objects: Objects, prefix: str) -> AsyncIterator[ObjectInfo]:
                 empty = False
                 yield info
     if empty:
-        raise UsageError(f"There is no input object under {prefix}.", remedy="Check the prefix, then run again.")
+        raise UsageError(
+            f"The prefix {prefix} does not contain input objects.", remedy="Check the prefix, then run again."
+        )
 
 
 def _missing_object(key: str) -> UsageError:

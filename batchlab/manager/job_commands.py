@@ -100,7 +100,7 @@ class JobCommands(Part):
             log.info("accepted", extra={"job": job.id})
         if not written.rows.job.state.ended and job.id not in self._lives:
             # If another manager created the job, its completions may already be in the queue.
-            live = await self._adoption.adopt(replace(written, is_new=written.is_new and is_ours), beside=True)
+            live = await self._adoption.adopt(replace(written, is_new=written.is_new and is_ours), concurrent=True)
             if opening and cut and written.is_new:
                 self._coordinator.begin(live, cut)
                 if not is_sent:
@@ -191,7 +191,7 @@ class JobCommands(Part):
         except AlreadyExists:
             retry = Retry.from_bytes(await self._patience(lambda: self._objects.get(key)))
         await self._ledger.apply(Reopen(job, round_, retry.reopened))
-        live = await self._adoption.adopt(ChangeResult(await self._ledger.rows(job), is_new=False), beside=True)
+        live = await self._adoption.adopt(ChangeResult(await self._ledger.rows(job), is_new=False), concurrent=True)
         self._unfinished.discard(job)
         await self._coordinator.send(live.job, [b for cut in retry.cuts for b in cut.bundles])
         return live.record

@@ -1,7 +1,7 @@
 """Writes of completions and job changes to the ledger, and updates of live jobs from the ledger.
 
-Invariant: the ledger decides once, in one transaction, which completions are new. The live jobs follow the ledger.
-Events may arrive twice, late, in any order, or never (see the reconciler).
+Invariant: the ledger decides once, in one transaction, which completions are new. The live jobs are updated from the
+ledger. Events may arrive twice, late, in any order, or never (see the reconciler).
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ class LedgerWriter(Part):
             before = live.record
             rows = await self._ledger.rows(live.id)
         if rows.job.round > live.round:
-            live.end()  # this round has ended, and a retry began the next one
+            live.end()  # the round of this live job has ended, and a retry began the next round
         live.update_rows(rows)
 
     async def job(self, job: JobId) -> JobDef | None:

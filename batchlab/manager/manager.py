@@ -190,7 +190,7 @@ class Manager:
         try:
             return await self.ports.ledger.job(job)
         except NotFound:
-            if await self._adoption.restore(job, beside=True) is None:
+            if await self._adoption.restore(job, concurrent=True) is None:
                 raise
             return await self.ports.ledger.job(job)
 

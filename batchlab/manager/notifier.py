@@ -158,7 +158,7 @@ CLOSE_S = 1.0
 MAX_EXPLANATIONS = 5
 """Stuck jobs explained per tick. Each explanation reads the fleet and the ledger."""
 MAX_PENDING = 2000
-"""Maximum number of pending notifications. The oldest is given up above it."""
+"""Maximum number of pending notifications. Above it, the manager gives up the oldest notification."""
 
 
 class Notifier(Part):
@@ -425,7 +425,7 @@ class Notifier(Part):
         target = self.directory().named(name)
         if target is None:
             names = ", ".join(t.name for t in self.directory().targets) or "none"
-            raise NotFound(f"The grid has no target {name!r}.", remedy=f"Its targets are: {names}.")
+            raise NotFound(f"The grid does not have a target {name!r}.", remedy=f"Its targets are: {names}.")
         at_s = self._clock.now_s()
         id_ = notifications.derived_id(target, "", 0, "test", self._ids.fresh("test"))
         text = {"v": json_format.VERSION, "id": id_, "moment": "test", "at_s": at_s}

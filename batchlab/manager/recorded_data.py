@@ -69,7 +69,7 @@ def empty_part() -> RecordedData:
 
 
 def join_rounds(a: RecordedData, b: RecordedData) -> RecordedData:
-    """Join two parts of one job, of which `b` is of a later round."""
+    """Join two parts of one job. `b` is of a later round."""
     pools = dict(a["pools"])
     for name, pool in b["pools"].items():
         series = [*pools[name]["series"], *pool["series"]] if name in pools else pool["series"]

@@ -180,7 +180,7 @@ class RetryPlanner:
                 )
         if not any(chosen.values()):
             raise Refused(
-                f"Job {record.job.id} has no failed task that matches.",
+                f"The request does not match a failed task of job {record.job.id}.",
                 remedy="`batchlab job failures` lists the failed tasks.",
             )
         remaining = {name: tasks - chosen.get(name, TaskSet()) for name, tasks in failed.items()}

@@ -60,7 +60,9 @@ class ScheduleCommands(Scheduler):
     def _existing(self, name: str) -> Schedule:
         schedule = self.store.schedules.get(name)
         if schedule is None or schedule.removed:
-            raise NotFound(f"There is no schedule {name!r}.", remedy="`batchlab schedule list` shows the schedules.")
+            raise NotFound(
+                f"The schedule {name!r} does not exist.", remedy="`batchlab schedule list` shows the schedules."
+            )
         return schedule
 
     async def add(self, definition: Definition, job: JobDef, *, replacing: bool) -> tuple[Schedule, bool]:
@@ -77,7 +79,7 @@ class ScheduleCommands(Scheduler):
             )
         if definition.due_param and definition.due_param not in dict(job.params):
             raise UsageError(
-                f"Job {job.name} has no parameter {definition.due_param!r} for the due time.",
+                f"Job {job.name} does not have a parameter {definition.due_param!r} for the due time.",
                 remedy="Declare it under params: in the job file.",
             )
         self._context.admit(job)

@@ -3,7 +3,7 @@
 Invariants: a conditional PUT of the schedule decides a due time before the job is submitted, and the job's name follows
 from the schedule and the due time. So after a crash, the next leader submits the same job once. A schedule is written
 only over the version that was read. If two managers decide the same due time, one write fails, and its manager reads
-the other decision. The scheduler uses no port while nothing is due.
+the other decision. The scheduler does not call a port while nothing is due.
 """
 
 from __future__ import annotations

@@ -201,7 +201,7 @@ class Spending(Part):
             log.warning("the grid's account cannot be read and begins again at 0: %r", error)
             return
         self.meter = usage.meter
-        # The account may include counts of this process from an earlier lead.
+        # The account may include counts of this process from its earlier time as the leader.
         self._earlier_requests = usage.own - self._tally.read()
         if usage.cap is not None:
             self.caps.max_cost_usd = usage.cap

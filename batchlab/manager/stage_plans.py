@@ -133,7 +133,7 @@ class StagePlans:
                     if not isinstance(element, dict) or field not in element:
                         raise UsageError(
                             f"Stage {stage.name} gathers by {field!r}, but the result of task "
-                            f"{task_name(upstream, task)} has no such field.",
+                            f"{task_name(upstream, task)} lacks this field.",
                             remedy=f"Return objects with {field!r}, or lists of them.",
                         )
                     groups.setdefault(str(element[field]), []).append(element)

@@ -155,7 +155,7 @@ class LiveJob:
     """The last bundles whose outcome arrived before their plan. A short bundle may finish before the event of the
     bundle that it follows."""
     paces: dict[StageName, tuple[int, float]] = field(default_factory=dict)
-    """(tasks, seconds) of the outcomes that this manager folded; see `pace_s`."""
+    """Tasks and seconds of the outcomes that this manager folded (see `pace_s`)."""
     measured: dict[StageName, Pace] = field(default_factory=dict)
     spans: dict[StageName, str] = field(default_factory=dict)
     traced: dict[StageName, deque[str]] = field(default_factory=dict)
@@ -199,7 +199,7 @@ class LiveJob:
         self.wake.set()
 
     def update_rows(self, rows: JobRows) -> None:
-        # Both together, so that no reader sees an ended job with old counters.
+        # Both are replaced together, so that a reader never sees an ended job with old counters.
         self.record = rows.job
         self.stages = {s.counts.stage: s for s in rows.stages}
         self.notify()

@@ -197,7 +197,7 @@ def test_a_key_that_ends_in_a_slash_stands_for_all_objects_under_it() -> None:
 
 
 def test_an_empty_prefix_is_an_error_that_names_it() -> None:
-    with pytest.raises(UsageError, match="no input object under in/"):
+    with pytest.raises(UsageError, match="prefix in/ does not contain input objects"):
         tasks({"in/": b""}, SplitBy.FILE, keys=("in/",))
 
 
@@ -232,7 +232,7 @@ def test_an_object_that_shrinks_or_vanishes_while_it_is_read_is_an_error(by: Spl
         (b'1\n"\xff"\n', 2, "it is not UTF-8 text"),
         (b"1\r\n\r\nNaN", 3, "nan"),
         (b"1e999\n", 1, "inf"),
-        (b'"\\ud800"', 1, "UTF-8 cannot hold"),
+        (b'"\\ud800"', 1, "UTF-8 cannot represent"),
         (b"[" * 100_000, 1, "nested too deeply"),
         (b"9" * 5000, 1, "4300 digits"),
     ],

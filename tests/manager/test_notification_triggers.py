@@ -249,7 +249,7 @@ def test_a_test_is_sent_once_and_logged() -> None:
         manager = scene.manager()
         assert await manager.test("ops") == "It is away."
         assert await manager.test("ops") == ""
-        with pytest.raises(NotFound, match="no target 'oops'") as caught:
+        with pytest.raises(NotFound, match="not have a target 'oops'") as caught:
             await manager.test("oops")
         assert "ops" in caught.value.remedy
         states: Sequence[str] = [one["state"] for one in (await scene.kept())["log"]]

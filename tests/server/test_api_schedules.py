@@ -34,7 +34,7 @@ def test_schedule_is_created_shown_changed_and_removed(rig: Rig) -> None:
     assert [one["name"] for one in client.schedules()["schedules"]] == ["nightly"]
     client.remove_schedule("nightly")
     assert client.schedules() == {"schedules": [], "notes": []}
-    with pytest.raises(NotFound, match="no schedule 'nightly'"):
+    with pytest.raises(NotFound, match="schedule 'nightly' does not exist"):
         client.schedule("nightly")
 
 
@@ -73,7 +73,7 @@ def test_one_time_schedule_runs(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> No
         ({"missed": "never"}, "body.schedule.missed"),
         ({"missed": "run-all", "overlap": "replace"}, "replaces each by the next one"),
         ({"capacity": 0}, "body.schedule.capacity"),
-        ({"due_param": "month"}, "no parameter 'month'"),
+        ({"due_param": "month"}, "not have a parameter 'month'"),
         ({"surprise": 1}, "body.schedule.surprise"),
         ({"cron": "", "at_s": 1.0}, "The time is in the past."),
     ],

@@ -99,14 +99,14 @@ def with_stage(**changes: Any) -> JobDef:
 
 
 REFUSED: dict[str, tuple[JobDef, str]] = {
-    "no stages": (replace(JOB, stages=()), "has no stages"),
+    "no stages": (replace(JOB, stages=()), "does not have stages"),
     "an id that leaves its folder": (replace(JOB, id=JobId("../x")), "cannot name a job"),
     "a stage that leaves its folder": (with_stage(name=StageName("a/b")), "cannot name"),
     "an unknown pool": (with_stage(pool="cpu"), "Its pools are default, gpu"),
     "too many slots": (with_stage(slots=3), "asks for 3 slots per task, but an instance"),
     "no slots": (with_stage(slots=0), "asks for 0 slots"),
-    "a stage after nothing": (with_stage(after=(StageName("x"),)), "no stage before it"),
-    "a stage after itself": (with_stage(after=(MAP,)), "no stage before it"),
+    "a stage after nothing": (with_stage(after=(StageName("x"),)), "not an earlier stage"),
+    "a stage after itself": (with_stage(after=(MAP,)), "not an earlier stage"),
     "a name twice": (with_stage(name=SUM), "Two stages are named 'sum'"),
     "two things to run": (with_stage(command=("true",)), "either a handler or a command"),
     "nothing to run": (with_stage(handler=None), "either a handler or a command"),

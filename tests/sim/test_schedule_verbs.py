@@ -137,7 +137,7 @@ def test_a_job_may_know_when_it_was_due() -> None:
         assert dict(record.job.params) == {"month": "2026-03-02T11:00:00+01:00", "rate": 2}
         assert record.state is JobState.SUCCEEDED
         wrong = definition(name="wrong", due_param="nothing")
-        with pytest.raises(UsageError, match="no parameter 'nothing'"):
+        with pytest.raises(UsageError, match="not have a parameter 'nothing'"):
             await ask(world, lambda s: s.add(wrong, job, replacing=False))
 
     in_time(act)

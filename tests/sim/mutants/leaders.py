@@ -39,8 +39,8 @@ def adoption_without_a_wait(plant: Plant) -> None:
     original = Adoption.adopt
 
     @plant.method(Adoption, "adopt")
-    async def adopt(self: Adoption, found: ChangeResult, *, beside: bool = False) -> LiveJob:
-        live = await original(self, found, beside=beside)
+    async def adopt(self: Adoption, found: ChangeResult, *, concurrent: bool = False) -> LiveJob:
+        live = await original(self, found, concurrent=concurrent)
         if not found.is_new:
             for one in live.all_outstanding():
                 one.heard_s = -math.inf

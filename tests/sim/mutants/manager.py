@@ -236,8 +236,8 @@ def new_leader_expects_nothing(plant: Plant) -> None:
     original = Adoption.adopt
 
     @plant.method(Adoption, "adopt")
-    async def adopt(self: Adoption, found: ChangeResult, *, beside: bool = False) -> LiveJob:
-        live = await original(self, found, beside=beside)
+    async def adopt(self: Adoption, found: ChangeResult, *, concurrent: bool = False) -> LiveJob:
+        live = await original(self, found, concurrent=concurrent)
         live.outstanding.clear()
         return live
 

@@ -81,8 +81,8 @@ def new_leader_sends_all_again(plant: Plant) -> None:
     original = Adoption.adopt
 
     @plant.method(Adoption, "adopt")
-    async def adopt(self: Adoption, found: ChangeResult, *, beside: bool = False) -> LiveJob:
-        live = await original(self, found, beside=beside)
+    async def adopt(self: Adoption, found: ChangeResult, *, concurrent: bool = False) -> LiveJob:
+        live = await original(self, found, concurrent=concurrent)
         if not found.is_new:
             bundles = [one.bundle for one in live.all_outstanding()]
             await self._coordinator.send(live.job, bundles)

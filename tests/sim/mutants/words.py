@@ -94,7 +94,9 @@ def retry_that_ignores_the_choice_of_another(plant: Plant) -> None:
         with suppress(AlreadyExists):
             await patience(lambda: objects.put(key, made.to_bytes(), if_absent=True))
         await self._ports.ledger.apply(Reopen(job, round_, made.reopened))
-        live = await self._adoption.adopt(ChangeResult(await self._ports.ledger.rows(job), is_new=False), beside=True)
+        live = await self._adoption.adopt(
+            ChangeResult(await self._ports.ledger.rows(job), is_new=False), concurrent=True
+        )
         self._unfinished.discard(job)
         await self._coordinator.send(live.job, [b for cut in made.cuts for b in cut.bundles])
         return live.record

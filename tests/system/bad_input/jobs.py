@@ -273,7 +273,7 @@ FAN_IN = [
     Job(
         "gather by",
         "gathers by a field that no result has",
-        "Stage all gathers by 'region', but the result of task one/0 has no such field",
+        "Stage all gathers by 'region', but the result of task one/0 lacks this field",
         more(ALL.replace("gather: all", "gather: {by: region}")),
         kept={"all": []},
     ),
