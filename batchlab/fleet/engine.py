@@ -79,19 +79,14 @@ def _admit_member(
     try:
         place = placement.choose(group, group.asg, sources, changes.steady.now_s(), warm=warm_pool)
     except Fault as fault:
-        _no_template(changes, group, fault)
+        # The template does not exist. Recorded once for every wait of the crash loop, like any failed launch.
+        reason = f"{fault.message} Launching EC2 instance failed."
+        changes.count_failure(group, reason)
+        what = f"Launching a new EC2 instance.  Status Reason: {reason}"
+        changes.note(group.pool.name, what, changes.cause_text(group.asg, "an instance was started"), "Failed")
         return None
     size = weigh(group.staying())
     return PendingLaunch(group, changes.admit(group, size, now_s, place), place)
-
-
-def _no_template(changes: Changes, group: Group, fault: Fault) -> None:
-    assert group.asg is not None
-    reason = f"{fault.message} Launching EC2 instance failed."
-    # Recorded once for every wait of the crash loop, like any failed launch.
-    changes.count_failure(group, reason)
-    what = f"Launching a new EC2 instance.  Status Reason: {reason}"
-    changes.note(group.pool.name, what, changes.cause_text(group.asg, "an instance was started"), "Failed")
 
 
 def _record_failed_launch(changes: Changes, fresh: PendingLaunch, error: str) -> None:

@@ -45,7 +45,8 @@ def step(changes: Changes, group: Group) -> None:
     if any(group.suspended(process) for process in required):
         rolling.moved_s = now_s
         return
-    _set(changes, rolling, status=_running(rolling.refresh))
+    if rolling.refresh.status == "Pending":
+        _set(changes, rolling, status="InProgress")
     _drop_finished(group, rolling)
     _measure(changes, group, rolling, now_s)
     if now_s < rolling.paused_until_s:
@@ -56,10 +57,6 @@ def step(changes: Changes, group: Group) -> None:
         _give_up(changes, group, asg, rolling)
     elif now_s >= rolling.paused_until_s:
         _replace(changes, group, asg, rolling, now_s)
-
-
-def _running(refresh: InstanceRefresh) -> str:
-    return "InProgress" if refresh.status == "Pending" else refresh.status
 
 
 def _drop_finished(group: Group, rolling: RefreshProgress) -> None:

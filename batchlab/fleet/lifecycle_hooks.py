@@ -104,7 +104,7 @@ def expire(changes: Changes, group: Group) -> None:
     now_s = changes.steady.now_s()
     for member in list(group.members.values()):
         # An abandoned action clears the other actions of its instance.
-        while late := next((w for w in member.asg.waits if _late(w, now_s)), None):
+        while late := next((w for w in member.asg.waits if now_s >= min(w.until_s, w.at_most_s)), None):
             complete(changes, group, member, late, late.hook.default_result, "Heartbeat Timeout")
 
 
@@ -115,10 +115,6 @@ def drop(changes: Changes, group: Group, hook: LifecycleHook) -> None:
         action = find(group, hook.lifecycle_hook_name, instance=member.instance.id)
         if action is not None:
             complete(changes, group, member, action[1], result, "Lifecycle Hook Deleted")
-
-
-def _late(wait: Wait, now_s: float) -> bool:
-    return now_s >= min(wait.until_s, wait.at_most_s)
 
 
 def _go_on(changes: Changes, group: Group, member: Member) -> None:

@@ -22,7 +22,15 @@ from zoneinfo import ZoneInfo
 from batchlab.core import due_times
 from batchlab.core.errors import Refused
 from batchlab.core.model import LifecycleState, Pool
-from batchlab.fleet.api_types import GroupConfig, Metrics, Process, ScalingPolicy, ScheduledAction, StepAdjustment
+from batchlab.fleet.api_types import (
+    GroupConfig,
+    Metrics,
+    Process,
+    ScalingPolicy,
+    ScheduledAction,
+    StepAdjustment,
+    TargetTracking,
+)
 from batchlab.fleet.changes import Changes
 from batchlab.fleet.group_state import COUNTED, Alarm, Asg, Group, Member, weigh
 from batchlab.fleet.termination import clamp
@@ -112,7 +120,7 @@ def track(changes: Changes, group: Group, asg: Asg, metrics: Metrics | None, per
 def _observe(alarm: Alarm, policy: ScalingPolicy, metrics: Metrics | None, now_s: float) -> float | None:
     """Read the metric, and record since when it is above or below the target."""
     value = metrics.value(policy) if metrics is not None else None
-    target = _target(policy)
+    target = _tracking(policy).target_value
     high = value is not None and value > target
     low = value is not None and value < target * LOW_SHARE
     alarm.above_since_s = (alarm.above_since_s or now_s) if high else None
@@ -120,16 +128,16 @@ def _observe(alarm: Alarm, policy: ScalingPolicy, metrics: Metrics | None, now_s
     return value
 
 
-def _target(policy: ScalingPolicy) -> float:
+def _tracking(policy: ScalingPolicy) -> TargetTracking:
     assert policy.target_tracking_configuration is not None
-    return policy.target_tracking_configuration.target_value
+    return policy.target_tracking_configuration
 
 
 def _wanted(group: Group, asg: Asg, policy: ScalingPolicy, value: float, now_s: float) -> int:
     """Return the capacity that the metric's value requires, rounded up. The value is relative to warm capacity, so
     instances that are warming up do not count."""
     ready = max(1, warm_capacity(group, warmup_s(asg.config, policy), now_s))
-    return clamp(group.pool, math.ceil(ready * value / _target(policy)))
+    return clamp(group.pool, math.ceil(ready * value / _tracking(policy).target_value))
 
 
 def _due(alarm: Alarm, since_s: float | None, periods: int, now_s: float, period_s: float) -> bool:
@@ -160,7 +168,7 @@ def _scale_in(
     changes: Changes, group: Group, asg: Asg, policies: Sequence[ScalingPolicy], wanted: dict[str, int], period_s: float
 ) -> None:
     now_s = changes.steady.now_s()
-    candidates = [policy for policy in policies if not _no_scale_in(policy)]
+    candidates = [p for p in policies if not _tracking(p).disable_scale_in]
     for policy in candidates:
         alarm = asg.alarms[policy.policy_name]
         if policy.policy_name not in wanted or not _due(
@@ -172,11 +180,6 @@ def _scale_in(
     most = max(candidates, key=lambda policy: wanted[policy.policy_name], default=None)
     if most is not None and wanted[most.policy_name] < group.desired:
         _act(changes, group, asg, most, wanted[most.policy_name], high=False)
-
-
-def _no_scale_in(policy: ScalingPolicy) -> bool:
-    assert policy.target_tracking_configuration is not None
-    return policy.target_tracking_configuration.disable_scale_in
 
 
 def _act(changes: Changes, group: Group, asg: Asg, policy: ScalingPolicy, desired: int, *, high: bool) -> None:

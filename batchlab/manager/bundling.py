@@ -6,10 +6,10 @@ Invariant: the result depends only on data in memory. It has no effect until the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 from batchlab.core.job_definition import JobDef, StageDef
-from batchlab.core.model import Bundle, Control, JobId, JobState, Json, StageCounts, TaskSet
+from batchlab.core.model import Bundle, Control, JobState, Json, StageCounts, TaskSet
 from batchlab.core.ports import Cut, JobRecord, StageRecord
 from batchlab.core.pricing.usage import Budget
 from batchlab.core.protocol import commit_keys, settlement
@@ -76,7 +76,9 @@ class Bundler(Part):
             if worth(room) <= 0:
                 return 0
         if peers == 1:
-            room = min(room, window - outstanding_in_pool(self._unpaused(), pool))
+            # Workers drop bundles of paused jobs, so these bundles must not fill the window.
+            unpaused = {job: other for job, other in self._lives.items() if other.record.control is not Control.PAUSE}
+            room = min(room, window - outstanding_in_pool(unpaused, pool))
         return worth(room)
 
     def _rivals(self, live: LiveJob, pool: str) -> Iterator[LiveJob]:
@@ -90,11 +92,6 @@ class Bundler(Part):
                 and _may_cut(live_job)
             ):
                 yield live_job
-
-    def _unpaused(self) -> Mapping[JobId, LiveJob]:
-        """Return the jobs that are not paused. Workers drop bundles of paused jobs, so these bundles must not fill the
-        window."""
-        return {job: live for job, live in self._lives.items() if live.record.control is not Control.PAUSE}
 
 
 def _affordable_sizes(live: LiveJob, stage: StageDef, budget: Budget, sizes: list[int]) -> list[int]:

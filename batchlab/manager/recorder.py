@@ -138,7 +138,9 @@ class Recorder:
         if self._requests_s is None or monotonic_s - self._requests_s >= REQUESTS_S:
             step_s = monotonic_s - self._requests_s if self._requests_s is not None else 0.0
             self._requests_s = monotonic_s
-            self._note_requests(now_s, step_s)
+            for n, (job, live_recording) in enumerate(self._jobs.items()):
+                if n < MAX_JOBS and (live := self._lives.get(job)):
+                    live_recording.requests.add(request_point(live.account, now_s, step_s))
 
     def _note_jobs(self) -> None:
         """Add new jobs, and forget ended jobs."""
@@ -224,11 +226,6 @@ class Recorder:
                 if held.running and live:
                     slots += next((s.slots for s in live.job.stages if s.name == held.stage), 1)
         return holding, slots
-
-    def _note_requests(self, now_s: float, step_s: float) -> None:
-        for n, (job, live_recording) in enumerate(self._jobs.items()):
-            if n < MAX_JOBS and (live := self._lives.get(job)):
-                live_recording.requests.add(request_point(live.account, now_s, step_s))
 
     def samples(self, since_s: float) -> dict[str, list[Point]]:
         """Return each pool's points after a time, as `_point` makes them."""

@@ -142,7 +142,8 @@ class RetryPlanner:
             before = stages[stage.name]
             if _needs_replan(stage, before, walk):
                 walk.void.add(stage.name)
-                reopened.append(_replanned(before))
+                counts = before.counts
+                reopened.append(Reopening(counts.stage, counts.succeeded, counts.failed, counts.cancelled, replan=True))
                 continue
             upstream = walk.out.get(stage.after[0], TaskSet()) if stage.chained else TaskSet()
             task_set = walk.kept.get(stage.name, TaskSet())
@@ -234,8 +235,3 @@ def _needs_replan(stage: StageDef, before: StageRecord, walk: _PlanState) -> boo
     if not stage.chained:
         changed = changed or not before.counts.planned
     return changed
-
-
-def _replanned(before: StageRecord) -> Reopening:
-    counts = before.counts
-    return Reopening(counts.stage, counts.succeeded, counts.failed, counts.cancelled, replan=True)

@@ -39,9 +39,9 @@ def adoption_without_a_wait(plant: Plant) -> None:
     original = Adoption.adopt
 
     @plant.method(Adoption, "adopt")
-    async def adopt(self: Adoption, found: ChangeResult, *, concurrent: bool = False) -> LiveJob:
-        live = await original(self, found, concurrent=concurrent)
-        if not found.is_new:
+    async def adopt(self: Adoption, result: ChangeResult, *, concurrent: bool = False) -> LiveJob:
+        live = await original(self, result, concurrent=concurrent)
+        if not result.is_new:
             for one in live.all_outstanding():
                 one.heard_s = -math.inf
         return live

@@ -236,8 +236,8 @@ def new_leader_expects_nothing(plant: Plant) -> None:
     original = Adoption.adopt
 
     @plant.method(Adoption, "adopt")
-    async def adopt(self: Adoption, found: ChangeResult, *, concurrent: bool = False) -> LiveJob:
-        live = await original(self, found, concurrent=concurrent)
+    async def adopt(self: Adoption, result: ChangeResult, *, concurrent: bool = False) -> LiveJob:
+        live = await original(self, result, concurrent=concurrent)
         live.outstanding.clear()
         return live
 
@@ -253,7 +253,7 @@ def rebuild_forgets_casualties(plant: Plant) -> None:
 
     @plant.everywhere(original)
     async def _round(
-        ports: Ports, job: JobDef, number: int, retry: retry_rounds.Retry, found: ledger_rebuild._JobObjects
+        ports: Ports, job: JobDef, number: int, retry: retry_rounds.Retry, job_objects: ledger_rebuild._JobObjects
     ) -> Round:
-        whole = await original(ports, job, number, retry, found)
+        whole = await original(ports, job, number, retry, job_objects)
         return replace(whole, casualties=[{} for _ in whole.casualties])

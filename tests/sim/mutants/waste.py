@@ -81,9 +81,9 @@ def new_leader_sends_all_again(plant: Plant) -> None:
     original = Adoption.adopt
 
     @plant.method(Adoption, "adopt")
-    async def adopt(self: Adoption, found: ChangeResult, *, concurrent: bool = False) -> LiveJob:
-        live = await original(self, found, concurrent=concurrent)
-        if not found.is_new:
+    async def adopt(self: Adoption, result: ChangeResult, *, concurrent: bool = False) -> LiveJob:
+        live = await original(self, result, concurrent=concurrent)
+        if not result.is_new:
             bundles = [one.bundle for one in live.all_outstanding()]
             await self._coordinator.send(live.job, bundles)
         return live
