@@ -62,8 +62,8 @@ def bill_of(home: Home, job: str, types: Mapping[str, str]) -> tuple[JobView, Bi
     }
     per_task = facts.use["slots"]
     stages = [StageUse(s["name"], s["pool"], s["run_s"], per_task.get(s["name"], 1)) for s in facts.job["stages"]]
-    shown = facts.use["account"]
-    account = _retyped(account_of(shown), types) if shown else None
+    account_view = facts.use["account"]
+    account = _retyped(account_of(account_view), types) if account_view else None
     size = asyncio.run(_stored_bytes(backend.open_objects(home), facts.job["id"]))
     deployment = aws_deployment.read(home) if capabilities_of(facts.backend).stack else None
     egress = deployment.egress if deployment else ""
@@ -107,9 +107,9 @@ async def _facts_in_folder(home: Home, text: str) -> Facts:
         exact = [r for r in matching if r.job.id == text]
         if not matching or (len(matching) > 1 and text != "last" and not exact):
             what = "There is no job" if not matching else "More than one job begins with"
-            known = listed([str(r.job.id) for r in matching or records]) or "none"
+            ids = listed([str(r.job.id) for r in matching or records]) or "none"
             do = "Write the whole id" if matching else "The folder's ledger has"
-            raise UsageError(f"{what} {text!r}.", remedy=f"{do}: {known}.")
+            raise UsageError(f"{what} {text!r}.", remedy=f"{do}: {ids}.")
         record = (exact or matching)[0]
         rows = await ledger.rows(record.job.id)
         account = await _stored_account(objects, record.job.id)
@@ -128,9 +128,9 @@ async def _stored_account(objects: Objects, job: str) -> Account | None:
             doc = json_format.loads(await objects.get(key))
         except NotFound:
             continue
-        found = doc.get("account") or doc.get("jobs", {}).get(job)
-        if found:
-            return Account.from_json(found)
+        account = doc.get("account") or doc.get("jobs", {}).get(job)
+        if account:
+            return Account.from_json(account)
     return None
 
 
@@ -143,10 +143,10 @@ async def _stored_bytes(objects: Objects, job: str) -> int:
     return size_bytes
 
 
-def bill_text(job: JobView, found: Bill) -> str:
+def bill_text(job: JobView, bill: Bill) -> str:
     """Return the bill as text."""
-    rows = [(i.what, f"{i.usd.typical:.6f}", i.how) for i in found.items]
-    usd = found.usd
+    rows = [(i.what, f"{i.usd.typical:.6f}", i.how) for i in bill.items]
+    usd = bill.usd
     rows.append(("all", f"{usd.typical:.6f}", ""))
     exact = usd.low == usd.high
     between = f"between {usd.low:.6f} and {usd.high:.6f} USD"
@@ -157,8 +157,8 @@ def bill_text(job: JobView, found: Bill) -> str:
             "",
             output.table(("what", "USD", "how"), rows),
             "",
-            f"Prices: {found.prices}, before tax, free tiers and discounts.",
-            *(f"Note: {note}." for note in found.notes),
+            f"Prices: {bill.prices}, before tax, free tiers and discounts.",
+            *(f"Note: {note}." for note in bill.notes),
         ]
     )
 

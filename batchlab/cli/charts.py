@@ -46,11 +46,11 @@ def text(scenario: Scenario, curve: Curve, *, fancy: bool = True) -> str:
             + "\n"
             + _fits(ask)
         )
-    jobs = [float(one.jobs) for one in curve.columns]
+    jobs = [float(fault.jobs) for fault in curve.columns]
     parts.append(f"Jobs that arrive in {column}\n" + chart(jobs, _LOW, fancy=fancy) + "\n" + _axis(curve.span_s, width))
     if scenario.faults:
-        told = [f"  {_mark(i)}  {fault_text(one)}" for i, one in enumerate(scenario.faults)]
-        parts.append("\n".join(["What breaks", *told]))
+        lines = [f"  {_mark(i)}  {fault_text(fault)}" for i, fault in enumerate(scenario.faults)]
+        parts.append("\n".join(["What breaks", *lines]))
     return "\n\n".join(parts)
 
 
@@ -58,13 +58,13 @@ def chart(values: Sequence[float], rows: int, *, fancy: bool, line: float | None
     """Return a chart of columns, `rows` lines high, with a horizontal line at `line`."""
     peak = max(*values, 0.0, 1e-9)
     # A line far above all columns would make them too low to read.
-    shown = line is not None and line <= 4 * peak
-    top = _round(max(peak, line if shown and line else 0.0))
+    is_shown = line is not None and line <= 4 * peak
+    top = _round(max(peak, line if is_shown and line else 0.0))
     step = top / rows
     at = None
-    if shown and line is not None:
+    if is_shown and line is not None:
         at = min(rows - 1, max(0, ceil(line / step - 1e-9) - 1))
-    told = []
+    lines = []
     for row in range(rows - 1, -1, -1):
         fill = _LINE if fancy else _PLAIN_LINE
         cells = "".join(_cell(value, row, step, fancy) for value in values)
@@ -72,11 +72,11 @@ def chart(values: Sequence[float], rows: int, *, fancy: bool, line: float | None
         if row == at and line is not None:
             label = _number(line)
             cells = cells.replace(" ", fill) + f" {says}"
-        told.append(f"{label:>{_MARGIN - 1}} {cells}".rstrip())
-    told.append(f"{'0':>{_MARGIN - 1}} {(_FLOOR if fancy else _PLAIN_FLOOR) * len(values)}")
-    if line is not None and not shown:
-        told.insert(0, f"{'':{_MARGIN}}({says}: {_number(line)} slots, above this chart)")
-    return "\n".join(told)
+        lines.append(f"{label:>{_MARGIN - 1}} {cells}".rstrip())
+    lines.append(f"{'0':>{_MARGIN - 1}} {(_FLOOR if fancy else _PLAIN_FLOOR) * len(values)}")
+    if line is not None and not is_shown:
+        lines.insert(0, f"{'':{_MARGIN}}({says}: {_number(line)} slots, above this chart)")
+    return "\n".join(lines)
 
 
 def _cell(value: float, row: int, step: float, fancy: bool) -> str:
@@ -155,16 +155,16 @@ def _fits(ask: PoolLoad) -> str:
 
 def fault_text(fault: Fault) -> str:
     """Return a line about a fault."""
-    told = f"{span(fault.at_s)}: {fault.name.value}, {fault.name.meaning}"
+    text = f"{span(fault.at_s)}: {fault.name.value}, {fault.name.meaning}"
     if fault.name in (FaultName.S3_ERRORS, FaultName.SQS_DUPLICATES, FaultName.SQS_DELAYS):
-        told += f" ({fault.rate:.0%})"
+        text += f" ({fault.rate:.0%})"
     if fault.name is FaultName.ZONE_LOSS:
-        told += f" (zone {fault.zone or 'a'})"
+        text += f" (zone {fault.zone or 'a'})"
     if fault.name in (FaultName.KILL, FaultName.PAUSE, FaultName.PARTITION, FaultName.SPOT_WAVE, FaultName.SLOW_DISK):
         whose = f" of {fault.pool}" if fault.pool else ""
         many = f"{fault.share:.0%}" if fault.count is None else str(fault.count)
-        told += f" ({many}{whose})"
-    return f"{told}, for {span(fault.for_s)}" if fault.name in LASTING_FAULTS else told
+        text += f" ({many}{whose})"
+    return f"{text}, for {span(fault.for_s)}" if fault.name in LASTING_FAULTS else text
 
 
 WIDTH, HEIGHT = 64, 10
@@ -269,10 +269,10 @@ def _expected(row: VerdictRow) -> str:
 
 def _sum(rows: Sequence[VerdictRow]) -> str:
     counts = {colour: sum(row.verdict is colour for row in rows) for colour in Color}
-    told = ", ".join(f"{count} {colour.value}" for colour, count in counts.items() if count)
+    counts_text = ", ".join(f"{count} {colour.value}" for colour, count in counts.items() if count)
     if counts[Color.RED]:
-        return f"Red: {told}."
-    return f"Green: {told}." if counts[Color.GREEN] else f"Nothing was judged: {told}."
+        return f"Red: {counts_text}."
+    return f"Green: {counts_text}." if counts[Color.GREEN] else f"Nothing was judged: {counts_text}."
 
 
 def duration(seconds: float) -> str:

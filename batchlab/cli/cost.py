@@ -149,7 +149,7 @@ def by_name(texts: Sequence[str], names: Sequence[str], *, all_: Sequence[str] |
 
     Raise UsageError for an unknown name.
     """
-    found: dict[str, str] = {}
+    values: dict[str, str] = {}
     for text in texts:
         name, equals, value = text.rpartition("=")
         if equals and name not in names:
@@ -157,10 +157,10 @@ def by_name(texts: Sequence[str], names: Sequence[str], *, all_: Sequence[str] |
                 f"{text!r} names {name!r}, which does not exist.", remedy=f"Name one of {', '.join(names)}."
             )
         if equals:
-            found[name] = value
+            values[name] = value
         else:
-            found = {**dict.fromkeys(names if all_ is None else all_, value), **found}
-    return found
+            values = {**dict.fromkeys(names if all_ is None else all_, value), **values}
+    return values
 
 
 def _result_bytes(text: str, home: Home, name: str, assumed: list[str]) -> int | None:
@@ -275,12 +275,12 @@ def _plan_pools(
     """Return the job's pools as they would be on AWS. Note assumptions in `assumed`."""
     from batchlab.core import instance_types
 
-    known: dict[str, Pool] = {pool.name: pool for pool in backend.pools}
+    backend_pools: dict[str, Pool] = {pool.name: pool for pool in backend.pools}
     own = {pool.name: pool for pool in parse_pools(pools)}
     pool_plans: list[PoolPlan] = []
     for name in names:
-        base = own.get(name) or known.get(name)
-        kind = types.get(name) or (known[name].instance_type if name in known else "")
+        base = own.get(name) or backend_pools.get(name)
+        kind = types.get(name) or (backend_pools[name].instance_type if name in backend_pools else "")
         if not kind:
             kind = DEFAULT_TYPE
             assumed.append(f"pool {name} is of {kind}, unless --instance-type names another")
@@ -383,20 +383,20 @@ def refresh(
     from batchlab.core.pricing import price_refresh
 
     place = home_of(home)
-    found = price_refresh.find(from_, region=region, day=date.date() if date else None)
-    book = price_refresh.refreshed(load(place.path), found)
+    update = price_refresh.find(from_, region=region, day=date.date() if date else None)
+    book = price_refresh.refreshed(load(place.path), update)
     place.make()
     path = place.path / NAME
     # Prices are public, and the manager of a grid in containers may be another user.
     write_whole(path, write(book), mode=0o644)
-    date_text = found.date.isoformat()
-    document = {"path": str(path), "block": found.block, "region": found.region, "date": date_text}
-    number = output.count(found.count, "price")
+    date_text = update.date.isoformat()
+    document = {"path": str(path), "block": update.block, "region": update.region, "date": date_text}
+    number = output.count(update.count, "price")
     output.answer(
         json,
-        {**document, "types": len(found.table), "prices": dict(found.prices)},
-        f"{number} of [{found.block}] for {found.region}, as of {date_text}, are in {path}.",
+        {**document, "types": len(update.table), "prices": dict(update.prices)},
+        f"{number} of [{update.block}] for {update.region}, as of {date_text}, are in {path}.",
     )
-    others = sorted(block.name for block in book.blocks.values() if block.region != found.region)
+    others = sorted(block.name for block in book.blocks.values() if block.region != update.region)
     if others and not json:
         output.say(f"Prices of another region: {', '.join(others)}. Edit {path} to change these few prices.")

@@ -98,7 +98,7 @@ def _make_video(folder: Path) -> str:
     folder.mkdir(parents=True)
     target = folder / "test.mp4"
     picture = f"testsrc2=duration={_VIDEO_S}:size=640x360:rate=25"
-    made = subprocess.run(
+    result = subprocess.run(
         [
             program,
             "-v",
@@ -120,8 +120,8 @@ def _make_video(folder: Path) -> str:
         text=True,
         check=False,
     )
-    if made.returncode:
-        reason = (made.stderr.strip().splitlines() or ["no error text"])[-1].rstrip(".")
+    if result.returncode:
+        reason = (result.stderr.strip().splitlines() or ["no error text"])[-1].rstrip(".")
         raise UsageError(f"ffmpeg cannot make a video: {reason}.", remedy=f"Put an .mp4 of your own into {folder}.")
     return f"a video of {_VIDEO_S} s"
 
@@ -228,17 +228,17 @@ def check(prepared: Prepared, summary: Summary) -> TotalsCheck:
     assert summary.fetched is not None
     with (summary.fetched.folder / f"{STAGE}.jsonl").open(encoding="utf-8") as file:
         totals = [json.loads(line)["value"] for line in file]
-    found = {total["payer"]: total for total in totals}
+    totals_by_payer = {total["payer"]: total for total in totals}
     differences = []
-    for payer in sorted(found.keys() | prepared.facts.keys()):
-        one, fact = found.get(payer), prepared.facts.get(payer)
-        if one is None or fact is None:
-            differences.append(f"payer {payer} is in {'the facts' if one is None else 'the totals'} only")
+    for payer in sorted(totals_by_payer.keys() | prepared.facts.keys()):
+        payer_total, fact = totals_by_payer.get(payer), prepared.facts.get(payer)
+        if payer_total is None or fact is None:
+            differences.append(f"payer {payer} is in {'the facts' if payer_total is None else 'the totals'} only")
             continue
         differences += [
-            f"payer {payer}: {key} is {one[key]}, the generator says {value}"
+            f"payer {payer}: {key} is {payer_total[key]}, the generator says {value}"
             for key, value in expected(fact).items()
-            if one[key] != value
+            if payer_total[key] != value
         ]
     return TotalsCheck(totals, differences)
 

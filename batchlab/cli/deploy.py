@@ -67,12 +67,12 @@ def plan(arguments: DeployArguments, home: Path | None = HOME, json: bool = JSON
 
     where, source = home_of(home), template.load(template.shipped())
     check_settings(arguments, where, source)
-    with _stack(arguments, where) as there:
-        state = there.state()
+    with _stack(arguments, where) as stack:
+        state = stack.state()
         if state:
             refuse_unchangeable(state)
-        wanted = settings_for(arguments, where, there)
-        with create_plan(there, wanted, source, state, home=where) as plan:
+        wanted = settings_for(arguments, where, stack)
+        with create_plan(stack, wanted, source, state, home=where) as plan:
             if json:
                 output.show_json(plan.to_json())
             else:
@@ -95,8 +95,8 @@ def template_(arguments: DeployArguments, home: Path | None = HOME) -> None:
 
     where = home_of(home)
     wanted = settings_without_aws(arguments, where)
-    made, costs = plan.offline_plan(wanted, template.load(template.shipped()), where)
-    output.show_json(made, indent=1)
+    document, costs = plan.offline_plan(wanted, template.load(template.shipped()), where)
+    output.show_json(document, indent=1)
     output.say("\n".join(cost_lines(costs)))
 
 
@@ -123,10 +123,10 @@ def apply(
     where, person = home_of(home), Person(yes, json)
     source = template.load(template.shipped())
     check_settings(arguments, where, source)
-    with _stack(arguments, where) as there:
-        wanted = settings_for(arguments, where, there)
+    with _stack(arguments, where) as stack:
+        wanted = settings_for(arguments, where, stack)
         archive = cache(partial(release_archive, wanted, release, where))
-        done = Apply(there, wanted, source, where, person, archive).run()
+        done = Apply(stack, wanted, source, where, person, archive).run()
     if done is None:
         raise typer.Exit(1)
     if json:
@@ -151,38 +151,38 @@ def status(stack: str | None = STACK, region: str | None = REGION, home: Path | 
     from batchlab.runtime import aws_deployment
 
     where = home_of(home)
-    with _stack(DeployArguments(stack=stack, region=region), where) as there:
-        state = there.state()
+    with _stack(DeployArguments(stack=stack, region=region), where) as deployed:
+        state = deployed.state()
         if state is None:
             raise NotFound(
-                f"The stack {there.name} does not exist in {there.account.region}.",
+                f"The stack {deployed.name} does not exist in {deployed.account.region}.",
                 remedy="`batchlab deploy apply` creates it; --stack and --region name another.",
             )
-        status = read_status(there, state, where)
+        status = read_status(deployed, state, where)
     if json:
         output.show_json(status.to_json())
     else:
-        _show(status, f"in {there.account.region}, account {there.account.id}")
+        _show(status, f"in {deployed.account.region}, account {deployed.account.id}")
     if status.drift and status.deployment and not state.is_moving:
         aws_deployment.write(where, status.deployment)
         output.say(f"{aws_deployment.path_in(where)} is written anew ({', '.join(status.drift)}).")
 
 
-def _show(found: Status, where: str) -> None:
-    state = found.state
+def _show(status: Status, where: str) -> None:
+    state = status.state
     release = state.parameters.get("Release", "")
     output.show(
         f"stack {state.name}: {state.status} since {output.moment(state.changed_s)}"
         f"{', protected' if state.is_protected else ''}"
     )
     output.show(where)
-    if found.cause:
-        output.show(f"  {found.cause.resource} ({found.cause.type}): {found.cause.reason}")
-        output.show(f"  {found.cause.remedy}")
-    if found.deployment:
-        output.show(f"release {release[:12] or 'none yet'}, log group {found.deployment.log_group}")
-        output.show(f"manager {found.manager or 'not in service'}")
-    if found.groups:
+    if status.cause:
+        output.show(f"  {status.cause.resource} ({status.cause.type}): {status.cause.reason}")
+        output.show(f"  {status.cause.remedy}")
+    if status.deployment:
+        output.show(f"release {release[:12] or 'none yet'}, log group {status.deployment.log_group}")
+        output.show(f"manager {status.manager or 'not in service'}")
+    if status.groups:
         columns = ("group", "min", "max", "desired", "inservice", "others", "refresh")
         rows = [
             (
@@ -194,14 +194,14 @@ def _show(found: Status, where: str) -> None:
                 group.others,
                 group.refresh or "-",
             )
-            for group in found.groups
+            for group in status.groups
         ]
         output.show("\n" + output.table(columns, rows))
-    if found.queues:
-        queues = [(queue.name, queue.visible, queue.in_flight, queue.delayed) for queue in found.queues]
+    if status.queues:
+        queues = [(queue.name, queue.visible, queue.in_flight, queue.delayed) for queue in status.queues]
         output.show("\n" + output.table(("queue", "visible", "in flight", "delayed"), queues))
-    if found.alarms:
-        alarms = [(alarm.name, alarm.state, alarm.reason) for alarm in found.alarms]
+    if status.alarms:
+        alarms = [(alarm.name, alarm.state, alarm.reason) for alarm in status.alarms]
         output.show("\n" + output.table(("alarm", "state", "reason"), alarms))
 
 
@@ -227,10 +227,10 @@ def destroy(
     from batchlab.runtime import aws_deployment
 
     where = home_of(home)
-    with _stack(DeployArguments(stack=stack, region=region), where) as there:
-        person = Person(yes, json, typed=there.name if delete_data else "")
-        stays = Destroy(there, person, delete_data).run()
-        name = there.name
+    with _stack(DeployArguments(stack=stack, region=region), where) as deployed:
+        person = Person(yes, json, typed=deployed.name if delete_data else "")
+        stays = Destroy(deployed, person, delete_data).run()
+        name = deployed.name
     if stays is None:
         raise typer.Exit(1)
     deployment = aws_deployment.read(where)

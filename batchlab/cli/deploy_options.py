@@ -129,12 +129,12 @@ def stack_and_region(arguments: DeployArguments, home: Home) -> tuple[str, str |
     from batchlab.deploy import settings
     from batchlab.runtime import aws_deployment
 
-    said = settings.load(arguments.settings) if arguments.settings else None
-    kept = settings.read(home)
-    name = arguments.stack or (said.stack if said else None) or (kept.stack if kept else None)
-    region = arguments.region or (said.region if said else None)
-    if not region and kept and kept.stack == (name or kept.stack):
-        region = kept.region
+    named = settings.load(arguments.settings) if arguments.settings else None
+    stored = settings.read(home)
+    name = arguments.stack or (named.stack if named else None) or (stored.stack if stored else None)
+    region = arguments.region or (named.region if named else None)
+    if not region and stored and stored.stack == (name or stored.stack):
+        region = stored.region
     deployment = aws_deployment.read(home) if name is None else None
     if deployment:
         return deployment.stack, region or deployment.region
@@ -149,16 +149,16 @@ def settings_for(arguments: DeployArguments, home: Home, stack: Stack) -> Settin
     """
     from batchlab.deploy import settings
 
-    kept = settings.read(home)
+    stored = settings.read(home)
     if arguments.settings:
-        found = settings.load(arguments.settings)
-    elif kept and kept.stack == stack.name:
-        found = kept
+        wanted = settings.load(arguments.settings)
+    elif stored and stored.stack == stack.name:
+        wanted = stored
     elif (state := stack.state()) and state.parameters:
-        found = settings.from_stack(stack.name, stack.account.region, state.parameters)[0]
+        wanted = settings.from_stack(stack.name, stack.account.region, state.parameters)[0]
     else:
-        found = settings.Settings()
-    return _with_arguments(replace(found, stack=stack.name, region=stack.account.region), arguments)
+        wanted = settings.Settings()
+    return _with_arguments(replace(wanted, stack=stack.name, region=stack.account.region), arguments)
 
 
 def settings_without_aws(arguments: DeployArguments, home: Home) -> Settings:
@@ -170,13 +170,13 @@ def settings_without_aws(arguments: DeployArguments, home: Home) -> Settings:
     from batchlab.deploy import settings
 
     name, region = stack_and_region(arguments, home)
-    kept = settings.read(home)
-    found = settings.Settings()
+    stored = settings.read(home)
+    wanted = settings.Settings()
     if arguments.settings:
-        found = settings.load(arguments.settings)
-    elif kept and kept.stack == name:
-        found = kept
-    return _with_arguments(replace(found, stack=name, region=region or ""), arguments)
+        wanted = settings.load(arguments.settings)
+    elif stored and stored.stack == name:
+        wanted = stored
+    return _with_arguments(replace(wanted, stack=name, region=region or ""), arguments)
 
 
 def check_settings(arguments: DeployArguments, home: Home, source: Template) -> None:
@@ -184,45 +184,45 @@ def check_settings(arguments: DeployArguments, home: Home, source: Template) -> 
     from batchlab.deploy import settings
 
     wanted = settings_without_aws(arguments, home)
-    kept = settings.read(home)
-    if arguments.settings or (kept and kept.stack == wanted.stack):
+    stored = settings.read(home)
+    if arguments.settings or (stored and stored.stack == wanted.stack):
         settings.parameters(wanted, source)
     else:
         # The stack itself may have the other parameters.
         settings.values(wanted, source)
 
 
-def _with_arguments(found: Settings, arguments: DeployArguments) -> Settings:
+def _with_arguments(wanted: Settings, arguments: DeployArguments) -> Settings:
     """Return the settings with the values of the command line."""
     if arguments.pool:
-        found = replace(found, pools=_pools(arguments.pool, found))
+        wanted = replace(wanted, pools=_pools(arguments.pool, wanted))
     if arguments.pool_parameters:
-        found = replace(
-            found,
+        wanted = replace(
+            wanted,
             pools=tuple(
                 replace(pool, parameters=tuple(sorted({**dict(pool.parameters), **arguments.pool_parameters}.items())))
-                for pool in found.pools
+                for pool in wanted.pools
             ),
         )
     if arguments.package:
-        found = replace(found, packages=tuple(arguments.package))
+        wanted = replace(wanted, packages=tuple(arguments.package))
     if arguments.database_ca:
-        found = replace(found, database_ca=str(arguments.database_ca.absolute()))
-    return found.with_parameters(arguments.parameters)
+        wanted = replace(wanted, database_ca=str(arguments.database_ca.absolute()))
+    return wanted.with_parameters(arguments.parameters)
 
 
 def _pools(texts: Sequence[str], before: Settings) -> tuple[PoolSettings, ...]:
     from batchlab.deploy.settings import PoolSettings
 
-    known = {pool_settings.name: pool_settings for pool_settings in before.pools}
-    found = []
+    settings_by_name = {pool_settings.name: pool_settings for pool_settings in before.pools}
+    pools = []
     for text in texts:
         pool, types = parse_typed_pool(text)
-        old = known.get(pool.name, PoolSettings(pool.name))
-        found.append(
+        old = settings_by_name.get(pool.name, PoolSettings(pool.name))
+        pools.append(
             replace(old, min_size=pool.min_size, max_size=pool.max_size, slots=pool.slots, types=types or old.types)
         )
-    return tuple(found)
+    return tuple(pools)
 
 
 def release_archive(wanted: Settings, archive: Path | None, home: Home) -> Path:

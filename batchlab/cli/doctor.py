@@ -86,8 +86,8 @@ def backend_findings(home: Home, name: str, endpoint: str | None) -> Iterator[Fi
     backend = factory.load(name, endpoint)
     yield ok("backend", f"{name}: {backend.description}")
     if backend.extra and (module := installation.missing(backend.extra)):
-        said = installation.sentence(backend.extra, f"The backend {name}", module)
-        yield fail("extra", said, installation.remedy(backend.extra))
+        text = installation.sentence(backend.extra, f"The backend {name}", module)
+        yield fail("extra", text, installation.remedy(backend.extra))
     elif backend.capabilities.container_manager:
         yield from container_findings(home, backend)
         if place := backend.named_place(home):
@@ -285,10 +285,10 @@ def _plugin(name: str, least: tuple[int, int]) -> Finding:
 def _room() -> Finding:
     root = compose_project.docker("info", "--format", "{{.DockerRootDir}}").stdout.strip()
     try:
-        found = os.statvfs(root)
+        usage = os.statvfs(root)
     except OSError:
         return ok("disk", f"Docker keeps its images in {root}, not on this machine")
-    free_bytes = found.f_bavail * found.f_frsize
+    free_bytes = usage.f_bavail * usage.f_frsize
     text = f"{free_bytes / 2**30:.1f} GiB free for Docker's images in {root}"
     if free_bytes < FAIL_BELOW_BYTES:
         return fail("disk", text, "Free some, for example by `docker image prune`.")
@@ -464,24 +464,24 @@ def _objects(home: Home, *, repair: bool) -> Iterator[Finding]:
     """Check the local bucket, if it exists, for damaged objects."""
     if not home.objects.is_dir():
         return
-    found = list(damaged(home.objects))
-    if not found:
+    damaged_objects = list(damaged(home.objects))
+    if not damaged_objects:
         yield ok("objects", "no object is empty or torn")
     elif not repair:
-        for key, problem in found[:MAX_NAMED]:
+        for key, problem in damaged_objects[:MAX_NAMED]:
             yield fail("objects", f"{home.objects / key} {problem}.")
         yield fail(
             "objects",
-            f"Damaged objects: {len(found)}.",
+            f"Damaged objects: {len(damaged_objects)}.",
             f"`batchlab doctor --repair` moves them to {home.damaged}. They then count as absent: "
             "the grid makes them again where it can, and a submission does.",
         )
     else:
-        for key, _ in found:
+        for key, _ in damaged_objects:
             target = home.damaged / key
             target.parent.mkdir(parents=True, exist_ok=True)
             (home.objects / key).replace(target)
-        text = f"Damaged objects that were moved to {home.damaged}: {len(found)}."
+        text = f"Damaged objects that were moved to {home.damaged}: {len(damaged_objects)}."
         yield warn("objects", text)
 
 

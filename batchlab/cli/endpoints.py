@@ -182,8 +182,8 @@ def _target(url: str | None, region: str | None, bucket: str | None, template: s
         output.say("Interrupted. Removing the created resources.")
         raise
     finally:
-        for left in target.close():
-            output.say(f"Left behind: {output.clean(left)}")
+        for leftover in target.close():
+            output.say(f"Left behind: {output.clean(leftover)}")
 
 
 @contextmanager
@@ -225,12 +225,12 @@ def _show(name: str, results: Sequence[Result], took_s: float, *, json: bool, ev
     ]
     output.show(output.table(("service", "severity", *Verdict), rows))
     if every:
-        held = [
+        passed = [
             (result.check.name, result.check.severity, result.check.rule)
             for result in results
             if result.verdict is Verdict.AGREES
         ]
-        output.show("\n" + output.table(("agrees", "severity", "AWS's rule"), held))
+        output.show("\n" + output.table(("agrees", "severity", "AWS's rule"), passed))
     for verdict in (Verdict.DIFFERS, Verdict.UNTRIED):
         for result in results:
             if result.verdict is verdict:

@@ -291,12 +291,12 @@ def activities(
     Example: batchlab grid activities default
     """
     with connect(home) as client:
-        found = client.activities(pool=pool, limit=limit)
+        views = client.activities(pool=pool, limit=limit)
     output.listing(
         json,
-        found,
+        views,
         ("at", "pool", "status", "what", "why"),
-        [(output.moment(a["at_s"]), a["pool"], a["status"], a["description"], a["cause"]) for a in found],
+        [(output.moment(a["at_s"]), a["pool"], a["status"], a["description"], a["cause"]) for a in views],
         "There has been no scaling activity.",
     )
 
@@ -435,10 +435,10 @@ def _redirect(home: Home, url: str, valid_s: float) -> Path:
 
     It is in the grid's folder, because some browsers have a /tmp of their own.
     """
-    for left in home.path.glob(f"{PREFIX}*{SUFFIX}"):
+    for old_file in home.path.glob(f"{PREFIX}*{SUFFIX}"):
         with suppress(FileNotFoundError):  # removed by another command
-            if time.time() - left.stat().st_mtime > valid_s:
-                left.unlink()  # left behind by a killed command
+            if time.time() - old_file.stat().st_mtime > valid_s:
+                old_file.unlink()  # left behind by a killed command
     number, name = tempfile.mkstemp(SUFFIX, PREFIX, home.path)
     with os.fdopen(number, "w", encoding="utf-8") as file:
         file.write(_PAGE.format(url=html.escape(url)))

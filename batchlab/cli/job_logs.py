@@ -208,10 +208,10 @@ class Follower:
 
     def close(self) -> None:
         """Print the last lines, which do not end with a line break."""
-        for key, shown in self._shown.items():
-            if shown.rest:
-                self._say(key, shown.rest)
-                shown.rest = ""
+        for key, output_state in self._shown.items():
+            if output_state.rest:
+                self._say(key, output_state.rest)
+                output_state.rest = ""
 
     def _news(self, wait_s: float) -> NewLogsView:
         which = self._which
@@ -227,8 +227,8 @@ class Follower:
                 wait_s=wait_s,
             )
 
-        found: NewLogsView = self._ask(ask)
-        return found
+        news: NewLogsView = self._ask(ask)
+        return news
 
     # --- While it runs ---------------------------------------------------------------------------
 
@@ -236,18 +236,18 @@ class Follower:
         key = _key(tail)
         if key in self._done:
             return
-        shown = self._shown.setdefault(key, _Shown())
-        if tail["start"] > shown.told:
-            self._note(key, f"{tail['start'] - shown.told:,} bytes came too fast to be followed")
-            shown.rest = ""
-            shown.told = tail["start"]
-        if tail["stop"] > shown.told:
-            new = tail["text"].encode()[shown.told - tail["start"] :]
-            shown.told = tail["stop"]
-            self._lines(key, shown, new.decode(errors="replace"))
+        progress = self._shown.setdefault(key, _Shown())
+        if tail["start"] > progress.told:
+            self._note(key, f"{tail['start'] - progress.told:,} bytes came too fast to be followed")
+            progress.rest = ""
+            progress.told = tail["start"]
+        if tail["stop"] > progress.told:
+            new = tail["text"].encode()[progress.told - tail["start"] :]
+            progress.told = tail["stop"]
+            self._lines(key, progress, new.decode(errors="replace"))
 
-    def _lines(self, key: Key, shown: _Shown, text: str) -> None:
-        *lines, shown.rest = (shown.rest + text).split("\n")
+    def _lines(self, key: Key, progress: _Shown, text: str) -> None:
+        *lines, progress.rest = (progress.rest + text).split("\n")
         for line in lines:
             self._say(key, line)
 
@@ -262,15 +262,15 @@ class Follower:
             return
         self._later.pop(key, None)
         self._done.add(key)
-        shown = self._shown.pop(key, _Shown())
+        progress = self._shown.pop(key, _Shown())
         data = log["text"].encode()
-        if shown.told and _CUT in log["text"]:
+        if progress.told and _CUT in log["text"]:
             # The stored log lacks its middle, so byte positions differ from the live output.
             self._note(key, "it has printed more than is kept of it; the rest is in `job logs`")
             return
-        self._lines(key, shown, data[shown.told :].decode(errors="replace"))
-        if shown.rest:
-            self._say(key, shown.rest)
+        self._lines(key, progress, data[progress.told :].decode(errors="replace"))
+        if progress.rest:
+            self._say(key, progress.rest)
 
     def _ask_again(self, *, last: bool) -> None:
         now_s = time.monotonic()

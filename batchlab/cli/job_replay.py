@@ -109,8 +109,8 @@ def _folder(keep: Path | None) -> Iterator[Path]:
     from batchlab.client.debug.prepare import make_folder
 
     if keep is None:
-        with tempfile.TemporaryDirectory(prefix="batchlab-task-") as made:
-            yield Path(made)
+        with tempfile.TemporaryDirectory(prefix="batchlab-task-") as temporary:
+            yield Path(temporary)
         return
     folder = keep.absolute()
     make_folder(folder)
@@ -172,21 +172,21 @@ def _run(prepared: TaskRun, how: RunOptions, *, json: bool) -> None:
     output.say(f"Running {prepared.name}, attempt {prepared.attempt}, on this machine{limits_text}.")
     output.say(_warning(how))
     ended = foreground.run(prepared, how)
-    found = compare(prepared, ended)
-    found.differences.extend(foreground.not_applied(prepared, how))
+    comparison = compare(prepared, ended)
+    comparison.differences.extend(foreground.not_applied(prepared, how))
     if json:
         output.show_json(
             {
                 **output.attributes(prepared, "job", "stage", "task", "attempt", "round"),
-                "verdict": found.word,
-                "sentence": found.sentence,
-                "fingerprint": found.here or None,
-                "fingerprint_on_grid": found.there or None,
-                "differences": found.differences,
+                "verdict": comparison.word,
+                "sentence": comparison.sentence,
+                "fingerprint": comparison.here or None,
+                "fingerprint_on_grid": comparison.there or None,
+                "differences": comparison.differences,
             }
         )
     else:
-        sentence, *more = found.lines
+        sentence, *more = comparison.lines
         output.show(output.clean(sentence))
         for line in more:
             output.show(output.visible(line))

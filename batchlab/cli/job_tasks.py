@@ -48,14 +48,14 @@ def show_task(
 
         spec = await attempts.definition(objects, JobId(bucket.job), patience)
         found = await attempts.attempts(objects, spec, name, index, patience)
-        given: str
+        input_text: str
         try:
             bundle = found[-1].bundle if found else await attempts.task_bundle(objects, spec, name, index, patience)
-            given = attempts.describe(await attempts.task_input(objects, spec, bundle, patience))
+            input_text = attempts.describe(await attempts.task_input(objects, spec, bundle, patience))
         except NoSuchTask as error:
             raise UsageError(error.message, remedy=error.remedy) from error
         except (BackendError, UsageError) as error:
-            given = f"not available: {error.message}"
+            input_text = f"not available: {error.message}"
         rows = []
         for attempt in found:
             machine = await environment.load(objects, attempt.outcome.worker, patience)
@@ -64,7 +64,7 @@ def show_task(
             "job": bucket.job,
             "stage": name,
             "task": index,
-            "input": given,
+            "input": input_text,
             "attempts": rows,
             "replay": replay_command(bucket.job, task_name(name, index), home),
         }

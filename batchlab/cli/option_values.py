@@ -30,12 +30,12 @@ def home_of(option: Path | None) -> Home:
 def seconds_of(option: str, text: str, *, least_s: float = 0.0) -> float:
     """Parse a duration such as `10m` or a number of seconds; raise UsageError below `least_s`."""
     try:
-        found = seconds(float(text) if text.replace(".", "", 1).isdigit() else text)
+        duration_s = seconds(float(text) if text.replace(".", "", 1).isdigit() else text)
     except ValueError as error:
         raise UsageError(f"{option}: {error}.", remedy=f"Write {DURATION_FORMS}.") from error
-    if found < least_s:
+    if duration_s < least_s:
         raise UsageError(f"{option}: {shown(text)} is too short.", remedy=f"Write {least_s:g}s or more.")
-    return found
+    return duration_s
 
 
 def assignments(texts: Iterable[str], example: str, form: str = "KEY=VALUE") -> dict[str, str]:
@@ -124,18 +124,18 @@ def resolve(client: Client, text: str) -> JobView:
     if _JOB_ID.fullmatch(text):
         with suppress(NotFound):
             return client.job(text)
-    found: list[JobView] = []
+    matches: list[JobView] = []
     page = client.jobs(limit=JOBS_PER_REQUEST)
     while page:
-        found += [one for one in page if one["id"].startswith(text)]
+        matches += [job for job in page if job["id"].startswith(text)]
         page = client.jobs(limit=JOBS_PER_REQUEST, before=page[-1]["id"])
-    if len(found) == 1:
-        return found[0]
-    if not found:
+    if len(matches) == 1:
+        return matches[0]
+    if not matches:
         raise UsageError(f"The job {text!r} does not exist.", remedy="`batchlab job list` lists the jobs.")
-    ids = ", ".join(one["id"] for one in found[:3])
+    ids = ", ".join(job["id"] for job in matches[:3])
     raise UsageError(
-        f"{text!r} could be any of {len(found)} jobs: {ids}{', …' if len(found) > 3 else ''}.",
+        f"{text!r} could be any of {len(matches)} jobs: {ids}{', …' if len(matches) > 3 else ''}.",
         remedy="Write more of the id.",
     )
 

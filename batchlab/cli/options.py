@@ -41,14 +41,14 @@ def scenarios(incomplete: str) -> list[str]:
 def jobs(ctx: typer.Context, incomplete: str) -> list[str]:
     """Complete ids of jobs, newest first, from the manager or else from the local bucket."""
     home = _home(ctx)
-    known = [str(one["id"]) for one in _asked(home, f"/v1/jobs?limit={MAX_LISTED}", "jobs")]
-    return _of(incomplete, [LAST, *(known or _left(home))])
+    ids = [str(job["id"]) for job in _asked(home, f"/v1/jobs?limit={MAX_LISTED}", "jobs")]
+    return _of(incomplete, [LAST, *(ids or _left(home))])
 
 
 def schedules(ctx: typer.Context, incomplete: str) -> list[str]:
     """Complete names of schedules."""
-    known = _asked(_home(ctx), "/v1/schedules", "schedules")
-    return _of(incomplete, (str(one["name"]) for one in known))
+    views = _asked(_home(ctx), "/v1/schedules", "schedules")
+    return _of(incomplete, (str(schedule["name"]) for schedule in views))
 
 
 def _of(incomplete: str, names: Iterable[str]) -> list[str]:
@@ -80,19 +80,19 @@ def _asked(home: Home, path: str, listed: str) -> list[dict[str, Any]]:
         if record is None:
             return []
         with Client.of(home, record) as client:
-            found: list[dict[str, Any]] = client.get(path, answer_s=COMPLETION_TIMEOUT_S)[listed]
+            views: list[dict[str, Any]] = client.get(path, answer_s=COMPLETION_TIMEOUT_S)[listed]
     except BatchlabError:
         return []
-    return found
+    return views
 
 
 def _left(home: Home) -> list[str]:
     """Return the jobs in the local bucket, newest first."""
     try:
-        found = [(path.stat().st_mtime, path.name) for path in (home.objects / "jobs").iterdir()]
+        jobs = [(path.stat().st_mtime, path.name) for path in (home.objects / "jobs").iterdir()]
     except OSError:
         return []
-    return [name for _, name in sorted(found, reverse=True)[:MAX_LISTED]]
+    return [name for _, name in sorted(jobs, reverse=True)[:MAX_LISTED]]
 
 
 def option(text: str, metavar: str | None = None, *names: str, default: Any = None, **settings: Any) -> Any:

@@ -72,13 +72,13 @@ def expand_runs(runs: Sequence[str]) -> Iterator[str]:
         if path.suffix != ".json" or not path.is_file():
             yield run
             continue
-        found = record.read(path)
-        if found.simulated:
+        replay = record.read(path)
+        if replay.simulated:
             raise UsageError(
                 f"{run} is the record of a forecast, whose jobs have not run.",
                 remedy="Name the record of a replay, a folder or a job.",
             )
-        yield from (job.id for job in found.jobs)
+        yield from (job.id for job in replay.jobs)
 
 
 def _folder(source: Source, run: str, stack: ExitStack) -> Path:

@@ -152,11 +152,11 @@ class Summary:
         failed = sum(stage["failed"] for stage in stages)
         cancelled = sum(stage["cancelled"] for stage in stages)
         retried = sum(stage["retried"] for stage in stages)
-        told = [output.count(tasks, "task"), f"{failed:,} failed"]
-        told += [f"{cancelled:,} cancelled"] if cancelled else []
-        told += [f"{retried:,} retried"]
+        counts = [output.count(tasks, "task"), f"{failed:,} failed"]
+        counts += [f"{cancelled:,} cancelled"] if cancelled else []
+        counts += [f"{retried:,} retried"]
         wall = output.span(self.phases.wall_s)
-        yield f"{self.job['id']} {self.job['state']} in {wall}: {', '.join(told)}"
+        yield f"{self.job['id']} {self.job['state']} in {wall}: {', '.join(counts)}"
         # Show a task of each cause. Others of the same cause fail in the same way.
         causes = {(failure["stage"], failure["fingerprint"]): failure for failure in reversed(self.failures)}
         reason = self.job["reason"]
@@ -164,10 +164,10 @@ class Summary:
             reason = without_task(reason, cause["stage"], cause["task"], cause["reason"])
         if reason:
             yield f"  {output.clean(reason)}"
-        for one in reversed(causes.values()):
-            name = task_name(one["stage"], one["task"])
-            yield f"  {name} {one['kind']}: {output.clean(one['reason'])}"
-            yield from (f"    {line}" for line in _raised(one)[-SHOWN_LINES:])
+        for example in reversed(causes.values()):
+            name = task_name(example["stage"], example["task"])
+            yield f"  {name} {example['kind']}: {output.clean(example['reason'])}"
+            yield from (f"    {line}" for line in _raised(example)[-SHOWN_LINES:])
         if causes:
             job, more = self.job["id"], failed - len(causes)
             rest = f"{more:,} more: `batchlab job failures {job}`; " if more > 0 else ""
@@ -323,8 +323,8 @@ def pools_for(backend: Backend, jobfile: JobFile, workers: int | None = None) ->
         pools = {
             name: replace(pool, min_size=min(pool.min_size, workers), max_size=workers) for name, pool in pools.items()
         }
-    made = tuple(pools.values())
-    return () if made == backend.pools else made
+    wanted = tuple(pools.values())
+    return () if wanted == backend.pools else wanted
 
 
 @dataclass(slots=True)
@@ -355,31 +355,31 @@ class _Runner:
             return []
         return self.session.call(lambda client: client.failures(view["id"], limit=SHOWN_FAILURES))
 
-    def _watch(self, job: JobDef, known: EarlierRun | None) -> JobView:
+    def _watch(self, job: JobDef, earlier: EarlierRun | None) -> JobView:
         begun_s = time.time()
         with self.phases.phase("run"):
             # A submission with the same token gives the same job, wherever an earlier run ended.
             cap = partial(submit_capped, job, self.request.max_cost_usd)
             view = self.session.call(cap)
-            output.say(f"Job {job.id}{' goes on' if known else ''}.")
+            output.say(f"Job {job.id}{' goes on' if earlier else ''}.")
             if view["state"] == JobState.PAUSED:
                 view = self.session.call(lambda client: client.resume(job.id))
-            with JobDisplay() as shown:
+            with JobDisplay() as display:
                 # The cost of a capped job is always shown.
                 capped = self.request.max_cost_usd is not None or job.max_cost_usd is not None
                 live_cost = LiveCost(self.request.home, as_if_aws=self.request.as_if_aws or capped)
-                view = watch(self.session, view, shown, self.slots, live_cost)
+                view = watch(self.session, view, display, self.slots, live_cost)
         starts = [s["first_start_s"] for s in view["stages"] if s["first_start_s"] is not None]
-        if known:
+        if earlier:
             self.phases.beside["run"] = "of this run; stages since they first began"
         elif starts:
             self.phases.split("run", "wait", min(starts) - begun_s)
         return view
 
-    async def _start(self, number: int, known: EarlierRun | None) -> JobDef:
+    async def _start(self, number: int, earlier: EarlierRun | None) -> JobDef:
         """Start the grid, and meanwhile upload run `number` or read its definition."""
         begun_s = time.monotonic()
-        up_s, (job, ready_s) = await asyncio.gather(self._bring_up(), self._prepare(number, known))
+        up_s, (job, ready_s) = await asyncio.gather(self._bring_up(), self._prepare(number, earlier))
         self.phases.add("start", up_s - begun_s)
         # The upload cost only the time that it took longer than the start.
         self.phases.add("upload", max(0.0, ready_s - up_s))
@@ -389,10 +389,10 @@ class _Runner:
         await asyncio.to_thread(self.session.start)
         return time.monotonic()
 
-    async def _prepare(self, number: int, known: EarlierRun | None) -> tuple[JobDef, float]:
-        if known:
-            job = await definition(self.submission.objects, known.job, factory.patience())
+    async def _prepare(self, number: int, earlier: EarlierRun | None) -> tuple[JobDef, float]:
+        if earlier:
+            job = await definition(self.submission.objects, earlier.job, factory.patience())
         else:
-            job, told = await self.submission.prepare(number, self.request.max_cost_usd)
-            self.phases.beside["start"] = f"meanwhile uploaded {told}"
+            job, note = await self.submission.prepare(number, self.request.max_cost_usd)
+            self.phases.beside["start"] = f"meanwhile uploaded {note}"
         return job, time.monotonic()

@@ -105,8 +105,8 @@ def check(
         f"{output.span(curve.work_s)} of work\n\n"
         f"{output.visible(scenario.about)}\n"
     )
-    if told := list(_traces(scenario)):
-        output.show("\n".join(told) + "\n")
+    if lines := list(_traces(scenario)):
+        output.show("\n".join(lines) + "\n")
     output.show(charts.text(scenario, curve, fancy=_fancy()))
     if doubts:
         output.say("\nIs this meant?")
@@ -251,18 +251,18 @@ def simulate(
     from batchlab.scenarios.forecast.simulate import simulate as run
     from batchlab.scenarios.model import loader
 
-    found = compress_scenario(loader.load(loader.find(scenario)), compress)
+    spec = compress_scenario(loader.load(loader.find(scenario)), compress)
     backend = factory.load(like)
-    measured = calibrated(calibration, backend.name, found.compressed)
+    measured = calibrated(calibration, backend.name, spec.compressed)
     book = price_book.load(home_of(home).path)
     for file in (log, out):
         if file:
             output.check_writable(file)
-    _note_duration(found, seed)
+    _note_duration(spec, seed)
     lines: list[str] | None = [] if log else None
     try:
         with _progress() as progress:
-            made = run(found, seed=seed, like=backend, calibration=measured, log=lines, progress=progress, book=book)
+            result = run(spec, seed=seed, like=backend, calibration=measured, log=lines, progress=progress, book=book)
     except Stopped:
         silence_killed_actors()
         output.say("Stopped: an unfinished forecast has no result, so nothing is kept.")
@@ -270,13 +270,13 @@ def simulate(
     if log and lines is not None:
         log.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     if out:
-        write(made, out)
-    rows = verdicts.judge(made, found.expect)
+        write(result, out)
+    rows = verdicts.judge(result, spec.expect)
     if json:
-        output.show_json(_forecast_json(made, rows))
+        output.show_json(_forecast_json(result, rows))
     else:
-        output.show(_forecast_text(made, rows))
-        _suggest_plan(scenario, made, rows)
+        output.show(_forecast_text(result, rows))
+        _suggest_plan(scenario, result, rows)
     if verdicts.is_red(rows):
         raise typer.Exit(1)
 
@@ -292,25 +292,25 @@ def _note_duration(scenario: Scenario, seed: int | None) -> None:
         )
 
 
-def _suggest_plan(scenario: str, made: Record, rows: list[VerdictRow]) -> None:
+def _suggest_plan(scenario: str, record: Record, rows: list[VerdictRow]) -> None:
     """Suggest `scenario plan` if the fleet was too slow."""
     late = [row for row in rows if row.verdict is Color.RED and row.measure in ("makespan", "late")]
     if late:
         # The deadline of a compressed run is compressed, but a plan is for real time.
         most_s = next((row.most for row in rows if row.measure == "makespan" and row.most), None)
-        deadline = "TIME" if most_s is None or made.compressed != 1 else duration(most_s)
+        deadline = "TIME" if most_s is None or record.compressed != 1 else duration(most_s)
         output.say(f"`batchlab scenario plan {scenario} --deadline {deadline}` looks for a fleet that is in time.")
 
 
-def _forecast_json(made: Record, rows: list[VerdictRow]) -> dict[str, object]:
+def _forecast_json(record: Record, rows: list[VerdictRow]) -> dict[str, object]:
     return {
-        "scenario": made.scenario,
-        "seed": made.seed,
-        "like": made.backend,
-        "compressed": made.compressed,
+        "scenario": record.scenario,
+        "seed": record.seed,
+        "like": record.backend,
+        "compressed": record.compressed,
         "red": verdicts.is_red(rows),
         "verdict": [row.to_json() for row in rows],
-        "measures": _measures(made),
+        "measures": _measures(record),
         "faults": [
             {
                 "fault": fault.name,
@@ -319,45 +319,45 @@ def _forecast_json(made: Record, rows: list[VerdictRow]) -> dict[str, object]:
                 "evidence": fault.evidence,
                 "impossible": fault.impossible,
             }
-            for fault in made.faults
+            for fault in record.faults
         ],
-        "jobs": len(made.jobs),
-        "tasks": sum(job.planned for job in made.jobs),
-        "cut": made.cut,
-        "usd_items": dict(made.usd_items),
-        "log_digest": made.log_digest,
-        "wall_s": made.wall_s,
+        "jobs": len(record.jobs),
+        "tasks": sum(job.planned for job in record.jobs),
+        "cut": record.cut,
+        "usd_items": dict(record.usd_items),
+        "log_digest": record.log_digest,
+        "wall_s": record.wall_s,
     }
 
 
-def _measures(made: Record) -> dict[str, float | None]:
+def _measures(record: Record) -> dict[str, float | None]:
     """Return all measures of the run. Unknown and infinite values are None."""
-    found: dict[str, float | None] = {}
+    values: dict[str, float | None] = {}
     for name, measure in MEASURES.items():
-        value = measure.of(made, "")
-        found[name] = None if isinstance(value, Unknown) or isinf(value) else value
-    return found
+        value = measure.of(record, "")
+        values[name] = None if isinstance(value, Unknown) or isinf(value) else value
+    return values
 
 
-def _forecast_text(made: Record, rows: list[VerdictRow]) -> str:
-    tasks = sum(job.planned for job in made.jobs)
+def _forecast_text(record: Record, rows: list[VerdictRow]) -> str:
+    tasks = sum(job.planned for job in record.jobs)
     head = (
-        f"{made.scenario}, seed {made.seed}, as on {made.backend}: "
-        f"{output.count(len(made.jobs), 'job')}, {output.count(tasks, 'task')}, simulated in "
-        f"{output.span(made.wall_s)}"
+        f"{record.scenario}, seed {record.seed}, as on {record.backend}: "
+        f"{output.count(len(record.jobs), 'job')}, {output.count(tasks, 'task')}, simulated in "
+        f"{output.span(record.wall_s)}"
     )
     measured = [
         (name, charts.number(value, measure.unit), measure.meaning)
         for name, measure in MEASURES.items()
-        if not isinstance(value := measure.of(made, ""), Unknown)
+        if not isinstance(value := measure.of(record, ""), Unknown)
     ]
     parts = [head, output.table(("measure", "all jobs", "meaning"), measured)]
-    if made.faults:
-        told = [
+    if record.faults:
+        fault_rows = [
             (fault.name, output.span(fault.at_s), fault.evidence or f"impossible: {fault.impossible}")
-            for fault in made.faults
+            for fault in record.faults
         ]
-        parts.append(output.table(("fault", "at", "what was seen of it"), told))
+        parts.append(output.table(("fault", "at", "what was seen of it"), fault_rows))
     parts.append(charts.verdict_text(rows))
     return "\n\n".join(parts)
 
@@ -388,33 +388,33 @@ def faults(
             f"Nothing is replayed on a backend {backend!r}.",
             remedy=f"There are {', '.join(BACKENDS)}; the simulator knows every fault.",
         )
-    found = list(rows((backend,) if backend else BACKENDS))
+    cells = list(rows((backend,) if backend else BACKENDS))
     if json:
         output.show_json(
             [
                 {
                     "fault": fault.value,
                     "meaning": fault.meaning,
-                    "backend": there,
+                    "backend": name,
                     "possible": cell.possible,
                     "how": cell.how,
                     "why_not": cell.why_not,
                 }
-                for fault, there, cell in found
+                for fault, name, cell in cells
             ]
         )
         return
     if backend:
         table = output.table(
             ("fault", "there", "how, or why not"),
-            [(fault.value, "yes" if cell.possible else "no", cell.how or cell.why_not) for fault, _, cell in found],
+            [(fault.value, "yes" if cell.possible else "no", cell.how or cell.why_not) for fault, _, cell in cells],
         )
     else:
-        yes = {(fault, there): cell.possible for fault, there, cell in found}
+        yes = {(fault, name): cell.possible for fault, name, cell in cells}
         table = output.table(
             ("fault", *BACKENDS, "what happens"),
             [
-                (fault.value, *("yes" if yes[fault, one] else "no" for one in BACKENDS), fault.meaning)
+                (fault.value, *("yes" if yes[fault, name] else "no" for name in BACKENDS), fault.meaning)
                 for fault in FaultName
             ],
         )

@@ -64,12 +64,12 @@ def plan(
 
     goal = Goal(seconds_of("--deadline", deadline), None if budget is None else parse(budget))
     backend = factory.load(like).name
-    found = loader.load(loader.find(scenario))
-    measured = calibrated(calibration, backend, found.compressed)
+    spec = loader.load(loader.find(scenario))
+    measured = calibrated(calibration, backend, spec.compressed)
     book = price_book.load(home_of(home).path)
     run = partial(forecast, backend=backend, calibration=measured, book=book)
     sketch = FastModel(backend, measured, book)
-    search = Search(found, goal, run, seeds, jobs or os.cpu_count() or 1, runs, sketch, book)
+    search = Search(spec, goal, run, seeds, jobs or os.cpu_count() or 1, runs, sketch, book)
     raise typer.Exit(search_and_show(search, json=json))
 
 

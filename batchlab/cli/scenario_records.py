@@ -141,8 +141,8 @@ def _fleet(home: Home, backend: Backend) -> tuple[list[PoolPlan], Mapping[str, f
             grid = client.grid()
         pools = [Pool(p["name"], p["min"], p["max"], p["slots"]) for p in grid["pools"]]
         return [PoolPlan(pool) for pool in pools], grid["settings"]
-    kept = StateFile(home.fleet / "groups.json").load()
-    groups = saved_state.decode(kept)[0] if kept else {}
+    state = StateFile(home.fleet / "groups.json").load()
+    groups = saved_state.decode(state)[0] if state else {}
     pool_plans = [PoolPlan(group.pool) for group in groups.values()]
     policy = asdict(settings.with_home_settings(backend, home).manager)
     return pool_plans or [PoolPlan(pool) for pool in backend.pools], policy
@@ -186,8 +186,8 @@ def compare(
     from batchlab.scenarios import record
     from batchlab.scenarios.forecast import comparison
 
-    found = comparison.compare(record.read(forecast), record.read(fact))
-    output.answer(json, found.to_json(), comparison_text(found))
+    result = comparison.compare(record.read(forecast), record.read(fact))
+    output.answer(json, result.to_json(), comparison_text(result))
 
 
 def calibrate(
@@ -222,8 +222,8 @@ def calibrate(
         output.say(f"Written to {out}.")
 
 
-def _calibrated(found: CalibrationResult) -> str:
-    calibration = found.calibration
+def _calibrated(result: CalibrationResult) -> str:
+    calibration = result.calibration
     rows = [
         (
             quantity.name,
@@ -235,16 +235,16 @@ def _calibrated(found: CalibrationResult) -> str:
             f"{quantity.observations:,} {quantity.what}",
             quantity.why and f"left out: {quantity.why}",
         )
-        for quantity in found.quantities
+        for quantity in result.quantities
     ]
-    told = [
+    lines = [
         f"Backend {calibration.backend}, from {output.count(calibration.runs, 'record')}",
         "",
         output.table(("what", "of", "median", "quartiles", "from", ""), rows),
     ]
-    if found.notes:
-        told += ["", *(f"Note: {note}." for note in found.notes)]
-    return "\n".join(told)
+    if result.notes:
+        lines += ["", *(f"Note: {note}." for note in result.notes)]
+    return "\n".join(lines)
 
 
 def _quantity(one: CalibratedValue, value: float | None) -> str:
@@ -258,11 +258,11 @@ def comparison_text(comparison: Comparison) -> str:
     differences = (
         difference for difference in comparison.differences if (difference.forecast, difference.fact) != (None, None)
     )
-    rows = [_row(one) for one in differences]
+    rows = [_row(shown_difference) for shown_difference in differences]
     columns = ("measure", "jobs", "forecast", "fact", "error", "relative")
     compressed = comparison.compressed
     at = "" if compressed == 1 else f", times divided by {compressed:g}"
-    told = [
+    lines = [
         f"Scenario {comparison.scenario}: forecast ({comparison.forecast_backend}) against fact "
         f"({comparison.fact_backend}){at}; an error is forecast minus fact",
         "",
@@ -270,8 +270,8 @@ def comparison_text(comparison: Comparison) -> str:
         *(drawn for curves in comparison.curves for drawn in ("", _drawn(curves))),
     ]
     if comparison.notes:
-        told += ["", *(f"Note: {note}." for note in comparison.notes)]
-    return "\n".join(told)
+        lines += ["", *(f"Note: {note}." for note in comparison.notes)]
+    return "\n".join(lines)
 
 
 def _row(one: Difference) -> tuple[str, ...]:

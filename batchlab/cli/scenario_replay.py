@@ -178,10 +178,10 @@ def _replayed(request: ReplayRequest, backend: Backend, scenario: Scenario, path
         session.start()
         spot = {plan.pool.name: plan.spot for plan in scenario.pools}
         stack.enter_context(aws_stack.with_spot_shares(backend, home, spot))
-        found = asyncio.run(_run(request, session, scenario, front))
+        replay_record = asyncio.run(_run(request, session, scenario, front))
         # The record is written before the changes for this replay are undone, which may fail.
-        record.write(found, path)
-    return found
+        record.write(replay_record, path)
+    return replay_record
 
 
 @contextmanager
@@ -193,8 +193,8 @@ def _fronted(request: ReplayRequest, backend: Backend) -> Iterator[tuple[Backend
             f"On {backend.name} what breaks S3 stands before its endpoint, and would go with this command.",
             remedy="Leave out --keep-up, or bring the grid up before with `batchlab grid up`.",
         )
-    with with_proxy(backend, request.home, output.say) as found:
-        yield found
+    with with_proxy(backend, request.home, output.say) as fronted:
+        yield fronted
 
 
 async def _run(request: ReplayRequest, session: Session, scenario: Scenario, front: FaultProxy | None) -> Record:
@@ -207,7 +207,7 @@ async def _run(request: ReplayRequest, session: Session, scenario: Scenario, fro
     assert manager_record
 
     # Faults start replacement managers at the same address, so the client works with each of them.
-    with Client.of(home, manager_record) as client, _stopping() as stop, ReplayDisplay() as shown:
+    with Client.of(home, manager_record) as client, _stopping() as stop, ReplayDisplay() as display:
 
         def injector() -> FaultInjector:
             return injector_for(
@@ -223,7 +223,7 @@ async def _run(request: ReplayRequest, session: Session, scenario: Scenario, fro
             limit=request.limit_s,
             injector=injector,
             stop=stop,
-            progress=shown.show,
+            progress=display.show,
         )
 
 
@@ -250,9 +250,9 @@ def _stopping() -> Iterator[asyncio.Event]:
         output.install()
 
 
-def _note_late(found: Record) -> None:
-    late = [job.submitted_s - job.due_s for job in found.jobs]
-    many = sum(one > LATE_S for one in late)
+def _note_late(record: Record) -> None:
+    late = [job.submitted_s - job.due_s for job in record.jobs]
+    many = sum(late_s > LATE_S for late_s in late)
     if many:
         output.say(
             f"{output.count(many, 'job')} of {len(late):,} arrived late, up to "
@@ -264,7 +264,7 @@ def _note_late(found: Record) -> None:
 
 
 def _compared(
-    request: ReplayRequest, backend: Backend, scenario: Scenario, found: Record, calibration: Calibration | None
+    request: ReplayRequest, backend: Backend, scenario: Scenario, record: Record, calibration: Calibration | None
 ) -> Comparison | None:
     """Return the comparison with a forecast, or print a note and return None if that fails."""
     from batchlab.scenarios.faults import fault_injection
@@ -284,7 +284,7 @@ def _compared(
     except BatchlabError as error:
         output.say(f"There is no forecast: {error.message}")
         return None
-    return compare(forecast, found)
+    return compare(forecast, record)
 
 
 def replay(

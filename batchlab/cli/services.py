@@ -17,16 +17,16 @@ from batchlab.core.errors import BatchlabError
 
 def serve(arguments: Sequence[str]) -> None:
     """Run the service named by the first argument until it ends; exit with its code."""
-    asked = parsers()[0].parse_args(arguments)
+    options = parsers()[0].parse_args(arguments)
     gc_control.pause()  # until the service reports that it has started
     try:
-        logs.set_format(asked.log_format)
-        if asked.service == "manager":
-            _manager(asked)
-        elif asked.service == "connect":
-            _connection(asked)
+        logs.set_format(options.log_format)
+        if options.service == "manager":
+            _manager(options)
+        elif options.service == "connect":
+            _connection(options)
         else:
-            _worker(asked)
+            _worker(options)
     except BatchlabError as error:
         # The command that started this process shows the last line of its log.
         logs.print_last_line(" ".join(str(error).split()))
@@ -35,34 +35,38 @@ def serve(arguments: Sequence[str]) -> None:
         gc_control.resume()
 
 
-def _manager(asked: argparse.Namespace) -> None:
+def _manager(options: argparse.Namespace) -> None:
     from batchlab.cli.option_values import parse_pools
     from batchlab.runtime import factory, settings
     from batchlab.runtime.home import find_home
     from batchlab.server.manager_service import ManagerOptions, manager_main
 
-    home = find_home(asked.home)
-    backend = factory.load(asked.backend, asked.endpoint)
-    backend = settings.with_home_settings(factory.with_pools(backend, parse_pools(asked.pool)), home)
-    manager_main(ManagerOptions(home, backend, asked.host, asked.port, asked.parent, asked.page_host))
+    home = find_home(options.home)
+    backend = factory.load(options.backend, options.endpoint)
+    backend = settings.with_home_settings(factory.with_pools(backend, parse_pools(options.pool)), home)
+    manager_main(ManagerOptions(home, backend, options.host, options.port, options.parent, options.page_host))
 
 
-def _connection(asked: argparse.Namespace) -> None:
+def _connection(options: argparse.Namespace) -> None:
     from batchlab.client.aws_connection import connection_main
     from batchlab.runtime import factory
     from batchlab.runtime.home import find_home
 
-    backend = factory.load(asked.backend)
-    connection_main(find_home(asked.home), backend, parent=asked.parent)
+    backend = factory.load(options.backend)
+    connection_main(find_home(options.home), backend, parent=options.parent)
 
 
-def _worker(asked: argparse.Namespace) -> None:
+def _worker(options: argparse.Namespace) -> None:
     from batchlab.runtime import factory
     from batchlab.runtime.home import find_home
     from batchlab.server.worker_service import worker_main
 
     worker_main(
-        find_home(asked.home), factory.load(asked.backend), pool=asked.pool, slots=asked.slots, instance=asked.instance
+        find_home(options.home),
+        factory.load(options.backend),
+        pool=options.pool,
+        slots=options.slots,
+        instance=options.instance,
     )
 
 
@@ -89,13 +93,13 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
         help="another host name of the web page; may be repeated",
     )
     connection = _service(services, "connect", "Hold a connection to a manager on AWS, until SIGTERM.")
-    for one in (manager, connection):
-        one.add_argument("--parent", type=int, default=0, metavar="PID", help="stop when this process ends")
+    for service_parser in (manager, connection):
+        service_parser.add_argument("--parent", type=int, default=0, metavar="PID", help="stop when this process ends")
     worker = _service(services, "worker", "Run one instance's worker, until SIGTERM.")
-    known = "; default: as in the instance metadata"
-    worker.add_argument("--pool", default="", help=f"pool of the worker{known}")
-    worker.add_argument("--slots", type=int, default=0, help=f"number of tasks in parallel{known}")
-    worker.add_argument("--instance", default="", help=f"instance of the worker{known}")
+    default = "; default: as in the instance metadata"
+    worker.add_argument("--pool", default="", help=f"pool of the worker{default}")
+    worker.add_argument("--slots", type=int, default=0, help=f"number of tasks in parallel{default}")
+    worker.add_argument("--instance", default="", help=f"instance of the worker{default}")
     return parser, services.choices
 
 

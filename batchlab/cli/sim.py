@@ -112,9 +112,9 @@ def _shrink(campaign: Campaign) -> None:
     first = campaign.failures[:SHRUNK]
     if first and sys.stderr.isatty():
         output.say(f"Shrinking {output.count(len(first), 'failure')} to the fewest faults…")
-    found = fuzz.all_fewest(first, campaign.weather, campaign.processes, time.monotonic)
-    with closing(found):
-        for failure, shrunk in found:
+    results = fuzz.all_fewest(first, campaign.weather, campaign.processes, time.monotonic)
+    with closing(results):
+        for failure, shrunk in results:
             campaign.fewest[failure.seed] = shrunk
 
 
@@ -167,8 +167,8 @@ def replay(
 def _ended(tried: SeedResult) -> str:
     faults = output.count(len(tried.faults), "fault")
     if failure := tried.failure:
-        told = f"Seed {tried.seed}, after {faults}: {output.clean(failure.text)}"
-        return f"{told}\n\n{failure.trace}" if failure.trace else told
+        text = f"Seed {tried.seed}, after {faults}: {output.clean(failure.text)}"
+        return f"{text}\n\n{failure.trace}" if failure.trace else text
     report = tried.report
     assert report is not None
     return (
@@ -180,8 +180,8 @@ def _ended(tried: SeedResult) -> str:
 
 
 def _end_of_log(lines: list[str]) -> str:
-    shown = lines[-LOG_SHOWN:]
-    return "\n".join([f"The last {len(shown)} of {len(lines):,} lines of its event log:", *shown])
+    tail = lines[-LOG_SHOWN:]
+    return "\n".join([f"The last {len(tail)} of {len(lines):,} lines of its event log:", *tail])
 
 
 @app.command()
@@ -229,11 +229,11 @@ class Campaign:
         """Return the results as text."""
         facts = [f"{name:<15}{value}" for name, value in self._facts().items()]
         faults = output.table(FAULT_COLUMNS, self._faults())
-        told = [self._headline(), *facts, "", faults, "", self._verdict()]
+        lines = [self._headline(), *facts, "", faults, "", self._verdict()]
         for failure in self.failures:
-            told += ["", f"Seed {failure.seed}: {output.clean(failure.text)}"]
-            told += [f"  {line}" for line in self._of(failure)]
-        return "\n".join(told)
+            lines += ["", f"Seed {failure.seed}: {output.clean(failure.text)}"]
+            lines += [f"  {line}" for line in self._of(failure)]
+        return "\n".join(lines)
 
     def _headline(self) -> str:
         tried = output.count(self.tally.seeds, "seed")
@@ -276,8 +276,8 @@ class Campaign:
             yield f"after {happened}; no fewer that break it were found in time"
         else:
             least = "the fewest" if shrunk.least else "the fewest found in time"
-            shown = written(shrunk.parts).replace(",", ", ")
-            yield f"after {happened}, of which {least} that break it are: {shown}"
+            faults = written(shrunk.parts).replace(",", ", ")
+            yield f"after {happened}, of which {least} that break it are: {faults}"
         yield self.replay(failure)
 
     def markdown(self) -> str:

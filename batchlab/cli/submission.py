@@ -119,8 +119,8 @@ class Submission:
         if not self.jobfile.urls:
             return self
         keys = own_keys(self.jobfile, self.backend.bucket(self.home))
-        found, keys = await contents(self.objects, keys or (), patience())
-        digest = hashlib.sha256(f"{self.source_digest}/{found}".encode()).hexdigest()
+        input_digest, keys = await contents(self.objects, keys or (), patience())
+        digest = hashlib.sha256(f"{self.source_digest}/{input_digest}".encode()).hexdigest()
         return replace(self, source_digest=digest, keys=keys)
 
     async def latest(self) -> EarlierRun | None:
@@ -174,8 +174,8 @@ def submit(home: Home, file: Path, sets: Iterable[str], *, max_cost_usd: float |
         if earlier and earlier.ended is None:
             job = asyncio.run(definition(submission.objects, earlier.job, patience()))
         else:
-            job, told = asyncio.run(submission.prepare(earlier.number + 1 if earlier else 1, max_cost_usd))
-            output.say(f"Uploaded {told}.")
+            job, note = asyncio.run(submission.prepare(earlier.number + 1 if earlier else 1, max_cost_usd))
+            output.say(f"Uploaded {note}.")
         return session.call(partial(submit_capped, job, max_cost_usd))
 
 
@@ -196,7 +196,7 @@ GAP_S = 0.1
 
 
 def watch(
-    session: Session, view: JobView, shown: JobDisplay, slots: dict[str, int], live_cost: LiveCost | None = None
+    session: Session, view: JobView, display: JobDisplay, slots: dict[str, int], live_cost: LiveCost | None = None
 ) -> JobView:
     """Show the job until it ends, with its cost if that applies, and return its last view.
 
@@ -211,8 +211,8 @@ def watch(
             grid, looked_s = session.call(lambda client: client.grid()), asked_s
             _note_slots(grid, slots)
             if live_cost:
-                shown.cost(session.call(partial(live_cost.line, job=view["id"], grid=grid)))
-        shown.show(view, grid)
+                display.cost(session.call(partial(live_cost.line, job=view["id"], grid=grid)))
+        display.show(view, grid)
         if view["state"] in ENDED:
             return view
         view = session.call(partial(_news, view))
