@@ -165,7 +165,7 @@ def batchlab(
 
 def start(arguments: Sequence[str]) -> None:
     """Run one command line and exit with its code."""
-    output.install()
+    output.install_signal_handlers()
     end = arguments.index("--") if "--" in arguments else len(arguments)
     debug = "--debug" in arguments[:end]
     if _OWN_DEBUG in arguments[:end]:
@@ -176,7 +176,7 @@ def start(arguments: Sequence[str]) -> None:
     except BatchlabError as error:
         if debug:
             _show_traceback()
-        output.complain(error)
+        output.show_error(error)
         sys.exit(error.exit_code)
     except ModuleNotFoundError as error:
         if debug or missing_module_message(error) is None:

@@ -255,9 +255,9 @@ def release_archive(wanted: Settings, archive: Path | None, home: Home) -> Path:
     return archive
 
 
-def retry_notes() -> output.Sometimes:
+def retry_notes() -> output.ThrottledNotes:
     """Return the printer of notes on a call that is retried, at most one note a second."""
-    return output.Sometimes(1.0)
+    return output.ThrottledNotes(1.0)
 
 
 _PLAN_COLUMNS = ("action", "id", "type", "replacement", "why")
@@ -305,7 +305,7 @@ class Person:
     def watching(self, what: str, total: int) -> Iterator[Callable[[Event], None]]:
         try:
             with StackDisplay(what, total) as display:
-                yield display.see
+                yield display.show_event
         except (Stopped, KeyboardInterrupt):
             output.say(
                 "AWS goes on with the stack. `batchlab deploy apply` follows it again and does "

@@ -229,12 +229,12 @@ def stack_findings(home: Home, backend: Backend) -> Iterator[Finding]:
         yield fail("session", error.message, error.remedy)
 
 
-ENGINE = 25
+MIN_ENGINE_VERSION = 25
 """First Docker version with a health check interval for starting containers."""
-COMPOSE = (2, 20)
+MIN_COMPOSE_VERSION = (2, 20)
 """First version in which a service may depend on an optional one."""
 LAST_WITHOUT_TOKEN = (4, 14)
-OLDEST = (4, 0)
+MIN_LOCALSTACK_VERSION = (4, 0)
 """First LocalStack version with conditional writes to S3."""
 FAIL_BELOW_BYTES = 3 * 2**30
 _LOCALSTACK = "localstack/localstack:4.14.0"
@@ -250,7 +250,7 @@ def container_findings(home: Home, backend: Backend) -> Iterator[Finding]:
         yield fail("docker", f"Docker does not answer: {reason}", remedy)
         return
     yield _engine(version.stdout.strip())
-    yield _plugin("compose", COMPOSE)
+    yield _plugin("compose", MIN_COMPOSE_VERSION)
     yield _plugin("buildx", (0, 10))
     yield _room()
     place = backend.named_place(home)
@@ -265,8 +265,8 @@ def container_findings(home: Home, backend: Backend) -> Iterator[Finding]:
 
 def _engine(version: str) -> Finding:
     major = version.partition(".")[0]
-    if major.isdecimal() and int(major) < ENGINE:
-        return fail("docker", f"Docker {version} is too old.", f"Install Docker {ENGINE} or newer.")
+    if major.isdecimal() and int(major) < MIN_ENGINE_VERSION:
+        return fail("docker", f"Docker {version} is too old.", f"Install Docker {MIN_ENGINE_VERSION} or newer.")
     return ok("docker", f"Docker {version} answers")
 
 
@@ -309,7 +309,7 @@ def _token() -> Finding:
             f"{image} starts only with a token, and LOCALSTACK_AUTH_TOKEN is not set.",
             f"Set it, or use {_LOCALSTACK}, the last that needs none.",
         )
-    if version < OLDEST:
+    if version < MIN_LOCALSTACK_VERSION:
         return fail(
             "token",
             f"{image} is too old: it does not support conditional writes to S3.",
@@ -354,14 +354,14 @@ def _parts(home: Home) -> Iterator[Finding]:
             yield warn("orphans", text, "`batchlab gc` removes it.")
 
 
-PYTHON = (3, 11)
-SQLITE = (3, 35)
+MIN_PYTHON_VERSION = (3, 11)
+MIN_SQLITE_VERSION = (3, 35)
 """First SQLite version with RETURNING, which a fold of the ledger uses."""
 FAIL_BELOW_FREE_BYTES = 200 * 2**20
 WARN_BELOW_BYTES = 2 * 2**30
-SANE_S = 1_700_000_000.0
-SKEW_S = 2.0
-MAX_NAMED = 20
+MIN_CLOCK_S = 1_700_000_000.0
+MAX_SKEW_S = 2.0
+MAX_LISTED_OBJECTS = 20
 """Most damaged objects that are listed."""
 
 
@@ -423,7 +423,11 @@ def examine(home: Home, backend: str, endpoint: str | None = None, *, repair: bo
 
 def _python() -> Iterator[Finding]:
     text = f"Python {platform.python_version()} on {platform.system()} {platform.machine()}"
-    yield ok("python", text) if sys.version_info >= PYTHON else fail("python", text, "Use Python 3.11 or newer.")
+    yield (
+        ok("python", text)
+        if sys.version_info >= MIN_PYTHON_VERSION
+        else fail("python", text, "Use Python 3.11 or newer.")
+    )
 
 
 def _extras() -> Iterator[Finding]:
@@ -468,7 +472,7 @@ def _objects(home: Home, *, repair: bool) -> Iterator[Finding]:
     if not damaged_objects:
         yield ok("objects", "no object is empty or torn")
     elif not repair:
-        for key, problem in damaged_objects[:MAX_NAMED]:
+        for key, problem in damaged_objects[:MAX_LISTED_OBJECTS]:
             yield fail("objects", f"{home.objects / key} {problem}.")
         yield fail(
             "objects",
@@ -487,7 +491,7 @@ def _objects(home: Home, *, repair: bool) -> Iterator[Finding]:
 
 def _sqlite(home: Home) -> Iterator[Finding]:
     version = sqlite3.sqlite_version
-    if sqlite3.sqlite_version_info < SQLITE:
+    if sqlite3.sqlite_version_info < MIN_SQLITE_VERSION:
         yield fail("sqlite", f"SQLite {version}", "Use a Python with 3.35 or newer.")
         return
     home.make()
@@ -529,10 +533,10 @@ def _clock(home: Home) -> Iterator[Finding]:
         file.write(b"now")
         file.flush()
         skew_s = os.stat(file.name).st_mtime - time.time()  # noqa: PTH116 - a name, not a Path
-    if time.time() < SANE_S:
+    if time.time() < MIN_CLOCK_S:
         remedy = "Set the clock: schedules and leases are times."
         yield fail("clock", f"It says {time.ctime()}.", remedy)
-    elif abs(skew_s) > SKEW_S:
+    elif abs(skew_s) > MAX_SKEW_S:
         yield warn(
             "clock",
             f"The file system's clock differs from this machine's by {skew_s:.1f} s.",

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from batchlab.core.api_types import GridView, PoolView, SessionView
     from batchlab.runtime.home import Home
 
-WATCH_S = 1.0
+WATCH_INTERVAL_S = 1.0
 
 _POOL_COLUMNS = ("pool", "min", "max", "desired", "inservice", "pending", "slots", "backlog", "set by")
 
@@ -185,7 +185,7 @@ def status(
             _show_grid(view, place, json=json, cost=cost)
             if not watch:
                 return
-            time.sleep(WATCH_S)
+            time.sleep(WATCH_INTERVAL_S)
             if not json:
                 output.show("")
 

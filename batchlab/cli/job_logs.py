@@ -89,7 +89,7 @@ def _follow(home: Home, job: str, which: LogFilter, *, json: bool) -> None:
         view = session.call(lambda client: resolve(client, job))
         name = view["id"]
 
-        def tell(line: Line) -> None:
+        def print_line(line: Line) -> None:
             if json:
                 output.show_json(to_json(name, line), indent=None)
             elif line.is_note:
@@ -97,7 +97,7 @@ def _follow(home: Home, job: str, which: LogFilter, *, json: bool) -> None:
             else:
                 output.show(f"{line.name} | {output.visible(line.text)}")
 
-        follower = Follower(name, which, session.call, tell)
+        follower = Follower(name, which, session.call, print_line)
         try:
             follower.run()
         except Stopped:
@@ -112,16 +112,17 @@ def _follow(home: Home, job: str, which: LogFilter, *, json: bool) -> None:
             output.say(f"{name} is {state}.")
 
 
+ManagerCall = Callable[[Callable[["Client"], Any]], Any]
 Key = tuple[str, int, int, int, str]
 """Stage, task, round, attempt, execution."""
 
-WAIT_S = 1.0
+MAX_WAIT_S = 1.0
 """Longest wait for the end of an attempt."""
-GAP_S = 0.1
+MIN_REQUEST_INTERVAL_S = 0.1
 """Least time between two requests without news."""
-AGAIN_S = 5.0
+LOG_RETRY_INTERVAL_S = 5.0
 """Interval of requests for a log that is not stored yet."""
-AT_ONCE = 20
+MAX_LOG_RETRIES = 20
 """Most logs that are requested again at a time."""
 _CUT = "[... batchlab left out "
 
@@ -148,7 +149,7 @@ class Line:
 class _Shown:
     """Printed bytes of an attempt's output, and the last line, which has no end yet."""
 
-    told: int = 0
+    printed: int = 0
     rest: str = ""
 
 
@@ -167,38 +168,36 @@ class LogFilter:
 
 
 class Follower:
-    """Prints the output of a job as it comes. `ask` calls the manager, or waits for a new one."""
+    """Prints the output of a job as it comes. `call` calls the manager, or waits for a new one."""
 
-    def __init__(
-        self, job: str, which: LogFilter, ask: Callable[[Callable[[Client], Any]], Any], tell: Callable[[Line], None]
-    ) -> None:
+    def __init__(self, job: str, which: LogFilter, call: ManagerCall, on_line: Callable[[Line], None]) -> None:
         self._job = job
         self._which = which
-        self._ask = ask
-        self._tell = tell
+        self._call = call
+        self._on_line = on_line
         self._shown: dict[Key, _Shown] = {}
         self._done: set[Key] = set()
-        self._later: dict[Key, float] = {}
+        self._late_logs: dict[Key, float] = {}
         """Logs that are not stored yet, and when they were last requested."""
         self._seq: int | None = None
 
     def run(self) -> None:
         """Print every line until the job, or the selected task, has ended."""
-        every_s, due_s = WAIT_S, 0.0
+        every_s, due_s = MAX_WAIT_S, 0.0
         while True:
             asked_s = time.monotonic()
-            news = self._news(min(WAIT_S, every_s))
+            news = self._news(min(MAX_WAIT_S, every_s))
             for log in news["logs"]:
                 self._ended(log)
             self._seq = news["seq"]
-            self._ask_again(last=news["ended"])
+            self._request_late_logs(last=news["ended"])
             if news["ended"]:
                 break
             # A new leader may answer at once, without waiting.
-            time.sleep(max(0.0, 0 if news["logs"] else asked_s + GAP_S - time.monotonic()))
+            time.sleep(max(0.0, 0 if news["logs"] else asked_s + MIN_REQUEST_INTERVAL_S - time.monotonic()))
             # Running tasks have no result yet.
             if not self._which.failed and time.monotonic() >= due_s:
-                tails: TailsView = self._ask(lambda client: client.tails(self._job))
+                tails: TailsView = self._call(lambda client: client.tails(self._job))
                 every_s = tails["every_s"]
                 due_s = time.monotonic() + every_s
                 for tail in tails["tails"]:
@@ -227,7 +226,7 @@ class Follower:
                 wait_s=wait_s,
             )
 
-        news: NewLogsView = self._ask(ask)
+        news: NewLogsView = self._call(ask)
         return news
 
     # --- While it runs ---------------------------------------------------------------------------
@@ -237,13 +236,13 @@ class Follower:
         if key in self._done:
             return
         progress = self._shown.setdefault(key, _Shown())
-        if tail["start"] > progress.told:
-            self._note(key, f"{tail['start'] - progress.told:,} bytes came too fast to be followed")
+        if tail["start"] > progress.printed:
+            self._note(key, f"{tail['start'] - progress.printed:,} bytes came too fast to be followed")
             progress.rest = ""
-            progress.told = tail["start"]
-        if tail["stop"] > progress.told:
-            new = tail["text"].encode()[progress.told - tail["start"] :]
-            progress.told = tail["stop"]
+            progress.printed = tail["start"]
+        if tail["stop"] > progress.printed:
+            new = tail["text"].encode()[progress.printed - tail["start"] :]
+            progress.printed = tail["stop"]
             self._lines(key, progress, new.decode(errors="replace"))
 
     def _lines(self, key: Key, progress: _Shown, text: str) -> None:
@@ -258,46 +257,46 @@ class Follower:
         if key in self._done:
             return
         if not log["stored"]:
-            self._later.setdefault(key, time.monotonic())
+            self._late_logs.setdefault(key, time.monotonic())
             return
-        self._later.pop(key, None)
+        self._late_logs.pop(key, None)
         self._done.add(key)
         progress = self._shown.pop(key, _Shown())
         data = log["text"].encode()
-        if progress.told and _CUT in log["text"]:
+        if progress.printed and _CUT in log["text"]:
             # The stored log lacks its middle, so byte positions differ from the live output.
             self._note(key, "it has printed more than is kept of it; the rest is in `job logs`")
             return
-        self._lines(key, progress, data[progress.told :].decode(errors="replace"))
+        self._lines(key, progress, data[progress.printed :].decode(errors="replace"))
         if progress.rest:
             self._say(key, progress.rest)
 
-    def _ask_again(self, *, last: bool) -> None:
+    def _request_late_logs(self, *, last: bool) -> None:
         now_s = time.monotonic()
-        due = [key for key, at_s in self._later.items() if last or now_s - at_s >= AGAIN_S]
-        for key in due if last else due[:AT_ONCE]:
-            self._later[key] = now_s
+        due = [key for key, at_s in self._late_logs.items() if last or now_s - at_s >= LOG_RETRY_INTERVAL_S]
+        for key in due if last else due[:MAX_LOG_RETRIES]:
+            self._late_logs[key] = now_s
             stage, task = key[0], key[1]
 
             def ask(client: Client, stage: str = stage, task: int = task) -> list[LogView]:
                 return client.logs(self._job, stage=stage, task=task)
 
-            for log in self._ask(ask):
+            for log in self._call(ask):
                 if _key(log) == key:
                     self._ended(log)
         if last:
-            for key in self._later:
+            for key in self._late_logs:
                 self._note(key, "what it printed was never stored: its worker is gone")
 
     # --- Printing --------------------------------------------------------------------------------
 
     def _say(self, key: Key, text: str) -> None:
         stage, task, round_, attempt, execution = key
-        self._tell(Line(stage, task, attempt, round_, execution, text.removesuffix("\r")))
+        self._on_line(Line(stage, task, attempt, round_, execution, text.removesuffix("\r")))
 
     def _note(self, key: Key, text: str) -> None:
         stage, task, round_, attempt, execution = key
-        self._tell(Line(stage, task, attempt, round_, execution, text, is_note=True))
+        self._on_line(Line(stage, task, attempt, round_, execution, text, is_note=True))
 
 
 def _key(view: TailView | LogView) -> Key:

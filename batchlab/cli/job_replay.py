@@ -59,7 +59,7 @@ def replay_task(
     \b
     Example: batchlab job replay-task last parse/3 --local
     """
-    from batchlab.cli.session import find
+    from batchlab.cli.session import find_bucket
 
     del local
     how = _how(debug=debug, at_start=break_, debugpy=debugpy, no_limits=no_limits, json=json)
@@ -69,7 +69,7 @@ def replay_task(
     how = replace(how, passed=tuple(env or ()))
     stage_name, index = parse_task(task)
     place = home_of(home)
-    bucket = find(place, backend, job)
+    bucket = find_bucket(place, backend, job)
     with _folder(keep) as folder:
         task_folder = _fetched(bucket, stage_name, index, folder, attempt, round_)
         if keep:
@@ -120,10 +120,10 @@ def _folder(keep: Path | None) -> Iterator[Path]:
 def _fetched(
     bucket: Bucket, stage: str | None, task: int, folder: Path, attempt: int | None, round_: int | None
 ) -> TaskRun:
-    from batchlab.cli.session import stage_of
+    from batchlab.cli.session import find_stage
     from batchlab.client.debug.prepare import prepare_task
 
-    name = stage_of(bucket, stage)
+    name = find_stage(bucket, stage)
     output.say(f"Fetching {task_name(name, task)} of {bucket.job}.")
     try:
         return bucket.read(

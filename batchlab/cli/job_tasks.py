@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from batchlab.core.ports import Objects
     from batchlab.jobs.attempts import Attempt
 
-LAST_LINES = 5
+MAX_LOG_LINES = 5
 """Lines of a failed task's log in `job why`."""
-GROUPS = 3
+MAX_FINGERPRINTS = 3
 """Fingerprints in `job why`, the most frequent first."""
 
 
@@ -34,12 +34,12 @@ def show_task(
     \b
     Example: batchlab job show-task last parse/3
     """
-    from batchlab.cli.session import find, stage_of
+    from batchlab.cli.session import find_bucket, find_stage
 
     stage_name, index = parse_task(task)
     place = home_of(home)
-    bucket = find(place, backend, job)
-    name = stage_of(bucket, stage_name)
+    bucket = find_bucket(place, backend, job)
+    name = find_stage(bucket, stage_name)
 
     async def read(objects: Objects, patience: Patience) -> dict[str, Any]:
         from batchlab.core.protocol.bundle_inputs import NoSuchTask
@@ -159,7 +159,7 @@ def _failed(client: Client, view: JobView, home: Path | None) -> list[dict[str, 
     if not any(stage["failed"] for stage in view["stages"]):
         return []
     failed = []
-    for group in client.failure_groups(view["id"])[:GROUPS]:
+    for group in client.failure_groups(view["id"])[:MAX_FINGERPRINTS]:
         first = group["first"]
         name = task_name(first["stage"], first["task"])
         logs = client.logs(view["id"], stage=first["stage"], task=first["task"])
@@ -173,7 +173,7 @@ def _failed(client: Client, view: JobView, home: Path | None) -> list[dict[str, 
                 "fingerprint": first["fingerprint"],
                 "kind": first["kind"],
                 "reason": first["reason"],
-                "last_lines": lines[-LAST_LINES:],
+                "last_lines": lines[-MAX_LOG_LINES:],
                 "replay": replay_command(view["id"], name, home),
             }
         )

@@ -25,37 +25,37 @@ LAST = "last"
 
 def backends(incomplete: str) -> list[str]:
     """Complete names of backends."""
-    return _of(incomplete, _files("backends", "*/backend.toml", lambda path: path.parent.name))
+    return _matching(incomplete, _shipped_names("backends", "*/backend.toml", lambda path: path.parent.name))
 
 
 def examples(incomplete: str) -> list[str]:
     """Complete names of shipped examples that are jobs."""
-    return _of(incomplete, _files("examples", "*/job.yaml", lambda path: path.parent.name))
+    return _matching(incomplete, _shipped_names("examples", "*/job.yaml", lambda path: path.parent.name))
 
 
 def scenarios(incomplete: str) -> list[str]:
     """Complete names of shipped scenarios. The shell offers files if none matches."""
-    return _of(incomplete, _files("scenarios", "*.yaml", lambda path: path.stem))
+    return _matching(incomplete, _shipped_names("scenarios", "*.yaml", lambda path: path.stem))
 
 
 def jobs(ctx: typer.Context, incomplete: str) -> list[str]:
     """Complete ids of jobs, newest first, from the manager or else from the local bucket."""
     home = _home(ctx)
-    ids = [str(job["id"]) for job in _asked(home, f"/v1/jobs?limit={MAX_LISTED}", "jobs")]
-    return _of(incomplete, [LAST, *(ids or _left(home))])
+    ids = [str(job["id"]) for job in _request_list(home, f"/v1/jobs?limit={MAX_LISTED}", "jobs")]
+    return _matching(incomplete, [LAST, *(ids or _local_jobs(home))])
 
 
 def schedules(ctx: typer.Context, incomplete: str) -> list[str]:
     """Complete names of schedules."""
-    views = _asked(_home(ctx), "/v1/schedules", "schedules")
-    return _of(incomplete, (str(schedule["name"]) for schedule in views))
+    views = _request_list(_home(ctx), "/v1/schedules", "schedules")
+    return _matching(incomplete, (str(schedule["name"]) for schedule in views))
 
 
-def _of(incomplete: str, names: Iterable[str]) -> list[str]:
+def _matching(incomplete: str, names: Iterable[str]) -> list[str]:
     return [name for name in names if name.startswith(incomplete)]
 
 
-def _files(folder: str, pattern: str, name: Callable[[Path], str]) -> list[str]:
+def _shipped_names(folder: str, pattern: str, name: Callable[[Path], str]) -> list[str]:
     from batchlab.core import installation
 
     try:
@@ -71,7 +71,7 @@ def _home(ctx: typer.Context) -> Home:
     return find_home(Path(named) if named else None)
 
 
-def _asked(home: Home, path: str, listed: str) -> list[dict[str, Any]]:
+def _request_list(home: Home, path: str, listed: str) -> list[dict[str, Any]]:
     """Return a list of the running manager, or [] if it does not answer."""
     from batchlab.client.http import Client
 
@@ -86,7 +86,7 @@ def _asked(home: Home, path: str, listed: str) -> list[dict[str, Any]]:
     return views
 
 
-def _left(home: Home) -> list[str]:
+def _local_jobs(home: Home) -> list[str]:
     """Return the jobs in the local bucket, newest first."""
     try:
         jobs = [(path.stat().st_mtime, path.name) for path in (home.objects / "jobs").iterdir()]

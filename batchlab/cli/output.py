@@ -40,7 +40,7 @@ def say(text: str) -> None:
     print(visible(text), file=sys.stderr, flush=True)  # noqa: T201 - the only function that prints to stderr
 
 
-class Sometimes:
+class ThrottledNotes:
     """Notes on long work: at most one every few seconds, and none at first."""
 
     def __init__(self, every_s: float = 3.0) -> None:
@@ -96,7 +96,7 @@ def cells(view: Mapping[str, object], *keys: str) -> tuple[object, ...]:
     return tuple(view[key] for key in keys)
 
 
-def complain(error: BatchlabError) -> None:
+def show_error(error: BatchlabError) -> None:
     """Print an error on stderr: a sentence, and below it the remedy."""
     errors: Sequence[BatchlabError] = getattr(error, "errors", ()) or [error]
     for one in errors:
@@ -182,7 +182,7 @@ def optional_span(span_s: float | None) -> str:
 
 
 INTERRUPTED = 130
-AGAIN_S = 0.05
+RERAISE_DELAY_S = 0.05
 """Delay after which an exception that Python dropped in a finalizer is raised again."""
 _BOTH = (signal.SIGINT, signal.SIGTERM)
 
@@ -195,7 +195,7 @@ class Stopped(SystemExit):
     """
 
 
-def install() -> None:
+def install_signal_handlers() -> None:
     """Let both signals raise Stopped in the main thread."""
     for number in _BOTH:
         signal.signal(number, _stop)
@@ -232,6 +232,6 @@ def _on_dropped(dropped: UnraisableHookArgs) -> None:
         sys.__unraisablehook__(dropped)
         return
     main = threading.main_thread().ident
-    again = threading.Timer(AGAIN_S, signal.pthread_kill, (main, signal.SIGINT))
+    again = threading.Timer(RERAISE_DELAY_S, signal.pthread_kill, (main, signal.SIGINT))
     again.daemon = True
     again.start()

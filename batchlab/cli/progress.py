@@ -94,7 +94,7 @@ def bar(every_s: float = LINE_EVERY_S) -> Iterator[Callable[[int, int, str], Non
     A terminal shows a bar. Elsewhere, the text is printed every `every_s` seconds.
     """
     if not sys.stderr.isatty():
-        sometimes = output.Sometimes(every_s)
+        sometimes = output.ThrottledNotes(every_s)
         yield lambda _done, _total, text: sometimes.say(text)
         return
     from rich.console import Console
@@ -117,7 +117,7 @@ def bar(every_s: float = LINE_EVERY_S) -> Iterator[Callable[[int, int, str], Non
 # --- Jobs ----------------------------------------------------------------------------------------
 
 
-def ended(stage: StageView) -> int:
+def count_ended(stage: StageView) -> int:
     """Return the number of a stage's tasks in a terminal state."""
     return stage["succeeded"] + stage["failed"] + stage["cancelled"]
 
@@ -144,9 +144,9 @@ class Rates:
     def note(self, job: JobView, now_s: float) -> None:
         for stage in job["stages"]:
             samples = self.samples.setdefault(stage["name"], deque())
-            if not ended(stage):
+            if not count_ended(stage):
                 samples.clear()  # the wait for workers does not count
-            samples.append((now_s, ended(stage)))
+            samples.append((now_s, count_ended(stage)))
             while len(samples) > 2 and samples[1][0] < now_s - RATE_WINDOW_S:
                 samples.popleft()
 
@@ -162,7 +162,7 @@ class Rates:
         rate = self.of(stage)
         if rate is None or stage["planned"] is None:
             return None
-        return (stage["planned"] - ended(stage)) / rate
+        return (stage["planned"] - count_ended(stage)) / rate
 
 
 class JobDisplay(Display):
@@ -190,7 +190,7 @@ class JobDisplay(Display):
             self._print(job, grid)
 
     def _print(self, job: JobView, grid: GridView | None) -> None:
-        progress = (job["state"], [stage["planned"] == ended(stage) for stage in job["stages"]])
+        progress = (job["state"], [stage["planned"] == count_ended(stage) for stage in job["stages"]])
         text = f"{job['id']} {job['state']}: {', '.join(map(_stage_text, job['stages']))}"
         if progress == self._progress and (not self.is_line_due() or text == self._text):
             return
@@ -212,7 +212,7 @@ class JobDisplay(Display):
         for justify in ("left", "left", "right", "right", "right", "right", "left"):
             table.add_column(justify=justify, no_wrap=True)
         for stage in job["stages"]:
-            planned, done = stage["planned"], ended(stage)
+            planned, done = stage["planned"], count_ended(stage)
             rate, left_s = self._rates.of(stage), self._rates.left_s(stage)
             table.add_row(
                 Text(output.clean(stage["name"])),
@@ -233,7 +233,7 @@ class JobDisplay(Display):
 def _stage_text(stage: StageView) -> str:
     planned = "?" if stage["planned"] is None else stage["planned"]
     failed = f" ({stage['failed']} failed)" if stage["failed"] else ""
-    return f"{stage['name']} {ended(stage)}/{planned}{failed}"
+    return f"{stage['name']} {count_ended(stage)}/{planned}{failed}"
 
 
 # --- Replays of scenarios ------------------------------------------------------------------------
@@ -318,7 +318,7 @@ class StackDisplay(Display):
         self._current: dict[str, str] = {}
         self._ended: set[str] = set()
 
-    def see(self, event: Event) -> None:
+    def show_event(self, event: Event) -> None:
         """Show an event of CloudFormation."""
         is_in_progress = event.status.endswith("_IN_PROGRESS")
         if not self._is_live:

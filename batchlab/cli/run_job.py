@@ -42,8 +42,8 @@ from batchlab.runtime.home import Home
 if TYPE_CHECKING:
     from batchlab.jobs.job_file import JobFile
 
-SHOWN_FAILURES = 5
-SHOWN_LINES = 12  # of a traceback: its end, where it was raised
+MAX_FAILURES = 5
+MAX_TRACEBACK_LINES = 12  # of a traceback: its end, where it was raised
 NEGLIGIBLE_S = 0.05
 
 _PHASES = {
@@ -167,7 +167,7 @@ class Summary:
         for example in reversed(causes.values()):
             name = task_name(example["stage"], example["task"])
             yield f"  {name} {example['kind']}: {output.clean(example['reason'])}"
-            yield from (f"    {line}" for line in _raised(example)[-SHOWN_LINES:])
+            yield from (f"    {line}" for line in _raised(example)[-MAX_TRACEBACK_LINES:])
         if causes:
             job, more = self.job["id"], failed - len(causes)
             rest = f"{more:,} more: `batchlab job failures {job}`; " if more > 0 else ""
@@ -255,7 +255,7 @@ def run(request: RunRequest, phases: Phases) -> Summary:
                     session.start()
             with phases.phase("check"):
                 submission = asyncio.run(submission.located())
-                earlier = asyncio.run(submission.latest())
+                earlier = asyncio.run(submission.find_latest_run())
                 number = choose(earlier, resume=request.resume, cache=request.cache)
                 if request.resume and earlier is None:
                     output.say("There is no run of this file, code and data to go on with: all of it runs.")
@@ -353,7 +353,7 @@ class _Runner:
     def _failures(self, view: JobView) -> list[FailureView]:
         if not any(stage["failed"] for stage in view["stages"]):
             return []
-        return self.session.call(lambda client: client.failures(view["id"], limit=SHOWN_FAILURES))
+        return self.session.call(lambda client: client.failures(view["id"], limit=MAX_FAILURES))
 
     def _watch(self, job: JobDef, earlier: EarlierRun | None) -> JobView:
         begun_s = time.time()

@@ -48,7 +48,7 @@ def scenario_() -> None:
     """
 
 
-ODD_SHOWN = 10
+MAX_ODD_KINDS = 10
 """Most kinds of odd records that are listed."""
 
 
@@ -139,12 +139,12 @@ def _odd(odd: Sequence[Anomaly]) -> Iterator[str]:
     kinds = summarize(odd)
     if kinds:
         yield f"\n{output.count(len(odd), 'odd record')} in traces:"
-    for kind in kinds[:ODD_SHOWN]:
+    for kind in kinds[:MAX_ODD_KINDS]:
         yield f"  {kind.file}:{kind.first_line}: {kind.what}: {kind.done}" + (
             f", and {kind.count - 1:,} more such" if kind.count > 1 else ""
         )
-    if len(kinds) > ODD_SHOWN:
-        yield f"  {len(kinds) - ODD_SHOWN} more kinds; --json lists every record."
+    if len(kinds) > MAX_ODD_KINDS:
+        yield f"  {len(kinds) - MAX_ODD_KINDS} more kinds; --json lists every record."
 
 
 def _facts(scenario: Scenario, schedule: Schedule, seen: Curve) -> dict[str, object]:
@@ -219,12 +219,12 @@ def warnings(scenario: Scenario, schedule: Schedule, curve: Curve) -> Iterator[s
 
 
 LINE_EVERY_S = 10.0
-TASKS_A_S = 500
+MIN_TASKS_PER_S = 500
 """Tasks that one core simulates per second at least.
 
 Measured on the shipped scenarios: 400 to 600 single tasks, and about ten times as many in bundles.
 """
-MANY_TASKS = 120 * TASKS_A_S
+NOTE_FROM_TASKS = 120 * MIN_TASKS_PER_S
 """A note is printed before a forecast of so many tasks."""
 
 
@@ -285,9 +285,9 @@ def _note_duration(scenario: Scenario, seed: int | None) -> None:
     """Print a note before a long simulation, which a mistake in a trace can cause."""
     jobs = expand(scenario, seed).jobs
     tasks = sum(sum(stage_sizes(job.template, job.tasks).values()) for job in jobs)
-    if tasks >= MANY_TASKS:
+    if tasks >= NOTE_FROM_TASKS:
         output.say(
-            f"{output.count(tasks, 'task')} take up to about {output.span(tasks / TASKS_A_S)} "
+            f"{output.count(tasks, 'task')} take up to about {output.span(tasks / MIN_TASKS_PER_S)} "
             "to simulate; Ctrl-C ends it. A trace's from, until and limit take a part of it."
         )
 

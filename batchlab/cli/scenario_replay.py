@@ -39,13 +39,13 @@ if TYPE_CHECKING:
     from batchlab.runtime.factory import Backend
     from batchlab.scenarios.faults.proxy import FaultProxy
 
-FRONTED = frozenset({FaultName.S3_ERRORS, FaultName.PARTITION})
+PROXY_FAULTS = frozenset({FaultName.S3_ERRORS, FaultName.PARTITION})
 """Faults that a proxy in front of the endpoint injects, if the endpoint can have one."""
-MANY_PROCESSES = 100
+NOTE_FROM_PROCESSES = 100
 """A note is printed if more instances than this are processes of this machine."""
-LONG_S = 600.0
+NOTE_FROM_DURATION_S = 600.0
 """A note is printed before a replay that is longer than this."""
-WHY = (
+SETTINGS_COMMENT = (
     "Of `batchlab scenario replay`, which takes it away when it has ended; left behind by one that "
     "was killed it may be deleted."
 )
@@ -127,7 +127,7 @@ def run(request: ReplayRequest, *, json: bool) -> None:
 
 def _note_duration(scenario: Scenario, seed: int | None) -> None:
     last_s = max((job.due_s for job in expand(scenario, seed).jobs), default=0.0)
-    if last_s > LONG_S:
+    if last_s > NOTE_FROM_DURATION_S:
         output.say(
             f"{scenario.name} runs in real time, for at least {output.span(last_s)}; "
             "--compress 100 divides every time by a hundred."
@@ -136,7 +136,7 @@ def _note_duration(scenario: Scenario, seed: int | None) -> None:
 
 def _note_fleet(scenario: Scenario, backend: Backend) -> None:
     fleet, cores = sum(plan.pool.max_size for plan in scenario.pools), backend.usual.cores
-    if cores and fleet > MANY_PROCESSES:
+    if cores and fleet > NOTE_FROM_PROCESSES:
         output.say(
             f"Its fleet may come to {output.count(fleet, 'instance')}, each a process of this "
             f"machine, which has {output.count(cores, 'core')}. `batchlab scenario simulate --like "
@@ -170,9 +170,9 @@ def _replayed(request: ReplayRequest, backend: Backend, scenario: Scenario, path
     with ExitStack() as stack:
         front = None
         if not is_up:
-            if any(fault.name in FRONTED for fault in scenario.faults):
+            if any(fault.name in PROXY_FAULTS for fault in scenario.faults):
                 backend, front = stack.enter_context(_fronted(request, backend))
-            stack.enter_context(settings.temporary_settings(home, policy, why=WHY, keep=request.keep_up))
+            stack.enter_context(settings.temporary_settings(home, policy, why=SETTINGS_COMMENT, keep=request.keep_up))
         pools = () if is_fixed else [plan.pool for plan in scenario.pools]
         session = stack.enter_context(Session(home, backend, pools, keep_up=request.keep_up))
         session.start()
@@ -247,7 +247,7 @@ def _stopping() -> Iterator[asyncio.Event]:
     finally:
         for number in numbers:
             loop.remove_signal_handler(number)
-        output.install()
+        output.install_signal_handlers()
 
 
 def _note_late(record: Record) -> None:

@@ -142,7 +142,7 @@ def show(name: str = NAME, home: Path | None = HOME, json: bool = JSON) -> None:
     """
     with connect(home) as client:
         view = client.schedule(name)
-    changed = since(view)
+    changed = change_note(view)
     if json:
         output.show_json({**view, "changed": changed})
         return
@@ -295,7 +295,7 @@ def _upload_and_add(
             # The token depends on the content only, so files of an earlier upload are reused.
             token=f"schedule/{name}/{job_file.source_digest(jobfile, packed[1])}",
             packed=packed,
-            progress=output.Sometimes().say_uploaded,
+            progress=output.ThrottledNotes().say_uploaded,
             keys=keys,
             recurring=True,
         )
@@ -359,7 +359,7 @@ def _digest_of(file: Path, code: str, needs_input: bool) -> str:
     return job_file.source_digest(job_file.load(file, needs_input=needs_input), code)
 
 
-def since(view: ScheduleView) -> str:
+def change_note(view: ScheduleView) -> str:
     """Return a sentence if the job file of a schedule has changed.
 
     Return "" if the file is unchanged or on another machine.

@@ -31,7 +31,7 @@ from batchlab.runtime.home import Home, ManagerRecord
 
 T = TypeVar("T")
 
-REVIVALS = 3
+MAX_MANAGER_RESTARTS = 3
 
 
 class Session:
@@ -48,7 +48,7 @@ class Session:
         *,
         keep_up: bool = False,
         port: int = 0,
-        revivals: int = REVIVALS,
+        revivals: int = MAX_MANAGER_RESTARTS,
     ) -> None:
         self.home = home
         self.backend = backend
@@ -222,7 +222,7 @@ class Bucket:
         return asyncio.run(call(objects, self.patience))
 
 
-def find(home: Home, backend: str | None, job: str) -> Bucket:
+def find_bucket(home: Home, backend: str | None, job: str) -> Bucket:
     """Return the bucket of a job; raise UsageError.
 
     A running manager resolves the id. Without one, `job` must be a whole id.
@@ -246,7 +246,7 @@ def find(home: Home, backend: str | None, job: str) -> Bucket:
     return Bucket(home, loaded, job)
 
 
-def stage_of(bucket: Bucket, stage: str | None) -> StageName:
+def find_stage(bucket: Bucket, stage: str | None) -> StageName:
     """Return the named stage, or the only stage of the job; raise UsageError."""
 
     try:

@@ -26,9 +26,9 @@ from batchlab.core.errors import UsageError
 from batchlab.sim.faults import Fault, FaultKind
 from batchlab.sim.fuzz import WEATHERS, Failure, SeedResult, ShrinkResult, Tally, command, written
 
-SHRUNK = 3
+MAX_SHRUNK_SEEDS = 3
 """Most failing seeds that are shrunk, because one bug usually breaks many seeds."""
-LOG_SHOWN = 20
+MAX_LOG_LINES = 20
 
 app = typer.Typer(name="sim", no_args_is_help=True)
 
@@ -109,7 +109,7 @@ def _try_all(campaign: Campaign, stop_after: int) -> None:
 def _shrink(campaign: Campaign) -> None:
     from batchlab.sim import fuzz
 
-    first = campaign.failures[:SHRUNK]
+    first = campaign.failures[:MAX_SHRUNK_SEEDS]
     if first and sys.stderr.isatty():
         output.say(f"Shrinking {output.count(len(first), 'failure')} to the fewest faults…")
     results = fuzz.all_fewest(first, campaign.weather, campaign.processes, time.monotonic)
@@ -180,7 +180,7 @@ def _ended(tried: SeedResult) -> str:
 
 
 def _end_of_log(lines: list[str]) -> str:
-    tail = lines[-LOG_SHOWN:]
+    tail = lines[-MAX_LOG_LINES:]
     return "\n".join([f"The last {len(tail)} of {len(lines):,} lines of its event log:", *tail])
 
 

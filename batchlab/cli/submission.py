@@ -53,7 +53,7 @@ def token(source_digest: str, number: int) -> str:
     return source_digest if number == 1 else f"{source_digest}#{number}"
 
 
-async def latest(objects: Objects, name: str, source_digest: str, patience: Patience) -> EarlierRun | None:
+async def find_latest_run(objects: Objects, name: str, source_digest: str, patience: Patience) -> EarlierRun | None:
     """Return the last run with this source digest, if any."""
     number = 0
     job: JobId | None = None
@@ -123,11 +123,11 @@ class Submission:
         digest = hashlib.sha256(f"{self.source_digest}/{input_digest}".encode()).hexdigest()
         return replace(self, source_digest=digest, keys=keys)
 
-    async def latest(self) -> EarlierRun | None:
+    async def find_latest_run(self) -> EarlierRun | None:
         """Return the last run with the same source digest, if any."""
 
         name = self.jobfile.job.name
-        return await latest(self.objects, name, self.source_digest, patience())
+        return await find_latest_run(self.objects, name, self.source_digest, patience())
 
     async def prepare(self, number: int, max_cost_usd: float | None = None) -> tuple[JobDef, str]:
         """Upload the files of run `number`; return the job to submit and a text on the upload.
@@ -137,7 +137,7 @@ class Submission:
         from batchlab.jobs.submission import Uploaded, prepare
 
         begun_s = time.monotonic()
-        last, notes = Uploaded(0, 0, 0), output.Sometimes()
+        last, notes = Uploaded(0, 0, 0), output.ThrottledNotes()
 
         def note(up: Uploaded) -> None:
             nonlocal last
@@ -170,7 +170,7 @@ def submit(home: Home, file: Path, sets: Iterable[str], *, max_cost_usd: float |
     with Session.attached(home) as session:
         submission = Submission.of(file, parameters_of(sets), home, session.backend)
         submission = asyncio.run(submission.located())
-        earlier = asyncio.run(submission.latest())
+        earlier = asyncio.run(submission.find_latest_run())
         if earlier and earlier.ended is None:
             job = asyncio.run(definition(submission.objects, earlier.job, patience()))
         else:
@@ -189,9 +189,9 @@ def submit_capped(job: JobDef, max_cost_usd: float | None, client: Client) -> Jo
     return view
 
 
-POLL_S = 1.0
+MAX_WAIT_S = 1.0
 """Longest wait for a change of the job, and interval of requests for the workers."""
-GAP_S = 0.1
+MIN_REQUEST_INTERVAL_S = 0.1
 """Least time between two requests, because a busy job changes all the time."""
 
 
@@ -207,7 +207,7 @@ def watch(
         live_cost = None
     while True:
         asked_s = time.monotonic()
-        if asked_s - looked_s >= POLL_S / 2 or view["state"] in ENDED:
+        if asked_s - looked_s >= MAX_WAIT_S / 2 or view["state"] in ENDED:
             grid, looked_s = session.call(lambda client: client.grid()), asked_s
             _note_slots(grid, slots)
             if live_cost:
@@ -217,11 +217,11 @@ def watch(
             return view
         view = session.call(partial(_news, view))
         if view["state"] not in ENDED:
-            time.sleep(max(0.0, asked_s + GAP_S - time.monotonic()))
+            time.sleep(max(0.0, asked_s + MIN_REQUEST_INTERVAL_S - time.monotonic()))
 
 
 def _news(view: JobView, client: Client) -> JobView:
-    return client.job(view["id"], version=view["version"], wait_s=POLL_S)
+    return client.job(view["id"], version=view["version"], wait_s=MAX_WAIT_S)
 
 
 def _note_slots(grid: GridView, slots: dict[str, int]) -> None:
@@ -246,7 +246,7 @@ def fetch_results(session: Session, view: JobView, out: Path | None, stages: Seq
     listing = listed(lambda after: session.call(partial(Client.outcomes, job=view["id"], after=after)))
     objects = session.backend.open_objects(session.home)
     folder = out or default_folder(view["name"])
-    notes = output.Sometimes()
+    notes = output.ThrottledNotes()
 
     def note(done: int, of: int) -> None:
         notes.say(f"Fetching results: {done:,} of {of:,} outcomes are read.")

@@ -81,7 +81,7 @@ def test_no_command_sends_the_token_to_a_false_manager(tmp_path: Path) -> None:
     home, false = Home(tmp_path), FalseManager()
     with standing(false) as url, home.locked():
         home.write_record(ManagerRecord(url, os.getpid(), "manager-1", "aws"))
-        assert options._asked(home, "/v1/jobs?limit=5", "jobs") == []
+        assert options._request_list(home, "/v1/jobs?limit=5", "jobs") == []
     assert false.seen
     assert home.token() not in sent(false.seen)
 

@@ -36,7 +36,7 @@ class Manager:
 
 @pytest.fixture(autouse=True)
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job_logs, "GAP_S", 0.0)
+    monkeypatch.setattr(job_logs, "MIN_REQUEST_INTERVAL_S", 0.0)
 
 
 def tail(text: str, start: int = 0, task: int = 0) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def test_late_live_log_of_an_ended_task_is_ignored() -> None:
 
 
 def test_log_that_is_not_stored_yet_is_requested_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job_logs, "AGAIN_S", 0.0)
+    monkeypatch.setattr(job_logs, "LOG_RETRY_INTERVAL_S", 0.0)
     missing = log("(not stored)", stored=False)
     manager = Manager({"logs": [missing]}, {}, {"ended": True})
     manager.stored = [log("here it is\n"), log("another\n", task=1)]
@@ -112,7 +112,7 @@ def test_logs_of_one_task_or_of_failed_tasks() -> None:
 
 
 def test_follow_stops_if_the_manager_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job_logs, "GAP_S", 0.05)
+    monkeypatch.setattr(job_logs, "MIN_REQUEST_INTERVAL_S", 0.05)
     began_s = time.monotonic()
     followed(Manager({}, {}, {}, {"ended": True}))
     assert time.monotonic() - began_s >= 0.15

@@ -142,7 +142,7 @@ def test_a_package_that_is_missing_is_named_and_what_to_do(
     for module in [name for name in sys.modules if name.startswith("batchlab.jobs")]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setattr(sys, "argv", ["batchlab", "job", "check", "job.yaml"])
-    monkeypatch.setattr("batchlab.cli.output.install", lambda: None)
+    monkeypatch.setattr("batchlab.cli.output.install_signal_handlers", lambda: None)
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 2
@@ -218,7 +218,7 @@ def test_every_mistake_of_a_job_file_has_its_line(run: Run, tmp_path: Path) -> N
 
 
 def test_complaints_keep_a_jobs_own_control_characters_off_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    output.complain(Refused("bad \x1b[31mred\x07\nline", remedy="\x9b2J"))
+    output.show_error(Refused("bad \x1b[31mred\x07\nline", remedy="\x9b2J"))
     err = capsys.readouterr().err
     assert not set(err) & {"\x1b", "\x07", "\x9b"}
     assert err.count("\n") == 2
@@ -226,7 +226,7 @@ def test_complaints_keep_a_jobs_own_control_characters_off_the_terminal(capsys: 
 
 def test_several_errors_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     first = JobFileError("No name.", file="job.yaml", line=1, remedy="Write one.")
-    output.complain(JobFileErrors([first, JobFileError("No stages.", file="job.yaml")]))
+    output.show_error(JobFileErrors([first, JobFileError("No stages.", file="job.yaml")]))
     assert capsys.readouterr().err == ("job.yaml:1: No name.\n  Write one.\njob.yaml: No stages.\n")
 
 

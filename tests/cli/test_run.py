@@ -39,7 +39,7 @@ def put(objects: SimObjects, key: str, doc: dict[str, Any] | None = None) -> Non
 
 
 def latest(objects: SimObjects) -> submission.EarlierRun | None:
-    return asyncio.run(submission.latest(objects, "sums", "f1", Patience(random.Random(1))))
+    return asyncio.run(submission.find_latest_run(objects, "sums", "f1", Patience(random.Random(1))))
 
 
 def test_runs_of_one_source_digest_are_counted_in_the_bucket() -> None:
@@ -216,11 +216,11 @@ def test_managers_that_keep_dying_are_given_up_with_exit_code_three(managers: Ca
     grid = Session(made.home, factory.load("local"))
     with grid:
         grid.start()
-        for _ in range(1 + session.REVIVALS):
+        for _ in range(1 + session.MAX_MANAGER_RESTARTS):
             assert grid.call(lambda _: made.answer()) == "answer"
         with pytest.raises(Unreachable, match="nothing is lost") as error:
             grid.call(lambda _: made.answer())
-    assert made.started == 1 + session.REVIVALS
+    assert made.started == 1 + session.MAX_MANAGER_RESTARTS
     assert error.value.exit_code == 3
 
 

@@ -259,15 +259,15 @@ def test_a_schedule_shows_its_runs_and_why_one_was_skipped(manager: type[FakeCli
 def test_changed_job_file_is_reported(manager: type[FakeClient], run: Run, folder: Path) -> None:
     said, _ = added(manager, run, folder, "--cron", "30 2 * * *")
     view: Any = a_schedule(source=said["source"], source_digest=said["source_digest"])
-    assert schedule_upload.since(view) == ""
+    assert schedule_upload.change_note(view) == ""
     (folder / "data" / "a.csv").write_text("another")
-    assert "has changed since the schedule was added. Runs use the uploaded files" in schedule_upload.since(view)
+    assert "has changed since the schedule was added. Runs use the uploaded files" in schedule_upload.change_note(view)
     manager.answers = {"schedule": view}
     assert "--replace uploads the changed ones" in run("schedule", "show", "nightly")[2]
     (folder / "job.yaml").write_text("name: [")
-    assert "is not a valid job file now" in schedule_upload.since(view)
+    assert "is not a valid job file now" in schedule_upload.change_note(view)
     (folder / "job.yaml").unlink()
-    assert schedule_upload.since(view) == ""
+    assert schedule_upload.change_note(view) == ""
 
 
 def test_due_times_are_listed_in_the_zone_and_in_utc(manager: type[FakeClient], run: Run) -> None:

@@ -20,7 +20,7 @@ from tests.support.cli import runner
 def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
-    output.install()
+    output.install_signal_handlers()
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

@@ -135,7 +135,7 @@ def test_an_interrupted_forecast_ends_at_once_in_a_sentence(tmp_path: Path) -> N
 def test_long_runs_are_announced(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, _, told = run("scenario", "simulate", peak(tmp_path))
     assert "to simulate" not in told
-    monkeypatch.setattr("batchlab.cli.scenario.MANY_TASKS", 8)
+    monkeypatch.setattr("batchlab.cli.scenario.NOTE_FROM_TASKS", 8)
     _, _, told = run("scenario", "simulate", peak(tmp_path))
     assert "8 tasks take up to about 16 ms to simulate; Ctrl-C ends it." in told
 

@@ -99,7 +99,7 @@ def test_output_without_a_terminal_has_a_line_per_finished_resource(capsys: pyte
         an_event("A", "CREATE_IN_PROGRESS"),
         an_event("A", "CREATE_FAILED", "no\nmore"),
     ):
-        lines.see(event)
+        lines.show_event(event)
     said = [line.partition("] ")[2] for line in capsys.readouterr().err.splitlines()]
     assert said == [
         "CREATE_IN_PROGRESS grid (AWS::CloudFormation::Stack): User Initiated",
@@ -116,24 +116,24 @@ def test_a_terminal_has_a_bar_and_what_is_being_made(capsys: pytest.CaptureFixtu
         assert isinstance(page.file, io.StringIO)
         return page.file.getvalue()
 
-    picture.see(an_event("A", "CREATE_IN_PROGRESS"))
-    picture.see(an_event("B", "CREATE_IN_PROGRESS"))
+    picture.show_event(an_event("A", "CREATE_IN_PROGRESS"))
+    picture.show_event(an_event("B", "CREATE_IN_PROGRESS"))
     assert "0/3" in drawn()
     assert "create_in_progress A" in drawn()
-    picture.see(an_event("A", "CREATE_COMPLETE"))
-    picture.see(an_event("B", "CREATE_FAILED", "taken"))
+    picture.show_event(an_event("A", "CREATE_COMPLETE"))
+    picture.show_event(an_event("B", "CREATE_FAILED", "taken"))
     assert "2/3" in drawn()
     assert "create_in_progress" not in drawn()
     assert capsys.readouterr().err == "CREATE_FAILED B (AWS::SQS::Queue): taken\n"
     for name in "CDEF":
-        picture.see(an_event(name, "UPDATE_COMPLETE"))
+        picture.show_event(an_event(name, "UPDATE_COMPLETE"))
     assert "6/6" in drawn()
 
 
 def test_many_things_at_once_do_not_fill_the_screen() -> None:
     picture = StackDisplay("creating", 50, is_live=True)
     for number in range(50):
-        picture.see(an_event(f"R{number}", "CREATE_IN_PROGRESS"))
+        picture.show_event(an_event(f"R{number}", "CREATE_IN_PROGRESS"))
     page = Console(file=io.StringIO(), width=100)
     page.print(picture.draw())
     assert isinstance(page.file, io.StringIO)

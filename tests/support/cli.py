@@ -138,7 +138,7 @@ def a_grid() -> dict[str, Any]:
 
 def runner(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """Runs command lines in this process."""
-    monkeypatch.setattr("batchlab.cli.output.install", lambda: None)
+    monkeypatch.setattr("batchlab.cli.output.install_signal_handlers", lambda: None)
     monkeypatch.setenv("COLUMNS", "100")
 
     def run(*arguments: object) -> tuple[int, str, str]:

@@ -84,7 +84,7 @@ class Shell:
         monkeypatch.setenv("COLUMNS", "100")
         for name in ("BATCHLAB_HOME", "DISPLAY", "WAYLAND_DISPLAY", "BROWSER"):
             monkeypatch.delenv(name, raising=False)
-        monkeypatch.setattr("batchlab.cli.output.install", lambda: None)
+        monkeypatch.setattr("batchlab.cli.output.install_signal_handlers", lambda: None)
 
     def follow(self, script: str, **words: str) -> None:
         """All lines of it; `{name}` stands for one of `words`, or of what a line has found."""

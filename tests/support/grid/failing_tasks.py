@@ -177,7 +177,7 @@ Verdict = Callable[..., dict[str, Any]]
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Quick:
     """A command line in this process, which spares its start: exit code, stdout and stderr."""
-    monkeypatch.setattr("batchlab.cli.output.install", lambda: None)
+    monkeypatch.setattr("batchlab.cli.output.install_signal_handlers", lambda: None)
 
     def quick(one: Ran, *words: str) -> tuple[int, str, str]:
         argv = one.argv(*words)
