@@ -38,19 +38,16 @@ def text(scenario: Scenario, curve: Curve, *, fancy: bool = True) -> str:
         if not ask.peak:
             parts.append(f"No work{of} arrives.")
             continue
-        parts.append(
-            f"Work{of} that arrives, in slots that it keeps busy; a column is {column}\n"
-            + chart(ask.busy, _TALL, fancy=fancy, line=ask.slots, says="the largest fleet")
-            + "\n"
-            + _feet(scenario, curve)
-            + "\n"
-            + _fits(ask)
-        )
-    jobs = [float(fault.jobs) for fault in curve.columns]
+        title = f"Arriving work{of}, in slots that the work keeps busy; a column is {column}"
+        lines = [title, chart(ask.busy, _TALL, fancy=fancy, line=ask.slots, says="the largest fleet")]
+        if scenario.faults:
+            lines.append(_fault_marks(width, scenario.faults, curve.width_s))
+        parts.append("\n".join([*lines, _axis(curve.span_s, width), _compare_to_fleet(ask)]))
+    jobs = [float(bucket.jobs) for bucket in curve.columns]
     parts.append(f"Jobs that arrive in {column}\n" + chart(jobs, _LOW, fancy=fancy) + "\n" + _axis(curve.span_s, width))
     if scenario.faults:
         lines = [f"  {_mark(i)}  {fault_text(fault)}" for i, fault in enumerate(scenario.faults)]
-        parts.append("\n".join(["What breaks", *lines]))
+        parts.append("\n".join(["Faults", *lines]))
     return "\n\n".join(parts)
 
 
@@ -97,16 +94,7 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 10 or value == int(value) else f"{value:.2g}"
 
 
-def _feet(scenario: Scenario, curve: Curve) -> str:
-    """Return the time axis, and above it a row that marks the faults."""
-    width = len(curve.columns)
-    feet = []
-    if scenario.faults:
-        feet.append(_row(width, scenario.faults, curve.width_s, _mark))
-    return "\n".join([*feet, _axis(curve.span_s, width)])
-
-
-def _row(width: int, faults: Sequence[Fault], width_s: float, mark: Callable[[int], str]) -> str:
+def _fault_marks(width: int, faults: Sequence[Fault], width_s: float) -> str:
     cells = [" "] * width
     for i, fault in enumerate(faults):
         first = min(width - 1, int(fault.at_s / width_s))
@@ -114,7 +102,7 @@ def _row(width: int, faults: Sequence[Fault], width_s: float, mark: Callable[[in
         if fault.name in LASTING_FAULTS:
             last = min(width - 1, max(first, ceil((fault.at_s + fault.for_s) / width_s) - 1))
         for at in range(first, last + 1):
-            cells[at] = _SEVERAL if cells[at].strip() else mark(i)
+            cells[at] = _SEVERAL if cells[at].strip() else _mark(i)
     return f"{'breaks':>{_MARGIN - 1}} {''.join(cells)}".rstrip()
 
 
@@ -138,18 +126,13 @@ def _axis(span_s: float, width: int) -> str:
     return f"{'':{_MARGIN}}{''.join(line)}".rstrip()
 
 
-def _fits(ask: PoolLoad) -> str:
-    """Return a sentence that compares the peak with the largest fleet."""
+def _compare_to_fleet(ask: PoolLoad) -> str:
     peak, slots = _number(ask.peak), output.count(ask.slots, "slot")
     if ask.peak <= ask.slots:
-        return (
-            f"At the peak it keeps {peak} slots busy; the largest fleet has {slots}, so work need "
-            "not wait once the fleet is there."
-        )
+        return f"The peak needs {peak} slots. The largest fleet has {slots}, so no work waits once the fleet is up."
     return (
-        f"At the peak it would keep {peak} slots busy; the largest fleet has {slots}, so work "
-        f"waits, at {span(ask.behind_at_s)} up to {span(ask.behind_s)}, and is not "
-        f"done before {span(ask.idle_from_s)} from the scenario's beginning."
+        f"The peak needs {peak} slots. The largest fleet has {slots}, so work waits, at {span(ask.behind_at_s)} up to "
+        f"{span(ask.behind_s)}. The work is done {span(ask.idle_from_s)} after the scenario's start or later."
     )
 
 

@@ -171,7 +171,7 @@ class Summary:
         if causes:
             job, more = self.job["id"], failed - len(causes)
             rest = f"{more:,} more: `batchlab job failures {job}`; " if more > 0 else ""
-            yield (f"  {rest}what tasks printed: `batchlab job logs {job}`; while a grid is up (`batchlab grid up`)")
+            yield f"  {rest}output of the tasks: `batchlab job logs {job}`, while a grid is up (`batchlab grid up`)"
 
     def _times(self) -> Iterator[str]:
         yield "Where the time went"
@@ -181,17 +181,11 @@ class Summary:
                 continue
             beside = self.phases.beside.get(phase)
             yield f"  {words:<24}{output.span(spent_s):>9}" + (f"   {beside}" if beside else "")
-            if phase == "run":
-                yield from (self._stage_text(self._stage(one)) for one in self.job["stages"])
-
-    def _stage_text(self, stage: dict[str, Any]) -> str:
-        used = stage["utilisation"]
-        share = f", {used:.0%} of {output.count(stage['slots'], 'slot')}" if used else ""
-        return (
-            f"    {stage['name']:<22}{output.span(stage['span_s']):>9}   "
-            f"{output.count(stage['tasks'] or 0, 'task')}, "
-            f"{output.span(stage['run_s'])} of task time{share}"
-        )
+            for stage in map(self._stage, self.job["stages"] if phase == "run" else ()):
+                used, tasks = stage["utilisation"], output.count(stage["tasks"] or 0, "task")
+                share = f", {used:.0%} of {output.count(stage['slots'], 'slot')}" if used else ""
+                times = f"{tasks}, {output.span(stage['run_s'])} of task time{share}"
+                yield f"    {stage['name']:<22}{output.span(stage['span_s']):>9}   {times}"
 
     def _results(self) -> Iterator[str]:
         if self.fetched is None:
@@ -258,24 +252,20 @@ def run(request: RunRequest, phases: Phases) -> Summary:
                 earlier = asyncio.run(submission.find_latest_run())
                 number = choose(earlier, resume=request.resume, cache=request.cache)
                 if request.resume and earlier is None:
-                    output.say("There is no run of this file, code and data to go on with: all of it runs.")
+                    output.say("No earlier run has this file, code, and data, so all tasks run.")
                 output.check_folder(request.out or default_folder(submission.jobfile.job.name))
             summary = _Runner(request, submission, session, phases).run(earlier, number)
         except Stopped:
-            _say_what_next(request, session)
+            if session.ends_grid:
+                output.say("Stopped. The results of ended tasks are stored. Continue the job with")
+            else:
+                output.say("Stopped watching. The job continues in the running grid. Watch the job with")
+            output.say(f"  {request.again}")
             raise
     if session.stop_s is not None:
         phases.add("stop", session.stop_s)
     phases.end()
     return summary
-
-
-def _say_what_next(request: RunRequest, session: Session) -> None:
-    if session.ends_grid:
-        output.say("Stopped; what has run is kept, nothing is lost. Go on with")
-    else:
-        output.say("No longer watching; the job goes on in the grid that is up. Watch it with")
-    output.say(f"  {request.again}")
 
 
 def choose(earlier: EarlierRun | None, *, resume: bool, cache: bool) -> int:
@@ -285,16 +275,16 @@ def choose(earlier: EarlierRun | None, *, resume: bool, cache: bool) -> int:
     if resume and earlier.ended in (JobState.FAILED, JobState.CANCELLED):
         raise Refused(
             f"Job {earlier.job} of this file has ended {earlier.ended}.",
-            remedy=f"With a grid up, `batchlab job retry {earlier.job}` runs again what did not "
-            f"succeed; without --resume all of it runs anew.",
+            remedy=f"With a grid up, `batchlab job retry {earlier.job}` runs the unsuccessful tasks again. Without "
+            "--resume, all tasks run again.",
         )
     if resume or (cache and earlier.ended is JobState.SUCCEEDED):
         return earlier.number
     if earlier.ended is None:
         raise Refused(
             f"Job {earlier.job} of this file has not ended.",
-            remedy="Go on with it by adding --resume, or end it with `batchlab job cancel "
-            f"{earlier.job}` while a grid is up.",
+            remedy="Continue the job by adding --resume, or cancel it with "
+            f"`batchlab job cancel {earlier.job}` while a grid is up.",
         )
     return earlier.number + 1
 

@@ -22,7 +22,6 @@ from batchlab.core.model import ENDED, JobId, Pool
 from batchlab.runtime.home import Home
 from batchlab.scenarios.forecast.comparison import Comparison, CurvePair, Difference, sample_curve
 from batchlab.scenarios.model.values import PoolPlan
-from batchlab.scenarios.verdicts import Unit
 
 if TYPE_CHECKING:
     from batchlab.core.api_types import JobView
@@ -51,39 +50,25 @@ def write_scenario(request: RecordRequest, *, json: bool) -> None:
     from batchlab.scenarios.replay import recording
 
     if request.jobs and request.record:
-        raise UsageError("Either jobs are recorded or a replay is.", remedy="Leave out --from, or the jobs.")
+        raise UsageError("Jobs and --from exclude each other.", remedy="Leave out --from, or the jobs.")
     past = _of_record(request) if request.record else _of_jobs(request)
     path = request.out or Path(f"{past.name}.yaml")
     if path.exists() and request.out is None:
-        raise Refused(f"There is a file {path} already.", remedy="Name one with --out.")
-    if request.record and _is_same(request.record, path):
-        raise UsageError(f"{path} is the record that is read.", remedy="Name another file with --out.")
-    written = recording.write(past, path)
-    if json:
-        output.show_json(
-            {
-                "scenario": str(written.scenario),
-                "trace": str(written.trace),
-                "jobs": written.jobs,
-                "tasks": written.tasks,
-                "task_s": written.task_s,
-                "left_out": written.left_out,
-            }
-        )
-        return
-    output.show(
-        f"{written.scenario} has {output.count(written.jobs, 'job')} with "
-        f"{output.count(written.tasks, 'task')} of {output.span(written.task_s)} in all; "
-        f"its arrivals are in {written.trace}."
-    )
-    if written.left_out:
-        output.say(f"Left out: {output.count(written.left_out, 'job')} of which too little is known.")
-
-
-def _is_same(record: Path, path: Path) -> bool:
+        raise Refused(f"The file {path} exists already.", remedy="Name another file with --out.")
     # The trace is written next to the scenario, and could overwrite a record of the same name.
-    written = {path.resolve(), path.with_suffix(".jsonl").resolve()}
-    return record.resolve() in written
+    if request.record and request.record.resolve() in {path.resolve(), path.with_suffix(".jsonl").resolve()}:
+        raise UsageError(f"{path} would overwrite the record {request.record}.", remedy="Name another file with --out.")
+    written = recording.write(past, path)
+    places = {"scenario": str(written.scenario), "trace": str(written.trace)}
+    jobs, tasks = output.count(written.jobs, "job"), output.count(written.tasks, "task")
+    output.answer(
+        json,
+        {**places, **output.attributes(written, "jobs", "tasks", "task_s", "left_out")},
+        f"{written.scenario} has {jobs} with {tasks} of {output.span(written.task_s)} in all. "
+        f"The arrivals are in {written.trace}.",
+    )
+    if written.left_out and not json:
+        output.say(f"Left out: {output.count(written.left_out, 'job')} without complete records.")
 
 
 def _of_record(request: RecordRequest) -> RecordedWorkload:
@@ -104,9 +89,8 @@ def _of_jobs(request: RecordRequest) -> RecordedWorkload:
     views: dict[str, JobView] = {fact.job["id"]: fact.job for fact in facts}
     for view in views.values():
         if view["state"] not in ENDED:
-            raise UsageError(
-                f"The job {view['id']} has not ended.", remedy="Wait for it with `batchlab job watch`, or cancel it."
-            )
+            remedy = "Wait for the end of the job with `batchlab job watch`, or cancel the job."
+            raise UsageError(f"The job {view['id']} has not ended.", remedy=remedy)
     backend = factory.load(facts[0].backend)
     jobs, measured = asyncio.run(_measured(backend, home, views))
     pools, policy = _fleet(home, backend)
@@ -205,94 +189,64 @@ def calibrate(
     from batchlab.scenarios import record
     from batchlab.scenarios.forecast import calibration
 
-    calibration_result = calibration.calibrate([record.read(path) for path in records])
+    result = calibration.calibrate([record.read(path) for path in records])
     if out is not None:
-        calibration.write(calibration_result.calibration, out)
-    output.answer(
-        json,
-        {
-            "backend": calibration_result.calibration.backend,
-            "runs": calibration_result.calibration.runs,
-            "quantities": [quantity.to_json() for quantity in calibration_result.quantities],
-            "notes": list(calibration_result.notes),
-        },
-        _calibrated(calibration_result),
-    )
+        calibration.write(result.calibration, out)
+    document = {
+        **output.attributes(result.calibration, "backend", "runs"),
+        "quantities": [quantity.to_json() for quantity in result.quantities],
+        "notes": list(result.notes),
+    }
+    output.answer(json, document, _calibration_text(result))
     if out is not None:
-        output.say(f"Written to {out}.")
+        output.say(f"The calibration is in {out}.")
 
 
-def _calibrated(result: CalibrationResult) -> str:
-    calibration = result.calibration
-    rows = [
-        (
-            quantity.name,
-            quantity.of or "-",
-            _quantity(quantity, quantity.value),
-            "-"
-            if quantity.low is None
-            else f"{_quantity(quantity, quantity.low)} to {_quantity(quantity, quantity.high)}",
-            f"{quantity.observations:,} {quantity.what}",
-            quantity.why and f"left out: {quantity.why}",
-        )
-        for quantity in result.quantities
-    ]
-    lines = [
-        f"Backend {calibration.backend}, from {output.count(calibration.runs, 'record')}",
-        "",
-        output.table(("what", "of", "median", "quartiles", "from", ""), rows),
-    ]
+def _calibration_text(result: CalibrationResult) -> str:
+    rows = []
+    for quantity in result.quantities:
+        values = (quantity.value, quantity.low, quantity.high)
+        median, low, high = (_quantity_text(quantity, value) for value in values)
+        quartiles = "-" if quantity.low is None else f"{low} to {high}"
+        source, problem = f"{quantity.observations:,} {quantity.what}", quantity.why and f"left out: {quantity.why}"
+        rows.append((quantity.name, quantity.of or "-", median, quartiles, source, problem))
+    source = f"Backend {result.calibration.backend}, from {output.count(result.calibration.runs, 'record')}"
+    lines = [source, "", output.table(("what", "of", "median", "quartiles", "from", ""), rows)]
     if result.notes:
         lines += ["", *(f"Note: {note}." for note in result.notes)]
     return "\n".join(lines)
 
 
-def _quantity(one: CalibratedValue, value: float | None) -> str:
+def _quantity_text(quantity: CalibratedValue, value: float | None) -> str:
     if value is None:
         return "-"
-    return f"× {value:.3f}" if one.name == "stretch" else output.span(value)
+    return f"× {value:.3f}" if quantity.name == "stretch" else output.span(value)
 
 
 def comparison_text(comparison: Comparison) -> str:
     """Return a comparison as text, for `scenario compare` and `scenario replay`."""
-    differences = (
-        difference for difference in comparison.differences if (difference.forecast, difference.fact) != (None, None)
-    )
-    rows = [_row(shown_difference) for shown_difference in differences]
+    rows = [_row(one) for one in comparison.differences if (one.forecast, one.fact) != (None, None)]
     columns = ("measure", "jobs", "forecast", "fact", "error", "relative")
-    compressed = comparison.compressed
-    at = "" if compressed == 1 else f", times divided by {compressed:g}"
-    lines = [
-        f"Scenario {comparison.scenario}: forecast ({comparison.forecast_backend}) against fact "
-        f"({comparison.fact_backend}){at}; an error is forecast minus fact",
-        "",
-        output.table(columns, rows),
-        *(drawn for curves in comparison.curves for drawn in ("", _drawn(curves))),
-    ]
+    at = "" if comparison.compressed == 1 else f", times divided by {comparison.compressed:g}"
+    sides = f"forecast ({comparison.forecast_backend}) against fact ({comparison.fact_backend})"
+    lines = [f"Scenario {comparison.scenario}: {sides}{at}; an error is forecast minus fact", ""]
+    lines.append(output.table(columns, rows))
+    for curves in comparison.curves:
+        lines += ["", _draw(curves)]
     if comparison.notes:
         lines += ["", *(f"Note: {note}." for note in comparison.notes)]
     return "\n".join(lines)
 
 
-def _row(one: Difference) -> tuple[str, ...]:
-    relative = one.relative
-    return (
-        one.measure,
-        one.template or "all",
-        number(one.forecast, one.unit),
-        number(one.fact, one.unit),
-        _signed(one.absolute, one.unit),
-        "-" if relative is None else f"{relative:+.1%}",
-    )
+def _row(difference: Difference) -> tuple[str, ...]:
+    unit, error, relative = difference.unit, difference.absolute, difference.relative
+    error_text = "-" if error is None else f"{'-' if error < 0 else '+'}{number(abs(error), unit)}"
+    relative_text = "-" if relative is None else f"{relative:+.1%}"
+    values = (number(difference.forecast, unit), number(difference.fact, unit))
+    return (difference.measure, difference.template or "all", *values, error_text, relative_text)
 
 
-def _signed(value: float | None, unit: Unit) -> str:
-    if value is None:
-        return "-"
-    return f"{'-' if value < 0 else '+'}{number(abs(value), unit)}"
-
-
-def _drawn(curves: CurvePair) -> str:
+def _draw(curves: CurvePair) -> str:
     most = max((level for _, level in (*curves.forecast, *curves.fact)), default=0.0)
     relative = "" if curves.relative is None else f", {curves.relative:.1%} of the fact's mean"
     title = f"{curves.what} ({LINE} forecast, {AREA} fact); on average {curves.mean_error:,.3g} apart{relative}"

@@ -160,7 +160,8 @@ def replay(
     output.show(_ended(tried))
     if tried.failure:
         if log is None:
-            output.show(_end_of_log(lines))
+            tail = lines[-MAX_LOG_LINES:]
+            output.show("\n".join([f"The last {len(tail)} of {len(lines):,} lines of the event log:", *tail]))
         raise typer.Exit(1)
 
 
@@ -171,17 +172,11 @@ def _ended(tried: SeedResult) -> str:
         return f"{text}\n\n{failure.trace}" if failure.trace else text
     report = tried.report
     assert report is not None
-    return (
-        f"Seed {tried.seed} keeps every promise: {faults}, {output.count(report.tasks, 'task')}, "
-        f"{output.count(report.starts, 'start')}, {output.count(report.managers, 'manager')}, "
-        f"{output.span(report.virtual_s)} of virtual time; "
-        f"its jobs: {', '.join(state.value for state in report.states)}"
-    )
-
-
-def _end_of_log(lines: list[str]) -> str:
-    tail = lines[-MAX_LOG_LINES:]
-    return "\n".join([f"The last {len(tail)} of {len(lines):,} lines of its event log:", *tail])
+    numbers = ((report.tasks, "task"), (report.starts, "start"), (report.managers, "manager"))
+    counts = ", ".join([faults, *(output.count(number, noun) for number, noun in numbers)])
+    states = ", ".join(state.value for state in report.states)
+    duration = f"{output.span(report.virtual_s)} of virtual time"
+    return f"Seed {tried.seed} keeps every promise: {counts}, {duration}; its jobs: {states}"
 
 
 @app.command()
@@ -211,7 +206,7 @@ class Campaign:
     processes: int
     tally: Tally = field(default_factory=Tally)
     fewest: dict[int, ShrinkResult[Fault] | None] = field(default_factory=dict)
-    """ShrinkResult faults by failed seed."""
+    """Shrunk faults by failed seed."""
     wall_s: float = 0.0
     cut: str = ""
     """Reason for an end before the last seed."""
@@ -229,18 +224,13 @@ class Campaign:
         """Return the results as text."""
         facts = [f"{name:<15}{value}" for name, value in self._facts().items()]
         faults = output.table(FAULT_COLUMNS, self._faults())
-        lines = [self._headline(), *facts, "", faults, "", self._verdict()]
+        seeds = f"{output.count(self.tally.seeds, 'seed')} from {self.first}, weather {self.weather}"
+        headline = f"{seeds}, in {output.span(self.wall_s)}, {self.processes} at a time"
+        lines = [headline, *facts, "", faults, "", self._verdict()]
         for failure in self.failures:
             lines += ["", f"Seed {failure.seed}: {output.clean(failure.text)}"]
-            lines += [f"  {line}" for line in self._of(failure)]
+            lines += [f"  {line}" for line in self._explain(failure)]
         return "\n".join(lines)
-
-    def _headline(self) -> str:
-        tried = output.count(self.tally.seeds, "seed")
-        return (
-            f"{tried} from {self.first}, weather {self.weather}, in {output.span(self.wall_s)}, "
-            f"{self.processes} at a time"
-        )
 
     def _facts(self) -> Mapping[str, str]:
         tally = self.tally
@@ -265,19 +255,19 @@ class Campaign:
         cut = f" {self.cut} {self.wanted - self.tally.seeds:,} seeds were not tried."
         return verdict + (cut if self.cut else "")
 
-    def _of(self, failure: Failure) -> Iterator[str]:
+    def _explain(self, failure: Failure) -> Iterator[str]:
         happened = output.count(len(failure.faults), "fault")
         shrunk = self.fewest.get(failure.seed)
         if failure.seed not in self.fewest:
             yield f"after {happened}"
         elif shrunk is None:
-            yield f"after {happened}; a replay of only these does not break it"
+            yield f"after {happened}; a replay with only these faults does not break the promise"
         elif not shrunk.least and len(shrunk.parts) == len(failure.faults):
-            yield f"after {happened}; no fewer that break it were found in time"
+            yield f"after {happened}; no smaller set that breaks the promise was found in time"
         else:
             least = "the fewest" if shrunk.least else "the fewest found in time"
             faults = written(shrunk.parts).replace(",", ", ")
-            yield f"after {happened}, of which {least} that break it are: {faults}"
+            yield f"after {happened}, of which {least} that break the promise are: {faults}"
         yield self.replay(failure)
 
     def markdown(self) -> str:
@@ -320,9 +310,7 @@ class Campaign:
     def _failure(self, failure: Failure) -> dict[str, Any]:
         shrunk = self.fewest.get(failure.seed)
         return {
-            "seed": failure.seed,
-            "promise": failure.promise,
-            "text": failure.text,
+            **output.attributes(failure, "seed", "promise", "text"),
             "faults": _list(failure.faults),
             "fewest": _list(shrunk.parts) if shrunk else None,
             "least": shrunk.least if shrunk else None,

@@ -102,9 +102,9 @@ def test_failures_show_the_promise_the_fewest_faults_and_the_command(run: Run, t
             "batchlab sim replay 3 --only worker-w-1:41:kill_after --weather storm",
             *(f"batchlab sim replay {seed} --weather storm" for seed in (4, 5, 6)),
         ]
-    assert "of which the fewest that break it are: worker-w-1:41:kill_after\n" in out
-    assert "a replay of only these does not break it" in out
-    assert "after 2 faults; no fewer that break it were found in time" in out
+    assert "of which the fewest that break the promise are: worker-w-1:41:kill_after\n" in out
+    assert "a replay with only these faults does not break the promise" in out
+    assert "after 2 faults; no smaller set that breaks the promise was found in time" in out
 
 
 def test_aborted_search_for_the_fewest_faults_is_reported() -> None:
@@ -113,7 +113,7 @@ def test_aborted_search_for_the_fewest_faults_is_reported() -> None:
     campaign.tally.add(SeedResult(3, failure.faults, None, failure))
     campaign.fewest[3] = ShrinkResult((LOST,), 400, least=False)
     told = campaign.text()
-    assert "after 2 faults, of which the fewest found in time that break it are: manager:3" in told
+    assert "after 2 faults, of which the fewest found in time that break the promise are: manager:3" in told
     assert told.endswith("\n  batchlab sim replay 3 --only manager:3:lost")
 
 
@@ -201,7 +201,7 @@ def test_a_broken_promise_is_shown_with_the_end_of_the_log(
     assert code == 1
     first, *log = out.splitlines()
     assert first == "Seed 3, after 0 faults: I3 is violated: planted"
-    assert re.match(r"The last 20 of [\d,]+ lines of its event log:", log[0])
+    assert re.match(r"The last 20 of [\d,]+ lines of the event log:", log[0])
     assert len(log) == 21
     file = tmp_path / "events.log"
     code, out, _ = run("sim", "replay", 3, "--only", "none", "--log", file)

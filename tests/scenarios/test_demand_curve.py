@@ -89,7 +89,7 @@ def test_the_charts_show_faults_where_they_are_and_name_them(tmp_path: Path) -> 
     assert "1  30 min: pause, instances freeze for a while (1), for 10 min" in text
     assert "2  31 min: kill, instances die without a shutdown (2)" in text
     assert "of the pool small" in text
-    assert "the largest fleet has 1 slot, so work waits" in text
+    assert "The largest fleet has 1 slot, so work waits" in text
 
 
 def test_plain_text_is_ascii(tmp_path: Path) -> None:

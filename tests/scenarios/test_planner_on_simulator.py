@@ -134,7 +134,7 @@ def test_runs_are_calibrated_and_compared_from_files(facts: list[Record], run: R
     assert code == 0
     assert "stretch  claims/parse  × 1.400" in told
     assert "80 tasks" in told
-    assert f"Written to {out}" in said
+    assert f"The calibration is in {out}" in said
     assert calibrate.read(out) == calibrate.calibrate(facts).calibration
     code, told, _ = run("scenario", "calibrate", *files, "--json")
     assert (code, json.loads(told)["runs"]) == (0, 2)

@@ -221,6 +221,6 @@ def test_the_record_that_is_read_is_not_written_over(tmp_path: Path) -> None:
     records.write(_record(), path)
     before = path.read_bytes()
     for out in (path, tmp_path / "x" / ".." / "run.json"):
-        with pytest.raises(UsageError, match="is the record that is read"):
+        with pytest.raises(UsageError, match="would overwrite the record"):
             scenario_records.write_scenario(RecordRequest((), path, out, None, Home(tmp_path)), json=True)
     assert path.read_bytes() == before

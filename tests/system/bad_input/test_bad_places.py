@@ -54,7 +54,7 @@ def test_results_that_find_no_folder_are_not_lost(shell: Shell) -> None:
     (shell.folder / "out").unlink()
     told = shell(*RUN, "--resume")
     check(told, code=0, says="SUCCEEDED")
-    assert "There is no run of this file, code and data to go on with" in told.err
+    assert "No earlier run has this file, code, and data" in told.err
     assert fetched(shell.folder / "out") == {"one": [1, 2, 3]}
 
 
