@@ -136,7 +136,7 @@ def test_sys_exit_is_a_failure_with_its_code(tmp_path: Path, args: list[Any], co
         ("nan", "result[0] is the number nan"),
         ("bytes", "result is of type bytes"),
         ("generator", "result is of type generator"),
-        ("surrogate", "UTF-8 cannot hold"),
+        ("surrogate", "UTF-8 cannot represent"),
         ("missing", "/nowhere/at/all, which does not exist"),
         ("folder", "0/scratch, which is not a regular file"),
     ],
