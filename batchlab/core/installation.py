@@ -125,8 +125,10 @@ def folder(name: str) -> Path:
 def starter() -> dict[str, str]:
     """Return the files of the first job that `batchlab init` writes: name relative to its folder, and text."""
     root = folder("examples") / "starter"
-    # Files in a folder `data` of an example are its generated input, which a wheel does not contain.
-    return {name: (root / Path(name).name).read_text() for name in ("job.yaml", "handlers.py", "data/claims.csv")}
+    # The names here differ: a folder with a job.yaml is an example of `init --example`, and a wheel contains no
+    # folder `data`, because that is the generated input of an example.
+    files = {"job.yaml": "starter.yaml", "handlers.py": "handlers.py", "data/claims.csv": "claims.csv"}
+    return {name: (root / file).read_text() for name, file in files.items()}
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -122,7 +122,7 @@ class Context:
     @property
     def scratch(self) -> Path:
         """Private folder of this task. It is removed after the task."""
-        return self.make_folder("scratch")
+        return self.made("scratch")
 
     def save(self, content: str | os.PathLike[str] | bytes, name: str) -> File:
         """Save a large output: bytes, or the path of a file, under a safe relative name.
@@ -134,23 +134,23 @@ class Context:
             raise ValueError(f"cannot save {name!r}: the name {problem}")
         if name in self.saved:
             raise ValueError(f"cannot save {name!r}: this task has saved that name before")
-        target = self.make_folder("out") / name
+        target = self.made("out") / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(content, bytes | bytearray | memoryview):
             target.write_bytes(content)
         else:
-            self.move_or_copy(Path(content), target)
+            self.take(Path(content), target)
         file = self.saved[name] = File(target, name)
         return file
 
-    def make_folder(self, name: str) -> Path:
+    def made(self, name: str) -> Path:
         """Return the subfolder `name` of the task's folder. Create it if it does not exist."""
         folder = self.folder / name
         folder.mkdir(parents=True, exist_ok=True)
         self.touched = True
         return folder
 
-    def move_or_copy(self, source: Path, target: Path) -> None:
+    def take(self, source: Path, target: Path) -> None:
         """Move a file to `target` if it is the task's own, else copy it."""
         where = os.path.join(source.resolve().parent, "")  # noqa: PTH118 - for its final slash
         ours = [f"{self.folder.resolve() / 'scratch'}/"]

@@ -190,7 +190,7 @@ class Outputs:
 
     def value(self, text: str) -> str:
         """Add an encoded value as an object, and return the text of its reference."""
-        path = self._ctx.make_folder("value") / "value.json"
+        path = self._ctx.made("value") / "value.json"
         path.write_text(text)
         key = f"{self._prefix}.value.json"
         self.uploads.append((str(path), key))
@@ -215,7 +215,7 @@ class Outputs:
         """Return a path in the task's folder, where no other task can change the file."""
         if path.resolve().is_relative_to(self._ctx.folder.resolve()):
             return path
-        target = self._ctx.make_folder("kept") / name
+        target = self._ctx.made("kept") / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        self._ctx.move_or_copy(path, target)
+        self._ctx.take(path, target)
         return target

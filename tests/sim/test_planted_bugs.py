@@ -39,18 +39,18 @@ def test_a_mutant_of_something_renamed_is_an_error(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_mutant_with_other_parameters_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def _leave(self: Worker, quickly: bool) -> None: ...
+    async def run(self: Worker, quickly: bool) -> None: ...
 
     with pytest.raises(Unfit, match="other parameters"):
-        Plant(monkeypatch).method(Worker, "_leave")(_leave)
+        Plant(monkeypatch).method(Worker, "run")(run)
 
 
 def test_own_error_of_a_mutant_is_not_a_catch() -> None:
     """Otherwise one that has gone stale would pass for caught, since it crashes its worker."""
 
     def plant(plant: Plant) -> None:
-        @plant.method(Worker, "_leave")
-        async def _leave(self: Worker) -> None:
+        @plant.method(Worker, "run")
+        async def run(self: Worker) -> None:
             self.gone()  # type: ignore[attr-defined]
 
     with pytest.raises(Unfit, match="stale"):
