@@ -49,7 +49,7 @@ def starter_files() -> dict[str, bytes]:
 def example_files(name: str) -> dict[str, bytes]:
     """Return the files of a shipped example without data and results; raise UsageError."""
     root = installation.folder("examples")
-    names = sorted(path.parent.name for path in root.glob("*/job.yaml"))
+    names = sorted(path.parent.name for path in root.glob("*/job.yaml") if path.parent.name != "starter")
     if name not in names:
         raise UsageError(f"The example {name!r} does not exist.", remedy=f"Name one of {', '.join(names)}.")
     return {

@@ -29,8 +29,9 @@ def backends(incomplete: str) -> list[str]:
 
 
 def examples(incomplete: str) -> list[str]:
-    """Complete names of shipped examples that are jobs."""
-    return _matching(incomplete, _shipped_names("examples", "*/job.yaml", lambda path: path.parent.name))
+    """Complete names of shipped examples that are jobs, without the starter job, which `init` writes by default."""
+    names = _shipped_names("examples", "*/job.yaml", lambda path: path.parent.name)
+    return _matching(incomplete, (name for name in names if name != "starter"))
 
 
 def scenarios(incomplete: str) -> list[str]:
