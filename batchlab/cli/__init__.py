@@ -7,53 +7,8 @@ module of batchlab at its top, so that each command imports only the modules tha
 from __future__ import annotations
 
 import sys
-import time
 
-START_S = time.monotonic()
-"""Monotonic time at which this process began, after Python's own start."""
-
-SERVICES = ("manager", "worker", "connect")
-
-REQUIRED_MODULES = frozenset(
-    {
-        "alembic",
-        "cloudpickle",
-        "cronsim",
-        "duckdb",
-        "fastapi",
-        "httptools",
-        "httpx",
-        "multipart",
-        "obstore",
-        "prometheus_client",
-        "pydantic",
-        "python_multipart",
-        "rich",
-        "sqlalchemy",
-        "typer",
-        "typing_extensions",
-        "tzdata",
-        "uvicorn",
-        "yaml",
-    }
-)
-"""Import names of the packages in every installation."""
-
-
-def missing_module_message(error: ModuleNotFoundError) -> str | None:
-    """Return the error text for a missing required package or extra, or None for other modules."""
-    from batchlab.core import installation
-
-    name = (error.name or "").partition(".")[0]
-    if extra := installation.extra_of(name):
-        sentence = installation.sentence(extra, "This command", name)
-        return f"Error: {sentence}\n  {installation.remedy(extra)}"
-    if name not in REQUIRED_MODULES:
-        return None
-    return (
-        f"Error: The Python package {name!r} is not installed, and this command needs it.\n"
-        f"  Install batchlab again with all its packages: in {sys.prefix} one of them is missing."
-    )
+from batchlab.cli.startup import SERVICES, missing_module_message
 
 
 def main() -> None:

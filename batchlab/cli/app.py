@@ -18,7 +18,8 @@ from typer.core import TyperGroup
 from typer.main import get_group
 
 from batchlab import __version__
-from batchlab.cli import missing_module_message, output
+from batchlab.cli import output
+from batchlab.cli.startup import missing_module_message
 from batchlab.core.errors import BatchlabError
 
 UNEXPECTED = 70

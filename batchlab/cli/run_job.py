@@ -15,11 +15,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from batchlab.cli import START_S, output
+from batchlab.cli import output
 from batchlab.cli.bills import LiveCost
 from batchlab.cli.output import Stopped
 from batchlab.cli.progress import JobDisplay
 from batchlab.cli.session import Session
+from batchlab.cli.startup import START_S
 from batchlab.cli.submission import (
     EarlierRun,
     Submission,

@@ -14,7 +14,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from typer.main import get_command
 
-from batchlab.cli import REQUIRED_MODULES, app, demo, main, output
+from batchlab.cli import app, demo, main, output
+from batchlab.cli.startup import REQUIRED_MODULES
 from batchlab.core import installation
 from batchlab.core.errors import JobFileError, Refused
 from batchlab.jobs.yaml_source import JobFileErrors
@@ -83,7 +84,7 @@ def test_help_and_services_import_nothing_heavy(arguments: list[str]) -> None:
     imported = imported_by(*arguments)
     if arguments == ["--help"]:
         ours = {name for name in imported if name.startswith("batchlab.")}
-        names = ("cli", "cli.app", "cli.output", "core", "core.errors", "core.text")
+        names = ("cli", "cli.app", "cli.output", "cli.startup", "core", "core.errors", "core.text")
         assert ours == {f"batchlab.{name}" for name in names}
         assert imported.isdisjoint(HEAVY), imported & HEAVY
     else:

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from batchlab.cli import SERVICES
+from batchlab.cli.startup import SERVICES
 
 SERVICE_MODULES = {
     "manager": "batchlab.server.manager_service",

@@ -17,7 +17,7 @@ from packaging.utils import canonicalize_name
 
 from batchlab.adapters.aws.endpoint import Endpoint
 from batchlab.adapters.notifications import Topics
-from batchlab.cli import REQUIRED_MODULES, missing_module_message
+from batchlab.cli.startup import REQUIRED_MODULES, missing_module_message
 from batchlab.client.grid import Grid
 from batchlab.core import installation
 from batchlab.core.capabilities import backend_names

@@ -13,9 +13,9 @@ import pytest
 import yaml
 from typer.main import get_command
 
-from batchlab.cli import SERVICES
 from batchlab.cli import services as service
 from batchlab.cli.app import app
+from batchlab.cli.startup import SERVICES
 from batchlab.manager.state import ManagerSettings
 from batchlab.worker.inflight_message import WorkerSettings
 from docs import reference
