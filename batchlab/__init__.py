@@ -1,7 +1,6 @@
 """batchlab: batch work on AWS, the same grid on a laptop, in a simulator and in production.
 
-Names are imported on first use: every task's child process imports this package, and must be up
-in milliseconds.
+Names are imported on first use: every task's child process imports this package, and must be up in milliseconds.
 """
 
 from __future__ import annotations

@@ -24,12 +24,11 @@ T = TypeVar("T")
 
 
 class GridExecutor(Executor):
-    """Executor that `Grid.executor` returns. It is thread-safe, and is best used as a context
-    manager.
+    """Executor that `Grid.executor` returns. It is thread-safe, and is best used as a context manager.
 
-    As with a ProcessPoolExecutor, the future of a call raises the call's own exception, with the
-    worker's traceback as its cause. Done-callbacks run on one thread of this process. Python exits
-    only after all submitted calls are done. Differences:
+    As with a ProcessPoolExecutor, the future of a call raises the call's own exception, with the worker's traceback as
+    its cause. Done-callbacks run on one thread of this process. Python exits only after all submitted calls are done.
+    Differences:
 
     - cloudpickle pickles functions, arguments, and results, so lambdas and closures work.
     - If a call ends its process (a crash, `os._exit`), only this call fails. Its error WorkerDied
@@ -92,11 +91,10 @@ class GridExecutor(Executor):
     ) -> Iterator[T]:
         """Return the results of `map(fn, *iterables)`, computed by the workers.
 
-        All arguments are read at once. With `buffersize`, at most this number of calls is ahead of
-        the result that the caller reads. `timeout` is the time in seconds from now within which
-        each result must arrive. TimeoutError is raised after it. The grid chooses the size of the
-        bundles if `chunksize` is 1. Another value sets the size. If the iterator is closed early or
-        raises, the remaining calls are canceled.
+        All arguments are read at once. With `buffersize`, at most this number of calls is ahead of the result that the
+        caller reads. `timeout` is the time in seconds from now within which each result must arrive. TimeoutError is
+        raised after it. The grid chooses the size of the bundles if `chunksize` is 1. Another value sets the size. If
+        the iterator is closed early or raises, the remaining calls are canceled.
         """
         if chunksize < 1:
             raise ValueError("chunksize must be >= 1.")
@@ -106,8 +104,8 @@ class GridExecutor(Executor):
             raise ValueError("buffersize must be None or > 0")
         clock = self._link.clock.monotonic_s
         end_s = None if timeout is None else clock() + timeout
-        # The iterator refers to the dispatcher only, so an iterator that is not read to its end
-        # does not keep the executor alive.
+        # The iterator refers to the dispatcher only, so an iterator that is not read to its end does not keep the
+        # executor alive.
         dispatch = self._dispatch
         drawn = (Call(CallFuture(), fn, args, {}) for args in zip(*iterables, strict=False))
         calls = list(islice(drawn, buffersize))
@@ -130,9 +128,8 @@ class GridExecutor(Executor):
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Accept no further calls. A repetition does no harm.
 
-        With `wait`, return when all calls are done. With `cancel_futures`, cancel the calls that
-        have not begun, also on the grid, which takes some seconds. The other calls run to their
-        end.
+        With `wait`, return when all calls are done. With `cancel_futures`, cancel the calls that have not begun, also
+        on the grid, which takes some seconds. The other calls run to their end.
         """
         self._dispatch.shutdown(wait=wait, cancel=cancel_futures)
 

@@ -1,7 +1,6 @@
 """Python API: a grid as a context manager, functions mapped over items, and job files.
 
-Invariant: if a caller stops waiting for a job, by an error, by Ctrl-C, or by leaving a loop early,
-the job is canceled.
+Invariant: if a caller stops waiting for a job, by an error, by Ctrl-C, or by leaving a loop early, the job is canceled.
 """
 
 from __future__ import annotations
@@ -50,8 +49,8 @@ class MapOptions(TypedDict, total=False):
 class Grid:
     """Grid in a folder. If no grid is up there, this object starts one, and `close` stops it.
 
-    It is thread-safe, and is best used as a context manager. A grid that is left open is closed
-    when no reference to it exists, or when Python exits.
+    It is thread-safe, and is best used as a context manager. A grid that is left open is closed when no reference to it
+    exists, or when Python exits.
     """
 
     def __init__(
@@ -63,13 +62,11 @@ class Grid:
         pools: Sequence[Pool] = (),
         warm: bool = False,
     ) -> None:
-        """`home` is the grid's folder. The default is BATCHLAB_HOME, or `.batchlab` in the current
-        folder.
+        """`home` is the grid's folder. The default is BATCHLAB_HOME, or `.batchlab` in the current folder.
 
-        With `workers`, the default pool has from 0 to `workers` instances with one slot each.
-        `pools` replaces the pools. The default is the backend's own pools. `warm` keeps the pools
-        at their maximum size. All three apply only to a grid that is not up yet. Raise UsageError
-        if they are given for a grid that is up.
+        With `workers`, the default pool has from 0 to `workers` instances with one slot each. `pools` replaces the
+        pools. The default is the backend's own pools. `warm` keeps the pools at their maximum size. All three apply
+        only to a grid that is not up yet. Raise UsageError if they are given for a grid that is up.
         """
         descriptor = factory.load(backend)
         sized = _sized(descriptor.pools, workers, pools, warm=warm)
@@ -95,19 +92,17 @@ class Grid:
         ordered: bool = True,
         return_exceptions: bool = False,
     ) -> Generator[Any, None, None]:
-        """Return the results of `function(item)`, or `function(item, ctx)`, for every item,
-        computed by the grid's workers.
+        """Return the results of `function(item)`, or `function(item, ctx)`, for every item, computed by the grid's
+        workers.
 
-        All items are read and submitted before this method returns. Results come in the order of
-        the items, or with `ordered=False` as they arrive. A failed task raises TaskFailed at its
-        position and cancels the rest. With `return_exceptions`, the TaskFailed is a result, and the
-        other tasks continue. If the iterator is dropped or closed, the remaining tasks are
-        canceled.
+        All items are read and submitted before this method returns. Results come in the order of the items, or with
+        `ordered=False` as they arrive. A failed task raises TaskFailed at its position and cancels the rest. With
+        `return_exceptions`, the TaskFailed is a result, and the other tasks continue. If the iterator is dropped or
+        closed, the remaining tasks are canceled.
 
-        `timeout_s` is the limit of each task. `retry` is a rule or a number of attempts. By
-        default, a task that raises is not retried. The loss of a worker is never a task's failure.
-        `bundle` sets the number of tasks in a bundle. Raise UsageError and submit nothing if the
-        function or an item cannot be pickled.
+        `timeout_s` is the limit of each task. `retry` is a rule or a number of attempts. By default, a task that raises
+        is not retried. The loss of a worker is never a task's failure. `bundle` sets the number of tasks in a bundle.
+        Raise UsageError and submit nothing if the function or an item cannot be pickled.
         """
         return self._map(
             function,
@@ -123,8 +118,7 @@ class Grid:
     def starmap(
         self, function: Callable[..., Any], items: Iterable[Iterable[Any]], **options: Unpack[MapOptions]
     ) -> Generator[Any, None, None]:
-        """Return the results of `function(*item)` for every item, a sequence of arguments.
-        Otherwise like `map`."""
+        """Return the results of `function(*item)` for every item, a sequence of arguments. Otherwise like `map`."""
         return self._map(function, items, starred=True, **options)
 
     def _map(
@@ -173,9 +167,8 @@ class Grid:
     ) -> GridExecutor:
         """Return a `concurrent.futures.Executor` whose calls run on the grid's workers.
 
-        `name` is the name of its jobs. By default, a job has the name of its function. Each worker
-        process calls `initializer(*initargs)` before its first call. Raise UsageError if the
-        initializer cannot be pickled.
+        `name` is the name of its jobs. By default, a job has the name of its function. Each worker process calls
+        `initializer(*initargs)` before its first call. Raise UsageError if the initializer cannot be pickled.
         """
         from batchlab.client.executor import GridExecutor
 
@@ -190,12 +183,11 @@ class Grid:
         timeout_s: float | None = None,
         max_cost_usd: float | None = None,
     ) -> JobResult:
-        """Run a job file to its end, and return its result in every case. With `out`, write its
-        results there.
+        """Run a job file to its end, and return its result in every case. With `out`, write its results there.
 
-        `params` replace the parameters of the file, and `max_cost_usd` replaces its cap. At the
-        cap, the manager launches nothing more for the job. After `timeout_s` seconds, the job is
-        canceled and JobFailed is raised. JobFileErrors lists all mistakes in the file.
+        `params` replace the parameters of the file, and `max_cost_usd` replaces its cap. At the cap, the manager
+        launches nothing more for the job. After `timeout_s` seconds, the job is canceled and JobFailed is raised.
+        JobFileErrors lists all mistakes in the file.
         """
         _check_positive(timeout_s=timeout_s)
         link = self._link
@@ -257,8 +249,7 @@ class Grid:
         return JobResult(self, link, view)
 
     def close(self) -> None:
-        """Cancel the jobs whose results a caller still waits for, and stop the grid if this object
-        started it.
+        """Cancel the jobs whose results a caller still waits for, and stop the grid if this object started it.
 
         Files among the results may be deleted afterwards. A repetition does no harm.
         """

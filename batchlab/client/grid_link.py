@@ -1,7 +1,7 @@
 """Connection of a program to a grid. It starts the grid if none is up, restarts it, and stops it.
 
-Invariant: a grid that this process started ends with this process. A grid that was up before stays
-up. In both cases, jobs are canceled when no caller waits for their results.
+Invariant: a grid that this process started ends with this process. A grid that was up before stays up. In both cases,
+jobs are canceled when no caller waits for their results.
 """
 
 from __future__ import annotations
@@ -222,8 +222,8 @@ class Link:
     def _cancelled(self, cancelling: Future[None]) -> None:
         error = None if cancelling.cancelled() else cancelling.exception()
         if error and thread_cache.is_exiting():
-            # Python is exiting, so no thread can be started. `close` runs next and cancels the job. The job is added
-            # to `_live` before its removal from `_cancelling`, so that `close` always finds the job.
+            # Python is exiting, so no thread can be started. `close` runs next and cancels the job. The job is added to
+            # `_live` before its removal from `_cancelling`, so that `close` always finds the job.
             self._live.add(self._cancelling[cancelling])
         elif error:
             log.error("a job could not be canceled", exc_info=error)

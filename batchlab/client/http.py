@@ -1,7 +1,7 @@
 """The manager's HTTP API as Python calls, for the command line and the Python API.
 
-Invariant: the module and the client must be fast to import and to create, because every command
-uses them. Every failure is an error class of batchlab.
+Invariant: the module and the client must be fast to import and to create, because every command uses them. Every
+failure is an error class of batchlab.
 """
 
 from __future__ import annotations

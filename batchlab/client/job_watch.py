@@ -68,8 +68,8 @@ class JobWatch:
 
     def drop(self, job: str) -> None:
         """Stop the watch of a job that has ended or is about to end."""
-        # The current poll is not canceled, because its answer comes soon. anyio would leak the socket of a request
-        # that is canceled during the connection.
+        # The current poll is not canceled, because its answer comes soon. anyio would leak the socket of a request that
+        # is canceled during the connection.
         self._jobs.discard(job)
 
     def cancel_gracefully(self, job: str) -> None:

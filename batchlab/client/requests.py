@@ -1,7 +1,7 @@
 """Single requests to the manager, over persistent connections.
 
-Invariant: the module must be fast to import and its objects fast to create, because every command
-uses it. Every failure is an error class of batchlab.
+Invariant: the module must be fast to import and its objects fast to create, because every command uses it. Every
+failure is an error class of batchlab.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ def patience_s(*, restarted: bool = False) -> float:
 class Calls:
     """Connections to one manager. The object is thread-safe, and is a context manager.
 
-    The token itself is sent only over a Unix socket, which only its user can open. Another program
-    may listen on the manager's port while no manager runs. So a request to a port is signed with
-    the token, and its answer must be signed as well.
+    The token itself is sent only over a Unix socket, which only its user can open. Another program may listen on the
+    manager's port while no manager runs. So a request to a port is signed with the token, and its answer must be signed
+    as well.
     """
 
     def __init__(self, url: str, token: str, unix: Path | None = None) -> None:

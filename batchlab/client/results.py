@@ -43,8 +43,7 @@ VALUES_AT_ONCE = 16
 """Number of large values and files that are fetched at the same time."""
 
 Run = tuple[int, list[Json | TaskFailed]]
-"""Results of consecutive tasks: the first task, and for each task its encoded value or its
-failure."""
+"""Results of consecutive tasks: the first task, and for each task its encoded value or its failure."""
 
 
 class MapResults:

@@ -1,10 +1,10 @@
 """Conformance check, its verdicts, and the AWS pages that state its rule.
 
-Invariant: a check tests one rule of AWS. The function of a check returns if the endpoint agrees. It
-raises Differs with the observed behavior, or Untried with the reason why the rule was not tested.
+Invariant: a check tests one rule of AWS. The function of a check returns if the endpoint agrees. It raises Differs with
+the observed behavior, or Untried with the reason why the rule was not tested.
 
-The source of a check has parts `BOOK, TOPIC, TOPIC ...`, separated by semicolons. The topics of an
-API are its actions and types. A part without an AWS page, such as an RFC, is plain text.
+The source of a check has parts `BOOK, TOPIC, TOPIC ...`, separated by semicolons. The topics of an API are its actions
+and types. A part without an AWS page, such as an RFC, is plain text.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class Verdict(StrEnum):
 class Check:
     """Rule with the function that tests it.
 
-    `source` names AWS's page about the rule. `promise` names the part of batchlab that needs the rule.
-    `otherwise` is the effect on batchlab if the rule does not hold.
+    `source` names AWS's page about the rule. `promise` names the part of batchlab that needs the rule. `otherwise` is
+    the effect on batchlab if the rule does not hold.
     """
 
     name: str
@@ -86,8 +86,8 @@ class Check:
 class Table(list[Check]):
     """Checks of one service in one file. The decorators `needed` and `noted` add a check.
 
-    The docstring of the check's function is the rule. The name of the function becomes the name of
-    the check, unless `name` replaces it.
+    The docstring of the check's function is the rule. The name of the function becomes the name of the check, unless
+    `name` replaces it.
     """
 
     def __init__(self, service: str) -> None:

@@ -1,7 +1,7 @@
 """Table of all checks, and the report of a run as JSON and as sections of the page about emulators.
 
-Invariants: the names of checks are unique and begin with the name of the service. A report changes
-only if the endpoint changes, so a test can compare the page with a new run.
+Invariants: the names of checks are unique and begin with the name of the service. A report changes only if the endpoint
+changes, so a test can compare the page with a new run.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Concurrent execution of checks. Most checks wait most of the time.
 
-Invariant: a check cannot delay the run or make another check fail. Each check has its own thread,
-which is abandoned if it takes too long. A check that ended with a 5xx response is repeated once.
+Invariant: a check cannot delay the run or make another check fail. Each check has its own thread, which is abandoned if
+it takes too long. A check that ended with a 5xx response is repeated once.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Access of a single check to the endpoint: keys, queues, and Auto Scaling groups of the check.
 
-Invariants: checks do not share resources, so they can run at the same time and in any order. Every
-wait has a deadline. A check watches for `QUIET_S` seconds for an event that must not happen.
+Invariants: checks do not share resources, so they can run at the same time and in any order. Every wait has a deadline.
+A check watches for `QUIET_S` seconds for an event that must not happen.
 """
 
 from __future__ import annotations

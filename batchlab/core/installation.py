@@ -125,8 +125,8 @@ def folder(name: str) -> Path:
 def starter() -> dict[str, str]:
     """Return the files of the first job that `batchlab init` writes: name relative to its folder, and text."""
     root = folder("examples") / "starter"
-    # The names here differ: a folder with a job.yaml is an example of `init --example`, and a wheel contains no
-    # folder `data`, because that is the generated input of an example.
+    # The names here differ: a folder with a job.yaml is an example of `init --example`, and a wheel contains no folder
+    # `data`, because that is the generated input of an example.
     files = {"job.yaml": "starter.yaml", "handlers.py": "handlers.py", "data/claims.csv": "claims.csv"}
     return {name: (root / file).read_text() for name, file in files.items()}
 

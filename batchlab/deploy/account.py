@@ -1,8 +1,8 @@
 """One AWS account in one region, with the credentials that boto3 finds: `Account.open(region)`.
 
-Invariant: every refusal by AWS becomes one sentence that names the caller and the permission.
-botocore's standard mode retries throttled calls and lost connections, with jitter, up to ten
-attempts in total. `notes` receives a line for each attempt without an answer.
+Invariant: every refusal by AWS becomes one sentence that names the caller and the permission. botocore's standard mode
+retries throttled calls and lost connections, with jitter, up to ten attempts in total. `notes` receives a line for each
+attempt without an answer.
 """
 
 from __future__ import annotations

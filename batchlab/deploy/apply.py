@@ -1,8 +1,8 @@
 """Creation or update of a stack in two phases (`batchlab deploy apply`).
 
-Invariant: `Apply` starts from any state of the stack, so a second run continues where the first run
-stopped. The first phase creates everything without a release, so no instance can boot yet. The
-second phase uploads the release to the stack's own bucket and sets it as the stack's parameter.
+Invariant: `Apply` starts from any state of the stack, so a second run continues where the first run stopped. The first
+phase creates everything without a release, so no instance can boot yet. The second phase uploads the release to the
+stack's own bucket and sets it as the stack's parameter.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Leftovers of stacks in an account and region, and their removal.
 
-Invariants: a tag proves the owner of a resource, and a name only suggests the owner. A resource
-without a tag is therefore removed only if the user names it. Each failure is reported.
+Invariants: a tag proves the owner of a resource, and a name only suggests the owner. A resource without a tag is
+therefore removed only if the user names it. Each failure is reported.
 """
 
 from __future__ import annotations

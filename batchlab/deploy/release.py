@@ -1,9 +1,8 @@
 """A release: one archive with everything that an instance needs to become a manager or a worker.
 
-Invariants: its name is the SHA-256 of its content. The same code, packages, and target give the
-same archive. An instance installs from the stack's bucket, without a package index. A package that
-is installed next to the command has the same version on instances, so instances run the tested
-versions.
+Invariants: its name is the SHA-256 of its content. The same code, packages, and target give the same archive. An
+instance installs from the stack's bucket, without a package index. A package that is installed next to the command has
+the same version on instances, so instances run the tested versions.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Settings of a stack: its pools, and the parameters of its template.
 
-Invariant: the loader refuses settings that AWS would refuse, as far as it can check this without
-AWS. The home stores the settings in `aws/settings.json` for the next plan. Without this file, the
-plan reads the settings from the stack.
+Invariant: the loader refuses settings that AWS would refuse, as far as it can check this without AWS. The home stores
+the settings in `aws/settings.json` for the next plan. Without this file, the plan reads the settings from the stack.
 """
 
 from __future__ import annotations
@@ -27,9 +26,8 @@ STACK = "batchlab"
 RELEASE = "Release"
 """Parameter with the SHA-256 of the release's archive. It is not a setting."""
 
-# With the longest stack and pool names, the name of a pool's dead-letter queue has the 80
-# characters that SQS allows. RDS does not allow two hyphens in a row, and the database is named
-# after the stack.
+# With the longest stack and pool names, the name of a pool's dead-letter queue has the 80 characters that SQS allows.
+# RDS does not allow two hyphens in a row, and the database is named after the stack.
 _STACK_NAME = re.compile(r"(?=.{1,28}$)[a-z](-?[a-z0-9])*")
 _SHADOWED_NAME = re.compile(r".+-(tasks|pool)(-.*)?")
 """Stack names whose queues or groups would match the rights of another stack.

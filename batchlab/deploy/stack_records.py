@@ -1,8 +1,7 @@
 """Records of CloudFormation's responses, the allowed operations by stack state, and causes of failures.
 
-The states follow AWS's documentation:
-docs.aws.amazon.com/AWSCloudFormation/latest/UserGuide/view-stack-events.html (status codes), and
-the API reference's pages of ContinueUpdateRollback, RollbackStack, and DeleteStack.
+The states follow AWS's documentation: docs.aws.amazon.com/AWSCloudFormation/latest/UserGuide/view-stack-events.html
+(status codes), and the API reference's pages of ContinueUpdateRollback, RollbackStack, and DeleteStack.
 
 Invariant: the reason of a cause is AWS's text without changes. Only the remedy is batchlab's.
 """

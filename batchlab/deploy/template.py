@@ -1,19 +1,18 @@
 """CloudFormation templates as values: read from YAML, expanded to several pools, and written as JSON.
 
-Invariants: the written template has the same meaning as the file. It is compact JSON, because
-CloudFormation accepts 51,200 bytes of template in a request, and more than a third of the file is
-comments and indentation. The logical ids of a pool depend neither on other pools nor on their
-order, so a new or removed pool never replaces another pool's resources.
+Invariants: the written template has the same meaning as the file. It is compact JSON, because CloudFormation accepts
+51,200 bytes of template in a request, and more than a third of the file is comments and indentation. The logical ids of
+a pool depend neither on other pools nor on their order, so a new or removed pool never replaces another pool's
+resources.
 
-Emulators refuse a template with a resource type that they lack, even if its condition is false, and
-support fewer functions in conditions than AWS. A template for an emulator is therefore rendered
-without conditions. It creates the same resources as its source with the same parameters.
+Emulators refuse a template with a resource type that they lack, even if its condition is false, and support fewer
+functions in conditions than AWS. A template for an emulator is therefore rendered without conditions. It creates the
+same resources as its source with the same parameters.
 
-In the file, resources that exist once per pool have `Metadata: {batchlab: {per: pool}}` and a
-logical id that begins with "Pool". Parameters, conditions, and rules of a pool have such ids, too.
-For the pool `base` they keep their ids. For another pool, "PoolQueue" becomes "PoolBigQueue". If a
-shared part refers to them, the element of the innermost list with the reference is repeated for
-each pool.
+In the file, resources that exist once per pool have `Metadata: {batchlab: {per: pool}}` and a logical id that begins
+with "Pool". Parameters, conditions, and rules of a pool have such ids, too. For the pool `base` they keep their ids.
+For another pool, "PoolQueue" becomes "PoolBigQueue". If a shared part refers to them, the element of the innermost list
+with the reference is repeated for each pool.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Encoding of a fleet's saved state.
-
-Format 1 has only plain pools, and its activities lack end times.
-"""
+"""Encoding of a fleet's saved state. Format 1 has only plain pools, and its activities lack end times."""
 
 from __future__ import annotations
 

@@ -436,8 +436,8 @@ class JobCoordinator(Part):
 
     async def _fetch_missing_outcomes(self, live: LiveJob) -> bool:
         """Fold committed outcomes whose event was lost. Return whether the ledger has every bundle's outcome (I3). All
-        tasks can have ended before that, because the event of a split bundle may arrive after the events of its
-        halves."""
+        tasks can have ended before that, because the event of a split bundle may arrive after the events of its halves.
+        """
         while outstanding := live.all_outstanding()[:MAX_CONCURRENT_OUTCOMES]:
             results = await asyncio.gather(*(self._outcomes.read(live.job, o.bundle) for o in outstanding))
             outcomes = [outcome for outcome in results if outcome]

@@ -1,8 +1,8 @@
 """Comparison of two runs or two sets of runs: measures, changes, confidence, causes, and gates.
 
-Invariants: the runs and the seed alone determine a comparison, so a repeated comparison has equal
-results. A gate fails only if a measure got worse by more than the gate allows. If the confidence
-interval of the change is known, it must also exclude 0.
+Invariants: the runs and the seed alone determine a comparison, so a repeated comparison has equal results. A gate fails
+only if a measure got worse by more than the gate allows. If the confidence interval of the change is known, it must
+also exclude 0.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ _COLUMNS = (("", "run_s"), ("wait_", "wait_s"))
 class Measure:
     """Definition of a measure.
 
-    `unit` is "s", "usd", or "" for a number. `more_is_better` is None if neither direction is
-    better. A gate cannot use such a measure.
+    `unit` is "s", "usd", or "" for a number. `more_is_better` is None if neither direction is better. A gate cannot use
+    such a measure.
     """
 
     name: str
@@ -150,8 +150,8 @@ def _per_1000(run: Run, stage: str, row: Mapping[str, Any], wasted_s: float, rng
 def _tasks(connection: DuckDBPyConnection, run: Run, stage: str, rng: random.Random) -> None:
     """Store the quantiles of a stage's tasks and of resamples.
 
-    A resample's quantile equals the value at a random rank, so the function draws ranks instead of
-    building resamples. DuckDB computes all of them in one pass.
+    A resample's quantile equals the value at a random rank, so the function draws ranks instead of building resamples.
+    DuckDB computes all of them in one pass.
     """
     where = "FROM tasks WHERE job = ? AND stage = ? AND state = 'SUCCEEDED'"
     (count,) = store.rows(connection, f"SELECT count(*) AS n {where}", [run.job, stage])
@@ -204,9 +204,9 @@ _SHARE = re.compile(r"\s*(?P<share>\d+(\.\d+)?)\s*%?\s*")
 class Change:
     """Change of one measure between the medians of both sides.
 
-    `relative` is B's change as a share of A. It is infinite if A is 0 and B is not. `low` and
-    `high` are the bounds of its 95% confidence interval. They are None if the spread is unknown,
-    for example for a measure of a whole run with one run on each side.
+    `relative` is B's change as a share of A. It is infinite if A is 0 and B is not. `low` and `high` are the bounds of
+    its 95% confidence interval. They are None if the spread is unknown, for example for a measure of a whole run with
+    one run on each side.
     """
 
     measure: Measure
@@ -268,10 +268,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """Limit for the worsening of a measure, as a share.
-
-    An empty `stage` means the whole run and every stage.
-    """
+    """Limit for the worsening of a measure, as a share. An empty `stage` means the whole run and every stage."""
 
     measure: str
     stage: str
@@ -286,8 +283,8 @@ class Gate:
 class Comparison:
     """Result of a comparison.
 
-    `changes` follow the order of the stages. `broken` contains the failed gates with their changes.
-    `causes` are sentences about what got slower and why, largest first.
+    `changes` follow the order of the stages. `broken` contains the failed gates with their changes. `causes` are
+    sentences about what got slower and why, largest first.
     """
 
     a: Sequence[Run]
@@ -396,8 +393,8 @@ def _resampled_changes(a: Sequence[Sample], b: Sequence[Sample], rng: random.Ran
 
 
 def _resampled(side: Sequence[Sample], rng: random.Random) -> float:
-    # This function runs about 100,000 times per comparison. The `random` and `statistics` functions
-    # take five times as long.
+    # This function runs about 100,000 times per comparison. The `random` and `statistics` functions take five times as
+    # long.
     draw, n = rng.random, len(side)
     values = []
     for i in range(n):

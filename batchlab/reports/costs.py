@@ -1,7 +1,7 @@
 """Bill of a job, split by stage.
 
-Invariant: the parts of a line add up to the line, and all parts add up to the bill, exactly to 12
-decimal places. A cost that belongs to no single stage has the stage None.
+Invariant: the parts of a line add up to the line, and all parts add up to the bill, exactly to 12 decimal places. A
+cost that belongs to no single stage has the stage None.
 """
 
 from __future__ import annotations
@@ -25,10 +25,7 @@ _Line = tuple[str, str | None, float | None, Mapping[str | None, float]]
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Row of the cost table: a line of the bill, or a stage's part of it.
-
-    `seconds` are instance seconds.
-    """
+    """Row of the cost table: a line of the bill, or a stage's part of it. `seconds` are instance seconds."""
 
     line: str
     kind: str
@@ -62,8 +59,8 @@ def parts(
 ) -> tuple[Bill, list[Part]]:
     """Return the bill and its lines, split by stage.
 
-    Compute is split by run time, wasted work by failed attempts, and requests by bundles. The work
-    lost with instances is assigned to no stage.
+    Compute is split by run time, wasted work by failed attempts, and requests by bundles. The work lost with instances
+    is assigned to no stage.
     """
     stages = [use.stage for use in uses]
     job_bill = bill(stages, account, pools, book, stored_bytes=stored_bytes, pace=pace)
@@ -98,8 +95,8 @@ def _of_pool(pool: str, billed: Billed, uses: Sequence[StageUsage], account: Acc
 def split(usd: Decimal, weights: Mapping[str | None, float]) -> dict[str | None, tuple[float, Decimal]]:
     """Split `usd` in proportion to the weights, and return each share of 1 with its amount.
 
-    The amounts add up to `usd`, because the heaviest entry receives the rounding difference.
-    Without a positive weight, the key None receives everything.
+    The amounts add up to `usd`, because the heaviest entry receives the rounding difference. Without a positive weight,
+    the key None receives everything.
     """
     positive = {name: weight for name, weight in weights.items() if weight > 0}
     if not positive:

@@ -169,8 +169,8 @@ def forget(home: Home) -> None:
 def free_subnet(used: Iterable[str], project: str = "") -> str:
     """Return the first of batchlab's /24 networks that overlaps none of the networks `used`.
 
-    `used` contains networks such as "10.0.0.0/8". Each project starts the search at another block, because two
-    projects that start at the same time do not see each other's network. Raise UsageError if all are taken.
+    `used` contains networks such as "10.0.0.0/8". Each project starts the search at another block, because two projects
+    that start at the same time do not see each other's network. Raise UsageError if all are taken.
     """
     networks = [ipaddress.ip_network(address, strict=False) for address in used]
     begin = zlib.crc32(project.encode()) % len(_BLOCK)

@@ -36,10 +36,9 @@ Key = tuple[StageName, BundleId]
 class Facts:
     """Facts about a job and its grid.
 
-    `groups`, `held` (manually set capacity), `activities` (newest first), `capped` (why a cap on
-    cost stops launches), and `stopped` (why launches that would fail are stopped) are keyed by
-    pool. `workers` is keyed by instance. `live` is None if the manager does not run the job.
-    `trouble` is the reason why the manager's last tick was skipped.
+    `groups`, `held` (manually set capacity), `activities` (newest first), `capped` (why a cap on cost stops launches),
+    and `stopped` (why launches that would fail are stopped) are keyed by pool. `workers` is keyed by instance. `live`
+    is None if the manager does not run the job. `trouble` is the reason why the manager's last tick was skipped.
     """
 
     record: JobRecord
@@ -77,8 +76,7 @@ class Facts:
     @cached_property
     def outstanding(self) -> Mapping[Key, Outstanding]:
         every = self.live.all_outstanding() if self.live else []
-        # An ended stage may keep an outstanding bundle whose outcome came before the bundle was
-        # expected.
+        # An ended stage may keep an outstanding bundle whose outcome came before the bundle was expected.
         open_ = {stage.name for stage in self.open_stages}
         return {(o.bundle.stage, o.bundle.id): o for o in every if o.bundle.stage in open_}
 

@@ -1,7 +1,7 @@
 """Manager process: its ports, its API and web page, and its workers if it starts them.
 
-Invariant: SIGTERM ends the manager, leaves no process running, and loses no data. After a kill, the next
-manager continues with the stored data and with the workers that still run.
+Invariant: SIGTERM ends the manager, leaves no process running, and loses no data. After a kill, the next manager
+continues with the stored data and with the workers that still run.
 """
 
 from __future__ import annotations
@@ -119,8 +119,8 @@ async def _lead(options: ManagerOptions, stop: asyncio.Event) -> None:
     )
     owner = ids.fresh("manager")
     logs.add_process_fields(manager=owner)
-    # This call is not retried, so that the user sees a damaged file or a newer file format at once.
-    # This process holds the lock of the folder. So the previous manager has ended, and its lease can be released.
+    # This call is not retried, so that the user sees a damaged file or a newer file format at once. This process holds
+    # the lock of the folder. So the previous manager has ended, and its lease can be released.
     await ledger.release(LEASE, home.last_owner() or owner)
     if backend.capabilities.local_queue:
         await queue.ensure(events_queue(backend.manager))
@@ -156,8 +156,8 @@ async def _lead(options: ManagerOptions, stop: asyncio.Event) -> None:
     if backend.capabilities.local_manager and (local := listen_locally(home)):
         listeners.append(local[0])
         home.write_socket(owner, local[1])
-    # The record is written before this manager leads, because the next manager must know the owner
-    # of the lease. Early requests wait for the server.
+    # The record is written before this manager leads, because the next manager must know the owner of the lease. Early
+    # requests wait for the server.
     home.write_record(ManagerRecord(url, os.getpid(), owner, backend.name, options.parent))
     lead = _Lead(_with_reasons(new_manager()))
     leading = loop.create_task(_lead_on(lead, new_manager))
@@ -225,8 +225,7 @@ class _Lead:
 def _server(
     lead: _Lead, token: str, options: ManagerOptions, on_shutdown: Callable[[], None]
 ) -> tuple[uvicorn.Server, ServerState]:
-    """Create the server with the API and the web page. Their imports and routes take half of a grid's start-up
-    time."""
+    """Create the server with the API and the web page. Their imports and routes take half of a grid's start-up time."""
     import uvicorn
 
     from batchlab.adapters.local.state_files import StateFile
@@ -240,8 +239,8 @@ def _server(
         backend_name=backend.name,
         capabilities=backend.capabilities,
         on_shutdown=on_shutdown,
-        # After a manager on this machine ends, another program may listen on its port and receive the requests
-        # of an open page. So the sessions of such a manager are not stored and end with the manager.
+        # After a manager on this machine ends, another program may listen on its port and receive the requests of an
+        # open page. So the sessions of such a manager are not stored and end with the manager.
         sessions=StateFile(home.sessions_file) if backend.capabilities.remote_manager else None,
         hosts=[options.host, *options.hosts],
     )
@@ -263,8 +262,8 @@ def _server(
 
 
 async def _lead_on(lead: _Lead, new_manager: Callable[[], Manager]) -> None:
-    """Run the manager, and create a new manager object after each loss of the lease. A full disk, a long outage
-    of the database, or another manager can cause a loss.
+    """Run the manager, and create a new manager object after each loss of the lease. A full disk, a long outage of the
+    database, or another manager can cause a loss.
 
     Raise BackendError if the first attempt to get the lease fails, so that the user sees the error at once.
     """

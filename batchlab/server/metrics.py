@@ -1,8 +1,7 @@
-"""Prometheus metrics of a manager, computed from its memory on request, and their endpoint, which
-requires the token.
+"""Prometheus metrics of a manager, computed from its memory on request, and their endpoint, which requires the token.
 
-Invariant: a request for metrics calls no service and reads no row of the ledger. Pools, states, and
-kinds limit the number of series. No label contains a job or a user's text.
+Invariant: a request for metrics calls no service and reads no row of the ledger. Pools, states, and kinds limit the
+number of series. No label contains a job or a user's text.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Worker process.
 
-Invariant: a worker that gets SIGTERM returns its messages to the queue before it ends. A worker on
-the manager's machine ends soon after its manager.
+Invariant: a worker that gets SIGTERM returns its messages to the queue before it ends. A worker on the manager's
+machine ends soon after its manager.
 """
 
 from __future__ import annotations

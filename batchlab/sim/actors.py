@@ -128,8 +128,8 @@ class Actor:
         self._tasks.pop(task, None)
 
     def _reap(self, rounds: int) -> None:
-        # One cancellation is not enough, because `finally` blocks wait and loops catch it. All
-        # rounds happen at the same virtual instant, so that no code of a dead actor runs later.
+        # One cancellation is not enough, because `finally` blocks wait and loops catch it. All rounds happen at the
+        # same virtual instant, so that no code of a dead actor runs later.
         if not self._tasks:
             return
         if rounds == CANCEL_ROUNDS:

@@ -54,8 +54,7 @@ def canonical(value: Any) -> str:
     Plain `repr` is not enough: its order of sets depends on the hash seed, and it shows addresses.
     """
     if value is None or isinstance(value, str | int | float):
-        # An enum that is a str or an int is shown by its value, so a new name of a member changes no
-        # log.
+        # An enum that is a str or an int is shown by its value, so a new name of a member changes no log.
         return repr(value.value if isinstance(value, Enum) else value)
     if isinstance(value, bytes):
         return repr(value) if len(value) <= MAX_VALUE_LENGTH else f"{len(value)} bytes#{_hash(value)}"

@@ -188,8 +188,8 @@ class SimLoop(asyncio.BaseEventLoop):
         """
         self._limit_s = math.inf if limit_s is None else self._now_s + limit_s
         self._limit_steps = math.inf if limit_steps is None else self.steps + limit_steps
-        # The garbage collector runs generator finalizers after a number of allocations, which differs
-        # between processes. So the loop collects garbage after a number of steps instead.
+        # The garbage collector runs generator finalizers after a number of allocations, which differs between
+        # processes. So the loop collects garbage after a number of steps instead.
         collecting = gc.isenabled()
         gc.disable()
         try:
@@ -279,8 +279,8 @@ class SimLoop(asyncio.BaseEventLoop):
                 except BaseException as error:  # noqa: BLE001 - as asyncio's, for `run` to raise
                     message = f"Exception in callback {handle._callback!r}"
                     self.call_exception_handler({"message": message, "exception": error, "handle": handle})
-                # A failed task's traceback may hold this handle. Without a reference back to the
-                # task, no cycle exists, so the failure is reported at once.
+                # A failed task's traceback may hold this handle. Without a reference back to the task, no cycle exists,
+                # so the failure is reported at once.
                 handle._callback = None
         if before // _YOUNG_STEPS != after // _YOUNG_STEPS:
             gc.collect(2 if before // _FULL_STEPS != after // _FULL_STEPS else 1)
@@ -436,8 +436,8 @@ class SimLoop(asyncio.BaseEventLoop):
         raise SimulationError(f"Tasks swallow every cancellation. {self._waiting()}")
 
     def _asyncgen_finalizer_hook(self, generator: AsyncGenerator[Any, Any]) -> None:
-        # The interpreter calls this for a generator that is dropped before its end. After the run, no
-        # loop would await the closing, so this method does nothing.
+        # The interpreter calls this for a generator that is dropped before its end. After the run, no loop would await
+        # the closing, so this method does nothing.
         if self.is_running():
             self.call_soon(self.create_task, generator.aclose())
 

@@ -169,10 +169,7 @@ def replay(seed: int, weather: str, only: Iterable[Fault] | None, log: list[str]
 
 
 def promise(error: BaseException) -> str:
-    """Return the name of the broken promise, or the error's kind.
-
-    A world that stops, or that never ends, breaks I7.
-    """
+    """Return the name of the broken promise, or the error's kind. A world that stops, or that never ends, breaks I7."""
     if isinstance(error, Deadlock | StepLimit):
         return "I7"
     broken = re.match(r"(.+?) is violated", str(error))

@@ -55,8 +55,8 @@ def wrap(
     if faults is None and log is None:
         actor.guarded = False
         return inner
-    # A dynamic proxy with the type of its target. Written out for five protocols, it would be 40
-    # methods that only delegate and follow every change of the ports.
+    # A dynamic proxy with the type of its target. Written out for five protocols, it would be 40 methods that only
+    # delegate and follow every change of the ports.
     return cast(T, _Port(inner, port, actor, faults, log, watch, rights))
 
 
@@ -184,8 +184,8 @@ class _Port:
         try:
             await self._pause(takes_s + extra_s)
         except asyncio.CancelledError:
-            # The port's promise: a canceled receive loses no message. An SQS adapter can only make
-            # the message visible again, and a dead process cannot even do that.
+            # The port's promise: a canceled receive loses no message. An SQS adapter can only make the message visible
+            # again, and a dead process cannot even do that.
             if received and self._actor.alive:
                 await self._inner.change_visibility(args[0], [(message.receipt, 0.0) for message in received])
             raise

@@ -23,8 +23,8 @@ R = TypeVar("R")
 MAX_ITEM_S = 900
 """Real seconds after which SIGALRM ends a process that hangs in an item."""
 
-# fork would copy the parent's threads and locks. In concurrent.futures, the death of a process ends
-# the whole pool, and does not show which item caused the death.
+# fork would copy the parent's threads and locks. In concurrent.futures, the death of a process ends the whole pool, and
+# does not show which item caused the death.
 _SPAWN = multiprocessing.get_context("spawn")
 
 
@@ -99,9 +99,9 @@ def spread(
 def _start_process(work: Callable[[T], R]) -> tuple[Connection, SpawnProcess]:
     pipe, far_end = _SPAWN.Pipe()
     process = _SPAWN.Process(target=_serve, args=(far_end, work), daemon=True)
-    # A terminal's Ctrl-C reaches the whole process group, but only this process must handle it. The
-    # mask is inherited, whereas a handler in the child would be set too late. The first start of a
-    # process also starts multiprocessing's tracker, which unblocks SIGINT.
+    # A terminal's Ctrl-C reaches the whole process group, but only this process must handle it. The mask is inherited,
+    # whereas a handler in the child would be set too late. The first start of a process also starts multiprocessing's
+    # tracker, which unblocks SIGINT.
     ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:

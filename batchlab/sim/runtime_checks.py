@@ -174,8 +174,7 @@ class Watch:
         if kind == "outcomes" and not self.trust.check_seal(key, job):
             return
         self.check(before in (None, data), "I1", f"{key} has changed after its commit", job)
-        # Parts are written before the manifest that commits them. Their names are hashes of their
-        # content.
+        # Parts are written before the manifest that commits them. Their names are hashes of their content.
         is_conditional = if_absent or parts[-1].startswith(("part-", "item-"))
         self.check(is_conditional, "I1", f"{key} is written without a condition")
         self._record_plan(kind, parts[-2], data)
@@ -357,12 +356,12 @@ class Watch:
             hold = self._holds.pop((queue, receipt), None)
             if hold is None:
                 continue
-            # A manager sends its copy before it knows which bundles the dead worker held, so an
-            # earlier send of the manager counts too.
+            # A manager sends its copy before it knows which bundles the dead worker held, so an earlier send of the
+            # manager counts too.
             since_s = hold.received_s if hold.actor is actor else 0.0
             is_done = self._settled_s.get((actor, hold.bundle), -1.0) >= since_s
-            # The manager may replace a part that its worker kept, after the worker had reported the
-            # bundle and returned the rest.
+            # The manager may replace a part that its worker kept, after the worker had reported the bundle and returned
+            # the rest.
             reported_s = self._settled_s.get((hold.actor, hold.bundle), -1.0)
             is_done = is_done or (hold.actor is not actor and reported_s >= hold.received_s)
             may_delete = is_done or self.controls.was_stopped(hold.bundle[0], hold.received_s)

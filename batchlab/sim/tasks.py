@@ -203,8 +203,8 @@ class TimedRunner:
         tasks = list(work.bundle.tasks)
         durations = self._durations(work)
         begun_s = self._clock.monotonic_s()
-        # Results are also reported in groups, at the latest before a long task. So thousands of
-        # bundles that run side by side do not store the results of their tasks.
+        # Results are also reported in groups, at the latest before a long task. So thousands of bundles that run side
+        # by side do not store the results of their tasks.
         reported = 0
         for first, takes_s in self._groups(durations):
             now_s = self._clock.monotonic_s()

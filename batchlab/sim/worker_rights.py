@@ -1,7 +1,7 @@
 """The rights of a worker's role on AWS, enforced at the ports of simulated workers, and the record of their lies.
 
-Invariant: a call outside these rights is refused. `tests/sim/test_worker_rights.py` compares the key patterns and
-queue actions with the stack template.
+Invariant: a call outside these rights is refused. `tests/sim/test_worker_rights.py` compares the key patterns and queue
+actions with the stack template.
 
 Promise I8: a lying worker harms only touched jobs. A job is touched once a lying worker has received a message of the
 job, before or after the worker began to lie. The promises to a touched job are not checked.

@@ -144,8 +144,8 @@ class Child:
             os._exit(0)
 
     def _answer(self, text: str) -> None:
-        # A handler may have closed the pipe, and a later open may have reused its number. The
-        # process exits rather than write into a user's file.
+        # A handler may have closed the pipe, and a later open may have reused its number. The process exits rather than
+        # write into a user's file.
         data = text.encode() + b"\n"
         try:
             if os.fstat(self._answers).st_ino != self._inodes[1]:
@@ -206,8 +206,8 @@ class Output:
     def settle(self, log_at: int) -> int:
         """Restore the output state after a task, and return the log's size.
 
-        Flush the streams, trim the task's output to its share, and undo what the task did to the
-        streams, the descriptors, or the current folder.
+        Flush the streams, trim the task's output to its share, and undo what the task did to the streams, the
+        descriptors, or the current folder.
         """
         out, err = self._streams
         try:
@@ -272,9 +272,9 @@ def _resident() -> int:
 
 def exit_with_worker(life: int) -> None:
     """Kill this process and its descendants when the worker exits for any reason."""
-    # The kernel signals the end of the pipe to the whole process group. The parent-death signal is
-    # the fallback for kernels without this feature. It reaches only this process, so programs that
-    # a task started would survive. It is therefore not used in addition.
+    # The kernel signals the end of the pipe to the whole process group. The parent-death signal is the fallback for
+    # kernels without this feature. It reaches only this process, so programs that a task started would survive. It is
+    # therefore not used in addition.
     try:
         fcntl.fcntl(life, fcntl.F_SETOWN, -os.getpid())
         fcntl.fcntl(life, fcntl.F_SETSIG, signal.SIGKILL)

@@ -122,10 +122,7 @@ def _parsed(line: bytearray) -> Any:
 
 
 class ChildProcess:
-    """One child process, bound to one folder of code.
-
-    `kill` ends the process, and `close` then removes its files.
-    """
+    """One child process, bound to one folder of code. `kill` ends the process, and `close` then removes its files."""
 
     def __init__(self, folder: Path, digest: str, code: Path | None) -> None:
         """Start the process without waiting for it. Raise OSError if it cannot start."""
@@ -148,8 +145,7 @@ class ChildProcess:
         theirs = (requests, answers, life)
         try:
             with (folder / "boot.log").open("wb") as log:
-                # Started in the main thread, because a parent-death signal is sent when the
-                # starting thread ends.
+                # Started in the main thread, because a parent-death signal is sent when the starting thread ends.
                 self._process = subprocess.Popen(
                     [
                         sys.executable,

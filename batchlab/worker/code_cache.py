@@ -63,11 +63,11 @@ def digest_of(code_key: str) -> str:
 def pack(folder: Path, data: Collection[Path] = (), most_bytes: int | None = None) -> bytes:
     """Pack the files of `folder` as a zip. The same content and modes give the same bytes.
 
-    Caches, virtual environments, version control, and folders made by batchlab are left out. The
-    job's input, `data` (absolute paths), is also left out, because tasks receive it separately.
+    Caches, virtual environments, version control, and folders made by batchlab are left out. The job's input, `data`
+    (absolute paths), is also left out, because tasks receive it separately.
 
-    Raise UsageError for a link that leaves the folder, a special or unreadable file, a name that
-    workers cannot unpack, more than `most_bytes` (by default 512 MiB), or more than 20,000 files.
+    Raise UsageError for a link that leaves the folder, a special or unreadable file, a name that workers cannot unpack,
+    more than `most_bytes` (by default 512 MiB), or more than 20,000 files.
     """
     root = folder.resolve()
     if not root.is_dir():
@@ -145,8 +145,8 @@ def _is_portable(name: str) -> bool:
 def unpack(data: bytes, digest: str, target: Path) -> None:
     """Unpack a zip into the folder `target`, unless the folder exists.
 
-    Several processes may call this at once. Raise UsageError if `data` does not match `digest`, is
-    not a zip, is too large when unpacked, or contains a name outside its folder.
+    Several processes may call this at once. Raise UsageError if `data` does not match `digest`, is not a zip, is too
+    large when unpacked, or contains a name outside its folder.
     """
     if target.is_dir():
         return

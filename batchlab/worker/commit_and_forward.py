@@ -221,8 +221,8 @@ class BundleFinisher:
         with span(self._context.tracer, "forward", inflight.trace, inflight.bundle) as forward:
             now_s, trace = self._context.clock.now_s(), forward.context
             messages = follow_ups(inflight.job, unsent, inflight.key, now_s=now_s, items=items, trace=trace)
-            # Follow-ups are sent before the event. The manager may end a stage only when its
-            # follow-ups have been sent, and this event tells the manager so.
+            # Follow-ups are sent before the event. The manager may end a stage only when its follow-ups have been sent,
+            # and this event tells the manager so.
             await self._context.outbox.send(messages)
             # Another running bundle causes a heartbeat soon, which can carry the event.
             others = may_wait and any(
@@ -310,8 +310,8 @@ async def _hand_off_when_due(finisher: BundleFinisher, inflight: InflightMessage
     bundle = inflight.bundle
     part = replace(bundle, tasks=bundle.tasks - ended - _waiting_tasks(inflight, running))
     if await finisher.hand_off(inflight, part):
-        # Set only after the commit: once a heartbeat reports the part, the manager no longer needs
-        # the message. If another worker's outcome is the committed one, the run finds it at its end.
+        # Set only after the commit: once a heartbeat reports the part, the manager no longer needs the message. If
+        # another worker's outcome is the committed one, the run finds it at its end.
         inflight.narrow(part)
 
 

@@ -239,8 +239,8 @@ class Execution:
             return True
         self._empty_requests = self._empty_requests + 1 if len(self._unfinished) == before else 0
         if self._empty_requests > 1 and self._pending:
-            # Two requests ended without a running task. The first pending task is failed, because
-            # the execution would otherwise never end.
+            # Two requests ended without a running task. The first pending task is failed, because the execution would
+            # otherwise never end.
             reason = "ended its process before it could begin"
             self._fail_task(Termination(next(iter(self._pending)), FailureKind.CRASH, reason, 0.0), None)
         return True
@@ -302,8 +302,8 @@ class Execution:
             return "killed"
         if verdict is None:
             if code == -signal.SIGKILL and task in self._pending:
-                # The SIGKILL came from another program, or from the kernel when memory ran out.
-                # It may not be the task's fault, so the task is tried again.
+                # The SIGKILL came from another program, or from the kernel when memory ran out. It may not be the
+                # task's fault, so the task is tried again.
                 self._sigkills[task] += 1
                 if self._sigkills[task] < LOSS_LIMIT:
                     return "retry"
@@ -435,6 +435,6 @@ def _create_folder(folder: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    # A program that a task left running may still write into the folder. Remaining files only use disk
-    # space until the instance ends, so errors are ignored.
+    # A program that a task left running may still write into the folder. Remaining files only use disk space until the
+    # instance ends, so errors are ignored.
     shutil.rmtree(folder, ignore_errors=True)

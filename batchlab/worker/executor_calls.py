@@ -1,8 +1,8 @@
 """Handler for the calls of an executor, which returns a call's exception as a value.
 
-Invariant: the task of a call succeeds unless its process dies. The caller receives the exception of
-its call as the original object. Child processes unpickle these classes, so this module imports only
-the standard library, cloudpickle, and `handlers`.
+Invariant: the task of a call succeeds unless its process dies. The caller receives the exception of its call as the
+original object. Child processes unpickle these classes, so this module imports only the standard library, cloudpickle,
+and `handlers`.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class Initializer:
 class Calls:
     """The handler of an executor's job.
 
-    An item is [function, argument, …] with plain arguments, or [function, (args, kwargs)]. A number
-    in place of the function is an index of `functions`, the pickled functions that calls share.
+    An item is [function, argument, …] with plain arguments, or [function, (args, kwargs)]. A number in place of the
+    function is an index of `functions`, the pickled functions that calls share.
     """
 
     def __init__(self, functions: Sequence[bytes], initializer: Initializer | None) -> None:
@@ -74,8 +74,7 @@ class Calls:
 
     def _prepare(self) -> None:
         global _prepared
-        # Executors share processes. If another executor's initializer ran in between, this one
-        # runs again.
+        # Executors share processes. If another executor's initializer ran in between, this one runs again.
         if self._initializer and self._initializer.owner != _prepared:
             pickle.loads(self._initializer.pickled)()  # noqa: S301 - the user's own code
             _prepared = self._initializer.owner

@@ -162,8 +162,7 @@ class VisibilityHeartbeat:
                 for message in batch:
                     message.extended_s = now_s
                     if message.receipt in refused:
-                        # Another worker may have the message now. The run continues, because the
-                        # first commit decides.
+                        # Another worker may have the message now. The run continues, because the first commit decides.
                         message.receipt = None
 
     async def _hand_over(self, inflight: InflightMessage) -> None:

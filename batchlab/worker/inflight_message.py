@@ -1,7 +1,7 @@
 """Data that the parts of a worker share: its identity, settings, slots, and in-flight messages.
 
-The worker's loop selects, commits, and forwards bundles, and a Runner runs their tasks. The same loop works with
-warm child processes, with real handlers inside the simulator, and with simulated durations.
+The worker's loop selects, commits, and forwards bundles, and a Runner runs their tasks. The same loop works with warm
+child processes, with real handlers inside the simulator, and with simulated durations.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 class Work:
     """One execution of a bundle, ready to run. `items` has one input per index of `bundle.tasks`.
 
-    Items are encoded values (`protocol.values`): inline JSON, or references to objects that the runner fetches.
-    The first task always starts, and no other task starts after `budget_s`. If `budget_s` is None, all tasks run.
+    Items are encoded values (`protocol.values`): inline JSON, or references to objects that the runner fetches. The
+    first task always starts, and no other task starts after `budget_s`. If `budget_s` is None, all tasks run.
     """
 
     job: JobDef

@@ -137,8 +137,8 @@ class ControlPoller:
                 changed, tail = (word.control, spoken.etag, False), word.tail
                 is_recent = entry is not None and read_s - entry.read_s <= self._lease_s
                 if not is_recent and word.tail_s is not None:
-                    # The request for live logs may be old. If the clocks differ by more than the
-                    # tolerance, the next renewal of the request is noticed instead.
+                    # The request for live logs may be old. If the clocks differ by more than the tolerance, the next
+                    # renewal of the request is noticed instead.
                     age_s = self._clock.now_s() - word.tail_s
                     tail *= abs(age_s) <= ASKED_S + MAX_CLOCK_SKEW_S
         except NotFound:
@@ -199,6 +199,6 @@ class ControlPoller:
                 try:
                     await self.read(job)
                 except BackendError:
-                    # Without an answer the lease expires, which stops new tasks. This is safe, so
-                    # an outage needs no further handling.
+                    # Without an answer the lease expires, which stops new tasks. This is safe, so an outage needs no
+                    # further handling.
                     continue

@@ -252,9 +252,8 @@ class Worker:
                 await self._finisher.return_too_new(self._tasks_queue, message, problem)
             waited_s = self._clock.monotonic_s() - began_s
             if messages and self._busy_slots >= self._slots.total and waited_s > HEAD_START_S:
-                # The queue was empty until now, so another receive would probably find nothing and
-                # delay the new bundles. A free slot ends this wait, because its next bundle may
-                # already be in the queue.
+                # The queue was empty until now, so another receive would probably find nothing and delay the new
+                # bundles. A free slot ends this wait, because its next bundle may already be in the queue.
                 self._has_room.clear()
                 await set_within(self._has_room, HEAD_START_S)
 
@@ -270,8 +269,7 @@ class Worker:
         except TooNew as error:
             return error
         except Exception as error:  # noqa: BLE001 - a malformed body may cause any error
-            # The message returns until the queue moves it to the dead-letter queue, where the
-            # manager reports it.
+            # The message returns until the queue moves it to the dead-letter queue, where the manager reports it.
             log.error("message %s is not a bundle: %s", message.id, error)
             return None
         now_s = self._clock.monotonic_s()
@@ -309,8 +307,8 @@ class Worker:
                 inflight.receipt = None
                 await self._finisher.return_too_new(inflight.queue, inflight.message, error)
         except BackendError as error:
-            # The message returns before its visibility timeout ends, but with a short delay, so
-            # that the failing service can recover.
+            # The message returns before its visibility timeout ends, but with a short delay, so that the failing
+            # service can recover.
             log.warning("the bundle is returned to the queue: %s", error)
             await self._poison_detector.withdraw(inflight)
             await self._visibility.return_later(inflight)
@@ -392,13 +390,13 @@ class Worker:
         slots = min(stage.slots, self._slots.total)
         is_alone = False
         if inflight.alone and slots < self._slots.total:
-            # A poison task that runs alone cannot crash other bundles. The wait for all slots is
-            # limited, because another bundle may run for half a day.
+            # A poison task that runs alone cannot crash other bundles. The wait for all slots is limited, because
+            # another bundle may run for half a day.
             is_alone = await self._acquire_slots(inflight, self._slots.total, self._settings.visibility_s)
             self._has_room.set()  # The bundle's demand for slots may have decreased.
         if not is_alone:
-            # A bundle that needs several slots keeps its place in the waiting list. If it were sent
-            # again, it might never get them.
+            # A bundle that needs several slots keeps its place in the waiting list. If it were sent again, it might
+            # never get them.
             max_wait_s = 2 * self._settings.quick_s if slots == 1 else None
             if not await self._acquire_slots(inflight, slots, max_wait_s):
                 # The bundle was prefetched behind a long one. An idle worker may run it sooner.
@@ -418,8 +416,8 @@ class Worker:
             self._has_room.set()
         cancelled = inflight.control is Control.CANCEL
         if not inflight.ran and not cancelled:
-            # No task has ended, so there is nothing to commit. The follow-up of an outcome without
-            # tasks would be the bundle itself.
+            # No task has ended, so there is nothing to commit. The follow-up of an outcome without tasks would be the
+            # bundle itself.
             await self._poison_detector.withdraw(inflight)
             await self._finisher.send_again(inflight)
             return

@@ -1,7 +1,7 @@
 """Download of the objects that a task's item refers to, and upload of its outputs.
 
-Invariant: an input that is missing or does not fit on the disk fails its own task. An unavailable
-service fails no task, and its BackendError propagates.
+Invariant: an input that is missing or does not fit on the disk fails its own task. An unavailable service fails no
+task, and its BackendError propagates.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def function_key(work: Work) -> str | None:
 def chunks(tasks: Sequence[int], items: Sequence[Json]) -> Iterator[list[tuple[int, Json]]]:
     """Split the tasks into chunks. A chunk's inputs are fetched while the previous chunk runs.
 
-    The first chunk has one task, so that it starts soon. Chunks then double up to 16 tasks or
-    256 MiB. Items without inputs to fetch do not count.
+    The first chunk has one task, so that it starts soon. Chunks then double up to 16 tasks or 256 MiB. Items without
+    inputs to fetch do not count.
     """
     chunk: list[tuple[int, Json]] = []
     limit, count, size = 1, 0, 0
@@ -214,8 +214,8 @@ def _append(path: Path, data: bytes) -> None:
 async def _all(calls: Iterable[Awaitable[Any]]) -> list[Any]:
     """Return every result, or raise an error after all calls have ended.
 
-    An error of a service is preferred to NotFound. `asyncio.gather` alone would leave the other
-    calls running after the first error.
+    An error of a service is preferred to NotFound. `asyncio.gather` alone would leave the other calls running after the
+    first error.
     """
     results = await asyncio.gather(*calls, return_exceptions=True)
     errors = [result for result in results if isinstance(result, BaseException)]

@@ -1,7 +1,7 @@
 """Tasks that run a program: placeholders, execution, and output files.
 
-Invariants: arguments never pass through a shell. A program succeeds only if all its declared
-outputs exist. Every child process imports this module, so it imports only light modules.
+Invariants: arguments never pass through a shell. A program succeeds only if all its declared outputs exist. Every child
+process imports this module, so it imports only light modules.
 """
 
 from __future__ import annotations
@@ -31,8 +31,7 @@ def run(
 ) -> File | list[File] | dict[str, File | list[File]] | None:
     """Run a program and return its outputs: one File, a dict of Files by name, or None.
 
-    An output whose name ends in a slash is a folder, returned as a list of Files. Raise Problem if
-    the program fails.
+    An output whose name ends in a slash is a folder, returned as a list of Files. Raise Problem if the program fails.
     """
     call = prepare(template, stdout, code, item, ctx)
     _execute(call)

@@ -40,12 +40,12 @@ class ChildState:
         """Map the file, and create it first with `create`. Raise OSError on failure."""
         path = Path(path)
         if create:
-            # The bytes are written, so a full disk causes an error here. A truncated file would
-            # cause a signal at the first access.
+            # The bytes are written, so a full disk causes an error here. A truncated file would cause a signal at the
+            # first access.
             path.write_bytes(bytes(_BYTES))
         with path.open("r+b") as file:
-            # mmap keeps a copy of the descriptor with this offset. If a handler writes into an
-            # unknown descriptor, the data is appended after the page.
+            # mmap keeps a copy of the descriptor with this offset. If a handler writes into an unknown descriptor, the
+            # data is appended after the page.
             os.lseek(file.fileno(), 0, os.SEEK_END)
             self._map = mmap.mmap(file.fileno(), _BYTES)
         page = memoryview(self._map)

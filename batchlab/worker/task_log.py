@@ -48,8 +48,8 @@ def overflowing(size: int, start: int) -> bool:
 def trim(path: str, start: int) -> int:
     """Trim the output after `start` to its share, head and tail. Return the new size of the log.
 
-    All writers append (O_APPEND), so output written meanwhile follows the tail. Output written
-    between reading the size and truncating is lost with the middle.
+    All writers append (O_APPEND), so output written meanwhile follows the tail. Output written between reading the size
+    and truncating is lost with the middle.
     """
     fd = os.open(path, os.O_RDWR | os.O_APPEND)
     try:

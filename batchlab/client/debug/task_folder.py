@@ -1,8 +1,7 @@
 """Task folder: the input and the code of a task, and `task.json`, which describes the run.
 
-Invariant: the folder contains only copies, and every path in `task.json` is relative to the folder,
-so the folder can be moved and shared. The process that runs the task imports this module, which
-uses few imports.
+Invariant: the folder contains only copies, and every path in `task.json` is relative to the folder, so the folder can
+be moved and shared. The process that runs the task imports this module, which uses few imports.
 
     README.md    a description of the folder, and the commands
     run.py       runs the task, also in an IDE

@@ -164,8 +164,8 @@ class Data:
 class Chart:
     """Chart for the template.
 
-    `text` describes the chart. The template shows it above the chart unless `quiet` is set. With
-    `lanes`, the left axis shows names instead of numbers and is wider.
+    `text` describes the chart. The template shows it above the chart unless `quiet` is set. With `lanes`, the left axis
+    shows names instead of numbers and is wider.
     """
 
     id: str
@@ -251,10 +251,7 @@ def _band(below: Sequence[float], above: Sequence[float], top: float, height: fl
 
 
 def columns(heights: Sequence[float], top: float, height: float) -> str:
-    """Return the path of a histogram with gaps between its columns.
-
-    A level above 0 stays visible.
-    """
+    """Return the path of a histogram with gaps between its columns. A level above 0 stays visible."""
     width = WIDTH / max(1, len(heights))
     path: list[str] = []
     for k, level in enumerate(heights):

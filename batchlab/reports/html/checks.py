@@ -1,8 +1,8 @@
 """Checks of a run: the size of its tasks, the size and timing of its fleet, waste, and cost.
 
-Invariants: each finding contains the figures on which it is based, and a problem also names the
-setting to change. A check without a problem reports what it examined, so every page lists all
-checks. A check of stages returns one finding for each stage with a problem.
+Invariants: each finding contains the figures on which it is based, and a problem also names the setting to change. A
+check without a problem reports what it examined, so every page lists all checks. A check of stages returns one finding
+for each stage with a problem.
 """
 
 from __future__ import annotations

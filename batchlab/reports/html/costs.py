@@ -44,8 +44,8 @@ class Part:
 class Cost:
     """Cost section of the page.
 
-    `total` comes from the job's row, and `lines` come from the bill. `kinds` and `stages` split the
-    same amount in two ways. `brief` is the total with few digits.
+    `total` comes from the job's row, and `lines` come from the bill. `kinds` and `stages` split the same amount in two
+    ways. `brief` is the total with few digits.
     """
 
     total: Decimal

@@ -1,7 +1,7 @@
 """Wait times and run times of tasks by stage: percentiles and histograms.
 
-Invariant: each histogram contains every task of its stage's count. Percentiles are exact, with
-linear interpolation between neighboring values.
+Invariant: each histogram contains every task of its stage's count. Percentiles are exact, with linear interpolation
+between neighboring values.
 """
 
 from __future__ import annotations

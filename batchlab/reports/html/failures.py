@@ -1,7 +1,7 @@
 """Failures grouped by cause, with the traceback and the log of one failed attempt per cause.
 
-Invariants: the failed tasks of all groups, shown or not, add up to the failed tasks of the job. The
-page reads at most two objects per case, and only the displayed part of a log.
+Invariants: the failed tasks of all groups, shown or not, add up to the failed tasks of the job. The page reads at most
+two objects per case, and only the displayed part of a log.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ Samples = Callable[[Case], Sample | None]
 class Group:
     """Failures with one cause.
 
-    `tasks` counts the tasks that failed for good with this cause. `retried` counts the attempts
-    that another attempt followed.
+    `tasks` counts the tasks that failed for good with this cause. `retried` counts the attempts that another attempt
+    followed.
     """
 
     fingerprint: str
@@ -80,8 +80,8 @@ class Group:
 class Failures:
     """Failures section of the page.
 
-    `groups` contains the shown groups, and `more` describes the others. `tasks` counts the tasks
-    that failed for good. `causes` counts all causes.
+    `groups` contains the shown groups, and `more` describes the others. `tasks` counts the tasks that failed for good.
+    `causes` counts all causes.
     """
 
     groups: tuple[Group, ...]

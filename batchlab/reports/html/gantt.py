@@ -109,8 +109,8 @@ def _table_row(run: Run, row: Row, slots: Sequence[int]) -> tuple[str, ...]:
 def _assign_slots(run: Run, slots: Mapping[str, int]) -> Iterator[tuple[Row, tuple[int, ...]]]:
     """Yield each bundle with as many slots of its instance as it takes.
 
-    The slots were free when the bundle started. If clocks differ and too few slots were free, the
-    bundle gets the slots that became free first.
+    The slots were free when the bundle started. If clocks differ and too few slots were free, the bundle gets the slots
+    that became free first.
     """
     free = {place: [0.0] * number for place, number in slots.items()}
     rows = run.rows(f"SELECT * FROM {PLACED} ORDER BY started_s, ended_s, bundle")

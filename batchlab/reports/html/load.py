@@ -94,8 +94,8 @@ def _left(run: Run) -> list[float]:
 def _seen(run: Run, table: str, columns: Sequence[str]) -> Iterator[Levels]:
     """Yield each column of a table of recorded values, summed over all pools.
 
-    Each interval has the last value that was recorded before its end. `table` and `columns` are
-    constants of this module.
+    Each interval has the last value that was recorded before its end. `table` and `columns` are constants of this
+    module.
     """
     sums = ", ".join(f"sum({name}) AS {name}" for name in columns)
     rows = run.rows(

@@ -26,9 +26,9 @@ MIN_COMPARED_BUNDLES = 10
 class StageFigures:
     """Figures of one stage.
 
-    Counts include the tasks with a run time. `overhead_s` is the part of the bundles' slot time
-    during which no task ran. `alone_s` is the mean time of a task while the other slots of its
-    instance were idle. `crowded_s` is the mean time of a task while these slots were busy.
+    Counts include the tasks with a run time. `overhead_s` is the part of the bundles' slot time during which no task
+    ran. `alone_s` is the mean time of a task while the other slots of its instance were idle. `crowded_s` is the mean
+    time of a task while these slots were busy.
     """
 
     name: str

@@ -1,8 +1,8 @@
 """HTML page of a report, and its summary: one file that includes its style sheet and loads nothing else.
 
-Invariants: the template escapes all text from jobs and from the grid. The page does not contain
-scripts. Its Content-Security-Policy allows only the one style sheet, by its hash. The summary is
-computed from the figures of the other sections.
+Invariants: the template escapes all text from jobs and from the grid. The page does not contain scripts. Its
+Content-Security-Policy allows only the one style sheet, by its hash. The summary is computed from the figures of the
+other sections.
 """
 
 from __future__ import annotations
@@ -304,8 +304,7 @@ def render(page: Page) -> str:
     from markupsafe import Markup
 
     template = _environment().get_template("page.html.jinja")
-    # The style sheet is a file of this package. Escaping would change it, and then the hash would
-    # not match.
+    # The style sheet is a file of this package. Escaping would change it, and then the hash would not match.
     return template.render(page=page, style=Markup(style), style_hash=digest)  # noqa: S704
 
 

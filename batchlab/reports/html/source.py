@@ -1,8 +1,8 @@
 """Queries of the page on the tables of one run, and the formats of moments, shares, and untrusted text.
 
-Invariants: DuckDB computes all figures of a page from the run's Parquet files. Untrusted text, such
-as names and logs, cannot change how the surrounding text reads: non-printable characters become
-visible escapes, and long text is shortened.
+Invariants: DuckDB computes all figures of a page from the run's Parquet files. Untrusted text, such as names and logs,
+cannot change how the surrounding text reads: non-printable characters become visible escapes, and long text is
+shortened.
 """
 
 from __future__ import annotations
@@ -47,9 +47,8 @@ moves AS (
 )"""
 """SQL for a WITH clause: the busy slots of each place from each moment, and the duration."""
 
-# An instance counts as in service from its first record. If it ran a bundle before that, it counts
-# from the start of this bundle. If its number of slots is unknown, the most slots that were busy at
-# once are used.
+# An instance counts as in service from its first record. If it ran a bundle before that, it counts from the start of
+# this bundle. If its number of slots is unknown, the most slots that were busy at once are used.
 PLACES = f"""(
   SELECT coalesce(i.instance, u.place) AS place, coalesce(i.pool, u.pool, '') AS pool,
          coalesce(i.slots, u.slots, u.most, 1)::INTEGER AS slots,
@@ -156,9 +155,9 @@ class Run:
     def over(self, table: str, begin: str, end: str, weight: str, by: str, bins: int, **values: object) -> list[Row]:
         """Return rows (`by`, `bin`, `amount`) for `bins` equal intervals of the run.
 
-        `amount` is the mean over the interval of the sum of `weight`. A row of `table` counts from
-        `begin` to `end`. `table`, `begin`, `end`, `weight`, and `by` are SQL constants of this
-        package, and `values` are their parameters. `by` may contain several columns.
+        `amount` is the mean over the interval of the sum of `weight`. A row of `table` counts from `begin` to `end`.
+        `table`, `begin`, `end`, `weight`, and `by` are SQL constants of this package, and `values` are their
+        parameters. `by` may contain several columns.
         """
         return self.rows(
             f"""WITH there AS (
@@ -187,8 +186,8 @@ ISOLATE, END = "\u2068", "\u2069"
 def visible(text: str, most: int = 200) -> str:
     """Return `text` as one line of at most `most` characters, with control characters as escapes.
 
-    Characters that change the writing direction are escaped too. Right-to-left text is isolated, so
-    that the surrounding words keep their order.
+    Characters that change the writing direction are escaped too. Right-to-left text is isolated, so that the
+    surrounding words keep their order.
     """
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text.split()))
     line = line if len(line) <= most else f"{line[: most - 1]}…"
@@ -200,8 +199,8 @@ def visible(text: str, most: int = 200) -> str:
 def visible_lines(text: str, most: int = 4000) -> str:
     """Return `text` with its line breaks and tabs, and other control characters as escapes.
 
-    If the text is longer than `most` characters, keep its beginning (a third of `most`) and its end
-    (two thirds of `most`).
+    If the text is longer than `most` characters, keep its beginning (a third of `most`) and its end (two thirds of
+    `most`).
     """
     shown = "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text.replace("\r\n", "\n"))
     if len(shown) <= most:

@@ -28,10 +28,7 @@ _TABLE_FUNCTIONS = {"unnest", "range", "generate_series", "json_each", "json_tre
 
 
 def runs_in(folder: Path) -> list[Path]:
-    """Return the folder if it contains a run, or else its subfolders that do.
-
-    Raise UsageError if no run is found.
-    """
+    """Return the folder if it contains a run, or else its subfolders that do. Raise UsageError if no run is found."""
     if (folder / JOBS.file).is_file():
         return [folder]
     paths = sorted(path.parent for path in folder.glob(f"*/{JOBS.file}")) if folder.is_dir() else []
@@ -56,8 +53,8 @@ def opened(folders: Sequence[Path]) -> DuckDBPyConnection:
     connection = duckdb.connect(":memory:")
     try:
         connection.execute("SET python_enable_replacements = false")
-        # Without this setting, DuckDB writes data that exceeds the memory to a folder, which a
-        # query could then use for writing.
+        # Without this setting, DuckDB writes data that exceeds the memory to a folder, which a query could then use for
+        # writing.
         connection.execute("SET temp_directory = ''")
         connection.execute("SET autoinstall_known_extensions = false")
         connection.execute("SET autoload_known_extensions = false")
@@ -163,8 +160,8 @@ def run_query(
 def check_query(connection: DuckDBPyConnection, sql: str) -> None:
     """Raise UsageError unless `sql` is one query that only reads the views.
 
-    DuckDB accepts COPY and INSERT within a WITH clause, and these could overwrite the opened files.
-    This function therefore inspects the parsed query and accepts only nodes that are known to read.
+    DuckDB accepts COPY and INSERT within a WITH clause, and these could overwrite the opened files. This function
+    therefore inspects the parsed query and accepts only nodes that are known to read.
     """
     from duckdb import StatementType
 

@@ -34,9 +34,9 @@ ROW_GROUP_ROWS = 122_880
 def save(connection: DuckDBPyConnection, table: Table, query: str, path: Path, *, ordered: bool = False) -> int:
     """Write the rows of a query to a Parquet file and return their number.
 
-    The rows are sorted by the table's key, unless `ordered` says that the query already sorts them.
-    The query must return every column of the table, in any order. DuckDB raises its Error if a
-    column is missing or if a value does not have the column's type.
+    The rows are sorted by the table's key, unless `ordered` says that the query already sorts them. The query must
+    return every column of the table, in any order. DuckDB raises its Error if a column is missing or if a value does
+    not have the column's type.
     """
     order = "" if ordered else "ORDER BY " + ", ".join(f'"{name}"' for name in table.key)
     target = str(path).replace("'", "''")
@@ -156,8 +156,7 @@ class TableBuilder:
     def _save_tasks(self, folder: Path) -> int:
         query, table = self._steps["table_tasks"], BY_NAME["tasks"]
         if self._gathered.results_twice:
-            # A task must never have two results. If it has, the table still contains each task
-            # once.
+            # A task must never have two results. If it has, the table still contains each task once.
             query = f"SELECT DISTINCT ON (stage, task) * FROM ({query})"  # noqa: S608 - own queries
         return save(self._connection, table, query, folder / table.file, ordered=True)
 

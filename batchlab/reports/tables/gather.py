@@ -1,7 +1,7 @@
 """Reader of a job's data in the bucket: definition, cuts, outcomes, end, and recorded data.
 
-Invariants: only the bucket is read, so the data of a job can be written again at any time with the
-same result. Only a few outcomes are in memory at a time.
+Invariants: only the bucket is read, so the data of a job can be written again at any time with the same result. Only a
+few outcomes are in memory at a time.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ MAX_BATCH_BYTES = 8 * 1024 * 1024
 class JobData:
     """JobData data that is not in the staged files.
 
-    `account` is None if the usage was not recorded. `planned` contains the tasks of each planned
-    stage. `began_s` is the start of the last round.
+    `account` is None if the usage was not recorded. `planned` contains the tasks of each planned stage. `began_s` is
+    the start of the last round.
     """
 
     job: JobDef

@@ -20,8 +20,8 @@ USD = "DECIMAL(24,12)"
 class Column:
     """Column of a table, with DuckDB's type.
 
-    The suffix gives the unit: `_s` for seconds, `_usd` for US dollars, and `_bytes` for bytes. A
-    moment (`…ed_s`, `at_s`) is in seconds since 1970 in UTC.
+    The suffix gives the unit: `_s` for seconds, `_usd` for US dollars, and `_bytes` for bytes. A moment (`…ed_s`,
+    `at_s`) is in seconds since 1970 in UTC.
     """
 
     name: str

@@ -1,7 +1,7 @@
 """Staging of outcomes and cuts as JSON lines, from which DuckDB builds the tables.
 
-Invariants: memory holds one byte per task, and nothing else that grows with the job. The lines
-contain when, where, and how each task ended, but not the result values. Their order is arbitrary.
+Invariants: memory holds one byte per task, and nothing else that grows with the job. The lines contain when, where, and
+how each task ended, but not the result values. Their order is arbitrary.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def plain(text: str) -> str:
 class Staging:
     """Writer of the staged files of one job.
 
-    `void_before` contains stages whose plan a retry replaced, with the first round that counts.
-    Leave the context manager to close the files before they are read.
+    `void_before` contains stages whose plan a retry replaced, with the first round that counts. Leave the context
+    manager to close the files before they are read.
     """
 
     def __init__(self, folder: Path, job: JobDef, void_before: Mapping[StageName, int]) -> None:

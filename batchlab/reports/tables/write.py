@@ -1,7 +1,7 @@
 """Writer of a job's performance data: it reads the bucket, builds Parquet files, and uploads them.
 
-Invariants: the index is written last, so a reader that finds the index also finds all files.
-Writing the data again produces the same facts.
+Invariants: the index is written last, so a reader that finds the index also finds all files. Writing the data again
+produces the same facts.
 """
 
 from __future__ import annotations
@@ -30,10 +30,7 @@ INDEX = "report.json"
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """List of the written files, and the state of the job.
-
-    `rows` and `sizes` (bytes) are by table.
-    """
+    """List of the written files, and the state of the job. `rows` and `sizes` (bytes) are by table."""
 
     round: int
     is_final: bool
@@ -138,10 +135,7 @@ async def index_of(objects: Objects, patience: Patience, job: JobId) -> Index | 
 
 
 async def fetch(objects: Objects, patience: Patience, job: JobId, index: Index, to: Path) -> None:
-    """Copy the files of an index into a folder.
-
-    Raise BackendError if a file changed during the download.
-    """
+    """Copy the files of an index into a folder. Raise BackendError if a file changed during the download."""
     prefix = object_keys.reports(job)
     for table in TABLES:
         if table.name in index.sizes:

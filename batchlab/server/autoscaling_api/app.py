@@ -1,11 +1,11 @@
 """ASGI application that passes HTTP requests to the emulated AWS services.
 
-Invariant: every request gets an answer in AWS's format, even a malformed one. The answer to an
-internal error contains no details. The log contains them.
+Invariant: every request gets an answer in AWS's format, even a malformed one. The answer to an internal error contains
+no details. The log contains them.
 
-Invariant: every request must name a credential, even if signatures are not checked. A web page
-cannot make a browser send the Authorization header to another origin, so a page cannot send
-requests to a server on the user's machine. botocore's signer computes the signatures.
+Invariant: every request must name a credential, even if signatures are not checked. A web page cannot make a browser
+send the Authorization header to another origin, so a page cannot send requests to a server on the user's machine.
+botocore's signer computes the signatures.
 """
 
 from __future__ import annotations
@@ -84,8 +84,7 @@ class Faults:
 
 @contextmanager
 def input_errors(where: str) -> Iterator[None]:
-    """Convert a ValueError or OverflowError of a value at `where` into AWS's fault for malformed
-    input."""
+    """Convert a ValueError or OverflowError of a value at `where` into AWS's fault for malformed input."""
     try:
         yield
     except (ValueError, OverflowError) as error:
@@ -212,9 +211,9 @@ class Service(Protocol):
 
 
 class App:
-    """ASGI application. The keys of `services` are the service names in request signatures. The
-    service `default` answers requests with an unknown service name. Without `key`, signatures are not
-    checked."""
+    """ASGI application. The keys of `services` are the service names in request signatures. The service `default`
+    answers requests with an unknown service name. Without `key`, signatures are not checked.
+    """
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 """The part of CloudWatch that target tracking needs: clients put custom metrics, and scaling policies read them.
 
-Metrics stay in memory for MAX_POINT_AGE_S. Clients put new values regularly, so a restart loses little. The module
-also contains the server side of AWS's JSON protocol, which boto3 uses for CloudWatch.
+Metrics stay in memory for MAX_POINT_AGE_S. Clients put new values regularly, so a restart loses little. The module also
+contains the server side of AWS's JSON protocol, which boto3 uses for CloudWatch.
 """
 
 from __future__ import annotations
@@ -116,8 +116,7 @@ def _scalar(shape: Shape, value: Any, path: str) -> Any:
 
 
 def result(operation: OperationModel, answer: Mapping[str, Any]) -> bytes:
-    """Return the body of a successful answer. Raise ValueError if it does not match the operation's
-    output shape."""
+    """Return the body of a successful answer. Raise ValueError if it does not match the operation's output shape."""
     shape = operation.output_shape
     if shape is None:
         if answer:
@@ -185,8 +184,7 @@ class MetricStore:
         self._points: dict[_Name, list[Point]] = {}
 
     def put(self, namespace: str, data: Sequence[Parameters]) -> None:
-        """Store the data of a PutMetricData request. Raise Fault and store nothing if a part of it
-        is invalid."""
+        """Store the data of a PutMetricData request. Raise Fault and store nothing if a part of it is invalid."""
         now_s = self._clock.now_s()
         fresh = [(_name(namespace, datum), point) for datum in data for point in _points(datum, now_s)]
         for name, point in fresh:

@@ -1,7 +1,7 @@
 """Process that serves the API of EC2 Auto Scaling: the loop of the engine, and the HTTP server.
 
-Invariant: SIGTERM or SIGINT ends the process and its instances. The instances of a killed process continue to run,
-and the next process with the same state folder manages them.
+Invariant: SIGTERM or SIGINT ends the process and its instances. The instances of a killed process continue to run, and
+the next process with the same state folder manages them.
 """
 
 from __future__ import annotations
@@ -100,8 +100,7 @@ def application(
 async def run(
     engine: AutoScaling, app: App, listener: socket.socket, changed: asyncio.Event, stop: asyncio.Event
 ) -> None:
-    """Serve and tick until `stop` is set or SIGTERM or SIGINT arrives. Raise the error of the
-    server or of the loop."""
+    """Serve and tick until `stop` is set or SIGTERM or SIGINT arrives. Raise the error of the server or of the loop."""
     keeping = asyncio.create_task(_keep(engine, changed))
     serving = asyncio.create_task(_serve(app, listener, stop))
     await asyncio.wait({keeping, serving}, return_when=asyncio.FIRST_COMPLETED)

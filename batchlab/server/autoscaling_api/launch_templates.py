@@ -8,8 +8,8 @@
     type = "m7i.large"
     slots = 2
 
-The id of a template is derived from its name. The server reads the file again when it has changed,
-so `$Latest` is the latest version at every launch.
+The id of a template is derived from its name. The server reads the file again when it has changed, so `$Latest` is the
+latest version at every launch.
 """
 
 from __future__ import annotations
@@ -83,8 +83,7 @@ class Version(_Strict):
     boot_s: Annotated[float, Field(ge=0)] = 0.0
     env: dict[str, str] = {}
     system: bool = False
-    """Whether the image boots an init system, as a machine does, and gets the privileges of a
-    machine."""
+    """Whether the image boots an init system, as a machine does, and gets the privileges of a machine."""
     user_data: Annotated[str, AfterValidator(_decoded)] = ""
     """Decoded user data, which the metadata service returns. The file contains base64, as EC2 requires."""
     role: Role | None = None

@@ -1,7 +1,7 @@
 """Metadata of instances from the engine, and a service that sends notices to instances.
 
-AWS decides when it sends a Spot interruption or a rebalance recommendation. With this endpoint, a user requests such
-a notice. The notice service is not a part of AWS. Its requests and answers are JSON, and its requests have the same
+AWS decides when it sends a Spot interruption or a rebalance recommendation. With this endpoint, a user requests such a
+notice. The notice service is not a part of AWS. Its requests and answers are JSON, and its requests have the same
 signatures as requests of AWS's services.
 """
 

@@ -1,7 +1,7 @@
 """Server side of AWS's query protocol: a form as the request, and XML as the answer.
 
-Invariant: the module reads the service model, and contains no code for individual actions. For every operation,
-`parse` reads the output of botocore's serializer, and botocore's parser reads the output of `result`.
+Invariant: the module reads the service model, and contains no code for individual actions. For every operation, `parse`
+reads the output of botocore's serializer, and botocore's parser reads the output of `result`.
 """
 
 from __future__ import annotations
@@ -39,8 +39,7 @@ class _Node:
 
 
 def parse(service: ServiceModel, form: str) -> tuple[OperationModel, dict[str, Any]]:
-    """Return the requested operation and its parameters. Raise Fault for an unknown operation or a
-    malformed form.
+    """Return the requested operation and its parameters. Raise Fault for an unknown operation or a malformed form.
 
     Parameters that the model does not have are ignored, as on AWS.
     """
@@ -91,8 +90,7 @@ def _structure(shape: StructureShape, node: _Node, path: str) -> dict[str, Any] 
     for name, member in shape.members.items():
         wire = member.serialization.get("name", name)
         if isinstance(member, ListShape) and member.serialization.get("flattened"):
-            # The entries of a flattened list have their own name. Otherwise the list's name is
-            # used.
+            # The entries of a flattened list have their own name. Otherwise the list's name is used.
             entries = member.member.serialization.get("name", wire)
             wire = entries if entries in node.parts else wire
         if wire in node.parts:

@@ -1,8 +1,7 @@
-"""Actions on hooks, policies, scheduled actions, instance refreshes, and warm pools, and the table
-of all actions.
+"""Actions on hooks, policies, scheduled actions, instance refreshes, and warm pools, and the table of all actions.
 
-Invariant: an action contains no rule of Auto Scaling. An action converts parameters whose structure differs from
-AWS's, and calls a method of the engine.
+Invariant: an action contains no rule of Auto Scaling. An action converts parameters whose structure differs from AWS's,
+and calls a method of the engine.
 """
 
 from __future__ import annotations

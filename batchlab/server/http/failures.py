@@ -85,8 +85,7 @@ async def failure_groups(manager: Leader, served: StateDep, job: JobId) -> api_t
 async def chosen_tasks(
     manager: Manager, served: ServerState, job: JobId, fingerprints: Collection[str], tasks: TaskSelection
 ) -> TaskSelection:
-    """Return the failed tasks with these fingerprints, and `tasks`. Raise Refused for an unknown
-    fingerprint."""
+    """Return the failed tasks with these fingerprints, and `tasks`. Raise Refused for an unknown fingerprint."""
     chosen: dict[StageName, list[TaskSet]] = {name: [task_set] for name, task_set in tasks.items()}
     record = await manager.ports.ledger.job(job)
     is_whole = not fingerprints

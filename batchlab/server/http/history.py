@@ -1,7 +1,7 @@
 """Recent history of the fleet and its queues, and the estimate of a job's remaining time.
 
-Invariant: the history has a limited size, and all values come from the memory of the manager. The
-history of an earlier manager comes from the recorder, which records only while jobs run.
+Invariant: the history has a limited size, and all values come from the memory of the manager. The history of an earlier
+manager comes from the recorder, which records only while jobs run.
 """
 
 from __future__ import annotations

@@ -108,8 +108,8 @@ class _File:
         path.touch()
 
     def write(self, data: bytes) -> int:
-        # A received block can contain many files, and Starlette ends none of them before it has written all of them.
-        # So the file is not kept open.
+        # A received block can contain many files, and Starlette ends none of them before it has written all of them. So
+        # the file is not kept open.
         with self._path.open("ab") as file:
             self._size_bytes += file.write(data)
         return len(data)

@@ -1,7 +1,7 @@
 """Endpoints of jobs: submission, state, control, and outcomes.
 
-Invariant: the answer to a request shows the job after the request has taken effect. The ledger lists the outcomes,
-and the endpoints read them from the bucket. A change of a job wakes the requests that wait for the change.
+Invariant: the answer to a request shows the job after the request has taken effect. The ledger lists the outcomes, and
+the endpoints read them from the bucket. A change of a job wakes the requests that wait for the change.
 """
 
 from __future__ import annotations

@@ -68,8 +68,7 @@ class Asking(BaseModel):
 
 @router.post("/schedules", status_code=201)
 async def add_schedule(schedules: SchedulesDep, adding: Adding, response: Response) -> api_usage_types.ScheduleView:
-    """Add a schedule. The status is 201 if the schedule is new or changed, and 200 if the same
-    schedule exists."""
+    """Add a schedule. The status is 201 if the schedule is new or changed, and 200 if the same schedule exists."""
     timed = adding.schedule
     if bool(timed.cron) == (timed.at_s is not None):
         raise UsageError(

@@ -1,9 +1,9 @@
 """Endpoint of one task with its result, input, and log, and endpoint that returns the results of a job as an archive.
 
-Invariant: the endpoints never unpickle a value, because that could run code. An answer contains at most
-MAX_SHOWN_BYTES of the input and of the log. No result can exhaust the manager's memory or disk: the size of an object
-is known before the object is read, and an archive has a total limit. The manager creates one archive at a time and
-removes the archive after it was sent.
+Invariant: the endpoints never unpickle a value, because that could run code. An answer contains at most MAX_SHOWN_BYTES
+of the input and of the log. No result can exhaust the manager's memory or disk: the size of an object is known before
+the object is read, and an archive has a total limit. The manager creates one archive at a time and removes the archive
+after it was sent.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Access checks and security headers of the web page.
 
-Invariant: without a session, only the login page and the static files are available. A request that
-changes data must come from a page of this manager. Every answer, including errors, carries HEADERS.
+Invariant: without a session, only the login page and the static files are available. A request that changes data must
+come from a page of this manager. Every answer, including errors, carries HEADERS.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ HEADERS = MappingProxyType(
             )
         ),
         "X-Content-Type-Options": "nosniff",
-        # With no-referrer, a browser sends forms with the origin "null". Over HTTP to another machine, no other
-        # header shows the origin of the form.
+        # With no-referrer, a browser sends forms with the origin "null". Over HTTP to another machine, no other header
+        # shows the origin of the form.
         "Referrer-Policy": "same-origin",
         "Cross-Origin-Opener-Policy": "same-origin",
         "Cross-Origin-Resource-Policy": "same-origin",
