@@ -147,6 +147,7 @@ def test_notes_for_other_tools_are_not_sent() -> None:
         assert all(key.startswith("AWS::") for key in resource.get("Metadata", {}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", [SMALL, REAL], ids=["small", "real"])
 def test_a_template_with_two_pools_is_one_that_cfn_lint_takes(path: Path) -> None:
     # It brings SymPy: each process of a test run would pay for it in collecting.

@@ -31,6 +31,7 @@ def shape(request: pytest.FixtureRequest) -> cfn.Rendered:
 # --- The file ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_cfn_lint_finds_nothing() -> None:
     """Its exceptions are in .cfnlintrc.yaml, and beside the resources."""
     done = subprocess.run(

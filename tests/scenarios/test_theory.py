@@ -141,6 +141,7 @@ def test_recursion_matches_the_reference_for_a_whole_trace(shared_data: Path, sl
     assert round(waits_s[-1], 6) == float(row["max_wait_s"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slots", [4, 2])
 def test_waits_of_a_busy_month_match_the_recursion(shared_data: Path, slots: int) -> None:
     """Job by job; the three months take minutes."""
@@ -151,7 +152,7 @@ def test_waits_of_a_busy_month_match_the_recursion(shared_data: Path, slots: int
     assert sum(wait_s > 1 for wait_s in expected_s) > 100
 
 
-@pytest.mark.parametrize("slots", [1, 2, 5])
+@pytest.mark.parametrize("slots", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(5, marks=pytest.mark.slow)])
 def test_waits_of_short_jobs_match_the_recursion(slots: int) -> None:
     """Job by job: a slot that becomes free while its worker begins another job takes the next job
     at once."""

@@ -36,7 +36,7 @@ def real_handlers(children: InlineChildren, world: World, die: Callable[[], None
     return InlineRunner(objects, world.clock, lambda _work, _task: rng.uniform(0.1, 2.0), children)
 
 
-@pytest.mark.parametrize("crashes", [False, True])
+@pytest.mark.parametrize("crashes", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_claims_in_virtual_time_add_up(tmp_path: Path, crashes: bool) -> None:
     job_file = shutil.copytree(EXAMPLE, tmp_path / "claims") / "job.yaml"
     facts = write_claims(tmp_path / "claims" / "data", seed=4, files=30, claims_per_file=10)
@@ -70,6 +70,7 @@ def test_claims_in_virtual_time_add_up(tmp_path: Path, crashes: bool) -> None:
         SimLoop(inline_executor=True).run(main(children), limit_s=100_000)
 
 
+@pytest.mark.slow
 def test_run_with_the_sim_backend_gives_the_same_results(tmp_path: Path) -> None:
     """From the outside: the command, its answer, and the totals beside the generator's facts."""
     job_file = shutil.copytree(EXAMPLE, tmp_path / "claims") / "job.yaml"
@@ -89,6 +90,7 @@ def test_run_with_the_sim_backend_gives_the_same_results(tmp_path: Path) -> None
     assert {r["payer"]: r["claims"] for r in rows} == {payer: truth.claims for payer, truth in facts.payers.items()}
 
 
+@pytest.mark.slow
 def test_run_with_the_sim_backend_reports_a_handler_that_ends_its_process(tmp_path: Path) -> None:
     (tmp_path / "handlers.py").write_text(
         "import os\n\n\ndef run(item):\n    return os._exit(0) if '1' in item else item\n"

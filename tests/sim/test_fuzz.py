@@ -27,7 +27,7 @@ from batchlab.sim.world import World
 
 FIRST = int(os.environ.get("BATCHLAB_FROM", "0"))
 SEEDS = int(os.environ.get("BATCHLAB_SEEDS", "500"))
-QUICK_SEEDS = 50
+QUICK_SEEDS = 30
 AT_ONCE = 10
 LIES = 20
 ACCOUNTS = 10

@@ -343,7 +343,7 @@ def test_tasks_with_vanished_inputs_fail_with_a_reason_and_other_jobs_continue()
         await submitted(world, other)
         record = await ended(world, made)
         assert record.state is JobState.FAILED
-        assert "its input is gone" in record.reason
+        assert "its input no longer exists" in record.reason
         assert (await ended(world, other)).state is JobState.SUCCEEDED
         (counts,) = [s.counts for s in (await world.ledger.rows(made.id)).stages]
         assert counts.succeeded > 0

@@ -134,6 +134,7 @@ def replayed(only: str) -> str:
     return answer.stdout
 
 
+@pytest.mark.slow
 def test_a_planted_bug_shrinks_to_one_fault_which_replays_anywhere() -> None:
     with planted(), fuzz.silence():
         failure = fuzz.try_seed(SEED, WEATHER).failure
