@@ -248,7 +248,7 @@ def test_a_task_that_runs_too_long_fails(grid: Grid) -> None:
 def test_arguments_that_make_no_sense_are_refused(grid: Grid, wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=str(next(iter(wrong.values())))):
         grid.map(lambda x: x, [1], **wrong)
-    with pytest.raises(UsageError, match="no function"):
+    with pytest.raises(UsageError, match="is not a function"):
         grid.map(cast(Any, 5), [1])
 
 
