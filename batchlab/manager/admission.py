@@ -1,8 +1,9 @@
 """Checks whether a grid can run a job, and storage of the job's webhook addresses.
 
 Invariants: an admitted job names only pools that exist and have enough slots for its tasks. A webhook address often
-contains a secret, and workers may read `jobs/*`. So the spec object contains a reference instead of each address, and
-one object below `grid/` contains the addresses. A spec of release 0.1.0 contains the addresses and stays readable.
+contains a secret, and workers may read `jobs/*`. The spec object therefore contains a reference instead of each webhook
+address, and an object below `grid/` contains the addresses. A spec of release 0.1.0 contains the webhook addresses and
+stays readable.
 """
 
 from __future__ import annotations
@@ -25,19 +26,19 @@ from batchlab.manager.state import Ports
 MAX_NAME_LENGTH = 200
 MAX_TAG_LENGTH = 1000
 MAX_TIME_S = 1e11
-"""Limit of times and durations in seconds. As a time, it is in the year 5138."""
+"""Limit of times and durations in seconds, equal to a time in the year 5138."""
 MAX_NUMBER = 2**31 - 1
-"""Limit of counts and priorities: the ledger's columns store no larger number."""
+"""Limit of counts and priorities, which is the largest number that the ledger's columns store."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 
 def is_name(text: str) -> bool:
-    """Return whether the text can name a job or a stage. A name is part of object keys."""
+    """Return whether the text can name a job or a stage, because object keys contain the names."""
     return _NAME.fullmatch(text) is not None
 
 
 def admit(job: JobDef, pools: Mapping[str, int], directory: NotificationSettings | None = None) -> None:
-    """Raise UsageError if a grid with these pools (name: slots) can never run the job, or if `directory` refuses a
+    """Raise UsageError if a grid with `pools` (slots by name) can never run the job, or if `directory` refuses a
     notification target of the job."""
     if not job.stages:
         raise UsageError(f"Job {job.name} does not have stages.", remedy="Give it at least one stage.")
@@ -68,7 +69,8 @@ def admit(job: JobDef, pools: Mapping[str, int], directory: NotificationSettings
 
 
 def _admit_texts(job: JobDef) -> None:
-    """Check texts shown in listings, logs, and messages. Control characters could disguise them."""
+    """Raise UsageError if the job's name or a tag is too long or has control characters, which could disguise the text
+    in listings and logs."""
     for what, text, most in (
         ("The job's name", job.name, MAX_NAME_LENGTH),
         *(("A tag", text, MAX_TAG_LENGTH) for pair in job.tags for text in pair),
@@ -106,8 +108,8 @@ def _numbers(job: JobDef) -> Iterator[tuple[str, float | None, float, float]]:
 
 
 def _admit_key(key: str) -> None:
-    """Raise UsageError for an impossible key, and for keys of the manager, because a task must not read them through
-    its input."""
+    """Raise UsageError for an impossible input key, and for a key of the manager, because a task must not read the
+    manager's objects."""
     try:
         check_key(key.removesuffix("/"))
     except ValueError as error:
@@ -117,7 +119,7 @@ def _admit_key(key: str) -> None:
 
 
 def _admit_stage(stage: StageDef, earlier: set[str]) -> None:
-    # Stages are folders, and some file systems do not distinguish "Map" from "map".
+    # The stage "Map" conflicts with the stage "map", because stages are folders and some file systems ignore case.
     if stage.name.casefold() in {name.casefold() for name in earlier}:
         raise UsageError(
             f"Two stages are named {stage.name!r}.", remedy="Give each a name of its own, upper and lower case apart."
@@ -180,8 +182,8 @@ def hide_addresses(job: JobDef) -> JobDef:
 
 
 async def store_addresses(ports: Ports, job: JobDef) -> None:
-    """Store the addresses that `hide_addresses` removed. The key names the content, so a second manager writes the same
-    object."""
+    """Store the webhook addresses that `hide_addresses` removed. The object key is derived from the content, so a
+    second manager writes the same object."""
     if hide_addresses(job).notify != job.notify:
         content = _address_document(job)
         key = object_keys.addresses(job.id, hashlib.sha256(content).hexdigest())
@@ -189,7 +191,8 @@ async def store_addresses(ports: Ports, job: JobDef) -> None:
 
 
 async def restore_addresses(ports: Ports, job: JobDef) -> JobDef:
-    """Return the job with its webhook addresses. A reference without an object stays, and nothing is sent to it."""
+    """Return the job with its webhook addresses in place of the references. A reference whose object is missing stays
+    in the job, and the manager sends no notification to this target."""
     targets = []
     for notify_def in job.notify:
         if notify_def.kind == _KIND and (reference := _REFERENCE.fullmatch(notify_def.to)):
@@ -198,7 +201,7 @@ async def restore_addresses(ports: Ports, job: JobDef) -> JobDef:
                 to = json_format.loads(await ports.patience(partial(ports.objects.get, key)))["to"]
                 notify_def = replace(notify_def, to=str(to[int(reference[2])]))
             except (NotFound, LookupError):
-                pass  # `address_problem` refuses the reference when it is called
+                pass  # `address_problem` later refuses the unresolved reference
         targets.append(notify_def)
     return replace(job, notify=tuple(targets))
 

@@ -1,8 +1,8 @@
 """Adoption of new, taken-over, and reopened jobs, and the start of delayed jobs.
 
 Invariants: one asyncio task conducts each job that has not ended. An outage or a bug that affects one job does not stop
-another job. No job starts before its time by the current wall clock. If the clock was set back by more than
-`SET_BACK_S`, a job starts at most `SET_BACK_S` after its original wait.
+another job. A delayed job does not start before its start time by the current wall clock. If the clock was set back by
+more than `SET_BACK_S`, a job starts at most `SET_BACK_S` after its original wait.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SET_BACK_S = 60.0
 
 
 class DelayedJobs:
-    """Jobs in SCHEDULED that one manager conducts."""
+    """Jobs in state SCHEDULED that one manager conducts."""
 
     def __init__(self, ports: Ports) -> None:
         self._ports = ports
@@ -59,13 +59,13 @@ class DelayedJobs:
                     live.wake.set()
 
     def _starts_s(self, job: JobDef) -> float:
-        """Return the job's start time on the monotonic clock, from the current wall clock."""
+        """Return the job's start time on the monotonic clock, computed from the current wall clock."""
         clock = self._ports.clock
         return clock.monotonic_s() + (job.start_at_s or 0.0) - clock.now_s()
 
 
 class Adoption(Part):
-    """Adopts jobs into `lives` and runs an asyncio task for each of them."""
+    """Adoption of jobs into `lives`, with an asyncio task for each adopted job."""
 
     def __init__(self, context: Context, coordinator: JobCoordinator, spending: Spending | None) -> None:
         super().__init__(context)
@@ -73,9 +73,9 @@ class Adoption(Part):
         self._spending = spending
         self.delayed_jobs = DelayedJobs(context.ports)
         self.group: asyncio.TaskGroup | None = None
-        """Task group of the conducted jobs. None while this manager does not lead."""
+        """Task group of the conducted jobs, or None while this manager does not lead."""
         self.searched_s = 0.0
-        """Monotonic time of the last search of the ledger for jobs that are not conducted."""
+        """Monotonic time of the last search of the ledger for jobs without an asyncio task."""
 
     async def adopt_active(self) -> None:
         self.searched_s = self._clock.monotonic_s()
@@ -86,15 +86,17 @@ class Adoption(Part):
             try:
                 await self.adopt(ChangeResult(rows, is_new=False))
             except (Malformed, TooNew, NotFound) as error:
-                # The other jobs must not wait for this one. The next search tries it again.
+                # A job that cannot be adopted must not block other jobs, and the next search tries to adopt it again.
                 key = object_keys.committed(record.job.id)
                 self._quarantine.object(key, error, record.job.id, "object")
 
     async def adopt(self, result: ChangeResult, *, concurrent: bool = False) -> LiveJob:
-        """Conduct a new, taken-over, or reopened job. With `concurrent`, other tasks may fold completions meanwhile."""
+        """Conduct a new, taken-over, or reopened job. With `concurrent`, other asyncio tasks may fold completions
+        during the adoption."""
         ledger, rows = self._ledger, result.rows
         job = rows.job.job
-        # A retry is two steps in the ledger. The previous leader may have died between them.
+        # The cuts of a retry are written again, because the previous leader may have died after it wrote only the first
+        # ledger change of the retry.
         cuts, unreadable = await self._cuts(rows.job)
         for cut in cuts:
             rows = (await ledger.apply(AddCut(cut))).rows
@@ -102,12 +104,14 @@ class Adoption(Part):
         if not result.is_new:
             planned = await ledger.bundles(job.id, done=False)
             if concurrent:
-                # The rows are read after the bundles. A bundle that is folded in between stays outstanding until the
-                # reconciler finds its outcome. In the other order, the counters would miss the bundle.
+                # The job rows are read again after the bundles, because older counters would miss a bundle folded
+                # between the two reads. A bundle folded between the two reads stays outstanding until the reconciler
+                # finds its outcome.
                 rows = await ledger.rows(job.id)
         if rows.job.state is JobState.SCHEDULED:
             self.delayed_jobs.add(job)
-        # The version comes from the clock, so that clients of the previous manager accept the updates of this manager.
+        # The job's version starts at the clock's time, so that clients of the previous manager accept the updates of
+        # this manager.
         live = LiveJob(
             rows.job,
             {s.counts.stage: s for s in rows.stages},
@@ -128,8 +132,8 @@ class Adoption(Part):
         if self._recorder:
             self._recorder.adopt(live)
         live_job = self._lives.get(job.id)
-        # Two submissions may have used one token. A retry may also have come before the task of the previous round has
-        # removed its job; then the new round replaces it.
+        # Another task may have adopted the job first, for example if two submissions use one client token. A live job
+        # of an earlier round is replaced, because a retry may begin before the task of the earlier round ends.
         if live_job and not live_job.ended.is_set() and live_job.round >= live.round:
             return live_job
         self._lives[job.id] = live
@@ -150,9 +154,9 @@ class Adoption(Part):
             return (), UnreadableObject(key, error.message)
 
     async def restore(self, job: JobId, *, concurrent: bool = False) -> JobDef | None:
-        """Restore a job from the bucket, because its submission crashed or the ledger was lost. Return None if the
-        bucket does not have a readable job of that name, or if this grid does not admit the job. A worker may name any
-        job in an event."""
+        """Restore a job from the bucket to the ledger after a crash of its submission or a loss of the ledger. Return
+        None if the bucket does not have a readable job of this id, or if this grid does not admit the job. The job id
+        is checked, because a worker may send any job id in an event."""
         if not admission.is_name(job):
             log.error("an event names a job that cannot exist")
             return None
@@ -163,7 +167,7 @@ class Adoption(Part):
         except NotFound:
             return None
         except UnreadableObject as error:
-            # The error must not block the completions of other jobs.
+            # The error of one job must not block the completions of other jobs.
             self._quarantine.object(error.key, error, job, "object")
             return None
         except (Malformed, TooNew) as error:
@@ -184,14 +188,13 @@ class Adoption(Part):
         return rows.job.job
 
     async def readopt(self, live: LiveJob) -> None:
-        """Restore a job from the bucket and conduct it again, because the ledger has counted an outcome that is not
-        committed."""
+        """Restore a job from the bucket and conduct it again, because the ledger does not match the bucket."""
         await restore(self._ports, live.id)
         live.ended.set()
         await self.adopt(ChangeResult(await self._ledger.rows(live.id), is_new=False), concurrent=True)
 
     async def _give_up(self, live: LiveJob, error: Malformed) -> None:
-        """End a job that can never continue, unless the backend is unavailable."""
+        """End a job that can never continue. If the backend is unavailable, the caller tries again after a tick."""
         try:
             await self._coordinator.give_up(live, error)
         except Superseded:
@@ -217,13 +220,13 @@ class Adoption(Part):
                 await self._give_up(live, error)
             except BackendError as error:
                 raise_if_cancelled()
-                # The retries are used up. The job is only late, because its state is in the bucket.
+                # The job continues after the outage, because the bucket has its state.
                 log.warning("job %s waits for the backend: %s", live.id, error)
                 live.trouble = str(error)
                 await asyncio.sleep(self._settings.tick_s)
             except Exception as error:
                 raise_if_cancelled()
-                # A bug that concerns one job must not end the other jobs.
+                # An unexpected error of one job must not end other jobs.
                 log.exception("job %s met a bug", live.id)
                 live.trouble = f"an error inside the manager: {error!r}; see its log"
                 await asyncio.sleep(self._settings.lease_ttl_s)

@@ -1,16 +1,16 @@
 """Scaling policy, launch breaker, and prewarming.
 
-The policy is the same on every backend. Desired capacity is backlog seconds ÷ (drain target × slots), within the pool's
-limits. Scale-out is immediate. Scale-in waits for a cooldown and terminates only idle instances. An idle pool shrinks
-to its minimum size.
+Every backend uses the same scaling policy. Desired capacity is backlog seconds ÷ (drain target × slots), within the
+pool's limits. Scale-out is immediate. Scale-in waits for a cooldown and terminates only idle instances. An idle pool
+shrinks to the pool's minimum size.
 
 The launch breaker stops launches in a pool whose instances do not start, because an Auto Scaling group replaces failed
 instances forever, and every launch is billed. After consecutive failed launches, the pool keeps its running and booting
-instances, and one more instance is launched after each pause. Each pause is twice as long as the one before. The first
-instance that starts closes the breaker.
+instances, and the launch breaker permits one more launch after each pause. Each pause between launches is twice as long
+as the previous pause. The first instance that starts closes the launch breaker.
 
-Prewarming sets a minimum capacity of a pool before a schedule is due. It ends when the policy knows the job's work, or
-when no job starts at the due time. Cost caps limit it.
+Prewarming sets a minimum capacity of a pool before a schedule is due. Prewarming ends when the scaling policy knows the
+work of the schedule's job, or when no job starts at the due time. Cost caps limit prewarming.
 """
 
 from __future__ import annotations
@@ -42,21 +42,22 @@ _ENDED = (LifecycleState.TERMINATING, LifecycleState.TERMINATED)
 @dataclass(slots=True)
 class _PoolLaunches:
     booting: dict[str, float] = field(default_factory=dict)
-    """Pending instances without a report, with the monotonic time when they were first seen."""
+    """Pending instances whose worker has not sent a heartbeat, with the monotonic time of each instance's first
+    observation."""
     failures: int = 0
     last: str = ""
-    """The last failed instance and the note about its end."""
+    """Id of the last failed instance, and the fleet's note about the end of this instance."""
     pause_s: float = 0.0
-    """Pause before the next attempt, 0 while launches are not stopped."""
+    """Pause before the next launch attempt, or 0 while launches are not stopped."""
     stopped_s: float = 0.0
     retry_s: float = 0.0
 
 
 class LaunchBreaker:
-    """Counts failed launches, and limits further launches."""
+    """Counter of failed launches that limits further launches."""
 
     def __init__(self, clock: Clock, settings: ManagerSettings, has_reported: Callable[[str], bool]) -> None:
-        """`has_reported` returns whether an instance's worker has ever sent a beat."""
+        """`has_reported` returns whether an instance's worker has ever sent a heartbeat."""
         self._clock = clock
         self._tries = settings.boot_tries
         self._pause_s = settings.boot_pause_s
@@ -80,7 +81,7 @@ class LaunchBreaker:
                     log.warning("pool %s starts instances again, and scaling continues", name, extra={"pool": name})
                 pool.failures, pool.pause_s, pool.last = 0, 0.0, ""
         elif instance.id in pool.booting and not (instance.healthy and instance.note.startswith("terminated")):
-            # The end of the instance was not requested.
+            # The instance failed, because nothing requested its end.
             self._failed(name, pool, instance, pool.booting.pop(instance.id))
 
     def _failed(self, name: str, pool: _PoolLaunches, instance: Instance, since_s: float) -> None:
@@ -94,17 +95,17 @@ class LaunchBreaker:
         elif since_s >= pool.retry_s:
             pool.pause_s = doubled_s(pool.pause_s, MAX_PAUSE_S)
         else:
-            return  # launched before the breaker opened, so this launch was not an attempt
+            return  # the instance was launched before the breaker opened, so the launch was not an attempt
         pool.retry_s = now_s + pool.pause_s
         log.warning("%s", self.trouble(name), extra={"pool": name})
 
     def limit(self, view: GroupView) -> int | None:
-        """Return the maximum desired capacity, or None if launches are not stopped."""
+        """Return the group's maximum desired capacity, or None if launches are not stopped."""
         pool = self._pools.get(view.pool.name)
         if pool is None or not pool.pause_s:
             return None
-        # Instances launched together with the failed ones may be healthy: a Spot interruption may take only some
-        # instances that boot.
+        # Instances launched together with failed instances may be healthy, because a Spot interruption may end only
+        # some booting instances.
         running = sum(
             instance.state is LifecycleState.IN_SERVICE
             or pool.booting.get(instance.id, pool.stopped_s) < pool.stopped_s
@@ -114,12 +115,12 @@ class LaunchBreaker:
         return max(view.pool.min_size, min(view.pool.max_size, running + trial))
 
     def retry_now(self, name: str) -> None:
-        """End the pause at a user's request."""
+        """End the pause of the pool's launches at a user's request."""
         if pool := self._pools.get(name):
             pool.retry_s = min(pool.retry_s, self._clock.monotonic_s())
 
     def trouble(self, name: str) -> str:
-        """Return a clause about failed launches of the pool, or ""."""
+        """Return a phrase about failed launches of the pool, or "" after too few failures."""
         pool = self._pools.get(name)
         if pool is None or pool.failures < self._tries:
             return ""
@@ -134,7 +135,7 @@ class LaunchBreaker:
         return f"{text}; launching is stopped, {when}"
 
     def stopped(self) -> dict[str, str]:
-        """Return the reason of each pool whose launches are stopped."""
+        """Return the pools whose launches are stopped, with the reason of each stop."""
         return {name: self.trouble(name) for name, pool in self._pools.items() if pool.pause_s}
 
 
@@ -144,7 +145,7 @@ def desired_capacity(backlog: Backlog, view: GroupView, drain_target_s: float) -
     if not backlog.tasks:
         return pool.min_size, "there is no backlog"
     needed = math.ceil(backlog.seconds / (drain_target_s * pool.slots))
-    # More instances than tasks would idle. One task needs one instance, however short it is.
+    # Instances without a task would idle. One task needs one instance, even if the task is short.
     useful = math.ceil(backlog.tasks / pool.slots)
     desired = max(pool.min_size, min(pool.max_size, max(1, min(needed, useful))))
     work = f"a backlog of {count(backlog.tasks, 'task')} ({backlog.seconds:.1f} s of work)"
@@ -162,7 +163,7 @@ class MinimumCapacity:
 
 
 class Autoscaler(Part):
-    """Applies the policy to every pool at each tick. `caps` limit launches by cost."""
+    """Autoscaler that applies the scaling policy to every pool at each tick. `caps` limit launches by cost."""
 
     def __init__(self, context: Context, caps: CostCaps | None = None) -> None:
         super().__init__(context)
@@ -171,14 +172,14 @@ class Autoscaler(Part):
         self._idle_since_s: dict[str, float] = {}
         self.launch_breaker = LaunchBreaker(context.ports.clock, context.settings, context.registry.has_reported)
         self.user_capacity: dict[str, int] = {}
-        """Capacity set by a user, by pool. The policy does not change it."""
+        """Capacity that a user has set, by pool. The scaling policy does not change a user's capacity."""
         self._reduced: set[str] = set()
-        """Pools with a user's capacity that have fewer instances now, because launches fail."""
+        """Pools whose desired capacity is below the user's capacity, because launches fail."""
         self.minimum_capacity: Callable[[GroupView], MinimumCapacity | None] = lambda _: None
-        """Function that returns the minimum capacity for work that is due soon."""
+        """Function that returns a pool's minimum capacity for work that is due soon."""
 
     def backlog(self, pool: str) -> Backlog:
-        """Return the remaining work of all running jobs in a pool."""
+        """Return the remaining work in a pool of all running jobs."""
         seconds, tasks = 0.0, 0
         now_s = self._clock.monotonic_s()
         for live in self._lives.values():
@@ -190,8 +191,8 @@ class Autoscaler(Part):
                     continue
                 remaining = max(0, counts.planned - counts.terminal)
                 if live.is_held or (live.budget and counts.mean_s is None):
-                    # A job at its cap gets capacity only for the bundles that are cut, and so does a capped job while
-                    # the duration of its tasks is unknown.
+                    # A job at its cost cap counts only with its outstanding bundles. A capped job whose task duration
+                    # is unknown also counts only with its outstanding bundles.
                     remaining = min(remaining, live.cut_tasks(stage.name))
                 seconds += remaining * live.task_s(stage, now_s)
                 tasks += remaining * stage.slots
@@ -214,7 +215,7 @@ class Autoscaler(Part):
             desired, why = self._caps.limit_launches(view, desired, why)
         limit = self.launch_breaker.limit(view)
         if limit is not None and (view.desired > limit or desired > limit):
-            # At once, because Pending instances will fail and be replaced.
+            # The lower limit takes effect without a cooldown, because Pending instances will fail and be replaced.
             await self.set_desired(view, limit, self.launch_breaker.trouble(pool))
             return
         if desired > view.desired:
@@ -236,7 +237,7 @@ class Autoscaler(Part):
         log.info("desired capacity %d, before %d: %s", desired, before, why, extra={"pool": pool})
 
     async def _hold_user_capacity(self, view: GroupView, capacity: int) -> None:
-        """Set a user's capacity, but less while launches fail."""
+        """Set the capacity of a user, or a lower capacity while launches fail."""
         pool = view.pool.name
         limit = self.launch_breaker.limit(view)
         target = max(view.pool.min_size, min(view.pool.max_size, capacity))
@@ -268,25 +269,26 @@ class Autoscaler(Part):
             await self.set_desired(view, view.desired - rest, why)
 
     async def protect_the_busy(self, view: GroupView) -> None:
-        """Set scale-in protection for busy instances. The caller does this before a group shrinks (I5)."""
+        """Set scale-in protection for busy instances. The autoscaler protects busy instances before a group shrinks
+        (I5)."""
         pool = view.pool.name
         alive = [i for i in view.instances if i.state is LifecycleState.IN_SERVICE]
         busy = frozenset(self._registry.busy(pool))
-        # The group's state counts, because another manager may have led in between.
+        # The comparison uses the group's protection state, because another manager may have changed the protection.
         for on in (True, False):
             if ids := sorted(i.id for i in alive if (i.id in busy) is on and i.protected is not on):
                 await self._fleet.protect(pool, ids, on=on)
 
 
 MAX_PLANNING_S = 600.0
-"""A job that takes longer to plan gets more capacity only from the scaling policy."""
+"""Maximum planning time of a job that keeps its prewarmed capacity."""
 MAX_PEAKS = 5
-"""Number of recent runs whose peaks count."""
+"""Number of recent runs whose peak capacity sets the prewarmed capacity."""
 _ALIVE = (LifecycleState.PENDING, LifecycleState.IN_SERVICE)
 
 
 class Prewarm(Part):
-    """Minimum capacity of pools before schedules are due. The autoscaler calls it at each tick."""
+    """Minimum capacity of pools before schedules are due. The autoscaler calls `Prewarm` for each pool at each tick."""
 
     def __init__(self, context: Context, scheduler: Scheduler, caps: CostCaps | None) -> None:
         super().__init__(context)
@@ -294,7 +296,7 @@ class Prewarm(Part):
         self._caps = caps
 
     def __call__(self, view: GroupView) -> MinimumCapacity | None:
-        """Return the pool's minimum capacity now, or None if nothing is due soon."""
+        """Return the pool's current minimum capacity, or None if no schedule is due soon."""
         minimum_capacities = [
             self._for_schedule(view, schedule) for schedule in self._scheduler.store.schedules.values()
         ]
@@ -322,7 +324,7 @@ class Prewarm(Part):
         return MinimumCapacity(paid, why) if paid else None
 
     def _due_s(self, schedule: Schedule) -> float | None:
-        """Return the due time that the fleet must be ready for, or None."""
+        """Return the due time for which the fleet must be ready, or None."""
         now_s = self._clock.now_s()
         run = schedule.running
         if run and not run.asked and not self._scheduler.has_begun(run):
@@ -330,13 +332,13 @@ class Prewarm(Part):
             if started_s - run.due_s <= ON_TIME_S and now_s - started_s <= MAX_PLANNING_S:
                 return run.due_s
         next_s = self._scheduler.next_s(schedule)
-        # Shortly after the due time, the scheduler may not have decided on it yet.
+        # The tolerance covers the time between the due time and the scheduler's decision about the run.
         if next_s is not None and -ON_TIME_S <= next_s - now_s <= schedule.definition.prewarm_s:
             return next_s
         return None
 
     def _count(self, schedule: Schedule, template: JobDef, view: GroupView) -> tuple[int, str]:
-        """Return the number of instances, and the reason."""
+        """Return the number of instances to prewarm, and the reason."""
         pool = view.pool.name
         if schedule.definition.capacity is not None:
             return schedule.definition.capacity, f"{schedule.definition.capacity} as it asks for"
@@ -354,7 +356,7 @@ class Prewarm(Part):
         return count, f"{count}, for its {tasks} tasks"
 
     def _affordable(self, schedule: Schedule, template: JobDef, view: GroupView, count: int, due_s: float) -> int:
-        """Return how many of the instances the cost caps pay for until the due time."""
+        """Return the number of instances, at most `count`, that the cost caps cover until the due time."""
         if self._caps is None:
             return count
         caps, prewarm_s = self._caps, schedule.definition.prewarm_s
@@ -370,8 +372,8 @@ class Prewarm(Part):
 
 
 def affordable(count: int, existing: int, left_usd: float, launch_usd: float, hold_usd: float) -> int:
-    """Return how many of `count` instances `left_usd` pays for. A launch costs `launch_usd`, and each of the `existing`
-    instances costs `hold_usd`."""
+    """Return the number of instances, at most `count`, that `left_usd` covers. A launch costs `launch_usd`, and each of
+    the `existing` instances costs `hold_usd`."""
     reused = min(count, existing)
     if hold_usd > 0 and reused * hold_usd > left_usd:
         return int(max(0.0, left_usd) / hold_usd)
@@ -381,7 +383,7 @@ def affordable(count: int, existing: int, left_usd: float, launch_usd: float, ho
 
 
 def _known_tasks(template: JobDef) -> int | None:
-    """Return the number of tasks of the first stages, or None if it is unknown."""
+    """Return the number of tasks of the template's first stages, or None if the number is unknown."""
     raw = template.input
     if raw is None:
         return template.items

@@ -1,6 +1,6 @@
-"""Number and sizes of the bundles that are cut from a stage now.
+"""Number and sizes of the bundles in the next cut of a stage.
 
-Invariant: the result depends only on data in memory. It has no effect until the coordinator commits it.
+Invariant: the computed bundles depend only on data in memory, and have no effect until the coordinator commits the cut.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Bundler(Part):
     def opening(self, job: JobDef, items: Sequence[Json]) -> commit_keys.Opening:
         """Return the items and first bundles that are stored in one object with the job's definition."""
         waits = job.start_at_s is not None and job.start_at_s > self._clock.now_s()
-        # A capped job is cut only after the remaining budget is known.
+        # A job with a cost cap has no opening cut, because its remaining budget is not known yet.
         if waits or len(job.roots()) != 1 or job.max_cost_usd is not None:
             return commit_keys.Opening(items)
         (stage,) = job.roots()
@@ -31,9 +31,9 @@ class Bundler(Part):
         return commit_keys.Opening(items, Cut(job.id, stage.name, 0, 0, bundles, uncut, len(items)))
 
     def wave(self, live: LiveJob, stage: StageDef, uncut: TaskSet, round_: int) -> tuple[tuple[Bundle, ...], TaskSet]:
-        """Return the bundles of the next cut, and the tasks that remain after it."""
+        """Return the bundles of the next cut, and the tasks that remain after the cut."""
         if not uncut:
-            return (), uncut  # the check for room iterates over all other jobs
+            return (), uncut  # avoids the check for room, which iterates over all other jobs
         pace_s = live.pace_s(stage.name)
         sizes = settlement.wave(
             len(uncut),
@@ -51,8 +51,8 @@ class Bundler(Part):
         return tuple(bundles), uncut
 
     def _room(self, live: LiveJob, stage: StageDef) -> int:
-        """Return how many bundles of this stage may be sent now. Jobs of the highest priority with uncut tasks share
-        the window evenly. Other jobs wait."""
+        """Return the number of bundles of the stage that may be sent now. Jobs of the highest priority with uncut tasks
+        share the window evenly, and jobs of lower priority wait."""
         if live.is_held:
             return 0
         pool = stage.pool
@@ -60,11 +60,11 @@ class Bundler(Part):
         window = self._settings.window * slots + 1
 
         def worth(room: int) -> int:
-            # A cut costs the same for any number of bundles. Cut one for every slot, unless no other bundle waits
-            # behind the running ones.
+            # A cut has at least one bundle for every slot, because a cut costs the same for any number of bundles. A
+            # smaller cut is worth its cost if no bundle waits behind the running bundles.
             return room if room >= slots or outstanding <= slots else 0
 
-        # There may be many other jobs, and each of them only reduces the room.
+        # The loop stops early, because many other jobs may exist and each other job only reduces the room.
         room, peers = window - outstanding, 1
         if worth(room) <= 0:
             return 0
@@ -76,13 +76,13 @@ class Bundler(Part):
             if worth(room) <= 0:
                 return 0
         if peers == 1:
-            # Workers drop bundles of paused jobs, so these bundles must not fill the window.
+            # Bundles of paused jobs must not fill the window, because workers delete the messages of these bundles.
             unpaused = {job: other for job, other in self._lives.items() if other.record.control is not Control.PAUSE}
             room = min(room, window - outstanding_in_pool(unpaused, pool))
         return worth(room)
 
     def _rivals(self, live: LiveJob, pool: str) -> Iterator[LiveJob]:
-        """Yield other jobs of at least this priority with uncut tasks in the pool."""
+        """Yield other jobs of at least the same priority with uncut tasks in the pool."""
         least = live.job.priority
         for live_job in self._lives.values():
             if (
@@ -103,6 +103,7 @@ def _affordable_sizes(live: LiveJob, stage: StageDef, budget: Budget, sizes: lis
 
 
 def _may_cut(live: LiveJob) -> bool:
-    """Return whether the job may cut bundles now. Other jobs do not wait for a job that a cap holds back."""
+    """Return whether the job may cut bundles now. A job that a cost cap holds back may not cut bundles, so other jobs
+    do not wait for it."""
     runs = live.record.control is Control.RUN and live.record.state is not JobState.SCHEDULED
     return runs and not live.is_held

@@ -1,8 +1,8 @@
 """Consumer of the events queue: completions go to the ledger, and heartbeats go to the worker registry.
 
-Invariants: a fact about a sealed job counts only if its sender proves that it has the job's commit key. A job of
-release 0.1.0 does not have a commit key, and its facts count without proof. Facts about a job wait until its submission
-has written the job to the ledger.
+Invariants: a fact about a sealed job counts only if the sender proves that it has the job's commit key. A job of
+release 0.1.0 does not have a commit key, so facts about this job count without proof. Facts about a job wait until the
+submission has written the job to the ledger.
 """
 
 from __future__ import annotations
@@ -36,21 +36,22 @@ log = logging.getLogger(__name__)
 
 
 class EventVerifier(Part):
-    """Checks the proofs in event messages. `job_of` returns the definition of a job that the message does not prove."""
+    """Verifier of the proofs in event messages. `job_of` returns the definition of a job without a proof in the
+    message."""
 
     def __init__(self, context: Context, job_of: Callable[[JobId], Awaitable[JobDef | None]]) -> None:
         super().__init__(context)
         self._job_of = job_of
 
     async def verify(self, events: Events, text: str, proofs: Mapping[str, str], id_: str) -> tuple[Events, set[JobId]]:
-        """Return the facts in message `id_` that its sender may assert, and the trusted jobs."""
+        """Return the facts of message `id_` that the sender may assert, and the jobs whose facts are trusted."""
         jobs = jobs_in(events)
         if not jobs:
             return events, jobs
         trusted = await self._proven_jobs(jobs, text, proofs)
         if trusted == jobs and not events.committed:
-            return events, trusted  # the parser rejects follow-ups of another job
-        proven = set(trusted)  # an outcome key is checked by its seal
+            return events, trusted  # all facts are trusted, because the parser rejects follow-ups of another job
+        proven = set(trusted)  # the outcome keys of these jobs must have a valid seal
         unproven: set[JobId] = set()
         for job in sorted(jobs - trusted):
             await self._context.pending_submissions.ended({job})
@@ -99,24 +100,24 @@ def _count(events: Events) -> int:
 
 
 DELETE_DELAY_S = 0.5
-"""Messages of folded events wait for this time, so that one request deletes several of them."""
+"""Delay before the deletion of folded messages, so that one request deletes several messages."""
 
 FOLD_BYTES = 32 * 1024
-"""Messages of a backlog are folded in batches of this size, about 100 completions. A transaction per receive costs
-three times as much per completion."""
+"""Size of the message batches in which a backlog is folded, about 100 completions. One transaction per receive would
+cost three times as much per completion."""
 
 MAX_NAMES = 3
-"""Number of job names in an unreadable event that are looked up."""
+"""Maximum number of job names that the collector looks up in an unreadable event."""
 _JOB = re.compile(r'"(?:j|job)" ?: ?"([A-Za-z0-9][A-Za-z0-9_.-]{0,99})"')
 
 
 def events_queue(settings: ManagerSettings) -> QueueSpec:
-    """Return the specification of the queue of completions and beats."""
+    """Return the specification of the queue of completions and heartbeats."""
     return QueueSpec(object_keys.EVENTS, visibility_s=settings.visibility_s)
 
 
 def _read(body: str) -> tuple[Events, str, Mapping[str, str]]:
-    """Return the facts in a message, its text without proofs, and the proofs."""
+    """Return the facts of a message, the message text without proofs, and the proofs."""
     try:
         text, proofs = split(body)
     except UNREADABLE as error:
@@ -125,7 +126,7 @@ def _read(body: str) -> tuple[Events, str, Mapping[str, str]]:
 
 
 class Collector(Part):
-    """The only consumer of the events queue."""
+    """Consumer of the events queue, of which a grid has only one at a time."""
 
     def __init__(self, context: Context, ledger_writer: LedgerWriter) -> None:
         super().__init__(context)
@@ -137,8 +138,8 @@ class Collector(Part):
         self._is_request_full = asyncio.Event()
 
     async def collect(self) -> None:
-        """Receive, fold, and delete messages forever. A message is deleted after its fold. After a crash, the repeated
-        fold counts nothing twice."""
+        """Receive, fold, and delete messages in an endless loop. A message is deleted only after its fold. After a
+        crash, a repeated fold of the same message counts no completion twice."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._delete(), name="delete events")
             await self._collect()
@@ -155,7 +156,7 @@ class Collector(Part):
                 # Received messages return after their visibility timeout.
                 log.warning("events wait for the backend: %s", error)
                 await asyncio.sleep(self._settings.tick_s)
-                if isinstance(error, NotFound):  # the queue was deleted
+                if isinstance(error, NotFound):  # the events queue was deleted
                     try:
                         await self._queue.ensure(events_queue(self._settings))
                     except BackendError as later:
@@ -173,13 +174,13 @@ class Collector(Part):
             self._is_folded.set()
             if len(self._folded) >= MAX_BATCH:
                 self._is_request_full.set()
-            if len(messages) < MAX_BATCH:  # a backlog is folded without a pause
+            if len(messages) < MAX_BATCH:  # only a backlog is folded without a pause
                 await asyncio.sleep(STEP_BACK_S)
         if self._registry.outage_s == math.inf:
             self._registry.outage_s = self._clock.monotonic_s()
 
     async def _receive_batch(self) -> list[Message]:
-        """Return the messages of one fold, from several receives if there is a backlog."""
+        """Return the messages for one fold. During a backlog, several receive calls supply these messages."""
         messages = list(await self._patience(partial(self._receive, self._settings.wait_s)))
         size = sum(len(message.body) for message in messages)
         last = len(messages)
@@ -188,13 +189,13 @@ class Collector(Part):
                 more = await self._receive(0.0)
             except BackendError:
                 raise_if_cancelled()
-                break  # the next receive reports the error, and these messages must not wait for it
+                break  # the next receive reports the error, because the messages received so far must not wait
             messages += more
             size += sum(len(message.body) for message in more)
             last = len(more)
         oldest_s = min((message.sent_s for message in messages), default=math.inf)
         if last == MAX_BATCH and self._clock.now_s() - oldest_s > self._settings.tick_s:
-            # There is still a backlog, so the latest beats are not received yet.
+            # During a backlog, the latest heartbeats are not received yet.
             self._registry.outage_s = self._clock.monotonic_s()
         return messages
 
@@ -204,7 +205,7 @@ class Collector(Part):
                 object_keys.EVENTS, max_messages=MAX_BATCH, wait_s=wait_s, visibility_s=self._settings.visibility_s
             )
         except BackendError:
-            # Set at once, because the retries of `patience` may take minutes.
+            # The outage is set before the retries of `patience`, because these retries may take minutes.
             self._registry.outage_s = math.inf
             raise
 
@@ -220,7 +221,7 @@ class Collector(Part):
                 try:
                     await self._patience(delete)
                 except BackendError as error:
-                    # The messages return, are folded without effect, and are deleted then.
+                    # Undeleted messages return to the queue, and the repeated fold has no effect.
                     log.warning("events are not deleted: %s", error)
 
     async def _process(self, messages: Sequence[Message]) -> None:
@@ -243,7 +244,7 @@ class Collector(Part):
             whole |= self._retained(events.outcomes, len(message.body))
         await self._context.pending_submissions.ended({completion.bundle.job for completion in completions})
         if self._notify_clients(whole.values()):
-            # A fold takes as long as all other steps together.
+            # The pause lets the clients run before the fold, because a fold takes as long as all other steps together.
             await asyncio.sleep(STEP_BACK_S)
         await self._registry.instances.bind(beat for events, _ in verified for beat in events.beats)
         traces: dict[BundleKey, str] = {}
@@ -253,8 +254,8 @@ class Collector(Part):
         await self._ledger_writer.fold(completions, whole, traces)
 
     async def _process_reports(self, events: Events, trusted: Collection[JobId]) -> None:
-        """Process heartbeats, worker counts, and duplicates. Worker counts need a valid heartbeat in the same
-        message."""
+        """Record heartbeats, worker counts, request counts, and duplicates. Worker counts and request counts require a
+        valid heartbeat in the same message."""
         if events.duplicates and self._recorder:
             self._recorder.record_duplicates(events.duplicates)
         instances: dict[str, str] = {}
@@ -279,8 +280,8 @@ class Collector(Part):
         }
 
     def _notify_clients(self, outcomes: Iterable[RetainedOutcome]) -> bool:
-        """Pass committed outcomes to clients that wait for the first outcomes of a job. Return whether a client
-        waits."""
+        """Pass committed outcomes to clients that wait for the first outcomes of a job. Return whether a client waits
+        for one of the outcomes."""
         is_awaited = False
         for outcome in outcomes:
             live = self._lives.get(outcome.outcome.bundle.job) if outcome.outcome else None
@@ -292,31 +293,32 @@ class Collector(Part):
         return next((job for match in matches if (job := JobId(match[1])) in self._lives), None)
 
     async def _fetch(self, name: str) -> list[Completion]:
-        """Return the completion of a committed outcome, or an empty list if its job is unknown or its key is forged."""
+        """Return the completion of a committed outcome, or an empty list if the outcome is unreadable, unknown, or
+        forged."""
         outcome_key = object_keys.outcome_key(name)
         job = await self._ledger_writer.job(outcome_key.job) if outcome_key else None
         if job is None or not object_keys.is_genuine(name, await self._keys.key_of(job)):
-            return []  # its job was removed, or the key is forged
+            return []  # the outcome's job was removed, or the outcome key is forged
         try:
             outcome = await read_outcome(self._objects, name, self._patience)
             return [settlement.completion(outcome)]
         except NotFound:
             return []
         except Malformed as error:
-            # The reconciler replaces the outcome after its bundle has been silent for long enough.
+            # The reconciler replaces an unreadable outcome after its bundle has been silent for `silence_s`.
             self._quarantine.object(name, error, job.id)
             return []
 
     def _reset_silences(self) -> None:
         """Reset the silence of all bundles during an outage of the events queue, so that the reconciler does not send
-        them again."""
+        these bundles again."""
         now_s = self._clock.monotonic_s()
         for live in self._lives.values():
             for outstanding in live.all_outstanding():
                 outstanding.heard_s = max(outstanding.heard_s, now_s)
 
     def _reset_silence(self, beat: Beat, trusted: Collection[JobId]) -> None:
-        """Reset the silence of the bundles that a worker holds."""
+        """Reset the silence of the bundles in a worker's heartbeat."""
         now_s = self._clock.monotonic_s()
         for held in beat.held:
             live = self._lives.get(held.job) if held.job in trusted else None

@@ -2,7 +2,8 @@
 
 Invariants: a sealed job ends only when the bucket has the outcome of each counted bundle under its sealed name, because
 a worker with the job's commit key can send events of outcomes that it never committed. A job ends even if its bundles
-have ended before its tasks (I7), because such a worker can commit outcomes without the follow-up bundles.
+have ended before its tasks (I7), because a worker with the commit key can commit outcomes without their follow-up
+bundles.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from batchlab.core.protocol import object_keys
 from batchlab.manager.state import LiveJob, Ports
 
 MAX_SINGLE_REQUESTS = 8
-"""Up to this number of bundles, single requests are faster than a listing."""
+"""Maximum number of bundles for which single requests are faster than a listing."""
 _PAGE = 2_000
 MAX_JOBS = 1_000
 
 
 async def uncommitted_bundles(ports: Ports, live: LiveJob) -> list[Bundle]:
-    """Return counted bundles without an outcome object. The list is empty for an unsealed job."""
+    """Return the job's counted bundles without an outcome object. For an unsealed job, the returned list is empty."""
     key = await ports.keys.key_of(live.job)
     if not key:
         return []
@@ -52,14 +53,14 @@ class Recovery(Enum):
     RESTORE = auto()
     """Restore the job from the bucket, where only committed outcomes count."""
     FAIL = auto()
-    """End the job, because the bucket has the same state."""
+    """End the job, because a restore from the bucket has not changed the job's state."""
 
 
 class LostTasks:
     """Detector of jobs with tasks that are in no bundle."""
 
     def __init__(self, ports: Ports, wait_s: float) -> None:
-        """The state must last for `wait_s`, because counters and bundles change one by one."""
+        """A job must lack bundles for `wait_s` before a recovery, because counters and bundles change one by one."""
         self._clock = ports.clock
         self._wait_s = wait_s
         self._since_s: OrderedDict[tuple[JobId, int], float] = OrderedDict()

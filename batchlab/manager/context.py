@@ -1,4 +1,4 @@
-"""Values that the parts of one manager share: ports, settings, jobs, workers, counters, and queues."""
+"""Values that the parts of one manager share, such as ports, settings, jobs, workers, counters, and queues."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ Deliver = Callable[[Target, Notification], Awaitable[None]]
 
 @dataclass(frozen=True, slots=True)
 class NotificationChannels:
-    """The grid's current target directory, and the delivery function."""
+    """The grid's current directory of notification targets, and the delivery function."""
 
     directory: Callable[[], NotificationSettings]
     deliver: Deliver
 
 
 class PendingSubmissions:
-    """Jobs whose first bundles are sent before the ledger has the job."""
+    """Submissions whose first bundles are sent before the ledger has the job."""
 
     def __init__(self) -> None:
         self._pending: dict[JobId, asyncio.Event] = {}
@@ -47,7 +47,7 @@ class PendingSubmissions:
             yield
         finally:
             end.set()
-            # A bucket that lost objects may have let another request create the same job meanwhile.
+            # Another request may have created the same job again, if the bucket lost objects during the submission.
             if self._pending.get(job) is end:
                 del self._pending[job]
 
@@ -68,20 +68,20 @@ class Context:
     counts: Counters = field(default_factory=Counters)
     tracer: Tracer = NO_TRACER
     channels: NotificationChannels | None = None
-    """None if this manager sends no notifications."""
+    """Channels of notifications, or None if this manager sends no notifications."""
     recorder: Recorder | None = None
-    """None if this manager records no performance data."""
+    """Recorder of performance data, or None if this manager records no performance data."""
     reports: ReportQueue = field(default_factory=ReportQueue)
     slots: dict[str, int] = field(default_factory=dict)
-    """Slots that each pool has or can soon have."""
+    """Number of slots of each pool, or the assumed number for an empty pool."""
     depths: dict[str, Depth] = field(default_factory=dict)
     """Most recent depth of each pool's task queue."""
     groups: dict[str, GroupView] = field(default_factory=dict)
-    """Groups at the end of the last tick."""
+    """Views of the groups at the end of the last tick, by pool."""
     wake: asyncio.Event = field(default_factory=asyncio.Event)
-    """Starts the next tick at once when it is set."""
+    """Event that starts the next tick without a wait."""
     ledger_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Held by a fold, a tick, and a rebuild, because each of them needs an unchanged ledger."""
+    """Lock held by folds, ticks, and rebuilds, because each operation needs an unchanged ledger."""
     pending_submissions: PendingSubmissions = field(default_factory=PendingSubmissions)
     quarantine: Quarantine = field(init=False)
     registry: WorkerRegistry = field(init=False)
@@ -100,24 +100,24 @@ class Context:
         admission.admit(job, slots, self.channels.directory() if self.channels else None)
 
     def slots_in_service(self, pool: str) -> int:
-        """Return the slots of the pool's instances that were InService at the last tick."""
+        """Return the number of slots of the pool's instances that were InService at the last tick."""
         view = self.groups.get(pool)
         return view.pool.slots * sum(i.state is LifecycleState.IN_SERVICE for i in view.instances) if view else 0
 
     def wake_if_short(self, pool: str) -> None:
-        """Start the next tick at once if the pool needs more capacity."""
+        """Start the next tick without a wait if the pool has more outstanding bundles than slots."""
         if outstanding_in_pool(self.lives, pool) > self.slots_in_service(pool):
             self.wake.set()
 
     def update_slots(self, name: str) -> None:
-        """Set the slots of a pool from its group. An empty pool counts as EMPTY_POOL_SIZE instances."""
+        """Set the slot number of a pool from the pool's group. An empty pool counts as EMPTY_POOL_SIZE instances."""
         pool = self.groups[name].pool if name in self.groups else self.pools[name]
         assumed = max(1, min(pool.max_size, EMPTY_POOL_SIZE)) * pool.slots
         self.slots[name] = self.slots_in_service(name) or assumed
 
 
 class Part:
-    """Base class of the manager's parts. It copies the shared values into attributes."""
+    """Base class of the manager's parts, which copies the shared values into attributes."""
 
     def __init__(self, context: Context) -> None:
         self._context = context

@@ -1,8 +1,9 @@
 """Cost caps of the grid and of jobs, and attribution of instances to jobs.
 
-Invariants: without a cap, nothing is limited. With a cap, spent cost, committed cost, and the cost of one more launch
-never exceed the cap together. Before a launch or a cut, the budget must cover its cost. Running work finishes. The
-shares of an instance sum to 1, or are empty.
+Invariants: without a cost cap, the manager limits no launch and no cut. With a cost cap, the sum of spent cost,
+committed cost, and the cost of one more launch never exceeds the cap. The remaining budget must cover the cost of a
+launch or a cut in advance. Running tasks finish even if a cost cap is reached. The shares that jobs have in an instance
+sum to 1, or are empty.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ class UsageAttribution:
         self._registry = registry
 
     def waiting_shares(self, view: GroupView) -> dict[JobId, float]:
-        """Return equal shares of the jobs that an idle instance of the pool waits for. If no job has work and the pool
-        is above its minimum size, return the shares of the jobs that a cap holds back."""
+        """Return equal shares for the jobs that have work for an idle instance of the pool. If no job has work and the
+        pool is above its minimum size, return equal shares for the jobs that a cost cap holds back."""
         pool = view.pool
         job_ids = [live.id for live in self._lives.values() if live.has_work(pool.name)]
         if not job_ids and len(view.instances) > pool.min_size:
@@ -39,7 +40,8 @@ class UsageAttribution:
         return dict.fromkeys(job_ids, 1 / len(job_ids)) if job_ids else {}
 
     def shares_of(self, instance: str, waiting: Mapping[JobId, float]) -> Mapping[JobId, float]:
-        """Return the shares of the jobs whose bundles the instance runs or holds."""
+        """Return each job's share of an instance by the bundles that the instance runs or holds. For an instance
+        without a bundle, return `waiting`."""
         worker_status = self._registry.workers.get(instance)
         held = worker_status.beat.held if worker_status else ()
         jobs = [h.job for h in held if h.running] or [h.job for h in held]
@@ -65,18 +67,19 @@ class CostCaps(Part):
         self.shares = UsageAttribution(context.lives, context.registry)
         self._meter = Meter()
         self.max_cost_usd = accounting.max_cost_usd
-        """Cap of the whole grid since its account began."""
+        """Cost cap of the whole grid in USD, since the start of the grid's account."""
         self.user_caps: dict[JobId, float | None] = {}
-        """Caps set by users, which replace the caps of job definitions."""
+        """Cost caps set by users, which replace the cost caps of job definitions."""
         self.capped: dict[str, str] = {}
-        """Why a cap stops launches, by pool."""
+        """Reason why a cost cap stops launches, by pool."""
         self._grid: CapBudget | None = None
 
     def cap_of(self, live: LiveJob) -> float | None:
         return self.user_caps.get(live.id, live.job.max_cost_usd)
 
     def set_cap(self, job: JobId | None, usd: float | None) -> None:
-        """Set the cap of a job, or of the grid if `job` is None. Raise Refused if the grid does not have prices."""
+        """Set the cost cap of a job, or of the grid if `job` is None. Raise Refused if the grid does not have
+        prices."""
         if usd is not None and self._rates is None:
             raise Refused(
                 "This grid does not have prices, so costs cannot be capped.",
@@ -115,8 +118,8 @@ class CostCaps(Part):
             tail_s = self._tail_s(view.pool.name)
             for instance in view.instances:
                 if life := self._meter.lives.get(instance.id):
-                    # The time until the instance is terminated after its work. Time that is billed already also pays
-                    # for work, unless the instance still boots.
+                    # The tail is the time between an instance's work and its termination. Time that is already billed
+                    # reduces the tail, unless the instance still boots.
                     still_s = tail_s - life.prepaid_s
                     if instance.state is not LifecycleState.IN_SERVICE:
                         still_s = max(0.0, still_s + view.pool.boot_s)
@@ -144,8 +147,8 @@ class CostCaps(Part):
         return account.usd(rates) + self._request_usd(account.requests)
 
     def _hold(self, live: LiveJob, next_usd: float, uncut_usd: float) -> None:
-        """Hold the job back if a budget does not cover its next task. The job counts as capped until the budgets cover
-        all uncut tasks."""
+        """Hold the job back if a budget does not cover the job's next task. The job counts as capped until the budgets
+        cover all its uncut tasks."""
         budgets = live.budget.caps if live.budget else ()
         empty = next((p for p in budgets if p.left_usd <= 0 or p.left_usd < next_usd), None)
         if live.is_held != bool(empty):
@@ -153,7 +156,8 @@ class CostCaps(Part):
             live.wake.set()
         budget = empty
         if live.capped and not empty:
-            # Each bundle that cost less than estimated frees a part of the budget.
+            # The job stays capped while a budget does not cover its uncut tasks, because each bundle that cost less
+            # than estimated frees a part of the budget.
             budget = next((p for p in budgets if p.left_usd < uncut_usd), None)
         text = f"its cost is capped: {budget.text()}" if budget else ""
         if empty and empty.left_usd > 0:
@@ -165,14 +169,14 @@ class CostCaps(Part):
         live.capped = text
 
     def _next_usd(self, live: LiveJob, slot_usd_s: Mapping[str, float]) -> float:
-        """Return the minimum cost of the job's next task, including an instance if the pool has none."""
+        """Return the minimum cost of the job's next task, including a launch if the task's pool has no instance."""
         now_s, costs_usd = self._clock.monotonic_s(), []
         for stage in live.job.stages:
             record = live.stages[stage.name]
             is_next = record.left or (record.counts.planned is None and not stage.after)
             if stage.pool not in self._pools or not is_next:
                 continue
-            # Before a measurement, the cost of a task is unknown and counts as 0.
+            # Before the first measurement, the cost of a task is unknown and counts as 0.
             is_measured = record.counts.mean_s is not None
             usd = slot_usd_s.get(stage.pool, 0.0) * live.task_s(stage, now_s) * is_measured
             if not any(life.kind.pool == stage.pool for life in self._meter.lives.values()):
@@ -188,7 +192,7 @@ class CostCaps(Part):
         )
 
     def _uncut_usd(self, live: LiveJob, slot_usd_s: Mapping[str, float]) -> float:
-        """Return the cost of planned tasks that are not cut yet."""
+        """Return the estimated cost of the job's planned tasks that are not cut yet."""
         now_s = self._clock.monotonic_s()
         return sum(
             len(live.stages[stage.name].left) * live.task_s(stage, now_s) * slot_usd_s.get(stage.pool, 0.0)
@@ -196,7 +200,8 @@ class CostCaps(Part):
         )
 
     def _tail_s(self, pool: str) -> float:
-        """Return how long an instance may run after its work, until other tasks end and the policy terminates it."""
+        """Return the maximum time that an instance may run after its work, until the scaling policy terminates the
+        instance."""
         settings, now_s = self._settings, self._clock.monotonic_s()
         longest_s = max(
             (
@@ -213,8 +218,8 @@ class CostCaps(Part):
         return launch_usd(self._pool_usd_h(pool), pool.boot_s + self._tail_s(pool.name))
 
     def warm_usd(self, pool: Pool, hold_s: float) -> tuple[float, float]:
-        """Return the costs of launching an instance `hold_s` early, and of keeping an existing one for `hold_s`. They
-        are 0 without prices."""
+        """Return the cost of launching an instance `hold_s` early, and the cost of keeping an existing instance for
+        `hold_s`. Both costs are 0 without prices."""
         if self._rates is None:
             return 0.0, 0.0
         usd_h = self._pool_usd_h(pool)
@@ -222,7 +227,7 @@ class CostCaps(Part):
         return launch_usd(usd_h, tail_s), usd_h * hold_s / 3600
 
     def remaining_usd(self) -> float | None:
-        """Return the remaining budget of the grid, or None without a cap."""
+        """Return the remaining budget of the grid, or None without a cost cap of the grid."""
         return self._grid.left_usd if self._grid else None
 
     def _pool_usd_h(self, pool: Pool) -> float:
@@ -233,7 +238,7 @@ class CostCaps(Part):
         return max(self._rates(kind) for kind in kinds)
 
     def limit_launches(self, view: GroupView, desired: int, why: str) -> tuple[int, str]:
-        """Return the desired capacity that the caps allow, at most `desired`, and the reason."""
+        """Return the desired capacity that the cost caps allow, at most `desired`, and the reason."""
         pool = view.pool
         was = self.capped.pop(pool.name, "")
         wanted = desired - max(view.desired, pool.min_size)
@@ -252,8 +257,8 @@ class CostCaps(Part):
         return desired - wanted + count, reason
 
     def _budgets(self, pool: str) -> list[CapBudget]:
-        """Return the budgets that pay for a launch in the pool: the grid's, and those of its jobs if all jobs with work
-        for it are capped."""
+        """Return the budgets that pay for a launch in the pool. The list has the grid's budget, and the jobs' budgets
+        if every job with work for the pool has a cost cap."""
         budgets = [self._grid] if self._grid else []
         working = [live for live in self._lives.values() if live.has_work(pool)]
         own = [p for live in working if live.budget for p in live.budget.caps]

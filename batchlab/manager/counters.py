@@ -16,7 +16,8 @@ from batchlab.core.protocol import json_format
 from batchlab.core.protocol.messages import CounterReport
 
 MAX_WORKERS = 20_000
-"""Number of workers whose last counts are stored. The manager first forgets the worker that has been silent longest."""
+"""Maximum number of workers whose last counts are stored. Above this limit, the manager removes the worker that has
+been silent longest."""
 TICK_BOUNDS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 DUPLICATE = "duplicate"
 WORKER_COUNTERS = frozenset(
@@ -30,8 +31,8 @@ STAGE_KINDS = ("input", "chain", "join", "gather")
 
 
 def stage_kind(stage: StageDef) -> str:
-    """Return the kind of a stage: fed by the job's input, by one stage item by item, by several stages, or by all
-    results of one stage."""
+    """Return the kind of a stage: "input", "chain" (item by item after one stage), "join" (after several stages), or
+    "gather" (of all results)."""
     if stage.gather is not None:
         return "gather"
     if stage.chained:
@@ -41,7 +42,8 @@ def stage_kind(stage: StageDef) -> str:
 
 @dataclass(slots=True)
 class Histogram:
-    """Observations by upper bound in seconds. The last count is for observations above all bounds."""
+    """Number of observations by upper bound in seconds. The last element of `counts` counts the observations above all
+    bounds."""
 
     bounds_s: tuple[float, ...] = TICK_BOUNDS_S
     counts: list[int] = field(default_factory=list)
@@ -57,32 +59,33 @@ class Histogram:
 
 @dataclass(slots=True)
 class Counters:
-    """Counts since the process started, under all leaders."""
+    """Counts since the start of the manager process, including all its times as the leader."""
 
     bundles: int = 0
-    """Outcomes that the ledger accepted."""
+    """Number of outcomes that the ledger accepted."""
     repeated: int = 0
-    """Outcomes that the ledger already had."""
+    """Number of received outcomes that the ledger already had."""
     tasks: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """Ended tasks by kind of stage and state."""
+    """Number of ended tasks by kind of stage and state."""
     jobs: Counter[str] = field(default_factory=Counter)
     submitted: int = 0
     attempts: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """Failed attempts by kind of failure and result ("retried" or "failed"), as reported by workers."""
+    """Number of failed attempts by kind of failure and result ("retried" or "failed"), as reported by workers."""
     duplicates: int = 0
-    """Bundles that a worker ran although another worker's outcome was committed first."""
+    """Number of bundles that a worker ran although another worker's outcome was committed first."""
     decisions: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """Changes of desired capacity, by pool and direction ("out" or "in")."""
+    """Number of changes of desired capacity, by pool and direction ("out" or "in")."""
     events: int = 0
     lag_s: float = 0.0
-    """Age of the oldest message of the last receive, 0 if it was empty."""
+    """Age of the oldest message of the last receive, or 0 if the last receive was empty."""
     ticks: Histogram = field(default_factory=Histogram)
     skipped: int = 0
-    """Ticks that a backend error cut short."""
+    """Number of ticks that ended early because of a backend error."""
     deliveries: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """Attempts to deliver a notification, by kind of target and result ("delivered", "failed", "given_up")."""
+    """Number of delivery attempts of notifications, by kind of target and result ("delivered", "failed",
+    "given_up")."""
     unreadable: Counter[str] = field(default_factory=Counter)
-    """Unreadable messages and objects by kind (see UNREADABLE_KINDS)."""
+    """Number of unreadable messages and objects by kind (see UNREADABLE_KINDS)."""
     _reported: dict[str, Mapping[str, int]] = field(default_factory=dict)
 
     def count_fold(self, stage: StageDef, done: Completion) -> None:
@@ -100,7 +103,8 @@ class Counters:
             self.decisions[pool, "out" if after > before else "in"] += 1
 
     def record_worker_counts(self, report: CounterReport) -> None:
-        """Add the increase since the worker's last report. An older report changes nothing."""
+        """Add the increase since the worker's last report. A report that is older than the last report has no
+        effect."""
         before = self._reported.get(report.worker, {})
         counts = dict(before)
         for name in WORKER_COUNTERS & report.counts.keys():
@@ -113,7 +117,7 @@ class Counters:
                 self.duplicates += more
             else:
                 self.attempts[kind, what] += more
-        # Move the worker to the end, because a worker that still reports must not be forgotten.
+        # The worker moves to the end, because the limit must not remove a worker that still reports.
         self._reported.pop(report.worker, None)
         self._reported[report.worker] = counts
         while len(self._reported) > MAX_WORKERS:

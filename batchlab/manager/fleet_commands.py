@@ -1,7 +1,7 @@
-"""User commands for the fleet: set limits and capacity, return to the policy, and drain.
+"""User commands for the fleet: set limits and capacity, return a pool to the scaling policy, and drain.
 
-Invariant: a capacity set by a user stays until the user returns the pool to the policy, or the manager restarts. The
-limits apply to both.
+Invariant: a capacity set by a user stays until the user returns the pool to the scaling policy, or the manager
+restarts. The pool's limits apply to the user's capacity and to the scaling policy.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ async def groups(manager: Manager) -> dict[str, GroupView]:
 
 
 async def group(manager: Manager, pool: str) -> GroupView:
-    """Return the group of a pool. Raise NotFound."""
+    """Return the group of a pool. Raise NotFound if the pool does not exist."""
     views = await groups(manager)
     if pool not in views:
         raise NotFound(f"The pool {pool!r} does not exist.", remedy=f"The pools are {', '.join(sorted(views))}.")
@@ -41,9 +41,9 @@ async def scale(
     desired: int | None = None,
     auto: bool | None = None,
 ) -> GroupView:
-    """Change a pool's limits, then hold its capacity at `desired`, or return the pool to the policy with `auto`. With
-    `auto=False`, hold the current capacity. Raise UsageError for contradictory arguments, and Refused for impossible
-    sizes."""
+    """Change a pool's limits, then hold the pool's capacity at `desired`, or return the pool to the scaling policy with
+    `auto`. With `auto=False`, hold the pool's current capacity. Raise UsageError for contradictory arguments, and
+    Refused for impossible sizes."""
     if auto and desired is not None:
         raise UsageError("A pool is either scaled by hand or by the policy.", remedy="Leave one of the two out.")
     view = await group(manager, pool)
@@ -74,7 +74,7 @@ async def _limit(manager: Manager, view: GroupView, min_size: int | None, max_si
 async def _hold(manager: Manager, view: GroupView, desired: int) -> None:
     capacities, pool = manager.autoscaler.user_capacity, view.pool.name
     before = capacities.get(pool)
-    # First, because a tick in between would restore the policy's capacity.
+    # The user's capacity is stored before the call, because a tick during the call would restore the policy's capacity.
     capacities[pool] = desired
     try:
         await manager.autoscaler.set_desired(view, desired, CAUSE)
@@ -92,7 +92,8 @@ async def drain(manager: Manager, pool: str | None = None) -> None:
     names = [pool] if pool is not None else sorted(manager.pools)
     for name in names:
         await scale(manager, name, min_size=0, desired=0)
-        # A lower desired capacity ends only unprotected instances. Busy instances are protected, so they are named.
+        # A lower desired capacity ends only unprotected instances, so the protected busy instances are terminated by
+        # id.
         instances = (await group(manager, name)).instances
         ids = [i.id for i in instances if i.state in _COUNTED]
         if ids:

@@ -1,7 +1,7 @@
 """Splitting of raw input objects into task items, in constant memory.
 
-Invariant: items follow the order of keys and bytes. Every byte after the header is in exactly one part, and no record
-is split. So a repeated plan is the same plan.
+Invariant: items follow the order of keys and bytes. Every byte after the header is in exactly one part, and each record
+is in one part. Repeated planning of the same input therefore produces the same plan.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from batchlab.core.ports import ObjectInfo, Objects
 from batchlab.core.protocol import values
 
 READ_BYTES = 8 * 1024 * 1024
-"""Range per read if the whole object is read."""
+"""Number of bytes per read when the whole object is read."""
 ITEMS_BYTES = 1024 * 1024
-"""Range per read for items, because parsing JSON takes longer than reading."""
+"""Number of bytes per read for items, which is smaller because parsing JSON takes longer than reading."""
 PEEK_BYTES = 64 * 1024
-"""First range read around a boundary if the rest is not read."""
+"""Number of bytes in the first read around a boundary when the rest of the part is not read."""
 _PEEK_FROM = 16 * PEEK_BYTES
-"""Smaller parts are read completely, because requests cost more than bytes."""
+"""Minimum part size for reads around boundaries. Objects with smaller parts are read completely, because requests cost
+more than bytes."""
 _HEADS = 32
 _BOM = b"\xef\xbb\xbf"
 _NEWLINE = b"\n"
@@ -34,8 +35,8 @@ async def items(objects: Objects, raw: InputDef) -> AsyncIterator[Json]:
     """Yield the encoded input of each task.
 
     FILE yields `{"$file": key, "name", "size"}`. LINES and BYTES yield `{"$part": key, "start", "stop", "header": [0,
-    end] or None, "name"}` with byte offsets, and never an empty part. ITEMS yields the values of JSON Lines. Raises
-    UsageError if an object does not exist or a line is not JSON, and BackendError like the port.
+    end] or None, "name"}` with byte offsets, without empty parts. ITEMS yields the values of JSON Lines. Raise
+    UsageError if an object does not exist or a line is not JSON.
     """
     read = _READERS[raw.split]
     async for info in _objects(objects, raw.keys):
@@ -44,7 +45,7 @@ async def items(objects: Objects, raw: InputDef) -> AsyncIterator[Json]:
 
 
 async def _objects(objects: Objects, keys: Sequence[str]) -> AsyncIterator[ObjectInfo]:
-    """Yield every input object in order. A key that ends in "/" stands for all objects below it."""
+    """Yield every input object in order. A key that ends in "/" is a prefix of all objects below the key."""
     for first in range(0, len(keys), _HEADS):
         window = keys[first : first + _HEADS]
         object_infos = iter(await asyncio.gather(*(objects.head(key) for key in window if not key.endswith("/"))))
@@ -63,7 +64,7 @@ async def _under(objects: Objects, prefix: str) -> AsyncIterator[ObjectInfo]:
     empty = True
     async for page in objects.list(prefix):
         for info in page:
-            # The S3 console marks a folder with an empty object of that name.
+            # The S3 console marks a folder with an empty object named like the folder.
             if not info.key.endswith("/"):
                 empty = False
                 yield info
@@ -100,7 +101,7 @@ def _bytes(objects: Objects, info: ObjectInfo, raw: InputDef) -> AsyncIterator[J
 async def _parts(
     text: _Text, info: ObjectInfo, raw: InputDef, end_of: Callable[[int], Awaitable[int]]
 ) -> AsyncIterator[Json]:
-    """Yield the parts of a text. `end_of` returns the end of the part that begins at a position."""
+    """Yield the parts of a text object. `end_of` returns the end of the part that begins at a given position."""
     start = await text.skip(0, 1) if raw.header else 0
     header = (0, start) if start else None
     while start < info.size:
@@ -114,9 +115,9 @@ def _name(info: ObjectInfo) -> str:
 
 
 class _Text:
-    """An object, read through one cached range.
+    """A text object, read through one cached range.
 
-    `read_bytes` is the size of the first range. A search without a result doubles it.
+    `read_bytes` is the size of the first range. Each search without a result doubles the range size.
     """
 
     def __init__(self, objects: Objects, info: ObjectInfo, read_bytes: int) -> None:
@@ -138,14 +139,14 @@ class _Text:
         return at
 
     async def end_before(self, start: int, limit: int) -> int:
-        """Return the last record end in (start, limit], or the first one after `limit`."""
+        """Return the last record end in (start, limit], or the first record end after `limit`."""
         if limit >= self._info.size:
             return self._info.size
         length = self._read_bytes
         stop = limit
         while stop > start:
             if not self._at < stop <= self._at + len(self._data):
-                # A range that is longer than the part also serves the parts after it.
+                # A range that is longer than the part also covers the parts after this part.
                 await self._load(max(start, stop - length), length)
                 length = min(2 * length, READ_BYTES)
             newline = self._data.rfind(_NEWLINE, max(start - self._at, 0), stop - self._at)
@@ -167,8 +168,8 @@ class _Text:
 def _skip_lines(data: bytes, at: int, count: int) -> tuple[int, int]:
     """Return (position after `count` newlines from `at`, 0), or (end of data, missing newlines).
 
-    Counting newlines in a range is ten times faster than finding each of them. So all but the last few are counted, in
-    ranges estimated from the length of the previous lines.
+    The function counts all newlines but the last few, because counting newlines in a range is ten times faster than
+    finding each newline. The length of the previous lines determines the size of the next range.
     """
     end = len(data)
     span = 32 * count
@@ -196,7 +197,8 @@ async def _items(objects: Objects, info: ObjectInfo, raw: InputDef) -> AsyncIter
     group: list[Json] = []
     number = 0
     async for block in _blocks(objects, info):
-        # One line at a time: a block may have millions of lines, each with the overhead of an object.
+        # The loop reads one line at a time, because a block may have millions of lines and each line is a Python
+        # object.
         for line in BytesIO(block):
             number += 1
             text = line.removesuffix(_NEWLINE)
@@ -217,7 +219,7 @@ async def _items(objects: Objects, info: ObjectInfo, raw: InputDef) -> AsyncIter
 
 
 async def _blocks(objects: Objects, info: ObjectInfo) -> AsyncIterator[bytes]:
-    """Yield the object in blocks of whole lines."""
+    """Yield the content of the object in blocks of whole lines."""
     carried: list[bytes] = []
     at = 0
     length = min(READ_BYTES, ITEMS_BYTES)
@@ -264,4 +266,4 @@ _READERS: dict[SplitBy, Callable[[Objects, ObjectInfo, InputDef], AsyncIterator[
     SplitBy.BYTES: _bytes,
     SplitBy.ITEMS: _items,
 }
-"""For each way to split, the function that yields the items of one object."""
+"""Function that yields the items of one object, for each way to split."""

@@ -1,7 +1,8 @@
 """User commands for jobs: submit, cancel, pause, resume, and retry.
 
 Invariant: the bucket stores each command first (spec, control object, or retry object) and the ledger second, so that a
-rebuild finds the command. The manager answers when both have it. A command may be repeated.
+rebuild finds the command. The manager responds after the bucket and the ledger have stored the command. A client may
+repeat a command.
 """
 
 from __future__ import annotations
@@ -42,11 +43,12 @@ class JobCommands(Part):
         self._adoption = adoption
         self._retries = RetryPlanner(context.ports, coordinator.plans)
         self._unfinished: set[JobId] = set()
-        """Jobs whose retry may be in the bucket and not in the ledger."""
+        """Jobs whose retry may be in the bucket but not in the ledger."""
 
     async def submit(self, job: JobDef, items: Sequence[Json] | None = None) -> ChangeResult:
-        """Accept a job, with its encoded items if there are few. A repeated client token returns the existing job, or
-        raises Refused if the jobs differ. The job continues the trace in its definition."""
+        """Accept a job, with the job's encoded items if the items are few. For a repeated client token, return the
+        existing job, or raise Refused if the two jobs differ. The accepted job continues the trace of its
+        definition."""
         with ending(self._tracer.root("submit", Subject(job.id), parent=job.trace)) as submitting:
             sealed = await self._keys.sealed(job)
             return await self._submit(replace(sealed, trace=submitting.context), items)
@@ -60,8 +62,8 @@ class JobCommands(Part):
             return await self._accept(job, opening, is_sent=await self._send_opening(job, opening))
 
     def _may_begin(self, job: JobDef, opening: commit_keys.Opening) -> bool:
-        """Return whether the first bundles may be sent while the ledger's row is written. The job must be new and
-        without a token, its bundles must be few, and instances must be InService."""
+        """Return whether the first bundles may be sent while the ledger's row is written. An early send requires a new
+        job without a token, few bundles, and instances that are InService."""
         cut = opening.cut
         if cut is None or not 0 < len(cut.bundles) <= MAX_BATCH:
             return False
@@ -73,7 +75,7 @@ class JobCommands(Part):
         try:
             await self._coordinator.send_opening(job, opening)
         except BackendError as error:
-            # The bundles are sent again when the ledger has the job, so nothing is lost.
+            # No bundle is lost, because the manager sends the bundles again after the ledger has the job.
             log.warning("the first bundles are not sent yet: %s", error, extra={"job": job.id})
             return False
         await asyncio.sleep(STEP_BACK_S)
@@ -82,8 +84,9 @@ class JobCommands(Part):
     async def _accept(
         self, job: JobDef, opening: commit_keys.Opening | None, *, is_ours: bool = True, is_sent: bool | None = None
     ) -> ChangeResult:
-        """Write the job to the ledger, conduct it, and send its first bundles unless `is_sent` (None: not tried). If
-        the first send failed, or another request created the job, the bundles are sent as copies."""
+        """Write the job to the ledger, conduct the job, and send its first bundles unless `is_sent` (None without an
+        earlier attempt). If the first send failed, or another request created the job, the bundles are sent as
+        copies."""
         now_s = self._clock.now_s()
         later = job.start_at_s is not None and job.start_at_s > now_s
         state = JobState.SCHEDULED if later else JobState.SUBMITTED
@@ -91,7 +94,8 @@ class JobCommands(Part):
         with of_single_call(job.is_single_call):
             written = await self._ledger.apply(AddJob(job, state, cut))
             if is_ours and not written.is_new and written.rows.job.state.ended:
-                # The bucket did not have the definition, so it has lost the job of that row.
+                # The bucket has lost the ended job of the ledger's row, because this call created the job's definition
+                # in the bucket.
                 log.warning("the bucket lost this job, so it begins anew", extra={"job": job.id})
                 await self._ledger.forget([job.id])
                 written = await self._ledger.apply(AddJob(job, state, cut))
@@ -111,8 +115,8 @@ class JobCommands(Part):
     async def _define(
         self, job: JobDef, opening: commit_keys.Opening | None
     ) -> tuple[JobDef, commit_keys.Opening | None, bool]:
-        """Commit the definition. Return the job and opening that are committed, and whether this call committed
-        them."""
+        """Commit the job's definition. Return the committed job, the committed opening, and whether this call committed
+        both."""
         hidden = admission.hide_addresses(job)
         key = object_keys.spec(job.id)
         try:
@@ -144,7 +148,7 @@ class JobCommands(Part):
         return job, opening, True
 
     async def cancel(self, job: JobId) -> None:
-        """Cancel the job, and return when none of its tasks can start any more (I4). Raise Refused if the job has
+        """Cancel the job, and return when no further task of the job can start (I4). Raise Refused if the job has
         ended."""
         live = self.running(job, "cancelled")
         word = json_format.ControlCommand(Control.CANCEL, JobState.CANCELLED, "cancelled by its user")
@@ -152,26 +156,28 @@ class JobCommands(Part):
         live.wake.set()
 
     async def pause(self, job: JobId) -> None:
-        """Let running tasks finish, and start no further task until `resume`."""
+        """Pause the job: running tasks finish, and no further task starts until `resume`."""
         live = self.running(job, "paused")
         await self._control(live, Control.PAUSE)
         await set_job_state(self._ports, live, JobState.PAUSED)
 
     async def resume(self, job: JobId) -> None:
-        """Continue the job. Workers dropped the messages of the paused job, so all outstanding bundles are sent."""
+        """Continue the job. Workers delete the messages of a paused job, so `resume` sends all outstanding bundles
+        again."""
         live = self.running(job, "resumed")
         if live.record.control is Control.RUN:
             raise Refused(f"Job {job} is not paused.", remedy="`batchlab job why` shows its state.")
         await self._control(live, Control.RUN)
         await set_job_state(self._ports, live, JobState.RUNNABLE)
-        # As copies, for which workers look for an outcome, because some messages may not be dropped yet.
+        # The bundles are sent as copies, for which workers first check for an outcome, because some old messages may
+        # still be in the queue.
         again = [replace(outstanding.bundle, losses=1) for outstanding in live.all_outstanding()]
         await self._coordinator.send(live.job, again)
         live.wake.set()
 
     async def retry(self, job: JobId, chosen: TaskSelection | None = None) -> JobRecord:
-        """Run unsuccessful tasks again in a new round. With `chosen`, run only these of the failed tasks. Raise Refused
-        while the job runs, or if there is nothing to run."""
+        """Run unsuccessful tasks again in a new round. With `chosen`, run only the selected failed tasks. Raise Refused
+        if the job still runs, or if the job has no task to run again."""
         record = await self._ledger.job(job)
         if not record.state.ended:
             raise Refused(f"Job {job} is still {record.state}.", remedy="Wait, or cancel it first.")
@@ -182,7 +188,8 @@ class JobCommands(Part):
             )
         round_ = record.round + 1
         retry = await self._retries.plan(record, chosen)
-        # Before the round, because a manager that finds the round must not find it forbidden.
+        # The control object permits the round first, because a manager that finds the retry object must not find the
+        # round forbidden.
         await commit.permit_round(self._objects, job, round_, self._patience)
         key = object_keys.retry(job, round_)
         self._unfinished.add(job)
@@ -197,16 +204,17 @@ class JobCommands(Part):
         return live.record
 
     async def find_unfinished_retries(self) -> None:
-        """Remember the jobs that ended without success, because an earlier leader may have begun a retry of them."""
+        """Collect the jobs that ended without success, because an earlier leader may have begun a retry of any such
+        job."""
         async for job in list_jobs(self._ports):
             if job.state.ended and job.state is not JobState.SUCCEEDED:
                 self._unfinished.add(job.job.id)
 
     async def finish_retries(self) -> None:
-        """Complete retries that are in the bucket and not in the ledger, because their manager crashed or returned an
-        error."""
+        """Complete retries that are in the bucket but not in the ledger. The manager that began such a retry crashed or
+        returned an error."""
         for job in sorted(self._unfinished):
-            # the job was forgotten, or another manager was faster
+            # The job may be removed from the ledger, or another manager may have completed the retry.
             with suppress(NotFound, Refused):
                 round_ = (await self._ledger.job(job)).round + 1
                 head = partial(self._objects.head, object_keys.retry(job, round_))
@@ -216,7 +224,7 @@ class JobCommands(Part):
             self._unfinished.discard(job)
 
     def running(self, job: JobId, verb: str) -> LiveJob:
-        """Return a job that has not ended. Raise Refused with `verb` in the message if the job has ended."""
+        """Return the live job. Raise Refused, with `verb` in the message, if the job has ended."""
         live = self._lives.get(job)
         if live is None or live.ended.is_set():
             raise Refused(
@@ -231,7 +239,7 @@ class JobCommands(Part):
                 if spoken and spoken.command.round > live.round:
                     raise Superseded(live)
                 if spoken and spoken.command.control is Control.CANCEL:
-                    live.doubtful = True  # another leader may have written it
+                    live.doubtful = True  # another leader may have written the cancellation
                     live.wake.set()
                 if Control.CANCEL in (live.record.control, spoken and spoken.command.control):
                     raise Refused(
@@ -250,6 +258,7 @@ def _read_definition(data: bytes) -> tuple[JobDef, commit_keys.Opening | None]:
 
 
 def _comparable(job: JobDef, opening: commit_keys.Opening | None) -> bytes:
-    """Return the job's content without times, trace, and seal. A job of an earlier release is not sealed."""
+    """Return the job's content without times, trace, and commit hash. A job of an earlier release does not have a
+    commit hash."""
     timeless = replace(job, submitted_s=0.0, start_at_s=None, trace="", commit_hash="")
     return commit_keys.to_bytes(timeless, commit_keys.Opening(opening.items) if opening else None)

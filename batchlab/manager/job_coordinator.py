@@ -1,8 +1,8 @@
-"""The steps of a job in their order: plan its stages, cut them into bundles, send the bundles, and end the job.
+"""Coordinator of a job's steps: plan the stages, cut stages into bundles, send the bundles, and end the job.
 
-Invariants: a conditional PUT commits each decision (plan, cut, end) before the decision takes effect, so each decision
-is made once. A gather is planned only when the ledger shows that every upstream task has ended, never by counting
-messages. A job always ends (I7).
+Invariants: a conditional PUT commits each plan, cut, and end of a job before it takes effect, so managers never make
+two different decisions. The manager plans a gather when the ledger shows that every upstream task has ended, never by
+counting messages. A job always ends (I7).
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ log = logging.getLogger(__name__)
 
 MAX_CONCURRENT_OUTCOMES = 16
 CONTROL_OBJECT_DELAY_S = 0.05
-"""Delay before the control object is written. A job that ends sooner needs no control object, because workers then read
-the spec."""
+"""Delay before the manager writes a job's control object. A job that ends within this delay needs no control object,
+because workers read the spec instead."""
 ADVANCE_DELAY_S = 0.001
 """Delay between a change of a job and the next step."""
 
@@ -53,7 +53,7 @@ class JobCoordinator(Part):
         notifier: Notifier | None,
         on_missing: Callable[[LiveJob], Awaitable[None]],
     ) -> None:
-        """`on_missing` is called with a job that has counted bundles without an outcome."""
+        """The coordinator calls `on_missing` with a job that has counted bundles without an outcome."""
         super().__init__(context)
         self._ledger_writer = ledger_writer
         self._bundler = bundler
@@ -66,7 +66,7 @@ class JobCoordinator(Part):
     async def conduct(self, live: LiveJob) -> None:
         """Advance the job after each change, until the job has ended."""
         if live.all_outstanding() and not live.allowed:
-            # The job's first bundles are under way, and their latency matters most.
+            # The delay keeps the write of the control object from slowing down the job's first bundles.
             await set_within(live.wake, CONTROL_OBJECT_DELAY_S)
             await asyncio.sleep(ADVANCE_DELAY_S)
         while not live.ended.is_set():
@@ -77,11 +77,11 @@ class JobCoordinator(Part):
             live.trouble = ""
             if not live.ended.is_set():
                 await live.wake.wait()
-                # Waiting clients go first, and events arrive in bursts.
+                # The delay lets waiting clients run first, and combines events that arrive in bursts.
                 await asyncio.sleep(ADVANCE_DELAY_S)
 
     async def advance(self, live: LiveJob) -> None:
-        """Do all steps that are possible for the job now."""
+        """Advance the job by all steps that are possible now."""
         if not live.allowed and not live.is_complete:
             await self._create_control(live)
         if live.doubtful:
@@ -103,7 +103,7 @@ class JobCoordinator(Part):
             await self._fail(live, await self._reason(live, verdict))
         elif live.is_complete and await self._fetch_missing_outcomes(live):
             if live.doubtful:
-                return  # the next step reads the control word
+                return  # the next call of `advance` reads the control word
             if missing := await completion_checks.uncommitted_bundles(self._ports, live):
                 log.error("%d bundles were counted and not committed", len(missing), extra={"job": live.id})
                 await self._on_missing(live)
@@ -114,7 +114,7 @@ class JobCoordinator(Part):
             await self._end_lost(live)
 
     async def _end_lost(self, live: LiveJob) -> None:
-        """Restore a job with tasks in no bundle, or end the job if the bucket lacks the bundles too (I7)."""
+        """Restore a job with tasks that are in no bundle, or end the job if the bucket also lacks the bundles (I7)."""
         recovery = self._lost_tasks.recovery(live)
         if recovery is completion_checks.Recovery.RESTORE:
             log.error("all bundles of the job have ended, but not all of its tasks", extra={"job": live.id})
@@ -128,17 +128,18 @@ class JobCoordinator(Part):
         if record.counts.planned is not None:
             return
         if stage.chained:
-            # Checked at every step, because the manager may have died right after it planned the upstream stage.
+            # Every step checks the upstream stage, because the previous manager may have died right after it planned
+            # the upstream stage.
             upstream = live.stages[stage.after[0]].counts.planned
             if upstream is not None:
                 await self._ledger_writer.write(live, SetPlanned(live.id, stage.name, upstream, live.round))
             return
-        # The raw input is the same in each round. Gathered results may change.
+        # A job's raw input is the same in each round, but gathered results may change between rounds.
         round_ = live.round if stage.after else 0
         if live.doubtful or any(not live.stages[u].counts.ended for u in stage.after):
             return
         if stage.gather is not None and judge(live.job, live.counts).failed:
-            # A total over a part of the input would look like a total over all of it.
+            # A gather over a part of the input would look like a gather over the whole input.
             await self._first_cut(live, stage, TaskSet())
             return
         links = [context for upstream in stage.after for context in live.traced.get(upstream, ())]
@@ -150,7 +151,8 @@ class JobCoordinator(Part):
         await self._first_cut(live, stage, tasks)
 
     async def _planned(self, live: LiveJob, stage: StageDef, round_: int) -> TaskSet:
-        """Return the tasks of the stage from its plan. Make the plan if it does not exist."""
+        """Return the tasks of the stage from the stage's plan. Create the plan of the stage if the plan does not
+        exist."""
         manifest = await self.plans.read(live.job, stage.name, round_)
         if manifest is None and not stage.after and live.job.input is not None:
             await set_job_state(self._ports, live, JobState.PENDING)
@@ -177,7 +179,8 @@ class JobCoordinator(Part):
         self._context.wake_if_short(stage.pool)
 
     async def send_opening(self, job: JobDef, opening: commit_keys.Opening, *, again: bool = False) -> None:
-        """Send the bundles of the opening. With `again`, send copies, so that workers first check for an outcome."""
+        """Send the bundles of the opening. With `again`, the bundles are sent as copies, because workers check a copy
+        for an outcome first."""
         assert opening.cut
         self._inputs.keep(job.id, opening.cut.stage, opening.items)
         bundles = opening.cut.bundles
@@ -202,7 +205,7 @@ class JobCoordinator(Part):
             await self._commit_and_send(live, cut)
 
     async def _commit_cut(self, live: LiveJob, cut: Cut) -> Cut:
-        """Commit a cut and return the committed one, which may be of an earlier manager."""
+        """Commit a cut, and return the committed cut, which may come from an earlier manager."""
         cut = await self.plans.opening_cut(live.job, cut) or await self._put_cut(cut)
         await self._ledger_writer.write(live, AddCut(cut))
         now_s = self._clock.monotonic_s()
@@ -226,13 +229,13 @@ class JobCoordinator(Part):
             counts = await self._commit_cut(live, cut)
         bundles = counts.bundles
         if counts is not cut:
-            # An earlier manager may have sent the bundles, and the ledger lost that in a power failure. So they are
-            # sent as copies, for which workers first look for an outcome.
+            # An earlier manager may have sent the bundles, and the ledger may have lost the cut in a power failure. The
+            # bundles are sent as copies, because workers check a copy for an outcome first.
             bundles = tuple(replace(bundle, losses=1) for bundle in bundles)
         await self.send(live.job, bundles, trace=cutting.context)
 
     async def send(self, job: JobDef, bundles: Sequence[Bundle], *, trace: str = "") -> None:
-        """Put bundles on their pool's queue, with their inputs if these are small."""
+        """Send bundles to their pool's queue, with the inputs of the bundles if the inputs are small."""
         above, about = trace or job.trace, Subject(job.id)
         with span(self._tracer, "send", above, about, bundles=len(bundles)) as sending:
             messages: list[Addressed] = []
@@ -250,11 +253,11 @@ class JobCoordinator(Part):
         await self.stop(live, json_format.ControlCommand(Control.CANCEL, JobState.FAILED, reason))
 
     async def stop(self, live: LiveJob, word: json_format.ControlCommand) -> None:
-        """End the job early: further tasks cannot start, and outstanding bundles are sealed. `word` sets the job's
-        final state, unless an earlier word exists."""
+        """End the job early: workers cannot start further tasks, and the manager seals outstanding bundles. `word` sets
+        the job's final state, unless the bucket has an earlier word."""
         await self.forbid(live, word)
         closed = await self._seal(live)
-        # The word is written again if the store has lost it meanwhile.
+        # This call writes the control word again if the bucket has lost the word during the sealing.
         written = await commit.write_cancellation(
             self._objects, live.id, replace(word, round=live.round), self._patience
         )
@@ -263,8 +266,8 @@ class JobCoordinator(Part):
         await self._end(live, written.state, written.reason, closed)
 
     async def give_up(self, live: LiveJob, error: Malformed) -> None:
-        """End a job with an unreadable plan, cut, or other decision. If the bucket refuses the end, write it only to
-        the ledger."""
+        """End a job with an unreadable plan, cut, or other decision. If the bucket lacks the job's objects, only the
+        ledger records the end of the job."""
         key = error.key if isinstance(error, UnreadableObject) else object_keys.committed(live.id)
         self._quarantine.object(key, error, live.id, "object")
         reason = f"the stored object {key} cannot be read: {error.message}"
@@ -278,8 +281,9 @@ class JobCoordinator(Part):
         await self._record(live, Ending(JobState.FAILED, reason, self._clock.now_s(), _uncut_tasks(live)))
 
     async def forbid(self, live: LiveJob, word: json_format.ControlCommand) -> None:
-        """Write "cancel" to the control object, and wait until workers cannot start a task (I4). The first such word
-        stays, so that a new leader ends the job in the same state. Raise Superseded if the job is in a later round."""
+        """Write "cancel" to the control object, and wait until workers cannot start a task (I4). The first "cancel"
+        stays in the object, so a new leader ends the job in the same state. Raise Superseded if the job is in a later
+        round."""
         if live.forbidden:
             return
         async with live.control_lock:
@@ -293,15 +297,15 @@ class JobCoordinator(Part):
 
     async def _create_control(self, live: LiveJob) -> None:
         """Create the control object, which allows tasks to start. Workers with the job's first bundles do not wait for
-        it."""
-        # A job that was conducted before has one, and a cancellation must not be undone.
+        the control object."""
+        # The write must not overwrite an existing control object, because a cancellation must stay.
         run = json_format.ControlCommand(Control.RUN, round=live.round)
         with atomic_write.repeated():
             await commit.replace_command(self._objects, live.id, run, self._patience, over=None)
         live.allowed = True
 
     async def record_control(self, live: LiveJob, word: Control) -> None:
-        """Record the control word in the ledger and in memory. Raise Superseded."""
+        """Record the control word in the ledger and in memory. Raise Superseded if the job is in a later round."""
         change = SetControl(live.id, word, live.round)
         if (await self._ledger.apply(change)).has_control(change):
             live.record = replace(live.record, control=word)
@@ -310,7 +314,7 @@ class JobCoordinator(Part):
             await self._ledger_writer.refresh(live)
 
     async def _recheck_control(self, live: LiveJob) -> None:
-        live.doubtful = False  # first, because a new doubt may arise meanwhile
+        live.doubtful = False  # reset before the read, because a new doubt may arise during the read
         try:
             await self.follow_control(live)
         except BackendError:
@@ -318,8 +322,8 @@ class JobCoordinator(Part):
             raise
 
     async def follow_control(self, live: LiveJob) -> None:
-        """Read the control word from the bucket and act on it. Another manager may have written the word without a
-        change of the ledger."""
+        """Read the control word from the bucket, and apply the word to the job. Another manager may have written the
+        word without a change of the ledger."""
         async with live.control_lock:
             if live.record.control is Control.CANCEL:
                 return
@@ -327,7 +331,8 @@ class JobCoordinator(Part):
             if word is None:
                 return
             if word.control is Control.CANCEL and word.round < live.round:
-                # Only a manager of release 0.1.0 leaves such a word, because it wrote without a condition.
+                # Only a manager of release 0.1.0 leaves a "cancel" of an earlier round, because release 0.1.0 wrote the
+                # control object without a condition.
                 await commit.permit_round(self._objects, live.id, live.round, self._patience)
                 word = json_format.ControlCommand(Control.RUN, round=live.round)
             if word.control is live.record.control or word.round > live.round:
@@ -340,12 +345,12 @@ class JobCoordinator(Part):
         live.wake.set()
 
     async def _read_control(self, live: LiveJob) -> json_format.ControlCommand | None:
-        """Return the control word from the bucket, or None. If the object is lost or damaged, write the ledger's word
-        again."""
+        """Return the control word from the bucket, or None. If the control object is lost or damaged, write the
+        ledger's control word again."""
         try:
             return await commit.read_command(self._objects, live.id, self._patience)
         except NotFound:
-            # Without the object, workers run the job.
+            # Without a control object, workers run the job, so a lost "run" needs no repair.
             if live.record.control is Control.RUN:
                 return None
         except Malformed as error:
@@ -360,7 +365,7 @@ class JobCoordinator(Part):
             record = live.stages[stage.name]
             if not stage.chained and (record.left or record.counts.planned is None):
                 await self._close_cuts(live, stage.name, record)
-        # The refresh finds a first cut of another manager, which sets the number of tasks of later stages.
+        # The refresh reads a first cut that another manager committed, which sets the number of tasks of later stages.
         await self._ledger_writer.refresh(live)
         for stage in live.job.stages:
             if stage.chained:
@@ -374,8 +379,8 @@ class JobCoordinator(Part):
         return _uncut_tasks(live)
 
     async def _close_cuts(self, live: LiveJob, stage: StageName, record: StageRecord) -> None:
-        """Commit an empty next cut, so that an earlier leader cannot cut any more. If that leader has already committed
-        the next cut, its bundles are sealed too."""
+        """Commit an empty next cut, so that an earlier leader cannot commit further cuts. If an earlier leader has
+        already committed the next cut, the bundles of this cut are sealed too."""
         round_ = live.round
         seq = record.cut_seq + 1 if record.plan_round == round_ else 0
         while True:
@@ -410,12 +415,12 @@ class JobCoordinator(Part):
         return ending
 
     async def _record(self, live: LiveJob, ending: Ending) -> None:
-        """Record the end of the job in the ledger, and wake the clients that wait for it."""
+        """Record the end of the job in the ledger, and wake the clients that wait for the end."""
         if self._notifier:
             await self._notifier.ended(live, ending)
         if await self._ledger_writer.write(live, Finish(live.id, ending, live.round)):
             self._counts.count_end(ending.state)
-            # The reason is not logged, because it may contain a user's text.
+            # The log omits the reason of the job's end, because the reason may contain a user's text.
             log.info("ended %s in round %d", ending.state, live.round, extra={"job": live.id})
         live.end()
 
@@ -428,7 +433,7 @@ class JobCoordinator(Part):
             try:
                 outcome = await committed(self._objects, record.bundle, self._patience, key)
             except Malformed:
-                break  # the outcome was readable when it was counted
+                break  # the stored outcome was damaged after the manager had counted it
             for failure in outcome.failed if outcome else ():
                 if failure.final:
                     return with_task(verdict.reason, record.bundle.stage, failure.task, failure.reason)
@@ -436,8 +441,8 @@ class JobCoordinator(Part):
 
     async def _fetch_missing_outcomes(self, live: LiveJob) -> bool:
         """Fold committed outcomes whose event was lost. Return whether the ledger has every bundle's outcome (I3). All
-        tasks can have ended before that, because the event of a split bundle may arrive after the events of its halves.
-        """
+        tasks of a job can end before the ledger has every outcome, because the event of a split bundle may arrive after
+        the events of its halves."""
         while outstanding := live.all_outstanding()[:MAX_CONCURRENT_OUTCOMES]:
             results = await asyncio.gather(*(self._outcomes.read(live.job, o.bundle) for o in outstanding))
             outcomes = [outcome for outcome in results if outcome]
@@ -448,6 +453,6 @@ class JobCoordinator(Part):
 
 
 def _uncut_tasks(live: LiveJob) -> Mapping[StageName, int]:
-    """Return the number of unended tasks of each stage when no bundle is outstanding. It is at least 0, because forged
-    outcomes may count more tasks than were planned."""
+    """Return the number of unended tasks of each stage when no bundle is outstanding. Each number is at least 0,
+    although forged outcomes may count more tasks than were planned."""
     return {name: max(0, (record.counts.planned or 0) - record.counts.terminal) for name, record in live.stages.items()}

@@ -1,8 +1,8 @@
 """Rebuild of the ledger from the bucket alone (`ledger rebuild`, I3).
 
-Invariant: one transaction restores each job, only if the job's rows have not changed since the bucket was read. So
-users, and a manager that has just lost the lease, may change jobs during a rebuild. They see a job in its old or its
-new state.
+Invariant: one transaction restores each job, only if the job's rows have not changed since the bucket was read. Users,
+and a manager that has just lost the lease, may therefore change jobs during a rebuild. A reader sees each job either in
+its old state or in its new state.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ class RebuildResult:
     jobs: int
     unreadable: dict[str, str] = field(default_factory=dict)
     """Reason for each unreadable object, by key. A job with an unreadable outcome or end is restored without that
-    object, and a job with an unreadable control word is restored as paused. A job with another unreadable object keeps
-    its rows."""
+    object, and a job with an unreadable control word is restored as paused. A job with an unreadable object of another
+    kind keeps its ledger rows."""
 
 
 async def rebuild(ports: Ports) -> RebuildResult:
     """Restore every job from the bucket, and remove jobs that the bucket does not have. Raise Unreachable if a job
-    changes all the time."""
-    # first, because a job submitted meanwhile must not be forgotten
+    changes faster than the bucket can be read."""
+    # The ledger is read before the bucket, because the rebuild must not remove a job submitted between the two reads.
     ids = await _in_ledger(ports)
     job_ids = await _in_bucket(ports)
     lost = sorted(ids - job_ids)
@@ -60,7 +60,7 @@ async def rebuild(ports: Ports) -> RebuildResult:
         except (Throttled, Unreachable):
             raise
         except BackendError as error:
-            # The other jobs must not wait for this one.
+            # A job that cannot be restored must not block the restore of other jobs.
             key = error.key if isinstance(error, UnreadableObject) else object_keys.committed(job)
             rebuilt.unreadable[key] = error.message
     for key, why in rebuilt.unreadable.items():
@@ -88,8 +88,9 @@ async def _in_bucket(ports: Ports) -> set[JobId]:
 
 
 async def restore(ports: Ports, job: JobId) -> dict[str, str]:
-    """Restore one job from the bucket, and return why an outcome object is unreadable, by key. Raise NotFound,
-    UnreadableObject for another unreadable object, or Unreachable if the job changes all the time."""
+    """Restore one job from the bucket, and return the error of each unreadable object that was left out, by key. Raise
+    NotFound if the bucket does not have the job. Raise UnreadableObject for an object that cannot be left out, or
+    Unreachable if the job changes faster than the bucket can be read."""
     for _ in range(_MAX_ATTEMPTS):
         before = await _rows(ports, job)
         past, unreadable = await _read_history(ports, job)
@@ -107,15 +108,15 @@ async def _rows(ports: Ports, job: JobId) -> JobRows | None:
 
 @dataclass(slots=True)
 class _JobObjects:
-    """Objects of one job, of all rounds. Only completions of outcomes are stored, because a job's values may exceed the
-    memory."""
+    """Objects of all rounds of one job. Outcomes are stored as completions without values, because a job's values may
+    exceed the memory."""
 
     cuts: list[Cut] = field(default_factory=list)
     completions: list[Completion] = field(default_factory=list)
     unreadable: dict[str, str] = field(default_factory=dict)
 
     async def read(self, ports: Ports, info: ObjectInfo, key: CommitKey) -> None:
-        """Read one object, if the object is a cut or an outcome."""
+        """Read one object of the job, if the object is a cut or an outcome."""
         name = info.key
         if object_keys.is_cut(name):
             self.cuts.append(await read_cut(ports, name))
@@ -135,7 +136,7 @@ class _JobObjects:
             self.completions.append(settlement.completion(outcome))
 
     def drop_strangers(self, job: JobDef, key: CommitKey) -> None:
-        """Drop completions that do not fit the job."""
+        """Drop completions that do not fit the stages of the job."""
         fits = partial(settlement.fits, job)
         strangers = [completion for completion in self.completions if not fits(completion.bundle, completion.follows)]
         for stranger in strangers:
@@ -163,7 +164,7 @@ async def _read_history(ports: Ports, job: JobId) -> tuple[JobHistory, dict[str,
     job_objects.drop_strangers(spec, key)
     for name in replacements:
         await job_objects.read_replacement(ports, name, key)
-    # A job with a cut has started, even if the clock was set back since.
+    # A job with a cut has started, even if the clock was set back after the start.
     later = not job_objects.cuts and (spec.start_at_s or 0.0) > ports.clock.now_s()
     state = JobState.SCHEDULED if later else JobState.SUBMITTED
     past = JobHistory(spec, state, await _rounds(ports, spec, job_objects), await _control(ports, job, job_objects))
@@ -223,7 +224,7 @@ async def _ending(ports: Ports, job: JobId, round_: int, job_objects: _JobObject
     except NotFound:
         return None
     except UnreadableObject as error:
-        # The manager computes the end again from the counters.
+        # The manager computes an unreadable end of a job again from the counters.
         job_objects.unreadable[error.key] = error.message
         return None
 
@@ -234,7 +235,8 @@ async def _control(ports: Ports, job: JobId, job_objects: _JobObjects) -> Contro
     except NotFound:
         return Control.RUN
     except Malformed as error:
-        # The word may have been a cancellation. The user can resume the job.
+        # An unreadable control word pauses the job, because the control word may have been a cancellation and the user
+        # can resume the job.
         job_objects.unreadable[object_keys.control(job)] = error.message
         return Control.PAUSE
     except TooNew as error:

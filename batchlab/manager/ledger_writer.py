@@ -1,7 +1,7 @@
 """Writes of completions and job changes to the ledger, and updates of live jobs from the ledger.
 
-Invariant: the ledger decides once, in one transaction, which completions are new. The live jobs are updated from the
-ledger. Events may arrive twice, late, in any order, or never (see the reconciler).
+Invariant: the ledger decides once, in one transaction, which completions are new. The manager updates live jobs from
+the ledger. Events may arrive twice, late, or in any order, and the reconciler recovers lost events.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 BundleKey = tuple[JobId, StageName, BundleId]
 OutcomesByBundle = Mapping[BundleKey, RetainedOutcome]
 Traces = Mapping[BundleKey, str]
-"""Traceparents of the completions' bundles."""
+"""Traceparents of completions, by bundle."""
 EMPTY: Mapping[BundleKey, Any] = MappingProxyType({})
 
 
@@ -35,12 +35,13 @@ class LedgerWriter(Part):
         super().__init__(context)
         self._restore = restore
         self._next_seq = 0
-        """Sequence number of the next completion, unless another manager folds."""
+        """Expected sequence number of the next completion, which is wrong if another manager has folded completions."""
 
     async def fold(
         self, completions: Sequence[Completion], whole: OutcomesByBundle = EMPTY, traces: Traces = EMPTY
     ) -> None:
-        """Fold completions and wake their jobs. `whole` has the outcomes that arrived completely."""
+        """Fold completions, and wake the jobs of the completions. `whole` has the outcomes that events contained
+        completely."""
         accepted = await self._accepted(completions)
         if not accepted:
             return
@@ -85,13 +86,14 @@ class LedgerWriter(Part):
             if job is None:
                 continue
             if not settlement.fits(job, completion.bundle, completion.follows):
-                # The ledger would refuse it together with the rest of its batch.
+                # The completion is dropped, because the ledger would refuse the completion together with the rest of
+                # its batch.
                 about = {"job": job.id, "bundle": completion.bundle.id}
                 log.error("dropped a completion of a stage that the job does not have", extra=about)
                 continue
             accepted.append((completion, job))
             live = self._lives.get(job.id)
-            # Before the fold, so that the stage does not seem to have ended by this completion.
+            # The flag is set before the fold, because the job must read the control word before it ends.
             if live is not None and completion.cancelled and live.record.control is not Control.CANCEL:
                 live.doubtful = True
         return accepted
@@ -101,7 +103,7 @@ class LedgerWriter(Part):
     ) -> list[LiveJob]:
         """Update outstanding bundles and recent outcomes of live jobs, and return these jobs."""
         if folded.first_seq != self._next_seq:
-            # Another leader folds too, or the response of an earlier fold was lost.
+            # Another leader has folded completions, or the response of an earlier fold was lost.
             for every in self._lives.values():
                 every.forget_outcomes(folded.first_seq - 1)
         self._next_seq = folded.first_seq + len(completions)
@@ -119,14 +121,15 @@ class LedgerWriter(Part):
                     live.retain(record, whole.get(key))
                 elif self._recorder:
                     self._recorder.record_repeated_outcome(live.id, completion.bundle.stage)
-                # A completion may be new to this manager only: the response of the first attempt was lost.
+                # A repeated completion may be new to this manager, because the response of an earlier fold was lost.
                 if folded.new[n] or completion.bundle.id in live.outstanding.get(completion.bundle.stage, {}):
                     live.add_outstanding(
                         (f.bundle, now_s + settlement.delay_s(live.job, f))
                         for f in completion.follows
                         if (f.bundle.stage, f.bundle.id) not in live.early_bundles
                     )
-        # In a second pass, because a follow-up's completion may be in the same batch.
+        # Completed bundles are removed in a second loop, because the completion of a follow-up may be in the same
+        # batch.
         for completion in completions:
             live = self._lives.get(completion.bundle.job)
             if live is not None:
@@ -134,7 +137,7 @@ class LedgerWriter(Part):
         return list(touched.values())
 
     async def write(self, live: LiveJob, change: JobChange) -> bool:
-        """Apply the change to the ledger, copy its rows to memory, and return whether the change was new. Raise
+        """Apply the change to the ledger, copy the job's rows to memory, and return whether the change was new. Raise
         Superseded if the job is in a later round."""
         before = live.record
         written = await self._ledger.apply(change)
@@ -144,25 +147,25 @@ class LedgerWriter(Part):
         return written.is_new
 
     async def refresh(self, live: LiveJob) -> None:
-        """Read the job and its stages from the ledger again. Raise Superseded like `write`."""
+        """Read the job and its stages from the ledger again. Raise Superseded if the job is in a later round."""
         before = live.record
         await self._update_rows(live, before, await self._ledger.rows(live.id))
         if live.record.round > live.round:
             raise Superseded(live)
 
     async def _update_rows(self, live: LiveJob, before: JobRecord | None, rows: JobRows) -> None:
-        """Copy rows to memory that were requested when the job's record was `before`."""
-        # If the record has changed meanwhile, these rows are old: a cancellation would be forgotten.
+        """Copy rows to memory. `before` is the job's record at the time of the request for the rows."""
+        # If the record has changed since the request, the rows may be old, and old rows would overwrite a cancellation.
         while live.record is not before:
             before = live.record
             rows = await self._ledger.rows(live.id)
         if rows.job.round > live.round:
-            live.end()  # the round of this live job has ended, and a retry began the next round
+            live.end()  # a retry has begun the job's next round
         live.update_rows(rows)
 
     async def job(self, job: JobId) -> JobDef | None:
-        """Return the job, restored from the bucket if the ledger does not have it, or None if the job does not
-        exist."""
+        """Return the job, or None if the job does not exist. If the ledger does not have the job, restore the job from
+        the bucket."""
         live = self._lives.get(job)
         if live:
             return live.job

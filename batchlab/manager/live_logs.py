@@ -1,8 +1,9 @@
 """Live logs of running tasks: requests to workers, and reads of the stored output.
 
-Invariant: a request does not change the control word. It replaces only the version that was read, with a larger request
-number. For any number of clients, this costs one GET and one PUT per half of the request's validity, and one LIST per
-half of a control lease. Memory use is bounded, and logs are dropped soon after the last read.
+Invariant: a request for live logs does not change the control word. The request replaces only the version of the
+control object that was read, with a larger request number. For any number of clients, live logs cost one GET and one
+PUT per half of a request's validity, and one LIST per half of a control lease. The memory use of live logs is bounded,
+and the manager drops logs soon after the last read.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ log = logging.getLogger(__name__)
 
 MAX_JOB_BYTES = 8 * 1024 * 1024
 MAX_BYTES = 8 * MAX_JOB_BYTES
-"""Memory limits of stored output, per job and for all jobs."""
+"""Maximum memory of stored output for all jobs together, in bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class _WorkerLogs:
-    """Stored output of one worker. `size` is in bytes."""
+    """Stored output of one worker. `size` is the size of the output in bytes."""
 
     etag: str
     size: int
@@ -40,7 +41,7 @@ class _WorkerLogs:
 
 @dataclass(slots=True)
 class _JobLogs:
-    """Stored output of a job's workers, by key. Times are monotonic."""
+    """Stored output of a job's workers, by object key. All times are monotonic."""
 
     asked_s: float = float("-inf")
     read_s: float = float("-inf")
@@ -52,11 +53,11 @@ class LiveLogs(Part):
     def __init__(self, context: Context) -> None:
         super().__init__(context)
         self.every_s = context.settings.control_lease_s
-        """Interval between updates of the output in seconds."""
+        """Interval between updates of the stored output, in seconds."""
         self._jobs: dict[JobId, _JobLogs] = {}
 
     async def read(self, live: LiveJob) -> list[Tail]:
-        """Return the stored output of the job's running tasks, and ask workers to store their output from now on."""
+        """Return the stored output of the job's running tasks, and request that workers store further output."""
         job_logs = self._jobs[live.id] = self._jobs.pop(live.id, _JobLogs())
         job_logs.wanted_s = self._clock.monotonic_s()
         await self._request(live, job_logs)
@@ -73,9 +74,9 @@ class LiveLogs(Part):
                 job_logs.asked_s = now_s
 
     async def _write_request(self, live: LiveJob) -> bool:
-        """Write the request, and return whether workers will see it."""
+        """Write the request for live logs, and return whether workers will receive the request."""
         spoken = await commit.read_stored(self._objects, live.id, self._patience)
-        # A job without a control object gets one after a moment.
+        # A new job may not have a control object yet.
         word = spoken.command if spoken else json_format.ControlCommand(Control.RUN, round=live.round)
         if word.control is not live.record.control or word.control is Control.CANCEL:
             return False
@@ -83,8 +84,8 @@ class LiveLogs(Part):
         return await commit.replace_command(self._objects, live.id, request, self._patience, over=spoken)
 
     def _evict(self) -> None:
-        """Drop the output of the jobs that were read least recently, above the memory limit. The next client reads it
-        again."""
+        """Drop the output of the least recently read jobs above the memory limit. The next client's request reads the
+        dropped output again."""
         sizes = [sum(worker_logs.size for worker_logs in job_logs.stored.values()) for job_logs in self._jobs.values()]
         too_much = sum(sizes) - MAX_BYTES
         for job_logs, size in zip(self._jobs.values(), sizes, strict=True):
@@ -111,10 +112,10 @@ class LiveLogs(Part):
                 worker_logs = job_logs.stored.get(info.key)
                 if worker_logs is None or worker_logs.etag != info.etag:
                     if info.size > free_bytes:
-                        continue  # for this many workers, the output of some is enough
+                        continue  # above the limit, the output of further workers is left out
                     worker_logs = await self._read_stored(info, free_bytes)
                 elif not _running_only(live, worker_logs.tails):
-                    worker_logs = _WorkerLogs(info.etag, 0, ())  # the bundle or its worker has ended
+                    worker_logs = _WorkerLogs(info.etag, 0, ())  # the worker's bundles have ended
                 if worker_logs.size <= free_bytes:
                     stored[info.key] = worker_logs
                     free_bytes -= worker_logs.size

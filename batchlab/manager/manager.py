@@ -1,11 +1,12 @@
-"""The manager process and its lease.
+"""The manager process and its leader lease.
 
-Invariant: only the holder of the lease collects, plans, and scales. Two managers at once would not damage data, because
-every decision is a conditional PUT and every fold counts once. This module connects all parts in one place and in one
-order.
+Invariant: only the holder of the lease collects, plans, and scales. Two managers that lead at once cannot damage data,
+because every decision is a conditional PUT and every fold counts once. This module creates and connects all parts of
+the manager.
 
 Invariant of the lease: clocks need not agree. A standby takes the lease only after the holder's beat has not changed
-for the lease's duration, measured by the standby's monotonic clock. The holder gives up earlier.
+for the lease's duration, measured by the standby's monotonic clock. The holder stops leading before a standby can take
+the lease.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ LEASE = "leader"
 
 
 class LeaderLease:
-    """One manager's lease. `ttl_s` is the time until an unrenewed lease expires."""
+    """Leader lease of one manager. `ttl_s` is the time until an unrenewed lease expires."""
 
     def __init__(self, ledger: Ledger, clock: Clock, owner: str, ttl_s: float) -> None:
         self._ledger = ledger
@@ -59,10 +60,10 @@ class LeaderLease:
         self._ttl_s = ttl_s
         self._beat = 0
         self._renewed_s = 0.0
-        """Monotonic time of the request that renewed the lease last."""
+        """Monotonic time of the last request that renewed the lease."""
 
     async def acquire(self) -> None:
-        """Take the lease when it is free, or when its holder has not renewed it for `ttl_s`."""
+        """Take the lease when the lease is free, or when the holder has not renewed the lease for `ttl_s`."""
         seen, since_s = None, self._clock.monotonic_s()
         while True:
             asked_s = self._clock.monotonic_s()
@@ -76,14 +77,14 @@ class LeaderLease:
             await asyncio.sleep(self._ttl_s / 3)
 
     async def renew(self, on_gap: Callable[[], None]) -> None:
-        """Renew the lease until it is lost. `on_gap` is called if another manager may have held the lease between two
-        renewals."""
+        """Renew the lease regularly, and return when the lease is lost. `on_gap` is called if another manager may have
+        held the lease between two renewals."""
         while True:
             now_s = self._clock.monotonic_s()
             await asyncio.sleep(max(0.0, self._renewed_s + self._ttl_s / 3 - now_s))
             asked_s = self._clock.monotonic_s()
             # The lease counts from the last request, because the response may have arrived much later. A process that
-            # was paused for longer than that asks once.
+            # was paused for longer than the lease's duration sends one more request.
             left_s = self._renewed_s + self._ttl_s - asked_s
             try:
                 async with asyncio.timeout(left_s if left_s > 0 else self._ttl_s * 2 / 3):
@@ -93,13 +94,13 @@ class LeaderLease:
             if lease.owner != self._owner:
                 return
             if lease.beat != self._beat + 1:
-                # This process was paused, and the lease was free again. Or a response was lost, and the request was
-                # sent twice. Then `on_gap` is not needed, but harmless.
+                # The lease was free while this process was paused, or a request was sent twice after a lost response.
+                # `on_gap` is harmless after a repeated request.
                 on_gap()
             self._beat, self._renewed_s = lease.beat, asked_s
 
     async def release(self) -> None:
-        with suppress(BackendError):  # the lease expires by itself
+        with suppress(BackendError):  # without a release, the lease expires by itself
             await self._ledger.release(LEASE, self._owner)
 
 
@@ -117,7 +118,7 @@ _LIVING = (LifecycleState.PENDING, LifecycleState.IN_SERVICE)
 
 
 class Manager:
-    """One manager. `run` ends when it is cancelled or loses its lease."""
+    """Manager of a grid. The call of `run` ends when it is cancelled or the manager loses its lease."""
 
     def __init__(
         self,
@@ -136,10 +137,10 @@ class Manager:
     ) -> None:
         """Create and connect the parts of a manager.
 
-        With `accounting`, the manager counts usage and enforces cost caps. With `accounting` and `reports`, it also
-        records performance data. `counts` are the counters of an earlier manager of the same process, which this
-        manager continues. With `channels`, it sends notifications. `recent` keeps recent log lines. With `schedules`,
-        it runs jobs when they are due.
+        With `accounting`, the manager counts usage and enforces cost caps. With `accounting` and `reports`, the manager
+        also records performance data. `counts` are the counters of an earlier manager of the same process, which this
+        manager continues. With `channels`, the manager sends notifications. `recent` stores recent log lines. With
+        `schedules`, the manager runs scheduled jobs when they are due.
         """
         ports = replace(ports, ledger=patiently(ports.ledger, ports.patience))
         by_name = {pool.name: pool for pool in pools}
@@ -157,7 +158,7 @@ class Manager:
         self.is_leader = asyncio.Event()
         self.has_led = False
         self.trouble = ""
-        """Error of the last tick, or ""."""
+        """Error message of the last tick, or "" after a successful tick."""
         self.spending = Spending(context, accounting) if accounting else None
         caps = self.spending.caps if self.spending else None
         self.notifier = Notifier(context, channels, caps) if channels else None
@@ -181,12 +182,12 @@ class Manager:
         """Monotonic time of the last read of the queue depths."""
         self._lease = LeaderLease(ports.ledger, ports.clock, owner, settings.lease_ttl_s)
         self._others_led = False
-        """Another manager has held the lease since this manager last led, so the cached job state is stale."""
+        """Whether another manager has held the lease in between, so that the cached job state is stale."""
         self._retries_searched = False
 
     async def job_record(self, job: JobId) -> JobRecord:
-        """Return the job from the ledger, restored from the bucket if its submission failed before the ledger's write.
-        Raise NotFound."""
+        """Return the job from the ledger. If only the bucket has the job, restore the job to the ledger first. Raise
+        NotFound if the job does not exist."""
         try:
             return await self.ports.ledger.job(job)
         except NotFound:
@@ -195,11 +196,12 @@ class Manager:
             return await self.ports.ledger.job(job)
 
     async def run(self) -> None:
-        """Wait for the lease, then lead until the lease is lost or this call is canceled."""
+        """Wait for the lease, then lead until the lease is lost or the call of `run` is cancelled."""
         await self._lease.acquire()
         try:
             async with asyncio.TaskGroup() as group:
-                # The lease is renewed first, because the preparation may take longer than the lease lasts.
+                # The renewal of the lease starts first, because the preparation may take longer than the lease's
+                # duration.
                 keeping = group.create_task(self._keep_lease(), name="lease")
                 await self._prepare()
                 await self.registry.instances.load()
@@ -264,17 +266,17 @@ class Manager:
         self.wake()
 
     async def _catch_up(self) -> None:
-        """Read from the ledger the jobs that other leaders have planned, started, and ended."""
+        """Read all jobs again from the ledger if another manager led while this manager was paused."""
         if not self._others_led:
             return
         log.warning("another manager led while %s was paused: all jobs are adopted again", self.owner)
-        # first, because another manager may lead meanwhile
+        # The flags are reset before the reads, because another manager may lead again during the reads.
         self._others_led = self._retries_searched = False
         if self.scheduler:
             self.scheduler.reload()
         await self._adoption.drop_all()
         try:
-            # Usage and records come first, because adopted jobs use them.
+            # The manager reads usage and recorded data before it adopts jobs, because adopted jobs use both.
             if self.spending:
                 await self.spending.reread()
             if self.recorder:
@@ -288,7 +290,7 @@ class Manager:
         while True:
             try:
                 if not self._retries_searched:
-                    self._retries_searched = True  # first, because others may lead meanwhile
+                    self._retries_searched = True  # set early, because another manager may lead during the search
                     await self.job_commands.find_unfinished_retries()
                 await self.job_commands.finish_retries()
             except BackendError as error:
@@ -309,7 +311,7 @@ class Manager:
             except NotFound as error:
                 log.warning("a queue or a group is missing, so all are created again: %s", error)
                 self.trouble = str(error)
-                with suppress(BackendError, Refused):  # the next tick tries again
+                with suppress(BackendError, Refused):  # the next tick repeats the preparation
                     await self._prepare()
                     await self._end_lost_jobs()
             except Refused as error:
@@ -330,7 +332,7 @@ class Manager:
                 await self.coordinator.abandon(live, LOST_OBJECTS)
 
     def wake(self) -> None:
-        """Start the next tick at once, for example after the death of an instance."""
+        """Start the next tick without a wait, for example after the death of an instance."""
         self.context.wake.set()
 
     async def tick(self) -> None:
@@ -348,7 +350,7 @@ class Manager:
         for view in views:
             await self.autoscaler.scale(view)
         await self._unresponsive.check(views)
-        # The decisions of this tick take effect in this tick.
+        # The second fleet tick applies the scaling decisions of this tick at once.
         await self.registry.release_messages(await self.ports.fleet.tick())
         described = await self.ports.fleet.describe()
         await self.registry.update_instances(described)
@@ -359,8 +361,8 @@ class Manager:
         for name in self.groups.keys() & self.pools.keys():
             self.context.update_slots(name)
         await self._check_queues()
-        # The previous leader may have started, reopened, or resumed a job after this manager read the ledger, before it
-        # noticed that it had lost the lease.
+        # The previous leader may have started, reopened, or resumed a job after this manager read the ledger, because a
+        # leader notices the loss of its lease late.
         if self.ports.clock.monotonic_s() - self._adoption.searched_s >= self.settings.silence_s:
             await self._adoption.adopt_active()
             for live in [one for one in self.lives.values() if one.record.control is Control.PAUSE]:
@@ -369,7 +371,7 @@ class Manager:
             await self._show_start(live)
             live.wake.set()
         if self.spending:
-            # Before the recorder forgets the jobs that have ended.
+            # Spending closes ended jobs first, because the recorder then forgets these jobs.
             self.spending.close_ended()
         if self.recorder:
             self.recorder.observe(self.groups, self.depths, self.autoscaler.backlog)
@@ -380,9 +382,9 @@ class Manager:
         self.live_logs.drop_unused()
 
     async def _check_queues(self) -> None:
-        """Read queue depths, handle dead letters, and recover silent bundles."""
+        """Read the queue depths, drain the dead-letter queues, and recover silent bundles."""
         now_s = self.ports.clock.monotonic_s()
-        # The tolerance covers a tick that is slightly early.
+        # The tolerance of 1 ms covers a tick that starts slightly early.
         if now_s - self._checked_s < (QUEUE_CHECK_S if self.lives else IDLE_QUEUE_CHECK_S) - 0.001:
             return
         self._checked_s = now_s
@@ -397,7 +399,7 @@ class Manager:
             raise
 
     async def _show_start(self, live: LiveJob) -> None:
-        """Move a RUNNABLE job to STARTING once its pools have instances, as AWS Batch does."""
+        """Move a RUNNABLE job to STARTING after one of its pools has instances, as AWS Batch does."""
         if live.record.state is not JobState.RUNNABLE:
             return
         pools = {stage.pool for stage in live.job.stages}
@@ -408,12 +410,13 @@ class Manager:
         async with self.context.ledger_lock:
             await self._adoption.drop_all()
             rebuilt = await rebuild(self.ports)
-            # A request may have adopted a job meanwhile, from the old content of the ledger.
+            # A request may have adopted a job from the old content of the ledger during the rebuild.
             await self._adoption.drop_all()
-            # Still under the lock, because adopting writes and a second rebuild may be waiting.
+            # The adoption needs the ledger lock, because adoption writes to the ledger and a second rebuild may be
+            # waiting.
             await self._adoption.adopt_active()
         return rebuilt
 
 
 class _LeaseLostError(Exception):
-    """Ends the task group of the leader."""
+    """Internal error that ends the leader's task group."""

@@ -1,11 +1,12 @@
 """Notifications about a job's end, failures, standstill, and cost cap.
 
 Invariants: delivery is at least once. A notification is in the bucket before the ledger shows the job's end, and stays
-there until it is delivered or given up under any leader. An unreachable target delays only its own notifications. An id
-is in the outbox once, either pending or done, and a done notification never becomes pending again.
+in the bucket until a leader delivers the notification or gives up. An unreachable target delays only its own
+notifications. The outbox has each notification id once, either pending or done, and a done notification never becomes
+pending again.
 
-Triggers read only data in memory. A job stands still if it makes no progress although it could: no worker runs it, and
-it does not wait for its user, a retry delay, or a cap.
+Triggers read only data in memory. A job is at a standstill if it makes no progress, no worker runs it, and it does not
+wait for its user, a retry delay, or a cap.
 """
 
 from __future__ import annotations
@@ -33,14 +34,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _LastProgress:
-    """State of a job at its last progress."""
+    """State and time of a job's last progress."""
 
     marker: tuple[int, ...]
     since_s: float
 
 
 class NotificationTriggers(Part):
-    """Triggers of the jobs that one manager conducts. `caps` become part of the keys of notifications."""
+    """Notification triggers of the jobs that one manager conducts. The cost caps in `caps` become part of the keys of
+    notifications."""
 
     def __init__(self, context: Context, caps: CostCaps | None) -> None:
         super().__init__(context)
@@ -55,7 +57,7 @@ class NotificationTriggers(Part):
         self._progress.pop(job, None)
 
     def fired(self, live: LiveJob, target: Target, standstill_s: float) -> Iterator[tuple[str, str]]:
-        """Yield the triggers that have fired for `target`: the moment, and a key that distinguishes repeated triggers.
+        """Yield the moment of each trigger that has fired for `target`, and a key that distinguishes repeated triggers.
         `standstill_s` is the time since the job's last progress."""
         failed = sum(counts.failed for counts in live.counts)
         if target.wants("failures") and failed >= target.failures:
@@ -95,7 +97,8 @@ again."""
 
 @dataclass(slots=True)
 class Outbox:
-    """Pending notifications and the results of the others, newest last. One object in the bucket stores them."""
+    """Pending notifications, and the results of done notifications, newest last. One object in the bucket stores the
+    outbox."""
 
     pending: dict[str, Notification] = field(default_factory=dict)
     log: list[Notification] = field(default_factory=list)
@@ -113,7 +116,7 @@ class Outbox:
         return id_ in self.pending or id_ in self.done
 
     def merge(self, other: Outbox) -> None:
-        """Add the notifications that another manager has written."""
+        """Add the notifications of an outbox that another manager has written."""
         for notification in other.log:
             if notification.id not in self.done:
                 self.finish(notification)
@@ -143,26 +146,26 @@ class Outbox:
 
 MAX_DELIVERIES = 8
 MAX_DELIVERIES_PER_TARGET = 2
-"""Concurrent deliveries to one target, so that a slow target does not block the others."""
+"""Maximum number of concurrent deliveries to one target, so that a slow target does not block other targets."""
 FIRST_WAIT_S = 2.0
 MAX_WAIT_S = 900.0
-"""Waits between two attempts. Each wait is twice as long as the one before."""
+"""Maximum wait between two delivery attempts. Each wait is twice as long as the previous wait."""
 GIVE_UP_S = 86_400.0
 SOON_S = 1.0
-"""Minimum interval between writes of a large outbox after a delivery or a first failure. For fewer than `SMALL`
-notifications, the interval is shorter."""
+"""Minimum interval between writes of a large outbox after a delivery or a first failure. An outbox with fewer than
+`SMALL` notifications has a shorter interval."""
 SMALL = 100
 LATER_S = 60.0
-"""Maximum interval between writes after repeated failures."""
+"""Maximum interval between writes of the outbox after repeated failures."""
 CLOSE_S = 1.0
 MAX_EXPLANATIONS = 5
-"""Stuck jobs explained per tick. Each explanation reads the fleet and the ledger."""
+"""Maximum number of stuck jobs explained per tick. Each explanation of a stuck job reads the fleet and the ledger."""
 MAX_PENDING = 2000
-"""Maximum number of pending notifications. Above it, the manager gives up the oldest notification."""
+"""Maximum number of pending notifications. Above this limit, the manager gives up the oldest notification."""
 
 
 class Notifier(Part):
-    """Notifications of one manager. `explain` returns why a job makes no progress."""
+    """Notifier of one manager. The function `explain` returns the reason why a job makes no progress."""
 
     def __init__(self, context: Context, channels: NotificationChannels, caps: CostCaps | None) -> None:
         super().__init__(context)
@@ -174,7 +177,7 @@ class Notifier(Part):
         self._saved_version = 0
         self._lock = asyncio.Lock()
         self._write_due_s: float | None = None
-        """Monotonic time of the next write of results, or None."""
+        """Monotonic time of the next write of delivery results, or None."""
         self._written_s = float("-inf")
         self._unwritten = asyncio.Event()
         self._due = asyncio.Event()
@@ -182,15 +185,15 @@ class Notifier(Part):
         """Destination of each notification in delivery, by id."""
         self._triggers = NotificationTriggers(context, caps)
         self._known_ids: dict[JobId, set[str]] = {}
-        """Ids of notifications about live jobs that were ever in the outbox. The outbox forgets old ids."""
+        """Ids of all notifications about live jobs that were ever in the outbox, because the outbox forgets old ids."""
 
     def directory(self) -> NotificationSettings:
-        """Return the grid's targets, and the rules for targets of jobs."""
+        """Return the grid's notification targets, and the rules for notification targets of jobs."""
         return self._channels.directory()
 
     async def ended(self, live: LiveJob, ending: Ending) -> None:
-        """Add notifications about the committed end of a job. Raise BackendError if the bucket cannot store them
-        yet."""
+        """Add notifications about the committed end of a job. Raise BackendError if the bucket cannot store the
+        notifications yet."""
         moment = ending.state.value.lower()
         targets = [*self.directory().targets, *notifications.targets_of(live.job)]
         wanted = [target for target in targets if target.wants(moment)]
@@ -216,7 +219,7 @@ class Notifier(Part):
             targets = [*grid_targets, *notifications.targets_of(live.job)]
             if not targets or live.ended.is_set():
                 continue
-            # The check reads all workers, so it runs only for targets that want it.
+            # The standstill check reads all workers, so it runs only if a target wants "stuck" notifications.
             is_wanted = any(target.wants("stuck") for target in targets)
             standstill_s = self._triggers.standstill_s(live) if is_wanted else 0.0
             known_ids = self._known_ids.setdefault(live.id, set())
@@ -227,7 +230,7 @@ class Notifier(Part):
                         continue
                     explained += moment == "stuck"
                     if moment == "stuck" and explained > MAX_EXPLANATIONS:
-                        # the tick waits for each explanation, and the next tick comes soon
+                        # The tick waits for each explanation, so the next tick explains the remaining jobs.
                         continue
                     known_ids.add(id_)
                     fired.append(await self._notification(live, target, moment, key))
@@ -244,15 +247,15 @@ class Notifier(Part):
             except BackendError as error:
                 why = f"The backend does not answer: {error}"
             except Exception:
-                # A bug that concerns one job must not end the tick.
+                # An unexpected error of one job's explanation must not end the tick.
                 log.exception("the standstill of job %s could not be explained", live.id)
         body = notifications.body_of(live.record, list(live.stages.values()), why=why)
         at_s = self._clock.now_s()
         return notifications.make_notification(target, live.job, live.round, moment, body, at_s=at_s, key=key)
 
     async def load(self) -> None:
-        """Read the pending notifications of the previous manager. If the bucket is unavailable, the first write merges
-        them."""
+        """Read the pending notifications of the previous manager. If the bucket is unavailable, the first write of the
+        outbox merges the pending notifications."""
         try:
             await self._document.load()
         except BackendError as error:
@@ -265,7 +268,7 @@ class Notifier(Part):
     async def _add(self, new: Sequence[Notification]) -> None:
         new = [notification for notification in new if not self.outbox.has(notification.id)]
         if not new and self._saved_version >= self._version:
-            return  # otherwise an earlier change is not in the bucket yet
+            return  # the bucket already has every change
         for notification in new:
             self.outbox.pending[notification.id] = notification
         while len(self.outbox.pending) > MAX_PENDING:
@@ -276,14 +279,14 @@ class Notifier(Part):
             self._due.set()
 
     async def _save(self) -> None:
-        """Write the outbox. Concurrent callers share one write."""
+        """Write the outbox to the bucket. Concurrent callers share one write of the outbox."""
         self._version += 1
         required = self._version
         async with self._lock:
             if self._saved_version >= required:
                 return
             version, due_s = self._version, self._write_due_s
-            self._write_due_s = None  # results that arrive meanwhile are written next time
+            self._write_due_s = None  # the next write stores results that arrive during this write
             try:
                 await self._document.write(self.outbox.to_bytes)
                 self._saved_version, due_s = version, None
@@ -297,7 +300,7 @@ class Notifier(Part):
             await self._run()
         finally:
             if self._write_due_s is not None:
-                # With the results, the next manager tries the notifications sooner.
+                # The final write lets the next manager continue with the results of this manager's attempts.
                 with suppress(TimeoutError, BackendError):
                     async with asyncio.timeout(CLOSE_S):
                         await self._save()
@@ -322,7 +325,7 @@ class Notifier(Part):
                 await set_within(self._due, waits_s)
 
     async def wait_for_attempts(self, within_s: float) -> None:
-        """Return when every notification was attempted, or after `within_s`, for a manager that is about to exit."""
+        """Wait until the manager has attempted every notification, at most `within_s`, before the manager exits."""
         until_s = self._clock.monotonic_s() + within_s
         while any(not notification.attempts for notification in self.outbox.pending.values()):
             if self._clock.monotonic_s() >= until_s:
@@ -330,18 +333,19 @@ class Notifier(Part):
             await asyncio.sleep(0.02)
 
     async def _write_results(self) -> None:
-        """Write the results of attempts, forever. Each write contains the whole outbox, so writes are rare."""
+        """Write the results of delivery attempts in an endless loop. Each write contains the whole outbox, so the loop
+        writes rarely."""
         pause_s = SOON_S
         while True:
             await self._unwritten.wait()
             self._unwritten.clear()
             if self._write_due_s is None:
-                continue  # another call has written the results
+                continue  # another call has written the results of the attempts
             wait_s = self._write_due_s - self._clock.monotonic_s()
             if wait_s > 0:
                 await set_within(self._unwritten, wait_s)
                 self._unwritten.set()
-                continue  # the time may have changed, or the write may be done
+                continue  # during the wait, the due time may have changed, or another call may have written the outbox
             try:
                 await self._save()
                 pause_s = SOON_S
@@ -352,7 +356,7 @@ class Notifier(Part):
             self._unwritten.set()
 
     def _schedule_write(self, within_s: float) -> None:
-        """Schedule a write of results for `within_s` after the last write."""
+        """Schedule a write of delivery results for `within_s` after the last write."""
         due_s = max(self._clock.monotonic_s(), self._written_s + within_s)
         if self._write_due_s is None or due_s < self._write_due_s:
             self._write_due_s = due_s
@@ -378,14 +382,15 @@ class Notifier(Part):
             if target is None:
                 self._close(notification, "given up", f"the grid has no target {notification.target!r} any more")
                 return
-            # Checked again, because the operator may have changed the directory, and others may write the bucket.
+            # The delivery checks the target again, because the operator may have changed the directory, and other
+            # programs may write to the bucket.
             if notification.own and (wrong := self.directory().refusal(notification.own)):
                 raise NotDelivered(wrong, final=True)
             await self._channels.deliver(target, notification)
         except NotDelivered as error:
             self._failed(notification, target, error)
         except Exception as error:
-            # A bug that concerns notification notification must not end the manager.
+            # An unexpected error of one notification must not end the manager.
             log.exception("an unexpected error stopped the delivery of a notification", extra={"job": notification.job})
             self._failed(notification, target, NotDelivered(f"There is an error in the manager: {error!r}."))
         else:
@@ -406,7 +411,7 @@ class Notifier(Part):
             return
         self._counts.deliveries[kind, "failed"] += 1
         wait_s = _pause_s(tried)
-        if notification.id in self.outbox.pending:  # otherwise another leader has delivered it
+        if notification.id in self.outbox.pending:  # another leader may have delivered the notification
             self.outbox.pending[notification.id] = replace(tried, due_s=now_s + wait_s)
         log.warning("a notification to %s is tried again in %.0f s: %s", shown, wait_s, error.message, extra=extra)
 
@@ -421,7 +426,7 @@ class Notifier(Part):
         return self.directory().named(notification.target)
 
     async def test(self, name: str) -> str:
-        """Send a test notification to one target, once. Return the error, or ""."""
+        """Send a test notification to one target without retries. Return the delivery error, or ""."""
         target = self.directory().named(name)
         if target is None:
             names = ", ".join(t.name for t in self.directory().targets) or "none"
@@ -439,11 +444,11 @@ class Notifier(Part):
             self._close(replace(notification, attempts=1), "delivered", "")
             return ""
         finally:
-            with suppress(BackendError):  # the result is at least in this manager's log
+            with suppress(BackendError):  # the test's result is still in this manager's memory
                 await self._save()
 
     def trouble(self, job: str) -> str:
-        """Return a clause about undelivered notifications of the job, or ""."""
+        """Return a phrase about undelivered notifications of the job, or "" if every attempt succeeded."""
         waiting = [n for n in self.outbox.pending.values() if n.job == job and n.attempts]
         if not waiting:
             return ""
@@ -461,5 +466,5 @@ def _pause_s(notification: Notification) -> float:
 
 
 def _destination(notification: Notification) -> str:
-    """Return the destination of a notification of the grid or of a job."""
+    """Return the address of a job's own target, or the name of a grid's target."""
     return notification.own.to if notification.own else notification.target

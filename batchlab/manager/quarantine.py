@@ -1,8 +1,8 @@
-"""Handling of messages and objects that the manager cannot read.
+"""Reports and replacements of messages and objects that the manager cannot read.
 
-Invariant: each one is counted and logged once, and none of them blocks the manager or another job. The manager does not
-overwrite an unreadable outcome object, because a bucket policy may forbid it. A conditional PUT of a replacement object
-decides which outcome counts.
+Invariant: the manager counts and logs each unreadable message or object once. An unreadable message or object does not
+block the manager or another job. The manager does not overwrite an unreadable outcome object, because a bucket policy
+may forbid the overwrite. A conditional PUT of a replacement object decides which outcome counts.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 MAX_REPORTED = 20_000
-"""Number of messages and objects that are stored, so that a second delivery is not reported again."""
+"""Maximum number of reported messages and objects that are stored, so that a second delivery is not reported again."""
 MAX_JOBS = 1_000
 MAX_OBJECTS_PER_JOB = 20
 
 
 class Quarantine:
-    """Messages and objects that one manager process could not read."""
+    """Reports of messages and objects that one manager process could not read."""
 
     def __init__(self, counts: Counters) -> None:
         self._counts = counts
@@ -44,7 +44,7 @@ class Quarantine:
 
     def message(self, kind: str, id_: str, length: int, error: Exception, job: JobId | None = None) -> None:
         """Report a dropped message of the kind "event" or "dead letter" with `length` characters."""
-        # The content is not logged, because it may be a user's.
+        # The log omits the content of the message, because the content may be a user's text.
         what = f"{kind} of {length} characters"
         if self._is_new(kind, f"{kind} {id_}"):
             article = "an" if kind[0] in "aeiou" else "a"
@@ -55,7 +55,7 @@ class Quarantine:
             self._note(job, f"{kind} {id_}", f"a {what}: {json_format.brief(error)}")
 
     def unproven(self, id_: str, facts: int, jobs: Collection[JobId]) -> None:
-        """Report an event with unproven facts about these jobs."""
+        """Report an event with unproven facts about `jobs`."""
         why = f"its sender has not proved {facts} facts with the job's key"
         if self._is_new("unproven event", f"unproven {id_}"):
             about = {"job": min(jobs)} if jobs else {}
@@ -64,7 +64,8 @@ class Quarantine:
             self._note(job, f"unproven {id_}", f"an event: {why}")
 
     def beat(self, instance: str, why: str) -> None:
-        """Report a rejected heartbeat of `instance`. Each is counted, and the first with this reason is logged."""
+        """Report a rejected heartbeat of `instance`. Every rejected heartbeat is counted, but only the first heartbeat
+        per instance and reason is logged."""
         if not self._is_new(BEAT, f"beat {instance} {why}"):
             self._counts.unreadable[BEAT] += 1
             return
@@ -95,11 +96,11 @@ class Quarantine:
             self._jobs.popitem(last=False)
 
     def unreadable(self, job: JobId) -> Mapping[str, str]:
-        """Return the reason of each unreadable message or object of the job, by its name."""
+        """Return the error of each unreadable message or object of the job, by name."""
         return self._jobs.get(job, {})
 
     def trouble(self, job: JobId) -> str:
-        """Return a clause about unreadable messages and objects of the job, or ""."""
+        """Return a phrase about unreadable messages and objects of the job, or "" without such errors."""
         errors = self.unreadable(job)
         if not errors:
             return ""
@@ -117,7 +118,8 @@ class UnreadableObject(Malformed):
 
 
 async def read_stored(ports: Ports, key: str, read: Callable[[bytes], T]) -> T:
-    """Return the result of `read` for an object. Raise NotFound or UnreadableObject."""
+    """Return the result of `read` for the object's content. Raise NotFound if the object does not exist, or
+    UnreadableObject if `read` fails."""
     data = await ports.patience(partial(ports.objects.get, key))
     try:
         return read(data)
@@ -126,7 +128,8 @@ async def read_stored(ports: Ports, key: str, read: Callable[[bytes], T]) -> T:
 
 
 async def read_cut(ports: Ports, key: str) -> Cut:
-    """Return the cut with this key. Raise NotFound, or UnreadableObject also if the object contains another cut."""
+    """Return the cut stored under `key`. Raise NotFound if the object does not exist, or UnreadableObject if it is
+    unreadable or contains another cut."""
     cut = await read_stored(ports, key, lambda data: json_format.cut_from_json(json_format.loads(data)))
     if object_keys.cut(cut.job, cut.stage, cut.round, cut.seq) != key:
         raise UnreadableObject(key, "It is another cut.")
@@ -167,7 +170,8 @@ class OutcomeStore:
             await patience(lambda: objects.put(name, data, if_absent=True))
         except AlreadyExists:
             draft = await read_outcome(objects, name, patience)
-        # The worker does not send these follow-ups, because it knows another outcome.
+        # The manager sends the follow-ups of the replacement, because the worker only has the follow-ups of its own
+        # outcome.
         messages = follow_ups(job, draft, key, now_s=self._ports.clock.now_s())
         await send_all(self._ports.queue, messages, patience)
         return draft

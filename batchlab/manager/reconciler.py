@@ -1,7 +1,7 @@
 """Recovery of lost work: silent bundles without an outcome, and dead letters.
 
-Invariant (I7): a lost message, a purged queue, or a missing event delays a job by `silence_s`, and every job ends.
-Sending a bundle again is safe, because ids are derived and the commit is conditional.
+Invariant (I7): a lost message, a purged queue, or a missing event delays a job by `silence_s`, and every job ends. The
+manager can safely send a bundle again, because bundle ids are derived and each commit is conditional.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ log = logging.getLogger(__name__)
 
 
 FULL_QUEUE_FACTOR = 10
-"""Factor of the silence limit while the pool's queue has visible messages, because most silent bundles still wait in
-the queue."""
+"""Factor of the silence limit while the pool's queue has visible messages, because most silent bundles are still in the
+queue then."""
 
 RECOVERED_AT_ONCE = 50
 
 DEAD_LETTER_BATCHES = 5
 
 DELIVERY_LIMIT = 50
-"""Deliveries of a single task without an outcome after which the task is FAILED."""
+"""Number of deliveries without an outcome after which a single task is FAILED."""
 
 
 class Reconciler(Part):
-    """Recovers lost work at each read of the queue depths."""
+    """Reconciler that recovers lost work at each read of the queue depths."""
 
     def __init__(self, context: Context, ledger_writer: LedgerWriter, coordinator: JobCoordinator) -> None:
         super().__init__(context)
@@ -59,12 +59,12 @@ class Reconciler(Part):
                 continue
             silent: list[Outstanding] = []
             for stage, waiting in live.outstanding.items():
-                # Other pools have queues that this manager does not read.
+                # A stage of another pool has no limit, because this manager does not read the pool's queue.
                 limit_s = limits_s.get(live.job.stage(stage).pool)
                 if limit_s == math.inf:
-                    # The silence does not grow, because the next worker needs time for its first beat. The silence so
-                    # far stays: the manager may send follow-ups before it learns of their bundle, which would reset the
-                    # silence of lost bundles repeatedly.
+                    # The silence of bundles does not grow, because the next worker needs time for its first heartbeat.
+                    # The silence so far stays, because follow-up messages without a known bundle would otherwise reset
+                    # the silence of lost bundles repeatedly.
                     for outstanding in waiting.values():
                         outstanding.heard_s = max(outstanding.heard_s, min(now_s, outstanding.heard_s + step_s))
                 elif limit_s is not None:
@@ -73,8 +73,8 @@ class Reconciler(Part):
                 await self._try_recover(live, silent[:RECOVERED_AT_ONCE])
 
     def _limit_s(self, pool: str, depth: Depth) -> float:
-        """Return how long a bundle of this pool may be silent. The limit is infinite while the queue has at least as
-        many messages as there are bundles, because then no message is lost."""
+        """Return the maximum silence of a bundle of the pool. The limit is infinite while the queue has at least as
+        many messages as outstanding bundles, because no message is lost in this case."""
         if not depth.visible:
             return self._settings.silence_s
         messages = depth.visible + depth.in_flight + depth.delayed
@@ -83,7 +83,7 @@ class Reconciler(Part):
         return self._settings.silence_s * FULL_QUEUE_FACTOR
 
     async def _try_recover(self, live: LiveJob, silent: list[Outstanding]) -> None:
-        """Recover a job's silent bundles. An error of one job does not end the tick for the other jobs."""
+        """Recover a job's silent bundles. An error of one job does not stop the recovery of other jobs."""
         try:
             await self._recover(live, silent)
             return
@@ -99,7 +99,7 @@ class Reconciler(Part):
             live.trouble = str(error)
         except Exception as error:
             raise_if_cancelled()
-            # A bug that concerns one job must not end the tick of the others.
+            # An unexpected error of one job must not stop the recovery of other jobs.
             log.exception("silent bundles of job %s met a bug", live.id, extra={"job": live.id})
             live.trouble = f"an error inside the manager: {error!r}; see its log"
         now_s = self._clock.monotonic_s()
@@ -109,7 +109,7 @@ class Reconciler(Part):
     async def _recover(self, live: LiveJob, silent: list[Outstanding]) -> None:
         await self.follow_control(live)
         if live.record.control is not Control.RUN:
-            return  # workers drop the messages of such a job, so its bundles are silent
+            return  # the job's bundles are silent because workers delete the messages of a paused or cancelled job
         if any(outstanding.copies for outstanding in silent) and not await self._is_defined(live):
             return
         again: list[Bundle] = []
@@ -118,7 +118,7 @@ class Reconciler(Part):
             if outcome:
                 await self.forward(live.job, outcome)
             else:
-                # As a copy, for which the worker looks for an outcome before it runs it.
+                # The bundle is sent as a copy, for which the worker checks for an outcome before it runs the tasks.
                 again.append(replace(outstanding.bundle, losses=max(1, outstanding.bundle.losses)))
                 outstanding.heard_s = self._clock.monotonic_s()
                 outstanding.copies += 1
@@ -127,8 +127,8 @@ class Reconciler(Part):
             await self._coordinator.send(live.job, again)
 
     async def _is_defined(self, live: LiveJob) -> bool:
-        """Return whether the bucket has the job's definition. If it does not, the job's own asyncio task ends the job,
-        because that takes longer than a tick may."""
+        """Return whether the bucket has the job's definition. If the definition is missing, the job's asyncio task ends
+        the job, because an end takes longer than a tick."""
         key = object_keys.spec(live.id)
 
         def defined(data: bytes) -> None:
@@ -148,13 +148,13 @@ class Reconciler(Part):
         return False
 
     async def follow_control(self, live: LiveJob) -> None:
-        """Act on the control word, unless a control word is being written now."""
+        """Apply the control word in the bucket to the job, unless another call is writing a control word now."""
         if not live.control_lock.locked():
             await self._coordinator.follow_control(live)
 
     async def forward(self, job: JobDef, outcome: Outcome) -> None:
-        """Send the follow-ups of an outcome and fold it, because its worker may have died after the commit. Committed
-        follow-ups are not sent again."""
+        """Send the uncommitted follow-ups of an outcome and fold the outcome, because its worker may have died after
+        the commit."""
         key = await self._keys.key_of(job)
         follows = await uncommitted(self._objects, outcome.follows, self._patience, key)
         uncommitted_part = replace(outcome, follows=follows)
@@ -163,8 +163,8 @@ class Reconciler(Part):
         await self._ledger_writer.fold([settlement.completion(outcome)])
 
     async def drain_dead_letters(self, pool: str) -> None:
-        """Turn dead letters of the pool into outcomes or new messages. Each call handles a few batches, so that many
-        dead letters do not delay the tick."""
+        """Convert dead letters of the pool to outcomes or new messages. Each call converts at most a few batches, so
+        that many dead letters do not delay the tick."""
         name = object_keys.dead_letters(pool)
         for _ in range(DEAD_LETTER_BATCHES):
             messages = await self._patience(partial(self._queue.receive, name, max_messages=MAX_BATCH, wait_s=0))
@@ -175,13 +175,13 @@ class Reconciler(Part):
                 await self._patience(partial(self._queue.delete, name, [message.receipt]))
 
     async def _handle_dead_letter(self, message: Message) -> None:
-        """Handle one dead letter. Outages of the bucket also raise the receive count. So a single task goes back to the
-        workers, which record the cause of a death."""
+        """Convert one dead letter to an outcome or a new message. A single task returns to the workers up to
+        `DELIVERY_LIMIT`, because outages of the bucket also raise the receive count."""
         try:
             task = read_task_message(message.body)
             bundle = task.bundle
             job = await self._job(bundle.job)
-            job.stage(bundle.stage)  # KeyError if the job has no such stage
+            job.stage(bundle.stage)  # raises KeyError if the job does not have this stage
             key = await self._keys.key_of(job)
         except (Malformed, TooNew, NotFound, KeyError) as error:
             size = len(message.body)
@@ -202,7 +202,8 @@ class Reconciler(Part):
             await self._coordinator.send(live.job, [again])
 
     async def _job(self, name: JobId) -> JobDef:
-        """Return the job, restored from the bucket if the ledger has lost it. Raise NotFound."""
+        """Return the job, and restore the job from the bucket if the ledger has lost it. Raise NotFound if the bucket
+        does not have the job."""
         try:
             return (await self._ledger.job(name)).job
         except NotFound:

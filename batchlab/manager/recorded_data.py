@@ -1,8 +1,8 @@
-"""Recorded performance data as a document: the part of one job, merges, time series, and history of instances.
+"""Functions and classes for recorded performance data: a job's part, merges, time series, and the history of instances.
 
-Invariants: functions on documents are pure. The steps of a series follow one another without gaps. A merged step is at
-most its age divided by `FINE` long. The history is bounded, and rows that no live job needs are dropped first. The rows
-of a job are found without reading older rows.
+Invariants: functions on documents are pure. The steps of a time series follow one another without gaps. The length of a
+merged step is at most the step's age divided by `FINE`. The instance history is bounded, and drops rows that no live
+job needs first. The instance history finds a job's rows without reading older rows.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from batchlab.core.pricing.usage import Account
 from batchlab.manager.worker_registry import WorkerRegistry
 
 RecordedData = dict[str, Any]
-"""The document of `Recorder`: `pools` by name with `slots`, `type`, and the points of their `series`; `scaling`,
-`instances`, and `workers` as rows; in a job's part also `requests` and `duplicates`."""
+"""Document of `Recorder`. Each pool in `pools` has `slots`, `type`, and the points of its `series`. `scaling`,
+`instances`, and `workers` contain rows. A job's part of the document also has `requests` and `duplicates`."""
 
 BEFORE_S = 5.0
-"""A scaling decision may precede the first observation of its job by this time."""
+"""Maximum time by which a scaling decision may precede the first observation of its job."""
 
 
 def job_part(doc: RecordedData, job: JobId) -> RecordedData:
-    """Return the part of the whole document that belongs to a job, possibly empty."""
+    """Return the job's part of the document, which may be empty."""
     own: Mapping[str, Any] | None = doc["jobs"].get(job)
     earlier: RecordedData | None = doc["earlier"].get(job)
     if own is None:
@@ -64,12 +64,12 @@ def _decisions(every: Sequence[Sequence[Any]], pools: Collection[str], since_s: 
 
 
 def empty_part() -> RecordedData:
-    """Return the part of a job that was not recorded."""
+    """Return the empty document part of a job that was not recorded."""
     return {"pools": {}, "scaling": [], "instances": {}, "workers": {}, "requests": [], "duplicates": {}}
 
 
 def join_rounds(a: RecordedData, b: RecordedData) -> RecordedData:
-    """Join two parts of one job. `b` is of a later round."""
+    """Join the recorded parts of two rounds of one job. `b` belongs to a later round than `a`."""
     pools = dict(a["pools"])
     for name, pool in b["pools"].items():
         series = [*pools[name]["series"], *pool["series"]] if name in pools else pool["series"]
@@ -99,19 +99,19 @@ def _combine_duplicates(a: RecordedData, b: RecordedData, combine: Callable[[flo
 
 
 def merge_parts(a: RecordedData, b: RecordedData) -> RecordedData:
-    """Merge two parts of one job by two leaders that may have observed the same events. All data is in the result, and
-    nothing counts twice."""
+    """Merge two parts of one job, recorded by two leaders that may have observed the same events. The result contains
+    all data of both parts, and counts each event once."""
     return {**merge_fleets(a, b), **_merge_own(a, b)}
 
 
 def _merge_own(a: RecordedData, b: RecordedData) -> RecordedData:
-    """Merge the data of the job itself: requests and duplicates."""
+    """Merge the recorded requests and duplicates of a job."""
     requests = _cumulative(_interleave(a["requests"], b["requests"]))
     return {"requests": requests, "duplicates": _combine_duplicates(a, b, max)}
 
 
 def merge_fleets(a: RecordedData, b: RecordedData) -> RecordedData:
-    """Merge the data of the fleet: pools, decisions, instances, and workers."""
+    """Merge the recorded pools, scaling decisions, instances, and workers."""
     pools = dict(a["pools"])
     for name, pool in b["pools"].items():
         seen = pools[name]["series"] if name in pools else []
@@ -133,12 +133,12 @@ def merge_fleets(a: RecordedData, b: RecordedData) -> RecordedData:
 
 
 def _completeness(instance: Sequence[Any]) -> tuple[bool, bool]:
-    """Return how much of an instance's life was observed: its end, and that it was in service."""
+    """Return whether the instance's end was observed, and whether its InService state was observed."""
     return instance[6] is not None, instance[5] is not None
 
 
 def _interleave(a: Sequence[Sequence[Any]], b: Sequence[Sequence[Any]]) -> list[list[Any]]:
-    """Return the points of `a`, and those points of `b` whose time `a` does not cover."""
+    """Return the points of `a`, and the points of `b` at times that `a` does not cover."""
     points = sorted((list(point) for point in a), key=_at)
     ends = [_at(point) for point in points]
     for point in b:
@@ -152,7 +152,7 @@ def _interleave(a: Sequence[Sequence[Any]], b: Sequence[Sequence[Any]]) -> list[
 
 
 def _cumulative(points: Sequence[Sequence[Any]]) -> list[list[Any]]:
-    """Make the counts of two observers grow from point to point."""
+    """Return points whose counts never decrease, because the points come from two observers."""
     cumulative: list[list[Any]] = []
     for point in points:
         most = cumulative[-1][2:] if cumulative else point[2:]
@@ -161,7 +161,7 @@ def _cumulative(points: Sequence[Sequence[Any]]) -> list[list[Any]]:
 
 
 def merge_documents(a: RecordedData, b: RecordedData) -> RecordedData:
-    """Merge two whole documents. For jobs in both, the live state is that of `b`."""
+    """Merge two whole documents. For a job in both documents, the live state comes from `b`."""
     jobs = {**a["jobs"], **b["jobs"]}
     for job in a["jobs"].keys() & b["jobs"].keys():
         one, other = a["jobs"][job], b["jobs"][job]
@@ -172,18 +172,18 @@ def merge_documents(a: RecordedData, b: RecordedData) -> RecordedData:
 
 
 FINE = 256
-"""Resolution of a series. A job that has just ended has at least this many steps of similar length. A month has fewer
-than five thousand steps."""
+"""Resolution of a time series. The series of a job that has just ended has at least `FINE` steps of similar length. A
+series over a month has fewer than five thousand steps."""
 EVERY = 64
-"""Points between two attempts to merge."""
+"""Number of added points between two attempts to merge points."""
 
 Point = list[Json]
-"""Time (seconds since the epoch), duration (seconds), and values."""
+"""Point of a time series: time (seconds since the epoch), duration (seconds), and values."""
 
 
 class TimeSeries:
-    """Points in order of time. Older points are merged into longer steps. `merge` returns one point for two neighbors,
-    and need not set the times."""
+    """Points in order of time. A time series merges older points into longer steps. `merge` returns one point for two
+    neighboring points, without their times."""
 
     def __init__(self, merge: Callable[[Point, Point], Point], points: Sequence[Point] = ()) -> None:
         self._merge = merge
@@ -197,7 +197,7 @@ class TimeSeries:
             self.thin()
 
     def thin(self) -> None:
-        """Merge points that are old enough."""
+        """Merge neighboring points whose merged step is at most the point's age divided by `FINE`."""
         self._new = 0
         if not self.points:
             return
@@ -226,7 +226,7 @@ def merge_pool_points(a: Point, b: Point) -> Point:
 
 
 def latest_point(_a: Point, b: Point) -> Point:
-    """Return the later of two points of growing counts."""
+    """Return the later of two points, because counts only grow."""
     return b
 
 
@@ -244,20 +244,20 @@ def request_point(account: Account, now_s: float, step_s: float) -> Point:
 
 
 MAX_INSTANCES = 20_000
-"""Maximum number of instances, and also of workers."""
+"""Maximum number of recorded instances, and of recorded workers."""
 _GONE = LifecycleState.TERMINATED
 
 
 class InstanceHistory:
-    """Rows of instances from the groups, and of workers from their heartbeats."""
+    """History of instances, taken from the groups, and of workers, taken from heartbeats."""
 
     def __init__(self, registry: WorkerRegistry) -> None:
         self._registry = registry
         self.living: dict[str, list[Any]] = {}
         self.ended: dict[str, list[Any]] = {}
-        """Ended instances, the latest last."""
+        """Rows of ended instances, in the order of their ends."""
         self.workers: dict[str, list[Any]] = {}
-        """Workers, the most recently seen last."""
+        """Rows of workers, the most recently seen worker last."""
 
     def record_instances(self, views: Iterable[GroupView], now_s: float, since_s: Callable[[], float]) -> None:
         """Record the instances of the groups. `since_s()` returns the start of the recording."""
@@ -274,7 +274,7 @@ class InstanceHistory:
         row = self.living.get(instance.id) or self.ended.get(instance.id)
         if row is None:
             if instance.state is _GONE and instance.launched_s < since_s():
-                # the instance ended before the recording; a group lists ended instances for a while
+                # The instance ended before the recording, because a group still lists ended instances for some time.
                 return
             launched_s = round(instance.launched_s, 3)
             row = [instance.pool, "", "", "", launched_s, None, None, "", "", view.pool.slots]
@@ -304,7 +304,8 @@ class InstanceHistory:
             self.workers[beat.worker] = row
 
     def rows(self, pools: Collection[str], since_s: float, most: int | None) -> RecordedData:
-        """Return the rows of these pools since `since_s`, at most `most` of each kind."""
+        """Return rows of instances and workers in `pools` since `since_s`, at most `most` instances and `most`
+        workers."""
         ended = takewhile(lambda item: item[1][6] >= since_s, reversed(self.ended.items()))
         lately = takewhile(lambda item: item[1][4] >= since_s, reversed(self.workers.items()))
         instances = chain(self.living.items(), ended)
@@ -314,7 +315,7 @@ class InstanceHistory:
         }
 
     def forget(self, since_s: float) -> None:
-        """Drop rows that ended before `since_s`, and the oldest rows above the limit."""
+        """Drop rows that ended before `since_s`, and the oldest rows above `MAX_INSTANCES`."""
         too_many = len(self.living) + len(self.ended) - MAX_INSTANCES
         for name, instance in list(self.ended.items()):
             if instance[6] < since_s or too_many > 0:
@@ -333,7 +334,7 @@ class InstanceHistory:
 
     @classmethod
     def from_doc(cls, doc: Mapping[str, Any], registry: WorkerRegistry) -> InstanceHistory:
-        """Read rows written by `to_doc`, possibly of another leader."""
+        """Read rows that `to_doc` has written, possibly in another leader."""
         instance_history = cls(registry)
         instance_history.living = {name: list(row) for name, row in doc["instances"].items()}
         ended = sorted((row[6], name) for name, row in instance_history.living.items() if row[6] is not None)

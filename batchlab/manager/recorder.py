@@ -1,9 +1,9 @@
 """Recorder of queues, fleet, scaling, instances, and requests while jobs run, and queue of reports to write.
 
-Invariants: a sample uses only data in memory, at most once a second. The data is bounded, and coarser with age. The
-recorder stores it once a minute while there are jobs, and with the account of each ended job, so that the next leader
-continues the recording. No job waits for a report, and an error of a report does not affect a job. The data can be
-written later from the bucket alone.
+Invariants: the recorder samples only data in memory, at most once a second. The recorded data is bounded, and becomes
+coarser with age. The recorder stores its data once a minute while jobs run, so that the next leader continues the
+recording. The account of each ended job also stores the job's recorded data. No job waits for a report, and an error of
+a report does not affect a job. A report can be written later from the data in the bucket.
 """
 
 from __future__ import annotations
@@ -49,18 +49,19 @@ SAVE_S = 60.0
 CLOSE_S = 1.0
 SHORT_S = 5.0
 MAX_ROWS_OF_SHORT_JOB = 64
-"""Number of instances and workers recorded for a job shorter than `SHORT_S`."""
+"""Maximum number of instances, and of workers, recorded for a job shorter than `SHORT_S`."""
 MAX_DECISIONS = 2_000
 MAX_JOBS = 200
-"""Number of jobs whose requests are sampled. For other jobs, only the total is recorded."""
+"""Maximum number of jobs whose requests are sampled. For further jobs, the recorder stores only the total of their
+requests."""
 MAX_DUPLICATES = 4_096
-"""Number of duplicates whose ids are stored, so that each is counted once."""
+"""Maximum number of stored duplicate ids, which let the recorder count each duplicate once."""
 _BOOTING = {LifecycleState.PENDING, LifecycleState.PENDING_WAIT, LifecycleState.PENDING_PROCEED}
 _LEAVING = {LifecycleState.TERMINATING, LifecycleState.TERMINATING_WAIT, LifecycleState.TERMINATING_PROCEED}
 
 
 class _LiveRecording:
-    """Recording of a live job. `since_s` is its start in seconds since the epoch."""
+    """Recording of a live job. `since_s` is the start of the recording in seconds since the epoch."""
 
     def __init__(self, since_s: float, pools: Iterable[str]) -> None:
         self.since_s = since_s
@@ -69,17 +70,17 @@ class _LiveRecording:
         self.pools = sorted(set(pools))
         self.requests = TimeSeries(latest_point)
         self.duplicates: dict[str, dict[str, list[float]]] = {}
-        """By stage and kind: count and slot seconds."""
+        """Count and slot seconds of duplicates by stage and kind."""
         self.live: LiveJob | None = None
-        """The job, once this manager conducts it."""
+        """The live job if this manager conducts the job, or None."""
 
     def took_s(self, now_s: float, monotonic_s: float) -> float:
-        """Return the duration of this round. It is measured by the monotonic clock, or by the wall clock if the round
-        began before this process. If an earlier manager conducted the job, the start of its tasks or its retry
-        counts."""
+        """Return the duration of the job's round. The duration is the longer of two measurements: by the monotonic
+        clock since this process first saw the job, and by the wall clock. If an earlier manager conducted the job, the
+        wall clock measurement starts with the job's first task or its retry."""
         starts: list[float | None] = []
         if self.live and self.live.round:
-            starts = [self.live.retried_s]  # the tasks include those of earlier rounds
+            starts = [self.live.retried_s]  # the stage counts include tasks of earlier rounds
         elif self.live:
             starts = [stage.counts.first_start_s for stage in self.live.stages.values()]
         began_s = min([self.since_s, *(start for start in starts if start is not None)])
@@ -101,12 +102,12 @@ class Recorder:
         self._registry = registry
         self._pools: dict[str, TimeSeries] = {}
         self._slots: dict[str, tuple[int, str]] = {}
-        """Slots and type of an instance, by pool."""
+        """Slots and type of the instances of each pool."""
         self._decisions: deque[list[Any]] = deque(maxlen=MAX_DECISIONS)
         self._history = InstanceHistory(registry)
         self._jobs: dict[JobId, _LiveRecording] = {}
         self._earlier: dict[JobId, RecordedData] = {}
-        """Data of earlier rounds of jobs that run again."""
+        """Recorded data of earlier rounds, for jobs that run again."""
         self._counted_duplicates: dict[str, None] = {}
         self._sampled_s: float | None = None
         self._requests_s: float | None = None
@@ -151,7 +152,7 @@ class Recorder:
             self._earlier.pop(job, None)
 
     def adopt(self, live: LiveJob) -> None:
-        """Record a job from now on. It may end before the next sample."""
+        """Start the recording of a job, because the job may end before the next sample."""
         if live.id in self._jobs:
             self._jobs[live.id].live = live
         elif live.record.state is not JobState.SCHEDULED:
@@ -165,8 +166,8 @@ class Recorder:
         return live_recording
 
     def close(self, ended: Mapping[JobId, Account]) -> dict[JobId, tuple[float, RecordedData]]:
-        """Remove ended jobs. Return the duration of the last round (0 if not observed) and the recorded data of
-        each."""
+        """Remove ended jobs. Return each ended job's recorded data, and the duration of its last round (0 if not
+        observed)."""
         now_s = self._ports.clock.now_s()
         self._history.record_workers(now_s)
         closed: dict[JobId, tuple[float, RecordedData]] = {}
@@ -175,16 +176,18 @@ class Recorder:
                 live_recording.requests.add(request_point(account, now_s, 0.0))
             took_s = live_recording.took_s(now_s, self._ports.clock.monotonic_s()) if live_recording else 0.0
             closed[job] = took_s, self._part(job, live_recording, took_s)
-            # Now and not at the next sample, because a retry may begin before that.
+            # The job is removed at once, because a retry of the job may begin before the next sample.
             self._jobs.pop(job, None)
             self._earlier.pop(job, None)
         return closed
 
     def _part(self, job: JobId, seen: _LiveRecording | None, took_s: float) -> RecordedData:
-        """Return the recorded data of the job. Older rows are not read, because there may be many jobs."""
+        """Return the recorded data of the job. The call reads no rows older than the job, because many jobs may end at
+        once."""
         doc: RecordedData = {"jobs": {}, "earlier": {job: self._earlier[job]} if job in self._earlier else {}}
         if seen:
-            # Most jobs are short, and each would include the whole fleet.
+            # The limit keeps the data of short jobs small, because most jobs are short and each job would include the
+            # whole fleet.
             most = MAX_ROWS_OF_SHORT_JOB if took_s < SHORT_S else None
             doc |= {
                 "pools": self._pools_doc(seen.pools),
@@ -215,7 +218,8 @@ class Recorder:
         ]
 
     def _busy(self, pool: str) -> tuple[int, float]:
-        """Return the number of instances that hold a bundle, and of slots that run one, by the last heartbeats."""
+        """Return the number of instances that hold a bundle, and the number of slots that run a bundle, by the last
+        heartbeats."""
         holding, slots = 0, 0.0
         for worker_status in self._registry.workers.values():
             if worker_status.beat.pool != pool or not worker_status.beat.held:
@@ -228,7 +232,7 @@ class Recorder:
         return holding, slots
 
     def samples(self, since_s: float) -> dict[str, list[Point]]:
-        """Return each pool's points after a time, as `_point` makes them."""
+        """Return each pool's recorded points after a time, in the format of `_point`."""
         return {name: series.since(since_s) for name, series in self._pools.items()}
 
     def record_decision(self, view: GroupView, desired: int, why: str, backlog: Backlog) -> None:
@@ -257,7 +261,7 @@ class Recorder:
         if live_recording is None:
             live = self._lives.get(job)
             if live is None:
-                return  # the job's end is recorded
+                return  # the job has ended, and its data is already stored
             live_recording = self._begin(live)
         counted = live_recording.duplicates.setdefault(stage, {}).setdefault(kind, [0, 0.0])
         counted[0] += 1
@@ -299,12 +303,12 @@ class Recorder:
         }
 
     async def load(self) -> None:
-        """Read the data of the previous leader."""
+        """Read the recorded data of the previous leader."""
         try:
             if (data := await self._document.read()) is not None:
                 self._replace_data(json_format.loads(data))
         except UNREADABLE as error:
-            # Data of a later release must not keep a manager from leading.
+            # An unreadable document, such as a document of a later release, must not prevent a manager from leading.
             log.warning("what was recorded of queues and fleet cannot be read: %r", error)
 
     async def reread(self) -> None:
@@ -325,19 +329,19 @@ class Recorder:
             live_recording.requests = TimeSeries(latest_point, part["requests"])
             live_recording.duplicates = part["duplicates"]
         earlier = {JobId(job): part for job, part in doc["earlier"].items()}
-        # Only now, after all of the document could be read.
+        # The attributes change only after the whole document was read without an error.
         self._slots, self._pools, self._jobs, self._earlier = slots, pools, jobs, earlier
         self._history = history
         self._decisions = deque(doc["scaling"], maxlen=MAX_DECISIONS)
 
     async def save_within_limit(self) -> None:
-        """Store the data within `CLOSE_S`, for the next leader."""
+        """Store the recorded data for the next leader, within at most `CLOSE_S`."""
         with suppress(TimeoutError):
             async with asyncio.timeout(CLOSE_S):
                 await self.save()
 
     async def save_regularly(self) -> None:
-        """Store the data regularly, forever. A tick does not wait for it."""
+        """Store the recorded data every `SAVE_S` in an endless loop. Ticks of the manager do not wait for this loop."""
         while True:
             await asyncio.sleep(SAVE_S)
             await self.save()
@@ -360,10 +364,10 @@ class Recorder:
 MAX_ATTEMPTS = 3
 RETRY_S = 30.0
 QUIET_S = 1.0
-"""A report is written only after no job was submitted for this time, because writing delays short calls (DuckDB takes
-0.1 s to load)."""
+"""Time without submitted jobs before a report is written, because a report delays short calls (DuckDB takes 0.1 s to
+load)."""
 MAX_DELAY_S = 30.0
-"""Maximum delay of a report after the job's end, if jobs are submitted all the time."""
+"""Maximum delay of a report after the job's end, if clients submit jobs without a pause."""
 MAX_TROUBLES = 1_000
 
 
@@ -371,11 +375,12 @@ class Reporter(Protocol):
     """Writer of a job's performance data to the bucket."""
 
     async def write(self, job: JobId) -> None:
-        """Write all data outside of the event loop. May raise any error."""
+        """Write the job's performance data outside of the event loop. May raise any error."""
 
 
 class ReportQueue:
-    """Queue of ended jobs. One report is written at a time, oldest first. Without a `reporter`, none is written."""
+    """Queue of ended jobs that need a report. The queue writes one report at a time, oldest first. Without a
+    `reporter`, the queue writes no reports."""
 
     def __init__(self, reporter: Reporter | None = None, counts: Counters | None = None) -> None:
         self._reporter = reporter
@@ -387,11 +392,11 @@ class ReportQueue:
 
     @property
     def troubles(self) -> Mapping[JobId, str]:
-        """Return the error of each report that could not be written."""
+        """Return the error message of each report that could not be written, by job."""
         return self._troubles
 
     def add(self, job: JobId, took_s: float) -> None:
-        """Add a job that ended after `took_s` seconds and whose account is in the bucket."""
+        """Add a job that ended after `took_s` seconds. The bucket must already have the job's account."""
         if self._reporter and took_s >= SHORT_S and job not in self._due:
             self._due[job] = asyncio.get_running_loop().time() + MAX_DELAY_S
             self._is_due.set()

@@ -1,7 +1,7 @@
-"""Retries: the tasks that run again, and the results that are taken back.
+"""Plans of retries: the tasks that run again, and the results that are revoked.
 
-Invariant: a retry is one object in the bucket, computed from the ledger's state. A manager that finds the object
-carries out that retry instead of its own.
+Invariant: a retry is one object in the bucket, computed from the ledger's state. A manager that finds an existing retry
+object carries out the stored retry instead of its own.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TaskSelection = Mapping[StageName, TaskSet]
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """Content of a retry object: results that are taken back, and cuts that run again."""
+    """Content of a retry object: results that are revoked, and cuts that run again."""
 
     reopened: tuple[Reopening, ...]
     cuts: tuple[Cut, ...]
@@ -68,8 +68,8 @@ async def cuts_of_round(ports: Ports, record: JobRecord) -> tuple[Cut, ...]:
 
 
 async def read_retry(ports: Ports, job: JobDef, round_: int) -> Retry:
-    """Return the retry that began a round. Raise NotFound, or UnreadableObject if the object is unreadable or belongs
-    to another job or round."""
+    """Return the retry that began a round. Raise NotFound if the retry object does not exist, or UnreadableObject if it
+    is unreadable or belongs to another job or round."""
     key = object_keys.retry(job.id, round_)
     retry = await read_stored(ports, key, Retry.from_bytes)
     stages = {stage.name for stage in job.stages}
@@ -97,12 +97,12 @@ class RetriedTasks:
         return TaskSet.union(retry.rerun_tasks(stage) for retry in self.by_round[round_:])
 
     def remaining(self, bundle: Bundle, failed: TaskSet) -> TaskSet:
-        """Return the failed tasks of the bundle that no later retry has taken back."""
+        """Return the failed tasks of the bundle that no later retry runs again."""
         return failed - self.rerun_after(bundle.round, bundle.stage) if self.by_round else failed
 
 
 async def failed_tasks(ports: Ports, record: JobRecord) -> dict[StageName, TaskSet]:
-    """Return the tasks whose failure was not retried, by stage."""
+    """Return the failed tasks that no retry has run again, by stage."""
     retried = await RetriedTasks.read(ports, record)
     sets_by_stage: dict[StageName, list[TaskSet]] = {}
     for row in await ports.ledger.bundles(record.job.id, failed=True):
@@ -114,14 +114,14 @@ async def failed_tasks(ports: Ports, record: JobRecord) -> dict[StageName, TaskS
 
 @dataclass(slots=True)
 class _PlanState:
-    """Decisions about the stages so far."""
+    """Decisions of the retry planner about the stages so far."""
 
     kept: TaskSelection
     void: set[StageName] = field(default_factory=set)
     redone: set[StageName] = field(default_factory=set)
     out: dict[StageName, TaskSet] = field(default_factory=dict)
-    """Tasks without a result after the retry: failures that are not retried, and tasks of later stages that depend on
-    them."""
+    """Tasks without a result after the retry, which are unretried failures and the later tasks that depend on these
+    failures."""
 
 
 class RetryPlanner:
@@ -130,8 +130,8 @@ class RetryPlanner:
         self._plans = plans
 
     async def plan(self, record: JobRecord, chosen: TaskSelection | None) -> Retry:
-        """Return the retry of the job's next round. The retry includes canceled tasks and, with `chosen`, only these
-        failed tasks. Raise Refused if there is nothing to run."""
+        """Return the retry of the job's next round. The retry includes all cancelled tasks, and either the failed tasks
+        in `chosen` or all failed tasks. Raise Refused if `chosen` does not match the failed tasks."""
         round_ = record.round + 1
         rows = await self._ports.ledger.rows(record.job.id)
         stages = {s.counts.stage: s for s in rows.stages}
@@ -149,7 +149,7 @@ class RetryPlanner:
             task_set = walk.kept.get(stage.name, TaskSet())
             walk.out[stage.name] = TaskSet.union((upstream, task_set))
             counts = before.counts
-            # Forged outcomes may have counted more tasks than exist.
+            # The numbers are at least 0, because forged outcomes may have counted more tasks than exist.
             failed = max(0, counts.failed - len(task_set))
             cancelled = max(0, counts.cancelled - len(upstream))
             if counts.planned is not None and not failed and not cancelled:
@@ -204,7 +204,8 @@ class RetryPlanner:
         if not stage.chained:
             planned = await self._planned_tasks(record, stage, before.counts)
             return Cut(job.id, stage.name, round_, 0, (), planned - task_set - out, at_s=now_s)
-        # Tasks with an input and without a result. The upstream bundles that run again start the others.
+        # The new bundles contain the tasks with an input and without a result. Tasks without an input start as
+        # follow-ups of the upstream bundles that run again.
         bundles = []
         for row in await successful_bundles(self._ports, job.id, stages[stage.after[0]].counts):
             tasks = (row.completion.succeeded if row.completion else TaskSet()) - task_set - out
@@ -228,7 +229,7 @@ class RetryPlanner:
 
 
 def _needs_replan(stage: StageDef, before: StageRecord, walk: _PlanState) -> bool:
-    """Return whether the stage's plan depends on results that change."""
+    """Return whether the stage's plan depends on results that the retry changes."""
     changed = bool(walk.void.intersection(stage.after))
     if stage.gather is not None or len(stage.after) > 1:
         changed = changed or bool(walk.redone.intersection(stage.after))

@@ -1,7 +1,7 @@
 """User commands for schedules: add, pause, resume, remove, and run now.
 
-Invariant: due runs are decided before a command changes the schedule. The bucket has a command before the manager
-answers it. A command may be repeated.
+Invariant: the scheduler decides about due runs before a command changes the schedule. The bucket stores the result of a
+command before the manager responds. A client may repeat a command.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from batchlab.core.text import listed
 from batchlab.manager.scheduler import Scheduler
 
 READY_S = 10.0
-"""Maximum time that a command waits until the schedules are read."""
+"""Maximum time that a command waits for the first read of the schedules."""
 MAX_ATTEMPTS = 20
 
 
 class ScheduleCommands(Scheduler):
-    """A scheduler with user commands. Each command waits until the schedules are read."""
+    """Scheduler with user commands. Each user command waits until the scheduler has read the schedules."""
 
     async def _wait_until_read(self) -> None:
         try:
@@ -38,18 +38,18 @@ class ScheduleCommands(Scheduler):
             raise BackendError("The schedules have not been read yet.", remedy="Try again in some seconds.") from None
 
     async def all(self) -> list[Schedule]:
-        """Return the schedules that are not removed, by name."""
+        """Return the schedules that are not removed, sorted by name."""
         await self._wait_until_read()
         by_name = self.store.schedules
         return [by_name[name] for name in sorted(by_name) if not by_name[name].removed]
 
     async def get(self, name: str) -> Schedule:
-        """Return a schedule. Raise NotFound."""
+        """Return a schedule. Raise NotFound if the schedule does not exist or is removed."""
         await self._wait_until_read()
         return self._existing(name)
 
     async def prefixes(self, schedule: Schedule) -> list[str]:
-        """Return the bucket prefixes whose objects are the input of each run."""
+        """Return the bucket prefixes whose objects are the input of the schedule's runs."""
         try:
             job = await self.store.template(schedule.definition.template)
         except NotFound:
@@ -66,8 +66,8 @@ class ScheduleCommands(Scheduler):
         return schedule
 
     async def add(self, definition: Definition, job: JobDef, *, replacing: bool) -> tuple[Schedule, bool]:
-        """Store a schedule, and return whether it has changed. Raise Refused if another schedule has the name, unless
-        `replacing`."""
+        """Store a schedule, and return the schedule and whether it has changed. Raise Refused if a different schedule
+        has the same name, unless `replacing`."""
         when = definition.when
         if when.at_s is None:
             due_times.check(when.cron, when.zone)
@@ -118,7 +118,7 @@ class ScheduleCommands(Scheduler):
         return await self._change(definition.name, change), True
 
     async def pause(self, name: str) -> Schedule:
-        """Prevent further runs until `resume`. A running job finishes."""
+        """Pause the schedule: no run starts until `resume`, but a running job finishes."""
 
         def change(schedule: Schedule, now_s: float) -> Schedule:
             if schedule.paused:
@@ -128,7 +128,7 @@ class ScheduleCommands(Scheduler):
         return await self._change(name, change)
 
     async def resume(self, name: str) -> Schedule:
-        """Continue with runs that fall due from now on."""
+        """Resume the schedule for due times after the resumption."""
 
         def change(schedule: Schedule, now_s: float) -> Schedule:
             if not schedule.paused:
@@ -140,11 +140,11 @@ class ScheduleCommands(Scheduler):
         return await self._change(name, change)
 
     async def remove(self, name: str) -> Schedule:
-        """Remove the schedule. A running job finishes."""
+        """Remove the schedule. A running job of the schedule finishes."""
         return await self._change(name, schedules.removed)
 
     async def run_now(self, name: str, asked: str) -> tuple[Schedule, Run]:
-        """Run the schedule now. A repeated request returns the same run."""
+        """Start a run of the schedule now. A repeated request with the same `asked` returns the same run."""
 
         def change(schedule: Schedule, now_s: float) -> Schedule:
             return schedules.by_hand(schedule, asked, now_s)
@@ -153,7 +153,7 @@ class ScheduleCommands(Scheduler):
         return after, next(run for run in after.runs if run.asked == asked)
 
     async def _change(self, name: str, change: Callable[[Schedule, float], Schedule]) -> Schedule:
-        """Decide due runs, then apply `change` and store the schedule."""
+        """Decide about due runs, then apply `change` and store the schedule."""
         await self._wait_until_read()
         async with self._lock:
             for _ in range(MAX_ATTEMPTS):

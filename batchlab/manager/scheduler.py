@@ -1,9 +1,10 @@
-"""Scheduler: decides due runs, submits their jobs, records their ends, and stores the schedules.
+"""Scheduler that decides about due runs, submits the jobs of runs, records the ends of runs, and stores the schedules.
 
-Invariants: a conditional PUT of the schedule decides a due time before the job is submitted, and the job's name follows
-from the schedule and the due time. So after a crash, the next leader submits the same job once. A schedule is written
-only over the version that was read. If two managers decide the same due time, one write fails, and its manager reads
-the other decision. The scheduler does not call a port while nothing is due.
+Invariants: a conditional PUT of the schedule stores the decision about a due time before the job is submitted. The id
+of a run's job is derived from the schedule and the due time, so the next leader submits the same job once after a
+crash. A write of a schedule overwrites only the version that the manager has read. If two managers decide about the
+same due time, one write fails, and the losing manager reads the stored decision. The scheduler does not call a port
+while no run is due.
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ _MAX_TEMPLATES = 200
 
 
 class ScheduleStore:
-    """Schedules by name, including removed ones, and the jobs that they run."""
+    """Store of schedules by name, including removed schedules, and of the jobs that the schedules run."""
 
     def __init__(self, ports: Ports) -> None:
         self._ports = ports
         self.schedules: dict[str, Schedule] = {}
         self.unreadable: set[str] = set()
-        """Names of schedules with an unknown format or time zone. They are not changed."""
+        """Names of schedules with an unknown format or time zone, which the manager does not change."""
         self._etags: dict[str, str] = {}
         self._templates: dict[str, JobDef] = {}
 
@@ -66,13 +67,14 @@ class ScheduleStore:
                 self.schedules[name] = schedule
                 self._etags[name] = content[1]
             except (BackendError, UsageError, KeyError, TypeError, ValueError) as error:
-                # A schedule of a later release, a damaged one, or an unknown time zone must not block the others.
+                # A damaged schedule, a schedule of a later release, or an unknown time zone must not block other
+                # schedules.
                 log.error("schedule %s cannot be read and is ignored: %r", name, error)
                 self.unreadable.add(name)
 
     async def put(self, schedule: Schedule) -> bool:
-        """Write the schedule over the version that was read. If another manager has changed the schedule, read the new
-        version and return False."""
+        """Write the schedule over the version that this manager has read. If another manager has changed the schedule,
+        read the new version of the schedule and return False."""
         name, objects = schedule.name, self._ports.objects
         etag, before = self._etags.get(name), self.schedules.get(name)
         schedule = replace(schedule, number=before.number + 1 if before else 0)
@@ -82,14 +84,14 @@ class ScheduleStore:
         try:
             self._etags[name] = await self._ports.patience(put)
         except (AlreadyExists, NotFound):
-            # Or the write succeeded, but its response was lost.
+            # Another manager has changed the schedule, or the write succeeded and its response was lost.
             await self.read(name)
             return self.schedules.get(name) == schedule
         self.schedules[name] = schedule
         return True
 
     async def store_template(self, job: JobDef) -> str:
-        """Store a schedule's job, and return its key, which is derived from the content."""
+        """Store a schedule's job, and return the job's object key, which is derived from the content."""
         data = json_format.to_bytes(json_format.job_to_json(job))
         key = object_keys.template(hashlib.sha256(data).hexdigest())
         with suppress(AlreadyExists):
@@ -98,7 +100,7 @@ class ScheduleStore:
         return key
 
     async def template(self, key: str) -> JobDef:
-        """Return the job of that key. Raise NotFound."""
+        """Return the schedule's job stored under an object key. Raise NotFound if the object does not exist."""
         if key not in self._templates:
             data = await self._ports.patience(partial(self._ports.objects.get, key))
             while len(self._templates) >= _MAX_TEMPLATES:
@@ -116,7 +118,7 @@ class ScheduleStore:
             return False
         for key in keys:
             async for page in self._ports.objects.list(key):
-                # The S3 console marks a folder with an empty object of that name.
+                # The S3 console marks a folder with an empty object named like the folder.
                 if any(not info.key.endswith("/") for info in page):
                     return False
         return True
@@ -124,7 +126,7 @@ class ScheduleStore:
 
 MAX_NOTES = 100
 LATE_BY_S = 60.0
-"""Maximum delay of a schedule with one due time after the clock was set back (docs/decisions/0019)."""
+"""Maximum delay of a schedule with a single due time after the clock was set back (docs/decisions/0019)."""
 
 _BEFORE_PLANNED = (JobState.SUBMITTED, JobState.PENDING, JobState.SCHEDULED)
 
@@ -135,7 +137,7 @@ class Scheduler(Part):
         self._requests = requests
         self.store = ScheduleStore(context.ports)
         self.notes: list[str] = []
-        """Missed runs at the start of this manager, and the decisions about them."""
+        """Notes about runs missed before the start of this manager, with the decision about each run."""
         self._is_read = asyncio.Event()
         self._wake = asyncio.Event()
         self._lock = asyncio.Lock()
@@ -143,7 +145,7 @@ class Scheduler(Part):
         self._submitted: set[JobId] = set()
         """Jobs of unfinished runs that are in the ledger."""
         self._waits_s: dict[str, tuple[float, float]] = {}
-        """Due time, and its time on the monotonic clock, of each schedule with one due time."""
+        """Due time of each schedule with a single due time, by the wall clock and by the monotonic clock."""
         self._next: dict[str, tuple[Schedule, float | None]] = {}
         self._peaks: dict[JobId, dict[str, int]] = {}
         self._cancelling: dict[JobId, asyncio.Task[None]] = {}
@@ -159,7 +161,7 @@ class Scheduler(Part):
                 task.cancel()
 
     def reload(self) -> None:
-        """Read the schedules again, because another manager may have led."""
+        """Request a new read of the schedules, because another manager may have led."""
         self._is_read.clear()
         self._submitted.clear()
         self._wake.set()
@@ -168,7 +170,7 @@ class Scheduler(Part):
         try:
             async with self._lock:
                 if not self._is_read.is_set():
-                    self._is_read.set()  # first, because another manager may lead meanwhile
+                    self._is_read.set()  # set before the read, because another manager may lead during the read
                     try:
                         await self.store.load()
                     except BaseException:
@@ -186,18 +188,18 @@ class Scheduler(Part):
         except BackendError as error:
             log.warning("schedule %s waits for the backend: %s", name, error)
         except Exception:
-            # A bug that concerns one schedule must not end the manager.
+            # An unexpected error of one schedule must not end the manager.
             log.exception("schedule %s met a bug", name)
 
     def _pause_s(self) -> float:
-        """Return the wait until the next due time, at most one tick."""
+        """Return the seconds until the next due time of any schedule, at most one tick."""
         now_s = self._clock.now_s()
         soon = (self.next_s(schedule) for schedule in self.store.schedules.values())
         first_s = min((due_s - now_s for due_s in soon if due_s is not None), default=math.inf)
         return max(0.001, min(self._settings.tick_s, first_s))
 
     def next_s(self, schedule: Schedule) -> float | None:
-        """Return the schedule's next due time, from a cache."""
+        """Return the schedule's next due time from a cache."""
         cached = self._next.get(schedule.name)
         if cached is None or cached[0] is not schedule:
             cached = self._next[schedule.name] = schedule, schedule.next_s()
@@ -213,7 +215,7 @@ class Scheduler(Part):
         if after is not before:
             if not await self.store.put(after):
                 self._wake.set()
-                return  # another manager has decided; try again
+                return  # another manager has changed the schedule, so the next round tries again
             self._log_decisions(before, after)
         run = after.running
         if run and run.job and run.job not in self._submitted:
@@ -223,12 +225,12 @@ class Scheduler(Part):
         await self._load_template(after)
 
     async def _load_template(self, schedule: Schedule) -> None:
-        """Cache the job of a schedule that is prewarmed soon."""
+        """Cache the job of a schedule whose prewarming begins soon."""
         definition, due_s = schedule.definition, self.next_s(schedule)
         if definition.prewarm_s and due_s is not None:
             soon = due_s - self._clock.now_s() <= definition.prewarm_s
             if soon and self.store.cached_template(definition.template) is None:
-                with suppress(NotFound):  # reported when it is due
+                with suppress(NotFound):  # the missing job is reported at the due time
                     await self.store.template(definition.template)
 
     def _with_lapsed_runs(self, schedule: Schedule) -> Schedule:
@@ -239,7 +241,7 @@ class Scheduler(Part):
         if at_s is not None and self._has_waited(schedule, at_s, now_s):
             now_s = max(now_s, at_s)
         due_s = self.next_s(schedule)
-        # If nothing is due, only a clock that was set back needs a decision.
+        # If no run is due, only a clock that was set back requires a decision.
         if (due_s is None or due_s > now_s) and schedule.through_s - now_s <= schedules.SET_BACK_S:
             return schedule
         return schedules.decide_due_times(schedule, now_s)
@@ -252,7 +254,7 @@ class Scheduler(Part):
         return monotonic_s - wait[1] > LATE_BY_S and schedule.next_s() is not None
 
     async def _with_started_run(self, schedule: Schedule) -> Schedule:
-        """Return the schedule after its next startable run has started."""
+        """Return the schedule with its next startable run marked as started."""
         while run := schedules.startable(schedule):
             now_s = self._clock.now_s()
             try:
@@ -280,7 +282,7 @@ class Scheduler(Part):
         self._submitted.add(run.job)
 
     async def _job_for(self, schedule: Schedule, run: Run) -> JobDef | None:
-        """Return the run's job. If this grid cannot run it, record the end of the run and return None."""
+        """Return the job of a run. If this grid cannot run the job, record the end of the run and return None."""
         assert run.job
         try:
             template = await self.store.template(schedule.definition.template)
@@ -294,7 +296,7 @@ class Scheduler(Part):
         return replace(job_def, id=run.job)
 
     async def _with_ended_run(self, schedule: Schedule) -> Schedule:
-        """Return the schedule with an ended run if the run's job has ended."""
+        """Return the schedule, with its run marked as ended if the run's job has ended."""
         run = schedule.running
         if run is None or run.job is None or run.job not in self._submitted:
             return schedule
@@ -328,7 +330,7 @@ class Scheduler(Part):
         )
 
     def _observe(self, live: LiveJob) -> None:
-        """Record the maximum number of instances that work for the job."""
+        """Record the peak number of instances that hold bundles of the job, by pool."""
         count: dict[str, int] = {}
         for worker_status in self._registry.workers.values():
             if any(held.job == live.id for held in worker_status.beat.held):
@@ -345,7 +347,7 @@ class Scheduler(Part):
         return run.job in self._submitted
 
     def _cancel(self, schedule: Schedule, run: Run) -> None:
-        """Cancel the job of a replaced run in another asyncio task, because this takes a while."""
+        """Cancel the job of a replaced run in a separate asyncio task, because a cancellation takes seconds."""
         job = run.job
         if job is None or job not in self._lives or job in self._cancelling:
             return
@@ -356,12 +358,12 @@ class Scheduler(Part):
                 await self._requests.cancel(job)
             except BatchlabError as error:  # the job has ended, or the backend does not answer
                 log.warning("%s is not cancelled: %s", job, error)
-                self._cancelling.pop(job, None)  # tried again if the job still runs
+                self._cancelling.pop(job, None)  # the next round cancels the job again if it still runs
 
         self._cancelling[job] = asyncio.get_running_loop().create_task(cancel(), name=f"replace {job}")
 
     def _log_decisions(self, before: Schedule, after: Schedule) -> None:
-        """Log the decisions. Store notes about missed runs for the command that started this manager."""
+        """Log the scheduler's decisions. Store notes about missed runs for the command that started this manager."""
         runs = {run.token: run for run in before.runs}
         for run in after.runs:
             was = runs.get(run.token)

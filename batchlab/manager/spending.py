@@ -1,7 +1,8 @@
-"""Accounts of the usage of the grid and of each job, stored in the bucket.
+"""Usage accounts of the grid and of each job, stored in the bucket.
 
-Invariants: the accounts survive the manager. The grid's account is stored regularly, and a job's account after the
-job's end. If two leaders counted the same account, the larger of each figure counts, so usage never decreases.
+Invariants: the accounts survive the manager. The manager stores the grid's account regularly, and a job's account after
+the job's end. If two leaders counted the same account, the merged account has the larger value of each count, so usage
+never decreases.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class GridUsage:
-    """Stored usage of the grid. `own` has the managers' requests to S3 and SQS, `cap` is the grid's cap in USD, `caps`
-    has the job caps set by users, and `jobs` has the accounts of jobs that had not ended."""
+    """Stored usage of the grid. `own` has the managers' requests to S3 and SQS, and `cap` is the grid's cost cap in
+    USD. `caps` has the cost caps that users have set for jobs, and `jobs` has the accounts of live jobs."""
 
     meter: Meter = field(default_factory=Meter)
     own: Requests = field(default_factory=Requests)
@@ -66,8 +67,8 @@ class GridUsage:
 
 @dataclass(slots=True)
 class JobUsage:
-    """Stored usage of a job, and its recorded data. `took_s` is the duration of its longest round that is not stored
-    yet."""
+    """Stored usage of a job, and the job's recorded data. `took_s` is the duration of the job's longest round that is
+    not stored yet."""
 
     account: Account
     record: RecordedData | None = None
@@ -95,15 +96,15 @@ class JobUsage:
 
 
 SAVE_S = 60.0
-"""Interval between writes of the account while there are jobs. Each write is billed."""
+"""Interval between writes of the grid's account while jobs are live. Each write of the account is billed."""
 CLOSE_S = 2.0
-"""Maximum time that an exiting manager waits to store its account."""
+"""Maximum time that an exiting manager waits for the write of its accounts."""
 MANAGER = "manager"
-"""The manager's name among the sources of requests."""
+"""Name of the manager as a source of requests."""
 
 
 class Spending(Part):
-    """The leader's accounts, and the cost caps based on them."""
+    """Accounts of the leader, and the cost caps based on the accounts."""
 
     def __init__(self, context: Context, accounting: Accounting) -> None:
         super().__init__(context)
@@ -113,19 +114,20 @@ class Spending(Part):
         self.caps = CostCaps(context, accounting)
         self._views: Sequence[GroupView] = ()
         self._ended: dict[JobId, JobUsage] = {}
-        """Usage of ended jobs that is not in the bucket yet. A job that runs again is stored after its next end."""
+        """Usage of ended jobs that is not in the bucket yet. The usage of a job that runs again is stored after the
+        job's next end."""
         self._accounts: dict[JobId, Account] = {}
-        """Accounts of the jobs that were live at the last count, or that the previous manager had not ended."""
+        """Accounts of the jobs that were live at the last count of usage, or when the previous manager stopped."""
         self._foreign_accounts: dict[JobId, Account] = {}
-        """Accounts of jobs that another leader counted and this manager does not conduct."""
+        """Accounts of jobs that another leader has counted and that this manager does not conduct."""
         self._job_documents: dict[JobId, VersionedDocument] = {}
-        """Stored usage of live jobs that have ended before."""
+        """Documents with the stored usage of live jobs that ended in an earlier round."""
         self._document = VersionedDocument(context.ports, object_keys.USE, self._merge)
         self._saved_s: float | None = None
         self._is_changed = False
 
     def observe(self, views: Sequence[GroupView]) -> None:
-        """Count usage up to now, and recompute the budgets."""
+        """Count the usage since the last call, and recompute the budgets."""
         self._views = views
         now_s, monotonic_s = self._clock.now_s(), self._clock.monotonic_s()
         self.close_ended()
@@ -148,9 +150,9 @@ class Spending(Part):
         self.update_budgets()
 
     def close_ended(self) -> None:
-        """Close the accounts of ended jobs, with their recorded data."""
+        """Close the accounts of ended jobs together with the jobs' recorded data."""
         if self._accounts.keys() - self._lives.keys():
-            # Includes requests since the last tick, which may be all requests of a short job.
+            # The count adds the requests since the last tick, which may be all requests of a short job.
             self._count_requests()
         ended = {job: self._accounts[job] for job in self._accounts.keys() - self._lives.keys()}
         recorded = self._recorder.close(ended) if self._recorder and ended else {}
@@ -164,7 +166,7 @@ class Spending(Part):
         self._accounts = {job: live.account for job, live in self._lives.items()}
 
     def _count_requests(self) -> None:
-        # Includes jobs that have just ended or started.
+        # The accounts include jobs that have just ended or just started.
         accounts = {**self._accounts, **{job: live.account for job, live in self._lives.items()}}
         paused = {job for job, live in self._lives.items() if live.record.control is not Control.RUN}
         running = [job for job in accounts if job not in paused]
@@ -178,7 +180,8 @@ class Spending(Part):
         self._registry.requests.clear()
 
     def set_cap(self, job: JobId | None, usd: float | None) -> None:
-        """Set the cap of a job, or of the grid if `job` is None. Raise Refused if the grid does not have prices."""
+        """Set the cost cap of a job, or of the grid if `job` is None. Raise Refused if the grid does not have
+        prices."""
         self.caps.set_cap(job, usd)
         self._is_changed = True
         self._saved_s = None
@@ -197,7 +200,8 @@ class Spending(Part):
                 return
             usage = GridUsage.from_bytes(data)
         except UNREADABLE as error:
-            # Jobs must continue, although the caps then do not include earlier cost.
+            # Jobs must continue after a loss of the grid's account, although cost caps then do not include earlier
+            # cost.
             log.warning("the grid's account cannot be read and begins again at 0: %r", error)
             return
         self.meter = usage.meter
@@ -241,7 +245,7 @@ class Spending(Part):
         return self._earlier_requests + self._tally.read()
 
     async def open_account(self, live: LiveJob, *, is_new: bool) -> None:
-        """Find or begin the job's account."""
+        """Give the live job its existing account, or keep its new account if none exists."""
         ended = self._ended.get(live.id)
         account = self._accounts.get(live.id) or (ended.account if ended else None)
         if ended and self._recorder and ended.record is not None:
@@ -261,7 +265,7 @@ class Spending(Part):
         except UNREADABLE:
             usage = None
         if usage is None:
-            # The usage of earlier rounds is unknown.
+            # The account is marked as incomplete, because the usage of earlier rounds is unknown.
             return foreign or Account(is_whole=False)
         if foreign:
             usage.account.merge(foreign)
@@ -293,10 +297,11 @@ class Spending(Part):
                 await self.save()
 
     async def save(self) -> None:
-        """Store the account if it has changed, or regularly."""
+        """Store the accounts if they have changed, and regularly while jobs use instances."""
         now_s = self._clock.monotonic_s()
         age_s = None if self._saved_s is None else now_s - self._saved_s
-        # Instances without a job are billed from their launch, whichever manager counts them.
+        # Without live jobs, no regular write is needed, because any manager can bill instances without a job from their
+        # launch.
         is_old = self._accounts and self.meter.lives and (age_s is None or age_s >= SAVE_S)
         is_due = self._is_changed and (age_s is None or age_s >= self._settings.idle_s)
         if not (is_old or is_due):

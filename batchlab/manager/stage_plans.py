@@ -1,8 +1,8 @@
-"""Plans of stages: input parts, committed by one conditional PUT of the manifest.
+"""Plans of stages, whose input parts are committed by one conditional PUT of the manifest.
 
-Invariant: the names of parts and large items are derived from their content, and the manifest lists its parts. So two
-managers that plan the same stage do not overwrite each other's parts, even if their inputs differ. The first manifest
-counts for both.
+Invariant: the names of parts and large items are derived from their content, and the manifest lists the parts of the
+plan. Two managers that plan the same stage do not overwrite each other's parts, even if their inputs differ. The first
+committed manifest is the plan for both managers.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from batchlab.manager.state import Ports
 PART_ITEMS = 4096
 PART_BYTES = 1_000_000
 PARTS_PER_PAUSE = 4
-"""Number of parts that are written before other asyncio tasks run, about 50 ms of work."""
+"""Number of parts written before other asyncio tasks run, which takes about 50 ms."""
 MAX_STORED_ITEMS = 10_000
 MAX_STORED_BYTES = 100_000
-"""Limits of the items that are stored with the job's definition. The manager reads this object again after a worker is
-lost."""
+"""Maximum size of the items stored with the job's definition, because the manager reads the definition again after the
+loss of a worker."""
 
 ITEM_BYTES = 100_000
-"""A larger item (for example a gathered group) is a separate object, so that parts stay small and only its worker loads
-it."""
+"""Maximum size of an item in a part. A larger item, such as a gathered group, is a separate object, which only the
+item's worker loads."""
 
 RESULT_WEIGHT = 4 * values.OUTCOME_WEIGHT
-"""Limit of the weight of one large result that the manager reads for a gather by field or a join."""
+"""Maximum weight of one large result that the manager reads for a gather by field or a join."""
 
 
 async def successful_bundles(ports: Ports, job: JobId, counts: StageCounts) -> list[BundleRecord]:
-    """Return a stage's bundles with results, ordered by task. Raise Unreachable if the ledger has fewer results than
+    """Return a stage's bundles with results, ordered by task. Raise Unreachable if the ledger's results do not match
     `counts`, because a plan made during a rebuild would be incomplete."""
     records = await ports.ledger.bundles(job, stage=counts.stage, done=True)
     bundle_records = [r for r in records if r.completion and r.completion.succeeded]
@@ -52,7 +52,7 @@ async def successful_bundles(ports: Ports, job: JobId, counts: StageCounts) -> l
             f"The ledger lacks results of stage {counts.stage} of job {job}.",
             remedy="If no rebuild is running, start one with `batchlab ledger rebuild`.",
         )
-    # By task, because the plan must not depend on the order of arrival.
+    # The bundles are sorted by task, because the plan must not depend on the order of arrival.
     return sorted(bundle_records, key=lambda r: r.completion.succeeded.first if r.completion else 0)
 
 
@@ -61,12 +61,12 @@ class StagePlans:
         self._ports = ports
 
     async def read(self, job: JobDef, stage: StageName, round: int) -> Manifest | None:
-        """Return the committed plan of a round, or None."""
+        """Return the stage's committed plan of a round, or None."""
         key = object_keys.manifest(job.id, stage, round)
         try:
             return await read_stored(self._ports, key, Manifest.from_bytes)
         except NotFound:
-            # A few items are stored with the job's definition.
+            # The plan of a job with few items is stored with the job's definition.
             came = job.items is not None and round == 0 and not job.stage(stage).after
             return await self._brought(job) if came else None
 
@@ -75,7 +75,7 @@ class StagePlans:
         return Manifest.of_items(opening.items) if opening else None
 
     async def opening_cut(self, job: JobDef, cut: Cut) -> Cut | None:
-        """Return the first cut that was committed with the job's definition, or None."""
+        """Return the first cut of a stage that was committed with the job's definition, or None."""
         if cut.seq or cut.round or job.items is None:
             return None
         opening = await self._opening(job)
@@ -99,7 +99,7 @@ class StagePlans:
     async def plan_stage(
         self, job: JobDef, stage: StageDef, round: int, counts: Mapping[StageName, StageCounts]
     ) -> Manifest:
-        """Plan a stage after all upstream stages have ended with these counts."""
+        """Plan a stage after all upstream stages have ended with `counts`."""
         if stage.gather == "*":
             items: AsyncIterator[Json] = self._gather_all(job, stage, counts)
         elif stage.gather is not None:
@@ -127,7 +127,8 @@ class StagePlans:
         groups: dict[str, list[Json]] = {}
         for upstream in stage.after:
             results = [pair async for pair in self._values(job, counts[upstream])]
-            # A bundle may have several task ranges, and a retried task is in a separate bundle.
+            # The results are sorted by task, because a bundle may have several task ranges, and a retried task is in a
+            # separate bundle.
             for task, value in sorted(results, key=itemgetter(0)):
                 for element in value if isinstance(value, list) else [value]:
                     if not isinstance(element, dict) or field not in element:
@@ -160,8 +161,8 @@ class StagePlans:
         return await self._write(job, stage.name, round, _each(rows), skipped=skipped)
 
     async def _values(self, job: JobDef, counts: StageCounts) -> AsyncIterator[tuple[int, Json]]:
-        """Yield (task, encoded result) of each successful task of a stage. Large results are read from their
-        objects."""
+        """Yield the number and encoded result of each successful task of a stage. The generator reads large results
+        from their objects."""
         stage = counts.stage
         key, own = await self._ports.keys.key_of(job), JobObjects.of_job(job)
         for record in await successful_bundles(self._ports, job.id, counts):
@@ -179,8 +180,8 @@ class StagePlans:
             raise _missing_results(stage, error) from error
 
     async def _result(self, stage: StageName, own: JobObjects, reference: Json) -> Json:
-        """Return a large result from its object. A worker wrote the object, so the object may have any size and
-        content."""
+        """Return a large result from its object. The object is checked, because a worker wrote the object with any size
+        and content."""
         key = own.key(reference)
         get = partial(self._ports.objects.get, key, limit=RESULT_WEIGHT)
         try:
@@ -203,7 +204,7 @@ class StagePlans:
 
 
 class PartWriter:
-    """Writes a plan's parts in constant memory, and its manifest at the end."""
+    """Writer of a plan's parts in constant memory, and of the plan's manifest at the end."""
 
     def __init__(self, objects: Objects, patience: Patience, job: JobId, stage: StageName, round: int) -> None:
         self._objects = objects
@@ -230,7 +231,8 @@ class PartWriter:
                 await self._flush()
 
     async def _store_large_item(self, item: Json) -> tuple[Json, int]:
-        """Return the item and its size. A too large item is stored in its own object, and a reference is returned."""
+        """Return the item and the item's size. For an item larger than `ITEM_BYTES`, store the item in a separate
+        object, and return a reference."""
         data = json_format.to_bytes(item)
         if len(data) <= ITEM_BYTES:
             return item, len(data)
@@ -239,7 +241,7 @@ class PartWriter:
         return values.value_ref(key), 0
 
     async def commit(self, skipped: TaskSet) -> Manifest:
-        """Commit the manifest, and return the committed one."""
+        """Commit the manifest, and return the committed manifest, which another manager may have written."""
         await self._flush()
         parts = tuple(self._parts)
         manifest = Manifest(self._count, tuple(self._starts), skipped, self._round, parts)
@@ -260,7 +262,7 @@ class PartWriter:
         await self._patience(partial(self._objects.put, key, data))
         self._items, self._bytes = [], 0
         if len(self._parts) % PARTS_PER_PAUSE == 0:
-            # Reads and writes may not have suspended this task, so let others run.
+            # The pause lets other asyncio tasks run, because reads and writes may not have suspended this task.
             await asyncio.sleep(0)
 
 

@@ -1,8 +1,8 @@
 """In-memory state of the manager: its ports, its time constants, and each job that has not ended.
 
 Invariants: the state can be discarded at any moment, because a new leader reads it from the ledger. Retained outcomes
-take at most MAX_RETAINED_BYTES. The oldest outcome is released first, and clients then read it from the bucket. This
-module imports nothing else of the manager, because workers read the time constants too.
+take at most MAX_RETAINED_BYTES. The manager releases the oldest outcome first, and clients read released outcomes from
+the bucket. This module imports no other module of the manager, because workers also import the time constants.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ MIN_OUTCOME_BYTES = 1024
 
 @dataclass(slots=True)
 class RetainedOutcome:
-    """An outcome that stays in memory for clients, or None after its release."""
+    """An outcome that stays in memory for clients until the manager releases it."""
 
     outcome: Outcome | None
     size_bytes: int
@@ -54,7 +54,7 @@ class RetainedOutcome:
 
 
 class RetainedOutcomes:
-    """The retained outcomes of all jobs of a grid, oldest first."""
+    """Retained outcomes of all jobs of a grid, oldest first."""
 
     def __init__(self) -> None:
         self._order: deque[RetainedOutcome] = deque()
@@ -100,15 +100,15 @@ class Ports:
 
 @dataclass(slots=True)
 class Outstanding:
-    """A planned bundle without an outcome. `heard_s` is the monotonic time when the bundle was last sent or reported in
-    a heartbeat, or the due time of a delayed message."""
+    """A planned bundle without an outcome. `heard_s` is the monotonic time of the bundle's last send or heartbeat, or
+    the due time of its delayed message."""
 
     bundle: Bundle
     heard_s: float
     since_s: float = 0.0
     """Monotonic time when this manager sent or found the bundle."""
     copies: int = 0
-    """How often the bundle was sent again because of silence."""
+    """Number of copies of the bundle that were sent because of silence."""
 
 
 @dataclass(slots=True)
@@ -123,39 +123,41 @@ class LiveJob:
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     control_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Held from the read of the control word to its next write, because a slow "run" must not follow an acknowledged
-    "cancel"."""
+    """Lock held from the read of the control word to its next write, because a slow "run" must not overwrite an
+    acknowledged "cancel"."""
     conducting: asyncio.Task[None] | None = None
     allowed: bool = False
     """Whether the job's control object exists."""
     forbidden: bool = False
-    """Whether the cancellation is acknowledged, so that workers cannot start a task of the job."""
+    """Whether the job's cancellation is acknowledged, after which no worker can start a task of the job."""
     doubtful: bool = False
-    """Whether the control object must be read again, because another manager has conducted the job, or workers cancel
-    tasks without a request to this manager."""
+    """Whether the manager must read the control object again. Examples are a job that another manager has conducted,
+    and workers that cancel tasks without a request to this manager."""
     trouble: str = ""
-    """Error of the last step, or ""."""
+    """Error of the job's last step, or ""."""
     unreadable: Malformed | None = None
     retried_s: float | None = None
-    """When the retry of this round was requested (seconds since the epoch), if known."""
+    """Time of the request for this round's retry (seconds since the epoch), or None if unknown."""
     version: int = 0
-    """Number of visible changes. It starts above the version of any earlier manager."""
+    """Number of visible changes of the job. The version starts above the version of any earlier manager."""
     folds: int = 0
     """Number of outcomes that this manager has folded."""
     complete_after: int | None = None
-    """`recent` has every outcome folded after this sequence number. None if `recent` may have gaps."""
+    """Sequence number after which `recent` has every folded outcome, or None if `recent` may have gaps."""
     recent: deque[tuple[BundleRecord, RetainedOutcome | None]] = field(default_factory=deque)
-    """The last folded outcomes. Clients get the records without a read of the ledger, and small outcomes without a read
-    of the bucket."""
+    """The job's most recently folded outcomes. Clients receive the records without a read of the ledger, and small
+    outcomes without a read of the bucket."""
     listeners: int = 0
-    """Number of clients that wait for the job's first outcomes. They may receive these outcomes before the fold."""
+    """Number of clients that wait for the job's first outcomes. Waiting clients may receive the first outcomes before
+    the fold."""
     early_outcomes: list[RetainedOutcome] = field(default_factory=list)
-    """The first outcomes, at most MAX_RECENT_OUTCOMES, while a client waits and no outcome is folded."""
+    """The job's first outcomes, at most MAX_RECENT_OUTCOMES, collected while a client waits and no outcome is
+    folded."""
     early_bundles: dict[tuple[StageName, BundleId], None] = field(default_factory=dict)
-    """The last bundles whose outcome arrived before their plan. A short bundle may finish before the event of the
-    bundle that it follows."""
+    """The last bundles whose outcome arrived before their plan. A short follow-up bundle may finish before the manager
+    receives the event of the previous bundle."""
     paces: dict[StageName, tuple[int, float]] = field(default_factory=dict)
-    """Tasks and seconds of the outcomes that this manager folded (see `pace_s`)."""
+    """Tasks and seconds by stage of the outcomes that this manager folded (see `pace_s`)."""
     measured: dict[StageName, Pace] = field(default_factory=dict)
     spans: dict[StageName, str] = field(default_factory=dict)
     traced: dict[StageName, deque[str]] = field(default_factory=dict)
@@ -163,15 +165,15 @@ class LiveJob:
     account: Account = field(default_factory=Account)
     """Usage of the job, as AWS would bill it."""
     budget: Budget | None = None
-    """Remaining budget under a cost cap. None without a cap."""
+    """Remaining budget under a cost cap, or None without a cap."""
     is_held: bool = False
-    """Whether a cost cap does not even cover the next task. The manager launches no instance and cuts no bundle for
-    such a job."""
+    """Whether the rest of a cost cap is too small for the job's next task. The manager launches no instance and cuts no
+    bundle for a held job."""
     capped: str = ""
-    """The cap that holds the job back, and its spent part. The text stays until the cap covers all uncut tasks, because
-    a nearly spent cap holds the job back repeatedly."""
+    """Text that names the cap that holds the job back, and the spent part of the cap. The text stays until the cap
+    covers all uncut tasks, because a nearly spent cap holds the job back repeatedly."""
     round: int = field(init=False)
-    """The only round that this object stands for. The record may already show a later round."""
+    """The job's round that this object represents. The job record may already show a later round."""
     _news: asyncio.Event = field(default_factory=asyncio.Event, init=False)
 
     def __post_init__(self) -> None:
@@ -199,7 +201,7 @@ class LiveJob:
         self.wake.set()
 
     def update_rows(self, rows: JobRows) -> None:
-        # Both are replaced together, so that a reader never sees an ended job with old counters.
+        # The record and the stages are replaced together, because a reader must not see an ended job with old counters.
         self.record = rows.job
         self.stages = {s.counts.stage: s for s in rows.stages}
         self.notify()
@@ -215,8 +217,8 @@ class LiveJob:
             await self._news.wait()
 
     def add_early_outcome(self, outcome: RetainedOutcome) -> bool:
-        """Pass an outcome that is committed but not folded to clients that wait for first outcomes. Return whether a
-        client waits."""
+        """Pass an outcome that is committed but not folded to clients that wait for first outcomes. Return whether the
+        outcome was passed on."""
         if not self.listeners or self.folds or len(self.early_outcomes) >= MAX_RECENT_OUTCOMES:
             return False
         self.early_outcomes.append(outcome)
@@ -229,7 +231,7 @@ class LiveJob:
         return [retained_outcome.outcome for retained_outcome in self.early_outcomes if retained_outcome.outcome]
 
     def forget_outcomes(self, seq: int) -> None:
-        """Remove recent outcomes, because another manager may have folded outcomes up to `seq`."""
+        """Remove the recent outcomes of the job, because another manager may have folded outcomes up to `seq`."""
         self.release_outcomes()
         self.recent.clear()
         self.complete_after = seq
@@ -263,7 +265,7 @@ class LiveJob:
         self.traced.setdefault(stage, deque(maxlen=LINKS)).append(context)
 
     def retain(self, record: BundleRecord, outcome: RetainedOutcome | None) -> None:
-        """Retain a record that was just folded, and its outcome if it is small."""
+        """Retain the record of a folded outcome, and the outcome itself if the outcome is small."""
         self.recent.append((record, outcome))
         if len(self.recent) > MAX_RECENT_OUTCOMES:
             oldest, released = self.recent.popleft()
@@ -272,7 +274,7 @@ class LiveJob:
                 released.release()
 
     def outcomes_after(self, seq: int | None) -> list[tuple[BundleRecord, Outcome | None]] | None:
-        """Return the outcomes folded after `seq`, or None if only the ledger has all of them."""
+        """Return the outcomes folded after `seq`, or None if only the ledger has all these outcomes."""
         if self.complete_after is None or (seq or 0) < self.complete_after:
             return None
         return [
@@ -282,7 +284,7 @@ class LiveJob:
         ]
 
     def add_outstanding(self, bundles: Iterable[tuple[Bundle, float]]) -> None:
-        """Add pairs of bundle and due time (monotonic) to the outstanding bundles."""
+        """Add bundles with their monotonic due times to the outstanding bundles."""
         for bundle, heard_s in bundles:
             waiting = self.outstanding.setdefault(bundle.stage, {})
             waiting[bundle.id] = Outstanding(bundle, heard_s, heard_s)
@@ -297,16 +299,18 @@ class LiveJob:
         return [outstanding for stage in self.outstanding.values() for outstanding in stage.values()]
 
     def task_s(self, stage: StageDef, now_s: float) -> float:
-        """Return the slot seconds of one task: the mean, or the time that the first task has run so far."""
-        # Not `pace_s`, because long tasks have less weight in it.
+        """Return the slot seconds of one task. Before the first measurement, the estimate is the run time of the
+        stage's first bundle so far."""
+        # The estimate does not use `pace_s`, because `pace_s` gives less weight to long tasks.
         mean_s = self.stages[stage.name].counts.mean_s
         if mean_s is None:
-            # While instances boot, no task runs, and the boot time must not ask for more instances.
+            # The time counts from the stage's first running bundle, because the boot time of instances must not launch
+            # more instances.
             mean_s = max(UNKNOWN_TASK_S, now_s - self.began_s.get(stage.name, now_s))
         return mean_s * stage.slots
 
     def has_work(self, pool: str) -> bool:
-        """Return whether the job has work for instances of the pool. Work that a cap holds back does not count."""
+        """Return whether the job has work for instances of the pool, without work that a cost cap holds back."""
         if self.record.control is not Control.RUN or self.record.state is JobState.SCHEDULED:
             return False
         for stage in self.job.stages:
@@ -339,7 +343,7 @@ class LiveJob:
 
 
 class Superseded(Refused):
-    """The round of this live job has ended, and a retry began the next round."""
+    """Error raised because the round of a live job has ended, and a retry began the next round."""
 
     def __init__(self, live: LiveJob) -> None:
         super().__init__(
@@ -349,8 +353,8 @@ class Superseded(Refused):
 
 
 async def list_jobs(ports: Ports, *, active: bool = False) -> AsyncIterator[JobRecord]:
-    """Yield the jobs of the ledger, newest first, read in pages. With `active`, skip ended jobs. If the last job of a
-    page is removed meanwhile, the listing starts again."""
+    """Yield the jobs of the ledger page by page, newest first. With `active`, the listing skips ended jobs. If the last
+    job of a page is removed during the listing, the listing starts again."""
     last: JobId | None = None
     while True:
         try:
@@ -390,13 +394,13 @@ def outstanding_in_pool(lives: Mapping[JobId, LiveJob], pool: str) -> int:
 
 @dataclass(slots=True)
 class WorkerStatus:
-    """The last beat of a worker."""
+    """The last heartbeat of a worker."""
 
     beat: Beat
     heard_s: float
-    """Monotonic time of the beat."""
+    """Monotonic time when the manager received the heartbeat."""
     since_s: Mapping[HeldBundle, float]
-    """Monotonic time when each running bundle was first reported."""
+    """Monotonic time when the worker first reported each running bundle."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -408,18 +412,18 @@ class Backlog:
 
 
 WINDOW = 3
-"""Outstanding bundles per slot: one runs, one is prefetched, and one covers the manager's latency. In a short queue,
-bundle sizes can follow measurements and priorities take effect."""
+"""Outstanding bundles per slot: one runs, one is prefetched, and one covers the manager's latency. A short queue lets
+bundle sizes follow new measurements, and lets priorities take effect soon."""
 
 
 @dataclass(frozen=True, slots=True)
 class ManagerSettings:
-    """Time constants in seconds, and some numbers. `control_lease_s` belongs to the workers (see WorkerSettings). The
-    reconciler recovers a bundle that was silent for `silence_s`. `lease_ttl_s` is the leader's lease. `tick_s` is the
-    interval of the autoscaler, the reconciler, and the fleet. `drain_target_s`, `cooldown_in_s`, and `idle_s` belong to
-    the scaling policy. After `boot_tries` consecutive failed launches in a pool, the next launch waits for
-    `boot_pause_s` (0 if the fleet itself backs off; see LaunchBreaker). `boot_tries`, `max_receives`, and `window`
-    (bundles per slot) are numbers."""
+    """Time constants of the manager in seconds, and three numbers. `control_lease_s` belongs to the workers (see
+    WorkerSettings). The reconciler recovers a bundle after `silence_s` without a heartbeat. `lease_ttl_s` is the time
+    to live of the leader's lease. `tick_s` is the interval of the autoscaler, the reconciler, and the fleet. The
+    scaling policy uses `drain_target_s`, `cooldown_in_s`, and `idle_s`. After `boot_tries` consecutive failed launches
+    in a pool, the next launch waits for `boot_pause_s` (0 for a fleet with its own backoff; see LaunchBreaker).
+    `boot_tries`, `max_receives`, and `window` (bundles per slot) are numbers without a unit."""
 
     control_lease_s: float = 1.0
     visibility_s: float = 30.0

@@ -1,15 +1,17 @@
 """Replacement of instances whose worker is silent, or shows no evidence of work.
 
-A group replaces instances that fail its own health checks, but not an instance whose worker has only stopped.
+An Auto Scaling group replaces instances that fail the group's own health checks, but keeps an instance whose worker has
+stopped.
 
-Invariants: only time in which a manager received events counts, including that of the previous leader. An outage of the
-events queue, or a pause of the manager, neither adds to a silence nor resets it. If all workers of a pool are silent,
-the cause may be the manager, so instances are replaced one at a time.
+Invariants: only time in which this manager or the previous leader received events counts as silence. An outage of the
+events queue, or a pause of the manager, neither adds to a silence nor resets a silence. If all workers of a pool are
+silent, the cause may be the manager, so the manager replaces instances one at a time.
 
 Evidence of work is a counted outcome, or a held bundle of a live job whose commit key the worker has. A worker's report
-alone is not evidence. The bundle need not be outstanding, because another worker with the key could have reported its
-end. So a lying worker loses its evidence when its jobs have ended. An honest worker that runs only copies of bundles of
-ended jobs lacks evidence too, and the grid would discard its results.
+alone is not evidence of work. A held bundle need not be outstanding, because another worker with the commit key could
+have reported the bundle's end. A worker with false reports loses its evidence when the reported jobs have ended. An
+honest worker that runs only copies of bundles of ended jobs also lacks evidence, and the grid discards the results of
+these copies.
 """
 
 from __future__ import annotations
@@ -30,20 +32,20 @@ log = logging.getLogger(__name__)
 NO_WORK_TAKEN = "its worker has taken no work"
 UNKNOWN_WORK = "its worker reports work of which the manager knows nothing"
 MANAGER = "manager"
-"""Worker name in outcomes that the manager makes."""
+"""Worker name in outcomes that the manager commits."""
 
 
 class WorkEvidence(Part):
     """Evidence of work for each worker of a grid."""
 
     def __init__(self, context: Context, job_record: Callable[[JobId], Awaitable[JobRecord]]) -> None:
-        """`job_record` returns a job of the ledger or the bucket, or raises NotFound."""
+        """`job_record` returns a job from the ledger or the bucket, or raises NotFound."""
         super().__init__(context)
         self._job_record = job_record
 
     def missing(self, pools: Mapping[str, str]) -> dict[str, str]:
-        """Return the reason for each instance without evidence. `pools` maps instances to pools. An idle instance needs
-        no evidence while its pool has no waiting work."""
+        """Return each instance without evidence of work, with the reason. `pools` maps instances to pools. An idle
+        instance needs no evidence while its pool has no waiting work."""
         waits = {pool: self._has_waiting_work(pool) for pool in dict.fromkeys(pools.values())}
         lacking: dict[str, str] = {}
         for instance, pool in pools.items():
@@ -58,8 +60,9 @@ class WorkEvidence(Part):
         return lacking
 
     async def is_refuted(self, instance: str) -> bool:
-        """Return whether every held bundle belongs to a job that has ended or does not exist. This reads the ledger and
-        the bucket, because a manager may have died before it wrote a job to the ledger. Raise BackendError."""
+        """Return whether every held bundle belongs to a job that has ended or does not exist. The check reads the
+        ledger and the bucket, because a manager may have died before it wrote a job to the ledger. Raise BackendError
+        if the backend is unavailable."""
         worker_status = self._registry.workers.get(instance)
         for job in sorted({held.job for held in worker_status.beat.held} - self._lives.keys() if worker_status else ()):
             try:
@@ -76,8 +79,8 @@ class WorkEvidence(Part):
         return is_own and beat.worker != MANAGER and beat.worker in self._registry.authors
 
     def _has_waiting_work(self, pool: str) -> bool:
-        """Return whether the pool's queue has messages, and a bundle is due that no worker holds. Messages alone do not
-        count, because a worker can send messages that no worker can run."""
+        """Return whether the pool's queue has visible messages, and a due bundle that no worker holds exists. Messages
+        alone are not waiting work, because a worker can send messages that no worker can run."""
         depth = self._context.depths.get(pool)
         if depth is None or not depth.visible:
             return False
@@ -101,15 +104,16 @@ class WorkEvidence(Part):
 
 
 SILENCE_FACTOR = 3
-"""Limit of silence as a multiple of `silence_s`. The reconciler recovers the bundles before that."""
+"""Limit of silence as a multiple of `silence_s`. The reconciler recovers a silent worker's bundles before this
+limit."""
 STEPS = 10
-"""The stored silences have this many steps up to the limit."""
+"""Number of steps to which stored silences are rounded, from 0 to the limit."""
 MAX_TICKS = 2
-"""Maximum time that counts between two checks, in ticks."""
+"""Maximum time between two checks that counts as silence, in ticks."""
 
 
 class UnresponsiveWorkers(Part):
-    """Silence of each instance in service, and time without evidence of work."""
+    """Silence of each InService instance, and time without evidence of work."""
 
     def __init__(self, context: Context, evidence: WorkEvidence) -> None:
         super().__init__(context)
@@ -123,14 +127,14 @@ class UnresponsiveWorkers(Part):
         self._checked_s: float | None = None
 
     async def check(self, views: Sequence[GroupView]) -> None:
-        """Update the durations, and replace instances above the limit."""
+        """Update silences and times without evidence, and replace instances above the limit."""
         now_s = self._clock.monotonic_s()
         if self._checked_s is None:
             self._silences_s = dict(self._registry.instances.silences_s)
         since_s = now_s if self._checked_s is None else self._checked_s
         self._checked_s = now_s
         is_deaf = self._registry.outage_s is not None and self._registry.outage_s >= since_s
-        # The silence so far stays. A reset would prevent replacement under steady load.
+        # During an outage, the silence so far stays, because a reset would prevent replacement under steady load.
         step_s = 0.0 if is_deaf else min(now_s - since_s, self._step_s)
         pools = {
             instance.id: view.pool.name
@@ -148,7 +152,7 @@ class UnresponsiveWorkers(Part):
             self._silences_s[instance_id] = 0.0
         part_s = self.limit_s / STEPS
         stored_s = {instance_id: part_s * (quiet_s // part_s) for instance_id, quiet_s in self._silences_s.items()}
-        # Few instances are silent for long, so the stored value rarely changes.
+        # The rounded silences rarely change, because few instances are silent for long.
         self._registry.instances.record_silences({instance_id: s for instance_id, s in stored_s.items() if s})
         missing = self._evidence.missing(pools)
         self._unproven_s = {
@@ -161,8 +165,8 @@ class UnresponsiveWorkers(Part):
             self._unproven_s[instance_id] = 0.0
 
     def _overdue(self, counted_s: dict[str, float], pools: Mapping[str, str]) -> list[str]:
-        """Return the instances above the limit. If that is the whole pool, return only the first one, and restart the
-        count of the others."""
+        """Return the instances above the limit. If all instances of a pool are above the limit, return only the pool's
+        first instance, and reset the durations of the pool's other instances."""
         overdue: list[str] = []
         for pool in dict.fromkeys(pools.values()):
             members = [instance_id for instance_id in pools if pools[instance_id] == pool]
@@ -190,7 +194,7 @@ class UnresponsiveWorkers(Part):
         try:
             await self._fleet.set_health(instance, healthy=False, cause=cause)
         except (Refused, BackendError) as error:
-            # The next instance may succeed, and the rest of the tick must run.
+            # A failed replacement must not stop the replacement of other instances or the rest of the tick.
             log.warning("%s, and it cannot be replaced: %s", cause, error, extra=about)
         else:
             log.warning("%s: it is replaced", cause, extra=about)

@@ -1,8 +1,8 @@
-"""An object in the bucket that only the leader writes.
+"""Document in the bucket that only the leader writes.
 
-Invariant: a write replaces only the version that was read. After a crash or a pause, another leader may have written
-the object. The manager merges that version before it writes. On S3, equal contents have equal ETags. This is safe,
-because the content is the whole state.
+Invariant: a write replaces only the version of the document that was read. After a crash or a pause, another leader may
+have written the document. The manager merges the other leader's version before it writes the document. Equal contents
+have equal ETags on S3, which is safe because the content is the whole state.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ from batchlab.manager.state import Ports
 log = logging.getLogger(__name__)
 
 UNREADABLE = (BackendError, *field_checks.UNREADABLE)
-"""Errors raised for a document of a later release, or for a damaged document."""
+"""Errors raised during the read of a damaged document or a document of a later release."""
 MAX_WRITES = 8
-"""Other managers write only during a change of leader, so few attempts are enough."""
+"""Maximum number of write attempts. Few attempts are enough, because other managers write the document only during a
+change of leader."""
 
 
 class VersionedDocument:
-    """One object key, with the version that was read or written last.
+    """Document under one object key, with the version that was read or written last.
 
-    `merge` adds a stored content to the leader's state. It raises one of UNREADABLE if it cannot read the content. A
-    write replaces an unreadable content, because a document of a later release must not keep a manager from leading.
-    With `keeps_unreadable`, nothing is written instead.
+    The function `merge` adds a stored content to the leader's state, and raises one of UNREADABLE for an unreadable
+    content. A write replaces an unreadable content, because a document of a later release must not prevent a manager
+    from leading. With `keeps_unreadable`, a write leaves an unreadable content in the bucket.
     """
 
     def __init__(
@@ -41,7 +42,8 @@ class VersionedDocument:
         self._etag: str | None = None
 
     async def read(self) -> bytes | None:
-        """Return the content, or None if the object does not exist. Raise BackendError."""
+        """Return the document's content, or None if the document does not exist. Raise BackendError if the bucket does
+        not respond."""
         try:
             content = await self._ports.patience(partial(self._ports.objects.get_if_changed, self._key, None))
         except NotFound:
@@ -50,13 +52,13 @@ class VersionedDocument:
         return content[0] if content else None
 
     async def load(self) -> None:
-        """Read and merge the content. Raise BackendError if the bucket does not respond."""
+        """Read and merge the document's content. Raise BackendError if the bucket does not respond."""
         if (content := await self.read()) is not None:
             self._try_merge(content)
 
     async def write(self, encode: Callable[[], bytes]) -> None:
-        """Replace the version that was read with the result of `encode`. If another leader has written the object,
-        merge that version first. Raise BackendError."""
+        """Replace the version that was read with the result of `encode`. If another leader has written the document,
+        merge the other leader's version first. Raise BackendError if the write fails."""
         for remaining in reversed(range(MAX_WRITES)):
             data = encode()
             put = partial(self._ports.objects.put, self._key, data, if_absent=self._etag is None, if_match=self._etag)

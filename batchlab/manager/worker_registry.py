@@ -1,10 +1,11 @@
-"""Workers by their heartbeats, the keys of their instances, and recovery of the messages of dead workers.
+"""Registry of workers by heartbeats, keys of instances, and recovery of the messages of dead workers.
 
-Invariants: a heartbeat counts only for an instance that the fleet describes, in that instance's pool, and with the key
-of its first heartbeat. A heartbeat of another instance waits until the fleet describes the instance. The first key
-wins: a worker cannot know another instance's id before its first heartbeat, because ids are random and the role of
-workers lists no instances. If a second key ended the instance, a worker could end other instances. The bucket has the
-digest of a key before a heartbeat with that key counts, so the next leader binds the same key.
+Invariants: a heartbeat counts only for an instance that the fleet describes, with the instance's pool, and with the key
+of the instance's first heartbeat. A heartbeat of an unknown instance waits until the fleet describes the instance. An
+instance keeps the key of its first heartbeat. A worker cannot know another instance's id in advance, because ids are
+random and the role of workers cannot list instances. If a heartbeat with a second key ended the instance, a worker
+could end other instances. The bucket has the digest of a key before a heartbeat with that key counts, so the next
+leader binds the same key.
 """
 
 from __future__ import annotations
@@ -34,33 +35,34 @@ log = logging.getLogger(__name__)
 
 
 MAX_UNKNOWN_INSTANCES = 1000
-"""Number of instances whose heartbeats wait until the fleet describes the instances. The oldest is forgotten first."""
+"""Maximum number of unknown instances with waiting heartbeats. Above this limit, the manager drops the heartbeat that
+has waited longest."""
 
 Waiting = tuple[Beat, Collection[JobId]]
 
 
 class InstanceKeys:
-    """The described instances, and digests of their workers' keys."""
+    """Instances that the fleet describes, and digests of their workers' keys."""
 
     def __init__(self, ports: Ports, on_rejected: Callable[[str, str], None]) -> None:
-        """`on_rejected` is called with the instance of each rejected heartbeat, and the reason."""
+        """`on_rejected` is called with the instance of each rejected heartbeat and the reason of the rejection."""
         self._document = VersionedDocument(ports, object_keys.INSTANCES, self._merge)
         self._on_rejected = on_rejected
         self._instances: Mapping[str, Instance] = {}
         self._digests: dict[str, str] = {}
-        """Digest of each instance's key, "" for a worker of release 0.1.0."""
+        """Digest of each instance's key, or "" for a worker of release 0.1.0."""
         self._unsaved: dict[str, str] = {}
         """Digests of first heartbeats that may not be in the bucket yet."""
         self._waiting: dict[str, Waiting] = {}
         self._are_changed = False
-        """Whether the stored document has ended instances, or silences have grown."""
+        """Whether the stored document still contains ended instances, or the silences of instances have changed."""
         self.silences_s: dict[str, float] = {}
         """Seconds of silence, for instances with a long silence."""
         self._saving = asyncio.Lock()
 
     async def bind(self, beats: Iterable[Beat]) -> None:
         """Bind each described instance to the key of its first heartbeat, and store the digests. If the bucket is
-        unavailable, these heartbeats do not count yet."""
+        unavailable, first heartbeats do not count yet."""
         for beat in beats:
             instance = self._instances.get(beat.instance)
             if instance is not None and instance.pool == beat.pool:
@@ -72,8 +74,8 @@ class InstanceKeys:
             await self.save()
 
     def admits(self, beat: Beat, trusted: Collection[JobId] = ()) -> bool:
-        """Return whether the heartbeat has the key of its instance. Store the heartbeat if the instance is not
-        described yet."""
+        """Return whether the heartbeat has the key of its instance. Store the heartbeat if the fleet does not describe
+        the instance yet."""
         instance = self._instances.get(beat.instance)
         stored = self._digests.get(beat.instance)
         if instance is None or (stored is None and instance.pool == beat.pool):
@@ -95,12 +97,12 @@ class InstanceKeys:
             del self._waiting[next(iter(self._waiting))]
 
     def launched_s(self, instance: str) -> float | None:
-        """Return when the instance was launched (seconds since the epoch), or None."""
+        """Return the launch time of the instance in seconds since the epoch, or None if unknown."""
         described = self._instances.get(instance)
         return described.launched_s if described else None
 
     def update_instances(self, instances: Mapping[str, Instance]) -> list[Waiting]:
-        """Set the described instances, and return the heartbeats that waited for them."""
+        """Set the instances that the fleet describes, and return the heartbeats that waited for these instances."""
         for digests in (self._digests, self._unsaved):
             for instance in digests.keys() - instances.keys():
                 del digests[instance]
@@ -113,7 +115,7 @@ class InstanceKeys:
         self.silences_s = dict(quiet_s)
 
     async def load(self) -> None:
-        """Read the digests and silences of the previous leader. Raise BackendError."""
+        """Read the digests and silences of the previous leader. Raise BackendError if the bucket is unavailable."""
         try:
             if (data := await self._document.read()) is None:
                 return
@@ -146,8 +148,8 @@ class InstanceKeys:
         )
 
     def _merge(self, content: bytes) -> None:
-        # Another leader may have accepted beats with these keys. Some instances may have ended, which the next tick
-        # corrects.
+        # Another leader may have accepted heartbeats with the stored keys. Some stored instances may have ended, and
+        # the next tick removes their keys.
         stored = _keys_from_bytes(content)
         self._digests |= stored
         for instance in stored.keys() & self._unsaved.keys():
@@ -169,25 +171,23 @@ MAX_PER_S = 5_000.0
 GRACE_S = 3_600.0
 """Tolerance of an instance's age, because clocks differ."""
 LOST_S = 300.0
-"""Silence after which a worker is lost. An idle worker sends five heartbeats in this time."""
+"""Silence after which a worker counts as lost. An idle worker sends five heartbeats within `LOST_S`."""
 
 
 @dataclass(frozen=True, slots=True)
 class _DepartedWorker:
-    """The last worker of an instance that left or died."""
+    """The last worker of an instance, after the worker left or the instance died."""
 
     worker: str
-    """Name of the worker, "" if no beat was received."""
+    """Name of the worker, or "" if the manager received no heartbeat of the worker."""
     has_reported_departure: bool
 
 
 class WorkerRegistry:
-    """Workers by instance.
-
-    Invariant (I6): a dead instance's messages return as soon as the fleet reports its death. If the fleet ended the
-    instance, its bundles are sent as new messages. If the instance died by itself, its messages become visible again,
-    which adds a receive. After a silence of `LOST_S`, the messages have already returned.
-    """
+    """Registry of workers by instance. Invariant (I6): a dead instance's messages return to the queue as soon as the
+    fleet reports the death. If the fleet ended the instance, the manager sends the instance's bundles as new messages.
+    If the instance died by itself, the manager makes its messages visible again, which adds a receive. After a silence
+    of `LOST_S`, the messages of a worker have already returned to the queue."""
 
     def __init__(self, ports: Ports, lives: Mapping[JobId, LiveJob], quarantine: Quarantine | None = None) -> None:
         self._ports = ports
@@ -196,32 +196,33 @@ class WorkerRegistry:
         self.instances = InstanceKeys(ports, self._quarantine.beat)
         self.workers: dict[str, WorkerStatus] = {}
         self.instance_by_worker: dict[str, str] = {}
-        """Instance whose worker reported a name first. Every worker can read the names in outcomes, so a later claim of
-        a name is not evidence."""
+        """Instance of the first worker that reported each worker name. Every worker can read worker names in outcomes,
+        so a later heartbeat with the same name is not evidence."""
         self.authors: set[str] = set()
-        """Workers of the outcomes counted since the last check for evidence of work."""
+        """Workers that wrote the outcomes counted since the last check for evidence of work."""
         self.outage_s: float | None = None
-        """Monotonic time of the last outage or backlog of the events queue, inf during an outage. Current heartbeats
-        could not be received then."""
+        """Monotonic time of the last outage or backlog of the events queue, or inf during an outage. The manager cannot
+        receive current heartbeats during an outage or backlog."""
         self._ready: set[str] = set()
         """Instances whose lifecycle action is completed."""
         self.spot: dict[str, None] = {}
         """Instances that reported to be Spot Instances, in order."""
         self.requests: dict[str, WorkerRequests] = {}
         self._departed: dict[str, _DepartedWorker] = {}
-        """The last instances that left or died. A late heartbeat must not revive them, but another worker may start on
-        one."""
+        """The last instances whose worker left or died. A late heartbeat of a departed worker does not count, but
+        another worker may start on the same instance."""
 
     async def receive_beat(self, beat: Beat, trusted: Collection[JobId]) -> bool:
-        """Process a heartbeat, which may hold bundles of the `trusted` jobs. The first heartbeat of an instance makes
-        it InService, and the last one removes it. Return False if the heartbeat does not have the instance's key."""
+        """Record a heartbeat, which may hold bundles of the `trusted` jobs. The first heartbeat of an instance makes
+        the instance InService, and the last heartbeat removes the worker. Return False if the heartbeat does not have
+        the instance's key."""
         await self.instances.bind([beat])
         if not self.instances.admits(beat, trusted):
             return False
         beat = replace(beat, held=self._credible(beat, trusted))
         worker_status = self.workers.get(beat.instance)
         if worker_status and worker_status.beat.worker == beat.worker and worker_status.beat.number > beat.number:
-            return True  # the queue may deliver beats out of order
+            return True  # the queue may deliver heartbeats out of order
         departed = self._departed.get(beat.instance)
         if departed and departed.worker in ("", beat.worker):
             return True
@@ -248,7 +249,8 @@ class WorkerRegistry:
         return True
 
     def _credible(self, beat: Beat, trusted: Collection[JobId]) -> tuple[HeldBundle, ...]:
-        """Return the bundles that the worker can hold: in stages of its pool, of jobs whose commit keys it has."""
+        """Return the reported bundles that belong to stages of the worker's pool and to jobs whose commit keys the
+        worker has."""
         queue = object_keys.tasks_queue(beat.pool)
         return tuple(
             held for held in beat.held if held.queue == queue and held.job in trusted and self._is_in(held, beat.pool)
@@ -260,7 +262,7 @@ class WorkerRegistry:
         return live is None or any(s.name == held.stage and s.pool == pool for s in stages)
 
     async def update_instances(self, views: Iterable[GroupView]) -> None:
-        """Set the described instances, and process the heartbeats that waited for them."""
+        """Set the instances that the fleet describes, and record the heartbeats that waited for these instances."""
         instances = {instance.id: instance for view in views for instance in view.instances}
         waiting = self.instances.update_instances(instances)
         await self.instances.bind(beat for beat, _ in waiting)
@@ -268,7 +270,7 @@ class WorkerRegistry:
             await self.receive_beat(beat, trusted)
 
     async def _report_ready(self, instance: str) -> None:
-        """Complete the instance's lifecycle action. After an error, the next heartbeat tries again."""
+        """Complete the instance's lifecycle action. After an error, the instance's next heartbeat repeats the call."""
         try:
             await self._ports.fleet.ready(instance)
         except (BackendError, Refused) as error:
@@ -312,16 +314,16 @@ class WorkerRegistry:
         return worker_status
 
     def forget_vanished(self, existing: Collection[str]) -> None:
-        """Remove workers that were silent for `LOST_S` on instances that do not exist, because another leader handled
-        their end."""
+        """Remove workers that were silent for `LOST_S` on instances that no longer exist, because another leader
+        recorded the end of these instances."""
         since_s = self._ports.clock.monotonic_s() - LOST_S
         for instance, worker_status in list(self.workers.items()):
             if worker_status.heard_s < since_s and instance not in existing:
                 self._remove(instance)
 
     def readmit(self, living: Collection[str]) -> None:
-        """Accept heartbeats again from living instances that were considered dead, because a group may omit an instance
-        for a while. A worker that reported its departure does not return."""
+        """Accept heartbeats again from living instances that were recorded as dead, because a group may temporarily
+        omit an instance. A worker that reported its departure does not return."""
         for instance in living:
             departed = self._departed.get(instance)
             if departed and not departed.has_reported_departure:
@@ -333,7 +335,7 @@ class WorkerRegistry:
         return instance in self.workers or bool(departed and departed.worker)
 
     def has_left(self, instance: str) -> bool:
-        """Return whether the last worker of the instance has reported that it leaves."""
+        """Return whether the instance's last worker has reported its departure."""
         departed = self._departed.get(instance)
         return bool(departed and departed.has_reported_departure)
 
@@ -354,14 +356,14 @@ class WorkerRegistry:
         )
 
     async def release_messages(self, dead: Sequence[Instance]) -> None:
-        """Return the messages of dead instances to the queue, unless they have already returned."""
+        """Return the messages of dead instances to the queue, unless the messages have already returned."""
         for instance in dead:
             worker_status = self._remove(instance.id)
             if worker_status is None or not worker_status.beat.held:
                 continue
             self._record_loss(worker_status)
             if self._ports.clock.monotonic_s() - worker_status.heard_s >= LOST_S:
-                continue  # the messages have returned by themselves, and other workers have them
+                continue  # the worker's messages have returned after their visibility timeout
             was_terminated = instance.note.startswith("terminated")
             extra = {"instance": instance.id, "pool": instance.pool}
             log.info("the instance died (%s), and its messages return to the queue", instance.note, extra=extra)
@@ -387,7 +389,7 @@ class WorkerRegistry:
         await self._release([our for our in received if our not in copied], visible=True)
 
     async def _release(self, held: Sequence[HeldBundle], *, visible: bool) -> None:
-        """Make messages visible again, or delete messages that were replaced by copies."""
+        """Make messages visible again, or delete messages after copies have replaced them."""
         queue, patience = self._ports.queue, self._ports.patience
         receipts: dict[str, list[str]] = {}
         for bundle in held:
