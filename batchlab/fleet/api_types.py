@@ -1,8 +1,8 @@
-"""Types and errors of AWS's Auto Scaling API, and the external data of a group.
+"""Types and errors of AWS's Auto Scaling API, and protocols of a group's data sources.
 
 Every field has AWS's name in snake case (`botocore.xform_name`), AWS's default, and AWS's unit. Durations are in
-seconds, times in seconds since the epoch, and percentages from 0 to 100. Fields that AWS omits from an answer are None.
-The name of an error class is AWS's error code, and the message is AWS's if it is known.
+seconds, times are in seconds since the epoch, and percentages are from 0 to 100. Fields that AWS omits from a response
+are None. The name of an error class is AWS's error code. An error has AWS's message if the message is known.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ UNHEALTHY = "Unhealthy"
 
 
 class Process(StrEnum):
-    """Processes of a group, which SuspendProcesses may suspend."""
+    """Processes of a group that SuspendProcesses can suspend."""
 
     LAUNCH = "Launch"
     TERMINATE = "Terminate"
@@ -47,7 +47,7 @@ class LaunchTemplate:
 
 @dataclass(frozen=True, slots=True)
 class Override:
-    """An instance type of a mixed instances group. Its weight is in units of capacity."""
+    """An instance type of a mixed instances group. `weighted_capacity` is in units of capacity."""
 
     instance_type: str
     weighted_capacity: int | None = None
@@ -63,7 +63,7 @@ class InstancesDistribution:
     on_demand_percentage_above_base_capacity: int = 100
     spot_allocation_strategy: str = "lowest-price"
     spot_instance_pools: int | None = None
-    """None means 2 with the strategy lowest-price."""
+    """Number of Spot capacity pools. A number of None means 2 Spot capacity pools with the strategy lowest-price."""
     spot_max_price: str = ""
 
 
@@ -88,8 +88,8 @@ class GroupConfig:
     """Parameters of CreateAutoScalingGroup and UpdateAutoScalingGroup, except desired capacity.
 
     Exactly one of `launch_template`, `mixed_instances_policy`, and `launch_configuration_name` is set. `passive` has
-    parameters that are stored and returned without further effect (load balancers, subnets beyond their zones), as
-    pairs of AWS's name and JSON text.
+    parameters that are stored and returned without further effect, such as load balancers, as pairs of AWS's name and
+    JSON text.
     """
 
     auto_scaling_group_name: str
@@ -113,7 +113,7 @@ class GroupConfig:
 
 @dataclass(frozen=True, slots=True)
 class InstanceDetails:
-    """An instance in DescribeAutoScalingGroups and DescribeAutoScalingInstances."""
+    """An instance in the responses of DescribeAutoScalingGroups and DescribeAutoScalingInstances."""
 
     instance_id: str
     auto_scaling_group_name: str
@@ -128,24 +128,24 @@ class InstanceDetails:
     market: Market = Market.ON_DEMAND
     launched_s: float = 0.0
     note: str = ""
-    """Reason of the state. AWS does not have this field."""
+    """Reason of the instance's state. AWS does not have the field `note`."""
 
 
 @dataclass(frozen=True, slots=True)
 class GroupDetails:
-    """A group in DescribeAutoScalingGroups."""
+    """A group in the response of DescribeAutoScalingGroups."""
 
     config: GroupConfig
     auto_scaling_group_arn: str
     desired_capacity: int
     created_time: float
     instances: tuple[InstanceDetails, ...]
-    """As on AWS, without Terminated instances and without the warm pool."""
+    """Instances of the group, as on AWS without Terminated instances and instances of the warm pool."""
     suspended_processes: tuple[tuple[Process, str], ...] = ()
     """Suspended processes with AWS's SuspensionReason."""
     tags: tuple[Tag, ...] = ()
     status: str | None = None
-    """ "Delete in progress" while ForceDelete waits for the instances to end."""
+    """Status "Delete in progress" while ForceDelete waits for the end of the group's instances, or None."""
     warm_pool_configuration: WarmPool | None = None
     warm_pool_size: int | None = None
     predicted_capacity: int | None = None
@@ -153,7 +153,7 @@ class GroupDetails:
 
 @dataclass(frozen=True, slots=True)
 class ActivityDetails:
-    """A scaling activity in AWS's wording. `status_code` is a ScalingActivityStatusCode."""
+    """A scaling activity in AWS's wording. `status_code` is one of AWS's ScalingActivityStatusCode values."""
 
     activity_id: str
     auto_scaling_group_name: str
@@ -169,7 +169,7 @@ class ActivityDetails:
 
 @dataclass(frozen=True, slots=True)
 class LifecycleHook:
-    """Parameters of PutLifecycleHook, and the resulting GlobalTimeout."""
+    """Parameters of PutLifecycleHook, and the GlobalTimeout derived from the parameters."""
 
     auto_scaling_group_name: str
     lifecycle_hook_name: str
@@ -182,27 +182,28 @@ class LifecycleHook:
 
     @property
     def global_timeout(self) -> int:
-        """Maximum wait of an instance in seconds, with any number of recorded heartbeats."""
+        """Maximum time in seconds that an instance waits in the hook, even if heartbeats are recorded."""
         return min(172_800, 100 * self.heartbeat_timeout)
 
 
 @dataclass(frozen=True, slots=True)
 class LifecycleNotification:
-    """Notification that an instance waits in a hook. AWS sends it to the hook's target and to EventBridge."""
+    """Notification that an instance waits in a hook. AWS sends lifecycle notifications to the hook's target and to
+    EventBridge."""
 
     hook: LifecycleHook
     instance_id: str
     lifecycle_action_token: str
     time: float
     origin: str = "EC2"
-    """ "EC2", "AutoScalingGroup", or "WarmPool"."""
+    """Origin of the instance: "EC2", "AutoScalingGroup", or "WarmPool"."""
     destination: str = "AutoScalingGroup"
 
 
 @dataclass(frozen=True, slots=True)
 class StepAdjustment:
-    """Step of a step scaling policy. Bounds are relative to the breach threshold, and None means minus or plus
-    infinity."""
+    """Step of a step scaling policy. Bounds of a step are relative to the breach threshold. A bound of None means minus
+    or plus infinity."""
 
     scaling_adjustment: int
     metric_interval_lower_bound: float | None = None
@@ -211,7 +212,7 @@ class StepAdjustment:
 
 @dataclass(frozen=True, slots=True)
 class TargetTracking:
-    """TargetTrackingConfiguration. A customized metric is JSON text."""
+    """TargetTrackingConfiguration of a scaling policy. `customized_metric_specification` is JSON text."""
 
     target_value: float
     predefined_metric_type: str = ""
@@ -221,12 +222,12 @@ class TargetTracking:
 
 @dataclass(frozen=True, slots=True)
 class ScalingPolicy:
-    """Parameters of PutScalingPolicy. Only responses have `policy_arn` and `alarms`."""
+    """Parameters of PutScalingPolicy. Only policies in responses have `policy_arn` and `alarms`."""
 
     auto_scaling_group_name: str
     policy_name: str
     policy_type: str = "SimpleScaling"
-    """SimpleScaling, StepScaling, or TargetTrackingScaling."""
+    """Type of the policy: SimpleScaling, StepScaling, or TargetTrackingScaling."""
     adjustment_type: str = ""
     min_adjustment_magnitude: int | None = None
     scaling_adjustment: int | None = None
@@ -238,13 +239,13 @@ class ScalingPolicy:
     enabled: bool = True
     policy_arn: str = ""
     alarms: tuple[str, ...] = ()
-    """Names of the alarms of a target-tracking policy, the high one first."""
+    """Names of the two alarms of a target-tracking policy, the high alarm first."""
 
 
 @dataclass(frozen=True, slots=True)
 class ScheduledAction:
-    """Parameters of PutScheduledUpdateGroupAction. `recurrence` is a cron expression with five fields in `time_zone`
-    (an IANA name; UTC if empty)."""
+    """Parameters of PutScheduledUpdateGroupAction. `recurrence` is a cron expression with five fields in `time_zone`.
+    `time_zone` is an IANA name, or empty for UTC."""
 
     auto_scaling_group_name: str
     scheduled_action_name: str
@@ -263,7 +264,8 @@ class RefreshPreferences:
     min_healthy_percentage: int = 90
     max_healthy_percentage: int = 100
     instance_warmup: int | None = None
-    """None means the group's default warm-up, or else its health check grace period."""
+    """Warm-up time of new instances in seconds. A warm-up of None means the group's default warm-up, or without a
+    default the group's health check grace period."""
     skip_matching: bool = False
     auto_rollback: bool = False
     checkpoint_percentages: tuple[int, ...] = ()
@@ -274,7 +276,7 @@ class RefreshPreferences:
 
 @dataclass(frozen=True, slots=True)
 class DesiredConfiguration:
-    """Target configuration of an instance refresh. One of the two fields is set."""
+    """Target configuration of an instance refresh. Exactly one field of a DesiredConfiguration is set."""
 
     launch_template: LaunchTemplate | None = None
     mixed_instances_policy: MixedInstancesPolicy | None = None
@@ -282,7 +284,7 @@ class DesiredConfiguration:
 
 @dataclass(frozen=True, slots=True)
 class InstanceRefresh:
-    """An instance refresh in DescribeInstanceRefreshes, with AWS's values of `status`."""
+    """An instance refresh in the response of DescribeInstanceRefreshes, with AWS's values of `status`."""
 
     instance_refresh_id: str
     auto_scaling_group_name: str
@@ -299,39 +301,41 @@ class InstanceRefresh:
 
 @dataclass(frozen=True, slots=True)
 class WarmPool:
-    """Parameters of PutWarmPool. The prepared capacity is max − desired if `max_group_prepared_capacity` is None,
-    otherwise that number − desired. It is at least `min_size`."""
+    """Parameters of PutWarmPool. The size of the warm pool is `max_group_prepared_capacity` − desired capacity. A
+    `max_group_prepared_capacity` of None means the group's maximum size. The warm pool has at least `min_size`
+    instances."""
 
     min_size: int = 0
     max_group_prepared_capacity: int | None = None
     pool_state: str = "Stopped"
     reuse_on_scale_in: bool = False
     status: str | None = None
-    """ "PendingDelete" while its instances are terminated."""
+    """Status "PendingDelete" while the instances of the warm pool are terminated, or None."""
 
 
 @dataclass(frozen=True, slots=True)
 class Metadata:
-    """Data of the instance metadata service, without the address and the credentials."""
+    """Data that the instance metadata service returns for an instance, without address and credentials."""
 
     instance_id: str
     instance_type: str
     availability_zone: str
     instance_life_cycle: Market
-    """`/latest/meta-data/instance-life-cycle`: on-demand or spot."""
+    """Value of `/latest/meta-data/instance-life-cycle`: on-demand or spot."""
     target_lifecycle_state: str
-    """`autoscaling/target-lifecycle-state`: InService, Terminated, Standby, Warmed:Stopped, …"""
+    """Value of `autoscaling/target-lifecycle-state`, for example InService, Terminated, or Warmed:Stopped."""
     spot_action: str = ""
-    """`spot/instance-action`: terminate, or empty without an interruption (the path answers 404)."""
+    """Value of `spot/instance-action`: terminate, or empty without an interruption, for which the service returns
+    404."""
     spot_time: float | None = None
-    """Time of the forced termination, in seconds since the epoch."""
+    """Time when the Spot interruption terminates the instance, in seconds since the epoch."""
     rebalance_time: float | None = None
-    """`events/recommendations/rebalance`: time of the recommendation (epoch seconds)."""
+    """Value of `events/recommendations/rebalance`: time of the recommendation in seconds since the epoch."""
     tags: tuple[tuple[str, str], ...] = field(default=())
 
 
 class Fault(Refused):
-    """A refused request. All have HTTP status 400, as on AWS."""
+    """Error for a refused request. Every Fault has HTTP status 400, as on AWS."""
 
     code: ClassVar[str]
 
@@ -340,40 +344,40 @@ class Fault(Refused):
 
 
 class ValidationError(Fault):
-    """A parameter is wrong, or names an object that does not exist."""
+    """Error for a parameter that is invalid or names an object that does not exist."""
 
 
 class AlreadyExists(Fault):
-    """A group of this name exists."""
+    """Error for the creation of a group or an action that conflicts with an existing group or action."""
 
 
 class LimitExceeded(Fault):
-    """The group has the maximum number of hooks, policies, or actions."""
+    """Error for a group that has the maximum number of hooks, policies, or actions."""
 
 
 class ResourceInUse(Fault):
-    """The group has instances, and ForceDelete was not given."""
+    """Error for the deletion of a group with instances without ForceDelete."""
 
 
 class ScalingActivityInProgress(Fault):
-    """A cooldown or an activity in progress prevents the request."""
+    """Error for a request that a cooldown or an activity in progress prevents."""
 
 
 class InstanceRefreshInProgress(Fault):
-    """Another instance refresh is in progress."""
+    """Error for a request that an instance refresh in progress prevents."""
 
 
 class ActiveInstanceRefreshNotFound(Fault):
-    """The group does not have an active refresh."""
+    """Error for a request that requires an active instance refresh."""
 
 
 class IrreversibleInstanceRefresh(Fault):
-    """The instance refresh cannot be rolled back."""
+    """Error for the rollback of an instance refresh that cannot be rolled back."""
 
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """The data of a launch template version that a launch needs."""
+    """Data of a launch template version that a launch needs."""
 
     reference: LaunchTemplate
     instance_type: str = ""
@@ -387,33 +391,36 @@ class Templates(Protocol):
     """Store of launch templates. Every launch reads the store, so `$Latest` is the latest version."""
 
     def template(self, reference: LaunchTemplate) -> Template:
-        """Return the referenced version. Raise ValidationError if it does not exist."""
+        """Return the referenced template version. Raise ValidationError if the version does not exist."""
 
     def launch_configuration(self, name: str) -> Template:
-        """Return a launch configuration as a template. Raise ValidationError if it is missing."""
+        """Return a launch configuration as a template. Raise ValidationError if the launch configuration does not
+        exist."""
 
 
 @runtime_checkable
 class StoppableLauncher(Protocol):
     """A launcher that can stop and restart instances. `Launcher.running` includes stopped instances, and `terminate`
-    ends them too."""
+    also ends stopped instances."""
 
     async def stop(self, instance: str, *, hibernate: bool) -> None:
-        """Stop an instance, and return when it has stopped. `hibernate` keeps its memory."""
+        """Stop an instance, and return when the instance has stopped. `hibernate` preserves the memory of the
+        instance."""
 
     async def start(self, instance: str) -> None:
-        """Start a stopped instance, and return when it runs."""
+        """Start a stopped instance, and return when the instance runs."""
 
 
 class Metrics(Protocol):
     """Source of the metrics of target-tracking policies."""
 
     def value(self, policy: ScalingPolicy) -> float | None:
-        """Return the newest value, or None without data."""
+        """Return the newest value of the policy's metric, or None without data."""
 
 
 class Prices(Protocol):
     """Prices of instances, for the allocation strategy `lowest-price`."""
 
     def hourly(self, machine: Machine) -> float | None:
-        """Return the dollars per hour. If it is None, the order of the overrides decides."""
+        """Return the price of an instance in USD per hour, or None if unknown. Without prices, the order of the
+        overrides decides which instance type is launched."""

@@ -1,8 +1,8 @@
-"""AWS's Auto Scaling API over a launcher, with AWS's names, defaults, and errors.
+"""Implementation of AWS's Auto Scaling API on a launcher, with AWS's names, defaults, and errors.
 
-Requests only change the state. `tick`, the only coroutine, applies the changes. The caller calls `tick` about every
-second, and immediately after a request. A request raises a Fault if AWS would answer 400. Lists are complete, because
-the server does the paging.
+Requests only change the state of groups in memory. The coroutine `tick` applies the changes of requests to the
+instances. The caller calls `tick` about every second, and immediately after a request. A request raises a Fault if AWS
+would respond with status 400. Returned lists are complete, because the HTTP server splits lists into pages.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ ADJUSTMENTS = ("ChangeInCapacity", "ExactCapacity", "PercentChangeInCapacity")
 
 class PolicyRequests(Requests):
     def put_scaling_policy(self, policy: ScalingPolicy) -> ScalingPolicy:
-        """Create or replace a policy. Return it with its ARN and the names of its alarms."""
+        """Create or replace a scaling policy. Return the policy with its ARN and the names of its alarms."""
         name, this = policy.auto_scaling_group_name, policy.policy_name
         _, asg = self._changeable(name)
         _check_policy(policy)
@@ -65,7 +65,7 @@ class PolicyRequests(Requests):
         return asg.policies[this]
 
     def delete_policy(self, policy_name: str, *, name: str | None = None) -> None:
-        """Delete a policy. If `policy_name` is an ARN, the group's name is not needed."""
+        """Delete a scaling policy. If `policy_name` is an ARN, `name` may be None."""
         _, asg, policy = self._policy(policy_name, name)
         del asg.policies[policy.policy_name], asg.alarms[policy.policy_name]
         self._save(changed=True)
@@ -73,7 +73,7 @@ class PolicyRequests(Requests):
     def describe_policies(
         self, name: str | None = None, *, policy_names: Sequence[str] = (), policy_types: Sequence[str] = ()
     ) -> Sequence[ScalingPolicy]:
-        """Return policies sorted by group and name. `policy_names` may be ARNs."""
+        """Return scaling policies sorted by group and name. `policy_names` may contain ARNs."""
         groups = [self._asg_group(name)[0]] if name else [g for _, g in sorted(self._groups.items())]
         return [
             policy
@@ -93,8 +93,8 @@ class PolicyRequests(Requests):
         metric_value: float | None = None,
         breach_threshold: float | None = None,
     ) -> None:
-        """Execute a simple or a step policy. Raise ScalingActivityInProgress if a cooldown applies to a simple policy.
-        A step policy needs the metric's value and the breach threshold."""
+        """Execute a simple or a step scaling policy. With `honor_cooldown`, raise ScalingActivityInProgress if a
+        cooldown applies to a simple policy. A step policy needs the metric's value and the breach threshold."""
         group, asg, policy = self._policy(policy_name, name)
         self._changeable(group.pool.name)
         if policy.policy_type == TRACKING:
@@ -113,8 +113,8 @@ class PolicyRequests(Requests):
         self._save()
 
     def _step(self, group: Group, asg: Asg, policy: ScalingPolicy, breach: float) -> None:
-        """Apply the step for a breach. Scale-out is relative to warm capacity, so two consecutive breaches of the same
-        size add instances once. Scale-in waits until all instances have warmed up."""
+        """Apply a policy's step for a breach. Scale-out is relative to warm capacity, so two consecutive breaches of
+        the same size add instances once. Scale-in waits until all instances have warmed up."""
         step = scaling_policies.step_for(policy, breach)
         if step is None:
             return
@@ -164,14 +164,14 @@ def _check_policy(policy: ScalingPolicy) -> None:
 
 
 MAX_ACTIONS = 125
-# The syntax of cron that AWS documents. cronsim accepts more, such as the last day of a month.
+# Syntax of cron fields that AWS documents. cronsim also accepts other syntax, such as the last day of a month.
 _TERM = r"(\*|(\d+|[A-Z]{3})(-(\d+|[A-Z]{3}))?)(/\d+)?"
 _FIELD = re.compile(rf"{_TERM}(,{_TERM})*", re.ASCII | re.IGNORECASE)
 
 
 class ScheduleRequests(Requests):
     def put_scheduled_update_group_action(self, action: ScheduledAction) -> None:
-        """Create or replace an action. As on AWS, two actions of a group need different times."""
+        """Create or replace a scheduled action. As on AWS, two scheduled actions of a group need different times."""
         name, this = action.auto_scaling_group_name, action.scheduled_action_name
         _, asg = self._changeable(name)
         self._check_action(asg, action)
@@ -211,7 +211,7 @@ class ScheduleRequests(Requests):
             raise LimitExceeded(f"A group may have {MAX_ACTIONS} scheduled actions.")
 
     def delete_scheduled_action(self, name: str, scheduled_action_name: str) -> None:
-        """Delete a scheduled action. Raise ValidationError if it does not exist."""
+        """Delete a scheduled action. Raise ValidationError if the action does not exist."""
         _, asg = self._changeable(name)
         if scheduled_action_name not in asg.scheduled:
             raise ValidationError(f"Scheduled action name not found: {scheduled_action_name}")
@@ -226,8 +226,9 @@ class ScheduleRequests(Requests):
         start_time: float | None = None,
         end_time: float | None = None,
     ) -> Sequence[ScheduledAction]:
-        """Return actions that will run again, sorted by their next run. As on AWS, `start_time` of a result is its next
-        run. The two times limit the next run, and are ignored if names are given."""
+        """Return scheduled actions that will run again, sorted by their next run. As on AWS, `start_time` of a returned
+        action is the action's next run. `start_time` and `end_time` select actions by their next run, and are ignored
+        if names are given."""
         groups = [self._asg_group(name)[0]] if name else list(self._groups.values())
         actions = []
         for asg in (group.asg for group in groups if group.asg is not None):
@@ -260,7 +261,8 @@ class RefreshRequests(Requests):
         preferences: RefreshPreferences = DEFAULT_PREFERENCES,
         desired_configuration: DesiredConfiguration | None = None,
     ) -> str:
-        """Start a refresh and return its id. Raise InstanceRefreshInProgress if one is active."""
+        """Start an instance refresh, and return the refresh id. Raise InstanceRefreshInProgress if another refresh is
+        active."""
         group, asg = self._changeable(name)
         if asg.rolling is not None:
             raise InstanceRefreshInProgress(
@@ -287,7 +289,7 @@ class RefreshRequests(Requests):
         return started.instance_refresh_id
 
     def cancel_instance_refresh(self, name: str) -> str:
-        """Cancel the refresh and return its id. Started replacements are completed."""
+        """Cancel the active instance refresh, and return the refresh id. The group completes started replacements."""
         _, asg = self._changeable(name)
         if asg.rolling is None:
             raise _no_refresh(name)
@@ -296,8 +298,8 @@ class RefreshRequests(Requests):
         return asg.rolling.refresh.instance_refresh_id
 
     def rollback_instance_refresh(self, name: str) -> str:
-        """Roll the refresh back and return its id. Raise IrreversibleInstanceRefresh if the refresh lacks a desired
-        configuration, or if the version of the group's own template is not fixed."""
+        """Roll back the active instance refresh, and return the refresh id. Raise IrreversibleInstanceRefresh if the
+        refresh lacks a desired configuration, or if the version of the group's own template is not fixed."""
         group, asg = self._changeable(name)
         if asg.rolling is None:
             raise _no_refresh(name)
@@ -313,7 +315,7 @@ class RefreshRequests(Requests):
         return asg.rolling.refresh.instance_refresh_id
 
     def describe_instance_refreshes(self, name: str, refresh_ids: Sequence[str] = ()) -> Sequence[InstanceRefresh]:
-        """Return refreshes, newest first."""
+        """Return instance refreshes of the group, newest first."""
         _, asg = self._asg_group(name)
         running = [asg.rolling.refresh] if asg.rolling else []
         return [
@@ -357,13 +359,13 @@ def _check_preferences(preferences: RefreshPreferences, wanted: DesiredConfigura
 
 class WarmPoolRequests(Requests):
     def put_warm_pool(self, name: str, warm_pool: WarmPool) -> None:
-        """Create or change the warm pool. Instances in the pool keep their state."""
+        """Create or change the group's warm pool. Instances in the warm pool keep their state."""
         _, asg = self._changeable(name)
         if asg.rolling is not None:
             raise InstanceRefreshInProgress("The warm pool cannot be changed while an instance refresh is in progress.")
         group_requests.one_of("PoolState", warm_pool.pool_state, tuple(warm.RESTED))
         prepared = warm_pool.max_group_prepared_capacity
-        # AWS's -1 turns the setting off.
+        # As on AWS, -1 disables the setting.
         prepared = None if prepared is not None and prepared < 0 else prepared
         if warm_pool.min_size < 0:
             raise ValidationError("MinSize must not be negative.")
@@ -380,8 +382,8 @@ class WarmPoolRequests(Requests):
         self._save(changed=True)
 
     def delete_warm_pool(self, name: str, *, force_delete: bool = False) -> None:
-        """Delete the warm pool. With `force_delete`, its instances are terminated at once. Otherwise, the next tick
-        terminates them."""
+        """Delete the warm pool. With `force_delete`, the request terminates the instances of the warm pool. Without
+        `force_delete`, the next tick terminates the instances of the warm pool."""
         group, asg = self._changeable(name)
         if asg.warm_pool is None:
             raise ValidationError(f"No warm pool found for Auto Scaling group {name}")
@@ -392,7 +394,7 @@ class WarmPoolRequests(Requests):
         self._save()
 
     def describe_warm_pool(self, name: str) -> tuple[WarmPool | None, Sequence[InstanceDetails]]:
-        """Return the configuration, or None without a warm pool, and the instances."""
+        """Return the warm pool's configuration, or None without a warm pool, and the warm pool's instances."""
         group, asg = self._asg_group(name)
         return asg.warm_pool, [instance_details(group, member) for member in warm.members(group)]
 
@@ -400,4 +402,4 @@ class WarmPoolRequests(Requests):
 class AutoScaling(
     GroupRequests, InstanceRequests, HookRequests, PolicyRequests, ScheduleRequests, RefreshRequests, WarmPoolRequests
 ):
-    """All requests, with AWS's names in snake case."""
+    """All requests of the API, with AWS's names in snake case."""

@@ -1,7 +1,7 @@
-"""Changes of a group's state, without I/O, and the record of these changes.
+"""Changes of a group's state without I/O, and the record of all changes.
 
-Invariant: each change opens or settles exactly one activity, and marks the state as unsaved. Activities of a plain pool
-have a short form. Activities of an Auto Scaling group have AWS's wording: sentences that begin with a time and are
+Invariant: each change starts or ends exactly one activity, and marks the state as unsaved. Activities of a plain pool
+have a short text. Activities of an Auto Scaling group have AWS's wording, with sentences that begin with a time and are
 separated by two spaces.
 """
 
@@ -21,8 +21,8 @@ from batchlab.fleet.termination import CRASH_LOOP, crash_loop_wait_s, victims
 
 
 class SteadyClock:
-    """Clock in seconds since the epoch that is valid after a restart and never goes back. It adds the monotonic clock's
-    progress to the wall clock's value at the start."""
+    """Clock in seconds since the epoch that is valid after a restart and never goes back. The SteadyClock adds the
+    monotonic clock's progress to the wall clock's value at the start."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -34,17 +34,18 @@ class SteadyClock:
 
 KEEP_NOTICES = 1_000
 KEEP_REASONS = 4
-"""Maximum number of reasons in a cause. AWS also limits causes, to 1,023 characters."""
+"""Maximum number of reasons in a cause. AWS limits causes to 1,023 characters."""
 
 
 def stamp(at_s: float) -> str:
-    """Format a time as in AWS's causes."""
+    """Return a time in the format of AWS's causes."""
     return datetime.fromtimestamp(at_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 class Record:
-    """Activities and other records of changes. `dead` has the instances that ended, `notices` the newest 1,000
-    lifecycle notifications, and `unsaved` is true after a change. The caller resets all three."""
+    """Activities and other records of changes. `dead` has the instances that ended, `notices` has the newest 1,000
+    lifecycle notifications, and `unsaved` is true after a change. The caller resets `dead`, `notices`, and
+    `unsaved`."""
 
     def __init__(self, log: ActivityLog, clock: Clock, ids: Ids) -> None:
         self.log = log
@@ -73,13 +74,13 @@ class Record:
         self.log.mark(group.pool.name, activity, status)
 
     def cause_text(self, asg: Asg, *sentences: str) -> str:
-        """Return a cause in AWS's wording: reasons of the desired capacity, then `sentences`."""
+        """Return a cause in AWS's wording, with the reasons of the desired capacity followed by `sentences`."""
         at = stamp(self.now_s())
         return "  ".join([asg.cause] * bool(asg.cause) + [f"At {at} {s}." for s in sentences])
 
     def explain(self, asg: Asg, sentence: str) -> None:
-        """Store the reason of the desired capacity until the capacity is reached. Only the latest KEEP_REASONS reasons
-        are kept."""
+        """Add a reason of the desired capacity, stored until the group reaches the capacity. The group stores only the
+        latest KEEP_REASONS reasons."""
         reasons = self.cause_text(asg, sentence).split("  ")
         asg.cause = "  ".join(reasons[-KEEP_REASONS:])
         self.unsaved = True
@@ -91,7 +92,7 @@ _STUCK = "Could not scale to desired capacity because all remaining instances ar
 
 
 class Changes(Record):
-    """The only writer of groups and their log."""
+    """Writer of all changes to groups and their activity log."""
 
     def create_group(self, pool: Pool) -> Group:
         """Return a new group for a plain pool."""
@@ -100,8 +101,8 @@ class Changes(Record):
         return Group(pool, pool.min_size)
 
     def set_desired(self, group: Group, desired: int, cause: str, *, cooldown: int | None = None) -> None:
-        """Set desired capacity, and choose instances to terminate at once to keep I5. `cooldown` replaces the group's
-        default cooldown, which starts when the capacity is reached."""
+        """Set desired capacity, and terminate surplus instances in the same call to preserve I5. `cooldown` replaces
+        the group's default cooldown, which starts when the group reaches the capacity."""
         before = group.desired
         if desired != before:
             group.desired = desired
@@ -116,8 +117,8 @@ class Changes(Record):
         self.scale_in(group)
 
     def scale_in(self, group: Group) -> None:
-        """Take out the instances named by `victims`. If scale-in protection keeps too many instances, record this
-        once."""
+        """Terminate the instances chosen by `victims`, or return them to the warm pool. If too many instances have
+        scale-in protection, record one activity."""
         if group.suspended(Process.TERMINATE):
             return
         size = weigh(group.staying())
@@ -141,7 +142,7 @@ class Changes(Record):
         group.stuck = stuck
 
     def admit(self, group: Group, size: int, now_s: float, place: Placement | None) -> Member:
-        """Add a Pending member to a group with `size` other units of capacity."""
+        """Add a Pending member to a group whose other members have `size` units of capacity."""
         if group.asg is not None and place is not None:
             return self._admit_to_asg(group, size, now_s, place)
         name = self.ids.fresh("w")
@@ -190,8 +191,8 @@ class Changes(Record):
         return f"the last {group.failures} ended before they were ready: {group.reason}"
 
     def arrive(self, group: Group, member: Member) -> None:
-        """Put an instance into service if it is ready. In a plain pool, its worker must have reported. In an Auto
-        Scaling group, its launch hooks must be completed."""
+        """Put an instance into service if the instance is ready. In a plain pool, the instance's worker must have
+        reported readiness. In an Auto Scaling group, the launch hooks of the instance must be completed."""
         if not member.running or member.asg.asleep:
             return
         if member.state in WARMING:
@@ -204,7 +205,7 @@ class Changes(Record):
                 group.reset_failures()
         elif (
             member.state is LifecycleState.PENDING
-            # Hooks do not run for an instance that returns from standby.
+            # Launch hooks do not run for an instance that returns from Standby.
             and not member.asg.moving
             and lifecycle_hooks.begin(self, group, member, LAUNCHING)
         ):
@@ -220,12 +221,12 @@ class Changes(Record):
         member.asg.moving, member.asg.warm = 0, False
 
     def move(self, member: Member, state: LifecycleState) -> None:
-        """Change a state, and leave the note and the activity unchanged."""
+        """Change a member's state, without a change of its note and its activity."""
         member.move(state, note=member.instance.note)
         self.unsaved = True
 
     def fail(self, group: Group, member: Member, how: str, *, note: str, why: str = "", dead: bool = False) -> None:
-        """Take an unhealthy instance out of service. Hooks do not run for a dead instance."""
+        """Start the termination of an unhealthy instance. Termination hooks do not run for a dead instance."""
         self._count_failed_start(group, member, how, dead=dead)
         member.instance = replace(member.instance, healthy=False)
         if group.asg is not None and member.staying:
@@ -235,20 +236,20 @@ class Changes(Record):
         self.retire(group, member, why=why or f"a health check: {how}", note=note, hooked=not dead)
 
     def fail_launch(self, group: Group, member: Member, how: str) -> None:
-        """Record a failed launch. No instance exists, so no termination is recorded."""
+        """Record a failed launch. The call records no termination activity, because no instance exists."""
         self._count_failed_start(group, member, how)
         member.move(LifecycleState.TERMINATING, note=how)
 
     def abandon(self, group: Group, member: Member, how: str) -> None:
-        """Terminate an instance whose launch hook was abandoned. It counts as a failed start."""
+        """Terminate an instance whose launch hook was abandoned, and count the launch as a failed start."""
         self.settle(group, member.launch, "Cancelled", message=how)
         self._count_failed_start(group, member, how)
         why = "a lifecycle action that was abandoned"
         self.retire(group, member, why=why, note=f"terminated: {how}")
 
     def retire(self, group: Group, member: Member, *, why: str, note: str, hooked: bool = True) -> None:
-        """Start the termination of an instance, protected or not. Protection applies only to scale-in. Termination
-        hooks run only for instances that have been in service."""
+        """Start the termination of an instance, even if it has scale-in protection. Termination hooks run only for
+        instances in state InService, EnteringStandby, or Standby."""
         if member.asg.moving:
             self.settle(group, member.asg.moving, "Cancelled")
             member.asg.moving = 0
@@ -280,24 +281,25 @@ class Changes(Record):
         self.dead.append(member.instance)
 
     def disown(self, instance: str) -> None:
-        """Record the termination of a running instance that is missing in the state."""
+        """Record the termination of a running instance that belongs to no group."""
         why = "no group knowing it"
         self.note("", f"Terminating orphaned instance: {instance}", f"{_OUT} {why}")
 
     def resize(self, group: Group, by: int) -> None:
-        """Change desired capacity as part of another activity."""
+        """Change desired capacity by `by` as part of another activity."""
         group.desired += by
         self.unsaved = True
 
     def launch_replacement(self, group: Group, member: Member, why: str) -> None:
-        """Launch a replacement. The group terminates the instance once the replacement is in service."""
+        """Request a replacement of the instance. The group terminates the replaced instance after the replacement is
+        InService."""
         if member.staying and group.asg is not None:
             member.asg.leaving = why
             group.asg.replacing.append(f"an instance was launched in response to {why}")
             self.unsaved = True
 
     def mark_healthy(self, member: Member) -> None:
-        """Mark an instance as healthy unless its termination has started."""
+        """Mark an instance as healthy, unless the termination of the instance has started."""
         if member.end == 0 and not member.instance.healthy:
             member.instance = replace(member.instance, healthy=True)
             self.unsaved = True

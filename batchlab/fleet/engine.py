@@ -1,15 +1,17 @@
-"""Engine of Auto Scaling groups over a launcher: requests change the state, and `tick` applies it.
+"""Engine of groups on a launcher: requests change the state of groups, and `tick` applies the state.
 
 Invariant (I5): desired capacity is within [min, max] after every call. The number of Pending and InService instances is
-at most max, with two exceptions: protected instances after the limits were lowered, and instances of an Auto Scaling
-group that wait for their replacements.
+at most the group's maximum, with two exceptions. Protected instances stay after the limits were lowered, and instances
+of an Auto Scaling group stay until their replacements are InService.
 
-The steps of a tick, and the effect of a crash after each:
+The steps of a tick, and the effect of a crash after each step:
 
-1. Ask the launcher for the running instances, then replace and scale in. A crash loses nothing.
-2. Save, then ask the launcher to end Terminating instances. After a crash, the next tick asks again.
-3. Save the new instances as Pending, then launch them. After a crash, the next tick replaces instances that were not
-   launched.
+1. Read the running instances from the launcher, then replace instances and scale in. A crash after this step loses
+   nothing.
+2. Save the state, then request that the launcher ends Terminating instances. After a crash, the next tick repeats the
+   requests.
+3. Save the new instances as Pending, then launch the new instances. After a crash, the next tick replaces instances
+   that were not launched.
 """
 
 from __future__ import annotations
@@ -33,19 +35,19 @@ from batchlab.fleet.termination import shortfall
 
 @dataclass(frozen=True, slots=True)
 class PendingLaunch:
-    """A member to launch. `place` is None in a plain pool."""
+    """Launch of a member in the current tick. `place` is None in a plain pool."""
 
     group: Group
     member: Member
     place: Placement | None = None
     asleep: bool = False
-    """The instance is stopped in the warm pool and must be started."""
+    """Whether the instance is stopped in the warm pool and must be started."""
 
 
 def admit_members(
     changes: Changes, group: Group, missing: int, now_s: float, sources: Sources | None
 ) -> list[PendingLaunch]:
-    """Add members for `missing` units of capacity and for the warm pool."""
+    """Add members for `missing` units of capacity and for the warm pool, and return their launches."""
     if group.asg is None or sources is None:
         size = len(group.counted())
         return [PendingLaunch(group, changes.admit(group, size + n, now_s, None)) for n in range(missing)]
@@ -74,12 +76,12 @@ def admit_members(
 def _admit_member(
     changes: Changes, group: Group, now_s: float, sources: Sources, *, warm_pool: bool = False
 ) -> PendingLaunch | None:
-    """Add one member, or record a failed activity and return None if its template does not exist."""
+    """Add one member. If the member's template does not exist, record a failed activity and return None."""
     assert group.asg is not None
     try:
         place = placement.choose(group, group.asg, sources, changes.steady.now_s(), warm=warm_pool)
     except Fault as fault:
-        # The template does not exist. Recorded once for every wait of the crash loop, like any failed launch.
+        # A missing template counts as a failed launch, and is recorded once for every wait of the crash loop.
         reason = f"{fault.message} Launching EC2 instance failed."
         changes.count_failure(group, reason)
         what = f"Launching a new EC2 instance.  Status Reason: {reason}"
@@ -90,7 +92,7 @@ def _admit_member(
 
 
 def _record_failed_launch(changes: Changes, fresh: PendingLaunch, error: str) -> None:
-    """Record a failed launch, and avoid its capacity pool for a while."""
+    """Record a failed launch, and avoid the launch's capacity pool for `AVOID_S`."""
     group, member = fresh.group, fresh.member
     if group.asg is not None:
         placement.avoid(group.asg, member.instance.machine, changes.steady.now_s())
@@ -118,7 +120,7 @@ def _run_processes(
 
 
 def _update_cooldown(changes: Changes, group: Group) -> None:
-    """Start the cooldown, and clear causes and failures, once the desired capacity is reached."""
+    """Start the cooldown, and clear causes and failures, after the group has reached desired capacity."""
     asg = group.asg
     assert asg is not None
     members = group.members.values()
@@ -142,11 +144,11 @@ _TO_END = frozenset({LifecycleState.TERMINATING, LifecycleState.TERMINATING_PROC
 
 
 class Engine:
-    """Engine of plain pools and Auto Scaling groups. Only the engine uses the launcher.
+    """Engine of plain pools and Auto Scaling groups. The engine is the only user of the launcher.
 
-    Auto Scaling groups need `sources` and `metrics`. In a plain pool, the engine replaces an instance that sends no
-    heartbeat within `health.GRACE_S` plus the pool's `boot_s` after its launch. A terminated instance has `drain_s` to
-    finish before it is killed.
+    An engine with Auto Scaling groups needs `sources`, and target-tracking policies need `metrics`. In a plain pool,
+    the engine replaces an instance that sends no heartbeat within `health.GRACE_S` plus the pool's `boot_s` after its
+    launch. A terminated instance has `drain_s` seconds to finish before the launcher kills it.
     """
 
     def __init__(
@@ -178,14 +180,15 @@ class Engine:
         self._ticking = asyncio.Lock()
         for _, member in self._members():
             member.since_s = clock.monotonic_s()
-            # The previous manager may have died before it acted on the end of an instance.
+            # Ends of instances are reported again, because the previous manager may have died before it acted on the
+            # end of an instance.
             if member.state is LifecycleState.TERMINATED:
                 self._changes.dead.append(member.instance)
 
     async def tick(self) -> Sequence[Instance]:
-        """Run one step, and return the instances that ended since the last call. The end of an instance is reported at
-        least once, and again after a restart. Raise BackendError if the launcher or the store fails; the next tick
-        continues."""
+        """Run one tick, and return the instances that ended since the last call. The engine reports the end of an
+        instance at least once, and again after a restart. Raise BackendError if the launcher or the store fails, after
+        which the next tick continues."""
         async with self._ticking:
             instances = await self._launcher.running()
             now_s = self._clock.monotonic_s()
@@ -205,7 +208,7 @@ class Engine:
             return dead
 
     def _run_asg(self, group: Group) -> None:
-        """Run the processes of an Auto Scaling group, and remove it once its deletion is done."""
+        """Run the processes of an Auto Scaling group. Remove a deleted group after all its instances have ended."""
         assert self._sources is not None, "an Auto Scaling group needs its sources"
         _run_processes(self._changes, group, self._sources, self._metrics, self._alarm_period_s)
         is_empty = all(member.state is LifecycleState.TERMINATED for member in group.members.values())
@@ -214,14 +217,14 @@ class Engine:
             self._changes.unsaved = True
 
     def _orphans(self, instances: Mapping[str, str | None]) -> list[str]:
-        """Return newly found running instances that the state does not have. The state may be older than the instances,
-        or a launch that was reported as failed has started an instance."""
+        """Return newly found running instances that belong to no group. An orphan exists if the saved state is older
+        than the instance, or if a launch that was reported as failed has started the instance."""
         living = {m.instance.id for _, m in self._members() if m.state is not LifecycleState.TERMINATED}
         strangers = [name for name, ended in instances.items() if ended is None and name not in living]
         return [name for name in strangers if name not in self._disowned]
 
     async def _end(self, orphans: Sequence[str]) -> None:
-        """Ask the launcher to end instances. Try all of them before an error is raised."""
+        """Request that the launcher ends instances. All requests are sent before an error is raised."""
 
         async def end(member: Member) -> None:
             await self._launcher.terminate(member.instance.id, grace_s=self._drain_s)

@@ -1,4 +1,4 @@
-"""The Fleet port for plain pools, whose workers are equal and report when they are ready."""
+"""Implementation of the Fleet port for plain pools, whose workers are equal and report their readiness."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from batchlab.fleet.termination import clamp
 
 
 class ManagedFleet(Engine):
-    """The Fleet port, plus `ready`, over a launcher. Activities are as on AWS: one for each launch, termination, and
-    change of desired capacity."""
+    """Implementation of the Fleet port on a launcher. As on AWS, each launch, each termination, and each change of
+    desired capacity has one activity."""
 
     async def ensure(self, pool: Pool) -> None:
-        """Create the group with desired = min, or change it. Raise Refused unless 0 ≤ min ≤ max ≤ MAX_INSTANCES."""
+        """Create the pool's group with the minimum size as desired capacity, or change the limits of an existing group.
+        Raise Refused unless 0 ≤ min ≤ max ≤ MAX_INSTANCES."""
         limits = check_limits(pool)
         group = self._groups.get(pool.name)
         if group is None:
@@ -33,15 +34,17 @@ class ManagedFleet(Engine):
         return [group.view() for group in self._groups.values()]
 
     async def set_desired(self, pool: str, desired: int, *, cause: str) -> None:
-        """See the port. Instances to terminate are chosen at once, and the next tick ends them."""
+        """Set desired capacity (see the Fleet port). The call chooses the instances to terminate, and the next tick
+        ends the chosen instances."""
         group = self._group(pool)
         check_desired(group.pool, desired)
         self._changes.set_desired(group, desired, cause)
         self._save()
 
     async def terminate(self, pool: str, instances: Sequence[str], *, decrement: bool, cause: str) -> None:
-        """See the port. Protected instances are terminated too. Raise Refused and change nothing if an instance is
-        unknown, or if `decrement` would lower desired capacity below min. Ignore instances that are already ending."""
+        """Terminate instances, including protected instances (see the Fleet port). Raise Refused, without any change,
+        if an instance is unknown, or if `decrement` would lower desired capacity below the minimum. Instances that are
+        already ending are ignored."""
         group = self._group(pool)
         named = {name: self._member(group, name) for name in instances}
         leaving = [member for member in named.values() if member.counted]
@@ -54,8 +57,9 @@ class ManagedFleet(Engine):
         self._save()
 
     async def protect(self, pool: str, instances: Sequence[str], *, on: bool) -> None:
-        """See the port. Raise Refused and change nothing unless all are InService, as on EC2. The next tick saves the
-        change, because protection may change with every bundle."""
+        """Set scale-in protection (see the Fleet port). Raise Refused, without any change, unless all instances are
+        InService, as on EC2. The next tick saves the new protection, because protection may change with every
+        bundle."""
         group = self._group(pool)
         members = [self._member(group, name) for name in instances]
         for member in members:
@@ -67,7 +71,8 @@ class ManagedFleet(Engine):
             self._changes.scale_in(group)
 
     async def set_health(self, instance: str, *, healthy: bool, cause: str) -> None:
-        """See the port. Raise Refused if the instance is unknown. Ignore an ending instance."""
+        """Set the health of an instance (see the Fleet port). Raise Refused if the instance is unknown. The health of
+        an ending instance stays unchanged."""
         group_and_member = self._find(instance)
         if group_and_member is None:
             raise Refused(f"the instance {instance!r} does not exist")
@@ -77,8 +82,8 @@ class ManagedFleet(Engine):
             self._save()
 
     async def ready(self, instance: str) -> None:
-        """Record that the worker in `instance` is ready. Ignore an instance that is unknown or ending, because a
-        heartbeat may arrive late."""
+        """Record that the worker on `instance` is ready. An unknown or ending instance is ignored, because a heartbeat
+        may arrive late."""
         group_and_member = self._find(instance)
         if group_and_member is not None:
             group, member = group_and_member
@@ -86,7 +91,8 @@ class ManagedFleet(Engine):
             self._changes.arrive(group, member)
 
     async def activities(self, pool: str | None = None, *, limit: int = 50) -> Sequence[Activity]:
-        """See the port. Pool "" has the activities without a group (terminated orphans)."""
+        """Return activities of a pool or of all pools (see the Fleet port). Pool "" has the activities without a group,
+        such as terminations of orphans."""
         return self._changes.log.newest(pool, limit)
 
     def _group(self, pool: str) -> Group:

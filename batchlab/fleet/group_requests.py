@@ -53,9 +53,9 @@ SHORTEST_LIFETIME_S = 86_400
 
 
 class Requests(Engine):
-    """Common part of all requests. A group that names only subnets uses `zones`. Target-tracking policies need
-    `metrics`, and the period of their alarms is `alarm_period_s`. A terminated instance has `drain_s` to stop.
-    `shortest_lifetime_s` is the minimum of MaxInstanceLifetime, which a test may lower."""
+    """Base class of all requests. A group that names only subnets uses `zones`. Target-tracking policies need
+    `metrics`, and `alarm_period_s` is the period of their alarms. A terminated instance has `drain_s` seconds to finish
+    before it is killed. `shortest_lifetime_s` is the minimum of MaxInstanceLifetime, which a test may lower."""
 
     def __init__(
         self,
@@ -89,7 +89,8 @@ class Requests(Engine):
         self._shortest_lifetime_s = shortest_lifetime_s
 
     def take_notifications(self) -> Sequence[LifecycleNotification]:
-        """Return notifications of hooks since the last call, at most the newest 1,000. They are not saved."""
+        """Return the newest notifications of hooks since the last call, at most 1,000. A restart discards
+        notifications."""
         notices = list(self._changes.notices)
         self._changes.notices.clear()
         return notices
@@ -139,7 +140,7 @@ LONGEST_LIFETIME_S = 31_536_000
 
 
 def checked_group(config: GroupConfig, zones: Sequence[str], shortest_lifetime_s: int) -> GroupConfig:
-    """Return the validated configuration in its normal form."""
+    """Return the configuration in its normal form. Raise ValidationError if the configuration is invalid."""
     low, high = config.min_size, config.max_size
     if not 1 <= len(config.auto_scaling_group_name) <= 255:
         raise ValidationError("AutoScalingGroupName must have 1 to 255 characters.")
@@ -168,7 +169,7 @@ def checked_group(config: GroupConfig, zones: Sequence[str], shortest_lifetime_s
     return replace(
         config,
         max_instance_lifetime=lifetime,
-        # AWS's -1 turns the setting off.
+        # As on AWS, -1 disables the setting.
         default_instance_warmup=None if warmup is not None and warmup < 0 else warmup,
         termination_policies=config.termination_policies or ("Default",),
     )
@@ -207,7 +208,7 @@ def check_result(name: str, value: str) -> None:
 
 
 def parse_processes(names: Sequence[str]) -> list[Process]:
-    """Return the named processes, or all if none is named."""
+    """Return the named processes, or all processes if `names` is empty."""
     valid = [str(process) for process in Process]
     for name in names:
         if name not in valid:
@@ -238,7 +239,8 @@ class GroupRequests(Requests):
         tags: Sequence[Tag] = (),
         lifecycle_hooks: Sequence[LifecycleHook] = (),
     ) -> None:
-        """Create a group. A desired capacity of None means min. Raise AlreadyExists or ValidationError."""
+        """Create a group. A desired capacity of None means the minimum size. Raise AlreadyExists if a group of the same
+        name exists."""
         name = config.auto_scaling_group_name
         if name in self._groups:
             raise AlreadyExists(
@@ -261,7 +263,8 @@ class GroupRequests(Requests):
     def update_auto_scaling_group(
         self, name: str, changes: Mapping[str, Any], *, desired_capacity: int | None = None
     ) -> None:
-        """Change the fields of GroupConfig in `changes`. Keep desired capacity in the limits."""
+        """Change the fields of GroupConfig in `changes`. Without `desired_capacity`, the group's desired capacity is
+        moved into the new limits."""
         group, asg = self._changeable(name)
         cleared = _NEVER if any(key in changes for key in _LAUNCHED_FROM) else {}
         config = self._checked(replace(asg.config, **{**cleared, **changes}))
@@ -286,8 +289,9 @@ class GroupRequests(Requests):
         return config
 
     def delete_auto_scaling_group(self, name: str, *, force_delete: bool = False) -> None:
-        """Delete a group. If it has instances, raise ResourceInUse or ScalingActivityInProgress. With `force_delete`,
-        end the instances without their hooks, and remove the group when all have ended."""
+        """Delete a group. If the group has instances, raise ResourceInUse or ScalingActivityInProgress. With
+        `force_delete`, terminate the instances without their hooks, and remove the group after all its instances have
+        ended."""
         group, asg = self._asg_group(name)
         living = [m for m in group.members.values() if m.state is not LifecycleState.TERMINATED]
         if living and not force_delete:
@@ -340,7 +344,8 @@ class GroupRequests(Requests):
         )
 
     def describe_auto_scaling_instances(self, instance_ids: Sequence[str] = ()) -> Sequence[InstanceDetails]:
-        """Return all instances, including warm ones, or the existing ones with these ids."""
+        """Return the existing instances in `instance_ids`, or all instances including warm instances if `instance_ids`
+        is empty."""
         return [
             instance_details(group, member)
             for group, member in self._members()
@@ -350,7 +355,8 @@ class GroupRequests(Requests):
         ]
 
     def set_desired_capacity(self, name: str, desired_capacity: int, *, honor_cooldown: bool = False) -> None:
-        """Set desired capacity. Raise ScalingActivityInProgress if a cooldown applies."""
+        """Set the group's desired capacity. With `honor_cooldown`, raise ScalingActivityInProgress during a
+        cooldown."""
         group, asg = self._changeable(name)
         limits = (("above max", asg.config.max_size), ("below min", asg.config.min_size))
         for which, bound in limits:
@@ -367,13 +373,13 @@ class GroupRequests(Requests):
         self._save()
 
     def create_or_update_tags(self, name: str, tags: Sequence[Tag]) -> None:
-        """Create or replace tags. Raise ValidationError if the group does not exist."""
+        """Create or replace tags of a group. Raise ValidationError if the group does not exist."""
         _, asg = self._changeable(name)
         asg.tags |= {tag.key: tag for tag in tags}
         self._save(changed=True)
 
     def delete_tags(self, name: str, keys: Sequence[str]) -> None:
-        """Delete tags. Ignore keys that do not exist."""
+        """Delete tags of a group, and ignore keys that do not exist."""
         _, asg = self._changeable(name)
         asg.tags = {key: tag for key, tag in asg.tags.items() if key not in keys}
         self._save(changed=True)
@@ -393,7 +399,7 @@ class GroupRequests(Requests):
         return [detail for detail in details if not activity_ids or detail.activity_id in activity_ids]
 
     def suspend_processes(self, name: str, processes: Sequence[str] = ()) -> None:
-        """Suspend the named processes, or all if none is named."""
+        """Suspend the named processes of a group, or all processes if `processes` is empty."""
         _, asg = self._changeable(name)
         at = self._changes.now_s()
         for process in parse_processes(processes):

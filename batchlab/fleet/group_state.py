@@ -1,7 +1,7 @@
-"""State of groups as plain data: members, allowed state changes, activities, and the data of Auto Scaling groups.
+"""State of groups as plain data: members, allowed state changes, activities, and Auto Scaling groups.
 
-Invariant: a member changes state only through `move`, which allows only the changes in MOVES. Times that end in `_s`
-are of the SteadyClock, unless they say otherwise.
+Invariant: a member changes state only through `move`, which allows only the changes in MOVES. Fields that end in `_s`
+are times of the SteadyClock, unless their docstring names another clock.
 """
 
 from __future__ import annotations
@@ -32,37 +32,40 @@ from batchlab.fleet.api_types import (
 
 @dataclass(slots=True)
 class Alarm:
-    """The two alarms of a target-tracking policy: since when the metric is above or below its thresholds."""
+    """State of the two alarms of a target-tracking policy: the times since which the metric is above or below its
+    thresholds."""
 
     above_since_s: float | None = None
     below_since_s: float | None = None
     acted_s: float | None = None
-    """Time of the policy's last change of desired capacity. It acts again after one period at the earliest."""
+    """Time of the policy's last change of desired capacity. The policy changes desired capacity at most once per alarm
+    period."""
 
 
 @dataclass(slots=True)
 class RefreshProgress:
-    """An instance refresh in progress."""
+    """Progress of an active instance refresh."""
 
     refresh: InstanceRefresh
     warmup: int
-    """Seconds in service after which a new instance counts as ready."""
+    """Seconds in state InService after which a new instance counts as ready."""
     old: set[str] = field(default_factory=set)
-    """Instances that are still to be replaced."""
+    """Instances that the refresh has not replaced yet."""
     before: set[str] = field(default_factory=set)
-    """All instances of the group at the start. A rollback replaces the others."""
+    """All instances of the group at the start of the refresh. A rollback replaces the instances launched after the
+    start of the refresh."""
     warm: set[str] = field(default_factory=set)
-    """Instances of the warm pool that are replaced at the end."""
+    """Instances of the warm pool that the refresh replaces at its end."""
     total: int = 0
     checkpoint: int = 0
     paused_until_s: float = 0.0
     moved_s: float = 0.0
-    """Time of the last progress."""
+    """Time of the refresh's last progress."""
 
 
 @dataclass(slots=True)
 class Asg:
-    """State of one Auto Scaling group. All of it is saved."""
+    """State of one Auto Scaling group. The engine saves all fields."""
 
     config: GroupConfig
     created_s: float
@@ -74,21 +77,22 @@ class Asg:
     alarms: dict[str, Alarm] = field(default_factory=dict)
     scheduled: dict[str, ScheduledAction] = field(default_factory=dict)
     due_s: dict[str, float] = field(default_factory=dict)
-    """Next time of each scheduled action."""
+    """Next due time of each scheduled action, in seconds since the epoch."""
     refreshes: list[InstanceRefresh] = field(default_factory=list)
-    """Ended refreshes, newest first."""
+    """Ended instance refreshes, newest first."""
     rolling: RefreshProgress | None = None
     warm_pool: WarmPool | None = None
     deleting: bool = False
     cause: str = ""
-    """Reason of the desired capacity in AWS's wording, until the capacity is reached."""
+    """Reason of the desired capacity in AWS's wording, stored until the group reaches the capacity."""
     replacing: list[str] = field(default_factory=list)
-    """Reasons of the next launches, one for each lost instance."""
+    """Reasons of the next launches, with one reason for each lost instance."""
     cooling: int = 0
-    """Seconds of cooldown that start once the activities in progress have ended."""
+    """Seconds of the cooldown that starts after the activities in progress have ended."""
     cooled_s: float = 0.0
     barren_s: dict[str, float] = field(default_factory=dict)
-    """Capacity pools (`type/zone/market`) without capacity, and the time until which they are avoided."""
+    """Capacity pools (`type/zone/market`) without capacity, with the time until which launches avoid each capacity
+    pool."""
 
 
 S = LifecycleState
@@ -108,7 +112,7 @@ MOVES: dict[LifecycleState, frozenset[LifecycleState]] = {
     S.WARMED_RUNNING: frozenset({S.PENDING, S.TERMINATING}),
     S.WARMED_STOPPED: frozenset({S.PENDING, S.TERMINATING}),
     S.WARMED_HIBERNATED: frozenset({S.PENDING, S.TERMINATING}),
-    # A dead instance also passes through TERMINATING, so termination hooks have one place.
+    # A dead instance also passes through TERMINATING, so that one code path runs termination hooks.
     S.TERMINATING: frozenset({S.TERMINATING_WAIT, S.TERMINATED}),
     S.TERMINATING_WAIT: frozenset({S.TERMINATING_PROCEED, S.TERMINATED}),
     S.TERMINATING_PROCEED: frozenset({S.TERMINATED}),
@@ -116,7 +120,7 @@ MOVES: dict[LifecycleState, frozenset[LifecycleState]] = {
 }
 STARTING = frozenset({S.PENDING, S.PENDING_WAIT, S.PENDING_PROCEED})
 COUNTED = STARTING | {S.IN_SERVICE}
-"""The states that count towards desired capacity. I5 limits their number."""
+"""Lifecycle states that count towards desired capacity. I5 limits the number of instances in COUNTED states."""
 ENDING = frozenset({S.TERMINATING, S.TERMINATING_WAIT, S.TERMINATING_PROCEED})
 ON_STANDBY = frozenset({S.ENTERING_STANDBY, S.STANDBY})
 WARMING = frozenset({S.WARMED_PENDING, S.WARMED_PENDING_WAIT, S.WARMED_PENDING_PROCEED})
@@ -124,57 +128,58 @@ WARM = frozenset(state for state in S if state.startswith("Warmed:"))
 
 KEEP_ACTIVITIES = 200
 FINAL = frozenset({"Successful", "Failed", "Cancelled"})
-"""Statuses of ended activities."""
+"""Status codes of ended activities."""
 
 
 class Store(Protocol):
-    """Storage of a fleet's state over restarts of the manager. The state is a single value."""
+    """Storage of a fleet's state, as a single value that survives restarts of the manager."""
 
     def load(self) -> bytes | None:
-        """Return the saved value, or None if there is none."""
+        """Return the saved value, or None if no value is saved."""
 
     def save(self, data: bytes) -> None:
-        """Replace the value atomically. After a crash, `load` returns the old or the new value."""
+        """Replace the saved value atomically. After a crash, `load` returns either the old or the new value."""
 
 
 @dataclass(slots=True)
 class Wait:
-    """A lifecycle action that an instance waits for, with times of the SteadyClock."""
+    """Lifecycle action that an instance waits for, with times of the SteadyClock."""
 
     hook: LifecycleHook
     token: str
     until_s: float
-    """When the action times out unless a heartbeat is recorded."""
+    """Time when the lifecycle action times out unless a heartbeat is recorded."""
     at_most_s: float
-    """When the action times out even if heartbeats are recorded."""
+    """Time when the lifecycle action times out even if heartbeats are recorded."""
 
 
 @dataclass(slots=True)
 class AsgMember:
-    """State of a member of an Auto Scaling group. All of it is saved."""
+    """State of an instance that only members of an Auto Scaling group have. The engine saves all fields."""
 
     template: LaunchTemplate | None = None
     launch_configuration: str = ""
     weight: int = 1
     weighted: bool = False
-    """Whether the weight was configured, so that descriptions show it."""
+    """Whether the weight was configured. Descriptions of an instance show only a configured weight."""
     waits: list[Wait] = field(default_factory=list)
     in_service_s: float | None = None
-    """Time when the instance came into service."""
+    """Time when the instance became InService."""
     vouched: bool = False
     """Whether a launch hook was completed for the instance, which proves a successful start."""
     leaving: str = ""
-    """Why the instance is terminated once its replacement is in service. Such an instance does not count."""
+    """Reason for a termination after the replacement is InService, or "". A leaving instance does not count as
+    staying."""
     rebalance_s: float | None = None
     """Time of a rebalance recommendation, in seconds since the epoch."""
     interrupted_by_s: float | None = None
-    """Time at which a Spot interruption kills the instance."""
+    """Time when a Spot interruption kills the instance."""
     moving: int = 0
-    """Id of the activity that moves the instance into or out of standby, or 0."""
+    """Id of the activity that moves the instance into or out of Standby, or 0."""
     force: bool = False
-    """Whether the instance must be killed at once in any state."""
+    """Whether the engine must kill the instance in any state without a drain time."""
     warm: bool = False
-    """Whether the instance is in the warm pool or comes from it, and has not been in service since."""
+    """Whether the instance is in the warm pool, or has left the warm pool and is not InService yet."""
     resting: bool = False
     """Whether the launcher must stop the instance for the warm pool."""
     asleep: bool = False
@@ -182,20 +187,20 @@ class AsgMember:
 
 @dataclass(slots=True)
 class Member:
-    """An instance with the data that only its group has. `running`, `end_requested`, `killed`, and `since_s` are not
-    saved. After a restart, the engine asks the launcher again, starts the health check grace period again, and repeats
-    the request to terminate."""
+    """An instance with the data that only its group has. The engine does not save `running`, `end_requested`, `killed`,
+    and `since_s`. After a restart, the engine reads the running instances from the launcher, restarts the health check
+    grace period, and repeats requests to terminate."""
 
     instance: Instance
     launch: int
     end: int = 0
-    """Id of the termination activity, or 0."""
+    """Id of the instance's termination activity, or 0."""
     ready: bool = False
-    """Whether the worker of the instance has reported that it is ready."""
+    """Whether the worker of the instance has reported its readiness."""
     running: bool = False
     end_requested: bool = False
     since_s: float = 0.0
-    """Monotonic time of the launch, or of the end of a Terminated instance."""
+    """Monotonic time of the instance's launch, or of its end for a Terminated instance."""
     killed: bool = False
     asg: AsgMember = field(default_factory=AsgMember)
 
@@ -209,11 +214,11 @@ class Member:
 
     @property
     def staying(self) -> bool:
-        """Whether the member counts and is not being replaced."""
+        """Whether the member counts towards desired capacity and has no planned replacement."""
         return self.counted and not self.asg.leaving
 
     def move(self, state: LifecycleState, *, note: str) -> None:
-        """Change the state. Raise ValueError if MOVES does not allow it, which is a bug."""
+        """Change the member's state. Raise ValueError if MOVES does not allow the change, which indicates a bug."""
         if state not in MOVES[self.state]:
             raise ValueError(f"{self.instance.id} cannot go from {self.state} to {state}")
         self.instance = replace(self.instance, state=state, note=note)
@@ -222,23 +227,23 @@ class Member:
 @dataclass(slots=True)
 class Group:
     """A plain pool or an Auto Scaling group. `members` are in order of launch, the newest last. `asg` is None for a
-    plain pool, whose workers are equal and report that they are ready. The crash-loop fields are not saved, because the
-    cause is often fixed before the manager is restarted."""
+    plain pool, whose workers are equal and report their readiness. The engine does not save the crash-loop fields,
+    because the cause of a crash loop is often fixed before the manager is restarted."""
 
     pool: Pool
     desired: int
     members: dict[str, Member] = field(default_factory=dict)
     stuck: int = 0
-    """Last reported number of protected instances above the desired capacity."""
+    """Number of protected instances above desired capacity at the last report."""
     failures: int = 0
     """Number of consecutive instances that ended before they were ready."""
     reason: str = ""
     failed: bool = False
-    """Whether another instance has failed since the last wait was computed."""
+    """Whether another instance has failed since the start of the last wait."""
     waits: int = 0
-    """Number of waits of this crash loop. Each wait is twice as long as the previous one."""
+    """Number of waits in the current crash loop. Each wait of a crash loop is twice as long as the previous wait."""
     retry_s: float = 0.0
-    """Monotonic time of the next launch in a crash loop."""
+    """Monotonic time of the next launch during a crash loop."""
     last_failure_s: float = 0.0
     asg: Asg | None = None
 
@@ -247,7 +252,7 @@ class Group:
         return [member for member in self.members.values() if member.counted]
 
     def staying(self) -> list[Member]:
-        """Return the counted members without a replacement."""
+        """Return the counted members without a planned replacement."""
         return [member for member in self.members.values() if member.staying]
 
     def suspended(self, process: Process) -> bool:
@@ -257,18 +262,18 @@ class Group:
         return GroupView(self.pool, self.desired, tuple(member.instance for member in self.members.values()))
 
     def reset_failures(self) -> None:
-        """End a crash loop."""
+        """Reset the fields of the group's crash loop."""
         self.failures, self.reason, self.failed = 0, "", False
         self.waits, self.retry_s = 0, 0.0
 
 
 def weigh(members: Sequence[Member]) -> int:
-    """Return the units of capacity of the members."""
+    """Return the sum of the members' weights, in units of capacity."""
     return sum(member.asg.weight for member in members)
 
 
 class ActivityLog:
-    """The last 200 activities of each pool. Pool "" means the whole fleet."""
+    """Log of the last 200 activities of each pool. Pool "" has the activities without a group."""
 
     def __init__(self) -> None:
         self._next = 1
@@ -276,7 +281,7 @@ class ActivityLog:
         self._written: dict[int, tuple[Activity, str]] = {}
 
     def add(self, pool: str, at_s: float, description: str, cause: str, status: str) -> int:
-        """Record one activity and return its id. Ids increase."""
+        """Record one activity, and return its id. Activity ids increase."""
         number, self._next = self._next, self._next + 1
         activities = self._pools.setdefault(pool, {})
         ended_s = at_s if status in FINAL else None
@@ -286,8 +291,8 @@ class ActivityLog:
         return number
 
     def settle(self, pool: str, number: int, status: str, at_s: float, *, more: str = "", message: str = "") -> None:
-        """Give an activity in progress its final status, and append `more` to its cause. Ignore an activity that has
-        ended or is no longer stored."""
+        """Give an activity in progress its final status, and append `more` to its cause. An activity that has ended or
+        is no longer stored stays unchanged."""
         old = self._pools.get(pool, {}).get(number)
         if old is not None and old.ended_s is None:
             self._pools[pool][number] = replace(
@@ -295,7 +300,7 @@ class ActivityLog:
             )
 
     def mark(self, pool: str, number: int, status: str) -> None:
-        """Change the status of an activity in progress. Ignore one that has ended."""
+        """Change the status of an activity in progress. An activity that has ended stays unchanged."""
         old = self._pools.get(pool, {}).get(number)
         if old is not None and old.ended_s is None:
             self._pools[pool][number] = replace(old, status=status)
@@ -304,13 +309,14 @@ class ActivityLog:
         return self._pools.get(pool, {}).get(number)
 
     def newest(self, pool: str | None, limit: int) -> Sequence[Activity]:
-        """Return up to `limit` activities of one pool, or of all pools, newest first."""
+        """Return up to `limit` activities of one pool, or of all pools if `pool` is None, newest first."""
         if pool is not None:
             return list(self._pools.get(pool, {}).values())[::-1][:limit]
         return sorted(self, key=lambda activity: activity.id, reverse=True)[:limit]
 
     def written(self, write: Callable[[Activity], str]) -> list[str]:
-        """Return the text of each activity. Texts are cached, because few activities are new."""
+        """Return the text of each activity. The log caches the texts, because few activities change between two
+        calls."""
         before, self._written = self._written, {}
         for activity in self:
             known = before.get(activity.id)
@@ -323,7 +329,7 @@ class ActivityLog:
 
     @classmethod
     def restore(cls, activities: Sequence[Activity], following: int) -> ActivityLog:
-        """Return a log with these activities, whose next id is `following`."""
+        """Return a log of `activities` with the next id `following`."""
         log = cls()
         for activity in activities:
             log._pools.setdefault(activity.pool, {})[activity.id] = activity
@@ -336,7 +342,7 @@ class ActivityLog:
 
 
 _PROGRESS = {"PreInService": 30, "InProgress": 50, "MidLifecycleAction": 60}
-"""Progress percentages as observed on AWS."""
+"""Progress percentages of activities, as observed on AWS."""
 
 
 def instance_details(group: Group, member: Member) -> InstanceDetails:
@@ -359,12 +365,12 @@ def instance_details(group: Group, member: Member) -> InstanceDetails:
 
 
 def activity_id(activity: Activity) -> str:
-    """Return the id of an activity in AWS's form, which is the same after a restart."""
+    """Return the id of an activity in AWS's format. The id of an activity is the same after a restart."""
     return str(uuid5(NAMESPACE_URL, f"{activity.pool}/{activity.id}"))
 
 
 def activity_details(activity: Activity, group: Group | None) -> ActivityDetails:
-    """Return an activity in AWS's form. Its `details` are the instance's zone as JSON text."""
+    """Return an activity in AWS's format. The activity's `details` are the instance's zone as JSON text."""
     instance = activity.description.rpartition(": ")[2]
     member = group.members.get(instance) if group else None
     zone = member.instance.machine.zone if member else ""

@@ -1,10 +1,11 @@
-"""Health checks, replacements, forced terminations, and standby.
+"""Health checks, replacements, forced terminations, and moves into and out of Standby.
 
-An instance that is `leaving` does not count, so the group launches its replacement, and terminates the instance once
-enough others are in service. For zone balance and maximum lifetime, at most a tenth of the group's maximum leaves at a
-time, but at least one instance. The group may exceed its maximum by this number.
+A `leaving` instance does not count, so the group launches a replacement. The group terminates a leaving instance after
+enough other instances are InService. For zone balance and maximum lifetime, at most 10% of the group's maximum size,
+but at least one instance, may leave at a time. The group may exceed its maximum size by the number of leaving
+instances.
 
-An instance on standby belongs to the group, but it does not count, and its health is not checked.
+A Standby instance belongs to the group, but does not count towards desired capacity, and its health is not checked.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from batchlab.fleet.termination import CRASH_LOOP, narrow
 EC2_CHECK = "an EC2 health check indicating it has been terminated or stopped"
 USER_CHECK = "a user health-check"
 GRACE_S = 60.0
-"""Seconds from the launch to the first heartbeat, in addition to the pool's `boot_s`."""
+"""Maximum seconds from the launch to the first heartbeat, in addition to the pool's `boot_s`."""
 _UNKNOWN = "its launcher does not know it"
 
 
 def update_from_launcher(changes: Changes, group: Group, instances: Mapping[str, str | None], now_s: float) -> None:
-    """Update the state from the launcher's list of instances. `now_s` is monotonic."""
+    """Update the group's state from the launcher's list of instances. `now_s` is a monotonic time."""
     grace_s = GRACE_S + group.pool.boot_s
     for name, member in group.members.items():
         ended = instances.get(name, _UNKNOWN)
@@ -59,8 +60,8 @@ def _bury(changes: Changes, group: Group, member: Member, ended: str, now_s: flo
 
 
 def _is_ignored(changes: Changes, group: Group, member: Member) -> bool:
-    """Return whether the end of this instance is ignored, because the instance is on standby, or health checks or
-    replacements of the group are suspended."""
+    """Return whether the end of an instance is ignored. The end is ignored for a Standby instance, and in a group whose
+    health checks or replacements are suspended."""
     if group.asg is None or member.end:
         return False
     if member.state in ON_STANDBY or group.suspended(Process.HEALTH_CHECK):
@@ -78,7 +79,7 @@ def mark_unhealthy(changes: Changes, member: Member) -> None:
 
 
 def replace_unhealthy(changes: Changes, group: Group) -> None:
-    """Replace instances that are marked as unhealthy, except those on standby."""
+    """Replace instances that are marked as unhealthy, except Standby instances."""
     if group.suspended(Process.REPLACE_UNHEALTHY) or group.suspended(Process.TERMINATE):
         return
     for member in group.members.values():
@@ -92,7 +93,7 @@ _AGE = "the maximum instance lifetime being exceeded"
 
 
 def kill_interrupted(changes: Changes, group: Group) -> None:
-    """Kill instances whose Spot notice is over, regardless of hooks and suspended processes."""
+    """Kill instances whose Spot notice has expired, regardless of hooks and suspended processes."""
     now_s = changes.steady.now_s()
     for member in group.members.values():
         by_s = member.asg.interrupted_by_s
@@ -103,7 +104,7 @@ def kill_interrupted(changes: Changes, group: Group) -> None:
 
 
 def continue_replacements(changes: Changes, group: Group, sources: Sources) -> None:
-    """Terminate instances that have a replacement, and choose instances to replace."""
+    """Terminate instances whose replacement is InService, and choose further instances to replace."""
     asg = group.asg
     assert asg is not None
     if asg.deleting or group.suspended(Process.TERMINATE):
@@ -117,7 +118,8 @@ def continue_replacements(changes: Changes, group: Group, sources: Sources) -> N
 
 
 def _terminate_replaced(changes: Changes, group: Group, asg: Asg) -> None:
-    """Terminate replaced instances. During a refresh, replacements must also have warmed up."""
+    """Terminate leaving instances whose replacements are InService. During an instance refresh, replacements must also
+    have warmed up."""
     in_service = [m for m in group.counted() if m.state is LifecycleState.IN_SERVICE]
     rolling, now_s = asg.rolling, changes.steady.now_s()
     ready = [m for m in in_service if rolling is None or instance_refresh.is_ready(m, rolling, now_s)]
@@ -150,8 +152,8 @@ def _retire_old(changes: Changes, group: Group, asg: Asg) -> None:
 
 
 def _balance(changes: Changes, group: Group, asg: Asg, zones: tuple[str, ...]) -> None:
-    """Replace one instance for zone balance if no other change is in progress. The instance is in the fullest zone, or
-    in a zone that the group no longer uses. Its replacement goes to the emptiest zone."""
+    """Replace one instance for zone balance if no other change is in progress. The replaced instance is in the fullest
+    zone, or in a zone that the group no longer uses. The replacement is launched in the emptiest zone."""
     members = group.members.values()
     busy = any(member.state in STARTING or member.state in ENDING for member in members)
     staying, now_s = group.staying(), changes.steady.now_s()
@@ -173,8 +175,8 @@ def _balance(changes: Changes, group: Group, asg: Asg, zones: tuple[str, ...]) -
 
 
 def enter_standby(changes: Changes, group: Group, member: Member, *, lower: bool) -> int:
-    """Move an instance into standby, and return the activity's id. Without `lower`, the group launches a
-    replacement."""
+    """Move an instance into Standby, and return the activity's id. Without `lower`, the group launches a replacement
+    for the instance."""
     assert group.asg is not None
     size, weight = weigh(group.staying()), member.asg.weight
     change = f", shrinking the capacity from {size} to {size - weight}" * lower
@@ -192,7 +194,7 @@ def enter_standby(changes: Changes, group: Group, member: Member, *, lower: bool
 
 
 def finish_standby(changes: Changes, group: Group) -> None:
-    """Complete moves into standby in the next tick, because no load balancer must drain."""
+    """Complete moves into Standby in the next tick, because no load balancer must drain."""
     for member in group.members.values():
         if member.state is LifecycleState.ENTERING_STANDBY:
             changes.move(member, LifecycleState.STANDBY)
@@ -201,8 +203,8 @@ def finish_standby(changes: Changes, group: Group) -> None:
 
 
 def leave_standby(changes: Changes, group: Group, member: Member) -> int:
-    """Move an instance out of standby, and return the activity's id. Desired capacity grows. The instance is Pending
-    until the next tick finds it running."""
+    """Move an instance out of Standby, raise desired capacity by its weight, and return the activity's id. The instance
+    is Pending until the next tick finds the instance running."""
     assert group.asg is not None
     size, weight = weigh(group.staying()), member.asg.weight
     change = f", increasing the capacity from {size} to {size + weight}"

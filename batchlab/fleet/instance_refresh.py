@@ -1,8 +1,9 @@
-"""Instance refresh: replacement of a group's instances in steps, while enough capacity is ready.
+"""Instance refresh, which replaces a group's instances in steps while enough capacity is ready.
 
-A new instance is ready after the warm-up in service. If the maximum healthy percentage is above 100, replacements are
-launched first. Otherwise, instances are terminated first, as many as the minimum healthy percentage allows, or one at a
-time if it allows none.
+A new instance is ready after it has been InService for the warm-up time. If the maximum healthy percentage is above
+100, the group launches replacements first. With a maximum healthy percentage of 100, the group terminates instances
+first. The minimum healthy percentage limits the number of instances terminated at a time, but at least one instance is
+terminated.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from batchlab.fleet.group_state import ON_STANDBY, WARM, Asg, Group, Member, Ref
 from batchlab.fleet.placement import Sources, apply, configuration, template_of
 
 GIVE_UP_S = 3_600.0
-"""Seconds without progress after which a refresh fails."""
+"""Seconds without progress after which an instance refresh fails."""
 _WHY = "an instance refresh"
 _ROLLBACK = "RollbackInProgress"
 
 
 def matches(member: Member, config: GroupConfig, sources: Sources) -> bool:
-    """Return whether an instance has the template and type that `config` would launch now."""
+    """Return whether an instance has the template and instance type that `config` would launch now."""
     wanted = template_of(config, sources.templates)
     mixed = config.mixed_instances_policy
     kinds = [override.instance_type for override in mixed.overrides] if mixed else []
@@ -32,7 +33,7 @@ def matches(member: Member, config: GroupConfig, sources: Sources) -> bool:
 
 
 def step(changes: Changes, group: Group) -> None:
-    """Run one step of the group's refresh."""
+    """Run one step of the group's instance refresh, if a refresh is active."""
     asg = group.asg
     if asg is None or asg.rolling is None:
         return
@@ -81,7 +82,7 @@ def _unready(group: Group, rolling: RefreshProgress, now_s: float) -> int:
 
 
 def is_ready(member: Member, rolling: RefreshProgress, now_s: float) -> bool:
-    """Return whether an instance is in service and, if it is new, has warmed up."""
+    """Return whether an instance is InService. A new instance must also have warmed up."""
     since_s = member.asg.in_service_s
     if member.state is not LifecycleState.IN_SERVICE or since_s is None:
         return False
@@ -97,7 +98,7 @@ def _measure(changes: Changes, group: Group, rolling: RefreshProgress, now_s: fl
 
 
 def _complete(changes: Changes, group: Group, asg: Asg, rolling: RefreshProgress, now_s: float) -> bool:
-    """Return whether the refresh is done. At a checkpoint, start its pause."""
+    """Return whether the refresh is complete. At a checkpoint, start the checkpoint's delay."""
     complete = rolling.refresh.percentage_complete
     if not rolling.old and not _unready(group, rolling, now_s):
         _succeed(changes, group, asg, rolling)
@@ -173,7 +174,7 @@ def _set(changes: Changes, rolling: RefreshProgress, **facts: Any) -> None:
 
 
 def _replace(changes: Changes, group: Group, asg: Asg, rolling: RefreshProgress, now_s: float) -> None:
-    """Terminate the next instances, or launch their replacements first."""
+    """Terminate the next instances to replace, or launch the replacements first."""
     preferences = rolling.refresh.preferences
     unready = _unready(group, rolling, now_s)
     replaceable = _replaceable(group, rolling)[: _until_checkpoint(rolling)]
@@ -194,8 +195,8 @@ def _replace(changes: Changes, group: Group, asg: Asg, rolling: RefreshProgress,
 
 
 def _replaceable(group: Group, rolling: RefreshProgress) -> list[Member]:
-    """Return old instances that may be replaced now, oldest first. Instances on standby are included only if the
-    preferences terminate them."""
+    """Return old instances that may be replaced now, oldest first. Standby instances are included only if the
+    preferences terminate Standby instances."""
     preferences = rolling.refresh.preferences
     replaceable = []
     for name, member in group.members.items():
@@ -211,7 +212,7 @@ def _replaceable(group: Group, rolling: RefreshProgress) -> list[Member]:
 
 
 def _until_checkpoint(rolling: RefreshProgress) -> int:
-    """Return how many more instances may be replaced before the next checkpoint."""
+    """Return the number of further instances that may be replaced before the next checkpoint."""
     checkpoints = rolling.refresh.preferences.checkpoint_percentages
     if rolling.checkpoint >= len(checkpoints):
         return rolling.total
@@ -242,5 +243,5 @@ def begin(changes: Changes, group: Group, asg: Asg, refresh: InstanceRefresh, so
 
 
 def cancel(changes: Changes, rolling: RefreshProgress) -> None:
-    """Stop replacing. The refresh is Cancelled once the started replacements are ready."""
+    """Stop further replacements of the refresh. The refresh is Cancelled after the started replacements are ready."""
     _set(changes, rolling, status="Cancelling")

@@ -39,8 +39,8 @@ class InstanceRequests(Requests):
     def terminate_instance_in_auto_scaling_group(
         self, instance_id: str, *, should_decrement_desired_capacity: bool
     ) -> ActivityDetails:
-        """Terminate an instance, protected or not, and return the activity. If the instance is already ending, return
-        its termination activity."""
+        """Terminate an instance, even if it has scale-in protection, and return the termination activity. If the
+        instance is already ending, return its existing termination activity."""
         group, asg, member = self._instance(instance_id)
         if member.state in WARM:
             raise ValidationError(f"The instance {instance_id} is in a warm pool.")
@@ -70,8 +70,9 @@ class InstanceRequests(Requests):
     def set_instance_health(
         self, instance_id: str, health_status: str, *, should_respect_grace_period: bool = True
     ) -> None:
-        """Set the health of an instance. The next tick replaces an unhealthy one. With `should_respect_grace_period`,
-        Unhealthy is ignored during the group's grace period after the instance came into service."""
+        """Set the health of an instance. The next tick replaces an unhealthy instance. With
+        `should_respect_grace_period`, Unhealthy is ignored during the group's grace period after the instance became
+        InService."""
         _, asg, member = self._instance(instance_id)
         if health_status not in (HEALTHY, UNHEALTHY):
             raise ValidationError(f"Valid instance health states are: [{HEALTHY}, {UNHEALTHY}]")
@@ -89,7 +90,7 @@ class InstanceRequests(Requests):
         return self._changes.steady.now_s() - since_s < grace_s
 
     def set_instance_protection(self, name: str, instance_ids: Sequence[str], *, protected_from_scale_in: bool) -> None:
-        """Set the scale-in protection of all these instances, which must be in service or on standby."""
+        """Set the scale-in protection of instances. All instances must be InService, EnteringStandby, or Standby."""
         group, _ = self._changeable(name)
         members = self._instances(group, instance_ids)
         for member in members:
@@ -105,7 +106,7 @@ class InstanceRequests(Requests):
     def enter_standby(
         self, name: str, instance_ids: Sequence[str], *, should_decrement_desired_capacity: bool
     ) -> Sequence[ActivityDetails]:
-        """Move all these instances into standby. They must be in service."""
+        """Move instances into Standby. All instances must be InService."""
         group, asg = self._changeable(name)
         members = self._instances(group, instance_ids)
         for member in members:
@@ -120,7 +121,7 @@ class InstanceRequests(Requests):
         return [self._activity(group, number) for number in moved]
 
     def exit_standby(self, name: str, instance_ids: Sequence[str]) -> Sequence[ActivityDetails]:
-        """Move all these instances out of standby. Desired capacity grows by their weight."""
+        """Move instances out of Standby. Desired capacity grows by the weights of the instances."""
         group, asg = self._changeable(name)
         members = self._instances(group, instance_ids)
         for member in members:
@@ -153,11 +154,11 @@ class InstanceRequests(Requests):
             " Use EnterStandby, or TerminateInstanceInAutoScalingGroup."
         )
 
-    # Spot notices and instance metadata
+    # Requests for Spot notices and instance metadata
 
     def interrupt(self, instance_id: str, *, notice_s: float = 120.0) -> None:
-        """Interrupt a Spot instance, which is killed after `notice_s`. With capacity rebalancing, its group launches a
-        replacement at once."""
+        """Interrupt a Spot Instance, which is killed after `notice_s`. A group with capacity rebalancing launches a
+        replacement without a wait."""
         group, asg, member = self._spot(instance_id)
         now_s = self._changes.steady.now_s()
         member.asg.interrupted_by_s = now_s + notice_s
@@ -168,7 +169,8 @@ class InstanceRequests(Requests):
         self._save()
 
     def rebalance(self, instance_id: str) -> None:
-        """Recommend a rebalance. Only a group with capacity rebalancing replaces the instance."""
+        """Send a rebalance recommendation for a Spot Instance. Only a group with capacity rebalancing replaces the
+        instance after the recommendation."""
         group, asg, member = self._spot(instance_id)
         member.asg.rebalance_s = self._changes.now_s()
         self._changes.unsaved = True
@@ -224,7 +226,7 @@ MAX_HOOKS = 50
 
 class HookRequests(Requests):
     def put_lifecycle_hook(self, hook: LifecycleHook) -> None:
-        """Create or replace a hook. Instances that already wait in it keep the old timeouts."""
+        """Create or replace a lifecycle hook. Instances that already wait in the hook keep the old timeouts."""
         _, asg = self._changeable(hook.auto_scaling_group_name)
         group_requests.check_hook(hook)
         if hook.lifecycle_hook_name not in asg.hooks and len(asg.hooks) >= MAX_HOOKS:
@@ -233,7 +235,8 @@ class HookRequests(Requests):
         self._save(changed=True)
 
     def delete_lifecycle_hook(self, name: str, lifecycle_hook_name: str) -> None:
-        """Delete a hook. Waiting instances proceed: ABANDON on launch, CONTINUE on termination."""
+        """Delete a lifecycle hook. The actions of waiting instances are completed with ABANDON on launch and CONTINUE
+        on termination."""
         group, asg = self._changeable(name)
         hook = asg.hooks.pop(lifecycle_hook_name, None)
         if hook is None:
@@ -245,7 +248,7 @@ class HookRequests(Requests):
         self._save()
 
     def describe_lifecycle_hooks(self, name: str, hook_names: Sequence[str] = ()) -> Sequence[LifecycleHook]:
-        """Return the group's hooks, sorted by name. Ignore names that do not exist."""
+        """Return the group's lifecycle hooks, sorted by name, and ignore names that do not exist."""
         _, asg = self._asg_group(name)
         return [asg.hooks[hook] for hook in sorted(asg.hooks) if not hook_names or hook in hook_names]
 
@@ -258,7 +261,7 @@ class HookRequests(Requests):
         instance_id: str | None = None,
         lifecycle_action_token: str | None = None,
     ) -> None:
-        """Complete an action, given by its instance or its token."""
+        """Complete a lifecycle action, given by its instance or its token."""
         group_requests.check_result("LifecycleActionResult", lifecycle_action_result)
         group, member, wait = self._action(name, lifecycle_hook_name, instance_id, lifecycle_action_token)
         how = f"Lifecycle Action Completed with {lifecycle_action_result} Result"
@@ -275,7 +278,7 @@ class HookRequests(Requests):
         instance_id: str | None = None,
         lifecycle_action_token: str | None = None,
     ) -> None:
-        """Restart the heartbeat timeout of an action, within the global timeout."""
+        """Restart the heartbeat timeout of a lifecycle action, within the global timeout."""
         _, member, wait = self._action(name, lifecycle_hook_name, instance_id, lifecycle_action_token)
         lifecycle_hooks.heartbeat(self._changes, member, wait)
         self._save()

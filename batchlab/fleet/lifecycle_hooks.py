@@ -1,7 +1,7 @@
-"""Lifecycle hooks: an instance waits until its actions are completed or time out.
+"""Lifecycle hooks, in which an instance waits until its lifecycle actions are completed or time out.
 
-All hooks of one transition wait at the same time. On launch, ABANDON terminates the instance. On termination, ABANDON
-ends the wait for the other hooks.
+An instance waits in all hooks of one transition at the same time. On launch, ABANDON terminates the instance. On
+termination, ABANDON ends the wait for the other hooks.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from batchlab.fleet.changes import Changes
 
 SETTLING_S = 10.0
-"""Time in service that proves a successful start. An instance that ends earlier counts for a crash loop. AWS always
-replaces the instance."""
+"""Time in state InService that proves a successful start. An instance that ends earlier counts as a failed start for a
+crash loop, which does not exist on AWS."""
 
 EC2 = "EC2"
 _PROCEED = {
@@ -29,14 +29,14 @@ _PROCEED = {
 
 
 def has_started(member: Member, now_s: float) -> bool:
-    """Return whether an instance started successfully: it has been in service for SETTLING_S, or its launch hook was
-    completed."""
+    """Return whether an instance started successfully. A successful start requires InService for SETTLING_S, or
+    InService with a completed launch hook."""
     since_s = member.asg.in_service_s
     return since_s is not None and (member.asg.vouched or now_s - since_s >= SETTLING_S)
 
 
 def begin(changes: Changes, group: Group, member: Member, transition: str) -> bool:
-    """Open an action for every hook of this transition. Return whether there are any."""
+    """Open a lifecycle action for every hook of `transition`. Return whether the instance waits for any action."""
     assert group.asg is not None
     now_s = changes.steady.now_s()
     for hook in group.asg.hooks.values():
@@ -54,7 +54,7 @@ def begin(changes: Changes, group: Group, member: Member, transition: str) -> bo
 
 
 def _ends(member: Member, transition: str) -> tuple[str, str]:
-    """Return AWS's origin and destination of the transition."""
+    """Return AWS's origin and destination of the instance's transition."""
     group, pool = "AutoScalingGroup", "WarmPool"
     if member.state is LifecycleState.WARMED_PENDING:
         return (EC2 if transition == LAUNCHING else group), pool
@@ -66,7 +66,7 @@ def _ends(member: Member, transition: str) -> tuple[str, str]:
 def find(
     group: Group, hook: str, *, instance: str | None = None, token: str | None = None
 ) -> tuple[Member, Wait] | None:
-    """Return the open action of this hook, by instance or by token."""
+    """Return the open lifecycle action of a hook, by instance or by token, or None."""
     for member in group.members.values():
         for wait in member.asg.waits:
             matches = wait.token == token if token else member.instance.id == instance
@@ -83,7 +83,7 @@ def heartbeat(changes: Changes, member: Member, wait: Wait) -> None:
 
 
 def complete(changes: Changes, group: Group, member: Member, wait: Wait, result: str, how: str) -> None:
-    """Close an action. The instance proceeds after the last one or after ABANDON."""
+    """Close a lifecycle action. The instance proceeds after its last action, or after ABANDON."""
     waits = member.asg.waits
     waits.remove(wait)
     changes.unsaved = True
@@ -100,16 +100,17 @@ def complete(changes: Changes, group: Group, member: Member, wait: Wait, result:
 
 
 def expire(changes: Changes, group: Group) -> None:
-    """Close every timed-out action with its hook's default result."""
+    """Close every timed-out lifecycle action with the default result of its hook."""
     now_s = changes.steady.now_s()
     for member in list(group.members.values()):
-        # An abandoned action clears the other actions of its instance.
+        # The search starts again after each action, because an abandoned action clears the other actions of its
+        # instance.
         while late := next((w for w in member.asg.waits if now_s >= min(w.until_s, w.at_most_s)), None):
             complete(changes, group, member, late, late.hook.default_result, "Heartbeat Timeout")
 
 
 def drop(changes: Changes, group: Group, hook: LifecycleHook) -> None:
-    """Close the actions of a deleted hook: ABANDON on launch, CONTINUE on termination."""
+    """Close the lifecycle actions of a deleted hook with ABANDON on launch and CONTINUE on termination."""
     result = ABANDON if hook.lifecycle_transition == LAUNCHING else CONTINUE
     for member in list(group.members.values()):
         action = find(group, hook.lifecycle_hook_name, instance=member.instance.id)

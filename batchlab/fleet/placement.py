@@ -1,7 +1,7 @@
 """Placement of the next instance of a group: zone, market, type, and template.
 
 Spot capacity is not known in advance. A capacity pool (type, zone, market) that refused a launch or interrupted an
-instance is avoided for a while.
+instance is avoided for `AVOID_S`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from batchlab.fleet.api_types import (
 from batchlab.fleet.group_state import Asg, AsgMember, Group, Member, weigh
 
 AVOID_S = 300.0
-"""Time for which a failed capacity pool is avoided. AWS does not document this time."""
+"""Time for which launches avoid a failed capacity pool, which AWS does not document."""
 
 
 def pool_name(machine: Machine) -> str:
@@ -34,7 +34,7 @@ def pool_name(machine: Machine) -> str:
 
 
 def avoid(asg: Asg, machine: Machine, now_s: float) -> None:
-    """Avoid a capacity pool that failed or interrupted an instance."""
+    """Avoid the capacity pool of a machine for `AVOID_S` after a failed launch or an interruption."""
     asg.barren_s = {name: until_s for name, until_s in asg.barren_s.items() if until_s > now_s}
     asg.barren_s[pool_name(machine)] = now_s + AVOID_S
 
@@ -48,7 +48,8 @@ def avoided_zones(asg: Asg, now_s: float) -> set[str]:
 
 
 def wanted_on_demand(shares: InstancesDistribution, capacity: int) -> int:
-    """Return the on-demand units of `capacity`: the base, and a percentage of the rest, rounded up."""
+    """Return the On-Demand units of `capacity`, which are the base and a percentage of the remaining capacity, rounded
+    up."""
     base = min(shares.on_demand_base_capacity, capacity)
     above = (capacity - base) * shares.on_demand_percentage_above_base_capacity
     return base + math.ceil(above / 100)
@@ -60,7 +61,7 @@ def market_to_add(shares: InstancesDistribution, members: Sequence[Member]) -> M
 
 
 def market_to_remove(shares: InstancesDistribution, members: Sequence[Member]) -> Market:
-    """Return the market to reduce when capacity decreases by one."""
+    """Return the market to reduce when capacity decreases by one unit."""
     wanted = wanted_on_demand(shares, max(0, weigh(members) - 1))
     return Market.ON_DEMAND if _on_demand(members) > wanted else Market.SPOT
 
@@ -96,7 +97,8 @@ def preferred(
 
 
 def _cheapest(overrides: Sequence[Override], zone: str, market: Market, prices: Prices | None) -> list[Override]:
-    """Sort by price per unit. Overrides without a price come last, in their order."""
+    """Return the overrides sorted by price per unit of capacity. Overrides without a price come last, in their original
+    order."""
 
     def cost(override: Override) -> float:
         machine = Machine(override.instance_type, zone, market)
@@ -107,7 +109,7 @@ def _cheapest(overrides: Sequence[Override], zone: str, market: Market, prices: 
 
 
 def _fewest(overrides: Sequence[Override], members: Sequence[Member]) -> list[Override]:
-    """Sort by the number of Spot instances of each type, fewest first."""
+    """Return the overrides sorted by the number of Spot Instances of each type, fewest first."""
     spot = [m for m in members if m.instance.machine.market is Market.SPOT]
     have = Counter(member.instance.machine.type for member in spot)
     return sorted(overrides, key=lambda override: have[override.instance_type])
@@ -127,11 +129,12 @@ class Sources:
     templates: Templates
     prices: Prices | None
     zones: tuple[str, ...]
-    """Zones of a group that does not name any."""
+    """Zones used by a group that does not name zones."""
 
 
 def configuration(asg: Asg) -> GroupConfig:
-    """Return the configuration for new instances: the target of a refresh, or the group's own."""
+    """Return the configuration for new instances, which is the target of an active refresh or the group's own
+    configuration."""
     rolling = asg.rolling
     wanted = rolling.refresh.desired_configuration if rolling else None
     if wanted is None:
@@ -140,12 +143,12 @@ def configuration(asg: Asg) -> GroupConfig:
 
 
 def apply(config: GroupConfig, template: LaunchTemplate | None, mixed: MixedInstancesPolicy | None) -> GroupConfig:
-    """Return the configuration with its template or policy replaced."""
+    """Return the configuration with another launch template or mixed instances policy."""
     return replace(config, launch_template=template, mixed_instances_policy=mixed, launch_configuration_name="")
 
 
 def template_of(config: GroupConfig, templates: Templates) -> Template:
-    """Return the template of the configuration. Raise ValidationError if it does not exist."""
+    """Return the template of the configuration. Raise ValidationError if the template does not exist."""
     if config.mixed_instances_policy is not None:
         return templates.template(config.mixed_instances_policy.launch_template)
     if config.launch_template is not None:
@@ -158,7 +161,8 @@ def zones_of(config: GroupConfig, sources: Sources) -> tuple[str, ...]:
 
 
 def choose(group: Group, asg: Asg, sources: Sources, now_s: float, *, warm: bool) -> Placement:
-    """Choose the next instance of this group. A capacity pool that failed recently is used only if all have failed."""
+    """Return the placement of the group's next instance. The placement uses a recently failed capacity pool only if all
+    capacity pools have failed."""
     config = configuration(asg)
     template = template_of(config, sources.templates)
     mixed = config.mixed_instances_policy
@@ -196,7 +200,7 @@ def choose(group: Group, asg: Asg, sources: Sources, now_s: float, *, warm: bool
 
 
 def _emptiest(group: Group, zones: Sequence[str], market: Market | None = None) -> list[str]:
-    """Sort zones by number of instances, then by instances of this market, fewest first."""
+    """Return the zones sorted by number of instances, then by instances of `market`, fewest first."""
     machines = [member.instance.machine for member in group.staying()]
     total = Counter(machine.zone for machine in machines)
     alike = Counter(machine.zone for machine in machines if machine.market is market)
@@ -206,7 +210,7 @@ def _emptiest(group: Group, zones: Sequence[str], market: Market | None = None) 
 def _mixed(
     group: Group, mixed: MixedInstancesPolicy, template: Template, zones: Sequence[str], prices: Prices | None
 ) -> list[tuple[Override, str, Market]]:
-    """Return every capacity pool of the next market, sorted by zone and then by type."""
+    """Return every capacity pool of the next instance's market, sorted by zone and then by type."""
     members, shares = group.staying(), mixed.instances_distribution
     market = market_to_add(shares, members)
     overrides = mixed.overrides or (Override(template.instance_type),)
@@ -218,7 +222,8 @@ def _mixed(
 
 
 def check(config: GroupConfig, sources: Sources) -> None:
-    """Raise ValidationError if a template of the configuration does not exist."""
+    """Raise ValidationError if the configuration does not have exactly one template setting, or if one of its templates
+    does not exist."""
     settings = [config.launch_template, config.mixed_instances_policy]
     count = sum(setting is not None for setting in settings) + bool(config.launch_configuration_name)
     if count != 1:

@@ -1,4 +1,5 @@
-"""Encoding of a fleet's saved state. Format 1 has only plain pools, and its activities lack end times."""
+"""Encoding of a fleet's saved state. Format 1 of the saved state has only plain pools, and activities without end
+times."""
 
 from __future__ import annotations
 
@@ -41,7 +42,8 @@ def _activity_text(a: Activity) -> str:
 
 
 def decode(data: bytes) -> tuple[dict[str, Group], ActivityLog]:
-    """Decode the result of `encode`. Raise BackendError for any other data."""
+    """Return the groups and the activity log that `encode` has encoded. Raise BackendError if the data is
+    unreadable."""
     try:
         state = json.loads(data)
         if state["format"] not in (1, _FORMAT):

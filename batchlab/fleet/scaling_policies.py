@@ -1,14 +1,14 @@
 """Scaling policies, scheduled actions, and limits of a group's capacity.
 
-Target tracking changes capacity in proportion to a metric, fast for scale-out and slowly for scale-in. A policy has two
-alarms, as on AWS: the high alarm after 3 periods above the target, and the low alarm after 15 periods below nine tenths
-of the target. Any policy may scale out, but the group scales in only if all policies agree. Without data, the capacity
-stays.
+Target tracking changes capacity in proportion to a metric, fast for scale-out and slowly for scale-in. As on AWS, a
+target-tracking policy has two alarms. The high alarm fires after 3 periods above the target, and the low alarm fires
+after 15 periods below 90% of the target. Any policy may scale out, but the group scales in only if all policies agree.
+Without metric data, desired capacity stays.
 
-Scheduled actions use the wall clock. After a restart, a missed action runs once and late. An action that was due while
-ScheduledActions was suspended does not run.
+Scheduled actions use the wall clock. After a restart, a missed scheduled action runs once and late. A scheduled action
+that was due while ScheduledActions was suspended does not run.
 
-Invariant: a fleet over a launcher and an EC2 fleet refuse the same limits with the same messages.
+Invariant: a fleet on a launcher and an EC2 fleet refuse the same limits with the same messages.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ from batchlab.fleet.termination import clamp
 
 
 def warmup_s(config: GroupConfig, policy: ScalingPolicy) -> int:
-    """Return the warm-up of the policy, or of the group, or else the default cooldown."""
+    """Return the policy's warm-up time. For a policy without a warm-up time, return the group's default warm-up, or
+    without a default its default cooldown."""
     if policy.estimated_instance_warmup is not None:
         return policy.estimated_instance_warmup
     if config.default_instance_warmup is not None:
@@ -46,7 +47,7 @@ def warmup_s(config: GroupConfig, policy: ScalingPolicy) -> int:
 
 
 def warm_capacity(group: Group, warm_after_s: float, now_s: float) -> int:
-    """Return the units of capacity that are in service and have warmed up."""
+    """Return the units of capacity of InService instances that have warmed up."""
     return weigh([member for member in group.staying() if _warm(member, warm_after_s, now_s)])
 
 
@@ -63,7 +64,7 @@ def _warm(member: Member, warm_after_s: float, now_s: float) -> bool:
 
 
 def adjusted(group: Group, policy: ScalingPolicy, adjustment: int, base: int) -> int:
-    """Return the desired capacity after an adjustment of `base` units, within the limits."""
+    """Return the desired capacity after a policy's adjustment of `base` units, within the group's limits."""
     if policy.adjustment_type == "ExactCapacity":
         return clamp(group.pool, adjustment)
     change = adjustment
@@ -73,16 +74,16 @@ def adjusted(group: Group, policy: ScalingPolicy, adjustment: int, base: int) ->
 
 
 def _percent(base: int, percent: int, least: int) -> int:
-    """Return a percentage of `base`, rounded towards zero. The magnitude is at least 1 unless the exact result is 0,
-    and at least `least`."""
+    """Return a percentage of `base`, rounded towards zero. The magnitude of the result is at least `least`, and at
+    least 1 unless the exact result is 0."""
     exact = abs(base * percent) / 100
     size = max(int(exact), 1 if exact else 0, least)
     return size if percent > 0 else -size
 
 
 def step_for(policy: ScalingPolicy, breach: float) -> StepAdjustment | None:
-    """Return the step whose interval contains the breach. The interval includes its lower bound above the threshold,
-    and its upper bound below it."""
+    """Return the step whose interval contains the breach, or None. A step above the threshold includes its lower bound,
+    and a step below the threshold includes its upper bound."""
     for step in policy.step_adjustments:
         low, high = step.metric_interval_lower_bound, step.metric_interval_upper_bound
         if breach >= 0:
@@ -118,7 +119,7 @@ def track(changes: Changes, group: Group, asg: Asg, metrics: Metrics | None, per
 
 
 def _observe(alarm: Alarm, policy: ScalingPolicy, metrics: Metrics | None, now_s: float) -> float | None:
-    """Read the metric, and record since when it is above or below the target."""
+    """Return the metric's value, and record the times since which the value is above or below the target."""
     value = metrics.value(policy) if metrics is not None else None
     target = _tracking(policy).target_value
     high = value is not None and value > target
@@ -134,8 +135,8 @@ def _tracking(policy: ScalingPolicy) -> TargetTracking:
 
 
 def _wanted(group: Group, asg: Asg, policy: ScalingPolicy, value: float, now_s: float) -> int:
-    """Return the capacity that the metric's value requires, rounded up. The value is relative to warm capacity, so
-    instances that are warming up do not count."""
+    """Return the capacity that the metric's value requires, rounded up. The metric's value is relative to warm
+    capacity, so instances that are warming up do not count."""
     ready = max(1, warm_capacity(group, warmup_s(asg.config, policy), now_s))
     return clamp(group.pool, math.ceil(ready * value / _tracking(policy).target_value))
 
@@ -190,7 +191,7 @@ def _act(changes: Changes, group: Group, asg: Asg, policy: ScalingPolicy, desire
 
 
 MAX_INSTANCES = 99_999
-"""Maximum number of instances of one group. A larger number is probably a mistake."""
+"""Maximum number of instances of one group, because a larger number is probably a mistake."""
 
 
 def check_limits(pool: Pool, *, most: int = MAX_INSTANCES) -> str:
@@ -213,7 +214,7 @@ def check_desired(pool: Pool, desired: int) -> None:
 
 
 def check_decrement(pool: Pool, desired: int, leaving: int) -> None:
-    """Raise Refused if `desired` minus `leaving` is below the pool's min."""
+    """Raise Refused if `desired` minus `leaving` is below the pool's minimum size."""
     if desired - leaving < pool.min_size:
         raise Refused(
             f"terminating {leaving} of pool {pool.name!r} would take its desired capacity"
@@ -224,8 +225,8 @@ def check_decrement(pool: Pool, desired: int, leaving: int) -> None:
 def set_limits(
     changes: Changes, group: Group, min_size: int | None, max_size: int | None, desired: int | None, *, cause: str
 ) -> None:
-    """Set the sizes that are not None, and move desired capacity into the limits. If min is above max, record a failed
-    activity instead, because no caller can receive an error."""
+    """Set the sizes that are not None, and move desired capacity into the new limits. If the minimum is above the
+    maximum, record a failed activity, because a scheduled action has no caller for an error."""
     asg = group.asg
     assert asg is not None
     low = asg.config.min_size if min_size is None else min_size
@@ -243,7 +244,7 @@ def set_limits(
 
 
 def first_s(action: ScheduledAction, now_s: float) -> float | None:
-    """Return when an action first runs: its start time, or its first recurrence if any."""
+    """Return the time of an action's first run, which is its start time or its first recurrence."""
     if action.start_time is not None:
         return action.start_time
     return _recurs_s(action, now_s)
@@ -259,9 +260,9 @@ def _recurs_s(action: ScheduledAction, after_s: float) -> float | None:
 
 
 def _next_s(expression: str, zone: ZoneInfo, after_s: float) -> float | None:
-    """Return the next time of a cron expression, with AWS's rules for daylight saving. A time that does not exist runs
-    an hour later, and a time that occurs twice runs the first time."""
-    # Clock changes are shorter than 3 hours, so no earlier time can still be due.
+    """Return the next time of a cron expression, with AWS's rules for daylight-saving changes. A local time that does
+    not exist runs an hour later, and a local time that occurs twice runs at its first occurrence."""
+    # The search starts 3 hours earlier, because a daylight-saving change is shorter than 3 hours.
     before = datetime.fromtimestamp(after_s, zone).replace(tzinfo=None) - timedelta(hours=3)
     try:
         times = due_times.local_times(expression, before)
@@ -272,7 +273,7 @@ def _next_s(expression: str, zone: ZoneInfo, after_s: float) -> float | None:
 
 
 def run_due(changes: Changes, group: Group) -> None:
-    """Run due actions in order. Remove actions that will not run again."""
+    """Run due scheduled actions in order. Remove scheduled actions that will not run again."""
     asg, now_s = group.asg, changes.now_s()
     assert asg is not None
     due = sorted((due_s, name) for name, due_s in asg.due_s.items() if due_s <= now_s)

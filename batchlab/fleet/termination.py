@@ -1,10 +1,11 @@
-"""Decisions of a group as pure functions: the instances to terminate, and the number to launch.
+"""Decisions of a group as pure functions: the instances to terminate, and the number of instances to launch.
 
-Scale-in first chooses the market with too many instances, then the zone with the most. Then each termination policy of
-the group narrows the choice. If several instances remain, AWS takes a random one, and this engine takes the one that
-was launched first.
+Scale-in first chooses the market with too many instances, then the zone with the most instances. Each termination
+policy of the group then narrows the choice of instances. If several instances remain, AWS terminates a random instance,
+and batchlab terminates the instance that was launched first.
 
-Invariant (I5): the decisions never take a group above its desired capacity, and never terminate a protected instance.
+Invariant (I5): launches never raise a group above its desired capacity, and scale-in never terminates a protected
+instance.
 """
 
 from __future__ import annotations
@@ -21,22 +22,22 @@ from batchlab.fleet.placement import configuration
 
 HOUR_S = 3600.0
 PLAIN = "PendingThenNewest"
-"""Name of a plain pool's policy. On AWS, the policy does not exist."""
+"""Name of a plain pool's termination policy, which does not exist on AWS."""
 
 Policy = Callable[[Asg, Sequence[Member], float], Sequence[Member]]
 
 
 def pending_then_newest(members: Sequence[Member]) -> Sequence[Member]:
-    """Return the unprotected members, Pending before InService, newest before oldest. In a plain pool, all instances
-    have one template, and the newest one has the least warm state (code, child processes) to lose."""
+    """Return the unprotected members, Pending before InService, newest before oldest. All instances of a plain pool are
+    equal, and the newest instance has the least cached state (code, child processes) to lose."""
     unprotected = [member for member in reversed(members) if not member.instance.protected]
-    # The sort is stable, so it keeps the order by age within each state.
+    # The stable sort preserves the order by age within each state.
     return sorted(unprotected, key=lambda member: member.state is not LifecycleState.PENDING)
 
 
 def choose(group: Group, asg: Asg, now_s: float) -> list[Member]:
-    """Return the instances that scale-in takes from an Auto Scaling group, in order. An instance stays if its weight
-    would lower capacity below the desired capacity."""
+    """Return the instances of an Auto Scaling group that scale-in terminates, in order. An instance stays if its
+    termination would lower the group below desired capacity."""
     staying = group.staying()
     chosen: list[Member] = []
     while True:
@@ -90,12 +91,13 @@ def _oldest(asg: Asg, members: Sequence[Member], now_s: float) -> Sequence[Membe
 def _newest(asg: Asg, members: Sequence[Member], now_s: float) -> Sequence[Member]:
     del asg, now_s
     last = max(member.instance.launched_s for member in members)
-    # If several were launched in one tick, the last one is the newest.
+    # If several instances were launched in one tick, the last instance in the list is the newest.
     return [m for m in members if m.instance.launched_s == last][-1:]
 
 
 def _oldest_template(asg: Asg, members: Sequence[Member], now_s: float) -> Sequence[Member]:
-    """Return members with a launch configuration, another template, or else the oldest version."""
+    """Return the members with a launch configuration. If no member has a launch configuration, return the members with
+    another template, or the members with the oldest template version."""
     del now_s
     config = configuration(asg)
     if config.launch_configuration_name:
@@ -126,7 +128,7 @@ def _version(member: Member) -> int:
 
 
 def _oldest_configuration(asg: Asg, members: Sequence[Member], now_s: float) -> Sequence[Member]:
-    """Return the oldest member with another launch configuration than the current one."""
+    """Return the oldest members whose launch configuration is not the current launch configuration, or all members."""
     current = configuration(asg).launch_configuration_name
     others = [
         member for member in members if member.asg.launch_configuration and member.asg.launch_configuration != current
@@ -135,7 +137,7 @@ def _oldest_configuration(asg: Asg, members: Sequence[Member], now_s: float) -> 
 
 
 def _closest_to_hour(asg: Asg, members: Sequence[Member], now_s: float) -> Sequence[Member]:
-    """Return the members whose next hour of use starts first, in whole seconds."""
+    """Return the members whose next hour of use starts first, compared in whole seconds."""
     del asg
 
     def left_s(member: Member) -> int:
@@ -146,7 +148,7 @@ def _closest_to_hour(asg: Asg, members: Sequence[Member], now_s: float) -> Seque
 
 
 def _allocation_strategy(asg: Asg, members: Sequence[Member], now_s: float) -> Sequence[Member]:
-    """Return the members of the type that the allocation strategy would now choose last."""
+    """Return the members of the instance type that the allocation strategy would choose last."""
     del now_s
     mixed = configuration(asg).mixed_instances_policy
     if mixed is None or not mixed.overrides:
@@ -164,7 +166,7 @@ def _rank(mixed: MixedInstancesPolicy, member: Member, members: Sequence[Member]
     strategy = shares.spot_allocation_strategy
     if machine.market is Market.ON_DEMAND or strategy == "capacity-optimized-prioritized":
         return place
-    # Strategies that spread instances take from the type with the most instances.
+    # Strategies that spread instances over types terminate an instance of the type with the most instances.
     pools = shares.spot_instance_pools or 2
     beyond = strategy == "lowest-price" and place >= pools
     alike = sum(other.instance.machine == machine for other in members)
@@ -194,7 +196,7 @@ def clamp(pool: Pool, desired: int) -> int:
 
 
 def victims(group: Group, now_s: float) -> Sequence[Member]:
-    """Return the instances that scale-in takes, in order. `now_s` is of the SteadyClock."""
+    """Return the instances that scale-in terminates, in order. `now_s` is a time of the SteadyClock."""
     if group.asg is None:
         excess = len(group.counted()) - group.desired
         return pending_then_newest(group.counted())[: max(0, excess)]
@@ -202,8 +204,8 @@ def victims(group: Group, now_s: float) -> Sequence[Member]:
 
 
 def shortfall(group: Group, now_s: float, steady_s: float) -> int:
-    """Return how many units of capacity to launch now. `now_s` is monotonic. In a crash loop, this is one instance
-    after each wait, until an instance is ready."""
+    """Return the units of capacity to launch now. `now_s` is a monotonic time. During a crash loop, the group launches
+    one instance after each wait, until an instance is ready."""
     staying = group.staying()
     missing = max(0, group.desired - weigh(staying))
     if group.failures < CRASH_LOOP or not missing:
@@ -220,5 +222,6 @@ def _on_trial(group: Group, member: Member, steady_s: float) -> bool:
 
 
 def crash_loop_wait_s(waits: int) -> float:
-    """Return the seconds of the next wait after `waits` earlier ones: 1, 2, 4, … 60."""
+    """Return the duration of the next wait in seconds after `waits` earlier waits. The duration of crash-loop waits
+    doubles from 1 s to `MAX_WAIT_S`."""
     return doubled_s(1.0, MAX_WAIT_S, waits)

@@ -1,7 +1,7 @@
-"""Warm pool: instances that are launched in advance and wait, running or stopped, for scale-out.
+"""Warm pool of instances that are launched in advance and wait, running or stopped, for scale-out.
 
-They pass through the launch hooks twice, when they enter the pool and when they leave it. A launcher that cannot stop
-instances (see `StoppableLauncher`) keeps only running ones.
+An instance passes through the launch hooks twice, when it enters the warm pool and when it leaves the warm pool. A
+launcher that cannot stop instances (see `StoppableLauncher`) supports only a warm pool of running instances.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _pool(group: Group) -> WarmPool | None:
 
 
 def size(group: Group) -> int:
-    """Return the target size of the pool: the prepared capacity beyond desired capacity."""
+    """Return the target size of the warm pool, which is the prepared capacity above desired capacity."""
     pool = _pool(group)
     if pool is None or pool.status is not None:
         return 0
@@ -44,7 +44,8 @@ def size(group: Group) -> int:
 
 
 def room(group: Group, now_s: float) -> int:
-    """Return how many instances to launch into the pool now. In a crash loop, this is at most one after each wait."""
+    """Return the number of instances to launch into the warm pool now. During a crash loop, the group launches at most
+    one instance after each wait."""
     pool = members(group)
     missing = max(0, size(group) - len(pool))
     if group.failures < CRASH_LOOP:
@@ -54,15 +55,15 @@ def room(group: Group, now_s: float) -> int:
 
 
 def trim(changes: Changes, group: Group, asg: Asg) -> None:
-    """Terminate unhealthy and surplus instances of the pool, by the default termination policy. Remove a deleted pool
-    once it is empty."""
+    """Terminate unhealthy instances of the warm pool, and surplus instances chosen by the default termination policy.
+    Remove a deleted warm pool when no instance is left in it."""
     if not group.suspended(Process.TERMINATE):
         members_now = members(group)
         for member in members_now:
             if not member.instance.healthy and not group.suspended(Process.REPLACE_UNHEALTHY):
                 changes.retire(group, member, why="a user health-check", note="terminated")
         members_now = members(group)
-        # Instances that the group is about to take are not surplus.
+        # Instances that the group needs for missing capacity are not surplus.
         owed = max(0, group.desired - weigh(group.staying()))
         excess = len(members_now) - owed - size(group)
         for member in take_by_default(asg, members_now, excess, changes.steady.now_s()):
@@ -73,8 +74,8 @@ def trim(changes: Changes, group: Group, asg: Asg) -> None:
 
 
 def arrive(changes: Changes, group: Group, member: Member) -> None:
-    """Put a running instance into the pool once its hooks are completed: the launch hooks, or the termination hooks if
-    the instance returns from service."""
+    """Put a running instance into the warm pool after its hooks are completed. An instance that returns from service
+    passes through the termination hooks, and other instances pass through the launch hooks."""
     if member.state is LifecycleState.WARMED_PENDING and not member.asg.resting:
         transition = TERMINATING if member.asg.moving else LAUNCHING
         if lifecycle_hooks.begin(changes, group, member, transition):
@@ -91,8 +92,8 @@ def arrive(changes: Changes, group: Group, member: Member) -> None:
 
 
 def mark_stopped(changes: Changes, group: Group, member: Member) -> None:
-    """Move an instance to the pool's state: running, stopped, or hibernated."""
-    # A request may have made the instance Terminating while the launcher stopped it.
+    """Move an instance to the state of the warm pool, which is running, stopped, or hibernated."""
+    # A request may have made the instance Terminating while the launcher stopped the instance.
     if member.state not in WARMING:
         return
     pool = _pool(group)
@@ -110,7 +111,7 @@ def hibernates(group: Group) -> bool:
 
 
 def take_for_launch(changes: Changes, group: Group, missing: int) -> list[Member]:
-    """Move instances from the pool into service for `missing` units of capacity, in order."""
+    """Move instances from the warm pool into service for `missing` units of capacity, in order."""
     asg = group.asg
     assert asg is not None
     launched: list[Member] = []
@@ -134,14 +135,14 @@ def take_for_launch(changes: Changes, group: Group, missing: int) -> list[Member
 
 
 def takes_back(group: Group, member: Member) -> bool:
-    """Return whether scale-in returns an instance to the pool instead of terminating it."""
+    """Return whether scale-in returns an instance to the warm pool instead of terminating the instance."""
     pool = _pool(group)
     reuses = pool is not None and pool.reuse_on_scale_in and pool.status is None
     return reuses and member.state is LifecycleState.IN_SERVICE
 
 
 def take_back(changes: Changes, group: Group, member: Member, why: str) -> None:
-    """Return an instance to the pool for scale-in."""
+    """Move an instance from service back to the warm pool for scale-in."""
     assert group.asg is not None
     member.asg.moving = changes.note(
         group.pool.name,

@@ -95,8 +95,8 @@ class Adoption(Part):
         during the adoption."""
         ledger, rows = self._ledger, result.rows
         job = rows.job.job
-        # The cuts of a retry are written again, because the previous leader may have died after it wrote only the first
-        # ledger change of the retry.
+        # The cuts of a retry are written again, because the previous leader may have died before it wrote all ledger
+        # changes of the retry.
         cuts, unreadable = await self._cuts(rows.job)
         for cut in cuts:
             rows = (await ledger.apply(AddCut(cut))).rows
@@ -122,7 +122,8 @@ class Adoption(Part):
             complete_after=0 if result.is_new else None,
         )
         if not result.is_new:
-            # Bundles that a crashed leader planned but did not send are recovered well before `silence_s`.
+            # The reduced silence lets the reconciler recover bundles that a crashed leader planned but did not send
+            # well before `silence_s`.
             heard_s = self._clock.monotonic_s() - 0.75 * self._settings.silence_s
             # The silence of a retry begins at the end of its backoff.
             now_s = self._clock.now_s()

@@ -1,13 +1,13 @@
 """Scaling policy, launch breaker, and prewarming.
 
 Every backend uses the same scaling policy. Desired capacity is backlog seconds ÷ (drain target × slots), within the
-pool's limits. Scale-out is immediate. Scale-in waits for a cooldown and terminates only idle instances. An idle pool
-shrinks to the pool's minimum size.
+pool's limits. Scale-out takes effect at the next tick without a cooldown. Scale-in waits for a cooldown and terminates
+only idle instances. An idle pool shrinks to the pool's minimum size.
 
 The launch breaker stops launches in a pool whose instances do not start, because an Auto Scaling group replaces failed
 instances forever, and every launch is billed. After consecutive failed launches, the pool keeps its running and booting
 instances, and the launch breaker permits one more launch after each pause. Each pause between launches is twice as long
-as the previous pause. The first instance that starts closes the launch breaker.
+as the previous pause. The launch breaker closes after the start of the first instance.
 
 Prewarming sets a minimum capacity of a pool before a schedule is due. Prewarming ends when the scaling policy knows the
 work of the schedule's job, or when no job starts at the due time. Cost caps limit prewarming.
@@ -46,7 +46,7 @@ class _PoolLaunches:
     observation."""
     failures: int = 0
     last: str = ""
-    """Id of the last failed instance, and the fleet's note about the end of this instance."""
+    """Id of the last failed instance, and the fleet's note about the instance's end."""
     pause_s: float = 0.0
     """Pause before the next launch attempt, or 0 while launches are not stopped."""
     stopped_s: float = 0.0
@@ -145,7 +145,8 @@ def desired_capacity(backlog: Backlog, view: GroupView, drain_target_s: float) -
     if not backlog.tasks:
         return pool.min_size, "there is no backlog"
     needed = math.ceil(backlog.seconds / (drain_target_s * pool.slots))
-    # Instances without a task would idle. One task needs one instance, even if the task is short.
+    # The number of tasks limits the capacity, because instances without a task would idle. The capacity is at least one
+    # instance, even if the only task is short.
     useful = math.ceil(backlog.tasks / pool.slots)
     desired = max(pool.min_size, min(pool.max_size, max(1, min(needed, useful))))
     work = f"a backlog of {count(backlog.tasks, 'task')} ({backlog.seconds:.1f} s of work)"
@@ -215,7 +216,8 @@ class Autoscaler(Part):
             desired, why = self._caps.limit_launches(view, desired, why)
         limit = self.launch_breaker.limit(view)
         if limit is not None and (view.desired > limit or desired > limit):
-            # The lower limit takes effect without a cooldown, because Pending instances will fail and be replaced.
+            # The launch breaker's limit takes effect without a cooldown, because Pending instances will fail and be
+            # replaced.
             await self.set_desired(view, limit, self.launch_breaker.trouble(pool))
             return
         if desired > view.desired:
@@ -328,11 +330,11 @@ class Prewarm(Part):
         now_s = self._clock.now_s()
         run = schedule.running
         if run and not run.asked and not self._scheduler.has_begun(run):
-            started_s = run.started_s or 0.0  # the policy does not know the work of the run's job yet
+            started_s = run.started_s or 0.0  # the scaling policy does not know the work of the run's job yet
             if started_s - run.due_s <= ON_TIME_S and now_s - started_s <= MAX_PLANNING_S:
                 return run.due_s
         next_s = self._scheduler.next_s(schedule)
-        # The tolerance covers the time between the due time and the scheduler's decision about the run.
+        # The tolerance `ON_TIME_S` covers the time between the due time and the scheduler's decision about the run.
         if next_s is not None and -ON_TIME_S <= next_s - now_s <= schedule.definition.prewarm_s:
             return next_s
         return None

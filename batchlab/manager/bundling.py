@@ -33,7 +33,7 @@ class Bundler(Part):
     def wave(self, live: LiveJob, stage: StageDef, uncut: TaskSet, round_: int) -> tuple[tuple[Bundle, ...], TaskSet]:
         """Return the bundles of the next cut, and the tasks that remain after the cut."""
         if not uncut:
-            return (), uncut  # avoids the check for room, which iterates over all other jobs
+            return (), uncut  # skips the computation of room, which iterates over all other jobs
         pace_s = live.pace_s(stage.name)
         sizes = settlement.wave(
             len(uncut),
@@ -64,7 +64,7 @@ class Bundler(Part):
             # smaller cut is worth its cost if no bundle waits behind the running bundles.
             return room if room >= slots or outstanding <= slots else 0
 
-        # The loop stops early, because many other jobs may exist and each other job only reduces the room.
+        # The loop stops as soon as no room is left, because each of many other jobs only reduces the room.
         room, peers = window - outstanding, 1
         if worth(room) <= 0:
             return 0
@@ -104,6 +104,6 @@ def _affordable_sizes(live: LiveJob, stage: StageDef, budget: Budget, sizes: lis
 
 def _may_cut(live: LiveJob) -> bool:
     """Return whether the job may cut bundles now. A job that a cost cap holds back may not cut bundles, so other jobs
-    do not wait for it."""
+    do not wait for the held job."""
     runs = live.record.control is Control.RUN and live.record.state is not JobState.SCHEDULED
     return runs and not live.is_held

@@ -1,8 +1,8 @@
 """Consumer of the events queue: completions go to the ledger, and heartbeats go to the worker registry.
 
 Invariants: a fact about a sealed job counts only if the sender proves that it has the job's commit key. A job of
-release 0.1.0 does not have a commit key, so facts about this job count without proof. Facts about a job wait until the
-submission has written the job to the ledger.
+release 0.1.0 does not have a commit key, so facts about an unsealed job count without proof. Facts about a job wait
+until the submission has written the job to the ledger.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 
 class EventVerifier(Part):
-    """Verifier of the proofs in event messages. `job_of` returns the definition of a job without a proof in the
+    """Verifier of the proofs in event messages. `job_of` returns the definition of a job whose proof is missing in the
     message."""
 
     def __init__(self, context: Context, job_of: Callable[[JobId], Awaitable[JobDef | None]]) -> None:
@@ -51,7 +51,7 @@ class EventVerifier(Part):
         trusted = await self._proven_jobs(jobs, text, proofs)
         if trusted == jobs and not events.committed:
             return events, trusted  # all facts are trusted, because the parser rejects follow-ups of another job
-        proven = set(trusted)  # the outcome keys of these jobs must have a valid seal
+        proven = set(trusted)  # outcome keys of a job in `proven` must have a valid seal
         unproven: set[JobId] = set()
         for job in sorted(jobs - trusted):
             await self._context.pending_submissions.ended({job})
@@ -153,7 +153,7 @@ class Collector(Part):
                 self._registry.outage_s = math.inf
                 if isinstance(error, (Throttled, Unreachable)):
                     self._reset_silences()
-                # Received messages return after their visibility timeout.
+                # Received messages return to the queue after their visibility timeout.
                 log.warning("events wait for the backend: %s", error)
                 await asyncio.sleep(self._settings.tick_s)
                 if isinstance(error, NotFound):  # the events queue was deleted
@@ -180,7 +180,7 @@ class Collector(Part):
             self._registry.outage_s = self._clock.monotonic_s()
 
     async def _receive_batch(self) -> list[Message]:
-        """Return the messages for one fold. During a backlog, several receive calls supply these messages."""
+        """Return the messages for one fold. During a backlog, several receive calls supply the messages of one fold."""
         messages = list(await self._patience(partial(self._receive, self._settings.wait_s)))
         size = sum(len(message.body) for message in messages)
         last = len(messages)
@@ -205,7 +205,7 @@ class Collector(Part):
                 object_keys.EVENTS, max_messages=MAX_BATCH, wait_s=wait_s, visibility_s=self._settings.visibility_s
             )
         except BackendError:
-            # The outage is set before the retries of `patience`, because these retries may take minutes.
+            # The outage is recorded before the retries of `patience`, because retries may take minutes.
             self._registry.outage_s = math.inf
             raise
 

@@ -1,9 +1,9 @@
 """Final checks of a job: every counted bundle is committed, and every planned task has ended.
 
-Invariants: a sealed job ends only when the bucket has the outcome of each counted bundle under its sealed name, because
-a worker with the job's commit key can send events of outcomes that it never committed. A job ends even if its bundles
-have ended before its tasks (I7), because a worker with the commit key can commit outcomes without their follow-up
-bundles.
+Invariants: a sealed job ends only when the bucket has the outcome of each counted bundle under its sealed name. The
+bucket is checked, because a worker with the job's commit key can send events of outcomes that it never committed. A job
+ends even if its bundles have ended before its tasks (I7), because a worker with the commit key can commit outcomes
+without their follow-up bundles.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Counters and histograms of one manager process, for the metrics endpoint.
 
-Invariant: a count never decreases. Labels do not contain user text except pool names, because a grid has few pools.
+Invariant: a count never decreases. Metric labels contain no user text except pool names, which are few.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from batchlab.core.protocol import json_format
 from batchlab.core.protocol.messages import CounterReport
 
 MAX_WORKERS = 20_000
-"""Maximum number of workers whose last counts are stored. Above this limit, the manager removes the worker that has
+"""Maximum number of workers whose last counts are stored. Above MAX_WORKERS, the manager removes the worker that has
 been silent longest."""
 TICK_BOUNDS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 DUPLICATE = "duplicate"

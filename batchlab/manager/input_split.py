@@ -146,7 +146,7 @@ class _Text:
         stop = limit
         while stop > start:
             if not self._at < stop <= self._at + len(self._data):
-                # A range that is longer than the part also covers the parts after this part.
+                # A range that is longer than the current part also covers the next parts.
                 await self._load(max(start, stop - length), length)
                 length = min(2 * length, READ_BYTES)
             newline = self._data.rfind(_NEWLINE, max(start - self._at, 0), stop - self._at)
@@ -169,7 +169,7 @@ def _skip_lines(data: bytes, at: int, count: int) -> tuple[int, int]:
     """Return (position after `count` newlines from `at`, 0), or (end of data, missing newlines).
 
     The function counts all newlines but the last few, because counting newlines in a range is ten times faster than
-    finding each newline. The length of the previous lines determines the size of the next range.
+    finding each newline. The length of the previous lines determines the size of the next counted range.
     """
     end = len(data)
     span = 32 * count

@@ -1,8 +1,8 @@
 """Coordinator of a job's steps: plan the stages, cut stages into bundles, send the bundles, and end the job.
 
-Invariants: a conditional PUT commits each plan, cut, and end of a job before it takes effect, so managers never make
-two different decisions. The manager plans a gather when the ledger shows that every upstream task has ended, never by
-counting messages. A job always ends (I7).
+Invariants: a conditional PUT commits each plan, cut, and end of a job in advance, so managers never make two different
+decisions. The manager plans a gather when the ledger shows that every upstream task has ended, never by counting
+messages. A job always ends (I7).
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ log = logging.getLogger(__name__)
 
 MAX_CONCURRENT_OUTCOMES = 16
 CONTROL_OBJECT_DELAY_S = 0.05
-"""Delay before the manager writes a job's control object. A job that ends within this delay needs no control object,
-because workers read the spec instead."""
+"""Delay before the manager writes a job's control object. A job that ends within `CONTROL_OBJECT_DELAY_S` needs no
+control object, because workers read the spec instead."""
 ADVANCE_DELAY_S = 0.001
 """Delay between a change of a job and the next step."""
 
@@ -66,7 +66,7 @@ class JobCoordinator(Part):
     async def conduct(self, live: LiveJob) -> None:
         """Advance the job after each change, until the job has ended."""
         if live.all_outstanding() and not live.allowed:
-            # The delay keeps the write of the control object from slowing down the job's first bundles.
+            # The control object is written after a delay, because its write would slow down the job's first bundles.
             await set_within(live.wake, CONTROL_OBJECT_DELAY_S)
             await asyncio.sleep(ADVANCE_DELAY_S)
         while not live.ended.is_set():
@@ -77,7 +77,8 @@ class JobCoordinator(Part):
             live.trouble = ""
             if not live.ended.is_set():
                 await live.wake.wait()
-                # The delay lets waiting clients run first, and combines events that arrive in bursts.
+                # The delay before the next step lets waiting clients run first, and combines events that arrive in
+                # bursts.
                 await asyncio.sleep(ADVANCE_DELAY_S)
 
     async def advance(self, live: LiveJob) -> None:
@@ -229,8 +230,9 @@ class JobCoordinator(Part):
             counts = await self._commit_cut(live, cut)
         bundles = counts.bundles
         if counts is not cut:
-            # An earlier manager may have sent the bundles, and the ledger may have lost the cut in a power failure. The
-            # bundles are sent as copies, because workers check a copy for an outcome first.
+            # An earlier manager may have sent the bundles, and the ledger may have lost the cut in a power failure.
+            # Bundles that an earlier manager may have sent are sent as copies, because workers check a copy for an
+            # outcome first.
             bundles = tuple(replace(bundle, losses=1) for bundle in bundles)
         await self.send(live.job, bundles, trace=cutting.context)
 
@@ -254,10 +256,10 @@ class JobCoordinator(Part):
 
     async def stop(self, live: LiveJob, word: json_format.ControlCommand) -> None:
         """End the job early: workers cannot start further tasks, and the manager seals outstanding bundles. `word` sets
-        the job's final state, unless the bucket has an earlier word."""
+        the job's final state, unless the bucket already has a "cancel"."""
         await self.forbid(live, word)
         closed = await self._seal(live)
-        # This call writes the control word again if the bucket has lost the word during the sealing.
+        # The cancellation is written again, because the bucket may have lost the control word during the sealing.
         written = await commit.write_cancellation(
             self._objects, live.id, replace(word, round=live.round), self._patience
         )
@@ -282,8 +284,8 @@ class JobCoordinator(Part):
 
     async def forbid(self, live: LiveJob, word: json_format.ControlCommand) -> None:
         """Write "cancel" to the control object, and wait until workers cannot start a task (I4). The first "cancel"
-        stays in the object, so a new leader ends the job in the same state. Raise Superseded if the job is in a later
-        round."""
+        stays in the control object, so a new leader ends the job in the same state. Raise Superseded if the job is in a
+        later round."""
         if live.forbidden:
             return
         async with live.control_lock:
@@ -314,7 +316,7 @@ class JobCoordinator(Part):
             await self._ledger_writer.refresh(live)
 
     async def _recheck_control(self, live: LiveJob) -> None:
-        live.doubtful = False  # reset before the read, because a new doubt may arise during the read
+        live.doubtful = False  # reset before the read, because another event may set the flag during the read
         try:
             await self.follow_control(live)
         except BackendError:
@@ -322,8 +324,8 @@ class JobCoordinator(Part):
             raise
 
     async def follow_control(self, live: LiveJob) -> None:
-        """Read the control word from the bucket, and apply the word to the job. Another manager may have written the
-        word without a change of the ledger."""
+        """Read the control word from the bucket, and apply the word to the job. Another manager may have written a
+        control word without a change of the ledger."""
         async with live.control_lock:
             if live.record.control is Control.CANCEL:
                 return
@@ -350,7 +352,7 @@ class JobCoordinator(Part):
         try:
             return await commit.read_command(self._objects, live.id, self._patience)
         except NotFound:
-            # Without a control object, workers run the job, so a lost "run" needs no repair.
+            # A lost control object with "run" needs no repair, because workers run a job without a control object.
             if live.record.control is Control.RUN:
                 return None
         except Malformed as error:
@@ -380,7 +382,7 @@ class JobCoordinator(Part):
 
     async def _close_cuts(self, live: LiveJob, stage: StageName, record: StageRecord) -> None:
         """Commit an empty next cut, so that an earlier leader cannot commit further cuts. If an earlier leader has
-        already committed the next cut, the bundles of this cut are sealed too."""
+        already committed the next cut, the bundles of the committed cut are sealed too."""
         round_ = live.round
         seq = record.cut_seq + 1 if record.plan_round == round_ else 0
         while True:
@@ -441,8 +443,8 @@ class JobCoordinator(Part):
 
     async def _fetch_missing_outcomes(self, live: LiveJob) -> bool:
         """Fold committed outcomes whose event was lost. Return whether the ledger has every bundle's outcome (I3). All
-        tasks of a job can end before the ledger has every outcome, because the event of a split bundle may arrive after
-        the events of its halves."""
+        tasks of a job can end before the ledger has every outcome, because a split bundle's event may arrive after the
+        events of its halves."""
         while outstanding := live.all_outstanding()[:MAX_CONCURRENT_OUTCOMES]:
             results = await asyncio.gather(*(self._outcomes.read(live.job, o.bundle) for o in outstanding))
             outcomes = [outcome for outcome in results if outcome]

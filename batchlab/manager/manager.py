@@ -4,9 +4,9 @@ Invariant: only the holder of the lease collects, plans, and scales. Two manager
 because every decision is a conditional PUT and every fold counts once. This module creates and connects all parts of
 the manager.
 
-Invariant of the lease: clocks need not agree. A standby takes the lease only after the holder's beat has not changed
-for the lease's duration, measured by the standby's monotonic clock. The holder stops leading before a standby can take
-the lease.
+Invariant of the lease: the clocks of the managers need not agree. A standby takes the lease only after the holder's
+beat has not changed for the lease's duration, measured by the standby's monotonic clock. The holder stops leading
+before a standby can take the lease.
 """
 
 from __future__ import annotations
@@ -90,12 +90,12 @@ class LeaderLease:
                 async with asyncio.timeout(left_s if left_s > 0 else self._ttl_s * 2 / 3):
                     lease = await self._ledger.lease(LEASE, self._owner)
             except TimeoutError:
-                return  # the lease has expired, and a standby may have taken it
+                return  # the lease has expired, and a standby may have taken the lease
             if lease.owner != self._owner:
                 return
             if lease.beat != self._beat + 1:
-                # The lease was free while this process was paused, or a request was sent twice after a lost response.
-                # `on_gap` is harmless after a repeated request.
+                # The lease was free while this process was paused, or a request was sent twice after a lost response. A
+                # call of `on_gap` after a repeated request is harmless.
                 on_gap()
             self._beat, self._renewed_s = lease.beat, asked_s
 
@@ -118,7 +118,7 @@ _LIVING = (LifecycleState.PENDING, LifecycleState.IN_SERVICE)
 
 
 class Manager:
-    """Manager of a grid. The call of `run` ends when it is cancelled or the manager loses its lease."""
+    """Manager of a grid. The coroutine `run` ends when it is cancelled, or when the manager loses its lease."""
 
     def __init__(
         self,
@@ -138,9 +138,9 @@ class Manager:
         """Create and connect the parts of a manager.
 
         With `accounting`, the manager counts usage and enforces cost caps. With `accounting` and `reports`, the manager
-        also records performance data. `counts` are the counters of an earlier manager of the same process, which this
-        manager continues. With `channels`, the manager sends notifications. `recent` stores recent log lines. With
-        `schedules`, the manager runs scheduled jobs when they are due.
+        also records performance data. `counts` are the counters of an earlier manager of the same process, which the
+        new manager continues. With `channels`, the manager sends notifications. `recent` stores recent log lines. With
+        `schedules`, the manager submits scheduled jobs at their due times.
         """
         ports = replace(ports, ledger=patiently(ports.ledger, ports.patience))
         by_name = {pool.name: pool for pool in pools}
@@ -182,7 +182,8 @@ class Manager:
         """Monotonic time of the last read of the queue depths."""
         self._lease = LeaderLease(ports.ledger, ports.clock, owner, settings.lease_ttl_s)
         self._others_led = False
-        """Whether another manager has held the lease in between, so that the cached job state is stale."""
+        """Whether another manager has held the lease during a pause of this manager, so that the cached job state is
+        stale."""
         self._retries_searched = False
 
     async def job_record(self, job: JobId) -> JobRecord:
@@ -290,7 +291,7 @@ class Manager:
         while True:
             try:
                 if not self._retries_searched:
-                    self._retries_searched = True  # set early, because another manager may lead during the search
+                    self._retries_searched = True  # set early, as another manager may lead during the search
                     await self.job_commands.find_unfinished_retries()
                 await self.job_commands.finish_retries()
             except BackendError as error:
@@ -325,7 +326,7 @@ class Manager:
             self.context.wake.clear()
 
     async def _end_lost_jobs(self) -> None:
-        """End the jobs whose definition is lost from the bucket, because they cannot continue."""
+        """End the jobs whose definition is lost from the bucket, because a job without a definition cannot continue."""
         for live in list(self.lives.values()):
             spec = partial(self.ports.objects.head, object_keys.spec(live.id))
             if await self.ports.patience(spec) is None:
@@ -350,7 +351,7 @@ class Manager:
         for view in views:
             await self.autoscaler.scale(view)
         await self._unresponsive.check(views)
-        # The second fleet tick applies the scaling decisions of this tick at once.
+        # The second fleet tick applies the scaling decisions without a wait for the next manager tick.
         await self.registry.release_messages(await self.ports.fleet.tick())
         described = await self.ports.fleet.describe()
         await self.registry.update_instances(described)
@@ -371,7 +372,7 @@ class Manager:
             await self._show_start(live)
             live.wake.set()
         if self.spending:
-            # Spending closes ended jobs first, because the recorder then forgets these jobs.
+            # The accounts of ended jobs are closed first, because the recorder removes the data of ended jobs.
             self.spending.close_ended()
         if self.recorder:
             self.recorder.observe(self.groups, self.depths, self.autoscaler.backlog)

@@ -1,12 +1,12 @@
 """Notifications about a job's end, failures, standstill, and cost cap.
 
-Invariants: delivery is at least once. A notification is in the bucket before the ledger shows the job's end, and stays
-in the bucket until a leader delivers the notification or gives up. An unreachable target delays only its own
-notifications. The outbox has each notification id once, either pending or done, and a done notification never becomes
-pending again.
+Invariants: the manager delivers each notification at least once. A notification is in the bucket before the ledger
+shows the job's end, and stays in the bucket until a leader delivers the notification or gives up. An unreachable target
+delays only its own notifications. The outbox has each notification id once, either pending or done, and a done
+notification never becomes pending again.
 
-Triggers read only data in memory. A job is at a standstill if it makes no progress, no worker runs it, and it does not
-wait for its user, a retry delay, or a cap.
+Triggers read only data in memory. A job without progress is at a standstill if no worker runs the job, and the job does
+not wait for its user, a retry delay, or a cap.
 """
 
 from __future__ import annotations
@@ -91,8 +91,7 @@ class NotificationTriggers(Part):
 
 MAX_LOG = 200
 MAX_DONE_IDS = 1000
-"""Number of ids of done notifications that are stored, so that a new manager does not send these notifications
-again."""
+"""Maximum number of stored ids of done notifications, because a new manager must not send a done notification again."""
 
 
 @dataclass(slots=True)
@@ -149,7 +148,8 @@ MAX_DELIVERIES_PER_TARGET = 2
 """Maximum number of concurrent deliveries to one target, so that a slow target does not block other targets."""
 FIRST_WAIT_S = 2.0
 MAX_WAIT_S = 900.0
-"""Maximum wait between two delivery attempts. Each wait is twice as long as the previous wait."""
+"""Maximum wait between two delivery attempts. Each wait between two delivery attempts is twice as long as the previous
+wait."""
 GIVE_UP_S = 86_400.0
 SOON_S = 1.0
 """Minimum interval between writes of a large outbox after a delivery or a first failure. An outbox with fewer than
@@ -219,7 +219,7 @@ class Notifier(Part):
             targets = [*grid_targets, *notifications.targets_of(live.job)]
             if not targets or live.ended.is_set():
                 continue
-            # The standstill check reads all workers, so it runs only if a target wants "stuck" notifications.
+            # The standstill check reads all workers, so the check runs only if a target wants "stuck" notifications.
             is_wanted = any(target.wants("stuck") for target in targets)
             standstill_s = self._triggers.standstill_s(live) if is_wanted else 0.0
             known_ids = self._known_ids.setdefault(live.id, set())
@@ -334,7 +334,7 @@ class Notifier(Part):
 
     async def _write_results(self) -> None:
         """Write the results of delivery attempts in an endless loop. Each write contains the whole outbox, so the loop
-        writes rarely."""
+        writes the outbox rarely."""
         pause_s = SOON_S
         while True:
             await self._unwritten.wait()

@@ -72,7 +72,7 @@ class Quarantine:
         log.error("dropped a heartbeat: %s", why, extra={"instance": instance})
 
     def object(self, key: str, error: BackendError, job: JobId, kind: str = "outcome") -> None:
-        """Report an unreadable object. `kind` is its label in the metrics."""
+        """Report an unreadable object. `kind` is the object's label in the metrics."""
         if self._is_new(kind, key):
             log.error("went on without %s: %s", key, error.message, extra={"job": job})
         self._note(job, key, error.message.rstrip("."))
@@ -128,8 +128,8 @@ async def read_stored(ports: Ports, key: str, read: Callable[[bytes], T]) -> T:
 
 
 async def read_cut(ports: Ports, key: str) -> Cut:
-    """Return the cut stored under `key`. Raise NotFound if the object does not exist, or UnreadableObject if it is
-    unreadable or contains another cut."""
+    """Return the cut stored under `key`. Raise NotFound if the object does not exist, or UnreadableObject if the object
+    is unreadable or contains another cut."""
     cut = await read_stored(ports, key, lambda data: json_format.cut_from_json(json_format.loads(data)))
     if object_keys.cut(cut.job, cut.stage, cut.round, cut.seq) != key:
         raise UnreadableObject(key, "It is another cut.")
@@ -153,7 +153,7 @@ class OutcomeStore:
             return await self._replace(job, draft, error)
 
     async def commit(self, job: JobDef, draft: Outcome) -> Outcome:
-        """Commit `draft` and return the committed outcome. `draft` also replaces an unreadable object."""
+        """Commit `draft` and return the committed outcome. `draft` also replaces an unreadable outcome object."""
         try:
             key = await self._ports.keys.key_of(job)
             outcome = await commit(self._ports.objects, draft, self._ports.patience, key)

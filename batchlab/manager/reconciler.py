@@ -29,8 +29,8 @@ log = logging.getLogger(__name__)
 
 
 FULL_QUEUE_FACTOR = 10
-"""Factor of the silence limit while the pool's queue has visible messages, because most silent bundles are still in the
-queue then."""
+"""Factor of the silence limit while the pool's queue has visible messages, because most silent bundles of a full queue
+still wait in the queue."""
 
 RECOVERED_AT_ONCE = 50
 
@@ -59,12 +59,12 @@ class Reconciler(Part):
                 continue
             silent: list[Outstanding] = []
             for stage, waiting in live.outstanding.items():
-                # A stage of another pool has no limit, because this manager does not read the pool's queue.
+                # A stage of an unknown pool has no silence limit, because the manager does not read the pool's queue.
                 limit_s = limits_s.get(live.job.stage(stage).pool)
                 if limit_s == math.inf:
                     # The silence of bundles does not grow, because the next worker needs time for its first heartbeat.
-                    # The silence so far stays, because follow-up messages without a known bundle would otherwise reset
-                    # the silence of lost bundles repeatedly.
+                    # The silence so far stays, because messages of not yet known follow-ups would reset the silence of
+                    # lost bundles repeatedly.
                     for outstanding in waiting.values():
                         outstanding.heard_s = max(outstanding.heard_s, min(now_s, outstanding.heard_s + step_s))
                 elif limit_s is not None:
@@ -74,7 +74,7 @@ class Reconciler(Part):
 
     def _limit_s(self, pool: str, depth: Depth) -> float:
         """Return the maximum silence of a bundle of the pool. The limit is infinite while the queue has at least as
-        many messages as outstanding bundles, because no message is lost in this case."""
+        many messages as outstanding bundles, because no message of a bundle is lost."""
         if not depth.visible:
             return self._settings.silence_s
         messages = depth.visible + depth.in_flight + depth.delayed
@@ -153,8 +153,8 @@ class Reconciler(Part):
             await self._coordinator.follow_control(live)
 
     async def forward(self, job: JobDef, outcome: Outcome) -> None:
-        """Send the uncommitted follow-ups of an outcome and fold the outcome, because its worker may have died after
-        the commit."""
+        """Send the uncommitted follow-ups of an outcome and fold the outcome, because the outcome's worker may have
+        died after the commit."""
         key = await self._keys.key_of(job)
         follows = await uncommitted(self._objects, outcome.follows, self._patience, key)
         uncommitted_part = replace(outcome, follows=follows)

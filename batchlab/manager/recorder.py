@@ -76,7 +76,7 @@ class _LiveRecording:
 
     def took_s(self, now_s: float, monotonic_s: float) -> float:
         """Return the duration of the job's round. The duration is the longer of two measurements: by the monotonic
-        clock since this process first saw the job, and by the wall clock. If an earlier manager conducted the job, the
+        clock since the process first saw the job, and by the wall clock. If an earlier manager conducted the job, the
         wall clock measurement starts with the job's first task or its retry."""
         starts: list[float | None] = []
         if self.live and self.live.round:
@@ -176,18 +176,19 @@ class Recorder:
                 live_recording.requests.add(request_point(account, now_s, 0.0))
             took_s = live_recording.took_s(now_s, self._ports.clock.monotonic_s()) if live_recording else 0.0
             closed[job] = took_s, self._part(job, live_recording, took_s)
-            # The job is removed at once, because a retry of the job may begin before the next sample.
+            # The ended job is removed before the next sample, because a retry of the job may begin before the next
+            # sample.
             self._jobs.pop(job, None)
             self._earlier.pop(job, None)
         return closed
 
     def _part(self, job: JobId, seen: _LiveRecording | None, took_s: float) -> RecordedData:
-        """Return the recorded data of the job. The call reads no rows older than the job, because many jobs may end at
-        once."""
+        """Return the recorded data of the job. The call reads no rows older than the job, because many jobs may end
+        together."""
         doc: RecordedData = {"jobs": {}, "earlier": {job: self._earlier[job]} if job in self._earlier else {}}
         if seen:
-            # The limit keeps the data of short jobs small, because most jobs are short and each job would include the
-            # whole fleet.
+            # The limit of rows keeps the data of short jobs small, because most jobs are short and each job would
+            # include the whole fleet.
             most = MAX_ROWS_OF_SHORT_JOB if took_s < SHORT_S else None
             doc |= {
                 "pools": self._pools_doc(seen.pools),
@@ -341,7 +342,8 @@ class Recorder:
                 await self.save()
 
     async def save_regularly(self) -> None:
-        """Store the recorded data every `SAVE_S` in an endless loop. Ticks of the manager do not wait for this loop."""
+        """Store the recorded data every `SAVE_S` in an endless loop. Ticks of the manager do not wait for
+        `save_regularly`."""
         while True:
             await asyncio.sleep(SAVE_S)
             await self.save()
@@ -412,7 +414,7 @@ class ReportQueue:
             self._is_due.clear()
 
     async def _wait_until_quiet(self, latest_s: float) -> None:
-        """Wait until no job was submitted for a while, or until `latest_s` on the loop's clock."""
+        """Wait until no job was submitted for `QUIET_S`, or until `latest_s` on the event loop's clock."""
         before = -1
         while self._counts.submitted != before and asyncio.get_running_loop().time() < latest_s:
             before = self._counts.submitted
@@ -425,7 +427,7 @@ class ReportQueue:
                 await asyncio.sleep(RETRY_S)
             try:
                 await self._reporter.write(job)
-            except Exception as error:  # noqa: BLE001 - whatever it is, no job may suffer from it
+            except Exception as error:  # noqa: BLE001 - an error of a report must not affect a job
                 raise_if_cancelled()
                 log.warning("the performance data of %s is not written: %s", job, error)
                 self._troubles[job] = str(error)

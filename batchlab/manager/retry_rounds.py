@@ -68,8 +68,8 @@ async def cuts_of_round(ports: Ports, record: JobRecord) -> tuple[Cut, ...]:
 
 
 async def read_retry(ports: Ports, job: JobDef, round_: int) -> Retry:
-    """Return the retry that began a round. Raise NotFound if the retry object does not exist, or UnreadableObject if it
-    is unreadable or belongs to another job or round."""
+    """Return the retry that began a round. Raise NotFound if the retry object does not exist, or UnreadableObject if
+    the object is unreadable or belongs to another job or round."""
     key = object_keys.retry(job.id, round_)
     retry = await read_stored(ports, key, Retry.from_bytes)
     stages = {stage.name for stage in job.stages}
@@ -120,7 +120,7 @@ class _PlanState:
     void: set[StageName] = field(default_factory=set)
     redone: set[StageName] = field(default_factory=set)
     out: dict[StageName, TaskSet] = field(default_factory=dict)
-    """Tasks without a result after the retry, which are unretried failures and the later tasks that depend on these
+    """Tasks without a result after the retry, which are unretried failures and the later tasks that depend on unretried
     failures."""
 
 
@@ -149,7 +149,8 @@ class RetryPlanner:
             task_set = walk.kept.get(stage.name, TaskSet())
             walk.out[stage.name] = TaskSet.union((upstream, task_set))
             counts = before.counts
-            # The numbers are at least 0, because forged outcomes may have counted more tasks than exist.
+            # The numbers of failed and cancelled tasks are at least 0, because forged outcomes may have counted more
+            # tasks than exist.
             failed = max(0, counts.failed - len(task_set))
             cancelled = max(0, counts.cancelled - len(upstream))
             if counts.planned is not None and not failed and not cancelled:

@@ -225,7 +225,7 @@ class Scheduler(Part):
         await self._load_template(after)
 
     async def _load_template(self, schedule: Schedule) -> None:
-        """Cache the job of a schedule whose prewarming begins soon."""
+        """Cache the job of a schedule whose prewarming has begun."""
         definition, due_s = schedule.definition, self.next_s(schedule)
         if definition.prewarm_s and due_s is not None:
             soon = due_s - self._clock.now_s() <= definition.prewarm_s
@@ -358,7 +358,7 @@ class Scheduler(Part):
                 await self._requests.cancel(job)
             except BatchlabError as error:  # the job has ended, or the backend does not answer
                 log.warning("%s is not cancelled: %s", job, error)
-                self._cancelling.pop(job, None)  # the next round cancels the job again if it still runs
+                self._cancelling.pop(job, None)  # the next round cancels the job again if the job still runs
 
         self._cancelling[job] = asyncio.get_running_loop().create_task(cancel(), name=f"replace {job}")
 

@@ -278,7 +278,7 @@ class Spending(Part):
         return VersionedDocument(self._ports, object_keys.used(job), lambda _: None, keeps_unreadable=True)
 
     async def account(self, job: JobId) -> Account | None:
-        """Return the usage of a job, or None if it was not recorded."""
+        """Return the usage of a job, or None if the usage was not recorded."""
         live = self._lives.get(job)
         if live:
             return live.account
@@ -300,8 +300,8 @@ class Spending(Part):
         """Store the accounts if they have changed, and regularly while jobs use instances."""
         now_s = self._clock.monotonic_s()
         age_s = None if self._saved_s is None else now_s - self._saved_s
-        # Without live jobs, no regular write is needed, because any manager can bill instances without a job from their
-        # launch.
+        # Without live jobs, no regular write is needed, because every manager can bill instances without a job from
+        # their launch.
         is_old = self._accounts and self.meter.lives and (age_s is None or age_s >= SAVE_S)
         is_due = self._is_changed and (age_s is None or age_s >= self._settings.idle_s)
         if not (is_old or is_due):

@@ -1,6 +1,6 @@
 """In-memory state of the manager: its ports, its time constants, and each job that has not ended.
 
-Invariants: the state can be discarded at any moment, because a new leader reads it from the ledger. Retained outcomes
+Invariants: the state in memory can be discarded at any moment, because a new leader reads the ledger. Retained outcomes
 take at most MAX_RETAINED_BYTES. The manager releases the oldest outcome first, and clients read released outcomes from
 the bucket. This module imports no other module of the manager, because workers also import the time constants.
 """
@@ -161,14 +161,14 @@ class LiveJob:
     measured: dict[StageName, Pace] = field(default_factory=dict)
     spans: dict[StageName, str] = field(default_factory=dict)
     traced: dict[StageName, deque[str]] = field(default_factory=dict)
-    """Traceparents of the last outcomes of each stage. The trace of a gather links to them."""
+    """Traceparents of the last outcomes of each stage. The trace of a gather links to the traceparents."""
     account: Account = field(default_factory=Account)
     """Usage of the job, as AWS would bill it."""
     budget: Budget | None = None
     """Remaining budget under a cost cap, or None without a cap."""
     is_held: bool = False
-    """Whether the rest of a cost cap is too small for the job's next task. The manager launches no instance and cuts no
-    bundle for a held job."""
+    """Whether the remaining budget of a cost cap is too small for the job's next task. The manager launches no instance
+    and cuts no bundle for a held job."""
     capped: str = ""
     """Text that names the cap that holds the job back, and the spent part of the cap. The text stays until the cap
     covers all uncut tasks, because a nearly spent cap holds the job back repeatedly."""
@@ -412,15 +412,15 @@ class Backlog:
 
 
 WINDOW = 3
-"""Outstanding bundles per slot: one runs, one is prefetched, and one covers the manager's latency. A short queue lets
-bundle sizes follow new measurements, and lets priorities take effect soon."""
+"""Number of outstanding bundles per slot: one bundle runs, one bundle is prefetched, and one bundle covers the
+manager's latency. A short queue lets bundle sizes follow new measurements, and lets job priorities take effect soon."""
 
 
 @dataclass(frozen=True, slots=True)
 class ManagerSettings:
-    """Time constants of the manager in seconds, and three numbers. `control_lease_s` belongs to the workers (see
-    WorkerSettings). The reconciler recovers a bundle after `silence_s` without a heartbeat. `lease_ttl_s` is the time
-    to live of the leader's lease. `tick_s` is the interval of the autoscaler, the reconciler, and the fleet. The
+    """Time constants of the manager in seconds, and three numbers. `control_lease_s` is also a setting of the workers
+    (see WorkerSettings). The reconciler recovers a bundle after `silence_s` without a heartbeat. `lease_ttl_s` is the
+    time to live of the leader's lease. `tick_s` is the interval of the autoscaler, the reconciler, and the fleet. The
     scaling policy uses `drain_target_s`, `cooldown_in_s`, and `idle_s`. After `boot_tries` consecutive failed launches
     in a pool, the next launch waits for `boot_pause_s` (0 for a fleet with its own backoff; see LaunchBreaker).
     `boot_tries`, `max_receives`, and `window` (bundles per slot) are numbers without a unit."""

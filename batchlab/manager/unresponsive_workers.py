@@ -3,7 +3,7 @@
 An Auto Scaling group replaces instances that fail the group's own health checks, but keeps an instance whose worker has
 stopped.
 
-Invariants: only time in which this manager or the previous leader received events counts as silence. An outage of the
+Invariants: a silence includes only time in which the current or the previous leader received events. An outage of the
 events queue, or a pause of the manager, neither adds to a silence nor resets a silence. If all workers of a pool are
 silent, the cause may be the manager, so the manager replaces instances one at a time.
 
@@ -61,8 +61,8 @@ class WorkEvidence(Part):
 
     async def is_refuted(self, instance: str) -> bool:
         """Return whether every held bundle belongs to a job that has ended or does not exist. The check reads the
-        ledger and the bucket, because a manager may have died before it wrote a job to the ledger. Raise BackendError
-        if the backend is unavailable."""
+        ledger and the bucket, because a manager may have died before the write of a job to the ledger. Raise
+        BackendError if the backend is unavailable."""
         worker_status = self._registry.workers.get(instance)
         for job in sorted({held.job for held in worker_status.beat.held} - self._lives.keys() if worker_status else ()):
             try:
@@ -104,8 +104,8 @@ class WorkEvidence(Part):
 
 
 SILENCE_FACTOR = 3
-"""Limit of silence as a multiple of `silence_s`. The reconciler recovers a silent worker's bundles before this
-limit."""
+"""Limit of silence as a multiple of `silence_s`. The reconciler recovers a silent worker's bundles before the worker is
+replaced."""
 STEPS = 10
 """Number of steps to which stored silences are rounded, from 0 to the limit."""
 MAX_TICKS = 2

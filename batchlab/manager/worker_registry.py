@@ -35,8 +35,8 @@ log = logging.getLogger(__name__)
 
 
 MAX_UNKNOWN_INSTANCES = 1000
-"""Maximum number of unknown instances with waiting heartbeats. Above this limit, the manager drops the heartbeat that
-has waited longest."""
+"""Maximum number of unknown instances with waiting heartbeats. Above MAX_UNKNOWN_INSTANCES, the manager drops the
+heartbeat that has waited longest."""
 
 Waiting = tuple[Beat, Collection[JobId]]
 
@@ -120,7 +120,7 @@ class InstanceKeys:
             if (data := await self._document.read()) is None:
                 return
             self._digests = _keys_from_bytes(data)
-            # A manager of release 0.1.0 stored no silences.
+            # A document of release 0.1.0 contains no silences.
             silences_s = json_format.loads(data).get("quiet_s", {})
             self.silences_s = {str(instance): float(silence_s) for instance, silence_s in silences_s.items()}
         except (Malformed, TooNew, *UNREADABLE) as error:
@@ -186,8 +186,8 @@ class _DepartedWorker:
 class WorkerRegistry:
     """Registry of workers by instance. Invariant (I6): a dead instance's messages return to the queue as soon as the
     fleet reports the death. If the fleet ended the instance, the manager sends the instance's bundles as new messages.
-    If the instance died by itself, the manager makes its messages visible again, which adds a receive. After a silence
-    of `LOST_S`, the messages of a worker have already returned to the queue."""
+    If an instance died by itself, the manager makes its messages visible again, which increases their receive count.
+    After a silence of `LOST_S`, the messages of a worker have already returned to the queue."""
 
     def __init__(self, ports: Ports, lives: Mapping[JobId, LiveJob], quarantine: Quarantine | None = None) -> None:
         self._ports = ports
@@ -280,7 +280,7 @@ class WorkerRegistry:
             self._ready.add(instance)
 
     def record_requests(self, report: WorkerRequests) -> None:
-        """Record the request counts of a worker if they are plausible."""
+        """Record the request counts of a worker if the counts are plausible."""
         launched_s = self.instances.launched_s(report.instance)
         if launched_s is None:
             return
@@ -315,7 +315,7 @@ class WorkerRegistry:
 
     def forget_vanished(self, existing: Collection[str]) -> None:
         """Remove workers that were silent for `LOST_S` on instances that no longer exist, because another leader
-        recorded the end of these instances."""
+        recorded their end."""
         since_s = self._ports.clock.monotonic_s() - LOST_S
         for instance, worker_status in list(self.workers.items()):
             if worker_status.heard_s < since_s and instance not in existing:
