@@ -1,4 +1,5 @@
-"""Deterministic simulation: the grid's own code on virtual time, under faults chosen by a seed.
+"""Deterministic simulation: the code of the grid on virtual time, under faults chosen by a seed.
 
-Invariant: a run is a function of its seed. Two runs write the same event log, byte for byte.
+Invariant: a simulation is a function of its seed. Two simulations with the same seed write the same event log, byte for
+byte.
 """

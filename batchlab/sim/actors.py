@@ -1,7 +1,7 @@
 """Actors (the processes of the simulated grid), their clocks and ids, and the control words of their jobs.
 
-Invariant: once an actor is dead, no port call of its tasks has any effect. The time is the event loop's, and ids come
-from a seed. This module never reads the machine's clock or its random source.
+Invariant: no port call of a dead actor's tasks has any effect. Actors read the time of the event loop, and derive ids
+from a seed. Actors never read the clock or the random source of the machine.
 """
 
 from __future__ import annotations
@@ -24,33 +24,33 @@ from batchlab.manager.retry_rounds import TaskSelection
 T = TypeVar("T")
 
 CANCEL_ROUNDS = 1_000
-"""Number of times that a task may catch a cancellation before it counts as stuck."""
+"""Number of times that a task may catch a cancellation before the task counts as stuck."""
 
 
 class SimulationError(BatchlabError):
-    """The simulated program broke a rule of the simulation, or the simulation was set up wrongly."""
+    """Error of a program that broke a rule of the simulation, or of a wrong setup of the simulation."""
 
 
 class Violated(SimulationError):
-    """A promise is broken."""
+    """Error of a broken promise of the grid."""
 
 
 def check(holds: bool, promise: str, facts: str) -> None:
-    """Raise Violated unless the condition `holds`."""
+    """Raise Violated if the condition `holds` is false."""
     if not holds:
         raise Violated(f"{promise} is violated: {facts}")
 
 
 class ActorKilled(BaseException):
-    """A dead actor made a port call.
+    """Exception at a port call of a dead actor.
 
-    This is a BaseException, so that the `except Exception` of a retry loop cannot catch it.
+    ActorKilled is a BaseException, so that the `except Exception` of a retry loop cannot catch it.
     """
 
 
 @runtime_checkable
 class Freezer(Protocol):
-    """The methods that an event loop needs to freeze actors. SimLoop has them."""
+    """Methods of an event loop that freezes actors. SimLoop implements Freezer."""
 
     def freeze(self, actor: Actor) -> None: ...
 
@@ -60,25 +60,26 @@ class Freezer(Protocol):
 class Actor:
     """A process that can be killed at any moment: a group of tasks that SIGKILL ends together.
 
-    A restarted process is a new Actor. Give it the old name to continue its fault numbering.
+    Each restart of a process creates a new Actor. A new Actor with the name of an earlier one continues the numbers of
+    its port calls.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.alive = True
         self.guarded = True
-        """False once the actor has a port without a wrapper. It can then no longer be killed."""
-        # A dict is used as an ordered set: tasks must die in the order in which they were created.
+        """True until the actor gets a port without a wrapper. An actor with an unwrapped port cannot be killed."""
+        # A dict serves as an ordered set, because tasks must die in the order in which they were created.
         self._tasks: dict[asyncio.Task[Any], None] = {}
 
     def __repr__(self) -> str:
         return f"Actor({self.name!r}, {'alive' if self.alive else 'dead'})"
 
     def spawn(self, coro: Coroutine[Any, Any, T], *, name: str | None = None) -> asyncio.Task[T]:
-        """Run `coro` as a task of this actor. Every task that it creates also belongs to the actor.
+        """Run `coro` as a task of this actor. Every task that `coro` creates also belongs to the actor.
 
-        Wait for the task's end with `asyncio.wait([task])`: awaiting the task itself would raise ActorKilled in the
-        waiting task. Raise SimulationError if the actor is dead.
+        Wait for the task's end with `asyncio.wait([task])`, because `await task` would raise ActorKilled in the waiting
+        task. Raise SimulationError if the actor is dead.
         """
         if not self.alive:
             coro.close()
@@ -89,10 +90,10 @@ class Actor:
         return loop.create_task(coro, name=name or self.name, context=context)
 
     def kill(self) -> None:
-        """Simulate SIGKILL: disconnect the ports, then cancel all tasks now, in the order of their creation.
+        """Simulate SIGKILL: disconnect the ports, then cancel all tasks in the order of their creation.
 
-        The `finally` blocks of the tasks run, because a coroutine cannot be dropped, but their port calls take no
-        effect.
+        The `finally` blocks of killed tasks run, because Python cannot drop a coroutine, but port calls in the blocks
+        take no effect.
         """
         if not self.alive:
             return
@@ -106,7 +107,7 @@ class Actor:
         self._reap(0)
 
     def freeze(self) -> None:
-        """Simulate SIGSTOP: the actor stops until it is thawed or killed. Ignore a dead actor."""
+        """Simulate SIGSTOP: the actor stops until it is thawed or killed. A dead actor is ignored."""
         loop = asyncio.get_running_loop()
         if self.alive and isinstance(loop, Freezer):
             loop.freeze(self)
@@ -118,18 +119,18 @@ class Actor:
             loop.thaw(self)
 
     def adopt(self, task: asyncio.Task[Any]) -> None:
-        """Add a task. The loop calls this for every task created in this actor's context."""
+        """Add a task to the actor. The event loop calls `adopt` for every task created in the actor's context."""
         self._tasks[task] = None
         if not self.alive:
             task.cancel()
 
     def forget(self, task: asyncio.Task[Any]) -> None:
-        """Remove a task. The loop calls this when the task has ended."""
+        """Remove a task from the actor. The event loop calls `forget` at the end of each task."""
         self._tasks.pop(task, None)
 
     def _reap(self, rounds: int) -> None:
-        # One cancellation is not enough, because `finally` blocks wait and loops catch it. All rounds happen at the
-        # same virtual instant, so that no code of a dead actor runs later.
+        # A killed task needs several cancellations, because `finally` blocks wait, and loops catch cancellations. All
+        # cancellations happen at the same virtual instant, so that no code of a dead actor runs later.
         if not self._tasks:
             return
         if rounds == CANCEL_ROUNDS:
@@ -141,11 +142,11 @@ class Actor:
 
 
 CURRENT: contextvars.ContextVar[Actor | None] = contextvars.ContextVar("actor", default=None)
-"""The actor whose code is running. Tasks inherit it, because asyncio copies the context."""
+"""The actor whose code is running. New tasks inherit the current actor, because asyncio copies the context."""
 
 
 def silence_killed_actors() -> None:
-    """Silence Python's reports about dropped coroutines, for a process that exits during a simulation."""
+    """Silence Python's reports about dropped coroutines in a process that exits during a simulation."""
     original = sys.unraisablehook
 
     def report(dropped: sys.UnraisableHookArgs) -> None:
@@ -162,7 +163,7 @@ class SimClock:
         """`epoch_s` is the wall-clock time at the loop's time 0, in seconds since the epoch."""
         self._loop = loop
         self._epoch_s = epoch_s
-        # The loop's own method, because every step calls it.
+        # `monotonic_s` is the method of the loop itself, because every simulated step calls it.
         self.monotonic_s = loop.time
 
     def now_s(self) -> float:
@@ -174,7 +175,7 @@ class SimClock:
 
 
 class SkewedClock:
-    """One actor's Clock. Its wall clock is `off_s` seconds ahead of the world's clock, and may jump."""
+    """Clock of one actor. The actor's wall clock is `off_s` seconds ahead of the world's clock, and may jump."""
 
     def __init__(self, world: SimClock, off_s: float = 0.0) -> None:
         self._world = world
@@ -186,9 +187,10 @@ class SkewedClock:
 
 
 class SimIds:
-    """Ids drawn from a seeded source.
+    """Source of ids drawn from a seeded random source.
 
-    Each actor needs its own source. With a shared source, the interleaving of actors would change the ids.
+    Each actor needs its own source of ids. With a shared source of ids, the interleaving of actors would change the
+    ids.
     """
 
     def __init__(self, rng: random.Random) -> None:
@@ -205,16 +207,16 @@ class JobControls:
 
     clock: Clock
     forbidden_s: dict[JobId, float] = field(default_factory=dict)
-    """Time of each job's acknowledged cancellation, without jobs that were retried since."""
+    """Time of the acknowledged cancellation of each job that was not retried after the cancellation."""
     _words: dict[str, list[tuple[float, Control]]] = field(default_factory=dict)
     _cancelled: dict[str, int] = field(default_factory=dict)
     """The last round in which each job was canceled."""
     _ended: set[str] = field(default_factory=set)
-    """Jobs of which a round has ended."""
+    """Jobs with at least one ended round."""
     _retries: dict[JobId, list[int]] = field(default_factory=dict)
-    """The numbers of requested and of acknowledged retries."""
+    """Numbers of requested and of acknowledged retries of each job."""
     choices: dict[JobId, list[TaskSelection | None]] = field(default_factory=dict)
-    """The failures that users asked to retry; None for all failures."""
+    """Failures that users asked to retry, by job; None stands for all failures."""
 
     # --- Control words ---------------------------------------------------------------------------
 
@@ -245,7 +247,7 @@ class JobControls:
         return any(word is not Control.RUN for word in (*last, *later))
 
     def stopped_s(self, job: JobId) -> float:
-        """Return the time since which the control object allows no start, or infinity if it allows a start."""
+        """Return the time since which the control object forbids starts, or infinity if the object allows starts."""
         since_s = math.inf
         for at_s, word in reversed(self._words.get(job, [])):
             if word is Control.RUN:
@@ -254,15 +256,17 @@ class JobControls:
         return since_s
 
     def was_cancelled(self, job: JobId, round_: int = 0) -> bool:
-        """Return whether a user or the failure limit canceled the job in `round_` or later."""
+        """Return whether a user or the failure limit canceled the job in `round_` or in a later round."""
         return self._cancelled.get(job, -1) >= round_
 
     # --- Requests of users -----------------------------------------------------------------------
 
     def on_cancel_request(self, job: JobId) -> Callable[[], None]:
-        """Record that a user cancels the job. Return a function to call when the cancellation is acknowledged.
+        """Record that a user cancels the job.
 
-        A cancellation that overlaps a retry does not count, because their order is unknown.
+        The caller calls the returned function when the cancellation is acknowledged.
+
+        A cancellation that overlaps a retry does not count, because the order of the two requests is unknown.
         """
         before = list(self._retries.setdefault(job, [0, 0]))
 
@@ -273,11 +277,11 @@ class JobControls:
         return acknowledged
 
     def on_choice(self, job: JobId, choice: TaskSelection | None) -> None:
-        """Record the failures that a user asks to retry; None for all failures."""
+        """Record the failures that a user asks to retry, or None for all failures."""
         self.choices.setdefault(job, []).append(choice)
 
     def on_retry_request(self, job: JobId) -> Callable[[], None]:
-        """Record that a user retries the job. Return a function to call when the retry is acknowledged."""
+        """Record that a user retries the job. The caller calls the returned function when the retry is acknowledged."""
         counts = self._retries.setdefault(job, [0, 0])
         counts[0] += 1
         self.forbidden_s.pop(job, None)
@@ -291,8 +295,9 @@ class JobControls:
 class Pause:
     """A faster `asyncio.sleep` (for more than 0 s) that stores its event loop.
 
-    asyncio looks up the running loop at each call, which costs a system call for the process id. Every simulated port
-    call and task waits. A wait ends at the same time, and in the same order, as a wait of `asyncio.sleep`.
+    `asyncio.sleep` looks up the running loop at each call, which costs a system call for the process id. A fast pause
+    matters because every simulated port call and task waits. A pause ends at the same time, and in the same order, as a
+    call of `asyncio.sleep`.
     """
 
     def __init__(self) -> None:

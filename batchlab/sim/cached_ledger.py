@@ -1,7 +1,7 @@
-"""Ledger with a cache for the users and checks of a world, which read it every virtual second.
+"""Ledger with a cache for the users and checks of a world, which read the ledger every virtual second.
 
-Invariant: a cached answer equals the ledger's answer, because each write that may change it drops the cache. Managers
-always read the ledger itself.
+Invariant: a cached answer equals the ledger's answer, because each write that may change the answer drops the cache.
+Managers always read the ledger without the cache.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ class CachedLedger(SqlLedger):
     def __init__(self, engine: Engine, run: CallRunner) -> None:
         super().__init__(engine, run)
         self._written = 0
-        """Number of writes, without the writes of the lease."""
+        """Number of writes to the ledger, without the writes of the lease."""
         self._jobs: dict[JobId, tuple[int, JobRecord | None]] = {}
         self._rows: dict[JobId, tuple[int, JobRows]] = {}
 
     async def find(self, job: JobId) -> JobRecord | None:
-        """Return the job as `job` does, or None if it does not exist."""
+        """Return the job as `job` does, or None if the job does not exist."""
         cached = self._jobs.get(job)
         if cached is None or cached[0] != self._written:
-            # Read the write count before the query: a write during the query makes the answer old.
+            # The write count is read before the query, because a write during the query makes the answer old.
             written = self._written
             try:
                 cached = written, await self.job(job)
@@ -44,7 +44,7 @@ class CachedLedger(SqlLedger):
         return cached[1]
 
     async def cached_rows(self, job: JobId) -> JobRows:
-        """Return the rows as `rows` does."""
+        """Return the rows of the job as `rows` does, from the cache if possible."""
         cached = self._rows.get(job)
         if cached is None or cached[0] != self._written:
             cached = self._written, await self.rows(job)
@@ -52,7 +52,10 @@ class CachedLedger(SqlLedger):
         return cached[1]
 
     async def lease(self, name: str, owner: str, *, over: Lease | None = None) -> Lease:
-        """Renew the lease. This most frequent write changes no job, so the cache stays valid."""
+        """Renew the lease without a reset of the cache.
+
+        The frequent writes of the lease change no job, so the cache stays valid.
+        """
         lease = await super().lease(name, owner, over=over)
         self._written -= 1
         return lease

@@ -1,6 +1,6 @@
 """Event log of the effects at the ports, in order, and a lenient reader of bundles in messages.
 
-Invariant: a line of the log depends only on the values in it, never on addresses, hash seeds, or folder names.
+Invariant: a line of the log depends only on the values in the line, never on addresses, hash seeds, or folder names.
 """
 
 from __future__ import annotations
@@ -18,11 +18,14 @@ from batchlab.core.model import Bundle
 from batchlab.core.protocol import json_format, object_keys
 
 MAX_VALUE_LENGTH = 72
-"""Maximum length in characters of a value in the log. A longer value is cut and followed by its hash."""
+"""Maximum length in characters of a value in the log.
+
+A longer value is cut, and the log has the hash of the value after the cut.
+"""
 
 
 class EventLog:
-    """A log to which lines are appended, each with its virtual time in seconds. `time` returns the virtual time."""
+    """Log of lines, each with a virtual time in seconds. `time` returns the current virtual time."""
 
     def __init__(self, time: Callable[[], float]) -> None:
         self._time = time
@@ -32,16 +35,16 @@ class EventLog:
         self.lines.append(f"{self._time():.6f} {actor} {event}")
 
     def text(self) -> str:
-        """Return all lines, each ended by a newline."""
+        """Return all lines of the log, each ended by a newline."""
         return "".join(f"{line}\n" for line in self.lines)
 
     def digest(self) -> str:
-        """Return the SHA-256 of the text, in hexadecimal."""
+        """Return the SHA-256 of the log's text, in hexadecimal."""
         return hashlib.sha256(self.text().encode()).hexdigest()
 
 
 def brief(value: object) -> str:
-    """Return `value` as one short line that is the same in every process."""
+    """Return `value` as one short line of text that is the same in every process."""
     text = canonical(value)
     if len(text) <= MAX_VALUE_LENGTH:
         return text
@@ -49,12 +52,12 @@ def brief(value: object) -> str:
 
 
 def canonical(value: Any) -> str:
-    """Return a repr in which sets are sorted, large bytes are hashed, and paths are cut to their last part.
+    """Return the repr of a value with sorted sets, hashed large bytes, and only the last part of paths.
 
-    Plain `repr` is not enough: its order of sets depends on the hash seed, and it shows addresses.
+    Python's `repr` shows addresses, and its order of sets depends on the hash seed.
     """
     if value is None or isinstance(value, str | int | float):
-        # An enum that is a str or an int is shown by its value, so a new name of a member changes no log.
+        # A str or int enum is shown by its value, so that a renamed member changes no log.
         return repr(value.value if isinstance(value, Enum) else value)
     if isinstance(value, bytes):
         return repr(value) if len(value) <= MAX_VALUE_LENGTH else f"{len(value)} bytes#{_hash(value)}"
@@ -71,7 +74,7 @@ def _canonical_object(value: Any) -> str:
     if isinstance(value, PurePath):
         return repr(value.name)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        # Fields with default values are left out to keep lines short.
+        # Fields with default values are omitted to keep the lines short.
         fields = [
             f"{f.name}={canonical(getattr(value, f.name))}"
             for f in dataclasses.fields(value)
@@ -88,7 +91,7 @@ def _hash(data: bytes) -> str:
 
 
 Name = tuple[str, str, str]
-"""Job, stage, and bundle id."""
+"""Name of a bundle: job, stage, and bundle id."""
 
 
 def name_of_bundle(bundle: Bundle) -> Name:
@@ -100,12 +103,12 @@ def doc_of(body: str) -> dict[str, Any]:
     try:
         doc = json.loads(body)
     except (ValueError, RecursionError):
-        return {}  # Scenes send malformed messages on purpose.
+        return {}  # Lying workers send malformed messages on purpose.
     return doc if isinstance(doc, dict) else {}
 
 
 def bundle_in(doc: Mapping[str, Any]) -> Bundle | None:
-    """Return the bundle in a task message, or None if it is missing or malformed."""
+    """Return the bundle in a task message, or None if the bundle is missing or malformed."""
     try:
         return json_format.bundle_from_json(doc["b"])
     except Exception:  # noqa: BLE001 - as above

@@ -1,7 +1,7 @@
 """An asyncio event loop whose clock jumps to the next timer when no callback is ready.
 
-Invariant: the program alone decides which callbacks run, and in which order. Callbacks with equal times run in the
-order in which they were scheduled. Threads, sockets, and wall time cannot affect the order.
+Invariant: the simulated program alone decides which callbacks run, and in which order. Callbacks with equal times run
+in the order in which they were scheduled. Threads, sockets, and wall time cannot affect the order.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from batchlab.sim.actors import CANCEL_ROUNDS, CURRENT, Actor, ActorKilled, Simu
 class SimHandle(asyncio.Handle):
     """A callback to run, with the fields that asyncio's futures read.
 
-    The loop runs about 100 handles for each simulated bundle, so a handle skips the costs of asyncio's debug mode.
+    The loop runs about 100 handles for each simulated bundle, so a handle omits the debug mode of asyncio.
     """
 
     __slots__ = ()
     _callback: Any
     _args: Any
     _loop: Any
-    # asyncio sets these fields only in debug mode.
+    # asyncio sets these fields of a handle only in debug mode.
     _repr = None
     _source_traceback = None
 
@@ -50,7 +50,7 @@ class SimHandle(asyncio.Handle):
 
 
 class SimTimer(SimHandle, asyncio.TimerHandle):
-    """A callback to run at `when`, in seconds of its loop."""
+    """Callback to run at the loop time `when`, in seconds."""
 
     __slots__ = ()
     _when: float
@@ -64,7 +64,7 @@ class SimTimer(SimHandle, asyncio.TimerHandle):
         loop: asyncio.AbstractEventLoop,
         context: Context | None,
     ) -> None:
-        # A call of the base constructor would double the time.
+        # A call of the base constructor would double the time to create a timer.
         self._callback = callback
         self._args = args
         self._loop = loop
@@ -74,7 +74,7 @@ class SimTimer(SimHandle, asyncio.TimerHandle):
         self._scheduled = True
 
     def cancel(self) -> None:
-        """Cancel the timer as asyncio does. Notify the loop only if the timer has not fired yet."""
+        """Cancel the timer as asyncio does. The loop is notified only if the timer has not fired yet."""
         if not self._cancelled:
             self._cancelled = True
             self._callback = self._args = None
@@ -85,7 +85,7 @@ class SimTimer(SimHandle, asyncio.TimerHandle):
 class SimTask(asyncio.Task[Any]):
     """A task of an actor, whose hash is its serial number.
 
-    TaskGroup and asyncio.wait store tasks in sets. With the default hash, an address, the order of cancellations would
+    TaskGroup and asyncio.wait store tasks in sets. The default hash is an address, so the order of cancellations would
     differ between processes.
     """
 
@@ -102,7 +102,7 @@ class SimTask(asyncio.Task[Any]):
         name: str,
         context: Context | None,
     ) -> None:
-        # The base constructor already adds the task to a set, so the serial number is set before.
+        # The base constructor adds the task to a set, so the serial number is set before the constructor runs.
         self.serial = serial
         self.actor = actor
         super().__init__(coro, loop=loop, name=name, context=context)
@@ -111,7 +111,7 @@ class SimTask(asyncio.Task[Any]):
         return self.serial
 
     def __str__(self) -> str:
-        """Return the task's name and where it waits: `w-1 (run:103 > _fetch:140 > wait:212)`."""
+        """Return the task's name and its waiting functions with lines: `w-1 (run:103 > _fetch:140 > wait:212)`."""
         chain: list[str] = []
         coro: Any = self.get_coro()
         while (frame := getattr(coro, "cr_frame", None)) is not None:
@@ -131,28 +131,31 @@ _MAX_NAMED_TASKS = 20
 
 
 class Deadlock(SimulationError):
-    """Tasks wait, but nothing is scheduled that could wake them."""
+    """Error if tasks wait, but no scheduled callback can wake any task."""
 
 
 class TimeLimit(SimulationError):
-    """The program has not ended within its limit of virtual seconds."""
+    """Error if the program does not end within its limit of virtual seconds."""
 
 
 class StepLimit(SimulationError):
-    """The program has not ended within its limit of steps. It may loop without waiting."""
+    """Error if the program does not end within its limit of steps. The program may loop without waiting."""
 
 
 class Crashed(SimulationError):
-    """A task or callback raised an exception that was never retrieved. The exception is the `__cause__`."""
+    """Error if a task or callback raised an exception that no code retrieved.
+
+    The `__cause__` of Crashed is the lost exception.
+    """
 
 
 class SimLoop(asyncio.BaseEventLoop):
     """An event loop in virtual time, which starts at 0 and is independent of the machine's clock.
 
-    The loop opens no file descriptor, so the caller does not need to close it. Pass tasks to `asyncio.as_completed`,
-    because it stores bare coroutines in a set ordered by their addresses.
+    The loop opens no file descriptor, so the caller does not need to close the loop. Callers of `asyncio.as_completed`
+    must pass tasks, because asyncio stores bare coroutines in a set ordered by addresses.
 
-    With `inline_executor`, calls for a thread (asyncio.to_thread) run at once in the loop.
+    With `inline_executor`, functions passed to a thread (asyncio.to_thread) run immediately in the loop.
     """
 
     _ready: deque[Any]
@@ -162,7 +165,7 @@ class SimLoop(asyncio.BaseEventLoop):
     def __init__(self, *, inline_executor: bool = False) -> None:
         super().__init__()
         self.steps = 0
-        """Number of callbacks run so far."""
+        """Number of callbacks that the loop has run."""
         self._inline_executor = inline_executor
         self._now_s = 0.0
         self._timers: list[tuple[float, int, SimTimer]] = []
@@ -178,18 +181,18 @@ class SimLoop(asyncio.BaseEventLoop):
         self._thawed_s: dict[Actor, float] = {}
 
     def __del__(self) -> None:
-        """Suppress the base class's warning about loops that were not closed."""
+        """Suppress the base class's warning about unclosed loops."""
 
     def run(self, main: Coroutine[Any, Any, T], *, limit_s: float | None = None, limit_steps: int | None = None) -> T:
         """Run `main` to its end, then stop all other tasks, as if the machine were switched off.
 
-        `limit_s` (virtual seconds) and `limit_steps` (callbacks) count from now. Raise the exception of `main`,
-        Deadlock, TimeLimit, StepLimit, or Crashed when another task's exception is lost.
+        `limit_s` (virtual seconds) and `limit_steps` (callbacks) count from the call of `run`. `run` raises the
+        exception of `main`, Deadlock, TimeLimit, StepLimit, or Crashed for a lost exception of another task.
         """
         self._limit_s = math.inf if limit_s is None else self._now_s + limit_s
         self._limit_steps = math.inf if limit_steps is None else self.steps + limit_steps
-        # The garbage collector runs generator finalizers after a number of allocations, which differs between
-        # processes. So the loop collects garbage after a number of steps instead.
+        # The garbage collector would run generator finalizers after a number of allocations, which differs between
+        # processes. The loop instead collects garbage after a fixed number of steps.
         collecting = gc.isenabled()
         gc.disable()
         try:
@@ -235,7 +238,7 @@ class SimLoop(asyncio.BaseEventLoop):
         return timer
 
     def _timer_handle_cancelled(self, _timer: asyncio.TimerHandle) -> None:
-        # asyncio calls this for timers that have not fired yet.
+        # asyncio calls this method for timers that have not fired yet.
         self._timers_cancelled += 1
         if self._timers_cancelled > _MIN_CANCELLED_TIMERS and self._timers_cancelled * 2 > len(self._timers):
             self._timers[:] = [entry for entry in self._timers if not entry[2]._cancelled]
@@ -243,7 +246,7 @@ class SimLoop(asyncio.BaseEventLoop):
             self._timers_cancelled = 0
 
     def _run_once(self) -> None:
-        # The run_forever method of the base class would call this method once per instant.
+        # The base class's `run_forever` would call `_run_once` once per instant, which is slower.
         ready, timers = self._ready, self._timers
         while not self._stopping:
             if self._crashes and not self._ending:
@@ -279,14 +282,14 @@ class SimLoop(asyncio.BaseEventLoop):
                 except BaseException as error:  # noqa: BLE001 - as asyncio's, for `run` to raise
                     message = f"Exception in callback {handle._callback!r}"
                     self.call_exception_handler({"message": message, "exception": error, "handle": handle})
-                # A failed task's traceback may hold this handle. Without a reference back to the task, no cycle exists,
-                # so the failure is reported at once.
+                # A failed task's traceback may hold this handle. Without a reference from the handle to the task, no
+                # cycle exists, so the failure is reported immediately.
                 handle._callback = None
         if before // _YOUNG_STEPS != after // _YOUNG_STEPS:
             gc.collect(2 if before // _FULL_STEPS != after // _FULL_STEPS else 1)
 
     def _park(self, handle: Any) -> bool:
-        """Store the handle until its actor is thawed. Return False if the actor is not frozen."""
+        """Store the handle until its actor is thawed. Return False for a handle whose actor is not frozen."""
         actor = handle._context.get(CURRENT)
         waiting = self._frozen.get(actor) if actor is not None else None
         if waiting is None:
@@ -315,28 +318,31 @@ class SimLoop(asyncio.BaseEventLoop):
     # --- freezing and failing ---
 
     def freeze(self, actor: Actor) -> None:
-        """Stop the actor, as after SIGSTOP. The actor's expired timers and received answers wait until it is thawed."""
+        """Stop the actor, as SIGSTOP does.
+
+        Expired timers and received answers of a frozen actor wait until the actor is thawed.
+        """
         self._frozen.setdefault(actor, deque())
 
     def parked(self, actor: Actor) -> int:
-        """Return the number of steps of a frozen actor that wait until it is thawed."""
+        """Return the number of steps of a frozen actor that wait for the thaw."""
         return len(self._frozen.get(actor, ()))
 
     def thaw(self, actor: Actor) -> None:
-        """Thaw the actor, and run the steps that became due in the meantime, in their order."""
+        """Thaw the actor, and run the steps that became due while the actor was frozen, in their order."""
         if actor in self._frozen:
             self._thawed_s[actor] = self.time()
         self._ready.extend(self._frozen.pop(actor, ()))
 
     def thawed_s(self, actor: Actor) -> float:
-        """Return the time when the actor was last thawed, or minus infinity if it never was."""
+        """Return the time when the actor was last thawed, or minus infinity if the actor was never thawed."""
         return self._thawed_s.get(actor, -math.inf)
 
     def is_frozen(self, actor: Actor) -> bool:
         return actor in self._frozen
 
     def fail(self, error: SimulationError) -> None:
-        """End the run with `error`, which the code under test cannot catch."""
+        """End the run with `error`, which the simulated code cannot catch."""
         self._crashes.append(error)
 
     # --- tasks ---
@@ -348,10 +354,10 @@ class SimLoop(asyncio.BaseEventLoop):
         name: object = None,
         context: Context | None = None,
     ) -> asyncio.Task[T]:
-        """Create a task of the actor in whose context this method is called."""
+        """Create a task of the actor whose context is current."""
         actor = CURRENT.get() if context is None else context.get(CURRENT)
         serial = next(self._numbers)
-        # asyncio's default names count up over the whole process, so a second run would differ.
+        # asyncio's default task names count up over the whole process, so the names in a second run would differ.
         label = f"task-{serial}" if name is None else str(name)
         task = SimTask(coro, serial, actor, loop=self, name=label, context=context)
         self._tasks[task] = None
@@ -366,11 +372,14 @@ class SimLoop(asyncio.BaseEventLoop):
         if task.actor is not None:
             task.actor.forget(task)
         if not task.cancelled() and task._log_traceback:
-            # A weak reference, so that a lost exception is reported at once.
+            # A weak reference to a failed task lets a lost exception be reported immediately.
             self._failed.append(weakref.ref(task))
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
-        """Store an error that asyncio would only log, so that `run` raises it. `__del__` may call this method."""
+        """Store an error that asyncio would only log, so that `run` raises the error.
+
+        A `__del__` method may call this handler.
+        """
         error = context.get("exception")
         task = context.get("task") or context.get("future")
         handle = context.get("handle")
@@ -387,9 +396,9 @@ class SimLoop(asyncio.BaseEventLoop):
         self._crashes.append(crash)
 
     def _switch_off(self, *, interrupted: bool) -> list[SimulationError]:
-        """End every task at this instant, and return the exceptions that were never retrieved.
+        """End every task at the current instant, and return the exceptions that no code retrieved.
 
-        Raise an interrupt that arrives meanwhile, unless the run was `interrupted` before.
+        An interrupt that arrives during the end of the tasks is raised, unless the run was already `interrupted`.
         """
         self._limit_s = self._limit_steps = math.inf
         self._ending = True
@@ -417,7 +426,7 @@ class SimLoop(asyncio.BaseEventLoop):
         self._timers.clear()
         self._timers_cancelled = 0
         crashes, self._crashes = self._crashes, []
-        # A task that waited for the interrupted task has raised the interrupt again.
+        # A task that waited for the interrupted task has raised the same interrupt again.
         if hit is not None and not interrupted:
             raise hit
         return crashes
@@ -427,7 +436,7 @@ class SimLoop(asyncio.BaseEventLoop):
         for _ in range(CANCEL_ROUNDS):
             others = [task for task in self._tasks if task is not me]
             if not others and not self._ready:
-                gc.collect(0)  # This may find generators, which the loop then closes.
+                gc.collect(0)  # The garbage collection may find generators, which the loop then closes.
                 if not self._ready:
                     return
             for task in others:
@@ -436,8 +445,8 @@ class SimLoop(asyncio.BaseEventLoop):
         raise SimulationError(f"Tasks swallow every cancellation. {self._waiting()}")
 
     def _asyncgen_finalizer_hook(self, generator: AsyncGenerator[Any, Any]) -> None:
-        # The interpreter calls this for a generator that is dropped before its end. After the run, no loop would await
-        # the closing, so this method does nothing.
+        # The interpreter calls this hook for a generator that is dropped before its end. After the run, no loop would
+        # await the closing of a generator, so the hook does nothing.
         if self.is_running():
             self.call_soon(self.create_task, generator.aclose())
 
@@ -446,13 +455,13 @@ class SimLoop(asyncio.BaseEventLoop):
     def call_soon_threadsafe(
         self, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
     ) -> asyncio.Handle:
-        """Schedule a callback as call_soon does. Raise SimulationError in any other thread."""
+        """Schedule a callback as call_soon does. A call from another thread raises SimulationError."""
         if self._thread_id not in (None, threading.get_ident()):
             raise SimulationError("Another thread called the simulation.")
         return self.call_soon(callback, *args, context=context)
 
     def run_in_executor(self, _executor: object, func: Callable[[*Ts], T], *args: *Ts) -> asyncio.Future[T]:
-        """Run `func` before returning. Raise SimulationError without `inline_executor`."""
+        """Run `func` before returning. A loop without `inline_executor` raises SimulationError."""
         if not self._inline_executor:
             raise SimulationError(f"The simulation cannot run {func!r}: it has no threads.")
         future: asyncio.Future[T] = self.create_future()
@@ -464,7 +473,7 @@ class SimLoop(asyncio.BaseEventLoop):
 
 
 def _reports_a_kill(error: BaseException | None) -> bool:
-    """Return whether the error only reports that an actor was killed, as futures of gather may."""
+    """Return whether the error only reports the kill of an actor, as futures of `asyncio.gather` may."""
     if isinstance(error, BaseExceptionGroup):
         return all(map(_reports_a_kill, error.exceptions))
     return isinstance(error, ActorKilled)
@@ -474,7 +483,7 @@ def _refuse(*_: object, **__: object) -> NoReturn:
     raise SimulationError("The simulation does not support sockets, pipes, processes, or signals.")
 
 
-# These methods are defined because the base class would open real sockets before it fails.
+# The loop defines these unsupported methods, because the base class would open real sockets before it fails.
 _UNSUPPORTED = """
     create_connection create_server create_datagram_endpoint create_unix_connection create_unix_server
     connect_accepted_socket connect_read_pipe connect_write_pipe subprocess_exec subprocess_shell add_reader add_writer

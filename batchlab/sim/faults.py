@@ -1,7 +1,7 @@
 """Faults of port calls and of the world, drawn from a seed or replayed from a list.
 
-Invariant: every port call and every draw of a world event has an identity (actor, number), and its random values depend
-on nothing else. So a fault can be left out, and latencies and draws elsewhere stay the same.
+Invariant: every port call and every draw of a world event has an identity (actor, number), which alone determines its
+random values. Leaving out a fault therefore does not change the latencies and draws of other calls.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ DELAY_S = (1.0, 60.0)
 LATE_S = (1.0, 300.0)
 
 WEATHER = "weather"
-"""Label and actor name of world events, which no port call causes."""
+"""Label and actor name of world events, which happen without a port call."""
 
 USER = "user"
-"""Label of a user's requests."""
+"""Label of the requests of a user."""
 
 CREATE = "objects.create"
 """Label of a conditional put."""
@@ -29,14 +29,14 @@ CREATE = "objects.create"
 LOOK = "objects.get_if_changed"
 """Label of a read of a control object."""
 SLOW_SHARE = 0.4
-"""Share of slow answers to a worker's reads of control objects, in a world with slow reads."""
+"""Share of a worker's reads of control objects that have slow answers, in a world with slow reads."""
 
 
 class FaultKind(StrEnum):
     """Kinds of faults that may hit a port call, the world (WEATHER), or a user's request (USER).
 
-    A kind with a `label` hits only calls with that label. The values are the names of the fields of Weather. `meaning`
-    describes the kind in words.
+    A kind with a `label` hits only calls with the same label. The values of FaultKind are the field names of Weather.
+    `meaning` describes the kind of fault in words.
     """
 
     label: str
@@ -83,7 +83,7 @@ class FaultKind(StrEnum):
     RESUMED = "resumed", USER, "a user resumes a job"
     RETRIED = "retried", USER, "a user retries a job"
     RESUBMITTED = "resubmitted", USER, "a user submits a job again under its token"
-    # Add new kinds at the end, so that the kinds before them keep their draws.
+    # New kinds must be added at the end, so that earlier kinds keep their random draws.
     CORRUPTED = "corrupted", WEATHER, "a worker begins to lie, within the rights of its role"
     TORN = "torn", WEATHER, "the store keeps only the beginning of an object"
     MISSING = "missing", WEATHER, "the store loses an object"
@@ -92,7 +92,7 @@ class FaultKind(StrEnum):
     FROZEN = "frozen", WEATHER, "a worker freezes for ever"
 
     def applies(self, label: str) -> bool:
-        """Return whether the fault can happen at a call or event with that label."""
+        """Return whether this kind of fault can happen at a call or event with the label."""
         if not self.label:
             return label not in (WEATHER, USER)
         return label == self.label
@@ -102,9 +102,9 @@ class FaultKind(StrEnum):
 class Weather:
     """Probability of each kind of fault per port call, world event, or user request.
 
-    With `varied`, each seed chooses its kinds and their rates. With `timed`, its worlds also have a schedule. With
-    `lies`, every seed has CORRUPTED, and additional jobs. With `storage`, every seed has damaged objects, and
-    additional jobs. With `accounts`, managers record the usage of each job.
+    With `varied`, each seed chooses its kinds of faults and their rates. With `timed`, each world also has a schedule.
+    With `lies`, every world has lying workers (CORRUPTED) and additional jobs. With `storage`, every world has damaged
+    objects and additional jobs. With `accounts`, the managers record the usage of each job.
     """
 
     kill_before: float = 0.0
@@ -158,7 +158,7 @@ class Weather:
         return rate
 
     def of_seed(self, rng: random.Random, *, heaviness: float = 1.0) -> Weather:
-        """Return this weather for one seed: `varied` chooses its kinds and their rates."""
+        """Return the weather of one seed."""
         if not self.varied:
             return self
         rates: dict[str, Any] = {k.value: self.rate(k) * rng.choice(_SHARES) * heaviness for k in FaultKind}
@@ -179,9 +179,9 @@ _SHARES = (0.0, 0.0, 0.3, 1.0, 2.0)
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """The fault `kind` at a port call, world event, or user request.
+    """Fault of one `kind` at a port call, world event, or user request.
 
-    `call` is its number among those of the actors named `actor`, from 1.
+    `call` is the number of the call among all calls of the actors named `actor`, counted from 1.
     """
 
     actor: str
@@ -191,7 +191,7 @@ class Fault:
 
 @dataclass(slots=True)
 class Point:
-    """One port call and its random values. `chance` and `pick` are uniform in [0, 1)."""
+    """One port call and its random values. The random values `chance` and `pick` are uniform in [0, 1)."""
 
     actor: str
     call: int
@@ -204,10 +204,10 @@ class Point:
 class Faults:
     """Source of the faults and latencies of one run, shared by all wrapped ports.
 
-    `budget` limits the number of injected faults per kind (by default without limit). `latency_s` is the range of the
-    time of a request and its answer together. `delay_s` is the range of the additional time of DELAYED. Without
-    `answers`, the request takes the whole time, which halves the number of waits. Runs whose answers are never lost can
-    use that.
+    `budget` limits the number of injected faults per kind; a kind without a budget has no limit. `latency_s` is the
+    range of the total time of a request and its answer. `delay_s` is the range of the additional time of a DELAYED
+    fault. Without `answers`, the request takes the whole latency, which halves the number of waits. Runs whose answers
+    are never lost can omit `answers`.
     """
 
     def __init__(
@@ -220,16 +220,16 @@ class Faults:
         delay_s: tuple[float, float] = DELAY_S,
         answers: bool = True,
     ) -> None:
-        """Raise ValueError if the sum of the rates of one kind of call is more than 1."""
+        """Raise ValueError if the rates of one kind of call add up to more than 1."""
         for label in sorted({kind.label for kind in FaultKind}):
             if sum(rates.rate(kind) for kind in FaultKind if kind.applies(label)) > 1:
                 raise ValueError(f"fault rates sum up to more than 1: {rates}")
         self.intercept: Callable[..., Awaitable[Any]] | None = None
-        """A test's substitute for each call's effect, called with (actor, call, label, effect)."""
+        """Substitute of a test for the effect of each call, called with (actor, call, label, effect)."""
         self.slow_looks_s: tuple[float, float] | None = None
-        """Seconds that the answers to some reads of control objects take."""
+        """Range of seconds that slow answers to reads of control objects take."""
         self.injected: list[Fault] = []
-        """The injected faults, in order, for a replay by `from_list`."""
+        """Injected faults in order, for a replay by `from_list`."""
         self._seed = rng.getrandbits(64)
         self._rates = rates
         self._budget = dict(budget or {})
@@ -250,10 +250,10 @@ class Faults:
         latency_s: tuple[float, float] = LATENCY_S,
         delay_s: tuple[float, float] = DELAY_S,
     ) -> Faults:
-        """Return a source of exactly these faults. With the `rng` of an earlier run, replay that run.
+        """Return a source of exactly the listed faults. The `rng` of an earlier run replays the latencies of the run.
 
-        A fault that does not fit its call is skipped, for example a lost message at a call that does not send. This
-        happens if the list was shortened or the code has changed.
+        A fault that does not fit its call is skipped, for example a lost message at a call that does not send. A fault
+        may not fit its call if the list was shortened or the code has changed.
         """
         replay = cls(rng, latency_s=latency_s, delay_s=delay_s)
         replay._script = {(fault.actor, fault.call): fault.kind for fault in faults}
@@ -261,19 +261,20 @@ class Faults:
 
     @property
     def calls(self) -> Mapping[str, int]:
-        """The number of port calls so far, by actor. Each call is a crash point to enumerate."""
+        """Number of port calls so far, by actor. A test can crash an actor at each of its port calls."""
         return self._calls
 
     @property
     def counts(self) -> Counter[FaultKind]:
-        """The number of injected faults, by kind."""
+        """Number of injected faults, by kind."""
         return Counter(fault.kind for fault in self.injected)
 
     def next(self, actor: str) -> Point:
-        """Return the actor's next call, with its latency. The number of draws per call is fixed."""
+        """Return the actor's next call, with its latency. The number of random draws per call is fixed."""
         draw = self._draws.get(actor)
         if draw is None:
-            # Python's hash() differs between processes. A text seed is hashed with SHA-512.
+            # Python's hash() differs between processes, but the random source hashes a text seed with SHA-512. A text
+            # seed is hashed with SHA-512.
             draw = random.Random(f"{self._seed}/{actor}").random  # noqa: S311 - no cryptography
             self._draws[actor] = draw
             self._calls[actor] = 0
@@ -292,7 +293,10 @@ class Faults:
         return kind
 
     def due(self, point: Point, label: str) -> FaultKind | None:
-        """Return the fault that `strike` would return. The caller calls `happened` if the fault takes effect."""
+        """Return the fault that `strike` would return, without injecting the fault.
+
+        The caller of `due` calls `happened` if the fault takes effect.
+        """
         if self._script is None:
             kind = self._drawn(point.chance, label)
         else:
@@ -308,14 +312,14 @@ class Faults:
         self.injected.append(Fault(point.actor, point.call, kind))
 
     def delay_s(self, point: Point) -> tuple[float, float]:
-        """Return the delay that DELAYED adds to the request and to the answer. One of them is 0."""
+        """Return the delays that DELAYED adds to the request and to the answer. One of the two delays is 0."""
         low, high = self._delay_s
         late_answer, fraction = divmod(point.pick * 2, 1)
         extra_s = low + (high - low) * fraction
         return (0.0, extra_s) if late_answer else (extra_s, 0.0)
 
     def slow_s(self, point: Point, label: str) -> float:
-        """Return the additional seconds of the answer to a worker's read of a control object."""
+        """Return the additional seconds until the answer to a worker's read of a control object."""
         if self.slow_looks_s is None or label != LOOK or not point.actor.startswith("worker"):
             return 0.0
         rng = random.Random(f"{self._seed}/{point.actor}/{point.call}/slow")  # noqa: S311

@@ -1,7 +1,7 @@
-"""Fleet of the managers in the simulator, whose state outlives the managers and whose decisions are checked.
+"""Fleet of the managers in the simulator, with a state that outlives the managers and with checks of decisions.
 
-Invariant: only the manager that read the state last can change the state. The change of any other manager is refused,
-as by a conditional put, and that manager must read the state again.
+Invariant: only the manager that read the fleet's state last can change the state. The change of any other manager is
+refused, as by a conditional put, and the manager must read the state again.
 """
 
 from __future__ import annotations
@@ -22,13 +22,16 @@ from batchlab.sim.actors import SimulationError, Violated
 
 Fail = Callable[[SimulationError], None]
 BusyAndIdle = Callable[[str], tuple[set[str], set[str]]]
-"""Returns the busy and the idle instances of a pool from the registry of its manager."""
+"""Function that returns the busy and the idle instances of a pool from the registry of the pool's manager."""
 OnReplace = Callable[[str, str], None]
-"""Called with an instance and the reason why a manager replaces the instance."""
+"""Function called with an instance and the reason why a manager replaces the instance."""
 
 
 class FleetState:
-    """State of the fleet, which all managers of a world share. `loads` counts the loads of the state."""
+    """State of the fleet, which all managers of a world share.
+
+    `loads` counts how often managers have loaded the state.
+    """
 
     def __init__(self) -> None:
         self.store = MemoryState()
@@ -36,7 +39,10 @@ class FleetState:
 
 
 class _ManagerStore:
-    """The Store of one manager. After a load, the next save of any other manager fails."""
+    """Store of the fleet's state for one manager.
+
+    After a load of the state, the next save of any other manager fails.
+    """
 
     def __init__(self, state: FleetState, on_conflict: Callable[[], None]) -> None:
         self._state = state
@@ -58,7 +64,7 @@ class _ManagerStore:
 class SimFleet:
     """The Fleet port of one manager.
 
-    The port reads its state at first use, because the state of a standby manager would become outdated.
+    SimFleet reads the fleet's state at first use, because the state of a standby manager would become outdated.
     """
 
     def __init__(
@@ -73,7 +79,7 @@ class SimFleet:
         on_replace: OnReplace = lambda *_: None,
     ) -> None:
         self.registry: WorkerRegistry | None = None
-        """The manager's record of workers, set after the fleet is created."""
+        """Record of workers of the manager, set after the fleet is created."""
         self._fleet: _CheckedFleet | None = None
         self._launcher, self._clock, self._ids = launcher, clock, ids
         self._state, self._drain_s, self._fail = state, drain_s, fail
@@ -94,7 +100,10 @@ class SimFleet:
         return getattr(self._fleet, name)
 
     def _forget(self) -> None:
-        """Drop the state. A manager may have lost and regained the lease without noticing."""
+        """Drop the loaded state of the fleet.
+
+        A manager may have lost and regained the lease without noticing the change.
+        """
         self._fleet = None
 
     def _busy_and_idle(self, pool: str) -> tuple[set[str], set[str]]:
@@ -104,7 +113,7 @@ class SimFleet:
 
 
 class _CheckedFleet(ManagedFleet):
-    """A fleet that checks I5 after every change and at every scale-in."""
+    """Fleet that checks promise I5 after every change and at every scale-in."""
 
     def __init__(
         self,
@@ -144,7 +153,7 @@ class _CheckedChanges(Changes):
         self._busy_and_idle = busy_and_idle
 
     def scale_in(self, group: Group) -> None:
-        """Check that scale-in selects no busy worker while the manager knows of an idle worker."""
+        """Check that scale-in selects no busy worker if the manager knows of an idle worker."""
         before = {m.instance.id for m in group.counted() if m.state is LifecycleState.IN_SERVICE}
         super().scale_in(group)
         after = before & {m.instance.id for m in group.counted()}

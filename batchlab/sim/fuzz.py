@@ -30,7 +30,7 @@ MAX_TRIES = 400
 
 @dataclass(frozen=True, slots=True)
 class ShrinkResult(Generic[T]):
-    """The smallest failing list. `least` is False if the tries or the time ran out before the search ended."""
+    """The smallest failing list of parts. `least` is False if the limit of tries or time ended the search early."""
 
     parts: tuple[T, ...]
     tries: int
@@ -38,7 +38,7 @@ class ShrinkResult(Generic[T]):
 
 
 class _SearchLimit(Exception):
-    """The tries or the time have run out."""
+    """The search has used up its tries or its time."""
 
 
 def shrink(
@@ -50,8 +50,8 @@ def shrink(
 ) -> ShrinkResult[T] | None:
     """Return the fewest of `parts` (all different) for which `attempt` does not return None, by delta debugging.
 
-    `attempt` returns the parts that played a role, and all other parts are dropped at once. Return None if `attempt`
-    returns None for the whole list.
+    `attempt` returns the parts that played a role, and the search drops all other parts at once. The result is None if
+    `attempt` returns None for the whole list.
     """
     search = _Search(tuple(parts), attempt, tries, out_of_time)
     try:
@@ -74,7 +74,7 @@ class _Search(Generic[T]):
     tried: int = 0
 
     def holds(self, parts: tuple[T, ...]) -> bool:
-        """Return whether these parts reproduce the result. If so, keep only these parts."""
+        """Return whether `parts` reproduce the result, and if so, drop all other parts."""
         if parts in self.vain:
             return False
         if self.tried >= self.max_tries or self.out_of_time():
@@ -89,7 +89,7 @@ class _Search(Generic[T]):
         return True
 
     def halve(self) -> None:
-        """Run Zeller's ddmin: try ever smaller pieces, alone or left out, until every single part is needed."""
+        """Run Zeller's ddmin: test ever smaller pieces and their complements until every remaining part is needed."""
         pieces = 2
         while len(self.parts) > 1:
             whole = self.parts
@@ -117,22 +117,25 @@ WEATHERS: Mapping[str, Weather] = {
     "timed": trial.TIMED,
 }
 FAIR = "none"
-"""The text of an empty list of faults, because a shell easily loses an empty argument."""
+"""Text form of an empty list of faults, because an empty argument easily gets lost in a shell."""
 
 MAX_SHRINK_S = 180.0
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A seed that broke a promise after `faults`."""
+    """Seed whose world broke a promise after `faults`."""
 
     seed: int
     promise: str
-    """I1 to I8, a step of the protocol, or the kind of error. A smaller list of faults must break the same promise."""
+    """Name of the broken promise: I1 to I8, a step of the protocol, or the kind of error.
+
+    A smaller list of faults must break the same promise to count.
+    """
     text: str
     faults: tuple[Fault, ...]
     trace: str = ""
-    """The place in the code where an unexpected error was raised."""
+    """Place in the code that raised an unexpected error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,9 +154,9 @@ def try_seed(seed: int, weather: str) -> SeedResult:
 
 
 def replay(seed: int, weather: str, only: Iterable[Fault] | None, log: list[str] | None = None) -> SeedResult:
-    """Run a seed's world with `only` these faults, or with the faults that the weather draws if `only` is None.
+    """Run a seed's world with `only` the given faults, or with the faults of the weather if `only` is None.
 
-    A fault that fits no call does not happen. The lines of the event log are appended to `log`.
+    A fault that does not fit its call does not happen. The lines of the event log are appended to `log`.
     """
     kind = WEATHERS[weather]
     faults = trial.faults_for(seed, kind) if only is None else trial.replayed(seed, only)
@@ -169,7 +172,10 @@ def replay(seed: int, weather: str, only: Iterable[Fault] | None, log: list[str]
 
 
 def promise(error: BaseException) -> str:
-    """Return the name of the broken promise, or the error's kind. A world that stops, or that never ends, breaks I7."""
+    """Return the name of the broken promise, or the kind of the error.
+
+    A world that stops, or that never ends, breaks promise I7.
+    """
     if isinstance(error, Deadlock | StepLimit):
         return "I7"
     broken = re.match(r"(.+?) is violated", str(error))
@@ -178,7 +184,7 @@ def promise(error: BaseException) -> str:
 
 @contextmanager
 def silence() -> Iterator[None]:
-    """Turn off logging, which would report only the injected faults."""
+    """Turn off logging, because the logs would report only the injected faults."""
     log = logging.getLogger("batchlab")
     before = log.level
     log.setLevel(logging.CRITICAL + 1)
@@ -200,16 +206,19 @@ class Tally:
     starts: int = 0
     managers: int = 0
     virtual_ms: int = 0
-    """Sum of whole milliseconds per seed, because a sum of floats depends on their order."""
+    """Sum of the virtual time of all seeds in whole milliseconds.
+
+    A sum of floats would depend on the order of the seeds.
+    """
     states: Counter[str] = field(default_factory=Counter)
-    """Number of jobs by their final state. A retried job counts by its last round."""
+    """Number of jobs by their final state. A retried job counts by the state of its last round."""
     times: Counter[FaultKind] = field(default_factory=Counter)
     worlds: Counter[FaultKind] = field(default_factory=Counter)
     """Number of seeds in which each kind of fault happened."""
     failures: list[Failure] = field(default_factory=list)
 
     def add(self, result: SeedResult) -> None:
-        """Add one seed. The faults of a failed seed also count."""
+        """Add the result of one seed. The faults of a failed seed also count."""
         self.seeds += 1
         kinds = Counter(fault.kind for fault in result.faults)
         self.times += kinds
@@ -226,7 +235,7 @@ class Tally:
 
 
 def campaign(seeds: Iterable[int], weather: str, processes: int) -> Generator[SeedResult, None, None]:
-    """Try seeds in several processes. Close the generator to stop them at once."""
+    """Try seeds in several processes. Closing the generator stops the processes at once."""
     work = partial(_quietly, try_seed, weather=weather)
     for seed, result in spread(work, seeds, processes):
         yield _lost(seed, result) if isinstance(result, ProcessDeath) else result
@@ -250,7 +259,8 @@ def fewest(
 ) -> ShrinkResult[Fault] | None:
     """Return the fewest of a failure's faults that break the same promise.
 
-    Return None if a replay does not break the promise. The search starts no attempt after `limit_s` seconds of `now_s`.
+    The result is None if a replay does not break the promise. The search starts no attempt after `limit_s` seconds on
+    the clock `now_s`.
     """
     end_s = now_s() + limit_s
 
@@ -264,7 +274,7 @@ def fewest(
 def all_fewest(
     failures: Sequence[Failure], weather: str, processes: int, now_s: Callable[[], float]
 ) -> Generator[tuple[Failure, ShrinkResult[Fault] | None], None, None]:
-    """Shrink failures in several processes. `now_s` is pickled."""
+    """Shrink failures in several processes. `now_s` is pickled, because the processes call it."""
     work = partial(_quietly, fewest, weather=weather, now_s=now_s)
     for failure, result in spread(work, failures, processes):
         yield failure, None if isinstance(result, ProcessDeath) else result
@@ -274,13 +284,13 @@ def all_fewest(
 
 
 def written(faults: Sequence[Fault]) -> str:
-    """Return `faults` in the form that `read` accepts, without characters that a shell interprets."""
+    """Return `faults` in the text form that `read` accepts, without characters that a shell interprets."""
     words = (f"{fault.actor.replace(' ', '+')}:{fault.call}:{fault.kind.value}" for fault in faults)
     return ",".join(words) or FAIR
 
 
 def read(text: str) -> list[Fault]:
-    """Return the faults in `text`. Raise UsageError if the text is malformed."""
+    """Return the faults in `text`. A malformed text raises UsageError."""
     if text == FAIR:
         return []
     return [_read(part) for part in text.split(",")]
@@ -301,7 +311,7 @@ def _read(part: str) -> Fault:
 
 
 def command(failure: Failure, weather: str, only: Sequence[Fault] | None = None) -> str:
-    """Return the command that replays a failure. `only` is the smallest list of faults, if known."""
+    """Return the shell command that replays a failure. `only` is the smallest list of faults, if it is known."""
     words = ["batchlab sim replay", str(failure.seed)]
     if only is not None and len(only) < len(failure.faults):
         words.append(f"--only {written(only)}")

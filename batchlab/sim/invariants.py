@@ -1,4 +1,4 @@
-"""The promises (docs/architecture.md) as checks on a world that has come to rest.
+"""Checks of the promises in docs/architecture.md on a world that has come to rest.
 
 Each check reads the bucket, the ledger, or the record of the world, and raises Violated with the facts.
 """
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
 async def check_all(world: World, jobs: Sequence[JobId]) -> None:
     """Check I1, I2, I3, and I7 for these jobs, which must have ended.
 
-    For a job that a lying worker has touched, only its end is checked.
+    Only the end of a job is checked if a lying worker has touched the job.
     """
     trust = world.watch.trust
     for job in jobs:
         if job in world.damage.jobs:
-            continue  # See job_checks.
+            continue  # `job_checks` checks jobs with damaged objects.
         record = await world.ledger.job(job)
         check(record.state.ended, "I7", f"{job} is still {record.state}")
         if job in trust.touched:
@@ -55,7 +55,7 @@ async def check_trial(world: World, plan: Plan) -> None:
     """Check every promise on a world that has come to rest."""
     if not any([await is_lost(world, job.id) for job in plan.jobs]):
         check_at_rest(await world.groups())
-    # Every removed queue has been created again. A job may end without a queue, only later.
+    # Every removed queue has been created again by the time of rest. A job may end without a queue, only later.
     missing = missing_queues(world)
     check(not missing, "queues", f"{', '.join(missing)} not there long after the work")
     await _check_submitted(world, plan.jobs)
@@ -80,7 +80,7 @@ async def check_trial(world: World, plan: Plan) -> None:
 
 
 async def check_end(world: World, job: JobDef) -> None:
-    """Check that a job's end follows from its counters and its user's requests alone."""
+    """Check that the end of a job follows from the job's counters and its user's requests alone."""
     record = await world.ledger.job(job.id)
     counts = [stage.counts for stage in (await world.ledger.rows(job.id)).stages]
     _check_cancelled(world, job, record, {c.stage: c for c in counts})
@@ -106,7 +106,7 @@ def _check_cancelled(world: World, job: JobDef, record: JobRecord, counts: Mappi
 
 
 async def _check_submitted(world: World, jobs: Sequence[JobDef]) -> None:
-    """I8: the ledger has exactly the jobs that users submitted, as the users submitted them."""
+    """Check I8: the ledger has exactly the jobs that users submitted, as the users submitted them."""
     submitted = {job.id for job in jobs}
     for row in (await world.ledger.dump())["jobs"] if world.watch.trust.lies else ():
         check(JobId(row["id"]) in submitted, "I8", f"the ledger has the job {row['id']!r}, which no user has")
@@ -121,7 +121,7 @@ async def outcomes_of(objects: Objects, job: JobId, forged: Collection[str] = ()
 
 
 def check_terminal_states(job: JobId, outcomes: Sequence[Outcome]) -> None:
-    """I1: each task has exactly one terminal state per round."""
+    """Check I1: each task has exactly one terminal state per round."""
     counted: Counter[tuple[str, int, int]] = Counter()
     for outcome in outcomes:
         key = (outcome.bundle.stage, outcome.bundle.round)
@@ -134,9 +134,9 @@ def check_terminal_states(job: JobId, outcomes: Sequence[Outcome]) -> None:
 
 
 async def check_listed(ledger: Ledger, job: JobId) -> None:
-    """I1: each task that succeeded has exactly one committed result.
+    """Check I1: each task that succeeded has exactly one committed result.
 
-    A later round replaces an earlier one. A task whose upstream failed lacks an outcome.
+    A result of a later round replaces a result of an earlier round. A task whose upstream failed lacks an outcome.
     """
     for stage in (await ledger.rows(job)).stages:
         name, c = stage.counts.stage, stage.counts
@@ -149,7 +149,7 @@ async def check_listed(ledger: Ledger, job: JobId) -> None:
 def check_attempts(job: JobId, outcomes: Sequence[Outcome]) -> None:
     """Check that worker loss, Spot interruption, and throttling never count as attempts.
 
-    Before attempt n, a task has n - 1 committed failures of its own.
+    A task with attempt n has n - 1 earlier committed failures.
     """
     failed = {
         (o.bundle.stage, o.bundle.round, f.task, o.bundle.attempt) for o in outcomes for f in o.failed if not f.final
@@ -162,7 +162,7 @@ def check_attempts(job: JobId, outcomes: Sequence[Outcome]) -> None:
 
 
 async def check_counts(ledger: Ledger, job: JobId) -> None:
-    """I2: planned = succeeded + failed + canceled."""
+    """Check I2: planned = succeeded + failed + canceled."""
     for stage in (await ledger.rows(job)).stages:
         c = stage.counts
         facts = f"{job}/{c.stage}: {c.planned} planned, {c.succeeded}+{c.failed}+{c.cancelled} ended"
@@ -170,10 +170,10 @@ async def check_counts(ledger: Ledger, job: JobId) -> None:
 
 
 async def check_rebuild(world: World) -> RebuildResult:
-    """I3: a ledger rebuilt from the bucket equals the ledger that the managers wrote."""
+    """Check I3: a ledger rebuilt from the bucket equals the ledger that the managers wrote."""
     again = open_memory()
     rng = world.rng("rebuild")
-    # The rebuild uses no manager, because the manager may have just died. It needs no fleet.
+    # The rebuild does not use a manager, because the manager may have just died. A rebuild needs no fleet.
     no_fleet = cast(Fleet, None)
     ids, patience = SimIds(rng), Patience(rng)
     result = await rebuild(Ports(world.objects, world.queue, no_fleet, again, world.clock, ids, patience))
@@ -208,9 +208,9 @@ def counted(view: GroupView) -> list[Instance]:
 
 
 def check_bounds(groups: Sequence[GroupView]) -> None:
-    """I5, first part: capacity is always within [min, max].
+    """Check I5 at any time: capacity is always within [min, max].
 
-    Busy workers above a maximum that a person has lowered are allowed, because scale-in protection keeps them.
+    Busy workers may exceed a maximum that a person has lowered, because scale-in protection keeps busy workers.
     """
     for view in groups:
         alive, pool = counted(view), view.pool
@@ -220,7 +220,7 @@ def check_bounds(groups: Sequence[GroupView]) -> None:
 
 
 def check_at_rest(groups: Sequence[GroupView]) -> None:
-    """I5, last part: the fleet returns to min after the work ends."""
+    """Check I5 at rest: the fleet returns to min after the work ends."""
     for view in groups:
         alive = len(counted(view))
         facts = f"{view.pool.name}: {alive} alive and desired {view.desired} long after the work"
@@ -228,7 +228,7 @@ def check_at_rest(groups: Sequence[GroupView]) -> None:
 
 
 def missing_queues(world: World) -> list[str]:
-    """Return the queues that the grid needs and that do not exist."""
+    """Return the queues that the grid needs but that do not exist."""
     pools = [pool.name for pool in world.pools]
     needed = {object_keys.EVENTS, *map(object_keys.tasks_queue, pools), *map(object_keys.dead_letters, pools)}
     return sorted(needed.difference(world.queue.names()))
@@ -237,7 +237,7 @@ def missing_queues(world: World) -> list[str]:
 async def check_results(world: World, job: JobDef) -> None:
     """Check that every result follows from its input, and that every gather received all its inputs.
 
-    A stage after a failed stage may have run fewer tasks, but no additional tasks. A job that succeeded has run all
+    A stage after a failed stage may have run fewer tasks than planned, but not more. A job that succeeded has run all
     tasks.
     """
     record = await world.ledger.job(job.id)
@@ -259,7 +259,7 @@ async def check_results(world: World, job: JobDef) -> None:
 
 
 def check_failures(world: World, task_plans: TaskPlans, job: JobDef, outcomes: Sequence[Outcome]) -> None:
-    """Check that a task fails only because of its own script or because it lost its workers."""
+    """Check that a task fails only because of its own script or because the task lost its workers."""
     for outcome in outcomes:
         bundle = outcome.bundle
         attempts = job.stage(bundle.stage).retry.attempts
@@ -281,7 +281,7 @@ def check_failures(world: World, task_plans: TaskPlans, job: JobDef, outcomes: S
 
 
 async def results_of(objects: Objects, ledger: Ledger, job: JobId, stage: str) -> Mapping[int, Json]:
-    """Return the encoded result by task, read as a user would: by the ledger's list of bundles."""
+    """Return the encoded result of each task, based on the ledger's list of bundles as for a user."""
     values: dict[int, Json] = {}
     key = await CommitKeys(objects).stored(job)
     for row in await ledger.bundles(job, done=True):

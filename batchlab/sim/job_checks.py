@@ -1,6 +1,6 @@
 """Checks of single jobs: damaged objects, accounts, and retries.
 
-These checks use only the objects in the bucket and the users' requests, never the planner of the product.
+The checks use only the objects in the bucket and the users' requests, never the planner of the product.
 """
 
 from __future__ import annotations
@@ -30,18 +30,19 @@ if TYPE_CHECKING:
 # --- Jobs with a damaged object ------------------------------------------------------------------
 
 READ_BY_REBUILD = {"spec.json", "control.json", "cuts", "outcomes", "final"}
-"""Groups of objects that a rebuild reads.
+"""Groups of objects that a rebuild of the ledger reads.
 
-The rebuild skips the rest of a job after an unreadable definition, cut, or retry, and continues with the next job.
+After an unreadable definition, cut, or retry, a rebuild skips the rest of the job and continues with the next job.
 """
 
 
 async def check_damaged(world: World, jobs: Sequence[JobId], rebuilt: RebuildResult) -> None:
     """Check the jobs that have a damaged object, once the world has come to rest.
 
-    Such a job ends. If a task fails because of the damage, the reason names the object. If the job's counters do not
-    explain the job's end, its reason also names the object. A job with a changed bit is exempt from both. A rebuild of
-    the ledger reports the torn objects that it reads.
+    A job with a damaged object must end. The reason of a task's failure must name the damaged object that caused the
+    failure. The reason of a job's end must name the damaged object if the job's counters do not explain the end. A job
+    with a changed bit is exempt from both rules about reasons. A rebuild of the ledger reports the torn objects that it
+    reads.
     """
     _check_rebuild_reports(world, rebuilt)
     for job in jobs:
@@ -60,10 +61,11 @@ async def check_damaged(world: World, jobs: Sequence[JobId], rebuilt: RebuildRes
 
 
 async def is_lost(world: World, job: JobId) -> bool:
-    """Return whether the job may wait forever.
+    """Return whether a job with a damaged object may wait forever.
 
-    The job's end was lost, so a rebuild restores the job after its user has left. The control object is damaged too:
-    the job is restored as paused, or a changed bit has made its control word unknown.
+    A job may wait forever if a rebuild restores the job after its user has left, because the job's end was lost. In
+    addition, the control object must be damaged: a rebuild restores the job as paused, or a changed bit makes its
+    control word unknown.
     """
     record = await world.find(job)
     if record is None or record.state.ended or object_keys.control(job) not in world.damage.hit:
@@ -77,7 +79,7 @@ def _has_changed_bit(world: World, job: JobId) -> bool:
 
 def _check_rebuild_reports(world: World, rebuilt: RebuildResult) -> None:
     skipped = {job_of(key) for key in rebuilt.unreadable if group_of(key) != "outcomes"}
-    # If a retry is unreadable, a rebuild reads no object of its round.
+    # If a retry is unreadable, a rebuild reads no object of the retry's round.
     skipped |= {job_of(key) for key in world.damage.hit if group_of(key) == "retries"}
     for key in world.damage.standing([FaultKind.TORN]):
         group = group_of(key)
@@ -91,7 +93,10 @@ def _check_rebuild_reports(world: World, rebuilt: RebuildResult) -> None:
 
 
 def exceeds_failure_limit(job: JobDef, counts: Sequence[StageCounts]) -> bool:
-    """Return whether a job has more failures than allowed. A percentage is a limit of each stage."""
+    """Return whether a job has more failures than allowed.
+
+    A failure limit in percent applies to each stage separately.
+    """
     if job.max_failures_percent:
         return any(c.failed * 100 > job.max_failures * (c.planned or 0) for c in counts)
     return sum(c.failed for c in counts) > job.max_failures
@@ -116,7 +121,7 @@ def _names_damage(world: World, job: JobId, reason: str) -> bool:
 
 
 async def _check_outcomes(world: World, job: JobDef) -> None:
-    """Check that each undamaged outcome in the ledger can be read, and names causes of failure."""
+    """Check that each undamaged outcome in the ledger can be read, and that its failures have a known cause."""
     try:
         key = await CommitKeys(world.objects).key_of(job)
     except BackendError:
@@ -131,7 +136,7 @@ async def _check_outcomes(world: World, job: JobDef) -> None:
         outcome = outcome_at(name, data, key)
         for failure in outcome.failed:
             if failure.kind in (FailureKind.EXCEPTION, FailureKind.LOST):
-                continue  # See invariants.
+                continue  # `invariants` checks failures that the task's script or a lost worker caused.
             facts = f"{task_name(outcome.bundle.stage, failure.task)} failed: {failure.reason}"
             check(_names_damage(world, job.id, failure.reason), "causes", facts)
 
@@ -141,18 +146,18 @@ async def _check_outcomes(world: World, job: JobDef) -> None:
 MAX_TICKS = 120
 
 TOLERANCE_S = 0.001
-"""Sums of seconds are equal if they differ by less."""
+"""Maximum difference of two sums of seconds that count as equal."""
 
 
 async def check_account(world: World, job: JobDef, outcomes: Sequence[Outcome], *, undisturbed: bool) -> None:
     """Compare the account that is stored at the end of a job with the job's outcomes.
 
-    No outcome is counted twice, whatever happens to managers. An `undisturbed` job succeeded without a retry, under a
-    single manager, and without a rebuild. Its account has each outcome and the slot seconds of each failed attempt. No
-    account has outcomes that are committed after the end of the job.
+    No outcome is counted twice, whatever happens to the managers. A job counts as `undisturbed` if it succeeded without
+    a retry, under a single manager, and without a rebuild. The account of an undisturbed job has each outcome and the
+    slot seconds of each failed attempt. An account has no outcome that was committed after the end of the job.
     """
     if not outcomes:
-        return  # The job may have begun and ended between two ticks.
+        return  # A job without an account may have begun and ended between two ticks of the manager.
     for _ in range(MAX_TICKS):
         # The manager writes the account at its next tick after the end of the job.
         if not undisturbed or world.objects.content(object_keys.used(job.id)):
@@ -184,7 +189,7 @@ async def check_account(world: World, job: JobDef, outcomes: Sequence[Outcome], 
 def check_rounds(
     job: str, retries: Sequence[Retry], outcomes: Sequence[Outcome], choices: Sequence[TaskSelection | None]
 ) -> None:
-    """Check that each retry runs the failures that one request chose. A choice of None is all failures."""
+    """Check that each retry runs the failures that one request chose. A choice of None stands for all failures."""
     for round_, retry in enumerate(retries, start=1):
         standing = _standing_failures(retries[: round_ - 1], outcomes, round_)
         replanned = {reopening.stage for reopening in retry.reopened if reopening.replan}

@@ -1,7 +1,7 @@
 """Run of a job file on the `sim` backend: the job's own handlers on a grid in virtual time.
 
-Invariant: the manager, fleet, and worker classes are the same as on every other backend. Only services, instances, and
-time are simulated. The same seed gives the same run.
+Invariant: the manager, fleet, and worker classes of the run are the same as on every other backend. Only services,
+instances, and time of the run are simulated. The same seed gives the same run.
 """
 
 from __future__ import annotations
@@ -34,29 +34,29 @@ from batchlab.worker.inflight_message import Runner
 from batchlab.worker.inline_child import InlineChildren, InlineRunner
 
 TASK_S = (0.5, 1.5)
-"""Virtual seconds that a task takes, drawn uniformly from this range, whatever its handler does."""
+"""Range of virtual seconds that a task takes, whatever its handler does."""
 
 
 REPORT = "report-data"
-"""The folder of Parquet files among the results."""
+"""Name of the folder of Parquet files among the results."""
 MAX_TICKS = 60
 
 
 @dataclass(frozen=True, slots=True)
 class SimulatedRun:
-    """Result of a simulated run. `virtual_s` counts from the start of the grid to the job's end."""
+    """Result of a simulated run. `virtual_s` counts from the start of the grid to the end of the job."""
 
     view: JobView
     fetched: Fetched
     virtual_s: float
     instances: int
-    """Number of instances launched."""
+    """Number of instances launched during the run."""
 
 
 def run_job(jobfile: JobFile, pools: Sequence[Pool], *, seed: int, out: Path, setting: Setting) -> SimulatedRun:
     """Run the job to its end in virtual time.
 
-    Write the results to the folder `out`, and the performance data to a folder inside it.
+    The folder `out` receives the results, and a folder inside `out` receives the performance data.
     """
     loop = SimLoop(inline_executor=True)
     with InlineChildren() as children:
@@ -100,7 +100,7 @@ async def _main(
 
 
 async def _wait_for_account(world: World, job: JobId) -> None:
-    """Wait until the manager has written the job's usage, at its next tick."""
+    """Wait until the manager has written the usage of the job, at the manager's next tick."""
     for _ in range(MAX_TICKS):
         if await world.objects.head(object_keys.used(job)):
             return

@@ -1,7 +1,7 @@
-"""Lies of a worker that has the commit keys of some jobs: sealed outcomes and proven events.
+"""Lies of a worker that has the commit keys of some jobs: outcomes with seals and events with proofs.
 
-Invariant: a lie has a valid seal or proof of a job whose messages the worker received, and breaks one other rule. This
-module uses only the functions that make seals and proofs, never a writer of the product.
+Invariant: a lie has a valid seal or proof of a job whose messages the worker received, and breaks one other rule. The
+insider uses only the functions that make seals and proofs, never a writer of the product.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from batchlab.sim.lying_worker import ODD_VALUES, UNREADABLE_BODIES, Doc, Liar, 
 
 MAX_LIES = 24
 GAP_S = (0.1, 6.0)
-"""Seconds between two lies."""
+"""Range of seconds between two lies."""
 TAKING_SHARE = 0.3
-"""Share of the insiders that also receive messages themselves, and run none of their tasks."""
+"""Share of insiders that also receive messages themselves, and run no task of the messages."""
 MAX_TASKS = 40
-"""Task messages that an insider remembers."""
+"""Maximum number of task messages that an insider remembers."""
 FORGED_STARTS = 3
-"""Number of forged deaths of workers, which is enough to make a task count as poison."""
+"""Number of forged deaths of workers, which makes a task count as poison."""
 
 
 class Insider:
-    """The lying part of one worker that uses commit keys. `liar` is the part without commit keys."""
+    """Lying part of one worker that uses commit keys. `liar` is the lying part without commit keys."""
 
     def __init__(self, ports: WorkerPorts, liar: Liar, rng: random.Random) -> None:
         self._ports, self._liar, self._rng = ports, liar, rng
@@ -61,7 +61,7 @@ class Insider:
         )
 
     async def lie(self, pace: float) -> None:
-        """Tell MAX_LIES lies. Ignore the expected errors of services."""
+        """Tell MAX_LIES lies. The expected errors of services are ignored."""
         for _ in range(MAX_LIES):
             await asyncio.sleep(self._rng.uniform(*GAP_S) * pace)
             try:
@@ -71,7 +71,7 @@ class Insider:
                 continue
 
     async def _remember_tasks(self) -> None:
-        """Remember the task messages that this worker has received."""
+        """Remember the task messages that the worker has received."""
         bodies = [body for queue, body in self._ports.bodies() if queue != object_keys.EVENTS]
         if self._takes and self._rng.random() < 0.3:
             queue = object_keys.tasks_queue(self._ports.who.pool)
@@ -85,7 +85,7 @@ class Insider:
         self._tasks = self._tasks[-MAX_TASKS:]
 
     def _task(self) -> tuple[Doc, CommitKey]:
-        """Return a received bundle with its commit key, or raise ValueError if there is none."""
+        """Return a received bundle with its commit key."""
         if not self._tasks:
             raise ValueError("no message was received")
         doc = self._rng.choice(self._tasks)
@@ -108,12 +108,12 @@ class Insider:
         try:
             where = await self._commit(bundle, key, json.dumps(doc).encode())
         except AlreadyExists:
-            return  # too late for this bundle
+            return  # The bundle already has a committed outcome.
         parts = self._rng.choice(({"o": [doc]}, {"k": [where]}))
         await self._send_proven({bundle["j"]: key}, **parts)
 
     async def _commit_foreign_references(self) -> None:
-        """Commit results of several bundles that refer to an object that belongs to no job."""
+        """Commit results of several bundles that refer to a single object of no job."""
         reference = {"$value": await self._ports.bait(self._rng)}
         for doc in self._tasks[-5:]:
             bundle = doc["b"]
@@ -146,14 +146,14 @@ class Insider:
     # --- Proven events ---------------------------------------------------------------------------
 
     async def _send_proven(self, keys: dict[str, CommitKey], **parts: Any) -> None:
-        """Send an event with the proofs of these jobs."""
+        """Send an event with the proofs of the jobs in `keys`."""
         text = json.dumps({"v": 1, **parts}, separators=(",", ":"))
         proofs = {job: proof(key, summary(text)) for job, key in keys.items()}
         proof_text = json.dumps(proofs, separators=(",", ":"))
         await self._ports.send(object_keys.EVENTS, f'{{"p":{proof_text},{text[1:]}')
 
     async def _report_on_another_job(self) -> None:
-        """Report on another job with a proof of this worker's job, under one job's name or both."""
+        """Report on another job with a proof of the worker's own job, under one job's name or both names."""
         bundle, key = self._task()
         other = self._liar.a_bundle()
         jobs = self._rng.choice(([bundle["j"]], [other["j"]], [bundle["j"], other["j"]]))
@@ -170,7 +170,7 @@ class Insider:
         await self._send_proven({bundle["j"]: key}, c=[good, odd])
 
     async def _claim_foreign_bundle(self) -> None:
-        """Claim a bundle of another job together with a bundle of this worker's job."""
+        """Claim a bundle of another job together with a bundle of the worker's own job."""
         bundle, key = self._task()
         queue = object_keys.tasks_queue(self._ports.who.pool)
         held = [
@@ -185,7 +185,7 @@ class Insider:
             for claimed in (bundle, self._liar.a_bundle())
         ]
         beat = self._liar.beat(self._ports.who.worker, held=held, busy=1)
-        # The manager believes the worker's latest beat.
+        # The manager uses the heartbeat with the highest number of each worker.
         beat["number"] = 10**6 + self._rng.randrange(10**6)
         await self._send_proven({bundle["j"]: key}, h=[beat])
 
@@ -199,7 +199,7 @@ class Insider:
             sealed = ""
             if self._tasks and self._rng.random() < 0.5:
                 bundle, key = self._task()
-                if bundle["j"] != other["j"]:  # the key of another job makes a wrong seal
+                if bundle["j"] != other["j"]:  # The key of another job makes a wrong seal.
                     sealed = f".{seal(key, 'start', stage, name)}"
             for number in range(FORGED_STARTS):
                 data = json.dumps({"v": 1, "worker": f"w-forged{number}", "at_s": 1.0})
@@ -211,7 +211,7 @@ class Insider:
                     continue
 
     async def _send_foreign_task(self) -> None:
-        """Send a task message for another job's bundle with the commit key of this worker's job."""
+        """Send a task message for another job's bundle with the commit key of the worker's own job."""
         bundle, key = self._task()
         other = self._liar.a_bundle()
         if other["j"] != bundle["j"]:

@@ -1,7 +1,8 @@
-"""A lying worker, which forges every kind of message and object that its role allows it to write.
+"""Lying worker, which forges every kind of message and object that its role allows it to write.
 
-Invariant: a lie consists of raw JSON and of names read from the bucket. This module does not use the product's readers
-or writers, so no check of the product can prevent a lie. All choices come from the random source.
+Invariant: a lie consists of raw JSON and of names read from the bucket. A lying worker does not use the readers and
+writers of the product, so no check of the product can prevent a lie. All choices of a lying worker come from its random
+source.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ ODD_VALUES: tuple[Any, ...] = (
     "pickle:../../x",
     "\u0000",
 )
-"""Values that a reader must limit or reject."""
+"""Odd JSON values that a reader must limit or reject."""
 UNREADABLE_BODIES: tuple[str | bytes, ...] = ('{"v":1}', "", "{", "[" * 5_000, '{"v":9}', "null", b"\xff\xfe")
 NUMBERS: tuple[Any, ...] = (10**9, 10**30, 1, 0, -1, 1e300, "7")
 
@@ -58,7 +59,7 @@ _OUTCOME = re.compile(r"jobs/([^/]+)/([^/]+)/outcomes/../(\d+)-(\d+)\.(\d+)\.(\d
 
 
 def dicts(doc: Any) -> Iterator[Doc]:
-    """Yield every object in a JSON document, outermost first."""
+    """Yield every object in a JSON document, with outer objects before inner objects."""
     if isinstance(doc, dict):
         yield doc
         for value in list(doc.values()):
@@ -91,9 +92,9 @@ def some_tasks(bundle: Doc) -> list[int]:
 
 
 def guesses(keys: list[str]) -> list[Doc]:
-    """Return bundles that may exist because these outcomes exist.
+    """Return guesses of further bundles, based on the keys of existing outcomes.
 
-    They have the next tasks, the next attempt, or the same tasks in the next stage.
+    A guessed bundle has the next tasks, the next attempt, or the same tasks in the next stage.
     """
     bundles: list[Doc] = []
     for key in keys:
@@ -115,12 +116,15 @@ MAX_LIES = 40
 GAP_S = (0.05, 4.0)
 """Range of seconds between two lies."""
 LEARN_EVERY = 6
-"""Number of lies after which a liar lists the bucket again."""
+"""Number of lies after which a lying worker lists the bucket again."""
 
 
 @dataclass(slots=True)
 class WorkerPorts:
-    """The ports and the identity of a lying worker. `bucket` is the store without the limits of its role."""
+    """The ports and the identity of a lying worker.
+
+    `bucket` is the object store without the limits of the worker's role.
+    """
 
     actor: Actor
     who: Identity
@@ -139,7 +143,7 @@ class WorkerPorts:
         await self.queue.send(queue, [Outgoing(body)])
 
     async def bait(self, rng: random.Random) -> str:
-        """Return the key of a new object that belongs to no job of this worker."""
+        """Return the key of a new object that belongs to no job of the worker."""
         self.baits += 1
         name = f"bait-{self.who.instance}-{self.baits}.json"
         folder = rng.choice(("grid/", "raw/nobody/", "code/", "boot/", "reports/nobody/"))
@@ -150,14 +154,14 @@ class WorkerPorts:
 
 
 class Liar:
-    """The lying part of one worker, which needs no commit key of any job."""
+    """Lying part of one worker, which needs no commit key of any job."""
 
     def __init__(self, ports: WorkerPorts, rng: random.Random) -> None:
         self._ports, self._rng = ports, rng
         self._who, self._clock = ports.who, ports.clock
         self._objects, self._queue = ports.objects, ports.queue
         self.keys: list[str] = []
-        """Keys of objects from the last listing of the bucket."""
+        """Keys of objects in the last listing of the bucket."""
         self._bundles: list[Doc] = []
         self._jobs: list[str] = []
         self._pools = {ports.who.pool}
@@ -188,7 +192,7 @@ class Liar:
         )
 
     async def lie(self, pace: float) -> None:
-        """Tell MAX_LIES lies. Ignore the expected errors of services."""
+        """Tell MAX_LIES lies. The expected errors of services are ignored."""
         for number in range(MAX_LIES):
             await asyncio.sleep(self._rng.uniform(*GAP_S) * pace)
             try:
@@ -201,7 +205,7 @@ class Liar:
     # --- Knowledge -------------------------------------------------------------------------------
 
     async def _read_bucket(self) -> None:
-        """Read every job's definition and some outcomes, as the role allows. Guess other bundles."""
+        """Read every job's definition and some outcomes, as the role allows, and guess further bundles."""
         keys: list[str] = []
         async for page in self._objects.list(object_keys.JOBS):
             keys += [info.key for info in page]
@@ -234,14 +238,14 @@ class Liar:
         return self._rng.choice(self._jobs) if self._jobs else "job-0"
 
     def a_bundle(self) -> Doc:
-        """Return a bundle of any job."""
+        """Return a random known bundle of any job."""
         if self._bundles and self._rng.random() < 0.9:
             return self._rng.choice(self._bundles)
         return {"j": self._job, "s": self._rng.choice("abcd"), "t": [[0, 1]], "a": 1}
 
     @property
     def _victim(self) -> str:
-        """The name of a worker, in most cases another worker."""
+        """Name of a worker to lie about, in most cases another worker."""
         return self._rng.choice(self._workers) if self._workers else self._who.worker
 
     def _remembered(self, *, events: bool) -> list[Doc]:
@@ -261,7 +265,7 @@ class Liar:
     # --- Heartbeats ------------------------------------------------------------------------------
 
     def beat(self, worker: str, **changes: Any) -> Doc:
-        """Return a heartbeat for another worker: this worker's last heartbeat with changes."""
+        """Return a forged heartbeat of another worker, made from the liar's own last heartbeat."""
         own = [beat for doc in self._remembered(events=True) for beat in dicts(doc) if "slots" in beat]
         beat: Doc = {
             **(own[-1] if own else {}),
@@ -293,7 +297,7 @@ class Liar:
         await self._event(h=[self.beat(name, pool=self._rng.choice(("default", "none", "a/b")))])
 
     async def _claim_bundles(self) -> None:
-        """Claim to hold bundles, so that managers do not look for them, with receipts of other queues."""
+        """Claim to hold bundles, with receipts of other queues, so that managers do not look for the bundles."""
         held = [
             {
                 "queue": self._rng.choice((object_keys.EVENTS, self.tasks_queue(), "tasks-none")),
@@ -354,7 +358,7 @@ class Liar:
         return forged
 
     def odd_outcome(self, bundle: Doc) -> Doc:
-        """Return a forged outcome of the bundle, with an odd part in most cases."""
+        """Return a forged outcome of the bundle, which has an odd part in most cases."""
         forged, count = self.outcome(bundle), tasks_in(bundle)
         odd = self._rng.random()
         if odd < 0.2:
@@ -371,7 +375,7 @@ class Liar:
         await self._event(o=[self.odd_outcome(self.a_bundle())])
 
     async def _send_keys(self) -> None:
-        """Send keys that the manager must not read: baits, and other jobs' objects."""
+        """Send object keys that the manager must not read: baits, and objects of other jobs."""
         keys = [await self._ports.bait(self._rng)]
         if self.keys:
             keys += self._rng.sample(self.keys, min(3, len(self.keys)))
@@ -396,7 +400,7 @@ class Liar:
     # --- Objects ---------------------------------------------------------------------------------
 
     def _outcome_key(self, bundle: Doc) -> str:
-        """Return a key without a seal, or an existing key with another bundle's id."""
+        """Return an outcome key without a seal, or an existing key with the id of another bundle."""
         name = bundle_id(bundle)
         spread = hashlib.sha256(name.encode()).hexdigest()[:2]
         key = f"jobs/{bundle['j']}/{bundle['s']}/outcomes/{spread}/{name}"
@@ -418,7 +422,7 @@ class Liar:
         await self._objects.put(self._outcome_key(bundle), data, if_absent=True)
 
     async def _write_job(self) -> None:
-        """Write a job definition under a key that the role may write, and send an outcome of that job."""
+        """Write a job definition under a key that the role may write, and send an outcome of the forged job."""
         folder = self._rng.choice(("outcomes", "running", "starts"))
         job = f"forged/{self._rng.choice('ab')}/{folder}/x{self._rng.getrandbits(16)}"
         specs = [key for key in self.keys if key.endswith("/spec.json")]
@@ -427,14 +431,14 @@ class Liar:
             spec = json.loads(await self._objects.get(self._rng.choice(specs)))
             spec["id"] = job
             if self._rng.random() < 0.7:
-                # Jobs of release 0.1.0 lack a commit key.
+                # Jobs of batchlab 0.1.0 lack a commit key.
                 spec |= {"commit_hash": "", "needs": 1}
         await self._objects.put(f"jobs/{job}/spec.json", json.dumps(spec).encode(), if_absent=True)
         bundle = {**self.a_bundle(), "j": job}
         await self._event(o=[self.outcome(bundle)])
 
     async def _write_markers(self) -> None:
-        """Pretend that a bundle runs, or that three workers have started it and died."""
+        """Write markers that pretend that a bundle runs, or that three workers started the bundle and died."""
         bundle = self.a_bundle()
         prefix = f"jobs/{bundle['j']}/{bundle['s']}"
         at_s: Any = self._rng.choice((self._clock.now_s(), 1e18, "never", None))
@@ -458,7 +462,7 @@ class Liar:
     # --- Task messages ---------------------------------------------------------------------------
 
     async def _send_task(self) -> None:
-        """Send work that no manager has planned, or with inputs that no plan has."""
+        """Send a task message that no manager has planned, or with inputs that no plan has."""
         bundle = dict(self.a_bundle())
         if self._rng.random() < 0.5:
             bundle[self._rng.choice(("a", "r", "l"))] = self._rng.choice((1, 2, 5, 10**9))
@@ -477,7 +481,7 @@ class Liar:
             await self._ports.send(queue, body)
 
     async def _send_with_other_names(self) -> None:
-        """Send a message of this worker with the names of another job and bundle."""
+        """Send a message of the lying worker with the names of another job and bundle."""
         events = self._rng.random() < 0.5
         own = self._remembered(events=events)
         if own:
@@ -491,7 +495,7 @@ class Liar:
             await self._ports.send(queue, json.dumps(doc))
 
     async def _send_with_odd_values(self) -> None:
-        """Send a message of this worker with odd values in some places."""
+        """Send a message of the lying worker with odd values in some places."""
         events = self._rng.random() < 0.7
         own = self._remembered(events=events)
         if own:
@@ -508,9 +512,12 @@ class Liar:
         await self._ports.send(queue, body)
 
     async def _steal_messages(self) -> None:
-        """Receive messages of any pool, and delete, keep, or release the messages. This touches their jobs."""
+        """Receive messages of any pool, and delete, keep, or release the messages.
+
+        Each job whose messages are stolen becomes touched.
+        """
         if self._rng.random() < 0.5:
-            return  # Otherwise no job would remain untouched.
+            return  # Half of the attempts do nothing, so that some jobs remain untouched.
         queue = self.tasks_queue()
         messages: Sequence[Message] = await self._queue.receive(queue, max_messages=2, wait_s=0.0)
         receipts = [message.receipt for message in messages]
@@ -521,7 +528,7 @@ class Liar:
             await self._queue.change_visibility(queue, [(receipt, wait_s) for receipt in receipts])
 
     async def _exceed_role(self) -> None:
-        """Make a call that the role does not allow. The service must refuse it."""
+        """Make a call that the role does not allow, which the service must refuse."""
         job = self._job
         outcomes = [key for key in self.keys if "/outcomes/" in key]
         word = b'{"v":1,"control":"cancel","state":"CANCELLED"}'

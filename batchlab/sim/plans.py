@@ -1,7 +1,7 @@
-"""Plan of one seed: pools, jobs, settings, their sizes, and the focus of the world.
+"""Plan of the world of one seed: pools, jobs, settings, their sizes, and the focus of the world.
 
-Invariant: a plan is a function of its seed alone, whatever the weather. A separate random source decides the focus of a
-seed, so that a new focus does not change the worlds of other seeds.
+Invariant: a plan is a function of its seed alone, whatever the weather. The focus of a seed has its own random source,
+so a new focus does not change the worlds of other seeds.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ LONG_SHARE = 0.015
 """Share of seeds with tasks that are longer than the maximum visibility timeout of SQS."""
 
 MAX_WORK_S = 600.0
-"""Maximum time in seconds that a world's tasks take on its maximum number of instances, approximately.
+"""Approximate maximum of the seconds that a world's tasks take on the maximum number of instances.
 
-Faults come early, and a longer world would only repeat itself.
+Most faults happen early, so a longer world would only repeat the same situations.
 """
 
 PERCENT_SHARE, CHAIN_SHARE = 0.15, 0.1
@@ -39,11 +39,11 @@ LONG_LIMIT_S = 20 * 86_400.0
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The plan of a world.
+    """Plan of the world of one seed.
 
-    `run_s` are the possible durations of a task. `heaviness` scales the rates of faults of port calls. `pace` stretches
-    the pauses between events and between user requests: a world of many hours has many calls, and its last hour should
-    also have faults. All jobs must end within `limit_s` (I7).
+    `run_s` has the possible durations of a task in seconds. `heaviness` scales the rates of faults of port calls.
+    `pace` stretches the pauses between world events and between user requests, so that faults also hit the last hours
+    of a long world. All jobs must end within `limit_s` (I7).
     """
 
     pools: tuple[Pool, ...]
@@ -58,7 +58,7 @@ class Plan:
     focus: str = ""
     """The focus of the world (see `Focus`), or ""."""
     slow_looks_s: tuple[float, float] | None = None
-    """Seconds that some answers to a worker's read of a control object take."""
+    """Range of seconds that a slow answer to a worker's read of a control object takes."""
 
 
 def draw(seed: int) -> Plan:
@@ -96,7 +96,7 @@ def with_bystanders(seed: int, plan: Plan) -> Plan:
 
 
 def _work_s(pools: Sequence[Pool], jobs: Sequence[JobDef], run_s: Sequence[float]) -> float:
-    """Return the seconds of work of the busiest pool, if all its instances run."""
+    """Return the seconds of work of the busiest pool, with the maximum number of instances."""
     slots = {pool.name: pool.max_size * pool.slots for pool in pools}
     return max(
         sum(
@@ -132,7 +132,10 @@ def _settings(rng: random.Random) -> tuple[ManagerSettings, WorkerSettings]:
 
 
 def _long(seed: int, rng: random.Random) -> Plan:
-    """Return a plan of many hours, with slow polling. With normal polling, most calls would be polls."""
+    """Return a plan of many hours, with slow polling.
+
+    With normal polling, most calls of a long world would be polls.
+    """
     pools = [Pool("default", 0, 2, rng.choice([1, 2]), boot_s=20)]
     stages = rng.choice([(_stage(A, rng, pools),), (_stage(A, rng, pools), _stage(B, rng, pools, A))])
     job = JobDef(JobId("job-0"), "job-0", stages, EPOCH_S, items=rng.choice([1, 2, 3]), token=f"{seed}")
@@ -175,7 +178,7 @@ def _job(seed: int, number: int, rng: random.Random, pools: Sequence[Pool]) -> J
 def _varied(seed: int, number: int, job: JobDef, pools: Sequence[Pool]) -> JobDef:
     """Return the job, in some seeds with a failure limit in percent or with three chained stages.
 
-    The separate random source does not change the jobs of other seeds.
+    A separate random source decides the changes, so the jobs of other seeds stay the same.
     """
     rng = random.Random(f"{seed}/{number}/varied")  # noqa: S311 - simulation
     if rng.random() < PERCENT_SHARE:
@@ -208,18 +211,18 @@ def _plain_job(seed: int, number: int, rng: random.Random, pools: Sequence[Pool]
         max_failures=rng.choice([0, 0, 1000]),
         fail_fast=rng.random() < 0.3,
         priority=rng.choice([0, 0, 5]),
-        # Without a start time the first bundles are sent before the ledger has the job.
+        # The first bundles of a job without a start time are sent before the ledger has the job.
         token=f"{seed}-{number}" if (seed + number) % 2 else "",
         start_at_s=EPOCH_S + 40 if rng.random() < 0.05 else None,
     )
 
 
 SHARE = 0.18
-"""The share of seeds that have a focus."""
+"""Share of the seeds whose worlds have a focus."""
 
 
 class Focus(StrEnum):
-    """A rare situation that a world makes frequent."""
+    """Rare situation that a world makes frequent."""
 
     STEADY = "steady"
     """A queue that does not become empty, workers that freeze forever, and lost messages."""

@@ -1,4 +1,4 @@
-"""Wrappers of ports, which add latency, faults, and log lines, and which end the effects of a dead actor.
+"""Wrappers of ports, which add latency, faults, and log lines, and prevent effects of a dead actor's calls.
 
 Invariant: every port call of a wrapped actor is one fault point and one line of the event log.
 """
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 class _NoAnswer(Enum):
-    """Text in a line of the log in place of the answer of a call."""
+    """Text that a log line has in place of the answer of a call."""
 
     END = "end"
     CANCELLED = "cancelled"
@@ -46,17 +46,17 @@ def wrap(
 ) -> T:
     """Return a wrapper of the port `inner` for one actor.
 
-    `port` is the port's name in the log. Calls of the port "queue" have the faults of a queue. `rights` refuses the
-    calls that the actor's role does not allow.
+    `port` is the name of the port in the log. The faults of a queue apply only to calls of the port "queue". `rights`
+    refuses the calls that the actor's role does not allow.
 
-    Without faults and log, return `inner` itself, which costs nothing. The actor then cannot be killed. Faults whose
-    rates and latencies are 0 keep the actor killable.
+    Without faults and log, return `inner` itself, which costs no time, but makes it impossible to kill the actor. An
+    actor can be killed if it has a source of faults, even with rates and latencies of 0.
     """
     if faults is None and log is None:
         actor.guarded = False
         return inner
-    # A dynamic proxy with the type of its target. Written out for five protocols, it would be 40 methods that only
-    # delegate and follow every change of the ports.
+    # The wrapper is a dynamic proxy with the type of its target. Explicit wrappers of five protocols would need 40
+    # methods that only delegate and follow every change of the ports.
     return cast(T, _Port(inner, port, actor, faults, log, watch, rights))
 
 
@@ -72,7 +72,7 @@ class _Port:
     _pause: Pause = field(default_factory=Pause)
 
     def __getattr__(self, name: str) -> Any:
-        # Called only once per method, because the wrapper is stored on the instance.
+        # Python calls `__getattr__` only once per method, because the wrapper is stored on the instance.
         target = getattr(self._inner, name)
         if not callable(target):
             return target
@@ -103,13 +103,13 @@ class _Port:
         return call
 
     async def _pages(self, label: str, inner: AsyncIterator[Any], shown: tuple[Any, Any]) -> AsyncIterator[Any]:
-        # Each page is a separate request, so each is a separate fault point.
+        # Each page is a separate request, so each page is a separate fault point.
         step = partial(anext, inner, _NoAnswer.END)
         try:
             while (page := await self._perform(label, step, (), {}, shown)) is not _NoAnswer.END:
                 yield page
         finally:
-            # The garbage collector would close the generator in a loop that may have ended.
+            # Without an explicit close, the garbage collector would close the generator in a loop that may have ended.
             if isinstance(inner, AsyncGenerator):
                 await inner.aclose()
 
@@ -150,7 +150,7 @@ class _Port:
             raise
         except Exception as raised:  # noqa: BLE001 - raised below, when the answer has arrived
             error = raised
-        # A kill cancels every wait, but the code behind the port may have caught this cancellation.
+        # A kill cancels every wait, but the code behind the port may have caught the cancellation.
         self._check()
         self._note(point, kind, label, shown, result if error is None else error)
         if kind is FaultKind.KILL_AFTER:
@@ -173,19 +173,19 @@ class _Port:
             self._rights.check(label, args, conditional=conditional)
 
     def _acknowledge(self, label: str, args: Sequence[Any]) -> None:
-        # A writer that finds another writer's object has also waited until that object is on the disk.
+        # A writer that finds another writer's object has also waited until the found object is on the disk.
         if label == "objects.put" and self._watch is not None:
             self._watch.unsynced.on_acknowledge(args[0])
 
     async def _answer(self, takes_s: float, extra_s: float, args: tuple[Any, ...], received: Sequence[Any]) -> None:
         if extra_s:
-            # Recorded again: a receive has waited for a message since the fault was drawn.
+            # The fault is recorded again, because a receive has waited for a message since the fault was drawn.
             self._disturbed(extra_s)
         try:
             await self._pause(takes_s + extra_s)
         except asyncio.CancelledError:
-            # The port's promise: a canceled receive loses no message. An SQS adapter can only make the message visible
-            # again, and a dead process cannot even do that.
+            # A port promises that a canceled receive loses no message. An SQS adapter can only make the message visible
+            # again, and a dead process cannot make the call.
             if received and self._actor.alive:
                 await self._inner.change_visibility(args[0], [(message.receipt, 0.0) for message in received])
             raise
@@ -193,7 +193,7 @@ class _Port:
     def _intercepted(
         self, target: Callable[..., Awaitable[Any]], label: str, point: Point
     ) -> Callable[..., Awaitable[Any]]:
-        """Return `target`, or the substitute of a test that intercepts calls."""
+        """Return `target`, or the substitute of a test that intercepts port calls."""
         intercept = self._faults.intercept if self._faults is not None else None
         if intercept is None:
             return target
@@ -242,7 +242,7 @@ async def _effect(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> Any:
-    """Perform the call with the faults of a queue."""
+    """Perform the call of a queue with the faults of queues."""
     if kind is FaultKind.DROPPED:
         await target(*args, **kwargs)
         return []

@@ -1,7 +1,7 @@
 """A process pool that runs one item at a time per process, so that the death of a process costs one item.
 
-Invariant: every item is returned once, with its result or with the end of its process. After the generator is closed,
-by any exception, all its processes have ended.
+Invariant: every item is returned once, with its result or with the death of its process. After the generator of a pool
+is closed, even by an exception, all processes of the pool have ended.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 MAX_ITEM_S = 900
-"""Real seconds after which SIGALRM ends a process that hangs in an item."""
+"""Real seconds after which SIGALRM ends a process that does not finish its item."""
 
-# fork would copy the parent's threads and locks. In concurrent.futures, the death of a process ends the whole pool, and
-# does not show which item caused the death.
+# The start method "fork" would copy the parent's threads and locks. In concurrent.futures, the death of a process ends
+# the whole pool, and the pool does not report the item of the dead process.
 _SPAWN = multiprocessing.get_context("spawn")
 
 
 @dataclass(frozen=True, slots=True)
 class ProcessDeath:
-    """End of the process of an item without a result."""
+    """Death of a process before the process returned the result of its item."""
 
     exit_code: int | None
-    """Exit code of the process. A negative value is the signal that ended it."""
+    """Exit code of the process. A negative exit code is the number of the signal that ended the process."""
 
 
 class ProcessPool(Generic[T, R]):
-    """A pool of at most `processes` processes for the same `work`.
+    """Pool of at most `processes` processes that run the same function `work`.
 
-    The pool starts no more processes than there are items. The processes stay alive between calls of `each`. `work`,
-    items, and results are pickled.
+    The pool starts no more processes than there are items. The processes of a pool stay alive between calls of `each`.
+    `work`, items, and results are pickled.
     """
 
     def __init__(self, work: Callable[[T], R], processes: int) -> None:
@@ -51,8 +51,8 @@ class ProcessPool(Generic[T, R]):
     def each(self, items: Iterable[T]) -> Generator[tuple[T, R | ProcessDeath], None, None]:
         """Yield each item with the result of `work`, in the order of completion.
 
-        Items are read from their source as processes become free, so the source may be endless. If the generator is
-        closed early, unfinished items end with their processes.
+        `each` reads an item from the source when a process is free, so the source may be endless. If the generator is
+        closed early, the processes of unfinished items are ended.
         """
         remaining = iter(items)
         busy: dict[Connection, tuple[SpawnProcess, T]] = {}
@@ -77,21 +77,22 @@ class ProcessPool(Generic[T, R]):
                 _end(pipe, process)
 
     def close(self) -> None:
-        """End the idle processes. After the end of `each`, all processes are idle."""
+        """End the idle processes. All processes are idle after the end of `each`."""
         while self._idle:
             _end(*self._idle.popitem())
 
     def _start_item(self, item: T, busy: dict[Connection, tuple[SpawnProcess, T]]) -> None:
         pipe, process = self._idle.popitem() if self._idle else _start_process(self._work)
         busy[pipe] = process, item
-        with suppress(BrokenPipeError, ConnectionResetError):  # _result reports the death.
+        # `_result` reports the death of a process with a broken pipe.
+        with suppress(BrokenPipeError, ConnectionResetError):
             pipe.send(item)
 
 
 def spread(
     work: Callable[[T], R], items: Iterable[T], processes: int
 ) -> Generator[tuple[T, R | ProcessDeath], None, None]:
-    """Run `work` on these items as ProcessPool.each does, with processes for this call only."""
+    """Run `work` on these items as ProcessPool.each does, in a pool that ends with the call."""
     with closing(ProcessPool(work, processes)) as pool:
         yield from pool.each(items)
 
@@ -99,9 +100,9 @@ def spread(
 def _start_process(work: Callable[[T], R]) -> tuple[Connection, SpawnProcess]:
     pipe, far_end = _SPAWN.Pipe()
     process = _SPAWN.Process(target=_serve, args=(far_end, work), daemon=True)
-    # A terminal's Ctrl-C reaches the whole process group, but only this process must handle it. The mask is inherited,
-    # whereas a handler in the child would be set too late. The first start of a process also starts multiprocessing's
-    # tracker, which unblocks SIGINT.
+    # Ctrl-C in a terminal reaches the whole process group, but only the parent process must react to the signal. A
+    # child inherits the signal mask, whereas a handler in the child would be set too late. The first start of a process
+    # also starts multiprocessing's tracker, which unblocks SIGINT.
     ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
@@ -133,8 +134,8 @@ def _serve(pipe: Connection, work: Callable[[T], R]) -> None:
         try:
             item = pipe.recv()
         except EOFError:
-            return  # The parent has been killed.
-        # Code that loops without waiting cannot be interrupted from within the simulation.
+            return  # A closed pipe means that the parent has been killed.
+        # The simulation cannot interrupt code that loops without waiting, so the process needs an alarm.
         signal.alarm(MAX_ITEM_S)
         result = work(item)
         signal.alarm(0)  # The wait for the next item must not raise the alarm.

@@ -1,7 +1,7 @@
 """Checks of managers and workers over time: the lease, lost bundles, start times, and needless work.
 
-These checks use only the effects of port calls, the starts of tasks, and the times when processes thaw. A job that a
-lying worker has touched is not checked.
+The checks use only the effects of port calls, the starts of tasks, and the times when processes thaw. The checks skip
+each job that a lying worker has touched.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ Check = Callable[[bool, str, str, str | None], None]
 """A check with the arguments (holds, promise, facts, job)."""
 
 SLACK_S = 1.0
-"""Allowance for the latency of calls."""
+"""Tolerance in seconds for the latency of calls."""
 FREE = ("ledger.lease", "ledger.release")
-"""Calls that a manager without the lease may make."""
+"""Ledger calls that a manager without the lease may make."""
 
 
 @dataclass(slots=True)
 class LeadershipChecks:
-    """Promise that a manager stops in time when it loses the lease.
+    """Checks that a manager stops in time when it loses the lease.
 
-    The record has the times when each manager renewed the lease, and when it learned of another holder.
+    The object stores when each manager renewed the lease, and when each manager learned of another holder.
     """
 
     check: Check
     ttl_s: float
     thawed_s: Callable[[Actor], float]
-    """Returns the time when a process was last thawed."""
+    """Function that returns the time when a process was last thawed."""
     _renewed_s: dict[Actor, float] = field(default_factory=dict)
     _led_s: dict[Actor, float] = field(default_factory=dict)
     _deposed_s: dict[Actor, float] = field(default_factory=dict)
 
     def led_s(self, actor: Actor) -> float:
-        """Return the time when the manager took the lease, or infinity if it never did."""
+        """Return the time when the manager took the lease, or infinity if the manager never took it."""
         return self._led_s.get(actor, math.inf)
 
     def on_lease(self, actor: Actor, owner: str, now_s: float) -> None:
-        """Record the ledger's answer to a manager that `owner` holds the lease."""
+        """Record that the ledger told a manager that `owner` holds the lease."""
         if owner == actor.name:
             self._renewed_s[actor] = now_s
             self._led_s.setdefault(actor, now_s)
@@ -53,12 +53,12 @@ class LeadershipChecks:
             self._deposed_s.setdefault(actor, now_s)
 
     def check_call(self, actor: Actor, label: str, now_s: float, *, disturbed: bool) -> None:
-        """Check a call of a manager. A `disturbed` manager may receive the answer about its lease later."""
+        """Check a call of a manager. A `disturbed` manager may receive the answer about its lease late."""
         renewed_s = self._renewed_s.get(actor)
         if renewed_s is None or label in FREE:
             return
         patience_s = self.ttl_s * 2 / 3 + SLACK_S
-        # A thawed process asks for the lease once before it stops.
+        # A thawed process asks for the lease once before the process stops.
         is_thawed = now_s - self.thawed_s(actor) < patience_s
         age_s = now_s - renewed_s
         facts = f"{actor.name} calls {label} {age_s:.1f} s after it last renewed its lease"
@@ -69,24 +69,24 @@ class LeadershipChecks:
 
 
 BUNDLE_SILENCES, INSTANCE_SILENCES = 14.0, 3.75
-"""Limits for a new copy of a lost bundle, and for the end of a stopped instance, in units of `silence_s`."""
+"""Time limits for a new copy of a lost bundle, and for the end of a stopped instance, in units of `silence_s`."""
 INSTANCE_S = 375.0
-"""Lower bound in seconds of the limit for a stopped instance."""
+"""Lower bound in seconds of the time limit for the end of a stopped instance."""
 SILENCE_SLACK_S = 60.0
 
 
 @dataclass(slots=True)
 class SilenceChecks:
-    """Promise that a manager finds lost bundles and stopped workers, even if no queue becomes empty.
+    """Checks that managers find lost bundles and stopped workers, even if no queue becomes empty.
 
-    Only the time in which a manager leads counts.
+    The time limits count only time in which a manager leads.
     """
 
     check: Check
     silence_s: float
     """Seconds without news of a bundle after which a manager looks for the bundle."""
     stopped: dict[Actor, float] = field(default_factory=dict)
-    """Seconds for which a manager has led since each worker stopped."""
+    """Seconds for which managers have led since each worker stopped."""
     _lost_s: dict[Name, float] = field(default_factory=dict)
     _checked_s: float = 0.0
 
@@ -101,8 +101,8 @@ class SilenceChecks:
     def check_progress(self, lost: Collection[Name], since_s: float | None, now_s: float) -> None:
         """Check the stopped workers and the `lost` bundles.
 
-        A lost bundle is not committed, in no queue, and in no worker. A manager has led since `since_s`, which is None
-        if no manager leads.
+        A lost bundle is not committed, and neither a queue nor a worker has the bundle. `since_s` is the time when the
+        current leader took the lease, or None without a leader.
         """
         step_s, self._checked_s = now_s - self._checked_s, now_s
         self._lost_s = {name: self._lost_s.get(name, now_s) for name in lost}
@@ -121,7 +121,7 @@ class SilenceChecks:
 
 
 EARLY_S = 0.6
-"""Seconds by which a worker may start a task before its time."""
+"""Seconds by which a worker may start a task before the task's start time."""
 
 Attempt = tuple[str, str, int, int, int]
 """One attempt of a task: (job, stage, round, attempt, task)."""
@@ -129,14 +129,14 @@ Attempt = tuple[str, str, int, int, int]
 
 @dataclass(slots=True)
 class StartTimeChecks:
-    """Promise that no task starts before the start time of its job or the end of its backoff.
+    """Checks that no task starts before the start time of its job or the end of its backoff.
 
-    The earliest start of each attempt is computed here from definitions and outcomes, in seconds since the epoch.
+    The checks compute the earliest start of each attempt from definitions and outcomes, in seconds since the epoch.
     """
 
     check: Check
     is_exact: bool = False
-    """Whether the clocks of all processes agree. If not, starts are not checked."""
+    """Whether the clocks of all processes agree. The checks skip all starts if the clocks differ."""
     _jobs: dict[str, JobDef] = field(default_factory=dict)
     _due_s: dict[Attempt, float] = field(default_factory=dict)
 
@@ -144,7 +144,7 @@ class StartTimeChecks:
         self._jobs[job.id] = job
 
     def on_commit(self, outcome: Outcome) -> None:
-        """Record the further attempts that follow from an outcome."""
+        """Record the next attempts that follow from an outcome."""
         bundle = outcome.bundle
         job = self._jobs.get(bundle.job)
         retries = [
@@ -162,11 +162,11 @@ class StartTimeChecks:
                 self._due_s[retry.job, retry.stage, retry.round, retry.attempt, task] = due_s
 
     def check_start(self, bundle: Bundle, task: int, now_s: float) -> None:
-        """Check the start of a task."""
+        """Check that a task does not start too early."""
         if not self.is_exact:
             return
         job = self._jobs.get(bundle.job)
-        # The start time applies to round 0 only: a job that its user retries begins at once.
+        # The start time of a job applies only to round 0, because a retried job begins immediately.
         start_s = (job.start_at_s or 0.0) if job and not bundle.round else 0.0
         name = bundle.job, bundle.stage, bundle.round, bundle.attempt, task
         due_s = max(start_s, self._due_s.get(name, 0.0))
@@ -178,15 +178,15 @@ class StartTimeChecks:
 
 
 LEAVING_S = 0.2
-"""Seconds after the start of its drain within which a worker may still begin a bundle."""
+"""Seconds after the start of a drain in which the worker may still begin a bundle."""
 SETTLED_S = 5.0
-"""Age in seconds of a commit after which a manager must not send the bundle as new work."""
+"""Age in seconds of a commit after which a manager must not send the committed bundle as new work."""
 DISTURBED_S = 120.0
-"""The same limit for a manager that a fault has delayed, or that was frozen."""
+"""Value of SETTLED_S for a manager that a fault has delayed or frozen."""
 GIVE_BACK_S = 1.0
-"""Seconds within which a draining worker returns each message whose tasks it has not begun."""
+"""Seconds within which a draining worker returns each message whose tasks have not begun."""
 KNOWN_S = 10.0
-"""Age in seconds of uncut tasks after which a manager must not cut bundles of a lower priority."""
+"""Age in seconds of uncut tasks after which a manager must not cut bundles with a lower priority."""
 
 
 @dataclass(slots=True)
@@ -213,15 +213,15 @@ class WasteChecks:
         self._committed_s[name] = now_s
 
     def on_undo(self, name: Name) -> None:
-        """Record that a power cut has removed the outcome."""
+        """Record that a power cut has removed the outcome of a bundle."""
         self._committed_s.pop(name, None)
 
     def on_drain(self, actor: Actor, now_s: float) -> None:
-        """Record that a worker starts to drain."""
+        """Record the time at which a worker starts to drain."""
         self._leaves_s.setdefault(actor, now_s)
 
     def check_start(self, bundle: Bundle, now_s: float, actor: Actor | None, *, disturbed: bool) -> None:
-        """Check the start of a task of the bundle. A `disturbed` worker may start it later."""
+        """Check the start of a task of the bundle. A `disturbed` worker may start the task late."""
         name = name_of_bundle(bundle)
         if actor is None or (actor, name) in self._begun:
             return
@@ -231,14 +231,14 @@ class WasteChecks:
         self.check(disturbed or late_s <= LEAVING_S, "I6", facts, bundle.job)
 
     def check_rerun(self, actor: Actor, bundle: Bundle, received_s: float, deliveries: int) -> None:
-        """Check that a worker looked for an outcome before it begins a retry or a repeated delivery."""
+        """Check that a worker looks for an outcome before the worker begins a retry or a repeated delivery."""
         name = name_of_bundle(bundle)
         is_open = self._committed_s.get(name, received_s) >= received_s
         facts = f"{actor.name} begins {name}, which was committed before it received the message"
         self.check(is_open or not (deliveries or bundle.attempt > 1), "waste", facts, bundle.job)
 
     def is_draining(self, actor: Actor, now_s: float) -> bool:
-        """Return whether the worker has been draining for longer than the limit."""
+        """Return whether the worker has been draining for more than LEAVING_S."""
         return now_s - self._leaves_s.get(actor, now_s) > LEAVING_S
 
     def has_begun(self, actor: Actor, name: Name) -> bool:
@@ -246,7 +246,7 @@ class WasteChecks:
         return (actor, name) in self._begun
 
     def check_cut(self, cut: Cut, now_s: float, since_s: float, live_since_s: Callable[[str], float]) -> None:
-        """Check that a manager, undisturbed since `since_s`, cuts bundles in the order of priority.
+        """Check that a manager without faults since `since_s` cuts bundles in the order of priority.
 
         `live_since_s` returns the time when a job began or was last resumed.
         """
@@ -274,11 +274,11 @@ class WasteChecks:
         self._last_dead_s = now_s
 
     def has_dead_letters(self, since_s: float) -> bool:
-        """Return whether a manager has received a dead letter since then."""
+        """Return whether a manager has received a dead letter after `since_s`."""
         return self._last_dead_s >= since_s
 
     def check_deletes(self, receipts: Iterable[str], *, is_live: Callable[[str], bool]) -> None:
-        """Check that the bundle of each deleted dead letter is committed, or was sent again."""
+        """Check that the bundle of each deleted dead letter was committed or sent again."""
         for receipt in receipts:
             name, since_s = self._dead.pop(receipt, (None, 0.0))
             if name is not None and is_live(name[0]):

@@ -1,7 +1,7 @@
 """World events: random faults that hit a world without a port call.
 
-Invariant: the pause before each world event, and the event's target, are drawn separately for each event. So one event
-can be left out, and all other events stay the same, as long as their targets exist.
+Invariant: the pause before each world event, and the target of the event, are drawn separately for each event. Leaving
+out one event therefore does not change the other events, as long as their targets exist.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ SHORTAGE_S = (10.0, 120.0)
 LOST_S = (0.5, 20.0)
 HELD_S = (5.0, 60.0)
 MOMENTS, MOMENT_S = 2_000, 0.004
-"""A power cut waits at most MOMENTS times MOMENT_S seconds for an unacknowledged write."""
+"""Limits of the wait for an unacknowledged write: a power cut waits at most MOMENTS times MOMENT_S seconds."""
 MAX_LOST_MESSAGES = 3
-"""Largest number of messages that a power cut removes from a queue."""
+"""Maximum number of messages that a power cut removes from a queue."""
 AGES_S = (0.0, 10.0, 60.0)
 
 Act = Callable[[random.Random], Awaitable[str | None]]
-"""A world event. It returns a description of its target, or None if no target existed."""
+"""Function that performs a world event. An Act returns a description of its target, or None if no target existed."""
 
 
 class WorldFaults:
@@ -76,7 +76,7 @@ class WorldFaults:
         }
 
     async def inject(self) -> None:
-        """Run the events. Return when their lasting effects have ended too."""
+        """Perform the world events, and return when the lasting effects of all events have ended."""
         for _ in range(MAX_EVENTS):
             point = self._faults.next(WEATHER)
             rng = random.Random(point.pick)  # noqa: S311 - simulation
@@ -132,7 +132,7 @@ class WorldFaults:
         return [worker for worker in self._world.workers.values() if worker.ended is None]
 
     def _a_process(self, rng: random.Random) -> tuple[Actor, SkewedClock] | None:
-        # Managers are few, and faults that hit them find more bugs.
+        # Managers are preferred, because managers are few, and faults of managers find more bugs.
         managers = [(process.actor, process.clock) for process in self._world.manager_processes if process.actor.alive]
         workers = [(worker.actor, worker.clock) for worker in self._workers()]
         return _choose(rng, managers if managers and rng.random() < 0.4 else managers + workers)
@@ -163,7 +163,10 @@ class WorldFaults:
         return f"{actor.name} for {seconds:.3f} s"
 
     async def _freeze_worker(self, rng: random.Random) -> str | None:
-        """Stop a worker forever. Its instance continues to run until a manager ends the instance."""
+        """Freeze a worker forever.
+
+        The instance of a frozen worker continues to run until a manager ends the instance.
+        """
         silences = self._world.watch.silences
         worker = _choose(rng, self._workers())
         if worker is None or any(other.actor in silences.stopped for other in self._workers()):
@@ -186,7 +189,8 @@ class WorldFaults:
     async def _cut_power(self, rng: random.Random) -> str | None:
         """End every process, and undo some writes that may not be on the disk.
 
-        Any unacknowledged write may be lost. Messages, and folds and ends in the ledger, do not wait for the disk.
+        A power cut may undo any unacknowledged write. Messages do not wait for the disk, and neither do folds and ends
+        of jobs in the ledger.
         """
         world, watch = self._world, self._world.watch
         for _ in range(MOMENTS):
@@ -256,7 +260,8 @@ class WorldFaults:
             return None
         decrement = rng.random() < 0.5
         call = fleet.terminate(chosen.pool, [chosen.id], decrement=decrement, cause=fleet_commands.CAUSE)
-        with suppress(Refused, BackendError):  # The group would go below min, or the manager is not the leader.
+        # Scale-in is refused below the group's min, and by a manager that is not the leader.
+        with suppress(Refused, BackendError):
             await call
         return chosen.id
 

@@ -1,7 +1,7 @@
-"""Checks of the promises during the run: at each write, send, delete, and start.
+"""Checks of the grid's promises during a simulation: at each write, send, delete, and start of a task.
 
-Invariant: the watch changes nothing. It uses the effects of port calls, as the services behind the ports receive them,
-so its checks are valid for any code above the ports.
+Invariant: the watch only observes the simulation. The watch records the effects of port calls at the services, so its
+checks are valid for any code that calls the ports.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from batchlab.worker.heartbeats import RETURN_S
 TOLERANCE_S = 1.0
 
 FLUSHED = frozenset(f"ledger.{name}" for name in ("AddJob", "Reopen", "SetControl", "restore", "forget"))
-"""Calls whose transaction waits for the disk before the ledger acknowledges the transaction."""
+"""Ledger calls that the ledger acknowledges only after their transaction is on the disk."""
 
 BEGIN_S = 2 * LATENCY_S[1]
 """Longest time from the write of a start marker to the start of the task, without faults.
 
-The worker waits for the answer to that write, and reads the control object.
+After the write of a start marker, the worker waits for the answer and reads the control object.
 """
 
 RECENT_S = 60.0
-"""Seconds for which a fault may still delay the sends of its target."""
+"""Seconds after a fault in which the fault may still delay the sends of its target."""
 
 ADOPTION_SHARE = 0.2
 """Share of `silence_s` for which a new leader waits before it sends a bundle again."""
@@ -51,7 +51,8 @@ ADOPTION_SHARE = 0.2
 class HeldMessage:
     """A task message that an actor has received and not deleted.
 
-    The holder last changed the visibility timeout at `extended_s`. If `given_back`, the change returns the message.
+    `extended_s` is the time when the holder last changed the visibility timeout of the message. `given_back` is true if
+    the change of the visibility timeout returned the message to the queue.
     """
 
     actor: Actor
@@ -70,7 +71,7 @@ class HeldMessage:
 
 @dataclass(slots=True)
 class Start:
-    """A task that began. `ended_s` is None while the task runs, and stays None if its worker died."""
+    """A task that began. `ended_s` is None while the task runs, and stays None if the task's worker died."""
 
     at_s: float
     actor: Actor | None
@@ -83,7 +84,7 @@ class Start:
 
 @dataclass(slots=True)
 class Watch:
-    """Record of the effects that ports, services, and runners report. `fail` ends the run with the error."""
+    """Record of the effects that ports, services, and runners report. `fail` ends the simulation with an error."""
 
     clock: Clock
     queue: SimQueue
@@ -91,7 +92,7 @@ class Watch:
     frozen: Callable[[Actor], bool]
     thawed_s: Callable[[Actor], float]
     visibility_s: float
-    """Visibility timeout that workers set to keep a message. See `_gives_back` for other values."""
+    """Visibility timeout that workers set to keep a message. `_gives_back` describes the effect of other timeouts."""
     lease_s: float
     """Seconds after a read of the control object in which workers may start tasks of its job."""
     lead_ttl_s: float
@@ -111,14 +112,17 @@ class Watch:
     start_times: StartTimeChecks = field(init=False)
     silences: SilenceChecks = field(init=False)
     _begun: dict[Actor, set[Name]] = field(default_factory=dict)
-    """The bundles of which a worker has started tasks."""
+    """Bundles of which each worker has started tasks, by worker."""
     _killed_s: dict[Actor, float] = field(default_factory=dict)
     """The time of each worker's end, for workers that ended without draining."""
     _start_markers: dict[str, tuple[Actor, float]] = field(default_factory=dict)
     """The writer and the time of the first write of each start marker, except withdrawn markers."""
     _planned: set[Name] = field(default_factory=set)
     _opened: set[Name] = field(default_factory=set)
-    """Planned bundles of job definitions. The manager sends a copy of them if a client repeats its request."""
+    """Planned bundles of job definitions.
+
+    The manager sends another copy of the planned bundles if a client repeats its request.
+    """
     _following: set[Name] = field(default_factory=set)
     """Planned bundles that follow from an outcome."""
     _committed: set[Name] = field(default_factory=set)
@@ -147,18 +151,20 @@ class Watch:
     # --- The bucket ------------------------------------------------------------------------------
 
     def on_write(self, key: str, before: bytes | None, data: bytes, if_absent: bool) -> None:
-        """I1: a committed outcome never changes, and is written by a conditional put."""
+        """Check I1: a committed outcome never changes, and is written by a conditional put."""
         parts = key.split("/")
         if parts[0] != "jobs":
             return
-        if CURRENT.get() is not None:  # Otherwise a client wrote it, and waits for the manager.
+        # A write without a current actor comes from a client, which waits for the manager.
+        if CURRENT.get() is not None:
             self.unsynced.on_write(key, before)
         job, kind = parts[1], parts[2]
         if self.trust.is_liar(CURRENT.get()):
             if job not in self.trust.touched:
                 self.trust.forged.add(key)
             elif parts[3] == "outcomes":
-                # The lie may have any content. Only readable content commits a bundle.
+                # An outcome that a lying worker forged may have any content. Only an outcome with readable content
+                # commits a bundle.
                 with suppress(Exception):
                     self._record_plan("outcomes", parts[-2], data)
             return
@@ -174,7 +180,8 @@ class Watch:
         if kind == "outcomes" and not self.trust.check_seal(key, job):
             return
         self.check(before in (None, data), "I1", f"{key} has changed after its commit", job)
-        # Parts are written before the manifest that commits them. Their names are hashes of their content.
+        # The parts of a manifest are written before the manifest that commits the parts. The name of a part is a hash
+        # of the part's content, so a part needs no condition.
         is_conditional = if_absent or parts[-1].startswith(("part-", "item-"))
         self.check(is_conditional, "I1", f"{key} is written without a condition")
         self._record_plan(kind, parts[-2], data)
@@ -184,7 +191,7 @@ class Watch:
         parts = key.split("/")
         if parts[2] == "control.json":
             word = json_format.ControlCommand(Control.RUN)
-            with suppress(Malformed, TooNew):  # The store had damaged it before.
+            with suppress(Malformed, TooNew):  # The store may have damaged the control object before the power cut.
                 word = json_format.control_from_bytes(before or b"")
             self.controls.on_write(parts[1], word)
         elif outcome_key := object_keys.outcome_key(key):
@@ -201,7 +208,7 @@ class Watch:
             self._committed.add(name)
             self.waste.on_commit(name, self.clock.monotonic_s())
             self.start_times.on_commit(outcome)
-            # A follow-up of another job is a lie.
+            # A follow-up of another job than the outcome's job is a lie.
             bundles = [follow.bundle for follow in outcome.follows if follow.bundle.job == outcome.bundle.job]
             self._plan(bundles)
             self._following.update(map(name_of_bundle, bundles))
@@ -237,7 +244,7 @@ class Watch:
         self._disturbed_s[actor] = max(until_s, self._disturbed_s.get(actor, 0.0))
 
     def _excused(self, actor: Actor, since_s: float) -> bool:
-        """Return whether the actor is frozen, or a fault has hit it since then."""
+        """Return whether the actor is frozen, or a fault has hit the actor after `since_s`."""
         return self.frozen(actor) or self._disturbed_s.get(actor, -1.0) >= since_s - TOLERANCE_S
 
     def _undisturbed_lead_s(self, actor: Actor) -> float:
@@ -283,7 +290,7 @@ class Watch:
             if bundle is None:
                 continue
             name = name_of_bundle(bundle)
-            # A lie, and a bundle that no manager has planned, may be deleted without a check.
+            # The check of deletes skips lies and bundles that no manager has planned.
             is_work = name in self._planned and message.body not in self.trust.lies_sent
             if not _carries_tasks(queue):
                 if is_work:
@@ -323,7 +330,7 @@ class Watch:
     def _check_losses(self, actor: Actor, bundle: Bundle) -> None:
         """Check that a worker that sends its bundle again passes on the number of the bundle's losses.
 
-        A follow-up may also be sent because of its outcome. The follow-up then counts as new.
+        The check skips follow-ups of outcomes, because a follow-up that is sent again counts as a new bundle.
         """
         name = name_of_bundle(bundle)
         expected = [hold.deliveries for hold in self._held_by(actor, name)]
@@ -335,15 +342,15 @@ class Watch:
         return [hold for hold in self._holds.values() if hold.actor is actor and hold.bundle == name]
 
     def _check_adoption(self, actor: Actor, name: Name, now_s: float) -> None:
-        """Check that a manager that has just begun to lead sends no bundle again that a worker still has."""
+        """Check that a new leader does not send a bundle again while a worker still holds the bundle."""
         led_s = self.leadership.led_s(actor)
         if not 0.0 <= now_s - led_s < ADOPTION_SHARE * self.silence_s:
             return
         if name in self._opened or self.waste.has_dead_letters(led_s):
-            return  # Their outcomes are forwarded again.
+            return  # A new leader forwards the outcomes of dead letters again.
         holds = [hold for hold in self._holds.values() if hold.bundle == name]
         are_well = all(hold.actor.alive and not self._excused(hold.actor, hold.received_s) for hold in holds)
-        # Workers drop the messages of a paused job, so a resume sends all of its bundles.
+        # Workers drop the messages of a paused job, so a resume sends all bundles of the job.
         since_s = min((hold.received_s for hold in holds), default=now_s)
         may_send = since_s >= led_s or not are_well or self.controls.was_stopped(name[0], since_s)
         facts = f"{actor.name} leads since {led_s:.1f} and sends {name} again, which a worker has"
@@ -356,12 +363,11 @@ class Watch:
             hold = self._holds.pop((queue, receipt), None)
             if hold is None:
                 continue
-            # A manager sends its copy before it knows which bundles the dead worker held, so an earlier send of the
-            # manager counts too.
+            # A manager sends a copy of a bundle before the manager knows that the dead worker held the bundle, so an
+            # earlier send counts.
             since_s = hold.received_s if hold.actor is actor else 0.0
             is_done = self._settled_s.get((actor, hold.bundle), -1.0) >= since_s
-            # The manager may replace a part that its worker kept, after the worker had reported the bundle and returned
-            # the rest.
+            # After a worker has reported a bundle and kept a part of its tasks, the manager may replace the part.
             reported_s = self._settled_s.get((hold.actor, hold.bundle), -1.0)
             is_done = is_done or (hold.actor is not actor and reported_s >= hold.received_s)
             may_delete = is_done or self.controls.was_stopped(hold.bundle[0], hold.received_s)
@@ -382,8 +388,8 @@ class Watch:
     def _gives_back(self, hold: HeldMessage, visibility_s: float) -> bool:
         """Return whether a change of the visibility timeout returns the message to the queue.
 
-        The new timeout is then shorter than the timeout that keeps the message. Or it equals the wait after so many
-        receives, which may exceed a short timeout.
+        A timeout that is shorter than `visibility_s` returns the message. The worker's wait after a service error also
+        returns the message, even if the wait exceeds a short `visibility_s`.
         """
         return visibility_s < self.visibility_s or visibility_s == RETURN_S * hold.receives
 
@@ -402,12 +408,13 @@ class Watch:
         """Record that a worker starts to drain."""
         self.waste.on_drain(actor, self.clock.monotonic_s())
         if self.are_looks_slow:
-            return  # A worker may wait for an answer before it returns a message.
+            # With slow reads of control objects, a worker may wait for an answer before the worker returns a message.
+            return
         loop = asyncio.get_running_loop()
         loop.call_later(GIVE_BACK_S, self._check_drain, actor, context=self._context)
 
     def _check_drain(self, actor: Actor) -> None:
-        """I6: a draining worker holds no message whose tasks it has not begun."""
+        """Check I6: a draining worker holds no message whose tasks the worker has not begun."""
         for (queue, receipt), hold in list(self._holds.items()):
             is_kept = hold.actor is actor and not hold.given_back and actor.alive
             if not is_kept or self.waste.has_begun(actor, hold.bundle):
@@ -417,7 +424,7 @@ class Watch:
             self.check(is_allowed, "I6", facts, hold.bundle[0])
 
     def check_silences(self, leaders: Sequence[Actor]) -> None:
-        """I7, at any time: lost bundles are found, even if the queues do not become empty."""
+        """Check I7 at any time: lost bundles are found, even if the queues do not become empty."""
         names = [name for name in self._planned - self._committed if self.controls.is_live(name[0])]
         held_bundles = {hold.bundle for hold in self._holds.values() if hold.actor.alive}
         sent: set[Name] = set()
@@ -429,9 +436,9 @@ class Watch:
         self.silences.check_progress(lost, max(since_s, default=None), self.clock.monotonic_s())
 
     def on_exit(self, actor: Actor) -> None:
-        """I6: a worker that has drained and left holds no message, unless its own calls were lost.
+        """Check I6: a worker that has drained and exited holds no message, unless the worker's calls were lost.
 
-        A message returned with a wait is not held any more, because the worker asked for the wait.
+        A message that the worker returned with a wait does not count as held.
         """
         for (queue, receipt), hold in list(self._holds.items()):
             if hold.actor is not actor or hold.given_back:
@@ -449,7 +456,7 @@ class Watch:
     # --- Tasks -----------------------------------------------------------------------------------
 
     def on_start(self, start: Start) -> None:
-        """I4: no task starts after its job's cancellation has been acknowledged."""
+        """Check I4: no task starts after the cancellation of its job has been acknowledged."""
         self.starts.append(start)
         task = task_name(start.stage, start.task)
         forbidden_s = self.controls.forbidden_s.get(start.job)
@@ -460,14 +467,14 @@ class Watch:
         self.check(start.at_s <= since_s + self.lease_s, "lease", facts, start.job)
 
     def on_task(self, bundle: Bundle, task: int, actor: Actor | None) -> None:
-        """Check and record the start of a task of this bundle."""
+        """Check and record the start of a task of `bundle`."""
         now_s, name = self.clock.monotonic_s(), name_of_bundle(bundle)
         if actor is not None:
             self._begun.setdefault(actor, set()).add(name)
         self.start_times.check_start(bundle, task, self.clock.now_s())
         disturbed = actor is not None and self._excused(actor, now_s - RECENT_S)
         self.waste.check_start(bundle, now_s, actor, disturbed=disturbed)
-        # The worker may have received the bundle twice, and starts either message.
+        # A worker that has received a bundle twice may run either message.
         holds = self._held_by(actor, name)
         if actor is not None and holds:
             received_s = min(hold.received_s for hold in holds)
@@ -479,10 +486,10 @@ class Watch:
         self._killed_s[actor] = self.clock.monotonic_s()
 
     def on_replace(self, actor: Actor, cause: str) -> None:
-        """I8: a manager replaces the instance of an honest worker only in three cases.
+        """Check I8: a manager replaces the instance of an honest worker only for one of three reasons.
 
-        The manager received no heartbeat from the worker, a fault has hit the worker, or the worker runs only copies of
-        bundles that have ended (with or without an outcome).
+        The reasons are a missing heartbeat, a fault that hit the worker, and a worker that runs only copies of ended
+        bundles. A bundle may end with or without an outcome.
         """
         is_needed = any(
             name not in self._committed and self.controls.is_live(name[0]) for name in self._begun.get(actor, ())
@@ -499,8 +506,8 @@ class Watch:
     def lost_starts(self, bundle: Bundle, task: int) -> int:
         """Return the number of workers that started the task of this bundle and were then killed or disturbed.
 
-        A start marker is written before the task begins. If another task's crash kills a worker in between, the marker
-        counts as a start.
+        A worker writes a start marker before the task begins. If the crash of another task kills the worker between the
+        marker and the start, the marker counts as a start.
         """
         where = bundle.job, bundle.stage, task, bundle.round
         lost = {
@@ -523,7 +530,7 @@ class Watch:
         self._counts.clear()
 
     def check_counts(self, job: JobId, round_: int, stages: Sequence[StageRecord]) -> None:
-        """I2, at any time: no more tasks have ended than were planned, and counters do not fall within a round."""
+        """Check I2 at any time: at most the planned tasks have ended, and no counter decreases within a round."""
         for record in stages:
             now = record.counts
             name = f"{job}/{now.stage}"

@@ -20,7 +20,7 @@ from batchlab.sim.faults import FaultKind
 
 @dataclass(slots=True)
 class Damage:
-    """The damaged objects of one world. A job with a damaged object is also added to `touched`."""
+    """The damaged objects of one world. The job of a damaged object is also added to `touched`."""
 
     objects: SimObjects
     ledger: object
@@ -29,13 +29,13 @@ class Damage:
     """Jobs that have a damaged object."""
     vulnerable: set[JobId] = field(default_factory=set)
     hit: dict[str, tuple[FaultKind, bytes | None]] = field(default_factory=dict)
-    """The kind of damage, and the content after it, by key."""
+    """Kind of damage and the content after the damage, by key."""
 
     _flushed: dict[str, Any] | None = None
-    """The state of the ledger after its last transaction that waited for the disk."""
+    """State of the ledger after the last transaction that waited for the disk."""
 
     def save_ledger(self) -> None:
-        """Save the current state of the ledger, which has reached the disk."""
+        """Save the current state of the ledger, because the state has reached the disk."""
         if isinstance(self.ledger, SimLedger):
             self._flushed = copy.deepcopy(vars(self.ledger))
 
@@ -45,7 +45,10 @@ class Damage:
             vars(self.ledger).update(copy.deepcopy(self._flushed))
 
     def strike(self, kind: FaultKind, rng: random.Random) -> str | None:
-        """Damage an object of a vulnerable job. Return its key, or None if none exists."""
+        """Damage an object of a vulnerable job.
+
+        The result is the key of the damaged object, or None if no vulnerable job has an object.
+        """
         groups: dict[str, list[str]] = {}
         for key in self.objects.names():
             parts = key.split("/")
@@ -53,7 +56,7 @@ class Damage:
                 groups.setdefault(group_of(key), []).append(key)
         if not groups:
             return None
-        # A job has many outcomes and one definition, so the group is chosen first.
+        # A job has many outcomes and one definition, so the group of the object is chosen first.
         key = rng.choice(groups[rng.choice(sorted(groups))])
         before = self.objects.content(key)
         assert before is not None
@@ -65,12 +68,12 @@ class Damage:
         return key
 
     def standing(self, kinds: Collection[FaultKind]) -> list[str]:
-        """Return the damaged objects of these kinds whose content has not changed since."""
+        """Return the keys of objects with one of the kinds of damage and with no later change of content."""
         return [key for key, (kind, data) in self.hit.items() if kind in kinds and self.objects.content(key) == data]
 
 
 def job_of(key: str) -> JobId:
-    """Return the job that the object belongs to."""
+    """Return the job that owns the object with the key."""
     return JobId(key.split("/")[1])
 
 
@@ -94,27 +97,27 @@ def _damaged(kind: FaultKind, data: bytes, rng: random.Random) -> bytes | None:
 
 
 SYNC_S = 0.1
-"""Seconds after which a write has reached the disk, even without an answer to its writer."""
+"""Seconds after which a write has reached the disk, even if the writer has not received an answer."""
 
 
 @dataclass(slots=True)
 class Unsynced:
-    """The unacknowledged writes of one world."""
+    """Record of the unacknowledged writes of one world."""
 
     clock: Clock
     _before: dict[str, tuple[bytes | None, float]] = field(default_factory=dict)
-    """The content before the first unacknowledged write, and its time, by key."""
+    """Content of each object before its first unacknowledged write, and the time of the write, by key."""
 
     def on_write(self, key: str, before: bytes | None) -> None:
         """Record an unacknowledged write of the object."""
         self._before.setdefault(key, (before, self.clock.monotonic_s()))
 
     def on_acknowledge(self, key: str) -> None:
-        """Record that a writer of the object has its answer, so the object is on the disk."""
+        """Record that a writer of the object has received its answer, so the object is on the disk."""
         self._before.pop(key, None)
 
     def before(self) -> dict[str, bytes | None]:
-        """Return the content before each write that a power cut may undo now, by key."""
+        """Return the content before each write that a power cut may undo at the current time, by key."""
         since_s = self.clock.monotonic_s() - SYNC_S
         self._before = {key: write for key, write in self._before.items() if write[1] > since_s}
         return {key: before for key, (before, _) in self._before.items()}

@@ -1,7 +1,6 @@
-"""Simulated tasks: their durations and results, without running any code.
+"""Durations and results of simulated tasks, which run no code.
 
-Invariant: the result of a task is a function of the seed, its name, and its attempt, so the results are known whatever
-happens to the grid.
+Invariant: the result of a task is a function of the seed, the task's name, and the attempt.
 """
 
 from __future__ import annotations
@@ -17,12 +16,12 @@ from batchlab.sim.actors import Pause
 from batchlab.worker.inflight_message import Handle, Work
 
 STEP_S = 0.05
-"""Seconds after which a running task notices that it must stop."""
+"""Seconds after which a running task checks whether it must stop."""
 
 
 @dataclass(frozen=True, slots=True)
 class Play:
-    """One attempt of one task. The task runs for `run_s`, then returns `value` or fails.
+    """One attempt of one task. A task runs for `run_s`, then returns `value` or fails.
 
     With `kills_worker`, the worker dies at the end of the attempt.
     """
@@ -50,8 +49,8 @@ Script = Callable[[Scene], Play]
 class ScriptedRunner:
     """A Runner whose tasks follow a script.
 
-    The runner calls `started` at each start, and the returned function at the task's end. A task that kills its worker
-    calls `die`.
+    The runner calls `started` at each start of a task, and calls the returned function at the task's end. The runner
+    calls `die` for a task that kills its worker.
     """
 
     def __init__(
@@ -74,7 +73,7 @@ class ScriptedRunner:
             play = self._script(scene)
             handle.running = task
             ended = self._started(scene)
-            # Long tasks are checked less often. Otherwise a 12 h task would cost 10⁶ events.
+            # Long tasks check less often whether they must stop. Frequent checks of a 12 h task would cost 10⁶ events.
             check_s = max(STEP_S, play.run_s / 200)
             if not await _run_for(play.run_s, check_s, handle, self._clock, self._pause):
                 return
@@ -89,7 +88,7 @@ class ScriptedRunner:
 
 
 async def _run_for(run_s: float, check_s: float, handle: Handle, clock: Clock, pause: Pause) -> bool:
-    """Let tasks run, and check the handle every `check_s`. Return False if the run was killed."""
+    """Wait while tasks run, and check the handle every `check_s`. The result is False if the run was killed."""
     end_s = clock.monotonic_s() + run_s
     while (remaining_s := end_s - clock.monotonic_s()) > 0:
         await pause(min(remaining_s, check_s))
@@ -100,7 +99,7 @@ async def _run_for(run_s: float, check_s: float, handle: Handle, clock: Clock, p
 
 @dataclass(frozen=True, slots=True)
 class TaskPlan:
-    """Duration and end of each attempt of a task. The first `failing_attempts` fail, in the first round only."""
+    """Duration and result of each attempt of a task. The first `failing_attempts` attempts of the first round fail."""
 
     run_s: float
     failing_attempts: int = 0
@@ -112,7 +111,7 @@ def value_of(stage: str, item: Json) -> Json:
     if isinstance(item, int):
         return {"key": f"k{item % 3}", "n": item}
     if isinstance(item, list):
-        # Another order of the same results gives another number.
+        # The sum depends on the order of the results, so a wrong order gives another number.
         return {"key": "sum", "n": sum(place * result["n"] for place, result in enumerate(item, start=1))}
     if set(item) == {"key", "n"}:
         return {"key": item["key"], "n": item["n"] * 2 + len(stage)}
@@ -120,7 +119,7 @@ def value_of(stage: str, item: Json) -> Json:
 
 
 class TaskPlans:
-    """Script of a seed's tasks. Each task takes one of `run_s`."""
+    """Script of the tasks of one seed. Each task takes one of the durations in `run_s`."""
 
     def __init__(self, seed: int, run_s: Sequence[float]) -> None:
         self._seed = seed
@@ -144,7 +143,7 @@ class TaskPlans:
         try:
             value = value_of(scene.stage.name, scene.item)
         except (KeyError, TypeError):
-            # Only a lie leads to such an item, and a handler would fail at it.
+            # Only a lie leads to an item without the expected fields, and a real handler would fail at the item.
             failure = Failure(scene.task, FailureKind.EXCEPTION, "an odd item", error="Odd")
             return Play(plan.run_s, failure=failure)
         return Play(plan.run_s, value)
@@ -153,7 +152,7 @@ class TaskPlans:
 def inputs_of(job: JobDef, stage: StageDef, done: Mapping[str, Mapping[int, Json]]) -> dict[int, Json]:
     """Return the input of each task of `stage` that could run, from the results `done` of earlier stages.
 
-    This computation is independent of the grid.
+    The computation of the inputs is independent of the grid's code.
     """
     if not stage.after:
         return dict(enumerate(range(job.items or 0)))
@@ -174,7 +173,7 @@ def inputs_of(job: JobDef, stage: StageDef, done: Mapping[str, Mapping[int, Json
 TOGETHER_S = 0.05
 
 CHECKS = 20
-"""Number of times that a long task checks whether its bundle was killed."""
+"""Number of times that a long task checks whether the task's bundle was killed."""
 
 Durations = Callable[[Work], Sequence[float]]
 """Function that returns the seconds that each task of a bundle takes."""
@@ -183,10 +182,9 @@ Durations = Callable[[Work], Sequence[float]]
 class TimedRunner:
     """A Runner for forecasts, whose tasks take given times and succeed.
 
-    The tasks begin and end as if run one by one, but one timer covers several short tasks: ten million tasks do not
-    need ten million timers. Tasks share a timer as long as they take no more than `together_s`, which delays the
-    reaction to a stop by that time. The runner reacts to a kill within `look_s`, or within a twentieth of the longest
-    task if that is longer.
+    Each task begins and ends as if the tasks ran one by one, but one timer covers several short tasks. Tasks share a
+    timer if they take at most `together_s` in total, which delays the reaction to a stop by `together_s`. The runner
+    reacts to a kill within `look_s`, or within a twentieth of the longest task if the twentieth is longer.
     """
 
     def __init__(
@@ -203,8 +201,8 @@ class TimedRunner:
         tasks = list(work.bundle.tasks)
         durations = self._durations(work)
         begun_s = self._clock.monotonic_s()
-        # Results are also reported in groups, at the latest before a long task. So thousands of bundles that run side
-        # by side do not store the results of their tasks.
+        # Results are reported in groups, at the latest before a long task. Thousands of concurrent bundles therefore do
+        # not store the results of their tasks.
         reported = 0
         for first, takes_s in self._groups(durations):
             now_s = self._clock.monotonic_s()
@@ -229,7 +227,7 @@ class TimedRunner:
         """Do nothing, because the tasks use no processes."""
 
     def _groups(self, durations: Sequence[float]) -> Iterator[tuple[int, float]]:
-        """Yield (first task, seconds) for each group of tasks that share a wait."""
+        """Yield (first task, seconds) for each group of tasks that share a timer."""
         first, takes_s = 0, 0.0
         for n, run_s in enumerate(durations):
             if n > first and takes_s + run_s > self._together_s:

@@ -1,6 +1,6 @@
 """One random world from one seed: jobs, pools, weather, and users with random requests.
 
-Invariant: a trial is a function of its seed. It checks every promise, or raises.
+Invariant: a trial is a function of its seed. A trial checks every promise, and raises an error for a broken promise.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from batchlab.sim.world import World
 _USERS = Weather(cancelled=0.08, paused=0.12, resumed=0.1, retried=0.1, resubmitted=0.03)
 
 CRASHES = replace(_USERS, kill_before=0.004, kill_after=0.004)
-"""Crashes of workers and of the manager between any two port calls."""
+"""Weather with crashes of workers and of the manager between any two port calls."""
 
 STORM = replace(
     _USERS,
@@ -41,7 +41,7 @@ STORM = replace(
     late=0.02,
     dropped=0.02,
 )
-"""Crashes, and services that refuse, lose, repeat, and delay."""
+"""Weather with crashes, and with services that refuse, lose, repeat, and delay calls."""
 
 ALL = replace(
     STORM,
@@ -65,40 +65,41 @@ ALL = replace(
     ledger_rebuilt=0.015,
     varied=True,
 )
-"""All faults. Each seed chooses some of them, and their rates."""
+"""Weather with all kinds of faults. Each seed chooses some kinds of faults, and their rates."""
 
 TIMED = replace(ALL, timed=True)
-"""All faults, in worlds with a schedule."""
+"""Weather with all faults, in worlds with a schedule."""
 
 LIES = replace(ALL, corrupted=0.3, lies=True)
-"""All faults, in worlds with lying workers."""
+"""Weather with all faults, in worlds with lying workers."""
 
 STORAGE = replace(ALL, torn=0.1, missing=0.1, rotted=0.05, unsynced=0.04, storage=True)
-"""All faults, in worlds where the store damages objects."""
+"""Weather with all faults, in worlds where the store damages objects."""
 
 ACCOUNTS = replace(ALL, accounts=True)
-"""All faults, in worlds whose managers record the usage of each job."""
+"""Weather with all faults, in worlds whose managers record the usage of each job."""
 
 BUDGET = dict.fromkeys(FaultKind, 12) | dict.fromkeys((FaultKind.CORRUPTED, *DAMAGES), 3)
 BUDGET[FaultKind.FROZEN] = 2
-"""Maximum number of faults of each kind, so that a world comes to rest."""
+"""The number of faults of each kind is limited, so that a world comes to rest."""
 
 SQL_EVERY = 4
-"""Worlds whose seed is divisible by this number use the product's SQL ledger. All other worlds use SimLedger.
+"""Worlds whose seed is divisible by this number use the product's SQL ledger.
 
-Both give the same answers (a test compares them), and SQL takes a third of a world's time.
+Worlds with all other seeds use SimLedger. Both ledgers give the same answers, as a test checks, but the SQL ledger
+takes a third of a world's run time.
 """
 NOTIFY_EVERY = 7
-"""One of this many worlds notifies a target of each end of a job."""
+"""One of NOTIFY_EVERY worlds notifies a target of each end of a job."""
 MAX_STEPS = 5_000_000
 CHECK_S = 15.0
 MAX_WAITS, MAX_WAITS_WITH_LIARS = 600, 4_000
-"""Maximum number of checks whether the fleet has scaled in after the work."""
+"""Maximum number of checks whether the fleet has scaled in after the end of the work."""
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Result of a trial. `digest` is the digest of its event log, or "" without a log."""
+    """Result of a trial. `digest` is the digest of the world's event log, or "" without a log."""
 
     seed: int
     digest: str
@@ -111,7 +112,7 @@ class Report:
 
 
 def calm(seed: int, *, answers: bool = True) -> Faults:
-    """Return a source of latencies without faults."""
+    """Return a source of latencies that injects no faults."""
     return Faults(_fault_rng(seed), answers=answers)
 
 
@@ -126,7 +127,7 @@ def _focus_of(seed: int, weather: Weather, plan: Plan) -> Focus | None:
 
 
 def plan_of(seed: int, weather: Weather = ALL) -> Plan:
-    """Return the plan of the world of `seed` in this weather."""
+    """Return the plan of the world of `seed` in the given weather."""
     plan = draw(seed)
     focus = _focus_of(seed, weather, plan)
     if (weather.lies or weather.storage) and plan.limit_s == LIMIT_S:
@@ -144,7 +145,7 @@ def weather_of(seed: int, weather: Weather = ALL) -> Weather:
 
 
 def replayed(seed: int, faults: Iterable[Fault]) -> Faults:
-    """Return exactly these faults, with the latencies of the world of `seed`."""
+    """Return a source of exactly the given faults, with the latencies of the world of `seed`."""
     return Faults.from_list(faults, _fault_rng(seed))
 
 
@@ -161,15 +162,15 @@ def run(
     log: list[str] | None = None,
     sql: bool | None = None,
 ) -> Report:
-    """Run the world of `seed`. Raise Violated or another SimulationError if a promise is broken.
+    """Run the world of `seed`. A broken promise raises Violated or another SimulationError.
 
-    `faults` replaces the faults of the seed and `weather`; see `faults_for` and `replayed`. The lines of the event log
-    are appended to `log`, so that the lines exist also after a failure. `sql` selects the ledger of the World. Without
-    `sql`, SQL_EVERY decides.
+    `faults` replaces the faults that the seed draws from `weather`; see `faults_for` and `replayed`. The lines of the
+    event log are appended to `log`, so that `log` has the lines even after a failure. `sql` selects the ledger of the
+    world. If `sql` is None, SQL_EVERY selects the ledger.
     """
     faults, plan = faults or faults_for(seed, weather), plan_of(seed, weather)
     faults.slow_looks_s = plan.slow_looks_s
-    # A world of many hours has tasks that are longer than any schedule's period.
+    # A world of many hours has no schedule, because its tasks are longer than any schedule's period.
     timed = weather.timed and plan.limit_s == LIMIT_S
 
     def make_world() -> World:
@@ -245,10 +246,11 @@ async def _watch_ledger(world: World, plan: Plan) -> None:
 
 
 async def _wait_for_rest(world: World, longest_s: float) -> None:
-    """Wait until the fleet has scaled in and all queues exist. If the wait was too short, the checks report why.
+    """Wait until the fleet has scaled in and all queues exist.
 
-    A copy of a bundle that was committed long before may still run, and another copy may wait for a slot. A lying
-    worker keeps its instance until its manager lacks evidence of its work.
+    If the fleet is not at rest after `longest_s`, the later checks report the reason. An old copy of a committed bundle
+    may still run, and another copy may wait for a slot. A lying worker keeps its instance until the manager has no
+    evidence of work on the instance.
     """
     for _ in range(MAX_WAITS_WITH_LIARS if world.watch.trust.lies else MAX_WAITS):
         manager = world.manager

@@ -1,7 +1,7 @@
 """Users of a world, who submit jobs and make random requests, or who add a schedule and check its runs.
 
-Invariant: each user of a job makes the job's end possible in the end, and waits for it. The requests are a function of
-the seed alone.
+Invariant: each user of a job makes the job's end possible, and waits for the end. The requests of a user are a function
+of the seed alone.
 """
 
 from __future__ import annotations
@@ -32,13 +32,16 @@ from batchlab.sim.plans import Plan
 from batchlab.sim.world import World
 
 MAX_REQUESTS = 8
-"""Number of times that a user considers a request."""
+"""Number of times that a user considers making a request."""
 
 PAUSES_S = (0.0, 0.1, 1.0, 5.0, 20.0)
-"""Approximate pauses in seconds between these times."""
+"""Approximate pauses in seconds between the requests of a user."""
 
 POLL_S = 4.0
-"""Longest time in seconds between a waiting user's reads of the job. Reads are the largest cost."""
+"""Maximum time in seconds between two reads of a job by a waiting user.
+
+The pause limits the reads, which are the largest cost of a user.
+"""
 
 
 PATIENCE_S = 300.0
@@ -52,12 +55,12 @@ MAX_INLINE_ITEMS = 20
 
 
 def few_items(job: JobDef) -> list[Json] | None:
-    """Return the items that are part of a job's submission, or None if they are written before it."""
+    """Return the items that are part of a job's submission, or None if the client writes the items separately."""
     return list(range(job.items)) if job.items is not None and job.items <= MAX_INLINE_ITEMS else None
 
 
 async def bring_items(world: World, job: JobDef) -> None:
-    """Write the plan's parts, as a client does before it submits a job with separate items."""
+    """Write the parts of a plan, as a client does before it submits a job with separate items."""
     patience = Patience(world.rng(f"client/{job.id}"))
     for stage in job.roots():
         writer = PartWriter(world.objects, patience, job.id, stage.name, 0)
@@ -69,8 +72,8 @@ async def bring_items(world: World, job: JobDef) -> None:
 class User:
     """The user of one job.
 
-    `pace` stretches the pauses between requests. A choosy user retries only some of the failed tasks, or requests two
-    retries at once.
+    `pace` stretches the pauses between the user's requests. A choosy user retries only some of the failed tasks, or
+    requests two retries at once.
     """
 
     def __init__(self, world: World, job: JobDef, faults: Faults, pace: float, is_choosy: bool = False) -> None:
@@ -108,7 +111,7 @@ class User:
             state = await self._wait_for_end()
 
     async def _make_request(self) -> None:
-        """Make a random request, or none."""
+        """Make a random request, or make no request."""
         point = self._faults.next(self._name)
         rng = random.Random(point.pick)  # noqa: S311 - simulation
         await asyncio.sleep(rng.choice(PAUSES_S) * rng.uniform(0.5, 1.5) * self._pace)
@@ -123,14 +126,17 @@ class User:
             await request
 
     async def _wait_for_end(self) -> JobState | None:
-        """Wait for the end of the job. Return None if the store has damaged the job, so the ledger lacks it."""
+        """Wait for the end of the job, and return the job's state.
+
+        The result is None if the ledger lacks the job because the store has damaged the job.
+        """
         waited_s = 0.0
         while True:
             record = await self._world.find(self._job.id)
             if record is not None and record.state.ended:
                 return record.state
             if self._job.id in self._world.watch.trust.touched:
-                # A lying worker may delay a job whose messages it had, until its user cancels it.
+                # A lying worker may delay a job whose messages it received, until the job's user cancels the job.
                 waited_s += max(POLL_S, self._pace / 10)
                 if waited_s > PATIENCE_S * self._pace:
                     is_damaged = self._job.id in self._world.damage.jobs
@@ -146,7 +152,7 @@ class User:
     def _has_trouble(self) -> bool:
         """Return whether `job why` reports a problem of the job.
 
-        A job that hangs without a cause breaks I7, so its user does not cancel it.
+        The user does not cancel a job that hangs without a cause, because such a job breaks promise I7.
         """
         manager = self._world.manager
         live = manager.lives.get(self._job.id) if manager else None
@@ -187,7 +193,7 @@ class User:
         return self._start(retry, "retry", lambda _: acknowledge())
 
     async def _choice(self, manager: Manager, seed: float) -> dict[StageName, TaskSet] | None:
-        """Return some of the failed tasks, or None if no task was chosen."""
+        """Return some of the failed tasks, or None if the random choice is empty."""
         rng = random.Random(seed)  # noqa: S311 - simulation
         failed = await failed_tasks(manager.ports, await manager.ports.ledger.job(self._job.id))
         chosen = {
@@ -205,11 +211,12 @@ class User:
             except (Malformed, NotFound) as error:
                 if self._job.id not in self._world.damage.jobs:
                     raise
-                return Refused(str(error))  # The user reads which object is damaged.
+                # The text of the error names the damaged object, so the user may see it as a refusal.
+                return Refused(str(error))
             except Unreachable as error:
                 if verb != "retry" or self._job.id not in self._world.watch.trust.touched:
                     raise
-                return Refused(str(error))  # A lie may have changed the counts of the job.
+                return Refused(str(error))  # A lie may have changed the counts of a touched job.
 
         async def ask() -> object:
             answer = await self._world.ask(request, f"{verb} {self._job.id}")
@@ -254,16 +261,16 @@ class ScheduleUser:
         self._items = rng.choice([1, 3])
 
     async def use(self) -> None:
-        """Add the schedule, wait for a while, and wait until its last run has ended."""
+        """Add the schedule, wait for a while, and wait until the schedule's last run has ended."""
         lines = "".join(f"{item}\n" for item in range(self._items))
         await self._world.objects.put(INPUT, lines.encode())
         first = await self._add(self._definition, replacing=False)
         await asyncio.sleep(self._lasts_s)
-        # The next run is not due for a long time, so runs that wait can still start.
+        # The replaced schedule is not due for ten years, so waiting runs can still start.
         at_s = self._world.clock.now_s() + LATER_S
         last = await self._add(replace(self._definition, when=When(at_s=at_s)), replacing=True)
         while True:
-            # During a rebuild, the ledger has none of the jobs.
+            # The ledger lacks the jobs during a rebuild.
             if not (await self._read()).unfinished and not self._world.rebuilding:
                 break
             await asyncio.sleep(SCHEDULE_POLL_S)

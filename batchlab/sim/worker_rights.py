@@ -1,10 +1,10 @@
-"""The rights of a worker's role on AWS, enforced at the ports of simulated workers, and the record of their lies.
+"""Rights of a worker's role on AWS, enforced at the ports of simulated workers, and a record of lying workers.
 
-Invariant: a call outside these rights is refused. `tests/sim/test_worker_rights.py` compares the key patterns and queue
-actions with the stack template.
+Invariant: a call outside the rights of a role is refused. `tests/sim/test_worker_rights.py` compares the key patterns
+and queue actions of this module with the stack template.
 
-Promise I8: a lying worker harms only touched jobs. A job is touched once a lying worker has received a message of the
-job, before or after the worker began to lie. The promises to a touched job are not checked.
+Promise I8: a lying worker harms only touched jobs. A job counts as touched if a lying worker has received a message of
+the job at any time, even before its first lie. The promises to a touched job are not checked.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ READS = (
 )
 WRITES = ("files/*", "logs/*", "jobs/*/*/outcomes/*", "jobs/*/*/running/*", "jobs/*/*/starts/*")
 CONDITIONAL = ("files/*", "logs/*.log", "jobs/*/*/outcomes/*", "jobs/*/*/starts/*")
-"""Keys that the bucket's policy protects from overwriting."""
+"""Keys of objects that the bucket's policy protects from overwriting."""
 
 
 _may_read, _may_write, _is_conditional = (
-    # In IAM a `*` matches any characters, including slashes.
+    # In IAM, a `*` matches any characters, including slashes.
     re.compile("|".join(re.escape(pattern).replace(r"\*", ".*") for pattern in patterns), re.DOTALL).fullmatch
     for patterns in (READS, WRITES, CONDITIONAL)
 )
 
 
 def _is_allowed(label: str, name: str, pool: str, *, conditional: bool) -> bool:
-    """Return whether the role of a worker in `pool` allows a call. `name` is the key or queue."""
+    """Return whether the role of a worker in `pool` allows a call. `name` is the key or the queue of the call."""
     match label:
         case "objects.list":
             return True
@@ -65,14 +65,14 @@ def _is_allowed(label: str, name: str, pool: str, *, conditional: bool) -> bool:
 
 
 class AccessDenied(BackendError):
-    """AWS refused a call that the role does not allow."""
+    """Error of AWS for a call that the role does not allow."""
 
 
 class Rights:
     """The rights of one simulated worker of a pool.
 
-    `denied` is called with each refused call. With `deaf`, receives are refused: a lying worker may stop its honest
-    part from receiving.
+    `denied` is called with each refused call. With `deaf`, receives are refused, because a lying worker may stop its
+    honest part from receiving.
     """
 
     def __init__(self, denied: Callable[[str], None], pool: str) -> None:
@@ -92,32 +92,35 @@ class Rights:
 
 
 MAX_BODIES = 24
-"""Number of message bodies that are stored for each worker, for the case that the worker begins to lie."""
+"""Number of message bodies that each worker's record stores, in case the worker begins to lie."""
 
 
 @dataclass(slots=True)
 class Trust:
-    """The workers that lie, and the effects that their lies may have."""
+    """Record of the lying workers and of the possible effects of lies."""
 
     check: Callable[[bool, str, str], None]
     touched: set[str] = field(default_factory=set)
     known_instances: set[str] = field(default_factory=set)
-    """Instances whose heartbeat a manager has received. Before that, no other worker can know their ids."""
+    """Instances whose heartbeat a manager has received.
+
+    Other workers cannot know the id of an instance before its first heartbeat.
+    """
     baits: set[str] = field(default_factory=set)
-    """Keys of objects that belong to no job and exist only because a lie names them."""
+    """Keys of objects that belong to no job and exist only because a lie names the objects."""
     forged: set[str] = field(default_factory=set)
-    """Keys of untouched jobs that a lying worker has written."""
+    """Keys of objects of untouched jobs that a lying worker has written."""
     lies_sent: set[str] = field(default_factory=set)
     """Bodies of messages that lying workers have sent."""
     denied: int = 0
-    """Number of calls of lying workers that their role does not allow."""
+    """Number of refused calls of lying workers."""
     _liars: set[Actor] = field(default_factory=set)
     _jobs: dict[Actor, set[str]] = field(default_factory=dict)
     _bodies: dict[Actor, deque[tuple[str, str]]] = field(default_factory=dict)
     _keys: dict[str, CommitKey] = field(default_factory=dict)
-    """Commit keys of jobs, from messages of managers."""
+    """Commit keys of jobs, taken from messages of managers."""
     _beats: dict[str, tuple[Actor, dict[tuple[str, int], Any]]] = field(default_factory=dict)
-    """The process of each instance's worker, and the bundles held according to each heartbeat."""
+    """Process of the worker on each instance, and the bundles held in each of its heartbeats."""
 
     @property
     def lies(self) -> bool:
@@ -128,7 +131,7 @@ class Trust:
         return actor in self._liars
 
     def on_corruption(self, actor: Actor) -> None:
-        """Record that further calls of the worker are lies. Each job whose messages the worker had is touched."""
+        """Record that a worker lies from now on. Each job whose messages the lying worker had becomes touched."""
         self._liars.add(actor)
         self.touched |= self._jobs.get(actor, set())
 
@@ -137,7 +140,10 @@ class Trust:
         return self._bodies.get(actor, ())
 
     def on_denial(self, actor: Actor, call: str) -> None:
-        """Record a call that the worker's role does not allow. Only a lying worker may try such a call."""
+        """Record a call that the worker's role does not allow.
+
+        Only a lying worker may try a call that its role does not allow.
+        """
         if actor in self._liars:
             self.denied += 1
             return
@@ -153,7 +159,7 @@ class Trust:
             self.touched.add(job)
 
     def on_send(self, actor: Actor, queue: str, body: str, doc: Mapping[str, Any]) -> None:
-        """Record that a worker has sent a message. `doc` is its JSON."""
+        """Record that a worker has sent a message. `doc` is the JSON document of the message body."""
         self._remember(actor, queue, body)
         if actor in self._liars:
             self.lies_sent.add(body)
@@ -168,9 +174,10 @@ class Trust:
         self._bodies.setdefault(actor, deque(maxlen=MAX_BODIES)).append((queue, body))
 
     def check_seal(self, key: str, job: str) -> bool:
-        """Check and return whether the key of a new outcome has the seal of its job.
+        """Return whether the key of a new outcome has the seal of its job, and fail if it does not.
 
-        A manager or an honest worker has written the outcome. The writer may have received a wrong commit key.
+        The outcome was written by a manager or an honest worker. A writer that received a wrong commit key makes a
+        wrong seal.
         """
         commit_key = self._keys.get(job)
         is_sealed = object_keys.outcome_key(key) is not None
@@ -179,7 +186,7 @@ class Trust:
         return is_sealed
 
     def check_read(self, actor: Actor, key: str, size: int) -> None:
-        """Check that an honest process reads `size` bytes of an object."""
+        """Check that an honest process may read `size` bytes of an object."""
         if actor in self._liars:
             return
         self.check(size <= OUTCOME_WEIGHT, "I8", f"{actor.name} reads {key} whole, which has {size} bytes")
@@ -188,10 +195,10 @@ class Trust:
     # --- Registries of managers ------------------------------------------------------------------
 
     def check_registry(self, registry: WorkerRegistry) -> None:
-        """Check what a manager has recorded about workers.
+        """Check a manager's record of workers.
 
-        The manager may record only those heartbeats of an honest worker that the worker sent. It may record a lying
-        worker's claims to hold bundles only for touched jobs.
+        The manager may record a heartbeat of an honest worker only if the worker sent the heartbeat. The manager may
+        record a lying worker's claim to hold a bundle only if the bundle's job is touched.
         """
         self.known_instances |= registry.workers.keys()
         if not self._liars:
@@ -200,12 +207,13 @@ class Trust:
             status = registry.workers.get(instance)
             if actor in self._liars:
                 held = {held.job for held in status.beat.held} if status else set()
-                # Lying workers can pass commit keys on to each other.
+                # Sum of the virtual time of all seeds in whole milliseconds. A sum of floats would depend on the order
+                # of the seeds.
                 others = sorted(held - self.touched)
                 self.check(not others, "I8", f"a manager believes that {instance} holds bundles of {others}")
             elif status is not None:
                 beat = sent.get((status.beat.worker, status.beat.number))
-                # A manager drops the bundles of jobs whose key the worker does not have.
+                # A manager drops a worker's bundles of jobs whose commit key the worker does not have.
                 is_right = beat is not None and len(status.beat.held) <= len(beat[1])
                 facts = f"{instance} never sent the heartbeat that a manager believes: {status.beat}"
                 self.check(is_right, "I8", facts)

@@ -2,7 +2,8 @@
 
 The manager, fleet, and worker objects are the product's own.
 
-Invariant: a world is a function of its seed and its arguments. A second run gives the same event log byte for byte.
+Invariant: a world is a function of its seed and its arguments. A second run of the same world gives the same event log
+byte for byte.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
 
 EPOCH_S = 1_700_000_000.0
 RESTART_S = 3.0
-"""Average seconds from the death of a manager to the start of the next one."""
+"""Average seconds between the death of a manager and the start of the next manager."""
 
 DIRECTORY = NotificationSettings((Target("everybody", "webhook", "https://target.invalid/"),))
 
@@ -65,7 +66,7 @@ RunnerFactory = Callable[["World", Callable[[], None], Objects], Runner]
 
 @dataclass(slots=True)
 class ManagerProcess:
-    """A manager, and the actor, clock, and asyncio task of its process."""
+    """A manager with the actor, clock, and asyncio task of its process."""
 
     manager: Manager
     actor: Actor
@@ -77,16 +78,17 @@ class ManagerProcess:
 class World:
     """A grid to run on the current SimLoop.
 
-    `script` defines simulated tasks. `make_runner` replaces the runner of these tasks, for example by a runner of real
-    handlers. Each process's wall clock is off by up to `skew_s`. The clock of the services is right.
+    `script` defines the simulated tasks. `make_runner` replaces the runner of simulated tasks, for example by a runner
+    of real handlers. The wall clock of each process is off by up to `skew_s`. The clock of the simulated services is
+    right.
 
-    Without `watched`, the steps of the protocol are not checked. For a worker with thousands of tasks, these checks
-    cost as much as its own work. With `accounting`, the managers record the usage of the grid. With `reports`, the
-    managers also record the data of reports. With `schedules`, they run jobs when the jobs are due. With `notifies`,
-    they notify a target of each job's end.
+    Without `watched`, the steps of the protocol are not checked. For a worker with thousands of tasks, the checks of
+    the protocol cost as much as the worker itself. With `accounting`, the managers record the usage of the grid. With
+    `reports`, the managers record the data of reports. With `schedules`, the managers submit jobs at the due times of
+    schedules. With `notifies`, the managers notify a target of each job's end.
 
-    The ledger is the product's SQL ledger on an in-memory SQLite database. Without `sql`, the ledger is SimLedger,
-    which gives the same answers in a tenth of the time.
+    With `sql`, the ledger is the product's SQL ledger on an in-memory SQLite database. Without `sql`, the ledger is
+    SimLedger, which gives the same answers as the SQL ledger in a tenth of the time.
     """
 
     seed: int
@@ -113,13 +115,13 @@ class World:
     watch: Watch = field(init=False)
     damage: Damage = field(init=False)
     manager_processes: list[ManagerProcess] = field(init=False, default_factory=list)
-    """Running managers, oldest first."""
+    """Running managers, with the oldest manager first."""
     workers: dict[str, SimWorker] = field(init=False, default_factory=dict)
     managers: int = field(init=False, default=0)
     rebuilding: int = field(init=False, default=0)
-    """Number of rebuilds of the ledger that are due or in progress. Until their end, the ledger may be incomplete."""
+    """Number of ledger rebuilds that are due or in progress. Until a rebuild ends, the ledger may be incomplete."""
     rebuilds: int = field(init=False, default=0)
-    """Number of rebuilds of the ledger so far."""
+    """Number of ledger rebuilds so far."""
     _state: FleetState = field(init=False, default_factory=FleetState)
 
     def __post_init__(self) -> None:
@@ -130,7 +132,8 @@ class World:
         self.objects = SimObjects()
         self.queue = SimQueue(self.clock, self.rng("queue"))
         if self.sql:
-            # Forecasts do not use SQL, and importing SQLAlchemy takes longer than many forecasts.
+            # SQLAlchemy is imported late, because forecasts do not use SQL, and the import takes longer than many
+            # forecasts.
             from batchlab.adapters.sql.ledger import open_memory_as
             from batchlab.sim.cached_ledger import CachedLedger
 
@@ -156,12 +159,12 @@ class World:
             self.queue.lapsed = self.watch.on_lapse
 
     def rng(self, name: str) -> random.Random:
-        """Return an independent random source of the seed, the same in every process."""
+        """Return a random source that depends only on the seed and `name`."""
         return random.Random(f"{self.seed}/{name}")  # noqa: S311 - simulation
 
     @property
     def starts(self) -> list[tuple[float, JobId, str, int]]:
-        """The (time, job, stage, task) of every task that began."""
+        """The (time, job, stage, task) of every task start."""
         return [(start.at_s, start.job, start.stage, start.task) for start in self.watch.starts]
 
     def note(self, actor: str, event: str) -> None:
@@ -173,7 +176,7 @@ class World:
 
     @property
     def leader(self) -> ManagerProcess | None:
-        """The youngest manager that considers itself the leader, or the youngest manager if none does."""
+        """The youngest manager that considers itself the leader, or the youngest manager if no manager does."""
         alive = [process for process in self.manager_processes if process.actor.alive]
         leaders = [process for process in alive if process.manager.is_leader.is_set()] or alive
         return leaders[-1] if leaders else None
@@ -184,11 +187,11 @@ class World:
 
     @property
     def last_owner(self) -> str:
-        """The owner name under which the last started manager holds the lease."""
+        """Name under which the most recently started manager holds the lease."""
         return f"manager-{self.managers}"
 
     def start_manager(self) -> asyncio.Task[None]:
-        """Start a manager, which may run in addition to other managers."""
+        """Start a manager, even if other managers are running."""
         self.managers += 1
         owner = self.last_owner
         actor, rng = Actor(owner), self.rng(owner)
@@ -229,7 +232,7 @@ class World:
         return task
 
     async def _notified(self, _target: Target, notification: Notification) -> None:
-        """Check that the fact of a received notification is already in the bucket."""
+        """Check that the fact in a received notification is already in the bucket."""
         round_ = json.loads(notification.body)["job"]["round"]
         key = object_keys.final(JobId(notification.job), round_)
         is_stored = await self.objects.head(key)
@@ -243,13 +246,13 @@ class World:
             self.watch.on_replace(worker.actor, cause)
 
     def _ended(self, process: ManagerProcess) -> None:
-        """Remove a manager that was killed, stopped, or deposed. Its process and its open requests end."""
+        """Remove a manager that was killed, stopped, or deposed, and end the manager's process and open requests."""
         self.manager_processes.remove(process)
         self._check_exit(process.actor, process.task)
         process.actor.kill()
 
     def _check_exit(self, actor: Actor, main: asyncio.Task[None]) -> None:
-        """Check the end of a process, which may only end because of errors of services."""
+        """Check that a process ended only because of errors of services."""
         error = None if main.cancelled() else main.exception()
         if error is not None and actor.alive and not _of_services(error):
             crash = Crashed(f"{actor.name} ended with an error of its own: {error!r}")
@@ -264,7 +267,7 @@ class World:
         return wrap(inner, port, actor, self.faults, self.log, watch, rights)
 
     async def supervise(self) -> None:
-        """Start a manager, and start the next one some time after each end, forever."""
+        """Start a manager, and start a new manager some time after the end of each manager, forever."""
         rng = self.rng("supervisor")
         while True:
             await asyncio.wait([self.start_manager()])
@@ -297,7 +300,7 @@ class World:
     # --- The user --------------------------------------------------------------------------------
 
     async def ask(self, call: Callable[[Manager], object], name: str) -> object:
-        """Send a request to the current leader, and repeat the request until there is an answer.
+        """Send a request to the current leader, and repeat the request until an answer arrives.
 
         Return Refused if the manager refuses the request.
         """
@@ -315,7 +318,7 @@ class World:
             await asyncio.sleep(1.0)
 
     async def submit(self, job: JobDef) -> None:
-        """Submit a job until it is accepted."""
+        """Submit a job repeatedly until a manager accepts the job."""
         await self.ask(lambda m: m.job_commands.submit(job), f"submit {job.id}")
 
     async def find(self, job: JobId) -> JobRecord | None:
@@ -334,7 +337,7 @@ class World:
         return await self.ledger.rows(job)
 
     async def ended(self, job: JobId) -> JobRecord:
-        """Wait for the end of a job."""
+        """Wait for the end of a job, and return the job."""
         while True:
             record = await self.find(job)
             if record is not None and record.state.ended:
@@ -359,7 +362,7 @@ async def _call(call: Callable[[Manager], object], manager: Manager) -> object:
 
 
 class SimWorker:
-    """A worker as an instance of the simulated launcher."""
+    """A worker in an instance of the simulated launcher."""
 
     def __init__(self, world: World, pool: Pool, instance: str) -> None:
         self.ended: str | None = None
@@ -380,7 +383,7 @@ class SimWorker:
         main.add_done_callback(self._exited)
 
     def begin_to_lie(self, rng: random.Random, pace: float) -> None:
-        """Make the worker lie from now on. In half of the cases, it no longer receives messages."""
+        """Make the worker lie from now on. A lying worker stops receiving messages in half of the cases."""
         world = self._world
         world.watch.trust.on_corruption(self.actor)
         self.rights.deaf = rng.random() < 0.5
@@ -416,7 +419,7 @@ class SimWorker:
         self.kill("exit -9")
 
     def _exited(self, main: asyncio.Task[None]) -> None:
-        """Record whether the worker has drained or a fault has ended it."""
+        """Record whether the worker ended by a drain or by a fault."""
         if self.ended is None:
             self._world._check_exit(self.actor, main)
             crashed = main.cancelled() or main.exception()
