@@ -1,1 +1,1 @@
-"""The worker: receives bundles from its pool's queue, runs, commits, and forwards them."""
+"""Worker, which receives bundles from its pool's queue, runs them, commits the outcomes, and forwards them."""

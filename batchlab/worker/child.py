@@ -1,8 +1,8 @@
-"""The warm child process that runs user code, one bundle's tasks per request.
+"""Warm child process that runs user code, with the tasks of one bundle per request.
 
-Invariant: a task's answer is in the pipe before the next task starts, and the shared memory has the index of the
-running task. A crash of this process therefore fails at most the task that caused the crash. This module imports only
-the standard library and a few light modules, because its start-up delays the first task.
+Invariant: the answer of a task is in the pipe before the next task starts, and the shared memory has the running task's
+index. A crash of the child process therefore fails at most the task that caused the crash. The module imports only the
+standard library and a few light modules, because the start-up of a child delays the first task.
 
 Requests and answers are lines of JSON. The answer to a task is ["ok", task, run_s, value, extra] or ["failed", task,
 run_s, fault, extra]. If the handler cannot be loaded, the only answer is ["import", fault, extra]. The last line of
@@ -27,26 +27,26 @@ from batchlab.worker.shared_memory import IMPORTING, ChildState
 from batchlab.worker.task_executor import ExecutionRequest, TaskExecutor
 
 EXIT_PIPE_LOST = 81
-"""Exit code of a child that cannot answer because a task closed its pipes."""
+"""Exit code of a child process that cannot answer because a task closed the child's pipes."""
 
 _PR_SET_PDEATHSIG = 1
 
 
 class RequestLine(TypedDict):
-    """One request to a child: tasks in order, and the limits for starting them."""
+    """One request to a child process: tasks in order, and limits for the start of tasks."""
 
     request: ExecutionRequest
     items: list[tuple[int, Any]]
     log: str
     left_s: float | None
-    """Seconds during which tasks may start; None for no limit."""
+    """Seconds during which tasks may start, or None without a time limit."""
     must_start: bool
-    """Start the first task even if `left_s` is used up."""
+    """Whether the first task starts even if `left_s` is used up."""
     memory_bytes: int | None
 
 
 class Child:
-    """Loop of a child process, which runs requests until the pipe is closed."""
+    """Loop of a child process, which runs requests until the pipe of requests is closed."""
 
     def __init__(self, requests: int, answers: int, board: ChildState) -> None:
         self._requests = requests
@@ -80,7 +80,7 @@ class Child:
         return line, rest
 
     def _run_request(self, line: RequestLine) -> str:
-        """Run the tasks of a request. Return the reason why the request ended."""
+        """Run the tasks of a request, and return the reason why the request ended."""
         left_s = line["left_s"]
         deadline_s = float("inf") if left_s is None else time.monotonic() + left_s
         self._out.attach(line["log"], line["request"]["cwd"])
@@ -94,7 +94,7 @@ class Child:
             self._answer(json.dumps(["import", problem.fault, {"span": span}]))
             return "import"
         self._exit_if_forked()
-        # Read after the handler is loaded, so that settings made by its modules stay.
+        # The process state is read after the handler is loaded, so that settings made by the handler's modules stay.
         process_state = ProcessState()
         memory = MemoryGrowth(line["memory_bytes"])
         must_start = line["must_start"]
@@ -113,7 +113,7 @@ class Child:
         return "done"
 
     def _task(self, executor: TaskExecutor, task: int, item: Any, log_at: int) -> int:
-        """Run one task and write its answer. Return the log offset of the next task's output."""
+        """Run one task and write the task's answer. The result is the log offset of the next task's output."""
         extra: dict[str, Any] = {}
         started_s = time.monotonic()
         self._board.mark(task, started_s, log_at)
@@ -139,13 +139,13 @@ class Child:
         return end
 
     def _exit_if_forked(self) -> None:
-        # A handler that forks may return in both processes. Only the original process answers.
+        # A handler that forks may return in both processes, but only the original process may answer.
         if os.getpid() != self._pid:
             os._exit(0)
 
     def _answer(self, text: str) -> None:
-        # A handler may have closed the pipe, and a later open may have reused its number. The process exits rather than
-        # write into a user's file.
+        # A handler may have closed the pipe of answers, and a later open may have reused the pipe's number. The process
+        # exits to avoid a write into a user's file.
         data = text.encode() + b"\n"
         try:
             if os.fstat(self._answers).st_ino != self._inodes[1]:
@@ -160,33 +160,33 @@ class Child:
             if os.fstat(self._requests).st_ino == self._inodes[0]:
                 return
         except OSError:
-            pass  # The descriptor is closed: exit as if it had been reused.
-        # Every task has answered, so no task fails: another child serves the next request.
+            pass  # A closed pipe of requests has the same effect as a reused one: the process exits.
+        # Every task has answered, so the exit fails no task, and another child serves the next request.
         os._exit(EXIT_PIPE_LOST)
 
 
 class Output:
     """Redirection of file descriptors 1 and 2, sys.stdout, and sys.stderr to the execution's log.
 
-    The streams are line buffered, so the log holds what a task printed before it crashed.
+    The redirected streams are line buffered, so the log has the output that a task printed before a crash.
     """
 
     def __init__(self) -> None:
         self._log = ""
         self._cwd = ""
         self._inode = 0
-        # The stream objects stay the same when the descriptors are redirected.
+        # The stream objects stay the same when the file descriptors are redirected.
         self._streams: tuple[IO[str], IO[str]] = (_stream(1), _stream(2))
         sys.stdout, sys.stderr = self._streams
 
     def attach(self, log: str, cwd: str) -> None:
         self._redirect(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644))
         os.chdir(cwd)
-        # getcwd returns the kernel's name of the folder, with links resolved.
+        # getcwd returns the kernel's name of the folder, with resolved links.
         self._log, self._cwd = log, os.getcwd()  # noqa: PTH109
 
     def detach(self) -> None:
-        """Leave the execution's folder, because the worker is about to remove it."""
+        """Leave the folder of the execution, because the worker is about to remove the folder."""
         os.chdir("/")
         self._redirect(os.open(os.devnull, os.O_WRONLY))
 
@@ -206,8 +206,8 @@ class Output:
     def settle(self, log_at: int) -> int:
         """Restore the output state after a task, and return the log's size.
 
-        Flush the streams, trim the task's output to its share, and undo what the task did to the streams, the
-        descriptors, or the current folder.
+        `settle` flushes the streams, trims the task's output to its share, and restores the streams, the descriptors,
+        and the current folder.
         """
         out, err = self._streams
         try:
@@ -234,7 +234,7 @@ def _stream(fd: int) -> IO[str]:
 class ProcessState:
     """Kernel state of this process that a task may change: the umask and alarms.
 
-    Python's own state (modules, os.environ) is not restored: handlers use it on purpose.
+    Python's own state (modules, os.environ) is not restored, because handlers change it on purpose.
     """
 
     def __init__(self) -> None:
@@ -248,7 +248,7 @@ class ProcessState:
 
 
 class MemoryGrowth:
-    """Memory growth of this process, which decides when a fresh process must replace this process.
+    """Memory growth of the child process, which decides when a new child process must replace it.
 
     Python seldom returns memory to the system, so the memory of earlier tasks would count for a later task.
     """
@@ -271,10 +271,10 @@ def _resident() -> int:
 
 
 def exit_with_worker(life: int) -> None:
-    """Kill this process and its descendants when the worker exits for any reason."""
-    # The kernel signals the end of the pipe to the whole process group. The parent-death signal is the fallback for
-    # kernels without this feature. It reaches only this process, so programs that a task started would survive. It is
-    # therefore not used in addition.
+    """Kill the child process and its descendants when the worker exits for any reason."""
+    # The kernel can signal the end of a pipe to the whole process group. A parent-death signal is the fallback for
+    # kernels that do not signal the end of a pipe. A parent-death signal reaches only the child process, so programs
+    # that a task started would survive. The parent-death signal is therefore not used in addition to the pipe.
     try:
         fcntl.fcntl(life, fcntl.F_SETOWN, -os.getpid())
         fcntl.fcntl(life, fcntl.F_SETSIG, signal.SIGKILL)
@@ -285,12 +285,12 @@ def exit_with_worker(life: int) -> None:
     try:
         os.read(life, 1)
     except BlockingIOError:
-        return  # The write end of the pipe is open, so the worker is alive.
+        return  # An open write end of the pipe means that the worker is alive.
     os._exit(0)
 
 
 def main() -> None:
-    """Run the child. `child_process.ChildProcess` starts this process with its arguments."""
+    """Run the child process with the arguments from `child_process.ChildProcess`."""
     requests, answers, life = (int(text) for text in sys.argv[1:4])
     board, code = sys.argv[4:6]
     for fd in (requests, answers, life):
@@ -301,7 +301,7 @@ def main() -> None:
     if code:
         sys.path.insert(0, code)
     Child(requests, answers, ChildState(board)).serve()
-    # sys.exit would wait for threads that a handler left running.
+    # sys.exit would wait for threads that a handler has left running.
     os._exit(0)
 
 

@@ -1,8 +1,8 @@
 """The worker's side of its warm child processes: pipes, exit, kill, limits, and the pool.
 
-Invariants: nothing in this module blocks the event loop. Each ended child is reaped after its process group is killed.
-A kill ends the process group and all descendants whose parents still exist, so programs that a task started do not
-outlive the task. A worker has at most as many children as slots, and a child runs only handlers of one code folder.
+Invariants: no call of the parent side blocks the event loop, and an ended child is reaped after its process group is
+killed. A kill ends the process group and all descendants with existing parents, so a program of a task does not outlive
+the task. A worker has at most as many children as slots, and a child runs only handlers of one code folder.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
 class Process(NamedTuple):
-    """A process of this machine and its resident memory."""
+    """A process of the machine and the process's resident memory."""
 
     pid: int
     parent: int
@@ -40,11 +40,11 @@ class Process(NamedTuple):
 
 
 def table() -> list[Process]:
-    """Return every readable process. This takes about 10 µs per process."""
+    """Return every readable process of the machine. A read of the process table takes about 10 µs per process."""
     processes: list[Process] = []
     for name in os.listdir("/proc"):  # noqa: PTH208 - 3 times as fast as Path.iterdir, 20 times a s
         if name.isdigit():
-            # A process may exit between the listing and the read.
+            # A process may exit between the listing of /proc and the read of its file.
             with suppress(OSError):
                 processes.append(_read(int(name)))
     return processes
@@ -53,7 +53,7 @@ def table() -> list[Process]:
 def _read(pid: int) -> Process:
     fd = os.open(f"/proc/{pid}/stat", os.O_RDONLY)
     try:
-        # The second field is the program's name in brackets and may contain any character.
+        # The second field of the file is the program's name in brackets, which may contain any character.
         fields = os.read(fd, 4096).rpartition(b")")[2].split()
     finally:
         os.close(fd)
@@ -61,7 +61,7 @@ def _read(pid: int) -> Process:
 
 
 class Sampler:
-    """Resident memory per process group. One read of /proc serves all calls within `fresh_s`."""
+    """Resident memory per process group. One read of /proc serves all calls within `fresh_s` seconds."""
 
     def __init__(self, monotonic_s: Callable[[], float], fresh_s: float) -> None:
         self._monotonic_s = monotonic_s
@@ -72,7 +72,7 @@ class Sampler:
     def resident_bytes(self, group: int, since_s: float) -> int:
         """Return the sum of the group's resident memory, measured after `since_s`.
 
-        Shared pages count once for each process.
+        Shared memory pages count once for each process.
         """
         now_s = self._monotonic_s()
         if now_s - self._at_s >= self._fresh_s or self._at_s < since_s:
@@ -95,7 +95,7 @@ def family(leader: int) -> set[int]:
 def kill_family(leader: int) -> None:
     """Send SIGKILL to the process group `leader` and to its descendants in other groups.
 
-    `leader` must not be reaped yet, because another process may then have its id.
+    `leader` must not be reaped before the kill, because another process may reuse the id of a reaped process.
     """
     doomed = family(leader)
     with suppress(ProcessLookupError):
@@ -122,10 +122,13 @@ def _parsed(line: bytearray) -> Any:
 
 
 class ChildProcess:
-    """One child process, bound to one folder of code. `kill` ends the process, and `close` then removes its files."""
+    """Child process of a worker, bound to one folder of code.
+
+    Call `kill` to end the process, and then `close` to remove its files.
+    """
 
     def __init__(self, folder: Path, digest: str, code: Path | None) -> None:
-        """Start the process without waiting for it. Raise OSError if it cannot start."""
+        """Start the child process without waiting for its start-up. A process that cannot start raises OSError."""
         self.digest = digest
         self._folder = folder
         self._loop = asyncio.get_running_loop()
@@ -133,19 +136,20 @@ class ChildProcess:
         self._read_s = 0.0
         self._eof = False
         self.corrupted = False
-        """A handler wrote into the pipe. Only the answers before that are valid."""
+        """Whether a handler wrote into the pipe of answers. Only answers before the handler's write are valid."""
         self._closed = False
         self._unsent = bytearray()
         folder.mkdir(parents=True, exist_ok=True)
         self.board = ChildState(folder / "board", create=True)
         requests, self._requests = os.pipe()
         self._answers, answers = os.pipe()
-        # Nothing is written to this pipe. Its end tells the child that the worker has exited.
+        # Nothing is written to the life pipe. The end of the life pipe tells the child that the worker has exited.
         life, self._life = os.pipe()
         theirs = (requests, answers, life)
         try:
             with (folder / "boot.log").open("wb") as log:
-                # Started in the main thread, because a parent-death signal is sent when the starting thread ends.
+                # The child is started in the main thread, because a parent-death signal is sent when the starting
+                # thread ends.
                 self._process = subprocess.Popen(
                     [
                         sys.executable,
@@ -176,13 +180,13 @@ class ChildProcess:
 
     @property
     def pid(self) -> int:
-        """The process id, which is also the id of its process group."""
+        """Id of the child process, which is also the id of its process group."""
         return self._process.pid
 
     # --- Requests and answers ---
 
     def send(self, line: RequestLine) -> None:
-        """Send a request. The event loop writes the part that does not fit into the pipe at once."""
+        """Send a request to the child. If the pipe is full, the event loop writes the rest of the request later."""
         self._unsent += json.dumps(line).encode() + b"\n"
         self._writable()
 
@@ -194,15 +198,15 @@ class ChildProcess:
             self._loop.add_writer(self._requests, self._writable)
             return
         except BrokenPipeError:
-            self._unsent.clear()  # The child is dead, which `answers` reports.
+            self._unsent.clear()  # The pipe is broken because the child is dead, which `answers` reports.
         self._loop.remove_writer(self._requests)
 
     async def answers(self, wait_s: float, *, gather_s: float) -> list[Any]:
-        """Return the lines received within `wait_s`, or [] if there are none or the child ended.
+        """Return the lines received within `wait_s`, or [] if no line arrived or the child ended.
 
         Lines that arrive within `gather_s` of the previous read are returned together.
         """
-        # A wake-up costs as much as ten tiny tasks, so answers are read in batches.
+        # Answers are read in batches, because a wake-up costs as much as ten tiny tasks.
         gap_s = self._loop.time() - self._read_s
         if gap_s < gather_s:
             await asyncio.sleep(gather_s - gap_s)
@@ -214,7 +218,7 @@ class ChildProcess:
         return self._lines()
 
     def _read(self) -> bool:
-        """Read into the buffer and return whether new data arrived."""
+        """Read from the pipe into the buffer, and return whether new data arrived."""
         if self._eof:
             return False
         try:
@@ -226,7 +230,7 @@ class ChildProcess:
         return True
 
     async def _readable(self, wait_s: float) -> None:
-        """Wait up to `wait_s` for data. After the end of the pipe, wait the whole time."""
+        """Wait up to `wait_s` for data from the child. After the end of the pipe, the wait always takes `wait_s`."""
         woken = self._loop.create_future()
         timer = self._loop.call_later(wait_s, _wake, woken)
         if not self._eof:
@@ -254,24 +258,27 @@ class ChildProcess:
 
     @property
     def ended(self) -> bool:
-        """Whether the process has exited. Its answers are complete once `answers` returns []."""
+        """Whether the child process has exited.
+
+        The answers of an exited child are complete once `answers` returns [].
+        """
         if self._process.returncode is not None:
             return True
-        # The process is not reaped here: its id must stay reserved until its group is killed.
+        # An exited child is not reaped here, because its id must stay reserved until its process group is killed.
         look = os.WEXITED | os.WNOHANG | os.WNOWAIT
         return os.waitid(os.P_PID, self.pid, look) is not None
 
     async def kill(self) -> tuple[int, list[Any]]:
-        """Kill the process and its descendants. Return its exit code and its last answers.
+        """Kill the child process and its descendants. `kill` returns the exit code of the child and its last answers.
 
-        If the process had already exited, this is its own exit code. Repeated calls are safe.
+        If the child had already exited, the exit code is the child's own. Repeated calls of `kill` are safe.
         """
         if self._process.returncode is None:
             kill_family(self.pid)
             while self._process.poll() is None:  # noqa: ASYNC110 - SIGCHLD belongs to the caller
                 await asyncio.sleep(_REAP_STEP_S)
         if not self._closed:
-            # A surviving descendant may hold the pipe open, so do not wait for its end.
+            # A surviving descendant may hold the pipe open, so `kill` does not wait for the pipe's end.
             while self._read():
                 pass
             self._closed = True
@@ -282,9 +289,9 @@ class ChildProcess:
         return self._process.returncode, self._lines()
 
     def close(self) -> None:
-        """Remove the files of the process. Call `kill` first."""
+        """Remove the files of the child process. The caller must call `kill` before `close`."""
         self.board.close()
-        # The folder is small, and closing the runner removes what remains.
+        # The folder is small, and closing the runner removes remaining files.
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def check_booted(self, code: int) -> None:
@@ -300,7 +307,7 @@ def _wake(future: asyncio.Future[None]) -> None:
 
 
 def describe_exit(code: int) -> str:
-    """Return an exit code as text, such as `exit 3` or `exit -11 (SIGSEGV)`."""
+    """Return an exit code as text, for example `exit 3` or `exit -11 (SIGSEGV)`."""
     if code >= 0:
         return f"exit {code}"
     try:
@@ -321,18 +328,18 @@ def describe_crash(code: int, times: int) -> str:
 
 
 def monotonic_s() -> float:
-    """Return the system's monotonic time, the clock of the shared memory.
+    """Return the system's monotonic time, which the shared memory uses.
 
-    The `Clock` of a worker may differ from it.
+    The `Clock` of a worker may differ from the system's monotonic time.
     """
     return time.monotonic()
 
 
 class Children:
-    """Pool of warm children, idle and busy. Each run uses one child."""
+    """Pool of warm child processes, idle and busy. Each run of a bundle uses one child."""
 
     def __init__(self, folder: Path, slots: int) -> None:
-        """Keep a small folder for each child below `folder`."""
+        """Create a small folder for each child below `folder`."""
         self.closed = False
         self._folder = folder
         self._slots = slots
@@ -342,7 +349,7 @@ class Children:
         self._has_no_busy = asyncio.Event()
 
     async def acquire(self, digest: str, code: Path | None) -> ChildProcess:
-        """Return an idle child for this code, or start one. Raise OSError if it cannot start."""
+        """Return an idle child for the code, or start a child. A child that cannot start raises OSError."""
         for child in reversed(self._idle):
             if child.digest == digest and not child.ended:
                 self._idle.remove(child)
@@ -357,13 +364,13 @@ class Children:
         return child
 
     def release(self, child: ChildProcess) -> None:
-        """Make a child available for the next request."""
+        """Make a child available for the next run."""
         self._busy.remove(child)
         self._idle.append(child)
         self._notify()
 
     async def kill(self, child: ChildProcess) -> None:
-        """Kill a child, idle or busy, and remove its files."""
+        """Kill an idle or busy child, and remove its files."""
         for group in (self._idle, self._busy):
             if child in group:
                 group.remove(child)
@@ -376,7 +383,7 @@ class Children:
             self._has_no_busy.set()
 
     async def close(self) -> None:
-        """Kill all children. Active runs see `closed` and end as if they were killed."""
+        """Kill all children of the pool. Active runs see `closed`, and end as if their children were killed."""
         self.closed = True
         while self._busy:
             self._has_no_busy.clear()
@@ -389,13 +396,13 @@ TICK_S = 0.04
 """Seconds between two checks of a running child."""
 
 _IMPORT_S = 60.0
-"""Time limit for loading a handler. A longer timeout of the stage replaces this limit."""
+"""Time limit in seconds for loading a handler. A longer timeout of the stage replaces the time limit for loading."""
 
 
 class Termination(NamedTuple):
-    """The reason to end `task` (or IMPORTING).
+    """Reason to end the process of `task` (or IMPORTING).
 
-    The task is part of the reason, because another task may be running when the process is killed.
+    A Termination names its task, because another task may be running when the process is killed.
     """
 
     task: int
@@ -405,12 +412,12 @@ class Termination(NamedTuple):
 
     @property
     def sentence(self) -> str:
-        """The reason as the text of a failure."""
+        """Text of the failure that the reason causes."""
         return f"Loading the handler {self.reason}." if self.task == IMPORTING else self.reason
 
 
 class WatchedProcess(Protocol):
-    """A process that runs tasks, and the shared memory with its running task."""
+    """Process that runs tasks, and the shared memory page with its running task."""
 
     @property
     def pid(self) -> int: ...
@@ -421,11 +428,11 @@ class WatchedProcess(Protocol):
 
 class MemorySampler(Protocol):
     def resident_bytes(self, group: int, since_s: float) -> int:
-        """Return the memory of the group, measured after `since_s` (monotonic)."""
+        """Return the resident memory of the process group, measured after the monotonic time `since_s`."""
 
 
 class Limits:
-    """Limits of one stage."""
+    """Time and memory limits of the tasks of one stage."""
 
     def __init__(self, stage: StageDef, sampler: MemorySampler) -> None:
         self._timeout_s = stage.timeout_s
@@ -440,7 +447,7 @@ class Limits:
         return min(TICK_S, max(0.001, since_s + self._timeout_s - monotonic_s()))
 
     def broken(self, child: WatchedProcess) -> Termination | None:
-        """Return a verdict if the running task exceeds a limit, else None."""
+        """Return a Termination if the running task exceeds a limit, else None."""
         task, since_s = child.board.running()
         ran_s = monotonic_s() - since_s
         if task == IMPORTING and self._timeout_s is not None:
@@ -452,7 +459,7 @@ class Limits:
         if self._timeout_s is not None and ran_s >= self._timeout_s:
             reason = f"ran longer than its timeout of {self._timeout_s:g} s"
             return Termination(task, FailureKind.TIMEOUT, reason, ran_s)
-        # Reading /proc costs more than a short task, so memory is checked only after a while.
+        # A read of /proc costs more than a short task, so memory is checked only for tasks that have run for a while.
         if self._memory_bytes is None or ran_s < TICK_S / 2:
             return None
         if self._sampler.resident_bytes(child.pid, since_s) > self._memory_bytes:

@@ -1,8 +1,8 @@
-"""User code as content-addressed zips, and the cache of unpacked code on an instance.
+"""Code zips of users, named by their content, and the cache of unpacked code on an instance.
 
-Invariants: the same folder packs to the same bytes. A folder of unpacked code is either absent or complete, and its
-content matches its digest. No entry of a zip can write outside that folder. Missing or damaged code fails the job with
-a reason. An unavailable object store raises BackendError instead.
+Invariants: the same folder always packs to the same bytes. A folder of unpacked code is either absent or complete, and
+the content of the folder matches its digest. No entry of a zip can write outside the folder of its code. Missing or
+damaged code fails the job with a reason. An unavailable object store raises BackendError, and does not fail the job.
 """
 
 from __future__ import annotations
@@ -32,28 +32,28 @@ MAX_FILES = 20_000
 
 _SKIPPED = frozenset({"__pycache__", ".git", ".venv", ".batchlab", ".mypy_cache", ".pytest_cache", ".ruff_cache"})
 _MARKS = ("pyvenv.cfg", object_keys.MADE)
-"""Files that identify a virtual environment, a grid's home folder, and fetched results.
+"""Names of files that mark a virtual environment, a grid's home folder, or a folder of fetched results.
 
-Such folders are skipped under any name, because they would change a job's code with every run.
+Folders with a marker file are not packed, because their content would change a job's code with every run.
 """
 _BAD_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError)
-"""Errors of zipfile for a zip that is damaged, encrypted, or packed by an unknown method."""
+"""Errors that zipfile raises for a zip that is damaged, encrypted, or packed by an unknown method."""
 _BAD_NAMES = (errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EILSEQ, None)
-"""OSErrors caused by the zip: names that conflict or are too long, and bad bz2 data (no errno).
+"""OSErrors that a bad zip causes: conflicting names, names that are too long, and bad bz2 data (no errno).
 
-The machine causes all other OSErrors.
+All other OSErrors are problems of the machine.
 """
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 _CHUNK = 1024 * 1024
 
 
 def key(data: bytes) -> str:
-    """Return the object key of a code zip."""
+    """Return the object key for the bytes of a code zip."""
     return object_keys.code(hashlib.sha256(data).hexdigest())
 
 
 def digest_of(code_key: str) -> str:
-    """Return the digest in the key of a code zip. Raise UsageError for any other key."""
+    """Return the digest in the key of a code zip. A key of any other form raises UsageError."""
     digest = code_key.removeprefix("code/").removesuffix(".zip")
     if code_key != object_keys.code(digest) or len(digest) != 64 or set(digest) - set("0123456789abcdef"):
         raise UsageError(f"{code_key!r} is not the key of a code zip.")
@@ -61,13 +61,13 @@ def digest_of(code_key: str) -> str:
 
 
 def pack(folder: Path, data: Collection[Path] = (), most_bytes: int | None = None) -> bytes:
-    """Pack the files of `folder` as a zip. The same content and modes give the same bytes.
+    """Pack the files of `folder` as a zip. The same content and file modes give the same bytes.
 
-    Caches, virtual environments, version control, and folders made by batchlab are left out. The job's input, `data`
-    (absolute paths), is also left out, because tasks receive it separately.
+    The zip omits caches, virtual environments, version control, and folders made by batchlab. The zip also omits the
+    input files of the job (`data`, absolute paths), because tasks receive input separately.
 
-    Raise UsageError for a link that leaves the folder, a special or unreadable file, a name that workers cannot unpack,
-    more than `most_bytes` (by default 512 MiB), or more than 20,000 files.
+    UsageError is raised for a link that leaves the folder, a special or unreadable file, or a name that workers cannot
+    unpack. More than 20,000 files, or more than `most_bytes` (by default 512 MiB), also raise UsageError.
     """
     root = folder.resolve()
     if not root.is_dir():
@@ -83,7 +83,7 @@ def pack(folder: Path, data: Collection[Path] = (), most_bytes: int | None = Non
                 info = zipfile.ZipInfo(path.relative_to(root).as_posix(), _EPOCH)
                 mode = 0o755 if path.stat().st_mode & stat.S_IXUSR else 0o644
                 info.external_attr = (stat.S_IFREG | mode) << 16
-                info.create_system = 3  # Unix on every platform, for equal bytes
+                info.create_system = 3  # The system is always Unix, so that all platforms produce equal bytes.
                 info.compress_type = zipfile.ZIP_DEFLATED
                 archive.writestr(info, path.read_bytes())
     except OSError as error:
@@ -102,7 +102,7 @@ def _select_files(folder: Path, root: Path, excluded: Collection[Path], most_byt
         if path not in excluded:
             files.append(path)
             total += path.stat().st_size
-        # Checked during the walk, because the folder may be a whole disk.
+        # The limits are checked during the walk, because the folder may be a whole disk.
         if len(files) > MAX_FILES or total > most_bytes:
             raise UsageError(
                 f"The code folder {folder} is too large: "
@@ -143,10 +143,10 @@ def _is_portable(name: str) -> bool:
 
 
 def unpack(data: bytes, digest: str, target: Path) -> None:
-    """Unpack a zip into the folder `target`, unless the folder exists.
+    """Unpack a code zip into the folder `target`, unless `target` exists.
 
-    Several processes may call this at once. Raise UsageError if `data` does not match `digest`, is not a zip, is too
-    large when unpacked, or contains a name outside its folder.
+    Several processes may unpack the same zip at the same time. UsageError is raised if `data` does not match `digest`,
+    is not a zip, or is too large when unpacked. A zip with a name outside its folder also raises UsageError.
     """
     if target.is_dir():
         return
@@ -161,13 +161,13 @@ def unpack(data: bytes, digest: str, target: Path) -> None:
     except _BAD_ZIP as error:
         raise UsageError(f"The code zip cannot be read: {error}.") from error
     except OSError as error:
-        # If the folder exists now, another process has unpacked the same digest.
+        # If `target` exists after a failed rename, another process has unpacked the same digest.
         if not target.is_dir():
             if error.errno in _BAD_NAMES:
                 raise UsageError(f"The code zip cannot be unpacked: {error.strerror or error}.") from error
             raise
     finally:
-        shutil.rmtree(staged, ignore_errors=True)  # It exists only after a failure.
+        shutil.rmtree(staged, ignore_errors=True)  # The staging folder exists only after a failure.
 
 
 def _extract(data: bytes, folder: Path) -> None:
@@ -200,7 +200,10 @@ def _safe(entry: zipfile.ZipInfo) -> PurePosixPath:
 
 
 def _copy(source: IO[bytes], file: IO[bytes], remaining: int) -> int:
-    """Copy a file and return the remaining byte limit. Sizes in a zip's directory may be wrong."""
+    """Copy a file, and return the remaining limit in bytes.
+
+    The copied bytes are counted, because the sizes in a zip's directory may be wrong.
+    """
     while chunk := source.read(_CHUNK):
         remaining -= len(chunk)
         if remaining < 0:
@@ -220,9 +223,9 @@ class CodeCache:
         self._functions: dict[str, Path] = {}
 
     async def code(self, key: str | None) -> tuple[str, Path | None]:
-        """Return the digest and the unpacked folder of a code zip, or ("", None) if there is none.
+        """Return the digest and the unpacked folder of a code zip, or ("", None) for a job without code.
 
-        Raise Problem of kind "import" if the zip is missing or damaged.
+        A missing or damaged zip raises Problem of kind "import".
         """
         if key is None:
             return "", None
@@ -242,9 +245,9 @@ class CodeCache:
         return self._functions.get(key)
 
     async def function(self, key: str) -> Path:
-        """Return the file of a pickled function. Fetch it on first use.
+        """Return the file of a pickled function, which is fetched on first use.
 
-        Raise Problem of kind "import" if the object does not exist.
+        A missing object raises Problem of kind "import".
         """
         path = self._scratch.root / "functions" / hashlib.sha256(key.encode()).hexdigest()
         try:

@@ -1,8 +1,8 @@
-"""Completion of a bundle or a part of one: commit and forward its outcome, or send it again.
+"""Completion of a bundle or a part of a bundle: the worker commits and forwards its outcome, or sends it again.
 
-Invariant: a message is deleted only in three cases. Its outcome is committed and forwarded, a fresh copy of the message
-has been sent, or its job is canceled or paused (the manager then knows the outstanding tasks). A crash between any two
-lines therefore loses no task.
+Invariant: a worker deletes a message only in one of three cases. The outcome is committed and forwarded, a fresh copy
+of the message has been sent, or the job is canceled or paused. The manager knows the outstanding tasks of a canceled or
+paused job. A crash between any two lines of this module therefore loses no task.
 """
 
 from __future__ import annotations
@@ -28,16 +28,19 @@ log = logging.getLogger(__name__)
 # --- Spans and log lines -------------------------------------------------------------------------
 
 TASK_SPANS = 16
-"""Maximum number of task spans per bundle. Failed tasks have priority, then the longest tasks."""
+"""Maximum number of task spans per bundle.
+
+Failed tasks have priority over other tasks in a trace, and long tasks over short tasks.
+"""
 MAX_LOGGED_FAILURES = 10
-"""Maximum number of failed tasks of a bundle that get their own log line."""
+"""Maximum number of failed tasks of a bundle that get their own log lines."""
 
 EndedTask = tuple[Ran, float]
-"""A result and its end time in seconds since the epoch."""
+"""Result of a task, and its end time in seconds since the epoch."""
 
 
 async def with_end_times(runs: AsyncIterator[Ran], ended: list[EndedTask], clock: Clock) -> AsyncIterator[Ran]:
-    """Yield the results, and append each with its end time to `ended`."""
+    """Yield the results, and append each result with its end time to `ended`."""
     async for ran in runs:
         ended.append((ran, clock.now_s()))
         yield ran
@@ -60,7 +63,7 @@ def record_task_spans(
             "task",
             running.context,
             bundle,
-            # The child measured `run_s` with its own clock.
+            # The child measures `run_s` with its own clock, so the computed start might be earlier than `started_s`.
             start_s=max(started_s, end_s - ran.run_s),
             end_s=end_s,
             error=ran.failure.kind.value if ran.failure else "",
@@ -69,7 +72,7 @@ def record_task_spans(
 
 
 def set_log_fields(inflight: InflightMessage) -> None:
-    """Add the bundle's ids to all further log lines of this asyncio task."""
+    """Add the ids of the bundle to all further log lines of the current asyncio task."""
     bundle = inflight.bundle
     single_task = {"task": bundle.tasks.first} if len(bundle.tasks) == 1 else {}
     logs.add_fields(
@@ -84,7 +87,10 @@ def set_log_fields(inflight: InflightMessage) -> None:
 
 
 def log_failures(outcome: Outcome) -> None:
-    """Log the failed attempts of an outcome, without text from user code. The outcome has that text."""
+    """Log the failed attempts of an outcome, without text from user code.
+
+    The outcome contains the text from user code.
+    """
     for failure in outcome.failed[:MAX_LOGGED_FAILURES]:
         what = f"{failure.kind}: {failure.error}" if failure.error else failure.kind
         follows = "for good" if failure.final else "and is tried again"
@@ -128,7 +134,10 @@ class BundleFinisher:
         self._context = context
 
     async def commit(self, inflight: InflightMessage, *, cancelled: bool = False) -> Outcome:
-        """Commit the results. Return the committed outcome, which may be another worker's."""
+        """Commit the results of the bundle.
+
+        `commit` returns the committed outcome, which may be another worker's outcome.
+        """
         spans = [span for span in inflight.handle.log_spans if span[0] in inflight.bundle.tasks]
         draft = self._draft(inflight, inflight.handle.log, spans, cancelled=cancelled)
         log_failures(draft)
@@ -139,20 +148,20 @@ class BundleFinisher:
         return committed
 
     async def hand_off(self, inflight: InflightMessage, part: Bundle) -> bool:
-        """Commit and forward a bundle except `part`, which still runs.
+        """Commit and forward all tasks of a bundle except `part`, which still runs.
 
-        The message stays in flight. Return False if another worker's outcome is the committed one. The run finds that
-        outcome at its end.
+        The message of the bundle stays in flight after the hand-off. The result is False if another worker's outcome is
+        the committed outcome. The run finds another worker's outcome at its end.
         """
         spans = [span for span in inflight.handle.log_spans if span[0] not in part.tasks]
-        # The log itself is stored when the run has ended.
+        # The worker stores the log itself after the end of the run.
         key = object_keys.log(inflight.bundle, inflight.execution, inflight.key) if spans else ""
         draft = self._draft(inflight, key, spans, part=part.tasks)
         outcome = await self._commit(inflight, draft)
         if outcome != draft:
             return False
         log_failures(outcome)
-        # The part needs no message, because this worker runs it.
+        # The part needs no message, because the same worker runs the part.
         others = tuple(follow for follow in outcome.follows if follow.bundle != part)
         await self._forward(inflight, outcome, replace(outcome, follows=others))
         return True
@@ -193,14 +202,14 @@ class BundleFinisher:
         self._context.outbox.report_duplicate(Duplicate(bundle.job, bundle.stage, kind, inflight.execution, slot_s))
 
     async def finish(self, inflight: InflightMessage, outcome: Outcome) -> None:
-        """Forward the committed outcome, which may be another worker's, and delete the message."""
+        """Forward the committed outcome, which may be another worker's outcome, and delete the message."""
         await self._forward(inflight, outcome, outcome, may_wait=True)
         await self.delete(inflight)
 
     async def forward_again(self, inflight: InflightMessage, outcome: Outcome) -> None:
         """Forward an outcome that was committed earlier, and delete the message.
 
-        Follow-ups that have a committed outcome are not sent again.
+        A follow-up with a committed outcome is not sent again.
         """
         if outcome.execution != inflight.execution:
             self._report_duplicate(inflight, "message", 0.0)
@@ -213,7 +222,7 @@ class BundleFinisher:
     ) -> None:
         """Send the follow-ups in `unsent`, then the event of `outcome`.
 
-        With `may_wait`, the event may wait for a heartbeat while other bundles run on this worker.
+        With `may_wait`, the event may wait for a heartbeat while other bundles run on the worker.
         """
         items = None
         if inflight.items is not None and unsent.follows:
@@ -221,10 +230,10 @@ class BundleFinisher:
         with span(self._context.tracer, "forward", inflight.trace, inflight.bundle) as forward:
             now_s, trace = self._context.clock.now_s(), forward.context
             messages = follow_ups(inflight.job, unsent, inflight.key, now_s=now_s, items=items, trace=trace)
-            # Follow-ups are sent before the event. The manager may end a stage only when its follow-ups have been sent,
-            # and this event tells the manager so.
+            # Follow-ups are sent before the event of their outcome. The event tells the manager that all follow-ups
+            # have been sent, so that the manager may end the stage.
             await self._context.outbox.send(messages)
-            # Another running bundle causes a heartbeat soon, which can carry the event.
+            # Another running bundle causes a heartbeat soon, and the heartbeat can carry the event.
             others = may_wait and any(
                 not (other.committing or other is inflight) for other in self._context.inflight.values()
             )
@@ -233,9 +242,9 @@ class BundleFinisher:
     # --- Return to the queue ---------------------------------------------------------------------
 
     async def send_again(self, inflight: InflightMessage, *, delay_s: float = 0.0, watchdog: bool = False) -> None:
-        """Return the bundle to the queue as a fresh message, then delete this message.
+        """Return the bundle to the queue as a fresh message, then delete the old message.
 
-        Making this message visible would increase its receive count, which suggests a poison task.
+        A change of the old message's visibility would lead to a higher receive count, which suggests a poison task.
         """
         now_s, items = self._context.clock.now_s(), inflight.items
         copy = fresh_copy(inflight, now_s, items=items, delay_s=delay_s, watchdog=watchdog)
@@ -243,10 +252,10 @@ class BundleFinisher:
         await self.delete(inflight)
 
     async def return_too_new(self, queue: str, message: Message, error: TooNew) -> None:
-        """Return a message of a newer batchlab version to the queue, for a newer worker.
+        """Return a message of a newer batchlab version to the queue for a newer worker.
 
-        After its first receive, the message is sent again unchanged, because a higher receive count suggests a poison
-        task. Any other message becomes visible later and keeps its count.
+        A message at its first receive is sent again unchanged, because a higher receive count suggests a poison task.
+        At a later receive, the message becomes visible after a delay and keeps its receive count.
         """
         log.warning("message %s is left for a newer worker: %s", message.id, error)
         try:
@@ -259,27 +268,28 @@ class BundleFinisher:
             log.warning("the message returns when its visibility timeout ends: %s", problem)
 
     async def delete(self, inflight: InflightMessage) -> None:
-        """Delete the message, unless the worker has already given up its receipt."""
+        """Delete the message if the worker still has its receipt."""
         if inflight.receipt is not None:
             receipt, inflight.receipt = inflight.receipt, None
-            # Without another message, events and follow-ups are sent before deletes.
+            # If no other message is in flight, the delete waits until events and follow-ups have been sent.
             await self._context.outbox.delete(inflight.queue, receipt, urgent=len(self._context.inflight) > 1)
 
 
 # --- Handoff of the tasks behind a long task ---------------------------------------------------------
 
 HANDOFF_CHECK_S = 0.1
-"""Seconds until the next check if no task is running at the moment."""
+"""Seconds until the next check if no task is running at the time of a check."""
 
 
 async def collect_results(finisher: BundleFinisher, inflight: InflightMessage, runs: AsyncIterator[Ran]) -> None:
     """Collect the results in `inflight.ran`, and hand off the tasks that wait behind a long task.
 
-    The outcome of the handed-off tasks is committed and reported first. Its follow-ups contain the part that this
-    worker still runs. The message stays in flight until the outcome of that part is also reported. If the worker dies,
-    the next receiver of the message finds the first outcome and forwards it again.
+    The outcome of the handed-off tasks is committed and reported while the remaining part of the bundle still runs. The
+    follow-ups of the first outcome include the remaining part. The message stays in flight until the outcome of the
+    remaining part is also reported. If the worker dies, the next receiver of the message finds the outcome of the
+    handed-off tasks and forwards it again.
 
-    Raise BackendError if a committed outcome could not be forwarded.
+    A committed outcome that cannot be forwarded raises BackendError.
     """
     watch = asyncio.create_task(_hand_off_when_due(finisher, inflight), name=f"handoff {inflight.bundle.id}")
     try:
@@ -288,7 +298,7 @@ async def collect_results(finisher: BundleFinisher, inflight: InflightMessage, r
     finally:
         if not inflight.shedding:
             watch.cancel()
-        # Wait for a commit that is in progress.
+        # A commit of handed-off tasks may still be in progress.
         await asyncio.wait({watch})
     if inflight.shedding:
         watch.result()
@@ -296,7 +306,7 @@ async def collect_results(finisher: BundleFinisher, inflight: InflightMessage, r
 
 
 async def _hand_off_when_due(finisher: BundleFinisher, inflight: InflightMessage) -> None:
-    """Hand off the tasks behind the running one when the time budget is used up."""
+    """Hand off the tasks behind the running task when the time budget is used up."""
     await asyncio.sleep(BUDGET_S)
     while (running := inflight.handle.running) is None or not _waiting_tasks(inflight, running):
         if inflight.handle.stop or len(inflight.ran) >= len(inflight.bundle.tasks):
@@ -310,12 +320,12 @@ async def _hand_off_when_due(finisher: BundleFinisher, inflight: InflightMessage
     bundle = inflight.bundle
     part = replace(bundle, tasks=bundle.tasks - ended - _waiting_tasks(inflight, running))
     if await finisher.hand_off(inflight, part):
-        # Set only after the commit: once a heartbeat reports the part, the manager no longer needs the message. If
-        # another worker's outcome is the committed one, the run finds it at its end.
+        # The part is set after the commit, because the manager no longer needs the message once a heartbeat reports the
+        # part. If another worker's outcome is the committed outcome, the run finds the outcome at its end.
         inflight.narrow(part)
 
 
 def _waiting_tasks(inflight: InflightMessage, running: int) -> TaskSet:
-    """Return the tasks that have not started. Tasks start in order."""
+    """Return the tasks of the bundle that have not started. Tasks start in the order of the bundle."""
     unfinished = inflight.bundle.tasks - TaskSet.from_indices(ran.task for ran in inflight.ran)
     return unfinished - TaskSet.span(0, running + 1)

@@ -1,8 +1,8 @@
-"""Environment of the tasks on a worker: Python, packages, platform, image, and variable names.
+"""Environment of the tasks on a worker: Python, packages, platform, image, and names of variables.
 
-Invariant: values are stored only for the few environment variables in `SETTINGS`, because any other variable may
-contain a secret. Each worker stores its environment once as a separate object, and outcomes name the worker. An outcome
-without a stored environment is valid.
+Invariant: only the environment variables in `SETTINGS` are stored with values, because any other variable may contain a
+secret. Each worker stores its environment once as a separate object, and outcomes name the worker. An outcome without a
+stored environment is valid.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _SETTING_NAMES = """
     PYTHONWARNINGS
 """
 SETTINGS = tuple(_SETTING_NAMES.split())
-"""Variables that change how programs behave and whose values are not secret."""
+"""Environment variables that change how programs behave, and whose values are not secret."""
 
 MAX_NAMES = 200
 MAX_PACKAGES = 2000
@@ -51,7 +51,7 @@ _SESSIONS = ("AWS_", "BATCHLAB_", "DBUS_", "GIT_", "LESS", "PYTEST_", "SSH_", "T
 class Environment:
     """Environment of one worker.
 
-    `packages` maps normalized names to versions. `variables` has the names of variables that may have been set on
+    `packages` maps normalized names to versions. `variables` has the names of variables that a user may have set on
     purpose.
     """
 
@@ -67,7 +67,7 @@ class Environment:
 
     @property
     def minor(self) -> str:
-        """Python's minor version, such as 3.12, on which pickled functions depend."""
+        """Python's minor version, for example 3.12, on which pickled functions depend."""
         return ".".join(self.python.split(".")[:2])
 
     def __str__(self) -> str:
@@ -79,7 +79,7 @@ class Environment:
 
 
 def current(environ: Mapping[str, str] = os.environ, *, image: str = "") -> Environment:
-    """Return the environment of this process. The list of packages takes a few milliseconds."""
+    """Return the environment of the current process. The listing of packages takes a few milliseconds."""
     from batchlab import __version__
 
     names = [name for name in environ if not (name in _SESSION or name in SETTINGS or name.startswith(_SESSIONS))]
@@ -97,17 +97,18 @@ def current(environ: Mapping[str, str] = os.environ, *, image: str = "") -> Envi
 
 
 def is_harmless(name: str) -> bool:
-    """Return whether every program may have this variable, because its value is never secret.
+    """Return whether every program may have the variable `name`, because the value is never secret.
 
-    No rule recognizes each secret by its name, so the harmless names are listed instead.
+    A list of harmless names is used, because no rule recognizes each secret by its name.
     """
     return name in SETTINGS or name in _HARMLESS or name.startswith(_HARMLESS_KINDS)
 
 
 def packages(path: list[str]) -> dict[str, str]:
-    """Return the versions of installed packages by name. The first folder in `path` wins.
+    """Return the versions of installed packages by name.
 
-    Versions come from folder names, which is 100 times as fast as reading metadata with importlib.
+    If several folders in `path` have a package, the first folder determines the version. The versions come from folder
+    names, which is 100 times as fast as a read of metadata with importlib.
     """
     versions: dict[str, str] = {}
     for folder in path:
@@ -123,7 +124,7 @@ def _metadata(folder: str) -> list[str]:
     try:
         names = os.listdir(folder or ".")  # noqa: PTH208 - only names are needed
     except OSError:
-        return []  # The entry is a zip or does not exist.
+        return []  # An entry of the path may be a zip or may not exist.
     return [name for name in names if name.endswith((".dist-info", ".egg-info"))]
 
 
@@ -137,7 +138,7 @@ async def record(objects: Objects, worker: str, environment: Environment, patien
 
 
 async def load(objects: Objects, worker: str, patience: Patience) -> Environment | None:
-    """Return the stored environment of a worker, or None if it is missing or unreadable."""
+    """Return the stored environment of a worker, or None if the environment is missing or unreadable."""
     try:
         data = await patience(partial(objects.get, object_keys.environment(worker)))
         return from_json(json_format.loads(data))
@@ -150,7 +151,7 @@ def to_json(environment: Environment) -> dict[str, Json]:
 
 
 def from_json(doc: Mapping[str, Any]) -> Environment:
-    """Return the environment in a document. Raise Malformed if the document is malformed.
+    """Return the environment in a JSON document. A malformed document raises Malformed.
 
     Fields added by a newer batchlab version are ignored.
     """
@@ -167,11 +168,11 @@ def from_json(doc: Mapping[str, Any]) -> Environment:
 # --- Comparison ----------------------------------------------------------------------------------
 
 MAX_LISTED = 8
-"""Maximum number of packages or variables in a sentence. The sentence has the number of further names."""
+"""Maximum number of packages or variables that a sentence lists. The sentence also has the number of further names."""
 
 
 def differences(worker: Environment, local: Environment) -> list[str]:
-    """Return one sentence for each difference of `local` from the worker, most relevant first."""
+    """Return one sentence for each difference between `local` and the worker, most relevant differences first."""
     sentences = []
     if (worker.implementation, worker.python) != (local.implementation, local.python):
         sentences.append(

@@ -1,8 +1,8 @@
-"""One execution of a bundle in child processes: its tasks, their limits, and causes of failures.
+"""One execution of a bundle in child processes: its tasks, the tasks' limits, and the causes of failures.
 
-Invariant: every task ends in exactly one Ran, or in none if the run is stopped. The death of a child fails only the
-task that was running. The other tasks continue in a fresh child. All steps share the remaining tasks and the state of
-the child, so they are one class.
+Invariant: every task of an execution ends in exactly one Ran, or in no Ran if the run is stopped. The death of a child
+fails only the task that was running in the child. The remaining tasks continue in a new child. All steps of an
+execution share the remaining tasks and the state of the child, so the steps are methods of one class.
 """
 
 from __future__ import annotations
@@ -64,11 +64,11 @@ class ExecutionContext:
 
 
 class Execution:
-    """Execution of `work`. The queue `results` receives results, and None at the end."""
+    """Execution of the bundle in `work`. The queue `results` receives the results, and None at the end."""
 
     def __init__(self, work: Work, handle: Handle, folder: Path, context: ExecutionContext) -> None:
         self.results: asyncio.Queue[list[Ran] | asyncio.Task[Ran] | None] = asyncio.Queue()
-        """Lists of results, and asyncio tasks for results whose outputs are not stored yet."""
+        """Lists of results, and asyncio tasks for results whose outputs have not been stored yet."""
         self._work = work
         self._handle = handle
         self._folder = folder
@@ -81,17 +81,17 @@ class Execution:
         self._began_s = context.clock.monotonic_s()
         self._child: ChildProcess | None = None
         self._busy = False
-        """The child has a request and has not reported its end."""
+        """Whether the child has a request and has not reported the request's end."""
         self._unfinished = dict.fromkeys(work.bundle.tasks)
         self._pending: dict[int, Json] = {}
-        """Unfinished tasks whose inputs are local, with their items."""
+        """Unfinished tasks with local inputs, and their items."""
         self._started = False
         self._pace_s = 0.0
         """Average seconds per task in the most recent batch of answers."""
         self._empty_requests = 0
         """Number of consecutive requests that ended no task."""
         self._sigkills: Counter[int] = Counter()
-        """Number of deaths of each task's process by a SIGKILL that this worker did not send."""
+        """Number of deaths of each task's process by a SIGKILL that the worker did not send."""
         own = JobObjects.of_job(work.job)
         self._inputs = materialization.Inputs(context.objects, folder, asyncio.to_thread, own, context.files)
         self._storing: set[asyncio.Task[Ran]] = set()
@@ -99,7 +99,7 @@ class Execution:
         handle.peek = self._peek
 
     async def run(self) -> None:
-        """Run the tasks. Raise BackendError if a port or this machine fails."""
+        """Run the tasks of the bundle. A failure of a port or of the machine raises BackendError."""
         try:
             await self._run()
             await self._store_log()
@@ -122,7 +122,7 @@ class Execution:
         await asyncio.gather(*self._storing, return_exceptions=True)
 
     async def clean(self) -> None:
-        """Remove the folder. Call `cancel_uploads` first."""
+        """Remove the folder of the execution. The caller must call `cancel_uploads` before `clean`."""
         await asyncio.to_thread(_remove, self._folder)
 
     async def _run(self) -> None:
@@ -157,12 +157,12 @@ class Execution:
                 await asyncio.gather(following, return_exceptions=True)
 
     def _prefetch(self, chunk: Chunk) -> Task[Chunk] | Chunk:
-        """Return the chunk, or a task that fetches its inputs if it refers to objects."""
+        """Return the chunk, or an asyncio task that fetches the chunk's inputs if the chunk refers to objects."""
         refers = materialization.refers(chunk)
         return asyncio.create_task(self._inputs.fetch(chunk)) if refers else chunk
 
     def _cached_request(self) -> tuple[ExecutionRequest, str, Path | None] | None:
-        """Return the result of `_prepare` if it needs no fetch, else None."""
+        """Return the result of `_prepare` if the preparation needs no fetch, else None."""
         key = materialization.function_key(self._work)
         function = self._code_cache.cached_function(key) if key else None
         if self._work.job.code or (key and function is None):
@@ -177,7 +177,7 @@ class Execution:
         return request, digest, code
 
     async def _unless_stopped(self, work: Coroutine[Any, Any, T] | asyncio.Task[T]) -> T | None:
-        """Return the result, or None if the run is stopped before the result is ready."""
+        """Return the result of `work`, or None if the run is stopped before the result is ready."""
         task = work if isinstance(work, asyncio.Task) else asyncio.create_task(work)
         try:
             while not task.done():
@@ -207,7 +207,7 @@ class Execution:
     async def _run_request(self, request: ExecutionRequest, digest: str, code: Path | None) -> bool:
         """Send the pending tasks to a child, and read its answers until it finishes or dies.
 
-        Return False if the run is over.
+        The result is False if the run is over.
         """
         left_s = self._left_s()
         is_spent = left_s is not None and left_s <= 0 and self._started
@@ -239,8 +239,8 @@ class Execution:
             return True
         self._empty_requests = self._empty_requests + 1 if len(self._unfinished) == before else 0
         if self._empty_requests > 1 and self._pending:
-            # Two requests ended without a running task. The first pending task is failed, because the execution would
-            # otherwise never end.
+            # Two consecutive requests have ended without a running task. The first pending task is failed, because the
+            # execution might never end.
             reason = "ended its process before it could begin"
             self._fail_task(Termination(next(iter(self._pending)), FailureKind.CRASH, reason, 0.0), None)
         return True
@@ -251,7 +251,7 @@ class Execution:
             await self._children.kill(child)
 
     async def _watch(self, child: ChildProcess) -> str:
-        """Read answers until the request ends. Return the reason in one word."""
+        """Read answers from the child until the request ends, and return the reason in one word."""
         while True:
             wait_s = self._limits.wait_s(child)
             gather_s = min(wait_s, self._gathering_s())
@@ -259,7 +259,7 @@ class Execution:
             if end := self._process_answers(lines):
                 return end
             if child.corrupted and self._pending:
-                # Tasks answer in order, so the first pending task wrote into the pipe.
+                # Tasks answer in order, so the first pending task wrote invalid data into the pipe.
                 task, reason = next(iter(self._pending)), "wrote into its process's pipe"
                 return await self._end_child(child, Termination(task, FailureKind.CRASH, reason, 0.0))
             if self._killed or (not lines and child.ended):
@@ -267,7 +267,7 @@ class Execution:
             self._allow(child)
             if verdict := self._limits.broken(child):
                 return await self._end_child(child, verdict)
-            # The output of the running task is trimmed, so that it does not fill the disk.
+            # The output of the running task is trimmed during the run, so that the output does not fill the disk.
             task, log_at = child.board.task, child.board.log_at
             if task >= 0 and task_log.overflowing(self._log_size(), log_at) and child.board.task == task:
                 await asyncio.to_thread(task_log.trim, str(self._log), log_at)
@@ -302,8 +302,8 @@ class Execution:
             return "killed"
         if verdict is None:
             if code == -signal.SIGKILL and task in self._pending:
-                # The SIGKILL came from another program, or from the kernel when memory ran out. It may not be the
-                # task's fault, so the task is tried again.
+                # The SIGKILL came from another program, or from the kernel because memory ran out. A SIGKILL may not be
+                # the task's fault, so the task is tried again.
                 self._sigkills[task] += 1
                 if self._sigkills[task] < LOSS_LIMIT:
                     return "retry"
@@ -314,7 +314,7 @@ class Execution:
         if verdict.task == IMPORTING:
             self._fail_unfinished(fault(verdict.kind, verdict.sentence, exit_code=exit_code))
         elif verdict.task in self._pending:
-            # A task that is not pending sent its answer just before its limit.
+            # A task that is not pending sent its answer just before the task exceeded its limit.
             self._fail_task(verdict, exit_code)
         return "lost"
 
@@ -328,7 +328,7 @@ class Execution:
             return None
         start = max(log_at, size - max_bytes)
         data = task_log.read(str(self._log), start, size - start)
-        # If the running task changed, the data may contain the next task's output.
+        # If the running task has changed, the data may contain output of the next task.
         return Peek(task, log_at, start, data) if child.board.task == task else None
 
     def _log_size(self) -> int:
@@ -340,7 +340,7 @@ class Execution:
     # --- Results -------------------------------------------------------------------------------
 
     def _process_answers(self, lines: list[Any]) -> str | None:
-        """Put the results in a child's answers into the queue. Return the reason if the request has ended."""
+        """Put the results in a child's answers into the queue, and return the reason if the request has ended."""
         batch: list[Ran] = []
         why: str | None = None
         for line in lines:
@@ -359,7 +359,7 @@ class Execution:
     def _process_answer(self, line: list[Any], batch: list[Ran]) -> None:
         word, task, run_s, payload, extra = line
         if task not in self._pending:
-            return  # A process forked by the handler sent the answer of a task that has already ended.
+            return  # The answer belongs to an ended task, so a process that the handler forked sent the answer.
         del self._pending[task], self._unfinished[task]
         if word == "ok":
             ran = Ran(task, run_s, payload)
@@ -405,7 +405,7 @@ class Execution:
 
     async def _store_log(self) -> None:
         if self._killed:
-            # A killed run does not wait for results that are not stored yet.
+            # A killed run does not wait for unfinished uploads of results.
             for task in self._storing:
                 task.cancel()
         if self._handle.log_spans and self._log.is_file():
@@ -415,13 +415,13 @@ class Execution:
 
 
 def gathering_s(count: int, pace_s: float) -> float:
-    """Return the seconds to wait for further answers while `count` tasks have not answered.
+    """Return the seconds to wait for further answers if `count` tasks have not answered.
 
-    The wait is a small part of the expected remaining time, `count` times `pace_s`, so that the worker detects the end
-    of a bundle soon.
+    The wait is a small part of the expected remaining time, `count` times `pace_s`, so that the worker soon detects the
+    end.
     """
     if not count:
-        return 0.0  # Only the "end" line is missing.
+        return 0.0  # All tasks have answered, and only the "end" line is missing.
     return min(_MAX_GATHER_S, max(_MIN_GATHER_S, count * pace_s * _GATHER_PART))
 
 
@@ -435,6 +435,6 @@ def _create_folder(folder: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    # A program that a task left running may still write into the folder. Remaining files only use disk space until the
-    # instance ends, so errors are ignored.
+    # A program that a task left running may still write into the folder of the execution. Errors of the removal are
+    # ignored, because remaining files only use disk space until the instance ends.
     shutil.rmtree(folder, ignore_errors=True)

@@ -1,8 +1,8 @@
-"""Handler for the calls of an executor, which returns a call's exception as a value.
+"""Handler for the calls of an executor, which returns the exception of a call as a value.
 
-Invariant: the task of a call succeeds unless its process dies. The caller receives the exception of its call as the
-original object. Child processes unpickle these classes, so this module imports only the standard library, cloudpickle,
-and `handlers`.
+Invariant: the task of a call succeeds unless the process of the task dies. The caller receives the exception of a call
+as the original object. The module imports only the standard library, cloudpickle, and `handlers`, because child
+processes unpickle its classes.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from batchlab.worker import handlers
 _SHARED = (FunctionType, BuiltinFunctionType, type)
 
 _prepared = ""
-"""Owner of the initializer that this process ran last."""
+"""Owner of the initializer that the process ran last."""
 
 
 @dataclass(frozen=True, slots=True)
 class Raised:
-    """A call's exception: in one line, as a traceback, and pickled if possible.
+    """Exception of a call: as one line, as a traceback, and pickled if possible.
 
-    `initializer` is true if the initializer raised it, so the call was not made.
+    `initializer` is true if the initializer raised the exception, so that the call was not made.
     """
 
     told: str
@@ -37,17 +37,17 @@ class Raised:
 
 @dataclass(frozen=True, slots=True)
 class Initializer:
-    """A pickled function that runs before the first call of `owner` in a process."""
+    """Pickled function that runs before the first call of `owner` in a process."""
 
     owner: str
     pickled: bytes
 
 
 class Calls:
-    """The handler of an executor's job.
+    """Handler of an executor's job.
 
-    An item is [function, argument, …] with plain arguments, or [function, (args, kwargs)]. A number in place of the
-    function is an index of `functions`, the pickled functions that calls share.
+    An item of the job is [function, argument, …] with plain arguments, or [function, (args, kwargs)]. A number in place
+    of the function is an index of `functions`, which has the pickled functions that calls share.
     """
 
     def __init__(self, functions: Sequence[bytes], initializer: Initializer | None) -> None:
@@ -74,7 +74,7 @@ class Calls:
 
     def _prepare(self) -> None:
         global _prepared
-        # Executors share processes. If another executor's initializer ran in between, this one runs again.
+        # Executors share processes, so the initializer runs again if another executor's initializer ran in between.
         if self._initializer and self._initializer.owner != _prepared:
             pickle.loads(self._initializer.pickled)()  # noqa: S301 - the user's own code
             _prepared = self._initializer.owner
@@ -83,7 +83,7 @@ class Calls:
         if number in self._loaded:
             return self._loaded[number]
         function: Callable[..., Any] = pickle.loads(self._functions[number])  # noqa: S301 - as above
-        # Other callables may change their state during a call, so each call unpickles a fresh one.
+        # A callable outside of `_SHARED` may change its state during a call, so each call unpickles a new object.
         if isinstance(function, _SHARED):
             self._loaded[number] = function
         return function
@@ -118,10 +118,10 @@ def _raised(error: BaseException, *, initializer: bool) -> Raised:
 
 
 def _pickled(error: BaseException) -> bytes | None:
-    import cloudpickle  # Imported here because it takes as long as Python's start.
+    import cloudpickle  # The import takes as long as the start of Python.
 
     try:
         data: bytes = cloudpickle.dumps(error)
     except Exception:  # noqa: BLE001 - an exception may contain any object
-        return None  # The caller then gets the text of the exception.
+        return None  # The caller gets the text of an exception that cannot be pickled.
     return data

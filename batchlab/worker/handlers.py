@@ -1,7 +1,7 @@
 """Loading of user handlers, and descriptions of their exceptions.
 
-Invariant: every exception of user code becomes a failure with a reason. Every child process imports this module, so it
-imports only the standard library and light modules.
+Invariant: every exception of user code becomes a failure with a reason. The module imports only the standard library
+and light modules, because every child process imports the module.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from batchlab.core.task_context import Context
 
 Call = Callable[[Any, Context], Any]
 Fault = dict[str, Any]
-"""The fields of a `model.Failure` except the task, as a child sends them."""
+"""The fields of a `model.Failure` except the task, in the form that a child process sends."""
 
 _PACKAGE_FOLDER = str(Path(__file__).resolve().parent.parent) + "/"
 _MAX_REASON_LENGTH = 400
@@ -27,7 +27,7 @@ _MAX_TRACEBACK_LENGTH = 12_000
 
 
 class Problem(Exception):
-    """A failure with a known kind and reason."""
+    """Failure of a task with a known kind and reason."""
 
     def __init__(self, kind: str, reason: str, *, error: str = "", code: int | None = None) -> None:
         super().__init__(reason)
@@ -35,7 +35,7 @@ class Problem(Exception):
 
 
 def fault(kind: str, reason: str, *, error: str = "", traceback: str = "", exit_code: int | None = None) -> Fault:
-    """Return the fields of a Failure. Texts are shortened, and unprintable characters escaped."""
+    """Return the fields of a Failure. Long texts are shortened, and unprintable characters are escaped."""
     return {
         "kind": kind,
         "reason": _visible(" ".join(_clip(reason, _MAX_REASON_LENGTH).split())),
@@ -46,7 +46,7 @@ def fault(kind: str, reason: str, *, error: str = "", traceback: str = "", exit_
 
 
 def _visible(text: str) -> str:
-    """Escape unprintable characters in `text`: lone surrogates, color codes, NUL."""
+    """Escape unprintable characters in `text`, for example lone surrogates, color codes, and NUL."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c == "\t" else repr(c)[1:-1] for c in text)
@@ -65,7 +65,8 @@ def _clip(text: str, limit: int) -> str:
 def load(handler: str, function: str | None) -> Call:
     """Load the handler `module:function`, or the function pickled in the file `function`.
 
-    The returned callable always takes (item, ctx). Raise Problem of kind "import" on failure.
+    The returned callable always takes the arguments (item, ctx). A handler that cannot be loaded raises Problem of kind
+    "import".
     """
     try:
         target = find(handler, function)
@@ -75,12 +76,12 @@ def load(handler: str, function: str | None) -> Call:
         return _adapted("The function" if function else handler, target)
     except Problem:
         raise
-    except BaseException as error:  # User code runs on import and may raise anything.
+    except BaseException as error:  # User code runs during the import and may raise any exception.
         raise _import_problem("the function" if function else handler, error) from error
 
 
 def find(handler: str, function: str | None) -> Any:
-    """Return the object named by `handler`, or unpickled from the file `function`.
+    """Return the object that `handler` names, or the object pickled in the file `function`.
 
     Exceptions of the user's code propagate.
     """
@@ -139,12 +140,12 @@ def _import_problem(handler: str, error: BaseException) -> Problem:
 
 
 def _adapted(handler: str, function: Callable[..., Any]) -> Call:
-    import inspect  # Imported here because the import is slow, and start-up does not need it.
+    import inspect  # The import is slow, and the start-up of a child does not need the module.
 
     try:
         parameters = list(inspect.signature(function).parameters.values())
     except (ValueError, TypeError):
-        return lambda item, _: function(item)  # inspect cannot read compiled functions
+        return lambda item, _: function(item)  # `inspect` cannot read the parameters of compiled functions.
     places = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     by_place = [p for p in parameters if p.kind in places]
     required = [p for p in by_place if p.default is p.empty]
@@ -156,7 +157,7 @@ def _adapted(handler: str, function: Callable[..., Any]) -> Call:
             f"{handler} cannot be called as a handler: it must take (item) or (item, ctx), "
             f"and takes {inspect.signature(function)}.",
         )
-    # A second parameter with a default is the user's own option unless it is named like a context.
+    # A second parameter with a default is the user's own option, unless its name is "ctx" or "context".
     if len(required) == 2 or (len(by_place) > 1 and by_place[1].name in ("ctx", "context")):
         return function
     return lambda item, _: function(item)
@@ -166,7 +167,7 @@ def _adapted(handler: str, function: Callable[..., Any]) -> Call:
 
 
 def explain(error: BaseException) -> Fault:
-    """Describe a handler's exception."""
+    """Return the description of a handler's exception."""
     try:
         return _explain(error)
     except BaseException as second:  # noqa: BLE001 - an exception's own __str__ may do anything
@@ -191,13 +192,14 @@ def _explain(error: BaseException) -> Fault:
 
 def _one_line(error: BaseException) -> str:
     if isinstance(error, SyntaxError):
-        return f"{type(error).__name__}: {error}"  # This has the file and line number, no source.
+        # The text of a SyntaxError has the file and line number, but no source code.
+        return f"{type(error).__name__}: {error}"
     lines = traceback.format_exception_only(type(error), error)
     return " ".join("".join(lines).split())
 
 
 def user_traceback(error: BaseException) -> str:
-    """Return the traceback with only the user's frames."""
+    """Return the traceback of an exception with only the user's frames."""
     whole = traceback.TracebackException.from_exception(error)
     seen: set[int] = set()
     todo: list[traceback.TracebackException | None] = [whole]

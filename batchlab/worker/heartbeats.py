@@ -1,11 +1,12 @@
 """Heartbeats of a worker, and the visibility heartbeat of its in-flight messages.
 
-Invariant (I6): the worker reports each received or released message soon. When an instance dies, the manager can
-therefore return its messages to the queue.
+Invariant (I6): a worker reports each received or released message soon. When an instance dies, the manager can
+therefore return the messages of the instance's worker to the queue.
 
-Invariant: the worker extends the visibility timeout of every in-flight message after each third of the timeout. SQS
-limits the visibility to 12 h from the receive. Before that limit, a delayed watchdog message replaces the message of a
-running bundle. A worker that receives the watchdog message runs the bundle again only if its running marker is stale.
+Invariant: a worker extends the visibility timeout of every in-flight message after each third of the timeout. SQS
+limits the visibility of a message to 12 h from the receive. Before the 12 h limit, a delayed watchdog message replaces
+the message of a running bundle. The receiver of a watchdog message runs the bundle again only if the bundle's running
+marker is stale.
 """
 
 from __future__ import annotations
@@ -26,11 +27,14 @@ from batchlab.worker.poison_detection import marker
 log = logging.getLogger(__name__)
 
 SETTLE_S = 0.005
-"""Delay in seconds of the heartbeat after a change. A bundle that ends within this time needs no heartbeat."""
+"""Seconds between a change and the heartbeat that reports the change.
+
+A bundle that ends within SETTLE_S needs no heartbeat.
+"""
 
 
 class Heartbeats:
-    """Sender of heartbeats, soon after each change and at intervals without changes."""
+    """Sender of heartbeats, soon after each change and in intervals without changes."""
 
     def __init__(self, context: WorkerContext) -> None:
         self._context = context
@@ -41,7 +45,7 @@ class Heartbeats:
         context.outbox.heartbeats = self
 
     def request(self) -> None:
-        """Request a heartbeat soon, after a change."""
+        """Request a heartbeat soon after a change."""
         self._due.set()
 
     async def run(self) -> None:
@@ -63,7 +67,7 @@ class Heartbeats:
                     await self._wait_for_change()
 
     async def _wait_for_change(self) -> None:
-        """Wait until the state differs from the last heartbeat."""
+        """Wait until the state of the worker differs from the last heartbeat."""
         while True:
             await self._due.wait()
             await asyncio.sleep(SETTLE_S)
@@ -86,11 +90,11 @@ class Heartbeats:
             self._last_sent = beat
 
     async def send_final(self) -> None:
-        """Send the final heartbeat: the worker holds no messages and exits."""
+        """Send the final heartbeat, which reports that the worker holds no messages and exits."""
         try:
             await self._context.outbox.send_event(self._beat(self._held(), gone=True))
         except BackendError as error:
-            # The worker exits anyway, and the fleet also detects the exit.
+            # The worker exits even if the heartbeat fails, and the fleet also detects the exit.
             log.warning("the final heartbeat could not be sent: %s", error)
 
     def _held(self) -> tuple[HeldBundle, ...]:
@@ -119,9 +123,9 @@ class Heartbeats:
 
 
 RETURN_S = 2.0
-"""Seconds until a message returns after a service failed, multiplied by the message's receive count.
+"""Seconds until a message returns after a service failed, multiplied by the receive count of the message.
 
-The delay prevents an outage from moving the message to the dead-letter queue.
+The delay of the return keeps an outage from moving the message to the dead-letter queue.
 """
 
 
@@ -139,7 +143,7 @@ class VisibilityHeartbeat:
             try:
                 await self._extend()
             except BackendError as error:
-                # The next tick tries again. At least half of the timeout remains.
+                # The next tick tries the extension again, when at least half of the timeout remains.
                 log.warning("visibility could not be extended: %s", error)
             for inflight in list(self._context.inflight.values()):
                 try:
@@ -162,7 +166,8 @@ class VisibilityHeartbeat:
                 for message in batch:
                     message.extended_s = now_s
                     if message.receipt in refused:
-                        # Another worker may have the message now. The run continues, because the first commit decides.
+                        # After a refused extension, another worker may have the message. The run continues, because the
+                        # first commit decides.
                         message.receipt = None
 
     async def _hand_over(self, inflight: InflightMessage) -> None:

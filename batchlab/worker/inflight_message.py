@@ -1,7 +1,7 @@
-"""Data that the parts of a worker share: its identity, settings, slots, and in-flight messages.
+"""Data that the parts of a worker share: identity, settings, slots, and in-flight messages.
 
-The worker's loop selects, commits, and forwards bundles, and a Runner runs their tasks. The same loop works with warm
-child processes, with real handlers inside the simulator, and with simulated durations.
+The worker's loop selects, commits, and forwards bundles, and a Runner runs their tasks. The same worker loop works with
+warm child processes, with real handlers inside the simulator, and with simulated durations.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One execution of a bundle, ready to run. `items` has one input per index of `bundle.tasks`.
+    """One execution of a bundle, with everything that a runner needs.
 
-    Items are encoded values (`protocol.values`): inline JSON, or references to objects that the runner fetches. The
-    first task always starts, and no other task starts after `budget_s`. If `budget_s` is None, all tasks run.
+    `items` has one input for each index in `bundle.tasks`. Items are encoded values (`protocol.values`): inline JSON,
+    or references to objects that the runner fetches. The first task of the bundle always starts, and no further task
+    starts after `budget_s`. All tasks run if `budget_s` is None.
     """
 
     job: JobDef
@@ -41,7 +42,7 @@ class Work:
     items: Sequence[Json]
     budget_s: float | None = None
     key: CommitKey = UNSEALED
-    """The commit key of the job, which seals the names of files and logs."""
+    """Commit key of the job, which seals the names of files and logs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,15 +60,15 @@ class Peek:
 
 @dataclass(slots=True)
 class Handle:
-    """Control of one `Runner.run`, shared by the worker and the runner.
+    """Control of one `Runner.run`, which the worker and the runner share.
 
-    The worker sets `stop`, `kill`, and `until_s`. After `stop`, no further task starts. After `kill`, the runner also
-    kills the running task, which then has no `Ran`. No task starts after the monotonic time `until_s`, which increases
-    with each read of the job's control object.
+    The worker sets `stop`, `kill`, and `until_s`. No further task starts after `stop` is set. The runner kills the
+    running task after `kill` is set, and yields no `Ran` for the killed task. No task starts after the monotonic time
+    `until_s`, which increases with each read of the job's control object.
 
-    The runner sets the other fields. `running` is the running task, or None between tasks. At the end of the run, the
-    runner sets `log` and `log_spans` (see `Outcome`). `peek(n)` returns at most the last n bytes of the running task's
-    output, or None between tasks. `peek` is None without a log.
+    The runner sets the fields other than `stop`, `kill`, and `until_s`. `running` is the running task, or None between
+    tasks. At the end of the run, the runner sets `log` and `log_spans` (see `Outcome`). `peek(n)` returns at most the
+    last n bytes of the running task's output, or None between tasks. `peek` is None without a log.
     """
 
     stop: bool = False
@@ -80,14 +81,14 @@ class Handle:
 
 
 class Runner(Protocol):
-    """Runs the tasks of a bundle."""
+    """Runner of the tasks of bundles."""
 
     def run(self, work: Work, handle: Handle) -> AsyncIterator[Ran]:
-        """Run the tasks in order, one at a time, and yield each result soon after its task ends.
+        """Run the tasks of a bundle in order, one at a time, and yield each result soon after its task ends.
 
-        The run ends early after `handle.stop`, `handle.kill`, or a used-up budget. A task without a result did not run
-        to its end. An error of user code is a Failure in the result. A BackendError of a port propagates, and the
-        worker then returns the bundle to the queue.
+        A run ends early after `handle.stop`, after `handle.kill`, or when the time budget is used up. A task for which
+        `run` yields no result did not run to its end. An error of user code becomes a Failure in the task's result. A
+        BackendError of a port propagates to the worker, which then returns the bundle to the queue.
         """
 
     async def close(self) -> None:
@@ -109,10 +110,11 @@ class Scratch:
 
 @dataclass(slots=True)
 class InflightMessage:
-    """In-flight message of a worker, from its receive to its delete. Its times are monotonic.
+    """In-flight message of a worker, from the receive of the message to its delete.
 
-    `receipt` is None if the worker must not delete the message. A watchdog message has then replaced the message, or
-    the worker has returned the message to the queue.
+    The times of an in-flight message are monotonic. `receipt` is None if the worker must not delete the message.
+    `receipt` is None after a watchdog message has replaced the message, or after the worker has returned the message to
+    the queue.
     """
 
     queue: str
@@ -123,13 +125,13 @@ class InflightMessage:
     extended_s: float
     receipt: str | None
     key: CommitKey = UNSEALED
-    """The commit key of the job, set after its verification."""
+    """Commit key of the job, set after the key has been verified."""
     definition: JobDef | None = None
-    """The job of the message, set after the worker has read the job."""
+    """Job of the message, set after the worker has read the job's definition."""
     items: Sequence[Json] | None = None
-    """The inputs of the bundle's tasks. None if follow-ups must look up their inputs."""
+    """Inputs of the bundle's tasks. None stands for inputs that follow-ups must look up."""
     started_s: float = 0.0
-    """Start of the run in seconds since the epoch, or 0 before it."""
+    """Start of the run in seconds since the epoch, or 0 before the start."""
     ran: list[Ran] = field(default_factory=list)
     """Results of the tasks that have ended."""
     control: Control = Control.RUN
@@ -137,19 +139,19 @@ class InflightMessage:
     waiting: asyncio.Future[bool] | None = None
     slots: int = 1
     alone: bool = False
-    """The next start decides whether the task is poison, so the task must run alone."""
+    """Whether the next start decides if the task is poison, so that the task must run alone."""
     running: bool = False
     committing: bool = False
     shedding: bool = False
-    """The tasks behind the running task are being handed off, or have been."""
+    """Whether the tasks behind the running task are being handed off, or have been handed off."""
     part: Bundle | None = None
-    """The remaining part of the message's bundle after the other tasks were handed off."""
+    """Remaining part of the message's bundle after the other tasks were handed off."""
     trace: str = ""
-    """Parent of the message's spans (a traceparent), or "" if its job is not traced."""
+    """Parent (a traceparent) of the message's spans, or "" if the message's job is not traced."""
     marked_s: float | None = None
-    """When the running marker of a long-running bundle was last refreshed."""
+    """Time of the last refresh of the running marker of a long-running bundle."""
     handed_over: bool = False
-    """The watchdog message has been sent."""
+    """Whether the watchdog message has been sent."""
 
     @property
     def bundle(self) -> Bundle:
@@ -161,7 +163,7 @@ class InflightMessage:
         return self.definition
 
     def narrow(self, part: Bundle) -> None:
-        """Continue with `part` of the bundle. The other tasks have been handed off."""
+        """Continue with `part` of the bundle after the other tasks have been handed off."""
         if self.items is not None:
             pairs = zip(self.bundle.tasks, self.items, strict=True)
             self.items = [item for task, item in pairs if task in part.tasks]
@@ -169,19 +171,19 @@ class InflightMessage:
 
     @property
     def returned_bundle(self) -> Bundle:
-        """The bundle of a fresh message, which counts earlier receives of this message as losses."""
+        """Bundle of a fresh copy of the message, which counts earlier receives of the message as losses."""
         return replace(self.bundle, losses=self.bundle.losses + self.message.receive_count - 1)
 
     @property
     def suspicion(self) -> int:
-        """Number of earlier deliveries that ended without an outcome."""
+        """Number of earlier deliveries of the bundle that ended without an outcome."""
         again = self.message.receive_count - 1
         return self.bundle.losses + again + (1 if self.task.watchdog else 0)
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerSettings:
-    """Time settings of a worker in seconds. A backend sets them in its descriptor.
+    """Time settings of a worker in seconds. The descriptor of a backend sets the time settings of its workers.
 
     - `visibility_s`: visibility timeout of messages. The worker extends the timeout after each third of it.
     - `control_lease_s`: time after a read of a job's control object in which tasks of the job may start. A
@@ -215,20 +217,23 @@ class WorkerSettings:
 
     @property
     def marker_stale_s(self) -> float:
-        """Age in seconds of a marker whose worker counts as dead. The age is well above clock skew."""
+        """Age in seconds of a running marker at which its worker counts as dead.
+
+        The age limit of a marker is well above clock skew.
+        """
         return self.watchdog_s / 2
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Identity of a worker. `worker` is new at every start, and `instance` is the id of its machine."""
+    """Identity of a worker. `worker` is a new id at every start, and `instance` is the id of the worker's machine."""
 
     worker: str
     instance: str
     pool: str
     slots: int
     key: str = field(default="", repr=False)
-    """Random secret of the instance. The manager identifies its workers by this key."""
+    """Random secret of the instance. The manager identifies its workers by the secret of their instance."""
 
 
 @dataclass(slots=True)
@@ -250,7 +255,7 @@ class WorkerContext:
 class Slots:
     """Task slots of an instance. Requests for slots are granted in the order of their arrival.
 
-    A small request does not overtake a large one. Otherwise, a stage that needs all slots would starve.
+    A small request for slots does not overtake a large request, because a stage that needs all slots would starve.
     """
 
     def __init__(self, total: int) -> None:
@@ -278,7 +283,7 @@ class Slots:
     def _grant(self) -> None:
         while self._requests:
             count, future = self._requests[0]
-            if future.done():  # The request was refused.
+            if future.done():  # A finished future at the head of the queue belongs to a refused request.
                 self._requests.popleft()
                 continue
             if count > self.free:

@@ -1,9 +1,9 @@
-"""Runner that executes real handlers in child processes for the simulator.
+"""Runner that runs real handlers in child processes for the simulator.
 
-The caller defines how much virtual time each task takes, and blocks while a child runs a task.
+The caller of the runner defines how much virtual time each task takes, and blocks while a child runs a task.
 
 Invariants: virtual time does not pass while a child runs a task. A task that ends its process or exceeds a real limit
-of its stage fails. The output of tasks goes to the simulator's standard error.
+of its stage fails. The output of tasks is written to the simulator's standard error.
 """
 
 from __future__ import annotations
@@ -44,23 +44,23 @@ from batchlab.worker.task_executor import ExecutionRequest
 T = TypeVar("T")
 
 Answer = list[Any]
-"""An answer line of a child: see `worker.child`."""
+"""Answer of a child as a line of JSON; see `worker.child`."""
 
 
 MAX_CHILDREN = 8
 
 
 class InlineChildren:
-    """Child processes for requests of one task, one request at a time.
+    """Child processes for requests of one task, with one request at a time.
 
-    The runners of all simulated workers share them, because a killed worker closes nothing.
+    The runners of all simulated workers share the child processes, because a killed worker closes nothing.
     """
 
     def __init__(self) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="batchlab-children-"))
         self._children = Children(self._folder, MAX_CHILDREN)
         self._sampler = Sampler(monotonic_s, TICK_S / 2)
-        # Real pipes need an event loop in real time, and the caller's loop may use virtual time.
+        # Pipes need an event loop in real time, and the caller's loop may use virtual time.
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
@@ -68,8 +68,8 @@ class InlineChildren:
     def ask(self, stage: StageDef, code: Path | None, request: RequestLine) -> Answer | None:
         """Return the child's answer, or None if the request has no task and the handler loads.
 
-        After a crash or an exceeded limit, return the answer of a failed task. Raise BackendError if no child can
-        start.
+        After a crash or an exceeded limit, return the answer of a failed task. A child that cannot start raises
+        BackendError.
         """
         log = Path(request["log"])
         before = log.stat().st_size if log.exists() else 0
@@ -83,12 +83,12 @@ class InlineChildren:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Kill the children and stop the thread."""
+        """Kill the child processes and stop the thread of the event loop."""
         self._wait(self._children.close())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
-        shutil.rmtree(self._folder, ignore_errors=True)  # A task may still write there.
+        shutil.rmtree(self._folder, ignore_errors=True)  # A task may still write into the folder during the removal.
 
     def _wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
@@ -99,7 +99,8 @@ class InlineChildren:
         except OSError as error:
             raise BackendError(f"A task process could not start: {error}") from error
         answer, is_alive = await self._answer(stage, child, request)
-        # Python seldom returns memory, so the next task would be charged for this task's memory.
+        # The child is killed, because Python seldom returns memory, and the next task would be charged for the earlier
+        # task's memory.
         if is_alive and stage.memory_bytes is None:
             self._children.release(child)
         else:
@@ -107,7 +108,7 @@ class InlineChildren:
         return answer
 
     async def _answer(self, stage: StageDef, child: ChildProcess, request: RequestLine) -> tuple[Answer | None, bool]:
-        """Return the answer, and whether the child is still alive."""
+        """Return the answer to the request, and whether the child is still alive."""
         limits = Limits(stage, self._sampler)
         child.board.allow(stop=False, until_s=math.inf)
         child.send(request)
@@ -128,7 +129,7 @@ class InlineChildren:
         ran_s = monotonic_s() - since_s
         answers += [line for line in last if line[0] != "end"]
         if answers:
-            return answers[0]  # The task ended before its process did.
+            return answers[0]  # The task ended before its process ended.
         if verdict:
             cause = fault(verdict.kind, verdict.sentence)
         elif child.corrupted:
@@ -158,7 +159,7 @@ class _Run:
 class InlineRunner:
     """The Runner of real handlers in the simulator.
 
-    The runner calls `duration_s(work, task)` once per start for the virtual duration of the task.
+    The runner calls `duration_s(work, task)` once per start of a task for the task's virtual duration.
     """
 
     def __init__(
@@ -195,10 +196,10 @@ class InlineRunner:
                 yield ran
         finally:
             handle.running = None
-            shutil.rmtree(folder, ignore_errors=True)  # Many executions never create the folder.
+            shutil.rmtree(folder, ignore_errors=True)  # Many executions never create their folder.
 
     async def close(self) -> None:
-        """Remove scratch files. Repeated calls are safe."""
+        """Remove the scratch files of the runner. Repeated calls of `close` are safe."""
         shutil.rmtree(self._scratch.root, ignore_errors=True)
 
     async def _prepare(self, work: Work, handle: Handle, folder: Path) -> _Run:
@@ -211,7 +212,7 @@ class InlineRunner:
         run = _Run(work, handle, request, code, inputs)
         answer = self._ask(run, [])
         if answer:
-            # A request without a task is answered only if the handler does not load.
+            # A child answers a request without a task only if the handler does not load.
             problem = Problem(FailureKind.CRASH, "")
             problem.fault = answer[1] if answer[0] == "import" else answer[3]
             raise problem
@@ -255,7 +256,10 @@ class InlineRunner:
         return Ran(task, run_s, payload)
 
     async def _sleep(self, duration_s: float, handle: Handle) -> bool:
-        """Let virtual time pass. Return False if the task is killed meanwhile."""
+        """Let virtual time pass while a task runs.
+
+        The result is False if the task is killed before the end of its duration.
+        """
         until_s = self._clock.monotonic_s() + duration_s
         check_s = min(_MAX_CHECK_S, max(_MIN_CHECK_S, duration_s / 10))
         while not handle.kill:

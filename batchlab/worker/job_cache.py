@@ -1,8 +1,8 @@
-"""Caches of a worker: the definitions and the control objects of its jobs.
+"""Caches of a worker for the definitions and the control objects of its jobs.
 
-Invariant (I4): a task starts only within the control lease after a read of its job's control object that allowed the
-start. One lease after the manager writes "cancel", no further task can start, even on a slow, paused, or disconnected
-worker. The manager does not need to ask the workers.
+Invariant (I4): a task starts only within the control lease after a read of the job's control object that allowed the
+start. One lease after the manager writes "cancel", no task of the job can start, even on a slow, paused, or
+disconnected worker. The manager does not need to ask the workers whether tasks may still start.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ MAX_KEYS = 4096
 
 
 class WrongKeyError(BackendError):
-    """The commit key of a message does not match the definition of its job."""
+    """Error if the commit key of a message does not match the definition of the message's job."""
 
 
 class JobCache:
-    """Cache of job definitions. The worker reads each definition once.
+    """Cache of the definitions of a worker's jobs. The worker reads each job definition once.
 
-    The commit key of a message must match its job. Otherwise, any sender to the queue could start tasks of any job.
+    The commit key of a message must match the message's job, because any sender to the queue could otherwise start
+    tasks of any job.
     """
 
     def __init__(self, objects: Objects, patience: Patience) -> None:
@@ -43,7 +44,7 @@ class JobCache:
         self._jobs: dict[JobId, JobDef] = {}
         self._keys: dict[JobId, CommitKey] = {}
         self._reading: dict[JobId, asyncio.Lock] = {}
-        """Locks by job. Concurrent messages of a job read its definition once."""
+        """Locks by job, so that concurrent messages of a job cause a single read of the job's definition."""
 
     def __contains__(self, job: JobId) -> bool:
         return job in self._jobs
@@ -53,9 +54,9 @@ class JobCache:
         return self._keys.get(job, UNSEALED)
 
     async def get(self, job: JobId, key: CommitKey) -> JobDef:
-        """Return the job of a message with that commit key.
+        """Return the job of a message with the given commit key.
 
-        Raise NotFound if the job has been removed, or WrongKeyError if the job has another key.
+        NotFound is raised if the job has been removed, and WrongKeyError if the job has another key.
         """
         if job_def := self._cached(job, key):
             return job_def
@@ -68,7 +69,7 @@ class JobCache:
                 self._reading.pop(job, None)
 
     def _cached(self, job: JobId, key: CommitKey) -> JobDef | None:
-        """Return the cached job, or None if the worker must read its definition.
+        """Return the cached job, or None if the worker must read the job's definition.
 
         A different commit key requires a new read, because the job may have been removed and submitted again.
         """
@@ -91,7 +92,7 @@ class JobCache:
 
 
 MAX_CLOCK_SKEW_S = 60.0
-"""Assumed largest difference in seconds between the clocks of two machines."""
+"""Assumed maximum difference in seconds between the clocks of two machines."""
 
 
 @dataclass(slots=True)
@@ -102,14 +103,15 @@ class _Entry:
     """Monotonic time of the last read request."""
     watchers: int = 0
     is_new: bool = False
-    """The control object did not exist yet."""
+    """Whether the control object did not exist at the last read."""
 
 
 class ControlPoller:
-    """Poller of the control objects of in-flight jobs, by ETag, every third of the lease.
+    """Poller of the control objects of in-flight jobs.
 
-    After each read, the poller applies the control word to the in-flight messages of the job. `on_tail(job)` is called
-    when a read finds a new request for the live logs of the job.
+    The poller compares ETags, and reads each control object after every third of the lease. After each read, the poller
+    applies the control word to the in-flight messages of the job. `on_tail(job)` is called when a read finds a new
+    request for the live logs of the job.
     """
 
     def __init__(self, context: WorkerContext, on_tail: Callable[[JobId], None] = lambda _: None) -> None:
@@ -120,10 +122,11 @@ class ControlPoller:
         self._entries: dict[JobId, _Entry] = {}
 
     async def read(self, job: JobId, *, is_new: bool = False) -> tuple[Control, float]:
-        """Read the control object. Return its word, and the monotonic time at which the word's lease ends.
+        """Read the control object of a job.
 
-        A missing object means RUN if the job `is_new` or its definition exists. Otherwise the job has been removed,
-        which means CANCEL.
+        The result is the control word, and the monotonic time at which the word's lease ends. A missing control object
+        means RUN if the job `is_new` or the job's definition exists. A missing control object without a definition
+        means CANCEL, because the job has been removed.
         """
         entry = self._entries.get(job)
         # The lease starts before the request, because the answer may be as old as the request.
@@ -137,8 +140,8 @@ class ControlPoller:
                 changed, tail = (word.control, spoken.etag, False), word.tail
                 is_recent = entry is not None and read_s - entry.read_s <= self._lease_s
                 if not is_recent and word.tail_s is not None:
-                    # The request for live logs may be old. If the clocks differ by more than the tolerance, the next
-                    # renewal of the request is noticed instead.
+                    # The request for live logs in the control object may be old. If the clocks differ by more than the
+                    # tolerance, the worker notices the next renewal of the request instead.
                     age_s = self._clock.now_s() - word.tail_s
                     tail *= abs(age_s) <= ASKED_S + MAX_CLOCK_SKEW_S
         except NotFound:
@@ -151,7 +154,7 @@ class ControlPoller:
             control, etag, is_new = changed
             watchers = entry.watchers if entry else 0
             entry = self._entries[job] = _Entry(control, etag, read_s, watchers, is_new)
-        elif entry is None:  # `poll` removed the entry during the request.
+        elif entry is None:  # `run` removed the entry of the job during the request.
             return await self.read(job)
         else:
             entry.read_s = max(entry.read_s, read_s)
@@ -173,21 +176,21 @@ class ControlPoller:
                 inflight.handle.kill = True
 
     async def current(self, job: JobId, *, is_new: bool = False) -> tuple[Control, float]:
-        """Return the last read if it is younger than a third of the lease, else read again."""
+        """Return the result of the last read if the read is younger than a third of the lease, else read again."""
         entry = self._entries.get(job)
         if entry and self._clock.monotonic_s() - entry.read_s < self._lease_s / 3:
             return entry.control, entry.read_s + self._lease_s
         return await self.read(job, is_new=is_new)
 
     def watch(self, job: JobId) -> None:
-        """Poll this job. The caller must have awaited `current` before."""
+        """Poll the control object of the job. The caller must have awaited `current` before the call of `watch`."""
         self._entries[job].watchers += 1
 
     def unwatch(self, job: JobId) -> None:
         self._entries[job].watchers -= 1
 
     async def run(self) -> None:
-        """Read the control object of every watched job forever. Remove old unwatched entries."""
+        """Read the control object of every watched job forever, and remove old unwatched entries."""
         while True:
             raise_if_cancelled()
             await asyncio.sleep(self._lease_s / 3)
@@ -199,6 +202,6 @@ class ControlPoller:
                 try:
                     await self.read(job)
                 except BackendError:
-                    # Without an answer the lease expires, which stops new tasks. This is safe, so an outage needs no
-                    # further handling.
+                    # Without an answer, the lease expires, which stops new tasks. An expired lease is safe, so an
+                    # outage needs no other reaction.
                     continue

@@ -1,8 +1,8 @@
-"""Live logs: the recent output of running tasks, stored while a client follows them.
+"""Live logs: the recent output of running tasks, which a worker stores while a client follows the output.
 
-Invariant: live logs cause no requests unless a client follows them. The client's request is part of the control object,
-which a worker reads anyway. The request is valid for ASKED_S from that read. In each step, a worker makes at most one
-PUT per job, and no PUT without new output.
+Invariant: live logs cause no requests unless a client follows them. The client's request for live logs is part of the
+control object, which a worker reads anyway. The request for live logs is valid for ASKED_S from the worker's read. In
+each step, a worker makes at most one PUT per job, and no PUT without new output.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from batchlab.worker.inflight_message import InflightMessage, WorkerContext
 log = logging.getLogger(__name__)
 
 MAX_LOG_BYTES_PER_TASK = 64 * 1024
-"""Size limit of the stored output of one running task. The end of the output is stored."""
+"""Maximum size in bytes of the stored output of one running task. The stored part of the output is its end."""
 MAX_LOG_BYTES_PER_JOB = 256 * 1024
-"""Size limit of the stored output of all tasks that a worker runs for one job."""
+"""Maximum size in bytes of the stored output of all tasks that a worker runs for one job."""
 
 
 @dataclass(slots=True)
@@ -34,7 +34,7 @@ class _Following:
 
 
 class LiveLogs:
-    """Live logs of one worker, stored once per control lease."""
+    """Live logs of one worker, which are stored once per control lease."""
 
     def __init__(self, context: WorkerContext) -> None:
         self._context = context
@@ -42,13 +42,13 @@ class LiveLogs:
         self._has_jobs = asyncio.Event()
 
     def follow(self, job: JobId) -> None:
-        """Store the live logs of this job for the next ASKED_S seconds."""
+        """Store the live logs of the job for the next ASKED_S seconds."""
         until_s = self._context.clock.monotonic_s() + ASKED_S
         self._jobs.setdefault(job, _Following(until_s, [])).until_s = until_s
         self._has_jobs.set()
 
     async def run(self) -> None:
-        """Store the requested live logs forever. Sleep without a request."""
+        """Store the requested live logs forever, and sleep while no request exists."""
         while True:
             raise_if_cancelled()
             await self._has_jobs.wait()
@@ -70,14 +70,14 @@ class LiveLogs:
             tails = [tail for inflight in running if (tail := _tail(inflight, max_bytes))]
         except (OSError, ValueError) as error:
             log.warning("live logs of %s could not be read: %s", job, error)
-            return  # Live logs are optional, so an error here must not stop the worker.
+            return  # Live logs are optional, so an error of the storage must not stop the worker.
         if tails == following.stored:
             return
         try:
             await self._context.objects.put(object_keys.tail(job, self._context.who.worker), to_bytes(tails))
         except BackendError as error:
             log.warning("live logs of %s could not be stored: %s", job, error)
-            return  # The next step tries again.
+            return  # The next step tries to store the live logs again.
         following.stored = tails
 
 

@@ -1,8 +1,8 @@
-"""The worker's loop: steps 1 to 4 of the protocol, from the receive of a bundle to the delete of its message.
+"""Loop of the worker: steps 1 to 4 of the protocol, from the receive of a bundle to the delete of its message.
 
 Invariant: a received message stays in flight until its bundle is committed and forwarded, or sent again. An error
-either concerns one bundle, which the worker then returns to the queue, or stops the whole worker. All steps share the
-in-flight messages and the slots, so they are one class.
+concerns either one bundle, which the worker returns to the queue, or the whole worker, which stops. All steps of the
+loop share the in-flight messages and the slots, so the steps are methods of one class.
 """
 
 from __future__ import annotations
@@ -57,13 +57,13 @@ NOTICE_POLL_S = 5.0
 """Seconds between two checks for a Spot interruption notice, as AWS recommends."""
 
 LEAVE_S = 5.0
-"""Seconds reserved to commit and return bundles after the last task has ended."""
+"""Seconds before the time limit of a drain that are reserved to commit and return bundles."""
 
 
 async def poll_notices(notices: Notices, on_notice: Callable[[Notice], None]) -> None:
-    """Poll until there is a termination notice, then call `on_notice`.
+    """Poll until a termination notice exists, then call `on_notice`.
 
-    A failed poll is repeated. The log records the first failure and the recovery.
+    A failed poll is tried again. The log records the first failed poll and the recovery.
     """
     is_failing = False
     while True:
@@ -86,9 +86,9 @@ async def poll_notices(notices: Notices, on_notice: Callable[[Notice], None]) ->
 
 
 class Shutdown:
-    """Drain of a worker within the remaining time (I6).
+    """Drain of a worker within the remaining time (promise I6).
 
-    Waiting bundles are returned at once, and running tasks get a time limit.
+    A drain returns waiting bundles immediately, and sets a time limit for running tasks.
     """
 
     def __init__(self, context: WorkerContext, slots: Slots) -> None:
@@ -98,7 +98,7 @@ class Shutdown:
         self._due_s: float | None = None
 
     def set_limit(self, notice: Notice | None) -> None:
-        """Set the time limit: the notice's time, or `drain_s` without a notice.
+        """Set the time limit of the drain to the notice's time, or to `drain_s` without a notice.
 
         The earliest limit of several notices applies. For example, a SIGTERM after a two-minute Spot notice shortens
         the limit.
@@ -116,14 +116,14 @@ class Shutdown:
         self._due_s = due_s
 
     def return_waiting(self) -> None:
-        """Prevent further starts of tasks, and return waiting bundles."""
+        """Prevent further starts of tasks, and return waiting bundles to the queue."""
         for inflight in list(self._context.inflight.values()):
             inflight.handle.stop = True
             if inflight.waiting:
                 self._slots.refuse(inflight.waiting)
 
     async def wait(self, empty: asyncio.Event) -> None:
-        """Wait until no message is in flight. Kill running tasks when the time is up."""
+        """Wait until no message is in flight, and kill running tasks at the time limit."""
         if not await set_within(empty, self._remaining_s):
             self._kill_tasks()
             await empty.wait()
@@ -136,14 +136,14 @@ class Shutdown:
 # --- The loop ------------------------------------------------------------------------------------
 
 OUTAGE_S = 1.0
-"""Seconds between a failed receive and the next try."""
+"""Seconds between a failed receive and the next receive."""
 
 HEAD_START_S = 0.01
 """Delay in seconds of the next receive after a long poll has filled every slot."""
 
 
 class Worker:
-    """One worker process. `run` returns after `drain`, when no message is in flight."""
+    """One worker process. `run` returns when no message is in flight after a call of `drain`."""
 
     def __init__(
         self,
@@ -187,16 +187,19 @@ class Worker:
         self._poison_detector = PoisonDetector(context, self._draining)
 
     def drain(self, notice: Notice | None = None) -> None:
-        """Stop receiving, and finish or return the in-flight messages. Then `run` returns (I6).
+        """Stop receiving, and finish or return the in-flight messages (promise I6).
 
-        If the notice has a time, the drain ends before it.
+        `run` returns at the end of the drain. If the notice has a time, the drain ends before the notice's time.
         """
         self._shutdown.set_limit(notice)
         self._draining.set()
         self._heartbeats.leaving = True
 
     async def run(self) -> None:
-        """Work until drained. An unexpected error in any part stops the whole worker."""
+        """Receive and run bundles until the worker is drained.
+
+        An unexpected error in any part of the worker stops the whole worker.
+        """
         async with asyncio.TaskGroup() as group:
             receiver = group.create_task(self._receive_messages(group), name="fetch")
             others = [
@@ -224,7 +227,7 @@ class Worker:
 
     async def _receive_messages(self, group: asyncio.TaskGroup) -> None:
         while True:
-            # Commits in progress are limited too.
+            # The room for new messages also limits the commits that are in progress.
             room = min(
                 self._slots.total + self._prefetch - self._busy_slots, 3 * self._slots.total + 1 - len(self._inflight)
             )
@@ -242,34 +245,40 @@ class Worker:
                 )
             except BackendError as error:
                 raise_if_cancelled()
-                # Retried without limit: an outage of the queue must not stop running tasks.
+                # A receive is tried again without limit, because an outage of the queue must not stop running tasks.
                 log.warning("no messages can be received: %s", error)
                 await asyncio.sleep(OUTAGE_S)
                 continue
-            # Readable messages are registered first, so that a drain finds them.
+            # Readable messages are registered before other messages are returned, so that a drain finds the readable
+            # messages.
             too_new = [(message, problem) for message in messages if (problem := self._accept(message, group))]
             for message, problem in too_new:
                 await self._finisher.return_too_new(self._tasks_queue, message, problem)
             waited_s = self._clock.monotonic_s() - began_s
             if messages and self._busy_slots >= self._slots.total and waited_s > HEAD_START_S:
-                # The queue was empty until now, so another receive would probably find nothing and delay the new
-                # bundles. A free slot ends this wait, because its next bundle may already be in the queue.
+                # The queue was empty until the receive returned, so another receive would probably find nothing and
+                # delay the new bundles. A free slot ends the wait, because the next bundle for the slot may already be
+                # in the queue.
                 self._has_room.clear()
                 await set_within(self._has_room, HEAD_START_S)
 
     @property
     def _busy_slots(self) -> int:
-        """Number of slots in use or requested. A bundle whose commit is in progress uses no slot."""
+        """Number of task slots in use or requested. A bundle whose commit is in progress uses no slot."""
         return sum(inflight.slots for inflight in self._inflight.values() if not inflight.committing)
 
     def _accept(self, message: Message, group: asyncio.TaskGroup) -> TooNew | None:
-        """Start to process a message. Return the error if only a newer worker can read the message."""
+        """Start a task that processes the message.
+
+        The result is an error if only a newer worker can read the message.
+        """
         try:
             task = read_task_message(message.body)
         except TooNew as error:
             return error
         except Exception as error:  # noqa: BLE001 - a malformed body may cause any error
-            # The message returns until the queue moves it to the dead-letter queue, where the manager reports it.
+            # A message that is not a bundle returns until the queue moves it to the dead-letter queue, where the
+            # manager reports it.
             log.error("message %s is not a bundle: %s", message.id, error)
             return None
         now_s = self._clock.monotonic_s()
@@ -291,7 +300,7 @@ class Worker:
             await self._process_message(inflight)
 
     async def _process_message(self, inflight: InflightMessage) -> None:
-        """Process a message until it is deleted or returned, and handle the errors of services."""
+        """Process a message until it is deleted or returned, and catch the errors of services."""
         is_watched = False
         try:
             if not await self._read_job(inflight):
@@ -302,13 +311,13 @@ class Worker:
             await self._process_bundle(inflight)
         except TooNew as error:
             await self._poison_detector.withdraw(inflight)
-            # Without a receipt, a watchdog message or another worker has the bundle.
+            # For a message without a receipt, a watchdog message or another worker has the bundle.
             if inflight.receipt is not None:
                 inflight.receipt = None
                 await self._finisher.return_too_new(inflight.queue, inflight.message, error)
         except BackendError as error:
-            # The message returns before its visibility timeout ends, but with a short delay, so that the failing
-            # service can recover.
+            # A message returns before its visibility timeout ends, but with a short delay, so that the failing service
+            # can recover.
             log.warning("the bundle is returned to the queue: %s", error)
             await self._poison_detector.withdraw(inflight)
             await self._visibility.return_later(inflight)
@@ -339,9 +348,9 @@ class Worker:
             else:
                 definition, _ = await both(self._jobs.get(job, key), self.context.patience(read_control))
         except NotFound:
-            return False  # The job has been removed.
+            return False  # The definition does not exist because the job has been removed.
         except (Malformed, WrongKeyError) as error:
-            # The manager notices that the bundle does not end, and then checks the job.
+            # The manager notices that the bundle of a dropped message does not end, and then checks the job.
             log.warning("message %s is dropped: %s", inflight.message.id, error)
             return False
         inflight.definition = definition
@@ -349,7 +358,7 @@ class Worker:
         return True
 
     async def _process_bundle(self, inflight: InflightMessage) -> None:
-        """Run the bundle, or forward the outcome that it already has."""
+        """Run the bundle, or forward its existing outcome."""
         job = inflight.job
         try:
             stage = job.stage(inflight.bundle.stage)
@@ -371,7 +380,7 @@ class Worker:
                 await self._finisher.forward_again(inflight, outcome)
                 return
         elif inflight.bundle.attempt > 1 and (outcome := await self._poison_detector.outcome(inflight)):
-            # A retry waits in the queue for its backoff. A copy of the retry may have finished meanwhile.
+            # A copy of a retry may have finished while the retry waited in the queue for its backoff.
             await self._finisher.forward_again(inflight, outcome)
             return
         try:
@@ -393,13 +402,14 @@ class Worker:
             # A poison task that runs alone cannot crash other bundles. The wait for all slots is limited, because
             # another bundle may run for half a day.
             is_alone = await self._acquire_slots(inflight, self._slots.total, self._settings.visibility_s)
-            self._has_room.set()  # The bundle's demand for slots may have decreased.
+            # A bundle that runs with others needs fewer slots than all, so the worker may have room again.
+            self._has_room.set()
         if not is_alone:
-            # A bundle that needs several slots keeps its place in the waiting list. If it were sent again, it might
-            # never get them.
+            # A bundle that needs several slots keeps its place in the waiting list. A bundle that is sent again might
+            # never get several slots.
             max_wait_s = 2 * self._settings.quick_s if slots == 1 else None
             if not await self._acquire_slots(inflight, slots, max_wait_s):
-                # The bundle was prefetched behind a long one. An idle worker may run it sooner.
+                # A prefetched bundle behind a long bundle is returned, because an idle worker may run it sooner.
                 self._prefetch = 0
                 await self._finisher.send_again(inflight)
                 return
@@ -416,8 +426,8 @@ class Worker:
             self._has_room.set()
         cancelled = inflight.control is Control.CANCEL
         if not inflight.ran and not cancelled:
-            # No task has ended, so there is nothing to commit. The follow-up of an outcome without tasks would be the
-            # bundle itself.
+            # A run in which no task has ended has nothing to commit. The follow-up of an outcome without tasks would be
+            # the bundle itself.
             await self._poison_detector.withdraw(inflight)
             await self._finisher.send_again(inflight)
             return
@@ -425,7 +435,7 @@ class Worker:
         await self._finisher.finish(inflight, outcome)
 
     async def _acquire_slots(self, inflight: InflightMessage, count: int, max_wait_s: float | None) -> bool:
-        """Wait up to `max_wait_s` for slots. Return whether the bundle got the slots."""
+        """Wait up to `max_wait_s` for slots, and return whether the bundle got the slots."""
         inflight.slots = count
         inflight.waiting = self._slots.request(count)
         if self._draining.is_set():
@@ -437,7 +447,7 @@ class Worker:
         return await inflight.waiting
 
     async def _run_tasks(self, inflight: InflightMessage, stage: StageDef) -> None:
-        """Run the bundle's tasks, and store their results in `inflight.ran`."""
+        """Run the tasks of the bundle, and store the results in `inflight.ran`."""
         assert inflight.items is not None
         if inflight.suspicion:
             await self._poison_detector.begin(inflight)
@@ -459,15 +469,17 @@ class Worker:
                 record_task_spans(self._tracer, run_span, inflight.bundle, ended, inflight.started_s)
 
     async def _drop_if_stopped(self, inflight: InflightMessage) -> bool:
-        """Delete the message if its job is canceled or paused. Return whether it was deleted.
+        """Delete the message if its job is canceled or paused, and return whether the message was deleted.
 
-        The ledger has the outstanding bundles. The manager seals the bundles, or sends them again on resume.
+        The ledger has the outstanding bundles of a canceled or paused job. The manager seals the outstanding bundles
+        after a cancellation, and sends them again on resume.
         """
         if inflight.control is Control.RUN:
             control, _ = await self._controls.current(inflight.bundle.job)
             if control is Control.RUN:
                 return False
-        # Read again: an outdated control word must not drop a message that `resume` has just sent.
+        # The control object is read again, because an outdated control word must not drop a message that `resume` has
+        # just sent.
         control, _ = await self._controls.read(inflight.bundle.job)
         if control is Control.RUN:
             return False
@@ -475,9 +487,10 @@ class Worker:
         return True
 
     async def _postpone_if_early(self, inflight: InflightMessage) -> bool:
-        """Send the message again with a delay if its start time is in the future. Return whether it was sent.
+        """Send the message again with a delay if the bundle's start time is in the future.
 
-        The remaining delay may exceed SQS's maximum delay of a message.
+        The result is true if the message was sent again. The remaining delay until the start time may exceed SQS's
+        maximum delay of a message.
         """
         wait_s = (inflight.task.not_before_s or 0.0) - self._clock.now_s()
         if wait_s <= 0.5:

@@ -1,7 +1,7 @@
 """Download of the objects that a task's item refers to, and upload of its outputs.
 
-Invariant: an input that is missing or does not fit on the disk fails its own task. An unavailable service fails no
-task, and its BackendError propagates.
+Invariant: an input that is missing or does not fit on the disk fails only the task of the input. An unavailable service
+fails no task, and the BackendError of the service propagates.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from batchlab.worker.inflight_message import Work
 from batchlab.worker.task_executor import ExecutionRequest, local_ref
 
 OffLoop = Callable[..., Awaitable[Any]]
-"""Call of a blocking function, in a thread, or directly in an event loop without threads."""
+"""Function that calls a blocking function in a thread, or directly in an event loop without threads."""
 
 _PIECE_BYTES = 8 * 1024 * 1024
 _MAX_DOWNLOADS = 16
@@ -37,7 +37,7 @@ _MAX_DEPTH = 8
 
 
 def request(work: Work, folder: Path, *, function: Path | None, code: Path | None) -> ExecutionRequest:
-    """Return the common request for the tasks of `work`. A child runs in `folder`/cwd."""
+    """Return the execution request that all tasks of `work` share. A child process runs in `folder`/cwd."""
     stage = work.stage
     return ExecutionRequest(
         handler=stage.handler,
@@ -57,16 +57,16 @@ def request(work: Work, folder: Path, *, function: Path | None, code: Path | Non
 
 
 def function_key(work: Work) -> str | None:
-    """Return the key of the stage's pickled function, or None if it has none."""
+    """Return the object key of the stage's pickled function, or None if the stage has no pickled function."""
     handler = work.stage.handler or ""
     return handler.removeprefix("pickle:") if handler.startswith("pickle:") else None
 
 
 def chunks(tasks: Sequence[int], items: Sequence[Json]) -> Iterator[list[tuple[int, Json]]]:
-    """Split the tasks into chunks. A chunk's inputs are fetched while the previous chunk runs.
+    """Split the tasks into chunks, so that a chunk's inputs are fetched while the previous chunk runs.
 
-    The first chunk has one task, so that it starts soon. Chunks then double up to 16 tasks or 256 MiB. Items without
-    inputs to fetch do not count.
+    The first chunk has one task, so that the task starts soon. The size of further chunks doubles up to 16 tasks or 256
+    MiB. Items without inputs to fetch do not count toward the size of a chunk.
     """
     chunk: list[tuple[int, Json]] = []
     limit, count, size = 1, 0, 0
@@ -84,7 +84,7 @@ def chunks(tasks: Sequence[int], items: Sequence[Json]) -> Iterator[list[tuple[i
 
 
 def refers(chunk: Iterable[tuple[int, Json]]) -> bool:
-    """Return whether any of these items refers to an object."""
+    """Return whether any item in the chunk refers to an object."""
     return any(_refers(item) for _, item in chunk)
 
 
@@ -97,7 +97,7 @@ def _bytes(reference: Json) -> int:
 class Inputs:
     """Downloader of the objects that the items of one execution refer to.
 
-    Objects in `files` are used in place. All other objects are downloaded into the task's folder.
+    Objects in `files` are used without a copy. All other objects are downloaded into the folder of the task.
     """
 
     def __init__(
@@ -110,11 +110,11 @@ class Inputs:
         self._off_loop = off_loop
         self._at_once = asyncio.Semaphore(_MAX_DOWNLOADS)
         self.fetched: set[int] = set()
-        """Tasks that have a folder for their inputs."""
+        """Tasks that have a folder for downloaded inputs."""
         self._headers: dict[tuple[str, int, int], bytes] = {}
 
     async def fetch(self, chunk: Iterable[tuple[int, Json]]) -> list[tuple[int, Json | Failure]]:
-        """Return the chunk with local references, and a Failure for each missing input."""
+        """Return the chunk with local references, and with a Failure for each missing input."""
         items = dict(chunk)
         referring = [task for task, item in items.items() if _refers(item)]
         self.fetched.update(referring)
@@ -131,7 +131,8 @@ class Inputs:
             reason = no_room(error)
             if reason is None:
                 raise
-            # Removed at once, because the next bundle starts before this folder is cleaned.
+            # The folder of a failed download is removed immediately, because the next bundle starts before the
+            # execution's folder is cleaned.
             await self._off_loop(partial(shutil.rmtree, ignore_errors=True), folder)
             return task, _failure(task, f"Its input does not fit on the worker: {reason}", error)
         except (ValueError, ForeignReference) as error:
@@ -187,7 +188,7 @@ class Inputs:
         if not header:
             return b""
         place = (key, header[0], header[1])
-        # Every part of a file needs its header, so it is fetched once per execution.
+        # The header is fetched once per execution, because every part of a file needs the header.
         if place not in self._headers:
             self._headers[place] = await self._objects.get_range(*place)
         return self._headers[place]
@@ -212,9 +213,9 @@ def _append(path: Path, data: bytes) -> None:
 
 
 async def _all(calls: Iterable[Awaitable[Any]]) -> list[Any]:
-    """Return every result, or raise an error after all calls have ended.
+    """Return the results of all calls, or raise an error after all calls have ended.
 
-    An error of a service is preferred to NotFound. `asyncio.gather` alone would leave the other calls running after the
+    An error of a service has priority over NotFound. `asyncio.gather` alone would leave other calls running after the
     first error.
     """
     results = await asyncio.gather(*calls, return_exceptions=True)
@@ -244,8 +245,8 @@ def no_room(error: BaseException) -> str | None:
 
 
 async def upload(objects: Objects, uploads: Iterable[tuple[str, str]]) -> None:
-    """Store each (path, key). Only this execution uses these keys."""
+    """Store each (path, key) as an object. No other execution uses the keys."""
     for path, key in uploads:
-        # If the key exists, an earlier try of this request wrote the object, and the answer was lost.
+        # An existing key means that an earlier try of the request wrote the object, and that the answer was lost.
         with suppress(AlreadyExists):
             await objects.upload(key, Path(path), if_absent=True)

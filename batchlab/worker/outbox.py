@@ -1,8 +1,8 @@
-"""Batching of the messages, events, and deletes of a worker: concurrent calls share one request.
+"""Batches of the messages, events, and deletes of a worker: concurrent calls share one request.
 
-Invariant: a call returns only when the service has accepted its entry. Entries that arrive during a request go out
-together in the next request, so batching adds no delay. An entry that is not urgent waits for other entries: an event
-up to `LINGER_S`, and a delete up to `STEP_BACK_S`.
+Invariant: a call returns only when the service has accepted the call's entry. Entries that arrive during a request are
+sent together in the next request, so batching adds no delay. An entry that is not urgent waits for other entries: an
+event up to `LINGER_S`, and a delete up to `STEP_BACK_S`.
 """
 
 from __future__ import annotations
@@ -29,11 +29,17 @@ T = TypeVar("T")
 
 MAX_INLINE_BYTES = 2_000
 MAX_INLINE_VALUES = 16
-"""Size limits of an outcome that is sent whole. A larger outcome is sent as a completion without values."""
+"""Maximum size in bytes, and maximum number of values, of an outcome that is sent whole.
+
+A larger outcome is sent as a completion without values.
+"""
 MAX_EVENT_BYTES = 200_000
-"""Size limit of a completion. A larger completion (with very many follow-ups) is sent as an object key."""
+"""Maximum size in bytes of a completion in an event.
+
+A larger completion, with very many follow-ups, is sent as an object key.
+"""
 TRACE_BYTES = 250
-"""Approximate size of a trace in an event."""
+"""Approximate size in bytes of a trace in an event."""
 DUPLICATES_AT_ONCE = 200
 """Maximum number of duplicate reports in one message, which leaves space for the events."""
 MAX_DUPLICATES = 2_000
@@ -42,11 +48,11 @@ MAX_DUPLICATES = 2_000
 LINGER_S = 0.02
 
 Event = tuple[Outcome | Beat, str]
-"""An event and the trace context of its bundle."""
+"""Event, and the trace context of the event's bundle."""
 
 
 class WorkerCounters:
-    """Counters of one worker since its start. Heartbeats carry the counters to the manager.
+    """Counters of one worker since the worker's start. Heartbeats carry the counters to the manager.
 
     Invariant: a counter never decreases, so the last value that the manager received is the total.
     """
@@ -56,7 +62,7 @@ class WorkerCounters:
         self._sent: Mapping[str, int] = {}
 
     def count_commit(self, draft: Outcome, committed: Outcome) -> None:
-        """Count a commit of `draft`. `committed` is the outcome that was committed first."""
+        """Count a commit of the outcome `draft`. `committed` is the outcome that was committed first."""
         if committed is not draft and committed.execution != draft.execution:
             self._counts["duplicate"] += 1
             return
@@ -75,14 +81,17 @@ class HeartbeatSource(Protocol):
     """Source of heartbeats, which the outbox adds to messages that it sends anyway."""
 
     def unsent_beat(self) -> Beat | None:
-        """Return a heartbeat if the worker's state differs from the last sent heartbeat, else None."""
+        """Return a heartbeat if the worker's state differs from the most recent heartbeat, else None."""
 
     def mark_sent(self, beat: Beat) -> None:
         """Record that a heartbeat has been sent."""
 
 
 class _Batcher(Generic[T]):
-    """Batches of entries. `flush` gets all entries since the last flush, one flush at a time."""
+    """Batches of entries of one kind.
+
+    `flush` is called with all entries since the previous flush, and only one flush runs at a time.
+    """
 
     def __init__(self, flush: Callable[[Sequence[T]], Awaitable[None]], linger_s: float = LINGER_S) -> None:
         self._flush = flush
@@ -126,8 +135,8 @@ class _Batcher(Generic[T]):
 class Outbox:
     """Batched sends, events, and deletes of one worker.
 
-    `key_of` returns the commit key of a job whose messages were received. Heartbeats carry the requests in `tally` and
-    the results in `counters`.
+    `key_of` returns the commit key of a job whose messages were received. Heartbeats carry the request counts in
+    `tally` and the result counts in `counters`.
     """
 
     def __init__(
@@ -155,7 +164,7 @@ class Outbox:
             await batcher.put(outgoing)
 
     async def delete(self, queue: str, receipt: str, *, urgent: bool = True) -> None:
-        """Delete a message. A delete that is not urgent waits a moment, so that its event is sent first.
+        """Delete a message. A delete that is not urgent waits a moment, so that the event of its bundle is sent first.
 
         A refused receipt is not an error, because another worker may have the message now.
         """
@@ -171,7 +180,7 @@ class Outbox:
         await self._events.put((event, trace), urgent=urgent)
 
     def report_duplicate(self, duplicate: Duplicate) -> None:
-        """Report a duplicate with the next event. Drop the report if too many reports are waiting."""
+        """Report a duplicate with the next event. The report is dropped if too many reports are waiting."""
         if len(self._duplicates) < MAX_DUPLICATES:
             self._duplicates.append(duplicate)
 
@@ -189,7 +198,7 @@ class Outbox:
         if extra_beat:
             events, beats = [*events, (extra_beat, "")], [extra_beat]
         packed = _pack(events, self._key_of)
-        # The counts go with the heartbeat, because its key lets the manager trust them.
+        # The counts are sent with a heartbeat, because the key in the heartbeat lets the manager trust the counts.
         last = max((n for n, message in enumerate(packed) if message.beats), default=-1)
         counts: Mapping[str, int] = {}
         if beats:
@@ -204,7 +213,7 @@ class Outbox:
             packed[-1] = replace(packed[-1], duplicates=tuple(duplicates))
         bodies = [Outgoing(with_proofs(events_message(message), jobs_in(message), self._key_of)) for message in packed]
         await send_to(self._queue, object_keys.EVENTS, bodies, self._patience)
-        # Removed only after the send. The manager counts a repeated report once.
+        # Duplicate reports are removed only after the send, because the manager counts a repeated report once.
         del self._duplicates[: len(duplicates)]
         if counts:
             self.counters.mark_sent(counts)
@@ -239,7 +248,7 @@ def _pack(events: Sequence[Event], key_of: Callable[[JobId], CommitKey]) -> list
 
 
 def _pack_one(event: Outcome | Beat, key_of: Callable[[JobId], CommitKey]) -> tuple[Events, int]:
-    """Return a message with a single event, and its approximate size in bytes."""
+    """Return a message with a single event, and the approximate size of the message in bytes."""
     if isinstance(event, Beat):
         return Events(beats=(event,)), 200 + sum(200 + len(held.receipt or "") for held in event.held)
     if len(event.values) <= MAX_INLINE_VALUES:

@@ -1,9 +1,9 @@
 """Poison detection: find the tasks that crash their workers.
 
-Invariant (I7): a bundle that returned without an outcome is halved until each bundle has a single task. A single task
-fails after LOSS_LIMIT workers have started the task and then died. Only recorded starts count, so a message that a
-dying worker had only prefetched does not count. Retries of the task are not affected. A live worker renews its start
-markers, so concurrent copies of a task do not count as deaths.
+Invariant (I7): a bundle that returned without an outcome is split in half until each bundle has a single task. A bundle
+with a single task fails after LOSS_LIMIT workers have started the task and then died. Only recorded starts count, so a
+message that a dying worker had only prefetched does not count. Poison detection does not use up the retries of a task.
+A live worker renews its start markers, so concurrent copies of a task do not count as deaths.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 def marker(worker: str, now_s: float, name: str, key: CommitKey) -> bytes:
     """Return the content of the start marker or running marker `name`.
 
-    Any worker can list the names of markers, so the content has a seal too.
+    The content of a marker has a seal, because any worker can list the names of markers.
     """
     doc: dict[str, Json] = {"v": json_format.VERSION, "worker": worker, "at_s": now_s}
     if key:
@@ -42,7 +42,8 @@ def marker(worker: str, now_s: float, name: str, key: CommitKey) -> bytes:
 def marked_s(data: bytes, name: str, key: CommitKey) -> float | None:
     """Return the time in seconds since the epoch at which the marker `name` was written.
 
-    Any worker can overwrite the marker. Return None if the content is malformed or its seal is wrong.
+    Any worker can overwrite a marker, so the content must have a seal. The result is None if the content is malformed
+    or has a wrong seal.
     """
     try:
         doc = json_format.loads(data)
@@ -55,14 +56,14 @@ def marked_s(data: bytes, name: str, key: CommitKey) -> float | None:
 
 
 class RunsElsewhereError(BackendError):
-    """LOSS_LIMIT workers have started the bundle, but some of these workers may be alive."""
+    """Error if LOSS_LIMIT workers have started the bundle, but some of the workers may be alive."""
 
 
 class PoisonDetector:
     """Poison detection of one worker.
 
-    A worker counts as dead if it has not renewed a start marker for the visibility timeout. After `draining` is set,
-    this worker does not wait that long.
+    A worker counts as dead if it has not renewed a start marker for the visibility timeout. A draining worker does not
+    wait for the visibility timeout.
     """
 
     def __init__(self, context: WorkerContext, draining: asyncio.Event) -> None:
@@ -71,7 +72,7 @@ class PoisonDetector:
         self._stale_s = context.settings.visibility_s
         self._draining = draining
         self._started: dict[str, InflightMessage] = {}
-        """In-flight messages whose start this worker has recorded, by execution."""
+        """In-flight messages with a recorded start, by execution."""
 
     async def run(self) -> None:
         """Renew the start markers of running bundles forever."""
@@ -93,8 +94,8 @@ class PoisonDetector:
     async def verdict(self, inflight: InflightMessage) -> Outcome | None:
         """Return the outcome of the bundle, or None if the bundle must run.
 
-        Commit an outcome if the bundle must be halved or fails as poison. Raise RunsElsewhereError if the workers that
-        started the bundle may be alive.
+        A bundle that must be halved or fails as poison gets a committed outcome. RunsElsewhereError is raised if the
+        workers that started the bundle may be alive.
         """
         bundle = inflight.bundle
         if outcome := await self.outcome(inflight):
@@ -118,8 +119,9 @@ class PoisonDetector:
     async def _count_deaths(self, inflight: InflightMessage) -> int:
         """Return the number of workers that have started the bundle and then died.
 
-        If fewer than LOSS_LIMIT workers have started the bundle, return that number without checking for deaths. An
-        unchanged marker proves a death. The marker's time proves nothing, because clocks differ.
+        If fewer than LOSS_LIMIT workers have started the bundle, the result is the number of starts, without a check
+        for deaths. A marker that stays unchanged proves the death of its worker. The time in a marker proves nothing,
+        because clocks differ.
         """
         bundle = inflight.bundle
         before = await self._starts(bundle, inflight.key)
@@ -135,7 +137,7 @@ class PoisonDetector:
     async def _starts(self, bundle: Bundle, key: CommitKey) -> Mapping[str, frozenset[str]]:
         """Return the versions of the start markers by worker.
 
-        Forged and withdrawn starts do not count. This worker's own starts count while their bundles run.
+        Forged and withdrawn start markers do not count. The starts of the worker itself count while their bundles run.
         """
         versions: dict[str, frozenset[str]] = defaultdict(frozenset)
         withdrawn: set[str] = set()
@@ -148,7 +150,7 @@ class PoisonDetector:
                 execution, suffix = marked
                 if suffix == object_keys.WITHDRAWN:
                     withdrawn.add(execution)
-                # Workers of release 0.1.0 renew a marker by overwriting it.
+                # Workers of batchlab 0.1.0 renew a marker by overwriting the marker.
                 versions[execution] |= {f"{suffix} {info.etag}"}
         by_worker: dict[str, frozenset[str]] = defaultdict(frozenset)
         for execution, seen in versions.items():
@@ -160,7 +162,7 @@ class PoisonDetector:
     async def begin(self, inflight: InflightMessage) -> None:
         """Record the start of a suspect bundle before the bundle starts.
 
-        If the worker dies between the record and the start, the start counts anyway.
+        A recorded start counts even if the worker dies before the actual start.
         """
         if len(inflight.bundle.tasks) == 1:
             self._started[inflight.execution] = inflight
@@ -169,7 +171,7 @@ class PoisonDetector:
     async def _write_marker(self, inflight: InflightMessage, suffix: str = "") -> None:
         name = object_keys.start(inflight.bundle, inflight.execution, inflight.key, suffix)
         data = marker(self._worker, self._context.clock.now_s(), name, inflight.key)
-        # Only this worker uses the name, so an existing object is from an earlier try of this call.
+        # Only this worker uses the marker's name, so an existing object is from an earlier try of the same call.
         with suppress(AlreadyExists):
             await self._context.objects.put(name, data, if_absent=True)
 
@@ -180,14 +182,14 @@ class PoisonDetector:
     async def withdraw(self, inflight: InflightMessage) -> None:
         """Withdraw the recorded start, because the run ended without a fault of the task.
 
-        The worker is draining, or a service failed.
+        A start is withdrawn when the worker drains or a service fails.
         """
         self.end(inflight)
         if inflight.suspicion and len(inflight.bundle.tasks) == 1:
             try:
                 await self._write_marker(inflight, object_keys.WITHDRAWN)
             except BackendError as error:
-                # One start too many counts. A task fails only after LOSS_LIMIT starts.
+                # A start marker that stays counts as one start too many, but a task fails only after LOSS_LIMIT starts.
                 log.warning("the start marker could not be withdrawn: %s", error)
 
     async def runs_elsewhere(self, inflight: InflightMessage) -> bool:

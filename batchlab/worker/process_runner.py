@@ -1,7 +1,7 @@
-"""Runner in warm child processes, which may crash, hang, or leak without harm to the worker.
+"""Runner of tasks in warm child processes, which may crash, hang, or leak without harm to the worker.
 
-Invariant: at most `slots` runs are active, each with its own child. A task cannot raise an exception in the worker, and
-its processes do not outlive its run.
+Invariant: at most `slots` runs are active, each with its own child process. A task cannot raise an exception in the
+worker, and the processes of a task do not outlive its run.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ CLEAN_AFTER_S = 0.02
 
 
 class ProcessRunner:
-    """The Runner of every backend except the simulator."""
+    """Runner of every backend except the simulator."""
 
     def __init__(
         self, objects: Objects, scratch: Scratch, clock: Clock, slots: int, files: LocalFiles | None = None
     ) -> None:
-        # Children have other current folders, so paths must be absolute.
+        # Child processes have other current folders than the worker, so paths must be absolute.
         scratch = Scratch(scratch.root.absolute())
         self._scratch = scratch
         self._slots = asyncio.Semaphore(slots)
@@ -57,9 +57,9 @@ class ProcessRunner:
                 cleaning.add_done_callback(self._cleaning.discard)
 
     async def close(self) -> None:
-        """Kill every child, and remove the folders of children and executions.
+        """Kill every child process, and remove the folders of children and executions.
 
-        Unpacked code stays, because it saves a download at the next start.
+        The unpacked code stays on the disk, because it saves a download at the next start.
         """
         await self._context.children.close()
         await asyncio.gather(*self._cleaning, return_exceptions=True)
@@ -68,7 +68,7 @@ class ProcessRunner:
 
 
 async def _clean(execution: Execution) -> None:
-    # The delay lets the results be committed first.
+    # The delay lets the worker commit the results before the folder is removed.
     await asyncio.sleep(CLEAN_AFTER_S)
     await execution.clean()
 

@@ -1,7 +1,7 @@
-"""Tasks that run a program: placeholders, execution, and output files.
+"""Tasks that run a program, with placeholders, execution, and output files.
 
-Invariants: arguments never pass through a shell. A program succeeds only if all its declared outputs exist. Every child
-process imports this module, so it imports only light modules.
+Invariants: the arguments of a program never pass through a shell. A program succeeds only if all its declared outputs
+exist. The module imports only light modules, because every child process imports the module.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def run(
 ) -> File | list[File] | dict[str, File | list[File]] | None:
     """Run a program and return its outputs: one File, a dict of Files by name, or None.
 
-    An output whose name ends in a slash is a folder, returned as a list of Files. Raise Problem if the program fails.
+    An output whose name ends in a slash is a folder, which is returned as a list of Files. A failed program raises
+    Problem.
     """
     call = prepare(template, stdout, code, item, ctx)
     _execute(call)
@@ -42,7 +43,10 @@ def run(
 
 
 class Call(NamedTuple):
-    """A prepared program. `stdout` is the file for its standard output; None means the log."""
+    """Program with prepared arguments, environment, and folders.
+
+    `stdout` is the file for the program's standard output, or None for the log.
+    """
 
     arguments: list[str]
     environment: dict[str, str]
@@ -52,7 +56,7 @@ class Call(NamedTuple):
 
 
 def prepare(template: Sequence[str], stdout: str | None, code: str, item: Any, ctx: Context) -> Call:
-    """Prepare the arguments, environment, and folders of a program. Raise Problem on failure."""
+    """Prepare the arguments, environment, and folders of a program. A failed preparation raises Problem."""
     if problems := placeholders.check(template):
         raise Problem("import", problems[0])
     names = placeholders.outputs(template)
@@ -93,7 +97,7 @@ def _arguments(template: Sequence[str], code: str, item: Any, ctx: Context) -> l
 
 
 def _flat(items: list[Any]) -> Iterator[Any]:
-    """Yield upstream results in order. Expand each list of Files."""
+    """Yield upstream results in order, with each list of Files expanded."""
     for item in items:
         if isinstance(item, list) and item and all(isinstance(part, File) for part in item):
             yield from item
@@ -102,7 +106,7 @@ def _flat(items: list[Any]) -> Iterator[Any]:
 
 
 def _path(item: Any, name: str, ctx: Context) -> str:
-    """Return the path of an item. Write a JSON value to a file first, with Files as paths."""
+    """Return the path of an item. A JSON value is first written to a file, with Files replaced by paths."""
     if isinstance(item, File):
         return str(item.path)
     path = ctx.made("in") / name
@@ -122,7 +126,7 @@ def _as_path(value: object) -> str:
 def _environment(code: str) -> dict[str, str]:
     environment = dict(os.environ)
     if code:
-        # The job's own programs and modules can then be called by name.
+        # A program can call the job's own programs and modules by name.
         for name in ("PATH", "PYTHONPATH"):
             before = environment.get(name)
             environment[name] = f"{code}{os.pathsep}{before}" if before else code
@@ -130,7 +134,7 @@ def _environment(code: str) -> dict[str, str]:
 
 
 def _execute(call: Call) -> None:
-    import subprocess  # Imported here because it is slow, and most tasks are Python.
+    import subprocess  # The import is slow, and most tasks are Python functions that do not need it.
 
     program, *arguments = call.arguments
     with ExitStack() as stack:
@@ -155,7 +159,7 @@ def _execute(call: Call) -> None:
 
 
 def _program(name: str, environment: dict[str, str]) -> str:
-    # Popen would search the PATH of this process, not the PATH in `environment`.
+    # Popen would search the PATH of the child process, not the PATH in `environment`.
     import shutil
 
     if "/" in name:
@@ -186,9 +190,9 @@ def _exit_reason(code: int) -> str:
 
 
 def _relay(process: subprocess.Popen[bytes]) -> str:
-    """Copy standard error to the log until the process ends. Return its last line.
+    """Copy the program's standard error to the log until the process ends, and return the last line.
 
-    The end of the process decides, not the end of the pipe: a descendant may keep the pipe open.
+    The copy ends with the process, not with the pipe, because a descendant may keep the pipe open.
     """
     import select
 

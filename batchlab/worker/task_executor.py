@@ -1,7 +1,7 @@
-"""Executor of an execution's tasks, one after the other, in the calling process.
+"""Executor that runs the tasks of an execution one after the other, in the calling process.
 
-Invariant: results are encoded and refer only to objects that `TaskResult.uploads` stores. Every child process imports
-this module, so it imports only the standard library and light modules.
+Invariant: results are encoded and refer only to objects that `TaskResult.uploads` stores. The module imports only the
+standard library and light modules, because every child process imports the module.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from batchlab.worker import handlers, programs
 Json = Any
 
 INLINE_BYTES = 32 * 1024
-"""Encoded values up to this size stay inline. A larger value is stored as an object."""
+"""Maximum size of an encoded value that stays inline. A larger value is stored as an object."""
 
 INLINE_WEIGHT = values.OUTCOME_WEIGHT // 4
-"""Maximum total weight of an execution's inline values. Further values are stored as objects.
+"""Maximum total weight of the inline values of an execution. Values beyond the maximum weight are stored as objects.
 
-The rest of the outcome's limit is for failures, and for executions that need several processes.
+The rest of an outcome's weight limit is for failures, and for executions that need several processes.
 """
 MIN_OBJECT_LENGTH = 256
-"""A shorter value always stays inline, because a reference is about as long."""
+"""A shorter value always stays inline, because a reference to an object is about as long."""
 
 _MAX_SHORT_INT = 1 << 64
 _PLAIN = frozenset({type(None), bool, int, float, str})
@@ -37,39 +37,42 @@ _dumps = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 
 class ExecutionRequest(TypedDict):
-    """Common data of an execution's tasks, as sent to a child."""
+    """Data that all tasks of an execution have in common, as sent to a child process."""
 
     handler: str | None
-    """`module:function`, or the name of a pickled function."""
+    """Handler as `module:function`, or the name of a pickled function."""
     function: str | None
-    """The file of the fetched pickled function."""
+    """File of the fetched pickled function."""
     command: list[str]
     stdout: str | None
     code: str
-    """The folder of unpacked code; "" if the job has none."""
+    """Folder of unpacked code, or "" if the job has no code."""
     params_json: str
     job: str
     stage: str
     attempt: int
     folder: str
-    """The execution's folder. The folder of a task is below it, named by the task's index."""
+    """Folder of the execution.
+
+    The folder of a task is inside the execution's folder, and its name is the task's index.
+    """
     cwd: str
-    """The current folder while tasks run; "" if they must not rely on one."""
+    """Current folder while tasks run, or "" if tasks must not rely on a current folder."""
     prefix: str
-    """Key prefix of this execution's files, with the final slash."""
+    """Key prefix of the execution's files, including the final slash."""
     objects: bool
-    """Items and results may be any Python object (the Python API), not only JSON."""
+    """Whether items and results may be any Python object (the Python API), not only JSON."""
 
 
 class TaskResult(NamedTuple):
-    """A task's result: its encoded value as JSON text, and files (path, key) to store first."""
+    """Result of a task: the encoded value as JSON text, and the files (path, key) to store before the result."""
 
     text: str
     uploads: list[tuple[str, str]]
 
 
 class TaskExecutor:
-    """Executor of tasks with one handler. Its constructor raises Problem if the handler cannot be loaded."""
+    """Executor of tasks with one handler. The constructor raises Problem if the handler cannot be loaded."""
 
     def __init__(self, request: ExecutionRequest) -> None:
         self._request = request
@@ -88,7 +91,10 @@ class TaskExecutor:
         )
 
     def run(self, task: int, item: Json) -> TaskResult:
-        """Run one task. `item` is encoded with local references. User exceptions propagate."""
+        """Run one task. `item` is an encoded value with local references.
+
+        Exceptions of user code propagate to the caller.
+        """
         ctx = context(self._request, task)
         try:
             value = self._call(item if type(item) in _PLAIN else decoded(item, pickles=self._pickles), ctx)
@@ -99,11 +105,11 @@ class TaskExecutor:
             self.touched = ctx.touched
 
     def explain(self, error: BaseException) -> handlers.Fault:
-        """Describe an exception that `run` raised."""
+        """Return the description of an exception that `run` raised."""
         return self._without_paths(handlers.explain(error))
 
     def _without_paths(self, fault: handlers.Fault) -> handlers.Fault:
-        # Paths of this worker are removed: they differ between workers and do not help users.
+        # Paths of the worker are removed from the text, because paths differ between workers and do not help users.
         for path in (self._request["code"], self._request["folder"]):
             if path:
                 for field in ("reason", "traceback"):
@@ -131,7 +137,7 @@ class TaskExecutor:
 
 
 def context(request: ExecutionRequest, task: int) -> Context:
-    """Return the context of the task with that index."""
+    """Return the context of the task with the index `task`."""
     return Context(
         job=request["job"],
         stage=request["stage"],
@@ -144,7 +150,7 @@ def context(request: ExecutionRequest, task: int) -> Context:
 
 
 def decoded(item: Json, *, pickles: bool) -> Any:
-    """Decode an item, with Files for local references. Raise Problem of kind "input"."""
+    """Decode an item, with a File for each local reference. A malformed item raises Problem of kind "input"."""
     try:
         return values.decode(item, _open, pickles=pickles)
     except Exception as error:
@@ -153,7 +159,7 @@ def decoded(item: Json, *, pickles: bool) -> Any:
 
 
 def local_ref(path: str, name: str, origin: Json) -> Json:
-    """Return a reference whose content was fetched to `path`."""
+    """Return a reference to an object whose content was fetched to `path`."""
     return {"$file": path, "name": name, "origin": origin}
 
 
@@ -162,7 +168,7 @@ def _open(reference: Json) -> File:
 
 
 class Outputs:
-    """Files that a task's result refers to, with their keys."""
+    """Files that the result of a task refers to, with their object keys."""
 
     def __init__(self, prefix: str, ctx: Context) -> None:
         self.uploads: list[tuple[str, str]] = []
@@ -172,7 +178,7 @@ class Outputs:
         self._names: set[str] = set()
 
     def file(self, file: File) -> Json:
-        """Return the reference to `file` in the result. Raise NotAValue if it is not a file."""
+        """Return the reference to `file` for the result. A path that is not a file raises NotAValue."""
         origin = file.origin()
         if origin is not None:
             return origin
@@ -189,7 +195,7 @@ class Outputs:
         return ref
 
     def value(self, text: str) -> str:
-        """Add an encoded value as an object, and return the text of its reference."""
+        """Add an encoded value as an object, and return the text of the object's reference."""
         path = self._ctx.made("value") / "value.json"
         path.write_text(text)
         key = f"{self._prefix}.value.json"
@@ -197,14 +203,14 @@ class Outputs:
         return _dumps(values.value_ref(key, hashlib.sha256(text.encode()).hexdigest()))
 
     def _name(self, file: File) -> str:
-        """Return a unique name: the path relative to `out`, or else the file's own name."""
+        """Return a unique name for the file: the path relative to `out`, or the file's own name."""
         out = self._ctx.folder / "out"
         inside = file.path.is_relative_to(out)
         plain = file.path.relative_to(out).as_posix() if inside else file.name
         if problem := name_problem(plain):
             raise values.NotAValue(f"The result names the file {plain!r}, but a name {problem}.")
         name, number = plain, 1
-        # A key must not repeat, and must not be the folder of another key.
+        # Two files must have different keys, and no key may be the folder of another key.
         while any(f"{a}/".startswith(f"{b}/") for other in self._names for a, b in ((other, name), (name, other))):
             number += 1
             name = f"{number}-{plain}"
@@ -212,7 +218,7 @@ class Outputs:
         return name
 
     def _private_path(self, path: Path, name: str) -> Path:
-        """Return a path in the task's folder, where no other task can change the file."""
+        """Return a path in the task's folder for the file, so that no other task can change the file."""
         if path.resolve().is_relative_to(self._ctx.folder.resolve()):
             return path
         target = self._ctx.made("kept") / name

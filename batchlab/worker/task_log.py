@@ -1,7 +1,7 @@
-"""Log file of one execution, to which the output of all its tasks is appended.
+"""Log file of one execution, to which the output of all tasks of the execution is appended.
 
-Invariant: the output of a task is trimmed to its share, so a task cannot fill the disk. Every child process imports
-this module.
+Invariant: the output of a task is trimmed to its share, so a task cannot fill the disk. The module imports only the
+standard library, because every child process imports the module.
 """
 
 from __future__ import annotations
@@ -10,16 +10,19 @@ import os
 import re
 
 TASK_BYTES = 1024 * 1024
-"""Size limit of one task's output. The first and the last half of this size remain after a trim."""
+"""Maximum size in bytes of one task's output. A trim keeps the first and the last half of the maximum size."""
 _EXECUTION_BYTES = 64 * 1024 * 1024
 _MIN_SHARE_BYTES = 4096
 _STRAY = re.compile("[\udc80-\udcff]")
-# The output of a running task may reach this multiple of its share before the worker trims it.
+# The output of a running task may reach _SLACK times its share before the worker trims the output.
 _SLACK = 16
 
 
 def share(start: int) -> int:
-    """Return the size limit of output that begins at `start`. The limit is small in a long log."""
+    """Return the size limit of task output that begins at byte `start` of the log.
+
+    The size limit is small in a long log.
+    """
     return min(TASK_BYTES, max(_MIN_SHARE_BYTES, _EXECUTION_BYTES - start))
 
 
@@ -36,20 +39,20 @@ def read(path: str, start: int, length: int) -> bytes:
 
 
 def text(data: bytes) -> str:
-    """Decode output as text of the same number of bytes. Invalid UTF-8 bytes become `?`."""
+    """Decode output as text with the same number of bytes. Invalid UTF-8 bytes are replaced by `?`."""
     return _STRAY.sub("?", data.decode("utf-8", "surrogateescape"))
 
 
 def overflowing(size: int, start: int) -> bool:
-    """Return whether a running task has printed so much that its output must be trimmed now."""
+    """Return whether the output of a running task is so large that it must be trimmed now."""
     return size - start > _SLACK * share(start)
 
 
 def trim(path: str, start: int) -> int:
-    """Trim the output after `start` to its share, head and tail. Return the new size of the log.
+    """Trim the output after byte `start` to its share, so that its head and tail remain.
 
-    All writers append (O_APPEND), so output written meanwhile follows the tail. Output written between reading the size
-    and truncating is lost with the middle.
+    The result is the new size of the log. All writers append (O_APPEND), so output that is written during the trim
+    follows the tail. Output that is written between the read of the size and the truncation is lost with the middle.
     """
     fd = os.open(path, os.O_RDWR | os.O_APPEND)
     try:
